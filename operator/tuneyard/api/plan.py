@@ -122,7 +122,7 @@ class TrainSettings(Model):
     """The rate over the run."""
     optimizer: Optimizer
     """AdamW's settings."""
-    packing: Literal["auto", "on", "off"]
+    packing: Literal["auto", "always", "never"]
     """Whether short sequences share a row."""
     evaluation_steps: int | None
     """Steps between evaluations; None: each epoch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -29,6 +30,12 @@ class SecretKeyRef(Model):
     """The Secret's name."""
     key: str = Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")
     """The key inside it."""
+
+    @property
+    def variable(self) -> str:
+        """The environment variable that carries it into the trainer: TUNEYARD_SECRET_HF_TOKEN for
+        {name: hf, key: token}."""
+        return "TUNEYARD_SECRET_" + re.sub(r"[^A-Z0-9]", "_", f"{self.name}_{self.key}".upper())
 
 
 class SecretRef(Model):
@@ -168,8 +175,8 @@ class FineTuneData(Model):
     sequences (the pieces after the first see no earlier context). Counted in the stage's record."""
     on_invalid_row: Literal["error", "skip"] = "error"
     """What to do with a broken row; skipped rows are counted and the first three are logged."""
-    packing: Literal["auto", "on", "off"] = "auto"
-    """Put short sequences into one row; they never see each other and no token is lost. auto: on
+    packing: Literal["auto", "always", "never"] = "auto"
+    """Put short sequences into one row; they never see each other and no token is lost. auto:
     where the model's attention allows it."""
     train_on: Literal["assistant", "last-assistant", "all"] = "assistant"
     """Which tokens carry loss in chat data: all answers, the last answer, or everything."""
