@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from tuneyard.api.compute import Compute, RunPolicy
 from tuneyard.api.meta import API_VERSION, Model, ObjectMeta, Rule
 from tuneyard.api.methods import (
-    MERGEABLE,
+    MERGE_NEEDS_LINEARITY,
+    STOPPING_NEEDS_VALIDATION,
     Adapter,
     Constitution,
     Evaluate,
@@ -30,6 +31,8 @@ class SupervisedStep(Model):
     training: Training = Training()
     """The training loop."""
 
+    rules: ClassVar[tuple[Rule, ...]] = (STOPPING_NEEDS_VALIDATION,)
+
 
 class AlignmentSpec(Model):
     """What to align, by which preferences, and how. Steps run in the order of these fields."""
@@ -41,7 +44,7 @@ class AlignmentSpec(Model):
     constitution: Constitution | None = None
     """Critique, revise and fine-tune on the revisions. None: skip."""
     preferences: Preferences | None = None
-    """What people or a judge prefer; needed by dpo and by rewardModel.train. None: no preferences."""
+    """What people or a judge prefer; needed by dpo and by rewardModel.train. None: none."""
     reward_model: RewardModel | None = None
     """What scores answers; needed by ppo, grpo and rloo. None: no reward."""
     optimize: Optimize | None = None
@@ -59,56 +62,54 @@ class AlignmentSpec(Model):
     run_policy: RunPolicy = RunPolicy()
     """How it is run; may change while it runs."""
 
-    cel_rules: ClassVar[tuple[Rule, ...]] = (
+    rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            "has(self.sft) || has(self.constitution) || has(self.rewardModel) || has(self.optimize)",
-            "nothing to do: set sft, constitution, rewardModel or optimize",
+            cel="has(self.sft) || has(self.constitution) || has(self.rewardModel) || "
+            "has(self.optimize)",
+            holds=lambda spec: any((spec.sft, spec.constitution, spec.reward_model, spec.optimize)),
+            message="nothing to do: set sft, constitution, rewardModel or optimize",
+            reads=("sft", "constitution", "rewardModel", "optimize"),
         ),
         Rule(
-            "!has(self.optimize) || !has(self.optimize.dpo) || has(self.preferences)",
-            "optimize.dpo needs preferences",
+            cel="!has(self.optimize) || !has(self.optimize.dpo) || has(self.preferences)",
+            holds=lambda spec: (
+                spec.optimize is None or spec.optimize.dpo is None or spec.preferences is not None
+            ),
+            message="needs preferences: add preferences.data or preferences.aiFeedback",
+            path="optimize.dpo",
+            reads=("optimize", "optimize.dpo", "preferences"),
         ),
         Rule(
-            "!has(self.rewardModel) || !has(self.rewardModel.train) || has(self.preferences)",
-            "rewardModel.train needs preferences",
+            cel="!has(self.rewardModel) || !has(self.rewardModel.train) || has(self.preferences)",
+            holds=lambda spec: (
+                spec.reward_model is None
+                or spec.reward_model.train is None
+                or spec.preferences is not None
+            ),
+            message="needs preferences: add preferences.data or preferences.aiFeedback",
+            path="rewardModel.train",
+            reads=("rewardModel", "rewardModel.train", "preferences"),
         ),
         Rule(
-            "!has(self.optimize) || has(self.optimize.dpo) || has(self.rewardModel)",
-            "optimize.ppo, grpo and rloo need rewardModel",
+            cel="!has(self.optimize) || has(self.optimize.dpo) || has(self.rewardModel)",
+            holds=lambda spec: (
+                spec.optimize is None
+                or spec.optimize.dpo is not None
+                or spec.reward_model is not None
+            ),
+            message="ppo, grpo and rloo need a reward: add rewardModel, or optimize by dpo",
+            path="optimize",
+            reads=("optimize", "optimize.dpo", "rewardModel"),
         ),
         Rule(
-            "self.rounds == 1 || has(self.optimize)",
-            "rounds above 1 need optimize",
+            cel="self.rounds == 1 || has(self.optimize)",
+            holds=lambda spec: spec.rounds == 1 or spec.optimize is not None,
+            message="above 1 needs optimize: add optimize or remove rounds",
+            path="rounds",
+            reads=("rounds", "optimize"),
         ),
-        Rule(
-            "!self.output.merge || !has(self.adapter) || "
-            + " || ".join(f"has(self.adapter.{name})" for name in MERGEABLE),
-            f"output.merge needs one of the adapters {', '.join(MERGEABLE)}: the others are not "
-            "linear in the base weights",
-        ),
+        MERGE_NEEDS_LINEARITY,
     )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        faults = []
-        if not (self.sft or self.constitution or self.reward_model or self.optimize):
-            faults.append("nothing to do: set sft, constitution, rewardModel or optimize")
-        if self.optimize and self.optimize.dpo and not self.preferences:
-            faults.append("optimize.dpo needs preferences")
-        if self.reward_model and self.reward_model.train and not self.preferences:
-            faults.append("rewardModel.train needs preferences")
-        if self.optimize and not self.optimize.dpo and not self.reward_model:
-            faults.append(f"optimize.{self.optimize.kind} needs rewardModel")
-        if self.rounds > 1 and not self.optimize:
-            faults.append(f"rounds is {self.rounds}: rounds above 1 need optimize")
-        if self.output.merge and self.adapter and self.adapter.kind not in MERGEABLE:
-            faults.append(
-                f"output.merge needs one of the adapters {', '.join(MERGEABLE)}: "
-                f"{self.adapter.kind} is not linear in the base weights; remove output.merge"
-            )
-        if faults:
-            raise ValueError("; ".join(faults))
-        return self
 
 
 class AlignmentJob(Model):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from tuneyard.api.meta import Model, ObjectName, Rule
 
-Quantity = Annotated[
-    str, Field(max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$")
-]
+QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$"
+Quantity = Annotated[str, Field(max_length=32, pattern=QUANTITY_PATTERN)]
 """A Kubernetes quantity, as a string: "500m", "16Gi"."""
 
 
@@ -49,7 +48,9 @@ class Compute(Model):
     """Size of /dev/shm, within `memory`. None: the profile's, else 2Gi."""
     gpu_resource: str = Field(default="nvidia.com/gpu", max_length=317)
     """The extended resource that stands for a GPU."""
-    node_selector: dict[str, str] = {}
+    node_selector: dict[str, Annotated[str, Field(max_length=63)]] = Field(
+        default={}, max_length=32
+    )
     """Labels of the nodes that workers may run on."""
     tolerations: list[Toleration] = Field(default=[], max_length=32)
     """Taints that workers tolerate."""
@@ -58,21 +59,20 @@ class Compute(Model):
     image: str | None = Field(default=None, max_length=512)
     """The trainer image. None: the operator's default."""
 
-    cel_rules: ClassVar[tuple[Rule, ...]] = (
+    rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            "!has(self.minWorkers) || !has(self.workers) || self.minWorkers <= self.workers",
-            "minWorkers must not exceed workers: lower minWorkers or raise workers",
+            cel="!has(self.minWorkers) || !has(self.workers) || self.minWorkers <= self.workers",
+            holds=lambda compute: (
+                compute.min_workers is None
+                or compute.workers is None
+                or compute.min_workers <= compute.workers
+            ),
+            message="must not exceed workers: lower minWorkers or raise workers",
+            path="minWorkers",
+            reads=("minWorkers", "workers"),
+            found=lambda compute: f"{compute.min_workers} of {compute.workers}",
         ),
     )
-
-    @model_validator(mode="after")
-    def _elastic_bounds(self) -> Self:
-        if self.min_workers and self.workers and self.min_workers > self.workers:
-            raise ValueError(
-                f"minWorkers is {self.min_workers} and workers {self.workers}: minWorkers must not "
-                "exceed workers"
-            )
-        return self
 
 
 class RunPolicy(Model):
@@ -95,15 +95,12 @@ class RunPolicy(Model):
     workload_priority: ObjectName | None = None
     """The Kueue WorkloadPriorityClass. None: the queue's default."""
 
-    cel_rules: ClassVar[tuple[Rule, ...]] = (
+    rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            "!has(self.workloadPriority) || has(self.queue)",
-            "workloadPriority needs queue: name the Kueue LocalQueue too",
+            cel="!has(self.workloadPriority) || has(self.queue)",
+            holds=lambda policy: policy.workload_priority is None or policy.queue is not None,
+            message="needs a queue: set queue to the Kueue LocalQueue, or remove workloadPriority",
+            path="workloadPriority",
+            reads=("workloadPriority", "queue"),
         ),
     )
-
-    @model_validator(mode="after")
-    def _priority_needs_queue(self) -> Self:
-        if self.workload_priority and not self.queue:
-            raise ValueError("workloadPriority needs queue: name the Kueue LocalQueue too")
-        return self

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from tuneyard.api.compute import Compute, RunPolicy
 from tuneyard.api.meta import API_VERSION, Model, ObjectMeta, Rule
-from tuneyard.api.methods import MERGEABLE, Adapter, Evaluate, Training
+from tuneyard.api.methods import (
+    FREEZE_WITHOUT_ADAPTER,
+    MERGE_NEEDS_LINEARITY,
+    STOPPING_NEEDS_VALIDATION,
+    Adapter,
+    Evaluate,
+    Training,
+)
 from tuneyard.api.sources import FineTuneData, ModelSource, Output
 from tuneyard.api.status import JobStatus
 
@@ -35,48 +42,18 @@ class FineTuneSpec(Model):
     run_policy: RunPolicy = RunPolicy()
     """How it is run; may change while it runs."""
 
-    cel_rules: ClassVar[tuple[Rule, ...]] = (
+    rules: ClassVar[tuple[Rule, ...]] = (
+        FREEZE_WITHOUT_ADAPTER,
+        STOPPING_NEEDS_VALIDATION,
+        MERGE_NEEDS_LINEARITY,
         Rule(
-            "!(has(self.adapter) && has(self.training.freeze))",
-            "training.freeze applies to full fine-tuning: an adapter freezes the whole base; remove "
-            "one",
-        ),
-        Rule(
-            "!has(self.training.earlyStopping) || has(self.data.validation)",
-            "training.earlyStopping needs held-out rows: set data.validation",
-        ),
-        Rule(
-            "size(self.evaluate.gates) == 0 || has(self.data.validation)",
-            "evaluate.gates need held-out rows: set data.validation",
-        ),
-        Rule(
-            "!self.output.merge || !has(self.adapter) || "
-            + " || ".join(f"has(self.adapter.{name})" for name in MERGEABLE),
-            f"output.merge needs one of the adapters {', '.join(MERGEABLE)}: the others are not "
-            "linear in the base weights",
+            cel="size(self.evaluate.gates) == 0 || has(self.data.validation)",
+            holds=lambda spec: not spec.evaluate.gates or spec.data.validation is not None,
+            message="need held-out rows: set data.validation, or remove evaluate.gates",
+            path="evaluate.gates",
+            reads=("evaluate.gates", "data.validation"),
         ),
     )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        faults = []
-        if self.adapter and self.training.freeze:
-            faults.append(
-                "training.freeze applies to full fine-tuning: an adapter freezes the whole base; "
-                "remove one"
-            )
-        if self.training.early_stopping and not self.data.validation:
-            faults.append("training.earlyStopping needs held-out rows: set data.validation")
-        if self.evaluate.gates and not self.data.validation:
-            faults.append("evaluate.gates need held-out rows: set data.validation")
-        if self.output.merge and self.adapter and self.adapter.kind not in MERGEABLE:
-            faults.append(
-                f"output.merge needs one of the adapters {', '.join(MERGEABLE)}: "
-                f"{self.adapter.kind} is not linear in the base weights; remove output.merge"
-            )
-        if faults:
-            raise ValueError("; ".join(faults))
-        return self
 
 
 class FineTuneJob(Model):

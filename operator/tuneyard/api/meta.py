@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, NamedTuple, Self
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.alias_generators import to_camel
 
-GROUP = "tuneyard.io"
-VERSION = "v1alpha1"
-API_VERSION = f"{GROUP}/{VERSION}"
+GROUP: Final = "tuneyard.io"
+VERSION: Final = "v1alpha1"
+API_VERSION: Final = "tuneyard.io/v1alpha1"
 
 
 class Rule(NamedTuple):
-    """A CEL validation rule of the generated CRD, written beside the validator it mirrors."""
+    """A rule across the fields of one model, written once for the API server and once for Python.
 
-    rule: str
+    Paths are YAML names, relative to the model ("" is the model itself).
+    """
+
+    cel: str
+    """The rule in CEL, for the CRD; `self` is the model."""
+    holds: Callable[[Any], bool]
+    """The same in Python; it may read no field that `reads` does not name."""
     message: str
+    """The reason and the remedy; what is wrong stands before it, as the path."""
+    path: str = ""
+    """The field to blame."""
+    reads: tuple[str, ...] = ()
+    """Every field that the rule looks at: where one of them is itself at fault, it says nothing."""
+    found: Callable[[Any], str] | None = None
+    """What was found instead, for Python's message. None: the message says it all."""
+
+    def message_for(self, value: Any) -> str:
+        return f"{self.message}; found {self.found(value)}" if self.found else self.message
 
 
 class Model(BaseModel):
-    """Base of every type in the contract: camelCase in YAML, snake_case in Python, mapped here once.
+    """Base of every type in the contract: camelCase in YAML, snake_case in Python, mapped here.
 
     Strict: `epochs: "3"` is an error here as it is at the API server. Unknown fields are errors.
     """
@@ -35,11 +52,24 @@ class Model(BaseModel):
         use_attribute_docstrings=True,
     )
 
-    cel_rules: ClassVar[tuple[Rule, ...]] = ()
+    rules: ClassVar[tuple[Rule, ...]] = ()
+
+    @model_validator(mode="after")
+    def _rules_hold(self) -> Self:
+        broken = [rule for rule in self.rules if not rule.holds(self)]
+        if broken:
+            texts = (f"{rule.path} {rule.message_for(self)}".strip() for rule in broken)
+            raise ValueError("; ".join(texts))
+        return self
 
 
 class OneOf(Model):
     """A union told apart by which field is present, as Kubernetes writes them."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        cls.rules = (cls.union_rule(), *cls.rules)
 
     @classmethod
     def members(cls) -> tuple[str, ...]:
@@ -50,41 +80,34 @@ class OneOf(Model):
     def union_rule(cls) -> Rule:
         present = ", ".join(f"has(self.{name})" for name in cls.members())
         return Rule(
-            f"[{present}].filter(present, present).size() == 1",
-            f"set exactly one of {', '.join(cls.members())}",
+            cel=f"[{present}].filter(present, present).size() == 1",
+            holds=lambda one: len(cls._given(one)) == 1,
+            message=f"set exactly one of {', '.join(cls.members())}",
+            reads=cls.members(),
+            found=lambda one: " and ".join(cls._given(one)) or "none",
         )
 
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Self:
-        given = [
-            field.alias or name
-            for name, field in type(self).model_fields.items()
-            if getattr(self, name) is not None
-        ]
-        if len(given) != 1:
-            found = " and ".join(given) if given else "none"
-            raise ValueError(f"set exactly one of {', '.join(self.members())}; found {found}")
-        return self
+    @classmethod
+    def _given(cls, one: Any) -> list[str]:
+        fields = cls.model_fields.items()
+        return [field.alias or name for name, field in fields if getattr(one, name) is not None]
 
     @property
     def kind(self) -> str:
         """The YAML name of the alternative that is set."""
-        return next(
-            field.alias or name
-            for name, field in type(self).model_fields.items()
-            if getattr(self, name) is not None
-        )
+        return self._given(self)[0]
 
 
 AutoInt = Annotated[int, Field(ge=1, le=1 << 30)] | Literal["auto"]
 """A count that the planner chooses by rule when it is `auto`."""
 
-Name = Annotated[str, Field(min_length=1, max_length=40, pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$")]
+NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
+NAME_LENGTH = 40
+Name = Annotated[str, Field(min_length=1, max_length=NAME_LENGTH, pattern=NAME_PATTERN)]
 """A job's name. DNS-1035 and at most 40 characters: KubeRay allows 47, and `-<attempt>` follows."""
 
-ObjectName = Annotated[
-    str, Field(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
-]
+OBJECT_NAME_PATTERN = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
+ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=OBJECT_NAME_PATTERN)]
 """The name of another Kubernetes object (DNS-1123 subdomain)."""
 
 
@@ -94,7 +117,7 @@ class ObjectMeta(BaseModel):
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore")
 
     name: Name
-    """The job's name; at most 40 characters, lower case, digits and dashes, starting with a letter."""
+    """The job's name: at most 40 lower-case letters, digits and dashes, starting with a letter."""
     namespace: str | None = None
     """The namespace; None means the one of the context."""
     labels: dict[str, str] = {}
@@ -110,7 +133,14 @@ class ObjectMeta(BaseModel):
 ConditionType = Literal["Planned", "Admitted", "Running", "Suspended", "Succeeded", "Failed"]
 
 
-class Condition(Model):
+class Report(Model):
+    """Base of what the operator reports. Unknown fields are ignored, not refused: after a roll-back
+    an older operator reads what a newer one wrote."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class Condition(Report):
     """One condition, in Kubernetes' own shape so that `kubectl wait --for=condition=...` works."""
 
     type: ConditionType

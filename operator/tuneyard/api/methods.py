@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from tuneyard.api.meta import AutoInt, Model, OneOf, Rule
 from tuneyard.api.sources import Dataset, ModelSource, PromptSet, SecretKeyRef
@@ -12,10 +12,14 @@ from tuneyard.api.sources import Dataset, ModelSource, PromptSet, SecretKeyRef
 Rank = Annotated[int, Field(ge=1, le=1024)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 LearningRate = Annotated[float, Field(gt=0, le=10)] | Literal["auto"]
-LayerRanges = Annotated[
-    str, Field(max_length=256, pattern=r"^[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*$")
-]
+LAYERS_PATTERN = r"^[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*$"
+LayerRanges = Annotated[str, Field(max_length=256, pattern=LAYERS_PATTERN)]
 """Layer indices from 0, as a string: "0-11", "0-3,8"."""
+
+
+ModuleNames = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=128)]], Field(min_length=1, max_length=64)
+]
 
 
 class Lora(Model):
@@ -24,11 +28,11 @@ class Lora(Model):
     rank: Rank = 16
     """Rank of the update."""
     alpha: int = Field(default=32, ge=1, le=4096)
-    """Scale: the update is multiplied by alpha / rank (alpha / sqrt(rank) with `rankStabilized`)."""
+    """Scale: the update is multiplied by alpha / rank (alpha / sqrt(rank): `rankStabilized`)."""
     dropout: Probability = 0.0
     """Dropout on the adapter's input."""
-    targets: Literal["all-linear", "attention"] | list[str] = "all-linear"
-    """Which linear layers: all but the head, the attention projections, or a list of module names."""
+    targets: Literal["all-linear", "attention"] | ModuleNames = "all-linear"
+    """Which linear layers: all but the head, the attention projections, or a list of names."""
     layers: LayerRanges | None = None
     """Only these layers, e.g. "15-29". None: all."""
     rank_stabilized: bool = False
@@ -93,8 +97,6 @@ class Adapter(OneOf):
     """(IA)^3."""
     bottleneck: Bottleneck | None = None
     """Houlsby bottleneck adapters."""
-
-    cel_rules: ClassVar[tuple[Rule, ...]] = ()
 
 
 MERGEABLE = ("lora", "qlora", "ia3")
@@ -177,24 +179,51 @@ class Training(Model):
     early_stopping: EarlyStopping | None = None
     """Stop when the held-out loss no longer falls; needs held-out rows. None: run to the end."""
     keep_best: bool = True
-    """Keep the weights with the lowest held-out loss, where there are held-out rows, else the last."""
+    """Keep the weights with the lowest held-out loss; without held-out rows, the last ones."""
     checkpoint_steps: int | None = Field(default=None, ge=1)
     """Steps between checkpoints. None: every 10 minutes and at each evaluation."""
     seed: int = Field(default=0, ge=0, lt=1 << 32)
     """Seed of the data order, dropout and initial adapter weights."""
 
-    cel_rules: ClassVar[tuple[Rule, ...]] = (
+    rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            "!(has(self.epochs) && has(self.maxSteps))",
-            "set epochs or maxSteps, not both: remove one",
+            cel="!(has(self.epochs) && has(self.maxSteps))",
+            holds=lambda training: training.epochs is None or training.max_steps is None,
+            message="excludes epochs: remove maxSteps or epochs",
+            path="maxSteps",
+            reads=("epochs", "maxSteps"),
         ),
     )
 
-    @model_validator(mode="after")
-    def _one_length(self) -> Self:
-        if self.epochs is not None and self.max_steps is not None:
-            raise ValueError("set epochs or maxSteps, not both: remove one")
-        return self
+
+FREEZE_WITHOUT_ADAPTER = Rule(
+    cel="!has(self.adapter) || !has(self.training.freeze)",
+    holds=lambda spec: spec.adapter is None or spec.training.freeze is None,
+    message="applies to full fine-tuning, and an adapter freezes the whole base: remove "
+    "training.freeze or adapter",
+    path="training.freeze",
+    reads=("adapter", "training.freeze"),
+)
+STOPPING_NEEDS_VALIDATION = Rule(
+    cel="!has(self.training.earlyStopping) || has(self.data.validation)",
+    holds=lambda spec: spec.training.early_stopping is None or spec.data.validation is not None,
+    message="needs held-out rows: set data.validation, or remove training.earlyStopping",
+    path="training.earlyStopping",
+    reads=("training.earlyStopping", "data.validation"),
+)
+MERGE_NEEDS_LINEARITY = Rule(
+    cel="!self.output.merge || !has(self.adapter) || "
+    + " || ".join(f"has(self.adapter.{name})" for name in MERGEABLE),
+    holds=lambda spec: (
+        not spec.output.merge
+        or spec.adapter is None
+        or any(getattr(spec.adapter, name) is not None for name in MERGEABLE)
+    ),
+    message=f"needs one of the adapters {', '.join(MERGEABLE)}, as the others are not linear in "
+    "the base weights: remove output.merge or change the adapter",
+    path="output.merge",
+    reads=("output.merge", "adapter", *(f"adapter.{name}" for name in MERGEABLE)),
+)
 
 
 Metric = Literal[
@@ -205,7 +234,7 @@ Metric = Literal[
     "answerAccuracyGain",
 ]
 """What a gate can look at. lossReduction: 1 - tuned/base held-out loss. answerAccuracy: share of
-the held-out rows with an `expected` field whose sampled answer contains it; the gain is over base."""
+the held-out rows with an `expected` field whose sampled answer contains it; the gain: over base."""
 
 
 class Gate(Model):
@@ -218,15 +247,14 @@ class Gate(Model):
     at_most: float | None = None
     """The metric must not be higher. None: no upper bound."""
 
-    cel_rules: ClassVar[tuple[Rule, ...]] = (
-        Rule("has(self.atLeast) || has(self.atMost)", "set atLeast, atMost or both"),
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            cel="has(self.atLeast) || has(self.atMost)",
+            holds=lambda gate: gate.at_least is not None or gate.at_most is not None,
+            message="has no bound: set atLeast, atMost or both",
+            reads=("atLeast", "atMost"),
+        ),
     )
-
-    @model_validator(mode="after")
-    def _has_bound(self) -> Self:
-        if self.at_least is None and self.at_most is None:
-            raise ValueError("set atLeast, atMost or both")
-        return self
 
 
 class Evaluate(Model):
@@ -251,26 +279,13 @@ class Evaluate(Model):
 # ---- alignment --------------------------------------------------------------------------------
 
 
-class RuleReward(Model):
-    """A reward computed by a rule instead of a model."""
+class RuleReward(OneOf):
+    """A reward computed by a rule instead of a model; exactly one."""
 
     exact_match: str | None = Field(default=None, min_length=1, max_length=128)
     """The prompt row's field that the answer must equal, white space and case aside."""
     json_schema: str | None = Field(default=None, min_length=2, max_length=65536)
     """A JSON Schema, as JSON text, that the answer must satisfy."""
-
-    cel_rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(
-            "has(self.exactMatch) != has(self.jsonSchema)",
-            "set exactly one of exactMatch, jsonSchema",
-        ),
-    )
-
-    @model_validator(mode="after")
-    def _one_of(self) -> Self:
-        if (self.exact_match is None) == (self.json_schema is None):
-            raise ValueError("set exactly one of exactMatch, jsonSchema")
-        return self
 
 
 class RewardTraining(Model):
@@ -284,6 +299,22 @@ class RewardTraining(Model):
     """Least reward difference asked of a pair (Touvron et al. 2023, eq. 2)."""
     centering: float = Field(default=0.0, ge=0, le=1)
     """Weight of the term that centres rewards on zero (Eisenstein et al. 2023)."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        FREEZE_WITHOUT_ADAPTER,
+        Rule(
+            cel="!has(self.adapter) || has(self.adapter.lora) || has(self.adapter.qlora)",
+            holds=lambda train: (
+                train.adapter is None
+                or train.adapter.lora is not None
+                or train.adapter.qlora is not None
+            ),
+            message="must be lora or qlora for a reward model: change it, or remove it for full "
+            "fine-tuning",
+            path="adapter",
+            reads=("adapter", "adapter.lora", "adapter.qlora"),
+        ),
+    )
 
 
 class RewardModel(OneOf):
@@ -306,10 +337,13 @@ class Judge(OneOf):
     """An OpenAI-compatible endpoint."""
 
 
+URL_PATTERN = r"^https?://[^\s]+$"
+
+
 class JudgeEndpoint(Model):
     """An OpenAI-compatible chat endpoint."""
 
-    url: str = Field(max_length=1024, pattern=r"^https?://[^\s]+$")
+    url: str = Field(max_length=1024, pattern=URL_PATTERN)
     """The API's base, e.g. https://judge.example/v1."""
     model: str = Field(min_length=1, max_length=256)
     """The model's name there."""

@@ -230,7 +230,7 @@ class Plan(Model):
     """How it is run."""
     manifest: dict[str, Any]
     """The job as the user wrote it, defaults filled in; exported beside the weights."""
-    notes: list[str] = []
+    notes: list[str] = Field(default=[])
     """What the planner decided in the user's stead, and why."""
 
     def to_json(self) -> str:
@@ -258,9 +258,9 @@ class StageRecord(Model):
     """RFC 3339, UTC."""
     finished_at: str
     """RFC 3339, UTC."""
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = Field(default={})
     """Numbers worth comparing."""
-    details: dict[str, Any] = {}
+    details: dict[str, Any] = Field(default={})
     """Anything else worth showing: formats found, rows skipped, sampled answers."""
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = Field(default={})
     """Versions of tuneyard, torch, transformers and peft that made it."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from tuneyard.api.meta import Model, ObjectName, Rule
+from tuneyard.api.meta import Model, ObjectName, OneOf, Rule
 
 MODEL_SCHEMES = ("hf", "s3", "gs", "pvc", "file", "pkg", "job")
 DATA_SCHEMES = ("hf", "s3", "gs", "pvc", "file", "pkg", "https")
@@ -23,12 +23,15 @@ DataUri = Annotated[str, Field(max_length=1024, pattern=_uri_pattern(DATA_SCHEME
 OutputUri = Annotated[str, Field(max_length=1024, pattern=_uri_pattern(OUTPUT_SCHEMES))]
 
 
+KEY_PATTERN = r"^[-._a-zA-Z0-9]+$"
+
+
 class SecretKeyRef(Model):
     """One key of a Secret in the job's namespace. On one machine: an environment variable."""
 
     name: ObjectName
     """The Secret's name."""
-    key: str = Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")
+    key: str = Field(min_length=1, max_length=253, pattern=KEY_PATTERN)
     """The key inside it."""
 
     @property
@@ -59,20 +62,16 @@ class ModelSource(Model):
     credentials: SecretRef | None = None
     """Credentials of an s3:// or gs:// source, as environment variables. None: ambient ones."""
 
-    cel_rules: ClassVar[tuple[Rule, ...]] = (
+    rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            "!has(self.revision) || self.uri.startsWith('hf://')",
-            "revision applies to hf:// models only: remove it",
+            cel="!has(self.revision) || self.uri.startsWith('hf://')",
+            holds=lambda model: model.revision is None or model.uri.startswith("hf://"),
+            message="applies to hf:// models only: remove revision, or name an hf:// model",
+            path="revision",
+            reads=("revision", "uri"),
+            found=lambda model: model.uri,
         ),
     )
-
-    @model_validator(mode="after")
-    def _revision_of_hub(self) -> Self:
-        if self.revision is not None and not self.uri.startswith("hf://"):
-            raise ValueError(
-                f"revision applies to hf:// models only, and uri is {self.uri}: remove revision"
-            )
-        return self
 
 
 DataFormat = Literal[
@@ -115,7 +114,7 @@ class Dataset(Model):
     fields: FieldMap = FieldMap()
     """Names of the fields, where the file does not use its format's own."""
     weight: float = Field(default=1.0, gt=0, le=100)
-    """How often an epoch sees each row: 1.0 once, 2.0 twice, 0.5 a fixed, seeded half of the rows."""
+    """How often an epoch sees each row: 1.0 once, 2.0 twice, 0.5 a fixed, seeded half of them."""
     limit: int | None = Field(default=None, ge=1)
     """Read at most this many rows, from the start. None: all."""
     token_secret: SecretKeyRef | None = None
@@ -141,24 +140,13 @@ class PromptSet(Model):
     """Credentials of an s3:// or gs:// source, as environment variables. None: ambient ones."""
 
 
-class Validation(Model):
+class Validation(OneOf):
     """The held-out rows: a seeded fraction of the training data, or data sets of their own."""
 
     fraction: float | None = Field(default=None, gt=0, lt=1)
     """Share of the training rows to hold out, at least one row."""
     data: list[Dataset] | None = Field(default=None, min_length=1, max_length=64)
     """Data sets that training never reads."""
-
-    cel_rules: ClassVar[tuple[Rule, ...]] = (
-        Rule("has(self.fraction) != has(self.data)", "set exactly one of fraction, data"),
-    )
-
-    @model_validator(mode="after")
-    def _one_of(self) -> Self:
-        if (self.fraction is None) == (self.data is None):
-            found = "none" if self.data is None else "both"
-            raise ValueError(f"set exactly one of fraction, data; found {found}")
-        return self
 
 
 class FineTuneData(Model):
@@ -168,7 +156,7 @@ class FineTuneData(Model):
     """The training data; rows of all data sets are shuffled together."""
     validation: Validation | None = None
     """The held-out rows. None: none are held out, so no held-out loss, early stopping or gates."""
-    max_length: int | Literal["auto"] = Field(default="auto")
+    max_length: Annotated[int, Field(ge=8, le=1 << 20)] | Literal["auto"] = "auto"
     """The longest sequence in tokens; auto: 1024, or the model's context where that is shorter."""
     on_overlength: Literal["error", "drop", "truncate", "split"] = "error"
     """What to do with a longer row: refuse the data, drop it, cut its end off, or split it into
@@ -185,14 +173,6 @@ class FineTuneData(Model):
     default is kept."""
     chat_template: str | None = Field(default=None, max_length=65536)
     """A Jinja chat template in place of the tokenizer's. None: the tokenizer's own."""
-
-    @model_validator(mode="after")
-    def _length_in_bounds(self) -> Self:
-        if isinstance(self.max_length, int) and not 8 <= self.max_length <= 1 << 20:
-            raise ValueError(
-                f"maxLength is {self.max_length} tokens: it must be auto or within 8 to 1048576"
-            )
-        return self
 
 
 class Output(Model):

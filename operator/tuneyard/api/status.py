@@ -6,13 +6,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from tuneyard.api.meta import Condition, Model
+from tuneyard.api.meta import Condition, Report
 
 Phase = Literal["Pending", "Queued", "Running", "Suspended", "Succeeded", "Failed"]
 StageState = Literal["Pending", "Running", "Succeeded", "Failed", "Skipped"]
 
 
-class StageStatus(Model):
+class StageStatus(Report):
     """One stage of the plan."""
 
     name: str = Field(max_length=64)
@@ -27,11 +27,11 @@ class StageStatus(Model):
     """When it ended (RFC 3339); None: not yet."""
     digest: str | None = None
     """The digest of its output, from its record; None: no record yet."""
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = Field(default={})
     """Its key metrics, from its record."""
 
 
-class Progress(Model):
+class Progress(Report):
     """How far the running stage is."""
 
     stage: str
@@ -44,13 +44,13 @@ class Progress(Model):
     """Share of the whole job that is done."""
     estimated_remaining_seconds: int | None = Field(default=None, ge=0)
     """Time to the end of the stage; None: unknown."""
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = Field(default={})
     """The newest training metrics."""
     last_updated_time: str
     """When this was reported (RFC 3339)."""
 
 
-class AttemptStatus(Model):
+class AttemptStatus(Report):
     """One attempt: one RayJob."""
 
     number: int = Field(ge=1)
@@ -69,18 +69,18 @@ class AttemptStatus(Model):
     """Steps that the next attempt had to repeat; None: unknown or none yet."""
 
 
-class Result(Model):
+class Result(Report):
     """What the job produced."""
 
     uri: str
     """Where it lies."""
     digest: str
     """The digest of the exported files."""
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = Field(default={})
     """The evaluation's metrics."""
 
 
-class Failure(Model):
+class Failure(Report):
     """Why the job failed, and what to do."""
 
     reason: str
@@ -91,13 +91,14 @@ class Failure(Model):
     """Which field to change; "" where nothing in the manifest helps."""
 
 
-class JobStatus(Model):
+class JobStatus(Report):
     """What the operator saw of a job."""
 
     phase: Phase | None = None
     """The job in one word; None before the operator looked."""
     conditions: list[Condition] = Field(
         default=[],
+        max_length=16,
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
     """Planned, Admitted, Running, Suspended, Succeeded, Failed."""
