@@ -1,0 +1,177 @@
+"""`tuneyard run`: plans carried out on this machine, with Ray started for the purpose."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from tuneyard.api.plan import Plan, SourceInput
+from tuneyard.errors import Fault, PlanError, StageError
+from tuneyard_trainer.console import Console
+from tuneyard_trainer.records import Store, folder_of
+from tuneyard_trainer.runner import Ledger
+from tuneyard_trainer.worker import Interrupted
+
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def run(plans: Sequence[Plan], base_dir: Path) -> int:
+    """Runs the plans one after another; returns the exit code of the first that does not succeed.
+
+    `base_dir` is the manifest's folder: file:// paths are relative to it. Raises PlanError for
+    manifests that need a cluster.
+    """
+    plans = localized(plans, base_dir)
+    for plan in plans:
+        code = _run(plan, base_dir)
+        if code != OK:
+            return code
+    return OK
+
+
+def localized(plans: Sequence[Plan], base_dir: Path) -> list[Plan]:
+    """The plans with job:// sources pointing at the outputs of other jobs of the same manifest.
+
+    Raises PlanError, with every fault, for sources and outputs that exist on a cluster only.
+    """
+    faults = [fault for plan in plans for fault in _cluster_only(plan)]
+    outputs = {plan.job.name: plan.output.uri for plan in plans}
+    resolved = []
+    for plan in plans:
+        stages = []
+        for stage in plan.stages:
+            inputs = dict(stage.inputs)
+            for role, source in inputs.items():
+                if isinstance(source, SourceInput) and source.uri.startswith("job://"):
+                    name = source.uri.removeprefix("job://")
+                    if name not in outputs:
+                        faults.append(_unknown_job(source, name))
+                        continue
+                    uri = f"{outputs[name].rstrip('/')}/{folder_of('export')}/model"
+                    inputs[role] = source.model_copy(update={"uri": uri})
+            stages.append(stage.model_copy(update={"inputs": inputs}))
+        resolved.append(plan.model_copy(update={"stages": stages}))
+    if faults:
+        raise PlanError(list(dict.fromkeys(faults)))
+    return resolved
+
+
+def _unknown_job(source: SourceInput, name: str) -> Fault:
+    return Fault(
+        source.path,
+        f"on one machine {source.uri} means a job of the same manifest file, and there is no "
+        f"{name!r} in it: add it, or name its model folder, file://OUTPUT/result/model",
+    )
+
+
+def _cluster_only(plan: Plan) -> Iterator[Fault]:
+    sources = [
+        source
+        for stage in plan.stages
+        for source in stage.inputs.values()
+        if isinstance(source, SourceInput)
+    ]
+    places = [(source.path, source.uri) for source in sources]
+    for path, uri in [*places, ("spec.output.uri", plan.output.uri)]:
+        if uri.startswith("pvc://"):
+            yield Fault(path, f"{uri} exists on a cluster only: on one machine write file://PATH")
+
+
+def _run(plan: Plan, base_dir: Path) -> int:
+    output = _located(plan.output.uri, base_dir)
+    cache_dir = _cache_dir()
+    with Console() as console, tempfile.TemporaryDirectory(prefix="tuneyard-") as scratch:
+        try:
+            store = Store(output, Path(scratch) / "store")
+            with store.lock():
+                _carry_out(plan, store, output, base_dir, cache_dir, Path(scratch), console)
+        except StageError as error:
+            console.failure(error)
+            return FAILED
+        except Interrupted as stopped:
+            console.interrupted(stopped)
+            return INTERRUPTED
+    return OK
+
+
+def _carry_out(
+    plan: Plan,
+    store: Store,
+    output: str,
+    base_dir: Path,
+    cache_dir: Path,
+    scratch: Path,
+    console: Console,
+) -> None:
+    store.claim(plan.job, attempt=1)
+    console.start(plan)
+    pending = Ledger(plan, store, base_dir, cache_dir).pending()
+    if pending:
+        from tuneyard_trainer import distributed  # torch and Ray, only where something is to do
+
+        resources = distributed.local_resources(plan.compute)
+        places = distributed.Places(output, str(scratch), str(base_dir.absolute()), str(cache_dir))
+        with _orderly_stop(console) as stop, distributed.local_cluster(resources):
+            distributed.run(
+                plan,
+                places=places,
+                resources=resources,
+                attempt=1,
+                on_event=console.event,
+                stop=stop,
+            )
+    records = {stage.name: store.record(stage.name) for stage in plan.stages}
+    console.summary(
+        {name: record for name, record in records.items() if record},
+        output,
+        store.root / folder_of("export"),
+        skipped_all=not pending,
+    )
+
+
+@contextmanager
+def _orderly_stop(console: Console) -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM once: checkpoint and end. A second Ctrl-C: end now."""
+    stop = threading.Event()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        console.event(
+            {
+                "type": "progress",
+                "stage": "",
+                "step": 0,
+                "totalSteps": 0,
+                "metrics": {},
+                "message": "stopping after this step; press Ctrl-C again to stop at once",
+            }
+        )
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _cache_dir() -> Path:
+    """TUNEYARD_CACHE, else the user's cache folder by the XDG base directory specification."""
+    if own := os.environ.get("TUNEYARD_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tuneyard"
+
+
+def _located(uri: str, base_dir: Path) -> str:
+    """An output as fsspec takes it: file:// paths made absolute against the manifest's folder."""
+    if uri.startswith("file://"):
+        return str((base_dir.absolute() / uri.removeprefix("file://")).resolve())
+    return uri

@@ -1,0 +1,237 @@
+"""Where a job's stages leave their output and, last of all, their records: any fsspec location.
+
+Layout under the job's output: `owner.json`, `stages/NAME/` with each stage's files and its
+`record.json`, and `result/`, which is the export stage's folder. A record is written last and atomically (rename on a file system, one put on an
+object store), so a record that can be read vouches for files that are complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import fsspec
+from pydantic import ValidationError
+
+from tuneyard.api.plan import JobRef, PlannedStage, StageRecord
+from tuneyard.errors import StageError
+from tuneyard_trainer.checkpoints import disk_error
+
+LAST = ("state.json", "record.json")
+"""Files that say that the others are complete; always copied after them."""
+
+
+class Store:
+    """A job's output location. On a file system, stages work in place; on an object store, in a
+    scratch folder that is copied up when something in it shall last."""
+
+    def __init__(self, uri: str, scratch: Path) -> None:
+        """`uri`: `/a/path`, `file:///a/path` or any fsspec URL. `scratch`: a local folder."""
+        self.uri = uri
+        self._fs, self._root = fsspec.core.url_to_fs(uri)
+        self.is_local = "file" in _protocols(self._fs)
+        self._scratch = Path(self._root) if self.is_local else scratch
+
+    # ---- ownership ----------------------------------------------------------------------------
+
+    def claim(self, job: JobRef, attempt: int) -> None:
+        """Marks the location as this job's, for this attempt.
+
+        Raises StageError OutputOwned if it belongs to another job or holds files of unknown origin,
+        StaleAttempt if a newer attempt already works there.
+        """
+        owner = self._read_json("owner.json")
+        if owner is None:
+            self._refuse_foreign_files()
+        elif JobRef.model_validate(owner["job"]) != job:
+            theirs = JobRef.model_validate(owner["job"])
+            raise StageError(
+                "OutputOwned",
+                f"{self.uri} holds the output of {theirs.kind} {theirs.name}, and this is "
+                f"{job.kind} {job.name}.",
+                advice="Choose another output.uri, or delete that folder.",
+            )
+        elif owner["attempt"] > attempt:
+            raise StageError(
+                "StaleAttempt",
+                f"attempt {owner['attempt']} of {job.name} has taken over; this is attempt "
+                f"{attempt}.",
+            )
+        self._write_json("owner.json", {"job": job.model_dump(mode="json"), "attempt": attempt})
+
+    def _refuse_foreign_files(self) -> None:
+        if not self._fs.exists(self._root):
+            return
+        names = [PurePosixPath(path).name for path in self._fs.ls(self._root, detail=False)]
+        foreign = sorted(name for name in names if not name.startswith("."))
+        if foreign:
+            raise StageError(
+                "OutputOwned",
+                f"{self.uri} holds files that no job of Tuneyard wrote, {foreign[0]!r} among them.",
+                advice="Choose an empty folder for output.uri.",
+            )
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps a second process on this machine from working in the same folder; object stores
+        rely on the attempt number alone. Raises StageError OutputBusy."""
+        if not self.is_local:
+            yield
+            return
+        folder = self._make(self._scratch)
+        with (folder / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StageError(
+                    "OutputBusy",
+                    f"another process is running a job in {self.uri}.",
+                    advice="Wait for it, or stop it.",
+                ) from None
+            yield
+
+    # ---- records --------------------------------------------------------------------------------
+
+    def record(self, stage: str) -> StageRecord | None:
+        """The stage's record; None if there is none that can be read."""
+        value = self._read_json(f"{folder_of(stage)}/record.json")
+        try:
+            return StageRecord.model_validate(value) if value is not None else None
+        except ValidationError:
+            return None  # of another version: the stage runs again
+
+    def done(self, stage: PlannedStage, input_digests: Mapping[str, str]) -> StageRecord | None:
+        """The record that makes running the stage superfluous; None: it must run."""
+        record = self.record(stage.name)
+        if record is not None and record.identity == stage.identity(input_digests):
+            return record
+        return None
+
+    def write_record(self, record: StageRecord) -> None:
+        """Copies the stage's files up, then writes the record: the stage is done.
+
+        Raises StageError StaleAttempt if a newer attempt has taken over meanwhile.
+        """
+        owner = self._read_json("owner.json")
+        if owner is not None and owner["attempt"] > record.attempt:
+            raise StageError(
+                "StaleAttempt",
+                f"attempt {owner['attempt']} has taken over; the record of attempt "
+                f"{record.attempt} for {record.stage} is refused.",
+            )
+        folder = self.workdir(record.stage)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        self.persist(folder)
+        self._write_json(
+            f"{folder_of(record.stage)}/record.json", record.model_dump(mode="json", by_alias=True)
+        )
+
+    def forget(self, stage: str) -> None:
+        """Removes a record that no longer holds, before the stage's files change."""
+        path = self._at(f"{folder_of(stage)}/record.json")
+        if self._fs.exists(path):
+            self._fs.rm(path)
+
+    # ---- files ----------------------------------------------------------------------------------
+
+    def workdir(self, stage: str) -> Path:
+        """The local folder of a stage; holds what lies in the store once `pull` was called."""
+        return self._make(self._scratch / folder_of(stage))
+
+    @property
+    def root(self) -> Path:
+        """The local counterpart of the whole output."""
+        return self._scratch
+
+    def pull(self, stage: str) -> None:
+        """Copies a stage's files from an object store to its local folder."""
+        remote = self._at(folder_of(stage))
+        if self.is_local or not self._fs.exists(remote):
+            return
+        for path in self._fs.find(remote):
+            target = self.workdir(stage) / PurePosixPath(path).relative_to(remote)
+            if not target.exists() or target.stat().st_size != self._fs.size(path):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self._fs.get_file(path, str(target))
+
+    def persist(self, folder: Path) -> None:
+        """Makes the store hold exactly the files of a local folder under the root."""
+        if self.is_local:
+            return
+        remote = self._at(str(folder.relative_to(self._scratch)))
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        wanted = {f"{remote}/{path.relative_to(folder).as_posix()}": path for path in files}
+        for target, path in sorted(wanted.items(), key=lambda item: item[1].name in LAST):
+            if path.name in LAST or self._size(target) != path.stat().st_size:
+                self._fs.put_file(str(path), target)
+        stale = [
+            path
+            for path in (self._fs.find(remote) if self._fs.exists(remote) else [])
+            if path not in wanted and not path.endswith("/record.json")
+        ]
+        for path in stale:
+            self._fs.rm_file(path)
+
+    def _size(self, path: str) -> int | None:
+        return self._fs.size(path) if self._fs.exists(path) else None
+
+    def _at(self, relative: str) -> str:
+        return f"{self._root.rstrip('/')}/{relative}"
+
+    def _make(self, folder: Path) -> Path:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, folder) from error
+        return folder
+
+    def _read_json(self, relative: str) -> Any:
+        try:
+            return json.loads(self._fs.cat_file(self._at(relative)))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+
+    def _write_json(self, relative: str, value: Any) -> None:
+        data = (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+        if self.is_local:
+            write_atomically(self._scratch / relative, data)
+        else:
+            self._fs.pipe_file(self._at(relative), data)
+
+
+def folder_of(stage: str) -> str:
+    """Where a stage's files lie under the output: what users come for stands at the top."""
+    return "result" if stage == "export" else f"stages/{stage}"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The file holds all of `data` or what it held before, also after a power cut.
+
+    Raises StageError DiskFull or WriteFailed.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise disk_error(error, path) from error
+
+
+def _protocols(fs: Any) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)

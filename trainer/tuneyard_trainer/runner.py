@@ -1,0 +1,266 @@
+"""Walks a plan: for each stage, skip it if its record matches, else run it and write its record last.
+
+Every rank of a worker group walks the same plan. Rank 0 decides, runs the single-worker stages and
+writes; the others follow its word over a channel that waits as long as a stage takes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, StageRecord
+from tuneyard.errors import StageError
+from tuneyard_trainer import sources
+from tuneyard_trainer.checkpoints import disk_error
+from tuneyard_trainer.records import Store
+from tuneyard_trainer.worker import Interrupted, Outcome, Worker
+
+TRAINING = ("sft", "pretrain")
+"""Stages that every worker runs; the rest run on rank 0 alone."""
+
+VERSIONED = ("tuneyard", "torch", "transformers", "peft")
+
+Emit = Callable[[dict[str, Any]], None]
+"""Receives events as JSON values: `stage` (stage, state, record) and `progress` (stage, step,
+totalSteps, metrics, message)."""
+
+
+@dataclass
+class Ledger:
+    """What one process knows of a plan's inputs: where they are, what they contain, what is done.
+    Needs no torch."""
+
+    plan: Plan
+    store: Store
+    base_dir: Path
+    """What relative file:// sources are relative to: the manifest's folder."""
+    cache_dir: Path
+    """Where fetched sources and their digests are kept."""
+    records: dict[str, StageRecord] = field(default_factory=dict)
+    """Of the stages that are done, by name."""
+    _fetched: dict[tuple[str, str | None], Path] = field(default_factory=dict)
+
+    def pending(self) -> list[str]:
+        """Names of the stages that a run would have to run: the first without a matching record,
+        and, as far as can be told beforehand, all after it."""
+        for index, stage in enumerate(self.plan.stages):
+            record = self.store.done(stage, self.digests(stage))
+            if record is None:
+                return [later.name for later in self.plan.stages[index:]]
+            self.records[stage.name] = record
+        return []
+
+    def digests(self, stage: PlannedStage) -> dict[str, str]:
+        """The content digest of each input."""
+        return {
+            role: self.records[source.stage].digest
+            if isinstance(source, StageInput)
+            else sources.digest_of(self._fetch(role, source), cache_dir=self.cache_dir)
+            for role, source in stage.inputs.items()
+        }
+
+    def inputs(self, stage: PlannedStage) -> dict[str, Path]:
+        """The local path of each input."""
+        return {
+            role: self.store.workdir(source.stage)
+            if isinstance(source, StageInput)
+            else self._usable(role, source)
+            for role, source in stage.inputs.items()
+        }
+
+    def _usable(self, role: str, source: SourceInput) -> Path:
+        """The source as stages take it: models as folders, never as one GGUF file."""
+        path = self._fetch(role, source)
+        if role != "model" or path.suffix != ".gguf":
+            return path
+        from tuneyard_trainer.gguf import unpacked
+
+        return unpacked(path, self.cache_dir)
+
+    def _fetch(self, role: str, source: SourceInput) -> Path:
+        key = (source.uri, source.revision)
+        if key not in self._fetched:
+            self._fetched[key] = sources.fetch(
+                source,
+                base_dir=self.base_dir,
+                cache_dir=self.cache_dir,
+                kind="model" if role == "model" else "data",
+            )
+        return self._fetched[key]
+
+
+@dataclass
+class Walk:
+    """One worker's way through the plan."""
+
+    ledger: Ledger
+    worker: Worker
+    emit: Emit
+
+    def run(self) -> dict[str, StageRecord]:
+        """Every stage to its record. Raises StageError or Interrupted."""
+        control = Control(self.worker.world_size)
+        ledger, store = self.ledger, self.ledger.store
+        for stage in ledger.plan.stages:
+            store.pull(stage.name)
+            digests = ledger.digests(stage) if self.worker.is_main else {}
+            record = store.done(stage, digests) if self.worker.is_main else None
+            record = control.agree(record)
+            if record is not None and self.worker.is_main:
+                self.emit(_stage_event(stage, "Skipped", record))
+            if record is None:
+                record = control.agree(self._execute(stage, digests))
+                store.pull(stage.name)
+            ledger.records[stage.name] = record
+        return ledger.records
+
+    def _execute(self, stage: PlannedStage, digests: Mapping[str, str]) -> StageRecord | None:
+        """Runs the stage where it belongs; the record on rank 0, None elsewhere."""
+        if stage.kind not in TRAINING and not self.worker.is_main:
+            return None
+        store = self.ledger.store
+        workdir = store.workdir(stage.name)
+        if self.worker.is_main:
+            self.emit(_stage_event(stage, "Running"))
+            store.forget(stage.name)
+        started = now()
+        try:
+            inputs = self.ledger.inputs(stage)
+            outcome = _entry_point(stage)(stage, inputs, workdir, self._worker(stage))
+        except OSError as error:
+            raise disk_error(error, workdir) from error
+        if not self.worker.is_main:
+            return None
+        record = self._record(stage, digests, outcome, started)
+        store.write_record(record)
+        self.emit(_stage_event(stage, "Succeeded", record))
+        return record
+
+    def _record(
+        self, stage: PlannedStage, digests: Mapping[str, str], outcome: Outcome, started: str
+    ) -> StageRecord:
+        workdir = self.ledger.store.workdir(stage.name)
+        names = outcome.contents or [path.name for path in workdir.iterdir()]
+        return StageRecord(
+            stage=stage.name,
+            kind=stage.kind,
+            identity=stage.identity(digests),
+            input_digests=dict(digests),
+            digest=sources.digest_of([workdir / name for name in sorted(names)]),
+            attempt=self.worker.attempt,
+            started_at=started,
+            finished_at=now(),
+            metrics=dict(outcome.metrics),
+            details=dict(outcome.details),
+            versions=versions(),
+        )
+
+    def _worker(self, stage: PlannedStage) -> Worker:
+        if not self.worker.is_main:
+            return self.worker
+        return replace(
+            self.worker,
+            report=partial(_report, self.emit, stage.name),
+            persist=self.ledger.store.persist,
+            manifest=self.ledger.plan.manifest,
+        )
+
+
+class Control:
+    """Rank 0's word to the other ranks. A group of its own, over gloo with a limit of a week: the
+    training group's limit must stay short, so that a hung collective is noticed."""
+
+    def __init__(self, world_size: int) -> None:
+        self._group: Any = None
+        self._alone = world_size == 1
+        if not self._alone:
+            import torch.distributed as dist
+
+            week = datetime.timedelta(days=7)
+            self._group = dist.new_group(backend="gloo", timeout=week)
+
+    def agree(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self._alone:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+
+def _entry_point(stage: PlannedStage) -> Callable[..., Outcome]:
+    """The stage's `run`; imported here, so that reading records costs no torch."""
+    if stage.kind == "prepare":
+        from tuneyard_trainer.stages.prepare import run as prepare
+
+        return prepare
+    if stage.kind == "evaluate":
+        from tuneyard_trainer.stages.evaluate import run as evaluate
+
+        return evaluate
+    if stage.kind == "export":
+        from tuneyard_trainer.stages.export import run as export
+
+        return export
+    from tuneyard_trainer.stages.train import run as train
+
+    return train
+
+
+def _report(
+    emit: Emit,
+    stage: str,
+    *,
+    step: int = 0,
+    total_steps: int = 0,
+    metrics: Mapping[str, float] | None = None,
+    message: str | None = None,
+) -> None:
+    emit(
+        {
+            "type": "progress",
+            "stage": stage,
+            "step": step,
+            "totalSteps": total_steps,
+            "metrics": dict(metrics or {}),
+            "message": message,
+        }
+    )
+
+
+def _stage_event(
+    stage: PlannedStage, state: str, record: StageRecord | None = None
+) -> dict[str, Any]:
+    value = record.model_dump(mode="json", by_alias=True) if record else None
+    return {"type": "stage", "stage": stage.name, "state": state, "record": value}
+
+
+def failure_event(error: StageError | Interrupted) -> dict[str, Any]:
+    """The event that ends a walk early."""
+    if isinstance(error, Interrupted):
+        return {"type": "interrupted", "stage": error.stage, "step": error.step}
+    return {
+        "type": "failed",
+        "reason": error.reason,
+        "message": error.message,
+        "advice": error.advice,
+        "retryable": error.retryable,
+    }
+
+
+def now() -> str:
+    """RFC 3339, UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result."""
+    return {name: importlib.metadata.version(name) for name in VERSIONED}

@@ -1,0 +1,229 @@
+"""evaluate: what the tuned model can do that the base cannot, on rows that training never saw.
+
+Held-out loss and perplexity of both, answers side by side, and the gates. Leaves `evaluation.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tuneyard.api.methods import Gate
+from tuneyard.api.plan import EvaluateSettings, PlannedStage
+from tuneyard.errors import StageError
+from tuneyard_trainer import adapters, models
+from tuneyard_trainer.generation import continuations
+from tuneyard_trainer.losses import Forward
+from tuneyard_trainer.prepared import Prepared
+from tuneyard_trainer.worker import Outcome, Worker
+
+MAX_QUESTIONS = 256
+"""Held-out rows with `expected` that are answered, from the start of the file."""
+PROMPT_SHARE = 0.5
+"""How much of a plain text is given before the model continues it."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out row that is answered. `expected`: any of these in the answer makes it right."""
+
+    prompt: str
+    shown: str
+    """The prompt without the chat template's markup."""
+    reference: str
+    expected: tuple[str, ...]
+
+
+def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker) -> Outcome:
+    """Measures, writes `evaluation.json`, then checks the gates (StageError GateFailed)."""
+    settings = stage.settings
+    if not isinstance(settings, EvaluateSettings):
+        raise TypeError(f"stage {stage.name} is a {stage.kind}, not an evaluation")
+    data = Prepared.open(inputs["data"])
+    questions = _questions(inputs["data"], settings.samples)
+    measured = {}
+    with _tuned(inputs, worker) as (model, base):
+        worker.report(total_steps=2, message="measuring the tuned model")
+        measured["tuned"] = _measure(model, data, questions, settings, inputs, worker)
+        if settings.compare_with_base:
+            with base as base_model:
+                worker.report(step=1, total_steps=2, message="measuring the base model")
+                measured["base"] = _measure(base_model, data, questions, settings, inputs, worker)
+    metrics = _metrics(measured, questions)
+    result = {"metrics": metrics, "samples": _samples(questions, measured, settings.samples)}
+    (workdir / "evaluation.json").write_text(json.dumps(result, indent=2, ensure_ascii=False))
+    worker.report(step=2, total_steps=2, metrics=metrics)
+    check_gates(settings.gates, metrics)
+    return Outcome(metrics=metrics, details={"samples": result["samples"]})
+
+
+@contextmanager
+def _tuned(inputs: Mapping[str, Path], worker: Worker) -> Iterator[tuple[nn.Module, Any]]:
+    """The tuned model, and a context in which there is the base: the same weights with the adapter
+    off, or, after full fine-tuning, the base loaded in its turn."""
+    weights = inputs["tuned"] / "weights"
+    dtype = torch.bfloat16 if worker.device.type == "cuda" else torch.float32
+
+    def load(path: Path) -> nn.Module:
+        return models.load_base(path, dtype=dtype, device=worker.device)
+
+    @contextmanager
+    def switched_off(model: nn.Module) -> Iterator[nn.Module]:
+        with adapters.disabled(model):
+            yield model
+
+    if (weights / "adapter_config.json").exists():
+        model = adapters.load(load(inputs["model"]), weights)
+        yield model, switched_off(model)
+    else:
+        yield load(weights), _deferred(lambda: load(inputs["model"]))
+
+
+@contextmanager
+def _deferred(load: Any) -> Iterator[nn.Module]:
+    yield load()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model's figures. `loss`: nats per target."""
+
+    loss: float
+    answers: tuple[str, ...]
+
+
+def _measure(
+    model: nn.Module,
+    data: Prepared,
+    questions: Sequence[Question],
+    settings: EvaluateSettings,
+    inputs: Mapping[str, Path],
+    worker: Worker,
+) -> Measured:
+    tokenizer = models.load_tokenizer(inputs["data"] / "tokenizer")
+    forward = Forward.of(
+        model,
+        device=worker.device,
+        precision=torch.float32,
+        pad=tokenizer.pad_token_id,
+        pack=models.isolates_documents(model),
+        max_length=data.max_length,
+        max_tokens="auto",
+    )
+    rows = data.validation
+    if rows is None:
+        raise StageError(
+            "NoHeldOutRows",
+            "there are no held-out rows to measure on.",
+            advice="Set data.validation.",
+        )
+    return Measured(
+        loss=forward.mean_loss(model, rows, 0, 1),
+        answers=continuations(
+            model, tokenizer, [q.prompt for q in questions], settings.max_new_tokens
+        ),
+    )
+
+
+# ---- questions ------------------------------------------------------------------------------------
+
+
+def _questions(folder: Path, samples: int) -> list[Question]:
+    """Held-out rows to answer: those with `expected`, then others until there are `samples`."""
+    tokenizer = models.load_tokenizer(folder / "tokenizer")
+    with (folder / "validation.jsonl").open() as file:
+        questions = [_question(json.loads(line), tokenizer) for line in file]
+    checked = [q for q in questions if q.expected][:MAX_QUESTIONS]
+    others = [q for q in questions if not q.expected]
+    return checked + others[: max(0, samples - len(checked))]
+
+
+def _question(row: Mapping[str, Any], tokenizer: Any) -> Question:
+    expected = tuple(row.get("expected", ()))
+    if "messages" in row:
+        *turns, answer = row["messages"]
+        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return Question(prompt, turns[-1]["content"], answer["content"], expected)
+    if "prompt" in row:
+        return Question(row["prompt"], row["prompt"], row["completion"], expected)
+    words = row["text"].split(" ")
+    given = " ".join(words[: max(1, min(32, int(len(words) * PROMPT_SHARE)))])
+    return Question(given, given, row["text"][len(given) :].strip()[:500], expected)
+
+
+# ---- figures --------------------------------------------------------------------------------------
+
+
+def _metrics(measured: Mapping[str, Measured], questions: Sequence[Question]) -> dict[str, float]:
+    tuned, base = measured["tuned"], measured.get("base")
+    checked = any(q.expected for q in questions)
+    metrics = {
+        "validationLoss": tuned.loss,
+        "validationPerplexity": math.exp(min(tuned.loss, 700.0)),
+    }
+    if checked:
+        metrics["answerAccuracy"] = accuracy(questions, tuned.answers)
+    if base is not None:
+        metrics["baseValidationLoss"] = base.loss
+        metrics["baseValidationPerplexity"] = math.exp(min(base.loss, 700.0))
+        metrics["lossReduction"] = 1 - tuned.loss / base.loss if base.loss else 0.0
+        if checked:
+            metrics["baseAnswerAccuracy"] = accuracy(questions, base.answers)
+            metrics["answerAccuracyGain"] = (
+                metrics["answerAccuracy"] - metrics["baseAnswerAccuracy"]
+            )
+    return metrics
+
+
+def accuracy(questions: Sequence[Question], answers: Sequence[str]) -> float:
+    """The share of questions with `expected` whose answer contains one of it, case aside."""
+    judged = [
+        any(text.casefold() in answer.casefold() for text in question.expected)
+        for question, answer in zip(questions, answers, strict=True)
+        if question.expected
+    ]
+    return sum(judged) / len(judged)
+
+
+def _samples(
+    questions: Sequence[Question], measured: Mapping[str, Measured], count: int
+) -> list[dict[str, Any]]:
+    """`count` questions spread evenly, with what each model answered."""
+    if not questions or not count:
+        return []
+    every = max(1, len(questions) // count)
+    return [
+        {
+            "prompt": questions[i].shown,
+            "reference": questions[i].reference,
+            "expected": list(questions[i].expected),
+            **{name: model.answers[i] for name, model in measured.items()},
+        }
+        for i in list(range(0, len(questions), every))[:count]
+    ]
+
+
+def check_gates(gates: Sequence[Gate], metrics: Mapping[str, float]) -> None:
+    """Raises StageError GateFailed, naming every gate that was missed."""
+    missed = []
+    for gate in gates:
+        value = metrics.get(gate.metric, math.nan)
+        if gate.at_least is not None and not value >= gate.at_least:
+            missed.append(f"{gate.metric} is {value:.4g}, below {gate.at_least:g}")
+        if gate.at_most is not None and not value <= gate.at_most:
+            missed.append(f"{gate.metric} is {value:.4g}, above {gate.at_most:g}")
+    if missed:
+        raise StageError(
+            "GateFailed",
+            f"the tuned model misses its gates: {'; '.join(missed)}.",
+            advice="Train longer or on more data (training.epochs, data.train), or change "
+            "evaluate.gates.",
+        )

@@ -1,0 +1,143 @@
+"""export: what a user loads. Safetensors with tokenizer, chat template and generation config, a
+model card, the manifest, the curves; reloaded and compared before the stage is done.
+
+Leaves `adapter/` (where an adapter was trained), `model/` (a plain model: merged, or fully tuned),
+`README.md` (the card), `job.yaml`, `loss.png` and `report.html`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tuneyard.api.plan import ExportSettings, PlannedStage
+from tuneyard.errors import StageError
+from tuneyard_trainer import adapters, models, report
+from tuneyard_trainer.prepared import Prepared
+from tuneyard_trainer.worker import Outcome, Worker
+
+PROBE_TOKENS = 64
+TOLERANCE = 1e-3
+"""Largest difference of a logit between a merged float32 model and base plus adapter: merging adds
+the update in another order. What was written must reload to the bit."""
+
+ADAPTER, MODEL = "adapter", "model"
+
+
+def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker) -> Outcome:
+    """Writes everything anew; raises StageError ExportMismatch if what was written differs."""
+    settings = stage.settings
+    if not isinstance(settings, ExportSettings):
+        raise TypeError(f"stage {stage.name} is a {stage.kind}, not an export")
+    _clear(workdir)
+    probe_1L = _probe(inputs["data"])
+    compared: dict[str, float] = {}
+    if (inputs["tuned"] / "weights" / "adapter_config.json").exists():
+        worker.report(message="writing the adapter and loading it again")
+        compared["adapterLogitDifference"] = _export_adapter(inputs, workdir, probe_1L)
+        if settings.merge:
+            worker.report(message="merging the adapter and loading the model again")
+            compared["mergedLogitDifference"] = _export_merged(inputs, workdir, probe_1L)
+    else:
+        worker.report(message="writing the model and loading it again")
+        compared["modelLogitDifference"] = _export_full(inputs, workdir, probe_1L)
+    licence = models.license_of(inputs["model"])
+    report.write(workdir, inputs, manifest=worker.manifest, compared=compared, licence=licence)
+    (workdir / "job.yaml").write_text(yaml.safe_dump(dict(worker.manifest), sort_keys=False))
+    written = tuple(name for name in (ADAPTER, MODEL) if (workdir / name).exists())
+    size = sum(
+        path.stat().st_size
+        for name in written
+        for path in (workdir / name).rglob("*")
+        if path.is_file()
+    )
+    return Outcome(metrics={**compared, "bytes": float(size)}, contents=written)
+
+
+def _clear(workdir: Path) -> None:
+    for leftover in workdir.iterdir():
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
+def _export_adapter(inputs: Mapping[str, Path], workdir: Path, probe_1L: Tensor) -> float:
+    """Copies the adapter; the copy must load to the model that was trained, bit for bit."""
+    target = workdir / ADAPTER
+    shutil.copytree(inputs["tuned"] / "weights", target)
+    _add_tokenizer(inputs, target)
+    trained_1LV = _logits(adapters.load(_base(inputs), inputs["tuned"] / "weights"), probe_1L)
+    written_1LV = _logits(adapters.load(_base(inputs), target), probe_1L)
+    return _compared("the adapter read back", trained_1LV, written_1LV, 0.0)
+
+
+def _export_merged(inputs: Mapping[str, Path], workdir: Path, probe_1L: Tensor) -> float:
+    """Merges in float32, where the model with its adapter must be matched; then writes in the
+    base's own precision, where what was written must load back bit for bit."""
+    tuned_1LV = _logits(adapters.load(_base(inputs), inputs["tuned"] / "weights"), probe_1L)
+    merged = adapters.merge(_base(inputs), inputs["tuned"] / "weights")
+    difference = _compared("the merged model", tuned_1LV, _logits(merged, probe_1L), TOLERANCE)
+    _write_model(merged.to(models.stored_dtype(inputs["model"])), inputs, workdir, probe_1L)
+    return difference
+
+
+def _export_full(inputs: Mapping[str, Path], workdir: Path, probe_1L: Tensor) -> float:
+    """Full fine-tuning trains in float32 and is written in the base's own precision."""
+    trained = models.load_base(
+        inputs["tuned"] / "weights", dtype=torch.float32, device=torch.device("cpu")
+    )
+    model = trained.to(models.stored_dtype(inputs["model"]))
+    return _write_model(model, inputs, workdir, probe_1L)
+
+
+def _write_model(
+    model: PreTrainedModel, inputs: Mapping[str, Path], workdir: Path, probe_1L: Tensor
+) -> float:
+    target = workdir / MODEL
+    in_memory_1LV = _logits(model, probe_1L)
+    models.save(model, target)
+    _add_tokenizer(inputs, target)
+    written = models.load_base(target, dtype=model.dtype, device=torch.device("cpu"))
+    return _compared("the model read back", in_memory_1LV, _logits(written, probe_1L), 0.0)
+
+
+def _base(inputs: Mapping[str, Path]) -> PreTrainedModel:
+    """The base in float32 on the CPU, where arithmetic is exact enough to compare by."""
+    return models.load_base(inputs["model"], dtype=torch.float32, device=torch.device("cpu"))
+
+
+def _add_tokenizer(inputs: Mapping[str, Path], target: Path) -> None:
+    models.load_tokenizer(inputs["data"] / "tokenizer").save_pretrained(target)
+
+
+def _probe(data: Path) -> Tensor:
+    """(1, L) the first training tokens: real input for the comparison."""
+    tokens = Prepared.open(data).train.tokens[:PROBE_TOKENS]
+    return torch.from_numpy(np.array(tokens, dtype=np.int64))[None]
+
+
+def _logits(model: nn.Module, ids_1L: Tensor) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=ids_1L).logits.float()
+
+
+def _compared(what: str, expected: Tensor, found: Tensor, tolerance: float) -> float:
+    """The largest difference of a logit; raises StageError ExportMismatch above the tolerance."""
+    difference = float((expected - found).abs().max())
+    if not difference <= tolerance:
+        raise StageError(
+            "ExportMismatch",
+            f"{what} differs from the model in memory: a logit by {difference:.3g}, where "
+            f"{tolerance:g} is allowed.",
+            retryable=True,
+        )
+    return difference
