@@ -70,7 +70,7 @@ class Compute(Model):
             message="must not exceed workers: lower minWorkers or raise workers",
             path="minWorkers",
             reads=("minWorkers", "workers"),
-            found=lambda compute: f"{compute.min_workers} of {compute.workers}",
+            found=lambda compute: f"{compute.min_workers} above {compute.workers}",
         ),
     )
 

@@ -1,0 +1,230 @@
+"""From a manifest to jobs: every fault of every document at once, each with its field and line."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from tuneyard.api.alignmentjob import AlignmentJob
+from tuneyard.api.documents import Document, Path, dotted, load
+from tuneyard.api.explain import closest, explain, same_word, shown
+from tuneyard.api.fields import Partial, all_paths, fields, keeps_null, mappings, model_at
+from tuneyard.api.finetunejob import FineTuneJob
+from tuneyard.api.meta import API_VERSION, Model
+from tuneyard.errors import Fault, ManifestError
+
+Job = FineTuneJob | AlignmentJob
+
+KINDS: Mapping[str, type[FineTuneJob | AlignmentJob]] = {
+    "FineTuneJob": FineTuneJob,
+    "AlignmentJob": AlignmentJob,
+}
+METADATA_FIELDS = (
+    *("name", "generateName", "namespace", "labels", "annotations", "uid", "resourceVersion"),
+    *("generation", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds"),
+    *("ownerReferences", "finalizers", "managedFields", "selfLink"),
+)
+"""Kubernetes' own; ObjectMeta reads some of them and ignores the rest."""
+
+
+def read(text: str, source: str | None = None) -> list[Job]:
+    """The jobs of a YAML text, in order. `source` names the file in messages; None: no file.
+
+    A `status` is ignored, as `kubectl apply` ignores it. Raises ManifestError with every fault.
+    """
+    documents, faults = load(text, source)
+    jobs: list[Job] = []
+    for document in documents:
+        job, found = _validate(document, from_server=False)
+        faults += (_located(problem, document, source) for problem in found)
+        if job is not None:
+            jobs.append(job)
+            faults += _twice(job, jobs[:-1], document, source)
+    if not documents and not faults:
+        message = f"no document: write a job, beginning with apiVersion: {API_VERSION}"
+        faults = [Fault("", message, None, source)]
+    if faults:
+        raise ManifestError(sorted(faults, key=lambda fault: fault.line or 0))
+    return jobs
+
+
+def parse(value: Mapping[str, Any]) -> Job:
+    """The job of an object from the API server, its status included.
+
+    Raises ManifestError with every fault; their lines are None.
+    """
+    document = Document(dict(value))
+    job, found = _validate(document, from_server=True)
+    if job is None:
+        raise ManifestError([_located(problem, document, None) for problem in found])
+    return job
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A fault before it is located."""
+
+    path: Path
+    message: str
+    meant: Path | None = None
+    """The field that an unknown one most likely stands for; None: unclear, or not unknown."""
+
+
+def _located(problem: _Problem, document: Document, source: str | None) -> Fault:
+    line = document.line_of(problem.path)
+    return Fault(dotted(problem.path), problem.message, line, source)
+
+
+def _twice(
+    job: Job, earlier: Sequence[Job], document: Document, source: str | None
+) -> Iterator[Fault]:
+    def identity(one: Job) -> tuple[str, str | None, str]:
+        return one.kind, one.metadata.namespace, one.metadata.name
+
+    if any(identity(job) == identity(other) for other in earlier):
+        message = f"another {job.kind} above is named '{job.metadata.name}' too: rename one"
+        yield _located(_Problem(("metadata", "name"), message), document, source)
+
+
+def _validate(document: Document, *, from_server: bool) -> tuple[Job | None, list[_Problem]]:
+    value = document.value
+    if not isinstance(value, dict):
+        return None, [_Problem((), f"{shown(value)} is not a manifest: write a mapping")]
+    problems = [*_api_version_problems(value), *_kind_problems(value)]
+    kind = closest(str(value.get("kind")), list(KINDS))
+    if kind is None:
+        return None, problems
+    model = KINDS[kind]
+    value = {**copy.deepcopy(value), "apiVersion": API_VERSION, "kind": kind}
+    if not from_server:
+        value.pop("status", None)
+        problems += _metadata_problems(value.get("metadata"))
+    _drop_nulls(model, value)
+    try:
+        job = model.model_validate(value, by_alias=True, by_name=False)
+    except ValidationError as error:
+        document = Document(value, document.line, document.lines, document.texts)
+        problems += _field_problems(error.errors(), model, document)
+        problems += _broken_rules(model, value, problems)
+        return None, problems
+    return (None if problems else job), problems
+
+
+def _api_version_problems(value: Mapping[str, Any]) -> Iterator[_Problem]:
+    found = value.get("apiVersion")
+    if found is None:
+        yield _Problem(("apiVersion",), f"required and missing: add apiVersion: {API_VERSION}")
+    elif found != API_VERSION:
+        message = f"{shown(found)} is not a version of this API: write {API_VERSION}"
+        yield _Problem(("apiVersion",), message)
+
+
+def _kind_problems(value: Mapping[str, Any]) -> Iterator[_Problem]:
+    found = value.get("kind")
+    if found is None:
+        yield _Problem(("kind",), f"required and missing: add kind: {' or '.join(KINDS)}")
+    elif found not in KINDS:
+        match = closest(str(found), list(KINDS))
+        remedy = f"did you mean '{match}'?" if match else f"write {' or '.join(KINDS)}"
+        yield _Problem(("kind",), f"{shown(found)} is not a kind of job: {remedy}")
+
+
+def _drop_nulls(model: type[BaseModel], value: dict[str, Any]) -> None:
+    """A field without a value is absent, as for the API server."""
+    for owner, mapping, _ in mappings(model, value):
+        for name, info in fields(owner).items():
+            if name in mapping and mapping[name] is None and not keeps_null(info):
+                del mapping[name]
+
+
+def _metadata_problems(metadata: Any) -> Iterator[_Problem]:
+    for name in metadata if isinstance(metadata, dict) else ():
+        if name not in METADATA_FIELDS:
+            match = closest(name, METADATA_FIELDS)
+            remedy = f"did you mean '{match}'?" if match else "put it into labels or annotations"
+            yield _Problem(("metadata", name), f"unknown field '{name}': {remedy}")
+
+
+def _field_problems(
+    errors: Sequence[ErrorDetails], model: type[BaseModel], document: Document
+) -> Iterator[_Problem]:
+    """Pydantic's errors, those of one field together: a union gives one for each side."""
+    by_path: dict[Path, list[ErrorDetails]] = {}
+    for error in errors:
+        if error["type"] != "value_error":  # A broken rule: `_broken_rules` finds them all.
+            by_path.setdefault(_written_path(error, document.value), []).append(error)
+    for path, group in by_path.items():
+        if group[0]["type"] == "extra_forbidden":
+            yield _unknown_field(path, model)
+        elif not (group[0]["type"] == "literal_error" and _has_deeper(path, by_path)):
+            owner = model_at(model, path[:-1])
+            info = fields(owner).get(str(path[-1])) if owner else None
+            yield _Problem(path, explain(group, document.texts.get(path), info))
+
+
+def _written_path(error: ErrorDetails, value: Any) -> Path:
+    """The location without the names that pydantic gives to the sides of a union."""
+    path: Path = ()
+    for part in error["loc"]:
+        is_key = isinstance(value, dict) and part in value
+        if is_key or (isinstance(value, list) and isinstance(part, int)):
+            path, value = (*path, part), value[part]
+    return (*path, error["loc"][-1]) if error["type"] == "missing" else path
+
+
+def _has_deeper(path: Path, paths: Mapping[Path, Any]) -> bool:
+    """Whether a fault lies inside the value: then it has the right type, and its parts do not."""
+    return any(len(other) > len(path) and other[: len(path)] == path for other in paths)
+
+
+def _unknown_field(path: Path, model: type[BaseModel]) -> _Problem:
+    parent, name = path[:-1], str(path[-1])
+    owner = model_at(model, parent)
+    known = list(fields(owner)) if owner else []
+    text = f"unknown field '{name}'"
+    local = closest(name, known)
+    others = [] if local and same_word(local, name) else _elsewhere(name, parent, model)
+    if local and not others:
+        return _Problem(path, f"{text}: did you mean '{local}'?", (*parent, local))
+    if 0 < len(others) <= 3:
+        places = " or ".join(dotted(other) for other in others)
+        return _Problem(path, f"{text}: it belongs at {places}", others[0])
+    return _Problem(path, f"{text}: {dotted(parent) or 'a job'} takes {', '.join(known)}")
+
+
+def _elsewhere(name: str, parent: Path, model: type[BaseModel]) -> list[tuple[str, ...]]:
+    """The fields with this name, or almost, that lie nearest in the tree."""
+    here = [part for part in parent if isinstance(part, str)]
+
+    def distance(path: tuple[str, ...]) -> int:
+        pairs = zip(here, path, strict=False)
+        shared = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        return len(here) + len(path) - 2 * shared
+
+    paths = [path for path in all_paths(model) if path[0] == "spec"]
+    meant = closest(name, [path[-1] for path in paths], cutoff=0.8)
+    found = [path for path in paths if meant is not None and same_word(path[-1], meant)]
+    nearest = min(map(distance, found), default=0)
+    return [path for path in found if distance(path) == nearest]
+
+
+def _broken_rules(
+    model: type[BaseModel], value: dict[str, Any], problems: Sequence[_Problem]
+) -> Iterator[_Problem]:
+    """The rules across fields, save those that look at a field which is itself at fault."""
+    wrong = [path for problem in problems for path in (problem.path, problem.meant) if path]
+    for owner, mapping, path in mappings(model, value):
+        partial = Partial(owner, mapping)
+        for rule in owner.rules if issubclass(owner, Model) else ():
+            reads = [(*path, *name.split(".")) for name in rule.reads]
+            if any(read[: len(bad)] == bad for read in reads for bad in wrong):
+                continue
+            if not rule.holds(partial):
+                blamed = (*path, *rule.path.split(".")) if rule.path else path
+                yield _Problem(blamed, rule.message_for(partial))
