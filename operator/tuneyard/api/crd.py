@@ -1,0 +1,259 @@
+"""The CustomResourceDefinitions, made from the models: structural OpenAPI v3 schemas and CEL rules.
+
+`crds/` holds their YAML; `tuneyard crds` writes it and a test compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core import core_schema
+
+from tuneyard.api.alignmentjob import AlignmentJob
+from tuneyard.api.finetunejob import FineTuneJob
+from tuneyard.api.meta import GROUP, NAME_LENGTH, NAME_PATTERN, VERSION, Model, Rule
+
+Schema = dict[str, Any]
+
+_HEADER = "# Generated from operator/tuneyard/api by `tuneyard crds`. Do not edit.\n"
+
+
+class _Kind(NamedTuple):
+    model: type[FineTuneJob | AlignmentJob]
+    plural: str
+    short_name: str
+
+
+_KINDS = (
+    _Kind(FineTuneJob, "finetunejobs", "ftj"),
+    _Kind(AlignmentJob, "alignmentjobs", "aj"),
+)
+
+_COLUMNS = (
+    ("Phase", "string", ".status.phase", "The job in one word."),
+    ("Stage", "string", ".status.progress.stage", "The running stage."),
+    ("Progress%", "integer", ".status.progress.percentage", "Share of the whole job, in percent."),
+    ("Loss", "number", ".status.progress.metrics.loss", "The newest training loss."),
+    (
+        "ETA(s)",
+        "integer",
+        ".status.progress.estimatedRemainingSeconds",
+        "Time to the end of the stage, in seconds.",
+    ),
+    ("Age", "date", ".metadata.creationTimestamp", "Time since the job was created."),
+)
+
+_STANDARD_PROPERTIES = {
+    "apiVersion": {"type": "string", "description": "The API's group and version."},
+    "kind": {"type": "string", "description": "The resource's kind."},
+    "metadata": {"type": "object"},
+}
+
+
+def crds() -> dict[str, dict[str, Any]]:
+    """Each CustomResourceDefinition, by the name of its file in `crds/`."""
+    return {f"{GROUP}_{kind.plural}.yaml": _crd(kind) for kind in _KINDS}
+
+
+def to_yaml(crd: Mapping[str, Any]) -> str:
+    """The file's text."""
+    text = yaml.dump(
+        dict(crd), Dumper=_WithoutAliases, sort_keys=False, width=100, allow_unicode=True
+    )
+    return _HEADER + text
+
+
+class _WithoutAliases(yaml.SafeDumper):
+    def ignore_aliases(self, _: Any) -> bool:
+        return True
+
+
+def _crd(kind: _Kind) -> dict[str, Any]:
+    name = kind.model.__name__
+    names = {
+        "kind": name,
+        "listKind": f"{name}List",
+        "plural": kind.plural,
+        "singular": name.lower(),
+        "shortNames": [kind.short_name],
+        "categories": ["tuneyard"],
+    }
+    columns = [
+        {"name": title, "type": type_, "jsonPath": path, "description": description}
+        for title, type_, path, description in _COLUMNS
+    ]
+    version = {
+        "name": VERSION,
+        "served": True,
+        "storage": True,
+        "schema": {"openAPIV3Schema": _root_schema(kind.model)},
+        "subresources": {"status": {}},
+        "additionalPrinterColumns": columns,
+    }
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{kind.plural}.{GROUP}"},
+        "spec": {"group": GROUP, "names": names, "scope": "Namespaced", "versions": [version]},
+    }
+
+
+def _root_schema(model: type[FineTuneJob | AlignmentJob]) -> Schema:
+    schema = structural_schema(model)
+    spec = schema["properties"]["spec"]
+    fixed = [name for name in spec["properties"] if name != "runPolicy"]
+    return {
+        "type": "object",
+        "description": schema["description"],
+        "required": ["spec"],
+        "properties": {
+            **_STANDARD_PROPERTIES,
+            "spec": spec,
+            "status": schema["properties"]["status"],
+        },
+        "x-kubernetes-validations": [
+            _name_rule(),
+            *(_immutable(name, always_there=_always_there(name, spec)) for name in fixed),
+        ],
+    }
+
+
+def _name_rule() -> Schema:
+    return {
+        "rule": f"size(self.metadata.name) <= {NAME_LENGTH} && "
+        f"self.metadata.name.matches('{NAME_PATTERN}')",
+        "message": f"metadata.name must be at most {NAME_LENGTH} lower-case letters, digits and "
+        "dashes, starting with a letter: choose another name",
+    }
+
+
+def _always_there(name: str, schema: Schema) -> bool:
+    return name in schema["required"] or "default" in schema["properties"][name]
+
+
+def _immutable(name: str, *, always_there: bool) -> Schema:
+    """Refuse a change of one field of the spec once there is a plan.
+
+    `self.spec.?name` would be shorter, but the API server takes an optional's size for boundless
+    and refuses the rule as a hundred times too costly.
+    """
+    new, old = f"self.spec.{name}", f"oldSelf.spec.{name}"
+    same = f"{new} == {old}"
+    if not always_there:
+        same = f"(has({new}) ? has({old}) && {same} : !has({old}))"
+    return {
+        "rule": f"!has(oldSelf.status) || !has(oldSelf.status.planDigest) || {same}",
+        "message": f"spec.{name} cannot change once the job is planned, only spec.runPolicy can: "
+        "create a job of another name",
+        "fieldPath": f".spec.{name}",
+    }
+
+
+# ---- schemas ----------------------------------------------------------------------------------
+
+
+def structural_schema(model: type[BaseModel]) -> Schema:
+    """A model's schema as Kubernetes takes it: no references, no titles, a type everywhere."""
+    schema = model.model_json_schema(by_alias=True, schema_generator=_WithRules)
+    return _structural(schema, schema.get("$defs", {}))
+
+
+class _WithRules(GenerateJsonSchema):
+    """Pydantic's JSON Schema with each model's rules in it."""
+
+    def model_schema(self, schema: core_schema.ModelSchema) -> Schema:
+        result = super().model_schema(schema)
+        model = schema["cls"]
+        if issubclass(model, Model) and model.rules:
+            result["x-kubernetes-validations"] = [_validation(rule) for rule in model.rules]
+        return result
+
+
+def _validation(rule: Rule) -> Schema:
+    validation = {"rule": rule.cel, "message": f"{rule.path} {rule.message}".strip()}
+    return validation | ({"fieldPath": f".{rule.path}"} if rule.path else {})
+
+
+_KEPT = (
+    *("description", "type", "format", "enum", "minimum", "maximum", "pattern", "required"),
+    *("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"),
+    *("x-kubernetes-list-type", "x-kubernetes-list-map-keys", "x-kubernetes-validations"),
+)
+
+
+def _structural(schema: Schema, definitions: Mapping[str, Schema]) -> Schema:
+    if "$ref" in schema:
+        target = definitions[schema["$ref"].rsplit("/", 1)[1]]
+        own = {key: value for key, value in schema.items() if key != "$ref"}
+        return _structural({**target, **own}, definitions)
+    if "anyOf" in schema:
+        return _union(schema, definitions)
+    result = {key: schema[key] for key in _KEPT if key in schema}
+    if "description" in result:
+        result["description"] = " ".join(result["description"].split())
+    if "const" in schema:
+        result["enum"] = [schema["const"]]
+    if schema.get("type") == "integer":
+        result["format"] = "int64"
+    result |= _exclusive_bounds(schema)
+    if "items" in schema:
+        result["items"] = _structural(schema["items"], definitions)
+    if isinstance(schema.get("additionalProperties"), dict):
+        result["additionalProperties"] = _structural(schema["additionalProperties"], definitions)
+    if "properties" in schema:
+        result["properties"] = {
+            name: _structural(field, definitions) for name, field in schema["properties"].items()
+        }
+    return result | _default(schema)
+
+
+def _exclusive_bounds(schema: Schema) -> Schema:
+    result: Schema = {}
+    if "exclusiveMinimum" in schema:
+        result |= {"minimum": schema["exclusiveMinimum"], "exclusiveMinimum": True}
+    if "exclusiveMaximum" not in schema:
+        return result
+    bound = schema["exclusiveMaximum"]
+    if float(bound).is_integer():
+        return result | {"maximum": bound, "exclusiveMaximum": True}
+    # The API server cuts a bound's fraction off before it compares a whole number with it: 0 would
+    # not be less than 0.5.
+    rule = {"rule": f"self < {bound}", "message": f"must be less than {bound}"}
+    return result | {"x-kubernetes-validations": [rule]}
+
+
+def _default(schema: Schema) -> Schema:
+    """None is absence. A model's default is {}: the API server fills in its fields' own."""
+    if schema.get("default") is None:
+        return {}
+    return {"default": {} if "properties" in schema else schema["default"]}
+
+
+def _union(schema: Schema, definitions: Mapping[str, Schema]) -> Schema:
+    outer = {key: value for key, value in schema.items() if key != "anyOf"}
+    sides = [side for side in schema["anyOf"] if side.get("type") != "null"]
+    can_be_null = len(sides) < len(schema["anyOf"])
+    if len(sides) == 1:
+        result = _structural({**sides[0], **outer}, definitions)
+    else:
+        result = _mixed([_structural(side, definitions) for side in sides])
+        result |= _structural(outer, definitions)
+    # Where null is not the default it says something, and the API server must not drop it.
+    return result | ({"nullable": True} if can_be_null and "default" in result else {})
+
+
+def _mixed(sides: list[Schema]) -> Schema:
+    """Words or something else. Kubernetes knows integer-or-string; for other mixtures it takes a
+    value of any type, and the bounds below each apply to their own type only."""
+    words = next(side["enum"] for side in sides if "enum" in side)
+    other = next(side for side in sides if "enum" not in side)
+    pattern = {"pattern": f"^({'|'.join(words)})$"}
+    bounds = {key: value for key, value in other.items() if key not in ("type", "format", "items")}
+    if other["type"] == "integer":
+        return {"x-kubernetes-int-or-string": True, **pattern, **bounds}
+    refused = {"maxProperties": 0} | ({"maxItems": 0} if other["type"] != "array" else {})
+    return {"x-kubernetes-preserve-unknown-fields": True, **pattern, **refused, **bounds}
