@@ -1,0 +1,242 @@
+"""What a run shows: progress on standard error while it lasts, its result on standard output."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from rich import box
+from rich.console import Console as RichConsole
+from rich.table import Table
+from rich.text import Text
+
+from tuneyard.api.plan import Plan, StageRecord
+from tuneyard.errors import StageError
+from tuneyard_trainer.figures import ABSENT, Comparison, Figures, Sample, harmless
+from tuneyard_trainer.records import folder_of
+from tuneyard_trainer.views import Clock, LineView, LiveView, View
+from tuneyard_trainer.worker import Interrupted
+
+FILE_WIDTH = 100
+"""Columns of the result where standard output is no terminal."""
+SHOWN_CHARACTERS = 600
+"""An answer's start is shown so far; all of it stands in the report."""
+VERDICT_STYLES = {"better": "green", "worse": "red", "": ""}
+
+
+class Console:
+    """Shows a run to whoever started it. A context manager: on leaving, also by Ctrl-C, the
+    terminal is as it was.
+
+    A terminal gets a live display; a pipe, a dumb terminal or NO_COLOR gets log lines.
+    """
+
+    def __init__(
+        self, *, out: IO[str] | None = None, err: IO[str] | None = None, clock: Clock = time.time
+    ) -> None:
+        out, err = _tolerant(out or sys.stdout), _tolerant(err or sys.stderr)
+        self._out = _rich(out)
+        terminal = _rich(err)
+        self._view: View = (
+            LiveView(terminal, clock)
+            if terminal.is_interactive and not os.environ.get("NO_COLOR")
+            else LineView(err, clock)
+        )
+        self._plan: Plan | None = None
+        self._events: deque[Mapping[str, Any]] = deque()
+        self._showing = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._view.close()
+
+    # ---- while it runs --------------------------------------------------------------------------
+
+    def start(self, plan: Plan) -> None:
+        """Says what is about to run, and what the planner decided for the user."""
+        self._plan = plan
+        stages = ", ".join(stage.name for stage in plan.stages)
+        self._view.note("info", f"{plan.job.kind} {plan.job.name}: {stages}")
+        for note in plan.notes:
+            self._view.note("info", note)
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Shows one event of the runner. A signal handler may call it too: an event that arrives
+        while another is being shown waits for its turn."""
+        self._events.append(event)
+        if self._showing:
+            return
+        self._showing = True
+        try:
+            while self._events:
+                self._show(self._events.popleft())
+        finally:
+            self._showing = False
+
+    def _show(self, event: Mapping[str, Any]) -> None:
+        if event["type"] == "stage":
+            value = event.get("record")
+            record = StageRecord.model_validate(value) if value else None
+            self._view.stage(event["stage"], event["state"], record)
+        elif event["type"] == "progress":
+            self._view.progress(event)
+
+    # ---- how it ended ---------------------------------------------------------------------------
+
+    def summary(
+        self,
+        records: Mapping[str, StageRecord],
+        output: str,
+        folder: Path,
+        skipped_all: bool = False,
+    ) -> None:
+        """The result. `output`: the job's output as a path or URI; `folder`: the same where it is
+        on this machine; `skipped_all`: whether every stage had been done before."""
+        self._view.close()
+        name = self._plan.job.name if self._plan else "the job"
+        figures = Figures.of(records)
+        if skipped_all:
+            self._print(Text(f"Nothing to do: every stage of {name} is already done."))
+        self._print()
+        if figures.comparisons:
+            self._print(_comparison_table(figures.comparisons))
+        self._print(_facts_table(figures.facts))
+        for warning in figures.warnings:
+            self._print(Text(f"Warning: {warning}", style="yellow"))
+        if figures.samples:
+            self._print()
+            self._print(_samples_table(figures.samples))
+        self._print()
+        base = output if "://" in output else _near(folder)
+        self._print(_facts_table(_places(records, base)))
+
+    def failure(self, error: StageError) -> None:
+        """Why it failed, and what to change."""
+        self._view.close()
+        self._view.note(
+            "error",
+            f"{error.reason}: {error.message}",
+            advice=error.advice or None,
+        )
+
+    def interrupted(self, stopped: Interrupted) -> None:
+        """That somebody stopped it, and how to go on."""
+        self._view.close()
+        self._view.note(
+            "warning",
+            f"Stopped in {stopped.stage} after step {stopped.step}. The same command goes on from "
+            "there.",
+        )
+
+    def _print(self, value: Text | Table | None = None) -> None:
+        self._out.print("" if value is None else value)
+
+
+def _tolerant(stream: IO[str]) -> IO[str]:
+    """Lets a stream write "?" for what its encoding lacks: a model may answer in any script."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")
+    return stream
+
+
+def _rich(stream: IO[str]) -> RichConsole:
+    console = RichConsole(file=stream, markup=False, highlight=False, emoji=False, soft_wrap=False)
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
+    return console
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+
+def _comparison_table(lines: tuple[Comparison, ...]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("On held-out rows")
+    for title in ("Base", "Tuned", "Change"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for line in lines:
+        style = VERDICT_STYLES[line.verdict]
+        table.add_row(
+            line.label, line.base, Text(line.tuned, style="bold"), Text(line.change, style=style)
+        )
+    return table
+
+
+def _facts_table(facts: tuple[tuple[str, str], ...]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    for label, value in facts:
+        table.add_row(label, Text(value))
+    return table
+
+
+def _samples_table(samples: tuple[Sample, ...]) -> Table:
+    compared = any(sample.base is not None for sample in samples)
+    table = Table(box=box.ROUNDED, show_lines=True)
+    for title in ("Question", *(("Base",) if compared else ()), "Tuned", "Reference"):
+        table.add_column(title, ratio=1, overflow="fold")
+    for sample in samples:
+        base = [_answer(sample, sample.base)] if compared else []
+        table.add_row(
+            _clipped(sample.prompt),
+            *base,
+            _answer(sample, sample.tuned),
+            _clipped(sample.reference),
+        )
+    return table
+
+
+def _answer(sample: Sample, answer: str | None) -> Text:
+    if answer is None:
+        return Text(ABSENT)
+    right = sample.is_right(answer)
+    text = _clipped(answer)
+    if right is None:
+        return text
+    mark = Text("✔ ", style="green") if right else Text("✘ ", style="red")
+    return mark.append_text(text)
+
+
+def _clipped(text: str) -> Text:
+    text = harmless(text.strip())
+    return Text(text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…")
+
+
+def _places(records: Mapping[str, StageRecord], base: str) -> tuple[tuple[str, str], ...]:
+    """What the export stage says that it wrote, and where."""
+    record = next((r for r in records.values() if r.kind == "export"), None)
+    if record is None:
+        return ()
+    at = f"{base.rstrip('/')}/{folder_of(record.stage)}"
+    places = []
+    if "adapterLogitDifference" in record.metrics:
+        places.append(("Adapter", f"{at}/adapter"))
+    if {"mergedLogitDifference", "modelLogitDifference"} & set(record.metrics):
+        places.append(("Model", f"{at}/model"))
+    return (
+        *places,
+        ("Report", f"{at}/report.html"),
+        ("Model card", f"{at}/README.md"),
+        ("Loss curve", f"{at}/loss.png"),
+    )
+
+
+def _near(folder: Path) -> str:
+    """As a path from here, where the folder lies below."""
+    here = Path.cwd()
+    return str(folder.relative_to(here)) if folder.is_relative_to(here) else str(folder)

@@ -1,0 +1,336 @@
+"""A job's figures for people: what the console, the report and the model card show alike."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tuneyard.api.plan import StageRecord
+
+ABSENT = "\N{EN DASH}"
+TRAINING = ("sft", "pretrain")
+FATES = {
+    "skippedRows": "skipped",
+    "droppedRows": "dropped",
+    "truncatedRows": "truncated",
+    "splitRows": "split",
+}
+"""What may have become of rows on their way, by the prepare stage's metric."""
+
+Verdict = Literal["better", "worse", ""]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One line of the table base against tuned, ready to print."""
+
+    label: str
+    base: str
+    tuned: str
+    change: str
+    verdict: Verdict
+    """Whether the change is for the better; "" where that cannot be said."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out prompt and what was answered. `base` is None where the base was not asked."""
+
+    prompt: str
+    reference: str
+    base: str | None
+    tuned: str
+    expected: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, value: Mapping[str, Any]) -> Sample:
+        return cls(
+            prompt=str(value.get("prompt", "")),
+            reference=str(value.get("reference", "")),
+            base=None if value.get("base") is None else str(value["base"]),
+            tuned=str(value.get("tuned", "")),
+            expected=tuple(value.get("expected", ())),
+        )
+
+    def is_right(self, answer: str | None) -> bool | None:
+        """By the evaluation's own rule: any expected text in the answer, case aside. None: nothing
+        is expected, or nothing was answered."""
+        if answer is None or not self.expected:
+            return None
+        return any(text.casefold() in answer.casefold() for text in self.expected)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a job's records say of its result."""
+
+    comparisons: tuple[Comparison, ...]
+    """Empty where nothing was held out."""
+    facts: tuple[tuple[str, str], ...]
+    """Label and value: time, tokens, memory."""
+    samples: tuple[Sample, ...]
+    warnings: tuple[str, ...]
+    """Sentences that put the figures in doubt."""
+
+    @classmethod
+    def of(cls, records: Mapping[str, StageRecord]) -> Figures:
+        """From the records of a job's stages, by stage name; any of them may be missing."""
+        kinds = {record.kind: record for record in records.values()}
+        training = kinds.get("sft") or kinds.get("pretrain")
+        evaluation = kinds.get("evaluate")
+        samples = evaluation.details.get("samples", []) if evaluation else []
+        return cls(
+            comparisons=tuple(_comparisons(_measured(training, evaluation))),
+            facts=tuple(_facts(training, list(records.values()))),
+            samples=tuple(Sample.of(sample) for sample in samples),
+            warnings=tuple(_warnings(kinds.get("prepare"))),
+        )
+
+
+def headline(kind: str, metrics: Mapping[str, float], details: Mapping[str, Any]) -> list[str]:
+    """The few figures of a finished stage that fit behind its name."""
+    if kind == "prepare":
+        return _prepared(metrics)
+    if kind in TRAINING:
+        return _trained(metrics, details)
+    if kind == "evaluate":
+        return _evaluated(metrics)
+    return [size(metrics["bytes"])] if "bytes" in metrics else []
+
+
+def seconds_of(record: StageRecord) -> float:
+    """How long the stage took, to the second."""
+    start, end = (
+        datetime.datetime.fromisoformat(moment)
+        for moment in (record.started_at, record.finished_at)
+    )
+    return max(0.0, (end - start).total_seconds())
+
+
+def _warnings(prepare: StageRecord | None) -> list[str]:
+    contaminated = prepare.details.get("contaminated") if prepare else None
+    if not contaminated:
+        return []
+    return [
+        f"{count(contaminated)} of the held-out rows are also in the training data: the held-out "
+        "figures look better than they are."
+    ]
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+
+def _measured(training: StageRecord | None, evaluation: StageRecord | None) -> dict[str, float]:
+    """The evaluation's metrics; losses that it did not measure as training measured them."""
+    losses: dict[str, float] = {
+        name: training.metrics[name]
+        for name in ("validationLoss", "baseValidationLoss")
+        if training and name in training.metrics
+    }
+    return {**losses, **(evaluation.metrics if evaluation else {})}
+
+
+def _comparisons(metrics: Mapping[str, float]) -> list[Comparison]:
+    tuned, base = metrics.get("validationLoss"), metrics.get("baseValidationLoss")
+    lines = []
+    if tuned is not None:
+        lines += [
+            _falling("Held-out loss (nats per token)", base, tuned),
+            _falling("Held-out perplexity", _perplexity(base), _perplexity(tuned)),
+        ]
+    if "answerAccuracy" in metrics:
+        lines.append(_answers(metrics))
+    return lines
+
+
+def _falling(label: str, base: float | None, tuned: float | None) -> Comparison:
+    """A figure that shall fall."""
+    change, verdict = "", _verdict(base, tuned)
+    if base and tuned is not None and math.isfinite(base) and math.isfinite(tuned):
+        change = f"{signed(100 * (tuned / base - 1))} %"
+    return Comparison(label, number(base), number(tuned), change, verdict)
+
+
+def _verdict(base: float | None, tuned: float | None) -> Verdict:
+    if base is None or tuned is None or base == tuned:
+        return ""
+    return "better" if tuned < base else "worse"
+
+
+def _answers(metrics: Mapping[str, float]) -> Comparison:
+    """As counts where the number of questions is known, else as shares."""
+    tuned, base = metrics["answerAccuracy"], metrics.get("baseAnswerAccuracy")
+    questions = metrics.get("questions")
+
+    def shown(share: float | None) -> str:
+        if share is None:
+            return ABSENT
+        if questions:
+            return f"{round(share * questions)}/{round(questions)}"
+        return f"{100 * share:.0f} %"
+
+    change = ""
+    if base is not None:
+        gain = round((tuned - base) * questions) if questions else round(100 * (tuned - base))
+        change = f"{signed(gain)}{'' if questions else ' points'}"
+    verdict = _verdict(-base if base is not None else None, -tuned)
+    return Comparison("Answers right", shown(base), shown(tuned), change, verdict)
+
+
+def _perplexity(loss: float | None) -> float | None:
+    return None if loss is None else math.exp(min(loss, 700.0))
+
+
+def _facts(training: StageRecord | None, records: Sequence[StageRecord]) -> list[tuple[str, str]]:
+    total = sum(seconds_of(record) for record in records)
+    if training is None:
+        return [("Time", duration(total))]
+    metrics = training.metrics
+    facts = [
+        ("Time", f"{duration(metrics['trainingSeconds'])} training, {duration(total)} in all")
+        if "trainingSeconds" in metrics
+        else ("Time", duration(total)),
+    ]
+    if "steps" in metrics:
+        facts.append(("Steps", _steps(metrics, training.details)))
+    if "tokens" in metrics:
+        facts.append(("Tokens trained on", count(metrics["tokens"])))
+    if "tokensPerSecond" in metrics:
+        facts.append(("Tokens per second", count(metrics["tokensPerSecond"])))
+    if "peakMemoryBytes" in metrics:
+        facts.append(("Memory at its peak", size(metrics["peakMemoryBytes"])))
+    if "trainedParameters" in metrics:
+        facts.append(("Trained parameters", _trained_parameters(metrics)))
+    return facts
+
+
+def _steps(metrics: Mapping[str, float], details: Mapping[str, Any]) -> str:
+    parts = [count(metrics["steps"])]
+    if "epochs" in metrics:
+        parts[0] += f" ({metrics['epochs']:.3g} epoch{'' if metrics['epochs'] == 1 else 's'})"
+    if details.get("stoppedEarly"):
+        parts.append("stopped early")
+    best = details.get("bestStep")
+    if best is not None and best != metrics["steps"]:
+        parts.append(f"best at step {count(best)}")
+    if details.get("resumedAtStep") is not None:
+        parts.append(f"resumed after step {count(details['resumedAtStep'])}")
+    return ", ".join(parts)
+
+
+def _trained_parameters(metrics: Mapping[str, float]) -> str:
+    trained, every = metrics["trainedParameters"], metrics.get("parameters")
+    if not every:
+        return count(trained)
+    return f"{count(trained)} of {count(every)} ({100 * trained / every:.3g} %)"
+
+
+# ---- one stage ----------------------------------------------------------------------------------
+
+
+def _prepared(metrics: Mapping[str, float]) -> list[str]:
+    always = {"rows": "rows", "tokens": "tokens", "heldOutRows": "held out"}
+    parts = [f"{count(metrics[key])} {name}" for key, name in always.items() if key in metrics]
+    lost = {key: name for key, name in FATES.items() if metrics.get(key)}
+    return parts + [f"{count(metrics[key])} {name}" for key, name in lost.items()]
+
+
+def _trained(metrics: Mapping[str, float], details: Mapping[str, Any]) -> list[str]:
+    parts = [f"{count(metrics['steps'])} steps"] if "steps" in metrics else []
+    if "validationLoss" in metrics:
+        parts.append(f"held-out loss {_from_to(metrics)}")
+    elif "finalLoss" in metrics:
+        parts.append(f"loss {number(metrics['finalLoss'])}")
+    if "tokensPerSecond" in metrics:
+        parts.append(f"{count(metrics['tokensPerSecond'])} tokens/s")
+    if details.get("stoppedEarly"):
+        parts.append("stopped early")
+    if details.get("resumedAtStep") is not None:
+        parts.append(f"resumed after step {count(details['resumedAtStep'])}")
+    return parts
+
+
+def _evaluated(metrics: Mapping[str, float]) -> list[str]:
+    parts = [f"held-out loss {_from_to(metrics)}"] if "validationLoss" in metrics else []
+    if "answerAccuracy" in metrics:
+        parts.append(f"{_answers(metrics).tuned} answers right")
+    return parts
+
+
+def _from_to(metrics: Mapping[str, float]) -> str:
+    tuned = number(metrics["validationLoss"])
+    base = metrics.get("baseValidationLoss")
+    return tuned if base is None else f"{number(base)} → {tuned}"
+
+
+# ---- numbers and text ---------------------------------------------------------------------------
+
+
+def duration(seconds: float) -> str:
+    """The two largest units: "0.4 s", "12 s", "1 min 12 s", "2 h 5 min", "3 d 4 h"."""
+    if not math.isfinite(seconds):
+        return ABSENT
+    if seconds < 9.95:
+        return f"{seconds:.1f} s" if seconds % 1 else f"{seconds:.0f} s"
+    whole = round(seconds)
+    units = (("d", whole // 86400), ("h", whole // 3600 % 24), ("min", whole // 60 % 60))
+    parts = [(name, value) for name, value in (*units, ("s", whole % 60))]
+    first = next(index for index, (_, value) in enumerate(parts) if value)
+    return " ".join(f"{value} {name}" for name, value in parts[first : first + 2] if value)
+
+
+def count(value: float) -> str:
+    """A count with thousands separated; one decimal below 10 where there is a fraction."""
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.1f}" if value < 10 and value % 1 else f"{value:,.0f}"
+
+
+def number(value: float | None) -> str:
+    """Four significant digits, without exponents where people expect none."""
+    if value is None:
+        return ABSENT
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "∞"
+    if value and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.3g}"
+    digits = max(0, 3 - int(math.log10(max(abs(value), 1))))
+    return f"{value:,.{digits}f}"
+
+
+def signed(value: float) -> str:
+    """A change to the whole unit, with a real minus sign."""
+    rounded = round(value)
+    sign = "\N{MINUS SIGN}" if rounded < 0 else "+" if rounded > 0 else "±"
+    return f"{sign}{abs(rounded):,}"
+
+
+def size(num_bytes: float) -> str:
+    """Binary units: "812 MiB", "1.4 GiB"."""
+    units = ("bytes", "KiB", "MiB", "GiB", "TiB")
+    power = min(int(math.log2(max(num_bytes, 1))) // 10, len(units) - 1)
+    value = num_bytes / 1024**power
+    return f"{value:,.{int(power > 0 and value < 10)}f} {units[power]}"
+
+
+def harmless(text: str) -> str:
+    """Text of unknown origin without what could steer a terminal or turn its direction of writing:
+    control characters but line ends and tabs, and bidirectional overrides, become U+FFFD."""
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}" if _steers(character) else character
+        for character in text.replace("\r\n", "\n")
+    )
+
+
+def _steers(character: str) -> bool:
+    kind = unicodedata.category(character)
+    return (kind == "Cc" and character not in "\n\t") or (
+        kind == "Cs" or unicodedata.bidirectional(character) in _OVERRIDES
+    )
+
+
+_OVERRIDES = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")

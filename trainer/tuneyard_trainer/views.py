@@ -1,0 +1,290 @@
+"""Two ways to watch a run: a live display on a terminal, log lines anywhere else.
+
+Both take the runner's events. Text from outside (messages, model output) is never read as markup
+and never reaches a terminal with its control characters.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import re
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import IO, Any, Protocol
+
+from rich.console import Console as RichConsole
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from tuneyard.api.plan import StageRecord
+from tuneyard_trainer.figures import count, duration, harmless, headline, number, seconds_of
+
+Clock = Callable[[], float]
+"""Seconds since 1970."""
+
+PACE_SECONDS = 60.0
+"""How far back the pace of a stage is measured."""
+LINE_SECONDS = 10.0
+LINE_SHARE = 0.05
+"""A progress line is due after so long, or after so much of the stage."""
+REFRESH_HZ = 4
+NAME_WIDTH = 10
+
+
+class View(Protocol):
+    """What the console needs of either way."""
+
+    def note(self, level: str, text: str, **values: object) -> None: ...
+
+    def stage(self, name: str, state: str, record: StageRecord | None) -> None: ...
+
+    def progress(self, event: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class Pace:
+    """How fast a stage goes now, from its latest steps: a resumed run knows nothing of earlier
+    ones, and the first step, which warms up caches, soon drops out."""
+
+    _marks: deque[tuple[float, int]] = field(default_factory=deque)
+
+    def add(self, now: float, step: int) -> None:
+        if not self._marks or step > self._marks[-1][1]:
+            self._marks.append((now, step))
+        while len(self._marks) > 2 and now - self._marks[0][0] > PACE_SECONDS:
+            self._marks.popleft()
+
+    def seconds_left(self, now: float, total: int) -> float | None:
+        """None until two steps were seen."""
+        if len(self._marks) < 2 or not total:
+            return None
+        (start, first), (end, last) = self._marks[0], self._marks[-1]
+        left = (total - last) * max(end - start, 0.0) / (last - first)
+        return max(0.0, left - max(0.0, now - end))
+
+
+@dataclass
+class Running:
+    """The stage under way, as far as its events told."""
+
+    name: str
+    started: float
+    step: int = 0
+    total: int = 0
+    message: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+    pace: Pace = field(default_factory=Pace)
+
+    def take(self, event: Mapping[str, Any], now: float) -> None:
+        """A message stands until there are figures again."""
+        if event["totalSteps"]:
+            self.total = event["totalSteps"]
+        if event["step"]:
+            self.step = event["step"]
+            self.pace.add(now, self.step)
+        self.metrics.update(event["metrics"])
+        self.message = event["message"] or ("" if event["metrics"] else self.message)
+
+
+# ---- log lines ----------------------------------------------------------------------------------
+
+
+class LineView:
+    """`TIME LEVEL STAGE key=value ...`, one event a line; progress now and then."""
+
+    def __init__(self, stream: IO[str], clock: Clock) -> None:
+        self._stream, self._clock = stream, clock
+        self._running: Running | None = None
+        self._shown = (0.0, 0)
+        self._said = ""
+
+    def note(self, level: str, text: str, **values: object) -> None:
+        name = self._running.name if self._running else "run"
+        self._write(level, name, {**values, "message": text} if text else values)
+
+    def stage(self, name: str, state: str, record: StageRecord | None) -> None:
+        self._running = Running(name, self._clock()) if state == "Running" else None
+        self._shown, self._said = (self._clock(), 0), ""
+        values: dict[str, object] = {"state": state}
+        if record is not None:
+            values |= {"seconds": seconds_of(record), **record.metrics, "digest": record.digest}
+        self._write("info", name, values)
+
+    def progress(self, event: Mapping[str, Any]) -> None:
+        now = self._clock()
+        if self._running is None or self._running.name != event["stage"]:
+            self._running, self._shown = Running(event["stage"], now), (now, 0)
+        self._running.take(event, now)
+        if self._is_due(event, now):
+            self._shown, self._said = (now, event["step"]), event["message"] or self._said
+            self._write("info", event["stage"] or "run", self._values(event, now))
+
+    def close(self) -> None:
+        pass
+
+    def _is_due(self, event: Mapping[str, Any], now: float) -> bool:
+        """Every new message and every evaluation, the first step and the last; else by time or by
+        share."""
+        if event["message"] and event["message"] != self._said:
+            return True
+        time, shown = self._shown
+        step, total = event["step"], event["totalSteps"]
+        if "validationLoss" in event["metrics"] or (step and not shown):
+            return True
+        share = LINE_SHARE * total if step < total else 1
+        return now - time >= LINE_SECONDS or bool(total and step - shown >= share)
+
+    def _values(self, event: Mapping[str, Any], now: float) -> dict[str, object]:
+        values: dict[str, object] = {}
+        if event["step"]:
+            values["step"] = event["step"]
+        if event["totalSteps"]:
+            values["totalSteps"] = event["totalSteps"]
+        values |= event["metrics"]
+        left = self._running.pace.seconds_left(now, event["totalSteps"]) if self._running else None
+        if left is not None and event["step"]:
+            values["etaSeconds"] = round(left)
+        if event["message"]:
+            values["message"] = event["message"]
+        return values
+
+    def _write(self, level: str, stage: str, values: Mapping[str, object]) -> None:
+        moment = datetime.datetime.fromtimestamp(self._clock(), datetime.UTC)
+        parts = [moment.strftime("%Y-%m-%dT%H:%M:%SZ"), level, stage]
+        parts += [f"{key}={_value(value)}" for key, value in values.items() if value is not None]
+        self._stream.write(" ".join(parts) + "\n")
+        self._stream.flush()
+
+
+_BARE = re.compile(r"[^\s\"'=\\\x00-\x1f\x7f-\x9f]+")
+
+
+def _value(value: object) -> str:
+    """A number, or text: bare where nothing in it could be mistaken, else as a JSON string."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.6g}"
+    text = harmless(str(value))
+    return text if _BARE.fullmatch(text) else json.dumps(text, ensure_ascii=False)
+
+
+# ---- a terminal ---------------------------------------------------------------------------------
+
+
+class LiveView:
+    """A line for each finished stage, and below them the running one, redrawn in place."""
+
+    def __init__(self, console: RichConsole, clock: Clock) -> None:
+        self._console, self._clock = console, clock
+        self._running: Running | None = None
+        self._spinner = Spinner("dots", style="cyan")
+        self._live = Live(
+            console=console,
+            get_renderable=self._render,
+            refresh_per_second=REFRESH_HZ,
+            transient=True,
+        )
+
+    def note(self, level: str, text: str, **values: object) -> None:
+        style = {"error": "bold red", "warning": "yellow"}.get(level, "dim")
+        self._console.print(Text(harmless(text), style=style))
+        for value in values.values():
+            if value not in (None, ""):
+                self._console.print(Text(harmless(str(value))))
+
+    def stage(self, name: str, state: str, record: StageRecord | None) -> None:
+        if state == "Running":
+            self._running = Running(name, self._clock())
+            self._live.start()
+            return
+        self._running = None
+        if record is not None:
+            self._console.print(_finished(name, state, record))
+
+    def progress(self, event: Mapping[str, Any]) -> None:
+        if not event["stage"]:
+            self.note("info", event["message"] or "")
+            return
+        if self._running is None or self._running.name != event["stage"]:
+            self.stage(event["stage"], "Running", None)
+        if self._running is not None:
+            self._running.take(event, self._clock())
+
+    def close(self) -> None:
+        """Gives the terminal back: the running stage's lines go, the cursor comes."""
+        self._live.stop()
+
+    def _render(self) -> RenderableType:
+        running = self._running
+        if running is None:
+            return Text("")
+        now = self._clock()
+        first = Table.grid(padding=(0, 1), expand=bool(running.total))
+        first.add_column(width=1)
+        first.add_column(min_width=NAME_WIDTH, no_wrap=True)
+        cells: list[RenderableType] = [self._spinner, Text(running.name, style="bold")]
+        if running.total:
+            first.add_column(ratio=1)
+            first.add_column(no_wrap=True, justify="right")
+            bar = ProgressBar(total=running.total, completed=running.step)
+            cells += [bar, Text(_position(running, now))]
+        else:
+            first.add_column(no_wrap=True)
+            cells.append(Text(_position(running, now), style="dim"))
+        first.add_row(*cells)
+        below = Text(" " * (NAME_WIDTH + 3) + _status(running), style="dim")
+        below.truncate(self._console.width, overflow="ellipsis")
+        return Group(first, below)
+
+
+def _position(running: Running, now: float) -> str:
+    elapsed = duration(math.floor(now - running.started))
+    if not running.total:
+        return f"{count(running.step)} · {elapsed}" if running.step else elapsed
+    left = running.pace.seconds_left(now, running.total)
+    eta = f"{duration(math.ceil(left))} left" if left is not None else elapsed
+    return f"{count(running.step)}/{count(running.total)}  {eta:>14}"
+
+
+def _status(running: Running) -> str:
+    if running.message:
+        return harmless(running.message).replace("\n", " ")
+    metrics, parts = running.metrics, []
+    if "loss" in metrics:
+        parts.append(f"loss {number(metrics['loss'])}")
+    if "validationLoss" in metrics:
+        base = metrics.get("baseValidationLoss")
+        beside = f" (base {number(base)})" if base is not None else ""
+        parts.append(f"held out {number(metrics['validationLoss'])}{beside}")
+    if "tokensPerSecond" in metrics:
+        parts.append(f"{count(metrics['tokensPerSecond'])} tokens/s")
+    if "epoch" in metrics:
+        parts.append(f"epoch {metrics['epoch']:.2f}")
+    return " · ".join(parts)
+
+
+def _finished(name: str, state: str, record: StageRecord) -> Table:
+    skipped = state == "Skipped"
+    line = Table.grid(padding=(0, 1))
+    line.add_column(width=1)
+    line.add_column(min_width=NAME_WIDTH, no_wrap=True)
+    line.add_column(min_width=10, no_wrap=True)
+    line.add_column()
+    figures = headline(record.kind, record.metrics, record.details)
+    line.add_row(
+        Text("✔", style="green"),
+        Text(name, style="" if skipped else "bold"),
+        Text("done before" if skipped else duration(seconds_of(record)), style="dim"),
+        Text(" · ".join(figures), style="dim" if skipped else ""),
+    )
+    return line
