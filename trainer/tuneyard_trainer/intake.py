@@ -1,0 +1,276 @@
+"""Takes data sets in, row by row, with the job's policies for rows that do not fit.
+
+Rows that do not fit are all counted before they end the job, so that one message tells how much
+there is to repair.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tuneyard.api.plan import DatasetSettings, PlannedStage, PrepareSettings, SourceInput
+from tuneyard.errors import StageError
+from tuneyard_trainer.datasets import Example, examples
+from tuneyard_trainer.prepared import SPLITS
+from tuneyard_trainer.splits import Shelf
+from tuneyard_trainer.tokenization import Encoded, Encoder, Misfit
+from tuneyard_trainer.worker import Interrupted, Worker
+
+BATCH_ROWS = 512
+BATCH_CHARACTERS = 1 << 20
+"""A batch ends at whichever comes first: enough for the tokenizer's threads, a few MB of memory."""
+FAULTS_SHOWN = 3
+FATES = ("dropped", "truncated", "split", "contextOnlyPieces")
+"""What is counted of rows that were longer than a sequence."""
+
+
+class Refusal(NamedTuple):
+    """A reason why a row is not taken in."""
+
+    what: str
+    advice: str
+    may_skip: bool = True
+    """Whether onInvalidRow applies."""
+
+
+REFUSALS = {
+    "ChatTemplate": Refusal(
+        "rows do not go through the chat template",
+        "Repair these rows, set spec.data.chatTemplate, or set spec.data.onInvalidRow: skip.",
+    ),
+    "NoTargets": Refusal(
+        "rows have nothing to learn",
+        "Repair these rows, raise spec.data.maxLength where it cuts the answer off, or set "
+        "spec.data.onInvalidRow: skip.",
+    ),
+    "RowTooLong": Refusal(
+        "rows are longer than {max_length} tokens",
+        "Raise spec.data.maxLength, or set spec.data.onOverlength to split, truncate or drop.",
+        may_skip=False,
+    ),
+}
+
+
+@dataclass
+class Tally:
+    """What became of one data set's rows."""
+
+    role: str
+    name: str
+    """The field path in the manifest."""
+    format: str = ""
+    rows: int = 0
+    """Rows read."""
+    kept: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    """Rows dropped, truncated and split, contextOnlyPieces, and rows refused by reason."""
+    longest: int = 0
+    """Tokens of the longest row, before anything was done about it."""
+    lengths: Counter[int] = field(default_factory=Counter)
+    """Rows by length in tokens, rounded up to a power of two."""
+    faults: dict[str, list[str]] = field(default_factory=dict)
+    """The first rows refused for each reason."""
+
+    def refuse(self, reason: str, where: str, why: str) -> None:
+        self.counts[reason] += 1
+        shown = self.faults.setdefault(reason, [])
+        if len(shown) < FAULTS_SHOWN:
+            shown.append(f"{where}: {why}")
+
+    def measure(self, length: int) -> None:
+        self.longest = max(self.longest, length)
+        self.lengths[1 << (length - 1).bit_length()] += 1
+
+    @property
+    def skipped(self) -> int:
+        """Rows refused; beyond this stage only rows that may be skipped are."""
+        return sum(self.counts[reason] for reason in ("InvalidData", *REFUSALS))
+
+    def details(self) -> dict[str, Any]:
+        return {
+            "role": self.role,
+            "name": self.name,
+            "format": self.format,
+            "rows": self.rows,
+            "kept": self.kept,
+            "skipped": self.skipped,
+            **{name: self.counts[name] for name in FATES},
+            "longest": self.longest,
+            "lengths": {str(bound): self.lengths[bound] for bound in sorted(self.lengths)},
+        }
+
+
+@dataclass
+class Intake:
+    """Takes in data sets row by row, with the job's policies."""
+
+    stage: PlannedStage
+    settings: PrepareSettings
+    inputs: Mapping[str, Path]
+    encoder: Encoder
+    max_length: int
+    worker: Worker
+    tallies: list[Tally] = field(default_factory=list)
+    _num_rows: int = 0
+
+    def read(self, split: str, datasets: Sequence[DatasetSettings], shelf: Shelf) -> None:
+        """Every row of a split's data sets."""
+        for index, dataset in enumerate(datasets):
+            role = f"{split}.{index}"
+            tally = Tally(role, self._name(role))
+            self.tallies.append(tally)
+            self._read_one(index, dataset, tally, shelf)
+
+    def _read_one(self, index: int, dataset: DatasetSettings, tally: Tally, shelf: Shelf) -> None:
+        stream = examples(
+            self.inputs[tally.role],
+            dataset,
+            on_invalid=self.settings.on_invalid_row,
+            name=tally.name,
+        )
+        for batch in _batches(stream):
+            if self.worker.stop():
+                raise Interrupted(self.stage.name, self._num_rows)
+            for example, encoded in zip(batch, self.encoder.encode(batch), strict=True):
+                pieces = self._pieces(example, encoded, tally)
+                if pieces:
+                    tally.kept += 1
+                    shelf.add(pieces, index, self._text(example))
+            self._num_rows += len(batch)
+            self.worker.report(step=self._num_rows, message=f"reading {tally.name}")
+        summary = stream.summary
+        tally.format, tally.rows = summary.format, summary.rows
+        tally.counts["InvalidData"] = summary.skipped
+        if summary.faults:
+            tally.faults["InvalidData"] = [str(fault) for fault in summary.faults]
+
+    def _name(self, role: str) -> str:
+        source = self.stage.inputs[role]
+        path = source.path if isinstance(source, SourceInput) else ""
+        return path.removesuffix(".uri") or role
+
+    def _pieces(self, example: Example, encoded: Encoded | Misfit, tally: Tally) -> list[Encoded]:
+        """What is kept of a row: nothing, all of it, its start, or all of it in pieces."""
+        where = f"{example.file} row {example.row}".strip()
+        if isinstance(encoded, Misfit):
+            tally.refuse("ChatTemplate", where, encoded.message)
+            return []
+        length = len(encoded.ids)
+        tally.measure(length)
+        if not encoded.mask.any():
+            tally.refuse("NoTargets", where, "no token of it carries loss")
+            return []
+        if length <= self.max_length:
+            return [encoded]
+        return self._overlong(where, encoded, tally)
+
+    def _overlong(self, where: str, encoded: Encoded, tally: Tally) -> list[Encoded]:
+        policy = self.settings.on_overlength
+        if policy == "error":
+            tally.refuse("RowTooLong", where, f"{len(encoded.ids)} tokens")
+            return []
+        if policy == "drop":
+            tally.counts["dropped"] += 1
+            return []
+        cut = truncated if policy == "truncate" else split_evenly
+        pieces = cut(encoded, self.max_length)
+        useful = [piece for piece in pieces if piece.mask.any()]
+        if not useful:
+            tally.refuse(
+                "NoTargets", where, f"nothing in its first {self.max_length} tokens carries loss"
+            )
+            return []
+        tally.counts["truncated" if policy == "truncate" else "split"] += 1
+        tally.counts["contextOnlyPieces"] += len(pieces) - len(useful)
+        return useful
+
+    def _text(self, example: Example) -> dict[str, Any]:
+        """The row for people and for evaluation."""
+        text: dict[str, Any] = {}
+        conversation = self.encoder.conversation(example)
+        if conversation:
+            text["messages"] = conversation
+        elif example.kind == "completion":
+            text |= {"prompt": example.prompt, "completion": example.completion}
+        else:
+            text["text"] = example.text
+        if example.expected:
+            text["expected"] = list(example.expected)
+        return text
+
+    # ---- verdict ------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raises StageError ChatTemplate, NoTargets, RowTooLong or EmptyData."""
+        for reason, refusal in REFUSALS.items():
+            if self.settings.on_invalid_row == "error" or not refusal.may_skip:
+                self._refuse(reason, refusal)
+        for split in SPLITS:
+            self._check_left(split)
+
+    def _refuse(self, reason: str, refusal: Refusal) -> None:
+        concerned = [tally for tally in self.tallies if tally.counts[reason]]
+        if not concerned:
+            return
+        count = sum(tally.counts[reason] for tally in concerned)
+        total = sum(tally.rows for tally in self.tallies)
+        shown = [f"{t.name} {fault}" for t in concerned for fault in t.faults[reason]]
+        what = refusal.what.format(max_length=self.max_length)
+        first = "" if count <= FAULTS_SHOWN else f"The first {FAULTS_SHOWN}: "
+        raise StageError(
+            reason,
+            f"{count} of {total} {what}. {first}{'; '.join(shown[:FAULTS_SHOWN])}.",
+            advice=refusal.advice,
+        )
+
+    def _check_left(self, split: str) -> None:
+        concerned = [tally for tally in self.tallies if tally.role.startswith(split)]
+        if not concerned or any(tally.kept for tally in concerned):
+            return
+        skipped = sum(tally.skipped for tally in concerned)
+        dropped = sum(tally.counts["dropped"] for tally in concerned)
+        shown = [fault for t in concerned for faults in t.faults.values() for fault in faults]
+        raise StageError(
+            "EmptyData",
+            f"no row is left for {split}: {skipped} skipped, {dropped} "
+            f"dropped as longer than {self.max_length} tokens. {'; '.join(shown[:FAULTS_SHOWN])}",
+            advice=f"Repair the rows of {concerned[0].name}, or raise spec.data.maxLength.",
+        )
+
+
+def _batches(stream: Iterable[Example]) -> Iterator[list[Example]]:
+    batch: list[Example] = []
+    characters = 0
+    for example in stream:
+        batch.append(example)
+        characters += len(example.text) + sum(len(turn.content) for turn in example.messages)
+        if len(batch) == BATCH_ROWS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def truncated(encoded: Encoded, max_length: int) -> list[Encoded]:
+    """The row's start."""
+    return [Encoded(encoded.ids[:max_length], encoded.mask[:max_length])]
+
+
+def split_evenly(encoded: Encoded, max_length: int) -> list[Encoded]:
+    """All of the row in as few pieces as it takes, of equal length within one token: no piece is a
+    useless rest, and each sees as much context as can be. A piece's first token is no target: in
+    its piece nothing comes before it."""
+    length = len(encoded.ids)
+    count = -(-length // max_length)
+    bounds = [index * length // count for index in range(count + 1)]
+    pieces = []
+    for start, end in pairwise(bounds):
+        mask = encoded.mask[start:end].copy()
+        mask[0] = 0
+        pieces.append(Encoded(encoded.ids[start:end], mask))
+    return pieces

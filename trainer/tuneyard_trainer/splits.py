@@ -1,0 +1,129 @@
+"""Which rows are held out, so that nothing held out is also trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tuneyard.errors import StageError
+from tuneyard_trainer.prepared import Rows, RowWriter
+from tuneyard_trainer.tokenization import Encoded
+
+Hashes = NDArray[np.uint64]
+"""(R,) one per row: equal for equal token ids; their order is random, by the seed."""
+
+
+class Shelf:
+    """The rows of a split as they are read. A row lies here as one piece, or as several where it
+    was longer than a sequence; the pieces stay together."""
+
+    def __init__(self, folder: Path, split: str, seed: int, *, texts: bool) -> None:
+        """`texts`: keep each row's text too, a line of `SPLIT.jsonl` each."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.split = folder, split
+        self.texts = folder / f"{split}.jsonl" if texts else None
+        self._key = str(seed).encode()
+        self._writer = RowWriter(folder, split)
+        self._lines = self.texts.open("w", encoding="utf-8") if self.texts else None
+        self._hashes, self._num_pieces = array("Q"), array("l")
+
+    def add(self, pieces: Sequence[Encoded], source: int, text: Mapping[str, Any]) -> None:
+        """`source`: the index of the row's data set."""
+        content = hashlib.blake2b(digest_size=8, key=self._key)
+        for piece in pieces:
+            content.update(piece.ids.tobytes())
+            self._writer.append(piece.ids, piece.mask, source)
+        self._hashes.append(int.from_bytes(content.digest(), "little"))
+        self._num_pieces.append(len(pieces))
+        if self._lines:
+            self._lines.write(json.dumps(text, ensure_ascii=False) + "\n")
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    @property
+    def hashes(self) -> Hashes:
+        return np.array(self._hashes, dtype=np.uint64)
+
+    @property
+    def num_pieces(self) -> Sequence[int]:
+        """One count for each row."""
+        return self._num_pieces
+
+    def __enter__(self) -> Self:
+        self._writer.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._writer.__exit__(kind, error, trace)
+        if self._lines:
+            self._lines.close()
+        if self.texts and not len(self):
+            self.texts.unlink()
+
+
+def held_out(hashes: Hashes, fraction: float) -> NDArray[np.bool_]:
+    """(R,) which rows to hold out: `fraction` of them, at least one and never all. Rows with equal
+    ids are held out together or not at all, so where rows repeat there may be a few less.
+
+    Raises StageError TooFewRows if all rows are equal.
+    """
+    _, group, sizes = np.unique(hashes, return_inverse=True, return_counts=True)
+    if len(sizes) < 2:
+        raise StageError(
+            "TooFewRows",
+            f"no row can be held out: the {len(hashes)} training rows have the same content.",
+            advice="Add training rows, or remove spec.data.validation.",
+        )
+    wanted = max(1, round(fraction * len(hashes)))
+    # Never all: one group at least stays, whatever the fraction.
+    wanted = min(wanted, len(hashes) - int(sizes.min()))
+    chosen = np.zeros(len(sizes), dtype=np.bool_)
+    count = 0
+    for index, size in enumerate(sizes):
+        if count + size <= wanted:
+            chosen[index] = True
+            count += int(size)
+        if count == wanted:
+            break
+    if not count:
+        chosen[np.argmin(sizes)] = True
+    return np.asarray(chosen[group])
+
+
+def deal(shelf: Shelf, held: NDArray[np.bool_], folder: Path, seed: int) -> Shelf:
+    """Copies a shelf's rows into `folder`, as the splits train and validation. Returns the
+    validation shelf, closed."""
+    rows = Rows.open(shelf.folder, shelf.split)
+    if rows is None or shelf.texts is None:
+        raise TypeError("a shelf to deal from needs rows and their texts")
+    piece = 0
+    with (
+        shelf.texts.open(encoding="utf-8") as lines,
+        Shelf(folder, "train", seed, texts=False) as train,
+        Shelf(folder, "validation", seed, texts=True) as validation,
+    ):
+        for line, count, hold in zip(lines, shelf.num_pieces, held, strict=True):
+            pieces = [Encoded(rows.ids(i), rows.mask(i)) for i in range(piece, piece + count)]
+            text = json.loads(line) if hold else {}
+            (validation if hold else train).add(pieces, int(rows.source[piece]), text)
+            piece += count
+    return validation
+
+
+def num_contaminated(train: Hashes, validation: Hashes) -> int:
+    """How many held-out rows are also trained on."""
+    return int(np.isin(validation, train).sum())

@@ -1,0 +1,188 @@
+"""Reads the data sets, checks every row, holds some out, and leaves tokens on disk (`prepared`).
+
+One pass over the data in batches: memory holds a batch and some 30 bytes a row.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tuneyard.api.plan import PlannedStage, PrepareSettings
+from tuneyard.errors import StageError
+from tuneyard_trainer import models
+from tuneyard_trainer.intake import FATES, Intake, Tally
+from tuneyard_trainer.prepared import SPLITS, Rows, remove_split
+from tuneyard_trainer.splits import Shelf, deal, held_out, num_contaminated
+from tuneyard_trainer.tokenization import Encoder
+from tuneyard_trainer.worker import Outcome, Worker
+
+AUTO_LENGTH = 1024
+"""Tokens of a sequence where maxLength is auto and the model's context allows them."""
+
+_SPOOL = ".spool"
+_CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+_NO_LIMIT = 1 << 30  # tokenizers without a limit say 1e30
+
+
+def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker) -> Outcome:
+    """Leaves the files that `prepared` describes, `validation.jsonl` and `tokenizer/`."""
+    settings = stage.settings
+    if not isinstance(settings, PrepareSettings):
+        raise TypeError(f"stage {stage.name} is a {stage.kind}, not prepare")
+    _clear(workdir)
+    try:
+        return _prepare(stage, settings, inputs, workdir, worker)
+    except StageError:
+        _clear(workdir)
+        raise
+
+
+def _prepare(
+    stage: PlannedStage,
+    settings: PrepareSettings,
+    inputs: Mapping[str, Path],
+    workdir: Path,
+    worker: Worker,
+) -> Outcome:
+    tokenizer = _tokenizer(inputs["model"], settings)
+    limit = _max_length(inputs["model"], tokenizer, settings)
+    intake = Intake(stage, settings, inputs, _encoder(tokenizer, settings), limit, worker)
+    train, validation = _shelves(intake, workdir)
+    tokenizer.save_pretrained(workdir / "tokenizer")
+    metrics = _metrics(workdir, intake.tallies, len(validation))
+    details: dict[str, Any] = {"datasets": [tally.details() for tally in intake.tallies]}
+    if settings.validation:
+        details["contaminated"] = num_contaminated(train.hashes, validation.hashes)
+        _warn_of(details["contaminated"], len(validation), worker)
+    _write_summary(workdir, settings, tokenizer, limit, metrics, details)
+    faults = {tally.name: tally.faults for tally in intake.tallies if tally.faults}
+    return Outcome(metrics, {**details, "maxLength": limit, "faults": faults})
+
+
+def _shelves(intake: Intake, workdir: Path) -> tuple[Shelf, Shelf]:
+    """The rows of train and validation, written. A fraction to hold out is known only when all
+    rows are, so then they are spooled first."""
+    settings, seed = intake.settings, intake.settings.seed
+    fraction = settings.validation_fraction
+    spool = workdir / _SPOOL
+    folder = workdir if fraction is None else spool
+    with Shelf(folder, "train", seed, texts=fraction is not None) as train:
+        intake.read("train", settings.train, train)
+    with Shelf(workdir, "validation", seed, texts=True) as validation:
+        intake.read("validation", settings.validation, validation)
+    intake.check()
+    if fraction is not None:
+        validation = deal(train, held_out(train.hashes, fraction), workdir, seed)
+        shutil.rmtree(spool)
+    return train, validation
+
+
+# ---- settings and files -----------------------------------------------------------------------
+
+
+def _clear(workdir: Path) -> None:
+    """Removes what this stage writes: a killed run may have left some, and a failed one does."""
+    (workdir / "data.json").unlink(missing_ok=True)
+    (workdir / "validation.jsonl").unlink(missing_ok=True)
+    for name in SPLITS:
+        remove_split(workdir, name)
+    for folder in (_SPOOL, "tokenizer"):
+        shutil.rmtree(workdir / folder, ignore_errors=True)
+
+
+def _tokenizer(model: Path, settings: PrepareSettings) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = models.load_tokenizer(model)
+    if settings.chat_template is not None:
+        tokenizer.chat_template = settings.chat_template
+    return tokenizer
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase, settings: PrepareSettings) -> Encoder:
+    """Pre-training learns every token, whatever the format."""
+    train_on = "all" if settings.method == "pretrain" else settings.train_on
+    return Encoder(tokenizer, train_on, settings.system_prompt)
+
+
+def _max_length(model: Path, tokenizer: PreTrainedTokenizerBase, settings: PrepareSettings) -> int:
+    """Raises StageError MaxLength where the manifest asks for more than the model's context."""
+    context = _context(model)
+    if settings.max_length == "auto":
+        if context is None and tokenizer.model_max_length < _NO_LIMIT:
+            context = tokenizer.model_max_length
+        return min(AUTO_LENGTH, context or AUTO_LENGTH)
+    if context is not None and settings.max_length > context:
+        raise StageError(
+            "MaxLength",
+            f"maxLength is {settings.max_length} tokens, and the model's context holds {context}.",
+            advice=f"Set spec.data.maxLength to {context} or less.",
+        )
+    return settings.max_length
+
+
+def _context(model: Path) -> int | None:
+    """The positions that the model's configuration allows; None where it names no limit."""
+    path = model / "config.json"
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text("utf-8"))
+    config = config.get("text_config", config)
+    found = [config[name] for name in _CONTEXT_FIELDS if isinstance(config.get(name), int)]
+    return min(found) if found else None
+
+
+def _metrics(workdir: Path, tallies: Sequence[Tally], num_held_out: int) -> dict[str, float]:
+    train = Rows.open(workdir, "train")
+    if train is None:
+        raise TypeError("prepared no training rows")
+    kept = {split: sum(t.kept for t in tallies if t.role.startswith(split)) for split in SPLITS}
+    # Held-out rows come from data sets of their own, or else out of the training rows.
+    rows = kept["train"] - (num_held_out if not kept["validation"] else 0)
+    fates = {f"{fate}Rows": sum(t.counts[fate] for t in tallies) for fate in FATES[:3]}
+    return {
+        "rows": rows,
+        "heldOutRows": num_held_out,
+        "sequences": len(train),
+        "tokens": len(train.tokens),
+        "targetTokens": int(train.targets.sum()),
+        "longestRow": max(tally.longest for tally in tallies),
+        "skippedRows": sum(tally.skipped for tally in tallies),
+        **fates,
+        "contextOnlyPieces": sum(tally.counts["contextOnlyPieces"] for tally in tallies),
+    }
+
+
+def _warn_of(contaminated: int, num_held_out: int, worker: Worker) -> None:
+    if contaminated:
+        worker.report(
+            message=f"{contaminated} of {num_held_out} held-out rows are also in the training "
+            "data: the held-out loss will look better than it is"
+        )
+
+
+def _write_summary(
+    workdir: Path,
+    settings: PrepareSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int,
+    metrics: Mapping[str, float],
+    details: Mapping[str, Any],
+) -> None:
+    """`data.json`, last of all: it says that the rest is whole."""
+    summary = {
+        "method": settings.method,
+        "maxLength": limit,
+        "trainOn": settings.train_on,
+        "onOverlength": settings.on_overlength,
+        "weights": [dataset.weight for dataset in settings.train],
+        "chatTemplate": tokenizer.chat_template,
+        "metrics": metrics,
+        **details,
+    }
+    text = json.dumps(summary, indent=2, sort_keys=True, ensure_ascii=False)
+    (workdir / "data.json").write_text(text + "\n", encoding="utf-8")

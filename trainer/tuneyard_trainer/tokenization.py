@@ -1,0 +1,196 @@
+"""Text to token ids, and which of them are targets.
+
+A conversation's ids are always those of its chat template's whole rendering, tokenized once;
+targets are found as characters of that rendering (`chat`) and carried over by the tokenizer's
+offsets. So marking targets can never change an id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from tuneyard.errors import StageError
+from tuneyard_trainer.chat import OWN_TEMPLATE, ChatFormat, Message, MisfitError, Span, TrainOn
+from tuneyard_trainer.datasets import Example
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row as the model sees it."""
+
+    ids: NDArray[np.int32]
+    """(L,) token ids."""
+    mask: NDArray[np.uint8]
+    """(L,) 1 where the token is a target given the tokens before it; so mask[0] is always 0."""
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """What stands where a conversation and the chat template do not go together."""
+
+    message: str
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], train_on: TrainOn
+) -> Encoded:
+    """One conversation. Raises StageError ChatTemplate where template and row do not fit."""
+    encoded = _chats(ChatFormat.of(tokenizer), [messages], train_on)[0]
+    if isinstance(encoded, Misfit):
+        raise StageError("ChatTemplate", f"{encoded.message}.", advice=OWN_TEMPLATE)
+    return encoded
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Examples of any kind to rows, in batches: a fast tokenizer works on a list in parallel."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train_on: TrainOn
+    system_prompt: str | None = None
+    """System turn of conversations without one; None: none is added."""
+
+    def encode(self, examples: Sequence[Example]) -> list[Encoded | Misfit]:
+        """One result for each example, in order.
+
+        Raises StageError ChatTemplate or NoStopToken where no row at all could be encoded.
+        """
+        chats = {i: chat for i, e in enumerate(examples) if (chat := self.conversation(e))}
+        rest = [i for i in range(len(examples)) if i not in chats]
+        pairs = [i for i in rest if examples[i].kind == "completion"]
+        texts = [i for i in rest if examples[i].kind == "text"]
+        results: dict[int, Encoded | Misfit] = {}
+        if chats:
+            encoded = _chats(self._format, list(chats.values()), self.train_on)
+            results.update(zip(chats, encoded, strict=True))
+        results.update(zip(pairs, self._completions([examples[i] for i in pairs]), strict=True))
+        results.update(zip(texts, self._texts([examples[i].text for i in texts]), strict=True))
+        return [results[i] for i in range(len(examples))]
+
+    def conversation(self, example: Example) -> list[Message] | None:
+        """The turns that the chat template renders; None for what is not put through one: plain
+        text, and prompt and completion where the tokenizer has no chat template."""
+        if example.kind == "text" or (
+            example.kind == "completion" and not self.tokenizer.chat_template
+        ):
+            return None
+        turns: list[Message] = [
+            {"role": turn.role, "content": turn.content} for turn in example.messages
+        ]
+        if self.system_prompt is None or turns[0]["role"] == "system":
+            return turns
+        return [{"role": "system", "content": self.system_prompt}, *turns]
+
+    @cached_property
+    def _format(self) -> ChatFormat:
+        return ChatFormat.of(self.tokenizer)
+
+    @cached_property
+    def _eos(self) -> int:
+        if self.tokenizer.eos_token_id is None:
+            raise StageError(
+                "NoStopToken",
+                "the tokenizer has no end-of-sequence token, so a tuned model could not stop.",
+                advice="Choose a model whose tokenizer has an eos_token.",
+            )
+        return int(self.tokenizer.eos_token_id)
+
+    def _completions(self, examples: Sequence[Example]) -> list[Encoded]:
+        """The prompt as inference tokenizes it, the completion, and the end of sequence."""
+        prompts = self._ids([example.prompt for example in examples], special=True)
+        completions = self._ids([example.completion for example in examples], special=False)
+        encoded = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            prompt = prompt[:-1] if prompt[-1:] == [self._eos] else prompt
+            masked = 0 if self.train_on == "all" else len(prompt)
+            encoded.append(_encoded([*prompt, *completion, self._eos], masked))
+        return encoded
+
+    def _texts(self, texts: Sequence[str]) -> list[Encoded]:
+        """Documents: whatever the tokenizer puts before a text, the text, and the end of sequence;
+        every token is a target."""
+        documents = self._ids(texts, special=True)
+        return [
+            _encoded(ids if ids[-1:] == [self._eos] else [*ids, self._eos]) for ids in documents
+        ]
+
+    def _ids(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        return self.tokenizer(
+            list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False
+        )["input_ids"]
+
+
+# ---- conversations ----------------------------------------------------------------------------
+
+
+def _chats(
+    chat_format: ChatFormat, conversations: Sequence[Sequence[Message]], train_on: TrainOn
+) -> list[Encoded | Misfit]:
+    """One result for each conversation, in order."""
+    misfits: dict[int, Misfit] = {}
+    texts: list[str] = []
+    spans: list[list[Span]] = []
+    for index, messages in enumerate(conversations):
+        try:
+            text, targets = chat_format.targets(messages, train_on)
+        except MisfitError as error:
+            misfits[index] = Misfit(str(error))
+        else:
+            texts.append(text)
+            spans.append(targets)
+    encoded = iter(_tokenized(chat_format.tokenizer, texts, spans))
+    return [misfits.get(i) or next(encoded) for i in range(len(conversations))]
+
+
+def _tokenized(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], spans: list[list[Span]]
+) -> list[Encoded]:
+    if not texts:
+        return []
+    batch = tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    rows = zip(batch["input_ids"], batch["offset_mapping"], spans, strict=True)
+    return [_encoded_at(ids, offsets, targets) for ids, offsets, targets in rows]
+
+
+# ---- masks ------------------------------------------------------------------------------------
+
+
+def _encoded(ids: Sequence[int], masked: int = 0) -> Encoded:
+    """All targets but the first `masked` tokens."""
+    mask = np.ones(len(ids), dtype=np.uint8)
+    mask[: max(1, masked)] = 0
+    return Encoded(np.asarray(ids, dtype=np.int32), mask)
+
+
+def _encoded_at(
+    ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Iterable[Span]
+) -> Encoded:
+    """Targets are the tokens that hold any character of a span.
+
+    Byte-level tokenizers leave a token's leading spaces out of its offsets (a token of spaces
+    alone is empty, at its end), so a token is taken to begin where the one before it ended.
+    """
+    flat = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(ids))
+    starts, ends = flat[0::2], flat[1::2]
+    reached = np.concatenate(([0], np.maximum.accumulate(ends)[:-1])) if len(ids) else ends
+    begins = np.minimum(starts, reached)
+    mask = np.zeros(len(ids), dtype=np.uint8)
+    for start, end in spans:
+        mask[(begins < end) & (ends > start)] = 1
+    mask[:1] = 0
+    return Encoded(np.asarray(ids, dtype=np.int32), mask)
