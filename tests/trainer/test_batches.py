@@ -1,0 +1,83 @@
+"""The data order: exact, the same for every number of workers, and a function of the step alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tuneyard_trainer.batches import Order, passes, share
+
+LENGTHS = np.array([5, 90, 17, 40, 3, 64, 12, 12, 33, 250, 8], dtype=np.int64)
+
+
+def order(rows: int = 11, batch_size: int = 4, seed: int = 7, weight: float = 1.0) -> Order:
+    return Order.of(np.zeros(rows, dtype=np.int16), [weight], batch_size, seed)
+
+
+def test_an_epoch_holds_every_row_exactly_once() -> None:
+    batches = list(order().batches(0, 3))
+    assert [len(batch) for batch in batches] == [4, 4, 3]
+    assert sorted(np.concatenate(batches)) == list(range(11))
+
+
+def test_epochs_differ_and_seeds_differ_but_the_same_seed_repeats() -> None:
+    assert list(order().epoch(0)) != list(order().epoch(1))
+    assert list(order(seed=1).epoch(0)) != list(order(seed=2).epoch(0))
+    assert list(order().epoch(5)) == list(order().epoch(5))
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3, 4, 7])
+def test_a_run_resumed_at_any_step_sees_the_rows_that_were_left(step: int) -> None:
+    whole = [list(batch) for batch in order().batches(0, 8)]
+    assert [list(batch) for batch in order().batches(step, 8)] == whole[step:]
+
+
+def test_total_steps_round_a_part_of_an_epoch_up_and_max_steps_wins() -> None:
+    assert order().steps_per_epoch == 3
+    assert order().total_steps(2, None) == 6
+    assert order().total_steps(0.5, None) == 2
+    assert order().total_steps(0.0001, None) == 1
+    assert order().total_steps(None, 5) == 5
+
+
+@pytest.mark.parametrize(("weight", "copies"), [(1.0, 10), (2.0, 20), (0.5, 5), (1.5, 15)])
+def test_weights_say_how_often_an_epoch_holds_a_row(weight: float, copies: int) -> None:
+    rows = order(rows=10, weight=weight).rows
+    assert len(rows) == copies
+    counts = np.bincount(rows, minlength=10)
+    assert counts.max() - counts.min() <= 1
+
+
+def test_the_half_that_a_weight_of_a_half_picks_stays_the_same_in_every_epoch() -> None:
+    halved = order(rows=10, weight=0.5)
+    assert set(halved.epoch(0)) == set(halved.epoch(1))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 16])
+def test_workers_share_a_batch_without_overlap_or_loss(world_size: int) -> None:
+    rows = np.arange(11)
+    shares = [share(rows, LENGTHS, rank, world_size) for rank in range(world_size)]
+    assert sorted(np.concatenate(shares)) == list(range(11))
+
+
+def test_two_workers_get_about_the_same_number_of_tokens() -> None:
+    lengths = np.random.default_rng(0).integers(10, 100, size=64)
+    tokens = [lengths[share(np.arange(64), lengths, rank, 2)].sum() for rank in range(2)]
+    assert abs(tokens[0] - tokens[1]) <= 100
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("max_tokens", [1, 100, 300, 5000])
+def test_passes_hold_every_row_once_whole_and_within_bounds(pack: bool, max_tokens: int) -> None:
+    laid_out = passes(np.arange(11), LENGTHS, capacity=128, max_tokens=max_tokens, pack=pack)
+    rows = [row for layout in laid_out for members in layout.bins for row in members]
+    assert sorted(rows) == list(range(11))
+    for layout in laid_out:
+        assert max(sum(LENGTHS[list(members)]) for members in layout.bins) == layout.width
+        assert len(layout.bins) == 1 or len(layout.bins) * layout.width <= max_tokens
+        assert pack or all(len(members) == 1 for members in layout.bins)
+
+
+def test_packing_fills_bins_to_the_capacity_and_no_further() -> None:
+    laid_out = passes(np.arange(8), np.full(8, 30), capacity=100, max_tokens=10_000, pack=True)
+    assert [len(members) for layout in laid_out for members in layout.bins] == [3, 3, 2]

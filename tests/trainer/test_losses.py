@@ -1,0 +1,159 @@
+"""SFT's loss and gradients against a reference written by hand: one row at a time, full logits."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from tests.trainer.rows import Row, random_rows, train_stage, write_prepared
+from tuneyard_trainer.stages.train import Loop
+from tuneyard_trainer.worker import Worker
+
+ROWS = random_rows(9)
+CPU = torch.device("cpu")
+
+
+def reference(model: Any, rows: list[Row]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Mean over all targets of -log softmax(logits)[next token], by the definition, with float64
+    log-sum-exp; each row alone, so no packing, padding or masking can interfere."""
+    model.train()
+    total, targets = torch.zeros((), dtype=torch.float64), 0
+    for ids, mask in rows:
+        logits = model(input_ids=torch.tensor([ids])).logits[0].double()
+        for position in range(1, len(ids)):
+            if mask[position]:
+                scores = logits[position - 1]
+                total = total + torch.logsumexp(scores, 0) - scores[ids[position]]
+                targets += 1
+    mean = total / targets
+    mean.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return float(mean), gradients
+
+
+def build(folder: Path, model_dir: Path, worker: Worker, **settings: Any) -> Loop:
+    stage = train_stage(**settings)
+    workdir = folder / f"work-{worker.rank}"
+    workdir.mkdir(exist_ok=True)
+    inputs = {"model": model_dir, "data": folder / "data"}
+    return Loop.build(stage.name, stage.settings, stage.runtime, inputs, workdir, worker)  # type: ignore[arg-type]
+
+
+def assert_close(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5
+) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient.float(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("packing", ["always", "never"])
+@pytest.mark.parametrize("max_tokens", ["auto", 64])
+def test_loss_and_gradients_equal_the_reference_packed_and_padded(
+    packing: str, max_tokens: Any, tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: Any
+) -> None:
+    expected_loss, expected = reference(AutoModelForCausalLM.from_pretrained(tiny_model_dir), ROWS)
+    write_prepared(tmp_path / "data", tiny_tokenizer, ROWS)
+    loop = build(
+        tmp_path,
+        tiny_model_dir,
+        Worker(0, 1, CPU),
+        packing=packing,
+        runtime={"micro_batch_tokens": max_tokens},
+    )
+    loss, _ = loop.backward(np.arange(len(ROWS)), step=0)
+    assert loss == pytest.approx(expected_loss, abs=1e-5)
+    assert_close(
+        {name: p.grad for name, p in loop.parameters.items() if p.grad is not None}, expected
+    )
+
+
+def test_a_row_in_a_pack_never_sees_the_row_before_it(
+    tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: Any
+) -> None:
+    """Change one row's context: the loss of its neighbour in the pack must not move."""
+    losses = []
+    for first in (5, 77):
+        rows = [([first, 9, 9, 9, 9, 9], [0] * 6), ROWS[0]]
+        folder = tmp_path / str(first)
+        write_prepared(folder / "data", tiny_tokenizer, rows)
+        loop = build(folder, tiny_model_dir, Worker(0, 1, CPU), packing="always")
+        losses.append(loop.backward(np.arange(2), step=0)[0])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-7)
+
+
+def _worker(rank: int, port: int, folder: Path, model_dir: Path, rows: list[int]) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    loop = build(folder, model_dir, Worker(rank, 2, CPU), packing="always")
+    loss, stop = loop.backward(np.array(rows), step=0)
+    gradients = {name: p.grad for name, p in loop.parameters.items() if p.grad is not None}
+    torch.save({"loss": loss, "stop": stop, "gradients": gradients}, folder / f"rank-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("rows", [list(range(9)), [4]], ids=["a batch", "fewer rows than workers"])
+def test_two_workers_compute_the_reference_too(
+    rows: list[int], tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: Any
+) -> None:
+    expected_loss, expected = reference(
+        AutoModelForCausalLM.from_pretrained(tiny_model_dir), [ROWS[i] for i in rows]
+    )
+    write_prepared(tmp_path / "data", tiny_tokenizer, ROWS)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_worker, args=(port, tmp_path, tiny_model_dir, rows), nprocs=2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True)
+        assert found["loss"] == pytest.approx(expected_loss, abs=1e-5)
+        assert not found["stop"]
+        assert_close(found["gradients"], expected)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "prompt", "prefix", "bottleneck", "ia3"])
+def test_adapters_compute_the_same_loss_packed_or_not(
+    adapter: str, tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: Any
+) -> None:
+    """The reference is the model with its adapter, one row at a time."""
+    write_prepared(tmp_path / "data", tiny_tokenizer, ROWS)
+    loop = build(tmp_path, tiny_model_dir, Worker(0, 1, CPU), adapter={adapter: {}})
+    _randomize(loop.parameters)
+    loss, _ = loop.backward(np.arange(len(ROWS)), step=0)
+    found = {name: p.grad.clone() for name, p in loop.parameters.items() if p.grad is not None}
+    loop.optimizer.zero_grad()
+    expected_loss, expected = reference(_trailing(loop.model), ROWS)
+    assert loss == pytest.approx(expected_loss, abs=1e-5)
+    assert found
+    assert_close(found, {name.removeprefix("model."): g for name, g in expected.items()})
+
+
+def _randomize(parameters: dict[str, nn.Parameter]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+class _trailing(nn.Module):  # noqa: N801 - reads as a verb above
+    """Only the real tokens' logits: some adapters put virtual tokens before them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        output = self.model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+        output.logits = output.logits[:, -input_ids.shape[1] :]
+        return output

@@ -1,0 +1,167 @@
+"""Records: written last, atomic, fenced by attempt, on a file system and on an object store."""
+
+from __future__ import annotations
+
+import multiprocessing
+import uuid
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from tests.trainer.rows import train_stage
+from tuneyard.api.plan import JobRef, StageRecord
+from tuneyard.errors import StageError
+from tuneyard_trainer.records import Store, write_atomically
+
+JOB = JobRef(kind="FineTuneJob", name="support-bot")
+STAGE = train_stage()
+DIGESTS = {"model": "sha256:m", "data": "sha256:d"}
+
+
+def record(attempt: int = 1, **changes: object) -> StageRecord:
+    values: dict[str, object] = {
+        "stage": "sft",
+        "kind": "sft",
+        "identity": STAGE.identity(DIGESTS),
+        "input_digests": DIGESTS,
+        "digest": "sha256:out",
+        "attempt": attempt,
+        "started_at": "2026-01-01T00:00:00Z",
+        "finished_at": "2026-01-01T00:01:00Z",
+        "metrics": {"validationLoss": 1.5},
+    }
+    return StageRecord.model_validate(values | changes)
+
+
+@pytest.fixture(params=["file", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "file":
+        return Store(str(tmp_path / "out"), tmp_path / "scratch")
+    return Store(f"memory://bucket-{uuid.uuid4().hex}/out", tmp_path / "scratch")
+
+
+def twin(store: Store, tmp_path: Path) -> Store:
+    """The same location as another machine sees it."""
+    return Store(store.uri, tmp_path / "elsewhere")
+
+
+def write(store: Store, relative: str, text: str) -> Path:
+    path = store.workdir("sft") / relative
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_a_record_is_found_by_the_identity_it_was_written_for_and_by_no_other(store: Store) -> None:
+    store.claim(JOB, 1)
+    assert store.done(STAGE, DIGESTS) is None
+    store.write_record(record())
+    assert store.done(STAGE, DIGESTS) == record()
+    assert store.done(STAGE, DIGESTS | {"data": "sha256:changed"}) is None
+
+
+def test_files_of_a_finished_stage_are_there_for_another_machine(
+    store: Store, tmp_path: Path
+) -> None:
+    store.claim(JOB, 1)
+    write(store, "weights/a.bin", "first")
+    write(store, "stale.txt", "old")
+    store.persist(store.workdir("sft"))
+    write(store, "weights/a.bin", "other")
+    (store.workdir("sft") / "stale.txt").unlink()
+    write(store, "checkpoints/step-00000001/state.json", "{}")
+    store.write_record(record())
+    other = twin(store, tmp_path)
+    other.pull("sft")
+    names = {
+        path.relative_to(other.workdir("sft")).as_posix()
+        for path in other.workdir("sft").rglob("*")
+        if path.is_file()
+    }
+    assert names == {"weights/a.bin", "record.json"}
+
+
+def test_an_object_store_gets_what_completes_a_folder_after_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store("memory://ordered/out", tmp_path / "scratch")
+    folder = write(store, "checkpoints/step-00000001/state.json", "{}").parent
+    (folder / "weights.safetensors").write_text("w")
+    (folder / "zz.safetensors").write_text("z")
+    put: list[str] = []
+    fs = fsspec.filesystem("memory")
+    original = type(fs).put_file
+
+    def recorded(self: object, lpath: str, rpath: str, **rest: object) -> None:
+        put.append(Path(rpath).name)
+        original(self, lpath, rpath, **rest)
+
+    monkeypatch.setattr(type(fs), "put_file", recorded)
+    store.persist(folder)
+    assert put[-1] == "state.json"
+    assert len(put) == 3
+
+
+def test_another_jobs_folder_is_refused_and_left_alone(store: Store) -> None:
+    store.claim(JOB, 1)
+    with pytest.raises(StageError, match="holds the output of FineTuneJob support-bot") as failure:
+        store.claim(JobRef(kind="FineTuneJob", name="other"), 1)
+    assert failure.value.reason == "OutputOwned"
+    assert "output.uri" in failure.value.advice
+    store.claim(JOB, 1)
+
+
+def test_a_folder_with_somebodys_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(StageError, match=r"thesis\.tex"):
+        Store(str(tmp_path), tmp_path).claim(JOB, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_older_attempt_can_neither_claim_nor_write_a_record(store: Store) -> None:
+    store.claim(JOB, 2)
+    with pytest.raises(StageError) as claimed:
+        store.claim(JOB, 1)
+    with pytest.raises(StageError) as written:
+        store.write_record(record(attempt=1))
+    assert {claimed.value.reason, written.value.reason} == {"StaleAttempt"}
+    assert store.record("sft") is None
+
+
+def test_a_record_of_another_version_counts_as_none(store: Store) -> None:
+    store.claim(JOB, 1)
+    store._write_json("stages/sft/record.json", {"schema": "unknown"})
+    assert store.record("sft") is None
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    write_atomically(path, b"old")
+    limited = multiprocessing.get_context("fork").Process(target=_write_beyond_limit, args=(path,))
+    limited.start()
+    limited.join()
+    assert limited.exitcode == 0
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def _write_beyond_limit(path: Path) -> None:
+    import resource
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+    try:
+        write_atomically(path, b"x" * 4096)
+    except StageError:
+        return
+    raise AssertionError("a write beyond the limit went through")
+
+
+def test_two_processes_cannot_work_in_one_folder(tmp_path: Path) -> None:
+    first, second = (Store(str(tmp_path / "out"), tmp_path) for _ in range(2))
+    with first.lock(), pytest.raises(StageError, match="another process"), second.lock():
+        pass
+    with second.lock():
+        pass

@@ -1,0 +1,198 @@
+"""The training loop on a tiny model: resume, early stopping, the best weights, bad endings."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.trainer.rows import random_rows, train_stage, write_prepared
+from tuneyard.errors import StageError
+from tuneyard_trainer.stages import train
+from tuneyard_trainer.worker import Interrupted, Worker
+
+CPU = torch.device("cpu")
+ROWS = random_rows(10)
+HELD_OUT = random_rows(4, seed=9)
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: Any) -> dict[str, Path]:
+    write_prepared(tmp_path / "data", tiny_tokenizer, ROWS, HELD_OUT)
+    return {"model": tiny_model_dir, "data": tmp_path / "data"}
+
+
+def run(
+    folder: Path, inputs: dict[str, Path], worker: Worker | None = None, **settings: Any
+) -> tuple[dict[str, torch.Tensor], Any]:
+    folder.mkdir(exist_ok=True)
+    outcome = train.run(train_stage(**settings), inputs, folder, worker or Worker(0, 1, CPU))
+    weights = next((folder / "weights").glob("*.safetensors"))
+    return load_file(weights), outcome
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class StopAfter:
+    """Asks for an orderly end once `step` steps were reported."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.seen = step, 0
+
+    def report(self, *, step: int = 0, **_: Any) -> None:
+        self.seen = max(self.seen, step)
+
+    def __call__(self) -> bool:
+        return self.seen >= self.step
+
+    def worker(self) -> Worker:
+        return Worker(0, 1, CPU, report=self.report, stop=self)
+
+
+def test_training_lowers_the_loss_and_reports_what_it_did(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    _, outcome = run(tmp_path / "a", inputs, epochs=20.0, learning_rate=1e-2)
+    steps = [line for line in lines(tmp_path / "a") if "loss" in line]
+    assert len(steps) == outcome.metrics["steps"] == 60
+    assert steps[-1]["loss"] < 0.6 * steps[0]["loss"]
+    assert outcome.metrics["tokens"] == 20 * sum(len(ids) for ids, _ in ROWS)
+    assert outcome.metrics["baseValidationLoss"] == pytest.approx(math.log(400), rel=0.1)
+    assert outcome.contents == ("weights",)
+
+
+@pytest.mark.parametrize("adapter", [None, {"lora": {"dropout": 0.1}}], ids=["full", "lora"])
+@pytest.mark.parametrize("stop", [1, 4, 5])
+def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(
+    adapter: Any, stop: int, tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    whole, _ = run(tmp_path / "whole", inputs, adapter=adapter)
+    with pytest.raises(Interrupted) as stopped:
+        run(tmp_path / "parts", inputs, StopAfter(stop).worker(), adapter=adapter)
+    assert stopped.value.step == stop + 1
+    resumed, outcome = run(tmp_path / "parts", inputs, adapter=adapter)
+    assert outcome.details["resumedAtStep"] == stop + 1
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+    def losses(folder: Path) -> list[Any]:
+        return [(line["step"], line.get("loss")) for line in lines(folder)]
+
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_other_seeds_give_other_weights(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    first, _ = run(tmp_path / "a", inputs, seed=1)
+    second, _ = run(tmp_path / "b", inputs, seed=2)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_best_held_out_weights_are_kept_not_the_last(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    """A rate so high that the held-out loss rises again: the weights kept are the best step's."""
+    settings = {"epochs": 30.0, "learning_rate": 3e-2, "evaluation_steps": 5}
+    _, outcome = run(tmp_path / "a", inputs, **settings)
+    evaluated = {
+        line["step"]: line["validationLoss"]
+        for line in lines(tmp_path / "a")
+        if "validationLoss" in line
+    }
+    best = min(evaluated, key=evaluated.__getitem__)
+    assert outcome.details["bestStep"] == best < max(evaluated)
+    assert outcome.metrics["validationLoss"] == evaluated[best]
+    again = train.Loop.build(
+        "again",
+        train_stage().settings,  # type: ignore[arg-type]
+        train_stage().runtime,
+        {"model": tmp_path / "a" / "weights", "data": inputs["data"]},
+        tmp_path,
+        Worker(0, 1, CPU),
+    )
+    assert again.held_out_loss() == pytest.approx(evaluated[best], abs=1e-6)
+
+
+def test_early_stopping_ends_the_run_after_the_patience_and_survives_a_resume(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    settings: dict[str, Any] = {
+        "epochs": 100.0,
+        "learning_rate": 3e-2,
+        "evaluation_steps": 2,
+        "early_stopping": {"patience": 2},
+    }
+    _, outcome = run(tmp_path / "a", inputs, **settings)
+    best, steps = outcome.details["bestStep"], outcome.metrics["steps"]
+    assert outcome.details["stoppedEarly"]
+    assert steps == best + 4 < 300
+    with pytest.raises(Interrupted):
+        run(tmp_path / "b", inputs, StopAfter(int(steps) - 3).worker(), **settings)
+    _, again = run(tmp_path / "b", inputs, **settings)
+    assert again.metrics["steps"] == steps
+
+
+def test_without_held_out_rows_nothing_is_evaluated_and_the_last_weights_are_kept(
+    tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: Any
+) -> None:
+    write_prepared(tmp_path / "data", tiny_tokenizer, ROWS)
+    _, outcome = run(tmp_path / "a", {"model": tiny_model_dir, "data": tmp_path / "data"})
+    assert "validationLoss" not in outcome.metrics
+    assert outcome.details["bestStep"] is None
+
+
+def test_a_loss_that_is_not_finite_ends_in_a_permanent_failure_that_names_the_field(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    with pytest.raises(StageError) as failure:
+        run(
+            tmp_path / "a",
+            inputs,
+            epochs=200.0,
+            learning_rate=10.0,
+            optimizer={"maxGradientNorm": None},
+            adapter={"lora": {"alpha": 4096, "rank": 1}},
+        )
+    assert failure.value.reason == "LossNotFinite"
+    assert not failure.value.retryable
+    assert "training.learningRate" in failure.value.advice
+
+
+def test_frozen_parts_stay_as_they_are_bit_for_bit(
+    tmp_path: Path, inputs: dict[str, Path], tiny_model_dir: Path
+) -> None:
+    tuned, _ = run(tmp_path / "a", inputs, freeze={"layers": "0", "embeddings": True})
+    base = load_file(tiny_model_dir / "model.safetensors")
+    changed = {name for name in base if not torch.equal(base[name], tuned[name])}
+    assert changed
+    assert all("layers.1." in name or name == "model.norm.weight" for name in changed)
+
+
+def test_checkpoints_keep_only_the_newest_and_the_best(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    run(tmp_path / "a", inputs, epochs=6.0, runtime={"checkpoint_steps": 1})
+    left = sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir())
+    assert len(left) <= 2
+
+
+def test_a_torn_checkpoint_and_a_torn_metrics_line_are_ignored(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    whole, _ = run(tmp_path / "whole", inputs)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", inputs, StopAfter(2).worker())
+    torn = tmp_path / "parts" / "checkpoints" / "step-00000005.partial"
+    torn.mkdir()
+    (torn / "weights.safetensors").write_bytes(b"half")
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    resumed, _ = run(tmp_path / "parts", inputs)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert all("step" in line for line in lines(tmp_path / "parts"))
