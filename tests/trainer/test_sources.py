@@ -1,0 +1,597 @@
+"""Sources become local files, or a clear reason why not; their digests name content alone."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors as hub
+
+from tuneyard.api.plan import SourceInput
+from tuneyard.api.sources import SecretKeyRef
+from tuneyard.errors import StageError
+from tuneyard_trainer import digests, sources
+from tuneyard_trainer.sources import digest_of, fetch
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    (tmp_path / "manifest").mkdir()
+    return tmp_path
+
+
+def get(here: Path, uri: str, kind: sources.Kind = "data", **fields: Any) -> Path:
+    fields.setdefault("path", "spec.data.train[0].uri")
+    return fetch(
+        SourceInput(uri=uri, **fields),
+        base_dir=here / "manifest",
+        cache_dir=here / "cache",
+        kind=kind,
+    )
+
+
+def refusal(here: Path, uri: str, kind: sources.Kind = "data", **fields: Any) -> StageError:
+    with pytest.raises(StageError) as caught:
+        get(here, uri, kind, **fields)
+    return caught.value
+
+
+def put(path: Path, text: str = "hello") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+class TestFiles:
+    def test_a_relative_path_is_read_against_the_manifests_folder(self, here: Path) -> None:
+        file = put(here / "manifest/data/a.jsonl")
+        assert get(here, "file://data/a.jsonl") == file
+
+    def test_an_absolute_path_is_taken_as_it_is(self, here: Path) -> None:
+        file = put(here / "elsewhere/a.jsonl")
+        assert get(here, f"file://{file}") == file
+
+    def test_percent_20_stands_for_a_space(self, here: Path) -> None:
+        file = put(here / "manifest/my data.jsonl")
+        assert get(here, "file://my%20data.jsonl") == file
+
+    def test_a_tilde_is_not_the_home_folder(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        put(here / "home/a.jsonl")
+        monkeypatch.setenv("HOME", str(here / "home"))
+        assert refusal(here, "file://~/a.jsonl").reason == "SourceNotFound"
+
+    def test_a_glob_of_data_stays_a_glob_and_its_files_are_found(self, here: Path) -> None:
+        put(here / "manifest/data/b.jsonl")
+        put(here / "manifest/data/a.jsonl")
+        put(here / "manifest/data/c.csv")
+        path = get(here, "file://data/*.jsonl")
+        assert [name for name, _ in sources.files_under(path)] == ["a.jsonl", "b.jsonl"]
+
+    def test_a_glob_without_a_match_is_not_found(self, here: Path) -> None:
+        error = refusal(here, "file://data/*.jsonl")
+        assert error.reason == "SourceNotFound"
+        assert "matches no file" in error.message
+
+    def test_a_glob_is_no_model(self, here: Path) -> None:
+        put(here / "manifest/models/a/config.json")
+        assert refusal(here, "file://models/*", kind="model").reason == "SourceNotFound"
+
+    def test_a_missing_file_names_the_uri_and_the_field(self, here: Path) -> None:
+        error = refusal(here, "file://nowhere.jsonl", path="spec.data.train[3].uri")
+        assert error.reason == "SourceNotFound"
+        assert "file://nowhere.jsonl" in error.message
+        assert "spec.data.train[3].uri" in error.advice
+        assert not error.retryable
+
+    def test_a_file_that_the_system_refuses_is_forbidden(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        put(here / "manifest/a.jsonl")
+        monkeypatch.setattr(os, "access", lambda *_: False)
+        assert refusal(here, "file://a.jsonl").reason == "SourceForbidden"
+
+
+class TestClaims:
+    def test_a_mounted_claim_is_read_in_place(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sources, "PVC_ROOT", here / "mnt")
+        file = put(here / "mnt/data/sub/a.jsonl")
+        assert get(here, "pvc://data/sub/a.jsonl") == file
+        assert refusal(here, "pvc://data/b.jsonl").reason == "SourceNotFound"
+
+    def test_a_claim_gives_nothing_from_outside_it(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sources, "PVC_ROOT", here / "mnt")
+        put(here / "mnt/mine/a.jsonl")
+        put(here / "mnt/theirs/a.jsonl")
+        assert refusal(here, "pvc://mine/../theirs/a.jsonl").reason == "SourceNotFound"
+
+    def test_without_a_cluster_the_advice_is_a_file_uri(self, here: Path) -> None:
+        error = refusal(here, "pvc://no-such-claim/a.jsonl")
+        assert error.reason == "SourceUnavailable"
+        assert "need a cluster" in error.message
+        assert "file://" in error.advice
+        assert not error.retryable
+
+
+class TestPackages:
+    @pytest.fixture(autouse=True)
+    def package(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        put(here / "site/tuneyard_sample/__init__.py", "raise SystemExit('imported')")
+        put(here / "site/tuneyard_sample/models/m.gguf")
+        put(here / "site/secret.txt")
+        monkeypatch.syspath_prepend(str(here / "site"))
+
+    def test_a_packages_file_is_found_without_importing_it(self, here: Path) -> None:
+        file = get(here, "pkg://tuneyard_sample/models/m.gguf", kind="model")
+        assert file == here / "site/tuneyard_sample/models/m.gguf"
+        assert "tuneyard_sample" not in sys.modules
+
+    @pytest.mark.parametrize("name", ["../secret.txt", "nothing.gguf", ""])
+    def test_only_files_inside_the_package_are_found(self, here: Path, name: str) -> None:
+        assert refusal(here, f"pkg://tuneyard_sample/{name}").reason == "SourceNotFound"
+
+    @pytest.mark.parametrize("package", ["no_such_package", "tuneyard_sample.models", "a-b"])
+    def test_a_package_that_is_not_installed_is_named(self, here: Path, package: str) -> None:
+        error = refusal(here, f"pkg://{package}/m.gguf")
+        assert error.reason == "SourceNotFound"
+        assert "not installed" in error.message
+        assert "tuneyard_sample" not in sys.modules
+
+
+class TestHubModels:
+    def test_only_safe_files_of_the_wanted_revision_are_asked_for(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: dict[str, Any] = {}
+
+        def snapshot(repo: str, **options: Any) -> str:
+            asked.update(options, repo=repo)
+            return str(put(here / "hub/model.safetensors").parent)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+        path = get(here, "hf://org/name", "model", revision="abc")
+        assert path == here / "hub"
+        assert (asked["repo"], asked["revision"], asked["token"]) == ("org/name", "abc", None)
+        names = ["config.json", "tokenizer.model", "a.bin", "a.pt", "a.py", "README.md", "x/a.json"]
+        kept = huggingface_hub.utils.filter_repo_objects(
+            names, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
+        )
+        assert list(kept) == ["config.json", "tokenizer.model", "README.md"]
+
+    def test_pickle_only_weights_are_refused(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = str(put(here / "hub/config.json").parent)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: folder)
+        error = refusal(here, "hf://org/name", "model", path="spec.model.uri")
+        assert error.reason == "NoSafetensors"
+        assert "pickled" in error.message
+        assert "spec.model.uri" in error.advice
+
+    def test_one_gguf_file_may_be_named(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder = str(put(here / "hub/q4.gguf").parent)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: folder)
+        assert get(here, "hf://org/name/q4.gguf", "model") == here / "hub/q4.gguf"
+
+    def test_the_token_comes_from_the_secrets_variable(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tokens: list[str] = []
+        folder = str(put(here / "hub/model.safetensors").parent)
+        monkeypatch.setattr(
+            huggingface_hub,
+            "snapshot_download",
+            lambda *_, token, **__: tokens.append(token) or folder,
+        )
+        secret = SecretKeyRef(name="hub-access", key="token")
+        monkeypatch.setenv("HF_TOKEN", "general")
+        get(here, "hf://org/name", "model", token_secret=secret)
+        monkeypatch.setenv("TUNEYARD_SECRET_HUB_ACCESS_TOKEN", "special")
+        get(here, "hf://org/name", "model", token_secret=secret)
+        assert tokens == ["general", "special"]
+
+    def test_a_named_token_that_is_not_there_is_never_replaced_by_none(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        secret = SecretKeyRef(name="hf", key="token")
+        error = refusal(here, "hf://o/n", "model", token_secret=secret, path="spec.model.uri")
+        assert error.reason == "SourceForbidden"
+        assert "TUNEYARD_SECRET_HF_TOKEN" in error.message
+        assert "spec.model.tokenSecret" in error.advice
+
+    @pytest.mark.parametrize(
+        ("make", "reason", "retryable", "advised"),
+        [
+            (lambda: answer(hub.GatedRepoError, 403), "SourceForbidden", False, "tokenSecret"),
+            (lambda: answer(hub.RepositoryNotFoundError, 401), "SourceNotFound", False, "HF_TOKEN"),
+            (lambda: answer(hub.RevisionNotFoundError, 404), "SourceNotFound", False, ".revision"),
+            (lambda: answer(hub.HfHubHTTPError, 503), "SourceUnavailable", True, "network"),
+            (lambda: answer(hub.HfHubHTTPError, 429), "SourceUnavailable", True, "network"),
+            (lambda: answer(hub.HfHubHTTPError, 403), "SourceForbidden", False, "tokenSecret"),
+            (lambda: hub.LocalEntryNotFoundError("no net"), "SourceUnavailable", True, "network"),
+            (lambda: hub.HFValidationError("bad name"), "SourceNotFound", False, "spec.model.uri"),
+        ],
+    )
+    def test_each_failure_of_the_hub_has_its_reason_and_advice(
+        self,
+        here: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        make: Any,
+        reason: str,
+        retryable: bool,
+        advised: str,
+    ) -> None:
+        def fail(*args: Any, **options: Any) -> str:
+            raise make()
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+        error = refusal(here, "hf://org/name", "model", path="spec.model.uri")
+        assert (error.reason, error.retryable) == (reason, retryable)
+        assert "hf://org/name" in error.message
+        assert advised in error.advice
+
+    def test_a_full_disk_is_said_to_be_full(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*args: Any, **options: Any) -> str:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+        assert refusal(here, "hf://org/name", "model").reason == "DiskFull"
+
+    def test_a_defect_is_not_dressed_up_as_a_users_error(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*args: Any, **options: Any) -> str:
+            raise TypeError("a bug")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+        with pytest.raises(TypeError):
+            get(here, "hf://org/name", "model")
+
+    def test_hub_data_must_name_datasets(self, here: Path) -> None:
+        error = refusal(here, "hf://org/name/train.jsonl", "data")
+        assert "hf://datasets/ORG/NAME/FILE" in error.message
+
+
+def answer(cls: type[hub.HfHubHTTPError], status: int) -> hub.HfHubHTTPError:
+    import httpx2
+
+    request = httpx2.Request("GET", "http://hub.invalid")
+    return cls("the hub said no", response=httpx2.Response(status, request=request))
+
+
+class FakeHubFiles:
+    """The hub's file system at its boundary."""
+
+    def __init__(self, **options: Any) -> None:
+        assert options == {"token": None, "skip_instance_cache": True}
+
+    def info(self, path: str) -> dict[str, Any]:
+        if path != "datasets/org/name/train.jsonl":
+            error = FileNotFoundError(path)
+            error.__cause__ = answer(hub.RepositoryNotFoundError, 404)
+            raise error
+        return {"name": path, "type": "file", "size": 2, "blob_id": "b1"}
+
+    def get(self, remote: list[str], local: list[str]) -> None:
+        assert remote == ["datasets/org/name/train.jsonl"]
+        Path(local[0]).write_text("{}")
+
+
+class TestHubData:
+    def test_a_file_of_a_hub_data_set_keeps_its_name(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(huggingface_hub, "HfFileSystem", FakeHubFiles)
+        path = get(here, "hf://datasets/org/name/train.jsonl")
+        assert (path.name, path.read_text()) == ("train.jsonl", "{}")
+
+    def test_a_missing_hub_data_set_is_not_found_or_private(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(huggingface_hub, "HfFileSystem", FakeHubFiles)
+        error = refusal(here, "hf://datasets/org/other/train.jsonl")
+        assert error.reason == "SourceNotFound"
+        assert "spec.data.train[0].tokenSecret" in error.advice
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[SimpleNamespace]:
+    """An S3 server on loopback, and a client to fill it with."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    variables = pytest.MonkeyPatch()
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    variables.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    variables.setenv("AWS_ACCESS_KEY_ID", "testing")
+    variables.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    variables.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
+    client.create_bucket(Bucket="bucket")
+    yield SimpleNamespace(client=client)
+    server.stop()
+    variables.undo()
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The remote path of each file that s3fs downloads."""
+    import s3fs
+
+    done: list[str] = []
+    original = s3fs.S3FileSystem._get_file
+
+    async def counted(self: Any, rpath: str, lpath: str, **options: Any) -> None:
+        done.append(rpath)
+        await original(self, rpath, lpath, **options)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_get_file", counted)
+    return done
+
+
+class TestObjectStores:
+    def test_an_object_is_downloaded_once_until_it_changes(
+        self, here: Path, store: SimpleNamespace, downloads: list[str]
+    ) -> None:
+        store.client.put_object(Bucket="bucket", Key="once/a.jsonl", Body=b"one")
+        first = get(here, "s3://bucket/once/a.jsonl")
+        assert (first.name, first.read_text()) == ("a.jsonl", "one")
+        assert get(here, "s3://bucket/once/a.jsonl") == first
+        assert downloads == ["bucket/once/a.jsonl"]
+        store.client.put_object(Bucket="bucket", Key="once/a.jsonl", Body=b"two")
+        assert get(here, "s3://bucket/once/a.jsonl").read_text() == "two"
+        assert len(downloads) == 2
+
+    def test_a_folder_comes_with_its_subfolders_and_follows_each_file(
+        self, here: Path, store: SimpleNamespace
+    ) -> None:
+        for key in ("a.jsonl", "deep/b.jsonl", ".hidden/c.jsonl"):
+            store.client.put_object(Bucket="bucket", Key=f"folder/{key}", Body=key.encode())
+        first = get(here, "s3://bucket/folder")
+        assert [name for name, _ in sources.files_under(first)] == ["a.jsonl", "deep/b.jsonl"]
+        store.client.put_object(Bucket="bucket", Key="folder/deep/b.jsonl", Body=b"new")
+        second = get(here, "s3://bucket/folder")
+        assert (second / "deep/b.jsonl").read_text() == "new"
+        assert digest_of(first) != digest_of(second)
+
+    def test_a_glob_brings_its_matches_only(self, here: Path, store: SimpleNamespace) -> None:
+        for key in ("a.jsonl", "b.jsonl", "c.csv"):
+            store.client.put_object(Bucket="bucket", Key=f"many/{key}", Body=b"x")
+        path = get(here, "s3://bucket/many/*.jsonl")
+        assert [name for name, _ in sources.files_under(path)] == ["a.jsonl", "b.jsonl"]
+        assert refusal(here, "s3://bucket/many/*.parquet").reason == "SourceNotFound"
+
+    def test_a_model_folder_comes_without_pickles_and_code(
+        self, here: Path, store: SimpleNamespace
+    ) -> None:
+        for key in ("config.json", "merged/model.safetensors", "pytorch_model.bin", "code.py"):
+            store.client.put_object(Bucket="bucket", Key=f"model/{key}", Body=b"x")
+        path = get(here, "s3://bucket/model", "model")
+        found = [name for name, _ in sources.files_under(path)]
+        assert found == ["config.json", "merged/model.safetensors"]
+
+    @pytest.mark.usefixtures("store")
+    @pytest.mark.parametrize("uri", ["s3://bucket/nothing.jsonl", "s3://no-such-bucket/a.jsonl"])
+    def test_a_missing_key_or_bucket_is_not_found_and_leaves_nothing(
+        self, here: Path, uri: str
+    ) -> None:
+        error = refusal(here, uri)
+        assert error.reason == "SourceNotFound"
+        assert uri in error.message
+        assert not (here / "cache").exists()
+
+    def test_a_broken_download_leaves_no_half_file_and_the_next_one_succeeds(
+        self, here: Path, store: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import s3fs
+
+        store.client.put_object(Bucket="bucket", Key="torn.jsonl", Body=b"whole")
+
+        async def torn(self: Any, rpath: str, lpath: str, **options: Any) -> None:
+            Path(lpath).write_text("wh")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(s3fs.S3FileSystem, "_get_file", torn)
+            error = refusal(here, "s3://bucket/torn.jsonl")
+        assert error.reason == "SourceUnavailable"
+        assert error.retryable
+        assert "2 of 5 bytes" in error.message
+        assert [name for name, _ in sources.files_under(here / "cache")] == []
+        assert get(here, "s3://bucket/torn.jsonl").read_text() == "whole"
+
+    def test_a_killed_runs_leftover_is_cleared_away(
+        self, here: Path, store: SimpleNamespace
+    ) -> None:
+        store.client.put_object(Bucket="bucket", Key="again/a.jsonl", Body=b"one")
+        cached = get(here, "s3://bucket/again/a.jsonl").parent
+        put(cached.with_name(".partial") / "junk.jsonl")
+        store.client.put_object(Bucket="bucket", Key="again/a.jsonl", Body=b"two")
+        path = get(here, "s3://bucket/again/a.jsonl")
+        assert [file.name for file in path.parent.iterdir()] == ["a.jsonl"]
+
+    @pytest.mark.usefixtures("store")
+    def test_missing_credentials_are_said_to_be_missing(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        monkeypatch.setenv("HOME", str(here))
+        error = refusal(here, "s3://bucket/a.jsonl")
+        assert error.reason == "SourceForbidden"
+        assert "spec.data.train[0].credentials" in error.advice
+
+    @pytest.mark.usefixtures("store")
+    def test_a_store_that_nobody_answers_for_is_worth_another_attempt(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        error = refusal(here, "s3://bucket/a.jsonl")
+        assert (error.reason, error.retryable) == ("SourceUnavailable", True)
+
+    def test_a_missing_extra_is_named(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "gcsfs", None)
+        error = refusal(here, "gs://bucket/a.jsonl")
+        assert error.reason == "SourceUnavailable"
+        assert "tuneyard[gcs]" in error.advice
+
+    def test_a_scheme_that_nothing_reads_is_refused(self, here: Path) -> None:
+        error = refusal(here, "job://support-bot", "model")
+        assert error.reason == "SourceUnavailable"
+        assert not error.retryable
+
+
+class Site(BaseHTTPRequestHandler):
+    """Serves `body` with `etag`, or `status`; counts GETs."""
+
+    status, body, etag, gets = 200, b"hello", '"v1"', 0
+
+    def do_GET(self) -> None:
+        self._answer()
+        if self.status == 200:
+            type(self).gets += 1
+            self.wfile.write(self.body)
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        self.send_response(self.status)
+        self.send_header("Content-Length", str(len(self.body) if self.status == 200 else 0))
+        if self.etag:
+            self.send_header("ETag", self.etag)
+        self.end_headers()
+
+    def log_message(self, *args: Any) -> None: ...
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    handler: Any = type("OneSite", (Site,), {})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield SimpleNamespace(url=f"http://127.0.0.1:{server.server_port}", handler=handler)
+    server.shutdown()
+    server.server_close()
+
+
+class TestWeb:
+    def test_a_page_with_an_etag_is_downloaded_once(
+        self, here: Path, site: SimpleNamespace
+    ) -> None:
+        uri = f"{site.url}/data/a.jsonl?version=3"
+        path = get(here, uri)
+        assert (path.name, path.read_text()) == ("a.jsonl", "hello")
+        assert get(here, uri) == path
+        assert site.handler.gets == 1
+
+    def test_a_page_that_tells_no_version_is_downloaded_each_time(
+        self, here: Path, site: SimpleNamespace
+    ) -> None:
+        site.handler.etag = None
+        get(here, f"{site.url}/a.jsonl")
+        site.handler.body = b"other"  # as long as before
+        assert get(here, f"{site.url}/a.jsonl").read_text() == "other"
+
+    @pytest.mark.parametrize(
+        ("status", "reason"),
+        [(403, "SourceForbidden"), (404, "SourceNotFound"), (500, "SourceUnavailable")],
+    )
+    def test_a_refused_page_says_why_and_keeps_its_signature_secret(
+        self, here: Path, site: SimpleNamespace, status: int, reason: str
+    ) -> None:
+        site.handler.status = status
+        error = refusal(here, f"{site.url}/a.jsonl?signature=hush")
+        assert error.reason == reason
+        assert "/a.jsonl?..." in error.message
+        assert "hush" not in str(error)
+
+    def test_a_server_that_is_away_is_worth_another_attempt(self, here: Path) -> None:
+        error = refusal(here, "http://127.0.0.1:1/a.jsonl")
+        assert (error.reason, error.retryable) == ("SourceUnavailable", True)
+
+
+class TestDigests:
+    def test_a_folder_copied_and_touched_has_the_same_digest(self, here: Path) -> None:
+        put(here / "a/x.jsonl", "one")
+        put(here / "a/sub/y.jsonl", "two")
+        shutil.copytree(here / "a", here / "b")
+        os.utime(here / "b/x.jsonl", (1, 1))
+        put(here / "b/.cache/lock")
+        assert digest_of(here / "a") == digest_of(here / "b")
+        assert digest_of(here / "a") == digest_of(here / "b/**/*.jsonl")
+
+    @pytest.mark.parametrize("change", ["byte", "name", "more"])
+    def test_any_difference_in_content_or_names_changes_the_digest(
+        self, here: Path, change: str
+    ) -> None:
+        before = digest_of(put(here / "a/x.jsonl", "one").parent)
+        if change == "byte":
+            put(here / "a/x.jsonl", "onf")
+        elif change == "name":
+            (here / "a/x.jsonl").rename(here / "a/z.jsonl")
+        else:
+            put(here / "a/y.jsonl", "")
+        assert digest_of(here / "a") != before
+
+    def test_a_moved_file_keeps_its_digest_unless_it_would_be_read_differently(
+        self, here: Path
+    ) -> None:
+        file = put(here / "a/x.jsonl")
+        assert digest_of(file) == digest_of(put(here / "b/y.jsonl"))
+        assert digest_of(file) != digest_of(put(here / "b/y.txt"))
+        assert digest_of(file).startswith("sha256:")
+
+    def test_a_list_counts_each_path_in_its_order(self, here: Path) -> None:
+        one, two = put(here / "a.txt", "1"), put(here / "b.txt", "2")
+        assert digest_of([one, two]) != digest_of([two, one])
+
+    def test_a_large_file_is_hashed_once_until_it_changes(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(digests, "_REMEMBERED_BYTES", 1)
+        hashed: list[Path] = []
+        original = digests._sha256
+        monkeypatch.setattr(digests, "_sha256", lambda path: hashed.append(path) or original(path))
+        file, cache = put(here / "x.bin", "one"), here / "cache"
+        first = digest_of(file, cache_dir=cache)
+        assert digest_of(file, cache_dir=cache) == first
+        assert len(hashed) == 1
+        put(file, "two")
+        assert digest_of(file, cache_dir=cache) != first
+        assert [path.name for path in cache.iterdir()] == ["hashes.json"]
+
+    @pytest.mark.parametrize("memory", ["{", "[]", '{"x": 1}', "null"])
+    def test_a_torn_memory_of_hashes_changes_no_digest(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch, memory: str
+    ) -> None:
+        monkeypatch.setattr(digests, "_REMEMBERED_BYTES", 1)
+        file = put(here / "x.bin", "one")
+        put(here / "cache/hashes.json", memory.replace("x", json.dumps(str(file))[1:-1]))
+        assert digest_of(file, cache_dir=here / "cache") == digest_of(file)
+
+    def test_a_path_without_files_has_no_digest(self, here: Path) -> None:
+        with pytest.raises(StageError, match="does not exist"):
+            digest_of(here / "nothing")

@@ -1,0 +1,400 @@
+"""Makes an external source local: `fetch` gives a local path for a URI.
+
+Local schemes are checked and returned where they lie, remote ones are downloaded once per version.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from tuneyard.api.plan import SourceInput, digest
+from tuneyard.errors import StageError
+from tuneyard_trainer.digests import WILDCARDS, digest_of, files_under, hidden, split_glob
+
+__all__ = ["digest_of", "fetch", "files_under"]
+
+PVC_ROOT = Path("/mnt/pvc")
+"""Where the operator mounts each claim, by its name."""
+MODEL_FILES = (
+    "*.json",
+    "*.safetensors",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+    "README*",
+)
+"""What is fetched of a model folder: never pickles (*.bin, *.pt) and never code (*.py)."""
+
+Kind = Literal["model", "data"]
+
+
+def fetch(source: SourceInput, *, base_dir: Path, cache_dir: Path, kind: Kind) -> Path:
+    """The local path of a source: a file, a folder or, for local data, a glob that matches files
+    (`files_under` expands all three).
+
+    `base_dir` is the manifest's folder, against which file:// paths are read; `~` is a plain
+    character. Remote sources (s3, gs, https, hf data, any other fsspec scheme) lie below
+    `cache_dir`, one folder per version, and are downloaded again only when the store reports
+    another version; hub models lie in the hub's own cache. Raises StageError SourceNotFound,
+    SourceForbidden, SourceUnavailable (retryable where waiting may help), NoSafetensors, DiskFull.
+    """
+    scheme, _, rest = source.uri.partition("://")
+    with _explained(source):
+        if scheme == "file":
+            return _local(base_dir.absolute() / rest, kind)
+        if scheme == "pvc":
+            return _mounted(source, rest, kind)
+        if scheme == "pkg":
+            return _packaged(source, rest)
+        if scheme == "hf" and not rest.startswith("datasets/"):
+            return _hub_model(source, rest, kind)
+        return _downloaded(source, cache_dir, kind)
+
+
+# Local schemes.
+
+
+def _local(path: Path, kind: Kind) -> Path:
+    # URIs hold no white space, so a path with some is written with %20.
+    for candidate in dict.fromkeys((path, Path(unquote(str(path))))):
+        if candidate.exists():
+            if not os.access(candidate, os.R_OK):
+                raise PermissionError(errno.EACCES, "not readable", str(candidate))
+            return candidate
+        if kind == "data" and files_under(candidate):
+            return candidate
+    matches_nothing = kind == "data" and split_glob(path)[1]
+    raise FileNotFoundError(f"{path} {'matches no file' if matches_nothing else 'does not exist'}")
+
+
+def _mounted(source: SourceInput, rest: str, kind: Kind) -> Path:
+    claim, _, inside = rest.partition("/")
+    volume = PVC_ROOT / claim
+    if not volume.is_dir():
+        raise StageError(
+            "SourceUnavailable",
+            f"{source.uri}: the claim is not mounted at {volume}; pvc:// sources need a cluster.",
+            advice=f"On one machine write file://... in {_field(source, 'uri')}.",
+        )
+    if ".." in Path(inside).parts:
+        raise FileNotFoundError(f"{inside} leaves the claim")
+    return _local(volume / inside, kind)
+
+
+def _packaged(source: SourceInput, rest: str) -> Path:
+    """A file of an installed package, found without importing it (no code of it runs)."""
+    package, _, name = rest.partition("/")
+    # find_spec of a dotted name would import the parent.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None:
+        raise StageError(
+            "SourceNotFound",
+            f"{source.uri}: the Python package {package!r} is not installed.",
+            advice=f"Install it where the job runs, or correct {_field(source, 'uri')}.",
+        )
+    for folder in spec.submodule_search_locations or ():
+        file = (Path(folder) / name).resolve()
+        if name and file.exists() and file.is_relative_to(Path(folder).resolve()):
+            return file
+    raise FileNotFoundError(f"the package {package} holds no {name!r}")
+
+
+# The model hub.
+
+
+def _hub_model(source: SourceInput, rest: str, kind: Kind) -> Path:
+    import huggingface_hub
+
+    parts = rest.strip("/").split("/")
+    one_file = len(parts) == 3 and parts[2].endswith(".gguf")
+    if kind == "data" or not (len(parts) <= 2 or one_file):
+        wanted = "hf://datasets/ORG/NAME/FILE" if kind == "data" else "hf://ORG/NAME"
+        raise FileNotFoundError(f"{kind} on the hub is written {wanted}")
+    folder = huggingface_hub.snapshot_download(
+        "/".join(parts[:2]),
+        revision=source.revision,
+        token=_token(source),
+        allow_patterns=[parts[2]] if one_file else list(MODEL_FILES),
+        # Subfolders and consolidated.* repeat the weights in other layouts.
+        ignore_patterns=["*/*", "consolidated*"],
+    )
+    if one_file:
+        return _local(Path(folder) / parts[2], kind)
+    if not any(Path(folder).glob("*.safetensors")):
+        raise StageError(
+            "NoSafetensors",
+            f"{source.uri} holds no *.safetensors weights; pickled weights (*.bin, *.pt) can run "
+            "code when they are loaded and are never fetched.",
+            advice=f"Choose a model with safetensors in {_field(source, 'uri')}, or name one GGUF "
+            "file: hf://ORG/NAME/FILE.gguf.",
+        )
+    return Path(folder)
+
+
+def _token(source: SourceInput) -> str | None:
+    """The hub token; None leaves it to HF_TOKEN or a saved login. Raises StageError SourceForbidden
+    where the manifest names a token and none is there: never silently anonymous."""
+    if source.token_secret is None:
+        return None
+    token = os.environ.get(source.token_secret.variable) or os.environ.get("HF_TOKEN")
+    if not token:
+        raise StageError(
+            "SourceForbidden",
+            f"{source.uri} names the token {source.token_secret.name}/{source.token_secret.key}, "
+            f"and neither {source.token_secret.variable} nor HF_TOKEN is set.",
+            advice=f"Set one of them, or remove {_field(source, 'tokenSecret')}.",
+        )
+    return token
+
+
+# Everything that fsspec reads.
+
+
+def _downloaded(source: SourceInput, cache_dir: Path, kind: Kind) -> Path:
+    fs, root = _filesystem(source)
+    listing, is_file = _listing(fs, root, kind)
+    if not listing:
+        raise FileNotFoundError("there are no files to read")
+    versions = {name: _version(info) for name, info in listing.items()}
+    known = None not in versions.values()
+    key = hashlib.sha256(source.uri.encode()).hexdigest()[:24]
+    target = cache_dir / "sources" / key / (digest(versions)[7:31] if known else "unversioned")
+    with _locked(target.parent):
+        if not (known and target.exists()):
+            _download(fs, listing, target)
+    return target / next(iter(listing)) if is_file else target
+
+
+def _filesystem(source: SourceInput) -> tuple[Any, str]:
+    """A file system without memory of earlier listings, and the source's path in it."""
+    import fsspec
+
+    if source.uri.startswith("hf://"):
+        import huggingface_hub
+
+        fs = huggingface_hub.HfFileSystem(token=_token(source), skip_instance_cache=True)
+        return fs, source.uri.removeprefix("hf://")
+    try:
+        fs, root = fsspec.core.url_to_fs(source.uri, skip_instance_cache=True)
+    except ValueError as error:  # "Protocol not known"
+        raise StageError(
+            "SourceUnavailable",
+            f"{_shown(source.uri)} cannot be read here: {error}.",
+            advice=f"Use another scheme in {_field(source, 'uri')}.",
+        ) from error
+    return fs, root
+
+
+def _listing(fs: Any, root: str, kind: Kind) -> tuple[dict[str, Mapping[str, Any]], bool]:
+    """What to download, by relative name, and whether the source is a single file."""
+    web = root.startswith(("http://", "https://"))  # no folders, and "?" is no wildcard
+    if kind == "data" and not web and WILDCARDS & set(root):
+        base, found = str(split_glob(Path(root))[0]), fs.glob(root, detail=True)
+    else:
+        info = fs.info(root)
+        if info["type"] == "file":
+            name = PurePosixPath(urlsplit(root).path if web else root).name or "index"
+            return {name: info}, True
+        base, found = str(info["name"]), fs.find(root, detail=True)
+    listing = {}
+    for key, info in found.items():
+        path = PurePosixPath(key.removeprefix(base).lstrip("/"))
+        wanted = kind == "data" or any(fnmatch(path.name, pattern) for pattern in MODEL_FILES)
+        if info["type"] == "file" and not key.endswith("/") and wanted and not hidden(path):
+            listing[str(path)] = info
+    return listing, False
+
+
+def _version(info: Mapping[str, Any]) -> str | None:
+    """What changes when a remote file does; None where the store tells nothing."""
+    for field in ("ETag", "etag", "blob_id", "generation", "Content-MD5", "md5Hash", "Digest"):
+        if info.get(field):
+            return f"{info[field]}"
+    for field in ("mtime", "LastModified", "Last-Modified", "last_modified", "created"):
+        if info.get(field):
+            return f"{info[field]} {info.get('size')}"
+    return None
+
+
+def _download(fs: Any, listing: Mapping[str, Mapping[str, Any]], target: Path) -> None:
+    """Downloads into a folder beside `target` and moves it there only when all is complete."""
+    partial = target.with_name(".partial")  # ours alone, under the lock: a killed run's leftover
+    shutil.rmtree(partial, ignore_errors=True)
+    # Hidden names and with them ".." were left out of the listing.
+    local = {name: partial / name for name in listing}
+    for path in local.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        fs.get([info["name"] for info in listing.values()], [str(path) for path in local.values()])
+        for name, path in local.items():
+            _check_size(name, path, listing[name])
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_size(name: str, path: Path, info: Mapping[str, Any]) -> None:
+    expected, size = info.get("size"), path.stat().st_size
+    if expected is not None and size != expected:
+        raise OSError(errno.EIO, f"{name}: {size} of {expected} bytes arrived")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time downloads into a folder; the kernel frees a killed one's lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+# Failures in the user's words.
+
+
+class _Verdict(NamedTuple):
+    reason: str
+    said: str
+    retryable: bool = False
+
+
+_MISSING = _Verdict("SourceNotFound", "was not found")
+_REFUSED = _Verdict("SourceForbidden", "may not be read")
+_AWAY = _Verdict("SourceUnavailable", "cannot be reached", retryable=True)
+
+# By class name, so that no object store's package needs to be installed; the first match counts.
+_BY_NAME = {
+    "GatedRepoError": _REFUSED,
+    "DisabledRepoError": _REFUSED,
+    "RepositoryNotFoundError": _MISSING,
+    "RevisionNotFoundError": _MISSING,
+    "RemoteEntryNotFoundError": _MISSING,
+    "HFValidationError": _MISSING,
+    "NoCredentialsError": _REFUSED,
+    "PartialCredentialsError": _REFUSED,
+    "CredentialRetrievalError": _REFUSED,
+    "DefaultCredentialsError": _REFUSED,
+}
+_BY_STATUS = {401: _REFUSED, 403: _REFUSED, 404: _MISSING, 410: _MISSING}
+_BY_NAME_LAST = {
+    "LocalEntryNotFoundError": _AWAY,  # the hub could not be reached and its cache has no copy
+    "ClientError": _AWAY,  # aiohttp
+    "BotoCoreError": _AWAY,
+    "HTTPError": _AWAY,  # httpx
+    "TimeoutError": _AWAY,
+    "ConnectionError": _AWAY,
+    "FileNotFoundError": _MISSING,
+    "NotADirectoryError": _MISSING,
+    "PermissionError": _REFUSED,
+    "OSError": _AWAY,
+}
+
+
+@contextmanager
+def _explained(source: SourceInput) -> Iterator[None]:
+    """Turns the failures of file systems, stores and the hub into StageErrors; a defect passes."""
+    try:
+        yield
+    except StageError:
+        raise
+    except ImportError as error:
+        raise _missing_package(source, error) from error
+    except Exception as error:
+        raise _failure(source, error) from error
+
+
+def _failure(source: SourceInput, error: Exception) -> Exception:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StageError(
+            "DiskFull",
+            f"The disk is full: {_shown(source.uri)} could not be stored ({error}).",
+            advice=f"Free some space, or choose a smaller source in {_field(source, 'uri')}.",
+        )
+    names = [cls.__name__ for cause in _causes(error) for cls in type(cause).__mro__]
+    verdict = (
+        next((_BY_NAME[name] for name in names if name in _BY_NAME), None)
+        or _by_status(error)
+        or next((_BY_NAME_LAST[name] for name in _BY_NAME_LAST if name in names), None)
+    )
+    if verdict is None:
+        return error
+    why = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return StageError(
+        verdict.reason,
+        f"{_shown(source.uri)} {verdict.said}: {why.replace(source.uri, _shown(source.uri))}.",
+        advice=_advice(source, verdict, "RevisionNotFoundError" in names),
+        retryable=verdict.retryable,
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _by_status(error: Exception) -> _Verdict | None:
+    """The verdict of an HTTP status anywhere in the chain (aiohttp, httpx, botocore, gcsfs)."""
+    for cause in _causes(error):
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):
+            response = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        codes = (getattr(response, "status_code", response), getattr(cause, "status", None))
+        for code in (*codes, getattr(cause, "code", None)):
+            if isinstance(code, int) and code >= 400:
+                return _BY_STATUS.get(code, _AWAY)
+    return None
+
+
+def _advice(source: SourceInput, verdict: _Verdict, wrong_revision: bool) -> str:
+    scheme, uri = source.uri.partition("://")[0], _field(source, "uri")
+    token = f"set {_field(source, 'tokenSecret')} (on one machine: HF_TOKEN)"
+    if wrong_revision:
+        return f"Correct {_field(source, 'revision')}."
+    if verdict is _MISSING:
+        return f"Correct {uri}." + (f" If it is private, {token}." if scheme == "hf" else "")
+    if verdict is _AWAY:
+        return f"Check the network and {uri}; running the job again may help."
+    if scheme == "hf":
+        return f"Accept its terms on its page and {token}, or change {uri}."
+    if scheme in ("file", "pvc", "pkg"):
+        return f"Make it readable, or change {uri}."
+    credentials = f"set {_field(source, 'credentials')} (on one machine: its environment variables)"
+    return f"Check the permissions, {credentials}, or change {uri}."
+
+
+def _missing_package(source: SourceInput, error: ImportError) -> StageError:
+    scheme = source.uri.partition("://")[0]
+    extra = {"s3": "tuneyard[s3]", "gs": "tuneyard[gcs]"}.get(scheme, error.name or "its package")
+    return StageError(
+        "SourceUnavailable",
+        f"{_shown(source.uri)} cannot be read: {error}.",
+        advice=f"Install {extra} where the job runs, or change {_field(source, 'uri')}.",
+    )
+
+
+def _field(source: SourceInput, name: str) -> str:
+    """A field of the source as the manifest names it."""
+    return f"{source.path.removesuffix('.uri')}.{name}".lstrip(".")
+
+
+def _shown(uri: str) -> str:
+    """A URI without what may be secret in it: a query (signed URLs) and a user."""
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https"):
+        return uri
+    query = "?..." if parts.query else ""
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}{query}"
