@@ -1,0 +1,89 @@
+"""What a data set gives: one example to train on, and what each must satisfy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "tool": "tool",
+}
+"""The roles that files use and the ones chat templates know."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One thing to train on.
+
+    chat: `messages`. completion: `prompt` and `completion`, and the same as `messages` (with the
+    row's system prompt, if any) for models that speak through a chat template. text: `text`.
+    """
+
+    row: int
+    """The row's number in its file, from 1."""
+    kind: Literal["chat", "completion", "text"]
+    messages: tuple[Message, ...] = ()
+    """An optional system turn, then user and assistant in turns, the last by the assistant; a
+    tool may speak between two turns of the assistant."""
+    prompt: str = ""
+    completion: str = ""
+    text: str = ""
+    expected: tuple[str, ...] = ()
+    """What a right answer contains, from the row's field `expected`; () where it has none."""
+    file: str = ""
+    """The file's name relative to the data set's folder."""
+
+
+class RowError(ValueError):
+    """Why a row is no example, in words for its author."""
+
+
+_MAY_FOLLOW: dict[Role | None, tuple[Role, ...]] = {
+    None: ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+
+
+def check(example: Example) -> None:
+    """Raises RowError for empty turns, roles out of order and text that no tokenizer can encode."""
+    _check_encodable(example.prompt, example.completion, example.text)
+    previous: Role | None = None
+    for number, message in enumerate(example.messages, start=1):
+        if not message.content.strip():
+            raise RowError(f"turn {number} ({message.role}) is empty")
+        _check_encodable(message.content)
+        if message.role not in _MAY_FOLLOW[previous]:
+            after = f"follows {previous}" if previous else "begins the conversation"
+            wanted = " or ".join(_MAY_FOLLOW[previous])
+            raise RowError(f"turn {number} is by {message.role} and {after}; expected {wanted}")
+        previous = message.role
+    if example.messages and previous != "assistant":
+        raise RowError(f"the last turn is by {previous}; expected assistant: nothing to learn from")
+
+
+def _check_encodable(*texts: str) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RowError(f"character {error.start + 1} is half of a surrogate pair") from error

@@ -1,0 +1,115 @@
+"""The shapes that rows have: their fields, and recognising them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tuneyard.api.sources import DataFormat, FieldMap
+from tuneyard.errors import StageError
+from tuneyard_trainer.datasets.rows import BrokenRow, Row
+
+FIELDS: dict[DataFormat, dict[str, str]] = {
+    "messages": {"messages": "messages"},
+    "alpaca": {"prompt": "instruction", "completion": "output", "system": "system"},
+    "flan": {"prompt": "inputs", "completion": "targets"},
+    "sharegpt": {"messages": "conversations", "system": "system"},
+    "openassistant": {},
+    "ultrachat": {"messages": "data"},
+    "prompt-completion": {"prompt": "prompt", "completion": "completion", "system": "system"},
+    "text": {"text": "text"},
+}
+"""What a `FieldMap` may rename in each format, and the format's own names."""
+
+_LOOKS = {
+    "messages": "messages: [{role, content}]",
+    "alpaca": "instruction, input (optional), output",
+    "flan": "inputs, targets",
+    "sharegpt": "conversations: [{from, value}]",
+    "openassistant": "message_id, parent_id, role, text; or a tree with replies",
+    "ultrachat": "data: [question, answer, ...]",
+    "prompt-completion": "prompt, completion",
+    "text": "text",
+}
+
+
+class Names:
+    """The field names in force: a format's own where the map names none."""
+
+    def __init__(self, chosen: DataFormat, fields: FieldMap) -> None:
+        given = {name: value for name, value in fields if value is not None}
+        unused = sorted(given.keys() - FIELDS[chosen].keys())
+        if unused:
+            raise StageError(
+                "UnknownFormat",
+                f"fields.{unused[0]} is {given[unused[0]]!r}, and format {chosen} has no such "
+                f"field. It has: {', '.join(FIELDS[chosen]) or 'none that can be renamed'}.",
+                advice=f"Remove fields.{unused[0]}, or set format.",
+            )
+        self._names = FIELDS[chosen] | given
+
+    def __getitem__(self, field: str) -> str:
+        return self._names[field]
+
+
+def detect(rows: Sequence[Row], fields: FieldMap) -> DataFormat:
+    """The one format that the rows have; broken rows do not count.
+
+    Each format is recognised by its fields and by the shape of what they hold, under the names that
+    `fields` gives. `text` counts only when nothing else does: Alpaca's own file repeats each row as
+    text. A map of both prompt and completion means prompt-completion, one of text means text.
+    Raises StageError UnknownFormat when none or several formats remain.
+    """
+    values = [row.value for row in rows if not isinstance(row.value, BrokenRow)]
+    found: list[DataFormat] = [
+        name for name in FIELDS if any(_matches(name, value, fields) for value in values)
+    ]
+    if len(found) > 1 and "text" in found:
+        found.remove("text")
+    if len(found) == 1:
+        return found[0]
+    seen = sorted({key for value in values for key in value})
+    raise StageError(
+        "UnknownFormat",
+        f"The rows' fields are {', '.join(seen) or '(none)'}, which fit "
+        f"{'no known format' if not found else 'several formats: ' + ', '.join(found)}. Formats: "
+        + "; ".join(f"{name} ({look})" for name, look in _LOOKS.items())
+        + ".",
+        advice="Set format, or name the fields: fields: {prompt: question, completion: answer}.",
+    )
+
+
+def _matches(chosen: DataFormat, row: Mapping[str, Any], fields: FieldMap) -> bool:
+    given = {name for name, value in fields if value is not None}
+    if given - FIELDS[chosen].keys():
+        return False
+    if chosen in ("alpaca", "flan") and given >= {"prompt", "completion"}:
+        return False
+    names = Names(chosen, fields)
+    if chosen == "openassistant":
+        return _is_tree(row) or is_flat_message(row)
+    if chosen in ("messages", "sharegpt", "ultrachat"):
+        turns = row.get(names["messages"])
+        return isinstance(turns, list) and bool(turns) and _TURN_LOOKS[chosen](turns[0])
+    if chosen == "text":
+        return isinstance(row.get(names["text"]), str)
+    answer = row.get(names["completion"])
+    if chosen == "alpaca" and answer is None:
+        answer = row.get("instances")
+    return row.get(names["prompt"]) is not None and answer is not None
+
+
+_TURN_LOOKS: dict[str, Callable[[Any], bool]] = {
+    "messages": lambda turn: isinstance(turn, dict) and "role" in turn,
+    "sharegpt": lambda turn: isinstance(turn, dict) and "from" in turn,
+    "ultrachat": lambda turn: isinstance(turn, str),
+}
+
+
+def _is_tree(row: Mapping[str, Any]) -> bool:
+    root = row.get("prompt", row)
+    return isinstance(root, dict) and isinstance(root.get("replies"), list) and "text" in root
+
+
+def is_flat_message(row: Mapping[str, Any]) -> bool:
+    return {"message_id", "parent_id", "role", "text"} <= row.keys() and "replies" not in row

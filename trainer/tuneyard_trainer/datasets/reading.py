@@ -1,0 +1,248 @@
+"""One row, of a known format, as examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from tuneyard.api.sources import DataFormat
+from tuneyard_trainer.datasets.example import ROLES, Example, Message, Role, RowError, check
+from tuneyard_trainer.datasets.formats import Names, is_flat_message
+from tuneyard_trainer.datasets.rows import BrokenRow, Row
+
+
+def read(row: Row, chosen: DataFormat, names: Names) -> list[Example]:
+    """The examples of a row: one; several for an instruction with `instances`; none for a tree that
+    its reviewers left nothing of. Raises RowError."""
+    if isinstance(row.value, BrokenRow):
+        raise RowError(row.value.reason)
+    examples = list(_READERS[chosen](row, row.value, names))
+    for example in examples:
+        check(example)
+    return examples
+
+
+def _turns(row: Row, value: dict[str, Any], names: Names) -> Iterator[Example]:
+    field = names["messages"]
+    yield _chat(row, _messages(value.get(field), field))
+
+
+def _ultrachat(row: Row, value: dict[str, Any], names: Names) -> Iterator[Example]:
+    field = names["messages"]
+    turns = value.get(field, value.get("messages"))
+    if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
+        yield _chat(row, _messages(turns, field))  # ultrachat_200k: {"messages": [...]}
+        return
+    roles: tuple[Role, Role] = ("user", "assistant")
+    yield _chat(row, [Message(roles[i % 2], turn) for i, turn in enumerate(turns)])
+
+
+def _sharegpt(row: Row, value: dict[str, Any], names: Names) -> Iterator[Example]:
+    field = names["messages"]
+    messages = _messages(value.get(field), field, role="from", content="value")
+    yield _chat(row, [*_system(value, names), *messages])
+
+
+def _alpaca(row: Row, value: dict[str, Any], names: Names) -> Iterator[Example]:
+    """Self-instruct's seeds hold several `instances` of one instruction."""
+    instruction = _string(value, names["prompt"])
+    for instance in _instances(value, names["completion"]):
+        given = instance.get("input") or ""
+        if not isinstance(given, str):
+            raise RowError(f"input must be a string, and is {type(given).__name__}")
+        asked = f"{instruction}\n\n{given}" if given.strip() else instruction
+        answer = _string(instance, names["completion"])
+        turns = [Message("user", asked), Message("assistant", answer)]
+        yield _chat(row, [*_system(value, names), *turns])
+
+
+def _instances(value: dict[str, Any], completion: str) -> Sequence[dict[str, Any]]:
+    instances = value.get("instances")
+    if completion in value or instances is None:
+        return [value]
+    if not isinstance(instances, list) or not all(isinstance(i, dict) for i in instances):
+        raise RowError("instances must be a list of {input, output}")
+    if not instances:
+        raise RowError("instances is empty")
+    return instances
+
+
+def _flan(row: Row, value: dict[str, Any], names: Names) -> Iterator[Example]:
+    prompt, completion = _string(value, names["prompt"]), _string(value, names["completion"])
+    yield _completion(row, [], prompt, completion)
+
+
+def _prompt_completion(row: Row, value: dict[str, Any], names: Names) -> Iterator[Example]:
+    prompt, completion = value.get(names["prompt"]), value.get(names["completion"])
+    if isinstance(prompt, list) or isinstance(completion, list):
+        asked = _messages(prompt, names["prompt"], text_role="user")
+        answered = _messages(completion, names["completion"], text_role="assistant")
+        yield _chat(row, [*_system(value, names), *asked, *answered])
+        return
+    prompt, completion = _string(value, names["prompt"]), _string(value, names["completion"])
+    yield _completion(row, _system(value, names), prompt, completion)
+
+
+def _text(row: Row, value: dict[str, Any], names: Names) -> Iterator[Example]:
+    yield Example(
+        row.number,
+        "text",
+        text=_string(value, names["text"]),
+        expected=_expected(row),
+        file=row.file,
+    )
+
+
+def _openassistant(row: Row, value: dict[str, Any], _names: Names) -> Iterator[Example]:
+    """One conversation a tree: at each level the reply that people ranked best (rank 0; unranked
+    ones last), without deleted and unreviewed messages, ended by the assistant."""
+    message = value.get("prompt", value)
+    thread: list[Any] = []
+    while message is not None:
+        if not isinstance(message, dict):
+            raise RowError(f"a message must be an object, and this is {type(message).__name__}")
+        if not _reviewed(message):
+            break
+        thread.append(message)
+        replies = message.get("replies") or []
+        if not isinstance(replies, list):
+            raise RowError(f"replies must be a list, and is {type(replies).__name__}")
+        message = min(filter(_reviewed, replies), key=_rank, default=None)
+    messages = _messages(thread, "replies", content="text") if thread else []
+    while messages and messages[-1].role != "assistant":
+        messages.pop()
+    if messages:
+        yield _chat(row, messages)
+
+
+def _reviewed(message: Any) -> bool:
+    """Exports without `review_result` hold reviewed messages only. None there: nobody looked."""
+    if not isinstance(message, dict):
+        return True  # reported where it is read
+    return not message.get("deleted") and bool(message.get("review_result", True))
+
+
+def _rank(message: Any) -> float:
+    rank = message.get("rank") if isinstance(message, dict) else None
+    return rank if isinstance(rank, int | float) else float("inf")
+
+
+_READERS: dict[DataFormat, Callable[[Row, dict[str, Any], Names], Iterator[Example]]] = {
+    "messages": _turns,
+    "alpaca": _alpaca,
+    "flan": _flan,
+    "sharegpt": _sharegpt,
+    "openassistant": _openassistant,
+    "ultrachat": _ultrachat,
+    "prompt-completion": _prompt_completion,
+    "text": _text,
+}
+
+
+def link_messages(rows: Iterable[Row]) -> Iterator[Row]:
+    """OpenAssistant's flat files, where each message is a row, as rows of trees.
+
+    Holds the flat messages in memory: a reply may stand anywhere. Trees and broken rows pass. A
+    message whose parent is not in the file is a broken row. A tree has its first message's number.
+    """
+    numbers: dict[str, Row] = {}
+    trees: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if isinstance(row.value, BrokenRow) or not is_flat_message(row.value):
+            yield row
+            continue
+        key = str(row.value["message_id"])
+        if key in trees:
+            yield Row(row.number, BrokenRow(f"message_id {key} appears twice"), row.file)
+            continue
+        numbers[key], trees[key] = row, {**row.value, "replies": []}
+    for tree in trees.values():
+        if str(tree["parent_id"]) in trees:
+            trees[str(tree["parent_id"])]["replies"].append(tree)
+    for key, tree in trees.items():
+        row, parent = numbers[key], tree["parent_id"]
+        if parent is None or parent == "":
+            yield Row(row.number, tree, row.file)
+        elif str(parent) not in trees:
+            yield Row(row.number, BrokenRow(f"its parent {parent} is not in the data"), row.file)
+
+
+# Parts of a row.
+
+
+def _chat(row: Row, messages: Sequence[Message]) -> Example:
+    expected = _expected(row)
+    return Example(row.number, "chat", tuple(messages), expected=expected, file=row.file)
+
+
+def _completion(row: Row, system: Sequence[Message], prompt: str, completion: str) -> Example:
+    turns = (*system, Message("user", prompt), Message("assistant", completion))
+    expected = _expected(row)
+    return Example(row.number, "completion", turns, prompt, completion, "", expected, row.file)
+
+
+def _string(value: Mapping[str, Any], field: str) -> str:
+    text = value.get(field)
+    if text is None:
+        raise RowError(f"{field} is missing; the row has {', '.join(value) or 'no fields'}")
+    if not isinstance(text, str):
+        raise RowError(f"{field} must be a string, and is {type(text).__name__}")
+    if not text.strip():
+        raise RowError(f"{field} is empty")
+    return text
+
+
+def _system(value: Mapping[str, Any], names: Names) -> list[Message]:
+    """The row's system prompt; absent, null and "" mean none."""
+    field = names["system"]
+    return [Message("system", _string(value, field))] if value.get(field) else []
+
+
+def _expected(row: Row) -> tuple[str, ...]:
+    expected = row.value.get("expected") if isinstance(row.value, dict) else None
+    if expected is None or expected == "":
+        return ()
+    answers = [expected] if isinstance(expected, str) else expected
+    if not isinstance(answers, list) or not all(isinstance(a, str) and a for a in answers):
+        raise RowError("expected must be a string or a list of strings, none empty")
+    return tuple(answers)
+
+
+def _messages(
+    turns: Any,
+    field: str,
+    *,
+    role: str = "role",
+    content: str = "content",
+    text_role: Role | None = None,
+) -> list[Message]:
+    """A list of turns; with `text_role`, a string stands for one turn of that role."""
+    if text_role and isinstance(turns, str):
+        return [Message(text_role, turns)]
+    if not isinstance(turns, list) or not turns:
+        raise RowError(f"{field} must be a list of turns {{{role}, {content}}}")
+    return [_message(turn, f"turn {n}", role, content) for n, turn in enumerate(turns, start=1)]
+
+
+def _message(turn: Any, where: str, role: str, content: str) -> Message:
+    if not isinstance(turn, dict):
+        raise RowError(f"{where} must be an object {{{role}, {content}}}")
+    known = ROLES.get(str(turn.get(role)).lower())
+    if known is None:
+        raise RowError(f"{where} has {role} {turn.get(role)!r}; known are {', '.join(ROLES)}")
+    return Message(known, _content(turn.get(content), where, content))
+
+
+def _content(value: Any, where: str, content: str) -> str:
+    if isinstance(value, list):  # OpenAI's content parts
+        value = "".join(_part(part, where) for part in value)
+    if not isinstance(value, str):
+        raise RowError(f"{where}: {content} must be a string, and is {type(value).__name__}")
+    return value
+
+
+def _part(part: Any, where: str) -> str:
+    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+    if not isinstance(text, str):
+        raise RowError(f"{where} holds a part that is not text: only text can be trained on")
+    return text
