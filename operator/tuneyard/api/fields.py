@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -33,13 +33,18 @@ def model_at(model: type[BaseModel], path: Path) -> type[BaseModel] | None:
     return here
 
 
-def all_paths(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The path of every field; that of a list's items is that of the list."""
+def all_paths(model: type[BaseModel], path: Path = ()) -> Iterator[Path]:
+    """The path of every field, through the first item of each list."""
     for name, info in fields(model).items():
         yield (*path, name)
         inner = nested(info.annotation)
         if inner is not None:
-            yield from all_paths(inner, (*path, name))
+            index = (0,) if _is_list(info.annotation) else ()
+            yield from all_paths(inner, (*path, name, *index))
+
+
+def _is_list(annotation: Any) -> bool:
+    return get_origin(annotation) is list or any(map(_is_list, get_args(annotation)))
 
 
 def mappings(

@@ -42,7 +42,7 @@ def read(text: str, source: str | None = None) -> list[Job]:
     jobs: list[Job] = []
     for document in documents:
         job, found = _validate(document, from_server=False)
-        faults += (_located(problem, document, source) for problem in found)
+        faults += _new_faults(found, faults, document, source)
         if job is not None:
             jobs.append(job)
             faults += _twice(job, jobs[:-1], document, source)
@@ -79,6 +79,15 @@ class _Problem:
 def _located(problem: _Problem, document: Document, source: str | None) -> Fault:
     line = document.line_of(problem.path)
     return Fault(dotted(problem.path), problem.message, line, source)
+
+
+def _new_faults(
+    problems: Sequence[_Problem], known: Sequence[Fault], document: Document, source: str | None
+) -> list[Fault]:
+    """Located, without those of a field whose text is at fault already."""
+    places = {(fault.path, fault.line) for fault in known}
+    located = (_located(problem, document, source) for problem in problems)
+    return [fault for fault in located if (fault.path, fault.line) not in places]
 
 
 def _twice(
@@ -190,7 +199,7 @@ def _unknown_field(path: Path, model: type[BaseModel]) -> _Problem:
     text = f"unknown field '{name}'"
     local = closest(name, known)
     others = [] if local and same_word(local, name) else _elsewhere(name, parent, model)
-    if local and not others:
+    if local and not any(same_word(str(other[-1]), name) for other in others):
         return _Problem(path, f"{text}: did you mean '{local}'?", (*parent, local))
     if 0 < len(others) <= 3:
         places = " or ".join(dotted(other) for other in others)
@@ -198,20 +207,20 @@ def _unknown_field(path: Path, model: type[BaseModel]) -> _Problem:
     return _Problem(path, f"{text}: {dotted(parent) or 'a job'} takes {', '.join(known)}")
 
 
-def _elsewhere(name: str, parent: Path, model: type[BaseModel]) -> list[tuple[str, ...]]:
-    """The fields with this name, or almost, that lie nearest in the tree."""
-    here = [part for part in parent if isinstance(part, str)]
-
-    def distance(path: tuple[str, ...]) -> int:
-        pairs = zip(here, path, strict=False)
-        shared = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
-        return len(here) + len(path) - 2 * shared
-
+def _elsewhere(name: str, parent: Path, model: type[BaseModel]) -> list[Path]:
+    """The fields of the spec with this name, or almost, that lie nearest in the tree."""
     paths = [path for path in all_paths(model) if path[0] == "spec"]
-    meant = closest(name, [path[-1] for path in paths], cutoff=0.8)
-    found = [path for path in paths if meant is not None and same_word(path[-1], meant)]
-    nearest = min(map(distance, found), default=0)
-    return [path for path in found if distance(path) == nearest]
+    meant = closest(name, [str(path[-1]) for path in paths], cutoff=0.8)
+    found = [path for path in paths if meant is not None and same_word(str(path[-1]), meant)]
+    nearest = min((_distance(parent, path) for path in found), default=0)
+    return [path for path in found if _distance(parent, path) == nearest]
+
+
+def _distance(one: Path, other: Path) -> int:
+    """Steps from one path to the other in the tree of fields; list indices do not count."""
+    names, others = ([part for part in path if isinstance(part, str)] for path in (one, other))
+    shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(names, others, strict=False))))
+    return len(names) + len(others) - 2 * shared
 
 
 def _broken_rules(

@@ -114,7 +114,12 @@ ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=OBJECT_N
 class ObjectMeta(BaseModel):
     """The part of Kubernetes' metadata that Tuneyard reads; the rest is kept out of the plan."""
 
-    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore")
+    model_config = ConfigDict(
+        alias_generator=to_camel,
+        populate_by_name=True,
+        extra="ignore",
+        use_attribute_docstrings=True,
+    )
 
     name: Name
     """The job's name: at most 40 lower-case letters, digits and dashes, starting with a letter."""

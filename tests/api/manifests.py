@@ -1,0 +1,527 @@
+"""Valid manifests that between them fill every field, and broken ones made from them.
+
+Both the reader (here) and a real API server (tests/apiserver) must refuse each broken one.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import yaml
+
+Manifest = dict[str, Any]
+
+ABSENT = object()
+"""The value, in `changed`, of a field to remove."""
+
+
+def steps(path: str) -> list[str | int]:
+    """`spec.data.train[0].uri` as keys and indices."""
+    parts = re.findall(r"[^.\[\]]+", path)
+    return [int(part) if part.isdigit() else part for part in parts]
+
+
+def value_at(manifest: Any, path: str) -> Any:
+    for step in steps(path):
+        manifest = manifest[step]
+    return manifest
+
+
+def changed(manifest: Manifest, changes: dict[str, Any]) -> Manifest:
+    """A copy in which the fields at these paths have these values."""
+    result = copy.deepcopy(manifest)
+    for path, value in changes.items():
+        *parents, last = steps(path)
+        here: Any = result
+        for step in parents:
+            here = here.setdefault(step, {}) if isinstance(here, dict) else here[step]
+        if value is ABSENT:
+            del here[last]
+        else:
+            here[last] = value
+    return result
+
+
+def job(kind: str, spec: str) -> Manifest:
+    """A job of this kind; `spec` is YAML."""
+    return {
+        "apiVersion": "tuneyard.io/v1alpha1",
+        "kind": kind,
+        "metadata": {"name": "job"},
+        "spec": yaml.safe_load(spec),
+    }
+
+
+MINIMAL = job(
+    "FineTuneJob",
+    """
+    model: {uri: "hf://org/model"}
+    data: {train: [{uri: "file://train.jsonl"}]}
+    output: {uri: "file://out"}
+    """,
+)
+
+LORA = job(
+    "FineTuneJob",
+    """
+    model:
+      uri: hf://org/model
+      revision: main
+      tokenSecret: {name: hub, key: token}
+      credentials: {name: store}
+    method: sft
+    data:
+      train:
+      - uri: file://train.jsonl
+        format: alpaca
+        fields: {messages: m, system: s, prompt: p, completion: c, text: t}
+        weight: 2.0
+        limit: 100
+        tokenSecret: {name: hub, key: token}
+        credentials: {name: store}
+      validation: {fraction: 0.05}
+      maxLength: 512
+      onOverlength: split
+      onInvalidRow: skip
+      packing: never
+      trainOn: all
+      systemPrompt: Be brief.
+      chatTemplate: "{{ messages }}"
+    adapter:
+      lora:
+        rank: 8
+        alpha: 16
+        dropout: 0.1
+        targets: attention
+        layers: "0-3,8"
+        rankStabilized: true
+        decomposed: true
+    training:
+      epochs: 3
+      batchSize: 16
+      microBatchTokens: 2048
+      learningRate: 0.0002
+      schedule: {type: linear, warmup: 0.1, finalFraction: 0.0}
+      optimizer: {weightDecay: 0.1, beta1: 0.8, beta2: 0.95, epsilon: 1.0e-6, maxGradientNorm: 2}
+      dropout: 0.1
+      precision: float32
+      gradientCheckpointing: true
+      evaluationSteps: 50
+      earlyStopping: {patience: 3, minDelta: 0.01}
+      keepBest: false
+      checkpointSteps: 100
+      seed: 7
+    evaluate:
+      compareWithBase: false
+      samples: 5
+      maxNewTokens: 32
+      fewShot: 4
+      suites: [arc_easy]
+      gates: [{metric: lossReduction, atLeast: 0.3, atMost: 1.0}]
+    output:
+      uri: pvc://models/job
+      merge: true
+      deletionPolicy: Delete
+      credentials: {name: store}
+    compute:
+      profile: a100-small
+      workers: 4
+      minWorkers: 2
+      gpusPerWorker: 1
+      cpusPerWorker: "8"
+      memory: 64Gi
+      sharedMemory: 8Gi
+      gpuResource: nvidia.com/gpu
+      nodeSelector: {accelerator: a100}
+      tolerations:
+      - {key: gpu, operator: Equal, value: "true", effect: NoExecute, tolerationSeconds: 60}
+      priorityClass: batch
+      image: trainer:1
+    runPolicy:
+      suspend: true
+      maxAttempts: 5
+      backoffSeconds: 20
+      deadlineSeconds: 86400
+      startDeadlineSeconds: 600
+      ttlSecondsAfterFinished: 604800
+      queue: team-a
+      workloadPriority: high
+    """,
+)
+
+FULL_TUNING = job(
+    "FineTuneJob",
+    """
+    model: {uri: "job://earlier"}
+    method: pretrain
+    data:
+      train: [{uri: "s3://bucket/text.parquet"}]
+      validation: {data: [{uri: "pvc://data/held-out.jsonl"}]}
+    training:
+      maxSteps: 100
+      learningRate: auto
+      freeze: {layers: "0-11", embeddings: true, head: true}
+      optimizer: {maxGradientNorm: null}
+    output: {uri: "gs://bucket/job"}
+    """,
+)
+
+QLORA = changed(
+    MINIMAL,
+    {
+        "spec.adapter.qlora": {
+            **LORA["spec"]["adapter"]["lora"],
+            "targets": ["q_proj"],
+            "doubleQuantization": False,
+        }
+    },
+)
+PREFIX = changed(MINIMAL, {"spec.adapter.prefix.length": 10})
+PROMPT = changed(MINIMAL, {"spec.adapter.prompt": {"length": 10, "initialText": "Be brief."}})
+IA3 = changed(MINIMAL, {"spec.adapter.ia3": {}})
+BOTTLENECK = changed(
+    MINIMAL,
+    {"spec.adapter.bottleneck": {"size": 8, "activation": "relu", "dropout": 0, "layers": "0"}},
+)
+
+DPO = job(
+    "AlignmentJob",
+    """
+    model: {uri: "hf://org/model"}
+    sft:
+      data: {train: [{uri: "file://train.jsonl"}]}
+      training: {epochs: 1}
+    preferences: {data: [{uri: "file://pairs.jsonl"}]}
+    optimize:
+      dpo: {loss: ipo, beta: 0.2, labelSmoothing: 0.1, training: {epochs: 1}}
+    rounds: 2
+    adapter: {lora: {}}
+    evaluate: {samples: 0}
+    output: {uri: "file://out"}
+    compute: {workers: 1}
+    runPolicy: {maxAttempts: 1}
+    """,
+)
+
+PPO = job(
+    "AlignmentJob",
+    """
+    model: {uri: "hf://org/model"}
+    preferences:
+      aiFeedback:
+        judge:
+          endpoint:
+            url: https://judge.example/v1
+            model: judge
+            key: {name: judge, key: token}
+            maxRequests: 1000
+            concurrency: 4
+        prompts:
+          uri: file://prompts.jsonl
+          format: text
+          fields: {prompt: p}
+          limit: 100
+          tokenSecret: {name: hub, key: token}
+          credentials: {name: store}
+        principles: [Be kind.]
+        responsesPerPrompt: 4
+        temperature: 0.7
+        maxNewTokens: 128
+        disagreement: tie
+    rewardModel:
+      train: {adapter: {lora: {}}, training: {epochs: 1}, margin: 0.5, centering: 0.01}
+    optimize:
+      ppo:
+        prompts: {uri: "file://prompts.jsonl"}
+        sampling: {temperature: 0.7, topP: 0.9, maxNewTokens: 64, engine: vllm}
+        rollouts: 32
+        optimizationEpochs: 2
+        clipRange: 0.1
+        valueClipRange: 0.1
+        valueCoefficient: 0.5
+        entropyCoefficient: 0.01
+        discount: 0.99
+        gaeLambda: 0.9
+        klCoefficient: 0.1
+        targetKl: 6.0
+        missingEosPenalty: 2.0
+        training: {maxSteps: 10}
+        stopOn: {maxKl: 20, minEntropy: 0.1, maxLengthRatio: 3}
+    output: {uri: "file://out"}
+    """,
+)
+
+GRPO = job(
+    "AlignmentJob",
+    """
+    model: {uri: "hf://org/model"}
+    constitution:
+      prompts: {uri: "file://red-team.jsonl"}
+      principles: [Be kind.]
+      revisions: 2
+      judge: {model: {uri: "hf://org/judge"}}
+      maxNewTokens: 128
+      training: {epochs: 1}
+    rewardModel: {model: {uri: "hf://org/reward"}}
+    optimize:
+      grpo:
+        prompts: {uri: "file://prompts.jsonl"}
+        sampling: {temperature: 0.7}
+        groupSize: 4
+        klCoefficient: 0.0
+        clipRange: 0.1
+        training: {maxSteps: 10}
+        stopOn: {maxKl: 20}
+    output: {uri: "file://out"}
+    """,
+)
+
+RLOO = job(
+    "AlignmentJob",
+    """
+    model: {uri: "hf://org/model"}
+    rewardModel: {rule: {exactMatch: answer}}
+    optimize:
+      rloo:
+        prompts: {uri: "file://prompts.jsonl"}
+        sampling: {temperature: 0.7}
+        groupSize: 4
+        klCoefficient: 0.1
+        clipRange: 0.1
+        training: {maxSteps: 10}
+        stopOn: {maxKl: 20}
+    output: {uri: "file://out"}
+    """,
+)
+RULE_REWARD = changed(RLOO, {"spec.rewardModel.rule": {"jsonSchema": "{}"}})
+
+VALID = {
+    "minimal": MINIMAL,
+    "lora": LORA,
+    "full-tuning": FULL_TUNING,
+    "qlora": QLORA,
+    "prefix": PREFIX,
+    "prompt": PROMPT,
+    "ia3": IA3,
+    "bottleneck": BOTTLENECK,
+    "dpo": DPO,
+    "ppo": PPO,
+    "grpo": GRPO,
+    "rloo": RLOO,
+    "rule-reward": RULE_REWARD,
+}
+
+
+class BrokenRule(NamedTuple):
+    """A manifest that breaks one rule across fields."""
+
+    name: str
+    manifest: Manifest
+    path: str
+    """The field to blame."""
+    message: str
+    """What is wrong and what helps, as both the reader and the API server say it."""
+
+
+def _one_of(name: str, base: Manifest, path: str, value: Any, members: str) -> BrokenRule:
+    return BrokenRule(name, changed(base, {path: value}), path, f"set exactly one of {members}")
+
+
+_ADAPTERS = "lora, qlora, prefix, prompt, ia3, bottleneck"
+_OPTIMIZE = "dpo, ppo, grpo, rloo"
+_PROMPTS = {"prompts": {"uri": "file://prompts.jsonl"}}
+_NEEDS_PREFERENCES = "needs preferences: add preferences.data or preferences.aiFeedback"
+
+BROKEN_RULES = [
+    _one_of("two-adapters", MINIMAL, "spec.adapter", {"lora": {}, "qlora": {}}, _ADAPTERS),
+    _one_of("no-adapter", MINIMAL, "spec.adapter", {}, _ADAPTERS),
+    _one_of(
+        "two-validations",
+        MINIMAL,
+        "spec.data.validation",
+        {"fraction": 0.1, "data": [{"uri": "file://v.jsonl"}]},
+        "fraction, data",
+    ),
+    _one_of("no-reward", RLOO, "spec.rewardModel", {}, "train, model, rule"),
+    _one_of("no-rule", RLOO, "spec.rewardModel.rule", {}, "exactMatch, jsonSchema"),
+    _one_of("no-judge", PPO, "spec.preferences.aiFeedback.judge", {}, "model, endpoint"),
+    _one_of("no-preferences", DPO, "spec.preferences", {}, "data, aiFeedback"),
+    _one_of("two-optimizers", DPO, "spec.optimize", {"dpo": {}, "grpo": _PROMPTS}, _OPTIMIZE),
+    BrokenRule(
+        "revision-of-a-file",
+        changed(MINIMAL, {"spec.model": {"uri": "file://model", "revision": "main"}}),
+        "spec.model.revision",
+        "applies to hf:// models only: remove revision, or name an hf:// model",
+    ),
+    BrokenRule(
+        "frozen-layers-under-an-adapter",
+        changed(MINIMAL, {"spec.adapter.lora": {}, "spec.training.freeze.layers": "0-3"}),
+        "spec.training.freeze",
+        "applies to full fine-tuning, and an adapter freezes the whole base: remove "
+        "training.freeze or adapter",
+    ),
+    BrokenRule(
+        "early-stopping-without-held-out-rows",
+        changed(MINIMAL, {"spec.training.earlyStopping": {}}),
+        "spec.training.earlyStopping",
+        "needs held-out rows: set data.validation, or remove training.earlyStopping",
+    ),
+    BrokenRule(
+        "early-stopping-without-held-out-rows-before-alignment",
+        changed(DPO, {"spec.sft.training.earlyStopping": {}}),
+        "spec.sft.training.earlyStopping",
+        "needs held-out rows: set data.validation, or remove training.earlyStopping",
+    ),
+    BrokenRule(
+        "gates-without-held-out-rows",
+        changed(MINIMAL, {"spec.evaluate.gates": [{"metric": "lossReduction", "atLeast": 0.3}]}),
+        "spec.evaluate.gates",
+        "need held-out rows: set data.validation, or remove evaluate.gates",
+    ),
+    BrokenRule(
+        "a-gate-without-a-bound",
+        changed(LORA, {"spec.evaluate.gates[0]": {"metric": "lossReduction"}}),
+        "spec.evaluate.gates[0]",
+        "has no bound: set atLeast, atMost or both",
+    ),
+    BrokenRule(
+        "a-merge-of-bottlenecks",
+        changed(BOTTLENECK, {"spec.output.merge": True}),
+        "spec.output.merge",
+        "needs one of the adapters lora, qlora, ia3, as the others are not linear in the base "
+        "weights: remove output.merge or change the adapter",
+    ),
+    BrokenRule(
+        "a-merge-of-prefixes-after-alignment",
+        changed(DPO, {"spec.adapter": {"prefix": {}}, "spec.output.merge": True}),
+        "spec.output.merge",
+        "needs one of the adapters lora, qlora, ia3, as the others are not linear in the base "
+        "weights: remove output.merge or change the adapter",
+    ),
+    BrokenRule(
+        "epochs-and-steps",
+        changed(MINIMAL, {"spec.training": {"epochs": 1, "maxSteps": 10}}),
+        "spec.training.maxSteps",
+        "excludes epochs: remove maxSteps or epochs",
+    ),
+    BrokenRule(
+        "more-least-workers-than-workers",
+        changed(MINIMAL, {"spec.compute": {"workers": 2, "minWorkers": 4}}),
+        "spec.compute.minWorkers",
+        "must not exceed workers: lower minWorkers or raise workers",
+    ),
+    BrokenRule(
+        "a-priority-without-a-queue",
+        changed(MINIMAL, {"spec.runPolicy.workloadPriority": "high"}),
+        "spec.runPolicy.workloadPriority",
+        "needs a queue: set queue to the Kueue LocalQueue, or remove workloadPriority",
+    ),
+    BrokenRule(
+        "a-prefix-reward-model",
+        changed(PPO, {"spec.rewardModel.train.adapter": {"prefix": {}}}),
+        "spec.rewardModel.train.adapter",
+        "must be lora or qlora for a reward model: change it, or remove it for full fine-tuning",
+    ),
+    BrokenRule(
+        "a-frozen-reward-model-under-an-adapter",
+        changed(PPO, {"spec.rewardModel.train.training.freeze": {"head": True}}),
+        "spec.rewardModel.train.training.freeze",
+        "applies to full fine-tuning, and an adapter freezes the whole base: remove "
+        "training.freeze or adapter",
+    ),
+    BrokenRule(
+        "an-alignment-of-nothing",
+        changed(RLOO, {"spec.rewardModel": ABSENT, "spec.optimize": ABSENT}),
+        "spec",
+        "nothing to do: set sft, constitution, rewardModel or optimize",
+    ),
+    BrokenRule(
+        "dpo-without-preferences",
+        changed(DPO, {"spec.preferences": ABSENT}),
+        "spec.optimize.dpo",
+        _NEEDS_PREFERENCES,
+    ),
+    BrokenRule(
+        "a-reward-model-without-preferences",
+        changed(PPO, {"spec.preferences": ABSENT}),
+        "spec.rewardModel.train",
+        _NEEDS_PREFERENCES,
+    ),
+    BrokenRule(
+        "grpo-without-a-reward",
+        changed(GRPO, {"spec.rewardModel": ABSENT}),
+        "spec.optimize",
+        "ppo, grpo and rloo need a reward: add rewardModel, or optimize by dpo",
+    ),
+    BrokenRule(
+        "rounds-of-nothing",
+        changed(DPO, {"spec.optimize": ABSENT}),
+        "spec.rounds",
+        "above 1 needs optimize: add optimize or remove rounds",
+    ),
+]
+
+
+class BrokenField(NamedTuple):
+    """A manifest with one field that its schema refuses."""
+
+    name: str
+    manifest: Manifest
+    path: str
+
+
+def broken_fields(crds: dict[str, dict[str, Any]]) -> Iterator[BrokenField]:
+    """For every field of every model (once, wherever it appears first): each way to break it."""
+    seen: set[str] = set()
+    for manifest in VALID.values():
+        crd = next(crd for crd in crds.values() if crd["spec"]["names"]["kind"] == manifest["kind"])
+        schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+        for path, field in _filled(schema["properties"]["spec"], manifest["spec"], "spec"):
+            identity = f"{path.rsplit('.', 1)[-1]}: {field}"
+            if identity in seen:
+                continue
+            seen.add(identity)
+            for what, changes in _breaks(field, value_at(manifest, path), path):
+                blamed = next(iter(changes))
+                name = f"{manifest['kind']}-{path}-{what}"
+                yield BrokenField(name, changed(manifest, changes), blamed)
+
+
+def _filled(schema: Manifest, value: Any, path: str) -> Iterator[tuple[str, Manifest]]:
+    yield path, schema
+    if isinstance(value, list) and value and "items" in schema:
+        yield from _filled(schema["items"], value[0], f"{path}[0]")
+    if isinstance(value, dict) and "properties" in schema:
+        for name, item in value.items():
+            if item is not None:
+                yield from _filled(schema["properties"][name], item, f"{path}.{name}")
+
+
+def _breaks(schema: Manifest, value: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    kind = schema.get("type")
+    if kind is not None:
+        yield "type", {path: 5 if kind == "string" else "wrong words"}
+    if "minimum" in schema:
+        yield "minimum", {path: schema["minimum"] - (not schema.get("exclusiveMinimum"))}
+    if "maximum" in schema:
+        yield "maximum", {path: schema["maximum"] + (not schema.get("exclusiveMaximum"))}
+    if "enum" in schema or "pattern" in schema:
+        yield "words", {path: "wrong words"}
+    if schema.get("minLength"):
+        yield "too-short", {path: ""}
+    if "maxLength" in schema:
+        yield "too-long", {path: "x" * (schema["maxLength"] + 1)}
+    if schema.get("minItems"):
+        yield "too-few", {path: []}
+    if "maxItems" in schema and kind == "array":
+        yield "too-many", {path: [value[0]] * (schema["maxItems"] + 1)}
+    if "maxProperties" in schema and kind == "object":
+        many = {f"key-{number}": "x" for number in range(schema["maxProperties"] + 1)}
+        yield "too-many", {path: many}
+    for name in schema.get("required", ()):
+        yield f"without-{name}", {f"{path}.{name}": ABSENT}
+    if "properties" in schema or (kind == "object" and not value):
+        yield "unknown", {f"{path}.nonsense": 1}
