@@ -1,0 +1,134 @@
+"""The rules behind `learningRate: auto` and `batchSize: auto`, each with its source.
+
+`docs/defaults.md` shows the same table; a test compares the two.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+Method = Literal["sft", "pretrain"]
+Tuning = Literal["full", "lora", "qlora", "prefix", "prompt", "ia3", "bottleneck"]
+
+EPOCHS = 3.0
+"""Passes over the data, as Alpaca's 7B run makes."""
+
+SPLIT_SEED = 0
+"""The seed of the held-out split. Not `training.seed`: runs that differ in their seed are compared
+on the same held-out rows, and share one prepared data set."""
+
+
+class Rule(NamedTuple):
+    """What `auto` means for one way of tuning."""
+
+    tuning: Tuning
+    """`full`, or the adapter's name in the manifest."""
+    title: str
+    """The same for people."""
+    methods: tuple[Method, ...]
+    """The methods that the rule covers."""
+    learning_rate: float
+    """Peak learning rate, with AdamW."""
+    batch_size: int
+    """Sequences per optimizer step, over all workers."""
+    source: str
+    """Where both come from."""
+
+
+_BOTH: tuple[Method, ...] = ("sft", "pretrain")
+
+RULES = (
+    Rule(
+        "full",
+        "full fine-tuning",
+        ("sft",),
+        2e-5,
+        32,
+        "Alpaca trains 7B at 2e-5 and 13B at 1e-5, Tulu 3 (arXiv:2411.15124) 8B at 5e-6: the upper "
+        "end suits models below 7B. Both use batches of 128 on 52,000 rows and more; 32 leaves a "
+        "job of a few thousand rows enough steps.",
+    ),
+    Rule(
+        "full",
+        "full pre-training",
+        ("pretrain",),
+        5e-5,
+        32,
+        "Continued pre-training re-warms the rate; a higher peak adapts better and forgets more "
+        "(Gupta et al. 2023, arXiv:2308.04014; Ibrahim et al. 2024, arXiv:2403.08763). 5e-5 lies "
+        "between fine-tuning's rates and pre-training's peaks of 1e-4 and more: the cautious side, "
+        "for a corpus far smaller than the first one.",
+    ),
+    Rule(
+        "lora",
+        "LoRA",
+        _BOTH,
+        2e-4,
+        16,
+        "Ten times the rate of full fine-tuning, and less tolerant of large batches (Schulman et "
+        "al. 2025, LoRA Without Regret); QLoRA's 2e-4 and 16 (arXiv:2305.14314) agree.",
+    ),
+    Rule(
+        "qlora",
+        "QLoRA",
+        _BOTH,
+        2e-4,
+        16,
+        "The paper's setting for 7B and 13B (Dettmers et al. 2023, arXiv:2305.14314). It halves "
+        "the rate from 33B on: set 1e-4 there.",
+    ),
+    Rule(
+        "prefix",
+        "prefix tuning",
+        _BOTH,
+        1e-2,
+        16,
+        "PEFT's prefix-tuning guide uses 1e-2 with AdamW and batches of 8, the scripts of P-tuning "
+        "v2 (arXiv:2110.07602) 5e-3 to 1e-2 with 8 to 32.",
+    ),
+    Rule(
+        "prompt",
+        "prompt tuning",
+        _BOTH,
+        3e-2,
+        8,
+        "PEFT's prompt-tuning guide: 3e-2 with AdamW and batches of 8. The paper's 0.3 (Lester et "
+        "al. 2021, arXiv:2104.08691) is for Adafactor, which scales its steps by the weights.",
+    ),
+    Rule(
+        "ia3",
+        "IA³",
+        _BOTH,
+        3e-3,
+        8,
+        "The T-Few recipe: 3e-3 and batches of 8 (Liu et al. 2022, arXiv:2205.05638).",
+    ),
+    Rule(
+        "bottleneck",
+        "bottleneck adapters",
+        _BOTH,
+        3e-4,
+        32,
+        "The authors' example trains adapters at 3e-4 with batches of 32 (Houlsby et al. 2019, "
+        "arXiv:1902.00751, sweeping 3e-5 to 3e-3).",
+    ),
+)
+
+
+def rule(method: Method, tuning: str) -> Rule:
+    """The rule for a method and a way of tuning (`full` or an adapter's name)."""
+    return next(rule for rule in RULES if rule.tuning == tuning and method in rule.methods)
+
+
+def table() -> str:
+    """The rules as the Markdown table of `docs/defaults.md`."""
+    rows = [
+        f"| {rule.title} | {', '.join(rule.methods)} | {rule.learning_rate:g} | {rule.batch_size} "
+        f"| {rule.source} |"
+        for rule in RULES
+    ]
+    head = [
+        "| Tuning | Method | `learningRate` | `batchSize` | Source |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    return "\n".join(head + rows) + "\n"

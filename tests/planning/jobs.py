@@ -1,0 +1,37 @@
+"""Jobs for the planner's tests."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import yaml
+from tests.golden.compare import GOLDEN
+
+from tuneyard.api.finetunejob import FineTuneJob
+
+
+def manifest(name: str) -> dict[str, Any]:
+    """A manifest of tests/golden/manifests."""
+    text = (GOLDEN / "manifests" / f"{name}.yaml").read_text(encoding="utf-8")
+    value: dict[str, Any] = yaml.safe_load(text)
+    return value
+
+
+def job(name: str = "minimal", **changes: Any) -> FineTuneJob:
+    """A golden job. A change's name is its path in `spec`, `__` between the steps; None removes."""
+    return FineTuneJob.model_validate(changed(manifest(name), changes))
+
+
+def changed(value: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    value = copy.deepcopy(value)
+    for path, leaf in changes.items():
+        *folders, last = path.split("__")
+        place = value["spec"]
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        if leaf is None:
+            place.pop(last, None)
+        else:
+            place[last] = leaf
+    return value

@@ -1,0 +1,206 @@
+"""A stage's identity covers what it does, and never where anything lies or how it is run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from tests.planning.jobs import changed, job, manifest
+
+from tuneyard.api.finetunejob import FineTuneJob
+from tuneyard.api.methods import Evaluate, Training
+from tuneyard.api.plan import (
+    Plan,
+    PlannedStage,
+    Settings,
+    SourceInput,
+    StageInput,
+    StageKind,
+    TrainRuntime,
+)
+from tuneyard.api.sources import FineTuneData
+from tuneyard.planning import fingerprint as module
+from tuneyard.planning.fingerprint import fingerprint
+from tuneyard.planning.stages import plan
+
+
+def fingerprints(planned: Plan) -> dict[str, str]:
+    return {stage.name: stage.fingerprint for stage in planned.stages}
+
+
+def planned(**changes: Any) -> Plan:
+    return plan(FineTuneJob.model_validate(changed(manifest("support-bot"), changes)))
+
+
+STAGES = planned().stages
+KINDS: dict[str, StageKind] = {stage.name: stage.kind for stage in STAGES}
+
+# ---- what is identity -----------------------------------------------------------------------
+
+
+def mutations(model: BaseModel, path: str = "") -> Iterator[tuple[str, BaseModel]]:
+    """The model with one field changed, for every field at every depth."""
+    for name in type(model).model_fields:
+        value, here = getattr(model, name), f"{path}.{name}".lstrip(".")
+        if here == "kind":
+            continue  # changes the model's type; covered by the version and the wiring
+        if isinstance(value, BaseModel):
+            for where, inner in mutations(value, here):
+                yield where, model.model_copy(update={name: inner})
+        yield here, model.model_copy(update={name: "something else"})
+
+
+def all_mutations() -> Iterator[tuple[PlannedStage, str, BaseModel]]:
+    for stage in STAGES:
+        for path, settings in mutations(stage.settings):
+            yield stage, path, settings
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        pytest.param(stage, settings, id=f"{stage.name}.{path}")
+        for stage, path, settings in all_mutations()
+    ],
+)
+def test_every_setting_changes_the_fingerprint(stage: PlannedStage, settings: Settings) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the value is of no valid type, on purpose
+        assert fingerprint(settings, stage.inputs, KINDS) != stage.fingerprint
+
+
+def test_no_settings_are_none_by_accident() -> None:
+    """The generic walk above reaches nested settings only where they are set."""
+    paths = {f"{stage.name}.{path}" for stage, path, _ in all_mutations()}
+    assert {"sft.adapter.lora.rank", "sft.early_stopping.patience", "prepare.train"} <= paths
+
+
+def test_clipping_switched_off_differs_from_the_default() -> None:
+    optimizer = {"maxGradientNorm": 1.0}
+    assert fingerprints(planned(training__optimizer=optimizer))["sft"] != STAGES[1].fingerprint
+
+
+def test_a_new_version_of_a_stage_changes_its_fingerprint_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = fingerprints(planned())
+    monkeypatch.setattr(module, "STAGE_VERSIONS", {**module.STAGE_VERSIONS, "sft": 2})
+    after = fingerprints(planned())
+    assert {name for name in before if before[name] != after[name]} == {"sft"}
+
+
+def test_the_wiring_is_identity_and_a_stage_s_name_is_not() -> None:
+    stage = STAGES[1]
+    renamed = {**stage.inputs, "data": StageInput(stage="first")}
+    rewired = {**stage.inputs, "data": SourceInput(uri="pvc://data/prepared")}
+    kinds: dict[str, StageKind] = {**KINDS, "first": "prepare"}
+    assert fingerprint(stage.settings, renamed, kinds) == stage.fingerprint
+    assert fingerprint(stage.settings, rewired, kinds) != stage.fingerprint
+
+
+# ---- what is not ----------------------------------------------------------------------------
+
+MOVES: dict[str, Any] = {
+    "model__uri": "pvc://elsewhere/model",
+    "output__uri": "s3://elsewhere/support-bot",
+    "output__credentials": {"name": "other"},
+    "output__deletionPolicy": "Delete",
+    "compute": {"workers": 16, "profile": "big", "image": "other:1", "gpuResource": "amd.com/gpu"},
+    "runPolicy": {"suspend": True, "maxAttempts": 9, "deadlineSeconds": 5},
+    "training__microBatchTokens": 512,
+    "training__gradientCheckpointing": True,
+    "training__checkpointSteps": 5,
+}
+
+
+@pytest.mark.parametrize("field", MOVES)
+def test_moving_a_job_changes_no_fingerprint(field: str) -> None:
+    moves = {field: MOVES[field]}
+    if field == "model__uri":
+        moves["model__revision"] = None
+    assert fingerprints(planned(**moves)) == fingerprints(planned())
+
+
+def test_moving_data_and_rotating_secrets_changes_no_fingerprint() -> None:
+    value = manifest("support-bot")
+    data = value["spec"]["data"]
+    for dataset in [*data["train"], *data["validation"]["data"]]:
+        dataset |= {"uri": "gs://elsewhere/file.jsonl", "credentials": {"name": "rotated"}}
+        dataset["tokenSecret"] = {"name": "rotated", "key": "token"}
+    value["spec"]["model"] |= {"revision": "v2", "tokenSecret": {"name": "rotated", "key": "token"}}
+    value["metadata"] = {"name": "other-name", "namespace": "team-b"}
+    moved = plan(FineTuneJob.model_validate(value))
+    assert fingerprints(moved) == fingerprints(planned())
+
+
+def test_every_training_field_is_identity_or_declared_runtime() -> None:
+    """A field that the planner forgets would silently not apply."""
+    values: dict[str, Any] = {
+        "epochs": 5,
+        "batchSize": 8,
+        "learningRate": 1e-3,
+        "schedule": {"type": "linear"},
+        "optimizer": {"weightDecay": 0.1},
+        "dropout": 0.5,
+        "precision": "float32",
+        "evaluationSteps": 9,
+        "earlyStopping": {"patience": 9},
+        "keepBest": False,
+        "seed": 9,
+    }
+    elsewhere = {"maxSteps", "freeze"}  # exclude epochs and the adapter: in test_stages
+    runtime = {field.alias for field in TrainRuntime.model_fields.values()}
+    assert set(values) | elsewhere | runtime == aliases(Training)
+    for field, value in values.items():
+        after = fingerprints(planned(**{f"training__{field}": value}))
+        assert after["sft"] != STAGES[1].fingerprint, field
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "stage"),
+    [
+        ("data__train", [{"uri": "pvc://data/support.jsonl"}], "prepare"),
+        ("data__validation", {"fraction": 0.1}, "prepare"),
+        ("data__maxLength", 64, "prepare"),
+        ("data__onOverlength", "drop", "prepare"),
+        ("data__onInvalidRow", "skip", "prepare"),
+        ("data__packing", "never", "sft"),
+        ("data__trainOn", "all", "prepare"),
+        ("data__systemPrompt", "Be brief.", "prepare"),
+        ("data__chatTemplate", "{{ messages }}", "prepare"),
+        ("adapter", {"ia3": {}}, "sft"),
+        ("evaluate__compareWithBase", False, "evaluate"),
+        ("evaluate__samples", 1, "evaluate"),
+        ("evaluate__maxNewTokens", 1, "evaluate"),
+        ("evaluate__gates", [{"metric": "validationLoss", "atMost": 9.0}], "evaluate"),
+        ("output__merge", False, "export"),
+    ],
+)
+def test_a_field_changes_the_stage_that_it_belongs_to(field: str, value: Any, stage: str) -> None:
+    gates = [{"metric": "validationLoss", "atMost": 1.0}]  # needs no base to compare with
+    before = fingerprints(planned(evaluate__gates=gates))
+    after = fingerprints(planned(**{"evaluate__gates": gates, field: value}))
+    assert {name for name in before if before[name] != after[name]} == {stage}
+
+
+def test_the_fields_above_are_all_that_data_and_evaluate_have() -> None:
+    assert aliases(FineTuneData) == {
+        *("train", "validation", "maxLength", "onOverlength", "onInvalidRow", "packing"),
+        *("trainOn", "systemPrompt", "chatTemplate"),
+    }
+    refused = {"fewShot", "suites"}
+    assert aliases(Evaluate) - refused == {"compareWithBase", "samples", "maxNewTokens", "gates"}
+
+
+def aliases(model: type[BaseModel]) -> set[str]:
+    return {field.alias or name for name, field in model.model_fields.items()}
+
+
+def test_identity_follows_the_content_of_the_inputs() -> None:
+    stage = plan(job()).stages[0]
+    same = stage.identity({"model": "sha256:a", "train.0": "sha256:b"})
+    assert stage.identity({"train.0": "sha256:b", "model": "sha256:a"}) == same
+    assert stage.identity({"model": "sha256:a", "train.0": "sha256:c"}) != same

@@ -1,0 +1,278 @@
+"""The plan of a job: which stages, wired how, and what the user is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from tests.golden.compare import GOLDEN, assert_golden
+from tests.planning.jobs import job, manifest
+
+from tuneyard.api.alignmentjob import AlignmentJob
+from tuneyard.api.finetunejob import FineTuneJob
+from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, TrainSettings
+from tuneyard.errors import Fault, PlanError
+from tuneyard.planning.stages import plan
+
+VALIDATION = {"fraction": 0.1}
+
+
+def stage(planned: Plan, name: str) -> PlannedStage:
+    return next(stage for stage in planned.stages if stage.name == name)
+
+
+def training(planned: Plan) -> TrainSettings:
+    settings = planned.stages[1].settings
+    assert isinstance(settings, TrainSettings)
+    return settings
+
+
+def faults(wrong: FineTuneJob) -> list[Fault]:
+    with pytest.raises(PlanError) as caught:
+        plan(wrong)
+    return list(caught.value.faults)
+
+
+# ---- stages and wiring ----------------------------------------------------------------------
+
+
+def test_a_job_with_held_out_rows_is_prepared_trained_evaluated_and_exported() -> None:
+    planned = plan(job(data__validation=VALIDATION))
+    assert [stage.name for stage in planned.stages] == ["prepare", "sft", "evaluate", "export"]
+    assert [stage.kind for stage in planned.stages] == ["prepare", "sft", "evaluate", "export"]
+
+
+def test_pretraining_has_its_own_stage() -> None:
+    planned = plan(job(method="pretrain"))
+    assert [stage.kind for stage in planned.stages] == ["prepare", "pretrain", "export"]
+    assert stage(planned, "export").inputs["tuned"] == StageInput(stage="pretrain")
+
+
+def test_each_stage_reads_the_roles_that_the_trainer_expects() -> None:
+    planned = plan(job("support-bot"))
+    roles = {stage.name: set(stage.inputs) for stage in planned.stages}
+    assert roles == {
+        "prepare": {"model", "train.0", "train.1", "validation.0"},
+        "sft": {"model", "data"},
+        "evaluate": {"model", "data", "tuned"},
+        "export": {"model", "data", "tuned", "evaluation"},
+    }
+    wired = stage(planned, "export").inputs
+    assert wired["data"] == StageInput(stage="prepare")
+    assert wired["tuned"] == StageInput(stage="sft")
+    assert wired["evaluation"] == StageInput(stage="evaluate")
+
+
+def test_a_source_carries_its_secrets_and_the_field_to_blame() -> None:
+    inputs = stage(plan(job("support-bot")), "prepare").inputs
+    model, second, held_out = inputs["model"], inputs["train.1"], inputs["validation.0"]
+    assert isinstance(model, SourceInput)
+    assert isinstance(second, SourceInput)
+    assert isinstance(held_out, SourceInput)
+    assert model.path == "spec.model.uri"
+    assert model.revision == "main"
+    assert model.token_secret is not None
+    assert second.path == "spec.data.train[1].uri"
+    assert second.credentials is not None
+    assert held_out.path == "spec.data.validation.data[0].uri"
+
+
+def test_a_model_of_another_job_stays_a_reference() -> None:
+    model = stage(plan(job(model__uri="job://earlier")), "prepare").inputs["model"]
+    assert isinstance(model, SourceInput)
+    assert model.uri == "job://earlier"
+
+
+def test_without_held_out_rows_nothing_is_evaluated_and_a_note_says_so() -> None:
+    planned = plan(job(training__evaluationSteps=10))
+    assert [stage.name for stage in planned.stages] == ["prepare", "sft", "export"]
+    assert "evaluation" not in stage(planned, "export").inputs
+    note = planned.notes[-1]
+    assert "data.validation is not set" in note
+    assert "evaluationSteps (10) and evaluate.samples (3) comes to nothing" in note
+
+
+def test_with_held_out_rows_no_note_speaks_of_them() -> None:
+    assert not any("held-out" in note for note in plan(job(data__validation=VALIDATION)).notes)
+
+
+# ---- settings -------------------------------------------------------------------------------
+
+
+def test_auto_is_resolved_and_each_decision_has_a_note() -> None:
+    planned = plan(job(adapter={"lora": {}}))
+    settings = training(planned)
+    assert (settings.learning_rate, settings.batch_size, settings.epochs) == (2e-4, 16, 3.0)
+    assert planned.notes[:3] == [
+        "learningRate 0.0002: LoRA default (docs/defaults.md).",
+        "batchSize 16: LoRA default (docs/defaults.md).",
+        "epochs 3: the default, as neither epochs nor maxSteps is set.",
+    ]
+
+
+def test_what_the_user_wrote_is_kept_and_not_noted() -> None:
+    planned = plan(job("support-bot"))
+    settings = training(planned)
+    assert (settings.learning_rate, settings.batch_size, settings.epochs) == (1e-4, 64, 2.0)
+    assert planned.notes == []
+
+
+def test_steps_instead_of_epochs_leave_epochs_open() -> None:
+    settings = training(plan(job(training__maxSteps=10)))
+    assert (settings.epochs, settings.max_steps) == (None, 10)
+
+
+def test_frozen_parts_reach_the_training_stage() -> None:
+    settings = training(plan(job(training__freeze={"layers": "0-3", "embeddings": True})))
+    assert settings.freeze is not None
+    assert (settings.freeze.layers, settings.freeze.embeddings) == ("0-3", True)
+
+
+def test_the_split_does_not_follow_the_training_seed() -> None:
+    one, other = plan(job(training__seed=1)), plan(job(training__seed=2))
+    assert stage(one, "prepare") == stage(other, "prepare")
+    assert stage(one, "sft").fingerprint != stage(other, "sft").fingerprint
+
+
+# ---- what cannot be carried out -------------------------------------------------------------
+
+
+def test_an_alignment_job_is_refused_by_its_kind() -> None:
+    value = {
+        "apiVersion": "tuneyard.io/v1alpha1",
+        "kind": "AlignmentJob",
+        "metadata": {"name": "aligned"},
+        "spec": {
+            "model": {"uri": "hf://org/model"},
+            "preferences": {"data": [{"uri": "https://data.example/pairs.jsonl"}]},
+            "optimize": {"dpo": {}},
+            "output": {"uri": "s3://models/aligned"},
+        },
+    }
+    with pytest.raises(PlanError) as caught:
+        plan(AlignmentJob.model_validate(value))
+    message = "this version validates AlignmentJobs but does not run them yet"
+    assert caught.value.faults == (Fault("kind", message),)
+
+
+def test_every_unsupported_part_is_named_at_once_with_its_remedy() -> None:
+    wrong = job(
+        data__validation=VALIDATION,
+        evaluate={
+            "fewShot": 4,
+            "suites": ["arc_easy"],
+            "gates": [
+                {"metric": "validationLos", "atMost": 1.0},
+                {"metric": "arc_easy/acc", "atLeast": 0.5},
+                {"metric": "validationLoss", "atMost": 1.0},
+                {"metric": "wisdom", "atLeast": 1.0},
+            ],
+        },
+    )
+    found = faults(wrong)
+    assert [fault.path for fault in found] == [
+        "spec.evaluate.fewShot",
+        "spec.evaluate.suites",
+        "spec.evaluate.gates[0].metric",
+        "spec.evaluate.gates[1].metric",
+        "spec.evaluate.gates[3].metric",
+    ]
+    assert "remove fewShot" in found[0].message
+    assert "arc_easy" in found[1].message
+    assert found[2].message.endswith("did you mean validationLoss?")
+    assert "benchmark suite" in found[3].message
+    assert "use one of validationLoss" in found[4].message
+
+
+@pytest.mark.parametrize("metric", ["lossReduction", "answerAccuracyGain"])
+def test_a_gate_against_the_base_needs_the_base_measured(metric: str) -> None:
+    gates = [{"metric": metric, "atLeast": 0.1}]
+    evaluate = {"compareWithBase": False, "gates": gates}
+    (fault,) = faults(job(data__validation=VALIDATION, evaluate=evaluate))
+    assert "set evaluate.compareWithBase: true" in fault.message
+
+
+def test_a_gate_on_answers_makes_no_sense_for_pretraining() -> None:
+    gates = [{"metric": "answerAccuracy", "atLeast": 0.1}]
+    (fault,) = faults(job(method="pretrain", data__validation=VALIDATION, evaluate__gates=gates))
+    assert "method is pretrain" in fault.message
+
+
+# ---- the manifest in the plan ---------------------------------------------------------------
+
+
+def test_the_plan_keeps_the_manifest_and_it_gives_the_same_plan_again() -> None:
+    value = manifest("support-bot")
+    value["metadata"] |= {"uid": "u-1", "generation": 3, "annotations": {"a": "b"}}
+    value["status"] = {"phase": "Pending"}
+    planned = plan(FineTuneJob.model_validate(value))
+    assert planned.manifest["metadata"] == manifest("support-bot")["metadata"]
+    assert "status" not in planned.manifest
+    assert plan(FineTuneJob.model_validate(planned.manifest)) == planned
+
+
+def test_the_manifest_in_the_plan_fills_in_defaults_and_leaves_out_what_is_not_set() -> None:
+    spec = plan(job("support-bot")).manifest["spec"]
+    assert spec["data"]["packing"] == "auto"
+    assert "dropout" not in spec["training"]
+    assert spec["training"]["optimizer"]["maxGradientNorm"] is None, (
+        "None overrides the default 1.0"
+    )
+
+
+# ---- determinism ----------------------------------------------------------------------------
+
+
+def reversed_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: reversed_keys(value[key]) for key in reversed(value)}
+    if isinstance(value, list):
+        return [reversed_keys(item) for item in value]
+    return value
+
+
+@pytest.mark.parametrize("name", ["minimal", "support-bot"])
+def test_the_order_of_keys_changes_no_byte_of_the_plan(name: str) -> None:
+    other = FineTuneJob.model_validate(reversed_keys(manifest(name)))
+    assert plan(other).to_json() == plan(job(name)).to_json()
+
+
+def test_the_hash_seed_changes_no_byte_of_the_plan() -> None:
+    code = (
+        "import sys, json\n"
+        "from tuneyard.api.finetunejob import FineTuneJob\n"
+        "from tuneyard.planning.stages import plan\n"
+        "sys.stdout.write(plan(FineTuneJob.model_validate(json.load(sys.stdin))).to_json())\n"
+    )
+    plans = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            input=json.dumps(manifest("support-bot")),
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert plans == {plan(job("support-bot")).to_json()}
+
+
+@pytest.mark.parametrize("name", ["minimal", "support-bot"])
+def test_the_plan_is_frozen(name: str) -> None:
+    assert_golden(f"plans/{name}.json", plan(job(name)).to_json())
+
+
+@pytest.mark.parametrize("name", ["minimal", "support-bot"])
+def test_a_plan_survives_the_wire(name: str) -> None:
+    planned = plan(job(name))
+    assert Plan.model_validate_json(planned.to_json()) == planned
+
+
+def test_golden_manifests_are_all_planned() -> None:
+    manifests = {path.stem for path in (GOLDEN / "manifests").glob("*.yaml")}
+    assert manifests == {path.stem for path in (GOLDEN / "plans").glob("*.json")}
