@@ -1,0 +1,77 @@
+"""What a job's workers get: its own wishes over its profile's over the defaults."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from tuneyard.api.compute import Compute
+from tuneyard.errors import Fault, PlanError
+
+
+class Workers(NamedTuple):
+    """The worker group, with nothing left open."""
+
+    num_workers: int
+    min_workers: int
+    """Equal to `num_workers` unless the job is elastic."""
+    gpus: int
+    """GPUs of each worker."""
+    gpu_resource: str
+    """The extended resource that stands for one GPU."""
+    cpus: str
+    """CPU of each worker, a Kubernetes quantity."""
+    memory: str
+    """Memory of each worker, a Kubernetes quantity."""
+    shared_memory: str
+    """Size of /dev/shm, a Kubernetes quantity."""
+
+
+def with_profile(compute: Compute, profiles: Mapping[str, Compute]) -> Compute:
+    """The job's compute over its profile's. A field that has its default value counts as not set.
+
+    Raises PlanError where the profile is unknown.
+    """
+    if compute.profile is None:
+        return compute
+    if compute.profile not in profiles:
+        raise PlanError([Fault("spec.compute.profile", _unknown(compute.profile, profiles))])
+    ours = {
+        name: getattr(compute, name)
+        for name, field in Compute.model_fields.items()
+        if getattr(compute, name) != field.default
+    }
+    return profiles[compute.profile].model_copy(update=ours)
+
+
+def workers(compute: Compute) -> Workers:
+    """The worker group. `compute` has its profile applied. Raises PlanError on crossed bounds."""
+    num_workers = compute.workers or 1
+    min_workers = compute.min_workers or num_workers
+    if min_workers > num_workers:
+        message = (
+            f"minWorkers is {min_workers} and there are {num_workers} workers: lower minWorkers or "
+            "raise workers"
+        )
+        raise PlanError([Fault("spec.compute.minWorkers", message)])
+    return Workers(
+        num_workers=num_workers,
+        min_workers=min_workers,
+        gpus=compute.gpus_per_worker or 0,
+        gpu_resource=compute.gpu_resource,
+        cpus=compute.cpus_per_worker or "4",
+        memory=compute.memory or "16Gi",
+        shared_memory=compute.shared_memory or "2Gi",
+    )
+
+
+def _unknown(profile: str, profiles: Mapping[str, Compute]) -> str:
+    if not profiles:
+        return (
+            f"profile {profile} is defined in the operator's settings, which are not known here: "
+            "set workers, gpusPerWorker, cpusPerWorker and memory instead"
+        )
+    close = difflib.get_close_matches(profile, profiles, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(sorted(profiles))}"
+    return f"there is no profile {profile}: {hint}"

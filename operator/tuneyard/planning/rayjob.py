@@ -1,0 +1,357 @@
+"""From a plan to the Kubernetes objects of one attempt: an immutable ConfigMap and a RayJob.
+
+Who gets what, by least privilege: the head runs the driver, so it has the plan, the token that
+reports progress and the output, which it claims and whose records it reads; the workers have the
+models, the data, the output and the secrets. No pod holds Kubernetes rights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from tuneyard import __version__
+from tuneyard.api.alignmentjob import AlignmentJob
+from tuneyard.api.compute import Compute
+from tuneyard.api.finetunejob import FineTuneJob
+from tuneyard.api.meta import GROUP
+from tuneyard.api.plan import Plan, digest
+from tuneyard.planning.compute import Workers, with_profile, workers
+from tuneyard.planning.storage import Storage, storage
+
+Object = dict[str, Any]
+
+DEFAULT_IMAGE = f"tuneyard-trainer:{__version__}"
+RAY_VERSION = "2.60.0"
+PLAN_FOLDER = "/etc/tuneyard"
+ENTRYPOINT = f"python -m tuneyard_trainer --plan {PLAN_FOLDER}/plan.json"
+TOKEN_FOLDER = "/var/run/secrets/tuneyard"  # noqa: S105  a folder, not a secret
+TOKEN_SECONDS = 3600
+"""The token's life; the kubelet renews it at 80%."""
+GRACE_SECONDS = 120
+"""From SIGTERM to SIGKILL: time for a last checkpoint."""
+TTL_SECONDS = 60
+"""How long a finished RayJob's cluster stays: the operator has read what it needs by then."""
+OBJECT_STORE_BYTES = 256 << 20
+"""Batches never pass through Ray's object store. Its default, 30% of memory, would not fit into
+/dev/shm, and Ray would then put it on disk."""
+USER = 1000
+"""The pods' user and group; volumes are made writable for it."""
+
+_FOREIGN_LABELS = (
+    "app.kubernetes.io/",
+    "argocd.argoproj.io/",
+    "helm.sh/",
+    "kueue.x-k8s.io/",
+    "ray.io/",
+    f"{GROUP}/",
+)
+"""Prefixes whose labels make another controller act on what carries them: never copied."""
+
+
+class Rendered(NamedTuple):
+    """The objects of one attempt, in the order in which they are created."""
+
+    config_map: Object
+    """Named by its content, so that attempts with one plan share it."""
+    ray_job: Object
+    """`<job>-<attempt>`."""
+
+
+def render(
+    plan: Plan,
+    job: FineTuneJob | AlignmentJob,
+    *,
+    attempt: int,
+    image: str = DEFAULT_IMAGE,
+    operator_url: str | None = None,
+    profiles: Mapping[str, Compute] | None = None,
+) -> Rendered:
+    """What the cluster gets. `operator_url`: where progress is posted; None: nowhere.
+
+    Raises PlanError with everything that cannot exist on a cluster.
+    """
+    compute = with_profile(plan.compute, profiles or {})
+    config_map = _config_map(plan, job)
+    mount = _Mount("plan", PLAN_FOLDER, {"configMap": {"name": config_map["metadata"]["name"]}})
+    pods = _Pods(
+        image=compute.image or image,
+        labels=_labels(job, attempt),
+        priority_class=compute.priority_class,
+    )
+    store, group = storage(plan), workers(compute)
+    head = _head(pods, store, [mount, *_reporting(job, operator_url)], _reporting_env(operator_url))
+    spec = {
+        "submissionMode": "K8sJobMode",
+        "entrypoint": f"{ENTRYPOINT} --attempt {attempt}",
+        "entrypointNumCpus": 0,
+        "backoffLimit": 0,
+        "shutdownAfterJobFinishes": True,
+        "ttlSecondsAfterFinished": TTL_SECONDS,
+        "preRunningDeadlineSeconds": plan.run_policy.start_deadline_seconds,
+        "submitterPodTemplate": _submitter(pods),
+        "rayClusterSpec": {
+            "rayVersion": RAY_VERSION,
+            "headGroupSpec": head,
+            "workerGroupSpecs": [_worker_group(pods, store, group, compute)],
+        },
+    }
+    return Rendered(config_map, _ray_job(plan, job, attempt, spec))
+
+
+# ---- objects ----------------------------------------------------------------------------------
+
+
+def _config_map(plan: Plan, job: FineTuneJob | AlignmentJob) -> Object:
+    text = plan.to_json()
+    name = f"{plan.job.name}-plan-{digest(text).removeprefix('sha256:')[:10]}"
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": _metadata(job, name, _labels(job, attempt=None)),
+        "immutable": True,
+        "data": {"plan.json": text},
+    }
+
+
+def _ray_job(plan: Plan, job: FineTuneJob | AlignmentJob, attempt: int, spec: Object) -> Object:
+    labels = _labels(job, attempt)
+    if plan.run_policy.queue:
+        labels["kueue.x-k8s.io/queue-name"] = plan.run_policy.queue
+    if plan.run_policy.workload_priority:
+        labels["kueue.x-k8s.io/priority-class"] = plan.run_policy.workload_priority
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": _metadata(job, f"{plan.job.name}-{attempt}", labels),
+        "spec": spec,
+    }
+
+
+def _metadata(job: FineTuneJob | AlignmentJob, name: str, labels: Mapping[str, str]) -> Object:
+    metadata: Object = {"name": name, "labels": dict(labels)}
+    if job.metadata.namespace:
+        metadata["namespace"] = job.metadata.namespace
+    if job.metadata.uid:
+        owner = {
+            "apiVersion": job.api_version,
+            "kind": job.kind,
+            "name": job.metadata.name,
+            "uid": job.metadata.uid,
+            "controller": True,
+            "blockOwnerDeletion": True,
+        }
+        metadata["ownerReferences"] = [owner]
+    return metadata
+
+
+def _labels(job: FineTuneJob | AlignmentJob, attempt: int | None) -> dict[str, str]:
+    """The user's labels and ours. `attempt` None: the object is shared by attempts."""
+    labels = {
+        key: value
+        for key, value in sorted(job.metadata.labels.items())
+        if not key.startswith(_FOREIGN_LABELS)
+    }
+    labels["app.kubernetes.io/managed-by"] = "tuneyard"
+    labels[f"{GROUP}/kind"] = job.kind
+    labels[f"{GROUP}/job"] = job.metadata.name
+    if attempt is not None:
+        labels[f"{GROUP}/attempt"] = str(attempt)
+    return labels
+
+
+# ---- pods -------------------------------------------------------------------------------------
+
+
+class _Mount(NamedTuple):
+    """A volume and where it is mounted."""
+
+    name: str
+    path: str
+    source: Object
+    read_only: bool = True
+
+
+class _Pods(NamedTuple):
+    """What all pods of an attempt share."""
+
+    image: str
+    labels: dict[str, str]
+    priority_class: str | None
+
+
+def _head(pods: _Pods, store: Storage, mounts: Iterable[_Mount], env: list[Object]) -> Object:
+    container = {
+        "name": "ray-head",
+        "resources": _fixed({"cpu": "1", "memory": "4Gi"}),
+        "env": [*_environment(), *env],
+        "envFrom": _env_from(store.output_credentials),
+    }
+    mounts = [_shared_memory("512Mi"), *mounts, *_claims(store.output_claims)]
+    return {
+        "rayStartParams": {
+            "dashboard-host": "0.0.0.0",  # noqa: S104  the submitter's pod reaches it
+            "num-cpus": "0",
+            "object-store-memory": str(OBJECT_STORE_BYTES),
+        },
+        "template": _template(pods, container, mounts),
+    }
+
+
+def _worker_group(pods: _Pods, store: Storage, group: Workers, compute: Compute) -> Object:
+    resources = {"cpu": group.cpus, "memory": group.memory}
+    start = {"object-store-memory": str(OBJECT_STORE_BYTES)}
+    if group.gpus:
+        # Ray counts nvidia.com/gpu by itself, but not a MIG slice's resource.
+        resources[group.gpu_resource] = start["num-gpus"] = str(group.gpus)
+    container = {
+        "name": "ray-worker",
+        "resources": _fixed(resources),
+        "env": [*_environment(), *_secret_env(store)],
+        "envFrom": _env_from(store.credentials),
+    }
+    mounts = [_shared_memory(group.shared_memory), *_claims(store.claims)]
+    template = _template(pods, container, mounts)
+    template["spec"] |= _placement(compute)
+    return {
+        "groupName": "workers",
+        "replicas": group.num_workers,
+        "minReplicas": group.min_workers,
+        "maxReplicas": group.num_workers,
+        "rayStartParams": start,
+        "template": template,
+    }
+
+
+def _submitter(pods: _Pods) -> Object:
+    container = {
+        "name": "ray-job-submitter",
+        "resources": _fixed({"cpu": "500m", "memory": "1Gi"}),
+        "env": _environment(),
+        "envFrom": [],
+    }
+    return _template(pods, container, [])
+
+
+def _template(pods: _Pods, container: Object, mounts: Iterable[_Mount]) -> Object:
+    """A pod that satisfies the restricted Pod Security Standard. It may write to /tmp alone."""
+    tmp = _Mount("tmp", "/tmp", {"emptyDir": {}}, read_only=False)  # noqa: S108  the pod's own
+    mounts = [tmp, *mounts]
+    container = {
+        "image": pods.image,
+        **{key: value for key, value in container.items() if value},
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "readOnlyRootFilesystem": True,
+        },
+        "volumeMounts": [_volume_mount(mount) for mount in mounts],
+    }
+    spec = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "automountServiceAccountToken": False,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "runAsGroup": USER,
+            "fsGroup": USER,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [container],
+        "volumes": [{"name": mount.name, **mount.source} for mount in mounts],
+    }
+    if pods.priority_class:
+        spec["priorityClassName"] = pods.priority_class
+    return {"metadata": {"labels": dict(pods.labels)}, "spec": spec}
+
+
+def _volume_mount(mount: _Mount) -> Object:
+    value: Object = {"name": mount.name, "mountPath": mount.path}
+    return {**value, "readOnly": True} if mount.read_only else value
+
+
+def _fixed(resources: Mapping[str, str]) -> Object:
+    """Requests equal to limits: such a pod is the last to be evicted."""
+    return {"requests": dict(resources), "limits": dict(resources)}
+
+
+def _placement(compute: Compute) -> Object:
+    placement: Object = {}
+    if compute.node_selector:
+        placement["nodeSelector"] = dict(sorted(compute.node_selector.items()))
+    if compute.tolerations:
+        placement["tolerations"] = [
+            toleration.model_dump(mode="json", by_alias=True, exclude_none=True)
+            for toleration in compute.tolerations
+        ]
+    return placement
+
+
+# ---- volumes and environment ------------------------------------------------------------------
+
+
+def _shared_memory(size: str) -> _Mount:
+    source = {"emptyDir": {"medium": "Memory", "sizeLimit": size}}
+    return _Mount("shared-memory", "/dev/shm", source, read_only=False)  # noqa: S108
+
+
+def _claims(claims: Mapping[str, bool]) -> list[_Mount]:
+    """A mount at /mnt/pvc/CLAIM for each claim; the value says whether it is written to."""
+    return [
+        _Mount(
+            f"pvc-{index}",
+            f"/mnt/pvc/{claim}",
+            {"persistentVolumeClaim": {"claimName": claim, "readOnly": not writable}},
+            read_only=not writable,
+        )
+        for index, (claim, writable) in enumerate(claims.items())
+    ]
+
+
+def _reporting(job: FineTuneJob | AlignmentJob, operator_url: str | None) -> list[_Mount]:
+    """The token by which the operator knows whose progress is posted."""
+    if operator_url is None:
+        return []
+    namespace = job.metadata.namespace or "default"
+    token = {
+        "audience": f"{GROUP}/{namespace}/{job.metadata.name}",
+        "expirationSeconds": TOKEN_SECONDS,
+        "path": "token",
+    }
+    return [
+        _Mount("token", TOKEN_FOLDER, {"projected": {"sources": [{"serviceAccountToken": token}]}})
+    ]
+
+
+def _reporting_env(operator_url: str | None) -> list[Object]:
+    if operator_url is None:
+        return []
+    return [
+        {"name": "TUNEYARD_OPERATOR_URL", "value": operator_url},
+        {"name": "TUNEYARD_TOKEN_FILE", "value": f"{TOKEN_FOLDER}/token"},
+    ]
+
+
+def _environment() -> list[Object]:
+    """The root file system is read-only and the user has no entry in /etc/passwd."""
+    return [
+        {"name": "HOME", "value": "/tmp"},  # noqa: S108
+        {"name": "USER", "value": "tuneyard"},
+        {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"},
+    ]
+
+
+def _secret_env(store: Storage) -> list[Object]:
+    return [
+        {
+            "name": variable,
+            "valueFrom": {"secretKeyRef": {"name": secret.name, "key": secret.key}},
+        }
+        for variable, secret in store.tokens.items()
+    ]
+
+
+def _env_from(secrets: Iterable[str]) -> list[Object]:
+    return [{"secretRef": {"name": name}} for name in secrets]

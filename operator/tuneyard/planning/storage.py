@@ -1,0 +1,131 @@
+"""What a plan's sources and output need of a cluster: volumes and secrets.
+
+Everything that cannot exist there (a file of somebody's laptop) is refused here, all at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from tuneyard.api.plan import Plan, SourceInput
+from tuneyard.api.sources import SecretKeyRef
+from tuneyard.errors import Fault, PlanError
+
+OUTPUT_PATH = "spec.output.uri"
+_CLAIM = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
+
+
+class Storage(NamedTuple):
+    """Volumes and secrets by who needs them."""
+
+    claims: dict[str, bool]
+    """Every claim, and whether it is written to."""
+    output_claims: dict[str, bool]
+    """The output's claim alone."""
+    tokens: dict[str, SecretKeyRef]
+    """Access tokens by environment variable."""
+    credentials: list[str]
+    """Names of every credentials Secret."""
+    output_credentials: list[str]
+    """The output's alone."""
+
+
+def storage(plan: Plan) -> Storage:
+    """Raises PlanError with every source that a cluster cannot reach."""
+    places = _places(plan)
+    faults = [fault for place in places for fault in _place_faults(place)]
+    faults += _credential_faults(places)
+    tokens, token_faults = _tokens(places)
+    faults += token_faults
+    if faults:
+        raise PlanError(faults)
+    output = places[-1]
+    claims: dict[str, bool] = {}
+    for place in places:
+        if claim := _claim(place.uri):
+            claims[claim] = claims.get(claim, False) or place is output
+    output_claim = _claim(output.uri)
+    return Storage(
+        claims=claims,
+        output_claims={output_claim: True} if output_claim else {},
+        tokens=tokens,
+        credentials=list(dict.fromkeys(p.credentials.name for p in places if p.credentials)),
+        output_credentials=[output.credentials.name] if output.credentials else [],
+    )
+
+
+def _places(plan: Plan) -> list[SourceInput]:
+    """Every source once, in the order of the plan, and the output last."""
+    sources = {
+        source.path: source
+        for stage in plan.stages
+        for source in stage.inputs.values()
+        if isinstance(source, SourceInput)
+    }
+    output = SourceInput(uri=plan.output.uri, credentials=plan.output.credentials, path=OUTPUT_PATH)
+    return [*sources.values(), output]
+
+
+def _claim(uri: str) -> str | None:
+    """The claim of a pvc:// URI; None for any other."""
+    scheme, _, rest = uri.partition("://")
+    return rest.split("/")[0] if scheme == "pvc" else None
+
+
+def _place_faults(place: SourceInput) -> Iterator[Fault]:
+    scheme, _, rest = place.uri.partition("://")
+    if scheme == "file":
+        yield Fault(
+            place.path,
+            f"{place.uri} is a path of this machine, and the job's pods run on others: copy it to "
+            "a volume and name that as pvc://CLAIM/PATH, or run the job here with `tuneyard run`",
+        )
+    if scheme == "job":
+        yield Fault(
+            place.path,
+            f"{place.uri} is the model of another job, and only the operator knows where that "
+            f"lies: write the output URI of {rest} instead",
+        )
+    claim = _claim(place.uri)
+    if claim is not None and not _CLAIM.fullmatch(claim):
+        yield Fault(
+            place.path,
+            f"{claim!r} is no name of a PersistentVolumeClaim: write pvc://CLAIM/PATH, where CLAIM "
+            "consists of lower-case letters, digits, dashes and dots",
+        )
+
+
+def _credential_faults(places: list[SourceInput]) -> Iterator[Fault]:
+    """Credentials are environment variables, so that a pod has one set of each kind."""
+    first: dict[str, SourceInput] = {}
+    for place in places:
+        if place.credentials is None:
+            continue
+        scheme = place.uri.partition("://")[0]
+        other = first.setdefault(scheme, place)
+        if other.credentials and other.credentials.name != place.credentials.name:
+            yield Fault(
+                place.path.removesuffix("uri") + "credentials",
+                f"Secret {place.credentials.name} and Secret {other.credentials.name} "
+                f"({other.path}) would both set the {scheme}:// credentials of the job's pods: use "
+                "one Secret that may read and write all of them",
+            )
+
+
+def _tokens(places: list[SourceInput]) -> tuple[dict[str, SecretKeyRef], list[Fault]]:
+    tokens: dict[str, SecretKeyRef] = {}
+    faults = []
+    for place in places:
+        secret = place.token_secret
+        if secret is None:
+            continue
+        other = tokens.setdefault(secret.variable, secret)
+        if other != secret:
+            message = (
+                f"{secret.name}/{secret.key} and {other.name}/{other.key} would share the "
+                f"environment variable {secret.variable}: rename one of the Secrets or keys"
+            )
+            faults.append(Fault(place.path.removesuffix("uri") + "tokenSecret", message))
+    return tokens, faults

