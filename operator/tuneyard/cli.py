@@ -1,0 +1,288 @@
+"""The command line: validate, plan, render, run and crds.
+
+Exit codes: 0 done, 1 the job failed while it ran (or generated files are out of date), 2 bad input,
+130 interrupted. Only `run` imports the trainer, and with it torch and Ray.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import click
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tuneyard import __version__
+from tuneyard.api import crd, documents, manifest
+from tuneyard.api.manifest import Job
+from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, TrainSettings
+from tuneyard.errors import Fault, ManifestError, PlanError, TuneyardError
+from tuneyard.planning import rayjob, stages
+
+Planned = TypeVar("Planned")
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+FILE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
+STDIN = Path("-")
+
+
+def main() -> None:
+    """The entry point of the `tuneyard` command."""
+    sys.exit(call(sys.argv[1:]))
+
+
+def call(arguments: Sequence[str]) -> int:
+    """Runs one command and returns its exit code; faults go to standard error, one a line."""
+    try:
+        code = tuneyard.main(list(arguments), prog_name="tuneyard", standalone_mode=False)
+    except ManifestError as error:
+        for fault in error.faults:
+            click.echo(str(fault), err=True)
+        return BAD_INPUT
+    except TuneyardError as error:
+        click.echo(str(error), err=True)
+        return FAILED
+    except click.ClickException as error:
+        error.show()
+        return BAD_INPUT
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return INTERRUPTED
+    return code if isinstance(code, int) else 0
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="tuneyard", message="%(prog)s %(version)s")
+def tuneyard() -> None:
+    """Fine-tune language models from one manifest, on Kubernetes or on this machine.
+
+    FILE is a manifest of one or several YAML documents; `-` reads standard input.
+    """
+
+
+@tuneyard.command()
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=FILE)
+def validate(files: Sequence[Path]) -> None:
+    """Check manifests and print every fault with its line and field."""
+    faults: list[Fault] = []
+    for file in files:
+        try:
+            given = _read(file)
+        except ManifestError as error:
+            faults += error.faults
+        else:
+            for job in given.jobs:
+                click.echo(f"{given.source}: {job.kind} {job.metadata.name} is valid")
+    if faults:
+        raise ManifestError(faults)
+
+
+@tuneyard.command("plan")
+@click.argument("file", type=FILE)
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as the trainer reads it.")
+def show_plan(file: Path, as_json: bool) -> None:
+    """Show the stages of a job, what was decided for you, and why."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    for plan in _each(_read(file), stages.plan):
+        if as_json:
+            click.echo(plan.to_json(), nl=False)
+        else:
+            _print_plan(console, plan)
+
+
+@tuneyard.command()
+@click.argument("file", type=FILE)
+@click.option(
+    "--attempt",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="The attempt that the RayJob stands for.",
+)
+def render(file: Path, attempt: int) -> None:
+    """Print the ConfigMap and the RayJob that a cluster would get."""
+    rendered = _each(_read(file), lambda job: rayjob.render(stages.plan(job), job, attempt=attempt))
+    objects = [item for one in rendered for item in one]
+    text = yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=4096)
+    click.echo(text, nl=False)
+
+
+@tuneyard.command()
+@click.argument("file", type=FILE)
+def run(file: Path) -> int:
+    """Run the jobs of a manifest on this machine, one after another.
+
+    Work that is done is not repeated: a second run of the same manifest changes nothing, and a run
+    that was killed goes on where it stopped.
+    """
+    plans = _each(_read(file), stages.plan)
+    try:
+        import tuneyard_trainer.local as trainer
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("tuneyard"):
+            raise
+        raise click.ClickException(
+            f"{error.name} is not installed: install tuneyard[trainer] to run jobs on this machine"
+        ) from error
+    base_dir = Path.cwd() if file == STDIN else file.resolve().parent
+    return trainer.run(plans, base_dir)
+
+
+@tuneyard.command()
+@click.argument("folder", metavar="[DIR]", default="crds", type=click.Path(path_type=Path))
+@click.option("--check", is_flag=True, help="Write nothing; fail where a file is out of date.")
+def crds(folder: Path, check: bool) -> int:
+    """Write the CustomResourceDefinitions to DIR (default: crds)."""
+    texts = {folder / name: crd.to_yaml(value) for name, value in crd.crds().items()}
+    if check:
+        stale = [
+            path
+            for path, text in texts.items()
+            if not path.exists() or path.read_text(encoding="utf-8") != text
+        ]
+        for path in stale:
+            click.echo(f"{path} is out of date: run `tuneyard crds {folder}`", err=True)
+        return FAILED if stale else 0
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
+        click.echo(f"wrote {path}")
+    return 0
+
+
+# ---- reading ----------------------------------------------------------------------------------
+
+
+class Manifest(NamedTuple):
+    """A file of jobs."""
+
+    source: str
+    """Its name in messages."""
+    text: str
+    jobs: list[Job]
+
+
+def _read(file: Path) -> Manifest:
+    """Raises ManifestError with every fault of every document."""
+    source = "stdin" if file == STDIN else str(file)
+    try:
+        data = sys.stdin.buffer.read() if file == STDIN else file.read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        message = f"cannot be read: {error.strerror}"
+        raise ManifestError([Fault("", message, None, source)]) from error
+    except UnicodeDecodeError as error:
+        message = f"byte {error.start} is not UTF-8: save the manifest as UTF-8 text"
+        raise ManifestError([Fault("", message, None, source)]) from error
+    return Manifest(source, text, manifest.read(text, source))
+
+
+def _each(given: Manifest, plan: Callable[[Job], Planned]) -> list[Planned]:
+    """One result for each job; what is wrong with any of them is raised together."""
+    results: list[Planned] = []
+    faults: list[Fault] = []
+    for index, job in enumerate(given.jobs):
+        try:
+            results.append(plan(job))
+        except PlanError as error:
+            faults += [_located(fault, given, index) for fault in error.faults]
+    if faults:
+        raise PlanError(faults)
+    return results
+
+
+def _located(fault: Fault, given: Manifest, index: int) -> Fault:
+    """The fault of the manifest's job number `index`, with the line that it is about."""
+    document = documents.load(given.text, given.source)[0][index]
+    steps = re.findall(r"\[(\d+)\]|([^.\[\]]+)", fault.path)
+    line = document.line_of(tuple(int(number) if number else name for number, name in steps))
+    return Fault(fault.path, fault.message, line, given.source)
+
+
+# ---- printing ---------------------------------------------------------------------------------
+
+
+def _print_plan(console: Console, plan: Plan) -> None:
+    console.print(Text(f"{plan.job.kind} {plan.job.name}", style="bold"))
+    table = Table("Stage", "What it does", "Reads", "Fingerprint", box=None, pad_edge=False)
+    for stage in plan.stages:
+        table.add_row(stage.name, _deed(stage), _inputs(stage), stage.fingerprint[7:19])
+    console.print(table)
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="dim")
+    facts.add_column(overflow="fold")
+    for name, value in [*_places(plan), *_settings(plan)]:
+        facts.add_row(name, value)
+    for note in plan.notes:
+        facts.add_row("note", note)
+    console.print()
+    console.print(facts)
+
+
+def _deed(stage: PlannedStage) -> str:
+    settings = stage.settings
+    if settings.kind == "prepare":
+        rows = "chats" if settings.method == "sft" else "text"
+        return f"read, check, split and tokenize the {rows}"
+    if settings.kind == "evaluate":
+        against = " against the base" if settings.compare_with_base else ""
+        return f"measure the tuned model{against} on held-out rows"
+    if settings.kind == "export":
+        merged = ", merged too" if settings.merge else ""
+        return f"write the model, its tokenizer and its card{merged}"
+    what = settings.adapter.kind if settings.adapter else "all weights"
+    return f"train {what}, {_length(settings)}"
+
+
+def _length(settings: TrainSettings) -> str:
+    if settings.max_steps is not None:
+        return f"{settings.max_steps} steps"
+    return f"{settings.epochs:g} epoch" + ("" if settings.epochs == 1 else "s")
+
+
+def _inputs(stage: PlannedStage) -> str:
+    return ", ".join(
+        source.stage if isinstance(source, StageInput) else role
+        for role, source in stage.inputs.items()
+    )
+
+
+def _places(plan: Plan) -> Iterable[tuple[str, str]]:
+    """What the plan reads from outside, by role, and where it writes."""
+    for role, source in plan.stages[0].inputs.items():
+        if isinstance(source, SourceInput):
+            yield role, source.uri
+    yield "output", plan.output.uri
+
+
+def _settings(plan: Plan) -> Iterable[tuple[str, str]]:
+    """The resolved settings that matter most."""
+    for stage in plan.stages:
+        settings = stage.settings
+        if isinstance(settings, TrainSettings):
+            yield "learning rate", f"{settings.learning_rate:g}, {settings.schedule.type}"
+            yield "batch size", f"{settings.batch_size} sequences a step, over all workers"
+            yield "precision", settings.precision
+            yield "seed", str(settings.seed)
+    yield "workers", str(plan.compute.workers or 1)
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML as people write it: long texts as blocks, no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
+        return True
+
+
+def _string(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in value else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _string)

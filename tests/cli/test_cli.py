@@ -1,0 +1,354 @@
+"""The command line: what it prints, what it exits with, and what it never imports."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tests.golden.compare import GOLDEN, assert_golden
+
+from tuneyard import __version__, cli
+from tuneyard.api.plan import Plan
+from tuneyard.errors import StageError
+
+MINIMAL = str(GOLDEN / "manifests" / "minimal.yaml")
+SUPPORT_BOT = str(GOLDEN / "manifests" / "support-bot.yaml")
+COMMANDS = ["validate", "plan", "render", "run", "crds"]
+
+
+@pytest.fixture(autouse=True)
+def _plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+@pytest.fixture
+def wrong(tmp_path: Path) -> Path:
+    """Two documents: valid ones that this version cannot run."""
+    text = Path(MINIMAL).read_text(encoding="utf-8")
+    suites = text + "  evaluate: {suites: [arc_easy]}\n"
+    other = text.replace("name: minimal", "name: other") + "  evaluate:\n    fewShot: 2\n"
+    path = tmp_path / "job.yaml"
+    path.write_text(f"{suites}---\n{other}", encoding="utf-8")
+    return path
+
+
+def pipe(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+# ---- surfaces -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_the_help_of_every_command_is_frozen(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.call([*command.split(), "--help"]) == 0
+    assert_golden(f"help/{command or 'tuneyard'}.txt", capsys.readouterr().out)
+
+
+def test_no_command_is_without_a_frozen_help() -> None:
+    assert sorted(cli.tuneyard.commands) == sorted(COMMANDS)
+
+
+def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.call(["--version"]) == 0
+    assert capsys.readouterr().out == f"tuneyard {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["validate", MINIMAL],
+        ["plan", MINIMAL],
+        ["render", MINIMAL],
+        ["crds", "--check"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_only_run_imports_heavy_frameworks(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from tuneyard import cli\n"
+        "assert cli.call(sys.argv[1:]) in (0, 1)\n"
+        "heavy = {'torch', 'ray', 'kopf', 'kubernetes', 'transformers', 'numpy'}\n"
+        "heavy |= {'tuneyard_trainer'}\n"
+        "print('imported:', sorted(heavy & set(sys.modules)))\n"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "imported: []"
+
+
+# ---- bad input ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["nonsense"], ["plan"], ["plan", "missing.yaml"], ["plan", "--nonsense", MINIMAL]],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_2_and_prints_no_traceback(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.call(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+
+
+def test_validate_names_every_fault_of_every_file_with_line_and_field(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = Path(MINIMAL).read_text(encoding="utf-8")
+    paths = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    paths[0].write_text(text + "  training: {epochs: many}\n  colour: red\n", encoding="utf-8")
+    paths[1].write_text(text.replace("output", "outptu"), encoding="utf-8")
+    assert cli.call(["validate", *map(str, paths), MINIMAL]) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert any(line.startswith(f"{paths[0]}:10: spec.training.epochs: ") for line in lines)
+    assert any(line.startswith(f"{paths[0]}:11: spec.colour: ") for line in lines)
+    assert any(line.startswith(f"{paths[1]}:9: spec.outptu: ") for line in lines)
+    assert captured.out == f"{MINIMAL}: FineTuneJob minimal is valid\n"
+
+
+def test_validate_accepts_what_a_later_version_will_run(
+    wrong: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.call(["validate", str(wrong)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+@pytest.mark.parametrize("command", ["plan", "render", "run"])
+def test_what_cannot_be_carried_out_is_named_with_its_line_for_all_documents_at_once(
+    command: str, wrong: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.call([command, str(wrong)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    first, second = captured.err.splitlines()
+    assert first.startswith(f"{wrong}:10: spec.evaluate.suites: ")
+    assert second.startswith(f"{wrong}:22: spec.evaluate.fewShot: ")
+
+
+def test_a_list_item_s_fault_names_the_item_s_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "job.yaml"
+    data = "train:\n      - {uri: https://data.example/a}\n      - {uri: file://b}"
+    text = Path(MINIMAL).read_text(encoding="utf-8")
+    path.write_text(re.sub(r"train: .*", data, text), encoding="utf-8")
+    assert cli.call(["render", str(path)]) == 2
+    assert capsys.readouterr().err.startswith(f"{path}:10: spec.data.train[1].uri: file://b is a ")
+
+
+def test_bytes_that_are_not_text_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_bytes(b"kind: \xff\xfe")
+    assert cli.call(["plan", str(path)]) == 2
+    message = f"{path}: byte 6 is not UTF-8: save the manifest as UTF-8 text\n"
+    assert capsys.readouterr().err == message
+
+
+def test_standard_input_is_a_file_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe(monkeypatch, Path(MINIMAL).read_bytes())
+    assert cli.call(["validate", "-"]) == 0
+    pipe(monkeypatch, b"kind: FineTuneJob\n")
+    assert cli.call(["validate", "-"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "stdin: FineTuneJob minimal is valid\n"
+    assert captured.err.startswith("stdin:")
+
+
+# ---- plan and render ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["minimal", "support-bot"])
+def test_a_plan_for_people_is_frozen(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.call(["plan", str(GOLDEN / "manifests" / f"{name}.yaml")]) == 0
+    text = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines()) + "\n"
+    assert_golden(f"plans/{name}.txt", text)
+
+
+@pytest.mark.parametrize("name", ["minimal", "support-bot"])
+def test_a_plan_for_programs_is_the_wire_form(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.call(["plan", "--json", str(GOLDEN / "manifests" / f"{name}.yaml")]) == 0
+    assert capsys.readouterr().out == (GOLDEN / "plans" / f"{name}.json").read_text("utf-8")
+
+
+def test_text_of_the_manifest_is_never_taken_for_markup(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "job.yaml"
+    text = Path(MINIMAL).read_text(encoding="utf-8")
+    path.write_text(text.replace("train.jsonl", "[bold]x[/].jsonl"), encoding="utf-8")
+    assert cli.call(["plan", str(path)]) == 0
+    assert "https://data.example/[bold]x[/].jsonl" in capsys.readouterr().out
+
+
+def test_render_prints_objects_that_a_cluster_can_read(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.call(["render", SUPPORT_BOT, "--attempt", "3"]) == 0
+    text = capsys.readouterr().out
+    config_map, ray_job = yaml.safe_load_all(text)
+    golden = (GOLDEN / "plans" / "support-bot.json").read_text(encoding="utf-8")
+    assert config_map["data"]["plan.json"] == golden
+    assert ray_job["metadata"]["name"] == "support-bot-3"
+    assert "  plan.json: |\n" in text, "people can read the plan"
+
+
+def test_a_refused_rendering_prints_no_half(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = Path(MINIMAL).read_text(encoding="utf-8")
+    local = text.replace("name: minimal", "name: local").replace("s3://models", "file://models")
+    path = tmp_path / "job.yaml"
+    path.write_text(f"{text}---\n{local}", encoding="utf-8")
+    assert cli.call(["render", str(path)]) == 2
+    assert capsys.readouterr().out == ""
+
+
+# ---- run ------------------------------------------------------------------------------------
+
+
+def trainer(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
+    """Puts `run` in the trainer's place."""
+    module = types.ModuleType("tuneyard_trainer.local")
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tuneyard_trainer.local", module)
+    import tuneyard_trainer
+
+    monkeypatch.setattr(tuneyard_trainer, "local", module, raising=False)
+
+
+@pytest.mark.parametrize("code", [0, 1, 130])
+def test_run_hands_the_plans_and_the_manifest_s_folder_to_the_trainer(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[list[Plan], Path]] = []
+
+    def run(plans: list[Plan], base_dir: Path) -> int:
+        seen.append((plans, base_dir))
+        return code
+
+    trainer(monkeypatch, run)
+    text = Path(MINIMAL).read_text(encoding="utf-8")
+    (tmp_path / "jobs.yaml").write_text(
+        f"{text}---\n{text.replace('name: minimal', 'name: second')}", encoding="utf-8"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert cli.call(["run", "jobs.yaml"]) == code
+    ((plans, base_dir),) = seen
+    assert [plan.job.name for plan in plans] == ["minimal", "second"]
+    assert base_dir == tmp_path
+
+
+def test_a_manifest_from_standard_input_is_relative_to_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Path] = []
+
+    def run(plans: list[Plan], base_dir: Path) -> int:
+        seen.append(base_dir)
+        return 0
+
+    trainer(monkeypatch, run)
+    pipe(monkeypatch, Path(MINIMAL).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert cli.call(["run", "-"]) == 0
+    assert seen == [tmp_path]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (StageError("OutOfMemory", "no memory left.", advice="Lower it."), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=["failed", "interrupted"],
+)
+def test_a_run_that_ends_badly_says_so_without_a_traceback(
+    error: BaseException,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(plans: list[Plan], base_dir: Path) -> int:
+        raise error
+
+    trainer(monkeypatch, run)
+    assert cli.call(["run", MINIMAL]) == code
+    assert capsys.readouterr().err.splitlines()[-1] in ("no memory left. Lower it.", "interrupted")
+
+
+def test_without_the_trainer_s_packages_run_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Missing:
+        @staticmethod
+        def find_spec(name: str, *_: Any) -> None:
+            if name == "tuneyard_trainer.local":
+                raise ModuleNotFoundError("No module named 'ray'", name="ray")
+
+    monkeypatch.delitem(sys.modules, "tuneyard_trainer.local", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Missing, *sys.meta_path])
+    assert cli.call(["run", MINIMAL]) == 2
+    assert "ray is not installed: install tuneyard[trainer]" in capsys.readouterr().err
+
+
+# ---- crds -----------------------------------------------------------------------------------
+
+
+def test_crds_are_written_and_then_found_up_to_date(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tmp_path / "new" / "crds")
+    assert cli.call(["crds", folder]) == 0
+    assert cli.call(["crds", "--check", folder]) == 0
+    kinds = {yaml.safe_load(path.read_text("utf-8"))["kind"] for path in Path(folder).iterdir()}
+    assert kinds == {"CustomResourceDefinition"}
+
+
+def test_crds_check_names_what_is_out_of_date_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.call(["crds", str(tmp_path)]) == 0
+    first, second = sorted(tmp_path.iterdir())
+    first.write_text("edited by hand", encoding="utf-8")
+    second.unlink()
+    assert cli.call(["crds", "--check", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert [line.split(":")[0] for line in sorted(captured.err.splitlines())] == [
+        f"{first} is out of date",
+        f"{second} is out of date",
+    ]
+    assert first.read_text(encoding="utf-8") == "edited by hand"
+    assert not second.exists()
+
+
+# ---- the command itself ---------------------------------------------------------------------
+
+
+def test_a_reader_that_goes_away_causes_no_traceback() -> None:
+    tuneyard = f"{sys.executable} -c 'from tuneyard.cli import main; main()'"
+    command = f"{tuneyard} plan --json {SUPPORT_BOT} | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stdout == "{\n"
+    assert "Traceback" not in done.stderr
