@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.golden.compare import GOLDEN, assert_golden
 
+from tests.golden.compare import GOLDEN, assert_golden
 from tuneyard import __version__, cli
 from tuneyard.api.plan import Plan
 from tuneyard.errors import StageError

@@ -6,8 +6,8 @@ import copy
 from typing import Any
 
 import yaml
-from tests.golden.compare import GOLDEN
 
+from tests.golden.compare import GOLDEN
 from tuneyard.api.finetunejob import FineTuneJob
 
 

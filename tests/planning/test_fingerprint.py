@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.planning.jobs import changed, job, manifest
 
+from tests.planning.jobs import changed, job, manifest
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.methods import Evaluate, Training
 from tuneyard.api.plan import (

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
+
 from tests.golden.compare import assert_golden
 from tests.planning.jobs import job, manifest
-
 from tuneyard.api.compute import Compute
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.plan import Plan

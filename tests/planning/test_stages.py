@@ -9,9 +9,9 @@ import sys
 from typing import Any
 
 import pytest
+
 from tests.golden.compare import GOLDEN, assert_golden
 from tests.planning.jobs import job, manifest
-
 from tuneyard.api.alignmentjob import AlignmentJob
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, TrainSettings
