@@ -159,11 +159,14 @@ class ChatFormat:
 
     def _start(self, before: Sequence[Message], text: str, answer: int) -> int:
         """Where the model begins to write: at the answer, or ahead of it where the template puts
-        something between the generation prompt and the answer (an empty <think> block)."""
-        if not self.prompt or text.endswith(self.prompt, 0, answer):
+        something between the generation prompt and the answer (a space, an empty <think> block)."""
+        if self.prompt and text.endswith(self.prompt, 0, answer):
             return answer
         prompt = _render(self.tokenizer, self.template, before, prompt=True)
-        return len(prompt) if text.startswith(prompt) and len(prompt) <= answer else answer
+        if not text.startswith(prompt) or len(prompt) > answer:
+            return answer
+        # Where the template ignores the request, a header may follow, which is not to be learnt.
+        return len(prompt) if self.prompt or text[len(prompt) : answer].isspace() else answer
 
     def _end(self, text: str, answer_end: int) -> int:
         """Past the stop token; at the answer's end where an earlier turn is written without one."""

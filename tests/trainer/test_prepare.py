@@ -1,0 +1,560 @@
+"""The prepare stage: what it writes, what it refuses, and what it counts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tuneyard.api.plan import DatasetSettings, PlannedStage, PrepareSettings, SourceInput
+from tuneyard.api.sources import FieldMap
+from tuneyard.errors import StageError
+from tuneyard_trainer import intake
+from tuneyard_trainer.intake import split_evenly, truncated
+from tuneyard_trainer.prepared import ARRAYS, Prepared, Rows, RowWriter
+from tuneyard_trainer.splits import held_out
+from tuneyard_trainer.stages import prepare
+from tuneyard_trainer.tokenization import Encoded
+from tuneyard_trainer.worker import Interrupted, Outcome, Worker
+
+Row = dict[str, Any]
+DATASET = DatasetSettings(format="auto", fields=FieldMap(), weight=1.0, limit=None)
+
+
+def settings(**changes: Any) -> PrepareSettings:
+    defaults: Row = {
+        "method": "sft",
+        "train": [DATASET],
+        "validation": [],
+        "validation_fraction": None,
+        "max_length": "auto",
+        "on_overlength": "error",
+        "on_invalid_row": "error",
+        "train_on": "assistant",
+        "system_prompt": None,
+        "chat_template": None,
+        "seed": 0,
+    }
+    return PrepareSettings(**(defaults | changes))
+
+
+def chat(question: str, answer: str) -> Row:
+    turns = (("user", question), ("assistant", answer))
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def chats(count: int) -> list[Row]:
+    return [chat(f"Which lamp has number {i}?", f"The lamp {i}.") for i in range(count)]
+
+
+def long_chat(words: int) -> Row:
+    return chat("Ask.", "lamp " * words + "end")
+
+
+Files = dict[str, Sequence[Row]]
+
+
+class Job:
+    """One prepare stage on data sets written for the test."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.model, self.reports = folder, model, list[Row]()
+
+    @property
+    def workdir(self) -> Path:
+        return self.folder / "work"
+
+    def run(
+        self, files: Files, *, stop: Callable[[], bool] = lambda: False, **changes: Any
+    ) -> Outcome:
+        """`files`: rows by role."""
+        inputs = {"model": self.model}
+        for role, rows in files.items():
+            inputs[role] = self.folder / f"{role}.jsonl"
+            inputs[role].write_text("".join(json.dumps(row) + "\n" for row in rows))
+        stage = PlannedStage(
+            name="prepare",
+            settings=settings(**changes),
+            inputs={
+                role: SourceInput(uri=f"file://{path}", path=f"spec.data.{role}.uri")
+                for role, path in inputs.items()
+            },
+            fingerprint="",
+        )
+        self.workdir.mkdir(exist_ok=True)
+        worker = Worker(
+            rank=0,
+            world_size=1,
+            device=torch.device("cpu"),
+            report=lambda **report: self.reports.append(report),
+            stop=stop,
+        )
+        return prepare.run(stage, inputs, self.workdir, worker)
+
+    def train(self, rows: Sequence[Row], **changes: Any) -> Outcome:
+        return self.run({"train.0": rows}, **changes)
+
+    @property
+    def data(self) -> Prepared:
+        return Prepared.open(self.workdir)
+
+    def files(self) -> dict[str, bytes]:
+        paths = [path for path in self.workdir.rglob("*") if path.is_file()]
+        return {str(path.relative_to(self.workdir)): path.read_bytes() for path in paths}
+
+
+@pytest.fixture
+def job(tmp_path: Path, tiny_model_dir: Path) -> Job:
+    return Job(tmp_path, tiny_model_dir)
+
+
+def held_out_rows(job: Job) -> list[Row]:
+    return [json.loads(line) for line in (job.workdir / "validation.jsonl").open()]
+
+
+def all_ids(rows: Rows) -> list[tuple[int, ...]]:
+    return [tuple(rows.ids(row).tolist()) for row in range(len(rows))]
+
+
+# ---- what it writes ---------------------------------------------------------------------------
+
+
+def test_rows_are_what_the_chat_template_makes_of_them(job: Job, tiny_tokenizer: Any) -> None:
+    """In the order of the file, with the answers as targets."""
+    outcome = job.train(chats(3))
+    train = job.data.train
+    for index, row in enumerate(chats(3)):
+        expected = tiny_tokenizer.apply_chat_template(row["messages"])["input_ids"]
+        assert train.ids(index).tolist() == expected
+        answer = train.ids(index)[train.mask(index) == 1]
+        assert tiny_tokenizer.decode(answer) == f"The lamp {index}.<|im_end|>"
+    assert train.lengths.tolist() == [len(train.ids(i)) for i in range(3)]
+    assert train.targets.tolist() == [int(train.mask(i).sum()) for i in range(3)]
+    assert [array.dtype for array in (train.tokens, train.flat_mask)] == [np.int32, np.uint8]
+    assert outcome.metrics["rows"] == outcome.metrics["sequences"] == 3
+    assert outcome.metrics["tokens"] == train.lengths.sum()
+    assert outcome.metrics["targetTokens"] == train.targets.sum()
+
+
+def test_without_held_out_rows_there_are_no_files_of_them(job: Job) -> None:
+    """Training tells by their absence that nothing is held out."""
+    job.train(chats(3))
+    assert job.data.validation is None
+    names = {f"train.{array}.npy" for array in ARRAYS}
+    tokenizer = {name for name in job.files() if name.startswith("tokenizer/")}
+    assert set(job.files()) == names | {"data.json"} | tokenizer
+
+
+def test_the_tokenizer_is_saved_with_the_template_in_force(job: Job) -> None:
+    """Export and evaluation speak to the model as it was trained."""
+    template = "{% for m in messages %}{{ m['role'] + '=' + m['content'] + eos_token }}{% endfor %}"
+    job.train(chats(2), chat_template=template)
+    assert (job.workdir / "tokenizer" / "chat_template.jinja").read_text() == template
+    assert job.data.summary["chatTemplate"] == template
+
+
+def test_rows_know_their_data_set_and_its_weight(job: Job) -> None:
+    """Weights are applied by training, from the source of each row."""
+    second = DATASET.model_copy(update={"weight": 2.5})
+    job.run({"train.0": chats(2), "train.1": chats(3)}, train=[DATASET, second])
+    assert job.data.train.source.tolist() == [0, 0, 1, 1, 1]
+    assert job.data.weights == [1.0, 2.5]
+
+
+def test_the_same_inputs_give_the_same_bytes(job: Job, tmp_path: Path) -> None:
+    """Wherever they lie: the output's digest decides whether training is skipped."""
+    job.train(chats(20), validation_fraction=0.2)
+    elsewhere = Job(tmp_path / "elsewhere", tmp_path / "model")
+    elsewhere.folder.mkdir()
+    shutil.copytree(job.model, elsewhere.model)
+    elsewhere.train(chats(20), validation_fraction=0.2)
+    assert elsewhere.files() == job.files()
+
+
+def test_leftovers_of_a_killed_run_are_gone(job: Job) -> None:
+    """Even those that this run would not overwrite."""
+    job.train(chats(20), validation_fraction=0.2)
+    (job.workdir / ".spool").mkdir()
+    (job.workdir / ".spool" / "train.tokens.npy").write_bytes(b"half")
+    (job.workdir / "tokenizer" / "chat_template.jinja").write_text("old")
+    job.train(chats(5))
+    left = job.files()
+    again = Job(job.folder / "fresh", job.model)
+    again.folder.mkdir()
+    again.train(chats(5))
+    assert left == again.files()
+
+
+def test_batches_change_nothing(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows come out the same whatever the size of a batch."""
+    job.train(chats(7))
+    whole = job.files()
+    monkeypatch.setattr(intake, "BATCH_ROWS", 2)
+    monkeypatch.setattr(intake, "BATCH_CHARACTERS", 50)
+    job.train(chats(7))
+    assert job.files() == whole
+
+
+def test_pretraining_learns_every_token(job: Job, tiny_tokenizer: Any) -> None:
+    """A document is its tokens and the end of sequence."""
+    job.train([{"text": "Ask the support desk."}], method="pretrain")
+    train = job.data.train
+    expected = tiny_tokenizer("Ask the support desk.")["input_ids"] + [tiny_tokenizer.eos_token_id]
+    assert train.ids(0).tolist() == expected
+    assert train.mask(0).tolist() == [0] + [1] * (len(expected) - 1)
+
+
+def test_progress_counts_the_rows_read(job: Job) -> None:
+    """Over all data sets."""
+    job.run({"train.0": chats(2), "validation.0": chats(3)}, validation=[DATASET])
+    assert [report["step"] for report in job.reports if "step" in report] == [2, 5]
+
+
+def test_a_stop_between_batches_ends_in_good_order(job: Job) -> None:
+    """There is nothing to resume from; the next attempt starts over."""
+    with pytest.raises(Interrupted):
+        job.train(chats(3), stop=lambda: True)
+    assert not (job.workdir / "data.json").exists()
+
+
+# ---- held-out rows ----------------------------------------------------------------------------
+
+
+def test_a_fraction_is_held_out_exactly_once(job: Job) -> None:
+    """Every row is in one split and none in both; the texts are those of the held-out rows."""
+    outcome = job.train(chats(40), validation_fraction=0.1)
+    validation = job.data.validation
+    assert validation is not None
+    train_ids, held_ids = all_ids(job.data.train), all_ids(validation)
+    assert (len(train_ids), len(held_ids)) == (36, 4)
+    assert (outcome.metrics["rows"], outcome.metrics["heldOutRows"]) == (36, 4)
+    assert not set(train_ids) & set(held_ids)
+    texts = held_out_rows(job)
+    assert len(texts) == 4
+    assert all(row in chats(40) for row in texts)
+    assert not (job.workdir / ".spool").exists()
+
+
+def test_the_split_depends_on_the_seed_and_the_rows_alone(job: Job) -> None:
+    """Not on the order of the file; another seed holds out other rows."""
+
+    def held(rows: Sequence[Row], seed: int) -> set[str]:
+        job.train(rows, validation_fraction=0.1, seed=seed)
+        return {json.dumps(row) for row in held_out_rows(job)}
+
+    first = held(chats(60), 0)
+    assert held(chats(60)[::-1], 0) == first
+    assert held(chats(60), 1) != first
+
+
+def test_equal_rows_never_straddle_the_split(job: Job) -> None:
+    """A held-out row that was trained on measures memory."""
+    job.train(chats(10) * 3, validation_fraction=0.3)
+    validation = job.data.validation
+    assert validation is not None
+    assert len(validation) == 9
+    assert not set(all_ids(job.data.train)) & set(all_ids(validation))
+
+
+def test_rows_equal_once_truncated_never_straddle_the_split(job: Job) -> None:
+    """It is the tokens trained on that count."""
+    rows = [long_chat(40 + i) for i in range(8)] + chats(8)
+    job.train(rows, validation_fraction=0.5, max_length=48, on_overlength="truncate")
+    validation = job.data.validation
+    assert validation is not None
+    assert not set(all_ids(job.data.train)) & set(all_ids(validation))
+
+
+def test_pieces_of_one_row_stay_together(job: Job) -> None:
+    """All in training or all held out."""
+    rows = [chat(f"Number {i}?", f"{i} lamp " * 30) for i in range(6)]
+    outcome = job.train(rows, validation_fraction=0.4, max_length=64, on_overlength="split")
+    validation = job.data.validation
+    assert validation is not None
+    assert outcome.metrics["heldOutRows"] == len(held_out_rows(job)) == 2
+    assert len(validation) > 2
+    assert outcome.metrics["sequences"] == len(job.data.train) > outcome.metrics["rows"] == 4
+
+
+@pytest.mark.parametrize(
+    ("hashes", "fraction", "count"),
+    [
+        (range(100), 0.05, 5),
+        (range(3), 0.01, 1),
+        (range(3), 0.99, 2),
+        (range(2), 0.5, 1),
+        ([7] * 99 + [8], 0.01, 1),
+        ([7] * 50 + [8] * 40, 0.05, 40),
+        ([1, 1, 2, 2, 3, 3], 0.5, 2),
+    ],
+)
+def test_at_least_one_row_is_held_out_and_never_all(
+    hashes: Sequence[int], fraction: float, count: int
+) -> None:
+    """Equal rows go together, so there may be a few less than asked for."""
+    held = held_out(np.array(hashes, dtype=np.uint64), fraction)
+    assert held.sum() == count
+    for value in set(hashes):
+        members = held[np.array(hashes) == value]
+        assert members.all() or not members.any()
+
+
+def test_equal_rows_alone_cannot_be_split(job: Job) -> None:
+    """Nothing would be left to train on."""
+    with pytest.raises(StageError, match="same content") as caught:
+        job.train(chats(1) * 5, validation_fraction=0.2)
+    assert caught.value.reason == "TooFewRows"
+
+
+def test_held_out_data_sets_are_never_trained_on(job: Job) -> None:
+    """Their rows keep their order and what they expect."""
+    held = [{"prompt": "Which lamp?", "completion": "Red.", "expected": ["red"]}]
+    outcome = job.run({"train.0": chats(3), "validation.0": held}, validation=[DATASET])
+    assert (outcome.metrics["rows"], outcome.metrics["heldOutRows"]) == (3, 1)
+    assert held_out_rows(job) == [{**chat("Which lamp?", "Red."), "expected": ["red"]}]
+    assert outcome.details["contaminated"] == 0
+
+
+def test_held_out_rows_that_are_trained_on_are_counted_and_named(job: Job) -> None:
+    """A user's own validation file is taken as it is, but not in silence."""
+    outcome = job.run({"train.0": chats(5), "validation.0": chats(8)[3:]}, validation=[DATASET])
+    assert outcome.details["contaminated"] == 2
+    assert any("2 of 5 held-out rows" in str(report.get("message")) for report in job.reports)
+
+
+def test_texts_of_a_base_model_are_kept_as_prompt_and_completion(
+    job: Job, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """There is no chat template to make messages for."""
+    shutil.copytree(job.model, tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    base = Job(tmp_path, tmp_path / "base")
+    held = [{"prompt": "The lamp is", "completion": " red."}]
+    base.run({"train.0": held * 2, "validation.0": held}, validation=[DATASET])
+    assert held_out_rows(base) == held
+    assert base.data.train.ids(0)[-1] == tiny_tokenizer.eos_token_id
+
+
+# ---- rows that are too long -------------------------------------------------------------------
+
+
+def test_overlong_rows_are_refused_with_their_lengths(job: Job) -> None:
+    """All are counted, the first three named, and nothing is left behind."""
+    rows = [*chats(2), *[long_chat(100)] * 4]
+    with pytest.raises(StageError) as caught:
+        job.train(rows, max_length=64)
+    error = caught.value
+    assert error.reason == "RowTooLong"
+    assert "4 of 6 rows are longer than 64 tokens" in error.message
+    assert error.message.count("row ") == 3
+    assert "row 3: " in error.message
+    assert "row 6: " not in error.message
+    assert "spec.data.onOverlength" in error.advice
+    assert "spec.data.maxLength" in error.advice
+    assert job.files() == {}
+
+
+def test_skipping_invalid_rows_never_skips_overlong_ones(job: Job) -> None:
+    """Two policies, two fields."""
+    with pytest.raises(StageError) as caught:
+        job.train([*chats(2), long_chat(100)], max_length=64, on_invalid_row="skip")
+    assert caught.value.reason == "RowTooLong"
+
+
+def test_overlong_rows_are_dropped_and_counted(job: Job) -> None:
+    """The longest row is reported as it was."""
+    outcome = job.train([*chats(2), long_chat(100)], max_length=64, on_overlength="drop")
+    assert len(job.data.train) == outcome.metrics["rows"] == 2
+    assert outcome.metrics["droppedRows"] == 1
+    assert outcome.metrics["longestRow"] > 100
+    assert job.data.summary["datasets"][0]["lengths"]["64"] == 2
+
+
+def test_nothing_left_after_dropping_is_an_error(job: Job) -> None:
+    """It says what became of the rows."""
+    with pytest.raises(
+        StageError, match="no row is left for train: 0 skipped, 2 dropped"
+    ) as caught:
+        job.train([long_chat(100)] * 2, max_length=64, on_overlength="drop")
+    assert caught.value.reason == "EmptyData"
+
+
+def test_truncated_rows_keep_their_start(job: Job) -> None:
+    """Its targets too; the stop token is cut off."""
+    outcome = job.train([*chats(1), long_chat(100)], max_length=64, on_overlength="truncate")
+    assert outcome.metrics["truncatedRows"] == 1
+    assert job.data.train.lengths[1] == 64
+    assert job.data.train.mask(1)[-1] == 1
+    assert job.data.max_length == 64
+
+
+def test_truncation_that_cuts_the_whole_answer_off_is_an_invalid_row(job: Job) -> None:
+    """Silently learning nothing is worse than stopping; skipping is a policy, and counted."""
+    hopeless = chat("Ask. " * 60, "Yes.")
+    changes = {"max_length": 64, "on_overlength": "truncate"}
+    with pytest.raises(StageError, match="row 2: nothing in its first 64 tokens") as caught:
+        job.train([*chats(1), hopeless], **changes)
+    assert caught.value.reason == "NoTargets"
+    outcome = job.train([*chats(1), hopeless], on_invalid_row="skip", **changes)
+    assert (outcome.metrics["skippedRows"], outcome.metrics["truncatedRows"]) == (1, 0)
+    assert len(job.data.train) == 1
+
+
+def test_splitting_a_document_loses_no_token(job: Job, tiny_tokenizer: Any) -> None:
+    """The pieces laid end to end are the document and its end; each but a piece's first token is
+    a target."""
+    text = "The lamp has a red button. " * 40
+    outcome = job.train([{"text": text}], method="pretrain", max_length=64, on_overlength="split")
+    train = job.data.train
+    whole = [*tiny_tokenizer(text)["input_ids"], tiny_tokenizer.eos_token_id]
+    assert train.tokens.tolist() == whole
+    assert len(train) == -(-len(whole) // 64) > 2
+    assert train.lengths.max() - train.lengths.min() <= 1
+    assert train.targets.tolist() == (train.lengths - 1).tolist()
+    assert outcome.metrics["splitRows"] == outcome.metrics["rows"] == 1
+
+
+def test_pieces_without_targets_are_left_out_and_counted(job: Job) -> None:
+    """A question longer than a sequence teaches nothing by itself."""
+    outcome = job.train([chat("Ask. " * 60, "lamp " * 30)], max_length=64, on_overlength="split")
+    train = job.data.train
+    assert outcome.metrics["contextOnlyPieces"] >= 1
+    assert (train.targets > 0).all()
+    assert outcome.metrics["splitRows"] == 1
+
+
+@pytest.mark.parametrize("length", [65, 100, 128, 129, 640, 641])
+def test_pieces_are_even_and_complete(length: int) -> None:
+    """As few as fit, none a useless rest, every target kept but those at a piece's start."""
+    ids = np.arange(length, dtype=np.int32)
+    mask = (ids % 3 > 0).astype(np.uint8)
+    pieces = split_evenly(Encoded(ids, mask), 64)
+    assert len(pieces) == -(-length // 64)
+    assert max(len(piece.ids) for piece in pieces) <= 64
+    assert min(len(piece.ids) for piece in pieces) >= 32
+    assert np.concatenate([piece.ids for piece in pieces]).tolist() == ids.tolist()
+    starts = {int(piece.ids[0]) for piece in pieces}
+    expected = [0 if i in starts else int(mask[i]) for i in range(length)]
+    assert np.concatenate([piece.mask for piece in pieces]).tolist() == expected
+    assert mask[1] == 1, "the row itself is left as it was"
+    assert truncated(Encoded(ids, mask), 64)[0].ids.tolist() == ids[:64].tolist()
+
+
+# ---- lengths ----------------------------------------------------------------------------------
+
+
+def test_auto_length_is_the_models_context_where_that_is_shorter(job: Job) -> None:
+    """The tiny model has 256 positions."""
+    job.train(chats(2))
+    assert job.data.max_length == 256
+
+
+def test_auto_length_is_1024_where_no_limit_is_known(job: Job, tmp_path: Path) -> None:
+    """Tokenizers without a limit claim 1e30 tokens."""
+    shutil.copytree(job.model, tmp_path / "endless")
+    (tmp_path / "endless" / "config.json").write_text('{"model_type": "llama"}')
+    config = tmp_path / "endless" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": 1e30}))
+    endless = Job(tmp_path, tmp_path / "endless")
+    endless.train(chats(2))
+    assert endless.data.max_length == 1024
+
+
+def test_a_length_beyond_the_context_is_refused(job: Job) -> None:
+    """The message names both numbers."""
+    with pytest.raises(StageError, match=r"maxLength is 512 tokens.*holds 256") as caught:
+        job.train(chats(2), max_length=512)
+    assert caught.value.reason == "MaxLength"
+
+
+# ---- rows that do not fit ---------------------------------------------------------------------
+
+NEEDS_LAMP = (
+    "{% for m in messages %}"
+    "{% if 'lamp' not in m['content'] and m['role'] == 'user' and m['content'] != '?' %}"
+    "{{ raise_exception('ask about lamps only') }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
+)
+
+
+def test_rows_that_the_template_refuses_are_counted_and_named(job: Job) -> None:
+    """With the template's own words."""
+    rows = [chats(1)[0], *[chat("Which port?", "The red one.")] * 5]
+    with pytest.raises(StageError, match="ask about lamps only") as caught:
+        job.train(rows, chat_template=NEEDS_LAMP)
+    assert caught.value.reason == "ChatTemplate"
+    assert "5 of 6 rows" in caught.value.message
+    assert "spec.data.train.0 train.0.jsonl row 2: " in caught.value.message
+    assert job.files() == {}
+
+
+def test_rows_that_the_template_refuses_are_skipped_on_request(job: Job) -> None:
+    """And counted, with the first of them in the record."""
+    rows = [chats(1)[0], chat("Which port?", "The red one.")]
+    outcome = job.train(rows, chat_template=NEEDS_LAMP, on_invalid_row="skip")
+    assert (outcome.metrics["rows"], outcome.metrics["skippedRows"]) == (1, 1)
+    (fault,) = outcome.details["faults"]["spec.data.train.0"]["ChatTemplate"]
+    assert fault.startswith("train.0.jsonl row 2: ")
+
+
+def test_nothing_left_after_skipping_is_an_error(job: Job) -> None:
+    """Skipping never ends in an empty training set; the message shows why."""
+    with pytest.raises(StageError, match="ask about lamps only") as caught:
+        job.train([chat("Which port?", "Red.")], chat_template=NEEDS_LAMP, on_invalid_row="skip")
+    assert caught.value.reason == "EmptyData"
+
+
+def test_rows_without_any_target_are_refused(job: Job) -> None:
+    """A generation block that never opens masks everything."""
+    never = NEEDS_LAMP + "{% if false %}{% generation %}{% endgeneration %}{% endif %}"
+    with pytest.raises(StageError, match="2 of 2 rows have nothing to learn") as caught:
+        job.train(chats(2), chat_template=never)
+    assert caught.value.reason == "NoTargets"
+
+
+def test_broken_rows_are_counted_with_the_rest(job: Job) -> None:
+    """What the reader skips and what the template refuses is one number."""
+    rows = [{"messages": []}, *chats(2), chat("Which port?", "Red.")]
+    outcome = job.train(rows, chat_template=NEEDS_LAMP, on_invalid_row="skip")
+    assert outcome.metrics["skippedRows"] == 2
+    summary = job.data.summary["datasets"][0]
+    assert (summary["rows"], summary["kept"], summary["skipped"]) == (4, 2, 2)
+    assert summary["format"] == "messages"
+
+
+# ---- reading it back --------------------------------------------------------------------------
+
+
+def test_a_folder_without_a_finished_stage_is_refused(tmp_path: Path) -> None:
+    """data.json is written last: without it the arrays may be half there."""
+    with RowWriter(tmp_path, "train") as writer:
+        writer.append(np.arange(3, dtype=np.int32), np.ones(3, np.uint8), 0)
+    with pytest.raises(StageError) as caught:
+        Prepared.open(tmp_path)
+    assert caught.value.reason == "NotPrepared"
+
+
+def test_what_is_appended_is_read_back(tmp_path: Path) -> None:
+    """As plain .npy files, whatever number of rows the header must tell in the end."""
+    generator = np.random.default_rng(0)
+    rows = [
+        generator.integers(0, 1 << 30, n).astype(np.int32) for n in generator.integers(1, 9, 99)
+    ]
+    with RowWriter(tmp_path, "train") as writer:
+        for index, ids in enumerate(rows):
+            writer.append(ids, (ids % 2).astype(np.uint8), index % 3)
+    assert len(writer) == 99
+    assert writer.num_tokens == sum(map(len, rows))
+    back = Rows.open(tmp_path, "train")
+    assert back is not None
+    assert all_ids(back) == [tuple(ids.tolist()) for ids in rows]
+    assert back.source.tolist() == [index % 3 for index in range(99)]
+    assert back.targets.tolist() == [int((ids % 2).sum()) for ids in rows]
+    assert np.load(tmp_path / "train.tokens.npy").shape == (writer.num_tokens,)
+    assert Rows.open(tmp_path, "validation") is None
