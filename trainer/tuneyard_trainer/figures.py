@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -85,7 +85,7 @@ class Figures:
         samples = evaluation.details.get("samples", []) if evaluation else []
         return cls(
             comparisons=tuple(_comparisons(_measured(training, evaluation))),
-            facts=tuple(_facts(training, list(records.values()))),
+            facts=tuple(_facts(training, records.values() if "export" in kinds else ())),
             samples=tuple(Sample.of(sample) for sample in samples),
             warnings=tuple(_warnings(kinds.get("prepare"))),
         )
@@ -185,18 +185,17 @@ def _perplexity(loss: float | None) -> float | None:
     return None if loss is None else math.exp(min(loss, 700.0))
 
 
-def _facts(training: StageRecord | None, records: Sequence[StageRecord]) -> list[tuple[str, str]]:
-    total = sum(seconds_of(record) for record in records)
-    if training is None:
-        return [("Time", duration(total))]
-    metrics = training.metrics
-    facts = [
-        ("Time", f"{duration(metrics['trainingSeconds'])} training, {duration(total)} in all")
-        if "trainingSeconds" in metrics
-        else ("Time", duration(total)),
-    ]
+def _facts(
+    training: StageRecord | None, all_stages: Iterable[StageRecord]
+) -> list[tuple[str, str]]:
+    """`all_stages`: the whole job's records; none while it runs, so that no total is told."""
+    metrics = training.metrics if training else {}
+    total = sum(seconds_of(record) for record in all_stages)
+    times = [f"{duration(metrics['trainingSeconds'])} training"] if metrics else []
+    times += [f"{duration(total)} in all"] if total else []
+    facts = [("Time", ", ".join(times))] if times else []
     if "steps" in metrics:
-        facts.append(("Steps", _steps(metrics, training.details)))
+        facts.append(("Steps", _steps(metrics, training.details if training else {})))
     if "tokens" in metrics:
         facts.append(("Tokens trained on", count(metrics["tokens"])))
     if "tokensPerSecond" in metrics:

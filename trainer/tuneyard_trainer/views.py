@@ -11,7 +11,8 @@ import json
 import math
 import re
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Any, Protocol
 
@@ -188,28 +189,23 @@ class LiveView:
         self._console, self._clock = console, clock
         self._running: Running | None = None
         self._spinner = Spinner("dots", style="cyan")
-        self._live = Live(
-            console=console,
-            get_renderable=self._render,
-            refresh_per_second=REFRESH_HZ,
-            transient=True,
-        )
+        self._live: Live | None = None
 
     def note(self, level: str, text: str, **values: object) -> None:
         style = {"error": "bold red", "warning": "yellow"}.get(level, "dim")
-        self._console.print(Text(harmless(text), style=style))
-        for value in values.values():
-            if value not in (None, ""):
-                self._console.print(Text(harmless(str(value))))
+        with self._paused():
+            self._console.print(Text(harmless(text), style=style))
+            for value in values.values():
+                if value is not None:
+                    self._console.print(Text(harmless(str(value))))
 
     def stage(self, name: str, state: str, record: StageRecord | None) -> None:
-        if state == "Running":
-            self._running = Running(name, self._clock())
-            self._live.start()
-            return
-        self._running = None
+        self.close()
         if record is not None:
             self._console.print(_finished(name, state, record))
+        if state == "Running":
+            self._running = Running(name, self._clock())
+            self._open()
 
     def progress(self, event: Mapping[str, Any]) -> None:
         if not event["stage"]:
@@ -222,7 +218,30 @@ class LiveView:
 
     def close(self) -> None:
         """Gives the terminal back: the running stage's lines go, the cursor comes."""
-        self._live.stop()
+        self._running = None
+        self._hide()
+
+    def _open(self) -> None:
+        self._live = Live(
+            console=self._console,
+            get_renderable=self._render,
+            refresh_per_second=REFRESH_HZ,
+            transient=True,
+        )
+        self._live.start()
+
+    def _hide(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """What is printed beside a `Live` races with its refreshing thread for the cursor."""
+        self._hide()
+        yield
+        if self._running is not None:
+            self._open()
 
     def _render(self) -> RenderableType:
         running = self._running

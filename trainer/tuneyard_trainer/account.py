@@ -1,0 +1,297 @@
+"""What the report and the model card tell of a job, gathered from the folders of its stages."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import ValidationError
+
+from tuneyard.api.plan import StageRecord
+from tuneyard_trainer.figures import ABSENT, FATES, Figures, count, number
+from tuneyard_trainer.plots import Curves
+
+PEFT_KINDS = ("lora", "qlora", "prefix", "prompt", "ia3")
+"""Adapters that PEFT itself loads."""
+ADAPTER_NAMES = {
+    "lora": "LoRA",
+    "qlora": "QLoRA",
+    "prefix": "prefix tuning",
+    "prompt": "prompt tuning",
+    "ia3": "(IA)³",
+    "bottleneck": "bottleneck adapters",
+}
+
+
+@dataclass(frozen=True)
+class DataRow:
+    """One data set and what became of its rows."""
+
+    split: str
+    uri: str
+    format: str
+    rows: int
+    """Rows read."""
+    kept: int
+    fates: str
+    """What became of the others, in words."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """Everything worth telling. Texts are as they came: whoever writes them down escapes them."""
+
+    manifest: Mapping[str, Any]
+    """The job as the user wrote it, without the secret parts of URIs."""
+    records: Mapping[str, StageRecord]
+    """By stage name, in order; of export there is none yet."""
+    figures: Figures
+    curves: Curves
+    compared: Mapping[str, float]
+    """The largest logit differences found on reloading."""
+    licence: str | None
+    """The base model's; None where unknown."""
+    has_adapter: bool
+    has_model: bool
+    has_chat_template: bool
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        inputs: Mapping[str, Path],
+        manifest: Mapping[str, Any],
+        compared: Mapping[str, float],
+        licence: str | None,
+    ) -> Account:
+        """From the export stage's inputs; what is missing there is missing here."""
+        found = [
+            _record(inputs[role]) for role in ("data", "tuned", "evaluation") if role in inputs
+        ]
+        records = {record.stage: record for record in found if record is not None}
+        return cls(
+            manifest=shareable(manifest),
+            records=records,
+            figures=Figures.of(records),
+            curves=Curves.read(inputs["tuned"] / "metrics.jsonl"),
+            compared=compared,
+            licence=licence,
+            has_adapter=(folder / "adapter").is_dir(),
+            has_model=(folder / "model").is_dir(),
+            has_chat_template=bool(_json(inputs["data"] / "data.json").get("chatTemplate")),
+        )
+
+    @property
+    def name(self) -> str:
+        return str(self.manifest.get("metadata", {}).get("name", "model"))
+
+    @property
+    def spec(self) -> Mapping[str, Any]:
+        spec: Mapping[str, Any] = self.manifest.get("spec", {})
+        return spec
+
+    @property
+    def method(self) -> str:
+        return str(self.spec.get("method", "sft"))
+
+    @property
+    def base(self) -> str:
+        """The base model's URI."""
+        return str(self.spec.get("model", {}).get("uri", ""))
+
+    @property
+    def hub_id(self) -> str | None:
+        """ORG/NAME of a base model on the hub; None for any other."""
+        found = re.match(r"hf://([^/]+/[^/]+)", self.base)
+        return found[1] if found else None
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter's kind; None for full fine-tuning."""
+        return next(iter(self.spec.get("adapter") or {}), None)
+
+    @property
+    def sentence(self) -> str:
+        """What this is."""
+        how = ADAPTER_NAMES.get(self.adapter, self.adapter) if self.adapter else "full fine-tuning"
+        what = "trained further on text" if self.method == "pretrain" else "fine-tuned on examples"
+        return f"{self.base or 'A language model'}, {what} with {how}."
+
+    def record(self, *kinds: str) -> StageRecord | None:
+        """The record of the stage of one of these kinds."""
+        return next((record for record in self.records.values() if record.kind in kinds), None)
+
+    # ---- sections -------------------------------------------------------------------------------
+
+    @property
+    def datasets(self) -> list[DataRow]:
+        """One row for each data set, in the order of the manifest."""
+        prepare = self.record("prepare")
+        return [self._data_row(value) for value in prepare.details["datasets"]] if prepare else []
+
+    def _data_row(self, value: Mapping[str, Any]) -> DataRow:
+        split, _, index = value["role"].partition(".")
+        data = self.spec.get("data", {})
+        sets = data.get("train") if split == "train" else data.get("validation", {}).get("data")
+        uri = sets[int(index)]["uri"] if sets and int(index) < len(sets) else value["name"]
+        names = [name for name in FATES.values() if value.get(name)]
+        return DataRow(
+            split="training" if split == "train" else "held out",
+            uri=uri,
+            format=value["format"],
+            rows=value["rows"],
+            kept=value["kept"],
+            fates=", ".join(f"{count(value[name])} {name}" for name in names) or ABSENT,
+        )
+
+    @property
+    def data_facts(self) -> list[tuple[str, str]]:
+        """Totals over all data sets."""
+        prepare = self.record("prepare")
+        if prepare is None:
+            return []
+        labels = {
+            "rows": "Training rows",
+            "sequences": "Training sequences",
+            "tokens": "Training tokens",
+            "targetTokens": "Tokens that carry loss",
+            "heldOutRows": "Held-out rows",
+            "longestRow": "Longest row, tokens",
+        }
+        metrics = prepare.metrics
+        facts = [(label, count(metrics[key])) for key, label in labels.items() if key in metrics]
+        return [*facts, ("Longest sequence, tokens", str(prepare.details.get("maxLength", ABSENT)))]
+
+    @property
+    def faults(self) -> list[str]:
+        """The first broken rows of each data set."""
+        prepare = self.record("prepare")
+        found = prepare.details.get("faults", {}) if prepare else {}
+        return [fault for reasons in found.values() for some in reasons.values() for fault in some]
+
+    @property
+    def settings(self) -> list[tuple[str, str]]:
+        """What decided the training, as it was carried out where that is known."""
+        training = self.spec.get("training", {})
+        record = self.record("sft", "pretrain")
+        done = record.details if record else {}
+        metrics = record.metrics if record else {}
+        rates = [rate for _, rate in self.curves.learning_rate]
+        schedule, optimizer = training.get("schedule", {}), training.get("optimizer", {})
+        rows = [
+            ("Method", "continued pre-training" if self.method == "pretrain" else "SFT"),
+            ("Adapter", self._adapter_settings()),
+            ("Epochs", _rounded(_first(metrics.get("epochs"), training.get("epochs")))),
+            ("Steps", _rounded(_first(metrics.get("steps"), training.get("maxSteps")))),
+            ("Batch size, sequences", _first(done.get("batchSize"), training.get("batchSize"))),
+            ("Learning rate, peak", number(max(rates)) if rates else training.get("learningRate")),
+            ("Schedule", _words(schedule)),
+            ("Optimizer", f"AdamW; {_words(optimizer)}"),
+            ("Frozen", _words(training.get("freeze") or {})),
+            ("Precision", _first(done.get("precision"), training.get("precision"))),
+            ("Packed", {True: "yes", False: "no"}.get(done.get("packed", ""))),
+            ("Loss on", self.spec.get("data", {}).get("trainOn")),
+            ("Seed", training.get("seed")),
+            ("Device", done.get("device")),
+            ("Workers", done.get("workers")),
+        ]
+        return [(label, str(value)) for label, value in rows if value not in (None, "")]
+
+    def _adapter_settings(self) -> str:
+        if self.adapter is None:
+            return "none: all weights were trained"
+        name = ADAPTER_NAMES.get(self.adapter, self.adapter)
+        settings = _words(self.spec["adapter"][self.adapter])
+        return f"{name}; {settings}" if settings else name
+
+    @property
+    def digests(self) -> list[tuple[str, str]]:
+        """Of what went in and of what came out."""
+        prepare, training = self.record("prepare"), self.record("sft", "pretrain")
+        digests = []
+        if training and "model" in training.input_digests:
+            digests.append(("Base model", training.input_digests["model"]))
+        for role, digest in sorted(prepare.input_digests.items() if prepare else ()):
+            if role != "model":
+                digests.append((f"Data, {role}", digest))
+        if prepare:
+            digests.append(("Prepared data", prepare.digest))
+        if training:
+            digests.append(("Trained weights", training.digest))
+        return digests
+
+    @property
+    def reloaded(self) -> list[tuple[str, str]]:
+        """What was loaded again after it was written, and how far its logits were off."""
+        names = {
+            "adapterLogitDifference": "adapter",
+            "mergedLogitDifference": "merged model",
+            "modelLogitDifference": "model",
+        }
+        return [
+            (names.get(key, key), "identical" if value == 0 else f"{value:.2g}")
+            for key, value in self.compared.items()
+        ]
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Of the software that trained it."""
+        record = self.record("sft", "pretrain")
+        return record.versions if record else {}
+
+
+def shareable(value: Any) -> Any:
+    """A manifest without what must not be passed on: user names, passwords and signed queries in
+    the URIs of sources and output."""
+    if isinstance(value, Mapping):
+        return {
+            key: _without_secrets(item) if key == "uri" and item else shareable(item)
+            for key, item in value.items()
+        }
+    return [shareable(item) for item in value] if isinstance(value, list) else value
+
+
+def _without_secrets(uri: str) -> str:
+    if uri.startswith("file://"):
+        return uri
+    parts = urlsplit(uri)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _record(folder: Path) -> StageRecord | None:
+    try:
+        return StageRecord.model_validate(_json(folder / "record.json"))
+    except ValidationError:
+        return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return value
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _rounded(value: float | None) -> str | None:
+    return None if value is None else f"{value:,.6g}"
+
+
+def _words(settings: Mapping[str, Any]) -> str:
+    """`learningRate: 1.0` as "learning rate 1"; what is off is left out."""
+    parts = []
+    for key, value in settings.items():
+        name = re.sub(r"([A-Z])", lambda found: f" {found[1].lower()}", key)
+        if value is True:
+            parts.append(name)
+        elif isinstance(value, list):
+            parts.append(f"{name} {', '.join(str(item) for item in value)}")
+        elif value is not False and value is not None:
+            parts.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
+    return ", ".join(parts)
