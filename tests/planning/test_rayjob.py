@@ -308,11 +308,13 @@ def test_every_local_path_is_refused_at_once_with_the_remedy() -> None:
         model__uri="file://model",
         data__train=[{"uri": "file://train.jsonl"}, {"uri": "https://data.example/b.jsonl"}],
         output__uri="file://out",
+        compute__profile="a100",
     )
-    found = faults(wrong)
+    *found, profile = faults(wrong)
     paths = ["spec.model.uri", "spec.data.train[0].uri", "spec.output.uri"]
     assert [fault.path for fault in found] == paths
     assert all("pvc://CLAIM/PATH" in fault.message for fault in found)
+    assert profile.path == "spec.compute.profile", "what else is wrong is said at once too"
 
 
 def test_another_job_s_model_has_to_be_resolved_first() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from tuneyard.api.compute import Compute
-from tuneyard.errors import Fault, PlanError
+from tuneyard.errors import Fault
 
 
 class Workers(NamedTuple):
@@ -28,15 +28,24 @@ class Workers(NamedTuple):
     """Size of /dev/shm, a Kubernetes quantity."""
 
 
-def with_profile(compute: Compute, profiles: Mapping[str, Compute]) -> Compute:
-    """The job's compute over its profile's. A field that has its default value counts as not set.
+def compute_faults(compute: Compute, profiles: Mapping[str, Compute]) -> Iterator[Fault]:
+    """What no cluster can provide."""
+    if compute.profile is not None and compute.profile not in profiles:
+        yield Fault("spec.compute.profile", _unknown(compute.profile, profiles))
+        return
+    group = workers(with_profile(compute, profiles))
+    if group.min_workers > group.num_workers:
+        yield Fault(
+            "spec.compute.minWorkers",
+            f"minWorkers is {group.min_workers} and the number of workers {group.num_workers}: "
+            "lower minWorkers or raise workers",
+        )
 
-    Raises PlanError where the profile is unknown.
-    """
+
+def with_profile(compute: Compute, profiles: Mapping[str, Compute]) -> Compute:
+    """The job's compute over its profile's; a field that has its default counts as not set."""
     if compute.profile is None:
         return compute
-    if compute.profile not in profiles:
-        raise PlanError([Fault("spec.compute.profile", _unknown(compute.profile, profiles))])
     ours = {
         name: getattr(compute, name)
         for name, field in Compute.model_fields.items()
@@ -46,18 +55,11 @@ def with_profile(compute: Compute, profiles: Mapping[str, Compute]) -> Compute:
 
 
 def workers(compute: Compute) -> Workers:
-    """The worker group. `compute` has its profile applied. Raises PlanError on crossed bounds."""
+    """The worker group of a compute that has its profile applied."""
     num_workers = compute.workers or 1
-    min_workers = compute.min_workers or num_workers
-    if min_workers > num_workers:
-        message = (
-            f"minWorkers is {min_workers} and there are {num_workers} workers: lower minWorkers or "
-            "raise workers"
-        )
-        raise PlanError([Fault("spec.compute.minWorkers", message)])
     return Workers(
         num_workers=num_workers,
-        min_workers=min_workers,
+        min_workers=compute.min_workers or num_workers,
         gpus=compute.gpus_per_worker or 0,
         gpu_resource=compute.gpu_resource,
         cpus=compute.cpus_per_worker or "4",

@@ -16,8 +16,9 @@ from tuneyard.api.compute import Compute
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.meta import GROUP
 from tuneyard.api.plan import Plan, digest
-from tuneyard.planning.compute import Workers, with_profile, workers
-from tuneyard.planning.storage import Storage, storage
+from tuneyard.errors import PlanError
+from tuneyard.planning.compute import Workers, compute_faults, with_profile, workers
+from tuneyard.planning.storage import Storage, storage, storage_faults
 
 Object = dict[str, Any]
 
@@ -71,7 +72,11 @@ def render(
 
     Raises PlanError with everything that cannot exist on a cluster.
     """
-    compute = with_profile(plan.compute, profiles or {})
+    profiles = profiles or {}
+    faults = [*storage_faults(plan), *compute_faults(plan.compute, profiles)]
+    if faults:
+        raise PlanError(faults)
+    compute = with_profile(plan.compute, profiles)
     config_map = _config_map(plan, job)
     mount = _Mount("plan", PLAN_FOLDER, {"configMap": {"name": config_map["metadata"]["name"]}})
     pods = _Pods(

@@ -1,6 +1,6 @@
 """What a plan's sources and output need of a cluster: volumes and secrets.
 
-Everything that cannot exist there (a file of somebody's laptop) is refused here, all at once.
+What cannot exist there (a file of somebody's laptop) is found here, all of it at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from tuneyard.api.plan import Plan, SourceInput
 from tuneyard.api.sources import SecretKeyRef
-from tuneyard.errors import Fault, PlanError
+from tuneyard.errors import Fault
 
 OUTPUT_PATH = "spec.output.uri"
 _CLAIM = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
@@ -32,15 +32,18 @@ class Storage(NamedTuple):
     """The output's alone."""
 
 
-def storage(plan: Plan) -> Storage:
-    """Raises PlanError with every source that a cluster cannot reach."""
+def storage_faults(plan: Plan) -> Iterator[Fault]:
+    """Everything that a cluster cannot reach, or not at once."""
     places = _places(plan)
-    faults = [fault for place in places for fault in _place_faults(place)]
-    faults += _credential_faults(places)
-    tokens, token_faults = _tokens(places)
-    faults += token_faults
-    if faults:
-        raise PlanError(faults)
+    for place in places:
+        yield from _place_faults(place)
+    yield from _credential_faults(places)
+    yield from _token_faults(places)
+
+
+def storage(plan: Plan) -> Storage:
+    """What a plan without faults needs."""
+    places = _places(plan)
     output = places[-1]
     claims: dict[str, bool] = {}
     for place in places:
@@ -50,7 +53,7 @@ def storage(plan: Plan) -> Storage:
     return Storage(
         claims=claims,
         output_claims={output_claim: True} if output_claim else {},
-        tokens=tokens,
+        tokens={p.token_secret.variable: p.token_secret for p in places if p.token_secret},
         credentials=list(dict.fromkeys(p.credentials.name for p in places if p.credentials)),
         output_credentials=[output.credentials.name] if output.credentials else [],
     )
@@ -114,18 +117,16 @@ def _credential_faults(places: list[SourceInput]) -> Iterator[Fault]:
             )
 
 
-def _tokens(places: list[SourceInput]) -> tuple[dict[str, SecretKeyRef], list[Fault]]:
+def _token_faults(places: list[SourceInput]) -> Iterator[Fault]:
     tokens: dict[str, SecretKeyRef] = {}
-    faults = []
     for place in places:
         secret = place.token_secret
         if secret is None:
             continue
         other = tokens.setdefault(secret.variable, secret)
         if other != secret:
-            message = (
+            yield Fault(
+                place.path.removesuffix("uri") + "tokenSecret",
                 f"{secret.name}/{secret.key} and {other.name}/{other.key} would share the "
-                f"environment variable {secret.variable}: rename one of the Secrets or keys"
+                f"environment variable {secret.variable}: rename one of the Secrets or keys",
             )
-            faults.append(Fault(place.path.removesuffix("uri") + "tokenSecret", message))
-    return tokens, faults
