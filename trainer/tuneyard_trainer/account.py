@@ -182,7 +182,6 @@ class Account:
         done = record.details if record else {}
         metrics = record.metrics if record else {}
         rates = [rate for _, rate in self.curves.learning_rate]
-        schedule, optimizer = training.get("schedule", {}), training.get("optimizer", {})
         rows = [
             ("Method", "continued pre-training" if self.method == "pretrain" else "SFT"),
             ("Adapter", self._adapter_settings()),
@@ -190,8 +189,8 @@ class Account:
             ("Steps", _rounded(_first(metrics.get("steps"), training.get("maxSteps")))),
             ("Batch size, sequences", _first(done.get("batchSize"), training.get("batchSize"))),
             ("Learning rate, peak", number(max(rates)) if rates else training.get("learningRate")),
-            ("Schedule", _words(schedule)),
-            ("Optimizer", f"AdamW; {_words(optimizer)}"),
+            ("Schedule", _schedule(training.get("schedule", {}))),
+            ("Optimizer", f"AdamW; {_words(training.get('optimizer', {}))}"),
             ("Frozen", _words(training.get("freeze") or {})),
             ("Precision", _first(done.get("precision"), training.get("precision"))),
             ("Packed", {True: "yes", False: "no"}.get(done.get("packed", ""))),
@@ -219,11 +218,11 @@ class Account:
         for role, digest in sorted(prepare.input_digests.items() if prepare else ()):
             if role != "model":
                 digests.append((f"Data, {role}", digest))
-        if prepare:
-            digests.append(("Prepared data", prepare.digest))
-        if training:
-            digests.append(("Trained weights", training.digest))
-        return digests
+        names = {"prepare": "Prepared data", "evaluate": "Evaluation"}
+        return digests + [
+            (names.get(record.kind, "Trained weights"), record.digest)
+            for record in self.records.values()
+        ]
 
     @property
     def reloaded(self) -> list[tuple[str, str]]:
@@ -277,6 +276,11 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
+
+
+def _schedule(schedule: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in schedule.items() if key != "type"}
+    return f"{schedule.get('type', '')}; {_words(rest)}"
 
 
 def _rounded(value: float | None) -> str | None:

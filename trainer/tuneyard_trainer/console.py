@@ -114,6 +114,7 @@ class Console:
         self._print()
         if figures.comparisons:
             self._print(_comparison_table(figures.comparisons))
+            self._print()
         self._print(_facts_table(figures.facts))
         for warning in figures.warnings:
             self._print(Text(f"Warning: {warning}", style="yellow"))
@@ -126,21 +127,15 @@ class Console:
 
     def failure(self, error: StageError) -> None:
         """Why it failed, and what to change."""
+        self._view.failed(error)
         self._view.close()
-        self._view.note(
-            "error",
-            f"{error.reason}: {error.message}",
-            advice=error.advice or None,
-        )
 
     def interrupted(self, stopped: Interrupted) -> None:
         """That somebody stopped it, and how to go on."""
         self._view.close()
-        self._view.note(
-            "warning",
-            f"Stopped in {stopped.stage} after step {stopped.step}. The same command goes on from "
-            "there.",
-        )
+        after = f" after step {stopped.step}" if stopped.step else ""
+        text = f"Stopped in {stopped.stage}{after}. The same command goes on from there."
+        self._view.note("warning", text)
 
     def _print(self, value: Text | Table | None = None) -> None:
         self._out.print("" if value is None else value)

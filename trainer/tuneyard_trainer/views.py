@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tuneyard.api.plan import StageRecord
+from tuneyard.errors import StageError
 from tuneyard_trainer.figures import count, duration, harmless, headline, number, seconds_of
 
 Clock = Callable[[], float]
@@ -42,7 +43,9 @@ NAME_WIDTH = 10
 class View(Protocol):
     """What the console needs of either way."""
 
-    def note(self, level: str, text: str, **values: object) -> None: ...
+    def note(self, level: str, text: str) -> None: ...
+
+    def failed(self, error: StageError) -> None: ...
 
     def stage(self, name: str, state: str, record: StageRecord | None) -> None: ...
 
@@ -108,9 +111,17 @@ class LineView:
         self._shown = (0.0, 0)
         self._said = ""
 
-    def note(self, level: str, text: str, **values: object) -> None:
-        name = self._running.name if self._running else "run"
-        self._write(level, name, {**values, "message": text} if text else values)
+    def note(self, level: str, text: str) -> None:
+        self._write(level, self._running.name if self._running else "run", {"message": text})
+
+    def failed(self, error: StageError) -> None:
+        values = {
+            "reason": error.reason,
+            "message": error.message,
+            "advice": error.advice or None,
+            "retryable": error.retryable,
+        }
+        self._write("error", self._running.name if self._running else "run", values)
 
     def stage(self, name: str, state: str, record: StageRecord | None) -> None:
         self._running = Running(name, self._clock()) if state == "Running" else None
@@ -191,13 +202,18 @@ class LiveView:
         self._spinner = Spinner("dots", style="cyan")
         self._live: Live | None = None
 
-    def note(self, level: str, text: str, **values: object) -> None:
-        style = {"error": "bold red", "warning": "yellow"}.get(level, "dim")
+    def note(self, level: str, text: str) -> None:
+        style = "yellow" if level == "warning" else "dim"
         with self._paused():
             self._console.print(Text(harmless(text), style=style))
-            for value in values.values():
-                if value is not None:
-                    self._console.print(Text(harmless(str(value))))
+
+    def failed(self, error: StageError) -> None:
+        where = f" {self._running.name}" if self._running else ""
+        self.close()
+        self._console.print(Text(f"✘{where}: {error.reason}", style="bold red"))
+        self._console.print(Text(harmless(error.message)))
+        if error.advice:
+            self._console.print(Text(harmless(error.advice), style="cyan"))
 
     def stage(self, name: str, state: str, record: StageRecord | None) -> None:
         self.close()
@@ -269,7 +285,7 @@ class LiveView:
 def _position(running: Running, now: float) -> str:
     elapsed = duration(math.floor(now - running.started))
     if not running.total:
-        return f"{count(running.step)} · {elapsed}" if running.step else elapsed
+        return f"{count(running.step)} done · {elapsed}" if running.step else elapsed
     left = running.pace.seconds_left(now, running.total)
     eta = f"{duration(math.ceil(left))} left" if left is not None else elapsed
     return f"{count(running.step)}/{count(running.total)}  {eta:>14}"
