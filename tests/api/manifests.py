@@ -500,16 +500,42 @@ def _filled(schema: Manifest, value: Any, path: str) -> Iterator[tuple[str, Mani
                 yield from _filled(schema["properties"][name], item, f"{path}.{name}")
 
 
-def _breaks(schema: Manifest, value: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+Changes = dict[str, Any]
+
+
+def _breaks(schema: Manifest, value: Any, path: str) -> Iterator[tuple[str, Changes]]:
+    """Each way to break one field: its name, and the changes, the first of which is to blame."""
     kind = schema.get("type")
-    if kind is not None:
-        yield "type", {path: 5 if kind == "string" else "wrong words"}
-    if "minimum" in schema:
-        yield "minimum", {path: schema["minimum"] - (not schema.get("exclusiveMinimum"))}
-    if "maximum" in schema:
-        yield "maximum", {path: schema["maximum"] + (not schema.get("exclusiveMaximum"))}
+    yield from _wrong_types(schema, value, path)
+    least, most = schema.get("minimum"), schema.get("maximum")
+    takes_numbers = least is None or most is None or least < most
+    if least is not None and takes_numbers:
+        yield "minimum", {path: least - (not schema.get("exclusiveMinimum"))}
+    if most is not None and takes_numbers:
+        yield "maximum", {path: most + (not schema.get("exclusiveMaximum"))}
+    for validation in schema.get("x-kubernetes-validations", ()):
+        if validation["rule"].startswith("self < "):
+            yield "maximum", {path: float(validation["rule"].removeprefix("self < "))}
     if "enum" in schema or "pattern" in schema:
         yield "words", {path: "wrong words"}
+    for name in schema.get("required", ()):
+        yield f"without-{name}", {f"{path}.{name}": ABSENT}
+    if "properties" in schema or (kind == "object" and not value):
+        yield "unknown", {f"{path}.nonsense": 1}
+    yield from _wrong_sizes(schema, value, path)
+
+
+def _wrong_types(schema: Manifest, value: Any, path: str) -> Iterator[tuple[str, Changes]]:
+    if "type" in schema:
+        yield "type", {path: 5 if schema["type"] == "string" else "wrong words"}
+    if "not" in schema:
+        takes_numbers = isinstance(value, float)
+        for wrong in (True, False, {}, {"a": 1}, [], [5] if takes_numbers else 5):
+            yield f"type-{wrong}", {path: wrong}
+
+
+def _wrong_sizes(schema: Manifest, value: Any, path: str) -> Iterator[tuple[str, Changes]]:
+    kind = schema.get("type")
     if schema.get("minLength"):
         yield "too-short", {path: ""}
     if "maxLength" in schema:
@@ -521,7 +547,3 @@ def _breaks(schema: Manifest, value: Any, path: str) -> Iterator[tuple[str, dict
     if "maxProperties" in schema and kind == "object":
         many = {f"key-{number}": "x" for number in range(schema["maxProperties"] + 1)}
         yield "too-many", {path: many}
-    for name in schema.get("required", ()):
-        yield f"without-{name}", {f"{path}.{name}": ABSENT}
-    if "properties" in schema or (kind == "object" and not value):
-        yield "unknown", {f"{path}.nonsense": 1}

@@ -23,7 +23,7 @@ ALLOWED = {
     *("items", "minItems", "maxItems", "properties", "additionalProperties"),
     *("minProperties", "maxProperties", "x-kubernetes-validations", "x-kubernetes-list-type"),
     *("x-kubernetes-list-map-keys", "x-kubernetes-int-or-string"),
-    "x-kubernetes-preserve-unknown-fields",
+    *("x-kubernetes-preserve-unknown-fields", "not"),
 }
 """The keywords of a structural schema that we use: no $ref, no anyOf, no title."""
 

@@ -247,13 +247,20 @@ def _union(schema: Schema, definitions: Mapping[str, Schema]) -> Schema:
 
 
 def _mixed(sides: list[Schema]) -> Schema:
-    """Words or something else. Kubernetes knows integer-or-string; for other mixtures it takes a
-    value of any type, and the bounds below each apply to their own type only."""
+    """Words, or values of one other type.
+
+    Kubernetes knows integer-or-string. Other mixtures it takes as a value of any type, whose bounds
+    each apply to values of their own type; the types that no side has are shut out one by one.
+    """
     words = next(side["enum"] for side in sides if "enum" in side)
     other = next(side for side in sides if "enum" not in side)
     pattern = {"pattern": f"^({'|'.join(words)})$"}
     bounds = {key: value for key, value in other.items() if key not in ("type", "format", "items")}
     if other["type"] == "integer":
         return {"x-kubernetes-int-or-string": True, **pattern, **bounds}
-    refused = {"maxProperties": 0} | ({"maxItems": 0} if other["type"] != "array" else {})
-    return {"x-kubernetes-preserve-unknown-fields": True, **pattern, **refused, **bounds}
+    shut_out: Schema = {"maxProperties": 0, "not": {"enum": [True, False, {}, []]}}
+    if other["type"] == "array":
+        shut_out |= {"minimum": 1, "maximum": 0}
+    else:
+        shut_out |= {"maxItems": 0}
+    return {"x-kubernetes-preserve-unknown-fields": True, **pattern, **shut_out, **bounds}
