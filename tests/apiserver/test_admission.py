@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,13 +95,14 @@ class Jobs:
 
 
 @pytest.fixture(scope="module")
-def cluster_with_crds(apiserver: Cluster) -> Cluster:
+def cluster_with_crds(apiserver: Cluster) -> Iterator[Cluster]:
     apiserver.kubectl("apply", "--server-side", "-f", str(FOLDER))
     names = [f"crd/{crd['metadata']['name']}" for crd in crds().values()]
     apiserver.kubectl("wait", "--for=condition=Established", "--timeout=60s", *names)
     if apiserver.kubectl("get", "namespace", NAMESPACE, check=False).returncode:
         apiserver.kubectl("create", "namespace", NAMESPACE)
-    return apiserver
+    yield apiserver
+    apiserver.kubectl("delete", "--namespace", NAMESPACE, "--all", "finetunejobs,alignmentjobs")
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +113,7 @@ def jobs(cluster_with_crds: Cluster) -> Jobs:
 @pytest.fixture
 def planned(jobs: Jobs, request: pytest.FixtureRequest) -> Job:
     """A stored job whose status says that it was planned."""
-    name = f"planned-{abs(hash(request.node.name)) % 10**8}"
-    job = jobs.create(changed(request.param, {"metadata.name": name}))
+    job = jobs.create(changed(request.param, {"metadata": {"generateName": "planned-"}}))
     return jobs.replace_status({**job, "status": {"planDigest": "sha256:0"}})
 
 
@@ -237,7 +238,7 @@ def test_a_planned_job_can_be_labelled_and_written_back_as_it_is(jobs: Jobs, pla
 
 
 def test_a_job_that_is_not_planned_may_change(jobs: Jobs) -> None:
-    job = jobs.create(changed(MINIMAL, {"metadata.name": "unplanned"}))
+    job = jobs.create(changed(MINIMAL, {"metadata": {"generateName": "unplanned-"}}))
     stored = jobs.replace(changed(job, {"spec.training.epochs": 1}))
     assert stored["spec"]["training"]["epochs"] == 1
 

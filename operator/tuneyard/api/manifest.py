@@ -121,6 +121,8 @@ def _validate(document: Document, *, from_server: bool) -> tuple[Job | None, lis
         document = Document(value, document.line, document.lines, document.texts)
         problems += _field_problems(error.errors(), model, document)
         problems += _broken_rules(model, value, problems)
+        if not problems:
+            raise  # A defect: refused, and no reason found to tell the user.
         return None, problems
     return (None if problems else job), problems
 
