@@ -104,8 +104,8 @@ class Console:
         folder: Path,
         skipped_all: bool = False,
     ) -> None:
-        """The result. `output`: the job's output as a path or URI; `folder`: the same where it is
-        on this machine; `skipped_all`: whether every stage had been done before."""
+        """The result. `output`: the job's output as a path or URI; `folder`: what was exported,
+        where the output is a path; `skipped_all`: whether every stage had been done before."""
         self._view.close()
         name = self._plan.job.name if self._plan else "the job"
         figures = Figures.of(records)
@@ -122,8 +122,8 @@ class Console:
             self._print()
             self._print(_samples_table(figures.samples))
         self._print()
-        base = output if "://" in output else _near(folder)
-        self._print(_facts_table(_places(records, base)))
+        exported = f"{output.rstrip('/')}/{folder_of('export')}"
+        self._print(_facts_table(_places(records, exported if "://" in output else _near(folder))))
 
     def failure(self, error: StageError) -> None:
         """Why it failed, and what to change."""
@@ -212,12 +212,11 @@ def _clipped(text: str) -> Text:
     return Text(text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…")
 
 
-def _places(records: Mapping[str, StageRecord], base: str) -> tuple[tuple[str, str], ...]:
-    """What the export stage says that it wrote, and where."""
+def _places(records: Mapping[str, StageRecord], at: str) -> tuple[tuple[str, str], ...]:
+    """What the export stage says that it wrote, and where: `at` is its folder."""
     record = next((r for r in records.values() if r.kind == "export"), None)
     if record is None:
         return ()
-    at = f"{base.rstrip('/')}/{folder_of(record.stage)}"
     places = []
     if "adapterLogitDifference" in record.metrics:
         places.append(("Adapter", f"{at}/adapter"))

@@ -191,9 +191,12 @@ def _facts(
     """`all_stages`: the whole job's records; none while it runs, so that no total is told."""
     metrics = training.metrics if training else {}
     total = sum(seconds_of(record) for record in all_stages)
-    times = [f"{duration(metrics['trainingSeconds'])} training"] if metrics else []
-    times += [f"{duration(total)} in all"] if total else []
-    facts = [("Time", ", ".join(times))] if times else []
+    facts = []
+    if "trainingSeconds" in metrics:
+        in_all = f", {duration(total)} in all" if total else ""
+        facts.append(("Time", f"{duration(metrics['trainingSeconds'])} training{in_all}"))
+    elif total:
+        facts.append(("Time", duration(total)))
     if "steps" in metrics:
         facts.append(("Steps", _steps(metrics, training.details if training else {})))
     if "tokens" in metrics:

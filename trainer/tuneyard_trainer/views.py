@@ -234,8 +234,8 @@ class LiveView:
 
     def close(self) -> None:
         """Gives the terminal back: the running stage's lines go, the cursor comes."""
-        self._running = None
         self._hide()
+        self._running = None
 
     def _open(self) -> None:
         self._live = Live(

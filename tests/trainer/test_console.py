@@ -1,0 +1,435 @@
+"""The console: log lines, the live display, and how a run's result is shown."""
+
+from __future__ import annotations
+
+import io
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.trainer.finished import EVALUATE_METRICS, EXPORT_METRICS, SAMPLES, record, records
+from tuneyard.api.plan import Plan, StageRecord
+from tuneyard.errors import StageError
+from tuneyard_trainer.console import Console
+from tuneyard_trainer.figures import duration, harmless, number, size
+from tuneyard_trainer.worker import Interrupted
+
+MINIMAL = Path(__file__).parents[1] / "golden" / "plans" / "minimal.json"
+START = 1767225600.0  # 2026-01-01T00:00:00Z
+
+
+class Clock:
+    """Time that passes when told to."""
+
+    def __init__(self) -> None:
+        self.now = START
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    """A stream that says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """A capable terminal, whatever the tests themselves run in."""
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "100")
+    return Terminal()
+
+
+def progress(stage: str = "sft", step: int = 0, total: int = 0, **values: Any) -> dict[str, Any]:
+    return {
+        "type": "progress",
+        "stage": stage,
+        "step": step,
+        "totalSteps": total,
+        "metrics": values.get("metrics", {}),
+        "message": values.get("message"),
+    }
+
+
+def staged(name: str, state: str, record: StageRecord | None = None) -> dict[str, Any]:
+    value = record.model_dump(mode="json", by_alias=True) if record else None
+    return {"type": "stage", "stage": name, "state": state, "record": value}
+
+
+def lines_of(clock: Clock, *events: tuple[float, dict[str, Any]]) -> list[str]:
+    """The log lines of events, each at its second."""
+    err = io.StringIO()
+    with Console(out=io.StringIO(), err=err, clock=clock) as console:
+        for seconds, event in events:
+            clock.now = START + seconds
+            console.event(event)
+    return err.getvalue().splitlines()
+
+
+def steps(seconds_each: float, total: int) -> list[tuple[float, dict[str, Any]]]:
+    return [
+        (step * seconds_each, progress(step=step, total=total, metrics={"loss": 1.0}))
+        for step in range(1, total + 1)
+    ]
+
+
+def seconds_in(line: str) -> int:
+    minute, second = re.match(r"2026-01-01T00:(\d\d):(\d\d)Z", line).groups()  # type: ignore[union-attr]
+    return 60 * int(minute) + int(second)
+
+
+def step_in(line: str) -> int:
+    return int(re.search(r" step=(\d+)", line)[1])  # type: ignore[index]
+
+
+# ---- log lines ----------------------------------------------------------------------------------
+
+
+def test_an_event_is_one_line_of_time_level_stage_and_values(clock: Clock) -> None:
+    [line] = lines_of(clock, (61, progress(step=5, total=50, metrics={"loss": 1.25, "tokens": 9})))
+    assert line == "2026-01-01T00:01:01Z info sft step=5 totalSteps=50 loss=1.25 tokens=9"
+
+
+def test_a_finished_stage_tells_its_time_its_metrics_and_its_digest(clock: Clock) -> None:
+    running, done = lines_of(
+        clock,
+        (0, staged("export", "Running")),
+        (9, staged("export", "Succeeded", record("export", {"bytes": 1048576.0}))),
+    )
+    assert running.endswith("info export state=Running")
+    assert done.endswith("export state=Succeeded seconds=75 bytes=1048576 digest=sha256:export")
+
+
+def test_text_that_could_be_mistaken_for_more_is_quoted_and_stays_on_its_line(clock: Clock) -> None:
+    message = 'a "b" c=d\nsecond\x1b[2J'
+    [line] = lines_of(clock, (0, progress(message=message)))
+    assert line.endswith('info sft message="a \\"b\\" c=d\\nsecond\N{REPLACEMENT CHARACTER}[2J"')
+
+
+def test_slow_steps_give_a_line_every_ten_seconds_and_not_more(clock: Clock) -> None:
+    times = [seconds_in(line) for line in lines_of(clock, *steps(0.25, 1200))]
+    gaps = [later - earlier for earlier, later in pairwise(times[:-1])]
+    assert len(times) > 20
+    assert min(gaps) >= 10
+
+
+def test_fast_steps_give_a_line_every_twentieth_of_the_stage_and_not_more(clock: Clock) -> None:
+    shown = [step_in(line) for line in lines_of(clock, *steps(0.001, 1000))]
+    assert shown[:3] == [1, 51, 101]
+    assert shown[-1] == 1000
+    assert len(shown) == 21
+
+
+def test_every_evaluation_and_every_new_message_is_shown(clock: Clock) -> None:
+    lines = lines_of(
+        clock,
+        (0, progress(message="loading the model")),
+        (0, progress(step=1, total=1000, metrics={"loss": 3.0})),
+        (0, progress(step=2, total=1000, metrics={"loss": 2.9})),
+        (0, progress(step=2, total=1000, metrics={"validationLoss": 2.5})),
+        (0, progress(step=3, total=1000, metrics={"validationLoss": 2.4})),
+        (0, progress(step=3, total=1000, message="saving")),
+    )
+    assert [re.sub(r".* sft | etaSeconds=\d+", "", line) for line in lines] == [
+        'message="loading the model"',
+        "step=1 totalSteps=1000 loss=3",
+        "step=2 totalSteps=1000 validationLoss=2.5",
+        "step=3 totalSteps=1000 validationLoss=2.4",
+        "step=3 totalSteps=1000 message=saving",
+    ]
+
+
+def test_a_message_that_is_said_again_and_again_is_shown_once(clock: Clock) -> None:
+    events = [(0.0, progress("prepare", step=row, message="reading")) for row in range(1, 500)]
+    assert len(lines_of(clock, *events)) <= 2
+
+
+def test_the_time_left_follows_the_pace_since_resuming(clock: Clock) -> None:
+    resumed = [
+        (float(index * 10), progress(step=500 + index, total=600, metrics={"loss": 1.0}))
+        for index in range(3)
+    ]
+    assert lines_of(clock, *resumed)[-1].endswith("step=502 totalSteps=600 loss=1 etaSeconds=980")
+
+
+def test_a_loss_that_is_not_a_number_is_shown_as_such(clock: Clock) -> None:
+    [line] = lines_of(clock, (0, progress(step=1, total=9, metrics={"loss": float("nan")})))
+    assert "loss=nan" in line
+
+
+def test_an_event_from_a_signal_handler_waits_until_the_line_is_written(clock: Clock) -> None:
+    class Interrupting(io.StringIO):
+        """Delivers an event in the middle of the first write."""
+
+        def write(self, text: str) -> int:
+            if not self.tell():
+                super().write(text[:10])
+                console.event(progress("", message="stopping"))
+                return super().write(text[10:])
+            return super().write(text)
+
+    err = Interrupting()
+    console = Console(out=io.StringIO(), err=err, clock=clock)
+    console.event(progress(message="loading"))
+    assert [line.split("Z ")[1] for line in err.getvalue().splitlines()] == [
+        "info sft message=loading",
+        "info run message=stopping",
+    ]
+
+
+def test_a_failure_is_a_line_with_reason_message_and_advice(clock: Clock) -> None:
+    err = io.StringIO()
+    with Console(out=io.StringIO(), err=err, clock=clock) as console:
+        console.event(staged("sft", "Running"))
+        console.failure(StageError("LossNotFinite", "the loss became nan.", advice="Lower it."))
+    assert (
+        err.getvalue()
+        .splitlines()[-1]
+        .endswith(
+            'error sft reason=LossNotFinite message="the loss became nan." advice="Lower it." '
+            "retryable=false"
+        )
+    )
+
+
+# ---- a terminal ---------------------------------------------------------------------------------
+
+
+def test_a_terminal_gets_a_line_for_each_finished_stage(clock: Clock, terminal: Terminal) -> None:
+    with Console(out=io.StringIO(), err=terminal, clock=clock) as console:
+        console.event(staged("evaluate", "Running"))
+        console.event(staged("evaluate", "Succeeded", record("evaluate", EVALUATE_METRICS)))
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
+    assert "✔ evaluate   1 min 15 s held-out loss 2.000 → 1.000 · 14/16 answers right" in shown
+
+
+@pytest.mark.parametrize("end", [None, KeyboardInterrupt, RuntimeError])
+def test_the_cursor_comes_back_however_the_run_ends(
+    clock: Clock, terminal: Terminal, end: type[BaseException] | None
+) -> None:
+    def watch() -> None:
+        with Console(out=io.StringIO(), err=terminal, clock=clock) as console:
+            console.event(staged("sft", "Running"))
+            console.event(progress(step=1, total=10, metrics={"loss": 1.0}))
+            if end:
+                raise end
+
+    if end:
+        with pytest.raises(end):
+            watch()
+    else:
+        watch()
+    hidden, shown = (terminal.getvalue().rfind(f"\x1b[?25{letter}") for letter in "lh")
+    assert 0 <= hidden < shown
+
+
+def test_the_running_stage_shows_bar_position_loss_and_speed(
+    clock: Clock, terminal: Terminal
+) -> None:
+    with Console(out=io.StringIO(), err=terminal, clock=clock) as console:
+        console.event(staged("sft", "Running"))
+        for step in (10, 20):
+            clock.now += 5
+            metrics = {"loss": 1.25, "tokensPerSecond": 110.0}
+            console.event(progress(step=step, total=40, metrics=metrics))
+        console.event(progress(step=20, total=40, metrics={"validationLoss": 1.5}))
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
+    assert re.search(r"sft +━+.*20/40 +10 s left", shown)
+    assert "loss 1.250 · held out 1.500 · 110 tokens/s" in shown
+
+
+def test_markup_and_control_characters_in_messages_reach_the_terminal_as_text(
+    clock: Clock, terminal: Terminal
+) -> None:
+    with Console(out=io.StringIO(), err=terminal, clock=clock) as console:
+        console.event(progress("", message="[red]stop[/red] :smile: \x1b[2J"))
+        console.failure(StageError("Broken", "row [bold]1[/bold]", advice="[link=x]y[/link]"))
+    for text in ("[red]stop[/red] :smile: ", "row [bold]1[/bold]", "[link=x]y[/link]"):
+        assert text in terminal.getvalue()
+    assert "\x1b[2J" not in terminal.getvalue()
+
+
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_a_terminal_that_wants_no_escapes_gets_log_lines(
+    clock: Clock, terminal: Terminal, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with Console(out=io.StringIO(), err=terminal, clock=clock) as console:
+        console.event(staged("sft", "Running"))
+    assert terminal.getvalue() == "2026-01-01T00:00:00Z info sft state=Running\n"
+
+
+def test_an_interrupted_run_says_where_it_stopped_and_how_it_goes_on(
+    clock: Clock, terminal: Terminal
+) -> None:
+    with Console(out=io.StringIO(), err=terminal, clock=clock) as console:
+        console.interrupted(Interrupted("sft", 128))
+    assert "Stopped in sft after step 128. The same command goes on from there." in (
+        terminal.getvalue()
+    )
+
+
+# ---- the result ---------------------------------------------------------------------------------
+
+
+def summarized(
+    found: dict[str, StageRecord], *, output: str = "/jobs/out", skipped_all: bool = False
+) -> str:
+    out, err = io.StringIO(), io.StringIO()
+    with Console(out=out, err=err) as console:
+        console.start(Plan.model_validate_json(MINIMAL.read_text()))
+        before = err.getvalue()
+        console.summary(found, output, Path("/jobs/out/result"), skipped_all=skipped_all)
+    assert err.getvalue() == before, "the result belongs on standard output alone"
+    return out.getvalue()
+
+
+def cells(text: str, label: str) -> list[str]:
+    """What stands behind a label on its line."""
+    line = next(line for line in text.splitlines() if line.strip().startswith(label))
+    return re.split(r"\s{2,}", line.strip())[1:]
+
+
+def test_the_result_compares_base_and_tuned_and_tells_time_tokens_and_memory() -> None:
+    shown = summarized(records())
+    assert cells(shown, "Held-out loss") == ["2.000", "1.000", "\N{MINUS SIGN}50 %"]
+    assert cells(shown, "Held-out perplexity") == ["7.389", "2.718", "\N{MINUS SIGN}63 %"]
+    assert cells(shown, "Answers right") == ["1/16", "14/16", "+13"]
+    assert cells(shown, "Time") == ["2 min training, 5 min in all"]
+    assert cells(shown, "Tokens trained on") == ["18,000"]
+    assert cells(shown, "Memory at its peak") == ["1.5 GiB"]
+    assert cells(shown, "Trained parameters") == ["5,000,000 of 100,000,000 (5 %)"]
+
+
+def test_answers_are_shares_where_nobody_counted_the_questions() -> None:
+    found = records()
+    metrics = {name: value for name, value in EVALUATE_METRICS.items() if name != "questions"}
+    found["evaluate"] = record("evaluate", metrics)
+    assert cells(summarized(found), "Answers right") == ["6 %", "88 %", "+81 points"]
+
+
+def test_without_held_out_rows_there_is_no_comparison_and_the_rest_is_shown() -> None:
+    training = record("sft", {"steps": 4.0, "tokens": 10.0, "trainingSeconds": 3.0})
+    shown = summarized({"sft": training, "export": record("export", EXPORT_METRICS)})
+    assert "Base" not in shown
+    assert cells(shown, "Tokens trained on") == ["10"]
+
+
+def test_a_base_that_was_not_measured_is_left_open() -> None:
+    shown = summarized({"evaluate": record("evaluate", {"validationLoss": 1.0})})
+    assert cells(shown, "Held-out loss") == ["\N{EN DASH}", "1.000"]
+
+
+def test_what_a_model_answered_is_shown_as_it_is_and_cannot_steer_the_terminal() -> None:
+    answer = "[red]hot[/red] \x1b[2J\x9b3m :fire:"
+    shown = summarized(records([{**SAMPLES[0], "base": answer}]))
+    assert "[red]hot[/red]" in shown
+    assert ":fire:" in shown
+    assert "\x1b" not in shown
+    assert "\x9b" not in shown
+
+
+def test_right_and_wrong_answers_are_marked_by_the_rule_of_the_evaluation() -> None:
+    shown = summarized(records([{**SAMPLES[0], "base": "A year."}]))
+    assert "✘ A year." in shown
+    assert "✔ It is 30 MONTHS." in shown
+
+
+def test_held_out_rows_that_training_saw_are_warned_of() -> None:
+    found = records()
+    found["prepare"] = record("prepare", {}, datasets=[], contaminated=3)
+    assert "Warning: 3 of the held-out rows are also in the training data" in summarized(found)
+
+
+def test_a_job_with_nothing_left_to_do_says_so_and_shows_its_result_again() -> None:
+    shown = summarized(records(), skipped_all=True)
+    assert shown.startswith("Nothing to do: every stage of minimal is already done.\n")
+    assert cells(shown, "Answers right") == ["1/16", "14/16", "+13"]
+    assert "Nothing to do" not in summarized(records())
+
+
+def test_the_result_says_where_things_lie_and_names_only_what_was_written() -> None:
+    shown = summarized(records())
+    assert cells(shown, "Adapter") == ["/jobs/out/result/adapter"]
+    assert cells(shown, "Report") == ["/jobs/out/result/report.html"]
+    assert not any(line.startswith("Model ") for line in shown.splitlines() if "card" not in line)
+
+
+def test_in_an_object_store_things_lie_at_its_address() -> None:
+    shown = summarized(records(), output="s3://models/minimal")
+    assert cells(shown, "Model card") == ["s3://models/minimal/result/README.md"]
+
+
+def test_an_output_that_cannot_encode_an_answer_shows_question_marks() -> None:
+    raw = io.BytesIO()
+    out = io.TextIOWrapper(raw, encoding="ascii")
+    with Console(out=out, err=io.StringIO()) as console:
+        console.summary(records([{**SAMPLES[0], "tuned": "naïve 答え"}]), "/out", Path("/out"))
+    out.flush()
+    assert b"na?ve" in raw.getvalue()
+
+
+# ---- numbers and text ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (0.42, "0.4 s"),
+        (9.97, "10 s"),
+        (59.6, "1 min"),
+        (72, "1 min 12 s"),
+        (7500, "2 h 5 min"),
+        (3600 * 76, "3 d 4 h"),
+        (float("nan"), "\N{EN DASH}"),
+    ],
+)
+def test_durations_are_given_in_their_two_largest_units(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (2.8714, "2.871"),
+        (17.654, "17.65"),
+        (1234.5, "1,234"),
+        (1e-5, "1e-05"),
+        (0.0, "0.000"),
+        (None, "\N{EN DASH}"),
+        (float("nan"), "not a number"),
+        (float("inf"), "∞"),
+    ],
+)
+def test_numbers_have_four_significant_digits(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
+def test_sizes_are_given_in_the_unit_that_fits() -> None:
+    assert [size(value) for value in (0, 900, 1536, 1.4 * 2**30, 2.0**45)] == [
+        "0 bytes",
+        "900 bytes",
+        "1.5 KiB",
+        "1.4 GiB",
+        "32 TiB",
+    ]
+
+
+def test_text_loses_what_steers_a_terminal_or_turns_its_direction_and_nothing_else() -> None:
+    kept = "a\tb\nc é 漢 עברית 👩‍🔧"
+    assert harmless(kept) == kept
+    assert harmless("a\x1bb\x00c\x9bd\u202ee\r\nf") == "a\ufffdb\ufffdc\ufffdd\ufffde\nf"

@@ -1,0 +1,326 @@
+"""The report: the curve as a PNG, the HTML page and the model card."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from tests.trainer.finished import HOSTILE, LINES, MANIFEST, folders
+from tuneyard_trainer import plots, report
+from tuneyard_trainer.account import Account, shareable
+from tuneyard_trainer.card import fenced, write_card
+
+
+def account(
+    root: Path,
+    *,
+    exported: tuple[str, ...] = ("adapter",),
+    licence: str | None = "apache-2.0",
+    **spec: Any,
+) -> Account:
+    """Of a finished job; `spec` replaces fields of the manifest's."""
+    inputs = folders(root / "stages")
+    for name in exported:
+        (root / "result" / name).mkdir(parents=True)
+    manifest = {**MANIFEST, "spec": {**MANIFEST["spec"], **spec}}
+    return Account.of(root / "result", inputs, manifest, {}, licence)
+
+
+def card(root: Path, **changes: Any) -> str:
+    return write_card(account(root, **changes))
+
+
+def reported(root: Path, *exported: str) -> Path:
+    """The folder of a whole report."""
+    inputs = folders(root / "stages")
+    for name in exported:
+        (root / "result" / name).mkdir(parents=True)
+    compared = {"adapterLogitDifference": 0.0}
+    report.write(
+        root / "result", inputs, manifest=MANIFEST, compared=compared, licence="apache-2.0"
+    )
+    return root / "result"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report on a job that trained an adapter."""
+    return reported(tmp_path_factory.mktemp("job"), "adapter")
+
+
+def page(folder: Path) -> str:
+    return (folder / "report.html").read_text("utf-8")
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    opening, matter, _ = text.split("---\n", 2)
+    assert opening == ""
+    value: dict[str, Any] = yaml.safe_load(matter)
+    return value
+
+
+def programs(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+class Page(HTMLParser):
+    """Tags, what they would load, and the text that is read."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.loaded: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "srcset", "data", "poster", "action"):
+                self.loaded.append(value or "")
+            if name == "href":
+                self.links.append(value or "")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+# ---- the page -----------------------------------------------------------------------------------
+
+
+def test_the_page_loads_nothing_from_outside_and_runs_nothing(folder: Path) -> None:
+    found = Page(page(folder))
+    assert len(found.loaded) == 2
+    assert all(value.startswith("data:image/png;base64,") for value in found.loaded)
+    assert not {"script", "link", "iframe", "object", "embed", "form"} & set(found.tags)
+    assert not [link for link in found.links if ":" in link]
+    assert "url(" not in page(folder)
+    assert "@import" not in page(folder)
+    assert "default-src 'none'" in page(folder)
+
+
+def test_what_a_model_answered_stands_in_the_page_as_text(folder: Path) -> None:
+    text = Page(page(folder)).text
+    assert "<script>alert(1)</script>" in text
+    assert "[bold red]loud[/bold red]" in text
+    assert "\x1b" not in text
+    assert "train.jsonl row 7: no <answer>" in text
+
+
+def test_the_page_tells_result_data_settings_stages_and_use(folder: Path) -> None:
+    text = Page(page(folder)).text
+    for part in (
+        "14/16",
+        "2.718",
+        "file://data/train.jsonl",
+        "2 skipped",
+        "LoRA; rank 8, alpha 16, targets all-linear",
+        "2026-01-01T00:01:15Z",
+        "1 min 15 s",
+        "sha256:base",
+        "sha256:rows",
+        "PeftModel.from_pretrained",
+        "adapter/",
+    ):
+        assert part in text
+
+
+def test_the_page_names_the_model_folder_only_where_there_is_one(
+    folder: Path, tmp_path: Path
+) -> None:
+    assert "model/" not in Page(page(folder)).links
+    merged = reported(tmp_path, "adapter", "model")
+    assert {"adapter/", "model/"} <= set(Page(page(merged)).links)
+
+
+def test_a_job_without_held_out_rows_has_a_report_that_says_so(tmp_path: Path) -> None:
+    lines = [line for line in LINES if "loss" in line]
+    inputs = folders(tmp_path / "stages", lines=lines)
+    del inputs["evaluation"]
+    path = inputs["tuned"] / "record.json"
+    value = json.loads(path.read_text())
+    value["metrics"] = {"steps": 40.0, "finalLoss": 0.5}
+    path.write_text(json.dumps(value))
+    result = tmp_path / "result"
+    result.mkdir()
+    report.write(result, inputs, manifest=MANIFEST, compared={}, licence=None)
+    for text in (page(result), (result / "README.md").read_text("utf-8")):
+        assert "No rows were held out" in text
+        assert "Perplexity" not in text
+        assert "Answers to held-out prompts" not in text
+
+
+def test_a_report_needs_no_records(tmp_path: Path) -> None:
+    inputs = folders(tmp_path / "stages")
+    for path in inputs.values():
+        (path / "record.json").unlink()
+    result = tmp_path / "result"
+    result.mkdir()
+    report.write(result, inputs, manifest={}, compared={}, licence=None)
+    assert Page(page(result)).text.count("Settings") == 1
+
+
+def test_the_same_job_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    again = reported(tmp_path, "adapter")
+    for name in ("loss.png", "report.html", "README.md"):
+        assert (again / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_passwords_and_signatures_in_addresses_are_not_passed_on(tmp_path: Path) -> None:
+    secret = "https://user:hunter2@host.example/rows.jsonl?X-Signature=hunter3#part"
+    data = {"train": [{"uri": secret, "format": "auto"}]}
+    found = account(tmp_path, data=data)
+    assert found.spec["data"]["train"][0]["uri"] == "https://host.example/rows.jsonl"
+    assert "hunter" not in write_card(found)
+    assert shareable({"uri": "file://a b/c#1?.txt"}) == {"uri": "file://a b/c#1?.txt"}
+
+
+# ---- the card -----------------------------------------------------------------------------------
+
+
+def test_the_front_matter_says_licence_base_library_task_and_tags(folder: Path) -> None:
+    assert front_matter((folder / "README.md").read_text("utf-8")) == {
+        "license": "apache-2.0",
+        "base_model": "acme/small-model",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["tuneyard", "sft", "lora"],
+    }
+
+
+def test_what_is_not_known_is_left_out_of_the_front_matter(tmp_path: Path) -> None:
+    model = {"uri": "file://models/mine"}
+    text = card(tmp_path, licence=None, model=model, adapter=None, exported=("model",))
+    assert front_matter(text) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["tuneyard", "sft"],
+    }
+    assert "names no licence" in text
+
+
+def test_data_sets_of_the_hub_are_named_in_the_front_matter(tmp_path: Path) -> None:
+    data = {"train": [{"uri": "hf://datasets/acme/chats/train.parquet", "format": "auto"}]}
+    assert front_matter(card(tmp_path, data=data))["datasets"] == ["acme/chats"]
+
+
+def test_answers_cannot_break_out_of_their_code_blocks(tmp_path: Path) -> None:
+    text = card(tmp_path)
+    assert fenced(HOSTILE).startswith("````text\n")
+    assert fenced(HOSTILE) in text
+    assert "\x1b" not in text
+    outside = re.sub(r"^(`{3,})[a-z]*\n.*?\n\1$", "", text, flags=re.DOTALL | re.MULTILINE)
+    assert "<script>" not in outside
+    assert "# heading" not in outside
+
+
+def test_a_bar_in_an_address_does_not_split_its_cell(tmp_path: Path) -> None:
+    data = {"train": [{"uri": "file://a|b`<i>.jsonl", "format": "auto"}]}
+    assert "| `file://a\\|b<i>.jsonl` | training |" in card(tmp_path, data=data)
+
+
+@pytest.mark.parametrize(
+    ("model", "loads"),
+    [
+        ({"uri": "hf://acme/small"}, 'from_pretrained("acme/small")'),
+        (
+            {"uri": "hf://acme/small", "revision": "v1"},
+            'from_pretrained("acme/small", revision="v1")',
+        ),
+        ({"uri": "hf://acme/q/m.gguf"}, 'from_pretrained("acme/q", gguf_file="m.gguf")'),
+        ({"uri": "pkg://llm_small/m.gguf"}, 'from_pretrained(place, gguf_file="m.gguf")'),
+        ({"uri": "file://../base"}, "# file://../base"),
+    ],
+)
+def test_the_card_loads_the_base_from_where_it_came(
+    tmp_path: Path, model: dict[str, str], loads: str
+) -> None:
+    [program] = programs(card(tmp_path, model=model))
+    ast.parse(program)
+    assert loads in program
+    assert "PeftModel.from_pretrained(base, folder)" in program
+
+
+def test_an_adapter_that_peft_has_not_is_loaded_by_tuneyard(tmp_path: Path) -> None:
+    text = card(tmp_path, adapter={"bottleneck": {"size": 64}})
+    [program] = programs(text)
+    ast.parse(program)
+    assert "adapters.load(base, pathlib.Path(folder))" in program
+    assert "peft" not in program
+    assert front_matter(text)["library_name"] == "tuneyard"
+
+
+def test_a_merged_model_is_loaded_alone_and_its_adapter_too(tmp_path: Path) -> None:
+    whole, adapter = programs(card(tmp_path, exported=("adapter", "model")))
+    assert "PeftModel" not in whole
+    assert "PeftModel" in adapter
+    assert "apply_chat_template" in whole
+
+
+def test_a_model_trained_on_text_is_given_text(tmp_path: Path) -> None:
+    [program] = programs(card(tmp_path, method="pretrain"))
+    assert "apply_chat_template" not in program
+
+
+# ---- the curve ----------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "lines",
+    [
+        pytest.param(LINES, id="a run"),
+        pytest.param([], id="nothing"),
+        pytest.param([{"step": 1, "loss": 2.0, "learningRate": 1e-4}], id="one step"),
+        pytest.param(
+            [
+                {"step": 0, "baseValidationLoss": math.nan},
+                {"step": 1, "loss": math.nan, "learningRate": 0.0},
+                {"step": 2, "loss": math.inf, "learningRate": 0.0},
+                {"step": 2, "validationLoss": math.nan},
+            ],
+            id="not a number",
+        ),
+        pytest.param([{"step": s, "loss": 1.0} for s in range(1, 30)], id="flat, no rate"),
+    ],
+)
+def test_any_history_gives_a_curve_without_a_warning(
+    tmp_path: Path, lines: list[dict[str, Any]]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "loss.png").write_bytes(plots.draw(plots.Curves.read(path), "A $name_x"))
+    with Image.open(tmp_path / "loss.png") as image:
+        assert image.size == (1600, 1000)
+
+
+def test_a_torn_last_line_and_a_missing_file_are_no_obstacle(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert plots.Curves.read(path) == plots.Curves([], [], [], None)
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert plots.Curves.read(path).loss == [(1, 2.0)]
+
+
+def test_smoothing_starts_at_the_first_value_and_passes_over_what_is_no_number() -> None:
+    values = [(step, 3.0) for step in range(1, 50)]
+    smooth = plots.smoothed([*values, (50, math.nan), (51, 3.0)])
+    assert [value for step, value in smooth if step != 50] == pytest.approx([3.0] * 50)
+    assert math.isnan(dict(smooth)[50])
+
+
+def test_a_long_run_is_thinned_and_keeps_its_last_step() -> None:
+    points = [(step, 1.0) for step in range(1, 100_001)]
+    thin = plots.thinned(points)
+    assert len(thin) <= plots.MAX_POINTS + 1
+    assert (thin[0], thin[-1]) == (points[0], points[-1])
