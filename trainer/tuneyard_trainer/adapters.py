@@ -1,0 +1,416 @@
+"""Adapters of every kind behind five verbs: attach, save, load, disabled, merge.
+
+LoRA, QLoRA, (IA)^3, prefix and prompt tuning are PEFT's; bottleneck adapters are ours. On disk each
+is `adapter_model.safetensors` and `adapter_config.json`, the former in PEFT's own layout, so that
+anything which reads PEFT adapters reads them.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from tuneyard.api.methods import Adapter, Lora, PrefixTuning, PromptTuning
+from tuneyard.errors import StageError
+from tuneyard_trainer import bottleneck
+from tuneyard_trainer.bottleneck import attention_of
+from tuneyard_trainer.model_files import first_line
+from tuneyard_trainer.models import decoder_layers, layer_indices
+from tuneyard_trainer.probes import probing
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BOTTLENECK = "BOTTLENECK"
+MERGEABLE = frozenset({"LORA", "IA3"})
+TASK = "CAUSAL_LM"
+
+# (IA)^3 rescales keys, values and the MLP's inner activations: the outputs of the first two and the
+# input of the third. Where one layer makes queries, keys and values, all of them are rescaled.
+IA3_KEY_VALUE = ("k_proj", "v_proj", "key", "value", "c_attn", "query_key_value", "qkv_proj")
+IA3_MLP = ("down_proj", "fc2", "fc_out", "w2", "dense_4h_to_h", "mlp.c_proj")
+
+
+def attach(
+    model: PreTrainedModel, adapter: Adapter, *, seed: int, tokenizer: PreTrainedTokenizerBase
+) -> nn.Module:
+    """Freezes `model` and puts a new adapter on it, in place; trained parameters are float32.
+
+    The adapter's first weights depend on `seed` (and, for prefix and prompt tuning, on the base);
+    the global random state is left as it was.
+    """
+    with _seeded(seed, model.device):
+        if adapter.bottleneck:
+            return bottleneck.attach(model, adapter.bottleneck)
+        if adapter.lora:
+            return _wrap(model, _lora(model, adapter.lora, "adapter.lora"))
+        if adapter.qlora:
+            if not getattr(model, "is_loaded_in_4bit", False):
+                raise ValueError("QLoRA needs a 4-bit base: load_base(..., quantize=...)")
+            return _wrap(model, _lora(model, adapter.qlora, "adapter.qlora"))
+        if adapter.ia3:
+            return _wrap(model, _ia3(model))
+        if adapter.prefix:
+            return _prefix(model, adapter.prefix)
+        if adapter.prompt:
+            return _prompt(model, adapter.prompt, tokenizer)
+    raise ValueError(f"no adapter kind is set in {adapter!r}")
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _wrap(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice on settings that Tuneyard chose knowingly
+        wrapped = get_peft_model(model, config)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return wrapped
+
+
+# ---- LoRA and (IA)^3: which layers ---------------------------------------------------------------
+
+
+def _lora(model: PreTrainedModel, settings: Lora, field: str) -> LoraConfig:
+    name, layers = decoder_layers(model)
+    chosen = list(range(len(layers)))
+    if settings.layers:
+        chosen = layer_indices(settings.layers, len(layers), f"{field}.layers")
+    return LoraConfig(
+        task_type=TASK,
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=_targets(model, settings.targets, chosen, field),
+        layers_to_transform=chosen if settings.layers else None,
+        layers_pattern=name.rsplit(".", 1)[-1] if settings.layers else None,
+        use_rslora=settings.rank_stabilized,
+        use_dora=settings.decomposed,
+    )
+
+
+def _targets(
+    model: PreTrainedModel, targets: str | list[str], chosen: list[int], field: str
+) -> list[str]:
+    """Module names as PEFT matches them: a module's whole name, or its end after a dot."""
+    inside, outside = _linear_layers(model, chosen)
+    if isinstance(targets, list):
+        _check_targets(model, targets, inside | outside, field)
+        return sorted(targets)
+    if targets == "attention":
+        wanted = {name for name in inside if name.startswith(_attention_prefixes(model, chosen))}
+    else:
+        wanted = inside
+    return _shortest(wanted, inside | outside)
+
+
+def _linear_layers(model: PreTrainedModel, chosen: list[int]) -> tuple[set[str], set[str]]:
+    """Names of the linear layers (4-bit ones and GPT-2's Conv1D too): those in the chosen decoder
+    layers, and those in no decoder layer."""
+    prefix = decoder_layers(model)[0] + "."
+    inside, outside = set(), set()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D):
+            continue
+        if not name.startswith(prefix):
+            outside.add(name)
+        elif int(name.removeprefix(prefix).split(".")[0]) in chosen:
+            inside.add(name)
+    return inside, outside
+
+
+def _attention_prefixes(model: PreTrainedModel, chosen: list[int]) -> tuple[str, ...]:
+    list_name, layers = decoder_layers(model)
+    return tuple(f"{list_name}.{i}.{attention_of(layers[i])[0]}." for i in chosen)
+
+
+def _shortest(wanted: set[str], names: set[str]) -> list[str]:
+    """The last parts of the wanted names, or more of them where those would match others too."""
+    found: set[str] = set()
+    for name in sorted(wanted):
+        parts = name.split(".")
+        ends = [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
+        if found.isdisjoint(ends):
+            found.add(next(end for end in ends if _matching(end, names) <= wanted))
+    return sorted(found)
+
+
+def _matching(end: str, names: set[str]) -> set[str]:
+    return {name for name in names if name == end or name.endswith(f".{end}")}
+
+
+def _check_targets(model: PreTrainedModel, targets: list[str], names: set[str], field: str) -> None:
+    unknown = [target for target in targets if not _matching(target, names)]
+    if unknown:
+        known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+        raise StageError(
+            "TargetNotFound",
+            f"{field}.targets names {', '.join(unknown)}, and the linear layers there are {known}.",
+            advice=f"Set {field}.targets to some of these, to all-linear or to attention.",
+        )
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    matched = {model.get_submodule(name) for t in targets for name in _matching(t, names)}
+    if head in matched and head.weight is embeddings.weight:
+        raise StageError(
+            "TiedHead",
+            f"{field}.targets names the head, which in this model is its embeddings.",
+            advice=f"Take the head out of {field}.targets.",
+        )
+
+
+def _ia3(model: PreTrainedModel) -> IA3Config:
+    _, layers = decoder_layers(model)
+    names, _ = _linear_layers(model, list(range(len(layers))))
+    key_value = [name for name in IA3_KEY_VALUE if _matching(name, names)]
+    mlp = [name for name in IA3_MLP if _matching(name, names)]
+    if not key_value or not mlp:
+        known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+        raise StageError(
+            "UnknownLayout",
+            f"(IA)^3 finds no {'MLP output' if key_value else 'key and value'} projection in "
+            f"{type(model).__name__}: its linear layers are {known}.",
+            advice="Use adapter.lora with targets: all-linear.",
+        )
+    return IA3Config(task_type=TASK, target_modules=key_value + mlp, feedforward_modules=mlp)
+
+
+# ---- prefix and prompt: first weights ------------------------------------------------------------
+
+
+def _random_tokens(model: PreTrainedModel, count: int) -> Tensor:
+    """(1, count) token ids, drawn on the CPU so that every device starts alike."""
+    return torch.randint(model.config.get_text_config().vocab_size, (1, count)).to(model.device)
+
+
+def _prefix(model: PreTrainedModel, settings: PrefixTuning) -> PeftModel:
+    """Starts from the keys and values of random vocabulary tokens: the paper found activations of
+    real words far better than random numbers (section 7.4), and they have the right scale."""
+    cached_CHLD = _keys_and_values(model, _random_tokens(model, settings.length))
+    num_tensors, heads, length, head_width = cached_CHLD.shape
+    config = PrefixTuningConfig(
+        task_type=TASK,
+        num_virtual_tokens=length,
+        num_layers=num_tensors // 2,
+        num_attention_heads=heads,
+        token_dim=heads * head_width,
+    )
+    wrapped = _wrap(model, config)
+    _set_prompt(wrapped, cached_CHLD.permute(2, 0, 1, 3).reshape(length, -1))
+    return wrapped
+
+
+def _keys_and_values(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """What the layers keep of `ids` (1, L): (C, H, L, D), C the keys and values of the first layer,
+    of the second, and so on, H their heads, D a head's width. Raises StageError."""
+    with probing(model):
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    cached = [kept for layer in getattr(cache, "layers", []) for kept in (layer.keys, layer.values)]
+    shapes = {tuple(kept.shape) for kept in cached}
+    if len(shapes) != 1 or next(iter(shapes))[2] != ids.shape[1]:
+        raise StageError(
+            "PrefixUnsupported",
+            f"{type(model).__name__} does not keep keys and values of one shape in every layer, "
+            "which prefix tuning needs.",
+            advice="Use adapter.lora or adapter.prompt.",
+        )
+    return torch.cat(cached)
+
+
+def _prompt(
+    model: PreTrainedModel, settings: PromptTuning, tokenizer: PreTrainedTokenizerBase
+) -> PeftModel:
+    """Starts from the embeddings of a text, repeated or cut to length, or of random tokens."""
+    ids = _random_tokens(model, settings.length)
+    if settings.initial_text:
+        text = tokenizer(settings.initial_text, add_special_tokens=False)["input_ids"]
+        repeated = (text * settings.length)[: settings.length]
+        ids = torch.tensor([repeated], device=model.device)
+    embed: Any = model.get_input_embeddings()
+    embedded = embed(ids)[0].detach()
+    wrapped = _wrap(model, PromptTuningConfig(task_type=TASK, num_virtual_tokens=settings.length))
+    _set_prompt(wrapped, embedded)
+    return wrapped
+
+
+def _set_prompt(model: PeftModel, weights: Tensor) -> None:
+    encoder: Any = model.prompt_encoder[model.active_adapter]
+    with torch.no_grad():
+        encoder.embedding.weight.copy_(weights)
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def save(model: nn.Module, folder: Path, *, base: str | None = None) -> None:
+    """Writes the adapter alone; the same adapter gives the same bytes. `base`: the public name of
+    its base, for readers that look for one; local paths are never written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PeftModel):
+        config = model.active_peft_config.to_dict() | {"revision": None, "inference_mode": True}
+        weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    elif isinstance(model, PreTrainedModel) and bottleneck.attached(model):
+        config = {"peft_type": BOTTLENECK, "task_type": TASK} | bottleneck.config_of(model)
+        weights = bottleneck.weights_of(model)
+    else:
+        raise TypeError(f"{type(model).__name__} has no adapter")
+    config["base_model_name_or_path"] = base
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # sets have no order
+    (folder / CONFIG).write_text(text + "\n")
+
+
+def load(base: PreTrainedModel, folder: Path, *, trainable: bool = False) -> nn.Module:
+    """Puts a saved adapter on `base`, in place, in evaluation mode. Raises StageError."""
+    config, weights = _read(folder)
+    with _seeded(0, base.device), _fitting(folder):
+        if config["peft_type"] == BOTTLENECK:
+            model: nn.Module = bottleneck.attach(base, bottleneck.settings_of(config))
+            bottleneck.assign(model, weights)
+        else:
+            model = _load_peft(base, folder, weights, trainable)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and trainable)
+    return model.eval()
+
+
+def _load_peft(
+    base: PreTrainedModel, folder: Path, weights: Mapping[str, Tensor], trainable: bool
+) -> PeftModel:
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    prompts = config.is_prompt_learning
+    if prompts:
+        _check_width(base, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # missing tensors, which are checked here
+        model = PeftModel.from_pretrained(  # which refuses to go on training a prompt
+            base, folder, is_trainable=trainable and not prompts, local_files_only=True
+        )
+    own = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    if own != weights.keys():
+        odd = sorted(own ^ weights.keys())
+        raise ValueError(f"{len(odd)} tensors are missing or not known: {', '.join(odd[:5])}")
+    if trainable and prompts:
+        model.active_peft_config.inference_mode = False
+        model.prompt_encoder.requires_grad_(True)
+    return model
+
+
+def _check_width(base: PreTrainedModel, config: Any) -> None:
+    """PEFT shapes virtual tokens by the adapter's own config: a wrong base shows up in use only."""
+    if config.peft_type == "PREFIX_TUNING":
+        cached = _keys_and_values(base, torch.zeros((1, 1), dtype=torch.long, device=base.device))
+        own: Any = (cached.shape[0] // 2, cached.shape[1], cached.shape[1] * cached.shape[3])
+        found = (config.num_layers, config.num_attention_heads, config.token_dim)
+    else:
+        embeddings: Any = base.get_input_embeddings()
+        own, found = embeddings.weight.shape[1], config.token_dim
+    if own != found:
+        raise ValueError(f"it has the shape {found}, and the base needs {own}")
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise StageError("AdapterIncomplete", f"{folder} has no {' and no '.join(missing)}.")
+    with _fitting(folder):
+        config = json.loads((folder / CONFIG).read_text())
+        if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+            raise ValueError(f"{CONFIG} names no peft_type")
+        return config, load_file(folder / WEIGHTS)
+
+
+@contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise StageError(
+            "AdapterBroken",
+            f"the adapter in {folder} cannot be loaded onto this base: {first_line(error)}.",
+            advice="Use the base model that the adapter was trained on.",
+        ) from error
+
+
+# ---- use -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """While active, the model is its base, for every kind of adapter."""
+    if not isinstance(model, PeftModel):
+        if not bottleneck.attached(model):
+            raise TypeError(f"{type(model).__name__} has no adapter")
+        with bottleneck.disabled(model):
+            yield
+        return
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:  # PEFT makes every adapter trainable again, loaded ones too
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+
+
+def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """`base` itself, with the saved adapter worked into its weights and nothing of PEFT left.
+
+    `base` must be in its original precision, also for QLoRA: the 4-bit copy has lost what merging
+    would build on. Raises StageError for kinds that no weight can express.
+    """
+    config, _ = _read(folder)
+    if config["peft_type"] not in MERGEABLE:
+        raise StageError(
+            "NotMergeable",
+            f"a {config['peft_type'].lower()} adapter cannot be merged: no weights of the base "
+            "alone do what it does.",
+            advice="Set output.merge to false, or use adapter.lora, adapter.qlora or adapter.ia3.",
+        )
+    if getattr(base, "is_quantized", False):
+        raise ValueError("merge needs the base in its original precision, not a quantized copy")
+    merging: Any = load(base, folder)
+    with _fitting(folder):  # safe_merge raises ValueError for weights that are not finite
+        merged = merging.merge_and_unload(safe_merge=True)
+    return merged.requires_grad_(True)
+
+
+def enable_gradient_checkpointing(model: nn.Module) -> None:
+    """Recompute activations in the backward pass. Raises StageError where the model or adapter
+    cannot."""
+    kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if kind == "PREFIX_TUNING" or not getattr(base, "supports_gradient_checkpointing", False):
+        what = "prefix tuning" if kind == "PREFIX_TUNING" else type(base).__name__
+        raise StageError(
+            "CheckpointingUnsupported",
+            f"training.gradientCheckpointing is set, and {what} does not work with it.",
+            advice="Set training.gradientCheckpointing to false, and lower "
+            "training.microBatchTokens instead to save memory.",
+        )
+    base.activation_checkpointing_enable({"use_reentrant": False})

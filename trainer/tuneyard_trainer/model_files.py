@@ -1,0 +1,258 @@
+"""What the files of a base model say before any weight is read: a folder, or one `.gguf` file.
+
+Nothing here runs code from the model's folder or unpickles anything, and nothing here reaches the
+network.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tuneyard.errors import StageError
+from tuneyard_trainer import gguf_reader
+
+PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MODEL_FIELD = "Set model.uri to a causal language model: config.json and safetensors, or one .gguf."
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+    "tiktoken.model",
+)
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether the model is one GGUF file."""
+    return path.suffix.lower() == ".gguf"
+
+
+def config_of(path: Path) -> PreTrainedConfig:
+    """The config of the causal model at `path`. Raises StageError for everything that Tuneyard
+    cannot or will not load, with the reason."""
+    if not path.exists():
+        raise StageError("ModelMissing", f"there is no model at {path}.", advice=MODEL_FIELD)
+    if is_gguf(path):
+        config = _gguf_config(path)
+    else:
+        raw = _raw_config(path)
+        _refuse_remote_code(path, raw)
+        _refuse_adapter(path)
+        _refuse_quantized(path, raw)
+        config = _folder_config(path)
+        _require_causal(path, config)
+        _require_safetensors(path)
+        return config
+    _require_causal(path, config)
+    return config
+
+
+def _gguf_config(path: Path) -> PreTrainedConfig:
+    try:
+        return gguf_reader.config(path)
+    except Exception as error:  # a broken header ends in struct.error, IndexError, ValueError...
+        raise StageError(
+            "ModelBroken",
+            f"{path} cannot be read as a GGUF model: {first_line(error)}.",
+            advice="Fetch the file again, or name a model folder with safetensors in model.uri.",
+        ) from error
+
+
+def _raw_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    if not file.exists():
+        raise StageError(
+            "ModelIncomplete",
+            f"{path} has no config.json; it holds {_listing(path)}.",
+            advice=MODEL_FIELD,
+        )
+    try:
+        value = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StageError(
+            "ModelBroken", f"{file} is not JSON: {error}.", advice=MODEL_FIELD
+        ) from error
+    if not isinstance(value, dict):
+        raise StageError("ModelBroken", f"{file} is not a JSON object.", advice=MODEL_FIELD)
+    return value
+
+
+def _listing(path: Path) -> str:
+    names = sorted(child.name for child in path.iterdir()) if path.is_dir() else []
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return shown or "nothing"
+
+
+def _refuse_remote_code(path: Path, raw: dict[str, Any]) -> None:
+    """A repository's own classes are named by `auto_map`; where transformers has native ones of the
+    same type, those are used."""
+    if "auto_map" not in raw:
+        return
+    model_type = str(raw.get("model_type", ""))
+    if model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    raise StageError(
+        "RemoteCode",
+        f"{path}: this model ({model_type or 'of no named type'}) needs code from its repository, "
+        "which Tuneyard does not run.",
+        advice="Set model.uri to a model of an architecture that transformers itself contains.",
+    )
+
+
+def _refuse_adapter(path: Path) -> None:
+    """transformers would go and load whatever base the adapter names."""
+    if (path / "adapter_config.json").exists():
+        raise StageError(
+            "AdapterNotModel",
+            f"{path} is an adapter, not a whole model.",
+            advice="Set model.uri to its base, or to the merged model (output.merge: true).",
+        )
+
+
+def _refuse_quantized(path: Path, raw: dict[str, Any]) -> None:
+    quantization = raw.get("quantization_config")
+    if quantization:
+        method = (
+            quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else ""
+        )
+        raise StageError(
+            "QuantizedModel",
+            f"{path} holds weights that are already quantized ({method or quantization}): they "
+            "can neither be trained nor merged into.",
+            advice="Set model.uri to the unquantized model; adapter.qlora quantizes it on loading.",
+        )
+
+
+def _folder_config(path: Path) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # each config class checks its own fields in its own way
+        raise StageError(
+            "UnknownArchitecture",
+            f"transformers cannot read {path / 'config.json'}: {first_line(error)}.",
+            advice=MODEL_FIELD,
+        ) from error
+
+
+def _require_causal(path: Path, config: PreTrainedConfig) -> None:
+    named = next(iter(config.architectures or ()), None)
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    causal = known and not getattr(config, "is_encoder_decoder", False)
+    if causal and named:
+        causal = named in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    if not causal:
+        raise not_causal(path, named or f"a {config.model_type} model")
+
+
+def not_causal(path: Path, found: str) -> StageError:
+    """The error of a model that does not predict the next token."""
+    return StageError(
+        "NotCausal",
+        f"{path} holds {found}; needed is a decoder that predicts the next token, such as "
+        "LlamaForCausalLM or Qwen2ForCausalLM.",
+        advice="Set model.uri to a causal language model.",
+    )
+
+
+def _require_safetensors(path: Path) -> None:
+    if (path / SINGLE).exists():
+        return
+    if (path / INDEX).exists():
+        missing = sorted(name for name in _shards(path) if not (path / name).exists())
+        if missing:
+            raise StageError(
+                "WeightsMissing",
+                f"{path} lacks {len(missing)} of its weight files: {', '.join(missing[:5])}.",
+                advice="Fetch the model again.",
+            )
+        return
+    pickles = sorted(child.name for child in path.iterdir() if child.suffix in PICKLES)
+    if pickles:
+        raise StageError(
+            "PickleWeights",
+            f"{path} holds its weights as pickles only ({', '.join(pickles[:3])}), which can run "
+            "any code when they are read; Tuneyard does not read them.",
+            advice="Convert the model to safetensors, and set model.uri to the result.",
+        )
+    raise StageError(
+        "WeightsMissing",
+        f"{path} has no {SINGLE}; it holds {_listing(path)}.",
+        advice=MODEL_FIELD,
+    )
+
+
+def _shards(path: Path) -> set[str]:
+    try:
+        return set(json.loads((path / INDEX).read_text())["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise StageError(
+            "ModelBroken", f"{path / INDEX} is no index of weights: {error}.", advice=MODEL_FIELD
+        ) from error
+
+
+def stored_dtype(path: Path) -> torch.dtype:
+    """The float type that the model's weights are stored in: that of the largest tensor of its
+    first file; float32 for quantized GGUF blocks."""
+    if is_gguf(path):
+        return gguf_reader.dtype(path)
+    first = path / SINGLE if (path / SINGLE).exists() else path / min(_shards(path))
+    try:
+        with safe_open(first, framework="pt") as file:
+            slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118 - not a mapping
+            largest = max(slices, key=lambda s: torch.Size(s.get_shape()).numel())
+            return DTYPES.get(largest.get_dtype(), torch.float32)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise StageError(
+            "ModelBroken", f"{first} cannot be read: {error}.", advice="Fetch the model again."
+        ) from error
+
+
+def license_of(path: Path) -> str | None:
+    """The base model's licence as its files name it: an SPDX-like id from the README's front matter
+    or the GGUF's metadata, else the first line of a LICENSE file. None: they name none."""
+    if is_gguf(path):
+        return gguf_reader.licence(path)
+    return _front_matter_licence(path / "README.md") or _licence_file(path)
+
+
+def _front_matter_licence(readme: Path) -> str | None:
+    if not readme.is_file():
+        return None
+    text = readme.read_text(errors="replace")
+    if not text.startswith("---\n") or "\n---" not in text[4:]:
+        return None
+    try:
+        front = yaml.safe_load(text[4:].split("\n---", 1)[0])
+    except yaml.YAMLError:
+        return None
+    if not isinstance(front, dict):
+        return None
+    name = front.get("license_name") if front.get("license") == "other" else None
+    found = name or front.get("license")
+    return str(found) if found else None
+
+
+def _licence_file(path: Path) -> str | None:
+    for name in ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE"):
+        if (path / name).is_file():
+            lines = (path / name).read_text(errors="replace").splitlines()
+            return next((line.strip(" #") for line in lines if line.strip(" #")), None)
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """The head of an error from below, for a one-line message."""
+    text = str(error).strip().splitlines()
+    return text[0].rstrip(".")[:300] if text else type(error).__name__

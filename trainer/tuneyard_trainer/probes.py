@@ -1,0 +1,89 @@
+"""What a model does, found out by running it on a few random tokens.
+
+Names and flags of architectures lie about this, and new ones come every month. Shapes of token ids
+and logits: (rows, tokens) and (rows, tokens, vocabulary).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TOKENS = 8
+"""Length of a random document."""
+
+
+def isolates_documents(model: nn.Module) -> bool:
+    """Whether documents packed into one row, told apart only by positions that start again at 0,
+    come out as they would alone; only then may training pack.
+
+    Two rows of two random documents: the second ones' logits must not change when the first ones
+    do (a leak), nor differ from those of the second documents alone (a wrong position). Two rows,
+    because flash attention reads such positions only where the batch is 1. State space models
+    leak; virtual tokens stand before a row's first document only.
+    """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return False
+    whole: Any = model
+    base = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        return False
+    first, second, other = _random_documents(model, 3)
+    positions = torch.arange(TOKENS, device=first.device).repeat(2, 2)
+    with probing(model):
+        packed = _last_logits(model, torch.cat((first, second), 1), positions)
+        beside_another = _last_logits(model, torch.cat((other, second), 1), positions)
+        alone = _last_logits(model, second, positions[:, :TOKENS])
+    # Equal shapes give equal sums (but for the order of experts); unequal ones round differently.
+    leak, shift = (1e-5, 1e-4) if packed.dtype is torch.float32 else (1e-2, 5e-2)
+    scale = alone.float().abs().max()
+    return _within(packed, beside_another, leak * scale) and _within(packed, alone, shift * scale)
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether no token sees the ones after it."""
+    start, end, other = _random_documents(model, 3)
+    with probing(model):
+        logits = model(input_ids=torch.cat((start, end), 1), use_cache=False).logits[:, :TOKENS]
+        changed = model(input_ids=torch.cat((start, other), 1), use_cache=False).logits[:, :TOKENS]
+    return _within(logits, changed, 1e-5 * logits.float().abs().max())
+
+
+@contextmanager
+def probing(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's mode and the random state come back."""
+    modes = [(module, module.training) for module in model.modules()]
+    device = _device(model)
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _random_documents(model: nn.Module, count: int) -> list[Tensor]:
+    """`count` times (2, TOKENS) token ids, the same in every call."""
+    config: Any = model.config
+    vocabulary = config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (count, 2, TOKENS), generator=generator)
+    return list(ids.to(_device(model)))
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _last_logits(model: nn.Module, ids: Tensor, positions: Tensor) -> Tensor:
+    return model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, -TOKENS:]
+
+
+def _within(a: Tensor, b: Tensor, tolerance: Tensor) -> bool:
+    return bool((a.float() - b.float()).abs().max() <= tolerance)
