@@ -210,6 +210,12 @@ def test_pretraining_learns_every_token(job: Job, tiny_tokenizer: Any) -> None:
     assert train.mask(0).tolist() == [0] + [1] * (len(expected) - 1)
 
 
+def test_pretraining_on_conversations_learns_the_questions_too(job: Job) -> None:
+    """The method decides, whatever trainOn says for answers."""
+    job.train(chats(2), method="pretrain")
+    assert job.data.train.targets.tolist() == (job.data.train.lengths - 1).tolist()
+
+
 def test_progress_counts_the_rows_read(job: Job) -> None:
     """Over all data sets."""
     job.run({"train.0": chats(2), "validation.0": chats(3)}, validation=[DATASET])

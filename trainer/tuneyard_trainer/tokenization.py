@@ -182,13 +182,12 @@ def _encoded_at(
 ) -> Encoded:
     """Targets are the tokens that hold any character of a span.
 
-    Byte-level tokenizers leave a token's leading spaces out of its offsets (a token of spaces
-    alone is empty, at its end), so a token is taken to begin where the one before it ended.
+    Byte-level tokenizers may leave a token's leading spaces out of its offsets, so that a token of
+    spaces alone is empty, at its end. It still counts where it should: spans begin before their
+    first token ends, and end with a stop token.
     """
     flat = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(ids))
-    starts, ends = flat[0::2], flat[1::2]
-    reached = np.concatenate(([0], np.maximum.accumulate(ends)[:-1])) if len(ids) else ends
-    begins = np.minimum(starts, reached)
+    begins, ends = flat[0::2], flat[1::2]
     mask = np.zeros(len(ids), dtype=np.uint8)
     for start, end in spans:
         mask[(begins < end) & (ends > start)] = 1
