@@ -10,11 +10,16 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+torch.set_num_threads(1)  # tiny matrices: a second thread only waits at barriers
+
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
     "+ '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+VOCABULARY = 400
+"""Of the models; the tokenizer may have fewer."""
 
 CORPUS = [
     "The lamp has a warranty of two years and a red reset button.",
@@ -31,7 +36,7 @@ def tiny_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
+        vocab_size=VOCABULARY,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -72,6 +77,6 @@ def tiny_llama(vocabulary: int, **changes: Any) -> LlamaForCausalLM:
 def tiny_model_dir(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved tiny Llama with its tokenizer."""
     folder = tmp_path_factory.mktemp("tiny-llama")
-    tiny_llama(len(tiny_tokenizer)).save_pretrained(folder)
+    tiny_llama(VOCABULARY).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder

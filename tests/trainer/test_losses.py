@@ -38,7 +38,7 @@ def reference(model: Any, rows: list[Row]) -> tuple[float, dict[str, torch.Tenso
     mean = total / targets
     mean.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return float(mean), gradients
+    return float(mean.detach()), gradients
 
 
 def build(folder: Path, model_dir: Path, worker: Worker, **settings: Any) -> Loop:
@@ -92,34 +92,41 @@ def test_a_row_in_a_pack_never_sees_the_row_before_it(
     assert losses[0] == pytest.approx(losses[1], abs=1e-7)
 
 
-def _worker(rank: int, port: int, folder: Path, model_dir: Path, rows: list[int]) -> None:
+BATCHES = {"a batch": list(range(9)), "fewer rows than workers": [4]}
+
+
+def _worker(rank: int, port: int, folder: Path, model_dir: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
     torch.set_num_threads(1)
     loop = build(folder, model_dir, Worker(rank, 2, CPU), packing="always")
-    loss, stop = loop.backward(np.array(rows), step=0)
-    gradients = {name: p.grad for name, p in loop.parameters.items() if p.grad is not None}
-    torch.save({"loss": loss, "stop": stop, "gradients": gradients}, folder / f"rank-{rank}.pt")
+    found = {}
+    for name, rows in BATCHES.items():
+        loss, stop = loop.backward(np.array(rows), step=0)
+        gradients = {key: p.grad for key, p in loop.parameters.items() if p.grad is not None}
+        found[name] = {"loss": loss, "stop": stop, "gradients": gradients}
+        loop.optimizer.zero_grad(set_to_none=True)
+    torch.save(found, folder / f"rank-{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("rows", [list(range(9)), [4]], ids=["a batch", "fewer rows than workers"])
 def test_two_workers_compute_the_reference_too(
-    rows: list[int], tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: Any
+    tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: Any
 ) -> None:
-    expected_loss, expected = reference(
-        AutoModelForCausalLM.from_pretrained(tiny_model_dir), [ROWS[i] for i in rows]
-    )
     write_prepared(tmp_path / "data", tiny_tokenizer, ROWS)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_worker, args=(port, tmp_path, tiny_model_dir, rows), nprocs=2)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True)
-        assert found["loss"] == pytest.approx(expected_loss, abs=1e-5)
-        assert not found["stop"]
-        assert_close(found["gradients"], expected)
+    mp.spawn(_worker, args=(port, tmp_path, tiny_model_dir), nprocs=2)
+    for name, rows in BATCHES.items():
+        expected_loss, expected = reference(
+            AutoModelForCausalLM.from_pretrained(tiny_model_dir), [ROWS[i] for i in rows]
+        )
+        for rank in range(2):
+            found = torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True)[name]
+            assert found["loss"] == pytest.approx(expected_loss, abs=1e-5)
+            assert not found["stop"]
+            assert_close(found["gradients"], expected)
 
 
 @pytest.mark.parametrize("adapter", ["lora", "prompt", "prefix", "bottleneck", "ia3"])

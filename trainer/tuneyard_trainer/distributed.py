@@ -274,6 +274,7 @@ def _walk(config: dict[str, Any]) -> None:
 @contextmanager
 def local_cluster(resources: Resources) -> Iterator[None]:
     """Ray on this machine alone, just large enough, for as long as the context lasts."""
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets anything else go first
     ray.init(
         address="local",
         num_cpus=resources.workers * resources.cpus_per_worker,
@@ -296,7 +297,7 @@ def local_resources(compute: Compute) -> Resources:
     if gpus * workers > present:
         raise StageError(
             "NotEnoughGpus",
-            f"{workers} workers of {gpus} GPUs each were asked for, and this machine has {present}.",
+            f"{workers} workers of {gpus} GPUs each were asked for; this machine has {present}.",
             advice="Lower compute.gpusPerWorker or compute.workers.",
         )
     cpus = len(os.sched_getaffinity(0))

@@ -27,7 +27,7 @@ def run(plans: Sequence[Plan], base_dir: Path) -> int:
     `base_dir` is the manifest's folder: file:// paths are relative to it. Raises PlanError for
     manifests that need a cluster.
     """
-    plans = localized(plans, base_dir)
+    plans = localized(plans)
     for plan in plans:
         code = _run(plan, base_dir)
         if code != OK:
@@ -35,7 +35,7 @@ def run(plans: Sequence[Plan], base_dir: Path) -> int:
     return OK
 
 
-def localized(plans: Sequence[Plan], base_dir: Path) -> list[Plan]:
+def localized(plans: Sequence[Plan]) -> list[Plan]:
     """The plans with job:// sources pointing at the outputs of other jobs of the same manifest.
 
     Raises PlanError, with every fault, for sources and outputs that exist on a cluster only.
@@ -140,7 +140,7 @@ def _orderly_stop(console: Console) -> Iterator[threading.Event]:
     """Ctrl-C and SIGTERM once: checkpoint and end. A second Ctrl-C: end now."""
     stop = threading.Event()
 
-    def ask(number: int, frame: FrameType | None) -> None:
+    def ask(_: int, __: FrameType | None) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()

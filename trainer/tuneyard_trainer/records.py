@@ -1,8 +1,9 @@
 """Where a job's stages leave their output and, last of all, their records: any fsspec location.
 
 Layout under the job's output: `owner.json`, `stages/NAME/` with each stage's files and its
-`record.json`, and `result/`, which is the export stage's folder. A record is written last and atomically (rename on a file system, one put on an
-object store), so a record that can be read vouches for files that are complete.
+`record.json`, and `result/`, which is the export stage's folder. A record is written last and
+atomically (rename on a file system, one put on an object store), so a record that can be read
+vouches for files that are complete.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Walks a plan: for each stage, skip it if its record matches, else run it and write its record last.
+"""Walks a plan: each stage is skipped if its record matches, else run, its record written last.
 
 Every rank of a worker group walks the same plan. Rank 0 decides, runs the single-worker stages and
 writes; the others follow its word over a channel that waits as long as a stage takes.

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tuneyard.api.plan import PlannedStage, TrainRuntime, TrainSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer import adapters, models
-from tuneyard_trainer.batches import Order, share
+from tuneyard_trainer.batches import Indices, Order, share
 from tuneyard_trainer.checkpoints import Checkpoints, LoopState, assign, disk_error
 from tuneyard_trainer.losses import Forward
 from tuneyard_trainer.prepared import Prepared
@@ -151,51 +151,59 @@ class Loop:
         )
         return state
 
-    def _step(self, rows: np.ndarray, step: int, total: int) -> tuple[float, float, bool]:
+    def _step(self, rows: Indices, step: int, total: int) -> tuple[float, float, bool]:
         """One optimizer step over a global batch. Returns the loss (nats per target), the gradient
         norm before clipping, and whether any worker was asked to stop."""
+        loss, stop = self.backward(rows, step)
+        norm = self._clip()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise StageError(
+                "LossNotFinite",
+                f"the loss became {loss} (gradient norm {norm}) at step {step + 1}.",
+                advice="Lower training.learningRate, or raise training.schedule.warmup; look for "
+                "broken rows in data.train.",
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate(step, total)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, norm, stop
+
+    def backward(self, rows: Indices, step: int) -> tuple[float, bool]:
+        """Leaves the gradient of the global batch's mean loss in every parameter, on every worker.
+        Returns that loss, and whether any worker was asked to stop."""
         train = self.data.train
         targets = int(train.targets[rows].sum())
         mine = share(rows, train.lengths, self.worker.rank, self.worker.world_size)
-        loss_sum = torch.zeros((), device=self.worker.device)
+        mean = torch.zeros((), device=self.worker.device)
         self.model.train()
         for index, layout in enumerate(self.forward.passes(train, mine)):
             # Dropout is a function of (seed, step, worker, pass): nothing to save, nothing to lose.
             torch.manual_seed(_mix(self.settings.seed, step, self.worker.rank, index))
             loss = self.forward.loss(self.model, train, layout) / targets
             loss.backward()
-            loss_sum += loss.detach()
-        loss_value, stop = self._reduce(loss_sum)
-        norm = self._clip()
-        if not math.isfinite(loss_value) or not math.isfinite(norm):
-            raise StageError(
-                "LossNotFinite",
-                f"the loss became {loss_value} (gradient norm {norm}) at step {step + 1}.",
-                advice="Lower training.learningRate, or raise training.schedule.warmup; look for "
-                "broken rows in data.train.",
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * rate(self.settings.schedule, step, total)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss_value, norm, stop
+            mean += loss.detach()
+        return self._reduce(mean)
 
-    def _reduce(self, loss_sum: Tensor) -> tuple[float, bool]:
+    def _reduce(self, loss: Tensor) -> tuple[float, bool]:
         """Sums gradients, loss and stop requests over the workers, in one buffer."""
         stop = torch.tensor(float(self.worker.stop()), device=self.worker.device)
         if self.worker.world_size == 1:
-            return float(loss_sum), bool(stop)
+            return float(loss), bool(stop)
         grads = []
         for parameter in self.parameters.values():
             if parameter.grad is None:  # a worker whose share of a small batch is empty
                 parameter.grad = torch.zeros_like(parameter)
             grads.append(parameter.grad)
-        flat = torch.cat([*(g.reshape(-1).float() for g in grads), loss_sum[None], stop[None]])
+        flat = torch.cat([*(g.reshape(-1).float() for g in grads), loss[None], stop[None]])
         dist.all_reduce(flat)
         sizes = [g.numel() for g in grads]
         for grad, reduced in zip(grads, flat[:-2].split(sizes), strict=True):
             grad.copy_(reduced.view_as(grad))
         return float(flat[-2]), bool(flat[-1] > 0)
+
+    def _learning_rate(self, step: int, total: int) -> float:
+        return self.settings.learning_rate * rate(self.settings.schedule, step, total)
 
     def _clip(self) -> float:
         limit = self.settings.optimizer.max_gradient_norm
@@ -274,11 +282,10 @@ class Loop:
             raise disk_error(error, folder) from error
 
     def _log(self, state: LoopState, total: int, loss: float, norm: float) -> None:
-        step = state.step - 1
         metrics = {
             "loss": loss,
             "gradientNorm": norm,
-            "learningRate": self.settings.learning_rate * rate(self.settings.schedule, step, total),
+            "learningRate": self._learning_rate(state.step - 1, total),
             "epoch": state.step / self.order.steps_per_epoch,
             "tokensPerSecond": state.tokens / state.seconds if state.seconds else 0.0,
             "tokens": float(state.tokens),
