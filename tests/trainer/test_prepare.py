@@ -313,9 +313,11 @@ def test_at_least_one_row_is_held_out_and_never_all(
 
 def test_equal_rows_alone_cannot_be_split(job: Job) -> None:
     """Nothing would be left to train on."""
-    with pytest.raises(StageError, match="same content") as caught:
+    with pytest.raises(StageError, match="5 times the same row") as caught:
         job.train(chats(1) * 5, validation_fraction=0.2)
     assert caught.value.reason == "TooFewRows"
+    with pytest.raises(StageError, match="one row"):
+        job.train([{"text": "A whole book."}], method="pretrain", validation_fraction=0.2)
 
 
 def test_held_out_data_sets_are_never_trained_on(job: Job) -> None:

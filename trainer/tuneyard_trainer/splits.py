@@ -85,8 +85,11 @@ def held_out(hashes: Hashes, fraction: float) -> NDArray[np.bool_]:
     if len(sizes) < 2:
         raise StageError(
             "TooFewRows",
-            f"no row can be held out: the {len(hashes)} training rows have the same content.",
-            advice="Add training rows, or remove spec.data.validation.",
+            f"no row can be held out: the training data are {len(hashes)} times the same row."
+            if len(hashes) > 1
+            else "no row can be held out: the training data are one row (a text file is one row).",
+            advice="Add training rows, name held-out data in spec.data.validation.data, or remove "
+            "spec.data.validation.",
         )
     wanted = max(1, round(fraction * len(hashes)))
     # Never all: one group at least stays, whatever the fraction.
