@@ -38,7 +38,7 @@ def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: 
     _clear(workdir)
     try:
         return _prepare(stage, settings, inputs, workdir, worker)
-    except StageError:
+    except (StageError, OSError):  # a full disk, too
         _clear(workdir)
         raise
 
@@ -131,7 +131,7 @@ def _context(model: Path) -> int | None:
     if not path.is_file():
         return None
     config = json.loads(path.read_text("utf-8"))
-    config = config.get("text_config", config)
+    config = config.get("text_config") or config
     found = [config[name] for name in _CONTEXT_FIELDS if isinstance(config.get(name), int)]
     return min(found) if found else None
 
