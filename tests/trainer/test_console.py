@@ -165,6 +165,17 @@ def test_the_time_left_follows_the_pace_since_resuming(clock: Clock) -> None:
     assert lines_of(clock, *resumed)[-1].endswith("step=502 totalSteps=600 loss=1 etaSeconds=980")
 
 
+def test_a_message_of_the_driver_leaves_the_running_stage_s_pace_alone(clock: Clock) -> None:
+    resumed = [
+        (0.0, progress(step=1, total=100, metrics={"loss": 1.0})),
+        (5.0, progress("", message="stopping after this step")),
+        (20.0, progress(step=3, total=100, metrics={"loss": 1.0})),
+    ]
+    lines = lines_of(clock, *resumed)
+    assert lines[1].endswith('info run message="stopping after this step"')
+    assert lines[2].endswith("etaSeconds=970")
+
+
 def test_a_loss_that_is_not_a_number_is_shown_as_such(clock: Clock) -> None:
     [line] = lines_of(clock, (0, progress(step=1, total=9, metrics={"loss": float("nan")})))
     assert "loss=nan" in line

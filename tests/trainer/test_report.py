@@ -6,6 +6,7 @@ import ast
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 import pytest
 import yaml
 from PIL import Image
+from transformers import AutoModelForCausalLM
 
 from tests.trainer.finished import HOSTILE, LINES, MANIFEST, folders
-from tuneyard_trainer import plots, report
+from tuneyard.api.methods import Adapter
+from tuneyard_trainer import adapters, plots, report
 from tuneyard_trainer.account import Account, shareable
 from tuneyard_trainer.card import fenced, write_card
 
@@ -271,6 +274,34 @@ def test_a_merged_model_is_loaded_alone_and_its_adapter_too(tmp_path: Path) -> N
 def test_a_model_trained_on_text_is_given_text(tmp_path: Path) -> None:
     [program] = programs(card(tmp_path, method="pretrain"))
     assert "apply_chat_template" not in program
+
+
+@pytest.mark.parametrize(
+    "adapter", [{"lora": {"rank": 2}}, {"prompt": {"length": 2}}, {"bottleneck": {"size": 4}}]
+)
+def test_the_card_s_programs_run_as_they_stand(
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    tiny_tokenizer: Any,
+    capsys: pytest.CaptureFixture[str],
+    adapter: dict[str, Any],
+) -> None:
+    text = card(
+        tmp_path, model={"uri": "file://base"}, adapter=adapter, exported=("adapter", "model")
+    )
+    result = tmp_path / "result"
+    shutil.copytree(tiny_model_dir, result / "model", dirs_exist_ok=True)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    kind = Adapter.model_validate(adapter)
+    adapters.save(adapters.attach(base, kind, seed=0, tokenizer=tiny_tokenizer), result / "adapter")
+    tiny_tokenizer.save_pretrained(result / "adapter")
+    answers = []
+    for program in programs(text):
+        placed = program.replace("PATH/TO/THIS/FOLDER", str(result))
+        exec(placed.replace("PATH/TO/THE/BASE/MODEL", str(tiny_model_dir)), {})
+        answers.append(capsys.readouterr().out)
+    assert len(answers) == 2
+    assert all(answers)
 
 
 # ---- the curve ----------------------------------------------------------------------------------

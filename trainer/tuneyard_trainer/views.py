@@ -132,13 +132,16 @@ class LineView:
         self._write("info", name, values)
 
     def progress(self, event: Mapping[str, Any]) -> None:
+        if not event["stage"]:
+            self._write("info", "run", {"message": event["message"]})
+            return
         now = self._clock()
         if self._running is None or self._running.name != event["stage"]:
             self._running, self._shown = Running(event["stage"], now), (now, 0)
         self._running.take(event, now)
         if self._is_due(event, now):
             self._shown, self._said = (now, event["step"]), event["message"] or self._said
-            self._write("info", event["stage"] or "run", self._values(event, now))
+            self._write("info", event["stage"], self._values(self._running, event, now))
 
     def close(self) -> None:
         pass
@@ -155,14 +158,14 @@ class LineView:
         share = LINE_SHARE * total if step < total else 1
         return now - time >= LINE_SECONDS or bool(total and step - shown >= share)
 
-    def _values(self, event: Mapping[str, Any], now: float) -> dict[str, object]:
+    def _values(self, running: Running, event: Mapping[str, Any], now: float) -> dict[str, object]:
         values: dict[str, object] = {}
         if event["step"]:
             values["step"] = event["step"]
         if event["totalSteps"]:
             values["totalSteps"] = event["totalSteps"]
         values |= event["metrics"]
-        left = self._running.pace.seconds_left(now, event["totalSteps"]) if self._running else None
+        left = running.pace.seconds_left(now, event["totalSteps"])
         if left is not None and event["step"]:
             values["etaSeconds"] = round(left)
         if event["message"]:
