@@ -41,7 +41,7 @@ class ManifestError(TuneyardError):
 
 
 class PlanError(ManifestError):
-    """A valid manifest that this version cannot carry out, or not here (a PVC without a cluster)."""
+    """A valid manifest that this version cannot carry out, or not here: a PVC, say, off-cluster."""
 
 
 class StageError(TuneyardError):

@@ -8,7 +8,6 @@ are functions of seed and step. No pickle.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tuneyard.errors import StageError
+from tuneyard_trainer.disk import disk_error
 
 Parameters = Mapping[str, torch.nn.Parameter]
 
@@ -142,19 +142,6 @@ def assign(tensors: Mapping[str, Tensor], parameters: Parameters) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
-
-
-def disk_error(error: OSError | SafetensorError, folder: Path) -> StageError:
-    """The StageError for a failed write."""
-    code = getattr(error, "errno", None)
-    if code in (errno.ENOSPC, errno.EDQUOT) or f"os error {errno.ENOSPC}" in str(error):
-        return StageError(
-            "DiskFull",
-            f"no space left while writing to {folder}.",
-            advice="Free space there, or point output.uri elsewhere; then run the same manifest "
-            "again: it goes on from the last complete checkpoint.",
-        )
-    return StageError("WriteFailed", f"cannot write to {folder}: {error}.", retryable=True)
 
 
 def _snapshot(tensor: Tensor) -> Tensor:

@@ -12,26 +12,35 @@ BATCH = 32
 
 
 def continuations(
-    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    add_special_tokens: bool,
 ) -> tuple[str, ...]:
     """What the model continues each prompt with, greedily, in the prompts' order.
 
-    The prompts already hold whatever markup the chat template makes; no special token is added
-    unless the prompt has none at all.
+    `add_special_tokens`: put the tokenizer's own before each prompt; prompts that a chat template
+    rendered hold theirs already.
     """
     answers: dict[int, str] = {}
     shortest_first = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(prompts), BATCH):
         chosen = shortest_first[start : start + BATCH]
-        texts = _generate(model, tokenizer, [prompts[i] for i in chosen], max_new_tokens)
+        encoded = tokenizer(
+            [prompts[i] for i in chosen],
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=add_special_tokens,
+        ).to(next(model.parameters()).device)
+        texts = _generate(model, tokenizer, encoded, max_new_tokens)
         answers.update(zip(chosen, texts, strict=True))
     return tuple(answers[i] for i in range(len(prompts)))
 
 
-def _generate(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int) -> list[str]:
-    encoded = tokenizer(
-        prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
-    ).to(next(model.parameters()).device)
+def _generate(model: Any, tokenizer: Any, encoded: Any, max_new_tokens: int) -> list[str]:
     model.eval()
     with torch.no_grad():
         output = model.generate(

@@ -6,6 +6,7 @@ pay them; the unpacked folder (float32 safetensors, tokenizer, config) loads in 
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -28,6 +29,8 @@ def unpacked(path: Path, cache_dir: Path) -> Path:
         model = models.load_base(path, dtype=torch.float32, device=torch.device("cpu"))
         models.save(model, partial)
         models.load_tokenizer(path).save_pretrained(partial)
+        if licence := models.license_of(path):  # which nothing else in the folder would name
+            (partial / "README.md").write_text(f"---\nlicense: {json.dumps(licence)}\n---\n")
         try:
             partial.rename(final)
         except OSError:  # another process was faster

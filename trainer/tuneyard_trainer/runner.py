@@ -17,7 +17,7 @@ from typing import Any
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, StageRecord
 from tuneyard.errors import StageError
 from tuneyard_trainer import sources
-from tuneyard_trainer.checkpoints import disk_error
+from tuneyard_trainer.disk import disk_error
 from tuneyard_trainer.records import Store
 from tuneyard_trainer.worker import Interrupted, Outcome, Worker
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from tuneyard.api.methods import Gate
 from tuneyard.api.plan import EvaluateSettings, PlannedStage
@@ -40,6 +41,8 @@ class Question:
     """The prompt without the chat template's markup."""
     reference: str
     expected: tuple[str, ...]
+    templated: bool = False
+    """Whether the prompt holds a chat template's markup, special tokens included."""
 
 
 def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker) -> Outcome:
@@ -72,7 +75,7 @@ def _tuned(inputs: Mapping[str, Path], worker: Worker) -> Iterator[tuple[nn.Modu
     weights = inputs["tuned"] / "weights"
     dtype = torch.bfloat16 if worker.device.type == "cuda" else torch.float32
 
-    def load(path: Path) -> nn.Module:
+    def load(path: Path) -> PreTrainedModel:
         return models.load_base(path, dtype=dtype, device=worker.device)
 
     @contextmanager
@@ -128,12 +131,16 @@ def _measure(
     return Measured(
         loss=forward.mean_loss(model, rows, 0, 1),
         answers=continuations(
-            model, tokenizer, [q.prompt for q in questions], settings.max_new_tokens
+            model,
+            tokenizer,
+            [q.prompt for q in questions],
+            max_new_tokens=settings.max_new_tokens,
+            add_special_tokens=not any(q.templated for q in questions),
         ),
     )
 
 
-# ---- questions ------------------------------------------------------------------------------------
+# ---- questions ----------------------------------------------------------------------------
 
 
 def _questions(folder: Path, samples: int) -> list[Question]:
@@ -151,7 +158,8 @@ def _question(row: Mapping[str, Any], tokenizer: Any) -> Question:
     if "messages" in row:
         *turns, answer = row["messages"]
         prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return Question(prompt, turns[-1]["content"], answer["content"], expected)
+        shown = turns[-1]["content"]
+        return Question(prompt, shown, answer["content"], expected, templated=True)
     if "prompt" in row:
         return Question(row["prompt"], row["prompt"], row["completion"], expected)
     words = row["text"].split(" ")
@@ -159,7 +167,7 @@ def _question(row: Mapping[str, Any], tokenizer: Any) -> Question:
     return Question(given, given, row["text"][len(given) :].strip()[:500], expected)
 
 
-# ---- figures --------------------------------------------------------------------------------------
+# ---- figures ------------------------------------------------------------------------------
 
 
 def _metrics(measured: Mapping[str, Measured], questions: Sequence[Question]) -> dict[str, float]:
@@ -170,6 +178,7 @@ def _metrics(measured: Mapping[str, Measured], questions: Sequence[Question]) ->
         "validationPerplexity": math.exp(min(tuned.loss, 700.0)),
     }
     if checked:
+        metrics["questions"] = float(sum(bool(q.expected) for q in questions))
         metrics["answerAccuracy"] = accuracy(questions, tuned.answers)
     if base is not None:
         metrics["baseValidationLoss"] = base.loss

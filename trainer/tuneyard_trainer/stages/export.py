@@ -85,7 +85,7 @@ def _export_merged(inputs: Mapping[str, Path], workdir: Path, probe_1L: Tensor) 
     tuned_1LV = _logits(adapters.load(_base(inputs), inputs["tuned"] / "weights"), probe_1L)
     merged = adapters.merge(_base(inputs), inputs["tuned"] / "weights")
     difference = _compared("the merged model", tuned_1LV, _logits(merged, probe_1L), TOLERANCE)
-    _write_model(merged.to(models.stored_dtype(inputs["model"])), inputs, workdir, probe_1L)
+    _write_model(merged, inputs, workdir, probe_1L)
     return difference
 
 
@@ -94,14 +94,15 @@ def _export_full(inputs: Mapping[str, Path], workdir: Path, probe_1L: Tensor) ->
     trained = models.load_base(
         inputs["tuned"] / "weights", dtype=torch.float32, device=torch.device("cpu")
     )
-    model = trained.to(models.stored_dtype(inputs["model"]))
-    return _write_model(model, inputs, workdir, probe_1L)
+    return _write_model(trained, inputs, workdir, probe_1L)
 
 
 def _write_model(
     model: PreTrainedModel, inputs: Mapping[str, Path], workdir: Path, probe_1L: Tensor
 ) -> float:
+    """Casts to the base's own precision, writes, and loads it again."""
     target = workdir / MODEL
+    nn.Module.to(model, models.stored_dtype(inputs["model"]))  # in place
     in_memory_1LV = _logits(model, probe_1L)
     models.save(model, target)
     _add_tokenizer(inputs, target)

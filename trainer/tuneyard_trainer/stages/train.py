@@ -26,7 +26,8 @@ from tuneyard.api.plan import PlannedStage, TrainRuntime, TrainSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer import adapters, models
 from tuneyard_trainer.batches import Indices, Order, share
-from tuneyard_trainer.checkpoints import Checkpoints, LoopState, assign, disk_error
+from tuneyard_trainer.checkpoints import Checkpoints, LoopState, assign
+from tuneyard_trainer.disk import disk_error
 from tuneyard_trainer.losses import Forward
 from tuneyard_trainer.prepared import Prepared
 from tuneyard_trainer.schedules import rate
@@ -110,25 +111,26 @@ class Loop:
         """Every step from the newest checkpoint (or the start) to the end, or to early stopping."""
         total = self.order.total_steps(self.settings.epochs, self.settings.max_steps)
         state = self._resume(total)
-        saved = time.monotonic()
+        saved = mark = time.monotonic()
         for rows in self.order.batches(state.step, total):
             if self._should_stop_early(state):
                 break
-            started = time.monotonic()
             loss, norm, stop = self._step(rows, state.step, total)
+            now = time.monotonic()
             state = replace(
                 state,
                 step=state.step + 1,
                 tokens=state.tokens + int(self.data.train.lengths[rows].sum()),
-                seconds=state.seconds + time.monotonic() - started,
+                seconds=state.seconds + now - mark,
             )
+            mark = now  # so a step's time holds the report of the step before it
             self._log(state, total, loss, norm)
             evaluated = self._evaluation_due(state.step, total)
             if evaluated:
                 state = self._evaluate(state, total)
             if stop or evaluated or self._checkpoint_due(state.step, total, saved):
                 self._save(state)
-                saved = time.monotonic()
+                saved = mark = time.monotonic()
             if stop:
                 self.checkpoints.wait()
                 raise Interrupted(self.stage, state.step)
@@ -157,12 +159,7 @@ class Loop:
         loss, stop = self.backward(rows, step)
         norm = self._clip()
         if not math.isfinite(loss) or not math.isfinite(norm):
-            raise StageError(
-                "LossNotFinite",
-                f"the loss became {loss} (gradient norm {norm}) at step {step + 1}.",
-                advice="Lower training.learningRate, or raise training.schedule.warmup; look for "
-                "broken rows in data.train.",
-            )
+            raise _not_finite(f"the loss became {loss} (gradient norm {norm}) at step {step + 1}")
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(step, total)
         self.optimizer.step()
@@ -235,10 +232,14 @@ class Loop:
         off = adapters.disabled(self.model) if self.settings.adapter else contextlib.nullcontext()
         with off:
             self.base_loss = self.held_out_loss()
-        self.history.write({"step": 0, "baseValidationLoss": self.base_loss})
+        metrics = {"baseValidationLoss": self.base_loss}
+        self.history.write({"step": 0, **metrics})
+        self.worker.report(total_steps=total, metrics=metrics)
 
     def _evaluate(self, state: LoopState, total: int) -> LoopState:
         loss = self.held_out_loss()
+        if not math.isfinite(loss):
+            raise _not_finite(f"the held-out loss became {loss} after step {state.step}")
         delta = self.settings.early_stopping.min_delta if self.settings.early_stopping else 0.0
         improved = state.best_loss is None or loss < state.best_loss - delta
         self.history.write({"step": state.step, "validationLoss": loss})
@@ -315,6 +316,7 @@ class Loop:
     def details(self, state: LoopState) -> dict[str, Any]:
         """The record's details."""
         return {
+            "batchSize": self.settings.batch_size,
             "bestStep": state.best_step,
             "resumedAtStep": self.resumed_at,
             "stoppedEarly": self._should_stop_early(state),
@@ -388,6 +390,15 @@ def _model(
     if runtime.gradient_checkpointing:
         adapters.enable_gradient_checkpointing(model)
     return model
+
+
+def _not_finite(what: str) -> StageError:
+    return StageError(
+        "LossNotFinite",
+        f"{what}.",
+        advice="Lower training.learningRate, or raise training.schedule.warmup; look for broken "
+        "rows in data.train.",
+    )
 
 
 def _packs(settings: TrainSettings, model: nn.Module) -> bool:

@@ -1,0 +1,179 @@
+"""Whole jobs on a tiny model: done once, skipped after, resumed after a kill, redone on change."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.trainer.jobs import manifest, planned, write_data
+from tuneyard.api.plan import Plan
+from tuneyard.errors import StageError
+from tuneyard_trainer import plain
+
+RECORDING = Path(__file__).with_name("recording.py")
+
+
+def walk(plan: Plan, folder: Path, output: str = "out") -> dict[str, str]:
+    """Runs the plan in this process; how each stage ended."""
+    states: dict[str, str] = {}
+
+    def emit(event: dict[str, Any]) -> None:
+        if event["type"] == "stage":
+            states[event["stage"]] = event["state"]
+
+    plain.run(plan, str(folder / output), base_dir=folder, cache_dir=folder / "cache", emit=emit)
+    return states
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "owner.json"
+    }
+
+
+ALL_RUN = dict.fromkeys(("prepare", "sft", "evaluate", "export"), "Succeeded")
+ALL_SKIPPED = dict.fromkeys(ALL_RUN, "Skipped")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """A folder with data and a finished job; tests that change anything copy it."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_data(folder)
+    assert walk(planned(manifest(tiny_model_dir)), folder) == ALL_RUN
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_a_second_run_does_nothing_and_touches_nothing(copy: Path, tiny_model_dir: Path) -> None:
+    before = snapshot(copy / "out")
+    assert walk(planned(manifest(tiny_model_dir)), copy) == ALL_SKIPPED
+    assert snapshot(copy / "out") == before
+
+
+def test_a_moved_model_moved_data_and_a_moved_output_retrain_nothing(
+    copy: Path, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    shutil.copytree(tiny_model_dir, tmp_path / "moved-model")
+    (copy / "train.jsonl").rename(copy / "renamed.jsonl")
+    (copy / "out").rename(copy / "elsewhere")
+    data = {
+        "train": [{"uri": "file://renamed.jsonl"}],
+        "validation": {"data": [{"uri": "file://validation.jsonl"}]},
+    }
+    moved = planned(manifest(tmp_path / "moved-model", output="elsewhere", data=data))
+    assert walk(moved, copy, "elsewhere") == ALL_SKIPPED
+
+
+def test_a_changed_row_redoes_everything(copy: Path, tiny_model_dir: Path) -> None:
+    path = copy / "train.jsonl"
+    path.write_text(path.read_text().replace("Lamp 3 is black", "Lamp 3 is ivory"))
+    assert walk(planned(manifest(tiny_model_dir)), copy) == ALL_RUN
+
+
+def test_changed_evaluation_settings_redo_evaluation_and_export_only(
+    copy: Path, tiny_model_dir: Path
+) -> None:
+    changed = planned(manifest(tiny_model_dir, evaluate={"maxNewTokens": 5, "samples": 1}))
+    assert walk(changed, copy) == ALL_RUN | {"prepare": "Skipped", "sft": "Skipped"}
+
+
+def test_a_missed_gate_fails_for_good_and_exports_nothing(copy: Path, tiny_model_dir: Path) -> None:
+    shutil.rmtree(copy / "out" / "result")
+    gated = manifest(
+        tiny_model_dir,
+        evaluate={"maxNewTokens": 4, "gates": [{"metric": "lossReduction", "atLeast": 0.999}]},
+    )
+    with pytest.raises(StageError, match=r"lossReduction is .*, below 0\.999") as failure:
+        walk(planned(gated), copy)
+    assert failure.value.reason == "GateFailed"
+    assert not failure.value.retryable
+    assert not (copy / "out" / "result").exists()
+    assert not (copy / "out" / "stages" / "evaluate" / "record.json").exists()
+
+
+def test_the_result_holds_what_a_user_loads_and_reads(finished: Path) -> None:
+    result = finished / "out" / "result"
+    names = {path.relative_to(result).as_posix() for path in result.rglob("*") if path.is_file()}
+    assert {
+        "README.md",
+        "job.yaml",
+        "loss.png",
+        "report.html",
+        "record.json",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/tokenizer.json",
+        "model/config.json",
+        "model/model.safetensors",
+        "model/tokenizer.json",
+        "model/chat_template.jinja",
+        "model/generation_config.json",
+    } <= names
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
+    metrics = json.loads((result / "record.json").read_text())["metrics"]
+    assert metrics["adapterLogitDifference"] == 0
+    assert metrics["mergedLogitDifference"] < 1e-3
+
+
+# ---- kill -9 ------------------------------------------------------------------------------
+
+
+def launch(folder: Path, plan: Plan, output: str, *, kill_after: int) -> int:
+    (folder / "plan.json").write_text(plan.to_json())
+    command = [sys.executable, RECORDING, folder / f"{output}.rows", str(kill_after)]
+    command += ["--plan", folder / "plan.json", "--output", folder / output]
+    command += ["--base-dir", folder, "--cache-dir", folder / "cache"]
+    done = subprocess.run([str(part) for part in command], check=False, capture_output=True)
+    if done.returncode not in (0, -signal.SIGKILL):
+        raise AssertionError(done.stderr.decode())
+    return done.returncode
+
+
+def rows_by_step(folder: Path, output: str) -> dict[int, list[int]]:
+    """The rows of each step as it was last done."""
+    lines = (folder / f"{output}.rows").read_text().splitlines()
+    return {line["step"]: line["rows"] for line in map(json.loads, lines)}
+
+
+def test_a_run_killed_in_the_middle_of_sft_goes_on_sample_exactly_and_bit_for_bit(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """Nine steps, a checkpoint every two: killed in the sixth step, then three steps later."""
+    write_data(tmp_path)
+    plan = planned(manifest(tiny_model_dir))
+    assert launch(tmp_path, plan, "whole", kill_after=0) == 0
+    assert launch(tmp_path, plan, "killed", kill_after=5) == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "stages" / "sft" / "record.json").exists()
+    assert launch(tmp_path, plan, "killed", kill_after=3) == -signal.SIGKILL
+    assert launch(tmp_path, plan, "killed", kill_after=0) == 0
+
+    steps = rows_by_step(tmp_path, "killed")
+    assert sorted(steps) == list(range(9))
+    for epoch in range(3):
+        seen = Counter(row for step in range(3 * epoch, 3 * epoch + 3) for row in steps[step])
+        assert seen == Counter(range(10))
+    assert steps == rows_by_step(tmp_path, "whole")
+
+    for name in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
+        whole, killed = (tmp_path / run / "result" / name for run in ("whole", "killed"))
+        assert whole.read_bytes() == killed.read_bytes()
+    record = json.loads((tmp_path / "killed" / "stages" / "sft" / "record.json").read_text())
+    assert record["details"]["resumedAtStep"] == 6
+    redone = len((tmp_path / "killed.rows").read_text().splitlines()) - 9
+    assert redone == 2  # what followed the last checkpoint, each time

@@ -1,0 +1,23 @@
+"""What a failed write means. Needs no torch: records are read before it is imported."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from tuneyard.errors import StageError
+
+
+def disk_error(error: OSError | SafetensorError, folder: Path) -> StageError:
+    """The StageError for a failed write."""
+    code = getattr(error, "errno", None)
+    if code in (errno.ENOSPC, errno.EDQUOT) or f"os error {errno.ENOSPC}" in str(error):
+        return StageError(
+            "DiskFull",
+            f"no space left while writing to {folder}.",
+            advice="Free space there, or point output.uri elsewhere; then run the same manifest "
+            "again: it goes on from the last complete checkpoint.",
+        )
+    return StageError("WriteFailed", f"cannot write to {folder}: {error}.", retryable=True)
