@@ -634,7 +634,16 @@ class _Shifted(LlamaForCausalLM):
         return out
 
 
-@pytest.mark.parametrize("kind", [_Leaking, _Shifted])
+class _Faint(LlamaForCausalLM):
+    """Lets a row's first token be felt everywhere, less than bfloat16 rounds by elsewhere."""
+
+    def forward(self, input_ids: Any = None, position_ids: Any = None, **settings: Any) -> Any:
+        out = super().forward(input_ids=input_ids, position_ids=position_ids, **settings)
+        out.logits = out.logits * (1 + 0.03 * (input_ids[:, :1, None] % 2))
+        return out
+
+
+@pytest.mark.parametrize("kind", [_Leaking, _Shifted, _Faint])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_leaks_or_shifts_is_found_out_by_running_it(
     kind: type[LlamaForCausalLM], dtype: torch.dtype, tiny_model_dir: Path

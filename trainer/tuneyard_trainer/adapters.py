@@ -86,11 +86,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 def _wrap(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice on settings that Tuneyard chose knowingly
-        wrapped = get_peft_model(model, config)
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return wrapped
+        return get_peft_model(model, config)  # its weights are float32 over any base
 
 
 # ---- LoRA and (IA)^3: which layers ---------------------------------------------------------------

@@ -46,16 +46,15 @@ def config_of(path: Path) -> PreTrainedConfig:
         raise StageError("ModelMissing", f"there is no model at {path}.", advice=MODEL_FIELD)
     if is_gguf(path):
         config = _gguf_config(path)
-    else:
-        raw = _raw_config(path)
-        _refuse_remote_code(path, raw)
-        _refuse_adapter(path)
-        _refuse_quantized(path, raw)
-        config = _folder_config(path)
         _require_causal(path, config)
-        _require_safetensors(path)
         return config
+    raw = _raw_config(path)
+    _refuse_remote_code(path, raw)
+    _refuse_adapter(path)
+    _refuse_quantized(path, raw)
+    config = _folder_config(path)
     _require_causal(path, config)
+    _require_safetensors(path)
     return config
 
 

@@ -213,10 +213,10 @@ def _explained(path: Path) -> Iterator[None]:
     except Exception as error:  # each architecture fails in its own way on a config of nonsense
         if "can't allocate memory" in str(error):  # torch's CPU allocator raises RuntimeError
             raise _out_of_memory(path) from error
-        what = "its weights are broken or cut off" if isinstance(error, SafetensorError) else ""
+        cause = "its weights are broken or cut off: " if isinstance(error, SafetensorError) else ""
         raise StageError(
             "ModelBroken",
-            f"{path} cannot be loaded{': ' + what if what else ''} ({first_line(error)}).",
+            f"{path} cannot be loaded: {cause}{first_line(error)}.",
             advice="Fetch the model again, or set model.uri to another one.",
         ) from error
 
