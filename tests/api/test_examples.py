@@ -20,7 +20,11 @@ from tuneyard.api.methods import Adapter
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DATA = EXAMPLES / "data"
-MANIFESTS = sorted(EXAMPLES.rglob("*.yaml"))
+MANIFESTS = sorted(
+    path
+    for path in EXAMPLES.rglob("*.yaml")
+    if "out" not in path.relative_to(EXAMPLES).parts  # a run leaves its manifest beside its result
+)
 HELD_OUT = {
     DATA / "support/train.jsonl": DATA / "support/validation.jsonl",
     DATA / "workflow/train.jsonl": DATA / "workflow/validation.jsonl",
