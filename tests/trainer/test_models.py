@@ -639,7 +639,8 @@ class _Faint(LlamaForCausalLM):
 
     def forward(self, input_ids: Any = None, position_ids: Any = None, **settings: Any) -> Any:
         out = super().forward(input_ids=input_ids, position_ids=position_ids, **settings)
-        out.logits = out.logits * (1 + 0.03 * (input_ids[:, :1, None] % 2))
+        faint = 1 + 0.03 * (input_ids[:, :1, None] % 2)
+        out.logits = out.logits * faint.to(out.logits.dtype)
         return out
 
 

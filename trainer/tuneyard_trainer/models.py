@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -146,19 +147,20 @@ def _load_folder(path: Path, settings: dict[str, Any]) -> PreTrainedModel:
 
 
 def _load_gguf(path: Path, settings: dict[str, Any], quantize: Qlora | None) -> PreTrainedModel:
-    """Dequantized, and free of every trace of it: transformers refuses to save what it was told
-    was quantized."""
+    """Dequantized, and with no trace of it: transformers neither trains nor saves what it takes for
+    quantized."""
     with gguf_reader.quick():
         model, info = _from_pretrained(
-            path.parent, gguf_file=path.name, local_files_only=True, **settings
+            path.parent,
+            gguf_file=path.name,
+            local_files_only=True,
+            quantization_config=GgufConfig(dequantize=True),
+            **settings,
         )
     _require_complete(path, info)
-    model.hf_quantizer = None
-    model.is_quantized = False
-    del model.config.quantization_config
     if quantize is None:
         return model
-    settings |= {
+    settings = settings | {
         "config": model.config,
         "quantization_config": _nf4(quantize, settings["dtype"]),
         "output_loading_info": False,
