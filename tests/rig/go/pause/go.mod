@@ -1,0 +1,3 @@
+module tuneyard.io/tests/rig/pause
+
+go 1.24

@@ -1,0 +1,129 @@
+"""pytest fixtures for tests that need a real Kubernetes.
+
+Load it with `pytest_plugins = ["rig.plugin"]` and `pythonpath = ["tests"]`. Importing it starts
+nothing and needs nothing, so a machine without Kubernetes still collects every test.
+
+- `TUNEYARD_TEST_KUBECONFIG=FILE`: use that cluster (kind, say), which has KubeRay, and no rig.
+- `TUNEYARD_TEST_IMAGE=NAME`: the image for pods on that cluster.
+- `TUNEYARD_TEST_IMAGE_ROOT=FOLDER`: the folder that acts as the image on a rig. Unset it is the
+  machine's root, so that the pods have the very environment that runs the tests.
+- `TUNEYARD_REQUIRE_CLUSTER=1`: fail where a test would skip. For CI.
+- `TUNEYARD_RIG_LOGS=FOLDER`: keep the logs of every rig there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from rig import build, machine
+from rig.errors import RigError
+from rig.rig import KubeRay, Rig, bring_up, take_down, targets
+from rig.state import Level
+
+IMAGE = "rig.local/machine:1"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Kubernetes that a test may use, wherever it comes from."""
+
+    kubeconfig: Path
+    url: str
+    program: Path
+    """The kubectl to use."""
+    image: str | None = None
+    """An image for pods, with Python and Tuneyard in it; None if there are no pods."""
+    rig: Rig | None = None
+    """The rig behind it; None for a cluster that was given."""
+
+    def kubectl(
+        self, *arguments: str, input: str | None = None, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """Run kubectl. With `check` a failure raises, and the message is what kubectl said."""
+        command = [str(self.program), "--kubeconfig", str(self.kubeconfig), *arguments]
+        done = subprocess.run(command, check=False, input=input, capture_output=True, text=True)
+        if check and done.returncode:
+            raise RigError(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")
+        return done
+
+    def exec(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """Run a command where the addresses of pods and services exist."""
+        if self.rig is None:
+            raise RigError("only a rig can run commands inside its node's network")
+        inside, environment = self.rig.inside(command), self.rig.environment()
+        return subprocess.run(inside, check=False, env=environment, capture_output=True, text=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "apiserver: needs a real Kubernetes API server")
+    config.addinivalue_line("markers", "cluster: needs a real Kubernetes node with KubeRay")
+
+
+@pytest.fixture(scope="session")
+def apiserver(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """An API server with KubeRay's definitions and the built-in controllers; it runs no pod."""
+    yield from _cluster(request, "control", "crds")
+
+
+@pytest.fixture(scope="session")
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """A cluster with one node and KubeRay, whose pods can use `cluster.image`."""
+    yield from _cluster(request, "node", "running")
+
+
+@pytest.fixture(scope="session")
+def helm(request: pytest.FixtureRequest) -> Path:
+    """The helm program, for rendering the chart; it needs no cluster."""
+    if build.missing(["helm"]) and build.find_go() is None:
+        _give_up("needs Go 1.26 to build helm")
+    _announce_build(request, ["helm"])
+    return build.ensure(["helm"])["helm"] / "helm"
+
+
+def _cluster(request: pytest.FixtureRequest, level: Level, kuberay: KubeRay) -> Iterator[Cluster]:
+    if given := os.environ.get("TUNEYARD_TEST_KUBECONFIG"):
+        yield _given_cluster(Path(given))
+        return
+    if reason := machine.why_not(level, kuberay):
+        _give_up(reason)
+    _announce_build(request, targets(level, kuberay, kueue=False))
+    root = Path(os.environ.get("TUNEYARD_TEST_IMAGE_ROOT", "/"))
+    images = {IMAGE: root} if level == "node" else {}
+    rig = bring_up(level, kuberay=kuberay, images=images)
+    try:
+        kubectl = rig.programs / "kubectl"
+        yield Cluster(rig.kubeconfig, rig.url, kubectl, IMAGE if images else None, rig)
+    finally:
+        take_down(rig.state.root)
+
+
+def _given_cluster(kubeconfig: Path) -> Cluster:
+    found = shutil.which("kubectl")
+    program = Path(found) if found else build.ensure(["kubernetes"])["kubernetes"] / "kubectl"
+    cluster = Cluster(kubeconfig, "", program, os.environ.get("TUNEYARD_TEST_IMAGE"))
+    path = "jsonpath={.clusters[0].cluster.server}"
+    url = cluster.kubectl("config", "view", "--minify", "--output", path).stdout
+    return Cluster(kubeconfig, url, program, cluster.image)
+
+
+def _give_up(reason: str) -> None:
+    """Skip, or fail where Kubernetes is required: a skip in CI would hide that nothing ran."""
+    if os.environ.get("TUNEYARD_REQUIRE_CLUSTER") == "1":
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+def _announce_build(request: pytest.FixtureRequest, names: list[str]) -> None:
+    """A first build takes minutes; say so, past pytest's capture, or the run looks stuck."""
+    unbuilt = build.missing(names)
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    if unbuilt and capture is not None:
+        with capture.global_and_fixture_disabled():
+            print(f"\nbuilding {', '.join(unbuilt)}: minutes, once per machine", flush=True)

@@ -1,0 +1,277 @@
+"""What a rig promises: it is a real Kubernetes, and nothing of it is left when it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from rig import build, cgroups, images
+from rig.errors import RigError
+from rig.plugin import Cluster
+from rig.ports import Reservation
+from rig.rig import Rig, bring_up, take_down
+from rig.state import Level
+
+TESTS = Path(__file__).resolve().parents[1]
+
+# A process that asks for a rig, says where it is, and then does nothing until it is killed.
+OWNER = """
+import sys, time
+from rig.rig import bring_up
+print(bring_up(sys.argv[1]).state.root, flush=True)
+time.sleep(600)
+"""
+
+
+def wait_until(condition: Callable[[], object], timeout_seconds: float = 30) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def processes_of(root: Path) -> list[str]:
+    """The command lines of every process on this machine that names the rig's folder."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if str(root) in line:
+            lines.append(line)
+    return lines
+
+
+def mounts_of(root: Path) -> list[str]:
+    return [line for line in Path("/proc/mounts").read_text().splitlines() if str(root) in line]
+
+
+def cgroups_of(name: str) -> list[Path]:
+    return [*cgroups.ROOT.glob(f"*/{name}*"), *cgroups.ROOT.glob(f"{name}*")]
+
+
+def kill_owner_of_a_new_rig(level: Level) -> tuple[Path, str]:
+    """Start a process that brings a rig up, then kill it with no chance to clean up."""
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, level],
+        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert owner.stdout is not None
+    root = Path(owner.stdout.readline().strip())
+    name = json.loads((root / "settings.json").read_text())["name"]
+    assert processes_of(root), "the rig runs before its owner dies"
+    owner.kill()
+    owner.communicate()
+    return root, name
+
+
+@pytest.fixture
+def own_rig(apiserver: Cluster) -> Iterator[Rig]:
+    """A second rig beside the session's, for a test that harms it."""
+    if apiserver.rig is None:
+        pytest.skip("this tests the rig itself, and a cluster was given")
+    rig = bring_up("control")
+    yield rig
+    take_down(rig.state.root)
+
+
+@pytest.mark.apiserver
+def test_the_api_server_is_ready_and_knows_its_version(apiserver: Cluster) -> None:
+    assert apiserver.kubectl("get", "--raw", "/readyz").stdout == "ok"
+    version = json.loads(apiserver.kubectl("get", "--raw", "/version").stdout)
+    assert version["gitVersion"].startswith("v1."), "charts refuse a server without a version"
+
+
+@pytest.mark.apiserver
+def test_a_new_namespace_gets_its_default_service_account(apiserver: Cluster) -> None:
+    apiserver.kubectl("create", "namespace", "rig-controllers")
+    arguments = ("--namespace=rig-controllers", "wait", "--for=create", "--timeout=30s")
+    apiserver.kubectl(*arguments, "serviceaccount/default")
+    apiserver.kubectl("delete", "namespace", "rig-controllers", "--wait=false")
+
+
+@pytest.mark.apiserver
+def test_kuberays_kinds_are_served_where_kuberay_does_not_run(apiserver: Cluster) -> None:
+    condition = "--for=condition=Established"
+    apiserver.kubectl("wait", condition, "--timeout=30s", "crd/rayjobs.ray.io")
+    assert "No resources found" in apiserver.kubectl("get", "rayjobs").stderr
+
+
+@pytest.mark.apiserver
+def test_a_refused_object_raises_with_the_servers_words(apiserver: Cluster) -> None:
+    manifest = '{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "Not_A_Name"}}'
+    with pytest.raises(RigError, match="Not_A_Name"):
+        apiserver.kubectl("create", "--filename=-", input=manifest)
+    refused = apiserver.kubectl("create", "--filename=-", input=manifest, check=False)
+    assert refused.returncode != 0
+
+
+@pytest.mark.apiserver
+def test_two_rigs_stand_side_by_side(apiserver: Cluster, own_rig: Rig) -> None:
+    assert own_rig.url != apiserver.url
+    other = Cluster(own_rig.kubeconfig, own_rig.url, own_rig.programs / "kubectl")
+    other.kubectl("create", "namespace", "only-there")
+    assert "only-there" not in apiserver.kubectl("get", "namespaces").stdout
+
+
+@pytest.mark.apiserver
+def test_down_leaves_no_process_and_no_file_and_may_be_repeated(own_rig: Rig) -> None:
+    root = own_rig.state.root
+    assert processes_of(root)
+    assert take_down(root)
+    wait_until(lambda: not processes_of(root))  # the process that cleaned up goes last
+    assert not root.exists()
+    assert not take_down(root)
+
+
+@pytest.mark.apiserver
+def test_the_rig_ends_when_its_owner_is_killed(apiserver: Cluster) -> None:
+    if apiserver.rig is None:
+        pytest.skip("this tests the rig itself, and a cluster was given")
+    root, _ = kill_owner_of_a_new_rig("control")
+    wait_until(lambda: not root.exists())
+    wait_until(lambda: not processes_of(root))  # the process that cleaned up goes last
+
+
+@pytest.mark.apiserver
+def test_the_servers_end_when_the_keeper_is_killed_and_down_sweeps_up(own_rig: Rig) -> None:
+    root = own_rig.state.root
+    keeper = own_rig.state.process("keeper")
+    assert keeper is not None
+    os.kill(keeper.pid, signal.SIGKILL)
+    wait_until(lambda: processes_of(root) == [])
+    assert take_down(root)
+    assert not root.exists()
+
+
+@pytest.mark.apiserver
+def test_a_rig_that_cannot_start_says_why_and_leaves_nothing(
+    own_rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "etcd").symlink_to("/bin/false")
+    (programs / "kube-apiserver").symlink_to(own_rig.programs / "kube-apiserver")
+    monkeypatch.setattr(build, "ensure", lambda names: dict.fromkeys(names, programs))
+    folder = tmp_path / "rig"
+    with pytest.raises(RigError, match="etcd ended while waiting"):
+        bring_up("control", folder=folder)
+    assert not folder.exists()
+    assert processes_of(folder) == []
+
+
+@pytest.mark.cluster
+def test_a_pod_runs_this_machines_python_to_completion(cluster: Cluster) -> None:
+    assert cluster.image is not None
+    command = ("--command", "--", "python", "-c", "print(6 * 7)")
+    cluster.kubectl("run", "rig-python", "--image", cluster.image, "--restart=Never", *command)
+    succeeded = "--for=jsonpath={.status.phase}=Succeeded"
+    cluster.kubectl("wait", succeeded, "--timeout=60s", "pod/rig-python")
+    assert cluster.kubectl("logs", "rig-python").stdout == "42\n"
+    cluster.kubectl("delete", "pod", "rig-python")
+
+
+@pytest.mark.cluster
+def test_a_pod_finds_a_service_by_its_name(cluster: Cluster) -> None:
+    assert cluster.image is not None
+    code = "import socket; socket.create_connection(('kubernetes.default', 443), 30)"
+    command = ("--command", "--", "python", "-c", code)
+    cluster.kubectl("run", "rig-names", "--image", cluster.image, "--restart=Never", *command)
+    succeeded = "--for=jsonpath={.status.phase}=Succeeded"
+    cluster.kubectl("wait", succeeded, "--timeout=60s", "pod/rig-names")
+    cluster.kubectl("delete", "pod", "rig-names")
+
+
+@pytest.mark.cluster
+def test_kuberay_takes_up_a_rayjob(cluster: Cluster) -> None:
+    container = {"name": "ray", "image": cluster.image}
+    head = {"rayStartParams": {}, "template": {"spec": {"containers": [container]}}}
+    spec = {
+        "suspend": True,
+        "shutdownAfterJobFinishes": True,  # KubeRay suspends no other RayJob
+        "entrypoint": "true",
+        "rayClusterSpec": {"headGroupSpec": head},
+    }
+    rayjob = {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": {"name": "rig-suspended"},
+        "spec": spec,
+    }
+    cluster.kubectl("create", "--filename=-", input=json.dumps(rayjob))
+    suspended = "--for=jsonpath={.status.jobDeploymentStatus}=Suspended"
+    cluster.kubectl("wait", suspended, "--timeout=60s", "rayjob/rig-suspended")
+    cluster.kubectl("delete", "rayjob", "rig-suspended")
+
+
+@pytest.mark.cluster
+def test_no_packet_can_leave_the_node(cluster: Cluster) -> None:
+    if cluster.rig is None:
+        pytest.skip("this tests the rig itself, and a cluster was given")
+    routes = cluster.exec("ip", "route", "show", "table", "all").stdout
+    assert "10.96.0.0/16" in routes, "this is the node's table"
+    assert "default" not in routes
+
+
+@pytest.mark.cluster
+def test_a_node_leaves_no_process_mount_or_cgroup_when_its_owner_is_killed(
+    cluster: Cluster,
+) -> None:
+    if cluster.rig is None:
+        pytest.skip("this tests the rig itself, and a cluster was given")
+    root, name = kill_owner_of_a_new_rig("node")
+    wait_until(lambda: not root.exists())
+    wait_until(lambda: not processes_of(root))  # the process that cleaned up goes last
+    assert mounts_of(root) == []
+    assert cgroups_of(name) == []
+    assert cgroups_of(cluster.rig.state.settings.name), "the other rig keeps its own"
+
+
+def test_a_port_is_never_given_to_two_rigs() -> None:
+    with Reservation() as one, Reservation() as other:
+        ports = [reservation.take() for _ in range(50) for reservation in (one, other)]
+    assert len(set(ports)) == len(ports)
+
+
+def test_an_image_of_a_folder_hides_credentials_but_not_interpreters(tmp_path: Path) -> None:
+    for name in (".aws", ".netrc", ".pyenv", "work"):
+        (tmp_path / "root" / name).mkdir(parents=True)
+    archive = tmp_path / "image.tar"
+    images.stand_in(archive, "rig.local/test:1", tmp_path, "/bin")
+    with tarfile.open(archive) as outer:
+        layer = outer.extractfile("1.tar")
+        assert layer is not None
+        with tarfile.open(fileobj=io.BytesIO(layer.read())) as inner:
+            names = inner.getnames()
+    assert {"root/.wh..aws", "root/.wh..netrc"} <= set(names)
+    assert not [name for name in names if "pyenv" in name or "work" in name]
+    assert "tmp/.wh..wh..opq" in names
+
+
+@pytest.mark.skipif(build.find_go() is None, reason="needs Go to build")
+def test_builds_at_the_same_time_make_one_entry_and_a_later_one_is_instant(tmp_path: Path) -> None:
+    command = [sys.executable, str(TESTS / "rig"), "build", "--only", "pause"]
+    environment = {**os.environ, "TUNEYARD_CACHE": str(tmp_path)}
+    builds = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    folders = {done.communicate()[0].split()[1] for done in builds}
+    assert len(folders) == 1
+    assert [path.name for path in (tmp_path / "bin").glob("*/pause")] == ["pause"]
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "(cached)" in again.stdout
+    assert not list((tmp_path / "bin").glob(".*"))
