@@ -3,6 +3,8 @@
 
 .DEFAULT_GOAL := help
 SHELL := bash
+# Without cached bytecode each of Ray's processes would compile torch's imports anew.
+unexport PYTHONDONTWRITEBYTECODE
 .SHELLFLAGS := -euo pipefail -c
 
 PYTHON ?= python3
@@ -36,6 +38,7 @@ lint: $(VENV)/.dev ## Format, lint, types, layers and generated files
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	MYPYPATH=tests $(BIN)/mypy tests/rig
 	$(BIN)/lint-imports --cache-dir .lint_cache
 	$(BIN)/tuneyard crds --check
 

@@ -37,7 +37,7 @@ def put(path: Path, content: bytes) -> Path:
 def open_data(
     path: Path,
     *,
-    format: DataFormat = "auto",  # noqa: A002
+    format: DataFormat = "auto",
     fields: dict[str, str] | None = None,
     limit: int | None = None,
     on_invalid: Any = "error",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from peft import PeftType
 
 BATCH = 32
 """Prompts at a time; with a 1k-token prompt the cache of a 1B model then takes about 2 GiB."""
@@ -24,20 +25,37 @@ def continuations(
     `add_special_tokens`: put the tokenizer's own before each prompt; prompts that a chat template
     rendered hold theirs already.
     """
+    if not prompts:
+        return ()
     answers: dict[int, str] = {}
-    shortest_first = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(prompts), BATCH):
-        chosen = shortest_first[start : start + BATCH]
-        encoded = tokenizer(
-            [prompts[i] for i in chosen],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            add_special_tokens=add_special_tokens,
+    encoded = tokenizer(list(prompts), add_special_tokens=add_special_tokens)["input_ids"]
+    for chosen in _batches([len(ids) for ids in encoded], padded=not _prompt_tuned(model)):
+        padded = tokenizer.pad(
+            {"input_ids": [encoded[i] for i in chosen]}, padding_side="left", return_tensors="pt"
         ).to(next(model.parameters()).device)
-        texts = _generate(model, tokenizer, encoded, max_new_tokens)
+        texts = _generate(model, tokenizer, padded, max_new_tokens)
         answers.update(zip(chosen, texts, strict=True))
     return tuple(answers[i] for i in range(len(prompts)))
+
+
+def _batches(lengths: Sequence[int], *, padded: bool) -> Iterator[list[int]]:
+    """Prompt indices, shortest first, at most BATCH together; of one length unless `padded`."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        differs = bool(batch) and lengths[index] != lengths[batch[0]]
+        if len(batch) == BATCH or (differs and not padded):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _prompt_tuned(model: Any) -> bool:
+    """Whether PEFT puts virtual tokens into the input. It puts them before the padding and drops
+    the positions (peft 0.21), so rows of unlike length must not be padded together."""
+    config = getattr(model, "active_peft_config", None)
+    return config is not None and config.peft_type == PeftType.PROMPT_TUNING
 
 
 def _generate(model: Any, tokenizer: Any, encoded: Any, max_new_tokens: int) -> list[str]:
