@@ -1,0 +1,57 @@
+"""Every example runs: on a tiny model with random weights, its data and settings as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.trainer.jobs import planned
+from tuneyard_trainer import plain
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def fine_tune_jobs() -> list[Path]:
+    """Manifests that run on one machine."""
+    paths = [*EXAMPLES.glob("*.yaml"), *EXAMPLES.glob("adapters/*.yaml")]
+    return [path for path in sorted(paths) if "pvc://" not in path.read_text()]
+
+
+def shortened(path: Path, model: Path) -> dict[str, Any]:
+    """Two steps on the tiny model, and no gate: random weights learn nothing in two steps."""
+    value: dict[str, Any] = yaml.safe_load(path.read_text())
+    spec = value["spec"]
+    spec["model"] = {"uri": f"file://{model}"}
+    spec.setdefault("training", {}).pop("epochs", None)
+    spec["training"] |= {"maxSteps": 2}
+    spec["evaluate"] = {"maxNewTokens": 2, "samples": 1}
+    freeze = spec["training"].get("freeze")
+    if freeze and "layers" in freeze:
+        spec["training"]["freeze"] = freeze | {"layers": "0"}
+    adapter = next(iter((spec.get("adapter") or {}).values()), {})
+    if adapter and "layers" in adapter:
+        adapter["layers"] = "1"
+    return value
+
+
+@pytest.mark.parametrize("path", fine_tune_jobs(), ids=lambda path: path.stem)
+def test_an_example_runs_to_its_result(path: Path, tmp_path: Path, tiny_model_dir: Path) -> None:
+    states: dict[str, str] = {}
+
+    def emit(event: dict[str, Any]) -> None:
+        if event["type"] == "stage":
+            states[event["stage"]] = event["state"]
+
+    plan = planned(shortened(path, tiny_model_dir))
+    plain.run(
+        plan,
+        str(tmp_path / "out"),
+        base_dir=path.parent,
+        cache_dir=tmp_path / "cache",
+        emit=emit,
+    )
+    assert set(states.values()) == {"Succeeded"}
+    assert (tmp_path / "out" / "result" / "README.md").exists()
