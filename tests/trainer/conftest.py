@@ -47,7 +47,7 @@ def tiny_tokenizer() -> Any:
         bos_token="<|endoftext|>",
         eos_token="<|im_end|>",
         pad_token="<|pad|>",
-        model_max_length=2048,
+        model_max_length=256,
     )
     fast.chat_template = CHATML
     return fast
@@ -62,7 +62,7 @@ def tiny_llama(vocabulary: int, **changes: Any) -> LlamaForCausalLM:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 2048,
+        "max_position_embeddings": 256,
         "tie_word_embeddings": True,
         "bos_token_id": 0,
         "eos_token_id": 2,

@@ -31,14 +31,14 @@ def write_data(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def manifest(model: Path, output: str = "out", **spec: Any) -> dict[str, Any]:
+def manifest(model_dir: Path, output: str = "out", **spec: Any) -> dict[str, Any]:
     """A FineTuneJob over `write_data`'s files; keyword arguments replace parts of the spec."""
     return {
         "apiVersion": "tuneyard.io/v1alpha1",
         "kind": "FineTuneJob",
         "metadata": {"name": "lamps"},
         "spec": {
-            "model": {"uri": f"file://{model}"},
+            "model": {"uri": f"file://{model_dir}"},
             "data": {
                 "train": [{"uri": "file://train.jsonl"}],
                 "validation": {"data": [{"uri": "file://validation.jsonl"}]},

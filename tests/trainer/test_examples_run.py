@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.trainer.conftest import VOCABULARY, tiny_llama
 from tests.trainer.jobs import planned
 from tuneyard_trainer import plain
 
@@ -27,6 +29,8 @@ def shortened(path: Path, model: Path) -> dict[str, Any]:
     spec["model"] = {"uri": f"file://{model}"}
     spec.setdefault("training", {}).pop("epochs", None)
     spec["training"] |= {"maxSteps": 2}
+    if isinstance(spec["data"].get("maxLength"), int):
+        spec["data"]["maxLength"] *= 4  # the tiny tokenizer needs more tokens for the same text
     spec["evaluate"] = {"maxNewTokens": 2, "samples": 1}
     freeze = spec["training"].get("freeze")
     if freeze and "layers" in freeze:
@@ -37,15 +41,26 @@ def shortened(path: Path, model: Path) -> dict[str, Any]:
     return value
 
 
+@pytest.fixture(scope="session")
+def roomy_model_dir(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, with room for 4096 tokens."""
+    folder = tmp_path_factory.mktemp("roomy")
+    tiny_llama(VOCABULARY, max_position_embeddings=4096).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 4096}))
+    return folder
+
+
 @pytest.mark.parametrize("path", fine_tune_jobs(), ids=lambda path: path.stem)
-def test_an_example_runs_to_its_result(path: Path, tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_an_example_runs_to_its_result(path: Path, tmp_path: Path, roomy_model_dir: Path) -> None:
     states: dict[str, str] = {}
 
     def emit(event: dict[str, Any]) -> None:
         if event["type"] == "stage":
             states[event["stage"]] = event["state"]
 
-    plan = planned(shortened(path, tiny_model_dir))
+    plan = planned(shortened(path, roomy_model_dir))
     plain.run(
         plan,
         str(tmp_path / "out"),

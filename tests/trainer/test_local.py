@@ -1,0 +1,232 @@
+"""`tuneyard run` as a user starts it: Ray on this machine, workers killed, Ctrl-C, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.trainer.jobs import manifest, planned, write_data
+from tuneyard.errors import PlanError
+from tuneyard_trainer import plain
+from tuneyard_trainer.local import localized
+
+ROOT = Path(__file__).resolve().parents[2]
+TUNEYARD = [str(Path(sys.executable).with_name("tuneyard"))]
+
+
+def start(folder: Path, value: dict[str, Any]) -> subprocess.Popen[str]:
+    """`tuneyard run job.yaml` in a process of its own."""
+    (folder / "job.yaml").write_text(yaml.safe_dump(value))
+    return subprocess.Popen(
+        [*TUNEYARD, "run", "job.yaml"],
+        cwd=folder,
+        env={**os.environ, "TUNEYARD_CACHE": str(folder / "cache")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def wait_for_steps(process: subprocess.Popen[str], folder: Path, steps: int) -> None:
+    path = folder / "out" / "stages" / "sft" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not path.exists() or len(path.read_text().splitlines()) < steps:
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(f"no {steps} steps: {process.communicate()}")
+        time.sleep(0.05)
+
+
+def long_job(model: Path) -> dict[str, Any]:
+    """800 short steps, a checkpoint every 20: long enough to be interrupted."""
+    training = {"maxSteps": 800, "batchSize": 2, "learningRate": 1e-4, "checkpointSteps": 20}
+    return manifest(model, training=training | {"evaluationSteps": 400}, adapter={"lora": {}})
+
+
+def record(folder: Path, stage: str = "sft") -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(
+        (folder / "out" / "stages" / stage / "record.json").read_text()
+    )
+    return value
+
+
+@pytest.mark.slow
+def test_two_ray_workers_end_where_one_plain_process_does(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    value = manifest(tiny_model_dir, adapter={"lora": {}}, compute={"workers": 2})
+    write_data(tmp_path)
+    code, out, err = finish(start(tmp_path, value))
+    assert code == 0, err
+    assert "Held-out loss" in out
+    assert record(tmp_path)["details"]["workers"] == 2
+    plain.run(
+        planned(value),
+        str(tmp_path / "alone"),
+        base_dir=tmp_path,
+        cache_dir=tmp_path / "cache",
+        emit=lambda _: None,
+    )
+    name = "result/adapter/adapter_model.safetensors"
+    together, alone = load_file(tmp_path / "out" / name), load_file(tmp_path / "alone" / name)
+    for key, tensor in alone.items():
+        torch.testing.assert_close(together[key], tensor, atol=1e-5, rtol=1e-4)
+
+    code, out, err = finish(start(tmp_path, value))
+    assert code == 0, err
+    assert "Nothing to do" in out + err
+
+
+def _kill_worker(driver: psutil.Process) -> None:
+    workers = [
+        child
+        for child in driver.children(recursive=True)
+        if "RayTrainWorker" in " ".join(child.cmdline())
+    ]
+    assert len(workers) == 1
+    workers[0].kill()
+
+
+def _kill_driver(driver: psutil.Process) -> None:
+    driver.kill()
+
+
+def _interrupt(driver: psutil.Process) -> None:
+    driver.send_signal(signal.SIGINT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("blow", "code", "said"),
+    [
+        (_kill_worker, 1, "the training workers ended without a word"),
+        (_kill_driver, -signal.SIGKILL, ""),
+        (_interrupt, 130, "goes on from there"),
+    ],
+    ids=["worker killed", "driver killed", "Ctrl-C"],
+)
+def test_an_interrupted_run_says_so_and_the_same_command_goes_on(
+    blow: Callable[[psutil.Process], None],
+    code: int,
+    said: str,
+    tmp_path: Path,
+    tiny_model_dir: Path,
+) -> None:
+    write_data(tmp_path)
+    value = long_job(tiny_model_dir)
+    process = start(tmp_path, value)
+    wait_for_steps(process, tmp_path, 60)
+    family = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "Agent" not in child.name()  # Ray's own, which take minutes to miss their parent
+    ]
+    blow(psutil.Process(process.pid))
+    found, _, err = finish(process)
+    assert found == code, err
+    assert said in err
+    assert "Traceback" not in err
+    gone, alive = psutil.wait_procs(family, timeout=60)
+    assert alive == [], f"{len(gone)} processes ended, these did not"
+    assert not (tmp_path / "out" / "stages" / "sft" / "record.json").exists()
+
+    found, out, err = finish(start(tmp_path, value))
+    assert found == 0, err
+    assert record(tmp_path)["details"]["resumedAtStep"] >= 40
+    assert record(tmp_path)["metrics"]["steps"] == 800
+    assert "Held-out loss" in out
+
+
+@pytest.mark.slow
+def test_a_stage_that_refuses_its_data_ends_in_one_message_and_leaves_nothing(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    write_data(tmp_path)
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"messages": [\n')
+    code, out, err = finish(start(tmp_path, manifest(tiny_model_dir)))
+    assert code == 1
+    assert out == ""
+    assert "row 11" in err
+    assert "onInvalidRow" in err
+    assert "Traceback" not in err
+    left = [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert set(left) <= {"owner.json", ".lock"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": {"uri": "file://absent"}}, "absent"),
+        ({"data": {"train": [{"uri": "file://absent.jsonl"}]}}, "spec.data.train[0].uri"),
+        ({"model": {"uri": "pvc://models/x"}}, "spec.model.uri: pvc://models/x exists on a"),
+        ({"model": {"uri": "job://other"}}, "spec.model.uri"),
+        ({"training": {"epoch": 1}}, "did you mean 'epochs'"),
+    ],
+    ids=["no model", "no data", "a claim", "an unknown job", "an unknown field"],
+)
+def test_what_can_be_told_beforehand_is_told_before_anything_starts(
+    changes: dict[str, Any], said: str, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    write_data(tmp_path)
+    code, out, err = finish(start(tmp_path, manifest(tiny_model_dir, **changes)))
+    assert code in (1, 2)
+    assert said in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert not (tmp_path / "out" / "stages").exists()
+
+
+def test_a_folder_of_another_job_is_refused(tmp_path: Path, tiny_model_dir: Path) -> None:
+    write_data(tmp_path)
+    (tmp_path / "out").mkdir()
+    owner = {"job": {"kind": "FineTuneJob", "name": "other", "namespace": None}, "attempt": 1}
+    (tmp_path / "out" / "owner.json").write_text(json.dumps(owner))
+    code, _, err = finish(start(tmp_path, manifest(tiny_model_dir)))
+    assert code == 1
+    assert "holds the output of FineTuneJob other" in err
+    assert json.loads((tmp_path / "out" / "owner.json").read_text()) == owner
+
+
+def test_a_job_of_the_same_manifest_is_found_by_its_name(tmp_path: Path) -> None:
+    first = planned(manifest(tmp_path))
+    value = manifest(tmp_path, output="second", model={"uri": "job://lamps"})
+    second = planned(value | {"metadata": {"name": "brighter"}})
+    stages = localized([first, second])[1].stages
+    assert {stage.inputs["model"].uri for stage in stages} == {"file://out/result/model"}  # type: ignore[union-attr]
+    with pytest.raises(PlanError, match="no 'lamps' in it"):
+        localized([second])
+
+
+@pytest.mark.slow
+def test_the_quickstart_teaches_smollm2_what_the_base_cannot_know(tmp_path: Path) -> None:
+    """The demo's promise: product questions right that the base gets wrong, in words that training
+    never saw, and the held-out loss down by 30% at least."""
+    value = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())
+    (tmp_path / "data").symlink_to(ROOT / "examples" / "data")
+    value["spec"]["output"]["uri"] = "file://out"
+    code, out, err = finish(start(tmp_path, value))
+    assert code == 0, err
+    metrics = record(tmp_path, "evaluate")["metrics"]
+    assert metrics["lossReduction"] >= 0.3
+    assert metrics["baseAnswerAccuracy"] <= 0.1
+    assert metrics["answerAccuracy"] >= 0.7
+    assert "Answers right" in out
