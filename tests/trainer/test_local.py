@@ -113,6 +113,12 @@ def _interrupt(driver: psutil.Process) -> None:
     driver.send_signal(signal.SIGINT)
 
 
+def _interrupt_twice(driver: psutil.Process) -> None:
+    driver.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    driver.send_signal(signal.SIGINT)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("blow", "code", "said"),
@@ -120,8 +126,9 @@ def _interrupt(driver: psutil.Process) -> None:
         (_kill_worker, 1, "the training workers ended without a word"),
         (_kill_driver, -signal.SIGKILL, ""),
         (_interrupt, 130, "goes on from there"),
+        (_interrupt_twice, 130, "press Ctrl-C again to stop at once"),
     ],
-    ids=["worker killed", "driver killed", "Ctrl-C"],
+    ids=["worker killed", "driver killed", "Ctrl-C", "Ctrl-C twice"],
 )
 def test_an_interrupted_run_says_so_and_the_same_command_goes_on(
     blow: Callable[[psutil.Process], None],

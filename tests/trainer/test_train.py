@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +198,22 @@ def test_a_torn_checkpoint_and_a_torn_metrics_line_are_ignored(
     resumed, _ = run(tmp_path / "parts", inputs)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert all("step" in line for line in lines(tmp_path / "parts"))
+
+
+def test_a_full_disk_ends_in_one_message_and_the_last_checkpoint_stays_whole(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        with pytest.raises(StageError) as failure:  # a checkpoint of the whole model takes 0.4 MB
+            run(folder, inputs, epochs=4.0, runtime={"checkpoint_steps": 2})
+        whole = list((folder / "checkpoints").glob("step-????????"))
+        assert all((path / "state.json").exists() for path in whole)
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    assert failure.value.reason == "DiskFull"
+    assert "output.uri" in failure.value.advice

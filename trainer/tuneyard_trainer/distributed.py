@@ -29,9 +29,10 @@ from tuneyard_trainer.records import Store
 from tuneyard_trainer.runner import Ledger, Walk, failure_event
 from tuneyard_trainer.worker import Interrupted, Worker
 
-POST_SECONDS = 0.25
+POST_SECONDS = 1.0
 """Least time between two progress posts of a worker; stage events are never held back."""
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.5
+"""How often the driver asks the mailbox; each time costs both about a millisecond of a core."""
 
 
 @dataclass(frozen=True)
