@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tuneyard.api.plan import EvaluateSettings, PlannedStage, StageInput, TrainSettings
+from tuneyard.api.plan import PlannedStage, StageInput, TrainSettings
 from tuneyard_trainer.prepared import ARRAYS
 
 Row = tuple[list[int], list[int]]
@@ -76,21 +76,5 @@ def train_stage(**changes: Any) -> PlannedStage:
         settings=TrainSettings.model_validate(settings | changes),
         inputs={"model": StageInput(stage="model"), "data": StageInput(stage="prepare")},
         runtime=runtime,
-        fingerprint="sha256:test",
-    )
-
-
-def evaluate_stage(**changes: Any) -> PlannedStage:
-    """An evaluation stage."""
-    settings: dict[str, Any] = {
-        "compare_with_base": True,
-        "samples": 2,
-        "max_new_tokens": 4,
-        "gates": [],
-    }
-    return PlannedStage(
-        name="evaluate",
-        settings=EvaluateSettings.model_validate(settings | changes),
-        inputs={},
         fingerprint="sha256:test",
     )
