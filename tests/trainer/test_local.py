@@ -41,7 +41,7 @@ def start(folder: Path, value: dict[str, Any]) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=540)
     return process.returncode, out, err
 
 
@@ -151,7 +151,7 @@ def test_an_interrupted_run_says_so_and_the_same_command_goes_on(
     assert found == code, err
     assert said in err
     assert "Traceback" not in err
-    gone, alive = psutil.wait_procs(family, timeout=60)
+    gone, alive = psutil.wait_procs(family, timeout=180)
     assert alive == [], f"{len(gone)} processes ended, these did not"
     assert not (tmp_path / "out" / "stages" / "sft" / "record.json").exists()
 
