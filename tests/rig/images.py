@@ -6,10 +6,11 @@ import hashlib
 import io
 import json
 import platform
+import sys
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 # How an image layer says "nothing below this path shows through", and "this path is deleted".
 OPAQUE = ".wh..wh..opq"
@@ -21,6 +22,11 @@ _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 # is settings and credentials: none of a test's business, and a `.ray` with a token would even
 # switch Ray's head to token authentication, which leaves the RayJob in Initializing for ever.
 VISIBLE = frozenset({".local", ".pyenv"})
+
+SCRATCH = ("run", "tmp")
+
+# What a test's pods run: this interpreter, its virtual environment and this checkout.
+NEEDED = (Path(sys.base_prefix), Path(sys.prefix), Path(__file__).resolve().parents[2])
 
 
 @dataclass(frozen=True)
@@ -85,21 +91,45 @@ def stand_in(path: Path, name: str, root: Path, search_path: str) -> str:
     return write(path, name, [marker, _cover(root)], config)
 
 
+def out_of_reach(root: Path) -> Path | None:
+    """A folder that the tests need and that pods would not see in `root`; None if they see all.
+
+    An image shows one filesystem: what is mounted somewhere below the root stays outside.
+    """
+    inside = [path for path in NEEDED if path.is_relative_to(root)]
+    return next((path for path in inside if path.stat().st_dev != root.stat().st_dev), None)
+
+
 def _cover(root: Path) -> Layer:
-    private = [str(path.relative_to(root)) for path in _private(root)]
-    scratch = {"tmp": 0o1777, "run": 0o755}
-    homes = {str(PurePosixPath(path).parent): 0o700 for path in private}
-    hidden = [_whiteout(path) for path in private]
-    empty = [f"{folder}/{OPAQUE}" for folder in scratch]
-    return Layer(dict.fromkeys([*empty, *hidden], (b"", 0o644)), {**scratch, **homes})
+    hidden = [*_private(root), *_scratch(root)]
+    marks = [path.relative_to(root) for path in hidden]
+    folders = {path.parent for path in hidden}
+    modes = {str(path.relative_to(root)): path.stat().st_mode & 0o7777 for path in folders}
+    return Layer({str(path): (b"", 0o644) for path in marks}, modes)
 
 
-def _private(root: Path) -> Iterable[Path]:
-    homes = {root / "root", root / str(Path.home()).lstrip("/")}
-    hidden = [path for home in sorted(homes) for path in sorted(home.glob(".*"))]
-    return [path for path in hidden if path.name not in VISIBLE]
+def _private(root: Path) -> Iterator[Path]:
+    """The marks that hide settings and credentials in the homes of root and of this user."""
+    homes = {root / "root", root / str(Path.home()).lstrip("/")} - {root}
+    for home in sorted(homes):
+        for path in sorted(home.glob(".*")):
+            if path.name not in VISIBLE:
+                yield _whiteout(path)
 
 
-def _whiteout(path: str) -> str:
-    target = PurePosixPath(path)
-    return str(target.with_name(WHITEOUT + target.name))
+def _scratch(root: Path) -> Iterator[Path]:
+    """The marks that empty the scratch folders, but for a checkout or an interpreter in them."""
+    for folder in (root / name for name in SCRATCH):
+        keep = {path.relative_to(folder).parts[0] for path in NEEDED if folder in path.parents}
+        if not folder.is_dir():
+            continue
+        if not keep:
+            yield folder / OPAQUE
+            continue
+        for path in sorted(folder.iterdir()):
+            if path.name not in keep:
+                yield _whiteout(path)
+
+
+def _whiteout(path: Path) -> Path:
+    return path.with_name(WHITEOUT + path.name)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from rig import build, machine
+from rig import build, images, machine
 from rig.errors import RigError
 from rig.rig import KubeRay, Rig, bring_up, take_down, targets
 from rig.state import Level
@@ -93,15 +93,21 @@ def _cluster(request: pytest.FixtureRequest, level: Level, kuberay: KubeRay) -> 
         return
     if reason := machine.why_not(level, kuberay):
         _give_up(reason)
+    folders = {IMAGE: _image_root()} if level == "node" else {}
     _announce_build(request, targets(level, kuberay, kueue=False))
-    root = Path(os.environ.get("TUNEYARD_TEST_IMAGE_ROOT", "/"))
-    images = {IMAGE: root} if level == "node" else {}
-    rig = bring_up(level, kuberay=kuberay, images=images)
+    rig = bring_up(level, kuberay=kuberay, images=folders)
     try:
         kubectl = rig.programs / "kubectl"
-        yield Cluster(rig.kubeconfig, rig.url, kubectl, IMAGE if images else None, rig)
+        yield Cluster(rig.kubeconfig, rig.url, kubectl, IMAGE if folders else None, rig)
     finally:
         take_down(rig.state.root)
+
+
+def _image_root() -> Path:
+    root = Path(os.environ.get("TUNEYARD_TEST_IMAGE_ROOT", "/"))
+    if missing := images.out_of_reach(root):
+        _give_up(f"needs {missing} on the filesystem of {root}, which is what pods see")
+    return root
 
 
 def _given_cluster(kubeconfig: Path) -> Cluster:

@@ -23,6 +23,8 @@ from rig.rig import Rig, bring_up, take_down
 from rig.state import Level
 
 TESTS = Path(__file__).resolve().parents[1]
+PYTHON = str(Path(sys.base_prefix) / "bin" / "python3")
+"""The interpreter below any virtual environment: a checkout in /tmp is hidden from pods."""
 
 # A process that asks for a rig, says where it is, and then does nothing until it is killed.
 OWNER = """
@@ -176,7 +178,7 @@ def test_a_rig_that_cannot_start_says_why_and_leaves_nothing(
 @pytest.mark.cluster
 def test_a_pod_runs_this_machines_python_to_completion(cluster: Cluster) -> None:
     assert cluster.image is not None
-    command = ("--command", "--", "python", "-c", "print(6 * 7)")
+    command = ("--command", "--", PYTHON, "-c", "print(6 * 7)")
     cluster.kubectl("run", "rig-python", "--image", cluster.image, "--restart=Never", *command)
     succeeded = "--for=jsonpath={.status.phase}=Succeeded"
     cluster.kubectl("wait", succeeded, "--timeout=60s", "pod/rig-python")
@@ -188,7 +190,7 @@ def test_a_pod_runs_this_machines_python_to_completion(cluster: Cluster) -> None
 def test_a_pod_finds_a_service_by_its_name(cluster: Cluster) -> None:
     assert cluster.image is not None
     code = "import socket; socket.create_connection(('kubernetes.default', 443), 30)"
-    command = ("--command", "--", "python", "-c", code)
+    command = ("--command", "--", PYTHON, "-c", code)
     cluster.kubectl("run", "rig-names", "--image", cluster.image, "--restart=Never", *command)
     succeeded = "--for=jsonpath={.status.phase}=Succeeded"
     cluster.kubectl("wait", succeeded, "--timeout=60s", "pod/rig-names")
@@ -246,19 +248,31 @@ def test_a_port_is_never_given_to_two_rigs() -> None:
     assert len(set(ports)) == len(ports)
 
 
-def test_an_image_of_a_folder_hides_credentials_but_not_interpreters(tmp_path: Path) -> None:
-    for name in (".aws", ".netrc", ".pyenv", "work"):
-        (tmp_path / "root" / name).mkdir(parents=True)
-    archive = tmp_path / "image.tar"
-    images.stand_in(archive, "rig.local/test:1", tmp_path, "/bin")
+def cover_of(root: Path, archive: Path) -> set[str]:
+    """The entries of the layer that hides parts of the folder."""
+    images.stand_in(archive, "rig.local/test:1", root, "/bin")
     with tarfile.open(archive) as outer:
         layer = outer.extractfile("1.tar")
         assert layer is not None
         with tarfile.open(fileobj=io.BytesIO(layer.read())) as inner:
-            names = inner.getnames()
-    assert {"root/.wh..aws", "root/.wh..netrc"} <= set(names)
-    assert not [name for name in names if "pyenv" in name or "work" in name]
-    assert "tmp/.wh..wh..opq" in names
+            return set(inner.getnames())
+
+
+def test_an_image_of_a_folder_hides_credentials_but_not_interpreters(tmp_path: Path) -> None:
+    for name in ("root/.aws", "root/.netrc", "root/.pyenv", "root/work", "tmp"):
+        (tmp_path / name).mkdir(parents=True)
+    names = cover_of(tmp_path, tmp_path / "image.tar")
+    assert names == {"root", "root/.wh..aws", "root/.wh..netrc", "tmp", "tmp/.wh..wh..opq"}
+
+
+def test_a_checkout_in_a_scratch_folder_stays_visible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("tmp/checkout", "tmp/other", "run"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setattr(images, "NEEDED", (tmp_path / "tmp/checkout/.venv",))
+    names = cover_of(tmp_path, tmp_path / "image.tar")
+    assert names == {"run", "run/.wh..wh..opq", "tmp", "tmp/.wh.other"}
 
 
 @pytest.mark.skipif(build.find_go() is None, reason="needs Go to build")
