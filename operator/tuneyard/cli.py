@@ -24,6 +24,7 @@ from tuneyard.api.manifest import Job
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, TrainSettings
 from tuneyard.errors import Fault, ManifestError, PlanError, TuneyardError
 from tuneyard.planning import rayjob, stages
+from tuneyard.planning.placement import placed
 
 Planned = TypeVar("Planned")
 
@@ -107,7 +108,7 @@ def show_plan(file: Path, as_json: bool) -> None:
 )
 def render(file: Path, attempt: int) -> None:
     """Print the ConfigMap and the RayJob that a cluster would get."""
-    rendered = _each(_read(file), lambda job: rayjob.render(stages.plan(job), job, attempt=attempt))
+    rendered = _each(_read(file), lambda job: _rendered(job, attempt))
     objects = [item for one in rendered for item in one]
     text = yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=4096)
     click.echo(text, nl=False)
@@ -154,6 +155,11 @@ def crds(folder: Path, check: bool) -> int:
         path.write_text(text, encoding="utf-8")
         click.echo(f"wrote {path}")
     return 0
+
+
+def _rendered(job: Job, attempt: int) -> rayjob.Rendered:
+    """Profiles and other jobs' models are known to the operator alone."""
+    return rayjob.render(placed(stages.plan(job), profiles={}), job, attempt=attempt)
 
 
 # ---- reading ----------------------------------------------------------------------------------

@@ -141,6 +141,7 @@ LORA = job(
       priorityClass: batch
       image: trainer:1
     runPolicy:
+      cancel: false
       suspend: true
       maxAttempts: 5
       backoffSeconds: 20

@@ -15,14 +15,28 @@ from tuneyard.api.compute import Compute
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.plan import Plan
 from tuneyard.errors import Fault, PlanError
-from tuneyard.planning.rayjob import Rendered, render
+from tuneyard.planning.placement import awaited_jobs, placed
+from tuneyard.planning.rayjob import (
+    Rendered,
+    Reporting,
+    plan_digest,
+    ray_job_name,
+    render,
+    render_erasure,
+)
 from tuneyard.planning.stages import plan
 
 URL = "https://tuneyard.tuneyard-system.svc:8443"
 
 
-def rendered(job: FineTuneJob, **arguments: Any) -> Rendered:
-    return render(plan(job), job, **{"attempt": 1, **arguments})
+CA = "-----BEGIN CERTIFICATE-----\n(public)\n-----END CERTIFICATE-----\n"
+REPORTING = Reporting(URL, CA)
+
+
+def rendered(
+    job: FineTuneJob, profiles: Mapping[str, Compute] | None = None, **arguments: Any
+) -> Rendered:
+    return render(placed(plan(job), profiles=profiles or {}), job, **{"attempt": 1, **arguments})
 
 
 def faults(job: FineTuneJob, **arguments: Any) -> list[Fault]:
@@ -75,7 +89,7 @@ def environment(pod: Mapping[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["minimal", "support-bot"])
 def test_the_rendered_objects_are_frozen(name: str) -> None:
-    objects = list(rendered(job(name), attempt=2, operator_url=URL))
+    objects = list(rendered(job(name), attempt=2, reporting=REPORTING))
     objects[0]["data"]["plan.json"] = "(see plans)\n"
     assert_golden(f"rayjobs/{name}.yaml", yaml.safe_dump_all(objects, sort_keys=False, width=4096))
 
@@ -154,7 +168,7 @@ def test_the_queue_is_named_on_the_rayjob_and_nowhere_else() -> None:
 
 
 def test_no_two_places_share_a_value_that_a_caller_might_change() -> None:
-    text = yaml.safe_dump(rendered(job("support-bot"), operator_url=URL).ray_job)
+    text = yaml.safe_dump(rendered(job("support-bot"), reporting=REPORTING).ray_job)
     assert "&id" not in text, "YAML marks shared values with anchors"
 
 
@@ -169,7 +183,7 @@ def test_rendering_is_deterministic_and_leaves_its_input_alone() -> None:
 
 
 def test_every_pod_satisfies_the_restricted_security_standard() -> None:
-    for template in templates(rendered(job("support-bot"), operator_url=URL)):
+    for template in templates(rendered(job("support-bot"), reporting=REPORTING)):
         pod = template["spec"]
         (container,) = pod["containers"]
         assert pod["automountServiceAccountToken"] is False
@@ -283,11 +297,15 @@ def secrets(pod: Mapping[str, Any]) -> list[str]:
 
 
 def test_only_the_head_can_report_and_only_as_this_job() -> None:
-    result = rendered(job("support-bot"), operator_url=URL)
+    result = rendered(job("support-bot"), reporting=REPORTING)
     (token,) = [v for v in head(result)["volumes"] if v["name"] == "token"]
     (source,) = token["projected"]["sources"]
-    assert source["serviceAccountToken"]["audience"] == "tuneyard.io/team-a/support-bot"
-    assert environment(head(result))["TUNEYARD_OPERATOR_URL"]["value"] == URL
+    assert (
+        source["serviceAccountToken"]["audience"] == "tuneyard.io/team-a/finetunejobs/support-bot"
+    )
+    path = "/v1alpha1/namespaces/team-a/finetunejobs/support-bot/progress"
+    assert environment(head(result))["TUNEYARD_PROGRESS_URL"]["value"] == URL + path
+    assert environment(head(result))["TUNEYARD_CA"]["value"] == CA
     assert "serviceAccountToken" not in json.dumps(worker(result))
 
 
@@ -315,6 +333,45 @@ def test_every_local_path_is_refused_at_once_with_the_remedy() -> None:
     assert [fault.path for fault in found] == paths
     assert all("pvc://CLAIM/PATH" in fault.message for fault in found)
     assert profile.path == "spec.compute.profile", "what else is wrong is said at once too"
+
+
+def test_another_job_s_model_is_read_from_where_that_job_left_it() -> None:
+    given = plan(job(model__uri="job://earlier"))
+    assert awaited_jobs(given) == ["earlier"]
+    found = placed(given, profiles={}, models={"earlier": "pvc://models/earlier/result/model"})
+    assert awaited_jobs(found) == []
+    assert "job://" not in found.to_json().partition('"manifest"')[0]
+
+
+def test_the_run_policy_may_change_without_changing_the_plan() -> None:
+    assert plan_digest(plan(job(runPolicy={"suspend": True}))) == plan_digest(plan(job()))
+
+
+def test_no_two_jobs_share_a_rayjob() -> None:
+    names = ("x", "x-1", "x-a1", "x-a", "x-a1-1")
+    made = {
+        ray_job_name(kind, name, attempt)
+        for kind in ("FineTuneJob", "AlignmentJob")
+        for name in names
+        for attempt in (1, 11)
+    }
+    assert len(made) == 2 * 2 * len(names)
+
+
+def test_workers_are_drained_before_they_are_told_to_end() -> None:
+    (container,) = worker(rendered(job()))["containers"]
+    command = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert command == ["python", "-m", "tuneyard_trainer.drain"]
+    assert worker(rendered(job()))["terminationGracePeriodSeconds"] == 120
+
+
+def test_the_erasing_pod_sees_the_output_and_nothing_else() -> None:
+    given = job("support-bot")
+    made = render_erasure(placed(plan(given), profiles={}), given)
+    pod = made["spec"]["template"]["spec"]
+    assert {path for path in mounts(pod) if "pvc" in path} == {"/mnt/pvc/models"}
+    assert pod["automountServiceAccountToken"] is False
+    assert "TUNEYARD_SECRET_HF_TOKEN" not in environment(pod)
 
 
 def test_another_job_s_model_has_to_be_resolved_first() -> None:

@@ -80,12 +80,15 @@ class RunPolicy(Model):
 
     suspend: bool = False
     """True: stop at the next checkpoint and release the cluster; False again: go on from there."""
+    cancel: bool = False
+    """True: end the job for good, as Failed with reason Cancelled; finished stages stay."""
     max_attempts: int = Field(default=3, ge=1, le=100)
-    """Attempts in all, the first included, before a retryable failure becomes final."""
+    """Attempts in all, the first included, before a retryable failure becomes final. Attempts that
+    ended because the job was suspended or its pods were preempted do not count."""
     backoff_seconds: int = Field(default=10, ge=0, le=3600)
     """Wait before the second attempt, in seconds; doubled for each further one, at most an hour."""
     deadline_seconds: int | None = Field(default=None, ge=1)
-    """Wall-clock limit of the whole job in seconds, over all attempts. None: no limit."""
+    """Limit of the time that the attempts take together, in seconds. None: no limit."""
     start_deadline_seconds: int = Field(default=1800, ge=10, le=604800)
     """How long an admitted attempt's pods may take to start, in seconds."""
     ttl_seconds_after_finished: int | None = Field(default=None, ge=0)

@@ -117,6 +117,7 @@ def _root_schema(model: type[FineTuneJob | AlignmentJob]) -> Schema:
         },
         "x-kubernetes-validations": [
             _name_rule(),
+            _CANCELLED_FOR_GOOD,
             *(_immutable(name, always_there=_always_there(name, spec)) for name in fixed),
         ],
     }
@@ -129,6 +130,13 @@ def _name_rule() -> Schema:
         "message": f"metadata.name must be at most {NAME_LENGTH} lower-case letters, digits and "
         "dashes, starting with a letter: choose another name",
     }
+
+
+_CANCELLED_FOR_GOOD = {
+    "rule": "!oldSelf.spec.runPolicy.cancel || self.spec.runPolicy.cancel",
+    "message": "spec.runPolicy.cancel cannot be taken back: create a job of another name",
+    "fieldPath": ".spec.runPolicy.cancel",
+}
 
 
 def _always_there(name: str, schema: Schema) -> bool:

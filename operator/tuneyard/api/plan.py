@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tuneyard.api.compute import Compute, RunPolicy
+from tuneyard.api.compute import Compute
 from tuneyard.api.meta import Model
 from tuneyard.api.methods import (
     Adapter,
@@ -226,10 +226,9 @@ class Plan(Model):
     """Where records and results go."""
     compute: Compute
     """What it runs on."""
-    run_policy: RunPolicy
-    """How it is run."""
     manifest: dict[str, Any]
-    """The job as the user wrote it, defaults filled in; exported beside the weights."""
+    """The job as the user wrote it, defaults filled in; exported beside the weights. Without its
+    run policy, which may change under way: no plan depends on it."""
     notes: list[str] = Field(default=[])
     """What the planner decided in the user's stead, and why."""
 

@@ -57,14 +57,22 @@ class AttemptStatus(Report):
     """From 1."""
     ray_job: str
     """The RayJob's name."""
-    started_at: str | None = None
-    """When it was created (RFC 3339)."""
+    ray_job_uid: str | None = None
+    """The RayJob's identity; None: not created yet."""
+    started_at: str
+    """When it was decided on (RFC 3339)."""
+    running_at: str | None = None
+    """When its driver started (RFC 3339); None: not yet."""
     finished_at: str | None = None
     """When it ended (RFC 3339); None: it runs."""
     reason: str | None = None
     """Why it ended; None: it runs."""
     message: str | None = None
     """The same, for people."""
+    stage: str | None = None
+    """The stage that ran when it ended; None: none, or it runs."""
+    last_step: int | None = Field(default=None, ge=0)
+    """The last step of that stage it told of; None: none."""
     steps_lost: int | None = Field(default=None, ge=0)
     """Steps that the next attempt had to repeat; None: unknown or none yet."""
 
@@ -74,8 +82,8 @@ class Result(Report):
 
     uri: str
     """Where it lies."""
-    digest: str
-    """The digest of the exported files."""
+    digest: str | None = None
+    """The digest of the exported files; None: the trainer could not report it."""
     metrics: dict[str, float] = Field(default={})
     """The evaluation's metrics."""
 

@@ -14,18 +14,17 @@ from tuneyard import __version__
 from tuneyard.api.alignmentjob import AlignmentJob
 from tuneyard.api.compute import Compute
 from tuneyard.api.finetunejob import FineTuneJob
-from tuneyard.api.meta import GROUP
+from tuneyard.api.meta import GROUP, VERSION
 from tuneyard.api.plan import Plan, digest
-from tuneyard.errors import PlanError
-from tuneyard.planning.compute import Workers, compute_faults, with_profile, workers
-from tuneyard.planning.storage import Storage, storage, storage_faults
+from tuneyard.planning.compute import Workers, workers
+from tuneyard.planning.storage import Storage, storage
 
 Object = dict[str, Any]
 
 DEFAULT_IMAGE = f"tuneyard-trainer:{__version__}"
 RAY_VERSION = "2.60.0"
 PLAN_FOLDER = "/etc/tuneyard"
-ENTRYPOINT = f"python -m tuneyard_trainer --plan {PLAN_FOLDER}/plan.json"
+PLAN_FILE = f"{PLAN_FOLDER}/plan.json"
 TOKEN_FOLDER = "/var/run/secrets/tuneyard"  # noqa: S105  a folder, not a secret
 TOKEN_SECONDS = 3600
 """The token's life; the kubelet renews it at 80%."""
@@ -50,6 +49,15 @@ _FOREIGN_LABELS = (
 """Prefixes whose labels make another controller act on what carries them: never copied."""
 
 
+class Reporting(NamedTuple):
+    """Where an attempt's head reports its progress."""
+
+    url: str
+    """The operator's status server, without a path."""
+    ca: str
+    """The certificate that signs the server's, in PEM: public, so it may stand in a pod."""
+
+
 class Rendered(NamedTuple):
     """The objects of one attempt, in the order in which they are created."""
 
@@ -65,35 +73,29 @@ def render(
     *,
     attempt: int,
     image: str = DEFAULT_IMAGE,
-    operator_url: str | None = None,
-    profiles: Mapping[str, Compute] | None = None,
+    reporting: Reporting | None = None,
 ) -> Rendered:
-    """What the cluster gets. `operator_url`: where progress is posted; None: nowhere.
-
-    Raises PlanError with everything that cannot exist on a cluster.
-    """
-    profiles = profiles or {}
-    faults = [*storage_faults(plan), *compute_faults(plan.compute, profiles)]
-    if faults:
-        raise PlanError(faults)
-    compute = with_profile(plan.compute, profiles)
+    """What the cluster gets for a plan that `placement.placed` made. `reporting` None: progress is
+    posted nowhere."""
+    compute, policy = plan.compute, job.spec.run_policy
     config_map = _config_map(plan, job)
-    mount = _Mount("plan", PLAN_FOLDER, {"configMap": {"name": config_map["metadata"]["name"]}})
+    mount = _plan_mount(plan)
     pods = _Pods(
         image=compute.image or image,
         labels=_labels(job, attempt),
         priority_class=compute.priority_class,
     )
     store, group = storage(plan), workers(compute)
-    head = _head(pods, store, [mount, *_reporting(job, operator_url)], _reporting_env(operator_url))
+    token, env = _reporting(job, reporting)
+    head = _head(pods, store, [mount, *token], env)
     spec = {
         "submissionMode": "K8sJobMode",
-        "entrypoint": f"{ENTRYPOINT} --attempt {attempt}",
+        "entrypoint": _entrypoint(job, attempt),
         "entrypointNumCpus": 0,
         "backoffLimit": 0,
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": TTL_SECONDS,
-        "preRunningDeadlineSeconds": plan.run_policy.start_deadline_seconds,
+        "preRunningDeadlineSeconds": policy.start_deadline_seconds,
         "submitterPodTemplate": _submitter(pods),
         "rayClusterSpec": {
             "rayVersion": RAY_VERSION,
@@ -104,31 +106,102 @@ def render(
     return Rendered(config_map, _ray_job(plan, job, attempt, spec))
 
 
+def render_erasure(
+    plan: Plan, job: FineTuneJob | AlignmentJob, *, image: str = DEFAULT_IMAGE
+) -> Object:
+    """The Job that removes a deleted job's output. Its pod gets the output and nothing else."""
+    store, labels = storage(plan), _labels(job, attempt=None)
+    container = {
+        "name": "erase",
+        "command": [*_MODULE, "tuneyard_trainer.erase", "--plan", PLAN_FILE],
+        "args": ["--job-uid", job.metadata.uid or ""],
+        "resources": _fixed({"cpu": "500m", "memory": "1Gi"}),
+        "env": _environment(),
+        "envFrom": _env_from(store.output_credentials),
+    }
+    pods = _Pods(image=plan.compute.image or image, labels=labels, priority_class=None)
+    template = _template(pods, container, [_plan_mount(plan), *_claims(store.output_claims)])
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": _metadata(job, erasure_name(job), labels),
+        "spec": {"backoffLimit": 3, "template": template},
+    }
+
+
+# ---- names --------------------------------------------------------------------------------------
+
+
+def ray_job_name(kind: str, name: str, attempt: int) -> str:
+    """At most 45 of KubeRay's 47 characters. The two kinds never share a name: `x-1` is a
+    FineTuneJob's, `x-a1` an AlignmentJob's, and no job's name ends the other way round."""
+    return f"{name}-{'a' if kind == 'AlignmentJob' else ''}{attempt}"
+
+
+def config_map_name(name: str, plan_digest: str) -> str:
+    """Named by its content, so that attempts with one plan share it."""
+    return f"{name}-plan-{plan_digest.removeprefix('sha256:')[:10]}"
+
+
+def erasure_name(job: FineTuneJob | AlignmentJob) -> str:
+    """The Job that removes the output."""
+    return f"{job.metadata.name}-{'a' if job.kind == 'AlignmentJob' else ''}erase"
+
+
+def audience(kind: str, namespace: str, name: str) -> str:
+    """What a progress token is good for: one job."""
+    return f"{GROUP}/{namespace}/{kind.lower()}s/{name}"
+
+
+def progress_path(kind: str, namespace: str, name: str) -> str:
+    """Where an attempt of a job posts to, on the status server."""
+    return f"/{VERSION}/namespaces/{namespace}/{kind.lower()}s/{name}/progress"
+
+
+def plan_digest(plan: Plan) -> str:
+    """What the status and the ConfigMap's name know a plan by."""
+    return digest(plan.to_json())
+
+
 # ---- objects ----------------------------------------------------------------------------------
+
+_MODULE = ("python", "-m")
+
+
+def _entrypoint(job: FineTuneJob | AlignmentJob, attempt: int) -> str:
+    command = [*_MODULE, "tuneyard_trainer", "--plan", PLAN_FILE, "--attempt", str(attempt)]
+    if job.metadata.uid:
+        command += ["--job-uid", job.metadata.uid]
+    return " ".join(command)
+
+
+def _plan_mount(plan: Plan) -> _Mount:
+    name = config_map_name(plan.job.name, plan_digest(plan))
+    return _Mount("plan", PLAN_FOLDER, {"configMap": {"name": name}})
 
 
 def _config_map(plan: Plan, job: FineTuneJob | AlignmentJob) -> Object:
-    text = plan.to_json()
-    name = f"{plan.job.name}-plan-{digest(text).removeprefix('sha256:')[:10]}"
+    name = config_map_name(plan.job.name, plan_digest(plan))
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": _metadata(job, name, _labels(job, attempt=None)),
         "immutable": True,
-        "data": {"plan.json": text},
+        "data": {"plan.json": plan.to_json()},
     }
 
 
 def _ray_job(plan: Plan, job: FineTuneJob | AlignmentJob, attempt: int, spec: Object) -> Object:
     labels = _labels(job, attempt)
-    if plan.run_policy.queue:
-        labels["kueue.x-k8s.io/queue-name"] = plan.run_policy.queue
-    if plan.run_policy.workload_priority:
-        labels["kueue.x-k8s.io/priority-class"] = plan.run_policy.workload_priority
+    policy = job.spec.run_policy
+    if policy.queue:
+        labels["kueue.x-k8s.io/queue-name"] = policy.queue
+    if policy.workload_priority:
+        labels["kueue.x-k8s.io/priority-class"] = policy.workload_priority
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
-        "metadata": _metadata(job, f"{plan.job.name}-{attempt}", labels),
+        "metadata": _metadata(job, ray_job_name(job.kind, plan.job.name, attempt), labels),
         "spec": spec,
     }
 
@@ -211,6 +284,8 @@ def _worker_group(pods: _Pods, store: Storage, group: Workers, compute: Compute)
         resources[group.gpu_resource] = start["num-gpus"] = str(group.gpus)
     container = {
         "name": "ray-worker",
+        # Runs before SIGTERM, on which `ray start` would end the worker at once.
+        "lifecycle": {"preStop": {"exec": {"command": [*_MODULE, "tuneyard_trainer.drain"]}}},
         "resources": _fixed(resources),
         "env": [*_environment(), *_secret_env(store)],
         "envFrom": _env_from(store.credentials),
@@ -315,28 +390,26 @@ def _claims(claims: Mapping[str, bool]) -> list[_Mount]:
     ]
 
 
-def _reporting(job: FineTuneJob | AlignmentJob, operator_url: str | None) -> list[_Mount]:
-    """The token by which the operator knows whose progress is posted."""
-    if operator_url is None:
-        return []
+def _reporting(
+    job: FineTuneJob | AlignmentJob, reporting: Reporting | None
+) -> tuple[list[_Mount], list[Object]]:
+    """The token by which the operator knows whose progress is posted, and where to."""
+    if reporting is None:
+        return [], []
     namespace = job.metadata.namespace or "default"
     token = {
-        "audience": f"{GROUP}/{namespace}/{job.metadata.name}",
+        "audience": audience(job.kind, namespace, job.metadata.name),
         "expirationSeconds": TOKEN_SECONDS,
         "path": "token",
     }
-    return [
-        _Mount("token", TOKEN_FOLDER, {"projected": {"sources": [{"serviceAccountToken": token}]}})
-    ]
-
-
-def _reporting_env(operator_url: str | None) -> list[Object]:
-    if operator_url is None:
-        return []
-    return [
-        {"name": "TUNEYARD_OPERATOR_URL", "value": operator_url},
+    source = {"projected": {"sources": [{"serviceAccountToken": token}]}}
+    path = progress_path(job.kind, namespace, job.metadata.name)
+    env = [
+        {"name": "TUNEYARD_PROGRESS_URL", "value": f"{reporting.url.rstrip('/')}{path}"},
         {"name": "TUNEYARD_TOKEN_FILE", "value": f"{TOKEN_FOLDER}/token"},
+        {"name": "TUNEYARD_CA", "value": reporting.ca},
     ]
+    return [_Mount("token", TOKEN_FOLDER, source)], env
 
 
 def _environment() -> list[Object]:

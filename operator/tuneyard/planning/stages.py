@@ -48,7 +48,6 @@ def plan(job: FineTuneJob | AlignmentJob) -> Plan:
         stages=_fingerprinted(_drafts(job.spec, rule)),
         output=job.spec.output,
         compute=job.spec.compute,
-        run_policy=job.spec.run_policy,
         manifest=_manifest(job),
         notes=_notes(job.spec, rule),
     )
@@ -251,7 +250,7 @@ def _manifest(job: FineTuneJob) -> dict[str, Any]:
         "apiVersion": job.api_version,
         "kind": job.kind,
         "metadata": {key: value for key, value in metadata.items() if value},
-        "spec": _dump(job.spec),
+        "spec": {key: value for key, value in _dump(job.spec).items() if key != "runPolicy"},
     }
 
 
