@@ -90,9 +90,10 @@ def without_ray(job: Plan, output: Path, cache: Path) -> Pace:
 
 
 class Overhead:
-    """Processor time of everything but the training worker, from the first step to the last: Ray's
-    processes and the driver, as a share of what the machine's cores offered meanwhile. Far less
-    noisy than the difference of two runs."""
+    """Processor time of everything but the training worker: Ray's processes and the driver, as a
+    share of what the machine's cores offered meanwhile. Far less noisy than the difference of two
+    runs. Counts from the third step: the first run beside Ray's own start-up, which is no part of
+    the loop and shorter than any real one."""
 
     def __init__(self) -> None:
         self._driver = psutil.Process()
@@ -100,7 +101,7 @@ class Overhead:
         self.share = float("nan")
 
     def __call__(self, event: dict[str, Any]) -> None:
-        if event["type"] != "progress" or event["stage"] != "sft" or not event["step"]:
+        if event["type"] != "progress" or event["stage"] != "sft" or event["step"] < 3:
             return
         now = (time.monotonic(), self._spent())
         if self._first is None:

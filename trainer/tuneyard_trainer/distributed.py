@@ -1,19 +1,24 @@
 """The only Ray code: one Ray Train worker group in which every rank walks the plan.
 
 The group is started once per attempt and stays for all stages, so a job pays for process start-up
-and imports once. What workers have to say goes to a mailbox actor, fire and forget; the driver
-reads it. A mailbox's answer to a post says whether the run shall stop.
+and imports once. What workers have to say goes to the driver over a socket each; the only word
+that comes back is to stop.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +36,21 @@ from tuneyard_trainer.worker import Interrupted, Worker
 
 POST_SECONDS = 1.0
 """Least time between two progress posts of a worker; stage events are never held back."""
-POLL_SECONDS = 0.5
-"""How often the driver asks the mailbox; each time costs both about a millisecond of a core."""
+LOOK_SECONDS = 0.5
+"""How often the driver looks whether it was asked to stop, and whether the group still runs."""
+HANG_UP_SECONDS = 10.0
+"""How long an ended group's last words are waited for."""
+_LOCAL_RAY = {
+    "RAY_worker_niceness": "0",  # Ray's 15 lets anything else go first
+    # What a machine of its own has no use for. Measured on two idle cores with the log monitor,
+    # which is ended below: together about a quarter of what Ray's processes cost beside a worker.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "5",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_metrics_report_interval_ms": "600000",
+}
+"""Ray's own settings on one machine; what the user's environment says goes before."""
 
 
 @dataclass(frozen=True)
@@ -58,60 +76,92 @@ class Places:
     """Where fetched sources are kept."""
 
 
-class Mailbox:
-    """Collects events until the driver drains them. Runs as a Ray actor."""
+class Line:
+    """A worker's line to the driver: events out, the word to stop in. Sending never waits for the
+    driver to read, short of the megabytes that the kernel buffers."""
 
-    def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
-        self._stop = False
-
-    def post(self, event: dict[str, Any]) -> bool:
-        """Takes an event; answers whether a stop was asked for."""
-        self._events.append(event)
-        return self._stop
-
-    def drain(self) -> list[dict[str, Any]]:
-        """All events since the last call."""
-        events, self._events = self._events, []
-        return events
-
-    def stop(self) -> None:
-        """Asks the workers to checkpoint and end."""
-        self._stop = True
-
-
-class Outbox:
-    """A worker's side of the mailbox: never waits for it, except to hand over what must arrive."""
-
-    def __init__(self, mailbox: Any) -> None:
-        self._mailbox = mailbox
-        self._answer: Any = None
-        self._stop = False
+    def __init__(self, address: tuple[str, int], key: bytes) -> None:
+        self._connection = Client(address, authkey=key)
+        self._stop = threading.Event()
         self._posted = 0.0
+        threading.Thread(target=self._listen, daemon=True, name="line").start()
 
     def emit(self, event: dict[str, Any]) -> None:
-        """Posts stage events surely and in order; of progress, the newest that is due."""
-        if event["type"] != "progress" or event["message"]:
-            self._stop = ray.get(self._mailbox.post.remote(event)) or self._stop
-            return
-        if time.monotonic() - self._posted < POST_SECONDS and not _final(event):
-            return
-        self._posted = time.monotonic()
-        self._collect()
-        self._answer = self._mailbox.post.remote(event)
+        """Sends stage events at once and in order; of progress, the newest that is due."""
+        if event["type"] == "progress" and not event["message"] and not _final(event):
+            if time.monotonic() - self._posted < POST_SECONDS:
+                return
+            self._posted = time.monotonic()
+        with suppress(OSError):  # without its driver this worker is about to be killed
+            self._connection.send_bytes(json.dumps(event).encode())
 
     def stopped(self) -> bool:
-        """Whether any answer so far asked to stop; looks only at answers that are there."""
-        self._collect()
-        return self._stop
+        """Whether the driver asked to stop."""
+        return self._stop.is_set()
 
-    def _collect(self) -> None:
-        if self._answer is None:
-            return
-        ready, _ = ray.wait([self._answer], timeout=0)
-        if ready:
-            self._stop = ray.get(self._answer) or self._stop
-            self._answer = None
+    def _listen(self) -> None:
+        with suppress(EOFError, OSError):
+            self._connection.recv_bytes()  # the driver says nothing else
+            self._stop.set()
+
+
+class Desk:
+    """The driver's end of all lines. JSON over sockets, not a Ray actor: an idle actor alone costs
+    half a percent of a core, and would have to be polled."""
+
+    def __init__(self) -> None:
+        self.key = secrets.token_bytes(32)
+        self._listener = Listener((ray.util.get_node_ip_address(), 0), authkey=self.key)
+        self.events: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._lines: list[Any] = []
+        self._readers: list[threading.Thread] = []
+        self._asked = False
+        self._start(self._accept)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where workers call."""
+        host, port = self._listener.address
+        return host, port
+
+    def ask_to_stop(self) -> None:
+        """Tells all workers, those to come included."""
+        self._asked = True
+        for line in self._lines:
+            self._tell(line)
+
+    def close(self) -> None:
+        """Ends the lines once what is on them was read."""
+        for reader in self._readers:
+            reader.join(HANG_UP_SECONDS)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                line = self._listener.accept()
+            except AuthenticationError:
+                continue  # not one of ours
+            except OSError:
+                return
+            self._lines.append(line)
+            self._readers.append(self._start(self._read, line))
+            if self._asked:
+                self._tell(line)
+
+    def _read(self, line: Any) -> None:
+        with suppress(EOFError, OSError):
+            while True:
+                self.events.put(json.loads(line.recv_bytes()))
+
+    def _tell(self, line: Any) -> None:
+        with suppress(OSError):
+            line.send_bytes(b"stop")
+
+    def _start(self, target: Callable[..., None], *arguments: Any) -> threading.Thread:
+        thread = threading.Thread(target=target, args=arguments, daemon=True, name="desk")
+        thread.start()
+        return thread
 
 
 def _final(event: dict[str, Any]) -> bool:
@@ -134,14 +184,14 @@ def run(
     and end. Raises StageError or Interrupted as the workers did; a group that dies without a word
     raises StageError WorkerDied (retryable).
     """
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    desk = Desk()
     trainer = TorchTrainer(
         _walk,
         train_loop_config={
             "plan": plan.to_json(),
             "places": places,
             "attempt": attempt,
-            "mailbox": mailbox,
+            "desk": (desk.address, desk.key),
             "threads": resources.cpus_per_worker,
         },
         scaling_config=ScalingConfig(
@@ -155,8 +205,7 @@ def run(
             failure_config=FailureConfig(max_failures=max_worker_failures),
         ),
     )
-    endings = _follow(trainer, mailbox, on_event, stop)
-    _raise(endings)
+    _raise(_follow(trainer, desk, on_event, stop))
 
 
 def _per_worker(resources: Resources) -> dict[str, float]:
@@ -168,7 +217,7 @@ def _per_worker(resources: Resources) -> dict[str, float]:
 
 def _follow(
     trainer: TorchTrainer,
-    mailbox: Any,
+    desk: Desk,
     on_event: Callable[[dict[str, Any]], None],
     stop: threading.Event,
 ) -> list[dict[str, Any]]:
@@ -182,22 +231,24 @@ def _follow(
         except Exception as error:
             failures.append(error)
 
+    def relay(event: dict[str, Any]) -> None:
+        if event["type"] in ("failed", "interrupted", "finished"):
+            endings.append(event)
+        else:
+            on_event(event)
+
     thread = threading.Thread(target=fit, daemon=True, name="ray-train")
     thread.start()
     asked = False
-    while True:
-        alive = thread.is_alive()
-        for event in ray.get(mailbox.drain.remote()):
-            if event["type"] in ("failed", "interrupted", "finished"):
-                endings.append(event)
-            else:
-                on_event(event)
-        if not alive:
-            break
+    while thread.is_alive():
         if stop.is_set() and not asked:
-            mailbox.stop.remote()
+            desk.ask_to_stop()
             asked = True
-        thread.join(POLL_SECONDS)
+        with suppress(queue.Empty):
+            relay(desk.events.get(timeout=LOOK_SECONDS))
+    desk.close()
+    while not desk.events.empty():
+        relay(desk.events.get())
     if not endings and failures:
         endings.append(_unexplained(failures[0]))
     return endings
@@ -240,7 +291,7 @@ def _walk(config: dict[str, Any]) -> None:
     worker group: they lose their peer and Ray tears the group down."""
     import ray.train.torch
 
-    outbox = Outbox(config["mailbox"])
+    line = Line(*config["desk"])
     context = ray.train.get_context()
     places: Places = config["places"]
     device = ray.train.torch.get_device()
@@ -254,19 +305,19 @@ def _walk(config: dict[str, Any]) -> None:
             rank=context.get_world_rank(),
             world_size=context.get_world_size(),
             device=device,
-            stop=outbox.stopped,
+            stop=line.stopped,
             attempt=config["attempt"],
         ),
-        emit=outbox.emit,
+        emit=line.emit,
     )
     try:
         walk.run()
     except (StageError, Interrupted) as error:
-        outbox.emit(failure_event(error))
+        line.emit(failure_event(error))
         if isinstance(error, StageError) and context.get_world_size() > 1:
             raise
     else:
-        outbox.emit({"type": "finished"})
+        line.emit({"type": "finished"})
 
 
 # ---- one machine --------------------------------------------------------------------------------
@@ -275,7 +326,8 @@ def _walk(config: dict[str, Any]) -> None:
 @contextmanager
 def local_cluster(resources: Resources) -> Iterator[None]:
     """Ray on this machine alone, just large enough, for as long as the context lasts."""
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets anything else go first
+    for name, value in _LOCAL_RAY.items():
+        os.environ.setdefault(name, value)
     ray.init(
         address="local",
         num_cpus=resources.workers * resources.cpus_per_worker,
@@ -284,6 +336,10 @@ def local_cluster(resources: Resources) -> Iterator[None]:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+    # It copies logs to the driver, which asked for none, and looks ten times a second. `ray start`
+    # can leave it out; ray.init has no word for it.
+    if node := ray._private.worker._global_node:
+        node.kill_log_monitor()
     try:
         yield
     finally:
