@@ -179,6 +179,18 @@ class ChatFormat:
 # ---- rendering --------------------------------------------------------------------------------
 
 
+def rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    template: str | None = None,
+) -> str:
+    """A conversation up to where the model's answer begins. `template`: in place of the
+    tokenizer's. Raises MisfitError where the template refuses the conversation."""
+    chosen = template or tokenizer.get_chat_template()
+    return _render(tokenizer, chosen, messages, prompt=True)
+
+
 def _template(tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.is_fast:
         raise StageError(

@@ -132,7 +132,7 @@ class Walk:
         started = now()
         try:
             inputs = self.ledger.inputs(stage)
-            outcome = _entry_point(stage)(stage, inputs, workdir, self._worker(stage))
+            outcome = _entry_point(stage)(stage, inputs, workdir, self._worker(stage, digests))
         except OSError as error:
             raise disk_error(error, workdir) from error
         if not self.worker.is_main:
@@ -161,13 +161,14 @@ class Walk:
             versions=versions(),
         )
 
-    def _worker(self, stage: PlannedStage) -> Worker:
+    def _worker(self, stage: PlannedStage, digests: Mapping[str, str]) -> Worker:
         if not self.worker.is_main:
             return self.worker
         return replace(
             self.worker,
             report=partial(_report, self.emit, stage.name),
             persist=self.ledger.store.persist,
+            identity=stage.identity(digests),
             manifest=self.ledger.plan.manifest,
         )
 

@@ -57,6 +57,8 @@ class Worker:
     persist: Callable[[Path], None] = durable
     """Makes a folder of the stage's work folder outlive this machine."""
     attempt: int = 1
+    identity: str = ""
+    """The stage's identity, on rank 0: a leftover in the work folder is of use if it carries it."""
     manifest: Mapping[str, Any] = field(default_factory=dict)
     """The job as the user wrote it, for the model card; no part of what a stage computes."""
 

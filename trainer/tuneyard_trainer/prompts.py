@@ -1,0 +1,194 @@
+"""Prompt sets: what a policy answers, from data sets of any known format, answers left out.
+
+A prompt is a conversation that ends with the user's turn. Rows may hold no answer at all (a field
+`prompt` alone), or one that is not looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tuneyard.api.plan import ChatSettings, DatasetSettings, PromptSettings
+from tuneyard.errors import StageError
+from tuneyard_trainer.chat import Message, MisfitError, rendered
+from tuneyard_trainer.datasets import BrokenRow, Row, data_files, detect, examples, read_rows
+from tuneyard_trainer.datasets.example import ROLES, RowError
+
+FAULTS_SHOWN = 3
+_PROMPT_FIELDS = ("prompt", "instruction", "inputs", "question")
+_TURN_FIELDS = ("messages", "conversations", "data")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One conversation to go on with."""
+
+    messages: tuple[Message, ...]
+    """An optional system turn, then user and assistant in turns, the last by the user."""
+    where: str
+    """File and row, for messages."""
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """The row's own fields, for rewards that compare with one of them."""
+
+    @property
+    def question(self) -> str:
+        """The last turn."""
+        return self.messages[-1]["content"]
+
+
+def read_prompts(
+    path: Path, settings: PromptSettings, chat: ChatSettings, *, name: str
+) -> list[Prompt]:
+    """Every prompt of a set, in order; the job's system prompt where a row has none.
+
+    `name`: the set's field in the manifest. Raises StageError EmptyData, InvalidData,
+    UnknownFormat, UnknownFileType.
+    """
+    if settings.format == "openassistant" or _is_trees(path, settings):
+        prompts = _of_examples(path, settings, name)
+    else:
+        prompts = _of_rows(path, settings, name)
+    if not prompts:
+        raise StageError(
+            "EmptyData", f"{name} holds no prompts.", advice=f"Put rows into it, or change {name}."
+        )
+    return [_with_system(prompt, chat.system_prompt) for prompt in prompts]
+
+
+def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat: ChatSettings) -> str | None:
+    """The prompt as the policy reads it, up to where its answer begins: by the chat template, or,
+    of a tokenizer without one, the last turn as it is. None where the template refuses it."""
+    template = chat.chat_template or tokenizer.chat_template
+    if not template:
+        return prompt.question
+    try:
+        return rendered(tokenizer, prompt.messages, template=chat.chat_template)
+    except MisfitError:
+        return None
+
+
+def _of_examples(path: Path, settings: PromptSettings, name: str) -> list[Prompt]:
+    dataset = DatasetSettings(
+        format="openassistant", fields=settings.fields, weight=1.0, limit=settings.limit
+    )
+    return [
+        Prompt(
+            tuple({"role": turn.role, "content": turn.content} for turn in example.messages[:-1]),
+            f"{example.file} row {example.row}".strip(),
+        )
+        for example in examples(path, dataset, on_invalid="skip", name=name)
+    ]
+
+
+def _is_trees(path: Path, settings: PromptSettings) -> bool:
+    if settings.format != "auto":
+        return False
+    try:
+        return detect(list(islice(_rows(path), 20)), settings.fields) == "openassistant"
+    except StageError:
+        return False  # no known format of answered rows: perhaps one of prompts alone
+
+
+def _of_rows(path: Path, settings: PromptSettings, name: str) -> list[Prompt]:
+    prompts: list[Prompt] = []
+    faults: list[str] = []
+    for row in islice(_rows(path), settings.limit):
+        where = f"{row.file} row {row.number}".strip()
+        try:
+            turns = _turns(row, settings)
+        except RowError as error:
+            faults.append(f"{where}: {error}")
+        else:
+            prompts.append(Prompt(turns, where, row.value if isinstance(row.value, dict) else {}))
+    if faults:
+        raise StageError(
+            "InvalidData",
+            f"{name}: {len(faults)} of {len(faults) + len(prompts)} rows hold no prompt. "
+            f"{'; '.join(faults[:FAULTS_SHOWN])}.",
+            advice=f"Repair these rows, or name their field beside {name}: fields: {{prompt: ...}}.",
+        )
+    return prompts
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    for name, file in data_files(path):
+        for row in read_rows(file):
+            yield Row(row.number, row.value, name)
+
+
+# ---- one row ----------------------------------------------------------------------------------
+
+
+def _turns(row: Row, settings: PromptSettings) -> tuple[Message, ...]:
+    """The row's turns up to the user's last one. Raises RowError."""
+    if isinstance(row.value, BrokenRow):
+        raise RowError(row.value.reason)
+    turns = _found(row.value, settings)
+    while turns and turns[-1]["role"] != "user":
+        turns.pop()
+    if not turns:
+        raise RowError(f"no turn of a user; the row has {', '.join(row.value) or 'no fields'}")
+    for number, turn in enumerate(turns, start=1):
+        if not turn["content"].strip():
+            raise RowError(f"turn {number} ({turn['role']}) is empty")
+        try:
+            turn["content"].encode()
+        except UnicodeEncodeError as error:
+            raise RowError(f"turn {number} holds half of a surrogate pair") from error
+    return tuple(turns)
+
+
+def _found(value: Mapping[str, Any], settings: PromptSettings) -> list[Message]:
+    fields = settings.fields
+    system = value.get(fields.system or "system")
+    before = [_message("system", system)] if isinstance(system, str) and system.strip() else []
+    for name in [fields.messages] if fields.messages else _TURN_FIELDS:
+        if isinstance(value.get(name), list):
+            return before + [
+                _turn(turn, number) for number, turn in enumerate(value[name], start=1)
+            ]
+    for name in [fields.prompt] if fields.prompt else _PROMPT_FIELDS:
+        found = value.get(name)
+        if isinstance(found, list):
+            return before + [_turn(turn, number) for number, turn in enumerate(found, start=1)]
+        if isinstance(found, str):
+            given = value.get("input") if name == "instruction" else None
+            more = f"\n\n{given}" if isinstance(given, str) and given.strip() else ""
+            return [*before, _message("user", found + more)]
+    text = value.get(fields.text or "text")
+    return [*before, _message("user", text)] if isinstance(text, str) else []
+
+
+def _turn(turn: Any, number: int) -> Message:
+    if isinstance(turn, str):  # UltraChat: question, answer, question, ...
+        return _message("user" if number % 2 else "assistant", turn)
+    if not isinstance(turn, dict):
+        raise RowError(f"turn {number} must be an object {{role, content}}")
+    role = ROLES.get(str(turn.get("role", turn.get("from"))).lower())
+    content = turn.get("content", turn.get("value"))
+    if role is None or not isinstance(content, str):
+        raise RowError(f"turn {number} must hold a known role and text")
+    return _message(role, content)
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _with_system(prompt: Prompt, system: str | None) -> Prompt:
+    if system is None or prompt.messages[0]["role"] == "system":
+        return prompt
+    return Prompt((_message("system", system), *prompt.messages), prompt.where, prompt.row)
+
+
+def as_text(messages: Sequence[Message]) -> str:
+    """A conversation for a reader: the words alone of a single turn, else each with its speaker."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in messages)
