@@ -63,6 +63,8 @@ class AttemptStatus(Report):
     """When it was decided on (RFC 3339)."""
     running_at: str | None = None
     """When its driver started (RFC 3339); None: not yet."""
+    stopping_at: str | None = None
+    """When it was asked to checkpoint and end (RFC 3339); None: it was not."""
     finished_at: str | None = None
     """When it ended (RFC 3339); None: it runs."""
     reason: str | None = None
