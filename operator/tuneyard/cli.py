@@ -21,7 +21,24 @@ from rich.text import Text
 from tuneyard import __version__
 from tuneyard.api import crd, documents, manifest
 from tuneyard.api.manifest import Job
-from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, TrainSettings
+from tuneyard.api.methods import Adapter
+from tuneyard.api.plan import (
+    AssessSettings,
+    CritiqueSettings,
+    DpoSettings,
+    FeedbackSettings,
+    GrpoSettings,
+    LoopSettings,
+    PairsSettings,
+    Plan,
+    PlannedStage,
+    PpoSettings,
+    RewardSettings,
+    Settings,
+    SourceInput,
+    StageInput,
+    TrainSettings,
+)
 from tuneyard.errors import Fault, ManifestError, PlanError, TuneyardError
 from tuneyard.planning import rayjob, stages
 from tuneyard.planning.placement import placed
@@ -242,14 +259,44 @@ def _deed(stage: PlannedStage) -> str:
     if settings.kind == "export":
         merged = ", merged too" if settings.merge else ""
         return f"write the model, its tokenizer and its card{merged}"
-    what = settings.adapter.kind if settings.adapter else "all weights"
-    return f"train {what}, {_length(settings)}"
+    return _alignment_deed(settings)
 
 
-def _length(settings: TrainSettings) -> str:
-    if settings.max_steps is not None:
-        return f"{settings.max_steps} steps"
-    return f"{settings.epochs:g} epoch" + ("" if settings.epochs == 1 else "s")
+def _alignment_deed(settings: Settings) -> str:
+    if isinstance(settings, CritiqueSettings):
+        return f"answer, criticise and revise, {settings.revisions} times each"
+    if isinstance(settings, FeedbackSettings):
+        return f"sample {settings.responses_per_prompt} answers a prompt, let the judge choose"
+    if isinstance(settings, PairsSettings):
+        return "read, check, split and tokenize the preferences"
+    if isinstance(settings, AssessSettings):
+        return "measure the alignment on held-out rows"
+    return _training_deed(settings)
+
+
+def _training_deed(settings: Settings) -> str:
+    loop = _loop(settings)
+    if loop is None:
+        return settings.kind
+    what = f"{_weights(getattr(settings, 'adapter', None))}, {_length(loop)}"
+    if isinstance(settings, RewardSettings):
+        return f"train a reward model: {what}"
+    if isinstance(settings, DpoSettings):
+        return f"align by {'' if settings.loss == 'kto' else 'dpo, '}{settings.loss}: {what}"
+    if isinstance(settings, PpoSettings | GrpoSettings):
+        method = settings.estimator if isinstance(settings, GrpoSettings) else "ppo"
+        return f"align by {method}: {what}"
+    return f"train {what}"
+
+
+def _weights(adapter: Adapter | None) -> str:
+    return adapter.kind if adapter else "all weights"
+
+
+def _length(loop: LoopSettings) -> str:
+    if loop.max_steps is not None:
+        return f"{loop.max_steps} steps"
+    return f"{loop.epochs:g} epoch" + ("" if loop.epochs == 1 else "s")
 
 
 def _inputs(stage: PlannedStage) -> str:
@@ -261,22 +308,43 @@ def _inputs(stage: PlannedStage) -> str:
 
 def _places(plan: Plan) -> Iterable[tuple[str, str]]:
     """What the plan reads from outside, by role, and where it writes."""
-    for role, source in plan.stages[0].inputs.items():
-        if isinstance(source, SourceInput):
-            yield role, source.uri
+    sources = {
+        source.uri: role
+        for stage in plan.stages
+        for role, source in stage.inputs.items()
+        if isinstance(source, SourceInput)
+    }
+    for uri, role in sources.items():
+        yield role, uri
     yield "output", plan.output.uri
 
 
 def _settings(plan: Plan) -> Iterable[tuple[str, str]]:
     """The resolved settings that matter most."""
-    for stage in plan.stages:
-        settings = stage.settings
-        if isinstance(settings, TrainSettings):
-            yield "learning rate", f"{settings.learning_rate:g}, {settings.schedule.type}"
-            yield "batch size", f"{settings.batch_size} sequences a step, over all workers"
-            yield "precision", settings.precision
-            yield "seed", str(settings.seed)
+    loops = {
+        stage.name: loop
+        for stage in plan.stages
+        if (loop := _loop(stage.settings)) and not stage.name.endswith(_ROUNDS)
+    }
+    for name, loop in loops.items():
+        of = f", {name}" if len(loops) > 1 else ""
+        yield f"learning rate{of}", f"{loop.learning_rate:g}, {loop.schedule.type}"
+        yield f"batch size{of}", f"{loop.batch_size} sequences a step, over all workers"
+        yield f"precision{of}", loop.precision
+        yield f"seed{of}", str(loop.seed)
     yield "workers", str(plan.compute.workers or 1)
+
+
+_ROUNDS = tuple(f"-{number}" for number in range(2, 33))
+"""Ends of the names of later rounds' stages, whose settings are the first's."""
+
+
+def _loop(settings: Settings) -> LoopSettings | None:
+    if isinstance(settings, TrainSettings):
+        return settings
+    if isinstance(settings, RewardSettings | DpoSettings | PpoSettings | GrpoSettings):
+        return settings.training
+    return None
 
 
 class _Dumper(yaml.SafeDumper):

@@ -195,7 +195,12 @@ DPO = job(
     sft:
       data: {train: [{uri: "file://train.jsonl"}]}
       training: {epochs: 1}
-    preferences: {data: [{uri: "file://pairs.jsonl"}]}
+    preferences:
+      data: [{uri: "file://pairs.jsonl"}]
+      heldOut: 0.2
+      maxLength: 512
+      onOverlength: drop
+      onInvalidRow: skip
     optimize:
       dpo: {loss: ipo, beta: 0.2, labelSmoothing: 0.1, training: {epochs: 1}}
     rounds: 2
@@ -219,7 +224,11 @@ PPO = job(
             model: judge
             key: {name: judge, key: token}
             maxRequests: 1000
+            maxTokens: 100000
             concurrency: 4
+            timeoutSeconds: 30
+            maxAttempts: 3
+            labelTokens: 512
         prompts:
           uri: file://prompts.jsonl
           format: text
@@ -231,6 +240,7 @@ PPO = job(
         responsesPerPrompt: 4
         temperature: 0.7
         maxNewTokens: 128
+        question: "{first} or {second}?"
         disagreement: tie
     rewardModel:
       train: {adapter: {lora: {}}, training: {epochs: 1}, margin: 0.5, centering: 0.01}
@@ -264,6 +274,8 @@ GRPO = job(
       principles: [Be kind.]
       revisions: 2
       judge: {model: {uri: "hf://org/judge"}}
+      critiqueRequest: "What breaks {principle}?"
+      revisionRequest: "Rewrite it by {principle}."
       maxNewTokens: 128
       training: {epochs: 1}
     rewardModel: {model: {uri: "hf://org/reward"}}
@@ -349,6 +361,12 @@ BROKEN_RULES = [
     _one_of("no-reward", RLOO, "spec.rewardModel", {}, "train, model, rule"),
     _one_of("no-rule", RLOO, "spec.rewardModel.rule", {}, "exactMatch, jsonSchema"),
     _one_of("no-judge", PPO, "spec.preferences.aiFeedback.judge", {}, "model, endpoint"),
+    BrokenRule(
+        "question-without-answers",
+        changed(PPO, {"spec.preferences.aiFeedback.question": "Is {first} good?"}),
+        "spec.preferences.aiFeedback.question",
+        "must hold {first} and {second}, where the two answers go",
+    ),
     _one_of("no-preferences", DPO, "spec.preferences", {}, "data, aiFeedback"),
     _one_of("two-optimizers", DPO, "spec.optimize", {"dpo": {}, "grpo": _PROMPTS}, _OPTIMIZE),
     BrokenRule(

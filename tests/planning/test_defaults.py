@@ -36,3 +36,16 @@ def test_the_documentation_shows_the_rules_that_the_code_applies() -> None:
     text = DOC.read_text(encoding="utf-8")
     assert defaults.table() in text
     assert f"{defaults.EPOCHS:g} epochs" in text
+
+
+@pytest.mark.parametrize("tuning", WAYS)
+@pytest.mark.parametrize("method", get_args(defaults.AlignmentMethod))
+def test_alignment_learns_more_slowly_than_fine_tuning(
+    method: defaults.AlignmentMethod, tuning: str
+) -> None:
+    aligned, tuned = defaults.alignment_rule(method, tuning), defaults.rule("sft", tuning)
+    assert 0 < aligned.learning_rate <= tuned.learning_rate / 2
+
+
+def test_the_documentation_shows_the_rules_of_alignment() -> None:
+    assert defaults.alignment_table() in DOC.read_text(encoding="utf-8")

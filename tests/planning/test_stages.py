@@ -12,7 +12,6 @@ import pytest
 
 from tests.golden.compare import GOLDEN, assert_golden
 from tests.planning.jobs import job, manifest
-from tuneyard.api.alignmentjob import AlignmentJob
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, TrainSettings
 from tuneyard.errors import Fault, PlanError
@@ -139,24 +138,6 @@ def test_the_split_does_not_follow_the_training_seed() -> None:
 
 
 # ---- what cannot be carried out -------------------------------------------------------------
-
-
-def test_an_alignment_job_is_refused_by_its_kind() -> None:
-    value = {
-        "apiVersion": "tuneyard.io/v1alpha1",
-        "kind": "AlignmentJob",
-        "metadata": {"name": "aligned"},
-        "spec": {
-            "model": {"uri": "hf://org/model"},
-            "preferences": {"data": [{"uri": "https://data.example/pairs.jsonl"}]},
-            "optimize": {"dpo": {}},
-            "output": {"uri": "s3://models/aligned"},
-        },
-    }
-    with pytest.raises(PlanError) as caught:
-        plan(AlignmentJob.model_validate(value))
-    message = "this version validates AlignmentJobs but does not run them yet"
-    assert caught.value.faults == (Fault("kind", message),)
 
 
 def test_every_unsupported_part_is_named_at_once_with_its_remedy() -> None:

@@ -237,11 +237,30 @@ Metric = Literal[
 the held-out rows with an `expected` field whose sampled answer contains it; the gain: over base."""
 
 
+AlignmentMetric = Literal[
+    "preferenceAccuracy",
+    "preferenceMargin",
+    "rewardAccuracy",
+    "rewardMargin",
+    "reward",
+    "rewardGain",
+    "kl",
+    "lengthRatio",
+    "repetition",
+]
+"""What a gate of an alignment can look at. preferenceAccuracy, preferenceMargin: the aligned
+model's log-probabilities against the start's on the held-out pairs. rewardAccuracy, rewardMargin:
+the reward model's on the same pairs. reward: mean over the aligned model's own answers to held-out
+prompts; the gain: over the start's. kl: nats per answer from the start. lengthRatio: mean length of
+an answer over the start's. repetition: share of an answer's 4-grams that it said before."""
+
+
 class Gate(Model):
     """A bound that the tuned model must meet; a job that misses one fails and exports nothing."""
 
     metric: str = Field(min_length=1, max_length=128)
-    """A metric of the evaluation: one of `Metric`, or SUITE/METRIC."""
+    """A metric of the evaluation: one of `Metric` (of an alignment, `AlignmentMetric`), or
+    SUITE/METRIC."""
     at_least: float | None = None
     """The metric must not be lower. None: no lower bound."""
     at_most: float | None = None
@@ -350,11 +369,20 @@ class JudgeEndpoint(Model):
     key: SecretKeyRef | None = None
     """The API key. None: no authorization header."""
     max_requests: int | None = Field(default=None, ge=1)
-    """The budget: stop labelling after this many requests. None: no limit."""
+    """The budget: ask no more after this many requests, repeated ones included. None: no limit."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """The budget in tokens of prompts and replies, as the endpoint counts them. None: no limit."""
     concurrency: int = Field(default=8, ge=1, le=256)
     """Requests under way at once."""
+    timeout_seconds: int = Field(default=120, ge=1, le=3600)
+    """How long one request may take."""
+    max_attempts: int = Field(default=6, ge=1, le=32)
+    """How often one question is asked before it is given up."""
+    label_tokens: int = Field(default=16, ge=1, le=32768)
+    """The longest reply to a comparison, in tokens: more for models that think aloud first."""
 
 
+QuestionText = Annotated[str, Field(min_length=1, max_length=16384)]
 Principles = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=4096)]], Field(min_length=1, max_length=256)
 ]
@@ -375,17 +403,57 @@ class AiFeedback(Model):
     """Sampling temperature of the answers."""
     max_new_tokens: int = Field(default=256, ge=1, le=32768)
     """The longest answer, in tokens."""
-    disagreement: Literal["drop", "tie"] = "drop"
-    """What becomes of a pair that the judge decides differently with the answers swapped."""
+    question: QuestionText | None = None
+    """How the judge is asked to choose A or B; {principle}, {conversation}, {first} and {second}
+    are filled in. None: Tuneyard's default question."""
+    disagreement: Literal["drop", "tie", "average"] = "drop"
+    """What becomes of a pair that the judge decides differently with the answers swapped: dropped,
+    kept as a tie, or decided by the mean of both label probabilities (arXiv:2309.00267, 2.1)."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            cel="!has(self.question) || "
+            "['{first}', '{second}'].all(place, self.question.contains(place))",
+            holds=lambda feedback: (
+                feedback.question is None
+                or ("{first}" in feedback.question and "{second}" in feedback.question)
+            ),
+            message="must hold {first} and {second}, where the two answers go",
+            path="question",
+            reads=("question",),
+        ),
+    )
 
 
-class Preferences(OneOf):
-    """Where preferences come from; exactly one."""
+class Preferences(Model):
+    """Where preferences come from, and what to do with those that do not fit."""
 
     data: list[Dataset] | None = Field(default=None, min_length=1, max_length=64)
-    """Pairs (prompt, chosen, rejected), rankings, or single answers with thumbs up or down."""
+    """Pairs (prompt, chosen, rejected), rankings, or single answers with thumbs up or down; the
+    shape is recognised from the rows."""
     ai_feedback: AiFeedback | None = None
     """A judge's."""
+    held_out: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the prompts that training never sees, at least one; what is measured is measured on
+    them. 0: none."""
+    max_length: Annotated[int, Field(ge=8, le=1 << 20)] | Literal["auto"] = "auto"
+    """The longest prompt with one answer, in tokens; auto: 1024, or the model's context where that
+    is shorter."""
+    on_overlength: Literal["error", "drop"] = "error"
+    """What to do with longer ones: refuse the data, or drop and count them. None is cut: half an
+    answer is not what was preferred."""
+    on_invalid_row: Literal["error", "skip"] = "error"
+    """What to do with broken rows (identical sides, empty answers, differing prompts); at most half
+    of the rows may be skipped."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            cel="has(self.data) != has(self.aiFeedback)",
+            holds=lambda given: (given.data is None) != (given.ai_feedback is None),
+            message="set exactly one of data, aiFeedback",
+            reads=("data", "aiFeedback"),
+        ),
+    )
 
 
 class Constitution(Model):
@@ -399,6 +467,10 @@ class Constitution(Model):
     """Rounds of critique and revision per prompt."""
     judge: Judge | None = None
     """Who criticises and revises. None: the model itself."""
+    critique_request: QuestionText | None = None
+    """How a critique is asked for; {principle} is filled in. None: Tuneyard's default request."""
+    revision_request: QuestionText | None = None
+    """How a revision is asked for; {principle} is filled in. None: Tuneyard's default request."""
     max_new_tokens: int = Field(default=256, ge=1, le=32768)
     """The longest answer, critique and revision, in tokens."""
     training: Training = Training()

@@ -18,6 +18,17 @@ SPLIT_SEED = 0
 on the same held-out rows, and share one prepared data set."""
 
 
+ALIGNMENT_EPOCHS = 1.0
+"""Passes over preferences or prompts: a second pass over preferences overfits a reward model
+(Ouyang et al. 2022, arXiv:2203.02155, section C.2)."""
+
+REVISIONS_HELD_OUT = 0.1
+"""Share of a critique's revisions that fine-tuning on them never sees."""
+
+SAMPLING_SEED = 0
+"""The seed of answers that are sampled to be judged, criticised or measured."""
+
+
 class Rule(NamedTuple):
     """What `auto` means for one way of tuning."""
 
@@ -115,9 +126,75 @@ RULES = (
 )
 
 
+AlignmentMethod = Literal["reward", "dpo", "ppo", "grpo", "rloo"]
+
+
+class AlignmentRule(NamedTuple):
+    """What `auto` means for one method of alignment."""
+
+    method: AlignmentMethod
+    share: float
+    """The peak learning rate as a share of supervised fine-tuning's, for every way of tuning."""
+    batch_size: int
+    """Sequences per optimizer step, over all workers."""
+    source: str
+    """Where both come from."""
+
+
+ALIGNMENT_RULES = (
+    AlignmentRule(
+        "reward",
+        0.5,
+        32,
+        "InstructGPT trains its reward model at 9e-6 on batches of 64 prompts (arXiv:2203.02155, "
+        "C.2), Llama 2 at 1e-5 (arXiv:2307.09288, 3.2.2): half of fine-tuning's 2e-5.",
+    ),
+    AlignmentRule(
+        "dpo",
+        0.025,
+        32,
+        "Zephyr aligns 7B at 5e-7 with batches of 32 (arXiv:2310.16944), its QLoRA recipe at 5e-6, "
+        "Tulu 3 8B at 5e-7 (arXiv:2411.15124). For small models and few pairs set more.",
+    ),
+    AlignmentRule(
+        "ppo",
+        0.05,
+        16,
+        "Llama 2 trains its policies at 1e-6 (arXiv:2307.09288, 3.2.3), Tulu 3 at 3e-7. A batch is "
+        "a minibatch: a quarter of the default 64 rollouts, as in the PPO paper's and TRL's four.",
+    ),
+    AlignmentRule(
+        "grpo",
+        0.05,
+        64,
+        "DeepSeekMath trains 7B at 1e-6 (arXiv:2402.03300, 4.2). A batch counts answers: 8 prompts "
+        "with 8 answers each.",
+    ),
+    AlignmentRule(
+        "rloo",
+        0.05,
+        64,
+        "Ahmadian et al. train at 1e-6 (arXiv:2402.14740, appendix C). A batch counts answers: 8 "
+        "prompts with 8 answers each.",
+    ),
+)
+
+
 def rule(method: Method, tuning: str) -> Rule:
     """The rule for a method and a way of tuning (`full` or an adapter's name)."""
     return next(rule for rule in RULES if rule.tuning == tuning and method in rule.methods)
+
+
+def alignment_rule(method: AlignmentMethod, tuning: str) -> Rule:
+    """Fine-tuning's rule for a way of tuning, at the method's share of its rate."""
+    base = rule("sft", tuning)
+    ours = next(rule for rule in ALIGNMENT_RULES if rule.method == method)
+    return base._replace(
+        title=f"{method} with {base.title}",
+        learning_rate=float(f"{base.learning_rate * ours.share:g}"),
+        batch_size=ours.batch_size,
+        source=ours.source,
+    )
 
 
 def table() -> str:
@@ -130,5 +207,20 @@ def table() -> str:
     head = [
         "| Tuning | Method | `learningRate` | `batchSize` | Source |",
         "| --- | --- | --- | --- | --- |",
+    ]
+    return "\n".join(head + rows) + "\n"
+
+
+def alignment_table() -> str:
+    """The rules of alignment, the same way."""
+    rows = [
+        f"| {ours.method} | {alignment_rule(ours.method, 'full').learning_rate:g} | "
+        f"{alignment_rule(ours.method, 'lora').learning_rate:g} | {ours.share:g} | "
+        f"{ours.batch_size} | {ours.source} |"
+        for ours in ALIGNMENT_RULES
+    ]
+    head = [
+        "| Method | `learningRate`, full | LoRA | Share | `batchSize` | Source |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     return "\n".join(head + rows) + "\n"

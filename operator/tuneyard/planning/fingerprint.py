@@ -13,7 +13,15 @@ STAGE_VERSIONS: Mapping[StageKind, int] = {
     "prepare": 1,
     "sft": 1,
     "pretrain": 1,
+    "critique": 1,
+    "feedback": 1,
+    "pairs": 1,
+    "reward": 1,
+    "dpo": 1,
+    "ppo": 1,
+    "grpo": 1,
     "evaluate": 1,
+    "assess": 1,
     "export": 1,
 }
 """Raised when a stage's code makes something else of the same settings and inputs: records of the

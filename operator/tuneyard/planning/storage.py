@@ -25,7 +25,7 @@ class Storage(NamedTuple):
     output_claims: dict[str, bool]
     """The output's claim alone."""
     tokens: dict[str, SecretKeyRef]
-    """Access tokens by environment variable."""
+    """Access tokens and judges' keys by environment variable."""
     credentials: list[str]
     """Names of every credentials Secret."""
     output_credentials: list[str]
@@ -38,7 +38,7 @@ def storage_faults(plan: Plan) -> Iterator[Fault]:
     for place in places:
         yield from _place_faults(place)
     yield from _credential_faults(places)
-    yield from _token_faults(places)
+    yield from _token_faults(_tokens(plan, places))
 
 
 def storage(plan: Plan) -> Storage:
@@ -53,7 +53,7 @@ def storage(plan: Plan) -> Storage:
     return Storage(
         claims=claims,
         output_claims={output_claim: True} if output_claim else {},
-        tokens={p.token_secret.variable: p.token_secret for p in places if p.token_secret},
+        tokens={secret.variable: secret for _, secret in _tokens(plan, places)},
         credentials=list(dict.fromkeys(p.credentials.name for p in places if p.credentials)),
         output_credentials=[output.credentials.name] if output.credentials else [],
     )
@@ -117,16 +117,28 @@ def _credential_faults(places: list[SourceInput]) -> Iterator[Fault]:
             )
 
 
-def _token_faults(places: list[SourceInput]) -> Iterator[Fault]:
-    tokens: dict[str, SecretKeyRef] = {}
-    for place in places:
-        secret = place.token_secret
-        if secret is None:
-            continue
-        other = tokens.setdefault(secret.variable, secret)
+def _tokens(plan: Plan, places: list[SourceInput]) -> list[tuple[str, SecretKeyRef]]:
+    """Every secret value that a stage sends somewhere, with the field that names it."""
+    tokens = [
+        (place.path.removesuffix("uri") + "tokenSecret", place.token_secret)
+        for place in places
+        if place.token_secret
+    ]
+    keys = [
+        (f"the judge's key of stage {stage.name}", stage.runtime.endpoint.key)
+        for stage in plan.stages
+        if stage.runtime.endpoint and stage.runtime.endpoint.key
+    ]
+    return tokens + keys
+
+
+def _token_faults(tokens: list[tuple[str, SecretKeyRef]]) -> Iterator[Fault]:
+    first: dict[str, SecretKeyRef] = {}
+    for path, secret in tokens:
+        other = first.setdefault(secret.variable, secret)
         if other != secret:
             yield Fault(
-                place.path.removesuffix("uri") + "tokenSecret",
+                path,
                 f"{secret.name}/{secret.key} and {other.name}/{other.key} would share the "
                 f"environment variable {secret.variable}: rename one of the Secrets or keys",
             )

@@ -1,0 +1,123 @@
+"""Parts of valid manifests that this version cannot carry out, each named with a remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import get_args
+
+from tuneyard.api.alignmentjob import AlignmentSpec
+from tuneyard.api.finetunejob import FineTuneSpec
+from tuneyard.api.methods import AlignmentMetric, Evaluate, Gate, Metric
+from tuneyard.errors import Fault
+
+
+def fine_tuning_faults(spec: FineTuneSpec) -> list[Fault]:
+    """In the order of the fields."""
+    faults = list(_suite_faults(spec.evaluate))
+    for path, gate in _gates(spec.evaluate):
+        problem = _unknown(gate, get_args(Metric)) or _undecidable(gate, spec)
+        if problem:
+            faults.append(Fault(path, problem))
+    return faults
+
+
+def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
+    """In the order of the fields."""
+    faults = [*_preference_faults(spec), *_suite_faults(spec.evaluate)]
+    aligned = spec.optimize or (spec.reward_model and spec.reward_model.train)
+    known = get_args(AlignmentMetric) if aligned else get_args(Metric)
+    for path, gate in _gates(spec.evaluate):
+        problem = _unknown(gate, known) or (_unmeasured(gate, spec) if aligned else None)
+        if problem:
+            faults.append(Fault(path, problem))
+    return faults
+
+
+def _preference_faults(spec: AlignmentSpec) -> Iterator[Fault]:
+    for index, dataset in enumerate((spec.preferences and spec.preferences.data) or []):
+        if dataset.format != "auto":
+            yield Fault(
+                f"spec.preferences.data[{index}].format",
+                f"{dataset.format} is a format of fine-tuning data, and the shape of preferences "
+                "is recognised from the rows: remove format",
+            )
+    dpo, reward = spec.optimize and spec.optimize.dpo, spec.reward_model
+    if dpo and dpo.loss == "kto" and reward and reward.train:
+        yield Fault(
+            "spec.rewardModel.train",
+            "needs pairs or rankings, and optimize.dpo.loss kto takes single answers: remove "
+            "rewardModel or choose another loss",
+        )
+
+
+def _suite_faults(evaluate: Evaluate) -> Iterator[Fault]:
+    if evaluate.few_shot:
+        message = (
+            f"{evaluate.few_shot} worked examples belong to benchmark suites, which this version "
+            "does not run yet: remove fewShot"
+        )
+        yield Fault("spec.evaluate.fewShot", message)
+    if evaluate.suites:
+        message = (
+            f"this version does not run benchmark suites ({', '.join(evaluate.suites)}) yet: "
+            "remove suites, and judge the model by the held-out rows"
+        )
+        yield Fault("spec.evaluate.suites", message)
+
+
+def _gates(evaluate: Evaluate) -> Iterator[tuple[str, Gate]]:
+    for index, gate in enumerate(evaluate.gates):
+        yield f"spec.evaluate.gates[{index}].metric", gate
+
+
+def _unknown(gate: Gate, known: Sequence[str]) -> str | None:
+    """Why nothing is ever measured under a gate's name; None where something may be."""
+    if "/" in gate.metric:
+        return (
+            f"{gate.metric} is a metric of a benchmark suite, and this version does not run suites "
+            f"yet: use one of {', '.join(known)}"
+        )
+    if gate.metric not in known:
+        close = difflib.get_close_matches(gate.metric, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}"
+        return f"there is no metric {gate.metric}: {hint}"
+    return None
+
+
+def _undecidable(gate: Gate, spec: FineTuneSpec) -> str | None:
+    """Why a gate of fine-tuning cannot be decided; None where it can."""
+    if (
+        gate.metric in ("lossReduction", "answerAccuracyGain")
+        and not spec.evaluate.compare_with_base
+    ):
+        return (
+            f"{gate.metric} is measured against the base model: set evaluate.compareWithBase: true"
+        )
+    if gate.metric.startswith("answerAccuracy") and spec.method == "pretrain":
+        return (
+            f"{gate.metric} needs rows with a prompt and an expected answer, and method is "
+            "pretrain: use validationLoss, validationPerplexity or lossReduction"
+        )
+    return None
+
+
+def _unmeasured(gate: Gate, spec: AlignmentSpec) -> str | None:
+    """Why a gate of an alignment cannot be decided; None where it can."""
+    preferences, reward = spec.preferences, spec.reward_model
+    if gate.metric.startswith("preference") and not (spec.optimize and preferences):
+        return f"{gate.metric} is measured on held-out preferences: set preferences and optimize"
+    if gate.metric in ("reward", "rewardGain") and not (reward and spec.optimize):
+        return f"{gate.metric} is what the reward says of answers: set rewardModel and optimize"
+    on_reward = gate.metric in ("rewardAccuracy", "rewardMargin")
+    if on_reward and not (preferences and reward and not reward.rule):
+        return (
+            f"{gate.metric} is a reward model's on held-out preferences: set preferences, and "
+            "rewardModel.train or rewardModel.model"
+        )
+    if gate.metric in ("kl", "lengthRatio", "repetition") and not spec.optimize:
+        return f"{gate.metric} is an aligned model's: set optimize"
+    on_pairs = on_reward or gate.metric.startswith("preference")
+    if on_pairs and preferences and not preferences.held_out:
+        return f"{gate.metric} is measured on held-out preferences: set preferences.heldOut above 0"
+    return None

@@ -1,0 +1,232 @@
+"""The plan of an AlignmentJob: which stages, wired how, repeated how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.golden.compare import assert_golden
+from tests.planning.jobs import changed
+from tuneyard.api.alignmentjob import AlignmentJob
+from tuneyard.api.plan import (
+    AssessSettings,
+    DpoSettings,
+    FeedbackSettings,
+    GrpoSettings,
+    PairsSettings,
+    Plan,
+    PlannedStage,
+    RewardTerm,
+    SourceInput,
+    StageInput,
+)
+from tuneyard.errors import Fault, PlanError
+from tuneyard.planning.stages import plan
+from tuneyard.planning.storage import storage, storage_faults
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "alignment"
+NAMES = ("ai-feedback", "constitutional", "dpo", "ppo")
+
+
+def job(name: str = "dpo", **changes: Any) -> AlignmentJob:
+    """An example. A change's name is its path in `spec`, `__` between the steps; None removes."""
+    value = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8"))
+    return AlignmentJob.model_validate(changed(value, changes))
+
+
+def stage(planned: Plan, name: str) -> PlannedStage:
+    return next(stage for stage in planned.stages if stage.name == name)
+
+
+def names(planned: Plan) -> list[str]:
+    return [stage.name for stage in planned.stages]
+
+
+def faults(wrong: AlignmentJob) -> list[Fault]:
+    with pytest.raises(PlanError) as caught:
+        plan(wrong)
+    return list(caught.value.faults)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_examples_plan_is_as_frozen(name: str) -> None:
+    assert_golden(f"alignment/{name}.json", plan(job(name)).to_json())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plan_survives_the_wire(name: str) -> None:
+    planned = plan(job(name))
+    assert Plan.model_validate_json(planned.to_json()) == planned
+
+
+def test_the_four_steps_come_in_order_each_from_the_last_ones_model() -> None:
+    planned = plan(job("ppo"))
+    kinds = ["prepare", "sft", "pairs", "reward", "ppo", "assess", "export"]
+    assert [stage.kind for stage in planned.stages] == kinds
+    ppo = stage(planned, "ppo").inputs
+    assert ppo["tuned"] == StageInput(stage="sft")
+    assert ppo["reward"] == StageInput(stage="reward")
+    assessed = stage(planned, "evaluate").inputs
+    assert assessed["tuned"] == StageInput(stage="ppo")
+    assert assessed["start"] == StageInput(stage="sft")
+
+
+def test_later_steps_speak_as_the_first_one_was_taught() -> None:
+    pairs = stage(plan(job("ppo")), "pairs").settings
+    assert isinstance(pairs, PairsSettings)
+    assert pairs.chat.system_prompt == "Hedgo help."
+
+
+def test_rounds_sample_label_and_optimise_again_from_the_last_rounds_model() -> None:
+    planned = plan(job("ai-feedback", rounds=3))
+    assert names(planned)[3:] == [
+        *("feedback-2", "pairs-2", "dpo-2"),
+        *("feedback-3", "pairs-3", "dpo-3"),
+        *("evaluate", "export"),
+    ]
+    assert stage(planned, "feedback-3").inputs["tuned"] == StageInput(stage="dpo-2")
+    assert stage(planned, "dpo-3").inputs["tuned"] == StageInput(stage="dpo-2")
+    assert stage(planned, "dpo-3").inputs["data"] == StageInput(stage="pairs-3")
+    assert stage(planned, "export").inputs["tuned"] == StageInput(stage="dpo-3")
+
+
+def test_what_people_prefer_is_read_once_whatever_the_rounds() -> None:
+    planned = plan(job(rounds=2))
+    assert names(planned) == ["pairs", "dpo", "dpo-2", "evaluate", "export"]
+    assert stage(planned, "dpo-2").inputs["data"] == StageInput(stage="pairs")
+
+
+def test_revisions_are_prepared_and_trained_on_from_the_model_before() -> None:
+    planned = plan(job("constitutional"))
+    assert names(planned) == ["critique", "revisions", "revise", "evaluate", "export"]
+    revisions = stage(planned, "revisions").inputs["train.0"]
+    assert revisions == StageInput(stage="critique", file="revisions.jsonl")
+    assert "tuned" not in stage(planned, "revise").inputs
+
+
+def test_fine_tuning_comes_before_the_constitution_and_feeds_it() -> None:
+    sft = {"data": {"train": [{"uri": "file://train.jsonl"}]}}
+    planned = plan(job("constitutional", sft=sft))
+    assert stage(planned, "critique").inputs["tuned"] == StageInput(stage="sft")
+    assert stage(planned, "revise").inputs["tuned"] == StageInput(stage="sft")
+
+
+def test_a_judges_key_reaches_the_workers_and_its_address_no_fingerprint() -> None:
+    planned = plan(job("ai-feedback"))
+    assert list(storage(planned).tokens) == ["TUNEYARD_SECRET_JUDGE_TOKEN"]
+    path = "preferences__aiFeedback__judge__endpoint__url"
+    moved = plan(job("ai-feedback", **{path: "https://other.example/v1"}))
+    first, second = stage(planned, "feedback"), stage(moved, "feedback")
+    assert first.fingerprint == second.fingerprint
+    assert first.runtime != second.runtime
+
+
+def test_another_judge_is_another_stage() -> None:
+    path = "preferences__aiFeedback__judge__endpoint__model"
+    other = plan(job("ai-feedback", **{path: "judge-small"}))
+    assert stage(other, "feedback").fingerprint != (
+        stage(plan(job("ai-feedback")), "feedback").fingerprint
+    )
+
+
+def test_a_judges_key_may_not_share_a_variable_with_a_token() -> None:
+    model = {"uri": "hf://org/model", "tokenSecret": {"name": "judge.token", "key": "x"}}
+    path = "preferences__aiFeedback__judge__endpoint__key"
+    clash = job("ai-feedback", **{"model": model, path: {"name": "judge", "key": "token.x"}})
+    messages = [fault.message for fault in storage_faults(plan(clash))]
+    assert any("TUNEYARD_SECRET_JUDGE_TOKEN_X" in message for message in messages)
+
+
+def test_a_judge_that_is_a_model_is_an_input() -> None:
+    judge = {"model": {"uri": "hf://org/judge"}}
+    planned = stage(plan(job("ai-feedback", preferences__aiFeedback__judge=judge)), "feedback")
+    source = planned.inputs["judge"]
+    assert isinstance(source, SourceInput)
+    assert source.path == "spec.preferences.aiFeedback.judge.model.uri"
+    assert isinstance(planned.settings, FeedbackSettings)
+    assert planned.settings.judge is None
+
+
+def test_default_principles_are_written_into_the_plan() -> None:
+    settings = stage(
+        plan(job("ai-feedback", preferences__aiFeedback__principles=None)), "feedback"
+    ).settings
+    assert isinstance(settings, FeedbackSettings)
+    assert len(settings.principles) > 3
+
+
+def test_kto_takes_single_answers() -> None:
+    settings = stage(plan(job(optimize__dpo__loss="kto")), "pairs").settings
+    assert isinstance(settings, PairsSettings)
+    assert settings.labelled
+
+
+def test_kto_and_a_trained_reward_model_exclude_each_other() -> None:
+    wrong = job(optimize__dpo__loss="kto", rewardModel={"train": {}})
+    assert [fault.path for fault in faults(wrong)] == ["spec.rewardModel.train"]
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_a_rule_is_a_reward_without_any_model(method: str) -> None:
+    planned = plan(
+        job(
+            preferences=None,
+            rewardModel={"rule": {"exactMatch": "answer"}},
+            optimize={method: {"prompts": {"uri": "file://prompts.jsonl"}}},
+        )
+    )
+    assert names(planned) == [method, "evaluate", "export"]
+    settings = stage(planned, method).settings
+    assert isinstance(settings, GrpoSettings)
+    assert settings.estimator == method
+    (term,) = settings.reward
+    assert isinstance(term, RewardTerm)
+    assert term.role is None
+    assert "reward" not in stage(planned, method).inputs
+    assert "data" not in stage(planned, "export").inputs
+
+
+def test_a_reward_model_alone_is_trained_measured_and_exported() -> None:
+    planned = plan(job(optimize=None, rewardModel={"train": {}}))
+    assert names(planned) == ["pairs", "reward", "evaluate", "export"]
+    assert stage(planned, "export").inputs["tuned"] == StageInput(stage="reward")
+    assert "tuned" not in stage(planned, "evaluate").inputs
+
+
+def test_what_dpo_is_measured_by_is_its_own_scale() -> None:
+    settings = stage(plan(job(optimize__dpo__beta=0.3)), "evaluate").settings
+    assert isinstance(settings, AssessSettings)
+    assert settings.beta == 0.3
+
+
+def test_auto_is_decided_by_method_and_tuning() -> None:
+    settings = stage(plan(job(optimize__dpo={}, adapter=None, output__merge=None)), "dpo").settings
+    assert isinstance(settings, DpoSettings)
+    assert settings.training.learning_rate == 5e-7
+    assert settings.training.epochs == 1
+
+
+def test_every_decision_is_told_once_whatever_the_rounds() -> None:
+    notes = plan(job("ai-feedback", optimize__dpo={})).notes
+    assert len(notes) == len(set(notes)) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "path"),
+    [
+        ({"evaluate__suites": ["mmlu"]}, "spec.evaluate.suites"),
+        ({"preferences__data": [{"uri": "file://p.jsonl", "format": "alpaca"}]},
+         "spec.preferences.data[0].format"),
+        ({"evaluate__gates": [{"metric": "validationLoss", "atMost": 1.0}]},
+         "spec.evaluate.gates[0].metric"),
+        ({"evaluate__gates": [{"metric": "rewardGain", "atLeast": 0.0}]},
+         "spec.evaluate.gates[0].metric"),
+        ({"evaluate__gates": [{"metric": "preferenceAccuracy", "atLeast": 0.5}],
+          "preferences__heldOut": 0.0}, "spec.evaluate.gates[0].metric"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_carried_out_is_named(changes: dict[str, Any], path: str) -> None:
+    assert [fault.path for fault in faults(job(**changes))] == [path]
