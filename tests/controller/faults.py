@@ -1,0 +1,530 @@
+"""A reverse proxy in front of an API server that fails on demand, for tests of the operator.
+
+    with FaultProxy(cluster.kubeconfig, tmp_path) as proxy:
+        proxy.add(Answer(409), on("PATCH", r"/finetunejobs/[^/]+/status$"), times=2)
+        proxy.on_write = kill_at(5, operator.kill, reached=True)
+        start_operator(proxy.kubeconfig)
+
+The proxy runs in a thread of its own and speaks TLS, as API servers do. A caller's bearer token is
+passed on; a caller without one acts as the user of the kubeconfig behind the proxy. Watches pass
+through unbuffered.
+
+Verbs are HTTP's methods, but a GET that watches is a WATCH.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import re
+import ssl
+import subprocess
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self, TypeAlias
+
+import aiohttp
+import yaml
+from aiohttp import web
+from yarl import URL
+
+START_SECONDS = 20
+LINE_BYTES = 16 << 20
+"""A watch's longest line: objects are up to 1.5 MiB."""
+NUM_VERSIONS = 50
+"""How many versions of one object or list are remembered, to be served stale."""
+
+WRITES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
+# Written for their answer or by the clock: neither is a step of the operator's work.
+NO_STEPS = re.compile(r"/leases(/|$)|/tokenreviews$|/(self)?subjectaccessreviews$")
+HOP_BY_HOP = frozenset({"connection", "content-length", "host", "keep-alive", "transfer-encoding"})
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request as the proxy received it."""
+
+    verb: str
+    """GET, WATCH, POST, PUT, PATCH or DELETE."""
+    path: str
+    """Without the query."""
+    query: Mapping[str, str]
+    body: bytes = field(repr=False)
+
+    @property
+    def is_write(self) -> bool:
+        """A step of the operator's work; renewing a lease is none, nor is asking about a token."""
+        return self.verb in WRITES and not NO_STEPS.search(self.path)
+
+    def json(self) -> Any:
+        """The body; patches and objects alike are JSON."""
+        return json.loads(self.body)
+
+
+Predicate: TypeAlias = Callable[[Request], bool]
+
+
+def anything(request: Request) -> bool:
+    return True
+
+
+def on(verb: str, path: str = "") -> Predicate:
+    """Requests of this verb whose path the pattern is found in."""
+    pattern = re.compile(path)
+    return lambda request: verb == request.verb and bool(pattern.search(request.path))
+
+
+# ---- faults -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An error in the API server's place, which never sees the request."""
+
+    code: int
+    """409, 429, 500, ..."""
+    reason: str = ""
+    retry_after: int | None = None
+    """Seconds, in the header Retry-After."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The connection breaks: `before` the server sees the request, or `after` it has answered."""
+
+    when: Literal["before", "after"]
+    then: Callable[[], None] = lambda: None
+    """Called at that moment, in the proxy's thread: `process.kill`, say."""
+
+
+@dataclass(frozen=True)
+class Delay:
+    """The request, and each piece of a watch, comes so much later."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Gone:
+    """A watch is told that its resource version is too old, as API servers tell it."""
+
+
+@dataclass(frozen=True)
+class Stale:
+    """A read is answered with an older version that passed through this proxy, if there was one."""
+
+    versions: int = 1
+    """How many versions back; fewer where fewer are known."""
+
+
+Fault: TypeAlias = Answer | Cut | Delay | Gone | Stale
+WriteHook: TypeAlias = Callable[[int, str, str], Fault | None]
+
+
+def kill_at(number: int, kill: Callable[[], None], *, reached: bool) -> WriteHook:
+    """Call `kill` at the n-th write: before the API server sees it, or once it has been `reached`
+    and before its answer is handed back."""
+
+    def hook(n: int, method: str, path: str) -> Fault | None:
+        if n != number:
+            return None
+        return Cut("after" if reached else "before", then=kill)
+
+    return hook
+
+
+@dataclass
+class _Rule:
+    fault: Fault
+    when: Predicate
+    times: int | None
+
+
+# ---- the proxy ----------------------------------------------------------------------------------
+
+
+class FaultProxy:
+    """The proxy; a context manager. `folder` takes its certificate and its kubeconfig."""
+
+    def __init__(self, kubeconfig: Path, folder: Path) -> None:
+        self._upstream = _Upstream(kubeconfig, folder)
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._rules: list[_Rule] = []
+        self._requests: list[Request] = []
+        self._num_writes = 0
+        self._watches: dict[asyncio.Transport, Request] = {}
+        self._versions = _Versions()
+        self._loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        self._problem: BaseException | None = None
+        self._stop = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="fault-proxy", daemon=True)
+        self.kubeconfig = folder / "fault-proxy.kubeconfig"
+        """For the operator under test."""
+        self.on_write: WriteHook | None = None
+        """Called with (n, method, path) for each write, from 1; what it returns befalls it."""
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        if not self._ready.wait(START_SECONDS) or self._problem:
+            raise RuntimeError("the proxy did not start") from self._problem
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(START_SECONDS)
+
+    def add(self, fault: Fault, when: Predicate, times: int | None = 1) -> None:
+        """Let the fault befall the next `times` requests that match, None: all. First come, first
+        served: of several faults that match, the oldest befalls."""
+        with self._lock:
+            self._rules.append(_Rule(fault, when, times))
+
+    def heal(self) -> None:
+        """Forget every fault that was asked for, and the hook."""
+        with self._lock:
+            self._rules.clear()
+        self.on_write = None
+
+    def drop_watches(self, when: Predicate = anything) -> int:
+        """Break every running watch that matches; how many there were."""
+        with self._lock:
+            dropped = [each for each, request in self._watches.items() if when(request)]
+        for transport in dropped:
+            self._loop.call_soon_threadsafe(transport.abort)
+        return len(dropped)
+
+    def requests(self, when: Predicate = anything) -> list[Request]:
+        """Every request so far that matches, in order, those that met a fault included."""
+        with self._lock:
+            return [request for request in self._requests if when(request)]
+
+    def count(self, verb: str, path: str = "") -> int:
+        return len(self.requests(on(verb, path)))
+
+    @property
+    def num_writes(self) -> int:
+        """How many steps of work there were: `Request.is_write`."""
+        return self._num_writes
+
+    # ---- in the proxy's thread --------------------------------------------------------------
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._serve())
+        except BaseException as error:
+            self._problem = error
+            raise
+        finally:
+            self._ready.set()
+            self._loop.close()
+
+    async def _serve(self) -> None:
+        certificate = _write_certificate(self._folder)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        async with self._upstream.opened():
+            server = web.Server(self._handle, handler_cancellation=True)
+            runner = web.ServerRunner(server, shutdown_timeout=0.1)
+            await runner.setup()
+            try:
+                await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
+                port = runner.addresses[0][1]
+                self._upstream.write_kubeconfig(self.kubeconfig, port, certificate)
+                self._ready.set()
+                await self._stop.wait()
+            finally:
+                await runner.cleanup()
+
+    async def _handle(self, incoming: web.BaseRequest) -> web.StreamResponse:
+        body = await incoming.content.read()
+        watches = incoming.method == "GET" and incoming.query.get("watch") in ("1", "true", "True")
+        verb = "WATCH" if watches else incoming.method
+        request = Request(verb, incoming.path, dict(incoming.query), body)
+        fault = self._note(request)
+        match fault:
+            case Answer():
+                return _refusal(fault)
+            case Gone():
+                return _gone()
+            case Cut("before"):
+                fault.then()
+                return _cut(incoming)
+            case Stale() if old := self._versions.older(request, fault.versions):
+                return web.Response(body=old, content_type="application/json")
+            case Delay() if verb != "WATCH":
+                await asyncio.sleep(fault.seconds)
+        async with self._upstream.send(incoming, body) as answer:
+            if verb == "WATCH" and answer.status == 200:
+                lag = fault.seconds if isinstance(fault, Delay) else 0.0
+                return await self._stream(incoming, request, answer, lag)
+            content = await answer.read()
+            if answer.status < 300:
+                self._versions.note_answer(request, content)
+            if isinstance(fault, Cut):
+                fault.then()
+                return _cut(incoming)
+            return web.Response(body=content, status=answer.status, headers=_headers(answer))
+
+    def _note(self, request: Request) -> Fault | None:
+        """Write the request down and choose its fate."""
+        with self._lock:
+            self._requests.append(request)
+            self._num_writes += request.is_write
+            number = self._num_writes
+            rule = next((each for each in self._rules if each.when(request)), None)
+            if rule is not None and rule.times is not None:
+                rule.times -= 1
+                if rule.times == 0:
+                    self._rules.remove(rule)
+        hooked = None
+        if request.is_write and self.on_write is not None:
+            hooked = self.on_write(number, request.verb, request.path)
+        return hooked or (rule.fault if rule else None)
+
+    async def _stream(
+        self,
+        incoming: web.BaseRequest,
+        request: Request,
+        answer: aiohttp.ClientResponse,
+        lag: float,
+    ) -> web.StreamResponse:
+        outgoing = web.StreamResponse(status=answer.status, headers=_headers(answer))
+        await outgoing.prepare(incoming)
+        transport = incoming.transport
+        if transport is None:
+            raise ConnectionResetError
+        with self._lock:
+            self._watches[transport] = request
+        try:
+            async for line in answer.content:
+                if lag:
+                    await asyncio.sleep(lag)
+                await outgoing.write(line)
+                self._versions.note_event(request, line)
+            await outgoing.write_eof()
+        finally:
+            with self._lock:
+                self._watches.pop(transport, None)
+        return outgoing
+
+
+class _Versions:
+    """The versions of objects and lists that passed through, oldest first."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, list[bytes]] = {}
+
+    def older(self, request: Request, versions: int) -> bytes | None:
+        known = self._known.get(_subject(request), []) if request.verb == "GET" else []
+        return known[max(0, len(known) - 1 - versions)] if known else None
+
+    def note_answer(self, request: Request, content: bytes) -> None:
+        if request.verb in ("GET", "PUT", "PATCH"):
+            self._note(_subject(request), content)
+        elif request.verb == "POST":
+            with suppress(ValueError, KeyError, TypeError):
+                name = json.loads(content)["metadata"]["name"]
+                self._note(f"{request.path}/{name}", content)
+
+    def note_event(self, request: Request, line: bytes) -> None:
+        with suppress(ValueError, KeyError, TypeError):
+            changed = json.loads(line)["object"]
+            path = _path_of(request.path, changed["metadata"])
+            self._note(path, json.dumps(changed).encode())
+
+    def _note(self, subject: str, content: bytes) -> None:
+        known = self._known.setdefault(subject, [])
+        if not known or _version(known[-1]) != _version(content):
+            known.append(content)
+            del known[:-NUM_VERSIONS]
+
+
+def _subject(request: Request) -> str:
+    """What is read or written: an object by its path, a list by its selectors too."""
+    which = {key: request.query[key] for key in sorted(request.query) if key.endswith("Selector")}
+    path = request.path.removesuffix("/status")
+    return f"{path}?{which}" if which else path
+
+
+def _path_of(collection: str, metadata: Mapping[str, str]) -> str:
+    """The object's own path, where the watched collection may be that of all namespaces."""
+    namespace = metadata.get("namespace")
+    if namespace and "/namespaces/" not in collection:
+        above, _, plural = collection.rpartition("/")
+        collection = f"{above}/namespaces/{namespace}/{plural}"
+    return f"{collection}/{metadata['name']}"
+
+
+def _version(content: bytes) -> object:
+    try:
+        return json.loads(content)["metadata"]["resourceVersion"]
+    except (ValueError, KeyError, TypeError):
+        return content
+
+
+# ---- the API server behind it -------------------------------------------------------------------
+
+
+class _Upstream:
+    """The real API server, and two ways to it: as the kubeconfig's user, or with a token."""
+
+    def __init__(self, kubeconfig: Path, folder: Path) -> None:
+        config = yaml.safe_load(kubeconfig.read_text(encoding="utf-8"))
+        context = _named(config["contexts"], config["current-context"])["context"]
+        self._cluster = _named(config["clusters"], context["cluster"])["cluster"]
+        self._user = _named(config["users"], context["user"])["user"]
+        self._namespace = context.get("namespace", "default")
+        self._folder = folder
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[None]:
+        bare, known = self._tls(), self._tls()
+        certificate = self._file(self._user, "client-certificate")
+        if certificate:
+            known.load_cert_chain(certificate, self._file(self._user, "client-key"))
+        headers = {"Accept-Encoding": "identity"}
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
+        self._sessions = []
+        for context in (bare, known):
+            session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(ssl=context, limit=0),
+                timeout=timeout,
+                headers=headers,
+                read_bufsize=LINE_BYTES,
+                auto_decompress=False,
+            )
+            self._sessions.append(session)
+        try:
+            yield
+        finally:
+            for session in self._sessions:
+                await session.close()
+
+    @asynccontextmanager
+    async def send(
+        self, incoming: web.BaseRequest, body: bytes
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        # With a certificate beside it, API servers would not look at the token.
+        bare, known = self._sessions
+        headers = {
+            key: value
+            for key, value in incoming.headers.items()
+            if key.lower() not in HOP_BY_HOP | {"accept-encoding"}
+        }
+        session = bare if "Authorization" in headers else known
+        if session is known and "token" in self._user:
+            headers["Authorization"] = f"Bearer {self._user['token']}"
+        url = self._cluster["server"].rstrip("/") + incoming.raw_path
+        async with session.request(
+            incoming.method,
+            URL(url, encoded=True),
+            data=body or None,
+            headers=headers,
+            allow_redirects=False,
+        ) as answer:
+            yield answer
+
+    def write_kubeconfig(self, path: Path, port: int, certificate: Path) -> None:
+        cluster = {
+            "server": f"https://127.0.0.1:{port}",
+            "certificate-authority": str(certificate),
+        }
+        config = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "proxy",
+            "clusters": [{"name": "proxy", "cluster": cluster}],
+            "users": [{"name": "proxy", "user": self._user}],
+            "contexts": [
+                {
+                    "name": "proxy",
+                    "context": {"cluster": "proxy", "user": "proxy", "namespace": self._namespace},
+                }
+            ],
+        }
+        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+    def _tls(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=self._file(self._cluster, "certificate-authority"))
+
+    def _file(self, holder: Mapping[str, str], key: str) -> str | None:
+        """A file that kubeconfigs name, or carry in themselves."""
+        if data := holder.get(f"{key}-data"):
+            path = self._folder / f"fault-proxy-{key}"
+            path.write_bytes(base64.b64decode(data))
+            return str(path)
+        return holder.get(key)
+
+
+def _named(entries: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    return next(entry for entry in entries if entry["name"] == name)
+
+
+def _write_certificate(folder: Path) -> Path:
+    """A certificate that is its own authority, with its key, in one file."""
+    path = folder / "fault-proxy.pem"
+    command = ["openssl", "req", "-x509", "-nodes", "-days", "2", "-subj", "/CN=fault-proxy"]
+    command += ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
+    command += ["-keyout", str(path), "-out", f"{path}.crt"]
+    subprocess.run(command, check=True, capture_output=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(Path(f"{path}.crt").read_text(encoding="utf-8"))
+    return path
+
+
+# ---- answers ------------------------------------------------------------------------------------
+
+
+def _headers(answer: aiohttp.ClientResponse) -> dict[str, str]:
+    return {key: value for key, value in answer.headers.items() if key.lower() not in HOP_BY_HOP}
+
+
+def _cut(incoming: web.BaseRequest) -> web.StreamResponse:
+    if incoming.transport is not None:
+        incoming.transport.abort()
+    raise ConnectionResetError("cut by the test")
+
+
+def _refusal(fault: Answer) -> web.Response:
+    headers = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
+    body = _status(fault.code, fault.reason or REASONS.get(fault.code, "InternalError"))
+    return web.json_response(body, status=fault.code, headers=headers)
+
+
+REASONS = {
+    403: "Forbidden",
+    404: "NotFound",
+    409: "Conflict",
+    410: "Expired",
+    422: "Invalid",
+    429: "TooManyRequests",
+    500: "InternalError",
+    503: "ServiceUnavailable",
+    504: "Timeout",
+}
+
+
+def _gone() -> web.Response:
+    """API servers answer 200 first: they find out while they stream."""
+    event = {"type": "ERROR", "object": _status(410, "Expired")}
+    return web.Response(body=json.dumps(event).encode() + b"\n", content_type="application/json")
+
+
+def _status(code: int, reason: str) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "Status",
+        "metadata": {},
+        "status": "Failure",
+        "message": f"{reason}: a fault made by the test",
+        "reason": reason,
+        "code": code,
+    }
