@@ -43,12 +43,21 @@ class LoopState:
     stale: int = 0
     """Evaluations in a row without improvement."""
 
+    def optimizer_age(self) -> int:
+        """How often the optimizer has stepped: AdamW's bias correction needs it."""
+        return self.step
+
 
 class Checkpoints:
     """The checkpoints of one training stage. Rank 0 writes, in the background; all ranks read."""
 
-    def __init__(self, folder: Path, persist: Callable[[Path], None]) -> None:
-        self.folder, self._persist = folder, persist
+    def __init__(
+        self,
+        folder: Path,
+        persist: Callable[[Path], None],
+        state_type: type[LoopState] = LoopState,
+    ) -> None:
+        self.folder, self._persist, self._state_type = folder, persist, state_type
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -82,7 +91,7 @@ class Checkpoints:
     def latest(self) -> LoopState | None:
         """The newest complete checkpoint's state; None: there is none."""
         steps = sorted(self.folder.glob("step-????????/state.json"))
-        return LoopState(**json.loads(steps[-1].read_text())) if steps else None
+        return self._state_type(**json.loads(steps[-1].read_text())) if steps else None
 
     def weights(self, step: int) -> dict[str, Tensor]:
         """The trained tensors of a checkpoint, on the CPU."""
@@ -98,7 +107,7 @@ class Checkpoints:
             if f"{name}/exp_avg" not in moments:  # it never had a gradient
                 continue
             optimizer.state[parameter] = {
-                "step": torch.tensor(float(state.step)),
+                "step": torch.tensor(float(state.optimizer_age())),
                 "exp_avg": moments[f"{name}/exp_avg"].to(parameter.device),
                 "exp_avg_sq": moments[f"{name}/exp_avg_sq"].to(parameter.device),
             }

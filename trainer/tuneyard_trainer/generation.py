@@ -29,7 +29,8 @@ def continuations(
         return ()
     answers: dict[int, str] = {}
     encoded = tokenizer(list(prompts), add_special_tokens=add_special_tokens)["input_ids"]
-    for chosen in _batches([len(ids) for ids in encoded], padded=not _prompt_tuned(model)):
+    lengths = [len(ids) for ids in encoded]
+    for chosen in length_batches(lengths, BATCH, padded=not prompt_tuned(model)):
         padded = tokenizer.pad(
             {"input_ids": [encoded[i] for i in chosen]}, padding_side="left", return_tensors="pt"
         ).to(next(model.parameters()).device)
@@ -38,12 +39,12 @@ def continuations(
     return tuple(answers[i] for i in range(len(prompts)))
 
 
-def _batches(lengths: Sequence[int], *, padded: bool) -> Iterator[list[int]]:
-    """Prompt indices, shortest first, at most BATCH together; of one length unless `padded`."""
+def length_batches(lengths: Sequence[int], size: int, *, padded: bool) -> Iterator[list[int]]:
+    """Prompt indices, shortest first, at most `size` together; of one length unless `padded`."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         differs = bool(batch) and lengths[index] != lengths[batch[0]]
-        if len(batch) == BATCH or (differs and not padded):
+        if len(batch) == size or (differs and not padded):
             yield batch
             batch = []
         batch.append(index)
@@ -51,7 +52,7 @@ def _batches(lengths: Sequence[int], *, padded: bool) -> Iterator[list[int]]:
         yield batch
 
 
-def _prompt_tuned(model: Any) -> bool:
+def prompt_tuned(model: Any) -> bool:
     """Whether PEFT puts virtual tokens into the input. It puts them before the padding and drops
     the positions (peft 0.21), so rows of unlike length must not be padded together."""
     config = getattr(model, "active_peft_config", None)

@@ -153,28 +153,34 @@ def target_loss(model: nn.Module, batch: Batch) -> Tensor:
         context: dict[str, Any] = {"position_ids": batch.positions_BL}
     else:
         context = {"attention_mask": batch.attention_BL}
-    with _head_at(model, bins_N, columns_N, batch.ids_BL.shape[1]):
+    with head_at(model, bins_N, columns_N, batch.ids_BL.shape[1]):
         logits_NV = model(input_ids=batch.ids_BL, use_cache=False, **context).logits[0]
     return F.cross_entropy(logits_NV.float(), batch.labels_BL[bins_N, columns_N], reduction="sum")
 
 
 @contextmanager
-def _head_at(model: nn.Module, bins_N: Tensor, columns_N: Tensor, width: int) -> Iterator[None]:
+def head_at(
+    model: nn.Module, bins_N: Tensor, columns_N: Tensor, width: int
+) -> Iterator[list[Tensor]]:
     """While active, the model's head sees (1, N, H) hidden states: those of the named positions.
+    Gives a list to which each forward pass adds the (N, H) states that its head saw.
 
     A hook on the head rather than a call of the decoder alone, so that whatever an architecture
     does to its logits afterwards (scaling, soft-capping) still happens. Adapters that put virtual
     tokens before the input shift the columns; the hidden states' own width tells by how much.
     """
 
+    seen: list[Tensor] = []
+
     def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden_BLH = args[0]
         shift = hidden_BLH.shape[1] - width
-        return (hidden_BLH[bins_N, columns_N + shift].unsqueeze(0), *args[1:])
+        seen.append(hidden_BLH[bins_N, columns_N + shift])
+        return (seen[-1].unsqueeze(0), *args[1:])
 
     hook = head_of(model).register_forward_pre_hook(select)
     try:
-        yield
+        yield seen
     finally:
         hook.remove()
 

@@ -1,0 +1,174 @@
+"""Answers as functions of weights, prompt and key; prompts as the policy reads them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from tests.trainer.conftest import VOCABULARY, tiny_llama
+from tuneyard.api.methods import Sampling
+from tuneyard.api.plan import ChatSettings, PromptSettings
+from tuneyard.api.sources import FieldMap
+from tuneyard.errors import StageError
+from tuneyard_trainer import sampling
+from tuneyard_trainer.prompts import read_prompts
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
+KEYS = [101, 102, 103, 104]
+
+
+def sampler(model: Any = None, **settings: Any) -> sampling.TransformersSampler:
+    chosen = Sampling.model_validate({"max_new_tokens": 12} | settings)
+    return sampling.TransformersSampler(model or tiny_llama(VOCABULARY), 3, (2,), chosen)
+
+
+def test_an_answer_depends_on_its_prompt_and_key_and_not_on_its_batch() -> None:
+    together = sampler()(PROMPTS, KEYS)
+    alone = [sampler()([prompt], [key])[0] for prompt, key in zip(PROMPTS, KEYS, strict=True)]
+    backwards = sampler()(PROMPTS[::-1], KEYS[::-1])[::-1]
+    assert together == alone == backwards
+    assert sampler()(PROMPTS, [key + 1 for key in KEYS]) != together
+
+
+def test_sampled_tokens_have_the_models_probabilities() -> None:
+    """Chi-squared over 6 likely tokens of 4,000 answers of one token: below the 0.1% point."""
+    model = tiny_llama(VOCABULARY)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(40)  # far from uniform
+        probs = model(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1].softmax(-1)
+    count = 4000
+    answers = sampler(model, max_new_tokens=1)([[5, 6, 7]] * count, list(range(count)))
+    tokens = torch.tensor([answer[0] for answer in answers])
+    statistic = 0.0
+    for token in probs.topk(6).indices:
+        expected = count * probs[token].item()
+        statistic += ((tokens == token).sum().item() - expected) ** 2 / expected
+    assert statistic < 22.5
+
+
+def test_no_token_outside_the_nucleus_is_ever_drawn() -> None:
+    logits = torch.tensor([[3.0, 2.0, -1.0, -2.0]]).expand(1000, 4)
+    keys = list(range(1000))
+    draw = sampling.Draw(sampling.uniforms(keys, 1), Sampling(top_p=0.8))
+    drawn = draw(None, logits).argmax(-1)
+    assert set(drawn.tolist()) == {0, 1}
+
+
+def test_the_extremes_of_a_uniform_number_draw_the_first_and_the_last_possible_token() -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]] * 2)
+    ends = torch.tensor([[0.0], [1 - 1e-12]], dtype=torch.float64)
+    assert sampling.drawn(logits, ends).tolist() == [[1], [2]]
+
+
+def test_temperature_sharpens() -> None:
+    model = tiny_llama(VOCABULARY)
+    greedy = model.generate(
+        torch.tensor([PROMPTS[0]]), max_new_tokens=5, do_sample=False, eos_token_id=2
+    )[0, 3:]
+    cold = sampler(model, temperature=1e-4, max_new_tokens=5)([PROMPTS[0]] * 3, [1, 2, 3])
+    assert cold == [tuple(greedy.tolist())] * 3
+
+
+def test_an_answer_ends_with_its_stop_token_and_nothing_after_it() -> None:
+    model = tiny_llama(VOCABULARY, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight[2] = 0.5 * model.lm_head.weight[10:].norm(dim=0)
+    answers = sampler(model, max_new_tokens=64)([[5, 6]] * 40, list(range(40)))
+    ended = [answer for answer in answers if answer[-1] == 2]
+    assert all(2 not in answer[:-1] for answer in answers)
+    assert all(len(answer) == 64 for answer in answers if answer[-1] != 2)
+    assert ended
+
+
+def test_the_models_own_generation_settings_change_nothing_and_survive() -> None:
+    """A repetition penalty would sample from another distribution than the one that is trained."""
+    model = tiny_llama(VOCABULARY)
+    plain = sampler(model)(PROMPTS, KEYS)
+    model.generation_config = GenerationConfig(repetition_penalty=50.0, suppress_tokens=[7, 8, 9])
+    assert sampler(model)(PROMPTS, KEYS) == plain
+    assert model.generation_config.repetition_penalty == 50.0
+
+
+def test_answers_stop_at_the_tokenizers_the_models_and_the_templates_tokens(
+    tiny_tokenizer: Any,
+) -> None:
+    model = tiny_llama(VOCABULARY)
+    model.generation_config.eos_token_id = [0, 7]
+    assert sampling.stop_tokens(model, tiny_tokenizer) == (0, 2, 7)
+    template = "{% for m in messages %}{{ m['content'] }}<|pad|>{% endfor %}"
+    assert sampling.stop_tokens(model, tiny_tokenizer, template) == (0, 2, 3, 7)
+    assert "<|pad|>" not in tiny_tokenizer.chat_template
+
+
+# ---- prompts ------------------------------------------------------------------------------------
+
+
+def read(folder: Path, rows: list[Any], tokenizer: Any, **changes: Any) -> Any:
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = PromptSettings.model_validate(
+        {"format": "auto", "fields": FieldMap(), "limit": None} | changes.pop("settings", {})
+    )
+    chat = ChatSettings(**{"system_prompt": None, "chat_template": None} | changes.pop("chat", {}))
+    return read_prompts(path, settings, chat, tokenizer, **changes)
+
+
+ASKED = "<|im_start|>user\nWhich port?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Which port?"},
+        {"prompt": "Which port?", "completion": "The left one."},
+        {"prompt": [{"role": "user", "content": "Which port?"}]},
+        {"instruction": "Which port?"},
+        {"inputs": "Which port?"},
+        {"messages": [{"role": "user", "content": "Which port?"}]},
+        {
+            "messages": [
+                {"role": "user", "content": "Which port?"},
+                {"role": "assistant", "content": "Left."},
+            ]
+        },
+        {"conversations": [{"from": "human", "value": "Which port?"}]},
+        {"data": ["Which port?"]},
+    ],
+    ids=str,
+)
+def test_a_row_of_any_format_is_a_prompt_with_or_without_its_answer(
+    row: Any, tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    (prompt,) = read(tmp_path, [row], tiny_tokenizer)
+    assert prompt.text == ASKED
+    assert tiny_tokenizer.decode(prompt.ids) == ASKED
+    assert prompt.number == 1
+
+
+def test_a_prompt_keeps_its_rows_fields_and_the_jobs_system_turn(
+    tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    row = {"prompt": "Which port?", "answer": "left"}
+    (prompt,) = read(tmp_path, [row], tiny_tokenizer, chat={"system_prompt": "Be brief."})
+    assert prompt.fields["answer"] == "left"
+    assert prompt.messages[0] == {"role": "system", "content": "Be brief."}
+    assert prompt.text.startswith("<|im_start|>system\nBe brief.<|im_end|>")
+
+
+def test_broken_rows_and_prompts_without_room_are_named(
+    tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    rows = [{"prompt": "a"}, {"prompt": " "}, {"prompt": "one two three four five six"}]
+    with pytest.raises(StageError, match=r"1 rows hold no prompt.*row 2: prompt is empty") as found:
+        read(tmp_path, rows, tiny_tokenizer)
+    assert found.value.reason == "InvalidData"
+    with pytest.raises(StageError, match=r"1 of 2 prompts leave no room.*row 2") as found:
+        read(tmp_path, [rows[0], rows[2]], tiny_tokenizer, max_length=24)
+    assert found.value.reason == "PromptTooLong"
+    with pytest.raises(StageError, match="no rows"):
+        read(tmp_path, [], tiny_tokenizer)

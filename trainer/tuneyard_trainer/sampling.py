@@ -1,0 +1,171 @@
+"""Answers sampled from a policy, each a function of the weights, its prompt and its own key.
+
+A key names an answer; it seeds one uniform number for each of its tokens, and a token is where that
+number falls in the cumulative distribution. So an answer does not depend on the batch or the worker
+that it is sampled in (rounding aside), nothing random needs saving, and the same keys on other
+weights give a comparison with less noise than fresh samples would.
+
+Shapes: N answers, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TopPLogitsWarper
+from transformers.generation import LogitsProcessor, LogitsProcessorList
+
+from tuneyard.api.methods import Sampling
+from tuneyard.errors import StageError
+from tuneyard_trainer.chat import ChatFormat
+from tuneyard_trainer.generation import length_batches, prompt_tuned
+from tuneyard_trainer.losses import autocast
+
+GPU_ANSWERS, CPU_ANSWERS = 256, 64
+"""Answers sampled at once: a step's cost hardly grows with them until the cache fills the memory
+(1k tokens of a 1B model with grouped queries: 32 MiB each)."""
+
+
+class Sampler(Protocol):
+    """Anything that answers: another engine needs this and nothing else."""
+
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], keys: Sequence[int]
+    ) -> list[tuple[int, ...]]:
+        """One answer to each prompt's tokens, its stop token included where it came to one.
+        `keys`: one 63-bit number for each, which names the answer."""
+        ...
+
+
+@dataclass(frozen=True)
+class TransformersSampler:
+    """Hugging Face `generate` with its key-value cache, in batches of prompts of like length."""
+
+    model: Any
+    """A plain model, or one with an adapter; its weights may change between calls."""
+    pad: int
+    stop: tuple[int, ...]
+    """The tokens that end an answer."""
+    settings: Sampling
+    precision: torch.dtype = torch.float32
+
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], keys: Sequence[int]
+    ) -> list[tuple[int, ...]]:
+        answers: dict[int, tuple[int, ...]] = {}
+        device = next(self.model.parameters()).device
+        size = GPU_ANSWERS if device.type == "cuda" else CPU_ANSWERS
+        lengths = [len(prompt) for prompt in prompts]
+        self.model.eval()
+        for chosen in length_batches(lengths, size, padded=not prompt_tuned(self.model)):
+            sampled = self._batch([prompts[i] for i in chosen], [keys[i] for i in chosen], device)
+            answers.update(zip(chosen, sampled, strict=True))
+        return [answers[i] for i in range(len(prompts))]
+
+    def _batch(
+        self, prompts: Sequence[Sequence[int]], keys: Sequence[int], device: torch.device
+    ) -> list[tuple[int, ...]]:
+        width = max(len(prompt) for prompt in prompts)
+        ids_NL = torch.full((len(prompts), width), self.pad)
+        seen_NL = torch.zeros_like(ids_NL)
+        for row, prompt in enumerate(prompts):  # padded on the left: answers begin together
+            ids_NL[row, width - len(prompt) :] = torch.tensor(prompt)
+            seen_NL[row, width - len(prompt) :] = 1
+        draw = Draw(uniforms(keys, self.settings.max_new_tokens).to(device), self.settings)
+        with torch.no_grad(), _neutral(self.model), autocast(device, self.precision):
+            output_NL = self.model.generate(
+                input_ids=ids_NL.to(device),
+                attention_mask=seen_NL.to(device),
+                generation_config=GenerationConfig(
+                    max_new_tokens=self.settings.max_new_tokens,
+                    do_sample=False,  # `draw` leaves one token to take
+                    eos_token_id=list(self.stop),
+                    pad_token_id=self.pad,
+                ),
+                logits_processor=LogitsProcessorList([draw]),
+            )
+        return [self._cut(answer) for answer in output_NL[:, width:].tolist()]
+
+    def _cut(self, answer: Sequence[int]) -> tuple[int, ...]:
+        """Up to and with the first stop token: what follows pads the batch."""
+        ends = (position + 1 for position, token in enumerate(answer) if token in self.stop)
+        return tuple(answer[: next(ends, len(answer))])
+
+
+class Draw(LogitsProcessor):
+    """Leaves one token of each row: the one at which its uniform number falls."""
+
+    def __init__(self, uniforms_NT: Tensor, settings: Sampling) -> None:
+        self._uniforms_NT, self._temperature = uniforms_NT, settings.temperature
+        self._nucleus = TopPLogitsWarper(settings.top_p) if settings.top_p < 1 else None
+        self._position = 0
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        scores_NV = scores.float() / self._temperature
+        if self._nucleus:
+            scores_NV = self._nucleus(input_ids, scores_NV)
+        uniform_N1 = self._uniforms_NT[:, self._position, None]
+        self._position += 1
+        chosen_N1 = drawn(scores_NV, uniform_N1)
+        return torch.full_like(scores_NV, -torch.inf).scatter_(1, chosen_N1, 0.0)
+
+
+def drawn(logits_NV: Tensor, uniform_N1: Tensor) -> Tensor:
+    """(N, 1) the first token at which the cumulative distribution exceeds the uniform number. In
+    float64: a cumulative sum in float32 loses the tail of a large vocabulary."""
+    cumulative_NV = logits_NV.softmax(-1).double().cumsum(-1)
+    target_N1 = uniform_N1 * cumulative_NV[:, -1:]
+    return torch.searchsorted(cumulative_NV, target_N1, right=True)
+
+
+def uniforms(keys: Sequence[int], count: int) -> Tensor:
+    """(N, count) numbers in [0, 1) of float64, each row a function of its key."""
+    rows = [np.random.Generator(np.random.Philox(key=key)).random(count) for key in keys]
+    # Just below 1, so that no product with a sum that rounding left below 1 ever reaches it.
+    return torch.from_numpy(np.stack(rows)) * (1 - 1e-12)
+
+
+@contextmanager
+def _neutral(model: Any) -> Iterator[None]:
+    """While active, the model's own generation settings (repetition penalties, suppressed tokens)
+    are off: they would make the sampled distribution another than the policy's."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = own
+
+
+def stop_tokens(
+    model: Any, tokenizer: PreTrainedTokenizerBase, template: str | None = None
+) -> tuple[int, ...]:
+    """The tokens that end an answer: the tokenizer's, the model's own (Llama 3 has three) and the
+    chat template's. `template`: in place of the tokenizer's. Raises StageError NoStopToken."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = base.generation_config.eos_token_id
+    found = set(own if isinstance(own, list) else [own])
+    found.add(tokenizer.eos_token_id)
+    if template or tokenizer.chat_template:
+        found.add(_template_stop(tokenizer, template))
+    found.discard(None)
+    if not found:
+        raise StageError(
+            "NoStopToken",
+            "neither the tokenizer nor the model names a token that ends an answer.",
+            advice="Choose another model.uri.",
+        )
+    return tuple(sorted(found))
+
+
+def _template_stop(tokenizer: PreTrainedTokenizerBase, template: str | None) -> int:
+    speaking = copy.copy(tokenizer)
+    speaking.chat_template = template or tokenizer.chat_template
+    return int(tokenizer.convert_tokens_to_ids(ChatFormat.of(speaking).stop_token))
