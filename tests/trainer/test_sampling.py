@@ -1,22 +1,15 @@
-"""Answers as functions of weights, prompt and key; prompts as the policy reads them."""
+"""Answers as functions of weights, prompt and key."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from transformers import GenerationConfig
 
 from tests.trainer.conftest import VOCABULARY, tiny_llama
 from tuneyard.api.methods import Sampling
-from tuneyard.api.plan import ChatSettings, PromptSettings
-from tuneyard.api.sources import FieldMap
-from tuneyard.errors import StageError
 from tuneyard_trainer import sampling
-from tuneyard_trainer.prompts import read_prompts
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
 KEYS = [101, 102, 103, 104]
@@ -103,72 +96,3 @@ def test_answers_stop_at_the_tokenizers_the_models_and_the_templates_tokens(
     template = "{% for m in messages %}{{ m['content'] }}<|pad|>{% endfor %}"
     assert sampling.stop_tokens(model, tiny_tokenizer, template) == (0, 2, 3, 7)
     assert "<|pad|>" not in tiny_tokenizer.chat_template
-
-
-# ---- prompts ------------------------------------------------------------------------------------
-
-
-def read(folder: Path, rows: list[Any], tokenizer: Any, **changes: Any) -> Any:
-    path = folder / "prompts.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = PromptSettings.model_validate(
-        {"format": "auto", "fields": FieldMap(), "limit": None} | changes.pop("settings", {})
-    )
-    chat = ChatSettings(**{"system_prompt": None, "chat_template": None} | changes.pop("chat", {}))
-    return read_prompts(path, settings, chat, tokenizer, **changes)
-
-
-ASKED = "<|im_start|>user\nWhich port?<|im_end|>\n<|im_start|>assistant\n"
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": "Which port?"},
-        {"prompt": "Which port?", "completion": "The left one."},
-        {"prompt": [{"role": "user", "content": "Which port?"}]},
-        {"instruction": "Which port?"},
-        {"inputs": "Which port?"},
-        {"messages": [{"role": "user", "content": "Which port?"}]},
-        {
-            "messages": [
-                {"role": "user", "content": "Which port?"},
-                {"role": "assistant", "content": "Left."},
-            ]
-        },
-        {"conversations": [{"from": "human", "value": "Which port?"}]},
-        {"data": ["Which port?"]},
-    ],
-    ids=str,
-)
-def test_a_row_of_any_format_is_a_prompt_with_or_without_its_answer(
-    row: Any, tmp_path: Path, tiny_tokenizer: Any
-) -> None:
-    (prompt,) = read(tmp_path, [row], tiny_tokenizer)
-    assert prompt.text == ASKED
-    assert tiny_tokenizer.decode(prompt.ids) == ASKED
-    assert prompt.number == 1
-
-
-def test_a_prompt_keeps_its_rows_fields_and_the_jobs_system_turn(
-    tmp_path: Path, tiny_tokenizer: Any
-) -> None:
-    row = {"prompt": "Which port?", "answer": "left"}
-    (prompt,) = read(tmp_path, [row], tiny_tokenizer, chat={"system_prompt": "Be brief."})
-    assert prompt.fields["answer"] == "left"
-    assert prompt.messages[0] == {"role": "system", "content": "Be brief."}
-    assert prompt.text.startswith("<|im_start|>system\nBe brief.<|im_end|>")
-
-
-def test_broken_rows_and_prompts_without_room_are_named(
-    tmp_path: Path, tiny_tokenizer: Any
-) -> None:
-    rows = [{"prompt": "a"}, {"prompt": " "}, {"prompt": "one two three four five six"}]
-    with pytest.raises(StageError, match=r"1 rows hold no prompt.*row 2: prompt is empty") as found:
-        read(tmp_path, rows, tiny_tokenizer)
-    assert found.value.reason == "InvalidData"
-    with pytest.raises(StageError, match=r"1 of 2 prompts leave no room.*row 2") as found:
-        read(tmp_path, [rows[0], rows[2]], tiny_tokenizer, max_length=24)
-    assert found.value.reason == "PromptTooLong"
-    with pytest.raises(StageError, match="no rows"):
-        read(tmp_path, [], tiny_tokenizer)

@@ -1,7 +1,7 @@
-"""What a policy answers: the prompts of a data set, rendered and tokenized as the policy sees them.
+"""Prompt sets: what a policy answers, from data sets of any known format, answers left out.
 
-Rows of every format will do, with or without answers: an answer is never looked at. A row without
-one is read as if it had one, so that formats, field names and checks are those of `datasets`.
+A prompt is a conversation that ends with the user's turn. Rows may hold no answer at all (a field
+`prompt` alone), or one that is not looked at.
 """
 
 from __future__ import annotations
@@ -14,162 +14,181 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tuneyard.api.plan import ChatSettings, PromptSettings
-from tuneyard.api.sources import FieldMap
+from tuneyard.api.plan import ChatSettings, DatasetSettings, PromptSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.chat import Message
-from tuneyard_trainer.datasets import BrokenRow, Example, Row, data_files, detect, read_rows
-from tuneyard_trainer.datasets.example import RowError
-from tuneyard_trainer.datasets.formats import Names
-from tuneyard_trainer.datasets.reading import link_messages, read
-from tuneyard_trainer.datasets.stream import DETECTED_FROM
-from tuneyard_trainer.tokenization import Encoder
+from tuneyard_trainer.chat import Message, MisfitError, rendered
+from tuneyard_trainer.datasets import BrokenRow, Row, data_files, detect, examples, read_rows
+from tuneyard_trainer.datasets.example import ROLES, RowError
 
-ANSWER = "?"
-"""Stands where an answer is missing; never rendered."""
 FAULTS_SHOWN = 3
+_PROMPT_FIELDS = ("prompt", "instruction", "inputs", "question")
+_TURN_FIELDS = ("messages", "conversations", "data")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One thing to answer."""
+    """One conversation to go on with."""
 
-    text: str
-    """As the policy reads it: the chat template's rendering up to the answer, or plain text."""
-    ids: tuple[int, ...]
-    """`text` as tokens, with those that the tokenizer puts before a plain text."""
-    messages: tuple[Message, ...] = ()
-    """The turns that were rendered; () of plain text."""
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    """The row as it was in the file: what rules look up."""
-    number: int = 0
-    """The row's number in its file, from 1."""
+    messages: tuple[Message, ...]
+    """An optional system turn, then user and assistant in turns, the last by the user."""
+    where: str
+    """File and row, for messages."""
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """The row's own fields, for rewards that compare with one of them."""
+
+    @property
+    def question(self) -> str:
+        """The last turn."""
+        return self.messages[-1]["content"]
 
 
 def read_prompts(
-    path: Path,
-    settings: PromptSettings,
-    chat: ChatSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int | None = None,
-    name: str = "prompts",
+    path: Path, settings: PromptSettings, chat: ChatSettings, *, name: str
 ) -> list[Prompt]:
-    """The prompts, in the file's order. `tokenizer`: the policy's; its chat template is replaced by
-    `chat`'s in what is rendered here. `max_length`: the most tokens of a prompt.
+    """Every prompt of a set, in order; the job's system prompt where a row has none.
 
-    `name` is the field's name in the manifest, for messages. Raises StageError EmptyData,
-    InvalidData, PromptTooLong, ChatTemplate or what `datasets` raises.
+    `name`: the set's field in the manifest. Raises StageError EmptyData, InvalidData,
+    UnknownFormat, UnknownFileType.
     """
-    encoder = Encoder(tokenizer, "last-assistant", chat.system_prompt)
+    if settings.format == "openassistant" or _is_trees(path, settings):
+        prompts = _of_examples(path, settings, name)
+    else:
+        prompts = _of_rows(path, settings, name)
+    if not prompts:
+        raise StageError(
+            "EmptyData", f"{name} holds no prompts.", advice=f"Put rows into it, or change {name}."
+        )
+    return [_with_system(prompt, chat.system_prompt) for prompt in prompts]
+
+
+def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat: ChatSettings) -> str | None:
+    """The prompt as the policy reads it, up to where its answer begins: by the chat template, or,
+    of a tokenizer without one, the last turn as it is. None where the template refuses it."""
+    template = chat.chat_template or tokenizer.chat_template
+    if not template:
+        return prompt.question
+    try:
+        return rendered(tokenizer, prompt.messages, template=chat.chat_template)
+    except MisfitError:
+        return None
+
+
+def _of_examples(path: Path, settings: PromptSettings, name: str) -> list[Prompt]:
+    dataset = DatasetSettings(
+        format="openassistant", fields=settings.fields, weight=1.0, limit=settings.limit
+    )
+    return [
+        Prompt(
+            tuple({"role": turn.role, "content": turn.content} for turn in example.messages[:-1]),
+            f"{example.file} row {example.row}".strip(),
+        )
+        for example in examples(path, dataset, on_invalid="skip", name=name)
+    ]
+
+
+def _is_trees(path: Path, settings: PromptSettings) -> bool:
+    if settings.format != "auto":
+        return False
+    try:
+        return detect(list(islice(_rows(path), 20)), settings.fields) == "openassistant"
+    except StageError:
+        return False  # no known format of answered rows: perhaps one of prompts alone
+
+
+def _of_rows(path: Path, settings: PromptSettings, name: str) -> list[Prompt]:
     prompts: list[Prompt] = []
     faults: list[str] = []
-    for row, examples in _examples(path, settings, faults):
-        for example in examples:
-            try:
-                prompts.append(_prompt(row, example, encoder, chat.chat_template))
-            except Exception as error:  # a template may raise anything on a row it does not fit
-                faults.append(f"{row.file} row {row.number}: the chat template says: {error}")
-    _check(prompts, faults, max_length, name)
+    for row in islice(_rows(path), settings.limit):
+        where = f"{row.file} row {row.number}".strip()
+        try:
+            turns = _turns(row, settings)
+        except RowError as error:
+            faults.append(f"{where}: {error}")
+        else:
+            prompts.append(Prompt(turns, where, row.value if isinstance(row.value, dict) else {}))
+    if faults:
+        raise StageError(
+            "InvalidData",
+            f"{name}: {len(faults)} of {len(faults) + len(prompts)} rows hold no prompt. "
+            f"{'; '.join(faults[:FAULTS_SHOWN])}.",
+            advice=f"Repair these rows, or name their field beside {name}: fields: {{prompt: ...}}.",
+        )
     return prompts
 
 
-def _examples(
-    path: Path, settings: PromptSettings, faults: list[str]
-) -> Iterator[tuple[Row, list[Example]]]:
-    rows = [
-        Row(row.number, _answered(row.value, settings.fields), file)
-        for file, row in islice(_rows(path), settings.limit)
-    ]
-    if not rows:
-        return
-    head = [row for row in rows if not isinstance(row.value, BrokenRow)][:DETECTED_FROM]
-    chosen = settings.format
-    if chosen == "auto":
-        chosen = detect(head, settings.fields)
-    names = Names(chosen, settings.fields)
-    for row in link_messages(rows) if chosen == "openassistant" else rows:
-        try:
-            yield row, read(row, chosen, names)
-        except RowError as error:
-            faults.append(f"{row.file} row {row.number}: {error}")
-
-
-def _rows(path: Path) -> Iterator[tuple[str, Row]]:
+def _rows(path: Path) -> Iterator[Row]:
     for name, file in data_files(path):
         for row in read_rows(file):
-            yield name, row
+            yield Row(row.number, row.value, name)
 
 
-def _answered(value: dict[str, Any] | BrokenRow, names: FieldMap) -> dict[str, Any] | BrokenRow:
-    """The row with an answer where it has none."""
-    if isinstance(value, BrokenRow):
-        return value
-    for prompt, completion in (
-        (names.prompt or "prompt", names.completion or "completion"),
-        ("instruction", "output"),
-        ("inputs", "targets"),
-    ):
-        if value.get(prompt) is not None and value.get(completion) is None:
-            if isinstance(value[prompt], dict) or "instances" in value:  # a tree, or Alpaca's seeds
-                return value
-            return value | {completion: ANSWER}
-    for field_name in (names.messages or "messages", "conversations", "data"):
-        turns = value.get(field_name)
-        if isinstance(turns, list) and turns:
-            return value | {field_name: [*turns, *_last_turn(turns)]}
-    return value
+# ---- one row ----------------------------------------------------------------------------------
 
 
-def _last_turn(turns: Sequence[Any]) -> list[Any]:
-    """The answer that is missing after `turns`; [] where none is."""
-    last = turns[-1]
-    if isinstance(last, str):
-        return [ANSWER] if len(turns) % 2 else []
-    if isinstance(last, dict) and last.get("role") in ("user", "tool"):
-        return [{"role": "assistant", "content": ANSWER}]
-    if isinstance(last, dict) and last.get("from") in ("human", "user"):
-        return [{"from": "gpt", "value": ANSWER}]
-    return []
+def _turns(row: Row, settings: PromptSettings) -> tuple[Message, ...]:
+    """The row's turns up to the user's last one. Raises RowError."""
+    if isinstance(row.value, BrokenRow):
+        raise RowError(row.value.reason)
+    turns = _found(row.value, settings)
+    while turns and turns[-1]["role"] != "user":
+        turns.pop()
+    if not turns:
+        raise RowError(f"no turn of a user; the row has {', '.join(row.value) or 'no fields'}")
+    for number, turn in enumerate(turns, start=1):
+        if not turn["content"].strip():
+            raise RowError(f"turn {number} ({turn['role']}) is empty")
+        try:
+            turn["content"].encode()
+        except UnicodeEncodeError as error:
+            raise RowError(f"turn {number} holds half of a surrogate pair") from error
+    return tuple(turns)
 
 
-def _prompt(row: Row, example: Example, encoder: Encoder, template: str | None) -> Prompt:
-    tokenizer = encoder.tokenizer
-    values = row.value if isinstance(row.value, dict) else {}
-    turns = encoder.conversation(example)
-    if turns is None and template and example.messages:
-        turns = [{"role": turn.role, "content": turn.content} for turn in example.messages]
-    if turns is None:
-        text = example.prompt or example.text
-        ids = tokenizer(text, add_special_tokens=True)["input_ids"]
-        return Prompt(text, tuple(ids), (), values, row.number)
-    asked = turns[:-1]
-    text = tokenizer.apply_chat_template(
-        asked, chat_template=template, tokenize=False, add_generation_prompt=True
-    )
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return Prompt(str(text), tuple(ids), tuple(asked), values, row.number)
+def _found(value: Mapping[str, Any], settings: PromptSettings) -> list[Message]:
+    fields = settings.fields
+    system = value.get(fields.system or "system")
+    before = [_message("system", system)] if isinstance(system, str) and system.strip() else []
+    for name in [fields.messages] if fields.messages else _TURN_FIELDS:
+        if isinstance(value.get(name), list):
+            return before + [
+                _turn(turn, number) for number, turn in enumerate(value[name], start=1)
+            ]
+    for name in [fields.prompt] if fields.prompt else _PROMPT_FIELDS:
+        found = value.get(name)
+        if isinstance(found, list):
+            return before + [_turn(turn, number) for number, turn in enumerate(found, start=1)]
+        if isinstance(found, str):
+            given = value.get("input") if name == "instruction" else None
+            more = f"\n\n{given}" if isinstance(given, str) and given.strip() else ""
+            return [*before, _message("user", found + more)]
+    text = value.get(fields.text or "text")
+    return [*before, _message("user", text)] if isinstance(text, str) else []
 
 
-def _check(
-    prompts: Sequence[Prompt], faults: Sequence[str], max_length: int | None, name: str
-) -> None:
-    if faults:
-        shown = "; ".join(faults[:FAULTS_SHOWN])
-        raise StageError(
-            "InvalidData",
-            f"{name}: {len(faults)} rows hold no prompt. {shown}.",
-            advice=f"Repair these rows, or set {name}.format or {name}.fields.",
-        )
-    if not prompts:
-        raise StageError("EmptyData", f"{name} holds no rows.", advice=f"Put prompts into {name}.")
-    long = [prompt for prompt in prompts if max_length and len(prompt.ids) > max_length]
-    if long:
-        longest = max(len(prompt.ids) for prompt in long)
-        raise StageError(
-            "PromptTooLong",
-            f"{name}: {len(long)} of {len(prompts)} prompts leave no room for an answer in the "
-            f"model's context: the longest (row {long[0].number} is the first) has {longest} "
-            f"tokens, and {max_length} fit.",
-            advice=f"Lower sampling.maxNewTokens, or take these rows out of {name}.",
-        )
+def _turn(turn: Any, number: int) -> Message:
+    if isinstance(turn, str):  # UltraChat: question, answer, question, ...
+        return _message("user" if number % 2 else "assistant", turn)
+    if not isinstance(turn, dict):
+        raise RowError(f"turn {number} must be an object {{role, content}}")
+    role = ROLES.get(str(turn.get("role", turn.get("from"))).lower())
+    content = turn.get("content", turn.get("value"))
+    if role is None or not isinstance(content, str):
+        raise RowError(f"turn {number} must hold a known role and text")
+    return _message(role, content)
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _with_system(prompt: Prompt, system: str | None) -> Prompt:
+    if system is None or prompt.messages[0]["role"] == "system":
+        return prompt
+    return Prompt((_message("system", system), *prompt.messages), prompt.where, prompt.row)
+
+
+def as_text(messages: Sequence[Message]) -> str:
+    """A conversation for a reader: the words alone of a single turn, else each with its speaker."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in messages)
