@@ -196,6 +196,12 @@ def test_a_reward_model_alone_is_trained_measured_and_exported() -> None:
     assert "tuned" not in stage(planned, "evaluate").inputs
 
 
+def test_a_reward_model_starts_from_the_fine_tuned_model() -> None:
+    assert stage(plan(job("ppo")), "reward").inputs["tuned"] == StageInput(stage="sft")
+    unmergeable = job("ppo", adapter={"prefix": {}}, output__merge=None)
+    assert "tuned" not in stage(plan(unmergeable), "reward").inputs
+
+
 def test_what_dpo_is_measured_by_is_its_own_scale() -> None:
     settings = stage(plan(job(optimize__dpo__beta=0.3)), "evaluate").settings
     assert isinstance(settings, AssessSettings)
@@ -230,3 +236,22 @@ def test_every_decision_is_told_once_whatever_the_rounds() -> None:
 )  # fmt: skip
 def test_what_cannot_be_carried_out_is_named(changes: dict[str, Any], path: str) -> None:
     assert [fault.path for fault in faults(job(**changes))] == [path]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "path"),
+    [
+        ("sampling", {"engine": "vllm"}, "sampling.engine"),
+        ("training", {"dropout": 0.1}, "training.dropout"),
+        ("training", {"earlyStopping": {"patience": 2}}, "training.earlyStopping"),
+        ("training", {"batchSize": 12}, "training.batchSize"),
+    ],
+)
+def test_what_sampling_cannot_be_combined_with_is_named(field: str, value: Any, path: str) -> None:
+    prompts = {"uri": "file://prompts.jsonl"}
+    wrong = job(
+        preferences=None,
+        rewardModel={"rule": {"exactMatch": "answer"}},
+        optimize={"grpo": {"prompts": prompts, "groupSize": 8, field: value}},
+    )
+    assert [fault.path for fault in faults(wrong)] == [f"spec.optimize.grpo.{path}"]

@@ -225,7 +225,8 @@ class PairsSettings(Model):
 
 
 class RewardSettings(Model):
-    """Train a reward model. Inputs: `model`, `data` (a pairs stage)."""
+    """Train a reward model. Inputs: `model`, `data` (a pairs stage) and, where an earlier stage
+    fine-tuned the model, `tuned`: its weights, to start from."""
 
     kind: Literal["reward"] = "reward"
     adapter: Adapter | None

@@ -13,6 +13,7 @@ from typing import Literal
 from tuneyard.api.alignmentjob import AlignmentSpec
 from tuneyard.api.constitution import COMPARISON, CRITIQUE, REVISION
 from tuneyard.api.methods import (
+    MERGEABLE,
     AiFeedback,
     Constitution,
     Dpo,
@@ -275,6 +276,9 @@ class _Line:
         )
         name = f"reward{suffix}"
         inputs: dict[str, Input] = {"model": self.model, "data": self.pairs}
+        mergeable = self.tuning in ("full", *MERGEABLE)
+        if self.start and mergeable:
+            inputs["tuned"] = self.start
         self.drafts.append(Draft(name, settings, inputs, runtime(step.training)))
         self.reward = StageInput(stage=name)
 

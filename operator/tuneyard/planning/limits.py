@@ -24,7 +24,7 @@ def fine_tuning_faults(spec: FineTuneSpec) -> list[Fault]:
 
 def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
     """In the order of the fields."""
-    faults = [*_preference_faults(spec), *_suite_faults(spec.evaluate)]
+    faults = [*_preference_faults(spec), *_sampling_faults(spec), *_suite_faults(spec.evaluate)]
     aligned = spec.optimize or (spec.reward_model and spec.reward_model.train)
     known = get_args(AlignmentMetric) if aligned else get_args(Metric)
     for path, gate in _gates(spec.evaluate):
@@ -48,6 +48,37 @@ def _preference_faults(spec: AlignmentSpec) -> Iterator[Fault]:
             "spec.rewardModel.train",
             "needs pairs or rankings, and optimize.dpo.loss kto takes single answers: remove "
             "rewardModel or choose another loss",
+        )
+
+
+def _sampling_faults(spec: AlignmentSpec) -> Iterator[Fault]:
+    optimize = spec.optimize
+    sampled = optimize and (optimize.ppo or optimize.grpo or optimize.rloo)
+    if optimize is None or sampled is None:
+        return
+    path = f"spec.optimize.{optimize.kind}"
+    if sampled.sampling.engine == "vllm":
+        yield Fault(
+            f"{path}.sampling.engine",
+            "this version samples with transformers only: remove engine",
+        )
+    if sampled.training.dropout:
+        yield Fault(
+            f"{path}.training.dropout",
+            f"{sampled.training.dropout} would compare answers under two different networks: "
+            "remove dropout",
+        )
+    if sampled.training.early_stopping:
+        yield Fault(
+            f"{path}.training.earlyStopping",
+            "watches a held-out loss, and rewards have none: remove earlyStopping and set stopOn",
+        )
+    size = sampled.training.batch_size
+    group = getattr(sampled, "group_size", 1)
+    if size != "auto" and size % group:
+        yield Fault(
+            f"{path}.training.batchSize",
+            f"{size} answers do not make whole groups of {group}: set a multiple of groupSize",
         )
 
 
