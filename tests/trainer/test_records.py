@@ -129,6 +129,71 @@ def test_an_older_attempt_can_neither_claim_nor_write_a_record(store: Store) -> 
     assert store.record("sft") is None
 
 
+def of(store: Store, tmp_path: Path, uid: str) -> Store:
+    """The same location as the job with this uid sees it."""
+    return Store(store.uri, tmp_path / uid, uid)
+
+
+def test_a_job_made_anew_takes_over_and_its_predecessor_never_comes_back(
+    store: Store, tmp_path: Path
+) -> None:
+    old, new = of(store, tmp_path, "old"), of(store, tmp_path, "new")
+    old.claim(JOB, 3)
+    old.write_record(record(attempt=3))
+    new.claim(JOB, 1)
+    for refused in (
+        lambda: old.write_record(record(attempt=3)),
+        lambda: old.refuse_stale(9),
+        lambda: old.claim(JOB, 4),
+    ):
+        with pytest.raises(StageError) as failure:
+            refused()
+        assert failure.value.reason == "StaleAttempt"
+    new.write_record(record(attempt=1))
+    assert new.done(STAGE, DIGESTS) == record(attempt=1)
+
+
+def test_an_attempt_may_claim_again_and_the_next_one_after_it(store: Store, tmp_path: Path) -> None:
+    ours = of(store, tmp_path, "ours")
+    for attempt in (1, 1, 2):
+        ours.claim(JOB, attempt)
+    with pytest.raises(StageError, match="attempt 2 has taken over"):
+        ours.refuse_stale(1)
+    ours.refuse_stale(2)
+
+
+def test_a_checkpoint_of_an_older_attempt_says_so(store: Store) -> None:
+    store.claim(JOB, 2)
+    with pytest.raises(StageError, match="this is attempt 1"):
+        store.refuse_stale(1)
+
+
+def test_a_job_erases_what_it_wrote_and_nothing_else(store: Store, tmp_path: Path) -> None:
+    ours = of(store, tmp_path, "ours")
+    ours.claim(JOB, 1)
+    write(ours, "weights/a.bin", "a")
+    ours.write_record(record())
+    for stranger in (of(store, tmp_path, "theirs"), Store(store.uri, tmp_path / "local")):
+        assert not stranger.erase(JOB)
+    assert not ours.erase(JobRef(kind="AlignmentJob", name=JOB.name))
+    assert ours.record("sft") == record()
+
+    ours._fs.pipe_file(ours._at("notes.txt"), b"somebody's")
+    assert ours.erase(JOB)
+    assert not ours.erase(JOB)
+    assert [Path(path).name for path in ours._fs.find(ours._root)] == ["notes.txt"]
+    with pytest.raises(StageError, match="was erased"):
+        ours.write_record(record())
+
+
+def test_an_erased_folder_is_gone_when_nothing_else_was_in_it(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "out"), tmp_path, "ours")
+    store.claim(JOB, 1)
+    store.write_record(record())
+    assert store.erase(JOB)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_record_of_another_version_counts_as_none(store: Store) -> None:
     store.claim(JOB, 1)
     store._write_json("stages/sft/record.json", {"schema": "unknown"})

@@ -20,4 +20,12 @@ def disk_error(error: OSError | SafetensorError, folder: Path) -> StageError:
             advice="Free space there, or point output.uri elsewhere; then run the same manifest "
             "again: it goes on from the last complete checkpoint.",
         )
-    return StageError("WriteFailed", f"cannot write to {folder}: {error}.", retryable=True)
+    forbidden = code in (errno.EACCES, errno.EPERM, errno.EROFS)
+    return StageError(
+        "WriteFailed",
+        f"cannot write to {folder}: {error}.",
+        advice="Make it writable for the user that the job runs as, or point output.uri elsewhere."
+        if forbidden
+        else "",
+        retryable=not forbidden,
+    )

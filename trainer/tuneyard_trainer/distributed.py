@@ -7,18 +7,15 @@ that comes back is to stop.
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import os
 import queue
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +27,19 @@ from ray.train.torch import TorchTrainer
 from tuneyard.api.compute import Compute
 from tuneyard.api.plan import Plan
 from tuneyard.errors import StageError
+from tuneyard_trainer import drain
+from tuneyard_trainer.failures import MEMORY_ADVICE, last_line, unexpected
+from tuneyard_trainer.lines import Desk, Line
 from tuneyard_trainer.records import Store
 from tuneyard_trainer.runner import Ledger, Walk, failure_event
 from tuneyard_trainer.worker import Interrupted, Worker
 
-POST_SECONDS = 1.0
-"""Least time between two progress posts of a worker; stage events are never held back."""
 LOOK_SECONDS = 0.5
 """How often the driver looks whether it was asked to stop, and whether the group still runs."""
-HANG_UP_SECONDS = 10.0
-"""How long an ended group's last words are waited for."""
+GATHER_SECONDS = 60.0
+"""How long an elastic job waits for all of its workers before it starts with fewer."""
+NEVER_SECONDS = 1e9
+"""An elastic group that grows is started anew and repeats steps; the next attempt grows instead."""
 _LOCAL_RAY = {
     "RAY_worker_niceness": "0",  # Ray's 15 lets anything else go first
     # What a machine of its own has no use for. Measured on two idle cores with the log monitor,
@@ -51,15 +51,34 @@ _LOCAL_RAY = {
     "RAY_metrics_report_interval_ms": "600000",
 }
 """Ray's own settings on one machine; what the user's environment says goes before."""
+_UNITS = {"": 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15} | {
+    "Ki": 2.0**10,
+    "Mi": 2.0**20,
+    "Gi": 2.0**30,
+    "Ti": 2.0**40,
+    "Pi": 2.0**50,
+}
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What the worker group takes."""
+    """What the worker group takes: one process for each GPU, or for each worker without any."""
 
     workers: int
+    """Processes."""
+    min_workers: int
+    """With fewer it does not start; equal to `workers` unless the job is elastic."""
     gpus_per_worker: int
-    cpus_per_worker: int
+    """0 or 1."""
+    cpus_per_worker: float
+
+    @classmethod
+    def shared_out(cls, workers: int, min_workers: int, gpus: int, cpus: float) -> Resources:
+        """Of pods or shares of a machine with so many GPUs and CPUs each."""
+        each = max(1, gpus)
+        # Ray counts in ten-thousandths; rounded up, the last process would find too little.
+        share = math.floor(cpus / each * 10_000) / 10_000
+        return cls(workers * each, min_workers * each, min(gpus, 1), share)
 
 
 @dataclass(frozen=True)
@@ -74,98 +93,10 @@ class Places:
     """What relative sources are relative to."""
     cache_dir: str
     """Where fetched sources are kept."""
-
-
-class Line:
-    """A worker's line to the driver: events out, the word to stop in. Sending never waits for the
-    driver to read, short of the megabytes that the kernel buffers."""
-
-    def __init__(self, address: tuple[str, int], key: bytes) -> None:
-        self._connection = Client(address, authkey=key)
-        self._stop = threading.Event()
-        self._posted = 0.0
-        threading.Thread(target=self._listen, daemon=True, name="line").start()
-
-    def emit(self, event: dict[str, Any]) -> None:
-        """Sends stage events at once and in order; of progress, the newest that is due."""
-        if event["type"] == "progress" and not event["message"] and not _final(event):
-            if time.monotonic() - self._posted < POST_SECONDS:
-                return
-            self._posted = time.monotonic()
-        with suppress(OSError):  # without its driver this worker is about to be killed
-            self._connection.send_bytes(json.dumps(event).encode())
-
-    def stopped(self) -> bool:
-        """Whether the driver asked to stop."""
-        return self._stop.is_set()
-
-    def _listen(self) -> None:
-        with suppress(EOFError, OSError):
-            self._connection.recv_bytes()  # the driver says nothing else
-            self._stop.set()
-
-
-class Desk:
-    """The driver's end of all lines. JSON over sockets, not a Ray actor: an idle actor alone costs
-    half a percent of a core, and would have to be polled."""
-
-    def __init__(self) -> None:
-        self.key = secrets.token_bytes(32)
-        self._listener = Listener((ray.util.get_node_ip_address(), 0), authkey=self.key)
-        self.events: queue.Queue[dict[str, Any]] = queue.Queue()
-        self._lines: list[Any] = []
-        self._readers: list[threading.Thread] = []
-        self._asked = False
-        self._start(self._accept)
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """Where workers call."""
-        host, port = self._listener.address
-        return host, port
-
-    def ask_to_stop(self) -> None:
-        """Tells all workers, those to come included."""
-        self._asked = True
-        for line in self._lines:
-            self._tell(line)
-
-    def close(self) -> None:
-        """Ends the lines once what is on them was read."""
-        for reader in self._readers:
-            reader.join(HANG_UP_SECONDS)
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                line = self._listener.accept()
-            except AuthenticationError:
-                continue  # not one of ours
-            except OSError:
-                return
-            self._lines.append(line)
-            self._readers.append(self._start(self._read, line))
-            if self._asked:
-                self._tell(line)
-
-    def _read(self, line: Any) -> None:
-        with suppress(EOFError, OSError):
-            while True:
-                self.events.put(json.loads(line.recv_bytes()))
-
-    def _tell(self, line: Any) -> None:
-        with suppress(OSError):
-            line.send_bytes(b"stop")
-
-    def _start(self, target: Callable[..., None], *arguments: Any) -> threading.Thread:
-        thread = threading.Thread(target=target, args=arguments, daemon=True, name="desk")
-        thread.start()
-        return thread
-
-
-def _final(event: dict[str, Any]) -> bool:
-    return bool(event["totalSteps"]) and event["step"] == event["totalSteps"]
+    job_uid: str | None = None
+    """Which job of that name writes there; None on one machine."""
+    drain: str = ""
+    """The folder by which a pod's preStop hook asks its processes to end; "": no such hook."""
 
 
 def run(
@@ -184,7 +115,12 @@ def run(
     and end. Raises StageError or Interrupted as the workers did; a group that dies without a word
     raises StageError WorkerDied (retryable).
     """
-    desk = Desk()
+    _gather(resources, stop)
+    desk = Desk(ray.util.get_node_ip_address())
+    failures: dict[str, Any] = {
+        "max_failures": max_worker_failures,
+        "max_preemption_failures": 0,
+    }
     trainer = TorchTrainer(
         _walk,
         train_loop_config={
@@ -192,24 +128,45 @@ def run(
             "places": places,
             "attempt": attempt,
             "desk": (desk.address, desk.key),
-            "threads": resources.cpus_per_worker,
+            "threads": max(1, int(resources.cpus_per_worker)),
         },
-        scaling_config=ScalingConfig(
-            num_workers=resources.workers,
-            use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker=_per_worker(resources),
-        ),
+        scaling_config=ScalingConfig(**_scaling(resources)),
         run_config=RunConfig(
             name=f"{plan.job.name}-{attempt}",
             storage_path=places.scratch,
-            failure_config=FailureConfig(max_failures=max_worker_failures),
+            failure_config=FailureConfig(**failures),
         ),
     )
-    _raise(_follow(trainer, desk, on_event, stop))
+    endings = _follow(trainer, desk, on_event, stop)
+    if not endings and stop.is_set():
+        raise Interrupted(plan.stages[0].name, 0)
+    _raise(endings)
+
+
+def _gather(resources: Resources, stop: threading.Event) -> None:
+    """Gives all workers of an elastic group the time to come up: Ray would start with the first."""
+    deadline = time.monotonic() + GATHER_SECONDS
+    while resources.min_workers < resources.workers and time.monotonic() < deadline:
+        present, each = ray.cluster_resources(), _per_worker(resources)
+        if stop.is_set() or all(
+            present.get(name, 0.0) >= amount * resources.workers for name, amount in each.items()
+        ):
+            return
+        time.sleep(1.0)
+
+
+def _scaling(resources: Resources) -> dict[str, Any]:
+    least, most = resources.min_workers, resources.workers
+    return {
+        "num_workers": most if least == most else (least, most),
+        "use_gpu": resources.gpus_per_worker > 0,
+        "resources_per_worker": _per_worker(resources),
+        "elastic_resize_monitor_interval_s": NEVER_SECONDS,
+    }
 
 
 def _per_worker(resources: Resources) -> dict[str, float]:
-    wanted = {"CPU": float(resources.cpus_per_worker)}
+    wanted = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         wanted["GPU"] = float(resources.gpus_per_worker)
     return wanted
@@ -242,6 +199,8 @@ def _follow(
     asked = False
     while thread.is_alive():
         if stop.is_set() and not asked:
+            if not desk.called:
+                return []  # nobody has begun anything
             desk.ask_to_stop()
             asked = True
         with suppress(queue.Empty):
@@ -255,14 +214,15 @@ def _follow(
 
 
 def _raise(endings: list[dict[str, Any]]) -> None:
-    for event in endings:
-        if event["type"] == "failed":
-            raise StageError(
-                event["reason"],
-                event["message"],
-                advice=event["advice"],
-                retryable=event["retryable"],
-            )
+    failed = [event for event in endings if event["type"] == "failed"]
+    if failed:  # a cause before its effects
+        event = min(failed, key=lambda event: event["reason"] == "WorkerDied")
+        raise StageError(
+            event["reason"],
+            event["message"],
+            advice=event["advice"],
+            retryable=event["retryable"],
+        )
     for event in endings:
         if event["type"] == "interrupted":
             raise Interrupted(event["stage"], event["step"])
@@ -270,12 +230,18 @@ def _raise(endings: list[dict[str, Any]]) -> None:
 
 def _unexplained(error: Exception) -> dict[str, Any]:
     """A worker group that ended without a word: killed, out of memory, or lost with its node."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    last = lines[-1].strip() if lines else type(error).__name__
+    if "OutOfMemoryError" in str(error):  # Ray's memory monitor, ahead of the kernel's
+        return failure_event(
+            StageError(
+                "OutOfMemory",
+                "a training worker was ended because its machine ran out of memory.",
+                advice=MEMORY_ADVICE,
+            )
+        )
     return failure_event(
         StageError(
             "WorkerDied",
-            f"the training workers ended without a word: {last}",
+            f"the training workers ended without a word: {last_line(error)}",
             advice="If memory ran out, lower training.microBatchTokens or data.maxLength.",
             retryable=True,
         )
@@ -286,9 +252,9 @@ def _unexplained(error: Exception) -> dict[str, Any]:
 
 
 def _walk(config: dict[str, Any]) -> None:
-    """The training function of every rank. A StageError is posted, not raised: Ray would wrap it,
-    and with retries on would repeat what cannot succeed. It ends the other ranks through the
-    worker group: they lose their peer and Ray tears the group down."""
+    """The training function of every rank. What ends a walk is posted; alone it is not raised as
+    well, since Ray would wrap it. Raised, it ends the other ranks through the worker group: they
+    lose their peer and Ray tears the group down."""
     import ray.train.torch
 
     line = Line(*config["desk"])
@@ -298,7 +264,8 @@ def _walk(config: dict[str, Any]) -> None:
     if device.type == "cpu":
         torch.set_num_threads(config["threads"])
     plan = Plan.model_validate_json(config["plan"])
-    store = Store(places.output, Path(places.scratch) / f"rank-{context.get_world_rank()}")
+    scratch = Path(places.scratch) / f"rank-{context.get_world_rank()}"
+    store = Store(places.output, scratch, places.job_uid)
     walk = Walk(
         ledger=Ledger(plan, store, Path(places.base_dir), Path(places.cache_dir)),
         worker=Worker(
@@ -310,17 +277,52 @@ def _walk(config: dict[str, Any]) -> None:
         ),
         emit=line.emit,
     )
+    with ExitStack() as stack:
+        if places.drain:
+            stack.enter_context(drain.present(Path(places.drain), line.ask_to_stop))
+        try:
+            walk.run()
+        except Interrupted as stopped:
+            line.emit(failure_event(stopped))
+        except Exception as error:
+            named = error if isinstance(error, StageError) else unexpected(error)
+            line.emit(failure_event(named))
+            if context.get_world_size() > 1 or named is not error:
+                raise  # a defect: for the worker's log
+        else:
+            line.emit({"type": "finished"})
+
+
+# ---- where Ray runs -----------------------------------------------------------------------------
+
+
+@contextmanager
+def pods_cluster() -> Iterator[None]:
+    """The Ray cluster whose head this process was started on."""
+    # Its word for a pod that goes; ours is the preStop hook, which saves a checkpoint.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
     try:
-        walk.run()
-    except (StageError, Interrupted) as error:
-        line.emit(failure_event(error))
-        if isinstance(error, StageError) and context.get_world_size() > 1:
-            raise
-    else:
-        line.emit({"type": "finished"})
+        yield
+    finally:
+        ray.shutdown()
 
 
-# ---- one machine --------------------------------------------------------------------------------
+def pods_resources(compute: Compute) -> Resources:
+    """What the operator gave the worker pods. Ray rounds a pod's CPUs up."""
+    workers = compute.workers or 1
+    return Resources.shared_out(
+        workers,
+        compute.min_workers or workers,
+        compute.gpus_per_worker or 0,
+        math.ceil(number(compute.cpus_per_worker or "4")),
+    )
+
+
+def number(quantity: str) -> float:
+    """A Kubernetes quantity as a number: 0.5 of "500m"."""
+    digits = quantity.rstrip("mkKMGTPi")
+    return float(digits) * _UNITS[quantity[len(digits) :]]
 
 
 @contextmanager
@@ -330,7 +332,7 @@ def local_cluster(resources: Resources) -> Iterator[None]:
         os.environ.setdefault(name, value)
     ray.init(
         address="local",
-        num_cpus=resources.workers * resources.cpus_per_worker,
+        num_cpus=math.ceil(resources.workers * resources.cpus_per_worker),
         num_gpus=resources.workers * resources.gpus_per_worker,
         include_dashboard=False,
         log_to_driver=False,
@@ -358,4 +360,4 @@ def local_resources(compute: Compute) -> Resources:
             advice="Lower compute.gpusPerWorker or compute.workers.",
         )
     cpus = len(os.sched_getaffinity(0))
-    return Resources(workers, min(gpus, 1), max(1, cpus // workers))
+    return Resources.shared_out(workers, workers, gpus, max(1, cpus // workers))

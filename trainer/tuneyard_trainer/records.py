@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -32,9 +32,10 @@ class Store:
     """A job's output location. On a file system, stages work in place; on an object store, in a
     scratch folder that is copied up when something in it shall last."""
 
-    def __init__(self, uri: str, scratch: Path) -> None:
-        """`uri`: `/a/path`, `file:///a/path` or any fsspec URL. `scratch`: a local folder."""
-        self.uri = uri
+    def __init__(self, uri: str, scratch: Path, job_uid: str | None = None) -> None:
+        """`uri`: `/a/path`, `file:///a/path` or any fsspec URL. `scratch`: a local folder.
+        `job_uid`: which of the jobs that ever had this name works here; None on one machine."""
+        self.uri, self._job_uid = uri, job_uid
         self._fs, self._root = fsspec.core.url_to_fs(uri)
         self.is_local = "file" in _protocols(self._fs)
         self._scratch = Path(self._root) if self.is_local else scratch
@@ -42,29 +43,74 @@ class Store:
     # ---- ownership ----------------------------------------------------------------------------
 
     def claim(self, job: JobRef, attempt: int) -> None:
-        """Marks the location as this job's, for this attempt.
+        """Marks the location as this job's, for this attempt. A job that was deleted and made anew
+        has another uid: it takes over, and its predecessor can never come back.
 
         Raises StageError OutputOwned if it belongs to another job or holds files of unknown origin,
         StaleAttempt if a newer attempt already works there.
         """
         owner = self._read_json("owner.json")
+        former: list[str] = []
         if owner is None:
             self._refuse_foreign_files()
-        elif JobRef.model_validate(owner["job"]) != job:
-            theirs = JobRef.model_validate(owner["job"])
+        else:
+            self._refuse_other_job(job, JobRef.model_validate(owner["job"]))
+            former = owner.get("formerUids", [])
+            if owner.get("uid") == self._job_uid:
+                self._refuse_older(owner, attempt)
+            elif self._job_uid in former:
+                raise _stale(f"another job named {job.name} has taken over")
+            elif owner.get("uid"):
+                former = [*former, owner["uid"]]
+        self._write_json(
+            "owner.json",
+            {
+                "job": job.model_dump(mode="json"),
+                "uid": self._job_uid,
+                "attempt": attempt,
+                "formerUids": former,
+            },
+        )
+
+    def refuse_stale(self, attempt: int) -> None:
+        """Raises StageError StaleAttempt unless this job and attempt (or an older one of it) made
+        the last claim."""
+        owner = self._read_json("owner.json")
+        if owner is None:
+            raise _stale(f"{self.uri} was erased")
+        if owner.get("uid") != self._job_uid:
+            raise _stale(f"another job named {owner['job']['name']} has taken over {self.uri}")
+        self._refuse_older(owner, attempt)
+
+    def erase(self, job: JobRef) -> bool:
+        """Removes what this job wrote, `owner.json` last, so that an erasure that was cut off can
+        be repeated; files that others put there stay. False, and nothing is touched, if the
+        location is not this job's (any more)."""
+        owner = self._read_json("owner.json")
+        if owner is None or owner.get("uid") != self._job_uid or self._job_uid is None:
+            return False
+        if JobRef.model_validate(owner["job"]) != job:
+            return False
+        for name in ("stages", folder_of("export"), ".lock", "owner.json"):
+            if self._fs.exists(self._at(name)):
+                self._fs.rm(self._at(name), recursive=True)
+        with suppress(OSError):  # not empty, or the root of a volume
+            if self.is_local:
+                self._scratch.rmdir()
+        return True
+
+    def _refuse_other_job(self, job: JobRef, theirs: JobRef) -> None:
+        if theirs != job:
             raise StageError(
                 "OutputOwned",
                 f"{self.uri} holds the output of {theirs.kind} {theirs.name}, and this is "
                 f"{job.kind} {job.name}.",
                 advice="Choose another output.uri, or delete that folder.",
             )
-        elif owner["attempt"] > attempt:
-            raise StageError(
-                "StaleAttempt",
-                f"attempt {owner['attempt']} of {job.name} has taken over; this is attempt "
-                f"{attempt}.",
-            )
-        self._write_json("owner.json", {"job": job.model_dump(mode="json"), "attempt": attempt})
+
+    def _refuse_older(self, owner: Mapping[str, Any], attempt: int) -> None:
+        if owner["attempt"] > attempt:
+            raise _stale(f"attempt {owner['attempt']} has taken over; this is attempt {attempt}")
 
     def _refuse_foreign_files(self) -> None:
         if not self._fs.exists(self._root):
@@ -117,15 +163,9 @@ class Store:
     def write_record(self, record: StageRecord) -> None:
         """Copies the stage's files up, then writes the record: the stage is done.
 
-        Raises StageError StaleAttempt if a newer attempt has taken over meanwhile.
+        Raises StageError StaleAttempt if a newer attempt or job has taken over meanwhile.
         """
-        owner = self._read_json("owner.json")
-        if owner is not None and owner["attempt"] > record.attempt:
-            raise StageError(
-                "StaleAttempt",
-                f"attempt {owner['attempt']} has taken over; the record of attempt "
-                f"{record.attempt} for {record.stage} is refused.",
-            )
+        self.refuse_stale(record.attempt)
         folder = self.workdir(record.stage)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         self.persist(folder)
@@ -209,6 +249,10 @@ class Store:
 def folder_of(stage: str) -> str:
     """Where a stage's files lie under the output: what users come for stands at the top."""
     return "result" if stage == "export" else f"stages/{stage}"
+
+
+def _stale(why: str) -> StageError:
+    return StageError("StaleAttempt", f"{why}.")
 
 
 def write_atomically(path: Path, data: bytes) -> None:

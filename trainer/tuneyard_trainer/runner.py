@@ -7,28 +7,36 @@ writes; the others follow its word over a channel that waits as long as a stage 
 from __future__ import annotations
 
 import datetime
+import importlib
 import importlib.metadata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, StageRecord
 from tuneyard.errors import StageError
 from tuneyard_trainer import sources
 from tuneyard_trainer.disk import disk_error
+from tuneyard_trainer.failures import out_of_memory
 from tuneyard_trainer.records import Store
 from tuneyard_trainer.worker import Interrupted, Outcome, Worker
 
-TRAINING = ("sft", "pretrain")
+if TYPE_CHECKING:
+    import torch
+
+TRAINING = ("sft", "pretrain", "reward", "dpo", "ppo", "grpo")
 """Stages that every worker runs; the rest run on rank 0 alone."""
+
+MODEL_ROLES = ("model", "judge", "reward")
+"""Inputs that are model folders where they come from outside the plan."""
 
 VERSIONED = ("tuneyard", "torch", "transformers", "peft")
 
 Emit = Callable[[dict[str, Any]], None]
 """Receives events as JSON values: `stage` (stage, state, record) and `progress` (stage, step,
-totalSteps, metrics, message)."""
+totalSteps, metrics, message, resumedStep)."""
 
 
 @dataclass
@@ -68,7 +76,7 @@ class Ledger:
     def inputs(self, stage: PlannedStage) -> dict[str, Path]:
         """The local path of each input."""
         return {
-            role: self.store.workdir(source.stage)
+            role: self.store.workdir(source.stage) / (source.file or "")
             if isinstance(source, StageInput)
             else self._usable(role, source)
             for role, source in stage.inputs.items()
@@ -77,7 +85,7 @@ class Ledger:
     def _usable(self, role: str, source: SourceInput) -> Path:
         """The source as stages take it: models as folders, never as one GGUF file."""
         path = self._fetch(role, source)
-        if role != "model" or path.suffix != ".gguf":
+        if role not in MODEL_ROLES or path.suffix != ".gguf":
             return path
         from tuneyard_trainer.gguf import unpacked
 
@@ -90,7 +98,7 @@ class Ledger:
                 source,
                 base_dir=self.base_dir,
                 cache_dir=self.cache_dir,
-                kind="model" if role == "model" else "data",
+                kind="model" if role in MODEL_ROLES else "data",
             )
         return self._fetched[key]
 
@@ -115,10 +123,24 @@ class Walk:
             if record is not None and self.worker.is_main:
                 self.emit(_stage_event(stage, "Skipped", record))
             if record is None:
-                record = control.agree(self._execute(stage, digests))
+                record = control.agree(self._execute_or_stop(stage, digests))
+                if isinstance(record, Interrupted):
+                    raise record
                 store.pull(stage.name)
             ledger.records[stage.name] = record
         return ledger.records
+
+    def _execute_or_stop(
+        self, stage: PlannedStage, digests: Mapping[str, str]
+    ) -> StageRecord | Interrupted | None:
+        """An interruption is agreed on like a record: nobody leaves, and so takes the group down,
+        before rank 0 has its checkpoint on disk."""
+        try:
+            if self.worker.is_main and self.worker.stop() and stage.kind not in TRAINING:
+                return Interrupted(stage.name, 0)
+            return self._execute(stage, digests)
+        except Interrupted as stopped:
+            return stopped
 
     def _execute(self, stage: PlannedStage, digests: Mapping[str, str]) -> StageRecord | None:
         """Runs the stage where it belongs; the record on rank 0, None elsewhere."""
@@ -135,6 +157,10 @@ class Walk:
             outcome = _entry_point(stage)(stage, inputs, workdir, self._worker(stage, digests))
         except OSError as error:
             raise disk_error(error, workdir) from error
+        except (MemoryError, RuntimeError) as error:
+            if named := out_of_memory(error, stage.name):
+                raise named from error
+            raise
         if not self.worker.is_main:
             return None
         record = self._record(stage, digests, outcome, started)
@@ -166,11 +192,15 @@ class Walk:
             return self.worker
         return replace(
             self.worker,
-            report=partial(_report, self.emit, stage.name),
-            persist=self.ledger.store.persist,
+            report=partial(_report, self.emit, stage.name, self.worker.device),
+            persist=self._persist,
             identity=stage.identity(digests),
             manifest=self.ledger.plan.manifest,
         )
+
+    def _persist(self, folder: Path) -> None:
+        self.ledger.store.refuse_stale(self.worker.attempt)
+        self.ledger.store.persist(folder)
 
 
 class Control:
@@ -199,40 +229,36 @@ class Control:
 
 def _entry_point(stage: PlannedStage) -> Callable[..., Outcome]:
     """The stage's `run`; imported here, so that reading records costs no torch."""
-    if stage.kind == "prepare":
-        from tuneyard_trainer.stages.prepare import run as prepare
-
-        return prepare
-    if stage.kind == "evaluate":
-        from tuneyard_trainer.stages.evaluate import run as evaluate
-
-        return evaluate
-    if stage.kind == "export":
-        from tuneyard_trainer.stages.export import run as export
-
-        return export
-    from tuneyard_trainer.stages.train import run as train
-
-    return train
+    module = "train" if stage.kind in ("sft", "pretrain") else stage.kind
+    run: Callable[..., Outcome] = importlib.import_module(f"tuneyard_trainer.stages.{module}").run
+    return run
 
 
 def _report(
     emit: Emit,
     stage: str,
+    device: torch.device,
     *,
     step: int = 0,
     total_steps: int = 0,
     metrics: Mapping[str, float] | None = None,
     message: str | None = None,
+    resumed_step: int | None = None,
 ) -> None:
+    values = dict(metrics or {})
+    if values and device.type == "cuda":
+        import torch
+
+        values["gpuMemoryBytes"] = float(torch.cuda.memory_reserved(device))
     emit(
         {
             "type": "progress",
             "stage": stage,
             "step": step,
             "totalSteps": total_steps,
-            "metrics": dict(metrics or {}),
+            "metrics": values,
             "message": message,
+            "resumedStep": resumed_step,
         }
     )
 

@@ -52,7 +52,7 @@ def fetch(source: SourceInput, *, base_dir: Path, cache_dir: Path, kind: Kind) -
     SourceForbidden, SourceUnavailable (retryable where waiting may help), NoSafetensors, DiskFull.
     """
     scheme, _, rest = source.uri.partition("://")
-    with _explained(source):
+    with explained(source):
         if scheme == "file":
             return _local(base_dir.absolute() / rest, kind)
         if scheme == "pvc":
@@ -304,7 +304,7 @@ _BY_NAME_LAST = {
 
 
 @contextmanager
-def _explained(source: SourceInput) -> Iterator[None]:
+def explained(source: SourceInput) -> Iterator[None]:
     """Turns the failures of file systems, stores and the hub into StageErrors; a defect passes."""
     try:
         yield

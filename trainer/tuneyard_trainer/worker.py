@@ -21,7 +21,10 @@ class Report(Protocol):
         total_steps: int = 0,
         metrics: Mapping[str, float] | None = None,
         message: str | None = None,
-    ) -> None: ...
+        resumed_step: int | None = None,
+    ) -> None:
+        """`resumed_step`: the step at which this attempt takes the stage up, told once; 0: from
+        the start."""
 
 
 def silent(
@@ -30,6 +33,7 @@ def silent(
     total_steps: int = 0,
     metrics: Mapping[str, float] | None = None,
     message: str | None = None,
+    resumed_step: int | None = None,
 ) -> None:
     """A `Report` that nobody watches: ranks other than 0."""
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from tuneyard.api.plan import PlannedStage, TrainRuntime, TrainSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer import adapters, models
+from tuneyard_trainer import adapters, models, policies
 from tuneyard_trainer.batches import Indices, Order, share
 from tuneyard_trainer.checkpoints import Checkpoints, LoopState, assign
 from tuneyard_trainer.disk import disk_error
@@ -143,13 +143,17 @@ class Loop:
         if state is None:
             self.history.truncate(0)
             self._measure_base(total)
+            self.worker.report(total_steps=total, resumed_step=0)
             return LoopState()
         self.checkpoints.restore(state, self.parameters, self.optimizer)
         self.history.truncate(state.step)
         self.base_loss = self.history.base_loss()
         self.resumed_at = state.step
         self.worker.report(
-            step=state.step, total_steps=total, message=f"resuming after step {state.step}"
+            step=state.step,
+            total_steps=total,
+            message=f"resuming after step {state.step}",
+            resumed_step=state.step,
         )
         return state
 
@@ -370,26 +374,16 @@ def _model(
     worker: Worker,
     precision: torch.dtype,
 ) -> nn.Module:
-    """The base with its adapter, or with its frozen parts; trained parameters are float32."""
-    adapter = settings.adapter
     worker.report(message="loading the model")
-    base = models.load_base(
-        inputs["model"],
-        dtype=precision if adapter else torch.float32,
+    return policies.load(
+        inputs,
+        settings.adapter,
+        settings,
         device=worker.device,
-        quantize=adapter.qlora if adapter else None,
-        dropout=settings.dropout,
+        precision=precision,
+        tokenizer=models.load_tokenizer(inputs["data"] / "tokenizer"),
+        gradient_checkpointing=runtime.gradient_checkpointing,
     )
-    if adapter:
-        tokenizer = models.load_tokenizer(inputs["data"] / "tokenizer")
-        model = adapters.attach(base, adapter, seed=settings.seed, tokenizer=tokenizer)
-    else:
-        model = base
-        if settings.freeze:
-            models.freeze(base, settings.freeze)
-    if runtime.gradient_checkpointing:
-        adapters.enable_gradient_checkpointing(model)
-    return model
 
 
 def _not_finite(what: str) -> StageError:

@@ -1,0 +1,263 @@
+"""Carries out one attempt of a job on a Ray cluster and tells how it ended.
+
+python -m tuneyard_trainer --plan plan.json --attempt 2 --job-uid UID
+
+What happens goes to standard output, a line each, and to the operator (TUNEYARD_PROGRESS_URL,
+TUNEYARD_TOKEN_FILE, TUNEYARD_CA). An end other than success is the last line of standard error
+too, `TUNEYARD-ENDING {json}`: KubeRay copies it into the RayJob, so it survives an operator out of
+reach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tuneyard.api.plan import Plan, SourceInput
+from tuneyard.api.progress import Ending
+from tuneyard.api.status import Failure
+from tuneyard.errors import StageError
+from tuneyard_trainer import drain, sources
+from tuneyard_trainer.failures import MOST_CHARACTERS, last_line
+from tuneyard_trainer.log import Log
+from tuneyard_trainer.picture import Story, finite
+from tuneyard_trainer.records import Store
+from tuneyard_trainer.reporter import Channel, Reporter
+from tuneyard_trainer.worker import Interrupted
+
+SUCCEEDED, FAILED, INTERRUPTED, STALE = 0, 1, 3, 4
+ENDING_MARK = "TUNEYARD-ENDING "
+LOG_SECONDS = 10.0
+"""Least time between two log lines of mere progress."""
+FOLDER = Path("/tmp/tuneyard")  # noqa: S108  a pod may write to its /tmp alone
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The exit code: 0 succeeded, 1 failed, 3 interrupted, 4 another attempt has taken over."""
+    parser = argparse.ArgumentParser(prog="python -m tuneyard_trainer", description=__doc__)
+    parser.add_argument("--plan", type=Path, required=True, help="as `tuneyard plan --json` prints")
+    parser.add_argument("--attempt", type=int, default=1)
+    parser.add_argument("--job-uid", help="which job of that name this is")
+    options = parser.parse_args(arguments)
+    log = Log(sys.stdout)
+    try:
+        plan = Plan.model_validate_json(options.plan.read_text())
+        driver = Driver(plan, options.attempt, options.job_uid, log)
+    except Exception as error:
+        return _leave(ending_of(error), log)
+    return driver.run()
+
+
+class Driver:
+    """One attempt, from claiming the output to telling how it ended."""
+
+    def __init__(self, plan: Plan, attempt: int, uid: str | None, log: Log) -> None:
+        self._plan, self._attempt, self._uid, self._log = plan, attempt, uid, log
+        self._story = Story(plan, attempt, time.time())
+        self._stop = threading.Event()
+        self._why = ("Preempted", "the driver was told to end")
+        self._logged_at = 0.0
+        log("driver", job=plan.job.name, attempt=attempt, stages=[s.name for s in plan.stages])
+        self._reporter = self._reporting(os.environ)
+
+    def run(self) -> int:
+        """Carries the plan out, reports the ending and returns the exit code."""
+        with self._signals():
+            try:
+                self._carry_out()
+                ending = self._story.success()
+            except Exception as error:
+                ending = ending_of(error, self._why)
+            if not _is_stale(ending) and self._reporter:
+                self._reporter.finish(self._story.end(ending, time.time()))
+                if self._reporter.stale:
+                    ending = _stale_ending(self._plan.job.name, self._attempt)
+        return _leave(ending, self._log)
+
+    def _carry_out(self) -> None:
+        output = located(self._plan.output.uri)
+        with sources.explained(SourceInput(uri=self._plan.output.uri, path="spec.output.uri")):
+            store = Store(output, FOLDER / "store", self._uid)
+            store.claim(self._plan.job, self._attempt)
+        self._log("output-claimed", uri=self._plan.output.uri)
+
+        from tuneyard_trainer import distributed  # torch and Ray: half a minute on a small head
+
+        resources = distributed.pods_resources(self._plan.compute)
+        places = distributed.Places(
+            output=output,
+            scratch=str(FOLDER / "scratch"),
+            base_dir="/",
+            cache_dir=str(FOLDER / "cache"),
+            job_uid=self._uid,
+            drain=str(drain.FOLDER),
+        )
+        with distributed.pods_cluster(), drain.present(drain.FOLDER, self._preempted):
+            self._log("ray-connected", workers=resources.workers, least=resources.min_workers)
+            distributed.run(
+                self._plan,
+                places=places,
+                resources=resources,
+                attempt=self._attempt,
+                on_event=self._event,
+                stop=self._stop,
+            )
+
+    # ---- what the workers say -----------------------------------------------------------------
+
+    def _event(self, event: dict[str, Any]) -> None:
+        if event["type"] == "draining":
+            self._preempted()
+            return
+        at = time.time()
+        self._story.take(event, at)
+        if self._reporter:
+            self._reporter.tell(self._story.post(), urgent=event["type"] == "stage")
+        if event["type"] == "stage":
+            record = event["record"] or {}
+            metrics = finite(record.get("metrics", {}))
+            self._log(f"stage-{event['state'].lower()}", stage=event["stage"], **metrics)
+        elif event["message"] or at - self._logged_at >= LOG_SECONDS:
+            self._logged_at = at
+            self._log(
+                "progress",
+                stage=event["stage"],
+                step=event["step"],
+                total=event["totalSteps"],
+                **finite(event["metrics"]),
+                **({"message": event["message"]} if event["message"] else {}),
+            )
+
+    # ---- who may stop it ------------------------------------------------------------------------
+
+    def _ask_to_stop(self, reason: str, message: str) -> None:
+        if not self._stop.is_set():
+            self._why = (reason, message)
+            self._stop.set()
+
+    def _preempted(self) -> None:
+        self._ask_to_stop("Preempted", "a pod of the attempt is about to be ended")
+        self._log("stopping", why=self._why[1])
+
+    def _stopped_by_operator(self) -> None:
+        self._ask_to_stop("Stopped", "the operator asked the attempt to stop")
+        self._log("stopping", why=self._why[1])
+
+    def _superseded(self) -> None:
+        """At once, whatever Ray is doing: its cluster ends the workers of a driver that is gone."""
+        _leave(_stale_ending(self._plan.job.name, self._attempt), self._log)
+        os._exit(STALE)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        def ask(number: int, _: FrameType | None) -> None:
+            name = signal.Signals(number).name
+            self._ask_to_stop("Preempted", f"the driver received {name}")
+
+        signals = (signal.SIGINT, signal.SIGTERM)
+        previous = {number: signal.signal(number, ask) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _reporting(self, environment: Mapping[str, str]) -> Reporter | None:
+        url = environment.get("TUNEYARD_PROGRESS_URL")
+        if not url:
+            self._log("progress-not-posted", why="TUNEYARD_PROGRESS_URL is not set")
+            return None
+        token_file = Path(environment["TUNEYARD_TOKEN_FILE"])
+        return Reporter(
+            Channel(url, token_file, environment["TUNEYARD_CA"]).send,
+            self._story.post(),
+            on_stop=self._stopped_by_operator,
+            on_stale=self._superseded,
+            say=self._log,
+        )
+
+
+# ---- endings ------------------------------------------------------------------------------------
+
+
+def ending_of(error: BaseException, why: tuple[str, str] = ("Stopped", "")) -> Ending:
+    """How an attempt ended that raised this. `why`: reason and message of who asked it to stop."""
+    if isinstance(error, Interrupted):
+        reason, message = why
+        failure = Failure(reason=reason, message=f"{message}: {error}")
+        return Ending(state="Interrupted", failure=failure, retryable=True)
+    if isinstance(error, StageError):
+        failure = Failure(
+            reason=error.reason, message=error.message[:MOST_CHARACTERS], advice=error.advice
+        )
+        return Ending(state="Failed", failure=failure, retryable=error.retryable)
+    from_ray = type(error).__module__.partition(".")[0] == "ray"
+    return Ending(
+        state="Failed",
+        failure=Failure(reason="DriverError", message=f"the driver failed: {last_line(error)}"),
+        retryable=from_ray or isinstance(error, OSError),  # the cluster's troubles, not a defect's
+    )
+
+
+def _stale_ending(job: str, attempt: int) -> Ending:
+    return ending_of(
+        StageError("StaleAttempt", f"attempt {attempt} of {job} is not the operator's newest.")
+    )
+
+
+def _is_stale(ending: Ending) -> bool:
+    return ending.failure is not None and ending.failure.reason == "StaleAttempt"
+
+
+def _leave(ending: Ending, log: Log) -> int:
+    """Says how it ended, where everybody can find it; the exit code."""
+    if ending.state == "Succeeded":
+        result = ending.result
+        log("succeeded", uri=result and result.uri, digest=result and result.digest)
+        return SUCCEEDED
+    failure = ending.failure
+    if failure:
+        log(
+            ending.state.lower(),
+            reason=failure.reason,
+            message=failure.message,
+            advice=failure.advice,
+            retryable=ending.retryable,
+        )
+    text = ending.model_dump_json(by_alias=True, exclude_none=True)
+    sys.stderr.write(f"\n{ENDING_MARK}{text}\n")
+    sys.stderr.flush()
+    if ending.state == "Interrupted":
+        return INTERRUPTED
+    return STALE if _is_stale(ending) else FAILED
+
+
+# ---- places -------------------------------------------------------------------------------------
+
+
+def located(uri: str) -> str:
+    """An output as fsspec takes it, in a pod: pvc://CLAIM/PATH is a folder of the mounted claim.
+
+    Raises StageError OutputUnavailable.
+    """
+    scheme, _, rest = uri.partition("://")
+    if scheme != "pvc":
+        return uri
+    claim, _, path = rest.partition("/")
+    volume = sources.PVC_ROOT / claim
+    if not volume.is_dir() or ".." in Path(path).parts:
+        raise StageError(
+            "OutputUnavailable",
+            f"{uri}: the claim is not mounted at {volume}, or the path leaves it.",
+            advice="Correct spec.output.uri.",
+        )
+    return str(volume / path)

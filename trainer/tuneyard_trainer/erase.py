@@ -1,0 +1,45 @@
+"""Removes a deleted job's output: `python -m tuneyard_trainer.erase --plan P --job-uid UID`.
+
+Only what this very job wrote: an output that another job has taken over stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tuneyard.api.plan import Plan, SourceInput
+from tuneyard.errors import StageError
+from tuneyard_trainer import sources
+from tuneyard_trainer.driver import FOLDER, located
+from tuneyard_trainer.failures import last_line
+from tuneyard_trainer.log import Log
+from tuneyard_trainer.records import Store
+
+
+def main(arguments: Sequence[str]) -> int:
+    """0 once there is nothing (left) of this job's; 1: it may help to try again."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--plan", type=Path, required=True)
+    parser.add_argument("--job-uid", required=True)
+    options = parser.parse_args(arguments)
+    log = Log(sys.stdout)
+    try:
+        plan = Plan.model_validate_json(options.plan.read_text())
+        with sources.explained(SourceInput(uri=plan.output.uri, path="spec.output.uri")):
+            store = Store(located(plan.output.uri), FOLDER / "store", options.job_uid)
+            erased = store.erase(plan.job)
+    except StageError as error:
+        log("not-erased", reason=error.reason, message=str(error))
+        return 1
+    except Exception as error:
+        log("not-erased", reason="EraseError", message=last_line(error))
+        return 1
+    log("erased" if erased else "nothing-of-this-job", uri=plan.output.uri)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,163 @@
+"""Where an attempt stands, made of the workers' events: what the operator is told.
+
+Pure: events and times in, `Post`s out.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from tuneyard.api.plan import Plan, StageRecord
+from tuneyard.api.progress import Ending, MetricValue, Picture, Post, TrainerStatus
+from tuneyard.api.status import Result, StageState, StageStatus
+from tuneyard_trainer.records import folder_of
+
+WEIGHTS = {"prepare": 1.0, "pairs": 1.0, "evaluate": 1.0, "assess": 1.0, "export": 1.0}
+"""Of a stage in the job's percentage, by kind. The quickstart on two cores spends 12% of its time
+in prepare, 71% in training, 11% in evaluate and 7% in export; longer jobs spend more in training.
+"""
+LONG = 7.0
+"""Of all other kinds, which train or sample."""
+EVALUATIONS = ("evaluate", "assess")
+"""Kinds whose metrics are the result's."""
+MOST_METRICS = 256
+
+
+class Story:
+    """An attempt's state, as the events so far tell it."""
+
+    def __init__(self, plan: Plan, attempt: int, at: float) -> None:
+        """`at`, here and below: seconds since the epoch."""
+        self._plan, self._attempt = plan, attempt
+        self._stages = {s.name: StageStatus(name=s.name, kind=s.kind) for s in plan.stages}
+        self._weights = {s.name: WEIGHTS.get(s.kind, LONG) for s in plan.stages}
+        self._records: dict[str, StageRecord] = {}
+        self._stage = ""
+        self._step = self._total = 0
+        self._resumed: int | None = None
+        self._metrics: dict[str, float] = {}
+        self._told_at = at
+        self._pace: tuple[int, float] | None = None
+        """A step of this stage and when it was told: what the pace is measured from."""
+        self._percentage = 0
+
+    def take(self, event: Mapping[str, Any], at: float) -> None:
+        """One event of the runner."""
+        self._told_at = at
+        if event["type"] == "stage":
+            self._take_stage(event, at)
+        elif event["type"] == "progress" and event["stage"] == self._stage:
+            self._take_progress(event, at)
+        self._percentage = max(self._percentage, self._measured())
+
+    def post(self) -> Post:
+        """The picture now."""
+        return Post(
+            trainer_status=TrainerStatus(
+                progress_percentage=self._percentage,
+                estimated_remaining_seconds=self._remaining(),
+                metrics=[
+                    MetricValue(name=name, value=value)
+                    for name, value in list(self._metrics.items())[:MOST_METRICS]
+                ],
+                last_updated_time=rfc3339(self._told_at),
+            ),
+            tuneyard=Picture(
+                attempt=self._attempt,
+                stage=self._stage,
+                step=self._step,
+                total_steps=self._total,
+                resumed_step=self._resumed,
+                stages=list(self._stages.values()),
+            ),
+        )
+
+    def success(self) -> Ending:
+        """The ending of a walk that came through, from the records that were told."""
+        last = self._plan.stages[-1].name
+        evaluations = [s.name for s in self._plan.stages if s.kind in EVALUATIONS]
+        measured = self._records.get(evaluations[-1]) if evaluations else None
+        exported = self._records.get(last)
+        result = Result(
+            uri=f"{self._plan.output.uri.rstrip('/')}/{folder_of(last)}",
+            digest=exported.digest if exported else None,
+            metrics=finite(measured.metrics) if measured else {},
+        )
+        return Ending(state="Succeeded", result=result)
+
+    def end(self, ending: Ending, at: float) -> Post:
+        """The last picture."""
+        self._told_at = at
+        if ending.state == "Succeeded":
+            self._percentage = 100
+        elif self._stage:
+            state: StageState = "Failed" if ending.state == "Failed" else "Pending"
+            self._change(self._stage, state=state, finished_at=rfc3339(at))
+        post = self.post()
+        picture = post.tuneyard
+        return post.model_copy(
+            update={"tuneyard": picture and picture.model_copy(update={"ending": ending})}
+        )
+
+    def _take_stage(self, event: Mapping[str, Any], at: float) -> None:
+        name, value = event["stage"], event["record"]
+        record = StageRecord.model_validate(value) if value else None
+        if record is None:
+            self._stage, self._step, self._total = name, 0, 0
+            self._resumed = self._pace = None
+            self._change(name, state=event["state"], started_at=rfc3339(at))
+            return
+        self._stage, self._step, self._total = "", 0, 0
+        self._records[name] = record
+        self._change(
+            name,
+            state=event["state"],
+            started_at=record.started_at,
+            finished_at=record.finished_at,
+            digest=record.digest,
+            metrics=finite(record.metrics),
+        )
+
+    def _take_progress(self, event: Mapping[str, Any], at: float) -> None:
+        self._step, self._total = event["step"], event["totalSteps"]
+        if event.get("resumedStep") is not None:
+            self._resumed = event["resumedStep"]
+        if self._step and self._pace is None:
+            self._pace = (self._step, at)
+        self._metrics |= finite(event["metrics"])
+
+    def _change(self, name: str, **changes: Any) -> None:
+        self._stages[name] = self._stages[name].model_copy(update=changes)
+
+    def _measured(self) -> int:
+        """The share of the whole job's weight that is done; 100 is the ending's to say."""
+        done = 0.0
+        for name, weight in self._weights.items():
+            if self._stages[name].state in ("Succeeded", "Skipped"):
+                done += weight
+            elif name == self._stage and self._total:
+                done += weight * min(1.0, self._step / self._total)
+        return min(99, int(100 * done / sum(self._weights.values())))
+
+    def _remaining(self) -> int | None:
+        """Seconds to the stage's end at this attempt's pace; None: unknown."""
+        if self._pace is None or not self._total:
+            return None
+        step, since = self._pace
+        if self._step <= step:
+            return None
+        per_step = (self._told_at - since) / (self._step - step)
+        return max(0, round(per_step * (self._total - self._step)))
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Without what JSON has no number for."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def rfc3339(at: float) -> str:
+    """UTC, to the second."""
+    return datetime.datetime.fromtimestamp(at, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
