@@ -1,0 +1,1 @@
+"""The operator: thin handlers around what planning decides."""

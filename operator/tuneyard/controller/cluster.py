@@ -1,0 +1,283 @@
+"""The only Kubernetes I/O of the operator, apart from kopf's watches.
+
+Objects are plain JSON: parsing them into the client's models costs more than everything else here.
+Nothing is retried: the work queue does that, for whole decisions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import aiohttp
+from kubernetes.aio import config
+from kubernetes.aio.client import ApiClient, Configuration
+
+from tuneyard.api.meta import GROUP, VERSION
+from tuneyard.controller import metrics
+
+Object = dict[str, Any]
+
+MANAGER = "tuneyard"
+"""Our name as a field manager and as the source of events."""
+FINALIZER = f"{GROUP}/cluster"
+"""Keeps a deleted job until its cluster is gone."""
+REQUEST_SECONDS = 30.0
+
+_MERGE = "application/merge-patch+json"
+_APPLY = "application/apply-patch+yaml"
+
+
+@dataclass
+class ApiError(Exception):
+    """The API server's refusal, or its silence."""
+
+    code: int
+    """HTTP status; 0: no answer came."""
+    reason: str
+    """Kubernetes' word."""
+    message: str
+    retry_after: float | None = None
+    """Seconds that the server asked for; None: it did not."""
+
+    def __str__(self) -> str:
+        return f"{self.code} {self.reason}: {self.message}"
+
+    @property
+    def is_refusal(self) -> bool:
+        """The same request would be refused again; anything else is worth another try."""
+        return self.code in (400, 403, 404, 405, 413, 422)
+
+
+@dataclass(frozen=True)
+class Key:
+    """Names a job."""
+
+    kind: str
+    """FineTuneJob or AlignmentJob."""
+    namespace: str
+    name: str
+
+    @property
+    def path(self) -> str:
+        plural = f"{self.kind.lower()}s"
+        return f"/apis/{GROUP}/{VERSION}/namespaces/{self.namespace}/{plural}/{quote(self.name)}"
+
+    @property
+    def selector(self) -> str:
+        """The labels of everything that belongs to the job."""
+        return f"{GROUP}/kind={self.kind},{GROUP}/job={self.name}"
+
+
+async def connect() -> Cluster:
+    """With the pod's service account, or the kubeconfig where there is none."""
+    configuration = Configuration()
+    try:
+        config.load_incluster_config(configuration)
+    except config.ConfigException:
+        await config.load_kube_config(client_configuration=configuration)
+    configuration.connection_pool_maxsize = 64
+    return Cluster(ApiClient(configuration))
+
+
+class Cluster:
+    """Requests in the words of the operator. Every method raises ApiError."""
+
+    def __init__(self, api: ApiClient) -> None:
+        self.api = api
+
+    async def close(self) -> None:
+        await self.api.close()
+
+    # ---- jobs -------------------------------------------------------------------------------
+
+    async def job(self, key: Key) -> Object | None:
+        """The job as it is now; None: there is none."""
+        return await self._find(key.path)
+
+    async def add_finalizer(self, job: Object, key: Key) -> Object:
+        return await self._set_finalizers(job, key, [*_finalizers(job), FINALIZER])
+
+    async def remove_finalizer(self, job: Object, key: Key) -> None:
+        rest = [name for name in _finalizers(job) if name != FINALIZER]
+        await self._set_finalizers(job, key, rest)
+
+    async def _set_finalizers(self, job: Object, key: Key, names: Sequence[str]) -> Object:
+        metadata = {"finalizers": names, "resourceVersion": job["metadata"]["resourceVersion"]}
+        return await self._call("PATCH", key.path, {"metadata": metadata}, type_=_MERGE)
+
+    async def patch_status(self, job: Object, key: Key, patch: Object) -> Object:
+        """Merges `patch` into the status, if the job is still the one given: else 409."""
+        version = {"resourceVersion": job["metadata"]["resourceVersion"]}
+        body = {"metadata": version, "status": patch}
+        return await self._call("PATCH", f"{key.path}/status", body, type_=_MERGE)
+
+    async def delete_job(self, job: Object, key: Key) -> None:
+        await self._delete(key.path, uid=job["metadata"]["uid"])
+
+    # ---- what a job consists of -----------------------------------------------------------------
+
+    async def apply(self, item: Object) -> Object:
+        """Server-side apply: creates it, or leaves it as it is where it is so already."""
+        query = {"fieldManager": MANAGER, "force": "true"}
+        return await self._call("PATCH", _path_of(item), item, query, type_=_APPLY)
+
+    async def ray_jobs(self, key: Key) -> list[Object]:
+        path = f"/apis/ray.io/v1/namespaces/{key.namespace}/rayjobs"
+        try:
+            return await self._list(path, {"labelSelector": key.selector})
+        except ApiError as error:
+            if error.code == 404:  # without KubeRay there are none
+                return []
+            raise
+
+    async def delete_ray_job(self, namespace: str, name: str) -> None:
+        """With everything it owns: the RayJob goes last."""
+        path = f"/apis/ray.io/v1/namespaces/{namespace}/rayjobs/{name}"
+        await self._delete(path, propagation="Foreground")
+
+    async def pods(self, key: Key) -> list[Object]:
+        path = f"/api/v1/namespaces/{key.namespace}/pods"
+        return await self._list(path, {"labelSelector": key.selector})
+
+    async def pod(self, namespace: str, name: str) -> Object | None:
+        return await self._find(f"/api/v1/namespaces/{namespace}/pods/{quote(name)}")
+
+    async def config_map(self, namespace: str, name: str) -> Object | None:
+        return await self._find(f"/api/v1/namespaces/{namespace}/configmaps/{quote(name)}")
+
+    async def batch_job(self, namespace: str, name: str) -> Object | None:
+        return await self._find(f"/apis/batch/v1/namespaces/{namespace}/jobs/{quote(name)}")
+
+    async def warnings(self, namespace: str, name: str) -> list[str]:
+        """Texts of the warning events about a RayCluster."""
+        fields = f"involvedObject.name={name},type=Warning"
+        items = await self._list(
+            f"/api/v1/namespaces/{namespace}/events", {"fieldSelector": fields, "limit": "20"}
+        )
+        return [item.get("message") or "" for item in items]
+
+    # ---- the operator's own ---------------------------------------------------------------------
+
+    async def post_event(self, namespace: str, event: Object) -> None:
+        await self._call("POST", f"/api/v1/namespaces/{namespace}/events", event)
+
+    async def review_token(self, token: str, audience: str) -> Object:
+        """A TokenReview's status."""
+        path = "/apis/authentication.k8s.io/v1/tokenreviews"
+        spec = {"token": token, "audiences": [audience]}
+        body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": spec}
+        answer: Object = (await self._call("POST", path, body)).get("status") or {}
+        return answer
+
+    async def secret(self, namespace: str, name: str) -> Object | None:
+        return await self._find(f"/api/v1/namespaces/{namespace}/secrets/{name}")
+
+    async def create_secret(self, namespace: str, secret: Object) -> Object:
+        return await self._call("POST", f"/api/v1/namespaces/{namespace}/secrets", secret)
+
+    async def replace_secret(self, namespace: str, secret: Object) -> Object:
+        path = f"/api/v1/namespaces/{namespace}/secrets/{secret['metadata']['name']}"
+        return await self._call("PUT", path, secret)
+
+    async def release_lease(self, namespace: str, name: str, identity: str) -> None:
+        """Gives the Lease back, if it is still held under this identity."""
+        path = f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases/{name}"
+        lease = await self._call("GET", path)
+        if lease["spec"].get("holderIdentity") == identity:
+            version = {"resourceVersion": lease["metadata"]["resourceVersion"]}
+            body: Object = {"metadata": version, "spec": {"holderIdentity": None}}
+            await self._call("PATCH", path, body, type_=_MERGE)
+
+    # ---- requests -------------------------------------------------------------------------------
+
+    async def _find(self, path: str) -> Object | None:
+        try:
+            return await self._call("GET", path)
+        except ApiError as error:
+            if error.code == 404:
+                return None
+            raise
+
+    async def _list(self, path: str, query: Mapping[str, str]) -> list[Object]:
+        items: list[Object] = (await self._call("GET", path, query=query)).get("items") or []
+        return items
+
+    async def _delete(
+        self, path: str, *, uid: str | None = None, propagation: str = "Background"
+    ) -> None:
+        """Deletes, if it is there and still the one meant."""
+        body: Object = {"propagationPolicy": propagation}
+        if uid:
+            body["preconditions"] = {"uid": uid}
+        try:
+            await self._call("DELETE", path, body)
+        except ApiError as error:
+            if error.code not in (404, 409):
+                raise
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        body: Object | None = None,
+        query: Mapping[str, str] | None = None,
+        *,
+        type_: str = "application/json",
+    ) -> Object:
+        configuration = self.api.configuration
+        headers = {"Accept": "application/json", "Content-Type": type_, "User-Agent": MANAGER}
+        for setting in (await configuration.auth_settings()).values():
+            headers[setting["key"]] = setting["value"]
+        url = f"{configuration.host}{path}" + (f"?{urlencode(query)}" if query else "")
+        try:
+            response = await self.api.rest_client.request(
+                method, url, headers=headers, body=body, _request_timeout=REQUEST_SECONDS
+            )
+            text = await response.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            metrics.REQUESTS.labels(method, "none").inc()
+            raise ApiError(0, "NoAnswer", str(error) or type(error).__name__) from error
+        metrics.REQUESTS.labels(method, str(response.status)).inc()
+        value = _json(text)
+        if response.status >= 400:
+            raise ApiError(
+                response.status,
+                str(value.get("reason") or response.reason),
+                str(value.get("message") or text[:500].decode(errors="replace")),
+                _seconds(response.headers.get("Retry-After")),
+            )
+        return value
+
+
+def _json(text: bytes) -> Object:
+    """{} for what is no JSON object: a proxy's page, say."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _seconds(text: str | None) -> float | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return None
+
+
+def _finalizers(job: Object) -> list[str]:
+    return list(job["metadata"].get("finalizers") or [])
+
+
+_PLURALS = {"ConfigMap": "configmaps", "RayJob": "rayjobs", "Job": "jobs"}
+
+
+def _path_of(item: Object) -> str:
+    version, metadata = item["apiVersion"], item["metadata"]
+    root = f"/apis/{version}" if "/" in version else f"/api/{version}"
+    kind = _PLURALS[item["kind"]]
+    return f"{root}/namespaces/{metadata['namespace']}/{kind}/{quote(metadata['name'])}"

@@ -1,0 +1,174 @@
+"""The operator's Prometheus metrics: names, units and labels; a test freezes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from tuneyard.api.finetunejob import FineTuneJob
+from tuneyard.api.status import JobStatus
+from tuneyard.planning.status import Job
+
+REGISTRY = CollectorRegistry(auto_describe=True)
+
+_SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 24 * 3600, 3 * 24 * 3600)
+
+JOBS = Gauge("tuneyard_jobs", "Jobs by phase.", ["kind", "phase"], registry=REGISTRY)
+TRANSITIONS = Counter(
+    "tuneyard_job_transitions_total",
+    "Changes of a job's phase, by the phase it came to.",
+    ["kind", "phase"],
+    registry=REGISTRY,
+)
+QUEUE_SECONDS = Histogram(
+    "tuneyard_job_queue_seconds",
+    "From an attempt's creation until its driver started.",
+    ["kind"],
+    buckets=_SECONDS,
+    registry=REGISTRY,
+)
+JOB_SECONDS = Histogram(
+    "tuneyard_job_duration_seconds",
+    "Time that a finished job's attempts took together.",
+    ["kind", "method", "outcome"],
+    buckets=_SECONDS,
+    registry=REGISTRY,
+)
+STAGE_SECONDS = Histogram(
+    "tuneyard_stage_duration_seconds",
+    "Time that a finished stage took.",
+    ["kind", "method", "stage", "outcome"],
+    buckets=_SECONDS,
+    registry=REGISTRY,
+)
+ATTEMPTS = Counter(
+    "tuneyard_attempts_total", "Ended attempts by reason.", ["kind", "reason"], registry=REGISTRY
+)
+RECONCILE_SECONDS = Histogram(
+    "tuneyard_reconcile_duration_seconds",
+    "Time of one look at one job, its writes included.",
+    buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30),
+    registry=REGISTRY,
+)
+RECONCILE_ERRORS = Counter(
+    "tuneyard_reconcile_errors_total",
+    "Looks at a job that failed and were repeated.",
+    ["reason"],
+    registry=REGISTRY,
+)
+REQUESTS = Counter(
+    "tuneyard_kubernetes_requests_total",
+    "Requests to the API server, kopf's watches apart.",
+    ["verb", "code"],
+    registry=REGISTRY,
+)
+POSTS = Counter(
+    "tuneyard_progress_posts_total",
+    "Progress posts by what became of them.",
+    ["outcome"],
+    registry=REGISTRY,
+)
+LEADER = Gauge("tuneyard_leader", "1 while this replica is the active one.", registry=REGISTRY)
+
+_JOB = ("namespace", "kind", "name")
+LOSS = Gauge("tuneyard_training_loss", "The newest training loss.", _JOB, registry=REGISTRY)
+_TRAINING = {
+    "loss": LOSS,
+    "validationLoss": Gauge(
+        "tuneyard_training_validation_loss", "The newest held-out loss.", _JOB, registry=REGISTRY
+    ),
+    "learningRate": Gauge(
+        "tuneyard_training_learning_rate", "The learning rate.", _JOB, registry=REGISTRY
+    ),
+    "tokensPerSecond": Gauge(
+        "tuneyard_training_tokens_per_second",
+        "Tokens trained on in a second, over all workers.",
+        _JOB,
+        registry=REGISTRY,
+    ),
+    "gpuMemoryBytes": Gauge(
+        "tuneyard_training_gpu_memory_bytes",
+        "Peak of the GPU memory of one worker.",
+        _JOB,
+        registry=REGISTRY,
+    ),
+}
+PROGRESS = Gauge(
+    "tuneyard_training_progress_ratio", "Share of the job that is done.", _JOB, registry=REGISTRY
+)
+
+
+def show_progress(labels: tuple[str, str, str], status: JobStatus) -> None:
+    """The training series of a job, from its status."""
+    if status.progress is None:
+        return
+    PROGRESS.labels(*labels).set(status.progress.percentage / 100)
+    for name, gauge in _TRAINING.items():
+        if name in status.progress.metrics:
+            gauge.labels(*labels).set(status.progress.metrics[name])
+
+
+def drop_progress(labels: tuple[str, str, str]) -> None:
+    """Removes a job's training series."""
+    for gauge in (PROGRESS, *_TRAINING.values()):
+        gauge.remove_by_labels(dict(zip(_JOB, labels, strict=True)))
+
+
+def count_change(job: Job, before: JobStatus | None, after: JobStatus) -> None:
+    """Counters and histograms, from a change of status."""
+    before = before or JobStatus()
+    if after.phase and after.phase != before.phase:
+        TRANSITIONS.labels(job.kind, after.phase).inc()
+        if after.phase in ("Succeeded", "Failed"):
+            outcome = "Succeeded" if after.phase == "Succeeded" else _reason(after)
+            seconds = sum(_between(a.running_at, a.finished_at) for a in after.attempts)
+            JOB_SECONDS.labels(job.kind, method_of(job), outcome).observe(seconds)
+    _count_attempts(job, before, after)
+    _count_stages(job, before, after)
+
+
+def _count_attempts(job: Job, before: JobStatus, after: JobStatus) -> None:
+    known = {attempt.number: attempt for attempt in before.attempts}
+    for attempt in after.attempts:
+        old = known.get(attempt.number)
+        if attempt.finished_at and not (old and old.finished_at):
+            ATTEMPTS.labels(job.kind, attempt.reason or "Unknown").inc()
+        if attempt.running_at and not (old and old.running_at):
+            waited = _between(attempt.started_at, attempt.running_at)
+            QUEUE_SECONDS.labels(job.kind).observe(waited)
+
+
+def _count_stages(job: Job, before: JobStatus, after: JobStatus) -> None:
+    known = {stage.name: stage.state for stage in before.stages}
+    for stage in after.stages:
+        ended = stage.state in ("Succeeded", "Failed") and stage.finished_at
+        if ended and known.get(stage.name) != stage.state:
+            seconds = _between(stage.started_at, stage.finished_at)
+            STAGE_SECONDS.labels(job.kind, method_of(job), stage.kind, stage.state).observe(seconds)
+
+
+def method_of(job: Job) -> str:
+    """The method as labels tell it: sft, pretrain, dpo, ppo, ..., or none."""
+    if isinstance(job, FineTuneJob):
+        return job.spec.method
+    return job.spec.optimize.kind if job.spec.optimize else "none"
+
+
+def names() -> Iterable[str]:
+    """Every metric's name, as it is scraped."""
+    for family in REGISTRY.collect():
+        yield family.name + ("_total" if family.type == "counter" else "")
+
+
+def _reason(status: JobStatus) -> str:
+    return status.failure.reason if status.failure else "Unknown"
+
+
+def _between(start: str | None, end: str | None) -> float:
+    from datetime import datetime
+
+    if not start or not end:
+        return 0.0
+    moments = [datetime.fromisoformat(text.replace("Z", "+00:00")) for text in (start, end)]
+    return (moments[1] - moments[0]).total_seconds()

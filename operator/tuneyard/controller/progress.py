@@ -1,0 +1,188 @@
+"""The status server: training pods post their progress here, and learn whether to stop.
+
+A pod proves who it is with a token bound to itself and to one job's audience; the API server checks
+it. The attempt that may speak is read off the pod, not off what it says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import ssl
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from aiohttp import web
+from pydantic import ValidationError
+
+from tuneyard.api.meta import GROUP
+from tuneyard.api.progress import MAX_POST_BYTES, Answer, Post
+from tuneyard.controller import metrics
+from tuneyard.controller.cluster import ApiError, Cluster, Key
+from tuneyard.controller.reconciler import Reconciler
+from tuneyard.controller.world import key_of_part
+from tuneyard.planning import rayjob
+from tuneyard.planning.seen import attempt_of
+from tuneyard.planning.status import is_finished, wants_stop
+
+_KINDS = {"finetunejobs": "FineTuneJob", "alignmentjobs": "AlignmentJob"}
+_ROUTE = "/v1alpha1/namespaces/{namespace}/{plural}/{name}/progress"
+
+REVIEW_SECONDS = 60.0
+"""How long the API server's word on a token is believed."""
+STORED_SECONDS = 20.0
+"""How long the answer to an attempt's last post waits for the status to be written."""
+_POD = "authentication.kubernetes.io/pod-name"
+
+
+class Refused(Exception):  # noqa: N818 - an answer, not a defect
+    """The answer to a post that is not taken."""
+
+    def __init__(
+        self, status: int, outcome: str, message: str, retry_after: int | None = None
+    ) -> None:
+        self.status, self.outcome, self.message = status, outcome, message
+        self.retry_after = retry_after
+        super().__init__(message)
+
+
+class Speaker(NamedTuple):
+    """Who a token speaks for."""
+
+    attempt: int
+    until: float
+    """When to ask again (monotonic)."""
+
+
+class StatusServer:
+    """Takes posts and hands them to the reconciler."""
+
+    def __init__(
+        self, cluster: Cluster, reconciler: Reconciler, is_active: Callable[[], bool]
+    ) -> None:
+        """`is_active`: whether this replica is the one that writes."""
+        self._cluster, self._reconciler, self._is_active = cluster, reconciler, is_active
+        self._speakers: dict[tuple[str, Key], Speaker] = {}
+        self._runner: web.AppRunner | None = None
+
+    async def start(self, port: int, context: ssl.SSLContext) -> int:
+        """Listens; the port it got. Raises OSError."""
+        app = web.Application(client_max_size=MAX_POST_BYTES)
+        app.router.add_post(_ROUTE, self._post)
+        self._runner = web.AppRunner(app, access_log=None)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, port=port, ssl_context=context).start()
+        return int(self._runner.addresses[0][1])
+
+    async def close(self) -> None:
+        if self._runner:
+            await self._runner.cleanup()
+
+    async def _post(self, request: web.Request) -> web.Response:
+        try:
+            answer = await self._take(request)
+        except Refused as refused:
+            metrics.POSTS.labels(refused.outcome).inc()
+            headers = {"Retry-After": str(refused.retry_after)} if refused.retry_after else {}
+            body = {"message": refused.message}
+            return web.json_response(body, status=refused.status, headers=headers)
+        metrics.POSTS.labels("accepted").inc()
+        return web.json_response(answer.model_dump(mode="json", by_alias=True))
+
+    async def _take(self, request: web.Request) -> Answer:
+        if not self._is_active():
+            raise Refused(503, "standby", "this replica is not the active one", retry_after=1)
+        kind = _KINDS.get(request.match_info["plural"])
+        if kind is None:
+            raise Refused(404, "malformed", "there is no such kind of job")
+        key = Key(kind, request.match_info["namespace"], request.match_info["name"])
+        attempt = await self._attempt_of(request, key)
+        post = await _read(request)
+        if post.tuneyard is not None and post.tuneyard.attempt != attempt:
+            raise Refused(409, "stale", f"the pod belongs to attempt {attempt}")
+        return await self._deliver(key, attempt, post)
+
+    async def _deliver(self, key: Key, attempt: int, post: Post) -> Answer:
+        try:
+            job = await self._reconciler.current(key)
+        except ApiError as error:
+            raise Refused(503, "unavailable", str(error), retry_after=2) from error
+        if job is None:
+            raise Refused(409, "stale", "the job is gone")
+        newest = job.status.attempts[-1] if job.status and job.status.attempts else None
+        if newest is None or newest.number != attempt:
+            raise Refused(409, "stale", f"attempt {attempt} is not the newest any more")
+        if newest.finished_at:
+            # The driver repeats its last post when the answer was lost: it has been heard.
+            if post.tuneyard is not None and post.tuneyard.ending is not None:
+                return Answer(stop=True)
+            raise Refused(409, "stale", f"attempt {attempt} has ended: {newest.reason}")
+        self._reconciler.take_post(key, post)
+        if post.tuneyard is not None and post.tuneyard.ending is not None:
+            await self._until_stored(key, attempt)
+        return Answer(stop=wants_stop(job) or is_finished(job))
+
+    async def _until_stored(self, key: Key, attempt: int) -> None:
+        """Waits until the attempt is closed in the status."""
+        deadline = time.monotonic() + STORED_SECONDS
+        while time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+            try:
+                job = await self._reconciler.current(key)
+            except ApiError:
+                continue
+            attempts = job.status.attempts if job and job.status else []
+            if not attempts or attempts[-1].number != attempt or attempts[-1].finished_at:
+                return
+        raise Refused(503, "unavailable", "the status could not be written yet", retry_after=2)
+
+    # ---- who is it? -------------------------------------------------------------------------
+
+    async def _attempt_of(self, request: web.Request, key: Key) -> int:
+        """The attempt that the sender's pod belongs to."""
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            raise Refused(401, "unauthorized", "a bearer token is needed")
+        known = (hashlib.sha256(token.encode()).hexdigest(), key)
+        speaker = self._speakers.get(known)
+        if speaker is None or speaker.until < time.monotonic():
+            try:
+                speaker = await self._review(token, key)
+            except ApiError as error:
+                raise Refused(503, "unavailable", str(error), retry_after=2) from error
+            self._forget_old()
+            self._speakers[known] = speaker
+        return speaker.attempt
+
+    async def _review(self, token: str, key: Key) -> Speaker:
+        audience = rayjob.audience(key.kind, key.namespace, key.name)
+        status = await self._cluster.review_token(token, audience)
+        if not status.get("authenticated") or audience not in (status.get("audiences") or ()):
+            raise Refused(401, "unauthorized", f"the token is not good for {audience}")
+        user: dict[str, Any] = status.get("user") or {}
+        if not str(user.get("username")).startswith(f"system:serviceaccount:{key.namespace}:"):
+            raise Refused(403, "forbidden", f"the token is not of namespace {key.namespace}")
+        names = (user.get("extra") or {}).get(_POD) or [""]
+        pod = await self._cluster.pod(key.namespace, names[0]) if names[0] else None
+        if pod is None or key_of_part(pod) != key:
+            raise Refused(403, "forbidden", f"the token is of no pod with {GROUP}/job={key.name}")
+        return Speaker(attempt_of(pod), time.monotonic() + REVIEW_SECONDS)
+
+    def _forget_old(self) -> None:
+        now = time.monotonic()
+        self._speakers = {k: s for k, s in self._speakers.items() if s.until >= now}
+
+
+async def _read(request: web.Request) -> Post:
+    try:
+        text = await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        message = f"a post has at most {MAX_POST_BYTES} bytes"
+        raise Refused(413, "malformed", message) from None
+    try:
+        return Post.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise Refused(400, "malformed", f"{place}: {first['msg']}") from None

@@ -1,0 +1,113 @@
+"""A work queue: each key at most once at a time, again when asked for meanwhile, or later.
+
+The semantics of client-go's: adding a key that waits does nothing, adding one that is being worked
+on has it worked on once more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import random
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+
+FIRST_BACKOFF, LAST_BACKOFF = 0.2, 60.0
+"""Seconds before a failed key is tried again, doubled each time, with a jitter of half."""
+
+
+class Queue(Generic[K]):
+    """Keys and what is done with each."""
+
+    def __init__(self, work: Callable[[K], Awaitable[None]], workers: int) -> None:
+        """`work` raises `Again` to have the key back; it lets nothing else out."""
+        self._work, self._workers = work, workers
+        self._ready: asyncio.Queue[K] = asyncio.Queue()
+        self._waiting: set[K] = set()
+        self._busy: set[K] = set()
+        self._dirty: set[K] = set()
+        self._due: dict[K, float] = {}
+        self._heap: list[tuple[float, int, K]] = []
+        self._count = 0
+        self._failures: dict[K, int] = {}
+        self._alarm = asyncio.Event()
+
+    def add(self, key: K) -> None:
+        """Have the key worked on as soon as possible."""
+        self._due.pop(key, None)
+        if key in self._busy:
+            self._dirty.add(key)
+        elif key not in self._waiting:
+            self._waiting.add(key)
+            self._ready.put_nowait(key)
+
+    def add_after(self, key: K, seconds: float) -> None:
+        """Have the key worked on in so many seconds, or earlier if that is asked for."""
+        if seconds <= 0:
+            self.add(key)
+            return
+        due = asyncio.get_running_loop().time() + seconds
+        if key in self._waiting or self._due.get(key, float("inf")) <= due:
+            return
+        self._due[key] = due
+        self._count += 1
+        heapq.heappush(self._heap, (due, self._count, key))
+        self._alarm.set()
+
+    def forget(self, key: K) -> None:
+        """Drops what is planned for the key."""
+        self._due.pop(key, None)
+        self._failures.pop(key, None)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._clock())
+            for _ in range(self._workers):
+                tasks.create_task(self._worker())
+
+    async def _worker(self) -> None:
+        while True:
+            key = await self._ready.get()
+            self._waiting.discard(key)
+            self._busy.add(key)
+            try:
+                await self._work(key)
+                self._failures.pop(key, None)
+            except Again as again:
+                self._retry(key, again.after)
+            finally:
+                self._busy.discard(key)
+                if key in self._dirty:
+                    self._dirty.discard(key)
+                    self.add(key)
+
+    def _retry(self, key: K, after: float | None) -> None:
+        failures = self._failures[key] = self._failures.get(key, 0) + 1
+        wait = min(FIRST_BACKOFF * 2 ** min(failures - 1, 10), LAST_BACKOFF)
+        self.add_after(key, max(after or 0.0, wait * random.uniform(0.5, 1.0)))
+
+    async def _clock(self) -> None:
+        """Moves keys to the ready ones when they are due."""
+        loop = asyncio.get_running_loop()
+        while True:
+            self._alarm.clear()
+            while self._heap and self._heap[0][0] <= loop.time():
+                due, _, key = heapq.heappop(self._heap)
+                if self._due.get(key) == due:
+                    self.add(key)
+            wait = self._heap[0][0] - loop.time() if self._heap else None
+            try:
+                await asyncio.wait_for(self._alarm.wait(), wait)
+            except TimeoutError:
+                continue
+
+
+class Again(Exception):  # noqa: N818 - no error: a wish
+    """The key could not be dealt with; `after`: seconds that somebody asked to wait for."""
+
+    def __init__(self, after: float | None = None) -> None:
+        self.after = after
+        super().__init__(f"again after {after} s")
