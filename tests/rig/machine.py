@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from rig import build, rig
 from rig.containerd import plugin_folder
@@ -28,6 +30,11 @@ NODE_PROGRAMS = {
     "unshare": "util-linux",
 }
 PLUGINS_PACKAGE = "containernetworking-plugins"
+# What some tests use beside a rig; no rig needs them.
+TOOLS = {"prometheus": "prometheus", "promtool": "prometheus"}
+
+SERVICE_POLICY = Path("/usr/sbin/policy-rc.d")
+"""Asked by Debian's packages before they start a service."""
 
 
 def why_not(level: Level, kuberay: rig.KubeRay = "no", kueue: bool = False) -> str | None:
@@ -46,18 +53,46 @@ def why_not(level: Level, kuberay: rig.KubeRay = "no", kueue: bool = False) -> s
     return None
 
 
+def find_tool(name: str) -> Path | None:
+    """The path of one of `TOOLS`; None if it is not installed."""
+    found = shutil.which(name, path=rig.SYSTEM_PATH)
+    return Path(found) if found else None
+
+
 def install_packages(level: Level) -> list[str]:
-    """Install what is missing with apt-get, as root; return the packages' names."""
-    packages = _missing_packages(level)
+    """Install what is missing with apt-get, as root; return the packages' names.
+
+    Of containerd and prometheus the programs are wanted, not the services: none is started.
+    """
+    tools = {TOOLS[name] for name in _absent(TOOLS)}
+    packages = sorted({*_missing_packages(level), *tools})
     if not packages:
         return []
     if shutil.which("apt-get") is None or os.geteuid() != 0:
         raise RigError(f"install {', '.join(packages)}: that needs root and apt-get")
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    install = ["apt-get", "install", "--yes", "--no-install-recommends", *packages]
-    for command in (["apt-get", "update"], install):
-        subprocess.run(command, env=environment, check=True)
+    with _services_forbidden():
+        _apt_get(["apt-get", "update"])
+        _apt_get(["apt-get", "install", "--yes", "--no-install-recommends", *packages])
     return packages
+
+
+def _apt_get(command: list[str]) -> None:
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    subprocess.run(command, env=environment, check=True)
+
+
+@contextmanager
+def _services_forbidden() -> Iterator[None]:
+    """A machine that has a policy, as container images do, keeps its own."""
+    if SERVICE_POLICY.exists():
+        yield
+        return
+    SERVICE_POLICY.write_text("#!/bin/sh\nexit 101\n")  # 101: forbidden
+    SERVICE_POLICY.chmod(0o755)
+    try:
+        yield
+    finally:
+        SERVICE_POLICY.unlink()
 
 
 def _missing_packages(level: Level) -> list[str]:

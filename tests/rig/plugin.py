@@ -19,6 +19,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -87,6 +88,25 @@ def helm(request: pytest.FixtureRequest) -> Path:
     return build.ensure(["helm"])["helm"] / "helm"
 
 
+@pytest.fixture(scope="session")
+def promtool() -> Path:
+    """Prometheus' own checker: `promtool check metrics` reads an exposition on standard input."""
+    return _tool("promtool")
+
+
+@pytest.fixture(scope="session")
+def prometheus() -> Path:
+    """The Prometheus server's program."""
+    return _tool("prometheus")
+
+
+def _tool(name: str) -> Path:
+    path = machine.find_tool(name)
+    if path is None:
+        _give_up(f"needs {name} (`python tests/rig deps` installs it)")
+    return path
+
+
 def _cluster(request: pytest.FixtureRequest, level: Level, kuberay: KubeRay) -> Iterator[Cluster]:
     if given := os.environ.get("TUNEYARD_TEST_KUBECONFIG"):
         yield _given_cluster(Path(given))
@@ -119,7 +139,7 @@ def _given_cluster(kubeconfig: Path) -> Cluster:
     return Cluster(kubeconfig, url, program, cluster.image)
 
 
-def _give_up(reason: str) -> None:
+def _give_up(reason: str) -> NoReturn:
     """Skip, or fail where Kubernetes is required: a skip in CI would hide that nothing ran."""
     if os.environ.get("TUNEYARD_REQUIRE_CLUSTER") == "1":
         pytest.fail(reason, pytrace=False)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from rig import build, cgroups, images
+from rig import build, cgroups, images, machine
 from rig.errors import RigError
 from rig.plugin import Cluster
 from rig.ports import Reservation
@@ -23,8 +23,6 @@ from rig.rig import Rig, bring_up, take_down
 from rig.state import Level
 
 TESTS = Path(__file__).resolve().parents[1]
-PYTHON = str(Path(sys.base_prefix) / "bin" / "python3")
-"""The interpreter below any virtual environment: a checkout in /tmp is hidden from pods."""
 
 # A process that asks for a rig, says where it is, and then does nothing until it is killed.
 OWNER = """
@@ -57,6 +55,11 @@ def processes_of(root: Path) -> list[str]:
 
 def mounts_of(root: Path) -> list[str]:
     return [line for line in Path("/proc/mounts").read_text().splitlines() if str(root) in line]
+
+
+def python_of(cluster: Cluster) -> str:
+    """On a rig the interpreter below any virtual environment: it is there whatever is hidden."""
+    return "python" if cluster.rig is None else str(Path(sys.base_prefix) / "bin" / "python3")
 
 
 def cgroups_of(name: str) -> list[Path]:
@@ -178,7 +181,7 @@ def test_a_rig_that_cannot_start_says_why_and_leaves_nothing(
 @pytest.mark.cluster
 def test_a_pod_runs_this_machines_python_to_completion(cluster: Cluster) -> None:
     assert cluster.image is not None
-    command = ("--command", "--", PYTHON, "-c", "print(6 * 7)")
+    command = ("--command", "--", python_of(cluster), "-c", "print(6 * 7)")
     cluster.kubectl("run", "rig-python", "--image", cluster.image, "--restart=Never", *command)
     succeeded = "--for=jsonpath={.status.phase}=Succeeded"
     cluster.kubectl("wait", succeeded, "--timeout=60s", "pod/rig-python")
@@ -190,7 +193,7 @@ def test_a_pod_runs_this_machines_python_to_completion(cluster: Cluster) -> None
 def test_a_pod_finds_a_service_by_its_name(cluster: Cluster) -> None:
     assert cluster.image is not None
     code = "import socket; socket.create_connection(('kubernetes.default', 443), 30)"
-    command = ("--command", "--", PYTHON, "-c", code)
+    command = ("--command", "--", python_of(cluster), "-c", code)
     cluster.kubectl("run", "rig-names", "--image", cluster.image, "--restart=Never", *command)
     succeeded = "--for=jsonpath={.status.phase}=Succeeded"
     cluster.kubectl("wait", succeeded, "--timeout=60s", "pod/rig-names")
@@ -240,6 +243,24 @@ def test_a_node_leaves_no_process_mount_or_cgroup_when_its_owner_is_killed(
     assert mounts_of(root) == []
     assert cgroups_of(name) == []
     assert cgroups_of(cluster.rig.state.settings.name), "the other rig keeps its own"
+
+
+def test_an_install_starts_no_service_and_leaves_the_machines_policy_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, seen = tmp_path / "policy-rc.d", []
+
+    def apt(command: list[str], **_: object) -> None:
+        asked = subprocess.run([policy, "prometheus", "start"], check=False)
+        seen.append((command[1], asked.returncode))
+
+    monkeypatch.setattr(machine, "SERVICE_POLICY", policy)
+    monkeypatch.setattr(machine, "TOOLS", {"no-such-program": "its-package"})
+    monkeypatch.setattr(machine, "_missing_packages", lambda _: [])
+    monkeypatch.setattr(machine, "_apt_get", apt)
+    assert machine.install_packages("node") == ["its-package"]
+    assert seen == [("update", 101), ("install", 101)]
+    assert not policy.exists()
 
 
 def test_a_port_is_never_given_to_two_rigs() -> None:
