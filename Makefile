@@ -33,6 +33,14 @@ pytest: $(VENV)/.dev ## All tests that this machine can run; the others say why 
 test-fast: $(VENV)/.dev ## The tests that need no cluster and take seconds
 	$(BIN)/pytest -m "not slow and not apiserver and not cluster"
 
+.PHONY: test-cluster
+test-cluster: $(VENV)/.dev ## The tests on a real Kubernetes node with KubeRay; none is skipped
+	TUNEYARD_REQUIRE_CLUSTER=1 $(BIN)/pytest -m cluster
+
+.PHONY: test-kind
+test-kind: $(VENV)/.dev ## The same tests on kind, which needs Docker
+	scripts/kind.sh test
+
 .PHONY: lint
 lint: $(VENV)/.dev ## Format, lint, types, layers and generated files
 	$(BIN)/ruff format --check .
