@@ -49,6 +49,7 @@ lint: $(VENV)/.dev ## Format, lint, types, layers and generated files
 	MYPYPATH=tests $(BIN)/mypy tests/rig
 	$(BIN)/lint-imports --cache-dir .lint_cache
 	$(BIN)/tuneyard crds --check
+	$(BIN)/tuneyard crds --check charts/tuneyard/crds
 
 .PHONY: benchmark
 benchmark: $(VENV)/.dev ## Compare training speed with a plain TRL script
@@ -65,8 +66,9 @@ format: $(VENV)/.dev ## Format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 
 .PHONY: crds
-crds: $(VENV)/.dev ## Write crds/ from the models
+crds: $(VENV)/.dev ## Write crds/ and the chart's copy of it from the models
 	$(BIN)/tuneyard crds
+	$(BIN)/tuneyard crds charts/tuneyard/crds
 
 .PHONY: requirements
 requirements: $(UV) ## Resolve requirements/*.txt anew
@@ -76,6 +78,12 @@ requirements: $(UV) ## Resolve requirements/*.txt anew
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-header pyproject.toml --extra trainer \
 	  --constraints requirements/dev.txt --output-file requirements/trainer.txt
+	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --no-header pyproject.toml --extra operator \
+	  --constraints requirements/dev.txt --output-file requirements/operator.txt
+	echo "hatchling" | $(UV) pip compile --quiet --upgrade --universal --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-header - \
+	  --constraints requirements/dev.txt --output-file requirements/build.txt
 
 .PHONY: clean
 clean: ## Remove what was built and what the examples wrote

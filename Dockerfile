@@ -1,0 +1,70 @@
+# syntax=docker/dockerfile:1
+# Two images: `operator` (the control plane, no torch) and `trainer` (the data plane).
+#
+#   docker build --target operator --tag tuneyard-operator:0.1.0 .
+#   docker build --target trainer  --tag tuneyard-trainer:0.1.0 .
+#
+# BASE is any Linux with glibc, bash, and Python 3.11 or newer as `python3` with its venv module.
+ARG BASE=python:3.12-slim
+
+FROM ${BASE} AS base
+# The same path in every stage: the scripts of a virtual environment name their interpreter.
+ENV PATH=/opt/tuneyard/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+    LANG=C.UTF-8
+
+FROM base AS wheel
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN python3 -m venv /opt/tuneyard
+COPY requirements/build.txt /src/requirements/
+RUN pip install --require-hashes -r /src/requirements/build.txt
+COPY pyproject.toml README.md LICENSE /src/
+COPY operator /src/operator
+COPY trainer /src/trainer
+RUN pip wheel --no-deps --no-build-isolation --wheel-dir /dist /src \
+ && pip install --no-deps --no-index --prefix /wheel /dist/*.whl
+
+# ---- operator ------------------------------------------------------------------------------------
+
+FROM base AS operator-packages
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN python3 -m venv /opt/tuneyard
+COPY requirements/operator.txt /src/
+# Nothing uses the synchronous half of the Kubernetes client; its classes are a fifth of the image.
+RUN pip install --no-compile --require-hashes -r /src/operator.txt \
+ && cd /opt/tuneyard/lib/python3*/site-packages/kubernetes/client \
+ && find api models -name '*.py' ! -name __init__.py -delete \
+ && pip freeze --all | grep -E '^(pip|setuptools)==' | xargs pip uninstall --yes
+
+FROM base AS operator
+COPY --from=operator-packages /opt/tuneyard /opt/tuneyard
+COPY --from=wheel /wheel /opt/tuneyard
+# Writes bytecode of what the operator imports and of nothing else, as the containers' file system is
+# read-only; and fails if something is missing.
+RUN python -c "import tuneyard.cli, tuneyard.controller.app"
+# HOME: /tmp alone can be written to where this runs.
+ENV HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+USER 1000:1000
+WORKDIR /tmp
+EXPOSE 8080 8443
+ENTRYPOINT ["tuneyard"]
+CMD ["operator"]
+
+# ---- trainer -------------------------------------------------------------------------------------
+
+FROM base AS trainer-packages
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN python3 -m venv /opt/tuneyard
+COPY requirements/trainer.txt /src/
+RUN pip install --require-hashes -r /src/trainer.txt
+
+FROM base AS trainer
+ENV HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 RAY_USAGE_STATS_ENABLED=0
+# KubeRay calls bash, as a login shell if told so; Debian's /etc/profile would then forget the PATH.
+RUN echo 'PATH=/opt/tuneyard/bin:$PATH' > /etc/profile.d/tuneyard.sh
+# 6 GB that change with the requirements alone; the layer of the wheel has less than a megabyte.
+COPY --from=trainer-packages /opt/tuneyard /opt/tuneyard
+COPY --from=wheel /wheel /opt/tuneyard
+USER 1000:1000
+WORKDIR /tmp
+# KubeRay names its own command: `ray start` on a cluster's pods, the driver's on the submitter.
+CMD ["bash"]
