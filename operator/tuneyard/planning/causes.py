@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from pydantic import ValidationError
@@ -37,6 +38,10 @@ class Cause(NamedTuple):
         return Failure(reason=self.reason, message=self.message, advice=self.advice)
 
 
+_REASON = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,127}\Z")
+"""A reason that a condition may carry."""
+_WORST = ("OutOfMemory", "Evicted", "Preempted")
+
 PREEMPTED = Cause("Preempted", "its pods were preempted", retryable=True)
 _MEMORY_ADVICE = (
     "Raise compute.memory, or lower training.microBatchTokens or data.maxLength; "
@@ -59,27 +64,39 @@ def last_words(ray_job: RayJob | None) -> Ending | None:
 
 def of_ending(ending: Ending) -> Cause:
     """The cause that a driver gives which did not succeed."""
-    if ending.state == "Interrupted" or ending.failure is None:
-        return PREEMPTED
     failure = ending.failure
+    if ending.state == "Interrupted":
+        return PREEMPTED._replace(message=failure.message) if failure else PREEMPTED
+    if failure is None:
+        return Cause("DriverError", "the driver failed without a word", retryable=ending.retryable)
+    if not _REASON.match(failure.reason):
+        message = f"{failure.reason}: {failure.message}"
+        return Cause("DriverError", message, failure.advice, ending.retryable)
     return Cause(failure.reason, failure.message, failure.advice, ending.retryable)
 
 
-def of_end(ray_job: RayJob, seen: Seen, ending: Ending | None) -> Cause:
-    """Why an attempt ended that did not succeed."""
+def of_end(ray_job: RayJob | None, seen: Seen, ending: Ending | None) -> Cause:
+    """Why an attempt ended that did not succeed. Of `ray_job` and `ending` one may be None."""
     told = of_ending(ending) if ending else None
-    if told and told.reason not in WORDLESS:
-        return told
-    pods = [p for p in (*seen.gone, *seen.pods) if p.attempt == ray_job.attempt]
-    return next(_killed(pods), None) or told or _by_kuberay(ray_job, seen)
+    if ray_job is None or (told and told.reason not in WORDLESS):
+        return told or PREEMPTED
+    return of_killing(seen, ray_job.attempt) or told or _by_kuberay(ray_job, seen)
 
 
 def of_loss(seen: Seen, attempt: int) -> Cause:
     """Why an attempt's RayJob is not there any more."""
-    pods = [p for p in (*seen.gone, *seen.pods) if p.attempt == attempt]
-    return next(_killed(pods), None) or Cause(
+    return of_killing(seen, attempt) or Cause(
         "RayJobDeleted", "its RayJob was deleted by somebody else", retryable=True
     )
+
+
+def of_killing(seen: Seen, attempt: int) -> Cause | None:
+    """What Kubernetes says of an attempt's killed pods, the worst first; None: nothing."""
+    pods = [pod for pod in (*seen.gone, *seen.pods) if pod.attempt == attempt]
+    return min(_killed(pods), key=lambda c: (_WORST.index(c.reason), c.message), default=None)
+
+
+_NODE_GONE = ("Terminated", "Shutdown", "NodeShutdown", "NodeLost")
 
 
 def _killed(pods: Iterable[Pod]) -> Iterator[Cause]:
@@ -100,7 +117,7 @@ def _of_killing(pod: Pod, trouble: Trouble) -> Cause | None:
         else:
             advice = _MEMORY_ADVICE
         return Cause("OutOfMemory", f"{where} was killed: out of memory", advice, retryable=False)
-    if trouble.reason in ("DisruptionTarget", "Preempting", "Terminated", "NodeLost"):
+    if trouble.reason in ("DisruptionTarget", "Preempting", *_NODE_GONE):
         return PREEMPTED._replace(message=f"pod {pod.name} was preempted: {trouble.message}")
     if trouble.reason == "Evicted":
         return Cause(
@@ -112,14 +129,19 @@ def _of_killing(pod: Pod, trouble: Trouble) -> Cause | None:
     return None
 
 
+_HEAD_LOST = ("JobStatusCheckTimeoutExceeded", "JobDeploymentStatusTransitionGracePeriodExceeded")
+
+
 def _by_kuberay(ray_job: RayJob, seen: Seen) -> Cause:
     reason, line = ray_job.reason, _last_line(ray_job.message)
-    if reason == "PreRunningDeadlineExceeded":
-        return of_waiting(ray_job, seen)
+    if reason == "PreRunningDeadlineExceeded":  # its pods may be gone by now
+        return of_waiting(ray_job, replace(seen, pods=(*seen.pods, *seen.gone)))
     if ray_job.deployment_status == "ValidationFailed" or reason == "ValidationFailed":
         return Cause("RayJobRefused", f"KubeRay refused the RayJob: {line}")
-    if reason == "JobStatusCheckTimeoutExceeded":
+    if reason in _HEAD_LOST or "Ray job not found" in line:
         return Cause("HeadLost", f"the head pod does not answer: {line}", retryable=True)
+    if reason == "SubmissionFailed" and ray_job.job_status == "RUNNING":
+        return Cause("HeadLost", f"the driver was lost: {line}", retryable=True)
     if reason == "SubmissionFailed":
         return Cause("SubmissionFailed", f"the driver could not be started: {line}", retryable=True)
     if ray_job.job_status == "STOPPED":
@@ -139,7 +161,7 @@ def _last_line(text: str) -> str:
 def of_obstacle(obstacle: Obstacle) -> Cause:
     """Why the API server did not take the attempt's objects."""
     text = obstacle.message
-    if obstacle.code == 404 and "namespace" in text.lower():
+    if (obstacle.code == 404 and "namespace" in text.lower()) or "being terminated" in text:
         return Cause("NamespaceGone", f"the namespace is going away: {text}")
     if obstacle.code == 404:
         return Cause(
@@ -149,6 +171,13 @@ def of_obstacle(obstacle: Obstacle) -> Cause:
         )
     if "exceeded quota" in text:
         return _quota(text)
+    if obstacle.code == 429 or obstacle.code >= 500:
+        return Cause(
+            "ClusterUnavailable",
+            f"the cluster could not take the attempt's objects: {text}",
+            "Ask the platform team: the API server or an admission webhook does not answer.",
+            retryable=True,
+        )
     if obstacle.code == 403:
         return Cause(
             "Forbidden",
@@ -161,7 +190,7 @@ def of_obstacle(obstacle: Obstacle) -> Cause:
 def of_waiting(ray_job: RayJob | None, seen: Seen) -> Cause:
     """What keeps an attempt from starting; reason StartTimeout where nothing is known."""
     attempt = ray_job.attempt if ray_job else 0
-    for pod in seen.pods:
+    for pod in sorted(seen.pods, key=lambda pod: pod.name):
         if pod.attempt == attempt:
             for trouble in pod.troubles:
                 cause = _of_waiting_pod(pod, trouble)
@@ -188,7 +217,14 @@ def _quota(text: str) -> Cause:
     )
 
 
-_IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
+_IMAGE = (
+    "ErrImagePull",
+    "ImagePullBackOff",
+    "InvalidImageName",
+    "ErrImageNeverPull",
+    "ImageInspectError",
+    "RegistryUnavailable",
+)
 _CLAIM = re.compile(r'persistentvolumeclaim "([^"]+)" not found')
 _SECRET = re.compile(r'secret "([^"]+)" not found')
 
@@ -218,6 +254,12 @@ def _of_waiting_pod(pod: Pod, trouble: Trouble) -> Cause | None:
             "ImagePullFailed",
             f"the image of pod {pod.name} cannot be pulled: {text or trouble.reason}",
             "Correct compute.image, or ask the platform team for the operator's trainer image.",
+        )
+    if "unbound immediate PersistentVolumeClaims" in text:
+        return Cause(
+            "VolumePending",
+            f"a PersistentVolumeClaim of the job is not bound: {text}",
+            "Check the claim's StorageClass, or change the pvc:// paths of the manifest.",
         )
     if trouble.reason == "Unschedulable":
         return Cause(

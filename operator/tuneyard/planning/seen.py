@@ -155,7 +155,8 @@ def ray_job(item: Object) -> RayJob:
 def _cluster_failure(status: Object) -> str:
     for condition in status.get("conditions") or ():
         if condition.get("type") == "ReplicaFailure" and condition.get("status") == "True":
-            return str(condition.get("message") or condition.get("reason") or "")
+            text = condition.get("message") or condition.get("reason") or ""
+            return ": ".join(str(text).splitlines())
     return str(status.get("reason") or "") if status.get("state") == "failed" else ""
 
 
@@ -165,18 +166,17 @@ def pod(item: Object) -> Pod:
     return Pod(
         name=metadata["name"],
         attempt=attempt_of(item),
-        role=_role(labels, metadata["name"]),
+        role=_role(labels),
         phase=status.get("phase") or "Pending",
         deleting="deletionTimestamp" in metadata,
         troubles=tuple(_troubles(status)),
     )
 
 
-def _role(labels: Object, name: str) -> str:
+def _role(labels: Object) -> str:
+    """KubeRay labels its nodes' pods; of the others, those of an attempt submit."""
     node_type = labels.get("ray.io/node-type")
-    if node_type:
-        return str(node_type)
-    return "erase" if "erase" in name else "submitter"
+    return str(node_type or ("submitter" if f"{GROUP}/attempt" in labels else "erase"))
 
 
 def _troubles(status: Object) -> Iterator[Trouble]:

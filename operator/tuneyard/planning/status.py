@@ -16,7 +16,7 @@ from tuneyard.api.compute import RunPolicy
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.meta import Condition, ConditionType
 from tuneyard.api.plan import Plan
-from tuneyard.api.progress import Ending, Post
+from tuneyard.api.progress import Ending, Picture, Post
 from tuneyard.api.status import (
     AttemptStatus,
     Failure,
@@ -24,6 +24,7 @@ from tuneyard.api.status import (
     Phase,
     Progress,
     Result,
+    StageState,
     StageStatus,
 )
 from tuneyard.errors import PlanError
@@ -42,6 +43,12 @@ behind, and a second cluster beside the first would be worse than the wait."""
 LOOK_AGAIN_SECONDS = 15.0
 """When to look again at what should have been told by a watch."""
 MAX_BACKOFF_SECONDS = 3600
+MAX_ATTEMPTS = 100
+"""Attempts in all, also those that do not count: a status holds no more of them."""
+_ATTEMPT_TEXT, _FAILURE_TEXT = 1024, 4096
+"""Characters of a message that are kept: a hundred attempts must fit into one object."""
+_MAX_METRICS = 256
+_DONE = ("Succeeded", "Skipped")
 
 
 class Waiting(NamedTuple):
@@ -79,14 +86,16 @@ def is_finished(job: Job) -> bool:
     status = job.status
     if status is None or status.phase not in ("Succeeded", "Failed"):
         return False
-    return status.plan_digest is not None or status.observed_generation == job.metadata.generation
+    if status.plan_digest is not None or (status.failure and status.failure.reason == "Cancelled"):
+        return True
+    return status.observed_generation == job.metadata.generation
 
 
 def wants_stop(job: Job) -> bool:
-    """Whether a running attempt shall checkpoint and end."""
-    attempts = job.status.attempts if job.status else []
-    policy = job.spec.run_policy
-    return policy.suspend or policy.cancel or bool(attempts and attempts[-1].stopping_at)
+    """Whether the newest attempt, if it still runs, shall checkpoint and end."""
+    policy, attempts = job.spec.run_policy, job.status.attempts if job.status else []
+    last = attempts[-1] if attempts else None
+    return policy.suspend or policy.cancel or bool(last and (last.stopping_at or last.finished_at))
 
 
 class _Observer:
@@ -115,45 +124,74 @@ class _Observer:
         """Whether there is a plan."""
         if self.status.plan_digest is not None:
             return True
+        self._set(observed_generation=self.job.metadata.generation)
+        if self.policy.cancel:
+            self._fail(_CANCELLED)
+            return False
         if isinstance(self.planned, Waiting):
-            self._phase("Pending")
+            self._begin_anew()
             self._condition("Planned", False, self.planned.reason, self.planned.message)
             self.wake.append(LOOK_AGAIN_SECONDS)
             return False
         if isinstance(self.planned, PlanError):
-            self._set(observed_generation=self.job.metadata.generation)
             self._condition("Planned", False, "PlanRejected", str(self.planned))
             self._fail(Cause("PlanRejected", str(self.planned), "Correct the manifest."))
             return False
         stages = [StageStatus(name=s.name, kind=s.kind) for s in self.planned.stages]
-        self._set(plan_digest=plan_digest(self.planned), stages=stages, failure=None)
+        self._begin_anew()
+        self._set(plan_digest=plan_digest(self.planned), stages=stages)
         self._condition("Planned", True, "Planned", f"{len(stages)} stages")
-        self._drop_condition("Failed")
         return True
+
+    def _begin_anew(self) -> None:
+        """Takes back that an earlier spec was rejected."""
+        self._phase("Pending")
+        self._set(failure=None)
+        for type_ in ("Failed", "Running"):
+            self._drop_condition(type_)
 
     # ---- between attempts -----------------------------------------------------------------------
 
     def _between(self) -> Decision:
-        left = [item for item in self.seen.ray_jobs if not item.deleting]
         if self.policy.cancel:
-            self._fail(Cause("Cancelled", "runPolicy.cancel was set"))
-            return self._decision(stop=left)
-        if self.seen.ray_jobs or self.seen.pods:
-            self.wake.append(LOOK_AGAIN_SECONDS)
-            if self.policy.suspend:
-                self._condition("Suspended", None, "Stopping", "waiting for the pods to end")
-            return self._decision(stop=left)
-        if self.policy.suspend:
+            self._fail(_CANCELLED)
+        elif cause := self._late_evidence():
+            return self._close(cause)
+        elif self.seen.ray_jobs or self.seen.pods:
+            self._wait_for_pods()
+        elif self._is_exhausted():
+            last = self.status.attempts[-1]
+            self._fail(Cause(last.reason or "", last.message or ""))
+        elif self.policy.suspend:
             self._suspend()
-            return self._decision()
-        if (spent := self._spent()) and self._over_deadline(spent):
-            return self._decision()
-        if (wait := self._backoff()) > 0:
+        elif self._over_deadline(self._spent()):
+            pass
+        elif (wait := self._backoff()) > 0:
             self.wake.append(wait)
-            return self._decision()
-        number = len(self.status.attempts) + 1
-        self._open(number)
-        return self._decision(start=number)
+        elif len(self.status.attempts) >= MAX_ATTEMPTS:
+            self._fail(_TOO_MANY)
+        else:
+            return self._decision(start=self._open())
+        return self._decision()
+
+    def _late_evidence(self) -> Cause | None:
+        """Why the last attempt's processes vanished: a driver can tell of a worker's death before
+        the kubelet tells of its cause."""
+        last = self._attempt
+        if last is None or last.reason not in causes.WORDLESS:
+            return None
+        return causes.of_killing(self.seen, last.number)
+
+    def _wait_for_pods(self) -> None:
+        """What is left of earlier attempts must be gone before anything else happens."""
+        self.wake.append(LOOK_AGAIN_SECONDS)
+        if self.policy.suspend:
+            self._condition("Suspended", None, "Stopping", "waiting for the pods to end")
+
+    def _is_exhausted(self) -> bool:
+        last = self._attempt
+        counts = last is not None and last.reason not in UNCOUNTED
+        return counts and len(self._counted()) >= self.policy.max_attempts
 
     def _suspend(self) -> None:
         self._phase("Suspended")
@@ -170,56 +208,82 @@ class _Observer:
         due = _time(attempt.finished_at) + timedelta(seconds=wait)
         return (due - self.now).total_seconds()
 
-    def _open(self, number: int) -> None:
+    def _open(self) -> int:
+        """Begins the next attempt in the status; its number."""
+        last, queue = self._attempt, self.policy.queue
+        number = last.number + 1 if last else 1
         name = ray_job_name(self.job.kind, self.job.metadata.name, number)
         attempt = AttemptStatus(number=number, ray_job=name, started_at=_text(self.now))
         self._set(attempts=[*self.status.attempts, attempt])
-        self._phase("Queued" if self.policy.queue else "Pending")
+        self._phase("Queued" if queue else "Pending")
+        if queue:
+            text = f"attempt {number} waits for queue {queue}"
+            self._condition("Admitted", False, "Queued", text)
         if "Suspended" in self._conditions():
             self._condition("Suspended", False, "Resumed", "runPolicy.suspend is not set")
         self._condition("Running", False, "Starting", f"attempt {number} is being started")
+        return number
 
     # ---- during an attempt ----------------------------------------------------------------------
 
     def _follow(self, attempt: AttemptStatus) -> Decision:
-        ray = self.seen.ray_job(attempt.number)
+        ray = self._ray_job(attempt)
         if ray is not None and attempt.ray_job_uid is None:
             attempt = self._update(ray_job_uid=ray.uid)
-        if ray is None:
-            return self._without_ray_job(attempt)
-        self._report(attempt)
-        attempt = self._attempt or attempt
-        ending = self._ending(ray)
+        attempt = self._report(attempt)
+        ending = self._ending(attempt, ray)
         if ending and ending.state == "Succeeded":
             return self._succeed(ending)
-        if ray.job_status == "SUCCEEDED":
+        if ray is not None and ray.job_status == "SUCCEEDED":
             return self._succeed(None)
-        if ending or ray.ended:
-            if attempt.stopping_at or self._wish(attempt):
-                return self._close(self._wish(attempt) or _SUSPENDED)
-            return self._close(causes.of_end(ray, self.seen, ending))
+        if ending or (ray is not None and ray.ended):
+            return self._close(self._why_ended(attempt, ray, ending))
+        if ray is None:
+            return self._without_ray_job(attempt)
         if ray.deleting:
-            return self._close(causes.of_loss(self.seen, attempt.number))
+            return self._close(self._wish(attempt) or causes.of_loss(self.seen, attempt.number))
         if attempt.running_at and ray.withdrawn:
             text = self.seen.workload.message if self.seen.workload else "its queue suspended it"
             return self._close(causes.PREEMPTED._replace(message=f"the queue took over: {text}"))
         self._describe(attempt, ray)
         return self._stop_or_go_on(self._attempt or attempt, ray)
 
+    def _ray_job(self, attempt: AttemptStatus) -> RayJob | None:
+        """The attempt's own: not a namesake of a deleted job of this name, nor one that somebody
+        made anew."""
+        for ray in self.seen.ray_jobs:
+            is_ours = ray.owner == self.job.metadata.uid
+            if is_ours and ray.attempt == attempt.number:
+                return ray if attempt.ray_job_uid in (None, ray.uid) else None
+        return None
+
+    def _why_ended(
+        self, attempt: AttemptStatus, ray: RayJob | None, ending: Ending | None
+    ) -> Cause:
+        """That the attempt was asked to end, unless it failed for good by itself meanwhile."""
+        cause = causes.of_end(ray, self.seen, ending)
+        is_final = ending is not None and ending.state == "Failed" and not cause.retryable
+        return cause if is_final else self._wish(attempt) or cause
+
     def _without_ray_job(self, attempt: AttemptStatus) -> Decision:
         if attempt.ray_job_uid is not None:
-            if self.seen.missing_seconds < MISSING_SECONDS:
-                self.wake.append(MISSING_SECONDS - self.seen.missing_seconds)
+            rest = MISSING_SECONDS - self.seen.missing_seconds
+            is_replaced = self.seen.ray_job(attempt.number) is not None
+            if rest > 0 and not is_replaced:
+                self.wake.append(rest)
                 return self._decision()
             return self._close(self._wish(attempt) or causes.of_loss(self.seen, attempt.number))
         if wish := self._wish(attempt):
             return self._close(wish)
         if obstacle := self.seen.obstacle:
             cause = causes.of_obstacle(obstacle)
-            if obstacle.code == 422 or self._too_late(attempt.started_at):
+            if obstacle.code == 422 or self._too_late(_time(attempt.started_at)):
                 return self._close(cause._replace(retryable=False))
             self._condition("Running", False, cause.reason, cause.message)
             self.wake.append(LOOK_AGAIN_SECONDS)
+        if self.seen.ray_jobs or self.seen.pods:
+            self.wake.append(LOOK_AGAIN_SECONDS)
+            return self._decision()
         return self._decision(start=attempt.number)
 
     def _describe(self, attempt: AttemptStatus, ray: RayJob) -> None:
@@ -262,10 +326,8 @@ class _Observer:
             self._condition("Suspended", None, "Stopping", "waiting for a checkpoint")
             self.wake.append(GRACE_SECONDS - asked)
             return self._decision()
-        if attempt.stopping_at:  # the wish was taken back after the driver was told
-            self.wake.append(LOOK_AGAIN_SECONDS)
-        starting = attempt.running_at is None and not ray.suspended
-        if starting and self._too_late(ray.start_time or attempt.started_at):
+        is_starting = attempt.running_at is None and not ray.suspended
+        if is_starting and self._too_late(self._could_start_at(attempt, ray)):
             return self._close(causes.of_waiting(ray, self.seen)._replace(retryable=False))
         if self.policy.deadline_seconds is not None:
             self.wake.append(max(1.0, self.policy.deadline_seconds - self._spent()))
@@ -274,88 +336,114 @@ class _Observer:
     def _wish(self, attempt: AttemptStatus) -> Cause | None:
         """Why the running attempt shall end; None: it shall go on."""
         if self.policy.cancel:
-            return Cause("Cancelled", "runPolicy.cancel was set")
+            return _CANCELLED
         if self.policy.suspend:
             return _SUSPENDED
         if self.policy.deadline_seconds and self._spent() >= self.policy.deadline_seconds:
             return self._deadline_exceeded()
         return _SUSPENDED if attempt.stopping_at else None
 
-    def _too_late(self, since: str) -> bool:
-        left = self.policy.start_deadline_seconds - (self.now - _time(since)).total_seconds()
+    def _could_start_at(self, attempt: AttemptStatus, ray: RayJob) -> datetime:
+        """From when its pods could start: the time in the queue is not theirs."""
+        texts = [attempt.started_at, ray.start_time]
+        admitted = self._conditions().get("Admitted")
+        if admitted and admitted.status == "True":
+            texts.append(admitted.last_transition_time)
+        return max(_time(text) for text in texts if text)
+
+    def _too_late(self, since: datetime) -> bool:
+        left = self.policy.start_deadline_seconds - (self.now - since).total_seconds()
         if left > 0:
             self.wake.append(left)
         return left <= 0
 
     # ---- what the driver told -------------------------------------------------------------------
 
-    def _ending(self, ray: RayJob) -> Ending | None:
+    def _picture(self, attempt: AttemptStatus) -> Picture | None:
+        """What this attempt's driver told; None: nothing, or another attempt's did."""
         picture = self.seen.post.tuneyard if self.seen.post else None
-        told = picture.ending if picture and picture.attempt == ray.attempt else None
-        return told or (causes.last_words(ray) if ray.ended else None)
+        return picture if picture and picture.attempt == attempt.number else None
 
-    def _report(self, attempt: AttemptStatus) -> None:
+    def _ending(self, attempt: AttemptStatus, ray: RayJob | None) -> Ending | None:
+        picture = self._picture(attempt)
+        told = picture.ending if picture else None
+        return told or (causes.last_words(ray) if ray and ray.ended else None)
+
+    def _report(self, attempt: AttemptStatus) -> AttemptStatus:
         """Takes the newest post of this attempt into the status."""
-        post = self.seen.post
-        if post is None:
-            return
-        picture = post.tuneyard
-        if picture is not None and picture.attempt != attempt.number:
-            return
+        post, picture = self.seen.post, self._picture(attempt)
+        if post is None or (picture is None and post.tuneyard is not None):
+            return attempt
         if attempt.running_at is None:
-            self._update(running_at=_text(self.now))
+            if picture is None:  # Kubeflow's protocol does not say whose post it is
+                return attempt
+            attempt = self._update(running_at=_text(self.now))
         self._set(progress=_progress(post, self.status.progress, self.now))
         if picture is not None:
             self._set(stages=_merged(self.status.stages, picture.stages))
             if picture.stage:
-                self._update(stage=picture.stage, last_step=picture.step)
-            self._count_lost_steps(picture.stage, picture.resumed_step)
+                attempt = self._update(stage=picture.stage, last_step=picture.step)
+            self._count_lost_steps(picture)
+        return attempt
 
-    def _count_lost_steps(self, stage: str, resumed_step: int | None) -> None:
-        """What the attempt before lost, once this one has taken its stage up."""
-        attempts = self.status.attempts
-        if resumed_step is None or len(attempts) < 2:
+    def _count_lost_steps(self, picture: Picture) -> None:
+        """What earlier attempts lost, once this one has taken their stage up."""
+        if picture.resumed_step is None:
             return
-        before = attempts[-2]
-        if before.stage != stage or before.last_step is None or before.steps_lost is not None:
-            return
-        lost = max(0, before.last_step - resumed_step)
-        told = before.model_copy(update={"steps_lost": lost})
-        self._set(attempts=[*attempts[:-2], told, attempts[-1]])
+        *earlier, last = self.status.attempts
+        told = [_with_loss(a, picture.stage, picture.resumed_step) for a in earlier]
+        self._set(attempts=[*told, last])
 
     # ---- ends -----------------------------------------------------------------------------------
 
     def _succeed(self, ending: Ending | None) -> Decision:
         """`ending` None: the driver succeeded without being able to say what came out."""
         result = ending.result if ending else None
-        uri = f"{self.job.spec.output.uri.rstrip('/')}/result"
+        result = result or Result(uri=self._result_uri())
         self._update(finished_at=_text(self.now), reason="Succeeded", message="all stages are done")
-        self._set(result=result or Result(uri=uri), failure=None)
+        self._set(result=result, failure=None)
+        self._set(stages=[_moved(s, "Succeeded") for s in self.status.stages])
         if self.status.progress:
             done = {"percentage": 100, "estimated_remaining_seconds": 0}
             self._set(progress=self.status.progress.model_copy(update=done))
         self._phase("Succeeded")
         self._condition("Running", False, "Succeeded", "all stages are done")
-        self._condition("Succeeded", True, "Succeeded", f"the result lies at {uri}")
+        self._condition("Succeeded", True, "Succeeded", f"the result lies at {result.uri}")
         self._drop_condition("Suspended")
-        return self._decision(stop=self.seen.ray_jobs)
+        return self._decision()
+
+    def _result_uri(self) -> str:
+        """Where the trainer puts the last stage's output."""
+        last = self.status.stages[-1].name if self.status.stages else "export"
+        folder = "result" if last == "export" else f"stages/{last}"
+        return f"{self.job.spec.output.uri.rstrip('/')}/{folder}"
 
     def _close(self, cause: Cause) -> Decision:
         """Ends the attempt in the status; the job too, where nothing is left to try."""
-        number = len(self.status.attempts)
-        self._update(finished_at=_text(self.now), reason=cause.reason, message=cause.message)
-        self._set(stages=[_stopped(stage) for stage in self.status.stages])
+        attempt = self.status.attempts[-1]
+        self._update(
+            finished_at=attempt.finished_at or _text(self.now),
+            reason=cause.reason,
+            message=cause.message[:_ATTEMPT_TEXT],
+        )
+        # Before the pods are gone, nobody knows for sure why a process vanished.
+        may_learn_more = cause.reason in causes.WORDLESS and bool(self.seen.pods)
+        is_left = len(self._counted()) < self.policy.max_attempts or may_learn_more
         if cause.reason in UNCOUNTED:
-            self._condition("Running", False, cause.reason, cause.message)
-            self._phase("Pending")
-        elif cause.retryable and len(self._counted()) < self.policy.max_attempts:
-            self._condition("Running", False, "Retrying", f"attempt {number}: {cause.message}")
-            self._phase("Pending")
+            self._go_on(cause.reason, cause.message)
+        elif cause.retryable and is_left:
+            self._go_on("Retrying", f"attempt {attempt.number}: {cause.message}")
         else:
             self._fail(cause)
-        if not self._over_deadline(self._spent()):
+        if self.status.phase != "Failed" and not self._over_deadline(self._spent()):
             self.wake.append(1.0)
-        return self._decision(stop=self.seen.ray_jobs)
+        return self._decision()
+
+    def _go_on(self, reason: str, message: str) -> None:
+        """Another attempt shall follow."""
+        self._phase("Pending")
+        self._set(stages=[_moved(stage, "Pending") for stage in self.status.stages])
+        self._condition("Running", False, reason, message)
 
     def _over_deadline(self, spent: float) -> bool:
         limit = self.policy.deadline_seconds
@@ -369,12 +457,16 @@ class _Observer:
             "DeadlineExceeded",
             f"the attempts took longer than runPolicy.deadlineSeconds, "
             f"{self.policy.deadline_seconds}",
-            "Raise runPolicy.deadlineSeconds in a job of another name with the same output.uri; it "
-            "goes on from the last checkpoint only under the same name.",
+            "Raise runPolicy.deadlineSeconds and create the job anew, under the same name and with "
+            "the same output: it goes on from its last checkpoint.",
         )
 
     def _fail(self, cause: Cause) -> None:
-        self._set(failure=Failure(reason=cause.reason, message=cause.message, advice=cause.advice))
+        message, advice = cause.message[:_FAILURE_TEXT], cause.advice[:_FAILURE_TEXT]
+        self._set(failure=Failure(reason=cause.reason, message=message, advice=advice))
+        is_wish = cause.reason in ("Cancelled", "DeadlineExceeded")
+        to: StageState = "Pending" if is_wish else "Failed"
+        self._set(stages=[_moved(s, to) if s.state == "Running" else s for s in self.status.stages])
         self._phase("Failed")
         self._condition("Running", False, cause.reason, cause.message)
         text = f"{cause.message} {cause.advice}".strip()
@@ -382,15 +474,13 @@ class _Observer:
         self._drop_condition("Suspended")
 
     def _finished(self) -> Decision:
-        left = [item for item in self.seen.ray_jobs if not item.deleting]
         lifetime, ended = self.policy.ttl_seconds_after_finished, self._ended_at()
         if lifetime is None or ended is None:
-            return self._decision(stop=left)
+            return self._decision()
         rest = lifetime - (self.now - ended).total_seconds()
         if rest > 0:
             self.wake.append(rest)
-            return self._decision(stop=left)
-        return self._decision(stop=left)._replace(delete=True)
+        return self._decision()._replace(delete=rest <= 0)
 
     def _ended_at(self) -> datetime | None:
         conditions = self._conditions()
@@ -454,37 +544,50 @@ class _Observer:
     def _drop_condition(self, type_: ConditionType) -> None:
         self._set(conditions=[c for c in self.status.conditions if c.type != type_])
 
-    def _decision(self, *, start: int | None = None, stop: Sequence[RayJob] = ()) -> Decision:
+    def _decision(self, *, start: int | None = None) -> Decision:
+        """Every RayJob but the open attempt's is stopped: there is never a second one."""
+        last = self._attempt
+        current = self._ray_job(last) if last and not last.finished_at else None
+        strays = [r for r in self.seen.ray_jobs if r != current and not r.deleting]
         return Decision(
             self.status,
             start=start,
-            stop=tuple(item.name for item in stop if not item.deleting),
+            stop=tuple(sorted(ray.name for ray in strays)),
             wake_after=min(self.wake, default=None),
         )
 
 
+_CANCELLED = Cause("Cancelled", "runPolicy.cancel was set")
 _SUSPENDED = Cause("Suspended", "runPolicy.suspend was set", retryable=True)
+_TOO_MANY = Cause(
+    "TooManyAttempts",
+    f"it was suspended or preempted too often: there were {MAX_ATTEMPTS} attempts",
+    "Create the job anew, under the same name and with the same output: it goes on from its last "
+    "checkpoint.",
+)
 
 
 def _progress(post: Post, before: Progress | None, now: datetime) -> Progress:
     """The newest numbers; what a post leaves out stays as it was."""
     told, picture = post.trainer_status, post.tuneyard
-    metrics = dict(before.metrics) if before else {}
-    for item in told.metrics:
-        if (value := _number(item.value)) is not None:
-            metrics[item.name] = value
+    numbers = {item.name: _number(item.value) for item in told.metrics}
+    metrics = {name: value for name, value in numbers.items() if value is not None}
+    merged = {**before.metrics, **metrics} if before else metrics
     percentage = told.progress_percentage
     if percentage is None:
         percentage = before.percentage if before else 0
-    return Progress(
+    progress = Progress(
         stage=picture.stage if picture else "",
         step=picture.step if picture else 0,
         total_steps=picture.total_steps if picture else 0,
         percentage=percentage,
         estimated_remaining_seconds=told.estimated_remaining_seconds,
-        metrics=metrics,
-        last_updated_time=told.last_updated_time or _text(now),
+        metrics=merged if len(merged) <= _MAX_METRICS else metrics,
+        last_updated_time=told.last_updated_time or (before.last_updated_time if before else ""),
     )
+    if told.last_updated_time or progress == before:
+        return progress
+    return progress.model_copy(update={"last_updated_time": _text(now)})
 
 
 def _number(value: float | str) -> float | None:
@@ -497,18 +600,27 @@ def _number(value: float | str) -> float | None:
 
 
 def _merged(stages: Sequence[StageStatus], told: Sequence[StageStatus]) -> list[StageStatus]:
-    """The plan's stages with what the driver told of them; a stage that is not in the plan is not
-    taken, and none goes back from Succeeded."""
-    news = {stage.name: stage for stage in told}
-    return [
-        news[stage.name] if stage.name in news and news[stage.name].kind == stage.kind else stage
-        for stage in stages
-    ]
+    """The plan's stages with what the driver told of them. A stage that is not in the plan is not
+    taken; one that is done stays as it was until it really runs again."""
+    news = {(stage.name, stage.kind): stage for stage in told}
+    return [_newer(stage, news.get((stage.name, stage.kind), stage)) for stage in stages]
 
 
-def _stopped(stage: StageStatus) -> StageStatus:
-    """A stage of an ended attempt: what ran waits again."""
-    return stage.model_copy(update={"state": "Pending"}) if stage.state == "Running" else stage
+def _newer(stage: StageStatus, told: StageStatus) -> StageStatus:
+    was_done = stage.state in _DONE and told.state in ("Pending", "Skipped")
+    return stage if was_done else told
+
+
+def _moved(stage: StageStatus, state: StageState) -> StageStatus:
+    """A stage that is not done, in another state."""
+    return stage if stage.state in _DONE else stage.model_copy(update={"state": state})
+
+
+def _with_loss(attempt: AttemptStatus, stage: str, resumed_step: int) -> AttemptStatus:
+    """An earlier attempt, whose stage was taken up again at this step."""
+    if attempt.stage != stage or attempt.last_step is None or attempt.steps_lost is not None:
+        return attempt
+    return attempt.model_copy(update={"steps_lost": max(0, attempt.last_step - resumed_step)})
 
 
 def _time(text: str) -> datetime:
