@@ -53,6 +53,7 @@ __all__ = [
     "load_base",
     "load_tokenizer",
     "peak_memory_bytes",
+    "quiet",
     "save",
     "stored_dtype",
     "trainable",
@@ -77,7 +78,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     place = {"gguf_file": path.name} if is_gguf(path) else {}
     folder = path.parent if is_gguf(path) else path
     try:
-        with gguf_reader.quick(), _quiet():
+        with gguf_reader.quick(), quiet():
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, **place
             )
@@ -117,7 +118,7 @@ def load_base(
     settings: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
     if device.type != "cpu":
         settings["device_map"] = {"": device}
-    with _explained(path), _quiet():
+    with _explained(path), quiet():
         if is_gguf(path):
             model = _load_gguf(path, settings, quantize)
         else:
@@ -233,7 +234,7 @@ def _out_of_memory(path: Path) -> StageError:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and no warnings from transformers: what matters is checked and raised."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
@@ -279,7 +280,7 @@ def save(model: nn.Module, folder: Path) -> None:
     """A whole model as config, generation config and safetensors, so that `load_base` takes it."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"{type(model).__name__} is no plain model: save its adapter, or merge it")
-    with _quiet():
+    with quiet():
         model.save_pretrained(folder)
 
 

@@ -1,0 +1,234 @@
+"""Rewards: rules, reward models and their sums; whatever cannot be scored is named, never 0."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
+
+from tests.trainer.conftest import VOCABULARY
+from tuneyard.api.methods import RuleReward
+from tuneyard.api.plan import ChatSettings, RewardTerm
+from tuneyard.errors import StageError
+from tuneyard_trainer import rewards
+from tuneyard_trainer.prompts import Prompt
+from tuneyard_trainer.rewards import Attempt
+
+CPU = torch.device("cpu")
+CHAT = ChatSettings(system_prompt=None, chat_template=None)
+
+
+def prompt(text: str = "Which port?", number: int = 1, **row: Any) -> Prompt:
+    return Prompt(({"role": "user", "content": text},), f"p.jsonl row {number}", row)
+
+
+def rule(prompts: list[Prompt], **kind: Any) -> rewards.Reward:
+    term = RewardTerm(rule=RuleReward.model_validate(kind))
+    return rewards.load([term], {}, CHAT, prompts, CPU)
+
+
+def classifier(folder: Path, tokenizer: Any, **changes: Any) -> Path:
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 128,
+        "num_labels": 1,
+        "pad_token_id": 2,  # the stop token: transformers would then score one token too early
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForSequenceClassification(LlamaConfig(**(settings | changes))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+# ---- rules --------------------------------------------------------------------------------------
+
+
+def test_an_exact_match_looks_past_case_and_white_space_and_no_further() -> None:
+    asked = prompt(answer="The left one")
+    reward = rule([asked], exact_match="answer")
+    answers = [" the  LEFT\none ", "the left", "", "The left one."]
+    assert reward([Attempt(asked, answer) for answer in answers]).tolist() == [1, 0, 0, 0]
+
+
+def test_a_list_of_right_answers_and_a_number_can_be_matched() -> None:
+    listed, numbered = prompt(answer=["four", "4"]), prompt(answer=4)
+    reward = rule([listed, numbered], exact_match="answer")
+    assert reward([Attempt(listed, "Four"), Attempt(numbered, "4")]).tolist() == [1, 1]
+
+
+def test_a_prompt_without_the_field_is_named_before_anything_is_sampled() -> None:
+    with pytest.raises(StageError, match=r"1 of 2 prompts .* 'answer'.*row 7 has label") as found:
+        rule([prompt(answer="x"), prompt(number=7, label="x")], exact_match="answer")
+    assert found.value.reason == "RewardFieldMissing"
+    with pytest.raises(StageError, match="no field"):
+        rule([prompt(answer=None)], exact_match="answer")
+
+
+def test_a_schema_accepts_json_that_satisfies_it_and_nothing_around_it() -> None:
+    schema = '{"type": "object", "required": ["port"], "properties": {"port": {"type": "integer"}}}'
+    reward = rule([], json_schema=schema)
+    answers = ['{"port": 2}', '{"port": "2"}', 'Sure: {"port": 2}', "{", "[" * 100_000, "2"]
+    assert reward([Attempt(prompt(), answer) for answer in answers]).tolist() == [1, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("schema", ["{nonsense", '{"type": "strange"}'])
+def test_a_broken_schema_is_refused_before_anything_is_sampled(schema: str) -> None:
+    with pytest.raises(StageError) as found:
+        rule([], json_schema=schema)
+    assert found.value.reason == "BadSchema"
+
+
+def test_a_schema_never_makes_the_trainer_fetch_anything() -> None:
+    reward = rule([], json_schema='{"$ref": "http://127.0.0.1:9/schema.json"}')
+    with pytest.raises(StageError, match="does not hold") as found:
+        reward([Attempt(prompt(), "{}")])
+    assert found.value.reason == "BadSchema"
+
+
+# ---- reward models ------------------------------------------------------------------------------
+
+
+def learned(path: Path, chat: ChatSettings = CHAT) -> Any:
+    return rewards.load([RewardTerm(role="reward")], {"reward": path}, chat, [], CPU)
+
+
+def test_a_reward_model_scores_the_last_token_of_prompt_answer_and_stop(
+    tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    """By hand: one row, no padding, the score of the stop token."""
+    reward = learned(classifier(tmp_path, tiny_tokenizer))
+    model = LlamaForSequenceClassification.from_pretrained(tmp_path)
+    attempts = [Attempt(prompt(), "Left."), Attempt(prompt("Who wrote it?"), "The team of all.")]
+    scores = reward(attempts)
+    for attempt, score in zip(attempts, scores, strict=True):
+        text = tiny_tokenizer.apply_chat_template(
+            list(attempt.prompt.messages), tokenize=False, add_generation_prompt=True
+        )
+        ids = tiny_tokenizer(text + attempt.answer + "<|im_end|>", return_tensors="pt")["input_ids"]
+        assert ids[0, -1] == 2
+        with torch.no_grad():
+            expected = model.score(model.model(input_ids=ids)[0])[0, -1, 0]
+        assert score.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_a_score_does_not_depend_on_the_batch(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    reward = learned(classifier(tmp_path, tiny_tokenizer))
+    attempts = [Attempt(prompt(), "so " * count) for count in range(1, 9)]
+    together = reward(attempts)
+    alone = torch.cat([reward([attempt]) for attempt in attempts])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+    assert reward([]).shape == (0,)
+
+
+def test_a_reward_stages_output_is_read_with_the_jobs_template(
+    tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    classifier(tmp_path / "weights", tiny_tokenizer)
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    template = (
+        "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}A:{% endif %}"
+    )
+    ours = learned(tmp_path, ChatSettings(system_prompt=None, chat_template=template))
+    assert ours.text(Attempt(prompt(), "Left.")) == "Which port?<|im_end|>A:Left.<|im_end|>"
+
+
+def test_an_encoder_classifier_scores_too(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=1,
+    )
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    scores = learned(tmp_path)([Attempt(prompt(), "Left."), Attempt(prompt(), "Right. Or left?")])
+    assert scores.isfinite().all()
+    assert scores[0] != scores[1]
+
+
+def test_a_sum_weighs_its_parts(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    asked = prompt(answer="left")
+    terms = [
+        RewardTerm(weight=2.0, role="reward"),
+        RewardTerm(weight=-0.5, rule=RuleReward(exact_match="answer")),
+    ]
+    path = classifier(tmp_path, tiny_tokenizer)
+    both = rewards.load(terms, {"reward": path}, CHAT, [asked], CPU)
+    attempts = [Attempt(asked, "left"), Attempt(asked, "right")]
+    expected = 2 * learned(path)(attempts) - 0.5 * torch.tensor([1.0, 0.0])
+    torch.testing.assert_close(both(attempts), expected)
+
+
+# ---- what cannot be scored ----------------------------------------------------------------------
+
+
+def test_a_reward_that_is_no_number_names_the_prompt() -> None:
+    asked = [prompt(number=n) for n in (3, 4, 9)]
+    fine = torch.tensor([1.0, 2.0, 3.0])
+    assert rewards.finite(fine, asked) is fine
+    for broken in (math.nan, math.inf):
+        with pytest.raises(StageError, match=r"2 of 3 answers is no number.*row 4") as found:
+            rewards.finite(torch.tensor([1.0, broken, broken]), asked)
+        assert found.value.reason == "NonFiniteReward"
+
+
+def test_a_classifier_without_its_head_is_refused_not_scored_at_random(
+    tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    classifier(tmp_path, tiny_tokenizer)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(StageError, match=r"score\.weight") as found:
+        learned(tmp_path)
+    assert found.value.reason == "RewardHeadMissing"
+
+
+def test_a_classifier_of_classes_is_refused(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    with pytest.raises(StageError, match="3 outputs") as found:
+        learned(classifier(tmp_path, tiny_tokenizer, num_labels=3))
+    assert found.value.reason == "RewardNotScalar"
+
+
+def test_a_reward_model_of_another_tokenizer_is_refused(
+    tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    with pytest.raises(StageError, match="knows 50") as found:
+        learned(classifier(tmp_path, tiny_tokenizer, vocab_size=50))
+    assert found.value.reason == "RewardTokenizerMismatch"
+
+
+def test_an_answer_longer_than_the_reward_models_context_is_refused_not_cut(
+    tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    reward = learned(classifier(tmp_path, tiny_tokenizer, max_position_embeddings=24))
+    with pytest.raises(StageError, match="reads 24") as found:
+        reward([Attempt(prompt(number=5), "so many words " * 9)])
+    assert found.value.reason == "RewardContextTooShort"
+
+
+def test_a_folder_that_is_no_classifier_is_refused(tmp_path: Path, tiny_model_dir: Path) -> None:
+    with pytest.raises(StageError) as found:
+        learned(tmp_path)
+    assert found.value.reason == "RewardModelBroken"
+    with pytest.raises(StageError) as found:
+        learned(tiny_model_dir)
+    assert found.value.reason == "RewardHeadMissing"

@@ -1,0 +1,226 @@
+"""The policy in training: the probabilities and values that it gives to the tokens of answers.
+
+Shapes: B answers, T tokens of an answer, L of prompt and answer, N positions that predict an
+answer's token, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tuneyard.api.methods import Adapter
+from tuneyard.api.plan import LoopSettings, TrainRuntime
+from tuneyard_trainer import models, policies
+from tuneyard_trainer.batches import passes
+from tuneyard_trainer.losses import Forward, autocast, head_at, head_of
+from tuneyard_trainer.policies import Reference
+from tuneyard_trainer.rl import entropy, token_logprobs
+from tuneyard_trainer.value_head import ValueHead
+
+
+class Scored(NamedTuple):
+    """What a policy says of answers' tokens; (B, T) each, 0 where there is padding."""
+
+    logprobs_BT: Tensor
+    entropy_BT: Tensor
+    values_BT: Tensor
+    """0 without a value head."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Prompts with their answers, as tokens."""
+
+    rows: Sequence[Sequence[int]]
+    starts: Sequence[int]
+    """Where each row's answer begins."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, chosen: Sequence[int]) -> Texts:
+        return Texts([self.rows[i] for i in chosen], [self.starts[i] for i in chosen])
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each answer."""
+        return [len(row) - start for row, start in zip(self.rows, self.starts, strict=True)]
+
+    def mask(self, device: torch.device, width: int | None = None) -> Tensor:
+        """(B, T) True on an answer's own tokens; T: the longest, or `width`."""
+        lengths = torch.tensor(self.lengths, device=device, dtype=torch.long)
+        longest = max(self.lengths, default=1) if width is None else width
+        return torch.arange(longest, device=device)[None, :] < lengths[:, None]
+
+
+@dataclass
+class Actor:
+    """What is trained. Dropout is off in all of it: a probability ratio compares two passes of one
+    network, not of two that dropout drew."""
+
+    model: Any
+    device: torch.device
+    precision: torch.dtype
+    pad: int
+    temperature: float
+    """Answers are sampled from softmax(logits / temperature), and that is the policy: its
+    probabilities are taken at the same temperature."""
+    max_tokens: int
+    """The most tokens of one pass."""
+    value_head: ValueHead | None = None
+    reference: Reference | None = None
+    """The model as it was at the start; None: nobody asks."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name."""
+        heads = self.value_head.named_parameters() if self.value_head else ()
+        return models.trainable(self.model) | {f"value_head.{name}": p for name, p in heads}
+
+    def passes(self, texts: Texts) -> list[list[int]]:
+        """Indices of the rows that go through the model together, the longest first."""
+        lengths = np.array([len(row) for row in texts.rows], dtype=np.int64)
+        indices = np.arange(len(texts), dtype=np.int64)
+        layouts = passes(indices, lengths, capacity=0, max_tokens=self.max_tokens, pack=False)
+        return [[row for members in layout.bins for row in members] for layout in layouts]
+
+    def score(self, texts: Texts, *, differentiable_entropy: bool = False) -> Scored:
+        """One pass over a few rows, with gradients where they are on."""
+        return self._score(texts, self.value_head, differentiable_entropy)
+
+    @torch.no_grad()
+    def scores(self, texts: Texts) -> Scored:
+        """Of any number of rows, in passes, without gradients."""
+        return self._in_passes(texts, values=True)
+
+    @torch.no_grad()
+    def reference_logprobs(self, texts: Texts) -> Tensor:
+        """(B, T) what the model at the start would have given the same tokens."""
+        if self.reference is None:
+            raise TypeError("this actor was loaded without a reference")
+        with self.reference.in_force():
+            return self._in_passes(texts, values=False).logprobs_BT
+
+    def train(self) -> None:
+        """Before passes with gradients: transformers checkpoints activations in this mode only."""
+        self.model.train(self.checkpointing)
+
+    def _in_passes(self, texts: Texts, *, values: bool) -> Scored:
+        self.model.eval()
+        width = max(texts.lengths, default=1)
+        whole = Scored(*(torch.zeros(len(texts), width, device=self.device) for _ in range(3)))
+        for chosen in self.passes(texts):
+            part = self._score(texts.take(chosen), self.value_head if values else None, False)
+            rows = torch.tensor(chosen, device=self.device)
+            for all_BT, some_BT in zip(whole, part, strict=True):
+                all_BT[rows, : some_BT.shape[1]] = some_BT
+        return whole
+
+    def _score(self, texts: Texts, head: ValueHead | None, differentiable: bool) -> Scored:
+        ids_BL, seen_BL = self._padded(texts)
+        mask_BT = texts.mask(self.device)
+        rows_N, token_N = mask_BT.nonzero(as_tuple=True)
+        starts_B = torch.tensor(texts.starts, device=self.device)
+        columns_N = starts_B[rows_N] + token_N
+        # The state before a token predicts it; no other state reaches the head.
+        at_N = head_at(self.model, rows_N, columns_N - 1, ids_BL.shape[1])
+        with autocast(self.device, self.precision), at_N as hidden:
+            output = self.model(input_ids=ids_BL, attention_mask=seen_BL, use_cache=False)
+        logits_NV = output.logits[0].float() / self.temperature
+        with nullcontext() if differentiable else torch.no_grad():
+            entropy_N = entropy(logits_NV)
+        values_N = head(hidden[-1]) if head else torch.zeros_like(entropy_N)
+        logprobs_N = token_logprobs(logits_NV, ids_BL[rows_N, columns_N])
+        return Scored(*(spread(x_N, mask_BT) for x_N in (logprobs_N, entropy_N, values_N)))
+
+    def _padded(self, texts: Texts) -> tuple[Tensor, Tensor]:
+        """(B, L) tokens, padded on the right, and where they are real."""
+        width = max(len(row) for row in texts.rows)
+        ids_BL = torch.full((len(texts), width), self.pad)
+        seen_BL = torch.zeros_like(ids_BL)
+        for index, row in enumerate(texts.rows):
+            ids_BL[index, : len(row)] = torch.tensor(row)
+            seen_BL[index, : len(row)] = 1
+        return ids_BL.to(self.device), seen_BL.to(self.device)
+
+
+def spread(x_N: Tensor, mask_BT: Tensor) -> Tensor:
+    """(B, T) the values at the mask's places, in order, and 0 elsewhere; differentiable."""
+    empty_BT = torch.zeros(mask_BT.shape, dtype=x_N.dtype, device=x_N.device)
+    return empty_BT.masked_scatter(mask_BT, x_N)
+
+
+# ---- loading ------------------------------------------------------------------------------------
+
+
+def load(
+    inputs: Mapping[str, Path],
+    adapter: Adapter | None,
+    training: LoopSettings,
+    runtime: TrainRuntime,
+    device: torch.device,
+    *,
+    temperature: float,
+    with_values: bool,
+    with_reference: bool,
+) -> Actor:
+    """The inputs `model` and, where an earlier stage trained it, `tuned`, to be trained on."""
+    precision = precision_of(training.precision, device)
+    tokenizer = models.load_tokenizer(inputs["model"])
+    model = policies.load(
+        inputs,
+        adapter,
+        training,
+        device=device,
+        precision=precision,
+        tokenizer=tokenizer,
+        gradient_checkpointing=runtime.gradient_checkpointing,
+    )
+    without_dropout(model)
+    forward = Forward.of(
+        model,
+        device=device,
+        precision=precision,
+        pad=0,
+        pack=False,
+        max_length=1,
+        max_tokens=runtime.micro_batch_tokens,
+    )
+    return Actor(
+        model=model,
+        device=device,
+        precision=precision,
+        pad=int(tokenizer.pad_token_id),
+        temperature=temperature,
+        max_tokens=forward.max_tokens,
+        value_head=ValueHead(head_of(model).in_features, device) if with_values else None,
+        reference=policies.Reference(models.trainable(model)) if with_reference else None,
+        checkpointing=runtime.gradient_checkpointing,
+    )
+
+
+def without_dropout(model: nn.Module) -> None:
+    """No dropout in any mode: the adapter's too."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and models.DROPOUT.search(name):
+                setattr(module, name, 0.0)
+
+
+def precision_of(wanted: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 on GPU, float32 on CPU."""
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
