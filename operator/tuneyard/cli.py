@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the job failed while it ran (or generated files are out of
 
 from __future__ import annotations
 
+import platform
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tuneyard import __version__
+from tuneyard import __version__, starter
 from tuneyard.api import crd, documents, manifest
 from tuneyard.api.manifest import Job
 from tuneyard.api.methods import Adapter
@@ -42,8 +43,10 @@ from tuneyard.api.plan import (
 from tuneyard.errors import Fault, ManifestError, PlanError, TuneyardError
 from tuneyard.planning import rayjob, stages
 from tuneyard.planning.placement import placed
+from tuneyard.remote import commands
 
 Planned = TypeVar("Planned")
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 FILE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
@@ -82,6 +85,10 @@ def tuneyard() -> None:
 
     FILE is a manifest of one or several YAML documents; `-` reads standard input.
     """
+
+
+for command in (starter.init, *commands.COMMANDS):
+    tuneyard.add_command(command)
 
 
 @tuneyard.command()
@@ -172,6 +179,40 @@ def crds(folder: Path, check: bool) -> int:
         path.write_text(text, encoding="utf-8")
         click.echo(f"wrote {path}")
     return 0
+
+
+def _setting(name: str, **options: Any) -> Callable[[_Command], _Command]:
+    """An option of the operator, that is an environment variable too."""
+    variable = f"TUNEYARD_{name.upper().replace('-', '_')}"
+    return click.option(f"--{name}", envvar=variable, show_envvar=True, **options)
+
+
+@tuneyard.command("operator")
+@_setting("namespaces", default="", help="Namespaces to serve, with commas between. [default: all]")
+@_setting("image", default=rayjob.DEFAULT_IMAGE, help="The trainer image of jobs that name none.")
+@_setting("profiles", type=FILE, help="Compute presets: a YAML mapping of names to fields.")
+@_setting("progress-url", help="Where training pods reach the status server.")
+@_setting("progress-port", type=int, default=8443, help="The status server's port.")
+@_setting("metrics-port", type=int, default=8080, help="For /metrics, /healthz and /readyz.")
+@_setting("own-namespace", default="default", help="Of the Lease and the certificates.")
+@_setting("identity", default=platform.node, help="This replica's name. [default: the host's]")
+@_setting("lease", default="tuneyard-operator", help="The Lease that the active replica holds.")
+@_setting("tls-secret", default="tuneyard-tls", help="The Secret of the certificates.")
+@_setting("concurrency", type=click.IntRange(1, 256), default=16, help="Jobs looked at at a time.")
+def operator(namespaces: str, profiles: Path | None, **settings: Any) -> int:
+    """Run the operator in this process: what the chart's Deployment does."""
+    try:
+        from tuneyard.controller import app
+        from tuneyard.controller.settings import Settings, read_profiles
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("tuneyard"):
+            raise
+        raise click.ClickException(
+            f"{error.name} is not installed: install tuneyard[operator] to run the operator"
+        ) from error
+    names = tuple(namespaces.replace(",", " ").split())
+    presets = read_profiles(profiles) if profiles else {}
+    return app.main(Settings(namespaces=names, profiles=presets, **settings))
 
 
 def _rendered(job: Job, attempt: int) -> rayjob.Rendered:

@@ -6,23 +6,20 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
 
 import kopf
 from aiohttp import web
-from kubernetes.aio.leaderelection import electionconfig, leaderelection
-from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from tuneyard.controller import certificates, metrics, watch
 from tuneyard.controller.cluster import Cluster, connect
+from tuneyard.controller.lease import Lease
 from tuneyard.controller.progress import StatusServer
 from tuneyard.controller.reconciler import Reconciler
 from tuneyard.controller.settings import Settings
-
-LEASE_SECONDS, RENEW_SECONDS, RETRY_SECONDS = 15, 10, 2
-"""As in Kubernetes' own controllers: a dead replica is replaced within 17 s."""
 
 log = logging.getLogger("tuneyard")
 
@@ -63,44 +60,23 @@ async def _lead(
     active: asyncio.Event,
 ) -> int:
     """Waits for the Lease, serves while it holds, gives it back."""
-    lost = asyncio.Event()
-    lock = LeaseLock(settings.lease, settings.own_namespace, settings.identity, cluster.api)
-
-    async def on_lost() -> None:
-        lost.set()
-
-    async def on_won() -> None:
-        active.set()
-
-    election = leaderelection.LeaderElection(
-        electionconfig.Config(
-            lock,
-            lease_duration=LEASE_SECONDS,
-            renew_deadline=RENEW_SECONDS,
-            retry_period=RETRY_SECONDS,
-            onstarted_leading=on_won,
-            onstopped_leading=on_lost,
-        )
-    )
+    lease = Lease(cluster, settings.own_namespace, settings.lease, settings.identity)
     log.info("%s waits for Lease %s", settings.identity, settings.lease)
-    candidate = asyncio.create_task(election.run())
-    await _first(active.wait(), stop.wait(), candidate)
-    if active.is_set():
-        metrics.LEADER.set(1)
-        log.info("%s is the active replica", settings.identity)
-        serving = asyncio.create_task(_serve(settings, reconciler, stop))
-        await _first(stop.wait(), lost.wait(), candidate, serving)
-        active.clear()
-        metrics.LEADER.set(0)
-        serving.cancel()
-        if lost.is_set() or candidate.done():
-            # Whoever holds it now must not find us at work: no tidy end, the next life starts over.
-            log.error("the Lease is lost")
-            return 1
-        with suppress(asyncio.CancelledError):
-            await serving
-        await _give_back(cluster, settings)
-    candidate.cancel()
+    await _first(lease.acquire(), stop.wait())
+    if stop.is_set():
+        await lease.give_back()
+        return 0
+    active.set()
+    metrics.LEADER.set(1)
+    log.info("%s is the active replica", settings.identity)
+    await _first(lease.keep(), stop.wait(), _serve(settings, reconciler, stop))
+    active.clear()
+    metrics.LEADER.set(0)
+    if not stop.is_set():
+        # Whoever holds it now must not find us at work: no tidy end, the next life starts over.
+        log.error("the Lease is lost")
+        return 1
+    await lease.give_back()
     return 0
 
 
@@ -119,21 +95,15 @@ async def _serve(settings: Settings, reconciler: Reconciler, stop: asyncio.Event
         )
 
 
-async def _give_back(cluster: Cluster, settings: Settings) -> None:
-    """Lets the next replica start at once."""
-    try:
-        await cluster.release_lease(settings.own_namespace, settings.lease, settings.identity)
-    except Exception:
-        log.warning("the Lease could not be given back; the next replica waits for its end")
-
-
-async def _first(*waits: object) -> None:
-    """Returns when one of them is done; the others go on, if they are tasks of somebody's."""
-    own = {asyncio.ensure_future(item) for item in waits if asyncio.iscoroutine(item)}
-    others = {item for item in waits if isinstance(item, asyncio.Task)}
-    await asyncio.wait(own | others, return_when=asyncio.FIRST_COMPLETED)
-    for task in own:
+async def _first(*waits: Coroutine[Any, Any, object]) -> None:
+    """Ends all when one is done. Raises what that one raised."""
+    tasks = [asyncio.ensure_future(item) for item in waits]
+    done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in others:
         task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    for task in done:
+        task.result()
 
 
 @asynccontextmanager

@@ -18,6 +18,7 @@ from kubernetes.aio.client import ApiClient, Configuration
 
 from tuneyard.api.meta import GROUP, VERSION
 from tuneyard.controller import metrics
+from tuneyard.errors import TuneyardError
 
 Object = dict[str, Any]
 
@@ -27,12 +28,13 @@ FINALIZER = f"{GROUP}/cluster"
 """Keeps a deleted job until its cluster is gone."""
 REQUEST_SECONDS = 30.0
 
+_LEASES = "/apis/coordination.k8s.io/v1/namespaces/{}/leases"
 _MERGE = "application/merge-patch+json"
 _APPLY = "application/apply-patch+yaml"
 
 
 @dataclass
-class ApiError(Exception):
+class ApiError(TuneyardError):
     """The API server's refusal, or its silence."""
 
     code: int
@@ -73,12 +75,17 @@ class Key:
 
 
 async def connect() -> Cluster:
-    """With the pod's service account, or the kubeconfig where there is none."""
+    """With the pod's service account, or the kubeconfig where there is none. Raises
+    TuneyardError."""
     configuration = Configuration()
     try:
         config.load_incluster_config(configuration)
     except config.ConfigException:
-        await config.load_kube_config(client_configuration=configuration)
+        try:
+            await config.load_kube_config(client_configuration=configuration)
+        except config.ConfigException as error:
+            message = f"no cluster: not in a pod, and no kubeconfig that can be used ({error})"
+            raise TuneyardError(message) from error
     configuration.connection_pool_maxsize = 64
     return Cluster(ApiClient(configuration))
 
@@ -183,14 +190,15 @@ class Cluster:
         path = f"/api/v1/namespaces/{namespace}/secrets/{secret['metadata']['name']}"
         return await self._call("PUT", path, secret)
 
-    async def release_lease(self, namespace: str, name: str, identity: str) -> None:
-        """Gives the Lease back, if it is still held under this identity."""
-        path = f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases/{name}"
-        lease = await self._call("GET", path)
-        if lease["spec"].get("holderIdentity") == identity:
-            version = {"resourceVersion": lease["metadata"]["resourceVersion"]}
-            body: Object = {"metadata": version, "spec": {"holderIdentity": None}}
-            await self._call("PATCH", path, body, type_=_MERGE)
+    async def lease(self, namespace: str, name: str) -> Object | None:
+        return await self._find(f"{_LEASES.format(namespace)}/{name}")
+
+    async def put_lease(self, namespace: str, name: str, lease: Object) -> Object:
+        """Creates it, or replaces the version given: 409 if there is another one meanwhile."""
+        path = _LEASES.format(namespace)
+        if "resourceVersion" in lease["metadata"]:
+            return await self._call("PUT", f"{path}/{name}", lease)
+        return await self._call("POST", path, lease)
 
     # ---- requests -------------------------------------------------------------------------------
 
