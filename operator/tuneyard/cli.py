@@ -44,6 +44,7 @@ from tuneyard.errors import Fault, ManifestError, PlanError, TuneyardError
 from tuneyard.planning import rayjob, stages
 from tuneyard.planning.placement import placed
 from tuneyard.remote import commands
+from tuneyard.remote import commands
 
 Planned = TypeVar("Planned")
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -85,6 +86,10 @@ def tuneyard() -> None:
 
     FILE is a manifest of one or several YAML documents; `-` reads standard input.
     """
+
+
+for command in (starter.init, *commands.COMMANDS):
+    tuneyard.add_command(command)
 
 
 for command in (starter.init, *commands.COMMANDS):
