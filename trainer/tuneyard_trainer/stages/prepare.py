@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -51,7 +51,7 @@ def _prepare(
     worker: Worker,
 ) -> Outcome:
     tokenizer = _tokenizer(inputs["model"], settings)
-    limit = _max_length(inputs["model"], tokenizer, settings)
+    limit = sequence_limit(inputs["model"], tokenizer, settings.max_length, "spec.data.maxLength")
     intake = Intake(stage, settings, inputs, _encoder(tokenizer, settings), limit, worker)
     train, validation = _shelves(intake, workdir)
     tokenizer.save_pretrained(workdir / "tokenizer")
@@ -109,20 +109,23 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, settings: PrepareSettings) -> E
     return Encoder(tokenizer, train_on, settings.system_prompt)
 
 
-def _max_length(model: Path, tokenizer: PreTrainedTokenizerBase, settings: PrepareSettings) -> int:
-    """Raises StageError MaxLength where the manifest asks for more than the model's context."""
+def sequence_limit(
+    model: Path, tokenizer: PreTrainedTokenizerBase, wanted: int | Literal["auto"], field: str
+) -> int:
+    """The most tokens of a row. `field`: the manifest's, for messages. Raises StageError MaxLength
+    where it asks for more than the model's context."""
     context = _context(model)
-    if settings.max_length == "auto":
+    if wanted == "auto":
         if context is None and tokenizer.model_max_length < _NO_LIMIT:
             context = tokenizer.model_max_length
         return min(AUTO_LENGTH, context or AUTO_LENGTH)
-    if context is not None and settings.max_length > context:
+    if context is not None and wanted > context:
         raise StageError(
             "MaxLength",
-            f"maxLength is {settings.max_length} tokens, and the model's context holds {context}.",
-            advice=f"Set spec.data.maxLength to {context} or less.",
+            f"maxLength is {wanted} tokens, and the model's context holds {context}.",
+            advice=f"Set {field} to {context} or less.",
         )
-    return settings.max_length
+    return wanted
 
 
 def _context(model: Path) -> int | None:

@@ -1,0 +1,288 @@
+"""Preferences of every shape, read, checked, split by prompt and laid out for training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tuneyard.api.plan import (
+    ChatSettings,
+    DatasetSettings,
+    PairsSettings,
+    PlannedStage,
+    SourceInput,
+)
+from tuneyard.api.sources import FieldMap
+from tuneyard.errors import StageError
+from tuneyard_trainer.datasets.example import Message
+from tuneyard_trainer.datasets.preferences import Judged, PreferenceError, judged
+from tuneyard_trainer.datasets.rows import Row
+from tuneyard_trainer.preferences import Preferences
+from tuneyard_trainer.stages import pairs
+from tuneyard_trainer.worker import Outcome, Worker
+
+HH = Path(__file__).parents[3] / "shared" / "data" / "hh-rlhf-harmless-base.jsonl.gz"
+SETTINGS: dict[str, Any] = {
+    "preferences": [DatasetSettings(format="auto", fields=FieldMap(), weight=1.0, limit=None)],
+    "labelled": False,
+    "held_out": 0.25,
+    "max_length": "auto",
+    "on_overlength": "error",
+    "on_invalid_row": "error",
+    "chat": ChatSettings(system_prompt=None, chat_template=None),
+    "seed": 0,
+}
+PAIRS = [
+    {"prompt": f"Question {i}?", "chosen": f"Good answer {i}.", "rejected": f"Bad answer {i}."}
+    for i in range(8)
+]
+
+
+def run(
+    folder: Path, model: Path, rows: list[Any] | Path, **settings: Any
+) -> tuple[Preferences, Outcome]:
+    path = folder / "rows.jsonl"
+    if isinstance(rows, list):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stage = PlannedStage(
+        name="pairs",
+        settings=PairsSettings(**(SETTINGS | settings)),
+        inputs={
+            "preferences.0": SourceInput(uri="file://rows.jsonl", path="spec.preferences.data[0]")
+        },
+        fingerprint="sha256:0",
+    )
+    inputs = {"model": model, "preferences.0": rows if isinstance(rows, Path) else path}
+    workdir = folder / "out"
+    workdir.mkdir(exist_ok=True)
+    outcome = pairs.run(stage, inputs, workdir, Worker(0, 1, torch.device("cpu")))
+    return Preferences.open(workdir), outcome
+
+
+def one(value: dict[str, Any], *, labelled: bool = False) -> Judged:
+    (found,) = judged(Row(1, value), FieldMap(), labelled=labelled)
+    return found
+
+
+USER = Message("user", "Hi?")
+DIALOGUE = "\n\nHuman: Hi?\n\nAssistant: Hello.\n\nHuman: Bye?\n\nAssistant: "
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."},
+        {"question": "Hi?", "chosen": "Yes.", "rejected": "No."},
+        {"prompt": [{"role": "user", "content": "Hi?"}], "chosen": "Yes.", "rejected": "No."},
+        {
+            "prompt": "Hi?",
+            "chosen": [{"role": "assistant", "content": "Yes."}],
+            "rejected": [{"role": "assistant", "content": "No."}],
+        },
+        {
+            "chosen": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Yes."}],
+            "rejected": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "No."}],
+        },
+        {
+            "prompt": "Hi?",
+            "chosen": [
+                {"role": "user", "content": "Hi?"},
+                {"role": "assistant", "content": "Yes."},
+            ],
+            "rejected": [
+                {"role": "user", "content": "Hi?"},
+                {"role": "assistant", "content": "No."},
+            ],
+        },
+        {
+            "chosen": "\n\nHuman: Hi?\n\nAssistant: Yes.",
+            "rejected": "\n\nHuman: Hi?\n\nAssistant: No.",
+        },
+        {"prompt": "Hi?", "answers": ["Yes.", "No."]},
+        {"prompt": "Hi?", "responses": ["No.", "Yes."], "ranks": [2, 1]},
+    ],
+)
+def test_every_shape_of_a_pair_says_the_same(value: dict[str, Any]) -> None:
+    found = one(value)
+    assert (found.prompt, found.answers, found.label) == ((USER,), ("Yes.", "No."), 1.0)
+
+
+def test_a_dialogue_keeps_its_turns() -> None:
+    found = one({"chosen": DIALOGUE + "Good bye.", "rejected": DIALOGUE + "What?"})
+    assert [turn.role for turn in found.prompt] == ["user", "assistant", "user"]
+    assert found.answers == ("Good bye.", "What?")
+
+
+def test_a_ranking_is_put_into_its_order() -> None:
+    value = {"prompt": "Hi?", "answers": ["c", "a", "b"], "ranks": [3, 1, 2]}
+    assert one(value).answers == ("a", "b", "c")
+
+
+def test_a_judges_doubt_is_kept() -> None:
+    value = {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No.", "probability": 0.75}
+    assert one(value).label == 0.75
+
+
+@pytest.mark.parametrize("label", [True, 1, "up", "Up"])
+def test_thumbs_up_in_every_spelling(label: Any) -> None:
+    assert one({"prompt": "Hi?", "completion": "Yes.", "label": label}, labelled=True).label == 1
+
+
+def test_a_pair_is_one_thumb_up_and_one_down_where_single_answers_are_wanted() -> None:
+    value = {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."}
+    found = judged(Row(1, value), FieldMap(), labelled=True)
+    assert [(single.answers, single.label) for single in found] == [(("Yes.",), 1), (("No.",), 0)]
+
+
+BROKEN: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": "Hi?", "chosen": "Yes.", "rejected": "Yes. "}, "IdenticalSides"),
+    ({"prompt": "Hi?", "chosen": "Yes.", "rejected": " "}, "EmptyAnswer"),
+    ({"prompt": "Hi?", "chosen": "Yes."}, "UnknownShape"),
+    ({"chosen": "Yes.", "rejected": "No."}, "UnknownShape"),
+    ({"text": "Yes."}, "UnknownShape"),
+    ({"prompt": "Hi?", "completion": "Yes.", "label": True}, "UnknownShape"),
+    ({"prompt": "", "chosen": "Yes.", "rejected": "No."}, "InvalidTurns"),
+    (
+        {
+            "chosen": "\n\nHuman: Hi?\n\nAssistant: Yes.",
+            "rejected": "\n\nHuman: Ho?\n\nAssistant: No.",
+        },
+        "DifferingPrompts",
+    ),
+    ({"chosen": DIALOGUE + "x", "rejected": DIALOGUE + "x\n\nHuman: y"}, "EmptyAnswer"),
+    ({"prompt": "Hi?", "answers": ["a", "a", "b"]}, "IdenticalSides"),
+    ({"prompt": "Hi?", "answers": ["a", "b"], "ranks": [1, 1]}, "InvalidLabel"),
+    ({"prompt": "Hi?", "chosen": "a", "rejected": "b", "probability": 0.2}, "InvalidLabel"),
+    ({"prompt": [{"role": "king", "content": "x"}], "chosen": "a", "rejected": "b"},
+     "InvalidTurns"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "fault"), BROKEN)
+def test_a_row_that_states_no_preference_is_named(value: dict[str, Any], fault: str) -> None:
+    with pytest.raises(PreferenceError) as caught:
+        one(value)
+    assert caught.value.fault == fault
+
+
+def test_a_label_that_is_no_thumb_is_named() -> None:
+    with pytest.raises(PreferenceError) as caught:
+        one({"prompt": "Hi?", "completion": "Yes.", "label": 5}, labelled=True)
+    assert caught.value.fault == "InvalidLabel"
+
+
+# ---- on disk --------------------------------------------------------------------------------
+
+
+def test_a_row_is_the_prompt_and_one_answer_up_to_its_stop_token(
+    tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: Any
+) -> None:
+    found, _ = run(tmp_path, tiny_model_dir, PAIRS, held_out=0.0)
+    assert found.validation is None
+    assert list(found.train.sizes) == [2] * 8
+    ids, mask = found.train.rows.ids(0), found.train.rows.mask(0)
+    assert tiny_tokenizer.decode(ids) == (
+        "<|im_start|>user\nQuestion 0?<|im_end|>\n<|im_start|>assistant\nGood answer 0.<|im_end|>"
+    )
+    assert tiny_tokenizer.decode(ids[mask == 1]) == "Good answer 0.<|im_end|>"
+    assert "Bad" in tiny_tokenizer.decode(found.train.rows.ids(1))
+
+
+def test_all_answers_to_a_prompt_lie_on_one_side(tmp_path: Path, tiny_model_dir: Path) -> None:
+    rows = [row | {"rejected": f"Worse {n}."} for row in PAIRS for n in range(3)]
+    found, outcome = run(tmp_path, tiny_model_dir, rows)
+    assert found.validation is not None
+    assert len(found.validation) == outcome.metrics["heldOutPreferences"] == 6
+    held = [json.loads(line) for line in (tmp_path / "out" / "validation.jsonl").open()]
+    assert len({line["prompt"][0]["content"] for line in held}) == 2
+
+
+def test_rankings_and_pairs_lie_side_by_side(tmp_path: Path, tiny_model_dir: Path) -> None:
+    ranking = {"prompt": "Which?", "answers": ["first", "second", "third"]}
+    found, _ = run(tmp_path, tiny_model_dir, [*PAIRS, ranking], held_out=0.0)
+    assert list(found.train.sizes) == [2] * 8 + [3]
+    assert list(found.train.members(np.array([8, 0]))) == [16, 17, 18, 0, 1]
+
+
+def test_the_system_prompt_of_the_job_is_in_force(
+    tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: Any
+) -> None:
+    chat = ChatSettings(system_prompt="Be brief.", chat_template=None)
+    found, _ = run(tmp_path, tiny_model_dir, PAIRS, chat=chat)
+    assert "system\nBe brief." in tiny_tokenizer.decode(found.train.rows.ids(0))
+
+
+def test_one_broken_row_stops_the_job_and_is_shown(tmp_path: Path, tiny_model_dir: Path) -> None:
+    rows = [*PAIRS, PAIRS[0] | {"rejected": PAIRS[0]["chosen"]}]
+    with pytest.raises(StageError) as caught:
+        run(tmp_path, tiny_model_dir, rows)
+    assert caught.value.reason == "InvalidPreferences"
+    assert "1 of 9 rows state no preference: 1 IdenticalSides" in caught.value.message
+    assert "row 9" in caught.value.message
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_broken_rows_may_be_skipped_and_are_counted_by_name(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    rows = [*PAIRS, *(row for row, _ in BROKEN[:3])]
+    _, outcome = run(tmp_path, tiny_model_dir, rows, on_invalid_row="skip")
+    assert outcome.metrics["skippedRows"] == 3
+    assert outcome.details["skippedBy"] == {
+        "IdenticalSides": 1,
+        "EmptyAnswer": 1,
+        "UnknownShape": 1,
+    }
+
+
+def test_no_more_than_half_of_the_rows_are_skipped(tmp_path: Path, tiny_model_dir: Path) -> None:
+    rows = [PAIRS[0], {"text": "a"}, {"text": "b"}]
+    with pytest.raises(StageError) as caught:
+        run(tmp_path, tiny_model_dir, rows, on_invalid_row="skip")
+    assert caught.value.reason == "InvalidPreferences"
+    assert "prompt, chosen and rejected" in (caught.value.advice or "")
+
+
+def test_a_long_answer_is_refused_or_dropped_but_never_cut(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    rows = [*PAIRS, PAIRS[0] | {"chosen": "very " * 60}]
+    with pytest.raises(StageError) as caught:
+        run(tmp_path, tiny_model_dir, rows, max_length=64)
+    assert caught.value.reason == "RowTooLong"
+    found, outcome = run(tmp_path, tiny_model_dir, rows, max_length=64, on_overlength="drop")
+    assert outcome.metrics["droppedRows"] == 1
+    assert found.train.rows.lengths.max() <= 64
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "reason"),
+    [
+        ([], {}, "EmptyData"),
+        (PAIRS[:1] * 3, {}, "TooFewRows"),
+        ([{"prompt": f"{i}?", "completion": "x", "label": 1} for i in range(4)],
+         {"labelled": True}, "OneSided"),
+        (PAIRS, {"max_length": 10_000}, "MaxLength"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_learnt_from_is_named(
+    tmp_path: Path, tiny_model_dir: Path, rows: list[Any], settings: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(StageError) as caught:
+        run(tmp_path, tiny_model_dir, rows, **settings)
+    assert caught.value.reason == reason
+
+
+@pytest.mark.shared_data
+@pytest.mark.skipif(not HH.exists(), reason="needs hh-rlhf beside the checkout")
+def test_hh_rlhf_is_read_as_it_comes(tmp_path: Path, tiny_model_dir: Path) -> None:
+    _, outcome = run(
+        tmp_path, tiny_model_dir, HH, on_invalid_row="skip", on_overlength="drop", max_length=256
+    )
+    assert outcome.metrics["rows"] == 1800
+    assert outcome.metrics["skippedRows"] < 36  # identical sides, empty answers
