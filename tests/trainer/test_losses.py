@@ -16,7 +16,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tests.trainer.rows import Row, random_rows, train_stage, write_prepared
-from tuneyard_trainer.stages.train import Loop
+from tuneyard_trainer.loop import Loop
+from tuneyard_trainer.stages.train import build as build_loop
 from tuneyard_trainer.worker import Worker
 
 ROWS = random_rows(9)
@@ -46,7 +47,7 @@ def build(folder: Path, model_dir: Path, worker: Worker, **settings: Any) -> Loo
     workdir = folder / f"work-{worker.rank}"
     workdir.mkdir(exist_ok=True)
     inputs = {"model": model_dir, "data": folder / "data"}
-    return Loop.build(stage.name, stage.settings, stage.runtime, inputs, workdir, worker)  # type: ignore[arg-type]
+    return build_loop(stage.name, stage.settings, stage.runtime, inputs, workdir, worker)  # type: ignore[arg-type]
 
 
 def assert_close(

@@ -110,7 +110,7 @@ def test_the_best_held_out_weights_are_kept_not_the_last(
     best = min(evaluated, key=evaluated.__getitem__)
     assert outcome.details["bestStep"] == best < max(evaluated)
     assert outcome.metrics["validationLoss"] == evaluated[best]
-    again = train.Loop.build(
+    again = train.build(
         "again",
         train_stage().settings,  # type: ignore[arg-type]
         train_stage().runtime,
@@ -118,7 +118,7 @@ def test_the_best_held_out_weights_are_kept_not_the_last(
         tmp_path,
         Worker(0, 1, CPU),
     )
-    assert again.held_out_loss() == pytest.approx(evaluated[best], abs=1e-6)
+    assert again.objective.held_out()["validationLoss"] == pytest.approx(evaluated[best], abs=1e-6)
 
 
 def test_early_stopping_ends_the_run_after_the_patience_and_survives_a_resume(

@@ -19,6 +19,7 @@ from tuneyard.api.methods import Adapter
 from tuneyard.api.plan import LoopSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer import adapters, models
+from tuneyard_trainer.disk import disk_error
 
 WEIGHTS = "weights"
 
@@ -53,6 +54,17 @@ def load(
     if gradient_checkpointing:
         adapters.enable_gradient_checkpointing(model)
     return model
+
+
+def save(model: nn.Module, adapter: Adapter | None, folder: Path) -> None:
+    """The adapter alone, or the whole model where all of it was trained. Raises StageError."""
+    try:
+        if adapter:
+            adapters.save(model, folder)
+        else:
+            models.save(model, folder)
+    except OSError as error:
+        raise disk_error(error, folder) from error
 
 
 def answering(inputs: Mapping[str, Path], device: torch.device) -> nn.Module:

@@ -1,39 +1,23 @@
-"""sft and pretrain: one loop. They differ only in what `prepare` marked as targets.
-
-The loss of a step is the mean over all targets of its global batch, whatever the number of workers
-and passes: each pass adds its share of the sum, gradients are summed over workers, and the count is
-known to everybody beforehand. The rows of a step depend on seed and step alone (`batches`), and so
-does dropout, so a run that was killed goes on sample-exactly, bit for bit on the same hardware.
-"""
+"""sft and pretrain: cross-entropy. They differ only in what `prepare` marked as targets."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import math
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from tuneyard.api.plan import PlannedStage, TrainRuntime, TrainSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer import adapters, models, policies
 from tuneyard_trainer.batches import Indices, Order, share
-from tuneyard_trainer.checkpoints import Checkpoints, LoopState, assign
-from tuneyard_trainer.disk import disk_error
+from tuneyard_trainer.loop import Loop, mix, precision_of
 from tuneyard_trainer.losses import Forward
 from tuneyard_trainer.prepared import Prepared
-from tuneyard_trainer.schedules import rate
-from tuneyard_trainer.worker import Interrupted, Outcome, Worker
-
-CHECKPOINT_SECONDS = 600.0
+from tuneyard_trainer.worker import Outcome, Worker
 
 
 def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker) -> Outcome:
@@ -41,358 +25,95 @@ def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: 
     settings = stage.settings
     if not isinstance(settings, TrainSettings):
         raise TypeError(f"stage {stage.name} is a {stage.kind}, not a training stage")
-    loop = Loop.build(stage.name, settings, stage.runtime, inputs, workdir, worker)
+    loop = build(stage.name, settings, stage.runtime, inputs, workdir, worker)
     state = loop.train()
     if worker.is_main:
-        loop.write_weights(workdir / "weights")
-    return Outcome(metrics=loop.summary(state), details=loop.details(state), contents=("weights",))
+        policies.save(loop.model, settings.adapter, workdir / policies.WEIGHTS)
+    packed = isinstance(loop.objective, CrossEntropy) and loop.objective.forward.pack
+    details = {**loop.details(state), "packed": packed}
+    return Outcome(metrics=loop.summary(state), details=details, contents=(policies.WEIGHTS,))
 
 
-@dataclass
-class Loop:
-    """Everything a step needs. Built once per attempt; `train` runs it to the end."""
-
-    stage: str
-    settings: TrainSettings
-    worker: Worker
-    model: nn.Module
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    data: Prepared
-    order: Order
-    checkpoints: Checkpoints
-    history: History
-    checkpoint_steps: int | None
-    forward: Forward
-    base_loss: float | None = None
-    resumed_at: int | None = None
-
-    @classmethod
-    def build(
-        cls,
-        stage: str,
-        settings: TrainSettings,
-        runtime: TrainRuntime,
-        inputs: Mapping[str, Path],
-        workdir: Path,
-        worker: Worker,
-    ) -> Loop:
-        data = Prepared.open(inputs["data"])
-        precision = _precision(settings.precision, worker.device)
-        model = _model(settings, runtime, inputs, worker, precision)
-        parameters = models.trainable(model)
-        tokenizer = models.load_tokenizer(inputs["data"] / "tokenizer")
-        return cls(
-            stage=stage,
-            settings=settings,
-            worker=worker,
-            model=model,
-            parameters=parameters,
-            optimizer=_optimizer(parameters, settings),
-            data=data,
-            order=Order.of(data.train.source, data.weights, settings.batch_size, settings.seed),
-            checkpoints=Checkpoints(workdir / "checkpoints", worker.persist),
-            history=History(workdir / "metrics.jsonl", enabled=worker.is_main),
-            checkpoint_steps=runtime.checkpoint_steps,
-            forward=Forward.of(
-                model,
-                device=worker.device,
-                precision=precision,
-                pad=tokenizer.pad_token_id,
-                pack=_packs(settings, model),
-                max_length=data.max_length,
-                max_tokens=runtime.micro_batch_tokens,
-            ),
-        )
-
-    # ---- the run ------------------------------------------------------------------------------
-
-    def train(self) -> LoopState:
-        """Every step from the newest checkpoint (or the start) to the end, or to early stopping."""
-        total = self.order.total_steps(self.settings.epochs, self.settings.max_steps)
-        state = self._resume(total)
-        saved = mark = time.monotonic()
-        for rows in self.order.batches(state.step, total):
-            if self._should_stop_early(state):
-                break
-            loss, norm, stop = self._step(rows, state.step, total)
-            now = time.monotonic()
-            state = replace(
-                state,
-                step=state.step + 1,
-                tokens=state.tokens + int(self.data.train.lengths[rows].sum()),
-                seconds=state.seconds + now - mark,
-            )
-            mark = now  # so a step's time holds the report of the step before it
-            self._log(state, total, loss, norm)
-            evaluated = self._evaluation_due(state.step, total)
-            if evaluated:
-                state = self._evaluate(state, total)
-            if stop or evaluated or self._checkpoint_due(state.step, total, saved):
-                self._save(state)
-                saved = mark = time.monotonic()
-            if stop:
-                self.checkpoints.wait()
-                raise Interrupted(self.stage, state.step)
-        self.checkpoints.wait()
-        self._keep_best(state)
-        return state
-
-    def _resume(self, total: int) -> LoopState:
-        state = self.checkpoints.latest()
-        if state is None:
-            self.history.truncate(0)
-            self._measure_base(total)
-            self.worker.report(total_steps=total, resumed_step=0)
-            return LoopState()
-        self.checkpoints.restore(state, self.parameters, self.optimizer)
-        self.history.truncate(state.step)
-        self.base_loss = self.history.base_loss()
-        self.resumed_at = state.step
-        self.worker.report(
-            step=state.step,
-            total_steps=total,
-            message=f"resuming after step {state.step}",
-            resumed_step=state.step,
-        )
-        return state
-
-    def _step(self, rows: Indices, step: int, total: int) -> tuple[float, float, bool]:
-        """One optimizer step over a global batch. Returns the loss (nats per target), the gradient
-        norm before clipping, and whether any worker was asked to stop."""
-        loss, stop = self.backward(rows, step)
-        norm = self._clip()
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise _not_finite(f"the loss became {loss} (gradient norm {norm}) at step {step + 1}")
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate(step, total)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss, norm, stop
-
-    def backward(self, rows: Indices, step: int) -> tuple[float, bool]:
-        """Leaves the gradient of the global batch's mean loss in every parameter, on every worker.
-        Returns that loss, and whether any worker was asked to stop."""
-        train = self.data.train
-        targets = int(train.targets[rows].sum())
-        mine = share(rows, train.lengths, self.worker.rank, self.worker.world_size)
-        mean = torch.zeros((), device=self.worker.device)
-        self.model.train()
-        for index, layout in enumerate(self.forward.passes(train, mine)):
-            # Dropout is a function of (seed, step, worker, pass): nothing to save, nothing to lose.
-            torch.manual_seed(_mix(self.settings.seed, step, self.worker.rank, index))
-            loss = self.forward.loss(self.model, train, layout) / targets
-            loss.backward()
-            mean += loss.detach()
-        return self._reduce(mean)
-
-    def _reduce(self, loss: Tensor) -> tuple[float, bool]:
-        """Sums gradients, loss and stop requests over the workers, in one buffer."""
-        stop = torch.tensor(float(self.worker.stop()), device=self.worker.device)
-        if self.worker.world_size == 1:
-            return float(loss), bool(stop)
-        grads = []
-        for parameter in self.parameters.values():
-            if parameter.grad is None:  # a worker whose share of a small batch is empty
-                parameter.grad = torch.zeros_like(parameter)
-            grads.append(parameter.grad)
-        flat = torch.cat([*(g.reshape(-1).float() for g in grads), loss[None], stop[None]])
-        dist.all_reduce(flat)
-        sizes = [g.numel() for g in grads]
-        for grad, reduced in zip(grads, flat[:-2].split(sizes), strict=True):
-            grad.copy_(reduced.view_as(grad))
-        return float(flat[-2]), bool(flat[-1] > 0)
-
-    def _learning_rate(self, step: int, total: int) -> float:
-        return self.settings.learning_rate * rate(self.settings.schedule, step, total)
-
-    def _clip(self) -> float:
-        limit = self.settings.optimizer.max_gradient_norm
-        norm = nn.utils.clip_grad_norm_(
-            list(self.parameters.values()), math.inf if limit is None else limit
-        )
-        return float(norm)
-
-    # ---- held-out loss --------------------------------------------------------------------------
-
-    def _evaluation_due(self, step: int, total: int) -> bool:
-        if self.data.validation is None:
-            return False
-        every = self.settings.evaluation_steps or self.order.steps_per_epoch
-        return step % every == 0 or step == total
-
-    def held_out_loss(self) -> float:
-        """Mean cross-entropy over all held-out targets, in nats."""
-        rows = self.data.validation
-        if rows is None:
-            raise ValueError("no held-out rows")
-        return self.forward.mean_loss(self.model, rows, self.worker.rank, self.worker.world_size)
-
-    def _measure_base(self, total: int) -> None:
-        """The held-out loss before any step, the adapter switched off: what training must beat."""
-        if self.data.validation is None:
-            return
-        self.worker.report(total_steps=total, message="measuring the base model's held-out loss")
-        off = adapters.disabled(self.model) if self.settings.adapter else contextlib.nullcontext()
-        with off:
-            self.base_loss = self.held_out_loss()
-        metrics = {"baseValidationLoss": self.base_loss}
-        self.history.write({"step": 0, **metrics})
-        self.worker.report(total_steps=total, metrics=metrics)
-
-    def _evaluate(self, state: LoopState, total: int) -> LoopState:
-        loss = self.held_out_loss()
-        if not math.isfinite(loss):
-            raise _not_finite(f"the held-out loss became {loss} after step {state.step}")
-        delta = self.settings.early_stopping.min_delta if self.settings.early_stopping else 0.0
-        improved = state.best_loss is None or loss < state.best_loss - delta
-        self.history.write({"step": state.step, "validationLoss": loss})
-        self.worker.report(step=state.step, total_steps=total, metrics={"validationLoss": loss})
-        if improved:
-            return replace(state, best_step=state.step, best_loss=loss, stale=0)
-        return replace(state, stale=state.stale + 1)
-
-    def _should_stop_early(self, state: LoopState) -> bool:
-        rule = self.settings.early_stopping
-        return rule is not None and state.stale >= rule.patience
-
-    # ---- checkpoints and results ----------------------------------------------------------------
-
-    def _checkpoint_due(self, step: int, total: int, saved: float) -> bool:
-        """Without a fixed interval rank 0's clock decides for itself: only rank 0 writes."""
-        if step == total:
-            return False
-        if self.checkpoint_steps is not None:
-            return step % self.checkpoint_steps == 0
-        return time.monotonic() - saved >= CHECKPOINT_SECONDS
-
-    def _save(self, state: LoopState) -> None:
-        if self.worker.is_main:
-            self.checkpoints.save(state, self.parameters, self.optimizer)
-
-    def _keep_best(self, state: LoopState) -> None:
-        """Rank 0 alone holds the result; the others are done."""
-        best = state.best_step
-        if self.worker.is_main and self.settings.keep_best and best not in (None, state.step):
-            assign(self.checkpoints.weights(best), self.parameters)
-
-    def write_weights(self, folder: Path) -> None:
-        """The adapter alone, or the whole model where all of it was trained."""
-        try:
-            if self.settings.adapter:
-                adapters.save(self.model, folder)
-            else:
-                models.save(self.model, folder)
-        except OSError as error:
-            raise disk_error(error, folder) from error
-
-    def _log(self, state: LoopState, total: int, loss: float, norm: float) -> None:
-        metrics = {
-            "loss": loss,
-            "gradientNorm": norm,
-            "learningRate": self._learning_rate(state.step - 1, total),
-            "epoch": state.step / self.order.steps_per_epoch,
-            "tokensPerSecond": state.tokens / state.seconds if state.seconds else 0.0,
-            "tokens": float(state.tokens),
-        }
-        self.history.write({"step": state.step, **metrics})
-        self.worker.report(step=state.step, total_steps=total, metrics=metrics)
-
-    def summary(self, state: LoopState) -> dict[str, float]:
-        """The record's metrics."""
-        metrics = {
-            "steps": float(state.step),
-            "epochs": state.step / self.order.steps_per_epoch,
-            "tokens": float(state.tokens),
-            "trainingSeconds": state.seconds,
-            "tokensPerSecond": state.tokens / state.seconds if state.seconds else 0.0,
-            "trainedParameters": float(sum(p.numel() for p in self.parameters.values())),
-            "parameters": float(models.count_parameters(self.model)),
-            "peakMemoryBytes": float(models.peak_memory_bytes(self.worker.device)),
-            "finalLoss": self.history.last("loss"),
-        }
-        if state.best_loss is not None:
-            metrics["validationLoss"] = state.best_loss
-        if self.base_loss is not None:
-            metrics["baseValidationLoss"] = self.base_loss
-        return metrics
-
-    def details(self, state: LoopState) -> dict[str, Any]:
-        """The record's details."""
-        return {
-            "batchSize": self.settings.batch_size,
-            "bestStep": state.best_step,
-            "resumedAtStep": self.resumed_at,
-            "stoppedEarly": self._should_stop_early(state),
-            "packed": self.forward.pack,
-            "precision": str(self.forward.precision).removeprefix("torch."),
-            "device": self.worker.device.type,
-            "workers": self.worker.world_size,
-        }
-
-
-class History:
-    """`metrics.jsonl`: one line per step or evaluation, of this and earlier attempts."""
-
-    def __init__(self, path: Path, *, enabled: bool) -> None:
-        self._path, self._enabled = path, enabled
-        self._last: dict[str, float] = {}
-
-    def write(self, line: Mapping[str, Any]) -> None:
-        self._last.update(line)
-        if self._enabled:
-            with self._path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-
-    def truncate(self, step: int) -> None:
-        """Forgets what a killed run wrote after its last checkpoint, which will be done again."""
-        if not self._enabled:
-            return
-        kept = [line for line in self.lines() if line["step"] <= step] if step else []
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        for line in kept:
-            self._last.update(line)
-
-    def lines(self) -> Iterator[dict[str, Any]]:
-        """Whole lines only: the last one of a killed run may be torn."""
-        text = self._path.read_text() if self._path.exists() else ""
-        for line in text.splitlines(keepends=True):
-            if line.endswith("\n"):
-                yield json.loads(line)
-
-    def base_loss(self) -> float | None:
-        return self._last.get("baseValidationLoss")
-
-    def last(self, name: str) -> float:
-        return self._last.get(name, math.nan)
-
-
-def _model(
+def build(
+    stage: str,
     settings: TrainSettings,
     runtime: TrainRuntime,
     inputs: Mapping[str, Path],
+    workdir: Path,
     worker: Worker,
-    precision: torch.dtype,
-) -> nn.Module:
+) -> Loop:
+    """The loop at its start."""
+    data = Prepared.open(inputs["data"])
+    precision = precision_of(settings, worker)
+    tokenizer = models.load_tokenizer(inputs["data"] / "tokenizer")
     worker.report(message="loading the model")
-    return policies.load(
+    model = policies.load(
         inputs,
         settings.adapter,
         settings,
         device=worker.device,
         precision=precision,
-        tokenizer=models.load_tokenizer(inputs["data"] / "tokenizer"),
+        tokenizer=tokenizer,
         gradient_checkpointing=runtime.gradient_checkpointing,
     )
-
-
-def _not_finite(what: str) -> StageError:
-    return StageError(
-        "LossNotFinite",
-        f"{what}.",
-        advice="Lower training.learningRate, or raise training.schedule.warmup; look for broken "
-        "rows in data.train.",
+    forward = Forward.of(
+        model,
+        device=worker.device,
+        precision=precision,
+        pad=tokenizer.pad_token_id,
+        pack=_packs(settings, model),
+        max_length=data.max_length,
+        max_tokens=runtime.micro_batch_tokens,
     )
+    order = Order.of(data.train.source, data.weights, settings.batch_size, settings.seed)
+    objective = CrossEntropy(model, data, forward, settings, worker)
+    return Loop.of(stage, settings, runtime, objective, order, model, workdir, worker)
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The mean negative log-likelihood of a batch's targets, in nats."""
+
+    model: nn.Module
+    data: Prepared
+    forward: Forward
+    settings: TrainSettings
+    worker: Worker
+    figures: tuple[str, ...] = ("loss",)
+
+    @property
+    def holds_out(self) -> bool:
+        return self.data.validation is not None
+
+    def backward(self, rows: Indices, step: int) -> Tensor:
+        """(1,) this worker's share of the loss."""
+        train, rank = self.data.train, self.worker.rank
+        targets = int(train.targets[rows].sum())
+        mine = share(rows, train.lengths, rank, self.worker.world_size)
+        mean = torch.zeros((), device=self.worker.device)
+        for index, layout in enumerate(self.forward.passes(train, mine)):
+            # Dropout is a function of (seed, step, worker, pass): nothing to save, nothing to lose.
+            torch.manual_seed(mix(self.settings.seed, step, rank, index))
+            loss = self.forward.loss(self.model, train, layout) / targets
+            loss.backward()
+            mean += loss.detach()
+        return mean[None]
+
+    def held_out(self) -> dict[str, float]:
+        rows = self.data.validation
+        if rows is None:
+            raise ValueError("no held-out rows")
+        rank, world_size = self.worker.rank, self.worker.world_size
+        return {"validationLoss": self.forward.mean_loss(self.model, rows, rank, world_size)}
+
+    def baseline(self) -> dict[str, float]:
+        """Of the base, the adapter switched off."""
+        off = adapters.disabled(self.model) if self.settings.adapter else contextlib.nullcontext()
+        with off:
+            return self.held_out()
+
+    def num_tokens(self, rows: Indices) -> int:
+        return int(self.data.train.lengths[rows].sum())
 
 
 def _packs(settings: TrainSettings, model: nn.Module) -> bool:
@@ -406,32 +127,3 @@ def _packs(settings: TrainSettings, model: nn.Module) -> bool:
             advice="Set data.packing to auto or never.",
         )
     return isolated
-
-
-def _mix(*numbers: int) -> int:
-    """One well-mixed 63-bit seed of several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _precision(wanted: str, device: torch.device) -> torch.dtype:
-    if wanted == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
-
-
-def _optimizer(
-    parameters: Mapping[str, nn.Parameter], settings: TrainSettings
-) -> torch.optim.Optimizer:
-    """AdamW; vectors (biases, norms) are never decayed."""
-    values = settings.optimizer
-    matrices = [p for p in parameters.values() if p.ndim > 1]
-    vectors = [p for p in parameters.values() if p.ndim <= 1]
-    return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": values.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=settings.learning_rate,
-        betas=(values.beta1, values.beta2),
-        eps=values.epsilon,
-    )

@@ -1,0 +1,388 @@
+"""The training loop of every stage whose data lie still: steps, held-out losses, checkpoints.
+
+What is learnt is an `Objective`. The loss of a step is the mean over its global batch, whatever
+the number of workers and passes: each pass adds its share of the sum, gradients are summed over
+workers, and the counts are known to everybody beforehand. The rows of a step depend on seed and
+step alone (`batches`), and so does dropout, so a run that was killed goes on sample-exactly, bit
+for bit on the same hardware.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tuneyard.api.plan import LoopSettings, TrainRuntime
+from tuneyard.errors import StageError
+from tuneyard_trainer import models
+from tuneyard_trainer.batches import Indices, Order
+from tuneyard_trainer.checkpoints import Checkpoints, LoopState, assign
+from tuneyard_trainer.schedules import rate
+from tuneyard_trainer.worker import Interrupted, Worker
+
+CHECKPOINT_SECONDS = 600.0
+
+
+class Objective(Protocol):
+    """What a loop learns, on one worker."""
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Names of what `backward` measures, `loss` among them."""
+        ...
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are held-out rows."""
+        ...
+
+    def backward(self, rows: Indices, step: int) -> Tensor:
+        """Adds this worker's share of the gradient of a global batch's mean loss to every
+        parameter. Returns its share of each figure's mean (K,)."""
+        ...
+
+    def held_out(self) -> dict[str, float]:
+        """Figures of the held-out rows, `validationLoss` among them, over all workers."""
+        ...
+
+    def baseline(self) -> dict[str, float]:
+        """The same of what training starts from and must beat."""
+        ...
+
+    def num_tokens(self, rows: Indices) -> int:
+        """Tokens of a batch, padding excluded."""
+        ...
+
+
+@dataclass
+class Loop:
+    """Everything a step needs. Built once per attempt; `train` runs it to the end."""
+
+    stage: str
+    settings: LoopSettings
+    worker: Worker
+    model: nn.Module
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    order: Order
+    checkpoints: Checkpoints
+    history: History
+    checkpoint_steps: int | None
+    base_loss: float | None = None
+    resumed_at: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        stage: str,
+        settings: LoopSettings,
+        runtime: TrainRuntime,
+        objective: Objective,
+        order: Order,
+        model: nn.Module,
+        workdir: Path,
+        worker: Worker,
+    ) -> Loop:
+        """A loop over `order` that trains what `model` has to train."""
+        parameters = models.trainable(model)
+        return cls(
+            stage=stage,
+            settings=settings,
+            worker=worker,
+            model=model,
+            parameters=parameters,
+            optimizer=adamw(parameters, settings),
+            objective=objective,
+            order=order,
+            checkpoints=Checkpoints(workdir / "checkpoints", worker.persist),
+            history=History(workdir / "metrics.jsonl", enabled=worker.is_main),
+            checkpoint_steps=runtime.checkpoint_steps,
+        )
+
+    # ---- the run ------------------------------------------------------------------------------
+
+    def train(self) -> LoopState:
+        """Every step from the newest checkpoint (or the start) to the end, or to early stopping."""
+        total = self.order.total_steps(self.settings.epochs, self.settings.max_steps)
+        state = self._resume(total)
+        saved = mark = time.monotonic()
+        for rows in self.order.batches(state.step, total):
+            if self._should_stop_early(state):
+                break
+            figures, stop = self._step(rows, state.step, total)
+            now = time.monotonic()
+            state = replace(
+                state,
+                step=state.step + 1,
+                tokens=state.tokens + self.objective.num_tokens(rows),
+                seconds=state.seconds + now - mark,
+            )
+            mark = now  # so a step's time holds the report of the step before it
+            self._log(state, total, figures)
+            evaluated = self._evaluation_due(state.step, total)
+            if evaluated:
+                state = self._evaluate(state, total)
+            if stop or evaluated or self._checkpoint_due(state.step, total, saved):
+                self._save(state)
+                saved = mark = time.monotonic()
+            if stop:
+                self.checkpoints.wait()
+                raise Interrupted(self.stage, state.step)
+        self.checkpoints.wait()
+        self._keep_best(state)
+        return state
+
+    def _resume(self, total: int) -> LoopState:
+        state = self.checkpoints.latest()
+        if state is None:
+            self.history.truncate(0)
+            self._measure_base(total)
+            self.worker.report(total_steps=total, resumed_step=0)
+            return LoopState()
+        self.checkpoints.restore(state, self.parameters, self.optimizer)
+        self.history.truncate(state.step)
+        self.base_loss = self.history.base_loss()
+        self.resumed_at = state.step
+        self.worker.report(
+            step=state.step,
+            total_steps=total,
+            message=f"resuming after step {state.step}",
+            resumed_step=state.step,
+        )
+        return state
+
+    def _step(self, rows: Indices, step: int, total: int) -> tuple[dict[str, float], bool]:
+        """One optimizer step over a global batch. Returns its figures, among them the loss and the
+        gradient's norm before clipping, and whether any worker was asked to stop."""
+        figures, stop = self._backward(rows, step)
+        norm = self._clip()
+        loss = figures["loss"]
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise not_finite(f"the loss became {loss} (gradient norm {norm}) at step {step + 1}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate(step, total)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {**figures, "gradientNorm": norm}, stop
+
+    def backward(self, rows: Indices, step: int) -> tuple[float, bool]:
+        """Leaves the gradient of the global batch's mean loss in every parameter, on every worker.
+        Returns that loss, and whether any worker was asked to stop."""
+        figures, stop = self._backward(rows, step)
+        return figures["loss"], stop
+
+    def _backward(self, rows: Indices, step: int) -> tuple[dict[str, float], bool]:
+        self.model.train()
+        means_K, stop = self._reduce(self.objective.backward(rows, step))
+        return dict(zip(self.objective.figures, means_K.tolist(), strict=True)), stop
+
+    def _reduce(self, means_K: Tensor) -> tuple[Tensor, bool]:
+        """Sums gradients, figures and stop requests over the workers, in one buffer."""
+        stop = torch.tensor(float(self.worker.stop()), device=self.worker.device)
+        if self.worker.world_size == 1:
+            return means_K, bool(stop)
+        grads = []
+        for parameter in self.parameters.values():
+            if parameter.grad is None:  # a worker whose share of a small batch is empty
+                parameter.grad = torch.zeros_like(parameter)
+            grads.append(parameter.grad)
+        flat = torch.cat([*(g.reshape(-1).float() for g in grads), means_K, stop[None]])
+        dist.all_reduce(flat)
+        sizes = [g.numel() for g in grads]
+        count = len(means_K)
+        for grad, reduced in zip(grads, flat[: -count - 1].split(sizes), strict=True):
+            grad.copy_(reduced.view_as(grad))
+        return flat[-count - 1 : -1], bool(flat[-1] > 0)
+
+    def _learning_rate(self, step: int, total: int) -> float:
+        return self.settings.learning_rate * rate(self.settings.schedule, step, total)
+
+    def _clip(self) -> float:
+        limit = self.settings.optimizer.max_gradient_norm
+        norm = nn.utils.clip_grad_norm_(
+            list(self.parameters.values()), math.inf if limit is None else limit
+        )
+        return float(norm)
+
+    # ---- held-out loss --------------------------------------------------------------------------
+
+    def _evaluation_due(self, step: int, total: int) -> bool:
+        if not self.objective.holds_out:
+            return False
+        every = self.settings.evaluation_steps or self.order.steps_per_epoch
+        return step % every == 0 or step == total
+
+    def _measure_base(self, total: int) -> None:
+        """The held-out figures before any step: what training must beat."""
+        if not self.objective.holds_out:
+            return
+        self.worker.report(total_steps=total, message="measuring where training starts from")
+        found = self.objective.baseline()
+        self.base_loss = found["validationLoss"]
+        metrics = {f"base{name[:1].upper()}{name[1:]}": value for name, value in found.items()}
+        self.history.write({"step": 0, **metrics})
+        self.worker.report(total_steps=total, metrics=metrics)
+
+    def _evaluate(self, state: LoopState, total: int) -> LoopState:
+        found = self.objective.held_out()
+        loss = found["validationLoss"]
+        if not math.isfinite(loss):
+            raise not_finite(f"the held-out loss became {loss} after step {state.step}")
+        delta = self.settings.early_stopping.min_delta if self.settings.early_stopping else 0.0
+        improved = state.best_loss is None or loss < state.best_loss - delta
+        self.history.write({"step": state.step, **found})
+        self.worker.report(step=state.step, total_steps=total, metrics=found)
+        if improved:
+            return replace(state, best_step=state.step, best_loss=loss, stale=0)
+        return replace(state, stale=state.stale + 1)
+
+    def _should_stop_early(self, state: LoopState) -> bool:
+        rule = self.settings.early_stopping
+        return rule is not None and state.stale >= rule.patience
+
+    # ---- checkpoints and results ----------------------------------------------------------------
+
+    def _checkpoint_due(self, step: int, total: int, saved: float) -> bool:
+        """Without a fixed interval rank 0's clock decides for itself: only rank 0 writes."""
+        if step == total:
+            return False
+        if self.checkpoint_steps is not None:
+            return step % self.checkpoint_steps == 0
+        return time.monotonic() - saved >= CHECKPOINT_SECONDS
+
+    def _save(self, state: LoopState) -> None:
+        if self.worker.is_main:
+            self.checkpoints.save(state, self.parameters, self.optimizer)
+
+    def _keep_best(self, state: LoopState) -> None:
+        """Rank 0 alone holds the result; the others are done."""
+        best = state.best_step
+        if self.worker.is_main and self.settings.keep_best and best not in (None, state.step):
+            assign(self.checkpoints.weights(best), self.parameters)
+
+    def _log(self, state: LoopState, total: int, figures: Mapping[str, float]) -> None:
+        metrics = {
+            **figures,
+            "learningRate": self._learning_rate(state.step - 1, total),
+            "epoch": state.step / self.order.steps_per_epoch,
+            "tokensPerSecond": state.tokens / state.seconds if state.seconds else 0.0,
+            "tokens": float(state.tokens),
+        }
+        self.history.write({"step": state.step, **metrics})
+        self.worker.report(step=state.step, total_steps=total, metrics=metrics)
+
+    def summary(self, state: LoopState) -> dict[str, float]:
+        """The record's metrics."""
+        metrics = {
+            "steps": float(state.step),
+            "epochs": state.step / self.order.steps_per_epoch,
+            "tokens": float(state.tokens),
+            "trainingSeconds": state.seconds,
+            "tokensPerSecond": state.tokens / state.seconds if state.seconds else 0.0,
+            "trainedParameters": float(sum(p.numel() for p in self.parameters.values())),
+            "parameters": float(models.count_parameters(self.model)),
+            "peakMemoryBytes": float(models.peak_memory_bytes(self.worker.device)),
+            "finalLoss": self.history.last("loss"),
+        }
+        if state.best_loss is not None:
+            metrics["validationLoss"] = state.best_loss
+        if self.base_loss is not None:
+            metrics["baseValidationLoss"] = self.base_loss
+        return metrics
+
+    def details(self, state: LoopState) -> dict[str, Any]:
+        """The record's details."""
+        return {
+            "batchSize": self.settings.batch_size,
+            "bestStep": state.best_step,
+            "resumedAtStep": self.resumed_at,
+            "stoppedEarly": self._should_stop_early(state),
+            "precision": str(precision_of(self.settings, self.worker)).removeprefix("torch."),
+            "device": self.worker.device.type,
+            "workers": self.worker.world_size,
+        }
+
+
+class History:
+    """`metrics.jsonl`: one line per step or evaluation, of this and earlier attempts."""
+
+    def __init__(self, path: Path, *, enabled: bool) -> None:
+        self._path, self._enabled = path, enabled
+        self._last: dict[str, float] = {}
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._last.update(line)
+        if self._enabled:
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def truncate(self, step: int) -> None:
+        """Forgets what a killed run wrote after its last checkpoint, which will be done again."""
+        if not self._enabled:
+            return
+        kept = [line for line in self.lines() if line["step"] <= step] if step else []
+        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        for line in kept:
+            self._last.update(line)
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Whole lines only: the last one of a killed run may be torn."""
+        text = self._path.read_text() if self._path.exists() else ""
+        for line in text.splitlines(keepends=True):
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+    def base_loss(self) -> float | None:
+        return self._last.get("baseValidationLoss")
+
+    def last(self, name: str) -> float:
+        return self._last.get(name, math.nan)
+
+
+def not_finite(what: str) -> StageError:
+    """Training came to nothing."""
+    return StageError(
+        "LossNotFinite",
+        f"{what}.",
+        advice="Lower training.learningRate, or raise training.schedule.warmup; look for broken "
+        "rows in the data.",
+    )
+
+
+def mix(*numbers: int) -> int:
+    """One well-mixed 63-bit seed of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def precision_of(settings: LoopSettings, worker: Worker) -> torch.dtype:
+    """Arithmetic of the forward and backward pass."""
+    if settings.precision == "auto":
+        return torch.bfloat16 if worker.device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.precision]
+
+
+def adamw(parameters: Mapping[str, nn.Parameter], settings: LoopSettings) -> torch.optim.Optimizer:
+    """AdamW; vectors (biases, norms) are never decayed."""
+    values = settings.optimizer
+    matrices = [p for p in parameters.values() if p.ndim > 1]
+    vectors = [p for p in parameters.values() if p.ndim <= 1]
+    return torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": values.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+        betas=(values.beta1, values.beta2),
+        eps=values.epsilon,
+    )
