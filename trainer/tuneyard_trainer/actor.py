@@ -20,10 +20,12 @@ from tuneyard.api.methods import Adapter
 from tuneyard.api.plan import LoopSettings, TrainRuntime
 from tuneyard_trainer import models, policies
 from tuneyard_trainer.batches import passes
+from tuneyard_trainer.loop import precision_of
 from tuneyard_trainer.losses import Forward, autocast, head_at, head_of
 from tuneyard_trainer.policies import Reference
 from tuneyard_trainer.rl import entropy, token_logprobs
 from tuneyard_trainer.value_head import ValueHead
+from tuneyard_trainer.worker import Worker
 
 
 class Scored(NamedTuple):
@@ -168,14 +170,14 @@ def load(
     adapter: Adapter | None,
     training: LoopSettings,
     runtime: TrainRuntime,
-    device: torch.device,
+    worker: Worker,
     *,
     temperature: float,
     with_values: bool,
     with_reference: bool,
 ) -> Actor:
     """The inputs `model` and, where an earlier stage trained it, `tuned`, to be trained on."""
-    precision = precision_of(training.precision, device)
+    precision, device = precision_of(training, worker), worker.device
     tokenizer = models.load_tokenizer(inputs["model"])
     model = policies.load(
         inputs,
@@ -217,10 +219,3 @@ def without_dropout(model: nn.Module) -> None:
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and models.DROPOUT.search(name):
                 setattr(module, name, 0.0)
-
-
-def precision_of(wanted: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 on GPU, float32 on CPU."""
-    if wanted == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]

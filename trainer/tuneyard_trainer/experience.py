@@ -1,0 +1,79 @@
+"""Where the loop of reinforcement meets its methods: what they make of answers.
+
+Shapes: B answers of one worker, T their tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from tuneyard_trainer.actor import Scored
+from tuneyard_trainer.rollouts import Rollouts
+
+
+class Experience(NamedTuple):
+    """What a method optimises on: this worker's answers, as they were when sampled."""
+
+    mask_BT: Tensor
+    logprobs_BT: Tensor
+    reference_BT: Tensor
+    values_BT: Tensor
+    advantages_BT: Tensor
+    returns_BT: Tensor
+
+    def take(self, chosen: Sequence[int]) -> Experience:
+        """Some of the answers, as wide as the longest of them."""
+        rows = torch.tensor(chosen, device=self.mask_BT.device)
+        width = max(1, int(self.mask_BT[rows].sum(1).max()))
+        return Experience(*(x_BT[rows, :width] for x_BT in self))
+
+
+class Loss(NamedTuple):
+    """Of some answers."""
+
+    total: Tensor
+    """The sum to minimise, before it is divided by the method's `divisor`."""
+    watched: Mapping[str, Tensor]
+    """Sums over the answers' tokens of what is watched per token."""
+
+
+class Method(Protocol):
+    """What PPO, GRPO and RLOO differ in."""
+
+    answers: int
+    """Answers of an update, over all workers."""
+    group_size: int
+    """Answers to one prompt."""
+    optimization_epochs: int
+    """Passes over an update's answers."""
+    with_values: bool
+    """Whether it needs a value head."""
+    with_reference: bool
+    """Whether it needs the model as it was at the start."""
+    ends_matter: bool
+    """Whether a run in which no answer ever ends is a failed one."""
+    watched: tuple[str, ...]
+    """The names that `loss` watches."""
+
+    target_kl: float | None
+    """What the KL coefficient is adapted towards, in nats per answer; None: it is fixed."""
+    rewards_entropy: bool
+    """Whether the loss needs the entropy's gradient."""
+
+    def experience(
+        self, rollouts: Rollouts, kl_coefficient: float, /
+    ) -> tuple[Experience, dict[str, float]]:
+        """The answers with their advantages, and what is watched of these."""
+        ...
+
+    def loss(self, now: Scored, then: Experience, /) -> Loss:
+        """Of some answers, as they are now against as they were."""
+        ...
+
+    def divisor(self, lengths: Tensor, /) -> Tensor:
+        """What a minibatch's summed loss is divided by; `lengths`: of all of its answers."""
+        ...

@@ -1,0 +1,523 @@
+"""The loop around PPO, GRPO and RLOO: answer, score, optimise, watch, and keep the best.
+
+What a method makes of the answers is its own file (`stages/ppo.py`, `stages/grpo.py`); here is what
+they share. Everything random is a function of seed and step (the prompts' order, the answers, the
+minibatches), so a killed run goes on exactly from a checkpoint, and neither the number of workers
+nor the size of a pass changes an update beyond rounding. Shapes as in `rollouts`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tuneyard.api.plan import GrpoSettings, LoopSettings, PlannedStage, PpoSettings
+from tuneyard.errors import StageError
+from tuneyard_trainer import actor as actors
+from tuneyard_trainer import answering, models, policies, rewards
+from tuneyard_trainer.actor import Actor, Texts
+from tuneyard_trainer.answering import Ready
+from tuneyard_trainer.batches import Order
+from tuneyard_trainer.checkpoints import Checkpoints, LoopState, assign
+from tuneyard_trainer.experience import Experience, Method
+from tuneyard_trainer.loop import CHECKPOINT_SECONDS, History, adamw, mix, not_finite
+from tuneyard_trainer.rl import adapted_coefficient
+from tuneyard_trainer.rollouts import Collector, Peers, Rollouts, prompts_of
+from tuneyard_trainer.sampling import TransformersSampler, stop_tokens
+from tuneyard_trainer.schedules import rate
+from tuneyard_trainer.watch import Stop, blown_up
+from tuneyard_trainer.worker import Interrupted, Outcome, Worker
+
+HELD_OUT_SHARE, MOST_HELD_OUT = 0.1, 64
+"""Prompts that are never trained on: the reward of 64 answers is known to an eighth of its
+deviation, and less, as every measurement draws them with the same keys."""
+VALUE_HEAD_RATE = 10.0
+"""The value head's learning rate over the policy's: it starts from nothing (OpenRLHF: critics at
+9e-6 beside actors at 5e-7)."""
+TRUNCATED_UPDATES = 3
+"""Updates in a row without one whole answer before the run is given up."""
+SAMPLES_SHOWN = 3
+_SPLIT, _ANSWER, _MEASURE, _SHUFFLE = range(4)  # purposes of a seed
+
+
+@dataclass(frozen=True)
+class RlState(LoopState):
+    """Where the loop stands after `step` updates. `best_loss` is the negated objective: the mean
+    reward less the KL coefficient's first value times the mean KL, on the held-out prompts."""
+
+    optimizer_steps: int = 0
+    kl_coefficient: float = 0.0
+    first_length: float = 0.0
+    """Mean length of the first update's answers; 0: there was none yet."""
+    truncated: int = 0
+    """Updates in a row in which no answer ended."""
+    stopped: str | None = None
+    """Why the run ended early; None: it did not."""
+    base: dict[str, float] = field(default_factory=dict)
+    """What was measured before the first update."""
+    best: dict[str, float] = field(default_factory=dict)
+    """What was measured at `best_step`."""
+    last: dict[str, float] = field(default_factory=dict)
+    """What was measured last."""
+
+    def optimizer_age(self) -> int:
+        return self.optimizer_steps
+
+
+def run(
+    stage: PlannedStage,
+    settings: PpoSettings | GrpoSettings,
+    method: Method,
+    inputs: Mapping[str, Path],
+    workdir: Path,
+    worker: Worker,
+) -> Outcome:
+    """Trains and leaves `weights/` (an adapter or a whole model) and `metrics.jsonl`."""
+    loop = Loop.build(stage, settings, method, inputs, workdir, worker)
+    state = loop.train()
+    if worker.is_main:
+        loop.write_weights(workdir / "weights")
+    return Outcome(metrics=loop.summary(state), details=loop.details(state), contents=("weights",))
+
+
+@dataclass
+class Loop:
+    """Everything an update needs. Built once per attempt; `train` runs it to the end."""
+
+    stage: str
+    settings: PpoSettings | GrpoSettings
+    method: Method
+    worker: Worker
+    actor: Actor
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    collector: Collector
+    questions: Sequence[Ready]
+    held_out: Sequence[Ready]
+    """What is measured on."""
+    order: Order
+    checkpoints: Checkpoints
+    history: History
+    checkpoint_steps: int | None
+    trained_on_held_out: bool = False
+    resumed_at: int | None = None
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def build(
+        cls,
+        stage: PlannedStage,
+        settings: PpoSettings | GrpoSettings,
+        method: Method,
+        inputs: Mapping[str, Path],
+        workdir: Path,
+        worker: Worker,
+    ) -> Loop:
+        training = settings.training
+        name = f"spec.optimize.{stage.name.partition('-')[0]}.prompts"
+        asker = answering.Policy.of(inputs, settings.chat, worker)
+        ready = asker.prompts(settings.prompts, settings.sampling.max_new_tokens, name)
+        reward = rewards.load(
+            settings.reward, inputs, settings.chat, prompts_of(ready), worker.device
+        )
+        worker.report(message="loading the model")
+        actor = actors.load(
+            inputs,
+            settings.adapter,
+            training,
+            stage.runtime,
+            worker,
+            temperature=settings.sampling.temperature,
+            with_values=method.with_values,
+            with_reference=method.with_reference,
+        )
+        stop = stop_tokens(actor.model, asker.tokenizer, settings.chat.chat_template)
+        sampler = TransformersSampler(
+            actor.model, actor.pad, stop, settings.sampling, actor.precision
+        )
+        questions, held_out = split(ready)
+        return cls(
+            stage=stage.name,
+            settings=settings,
+            method=method,
+            worker=worker,
+            actor=actor,
+            parameters=actor.parameters,
+            optimizer=_optimizer(actor, training),
+            collector=Collector(
+                actor,
+                sampler,
+                reward,
+                asker.tokenizer,
+                stop,
+                Peers(worker.rank, worker.world_size, worker.device),
+            ),
+            questions=questions,
+            held_out=held_out or questions[:MOST_HELD_OUT],
+            trained_on_held_out=not held_out,
+            order=Order(
+                np.arange(len(questions), dtype=np.int64),
+                max(1, method.answers // method.group_size),
+                training.seed,
+            ),
+            checkpoints=Checkpoints(workdir / "checkpoints", worker.persist, RlState),
+            history=History(workdir / "metrics.jsonl", enabled=worker.is_main),
+            checkpoint_steps=stage.runtime.checkpoint_steps,
+        )
+
+    # ---- the run ------------------------------------------------------------------------------
+
+    @property
+    def total_steps(self) -> int:
+        """Updates of the whole run; an epoch is a pass over the prompts."""
+        training = self.settings.training
+        return self.order.total_steps(training.epochs, training.max_steps)
+
+    def train(self) -> RlState:
+        """Every update from the newest checkpoint (or the start) to the end, or to a blow-up."""
+        total = self.total_steps
+        state = self._resume(total)
+        saved = time.monotonic()
+        while state.step < total:
+            state, interrupted = self._update(state, total)
+            if state.stopped:
+                break
+            measured = self._measurement_due(state.step, total)
+            if measured:
+                state = self._measure(state, total)
+            if interrupted or measured or self._checkpoint_due(state.step, total, saved):
+                self._save(state)
+                saved = time.monotonic()
+            if interrupted:
+                self.checkpoints.wait()
+                raise Interrupted(self.stage, state.step)
+        self.checkpoints.wait()
+        self._keep_best(state)
+        return state
+
+    def _resume(self, total: int) -> RlState:
+        state = self.checkpoints.latest()
+        if state is None:
+            self.history.truncate(0)
+            state = RlState(kl_coefficient=self.settings.kl_coefficient)
+            self.worker.report(total_steps=total, message="measuring the model before training")
+            state = self._measure(state, total)
+            state = replace(state, base=state.last)
+            self._save(state)
+            self.worker.report(total_steps=total, resumed_step=0)
+            return state
+        if not isinstance(state, RlState):
+            raise TypeError("not a checkpoint of reinforcement learning")
+        self.checkpoints.restore(state, self.parameters, self.optimizer)
+        self.history.truncate(state.step)
+        self.resumed_at = state.step
+        self.worker.report(
+            step=state.step,
+            total_steps=total,
+            message=f"resuming after update {state.step}",
+            resumed_step=state.step,
+        )
+        return state
+
+    def _update(self, state: RlState, total: int) -> tuple[RlState, bool]:
+        """Answers of the present policy, and the passes that improve it on them. Returns the state
+        after it, and whether any worker was asked to stop."""
+        began = time.monotonic()
+        rollouts = self.collector.collect(*self._asked(state.step))
+        watched = rollouts.watched()
+        state = self._refuse_truncation(state, watched)
+        state = replace(state, first_length=state.first_length or watched["answerLength"])
+        stopped = blown_up(self.settings.stop_on, watched, state.first_length)
+        if stopped:
+            self._tell_of_blow_up(state, total, watched, stopped)
+            return replace(state, stopped=stopped.reason), False
+        experience, more = self.method.experience(rollouts, state.kl_coefficient)
+        optimised, steps, interrupted = self._optimise(experience, rollouts, state, total)
+        trained = time.monotonic()
+        metrics = {
+            **watched,
+            **more,
+            **optimised,
+            "klCoefficient": state.kl_coefficient,
+            **rollouts.seconds,
+            "trainingSeconds": trained - began - sum(rollouts.seconds.values()),
+        }
+        state = replace(
+            state,
+            step=state.step + 1,
+            optimizer_steps=state.optimizer_steps + steps,
+            tokens=state.tokens + rollouts.num_tokens,
+            seconds=state.seconds + trained - began,
+            kl_coefficient=adapted_coefficient(
+                state.kl_coefficient, watched["kl"], self.method.target_kl
+            ),
+        )
+        self._log(state, total, metrics)
+        return state, interrupted
+
+    def _asked(self, step: int) -> tuple[list[Ready], list[int]]:
+        """The questions of an update, each as often as it is answered, and the answers' keys.
+        Updates take prompts one after the other from endless shuffled passes over all of them."""
+        count, seed = self.order.batch_size, self.settings.training.seed
+        places = range(step * count, (step + 1) * count)
+        size = len(self.questions)
+        passes = {n: self.order.epoch(n) for n in {place // size for place in places}}
+        chosen = [int(passes[place // size][place % size]) for place in places]
+        questions = [self.questions[i] for i in chosen for _ in range(self.method.group_size)]
+        return questions, [mix(seed, _ANSWER, step, i) for i in range(len(questions))]
+
+    # ---- optimising -----------------------------------------------------------------------------
+
+    def _optimise(
+        self, experience: Experience, rollouts: Rollouts, state: RlState, total: int
+    ) -> tuple[dict[str, float], int, bool]:
+        """All epochs over an update's answers. Returns what was watched, as means over tokens and
+        minibatches; the optimizer steps taken; and whether any worker was asked to stop."""
+        training, device = self.settings.training, self.worker.device
+        place = {answer: own for own, answer in enumerate(rollouts.owned)}
+        sums = torch.zeros(len(self.method.watched), device=device)
+        norms: list[float] = []
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate(state.step, total) * group.get("scale", 1.0)
+        self.actor.train()
+        for epoch in range(self.method.optimization_epochs):
+            shuffled = _generator(training.seed, _SHUFFLE, state.step, epoch).permutation(
+                len(rollouts.lengths_R)
+            )
+            for start in range(0, len(shuffled), training.batch_size):
+                chosen = shuffled[start : start + training.batch_size]
+                divisor = self.method.divisor(
+                    rollouts.lengths_R[torch.from_numpy(chosen).to(device)]
+                )
+                own = [place[int(answer)] for answer in chosen if int(answer) in place]
+                sums += self._backward(experience, rollouts.texts, own, divisor)
+                norms.append(self._step(state.step))
+        stop = torch.tensor([float(self.worker.stop())], device=device)
+        told = self.collector.peers.sum(torch.cat([sums, stop]))
+        seen_tokens = rollouts.num_tokens * self.method.optimization_epochs
+        means = {
+            name: float(value) / seen_tokens
+            for name, value in zip(self.method.watched, told[:-1], strict=True)
+        }
+        return {**means, "gradientNorm": sum(norms) / len(norms)}, len(norms), bool(told[-1] > 0)
+
+    def _backward(
+        self, experience: Experience, texts: Texts, own: Sequence[int], divisor: Tensor
+    ) -> Tensor:
+        """Adds the gradient of this worker's part of a minibatch, pass by pass. Returns what the
+        method watches, summed."""
+        sums = torch.zeros(len(self.method.watched), device=self.worker.device)
+        for layout in self.actor.passes(texts.take(own)):
+            rows = [own[i] for i in layout]
+            entropy = self.method.rewards_entropy
+            now = self.actor.score(texts.take(rows), differentiable_entropy=entropy)
+            loss = self.method.loss(now, experience.take(rows))
+            (loss.total / divisor).backward()
+            sums += torch.stack([loss.watched[name].detach() for name in self.method.watched])
+        return sums
+
+    def _step(self, step: int) -> float:
+        """Sums the workers' gradients and steps. Returns the norm before clipping."""
+        for parameter in self.parameters.values():
+            if parameter.grad is None:  # a worker without a part in this minibatch
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if self.worker.world_size > 1:
+            flat = self.collector.peers.sum(torch.cat([g.reshape(-1).float() for g in gradients]))
+            for gradient, summed in zip(
+                gradients, flat.split([g.numel() for g in gradients]), strict=True
+            ):
+                gradient.copy_(summed.view_as(gradient))
+        limit = self.settings.training.optimizer.max_gradient_norm
+        norm = float(
+            nn.utils.clip_grad_norm_(
+                list(self.parameters.values()), math.inf if limit is None else limit
+            )
+        )
+        if not math.isfinite(norm):
+            raise not_finite(f"the gradient's norm became {norm} in update {step + 1}")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _learning_rate(self, step: int, total: int) -> float:
+        training = self.settings.training
+        return training.learning_rate * rate(training.schedule, step, total)
+
+    # ---- watching -------------------------------------------------------------------------------
+
+    def _refuse_truncation(self, state: RlState, watched: Mapping[str, float]) -> RlState:
+        """Counts updates without one whole answer; raises StageError AllAnswersTruncated."""
+        truncated = state.truncated + 1 if watched["endedShare"] == 0 else 0
+        if truncated >= TRUNCATED_UPDATES and self.method.ends_matter:
+            raise StageError(
+                "AllAnswersTruncated",
+                f"in {truncated} updates on end not one of {self.method.answers} answers came to "
+                f"its end within {self.settings.sampling.max_new_tokens} tokens: what is scored "
+                "are torsos.",
+                advice="Raise sampling.maxNewTokens, or start from a model that ends its answers "
+                "(sft first). Answers without an end on purpose: ppo.missingEosPenalty: 0.",
+            )
+        return replace(state, truncated=truncated)
+
+    def _tell_of_blow_up(
+        self, state: RlState, total: int, watched: Mapping[str, float], stopped: Stop
+    ) -> None:
+        self.history.write({"step": state.step, "stopped": stopped.reason, **watched})
+        message = f"{stopped.reason}: {stopped.message}; the run ends"
+        self.worker.report(step=state.step, total_steps=total, metrics=watched, message=message)
+        kept = self.settings.training.keep_best and state.best_step
+        if not kept:
+            raise StageError(
+                stopped.reason,
+                f"{stopped.message} after {state.step} updates, and no better model had been "
+                "measured by then.",
+                advice="Lower training.learningRate, raise klCoefficient, measure more often "
+                "(training.evaluationSteps), or relax stopOn.",
+            )
+
+    def _measurement_due(self, step: int, total: int) -> bool:
+        """Without a fixed interval: each pass over the prompts, but ten times a run at most."""
+        every = self.settings.training.evaluation_steps or max(
+            self.order.steps_per_epoch, math.ceil(total / 10)
+        )
+        return step % every == 0 or step == total
+
+    def _measure(self, state: RlState, total: int) -> RlState:
+        """Answers to the held-out prompts, the same keys each time."""
+        seed = self.settings.training.seed
+        keys = [mix(seed, _MEASURE, i) for i in range(len(self.held_out))]
+        rollouts = self.collector.collect(self.held_out, keys)
+        watched = rollouts.watched()
+        objective = watched["reward"] - self.settings.kl_coefficient * watched["kl"]
+        last = {
+            "objective": objective,
+            **{name: watched[name] for name in ("reward", "kl", "answerLength", "endedShare")},
+        }
+        self._show(state.step, rollouts)
+        told = {f"heldOut{name[0].upper()}{name[1:]}": value for name, value in last.items()}
+        self.history.write({"step": state.step, **told})
+        self.worker.report(step=state.step, total_steps=total, metrics=told)
+        state = replace(state, last=last)
+        if state.best_loss is None or -objective < state.best_loss:
+            return replace(state, best_step=state.step, best_loss=-objective, best=last, stale=0)
+        return replace(state, stale=state.stale + 1)
+
+    def _show(self, step: int, rollouts: Rollouts) -> None:
+        """Keeps a few answers for the record."""
+        for own, answer in enumerate(rollouts.answers[:SAMPLES_SHOWN]):
+            index = rollouts.owned[own]
+            self.samples.append(
+                {
+                    "step": step,
+                    "prompt": self.held_out[index].prompt.question,
+                    "answer": answer,
+                    "reward": float(rollouts.scores_R[index]),
+                }
+            )
+
+    def _log(self, state: RlState, total: int, metrics: Mapping[str, float]) -> None:
+        line = {
+            **metrics,
+            "learningRate": self._learning_rate(state.step - 1, total),
+            "epoch": state.step / self.order.steps_per_epoch,
+            "tokens": float(state.tokens),
+            "tokensPerSecond": state.tokens / state.seconds if state.seconds else 0.0,
+        }
+        self.history.write({"step": state.step, **line})
+        self.worker.report(step=state.step, total_steps=total, metrics=line)
+
+    # ---- checkpoints and results ----------------------------------------------------------------
+
+    def _checkpoint_due(self, step: int, total: int, saved: float) -> bool:
+        """Without a fixed interval rank 0's clock decides for itself: only rank 0 writes."""
+        if step == total:
+            return False
+        if self.checkpoint_steps is not None:
+            return step % self.checkpoint_steps == 0
+        return time.monotonic() - saved >= CHECKPOINT_SECONDS
+
+    def _save(self, state: RlState) -> None:
+        if self.worker.is_main:
+            self.checkpoints.save(state, self.parameters, self.optimizer)
+
+    def _keep_best(self, state: RlState) -> None:
+        """Rank 0 alone holds the result; the others are done."""
+        best = state.best_step
+        kept = self.settings.training.keep_best and best is not None
+        if self.worker.is_main and kept and (best != state.step or state.stopped):
+            assign(self.checkpoints.weights(best or 0), self.parameters)
+
+    def write_weights(self, folder: Path) -> None:
+        """The adapter alone, or the whole model where all of it was trained. No value head: what
+        answers needs none."""
+        policies.save(self.actor.model, self.settings.adapter, folder)
+
+    def summary(self, state: RlState) -> dict[str, float]:
+        """The record's metrics: what is kept, on the held-out prompts, and what it took."""
+        kept = state.best if self.settings.training.keep_best else state.last
+        return {
+            **kept,
+            "baseReward": state.base.get("reward", math.nan),
+            "rewardGain": kept.get("reward", math.nan) - state.base.get("reward", math.nan),
+            "steps": float(state.step),
+            "epochs": state.step / self.order.steps_per_epoch,
+            "tokens": float(state.tokens),
+            "trainingSeconds": state.seconds,
+            "klCoefficient": state.kl_coefficient,
+            "trainedParameters": float(sum(p.numel() for p in self.parameters.values())),
+            "parameters": float(models.count_parameters(self.actor.model)),
+            "peakMemoryBytes": float(models.peak_memory_bytes(self.worker.device)),
+        }
+
+    def details(self, state: RlState) -> dict[str, Any]:
+        """The record's details."""
+        return {
+            "answersPerUpdate": self.method.answers,
+            "groupSize": self.method.group_size,
+            "prompts": len(self.questions),
+            "heldOutPrompts": 0 if self.trained_on_held_out else len(self.held_out),
+            "bestStep": state.best_step,
+            "resumedAtStep": self.resumed_at,
+            "stoppedBy": state.stopped,
+            "optimizerSteps": state.optimizer_steps,
+            "samples": self.samples[:SAMPLES_SHOWN] + self.samples[-SAMPLES_SHOWN:],
+            "precision": str(self.actor.precision).removeprefix("torch."),
+            "device": self.worker.device.type,
+            "workers": self.worker.world_size,
+        }
+
+
+# ---- parts --------------------------------------------------------------------------------------
+
+
+def split(questions: Sequence[Ready]) -> tuple[list[Ready], list[Ready]]:
+    """What is trained on and what is held out; copies of a prompt are on the same side. The seed is
+    fixed: runs that differ in theirs are measured on the same prompts."""
+    different = sorted({question.ids for question in questions})
+    count = min(MOST_HELD_OUT, int(len(different) * HELD_OUT_SHARE))
+    chosen = _generator(0, _SPLIT).permutation(len(different))[:count]
+    held_out = {different[i] for i in chosen}
+    by_ids = {question.ids: question for question in questions if question.ids in held_out}
+    return [q for q in questions if q.ids not in held_out], list(by_ids.values())
+
+
+def _optimizer(actor: Actor, training: LoopSettings) -> torch.optim.Optimizer:
+    """The policy's AdamW, and the value head at its own rate."""
+    optimizer = adamw(models.trainable(actor.model), training)
+    if actor.value_head:
+        head = list(actor.value_head.parameters())
+        optimizer.add_param_group({"params": head, "weight_decay": 0.0, "scale": VALUE_HEAD_RATE})
+    return optimizer
+
+
+def _generator(*numbers: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(numbers)))

@@ -1,0 +1,206 @@
+"""Answers of the policy in training, scored: what an update of reinforcement learning looks at.
+
+An update has R answers over all workers; each worker samples and scores its own B of them, and then
+tells the others a few numbers of each, so that every worker knows the whole update's statistics.
+Shapes: B answers of this worker, R of all workers, T tokens, K numbers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from tuneyard.errors import StageError
+from tuneyard_trainer import rl
+from tuneyard_trainer.actor import Actor, Texts
+from tuneyard_trainer.answering import Ready
+from tuneyard_trainer.prompts import Prompt
+from tuneyard_trainer.rewards import Attempt, Reward, finite
+from tuneyard_trainer.rl import Reduce
+from tuneyard_trainer.sampling import Sampler
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The workers that share a batch; alone where there is one."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def mine(self, count: int) -> list[int]:
+        """Which of `count` things this worker takes."""
+        return list(range(self.rank, count, self.world_size))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all workers, on each of them."""
+        if self.world_size == 1:
+            return tensor
+        total = tensor.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    def gather(self, values_BK: Tensor, owned: Sequence[int], count: int) -> Tensor:
+        """(R, K) everybody's values from each worker's own; R = `count`."""
+        whole_RK = torch.zeros(count, values_BK.shape[1], device=self.device)
+        whole_RK[torch.tensor(owned, device=self.device, dtype=torch.long)] = values_BK
+        return self.sum(whole_RK)
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """The work's result. If it fails on any worker, it fails on all of them with that reason:
+        the others would wait for the failed one until a limit that tells nothing."""
+        failure: StageError | None = None
+        result: Result | None = None
+        try:
+            result = work()
+        except StageError as error:
+            failure = error
+        if self.world_size > 1:
+            everyone: list[StageError | None] = [None] * self.world_size
+            dist.all_gather_object(everyone, failure)
+            failure = next((error for error in everyone if error is not None), None)
+        if failure is not None:
+            raise failure
+        return result  # type: ignore[return-value]  # nobody failed, so it is there
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """One update's answers."""
+
+    owned: Sequence[int]
+    """Which of the R answers are this worker's."""
+    texts: Texts
+    mask_BT: Tensor
+    logprobs_BT: Tensor
+    """When they were sampled."""
+    values_BT: Tensor
+    reference_BT: Tensor
+    """What the model at the start gave them; as `logprobs_BT` where nobody asks."""
+    scores_R: Tensor
+    """What each answer is worth, before any penalty."""
+    ended_R: Tensor
+    """True where it came to a stop token."""
+    lengths_R: Tensor
+    """Tokens, as floats."""
+    kl_R: Tensor
+    """Nats of the whole answer: the sum of log pi - log pi_ref over its tokens."""
+    entropy_R: Tensor
+    """The sum of its tokens' entropies, in nats."""
+    seconds: dict[str, float]
+    """How long generation and scoring took."""
+    answers: Sequence[str]
+    """This worker's, as text."""
+    reduce: Reduce = rl.alone
+    """Sums a tensor over the workers."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all answers, prompts not counted."""
+        return int(self.lengths_R.sum())
+
+    def own(self, x_R: Tensor) -> Tensor:
+        """(B,) this worker's part of what everybody knows."""
+        return x_R[torch.tensor(self.owned, device=x_R.device, dtype=torch.long)]
+
+    def watched(self) -> dict[str, float]:
+        """What is watched of an update's answers."""
+        return {
+            "reward": float(self.scores_R.mean()),
+            "rewardDeviation": float(self.scores_R.std(correction=0)),
+            "kl": float(self.kl_R.mean()),
+            "entropy": float(self.entropy_R.sum() / self.lengths_R.sum()),
+            "answerLength": float(self.lengths_R.mean()),
+            "endedShare": float(self.ended_R.mean(dtype=torch.float32)),
+        }
+
+
+@dataclass(frozen=True)
+class Collector:
+    """Samples and scores."""
+
+    actor: Actor
+    sampler: Sampler
+    reward: Reward
+    tokenizer: PreTrainedTokenizerBase
+    stop: tuple[int, ...]
+    peers: Peers
+
+    def collect(self, questions: Sequence[Ready], keys: Sequence[int]) -> Rollouts:
+        """One answer to each question; `keys` name the answers. Raises StageError, on every worker,
+        where any answer cannot be scored."""
+        owned = self.peers.mine(len(questions))
+        began = time.perf_counter()
+        asked = [questions[i] for i in owned]
+        tokens = self.sampler([q.ids for q in asked], [keys[i] for i in owned]) if asked else []
+        sampled = time.perf_counter()
+        answers = [self._text(answer) for answer in tokens]
+        texts = Texts(
+            [[*q.ids, *answer] for q, answer in zip(asked, tokens, strict=True)],
+            [len(q.ids) for q in asked],
+        )
+        scores_B = self.peers.together(lambda: self._worth(asked, answers))
+        now = self.actor.scores(texts)
+        reference_BT = self._reference(texts, now.logprobs_BT)
+        mask_BT = texts.mask(self.actor.device)
+        kl_BT = rl.kl_k1(now.logprobs_BT, reference_BT)
+        each_BK = torch.stack(
+            [
+                scores_B,
+                torch.tensor(
+                    [answer[-1] in self.stop for answer in tokens], device=scores_B.device
+                ).float(),
+                mask_BT.sum(1).float(),
+                kl_BT.sum(1),
+                now.entropy_BT.sum(1),
+            ],
+            dim=1,
+        )
+        told_RK = self.peers.gather(each_BK, owned, len(questions))
+        finite(told_RK[:, 0], [q.prompt for q in questions])
+        return Rollouts(
+            owned=owned,
+            texts=texts,
+            mask_BT=mask_BT,
+            logprobs_BT=now.logprobs_BT,
+            values_BT=now.values_BT,
+            reference_BT=reference_BT,
+            scores_R=told_RK[:, 0],
+            ended_R=told_RK[:, 1] > 0,
+            lengths_R=told_RK[:, 2],
+            kl_R=told_RK[:, 3],
+            entropy_R=told_RK[:, 4],
+            seconds={
+                "generationSeconds": sampled - began,
+                "scoringSeconds": time.perf_counter() - sampled,
+            },
+            answers=answers,
+            reduce=self.peers.sum,
+        )
+
+    def _worth(self, asked: Sequence[Ready], answers: Sequence[str]) -> Tensor:
+        attempts = [Attempt(q.prompt, answer) for q, answer in zip(asked, answers, strict=True)]
+        return self.reward(attempts).to(self.actor.device, torch.float32)
+
+    def _reference(self, texts: Texts, logprobs_BT: Tensor) -> Tensor:
+        if self.actor.reference is None:
+            return logprobs_BT
+        return self.actor.reference_logprobs(texts)
+
+    def _text(self, answer: Sequence[int]) -> str:
+        """What was said, without the token that ended it."""
+        spoken = answer[:-1] if answer[-1] in self.stop else answer
+        return str(self.tokenizer.decode(list(spoken), skip_special_tokens=True))
+
+
+def prompts_of(questions: Sequence[Ready]) -> list[Prompt]:
+    return [question.prompt for question in questions]

@@ -1,0 +1,178 @@
+"""grpo: several answers to each prompt, compared with each other; no value head.
+
+Group relative policy optimization (Shao et al. 2024, arXiv:2402.03300) and REINFORCE leave-one-out
+(Ahmadian et al. 2024, arXiv:2402.14740), with the loop of `reinforcement` around them. Both make
+one optimizer step of an update's answers; they differ in three lines:
+
+| | advantage of an answer | where the KL is | what is averaged |
+| --- | --- | --- | --- |
+| grpo | (r - mean) / std of its group | in the loss, per token (k3) | tokens of the batch |
+| rloo | r - mean of its siblings | in the reward, per answer (k1) | answers of the batch |
+
+`docs/adr/0009-own-loop-for-reinforcement.md` says why this loop and not TRL's trainers, whose
+losses these are. Shapes: B answers, T tokens, R answers of all workers, P prompts, G answers each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tuneyard.api.plan import GrpoSettings, PlannedStage
+from tuneyard_trainer import reinforcement, rl
+from tuneyard_trainer.actor import Scored
+from tuneyard_trainer.experience import Experience, Loss
+from tuneyard_trainer.rollouts import Rollouts
+from tuneyard_trainer.worker import Outcome, Worker
+
+
+def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker) -> Outcome:
+    """Trains and leaves `weights/` (an adapter or a whole model) and `metrics.jsonl`."""
+    settings = stage.settings
+    if not isinstance(settings, GrpoSettings):
+        raise TypeError(f"stage {stage.name} is a {stage.kind}, not grpo")
+    method = Grpo(settings) if settings.estimator == "grpo" else Rloo(settings)
+    return reinforcement.run(stage, settings, method, inputs, workdir, worker)
+
+
+@dataclass(frozen=True)
+class Grpo:
+    """What GRPO makes of answers and their scores."""
+
+    settings: GrpoSettings
+
+    optimization_epochs = 1
+    with_values = False
+    ends_matter = True
+    target_kl = None
+    rewards_entropy = False
+    watched = ("policyLoss", "clipFraction", "tokenKl")
+
+    @property
+    def answers(self) -> int:
+        """One optimizer step takes all of an update's answers, so it is always on-policy."""
+        return self.settings.training.batch_size
+
+    @property
+    def group_size(self) -> int:
+        return self.settings.group_size
+
+    @property
+    def with_reference(self) -> bool:
+        return _needs_reference(self.settings)
+
+    def experience(
+        self, rollouts: Rollouts, _kl_coefficient: float, /
+    ) -> tuple[Experience, dict[str, float]]:
+        """One advantage for all tokens of an answer."""
+        rewards_PG = rollouts.scores_R.view(-1, self.group_size)
+        advantages_R = rl.grpo_advantages(rewards_PG).flatten()
+        return _experience(rollouts, advantages_R), _agreement(rewards_PG)
+
+    def loss(self, now: Scored, then: Experience, /) -> Loss:
+        """Shao et al. 2024, eq. 3, negated, summed over the answers' tokens."""
+        mask_BT = then.mask_BT
+        policy = rl.clipped_policy_loss(
+            now.logprobs_BT, then.logprobs_BT, then.advantages_BT, self.settings.clip_range
+        )
+        kl_BT = rl.kl_k3(now.logprobs_BT, then.reference_BT)
+        total = rl.masked_sum(policy.loss + self.settings.kl_coefficient * kl_BT, mask_BT)
+        return Loss(
+            total,
+            {
+                "policyLoss": rl.masked_sum(policy.loss, mask_BT),
+                "clipFraction": rl.masked_sum(policy.bound.float(), mask_BT),
+                "tokenKl": rl.masked_sum(kl_BT, mask_BT),
+            },
+        )
+
+    def divisor(self, lengths: Tensor, /) -> Tensor:
+        """All tokens of the batch, as DAPO (Yu et al. 2025, arXiv:2503.14476, eq. 8) and TRL have
+        it. The paper's mean over each answer first makes the tokens of a long wrong answer count
+        less than those of a short one, and answers grow."""
+        return lengths.sum()
+
+
+@dataclass(frozen=True)
+class Rloo:
+    """What RLOO makes of answers and their scores."""
+
+    settings: GrpoSettings
+
+    optimization_epochs = 1
+    with_values = False
+    ends_matter = True
+    target_kl = None
+    rewards_entropy = False
+    watched = ("policyLoss", "clipFraction")
+
+    @property
+    def answers(self) -> int:
+        """One optimizer step takes all of an update's answers, so it is always on-policy."""
+        return self.settings.training.batch_size
+
+    @property
+    def group_size(self) -> int:
+        return self.settings.group_size
+
+    @property
+    def with_reference(self) -> bool:
+        return _needs_reference(self.settings)
+
+    def experience(
+        self, rollouts: Rollouts, kl_coefficient: float, /
+    ) -> tuple[Experience, dict[str, float]]:
+        """The reward of a whole answer, its KL taken off (Ahmadian et al. 2024, eq. 2)."""
+        rewards_PG = (rollouts.scores_R - kl_coefficient * rollouts.kl_R).view(-1, self.group_size)
+        advantages_R = rl.rloo_advantages(rewards_PG).flatten()
+        return _experience(rollouts, advantages_R), _agreement(rewards_PG)
+
+    def loss(self, now: Scored, then: Experience, /) -> Loss:
+        """An answer is one action: the ratio is the whole answer's, clipped as PPO's. Summed over
+        answers."""
+        mask_BT = then.mask_BT
+        now_B = torch.where(mask_BT, now.logprobs_BT, 0.0).sum(1)
+        then_B = torch.where(mask_BT, then.logprobs_BT, 0.0).sum(1)
+        policy = rl.clipped_policy_loss(
+            now_B, then_B, then.advantages_BT[:, 0], self.settings.clip_range
+        )
+        lengths_B = mask_BT.sum(1)
+        return Loss(
+            policy.loss.sum(),
+            {
+                "policyLoss": (policy.loss * lengths_B).sum(),
+                "clipFraction": (policy.bound * lengths_B).sum().float(),
+            },
+        )
+
+    def divisor(self, lengths: Tensor, /) -> Tensor:
+        """The batch's answers."""
+        return torch.tensor(float(len(lengths)), device=lengths.device)
+
+
+def _needs_reference(settings: GrpoSettings) -> bool:
+    limited = settings.stop_on is not None and settings.stop_on.max_kl is not None
+    return settings.kl_coefficient > 0 or limited
+
+
+def _experience(rollouts: Rollouts, advantages_R: Tensor) -> Experience:
+    """Each answer's advantage on all of its tokens."""
+    advantages_BT = rollouts.own(advantages_R)[:, None].expand_as(rollouts.mask_BT)
+    return Experience(
+        mask_BT=rollouts.mask_BT,
+        logprobs_BT=rollouts.logprobs_BT,
+        reference_BT=rollouts.reference_BT,
+        values_BT=rollouts.values_BT,
+        advantages_BT=advantages_BT,
+        returns_BT=advantages_BT,
+    )
+
+
+def _agreement(rewards_PG: Tensor) -> dict[str, float]:
+    """The share of groups that teach nothing, as all of their answers earn the same."""
+    same = (rewards_PG == rewards_PG[:, :1]).all(1)
+    return {"groupsAlike": float(same.float().mean())}

@@ -1,0 +1,150 @@
+"""ppo: proximal policy optimization against a reward (Schulman et al. 2017, arXiv:1707.06347), as
+language models are aligned with it (Ziegler et al. 2019, arXiv:1909.08593; Ouyang et al. 2022,
+arXiv:2203.02155).
+
+An update, with the loop of `reinforcement` around it:
+
+1. Sample an answer to each prompt; score it (`rollouts`).
+2. Reward each token: -beta (log pi - log pi_ref), and the answer's score on the last.
+3. Advantages by GAE over the value head's estimates, whitened over the whole batch.
+4. Some epochs of minibatches on: clipped policy loss + c_v clipped value loss - c_e entropy.
+5. Adapt beta towards the KL that is wanted.
+
+`docs/ppo.md` lists where this differs from TRL's last PPOTrainer, and why. Shapes: B answers, T
+tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from tuneyard.api.plan import PlannedStage, PpoSettings
+from tuneyard_trainer import reinforcement, rl
+from tuneyard_trainer.actor import Scored
+from tuneyard_trainer.experience import Experience, Loss
+from tuneyard_trainer.rollouts import Rollouts
+from tuneyard_trainer.worker import Outcome, Worker
+
+
+def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker) -> Outcome:
+    """Trains and leaves `weights/` (an adapter or a whole model) and `metrics.jsonl`."""
+    settings = stage.settings
+    if not isinstance(settings, PpoSettings):
+        raise TypeError(f"stage {stage.name} is a {stage.kind}, not ppo")
+    return reinforcement.run(stage, settings, Ppo(settings), inputs, workdir, worker)
+
+
+@dataclass(frozen=True)
+class Ppo:
+    """What PPO makes of answers and their scores."""
+
+    settings: PpoSettings
+
+    group_size = 1
+    with_values = True
+    with_reference = True
+    watched = (
+        "policyLoss",
+        "valueLoss",
+        "policyEntropy",
+        "clipFraction",
+        "valueClipFraction",
+        "approximateKl",
+    )
+
+    @property
+    def answers(self) -> int:
+        return self.settings.rollouts
+
+    @property
+    def optimization_epochs(self) -> int:
+        return self.settings.optimization_epochs
+
+    @property
+    def target_kl(self) -> float | None:
+        """Step 5 is `rl.adapted_coefficient`."""
+        return self.settings.target_kl
+
+    @property
+    def rewards_entropy(self) -> bool:
+        return self.settings.entropy_coefficient > 0
+
+    @property
+    def ends_matter(self) -> bool:
+        return self.settings.missing_eos_penalty > 0
+
+    def experience(
+        self, rollouts: Rollouts, kl_coefficient: float, /
+    ) -> tuple[Experience, dict[str, float]]:
+        """Steps 2 and 3."""
+        scores_R = rl.without_end_penalised(
+            rollouts.scores_R, rollouts.ended_R, self.settings.missing_eos_penalty
+        )
+        mask_BT = rollouts.mask_BT
+        rewards_BT = rl.penalised_rewards(
+            rollouts.own(scores_R),
+            rollouts.logprobs_BT,
+            rollouts.reference_BT,
+            mask_BT,
+            kl_coefficient,
+        )
+        advantages_BT, returns_BT = rl.gae(
+            rewards_BT,
+            rollouts.values_BT,
+            mask_BT,
+            discount=self.settings.discount,
+            decay=self.settings.gae_lambda,
+        )
+        reduce = rollouts.reduce
+        explained = rl.explained_variance(rollouts.values_BT, returns_BT, mask_BT, reduce)
+        return (
+            Experience(
+                mask_BT=mask_BT,
+                logprobs_BT=rollouts.logprobs_BT,
+                reference_BT=rollouts.reference_BT,
+                values_BT=rollouts.values_BT,
+                advantages_BT=rl.whiten(advantages_BT, mask_BT, reduce=reduce),
+                returns_BT=returns_BT,
+            ),
+            {
+                "explainedVariance": float(explained),
+                "penalisedReward": float(scores_R.mean()),
+                "return": float(rl.masked_mean(returns_BT, mask_BT, reduce)),
+            },
+        )
+
+    def loss(self, now: Scored, then: Experience, /) -> Loss:
+        """Step 4, summed over the answers' tokens (Schulman et al. 2017, eq. 9, negated). The KL
+        penalty is in the rewards already."""
+        settings, mask_BT = self.settings, then.mask_BT
+        policy = rl.clipped_policy_loss(
+            now.logprobs_BT, then.logprobs_BT, then.advantages_BT, settings.clip_range
+        )
+        value = rl.clipped_value_loss(
+            now.values_BT, then.values_BT, then.returns_BT, settings.value_clip_range
+        )
+        total_BT = (
+            policy.loss
+            + settings.value_coefficient * value.loss
+            - settings.entropy_coefficient * now.entropy_BT
+        )
+        watched = {
+            "policyLoss": policy.loss,
+            "valueLoss": value.loss,
+            "policyEntropy": now.entropy_BT,
+            "clipFraction": policy.bound.float(),
+            "valueClipFraction": value.bound.float(),
+            "approximateKl": rl.kl_k2(now.logprobs_BT, then.logprobs_BT),
+        }
+        return Loss(
+            rl.masked_sum(total_BT, mask_BT),
+            {name: rl.masked_sum(x_BT, mask_BT) for name, x_BT in watched.items()},
+        )
+
+    def divisor(self, lengths: Tensor, /) -> Tensor:
+        """The minibatch's tokens: each counts the same, whichever answer it is in."""
+        return lengths.sum()
