@@ -1,0 +1,50 @@
+"""What the operator may do, verb by verb: written down a second time, so that a change of the chart
+is a change of this list too."""
+
+from __future__ import annotations
+
+JOBS: dict[tuple[str, str], str] = {
+    ("tuneyard.io", "finetunejobs"): "get list watch patch delete",
+    ("tuneyard.io", "alignmentjobs"): "get list watch patch delete",
+    ("tuneyard.io", "finetunejobs/status"): "patch",
+    ("tuneyard.io", "alignmentjobs/status"): "patch",
+    ("tuneyard.io", "finetunejobs/finalizers"): "update",
+    ("tuneyard.io", "alignmentjobs/finalizers"): "update",
+    ("ray.io", "rayjobs"): "list watch create patch delete",
+    ("", "pods"): "get list watch",
+    ("", "configmaps"): "get create patch",
+    ("batch", "jobs"): "get create patch",
+    ("", "events"): "list create",
+    ("kueue.x-k8s.io", "workloads"): "list watch",
+}
+"""Where jobs are."""
+REVIEWS = {("authentication.k8s.io", "tokenreviews"): "create"}
+"""Of no namespace."""
+DISCOVERY = {
+    ("apiextensions.k8s.io", "customresourcedefinitions"): "list watch",
+    ("", "namespaces"): "list watch",
+}
+"""Where all namespaces are served."""
+OWN: dict[tuple[str, str, str], str] = {
+    ("coordination.k8s.io", "leases", ""): "create",
+    ("coordination.k8s.io", "leases", "tuneyard-operator"): "get update patch",
+    ("", "secrets", ""): "create",
+    ("", "secrets", "tuneyard-tls"): "get update",
+}
+"""In the operator's own namespace, by name; "": any."""
+
+Right = tuple[str, str, str, str]
+"""Group, resource, verb, name."""
+
+
+def each(*tables: dict[tuple[str, str], str]) -> set[Right]:
+    return {
+        (group, resource, verb, "")
+        for table in tables
+        for (group, resource), verbs in table.items()
+        for verb in verbs.split()
+    }
+
+
+def each_own() -> set[Right]:
+    return {(*what, verb, name) for (*what, name), verbs in OWN.items() for verb in verbs.split()}  # type: ignore[misc]

@@ -1,0 +1,277 @@
+"""The chart on a real API server: everything is admitted, and the operator may do what it needs and
+no more."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from tests.chart import rights
+from tests.chart.rendering import FOLDER, VARIANTS, Chart, Object
+
+if TYPE_CHECKING:
+    from rig.plugin import Cluster
+
+pytestmark = pytest.mark.apiserver
+
+NAMESPACE, TEAM = "chart-operator", "chart-team"
+PATIENCE_SECONDS = 60.0
+JOB = {
+    "apiVersion": "tuneyard.io/v1alpha1",
+    "kind": "FineTuneJob",
+    "metadata": {"name": "rights", "namespace": TEAM},
+    "spec": {
+        "model": {"uri": "hf://org/model"},
+        "data": {"train": [{"uri": "pvc://data/train.jsonl"}]},
+        "output": {"uri": "pvc://models/out", "deletionPolicy": "Delete"},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def chart(helm: Path) -> Chart:
+    return Chart(helm)
+
+
+@pytest.fixture(scope="module")
+def installed(apiserver: Cluster, chart: Chart) -> Iterator[Cluster]:
+    """The chart, installed by Helm into a namespace that takes restricted pods alone."""
+    for name in (NAMESPACE, TEAM):
+        label = {"pod-security.kubernetes.io/enforce": "restricted"} if name == NAMESPACE else {}
+        body = {
+            "apiVersion": "v1",
+            "kind": "Namespace",
+            "metadata": {"name": name, "labels": label},
+        }
+        apiserver.kubectl("apply", "-f", "-", input=json.dumps(body))
+    at = ("--kubeconfig", str(apiserver.kubeconfig), "--namespace", NAMESPACE)
+    chart.run("install", "tuneyard", str(FOLDER), *at, values={"replicas": 2})
+    # Helm leaves definitions that are there already as they are.
+    apiserver.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(FOLDER / "crds"))
+    yield apiserver
+    chart.run("uninstall", "tuneyard", *at)
+    apiserver.kubectl("delete", "namespace", NAMESPACE, TEAM, "--wait=false")
+
+
+@pytest.fixture(scope="module")
+def may(installed: Cluster) -> Callable[..., bool]:
+    """Asks the API server what someone may do."""
+    from kubernetes import client, config
+
+    api = client.AuthorizationV1Api(config.new_client_from_config(str(installed.kubeconfig)))
+
+    def ask(
+        right: rights.Right, namespace: str = "", user: str = "", groups: tuple[str, ...] = ()
+    ) -> bool:
+        group, resource, verb, name = right
+        resource, _, subresource = resource.partition("/")
+        what = client.V1ResourceAttributes(
+            group=group,
+            resource=resource,
+            subresource=subresource,
+            verb=verb,
+            name=name,
+            namespace=namespace,
+        )
+        spec = client.V1SubjectAccessReviewSpec(
+            resource_attributes=what,
+            user=user or f"system:serviceaccount:{NAMESPACE}:tuneyard",
+            groups=list(groups) or ["system:serviceaccounts", "system:authenticated"],
+        )
+        review = api.create_subject_access_review(client.V1SubjectAccessReview(spec=spec))
+        return bool(review.status.allowed)
+
+    return ask
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_api_server_admits_everything_and_warns_of_nothing(
+    installed: Cluster, chart: Chart, variant: str
+) -> None:
+    objects = chart.render(VARIANTS[variant], name="dry", namespace=NAMESPACE)
+    for item in objects:
+        if item["metadata"].get("namespace") in ("team-a", "team-b"):
+            item["metadata"]["namespace"] = TEAM  # these must exist
+    text = yaml.safe_dump_all(item for item in objects if item["kind"] != "PodMonitor")
+    arguments = ("--server-side", "--dry-run=server", "--validate=strict", "-f", "-")
+    done = installed.kubectl("apply", *arguments, input=text)
+    assert "Warning" not in done.stderr
+    assert len(done.stdout.splitlines()) == len([o for o in objects if o["kind"] != "PodMonitor"])
+
+
+def test_pods_of_the_operator_are_admitted_where_only_restricted_ones_are(
+    installed: Cluster,
+) -> None:
+    def pods() -> list[Object]:
+        selector = "app.kubernetes.io/name=tuneyard"
+        get = ("get", "pods", "--namespace", NAMESPACE, "--selector", selector, "-o", "json")
+        found: list[Object] = json.loads(installed.kubectl(*get).stdout)["items"]
+        return found
+
+    _wait(lambda: len(pods()) == 2, "two pods")
+
+
+def test_the_operator_may_do_what_it_needs(may: Callable[..., bool]) -> None:
+    for right in rights.each(rights.JOBS):
+        assert may(right, TEAM), right
+    for right in rights.each(rights.REVIEWS, rights.DISCOVERY):
+        assert may(right), right
+    for right in rights.each_own():
+        assert may(right, NAMESPACE), right
+
+
+FORBIDDEN: list[rights.Right] = [
+    ("", "secrets", "get", "tuneyard-tls"),
+    ("", "secrets", "list", ""),
+    ("", "secrets", "create", ""),
+    ("", "pods", "create", ""),
+    ("", "pods", "delete", ""),
+    ("", "pods/exec", "create", ""),
+    ("", "pods/log", "get", ""),
+    ("", "pods/portforward", "create", ""),
+    ("", "configmaps", "list", ""),
+    ("", "configmaps", "delete", ""),
+    ("", "serviceaccounts/token", "create", ""),
+    ("", "persistentvolumeclaims", "get", ""),
+    ("tuneyard.io", "finetunejobs", "create", ""),
+    ("tuneyard.io", "finetunejobs", "deletecollection", ""),
+    ("coordination.k8s.io", "leases", "get", "tuneyard-operator"),
+    ("apps", "deployments", "create", ""),
+    ("rbac.authorization.k8s.io", "rolebindings", "create", ""),
+]
+
+
+@pytest.mark.parametrize("right", FORBIDDEN, ids=str)
+def test_in_namespaces_with_jobs_it_may_not(may: Callable[..., bool], right: rights.Right) -> None:
+    assert not may(right, TEAM)
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        ("", "secrets", "get", "registry"),
+        ("", "secrets", "list", ""),
+        ("", "secrets", "delete", "tuneyard-tls"),
+        ("coordination.k8s.io", "leases", "update", "another"),
+        ("coordination.k8s.io", "leases", "list", ""),
+    ],
+    ids=str,
+)
+def test_in_its_own_namespace_it_may_not(may: Callable[..., bool], right: rights.Right) -> None:
+    assert not may(right, NAMESPACE)
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        ("", "nodes", "get", ""),
+        ("", "secrets", "get", ""),
+        ("apiextensions.k8s.io", "customresourcedefinitions", "patch", ""),
+        ("rbac.authorization.k8s.io", "clusterroles", "create", ""),
+    ],
+    ids=str,
+)
+def test_in_the_cluster_it_may_not(may: Callable[..., bool], right: rights.Right) -> None:
+    assert not may(right)
+
+
+def test_kubernetes_own_roles_include_jobs(installed: Cluster, may: Callable[..., bool]) -> None:
+    """Aggregated by the controller manager, a moment after the chart is installed."""
+    for role in ("view", "edit"):
+        binding = (
+            "create",
+            "rolebinding",
+            f"{role}er",
+            f"--clusterrole={role}",
+            f"--user={role}er",
+        )
+        installed.kubectl(*binding, "--namespace", TEAM)
+    create = ("tuneyard.io", "finetunejobs", "create", "")
+    watch = ("tuneyard.io", "alignmentjobs", "watch", "")
+    _wait(lambda: may(create, TEAM, "editer", ("users",)), "edit to include jobs")
+    _wait(lambda: may(watch, TEAM, "viewer", ("users",)), "view to include jobs")
+    assert not may(create, TEAM, "viewer", ("users",))
+    status = ("tuneyard.io", "finetunejobs/status", "patch", "")
+    assert not may(status, TEAM, "editer", ("users",))
+
+
+def test_the_operator_is_never_refused_anything(installed: Cluster, tmp_path: Path) -> None:
+    """The operator itself, with the chart's rights and arguments, takes a job from its creation to
+    the erasure of its output."""
+    with _operator(installed, tmp_path) as log:
+        installed.kubectl("apply", "-f", "-", input=json.dumps(JOB))
+        get = (
+            "get",
+            "--namespace",
+            TEAM,
+            "--output",
+            "name",
+            "--selector",
+            "tuneyard.io/job=rights",
+        )
+        _wait(lambda: installed.kubectl(*get, "rayjobs").stdout, "a RayJob", log)
+        delete = ("delete", "finetunejob", "rights", "--wait=false", "--namespace", TEAM)
+        installed.kubectl(*delete)
+        _wait(lambda: not installed.kubectl(*get, "rayjobs").stdout, "no RayJob", log)
+        _wait(lambda: installed.kubectl(*get, "jobs").stdout, "a Job that erases the output", log)
+    text = log.read_text()
+    assert "orbidden" not in text
+    assert "403" not in text
+
+
+# ---- helpers ----------------------------------------------------------------------------------
+
+
+class _operator:  # noqa: N801  reads as a function
+    """The operator as a process of this machine, as its ServiceAccount; gives its log."""
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        self._kubeconfig, self._log = folder / "kubeconfig", folder / "log"
+        given = yaml.safe_load(cluster.kubeconfig.read_text())
+        token = ("create", "token", "tuneyard", "--namespace", NAMESPACE)
+        user = {"token": cluster.kubectl(*token).stdout.strip()}
+        given["users"] = [{"name": entry["name"], "user": user} for entry in given["users"]]
+        self._kubeconfig.write_text(yaml.safe_dump(given))
+
+    def __enter__(self) -> Path:
+        arguments = {
+            "own-namespace": NAMESPACE,
+            "progress-url": f"https://tuneyard.{NAMESPACE}.svc:8443",
+            "progress-port": 0,
+            "metrics-port": 0,
+        }
+        flags = chain.from_iterable((f"--{key}", str(value)) for key, value in arguments.items())
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", "from tuneyard.cli import main; main()", "operator", *flags],
+                env={**os.environ, "KUBECONFIG": str(self._kubeconfig)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        return self._log
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _wait(done: Callable[[], Any], what: str, log: Path | None = None) -> None:
+    limit = time.monotonic() + PATIENCE_SECONDS
+    while not done():
+        if time.monotonic() > limit:
+            pytest.fail(f"no {what}\n{log.read_text()[-3000:] if log else ''}")
+        time.sleep(0.2)
