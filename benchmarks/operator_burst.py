@@ -63,8 +63,8 @@ QUIET_SHARE = 0.05
 
 BARE_KOPF = "{python} -m kopf run --all-namespaces {benchmarks}/operator_burst_kopf.py"
 TUNEYARD = (
-    "{python} -m tuneyard.cli operator --own-namespace default --identity burst"
-    " --metrics-port {port1} --progress-port {port2}"
+    "{python} -c 'from tuneyard.cli import main; main()' operator --identity burst"
+    " --metrics-port {port1} --progress-port {port2} --progress-url https://127.0.0.1:{port2}"
 )
 
 Object = dict[str, Any]
