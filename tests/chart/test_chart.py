@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -339,21 +340,44 @@ def test_the_notes_say_that_kuberay_is_missing(chart: Chart) -> None:
 # ---- the dashboard ----------------------------------------------------------------------------
 
 
-def test_the_dashboard_shows_series_that_the_operator_exports(chart: Chart) -> None:
+@pytest.fixture(scope="module")
+def board(chart: Chart) -> Object:
+    text = one(chart.render(EVERYTHING), "ConfigMap", "tuneyard-dashboard")["data"]["tuneyard.json"]
+    value: Object = json.loads(text)
+    return value
+
+
+def test_the_dashboard_shows_series_that_the_operator_exports(board: Object) -> None:
     from tuneyard.controller import metrics
 
-    text = one(chart.render(EVERYTHING), "ConfigMap", "tuneyard-dashboard")["data"]["tuneyard.json"]
     exported = {name: name for name in metrics.names()}
     exported |= {f"{name}_bucket": name for name in exported}
-    queries = list(_queries(json.loads(text)))
+    queries = list(_queries(board))
     shown = {name for query in queries for name in re.findall(r"\btuneyard_\w+", query)}
     assert shown <= exported.keys()
     training = {name for name in exported if name.startswith("tuneyard_training_")}
     assert {name for name in training if not name.endswith("_bucket")} <= shown
 
 
-def test_the_dashboards_panels_are_whole() -> None:
-    board = json.loads((FOLDER / "dashboards" / "tuneyard.json").read_text(encoding="utf-8"))
+def test_prometheus_understands_the_dashboards_queries(
+    board: Object, promtool: Path, tmp_path: Path
+) -> None:
+    rules = [
+        {"record": "panel", "expr": target["expr"].replace("$__rate_interval", "5m")}
+        for panel in board["panels"]
+        for target in panel.get("targets", ())
+    ]
+    # Rules of one name and label would be duplicates.
+    numbered = [{**rule, "labels": {"query": str(index)}} for index, rule in enumerate(rules)]
+    file = tmp_path / "rules.yaml"
+    file.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": numbered}]}))
+    checked = subprocess.run(
+        [str(promtool), "check", "rules", str(file)], check=False, capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_the_dashboards_panels_are_whole(board: Object) -> None:
     panels = board["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     cells: set[tuple[int, int]] = set()

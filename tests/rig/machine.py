@@ -31,7 +31,12 @@ NODE_PROGRAMS = {
 }
 PLUGINS_PACKAGE = "containernetworking-plugins"
 # What some tests use beside a rig; no rig needs them.
-TOOLS = {"prometheus": "prometheus", "promtool": "prometheus"}
+TOOLS = {
+    "buildah": "buildah",
+    "debootstrap": "debootstrap",
+    "prometheus": "prometheus",
+    "promtool": "prometheus",
+}
 
 SERVICE_POLICY = Path("/usr/sbin/policy-rc.d")
 """Asked by Debian's packages before they start a service."""
