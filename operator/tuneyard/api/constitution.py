@@ -29,8 +29,8 @@ write a new answer yet."""
 """Asks for a critique."""
 
 REVISION = """\
-Now write a new answer to the message before your first one, repairing what your critique found. \
-It shall follow this principle: {principle}
+Now answer the original message anew, and repair what your critique found. The new answer must \
+follow this principle: {principle}
 
-Write the new answer only, with no remark about the critique or the change."""
+Write the new answer only, without a word about the critique or the change."""
 """Asks for the revision."""
