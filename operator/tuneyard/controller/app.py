@@ -29,9 +29,7 @@ async def run(settings: Settings) -> int:
     the cluster refuses what the operator cannot do without."""
     cluster = await connect()
     stop, active = asyncio.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    _end_on_signal(stop)
     try:
         made = None
         if settings.progress_url:
@@ -81,18 +79,31 @@ async def _lead(
 
 
 async def _serve(settings: Settings, reconciler: Reconciler, stop: asyncio.Event) -> None:
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(reconciler.run())
-        tasks.create_task(
-            kopf.operator(
-                registry=watch.registry(reconciler),
-                settings=watch.settings(),
-                standalone=True,
-                clusterwide=not settings.namespaces,
-                namespaces=settings.namespaces,
-                stop_flag=stop,
-            )
-        )
+    """Until one of the two ends: neither is of use without the other."""
+    registry = watch.registry(reconciler)
+
+    @kopf.on.startup(registry=registry)
+    async def take_signals_back(**_: object) -> None:
+        # kopf has just taken them, and would end alone.
+        _end_on_signal(stop)
+
+    await _first(
+        reconciler.run(),
+        kopf.operator(
+            registry=registry,
+            settings=watch.settings(),
+            standalone=True,
+            clusterwide=not settings.namespaces,
+            namespaces=settings.namespaces,
+            stop_flag=stop,
+        ),
+    )
+
+
+def _end_on_signal(stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
 
 
 async def _first(*waits: Coroutine[Any, Any, object]) -> None:

@@ -31,6 +31,7 @@ REQUEST_SECONDS = 30.0
 _LEASES = "/apis/coordination.k8s.io/v1/namespaces/{}/leases"
 _MERGE = "application/merge-patch+json"
 _APPLY = "application/apply-patch+yaml"
+_METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 
 
 @dataclass
@@ -106,6 +107,7 @@ class Cluster:
         return await self._find(key.path)
 
     async def add_finalizer(self, job: Object, key: Key) -> Object:
+        """The job with it."""
         return await self._set_finalizers(job, key, [*_finalizers(job), FINALIZER])
 
     async def remove_finalizer(self, job: Object, key: Key) -> None:
@@ -114,13 +116,20 @@ class Cluster:
 
     async def _set_finalizers(self, job: Object, key: Key, names: Sequence[str]) -> Object:
         metadata = {"finalizers": names, "resourceVersion": job["metadata"]["resourceVersion"]}
-        return await self._call("PATCH", key.path, {"metadata": metadata}, type_=_MERGE)
+        return await self._patch(key.path, job, {"metadata": metadata})
 
-    async def patch_status(self, job: Object, key: Key, patch: Object) -> Object:
-        """Merges `patch` into the status, if the job is still the one given: else 409."""
+    async def write_status(self, job: Object, key: Key, patch: Object, status: Object) -> Object:
+        """Merges `patch` into the status, if the job is still the one given: else 409. The job
+        with `status`, which is what the merge comes to."""
         version = {"resourceVersion": job["metadata"]["resourceVersion"]}
         body = {"metadata": version, "status": patch}
-        return await self._call("PATCH", f"{key.path}/status", body, type_=_MERGE)
+        return {**await self._patch(f"{key.path}/status", job, body), "status": status}
+
+    async def _patch(self, path: str, job: Object, patch: Object) -> Object:
+        """The job with the metadata that the server answers with: all of it would be ten times as
+        much to write there and to parse here."""
+        answer = await self._call("PATCH", path, patch, type_=_MERGE, accept=_METADATA)
+        return {**job, "metadata": answer["metadata"]}
 
     async def delete_job(self, job: Object, key: Key) -> None:
         await self._delete(key.path, uid=job["metadata"]["uid"])
@@ -128,9 +137,11 @@ class Cluster:
     # ---- what a job consists of -----------------------------------------------------------------
 
     async def apply(self, item: Object) -> Object:
-        """Server-side apply: creates it, or leaves it as it is where it is so already."""
+        """Server-side apply: creates it, or leaves it as it is where it is so already. The object's
+        metadata."""
         query = {"fieldManager": MANAGER, "force": "true"}
-        return await self._call("PATCH", _path_of(item), item, query, type_=_APPLY)
+        path = _path_of(item)
+        return await self._call("PATCH", path, item, query, type_=_APPLY, accept=_METADATA)
 
     async def ray_jobs(self, key: Key) -> list[Object]:
         path = f"/apis/ray.io/v1/namespaces/{key.namespace}/rayjobs"
@@ -235,9 +246,10 @@ class Cluster:
         query: Mapping[str, str] | None = None,
         *,
         type_: str = "application/json",
+        accept: str = "application/json",
     ) -> Object:
         configuration = self.api.configuration
-        headers = {"Accept": "application/json", "Content-Type": type_, "User-Agent": MANAGER}
+        headers = {"Accept": accept, "Content-Type": type_, "User-Agent": MANAGER}
         for setting in (await configuration.auth_settings()).values():
             headers[setting["key"]] = setting["value"]
         url = f"{configuration.host}{path}" + (f"?{urlencode(query)}" if query else "")

@@ -10,14 +10,13 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
 
 from tuneyard.api.manifest import parse
 from tuneyard.api.plan import Plan
 from tuneyard.api.progress import Post
-from tuneyard.api.status import JobStatus
+from tuneyard.api.status import JobStatus, Progress
 from tuneyard.controller import metrics
 from tuneyard.controller.cluster import FINALIZER, MANAGER, ApiError, Cluster, Key, Object
 from tuneyard.controller.queue import Again, Queue
@@ -139,7 +138,7 @@ class Reconciler:
         is_planned = job.status is not None and job.status.plan_digest is not None
         planned = _IN_FORCE if is_planned else await self._planned(key, job)
         decision = observe(job, planned, view, self.clock())
-        if _is_mere_progress(job.status, decision.status):
+        if _may_wait(job.status, decision.status):
             wait = entry.told_at + PROGRESS_SECONDS - time.monotonic()
             if wait > 0:
                 self.queue.add_after(key, wait)
@@ -217,11 +216,11 @@ class Reconciler:
 
     async def _write(self, key: Key, entry: Entry, job: Job, status: JobStatus) -> Job:
         """Writes what changed in the status; the job as it is then."""
-        before = job.status
-        patch = _difference(_dump(before), _dump(status))
+        before, written = job.status, _dump(status)
+        patch = _difference(_dump(before), written)
         if not patch:
             return job
-        entry.body = await self.cluster.patch_status(entry.body or {}, key, patch)
+        entry.body = await self.cluster.write_status(entry.body or {}, key, patch, written)
         entry.told_at = time.monotonic()
         metrics.count_change(job, before, status)
         for event in told(before, status):
@@ -264,7 +263,7 @@ class Reconciler:
                 self.queue.add(key)
         else:
             entry.obstacle = None
-            self.world.see_ray_job(key, made, deleted=False)
+            self.world.see_ray_job(key, {**rendered.ray_job, **made}, deleted=False)
 
     async def _ask_why(self, key: Key, entry: Entry, job: Job) -> None:
         """Reads the RayCluster's warnings while an attempt does not start: nothing else tells of
@@ -300,7 +299,7 @@ class Reconciler:
             "lastTransitionTime": now,
         }
         patch = {"phase": "Failed", "failure": failure, "conditions": [condition]}
-        await self.cluster.patch_status(body, key, patch)
+        await self.cluster.write_status(body, key, patch, old | patch)
         self.world.count_phase(key, "Failed")
 
     # ---- deletion -------------------------------------------------------------------------------
@@ -421,16 +420,22 @@ def _difference(before: Object, after: Object) -> Object:
     return patch
 
 
-def _is_mere_progress(before: JobStatus | None, after: JobStatus) -> bool:
-    """Whether nothing changed but numbers that may wait."""
-    if before is None or before == after or before.progress is None:
+def _may_wait(before: JobStatus | None, after: JobStatus) -> bool:
+    """Whether nothing changed but numbers, and the identity of a RayJob that is there."""
+    if before is None or before == after:
         return False
-    return _without_progress(before) == _without_progress(after)
+    return _that_matters(before) == _that_matters(after)
 
 
-def _without_progress(status: JobStatus) -> tuple[Any, ...]:
-    attempts: Sequence[Any] = [
-        attempt.model_copy(update={"stage": None, "last_step": None}) for attempt in status.attempts
-    ]
-    rest: Object = {"progress": None, "stages": [], "attempts": []}
-    return (status.model_copy(update=rest), attempts)
+def _that_matters(status: JobStatus) -> JobStatus:
+    quiet = {"stage": None, "last_step": None, "ray_job_uid": None}
+    attempts = [attempt.model_copy(update=quiet) for attempt in status.attempts]
+    rest: Object = {"stages": [], "attempts": attempts}
+    if status.progress is not None:
+        rest["progress"] = _SOME_PROGRESS
+    return status.model_copy(update=rest)
+
+
+_SOME_PROGRESS = Progress(
+    stage="", step=0, total_steps=0, percentage=0, last_updated_time="1970-01-01T00:00:00Z"
+)

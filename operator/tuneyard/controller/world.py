@@ -107,20 +107,25 @@ class World:
 
     # ---- what watches tell ------------------------------------------------------------------
 
-    def see_job(self, key: Key, body: Object) -> None:
-        """Takes a job's newer version; an older one is nothing new."""
+    def see_job(self, key: Key, body: Object) -> bool:
+        """Takes a job's newer version; whether it was one. The answer to a write of our own comes
+        back as an event, and is nothing new then."""
         entry = self.entry(key)
-        if entry.body is None or version(entry.body) <= version(body):
-            entry.body = body
+        if entry.body is not None and version(entry.body) >= version(body):
+            return False
+        entry.body = body
+        return True
 
-    def see_ray_job(self, key: Key, item: Object, *, deleted: bool) -> None:
-        _see(self.entry(key).ray_jobs, item, seen.ray_job(item), deleted=deleted)
+    def see_ray_job(self, key: Key, item: Object, *, deleted: bool) -> bool:
+        """Whether anything changed that decisions look at."""
+        return _see(self.entry(key).ray_jobs, item, seen.ray_job(item), deleted=deleted)
 
-    def see_pod(self, key: Key, item: Object, *, deleted: bool) -> None:
+    def see_pod(self, key: Key, item: Object, *, deleted: bool) -> bool:
+        """Whether anything changed that decisions look at."""
         entry, pod = self.entry(key), seen.pod(item)
-        _see(entry.pods, item, pod, deleted=deleted)
         if deleted and pod.troubles:
             entry.gone[pod.name] = pod
+        return _see(entry.pods, item, pod, deleted=deleted)
 
     def see_workload(self, key: Key, ray_job: str, item: Object, *, deleted: bool) -> None:
         workloads = self.entry(key).workloads
@@ -138,14 +143,15 @@ class World:
         entry.read_at = time.monotonic()
 
 
-def _see(known: dict[str, tuple[int, Any]], item: Object, made: Any, *, deleted: bool) -> None:
+def _see(known: dict[str, tuple[int, Any]], item: Object, made: Any, *, deleted: bool) -> bool:
     name, number = item["metadata"]["name"], version(item)
-    if name in known and known[name][0] > number:
-        return
+    before = known.get(name)
+    if before is not None and before[0] > number:
+        return False
     if deleted:
-        known.pop(name, None)
-    else:
-        known[name] = (number, made)
+        return known.pop(name, None) is not None
+    known[name] = (number, made)
+    return before is None or before[1] != made
 
 
 def version(item: Mapping[str, Any]) -> int:

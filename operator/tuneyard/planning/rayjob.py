@@ -7,6 +7,7 @@ models, the data, the output and the secrets. No pod holds Kubernetes rights.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -79,7 +80,7 @@ def render(
     posted nowhere."""
     compute, policy = plan.compute, job.spec.run_policy
     config_map = _config_map(plan, job)
-    mount = _plan_mount(plan)
+    mount = _plan_mount(config_map["metadata"]["name"])
     pods = _Pods(
         image=compute.image or image,
         labels=_labels(job, attempt),
@@ -111,6 +112,7 @@ def render_erasure(
 ) -> Object:
     """The Job that removes a deleted job's output. Its pod gets the output and nothing else."""
     store, labels = storage(plan), _labels(job, attempt=None)
+    mount = _plan_mount(config_map_name(plan.job.name, plan_digest(plan)))
     container = {
         "name": "erase",
         "command": [*_MODULE, "tuneyard_trainer.erase", "--plan", PLAN_FILE],
@@ -120,7 +122,7 @@ def render_erasure(
         "envFrom": _env_from(store.output_credentials),
     }
     pods = _Pods(image=plan.compute.image or image, labels=labels, priority_class=None)
-    template = _template(pods, container, [_plan_mount(plan), *_claims(store.output_claims)])
+    template = _template(pods, container, [mount, *_claims(store.output_claims)])
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -160,7 +162,7 @@ def progress_path(kind: str, namespace: str, name: str) -> str:
 
 def plan_digest(plan: Plan) -> str:
     """What the status and the ConfigMap's name know a plan by."""
-    return digest(plan.to_json())
+    return digest(plan.model_dump(mode="json", by_alias=True))
 
 
 # ---- objects ----------------------------------------------------------------------------------
@@ -175,19 +177,19 @@ def _entrypoint(job: FineTuneJob | AlignmentJob, attempt: int) -> str:
     return " ".join(command)
 
 
-def _plan_mount(plan: Plan) -> _Mount:
-    name = config_map_name(plan.job.name, plan_digest(plan))
-    return _Mount("plan", PLAN_FOLDER, {"configMap": {"name": name}})
+def _plan_mount(config_map: str) -> _Mount:
+    return _Mount("plan", PLAN_FOLDER, {"configMap": {"name": config_map}})
 
 
 def _config_map(plan: Plan, job: FineTuneJob | AlignmentJob) -> Object:
-    name = config_map_name(plan.job.name, plan_digest(plan))
+    value = plan.model_dump(mode="json", by_alias=True)
+    name = config_map_name(plan.job.name, digest(value))
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": _metadata(job, name, _labels(job, attempt=None)),
         "immutable": True,
-        "data": {"plan.json": plan.to_json()},
+        "data": {"plan.json": json.dumps(value, sort_keys=True, ensure_ascii=False)},
     }
 
 
