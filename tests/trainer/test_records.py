@@ -186,6 +186,13 @@ def test_a_job_erases_what_it_wrote_and_nothing_else(store: Store, tmp_path: Pat
         ours.write_record(record())
 
 
+def test_what_a_machine_wrote_without_a_cluster_is_never_erased(store: Store) -> None:
+    store.claim(JOB, 1)
+    store.write_record(record())
+    assert not store.erase(JOB)
+    assert store.record("sft") == record()
+
+
 def test_an_erased_folder_is_gone_when_nothing_else_was_in_it(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "out"), tmp_path, "ours")
     store.claim(JOB, 1)

@@ -1,0 +1,91 @@
+"""An HTTPS server that plays the operator's: it keeps what is posted and answers as it is told."""
+
+from __future__ import annotations
+
+import json
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Reply:
+    """An answer: a status, a body, headers, and how long it takes."""
+
+    status: int = 200
+    stop: bool = False
+    headers: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class StatusServer:
+    """What it was sent, and what it answers: each of `replies` once, then `reply`."""
+
+    def __init__(self) -> None:
+        self.posts: list[dict[str, Any]] = []
+        self.times: list[float] = []
+        self.tokens: list[str | None] = []
+        self.replies: list[Reply] = []
+        self.reply = Reply()
+        self.url = self.ca = ""
+        self.arrived = threading.Condition()
+
+    def take(self, body: bytes, token: str | None) -> Reply:
+        with self.arrived:
+            self.posts.append(json.loads(body))
+            self.times.append(time.monotonic())
+            self.tokens.append(token)
+            self.arrived.notify_all()
+            return self.replies.pop(0) if self.replies else self.reply
+
+    def wait_for(self, count: int, seconds: float = 20.0) -> None:
+        """Until so many posts have arrived."""
+        with self.arrived:
+            if not self.arrived.wait_for(lambda: len(self.posts) >= count, seconds):
+                raise AssertionError(f"{len(self.posts)} posts arrived, not {count}")
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[StatusServer]:
+    """On a port of this machine, with a certificate of its own in `folder`."""
+    certificate, key = folder / "tls.crt", folder / "tls.key"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    command += f" -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1 -out {certificate}"
+    subprocess.run([*command.split(), "-keyout", str(key)], check=True, capture_output=True)
+    status = StatusServer()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            reply = status.take(body, self.headers["Authorization"])
+            time.sleep(reply.seconds)
+            data = json.dumps({"stop": reply.stop}).encode() if reply.status == 200 else b"no"
+            self.send_response(reply.status)
+            for name, value in {**reply.headers, "Content-Length": str(len(data))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    status.url = f"https://127.0.0.1:{server.server_port}/progress"
+    status.ca = certificate.read_text()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield status
+    finally:
+        server.shutdown()
+        server.server_close()

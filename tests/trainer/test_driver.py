@@ -1,0 +1,350 @@
+"""The driver as a head pod starts it, on a Ray cluster of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.trainer.jobs import manifest, planned, write_data
+from tests.trainer.status_server import Reply, StatusServer, serving
+from tuneyard.api.plan import JobRef, Plan
+from tuneyard.api.progress import Ending
+from tuneyard.errors import StageError
+from tuneyard_trainer import drain, driver, erase, sources
+from tuneyard_trainer.distributed import Resources, number, pods_resources
+from tuneyard_trainer.driver import ENDING_MARK, ending_of, located
+from tuneyard_trainer.records import Store
+from tuneyard_trainer.worker import Interrupted
+
+UID = "5a1c-uid"
+
+
+# ---- without Ray ------------------------------------------------------------------------------
+
+
+def launched(
+    folder: Path, plan: Plan, environment: dict[str, str] | None = None, attempt: int = 1
+) -> subprocess.Popen[str]:
+    """`python -m tuneyard_trainer` as KubeRay's entry point has it."""
+    (folder / "plan.json").write_text(plan.to_json())
+    command = [sys.executable, "-m", "tuneyard_trainer", "--plan", str(folder / "plan.json")]
+    return subprocess.Popen(
+        [*command, "--attempt", str(attempt), "--job-uid", UID],
+        env={**os.environ, **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def last_words(err: str) -> Ending:
+    line = err.rstrip("\n").splitlines()[-1]
+    assert line.startswith(ENDING_MARK), err
+    return Ending.model_validate_json(line.removeprefix(ENDING_MARK))
+
+
+def cluster_plan(folder: Path, model: Path, **spec: Any) -> Plan:
+    """The plan of a job with absolute paths and one CPU."""
+    output = spec.pop("output", None) or str(folder / "out")
+    value = manifest(model, output, compute={"workers": 1, "cpusPerWorker": "900m"}, **spec)
+    data = value["spec"]["data"]
+    data["train"][0]["uri"] = f"file://{folder}/train.jsonl"
+    data["validation"]["data"][0]["uri"] = f"file://{folder}/validation.jsonl"
+    return planned(value)
+
+
+def test_an_output_of_another_job_ends_before_ray_with_its_reason_last(tmp_path: Path) -> None:
+    Store(str(tmp_path / "out"), tmp_path, "x").claim(JobRef(kind="FineTuneJob", name="other"), 1)
+    process = launched(tmp_path, cluster_plan(tmp_path, tmp_path))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    ending = last_words(err)
+    assert ending.failure
+    assert ending.failure.reason == "OutputOwned"
+    assert "output.uri" in ending.failure.advice
+    assert not ending.retryable
+    assert "event=failed reason=OutputOwned" in out
+    assert "ray" not in out
+
+
+def test_an_older_attempt_is_stale(tmp_path: Path) -> None:
+    plan = cluster_plan(tmp_path, tmp_path)
+    Store(str(tmp_path / "out"), tmp_path, UID).claim(plan.job, 2)
+    process = launched(tmp_path, plan, attempt=1)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 4
+    ending = last_words(err)
+    assert ending.failure
+    assert ending.failure.reason == "StaleAttempt"
+
+
+def test_a_plan_of_another_version_ends_in_one_line(tmp_path: Path) -> None:
+    plan = cluster_plan(tmp_path, tmp_path).model_copy(update={"kind": "Recipe"})
+    process = launched(tmp_path, plan)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    ending = last_words(err)
+    assert ending.failure
+    assert ending.failure.reason == "DriverError"
+    assert "\n" not in ending.failure.message
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "reason", "retryable"),
+    [
+        (StageError("DiskFull", "full"), "Failed", "DiskFull", False),
+        (StageError("WorkerDied", "gone", retryable=True), "Failed", "WorkerDied", True),
+        (Interrupted("sft", 7), "Interrupted", "Preempted", True),
+        (KeyError("text"), "Failed", "DriverError", False),
+        (ConnectionError("no head"), "Failed", "DriverError", True),
+    ],
+)
+def test_every_error_has_a_reason_and_says_whether_to_try_again(
+    error: Exception, state: str, reason: str, retryable: bool
+) -> None:
+    ending = ending_of(error, ("Preempted", "a pod went"))
+    assert ending.failure
+    assert (ending.state, ending.failure.reason, ending.retryable) == (state, reason, retryable)
+    assert ending.result is None
+
+
+def test_a_long_python_error_is_cut_to_its_last_line() -> None:
+    ending = ending_of(ValueError("first\n" * 300 + "the cause" + "!" * 5000))
+    assert ending.failure
+    assert ending.failure.message.startswith("the driver failed: ValueError: the cause!")
+    assert len(ending.failure.message) < 1200
+
+
+def test_a_claim_is_a_mounted_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "PVC_ROOT", tmp_path)
+    (tmp_path / "models").mkdir()
+    assert located("pvc://models/team/bot") == str(tmp_path / "models" / "team" / "bot")
+    assert located("s3://bucket/x") == "s3://bucket/x"
+    for uri in ("pvc://absent/x", "pvc://models/../etc"):
+        with pytest.raises(StageError) as failure:
+            located(uri)
+        assert failure.value.reason == "OutputUnavailable"
+
+
+def test_erasing_takes_this_jobs_output_and_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = cluster_plan(tmp_path, tmp_path, output=str(tmp_path / "out"))
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    Store(str(tmp_path / "out"), tmp_path, UID).claim(plan.job, 1)
+    arguments = ["--plan", str(tmp_path / "plan.json"), "--job-uid"]
+    assert erase.main([*arguments, "another"]) == 0
+    assert (tmp_path / "out" / "owner.json").exists()
+    assert "event=nothing-of-this-job" in capsys.readouterr().out
+    assert erase.main([*arguments, UID]) == 0
+    assert not (tmp_path / "out").exists()
+    assert "event=erased" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("compute", "resources"),
+    [
+        ({}, Resources(1, 1, 0, 4.0)),
+        ({"workers": 4, "minWorkers": 2, "cpusPerWorker": "1500m"}, Resources(4, 2, 0, 2.0)),
+        ({"workers": 2, "gpusPerWorker": 4, "cpusPerWorker": "8"}, Resources(8, 8, 1, 2.0)),
+        ({"gpusPerWorker": 3, "cpusPerWorker": "4"}, Resources(3, 3, 1, 1.3333)),
+    ],
+)
+def test_pods_hold_one_process_for_each_gpu(
+    compute: dict[str, Any], resources: Resources, tmp_path: Path
+) -> None:
+    plan = planned(manifest(tmp_path, compute=compute))
+    assert pods_resources(plan.compute) == resources
+
+
+def test_quantities_are_numbers() -> None:
+    found = [number(text) for text in ("500m", "4", "1.5", "2k", "1Ki", "3Gi")]
+    assert found == [0.5, 4.0, 1.5, 2000.0, 1024.0, 3 * 2.0**30]
+
+
+# ---- on Ray -----------------------------------------------------------------------------------
+
+
+OPEN = {"RAY_AUTH_MODE": "disabled"}
+"""A cluster made by ray.init alone lets nobody else in."""
+
+
+@pytest.fixture(scope="module")
+def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Ray cluster in a process of its own, as the head pod's is; gone with the test."""
+    script = (
+        "import ray, sys\nfrom tuneyard_trainer import distributed as d\n"
+        "with d.local_cluster(d.Resources(1, 1, 0, 1.0)):\n"
+        "    print(ray.get_runtime_context().gcs_address, flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        env={**os.environ, **OPEN},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    assert process.stdin
+    yield process.stdout.readline().strip()
+    process.stdin.close()
+    process.wait(60)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[StatusServer]:
+    (tmp_path / "tls").mkdir()
+    with serving(tmp_path / "tls") as server:
+        yield server
+
+
+def environment(folder: Path, server: StatusServer, address: str) -> dict[str, str]:
+    (folder / "token").write_text("secret")
+    return {
+        **OPEN,
+        "RAY_ADDRESS": address,
+        "TUNEYARD_PROGRESS_URL": server.url,
+        "TUNEYARD_TOKEN_FILE": str(folder / "token"),
+        "TUNEYARD_CA": server.ca,
+        "TMPDIR": str(folder),
+    }
+
+
+def pictures(server: StatusServer) -> list[dict[str, Any]]:
+    return [value["tuneyard"] for value in server.posts]
+
+
+def wait_until(process: subprocess.Popen[str], true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while not true():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(process.communicate())
+        time.sleep(0.1)
+
+
+def steps_told(server: StatusServer) -> int:
+    return max((p.get("step", 0) for p in pictures(server) if p.get("stage") == "sft"), default=0)
+
+
+LONG = {"maxSteps": 2000, "batchSize": 2, "learningRate": 1e-4, "checkpointSteps": 20}
+
+
+@pytest.mark.slow
+def test_an_attempt_is_stopped_superseded_drained_and_in_the_end_succeeds(
+    tmp_path: Path, tiny_model_dir: Path, server: StatusServer, ray_address: str
+) -> None:
+    """One job through five attempts on one cluster, which costs a minute to start."""
+    write_data(tmp_path)
+    env = environment(tmp_path, server, ray_address)
+    long = cluster_plan(tmp_path, tiny_model_dir, training=LONG | {"evaluationSteps": 1000})
+
+    # The operator's answer stops it: a checkpoint, exit 3.
+    process = launched(tmp_path, long, env, attempt=1)
+    wait_until(process, lambda: steps_told(server) > 0)
+    server.reply = Reply(stop=True)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 3, err
+    assert last_words(err).state == "Interrupted"
+    last = pictures(server)[-1]
+    assert last["ending"]["failure"]["reason"] == "Stopped"
+    reached = last["step"]
+    assert 0 < reached < 2000
+    assert "event=stage-running stage=sft" in out
+    assert (tmp_path / "out/stages/sft/checkpoints").is_dir()
+
+    # The next attempt says where it took up, and is superseded: exit 4, at once.
+    server.reply, server.posts = Reply(), []
+    process = launched(tmp_path, long, env, attempt=2)
+    wait_until(process, lambda: any("resumedStep" in p for p in pictures(server)))
+    resumed = next(p["resumedStep"] for p in pictures(server) if "resumedStep" in p)
+    assert reached <= resumed <= reached + 60  # told up to 5 s earlier than it stopped
+    server.reply = Reply(409)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 4, err
+    ending = last_words(err)
+    assert ending.failure
+    assert ending.failure.reason == "StaleAttempt"
+    assert not [p for p in pictures(server) if p.get("ending")]
+    wait_for_no_workers()
+
+    # A pod's preStop hook: everybody checkpoints and leaves, and the hook returns after that.
+    server.reply, server.posts = Reply(), []
+    process = launched(tmp_path, long, env, attempt=3)
+    wait_until(process, lambda: steps_told(server) > resumed)
+    assert drain.drain(tmp_path / "tuneyard-drain", seconds=60)
+    out, err = process.communicate(timeout=300)
+    (tmp_path / "tuneyard-drain" / "asked").unlink()
+    assert process.returncode == 3, err
+    assert pictures(server)[-1]["ending"]["failure"]["reason"] == "Preempted"
+
+    # Another plan of the same job succeeds; its result is told.
+    server.posts = []
+    short = cluster_plan(tmp_path, tiny_model_dir)
+    process = launched(tmp_path, short, env, attempt=4)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert ENDING_MARK not in err
+    last = pictures(server)[-1]
+    assert server.posts[-1]["trainerStatus"]["progressPercentage"] == 100
+    record = json.loads((tmp_path / "out/result/record.json").read_text())
+    assert last["ending"]["result"]["digest"] == record["digest"]
+    assert last["ending"]["result"]["metrics"]["validationLoss"] > 0
+    states = {stage["name"]: stage["state"] for stage in last["stages"]}
+    assert states == {
+        "prepare": "Skipped",
+        "sft": "Succeeded",
+        "evaluate": "Succeeded",
+        "export": "Succeeded",
+    }
+    assert json.loads((tmp_path / "out/owner.json").read_text())["attempt"] == 4
+
+    # Broken data: the row and the field to change, in the post and in the last line.
+    server.posts = []
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"messages": [\n')
+    process = launched(tmp_path, short, env, attempt=5)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 1, err
+    ending = last_words(err)
+    assert ending.failure
+    assert ending.failure.reason == "InvalidData"
+    assert "row 11" in ending.failure.message
+    assert not ending.retryable
+    last = pictures(server)[-1]
+    assert last["ending"]["failure"]["reason"] == "InvalidData"
+    assert {s["state"] for s in last["stages"] if s["name"] == "prepare"} == {"Failed"}
+    assert "Traceback" not in out
+
+
+def wait_for_no_workers() -> None:
+    """Ray ends the workers of a driver that is gone."""
+    deadline = time.monotonic() + 60
+    while any("RayTrainWorker" in name for name in names()):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def names() -> Iterator[str]:
+    ours = psutil.Process().children(recursive=True)
+    for process in ours:
+        try:
+            yield " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+
+
+def test_the_driver_and_the_operator_agree_on_the_mark() -> None:
+    from tuneyard.planning import causes
+
+    assert driver.ENDING_MARK == causes.ENDING_MARK
