@@ -280,7 +280,6 @@ class _Observer:
             if obstacle.code == 422 or self._too_late(_time(attempt.started_at)):
                 return self._close(cause._replace(retryable=False))
             self._condition("Running", False, cause.reason, cause.message)
-            self.wake.append(LOOK_AGAIN_SECONDS)
         if self.seen.ray_jobs or self.seen.pods:
             self.wake.append(LOOK_AGAIN_SECONDS)
             return self._decision()
@@ -548,6 +547,8 @@ class _Observer:
         """Every RayJob but the open attempt's is stopped: there is never a second one."""
         last = self._attempt
         current = self._ray_job(last) if last and not last.finished_at else None
+        if start is not None:
+            self.wake.append(LOOK_AGAIN_SECONDS)
         strays = [r for r in self.seen.ray_jobs if r != current and not r.deleting]
         return Decision(
             self.status,

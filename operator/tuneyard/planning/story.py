@@ -12,13 +12,12 @@ MOST_BYTES = 1024
 """Of a message: Kubernetes refuses longer ones."""
 
 KEY_METRICS = (
+    "answerAccuracy",
     "validationLoss",
     "accuracy",
     "reward",
-    "exactMatch",
-    "perplexity",
-    "loss",
-    "tokens",
+    "finalLoss",
+    "pairs",
     "rows",
 )
 """The metric that an event of a stage's success names: the first of these that it has."""

@@ -1,0 +1,450 @@
+"""Why attempts end or do not start, from Kubernetes' and KubeRay's JSON as they write it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.planning.world import INTERRUPTED, failed
+from tuneyard.api.progress import Ending
+from tuneyard.planning import causes, seen
+from tuneyard.planning.causes import Cause
+from tuneyard.planning.seen import Obstacle, Pod, Seen, Workload
+
+Object = dict[str, Any]
+LABELS = {"tuneyard.io/job": "bot", "tuneyard.io/kind": "FineTuneJob", "tuneyard.io/attempt": "2"}
+START = "2030-01-01T00:00:00Z"
+
+
+def ray_job(**status: Any) -> seen.RayJob:
+    owner = {"kind": "FineTuneJob", "name": "bot", "uid": "job-uid", "controller": True}
+    return seen.ray_job(
+        {
+            "metadata": {
+                "name": "bot-2",
+                "uid": "ray-uid",
+                "labels": LABELS,
+                "ownerReferences": [owner],
+            },
+            "spec": {"suspend": False},
+            "status": {
+                "jobId": "bot-2-x7k2p",
+                "rayClusterName": "bot-2-l9d4c",
+                "startTime": START,
+                "jobDeploymentStatus": "Running",
+                "jobStatus": "RUNNING",
+                "failed": 0,
+                "succeeded": 0,
+                "rayClusterStatus": {"desiredCPU": "5", "head": {}},
+                **status,
+            },
+        }
+    )
+
+
+def pod_json(role: str = "worker", attempt: str = "2", **status: Any) -> Object:
+    labels = {**LABELS, "tuneyard.io/attempt": attempt, "ray.io/node-type": role}
+    return {"metadata": {"name": f"bot-2-l9d4c-{role}", "labels": labels}, "status": status}
+
+
+def pod(role: str = "worker", attempt: str = "2", **status: Any) -> Pod:
+    return seen.pod(pod_json(role, attempt, **status))
+
+
+def container(name: str = "ray-worker", **state: Any) -> Object:
+    return {"containerStatuses": [{"name": name, "ready": False, "state": state}]}
+
+
+def terminated(reason: str, code: int, role: str = "worker", **more: Any) -> Pod:
+    ended = {"reason": reason, "exitCode": code, "finishedAt": START, **more}
+    return pod(role, phase="Failed", **container(f"ray-{role}", terminated=ended))
+
+
+OOM = terminated("OOMKilled", 137)
+PREEMPTED = pod(
+    phase="Running",
+    conditions=[
+        {"type": "PodScheduled", "status": "True"},
+        {
+            "type": "DisruptionTarget",
+            "status": "True",
+            "reason": "PreemptionByScheduler",
+            "message": "default-scheduler: preempting to accommodate a higher priority pod",
+        },
+    ],
+)
+EVICTED = pod(
+    phase="Failed",
+    reason="Evicted",
+    message="The node was low on resource: memory. Threshold quantity: 100Mi, available: 60Mi.",
+    conditions=[
+        {
+            "type": "DisruptionTarget",
+            "status": "True",
+            "reason": "TerminationByKubelet",
+            "message": "The node was low on resource: memory.",
+        }
+    ],
+)
+SHUT_DOWN = pod(
+    phase="Failed",
+    reason="Terminated",
+    message="Pod was terminated in response to imminent node shutdown.",
+)
+FAILED = ray_job(jobStatus="FAILED", jobDeploymentStatus="Failed", reason="AppFailed")
+
+
+# ---- what is read -------------------------------------------------------------------------------
+
+
+class TestReading:
+    def test_a_ray_job(self) -> None:
+        read = ray_job()
+        assert (read.name, read.uid, read.attempt, read.owner) == ("bot-2", "ray-uid", 2, "job-uid")
+        assert (read.running, read.ended, read.withdrawn, read.deleting) == (
+            True,
+            False,
+            False,
+            False,
+        )
+        assert (read.cluster, read.start_time, read.cluster_failure) == ("bot-2-l9d4c", START, "")
+
+    def test_a_ray_job_that_kuberay_has_not_seen_yet(self) -> None:
+        read = seen.ray_job({"metadata": {"name": "bot-2", "uid": "u"}})
+        assert (read.attempt, read.owner, read.running, read.ended) == (0, None, False, False)
+
+    @pytest.mark.parametrize(
+        ("status", "ended"),
+        [
+            ({"jobStatus": "PENDING"}, False),
+            ({"jobStatus": "RUNNING"}, False),
+            ({"jobStatus": "SUCCEEDED"}, True),
+            ({"jobStatus": "FAILED", "jobDeploymentStatus": "Running"}, True),
+            ({"jobStatus": "", "jobDeploymentStatus": "Failed"}, True),
+            ({"jobStatus": "", "jobDeploymentStatus": "ValidationFailed"}, True),
+            ({"jobStatus": "", "jobDeploymentStatus": "Suspended"}, False),
+        ],
+    )
+    def test_when_a_ray_job_ended(self, status: Object, ended: bool) -> None:
+        assert ray_job(**status).ended is ended
+
+    @pytest.mark.parametrize("state", ["Suspending", "Suspended"])
+    def test_a_ray_job_whose_cluster_is_taken(self, state: str) -> None:
+        assert ray_job(jobDeploymentStatus=state).withdrawn
+
+    def test_the_roles_of_pods(self) -> None:
+        job = {**LABELS, "job-name": "bot-2"}
+        shared = {"tuneyard.io/job": "eraser"}
+        submitter = seen.pod({"metadata": {"name": "eraser-1-x", "labels": job}})
+        erase = seen.pod({"metadata": {"name": "eraser-erase-x", "labels": shared}})
+        assert [pod("head").role, pod().role] == ["head", "worker"]
+        assert [submitter.role, erase.role] == ["submitter", "erase"]
+
+    def test_a_healthy_pod_has_no_trouble(self) -> None:
+        starting = pod(phase="Pending", **container(waiting={"reason": "ContainerCreating"}))
+        done = terminated("Completed", 0)
+        assert (starting.troubles, done.troubles) == ((), ())
+
+    def test_kueues_word(self) -> None:
+        reserved = {"type": "QuotaReserved", "status": "False", "message": "insufficient quota"}
+        evicted = {"type": "Evicted", "status": "True", "message": "Preempted to accommodate x"}
+        item: Object = {"status": {"conditions": [reserved]}}
+        assert seen.workload(item) == Workload(False, "insufficient quota")
+        item["status"]["conditions"].append(evicted)
+        assert seen.workload(item) == Workload(False, "Preempted to accommodate x")
+        admitted = {"type": "Admitted", "status": "True"}
+        assert seen.workload({"status": {"conditions": [admitted]}}).admitted
+        assert seen.workload({}) == Workload(False, "")
+
+
+# ---- ends ---------------------------------------------------------------------------------------
+
+
+class TestEnds:
+    @pytest.mark.parametrize(
+        ("pods", "reason", "retryable"),
+        [
+            ([OOM], "OutOfMemory", False),
+            ([PREEMPTED], "Preempted", True),
+            ([EVICTED], "Evicted", True),
+            ([SHUT_DOWN], "Preempted", True),
+            ([PREEMPTED, EVICTED, OOM], "OutOfMemory", False),
+            ([PREEMPTED, EVICTED], "Evicted", True),
+            ([terminated("Error", 143)], "WorkerDied", True),
+        ],
+    )
+    def test_kubernetes_knows_why_a_worker_vanished(
+        self, pods: list[Pod], reason: str, retryable: bool
+    ) -> None:
+        ending = failed("WorkerDied", retryable=True)
+        for world in (Seen(pods=tuple(pods)), Seen(gone=tuple(pods))):
+            for order in (world, replace(world, pods=world.pods[::-1], gone=world.gone[::-1])):
+                cause = causes.of_end(FAILED, order, ending)
+                assert (cause.reason, cause.retryable) == (reason, retryable)
+
+    def test_memory_names_the_container_the_pod_and_the_field(self) -> None:
+        cause = causes.of_end(FAILED, Seen(pods=(OOM,)), None)
+        assert "container ray-worker of pod bot-2-l9d4c-worker" in cause.message
+        assert "compute.memory" in cause.advice
+        head = causes.of_end(FAILED, Seen(pods=(terminated("OOMKilled", 137, "head"),)), None)
+        assert "platform team" in head.advice
+
+    def test_pods_of_other_attempts_and_submitters_prove_nothing(self) -> None:
+        other = OOM._replace(attempt=1)
+        submitter = OOM._replace(role="submitter")
+        cause = causes.of_end(FAILED, Seen(pods=(other, submitter)), None)
+        assert cause.reason == "DriverError"
+
+    def test_a_driver_that_knows_is_believed(self) -> None:
+        advice = "Lower training.learningRate."
+        ending = failed("LossNotFinite", advice=advice)
+        cause = causes.of_end(FAILED, Seen(pods=(OOM, PREEMPTED)), ending)
+        assert cause == Cause("LossNotFinite", "it was LossNotFinite", advice, retryable=False)
+
+    def test_an_interrupted_driver_was_preempted(self) -> None:
+        assert causes.of_ending(INTERRUPTED).reason == "Preempted"
+        told = failed("Preempted").model_copy(update={"state": "Interrupted"})
+        assert causes.of_ending(told) == Cause("Preempted", "it was Preempted", retryable=True)
+
+    @pytest.mark.parametrize(
+        ("status", "reason", "retryable"),
+        [
+            ({"reason": "JobStatusCheckTimeoutExceeded"}, "HeadLost", True),
+            (
+                {"message": "Submitter completed but Ray job not found in RayCluster."},
+                "HeadLost",
+                True,
+            ),
+            ({"reason": "JobDeploymentStatusTransitionGracePeriodExceeded"}, "HeadLost", True),
+            (
+                {
+                    "jobStatus": "RUNNING",
+                    "reason": "SubmissionFailed",
+                    "message": "Job submission has failed. Reason: BackoffLimitExceeded.",
+                },
+                "HeadLost",
+                True,
+            ),
+            (
+                {
+                    "jobStatus": "",
+                    "reason": "SubmissionFailed",
+                    "message": "Job submission has failed. Reason: BackoffLimitExceeded.",
+                },
+                "SubmissionFailed",
+                True,
+            ),
+            (
+                {
+                    "jobStatus": "",
+                    "jobDeploymentStatus": "ValidationFailed",
+                    "reason": "ValidationFailed",
+                    "message": "the RayJob spec is invalid",
+                },
+                "RayJobRefused",
+                False,
+            ),
+            ({"jobStatus": "STOPPED"}, "Stopped", True),
+            ({"jobStatus": "", "reason": "PreRunningDeadlineExceeded"}, "StartTimeout", False),
+            ({"message": ""}, "DriverError", True),
+        ],
+    )
+    def test_kuberays_word_is_last(self, status: Object, reason: str, retryable: bool) -> None:
+        ray = ray_job(**{"jobStatus": "FAILED", "jobDeploymentStatus": "Failed", **status})
+        cause = causes.of_end(ray, Seen(), None)
+        assert (cause.reason, cause.retryable) == (reason, retryable)
+
+    def test_pods_that_kuberay_took_away_still_say_why_they_did_not_start(self) -> None:
+        unschedulable = {
+            "type": "PodScheduled",
+            "status": "False",
+            "reason": "Unschedulable",
+            "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
+        }
+        gone = pod(phase="Pending", conditions=[unschedulable])
+        ray = ray_job(
+            jobStatus="", jobDeploymentStatus="Failed", reason="PreRunningDeadlineExceeded"
+        )
+        assert causes.of_end(ray, Seen(gone=(gone,)), None).reason == "Unschedulable"
+
+    def test_of_a_log_only_the_last_line_is_told(self) -> None:
+        log = (
+            "Job entrypoint command failed with exit code 1, last available logs (truncated to "
+            "20,000 chars):\n" + "Traceback (most recent call last):\n" * 200 + "ValueError: no\n\n"
+        )
+        ray = ray_job(jobStatus="FAILED", message=log)
+        assert causes.of_end(ray, Seen(), None).message == "ValueError: no"
+        assert len(ray.message) <= 4096
+
+    def test_a_ray_job_that_is_gone_was_deleted_unless_pods_say_otherwise(self) -> None:
+        assert causes.of_loss(Seen(), 2).reason == "RayJobDeleted"
+        assert causes.of_loss(Seen(gone=(PREEMPTED,)), 2).reason == "Preempted"
+        assert causes.of_loss(Seen(gone=(PREEMPTED,)), 3).reason == "RayJobDeleted"
+
+
+class TestLastWords:
+    def words(self, text: str) -> Ending | None:
+        return causes.last_words(ray_job(jobStatus="FAILED", message=text))
+
+    def test_the_last_marked_line_counts(self) -> None:
+        first, last = failed("First"), failed("Last", retryable=True)
+        text = "".join(
+            f"some log\nTUNEYARD-ENDING {e.model_dump_json(by_alias=True)}\n" for e in (first, last)
+        )
+        assert self.words(f"{text}and Ray's own words after it") == last
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            "no mark",
+            "TUNEYARD-ENDING ",
+            "TUNEYARD-ENDING {",
+            'TUNEYARD-ENDING {"state": "Odd"}',
+            "TUNEYARD-ENDING [1]",
+            "TUNEYARD-ENDING nothing",
+        ],
+    )
+    def test_what_is_no_ending_is_none(self, text: str) -> None:
+        assert self.words(text) is None
+
+    def test_no_ray_job_no_words(self) -> None:
+        assert causes.last_words(None) is None
+
+
+# ---- attempts that do not start -----------------------------------------------------------------
+
+
+def waiting(*pods: Pod, cluster: Object | None = None, warnings: tuple[str, ...] = ()) -> Cause:
+    ray = ray_job(jobStatus="", jobDeploymentStatus="Initializing", rayClusterStatus=cluster or {})
+    return causes.of_waiting(ray, Seen(pods=pods, warnings=warnings))
+
+
+def unscheduled(message: str, reason: str = "Unschedulable") -> Pod:
+    condition = {"type": "PodScheduled", "status": "False", "reason": reason, "message": message}
+    return pod(phase="Pending", conditions=[condition])
+
+
+def held(reason: str, message: str = "") -> Pod:
+    return pod(phase="Pending", **container(waiting={"reason": reason, "message": message}))
+
+
+class TestWaiting:
+    @pytest.mark.parametrize(
+        ("found", "reason", "advice"),
+        [
+            (
+                unscheduled("0/3 nodes are available: 3 Insufficient nvidia.com/gpu."),
+                "Unschedulable",
+                "compute.gpusPerWorker",
+            ),
+            (
+                unscheduled(
+                    '0/1 nodes are available: persistentvolumeclaim "models" not found. '
+                    "preemption: 0/1 nodes are available: 1 Preemption is not helpful."
+                ),
+                "VolumeMissing",
+                "pvc://models/",
+            ),
+            (
+                unscheduled("0/1 nodes: pod has unbound immediate PersistentVolumeClaims."),
+                "VolumePending",
+                "StorageClass",
+            ),
+            (
+                held("CreateContainerConfigError", 'secret "hf" not found'),
+                "SecretMissing",
+                "tokenSecret",
+            ),
+            (
+                held("CreateContainerConfigError", "couldn't find key token in Secret ml/hf"),
+                "SecretMissing",
+                "tokenSecret",
+            ),
+            (
+                held("ErrImagePull", 'failed to pull and unpack image "x/y:1": not found'),
+                "ImagePullFailed",
+                "compute.image",
+            ),
+            (
+                held("ImagePullBackOff", 'Back-off pulling image "x/y:1"'),
+                "ImagePullFailed",
+                "image",
+            ),
+            (held("InvalidImageName"), "ImagePullFailed", "compute.image"),
+            (held("CrashLoopBackOff", "back-off 10s"), "ContainerBroken", "compute.image"),
+            (held("RunContainerError", "no such file: python"), "ContainerBroken", "compute.image"),
+        ],
+    )
+    def test_a_pod_says_what_it_waits_for(self, found: Pod, reason: str, advice: str) -> None:
+        cause = waiting(found)
+        assert cause.reason == reason
+        assert advice in cause.advice
+
+    def test_pods_that_quota_forbids_are_known_from_the_clusters_condition(self) -> None:
+        message = (
+            'FailedCreateWorkerPod\npods "bot-2-l9d4c-workers-worker-x" is forbidden: exceeded '
+            "quota: team, requested: requests.nvidia.com/gpu=8, used: 8, limited: 8"
+        )
+        condition = {"type": "ReplicaFailure", "status": "True", "message": message}
+        cause = waiting(cluster={"conditions": [condition]})
+        assert cause.reason == "QuotaExceeded"
+        assert "\n" not in cause.message
+        passed = {**condition, "status": "False"}
+        assert waiting(cluster={"conditions": [passed]}).reason == "StartTimeout"
+
+    def test_pods_that_a_policy_forbids_are_known_from_events(self) -> None:
+        text = 'Failed to create head Pod ml/bot-2: admission webhook "policy" denied the request'
+        assert waiting(warnings=(text,)).reason == "PodsRefused"
+        quota = 'pods "x" is forbidden: exceeded quota: team'
+        assert waiting(warnings=(text, quota)).reason == "QuotaExceeded"
+
+    def test_pods_that_are_starting_say_nothing(self) -> None:
+        assert waiting(pod(phase="Pending")).reason == "StartTimeout"
+        assert waiting(held("PodInitializing")).reason == "StartTimeout"
+
+    def test_the_same_pods_in_another_order_say_the_same(self) -> None:
+        pods = [
+            unscheduled("full")._replace(name="b"),
+            held("ErrImagePull", "x")._replace(name="a"),
+        ]
+        assert waiting(*pods) == waiting(*pods[::-1])
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "reason", "advice"),
+    [
+        (Obstacle(404, "NotFound", "404 page not found"), "KubeRayMissing", "KubeRay"),
+        (
+            Obstacle(404, "NotFound", "the server could not find the requested resource"),
+            "KubeRayMissing",
+            "KubeRay",
+        ),
+        (Obstacle(404, "NotFound", 'namespaces "ml" not found'), "NamespaceGone", ""),
+        (
+            Obstacle(
+                403,
+                "Forbidden",
+                'configmaps "x" is forbidden: unable to create new content in namespace ml '
+                "because it is being terminated",
+            ),
+            "NamespaceGone",
+            "",
+        ),
+        (
+            Obstacle(403, "Forbidden", "exceeded quota: q, requested: count/rayjobs.ray.io=1"),
+            "QuotaExceeded",
+            "compute.workers",
+        ),
+        (Obstacle(403, "Forbidden", "cannot create resource rayjobs"), "Forbidden", "rights"),
+        (Obstacle(422, "Invalid", "spec.x: Invalid value"), "RayJobRefused", ""),
+        (Obstacle(500, "InternalError", "failed calling webhook x"), "ClusterUnavailable", "webh"),
+        (Obstacle(429, "TooManyRequests", "slow down"), "ClusterUnavailable", ""),
+    ],
+)
+def test_what_the_api_server_refuses(obstacle: Obstacle, reason: str, advice: str) -> None:
+    cause = causes.of_obstacle(obstacle)
+    assert cause.reason == reason
+    assert advice in cause.advice

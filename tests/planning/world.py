@@ -1,0 +1,285 @@
+"""A played world for `observe`: a clock, a cluster that obeys, and a controller that may die."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from tests.planning.jobs import job as golden_job
+from tuneyard.api.finetunejob import FineTuneJob
+from tuneyard.api.meta import Condition
+from tuneyard.api.progress import Ending, Post
+from tuneyard.api.status import AttemptStatus, Failure, JobStatus, Result
+from tuneyard.planning.seen import Obstacle, Pod, RayJob, Seen, Trouble, Workload
+from tuneyard.planning.stages import plan
+from tuneyard.planning.status import Decision, Planned, observe
+from tuneyard.planning.story import Event, told
+
+UID = "job-uid"
+PLAN = plan(golden_job())
+"""The run policy is no part of a plan, so one serves all."""
+
+
+def new_job(**changes: Any) -> FineTuneJob:
+    job = golden_job(**changes)
+    return job.model_copy(
+        update={"metadata": job.metadata.model_copy(update={"uid": UID, "generation": 1})}
+    )
+
+
+def ray_job(attempt: int, **changes: Any) -> RayJob:
+    """A RayJob that was just created."""
+    fresh = RayJob(
+        name=f"minimal-{attempt}",
+        uid=f"ray-{attempt}",
+        attempt=attempt,
+        deleting=False,
+        owner=UID,
+        suspended=False,
+        job_status="",
+        deployment_status="",
+        reason="",
+        message="",
+        cluster="",
+        start_time=None,
+        cluster_failure="",
+    )
+    return fresh._replace(**changes)
+
+
+def pod(attempt: int, role: str = "worker", *troubles: Trouble, **changes: Any) -> Pod:
+    fresh = Pod(f"minimal-{attempt}-{role}", attempt, role, "Running", False, troubles)
+    return fresh._replace(**changes)
+
+
+def post(
+    attempt: int, step: int = 0, *, stage: str = "sft", ending: Ending | None = None, **more: Any
+) -> Post:
+    picture = {"attempt": attempt, "stage": stage, "step": step, "totalSteps": 100, **more}
+    value = {
+        "trainerStatus": {
+            "progressPercentage": step,
+            "metrics": [{"name": "loss", "value": 2.0}],
+            "lastUpdatedTime": f"2030-01-01T00:00:{step % 60:02d}Z",
+        },
+        "tuneyard": picture,
+    }
+    made = Post.model_validate(value)
+    if ending and made.tuneyard:
+        changed = made.tuneyard.model_copy(update={"ending": ending})
+        made = made.model_copy(update={"tuneyard": changed})
+    return made
+
+
+def failed(reason: str, *, retryable: bool = False, advice: str = "") -> Ending:
+    failure = Failure(reason=reason, message=f"it was {reason}", advice=advice)
+    return Ending(state="Failed", failure=failure, retryable=retryable)
+
+
+SUCCESS = Ending(state="Succeeded", result=Result(uri="s3://models/minimal/result", digest="d"))
+INTERRUPTED = Ending(state="Interrupted", retryable=True)
+
+
+class Died(Exception):  # noqa: N818
+    """The controller was killed."""
+
+
+@dataclass
+class World:
+    """One job and its cluster. `look` is the controller, `step` the cluster."""
+
+    job: FineTuneJob = field(default_factory=new_job)
+    now: datetime = datetime(2030, 1, 1, tzinfo=UTC)
+    planned: Planned | None = None
+    """None: PLAN."""
+    ray_jobs: dict[str, RayJob] = field(default_factory=dict)
+    pods: dict[str, Pod] = field(default_factory=dict)
+    gone: dict[str, Pod] = field(default_factory=dict)
+    workload: Workload | None = None
+    warnings: tuple[str, ...] = ()
+    obstacle: Obstacle | None = None
+    post: Post | None = None
+    missing_since: datetime | None = None
+    hidden: bool = False
+    """The controller's cache shows no RayJob."""
+    is_deleted: bool = False
+    created: list[str] = field(default_factory=list)
+    """Names of RayJobs in the order in which they were created."""
+    events: list[Event] = field(default_factory=list)
+    actions: int = 0
+    """Writes so far."""
+    dies_at: int | None = None
+    """The write at which the controller is killed, before it or after it."""
+    dies_after: bool = False
+    last: Decision | None = None
+
+    # ---- reading --------------------------------------------------------------------------------
+
+    @property
+    def status(self) -> JobStatus:
+        return self.job.status or JobStatus()
+
+    @property
+    def attempt(self) -> AttemptStatus:
+        return self.status.attempts[-1]
+
+    @property
+    def phase(self) -> str | None:
+        return self.status.phase
+
+    def condition(self, type_: str) -> Condition | None:
+        return next((c for c in self.status.conditions if c.type == type_), None)
+
+    def why(self, type_: str = "Running") -> str:
+        found = self.condition(type_)
+        return f"{found.status} {found.reason}" if found else "absent"
+
+    def told(self) -> list[str]:
+        return [event.reason for event in self.events]
+
+    # ---- the controller -------------------------------------------------------------------------
+
+    def seen(self) -> Seen:
+        ray_jobs = () if self.hidden else tuple(self.ray_jobs.values())
+        last = self.status.attempts[-1] if self.status.attempts else None
+        is_lost = (
+            last is not None
+            and not last.finished_at
+            and last.ray_job_uid is not None
+            and not any(item.attempt == last.number for item in ray_jobs)
+        )
+        if not is_lost:
+            self.missing_since = None
+        elif self.missing_since is None:
+            self.missing_since = self.now
+        since = self.missing_since
+        return Seen(
+            ray_jobs=ray_jobs,
+            pods=tuple(self.pods.values()),
+            gone=tuple(self.gone.values()),
+            workload=self.workload,
+            warnings=self.warnings,
+            obstacle=self.obstacle,
+            post=self.post,
+            missing_seconds=(self.now - since).total_seconds() if since else 0.0,
+        )
+
+    def decide(self) -> Decision:
+        return observe(self.job, self.planned or PLAN, self.seen(), self.now)
+
+    def look(self) -> Decision:
+        """One look of the controller: decides, writes, acts. Raises Died."""
+        decision = self.last = self.decide()
+        before = self.job.status
+        if decision.status != (before or JobStatus()):
+            self._write(lambda: self._take(decision.status))
+        for name in decision.stop:
+            self._write(lambda name=name: self.delete(name))
+        if decision.start is not None:
+            start = decision.start
+            self._write(lambda: self._create(start))
+        if decision.delete:
+            self.is_deleted = True
+        return decision
+
+    def _write(self, act: Any) -> None:
+        number, self.actions = self.actions, self.actions + 1
+        if number == self.dies_at and not self.dies_after:
+            raise Died
+        act()
+        if number == self.dies_at:
+            raise Died
+
+    def _take(self, status: JobStatus) -> None:
+        self.events += told(self.job.status, status)
+        self.job = self.job.model_copy(update={"status": status})
+
+    def _create(self, attempt: int) -> None:
+        if self.obstacle is None and f"minimal-{attempt}" not in self.ray_jobs:
+            name = f"minimal-{attempt}"
+            uid = f"ray-{attempt}-{len(self.created)}"
+            is_queued = self.job.spec.run_policy.queue is not None
+            self.ray_jobs[name] = ray_job(attempt, uid=uid, suspended=is_queued)
+            self.created.append(name)
+
+    # ---- the cluster ----------------------------------------------------------------------------
+
+    def wait(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+
+    def delete(self, name: str) -> None:
+        if name in self.ray_jobs:
+            self.change(name, deleting=True)
+
+    def change(self, name: str, **changes: Any) -> None:
+        self.ray_jobs[name] = self.ray_jobs[name]._replace(**changes)
+
+    def ray(self, **changes: Any) -> None:
+        """Changes the newest RayJob."""
+        self.change(list(self.ray_jobs)[-1], **changes)
+
+    def add_pods(self, *pods: Pod) -> None:
+        self.pods |= {item.name: item for item in pods}
+
+    def collect(self) -> None:
+        """Garbage collection: RayJobs first, their pods at the next call."""
+        owners = {item.attempt for item in self.ray_jobs.values()}
+        for item in [p for p in self.pods.values() if p.attempt not in owners]:
+            del self.pods[item.name]
+            if item.troubles:
+                self.gone[item.name] = item
+        self.ray_jobs = {n: item for n, item in self.ray_jobs.items() if not item.deleting}
+
+    def edit(self, **policy: Any) -> None:
+        """The user changes the run policy."""
+        job = self.job
+        new = job.spec.run_policy.model_copy(update=policy)
+        generation = (job.metadata.generation or 0) + 1
+        self.job = job.model_copy(
+            update={
+                "spec": job.spec.model_copy(update={"run_policy": new}),
+                "metadata": job.metadata.model_copy(update={"generation": generation}),
+            }
+        )
+
+    # ---- whole passages -------------------------------------------------------------------------
+
+    def settle(self, looks: int = 6) -> None:
+        """Looks until nothing changes, the cluster collecting its garbage meanwhile."""
+        for _ in range(looks):
+            self.look()
+            self.collect()
+            self.wait(1)
+
+    def start(self) -> None:
+        """To an attempt whose pods are there."""
+        self.look()
+        self.look()
+        number = self.attempt.number
+        self.ray(
+            suspended=False,
+            deployment_status="Initializing",
+            cluster=f"minimal-{number}-x",
+            start_time=self.now.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        )
+        self.add_pods(pod(number, "head"), pod(number, "worker"))
+        self.look()
+
+    def run(self) -> None:
+        """To an attempt whose driver runs."""
+        self.start()
+        self.ray(job_status="RUNNING", deployment_status="Running")
+        self.look()
+
+    def end(self, ending: Ending, step: int = 50) -> None:
+        """The driver ends the attempt, and KubeRay notices."""
+        self.post = post(self.attempt.number, step, ending=ending)
+        self.look()
+
+    def next_attempt(self) -> None:
+        """From a closed attempt to the next one's RayJob."""
+        self.settle()
+        self.wait(3600)
+        self.look()
+        self.look()
