@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-FOLDER = Path("/tmp/tuneyard-drain")  # noqa: S108  a pod's /tmp is its own
+FOLDER = Path(tempfile.gettempdir(), "tuneyard-drain")
+"""A pod's /tmp is its own."""
 LOOK_SECONDS = 1.0
 WAIT_SECONDS = 105.0
 """Below the pods' 120 s of grace, which the hook's time is part of."""

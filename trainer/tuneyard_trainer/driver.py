@@ -14,6 +14,7 @@ import argparse
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,7 +39,8 @@ SUCCEEDED, FAILED, INTERRUPTED, STALE = 0, 1, 3, 4
 ENDING_MARK = "TUNEYARD-ENDING "
 LOG_SECONDS = 10.0
 """Least time between two log lines of mere progress."""
-FOLDER = Path("/tmp/tuneyard")  # noqa: S108  a pod may write to its /tmp alone
+FOLDER = Path(tempfile.gettempdir(), "tuneyard")
+"""Of stores, caches and Ray's leftovers: a pod may write to its /tmp alone."""
 
 
 def main(arguments: Sequence[str]) -> int:
