@@ -80,24 +80,21 @@ async def _lead(
 
 async def _serve(settings: Settings, reconciler: Reconciler, stop: asyncio.Event) -> None:
     """Until one of the two ends: neither is of use without the other."""
-    registry = watch.registry(reconciler)
+    await _first(reconciler.run(), _watch(settings, reconciler, stop))
 
-    @kopf.on.startup(registry=registry)
-    async def take_signals_back(**_: object) -> None:
-        # kopf has just taken them, and would end alone.
-        _end_on_signal(stop)
 
-    await _first(
-        reconciler.run(),
-        kopf.operator(
-            registry=registry,
-            settings=watch.settings(),
-            standalone=True,
-            clusterwide=not settings.namespaces,
-            namespaces=settings.namespaces,
-            stop_flag=stop,
-        ),
+async def _watch(settings: Settings, reconciler: Reconciler, stop: asyncio.Event) -> None:
+    others = asyncio.all_tasks()
+    tasks = await kopf.spawn_tasks(
+        registry=watch.registry(reconciler),
+        settings=watch.settings(),
+        standalone=True,
+        clusterwide=not settings.namespaces,
+        namespaces=settings.namespaces,
+        stop_flag=stop,
     )
+    _end_on_signal(stop)  # kopf has just taken the signals, and would end alone
+    await kopf.run_tasks(tasks, ignored=others)
 
 
 def _end_on_signal(stop: asyncio.Event) -> None:
