@@ -14,13 +14,17 @@ import pytest
 import yaml
 
 from tests.golden.compare import GOLDEN, assert_golden
-from tuneyard import __version__, cli
+from tuneyard import __version__, cli, starter
+from tuneyard.api import manifest
 from tuneyard.api.plan import Plan
 from tuneyard.errors import StageError
 
 MINIMAL = str(GOLDEN / "manifests" / "minimal.yaml")
 SUPPORT_BOT = str(GOLDEN / "manifests" / "support-bot.yaml")
-COMMANDS = ["validate", "plan", "render", "run", "crds"]
+COMMANDS = [
+    *("init", "validate", "plan", "render", "run", "crds"),
+    *("status", "logs", "suspend", "resume", "cancel", "delete"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -68,12 +72,14 @@ def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> Non
     "arguments",
     [
         ["--help"],
+        ["status", "--help"],
+        ["init", "--output", "-"],
         ["validate", MINIMAL],
         ["plan", MINIMAL],
         ["render", MINIMAL],
         ["crds", "--check"],
     ],
-    ids=lambda arguments: arguments[0],
+    ids=" ".join,
 )
 def test_only_run_imports_heavy_frameworks(arguments: list[str]) -> None:
     code = (
@@ -172,6 +178,54 @@ def test_standard_input_is_a_file_too(
     captured = capsys.readouterr()
     assert captured.out == "stdin: FineTuneJob minimal is valid\n"
     assert captured.err.startswith("stdin:")
+
+
+# ---- init ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["finetune", "alignment"])
+def test_a_new_manifest_is_valid_as_it_stands(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.call(["init", "a-job", "--kind", kind]) == 0
+    assert cli.call(["validate", "a-job.yaml"]) == 0
+    assert capsys.readouterr().out.endswith("Job a-job is valid\n")
+    assert_golden(f"init/{kind}.yaml", Path("a-job.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("kind", ["finetune", "alignment"])
+def test_each_line_that_is_off_can_be_switched_on(kind: str) -> None:
+    text = starter.manifest(kind, "a-job", "a-job.yaml")
+    lines = text.splitlines()
+    off = [number for number, line in enumerate(lines) if re.match(r" *#\w", line)]
+    assert len(off) > 15
+    for number in off:
+        switched = [*lines[:number], lines[number].replace("#", "", 1), *lines[number + 1 :]]
+        assert len(manifest.read("\n".join(switched))) == 1, lines[number]
+
+
+def test_init_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("mine", encoding="utf-8")
+    assert cli.call(["init", "--output", str(path)]) == 2
+    assert f"{path} exists already" in capsys.readouterr().err
+    assert path.read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("name", ["Bot", "a_b", "-a", "a" * 41, "a\n", "../a"])
+def test_init_refuses_a_name_that_no_job_can_have(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.call(["init", "--", name]) == 2
+    assert "cannot name a job" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_init_says_why_it_cannot_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.call(["init", "-o", str(tmp_path / "missing" / "job.yaml")]) == 2
+    assert "cannot be written: No such file or directory" in capsys.readouterr().err
 
 
 # ---- plan and render ------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def _context(contexts: Sequence[Any], name: str) -> Any:
     if name in names:
         return contexts[names.index(name)]
     match = closest(name, names)
-    remedy = f"did you mean '{match}'?" if match else f"there are {', '.join(names) or 'none'}"
+    remedy = f"did you mean '{match}'?" if match else f"it has {_few(names) or 'none'}"
     raise RemoteError(f"the kubeconfig has no context '{name}': {remedy}")
 
 
@@ -235,14 +235,13 @@ class Cluster:
         headers = {"Accept": "*/*" if stream else "application/json"}
         if body is not None:
             headers["Content-Type"] = MERGE_PATCH if method == "PATCH" else "application/json"
-        text = json.dumps(body) if method == "PATCH" else body
         try:
             request = self._client.param_serialize(
                 method,
                 path,
                 query_params=list(query.items()),
                 header_params=headers,
-                body=text,
+                body=body,
                 auth_settings=["BearerToken"],
             )
             timeout = (CONNECT_SECONDS, None if endless else READ_SECONDS)

@@ -21,7 +21,7 @@ from tuneyard.planning.rayjob import GRACE_SECONDS
 from tuneyard.remote import logs as pod_logs
 from tuneyard.remote import views
 from tuneyard.remote.errors import NotFoundError, RemoteError, UnreachableError
-from tuneyard.remote.jobs import KINDS, Event, Found, Kind, as_json
+from tuneyard.remote.jobs import KINDS, Event, Found, Kind, to_json
 
 if TYPE_CHECKING:
     from tuneyard.remote.cluster import Cluster
@@ -56,13 +56,13 @@ class Where(NamedTuple):
 
 
 def _namespace(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
-    if value is not None and not re.match(NAMESPACE_PATTERN, value):
+    if value is not None and not re.fullmatch(NAMESPACE_PATTERN, value):
         raise click.BadParameter(f"'{value}' is no name of a namespace")
     return value
 
 
 def _name(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
-    if value is None or (re.match(NAME_PATTERN, value) and len(value) <= NAME_LENGTH):
+    if value is None or (re.fullmatch(NAME_PATTERN, value) and len(value) <= NAME_LENGTH):
         return value
     raise click.BadParameter(
         f"'{value}' is no name of a job: at most {NAME_LENGTH} lower-case letters, digits and "
@@ -77,13 +77,15 @@ def _kinds(_: click.Context, __: click.Parameter, value: str | None) -> tuple[Ki
 def _for_cluster(command: Command) -> Command:
     """Adds the options that all verbs share; the command gets them as `where` and `kinds`."""
 
-    @click.option("-n", "--namespace", callback=_namespace, help="Default: the context's.")
+    @click.option(
+        "-n", "--namespace", metavar="NAME", callback=_namespace, help="Default: the context's."
+    )
     @click.option(
         "--kind",
         "kinds",
         type=click.Choice(list(KINDS)),
         callback=_kinds,
-        help="Needed where a job of either kind has the name.",
+        help="Jobs of this kind only.",
     )
     @click.option("--context", metavar="NAME", help="The kubeconfig's context to use.")
     @click.option("--kubeconfig", metavar="FILE", help="Default: $KUBECONFIG, ~/.kube/config.")
@@ -106,7 +108,7 @@ _job_name = click.argument("name", callback=_name)
 @click.argument("name", required=False, callback=_name)
 @click.option("-A", "--all-namespaces", "everywhere", is_flag=True, help="Jobs of all namespaces.")
 @click.option("-w", "--watch", is_flag=True, help="Go on showing it; exit 0 or 1 as the job ends.")
-@click.option("--json", "as_text", is_flag=True, help="Print JSON; with --watch one line a change.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch one line a change.")
 @_for_cluster
 def status(
     name: str | None,
@@ -114,36 +116,36 @@ def status(
     kinds: Sequence[Kind],
     everywhere: bool,
     watch: bool,
-    as_text: bool,
+    as_json: bool,
 ) -> int:
-    """Show how far the jobs of a cluster are, or everything about one of them.
+    """Show how far jobs are, or everything about one.
 
-    Without NAME every job gets a line. With it: its stages, attempts, result or failure, conditions
-    and events.
+    Without NAME every job gets a line. With it: its result or failure, progress, stages, attempts,
+    conditions and events.
     """
-    cluster = where.connect()
     if name and everywhere:
         raise click.UsageError("--all-namespaces shows all jobs: remove NAME, or name a namespace")
+    if watch and name is None:
+        raise click.UsageError("--watch needs the NAME of a job")
+    cluster = where.connect()
     if name is None:
-        return _status_of_all(cluster, kinds, everywhere=everywhere, watch=watch, as_text=as_text)
+        return _status_of_all(cluster, kinds, everywhere=everywhere, as_json=as_json)
     job = cluster.find(name, kinds)
     if watch:
-        return _watch(cluster, job, as_text=as_text)
-    if as_text:
-        click.echo(json.dumps(as_json(job), indent=2))
+        return _watch(cluster, job, as_json=as_json)
+    if as_json:
+        click.echo(json.dumps(to_json(job), indent=2))
     else:
         _console().print(_view(cluster, job))
     return 0
 
 
 def _status_of_all(
-    cluster: Cluster, kinds: Sequence[Kind], *, everywhere: bool, watch: bool, as_text: bool
+    cluster: Cluster, kinds: Sequence[Kind], *, everywhere: bool, as_json: bool
 ) -> int:
-    if watch:
-        raise click.UsageError("--watch needs the NAME of a job")
     jobs = cluster.list_jobs(kinds, everywhere=everywhere)
-    if as_text:
-        click.echo(json.dumps([as_json(job) for job in jobs], indent=2))
+    if as_json:
+        click.echo(json.dumps([to_json(job) for job in jobs], indent=2))
     elif jobs:
         _console().print(views.jobs_table(jobs, _now(), with_namespace=everywhere))
     else:
@@ -152,11 +154,11 @@ def _status_of_all(
     return 0
 
 
-def _watch(cluster: Cluster, job: Found, *, as_text: bool) -> int:
+def _watch(cluster: Cluster, job: Found, *, as_json: bool) -> int:
     """Until the job is over; the exit code says how."""
     console = _console()
-    if as_text:
-        job = _follow(cluster, job, _changes(lambda job: json.dumps(as_json(job))))
+    if as_json:
+        job = _follow(cluster, job, _changes(lambda job: json.dumps(to_json(job))))
     elif console.is_terminal:
         with Live(console=console, auto_refresh=False, transient=True) as live:
             job = _follow(cluster, job, lambda job: live.update(_view(cluster, job), refresh=True))
@@ -204,7 +206,7 @@ def _view(cluster: Cluster, job: Found) -> Any:
 
 
 def _events(cluster: Cluster, job: Found) -> list[Event]:
-    """None where the user may not read them: the status tells the rest."""
+    """Empty where the user may not read them: the status tells the rest."""
     try:
         return cluster.events(job)
     except RemoteError:
@@ -250,7 +252,7 @@ def logs(
 @_job_name
 @_for_cluster
 def suspend(name: str, where: Where, kinds: Sequence[Kind]) -> int:
-    """Stop a job at its next checkpoint and release what it runs on.
+    """Stop a job at a checkpoint and free its pods.
 
     Nothing is lost: `tuneyard resume` goes on from there.
     """
@@ -264,14 +266,18 @@ def suspend(name: str, where: Where, kinds: Sequence[Kind]) -> int:
         click.echo(f"{job.name} is {state} already; `tuneyard resume {job.name}` lets it go on")
         return 0
     job = cluster.set_policy(job, suspend=True)
-    if job.runs:
-        click.echo(
-            f"{job.name} will write a checkpoint and release its pods, within {GRACE_SECONDS} s; "
-            f"`tuneyard resume {job.name}` goes on from there"
-        )
+    if job.is_under_way:
+        click.echo(f"{job.name} will {_stop(job)}; `tuneyard resume {job.name}` lets it go on")
     else:
         click.echo(f"{job.name} will not start until `tuneyard resume {job.name}`")
     return 0
+
+
+def _stop(job: Found) -> str:
+    """How the attempt that is under way ends."""
+    if job.is_running:
+        return f"write a checkpoint and release its pods, within {GRACE_SECONDS} s"
+    return "release its pods"
 
 
 @click.command()
@@ -285,9 +291,14 @@ def resume(name: str, where: Where, kinds: Sequence[Kind]) -> int:
     if job.cancel:
         raise RemoteError(f"{job.name} is being cancelled: it cannot be resumed any more")
     if not job.suspend:
-        click.echo(f"{job.name} is not suspended: its phase is {job.phase}")
+        being = f"{job.name} is being resumed already"
+        known = f"{job.name} is not suspended: its phase is {job.phase}"
+        click.echo(being if job.phase == "Suspended" else known)
         return 0
     job = cluster.set_policy(job, suspend=False)
+    if job.is_under_way:
+        click.echo(f"{job.name} will go on; if its pods were stopping, in a new attempt")
+        return 0
     attempts = len(job.status.attempts) if job.status else 0
     start = "from its last checkpoint" if attempts else "with its first stage"
     click.echo(f"{job.name} will go on {start}, as attempt {attempts + 1}")
@@ -312,10 +323,10 @@ def cancel(name: str, where: Where, kinds: Sequence[Kind], yes: bool) -> int:
     _refuse_if_over(job, "cancelled")
     _confirm(f"Cancel {job.kind.name} {job.name} for good?", yes=yes)
     job = cluster.set_policy(job, cancel=True)
-    how = f"will write a checkpoint, release its pods within {GRACE_SECONDS} s and end"
+    how = f"{_stop(job)} and end" if job.is_under_way else "end"
     click.echo(
-        f"{job.name} {how if job.runs else 'will end'} as Failed with reason Cancelled; its "
-        f"finished stages stay at {job.output_uri}"
+        f"{job.name} will {how} as Failed with reason Cancelled; its finished stages stay at "
+        f"{job.output_uri}"
     )
     return 0
 
@@ -344,14 +355,17 @@ def _confirm(question: str, *, yes: bool) -> None:
 @click.option("--wait", is_flag=True, help="Return when the job and its pods are gone.")
 @_for_cluster
 def delete(name: str, where: Where, kinds: Sequence[Kind], wait: bool) -> int:
-    """Delete a job: its cluster ends, its output stays or goes as output.deletionPolicy says."""
+    """Delete a job and end its cluster.
+
+    Its output stays, or goes too where the manifest's output.deletionPolicy is Delete.
+    """
     cluster = where.connect()
     job = cluster.find(name, kinds)
     if job.deleting:
         click.echo(f"{job.name} is being deleted already")
     else:
         cluster.delete(job)
-        pods = "its pods end, then it is gone" if job.runs else "it is gone in a moment"
+        pods = "its pods end, then it is gone" if job.is_under_way else "it is gone in a moment"
         output = (
             f"its output at {job.output_uri} is deleted too, by its deletionPolicy"
             if job.erases

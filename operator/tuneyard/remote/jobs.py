@@ -74,10 +74,21 @@ class Found:
         return failure is not None and failure.reason == "Cancelled"
 
     @property
-    def runs(self) -> bool:
-        """Whether an attempt is under way."""
+    def is_under_way(self) -> bool:
+        """Whether an attempt has pods, or is about to."""
+        return self._open_attempt is not None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether an attempt's driver runs: it has something to checkpoint."""
+        attempt = self._open_attempt
+        return attempt is not None and bool(attempt.get("runningAt"))
+
+    @property
+    def _open_attempt(self) -> Object | None:
         attempts = self.raw_status.get("attempts") or []
-        return bool(attempts) and not attempts[-1].get("finishedAt") and not self.is_finished
+        ended = not attempts or attempts[-1].get("finishedAt") or self.is_finished
+        return None if ended else attempts[-1]
 
 
 def found(kind: Kind, item: Object) -> Found:
@@ -109,7 +120,7 @@ def _status(value: Object) -> JobStatus | None:
         return None
 
 
-def as_json(job: Found) -> dict[str, Any]:
+def to_json(job: Found) -> dict[str, Any]:
     """What `--json` prints of a job."""
     return {
         "kind": job.kind.name,

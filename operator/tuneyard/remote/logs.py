@@ -92,7 +92,7 @@ class Reader:
         obstacle = next((pod.obstacle for pod in pods if pod.obstacle), "")
         why = obstacle or views.waits_for(job)
         attempt = f"attempt {self._attempt}" if self._attempt else "the job"
-        what = f"{attempt} has no {self._role} yet ({views.phase(job)})"
+        what = f"{attempt} has no {self._role} that started ({views.phase(job)})"
         return f"{what}: {views.plain(why)}" if why else what
 
     def _why_none(self, job: Found, pods: Sequence[Pod]) -> str:

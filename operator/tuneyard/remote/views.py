@@ -45,31 +45,31 @@ def jobs_table(jobs: Sequence[Found], now: datetime, *, with_namespace: bool) ->
     for title in ("Progress", "Loss", "ETA", "Age"):
         table.add_column(title, no_wrap=True, justify="right")
     for job in jobs:
-        progress = _running_progress(job)
+        progress = job.status.progress if job.status else None
         cells: list[RenderableType] = [
             job.kind.name,
             job.name,
             _phase(job),
-            plain(progress.stage) if progress else ABSENT,
+            plain(progress.stage) if progress and not job.is_finished else ABSENT,
             f"{progress.percentage}%" if progress else ABSENT,
             _metric(progress.metrics, "loss") if progress else ABSENT,
-            _eta(progress) if progress else ABSENT,
+            duration(left) if (left := _seconds_left(job)) is not None else ABSENT,
             duration((now - job.created).total_seconds()),
         ]
         table.add_row(*([job.namespace] if with_namespace else []), *cells)
     return table
 
 
-def _running_progress(job: Found) -> Progress | None:
-    """What a job that is over told last says nothing of its stage any more."""
-    if job.status is None or job.is_finished:
-        return None
-    return job.status.progress
+def _open_progress(job: Found) -> Progress | None:
+    """How far it is; None once it is over: what it told last would say nothing any more."""
+    return None if job.status is None or job.is_finished else job.status.progress
 
 
-def _eta(progress: Progress) -> str:
-    seconds = progress.estimated_remaining_seconds
-    return duration(seconds) if seconds is not None else ABSENT
+def _seconds_left(job: Found) -> int | None:
+    """To the end of the stage; None: nothing runs, or it is unknown."""
+    progress = _open_progress(job)
+    running = progress is not None and job.phase == "Running"
+    return progress.estimated_remaining_seconds if progress and running else None
 
 
 def _phase(job: Found) -> Text:
@@ -132,9 +132,9 @@ def _status_parts(job: Found, status: JobStatus, now: datetime) -> Iterator[Rend
             yield Text(f"Its digest is {plain(status.result.digest)}")
         if status.result.metrics:
             yield Text(metrics_line(status.result.metrics))
-    if progress := _running_progress(job):
+    if progress := _open_progress(job):
         yield Text()
-        yield from _progress_lines(progress, now)
+        yield from _progress_lines(progress, _seconds_left(job), now)
     for table in (
         _stages_table(status.stages, now),
         _attempts_table(status.attempts, now),
@@ -157,12 +157,12 @@ def waits_for(job: Found) -> str:
     return ""
 
 
-def _progress_lines(progress: Progress, now: datetime) -> Iterator[Text]:
+def _progress_lines(progress: Progress, left: int | None, now: datetime) -> Iterator[Text]:
     text = f"{progress.percentage}% done"
     if progress.stage:
         text += f"; {plain(progress.stage)} is at {_steps(progress)}"
-    if progress.estimated_remaining_seconds is not None:
-        text += f", about {duration(progress.estimated_remaining_seconds)} from its end"
+    if left is not None:
+        text += f", about {duration(left)} from its end"
     yield Text(f"{text} (told {ago(progress.last_updated_time, now)})", style="bold")
     if progress.metrics:
         yield Text(metrics_line(progress.metrics))
@@ -185,12 +185,13 @@ def _table(*titles: str) -> Table:
 def _stages_table(stages: Sequence[StageStatus], now: datetime) -> Table:
     table = _table("Stage", "State", "Began", "Took", "Key metrics")
     for stage in stages:
-        done_before = stage.state == "Skipped"
+        state = "done before" if stage.state == "Skipped" else stage.state
+        took = stage.state == "Running" or stage.finished_at is not None
         table.add_row(
             plain(stage.name),
-            Text("done before" if done_before else stage.state, STYLES.get(stage.state, "")),
+            Text(state, STYLES.get(stage.state, "")),
             ago(stage.started_at, now),
-            ABSENT if done_before else _took(stage.started_at, stage.finished_at, now),
+            _took(stage.started_at, stage.finished_at, now) if took else ABSENT,
             metrics_line(_key_metrics(stage.metrics)),
         )
     return table
@@ -266,16 +267,18 @@ def line(job: Found) -> str:
         parts.append(f"attempt {len(status.attempts)}")
     if waits := waits_for(job):
         parts.append(waits)
-    if progress := _running_progress(job):
+    if progress := _open_progress(job):
         parts.append(f"{progress.percentage}%")
         if progress.stage:
             parts.append(f"{plain(progress.stage)} {_steps(progress)}")
         if "loss" in progress.metrics:
             parts.append(f"loss {number(progress.metrics['loss'])}")
-        if progress.estimated_remaining_seconds is not None:
-            parts.append(f"{duration(progress.estimated_remaining_seconds)} left")
+        if (left := _seconds_left(job)) is not None:
+            parts.append(f"{duration(left)} left")
     if status.failure:
         parts.append(f"{status.failure.reason}: {plain(status.failure.message)}")
+    if status.result:
+        parts.append(f"the result lies at {plain(status.result.uri)}")
     return ", ".join(parts)
 
 

@@ -1,0 +1,205 @@
+"""Jobs as an operator would leave them, at a moment of the tests' own."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests.api.manifests import MINIMAL, PPO, changed
+from tuneyard.api.meta import GROUP, VERSION
+from tuneyard.remote.jobs import KINDS
+
+if TYPE_CHECKING:
+    from rig.plugin import Cluster
+
+CRDS = Path(__file__).parents[2] / "crds"
+
+NOW = datetime(2026, 11, 21, 12, 0, 0, tzinfo=UTC)
+
+Object = dict[str, Any]
+
+
+def before(minutes: float, now: datetime = NOW) -> str:
+    """So many minutes ago, in RFC 3339."""
+    return (now - timedelta(minutes=minutes)).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def manifest(kind: str, name: str, **changes: Any) -> Object:
+    base = MINIMAL if kind == "FineTuneJob" else PPO
+    paths = {path.replace("__", "."): value for path, value in changes.items()}
+    return changed(base, {"metadata.name": name, **paths})
+
+
+def item(kind: str, name: str, status: Object, **changes: Any) -> Object:
+    """A job as the API server gives it out."""
+    server = {
+        "metadata__namespace": "team-a",
+        "metadata__uid": "u-1",
+        "metadata__generation": 1,
+        "metadata__creationTimestamp": before(90),
+        "status": status,
+    }
+    return manifest(kind, name, **{**server, **changes})
+
+
+def condition(type_: str, status: str, reason: str, message: str, minutes: float = 5) -> Object:
+    return {
+        "type": type_,
+        "status": status,
+        "reason": reason,
+        "message": message,
+        "lastTransitionTime": before(minutes),
+        "observedGeneration": 1,
+    }
+
+
+def attempt(number: int, began: float, ended: float | None = None, **more: Any) -> Object:
+    value = {
+        "number": number,
+        "rayJob": f"support-bot-{number}",
+        "startedAt": before(began),
+        "runningAt": before(began - 1),
+        **more,
+    }
+    return value if ended is None else {**value, "finishedAt": before(ended)}
+
+
+PLANNED: Object = {"observedGeneration": 1, "planDigest": "sha256:0"}
+IS_PLANNED = condition("Planned", "True", "Planned", "4 stages", 90)
+
+LOST = attempt(
+    1,
+    89,
+    36,
+    reason="WorkerDied",
+    message="worker pod support-bot-1-worker is gone",
+    stage="sft",
+    lastStep=400,
+    stepsLost=40,
+)
+RUNNING: Object = {
+    **PLANNED,
+    "phase": "Running",
+    "conditions": [
+        IS_PLANNED,
+        condition("Admitted", "True", "NoQueue", "the job names no queue", 90),
+        condition("Running", "True", "Running", "attempt 2 runs", 34),
+    ],
+    "stages": [
+        {
+            "name": "prepare",
+            "kind": "prepare",
+            "state": "Skipped",
+            "startedAt": before(89),
+            "finishedAt": before(88.8),
+            "metrics": {"rows": 1234.0, "tokens": 901233.0},
+        },
+        {"name": "sft", "kind": "sft", "state": "Running", "startedAt": before(34), "metrics": {}},
+        {"name": "export", "kind": "export", "state": "Pending", "metrics": {}},
+    ],
+    "progress": {
+        "stage": "sft",
+        "step": 430,
+        "totalSteps": 1200,
+        "percentage": 41,
+        "estimatedRemainingSeconds": 2040,
+        "metrics": {"loss": 1.2345678, "learningRate": 0.000187, "tokensPerSecond": 12345.6},
+        "lastUpdatedTime": before(0.2),
+    },
+    "attempts": [LOST, attempt(2, 35, stage="sft", lastStep=430)],
+}
+WAITING: Object = {
+    **PLANNED,
+    "phase": "Pending",
+    "conditions": [
+        IS_PLANNED,
+        condition("Running", "False", "Unschedulable", "no node can take the worker pod"),
+    ],
+    "attempts": [{"number": 1, "rayJob": "support-bot-1", "startedAt": before(3)}],
+}
+SUCCEEDED: Object = {
+    **PLANNED,
+    "phase": "Succeeded",
+    "conditions": [
+        IS_PLANNED,
+        condition("Succeeded", "True", "Succeeded", "the result lies at s3://models/out/result"),
+    ],
+    "stages": [
+        {
+            "name": "sft",
+            "kind": "sft",
+            "state": "Succeeded",
+            "startedAt": before(88),
+            "finishedAt": before(10),
+            "metrics": {"tokens": 9e6, "loss": 1.1, "validationLoss": 1.25},
+        }
+    ],
+    "progress": {**RUNNING["progress"], "percentage": 100, "estimatedRemainingSeconds": 0},
+    "attempts": [attempt(1, 89, 5, reason="Succeeded", message="all stages are done")],
+    "result": {
+        "uri": "s3://models/out/result",
+        "digest": "sha256:abc",
+        "metrics": {"validationLoss": 1.21, "lossReduction": 0.4123},
+    },
+}
+FAILED: Object = {
+    **PLANNED,
+    "phase": "Failed",
+    "conditions": [
+        IS_PLANNED,
+        condition("Failed", "True", "OutOfMemory", "the worker was killed: out of memory"),
+    ],
+    "attempts": [attempt(1, 89, 5, reason="OutOfMemory", message="the worker was killed")],
+    "failure": {
+        "reason": "OutOfMemory",
+        "message": "the worker was killed: out of memory",
+        "advice": "Raise compute.memory.",
+    },
+}
+
+
+PLURALS = {kind.name: kind.plural for kind in KINDS.values()}
+
+
+class Played:
+    """One namespace of a real API server, and an operator that does what the test says."""
+
+    def __init__(self, cluster: Cluster, namespace: str) -> None:
+        from kubernetes import client, config
+
+        self.cluster, self.namespace = cluster, namespace
+        connection = config.new_client_from_config(str(cluster.kubeconfig))
+        self.core = client.CoreV1Api(connection)
+        self._jobs = client.CustomObjectsApi(connection)
+
+    def create(
+        self, name: str, status: Object | None = None, kind: str = "FineTuneJob", **changes: Any
+    ) -> None:
+        body = manifest(kind, name, **changes)
+        self._jobs.create_namespaced_custom_object(*self._at(kind), body)
+        if status is not None:
+            self.set_status(name, status, kind)
+
+    def set_status(self, name: str, status: Object, kind: str = "FineTuneJob") -> None:
+        body = [{"op": "add", "path": "/status", "value": status}]
+        patch = self._jobs.patch_namespaced_custom_object_status
+        patch(*self._at(kind), name, body, _content_type="application/json-patch+json")
+
+    def get(self, name: str, kind: str = "FineTuneJob") -> Any:
+        return self._jobs.get_namespaced_custom_object(*self._at(kind), name)
+
+    def delete(self, name: str) -> None:
+        self._jobs.delete_namespaced_custom_object(*self._at("FineTuneJob"), name)
+
+    def clear_up(self, name: str) -> None:
+        """Lets a job go that is being deleted."""
+        body = [{"op": "remove", "path": "/metadata/finalizers"}]
+        patch = self._jobs.patch_namespaced_custom_object
+        patch(*self._at("FineTuneJob"), name, body, _content_type="application/json-patch+json")
+
+    def policy(self, name: str) -> Any:
+        return self.get(name)["spec"]["runPolicy"]
+
+    def _at(self, kind: str) -> tuple[str, str, str, str]:
+        return GROUP, VERSION, self.namespace, PLURALS[kind]

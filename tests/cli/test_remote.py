@@ -1,0 +1,498 @@
+"""The verbs for a cluster against a real API server, where an operator's writes are played."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import threading
+import time
+import types
+import uuid
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.cli.played import (
+    CRDS,
+    FAILED,
+    PLANNED,
+    RUNNING,
+    SUCCEEDED,
+    WAITING,
+    Object,
+    Played,
+)
+from tuneyard import cli
+from tuneyard.api.crd import crds
+from tuneyard.remote import commands, logs
+
+if TYPE_CHECKING:
+    from rig.plugin import Cluster
+
+apiserver_test = pytest.mark.apiserver
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "LOOK_SECONDS", 0.05)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+
+
+@pytest.fixture(scope="module")
+def with_crds(apiserver: Cluster) -> Cluster:
+    apiserver.kubectl("apply", "--server-side", "-f", str(CRDS))
+    names = [f"crd/{crd['metadata']['name']}" for crd in crds().values()]
+    apiserver.kubectl("wait", "--for=condition=Established", "--timeout=60s", *names)
+    return apiserver
+
+
+@pytest.fixture
+def played(with_crds: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Played]:
+    """A namespace that only this test uses, of the cluster that KUBECONFIG names."""
+    played = Played(with_crds, f"cli-{uuid.uuid4().hex[:8]}")
+    played.core.create_namespace({"metadata": {"name": played.namespace}})
+    monkeypatch.setenv("KUBECONFIG", str(with_crds.kubeconfig))
+    yield played
+    played.core.delete_namespace(played.namespace)
+
+
+@pytest.fixture
+def call(played: Played, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command in the test's namespace: exit code, standard output, standard error."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = cli.call([*arguments, "-n", played.namespace])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return code, captured.out, captured.err
+
+    return run
+
+
+def between_looks(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
+    """Lets something happen whenever a command waits before it looks again."""
+    clock = types.SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: act())
+    monkeypatch.setattr(commands, "time", clock)
+
+
+# ---- status -------------------------------------------------------------------------------------
+
+
+@apiserver_test
+def test_all_jobs_of_both_kinds_get_a_line(played: Played, call: Call) -> None:
+    played.create("one", RUNNING)
+    played.create("two", WAITING, "AlignmentJob")
+    code, out, _ = call("status")
+    rows = {line.split()[1]: line.split() for line in out.splitlines()[1:]}
+    assert code == 0
+    assert rows["one"][:-2] == ["FineTuneJob", "one", "Running", "sft", "41%", "1.235", "34", "min"]
+    assert rows["two"][:3] == ["AlignmentJob", "two", "Pending"]
+    assert call("status", "--kind", "alignment")[1].count("\n") == 2
+
+
+@apiserver_test
+def test_one_job_is_shown_with_its_stages_attempts_conditions_and_events(
+    played: Played, call: Call
+) -> None:
+    played.create("support-bot", RUNNING)
+    involved = {"kind": "FineTuneJob", "namespace": played.namespace, "name": "support-bot"}
+    event: Object = {
+        "metadata": {"name": "e"},
+        "involvedObject": {**involved, "uid": played.get("support-bot")["metadata"]["uid"]},
+        "reason": "AttemptStarted",
+        "message": "the second try",
+        "lastTimestamp": "2026-11-21T00:00:00Z",
+    }
+    of_another = {**event, "metadata": {"name": "f"}, "message": "of a job of the same name"}
+    of_another["involvedObject"] = {**involved, "uid": "gone"}
+    for one in (event, of_another):
+        played.core.create_namespaced_event(played.namespace, one)
+    code, out, _ = call("status", "support-bot")
+    assert code == 0
+    for words in ("step 430 of 1,200", "40 steps", "WorkerDied", "the job names no queue"):
+        assert words in out
+    assert "the second try" in out
+    assert "of a job of the same name" not in out
+
+
+@apiserver_test
+def test_a_name_of_both_kinds_needs_the_kind(played: Played, call: Call) -> None:
+    played.create("both", RUNNING)
+    played.create("both", WAITING, "AlignmentJob")
+    code, out, err = call("status", "both")
+    assert (code, out) == (2, "")
+    assert "add --kind finetune or --kind alignment" in err
+    code, out, _ = call("status", "both", "--kind", "alignment")
+    assert (code, out.split()[:2]) == (0, ["AlignmentJob", "both"])
+
+
+@apiserver_test
+@pytest.mark.parametrize("verb", ["status", "logs", "suspend", "resume", "cancel", "delete"])
+def test_a_name_that_is_not_there_gets_the_one_that_was_meant(
+    verb: str, played: Played, call: Call
+) -> None:
+    played.create("support-bot", RUNNING)
+    code, out, err = call(verb, "suport-bot")
+    assert (code, out) == (2, "")
+    assert f"no job 'suport-bot' in namespace {played.namespace}: did you mean" in err
+    assert played.policy("support-bot")["suspend"] is False
+
+
+@apiserver_test
+def test_json_is_the_status_as_it_was_stored(played: Played, call: Call) -> None:
+    played.create("one", SUCCEEDED)
+    code, out, _ = call("status", "one", "--json")
+    assert code == 0
+    assert json.loads(out)["status"] == played.get("one")["status"]
+    assert json.loads(out)["finished"] is True
+    listed = json.loads(call("status", "--json")[1])
+    assert [job["name"] for job in listed] == ["one"]
+
+
+@apiserver_test
+def test_an_empty_namespace_says_so_and_is_no_error(call: Call) -> None:
+    code, out, err = call("status")
+    assert (code, out) == (0, "")
+    assert "there are no jobs in namespace cli-" in err
+
+
+@apiserver_test
+@pytest.mark.parametrize(("end", "expected"), [(SUCCEEDED, 0), (FAILED, 1)], ids=["ok", "failed"])
+def test_watch_prints_changes_only_and_ends_with_the_job(
+    end: Object, expected: int, played: Played, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played.create("one", WAITING)
+    further = {**RUNNING, "progress": {**RUNNING["progress"], "step": 431}}
+
+    story = iter([RUNNING, RUNNING, further, end])
+    between_looks(monkeypatch, lambda: played.set_status("one", next(story)))
+    code, out, _ = call("status", "one", "--watch")
+    assert code == expected
+    lines = out.splitlines()
+    assert [line.split(": ")[1].split(",")[0] for line in lines] == [
+        "Pending",
+        "Running",
+        "Running",
+        end["phase"],
+    ]
+    assert "step 431" in lines[2]
+
+
+@apiserver_test
+def test_watch_of_a_job_that_is_deleted_ends_with_2(
+    played: Played, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replace() -> None:
+        played.delete("one")
+        played.create("one", SUCCEEDED)
+
+    played.create("one", RUNNING)
+    between_looks(monkeypatch, replace)
+    code, out, err = call("status", "one", "--watch", "--json")
+    assert (code, err) == (2, "Error: FineTuneJob one was deleted\n"), "another has its name now"
+    assert [json.loads(line)["status"]["phase"] for line in out.splitlines()] == ["Running"]
+
+
+# ---- run policy ---------------------------------------------------------------------------------
+
+
+@apiserver_test
+def test_suspend_and_resume_change_the_policy_once(played: Played, call: Call) -> None:
+    played.create("one", RUNNING, spec__runPolicy={"maxAttempts": 7})
+    assert "write a checkpoint and release its pods" in call("suspend", "one")[1]
+    generation = played.get("one")["metadata"]["generation"]
+    code, out, _ = call("suspend", "one")
+    assert (code, "being suspended already" in out) == (0, True)
+    assert played.get("one")["metadata"]["generation"] == generation
+    assert played.policy("one") | {"suspend": True, "maxAttempts": 7} == played.policy("one")
+    played.set_status("one", {**RUNNING, "phase": "Suspended", "attempts": RUNNING["attempts"][:1]})
+    assert "one will go on from its last checkpoint, as attempt 2" in call("resume", "one")[1]
+    assert played.policy("one")["suspend"] is False
+    played.set_status("one", RUNNING)
+    code, out, _ = call("resume", "one")
+    assert (code, out) == (0, "one is not suspended: its phase is Running\n")
+
+
+@apiserver_test
+def test_a_job_that_has_not_started_can_be_held_back(played: Played, call: Call) -> None:
+    played.create("one")
+    assert call("suspend", "one")[1] == "one will not start until `tuneyard resume one`\n"
+    assert "with its first stage, as attempt 1" in call("resume", "one")[1]
+
+
+@apiserver_test
+@pytest.mark.parametrize("status", [SUCCEEDED, FAILED], ids=["succeeded", "failed"])
+@pytest.mark.parametrize("verb", ["suspend", "resume", "cancel"])
+def test_a_finished_job_is_left_as_it_is(
+    verb: str, status: Object, played: Played, call: Call
+) -> None:
+    played.create("one", status)
+    spec = played.get("one")["spec"]
+    code, out, err = call(verb, "one", *(["--yes"] if verb == "cancel" else []))
+    assert (code, out) == (2, "")
+    assert f"one is over, its phase is {status['phase']}" in err
+    assert played.get("one")["spec"] == spec
+
+
+@apiserver_test
+def test_cancel_needs_a_yes_and_is_for_good(played: Played, call: Call) -> None:
+    played.create("one", RUNNING)
+    code, out, err = call("cancel", "one")
+    assert (code, out) == (2, "")
+    assert "add --yes" in err
+    assert played.policy("one")["cancel"] is False
+    assert "end as Failed with reason Cancelled" in call("cancel", "one", "--yes")[1]
+    assert played.policy("one")["cancel"] is True
+    assert call("cancel", "one") == (0, "one is being cancelled already\n", "")
+    assert call("suspend", "one")[0] == call("resume", "one")[0] == 2
+    cancelled = {**FAILED, "failure": {"reason": "Cancelled", "message": "m"}}
+    played.set_status("one", cancelled)
+    assert call("cancel", "one") == (0, "one was cancelled already\n", "")
+
+
+@apiserver_test
+def test_delete_says_what_becomes_of_the_output(played: Played, call: Call) -> None:
+    played.create("kept", RUNNING)
+    played.create("erased", SUCCEEDED, spec__output__deletionPolicy="Delete")
+    assert "its output stays at file://out" in call("delete", "kept")[1]
+    assert "is deleted too" in call("delete", "erased", "--wait")[1]
+    assert call("status", "erased")[0] == 2
+
+
+@apiserver_test
+def test_delete_with_wait_returns_once_the_operator_has_cleared_up(
+    played: Played, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "STUCK_SECONDS", 0)
+    played.create("one", RUNNING, metadata__finalizers=["tuneyard.io/cleanup"])
+    assert call("delete", "one")[0] == 0
+    assert "Running, being deleted" in call("status")[1]
+    assert call("suspend", "one")[0] == 2
+    between_looks(monkeypatch, lambda: played.clear_up("one"))
+    code, out, err = call("delete", "one", "--wait")
+    assert (code, out) == (0, "one is being deleted already\none is gone\n")
+    assert "does it run?" in err
+
+
+# ---- logs ---------------------------------------------------------------------------------------
+
+
+@apiserver_test
+@pytest.mark.parametrize(
+    ("status", "arguments", "words"),
+    [
+        (FAILED, [], "attempt 1: OutOfMemory: the worker was killed"),
+        (FAILED, ["--follow"], "attempt 1: OutOfMemory: the worker was killed"),
+        (RUNNING, ["--attempt", "1"], "attempt 1: WorkerDied, in sft after step 400"),
+        (RUNNING, ["--attempt", "3"], "one has had no attempt 3: the last one is 2"),
+        (WAITING, ["--worker"], "no node can take the worker pod"),
+        (PLANNED, [], "there is no log of one"),
+    ],
+    ids=["gone", "follow", "earlier", "never", "waiting", "planned"],
+)
+def test_without_pods_the_status_tells_what_is_known(
+    status: Object, arguments: list[str], words: str, played: Played, call: Call
+) -> None:
+    played.create("one", status)
+    code, out, err = call("logs", "one", *arguments)
+    assert (code, out) == (2, "")
+    assert words in err
+
+
+@apiserver_test
+def test_a_pod_that_has_not_started_has_no_log(played: Played, call: Call) -> None:
+    played.create("one", WAITING)
+    labels = {"tuneyard.io/kind": "FineTuneJob", "tuneyard.io/job": "one"}
+    pod = {
+        "metadata": {"name": "one-1-x", "labels": {**labels, "tuneyard.io/attempt": "1"}},
+        "spec": {
+            "automountServiceAccountToken": False,
+            "serviceAccountName": "runner",
+            "nodeSelector": {"no": "such-node"},
+            "containers": [{"name": "ray-job-submitter", "image": "x"}],
+        },
+    }
+    account = {"metadata": {"name": "runner"}}  # the default one may not be there yet
+    played.core.create_namespaced_service_account(played.namespace, account)
+    played.core.create_namespaced_pod(played.namespace, pod)
+    code, out, err = call("logs", "one")
+    assert (code, out) == (2, "")
+    assert "there is no log of one: the job has no driver that started" in err
+
+
+# ---- what goes wrong outside --------------------------------------------------------------------
+
+
+@apiserver_test
+def test_who_may_not_read_jobs_is_told_what_is_missing(
+    played: Played, tmp_path: Path, call: Call
+) -> None:
+    account = {"metadata": {"name": "nobody"}}
+    played.core.create_namespaced_service_account(played.namespace, account)
+    create = played.core.create_namespaced_service_account_token
+    token = create("nobody", played.namespace, {"spec": {"audiences": []}}).status.token
+    config = json.loads(played.cluster.kubectl("config", "view", "--raw", "-o", "json").stdout)
+    for user in config["users"]:
+        user["user"] = {"token": token}
+    path = tmp_path / "kubeconfig"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    code, out, err = call("status", "--kubeconfig", str(path))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert 'cannot list resource "finetunejobs"' in err
+    path.write_text(json.dumps(config).replace(token, "bogus"), encoding="utf-8")
+    code, _, err = call("status", "--kubeconfig", str(path))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "does not accept your credentials" in err
+
+
+@pytest.fixture
+def no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A home without a kubeconfig, outside of any pod."""
+    monkeypatch.delenv("KUBECONFIG", raising=False)
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The message of a command that ends with 2 and prints one line."""
+    assert cli.call(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    return captured.err
+
+
+@pytest.mark.parametrize("verb", ["status", "logs", "suspend", "resume", "cancel", "delete"])
+def test_without_a_kubeconfig_every_verb_says_how_to_name_one(
+    verb: str, no_cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "set KUBECONFIG or give --kubeconfig" in refused(capsys, verb, "one")
+    path = str(no_cluster / "missing")
+    assert f"{path} does not exist" in refused(capsys, verb, "one", "--kubeconfig", path)
+
+
+def kubeconfig(folder: Path, server: str) -> str:
+    config = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "a",
+        "clusters": [{"name": "a", "cluster": {"server": server}}],
+        "contexts": [{"name": "a", "context": {"cluster": "a", "namespace": "of-context"}}],
+    }
+    path = folder / "kubeconfig"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "\x00", "kind: Config\n"])
+def test_a_broken_kubeconfig_is_named(
+    text: str, no_cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = no_cluster / "kubeconfig"
+    path.write_text(text, encoding="utf-8")
+    message = refused(capsys, "status", "--kubeconfig", str(path))
+    assert f"the kubeconfig {path} cannot be used" in message
+
+
+def test_a_context_that_is_not_there_is_refused(
+    no_cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = kubeconfig(no_cluster, "http://127.0.0.1:1")
+    message = refused(capsys, "status", "--kubeconfig", path, "--context", "b")
+    assert "the kubeconfig has no context 'b': it has a" in message
+
+
+def test_an_api_server_that_does_not_answer_is_named(
+    no_cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = kubeconfig(no_cluster, "http://127.0.0.1:1")
+    message = refused(capsys, "status", "--kubeconfig", path)
+    assert "http://127.0.0.1:1 cannot be reached" in message
+    assert "Connection refused" in message
+
+
+@pytest.mark.parametrize(
+    ("code", "body", "words"),
+    [
+        (404, "404 page not found\n", "does not know Tuneyard's jobs: install the chart"),
+        (503, '{"message": "upgrading"}', "cannot answer now (503): upgrading"),
+        (429, "", "cannot answer now (429)"),
+        (200, "<html>", "does not answer like a Kubernetes API server"),
+        (400, "[]", "the API server refused"),
+    ],
+)
+def test_what_a_server_answers_becomes_one_message(
+    code: int,
+    body: str,
+    words: str,
+    no_cluster: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        path = kubeconfig(no_cluster, f"http://127.0.0.1:{server.server_port}")
+        message = refused(capsys, "status", "--kubeconfig", path)
+        server.shutdown()
+    assert words in message
+    assert asked == ["/apis/tuneyard.io/v1alpha1/namespaces/of-context/finetunejobs?limit=500"], (
+        "the context's namespace, asked once"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["status", "../x"],
+        ["status", "a/b"],
+        ["status", "one\n"],
+        ["status", "--watch"],
+        ["status", "one", "-A"],
+        ["status", "-n", "../kube-system"],
+        ["logs", "one", "--attempt", "0"],
+        ["delete"],
+        ["suspend", "one", "--kind", "other"],
+    ],
+    ids=repr,
+)
+def test_wrong_usage_is_refused_before_anything_is_asked(
+    arguments: list[str], no_cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.call(arguments) == 2
+    assert "KUBECONFIG" not in capsys.readouterr().err
+
+
+def test_without_the_client_the_message_names_the_extra(
+    no_cluster: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Missing:
+        @staticmethod
+        def find_spec(name: str, *_: Any) -> None:
+            if name.split(".")[0] == "kubernetes":
+                raise ModuleNotFoundError("No module named 'kubernetes'", name="kubernetes")
+
+    for name in list(sys.modules):
+        if name.split(".")[0] == "kubernetes" or name == "tuneyard.remote.cluster":
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Missing, *sys.meta_path])
+    message = refused(capsys, "status")
+    assert "kubernetes is not installed: install tuneyard[operator]" in message
