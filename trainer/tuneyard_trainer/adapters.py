@@ -43,6 +43,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BOTTLENECK = "BOTTLENECK"
 MERGEABLE = frozenset({"LORA", "IA3"})
 TASK = "CAUSAL_LM"
+QLORA = "adapter.qlora"
 
 # (IA)^3 rescales keys, values and the MLP's inner activations: the outputs of the first two and the
 # input of the third. Where one layer makes queries, keys and values, all of them are rescaled.
@@ -74,6 +75,18 @@ def attach(
         if adapter.prompt:
             return _prompt(model, adapter.prompt, tokenizer)
     raise ValueError(f"no adapter kind is set in {adapter!r}")
+
+
+def attach_scorer(model: PreTrainedModel, adapter: Adapter, *, seed: int) -> nn.Module:
+    """Freezes a sequence classifier and puts LoRA on its layers; its head `score` is trained whole
+    and saved with the adapter."""
+    field, settings = ("adapter.lora", adapter.lora) if adapter.lora else (QLORA, adapter.qlora)
+    if settings is None:
+        raise ValueError(f"a reward model takes lora or qlora, not {adapter.kind}")
+    config = _lora(model, settings, f"rewardModel.train.{field}")
+    config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
+    with _seeded(seed, model.device):
+        return _wrap(model, config)
 
 
 @contextmanager

@@ -52,9 +52,11 @@ __all__ = [
     "license_of",
     "load_base",
     "load_tokenizer",
+    "nf4",
     "peak_memory_bytes",
     "quiet",
     "save",
+    "set_dropout",
     "stored_dtype",
     "trainable",
 ]
@@ -114,7 +116,7 @@ def load_base(
     """
     config = config_of(path)
     if dropout is not None:
-        _set_dropout(path, config, dropout)
+        set_dropout(path, config, dropout)
     settings: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
     if device.type != "cpu":
         settings["device_map"] = {"": device}
@@ -123,7 +125,7 @@ def load_base(
             model = _load_gguf(path, settings, quantize)
         else:
             if quantize:
-                settings["quantization_config"] = _nf4(quantize, dtype)
+                settings["quantization_config"] = nf4(quantize, dtype)
             model = _load_folder(path, settings)
     # Encoders that can be decoders (BERT, RoBERTa) are told apart by what they do.
     if getattr(config, "is_decoder", None) is False and not is_causal(model):
@@ -163,13 +165,14 @@ def _load_gguf(path: Path, settings: dict[str, Any], quantize: Qlora | None) -> 
         return model
     settings = settings | {
         "config": model.config,
-        "quantization_config": _nf4(quantize, settings["dtype"]),
+        "quantization_config": nf4(quantize, settings["dtype"]),
         "output_loading_info": False,
     }
     return type(model).from_pretrained(None, state_dict=model.state_dict(), **settings)
 
 
-def _nf4(qlora: Qlora, dtype: torch.dtype) -> BitsAndBytesConfig:
+def nf4(qlora: Qlora, dtype: torch.dtype, skipped: list[str] | None = None) -> BitsAndBytesConfig:
+    """4-bit NormalFloat for all linear layers but `skipped`; None: but the head."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise StageError(
             "MissingExtra",
@@ -181,6 +184,7 @@ def _nf4(qlora: Qlora, dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=qlora.double_quantization,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skipped,
     )
 
 
@@ -263,7 +267,8 @@ def dropout_fields(config: PreTrainedConfig) -> tuple[str, ...]:
     )
 
 
-def _set_dropout(path: Path, config: PreTrainedConfig, probability: float) -> None:
+def set_dropout(path: Path, config: PreTrainedConfig, probability: float) -> None:
+    """Sets all of the architecture's own dropout. Raises StageError where it has none."""
     fields = dropout_fields(config)
     if not fields:
         raise StageError(

@@ -1,0 +1,119 @@
+"""Separable preferences and their stages, for tests of what learns from preferences."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tuneyard.api.methods import Optimizer, Schedule
+from tuneyard.api.plan import (
+    ChatSettings,
+    DatasetSettings,
+    LoopSettings,
+    PairsSettings,
+    PlannedStage,
+    Settings,
+    SourceInput,
+)
+from tuneyard.api.sources import FieldMap
+from tuneyard_trainer.stages import pairs
+from tuneyard_trainer.worker import Worker
+
+CPU = torch.device("cpu")
+WORDS = ["lamp", "desk", "port", "charger", "handbook", "harbour", "team", "sentence", "number", "button"]
+
+
+def separable(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Pairs whose better answer holds the word "warranty", in answers otherwise alike."""
+    random = np.random.default_rng(seed)
+
+    def words(number: int) -> list[str]:
+        return [WORDS[i] for i in random.integers(0, len(WORDS), size=number)]
+
+    rows = []
+    for index in range(count):
+        answer = words(5)
+        place = int(random.integers(0, 5))
+        better, worse = list(answer), list(answer)
+        better[place], worse[place] = "warranty", "red"
+        rows.append(
+            {
+                "prompt": f"{' '.join(words(3))} {index}?",
+                "chosen": " ".join(better),
+                "rejected": " ".join(worse),
+            }
+        )
+    return rows
+
+
+def loop_settings(**changes: Any) -> LoopSettings:
+    settings: dict[str, Any] = {
+        "freeze": None,
+        "dropout": None,
+        "epochs": 1.0,
+        "max_steps": None,
+        "batch_size": 8,
+        "learning_rate": 1e-2,
+        "schedule": Schedule(),
+        "optimizer": Optimizer(),
+        "evaluation_steps": None,
+        "early_stopping": None,
+        "keep_best": True,
+        "precision": "auto",
+        "seed": 3,
+    }
+    return LoopSettings(**(settings | changes))
+
+
+def planned(settings: Settings, **runtime: Any) -> PlannedStage:
+    source = SourceInput(uri="file://rows.jsonl", path="spec.preferences.data[0].uri")
+    return PlannedStage(
+        name=settings.kind,
+        settings=settings,
+        inputs={"preferences.0": source},
+        runtime=runtime,  # type: ignore[arg-type]
+        fingerprint="sha256:test",
+    )
+
+
+def write_pairs(
+    folder: Path, model: Path, rows: list[dict[str, Any]], *, labelled: bool = False
+) -> Path:
+    """The output of a pairs stage, a quarter of the prompts held out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = PairsSettings(
+        preferences=[DatasetSettings(format="auto", fields=FieldMap(), weight=1.0, limit=None)],
+        labelled=labelled,
+        held_out=0.25,
+        max_length="auto",
+        on_overlength="error",
+        on_invalid_row="error",
+        chat=ChatSettings(system_prompt=None, chat_template=None),
+        seed=0,
+    )
+    inputs = {"model": model, "preferences.0": folder / "rows.jsonl"}
+    out = folder / "pairs"
+    out.mkdir()
+    pairs.run(planned(settings), inputs, out, Worker(0, 1, CPU))
+    return out
+
+
+class StopAfter:
+    """Asks for an orderly end once `step` steps were reported."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.seen = step, 0
+
+    def report(self, *, step: int = 0, **_: Any) -> None:
+        self.seen = max(self.seen, step)
+
+    def __call__(self) -> bool:
+        return self.seen >= self.step
+
+    def worker(self) -> Worker:
+        return Worker(0, 1, CPU, report=self.report, stop=self)

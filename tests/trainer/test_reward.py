@@ -1,0 +1,178 @@
+"""Reward models: they learn what people prefer, and what is written is what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from tests.trainer.preferring import (
+    CPU,
+    StopAfter,
+    loop_settings,
+    planned,
+    separable,
+    write_pairs,
+)
+from tuneyard.api.methods import Adapter
+from tuneyard.api.plan import RewardSettings
+from tuneyard.errors import StageError
+from tuneyard_trainer import agreement, models, scorers
+from tuneyard_trainer.preferences import Preferences
+from tuneyard_trainer.stages import reward
+from tuneyard_trainer.worker import Interrupted, Outcome, Worker
+
+LORA = {"lora": {"rank": 4, "alpha": 8}}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pairs")
+    return {"model": tiny_model_dir, "data": write_pairs(folder, tiny_model_dir, separable(160))}
+
+
+def settings(
+    adapter: dict[str, Any] | None = None,
+    margin: float = 0.0,
+    centering: float = 0.0,
+    **loop: Any,
+) -> RewardSettings:
+    return RewardSettings(
+        adapter=Adapter.model_validate(adapter) if adapter else None,
+        margin=margin,
+        centering=centering,
+        training=loop_settings(**loop),
+    )
+
+
+def run(
+    folder: Path,
+    inputs: dict[str, Path],
+    chosen: RewardSettings,
+    worker: Worker | None = None,
+    **runtime: Any,
+) -> tuple[dict[str, torch.Tensor], Outcome]:
+    folder.mkdir(exist_ok=True)
+    stage = planned(chosen, **runtime)
+    outcome = reward.run(stage, inputs, folder, worker or Worker(0, 1, CPU))
+    return load_file(folder / "weights" / "model.safetensors"), outcome
+
+
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
+def test_separable_preferences_are_learnt(
+    tmp_path: Path, inputs: dict[str, Path], adapter: dict[str, Any] | None
+) -> None:
+    rate = 1e-2 if adapter else 3e-3
+    chosen = settings(adapter, epochs=6.0, learning_rate=rate, centering=0.01)
+    _, outcome = run(tmp_path / "a", inputs, chosen)
+    metrics = outcome.metrics
+    assert metrics["rewardAccuracy"] > 0.9
+    assert metrics["rewardAccuracyLow"] < metrics["rewardAccuracy"] <= metrics["rewardAccuracyHigh"]
+    assert metrics["baseValidationLoss"] > metrics["validationLoss"]
+    assert abs(metrics["rewardMean"]) < metrics["rewardDeviation"]
+    assert {"rewardCalibrationError", "lengthCorrelation", "longerIsBetter"} <= metrics.keys()
+    assert outcome.contents == ("weights", "tokenizer")
+
+
+def test_what_is_written_is_a_plain_classifier_whose_head_was_trained(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    weights, outcome = run(tmp_path / "a", inputs, settings(LORA, max_steps=3, epochs=None))
+    assert not any("lora" in name for name in weights)
+    assert outcome.metrics["reloadedScoreDifference"] < 1e-4
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a" / "weights")
+    assert model.config.num_labels == 1
+    data = Preferences.open(inputs["data"])
+    rows = [torch.from_numpy(np.array(data.train.rows.ids(i), dtype=np.int64)) for i in (0, 1)]
+    tokenizer = models.load_tokenizer(tmp_path / "a" / "tokenizer")
+    batch = torch.nn.utils.rnn.pad_sequence(rows, True, model.config.pad_token_id)
+    with torch.no_grad():
+        together = model(batch, attention_mask=(batch != model.config.pad_token_id).long()).logits
+        alone = [model(row[None]).logits[0] for row in rows]
+    torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=0)
+    assert tokenizer.chat_template
+    again, _ = run(tmp_path / "b", inputs, settings(LORA, max_steps=3, epochs=None, seed=4))
+    assert not torch.equal(weights["score.weight"], again["score.weight"])
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(
+    tmp_path: Path, inputs: dict[str, Path], stop: int
+) -> None:
+    chosen = settings({"lora": {"rank": 4, "dropout": 0.1}}, max_steps=6, epochs=None)
+    whole, _ = run(tmp_path / "a", inputs, chosen)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "b", inputs, chosen, StopAfter(stop).worker())
+    resumed, outcome = run(tmp_path / "b", inputs, chosen)
+    assert outcome.details["resumedAtStep"] == stop + 1
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_passes_change_nothing_but_rounding(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    chosen = settings(max_steps=2, epochs=None, learning_rate=1e-3)
+    one, _ = run(tmp_path / "a", inputs, chosen, micro_batch_tokens=100_000)
+    many, _ = run(tmp_path / "b", inputs, chosen, micro_batch_tokens=1)
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, many[name], atol=2e-4, rtol=0)
+
+
+def test_a_margin_pushes_rewards_apart(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    def margin(wanted: float) -> float:
+        chosen = settings(LORA, epochs=3.0, margin=wanted)
+        _, outcome = run(tmp_path / f"m{wanted}", inputs, chosen)
+        return float(outcome.metrics["rewardMargin"])
+
+    assert margin(4.0) > margin(0.0)
+
+
+def test_it_starts_from_the_fine_tuned_model(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    tuned = models.load_base(inputs["model"], dtype=torch.float32, device=CPU)
+    with torch.no_grad():
+        tuned.get_input_embeddings().weight.mul_(2)
+    models.save(tuned, tmp_path / "tuned" / "weights")
+    chosen = settings(LORA, max_steps=1, epochs=None)
+    base, _ = run(tmp_path / "a", inputs, chosen)
+    other, _ = run(tmp_path / "b", inputs | {"tuned": tmp_path / "tuned"}, chosen)
+    name = "model.embed_tokens.weight"
+    torch.testing.assert_close(other[name], base[name] * 2)
+
+
+def test_a_model_without_a_trained_head_is_refused(tiny_model_dir: Path) -> None:
+    with pytest.raises(StageError) as caught:
+        scorers.load(tiny_model_dir, dtype=torch.float32, device=CPU)
+    assert caught.value.reason == "RewardHeadMissing"
+
+
+def test_an_architecture_without_a_classifier_is_named(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=400, hidden_size=16, num_hidden_layers=1, state_size=4)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(StageError) as caught:
+        scorers.fresh(
+            tmp_path,
+            None,
+            loop_settings(),
+            device=CPU,
+            precision=torch.float32,
+            tokenizer=tiny_tokenizer,
+        )
+    assert caught.value.reason == "RewardModelBroken"
+
+
+def test_calibration_is_perfect_where_confidence_is_the_share_that_is_right() -> None:
+    margin = np.log(3.0)  # sigmoid: 0.75
+    margins = np.array([margin] * 75 + [-margin] * 25)
+    assert agreement.calibration_error(margins) == pytest.approx(0.0, abs=1e-9)
+    assert agreement.calibration_error(-margins) == pytest.approx(0.5)
+
+
+def test_an_interval_is_wilsons() -> None:
+    assert agreement.interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert agreement.interval(1.0, 10)[1] == pytest.approx(1.0)

@@ -1,0 +1,258 @@
+"""reward: a reward model by the Bradley-Terry and Plackett-Luce likelihood of preferences.
+
+Leaves `weights/` (a whole sequence classifier), `tokenizer/` and `metrics.jsonl`. What is written
+is loaded again, compared with what was trained, and measured on the held-out preferences.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from tuneyard.api.plan import PlannedStage, RewardSettings, TrainRuntime
+from tuneyard.errors import StageError
+from tuneyard_trainer import adapters, agreement, models, scorers
+from tuneyard_trainer.batches import Indices, Order, share
+from tuneyard_trainer.loop import Loop, mix, precision_of
+from tuneyard_trainer.losses import Forward
+from tuneyard_trainer.policies import WEIGHTS
+from tuneyard_trainer.preference_losses import reward_loss
+from tuneyard_trainer.preference_passes import chunks, over_all, scores
+from tuneyard_trainer.preferences import Comparisons, Preferences
+from tuneyard_trainer.worker import Outcome, Worker
+
+START = "start"
+PROBED = 64
+"""Training rows whose scores are compared after writing."""
+TOLERANCE = 1e-3
+"""Largest difference of a score, as a share of the scores' spread, between adapter and merged
+layers: merging adds the update in another order. What was written must reload to the bit."""
+CPU_TOKENS, GPU_TOKENS = 2048, 16384
+FIGURES = ("loss", "accuracy")
+
+
+def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker) -> Outcome:
+    """Trains, writes, loads again and measures. Raises StageError RewardMismatch where what was
+    written scores otherwise."""
+    settings = stage.settings
+    if not isinstance(settings, RewardSettings):
+        raise TypeError(f"stage {stage.name} is a {stage.kind}, not a reward model")
+    data = Preferences.open(inputs["data"])
+    tokenizer = models.load_tokenizer(inputs["data"] / "tokenizer")
+    worker.report(message="loading the model")
+    start = scorers.start(inputs, workdir / START)
+    loop = build(stage.name, settings, stage.runtime, start, data, tokenizer, workdir, worker)
+    state = loop.train()
+    metrics, details = loop.summary(state), loop.details(state)
+    if worker.is_main:
+        worker.report(message="writing the reward model, loading it again and measuring it")
+        metrics |= _written(loop, settings, start, inputs["model"], data, workdir, worker)
+        shutil.rmtree(workdir / START, ignore_errors=True)
+        tokenizer.save_pretrained(workdir / "tokenizer")
+    return Outcome(metrics, details, contents=(WEIGHTS, "tokenizer"))
+
+
+def build(
+    stage: str,
+    settings: RewardSettings,
+    runtime: TrainRuntime,
+    start: Path,
+    data: Preferences,
+    tokenizer: PreTrainedTokenizerBase,
+    workdir: Path,
+    worker: Worker,
+) -> Loop:
+    """The loop at its start."""
+    training = settings.training
+    precision = precision_of(training, worker)
+    model = scorers.fresh(
+        start,
+        settings.adapter,
+        training,
+        device=worker.device,
+        precision=precision,
+        tokenizer=tokenizer,
+    )
+    if runtime.gradient_checkpointing:
+        adapters.enable_gradient_checkpointing(model)
+    forward = _forward(tokenizer, data, runtime, precision, worker)
+    order = Order.of(data.train.source, data.weights, training.batch_size, training.seed)
+    objective = Ranked(model, data, forward, settings, worker)
+    return Loop.of(stage, training, runtime, objective, order, model, workdir, worker)
+
+
+def _forward(
+    tokenizer: PreTrainedTokenizerBase,
+    data: Preferences,
+    runtime: TrainRuntime,
+    precision: torch.dtype,
+    worker: Worker,
+) -> Forward:
+    default = GPU_TOKENS if worker.device.type == "cuda" else CPU_TOKENS
+    wanted = runtime.micro_batch_tokens
+    return Forward(
+        device=worker.device,
+        precision=precision,
+        pad=scorers.padding(tokenizer),
+        pack=False,
+        capacity=data.max_length,
+        max_tokens=default if wanted == "auto" else wanted,
+    )
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The mean loss of a batch of groups."""
+
+    model: nn.Module
+    data: Preferences
+    forward: Forward
+    settings: RewardSettings
+    worker: Worker
+    figures: tuple[str, ...] = FIGURES
+
+    @property
+    def holds_out(self) -> bool:
+        return self.data.validation is not None
+
+    def backward(self, groups: Indices, step: int) -> Tensor:
+        """(2,) this worker's share of the loss and of the groups that are in order."""
+        train, rank = self.data.train, self.worker.rank
+        mine = share(groups, train.tokens, rank, self.worker.world_size)
+        means_K = torch.zeros(len(FIGURES), device=self.worker.device)
+        for index, chunk in enumerate(chunks(train, mine, self.forward.max_tokens)):
+            torch.manual_seed(mix(self.settings.training.seed, step, rank, index))
+            found_R = scores(self.model, train.rows, train.members(chunk), self.forward)
+            found_GK, sizes_G = _grid(found_R, train.sizes[chunk])
+            loss_G = self._loss(found_GK, sizes_G, train.labels[chunk])
+            loss = loss_G.sum() / len(groups)
+            loss.backward()
+            in_order = (found_GK[:, 0] > found_GK[:, 1]).float().sum() / len(groups)
+            means_K += torch.stack([loss.detach(), in_order.detach()])
+        return means_K
+
+    def _loss(self, found_GK: Tensor, sizes_G: Tensor, labels: NDArray[np.float32]) -> Tensor:
+        return reward_loss(
+            found_GK,
+            sizes_G,
+            torch.from_numpy(np.array(labels)).to(found_GK.device),
+            margin=self.settings.margin,
+            centering=self.settings.centering,
+        )
+
+    def held_out(self) -> dict[str, float]:
+        validation = self.data.validation
+        if validation is None:
+            raise ValueError("nothing is held out")
+        found = over_all(scores, self.model, validation.rows, self.forward, self.worker)
+        found_GK, sizes_G = _grid(torch.from_numpy(found), validation.sizes)
+        loss = float(self._loss(found_GK, sizes_G, validation.labels).mean())
+        agreed = agreement.figures("reward", found, validation)
+        kept = ("rewardAccuracy", "rewardMargin")
+        return {"validationLoss": loss, **{k: v for k, v in agreed.items() if k in kept}}
+
+    def baseline(self) -> dict[str, float]:
+        """Of a head that has learnt nothing."""
+        return self.held_out()
+
+    def num_tokens(self, groups: Indices) -> int:
+        return int(self.data.train.tokens[groups].sum())
+
+
+def _grid(found_R: Tensor, sizes: Indices) -> tuple[Tensor, Tensor]:
+    """(G, K) and (G,): the scores of groups that lie end to end, one group a row."""
+    places = torch.from_numpy(np.arange(sizes.max())[None, :] < sizes[:, None])
+    places = places.to(found_R.device)
+    grid_GK = torch.zeros(places.shape, dtype=found_R.dtype, device=found_R.device)
+    return grid_GK.masked_scatter(places, found_R), torch.from_numpy(sizes).to(found_R.device)
+
+
+# ---- the result -------------------------------------------------------------------------------
+
+
+def _written(
+    loop: Loop,
+    settings: RewardSettings,
+    start: Path,
+    base: Path,
+    data: Preferences,
+    workdir: Path,
+    worker: Worker,
+) -> dict[str, float]:
+    """Writes, loads, compares and measures; on one worker, the device that trained."""
+    if not isinstance(loop.objective, Ranked):
+        raise TypeError("the loop trains no reward model")
+    forward, alone = loop.objective.forward, Worker(0, 1, worker.device)
+    probe = np.arange(min(PROBED, len(data.train.rows)), dtype=np.int64)
+
+    def probed(model: nn.Module, precision: torch.dtype) -> Tensor:
+        one_pass = replace(forward, precision=precision)
+        with torch.no_grad():
+            return scores(model.eval(), data.train.rows, probe, one_pass).cpu()
+
+    trained_R = probed(loop.model, forward.precision)
+    whole: Any = scorers.save(loop.model, start, workdir / WEIGHTS, torch.float32)
+    merged_R = probed(whole.to(worker.device), torch.float32)
+    four_bit = settings.adapter is not None and settings.adapter.qlora is not None
+    if forward.precision is torch.float32 and not four_bit:
+        limit = TOLERANCE * max(1.0, float(trained_R.std()))
+        _compare("the merged reward model", trained_R, merged_R, limit)
+    dtype = models.stored_dtype(base)
+    if dtype is not torch.float32:
+        models.save(whole.to(dtype), workdir / WEIGHTS)
+    in_memory_R = probed(whole, torch.float32)
+    read = scorers.load(workdir / WEIGHTS, dtype=dtype, device=worker.device)
+    _compare("the reward model read back", in_memory_R, probed(read, torch.float32), 0.0)
+    difference = float((trained_R - in_memory_R).abs().max())
+    exact = replace(forward, precision=torch.float32)
+    return {"reloadedScoreDifference": difference, **measured(read, data, exact, alone)}
+
+
+def measured(
+    model: nn.Module, data: Preferences, forward: Forward, worker: Worker
+) -> dict[str, float]:
+    """Accuracy with its interval, calibration and the pull of length, on the held-out preferences;
+    {} without any."""
+    if data.validation is None:
+        return {}
+    found = over_all(scores, model, data.validation.rows, forward, worker)
+    return {
+        **agreement.figures("reward", found, data.validation),
+        **_spread(found, data.validation),
+    }
+
+
+def _spread(found: NDArray[np.float64], held_out: Comparisons) -> dict[str, float]:
+    """The scores' place and spread, and how much of them is length: its correlation, and how often
+    the longer answer is the better one anyway."""
+    lengths = held_out.rows.targets.astype(np.float64)
+    pairs = agreement.pairs_of(held_out)
+    figures = {
+        "rewardMean": float(np.mean(found)),
+        "rewardDeviation": float(np.std(found)),
+        "lengthCorrelation": agreement.correlation(found, lengths),
+    }
+    if len(pairs.better):
+        figures["longerIsBetter"] = agreement.accuracy(lengths[pairs.better] - lengths[pairs.worse])
+    return figures
+
+
+def _compare(what: str, wanted_R: Tensor, found_R: Tensor, tolerance: float) -> None:
+    difference = float((wanted_R - found_R).abs().max())
+    if not difference <= tolerance:
+        raise StageError(
+            "RewardMismatch",
+            f"{what} scores otherwise than what was trained: by {difference:.3g}, more than "
+            f"{tolerance:.3g}.",
+            advice="This is a fault of Tuneyard or of the disk: run it again, and report it.",
+            retryable=True,
+        )
