@@ -1,7 +1,8 @@
-"""The command line: validate, plan, render, run and crds.
+"""The command line: what needs no cluster stands here, the verbs for one in `remote.commands`.
 
 Exit codes: 0 done, 1 the job failed while it ran (or generated files are out of date), 2 bad input,
-130 interrupted. Only `run` imports the trainer, and with it torch and Ray.
+130 interrupted. Only `run` imports the trainer, and with it torch and Ray; only the verbs for a
+cluster and `operator` import a Kubernetes client.
 """
 
 from __future__ import annotations
@@ -44,7 +45,6 @@ from tuneyard.errors import Fault, ManifestError, PlanError, TuneyardError
 from tuneyard.planning import rayjob, stages
 from tuneyard.planning.placement import placed
 from tuneyard.remote import commands
-from tuneyard.remote import commands
 
 Planned = TypeVar("Planned")
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -86,10 +86,6 @@ def tuneyard() -> None:
 
     FILE is a manifest of one or several YAML documents; `-` reads standard input.
     """
-
-
-for command in (starter.init, *commands.COMMANDS):
-    tuneyard.add_command(command)
 
 
 for command in (starter.init, *commands.COMMANDS):

@@ -186,7 +186,7 @@ def init(name: str, kind: str, output: Path | None) -> None:
 
     A file that exists is never overwritten.
     """
-    if not re.match(NAME_PATTERN, name) or len(name) > NAME_LENGTH:
+    if not re.fullmatch(NAME_PATTERN, name) or len(name) > NAME_LENGTH:
         raise click.BadParameter(
             f"'{name}' cannot name a job: write at most {NAME_LENGTH} lower-case letters, digits "
             "and dashes, starting with a letter",

@@ -23,7 +23,7 @@ MINIMAL = str(GOLDEN / "manifests" / "minimal.yaml")
 SUPPORT_BOT = str(GOLDEN / "manifests" / "support-bot.yaml")
 COMMANDS = [
     *("init", "validate", "plan", "render", "run", "crds"),
-    *("status", "logs", "suspend", "resume", "cancel", "delete"),
+    *("status", "logs", "suspend", "resume", "cancel", "delete", "operator"),
 ]
 
 
