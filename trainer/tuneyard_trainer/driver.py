@@ -81,8 +81,6 @@ class Driver:
                 ending = ending_of(error, self._why)
             if not _is_stale(ending) and self._reporter:
                 self._reporter.finish(self._story.end(ending, time.time()))
-                if self._reporter.stale:
-                    ending = _stale_ending(self._plan.job.name, self._attempt)
         return _leave(ending, self._log)
 
     def _carry_out(self) -> None:

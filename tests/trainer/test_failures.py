@@ -1,0 +1,65 @@
+"""What nobody expected still ends in one line with a reason."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+
+from tuneyard_trainer.disk import disk_error
+from tuneyard_trainer.failures import last_line, out_of_memory, unexpected
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "the GPU ran out"),
+        (MemoryError(), "the worker ran out"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: ..."), "the worker ran out"),
+    ],
+)
+def test_memory_that_ran_out_is_named_and_not_tried_again(error: Exception, said: str) -> None:
+    named = out_of_memory(error, "sft")
+    assert named
+    assert named.reason == "OutOfMemory"
+    assert said in named.message
+    assert "training.microBatchTokens" in named.advice
+    assert not named.retryable
+
+
+def test_other_errors_are_not_taken_for_memory() -> None:
+    assert out_of_memory(RuntimeError("shapes do not match"), "sft") is None
+
+
+def test_a_defect_is_told_by_its_last_line_and_place() -> None:
+    with pytest.raises(KeyError) as caught:
+        {}["a\nb"]
+    named = unexpected(caught.value)
+    assert last_line(caught.value).startswith("KeyError: ")
+    assert named.reason == "TrainerError"
+    assert "test_failures.py:" in named.message
+    assert "\n" not in named.message
+    assert not named.retryable
+
+
+def test_a_lost_peer_is_tried_again() -> None:
+    error = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.3]")
+    assert (unexpected(error).reason, unexpected(error).retryable) == ("WorkerDied", True)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "retryable"),
+    [
+        (errno.ENOSPC, "DiskFull", False),
+        (errno.EACCES, "WriteFailed", False),
+        (errno.EROFS, "WriteFailed", False),
+        (errno.EIO, "WriteFailed", True),
+    ],
+)
+def test_a_disk_that_is_full_or_forbidden_is_not_tried_again(
+    code: int, reason: str, retryable: bool
+) -> None:
+    error = disk_error(OSError(code, "no"), Path("/mnt/pvc/models"))
+    assert (error.reason, error.retryable) == (reason, retryable)
