@@ -35,7 +35,7 @@ def test_other_errors_are_not_taken_for_memory() -> None:
 
 def test_a_defect_is_told_by_its_last_line_and_place() -> None:
     with pytest.raises(KeyError) as caught:
-        {}["a\nb"]
+        dict[str, int]()["a\nb"]
     named = unexpected(caught.value)
     assert last_line(caught.value).startswith("KeyError: ")
     assert named.reason == "TrainerError"
