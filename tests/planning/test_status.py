@@ -26,6 +26,7 @@ from tuneyard.planning.rayjob import GRACE_SECONDS
 from tuneyard.planning.seen import Obstacle, Trouble, Workload
 from tuneyard.planning.status import (
     MAX_ATTEMPTS,
+    PODS_SECONDS,
     Decision,
     Waiting,
     is_finished,
@@ -551,6 +552,21 @@ class TestFailure:
         played.collect()
         assert played.look().start == 2
         assert [a.number for a in played.status.attempts] == [1, 2]
+
+    def test_pods_that_do_not_go_are_named_and_waited_for(self) -> None:
+        played = running()
+        played.end(failed("DiskFull", retryable=True))
+        played.ray_jobs.clear()
+        played.wait(PODS_SECONDS)
+        played.look()
+        assert played.why() == "False Retrying"
+        played.wait(1)
+        assert played.look().start is None
+        assert (played.phase, played.why()) == ("Pending", "False PodsLeft")
+        assert played.told()[-1] == "PodsLeft"
+        unchanged(played)
+        played.pods.clear()
+        assert played.look().start == 2
 
     def test_the_back_off_doubles(self) -> None:
         played = running(backoffSeconds=30, maxAttempts=4)

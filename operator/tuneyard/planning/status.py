@@ -42,6 +42,8 @@ MISSING_SECONDS = 10.0
 behind, and a second cluster beside the first would be worse than the wait."""
 LOOK_AGAIN_SECONDS = 15.0
 """When to look again at what should have been told by a watch."""
+PODS_SECONDS = GRACE_SECONDS + 60.0
+"""How long an ended attempt's pods may take to go before the status wonders."""
 MAX_BACKOFF_SECONDS = 3600
 MAX_ATTEMPTS = 100
 """Attempts in all, also those that do not count: a status holds no more of them."""
@@ -187,6 +189,13 @@ class _Observer:
         self.wake.append(LOOK_AGAIN_SECONDS)
         if self.policy.suspend:
             self._condition("Suspended", None, "Stopping", "waiting for the pods to end")
+        last = self._attempt
+        since = _time(last.finished_at) if last and last.finished_at else self.now
+        if (self.now - since).total_seconds() > PODS_SECONDS:
+            left = [ray.name for ray in self.seen.ray_jobs] + [pod.name for pod in self.seen.pods]
+            names = ", ".join(sorted(left)[:3])
+            text = f"the last attempt's {names} should be gone: is a node lost?"
+            self._condition("Running", False, "PodsLeft", text)
 
     def _is_exhausted(self) -> bool:
         last = self._attempt

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from tuneyard.api.meta import Condition, ConditionType
-from tuneyard.api.status import AttemptStatus, JobStatus, StageStatus
+from tuneyard.api.status import JobStatus, StageStatus
 
 MOST_BYTES = 1024
 """Of a message: Kubernetes refuses longer ones."""
@@ -117,9 +117,9 @@ def _admission(before: JobStatus, after: JobStatus) -> Iterator[Event]:
 
 def _trouble(before: JobStatus, after: JobStatus) -> Iterator[Event]:
     """Why an attempt does not start, each time that the reason is another one."""
-    attempt = _open_attempt(after)
     old, new = _condition(before, "Running"), _condition(after, "Running")
-    if attempt is None or new is None or new.status != "False" or new.reason in _QUIET:
+    has_ended = after.phase in ("Succeeded", "Failed")
+    if has_ended or new is None or new.status != "False" or new.reason in _QUIET:
         return
     if old is None or old.reason != new.reason:
         yield Event("Warning", new.reason, new.message)
@@ -143,11 +143,6 @@ def _end(before: JobStatus, after: JobStatus) -> Iterator[Event]:
 
 def _condition(status: JobStatus, type_: ConditionType) -> Condition | None:
     return next((c for c in status.conditions if c.type == type_), None)
-
-
-def _open_attempt(status: JobStatus) -> AttemptStatus | None:
-    last = status.attempts[-1] if status.attempts else None
-    return last if last and not last.finished_at else None
 
 
 def _clipped(text: str) -> str:
