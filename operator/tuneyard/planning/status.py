@@ -7,7 +7,6 @@ dies between any two writes leaves nothing behind that the next one would not fi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
@@ -16,13 +15,12 @@ from tuneyard.api.compute import RunPolicy
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.meta import Condition, ConditionType
 from tuneyard.api.plan import Plan
-from tuneyard.api.progress import Ending, Picture, Post
+from tuneyard.api.progress import Ending, Picture
 from tuneyard.api.status import (
     AttemptStatus,
     Failure,
     JobStatus,
     Phase,
-    Progress,
     Result,
     StageState,
     StageStatus,
@@ -31,6 +29,7 @@ from tuneyard.errors import PlanError
 from tuneyard.planning import causes
 from tuneyard.planning.causes import Cause
 from tuneyard.planning.rayjob import GRACE_SECONDS, plan_digest, ray_job_name
+from tuneyard.planning.reported import DONE, merged, progress_of, rfc3339, with_loss
 from tuneyard.planning.seen import RayJob, Seen
 
 Job = FineTuneJob | AlignmentJob
@@ -49,8 +48,6 @@ MAX_ATTEMPTS = 100
 """Attempts in all, also those that do not count: a status holds no more of them."""
 _ATTEMPT_TEXT, _FAILURE_TEXT = 1024, 4096
 """Characters of a message that are kept: a hundred attempts must fit into one object."""
-_MAX_METRICS = 256
-_DONE = ("Succeeded", "Skipped")
 
 
 class Waiting(NamedTuple):
@@ -222,7 +219,7 @@ class _Observer:
         last, queue = self._attempt, self.policy.queue
         number = last.number + 1 if last else 1
         name = ray_job_name(self.job.kind, self.job.metadata.name, number)
-        attempt = AttemptStatus(number=number, ray_job=name, started_at=_text(self.now))
+        attempt = AttemptStatus(number=number, ray_job=name, started_at=rfc3339(self.now))
         self._set(attempts=[*self.status.attempts, attempt])
         self._phase("Queued" if queue else "Pending")
         if queue:
@@ -300,7 +297,7 @@ class _Observer:
         self._describe_admission(waits)
         if ray.running or attempt.running_at:
             if attempt.running_at is None:
-                self._update(running_at=_text(self.now))
+                self._update(running_at=rfc3339(self.now))
             self._phase("Running")
             self._condition("Running", True, "Running", f"attempt {attempt.number} runs")
         elif waits:
@@ -327,7 +324,7 @@ class _Observer:
         """Ends an attempt that shall end or starts too slowly; else lets it go on."""
         if wish := self._wish(attempt):
             if attempt.stopping_at is None:
-                attempt = self._update(stopping_at=_text(self.now))
+                attempt = self._update(stopping_at=rfc3339(self.now))
             asked = (self.now - _time(attempt.stopping_at or "")).total_seconds()
             if attempt.running_at is None or asked >= GRACE_SECONDS:
                 return self._close(wish)
@@ -385,10 +382,10 @@ class _Observer:
         if attempt.running_at is None:
             if picture is None:  # Kubeflow's protocol does not say whose post it is
                 return attempt
-            attempt = self._update(running_at=_text(self.now))
-        self._set(progress=_progress(post, self.status.progress, self.now))
+            attempt = self._update(running_at=rfc3339(self.now))
+        self._set(progress=progress_of(post, self.status.progress, self.now))
         if picture is not None:
-            self._set(stages=_merged(self.status.stages, picture.stages))
+            self._set(stages=merged(self.status.stages, picture.stages))
             if picture.stage:
                 attempt = self._update(stage=picture.stage, last_step=picture.step)
             self._count_lost_steps(picture)
@@ -399,7 +396,7 @@ class _Observer:
         if picture.resumed_step is None:
             return
         *earlier, last = self.status.attempts
-        told = [_with_loss(a, picture.stage, picture.resumed_step) for a in earlier]
+        told = [with_loss(a, picture.stage, picture.resumed_step) for a in earlier]
         self._set(attempts=[*told, last])
 
     # ---- ends -----------------------------------------------------------------------------------
@@ -408,7 +405,9 @@ class _Observer:
         """`ending` None: the driver succeeded without being able to say what came out."""
         result = ending.result if ending else None
         result = result or Result(uri=self._result_uri())
-        self._update(finished_at=_text(self.now), reason="Succeeded", message="all stages are done")
+        self._update(
+            finished_at=rfc3339(self.now), reason="Succeeded", message="all stages are done"
+        )
         self._set(result=result, failure=None)
         self._set(stages=[_moved(s, "Succeeded") for s in self.status.stages])
         if self.status.progress:
@@ -430,7 +429,7 @@ class _Observer:
         """Ends the attempt in the status; the job too, where nothing is left to try."""
         attempt = self.status.attempts[-1]
         self._update(
-            finished_at=attempt.finished_at or _text(self.now),
+            finished_at=attempt.finished_at or rfc3339(self.now),
             reason=cause.reason,
             message=cause.message[:_ATTEMPT_TEXT],
         )
@@ -536,7 +535,7 @@ class _Observer:
         conditions = self._conditions()
         old = conditions.get(type_)
         status = "Unknown" if holds is None else str(holds)
-        since = old.last_transition_time if old and old.status == status else _text(self.now)
+        since = old.last_transition_time if old and old.status == status else rfc3339(self.now)
         conditions[type_] = Condition.model_validate(
             {
                 "type": type_,
@@ -577,66 +576,10 @@ _TOO_MANY = Cause(
 )
 
 
-def _progress(post: Post, before: Progress | None, now: datetime) -> Progress:
-    """The newest numbers; what a post leaves out stays as it was."""
-    told, picture = post.trainer_status, post.tuneyard
-    numbers = {item.name: _number(item.value) for item in told.metrics}
-    metrics = {name: value for name, value in numbers.items() if value is not None}
-    merged = {**before.metrics, **metrics} if before else metrics
-    percentage = told.progress_percentage
-    if percentage is None:
-        percentage = before.percentage if before else 0
-    progress = Progress(
-        stage=picture.stage if picture else "",
-        step=picture.step if picture else 0,
-        total_steps=picture.total_steps if picture else 0,
-        percentage=percentage,
-        estimated_remaining_seconds=told.estimated_remaining_seconds,
-        metrics=merged if len(merged) <= _MAX_METRICS else metrics,
-        last_updated_time=told.last_updated_time or (before.last_updated_time if before else ""),
-    )
-    if told.last_updated_time or progress == before:
-        return progress
-    return progress.model_copy(update={"last_updated_time": _text(now)})
-
-
-def _number(value: float | str) -> float | None:
-    """None for what is no finite number: a status cannot hold it."""
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if abs(number) < float("inf") else None
-
-
-def _merged(stages: Sequence[StageStatus], told: Sequence[StageStatus]) -> list[StageStatus]:
-    """The plan's stages with what the driver told of them. A stage that is not in the plan is not
-    taken; one that is done stays as it was until it really runs again."""
-    news = {(stage.name, stage.kind): stage for stage in told}
-    return [_newer(stage, news.get((stage.name, stage.kind), stage)) for stage in stages]
-
-
-def _newer(stage: StageStatus, told: StageStatus) -> StageStatus:
-    was_done = stage.state in _DONE and told.state in ("Pending", "Skipped")
-    return stage if was_done else told
-
-
 def _moved(stage: StageStatus, state: StageState) -> StageStatus:
     """A stage that is not done, in another state."""
-    return stage if stage.state in _DONE else stage.model_copy(update={"state": state})
-
-
-def _with_loss(attempt: AttemptStatus, stage: str, resumed_step: int) -> AttemptStatus:
-    """An earlier attempt, whose stage was taken up again at this step."""
-    if attempt.stage != stage or attempt.last_step is None or attempt.steps_lost is not None:
-        return attempt
-    return attempt.model_copy(update={"steps_lost": max(0, attempt.last_step - resumed_step)})
+    return stage if stage.state in DONE else stage.model_copy(update={"state": state})
 
 
 def _time(text: str) -> datetime:
     return datetime.fromisoformat(text.replace("Z", "+00:00"))
-
-
-def _text(moment: datetime) -> str:
-    """RFC 3339, UTC, to the second, as Kubernetes writes it."""
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
