@@ -132,6 +132,26 @@ def test_a_broken_connection_is_taken_up_without_a_line_twice_or_missing() -> No
     assert story.asked[1] == ("a", lines(3, 3)[0][0])
 
 
+def test_an_api_server_that_is_away_for_a_while_ends_no_following() -> None:
+    story = Story(
+        Moment(RUNNING, [pod("a", 1)], {"a": lines(1, 1)}),
+        Moment(RUNNING, []),
+        Moment(RUNNING, [pod("b", 2)], {"b": lines(2, 2)}),
+        Moment(SUCCEEDED, []),
+    )
+    refresh, away = story.refresh, iter([False, True, True, False, False])
+
+    def sometimes(job: Found) -> Found | None:
+        if next(away, False):
+            raise UnreachableError("gone")
+        return refresh(job)
+
+    story.refresh = sometimes  # type: ignore[method-assign]
+    shown, written, _ = reader(story)
+    shown.follow(story.now.job)
+    assert written == ["line 1", "line 2"]
+
+
 def test_one_attempt_is_followed_to_its_own_end_only() -> None:
     ended = {**RUNNING, "attempts": [attempt(1, 9, 8, reason="WorkerDied"), attempt(2, 7)]}
     story = Story(Moment(ended, [pod("a", 1), pod("b", 2)], {"a": lines(1, 1)}))

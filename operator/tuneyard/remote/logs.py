@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from queue import Empty, Queue
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -46,8 +47,8 @@ class Reader:
         pod is read by a thread of its own: a worker may start long after the first."""
         threads: dict[str, Thread] = {}
         told = ""
+        pods = self._pods(job)
         while True:
-            pods = self._pods(job)
             for pod in pods:
                 if pod.started and pod.uid not in threads:
                     self._note(f"attempt {pod.attempt}, pod {pod.name}")
@@ -59,7 +60,8 @@ class Reader:
                 self._note(text)
                 told = text
             self._write_for(LOOK_SECONDS)
-            job = self._refreshed(job)
+            with suppress(UnreachableError):  # it is looked for again
+                job, pods = self._refreshed(job), self._pods(job)
         self._write_for(0.0)
         if not threads:
             raise RemoteError(self._why_none(job, pods))
@@ -70,11 +72,7 @@ class Reader:
         return newest(self._cluster.pods(job), self._role, self._attempt)
 
     def _refreshed(self, job: Found) -> Found:
-        """The job now; as it was where the API server does not answer."""
-        try:
-            now = self._cluster.refresh(job)
-        except UnreachableError:
-            return job
+        now = self._cluster.refresh(job)
         if now is None:
             raise NotFoundError(f"{job.kind.name} {job.name} was deleted")
         return now
@@ -90,7 +88,8 @@ class Reader:
 
     def _not_started(self, job: Found, pods: Sequence[Pod]) -> str:
         obstacle = next((pod.obstacle for pod in pods if pod.obstacle), "")
-        why = obstacle or views.waits_for(job)
+        failure = job.status.failure if job.status else None
+        why = obstacle or views.waits_for(job) or (failure.message if failure else "")
         attempt = f"attempt {self._attempt}" if self._attempt else "the job"
         what = f"{attempt} has no {self._role} that started ({views.phase(job)})"
         return f"{what}: {views.plain(why)}" if why else what
