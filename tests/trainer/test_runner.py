@@ -19,6 +19,7 @@ from tuneyard.errors import StageError
 from tuneyard_trainer import plain
 
 RECORDING = Path(__file__).with_name("recording.py")
+STOPPING = Path(__file__).with_name("stopping.py")
 
 
 def walk(plan: Plan, folder: Path, output: str = "out") -> dict[str, str]:
@@ -177,3 +178,32 @@ def test_a_run_killed_in_the_middle_of_sft_goes_on_sample_exactly_and_bit_for_bi
     assert record["details"]["resumedAtStep"] == 6
     redone = len((tmp_path / "killed.rows").read_text().splitlines()) - 9
     assert redone == 2  # what followed the last checkpoint, each time
+
+
+def test_one_ranks_wish_to_stop_is_everybodys_and_nobody_leaves_before_the_checkpoint(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    write_data(tmp_path)
+    (tmp_path / "plan.json").write_text(planned(manifest(tiny_model_dir)).to_json())
+    ranks = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                STOPPING,
+                str(rank),
+                *(tmp_path / n for n in ("meet", "plan.json", "")),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        out, err = rank.communicate(timeout=240)
+        assert out, err
+        assert json.loads(out.splitlines()[-1]) == {
+            "stage": "sft",
+            "step": 1,
+            "saved": ["step-00000001"],
+        }

@@ -1,0 +1,38 @@
+"""Walks a plan as one of two gloo ranks, only rank 1 asked to stop; prints how it ended.
+
+python stopping.py RANK MEETING_FILE PLAN FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tuneyard.api.plan import Plan
+from tuneyard_trainer.records import Store
+from tuneyard_trainer.runner import Ledger, Walk
+from tuneyard_trainer.worker import Interrupted, Worker
+
+
+def main(rank: int, meeting: str, plan: Path, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2)
+    store = Store(str(folder / "out"), folder / f"scratch-{rank}")
+    read = Plan.model_validate_json(plan.read_text())
+    if rank == 0:
+        store.claim(read.job, attempt=1)
+    worker = Worker(rank, 2, torch.device("cpu"), stop=lambda: rank == 1)
+    walk = Walk(Ledger(read, store, folder, folder / "cache"), worker, emit=lambda _: None)
+    try:
+        walk.run()
+    except Interrupted as stopped:
+        saved = sorted(path.parent.name for path in (folder / "out").rglob("state.json"))
+        print(json.dumps({"stage": stopped.stage, "step": stopped.step, "saved": saved}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))
