@@ -80,3 +80,11 @@ def tiny_model_dir(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
     tiny_llama(VOCABULARY).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def speaking_model_dir(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama taught to answer with a few letters and to stop."""
+    from tests.trainer.speaking import speaking_model
+
+    return speaking_model(tmp_path_factory.mktemp("speaking"), tiny_tokenizer)

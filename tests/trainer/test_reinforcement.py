@@ -1,0 +1,376 @@
+"""PPO, GRPO and RLOO on a tiny model: they learn, go on exactly, and end badly with a name."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.trainer.speaking import grpo_stage, ppo_stage, share_of, write_prompts
+from tuneyard.api.methods import BlowUp
+from tuneyard.api.plan import PlannedStage, TrainRuntime
+from tuneyard.errors import StageError
+from tuneyard_trainer import rewards
+from tuneyard_trainer.rewards import Attempt
+from tuneyard_trainer.stages import grpo, ppo
+from tuneyard_trainer.watch import blown_up
+from tuneyard_trainer.worker import Interrupted, Outcome, Worker
+
+CPU = torch.device("cpu")
+TIMES = {"generationSeconds", "scoringSeconds", "trainingSeconds", "tokensPerSecond"}
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, speaking_model_dir: Path) -> dict[str, Path]:
+    return {"model": speaking_model_dir, "prompts": write_prompts(tmp_path / "prompts.jsonl")}
+
+
+@pytest.fixture
+def reward(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Sets the programmable reward; at first, the share of the letter a."""
+
+    def set_to(chosen: Any) -> None:
+        monkeypatch.setattr(rewards, "load", lambda *_: chosen)
+
+    set_to(share_of("a"))
+    return set_to
+
+
+def run(
+    stage: PlannedStage, folder: Path, inputs: dict[str, Path], worker: Worker | None = None
+) -> tuple[dict[str, Tensor], Outcome]:
+    folder.mkdir(exist_ok=True)
+    module = ppo if stage.kind == "ppo" else grpo
+    outcome = module.run(stage, inputs, folder, worker or Worker(0, 1, CPU))
+    return load_file(next((folder / "weights").glob("*.safetensors"))), outcome
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def stages(training: dict[str, Any], seed: int = 3) -> dict[str, PlannedStage]:
+    more = training | {"seed": seed}
+    return {
+        "ppo": ppo_stage(more),
+        "grpo": grpo_stage(more, kl_coefficient=0.1),
+        "rloo": grpo_stage(more, estimator="rloo"),
+    }
+
+
+# ---- learning -----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("reward")
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("method", ["ppo", "grpo", "rloo"])
+def test_a_reward_rises_while_the_kl_stays_bounded(
+    method: str, seed: int, tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    """From an eighth of an answer to more than half of it, within 8 nats of the start."""
+    _, outcome = run(stages({"max_steps": 20}, seed)[method], tmp_path / "out", inputs)
+    steps = [line for line in lines(tmp_path / "out") if "learningRate" in line]
+    assert outcome.metrics["baseReward"] < 0.35
+    assert outcome.metrics["reward"] > 0.55
+    assert outcome.metrics["kl"] < 8
+    first, last = steps[:3], steps[-3:]
+    assert sum(s["reward"] for s in last) > sum(s["reward"] for s in first) + 0.75
+    assert all(math.isfinite(value) for s in steps for value in s.values())
+
+
+# ---- exactness ----------------------------------------------------------------------------------
+
+
+class StopAfter:
+    """Asks for an orderly end once `step` updates were reported."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.seen = step, 0
+
+    def report(self, *, step: int = 0, **_: Any) -> None:
+        self.seen = max(self.seen, step)
+
+    def __call__(self) -> bool:
+        return self.seen >= self.step
+
+    def worker(self) -> Worker:
+        return Worker(0, 1, CPU, report=self.report, stop=self)
+
+
+def timeless(folder: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines(folder)]
+
+
+@pytest.mark.usefixtures("reward")
+@pytest.mark.parametrize("method", ["ppo", "grpo", "rloo", "ppo-lora"])
+def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(
+    method: str, tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    """Policy, value head, optimizer, prompts, answers, minibatches and the adapted coefficient."""
+    stage = stages({})[method.partition("-")[0]]
+    if method.startswith("ppo"):
+        adapter = {"lora": {"dropout": 0.1}} if method == "ppo-lora" else None
+        stage = ppo_stage({}, target_kl=0.5, adapter=adapter)
+    whole, _ = run(stage, tmp_path / "whole", inputs)
+    with pytest.raises(Interrupted) as stopped:
+        run(stage, tmp_path / "parts", inputs, StopAfter(1).worker())
+    assert stopped.value.step == 2
+    resumed, outcome = run(stage, tmp_path / "parts", inputs)
+    assert outcome.details["resumedAtStep"] == 2
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
+
+
+@pytest.mark.usefixtures("reward")
+@pytest.mark.parametrize("method", ["ppo", "grpo", "rloo"])
+def test_the_size_of_a_pass_changes_an_update_by_rounding_alone(
+    method: str, tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    stage = stages({"max_steps": 1, "keep_best": False})[method]
+    runtime = TrainRuntime(micro_batch_tokens=40)
+    large, _ = run(stage, tmp_path / "large", inputs)
+    pieces, _ = run(stage.model_copy(update={"runtime": runtime}), tmp_path / "small", inputs)
+    for name in large:
+        torch.testing.assert_close(large[name], pieces[name], rtol=0, atol=2e-4)
+
+
+def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path]) -> None:
+    """Trains by PPO and by RLOO, then with a reward that fails on the second worker alone."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    rewards.load = lambda *_: share_of("a")  # type: ignore[assignment]
+    for method in SHARED_BY_TWO:
+        stage = stages(BRIEF)[method]
+        module = ppo if method == "ppo" else grpo
+        (folder / method).mkdir(exist_ok=True)
+        module.run(stage, inputs, folder / method, Worker(rank, 2, CPU))
+
+    def failing(attempts: Sequence[Attempt]) -> Tensor:
+        if rank == 1:
+            raise StageError("RewardContextTooShort", "an answer is too long.")
+        return share_of("a")(attempts)
+
+    rewards.load = lambda *_: failing  # type: ignore[assignment]
+    try:
+        ppo.run(stages(BRIEF)["ppo"], inputs, folder, Worker(rank, 2, CPU))
+    except StageError as error:
+        (folder / f"reason-{rank}").write_text(error.reason)
+    dist.destroy_process_group()
+
+
+SHARED_BY_TWO = ("ppo", "rloo")
+BRIEF = {"max_steps": 2, "keep_best": False}
+
+
+@pytest.mark.usefixtures("reward")
+def test_two_workers_do_what_one_does_and_fail_together(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    """The same answers, advantages and minibatches, rounding aside; and where one worker's reward
+    fails, the other does not wait for it but ends with the same reason."""
+    two = tmp_path / "two"
+    two.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_worker, args=(port, two, inputs), nprocs=2)
+    for method in SHARED_BY_TWO:
+        alone, _ = run(stages(BRIEF)[method], tmp_path / method, inputs)
+        together = load_file(next((two / method / "weights").glob("*.safetensors")))
+        for name in alone:
+            torch.testing.assert_close(alone[name], together[name], rtol=0, atol=1e-3)
+        for mine, theirs in zip(timeless(tmp_path / method), timeless(two / method), strict=True):
+            assert mine == pytest.approx(theirs, rel=2e-2, abs=2e-3)
+    reasons = [(two / f"reason-{rank}").read_text() for rank in (0, 1)]
+    assert reasons == ["RewardContextTooShort"] * 2
+
+
+# ---- what is kept -------------------------------------------------------------------------------
+
+
+def test_the_best_measured_model_is_kept_not_the_last(
+    tmp_path: Path, inputs: dict[str, Path], reward: Callable[[Any], None]
+) -> None:
+    """A reward that turns against the policy half way: what was best before is the result."""
+    calls = 0
+
+    def fickle(attempts: Sequence[Attempt]) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return share_of("a")(attempts) * (1 if calls <= 9 else -1)
+
+    reward(fickle)
+    training = {"max_steps": 8, "evaluation_steps": 2}
+    _, outcome = run(ppo_stage(training), tmp_path / "a", inputs)
+    measured = {
+        line["step"]: line["heldOutObjective"]
+        for line in lines(tmp_path / "a")
+        if "heldOutObjective" in line
+    }
+    best = max(measured, key=measured.__getitem__)
+    assert outcome.details["bestStep"] == best < 8
+    assert outcome.metrics["objective"] == measured[best]
+    kept = load_file(tmp_path / "a" / "weights" / "model.safetensors")
+    saved = load_file(tmp_path / "a" / "checkpoints" / f"step-{best:08d}" / "weights.safetensors")
+    assert all(torch.equal(kept[name], saved[name]) for name in kept)
+    assert "value_head.linear.weight" in saved
+
+
+@pytest.mark.usefixtures("reward")
+def test_an_adapter_leaves_its_base_alone_and_a_later_stage_goes_on_with_it(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    lora = {"lora": {"rank": 4}}
+    training = {"max_steps": 3, "learning_rate": 2e-2, "keep_best": False}
+    first, outcome = run(ppo_stage(training, adapter=lora), tmp_path / "a", inputs)
+    assert outcome.metrics["kl"] > 0.01
+    assert not (tmp_path / "a" / "weights" / "model.safetensors").exists()
+    tuned = inputs | {"tuned": tmp_path / "a"}
+    again, _ = run(grpo_stage(training, adapter=lora), tmp_path / "b", tuned)
+    assert again.keys() == first.keys()
+    start = next(line for line in lines(tmp_path / "b") if line["step"] == 0)
+    assert start["heldOutKl"] == pytest.approx(0, abs=1e-5)  # its reference is where it began
+    assert start["heldOutReward"] == pytest.approx(outcome.metrics["reward"], abs=1e-6)
+
+
+@pytest.mark.usefixtures("reward")
+def test_prompts_are_held_out_where_there_are_enough_of_them(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    rows = [{"prompt": f"Say {number}."} for number in range(30)]
+    inputs["prompts"].write_text("".join(json.dumps(row) + "\n" for row in rows + rows))
+    _, outcome = run(ppo_stage({"max_steps": 1}), tmp_path / "a", inputs)
+    assert (outcome.details["prompts"], outcome.details["heldOutPrompts"]) == (54, 3)
+
+
+def test_the_kl_coefficient_follows_its_target(
+    tmp_path: Path, inputs: dict[str, Path], reward: Callable[[Any], None]
+) -> None:
+    reward(share_of("a"))
+    run(ppo_stage({"max_steps": 6}, target_kl=1e-3), tmp_path / "a", inputs)
+    run(ppo_stage({"max_steps": 6}), tmp_path / "b", inputs)
+
+    def coefficients(folder: Path) -> list[float]:
+        return [line["klCoefficient"] for line in lines(folder) if "klCoefficient" in line]
+
+    assert coefficients(tmp_path / "a")[-1] > 0.05
+    assert set(coefficients(tmp_path / "b")) == {0.05}
+
+
+def test_an_answer_without_an_end_pays_the_penalty(
+    tmp_path: Path, inputs: dict[str, Path], reward: Callable[[Any], None]
+) -> None:
+    """Answers cut at three tokens: only those that stopped by then earn what the reward says."""
+    reward(lambda attempts: torch.ones(len(attempts)))
+    stage = ppo_stage({"max_steps": 1}, sampling={"max_new_tokens": 3}, missing_eos_penalty=0.75)
+    run(stage, tmp_path / "a", inputs)
+    update = next(line for line in lines(tmp_path / "a") if "penalisedReward" in line)
+    assert 0 < update["endedShare"] < 1
+    assert update["penalisedReward"] == pytest.approx(1 - 0.75 * (1 - update["endedShare"]))
+
+
+# ---- bad endings --------------------------------------------------------------------------------
+
+
+def test_a_reward_that_is_no_number_ends_the_stage_with_the_prompts_name(
+    tmp_path: Path, inputs: dict[str, Path], reward: Callable[[Any], None]
+) -> None:
+    def broken(attempts: Sequence[Attempt]) -> Tensor:
+        scores = torch.zeros(len(attempts))
+        for index, attempt in enumerate(attempts):
+            if attempt.prompt.question == "Say three.":
+                scores[index] = math.nan
+        return scores
+
+    reward(broken)
+    with pytest.raises(StageError, match=r"no number: nan.*prompts\.jsonl row 3") as found:
+        run(ppo_stage(), tmp_path / "a", inputs)
+    assert found.value.reason == "NonFiniteReward"
+
+
+@pytest.mark.usefixtures("reward")
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_a_run_without_one_whole_answer_is_given_up_by_name(
+    method: str, tmp_path: Path, inputs: dict[str, Path], tiny_model_dir: Path
+) -> None:
+    """A random model: one token in 400 stops it."""
+    inputs["model"] = tiny_model_dir
+    make = ppo_stage if method == "ppo" else grpo_stage
+    stage = make({"max_steps": 9}, sampling={"max_new_tokens": 1})
+    with pytest.raises(StageError, match=r"3 updates on end not one of") as found:
+        run(stage, tmp_path / "a", inputs)
+    assert found.value.reason == "AllAnswersTruncated"
+    assert max(line["step"] for line in lines(tmp_path / "a")) == 2
+
+
+@pytest.mark.usefixtures("reward")
+def test_answers_without_an_end_are_fine_where_nobody_wants_one(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    stage = ppo_stage({"max_steps": 5}, sampling={"max_new_tokens": 1}, missing_eos_penalty=0.0)
+    _, outcome = run(stage, tmp_path / "a", inputs)
+    assert outcome.metrics["steps"] == 5
+
+
+CALM = {"kl": 2.0, "entropy": 1.0, "answerLength": 10.0}
+LIMITS = BlowUp(max_kl=5.0, min_entropy=0.1, max_length_ratio=3.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"kl": 5.1}, "KlBlowUp"),
+        ({"entropy": 0.09}, "EntropyCollapse"),
+        ({"answerLength": 31.0}, "LengthDrift"),
+    ],
+)
+def test_each_limit_has_its_name(change: dict[str, float], reason: str | None) -> None:
+    found = blown_up(LIMITS, CALM | change, first_length=10.0)
+    assert (found and found.reason) == reason
+    assert blown_up(None, CALM | change, first_length=10.0) is None
+
+
+@pytest.mark.usefixtures("reward")
+def test_a_run_that_blows_up_ends_with_its_best_model(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    training = {"max_steps": 40, "evaluation_steps": 2}
+    _, outcome = run(ppo_stage(training, stop_on={"max_kl": 1.5}), tmp_path / "a", inputs)
+    assert outcome.details["stoppedBy"] == "KlBlowUp"
+    assert 0 < outcome.details["bestStep"] <= outcome.metrics["steps"] < 40
+    assert outcome.metrics["rewardGain"] > 0
+    stopped = lines(tmp_path / "a")[-1]
+    assert stopped["stopped"] == "KlBlowUp"
+    assert stopped["kl"] > 1.5
+
+
+@pytest.mark.usefixtures("reward")
+def test_a_run_that_blows_up_before_it_had_anything_better_fails_by_that_name(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    with pytest.raises(StageError, match="below 100") as found:
+        run(ppo_stage(stop_on={"min_entropy": 100.0}), tmp_path / "a", inputs)
+    assert found.value.reason == "EntropyCollapse"
+    assert not (tmp_path / "a" / "weights").exists()
+
+
+@pytest.mark.usefixtures("reward")
+def test_a_rate_that_ruins_the_model_ends_by_name(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    stage = ppo_stage({"max_steps": 30, "learning_rate": 9.0, "optimizer": {"epsilon": 1e-30}})
+    with pytest.raises(StageError) as found:
+        run(stage, tmp_path / "a", inputs)
+    assert found.value.reason in ("LossNotFinite", "AllAnswersTruncated")
