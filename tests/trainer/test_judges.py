@@ -154,7 +154,7 @@ def test_too_much_nonsense_ends_the_stage_by_name() -> None:
     blah = Reply("k", "blah")
     for _ in range(7):
         tally.add(blah, wants_label=True)
-    with pytest.raises(StageError, match=r"judge-1 replied 8 of 8 .*'blah'") as caught:
+    with pytest.raises(StageError, match=r"8 of 8 replies of the judge judge-1 .*'blah'") as caught:
         tally.add(blah, wants_label=True)
     assert caught.value.reason == "JudgeNonsense"
     assert not caught.value.retryable

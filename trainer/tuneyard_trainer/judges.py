@@ -263,8 +263,9 @@ class Tally:
             )
         return StageError(
             "JudgeNonsense",
-            f"the judge {self.judge} replied {self.nonsense} of {self.replies} times with "
-            f"something that is no decision: {', '.join(self.shown['nonsense'])}.",
-            advice="Choose a stronger judge, ask it more plainly (question), or, of a judge that "
-            "thinks aloud first, raise judge.endpoint.labelTokens.",
+            f"{self.nonsense} of {self.replies} replies of the judge {self.judge} decide nothing "
+            f"or are empty: {', '.join(self.shown['nonsense'])}.",
+            advice="Choose a stronger judge, ask it more plainly (question, critiqueRequest, "
+            "revisionRequest), or, of one that thinks aloud first, raise "
+            "judge.endpoint.labelTokens.",
         )

@@ -1,0 +1,503 @@
+"""feedback and critique, end to end: a tiny model answers, a server or the model itself judges."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from tests.trainer.conftest import VOCABULARY, tiny_llama
+from tests.trainer.judge_server import (
+    QUESTION,
+    Answer,
+    JudgeServer,
+    completion,
+    prefers_greater,
+)
+from tuneyard.api.methods import JudgeEndpoint
+from tuneyard.api.plan import (
+    ChatSettings,
+    CritiqueSettings,
+    DatasetSettings,
+    FeedbackSettings,
+    JudgeSettings,
+    PlannedStage,
+    PromptSettings,
+    SourceInput,
+    StageInput,
+    TrainRuntime,
+)
+from tuneyard.api.sources import FieldMap
+from tuneyard.errors import StageError
+from tuneyard_trainer import endpoint
+from tuneyard_trainer.datasets import Row, examples
+from tuneyard_trainer.datasets.preferences import judged
+from tuneyard_trainer.stages import critique, feedback
+from tuneyard_trainer.worker import Interrupted, Outcome, Worker
+
+CHAT = ChatSettings(system_prompt=None, chat_template=None)
+PROMPTS = PromptSettings(format="auto", fields=FieldMap(), limit=None)
+WORKER = Worker(rank=0, world_size=1, device=torch.device("cpu"), identity="sha256:one")
+LAMPS = 6
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "BACKOFF_SECONDS", 0.001)
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, tiny_model_dir: Path) -> dict[str, Path]:
+    rows = [{"prompt": f"Which port has lamp {i}?"} for i in range(LAMPS)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"model": tiny_model_dir, "prompts": tmp_path / "prompts.jsonl"}
+
+
+@pytest.fixture(scope="session")
+def talkative_model_dir(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose likeliest answer is no white space: its head is not its embeddings."""
+    folder = tmp_path_factory.mktemp("talkative")
+    tiny_llama(VOCABULARY, tie_word_embeddings=False).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def workdir(tmp_path: Path) -> Path:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    return folder
+
+
+def judge_settings(judge: JudgeEndpoint) -> JudgeSettings:
+    return JudgeSettings(
+        model=judge.model,
+        max_requests=judge.max_requests,
+        max_tokens=judge.max_tokens,
+        label_tokens=judge.label_tokens,
+    )
+
+
+def feedback_stage(judge: JudgeEndpoint | None, **changes: Any) -> PlannedStage:
+    """Without an endpoint the judge is the input `judge`."""
+    settings: dict[str, Any] = {
+        "prompts": PROMPTS,
+        "chat": CHAT,
+        "judge": judge_settings(judge) if judge else None,
+        "principles": ["Be kind.", "Be brief."],
+        "question": QUESTION,
+        "responses_per_prompt": 2,
+        "temperature": 1.0,
+        "max_new_tokens": 8,
+        "disagreement": "drop",
+        "seed": 1,
+    }
+    return PlannedStage(
+        name="feedback",
+        settings=FeedbackSettings(**(settings | changes)),
+        inputs={"model": StageInput(stage="x"), "judge": SourceInput(uri="hf://org/judge")},
+        runtime=TrainRuntime(endpoint=judge),
+        fingerprint="sha256:test",
+    )
+
+
+def run_feedback(
+    server: JudgeServer, inputs: dict[str, Path], workdir: Path, **changes: Any
+) -> Outcome:
+    given = {name: changes.pop(name) for name in ("max_requests",) if name in changes}
+    worker = changes.pop("worker", WORKER)
+    stage = feedback_stage(server.settings(**given), **changes)
+    return feedback.run(stage, inputs, workdir, worker)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def fair(body: dict[str, Any], _number: int) -> Answer:
+    label = prefers_greater(body)
+    return completion(label, {label: 0.8, "AB".replace(label, ""): 0.2})
+
+
+# ---- labels -------------------------------------------------------------------------------------
+
+
+def test_every_pair_is_labelled_as_the_judge_decides(
+    inputs: dict[str, Path], workdir: Path
+) -> None:
+    with JudgeServer(fair) as server:
+        outcome = run_feedback(server, inputs, workdir, responses_per_prompt=3)
+    rows = rows_of(workdir / "preferences.jsonl")
+    assert len(rows) == outcome.metrics["labels"] == 3 * LAMPS
+    assert len(server.bodies) == outcome.metrics["judgeRequests"] == 6 * LAMPS
+    for row in rows:
+        assert row["chosen"][0]["content"] > row["rejected"][0]["content"]
+        assert row["probability"] == pytest.approx(0.8)
+    assert outcome.metrics["judgeAgreement"] == 1.0
+    assert outcome.metrics["judgePrefersFirst"] == 0.5
+
+
+def test_the_labels_are_rows_that_pairs_reads(inputs: dict[str, Path], workdir: Path) -> None:
+    with JudgeServer(fair) as server:
+        run_feedback(server, inputs, workdir)
+    (found,) = judged(Row(1, rows_of(workdir / "preferences.jsonl")[0]), FieldMap(), labelled=False)
+    assert found.prompt[0].content == "Which port has lamp 0?"
+    assert found.answers[0] > found.answers[1]
+    assert found.label == pytest.approx(0.8)
+
+
+def test_where_a_label_comes_from_is_kept(inputs: dict[str, Path], workdir: Path) -> None:
+    with JudgeServer(fair) as server:
+        run_feedback(server, inputs, workdir)
+    row, kept = (rows_of(workdir / name)[0] for name in ("preferences.jsonl", "judgements.jsonl"))
+    assert row["provenance"]["judge"] == kept["judge"] == "judge-1"
+    assert row["provenance"]["principle"] == kept["principle"]
+    assert kept["principle"] in server.bodies[0]["messages"][0]["content"]
+    assert kept["straight"]["probability"] == pytest.approx(1 - kept["swapped"]["probability"])
+    assert kept["straight"]["attempts"] == 1
+    assert kept["prompt"] == "prompts.jsonl row 1"
+
+
+def test_a_judge_that_always_says_a_gives_no_labels(inputs: dict[str, Path], workdir: Path) -> None:
+    with (
+        JudgeServer(lambda _body, _number: completion("A")) as server,
+        pytest.raises(StageError, match="6 differently once the answers had changed places") as no,
+    ):
+        run_feedback(server, inputs, workdir)
+    assert no.value.reason == "NoPreferences"
+    assert rows_of(workdir / "preferences.jsonl") == []
+
+
+def test_its_pairs_are_ties_where_the_manifest_says_so(
+    inputs: dict[str, Path], workdir: Path
+) -> None:
+    with JudgeServer(lambda _body, _number: completion("A")) as server:
+        outcome = run_feedback(server, inputs, workdir, disagreement="tie")
+    assert outcome.metrics["ties"] == LAMPS
+    assert {row["probability"] for row in rows_of(workdir / "preferences.jsonl")} == {0.5}
+
+
+def test_a_leaning_judges_probabilities_decide_where_the_manifest_says_so(
+    inputs: dict[str, Path], workdir: Path
+) -> None:
+    """It always says A, but more surely where A is the greater: the lean cancels out."""
+
+    def leaning(body: dict[str, Any], _number: int) -> Answer:
+        p = 0.9 if prefers_greater(body) == "A" else 0.6
+        return completion("A", {"A": p, "B": 1 - p})
+
+    with JudgeServer(leaning) as server:
+        outcome = run_feedback(server, inputs, workdir, disagreement="average")
+    assert outcome.metrics["judgePrefersFirst"] == 1.0
+    for row in rows_of(workdir / "preferences.jsonl"):
+        assert row["chosen"][0]["content"] > row["rejected"][0]["content"]
+        assert row["probability"] == pytest.approx(0.65)
+
+
+def test_nonsense_is_counted_and_labels_nothing(inputs: dict[str, Path], workdir: Path) -> None:
+    def mostly_fair(body: dict[str, Any], number: int) -> Answer:
+        return completion("As an AI, I cannot say") if number == 0 else fair(body, number)
+
+    with JudgeServer(mostly_fair) as server:
+        outcome = run_feedback(server, inputs, workdir)
+    assert outcome.metrics["judgeNonsense"] == outcome.metrics["unlabelled"] == 1
+    assert outcome.metrics["labels"] == LAMPS - 1
+    assert outcome.details["problems"]["nonsense"] == ["'As an AI, I cannot say'"]
+
+
+def test_a_judge_that_talks_nothing_but_nonsense_ends_the_stage(
+    inputs: dict[str, Path], workdir: Path
+) -> None:
+    with (
+        JudgeServer(lambda _body, _number: completion("Lovely weather")) as server,
+        pytest.raises(StageError, match="Lovely weather") as caught,
+    ):
+        run_feedback(server, inputs, workdir)
+    assert caught.value.reason == "JudgeNonsense"
+    assert len(server.bodies) < 2 * LAMPS
+    assert not (workdir / "preferences.jsonl").exists()
+
+
+def test_answers_that_are_alike_are_no_question(
+    inputs: dict[str, Path], workdir: Path, talkative_model_dir: Path
+) -> None:
+    with (
+        JudgeServer(fair) as server,
+        pytest.raises(StageError, match="6 pairs of answers are identical") as caught,
+    ):
+        run_feedback(server, inputs | {"model": talkative_model_dir}, workdir, temperature=1e-4)
+    assert caught.value.reason == "NoPreferences"
+    assert server.bodies == []
+
+
+# ---- killed, stopped, out of money --------------------------------------------------------------
+
+
+def questions(server: JudgeServer) -> Counter[str]:
+    return Counter(body["messages"][0]["content"] for body in server.bodies)
+
+
+def test_a_killed_stage_asks_nothing_twice_and_ends_the_same(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    def dies(body: dict[str, Any], number: int) -> Answer:
+        return Answer(b"gone", status=401) if number >= 5 else fair(body, number)
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    with JudgeServer(fair) as server:
+        run_feedback(server, inputs, whole)
+    with JudgeServer(dies) as server:
+        with pytest.raises(StageError, match="gone"):
+            run_feedback(server, inputs, broken)
+        answered = len(rows_of(broken / "checkpoints" / "journal.jsonl")) - 1 - LAMPS
+        first = server.bodies[:answered]
+        server.respond = fair
+        del server.bodies[:]
+        outcome = run_feedback(server, inputs, broken)
+        again = questions(server)
+    assert answered >= 4
+    assert len(server.bodies) == 2 * LAMPS - answered
+    assert set(again.values()) == {1}
+    assert outcome.metrics["judgeRequests"] == 2 * LAMPS
+    assert not again.keys() & {body["messages"][0]["content"] for body in first}
+    same = [(folder / "preferences.jsonl").read_text() for folder in (whole, broken)]
+    assert same[0] == same[1]
+
+
+def test_a_journal_cut_off_in_a_line_costs_that_line_alone(
+    inputs: dict[str, Path], workdir: Path
+) -> None:
+    with JudgeServer(fair) as server:
+        run_feedback(server, inputs, workdir)
+        journal = workdir / "checkpoints" / "journal.jsonl"
+        journal.write_bytes(journal.read_bytes()[:-5])
+        del server.bodies[:]
+        run_feedback(server, inputs, workdir)
+    assert len(server.bodies) == 1
+
+
+def test_what_another_model_or_manifest_left_is_not_used(
+    inputs: dict[str, Path], workdir: Path
+) -> None:
+    with JudgeServer(fair) as server:
+        run_feedback(server, inputs, workdir)
+        del server.bodies[:]
+        run_feedback(server, inputs, workdir, worker=replace(WORKER, identity="sha256:two"))
+    assert len(server.bodies) == 2 * LAMPS
+
+
+def test_an_outage_ends_the_attempt_and_the_next_one_asks_what_is_left(
+    inputs: dict[str, Path], workdir: Path
+) -> None:
+    def away(body: dict[str, Any], number: int) -> Answer:
+        return Answer(b"out of order", status=503) if number >= 2 else fair(body, number)
+
+    with JudgeServer(away) as server:
+        with pytest.raises(StageError, match="out of order") as caught:
+            run_feedback(server, inputs, workdir)
+        assert caught.value.reason == "JudgeUnavailable"
+        assert caught.value.retryable
+        server.respond = fair
+        before = len(server.bodies)
+        outcome = run_feedback(server, inputs, workdir)
+    assert len(server.bodies) - before == 2 * LAMPS - 2
+    assert outcome.metrics["labels"] == LAMPS
+
+
+def test_a_stop_keeps_what_was_asked_and_says_where_it_stands(
+    inputs: dict[str, Path], workdir: Path
+) -> None:
+    with JudgeServer(fair) as server:
+        worker = replace(WORKER, stop=lambda: len(server.bodies) >= 3)
+        with pytest.raises(Interrupted):
+            run_feedback(server, inputs, workdir, worker=worker)
+        stopped = len(server.bodies)
+        run_feedback(server, inputs, workdir)
+    assert stopped < 2 * LAMPS
+    assert len(server.bodies) == 2 * LAMPS
+
+
+def test_the_budget_buys_whole_pairs_and_a_restart_buys_no_more(
+    inputs: dict[str, Path], workdir: Path
+) -> None:
+    with JudgeServer(fair) as server:
+        for _ in range(2):
+            outcome = run_feedback(server, inputs, workdir, max_requests=7)
+            assert len(server.bodies) == 7
+    assert outcome.metrics["labels"] == 3
+    assert outcome.metrics["unlabelled"] == LAMPS - 3
+    assert outcome.metrics["budgetSpent"] == 1.0
+
+
+def test_a_budget_too_small_for_one_label_is_said(inputs: dict[str, Path], workdir: Path) -> None:
+    with (
+        JudgeServer(fair) as server,
+        pytest.raises(StageError, match="maxRequests") as caught,
+    ):
+        run_feedback(server, inputs, workdir, max_requests=1)
+    assert caught.value.reason == "BudgetSpent"
+
+
+# ---- models that run here -----------------------------------------------------------------------
+
+
+def test_a_model_judges_without_any_endpoint(inputs: dict[str, Path], workdir: Path) -> None:
+    """Random weights lean to one letter: by the mean of both orders they decide all the same."""
+    stage = feedback_stage(None, disagreement="average", question="{first}\nor\n{second}? A or B?")
+    outcome = feedback.run(stage, inputs | {"judge": inputs["model"]}, workdir, WORKER)
+    rows = rows_of(workdir / "preferences.jsonl")
+    assert len(rows) == outcome.metrics["labels"] == LAMPS
+    assert all(0.5 < row["probability"] < 1 for row in rows)
+    assert rows[0]["provenance"]["judge"] == "hf://org/judge"
+
+
+def test_a_question_longer_than_the_judges_context_is_never_cut(
+    inputs: dict[str, Path], workdir: Path
+) -> None:
+    stage = feedback_stage(None, question="{first} {second} " + "A or B? " * 100)
+    with pytest.raises(StageError, match="exceed the judge's context of 256") as caught:
+        feedback.run(stage, inputs | {"judge": inputs["model"]}, workdir, WORKER)
+    assert caught.value.reason == "JudgeUnavailable"
+
+
+def test_a_base_model_without_a_chat_template_gets_plain_text(
+    inputs: dict[str, Path], workdir: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    for path in inputs["model"].iterdir():
+        if path.name != "chat_template.jinja":
+            (base / path.name).write_bytes(path.read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    assert tokenizer.chat_template is None
+    with JudgeServer(fair) as server:
+        run_feedback(server, inputs | {"model": base}, workdir)
+    assert isinstance(rows_of(workdir / "preferences.jsonl")[0]["chosen"], str)
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_said(
+    inputs: dict[str, Path], workdir: Path
+) -> None:
+    with (
+        JudgeServer(fair) as server,
+        pytest.raises(StageError, match="6 leave no room for 250") as caught,
+    ):
+        run_feedback(server, inputs, workdir, max_new_tokens=250)
+    assert caught.value.reason == "NoPrompts"
+
+
+# ---- critique -----------------------------------------------------------------------------------
+
+
+def critique_stage(judge: JudgeEndpoint | None, **changes: Any) -> PlannedStage:
+    settings: dict[str, Any] = {
+        "prompts": PROMPTS,
+        "chat": CHAT,
+        "judge": judge_settings(judge) if judge else None,
+        "principles": ["Be kind.", "Be brief."],
+        "critique_request": "Criticise: {principle}",
+        "revision_request": "Revise: {principle}",
+        "revisions": 2,
+        "max_new_tokens": 8,
+        "seed": 1,
+    }
+    return PlannedStage(
+        name="critique",
+        settings=CritiqueSettings(**(settings | changes)),
+        inputs={},
+        runtime=TrainRuntime(endpoint=judge),
+        fingerprint="sha256:test",
+    )
+
+
+def critic(body: dict[str, Any], _number: int) -> Answer:
+    """Says what it was asked, and how long the conversation was."""
+    messages = body["messages"]
+    return completion(f"{messages[-1]['content'].partition(':')[0]} {len(messages)}")
+
+
+def test_an_answer_is_criticised_and_revised_round_by_round(
+    inputs: dict[str, Path], workdir: Path
+) -> None:
+    with JudgeServer(critic) as server:
+        stage = critique_stage(server.settings())
+        outcome = critique.run(stage, inputs, workdir, WORKER)
+    assert len(server.bodies) == 4 * LAMPS
+    assert outcome.metrics["revisions"] == LAMPS
+    assert outcome.metrics["roundsPerRevision"] == 2.0
+    told = rows_of(workdir / "critiques.jsonl")[0]
+    assert [one["critique"] for one in told["rounds"]] == ["Criticise 3", "Criticise 3"]
+    assert [one["revision"] for one in told["rounds"]] == ["Revise 5", "Revise 5"]
+    second = [b["messages"] for b in server.bodies if b["messages"][1]["content"] == "Revise 5"]
+    assert len(second) == 2 * LAMPS  # the second round is about the first one's revision
+
+
+def test_the_revisions_are_rows_that_prepare_reads(inputs: dict[str, Path], workdir: Path) -> None:
+    with JudgeServer(critic) as server:
+        critique.run(critique_stage(server.settings()), inputs, workdir, WORKER)
+    settings = DatasetSettings(format="auto", fields=FieldMap(), weight=1.0, limit=None)
+    found = list(
+        examples(workdir / "revisions.jsonl", settings, on_invalid="error", name="revisions")
+    )
+    assert len(found) == LAMPS
+    assert [turn.content for turn in found[0].messages] == ["Which port has lamp 0?", "Revise 5"]
+
+
+def test_a_killed_critique_asks_nothing_twice(inputs: dict[str, Path], workdir: Path) -> None:
+    def dies(body: dict[str, Any], number: int) -> Answer:
+        return Answer(b"gone", status=401) if number >= 9 else critic(body, number)
+
+    with JudgeServer(dies) as server:
+        stage = critique_stage(server.settings())
+        with pytest.raises(StageError, match="gone"):
+            critique.run(stage, inputs, workdir, WORKER)
+        answered = len(rows_of(workdir / "checkpoints" / "journal.jsonl")) - 1 - LAMPS
+        server.respond = critic
+        del server.bodies[:]
+        outcome = critique.run(stage, inputs, workdir, WORKER)
+    assert answered >= 8
+    assert len(server.bodies) == 4 * LAMPS - answered
+    assert outcome.metrics["revisions"] == LAMPS
+
+
+def test_a_reply_without_words_leaves_the_answer_out(
+    inputs: dict[str, Path], workdir: Path
+) -> None:
+    """An answer nobody could revise is no example of a good one."""
+
+    def speechless(body: dict[str, Any], number: int) -> Answer:
+        silent = body["messages"][0]["content"] == "Which port has lamp 2?"
+        return completion("  ") if silent else critic(body, number)
+
+    with JudgeServer(speechless) as server:
+        outcome = critique.run(critique_stage(server.settings()), inputs, workdir, WORKER)
+    assert outcome.metrics["unrevised"] == outcome.metrics["judgeNonsense"] == 1
+    assert len(rows_of(workdir / "revisions.jsonl")) == LAMPS - 1
+
+
+def test_the_model_can_be_its_own_critic(
+    inputs: dict[str, Path], workdir: Path, talkative_model_dir: Path
+) -> None:
+    stage = critique_stage(None, revisions=1)
+    outcome = critique.run(stage, inputs | {"model": talkative_model_dir}, workdir, WORKER)
+    assert outcome.metrics["revisions"] == LAMPS
+    assert outcome.details["critic"] == "the model itself"
+
+
+def test_without_a_revision_there_is_no_data_set(inputs: dict[str, Path], workdir: Path) -> None:
+    def run(respond: Callable[[dict[str, Any], int], Answer], **changes: Any) -> str:
+        with JudgeServer(respond) as server, pytest.raises(StageError) as caught:
+            critique.run(critique_stage(server.settings(**changes)), inputs, workdir, WORKER)
+        return caught.value.reason
+
+    assert run(lambda _body, _number: completion("")) == "JudgeNonsense"
+    assert run(critic, max_requests=3) == "BudgetSpent"
