@@ -29,6 +29,8 @@ from tests.cli.played import (
 from tuneyard import cli
 from tuneyard.api.crd import crds
 from tuneyard.remote import commands, logs
+from tuneyard.remote.errors import UnreachableError
+from tuneyard.remote.jobs import Found
 
 if TYPE_CHECKING:
     from rig.plugin import Cluster
@@ -198,6 +200,27 @@ def test_watch_of_a_job_that_is_deleted_ends_with_2(
     code, out, err = call("status", "one", "--watch", "--json")
     assert (code, err) == (2, "Error: FineTuneJob one was deleted\n"), "another has its name now"
     assert [json.loads(line)["status"]["phase"] for line in out.splitlines()] == ["Running"]
+
+
+@apiserver_test
+def test_watch_outlives_an_api_server_that_is_away(
+    played: Played, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tuneyard.remote.cluster import Cluster as Connection
+
+    refresh, away = Connection.refresh, iter([True, True])
+
+    def sometimes(self: Connection, job: Found) -> Found | None:
+        if next(away, False):
+            raise UnreachableError("the API server cannot be reached")
+        return refresh(self, job)
+
+    played.create("one", RUNNING)
+    monkeypatch.setattr(Connection, "refresh", sometimes)
+    between_looks(monkeypatch, lambda: played.set_status("one", SUCCEEDED))
+    code, out, err = call("status", "one", "--watch")
+    assert (code, out.count("\n")) == (0, 2)
+    assert err == "the API server cannot be reached; trying again\n", "said once"
 
 
 # ---- run policy ---------------------------------------------------------------------------------
