@@ -103,9 +103,16 @@ def out_of_reach(root: Path) -> Path | None:
 def _cover(root: Path) -> Layer:
     hidden = [*_private(root), *_scratch(root)]
     marks = [path.relative_to(root) for path in hidden]
-    folders = {path.parent for path in hidden}
-    modes = {str(path.relative_to(root)): path.stat().st_mode & 0o7777 for path in folders}
+    folders = {path.parent for path in hidden} | set(_ways(root))
+    modes = {str(path.relative_to(root)): path.stat().st_mode & 0o7777 | 0o11 for path in folders}
     return Layer({str(path): (b"", 0o644) for path in marks}, modes)
+
+
+def _ways(root: Path) -> Iterator[Path]:
+    """The folders on the way to what is needed: pods do not run as root, and a home is closed."""
+    for path in NEEDED:
+        if path.is_relative_to(root):
+            yield from (parent for parent in path.parents if parent != root and parent.is_relative_to(root))
 
 
 def _private(root: Path) -> Iterator[Path]:

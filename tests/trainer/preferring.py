@@ -24,7 +24,18 @@ from tuneyard_trainer.stages import pairs
 from tuneyard_trainer.worker import Worker
 
 CPU = torch.device("cpu")
-WORDS = ["lamp", "desk", "port", "charger", "handbook", "harbour", "team", "sentence", "number", "button"]
+WORDS = [
+    "lamp",
+    "desk",
+    "port",
+    "charger",
+    "handbook",
+    "harbour",
+    "team",
+    "number",
+    "button",
+    "row",
+]
 
 
 def separable(count: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,24 @@ def test_a_reward_stages_output_is_read_with_the_jobs_template(
         "{% if add_generation_prompt %}A:{% endif %}"
     )
     ours = learned(tmp_path, ChatSettings(system_prompt=None, chat_template=template))
-    assert ours.text(Attempt(prompt(), "Left.")) == "Which port?<|im_end|>A:Left.<|im_end|>"
+    ids = ours.encode(Attempt(prompt(), "Left."))
+    assert tiny_tokenizer.decode(ids) == "Which port?<|im_end|>A:Left.<|im_end|>"
+
+
+def test_without_a_chat_template_ours_reads_prompt_answer_and_stop_and_others_one_text(
+    tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    plain = copy.copy(tiny_tokenizer)
+    plain.chat_template = None
+    classifier(tmp_path / "weights", plain)
+    plain.save_pretrained(tmp_path / "tokenizer")
+    attempt = Attempt(prompt(), "Left.")
+    assert plain.decode(learned(tmp_path).encode(attempt)) == "Which port?Left.<|im_end|>"
+    assert plain.decode(learned(tmp_path / "weights").encode(attempt)) == "Which port?Left."
+    turns = tuple({"role": role, "content": "?"} for role in ("user", "assistant", "user"))
+    with pytest.raises(StageError, match="3 turns") as found:
+        learned(tmp_path)([Attempt(Prompt(turns, "p.jsonl row 2", {}), "Left.")])
+    assert found.value.reason == "RewardTokenizerMismatch"
 
 
 def test_an_encoder_classifier_scores_too(tmp_path: Path, tiny_tokenizer: Any) -> None:

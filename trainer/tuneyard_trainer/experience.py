@@ -44,25 +44,50 @@ class Loss(NamedTuple):
 class Method(Protocol):
     """What PPO, GRPO and RLOO differ in."""
 
-    answers: int
-    """Answers of an update, over all workers."""
-    group_size: int
-    """Answers to one prompt."""
-    optimization_epochs: int
-    """Passes over an update's answers."""
-    with_values: bool
-    """Whether it needs a value head."""
-    with_reference: bool
-    """Whether it needs the model as it was at the start."""
-    ends_matter: bool
-    """Whether a run in which no answer ever ends is a failed one."""
-    watched: tuple[str, ...]
-    """The names that `loss` watches."""
+    @property
+    def answers(self) -> int:
+        """Answers of an update, over all workers."""
+        ...
 
-    target_kl: float | None
-    """What the KL coefficient is adapted towards, in nats per answer; None: it is fixed."""
-    rewards_entropy: bool
-    """Whether the loss needs the entropy's gradient."""
+    @property
+    def group_size(self) -> int:
+        """Answers to one prompt."""
+        ...
+
+    @property
+    def optimization_epochs(self) -> int:
+        """Passes over an update's answers."""
+        ...
+
+    @property
+    def with_values(self) -> bool:
+        """Whether it needs a value head."""
+        ...
+
+    @property
+    def with_reference(self) -> bool:
+        """Whether it needs the model as it was at the start."""
+        ...
+
+    @property
+    def ends_matter(self) -> bool:
+        """Whether a run in which no answer ever ends is a failed one."""
+        ...
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """The names that `loss` watches."""
+        ...
+
+    @property
+    def target_kl(self) -> float | None:
+        """What the KL coefficient is adapted towards, in nats per answer; None: it is fixed."""
+        ...
+
+    @property
+    def rewards_entropy(self) -> bool:
+        """Whether the loss needs the entropy's gradient."""
+        ...
 
     def experience(
         self, rollouts: Rollouts, kl_coefficient: float, /

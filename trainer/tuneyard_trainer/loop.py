@@ -343,6 +343,11 @@ class History:
             if line.endswith("\n"):
                 yield json.loads(line)
 
+    def evaluated(self, step: int | None) -> dict[str, float]:
+        """The held-out figures after a step; {} where it was not evaluated."""
+        lines = [line for line in self.lines() if line["step"] == step and "validationLoss" in line]
+        return {name: value for name, value in lines[-1].items() if name != "step"} if lines else {}
+
     def base_loss(self) -> float | None:
         return self._last.get("baseValidationLoss")
 

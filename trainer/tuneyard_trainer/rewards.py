@@ -196,8 +196,8 @@ class LearnedReward:
     template, so that it may be of another family than the policy."""
 
     model: Any
-    tokenizer: PreTrainedTokenizerBase
-    text: Callable[[Attempt], str]
+    pad: int
+    encode: Callable[[Attempt], list[int]]
     """The conversation as it was trained to read it."""
     max_length: int | None
     """The most tokens that its positions allow; None: no limit is known."""
@@ -222,24 +222,18 @@ class LearnedReward:
     def __call__(self, attempts: Sequence[Attempt]) -> Tensor:
         if not attempts:
             return torch.zeros(0)
-        texts = [self.text(attempt) for attempt in attempts]
-        encoded = self.tokenizer(texts, add_special_tokens=not self._speaks)["input_ids"]
+        encoded = [self.encode(attempt) for attempt in attempts]
         self._check_lengths(attempts, encoded)
         scores_N = torch.zeros(len(attempts))
         for chosen in length_batches([len(ids) for ids in encoded], BATCH_ANSWERS, padded=True):
             scores_N[torch.tensor(chosen)] = self._scored([encoded[i] for i in chosen])
         return scores_N
 
-    @property
-    def _speaks(self) -> bool:
-        """Whether a chat template wrote the text, special tokens included."""
-        return bool(self.tokenizer.chat_template)
-
     @torch.no_grad()
     def _scored(self, rows: Sequence[Sequence[int]]) -> Tensor:
         device = next(self.model.parameters()).device
         lengths_N = torch.tensor([len(row) for row in rows], device=device)
-        ids_NL = torch.full((len(rows), max(map(len, rows))), int(self.tokenizer.pad_token_id))
+        ids_NL = torch.full((len(rows), max(map(len, rows))), self.pad)
         for index, row in enumerate(rows):
             ids_NL[index, : len(row)] = torch.tensor(row)
         ids_NL = ids_NL.to(device)
@@ -317,36 +311,42 @@ def _check_vocabulary(path: Path, model: Any, tokenizer: PreTrainedTokenizerBase
         )
 
 
-def _writer(tokenizer: PreTrainedTokenizerBase, template: str | None) -> Callable[[Attempt], str]:
-    """Prompt, answer and the token that ends it, as the reward model's tokenizer writes them. Every
-    answer is scored as if it had ended: what was cut off pays the missing-end penalty."""
-    if template:
-        tokenizer.chat_template = template
-    if not tokenizer.chat_template:
-        return _plain_text
+def _in_turns(tokenizer: PreTrainedTokenizerBase) -> Callable[[Attempt], list[int]]:
+    """Prompt, answer and the token that ends it, by the chat template. Every answer is scored as if
+    it had ended: what was cut off pays the missing-end penalty."""
     stop = ChatFormat.of(tokenizer).stop
 
-    def write(attempt: Attempt) -> str:
+    def encode(attempt: Attempt) -> list[int]:
         try:
-            return rendered(tokenizer, attempt.prompt.messages) + attempt.answer + stop
+            text = rendered(tokenizer, attempt.prompt.messages) + attempt.answer + stop
         except MisfitError as error:
             raise StageError(
                 "RewardTokenizerMismatch",
                 f"the reward model's chat template refuses prompt {attempt.prompt.where}: {error}.",
                 advice="Choose a reward model of the policy's family, or leave such prompts out.",
             ) from error
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    return write
+    return encode
 
 
-def _plain_text(attempt: Attempt) -> str:
-    """For a tokenizer without a chat template."""
-    *before, last = attempt.prompt.messages
-    if any(turn["role"] != "system" for turn in before):
-        raise StageError(
-            "RewardTokenizerMismatch",
-            f"the reward model's tokenizer has no chat template, and prompt {attempt.prompt.where} "
-            f"is a conversation of {len(attempt.prompt.messages)} turns.",
-            advice="Choose a reward model with a chat template.",
-        )
-    return last["content"] + attempt.answer
+def _plainly(tokenizer: PreTrainedTokenizerBase, ours: bool) -> Callable[[Attempt], list[int]]:
+    """For a tokenizer without a chat template. `ours`: as `tokenization` encodes prompt and
+    completion; else one text, as classifiers are trained to read it."""
+
+    def encode(attempt: Attempt) -> list[int]:
+        *before, last = attempt.prompt.messages
+        if any(turn["role"] != "system" for turn in before):
+            raise StageError(
+                "RewardTokenizerMismatch",
+                "the reward model's tokenizer has no chat template, and prompt "
+                f"{attempt.prompt.where} is a conversation of {len(before) + 1} turns.",
+                advice="Choose a reward model with a chat template.",
+            )
+        if not ours:
+            return list(tokenizer(last["content"] + attempt.answer)["input_ids"])
+        prompt = tokenizer(last["content"])["input_ids"]
+        answer = tokenizer(attempt.answer, add_special_tokens=False)["input_ids"]
+        return [*prompt, *answer, tokenizer.eos_token_id]
+
+    return encode

@@ -19,8 +19,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase, TopPLogitsWarper
-from transformers.generation import LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TopPLogitsWarper,
+)
 
 from tuneyard.api.methods import Sampling
 from tuneyard.errors import StageError
@@ -168,4 +173,5 @@ def stop_tokens(
 def _template_stop(tokenizer: PreTrainedTokenizerBase, template: str | None) -> int:
     speaking = copy.copy(tokenizer)
     speaking.chat_template = template or tokenizer.chat_template
-    return int(tokenizer.convert_tokens_to_ids(ChatFormat.of(speaking).stop_token))
+    token: Any = tokenizer.convert_tokens_to_ids(ChatFormat.of(speaking).stop_token)
+    return int(token)

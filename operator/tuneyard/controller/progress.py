@@ -111,7 +111,9 @@ class StatusServer:
         if job is None:
             raise Refused(409, "stale", "the job is gone")
         newest = job.status.attempts[-1] if job.status and job.status.attempts else None
-        if newest is None or newest.number != attempt:
+        if newest is None or newest.number < attempt:
+            raise Refused(503, "unavailable", "this attempt is not known yet", retry_after=2)
+        if newest.number > attempt:
             raise Refused(409, "stale", f"attempt {attempt} is not the newest any more")
         if newest.finished_at:
             # The driver repeats its last post when the answer was lost: it has been heard.

@@ -133,17 +133,15 @@ class Reconciler:
 
     async def _decide(self, key: Key, entry: Entry, job: Job) -> None:
         attempt = job.status.attempts[-1] if job.status and job.status.attempts else None
-        number = attempt.number if attempt and not attempt.finished_at else None
-        view = entry.seen(number, attempt.ray_job_uid if attempt else None)
+        view = entry.seen(attempt)
         is_planned = job.status is not None and job.status.plan_digest is not None
         planned = _IN_FORCE if is_planned else await self._planned(key, job)
         decision = observe(job, planned, view, self.clock())
-        if _may_wait(job.status, decision.status):
-            wait = entry.told_at + PROGRESS_SECONDS - time.monotonic()
-            if wait > 0:
-                self.queue.add_after(key, wait)
-                return
-        job = await self._write(key, entry, job, decision.status)
+        wait = entry.told_at + PROGRESS_SECONDS - time.monotonic()
+        if wait > 0 and _may_wait(job.status, decision.status):
+            self.queue.add_after(key, wait)
+        else:
+            job = await self._write(key, entry, job, decision.status)
         await self._act(key, entry, job, decision)
         self.world.count_phase(key, decision.status.phase or "Pending")
         metrics.show_progress((key.namespace, key.kind, key.name), decision.status)
@@ -283,11 +281,15 @@ class Reconciler:
             self.queue.add_after(key, PROGRESS_SECONDS)
 
     async def _refuse(self, key: Key, body: Object, error: ManifestError) -> None:
-        """Says in the status of a malformed job what is wrong with it; touches nothing else."""
-        text = str(error)[:4096]
-        old = body.get("status") or {}
+        """Says in the status of a malformed job what is wrong with it. One that was planned has
+        been well-formed: it is left as it is, whoever broke it, until it is well again."""
+        old, text = body.get("status") or {}, str(error)[:4096]
+        self.world.count_phase(key, old.get("phase") or "Failed")
+        if old.get("planDigest"):
+            log.error("%s %s/%s is malformed: %s", key.kind, key.namespace, key.name, text)
+            self.queue.add_after(key, READ_SECONDS)
+            return
         if (old.get("failure") or {}).get("message") == text:
-            self.world.count_phase(key, "Failed")
             return
         now = self.clock().strftime("%Y-%m-%dT%H:%M:%SZ")
         failure = {"reason": "Malformed", "message": text, "advice": "Correct the manifest."}
@@ -300,7 +302,6 @@ class Reconciler:
         }
         patch = {"phase": "Failed", "failure": failure, "conditions": [condition]}
         await self.cluster.write_status(body, key, patch, old | patch)
-        self.world.count_phase(key, "Failed")
 
     # ---- deletion -------------------------------------------------------------------------------
 

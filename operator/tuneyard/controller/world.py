@@ -14,6 +14,7 @@ from typing import Any
 
 from tuneyard.api.meta import GROUP
 from tuneyard.api.progress import Post
+from tuneyard.api.status import AttemptStatus
 from tuneyard.controller import metrics
 from tuneyard.controller.cluster import Key
 from tuneyard.planning import seen
@@ -43,11 +44,13 @@ class Entry:
     told_at: float = 0.0
     """When progress was last written into the status (monotonic)."""
 
-    def seen(self, attempt: int | None, uid: str | None) -> Seen:
-        """As a decision sees it. `attempt`: the open one, `uid`: its RayJob's, if there was one."""
+    def seen(self, attempt: AttemptStatus | None) -> Seen:
+        """As a decision sees it. `attempt`: the newest."""
+        number = attempt.number if attempt else None
         ray_jobs = tuple(item for _, item in self.ray_jobs.values())
-        current = next((item for item in ray_jobs if item.attempt == attempt), None)
-        missing = attempt is not None and uid is not None and current is None
+        current = next((item for item in ray_jobs if item.attempt == number), None)
+        was_there = attempt and attempt.ray_job_uid and not attempt.finished_at
+        missing = bool(was_there) and current is None
         if not missing:
             self.missing_since = None
         elif self.missing_since is None:
@@ -56,7 +59,7 @@ class Entry:
         return Seen(
             ray_jobs=ray_jobs,
             pods=tuple(item for _, item in self.pods.values()),
-            gone=tuple(item for item in self.gone.values() if item.attempt == attempt),
+            gone=tuple(item for item in self.gone.values() if item.attempt == number),
             workload=self.workloads.get(current.name) if current else None,
             warnings=self.warnings,
             obstacle=self.obstacle,
@@ -139,7 +142,11 @@ class World:
         entry.ray_jobs = {
             item["metadata"]["name"]: (version(item), seen.ray_job(item)) for item in ray_jobs
         }
-        entry.pods = {item["metadata"]["name"]: (version(item), seen.pod(item)) for item in pods}
+        known = {item["metadata"]["name"]: (version(item), seen.pod(item)) for item in pods}
+        for name, (_, pod) in entry.pods.items():
+            if name not in known and pod.troubles:
+                entry.gone[name] = pod
+        entry.pods = known
         entry.read_at = time.monotonic()
 
 

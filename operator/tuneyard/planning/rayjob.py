@@ -117,7 +117,7 @@ def render_erasure(
         "name": "erase",
         "command": [*_MODULE, "tuneyard_trainer.erase", "--plan", PLAN_FILE],
         "args": ["--job-uid", job.metadata.uid or ""],
-        "resources": _fixed({"cpu": "500m", "memory": "1Gi"}),
+        "resources": _modest("100m", "500m", "1Gi"),
         "env": _environment(),
         "envFrom": _env_from(store.output_credentials),
     }
@@ -263,7 +263,7 @@ class _Pods(NamedTuple):
 def _head(pods: _Pods, store: Storage, mounts: Iterable[_Mount], env: list[Object]) -> Object:
     container = {
         "name": "ray-head",
-        "resources": _fixed({"cpu": "1", "memory": "4Gi"}),
+        "resources": _modest("250m", "1", "4Gi"),
         "env": [*_environment(), *env],
         "envFrom": _env_from(store.output_credentials),
     }
@@ -308,7 +308,7 @@ def _worker_group(pods: _Pods, store: Storage, group: Workers, compute: Compute)
 def _submitter(pods: _Pods) -> Object:
     container = {
         "name": "ray-job-submitter",
-        "resources": _fixed({"cpu": "500m", "memory": "1Gi"}),
+        "resources": _modest("100m", "500m", "1Gi"),
         "env": _environment(),
         "envFrom": [],
     }
@@ -357,6 +357,14 @@ def _volume_mount(mount: _Mount) -> Object:
 def _fixed(resources: Mapping[str, str]) -> Object:
     """Requests equal to limits: such a pod is the last to be evicted."""
     return {"requests": dict(resources), "limits": dict(resources)}
+
+
+def _modest(cpu: str, most_cpu: str, memory: str) -> Object:
+    """Of a pod that starts something and then waits."""
+    return {
+        "requests": {"cpu": cpu, "memory": memory},
+        "limits": {"cpu": most_cpu, "memory": memory},
+    }
 
 
 def _placement(compute: Compute) -> Object:
