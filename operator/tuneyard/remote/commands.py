@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from functools import wraps
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.live import Live
 
-from tuneyard.api.meta import NAME_LENGTH, NAME_PATTERN
 from tuneyard.planning.rayjob import GRACE_SECONDS
 from tuneyard.remote import logs as pod_logs
 from tuneyard.remote import views
 from tuneyard.remote.errors import NotFoundError, RemoteError, UnreachableError
-from tuneyard.remote.jobs import KINDS, Event, Found, Kind, to_json
+from tuneyard.remote.jobs import Event, Found, Kind, to_json
+from tuneyard.remote.options import Where, for_cluster, job_name, optional_job_name
 
 if TYPE_CHECKING:
     from tuneyard.remote.cluster import Cluster
@@ -31,85 +29,16 @@ LOOK_SECONDS = 2.0
 FILE_WIDTH = 120
 """Columns where standard output is no terminal."""
 STUCK_SECONDS = 30.0
-NAMESPACE_PATTERN = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
-
-Command = Callable[..., Any]
-
-
-class Where(NamedTuple):
-    """What the user said of the cluster to talk to; None: the kubeconfig says it."""
-
-    kubeconfig: str | None
-    context: str | None
-    namespace: str | None
-
-    def connect(self) -> Cluster:
-        try:
-            from tuneyard.remote.cluster import connect
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.startswith("tuneyard"):
-                raise
-            raise RemoteError(
-                f"{error.name} is not installed: install tuneyard[operator] to talk to a cluster"
-            ) from error
-        return connect(self.kubeconfig, self.context, self.namespace)
-
-
-def _namespace(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
-    if value is not None and not re.fullmatch(NAMESPACE_PATTERN, value):
-        raise click.BadParameter(f"'{value}' is no name of a namespace")
-    return value
-
-
-def _name(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
-    if value is None or (re.fullmatch(NAME_PATTERN, value) and len(value) <= NAME_LENGTH):
-        return value
-    raise click.BadParameter(
-        f"'{value}' is no name of a job: at most {NAME_LENGTH} lower-case letters, digits and "
-        "dashes, starting with a letter"
-    )
-
-
-def _kinds(_: click.Context, __: click.Parameter, value: str | None) -> tuple[Kind, ...]:
-    return tuple(KINDS.values()) if value is None else (KINDS[value],)
-
-
-def _for_cluster(command: Command) -> Command:
-    """Adds the options that all verbs share; the command gets them as `where` and `kinds`."""
-
-    @click.option(
-        "-n", "--namespace", metavar="NAME", callback=_namespace, help="Default: the context's."
-    )
-    @click.option(
-        "--kind",
-        "kinds",
-        type=click.Choice(list(KINDS)),
-        callback=_kinds,
-        help="Jobs of this kind only.",
-    )
-    @click.option("--context", metavar="NAME", help="The kubeconfig's context to use.")
-    @click.option("--kubeconfig", metavar="FILE", help="Default: $KUBECONFIG, ~/.kube/config.")
-    @wraps(command)
-    def wrapped(
-        kubeconfig: str | None, context: str | None, namespace: str | None, **arguments: Any
-    ) -> Any:
-        return command(where=Where(kubeconfig, context, namespace), **arguments)
-
-    return wrapped
-
-
-_job_name = click.argument("name", callback=_name)
-
 
 # ---- status -------------------------------------------------------------------------------------
 
 
 @click.command()
-@click.argument("name", required=False, callback=_name)
+@optional_job_name
 @click.option("-A", "--all-namespaces", "everywhere", is_flag=True, help="Jobs of all namespaces.")
 @click.option("-w", "--watch", is_flag=True, help="Go on showing it; exit 0 or 1 as the job ends.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch one line a change.")
-@_for_cluster
+@for_cluster
 def status(
     name: str | None,
     where: Where,
@@ -217,11 +146,11 @@ def _events(cluster: Cluster, job: Found) -> list[Event]:
 
 
 @click.command()
-@_job_name
+@job_name
 @click.option("-f", "--follow", is_flag=True, help="Go on until the job ends, over all attempts.")
 @click.option("--attempt", type=click.IntRange(min=1), help="Default: the newest that has pods.")
 @click.option("--worker", is_flag=True, help="The workers' logs instead of the driver's.")
-@_for_cluster
+@for_cluster
 def logs(
     name: str,
     where: Where,
@@ -249,8 +178,8 @@ def logs(
 
 
 @click.command()
-@_job_name
-@_for_cluster
+@job_name
+@for_cluster
 def suspend(name: str, where: Where, kinds: Sequence[Kind]) -> int:
     """Stop a job at a checkpoint and free its pods.
 
@@ -281,8 +210,8 @@ def _stop(job: Found) -> str:
 
 
 @click.command()
-@_job_name
-@_for_cluster
+@job_name
+@for_cluster
 def resume(name: str, where: Where, kinds: Sequence[Kind]) -> int:
     """Let a suspended job go on from where it stopped."""
     cluster = where.connect()
@@ -306,9 +235,9 @@ def resume(name: str, where: Where, kinds: Sequence[Kind]) -> int:
 
 
 @click.command()
-@_job_name
+@job_name
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
-@_for_cluster
+@for_cluster
 def cancel(name: str, where: Where, kinds: Sequence[Kind], yes: bool) -> int:
     """End a job for good, as Failed with reason Cancelled.
 
@@ -351,9 +280,9 @@ def _confirm(question: str, *, yes: bool) -> None:
 
 
 @click.command()
-@_job_name
+@job_name
 @click.option("--wait", is_flag=True, help="Return when the job and its pods are gone.")
-@_for_cluster
+@for_cluster
 def delete(name: str, where: Where, kinds: Sequence[Kind], wait: bool) -> int:
     """Delete a job and end its cluster.
 
