@@ -210,14 +210,12 @@ class LearnedReward:
         model = _classifier(folder, device)
         tokenizer = models.load_tokenizer(beside)
         _check_vocabulary(path, model, tokenizer)
-        template = chat.chat_template if ours else None
+        if ours and chat.chat_template:
+            tokenizer.chat_template = chat.chat_template
+        encode = _in_turns(tokenizer) if tokenizer.chat_template else _plainly(tokenizer, ours)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        return cls(
-            model,
-            tokenizer,
-            _writer(tokenizer, template),
-            limit if isinstance(limit, int) else None,
-        )
+        limit = limit if isinstance(limit, int) else None
+        return cls(model, int(tokenizer.pad_token_id), encode, limit)
 
     def __call__(self, attempts: Sequence[Attempt]) -> Tensor:
         if not attempts:
