@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 apiserver_test = pytest.mark.apiserver
 Call = Callable[..., tuple[int, str, str]]
+Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +69,7 @@ def played(with_crds: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Play
 
 
 @pytest.fixture
-def call(played: Played, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def call(played: Played, capsys: Capture) -> Callable[..., tuple[int, str, str]]:
     """Runs a command in the test's namespace: exit code, standard output, standard error."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
@@ -357,10 +360,7 @@ def test_a_pod_that_has_not_started_has_no_log(played: Played, call: Call) -> No
 def test_who_may_not_read_jobs_is_told_what_is_missing(
     played: Played, tmp_path: Path, call: Call
 ) -> None:
-    account = {"metadata": {"name": "nobody"}}
-    played.core.create_namespaced_service_account(played.namespace, account)
-    create = played.core.create_namespaced_service_account_token
-    token = create("nobody", played.namespace, {"spec": {"audiences": []}}).status.token
+    token = token_of(played, "nobody")
     config = json.loads(played.cluster.kubectl("config", "view", "--raw", "-o", "json").stdout)
     for user in config["users"]:
         user["user"] = {"token": token}
@@ -375,6 +375,40 @@ def test_who_may_not_read_jobs_is_told_what_is_missing(
     assert "does not accept your credentials" in err
 
 
+@apiserver_test
+def test_inside_a_pod_its_own_account_and_namespace_are_used(
+    played: Played, no_cluster: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    from kubernetes.config import incluster_config
+
+    from tuneyard.remote import cluster as connection
+
+    command = ("config", "view", "--raw", "--flatten", "-o", "json")
+    server = json.loads(played.cluster.kubectl(*command).stdout)["clusters"][0]["cluster"]
+    address = urlsplit(server["server"])
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", str(address.hostname))
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(address.port))
+    files = {name: no_cluster / name for name in ("token", "ca.crt", "namespace")}
+    files["token"].write_text(token_of(played, "runner"), encoding="utf-8")
+    files["ca.crt"].write_bytes(base64.b64decode(server["certificate-authority-data"]))
+    files["namespace"].write_text(played.namespace, encoding="utf-8")
+    monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(files["token"]))
+    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(files["ca.crt"]))
+    monkeypatch.setattr(connection, "NAMESPACE_FILE", files["namespace"])
+    message = refused(capsys, "status")
+    assert f'User "system:serviceaccount:{played.namespace}:runner" cannot list' in message
+    assert f'in the namespace "{played.namespace}"' in message
+
+
+def token_of(played: Played, account: str) -> str:
+    """A token of a new service account, which has no rights."""
+    body = {"metadata": {"name": account}}
+    played.core.create_namespaced_service_account(played.namespace, body)
+    create = played.core.create_namespaced_service_account_token
+    token: str = create(account, played.namespace, {"spec": {"audiences": []}}).status.token
+    return token
+
+
 @pytest.fixture
 def no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A home without a kubeconfig, outside of any pod."""
@@ -384,7 +418,7 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def refused(capsys: Capture, *arguments: str) -> str:
     """The message of a command that ends with 2 and prints one line."""
     assert cli.call(list(arguments)) == 2
     captured = capsys.readouterr()
@@ -394,7 +428,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 @pytest.mark.parametrize("verb", ["status", "logs", "suspend", "resume", "cancel", "delete"])
 def test_without_a_kubeconfig_every_verb_says_how_to_name_one(
-    verb: str, no_cluster: Path, capsys: pytest.CaptureFixture[str]
+    verb: str, no_cluster: Path, capsys: Capture
 ) -> None:
     assert "set KUBECONFIG or give --kubeconfig" in refused(capsys, verb, "one")
     path = str(no_cluster / "missing")
@@ -415,26 +449,20 @@ def kubeconfig(folder: Path, server: str) -> str:
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "\x00", "kind: Config\n"])
-def test_a_broken_kubeconfig_is_named(
-    text: str, no_cluster: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_broken_kubeconfig_is_named(text: str, no_cluster: Path, capsys: Capture) -> None:
     path = no_cluster / "kubeconfig"
     path.write_text(text, encoding="utf-8")
     message = refused(capsys, "status", "--kubeconfig", str(path))
     assert f"the kubeconfig {path} cannot be used" in message
 
 
-def test_a_context_that_is_not_there_is_refused(
-    no_cluster: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_context_that_is_not_there_is_refused(no_cluster: Path, capsys: Capture) -> None:
     path = kubeconfig(no_cluster, "http://127.0.0.1:1")
     message = refused(capsys, "status", "--kubeconfig", path, "--context", "b")
     assert "the kubeconfig has no context 'b': it has a" in message
 
 
-def test_an_api_server_that_does_not_answer_is_named(
-    no_cluster: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_api_server_that_does_not_answer_is_named(no_cluster: Path, capsys: Capture) -> None:
     path = kubeconfig(no_cluster, "http://127.0.0.1:1")
     message = refused(capsys, "status", "--kubeconfig", path)
     assert "http://127.0.0.1:1 cannot be reached" in message
@@ -456,7 +484,7 @@ def test_what_a_server_answers_becomes_one_message(
     body: str,
     words: str,
     no_cluster: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capture,
 ) -> None:
     asked: list[str] = []
 
@@ -498,14 +526,14 @@ def test_what_a_server_answers_becomes_one_message(
     ids=repr,
 )
 def test_wrong_usage_is_refused_before_anything_is_asked(
-    arguments: list[str], no_cluster: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], no_cluster: Path, capsys: Capture
 ) -> None:
     assert cli.call(arguments) == 2
     assert "KUBECONFIG" not in capsys.readouterr().err
 
 
 def test_without_the_client_the_message_names_the_extra(
-    no_cluster: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    no_cluster: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     class Missing:
         @staticmethod
