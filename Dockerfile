@@ -54,8 +54,8 @@ CMD ["operator"]
 FROM base AS trainer-packages
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python3 -m venv /opt/tuneyard
-COPY requirements/trainer.txt /src/
-RUN pip install --require-hashes -r /src/trainer.txt
+COPY requirements/image.txt /src/
+RUN pip install --require-hashes -r /src/image.txt
 
 FROM base AS trainer
 ENV HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 RAY_USAGE_STATS_ENABLED=0

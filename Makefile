@@ -74,10 +74,13 @@ crds: $(VENV)/.dev ## Write crds/ and the chart's copy of it from the models
 requirements: $(UV) ## Resolve requirements/*.txt anew
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-header pyproject.toml --extra trainer --extra operator --extra qlora \
-	  --extra s3 --group dev --output-file requirements/dev.txt
+	  --extra s3 --extra cluster --group dev --output-file requirements/dev.txt
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-header pyproject.toml --extra trainer \
 	  --constraints requirements/dev.txt --output-file requirements/trainer.txt
+	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --no-header pyproject.toml --extra trainer --extra cluster --extra s3 \
+	  --extra qlora --constraints requirements/dev.txt --output-file requirements/image.txt
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-header pyproject.toml --extra operator \
 	  --constraints requirements/dev.txt --output-file requirements/operator.txt

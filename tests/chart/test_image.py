@@ -138,7 +138,7 @@ def test_the_trainers_image_has_what_kuberay_calls(
         shutil.copytree(ROOT / name, tmp_path / name)
     for name in ("pyproject.toml", "README.md", "LICENSE", "Dockerfile", ".dockerignore"):
         shutil.copy(ROOT / name, tmp_path / name)
-    shutil.copy(ROOT / "requirements/operator.txt", tmp_path / "requirements/trainer.txt")
+    shutil.copy(ROOT / "requirements/operator.txt", tmp_path / "requirements/image.txt")
     trainer = buildah.build("trainer", tmp_path, base)
     for shell in ("-c", "-lc"):
         said = buildah.call(trainer, "/bin/bash", shell, "command -v python; command -v tuneyard")
