@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,8 +17,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import logsigmoid
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from tests.trainer.speaking import grpo_stage, ppo_stage, share_of, write_prompts
+from tests.trainer.conftest import VOCABULARY
+from tests.trainer.speaking import (
+    LETTERS,
+    QUESTIONS,
+    grpo_stage,
+    ppo_stage,
+    share_of,
+    write_prompts,
+)
 from tuneyard.api.methods import BlowUp
 from tuneyard.api.plan import PlannedStage, TrainRuntime
 from tuneyard.errors import StageError
@@ -87,6 +98,68 @@ def test_a_reward_rises_while_the_kl_stays_bounded(
     first, last = steps[:3], steps[-3:]
     assert sum(s["reward"] for s in last) > sum(s["reward"] for s in first) + 0.75
     assert all(math.isfinite(value) for s in steps for value in s.values())
+
+
+def letter_judge(folder: Path, tokenizer: Any, letter: str) -> Path:
+    """A reward model, trained here on pairs of answers of which the one with more of the letter is
+    chosen (Bradley-Terry), saved as the reward stage saves one."""
+    draw = random.Random(0)
+    texts = ["".join(draw.choices(LETTERS, k=4)) for _ in range(96)]
+    shares = torch.tensor([text.count(letter) for text in texts])
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        num_labels=1,
+        pad_token_id=3,
+    )
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(config)
+    rows = [_judged(tokenizer, draw.choice(QUESTIONS), text) for text in texts]
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.full((len(rows), int(lengths.max())), 3)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    better = shares[:, None] > shares[None, :]
+    for _ in range(30):
+        hidden = model.model(input_ids=ids)[0][torch.arange(len(rows)), lengths - 1]
+        scores = model.score(hidden)[:, 0]
+        loss = -logsigmoid(scores[:, None] - scores[None, :])[better].mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder / "weights")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def _judged(tokenizer: Any, question: str, answer: str) -> list[int]:
+    turns = [{"role": "user", "content": question}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text + answer + tokenizer.eos_token)["input_ids"])
+
+
+def test_ppo_with_a_learned_reward_raises_it_on_prompts_never_trained_on(
+    tmp_path: Path, inputs: dict[str, Path], tiny_tokenizer: Any
+) -> None:
+    """And with it what the reward model was to learn: the letters themselves."""
+    numbers = [{"prompt": f"Say {number}."} for number in range(40)]
+    inputs["prompts"].write_text("".join(json.dumps(row) + "\n" for row in numbers))
+    inputs["reward"] = letter_judge(tmp_path / "reward", tiny_tokenizer, "c")
+    _, outcome = run(ppo_stage({"max_steps": 15}), tmp_path / "out", inputs)
+    assert outcome.details["heldOutPrompts"] == 4
+    assert outcome.metrics["rewardGain"] > 1.0
+    samples = outcome.details["samples"]
+
+    def share(step: int) -> float:
+        answers = [sample["answer"] for sample in samples if sample["step"] == step]
+        return sum(a.count("c") for a in answers) / sum(len(a) for a in answers)
+
+    assert share(max(sample["step"] for sample in samples)) > share(0)
 
 
 # ---- exactness ----------------------------------------------------------------------------------
