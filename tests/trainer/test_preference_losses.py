@@ -57,7 +57,7 @@ def test_a_margin_is_asked_of_each_choice() -> None:
 
 def test_empty_places_pass_neither_values_nor_gradients() -> None:
     scores = SCORES.clone().requires_grad_()
-    ranking_loss(scores, SIZES, margin=0.1).sum().backward()
+    ranking_loss(scores, SIZES, margin=0.1).sum().backward()  # type: ignore[no-untyped-call]
     assert scores.grad is not None
     assert scores.grad.isfinite().all()
     assert scores.grad[2, 2:].tolist() == [0, 0]

@@ -85,7 +85,7 @@ def test_what_is_written_is_a_plain_classifier_whose_head_was_trained(
     weights, outcome = run(tmp_path / "a", inputs, settings(LORA, max_steps=3, epochs=None))
     assert not any("lora" in name for name in weights)
     assert outcome.metrics["reloadedScoreDifference"] < 1e-4
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a" / "weights")
+    model: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a" / "weights")
     assert model.config.num_labels == 1
     data = Preferences.open(inputs["data"])
     rows = [torch.from_numpy(np.array(data.train.rows.ids(i), dtype=np.int64)) for i in (0, 1)]
