@@ -7,7 +7,6 @@ answer's token, V vocabulary, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +32,7 @@ class Scored(NamedTuple):
 
     logprobs_BT: Tensor
     entropy_BT: Tensor
+    """0 where nobody asked for it."""
     values_BT: Tensor
     """0 without a value head."""
 
@@ -96,14 +96,15 @@ class Actor:
         layouts = passes(indices, lengths, capacity=0, max_tokens=self.max_tokens, pack=False)
         return [[row for members in layout.bins for row in members] for layout in layouts]
 
-    def score(self, texts: Texts, *, differentiable_entropy: bool = False) -> Scored:
-        """One pass over a few rows, with gradients where they are on."""
-        return self._score(texts, self.value_head, differentiable_entropy)
+    def score(self, texts: Texts, *, with_entropy: bool = False) -> Scored:
+        """One pass over a few rows, with gradients where they are on. Without `with_entropy`, which
+        costs as much memory as the logits, the entropies are 0."""
+        return self._score(texts, self.value_head, with_entropy=with_entropy)
 
     @torch.no_grad()
     def scores(self, texts: Texts) -> Scored:
         """Of any number of rows, in passes, without gradients."""
-        return self._in_passes(texts, values=True)
+        return self._in_passes(texts, self.value_head, with_entropy=True)
 
     @torch.no_grad()
     def reference_logprobs(self, texts: Texts) -> Tensor:
@@ -111,24 +112,24 @@ class Actor:
         if self.reference is None:
             raise TypeError("this actor was loaded without a reference")
         with self.reference.in_force():
-            return self._in_passes(texts, values=False).logprobs_BT
+            return self._in_passes(texts, None, with_entropy=False).logprobs_BT
 
     def train(self) -> None:
         """Before passes with gradients: transformers checkpoints activations in this mode only."""
         self.model.train(self.checkpointing)
 
-    def _in_passes(self, texts: Texts, *, values: bool) -> Scored:
+    def _in_passes(self, texts: Texts, head: ValueHead | None, *, with_entropy: bool) -> Scored:
         self.model.eval()
         width = max(texts.lengths, default=1)
         whole = Scored(*(torch.zeros(len(texts), width, device=self.device) for _ in range(3)))
         for chosen in self.passes(texts):
-            part = self._score(texts.take(chosen), self.value_head if values else None, False)
+            part = self._score(texts.take(chosen), head, with_entropy=with_entropy)
             rows = torch.tensor(chosen, device=self.device)
             for all_BT, some_BT in zip(whole, part, strict=True):
                 all_BT[rows, : some_BT.shape[1]] = some_BT
         return whole
 
-    def _score(self, texts: Texts, head: ValueHead | None, differentiable: bool) -> Scored:
+    def _score(self, texts: Texts, head: ValueHead | None, *, with_entropy: bool) -> Scored:
         ids_BL, seen_BL = self._padded(texts)
         mask_BT = texts.mask(self.device)
         rows_N, token_N = mask_BT.nonzero(as_tuple=True)
@@ -139,10 +140,9 @@ class Actor:
         with autocast(self.device, self.precision), at_N as hidden:
             output = self.model(input_ids=ids_BL, attention_mask=seen_BL, use_cache=False)
         logits_NV = output.logits[0].float() / self.temperature
-        with nullcontext() if differentiable else torch.no_grad():
-            entropy_N = entropy(logits_NV)
-        values_N = head(hidden[-1]) if head else torch.zeros_like(entropy_N)
         logprobs_N = token_logprobs(logits_NV, ids_BL[rows_N, columns_N])
+        entropy_N = entropy(logits_NV) if with_entropy else torch.zeros_like(logprobs_N)
+        values_N = head(hidden[-1]) if head else torch.zeros_like(logprobs_N)
         return Scored(*(spread(x_N, mask_BT) for x_N in (logprobs_N, entropy_N, values_N)))
 
     def _padded(self, texts: Texts) -> tuple[Tensor, Tensor]:

@@ -318,7 +318,7 @@ class Loop:
         for layout in self.actor.passes(texts.take(own)):
             rows = [own[i] for i in layout]
             entropy = self.method.rewards_entropy
-            now = self.actor.score(texts.take(rows), differentiable_entropy=entropy)
+            now = self.actor.score(texts.take(rows), with_entropy=entropy)
             loss = self.method.loss(now, experience.take(rows))
             (loss.total / divisor).backward()
             sums += torch.stack([loss.watched[name].detach() for name in self.method.watched])

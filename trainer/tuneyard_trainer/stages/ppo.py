@@ -50,7 +50,6 @@ class Ppo:
     watched = (
         "policyLoss",
         "valueLoss",
-        "policyEntropy",
         "clipFraction",
         "valueClipFraction",
         "approximateKl",
@@ -135,7 +134,6 @@ class Ppo:
         watched = {
             "policyLoss": policy.loss,
             "valueLoss": value.loss,
-            "policyEntropy": now.entropy_BT,
             "clipFraction": policy.bound.float(),
             "valueClipFraction": value.bound.float(),
             "approximateKl": rl.kl_k2(now.logprobs_BT, then.logprobs_BT),
