@@ -38,9 +38,10 @@ def progress_of(post: Post, before: Progress | None, now: datetime) -> Progress:
 
 
 def _number(value: float | str) -> float | None:
-    """None for what is no finite number: a status cannot hold it."""
+    """To six digits, as `kubectl get` shows it whole. None for what is no finite number: a status
+    cannot hold it."""
     try:
-        number = float(value)
+        number = float(f"{float(value):.6g}")
     except ValueError:
         return None
     return number if abs(number) < float("inf") else None

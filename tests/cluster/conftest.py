@@ -1,0 +1,203 @@
+"""A cluster with the operator installed from its chart, two volumes, and a way to look into them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from tests.chart.rendering import NAMESPACE as OPERATOR_NAMESPACE
+from tests.chart.rendering import Chart
+
+if TYPE_CHECKING:
+    from rig.plugin import Cluster
+
+Object = dict[str, Any]
+
+ROOT = Path(__file__).parents[2]
+NAMESPACE = "tuning"
+DATA = ROOT / "examples" / "data" / "support"
+VOLUMES = ("data", "models")
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What a user of the cluster sees."""
+
+    cluster: Cluster
+
+    def kubectl(self, *arguments: str, input: str | None = None) -> str:
+        return self.cluster.kubectl("-n", NAMESPACE, *arguments, input=input).stdout
+
+    def apply(self, *objects: Object) -> None:
+        self.kubectl("apply", "-f", "-", input=yaml.safe_dump_all(objects))
+
+    def job(self, name: str) -> Object:
+        job: Object = json.loads(self.kubectl("get", "ftj", name, "-o", "json"))
+        return job
+
+    def status(self, name: str) -> Object:
+        return dict(self.job(name).get("status") or {})
+
+    def items(self, kind: str, selector: str = "") -> list[Object]:
+        arguments = ["get", kind, "-o", "json", *(["-l", selector] if selector else [])]
+        items: list[Object] = json.loads(self.kubectl(*arguments))["items"]
+        return items
+
+    def wait(self, name: str, condition: str, seconds: int = 540) -> None:
+        """`kubectl wait`, as a user would; shows how far it got where it fails."""
+        try:
+            self.kubectl(
+                "wait", "ftj", name, f"--for=condition={condition}", f"--timeout={seconds}s"
+            )
+        except Exception as error:
+            pods = self.kubectl("get", "pods", "-o", "wide")
+            log = self.cluster.kubectl(
+                "-n", OPERATOR_NAMESPACE, "logs", "deploy/tuneyard", "--tail", "30", check=False
+            ).stdout
+            text = yaml.safe_dump(self.status(name))
+            raise AssertionError(f"{error}\n{text}\n{pods}\n{log}") from error
+
+    def until(
+        self, what: str, condition: Callable[[], Any], seconds: float = 300, every: float = 1.0
+    ) -> Any:
+        """The first true answer."""
+        deadline = time.monotonic() + seconds
+        while not (answer := condition()):
+            if time.monotonic() > deadline:
+                pytest.fail(f"waited {seconds:.0f} s in vain: {what}")
+            time.sleep(every)
+        return answer
+
+    def run(self, name: str, script: str, files: dict[str, str] | None = None) -> str:
+        """What a Python script prints in a pod that has the volumes at /data and /models."""
+        config = {"script.py": script, **(files or {})}
+        mounts = [{"name": volume, "mountPath": f"/{volume}"} for volume in VOLUMES]
+        claims = [
+            {"name": volume, "persistentVolumeClaim": {"claimName": volume}} for volume in VOLUMES
+        ]
+        pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": name},
+            "spec": {
+                "restartPolicy": "Never",
+                "securityContext": {
+                    **{"runAsNonRoot": True, "runAsUser": 1000, "runAsGroup": 1000},
+                    **{"fsGroup": 1000, "seccompProfile": {"type": "RuntimeDefault"}},
+                },
+                "containers": [
+                    {
+                        "name": "main",
+                        "image": self.cluster.image,
+                        "imagePullPolicy": "IfNotPresent",
+                        "command": ["python", "/config/script.py"],
+                        "env": [{"name": "HOME", "value": "/tmp"}],
+                        "securityContext": {
+                            "allowPrivilegeEscalation": False,
+                            "capabilities": {"drop": ["ALL"]},
+                        },
+                        "volumeMounts": [{"name": "config", "mountPath": "/config"}, *mounts],
+                    }
+                ],
+                "volumes": [{"name": "config", "configMap": {"name": name}}, *claims],
+            },
+        }
+        self.apply(
+            {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": config},
+            pod,
+        )
+
+        def ended() -> str:
+            return self.kubectl("get", "pod", name, "-o", "jsonpath={.status.phase}")
+
+        phase = self.until(
+            f"pod {name} ends", lambda: (p := ended()) in ("Succeeded", "Failed") and p, 180
+        )
+        log = self.kubectl("logs", name)
+        self.kubectl("delete", "pod", name, "--wait=false")
+        assert phase == "Succeeded", log
+        return log
+
+
+@pytest.fixture(scope="session")
+def platform(cluster: Cluster, helm: Path) -> Iterator[Platform]:
+    """The operator runs under its own ServiceAccount, from the chart as it is shipped; pods of jobs
+    must satisfy the restricted standard."""
+    _install(cluster, Chart(helm))
+    cluster.kubectl("create", "namespace", NAMESPACE)
+    restricted = "pod-security.kubernetes.io/enforce=restricted"
+    cluster.kubectl("label", "namespace", NAMESPACE, restricted)
+    platform = Platform(cluster)
+    for volume in VOLUMES:
+        platform.apply(*_volume(cluster, volume))
+    rows = {path.name: path.read_text() for path in DATA.glob("*.jsonl")}
+    platform.run("seed", SEED, rows)
+    yield platform
+    cluster.kubectl("delete", "namespace", NAMESPACE, "--wait=false", check=False)
+
+
+SEED = """
+import pathlib, shutil
+for path in pathlib.Path("/config").glob("*.jsonl"):
+    shutil.copy(path, pathlib.Path("/data") / path.name)
+"""
+
+
+def _install(cluster: Cluster, chart: Chart) -> None:
+    assert cluster.image is not None
+    repository, _, tag = cluster.image.rpartition(":")
+    image = {"repository": repository, "tag": tag}
+    text = chart.run(
+        *("template", "tuneyard", str(ROOT / "charts" / "tuneyard"), "--include-crds"),
+        *("--namespace", OPERATOR_NAMESPACE),
+        values={"image": image, "trainerImage": image},
+    ).stdout
+    objects = [item for item in yaml.safe_load_all(text) if item]
+    for item in objects:
+        if item["kind"] == "Deployment" and cluster.rig is not None:
+            # The rig's image is this machine, which has no entry point.
+            item["spec"]["template"]["spec"]["containers"][0]["command"] = ["tuneyard"]
+    cluster.kubectl("create", "namespace", OPERATOR_NAMESPACE)
+    cluster.kubectl("apply", "--server-side", "-f", "-", input=yaml.safe_dump_all(objects))
+    ready = ("rollout", "status", "deploy/tuneyard", "--timeout=120s")
+    cluster.kubectl("-n", OPERATOR_NAMESPACE, *ready)
+
+
+def _volume(cluster: Cluster, name: str) -> Iterator[Object]:
+    """On kind the default storage class provides it; on the rig it is a folder of the rig's own."""
+    claim: Object = {
+        "accessModes": ["ReadWriteOnce"],
+        "resources": {"requests": {"storage": "1Gi"}},
+    }
+    if cluster.rig is not None:
+        folder = cluster.rig.state.root / "volumes" / name
+        folder.mkdir(parents=True)
+        folder.chmod(0o777)  # a hostPath knows no fsGroup
+        for parent in folder.parents[: len(folder.relative_to(cluster.rig.state.root).parts)]:
+            parent.chmod(parent.stat().st_mode | 0o11)
+        claim |= {"storageClassName": "", "volumeName": name}
+        yield {
+            "apiVersion": "v1",
+            "kind": "PersistentVolume",
+            "metadata": {"name": name},
+            "spec": {
+                "capacity": {"storage": "1Gi"},
+                "accessModes": ["ReadWriteOnce"],
+                "storageClassName": "",
+                "hostPath": {"path": str(folder)},
+                "claimRef": {"namespace": NAMESPACE, "name": name},
+            },
+        }
+    yield {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": name},
+        "spec": claim,
+    }

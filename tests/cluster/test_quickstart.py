@@ -1,0 +1,132 @@
+"""From `kubectl apply` to a tuned model, on a real node with KubeRay and real pods."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from tests.cluster.conftest import Platform
+from tests.cluster.jobs import quickstart
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1200)]
+
+LOADS = """
+import json
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+base = AutoModelForCausalLM.from_pretrained("/models/whole/result/model")
+tokenizer = AutoTokenizer.from_pretrained("/models/whole/result/model")
+ids = tokenizer("Hello", return_tensors="pt")
+print(json.dumps({"logits": list(base(**ids).logits.shape), "ids": ids["input_ids"].shape[1]}))
+"""
+
+
+def test_an_applied_manifest_becomes_a_tuned_model(platform: Platform) -> None:
+    job = quickstart("whole", steps=30, output={"uri": "pvc://models/whole", "merge": True})
+    platform.apply(job)
+
+    shown = [_shown_at(platform, 5), _shown_at(platform, 30), _shown_at(platform, 60)]
+    platform.wait("whole", "Succeeded")
+    sys.stdout.write("\n".join([*shown, platform.kubectl("get", "ftj", "whole")]))
+
+    percentages = [_progress(text) for text in shown]
+    assert percentages == sorted(set(percentages)), "the progress moves, and never back"
+
+    status = platform.status("whole")
+    assert [stage["state"] for stage in status["stages"]] == ["Succeeded"] * 4
+    assert status["result"]["digest"].startswith("sha256:")
+    assert status["result"]["metrics"]["lossReduction"] > 0.3
+    (attempt,) = status["attempts"]
+    assert attempt["reason"] == "Succeeded"
+
+    platform.until("the cluster is gone", lambda: not platform.items("rayclusters"), 120)
+    assert not platform.items("rayjobs")
+    platform.until("the pods are gone", lambda: not _pods(platform, "whole"), 120)
+    assert _story(platform, "whole") == [
+        *("Planned", "AttemptStarted", "Running"),
+        *("StageSucceeded", "StageSucceeded", "StageSucceeded", "StageSucceeded"),
+        "Succeeded",
+    ]
+
+    loaded = json.loads(platform.run("loads", LOADS).strip().splitlines()[-1])
+    assert loaded["logits"][:2] == [1, loaded["ids"]]
+
+
+def _shown_at(platform: Platform, percentage: int) -> str:
+    """What `kubectl get ftj` prints once the job is so far."""
+    return str(
+        platform.until(
+            f"the job is at {percentage}%",
+            lambda: (
+                (platform.status("whole").get("progress") or {}).get("percentage", 0) >= percentage
+                and platform.kubectl("get", "ftj", "whole")
+            ),
+        )
+    )
+
+
+def _progress(text: str) -> int:
+    """The column `Progress%` of `kubectl get ftj`."""
+    heading, row = text.splitlines()
+    start = heading.index("PROGRESS%")
+    return int(row[start:].split()[0])
+
+
+def _pods(platform: Platform, job: str) -> list[str]:
+    pods = platform.items("pods", f"tuneyard.io/job={job}")
+    return [pod["metadata"]["name"] for pod in pods]
+
+
+def _story(platform: Platform, job: str) -> list[str]:
+    """The reasons of the job's events, in their order; the same twice in a second is sorted."""
+    order = ["Planned", "AttemptStarted", "Running", "StageSucceeded", "Succeeded"]
+    events = [
+        (event["firstTimestamp"], event["reason"])
+        for event in platform.items("events")
+        if event["involvedObject"]["name"] == job
+        and event["involvedObject"]["kind"] == "FineTuneJob"
+    ]
+    return [reason for _, reason in sorted(events, key=lambda e: (e[0], order.index(e[1])))]
+
+
+def test_a_worker_and_then_the_head_are_killed_and_little_is_done_twice(
+    platform: Platform,
+) -> None:
+    platform.apply(quickstart("survivor", steps=40))
+
+    _until_step(platform, attempt=1, step=7)
+    _kill(platform, "worker", attempt=1)
+    _until_step(platform, attempt=2, step=14)
+    _kill(platform, "head", attempt=2)
+    platform.wait("survivor", "Succeeded")
+
+    first, second, third = platform.status("survivor")["attempts"]
+    sys.stdout.write(json.dumps([first, second, third], indent=2))
+    assert first["reason"] != "Succeeded"
+    assert second["reason"] != "Succeeded"
+    assert third["reason"] == "Succeeded"
+    for attempt in (first, second):
+        assert attempt["stage"] == "sft"
+        assert attempt["stepsLost"] <= 5, "no more than what lies behind the last checkpoint"
+    assert second["lastStep"] > first["lastStep"] - 5, "it went on, it did not start over"
+    (record,) = [s for s in platform.status("survivor")["stages"] if s["kind"] == "sft"]
+    assert record["metrics"]["steps"] == 40
+
+
+def _until_step(platform: Platform, *, attempt: int, step: int) -> None:
+    def reached() -> bool:
+        status = platform.status("survivor")
+        progress, attempts = status.get("progress") or {}, status.get("attempts") or []
+        is_newest = bool(attempts) and attempts[-1]["number"] == attempt
+        return is_newest and progress.get("stage") == "sft" and progress.get("step", 0) >= step
+
+    platform.until(f"attempt {attempt} is at step {step}", reached, 420)
+
+
+def _kill(platform: Platform, role: str, *, attempt: int) -> None:
+    selector = f"tuneyard.io/job=survivor,tuneyard.io/attempt={attempt},ray.io/node-type={role}"
+    for pod in platform.items("pods", selector):
+        name = pod["metadata"]["name"]
+        platform.kubectl("delete", "pod", name, "--grace-period=0", "--force", "--wait=false")
