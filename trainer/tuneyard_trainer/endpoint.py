@@ -186,7 +186,8 @@ class Endpoint:
             ahead = self._open_at - time.monotonic()
             if ahead <= 0:
                 return True
-            self._cancelled.wait(ahead)
+            # Scattered: all threads at once would only be turned away again.
+            self._cancelled.wait(ahead + random.uniform(0, BACKOFF_SECONDS))
         return False
 
     def _pause(self, failures: int, after: float | None) -> None:
@@ -282,21 +283,27 @@ class Endpoint:
 
 
 def _label(text: str, logprobs: Any) -> tuple[float | None, float | None]:
-    """P(A) and the labels' mass, from the token probabilities where the label stands, else from the
-    text (mass None)."""
+    """P(A) and the labels' mass, from the token probabilities where the reply names its label, else
+    0 or 1 from the text alone (mass None)."""
     named = label_of(text)
+    if named is None:
+        return None, None
+    for token, mass_a, mass_b in _positions(logprobs):
+        if token == named:
+            return normalised(mass_a, mass_b)
+    return float(named == "A"), None
+
+
+def _positions(logprobs: Any) -> list[tuple[str, float, float]]:
+    """Each token of a reply, with the probabilities of A and B in its place; [] where the endpoint
+    gives none."""
     try:
-        tops = [_masses(position["top_logprobs"]) for position in logprobs["content"]]
-        tokens = [_bare(position["token"]) for position in logprobs["content"]]
+        return [
+            (_bare(position["token"]), *_masses(position["top_logprobs"]))
+            for position in logprobs["content"]
+        ]
     except (KeyError, TypeError, ValueError, AttributeError):
-        tops, tokens = [], []
-    for token, (mass_a, mass_b) in zip(tokens, tops, strict=True):
-        if token == named or (named is None and token in LABELS):
-            if named is None:
-                break  # a letter within a reply that decides nothing
-            probability, mass = normalised(mass_a, mass_b)
-            return probability, mass
-    return (None, None) if named is None else (float(named == "A"), None)
+        return []
 
 
 def _masses(top: Any) -> tuple[float, float]:

@@ -29,6 +29,7 @@ from tuneyard_trainer.records import write_atomically
 from tuneyard_trainer.worker import Outcome, Worker
 
 LABELS, JUDGEMENTS = "preferences.jsonl", "judgements.jsonl"
+MANY_TRUNCATED = 0.5
 MODEL_LABEL_TOKENS = 1
 """A model that runs here is asked for no text: its label is read from its probabilities."""
 
@@ -62,6 +63,7 @@ def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: 
     metrics = _metrics(found, comparisons, labels, asking)
     if not any(found.outcome in ("first", "second", "tie") for found in labels.verdicts):
         raise _no_preferences(comparisons, labels, asking)
+    _warn_of(metrics["truncatedAnswers"], settings.max_new_tokens, worker)
     return Outcome(
         metrics,
         details={"judge": asking.tally.judge, "problems": asking.tally.shown},
@@ -227,6 +229,14 @@ def _metrics(
         "budgetSpent": float(asking.budget.refused),
         **asking.tally.metrics(),
     }
+
+
+def _warn_of(truncated: float, limit: int, worker: Worker) -> None:
+    if truncated > MANY_TRUNCATED:
+        worker.report(
+            message=f"{truncated:.0%} of the answers were cut off at {limit} tokens, so the judge "
+            "saw beginnings only: raise aiFeedback.maxNewTokens"
+        )
 
 
 def _share(values: Iterable[bool]) -> float:
