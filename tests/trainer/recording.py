@@ -23,9 +23,9 @@ torch.set_num_threads(1)
 
 def record(path: Path, kill_after: int) -> None:
     """Wraps the step so that it leaves a line per step, and dies when it is told to."""
-    original, steps = Loop.backward, 0
+    original, steps = Loop._backward, 0
 
-    def recorded(self: Loop, rows: Any, step: int) -> tuple[float, bool]:
+    def recorded(self: Loop, rows: Any, step: int) -> tuple[dict[str, float], bool]:
         nonlocal steps
         result = original(self, rows, step)
         if kill_after and steps == kill_after:
@@ -36,7 +36,7 @@ def record(path: Path, kill_after: int) -> None:
             file.write(json.dumps({"step": step, "rows": [int(row) for row in rows]}) + "\n")
         return result
 
-    Loop.backward = recorded  # type: ignore[method-assign]
+    Loop._backward = recorded  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

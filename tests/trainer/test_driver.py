@@ -278,17 +278,21 @@ def test_an_attempt_is_stopped_superseded_drained_and_in_the_end_succeeds(
     assert not [p for p in pictures(server) if p.get("ending")]
     wait_for_no_workers()
 
-    # A pod's preStop hook: everybody checkpoints and leaves, and the hook returns after that.
+    # A pod's preStop hook: everybody checkpoints and leaves, and the hook returns after that. The
+    # attempt goes on from the checkpoint that its killed predecessor left.
+    steps = (tmp_path / "out/stages/sft/checkpoints").glob("step-????????")
+    latest = max(int(folder.name.removeprefix("step-")) for folder in steps)
     server.reply, server.posts = Reply(), []
     process = launched(tmp_path, long, env, attempt=3)
-    wait_until(process, lambda: steps_told(server) > resumed)
+    wait_until(process, lambda: steps_told(server) > latest)
+    assert {p["resumedStep"] for p in pictures(server) if "resumedStep" in p} == {latest}
     assert drain.drain(tmp_path / "tuneyard-drain", seconds=60)
     out, err = process.communicate(timeout=300)
     (tmp_path / "tuneyard-drain" / "asked").unlink()
     assert process.returncode == 3, err
     assert pictures(server)[-1]["ending"]["failure"]["reason"] == "Preempted"
 
-    # Another plan of the same job succeeds; its result is told.
+    # Another plan of the same job begins anew and succeeds; its result is told.
     server.posts = []
     short = cluster_plan(tmp_path, tiny_model_dir)
     process = launched(tmp_path, short, env, attempt=4)
@@ -307,6 +311,8 @@ def test_an_attempt_is_stopped_superseded_drained_and_in_the_end_succeeds(
         "evaluate": "Succeeded",
         "export": "Succeeded",
     }
+    trained = json.loads((tmp_path / "out/stages/sft/record.json").read_text())
+    assert (trained["attempt"], trained["metrics"]["steps"]) == (4, 9)
     assert json.loads((tmp_path / "out/owner.json").read_text())["attempt"] == 4
 
     # Broken data: the row and the field to change, in the post and in the last line.

@@ -176,7 +176,7 @@ def test_a_stage_that_refuses_its_data_ends_in_one_message_and_leaves_nothing(
     assert "onInvalidRow" in err
     assert "Traceback" not in err
     left = [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert set(left) <= {"owner.json", ".lock"}
+    assert set(left) <= {"owner.json", ".lock", "prepare.begun.json"}
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,40 @@ def test_an_object_store_gets_what_completes_a_folder_after_the_rest(
     assert len(put) == 3
 
 
+def names(store: Store, tmp_path: Path) -> set[str]:
+    """What another machine finds of the stage."""
+    other = twin(store, tmp_path)
+    other.pull("sft")
+    return {path.name for path in other.workdir("sft").rglob("*") if path.is_file()}
+
+
+def test_leftovers_are_kept_for_the_identity_that_left_them_and_for_no_other(
+    store: Store, tmp_path: Path
+) -> None:
+    store.claim(JOB, 1)
+    store.begin("sft", "sha256:one")
+    write(store, "checkpoints/step-00000001/state.json", "{}")
+    store.persist(store.workdir("sft"))
+    store.begin("sft", "sha256:one")
+    assert names(store, tmp_path) == {"state.json"}
+    store.begin("sft", "sha256:two")
+    assert names(store, tmp_path / "again") == set()
+    assert not list(store.workdir("sft").iterdir())
+
+
+def test_a_finished_stage_that_must_run_again_begins_with_an_empty_folder(
+    store: Store, tmp_path: Path
+) -> None:
+    store.claim(JOB, 1)
+    store.begin("sft", STAGE.identity(DIGESTS))
+    write(store, "weights/a.bin", "first")
+    store.write_record(record())
+    assert store.done(STAGE, DIGESTS) == record()
+    store.begin("sft", "sha256:changed")
+    assert store.record("sft") is None
+    assert names(store, tmp_path) == set()
+
+
 def test_another_jobs_folder_is_refused_and_left_alone(store: Store) -> None:
     store.claim(JOB, 1)
     with pytest.raises(StageError, match="holds the output of FineTuneJob support-bot") as failure:

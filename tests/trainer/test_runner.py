@@ -180,6 +180,21 @@ def test_a_run_killed_in_the_middle_of_sft_goes_on_sample_exactly_and_bit_for_bi
     assert redone == 2  # what followed the last checkpoint, each time
 
 
+def test_a_killed_run_with_other_settings_is_no_beginning(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """Its checkpoint would make the new job skip steps and keep weights of another rate."""
+    write_data(tmp_path)
+    plan = planned(manifest(tiny_model_dir))
+    assert launch(tmp_path, plan, "killed", kill_after=5) == -signal.SIGKILL
+    training = {"epochs": 1, "batchSize": 4, "learningRate": 0.02, "checkpointSteps": 2}
+    changed = planned(manifest(tiny_model_dir, training=training))
+    assert walk(changed, tmp_path, "killed") == ALL_RUN | {"prepare": "Skipped"}
+    record = json.loads((tmp_path / "killed" / "stages" / "sft" / "record.json").read_text())
+    assert record["details"]["resumedAtStep"] is None
+    assert record["metrics"]["steps"] == 3
+
+
 def test_one_ranks_wish_to_stop_is_everybodys_and_nobody_leaves_before_the_checkpoint(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:

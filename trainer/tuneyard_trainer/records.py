@@ -92,8 +92,7 @@ class Store:
         if JobRef.model_validate(owner["job"]) != job:
             return False
         for name in ("stages", folder_of("export"), ".lock", "owner.json"):
-            if self._fs.exists(self._at(name)):
-                self._fs.rm(self._at(name), recursive=True)
+            self._remove(name)
         with suppress(OSError):  # not empty, or the root of a volume
             if self.is_local:
                 self._scratch.rmdir()
@@ -172,12 +171,24 @@ class Store:
         self._write_json(
             f"{folder_of(record.stage)}/record.json", record.model_dump(mode="json", by_alias=True)
         )
+        self._remove(f"stages/{record.stage}.begun.json")
 
-    def forget(self, stage: str) -> None:
-        """Removes a record that no longer holds, before the stage's files change."""
-        path = self._at(f"{folder_of(stage)}/record.json")
+    def begin(self, stage: str, identity: str) -> None:
+        """Readies the stage's folder before its files change. What an unfinished run of the same
+        identity left there stays, for the stage to go on from; all else is removed, its record
+        first: a checkpoint of other settings or other data is no beginning."""
+        begun = f"stages/{stage}.begun.json"
+        self._remove(f"{folder_of(stage)}/record.json")
+        if self._read_json(begun) == {"identity": identity}:
+            return
+        self._remove(folder_of(stage))
+        shutil.rmtree(self._scratch / folder_of(stage), ignore_errors=True)
+        self._write_json(begun, {"identity": identity})
+
+    def _remove(self, relative: str) -> None:
+        path = self._at(relative)
         if self._fs.exists(path):
-            self._fs.rm(path)
+            self._fs.rm(path, recursive=True)
 
     # ---- files ----------------------------------------------------------------------------------
 

@@ -116,12 +116,10 @@ class Walk:
         control = Control(self.worker.world_size)
         ledger, store = self.ledger, self.ledger.store
         for stage in ledger.plan.stages:
-            store.pull(stage.name)
             digests = ledger.digests(stage) if self.worker.is_main else {}
-            record = store.done(stage, digests) if self.worker.is_main else None
-            record = control.agree(record)
-            if record is not None and self.worker.is_main:
-                self.emit(_stage_event(stage, "Skipped", record))
+            record = control.agree(self._done(stage, digests) if self.worker.is_main else None)
+            if not self.worker.is_main:
+                store.pull(stage.name)
             if record is None:
                 record = control.agree(self._execute_or_stop(stage, digests))
                 if isinstance(record, Interrupted):
@@ -129,6 +127,17 @@ class Walk:
                 store.pull(stage.name)
             ledger.records[stage.name] = record
         return ledger.records
+
+    def _done(self, stage: PlannedStage, digests: Mapping[str, str]) -> StageRecord | None:
+        """The record of a stage that need not run; for one that must, its folder is readied."""
+        store = self.ledger.store
+        record = store.done(stage, digests)
+        if record is None:
+            store.begin(stage.name, stage.identity(digests))
+        else:
+            self.emit(_stage_event(stage, "Skipped", record))
+        store.pull(stage.name)
+        return record
 
     def _execute_or_stop(
         self, stage: PlannedStage, digests: Mapping[str, str]
@@ -150,7 +159,6 @@ class Walk:
         workdir = store.workdir(stage.name)
         if self.worker.is_main:
             self.emit(_stage_event(stage, "Running"))
-            store.forget(stage.name)
         started = now()
         try:
             inputs = self.ledger.inputs(stage)
