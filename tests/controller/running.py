@@ -1,0 +1,108 @@
+"""`tuneyard operator` as a process of its own, for tests that start, kill and restart it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+from prometheus_client.parser import text_string_to_metric_families
+from rig.ports import Reservation
+
+COMMAND = "from tuneyard.cli import main; main()"
+
+
+def wait_until(condition: Callable[[], object], timeout_seconds: float = 60) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+class Operator:
+    """One replica; a context manager that starts it and leaves no process behind.
+
+    `options` are the command's, with `_` for `-`: `Operator(kubeconfig, tmp_path, lease="mine")`.
+    """
+
+    def __init__(self, kubeconfig: Path, folder: Path, **options: str) -> None:
+        self._ports = Reservation()
+        self.metrics_port = self._ports.take()
+        options = {"identity": "one", "metrics_port": str(self.metrics_port), **options}
+        self._arguments = [
+            word
+            for name, value in options.items()
+            for word in (f"--{name.replace('_', '-')}", value)
+        ]
+        self._kubeconfig = kubeconfig
+        self._log = folder / f"operator-{options['identity']}.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._ports.__exit__()
+
+    @property
+    def log(self) -> str:
+        """What every one of its lives wrote."""
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Start it, again if it was started before."""
+        environment = {**os.environ, "KUBECONFIG": str(self._kubeconfig)}
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", COMMAND, "operator", *self._arguments],
+                env=environment,
+                stdout=log,
+                stderr=log,
+            )
+
+    def wait_until_active(self) -> None:
+        wait_until(lambda: self.metric("tuneyard_leader") == 1.0 or not self.is_alive)
+        assert self.is_alive, self.log
+
+    def kill(self) -> None:
+        """SIGKILL, and no child left; safe to repeat and to call from another thread."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def end(self, number: signal.Signals = signal.SIGTERM, timeout_seconds: float = 30) -> int:
+        """Tell it to end; its exit code."""
+        assert self._process is not None
+        self._process.send_signal(number)
+        return self._process.wait(timeout_seconds)
+
+    def exposition(self) -> str:
+        """The text of /metrics; "" if nobody answers."""
+        url = f"http://127.0.0.1:{self.metrics_port}/metrics"
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(url, timeout=5) as answer:
+                text: str = answer.read().decode()
+                return text
+        except OSError:
+            return ""
+
+    def metric(self, name: str, **labels: str) -> float | None:
+        """The value of the first sample with these labels; None: there is none."""
+        for family in text_string_to_metric_families(self.exposition()):
+            for sample in family.samples:
+                if sample.name == name and labels.items() <= sample.labels.items():
+                    return float(sample.value)
+        return None

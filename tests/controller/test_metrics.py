@@ -1,0 +1,171 @@
+"""What the operator tells Prometheus: names that stay, values that a real Prometheus scrapes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from rig.ports import Reservation
+
+from tests.controller.running import Operator, wait_until
+from tuneyard.api.status import JobStatus, Progress
+from tuneyard.controller import metrics
+
+if TYPE_CHECKING:
+    from rig.plugin import Cluster
+
+CRDS = Path(__file__).parents[2] / "crds"
+NAMESPACE = "metrics"
+
+# Dashboards and alerts are built on these: a change breaks those of every user.
+NAMES = {
+    "tuneyard_attempts_total",
+    "tuneyard_job_duration_seconds",
+    "tuneyard_job_queue_seconds",
+    "tuneyard_job_transitions_total",
+    "tuneyard_jobs",
+    "tuneyard_kubernetes_requests_total",
+    "tuneyard_leader",
+    "tuneyard_progress_posts_total",
+    "tuneyard_reconcile_duration_seconds",
+    "tuneyard_reconcile_errors_total",
+    "tuneyard_stage_duration_seconds",
+    "tuneyard_training_gpu_memory_bytes",
+    "tuneyard_training_learning_rate",
+    "tuneyard_training_loss",
+    "tuneyard_training_progress_ratio",
+    "tuneyard_training_tokens_per_second",
+    "tuneyard_training_validation_loss",
+}
+
+JOB = {
+    "apiVersion": "tuneyard.io/v1alpha1",
+    "kind": "FineTuneJob",
+    "metadata": {"name": "scraped", "namespace": NAMESPACE},
+    "spec": {
+        "model": {"uri": "hf://HuggingFaceTB/SmolLM2-135M-Instruct"},
+        "data": {"train": [{"uri": "pvc://data/train.jsonl"}]},
+        "output": {"uri": "pvc://models/scraped"},
+    },
+}
+
+
+class Prometheus:
+    """Answers of a running Prometheus server."""
+
+    def __init__(self, port: int) -> None:
+        self._url = f"http://127.0.0.1:{port}/api/v1/query?"
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def values(self, query: str) -> dict[str, float]:
+        """The query's instant vector, by the label `phase`; empty while it does not answer."""
+        try:
+            url = self._url + urllib.parse.urlencode({"query": query})
+            with self._opener.open(url, timeout=5) as answer:
+                result: list[Any] = json.load(answer)["data"]["result"]
+        except (urllib.error.URLError, OSError):
+            return {}
+        return {each["metric"].get("phase", ""): float(each["value"][1]) for each in result}
+
+
+@contextmanager
+def scraping(program: Path, target_port: int, folder: Path) -> Iterator[Prometheus]:
+    """A Prometheus server that scrapes 127.0.0.1:target_port every second."""
+    config = folder / "prometheus.yml"
+    target = {"targets": [f"127.0.0.1:{target_port}"]}
+    job = {"job_name": "tuneyard", "scrape_interval": "1s", "static_configs": [target]}
+    config.write_text(json.dumps({"scrape_configs": [job]}))
+    with Reservation() as ports, (folder / "prometheus.log").open("ab") as log:
+        port = ports.take()
+        server = subprocess.Popen(
+            [
+                str(program),
+                f"--config.file={config}",
+                f"--storage.tsdb.path={folder / 'prometheus'}",
+                f"--web.listen-address=127.0.0.1:{port}",
+            ],
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            yield Prometheus(port)
+        finally:
+            server.kill()
+            server.wait()
+
+
+@pytest.fixture(scope="module")
+def operator(apiserver: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
+    """An operator with one job that waits for its RayJob, which nobody runs here."""
+    apiserver.kubectl("apply", "--server-side", "--filename", str(CRDS))
+    apiserver.kubectl(
+        "wait", "--for=condition=Established", "--timeout=60s", "--filename", str(CRDS)
+    )
+    apiserver.kubectl("create", "namespace", NAMESPACE, check=False)
+    apiserver.kubectl("create", "--filename=-", input=json.dumps(JOB))
+    folder = tmp_path_factory.mktemp("operator")
+    with Operator(apiserver.kubeconfig, folder, lease="metrics", namespaces=NAMESPACE) as operator:
+        wait_until(lambda: operator.metric("tuneyard_jobs", kind="FineTuneJob") == 1.0)
+        yield operator
+        # While the operator is there to let it go.
+        apiserver.kubectl("delete", "--namespace", NAMESPACE, "finetunejob", "--all")
+
+
+def test_the_names_are_those_that_dashboards_were_built_on() -> None:
+    assert set(metrics.names()) == NAMES
+
+
+def test_a_jobs_training_series_go_with_the_job() -> None:
+    labels = ("default", "FineTuneJob", "went")
+    progress = Progress(
+        stage="sft",
+        step=1,
+        total_steps=4,
+        percentage=25,
+        metrics={"loss": 0.5, "learningRate": 0.001},
+        last_updated_time="2026-01-01T00:00:00Z",
+    )
+
+    def series() -> dict[str, float]:
+        return {
+            sample.name: sample.value
+            for family in metrics.REGISTRY.collect()
+            for sample in family.samples
+            if sample.labels.get("name") == "went"
+        }
+
+    metrics.show_progress(labels, JobStatus(progress=progress))
+    assert series() == {
+        "tuneyard_training_loss": 0.5,
+        "tuneyard_training_learning_rate": 0.001,
+        "tuneyard_training_progress_ratio": 0.25,
+    }
+    metrics.drop_progress(labels)
+    assert series() == {}
+
+
+@pytest.mark.apiserver
+def test_promtool_finds_nothing_to_complain_about(operator: Operator, promtool: Path) -> None:
+    exposition = operator.exposition()
+    assert "tuneyard_reconcile_duration_seconds_bucket" in exposition
+    check = [str(promtool), "check", "metrics"]
+    done = subprocess.run(check, check=False, input=exposition, capture_output=True, text=True)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+@pytest.mark.apiserver
+def test_prometheus_scrapes_the_operator(
+    operator: Operator, prometheus: Path, tmp_path: Path
+) -> None:
+    with scraping(prometheus, operator.metrics_port, tmp_path) as server:
+        wait_until(lambda: server.values("up") == {"": 1.0})
+        wait_until(lambda: server.values("tuneyard_leader") == {"": 1.0})
+        wait_until(lambda: sum(server.values("tuneyard_jobs").values()) == 1.0)
