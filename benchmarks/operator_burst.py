@@ -18,56 +18,33 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import math
-import os
-import re
-import shlex
-import ssl
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import aiohttp
-import psutil
 import yaml
+from operator_burst_api import NAMESPACE, Api, Object, api_server, connected, say
+from operator_burst_process import Contender, Operator
+from rig.rig import Rig
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-
-from rig.ports import Reservation  # noqa: E402
-from rig.rig import Rig, bring_up, take_down  # noqa: E402
-
-NAMESPACE = "burst"
 JOBS = f"/apis/tuneyard.io/v1alpha1/namespaces/{NAMESPACE}/finetunejobs"
 RAYJOBS = f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayjobs"
 JOB_LABEL = "tuneyard.io/job"
 FINISHED = "Succeeded"
 
 NUM_CLIENTS = 16
-LINE_BYTES = 16 << 20
-"""A watch's longest line; aiohttp's default is shorter than some objects."""
 POLL_SECONDS = 0.2
-QUIET_SECONDS = 3.0
-"""An operator is quiet after so long..."""
-QUIET_SHARE = 0.05
-"""...with less than this share of one core."""
 
 BARE_KOPF = "{python} -m kopf run --all-namespaces {benchmarks}/operator_burst_kopf.py"
 TUNEYARD = (
     "{python} -c 'from tuneyard.cli import main; main()' operator --identity burst"
     " --metrics-port {port1} --progress-port {port2} --progress-url https://127.0.0.1:{port2}"
 )
-
-Object = dict[str, Any]
 
 MANIFEST = """
 apiVersion: tuneyard.io/v1alpha1
@@ -78,182 +55,6 @@ spec:
   adapter: {lora: {}}
   output: {uri: "pvc://models/burst"}
 """
-
-
-# ---- the API server ------------------------------------------------------------------------------
-
-
-class Api:
-    """Just enough of a client, with as little work of its own per request as Python allows."""
-
-    def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
-        self._url, self._session = url, session
-
-    async def call(
-        self, method: str, path: str, body: Object | None = None, kind: str = "application/json"
-    ) -> Object:
-        data = None if body is None else json.dumps(body)
-        headers = {"Content-Type": kind}
-        url = self._url + path
-        async with self._session.request(method, url, data=data, headers=headers) as answer:
-            text = await answer.text()
-            if answer.status >= 300:
-                raise RuntimeError(f"{method} {path}: {answer.status} {text[:500]}")
-            value: Object = json.loads(text)
-            return value
-
-    async def create(self, path: str, body: Object) -> None:
-        await self.call("POST", path, body)
-
-    async def write_status(self, path: str, status: Object) -> None:
-        await self.call(
-            "PATCH", f"{path}/status", {"status": status}, "application/merge-patch+json"
-        )
-
-    async def has(self, query: str) -> bool:
-        return bool((await self.call("GET", query))["items"])
-
-    async def watch(self, path: str) -> AsyncIterator[Object]:
-        """Every object that is created or changed from now on."""
-        version = (await self.call("GET", f"{path}?limit=1"))["metadata"]["resourceVersion"]
-        query = f"{path}?watch=1&resourceVersion={version}"
-        timeout = aiohttp.ClientTimeout(total=None)
-        async with self._session.get(
-            self._url + query, timeout=timeout, read_bufsize=LINE_BYTES
-        ) as answer:
-            async for line in answer.content:
-                yield json.loads(line)["object"]
-
-    async def writes(self) -> Counter[str]:
-        """How often each kind of object was written since the server started, by anyone."""
-        async with self._session.get(f"{self._url}/metrics") as answer:
-            text = await answer.text()
-        count: Counter[str] = Counter()
-        for labels, value in re.findall(r"^apiserver_request_total\{(.*)\} (\S+)$", text, re.M):
-            label = dict(re.findall(r'(\w+)="([^"]*)"', labels))
-            if label["verb"] in ("POST", "PUT", "PATCH", "APPLY", "DELETE"):
-                what = "/".join(filter(None, (label["resource"], label["subresource"])))
-                count[f"{label['verb']} {what}"] += int(float(value))
-        return count
-
-
-@asynccontextmanager
-async def connected(kubeconfig: Path) -> AsyncIterator[Api]:
-    config = yaml.safe_load(kubeconfig.read_text())
-    cluster, user = config["clusters"][0]["cluster"], config["users"][0]["user"]
-    context = ssl.create_default_context(cafile=cluster["certificate-authority"])
-    context.load_cert_chain(user["client-certificate"], user["client-key"])
-    connector = aiohttp.TCPConnector(ssl=context, limit=0)
-    timeout = aiohttp.ClientTimeout(total=120)
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        yield Api(cluster["server"], session)
-
-
-@contextmanager
-def api_server() -> Iterator[Rig]:
-    """A fresh API server with Tuneyard's and KubeRay's kinds and an empty namespace."""
-    say("a fresh API server")
-    rig = bring_up("control", kuberay="crds")
-    try:
-        for command in (
-            ("apply", "--server-side", "--filename", str(ROOT / "crds")),
-            ("wait", "--for=condition=Established", "--timeout=60s", "crd", "--all"),
-            ("create", "namespace", NAMESPACE),
-        ):
-            kubectl = (rig.programs / "kubectl", "--kubeconfig", rig.kubeconfig, *command)
-            subprocess.run(kubectl, check=True, stdout=subprocess.DEVNULL)
-        yield rig
-    finally:
-        take_down(rig.state.root)
-
-
-# ---- the operator under test ---------------------------------------------------------------------
-
-
-class Operator:
-    """One process of the operator, with its children."""
-
-    def __init__(self, name: str, command: Sequence[str], rig: Rig, log: Path) -> None:
-        self._name, self._log = name, log
-        self.started = time.monotonic()
-        with log.open("ab") as file:
-            self._process = subprocess.Popen(
-                command,
-                env={**os.environ, "KUBECONFIG": str(rig.kubeconfig)},
-                stdout=file,
-                stderr=file,
-            )
-        self._family = psutil.Process(self._process.pid)
-
-    def check(self) -> None:
-        if self._process.poll() is not None:
-            tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
-            raise SystemExit(f"{self._name} ended with {self._process.returncode}:\n{tail}")
-
-    def memory(self) -> int:
-        """Bytes of resident memory."""
-        return sum(process.memory_info().rss for process in self._processes())
-
-    def peak_memory(self) -> int:
-        """Bytes of resident memory at its highest, as the kernel counted it."""
-        kilobytes = 0
-        for process in self._processes():
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            kilobytes += int(re.findall(r"^VmHWM:\s+(\d+)", status, re.M)[0])
-        return kilobytes << 10
-
-    def processor_seconds(self) -> float:
-        times = [process.cpu_times() for process in self._processes()]
-        return sum(each.user + each.system for each in times)
-
-    async def quiet(self, timeout_seconds: float = 600) -> float:
-        """Wait until it has nothing left to do; the monotonic time at which it came to rest."""
-        deadline = time.monotonic() + timeout_seconds
-        since, spent = time.monotonic(), self.processor_seconds()
-        while time.monotonic() < deadline:
-            await asyncio.sleep(POLL_SECONDS)
-            self.check()
-            now, spent_now = time.monotonic(), self.processor_seconds()
-            if spent_now - spent > QUIET_SHARE * QUIET_SECONDS:
-                since, spent = now, spent_now
-            elif now - since > QUIET_SECONDS:
-                return since
-        raise SystemExit(f"{self._name} was still busy after {timeout_seconds:.0f} s")
-
-    def stop(self) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def _processes(self) -> list[psutil.Process]:
-        return [self._family, *self._family.children(recursive=True)]
-
-
-@dataclass(frozen=True)
-class Contender:
-    """An operator to measure."""
-
-    name: str
-    template: str
-    """Its command line; {python}, {benchmarks}, {port1} and {port2} are filled in."""
-
-    @contextmanager
-    def running(self, rig: Rig, logs: Path) -> Iterator[Operator]:
-        with Reservation() as ports:
-            filled = self.template.format(
-                python=sys.executable,
-                benchmarks=ROOT / "benchmarks",
-                port1=ports.take(),
-                port2=ports.take(),
-            )
-            operator = Operator(self.name, shlex.split(filled), rig, logs / f"{self.name}.log")
-            try:
-                yield operator
-            finally:
-                operator.stop()
 
 
 # ---- watching what it does -----------------------------------------------------------------------
@@ -527,13 +328,6 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 def mib(num_bytes: int) -> str:
     return f"{num_bytes / (1 << 20):.0f} MiB"
-
-
-def say(text: str) -> None:
-    print(f"[{time.monotonic() - _BEGAN:5.0f} s] {text}", file=sys.stderr, flush=True)
-
-
-_BEGAN = time.monotonic()
 
 
 def burst_rows(result: Burst) -> dict[str, str]:
