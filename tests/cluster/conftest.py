@@ -1,4 +1,4 @@
-"""A cluster with the operator installed from its chart, two volumes, and a way to look into them."""
+"""A cluster with the operator installed, two volumes, and a way to look into them."""
 
 from __future__ import annotations
 
@@ -89,8 +89,11 @@ class Platform:
             "spec": {
                 "restartPolicy": "Never",
                 "securityContext": {
-                    **{"runAsNonRoot": True, "runAsUser": 1000, "runAsGroup": 1000},
-                    **{"fsGroup": 1000, "seccompProfile": {"type": "RuntimeDefault"}},
+                    "runAsNonRoot": True,
+                    "runAsUser": 1000,
+                    "runAsGroup": 1000,
+                    "fsGroup": 1000,
+                    "seccompProfile": {"type": "RuntimeDefault"},
                 },
                 "containers": [
                     {

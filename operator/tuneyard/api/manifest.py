@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -59,6 +60,11 @@ def parse(value: Mapping[str, Any]) -> Job:
 
     Raises ManifestError with every fault; their lines are None.
     """
+    kind = KINDS.get(str(value.get("kind")))
+    if kind is not None:
+        # What is well takes a quarter of the time that it takes to explain what is not.
+        with suppress(ValidationError):
+            return kind.model_validate(value, by_alias=True, by_name=False)
     document = Document(dict(value))
     job, found = _validate(document, from_server=True)
     if job is None:

@@ -97,6 +97,11 @@ def wants_stop(job: Job) -> bool:
     return policy.suspend or policy.cancel or bool(last and (last.stopping_at or last.finished_at))
 
 
+_NO_QUEUE = ("NoQueue", "the job names no queue")
+_STARTING = ("Starting", "the pods are starting")
+"""Said when an attempt begins: a RayJob that is there at last is then no reason to write again."""
+
+
 class _Observer:
     """One decision in the making: `status` is what will be written."""
 
@@ -225,9 +230,11 @@ class _Observer:
         if queue:
             text = f"attempt {number} waits for queue {queue}"
             self._condition("Admitted", False, "Queued", text)
+        else:
+            self._condition("Admitted", True, *_NO_QUEUE)
         if "Suspended" in self._conditions():
             self._condition("Suspended", False, "Resumed", "runPolicy.suspend is not set")
-        self._condition("Running", False, "Starting", f"attempt {number} is being started")
+        self._condition("Running", False, *_STARTING)
         return number
 
     # ---- during an attempt ----------------------------------------------------------------------
@@ -307,13 +314,13 @@ class _Observer:
             self._phase("Pending")
             cause = causes.of_waiting(ray, self.seen)
             known = cause.reason != "StartTimeout"
-            message = cause.message if known else "the pods are starting"
-            self._condition("Running", False, cause.reason if known else "Starting", message)
+            told = (cause.reason, cause.message) if known else _STARTING
+            self._condition("Running", False, *told)
 
     def _describe_admission(self, waits: bool) -> None:
         workload, queue = self.seen.workload, self.policy.queue
         if queue is None:
-            self._condition("Admitted", True, "NoQueue", "the job names no queue")
+            self._condition("Admitted", True, *_NO_QUEUE)
         elif waits:
             text = workload.message if workload else "the queue has not taken notice yet"
             self._condition("Admitted", False, "Queued", text)
