@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +26,9 @@ pytestmark = pytest.mark.apiserver
 NAMESPACE, TEAM = "chart-operator", "chart-team"
 PATIENCE_SECONDS = 60.0
 JOB = {
-    "apiVersion": "tuneyard.io/v1alpha1",
-    "kind": "FineTuneJob",
-    "metadata": {"name": "rights", "namespace": TEAM},
-    "spec": {
-        "model": {"uri": "hf://org/model"},
-        "data": {"train": [{"uri": "pvc://data/train.jsonl"}]},
-        "output": {"uri": "pvc://models/out", "deletionPolicy": "Delete"},
-    },
+    "model": {"uri": "hf://org/model"},
+    "data": {"train": [{"uri": "pvc://data/train.jsonl"}]},
+    "output": {"uri": "pvc://models/out", "deletionPolicy": "Delete"},
 }
 
 
@@ -206,51 +200,67 @@ def test_kubernetes_own_roles_include_jobs(installed: Cluster, may: Callable[...
 
 
 def test_the_operator_is_never_refused_anything(installed: Cluster, tmp_path: Path) -> None:
-    """The operator itself, with the chart's rights and arguments, takes a job from its creation to
-    the erasure of its output."""
-    with _operator(installed, tmp_path) as log:
-        installed.kubectl("apply", "-f", "-", input=json.dumps(JOB))
-        get = (
-            "get",
-            "--namespace",
-            TEAM,
-            "--output",
-            "name",
-            "--selector",
-            "tuneyard.io/job=rights",
-        )
-        _wait(lambda: installed.kubectl(*get, "rayjobs").stdout, "a RayJob", log)
-        delete = ("delete", "finetunejob", "rights", "--wait=false", "--namespace", TEAM)
-        installed.kubectl(*delete)
-        _wait(lambda: not installed.kubectl(*get, "rayjobs").stdout, "no RayJob", log)
-        _wait(lambda: installed.kubectl(*get, "jobs").stdout, "a Job that erases the output", log)
+    """The operator itself, with the chart's rights, takes a job from its creation to the erasure of
+    its output."""
+    with _operator(installed, tmp_path, "tuneyard") as log:
+        _live_and_die(installed, "everywhere", log)
     text = log.read_text()
     assert "orbidden" not in text
     assert "403" not in text
 
 
+def test_the_operator_needs_no_rights_outside_its_namespaces(
+    installed: Cluster, chart: Chart, tmp_path: Path
+) -> None:
+    """Here it is refused to list namespaces and definitions, and does without."""
+    objects = chart.render({"watchNamespaces": [TEAM]}, name="narrow", namespace=NAMESPACE)
+    wanted = [item for item in objects if item["kind"] != "Deployment"]
+    installed.kubectl("apply", "--server-side", "-f", "-", input=yaml.safe_dump_all(wanted))
+    with _operator(installed, tmp_path, "narrow", namespaces=TEAM) as log:
+        _live_and_die(installed, "narrow", log)
+
+
 # ---- helpers ----------------------------------------------------------------------------------
+
+
+def _live_and_die(cluster: Cluster, name: str, log: Path) -> None:
+    """A job gets its RayJob; deleted, it loses that and has its output erased."""
+
+    def names(kind: str) -> str:
+        of = ("--selector", f"tuneyard.io/job={name}")
+        return cluster.kubectl("get", kind, "--namespace", TEAM, "--output", "name", *of).stdout
+
+    job = {"apiVersion": "tuneyard.io/v1alpha1", "kind": "FineTuneJob", "spec": JOB}
+    job["metadata"] = {"name": name, "namespace": TEAM}
+    cluster.kubectl("apply", "-f", "-", input=json.dumps(job))
+    _wait(lambda: names("rayjobs"), "a RayJob", log)
+    cluster.kubectl("delete", "finetunejob", name, "--wait=false", "--namespace", TEAM)
+    _wait(lambda: not names("rayjobs"), "the end of the RayJob", log)
+    _wait(lambda: names("jobs.batch"), "a Job that erases the output", log)
 
 
 class _operator:  # noqa: N801  reads as a function
     """The operator as a process of this machine, as its ServiceAccount; gives its log."""
 
-    def __init__(self, cluster: Cluster, folder: Path) -> None:
+    def __init__(self, cluster: Cluster, folder: Path, release: str, **more: str) -> None:
         self._kubeconfig, self._log = folder / "kubeconfig", folder / "log"
         given = yaml.safe_load(cluster.kubeconfig.read_text())
-        token = ("create", "token", "tuneyard", "--namespace", NAMESPACE)
+        token = ("create", "token", release, "--namespace", NAMESPACE)
         user = {"token": cluster.kubectl(*token).stdout.strip()}
         given["users"] = [{"name": entry["name"], "user": user} for entry in given["users"]]
         self._kubeconfig.write_text(yaml.safe_dump(given))
+        self._settings = {
+            "own-namespace": NAMESPACE,
+            "progress-url": f"https://{release}.{NAMESPACE}.svc:8443",
+            "progress-port": "0",
+            "metrics-port": "0",
+            "lease": f"{release}-operator",
+            "tls-secret": f"{release}-tls",
+            **more,
+        }
 
     def __enter__(self) -> Path:
-        arguments = {
-            "own-namespace": NAMESPACE,
-            "progress-url": f"https://tuneyard.{NAMESPACE}.svc:8443",
-            "progress-port": 0,
-            "metrics-port": 0,
-        }
-        flags = chain.from_iterable((f"--{key}", str(value)) for key, value in arguments.items())
+        flags = [f"--{key}={value}" for key, value in self._settings.items()]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", "from tuneyard.cli import main; main()", "operator", *flags],
@@ -273,5 +283,5 @@ def _wait(done: Callable[[], Any], what: str, log: Path | None = None) -> None:
     limit = time.monotonic() + PATIENCE_SECONDS
     while not done():
         if time.monotonic() > limit:
-            pytest.fail(f"no {what}\n{log.read_text()[-3000:] if log else ''}")
+            pytest.fail(f"waited in vain for {what}\n{log.read_text()[-3000:] if log else ''}")
         time.sleep(0.2)
