@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.trainer.jobs import planned
-from tests.trainer.judge_server import JudgeServer, completion
-from tuneyard.api.plan import PlannedStage
+from tests.trainer.judge_server import QUESTION, Answer, JudgeServer, completion, prefers_greater
+from tuneyard.api.plan import Plan, PlannedStage
 from tuneyard_trainer import plain
 from tuneyard_trainer.gguf import unpacked
 from tuneyard_trainer.stages import critique, feedback
@@ -45,6 +45,19 @@ def job(folder: Path, model: str, **spec: Any) -> dict[str, Any]:
     }
 
 
+def walked(plan: Plan, folder: Path) -> dict[str, Any]:
+    """The stages' records, by name, in the order of their ends."""
+    done: dict[str, Any] = {}
+
+    def emit(event: dict[str, Any]) -> None:
+        if event["type"] == "stage" and event["record"]:
+            done[event["stage"]] = event["record"]
+
+    cache = folder / "cache"
+    plain.run(plan, str(folder / "out"), base_dir=folder, cache_dir=cache, emit=emit)
+    return done
+
+
 def test_a_constitutional_job_ends_with_a_model_tuned_on_its_revisions(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:
@@ -60,28 +73,47 @@ def test_a_constitutional_job_ends_with_a_model_tuned_on_its_revisions(
             "training": {"maxSteps": 2, "batchSize": 2},
         }
         plan = planned(job(tmp_path, f"file://{tiny_model_dir}", constitution=constitution))
-        done: dict[str, Any] = {}
-
-        def emit(event: dict[str, Any]) -> None:
-            if event["type"] == "stage" and event["record"]:
-                done[event["stage"]] = event["record"]
-
-        def run() -> None:
-            plain.run(
-                plan,
-                str(tmp_path / "out"),
-                base_dir=tmp_path,
-                cache_dir=tmp_path / "cache",
-                emit=emit,
-            )
-
-        run()
+        done = walked(plan, tmp_path)
         asked = len(server.bodies)
-        run()
+        assert walked(plan, tmp_path) == done
     assert list(done) == ["critique", "revisions", "revise", "evaluate", "export"]
     assert done["revisions"]["details"]["datasets"][0]["rows"] == len(PROMPTS)
     assert asked == len(server.bodies) == 2 * len(PROMPTS)
     assert not (tmp_path / "out" / "stages" / "critique" / "checkpoints").exists()
+
+
+def test_each_round_labels_the_answers_of_the_round_before(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """Sample, label, optimise, twice over."""
+
+    def greater(body: dict[str, Any], _number: int) -> Answer:
+        return completion(prefers_greater(body))
+
+    with JudgeServer(greater) as server:
+        endpoint = {"url": server.url, "model": "judge-1"}
+        feedback = {
+            "judge": {"endpoint": endpoint},
+            "prompts": {"uri": "file://prompts.jsonl"},
+            "question": QUESTION,
+            "maxNewTokens": 8,
+        }
+        spec = {
+            "preferences": {"aiFeedback": feedback, "heldOut": 0.2},
+            "optimize": {"dpo": {"training": {"maxSteps": 4, "learningRate": 0.05}}},
+            "rounds": 2,
+        }
+        plan = planned(job(tmp_path, f"file://{tiny_model_dir}", **spec))
+        done = walked(plan, tmp_path)
+    rounds = ["feedback", "pairs", "dpo", "feedback-2", "pairs-2", "dpo-2", "evaluate", "export"]
+    assert list(done) == rounds
+    assert len(server.bodies) == 4 * len(PROMPTS)
+    stages = tmp_path / "out" / "stages"
+    first, second = (
+        (stages / name / "judgements.jsonl").read_text() for name in ("feedback", "feedback-2")
+    )
+    assert first != second
+    assert done["feedback-2"]["inputDigests"]["tuned"] == done["dpo"]["digest"]
 
 
 # ---- a real model as its own judge --------------------------------------------------------------
