@@ -54,9 +54,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         plan = Plan.model_validate_json(options.plan.read_text())
         driver = Driver(plan, options.attempt, options.job_uid, log)
+        with drain.present(drain.FOLDER, driver.preempted):
+            return driver.run()
     except Exception as error:
         return _leave(ending_of(error), log)
-    return driver.run()
 
 
 class Driver:
@@ -101,7 +102,7 @@ class Driver:
             job_uid=self._uid,
             drain=str(drain.FOLDER),
         )
-        with distributed.pods_cluster(), drain.present(drain.FOLDER, self._preempted):
+        with distributed.pods_cluster():
             self._log("ray-connected", workers=resources.workers, least=resources.min_workers)
             distributed.run(
                 self._plan,
@@ -116,7 +117,7 @@ class Driver:
 
     def _event(self, event: dict[str, Any]) -> None:
         if event["type"] == "draining":
-            self._preempted()
+            self.preempted()
             return
         at = time.time()
         self._story.take(event, at)
@@ -125,17 +126,11 @@ class Driver:
         if event["type"] == "stage":
             record = event["record"] or {}
             metrics = finite(record.get("metrics", {}))
-            self._log(f"stage-{event['state'].lower()}", stage=event["stage"], **metrics)
+            self._log(f"stage-{event['state'].lower()}", **{"stage": event["stage"], **metrics})
         elif event["message"] or at - self._logged_at >= LOG_SECONDS:
             self._logged_at = at
-            self._log(
-                "progress",
-                stage=event["stage"],
-                step=event["step"],
-                total=event["totalSteps"],
-                **finite(event["metrics"]),
-                **({"message": event["message"]} if event["message"] else {}),
-            )
+            place = {name: event[name] for name in ("stage", "step", "totalSteps", "message")}
+            self._log("progress", **{**place, **finite(event["metrics"])})
 
     # ---- who may stop it ------------------------------------------------------------------------
 
@@ -144,7 +139,8 @@ class Driver:
             self._why = (reason, message)
             self._stop.set()
 
-    def _preempted(self) -> None:
+    def preempted(self) -> None:
+        """A pod's preStop hook asked; may be called from any thread."""
         self._ask_to_stop("Preempted", "a pod of the attempt is about to be ended")
         self._log("stopping", why=self._why[1])
 

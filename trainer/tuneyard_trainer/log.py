@@ -18,7 +18,7 @@ class Log:
         self._stream = stream
         self._lock = threading.Lock()
 
-    def __call__(self, event: str, **fields: object) -> None:
+    def __call__(self, event: str, /, **fields: object) -> None:
         """Fields that are None or "" are left out."""
         pairs = {"time": rfc3339(time.time()), "event": event, **fields}
         text = " ".join(

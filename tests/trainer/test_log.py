@@ -1,0 +1,22 @@
+"""A pod's log: an event a line, whatever is in it."""
+
+from __future__ import annotations
+
+import io
+import re
+
+from tuneyard_trainer.log import Log
+
+
+def test_an_event_is_one_line_whatever_its_fields_hold() -> None:
+    stream = io.StringIO()
+    log = Log(stream)
+    log("failed", reason="InvalidData", message='row 7:\n"a b"', advice="", missing=None)
+    log("progress", step=3, loss=1.23456789, stages=["prepare", "sft"], event="a metric's name")
+    first, second = stream.getvalue().splitlines()
+    assert re.fullmatch(
+        r"time=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ event=failed reason=InvalidData "
+        r'message="row 7:\\n\\"a b\\""',
+        first,
+    )
+    assert "step=3 loss=1.23457 stages=prepare,sft" in second
