@@ -39,6 +39,12 @@ _COLUMNS = (
     ("Progress%", "integer", ".status.progress.percentage", "Share of the whole job, in percent."),
     ("Loss", "number", ".status.progress.metrics.loss", "The newest training loss."),
     (
+        "Held-Out",
+        "number",
+        ".status.progress.metrics.validationLoss",
+        "The newest held-out loss.",
+    ),
+    (
         "ETA(s)",
         "integer",
         ".status.progress.estimatedRemainingSeconds",
