@@ -50,6 +50,23 @@ class Platform:
         items: list[Object] = json.loads(self.kubectl(*arguments))["items"]
         return items
 
+    def pods(self, job: str, *, role: str | None = None, attempt: int | None = None) -> list[str]:
+        """Names of a job's pods. `role`: head or worker."""
+        labels = {"tuneyard.io/job": job, "ray.io/node-type": role, "tuneyard.io/attempt": attempt}
+        selector = ",".join(f"{key}={value}" for key, value in labels.items() if value is not None)
+        return [pod["metadata"]["name"] for pod in self.items("pods", selector)]
+
+    def until_step(self, job: str, *, attempt: int, step: int) -> None:
+        """Returns when the attempt told of at least that step of its training."""
+
+        def reached() -> bool:
+            status = self.status(job)
+            progress, attempts = status.get("progress") or {}, status.get("attempts") or []
+            is_newest = bool(attempts) and attempts[-1]["number"] == attempt
+            return is_newest and progress.get("stage") == "sft" and progress.get("step", 0) >= step
+
+        self.until(f"attempt {attempt} of {job} is at step {step}", reached, 420)
+
     def wait(self, name: str, condition: str, seconds: int = 540) -> None:
         """`kubectl wait`, as a user would; shows how far it got where it fails."""
         try:

@@ -43,7 +43,7 @@ def test_an_applied_manifest_becomes_a_tuned_model(platform: Platform) -> None:
 
     platform.until("the cluster is gone", lambda: not platform.items("rayclusters"), 120)
     assert not platform.items("rayjobs")
-    platform.until("the pods are gone", lambda: not _pods(platform, "whole"), 120)
+    platform.until("the pods are gone", lambda: not platform.pods("whole"), 120)
     assert _story(platform, "whole") == [
         *("Planned", "AttemptStarted", "Running"),
         *("StageSucceeded", "StageSucceeded", "StageSucceeded", "StageSucceeded"),
@@ -74,11 +74,6 @@ def _progress(text: str) -> int:
     return int(row[start:].split()[0])
 
 
-def _pods(platform: Platform, job: str) -> list[str]:
-    pods = platform.items("pods", f"tuneyard.io/job={job}")
-    return [pod["metadata"]["name"] for pod in pods]
-
-
 def _story(platform: Platform, job: str) -> list[str]:
     """The reasons of the job's events, in their order; the same twice in a second is sorted."""
     order = ["Planned", "AttemptStarted", "Running", "StageSucceeded", "Succeeded"]
@@ -96,9 +91,9 @@ def test_a_worker_and_then_the_head_are_killed_and_little_is_done_twice(
 ) -> None:
     platform.apply(quickstart("survivor", steps=40))
 
-    _until_step(platform, attempt=1, step=7)
+    platform.until_step("survivor", attempt=1, step=7)
     _kill(platform, "worker", attempt=1)
-    _until_step(platform, attempt=2, step=14)
+    platform.until_step("survivor", attempt=2, step=14)
     _kill(platform, "head", attempt=2)
     platform.wait("survivor", "Succeeded")
 
@@ -115,18 +110,6 @@ def test_a_worker_and_then_the_head_are_killed_and_little_is_done_twice(
     assert record["metrics"]["steps"] == 40
 
 
-def _until_step(platform: Platform, *, attempt: int, step: int) -> None:
-    def reached() -> bool:
-        status = platform.status("survivor")
-        progress, attempts = status.get("progress") or {}, status.get("attempts") or []
-        is_newest = bool(attempts) and attempts[-1]["number"] == attempt
-        return is_newest and progress.get("stage") == "sft" and progress.get("step", 0) >= step
-
-    platform.until(f"attempt {attempt} is at step {step}", reached, 420)
-
-
 def _kill(platform: Platform, role: str, *, attempt: int) -> None:
-    selector = f"tuneyard.io/job=survivor,tuneyard.io/attempt={attempt},ray.io/node-type={role}"
-    for pod in platform.items("pods", selector):
-        name = pod["metadata"]["name"]
-        platform.kubectl("delete", "pod", name, "--grace-period=0", "--force", "--wait=false")
+    for pod in platform.pods("survivor", role=role, attempt=attempt):
+        platform.kubectl("delete", "pod", pod, "--grace-period=0", "--force", "--wait=false")

@@ -1,0 +1,46 @@
+"""Ends that are announced lose nothing: suspended by the user, evicted from the node."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from tests.cluster.conftest import Platform
+from tests.cluster.jobs import quickstart
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+def test_a_suspended_and_an_evicted_job_go_on_at_the_very_step(platform: Platform) -> None:
+    training = {
+        **quickstart("patient", steps=40)["spec"]["training"],
+        "checkpointSteps": 1000,  # none but those that the ends ask for
+    }
+    platform.apply(quickstart("patient", steps=40, training=training))
+
+    platform.until_step("patient", attempt=1, step=6)
+    platform.kubectl("patch", "ftj", "patient", "--type=merge", "-p", _suspend(True))
+    platform.wait("patient", "Suspended", 200)
+    platform.until("its pods are gone", lambda: not platform.pods("patient"), 120)
+    platform.kubectl("patch", "ftj", "patient", "--type=merge", "-p", _suspend(False))
+
+    platform.until_step("patient", attempt=2, step=14)
+    for pod in platform.pods("patient", role="worker"):
+        platform.kubectl("delete", "pod", pod, "--wait=false")  # as `kubectl drain` does it
+    platform.wait("patient", "Succeeded")
+
+    first, second, third = platform.status("patient")["attempts"]
+    sys.stdout.write(json.dumps([first, second, third], indent=2))
+    assert [first["reason"], second["reason"], third["reason"]] == [
+        "Suspended",
+        "Preempted",
+        "Succeeded",
+    ]
+    assert first["stepsLost"] == 0
+    assert second["stepsLost"] == 0
+
+
+def _suspend(wish: bool) -> str:
+    return json.dumps({"spec": {"runPolicy": {"suspend": wish}}})
