@@ -95,7 +95,9 @@ async def watching(api: Api) -> AsyncIterator[Sightings]:
     finally:
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for ended in await asyncio.gather(*tasks, return_exceptions=True):
+            if not isinstance(ended, asyncio.CancelledError):
+                raise SystemExit(f"a watch of the benchmark failed: {ended}")
 
 
 async def handled(

@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +67,23 @@ class Api:
         return bool((await self.call("GET", query))["items"])
 
     async def watch(self, path: str) -> AsyncIterator[Object]:
-        """Every object that is created or changed from now on."""
+        """Every object that is created or changed from now on. The API server ends the watch of
+        whoever falls behind, so it is taken up again where it ended."""
         version = (await self.call("GET", f"{path}?limit=1"))["metadata"]["resourceVersion"]
-        query = f"{path}?watch=1&resourceVersion={version}"
         timeout = aiohttp.ClientTimeout(total=None)
-        async with self._session.get(
-            self._url + query, timeout=timeout, read_bufsize=LINE_BYTES
-        ) as answer:
-            async for line in answer.content:
-                yield json.loads(line)["object"]
+        while True:
+            query = f"{path}?watch=1&resourceVersion={version}"
+            with suppress(aiohttp.ClientPayloadError):
+                async with self._session.get(
+                    self._url + query, timeout=timeout, read_bufsize=LINE_BYTES
+                ) as answer:
+                    async for line in answer.content:
+                        event = json.loads(line)
+                        if event["type"] == "ERROR":
+                            raise SystemExit(f"a watch of the benchmark failed: {event['object']}")
+                        version = event["object"]["metadata"]["resourceVersion"]
+                        yield event["object"]
+            say(f"  the watch of {path.rpartition('/')[2]} ended and goes on")
 
     async def writes(self) -> Counter[str]:
         """How often each kind of object was written since the server started, by anyone."""
