@@ -171,3 +171,13 @@ def test_the_watched_numbers_of_an_update() -> None:
     assert watched["answerLength"] == pytest.approx(22 / 6)
     assert watched["endedShare"] == pytest.approx(4 / 6)
     assert watched["kl"] == pytest.approx(rl.kl_k1(OLD, REFERENCE).sum().item() / 6, abs=1e-5)
+
+
+def test_each_method_prefers_what_its_loss_makes_larger() -> None:
+    """The KL of an answer for PPO and RLOO, of a token for GRPO."""
+    watched = {"reward": 3.0, "kl": 4.0, "answerLength": 8.0}
+    settings = ppo_stage(kl_coefficient=0.1).settings
+    assert isinstance(settings, PpoSettings)
+    assert Ppo(settings).objective(watched) == pytest.approx(3 - 0.1 * 4)
+    assert rloo().objective(watched) == pytest.approx(3 - 0.2 * 4)
+    assert grpo().objective(watched) == pytest.approx(3 - 0.2 * 0.5)

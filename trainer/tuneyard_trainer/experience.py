@@ -102,3 +102,8 @@ class Method(Protocol):
     def divisor(self, lengths: Tensor, /) -> Tensor:
         """What a minibatch's summed loss is divided by; `lengths`: of all of its answers."""
         ...
+
+    def objective(self, watched: Mapping[str, float], /) -> float:
+        """What it makes larger, of a policy's answers as `Rollouts.watched` tells of them: the best
+        checkpoint has the most."""
+        ...

@@ -50,8 +50,8 @@ _SPLIT, _ANSWER, _MEASURE, _SHUFFLE = range(4)  # purposes of a seed
 
 @dataclass(frozen=True)
 class RlState(LoopState):
-    """Where the loop stands after `step` updates. `best_loss` is the negated objective: the mean
-    reward less the KL coefficient's first value times the mean KL, on the held-out prompts."""
+    """Where the loop stands after `step` updates. `best_loss` is the method's objective on the
+    held-out prompts, negated."""
 
     optimizer_steps: int = 0
     kl_coefficient: float = 0.0
@@ -122,6 +122,12 @@ class Loop:
         worker: Worker,
     ) -> Loop:
         training = settings.training
+        if settings.sampling.engine != "transformers":
+            raise StageError(
+                "EngineMissing",
+                f"sampling.engine is {settings.sampling.engine}, which this version does not have.",
+                advice="Set sampling.engine to transformers.",
+            )
         name = f"spec.optimize.{stage.name.partition('-')[0]}.prompts"
         asker = answering.Policy.of(inputs, settings.chat, worker)
         ready = asker.prompts(settings.prompts, settings.sampling.max_new_tokens, name)
@@ -200,7 +206,7 @@ class Loop:
                 self.checkpoints.wait()
                 raise Interrupted(self.stage, state.step)
         self.checkpoints.wait()
-        self._keep_best(state)
+        self._keep_best(state, total)
         return state
 
     def _resume(self, total: int) -> RlState:
@@ -397,7 +403,7 @@ class Loop:
         keys = [mix(seed, _MEASURE, i) for i in range(len(self.held_out))]
         rollouts = self.collector.collect(self.held_out, keys)
         watched = rollouts.watched()
-        objective = watched["reward"] - self.settings.kl_coefficient * watched["kl"]
+        objective = self.method.objective(watched)
         last = {
             "objective": objective,
             **{name: watched[name] for name in ("reward", "kl", "answerLength", "endedShare")},
@@ -449,12 +455,16 @@ class Loop:
         if self.worker.is_main:
             self.checkpoints.save(state, self.parameters, self.optimizer)
 
-    def _keep_best(self, state: RlState) -> None:
+    def _keep_best(self, state: RlState, total: int) -> None:
         """Rank 0 alone holds the result; the others are done."""
         best = state.best_step
-        kept = self.settings.training.keep_best and best is not None
-        if self.worker.is_main and kept and (best != state.step or state.stopped):
-            assign(self.checkpoints.weights(best or 0), self.parameters)
+        if not self.settings.training.keep_best or best is None or not self.worker.is_main:
+            return
+        if best != state.step:
+            assign(self.checkpoints.weights(best), self.parameters)
+        if best == 0:
+            message = "no update was better than the start: the result is the model as it was"
+            self.worker.report(step=state.step, total_steps=total, message=message)
 
     def write_weights(self, folder: Path) -> None:
         """The adapter alone, or the whole model where all of it was trained. No value head: what
@@ -489,7 +499,7 @@ class Loop:
             "resumedAtStep": self.resumed_at,
             "stoppedBy": state.stopped,
             "optimizerSteps": state.optimizer_steps,
-            "samples": self.samples[:SAMPLES_SHOWN] + self.samples[-SAMPLES_SHOWN:],
+            "samples": self.samples[:SAMPLES_SHOWN] + self.samples[SAMPLES_SHOWN:][-SAMPLES_SHOWN:],
             "precision": str(self.actor.precision).removeprefix("torch."),
             "device": self.worker.device.type,
             "workers": self.worker.world_size,

@@ -96,6 +96,11 @@ class Grpo:
         less than those of a short one, and answers grow."""
         return lengths.sum()
 
+    def objective(self, watched: Mapping[str, float], /) -> float:
+        """Rewards are averaged over answers, the KL over tokens."""
+        per_token = watched["kl"] / watched["answerLength"]
+        return watched["reward"] - self.settings.kl_coefficient * per_token
+
 
 @dataclass(frozen=True)
 class Rloo:
@@ -152,6 +157,10 @@ class Rloo:
     def divisor(self, lengths: Tensor, /) -> Tensor:
         """The batch's answers."""
         return torch.tensor(float(len(lengths)), device=lengths.device)
+
+    def objective(self, watched: Mapping[str, float], /) -> float:
+        """The reward of an answer less its KL."""
+        return watched["reward"] - self.settings.kl_coefficient * watched["kl"]
 
 
 def _needs_reference(settings: GrpoSettings) -> bool:

@@ -146,3 +146,7 @@ class Ppo:
     def divisor(self, lengths: Tensor, /) -> Tensor:
         """The minibatch's tokens: each counts the same, whichever answer it is in."""
         return lengths.sum()
+
+    def objective(self, watched: Mapping[str, float], /) -> float:
+        """The reward of an answer less what its tokens pay, at the coefficient's first value."""
+        return watched["reward"] - self.settings.kl_coefficient * watched["kl"]
