@@ -150,7 +150,8 @@ class Platform:
 def platform(cluster: Cluster, helm: Path) -> Iterator[Platform]:
     """The operator runs under its own ServiceAccount, from the chart as it is shipped; pods of jobs
     must satisfy the restricted standard."""
-    _install(cluster, Chart(helm))
+    if cluster.rig is not None:  # a cluster that was given has it: scripts/kind.sh
+        _install(cluster, Chart(helm))
     cluster.kubectl("create", "namespace", NAMESPACE)
     restricted = "pod-security.kubernetes.io/enforce=restricted"
     cluster.kubectl("label", "namespace", NAMESPACE, restricted)
@@ -181,7 +182,7 @@ def _install(cluster: Cluster, chart: Chart) -> None:
     ).stdout
     objects = [item for item in yaml.safe_load_all(text) if item]
     for item in objects:
-        if item["kind"] == "Deployment" and cluster.rig is not None:
+        if item["kind"] == "Deployment":
             # The rig's image is this machine, which has no entry point.
             item["spec"]["template"]["spec"]["containers"][0]["command"] = ["tuneyard"]
     cluster.kubectl("create", "namespace", OPERATOR_NAMESPACE)
