@@ -206,6 +206,29 @@ def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
 
 
+def test_a_run_killed_in_its_first_update_goes_on_from_what_was_measured_before_it(
+    tmp_path: Path, inputs: dict[str, Path], reward: Callable[[Any], None]
+) -> None:
+    whole, _ = run(ppo_stage(), tmp_path / "whole", inputs)
+    calls = 0
+
+    def dying(attempts: Sequence[Attempt]) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return share_of("a")(attempts)
+
+    reward(dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(ppo_stage(), tmp_path / "parts", inputs)
+    resumed, outcome = run(ppo_stage(), tmp_path / "parts", inputs)
+    assert calls == 2 + 4 + 4  # the first measurement was not made again
+    assert outcome.details["resumedAtStep"] == 0
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
+
+
 @pytest.mark.usefixtures("reward")
 @pytest.mark.parametrize("method", ["ppo", "grpo", "rloo"])
 def test_the_size_of_a_pass_changes_an_update_by_rounding_alone(
@@ -353,6 +376,22 @@ def test_an_answer_without_an_end_pays_the_penalty(
     update = next(line for line in lines(tmp_path / "a") if "penalisedReward" in line)
     assert 0 < update["endedShare"] < 1
     assert update["penalisedReward"] == pytest.approx(1 - 0.75 * (1 - update["endedShare"]))
+
+
+@pytest.mark.usefixtures("reward")
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_without_a_kl_term_there_is_no_reference_and_no_kl_of_zero_is_told(
+    method: str, tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    stage = grpo_stage({"max_steps": 2}, estimator=method, kl_coefficient=0.0)
+    _, outcome = run(stage, tmp_path / "a", inputs)
+    assert not any("kl" in line or "heldOutKl" in line for line in lines(tmp_path / "a"))
+    assert "kl" not in outcome.metrics
+    limited = grpo_stage(
+        {"max_steps": 2}, estimator=method, kl_coefficient=0.0, stop_on={"max_kl": 99.0}
+    )
+    _, outcome = run(limited, tmp_path / "b", inputs)
+    assert outcome.metrics["kl"] > 0 or outcome.details["bestStep"] == 0
 
 
 # ---- bad endings --------------------------------------------------------------------------------

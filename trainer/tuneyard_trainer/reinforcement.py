@@ -45,6 +45,7 @@ VALUE_HEAD_RATE = 10.0
 TRUNCATED_UPDATES = 3
 """Updates in a row without one whole answer before the run is given up."""
 SAMPLES_SHOWN = 3
+MEASURED = ("reward", "kl", "answerLength", "endedShare")
 _SPLIT, _ANSWER, _MEASURE, _SHUFFLE = range(4)  # purposes of a seed
 
 
@@ -224,6 +225,8 @@ class Loop:
             raise TypeError("not a checkpoint of reinforcement learning")
         self.checkpoints.restore(state, self.parameters, self.optimizer)
         self.history.truncate(state.step)
+        if state.step == 0:
+            self.history.write({"step": 0, **_held_out(state.base)})
         self.resumed_at = state.step
         self.worker.report(
             step=state.step,
@@ -263,7 +266,7 @@ class Loop:
             tokens=state.tokens + rollouts.num_tokens,
             seconds=state.seconds + trained - began,
             kl_coefficient=adapted_coefficient(
-                state.kl_coefficient, watched["kl"], self.method.target_kl
+                state.kl_coefficient, watched.get("kl", 0.0), self.method.target_kl
             ),
         )
         self._log(state, total, metrics)
@@ -404,14 +407,11 @@ class Loop:
         rollouts = self.collector.collect(self.held_out, keys)
         watched = rollouts.watched()
         objective = self.method.objective(watched)
-        last = {
-            "objective": objective,
-            **{name: watched[name] for name in ("reward", "kl", "answerLength", "endedShare")},
-        }
+        shown = [name for name in MEASURED if name in watched]
+        last = {"objective": objective, **{name: watched[name] for name in shown}}
         self._show(state.step, rollouts)
-        told = {f"heldOut{name[0].upper()}{name[1:]}": value for name, value in last.items()}
-        self.history.write({"step": state.step, **told})
-        self.worker.report(step=state.step, total_steps=total, metrics=told)
+        self.history.write({"step": state.step, **_held_out(last)})
+        self.worker.report(step=state.step, total_steps=total, metrics=_held_out(last))
         state = replace(state, last=last)
         if state.best_loss is None or -objective < state.best_loss:
             return replace(state, best_step=state.step, best_loss=-objective, best=last, stale=0)
@@ -507,6 +507,11 @@ class Loop:
 
 
 # ---- parts --------------------------------------------------------------------------------------
+
+
+def _held_out(measured: Mapping[str, float]) -> dict[str, float]:
+    """The same under names that tell it from an update's own."""
+    return {f"heldOut{name[0].upper()}{name[1:]}": value for name, value in measured.items()}
 
 
 def split(questions: Sequence[Ready]) -> tuple[list[Ready], list[Ready]]:

@@ -92,8 +92,9 @@ class Rollouts:
     """True where it came to a stop token."""
     lengths_R: Tensor
     """Tokens, as floats."""
-    kl_R: Tensor
-    """Nats of the whole answer: the sum of log pi - log pi_ref over its tokens."""
+    kl_R: Tensor | None
+    """Nats of the whole answer: the sum of log pi - log pi_ref over its tokens; None: nobody asked
+    for the reference."""
     entropy_R: Tensor
     """The sum of its tokens' entropies, in nats."""
     seconds: dict[str, float]
@@ -113,11 +114,11 @@ class Rollouts:
         return x_R[torch.tensor(self.owned, device=x_R.device, dtype=torch.long)]
 
     def watched(self) -> dict[str, float]:
-        """What is watched of an update's answers."""
+        """What is watched of an update's answers; `kl` only where there is a reference."""
         return {
             "reward": float(self.scores_R.mean()),
             "rewardDeviation": float(self.scores_R.std(correction=0)),
-            "kl": float(self.kl_R.mean()),
+            **({} if self.kl_R is None else {"kl": float(self.kl_R.mean())}),
             "entropy": float(self.entropy_R.sum() / self.lengths_R.sum()),
             "answerLength": float(self.lengths_R.mean()),
             "endedShare": float(self.ended_R.mean(dtype=torch.float32)),
@@ -177,7 +178,7 @@ class Collector:
             scores_R=told_RK[:, 0],
             ended_R=told_RK[:, 1] > 0,
             lengths_R=told_RK[:, 2],
-            kl_R=told_RK[:, 3],
+            kl_R=None if self.actor.reference is None else told_RK[:, 3],
             entropy_R=told_RK[:, 4],
             seconds={
                 "generationSeconds": sampled - began,

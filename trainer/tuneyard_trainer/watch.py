@@ -18,11 +18,12 @@ class Stop(NamedTuple):
 def blown_up(
     limits: BlowUp | None, watched: Mapping[str, float], first_length: float
 ) -> Stop | None:
-    """The first limit that an update's answers break; None: none."""
+    """The first limit that an update's answers break; None: none. A limit on the KL needs it to be
+    watched."""
     if limits is None:
         return None
-    kl, entropy, length = watched["kl"], watched["entropy"], watched["answerLength"]
-    ratio = length / first_length
+    kl, entropy = watched.get("kl", 0.0), watched["entropy"]
+    ratio = watched["answerLength"] / first_length
     if limits.max_kl is not None and kl > limits.max_kl:
         return Stop("KlBlowUp", f"the KL is {kl:.3g} nats per answer, above {limits.max_kl:g}")
     if limits.min_entropy is not None and entropy < limits.min_entropy:

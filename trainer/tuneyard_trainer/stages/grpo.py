@@ -98,7 +98,7 @@ class Grpo:
 
     def objective(self, watched: Mapping[str, float], /) -> float:
         """Rewards are averaged over answers, the KL over tokens."""
-        per_token = watched["kl"] / watched["answerLength"]
+        per_token = watched.get("kl", 0.0) / watched["answerLength"]
         return watched["reward"] - self.settings.kl_coefficient * per_token
 
 
@@ -132,7 +132,10 @@ class Rloo:
         self, rollouts: Rollouts, kl_coefficient: float, /
     ) -> tuple[Experience, dict[str, float]]:
         """The reward of a whole answer, its KL taken off (Ahmadian et al. 2024, eq. 2)."""
-        rewards_PG = (rollouts.scores_R - kl_coefficient * rollouts.kl_R).view(-1, self.group_size)
+        rewards_R = rollouts.scores_R
+        if rollouts.kl_R is not None:
+            rewards_R = rewards_R - kl_coefficient * rollouts.kl_R
+        rewards_PG = rewards_R.view(-1, self.group_size)
         advantages_R = rl.rloo_advantages(rewards_PG).flatten()
         return _experience(rollouts, advantages_R), _agreement(rewards_PG)
 
@@ -160,7 +163,7 @@ class Rloo:
 
     def objective(self, watched: Mapping[str, float], /) -> float:
         """The reward of an answer less its KL."""
-        return watched["reward"] - self.settings.kl_coefficient * watched["kl"]
+        return watched["reward"] - self.settings.kl_coefficient * watched.get("kl", 0.0)
 
 
 def _needs_reference(settings: GrpoSettings) -> bool:
