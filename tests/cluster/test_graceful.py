@@ -14,11 +14,12 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def test_a_suspended_and_an_evicted_job_go_on_at_the_very_step(platform: Platform) -> None:
+    steps = 90  # long enough that neither end comes too late
     training = {
-        **quickstart("patient", steps=40)["spec"]["training"],
+        **quickstart("patient", steps=steps)["spec"]["training"],
         "checkpointSteps": 1000,  # none but those that the ends ask for
     }
-    platform.apply(quickstart("patient", steps=40, training=training))
+    platform.apply(quickstart("patient", steps=steps, training=training))
 
     platform.until_step("patient", attempt=1, step=6)
     platform.kubectl("patch", "ftj", "patient", "--type=merge", "-p", _suspend(True))
@@ -26,7 +27,8 @@ def test_a_suspended_and_an_evicted_job_go_on_at_the_very_step(platform: Platfor
     platform.until("its pods are gone", lambda: not platform.pods("patient"), 120)
     platform.kubectl("patch", "ftj", "patient", "--type=merge", "-p", _suspend(False))
 
-    platform.until_step("patient", attempt=2, step=14)
+    stopped_at = platform.status("patient")["attempts"][0]["lastStep"]
+    platform.until_step("patient", attempt=2, step=stopped_at + 3)
     for pod in platform.pods("patient", role="worker"):
         platform.kubectl("delete", "pod", pod, "--wait=false")  # as `kubectl drain` does it
     platform.wait("patient", "Succeeded")
