@@ -1,0 +1,67 @@
+"""The operator on a real API server, one namespace for each module."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.chart.rendering import Chart
+from tests.controller.scene import CRDS, Played, Scene, namespace, played
+
+if TYPE_CHECKING:
+    from rig.plugin import Cluster
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def served(apiserver: Cluster) -> Cluster:
+    """The API server, which knows Tuneyard's kinds."""
+    apiserver.kubectl("apply", "--server-side", "--force-conflicts", "--filename", str(CRDS))
+    established = ("--for=condition=Established", "--timeout=60s")
+    apiserver.kubectl("wait", *established, "--filename", str(CRDS))
+    return apiserver
+
+
+@pytest.fixture(scope="module")
+def new_scene(
+    served: Cluster, helm: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], Scene]]:
+    """Makes a namespace in which no operator runs yet, by a prefix of its name."""
+    with ExitStack() as stack:
+
+        def make(prefix: str) -> Scene:
+            folder = tmp_path_factory.mktemp(prefix)
+            return stack.enter_context(
+                namespace(served, Chart(helm), f"{prefix}-{next(_numbers)}", folder)
+            )
+
+        yield make
+
+
+@pytest.fixture(scope="module")
+def stage(
+    request: pytest.FixtureRequest,
+    new_scene: Callable[[str], Scene],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Played]:
+    """The module's namespace, its operator and the proxy between that and the API server."""
+    name = request.module.__name__.rpartition("test_")[2].replace("_", "-")
+    folder = tmp_path_factory.mktemp(name)
+    with played(new_scene(name), folder) as made:
+        yield made
+
+
+@pytest.fixture
+def scene(stage: Played) -> Iterator[Played]:
+    """The module's, healthy before and after."""
+    if not stage.operator.is_alive:
+        stage.operator.start()
+        stage.operator.wait_until_active()
+    yield stage
+    stage.proxy.heal()

@@ -1,0 +1,406 @@
+"""A job's life on a real API server: everything that may happen to it, and what must not."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.controller.faults import on
+from tests.controller.scene import (
+    INTERRUPTED,
+    SUCCEEDED,
+    Job,
+    Played,
+    consistently,
+    ending,
+)
+
+pytestmark = pytest.mark.apiserver
+
+RETRYABLE = ending("Failed", "DataUnreadable", retryable=True)
+FATAL = ending("Failed", "ModelNotFound")
+
+
+def is_left_alone(job: Job) -> None:
+    """Nothing writes to it, and no RayJob of it comes into being."""
+    version, names = job.version, job.ray_jobs()
+    consistently(lambda: (job.version, job.ray_jobs()) == (version, names))
+
+
+def test_a_job_runs_and_succeeds_and_its_status_and_events_tell_the_story(scene: Played) -> None:
+    job = scene.create("happy")
+    attempt = job.attempt(1)
+    job.until(lambda job: job.why("Planned") == "True Planned")
+    assert job.phase == "Pending"
+    attempt.run()
+    assert (job.phase, job.why("Running")) == ("Running", "True Running")
+    is_left_alone(job)
+    driver = attempt.driver()
+    assert driver.post(40).body == {"stop": False}
+    job.until(lambda job: job.status.get("progress", {}).get("step") == 40)
+    assert driver.end(SUCCEEDED).status == 200
+    status = job.status
+    assert status["phase"] == "Succeeded"
+    assert status["result"]["digest"] == "sha256:d"
+    assert status["progress"]["percentage"] == 100
+    assert {stage["state"] for stage in status["stages"]} == {"Succeeded"}
+    assert job.reasons == ["Succeeded"]
+    assert job.why("Succeeded") == "True Succeeded"
+    job.until(lambda job: not job.ray_jobs() and not job.pods())
+    is_left_alone(job)
+    job.until(lambda job: "Succeeded" in job.told())
+    assert job.told() == {
+        "Planned": 1,
+        "AttemptStarted": 1,
+        "Running": 1,
+        "StageSucceeded": len(status["stages"]),
+        "Succeeded": 1,
+    }
+
+
+def test_every_status_write_changes_something(scene: Played) -> None:
+    """KubeRay touching its objects, or a label put on the job, is no reason to write."""
+    job = scene.create("steady")
+    attempt = job.attempt(1).run()
+    before = len(scene.status_writes(job))
+    for number in range(3):
+        attempt.set(dashboardURL=f"http://nowhere:{number}")
+        scene.api.merge(job.path, {"metadata": {"labels": {"touched": str(number)}}})
+        attempt.set_pod(attempt.worker, message=f"note {number}")
+    consistently(lambda: len(scene.status_writes(job)) == before)
+    assert all(write["status"] for write in scene.status_writes(job))
+    attempt.end(SUCCEEDED)
+    job.until_phase("Succeeded")
+
+
+def test_a_retryable_failure_is_tried_again_once_the_old_pods_are_gone(scene: Played) -> None:
+    job = scene.create("retried", policy={"backoffSeconds": 0})
+    first = job.attempt(1).run()
+    first.hold(first.worker)
+    assert first.driver().end(RETRYABLE, step=30).status == 200
+    job.until(lambda job: job.reasons == ["DataUnreadable"])
+    job.until(lambda job: job.pods() == [first.worker])
+    consistently(lambda: job.reasons == ["DataUnreadable"] and "retried-2" not in job.ray_jobs())
+    first.let_go(first.worker)
+    second = job.attempt(2).run()
+    assert job.reasons == ["DataUnreadable", None]
+    assert job.ray_jobs() == ["retried-2"]
+    second.end(SUCCEEDED)
+    job.until_phase("Succeeded")
+    job.until(lambda job: "Succeeded" in job.told())
+    told = job.told()
+    assert (told["AttemptStarted"], told["AttemptEnded"], told["Running"]) == (2, 1, 2)
+
+
+def test_after_max_attempts_a_retryable_failure_is_final(scene: Played) -> None:
+    job = scene.create("exhausted", policy={"backoffSeconds": 0, "maxAttempts": 2})
+    for number in (1, 2):
+        job.attempt(number).run().end(RETRYABLE)
+    job.until_phase("Failed")
+    assert (job.failure, job.reasons) == ("DataUnreadable", ["DataUnreadable"] * 2)
+    job.until(lambda job: not job.ray_jobs())
+    is_left_alone(job)
+
+
+def test_a_failure_for_good_is_not_tried_again(scene: Played) -> None:
+    job = scene.create("fatal", policy={"backoffSeconds": 0})
+    job.attempt(1).run().end(FATAL)
+    job.until_phase("Failed")
+    assert (job.failure, len(job.attempts)) == ("ModelNotFound", 1)
+    job.until(lambda job: not job.ray_jobs())
+    is_left_alone(job)
+
+
+def test_the_wait_before_the_next_attempt_is_kept(scene: Played) -> None:
+    job = scene.create("patient", policy={"backoffSeconds": 3600})
+    job.attempt(1).run().end(RETRYABLE)
+    job.until(lambda job: job.reasons == ["DataUnreadable"] and not job.ray_jobs())
+    is_left_alone(job)
+    assert job.phase == "Pending"
+
+
+def test_preempted_pods_do_not_count_as_an_attempt(scene: Played) -> None:
+    job = scene.create("preempted", policy={"maxAttempts": 1})
+    first = job.attempt(1).run()
+    condition = {"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler"}
+    first.set_pod(first.worker, conditions=[condition])
+    first.remove_pod(first.worker)
+    first.end(ending("Failed", "WorkerDied", retryable=True))
+    job.attempt(2).run().end(SUCCEEDED)
+    job.until_phase("Succeeded")
+    assert job.reasons == ["Preempted", "Succeeded"]
+
+
+def test_a_worker_killed_for_its_memory_is_named_even_after_it_is_gone(scene: Played) -> None:
+    job = scene.create("greedy")
+    first = job.attempt(1).run()
+    killed = {"exitCode": 137, "reason": "OOMKilled"}
+    container = {
+        "name": "ray-worker",
+        "state": {"terminated": killed},
+        "ready": False,
+        "restartCount": 0,
+        "image": "i",
+        "imageID": "i",
+    }
+    first.set_pod(first.worker, phase="Failed", containerStatuses=[container])
+    first.remove_pod(first.worker)
+    first.end(ending("Failed", "WorkerDied", retryable=True))
+    job.until_phase("Failed")
+    assert job.failure == "OutOfMemory"
+    assert "ray-worker" in job.status["failure"]["message"]
+    assert "compute.memory" in job.status["failure"]["advice"]
+
+
+def test_a_rayjob_that_somebody_deletes_is_an_attempt_that_ended(scene: Played) -> None:
+    job = scene.create("robbed", policy={"backoffSeconds": 0})
+    first = job.attempt(1).run()
+    scene.api("DELETE", first.path, {"propagationPolicy": "Background"})
+    job.attempt(2).run().end(SUCCEEDED)
+    job.until_phase("Succeeded")
+    assert job.reasons == ["RayJobDeleted", "Succeeded"]
+
+
+# ---- suspended, cancelled, too late ---------------------------------------------------------------
+
+
+def test_a_suspended_job_checkpoints_frees_its_cluster_and_goes_on_when_resumed(
+    scene: Played,
+) -> None:
+    job = scene.create("paused", policy={"maxAttempts": 1})
+    first = job.attempt(1).run()
+    driver = first.driver()
+    assert driver.post(10).body == {"stop": False}
+    job.set(suspend=True)
+    job.until(lambda job: job.why("Suspended") == "Unknown Stopping")
+    assert driver.post(11).body == {"stop": True}
+    assert first.exists, "it may take its time for a checkpoint"
+    assert driver.end(INTERRUPTED, step=11).status == 200
+    job.until_phase("Suspended")
+    job.until(lambda job: not job.ray_jobs() and not job.pods())
+    is_left_alone(job)
+    job.set(suspend=False)
+    job.attempt(2).run().end(SUCCEEDED)
+    job.until_phase("Succeeded")
+    assert job.reasons == ["Suspended", "Succeeded"]
+    job.until(lambda job: "Succeeded" in job.told())
+    told = job.told()
+    assert [told[name] for name in ("Suspending", "Suspended", "Resumed")] == [1, 1, 1]
+
+
+def test_a_job_that_is_created_suspended_waits_without_a_cluster(scene: Played) -> None:
+    job = scene.create("asleep", policy={"suspend": True})
+    job.until_phase("Suspended")
+    is_left_alone(job)
+    assert (job.ray_jobs(), job.attempts) == ([], [])
+    job.set(suspend=False)
+    job.attempt(1)
+
+
+def test_a_cancelled_job_ends_for_good(scene: Played) -> None:
+    job = scene.create("unwanted")
+    first = job.attempt(1).run()
+    job.set(cancel=True)
+    job.until(lambda job: job.attempts[-1].get("stoppingAt"))
+    assert first.driver().end(INTERRUPTED).status == 200
+    job.until_phase("Failed")
+    assert (job.failure, job.reasons) == ("Cancelled", ["Cancelled"])
+    job.until(lambda job: not job.ray_jobs())
+    job.set(cancel=False)
+    is_left_alone(job)
+
+
+def test_a_job_that_is_cancelled_before_it_runs_ends_at_once(scene: Played) -> None:
+    job = scene.create("regretted")
+    job.attempt(1).start()
+    job.set(cancel=True)
+    job.until_phase("Failed")
+    assert job.failure == "Cancelled"
+    job.until(lambda job: not job.ray_jobs() and not job.pods())
+
+
+def test_a_job_that_takes_too_long_is_asked_to_stop_and_fails(scene: Played) -> None:
+    job = scene.create("slow", policy={"deadlineSeconds": 2})
+    first = job.attempt(1).run()
+    job.until(lambda job: job.attempts[-1].get("stoppingAt"))
+    driver = first.driver()
+    assert driver.post(20).body == {"stop": True}
+    assert driver.end(INTERRUPTED, step=20).status == 200
+    job.until_phase("Failed")
+    assert job.failure == "DeadlineExceeded"
+    assert "deadlineSeconds" in job.status["failure"]["advice"]
+    job.until(lambda job: not job.ray_jobs())
+    is_left_alone(job)
+
+
+# ---- deletion -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("propagation", ["Background", "Foreground"])
+def test_deleting_a_job_stops_its_cluster_first_and_leaves_its_output(
+    scene: Played, propagation: str
+) -> None:
+    job = scene.create(f"left-{propagation.lower()}")
+    attempt = job.attempt(1).run()
+    attempt.hold(attempt.worker)
+    job.delete(propagation)
+    job.until(lambda job: job.pods() == [attempt.worker])
+    consistently(lambda: job.exists)
+    attempt.let_go(attempt.worker)
+    job.until_gone()
+    assert scene.proxy.requests(on("PATCH", f"/jobs/{job.name}-erase$")) == []
+
+
+@pytest.mark.parametrize("propagation", ["Background", "Foreground"])
+@pytest.mark.parametrize("end", ["Complete", "Failed"])
+def test_deleting_a_job_erases_its_output_where_that_is_the_policy(
+    scene: Played, propagation: str, end: str
+) -> None:
+    name = f"erased-{propagation}-{end}".lower()
+    output = {"uri": f"pvc://models/{name}", "deletionPolicy": "Delete"}
+    job = scene.create(name, output=output)
+    attempt = job.attempt(1).run()
+    attempt.hold(attempt.head)
+    job.delete(propagation)
+    path = f"/apis/batch/v1/namespaces/{scene.namespace}/jobs/{name}-erase"
+    job.until(lambda job: job.pods() == [attempt.head])
+    consistently(lambda: scene.api.find(path) is None)
+    attempt.let_go(attempt.head)
+    job.until(lambda _: scene.api.find(path))
+    consistently(lambda: job.exists)
+    _finish(scene, path, end)
+    job.until_gone()
+    left = job.told()["OutputLeft"]
+    assert left == (1 if end == "Failed" else 0)
+
+
+def _finish(scene: Played, path: str, end: str) -> None:
+    """The Job's controller has seen its pod's end; the garbage collector may have taken the Job
+    meanwhile, in favour of a new one."""
+    now = "2026-01-01T00:00:00Z"
+    condition = {"status": "True", "lastTransitionTime": now, "lastProbeTime": now, "message": "m"}
+    conditions = [{"type": type_, "reason": "r", **condition} for type_ in _ENDS[end]]
+    done = {"startTime": now, "conditions": conditions}
+    scene.api.merge(f"{path}/status", {"status": done | _TIMES.get(end, {})})
+
+
+_ENDS = {"Complete": ["SuccessCriteriaMet", "Complete"], "Failed": ["FailureTarget", "Failed"]}
+_TIMES = {"Complete": {"completionTime": "2026-01-01T00:00:00Z"}}
+
+
+def test_deleting_a_job_that_never_began_erases_nothing(scene: Played) -> None:
+    output = {"uri": "pvc://models/other", "deletionPolicy": "Delete"}
+    job = scene.create("idle", output=output, policy={"suspend": True})
+    job.until_phase("Suspended")
+    job.delete()
+    job.until_gone()
+    assert scene.proxy.requests(on("PATCH", "/jobs/idle-erase$")) == []
+
+
+def test_a_job_created_anew_under_a_deleted_ones_name_starts_from_attempt_one(
+    scene: Played,
+) -> None:
+    first = scene.create("phoenix")
+    old = first.attempt(1).run().body["metadata"]["uid"]
+    first.delete()
+    first.until_gone()
+    second = scene.create("phoenix")
+    attempt = second.attempt(1)
+    assert attempt.body["metadata"]["uid"] != old
+    attempt.run().end(SUCCEEDED)
+    second.until_phase("Succeeded")
+    assert second.reasons == ["Succeeded"]
+
+
+def test_a_finished_job_is_deleted_when_its_time_to_live_is_over(scene: Played) -> None:
+    job = scene.create("brief", policy={"ttlSecondsAfterFinished": 2})
+    job.attempt(1).run().end(SUCCEEDED)
+    job.until_phase("Succeeded")
+    job.until_gone()
+
+
+# ---- several jobs ---------------------------------------------------------------------------------
+
+
+def test_two_kinds_of_one_name_live_side_by_side(scene: Played) -> None:
+    tuned, aligned = scene.create("twin"), scene.create("twin", "AlignmentJob")
+    assert {tuned.attempt(1).run().name, aligned.attempt(1).run().name} == {"twin-1", "twin-a1"}
+    tuned.attempt(1).end(SUCCEEDED)
+    tuned.until_phase("Succeeded")
+    tuned.until(lambda job: not job.ray_jobs())
+    assert (aligned.phase, aligned.ray_jobs()) == ("Running", ["twin-a1"])
+    tuned.delete()
+    tuned.until_gone()
+    consistently(lambda: (aligned.phase, len(aligned.pods())) == ("Running", 2))
+    aligned.attempt(1).end(SUCCEEDED)
+    aligned.until_phase("Succeeded")
+    assert aligned.reasons == ["Succeeded"]
+
+
+def test_a_job_waits_for_the_job_whose_model_it_names(scene: Played) -> None:
+    later = scene.create("later", model={"uri": "job://earlier"})
+    later.until(lambda job: job.why("Planned") == "False WaitingForModel")
+    consistently(lambda: later.ray_jobs() == [])
+    earlier = scene.create("earlier")
+    earlier.attempt(1).run().end(SUCCEEDED)
+    earlier.until_phase("Succeeded")
+    later.attempt(1)
+    later.until(lambda job: job.why("Planned") == "True Planned")
+    assert later.told()["WaitingForModel"] == 1
+
+
+def test_a_job_whose_model_will_never_be_fails_and_says_so(scene: Played) -> None:
+    parent = scene.create("hopeless")
+    parent.attempt(1).run().end(FATAL)
+    parent.until_phase("Failed")
+    child = scene.create("heir", model={"uri": "job://hopeless"})
+    child.until_phase("Failed")
+    assert child.failure == "PlanRejected"
+    assert "job hopeless failed" in child.status["failure"]["message"]
+
+
+# ---- the operator goes away ------------------------------------------------------------------------
+
+
+def test_an_operator_that_is_killed_again_and_again_loses_nothing_and_repeats_nothing(
+    scene: Played,
+) -> None:
+    job = scene.create("survivor", policy={"backoffSeconds": 0})
+    first = job.attempt(1)
+    scene.restart()
+    first.start()
+    scene.operator.kill()
+    first.set(jobDeploymentStatus="Running", jobStatus="RUNNING")
+    scene.operator.start()
+    job.until(lambda job: job.attempts[-1].get("runningAt"))
+    assert first.driver().post(50).status == 200
+    job.until(lambda job: job.status.get("progress", {}).get("step") == 50)
+    scene.operator.kill()
+    first.end(RETRYABLE)
+    scene.operator.start()
+    second = job.attempt(2).run()
+    scene.operator.kill()
+    second.end(SUCCEEDED)
+    scene.operator.start()
+    job.until_phase("Succeeded")
+    assert job.reasons == ["DataUnreadable", "Succeeded"]
+    scene.restart()
+    job.until(lambda job: not job.ray_jobs())
+    is_left_alone(job)
+    told = job.told()
+    assert max(told.values()) <= 2
+    assert (told["AttemptStarted"], told["AttemptEnded"]) == (2, 1)
+
+
+def test_what_happened_while_no_operator_ran_is_made_up_for(scene: Played) -> None:
+    running, doomed = scene.create("away-running"), scene.create("away-doomed")
+    running.attempt(1).run()
+    doomed.attempt(1).run()
+    scene.operator.kill()
+    late = scene.create("away-late")
+    running.attempt(1).end(SUCCEEDED)
+    doomed.delete()
+    scene.operator.start()
+    running.until_phase("Succeeded")
+    doomed.until_gone()
+    late.attempt(1)
+    assert "ERROR" not in scene.operator.log
