@@ -120,7 +120,10 @@ class Reconciler:
         try:
             job = parse(body)
         except ManifestError as error:
-            await self._refuse(key, body, error)
+            if "deletionTimestamp" in body["metadata"]:
+                await self._delete(key, entry, None)
+            else:
+                await self._refuse(key, body, error)
             return
         if "deletionTimestamp" in body["metadata"]:
             await self._delete(key, entry, job)
@@ -305,8 +308,9 @@ class Reconciler:
 
     # ---- deletion -------------------------------------------------------------------------------
 
-    async def _delete(self, key: Key, entry: Entry, job: Job) -> None:
-        """The cluster first, then the output if that is the policy, then the job itself."""
+    async def _delete(self, key: Key, entry: Entry, job: Job | None) -> None:
+        """The cluster first, then the output if that is the policy, then the job itself. `job`
+        None: it is malformed, so its output stays."""
         body = entry.body or {}
         if FINALIZER not in (body["metadata"].get("finalizers") or ()):
             return
@@ -318,9 +322,7 @@ class Reconciler:
         if entry.ray_jobs or training:
             self.queue.add_after(key, PODS_SECONDS)
             return
-        began = job.status is not None and bool(job.status.attempts)
-        to_erase = began and job.spec.output.deletion_policy == "Delete"
-        if to_erase and not await self._erase(key, body, job):
+        if job and _shall_be_erased(job) and not await self._erase(key, body, job):
             self.queue.add_after(key, PODS_SECONDS)
             return
         await self.cluster.remove_finalizer(body, key)
@@ -394,6 +396,11 @@ def _event(key: Key, metadata: Object, event: Event) -> Object:
         "lastTimestamp": now,
         "count": 1,
     }
+
+
+def _shall_be_erased(job: Job) -> bool:
+    began = job.status is not None and bool(job.status.attempts)
+    return began and job.spec.output.deletion_policy == "Delete"
 
 
 def _not_erased(job: Job, why: str) -> Event:

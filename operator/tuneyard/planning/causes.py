@@ -161,6 +161,8 @@ def _last_line(text: str) -> str:
 def of_obstacle(obstacle: Obstacle) -> Cause:
     """Why the API server did not take the attempt's objects."""
     text = obstacle.message
+    if obstacle.reason == "PlanLost":
+        return Cause("PlanLost", text, "Create the job anew, under the same name: it goes on.")
     if (obstacle.code == 404 and "namespace" in text.lower()) or "being terminated" in text:
         return Cause("NamespaceGone", f"the namespace is going away: {text}")
     if obstacle.code == 404:
