@@ -92,25 +92,28 @@ def planned(settings: Settings, **runtime: Any) -> PlannedStage:
 
 
 def write_pairs(
-    folder: Path, model: Path, rows: list[dict[str, Any]], *, labelled: bool = False
+    folder: Path, model: Path, rows: list[dict[str, Any]] | Path, **changes: Any
 ) -> Path:
-    """The output of a pairs stage, a quarter of the prompts held out."""
+    """The output of a pairs stage over rows or a file of them, a quarter of the prompts held
+    out."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = PairsSettings(
-        preferences=[DatasetSettings(format="auto", fields=FieldMap(), weight=1.0, limit=None)],
-        labelled=labelled,
-        held_out=0.25,
-        max_length="auto",
-        on_overlength="error",
-        on_invalid_row="error",
-        chat=ChatSettings(system_prompt=None, chat_template=None),
-        seed=0,
-    )
-    inputs = {"model": model, "preferences.0": folder / "rows.jsonl"}
+    source = rows if isinstance(rows, Path) else folder / "rows.jsonl"
+    if not isinstance(rows, Path):
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings: dict[str, Any] = {
+        "preferences": [DatasetSettings(format="auto", fields=FieldMap(), weight=1.0, limit=None)],
+        "labelled": False,
+        "held_out": 0.25,
+        "max_length": "auto",
+        "on_overlength": "error",
+        "on_invalid_row": "error",
+        "chat": ChatSettings(system_prompt=None, chat_template=None),
+        "seed": 0,
+    }
+    stage = planned(PairsSettings(**(settings | changes)))
     out = folder / "pairs"
     out.mkdir()
-    pairs.run(planned(settings), inputs, out, Worker(0, 1, CPU))
+    pairs.run(stage, {"model": model, "preferences.0": source}, out, Worker(0, 1, CPU))
     return out
 
 

@@ -178,7 +178,7 @@ def test_a_rows_log_probability_is_the_sum_of_its_answers_tokens(
 def test_the_reference_is_computed_once_and_kept_by_content(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
-    model = models.load_base(inputs["model"], dtype=torch.float32, device=CPU)
+    model: Any = models.load_base(inputs["model"], dtype=torch.float32, device=CPU)
     rows = Preferences.open(inputs["data"]).train.rows
     forward, worker = Forward(CPU, torch.float32, 3, True, 64, 4096), Worker(0, 1, CPU)
 

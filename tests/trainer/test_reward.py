@@ -131,7 +131,7 @@ def test_a_margin_pushes_rewards_apart(tmp_path: Path, inputs: dict[str, Path]) 
 
 
 def test_it_starts_from_the_fine_tuned_model(tmp_path: Path, inputs: dict[str, Path]) -> None:
-    tuned = models.load_base(inputs["model"], dtype=torch.float32, device=CPU)
+    tuned: Any = models.load_base(inputs["model"], dtype=torch.float32, device=CPU)
     with torch.no_grad():
         tuned.get_input_embeddings().weight.mul_(2)
     models.save(tuned, tmp_path / "tuned" / "weights")
@@ -176,3 +176,39 @@ def test_calibration_is_perfect_where_confidence_is_the_share_that_is_right() ->
 def test_an_interval_is_wilsons() -> None:
     assert agreement.interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
     assert agreement.interval(1.0, 10)[1] == pytest.approx(1.0)
+
+
+HH = Path(__file__).parents[3] / "shared" / "data" / "hh-rlhf-harmless-base.jsonl.gz"
+
+
+@pytest.mark.slow
+@pytest.mark.shared_data
+@pytest.mark.skipif(not HH.exists(), reason="needs hh-rlhf beside the checkout")
+def test_smollm2_learns_what_people_prefer_of_hh_rlhf(
+    tmp_path: Path, smollm2: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On dialogues of up to 128 tokens; the figure is printed."""
+    data = write_pairs(
+        tmp_path,
+        smollm2,
+        HH,
+        on_invalid_row="skip",
+        on_overlength="drop",
+        max_length=128,
+        held_out=0.3,
+    )
+    chosen = settings(
+        {"lora": {"rank": 16, "alpha": 32}}, epochs=2.0, learning_rate=2e-4, batch_size=16
+    )
+    _, outcome = run(tmp_path / "a", {"model": smollm2, "data": data}, chosen)
+    metrics = outcome.metrics
+    with capsys.disabled():
+        print(
+            f"\nhh-rlhf, {metrics['rewardPairs']:.0f} held-out pairs: accuracy "
+            f"{metrics['rewardAccuracy']:.3f} (95% {metrics['rewardAccuracyLow']:.3f} to "
+            f"{metrics['rewardAccuracyHigh']:.3f}), calibration error "
+            f"{metrics['rewardCalibrationError']:.3f}, length correlation "
+            f"{metrics['lengthCorrelation']:.2f}, the longer one is better "
+            f"{metrics['longerIsBetter']:.3f}"
+        )
+    assert metrics["rewardAccuracyLow"] > 0.5

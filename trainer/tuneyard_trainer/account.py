@@ -13,7 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 from pydantic import ValidationError
 
 from tuneyard.api.plan import StageRecord
-from tuneyard_trainer.figures import ABSENT, FATES, Figures, count, number
+from tuneyard_trainer.figures import ABSENT, FATES, TRAINING, Figures, count, number
 from tuneyard_trainer.plots import Curves
 
 PEFT_KINDS = ("lora", "qlora", "prefix", "prompt", "ia3")
@@ -26,6 +26,24 @@ ADAPTER_NAMES = {
     "ia3": "(IA)³",
     "bottleneck": "bottleneck adapters",
 }
+
+
+METHODS = {
+    "pretrain": "continued pre-training",
+    "rewardModel": "reward model",
+    "constitution": "constitutional AI",
+}
+"""Names of methods that are no abbreviation."""
+DEEDS = {
+    "pretrain": "trained further on text",
+    "rewardModel": "made a reward model of preferences",
+    "constitution": "fine-tuned on its own revised answers",
+    "dpo": "aligned directly on preferences",
+    "ppo": "aligned by PPO against a reward",
+    "grpo": "aligned by GRPO against a reward",
+    "rloo": "aligned by RLOO against a reward",
+}
+"""What was done to the base model, by method."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +101,7 @@ class Account:
             licence=licence,
             has_adapter=(folder / "adapter").is_dir(),
             has_model=(folder / "model").is_dir(),
-            has_chat_template=bool(_json(inputs["data"] / "data.json").get("chatTemplate")),
+            has_chat_template=_speaks(inputs),
         )
 
     @property
@@ -97,7 +115,19 @@ class Account:
 
     @property
     def method(self) -> str:
-        return str(self.spec.get("method", "sft"))
+        """The manifest's; of an alignment its last step."""
+        if self.manifest.get("kind") != "AlignmentJob":
+            return str(self.spec.get("method", "sft"))
+        optimize: Mapping[str, Any] = self.spec.get("optimize") or {}
+        if optimize:
+            return str(next(iter(optimize)))
+        steps = ("rewardModel", "constitution", "sft")
+        return next((step for step in steps if self.spec.get(step)), "sft")
+
+    @property
+    def is_reward_model(self) -> bool:
+        """Whether what is exported scores answers and writes none."""
+        return self.method == "rewardModel"
 
     @property
     def base(self) -> str:
@@ -119,7 +149,7 @@ class Account:
     def sentence(self) -> str:
         """What this is."""
         how = ADAPTER_NAMES.get(self.adapter, self.adapter) if self.adapter else "full fine-tuning"
-        what = "trained further on text" if self.method == "pretrain" else "fine-tuned on examples"
+        what = DEEDS.get(self.method, "fine-tuned on examples")
         return f"{self.base or 'A language model'}, {what} with {how}."
 
     def record(self, *kinds: str) -> StageRecord | None:
@@ -132,11 +162,12 @@ class Account:
     def datasets(self) -> list[DataRow]:
         """One row for each data set, in the order of the manifest."""
         prepare = self.record("prepare")
-        return [self._data_row(value) for value in prepare.details["datasets"]] if prepare else []
+        found = prepare.details.get("datasets", []) if prepare else []
+        return [self._data_row(value) for value in found]
 
     def _data_row(self, value: Mapping[str, Any]) -> DataRow:
         split, _, index = value["role"].partition(".")
-        data = self.spec.get("data", {})
+        data = self.spec.get("data") or (self.spec.get("sft") or {}).get("data", {})
         sets = data.get("train") if split == "train" else data.get("validation", {}).get("data")
         uri = sets[int(index)]["uri"] if sets and int(index) < len(sets) else value["name"]
         names = [name for name in FATES.values() if value.get(name)]
@@ -177,13 +208,13 @@ class Account:
     @property
     def settings(self) -> list[tuple[str, str]]:
         """What decided the training, as it was carried out where that is known."""
-        training = self.spec.get("training", {})
-        record = self.record("sft", "pretrain")
+        training = self._training
+        record = self.record(*TRAINING)
         done = record.details if record else {}
         metrics = record.metrics if record else {}
         rates = [rate for _, rate in self.curves.learning_rate]
         rows = [
-            ("Method", "continued pre-training" if self.method == "pretrain" else "SFT"),
+            ("Method", METHODS.get(self.method, self.method.upper())),
             ("Adapter", self._adapter_settings()),
             ("Epochs", _rounded(_first(metrics.get("epochs"), training.get("epochs")))),
             ("Steps", _rounded(_first(metrics.get("steps"), training.get("maxSteps")))),
@@ -201,6 +232,20 @@ class Account:
         ]
         return [(label, str(value)) for label, value in rows if value not in (None, "")]
 
+    @property
+    def _training(self) -> Mapping[str, Any]:
+        """The manifest's settings of the loop that trained the result."""
+        spec = self.spec
+        places: tuple[Mapping[str, Any], ...] = (
+            spec,
+            next(iter((spec.get("optimize") or {}).values()), {}),
+            (spec.get("rewardModel") or {}).get("train") or {},
+            spec.get("constitution") or {},
+            spec.get("sft") or {},
+        )
+        found: Mapping[str, Any] = next((p["training"] for p in places if p.get("training")), {})
+        return found
+
     def _adapter_settings(self) -> str:
         if self.adapter is None:
             return "none: all weights were trained"
@@ -211,14 +256,19 @@ class Account:
     @property
     def digests(self) -> list[tuple[str, str]]:
         """Of what went in and of what came out."""
-        prepare, training = self.record("prepare"), self.record("sft", "pretrain")
+        prepare, training = self.record("prepare", "pairs"), self.record(*TRAINING)
         digests = []
         if training and "model" in training.input_digests:
             digests.append(("Base model", training.input_digests["model"]))
         for role, digest in sorted(prepare.input_digests.items() if prepare else ()):
             if role != "model":
                 digests.append((f"Data, {role}", digest))
-        names = {"prepare": "Prepared data", "evaluate": "Evaluation"}
+        names = {
+            "prepare": "Prepared data",
+            "pairs": "Prepared preferences",
+            "evaluate": "Evaluation",
+            "assess": "Evaluation",
+        }
         return digests + [
             (names.get(record.kind, "Trained weights"), record.digest)
             for record in self.records.values()
@@ -231,6 +281,7 @@ class Account:
             "adapterLogitDifference": "adapter",
             "mergedLogitDifference": "merged model",
             "modelLogitDifference": "model",
+            "rewardDifference": "reward model",
         }
         return [
             (names.get(key, key), "identical" if value == 0 else f"{value:.2g}")
@@ -240,7 +291,7 @@ class Account:
     @property
     def versions(self) -> Mapping[str, str]:
         """Of the software that trained it."""
-        record = self.record("sft", "pretrain")
+        record = self.record(*TRAINING)
         return record.versions if record else {}
 
 
@@ -260,6 +311,16 @@ def _without_secrets(uri: str) -> str:
         return uri
     parts = urlsplit(uri)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _speaks(inputs: Mapping[str, Path]) -> bool:
+    """Whether the tokenizer that is exported has a chat template."""
+    if "data" in inputs:
+        return bool(_json(inputs["data"] / "data.json").get("chatTemplate"))
+    beside = inputs["model"] / "chat_template.jinja"
+    return beside.exists() or bool(
+        _json(inputs["model"] / "tokenizer_config.json").get("chat_template")
+    )
 
 
 def _record(folder: Path) -> StageRecord | None:

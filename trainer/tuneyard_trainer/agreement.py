@@ -93,3 +93,21 @@ def figures(
         f"{prefix}CalibrationError": calibration_error(margins_P),
         f"{prefix}Pairs": float(len(margins_P)),
     }
+
+
+def thumb_figures(
+    prefix: str, found_R: NDArray[np.float64], comparisons: Comparisons
+) -> dict[str, float]:
+    """PREFIXAccuracy of single answers, a number above 0 standing for thumbs up, with its interval,
+    and how far the means of both kinds are apart."""
+    good = comparisons.labels > 0.5
+    right = float(np.mean((found_R > 0) == good))
+    low, high = interval(right, len(good))
+    figures = {
+        f"{prefix}Accuracy": right,
+        f"{prefix}AccuracyLow": low,
+        f"{prefix}AccuracyHigh": high,
+    }
+    if good.any() and not good.all():
+        figures[f"{prefix}Margin"] = float(found_R[good].mean() - found_R[~good].mean())
+    return figures

@@ -45,7 +45,7 @@ def _front_matter(account: Account) -> str:
     if account.hub_id:
         values["base_model"] = account.hub_id
     values["library_name"] = _library(account)
-    values["pipeline_tag"] = "text-generation"
+    values["pipeline_tag"] = "text-classification" if account.is_reward_model else "text-generation"
     values["tags"] = ["tuneyard", account.method, *([account.adapter] if account.adapter else [])]
     datasets = sorted({found[1] for found in _hub_datasets(account)})
     if datasets:
@@ -137,6 +137,8 @@ def _licence(account: Account) -> list[str]:
 def usage(account: Account) -> list[tuple[str, str]]:
     """A sentence and a Python program for each of the ways to load the result."""
     ways = []
+    if account.is_reward_model:
+        return [("The reward model, with transformers alone:", _scoring())]
     if account.has_model:
         ways.append(("The whole model, with transformers alone:", _whole(account)))
     if account.has_adapter and account.adapter in PEFT_KINDS:
@@ -165,6 +167,23 @@ def _whole(account: Account) -> str:
     return _program(account, "model", [_TRANSFORMERS], [f"model = {_LOAD}(folder)"])
 
 
+def _scoring() -> str:
+    return "\n".join(
+        [
+            "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+            "",
+            f"folder = {_PLACE.format('model')}",
+            "tokenizer = AutoTokenizer.from_pretrained(folder)",
+            "model = AutoModelForSequenceClassification.from_pretrained(folder)",
+            "",
+            'turns = [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]',
+            "text = tokenizer.apply_chat_template(turns, tokenize=False).strip()",
+            'inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")',
+            "print(float(model(**inputs).logits))  # higher is better",
+        ]
+    )
+
+
 def _with_peft(account: Account) -> str:
     imports, base = _base(account)
     return _program(
@@ -186,7 +205,7 @@ def _with_tuneyard(account: Account) -> str:
 
 
 def _program(account: Account, folder: str, imports: list[str], load: list[str]) -> str:
-    asks = _CHAT if account.has_chat_template and account.method == "sft" else _TEXT
+    asks = _CHAT if account.has_chat_template and account.method != "pretrain" else _TEXT
     lines = [
         *imports,
         "",

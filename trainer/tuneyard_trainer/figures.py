@@ -12,7 +12,8 @@ from typing import Any, Literal
 from tuneyard.api.plan import StageRecord
 
 ABSENT = "\N{EN DASH}"
-TRAINING = ("sft", "pretrain")
+SUPERVISED = ("sft", "pretrain")
+TRAINING = (*SUPERVISED, "reward", "dpo", "ppo", "grpo")
 FATES = {
     "skippedRows": "skipped",
     "droppedRows": "dropped",
@@ -80,11 +81,11 @@ class Figures:
     def of(cls, records: Mapping[str, StageRecord]) -> Figures:
         """From the records of a job's stages, by stage name; any of them may be missing."""
         kinds = {record.kind: record for record in records.values()}
-        training = kinds.get("sft") or kinds.get("pretrain")
-        evaluation = kinds.get("evaluate")
+        training = next((kinds[kind] for kind in TRAINING if kind in kinds), None)
+        evaluation = kinds.get("evaluate") or kinds.get("assess")
         samples = evaluation.details.get("samples", []) if evaluation else []
         return cls(
-            comparisons=tuple(_comparisons(_measured(training, evaluation))),
+            comparisons=tuple(_comparisons(training, evaluation)),
             facts=tuple(_facts(training, records.values() if "export" in kinds else ())),
             samples=tuple(Sample.of(sample) for sample in samples),
             warnings=tuple(_warnings(kinds.get("prepare"))),
@@ -99,6 +100,8 @@ def headline(kind: str, metrics: Mapping[str, float], details: Mapping[str, Any]
         return _trained(metrics, details)
     if kind == "evaluate":
         return _evaluated(metrics)
+    if kind in _SHOWN:
+        return _shown(metrics, _SHOWN[kind])
     return [size(metrics["bytes"])] if "bytes" in metrics else []
 
 
@@ -134,8 +137,13 @@ def _measured(training: StageRecord | None, evaluation: StageRecord | None) -> d
     return {**losses, **(evaluation.metrics if evaluation else {})}
 
 
-def _comparisons(metrics: Mapping[str, float]) -> list[Comparison]:
+def _comparisons(training: StageRecord | None, evaluation: StageRecord | None) -> list[Comparison]:
+    metrics = _measured(training, evaluation)
+    if evaluation and evaluation.kind == "assess":
+        return _aligned(evaluation.metrics)
     tuned, base = metrics.get("validationLoss"), metrics.get("baseValidationLoss")
+    if training and training.kind not in SUPERVISED:
+        return [_falling("Held-out loss", base, tuned)] if tuned is not None else []
     lines = []
     if tuned is not None:
         lines += [
@@ -145,6 +153,45 @@ def _comparisons(metrics: Mapping[str, float]) -> list[Comparison]:
     if "answerAccuracy" in metrics:
         lines.append(_answers(metrics))
     return lines
+
+
+def _aligned(metrics: Mapping[str, float]) -> list[Comparison]:
+    """Of an alignment: the model that it started from, and the aligned one."""
+    lines = []
+    if "preferenceAccuracy" in metrics:
+        right = metrics["preferenceAccuracy"]
+        lines.append(_rising("Preferences followed", 0.5, right, share=True))
+    if "reward" in metrics:
+        lines.append(_rising("Reward", metrics.get("startReward"), metrics["reward"]))
+    if "rewardAccuracy" in metrics:
+        right = metrics["rewardAccuracy"]
+        lines.append(_rising("Pairs that the reward model orders", 0.5, right, share=True))
+    for label, name in _WATCHED.items():
+        if name in metrics:
+            before = metrics.get(f"start{name[:1].upper()}{name[1:]}")
+            lines.append(Comparison(label, number(before), number(metrics[name]), "", ""))
+    return lines
+
+
+_WATCHED = {
+    "KL (nats per answer)": "kl",
+    "Length over the start's": "lengthRatio",
+    "Repeated words": "repetition",
+    "Answers that end by themselves": "complete",
+    "Yielding to opinions": "sycophancyShift",
+}
+"""Signs of a reward being gamed; none is better or worse by itself."""
+
+
+def _rising(label: str, base: float | None, tuned: float, *, share: bool = False) -> Comparison:
+    """A figure that shall rise; `share`: shown in percent."""
+    shown = _percent if share else number
+    verdict = _verdict(-base if base is not None else None, -tuned)
+    return Comparison(label, shown(base), shown(tuned), "", verdict)
+
+
+def _percent(share: float | None) -> str:
+    return ABSENT if share is None else f"{100 * share:.0f} %"
 
 
 def _falling(label: str, base: float | None, tuned: float | None) -> Comparison:
@@ -261,6 +308,34 @@ def _evaluated(metrics: Mapping[str, float]) -> list[str]:
     if "answerAccuracy" in metrics:
         parts.append(f"{_answers(metrics).tuned} answers right")
     return parts
+
+
+_SHOWN: Mapping[str, Mapping[str, str]] = {
+    "pairs": {
+        "preferences": "preferences",
+        "heldOutPreferences": "held out",
+        "skippedRows": "skipped",
+        "droppedRows": "dropped",
+    },
+    "assess": {
+        "preferenceAccuracy": "of preferences followed",
+        "rewardGain": "reward gained",
+        "rewardAccuracy": "of pairs ordered by the reward model",
+        "kl": "nats per answer from the start",
+    },
+}
+"""What is told of a stage, by metric."""
+
+
+def _shown(metrics: Mapping[str, float], names: Mapping[str, str]) -> list[str]:
+    """The figures that there are and that are not 0; accuracies in percent."""
+    return [
+        f"{_percent(metrics[key]) if key.endswith('Accuracy') else number(metrics[key])} {name}"
+        if not float(metrics[key]).is_integer() or key.endswith("Accuracy")
+        else f"{count(metrics[key])} {name}"
+        for key, name in names.items()
+        if metrics.get(key)
+    ]
 
 
 def _from_to(metrics: Mapping[str, float]) -> str:

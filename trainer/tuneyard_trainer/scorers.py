@@ -6,6 +6,7 @@ was trained with, so that anything which reads classifiers reads it.
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -81,6 +82,14 @@ def fresh(
     if loop.freeze:
         models.freeze(model, loop.freeze)
     return model
+
+
+def is_scorer(folder: Path) -> bool:
+    """Whether a folder of weights is a sequence classifier's."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    named = config.get("architectures") or []
+    return any(str(name).endswith("ForSequenceClassification") for name in named)
 
 
 def load(folder: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

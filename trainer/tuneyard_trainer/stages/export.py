@@ -1,8 +1,9 @@
 """export: what a user loads. Safetensors with tokenizer, chat template and generation config, a
 model card, the manifest, the curves; reloaded and compared before the stage is done.
 
-Leaves `adapter/` (where an adapter was trained), `model/` (a plain model: merged, or fully tuned),
-`README.md` (the card), `job.yaml`, `loss.png` and `report.html`.
+Leaves `adapter/` (where an adapter was trained), `model/` (a plain model: merged, fully tuned, or a
+reward model, which is a sequence classifier), `README.md` (the card), `job.yaml`, `loss.png` and
+`report.html`.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from transformers import PreTrainedModel
 
 from tuneyard.api.plan import ExportSettings, PlannedStage
 from tuneyard.errors import StageError
-from tuneyard_trainer import adapters, models, report
+from tuneyard_trainer import adapters, models, report, scorers
 from tuneyard_trainer.prepared import Prepared
 from tuneyard_trainer.worker import Outcome, Worker
 
 PROBE_TOKENS = 64
+PROBE_TEXT = "The quick brown fox jumps over the lazy dog, 12 times a day."
 TOLERANCE = 1e-3
 """Largest difference of a logit between a merged float32 model and base plus adapter: merging adds
 the update in another order. What was written must reload to the bit."""
@@ -37,9 +39,12 @@ def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: 
     if not isinstance(settings, ExportSettings):
         raise TypeError(f"stage {stage.name} is a {stage.kind}, not an export")
     _clear(workdir)
-    probe_1L = _probe(inputs["data"])
+    probe_1L = _probe(inputs)
     compared: dict[str, float] = {}
-    if (inputs["tuned"] / "weights" / "adapter_config.json").exists():
+    if scorers.is_scorer(inputs["tuned"] / "weights"):
+        worker.report(message="writing the reward model and loading it again")
+        compared["rewardDifference"] = _export_scorer(inputs, workdir, probe_1L)
+    elif (inputs["tuned"] / "weights" / "adapter_config.json").exists():
         worker.report(message="writing the adapter and loading it again")
         compared["adapterLogitDifference"] = _export_adapter(inputs, workdir, probe_1L)
         if settings.merge:
@@ -115,14 +120,35 @@ def _base(inputs: Mapping[str, Path]) -> PreTrainedModel:
     return models.load_base(inputs["model"], dtype=torch.float32, device=torch.device("cpu"))
 
 
+def _export_scorer(inputs: Mapping[str, Path], workdir: Path, probe_1L: Tensor) -> float:
+    """Copies the reward model; the copy must score as the one that was trained, bit for bit."""
+    source, target = inputs["tuned"] / "weights", workdir / MODEL
+    shutil.copytree(source, target)
+    _add_tokenizer(inputs, target)
+    scored = []
+    for folder in (source, target):
+        model = scorers.load(folder, dtype=torch.float32, device=torch.device("cpu"))
+        scored.append(_logits(model, probe_1L))
+    return _compared("the reward model read back", scored[0], scored[1], 0.0)
+
+
 def _add_tokenizer(inputs: Mapping[str, Path], target: Path) -> None:
-    models.load_tokenizer(inputs["data"] / "tokenizer").save_pretrained(target)
+    models.load_tokenizer(_tokenizer(inputs)).save_pretrained(target)
 
 
-def _probe(data: Path) -> Tensor:
-    """(1, L) the first training tokens: real input for the comparison."""
-    tokens = Prepared.open(data).train.tokens[:PROBE_TOKENS]
-    return torch.from_numpy(np.array(tokens, dtype=np.int64))[None]
+def _tokenizer(inputs: Mapping[str, Path]) -> Path:
+    """Where the tokenizer lies that the model was tuned with: with its data, if there are any."""
+    return inputs["data"] / "tokenizer" if "data" in inputs else inputs["model"]
+
+
+def _probe(inputs: Mapping[str, Path]) -> Tensor:
+    """(1, L) the first training tokens: real input for the comparison; without prepared data, a
+    sentence."""
+    if "data" in inputs:
+        tokens = Prepared.open(inputs["data"]).train.tokens[:PROBE_TOKENS]
+        return torch.from_numpy(np.array(tokens, dtype=np.int64))[None]
+    ids = models.load_tokenizer(inputs["model"])(PROBE_TEXT)["input_ids"]
+    return torch.tensor([ids])
 
 
 def _logits(model: nn.Module, ids_1L: Tensor) -> Tensor:

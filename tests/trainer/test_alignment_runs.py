@@ -1,0 +1,186 @@
+"""Whole AlignmentJobs on a tiny model: every step from the last one's model, measured, exported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForSequenceClassification
+
+from tests.trainer.preferring import separable
+from tuneyard.api.manifest import read
+from tuneyard.api.plan import Plan
+from tuneyard.errors import StageError
+from tuneyard.planning.stages import plan
+from tuneyard_trainer import models, plain
+
+TRAINING = {"batchSize": 8, "learningRate": 0.01, "epochs": 3}
+DPO = {"dpo": {"training": TRAINING}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("job")
+    write(place / "pairs.jsonl", separable(48))
+    write(place / "prompts.jsonl", [{"prompt": f"lamp {i}?", "answer": "red"} for i in range(8)])
+    chats = [
+        {"messages": [{"role": "user", "content": row["prompt"]},
+                      {"role": "assistant", "content": row["chosen"]}]}
+        for row in separable(24, seed=1)
+    ]  # fmt: skip
+    write(place / "chats.jsonl", chats)
+    return place
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def aligned(model: Path, **spec: Any) -> Plan:
+    value = {
+        "apiVersion": "tuneyard.io/v1alpha1",
+        "kind": "AlignmentJob",
+        "metadata": {"name": "aligned"},
+        "spec": {
+            "model": {"uri": f"file://{model}"},
+            "preferences": {"data": [{"uri": "file://pairs.jsonl"}], "heldOut": 0.25},
+            "adapter": {"lora": {"rank": 4, "alpha": 8}},
+            "evaluate": {"maxNewTokens": 6, "samples": 2},
+            "output": {"uri": "file://out"},
+        }
+        | spec,
+    }
+    value["spec"] = {key: part for key, part in value["spec"].items() if part is not None}
+    return plan(read(yaml.safe_dump(value))[0])
+
+
+def walk(planned: Plan, folder: Path, output: Path) -> dict[str, Any]:
+    """Runs the plan; the records of its stages."""
+    records: dict[str, Any] = {}
+
+    def emit(event: dict[str, Any]) -> None:
+        if event["type"] == "stage" and event["record"]:
+            records[event["stage"]] = event["record"] | {"state": event["state"]}
+
+    plain.run(planned, str(output), base_dir=folder, cache_dir=folder / "cache", emit=emit)
+    return records
+
+
+def test_dpo_over_two_rounds_is_measured_and_exported_merged(
+    folder: Path, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    output = {"uri": "file://out", "merge": True}
+    planned = aligned(tiny_model_dir, optimize=DPO, rounds=2, output=output)
+    records = walk(planned, folder, tmp_path)
+    assert list(records) == ["pairs", "dpo", "dpo-2", "evaluate", "export"]
+    metrics = records["evaluate"]["metrics"]
+    assert metrics["preferenceAccuracy"] > 0.8
+    assert metrics["preferenceMargin"] > 0
+    assert metrics["kl"] > 0
+    assert {"lengthRatio", "repetition", "startRepetition", "complete"} <= metrics.keys()
+    assert len(records["evaluate"]["details"]["samples"]) == 2
+    assert (tmp_path / "result" / "model" / "model.safetensors").exists()
+    card = (tmp_path / "result" / "README.md").read_text()
+    assert "aligned directly on preferences" in card
+    assert "Preferences followed" in card
+    again = walk(planned, folder, tmp_path)
+    assert {record["state"] for record in again.values()} == {"Skipped"}
+
+
+def test_fine_tuning_then_a_reward_model_then_ppo(
+    folder: Path, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    planned = aligned(
+        tiny_model_dir,
+        sft={"data": {"train": [{"uri": "file://chats.jsonl"}]}, "training": TRAINING},
+        rewardModel={"train": {"adapter": {"lora": {"rank": 4}}, "training": TRAINING}},
+        optimize={
+            "ppo": {
+                "prompts": {"uri": "file://prompts.jsonl"},
+                "sampling": {"maxNewTokens": 6},
+                "rollouts": 8,
+                "training": {"maxSteps": 2, "batchSize": 4, "learningRate": 0.001},
+            }
+        },
+    )
+    records = walk(planned, folder, tmp_path)
+    assert list(records) == ["prepare", "sft", "pairs", "reward", "ppo", "evaluate", "export"]
+    metrics = records["evaluate"]["metrics"]
+    assert metrics["rewardAccuracy"] > 0.5
+    assert {"reward", "startReward", "rewardGain", "rewardGainError"} <= metrics.keys()
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_a_rule_as_reward_needs_no_preferences(
+    folder: Path, tmp_path: Path, tiny_model_dir: Path, method: str
+) -> None:
+    planned = aligned(
+        tiny_model_dir,
+        preferences=None,
+        rewardModel={"rule": {"exactMatch": "answer"}},
+        optimize={
+            method: {
+                "prompts": {"uri": "file://prompts.jsonl"},
+                "sampling": {"maxNewTokens": 4},
+                "groupSize": 2,
+                "training": {"maxSteps": 2, "batchSize": 4, "learningRate": 0.001},
+            }
+        },
+    )
+    records = walk(planned, folder, tmp_path)
+    assert list(records) == [method, "evaluate", "export"]
+    assert records["evaluate"]["metrics"]["startReward"] >= 0
+    assert not records["evaluate"]["details"]["promptsHeldOut"]
+
+
+def test_a_reward_model_alone_is_exported_as_a_classifier_that_scores(
+    folder: Path, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    planned = aligned(
+        tiny_model_dir,
+        adapter=None,
+        rewardModel={"train": {"adapter": {"lora": {"rank": 4}}, "training": TRAINING}},
+    )
+    records = walk(planned, folder, tmp_path)
+    assert list(records) == ["pairs", "reward", "evaluate", "export"]
+    exported = tmp_path / "result" / "model"
+    model: Any = AutoModelForSequenceClassification.from_pretrained(exported)
+    tokenizer = models.load_tokenizer(exported)
+
+    def score(answer: str) -> float:
+        turns = [
+            {"role": "user", "content": "lamp desk?"},
+            {"role": "assistant", "content": answer},
+        ]
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False)).strip()
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            return float(model(ids).logits)
+
+    assert score("lamp warranty port") > score("lamp red port")
+    card = (exported.parent / "README.md").read_text()
+    assert "text-classification" in card
+    assert "AutoModelForSequenceClassification" in card
+
+
+def test_kto_learns_from_thumbs_made_of_pairs(
+    folder: Path, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    optimize = {"dpo": {"loss": "kto", "training": TRAINING}}
+    records = walk(aligned(tiny_model_dir, optimize=optimize), folder, tmp_path)
+    assert records["evaluate"]["metrics"]["preferenceMargin"] > 0
+
+
+def test_a_gate_that_is_missed_exports_nothing(
+    folder: Path, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    gates = [{"metric": "kl", "atMost": -1.0}]
+    evaluate = {"maxNewTokens": 4, "gates": gates}
+    with pytest.raises(StageError) as caught:
+        walk(aligned(tiny_model_dir, optimize=DPO, evaluate=evaluate), folder, tmp_path)
+    assert caught.value.reason == "GateFailed"
+    assert not (tmp_path / "result").exists()

@@ -1,0 +1,329 @@
+"""assess: what an alignment gained, and what it cost.
+
+The aligned model beside the model that it was aligned from: on held-out preferences, on its own
+answers to held-out prompts as the reward scores them, and by the signs of a reward being gamed
+(length, repetition, KL, agreement with whoever asks). Leaves `evaluation.json`; then the gates.
+
+Shapes: R rows of held-out preferences, N answers.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from tuneyard.api.plan import AssessSettings, PlannedStage
+from tuneyard_trainer import agreement, hacking, models, policies, rewards
+from tuneyard_trainer.chat import Message
+from tuneyard_trainer.judge_model import ModelJudge
+from tuneyard_trainer.loop import mix
+from tuneyard_trainer.losses import Forward
+from tuneyard_trainer.preference_passes import logprobs, over_all
+from tuneyard_trainer.preferences import Preferences
+from tuneyard_trainer.prepared import Rows
+from tuneyard_trainer.prompts import Prompt, read_prompts, render
+from tuneyard_trainer.rewards import Attempt, Reward
+from tuneyard_trainer.sampling import TransformersSampler, stop_tokens
+from tuneyard_trainer.stages.evaluate import check_gates
+from tuneyard_trainer.worker import Interrupted, Outcome, Worker
+
+MAX_PROMPTS = 128
+"""Prompts that are answered: a mean reward's standard error is then a tenth of its spread."""
+ANSWERED = 4096
+"""The longest row of prompt and answer that is measured, in tokens."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt as the policy reads it."""
+
+    prompt: Prompt
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What one model does."""
+
+    answers: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    """Of each answer, with its stop token where it came to one."""
+    complete: float
+    """Share of answers that came to their end."""
+    pairs_R: NDArray[np.float64] | None
+    """The log-probability of each held-out answer; None: none are held out."""
+    own_N: NDArray[np.float64]
+    """The log-probability of the aligned model's answers."""
+    sycophancy: hacking.Sycophancy
+
+
+def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker) -> Outcome:
+    """Measures, writes `evaluation.json`, then checks the gates (StageError GateFailed)."""
+    settings = stage.settings
+    if not isinstance(settings, AssessSettings):
+        raise TypeError(f"stage {stage.name} is a {stage.kind}, not an assessment")
+    measuring = Measuring.of(stage.name, settings, inputs, worker)
+    metrics: dict[str, float] = {}
+    samples: list[dict[str, Any]] = []
+    if "tuned" in inputs:
+        found, samples = measuring.aligned()
+        metrics |= found
+    metrics |= measuring.reward_on_pairs()
+    result = {"metrics": metrics, "samples": samples}
+    (workdir / "evaluation.json").write_text(json.dumps(result, indent=2, ensure_ascii=False))
+    worker.report(step=1, total_steps=1, metrics=metrics)
+    check_gates(settings.gates, metrics)
+    details = {"samples": samples, "promptsHeldOut": bool(measuring.held_out)}
+    return Outcome(metrics=metrics, details=details)
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What it takes to measure a model."""
+
+    stage: str
+    settings: AssessSettings
+    inputs: Mapping[str, Path]
+    worker: Worker
+    tokenizer: PreTrainedTokenizerBase
+    data: Preferences | None
+    held_out: tuple[tuple[Prompt, tuple[str, ...]], ...]
+    """The held-out prompts with their answers, as text; empty: none are held out."""
+
+    @classmethod
+    def of(
+        cls, stage: str, settings: AssessSettings, inputs: Mapping[str, Path], worker: Worker
+    ) -> Measuring:
+        tokenizer = models.load_tokenizer(inputs["model"])
+        if settings.chat.chat_template is not None:
+            tokenizer.chat_template = settings.chat.chat_template
+        data = Preferences.open(inputs["data"]) if "data" in inputs else None
+        held_out = _texts(inputs["data"], settings) if data and data.validation else ()
+        return cls(stage, settings, inputs, worker, tokenizer, data, held_out)
+
+    # ---- the aligned model --------------------------------------------------------------------
+
+    def aligned(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """The aligned model against its start, one of them in memory at a time."""
+        asked = self._asked()
+        reward = self._reward([one.prompt for one in asked])
+        after = self._behaviour(asked, {**self.inputs}, None, "the aligned model")
+        start = {role: path for role, path in self.inputs.items() if role != "tuned"}
+        if "start" in self.inputs:
+            start["tuned"] = self.inputs["start"]
+        before = self._behaviour(asked, start, after.tokens, "the model before alignment")
+        metrics = {**_form(asked, before, after), **self._on_pairs(before, after)}
+        scored = self._scored(reward, asked, before, after)
+        return {**metrics, **scored}, self._samples(asked, before, after)
+
+    def _asked(self) -> list[Asked]:
+        """Held-out prompts, or, where none are held out or a rule needs the row's own fields, those
+        that the policy was trained on."""
+        ruled = any(term.rule for term in self.settings.reward)
+        chosen = self.settings.prompts
+        prompts = [prompt for prompt, _ in self.held_out]
+        if chosen is not None and "prompts" in self.inputs and (ruled or not prompts):
+            name = "the prompts"
+            prompts = read_prompts(self.inputs["prompts"], chosen, self.settings.chat, name=name)
+        distinct = {json.dumps(prompt.messages): prompt for prompt in prompts}
+        asked = []
+        for prompt in list(distinct.values())[:MAX_PROMPTS]:
+            text = render(prompt, self.tokenizer, self.settings.chat)
+            if text is not None and (ids := self._ids(text)):
+                asked.append(Asked(prompt, ids))
+        return asked
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        plain = not self.tokenizer.chat_template
+        ids = tuple(self.tokenizer(text, add_special_tokens=plain)["input_ids"])
+        return ids if len(ids) + self.settings.sampling.max_new_tokens <= ANSWERED else ()
+
+    def _reward(self, prompts: Sequence[Prompt]) -> Reward | None:
+        if not self.settings.reward or not prompts:
+            return None
+        chat, device = self.settings.chat, self.worker.device
+        return rewards.load(self.settings.reward, self.inputs, chat, prompts, device)
+
+    def _behaviour(
+        self,
+        asked: Sequence[Asked],
+        inputs: Mapping[str, Path],
+        answered: tuple[tuple[int, ...], ...] | None,
+        name: str,
+    ) -> Behaviour:
+        """`answered`: the aligned model's answers; None: this is the aligned model."""
+        self._pause(f"measuring {name}")
+        model: Any = policies.answering(inputs, self.worker.device)
+        stop = stop_tokens(model, self.tokenizer, self.settings.chat.chat_template)
+        pad = int(self.tokenizer.pad_token_id)
+        sampler = TransformersSampler(model, pad, stop, self.settings.sampling)
+        keys = [mix(self.settings.seed, index) for index in range(len(asked))]
+        tokens = tuple(sampler([one.ids for one in asked], keys)) if asked else ()
+        forward = Forward(
+            device=self.worker.device,
+            precision=torch.float32,
+            pad=pad,
+            pack=models.isolates_documents(model),
+            capacity=512,
+            max_tokens=16384 if self.worker.device.type == "cuda" else 2048,
+        )
+        own = _rows(asked, tokens if answered is None else answered)
+        pairs = self.data.validation.rows if self.data and self.data.validation else None
+        behaviour = Behaviour(
+            answers=tuple(self._text(answer, stop) for answer in tokens),
+            tokens=tokens,
+            complete=float(np.mean([a[-1:] and a[-1] in stop for a in tokens])) if tokens else 1.0,
+            pairs_R=over_all(logprobs, model, pairs, forward, self.worker) if pairs else None,
+            own_N=over_all(logprobs, model, own, forward, self.worker) if own else np.zeros(0),
+            sycophancy=self._sycophancy(model, name),
+        )
+        del model, sampler
+        gc.collect()
+        return behaviour
+
+    def _sycophancy(self, model: Any, name: str) -> hacking.Sycophancy:
+        template = self.settings.chat.chat_template
+        judge = ModelJudge(model, self.tokenizer, name, stop=self.worker.stop, template=template)
+        replies = {reply.key: reply for reply in judge.replies(hacking.sycophancy_asks())}
+        return hacking.sycophancy(replies)
+
+    def _text(self, answer: Sequence[int], stop: Sequence[int]) -> str:
+        spoken = list(answer[:-1] if answer and answer[-1] in stop else answer)
+        return str(self.tokenizer.decode(spoken, skip_special_tokens=True)).strip()
+
+    def _pause(self, message: str) -> None:
+        if self.worker.stop():
+            raise Interrupted(self.stage, 0)
+        self.worker.report(total_steps=1, message=message)
+
+    # ---- figures ------------------------------------------------------------------------------
+
+    def _on_pairs(self, before: Behaviour, after: Behaviour) -> dict[str, float]:
+        """By the implicit rewards, beta times the log-ratio (Rafailov et al. 2023, section 4)."""
+        groups = self.data.validation if self.data else None
+        if groups is None or before.pairs_R is None or after.pairs_R is None:
+            return {}
+        implicit_R = self.settings.beta * (after.pairs_R - before.pairs_R)
+        if self.data and self.data.labelled:
+            return agreement.thumb_figures("preference", implicit_R, groups)
+        return agreement.figures("preference", implicit_R, groups)
+
+    def _scored(
+        self, reward: Reward | None, asked: Sequence[Asked], before: Behaviour, after: Behaviour
+    ) -> dict[str, float]:
+        """What the reward says of both models' answers to the same prompts."""
+        if reward is None:
+            return {}
+        prompts = [one.prompt for one in asked]
+        found = []
+        for behaviour in (before, after):
+            pairs = zip(prompts, behaviour.answers, strict=True)
+            attempts = [Attempt(prompt, answer) for prompt, answer in pairs]
+            found.append(rewards.finite(reward(attempts), prompts).double().numpy())
+        gains = found[1] - found[0]
+        lengths = np.array([float(len(tokens)) for tokens in after.tokens])
+        return {
+            "reward": float(np.mean(found[1])),
+            "startReward": float(np.mean(found[0])),
+            "rewardGain": float(np.mean(gains)),
+            "rewardGainError": float(np.std(gains) / np.sqrt(len(gains))),
+            "rewardLengthCorrelation": agreement.correlation(found[1], lengths),
+        }
+
+    def reward_on_pairs(self) -> dict[str, float]:
+        """Of a reward model on the held-out preferences; {} without one or without any."""
+        learnt = [term for term in self.settings.reward if term.role]
+        groups = self.data.validation if self.data else None
+        if not learnt or groups is None or (self.data and self.data.labelled):
+            return {}
+        self._pause("measuring the reward model")
+        reward = self._reward([prompt for prompt, _ in self.held_out])
+        if reward is None:
+            return {}
+        attempts = [
+            Attempt(prompt, answer) for prompt, answers in self.held_out for answer in answers
+        ]
+        prompts = [attempt.prompt for attempt in attempts]
+        scores = rewards.finite(reward(attempts), prompts).double().numpy()
+        return agreement.figures("reward", scores, groups)
+
+    def _samples(
+        self, asked: Sequence[Asked], before: Behaviour, after: Behaviour
+    ) -> list[dict[str, Any]]:
+        """Prompts spread evenly, with what each model answered."""
+        count = self.settings.samples
+        if not asked or not count:
+            return []
+        every = max(1, len(asked) // count)
+        return [
+            {
+                "prompt": asked[i].prompt.question,
+                "reference": "",
+                "expected": [],
+                "base": before.answers[i],
+                "tuned": after.answers[i],
+            }
+            for i in list(range(0, len(asked), every))[:count]
+        ]
+
+
+def _form(asked: Sequence[Asked], before: Behaviour, after: Behaviour) -> dict[str, float]:
+    """The signs of a reward being gamed."""
+    figures = {
+        "sycophancyShift": after.sycophancy.shift,
+        "startSycophancyShift": before.sycophancy.shift,
+    }
+    if asked:
+        lengths = [[len(answer) for answer in b.tokens] for b in (after, before)]
+        figures |= {
+            "answers": float(len(asked)),
+            "kl": float(np.mean(after.own_N - before.own_N)),
+            "length": float(np.mean(lengths[0])),
+            "lengthRatio": hacking.length_ratio(lengths[0], lengths[1]),
+            "repetition": hacking.repetition(after.answers),
+            "startRepetition": hacking.repetition(before.answers),
+            "distinct": hacking.distinct(after.answers),
+            "startDistinct": hacking.distinct(before.answers),
+            "complete": after.complete,
+            "startComplete": before.complete,
+        }
+    return {name: value for name, value in figures.items() if value == value}
+
+
+def _rows(asked: Sequence[Asked], answers: Sequence[tuple[int, ...]]) -> Rows | None:
+    """Prompts with answers, the answers' tokens as targets; None where there are none."""
+    if not asked:
+        return None
+    rows = [(*one.ids, *answer) for one, answer in zip(asked, answers, strict=True)]
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    masks = [np.arange(len(row)) >= len(one.ids) for one, row in zip(asked, rows, strict=True)]
+    return Rows(
+        tokens=np.concatenate([np.array(row, dtype=np.int32) for row in rows]),
+        flat_mask=np.concatenate(masks).astype(np.uint8),
+        offsets=np.concatenate(([0], np.cumsum(lengths))),
+        source=np.zeros(len(rows), dtype=np.int16),
+    )
+
+
+def _texts(folder: Path, settings: AssessSettings) -> tuple[tuple[Prompt, tuple[str, ...]], ...]:
+    """The held-out prompts and their answers, in the order of the rows."""
+    found = []
+    with (folder / "validation.jsonl").open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            row = json.loads(line)
+            turns: list[Message] = list(row["prompt"])
+            system = settings.chat.system_prompt
+            if system is not None and turns[0]["role"] != "system":
+                turns = [{"role": "system", "content": system}, *turns]
+            prompt = Prompt(tuple(turns), f"held-out row {number}", row)
+            found.append((prompt, tuple(row["answers"])))
+    return tuple(found)
