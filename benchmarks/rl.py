@@ -57,7 +57,7 @@ class Pace:
     answers: int
     seconds: dict[str, float]
     processor: float
-    """Seconds of processor time, over all cores: what other processes on the machine hardly move."""
+    """Seconds of processor time, over all cores: other processes hardly change it."""
     length: float
 
     @property

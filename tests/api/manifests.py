@@ -279,6 +279,9 @@ GRPO = job(
       maxNewTokens: 128
       training: {epochs: 1}
     rewardModel: {model: {uri: "hf://org/reward"}}
+    rewardTerms:
+      - {weight: 0.5, rule: {exactMatch: answer}}
+      - {weight: -1.0, model: {uri: "hf://org/toxicity"}}
     optimize:
       grpo:
         prompts: {uri: "file://prompts.jsonl"}
@@ -360,6 +363,13 @@ BROKEN_RULES = [
     ),
     _one_of("no-reward", RLOO, "spec.rewardModel", {}, "train, model, rule"),
     _one_of("no-rule", RLOO, "spec.rewardModel.rule", {}, "exactMatch, jsonSchema"),
+    _one_of("an-empty-term", GRPO, "spec.rewardTerms[0]", {"weight": 2.0}, "model, rule"),
+    BrokenRule(
+        "terms-without-a-reward",
+        changed(DPO, {"spec.rewardTerms": [{"rule": {"jsonSchema": "{}"}}]}),
+        "spec.rewardTerms",
+        "are added to rewardModel, and there is none: set rewardModel",
+    ),
     _one_of("no-judge", PPO, "spec.preferences.aiFeedback.judge", {}, "model, endpoint"),
     BrokenRule(
         "question-without-answers",
@@ -471,7 +481,7 @@ BROKEN_RULES = [
     ),
     BrokenRule(
         "grpo-without-a-reward",
-        changed(GRPO, {"spec.rewardModel": ABSENT}),
+        changed(GRPO, {"spec.rewardModel": ABSENT, "spec.rewardTerms": ABSENT}),
         "spec.optimize",
         "ppo, grpo and rloo need a reward: add rewardModel, or optimize by dpo",
     ),

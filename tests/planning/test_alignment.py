@@ -255,3 +255,29 @@ def test_what_sampling_cannot_be_combined_with_is_named(field: str, value: Any, 
         optimize={"grpo": {"prompts": prompts, "groupSize": 8, field: value}},
     )
     assert [fault.path for fault in faults(wrong)] == [f"spec.optimize.grpo.{path}"]
+
+
+def test_terms_are_added_to_the_reward_each_by_its_weight() -> None:
+    terms = [
+        {"weight": 0.5, "rule": {"exactMatch": "answer"}},
+        {"weight": -0.1, "model": {"uri": "file://models/toxicity"}},
+    ]
+    planned = plan(job("ppo", rewardTerms=terms))
+    settings, inputs = stage(planned, "ppo").settings, stage(planned, "ppo").inputs
+    assert [(t.weight, t.role, t.rule and t.rule.kind) for t in settings.reward] == [
+        (1.0, "reward", None),
+        (0.5, None, "exactMatch"),
+        (-0.1, "reward.1", None),
+    ]
+    assert inputs["reward"] == StageInput(stage="reward")
+    added = inputs["reward.1"]
+    assert isinstance(added, SourceInput)
+    assert (added.uri, added.path) == ("file://models/toxicity", "spec.rewardTerms[1].model.uri")
+    assert "reward.1" in stage(planned, "evaluate").inputs
+
+
+def test_terms_without_a_reward_to_add_to_are_refused() -> None:
+    with pytest.raises(ValueError, match="are added to rewardModel, and there is none"):
+        job("dpo", rewardTerms=[{"rule": {"exactMatch": "answer"}}])
+    with pytest.raises(ValueError, match="set exactly one of model, rule"):
+        job("ppo", rewardTerms=[{"weight": 2.0}])

@@ -30,7 +30,13 @@ TRAINING = ("sft", "pretrain", "reward", "dpo", "ppo", "grpo")
 """Stages that every worker runs; the rest run on rank 0 alone."""
 
 MODEL_ROLES = ("model", "judge", "reward")
-"""Inputs that are model folders where they come from outside the plan."""
+"""Inputs that are model folders where they come from outside the plan; `reward.0` counts as one."""
+
+
+def is_model(role: str) -> bool:
+    """Whether an input from outside the plan is a model folder, not a data set."""
+    return role.partition(".")[0] in MODEL_ROLES
+
 
 VERSIONED = ("tuneyard", "torch", "transformers", "peft")
 
@@ -85,7 +91,7 @@ class Ledger:
     def _usable(self, role: str, source: SourceInput) -> Path:
         """The source as stages take it: models as folders, never as one GGUF file."""
         path = self._fetch(role, source)
-        if role not in MODEL_ROLES or path.suffix != ".gguf":
+        if not is_model(role) or path.suffix != ".gguf":
             return path
         from tuneyard_trainer.gguf import unpacked
 
@@ -98,7 +104,7 @@ class Ledger:
                 source,
                 base_dir=self.base_dir,
                 cache_dir=self.cache_dir,
-                kind="model" if role in MODEL_ROLES else "data",
+                kind="model" if is_model(role) else "data",
             )
         return self._fetched[key]
 

@@ -16,6 +16,7 @@ from tuneyard.api.methods import (
     Evaluate,
     Optimize,
     Preferences,
+    RewardAddend,
     RewardModel,
     Training,
 )
@@ -47,6 +48,8 @@ class AlignmentSpec(Model):
     """What people or a judge prefer; needed by dpo and by rewardModel.train. None: none."""
     reward_model: RewardModel | None = None
     """What scores answers; needed by ppo, grpo and rloo. None: no reward."""
+    reward_terms: list[RewardAddend] = Field(default=[], max_length=8)
+    """Added to what `rewardModel` says, each by its weight: a mixture. Empty: nothing."""
     optimize: Optimize | None = None
     """How the model is aligned. None: stop after the steps above."""
     rounds: int = Field(default=1, ge=1, le=32)
@@ -100,6 +103,13 @@ class AlignmentSpec(Model):
             message="ppo, grpo and rloo need a reward: add rewardModel, or optimize by dpo",
             path="optimize",
             reads=("optimize", "optimize.dpo", "rewardModel"),
+        ),
+        Rule(
+            cel="!has(self.rewardTerms) || self.rewardTerms.size() == 0 || has(self.rewardModel)",
+            holds=lambda spec: not spec.reward_terms or spec.reward_model is not None,
+            message="are added to rewardModel, and there is none: set rewardModel",
+            path="rewardTerms",
+            reads=("rewardTerms", "rewardModel"),
         ),
         Rule(
             cel="self.rounds == 1 || has(self.optimize)",

@@ -347,6 +347,26 @@ class RewardModel(OneOf):
     """A rule."""
 
 
+class RewardAddend(Model):
+    """What is added to a reward: another model or a rule, with its weight."""
+
+    weight: float = Field(default=1.0, ge=-1000, le=1000)
+    """By what it is multiplied; `rewardModel` itself counts once."""
+    model: ModelSource | None = None
+    """An existing sequence classifier with one output."""
+    rule: RuleReward | None = None
+    """A rule."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            cel="has(self.model) != has(self.rule)",
+            holds=lambda term: (term.model is None) != (term.rule is None),
+            message="set exactly one of model, rule",
+            reads=("model", "rule"),
+        ),
+    )
+
+
 class Judge(OneOf):
     """Who labels; exactly one."""
 

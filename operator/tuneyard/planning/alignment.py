@@ -414,16 +414,25 @@ class _Line:
         reward = self.spec.reward_model
         if reward is None:
             raise TypeError("there is no reward")
-        return [RewardTerm(rule=reward.rule) if reward.rule else RewardTerm(role="reward")]
+        terms = [RewardTerm(rule=reward.rule) if reward.rule else RewardTerm(role="reward")]
+        for index, term in enumerate(self.spec.reward_terms):
+            role = None if term.rule else f"reward.{index}"
+            terms.append(RewardTerm(weight=term.weight, role=role, rule=term.rule))
+        return terms
 
     def _reward_input(self) -> dict[str, Input]:
-        """The model that scores; nothing where a rule does."""
-        if self.reward:
-            return {"reward": self.reward}
+        """The models that score; nothing where rules do."""
+        found: dict[str, Input] = {}
         reward = self.spec.reward_model
-        if reward and reward.model:
-            return {"reward": model_input(reward.model, "spec.rewardModel.model")}
-        return {}
+        if self.reward:
+            found["reward"] = self.reward
+        elif reward and reward.model:
+            found["reward"] = model_input(reward.model, "spec.rewardModel.model")
+        for index, term in enumerate(self.spec.reward_terms):
+            if term.model:
+                path = f"spec.rewardTerms[{index}].model"
+                found[f"reward.{index}"] = model_input(term.model, path)
+        return found
 
     def _judge(self, judge: Judge | None, path: str) -> tuple[dict[str, Input], TrainRuntime]:
         """The judge as an input where it is a model, and where it answers where it is not."""
