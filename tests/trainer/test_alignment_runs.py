@@ -41,7 +41,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def aligned(model: Path, **spec: Any) -> Plan:
-    value = {
+    value: dict[str, Any] = {
         "apiVersion": "tuneyard.io/v1alpha1",
         "kind": "AlignmentJob",
         "metadata": {"name": "aligned"},

