@@ -17,18 +17,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-from tuneyard.api.plan import GrpoSettings, LoopSettings, PlannedStage, PpoSettings
+from tuneyard.api.plan import GrpoSettings, PlannedStage, PpoSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer import actor as actors
 from tuneyard_trainer import answering, models, policies, rewards
-from tuneyard_trainer.actor import Actor, Texts
+from tuneyard_trainer.actor import Actor
 from tuneyard_trainer.answering import Ready
 from tuneyard_trainer.batches import Order
 from tuneyard_trainer.checkpoints import Checkpoints, LoopState, assign
-from tuneyard_trainer.experience import Experience, Method
-from tuneyard_trainer.loop import CHECKPOINT_SECONDS, History, adamw, mix, not_finite
+from tuneyard_trainer.experience import Method
+from tuneyard_trainer.loop import CHECKPOINT_SECONDS, History, mix
+from tuneyard_trainer.optimiser import Optimiser, generator
 from tuneyard_trainer.rl import adapted_coefficient
 from tuneyard_trainer.rollouts import Collector, Peers, Rollouts, prompts_of
 from tuneyard_trainer.sampling import TransformersSampler, stop_tokens
@@ -39,14 +39,11 @@ from tuneyard_trainer.worker import Interrupted, Outcome, Worker
 HELD_OUT_SHARE, MOST_HELD_OUT = 0.1, 64
 """Prompts that are never trained on: the reward of 64 answers is known to an eighth of its
 deviation, and less, as every measurement draws them with the same keys."""
-VALUE_HEAD_RATE = 10.0
-"""The value head's learning rate over the policy's: it starts from nothing (OpenRLHF: critics at
-9e-6 beside actors at 5e-7)."""
 TRUNCATED_UPDATES = 3
 """Updates in a row without one whole answer before the run is given up."""
 SAMPLES_SHOWN = 3
 MEASURED = ("reward", "kl", "answerLength", "endedShare")
-_SPLIT, _ANSWER, _MEASURE, _SHUFFLE = range(4)  # purposes of a seed
+_ANSWER, _MEASURE = 1, 2  # purposes of a seed
 
 
 @dataclass(frozen=True)
@@ -98,8 +95,7 @@ class Loop:
     method: Method
     worker: Worker
     actor: Actor
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
+    optimiser: Optimiser
     collector: Collector
     questions: Sequence[Ready]
     held_out: Sequence[Ready]
@@ -151,22 +147,15 @@ class Loop:
             actor.model, actor.pad, stop, settings.sampling, actor.precision
         )
         questions, held_out = split(ready)
+        peers = Peers(worker.rank, worker.world_size, worker.device)
         return cls(
             stage=stage.name,
             settings=settings,
             method=method,
             worker=worker,
             actor=actor,
-            parameters=actor.parameters,
-            optimizer=_optimizer(actor, training),
-            collector=Collector(
-                actor,
-                sampler,
-                reward,
-                asker.tokenizer,
-                stop,
-                Peers(worker.rank, worker.world_size, worker.device),
-            ),
+            optimiser=Optimiser.of(actor, method, training, peers),
+            collector=Collector(actor, sampler, reward, asker.tokenizer, stop, peers),
             questions=questions,
             held_out=held_out or questions[:MOST_HELD_OUT],
             trained_on_held_out=not held_out,
@@ -223,7 +212,7 @@ class Loop:
             return state
         if not isinstance(state, RlState):
             raise TypeError("not a checkpoint of reinforcement learning")
-        self.checkpoints.restore(state, self.parameters, self.optimizer)
+        self.checkpoints.restore(state, self.optimiser.parameters, self.optimiser.optimizer)
         self.history.truncate(state.step)
         if state.step == 0:
             self.history.write({"step": 0, **_held_out(state.base)})
@@ -249,7 +238,10 @@ class Loop:
             self._tell_of_blow_up(state, total, watched, stopped)
             return replace(state, stopped=stopped.reason), False
         experience, more = self.method.experience(rollouts, state.kl_coefficient)
-        optimised, steps, interrupted = self._optimise(experience, rollouts, state, total)
+        optimised, steps = self.optimiser.improve(
+            experience, rollouts, state.step, self._learning_rate(state.step, total)
+        )
+        interrupted = self._asked_to_stop()
         trained = time.monotonic()
         metrics = {
             **watched,
@@ -272,6 +264,11 @@ class Loop:
         self._log(state, total, metrics)
         return state, interrupted
 
+    def _asked_to_stop(self) -> bool:
+        """Whether any worker was, as all of them see it."""
+        stop = torch.tensor([float(self.worker.stop())], device=self.worker.device)
+        return bool(self.collector.peers.sum(stop) > 0)
+
     def _asked(self, step: int) -> tuple[list[Ready], list[int]]:
         """The questions of an update, each as often as it is answered, and the answers' keys.
         Updates take prompts one after the other from endless shuffled passes over all of them."""
@@ -282,80 +279,6 @@ class Loop:
         chosen = [int(passes[place // size][place % size]) for place in places]
         questions = [self.questions[i] for i in chosen for _ in range(self.method.group_size)]
         return questions, [mix(seed, _ANSWER, step, i) for i in range(len(questions))]
-
-    # ---- optimising -----------------------------------------------------------------------------
-
-    def _optimise(
-        self, experience: Experience, rollouts: Rollouts, state: RlState, total: int
-    ) -> tuple[dict[str, float], int, bool]:
-        """All epochs over an update's answers. Returns what was watched, as means over tokens and
-        minibatches; the optimizer steps taken; and whether any worker was asked to stop."""
-        training, device = self.settings.training, self.worker.device
-        place = {answer: own for own, answer in enumerate(rollouts.owned)}
-        sums = torch.zeros(len(self.method.watched), device=device)
-        norms: list[float] = []
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate(state.step, total) * group.get("scale", 1.0)
-        self.actor.train()
-        for epoch in range(self.method.optimization_epochs):
-            shuffled = _generator(training.seed, _SHUFFLE, state.step, epoch).permutation(
-                len(rollouts.lengths_R)
-            )
-            for start in range(0, len(shuffled), training.batch_size):
-                chosen = shuffled[start : start + training.batch_size]
-                divisor = self.method.divisor(
-                    rollouts.lengths_R[torch.from_numpy(chosen).to(device)]
-                )
-                own = [place[int(answer)] for answer in chosen if int(answer) in place]
-                sums += self._backward(experience, rollouts.texts, own, divisor)
-                norms.append(self._step(state.step))
-        stop = torch.tensor([float(self.worker.stop())], device=device)
-        told = self.collector.peers.sum(torch.cat([sums, stop]))
-        seen_tokens = rollouts.num_tokens * self.method.optimization_epochs
-        means = {
-            name: float(value) / seen_tokens
-            for name, value in zip(self.method.watched, told[:-1], strict=True)
-        }
-        return {**means, "gradientNorm": sum(norms) / len(norms)}, len(norms), bool(told[-1] > 0)
-
-    def _backward(
-        self, experience: Experience, texts: Texts, own: Sequence[int], divisor: Tensor
-    ) -> Tensor:
-        """Adds the gradient of this worker's part of a minibatch, pass by pass. Returns what the
-        method watches, summed."""
-        sums = torch.zeros(len(self.method.watched), device=self.worker.device)
-        for layout in self.actor.passes(texts.take(own)):
-            rows = [own[i] for i in layout]
-            entropy = self.method.rewards_entropy
-            now = self.actor.score(texts.take(rows), with_entropy=entropy)
-            loss = self.method.loss(now, experience.take(rows))
-            (loss.total / divisor).backward()
-            sums += torch.stack([loss.watched[name].detach() for name in self.method.watched])
-        return sums
-
-    def _step(self, step: int) -> float:
-        """Sums the workers' gradients and steps. Returns the norm before clipping."""
-        for parameter in self.parameters.values():
-            if parameter.grad is None:  # a worker without a part in this minibatch
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        if self.worker.world_size > 1:
-            flat = self.collector.peers.sum(torch.cat([g.reshape(-1).float() for g in gradients]))
-            for gradient, summed in zip(
-                gradients, flat.split([g.numel() for g in gradients]), strict=True
-            ):
-                gradient.copy_(summed.view_as(gradient))
-        limit = self.settings.training.optimizer.max_gradient_norm
-        norm = float(
-            nn.utils.clip_grad_norm_(
-                list(self.parameters.values()), math.inf if limit is None else limit
-            )
-        )
-        if not math.isfinite(norm):
-            raise not_finite(f"the gradient's norm became {norm} in update {step + 1}")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
 
     def _learning_rate(self, step: int, total: int) -> float:
         training = self.settings.training
@@ -453,7 +376,7 @@ class Loop:
 
     def _save(self, state: RlState) -> None:
         if self.worker.is_main:
-            self.checkpoints.save(state, self.parameters, self.optimizer)
+            self.checkpoints.save(state, self.optimiser.parameters, self.optimiser.optimizer)
 
     def _keep_best(self, state: RlState, total: int) -> None:
         """Rank 0 alone holds the result; the others are done."""
@@ -461,7 +384,7 @@ class Loop:
         if not self.settings.training.keep_best or best is None or not self.worker.is_main:
             return
         if best != state.step:
-            assign(self.checkpoints.weights(best), self.parameters)
+            assign(self.checkpoints.weights(best), self.optimiser.parameters)
         if best == 0:
             message = "no update was better than the start: the result is the model as it was"
             self.worker.report(step=state.step, total_steps=total, message=message)
@@ -483,7 +406,7 @@ class Loop:
             "tokens": float(state.tokens),
             "trainingSeconds": state.seconds,
             "klCoefficient": state.kl_coefficient,
-            "trainedParameters": float(sum(p.numel() for p in self.parameters.values())),
+            "trainedParameters": float(sum(p.numel() for p in self.optimiser.parameters.values())),
             "parameters": float(models.count_parameters(self.actor.model)),
             "peakMemoryBytes": float(models.peak_memory_bytes(self.worker.device)),
         }
@@ -519,20 +442,7 @@ def split(questions: Sequence[Ready]) -> tuple[list[Ready], list[Ready]]:
     fixed: runs that differ in theirs are measured on the same prompts."""
     different = sorted({question.ids for question in questions})
     count = min(MOST_HELD_OUT, int(len(different) * HELD_OUT_SHARE))
-    chosen = _generator(0, _SPLIT).permutation(len(different))[:count]
+    chosen = generator(0).permutation(len(different))[:count]
     held_out = {different[i] for i in chosen}
     by_ids = {question.ids: question for question in questions if question.ids in held_out}
     return [q for q in questions if q.ids not in held_out], list(by_ids.values())
-
-
-def _optimizer(actor: Actor, training: LoopSettings) -> torch.optim.Optimizer:
-    """The policy's AdamW, and the value head at its own rate."""
-    optimizer = adamw(models.trainable(actor.model), training)
-    if actor.value_head:
-        head = list(actor.value_head.parameters())
-        optimizer.add_param_group({"params": head, "weight_decay": 0.0, "scale": VALUE_HEAD_RATE})
-    return optimizer
-
-
-def _generator(*numbers: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(numbers)))
