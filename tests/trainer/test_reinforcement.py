@@ -294,6 +294,28 @@ def test_two_workers_do_what_one_does_and_fail_together(
     assert reasons == ["RewardContextTooShort"] * 2
 
 
+@pytest.mark.usefixtures("reward")
+@pytest.mark.parametrize("adapter", [None, {"lora": {}}, {"prefix": {"length": 3}}], ids=str)
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_updates_in_bfloat16_stay_near_those_in_float32(
+    method: str, adapter: Any, tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    """Mixed precision, as on a GPU: the base under an adapter is in bfloat16, what is trained never
+    is; ratios begin at 1 all the same, as both passes round alike."""
+    make = ppo_stage if method == "ppo" else grpo_stage
+    more = {"optimization_epochs": 1} if method == "ppo" else {}
+    training = {"max_steps": 1, "keep_best": False, "batch_size": 16}
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        stage = make(training | {"precision": precision}, adapter=adapter, **more)
+        weights, _ = run(stage, tmp_path / precision, inputs)
+        assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+        found[precision] = next(ln for ln in lines(tmp_path / precision) if "policyLoss" in ln)
+    assert found["bfloat16"]["clipFraction"] == 0
+    assert found["bfloat16"]["entropy"] == pytest.approx(found["float32"]["entropy"], rel=0.05)
+    assert found["bfloat16"]["gradientNorm"] > 0
+
+
 # ---- what is kept -------------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ from tuneyard.errors import StageError
 from tuneyard_trainer import rewards
 from tuneyard_trainer.prompts import Prompt
 from tuneyard_trainer.rewards import Attempt
+from tuneyard_trainer.runner import is_model
 
 CPU = torch.device("cpu")
 CHAT = ChatSettings(system_prompt=None, chat_template=None)
@@ -193,6 +194,11 @@ def test_a_sum_weighs_its_parts(tmp_path: Path, tiny_tokenizer: Any) -> None:
     attempts = [Attempt(asked, "left"), Attempt(asked, "right")]
     expected = 2 * learned(path)(attempts) - 0.5 * torch.tensor([1.0, 0.0])
     torch.testing.assert_close(both(attempts), expected)
+
+
+def test_a_models_terms_come_as_models_whatever_their_number() -> None:
+    assert all(is_model(role) for role in ("model", "judge", "reward", "reward.0", "reward.12"))
+    assert not any(is_model(role) for role in ("prompts", "train.0", "preferences.1", "data"))
 
 
 # ---- what cannot be scored ----------------------------------------------------------------------
