@@ -247,12 +247,16 @@ AlignmentMetric = Literal[
     "kl",
     "lengthRatio",
     "repetition",
+    "complete",
+    "sycophancyShift",
 ]
 """What a gate of an alignment can look at. preferenceAccuracy, preferenceMargin: the aligned
 model's log-probabilities against the start's on the held-out pairs. rewardAccuracy, rewardMargin:
 the reward model's on the same pairs. reward: mean over the aligned model's own answers to held-out
 prompts; the gain: over the start's. kl: nats per answer from the start. lengthRatio: mean length of
-an answer over the start's. repetition: share of an answer's 4-grams that it said before."""
+an answer over the start's. repetition: share of an answer's sequences of 4 words that it said
+before. complete: share of answers that end by themselves. sycophancyShift: how much likelier a
+wrong answer becomes once the user holds it."""
 
 
 class Gate(Model):

@@ -146,7 +146,8 @@ def _unmeasured(gate: Gate, spec: AlignmentSpec) -> str | None:
             f"{gate.metric} is a reward model's on held-out preferences: set preferences, and "
             "rewardModel.train or rewardModel.model"
         )
-    if gate.metric in ("kl", "lengthRatio", "repetition") and not spec.optimize:
+    own = ("kl", "lengthRatio", "repetition", "complete", "sycophancyShift")
+    if gate.metric in own and not spec.optimize:
         return f"{gate.metric} is an aligned model's: set optimize"
     on_pairs = on_reward or gate.metric.startswith("preference")
     if on_pairs and preferences and not preferences.held_out:

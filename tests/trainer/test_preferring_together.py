@@ -1,0 +1,78 @@
+"""Two workers learn from preferences what one learns."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+
+from tests.trainer.preferring import CPU, loop_settings, planned, separable, write_pairs
+from tuneyard.api.methods import Adapter
+from tuneyard.api.plan import DpoSettings, RewardSettings
+from tuneyard_trainer.stages import dpo, reward
+from tuneyard_trainer.worker import Worker
+
+LOOP = loop_settings(max_steps=3, epochs=None, learning_rate=1e-3, batch_size=5)
+LORA = Adapter.model_validate({"lora": {"rank": 4}})
+STAGES = ("sigmoid", "kto", "reward")
+
+
+def run(kind: str, folder: Path, model: Path, worker: Worker) -> None:
+    data = folder.parent / ("thumbs" if kind == "kto" else "twos") / "pairs"
+    inputs = {"model": model, "data": data}
+    folder.mkdir(exist_ok=True)
+    if kind == "reward":
+        rewarded = RewardSettings(adapter=LORA, margin=0.0, centering=0.01, training=LOOP)
+        reward.run(planned(rewarded), inputs, folder, worker)
+        return
+    chosen = DpoSettings(
+        adapter=LORA,
+        loss=kind,  # type: ignore[arg-type]
+        beta=0.1,
+        label_smoothing=0.0,
+        training=LOOP,
+    )
+    dpo.run(planned(chosen), inputs, folder, worker)
+
+
+def _worker(rank: int, port: int, folder: Path, model: Path) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    for kind in STAGES:
+        run(kind, folder / f"{kind}-by-two", model, Worker(rank, 2, CPU))
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    folder = tmp_path_factory.mktemp("together")
+    rows: list[dict[str, Any]] = separable(16)
+    write_pairs(folder / "twos", tiny_model_dir, rows)
+    write_pairs(folder / "thumbs", tiny_model_dir, rows, labelled=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_worker, args=(port, folder, tiny_model_dir), nprocs=2)  # type: ignore[attr-defined]
+    for kind in STAGES:
+        run(kind, folder / f"{kind}-by-one", tiny_model_dir, Worker(0, 1, CPU))
+    return folder
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_two_workers_come_to_the_same_weights(finished: Path, kind: str) -> None:
+    one, two = (
+        load_file(next((finished / f"{kind}-by-{count}" / "weights").glob("*.safetensors")))
+        for count in ("one", "two")
+    )
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=0)
