@@ -358,11 +358,12 @@ def test_no_two_jobs_share_a_rayjob() -> None:
     assert len(made) == 2 * 2 * len(names)
 
 
-def test_workers_are_drained_before_they_are_told_to_end() -> None:
-    (container,) = worker(rendered(job()))["containers"]
-    command = container["lifecycle"]["preStop"]["exec"]["command"]
-    assert command == ["python", "-m", "tuneyard_trainer.drain"]
-    assert worker(rendered(job()))["terminationGracePeriodSeconds"] == 120
+def test_driver_and_workers_are_drained_before_they_are_told_to_end() -> None:
+    for pod in (head(rendered(job())), worker(rendered(job()))):
+        (container,) = pod["containers"]
+        command = container["lifecycle"]["preStop"]["exec"]["command"]
+        assert command == ["python", "-m", "tuneyard_trainer.drain"]
+        assert pod["terminationGracePeriodSeconds"] == 120
 
 
 def test_the_erasing_pod_sees_the_output_and_nothing_else() -> None:

@@ -263,6 +263,7 @@ class _Pods(NamedTuple):
 def _head(pods: _Pods, store: Storage, mounts: Iterable[_Mount], env: list[Object]) -> Object:
     container = {
         "name": "ray-head",
+        "lifecycle": _drained(),
         "resources": _modest("250m", "1", "4Gi"),
         "env": [*_environment(), *env],
         "envFrom": _env_from(store.output_credentials),
@@ -286,8 +287,7 @@ def _worker_group(pods: _Pods, store: Storage, group: Workers, compute: Compute)
         resources[group.gpu_resource] = start["num-gpus"] = str(group.gpus)
     container = {
         "name": "ray-worker",
-        # Runs before SIGTERM, on which `ray start` would end the worker at once.
-        "lifecycle": {"preStop": {"exec": {"command": [*_MODULE, "tuneyard_trainer.drain"]}}},
+        "lifecycle": _drained(),
         "resources": _fixed(resources),
         "env": [*_environment(), *_secret_env(store)],
         "envFrom": _env_from(store.credentials),
@@ -357,6 +357,11 @@ def _volume_mount(mount: _Mount) -> Object:
 def _fixed(resources: Mapping[str, str]) -> Object:
     """Requests equal to limits: such a pod is the last to be evicted."""
     return {"requests": dict(resources), "limits": dict(resources)}
+
+
+def _drained() -> Object:
+    """Runs before SIGTERM, on which `ray start` would end driver or worker at once."""
+    return {"preStop": {"exec": {"command": [*_MODULE, "tuneyard_trainer.drain"]}}}
 
 
 def _modest(cpu: str, most_cpu: str, memory: str) -> Object:
