@@ -33,6 +33,7 @@ from tuneyard.api.plan import Plan
 from tuneyard.planning.stages import plan
 from tuneyard_trainer import adapters, distributed, gguf, models, plain
 from tuneyard_trainer.prepared import Prepared
+from tuneyard_trainer.records import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 8
@@ -126,6 +127,7 @@ def _processor_seconds(process: psutil.Process) -> float:
 
 
 def with_ray(job: Plan, output: Path, cache: Path, scratch: Path, overhead: Overhead) -> Pace:
+    Store(str(output), scratch).claim(job.job, attempt=1)
     distributed.run(
         job,
         places=distributed.Places(str(output), str(scratch), str(ROOT), str(cache)),

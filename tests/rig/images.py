@@ -112,7 +112,9 @@ def _ways(root: Path) -> Iterator[Path]:
     """The folders on the way to what is needed: pods do not run as root, and a home is closed."""
     for path in NEEDED:
         if path.is_relative_to(root):
-            yield from (parent for parent in path.parents if parent != root and parent.is_relative_to(root))
+            yield from (
+                parent for parent in path.parents if parent != root and parent.is_relative_to(root)
+            )
 
 
 def _private(root: Path) -> Iterator[Path]:
