@@ -66,6 +66,13 @@ class Sightings:
 
     rayjobs: dict[str, float] = field(default_factory=dict)
     statuses: dict[str, float] = field(default_factory=dict)
+    watches: list[asyncio.Task[None]] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raises what ended a watch: without it nothing more would be seen."""
+        for watch in self.watches:
+            if watch.done():
+                watch.result()
 
     def saw_rayjob(self, rayjob: Object) -> None:
         name = rayjob["metadata"].get("labels", {}).get(JOB_LABEL)
@@ -85,7 +92,7 @@ async def watching(api: Api) -> AsyncIterator[Sightings]:
         async for changed in api.watch(path):
             note(changed)
 
-    tasks = [
+    seen.watches = [
         asyncio.create_task(follow(JOBS, seen.saw_job)),
         asyncio.create_task(follow(RAYJOBS, seen.saw_rayjob)),
     ]
@@ -93,11 +100,9 @@ async def watching(api: Api) -> AsyncIterator[Sightings]:
     try:
         yield seen
     finally:
-        for task in tasks:
-            task.cancel()
-        for ended in await asyncio.gather(*tasks, return_exceptions=True):
-            if not isinstance(ended, asyncio.CancelledError):
-                raise SystemExit(f"a watch of the benchmark failed: {ended}")
+        for watch in seen.watches:
+            watch.cancel()
+        await asyncio.gather(*seen.watches, return_exceptions=True)
 
 
 async def handled(
@@ -107,6 +112,7 @@ async def handled(
     deadline, told = time.monotonic() + timeout_seconds, time.monotonic()
     while not (seen.rayjobs.keys() >= set(names) and seen.statuses.keys() >= set(names)):
         operator.check()
+        seen.check()
         now = time.monotonic()
         if now > deadline:
             have = f"{len(seen.rayjobs)} RayJobs and {len(seen.statuses)} statuses"

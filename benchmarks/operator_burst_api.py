@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import ssl
@@ -77,10 +78,15 @@ class Api:
                 async with self._session.get(
                     self._url + query, timeout=timeout, read_bufsize=LINE_BYTES
                 ) as answer:
+                    if answer.status != 200:  # 429: a new kind's storage is not there yet
+                        await asyncio.sleep(0.1)
+                        continue
                     async for line in answer.content:
                         event = json.loads(line)
                         if event["type"] == "ERROR":
-                            raise SystemExit(f"a watch of the benchmark failed: {event['object']}")
+                            raise RuntimeError(
+                                f"a watch of the benchmark failed: {event['object']}"
+                            )
                         version = event["object"]["metadata"]["resourceVersion"]
                         yield event["object"]
             say(f"  the watch of {path.rpartition('/')[2]} ended and goes on")
