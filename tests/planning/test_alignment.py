@@ -232,6 +232,12 @@ def test_every_decision_is_told_once_whatever_the_rounds() -> None:
          "spec.evaluate.gates[0].metric"),
         ({"evaluate__gates": [{"metric": "preferenceAccuracy", "atLeast": 0.5}],
           "preferences__heldOut": 0.0}, "spec.evaluate.gates[0].metric"),
+        ({"optimize": None, "sft": {"data": {"train": [{"uri": "file://t.jsonl"}]}}},
+         "spec.preferences"),
+        ({"optimize": None, "preferences": None, "rewardModel": {"rule": {"exactMatch": "a"}}},
+         "spec.rewardModel"),
+        ({"preferences__heldOut": 0.0, "optimize__dpo__training": {"earlyStopping": {}}},
+         "spec.optimize.dpo.training.earlyStopping"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_carried_out_is_named(changes: dict[str, Any], path: str) -> None:

@@ -61,7 +61,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_worker, args=(port, folder, tiny_model_dir), nprocs=2)  # type: ignore[attr-defined]
+    mp.spawn(_worker, args=(port, folder, tiny_model_dir), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
     for kind in STAGES:
         run(kind, folder / f"{kind}-by-one", tiny_model_dir, Worker(0, 1, CPU))
     return folder

@@ -349,7 +349,7 @@ class _Line:
         data = self.pairs or self.rows
         result = self.tuned if self.spec.optimize else self.reward or self.tuned
         if result is None:
-            raise PlanError([])
+            raise TypeError("a job without a step that trains passed its rules")
         inputs: dict[str, Input] = {"model": self.model, "tuned": result}
         if data:
             inputs["data"] = data

@@ -24,7 +24,13 @@ def fine_tuning_faults(spec: FineTuneSpec) -> list[Fault]:
 
 def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
     """In the order of the fields."""
-    faults = [*_preference_faults(spec), *_sampling_faults(spec), *_suite_faults(spec.evaluate)]
+    faults = [
+        *_preference_faults(spec),
+        *_idle_faults(spec),
+        *_stopping_faults(spec),
+        *_sampling_faults(spec),
+        *_suite_faults(spec.evaluate),
+    ]
     aligned = spec.optimize or (spec.reward_model and spec.reward_model.train)
     known = get_args(AlignmentMetric) if aligned else get_args(Metric)
     for path, gate in _gates(spec.evaluate):
@@ -51,9 +57,39 @@ def _preference_faults(spec: AlignmentSpec) -> Iterator[Fault]:
         )
 
 
+def _idle_faults(spec: AlignmentSpec) -> Iterator[Fault]:
+    """What no step would read."""
+    reward, trains = spec.reward_model, bool(spec.reward_model and spec.reward_model.train)
+    if reward and not trains and not spec.optimize:
+        yield Fault(
+            "spec.rewardModel",
+            "scores nothing without optimize: add optimize, train a reward model, or remove it",
+        )
+    if spec.preferences and not trains and not spec.optimize:
+        yield Fault(
+            "spec.preferences",
+            "nothing learns from them: add optimize or rewardModel.train, or remove them",
+        )
+
+
+def _stopping_faults(spec: AlignmentSpec) -> Iterator[Fault]:
+    """Early stopping on preferences of which none are held out."""
+    if spec.preferences is None or spec.preferences.held_out:
+        return
+    train = spec.reward_model and spec.reward_model.train
+    dpo = spec.optimize and spec.optimize.dpo
+    for path, step in (("rewardModel.train", train), ("optimize.dpo", dpo)):
+        if step and step.training.early_stopping:
+            yield Fault(
+                f"spec.{path}.training.earlyStopping",
+                "needs held-out preferences: set preferences.heldOut above 0, or remove "
+                "earlyStopping",
+            )
+
+
 def _sampling_faults(spec: AlignmentSpec) -> Iterator[Fault]:
     optimize = spec.optimize
-    sampled = optimize and (optimize.ppo or optimize.grpo or optimize.rloo)
+    sampled = (optimize.ppo or optimize.grpo or optimize.rloo) if optimize else None
     if optimize is None or sampled is None:
         return
     path = f"spec.optimize.{optimize.kind}"

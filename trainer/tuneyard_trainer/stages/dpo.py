@@ -8,6 +8,7 @@ Shapes: G groups, R rows, P pairs, N single answers, K figures.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: 
         raise TypeError(f"stage {stage.name} is a {stage.kind}, not dpo")
     loop = build(stage.name, settings, stage.runtime, inputs, workdir, worker)
     state = loop.train()
+    shutil.rmtree(workdir / MISMATCHED / str(worker.rank), ignore_errors=True)
     if worker.is_main:
         policies.save(loop.model, settings.adapter, workdir / policies.WEIGHTS)
     kept = state.best_step if settings.training.keep_best else state.step

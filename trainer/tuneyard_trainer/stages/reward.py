@@ -49,15 +49,16 @@ def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: 
     data = Preferences.open(inputs["data"])
     tokenizer = models.load_tokenizer(inputs["data"] / "tokenizer")
     worker.report(message="loading the model")
-    start = scorers.start(inputs, workdir / START)
+    spare = workdir / START / str(worker.rank)  # two workers may share the folder
+    start = scorers.start(inputs, spare)
     loop = build(stage.name, settings, stage.runtime, start, data, tokenizer, workdir, worker)
     state = loop.train()
     metrics, details = loop.summary(state), loop.details(state)
     if worker.is_main:
         worker.report(message="writing the reward model, loading it again and measuring it")
         metrics |= _written(loop, settings, start, inputs["model"], data, workdir, worker)
-        shutil.rmtree(workdir / START, ignore_errors=True)
         tokenizer.save_pretrained(workdir / "tokenizer")
+    shutil.rmtree(spare, ignore_errors=True)
     return Outcome(metrics, details, contents=(WEIGHTS, "tokenizer"))
 
 
