@@ -96,3 +96,15 @@ def test_answers_stop_at_the_tokenizers_the_models_and_the_templates_tokens(
     template = "{% for m in messages %}{{ m['content'] }}<|pad|>{% endfor %}"
     assert sampling.stop_tokens(model, tiny_tokenizer, template) == (0, 2, 3, 7)
     assert "<|pad|>" not in tiny_tokenizer.chat_template
+
+
+def test_as_many_answers_at_once_as_their_caches_have_room(monkeypatch: Any) -> None:
+    """The tiny model keeps 2 layers x 2 heads x 8 numbers x keys and values: 256 bytes a token."""
+    model, cpu = tiny_llama(VOCABULARY), torch.device("cpu")
+    assert sampling.at_once(model, 1000, cpu) == sampling.CPU_ANSWERS
+    monkeypatch.setattr(sampling, "CPU_CACHE_BYTES", 256 * 1000 * 3)
+    assert sampling.at_once(model, 1000, cpu) == 3
+    assert sampling.at_once(model, 10_000, cpu) == 1
+    together = sampler(model)(PROMPTS, KEYS)
+    monkeypatch.setattr(sampling, "CPU_CACHE_BYTES", 1)
+    assert sampler(model)(PROMPTS, KEYS) == together

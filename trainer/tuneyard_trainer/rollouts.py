@@ -153,21 +153,11 @@ class Collector:
         now = self.actor.scores(texts)
         reference_BT = self._reference(texts, now.logprobs_BT)
         mask_BT = texts.mask(self.actor.device)
-        kl_BT = rl.kl_k1(now.logprobs_BT, reference_BT)
-        each_BK = torch.stack(
-            [
-                scores_B,
-                torch.tensor(
-                    [answer[-1] in self.stop for answer in tokens], device=scores_B.device
-                ).float(),
-                mask_BT.sum(1).float(),
-                kl_BT.sum(1),
-                now.entropy_BT.sum(1),
-            ],
-            dim=1,
-        )
-        told_RK = self.peers.gather(each_BK, owned, len(questions))
-        finite(told_RK[:, 0], [q.prompt for q in questions])
+        kl_B = rl.kl_k1(now.logprobs_BT, reference_BT).sum(1)
+        each = [scores_B, self._ended(tokens), mask_BT.sum(1).float(), kl_B, now.entropy_BT.sum(1)]
+        told_RK = self.peers.gather(torch.stack(each, dim=1), owned, len(questions))
+        scores_R, ended_R, lengths_R, kl_R, entropy_R = told_RK.unbind(1)
+        finite(scores_R, prompts_of(questions))
         return Rollouts(
             owned=owned,
             texts=texts,
@@ -175,11 +165,11 @@ class Collector:
             logprobs_BT=now.logprobs_BT,
             values_BT=now.values_BT,
             reference_BT=reference_BT,
-            scores_R=told_RK[:, 0],
-            ended_R=told_RK[:, 1] > 0,
-            lengths_R=told_RK[:, 2],
-            kl_R=None if self.actor.reference is None else told_RK[:, 3],
-            entropy_R=told_RK[:, 4],
+            scores_R=scores_R,
+            ended_R=ended_R > 0,
+            lengths_R=lengths_R,
+            kl_R=None if self.actor.reference is None else kl_R,
+            entropy_R=entropy_R,
             seconds={
                 "generationSeconds": sampled - began,
                 "scoringSeconds": time.perf_counter() - sampled,
@@ -191,6 +181,11 @@ class Collector:
     def _worth(self, asked: Sequence[Ready], answers: Sequence[str]) -> Tensor:
         attempts = [Attempt(q.prompt, answer) for q, answer in zip(asked, answers, strict=True)]
         return self.reward(attempts).to(self.actor.device, torch.float32)
+
+    def _ended(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """(B,) 1 where an answer came to a stop token."""
+        last_B = torch.tensor([answer[-1] for answer in tokens], dtype=torch.long)
+        return rl.ended(last_B, torch.tensor(self.stop)).float().to(self.actor.device)
 
     def _reference(self, texts: Texts, logprobs_BT: Tensor) -> Tensor:
         if self.actor.reference is None:
@@ -204,4 +199,5 @@ class Collector:
 
 
 def prompts_of(questions: Sequence[Ready]) -> list[Prompt]:
+    """What was asked, without how the policy reads it."""
     return [question.prompt for question in questions]

@@ -34,8 +34,9 @@ from tuneyard_trainer.generation import length_batches, prompt_tuned
 from tuneyard_trainer.losses import autocast
 
 GPU_ANSWERS, CPU_ANSWERS = 256, 64
-"""Answers sampled at once: a step's cost hardly grows with them until the cache fills the memory
-(1k tokens of a 1B model with grouped queries: 32 MiB each)."""
+"""The most answers sampled at once: a step's cost hardly grows with them up to there."""
+CACHE_SHARE, CPU_CACHE_BYTES = 0.25, 2 << 30
+"""What their keys and values may take: of a GPU's memory, and on CPU."""
 
 
 class Sampler(Protocol):
@@ -66,8 +67,8 @@ class TransformersSampler:
     ) -> list[tuple[int, ...]]:
         answers: dict[int, tuple[int, ...]] = {}
         device = next(self.model.parameters()).device
-        size = GPU_ANSWERS if device.type == "cuda" else CPU_ANSWERS
         lengths = [len(prompt) for prompt in prompts]
+        size = at_once(self.model, max(lengths, default=0) + self.settings.max_new_tokens, device)
         self.model.eval()
         for chosen in length_batches(lengths, size, padded=not prompt_tuned(self.model)):
             sampled = self._batch([prompts[i] for i in chosen], [keys[i] for i in chosen], device)
@@ -102,6 +103,23 @@ class TransformersSampler:
         """Up to and with the first stop token: what follows pads the batch."""
         ends = (position + 1 for position, token in enumerate(answer) if token in self.stop)
         return tuple(answer[: next(ends, len(answer))])
+
+
+def at_once(model: Any, length: int, device: torch.device) -> int:
+    """How many answers' caches of `length` tokens there is room for; at least one."""
+    on_gpu = device.type == "cuda"
+    most = GPU_ANSWERS if on_gpu else CPU_ANSWERS
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads or not getattr(config, "hidden_size", None):
+        return most  # an architecture with another memory than keys and values
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept = (getattr(config, "num_key_value_heads", None) or heads) * width
+    token_bytes = 2 * config.num_hidden_layers * kept * (2 if on_gpu else 4)
+    room = CPU_CACHE_BYTES
+    if on_gpu:
+        room = int(CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory)
+    return max(1, min(most, room // (token_bytes * max(1, length))))
 
 
 class Draw(LogitsProcessor):
