@@ -19,6 +19,7 @@ from tuneyard.api.plan import (
     PairsSettings,
     Plan,
     PlannedStage,
+    PpoSettings,
     RewardTerm,
     SourceInput,
     StageInput,
@@ -270,6 +271,7 @@ def test_terms_are_added_to_the_reward_each_by_its_weight() -> None:
     ]
     planned = plan(job("ppo", rewardTerms=terms))
     settings, inputs = stage(planned, "ppo").settings, stage(planned, "ppo").inputs
+    assert isinstance(settings, PpoSettings)
     assert [(t.weight, t.role, t.rule and t.rule.kind) for t in settings.reward] == [
         (1.0, "reward", None),
         (0.5, None, "exactMatch"),
