@@ -91,13 +91,14 @@ def test_dpo_over_two_rounds_is_measured_and_exported_merged(
     assert {record["state"] for record in again.values()} == {"Skipped"}
 
 
-def test_fine_tuning_then_a_reward_model_then_ppo(
+def test_fine_tuning_then_a_reward_model_then_ppo_against_it_and_a_rule(
     folder: Path, tmp_path: Path, tiny_model_dir: Path
 ) -> None:
     planned = aligned(
         tiny_model_dir,
         sft={"data": {"train": [{"uri": "file://chats.jsonl"}]}, "training": TRAINING},
         rewardModel={"train": {"adapter": {"lora": {"rank": 4}}, "training": TRAINING}},
+        rewardTerms=[{"weight": 0.5, "rule": {"exactMatch": "answer"}}],
         optimize={
             "ppo": {
                 "prompts": {"uri": "file://prompts.jsonl"},

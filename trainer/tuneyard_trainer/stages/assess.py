@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from tuneyard.api.plan import AssessSettings, PlannedStage
+from tuneyard.api.plan import AssessSettings, PlannedStage, RewardTerm
 from tuneyard_trainer import agreement, hacking, models, policies, rewards
 from tuneyard_trainer.chat import Message
 from tuneyard_trainer.judge_model import ModelJudge
@@ -115,7 +115,7 @@ class Measuring:
     def aligned(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """The aligned model against its start, one of them in memory at a time."""
         asked = self._asked()
-        reward = self._reward([one.prompt for one in asked])
+        reward = self._reward(self.settings.reward, [one.prompt for one in asked])
         after = self._behaviour(asked, {**self.inputs}, None, "the aligned model")
         start = {role: path for role, path in self.inputs.items() if role != "tuned"}
         if "start" in self.inputs:
@@ -147,11 +147,11 @@ class Measuring:
         ids = tuple(self.tokenizer(text, add_special_tokens=plain)["input_ids"])
         return ids if len(ids) + self.settings.sampling.max_new_tokens <= ANSWERED else ()
 
-    def _reward(self, prompts: Sequence[Prompt]) -> Reward | None:
-        if not self.settings.reward or not prompts:
+    def _reward(self, terms: Sequence[RewardTerm], prompts: Sequence[Prompt]) -> Reward | None:
+        if not terms or not prompts:
             return None
         chat, device = self.settings.chat, self.worker.device
-        return rewards.load(self.settings.reward, self.inputs, chat, prompts, device)
+        return rewards.load(terms, self.inputs, chat, prompts, device)
 
     def _behaviour(
         self,
@@ -240,13 +240,14 @@ class Measuring:
         }
 
     def reward_on_pairs(self) -> dict[str, float]:
-        """Of a reward model on the held-out preferences; {} without one or without any."""
+        """Of the reward's models, its rules aside, on the held-out preferences; {} without models
+        or without any held out."""
         learnt = [term for term in self.settings.reward if term.role]
         groups = self.data.validation if self.data else None
         if not learnt or groups is None or (self.data and self.data.labelled):
             return {}
         self._pause("measuring the reward model")
-        reward = self._reward([prompt for prompt, _ in self.held_out])
+        reward = self._reward(learnt, [prompt for prompt, _ in self.held_out])
         if reward is None:
             return {}
         attempts = [
