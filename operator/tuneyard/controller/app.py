@@ -87,7 +87,7 @@ async def _watch(settings: Settings, reconciler: Reconciler, stop: asyncio.Event
     others = asyncio.all_tasks()
     tasks = await kopf.spawn_tasks(
         registry=watch.registry(reconciler),
-        settings=watch.settings(),
+        settings=watch.settings(clusterwide=not settings.namespaces),
         standalone=True,
         clusterwide=not settings.namespaces,
         namespaces=settings.namespaces,

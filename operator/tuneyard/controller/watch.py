@@ -103,9 +103,12 @@ class _NothingKept(kopf.DiffBaseStorage, kopf.ProgressStorage):
         return essence
 
 
-def settings() -> kopf.OperatorSettings:
+def settings(*, clusterwide: bool) -> kopf.OperatorSettings:
     """kopf as a watcher only: it writes nothing."""
     result = kopf.OperatorSettings()
+    # Namespaces and definitions may be looked for with rights on the whole cluster only; kopf asks
+    # for a minute before it takes no for an answer, and watches nothing meanwhile.
+    result.scanning.disabled = not clusterwide
     result.posting.enabled = False
     result.peering.standalone = True
     result.watching.chunk_size = LIST_CHUNK
