@@ -25,6 +25,8 @@ from tuneyard.api.plan import RewardSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer import agreement, models, scorers
 from tuneyard_trainer.gguf import unpacked
+from tuneyard_trainer.losses import Forward
+from tuneyard_trainer.preference_passes import scores
 from tuneyard_trainer.preferences import Preferences
 from tuneyard_trainer.stages import reward
 from tuneyard_trainer.worker import Interrupted, Outcome, Worker
@@ -96,7 +98,10 @@ def test_what_is_written_is_a_plain_classifier_whose_head_was_trained(
     with torch.no_grad():
         together = model(batch, attention_mask=(batch != model.config.pad_token_id).long()).logits
         alone = [model(row[None]).logits[0] for row in rows]
+        forward = Forward(CPU, torch.float32, scorers.padding(tokenizer), False, 64, 4096)
+        ours = scores(model, data.train.rows, np.array([0, 1]), forward)
     torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours[:, None], together, atol=1e-5, rtol=0)
     assert tokenizer.chat_template
     again, _ = run(tmp_path / "b", inputs, settings(LORA, max_steps=3, epochs=None, seed=4))
     assert not torch.equal(weights["score.weight"], again["score.weight"])
