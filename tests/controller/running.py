@@ -99,7 +99,7 @@ class Operator:
         except OSError:
             return ""
 
-    def metric(self, name: str, **labels: str) -> float | None:
+    def metric(self, name: str, /, **labels: str) -> float | None:
         """The value of the first sample with these labels; None: there is none."""
         for family in text_string_to_metric_families(self.exposition()):
             for sample in family.samples:

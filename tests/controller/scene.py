@@ -209,7 +209,9 @@ class Played(Scene):
 
     def status_writes(self, job: Job) -> list[Object]:
         """The bodies of all that were asked for so far."""
-        return [request.json() for request in self.proxy.requests(on("PATCH", f"{job.path}/status$"))]
+        return [
+            request.json() for request in self.proxy.requests(on("PATCH", f"{job.path}/status$"))
+        ]
 
     def restart(self) -> None:
         """Killed and started again."""
@@ -254,9 +256,7 @@ def played(scene: Scene, folder: Path, **options: str) -> Iterator[Played]:
 
 
 @contextmanager
-def operator_of(
-    scene: Scene, kubeconfig: Path, folder: Path, **options: str
-) -> Iterator[Operator]:
+def operator_of(scene: Scene, kubeconfig: Path, folder: Path, **options: str) -> Iterator[Operator]:
     """An operator that serves the namespace alone; started."""
     with Reservation() as ports:
         port = str(ports.take())
@@ -275,8 +275,12 @@ def _with_token(kubeconfig: Path, token: str) -> Object:
 
 def _clear(scene: Scene) -> None:
     """Lets everything go, in whatever state the test left it."""
-    for path in ("apis/tuneyard.io/v1alpha1|finetunejobs", "apis/tuneyard.io/v1alpha1|alignmentjobs",
-                 "apis/ray.io/v1|rayjobs", "api/v1|pods"):
+    for path in (
+        "apis/tuneyard.io/v1alpha1|finetunejobs",
+        "apis/tuneyard.io/v1alpha1|alignmentjobs",
+        "apis/ray.io/v1|rayjobs",
+        "api/v1|pods",
+    ):
         root, _, plural = path.partition("|")
         collection = f"/{root}/namespaces/{scene.namespace}/{plural}"
         for item in scene.api.list(collection):
@@ -512,8 +516,7 @@ class Attempt:
         """What the head's container is told."""
         template = self.body["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
         return {
-            each["name"]: each.get("value", "")
-            for each in template["spec"]["containers"][0]["env"]
+            each["name"]: each.get("value", "") for each in template["spec"]["containers"][0]["env"]
         }
 
     @property

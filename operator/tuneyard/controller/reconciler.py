@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from tuneyard.api.manifest import parse
 from tuneyard.api.plan import Plan
 from tuneyard.api.progress import Post
-from tuneyard.api.status import JobStatus, Progress
+from tuneyard.api.status import AttemptStatus, JobStatus, Progress
 from tuneyard.controller import metrics
 from tuneyard.controller.cluster import FINALIZER, MANAGER, ApiError, Cluster, Key, Object
 from tuneyard.controller.queue import Again, Queue
@@ -136,10 +136,13 @@ class Reconciler:
 
     async def _decide(self, key: Key, entry: Entry, job: Job) -> None:
         attempt = job.status.attempts[-1] if job.status and job.status.attempts else None
-        view = entry.seen(attempt)
         is_planned = job.status is not None and job.status.plan_digest is not None
         planned = _IN_FORCE if is_planned else await self._planned(key, job)
-        decision = observe(job, planned, view, self.clock())
+        decision = observe(job, planned, entry.seen(attempt), self.clock())
+        if attempt is not None and _ends_badly(attempt, decision.status):
+            # Each kind has a watch of its own: that of pods may not have told yet why.
+            await self._read(key)
+            decision = observe(job, planned, entry.seen(attempt), self.clock())
         wait = entry.told_at + PROGRESS_SECONDS - time.monotonic()
         if wait > 0 and _may_wait(job.status, decision.status):
             self.queue.add_after(key, wait)
@@ -426,6 +429,12 @@ def _difference(before: Object, after: Object) -> Object:
         elif name not in before or old != value:
             patch[name] = value
     return patch
+
+
+def _ends_badly(attempt: AttemptStatus, after: JobStatus) -> bool:
+    """Whether an attempt that was open is closed, and not by success."""
+    last = after.attempts[-1]
+    return not attempt.finished_at and bool(last.finished_at) and last.reason != "Succeeded"
 
 
 def _may_wait(before: JobStatus | None, after: JobStatus) -> bool:

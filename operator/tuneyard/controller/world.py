@@ -126,9 +126,10 @@ class World:
     def see_pod(self, key: Key, item: Object, *, deleted: bool) -> bool:
         """Whether anything changed that decisions look at."""
         entry, pod = self.entry(key), seen.pod(item)
-        if deleted and pod.troubles:
+        is_evidence = deleted and bool(pod.troubles)
+        if is_evidence:
             entry.gone[pod.name] = pod
-        return _see(entry.pods, item, pod, deleted=deleted)
+        return _see(entry.pods, item, pod, deleted=deleted) or is_evidence
 
     def see_workload(self, key: Key, ray_job: str, item: Object, *, deleted: bool) -> None:
         workloads = self.entry(key).workloads

@@ -1,0 +1,314 @@
+"""The status server, over TLS and with real tokens: who may say what, and what becomes of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.controller.faults import on
+from tests.controller.scene import (
+    INTERRUPTED,
+    SUCCEEDED,
+    Attempt,
+    Driver,
+    Job,
+    Played,
+    consistently,
+    ending,
+    post,
+)
+from tuneyard.api.progress import MAX_POST_BYTES
+
+pytestmark = pytest.mark.apiserver
+
+
+@dataclass
+class Pair:
+    """Two jobs that run, both at attempt 1."""
+
+    job: Job
+    attempt: Attempt
+    other: Attempt
+
+
+@pytest.fixture(scope="module")
+def pair(stage: Played) -> Iterator[Pair]:
+    job, other = stage.create("mine"), stage.create("theirs")
+    yield Pair(job, job.attempt(1).run(), other.attempt(1).run())
+
+
+def with_token(attempt: Attempt, token: str) -> Driver:
+    given = attempt.environment
+    return Driver(given["TUNEYARD_PROGRESS_URL"], given["TUNEYARD_CA"], token, attempt.number)
+
+
+def is_refused(driver: Driver, status: int, job: Job) -> str:
+    """The message; nothing is written."""
+    version = job.version
+    answer = driver.post(99)
+    assert answer.status == status
+    consistently(lambda: job.version == version, 0.5)
+    message: str = answer.body["message"]
+    return message
+
+
+# ---- whose token -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("token", ["", "garbage", "a.b.c"])
+def test_without_a_token_that_the_cluster_issued_nothing_is_taken(
+    scene: Played, pair: Pair, token: str
+) -> None:
+    is_refused(with_token(pair.attempt, token), 401, pair.job)
+
+
+def test_a_scheme_other_than_bearer_is_no_token(scene: Played, pair: Pair) -> None:
+    driver = pair.attempt.driver()
+    basic = {"Authorization": f"Basic {driver.token}"}
+    assert Driver.send(with_token(pair.attempt, ""), post(1), **basic).status == 401
+
+
+def test_a_token_for_the_api_server_is_not_one_for_progress(scene: Played, pair: Pair) -> None:
+    token = scene.token_of(pair.attempt.head, "https://kubernetes.default.svc.cluster.local")
+    is_refused(with_token(pair.attempt, token), 401, pair.job)
+
+
+def test_another_jobs_token_cannot_write_this_jobs_progress(scene: Played, pair: Pair) -> None:
+    token = scene.token_of(pair.other.head, pair.other.audience)
+    message = is_refused(with_token(pair.attempt, token), 401, pair.job)
+    assert pair.attempt.audience in message
+
+
+def test_another_jobs_pod_cannot_write_it_with_the_right_audience_either(
+    scene: Played, pair: Pair
+) -> None:
+    """A pod's owner may ask for a token of any audience."""
+    token = scene.token_of(pair.other.head, pair.attempt.audience)
+    message = is_refused(with_token(pair.attempt, token), 403, pair.job)
+    assert "no pod with tuneyard.io/job=mine" in message
+
+
+def test_a_token_that_no_pod_holds_is_refused(scene: Played, pair: Pair) -> None:
+    token = scene.token("default", pair.attempt.audience)
+    is_refused(with_token(pair.attempt, token), 403, pair.job)
+
+
+def test_a_token_of_another_namespace_is_refused(scene: Played, pair: Pair) -> None:
+    """Also if its pod carries this job's name and labels."""
+    name = f"{scene.namespace}-elsewhere"
+    scene.cluster.kubectl("create", "namespace", name)
+    try:
+        template = pair.attempt.body["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
+        metadata = {"name": pair.attempt.head, "labels": template["metadata"]["labels"]}
+        elsewhere = Played(
+            scene.cluster, name, scene.kubeconfig, proxy=scene.proxy, operator=scene.operator
+        )
+        account = f"/api/v1/namespaces/{name}/serviceaccounts/default"
+        pair.job.until(lambda _: scene.api.find(account))
+        elsewhere.create_object("pods", {"metadata": metadata, "spec": template["spec"]})
+        token = elsewhere.token_of(pair.attempt.head, pair.attempt.audience)
+        message = is_refused(with_token(pair.attempt, token), 403, pair.job)
+        assert scene.namespace in message
+    finally:
+        scene.cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+def test_a_pod_that_is_no_more_has_no_voice(scene: Played) -> None:
+    attempt = scene.create("ghost").attempt(1).run()
+    driver = attempt.driver()
+    attempt.remove_pod(attempt.head)
+    assert driver.post(1).status == 401
+
+
+def test_a_token_is_looked_up_once_a_minute_and_not_with_every_post(
+    scene: Played, pair: Pair
+) -> None:
+    driver = pair.attempt.driver()
+    before = scene.proxy.count("POST", "/tokenreviews$")
+    for step in range(1, 6):
+        assert driver.post(step).status == 200
+    assert scene.proxy.count("POST", "/tokenreviews$") == before + 1
+
+
+# ---- what is said ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"nonsense",
+        b"[]",
+        {},
+        {"trainerStatus": {"progressPercentage": 400}},
+        {"trainerStatus": {}, "tuneyard": {"attempt": 0}},
+        {"trainerStatus": {}, "tuneyard": {"attempt": 1, "stages": [{"name": "x" * 100}]}},
+        b'{"trainerStatus": {"metrics": [{"name": "loss", "value": 1e999}]}}\xff',
+    ],
+    ids=["empty", "no JSON", "a list", "nothing", "400%", "attempt 0", "a long name", "no UTF-8"],
+)
+def test_a_malformed_post_is_refused_with_the_place(scene: Played, pair: Pair, body: Any) -> None:
+    answer = pair.attempt.driver().send(body)
+    assert answer.status == 400
+    assert answer.body["message"]
+
+
+def test_a_post_that_is_too_long_is_refused(scene: Played, pair: Pair) -> None:
+    driver = pair.attempt.driver()
+    long = post(1, 7, message="m" * MAX_POST_BYTES)
+    assert driver.send(long).status == 413
+    assert driver.post(7).status == 200
+
+
+def test_a_job_that_is_not_there_has_no_progress(scene: Played, pair: Pair) -> None:
+    driver = pair.attempt.driver()
+    driver.url = driver.url.replace("/mine/", "/nobody/")
+    assert driver.post(1).status == 401
+    driver.url = driver.url.replace("/finetunejobs/", "/pods/")
+    assert driver.post(1).status == 404
+
+
+def test_numbers_that_are_none_do_not_stop_the_status(scene: Played) -> None:
+    """JSON has no infinity: a status with one could not be stored."""
+    job = scene.create("infinite")
+    driver = job.attempt(1).run().driver()
+    odd = [{"name": n, "value": v} for n, v in (("loss", "NaN"), ("x", "inf"), ("lr", "0.5"))]
+    body = post(1, 3)
+    body["trainerStatus"]["metrics"] = odd
+    assert driver.send(body).status == 200
+    job.until(lambda job: job.status.get("progress", {}).get("step") == 3)
+    assert job.status["progress"]["metrics"] == {"lr": 0.5}
+
+
+def test_a_client_that_knows_kubeflows_protocol_alone_is_understood(scene: Played) -> None:
+    job = scene.create("kubeflow")
+    driver = job.attempt(1).run().driver()
+    metrics = [{"name": "loss", "value": "0.75"}]
+    status = {
+        "progressPercentage": 45,
+        "estimatedRemainingSeconds": 789,
+        "metrics": metrics,
+        "lastUpdatedTime": "2026-01-23T13:00:00Z",
+    }
+    assert driver.send({"trainerStatus": status}).status == 200
+    job.until(lambda job: job.status.get("progress", {}).get("percentage") == 45)
+    progress = job.status["progress"]
+    assert (progress["metrics"], progress["estimatedRemainingSeconds"]) == ({"loss": 0.75}, 789)
+
+
+# ---- attempts --------------------------------------------------------------------------------------
+
+
+def test_a_stale_attempt_is_told_to_end(scene: Played) -> None:
+    """Its pod may live on, on a node that does not answer; its token is good for a while."""
+    job = scene.create("stale", policy={"backoffSeconds": 0})
+    first = job.attempt(1).run()
+    old = first.driver()
+    assert old.post(10).status == 200
+    first.end(ending("Failed", "Flaky", retryable=True))
+    second = job.attempt(2).run()
+    new = second.driver()
+    lying = new.send(post(1, 50))
+    assert lying.status == 409, "a pod speaks for its own attempt only"
+    assert new.post(20).status == 200
+    assert old.post(11).status in (401, 409)
+    job.until(lambda job: job.status["progress"]["step"] == 20)
+
+
+def test_an_attempt_that_was_closed_is_told_so_while_its_pod_lives(scene: Played) -> None:
+    job = scene.create("closed", policy={"backoffSeconds": 3600})
+    attempt = job.attempt(1).run()
+    attempt.hold(attempt.head)
+    driver = attempt.driver()
+    told = ending("Failed", "Flaky", retryable=True)
+    assert driver.end(told, step=9).status == 200
+    assert job.reasons == ["Flaky"]
+    assert driver.post(10).status == 409
+    assert driver.end(told, step=9).body == {"stop": True}, "the answer may have been lost"
+    attempt.let_go(attempt.head)
+
+
+def test_the_ending_is_answered_once_it_is_stored(scene: Played) -> None:
+    """And at once, though progress was written a moment ago."""
+    job = scene.create("stored")
+    driver = job.attempt(1).run().driver()
+    driver.post(1)
+    driver.post(2)
+    began = time.monotonic()
+    assert driver.end(SUCCEEDED).status == 200
+    assert job.phase == "Succeeded"
+    assert time.monotonic() - began < 9, "it did not wait for the next progress write"
+
+
+def test_an_ending_that_cannot_be_stored_is_not_acknowledged(scene: Played) -> None:
+    from tests.controller.faults import Answer
+
+    job = scene.create("unstored")
+    driver = job.attempt(1).run().driver()
+    scene.proxy.add(Answer(500), on("PATCH", f"{job.path}/status$"), times=None)
+    answer = driver.end(SUCCEEDED)
+    assert (answer.status, answer.headers["Retry-After"]) == (503, "2")
+    assert job.phase == "Running"
+    scene.proxy.heal()
+    assert driver.end(SUCCEEDED).status == 200
+    assert job.phase == "Succeeded"
+
+
+def test_an_interrupted_driver_that_nobody_asked_is_a_preemption(scene: Played) -> None:
+    job = scene.create("evicted", policy={"maxAttempts": 1})
+    first = job.attempt(1).run()
+    assert first.driver().end(INTERRUPTED).status == 200
+    job.attempt(2)
+    assert job.reasons == ["Preempted", None]
+
+
+# ---- how much --------------------------------------------------------------------------------------
+
+
+def test_a_storm_of_posts_is_two_writes_and_the_newest_is_kept(scene: Played) -> None:
+    """One at the first post, one at most 10 s later; other jobs go on meanwhile."""
+    job = scene.create("storm")
+    attempt = job.attempt(1).run()
+    driver = attempt.driver()
+    before = len(scene.status_writes(job))
+    began = time.monotonic()
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(driver.post, range(1, 101)))
+        calm = scene.create("calm")
+        calm.attempt(1).run().end(SUCCEEDED)
+        calm.until_phase("Succeeded")
+    assert {answer.status for answer in answers} == {200}
+    assert driver.post(100).status == 200
+    job.until(lambda job: job.status.get("progress", {}).get("step") == 100)
+    took = time.monotonic() - began
+    assert len(scene.status_writes(job)) - before <= 2 + took / 10
+    consistently(lambda: len(scene.status_writes(job)) - before <= 2 + took / 10)
+
+
+def test_a_finished_stage_is_progress_like_any_other(scene: Played) -> None:
+    job = scene.create("staged")
+    driver = job.attempt(1).run().driver()
+    done = {"name": "prepare", "kind": "prepare", "state": "Succeeded", "metrics": {"rows": 12.0}}
+    assert driver.post(1, stages=[done]).status == 200
+    job.until(lambda job: job.status["stages"][0]["state"] == "Succeeded")
+    assert job.status["stages"][0]["metrics"] == {"rows": 12.0}
+    job.until(lambda job: job.told()["StageSucceeded"] == 1)
+
+
+def test_the_jobs_series_are_there_while_it_lives_and_go_with_it(scene: Played) -> None:
+    job = scene.create("measured")
+    driver = job.attempt(1).run().driver()
+    driver.post(25, loss=0.5)
+    labels = {"namespace": scene.namespace, "kind": "FineTuneJob", "name": "measured"}
+    loss, ratio = "tuneyard_training_loss", "tuneyard_training_progress_ratio"
+    job.until(lambda _: scene.operator.metric(loss, **labels) == 0.5)
+    assert scene.operator.metric(ratio, **labels) == 0.25
+    job.delete()
+    job.until_gone()
+    job.until(lambda _: scene.operator.metric(loss, **labels) is None)
+    assert scene.operator.metric(ratio, **labels) is None
