@@ -42,7 +42,7 @@ def test_an_applied_manifest_becomes_a_tuned_model(platform: Platform) -> None:
     assert attempt["reason"] == "Succeeded"
 
     platform.until("the cluster is gone", lambda: not platform.items("rayclusters"), 120)
-    assert not platform.items("rayjobs")
+    platform.until("its RayJob too", lambda: not platform.items("rayjobs"), 30)
     platform.until("the pods are gone", lambda: not platform.pods("whole"), 120)
     assert _story(platform, "whole") == [
         *("Planned", "AttemptStarted", "Running"),
