@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tuneyard.api.methods import Adapter
 from tuneyard.api.plan import LoopSettings
-from tuneyard.errors import StageError
 from tuneyard_trainer import adapters, models
 from tuneyard_trainer.disk import disk_error
 
@@ -104,7 +103,7 @@ class Reference:
     time, which change places with the present ones where the reference is asked.
 
     That is the adapter alone where there is one, and works for every kind of adapter; a fresh
-    adapter's start is the base.
+    adapter's start is the base. Made before a checkpoint is restored, it is the same after a resume.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -119,22 +118,6 @@ class Reference:
             yield
         finally:
             self._swap()
-
-    def restore(self, start: Mapping[str, Tensor]) -> None:
-        """Takes tensors saved by `tensors` for the start, as after a resume."""
-        if start.keys() != self._start.keys():
-            raise StageError(
-                "CheckpointMismatch",
-                "the saved reference does not fit the model.",
-                advice="Delete the output folder to start afresh.",
-            )
-        for name, tensor in start.items():
-            self._start[name].copy_(tensor)
-
-    @property
-    def tensors(self) -> Mapping[str, Tensor]:
-        """The trained tensors at the start."""
-        return self._start
 
     def _swap(self) -> None:
         for name, parameter in self._parameters.items():
