@@ -103,7 +103,8 @@ class Reference:
     time, which change places with the present ones where the reference is asked.
 
     That is the adapter alone where there is one, and works for every kind of adapter; a fresh
-    adapter's start is the base. Made before a checkpoint is restored, it is the same after a resume.
+    adapter's start is the base. Made before a checkpoint is restored, it is the same after a
+    resume.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
