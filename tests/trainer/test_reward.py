@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,12 @@ def smollm2(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.shared_data
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(not HH.exists(), reason="needs hh-rlhf beside the checkout")
+@pytest.mark.skipif(
+    os.environ.get("TUNEYARD_LONG_TESTS") != "1",
+    reason="takes a quarter of an hour: asked for with TUNEYARD_LONG_TESTS=1",
+)
 def test_smollm2_learns_what_people_prefer_of_hh_rlhf(
     tmp_path: Path, smollm2: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
