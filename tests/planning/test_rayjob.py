@@ -126,6 +126,7 @@ def test_ray_never_retries_by_itself_and_its_cluster_goes_away() -> None:
     value = spec(rendered(job()))
     assert value["submissionMode"] == "K8sJobMode"
     assert value["backoffLimit"] == 0
+    assert value["submitterConfig"] == {"backoffLimit": 0}, "one driver for each attempt"
     assert value["shutdownAfterJobFinishes"] is True
     assert "deletionStrategy" not in value, "excludes shutdownAfterJobFinishes"
     assert "runtimeEnvYAML" not in value, "code is in the image"

@@ -94,6 +94,8 @@ def render(
         "entrypoint": _entrypoint(job, attempt),
         "entrypointNumCpus": 0,
         "backoffLimit": 0,
+        # Nor may the submitter start the driver anew on the head that takes a lost one's place.
+        "submitterConfig": {"backoffLimit": 0},
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": TTL_SECONDS,
         "preRunningDeadlineSeconds": policy.start_deadline_seconds,
