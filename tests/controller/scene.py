@@ -1,4 +1,4 @@
-"""A namespace of a real API server with the operator that serves it; KubeRay is played step by step.
+"""A namespace of a real API server and the operator that serves it; KubeRay is played by hand.
 
     job = scene.create("first")
     attempt = job.attempt(1)      # waits until its RayJob is there
@@ -24,8 +24,8 @@ from urllib.parse import urlencode
 import urllib3
 import yaml
 from kubernetes import client, config
-
 from rig.ports import Reservation
+
 from tests.chart.rendering import Chart
 from tests.controller.faults import FaultProxy, on
 from tests.controller.running import Operator
@@ -81,7 +81,7 @@ def consistently(condition: Callable[[], object], seconds: float = QUIET_SECONDS
         time.sleep(POLL_SECONDS)
 
 
-# ---- what a driver says --------------------------------------------------------------------------
+# ---- what a driver says -------------------------------------------------------------------------
 
 
 def ending(state: str, reason: str = "", *, retryable: bool = False, **more: Any) -> Object:
@@ -104,7 +104,7 @@ def post(attempt: int, step: int = 0, *, loss: float = 1.5, **picture: Any) -> O
 # ---- the API server -----------------------------------------------------------------------------
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """What the API server said instead."""
 
     def __init__(self, status: int, message: str) -> None:
@@ -126,19 +126,19 @@ class Api:
         self._pool = connection.rest_client.pool_manager
 
     def __call__(self, method: str, path: str, body: Any = None, type_: str = "") -> Any:
-        """Raises Refused."""
+        """Raises RefusedError."""
         headers = {**self._headers, "Content-Type": type_ or "application/json"}
         data = None if body is None else json.dumps(body)
         answer = self._pool.request(method, self._url + path, headers=headers, body=data)
         if answer.status >= 400:
-            raise Refused(answer.status, answer.data.decode()[:2000])
+            raise RefusedError(answer.status, answer.data.decode()[:2000])
         return json.loads(answer.data)
 
     def find(self, path: str) -> Any:
         """None: it is not there."""
         try:
             return self("GET", path)
-        except Refused as refused:
+        except RefusedError as refused:
             if refused.status != 404:
                 raise
             return None
@@ -146,6 +146,12 @@ class Api:
     def list(self, path: str, **query: str) -> list[Any]:
         items: list[Any] = self("GET", f"{path}?{urlencode(query)}")["items"]
         return items
+
+    def changes(self, path: str, since: str) -> list[Any]:
+        """Everything that happened in a collection after a resource version, as watches tell it."""
+        query = urlencode({"watch": "true", "resourceVersion": since, "timeoutSeconds": "1"})
+        answer = self._pool.request("GET", f"{self._url}{path}?{query}", headers=self._headers)
+        return [json.loads(line) for line in answer.data.splitlines()]
 
     def merge(self, path: str, patch: Object) -> Any:
         return self("PATCH", path, patch, MERGE)
@@ -394,8 +400,9 @@ class Job:
         self.until(lambda job: not job.exists)
 
     def _all_about_it(self) -> str:
-        about = [self.scene.api.find(self.path), self.ray_jobs(), self.pods()]
-        return json.dumps(about, indent=1)
+        body = self.scene.api.find(self.path) or {}
+        about = [body.get("status"), self.ray_jobs(), self.pods()]
+        return f"{self.name}: {json.dumps(about, indent=1)}"
 
     # ---- what is done to it ---------------------------------------------------------------------
 

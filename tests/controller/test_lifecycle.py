@@ -161,7 +161,7 @@ def test_a_rayjob_that_somebody_deletes_is_an_attempt_that_ended(scene: Played) 
     assert job.reasons == ["RayJobDeleted", "Succeeded"]
 
 
-# ---- suspended, cancelled, too late ---------------------------------------------------------------
+# ---- suspended, cancelled, too late -------------------------------------------------------------
 
 
 def test_a_suspended_job_checkpoints_frees_its_cluster_and_goes_on_when_resumed(
@@ -232,7 +232,7 @@ def test_a_job_that_takes_too_long_is_asked_to_stop_and_fails(scene: Played) -> 
     is_left_alone(job)
 
 
-# ---- deletion -------------------------------------------------------------------------------------
+# ---- deletion -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("propagation", ["Background", "Foreground"])
@@ -317,7 +317,7 @@ def test_a_finished_job_is_deleted_when_its_time_to_live_is_over(scene: Played) 
     job.until_gone()
 
 
-# ---- several jobs ---------------------------------------------------------------------------------
+# ---- several jobs -------------------------------------------------------------------------------
 
 
 def test_two_kinds_of_one_name_live_side_by_side(scene: Played) -> None:
@@ -357,7 +357,7 @@ def test_a_job_whose_model_will_never_be_fails_and_says_so(scene: Played) -> Non
     assert "job hopeless failed" in child.status["failure"]["message"]
 
 
-# ---- the operator goes away ------------------------------------------------------------------------
+# ---- the operator goes away ---------------------------------------------------------------------
 
 
 def test_an_operator_that_is_killed_again_and_again_loses_nothing_and_repeats_nothing(

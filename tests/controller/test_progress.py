@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from tests.controller.faults import on
+from tests.controller.faults import Answer, on
 from tests.controller.scene import (
     INTERRUPTED,
     SUCCEEDED,
@@ -37,9 +36,9 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def pair(stage: Played) -> Iterator[Pair]:
+def pair(stage: Played) -> Pair:
     job, other = stage.create("mine"), stage.create("theirs")
-    yield Pair(job, job.attempt(1).run(), other.attempt(1).run())
+    return Pair(job, job.attempt(1).run(), other.attempt(1).run())
 
 
 def with_token(attempt: Attempt, token: str) -> Driver:
@@ -57,7 +56,7 @@ def is_refused(driver: Driver, status: int, job: Job) -> str:
     return message
 
 
-# ---- whose token -----------------------------------------------------------------------------------
+# ---- whose token --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("token", ["", "garbage", "a.b.c"])
@@ -135,7 +134,7 @@ def test_a_token_is_looked_up_once_a_minute_and_not_with_every_post(
     assert scene.proxy.count("POST", "/tokenreviews$") == before + 1
 
 
-# ---- what is said ----------------------------------------------------------------------------------
+# ---- what is said -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -201,7 +200,7 @@ def test_a_client_that_knows_kubeflows_protocol_alone_is_understood(scene: Playe
     assert (progress["metrics"], progress["estimatedRemainingSeconds"]) == ({"loss": 0.75}, 789)
 
 
-# ---- attempts --------------------------------------------------------------------------------------
+# ---- attempts -----------------------------------------------------------------------------------
 
 
 def test_a_stale_attempt_is_told_to_end(scene: Played) -> None:
@@ -246,8 +245,6 @@ def test_the_ending_is_answered_once_it_is_stored(scene: Played) -> None:
 
 
 def test_an_ending_that_cannot_be_stored_is_not_acknowledged(scene: Played) -> None:
-    from tests.controller.faults import Answer
-
     job = scene.create("unstored")
     driver = job.attempt(1).run().driver()
     scene.proxy.add(Answer(500), on("PATCH", f"{job.path}/status$"), times=None)
@@ -267,7 +264,7 @@ def test_an_interrupted_driver_that_nobody_asked_is_a_preemption(scene: Played) 
     assert job.reasons == ["Preempted", None]
 
 
-# ---- how much --------------------------------------------------------------------------------------
+# ---- how much -----------------------------------------------------------------------------------
 
 
 def test_a_storm_of_posts_is_two_writes_and_the_newest_is_kept(scene: Played) -> None:

@@ -110,9 +110,10 @@ class Cluster:
         """The job with it."""
         return await self._set_finalizers(job, key, [*_finalizers(job), FINALIZER])
 
-    async def remove_finalizer(self, job: Object, key: Key) -> None:
+    async def remove_finalizer(self, job: Object, key: Key) -> Object:
+        """The job without it."""
         rest = [name for name in _finalizers(job) if name != FINALIZER]
-        await self._set_finalizers(job, key, rest)
+        return await self._set_finalizers(job, key, rest)
 
     async def _set_finalizers(self, job: Object, key: Key, names: Sequence[str]) -> Object:
         metadata = {"finalizers": names, "resourceVersion": job["metadata"]["resourceVersion"]}

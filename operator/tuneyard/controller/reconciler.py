@@ -267,7 +267,7 @@ class Reconciler:
                 self.queue.add(key)
         else:
             entry.obstacle = None
-            self.world.see_ray_job(key, {**rendered.ray_job, **made}, deleted=False)
+            self.world.expect_ray_job(key, {**rendered.ray_job, **made})
 
     async def _ask_why(self, key: Key, entry: Entry, job: Job) -> None:
         """Reads the RayCluster's warnings while an attempt does not start: nothing else tells of
@@ -328,7 +328,7 @@ class Reconciler:
         if job and _shall_be_erased(job) and not await self._erase(key, body, job):
             self.queue.add_after(key, PODS_SECONDS)
             return
-        await self.cluster.remove_finalizer(body, key)
+        entry.body = await self.cluster.remove_finalizer(body, key)
 
     async def _erase(self, key: Key, body: Object, job: Job) -> bool:
         """Whether the output is gone, or cannot be removed."""

@@ -123,6 +123,12 @@ class World:
         """Whether anything changed that decisions look at."""
         return _see(self.entry(key).ray_jobs, item, seen.ray_job(item), deleted=deleted)
 
+    def expect_ray_job(self, key: Key, item: Object) -> None:
+        """Takes a RayJob as it was sent, without a status. It may have been there before, with a
+        status that a watch has told meanwhile: that stays."""
+        known = self.entry(key).ray_jobs
+        known.setdefault(item["metadata"]["name"], (version(item), seen.ray_job(item)))
+
     def see_pod(self, key: Key, item: Object, *, deleted: bool) -> bool:
         """Whether anything changed that decisions look at."""
         entry, pod = self.entry(key), seen.pod(item)

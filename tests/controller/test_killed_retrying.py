@@ -1,0 +1,182 @@
+"""The operator killed at each write of a job that fails, is tried again, succeeds and is deleted.
+
+Each run has a job of its own and kills the operator at one write: before the API server sees it, or
+after, when the answer is lost. Whoever finds it dead starts it again, as a kubelet does. Events are
+left out: nothing waits for them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+from tests.controller.faults import Cut, Request
+from tests.controller.scene import SUCCEEDED, Job, Played, ending, eventually
+
+pytestmark = [pytest.mark.apiserver, pytest.mark.slow]
+
+RETRYABLE = ending("Failed", "Flaky", retryable=True)
+
+
+class Step(NamedTuple):
+    """The n-th write of its sort in a job's life."""
+
+    sort: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.sort} {self.number}"
+
+
+LIFE = {
+    "patch job": ["finalizer on", "finalizer off"],
+    "patch status": ["attempt 1", "runs", "ended", "attempt 2", "runs", "succeeded"],
+    "patch configmaps": ["attempt 1", "attempt 2"],
+    "patch rayjobs": ["attempt 1", "attempt 2"],
+    "delete rayjobs": ["attempt 1", "attempt 2"],
+}
+"""Every write, by its sort, with what it does."""
+STEPS = [Step(sort, number) for sort, whats in LIFE.items() for number in range(1, len(whats) + 1)]
+ERASURE = [Step("patch configmaps", 2), Step("patch jobs", 1), Step("patch job", 2)]
+"""Those of a deletion with its output, after the RayJob is gone."""
+
+
+def sort_of(verb: str, path: str, job: Job) -> str | None:
+    """None: it is no write of the job's, or an event."""
+    plural, _, rest = path.partition(f"/namespaces/{job.scene.namespace}/")[2].partition("/")
+    if plural == "events" or not rest.startswith(job.name):
+        return None
+    if path.startswith(job.path):
+        return f"{verb.lower()} {'status' if rest.endswith('/status') else 'job'}"
+    return f"{verb.lower()} {plural}"
+
+
+class Killer:
+    """A write hook: kills the operator at one step of a job's life."""
+
+    def __init__(self, stage: Played, job: Job, step: Step, *, reached: bool) -> None:
+        self._stage, self._job, self._step, self._reached = stage, job, step, reached
+        self._counts: Counter[str] = Counter()
+        self.has_killed = False
+
+    def __call__(self, _: int, verb: str, path: str) -> Cut | None:
+        sort = sort_of(verb, path, self._job)
+        if sort is None:
+            return None
+        self._counts[sort] += 1
+        if self.has_killed or Step(sort, self._counts[sort]) != self._step:
+            return None
+        self.has_killed = True
+        return Cut("after" if self._reached else "before", then=self._stage.operator.kill)
+
+
+@pytest.fixture(scope="module")
+def kept_alive(stage: Played) -> Iterator[Played]:
+    """The operator is started again whenever it is dead."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.1):
+            if not stage.operator.is_alive:
+                stage.operator.start()
+
+    keeper = threading.Thread(target=watch)
+    keeper.start()
+    try:
+        yield stage
+    finally:
+        done.set()
+        keeper.join()
+
+
+def live(job: Job) -> None:
+    """From its first attempt to its success."""
+    job.attempt(1).run().end(RETRYABLE)
+    job.attempt(2).run().end(SUCCEEDED)
+    job.until_phase("Succeeded")
+    job.until(lambda job: not job.ray_jobs() and not job.pods())
+
+
+def rayjobs_made(job: Job, since: str) -> Counter[str]:
+    path = f"/apis/ray.io/v1/namespaces/{job.scene.namespace}/rayjobs"
+    events = job.scene.api.changes(path, since)
+    return Counter(e["object"]["metadata"]["name"] for e in events if e["type"] == "ADDED")
+
+
+def test_an_undisturbed_life_takes_these_writes_and_no_more(kept_alive: Played) -> None:
+    stage = kept_alive
+    job = stage.create("calm", policy={"backoffSeconds": 0})
+    live(job)
+    job.delete()
+    job.until_gone()
+    time.sleep(1)
+
+    def is_asked_for(request: Request) -> bool:
+        return request.is_write and sort_of(request.verb, request.path, job) is not None
+
+    made = Counter(
+        str(sort_of(request.verb, request.path, job))
+        for request in stage.proxy.requests(is_asked_for)
+    )
+    # What is being deleted may be looked at once more before its watch has told.
+    assert made.pop("delete rayjobs") >= 2
+    assert made == {sort: len(all_) for sort, all_ in LIFE.items() if sort != "delete rayjobs"}
+
+
+@pytest.mark.parametrize("reached", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("step", STEPS, ids=str)
+def test_killed_at_any_write_the_job_gets_one_rayjob_for_each_attempt_and_completes(
+    kept_alive: Played, step: Step, reached: bool
+) -> None:
+    stage = kept_alive
+    name = f"{step}-{'after' if reached else 'before'}".replace(" ", "-")
+    rayjobs = f"/apis/ray.io/v1/namespaces/{stage.namespace}/rayjobs"
+    since = stage.api("GET", f"{rayjobs}?limit=1")["metadata"]["resourceVersion"]
+    job = Job(stage, "FineTuneJob", name)
+    killer = stage.proxy.on_write = Killer(stage, job, step, reached=reached)
+    stage.create(name, policy={"backoffSeconds": 0, "maxAttempts": 2})
+    live(job)
+    assert job.reasons == ["Flaky", "Succeeded"]
+    told = job.told()
+    job.delete()
+    job.until_gone()
+    assert killer.has_killed
+    assert rayjobs_made(job, since) == {f"{name}-1": 1, f"{name}-2": 1}
+    assert max(told.values()) <= 3, "no event is told again and again"
+
+
+@pytest.mark.parametrize("reached", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("step", ERASURE, ids=str)
+def test_killed_while_it_has_the_output_erased_the_operator_has_it_erased_once(
+    kept_alive: Played, step: Step, reached: bool
+) -> None:
+    stage = kept_alive
+    name = f"erase-{step}-{'after' if reached else 'before'}".replace(" ", "-")
+    jobs = f"/apis/batch/v1/namespaces/{stage.namespace}/jobs"
+    since = stage.api("GET", f"{jobs}?limit=1")["metadata"]["resourceVersion"]
+    output = {"uri": f"pvc://models/{name}", "deletionPolicy": "Delete"}
+    job = Job(stage, "FineTuneJob", name)
+    killer = stage.proxy.on_write = Killer(stage, job, step, reached=reached)
+    stage.create(name, output=output)
+    job.attempt(1).run().end(SUCCEEDED)
+    job.until_phase("Succeeded")
+    job.until(lambda job: not job.ray_jobs() and not job.pods())
+    job.delete()
+    pods = f"/api/v1/namespaces/{stage.namespace}/pods"
+    chosen = f"batch.kubernetes.io/job-name={name}-erase"
+    (pod,) = eventually(lambda: stage.api.list(pods, labelSelector=chosen))
+    succeeded = {"status": {"phase": "Succeeded"}}
+    stage.api.merge(f"{pods}/{pod['metadata']['name']}/status", succeeded)
+    job.until_gone()
+    assert killer.has_killed
+    made = [
+        e["object"]["metadata"]["name"]
+        for e in stage.api.changes(jobs, since)
+        if e["type"] == "ADDED"
+    ]
+    assert made == [f"{name}-erase"]
