@@ -266,7 +266,7 @@ STATUS = {
         "metrics": {"loss": 1.25},
         "lastUpdatedTime": "2026-11-21T00:00:00Z",
     },
-    "attempts": [{"number": 1, "rayJob": "job-1"}],
+    "attempts": [{"number": 1, "rayJob": "job-1", "startedAt": "2026-11-21T00:00:00Z"}],
     "result": {"uri": "file://out", "digest": "sha256:0"},
     "failure": {"reason": "OutOfMemory", "message": "m", "advice": "a"},
 }
