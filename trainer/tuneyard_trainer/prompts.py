@@ -111,7 +111,7 @@ def _of_rows(path: Path, settings: PromptSettings, name: str) -> list[Prompt]:
             "InvalidData",
             f"{name}: {len(faults)} of {len(faults) + len(prompts)} rows hold no prompt. "
             f"{'; '.join(faults[:FAULTS_SHOWN])}.",
-            advice=f"Repair these rows, or name their field beside {name}: fields: {{prompt: ...}}.",
+            advice=f"Repair these rows, or name the field beside {name}: fields: {{prompt: ...}}.",
         )
     return prompts
 
