@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,8 +15,6 @@ from tests.controller.scene import CRDS, Played, Scene, namespace, played
 
 if TYPE_CHECKING:
     from rig.plugin import Cluster
-
-_numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +36,7 @@ def new_scene(
         def make(prefix: str) -> Scene:
             folder = tmp_path_factory.mktemp(prefix)
             return stack.enter_context(
-                namespace(served, Chart(helm), f"{prefix}-{next(_numbers)}", folder)
+                namespace(served, Chart(helm), f"{prefix}-{secrets.token_hex(2)}", folder)
             )
 
         yield make

@@ -33,7 +33,7 @@ FAULTS: dict[str, list[tuple[Fault, Predicate, int]]] = {
     "server errors": [(Answer(500), is_work, 3), (Answer(503), on("GET"), 3)],
     "answers are lost": [(Cut("after"), is_work, 5)],
     "requests are lost": [(Cut("before"), is_work, 5)],
-    "stale reads": [(Stale(3), on("GET", "/(finetunejobs|rayjobs|pods)"), 6)],
+    "stale reads": [(Stale(3), on("GET", "/(finetunejobs|rayjobs|pods)"), 2)],
     "watches end": [(Gone(), on("WATCH"), 6)],
 }
 

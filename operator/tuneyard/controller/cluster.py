@@ -153,10 +153,10 @@ class Cluster:
                 return []
             raise
 
-    async def delete_ray_job(self, namespace: str, name: str) -> None:
-        """With everything it owns: the RayJob goes last."""
+    async def delete_ray_job(self, namespace: str, name: str) -> bool:
+        """With everything it owns: the RayJob goes last. Whether it was still there."""
         path = f"/apis/ray.io/v1/namespaces/{namespace}/rayjobs/{name}"
-        await self._delete(path, propagation="Foreground")
+        return await self._delete(path, propagation="Foreground")
 
     async def pods(self, key: Key) -> list[Object]:
         path = f"/api/v1/namespaces/{key.namespace}/pods"
@@ -228,8 +228,8 @@ class Cluster:
 
     async def _delete(
         self, path: str, *, uid: str | None = None, propagation: str = "Background"
-    ) -> None:
-        """Deletes, if it is there and still the one meant."""
+    ) -> bool:
+        """Deletes, if it is there and still the one meant; whether anything was there."""
         body: Object = {"propagationPolicy": propagation}
         if uid:
             body["preconditions"] = {"uid": uid}
@@ -238,6 +238,8 @@ class Cluster:
         except ApiError as error:
             if error.code not in (404, 409):
                 raise
+            return error.code != 404
+        return True
 
     async def _call(
         self,

@@ -233,7 +233,9 @@ class Reconciler:
 
     async def _act(self, key: Key, entry: Entry, job: Job, decision: Decision) -> None:
         for name in decision.stop:
-            await self.cluster.delete_ray_job(key.namespace, name)
+            if not await self.cluster.delete_ray_job(key.namespace, name):
+                entry.ray_jobs.pop(name, None)  # a read was stale
+                self.queue.add(key)
         if decision.start is not None:
             await self._start(key, entry, job, decision.start)
         if decision.delete:
