@@ -72,7 +72,7 @@ async def _lead(
     metrics.LEADER.set(0)
     if not stop.is_set():
         # Whoever holds it now must not find us at work: no tidy end, the next life starts over.
-        log.error("the Lease is lost")
+        log.error("the Lease is lost, or the watches ended by themselves")
         return 1
     await lease.give_back()
     return 0
