@@ -263,7 +263,7 @@ STATUS = {
         "totalSteps": 10,
         "percentage": 50,
         "estimatedRemainingSeconds": 90,
-        "metrics": {"loss": 1.25},
+        "metrics": {"loss": 1.25, "validationLoss": 1.5},
         "lastUpdatedTime": "2026-11-21T00:00:00Z",
     },
     "attempts": [{"number": 1, "rayJob": "job-1", "startedAt": "2026-11-21T00:00:00Z"}],
@@ -293,8 +293,10 @@ def test_kubectl_get_shows_how_far_a_job_is(
     name = planned["metadata"]["name"]
     shown = cluster_with_crds.kubectl("get", "ftj", name, "--namespace", NAMESPACE).stdout
     heads, values = (line.split() for line in shown.splitlines())
-    assert heads == ["NAME", "PHASE", "STAGE", "PROGRESS%", "LOSS", "ETA(S)", "AGE"]
-    assert values[:-1] == [name, "Running", "sft", "50", "1.25", "90"]
+    assert heads == [
+        *("NAME", "PHASE", "STAGE", "PROGRESS%", "LOSS", "HELD-OUT", "ETA(S)", "AGE"),
+    ]
+    assert values[:-1] == [name, "Running", "sft", "50", "1.25", "1.5", "90"]
 
 
 def test_kubectl_explain_shows_a_fields_description(cluster_with_crds: Cluster) -> None:
