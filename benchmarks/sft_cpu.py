@@ -15,12 +15,12 @@ import json
 import logging
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +76,6 @@ def pace_of(output: Path) -> Pace:
     return Pace(metrics["tokens"], metrics["trainingSeconds"])
 
 
-def in_a_process_of_its_own(job: Plan, output: Path, cache: Path, scratch: Path) -> Pace:
-    """Without Ray, as cold as a Ray worker is: a process's first steps are its slowest."""
-    (scratch / "plan.json").write_text(job.to_json())
-    command = [sys.executable, "-m", "tuneyard_trainer.plain", "--plan", scratch / "plan.json"]
-    command += ["--output", output, "--base-dir", ROOT, "--cache-dir", cache]
-    subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
-    return pace_of(output)
-
-
 def without_ray(job: Plan, output: Path, cache: Path) -> Pace:
     plain.run(job, str(output), base_dir=ROOT, cache_dir=cache, emit=lambda _: None)
     return pace_of(output)
@@ -124,6 +115,64 @@ def _processor_seconds(process: psutil.Process) -> float:
     except psutil.NoSuchProcess:
         return 0.0
     return times.user + times.system
+
+
+class Freezer(threading.Thread):
+    """Stops Ray's processes, all but the training worker, for every other window of one run, and
+    tells how fast steps were with and without them. Two runs differ by more than Ray costs."""
+
+    WINDOW_SECONDS = 9.0
+    """Below Ray's patience with a process that does not answer."""
+    WARM_STEPS = 3
+
+    def __init__(self, steps: Path) -> None:
+        """`steps`: the file to which the training stage appends a line for each step."""
+        super().__init__(daemon=True)
+        self._steps = steps
+        self._frozen: list[psutil.Process] = []
+        self._seen: list[tuple[float, bool, float]] = []
+        """Each step's moment, whether Ray was stopped then, and the tokens so far."""
+        self._changed = 0.0
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        while not self._ended.wait(0.02):
+            self._look()
+            is_due = time.monotonic() - self._changed > self.WINDOW_SECONDS
+            if len(self._seen) > self.WARM_STEPS and is_due:
+                self._thaw() if self._frozen else self._freeze()
+                self._changed = time.monotonic()
+        self._thaw()
+
+    def end(self) -> float:
+        """The share of the loop's time that Ray's processes cost."""
+        self._ended.set()
+        self.join()
+        spent = {True: [0.0, 0.0], False: [0.0, 0.0]}
+        for (began, before, some), (ended, after, more) in pairwise(self._seen[self.WARM_STEPS :]):
+            if before == after:  # the whole step was of one kind
+                spent[after][0] += more - some
+                spent[after][1] += ended - began
+        with_ray, without = (Pace(*spent[stopped]).rate for stopped in (False, True))
+        return 1 - with_ray / without
+
+    def _look(self) -> None:
+        lines = self._steps.read_text().splitlines() if self._steps.exists() else []
+        steps = [value for line in lines if "loss" in (value := json.loads(line))]
+        for value in steps[len(self._seen) :]:
+            self._seen.append((time.monotonic(), bool(self._frozen), value["tokens"]))
+
+    def _freeze(self) -> None:
+        family = psutil.Process().children(recursive=True)
+        self._frozen = [one for one in family if "RayTrainWorker" not in one.name()]
+        for process in self._frozen:
+            process.suspend()
+
+    def _thaw(self) -> None:
+        for process in self._frozen:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
+        self._frozen = []
 
 
 def with_ray(job: Plan, output: Path, cache: Path, scratch: Path, overhead: Overhead) -> Pace:
@@ -230,21 +279,25 @@ def compare_with_trl(
 
 
 def compare_with_ray(job: Plan, scratch: Path, cache: Path, arguments: argparse.Namespace) -> None:
-    """Two views of one cost: processor time that training did not get, and the longer loop. Ray's
-    own processes run beside the second run of each pair only."""
-    spent, longer = [], []
+    """Two views of one cost: processor time that training did not get, and how much slower the loop
+    is. The second is larger: torch's threads wait for each other, so what keeps one keeps all."""
+    spent, slower = [], []
     for number in range(arguments.rounds):
-        bare = in_a_process_of_its_own(job, scratch / f"bare-{number}", cache, scratch)
-        overhead = Overhead()
+        overhead, output = Overhead(), scratch / f"ray-{number}"
         with distributed.local_cluster(distributed.local_resources(job.compute)):
-            under_ray = with_ray(job, scratch / f"ray-{number}", cache, scratch, overhead)
+            with_ray(job, output, cache, scratch, overhead)
         spent.append(overhead.share)
-        longer.append(1 - bare.seconds / under_ray.seconds)
+        output = scratch / f"frozen-{number}"
+        freezer = Freezer(output / "stages" / "sft" / "metrics.jsonl")
+        with distributed.local_cluster(distributed.local_resources(job.compute)):
+            freezer.start()
+            with_ray(job, output, cache, scratch, Overhead())
+            slower.append(freezer.end())
     print(
         f"Ray and reporting: {statistics.median(spent):.1%} of the processor time during the loop "
         f"(runs: {', '.join(f'{share:.1%}' for share in spent)}); the loop is "
-        f"{statistics.median(longer):.1%} longer than without (pairs: "
-        f"{', '.join(f'{share:.1%}' for share in longer)})",
+        f"{statistics.median(slower):.1%} slower than with Ray's processes stopped (runs: "
+        f"{', '.join(f'{share:.1%}' for share in slower)})",
         flush=True,
     )
 
