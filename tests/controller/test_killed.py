@@ -107,7 +107,7 @@ class Stage:
 @pytest.fixture(scope="module")
 def stage(apiserver: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     folder = tmp_path_factory.mktemp("stage")
-    apiserver.kubectl("apply", "--server-side", "--filename", str(CRDS))
+    apiserver.kubectl("apply", "--server-side", "--force-conflicts", "--filename", str(CRDS))
     condition = "--for=condition=Established"
     apiserver.kubectl("wait", condition, "--timeout=60s", "--filename", str(CRDS))
     apiserver.kubectl("create", "namespace", NAMESPACE, check=False)

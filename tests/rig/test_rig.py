@@ -293,7 +293,7 @@ def test_a_checkout_in_a_scratch_folder_stays_visible(
         (tmp_path / name).mkdir(parents=True)
     monkeypatch.setattr(images, "NEEDED", (tmp_path / "tmp/checkout/.venv",))
     names = cover_of(tmp_path, tmp_path / "image.tar")
-    assert names == {"run", "run/.wh..wh..opq", "tmp", "tmp/.wh.other"}
+    assert names == {"run", "run/.wh..wh..opq", "tmp", "tmp/.wh.other", "tmp/checkout"}
 
 
 @pytest.mark.skipif(build.find_go() is None, reason="needs Go to build")
