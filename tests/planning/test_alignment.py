@@ -170,6 +170,15 @@ def test_kto_and_a_trained_reward_model_exclude_each_other() -> None:
     assert [fault.path for fault in faults(wrong)] == ["spec.rewardModel.train"]
 
 
+def test_kto_and_ties_exclude_each_other() -> None:
+    tied = {"optimize__dpo__loss": "kto", "preferences__aiFeedback__disagreement": "tie"}
+    (fault,) = faults(job("ai-feedback", **tied))
+    assert fault.path == "spec.preferences.aiFeedback.disagreement"
+    assert "set drop or average" in fault.message
+    assert plan(job("ai-feedback", optimize__dpo__loss="kto"))
+    assert plan(job("ai-feedback", preferences__aiFeedback__disagreement="tie"))
+
+
 @pytest.mark.parametrize("method", ["grpo", "rloo"])
 def test_a_rule_is_a_reward_without_any_model(method: str) -> None:
     planned = plan(

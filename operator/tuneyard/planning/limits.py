@@ -55,6 +55,13 @@ def _preference_faults(spec: AlignmentSpec) -> Iterator[Fault]:
             "needs pairs or rankings, and optimize.dpo.loss kto takes single answers: remove "
             "rewardModel or choose another loss",
         )
+    feedback = spec.preferences and spec.preferences.ai_feedback
+    if dpo and dpo.loss == "kto" and feedback and feedback.disagreement == "tie":
+        yield Fault(
+            "spec.preferences.aiFeedback.disagreement",
+            "tie keeps pairs of which neither answer is the better one, and optimize.dpo.loss kto "
+            "learns from answers that are good or bad: set drop or average, or choose another loss",
+        )
 
 
 def _idle_faults(spec: AlignmentSpec) -> Iterator[Fault]:
