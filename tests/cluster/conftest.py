@@ -22,7 +22,7 @@ Object = dict[str, Any]
 
 ROOT = Path(__file__).parents[2]
 NAMESPACE = "tuning"
-DATA = ROOT / "examples" / "data" / "support"
+DATA = [ROOT / "examples" / "data" / name for name in ("support", "alignment")]
 VOLUMES = ("data", "models")
 
 
@@ -31,15 +31,18 @@ class Platform:
     """What a user of the cluster sees."""
 
     cluster: Cluster
+    namespace: str = NAMESPACE
+    kind: str = "ftj"
+    """Of the jobs that are asked about: ftj or aj."""
 
     def kubectl(self, *arguments: str, input: str | None = None) -> str:
-        return self.cluster.kubectl("-n", NAMESPACE, *arguments, input=input).stdout
+        return self.cluster.kubectl("-n", self.namespace, *arguments, input=input).stdout
 
     def apply(self, *objects: Object) -> None:
         self.kubectl("apply", "-f", "-", input=yaml.safe_dump_all(objects))
 
     def job(self, name: str) -> Object:
-        job: Object = json.loads(self.kubectl("get", "ftj", name, "-o", "json"))
+        job: Object = json.loads(self.kubectl("get", self.kind, name, "-o", "json"))
         return job
 
     def status(self, name: str) -> Object:
@@ -71,7 +74,7 @@ class Platform:
         """`kubectl wait`, as a user would; shows how far it got where it fails."""
         try:
             self.kubectl(
-                "wait", "ftj", name, f"--for=condition={condition}", f"--timeout={seconds}s"
+                "wait", self.kind, name, f"--for=condition={condition}", f"--timeout={seconds}s"
             )
         except Exception as error:
             pods = self.kubectl("get", "pods", "-o", "wide")
@@ -158,7 +161,7 @@ def platform(cluster: Cluster, helm: Path) -> Iterator[Platform]:
     platform = Platform(cluster)
     for volume in VOLUMES:
         platform.apply(*_volume(cluster, volume))
-    rows = {path.name: path.read_text() for path in DATA.glob("*.jsonl")}
+    rows = {path.name: path.read_text() for folder in DATA for path in folder.glob("*.jsonl")}
     platform.run("seed", SEED, rows)
     yield platform
     cluster.kubectl("delete", "namespace", NAMESPACE, "--wait=false", check=False)

@@ -1,4 +1,4 @@
-"""Manifests for the cluster tests: the quickstart, short, with its data on a volume."""
+"""Manifests for the cluster tests: short jobs with their data on a volume."""
 
 from __future__ import annotations
 
@@ -32,4 +32,37 @@ def quickstart(name: str, *, steps: int, **more: Any) -> dict[str, Any]:
         "kind": "FineTuneJob",
         "metadata": {"name": name},
         "spec": {**spec, **more},
+    }
+
+
+def pipeline(name: str) -> dict[str, Any]:
+    """Fine-tuning, preferences, a reward model and PPO: a few steps each, on the tiny model."""
+    training = {"maxSteps": 4, "batchSize": 4, "learningRate": 0.001}
+    lora = {"lora": {"rank": 4, "alpha": 8}}
+    return {
+        "apiVersion": "tuneyard.io/v1alpha1",
+        "kind": "AlignmentJob",
+        "metadata": {"name": name},
+        "spec": {
+            "model": {"uri": "pvc://data/tiny"},
+            "sft": {
+                "data": {"train": [{"uri": "pvc://data/train.jsonl"}]},
+                "training": training,
+            },
+            "preferences": {"data": [{"uri": "pvc://data/preferences.jsonl"}], "heldOut": 0.25},
+            "rewardModel": {"train": {"adapter": lora, "training": training}},
+            "optimize": {
+                "ppo": {
+                    "prompts": {"uri": "pvc://data/prompts.jsonl"},
+                    "sampling": {"maxNewTokens": 8},
+                    "rollouts": 4,
+                    "training": training,
+                }
+            },
+            "adapter": lora,
+            "evaluate": {"maxNewTokens": 8, "samples": 1},
+            "output": {"uri": f"pvc://models/{name}"},
+            "compute": {"cpusPerWorker": "1", "memory": "4Gi", "sharedMemory": "512Mi"},
+            "runPolicy": {"backoffSeconds": 0},
+        },
     }
