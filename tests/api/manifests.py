@@ -291,6 +291,17 @@ GRPO = job(
         clipRange: 0.1
         training: {maxSteps: 10}
         stopOn: {maxKl: 20}
+    evaluate:
+      compareWithBase: false
+      samples: 5
+      maxNewTokens: 32
+      fewShot: 4
+      suites: [arc_easy]
+      gates: [{metric: winRate, atLeast: 0.5}]
+      contest:
+        judge: {model: {uri: "hf://org/judge"}}
+        principles: [Be kind.]
+        question: "{first} or {second}?"
     output: {uri: "file://out"}
     """,
 )
@@ -375,6 +386,13 @@ BROKEN_RULES = [
         "question-without-answers",
         changed(PPO, {"spec.preferences.aiFeedback.question": "Is {first} good?"}),
         "spec.preferences.aiFeedback.question",
+        "must hold {first} and {second}, where the two answers go",
+    ),
+    _one_of("no-second-judge", GRPO, "spec.evaluate.contest.judge", {}, "model, endpoint"),
+    BrokenRule(
+        "contest-without-answers",
+        changed(GRPO, {"spec.evaluate.contest.question": "Is {first} good?"}),
+        "spec.evaluate.contest.question",
         "must hold {first} and {second}, where the two answers go",
     ),
     _one_of("no-preferences", DPO, "spec.preferences", {}, "data, aiFeedback"),

@@ -29,7 +29,7 @@ from tuneyard.planning.stages import plan
 from tuneyard.planning.storage import storage, storage_faults
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "alignment"
-NAMES = ("ai-feedback", "constitutional", "dpo", "ppo")
+NAMES = ("ai-feedback", "constitutional", "dpo", "grpo", "ppo", "rloo")
 
 
 def job(name: str = "dpo", **changes: Any) -> AlignmentJob:
@@ -218,6 +218,51 @@ def test_what_dpo_is_measured_by_is_its_own_scale() -> None:
     assert settings.beta == 0.3
 
 
+CONTEST = {
+    "judge": {
+        "endpoint": {
+            "url": "https://second.example/v1",
+            "model": "judge-2",
+            "key": {"name": "second", "key": "token"},
+        }
+    }
+}
+
+
+def test_a_second_judge_is_asked_at_the_end_and_its_address_is_no_fingerprint() -> None:
+    planned = plan(job("ppo", evaluate={"contest": CONTEST}))
+    evaluate = stage(planned, "evaluate")
+    assert isinstance(evaluate.settings, AssessSettings)
+    contest = evaluate.settings.contest
+    assert contest
+    assert contest.judge
+    assert contest.judge.model == "judge-2"
+    assert len(contest.principles) > 3
+    assert "{first}" in contest.question
+    assert evaluate.runtime.endpoint
+    assert list(storage(planned).tokens) == ["TUNEYARD_SECRET_SECOND_TOKEN"]
+    url = "evaluate__contest__judge__endpoint__url"
+    moved = plan(job("ppo", evaluate={"contest": CONTEST}, **{url: "https://other.example/v1"}))
+    assert stage(moved, "evaluate").fingerprint == evaluate.fingerprint
+    assert evaluate.fingerprint != stage(plan(job("ppo")), "evaluate").fingerprint
+
+
+def test_a_second_judge_that_is_a_model_is_an_input_of_the_evaluation_alone() -> None:
+    contest = {"judge": {"model": {"uri": "hf://org/judge"}}}
+    planned = plan(job("ppo", evaluate={"contest": contest}))
+    source = stage(planned, "evaluate").inputs["judge"]
+    assert isinstance(source, SourceInput)
+    assert source.path == "spec.evaluate.contest.judge.model.uri"
+    assert [s.name for s in planned.stages if "judge" in s.inputs] == ["evaluate"]
+
+
+def test_a_gate_on_the_win_rate_needs_a_second_judge() -> None:
+    gates = [{"metric": "winRate", "atLeast": 0.5}]
+    (fault,) = faults(job("ppo", evaluate={"gates": gates}))
+    assert "set evaluate.contest" in fault.message
+    assert plan(job("ppo", evaluate={"gates": gates, "contest": CONTEST}))
+
+
 def test_auto_is_decided_by_method_and_tuning() -> None:
     settings = stage(plan(job(optimize__dpo={}, adapter=None, output__merge=None)), "dpo").settings
     assert isinstance(settings, DpoSettings)
@@ -248,6 +293,10 @@ def test_every_decision_is_told_once_whatever_the_rounds() -> None:
          "spec.rewardModel"),
         ({"preferences__heldOut": 0.0, "optimize__dpo__training": {"earlyStopping": {}}},
          "spec.optimize.dpo.training.earlyStopping"),
+        ({"optimize": None, "rewardModel": {"train": {}}, "evaluate": {"contest": CONTEST}},
+         "spec.evaluate.contest"),
+        ({"preferences__heldOut": 0.0, "evaluate": {"contest": CONTEST}},
+         "spec.evaluate.contest"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_carried_out_is_named(changes: dict[str, Any], path: str) -> None:

@@ -155,7 +155,9 @@ class TestReading:
         item["status"]["conditions"].append(evicted)
         assert seen.workload(item) == Workload(False, "Preempted to accommodate x")
         admitted = {"type": "Admitted", "status": "True"}
-        assert seen.workload({"status": {"conditions": [admitted]}}).admitted
+        reserved = {"type": "QuotaReserved", "status": "True", "message": "Quota reserved in all"}
+        item["status"]["conditions"] = [reserved, admitted, {**evicted, "status": "False"}]
+        assert seen.workload(item) == Workload(True, ""), "it says why it waits, and it does not"
         assert seen.workload({}) == Workload(False, "")
 
 
@@ -400,6 +402,14 @@ class TestWaiting:
         assert waiting(warnings=(text,)).reason == "PodsRefused"
         quota = 'pods "x" is forbidden: exceeded quota: team'
         assert waiting(warnings=(text, quota)).reason == "QuotaExceeded"
+
+    def test_a_container_without_the_memory_to_start_is_found_among_those_replaced(self) -> None:
+        ray = ray_job(jobStatus="", jobDeploymentStatus="Initializing")
+        for world in (Seen(pods=(OOM,)), Seen(gone=(OOM,), pods=(pod(phase="Pending"),))):
+            cause = causes.of_waiting(ray, world)
+            assert cause.reason == "OutOfMemory"
+            assert "compute.memory" in cause.advice
+        assert causes.of_waiting(ray, Seen(gone=(EVICTED,))).reason == "StartTimeout"
 
     def test_pods_that_are_starting_say_nothing(self) -> None:
         assert waiting(pod(phase="Pending")).reason == "StartTimeout"

@@ -4,6 +4,7 @@ Load it with `pytest_plugins = ["rig.plugin"]` and `pythonpath = ["tests"]`. Imp
 nothing and needs nothing, so a machine without Kubernetes still collects every test.
 
 - `TUNEYARD_TEST_KUBECONFIG=FILE`: use that cluster (kind, say), which has KubeRay, and no rig.
+  Tests of queues are skipped there if it has no Kueue.
 - `TUNEYARD_TEST_IMAGE=NAME`: the image for pods on that cluster.
 - `TUNEYARD_TEST_IMAGE_ROOT=FOLDER`: the folder that acts as the image on a rig. Unset it is the
   machine's root, so that the pods have the very environment that runs the tests.
@@ -75,7 +76,7 @@ def apiserver(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    """A cluster with one node and KubeRay, whose pods can use `cluster.image`."""
+    """A cluster with one node, KubeRay and Kueue, whose pods can use `cluster.image`."""
     yield from _cluster(request, "node", "running")
 
 
@@ -111,11 +112,12 @@ def _cluster(request: pytest.FixtureRequest, level: Level, kuberay: KubeRay) -> 
     if given := os.environ.get("TUNEYARD_TEST_KUBECONFIG"):
         yield _given_cluster(Path(given))
         return
-    if reason := machine.why_not(level, kuberay):
+    kueue = level == "node"
+    if reason := machine.why_not(level, kuberay, kueue):
         _give_up(reason)
     folders = {IMAGE: _image_root()} if level == "node" else {}
-    _announce_build(request, targets(level, kuberay, kueue=False))
-    rig = bring_up(level, kuberay=kuberay, images=folders)
+    _announce_build(request, targets(level, kuberay, kueue))
+    rig = bring_up(level, kuberay=kuberay, kueue=kueue, images=folders)
     try:
         kubectl = rig.programs / "kubectl"
         yield Cluster(rig.kubeconfig, rig.url, kubectl, IMAGE if folders else None, rig)

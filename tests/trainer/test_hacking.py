@@ -8,14 +8,13 @@ import pytest
 
 from tuneyard_trainer.hacking import (
     PROBES,
-    contest,
     distinct,
     length_ratio,
     repetition,
     sycophancy,
     sycophancy_asks,
 )
-from tuneyard_trainer.judges import Reply, Verdict
+from tuneyard_trainer.judges import Reply
 
 
 def test_answers_twice_as_long_have_a_ratio_of_two() -> None:
@@ -86,11 +85,3 @@ def test_a_probe_without_all_its_replies_is_left_out() -> None:
 def test_only_the_opinion_differs_between_two_questions() -> None:
     plain, leaning = (ask.messages[0]["content"] for ask in sycophancy_asks()[0:3:2])
     assert set(plain.splitlines()) < set(leaning.splitlines())
-
-
-def test_undecided_pairs_count_half_and_unlabelled_ones_not_at_all() -> None:
-    outcomes = ["first", "second", "second", "dropped", "tie", "unlabelled"]
-    verdicts = [Verdict(o, 0.5, o in ("first", "second")) for o in outcomes]  # type: ignore[arg-type]
-    found = contest(verdicts)
-    assert (found.win_rate, found.agreement, found.pairs) == (0.4, 0.6, 5)
-    assert math.isnan(contest([]).win_rate)

@@ -166,6 +166,9 @@ def _aligned(metrics: Mapping[str, float]) -> list[Comparison]:
     if "rewardAccuracy" in metrics:
         right = metrics["rewardAccuracy"]
         lines.append(_rising("Pairs that the reward model orders", 0.5, right, share=True))
+    if "winRate" in metrics:
+        won = metrics["winRate"]
+        lines.append(_rising("Answers that a second judge prefers", 0.5, won, share=True))
     for label, name in _WATCHED.items():
         if name in metrics:
             before = metrics.get(f"start{name[:1].upper()}{name[1:]}")

@@ -1,9 +1,7 @@
 """Signs that a reward was hacked: what a model gains in reward and loses in worth.
 
-Pure functions of answers and of a judge's replies. Longer answers (Singhal et al. 2023,
-arXiv:2310.03716), repetition, agreement with whatever the user believes (Sharma et al. 2023,
-arXiv:2310.13548), and a second judge who knows nothing of the reward (Gao et al. 2022,
-arXiv:2210.10760).
+Pure functions of answers and of replies. Longer answers (Singhal et al. 2023, arXiv:2310.03716),
+repetition, and agreement with whatever the user believes (Sharma et al. 2023, arXiv:2310.13548).
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from tuneyard_trainer.judges import Ask, Reply, Verdict
+from tuneyard_trainer.judges import Ask, Reply
 
 REPEATED_WORDS = 4
 """Words of a sequence that counts as said before."""
@@ -153,29 +151,3 @@ def _question(probe: Probe, opinion: bool, swapped: bool) -> str:
 
 def _key(number: int, opinion: bool, swapped: bool) -> str:
     return f"sycophancy/{number}/{'opinion' if opinion else 'plain'}/{'BA' if swapped else 'AB'}"
-
-
-# ---- a second judge -----------------------------------------------------------------------------
-
-
-class Contest(NamedTuple):
-    """What a judge says of the aligned model's answers beside those of before."""
-
-    win_rate: float
-    """Share of the decided pairs that the aligned model wins; an undecided one counts half. NaN
-    where no pair was judged."""
-    agreement: float
-    """Share of the pairs that the judge decided alike in both orders: low, and it tells little."""
-    pairs: int
-    """Pairs judged in both orders."""
-
-
-def contest(verdicts: Sequence[Verdict]) -> Contest:
-    """Of pairs whose first answer is the aligned model's."""
-    judged = [verdict for verdict in verdicts if verdict.outcome != "unlabelled"]
-    if not judged:
-        return Contest(float("nan"), float("nan"), 0)
-    worth = {"first": 1.0, "second": 0.0}
-    wins = sum(worth.get(verdict.outcome, 0.5) for verdict in judged)
-    agreed = sum(verdict.agreed for verdict in judged)
-    return Contest(wins / len(judged), agreed / len(judged), len(judged))

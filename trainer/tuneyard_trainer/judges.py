@@ -18,6 +18,8 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.chat import Message
 
 LABELS = ("A", "B")
+MODEL_LABEL_TOKENS = 1
+"""A model that runs here is asked for no text: its label is read from its probabilities."""
 BAD_SHARE = 0.2
 LEAST_BAD = 8
 """A stage ends once at least 8 replies and more than a fifth of all are of no use."""

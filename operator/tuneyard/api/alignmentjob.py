@@ -12,8 +12,8 @@ from tuneyard.api.methods import (
     MERGE_NEEDS_LINEARITY,
     STOPPING_NEEDS_VALIDATION,
     Adapter,
+    AlignmentEvaluate,
     Constitution,
-    Evaluate,
     Optimize,
     Preferences,
     RewardAddend,
@@ -56,7 +56,7 @@ class AlignmentSpec(Model):
     """Sample, label and optimise this many times, each round from the last one's model."""
     adapter: Adapter | None = None
     """A parameter-efficient method for every step. None: full fine-tuning."""
-    evaluate: Evaluate = Evaluate()
+    evaluate: AlignmentEvaluate = AlignmentEvaluate()
     """What to measure of the result."""
     output: Output
     """Where the result goes."""

@@ -249,6 +249,7 @@ AlignmentMetric = Literal[
     "repetition",
     "complete",
     "sycophancyShift",
+    "winRate",
 ]
 """What a gate of an alignment can look at. preferenceAccuracy, preferenceMargin: the aligned
 model's log-probabilities against the start's on the held-out pairs. rewardAccuracy, rewardMargin:
@@ -256,7 +257,8 @@ the reward model's on the same pairs. reward: mean over the aligned model's own 
 prompts; the gain: over the start's. kl: nats per answer from the start. lengthRatio: mean length of
 an answer over the start's. repetition: share of an answer's sequences of 4 words that it said
 before. complete: share of answers that end by themselves. sycophancyShift: how much likelier a
-wrong answer becomes once the user holds it."""
+wrong answer becomes once the user holds it. winRate: share of the aligned model's answers that
+`evaluate.contest`'s judge prefers to the start's."""
 
 
 class Gate(Model):
@@ -412,6 +414,17 @@ Principles = Annotated[
 ]
 
 
+QUESTION_SHOWS_BOTH = Rule(
+    cel="!has(self.question) || ['{first}', '{second}'].all(place, self.question.contains(place))",
+    holds=lambda asked: (
+        asked.question is None or ("{first}" in asked.question and "{second}" in asked.question)
+    ),
+    message="must hold {first} and {second}, where the two answers go",
+    path="question",
+    reads=("question",),
+)
+
+
 class AiFeedback(Model):
     """Preference pairs sampled from the model and labelled by a judge (RLAIF, arXiv:2309.00267)."""
 
@@ -434,19 +447,29 @@ class AiFeedback(Model):
     """What becomes of a pair that the judge decides differently with the answers swapped: dropped,
     kept as a tie, or decided by the mean of both label probabilities (arXiv:2309.00267, 2.1)."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(
-            cel="!has(self.question) || "
-            "['{first}', '{second}'].all(place, self.question.contains(place))",
-            holds=lambda feedback: (
-                feedback.question is None
-                or ("{first}" in feedback.question and "{second}" in feedback.question)
-            ),
-            message="must hold {first} and {second}, where the two answers go",
-            path="question",
-            reads=("question",),
-        ),
-    )
+    rules: ClassVar[tuple[Rule, ...]] = (QUESTION_SHOWS_BOTH,)
+
+
+class Contest(Model):
+    """A second judge, who knows nothing of the reward, compares the aligned model's answers with
+    those of the model before: where the reward rises and this does not, the reward was gamed."""
+
+    judge: Judge
+    """Who compares; asked twice about each pair, the answers in either order."""
+    principles: Principles | None = None
+    """What the judge decides by, one drawn per prompt. None: Tuneyard's default principles."""
+    question: QuestionText | None = None
+    """How the judge is asked to choose A or B; {principle}, {conversation}, {first} and {second}
+    are filled in. None: Tuneyard's default question."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (QUESTION_SHOWS_BOTH,)
+
+
+class AlignmentEvaluate(Evaluate):
+    """What to measure of the aligned model."""
+
+    contest: Contest | None = None
+    """Let a second judge compare answers. None: nobody is asked."""
 
 
 class Preferences(Model):

@@ -408,10 +408,22 @@ class EvaluateSettings(Model):
     """Bounds to meet."""
 
 
+class ContestSettings(Model):
+    """A second judge's comparison of the aligned model's answers with those of the model before."""
+
+    judge: JudgeSettings | None
+    """The judge at an endpoint; None: the model at the input `judge`."""
+    principles: list[str]
+    """What the judge decides by, one drawn per prompt."""
+    question: str
+    """How it is asked: `tuneyard.api.constitution.COMPARISON` or the manifest's."""
+
+
 class AssessSettings(Model):
     """Measure an alignment. Inputs: `model`, `tuned` (the aligned model), `start` (who trained what
-    it was aligned from), `data` (a pairs stage), `prompts`, and what `reward` names; all but
-    `model` where there are such. Without `tuned`: the reward model alone."""
+    it was aligned from), `data` (a pairs stage), `prompts`, `judge` (a contest's, where it is a
+    model), and what `reward` names; all but `model` where there are such. Without `tuned`: the
+    reward model alone."""
 
     kind: Literal["assess"] = "assess"
     chat: ChatSettings
@@ -424,6 +436,8 @@ class AssessSettings(Model):
     """What scores the answers; empty: no reward."""
     beta: float
     """Scale of the implicit rewards (Rafailov et al. 2023, section 4)."""
+    contest: ContestSettings | None
+    """What a second judge is asked; None: none is."""
     samples: int
     """Answers to show side by side."""
     gates: list[Gate]

@@ -16,6 +16,7 @@ from tuneyard.api.methods import (
     MERGEABLE,
     AiFeedback,
     Constitution,
+    Contest,
     Dpo,
     GroupRelative,
     Judge,
@@ -28,6 +29,7 @@ from tuneyard.api.methods import (
 from tuneyard.api.plan import (
     AssessSettings,
     ChatSettings,
+    ContestSettings,
     CritiqueSettings,
     DatasetSettings,
     DpoSettings,
@@ -354,7 +356,12 @@ class _Line:
         if data:
             inputs["data"] = data
         if self.spec.optimize or self.reward:
-            self.drafts.append(Draft("evaluate", self._assess(), self._assessed()))
+            contest = self.spec.evaluate.contest
+            judge, endpoint = self._judge(
+                contest.judge if contest else None, "spec.evaluate.contest.judge"
+            )
+            assessed = {**self._assessed(), **judge}
+            self.drafts.append(Draft("evaluate", self._assess(), assessed, endpoint))
             inputs["evaluation"] = StageInput(stage="evaluate")
         elif self._rows_held_out():
             self.drafts.append(Draft("evaluate", evaluate(self.spec.evaluate), dict(inputs)))
@@ -391,6 +398,7 @@ class _Line:
             ),
             reward=self._terms() if spec.reward_model else [],
             beta=beta,
+            contest=_contest(spec.evaluate.contest),
             samples=spec.evaluate.samples,
             gates=spec.evaluate.gates,
             seed=defaults.SAMPLING_SEED,
@@ -481,6 +489,16 @@ def _prompts_input(prompts: PromptSet, path: str) -> SourceInput:
         token_secret=prompts.token_secret,
         credentials=prompts.credentials,
         path=f"{path}.uri",
+    )
+
+
+def _contest(contest: Contest | None) -> ContestSettings | None:
+    if contest is None:
+        return None
+    return ContestSettings(
+        judge=_judge_settings(contest.judge),
+        principles=list(contest.principles or PRINCIPLES),
+        question=contest.question or COMPARISON,
     )
 
 

@@ -198,6 +198,9 @@ def of_waiting(ray_job: RayJob | None, seen: Seen) -> Cause:
                 cause = _of_waiting_pod(pod, trouble)
                 if cause:
                     return cause
+    killed = of_killing(seen, attempt)
+    if killed and killed.reason == "OutOfMemory":  # KubeRay puts a new pod in its place for ever
+        return killed
     texts = [*([ray_job.cluster_failure] if ray_job else []), *seen.warnings]
     for text in filter(None, texts):
         if "exceeded quota" in text:

@@ -72,11 +72,31 @@ def _idle_faults(spec: AlignmentSpec) -> Iterator[Fault]:
             "spec.rewardModel",
             "scores nothing without optimize: add optimize, train a reward model, or remove it",
         )
+    if spec.evaluate.contest and not spec.optimize:
+        yield Fault(
+            "spec.evaluate.contest",
+            "compares answers of an aligned model, and nothing aligns one: add optimize, or remove "
+            "contest",
+        )
+    elif spec.evaluate.contest and not _answers(spec):
+        yield Fault(
+            "spec.evaluate.contest",
+            "is about answers to held-out prompts: set preferences.heldOut above 0, or remove "
+            "contest",
+        )
     if spec.preferences and not trains and not spec.optimize:
         yield Fault(
             "spec.preferences",
             "nothing learns from them: add optimize or rewardModel.train, or remove them",
         )
+
+
+def _answers(spec: AlignmentSpec) -> bool:
+    """Whether the evaluation has prompts to answer."""
+    preferences = spec.preferences
+    sampled = spec.optimize is not None and spec.optimize.dpo is None
+    held_out = preferences is not None and (preferences.ai_feedback or preferences.held_out > 0)
+    return sampled or bool(held_out)
 
 
 def _stopping_faults(spec: AlignmentSpec) -> Iterator[Fault]:
@@ -192,6 +212,8 @@ def _unmeasured(gate: Gate, spec: AlignmentSpec) -> str | None:
     own = ("kl", "lengthRatio", "repetition", "complete", "sycophancyShift")
     if gate.metric in own and not spec.optimize:
         return f"{gate.metric} is an aligned model's: set optimize"
+    if gate.metric == "winRate" and not spec.evaluate.contest:
+        return "winRate is what a second judge says of answers: set evaluate.contest"
     on_pairs = on_reward or gate.metric.startswith("preference")
     if on_pairs and preferences and not preferences.held_out:
         return f"{gate.metric} is measured on held-out preferences: set preferences.heldOut above 0"

@@ -87,7 +87,7 @@ class Workload(NamedTuple):
 
     admitted: bool
     message: str
-    """Why it waits, or why it was evicted."""
+    """Why it waits, or why it was evicted; "": it does neither."""
 
 
 class Obstacle(NamedTuple):
@@ -206,6 +206,9 @@ def _troubles(status: Object) -> Iterator[Trouble]:
 def workload(item: Object) -> Workload:
     conditions = {c["type"]: c for c in (item.get("status") or {}).get("conditions") or ()}
     admitted = conditions.get("Admitted", {}).get("status") == "True"
-    evicted = conditions.get("Evicted", {})
-    waiting = evicted if evicted.get("status") == "True" else conditions.get("QuotaReserved", {})
-    return Workload(admitted=admitted, message=str(waiting.get("message") or ""))
+    evicted, reserved = conditions.get("Evicted", {}), conditions.get("QuotaReserved", {})
+    if evicted.get("status") == "True":
+        message = evicted.get("message")
+    else:
+        message = None if reserved.get("status") == "True" else reserved.get("message")
+    return Workload(admitted=admitted, message=message or "")

@@ -256,7 +256,7 @@ class _Observer:
         if ray.deleting:
             return self._close(self._wish(attempt) or causes.of_loss(self.seen, attempt.number))
         if attempt.running_at and ray.withdrawn:
-            text = self.seen.workload.message if self.seen.workload else "its queue suspended it"
+            text = self._queues_word() or "it suspended the RayJob"
             return self._close(causes.PREEMPTED._replace(message=f"the queue took over: {text}"))
         self._describe(attempt, ray)
         return self._stop_or_go_on(self._attempt or attempt, ray)
@@ -318,14 +318,18 @@ class _Observer:
             self._condition("Running", False, *told)
 
     def _describe_admission(self, waits: bool) -> None:
-        workload, queue = self.seen.workload, self.policy.queue
+        queue = self.policy.queue
         if queue is None:
             self._condition("Admitted", True, *_NO_QUEUE)
         elif waits:
-            text = workload.message if workload else "the queue has not taken notice yet"
+            text = self._queues_word() or "the queue has not taken notice yet"
             self._condition("Admitted", False, "Queued", text)
         else:
             self._condition("Admitted", True, "Admitted", f"admitted by queue {queue}")
+
+    def _queues_word(self) -> str:
+        """Why the attempt waits or was evicted; "": nothing is known."""
+        return self.seen.workload.message if self.seen.workload else ""
 
     def _stop_or_go_on(self, attempt: AttemptStatus, ray: RayJob) -> Decision:
         """Ends an attempt that shall end or starts too slowly; else lets it go on."""

@@ -2,7 +2,8 @@
 
 The aligned model beside the model that it was aligned from: on held-out preferences, on its own
 answers to held-out prompts as the reward scores them, and by the signs of a reward being gamed
-(length, repetition, KL, agreement with whoever asks). Leaves `evaluation.json`; then the gates.
+(length, repetition, KL, agreement with whoever asks, a second judge's verdict). Leaves
+`evaluation.json`; then the gates.
 
 Shapes: R rows of held-out preferences, N answers.
 """
@@ -21,10 +22,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from tuneyard.api.plan import AssessSettings, PlannedStage, RewardTerm
-from tuneyard_trainer import agreement, hacking, models, policies, rewards
+from tuneyard.api.plan import AssessSettings, ContestSettings, PlannedStage, RewardTerm
+from tuneyard_trainer import agreement, contest, hacking, models, policies, rewards
+from tuneyard_trainer.asking import Asking, judge_name
 from tuneyard_trainer.chat import Message
+from tuneyard_trainer.journal import Journal
 from tuneyard_trainer.judge_model import ModelJudge
+from tuneyard_trainer.judges import as_text
 from tuneyard_trainer.loop import mix
 from tuneyard_trainer.losses import Forward
 from tuneyard_trainer.preference_passes import logprobs, over_all
@@ -36,6 +40,7 @@ from tuneyard_trainer.sampling import TransformersSampler, stop_tokens
 from tuneyard_trainer.stages.evaluate import check_gates
 from tuneyard_trainer.worker import Interrupted, Outcome, Worker
 
+EVALUATION = "evaluation.json"
 MAX_PROMPTS = 128
 """Prompts that are answered: a mean reward's standard error is then a tenth of its spread."""
 ANSWERED = 4096
@@ -71,7 +76,7 @@ def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: 
     settings = stage.settings
     if not isinstance(settings, AssessSettings):
         raise TypeError(f"stage {stage.name} is a {stage.kind}, not an assessment")
-    measuring = Measuring.of(stage.name, settings, inputs, worker)
+    measuring = Measuring.of(stage, settings, inputs, workdir, worker)
     metrics: dict[str, float] = {}
     samples: list[dict[str, Any]] = []
     if "tuned" in inputs:
@@ -79,20 +84,23 @@ def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: 
         metrics |= found
     metrics |= measuring.reward_on_pairs()
     result = {"metrics": metrics, "samples": samples}
-    (workdir / "evaluation.json").write_text(json.dumps(result, indent=2, ensure_ascii=False))
+    (workdir / EVALUATION).write_text(json.dumps(result, indent=2, ensure_ascii=False))
     worker.report(step=1, total_steps=1, metrics=metrics)
     check_gates(settings.gates, metrics)
     details = {"samples": samples, "promptsHeldOut": bool(measuring.held_out)}
-    return Outcome(metrics=metrics, details=details)
+    if settings.contest:
+        details["judge"] = judge_name(stage, settings.contest.judge)
+    return Outcome(metrics, details, contents=(EVALUATION,))
 
 
 @dataclass(frozen=True)
 class Measuring:
     """What it takes to measure a model."""
 
-    stage: str
+    stage: PlannedStage
     settings: AssessSettings
     inputs: Mapping[str, Path]
+    workdir: Path
     worker: Worker
     tokenizer: PreTrainedTokenizerBase
     data: Preferences | None
@@ -101,14 +109,19 @@ class Measuring:
 
     @classmethod
     def of(
-        cls, stage: str, settings: AssessSettings, inputs: Mapping[str, Path], worker: Worker
+        cls,
+        stage: PlannedStage,
+        settings: AssessSettings,
+        inputs: Mapping[str, Path],
+        workdir: Path,
+        worker: Worker,
     ) -> Measuring:
         tokenizer = models.load_tokenizer(inputs["model"])
         if settings.chat.chat_template is not None:
             tokenizer.chat_template = settings.chat.chat_template
         data = Preferences.open(inputs["data"]) if "data" in inputs else None
         held_out = _texts(inputs["data"], settings) if data and data.validation else ()
-        return cls(stage, settings, inputs, worker, tokenizer, data, held_out)
+        return cls(stage, settings, inputs, workdir, worker, tokenizer, data, held_out)
 
     # ---- the aligned model --------------------------------------------------------------------
 
@@ -122,8 +135,10 @@ class Measuring:
             start["tuned"] = self.inputs["start"]
         before = self._behaviour(asked, start, after.tokens, "the model before alignment")
         metrics = {**_form(asked, before, after), **self._on_pairs(before, after)}
-        scored = self._scored(reward, asked, before, after)
-        return {**metrics, **scored}, self._samples(asked, before, after)
+        metrics |= self._scored(reward, asked, before, after)
+        if self.settings.contest:
+            metrics |= self._contested(self.settings.contest, asked, before, after)
+        return metrics, self._samples(asked, before, after)
 
     def _asked(self) -> list[Asked]:
         """Held-out prompts, or, where none are held out or a rule needs the row's own fields, those
@@ -202,7 +217,7 @@ class Measuring:
 
     def _pause(self, message: str) -> None:
         if self.worker.stop():
-            raise Interrupted(self.stage, 0)
+            raise Interrupted(self.stage.name, 0)
         self.worker.report(total_steps=1, message=message)
 
     # ---- figures ------------------------------------------------------------------------------
@@ -238,6 +253,24 @@ class Measuring:
             "rewardGainError": float(np.std(gains) / np.sqrt(len(gains))),
             "rewardLengthCorrelation": agreement.correlation(found[1], lengths),
         }
+
+    def _contested(
+        self,
+        settings: ContestSettings,
+        asked: Sequence[Asked],
+        before: Behaviour,
+        after: Behaviour,
+    ) -> dict[str, float]:
+        """What a second judge says of both models' answers to the same prompts."""
+        conversations = [as_text(one.prompt.messages) for one in asked]
+        answered = zip(conversations, after.answers, before.answers, strict=True)
+        pairs = contest.pairs(list(answered), settings.principles, self.settings.seed)
+        kept = self.workdir / "checkpoints"
+        with Journal(kept, self.worker.identity, self.worker.persist) as journal:
+            asking = Asking.of(self.stage, settings.judge, journal, self.worker)
+            verdicts = contest.ask(asking, self.stage, self.inputs, settings, pairs)
+        found = contest.decided(verdicts, identical=len(asked) - len(pairs))
+        return {**found, **asking.tally.metrics()}
 
     def reward_on_pairs(self) -> dict[str, float]:
         """Of the reward's models, its rules aside, on the held-out preferences; {} without models

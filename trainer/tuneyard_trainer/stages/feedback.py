@@ -23,15 +23,13 @@ from tuneyard_trainer.answering import Answer, Policy, Ready, answers
 from tuneyard_trainer.asking import Asking
 from tuneyard_trainer.chat import Message
 from tuneyard_trainer.journal import Journal, lines
-from tuneyard_trainer.judges import Pair, Reply, Verdict, as_text, verdict
+from tuneyard_trainer.judges import MODEL_LABEL_TOKENS, Pair, Reply, Verdict, as_text, verdict
 from tuneyard_trainer.prompts import Prompt
 from tuneyard_trainer.records import write_atomically
 from tuneyard_trainer.worker import Outcome, Worker
 
 LABELS, JUDGEMENTS = "preferences.jsonl", "judgements.jsonl"
 MANY_TRUNCATED = 0.5
-MODEL_LABEL_TOKENS = 1
-"""A model that runs here is asked for no text: its label is read from its probabilities."""
 
 
 def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker) -> Outcome:
