@@ -1,0 +1,159 @@
+"""A second judge on what an alignment changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.trainer.judge_server import QUESTION, Answer, JudgeServer, answers_of, completion
+from tests.trainer.speaking import share_of, write_prompts
+from tuneyard.api.manifest import read
+from tuneyard.api.plan import Plan
+from tuneyard.errors import StageError
+from tuneyard.planning.stages import plan
+from tuneyard_trainer import plain, rewards
+from tuneyard_trainer.contest import decided, pairs
+from tuneyard_trainer.judges import Verdict
+
+
+def verdicts(*outcomes: Any) -> list[Verdict]:
+    return [Verdict(outcome, 0.5, outcome in ("first", "second")) for outcome in outcomes]
+
+
+# ---- figures ----------------------------------------------------------------------------------
+
+
+def test_what_is_undecided_counts_half_and_what_is_unlabelled_not_at_all() -> None:
+    found = decided(verdicts("first", "second", "second", "dropped", "tie", "unlabelled"), 0)
+    assert found == {"winRate": 0.4, "judgeAgreement": 0.6, "judgedPairs": 5.0}
+
+
+def test_identical_answers_count_half_and_say_nothing_of_the_judge() -> None:
+    found = decided(verdicts("first", "first"), identical=2)
+    assert found == {"winRate": 0.75, "judgeAgreement": 1.0, "judgedPairs": 2.0}
+    assert decided([], identical=3) == {"winRate": 0.5, "judgedPairs": 0.0}
+
+
+def test_a_judge_who_decided_nothing_leaves_no_figure_that_a_gate_could_pass() -> None:
+    assert decided(verdicts("unlabelled"), identical=5) == {"judgedPairs": 0.0}
+
+
+def test_only_answers_that_differ_are_asked_about_the_aligned_models_first() -> None:
+    (pair,) = pairs([("Hi", "new", "old"), ("Ho", "same", "same")], ["be kind"], seed=1)
+    assert pair.answers == ("new", "old")
+    (other,) = pairs([("Hi", "newer", "old")], ["be kind"], seed=1)
+    assert pair.key != other.key
+
+
+# ---- a job ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reward that is optimised: the letter a, whatever is asked."""
+    monkeypatch.setattr(rewards, "load", lambda *_: share_of("a"))
+
+
+def job(folder: Path, model: Path, contest: dict[str, Any], **evaluate: Any) -> Plan:
+    write_prompts(folder / "prompts.jsonl")
+    optimize = {
+        "prompts": {"uri": "file://prompts.jsonl"},
+        "sampling": {"maxNewTokens": 12},
+        "groupSize": 8,
+        "training": {"maxSteps": 4, "batchSize": 32, "learningRate": 0.005},
+    }
+    value = {
+        "apiVersion": "tuneyard.io/v1alpha1",
+        "kind": "AlignmentJob",
+        "metadata": {"name": "contested"},
+        "spec": {
+            "model": {"uri": f"file://{model}"},
+            "rewardModel": {"rule": {"exactMatch": "prompt"}},
+            "optimize": {"grpo": optimize},
+            "evaluate": {"maxNewTokens": 12, "samples": 1, "contest": contest, **evaluate},
+            "output": {"uri": "file://out"},
+        },
+    }
+    return plan(read(json.dumps(value))[0])
+
+
+def run(planned: Plan, folder: Path) -> dict[str, Any]:
+    """The evaluation's record."""
+    found: dict[str, Any] = {}
+
+    def emit(event: dict[str, Any]) -> None:
+        if event["type"] == "stage" and event["stage"] == "evaluate" and event["record"]:
+            found.update(event["record"])
+
+    out = str(folder / "out")
+    plain.run(planned, out, base_dir=folder, cache_dir=folder / "cache", emit=emit)
+    return found
+
+
+def fewer_a(body: dict[str, Any], _number: int) -> Answer:
+    """A judge whom the letter a does not impress."""
+    first, second = (answer.count("a") for answer in answers_of(body))
+    return completion("A" if first < second else "B")
+
+
+def at(server: JudgeServer) -> dict[str, Any]:
+    endpoint = {"url": server.url, "model": "judge-2"}
+    return {"judge": {"endpoint": endpoint}, "question": QUESTION, "principles": ["be kind"]}
+
+
+@pytest.mark.usefixtures("gamed")
+def test_a_gamed_reward_rises_while_the_second_judge_turns_away(
+    tmp_path: Path, speaking_model_dir: Path
+) -> None:
+    with JudgeServer(fewer_a) as server:
+        record = run(job(tmp_path, speaking_model_dir, at(server)), tmp_path)
+        asked = len(server.bodies)
+    metrics = record["metrics"]
+    assert metrics["rewardGain"] > 0
+    assert metrics["winRate"] < 0.5
+    assert asked == metrics["judgeRequests"] == 2 * metrics["judgedPairs"]
+    assert record["details"]["judge"] == "judge-2"
+    card = (tmp_path / "out" / "result" / "README.md").read_text()
+    assert "Answers that a second judge prefers" in card
+
+
+@pytest.mark.usefixtures("gamed")
+def test_a_gate_on_the_second_judge_keeps_a_gamed_model_from_being_exported(
+    tmp_path: Path, speaking_model_dir: Path
+) -> None:
+    gates = [{"metric": "winRate", "atLeast": 0.6}]
+    with JudgeServer(fewer_a) as server:
+        planned = job(tmp_path, speaking_model_dir, at(server), gates=gates)
+        with pytest.raises(StageError, match=r"winRate is .* below 0.6") as caught:
+            run(planned, tmp_path)
+        assert caught.value.reason == "GateFailed"
+        assert not (tmp_path / "out" / "result").exists()
+
+
+@pytest.mark.usefixtures("gamed")
+def test_what_was_asked_before_an_outage_is_not_asked_again(
+    tmp_path: Path, speaking_model_dir: Path
+) -> None:
+    def failing(body: dict[str, Any], number: int) -> Answer:
+        return fewer_a(body, number) if number < 3 else Answer(status=401)
+
+    with JudgeServer(failing) as server:
+        planned = job(tmp_path, speaking_model_dir, at(server))
+        with pytest.raises(StageError) as caught:
+            run(planned, tmp_path)
+        assert caught.value.reason == "JudgeForbidden"
+        failed = len(server.bodies)
+        server.respond = fewer_a
+        metrics = run(planned, tmp_path)["metrics"]
+        assert len(server.bodies) - failed == 2 * metrics["judgedPairs"] - 3
+
+
+@pytest.mark.usefixtures("gamed")
+def test_a_model_can_be_the_second_judge(tmp_path: Path, speaking_model_dir: Path) -> None:
+    contest = {"judge": {"model": {"uri": f"file://{speaking_model_dir}"}}}
+    record = run(job(tmp_path, speaking_model_dir, contest), tmp_path)
+    assert 0 <= record["metrics"]["winRate"] <= 1
+    assert record["details"]["judge"] == f"file://{speaking_model_dir}"
