@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlencode
+from urllib.request import getproxies
 
 import aiohttp
 from kubernetes.aio import config
@@ -88,6 +89,8 @@ async def connect() -> Cluster:
             message = f"no cluster: not in a pod, and no kubeconfig that can be used ({error})"
             raise TuneyardError(message) from error
     configuration.connection_pool_maxsize = 64
+    # Else aiohttp reads ~/.netrc and looks for proxies at each request: an eighth of our time.
+    configuration.client_session_kwargs = {"trust_env": bool(getproxies())}
     return Cluster(ApiClient(configuration))
 
 

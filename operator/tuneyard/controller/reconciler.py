@@ -148,7 +148,7 @@ class Reconciler:
             self.queue.add_after(key, wait)
         else:
             job = await self._write(key, entry, job, decision.status)
-        await self._act(key, entry, job, decision)
+        await self._act(key, entry, job, decision, planned)
         self.world.count_phase(key, decision.status.phase or "Pending")
         metrics.show_progress((key.namespace, key.kind, key.name), decision.status)
         if is_finished(job) and entry.is_empty:
@@ -231,18 +231,22 @@ class Reconciler:
             self._queue_event(key, entry.body, event)
         return job.model_copy(update={"status": status})
 
-    async def _act(self, key: Key, entry: Entry, job: Job, decision: Decision) -> None:
+    async def _act(
+        self, key: Key, entry: Entry, job: Job, decision: Decision, planned: Planned
+    ) -> None:
         for name in decision.stop:
             if not await self.cluster.delete_ray_job(key.namespace, name):
                 entry.ray_jobs.pop(name, None)  # a read was stale
                 self.queue.add(key)
         if decision.start is not None:
-            await self._start(key, entry, job, decision.start)
+            await self._start(key, entry, job, decision.start, planned)
         if decision.delete:
             await self.cluster.delete_job(entry.body or {}, key)
         await self._ask_why(key, entry, job)
 
-    async def _start(self, key: Key, entry: Entry, job: Job, number: int) -> None:
+    async def _start(
+        self, key: Key, entry: Entry, job: Job, number: int, planned: Planned
+    ) -> None:
         """Creates an attempt's objects, once nothing of another attempt is left."""
         if number > 1:
             await self._read(key)
@@ -252,7 +256,10 @@ class Reconciler:
                 self.queue.add_after(key, PODS_SECONDS)
                 return
         try:
-            plan = await self._plan_in_force(key, job)
+            if isinstance(planned, Plan):
+                plan = planned
+            else:
+                plan = await self._plan_in_force(key, job)
             rendered = rayjob.render(
                 plan, job, attempt=number, image=self.settings.image, reporting=self._reporting
             )
