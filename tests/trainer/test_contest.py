@@ -63,7 +63,12 @@ def job(folder: Path, model: Path, contest: dict[str, Any], **evaluate: Any) -> 
         "prompts": {"uri": "file://prompts.jsonl"},
         "sampling": {"maxNewTokens": 12},
         "groupSize": 8,
-        "training": {"maxSteps": 4, "batchSize": 32, "learningRate": 0.005},
+        "training": {
+            "maxSteps": 12,
+            "batchSize": 32,
+            "learningRate": 0.005,
+            "schedule": {"type": "constant", "warmup": 0.0},
+        },
     }
     value = {
         "apiVersion": "tuneyard.io/v1alpha1",
@@ -100,7 +105,7 @@ def fewer_a(body: dict[str, Any], _number: int) -> Answer:
 
 
 def at(server: JudgeServer) -> dict[str, Any]:
-    endpoint = {"url": server.url, "model": "judge-2"}
+    endpoint = {"url": server.url, "model": "judge-2", "concurrency": 1}
     return {"judge": {"endpoint": endpoint}, "question": QUESTION, "principles": ["be kind"]}
 
 
@@ -152,8 +157,11 @@ def test_what_was_asked_before_an_outage_is_not_asked_again(
 
 
 @pytest.mark.usefixtures("gamed")
-def test_a_model_can_be_the_second_judge(tmp_path: Path, speaking_model_dir: Path) -> None:
-    contest = {"judge": {"model": {"uri": f"file://{speaking_model_dir}"}}}
+def test_a_model_can_be_the_second_judge(
+    tmp_path: Path, speaking_model_dir: Path, tiny_model_dir: Path
+) -> None:
+    judge = {"model": {"uri": f"file://{tiny_model_dir}"}}
+    contest = {"judge": judge, "question": QUESTION, "principles": ["be kind"]}
     record = run(job(tmp_path, speaking_model_dir, contest), tmp_path)
     assert 0 <= record["metrics"]["winRate"] <= 1
-    assert record["details"]["judge"] == f"file://{speaking_model_dir}"
+    assert record["details"]["judge"] == judge["model"]["uri"]
