@@ -199,6 +199,10 @@ def test_every_pod_satisfies_the_restricted_security_standard() -> None:
         assert "hostPath" not in json.dumps(pod)
 
 
+def test_a_worker_that_still_waits_for_its_head_ends_at_once_when_told_to() -> None:
+    assert worker(rendered(job("support-bot")))["shareProcessNamespace"] is True
+
+
 def test_the_head_computes_nothing() -> None:
     result = rendered(job("support-bot"))
     start = spec(result)["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]

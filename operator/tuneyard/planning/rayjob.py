@@ -296,6 +296,9 @@ def _worker_group(pods: _Pods, store: Storage, group: Workers, compute: Compute)
     }
     mounts = [_shared_memory(group.shared_memory), *_claims(store.claims)]
     template = _template(pods, container, mounts)
+    # KubeRay's init container is a shell that, being the pod's first process, would sit out SIGTERM
+    # and the whole grace period: every attempt after a lost worker waited for its replacement.
+    template["spec"]["shareProcessNamespace"] = True
     template["spec"] |= _placement(compute)
     return {
         "groupName": "workers",
