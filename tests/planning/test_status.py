@@ -218,6 +218,17 @@ class TestStarting:
         assert played.status.failure
         assert played.status.failure.advice
 
+    def test_a_worker_without_the_memory_to_start_fails_the_job_at_once(self) -> None:
+        """KubeRay would put one doomed pod after the other in its place."""
+        played = world()
+        played.start()
+        killed = Trouble("OOMKilled", "exit code 137", "ray-worker")
+        played.add_pods(pod(1, "worker", killed, phase="Failed"))
+        played.look()
+        assert (played.phase, played.why("Failed")) == ("Failed", "True OutOfMemory")
+        assert played.status.failure
+        assert "compute.memory" in played.status.failure.advice
+
     def test_quota_that_keeps_pods_from_being_made_is_named(self) -> None:
         played = world()
         played.start()
@@ -592,6 +603,9 @@ class TestFailure:
         assert (played.phase, played.why("Failed")) == ("Failed", "True Unreachable")
         assert played.status.failure
         assert played.status.failure.advice == "Open it."
+        found = played.condition("Failed")
+        assert found
+        assert found.message == "it was Unreachable. Open it."
         assert [a.reason for a in played.status.attempts] == ["DiskFull", "Unreachable"]
 
     def test_a_vanished_worker_is_explained_by_evidence_that_comes_later(self) -> None:

@@ -143,7 +143,7 @@ def test_failure_and_retry() -> None:
     ]
     assert played.events[3].message == "attempt 1: DiskFull: it was DiskFull"
     assert played.events[-1].message == (
-        "LossNotFinite: it was LossNotFinite Lower training.learningRate."
+        "LossNotFinite: it was LossNotFinite. Lower training.learningRate."
     )
 
 

@@ -343,8 +343,11 @@ class _Observer:
             self.wake.append(GRACE_SECONDS - asked)
             return self._decision()
         is_starting = attempt.running_at is None and not ray.suspended
-        if is_starting and self._too_late(self._could_start_at(attempt, ray)):
-            return self._close(causes.of_waiting(ray, self.seen)._replace(retryable=False))
+        if is_starting:
+            cause = causes.of_waiting(ray, self.seen)
+            is_hopeless = cause.reason == "OutOfMemory"  # the next pod would need as much
+            if self._too_late(self._could_start_at(attempt, ray)) or is_hopeless:
+                return self._close(cause._replace(retryable=False))
         if self.policy.deadline_seconds is not None:
             self.wake.append(max(1.0, self.policy.deadline_seconds - self._spent()))
         return self._decision()
@@ -487,7 +490,8 @@ class _Observer:
         self._set(stages=[_moved(s, to) if s.state == "Running" else s for s in self.status.stages])
         self._phase("Failed")
         self._condition("Running", False, cause.reason, cause.message)
-        text = f"{cause.message} {cause.advice}".strip()
+        end = "" if cause.message.endswith((".", "!", "?")) or not cause.advice else "."
+        text = f"{cause.message}{end} {cause.advice}".strip()
         self._condition("Failed", True, cause.reason, text)
         self._drop_condition("Suspended")
 
