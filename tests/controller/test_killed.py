@@ -1,266 +1,182 @@
-"""The operator killed at its writes, and an API server that fails: the end is the same.
+"""The operator killed at each write of a job that fails, is tried again, succeeds and is deleted.
 
-KubeRay is played; API server, operator process and its death are real.
+Each run has a job of its own and kills the operator at one write: before the API server sees it, or
+after, when the answer is lost. Whoever finds it dead starts it again, as a kubelet does. Events are
+left out: nothing waits for them.
 """
 
 from __future__ import annotations
 
-import copy
-import json
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
 import pytest
 
-from tests.controller.faults import (
-    Answer,
-    Cut,
-    Delay,
-    Fault,
-    FaultProxy,
-    Gone,
-    Predicate,
-    Stale,
-    kill_at,
-    on,
-)
-from tests.controller.played import PlayedKubeRay
-from tests.controller.running import Operator, wait_until
+from tests.controller.faults import Cut, Request
+from tests.controller.scene import SUCCEEDED, Job, Played, ending, eventually
 
-if TYPE_CHECKING:
-    from rig.plugin import Cluster
+pytestmark = [pytest.mark.apiserver, pytest.mark.slow]
 
-pytestmark = pytest.mark.apiserver
+RETRYABLE = ending("Failed", "Flaky", retryable=True)
 
-CRDS = Path(__file__).parents[2] / "crds"
-NAMESPACE = "killed"
-JOB_SECONDS = 60
 
-SPEC = {
-    "model": {"uri": "hf://HuggingFaceTB/SmolLM2-135M-Instruct"},
-    "data": {"train": [{"uri": "pvc://data/train.jsonl"}]},
-    "output": {"uri": "pvc://models/killed"},
+class Step(NamedTuple):
+    """The n-th write of its sort in a job's life."""
+
+    sort: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.sort} {self.number}"
+
+
+LIFE = {
+    "patch job": ["finalizer on", "finalizer off"],
+    "patch status": ["attempt 1", "runs", "ended", "attempt 2", "runs", "succeeded"],
+    "patch configmaps": ["attempt 1", "attempt 2"],
+    "patch rayjobs": ["attempt 1", "attempt 2"],
+    "delete rayjobs": ["attempt 1", "attempt 2"],
 }
+"""Every write, by its sort, with what it does."""
+STEPS = [Step(sort, number) for sort, whats in LIFE.items() for number in range(1, len(whats) + 1)]
+ERASURE = [Step("patch configmaps", 2), Step("patch jobs", 1), Step("patch job", 2)]
+"""Those of a deletion with its output, after the RayJob is gone."""
 
 
-@dataclass
-class Stage:
-    """The operator behind a proxy that fails, and KubeRay played beside it."""
+def sort_of(verb: str, path: str, job: Job) -> str | None:
+    """None: it is no write of the job's, or an event."""
+    plural, _, rest = path.partition(f"/namespaces/{job.scene.namespace}/")[2].partition("/")
+    if plural == "events" or not rest.startswith(job.name):
+        return None
+    if path.startswith(job.path):
+        return f"{verb.lower()} {'status' if rest.endswith('/status') else 'job'}"
+    return f"{verb.lower()} {plural}"
 
-    cluster: Cluster
-    proxy: FaultProxy
-    operator: Operator
-    kuberay: PlayedKubeRay
 
-    def create(self, name: str, **changes: object) -> None:
-        """Create a job; `changes` are fields of its spec."""
-        job = {
-            "apiVersion": "tuneyard.io/v1alpha1",
-            "kind": "FineTuneJob",
-            "metadata": {"name": name, "namespace": NAMESPACE},
-            "spec": {**SPEC, **changes},
-        }
-        arguments = ("create", "--validate=ignore", "--filename=-")
-        self.cluster.kubectl(*arguments, input=json.dumps(job))
+class Killer:
+    """A write hook: kills the operator at one step of a job's life."""
 
-    def job(self, name: str) -> Any:
-        arguments = ("--namespace", NAMESPACE, "get", "finetunejob", name, "--output=json")
-        return json.loads(self.cluster.kubectl(*arguments).stdout)
+    def __init__(self, stage: Played, job: Job, step: Step, *, reached: bool) -> None:
+        self._stage, self._job, self._step, self._reached = stage, job, step, reached
+        self._counts: Counter[str] = Counter()
+        self.has_killed = False
 
-    def phase(self, name: str) -> str:
-        phase: str = self.job(name).get("status", {}).get("phase", "")
-        return phase
-
-    def wait_until_finished(self, name: str) -> None:
-        """Whenever the operator is found dead meanwhile, it is started again, as a kubelet does."""
-        deadline = time.monotonic() + JOB_SECONDS
-        while self.phase(name) not in ("Succeeded", "Failed"):
-            assert time.monotonic() < deadline, f"{self.job(name)}\n{self.operator.log[-3000:]}"
-            if not self.operator.is_alive:
-                self.operator.start()
-            time.sleep(0.2)
-
-    def assert_as_if_nothing_had_happened(self, name: str) -> None:
-        status = self.job(name)["status"]
-        assert status["phase"] == "Succeeded"
-        assert [attempt["reason"] for attempt in status["attempts"]] == ["Succeeded"]
-        assert {name: len(uids) for name, uids in self.made(name).items()} == {f"{name}-1": 1}
-
-    def made(self, name: str) -> dict[str, set[str]]:
-        """Every RayJob that the job ever had."""
-        rayjobs = self.kuberay.seen.items()
-        return {each: uids for each, uids in rayjobs if each.startswith(f"{name}-")}
-
-    def settle(self) -> None:
-        """Wait until the operator writes no more."""
-        number, since = self.proxy.num_writes, time.monotonic()
-        while time.monotonic() - since < 1.5:
-            time.sleep(0.1)
-            if self.proxy.num_writes != number:
-                number, since = self.proxy.num_writes, time.monotonic()
+    def __call__(self, _: int, verb: str, path: str) -> Cut | None:
+        sort = sort_of(verb, path, self._job)
+        if sort is None:
+            return None
+        self._counts[sort] += 1
+        if self.has_killed or Step(sort, self._counts[sort]) != self._step:
+            return None
+        self.has_killed = True
+        return Cut("after" if self._reached else "before", then=self._stage.operator.kill)
 
 
 @pytest.fixture(scope="module")
-def stage(apiserver: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    folder = tmp_path_factory.mktemp("stage")
-    apiserver.kubectl("apply", "--server-side", "--force-conflicts", "--filename", str(CRDS))
-    condition = "--for=condition=Established"
-    apiserver.kubectl("wait", condition, "--timeout=60s", "--filename", str(CRDS))
-    apiserver.kubectl("create", "namespace", NAMESPACE, check=False)
-    with (
-        FaultProxy(apiserver.kubeconfig, folder) as proxy,
-        PlayedKubeRay(apiserver.kubeconfig, NAMESPACE) as kuberay,
-        Operator(proxy.kubeconfig, folder, lease="killed", namespaces=NAMESPACE) as operator,
-    ):
-        operator.wait_until_active()
-        yield Stage(apiserver, proxy, operator, kuberay)
-        proxy.heal()
-        apiserver.kubectl(
-            "delete", "--namespace", NAMESPACE, "finetunejobs", "--all", "--timeout=60s"
-        )
+def kept_alive(stage: Played) -> Iterator[Played]:
+    """The operator is started again whenever it is dead."""
+    done = threading.Event()
 
+    def watch() -> None:
+        while not done.wait(0.1):
+            if not stage.operator.is_alive:
+                stage.operator.start()
 
-@pytest.fixture(autouse=True)
-def healthy(stage: Stage) -> Iterator[None]:
-    yield
-    stage.proxy.heal()
-    if not stage.operator.is_alive:
-        stage.operator.start()
-        stage.operator.wait_until_active()
-
-
-def writes_of_a_job(stage: Stage, name: str) -> int:
-    """How many writes an undisturbed job takes, from its creation to rest."""
-    stage.settle()
-    before = stage.proxy.num_writes
-    stage.create(name)
-    stage.wait_until_finished(name)
-    stage.settle()
-    return stage.proxy.num_writes - before
-
-
-def test_an_undisturbed_job_is_left_alone_once_it_is_done(stage: Stage) -> None:
-    """No second RayJob, no status write without a change, nothing at all when nothing happens."""
-    number = writes_of_a_job(stage, "calm")
-    stage.assert_as_if_nothing_had_happened("calm")
-    assert number > 4, "the job was created, planned, started, followed"
-    mine = [
-        request.json()["status"]
-        for request in stage.proxy.requests(on("PATCH", "/finetunejobs/calm/status$"))
-    ]
-    assert all(mine), "a status write that changes nothing"
-    version = stage.job("calm")["metadata"]["resourceVersion"]
-    before = stage.proxy.num_writes
-    time.sleep(3)
-    assert stage.proxy.num_writes == before
-    assert stage.job("calm")["metadata"]["resourceVersion"] == version
-
-
-@pytest.mark.slow
-def test_killed_at_any_of_its_writes_the_operator_finishes_the_job_with_one_rayjob(
-    stage: Stage,
-) -> None:
-    """Killed before its first write, and right after each one. (What the API server knows before
-    the next one is the same.)"""
-    num_writes = writes_of_a_job(stage, "reference")
-    for number in range(num_writes + 1):
-        name = f"at-{number}"
-        first = stage.proxy.num_writes + 1
-        at = first + max(0, number - 1)
-        stage.proxy.on_write = kill_at(at, stage.operator.kill, reached=number > 0)
-        stage.create(name)
-        stage.wait_until_finished(name)
-        stage.settle()
-        stage.proxy.on_write = None
-        killed = stage.proxy.num_writes >= at
-        assert killed, "the operator came to the write that it was to die at"
-        if not stage.operator.is_alive:
-            stage.operator.start()
-        stage.assert_as_if_nothing_had_happened(name)
-
-
-OURS = "/finetunejobs/"
-FAULTS: dict[str, list[tuple[Fault, Predicate, int | None]]] = {
-    "conflicts": [(Answer(409), on("PATCH", OURS), 3)],
-    "too many requests": [(Answer(429, retry_after=1), on("PATCH"), 3)],
-    "server errors": [(Answer(500), on("PATCH"), 3), (Answer(503), on("POST"), 2)],
-    "answers lost": [(Cut("after"), on("PATCH", f"{OURS}|rayjobs|configmaps"), 4)],
-    "requests lost": [(Cut("before"), on("PATCH", f"{OURS}|rayjobs|configmaps"), 4)],
-    "slow": [(Delay(0.5), on("PATCH"), 4), (Delay(0.5), on("GET"), 4)],
-    "stale reads": [(Stale(2), on("GET"), 5)],
-    "watches expire": [(Gone(), on("WATCH"), 4)],
-}
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_an_api_server_that_fails_makes_a_job_later_but_not_otherwise(
-    stage: Stage, name: str
-) -> None:
-    for fault, when, times in FAULTS[name]:
-        stage.proxy.add(fault, when, times)
-    if name == "watches expire":
-        stage.proxy.drop_watches()
-    job = name.replace(" ", "-")
-    stage.create(job)
-    stage.wait_until_finished(job)
-    stage.settle()
-    stage.assert_as_if_nothing_had_happened(job)
-    assert stage.operator.is_alive
-
-
-def test_watches_that_break_again_and_again_lose_nothing(stage: Stage) -> None:
-    stage.create("dropped")
-    deadline = time.monotonic() + JOB_SECONDS
-    while stage.phase("dropped") != "Succeeded":
-        assert time.monotonic() < deadline, stage.operator.log[-3000:]
-        stage.proxy.drop_watches()
-        time.sleep(0.7)
-    stage.settle()
-    stage.assert_as_if_nothing_had_happened("dropped")
-
-
-def test_a_malformed_object_does_not_stop_the_operator_from_serving_others(stage: Stage) -> None:
-    """One that a laxer schema of an earlier version let in."""
-    with any_schema(stage.cluster):
-        stage.create("nonsense", model=5, data={"train": "everything"}, surprise={})
-    stage.create("sensible")
-    stage.wait_until_finished("sensible")
-    stage.settle()
-    stage.assert_as_if_nothing_had_happened("sensible")
-    assert stage.operator.is_alive
-    assert stage.made("nonsense") == {}
-
-
-@contextmanager
-def any_schema(cluster: Cluster) -> Iterator[None]:
-    """Admission takes any FineTuneJob meanwhile."""
-    name = "finetunejobs.tuneyard.io"
-    definition = json.loads(cluster.kubectl("get", "crd", name, "--output=json").stdout)
-    del definition["metadata"]["resourceVersion"]
-    lax = copy.deepcopy(definition)
-    for version in lax["spec"]["versions"]:
-        status = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
-        version["schema"]["openAPIV3Schema"] = {
-            **status,
-            "properties": {"spec": status, "status": status},
-        }
-    probe = {"spec": {"model": 5}, "metadata": {"name": "probe", "namespace": NAMESPACE}}
-    probe |= {"apiVersion": "tuneyard.io/v1alpha1", "kind": "FineTuneJob"}
-
-    def is_admitted() -> bool:
-        arguments = ("create", "--dry-run=server", "--validate=ignore", "--filename=-")
-        done = cluster.kubectl(*arguments, input=json.dumps(probe), check=False)
-        return not done.returncode
-
-    # A changed schema takes a moment to come into force.
-    cluster.kubectl("replace", "--filename=-", input=json.dumps(lax))
-    wait_until(is_admitted)
+    keeper = threading.Thread(target=watch)
+    keeper.start()
     try:
-        yield
+        yield stage
     finally:
-        cluster.kubectl("replace", "--filename=-", input=json.dumps(definition))
-        wait_until(lambda: not is_admitted())
+        done.set()
+        keeper.join()
+
+
+def live(job: Job) -> None:
+    """From its first attempt to its success."""
+    job.attempt(1).run().end(RETRYABLE)
+    job.attempt(2).run().end(SUCCEEDED)
+    job.until_phase("Succeeded")
+    job.until(lambda job: not job.ray_jobs() and not job.pods())
+
+
+def rayjobs_made(job: Job, since: str) -> Counter[str]:
+    path = f"/apis/ray.io/v1/namespaces/{job.scene.namespace}/rayjobs"
+    events = job.scene.api.changes(path, since)
+    return Counter(e["object"]["metadata"]["name"] for e in events if e["type"] == "ADDED")
+
+
+def test_an_undisturbed_life_takes_these_writes_and_no_more(kept_alive: Played) -> None:
+    stage = kept_alive
+    job = stage.create("calm", policy={"backoffSeconds": 0})
+    live(job)
+    job.delete()
+    job.until_gone()
+    time.sleep(1)
+
+    def is_asked_for(request: Request) -> bool:
+        return request.is_write and sort_of(request.verb, request.path, job) is not None
+
+    made = Counter(
+        str(sort_of(request.verb, request.path, job))
+        for request in stage.proxy.requests(is_asked_for)
+    )
+    # What is being deleted may be looked at once more before its watch has told.
+    assert made.pop("delete rayjobs") >= 2
+    assert made == {sort: len(all_) for sort, all_ in LIFE.items() if sort != "delete rayjobs"}
+
+
+@pytest.mark.parametrize("reached", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("step", STEPS, ids=str)
+def test_killed_at_any_write_the_job_gets_one_rayjob_for_each_attempt_and_completes(
+    kept_alive: Played, step: Step, reached: bool
+) -> None:
+    stage = kept_alive
+    name = f"{step}-{'after' if reached else 'before'}".replace(" ", "-")
+    rayjobs = f"/apis/ray.io/v1/namespaces/{stage.namespace}/rayjobs"
+    since = stage.api("GET", f"{rayjobs}?limit=1")["metadata"]["resourceVersion"]
+    job = Job(stage, "FineTuneJob", name)
+    killer = stage.proxy.on_write = Killer(stage, job, step, reached=reached)
+    stage.create(name, policy={"backoffSeconds": 0, "maxAttempts": 2})
+    live(job)
+    assert job.reasons == ["Flaky", "Succeeded"]
+    told = job.told()
+    job.delete()
+    job.until_gone()
+    assert killer.has_killed
+    assert rayjobs_made(job, since) == {f"{name}-1": 1, f"{name}-2": 1}
+    assert max(told.values()) <= 3, "no event is told again and again"
+
+
+@pytest.mark.parametrize("reached", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("step", ERASURE, ids=str)
+def test_killed_while_it_has_the_output_erased_the_operator_has_it_erased_once(
+    kept_alive: Played, step: Step, reached: bool
+) -> None:
+    stage = kept_alive
+    name = f"erase-{step}-{'after' if reached else 'before'}".replace(" ", "-")
+    jobs = f"/apis/batch/v1/namespaces/{stage.namespace}/jobs"
+    since = stage.api("GET", f"{jobs}?limit=1")["metadata"]["resourceVersion"]
+    output = {"uri": f"pvc://models/{name}", "deletionPolicy": "Delete"}
+    job = Job(stage, "FineTuneJob", name)
+    killer = stage.proxy.on_write = Killer(stage, job, step, reached=reached)
+    stage.create(name, output=output)
+    job.attempt(1).run().end(SUCCEEDED)
+    job.until_phase("Succeeded")
+    job.until(lambda job: not job.ray_jobs() and not job.pods())
+    job.delete()
+    pods = f"/api/v1/namespaces/{stage.namespace}/pods"
+    chosen = f"batch.kubernetes.io/job-name={name}-erase"
+    (pod,) = eventually(lambda: stage.api.list(pods, labelSelector=chosen))
+    succeeded = {"status": {"phase": "Succeeded"}}
+    stage.api.merge(f"{pods}/{pod['metadata']['name']}/status", succeeded)
+    job.until_gone()
+    assert killer.has_killed
+    made = [
+        e["object"]["metadata"]["name"]
+        for e in stage.api.changes(jobs, since)
+        if e["type"] == "ADDED"
+    ]
+    assert made == [f"{name}-erase"]

@@ -3,10 +3,22 @@ does not go away in time; other jobs go on."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 
 from tests.controller.faults import Answer, on
-from tests.controller.scene import SUCCEEDED, Attempt, Job, Played, consistently
+from tests.controller.scene import (
+    SUCCEEDED,
+    Attempt,
+    Job,
+    Played,
+    RefusedError,
+    consistently,
+    eventually,
+)
 
 pytestmark = pytest.mark.apiserver
 
@@ -178,6 +190,49 @@ def test_kuberays_refusal_is_final(scene: Played) -> None:
 
 
 # ---- what others broke --------------------------------------------------------------------------
+
+
+def test_a_malformed_object_is_told_so_and_does_not_keep_others_from_being_served(
+    scene: Played,
+) -> None:
+    """One that a laxer schema of an earlier version let in."""
+    with any_schema(scene):
+        job = scene.create("nonsense", model=5, data={"train": "everything"}, surprise={})
+        is_served(scene, "sensible")
+        job.until_phase("Failed")
+    assert (job.failure, job.ray_jobs()) == ("Malformed", [])
+    assert scene.operator.is_alive
+
+
+@contextmanager
+def any_schema(scene: Played) -> Iterator[None]:
+    """Admission takes any FineTuneJob meanwhile."""
+    path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/finetunejobs.tuneyard.io"
+    definition = scene.api("GET", path)
+    lax, anything = copy.deepcopy(definition), {"x-kubernetes-preserve-unknown-fields": True}
+    for version in lax["spec"]["versions"]:
+        fields = {name: {"type": "object", **anything} for name in ("spec", "status")}
+        version["schema"]["openAPIV3Schema"] = {"type": "object", "properties": fields}
+    probe = Job(scene, "FineTuneJob", "probe")
+    collection = probe.path.removesuffix("/probe")
+
+    def is_admitted() -> bool:
+        try:
+            scene.api("POST", f"{collection}?dryRun=All", probe.manifest({"model": 5}))
+        except RefusedError:
+            return False
+        return True
+
+    # A changed schema takes a moment to come into force.
+    scene.api("PUT", path, lax)
+    eventually(is_admitted)
+    try:
+        yield
+    finally:
+        version = scene.api("GET", path)["metadata"]["resourceVersion"]
+        definition["metadata"]["resourceVersion"] = version
+        scene.api("PUT", path, definition)
+        eventually(lambda: not is_admitted())
 
 
 def test_a_lost_plan_is_made_again(scene: Played) -> None:
