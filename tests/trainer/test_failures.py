@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tuneyard_trainer.disk import disk_error
-from tuneyard_trainer.failures import last_line, out_of_memory, unexpected
+from tuneyard_trainer.failures import last_line, out_of_memory, unexpected, without_a_word
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,45 @@ def test_a_defect_is_told_by_its_last_line_and_place() -> None:
 def test_a_lost_peer_is_tried_again() -> None:
     error = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.3]")
     assert (unexpected(error).reason, unexpected(error).retryable) == ("WorkerDied", True)
+
+
+MONITOR = """Training failed due to worker errors:
+[Rank 0 Error Snippet]:
+A worker health check failed.
+Worker info: Worker(
+  metadata=ActorMetadata(
+    hostname='bot-1-jfnp8-workers-worker-hmhdd',
+  ),
+)
+1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.244.0.12,\
+ ID: 2fb3) was 0.97GB used / 1.00GB limit (0.969559)
+OOM kill reason: Memory usage 1032667136B exceeded threshold of 1020054720B
+Refer to the documentation on how to address the out of memory issue"""
+"""What Ray 2.60 says, shortened."""
+
+
+@pytest.mark.parametrize(
+    ("in_a_pod", "where"),
+    [
+        (True, "container ray-worker of pod bot-1-jfnp8-workers-worker-hmhdd"),
+        (False, "ended: bot-1-jfnp8-workers-worker-hmhdd"),
+    ],
+)
+def test_a_worker_that_rays_monitor_ended_says_where_memory_ran_out_and_is_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, in_a_pod: bool, where: str
+) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    if in_a_pod:
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.96.0.1")
+    named = without_a_word(RuntimeError(MONITOR))
+    assert (named.reason, named.retryable) == ("OutOfMemory", False)
+    assert f"{where} ran out of memory, 0.97GB used / 1.00GB limit." in named.message
+    assert "compute.memory" in named.advice
+
+
+def test_a_worker_that_was_killed_is_tried_again() -> None:
+    killed = RuntimeError("(1) the process was killed by the OOM killer due to high memory usage")
+    assert (without_a_word(killed).reason, without_a_word(killed).retryable) == ("WorkerDied", True)
 
 
 @pytest.mark.parametrize(

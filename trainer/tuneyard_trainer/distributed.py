@@ -30,7 +30,7 @@ from tuneyard.api.compute import Compute
 from tuneyard.api.plan import Plan
 from tuneyard.errors import StageError
 from tuneyard_trainer import drain
-from tuneyard_trainer.failures import MEMORY_ADVICE, last_line, unexpected
+from tuneyard_trainer.failures import unexpected, without_a_word
 from tuneyard_trainer.lines import Desk, Line
 from tuneyard_trainer.records import Store
 from tuneyard_trainer.runner import Ledger, Walk, failure_event
@@ -211,7 +211,7 @@ def _follow(
     while not desk.events.empty():
         relay(desk.events.get())
     if not endings and failures:
-        endings.append(_unexplained(failures[0]))
+        endings.append(failure_event(without_a_word(failures[0])))
     return endings
 
 
@@ -228,26 +228,6 @@ def _raise(endings: list[dict[str, Any]]) -> None:
     for event in endings:
         if event["type"] == "interrupted":
             raise Interrupted(event["stage"], event["step"])
-
-
-def _unexplained(error: Exception) -> dict[str, Any]:
-    """A worker group that ended without a word: killed, out of memory, or lost with its node."""
-    if "OutOfMemoryError" in str(error):  # Ray's memory monitor, ahead of the kernel's
-        return failure_event(
-            StageError(
-                "OutOfMemory",
-                "a training worker was ended because its machine ran out of memory.",
-                advice=MEMORY_ADVICE,
-            )
-        )
-    return failure_event(
-        StageError(
-            "WorkerDied",
-            f"the training workers ended without a word: {last_line(error)}",
-            advice="If memory ran out, lower training.microBatchTokens or data.maxLength.",
-            retryable=True,
-        )
-    )
 
 
 class _Trainer(TorchTrainer):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import traceback
 
 from tuneyard.errors import StageError
@@ -12,7 +14,7 @@ MOST_CHARACTERS = 1000
 _LOST_PEER = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe")
 MEMORY_ADVICE = (
     "Lower training.microBatchTokens or data.maxLength, set training.gradientCheckpointing: true, "
-    "use adapter.qlora, or give each worker more memory."
+    "use adapter.qlora, or give each worker more memory: on a cluster, raise compute.memory."
 )
 
 
@@ -52,4 +54,29 @@ def unexpected(error: BaseException) -> StageError:
         "TrainerError",
         f"the trainer failed unexpectedly: {last_line(error)}",
         advice="The worker's log in /tmp/ray/session_latest/logs has the whole story.",
+    )
+
+
+_HOST = re.compile(r"hostname='([^']+)'")
+_MEMORY = re.compile(r"[\d.]+\wB used / [\d.]+\wB limit")
+
+
+def without_a_word(error: Exception) -> StageError:
+    """A worker group that ended silently, as Ray tells it: killed, out of memory, or lost with its
+    node."""
+    said = str(error)
+    if "running low on memory" in said:  # Ray's memory monitor, ahead of the kernel's
+        host, memory = _HOST.search(said), _MEMORY.search(said)
+        pod = "container ray-worker of pod " if "KUBERNETES_SERVICE_HOST" in os.environ else ""
+        return StageError(
+            "OutOfMemory",
+            f"a training worker was ended: {pod}{host[1] if host else 'its machine'} ran out of "
+            f"memory{f', {memory[0]}' if memory else ''}.",
+            advice=MEMORY_ADVICE,
+        )
+    return StageError(
+        "WorkerDied",
+        f"the training workers ended without a word: {last_line(error)}",
+        advice="If memory ran out, lower training.microBatchTokens or data.maxLength.",
+        retryable=True,
     )
