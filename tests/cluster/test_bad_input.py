@@ -1,0 +1,146 @@
+"""What no schema can refuse: the job ends, says why, and names the field to change.
+
+All of them at once on a real node, where the scheduler, the kubelet, the runtime, KubeRay and the
+kernel say what they say.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.cluster.conftest import Platform
+from tests.cluster.jobs import quickstart
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
+
+START_SECONDS = 45
+"""Enough for a kubelet on a busy machine to say what is wrong."""
+STRICT = "tuning-strict"
+"""A namespace whose quota takes a head and no worker."""
+
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A manifest, and the end it comes to."""
+
+    spec: Object
+    reason: str
+    message: tuple[str, ...]
+    advice: str
+    is_patient: bool = False
+    """It ends by itself, and not because its pods did not start in time."""
+
+
+def _compute(**more: str | int) -> Object:
+    return {**quickstart("any", steps=1)["spec"]["compute"], "cpusPerWorker": "100m", **more}
+
+
+BAD: Mapping[str, Bad] = {
+    "image": Bad(
+        {"compute": _compute(image="registry.invalid/trainer:1")},
+        "ImagePullFailed",
+        ("registry.invalid/trainer:1",),
+        "compute.image",
+    ),
+    "claim": Bad(
+        {"output": {"uri": "pvc://archive/claim"}},
+        "VolumeMissing",
+        ("PersistentVolumeClaim archive",),
+        "pvc://archive/",
+    ),
+    "secret": Bad(
+        {"output": {"uri": "s3://bucket/secret", "credentials": {"name": "store"}}},
+        "SecretMissing",
+        ("Secret store",),
+        "credentials",
+    ),
+    "gpu": Bad(
+        {"compute": _compute(gpusPerWorker=1)},
+        "Unschedulable",
+        ("worker", "Insufficient nvidia.com/gpu"),
+        "compute.gpusPerWorker",
+    ),
+    "quota": Bad(
+        {  # nothing that would have to be in its namespace
+            "data": {"train": [{"uri": "hf://datasets/org/rows/train.jsonl"}]},
+            "output": {"uri": "s3://bucket/quota"},
+        },
+        "QuotaExceeded",
+        ("exceeded quota: team", "requests.memory"),
+        "compute.memory",
+    ),
+    "memory": Bad(
+        {"compute": _compute(cpusPerWorker="500m", memory="1Gi")},
+        "OutOfMemory",
+        ("container ray-worker",),
+        "compute.memory",
+        is_patient=True,
+    ),
+    "model": Bad(
+        {"model": {"uri": "pvc://models/nowhere"}, "compute": _compute(cpusPerWorker="500m")},
+        "SourceNotFound",
+        ("pvc://models/nowhere",),
+        "spec.model.uri",
+        is_patient=True,
+    ),
+    "tiny": Bad(
+        {"compute": _compute(memory="32Mi", sharedMemory="16Mi")},
+        "OutOfMemory",
+        ("container ray-worker of pod tiny-1-",),
+        "compute.memory",
+        is_patient=True,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def ended(platform: Platform) -> Iterator[Mapping[str, Platform]]:
+    """Where each job is, all of them applied at once."""
+    cluster = platform.cluster
+    cluster.kubectl("create", "namespace", STRICT)
+    strict = replace(platform, namespace=STRICT)
+    hard = {"requests.memory": "5Gi"}
+    strict.apply(
+        {
+            "apiVersion": "v1",
+            "kind": "ResourceQuota",
+            "metadata": {"name": "team"},
+            "spec": {"hard": hard},
+        }
+    )
+    places = {name: strict if name == "quota" else platform for name in BAD}
+    for name, bad in BAD.items():
+        policy = {} if bad.is_patient else {"runPolicy": {"startDeadlineSeconds": START_SECONDS}}
+        places[name].apply(quickstart(name, steps=1, **{**policy, **bad.spec}))
+    yield places
+    for name, place in places.items():
+        place.kubectl("delete", "ftj", name, "--wait=false")
+    cluster.kubectl("delete", "namespace", STRICT, "--wait=false")
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_job_that_cannot_work_says_why_and_what_to_change(
+    ended: Mapping[str, Platform], name: str
+) -> None:
+    place, bad = ended[name], BAD[name]
+    place.wait(name, "Failed", 240)
+
+    status = place.status(name)
+    sys.stdout.write(yaml.safe_dump(status))
+    failure = status["failure"]
+    assert failure["reason"] == bad.reason
+    for text in bad.message:
+        assert text in failure["message"]
+    assert bad.advice in failure["advice"]
+    (condition,) = [c for c in status["conditions"] if c["type"] == "Failed"]
+    assert condition["reason"] == bad.reason
+    assert failure["advice"] in condition["message"], "kubectl describe shows it"
+    assert len(status["attempts"]) == 1, "the same manifest would fail again"
