@@ -982,6 +982,7 @@ class TestQueue:
             decision = played.look()
             assert played.attempt.reason == "Preempted"
             assert "accommodate" in (played.attempt.message or "")
+            assert played.why("Admitted") == "False Queued"
             assert decision.stop == ("minimal-1",)
             played.settle(3)
             assert played.created == ["minimal-1", "minimal-2"]

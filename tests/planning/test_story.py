@@ -109,8 +109,8 @@ def test_the_queue() -> None:
         "Normal Admitted",
         "Normal Running",
         "Warning AttemptEnded",
-        "Normal AttemptStarted",
         "Normal Queued",
+        "Normal AttemptStarted",
     ]
     assert played.events[5].message.startswith("attempt 1: Preempted: the queue took over")
 

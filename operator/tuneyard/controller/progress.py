@@ -116,10 +116,9 @@ class StatusServer:
         if newest.number > attempt:
             raise Refused(409, "stale", f"attempt {attempt} is not the newest any more")
         if newest.finished_at:
-            # The driver repeats its last post when the answer was lost: it has been heard.
-            if post.tuneyard is not None and post.tuneyard.ending is not None:
-                return Answer(stop=True)
-            raise Refused(409, "stale", f"attempt {attempt} has ended: {newest.reason}")
+            # The queue takes its cluster, say: nobody takes over before the pods are gone, and
+            # until then a checkpoint can be saved. Whoever ends by himself has been heard.
+            return Answer(stop=True)
         self._reconciler.take_post(key, post)
         if post.tuneyard is not None and post.tuneyard.ending is not None:
             await self._until_stored(key, attempt)

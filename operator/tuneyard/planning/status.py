@@ -257,6 +257,7 @@ class _Observer:
             return self._close(self._wish(attempt) or causes.of_loss(self.seen, attempt.number))
         if attempt.running_at and ray.withdrawn:
             text = self._queues_word() or "it suspended the RayJob"
+            self._condition("Admitted", False, "Queued", text)
             return self._close(causes.PREEMPTED._replace(message=f"the queue took over: {text}"))
         self._describe(attempt, ray)
         return self._stop_or_go_on(self._attempt or attempt, ray)
