@@ -150,6 +150,23 @@ def test_it_starts_from_the_fine_tuned_model(tmp_path: Path, inputs: dict[str, P
     torch.testing.assert_close(other[name], base[name] * 2)
 
 
+def test_a_reward_model_that_reads_back_otherwise_is_no_result(
+    tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = scorers.load
+
+    def rounded(*arguments: Any, **named: Any) -> Any:
+        model = load(*arguments, **named)
+        with torch.no_grad():
+            model.score.weight[0, 0] += 1e-6
+        return model
+
+    monkeypatch.setattr(scorers, "load", rounded)
+    with pytest.raises(StageError, match=r"in score\.weight") as caught:
+        run(tmp_path / "a", inputs, settings(LORA, max_steps=1, epochs=None))
+    assert caught.value.reason == "RewardMismatch"
+
+
 def test_a_model_without_a_trained_head_is_refused(tiny_model_dir: Path) -> None:
     with pytest.raises(StageError) as caught:
         scorers.load(tiny_model_dir, dtype=torch.float32, device=CPU)
