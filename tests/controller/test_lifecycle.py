@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import pytest
 
 from tests.controller.faults import on
@@ -120,10 +122,12 @@ def test_the_wait_before_the_next_attempt_is_kept(scene: Played) -> None:
 
 
 def test_preempted_pods_do_not_count_as_an_attempt(scene: Played) -> None:
-    job = scene.create("preempted", policy={"maxAttempts": 1})
+    job = scene.create("preempted", policy={"maxAttempts": 1, "backoffSeconds": 0})
     first = job.attempt(1).run()
     condition = {"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler"}
-    first.set_pod(first.worker, conditions=[condition])
+    # Kubernetes takes one back that is two minutes old, or of no age, and the pod still there.
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    first.set_pod(first.worker, conditions=[{**condition, "lastTransitionTime": now}])
     first.remove_pod(first.worker)
     first.end(ending("Failed", "WorkerDied", retryable=True))
     job.attempt(2).run().end(SUCCEEDED)
