@@ -244,9 +244,7 @@ class Reconciler:
             await self.cluster.delete_job(entry.body or {}, key)
         await self._ask_why(key, entry, job)
 
-    async def _start(
-        self, key: Key, entry: Entry, job: Job, number: int, planned: Planned
-    ) -> None:
+    async def _start(self, key: Key, entry: Entry, job: Job, number: int, planned: Planned) -> None:
         """Creates an attempt's objects, once nothing of another attempt is left."""
         if number > 1:
             await self._read(key)
