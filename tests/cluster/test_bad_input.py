@@ -43,7 +43,15 @@ def _compute(**more: str | int) -> Object:
     return {**quickstart("any", steps=1)["spec"]["compute"], "cpusPerWorker": "100m", **more}
 
 
+# On a node of two cores: first those whose heads must be scheduled, so that their workers are what
+# is wrong with them.
 BAD: Mapping[str, Bad] = {
+    "gpu": Bad(
+        {"compute": _compute(gpusPerWorker=1)},
+        "Unschedulable",
+        ("worker", "Insufficient nvidia.com/gpu"),
+        "compute.gpusPerWorker",
+    ),
     "image": Bad(
         {"compute": _compute(image="registry.invalid/trainer:1")},
         "ImagePullFailed",
@@ -57,16 +65,13 @@ BAD: Mapping[str, Bad] = {
         "pvc://archive/",
     ),
     "secret": Bad(
-        {"output": {"uri": "s3://bucket/secret", "credentials": {"name": "store"}}},
+        {
+            "output": {"uri": "s3://bucket/secret", "credentials": {"name": "store"}},
+            "compute": _compute(),
+        },
         "SecretMissing",
         ("Secret store",),
         "credentials",
-    ),
-    "gpu": Bad(
-        {"compute": _compute(gpusPerWorker=1)},
-        "Unschedulable",
-        ("worker", "Insufficient nvidia.com/gpu"),
-        "compute.gpusPerWorker",
     ),
     "quota": Bad(
         {  # nothing that would have to be in its namespace
