@@ -161,7 +161,9 @@ def test_the_operator_understands_its_arguments(chart: Chart) -> None:
     container = _container(objects)
     command, *arguments = container["args"]
     parsed = cli.tuneyard.commands[command]
-    context = parsed.make_context(command, [_with_local_file(text) for text in arguments])
+    parent = cli.tuneyard.make_context("tuneyard", [command])
+    arguments = [_with_local_file(text) for text in arguments]
+    context = parsed.make_context(command, arguments, parent=parent)
     names = {entry["name"] for entry in container["env"]}
     assert names <= {
         str(option.envvar) for option in parsed.params if isinstance(option, click.Option)

@@ -52,7 +52,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def with_crds(apiserver: Cluster) -> Cluster:
-    apiserver.kubectl("apply", "--server-side", "-f", str(CRDS))
+    apiserver.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(CRDS))
     names = [f"crd/{crd['metadata']['name']}" for crd in crds().values()]
     apiserver.kubectl("wait", "--for=condition=Established", "--timeout=60s", *names)
     return apiserver
