@@ -28,7 +28,10 @@ PROBE_TOKENS = 64
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog, 12 times a day."
 TOLERANCE = 1e-3
 """Largest difference of a logit between a merged float32 model and base plus adapter: merging adds
-the update in another order. What was written must reload to the bit."""
+the update in another order."""
+SAME = 1e-5
+"""Largest difference of a logit or score between float32 models of the same weights, which need not
+be zero: sums depend on where weights lie in memory."""
 
 ADAPTER, MODEL = "adapter", "model"
 
@@ -75,13 +78,13 @@ def _clear(workdir: Path) -> None:
 
 
 def _export_adapter(inputs: Mapping[str, Path], workdir: Path, probe_1L: Tensor) -> float:
-    """Copies the adapter; the copy must load to the model that was trained, bit for bit."""
+    """Copies the adapter; the copy must load to the model that was trained."""
     target = workdir / ADAPTER
     shutil.copytree(inputs["tuned"] / "weights", target)
     _add_tokenizer(inputs, target)
     trained_1LV = _logits(adapters.load(_base(inputs), inputs["tuned"] / "weights"), probe_1L)
     written_1LV = _logits(adapters.load(_base(inputs), target), probe_1L)
-    return _compared("the adapter read back", trained_1LV, written_1LV, 0.0)
+    return _compared("the adapter read back", trained_1LV, written_1LV, SAME)
 
 
 def _export_merged(inputs: Mapping[str, Path], workdir: Path, probe_1L: Tensor) -> float:
@@ -112,7 +115,9 @@ def _write_model(
     models.save(model, target)
     _add_tokenizer(inputs, target)
     written = models.load_base(target, dtype=model.dtype, device=torch.device("cpu"))
-    return _compared("the model read back", in_memory_1LV, _logits(written, probe_1L), 0.0)
+    if name := models.differing(model, written):
+        raise _mismatch(f"the model read back differs from the one in memory in {name}.")
+    return float((in_memory_1LV - _logits(written, probe_1L)).abs().max())
 
 
 def _base(inputs: Mapping[str, Path]) -> PreTrainedModel:
@@ -121,7 +126,7 @@ def _base(inputs: Mapping[str, Path]) -> PreTrainedModel:
 
 
 def _export_scorer(inputs: Mapping[str, Path], workdir: Path, probe_1L: Tensor) -> float:
-    """Copies the reward model; the copy must score as the one that was trained, bit for bit."""
+    """Copies the reward model; the copy must score as the one that was trained."""
     source, target = inputs["tuned"] / "weights", workdir / MODEL
     shutil.copytree(source, target)
     _add_tokenizer(inputs, target)
@@ -129,7 +134,7 @@ def _export_scorer(inputs: Mapping[str, Path], workdir: Path, probe_1L: Tensor) 
     for folder in (source, target):
         model = scorers.load(folder, dtype=torch.float32, device=torch.device("cpu"))
         scored.append(_logits(model, probe_1L))
-    return _compared("the reward model read back", scored[0], scored[1], 0.0)
+    return _compared("the reward model read back", scored[0], scored[1], SAME)
 
 
 def _add_tokenizer(inputs: Mapping[str, Path], target: Path) -> None:
@@ -161,10 +166,13 @@ def _compared(what: str, expected: Tensor, found: Tensor, tolerance: float) -> f
     """The largest difference of a logit; raises StageError ExportMismatch above the tolerance."""
     difference = float((expected - found).abs().max())
     if not difference <= tolerance:
-        raise StageError(
-            "ExportMismatch",
+        raise _mismatch(
             f"{what} differs from the model in memory: a logit by {difference:.3g}, where "
-            f"{tolerance:g} is allowed.",
-            retryable=True,
+            f"{tolerance:g} is allowed."
         )
     return difference
+
+
+def _mismatch(message: str) -> StageError:
+    advice = "This is a fault of Tuneyard or of the disk: run it again, and report it."
+    return StageError("ExportMismatch", message, advice=advice, retryable=True)

@@ -212,7 +212,8 @@ def _written(
         models.save(whole.to(dtype), workdir / WEIGHTS)
     in_memory_R = probed(whole, torch.float32)
     read = scorers.load(workdir / WEIGHTS, dtype=dtype, device=worker.device)
-    _check_weights(whole, read)
+    if name := models.differing(whole, read):
+        raise _mismatch(f"the reward model read back differs from what was written in {name}.")
     difference = float((trained_R - in_memory_R).abs().max())
     exact = replace(forward, precision=torch.float32)
     return {"reloadedScoreDifference": difference, **measured(read, data, exact, alone)}
@@ -254,14 +255,6 @@ def _compare(what: str, wanted_R: Tensor, found_R: Tensor, tolerance: float) -> 
             f"{what} scores otherwise than what was trained: by {difference:.3g}, more than "
             f"{tolerance:.3g}."
         )
-
-
-def _check_weights(written: nn.Module, read: nn.Module) -> None:
-    """Weights and not scores: equal weights elsewhere in memory gave sums that differ by 4e-9."""
-    found = read.state_dict()
-    for name, weight in written.state_dict().items():
-        if name not in found or not torch.equal(weight, found[name]):
-            raise _mismatch(f"the reward model read back differs from what was written in {name}.")
 
 
 def _mismatch(message: str) -> StageError:
