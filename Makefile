@@ -25,9 +25,16 @@ demo: $(VENV)/.trainer ## Tune a real model on this machine and show that it got
 .PHONY: test
 test: lint pytest ## Everything CI checks: lint, types, layers, tests
 
+# Tests on an API server wait more than they compute, so they run beside the others and are printed
+# after them. Those on a node train in pods and need the machine to themselves.
 .PHONY: pytest
 pytest: $(VENV)/.dev ## All tests that this machine can run; the others say why they are skipped
-	$(BIN)/pytest
+	@failed=0; log=$$(mktemp); \
+	$(BIN)/pytest -m apiserver > $$log 2>&1 & waiting=$$!; \
+	$(BIN)/pytest -m "not apiserver and not cluster" || failed=1; \
+	wait $$waiting || failed=1; cat $$log; rm $$log; \
+	$(BIN)/pytest -m cluster || failed=1; \
+	exit $$failed
 
 .PHONY: test-fast
 test-fast: $(VENV)/.dev ## The tests that need no cluster and take seconds
