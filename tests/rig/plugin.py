@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -30,6 +31,11 @@ from rig.rig import KubeRay, Rig, bring_up, take_down, targets
 from rig.state import Level
 
 IMAGE = "rig.local/machine:1"
+RIGS: dict[str, tuple[Level, KubeRay]] = {
+    "apiserver": ("control", "crds"),
+    "cluster": ("node", "running"),
+}
+"""What each fixture brings up."""
 
 
 @dataclass(frozen=True)
@@ -68,24 +74,43 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cluster: needs a real Kubernetes node with KubeRay")
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Builds what the chosen tests need before any of them runs: each has a time limit, and a first
+    build takes minutes. What cannot be built is said by the fixture that needs it."""
+    if session.config.option.collectonly:
+        return
+    wanted = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    names = ["helm"] if "helm" in wanted and build.find_go() else []
+    if not os.environ.get("TUNEYARD_TEST_KUBECONFIG"):
+        for fixture, (level, kuberay) in RIGS.items():
+            kueue = level == "node"
+            if fixture in wanted and not machine.why_not(level, kuberay, kueue):
+                names += targets(level, kuberay, kueue)
+    if unbuilt := build.missing(names):
+        capture = session.config.pluginmanager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled() if capture else nullcontext():
+            print(f"\nbuilding {', '.join(unbuilt)}: minutes, once per machine", flush=True)
+        with suppress(RigError):
+            build.ensure(names)
+
+
 @pytest.fixture(scope="session")
-def apiserver(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+def apiserver() -> Iterator[Cluster]:
     """An API server with KubeRay's definitions and the built-in controllers; it runs no pod."""
-    yield from _cluster(request, "control", "crds")
+    yield from _cluster(*RIGS["apiserver"])
 
 
 @pytest.fixture(scope="session")
-def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster]:
     """A cluster with one node, KubeRay and Kueue, whose pods can use `cluster.image`."""
-    yield from _cluster(request, "node", "running")
+    yield from _cluster(*RIGS["cluster"])
 
 
 @pytest.fixture(scope="session")
-def helm(request: pytest.FixtureRequest) -> Path:
+def helm() -> Path:
     """The helm program, for rendering the chart; it needs no cluster."""
     if build.missing(["helm"]) and build.find_go() is None:
         _give_up("needs Go 1.26 to build helm")
-    _announce_build(request, ["helm"])
     return build.ensure(["helm"])["helm"] / "helm"
 
 
@@ -108,7 +133,7 @@ def _tool(name: str) -> Path:
     return path
 
 
-def _cluster(request: pytest.FixtureRequest, level: Level, kuberay: KubeRay) -> Iterator[Cluster]:
+def _cluster(level: Level, kuberay: KubeRay) -> Iterator[Cluster]:
     if given := os.environ.get("TUNEYARD_TEST_KUBECONFIG"):
         yield _given_cluster(Path(given))
         return
@@ -116,7 +141,6 @@ def _cluster(request: pytest.FixtureRequest, level: Level, kuberay: KubeRay) -> 
     if reason := machine.why_not(level, kuberay, kueue):
         _give_up(reason)
     folders = {IMAGE: _image_root()} if level == "node" else {}
-    _announce_build(request, targets(level, kuberay, kueue))
     rig = bring_up(level, kuberay=kuberay, kueue=kueue, images=folders)
     try:
         kubectl = rig.programs / "kubectl"
@@ -146,12 +170,3 @@ def _give_up(reason: str) -> NoReturn:
     if os.environ.get("TUNEYARD_REQUIRE_CLUSTER") == "1":
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason)
-
-
-def _announce_build(request: pytest.FixtureRequest, names: list[str]) -> None:
-    """A first build takes minutes; say so, past pytest's capture, or the run looks stuck."""
-    unbuilt = build.missing(names)
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-    if unbuilt and capture is not None:
-        with capture.global_and_fixture_disabled():
-            print(f"\nbuilding {', '.join(unbuilt)}: minutes, once per machine", flush=True)
