@@ -91,8 +91,9 @@ def queued(platform: Platform) -> Iterator[Platform]:
         pytest.skip("the cluster that was given has no Kueue")
     platform.apply(*QUEUES, _quota(memory="2Gi"))
     yield platform
+    # The next test finds the node as empty as this one did.
+    platform.kubectl("delete", "finetunejob", JOB, "--ignore-not-found", "--timeout=120s")
     for kind, name in (
-        ("finetunejob", JOB),
         ("job", URGENT),
         ("localqueue", QUEUE),
         ("clusterqueue", QUEUE),
