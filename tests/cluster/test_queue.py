@@ -92,7 +92,7 @@ def queued(platform: Platform) -> Iterator[Platform]:
     platform.apply(*QUEUES, _quota(memory="2Gi"))
     yield platform
     # The next test finds the node as empty as this one did.
-    platform.kubectl("delete", "finetunejob", JOB, "--ignore-not-found", "--timeout=120s")
+    platform.kubectl("delete", "finetunejob", JOB, "--ignore-not-found", "--timeout=240s")
     for kind, name in (
         ("job", URGENT),
         ("localqueue", QUEUE),
