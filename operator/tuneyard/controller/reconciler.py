@@ -325,9 +325,9 @@ class Reconciler:
         if FINALIZER not in (body["metadata"].get("finalizers") or ()):
             return
         await self._read(key)
-        for _, item in entry.ray_jobs.values():
-            if not item.deleting:
-                await self.cluster.delete_ray_job(key.namespace, item.name)
+        there = [item.name for _, item in entry.ray_jobs.values() if not item.deleting]
+        for name in there:  # not the entry itself: a watch may change it during each wait
+            await self.cluster.delete_ray_job(key.namespace, name)
         training = [pod for _, pod in entry.pods.values() if pod.role != "erase"]
         if entry.ray_jobs or training:
             self.queue.add_after(key, PODS_SECONDS)
