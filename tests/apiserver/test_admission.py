@@ -96,9 +96,7 @@ class Jobs:
 
 @pytest.fixture(scope="module")
 def cluster_with_crds(apiserver: Cluster) -> Iterator[Cluster]:
-    apiserver.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(FOLDER))
-    names = [f"crd/{crd['metadata']['name']}" for crd in crds().values()]
-    apiserver.kubectl("wait", "--for=condition=Established", "--timeout=60s", *names)
+    apiserver.define(FOLDER)
     if apiserver.kubectl("get", "namespace", NAMESPACE, check=False).returncode:
         apiserver.kubectl("create", "namespace", NAMESPACE)
     yield apiserver

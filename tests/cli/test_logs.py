@@ -191,8 +191,7 @@ print("x" * 40000)
 def test_a_real_pod_s_log_is_followed_to_its_end(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(CRDS))
-    cluster.kubectl("wait", "--for=condition=Established", "crd/finetunejobs.tuneyard.io")
+    cluster.define(CRDS)
     monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
     monkeypatch.setattr(logs, "LOOK_SECONDS", 0.5)
     played = Played(cluster, "default")

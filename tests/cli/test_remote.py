@@ -29,7 +29,6 @@ from tests.cli.played import (
     Played,
 )
 from tuneyard import cli
-from tuneyard.api.crd import crds
 from tuneyard.remote import commands, logs
 from tuneyard.remote.errors import UnreachableError
 from tuneyard.remote.jobs import Found
@@ -52,9 +51,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def with_crds(apiserver: Cluster) -> Cluster:
-    apiserver.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(CRDS))
-    names = [f"crd/{crd['metadata']['name']}" for crd in crds().values()]
-    apiserver.kubectl("wait", "--for=condition=Established", "--timeout=60s", *names)
+    apiserver.define(CRDS)
     return apiserver
 
 

@@ -24,46 +24,47 @@ def quickstart(name: str, *, steps: int, **more: Any) -> dict[str, Any]:
         },
         "evaluate": {"maxNewTokens": 10, "samples": 1},
         "output": {"uri": f"pvc://models/{name}"},
-        "compute": {"cpusPerWorker": "1", "memory": "4Gi", "sharedMemory": "512Mi"},
-        "runPolicy": {"backoffSeconds": 0},
     }
-    return {
-        "apiVersion": "tuneyard.io/v1alpha1",
-        "kind": "FineTuneJob",
-        "metadata": {"name": name},
-        "spec": {**spec, **more},
-    }
+    return _job("FineTuneJob", name, {**spec, **more})
 
 
 def pipeline(name: str) -> dict[str, Any]:
     """Fine-tuning, preferences, a reward model and PPO: a few steps each, on the tiny model."""
     training = {"maxSteps": 4, "batchSize": 4, "learningRate": 0.001}
     lora = {"lora": {"rank": 4, "alpha": 8}}
+    spec = {
+        "model": {"uri": "pvc://data/tiny"},
+        "sft": {
+            "data": {"train": [{"uri": "pvc://data/train.jsonl"}]},
+            "training": training,
+        },
+        "preferences": {"data": [{"uri": "pvc://data/preferences.jsonl"}], "heldOut": 0.25},
+        "rewardModel": {"train": {"adapter": lora, "training": training}},
+        "optimize": {
+            "ppo": {
+                "prompts": {"uri": "pvc://data/prompts.jsonl"},
+                "sampling": {"maxNewTokens": 8},
+                "rollouts": 4,
+                # A third update of which no answer ends would stop it: they are random.
+                "training": {**training, "maxSteps": 2},
+            }
+        },
+        "adapter": lora,
+        "evaluate": {"maxNewTokens": 8, "samples": 1},
+        "output": {"uri": f"pvc://models/{name}"},
+    }
+    return _job("AlignmentJob", name, spec)
+
+
+def _job(kind: str, name: str, spec: dict[str, Any]) -> dict[str, Any]:
+    """On a worker that fits beside its head, tried again without a wait; `spec` goes before."""
+    small = {
+        "compute": {"cpusPerWorker": "1", "memory": "4Gi", "sharedMemory": "512Mi"},
+        "runPolicy": {"backoffSeconds": 0},
+    }
     return {
         "apiVersion": "tuneyard.io/v1alpha1",
-        "kind": "AlignmentJob",
+        "kind": kind,
         "metadata": {"name": name},
-        "spec": {
-            "model": {"uri": "pvc://data/tiny"},
-            "sft": {
-                "data": {"train": [{"uri": "pvc://data/train.jsonl"}]},
-                "training": training,
-            },
-            "preferences": {"data": [{"uri": "pvc://data/preferences.jsonl"}], "heldOut": 0.25},
-            "rewardModel": {"train": {"adapter": lora, "training": training}},
-            "optimize": {
-                "ppo": {
-                    "prompts": {"uri": "pvc://data/prompts.jsonl"},
-                    "sampling": {"maxNewTokens": 8},
-                    "rollouts": 4,
-                    # A third update of which no answer ends would stop it: they are random.
-                    "training": {**training, "maxSteps": 2},
-                }
-            },
-            "adapter": lora,
-            "evaluate": {"maxNewTokens": 8, "samples": 1},
-            "output": {"uri": f"pvc://models/{name}"},
-            "compute": {"cpusPerWorker": "1", "memory": "4Gi", "sharedMemory": "512Mi"},
-            "runPolicy": {"backoffSeconds": 0},
-        },
+        "spec": {**small, **spec},
     }

@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def served(apiserver: Cluster) -> Cluster:
     """The API server, which knows Tuneyard's kinds."""
-    apiserver.kubectl("apply", "--server-side", "--force-conflicts", "--filename", str(CRDS))
-    established = ("--for=condition=Established", "--timeout=60s")
-    apiserver.kubectl("wait", *established, "--filename", str(CRDS))
+    apiserver.define(CRDS)
     return apiserver
 
 

@@ -105,10 +105,7 @@ def scraping(program: Path, target_port: int, folder: Path) -> Iterator[Promethe
 @pytest.fixture(scope="module")
 def operator(apiserver: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
     """An operator with one job that waits for its RayJob, which nobody runs here."""
-    apiserver.kubectl("apply", "--server-side", "--force-conflicts", "--filename", str(CRDS))
-    apiserver.kubectl(
-        "wait", "--for=condition=Established", "--timeout=60s", "--filename", str(CRDS)
-    )
+    apiserver.define(CRDS)
     apiserver.kubectl("create", "namespace", NAMESPACE, check=False)
     apiserver.kubectl("create", "--filename=-", input=json.dumps(JOB))
     folder = tmp_path_factory.mktemp("operator")

@@ -32,7 +32,7 @@ def test_a_signal_ends_the_operator_in_good_order_and_gives_the_lease_back(
     apiserver: Cluster, tmp_path: Path, number: signal.Signals
 ) -> None:
     """kopf takes the signals for itself when it starts: what runs beside it must hear them too."""
-    apiserver.kubectl("apply", "--server-side", "--force-conflicts", "--filename", str(CRDS))
+    apiserver.define(CRDS)
     lease = f"ends-{number.name.lower()}"
     with Operator(apiserver.kubeconfig, tmp_path, lease=lease) as operator:
         operator.wait_until_active()

@@ -61,6 +61,12 @@ class Cluster:
             raise RigError(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")
         return done
 
+    def define(self, folder: Path) -> None:
+        """Serve the kinds that a folder defines, whoever has defined them before (Helm, say)."""
+        self.kubectl("apply", "--server-side", "--force-conflicts", "--filename", str(folder))
+        established = ("--for=condition=Established", "--timeout=60s")
+        self.kubectl("wait", *established, "--filename", str(folder))
+
     def exec(self, *command: str) -> subprocess.CompletedProcess[str]:
         """Run a command where the addresses of pods and services exist."""
         if self.rig is None:

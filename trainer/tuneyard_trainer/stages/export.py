@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tuneyard.api.plan import ExportSettings, PlannedStage
-from tuneyard.errors import StageError
 from tuneyard_trainer import adapters, models, report, scorers
+from tuneyard_trainer.failures import read_back_otherwise
 from tuneyard_trainer.prepared import Prepared
 from tuneyard_trainer.worker import Outcome, Worker
 
@@ -116,7 +116,9 @@ def _write_model(
     _add_tokenizer(inputs, target)
     written = models.load_base(target, dtype=model.dtype, device=torch.device("cpu"))
     if name := models.differing(model, written):
-        raise _mismatch(f"the model read back differs from the one in memory in {name}.")
+        raise read_back_otherwise(
+            "ExportMismatch", f"the model read back differs from the one in memory in {name}."
+        )
     return float((in_memory_1LV - _logits(written, probe_1L)).abs().max())
 
 
@@ -166,13 +168,9 @@ def _compared(what: str, expected: Tensor, found: Tensor, tolerance: float) -> f
     """The largest difference of a logit; raises StageError ExportMismatch above the tolerance."""
     difference = float((expected - found).abs().max())
     if not difference <= tolerance:
-        raise _mismatch(
+        raise read_back_otherwise(
+            "ExportMismatch",
             f"{what} differs from the model in memory: a logit by {difference:.3g}, where "
-            f"{tolerance:g} is allowed."
+            f"{tolerance:g} is allowed.",
         )
     return difference
-
-
-def _mismatch(message: str) -> StageError:
-    advice = "This is a fault of Tuneyard or of the disk: run it again, and report it."
-    return StageError("ExportMismatch", message, advice=advice, retryable=True)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.plan import PlannedStage, RewardSettings, TrainRuntime
-from tuneyard.errors import StageError
 from tuneyard_trainer import adapters, agreement, models, scorers
 from tuneyard_trainer.batches import Indices, Order, share
+from tuneyard_trainer.failures import read_back_otherwise
 from tuneyard_trainer.loop import Loop, mix, precision_of
 from tuneyard_trainer.losses import Forward
 from tuneyard_trainer.policies import WEIGHTS
@@ -213,7 +213,9 @@ def _written(
     in_memory_R = probed(whole, torch.float32)
     read = scorers.load(workdir / WEIGHTS, dtype=dtype, device=worker.device)
     if name := models.differing(whole, read):
-        raise _mismatch(f"the reward model read back differs from what was written in {name}.")
+        raise read_back_otherwise(
+            "RewardMismatch", f"the reward model read back differs from what was written in {name}."
+        )
     difference = float((trained_R - in_memory_R).abs().max())
     exact = replace(forward, precision=torch.float32)
     return {"reloadedScoreDifference": difference, **measured(read, data, exact, alone)}
@@ -251,12 +253,8 @@ def _spread(found: NDArray[np.float64], held_out: Comparisons) -> dict[str, floa
 def _compare(what: str, wanted_R: Tensor, found_R: Tensor, tolerance: float) -> None:
     difference = float((wanted_R - found_R).abs().max())
     if not difference <= tolerance:
-        raise _mismatch(
+        raise read_back_otherwise(
+            "RewardMismatch",
             f"{what} scores otherwise than what was trained: by {difference:.3g}, more than "
-            f"{tolerance:.3g}."
+            f"{tolerance:.3g}.",
         )
-
-
-def _mismatch(message: str) -> StageError:
-    advice = "This is a fault of Tuneyard or of the disk: run it again, and report it."
-    return StageError("RewardMismatch", message, advice=advice, retryable=True)
