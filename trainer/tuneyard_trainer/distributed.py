@@ -25,6 +25,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
 from tuneyard.api.compute import Compute
 from tuneyard.api.plan import Plan
@@ -231,14 +232,31 @@ def _raise(endings: list[dict[str, Any]]) -> None:
 
 
 class _Trainer(TorchTrainer):
-    """Without two of the actors that Ray Train keeps beside every group: one serves Ray's data
-    sets, which nothing here uses, the other frees a dead driver's resources for other drivers of
-    the cluster, and a job's cluster has one. An idle actor still wakes 100 times a second."""
+    """Without three of the actors that Ray Train keeps beside every group: one serves Ray's data
+    sets, which nothing here uses; one frees a dead driver's resources for other drivers of the
+    cluster, and a job's cluster has one; one asks Ray's autoscaler for nodes, and a job's cluster
+    has those it was given. An idle actor still wakes 100 times a second."""
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
         unused = (DatasetsCallback, PlacementGroupCleanerCallback)
         return [callback for callback in callbacks if not isinstance(callback, unused)]
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        policy = parts["scaling_policy"]
+        if isinstance(policy, FixedScalingPolicy):  # an elastic one asks what there is
+            parts["scaling_policy"] = _AsGiven(policy.scaling_config)
+        return super()._initialize_and_run_controller(**parts)  # type: ignore[misc]
+
+
+class _AsGiven(FixedScalingPolicy):
+    """A group of fixed size that asks nobody for nodes."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        pass
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
 
 
 # ---- inside a worker ----------------------------------------------------------------------------
