@@ -8,10 +8,11 @@ restart does it act again? KubeRay's kinds are served but KubeRay does not run: 
 either operator and would be all that is measured. In the first half each operator meets an API
 server of its own, in the second both meet the same jobs, one after the other.
 
-Times are the benchmark's own: one monotonic
-clock, from the API server's answer to a creation until a watch shows what the operator made of it.
-The API server shares the machine's cores, so beside the rates stand figures that depend less on the
-machine: processor time of the operator and its writes per job.
+Times are the benchmark's own: one monotonic clock, from the API server's answer to a creation until
+a watch shows what the operator made of it. The API server shares the machine's cores, so beside the
+rates stand figures that depend less on the machine: processor time of the operator and its writes
+per job; and how many jobs a second the API server takes with no operator at all, where the clients
+themselves write the least that a job needs: it, its RayJob and one status.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ import yaml
 from operator_burst_api import NAMESPACE, Api, Object, api_server, connected, say
 from operator_burst_process import Contender, Operator
 from rig.rig import Rig
+
+from tuneyard.api.manifest import parse as parse_job
+from tuneyard.planning.rayjob import render
+from tuneyard.planning.stages import plan
 
 JOBS = f"/apis/tuneyard.io/v1alpha1/namespaces/{NAMESPACE}/finetunejobs"
 RAYJOBS = f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayjobs"
@@ -183,6 +188,32 @@ async def burst(contender: Contender, rig: Rig, logs: Path, num_jobs: int) -> Bu
                 processor_seconds_per_job=(operator.processor_seconds() - spent) / num_jobs,
                 writes_per_job=per_job(written, num_jobs),
             )
+
+
+async def without_operator(rig: Rig, num_jobs: int) -> float:
+    """Jobs a second when the clients write each job, its RayJob and one status."""
+    waiting = iter([job(f"job-{number:05}") for number in range(num_jobs)])
+    async with connected(rig.kubeconfig) as api:
+
+        async def client() -> None:
+            for manifest in waiting:
+                name = manifest["metadata"]["name"]
+                await api.create(JOBS, manifest)
+                await api.create(RAYJOBS, ray_job_of(manifest))
+                await api.write_status(f"{JOBS}/{name}", {"phase": "Pending"})
+
+        say(f"no operator: writing {num_jobs} jobs with {NUM_CLIENTS} clients")
+        began = time.monotonic()
+        await asyncio.gather(*(client() for _ in range(NUM_CLIENTS)))
+        return num_jobs / (time.monotonic() - began)
+
+
+def ray_job_of(manifest: Object) -> Object:
+    """What Tuneyard makes of it."""
+    parsed = parse_job({**manifest, "metadata": {**manifest["metadata"], "uid": "none"}})
+    made: Object = render(plan(parsed), parsed, attempt=1).ray_job
+    made["metadata"].pop("ownerReferences")
+    return made
 
 
 async def idle(
@@ -391,7 +422,10 @@ def main() -> None:
                 with api_server() as rig:
                     measured = asyncio.run(burst(contender, rig, logs, arguments.jobs))
                 bursts[contender.name] = burst_rows(measured)
+            with api_server() as rig:
+                most = asyncio.run(without_operator(rig, arguments.jobs))
             show(f"{arguments.jobs:,} jobs at once", bursts)
+            print(f"\nthe API server without any operator takes {most:.0f} jobs/s", flush=True)
         if arguments.idle:
             with api_server() as rig:
                 rested = asyncio.run(idle(chosen, rig, logs, arguments.idle))

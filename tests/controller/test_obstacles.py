@@ -260,7 +260,7 @@ def test_after_somebody_emptied_the_status_the_old_cluster_is_gone_before_a_new_
     job.until(lambda job: job.pods() == [attempt.worker])
     consistently(lambda: not attempt.exists or attempt.body["metadata"]["uid"] == old)
     attempt.let_go(attempt.worker)
-    job.until(lambda job: job.attempts and job.attempts[0].get("rayJobUid", old) != old)
+    job.until(lambda _: attempt.exists and attempt.body["metadata"]["uid"] != old)
     job.attempt(1).run().end(SUCCEEDED)
     job.until_phase("Succeeded")
 

@@ -1,37 +1,62 @@
-"""What watches tell while the operator waits for an answer."""
+"""What watches tell while the operator waits for an answer, and what it writes of that."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 
+from tuneyard.controller import reconciler as module
 from tuneyard.controller.cluster import FINALIZER, Cluster, Key
 from tuneyard.controller.reconciler import Reconciler
 from tuneyard.controller.settings import Settings
 
 KEY = Key("FineTuneJob", "team", "job")
+SPEC = {
+    "model": {"uri": "pvc://models/base"},
+    "data": {"train": [{"uri": "pvc://data/train.jsonl"}]},
+    "output": {"uri": "pvc://models/tuned"},
+}
 
 
 class Quick:
-    """A cluster whose watches tell of each deletion before the answer to it comes."""
+    """A cluster of one job whose watches tell of each write before the answer to it comes."""
 
-    def __init__(self) -> None:
-        self.there = {f"job-{n}": ray_job(f"job-{n}") for n in (1, 2, 3)}
-        self.reconciler = Reconciler(cast("Cluster", self), Settings())
-        self.released = asyncio.Event()
-
-    async def job(self, key: Key) -> dict[str, Any]:
-        metadata = {
-            "name": key.name,
-            "namespace": key.namespace,
-            "resourceVersion": "1",
-            "deletionTimestamp": "2026-11-21T12:00:00Z",
-            "finalizers": [FINALIZER],
+    def __init__(self, spec: dict[str, Any], **metadata: Any) -> None:
+        self.body: dict[str, Any] = {
+            "apiVersion": "tuneyard.io/v1alpha1",
+            "kind": KEY.kind,
+            "metadata": {
+                "name": KEY.name,
+                "namespace": KEY.namespace,
+                "uid": "u",
+                "resourceVersion": "1",
+                **metadata,
+            },
+            "spec": spec,
         }
-        return {"apiVersion": "tuneyard.io/v1alpha1", "kind": key.kind, "metadata": metadata}
+        self.there: dict[str, dict[str, Any]] = {}
+        self.statuses: list[dict[str, Any]] = []
+        self.reconciler = Reconciler(cast("Cluster", self), Settings())
+
+    async def look_until(self, is_so: Callable[[], bool], *, then_seconds: float = 0.0) -> None:
+        running = asyncio.create_task(self.reconciler.run())
+        self.reconciler.queue.add(KEY)
+        try:
+            async with asyncio.timeout(30):
+                while not is_so():
+                    await asyncio.sleep(0.01)
+            await asyncio.sleep(then_seconds)
+            assert not running.done()
+        finally:
+            running.cancel()
+
+    # ---- what a Reconciler asks of a Cluster ----------------------------------------------------
+
+    async def job(self, _: Key) -> dict[str, Any]:
+        return self.body
 
     async def ray_jobs(self, _: Key) -> list[dict[str, Any]]:
         return list(self.there.values())
@@ -39,13 +64,37 @@ class Quick:
     async def pods(self, _: Key) -> list[dict[str, Any]]:
         return []
 
+    async def apply(self, item: dict[str, Any]) -> dict[str, Any]:
+        if item["kind"] == "RayJob":
+            made = {**item, "metadata": {**item["metadata"], "uid": "r", "resourceVersion": "1"}}
+            self.there[item["metadata"]["name"]] = made
+            self.reconciler.world.see_ray_job(KEY, made, deleted=False)
+            self.reconciler.queue.add(KEY)
+            return {"metadata": made["metadata"]}
+        return {"metadata": item["metadata"]}
+
     async def delete_ray_job(self, _: str, name: str) -> bool:
         self.reconciler.world.see_ray_job(KEY, self.there.pop(name), deleted=True)
         return True
 
-    async def remove_finalizer(self, body: Mapping[str, Any], _: Key) -> Mapping[str, Any]:
-        self.released.set()
-        return body
+    async def write_status(self, body: Any, _: Key, __: Any, status: dict[str, Any]) -> Any:
+        self.statuses.append(status)
+        self.body = {**body, "status": status}
+        return self.body
+
+    async def add_finalizer(self, body: dict[str, Any], _: Key) -> dict[str, Any]:
+        self.body = {**body, "metadata": {**body["metadata"], "finalizers": [FINALIZER]}}
+        return self.body
+
+    async def remove_finalizer(self, body: dict[str, Any], _: Key) -> dict[str, Any]:
+        self.body = {**body, "metadata": {**body["metadata"], "finalizers": []}}
+        return self.body
+
+    async def post_event(self, *_: Any) -> None:
+        pass
+
+    async def warnings(self, *_: str) -> list[str]:
+        return []
 
 
 def ray_job(name: str) -> dict[str, Any]:
@@ -57,14 +106,27 @@ def test_a_job_s_clusters_may_go_while_they_are_deleted_one_after_the_other(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def deleted() -> dict[str, Any]:
-        cluster = Quick()
-        running = asyncio.create_task(cluster.reconciler.run())
-        cluster.reconciler.queue.add(KEY)
-        try:
-            await asyncio.wait_for(cluster.released.wait(), timeout=30)
-        finally:
-            running.cancel()
+        deletion = {"deletionTimestamp": "2026-11-21T12:00:00Z", "finalizers": [FINALIZER]}
+        cluster = Quick(SPEC, **deletion)
+        cluster.there = {name: ray_job(name) for name in ("job-1", "job-2", "job-3")}
+        await cluster.look_until(lambda: not cluster.body["metadata"]["finalizers"])
         return cluster.there
 
     assert asyncio.run(deleted()) == {}
     assert caplog.records == []  # a look that fails is tried again, and logged
+
+
+def test_that_the_rayjob_is_there_at_last_is_not_worth_a_write(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is told with the next change. A thousand new jobs would cost a thousand writes more."""
+    monkeypatch.setattr(module, "PROGRESS_SECONDS", 0.1)
+
+    async def begun() -> list[dict[str, Any]]:
+        cluster = Quick(SPEC)
+        await cluster.look_until(lambda: bool(cluster.there), then_seconds=1)
+        return cluster.statuses
+
+    (status,) = asyncio.run(begun())
+    assert [attempt["number"] for attempt in status["attempts"]] == [1]
+    assert status["phase"] == "Pending"

@@ -143,8 +143,8 @@ class Reconciler:
             # Each kind has a watch of its own: that of pods may not have told yet why.
             await self._read(key)
             decision = observe(job, planned, entry.seen(attempt), self.clock())
-        wait = entry.told_at + PROGRESS_SECONDS - time.monotonic()
-        if wait > 0 and _may_wait(job.status, decision.status):
+        wait = entry.told_at + _patience(job.status, decision.status) - time.monotonic()
+        if wait > 0:
             self.queue.add_after(key, wait)
         else:
             job = await self._write(key, entry, job, decision.status)
@@ -444,14 +444,22 @@ def _ends_badly(attempt: AttemptStatus, after: JobStatus) -> bool:
     return not attempt.finished_at and bool(last.finished_at) and last.reason != "Succeeded"
 
 
-def _may_wait(before: JobStatus | None, after: JobStatus) -> bool:
-    """Whether nothing changed but numbers, and the identity of a RayJob that is there."""
-    if before is None or before == after:
-        return False
-    return _that_matters(before) == _that_matters(after)
+def _patience(before: JobStatus | None, after: JobStatus) -> float:
+    """How many seconds after the last write a change is written."""
+    if before is None or before == after or _but_numbers(before) != _but_numbers(after):
+        return 0.0
+    # That the RayJob which was wanted is there: the next change tells it along, and a write of it
+    # alone would be one in seven of a burst of new jobs.
+    is_identity = _but_identity(before) == _but_identity(after)
+    return READ_SECONDS if is_identity else PROGRESS_SECONDS
 
 
-def _that_matters(status: JobStatus) -> JobStatus:
+def _but_identity(status: JobStatus) -> JobStatus:
+    attempts = [attempt.model_copy(update={"ray_job_uid": None}) for attempt in status.attempts]
+    return status.model_copy(update={"attempts": attempts})
+
+
+def _but_numbers(status: JobStatus) -> JobStatus:
     quiet = {"stage": None, "last_step": None, "ray_job_uid": None}
     attempts = [attempt.model_copy(update=quiet) for attempt in status.attempts]
     rest: Object = {"stages": [], "attempts": attempts}
