@@ -201,6 +201,26 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     process.wait(60)
 
 
+def test_ray_on_one_machine_tells_nobody_of_it_and_keeps_no_process_that_nothing_needs() -> None:
+    script = (
+        "import psutil, sys\n"
+        "from ray._common.usage.usage_lib import usage_stats_enabled\n"
+        "from tuneyard_trainer import distributed as d\n"
+        "with d.local_cluster(d.Resources(1, 1, 0, 1.0)):\n"
+        "    print(usage_stats_enabled())\n"
+        "    for child in psutil.Process().children(recursive=True):\n"
+        "        print(*child.cmdline())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=120
+    )
+    told, *processes = done.stdout.splitlines()
+    assert told == "False"
+    assert any("raylet" in process for process in processes)
+    unneeded = ("/dashboard/dashboard.py", "/monitor.py", "/log_monitor.py")
+    assert [process for process in processes if any(name in process for name in unneeded)] == []
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[StatusServer]:
     (tmp_path / "tls").mkdir()
