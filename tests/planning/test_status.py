@@ -983,10 +983,33 @@ class TestQueue:
             assert played.attempt.reason == "Preempted"
             assert "accommodate" in (played.attempt.message or "")
             assert played.why("Admitted") == "False Queued"
-            assert decision.stop == ("minimal-1",)
+            assert (decision.stop, decision.start) == ((), None)
+            played.pods.clear()
+            assert played.look().stop == ("minimal-1",)
             played.settle(3)
             assert played.created == ["minimal-1", "minimal-2"]
             assert (played.phase, played.why("Admitted")) == ("Queued", "False Queued")
+
+    def test_a_ray_job_that_gives_way_is_left_to_kuberay_while_its_pods_save_a_checkpoint(
+        self,
+    ) -> None:
+        """Deleted while its driver runs, KubeRay has Ray kill the driver."""
+        played = running(queue="team-a")
+        played.ray(suspended=True, deployment_status="Suspending")
+        for _ in range(3):
+            decision = played.look()
+            assert (decision.stop, decision.start) == ((), None)
+            assert decision.wake_after
+            played.wait(60)
+        assert played.look().stop == ("minimal-1",), "a lost node's pods are not waited for"
+
+    def test_a_ray_job_that_a_queue_takes_back_up_after_its_attempt_is_deleted(self) -> None:
+        played = running(queue="team-a")
+        played.ray(suspended=True, deployment_status="Suspended")
+        assert played.look().stop == ()
+        played.ray(suspended=False, deployment_status="Initializing")
+        assert played.look().stop == ("minimal-1",)
+        assert played.created == ["minimal-1"]
 
     def test_eviction_before_running_keeps_the_attempt(self) -> None:
         played = world(queue="team-a")

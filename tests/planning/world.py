@@ -223,8 +223,9 @@ class World:
         self.pods |= {item.name: item for item in pods}
 
     def collect(self) -> None:
-        """Garbage collection: RayJobs first, their pods at the next call."""
-        owners = {item.attempt for item in self.ray_jobs.values()}
+        """Garbage collection: RayJobs first, their pods at the next call. KubeRay ends the pods of
+        a RayJob that a queue took back."""
+        owners = {item.attempt for item in self.ray_jobs.values() if not item.withdrawn}
         for item in [p for p in self.pods.values() if p.attempt not in owners]:
             del self.pods[item.name]
             if item.troubles:

@@ -568,18 +568,31 @@ class _Observer:
         self._set(conditions=[c for c in self.status.conditions if c.type != type_])
 
     def _decision(self, *, start: int | None = None) -> Decision:
-        """Every RayJob but the open attempt's is stopped: there is never a second one."""
+        """Every RayJob but the open attempt's is deleted: there is never a second one."""
         last = self._attempt
         current = self._ray_job(last) if last and not last.finished_at else None
         if start is not None:
             self.wake.append(LOOK_AGAIN_SECONDS)
-        strays = [r for r in self.seen.ray_jobs if r != current and not r.deleting]
+        others = [ray for ray in self.seen.ray_jobs if ray != current and not ray.deleting]
+        strays = [ray for ray in others if not self._gives_way(ray)]
+        if strays != others:
+            self.wake.append(LOOK_AGAIN_SECONDS)
         return Decision(
             self.status,
             start=start,
             stop=tuple(sorted(ray.name for ray in strays)),
             wake_after=min(self.wake, default=None),
         )
+
+    def _gives_way(self, ray: RayJob) -> bool:
+        """Whether KubeRay is taking the RayJob's cluster down because a queue wants it. Its pods
+        save a checkpoint meanwhile; deleting the RayJob would have KubeRay kill the driver."""
+        last = self._attempt
+        if last is None or last.finished_at is None or not ray.withdrawn:
+            return False
+        closed_for = (self.now - _time(last.finished_at)).total_seconds()
+        has_pods = any(pod.attempt == ray.attempt for pod in self.seen.pods)
+        return has_pods and closed_for < PODS_SECONDS
 
 
 _CANCELLED = Cause("Cancelled", "runPolicy.cancel was set")
