@@ -24,7 +24,7 @@ SPEC = {
 class Quick:
     """A cluster of one job whose watches tell of each write before the answer to it comes."""
 
-    def __init__(self, spec: dict[str, Any], **metadata: Any) -> None:
+    def __init__(self, **metadata: Any) -> None:
         self.body: dict[str, Any] = {
             "apiVersion": "tuneyard.io/v1alpha1",
             "kind": KEY.kind,
@@ -35,7 +35,7 @@ class Quick:
                 "resourceVersion": "1",
                 **metadata,
             },
-            "spec": spec,
+            "spec": SPEC,
         }
         self.there: dict[str, dict[str, Any]] = {}
         self.statuses: list[dict[str, Any]] = []
@@ -107,7 +107,7 @@ def test_a_job_s_clusters_may_go_while_they_are_deleted_one_after_the_other(
 ) -> None:
     async def deleted() -> dict[str, Any]:
         deletion = {"deletionTimestamp": "2026-11-21T12:00:00Z", "finalizers": [FINALIZER]}
-        cluster = Quick(SPEC, **deletion)
+        cluster = Quick(**deletion)
         cluster.there = {name: ray_job(name) for name in ("job-1", "job-2", "job-3")}
         await cluster.look_until(lambda: not cluster.body["metadata"]["finalizers"])
         return cluster.there
@@ -123,7 +123,7 @@ def test_that_the_rayjob_is_there_at_last_is_not_worth_a_write(
     monkeypatch.setattr(module, "PROGRESS_SECONDS", 0.1)
 
     async def begun() -> list[dict[str, Any]]:
-        cluster = Quick(SPEC)
+        cluster = Quick()
         await cluster.look_until(lambda: bool(cluster.there), then_seconds=1)
         return cluster.statuses
 
