@@ -103,12 +103,13 @@ class JudgeServer:
                 body = json.loads(self.rfile.read(length))
                 number = judge._begin(body, self)
                 try:
-                    self._send(judge.respond(body, number))
+                    answer = judge.respond(body, number)
+                    time.sleep(answer.delay)
                 finally:
-                    judge._end()
+                    judge._end()  # before the client can know: it asks the next thing at once
+                self._send(answer)
 
             def _send(self, answer: Answer) -> None:
-                time.sleep(answer.delay)
                 body = answer.body
                 data = body if isinstance(body, bytes) else json.dumps(body).encode()
                 try:
