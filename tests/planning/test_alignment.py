@@ -306,7 +306,6 @@ def test_what_cannot_be_carried_out_is_named(changes: dict[str, Any], path: str)
 @pytest.mark.parametrize(
     ("field", "value", "path"),
     [
-        ("sampling", {"engine": "vllm"}, "sampling.engine"),
         ("training", {"dropout": 0.1}, "training.dropout"),
         ("training", {"earlyStopping": {"patience": 2}}, "training.earlyStopping"),
         ("training", {"batchSize": 12}, "training.batchSize"),
@@ -320,6 +319,23 @@ def test_what_sampling_cannot_be_combined_with_is_named(field: str, value: Any, 
         optimize={"grpo": {"prompts": prompts, "groupSize": 8, field: value}},
     )
     assert [fault.path for fault in faults(wrong)] == [f"spec.optimize.grpo.{path}"]
+
+
+@pytest.mark.parametrize("kind", ["qlora", "prefix", "prompt", "bottleneck"])
+@pytest.mark.parametrize("method", ["ppo", "grpo", "rloo"])
+def test_vllm_is_refused_a_policy_that_is_no_plain_weights(method: str, kind: str) -> None:
+    path = f"optimize__{method}__sampling__engine"
+    wrong = job(method, adapter={kind: {}}, output__merge=None, **{path: "vllm"})
+    assert [fault.path for fault in faults(wrong)] == [f"spec.optimize.{method}.sampling.engine"]
+
+
+@pytest.mark.parametrize("adapter", [None, {"lora": {}}, {"ia3": {}}])
+def test_vllm_answers_for_plain_weights_and_adapters_that_merge(adapter: Any) -> None:
+    engine = {"optimize__ppo__sampling__engine": "vllm"}
+    planned = plan(job("ppo", adapter=adapter, output__merge=None, **engine))
+    settings = stage(planned, "ppo").settings
+    assert isinstance(settings, PpoSettings)
+    assert settings.sampling.engine == "vllm"
 
 
 def test_terms_are_added_to_the_reward_each_by_its_weight() -> None:

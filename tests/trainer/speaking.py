@@ -22,7 +22,7 @@ LETTERS = "abcdefgh"
 QUESTIONS = [f"Say {word}." for word in ("one", "two", "three", "four", "five", "six", "seven")]
 
 
-def speaking_model(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
+def speaking_model(folder: Path, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> Path:
     """Taught to answer any question with 2 to 6 random letters of LETTERS, in a second or two."""
     draw = random.Random(0)
     rows = [_row(draw, tokenizer) for _ in range(64)]
@@ -32,7 +32,7 @@ def speaking_model(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
     for index, (ids, start) in enumerate(rows):
         ids_BL[index, : len(ids)] = torch.tensor(ids)
         labels_BL[index, start : len(ids)] = torch.tensor(ids[start:])
-    model = tiny_llama(VOCABULARY)
+    model = tiny_llama(VOCABULARY, **changes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(40):
         loss = model(input_ids=ids_BL, labels=labels_BL).loss

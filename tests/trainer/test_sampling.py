@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
 KEYS = [101, 102, 103, 104]
 
 
-def sampler(model: Any = None, **settings: Any) -> sampling.TransformersSampler:
+def sampler(model: Any = None, **settings: Any) -> Callable[..., list[tuple[int, ...]]]:
+    """The answers' tokens."""
     chosen = Sampling.model_validate({"max_new_tokens": 12} | settings)
-    return sampling.TransformersSampler(model or tiny_llama(VOCABULARY), 3, (2,), chosen)
+    answer = sampling.TransformersSampler(model or tiny_llama(VOCABULARY), 3, (2,), chosen)
+    return lambda prompts, keys: [sampled.tokens for sampled in answer(prompts, keys)]
 
 
 def test_an_answer_depends_on_its_prompt_and_key_and_not_on_its_batch() -> None:

@@ -25,6 +25,7 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ from tuneyard_trainer import bottleneck
 from tuneyard_trainer.bottleneck import attention_of
 from tuneyard_trainer.model_files import first_line
 from tuneyard_trainer.models import decoder_layers, layer_indices
-from tuneyard_trainer.probes import probing
+from tuneyard_trainer.probes import base_of, probing
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BOTTLENECK = "BOTTLENECK"
@@ -409,11 +410,52 @@ def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return merged.requires_grad_(True)
 
 
+def merged_weights(model: nn.Module, *, with_tied: bool) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the one plain model that `model` is, by their names there: the adapter worked
+    into a copy of each layer that it changes, one layer at a time. The model stays as it is, to the
+    bit: merging in place and taking it back would round the base a little each time.
+
+    `with_tied`: a head that is the embeddings comes too. Kinds that cannot be merged are refused by
+    the planner.
+    """
+    told: set[int] = set()
+    for name, tensor in _plain(base_of(model), ""):
+        if with_tied or id(tensor) not in told:
+            yield name, tensor.detach()
+        told.add(id(tensor))
+
+
+def _plain(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(module, BaseTunerLayer):
+        yield from ((f"{prefix}{name}", tensor) for name, tensor in _merged(module))
+        return
+    yield from ((f"{prefix}{name}", p) for name, p in module.named_parameters(recurse=False))
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            yield f"{prefix}{name}", buffer
+    for name, child in module.named_children():
+        yield from _plain(child, f"{prefix}{name}.")
+
+
+def _merged(layer: Any) -> list[tuple[str, Tensor]]:
+    """A layer's weights with the adapter in them. `safe_merge` puts new tensors in the place of the
+    layer's own, which then take it back."""
+    parameters = dict(layer.get_base_layer().named_parameters())
+    own = {name: parameter.data for name, parameter in parameters.items()}
+    layer.merge(safe_merge=True)
+    try:
+        return [(name, parameter.data) for name, parameter in parameters.items()]
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = own[name]
+        layer.merged_adapters.clear()
+
+
 def enable_gradient_checkpointing(model: nn.Module) -> None:
     """Recompute activations in the backward pass. Raises StageError where the model or adapter
     cannot."""
     kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     if kind == "PREFIX_TUNING" or not getattr(base, "supports_gradient_checkpointing", False):
         what = "prefix tuning" if kind == "PREFIX_TUNING" else type(base).__name__
         raise StageError(
@@ -422,4 +464,6 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
             advice="Set training.gradientCheckpointing to false, and lower "
             "training.microBatchTokens instead to save memory.",
         )
-    base.activation_checkpointing_enable({"use_reentrant": False})
+    # transformers 5.19, which the image with vLLM has, knows the older name alone.
+    enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})

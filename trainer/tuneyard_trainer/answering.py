@@ -166,7 +166,7 @@ def _sampled(
     sampler = TransformersSampler(policy.model, int(tokenizer.pad_token_id), stop, sampling)
     ids = [prompt.ids for prompt in prompts for _ in range(count)]
     keys = [_key(seed, index, number) for index in indices for number in range(count)]
-    texts = [_answer(tokenizer, stop, tokens) for tokens in sampler(ids, keys)]
+    texts = [_answer(tokenizer, stop, sampled.tokens) for sampled in sampler(ids, keys)]
     return [tuple(texts[at : at + count]) for at in range(0, len(texts), count)]
 
 

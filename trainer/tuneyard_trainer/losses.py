@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tuneyard_trainer.batches import IGNORE, Indices, Pass, passes, share
 from tuneyard_trainer.prepared import Rows
+from tuneyard_trainer.probes import base_of
 
 EVALUATION_ROWS = 256
 """Rows laid out at a time: first fit is quadratic in the number of bins."""
@@ -187,6 +188,5 @@ def head_at(
 
 def head_of(model: Any) -> nn.Linear:
     """The linear layer that makes logits of hidden states, of a plain model or under an adapter."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head: nn.Linear = base.get_output_embeddings()
+    head: nn.Linear = base_of(model).get_output_embeddings()
     return head

@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from peft import PeftModel
 from torch import Tensor, nn
 
 from tuneyard_trainer.batches import IGNORE, Indices, Pass, passes, share
 from tuneyard_trainer.losses import Forward, autocast, collate, head_at
 from tuneyard_trainer.preferences import Comparisons
 from tuneyard_trainer.prepared import Rows
+from tuneyard_trainer.probes import base_of
 from tuneyard_trainer.worker import Worker
 
 ANY = 1 << 62
@@ -58,7 +58,7 @@ def scores(model: nn.Module, rows: Rows, chosen: Indices, forward: Forward) -> T
     pass; rows are never packed."""
     layout, order = _one_pass(rows, chosen, forward)
     batch = collate(rows, layout, pad=forward.pad, packed=False, device=forward.device)
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     trunk = getattr(base, base.base_model_prefix)
     last_R = torch.from_numpy(rows.lengths[chosen[order]] - 1).to(forward.device)
     with autocast(forward.device, forward.precision):

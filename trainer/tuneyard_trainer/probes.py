@@ -18,6 +18,11 @@ TOKENS = 8
 """Length of a random document."""
 
 
+def base_of(model: Any) -> Any:
+    """The model under PEFT's wrapper, with the adapter's layers in it; else the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def isolates_documents(model: nn.Module) -> bool:
     """Whether documents packed into one row, told apart only by positions that start again at 0,
     come out as they would alone; only then may training pack.
@@ -29,8 +34,7 @@ def isolates_documents(model: nn.Module) -> bool:
     """
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return False
-    whole: Any = model
-    base = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+    base = base_of(model)
     if "position_ids" not in inspect.signature(base.forward).parameters:
         return False
     first, second, other = _random_documents(model, 3)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tuneyard.api.methods import Sampling
 from tuneyard.api.plan import GrpoSettings, PlannedStage, PpoSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer import actor as actors
@@ -31,7 +32,7 @@ from tuneyard_trainer.loop import CHECKPOINT_SECONDS, History, mix
 from tuneyard_trainer.optimiser import Optimiser, generator
 from tuneyard_trainer.rl import adapted_coefficient
 from tuneyard_trainer.rollouts import Collector, Peers, Rollouts, prompts_of
-from tuneyard_trainer.sampling import TransformersSampler, stop_tokens
+from tuneyard_trainer.sampling import Sampler, TransformersSampler, stop_tokens
 from tuneyard_trainer.schedules import rate
 from tuneyard_trainer.watch import Stop, blown_up
 from tuneyard_trainer.worker import Interrupted, Outcome, Worker
@@ -80,7 +81,10 @@ def run(
 ) -> Outcome:
     """Trains and leaves `weights/` (an adapter or a whole model) and `metrics.jsonl`."""
     loop = Loop.build(stage, settings, method, inputs, workdir, worker)
-    state = loop.train()
+    try:
+        state = loop.train()
+    finally:
+        loop.collector.sampler.close()
     if worker.is_main:
         loop.write_weights(workdir / "weights")
     return Outcome(metrics=loop.summary(state), details=loop.details(state), contents=("weights",))
@@ -119,12 +123,6 @@ class Loop:
         worker: Worker,
     ) -> Loop:
         training = settings.training
-        if settings.sampling.engine != "transformers":
-            raise StageError(
-                "EngineMissing",
-                f"sampling.engine is {settings.sampling.engine}, which this version does not have.",
-                advice="Set sampling.engine to transformers.",
-            )
         name = f"spec.optimize.{stage.name.partition('-')[0]}.prompts"
         asker = answering.Policy.of(inputs, settings.chat, worker)
         ready = asker.prompts(settings.prompts, settings.sampling.max_new_tokens, name)
@@ -143,9 +141,7 @@ class Loop:
             with_reference=method.with_reference,
         )
         stop = stop_tokens(actor.model, asker.tokenizer, settings.chat.chat_template)
-        sampler = TransformersSampler(
-            actor.model, actor.pad, stop, settings.sampling, actor.precision
-        )
+        sampler = _sampler(actor, stop, settings.sampling, ready, worker)
         questions, held_out = split(ready)
         peers = Peers(worker.rank, worker.world_size, worker.device)
         return cls(
@@ -155,7 +151,9 @@ class Loop:
             worker=worker,
             actor=actor,
             optimiser=Optimiser.of(actor, method, training, peers),
-            collector=Collector(actor, sampler, reward, asker.tokenizer, stop, peers),
+            collector=Collector(
+                actor, sampler, reward, asker.tokenizer, stop, settings.sampling, peers
+            ),
             questions=questions,
             held_out=held_out or questions[:MOST_HELD_OUT],
             trained_on_held_out=not held_out,
@@ -430,6 +428,29 @@ class Loop:
 
 
 # ---- parts --------------------------------------------------------------------------------------
+
+
+def _sampler(
+    actor: Actor,
+    stop: tuple[int, ...],
+    sampling: Sampling,
+    questions: Sequence[Ready],
+    worker: Worker,
+) -> Sampler:
+    """The engine of the manifest over the policy in training."""
+    if sampling.engine == "transformers":
+        return TransformersSampler(actor.model, actor.pad, stop, sampling, actor.precision)
+    from tuneyard_trainer.vllm_sampling import VllmSampler  # an extra
+
+    worker.report(message="starting vLLM")
+    return VllmSampler.of(
+        actor.model,
+        stop,
+        sampling,
+        precision=actor.precision,
+        longest=max(len(question.ids) for question in questions) + sampling.max_new_tokens,
+        workers=worker.world_size,
+    )
 
 
 def _held_out(measured: Mapping[str, float]) -> dict[str, float]:

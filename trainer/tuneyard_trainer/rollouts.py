@@ -7,6 +7,7 @@ Shapes: B answers of this worker, R of all workers, T tokens, K numbers.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from tuneyard.api.methods import Sampling
 from tuneyard.errors import StageError
 from tuneyard_trainer import rl
 from tuneyard_trainer.actor import Actor, Texts
@@ -24,9 +26,13 @@ from tuneyard_trainer.answering import Ready
 from tuneyard_trainer.prompts import Prompt
 from tuneyard_trainer.rewards import Attempt, Reward, finite
 from tuneyard_trainer.rl import Reduce
-from tuneyard_trainer.sampling import Sampler
+from tuneyard_trainer.sampling import Sampled, Sampler
 
 Result = TypeVar("Result")
+
+MAX_ENGINE_GAP = 0.25
+"""Nats of the mean token. Other kernels in bfloat16 give a few hundredths; one wrong detail of an
+architecture (the scale of its positions, a missing weight) gives one or more."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,9 @@ class Rollouts:
     for the reference."""
     entropy_R: Tensor
     """The sum of its tokens' entropies, in nats."""
+    gap_R: Tensor
+    """How far another engine's log-probabilities of its tokens are from the policy's: the sum of
+    the distances, in nats. 0 where the policy's own code answered."""
     seconds: dict[str, float]
     """How long generation and scoring took."""
     answers: Sequence[str]
@@ -113,6 +122,11 @@ class Rollouts:
         """(B,) this worker's part of what everybody knows."""
         return x_R[torch.tensor(self.owned, device=x_R.device, dtype=torch.long)]
 
+    @property
+    def engine_gap(self) -> float:
+        """`gap_R` of the mean token."""
+        return float(self.gap_R.sum() / self.lengths_R.sum())
+
     def watched(self) -> dict[str, float]:
         """What is watched of an update's answers; `kl` only where there is a reference."""
         return {
@@ -120,6 +134,7 @@ class Rollouts:
             "rewardDeviation": float(self.scores_R.std(correction=0)),
             **({} if self.kl_R is None else {"kl": float(self.kl_R.mean())}),
             "entropy": float(self.entropy_R.sum() / self.lengths_R.sum()),
+            **({"engineGap": self.engine_gap} if self.gap_R.any() else {}),
             "answerLength": float(self.lengths_R.mean()),
             "endedShare": float(self.ended_R.mean(dtype=torch.float32)),
         }
@@ -134,6 +149,7 @@ class Collector:
     reward: Reward
     tokenizer: PreTrainedTokenizerBase
     stop: tuple[int, ...]
+    sampling: Sampling
     peers: Peers
 
     def collect(self, questions: Sequence[Ready], keys: Sequence[int]) -> Rollouts:
@@ -142,8 +158,9 @@ class Collector:
         owned = self.peers.mine(len(questions))
         began = time.perf_counter()
         asked = [questions[i] for i in owned]
-        tokens = self.sampler([q.ids for q in asked], [keys[i] for i in owned]) if asked else []
+        answered = self.sampler([q.ids for q in asked], [keys[i] for i in owned]) if asked else []
         sampled = time.perf_counter()
+        tokens = [answer.tokens for answer in answered]
         answers = [self._text(answer) for answer in tokens]
         texts = Texts(
             [[*q.ids, *answer] for q, answer in zip(asked, tokens, strict=True)],
@@ -154,11 +171,18 @@ class Collector:
         reference_BT = self._reference(texts, now.logprobs_BT)
         mask_BT = texts.mask(self.actor.device)
         kl_B = rl.kl_k1(now.logprobs_BT, reference_BT).sum(1)
-        each = [scores_B, self._ended(tokens), mask_BT.sum(1).float(), kl_B, now.entropy_BT.sum(1)]
+        each = [
+            scores_B,
+            self._ended(tokens),
+            mask_BT.sum(1).float(),
+            kl_B,
+            now.entropy_BT.sum(1),
+            self._gap(answered, now.logprobs_BT),
+        ]
         told_RK = self.peers.gather(torch.stack(each, dim=1), owned, len(questions))
-        scores_R, ended_R, lengths_R, kl_R, entropy_R = told_RK.unbind(1)
+        scores_R, ended_R, lengths_R, kl_R, entropy_R, gap_R = told_RK.unbind(1)
         finite(scores_R, prompts_of(questions))
-        return Rollouts(
+        rollouts = Rollouts(
             owned=owned,
             texts=texts,
             mask_BT=mask_BT,
@@ -170,6 +194,7 @@ class Collector:
             lengths_R=lengths_R,
             kl_R=None if self.actor.reference is None else kl_R,
             entropy_R=entropy_R,
+            gap_R=gap_R,
             seconds={
                 "generationSeconds": sampled - began,
                 "scoringSeconds": time.perf_counter() - sampled,
@@ -177,6 +202,21 @@ class Collector:
             answers=answers,
             reduce=self.peers.sum,
         )
+        self._refuse_stranger(rollouts.engine_gap)
+        return rollouts
+
+    def _refuse_stranger(self, gap: float) -> None:
+        """Raises StageError where what answered was another model than the one that learns."""
+        allowed = MAX_ENGINE_GAP - math.log(self.sampling.top_p)  # the engine's is of the nucleus
+        if not gap <= allowed:
+            raise StageError(
+                "EngineMismatch",
+                f"sampling.engine {self.sampling.engine} gives the tokens of its answers "
+                f"log-probabilities that are {gap:.2f} nats from the policy's in the mean, and "
+                f"{allowed:.2f} are allowed: it runs this model otherwise than it is trained, and "
+                "nothing could be learnt from its answers.",
+                advice="Remove sampling.engine: transformers samples then.",
+            )
 
     def _worth(self, asked: Sequence[Ready], answers: Sequence[str]) -> Tensor:
         attempts = [Attempt(q.prompt, answer) for q, answer in zip(asked, answers, strict=True)]
@@ -186,6 +226,15 @@ class Collector:
         """(B,) 1 where an answer came to a stop token."""
         last_B = torch.tensor([answer[-1] for answer in tokens], dtype=torch.long)
         return rl.ended(last_B, torch.tensor(self.stop)).float().to(self.actor.device)
+
+    def _gap(self, answered: Sequence[Sampled], logprobs_BT: Tensor) -> Tensor:
+        """(B,) the sum over each answer's tokens of how far the engine's word is from ours."""
+        gap_B = torch.zeros(len(answered), device=self.actor.device)
+        for row, answer in enumerate(answered):
+            if answer.logprobs is not None:
+                engine_T = torch.tensor(answer.logprobs, device=self.actor.device)
+                gap_B[row] = (logprobs_BT[row, : len(engine_T)] - engine_T).abs().sum()
+        return gap_B
 
     def _reference(self, texts: Texts, logprobs_BT: Tensor) -> Tensor:
         if self.actor.reference is None:

@@ -14,7 +14,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.chat import ChatFormat
 from tuneyard_trainer.generation import length_batches, prompt_tuned
 from tuneyard_trainer.losses import autocast
+from tuneyard_trainer.probes import base_of
 
 GPU_ANSWERS, CPU_ANSWERS = 256, 64
 """The most answers sampled at once: a step's cost hardly grows with them up to there."""
@@ -39,15 +40,26 @@ CACHE_SHARE, CPU_CACHE_BYTES = 0.25, 2 << 30
 """What their keys and values may take: of a GPU's memory, and on CPU."""
 
 
+class Sampled(NamedTuple):
+    """One answer, as an engine drew it."""
+
+    tokens: tuple[int, ...]
+    """Its stop token included, where it came to one."""
+    logprobs: tuple[float, ...] | None = None
+    """What the engine itself says of each token that it drew, in nats; None: it is the policy's own
+    code that answered, and nothing can differ but rounding."""
+
+
 class Sampler(Protocol):
     """Anything that answers: another engine needs this and nothing else."""
 
-    def __call__(
-        self, prompts: Sequence[Sequence[int]], keys: Sequence[int]
-    ) -> list[tuple[int, ...]]:
-        """One answer to each prompt's tokens, its stop token included where it came to one.
-        `keys`: one 63-bit number for each, which names the answer."""
+    def __call__(self, prompts: Sequence[Sequence[int]], keys: Sequence[int]) -> list[Sampled]:
+        """One answer to each prompt's tokens, by the policy as it is at the call. `keys`: one
+        63-bit number for each, which names the answer."""
         ...
+
+    def close(self) -> None:
+        """Gives back what it holds; it answers nothing afterwards."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +74,8 @@ class TransformersSampler:
     settings: Sampling
     precision: torch.dtype = torch.float32
 
-    def __call__(
-        self, prompts: Sequence[Sequence[int]], keys: Sequence[int]
-    ) -> list[tuple[int, ...]]:
-        answers: dict[int, tuple[int, ...]] = {}
+    def __call__(self, prompts: Sequence[Sequence[int]], keys: Sequence[int]) -> list[Sampled]:
+        answers: dict[int, Sampled] = {}
         device = next(self.model.parameters()).device
         lengths = [len(prompt) for prompt in prompts]
         size = at_once(self.model, max(lengths, default=0) + self.settings.max_new_tokens, device)
@@ -75,9 +85,12 @@ class TransformersSampler:
             answers.update(zip(chosen, sampled, strict=True))
         return [answers[i] for i in range(len(prompts))]
 
+    def close(self) -> None:
+        """The model is not its own: there is nothing to give back."""
+
     def _batch(
         self, prompts: Sequence[Sequence[int]], keys: Sequence[int], device: torch.device
-    ) -> list[tuple[int, ...]]:
+    ) -> list[Sampled]:
         width = max(len(prompt) for prompt in prompts)
         ids_NL = torch.full((len(prompts), width), self.pad)
         seen_NL = torch.zeros_like(ids_NL)
@@ -97,7 +110,7 @@ class TransformersSampler:
                 ),
                 logits_processor=LogitsProcessorList([draw]),
             )
-        return [self._cut(answer) for answer in output_NL[:, width:].tolist()]
+        return [Sampled(self._cut(answer)) for answer in output_NL[:, width:].tolist()]
 
     def _cut(self, answer: Sequence[int]) -> tuple[int, ...]:
         """Up to and with the first stop token: what follows pads the batch."""
@@ -107,19 +120,29 @@ class TransformersSampler:
 
 def at_once(model: Any, length: int, device: torch.device) -> int:
     """How many answers' caches of `length` tokens there is room for; at least one."""
-    on_gpu = device.type == "cuda"
-    most = GPU_ANSWERS if on_gpu else CPU_ANSWERS
+    most = GPU_ANSWERS if device.type == "cuda" else CPU_ANSWERS
+    kept = token_bytes(model, device)
+    if kept is None:
+        return most
+    return max(1, min(most, cache_room(device) // (kept * max(1, length))))
+
+
+def cache_room(device: torch.device) -> int:
+    """What the keys and values of answers may take, in bytes."""
+    if device.type != "cuda":
+        return CPU_CACHE_BYTES
+    return int(CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory)
+
+
+def token_bytes(model: Any, device: torch.device) -> int | None:
+    """What the keys and values of one token take; None: the architecture has another memory."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     if not heads or not getattr(config, "hidden_size", None):
-        return most  # an architecture with another memory than keys and values
+        return None
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     kept = (getattr(config, "num_key_value_heads", None) or heads) * width
-    token_bytes = 2 * config.num_hidden_layers * kept * (2 if on_gpu else 4)
-    room = CPU_CACHE_BYTES
-    if on_gpu:
-        room = int(CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory)
-    return max(1, min(most, room // (token_bytes * max(1, length))))
+    return int(2 * config.num_hidden_layers * kept * (2 if device.type == "cuda" else 4))
 
 
 class Draw(LogitsProcessor):
@@ -159,7 +182,7 @@ def uniforms(keys: Sequence[int], count: int) -> Tensor:
 def _neutral(model: Any) -> Iterator[None]:
     """While active, the model's own generation settings (repetition penalties, suppressed tokens)
     are off: they would make the sampled distribution another than the policy's."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     own, base.generation_config = base.generation_config, GenerationConfig()
     try:
         yield
@@ -172,7 +195,7 @@ def stop_tokens(
 ) -> tuple[int, ...]:
     """The tokens that end an answer: the tokenizer's, the model's own (Llama 3 has three) and the
     chat template's. `template`: in place of the tokenizer's. Raises StageError NoStopToken."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     own = base.generation_config.eos_token_id
     found = set(own if isinstance(own, list) else [own])
     found.add(tokenizer.eos_token_id)

@@ -547,7 +547,7 @@ class Sampling(Model):
     max_new_tokens: int = Field(default=256, ge=1, le=32768)
     """The longest answer, in tokens."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """What generates."""
+    """What generates. vllm needs an image that has it: docs/ppo.md tells which."""
 
 
 class BlowUp(Model):

@@ -11,6 +11,10 @@ from tuneyard.api.finetunejob import FineTuneSpec
 from tuneyard.api.methods import AlignmentMetric, Evaluate, Gate, Metric
 from tuneyard.errors import Fault
 
+IN_VLLM = ("lora", "ia3", None)
+"""Adapters, and none at all, with which a policy is plain weights: what is added to a 4-bit base is
+not, and virtual tokens and bottlenecks never are."""
+
 
 def fine_tuning_faults(spec: FineTuneSpec) -> list[Fault]:
     """In the order of the fields."""
@@ -120,10 +124,12 @@ def _sampling_faults(spec: AlignmentSpec) -> Iterator[Fault]:
     if optimize is None or sampled is None:
         return
     path = f"spec.optimize.{optimize.kind}"
-    if sampled.sampling.engine == "vllm":
+    kind = spec.adapter.kind if spec.adapter else None
+    if sampled.sampling.engine == "vllm" and kind not in IN_VLLM:
         yield Fault(
             f"{path}.sampling.engine",
-            "this version samples with transformers only: remove engine",
+            f"vllm runs plain weights, and a policy with adapter.{kind} is more than that: use "
+            "adapter.lora, adapter.ia3 or none, or remove engine",
         )
     if sampled.training.dropout:
         yield Fault(

@@ -182,7 +182,8 @@ class Measuring:
         pad = int(self.tokenizer.pad_token_id)
         sampler = TransformersSampler(model, pad, stop, self.settings.sampling)
         keys = [mix(self.settings.seed, index) for index in range(len(asked))]
-        tokens = tuple(sampler([one.ids for one in asked], keys)) if asked else ()
+        sampled = sampler([one.ids for one in asked], keys) if asked else []
+        tokens = tuple(answer.tokens for answer in sampled)
         forward = Forward(
             device=self.worker.device,
             precision=torch.float32,
