@@ -22,6 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from tests.trainer.conftest import VOCABULARY, tiny_llama
 from tuneyard.api.methods import (
     Adapter,
     Bottleneck,
@@ -377,6 +378,37 @@ def test_a_merged_model_is_plain_and_answers_as_the_adapter_did(
     models.save(merged, tmp_path / "merged")
     read = models.load_base(tmp_path / "merged", dtype=torch.float32, device=CPU)
     assert torch.equal(logits(read), logits(merged))
+
+
+@pytest.mark.parametrize("kind", MERGEABLE)
+def test_the_weights_of_a_policy_in_training_are_those_of_its_merged_model(
+    kind: str, base: Base, attach: Any, tmp_path: Path
+) -> None:
+    """And asking for them leaves every bit of it where it was."""
+    model = attach(ADAPTERS[kind])
+    train_step(model)
+    adapters.save(model, tmp_path)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = adapters.merge(base(), tmp_path)
+    plain = dict(adapters.merged_weights(model, with_tied=True))
+    assert plain.keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(plain[name], tensor, rtol=0, atol=1e-7)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    train_step(model)  # nothing is left merged
+    assert not any(getattr(module, "merged", False) for module in model.modules())
+
+
+@pytest.mark.parametrize("with_tied", [True, False])
+def test_a_head_that_is_the_embeddings_is_told_twice_only_where_it_is_wanted(
+    with_tied: bool,
+) -> None:
+    model = tiny_llama(VOCABULARY)
+    names = [name for name, _ in adapters.merged_weights(model, with_tied=with_tied)]
+    assert ("lm_head.weight" in names) == with_tied
+    assert sorted({*names, "lm_head.weight"}) == sorted(model.state_dict())
 
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt", "bottleneck"])

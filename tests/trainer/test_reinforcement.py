@@ -32,8 +32,9 @@ from tests.trainer.speaking import (
 from tuneyard.api.methods import BlowUp
 from tuneyard.api.plan import PlannedStage, TrainRuntime
 from tuneyard.errors import StageError
-from tuneyard_trainer import rewards
+from tuneyard_trainer import reinforcement, rewards
 from tuneyard_trainer.rewards import Attempt
+from tuneyard_trainer.sampling import Sampled, TransformersSampler
 from tuneyard_trainer.stages import grpo, ppo
 from tuneyard_trainer.watch import blown_up
 from tuneyard_trainer.worker import Interrupted, Outcome, Worker
@@ -457,6 +458,85 @@ def test_answers_without_an_end_are_fine_where_nobody_wants_one(
     stage = ppo_stage({"max_steps": 5}, sampling={"max_new_tokens": 1}, missing_eos_penalty=0.0)
     _, outcome = run(stage, tmp_path / "a", inputs)
     assert outcome.metrics["steps"] == 5
+
+
+# ---- another engine ------------------------------------------------------------------------------
+
+
+class Elsewhere:
+    """Answers like the policy, and says of each token what the policy says, and `off` nats more."""
+
+    def __init__(self, actor: Any, stop: Any, sampling: Any, off: float) -> None:
+        self._own = TransformersSampler(actor.model, actor.pad, stop, sampling)
+        self._actor, self._off, self.closed = actor, off, False
+
+    def __call__(self, prompts: Any, keys: Any) -> list[Sampled]:
+        return [self._told(p, a) for p, a in zip(prompts, self._own(prompts, keys), strict=True)]
+
+    def _told(self, prompt: Sequence[int], answer: Sampled) -> Sampled:
+        with torch.no_grad():
+            logits = self._actor.model(input_ids=torch.tensor([[*prompt, *answer.tokens]])).logits
+        scaled_TV = logits[0, len(prompt) - 1 : -1] / self._actor.temperature
+        ids_T1 = torch.tensor(answer.tokens)[:, None]
+        logprobs_T = scaled_TV.log_softmax(-1).gather(-1, ids_T1)[:, 0] + self._off
+        return Sampled(answer.tokens, tuple(logprobs_T.tolist()))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[Elsewhere]]:
+    """Lets another engine answer; the engines that were made."""
+
+    def set_to(off: float) -> list[Elsewhere]:
+        made: list[Elsewhere] = []
+
+        def sampler(actor: Any, stop: Any, sampling: Any, *_: Any) -> Elsewhere:
+            made.append(Elsewhere(actor, stop, sampling, off))
+            return made[-1]
+
+        monkeypatch.setattr(reinforcement, "_sampler", sampler)
+        return made
+
+    return set_to
+
+
+@pytest.mark.usefixtures("reward")
+@pytest.mark.parametrize("off", [0.1, -0.1])
+def test_what_another_engine_says_of_its_tokens_is_compared_and_changes_nothing(
+    off: float, tmp_path: Path, inputs: dict[str, Path], elsewhere: Any
+) -> None:
+    stage = ppo_stage({"max_steps": 2}, sampling={"max_new_tokens": 12, "temperature": 0.8})
+    whole, _ = run(stage, tmp_path / "own", inputs)
+    elsewhere(off)
+    other, _ = run(stage, tmp_path / "other", inputs)
+    assert all(torch.equal(whole[name], other[name]) for name in whole)
+    updates = [line for line in lines(tmp_path / "other") if "learningRate" in line]
+    assert [line["engineGap"] for line in updates] == pytest.approx([0.1, 0.1], abs=1e-4)
+    assert not any("engineGap" in line for line in lines(tmp_path / "own"))
+
+
+@pytest.mark.usefixtures("reward")
+def test_an_engine_that_runs_another_model_ends_the_run_before_anything_is_learnt(
+    tmp_path: Path, inputs: dict[str, Path], elsewhere: Any
+) -> None:
+    made = elsewhere(-0.4)
+    with pytest.raises(StageError, match=r"0\.40 nats") as found:
+        run(ppo_stage(), tmp_path / "a", inputs)
+    assert found.value.reason == "EngineMismatch"
+    assert made[0].closed
+    assert not lines(tmp_path / "a")
+
+
+@pytest.mark.usefixtures("reward")
+def test_a_nucleus_may_make_an_engines_tokens_likelier_by_what_it_leaves_out(
+    tmp_path: Path, inputs: dict[str, Path], elsewhere: Any
+) -> None:
+    elsewhere(0.4)
+    stage = ppo_stage({"max_steps": 1}, sampling={"max_new_tokens": 12, "top_p": 0.8})
+    _, outcome = run(stage, tmp_path / "a", inputs)
+    assert outcome.metrics["steps"] == 1
 
 
 CALM = {"kl": 2.0, "entropy": 1.0, "answerLength": 10.0}

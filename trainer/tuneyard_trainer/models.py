@@ -5,7 +5,6 @@ Weights come from safetensors or GGUF only; no code and no pickle of a model is 
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import resource
 import sys
@@ -30,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from tuneyard.api.methods import Freeze, Qlora
 from tuneyard.errors import StageError
-from tuneyard_trainer import gguf_reader
+from tuneyard_trainer import extras, gguf_reader
 from tuneyard_trainer.model_files import (
     TOKENIZER_FILES,
     config_of,
@@ -173,12 +172,7 @@ def _load_gguf(path: Path, settings: dict[str, Any], quantize: Qlora | None) -> 
 
 def nf4(qlora: Qlora, dtype: torch.dtype, skipped: list[str] | None = None) -> BitsAndBytesConfig:
     """4-bit NormalFloat for all linear layers but `skipped`; None: but the head."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise StageError(
-            "MissingExtra",
-            "adapter.qlora needs bitsandbytes, which is not installed.",
-            advice='Install it with `pip install "tuneyard[qlora]"`, or use adapter.lora.',
-        )
+    extras.require_bitsandbytes()
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

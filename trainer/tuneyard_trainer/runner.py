@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, StageRecord
 from tuneyard.errors import StageError
-from tuneyard_trainer import sources
+from tuneyard_trainer import extras, sources
 from tuneyard_trainer.disk import disk_error
 from tuneyard_trainer.failures import out_of_memory
 from tuneyard_trainer.records import Store
@@ -135,10 +135,13 @@ class Walk:
         return ledger.records
 
     def _done(self, stage: PlannedStage, digests: Mapping[str, str]) -> StageRecord | None:
-        """The record of a stage that need not run; for one that must, its folder is readied."""
+        """The record of a stage that need not run; for one that must, its folder is readied. Raises
+        StageError where it or a later one lacks a package."""
         store = self.ledger.store
         record = store.done(stage, digests)
         if record is None:
+            stages = self.ledger.plan.stages
+            extras.require(stages[stages.index(stage) :])
             store.begin(stage.name, stage.identity(digests))
         else:
             self.emit(_stage_event(stage, "Skipped", record))

@@ -12,7 +12,6 @@ request), though not the one that transformers gives.
 from __future__ import annotations
 
 import gc
-import importlib.util
 import os
 import tempfile
 import warnings
@@ -26,7 +25,7 @@ from torch import nn
 
 from tuneyard.api.methods import Sampling
 from tuneyard.errors import StageError
-from tuneyard_trainer import adapters
+from tuneyard_trainer import adapters, extras
 from tuneyard_trainer.model_files import first_line
 from tuneyard_trainer.probes import base_of
 from tuneyard_trainer.sampling import Sampled, at_once, cache_room, token_bytes
@@ -68,7 +67,7 @@ class VllmSampler:
     ) -> VllmSampler:
         """Builds the engine. `longest`: the most tokens of a prompt and its answer. `workers`: how
         many processes build theirs with this one. Raises StageError."""
-        require()
+        extras.require_vllm()
         base = base_of(model)
         device = next(base.parameters()).device
         whole = -(-longest // BLOCK) * BLOCK
@@ -132,17 +131,6 @@ class VllmSampler:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def require() -> None:
-    """Raises StageError where vLLM is not installed."""
-    if importlib.util.find_spec("vllm") is None:
-        raise StageError(
-            "MissingExtra",
-            "sampling.engine is vllm, which is not installed.",
-            advice="Set compute.image to the image trainer-vllm, or on one machine install "
-            '"tuneyard[trainer,vllm]"; or remove sampling.engine.',
-        )
 
 
 def _sampled(answer: Any) -> Sampled:
