@@ -4,6 +4,11 @@
 #   docker build --target operator --tag tuneyard-operator:0.1.0 .
 #   docker build --target trainer  --tag tuneyard-trainer:0.1.0 .
 #
+# With vLLM, which compiles when it starts and so needs a base with a C compiler:
+#
+#   docker build --target trainer --build-arg REQUIREMENTS=image-vllm.txt \
+#     --build-arg BASE=python:3.12 --tag tuneyard-trainer-vllm:0.1.0 .
+#
 # BASE is any Linux with glibc, bash, and Python 3.11 or newer as `python3` with its venv module.
 ARG BASE=python:3.12-slim
 
@@ -52,10 +57,11 @@ CMD ["operator"]
 # ---- trainer -------------------------------------------------------------------------------------
 
 FROM base AS trainer-packages
+ARG REQUIREMENTS=image.txt
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python3 -m venv /opt/tuneyard
-COPY requirements/image.txt /src/
-RUN pip install --require-hashes -r /src/image.txt
+COPY requirements/${REQUIREMENTS} /src/
+RUN pip install --require-hashes -r /src/${REQUIREMENTS}
 
 FROM base AS trainer
 ENV HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 RAY_USAGE_STATS_ENABLED=0

