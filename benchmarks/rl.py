@@ -1,13 +1,15 @@
 """Reinforcement learning on this machine: Tuneyard's GRPO against TRL's, each part timed apart.
 
-    python benchmarks/rl.py
+    python benchmarks/rl.py              GRPO against TRL's
+    python benchmarks/rl.py --engines    answers by vLLM against answers by transformers
 
 Same model (SmolLM2-135M-Instruct), same LoRA, same prompts, answers per step, group size, longest
 answer and reward, no KL term (TRL's default), float32, alternating in one process; the ratio is of
 neighbours, so a machine that speeds up or slows down does not decide it. TRL's defaults stand, but
 for bfloat16, which this kind of CPU only emulates, and for gradient checkpointing, which is off on
 both sides. Tuneyard's PPO is shown beside them: the same answers, with a reference, a value head
-and four passes over them.
+and four passes over them. The engines are compared within Tuneyard's GRPO, handing over the weights
+included, and need `make test-vllm`'s environment.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +84,12 @@ def reward(attempts: Sequence[Attempt]) -> torch.Tensor:
     return torch.tensor([worth(answer) for _, answer in attempts])
 
 
-def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+def settings(arguments: argparse.Namespace, engine: str = "transformers") -> dict[str, Any]:
     return {
         "adapter": {"lora": LORA},
         "prompts": {"format": "auto", "fields": {}, "limit": None},
         "chat": {"system_prompt": None, "chat_template": None},
-        "sampling": {"max_new_tokens": arguments.tokens},
+        "sampling": {"max_new_tokens": arguments.tokens, "engine": engine},
         "reward": [{"role": "reward"}],
         "clip_range": 0.2,
         "stop_on": None,
@@ -108,9 +111,9 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def grpo_settings(arguments: argparse.Namespace) -> GrpoSettings:
+def grpo_settings(arguments: argparse.Namespace, engine: str = "transformers") -> GrpoSettings:
     more = {"estimator": "grpo", "group_size": arguments.group, "kl_coefficient": 0.0}
-    return GrpoSettings.model_validate(settings(arguments) | more)
+    return GrpoSettings.model_validate(settings(arguments, engine) | more)
 
 
 def ppo_settings(arguments: argparse.Namespace) -> PpoSettings:
@@ -234,6 +237,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=8, help="answers to one prompt")
     parser.add_argument("--tokens", type=int, default=32, help="the longest answer")
     parser.add_argument("--without-ppo", action="store_true")
+    parser.add_argument("--engines", action="store_true", help="vLLM against transformers")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     rewards.load = lambda *_: reward  # type: ignore[assignment]
@@ -246,26 +250,51 @@ def main() -> None:
         base = gguf.unpacked(next(Path(package.origin).parent.glob("*.gguf")), scratch / "cache")
         prompts = scratch / "prompts.jsonl"
         prompts.write_text("".join(json.dumps({"prompt": q}) + "\n" for q in QUESTIONS))
-        compare({"model": base, "prompts": prompts}, scratch, arguments)
+        inputs = {"model": base, "prompts": prompts}
 
+        def grpo_run(engine: str, number: int) -> Pace:
+            return ours(grpo_settings(arguments, engine), inputs, scratch / f"{engine}-{number}")
 
-def compare(inputs: dict[str, Path], scratch: Path, arguments: argparse.Namespace) -> None:
-    ratios, costs = [], []
-    for number in range(arguments.rounds):
-        own = ours(grpo_settings(arguments), inputs, scratch / f"grpo-{number}")
-        print(f"answers/s, Tuneyard GRPO: {own}", flush=True)
-        other = theirs(inputs["model"], scratch, arguments)
-        print(f"answers/s, TRL GRPO:      {other}", flush=True)
-        ratios.append(own.rate / other.rate)
-        costs.append(other.processor / own.processor)
-    for name, values in (("answers/s", ratios), ("answers per processor second", costs)):
-        pairs = ", ".join(f"{value:.2f}" for value in values)
-        print(
-            f"{name}, Tuneyard over TRL: {statistics.median(values):.2f} (pairs: {pairs})",
-            flush=True,
+        if arguments.engines:
+            compare(
+                {
+                    "vLLM": partial(grpo_run, "vllm"),
+                    "transformers": partial(grpo_run, "transformers"),
+                },
+                arguments.rounds,
+            )
+            return
+        compare(
+            {
+                "Tuneyard": partial(grpo_run, "transformers"),
+                "TRL": lambda _: theirs(base, scratch, arguments),
+            },
+            arguments.rounds,
         )
-    if not arguments.without_ppo:
-        print(f"answers/s, Tuneyard PPO:  {ours(ppo_settings(arguments), inputs, scratch / 'ppo')}")
+        if not arguments.without_ppo:
+            pace = ours(ppo_settings(arguments), inputs, scratch / "ppo")
+            print(f"answers/s, Tuneyard PPO: {pace}")
+
+
+def compare(runs: Mapping[str, Callable[[int], Pace]], rounds: int) -> None:
+    """Two of them, one after the other, `rounds` times; prints how the first does by the second."""
+    pairs = []
+    for number in range(rounds):
+        paces = [run(number) for run in runs.values()]
+        for name, pace in zip(runs, paces, strict=True):
+            print(f"answers/s, {name}: {pace}", flush=True)
+        pairs.append(paces)
+    parts = {
+        "answers/s": [a.rate / b.rate for a, b in pairs],
+        "answers per processor second": [b.processor / a.processor for a, b in pairs],
+        "answers/s of generation alone": [
+            b.seconds["generation"] / a.seconds["generation"] for a, b in pairs
+        ],
+    }
+    first, second = runs
+    for name, ratios in parts.items():
+        shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        print(f"{name}, {first} over {second}: {statistics.median(ratios):.2f} (pairs: {shown})")
 
 
 if __name__ == "__main__":

@@ -179,7 +179,8 @@ def _aligned(metrics: Mapping[str, float]) -> list[Comparison]:
 _WATCHED = {
     "KL (nats per answer)": "kl",
     "Length over the start's": "lengthRatio",
-    "Repeated words": "repetition",
+    "Variety of all answers": "distinct",
+    "Repeated words in an answer": "repetition",
     "Answers that end by themselves": "complete",
     "Yielding to opinions": "sycophancyShift",
 }

@@ -246,6 +246,7 @@ AlignmentMetric = Literal[
     "rewardGain",
     "kl",
     "lengthRatio",
+    "distinctRatio",
     "repetition",
     "complete",
     "sycophancyShift",
@@ -255,10 +256,12 @@ AlignmentMetric = Literal[
 model's log-probabilities against the start's on the held-out pairs. rewardAccuracy, rewardMargin:
 the reward model's on the same pairs. reward: mean over the aligned model's own answers to held-out
 prompts; the gain: over the start's. kl: nats per answer from the start. lengthRatio: mean length of
-an answer over the start's. repetition: share of an answer's sequences of 4 words that it said
-before. complete: share of answers that end by themselves. sycophancyShift: how much likelier a
-wrong answer becomes once the user holds it. winRate: share of the aligned model's answers that
-`evaluate.contest`'s judge prefers to the start's."""
+an answer over the start's. distinctRatio: different pairs of words among all in the answers
+together (distinct-2), over the start's: low where every prompt gets the same answer. repetition:
+share of an answer's sequences of 4 words that it said before. complete: share of answers that end
+by themselves. sycophancyShift: how much likelier a wrong answer becomes once the user holds it.
+winRate: share of the aligned model's answers that `evaluate.contest`'s judge prefers to the
+start's."""
 
 
 class Gate(Model):

@@ -215,7 +215,7 @@ def _unmeasured(gate: Gate, spec: AlignmentSpec) -> str | None:
             f"{gate.metric} is a reward model's on held-out preferences: set preferences, and "
             "rewardModel.train or rewardModel.model"
         )
-    own = ("kl", "lengthRatio", "repetition", "complete", "sycophancyShift")
+    own = ("kl", "lengthRatio", "distinctRatio", "repetition", "complete", "sycophancyShift")
     if gate.metric in own and not spec.optimize:
         return f"{gate.metric} is an aligned model's: set optimize"
     if gate.metric == "winRate" and not spec.evaluate.contest:

@@ -319,6 +319,7 @@ def _form(asked: Sequence[Asked], before: Behaviour, after: Behaviour) -> dict[s
     }
     if asked:
         lengths = [[len(answer) for answer in b.tokens] for b in (after, before)]
+        distinct = [hacking.distinct(b.answers) for b in (after, before)]
         figures |= {
             "answers": float(len(asked)),
             "kl": float(np.mean(after.own_N - before.own_N)),
@@ -326,8 +327,9 @@ def _form(asked: Sequence[Asked], before: Behaviour, after: Behaviour) -> dict[s
             "lengthRatio": hacking.length_ratio(lengths[0], lengths[1]),
             "repetition": hacking.repetition(after.answers),
             "startRepetition": hacking.repetition(before.answers),
-            "distinct": hacking.distinct(after.answers),
-            "startDistinct": hacking.distinct(before.answers),
+            "distinct": distinct[0],
+            "startDistinct": distinct[1],
+            "distinctRatio": distinct[0] / distinct[1],
             "complete": after.complete,
             "startComplete": before.complete,
         }
