@@ -208,7 +208,7 @@ class Collector:
     def _refuse_stranger(self, gap: float) -> None:
         """Raises StageError where what answered was another model than the one that learns."""
         allowed = MAX_ENGINE_GAP - math.log(self.sampling.top_p)  # the engine's is of the nucleus
-        if not gap <= allowed:
+        if gap > allowed:
             raise StageError(
                 "EngineMismatch",
                 f"sampling.engine {self.sampling.engine} gives the tokens of its answers "
