@@ -40,6 +40,8 @@ from tuneyard_trainer.worker import Interrupted, Outcome, Worker
 HELD_OUT_SHARE, MOST_HELD_OUT = 0.1, 64
 """Prompts that are never trained on: the reward of 64 answers is known to an eighth of its
 deviation, and less, as every measurement draws them with the same keys."""
+FEWEST_ANSWERS = 32
+"""Of a measurement: few prompts are answered several times each, as four answers tell nothing."""
 TRUNCATED_UPDATES = 3
 """Updates in a row without one whole answer before the run is given up."""
 SAMPLES_SHOWN = 3
@@ -324,8 +326,9 @@ class Loop:
     def _measure(self, state: RlState, total: int) -> RlState:
         """Answers to the held-out prompts, the same keys each time."""
         seed = self.settings.training.seed
-        keys = [mix(seed, _MEASURE, i) for i in range(len(self.held_out))]
-        rollouts = self.collector.collect(self.held_out, keys)
+        asked = [question for question in self.held_out for _ in range(self._copies)]
+        keys = [mix(seed, _MEASURE, i) for i in range(len(asked))]
+        rollouts = self.collector.collect(asked, keys)
         watched = rollouts.watched()
         objective = self.method.objective(watched)
         shown = [name for name in MEASURED if name in watched]
@@ -338,14 +341,20 @@ class Loop:
             return replace(state, best_step=state.step, best_loss=-objective, best=last, stale=0)
         return replace(state, stale=state.stale + 1)
 
+    @property
+    def _copies(self) -> int:
+        """How often each held-out prompt is answered."""
+        return math.ceil(FEWEST_ANSWERS / len(self.held_out))
+
     def _show(self, step: int, rollouts: Rollouts) -> None:
-        """Keeps a few answers for the record."""
-        for own, answer in enumerate(rollouts.answers[:SAMPLES_SHOWN]):
-            index = rollouts.owned[own]
+        """Keeps a few answers for the record, each to another prompt."""
+        every = zip(rollouts.owned, rollouts.answers, strict=True)
+        firsts = [(index, answer) for index, answer in every if index % self._copies == 0]
+        for index, answer in firsts[:SAMPLES_SHOWN]:
             self.samples.append(
                 {
                     "step": step,
-                    "prompt": self.held_out[index].prompt.question,
+                    "prompt": self.held_out[index // self._copies].prompt.question,
                     "answer": answer,
                     "reward": float(rollouts.scores_R[index]),
                 }
