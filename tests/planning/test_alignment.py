@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 from tests.golden.compare import assert_golden
 from tests.planning.jobs import changed
 from tuneyard.api.alignmentjob import AlignmentJob
+from tuneyard.api.manifest import read
 from tuneyard.api.plan import (
     AssessSettings,
     DpoSettings,
@@ -50,6 +52,14 @@ def faults(wrong: AlignmentJob) -> list[Fault]:
     with pytest.raises(PlanError) as caught:
         plan(wrong)
     return list(caught.value.faults)
+
+
+def test_the_readmes_manifests_can_be_carried_out() -> None:
+    text = (EXAMPLES.parents[1] / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    jobs = [job for block in blocks for job in read(block)]
+    assert [job.kind for job in jobs] == ["FineTuneJob", "AlignmentJob"]
+    assert all(plan(job).stages for job in jobs)
 
 
 @pytest.mark.parametrize("name", NAMES)
