@@ -460,6 +460,44 @@ def test_answers_without_an_end_are_fine_where_nobody_wants_one(
     assert outcome.metrics["steps"] == 5
 
 
+@pytest.mark.parametrize("method", ["ppo", "grpo", "rloo"])
+def test_rewards_that_never_differ_end_the_run_by_name(
+    method: str, tmp_path: Path, inputs: dict[str, Path], reward: Callable[[Any], None]
+) -> None:
+    """Nothing could be learnt from them, and the run would look as if it had worked."""
+    reward(lambda attempts: torch.zeros(len(attempts)))
+    with pytest.raises(StageError, match=r"same \(0 in the mean") as found:
+        run(stages({"max_steps": 20})[method], tmp_path / "a", inputs)
+    assert found.value.reason == "RewardsAlike"
+    steps = [line["step"] for line in lines(tmp_path / "a") if "learningRate" in line]
+    assert steps == list(range(1, reinforcement.ALIKE_UPDATES))
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_prompts_that_differ_while_their_answers_never_do_teach_nothing_either(
+    method: str, tmp_path: Path, inputs: dict[str, Path], reward: Callable[[Any], None]
+) -> None:
+    reward(lambda attempts: torch.tensor([float(len(p.question)) for p, _ in attempts]))
+    with pytest.raises(StageError) as found:
+        run(stages({"max_steps": 20})[method], tmp_path / "a", inputs)
+    assert found.value.reason == "RewardsAlike"
+
+
+def test_rewards_that_are_all_alike_once_everything_is_learnt_end_nothing(
+    tmp_path: Path, inputs: dict[str, Path], reward: Callable[[Any], None]
+) -> None:
+    calls = 0
+
+    def satisfied(attempts: Sequence[Attempt]) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return share_of("a")(attempts) if calls < 4 else torch.ones(len(attempts))
+
+    reward(satisfied)
+    _, outcome = run(stages({"max_steps": 14})["grpo"], tmp_path / "a", inputs)
+    assert outcome.metrics["steps"] == 14
+
+
 # ---- another engine ------------------------------------------------------------------------------
 
 

@@ -44,6 +44,8 @@ FEWEST_ANSWERS = 32
 """Of a measurement: few prompts are answered several times each, as four answers tell nothing."""
 TRUNCATED_UPDATES = 3
 """Updates in a row without one whole answer before the run is given up."""
+ALIKE_UPDATES = 8
+"""Updates from the start in which no reward differed before the run is given up."""
 SAMPLES_SHOWN = 3
 MEASURED = ("reward", "kl", "answerLength", "endedShare")
 _ANSWER, _MEASURE = 1, 2  # purposes of a seed
@@ -60,6 +62,9 @@ class RlState(LoopState):
     """Mean length of the first update's answers; 0: there was none yet."""
     truncated: int = 0
     """Updates in a row in which no answer ended."""
+    alike: int | None = 0
+    """Updates since the start, in none of which a reward differed from one that it is compared
+    with; None: one did."""
     stopped: str | None = None
     """Why the run ended early; None: it did not."""
     base: dict[str, float] = field(default_factory=dict)
@@ -238,6 +243,7 @@ class Loop:
             self._tell_of_blow_up(state, total, watched, stopped)
             return replace(state, stopped=stopped.reason), False
         experience, more = self.method.experience(rollouts, state.kl_coefficient)
+        state = self._refuse_monotony(state, watched | more)
         optimised, steps = self.optimiser.improve(
             experience, rollouts, state.step, self._learning_rate(state.step, total)
         )
@@ -299,6 +305,23 @@ class Loop:
                 "(sft first). Answers without an end on purpose: ppo.missingEosPenalty: 0.",
             )
         return replace(state, truncated=truncated)
+
+    def _refuse_monotony(self, state: RlState, metrics: Mapping[str, float]) -> RlState:
+        """Counts updates from the start that teach nothing; raises StageError RewardsAlike. Later
+        ones may be alike because everything is learnt."""
+        differ = metrics["rewardDeviation"] > 1e-6 and metrics.get("groupsAlike", 0.0) < 1
+        if state.alike is None or differ:
+            return replace(state, alike=None)
+        if state.alike + 1 >= ALIKE_UPDATES:
+            raise StageError(
+                "RewardsAlike",
+                f"in the first {ALIKE_UPDATES} updates all answers that are compared earned the "
+                f"same ({metrics['reward']:.3g} in the mean of the last): there was nothing to "
+                "learn from.",
+                advice="Start from a model that is right at times (sft, or more of it), raise "
+                "sampling.temperature, or choose a reward that tells answers apart.",
+            )
+        return replace(state, alike=state.alike + 1)
 
     def _tell_of_blow_up(
         self, state: RlState, total: int, watched: Mapping[str, float], stopped: Stop
