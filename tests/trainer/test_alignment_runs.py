@@ -136,6 +136,10 @@ def test_a_rule_as_reward_needs_no_preferences(
     assert list(records) == [method, "evaluate", "export"]
     assert records["evaluate"]["metrics"]["startReward"] >= 0
     assert not records["evaluate"]["details"]["promptsHeldOut"]
+    card = (tmp_path / "result" / "README.md").read_text()
+    assert "| On prompts of training |" in card
+    assert "## Answers to prompts of training" in card
+    assert "held-out prompts" not in card
 
 
 def test_a_reward_model_alone_is_exported_as_a_classifier_that_scores(

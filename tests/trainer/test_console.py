@@ -10,11 +10,18 @@ from typing import Any
 
 import pytest
 
-from tests.trainer.finished import EVALUATE_METRICS, EXPORT_METRICS, SAMPLES, record, records
+from tests.trainer.finished import (
+    EVALUATE_METRICS,
+    EXPORT_METRICS,
+    SAMPLES,
+    TRAIN_METRICS,
+    record,
+    records,
+)
 from tuneyard.api.plan import Plan, StageRecord
 from tuneyard.errors import StageError
 from tuneyard_trainer.console import Console
-from tuneyard_trainer.figures import duration, harmless, number, size
+from tuneyard_trainer.figures import duration, harmless, headline, number, size
 from tuneyard_trainer.worker import Interrupted
 
 MINIMAL = Path(__file__).parents[1] / "golden" / "plans" / "minimal.json"
@@ -141,6 +148,7 @@ def test_every_evaluation_and_every_new_message_is_shown(clock: Clock) -> None:
         (0, progress(step=2, total=1000, metrics={"loss": 2.9})),
         (0, progress(step=2, total=1000, metrics={"validationLoss": 2.5})),
         (0, progress(step=3, total=1000, metrics={"validationLoss": 2.4})),
+        (0, progress(step=3, total=1000, metrics={"heldOutReward": 0.5})),
         (0, progress(step=3, total=1000, message="saving")),
     )
     assert [re.sub(r".* sft | etaSeconds=\d+", "", line) for line in lines] == [
@@ -148,6 +156,7 @@ def test_every_evaluation_and_every_new_message_is_shown(clock: Clock) -> None:
         "step=1 totalSteps=1000 loss=3",
         "step=2 totalSteps=1000 validationLoss=2.5",
         "step=3 totalSteps=1000 validationLoss=2.4",
+        "step=3 totalSteps=1000 heldOutReward=0.5",
         "step=3 totalSteps=1000 message=saving",
     ]
 
@@ -262,6 +271,18 @@ def test_the_running_stage_shows_bar_position_loss_and_speed(
     assert "loss 1.250 · held out 1.500 · 110 tokens/s" in shown
 
 
+def test_a_stage_that_learns_from_rewards_shows_them_and_how_far_it_went(
+    clock: Clock, terminal: Terminal
+) -> None:
+    with Console(out=io.StringIO(), err=terminal, clock=clock) as console:
+        console.event(progress("ppo", 0, 40, metrics={"heldOutReward": 0.5, "heldOutKl": 0.0}))
+        clock.now += 5
+        console.event(progress("ppo", 1, 40, metrics={"reward": 0.25, "kl": 1.5}))
+        clock.now += 1
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
+    assert "reward 0.250 · held out 0.500 · KL 1.500" in shown
+
+
 def test_markup_and_control_characters_in_messages_reach_the_terminal_as_text(
     clock: Clock, terminal: Terminal
 ) -> None:
@@ -323,6 +344,24 @@ def test_the_result_compares_base_and_tuned_and_tells_time_tokens_and_memory() -
     assert cells(shown, "Tokens trained on") == ["18,000"]
     assert cells(shown, "Memory at its peak") == ["1.5 GiB"]
     assert cells(shown, "Trained parameters") == ["5,000,000 of 100,000,000 (5 %)"]
+
+
+ALIGNED = {"baseReward": 0.25, "reward": 0.75, "steps": 12.0, "trainingSeconds": 600.0}
+
+
+def test_of_an_alignment_the_last_training_is_told_and_where_its_answers_were_asked() -> None:
+    found = {
+        "sft": record("sft", TRAIN_METRICS),
+        "grpo": record("grpo", ALIGNED),
+        "evaluate": record("assess", {"startReward": 0.2, "reward": 0.7}, promptsHeldOut=False),
+    }
+    shown = summarized(found)
+    assert cells(shown, "Steps") == ["12"]
+    assert cells(shown, "Time")[0].startswith("10 min training")
+    assert cells(shown, "Reward")[:2] == ["0.200", "0.700"]
+    assert "On prompts of training" in shown
+    assert "held-out" not in shown
+    assert headline("grpo", ALIGNED, {}) == ["12 steps", "held-out reward 0.250 → 0.750"]
 
 
 def test_answers_are_shares_where_nobody_counted_the_questions() -> None:

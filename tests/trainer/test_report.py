@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import math
 import re
@@ -338,9 +339,39 @@ def test_any_history_gives_a_curve_without_a_warning(
 
 def test_a_torn_last_line_and_a_missing_file_are_no_obstacle(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    assert plots.Curves.read(path) == plots.Curves([], [], [], None)
+    empty = plots.Panel("Loss (nats per token)", "loss", [], [])
+    assert plots.Curves.read(path) == plots.Curves((empty,), [])
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    assert plots.Curves.read(path).loss == [(1, 2.0)]
+    assert plots.Curves.read(path).panels[0].each == [(1, 2.0)]
+
+
+def test_answers_have_curves_of_their_reward_and_of_how_far_they_went_for_it(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        {"step": 0, "heldOutReward": 0.25, "heldOutKl": 0.0},
+        {"step": 1, "reward": 0.5, "kl": 0.1, "learningRate": 1e-4},
+        {"step": 1, "heldOutReward": 0.75, "heldOutKl": 0.2},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curves = plots.Curves.read(path, "grpo")
+    assert [panel.label for panel in curves.panels] == ["Reward", "KL (nats)"]
+    assert [panel.each for panel in curves.panels] == [[(1, 0.5)], [(1, 0.1)]]
+    assert [panel.held_out for panel in curves.panels] == [
+        [(0, 0.25), (1, 0.75)],
+        [(0, 0.0), (1, 0.2)],
+    ]
+    with Image.open(io.BytesIO(plots.draw(curves, "answers"))) as image:
+        assert image.size == (1600, 1000)
+
+
+@pytest.mark.parametrize(
+    ("kind", "label"), [("pretrain", "Loss (nats per token)"), ("dpo", "Loss"), ("reward", "Loss")]
+)
+def test_a_loss_has_a_unit_where_it_is_one_of_tokens(kind: str, label: str, tmp_path: Path) -> None:
+    (panel,) = plots.Curves.read(tmp_path / "none", kind).panels
+    assert panel.label == label
 
 
 def test_smoothing_starts_at_the_first_value_and_passes_over_what_is_no_number() -> None:

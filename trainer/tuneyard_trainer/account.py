@@ -13,7 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 from pydantic import ValidationError
 
 from tuneyard.api.plan import StageRecord
-from tuneyard_trainer.figures import ABSENT, FATES, TRAINING, Figures, count, number
+from tuneyard_trainer.figures import ABSENT, FATES, TRAINING, Figures, count, last_trained, number
 from tuneyard_trainer.plots import Curves
 
 PEFT_KINDS = ("lora", "qlora", "prefix", "prompt", "ia3")
@@ -92,11 +92,14 @@ class Account:
             _record(inputs[role]) for role in ("data", "tuned", "evaluation") if role in inputs
         ]
         records = {record.stage: record for record in found if record is not None}
+        trained = last_trained(records.values())
         return cls(
             manifest=shareable(manifest),
             records=records,
             figures=Figures.of(records),
-            curves=Curves.read(inputs["tuned"] / "metrics.jsonl"),
+            curves=Curves.read(
+                inputs["tuned"] / "metrics.jsonl", trained.kind if trained else "sft"
+            ),
             compared=compared,
             licence=licence,
             has_adapter=(folder / "adapter").is_dir(),

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from tuneyard_trainer.account import PEFT_KINDS, Account
-from tuneyard_trainer.figures import ABSENT, Sample, count, harmless
+from tuneyard_trainer.figures import ABSENT, Figures, count, harmless
 
 SHOWN_CHARACTERS = 1200
 """An answer's start is shown so far."""
@@ -23,9 +23,9 @@ def write_card(account: Account) -> str:
         f"# {account.name}",
         f"{_text(account.sentence)} Made with Tuneyard.",
         *_results(account),
-        "![Training and held-out loss over the steps](loss.png)",
+        "![Training and held-out figures over the steps](loss.png)",
         *_usage(account),
-        *_samples(account.figures.samples),
+        *_samples(account.figures),
         *_data(account),
         "## Training",
         _table(("Setting", "Value"), account.settings),
@@ -73,7 +73,7 @@ def _results(account: Account) -> list[str]:
     parts = ["## Results"]
     if figures.comparisons:
         lines = [(line.label, line.base, line.tuned, line.change) for line in figures.comparisons]
-        parts.append(_table(("On held-out rows", "Base", "Tuned", "Change"), lines))
+        parts.append(_table((figures.heading, "Base", "Tuned", "Change"), lines))
     else:
         parts.append("No rows were held out, so the result was not measured.")
     parts += [f"**Warning:** {_text(warning)}" for warning in figures.warnings]
@@ -87,9 +87,9 @@ def _usage(account: Account) -> list[str]:
     return parts if len(parts) > 1 else []
 
 
-def _samples(samples: Sequence[Sample]) -> list[str]:
-    parts = ["## Answers to held-out prompts"] if samples else []
-    for sample in samples:
+def _samples(figures: Figures) -> list[str]:
+    parts = [f"## {figures.samples_heading}"] if figures.samples else []
+    for sample in figures.samples:
         parts += ["**Prompt**", fenced(sample.prompt)]
         if sample.base is not None:
             parts += ["Base model:", fenced(sample.base)]

@@ -113,7 +113,7 @@ class Console:
             self._print(Text(f"Nothing to do: every stage of {name} is already done."))
         self._print()
         if figures.comparisons:
-            self._print(_comparison_table(figures.comparisons))
+            self._print(_comparison_table(figures.heading, figures.comparisons))
             self._print()
         self._print(_facts_table(figures.facts))
         for warning in figures.warnings:
@@ -158,9 +158,9 @@ def _rich(stream: IO[str]) -> RichConsole:
 # ---- tables -------------------------------------------------------------------------------------
 
 
-def _comparison_table(lines: tuple[Comparison, ...]) -> Table:
+def _comparison_table(heading: str, lines: tuple[Comparison, ...]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("On held-out rows")
+    table.add_column(heading)
     for title in ("Base", "Tuned", "Change"):
         table.add_column(title, justify="right", no_wrap=True)
     for line in lines:
@@ -226,7 +226,7 @@ def _places(records: Mapping[str, StageRecord], at: str) -> tuple[tuple[str, str
         *places,
         ("Report", f"{at}/report.html"),
         ("Model card", f"{at}/README.md"),
-        ("Loss curve", f"{at}/loss.png"),
+        ("Curves", f"{at}/loss.png"),
     )
 
 

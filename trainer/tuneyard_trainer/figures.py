@@ -13,7 +13,9 @@ from tuneyard.api.plan import StageRecord
 
 ABSENT = "\N{EN DASH}"
 SUPERVISED = ("sft", "pretrain")
-TRAINING = (*SUPERVISED, "reward", "dpo", "ppo", "grpo")
+REINFORCEMENT = ("ppo", "grpo")
+TRAINING = (*SUPERVISED, "reward", "dpo", *REINFORCEMENT)
+"""Kinds of stages that train, in the order in which one job runs them."""
 FATES = {
     "skippedRows": "skipped",
     "droppedRows": "dropped",
@@ -76,12 +78,24 @@ class Figures:
     samples: tuple[Sample, ...]
     warnings: tuple[str, ...]
     """Sentences that put the figures in doubt."""
+    held_out: bool = True
+    """False: the answers that were measured are to prompts of training."""
+
+    @property
+    def heading(self) -> str:
+        """Of the comparisons."""
+        return "On held-out rows" if self.held_out else "On prompts of training"
+
+    @property
+    def samples_heading(self) -> str:
+        """Of the samples."""
+        return f"Answers to {'held-out prompts' if self.held_out else 'prompts of training'}"
 
     @classmethod
     def of(cls, records: Mapping[str, StageRecord]) -> Figures:
         """From the records of a job's stages, by stage name; any of them may be missing."""
         kinds = {record.kind: record for record in records.values()}
-        training = next((kinds[kind] for kind in TRAINING if kind in kinds), None)
+        training = last_trained(records.values())
         evaluation = kinds.get("evaluate") or kinds.get("assess")
         samples = evaluation.details.get("samples", []) if evaluation else []
         return cls(
@@ -89,7 +103,14 @@ class Figures:
             facts=tuple(_facts(training, records.values() if "export" in kinds else ())),
             samples=tuple(Sample.of(sample) for sample in samples),
             warnings=tuple(_warnings(kinds.get("prepare"))),
+            held_out=evaluation is None or bool(evaluation.details.get("promptsHeldOut", True)),
         )
+
+
+def last_trained(records: Iterable[StageRecord]) -> StageRecord | None:
+    """The stage whose model came out; None: there was none."""
+    kinds = {record.kind: record for record in records}
+    return next((kinds[kind] for kind in reversed(TRAINING) if kind in kinds), None)
 
 
 def headline(kind: str, metrics: Mapping[str, float], details: Mapping[str, Any]) -> list[str]:
@@ -296,6 +317,10 @@ def _trained(metrics: Mapping[str, float], details: Mapping[str, Any]) -> list[s
     parts = [f"{count(metrics['steps'])} steps"] if "steps" in metrics else []
     if "validationLoss" in metrics:
         parts.append(f"held-out loss {_from_to(metrics)}")
+    elif "baseReward" in metrics:
+        parts.append(
+            f"held-out reward {number(metrics['baseReward'])} → {number(metrics['reward'])}"
+        )
     elif "finalLoss" in metrics:
         parts.append(f"loss {number(metrics['finalLoss'])}")
     if "tokensPerSecond" in metrics:

@@ -1,4 +1,4 @@
-"""The loss curve of a training run as a PNG."""
+"""The curves of a training run as a PNG: its loss, or the reward of its answers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
+
+from tuneyard_trainer.figures import REINFORCEMENT, SUPERVISED
 
 Theme = Literal["light", "dark"]
 
@@ -55,28 +57,53 @@ Points = Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True)
-class Curves:
-    """What `metrics.jsonl` holds. Values may be NaN."""
+class Panel:
+    """One figure of a run over its steps. Values may be NaN."""
 
-    loss: Points
+    label: str
+    """The axis's, with the unit."""
+    name: str
+    """What is drawn, as the legend says it."""
+    each: Points
+    """Of each step."""
     held_out: Points
+    base: float | None = None
+    """The base model's on the held-out rows; None where it was not measured."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What `metrics.jsonl` holds."""
+
+    panels: tuple[Panel, ...]
+    """From the top; the first is the largest."""
     learning_rate: Points
-    base: float | None
-    """The base model's held-out loss; None where it was not measured."""
 
     @classmethod
-    def read(cls, path: Path) -> Curves:
-        """Empty where there is no file; a torn last line is left out."""
+    def read(cls, path: Path, kind: str = "sft") -> Curves:
+        """Of a training stage of this kind. Empty where there is no file; a torn last line is left
+        out."""
         lines = _lines(path)
-        return cls(
-            loss=_series(lines, "loss"),
-            held_out=_series(lines, "validationLoss"),
-            learning_rate=_series(lines, "learningRate"),
-            base=next((line["baseValidationLoss"] for line in lines if _BASE in line), None),
-        )
+        if kind in REINFORCEMENT:
+            panels: tuple[Panel, ...] = (
+                _answers(lines, "reward", "Reward", "reward"),
+                _answers(lines, "kl", "KL (nats)", "KL"),
+            )
+        else:
+            base = next((line[_BASE] for line in lines if _BASE in line), None)
+            unit = " (nats per token)" if kind in SUPERVISED else ""
+            each, held_out = _series(lines, "loss"), _series(lines, "validationLoss")
+            panels = (Panel(f"Loss{unit}", "loss", each, held_out, base),)
+        return cls(panels, _series(lines, "learningRate"))
 
 
 _BASE = "baseValidationLoss"
+
+
+def _answers(lines: Sequence[Mapping[str, Any]], metric: str, label: str, name: str) -> Panel:
+    """A figure of each update's answers, and of those to the held-out prompts."""
+    held_out = _series(lines, f"heldOut{metric[0].upper()}{metric[1:]}")
+    return Panel(label, name, _series(lines, metric), held_out)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -105,11 +132,14 @@ def draw(curves: Curves, title: str, theme: Theme = "light") -> bytes:
         layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12, hspace=0.02)
         figure = Figure(figsize=(10, 6.25), dpi=160, layout=layout)
         figure.set_facecolor(colours["ground"])
-        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-        _draw_losses(top, curves, colours)
-        _draw_rate(bottom, curves.learning_rate, colours)
-        top.set_title(title, loc="left", fontsize=15, fontweight="bold", pad=12)
-        for axes in (top, bottom):
+        heights = [4, *[1.5] * (len(curves.panels) - 1), 1]
+        every = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+        for axes, panel in zip(every, curves.panels, strict=False):
+            _draw_panel(axes, panel, colours)
+        _explain(every[0])
+        _draw_rate(every[-1], curves.learning_rate, colours)
+        every[0].set_title(title, loc="left", fontsize=15, fontweight="bold", pad=12)
+        for axes in every:
             axes.set_facecolor(colours["ground"])
             axes.grid(color=colours["faint"], linewidth=0.8)
             axes.set_axisbelow(True)
@@ -119,43 +149,47 @@ def draw(curves: Curves, title: str, theme: Theme = "light") -> bytes:
     return target.getvalue()
 
 
-def _draw_losses(axes: Axes, curves: Curves, colours: Mapping[str, str]) -> None:
-    few = len(curves.loss) <= FEW_POINTS
-    if curves.loss:
+def _draw_panel(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
+    few = len(panel.each) <= FEW_POINTS
+    if panel.each:
         axes.plot(
-            *zip(*thinned(curves.loss), strict=True),
+            *zip(*thinned(panel.each), strict=True),
             color=colours["train"],
             alpha=1 if few else 0.3,
             linewidth=1.2,
             marker="o" if few else None,
             markersize=4,
-            label="Training loss" if few else "Training loss, each step",
+            label=f"Training {panel.name}" if few else f"Training {panel.name}, each step",
         )
     if not few:
         axes.plot(
-            *zip(*thinned(smoothed(curves.loss)), strict=True),
+            *zip(*thinned(smoothed(panel.each)), strict=True),
             color=colours["train"],
             linewidth=2.4,
-            label="Training loss, smoothed",
+            label=f"Training {panel.name}, smoothed",
         )
-    if curves.held_out:
+    if panel.held_out:
         axes.plot(
-            *zip(*curves.held_out, strict=True),
+            *zip(*panel.held_out, strict=True),
             color=colours["heldOut"],
             linewidth=1.8,
             marker="o",
             markersize=7,
-            label="Held-out loss",
+            label=f"Held-out {panel.name}",
         )
-    if curves.base is not None and math.isfinite(curves.base):
+    if panel.base is not None and math.isfinite(panel.base):
         axes.axhline(
-            curves.base,
+            panel.base,
             color=colours["base"],
             linewidth=1.8,
             linestyle=(0, (6, 4)),
-            label="Held-out loss of the base model",
+            label=f"Held-out {panel.name} of the base model",
         )
-    axes.set_ylabel("Loss (nats per token)")
+    axes.set_ylabel(panel.label)
+
+
+def _explain(axes: Axes) -> None:
+    """The legend, which stands for the panels below too."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="best")
     else:

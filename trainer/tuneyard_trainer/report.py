@@ -42,12 +42,13 @@ def write(
 
 
 def _title(account: Account) -> str:
-    """The curve's: the job, and what the held-out loss came to."""
+    """The curves': the job, and what the first figure of its evaluation came to."""
     line = next(iter(account.figures.comparisons), None)
     if line is None:
         return account.name
     before = "" if line.base == ABSENT else f"{line.base} → "
-    return f"{account.name}: held-out loss {before}{line.tuned}"
+    what = line.label.partition(" (")[0]
+    return f"{account.name}: {what[0].lower()}{what[1:]} {before}{line.tuned}"
 
 
 def _page(account: Account, light: bytes, dark: bytes) -> str:
@@ -78,7 +79,7 @@ def _files(account: Account) -> list[tuple[str, str]]:
         *files,
         ("README.md", "the model card"),
         ("job.yaml", "the manifest, defaults filled in"),
-        ("loss.png", "the curve"),
+        ("loss.png", "the curves"),
     ]
 
 

@@ -153,7 +153,8 @@ class LineView:
             return True
         time, shown = self._shown
         step, total = event["step"], event["totalSteps"]
-        if "validationLoss" in event["metrics"] or (step and not shown):
+        measured = {"validationLoss", "heldOutReward"} & event["metrics"].keys()
+        if measured or (step and not shown):
             return True
         share = LINE_SHARE * total if step < total else 1
         return now - time >= LINE_SECONDS or bool(total and step - shown >= share)
@@ -294,6 +295,10 @@ def _position(running: Running, now: float) -> str:
     return f"{count(running.step)}/{count(running.total)}  {eta:>14}"
 
 
+_WATCHED = {"reward": "reward", "heldOutReward": "held out", "kl": "KL"}
+"""Figures of reinforcement learning on the line of the stage under way."""
+
+
 def _status(running: Running) -> str:
     if running.message:
         return harmless(running.message).replace("\n", " ")
@@ -304,6 +309,7 @@ def _status(running: Running) -> str:
         base = metrics.get("baseValidationLoss")
         beside = f" (base {number(base)})" if base is not None else ""
         parts.append(f"held out {number(metrics['validationLoss'])}{beside}")
+    parts += [f"{_WATCHED[name]} {number(metrics[name])}" for name in _WATCHED if name in metrics]
     if "tokensPerSecond" in metrics:
         parts.append(f"{count(metrics['tokensPerSecond'])} tokens/s")
     if "epoch" in metrics:

@@ -87,7 +87,7 @@ def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: 
     (workdir / EVALUATION).write_text(json.dumps(result, indent=2, ensure_ascii=False))
     worker.report(step=1, total_steps=1, metrics=metrics)
     check_gates(settings.gates, metrics)
-    details = {"samples": samples, "promptsHeldOut": bool(measuring.held_out)}
+    details = {"samples": samples, "promptsHeldOut": measuring.asks_held_out}
     if settings.contest:
         details["judge"] = judge_name(stage, settings.contest.judge)
     return Outcome(metrics, details, contents=(EVALUATION,))
@@ -140,15 +140,19 @@ class Measuring:
             metrics |= self._contested(self.settings.contest, asked, before, after)
         return metrics, self._samples(asked, before, after)
 
-    def _asked(self) -> list[Asked]:
-        """Held-out prompts, or, where none are held out or a rule needs the row's own fields, those
-        that the policy was trained on."""
+    @property
+    def asks_held_out(self) -> bool:
+        """Whether it is held-out prompts that are answered; False where none are held out, or where
+        a rule needs the row's own fields: then it is those that the policy was trained on."""
+        trained_on = self.settings.prompts is not None and "prompts" in self.inputs
         ruled = any(term.rule for term in self.settings.reward)
-        chosen = self.settings.prompts
+        return not trained_on or (bool(self.held_out) and not ruled)
+
+    def _asked(self) -> list[Asked]:
         prompts = [prompt for prompt, _ in self.held_out]
-        if chosen is not None and "prompts" in self.inputs and (ruled or not prompts):
-            name = "the prompts"
-            prompts = read_prompts(self.inputs["prompts"], chosen, self.settings.chat, name=name)
+        if not self.asks_held_out and self.settings.prompts is not None:
+            place, chosen, chat = self.inputs["prompts"], self.settings.prompts, self.settings.chat
+            prompts = read_prompts(place, chosen, chat, name="the prompts")
         distinct = {json.dumps(prompt.messages): prompt for prompt in prompts}
         asked = []
         for prompt in list(distinct.values())[:MAX_PROMPTS]:
