@@ -140,6 +140,18 @@ def test_names_are_those_that_people_type() -> None:
     assert all(each["categories"] == ["tuneyard"] for each in names.values())
 
 
+def test_kubectl_shows_a_reward_where_there_can_be_one() -> None:
+    titles = {
+        crd["spec"]["names"]["kind"]: [
+            column["name"] for column in crd["spec"]["versions"][0]["additionalPrinterColumns"]
+        ]
+        for crd in CRDS.values()
+    }
+    both = ["Phase", "Stage", "Progress%", "Loss", "Held-Out"], ["ETA(s)", "Age"]
+    assert titles["FineTuneJob"] == [*both[0], *both[1]]
+    assert titles["AlignmentJob"] == [*both[0], "Reward", *both[1]]
+
+
 @pytest.mark.parametrize("crd", CRDS.values(), ids=lambda crd: crd["metadata"]["name"])
 def test_every_printer_column_shows_a_field_that_exists(crd: dict[str, Any]) -> None:
     paths = {path for path, _ in nodes(root(crd))}

@@ -22,18 +22,10 @@ Schema = dict[str, Any]
 _HEADER = "# Generated from operator/tuneyard/api by `tuneyard crds`. Do not edit.\n"
 
 
-class _Kind(NamedTuple):
-    model: type[FineTuneJob | AlignmentJob]
-    plural: str
-    short_name: str
+_Column = tuple[str, str, str, str]
+"""Title, type, JSON path and description."""
 
-
-_KINDS = (
-    _Kind(FineTuneJob, "finetunejobs", "ftj"),
-    _Kind(AlignmentJob, "alignmentjobs", "aj"),
-)
-
-_COLUMNS = (
+_STATE: tuple[_Column, ...] = (
     ("Phase", "string", ".status.phase", "The job in one word."),
     ("Stage", "string", ".status.progress.stage", "The running stage."),
     ("Progress%", "integer", ".status.progress.percentage", "Share of the whole job, in percent."),
@@ -44,6 +36,14 @@ _COLUMNS = (
         ".status.progress.metrics.validationLoss",
         "The newest held-out loss.",
     ),
+)
+_REWARD = (
+    "Reward",
+    "number",
+    ".status.progress.metrics.reward",
+    "Mean reward of the newest answers.",
+)
+_TIME: tuple[_Column, ...] = (
     (
         "ETA(s)",
         "integer",
@@ -51,6 +51,19 @@ _COLUMNS = (
         "Time to the end of the stage, in seconds.",
     ),
     ("Age", "date", ".metadata.creationTimestamp", "Time since the job was created."),
+)
+
+
+class _Kind(NamedTuple):
+    model: type[FineTuneJob | AlignmentJob]
+    plural: str
+    short_name: str
+    columns: tuple[_Column, ...]
+
+
+_KINDS = (
+    _Kind(FineTuneJob, "finetunejobs", "ftj", (*_STATE, *_TIME)),
+    _Kind(AlignmentJob, "alignmentjobs", "aj", (*_STATE, _REWARD, *_TIME)),
 )
 
 _STANDARD_PROPERTIES = {
@@ -90,7 +103,7 @@ def _crd(kind: _Kind) -> dict[str, Any]:
     }
     columns = [
         {"name": title, "type": type_, "jsonPath": path, "description": description}
-        for title, type_, path, description in _COLUMNS
+        for title, type_, path, description in kind.columns
     ]
     version = {
         "name": VERSION,

@@ -78,6 +78,15 @@ _TRAINING = {
     "validationLoss": Gauge(
         "tuneyard_training_validation_loss", "The newest held-out loss.", _JOB, registry=REGISTRY
     ),
+    "reward": Gauge(
+        "tuneyard_training_reward", "Mean reward of the newest answers.", _JOB, registry=REGISTRY
+    ),
+    "kl": Gauge(
+        "tuneyard_training_kl_nats",
+        "How far the newest answers are from the start, in nats per answer.",
+        _JOB,
+        registry=REGISTRY,
+    ),
     "learningRate": Gauge(
         "tuneyard_training_learning_rate", "The learning rate.", _JOB, registry=REGISTRY
     ),

@@ -271,8 +271,8 @@ def line(job: Found) -> str:
         parts.append(f"{progress.percentage}%")
         if progress.stage:
             parts.append(f"{plain(progress.stage)} {_steps(progress)}")
-        if "loss" in progress.metrics:
-            parts.append(f"loss {number(progress.metrics['loss'])}")
+        shown = [name for name in ("loss", "reward") if name in progress.metrics]
+        parts += [f"{name} {number(progress.metrics[name])}" for name in shown]
         if (left := _seconds_left(job)) is not None:
             parts.append(f"{duration(left)} left")
     if status.failure:
