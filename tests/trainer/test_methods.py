@@ -50,6 +50,7 @@ def rollouts(**changes: Any) -> Rollouts:
         "lengths_R": torch.tensor(LENGTHS, dtype=torch.float32),
         "kl_R": (OLD - REFERENCE).sum(1),
         "entropy_R": torch.ones(6),
+        "gap_R": torch.zeros(len(LENGTHS)),
         "seconds": {},
         "answers": [],
     }
