@@ -255,22 +255,12 @@ def main() -> None:
         def grpo_run(engine: str, number: int) -> Pace:
             return ours(grpo_settings(arguments, engine), inputs, scratch / f"{engine}-{number}")
 
+        own = partial(grpo_run, "transformers")
         if arguments.engines:
-            compare(
-                {
-                    "vLLM": partial(grpo_run, "vllm"),
-                    "transformers": partial(grpo_run, "transformers"),
-                },
-                arguments.rounds,
-            )
+            compare({"vLLM": partial(grpo_run, "vllm"), "transformers": own}, arguments.rounds)
             return
-        compare(
-            {
-                "Tuneyard": partial(grpo_run, "transformers"),
-                "TRL": lambda _: theirs(base, scratch, arguments),
-            },
-            arguments.rounds,
-        )
+        trl = {"Tuneyard": own, "TRL": lambda _: theirs(base, scratch, arguments)}
+        compare(trl, arguments.rounds)
         if not arguments.without_ppo:
             pace = ours(ppo_settings(arguments), inputs, scratch / "ppo")
             print(f"answers/s, Tuneyard PPO: {pace}")

@@ -147,9 +147,9 @@ def test_kubectl_shows_a_reward_where_there_can_be_one() -> None:
         ]
         for crd in CRDS.values()
     }
-    both = ["Phase", "Stage", "Progress%", "Loss", "Held-Out"], ["ETA(s)", "Age"]
-    assert titles["FineTuneJob"] == [*both[0], *both[1]]
-    assert titles["AlignmentJob"] == [*both[0], "Reward", *both[1]]
+    state, time = ["Phase", "Stage", "Progress%", "Loss", "Held-Out"], ["ETA(s)", "Age"]
+    assert titles["FineTuneJob"] == [*state, *time]
+    assert titles["AlignmentJob"] == [*state, "Reward", *time]
 
 
 @pytest.mark.parametrize("crd", CRDS.values(), ids=lambda crd: crd["metadata"]["name"])

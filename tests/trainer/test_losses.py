@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from tests.trainer.ports import free_port
 from tests.trainer.rows import Row, random_rows, train_stage, write_prepared
 from tuneyard_trainer.loop import Loop
 from tuneyard_trainer.stages.train import build as build_loop
@@ -115,9 +115,7 @@ def test_two_workers_compute_the_reference_too(
     tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: Any
 ) -> None:
     write_prepared(tmp_path / "data", tiny_tokenizer, ROWS)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     mp.spawn(_worker, args=(port, tmp_path, tiny_model_dir), nprocs=2)
     for name, rows in BATCHES.items():
         expected_loss, expected = reference(

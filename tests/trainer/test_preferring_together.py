@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
+from tests.trainer.ports import free_port
 from tests.trainer.preferring import CPU, loop_settings, planned, separable, write_pairs
 from tuneyard.api.methods import Adapter
 from tuneyard.api.plan import DpoSettings, RewardSettings
@@ -58,9 +58,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> 
     rows: list[dict[str, Any]] = separable(16)
     write_pairs(folder / "twos", tiny_model_dir, rows)
     write_pairs(folder / "thumbs", tiny_model_dir, rows, labelled=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     mp.spawn(_worker, args=(port, folder, tiny_model_dir), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
     for kind in STAGES:
         run(kind, folder / f"{kind}-by-one", tiny_model_dir, Worker(0, 1, CPU))

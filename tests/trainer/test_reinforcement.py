@@ -6,7 +6,6 @@ import json
 import math
 import os
 import random
-import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch.nn.functional import logsigmoid
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from tests.trainer.conftest import VOCABULARY
+from tests.trainer.ports import free_port
 from tests.trainer.speaking import (
     LETTERS,
     QUESTIONS,
@@ -280,9 +280,7 @@ def test_two_workers_do_what_one_does_and_fail_together(
     fails, the other does not wait for it but ends with the same reason."""
     two = tmp_path / "two"
     two.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     mp.spawn(_worker, args=(port, two, inputs), nprocs=2)
     for method in SHARED_BY_TWO:
         alone, _ = run(stages(BRIEF)[method], tmp_path / method, inputs)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from tests.trainer.chance import chi_squared
 from tests.trainer.conftest import VOCABULARY, tiny_llama
 from tuneyard.api.methods import Sampling
 from tuneyard_trainer import sampling
@@ -40,11 +41,7 @@ def test_sampled_tokens_have_the_models_probabilities() -> None:
     count = 4000
     answers = sampler(model, max_new_tokens=1)([[5, 6, 7]] * count, list(range(count)))
     tokens = torch.tensor([answer[0] for answer in answers])
-    statistic = 0.0
-    for token in probs.topk(6).indices:
-        expected = count * probs[token].item()
-        statistic += ((tokens == token).sum().item() - expected) ** 2 / expected
-    assert statistic < 22.5
+    assert chi_squared(tokens, probs) < 22.5
 
 
 def test_no_token_outside_the_nucleus_is_ever_drawn() -> None:

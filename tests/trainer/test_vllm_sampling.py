@@ -1,11 +1,11 @@
 """vLLM answers with the policy's own probabilities, update after update. Needs vLLM, on CPU or GPU:
-`make test-vllm`; what can be known without it is in `test_rollouts.py` and `test_adapters.py`."""
+`make test-vllm`; what can be known without it is in `test_reinforcement.py` and
+`test_adapters.py`."""
 
 from __future__ import annotations
 
 import json
 import os
-import socket
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +18,9 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from tests.trainer.chance import chi_squared
 from tests.trainer.conftest import VOCABULARY, tiny_llama
+from tests.trainer.ports import free_port
 from tests.trainer.speaking import grpo_stage, ppo_stage, share_of, speaking_model, write_prompts
 from tuneyard.api.methods import Adapter, Sampling
 from tuneyard.api.plan import PlannedStage
@@ -137,11 +139,7 @@ def test_sampled_tokens_have_the_models_probabilities(samplers: Any) -> None:
     probs = logits[0, -1].softmax(-1)
     count = 4000
     drawn = torch.tensor([a.tokens[0] for a in sampler([[5, 6, 7]] * count, list(range(count)))])
-    statistic = 0.0
-    for token in probs.topk(6).indices:
-        expected = count * probs[token].item()
-        statistic += ((drawn == token.item()).sum().item() - expected) ** 2 / expected
-    assert statistic < 22.5
+    assert chi_squared(drawn, probs) < 22.5
 
 
 def test_an_answer_ends_with_its_stop_token_and_nothing_after_it(samplers: Any) -> None:
@@ -261,9 +259,7 @@ def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path]) -> None
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="two workers need two GPUs")
 def test_two_workers_do_what_one_does(tmp_path: Path, inputs: dict[str, Path]) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     mp.spawn(_worker, args=(port, tmp_path, inputs), nprocs=2)
     run("ppo", stages(max_steps=2, keep_best=False)["ppo"], tmp_path / "one", inputs)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 from pydantic import ValidationError
 
 from tuneyard.api.plan import StageRecord
-from tuneyard_trainer.figures import ABSENT, FATES, TRAINING, Figures, count, last_trained, number
+from tuneyard_trainer.figures import ABSENT, FATES, Figures, count, last_trained, number
 from tuneyard_trainer.plots import Curves
 
 PEFT_KINDS = ("lora", "qlora", "prefix", "prompt", "ia3")
@@ -212,7 +212,7 @@ class Account:
     def settings(self) -> list[tuple[str, str]]:
         """What decided the training, as it was carried out where that is known."""
         training = self._training
-        record = self.record(*TRAINING)
+        record = last_trained(self.records.values())
         done = record.details if record else {}
         metrics = record.metrics if record else {}
         rates = [rate for _, rate in self.curves.learning_rate]
@@ -259,7 +259,7 @@ class Account:
     @property
     def digests(self) -> list[tuple[str, str]]:
         """Of what went in and of what came out."""
-        prepare, training = self.record("prepare", "pairs"), self.record(*TRAINING)
+        prepare, training = self.record("prepare", "pairs"), last_trained(self.records.values())
         digests = []
         if training and "model" in training.input_digests:
             digests.append(("Base model", training.input_digests["model"]))
@@ -294,7 +294,7 @@ class Account:
     @property
     def versions(self) -> Mapping[str, str]:
         """Of the software that trained it."""
-        record = self.record(*TRAINING)
+        record = last_trained(self.records.values())
         return record.versions if record else {}
 
 

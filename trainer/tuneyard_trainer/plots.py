@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,26 +85,21 @@ class Curves:
         """Of a training stage of this kind. Empty where there is no file; a torn last line is left
         out."""
         lines = _lines(path)
+        series = partial(_series, lines)
         if kind in REINFORCEMENT:
             panels: tuple[Panel, ...] = (
-                _answers(lines, "reward", "Reward", "reward"),
-                _answers(lines, "kl", "KL (nats)", "KL"),
+                Panel("Reward", "reward", series("reward"), series("heldOutReward")),
+                Panel("KL (nats)", "KL", series("kl"), series("heldOutKl")),
             )
         else:
             base = next((line[_BASE] for line in lines if _BASE in line), None)
             unit = " (nats per token)" if kind in SUPERVISED else ""
-            each, held_out = _series(lines, "loss"), _series(lines, "validationLoss")
+            each, held_out = series("loss"), series("validationLoss")
             panels = (Panel(f"Loss{unit}", "loss", each, held_out, base),)
-        return cls(panels, _series(lines, "learningRate"))
+        return cls(panels, series("learningRate"))
 
 
 _BASE = "baseValidationLoss"
-
-
-def _answers(lines: Sequence[Mapping[str, Any]], metric: str, label: str, name: str) -> Panel:
-    """A figure of each update's answers, and of those to the held-out prompts."""
-    held_out = _series(lines, f"heldOut{metric[0].upper()}{metric[1:]}")
-    return Panel(label, name, _series(lines, metric), held_out)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
