@@ -7,7 +7,6 @@ writes; the others follow its word over a channel that waits as long as a stage 
 from __future__ import annotations
 
 import datetime
-import importlib
 import importlib.metadata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, StageRecord
+from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, StageKind, StageRecord
 from tuneyard.errors import StageError
 from tuneyard_trainer import extras, sources
 from tuneyard_trainer.disk import disk_error
@@ -43,6 +42,10 @@ VERSIONED = ("tuneyard", "torch", "transformers", "peft")
 Emit = Callable[[dict[str, Any]], None]
 """Receives events as JSON values: `stage` (stage, state, record) and `progress` (stage, step,
 totalSteps, metrics, message, resumedStep)."""
+
+StageFunction = Callable[[PlannedStage, Mapping[str, Path], Path, Worker], Outcome]
+"""A stage's `run(stage, inputs, workdir, worker)`: `inputs` maps a role to a local path; `workdir`
+is the stage's own folder and may hold what a killed run left behind."""
 
 
 @dataclass
@@ -171,7 +174,8 @@ class Walk:
         started = now()
         try:
             inputs = self.ledger.inputs(stage)
-            outcome = _entry_point(stage)(stage, inputs, workdir, self._worker(stage, digests))
+            run = _stage_function(stage.kind)
+            outcome = run(stage, inputs, workdir, self._worker(stage, digests))
         except OSError as error:
             raise disk_error(error, workdir) from error
         except (MemoryError, RuntimeError) as error:
@@ -244,10 +248,33 @@ class Control:
         return box[0]
 
 
-def _entry_point(stage: PlannedStage) -> Callable[..., Outcome]:
-    """The stage's `run`; imported here, so that reading records costs no torch."""
-    module = "train" if stage.kind in ("sft", "pretrain") else stage.kind
-    run: Callable[..., Outcome] = importlib.import_module(f"tuneyard_trainer.stages.{module}").run
+def _stage_function(kind: StageKind) -> StageFunction:  # noqa: C901  one case for each kind
+    """The `run` of a stage; imported here, so that reading records costs no torch."""
+    match kind:
+        case "prepare":
+            from tuneyard_trainer.stages.prepare import run
+        case "sft" | "pretrain":
+            from tuneyard_trainer.stages.train import run
+        case "pairs":
+            from tuneyard_trainer.stages.pairs import run
+        case "reward":
+            from tuneyard_trainer.stages.reward import run
+        case "dpo":
+            from tuneyard_trainer.stages.dpo import run
+        case "ppo":
+            from tuneyard_trainer.stages.ppo import run
+        case "grpo":
+            from tuneyard_trainer.stages.grpo import run
+        case "feedback":
+            from tuneyard_trainer.stages.feedback import run
+        case "critique":
+            from tuneyard_trainer.stages.critique import run
+        case "evaluate":
+            from tuneyard_trainer.stages.evaluate import run
+        case "assess":
+            from tuneyard_trainer.stages.assess import run
+        case "export":
+            from tuneyard_trainer.stages.export import run
     return run
 
 
