@@ -33,7 +33,7 @@ from tuneyard.api.plan import Plan
 from tuneyard.planning.stages import plan
 from tuneyard_trainer import adapters, distributed, gguf, models, plain
 from tuneyard_trainer.prepared import Prepared
-from tuneyard_trainer.records import Store
+from tuneyard_trainer.storage.records import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 8

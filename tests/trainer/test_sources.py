@@ -21,8 +21,8 @@ from huggingface_hub import errors as hub
 from tuneyard.api.plan import SourceInput
 from tuneyard.api.sources import SecretKeyRef
 from tuneyard.errors import StageError
-from tuneyard_trainer import digests, sources
-from tuneyard_trainer.sources import digest_of, fetch
+from tuneyard_trainer.storage import digests, sources
+from tuneyard_trainer.storage.sources import digest_of, fetch
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tuneyard.errors import StageError
-from tuneyard_trainer.disk import disk_error
+from tuneyard_trainer.storage.files import disk_error
 
 Parameters = Mapping[str, torch.nn.Parameter]
 

@@ -33,8 +33,8 @@ from tuneyard.errors import StageError
 from tuneyard_trainer import drain
 from tuneyard_trainer.failures import unexpected, without_a_word
 from tuneyard_trainer.lines import Desk, Line
-from tuneyard_trainer.records import Store
 from tuneyard_trainer.runner import Ledger, Walk, failure_event
+from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted, Worker
 
 LOOK_SECONDS = 0.5

@@ -27,12 +27,13 @@ from tuneyard.api.plan import Plan, SourceInput
 from tuneyard.api.progress import Ending
 from tuneyard.api.status import Failure
 from tuneyard.errors import StageError
-from tuneyard_trainer import drain, sources
+from tuneyard_trainer import drain
 from tuneyard_trainer.failures import MOST_CHARACTERS, last_line
 from tuneyard_trainer.log import Log
 from tuneyard_trainer.picture import Story, finite
-from tuneyard_trainer.records import Store
 from tuneyard_trainer.reporter import Channel, Reporter
+from tuneyard_trainer.storage import sources
+from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted
 
 SUCCEEDED, FAILED, INTERRUPTED, STALE = 0, 1, 3, 4

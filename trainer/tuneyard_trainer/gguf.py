@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from tuneyard_trainer import models, sources
+from tuneyard_trainer import models
+from tuneyard_trainer.storage import sources
 
 
 def unpacked(path: Path, cache_dir: Path) -> Path:

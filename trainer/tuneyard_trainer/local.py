@@ -14,8 +14,8 @@ from types import FrameType
 from tuneyard.api.plan import Plan, SourceInput
 from tuneyard.errors import Fault, PlanError, StageError
 from tuneyard_trainer.console import Console
-from tuneyard_trainer.records import Store, folder_of
 from tuneyard_trainer.runner import Ledger
+from tuneyard_trainer.storage.records import Store, folder_of
 from tuneyard_trainer.worker import Interrupted
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130

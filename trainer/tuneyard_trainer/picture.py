@@ -13,7 +13,7 @@ from typing import Any
 from tuneyard.api.plan import Plan, StageRecord
 from tuneyard.api.progress import Ending, MetricValue, Picture, Post, TrainerStatus
 from tuneyard.api.status import Result, StageState, StageStatus
-from tuneyard_trainer.records import folder_of
+from tuneyard_trainer.storage.records import folder_of
 
 WEIGHTS = {"prepare": 1.0, "pairs": 1.0, "evaluate": 1.0, "assess": 1.0, "export": 1.0}
 """Of a stage in the job's percentage, by kind. The quickstart on two cores spends 12% of its time

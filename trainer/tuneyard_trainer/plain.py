@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from tuneyard.api.plan import Plan
 from tuneyard.errors import StageError
-from tuneyard_trainer.records import Store
 from tuneyard_trainer.runner import Emit, Ledger, Walk
+from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Worker
 
 

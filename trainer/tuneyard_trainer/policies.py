@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tuneyard.api.methods import Adapter
 from tuneyard.api.plan import LoopSettings
 from tuneyard_trainer import adapters, models
-from tuneyard_trainer.disk import disk_error
+from tuneyard_trainer.storage.files import disk_error
 
 WEIGHTS = "weights"
 

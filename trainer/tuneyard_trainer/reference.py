@@ -17,10 +17,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
 
-from tuneyard_trainer.disk import disk_error
 from tuneyard_trainer.losses import Forward
 from tuneyard_trainer.preference_passes import logprobs, over_all
 from tuneyard_trainer.prepared import Rows
+from tuneyard_trainer.storage.files import disk_error
 from tuneyard_trainer.worker import Worker
 
 FOLDER = "reference"

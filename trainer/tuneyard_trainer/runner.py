@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, StageKind, StageRecord
 from tuneyard.errors import StageError
-from tuneyard_trainer import extras, sources
-from tuneyard_trainer.disk import disk_error
+from tuneyard_trainer import extras
 from tuneyard_trainer.failures import out_of_memory
-from tuneyard_trainer.records import Store
+from tuneyard_trainer.storage import sources
+from tuneyard_trainer.storage.files import disk_error
+from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted, Outcome, Worker
 
 if TYPE_CHECKING:

@@ -28,8 +28,8 @@ from tuneyard.api.methods import Adapter, Qlora
 from tuneyard.api.plan import LoopSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer import adapters, models, policies
-from tuneyard_trainer.disk import disk_error
 from tuneyard_trainer.model_files import config_of, first_line
+from tuneyard_trainer.storage.files import disk_error
 
 HEAD = "score.weight"
 

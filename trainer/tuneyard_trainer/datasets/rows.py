@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from tuneyard.errors import StageError
-from tuneyard_trainer.digests import files_under
+from tuneyard_trainer.storage.digests import files_under
 
 FileKind = Literal["jsonl", "json", "csv", "tsv", "parquet", "text"]
 KINDS: dict[str, FileKind] = {

@@ -26,7 +26,6 @@ from tuneyard.api.plan import AssessSettings, ContestSettings, PlannedStage, Rew
 from tuneyard_trainer import agreement, contest, hacking, models, policies, rewards
 from tuneyard_trainer.asking import Asking, judge_name
 from tuneyard_trainer.chat import Message
-from tuneyard_trainer.journal import Journal
 from tuneyard_trainer.judge_model import ModelJudge
 from tuneyard_trainer.judges import as_text
 from tuneyard_trainer.loop import mix
@@ -38,6 +37,7 @@ from tuneyard_trainer.prompts import Prompt, read_prompts, render
 from tuneyard_trainer.rewards import Attempt, Reward
 from tuneyard_trainer.sampling import TransformersSampler, stop_tokens
 from tuneyard_trainer.stages.evaluate import check_gates
+from tuneyard_trainer.storage.journal import Journal
 from tuneyard_trainer.worker import Interrupted, Outcome, Worker
 
 EVALUATION = "evaluation.json"

@@ -20,10 +20,10 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.answering import Answer, Policy, Ready, answers
 from tuneyard_trainer.asking import Asking
 from tuneyard_trainer.chat import Message
-from tuneyard_trainer.journal import Journal, lines
 from tuneyard_trainer.judge_model import ModelJudge
 from tuneyard_trainer.judges import Ask, Judge, filled
-from tuneyard_trainer.records import write_atomically
+from tuneyard_trainer.storage.journal import Journal, lines
+from tuneyard_trainer.storage.records import write_atomically
 from tuneyard_trainer.worker import Outcome, Worker
 
 REVISIONS, CRITIQUES = "revisions.jsonl", "critiques.jsonl"

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from tuneyard.api.plan import JobRef, PlannedStage, StageRecord
 from tuneyard.errors import StageError
-from tuneyard_trainer.disk import disk_error
+from tuneyard_trainer.storage.files import disk_error
 
 LAST = ("state.json", "record.json")
 """Files that say that the others are complete; always copied after them."""

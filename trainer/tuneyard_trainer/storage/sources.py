@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 from tuneyard.api.plan import SourceInput, digest
 from tuneyard.errors import StageError
-from tuneyard_trainer.digests import WILDCARDS, digest_of, files_under, hidden, split_glob
+from tuneyard_trainer.storage.digests import WILDCARDS, digest_of, files_under, hidden, split_glob
 
 __all__ = ["digest_of", "fetch", "files_under"]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from tuneyard_trainer.disk import disk_error
+from tuneyard_trainer.storage.files import disk_error
 
 PERSIST_SECONDS = 60.0
 """How much work a lost machine may cost, where the work folder is not itself the durable place."""
