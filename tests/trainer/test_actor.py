@@ -13,8 +13,9 @@ from tests.trainer.speaking import loop_settings
 from tuneyard.api.methods import Adapter
 from tuneyard.api.plan import LoopSettings, TrainRuntime
 from tuneyard_trainer import actor as actors
-from tuneyard_trainer import adapters, models
 from tuneyard_trainer.actor import Actor, Texts
+from tuneyard_trainer.models import adapters
+from tuneyard_trainer.models.base import trainable
 from tuneyard_trainer.worker import Worker
 
 CPU = torch.device("cpu")
@@ -82,7 +83,7 @@ def shake(actor: Actor) -> None:
     """Another policy than at the start."""
     torch.manual_seed(1)
     with torch.no_grad():
-        for parameter in models.trainable(actor.model).values():
+        for parameter in trainable(actor.model).values():
             parameter.add_(0.3 * torch.randn_like(parameter))
 
 
@@ -125,12 +126,12 @@ def test_gradients_are_those_of_the_plain_pass(tiny_model_dir: Path) -> None:
     actor = load(tiny_model_dir)
     scored = actor.score(TEXTS)
     scored.logprobs_BT.sum().backward()
-    found = {n: p.grad for n, p in models.trainable(actor.model).items()}
+    found = {n: p.grad for n, p in trainable(actor.model).items()}
     actor.model.zero_grad(set_to_none=True)
     for row, start in zip(TEXTS.rows, TEXTS.starts, strict=True):
         logits = actor.model(input_ids=torch.tensor([row])).logits[0].log_softmax(-1)
         torch.stack([logits[t - 1, row[t]] for t in range(start, len(row))]).sum().backward()
-    for name, parameter in models.trainable(actor.model).items():
+    for name, parameter in trainable(actor.model).items():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-5)
 
 

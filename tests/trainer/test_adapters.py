@@ -33,7 +33,8 @@ from tuneyard.api.methods import (
     Qlora,
 )
 from tuneyard.errors import StageError
-from tuneyard_trainer import adapters, models
+from tuneyard_trainer.models import adapters
+from tuneyard_trainer.models.base import count_parameters, load_base, save_model, trainable
 
 CPU = torch.device("cpu")
 ADAPTERS = {
@@ -54,7 +55,7 @@ Base = Callable[..., PreTrainedModel]
 
 @pytest.fixture(scope="module")
 def loaded(tiny_model_dir: Path) -> PreTrainedModel:
-    return models.load_base(tiny_model_dir, dtype=torch.float32, device=CPU)
+    return load_base(tiny_model_dir, dtype=torch.float32, device=CPU)
 
 
 @pytest.fixture
@@ -64,9 +65,7 @@ def base(tiny_model_dir: Path, loaded: PreTrainedModel) -> Base:
     def new(**settings: Any) -> PreTrainedModel:
         if not settings:
             return copy.deepcopy(loaded)
-        return models.load_base(
-            tiny_model_dir, **({"dtype": torch.float32, "device": CPU} | settings)
-        )
+        return load_base(tiny_model_dir, **({"dtype": torch.float32, "device": CPU} | settings))
 
     return new
 
@@ -94,7 +93,7 @@ def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
 def train_step(model: nn.Module, rate: float = 0.05) -> None:
     """One large step of AdamW on what is trainable."""
     model.train()
-    optimizer = torch.optim.AdamW(list(models.trainable(model).values()), lr=rate)
+    optimizer = torch.optim.AdamW(list(trainable(model).values()), lr=rate)
     out = model(input_ids=IDS, attention_mask=torch.ones_like(IDS), labels=IDS)
     out.loss.backward()
     optimizer.step()
@@ -119,7 +118,7 @@ def test_a_step_changes_the_adapter_and_not_one_byte_of_the_base(
 ) -> None:
     untouched, model = base(), attach(ADAPTERS[kind])
     before = logits(model)
-    own = {id(p) for p in models.trainable(model).values()}
+    own = {id(p) for p in trainable(model).values()}
     train_step(model)
     assert not torch.equal(logits(model), before)
     frozen = [p for p in model.parameters() if id(p) not in own]
@@ -142,10 +141,8 @@ def test_a_saved_adapter_loads_to_the_same_logits_bit_for_bit(
     }
     loaded = adapters.load(base(), tmp_path)
     assert torch.equal(logits(loaded), logits(model))
-    assert not models.trainable(loaded)
-    assert set(models.trainable(adapters.load(base(), tmp_path, trainable=True))) == set(
-        models.trainable(model)
-    )
+    assert not trainable(loaded)
+    assert set(trainable(adapters.load(base(), tmp_path, trainable=True))) == set(trainable(model))
 
 
 @EVERY
@@ -174,12 +171,12 @@ def test_switched_off_it_is_the_base_and_afterwards_the_adapter_again(
 ) -> None:
     model = attach(ADAPTERS[kind])
     train_step(model)
-    tuned, parameters = logits(model), models.trainable(model).keys()
+    tuned, parameters = logits(model), trainable(model).keys()
     with adapters.disabled(model):
         assert torch.equal(logits(model), logits(base()))
         assert generated(model) == generated(base())
     assert torch.equal(logits(model), tuned)
-    assert models.trainable(model).keys() == parameters
+    assert trainable(model).keys() == parameters
 
 
 @EVERY
@@ -190,7 +187,7 @@ def test_switching_off_a_loaded_adapter_does_not_make_it_trainable(
     loaded = adapters.load(base(), tmp_path)
     with adapters.disabled(loaded):
         pass
-    assert not models.trainable(loaded)
+    assert not trainable(loaded)
 
 
 def generated(model: nn.Module) -> list[int]:
@@ -227,12 +224,12 @@ def test_a_copy_has_an_adapter_of_its_own(kind: str, attach: Any) -> None:
 @EVERY
 def test_the_seed_decides_the_first_weights_and_nothing_else_does(kind: str, attach: Any) -> None:
     torch.manual_seed(1)
-    one = models.trainable(attach(ADAPTERS[kind], seed=5))
+    one = trainable(attach(ADAPTERS[kind], seed=5))
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    same = models.trainable(attach(ADAPTERS[kind], seed=5))
+    same = trainable(attach(ADAPTERS[kind], seed=5))
     assert torch.equal(torch.get_rng_state(), state)
-    other = models.trainable(attach(ADAPTERS[kind], seed=6))
+    other = trainable(attach(ADAPTERS[kind], seed=6))
     assert all(torch.equal(one[name], same[name]) for name in one)
     differs = any(not torch.equal(one[name], other[name]) for name in one)
     assert differs == (kind != "ia3")  # (IA)^3 starts at ones
@@ -243,7 +240,7 @@ def test_the_adapter_is_float32_over_a_bfloat16_base_and_trains_there(
     kind: str, base: Base, attach: Any
 ) -> None:
     model = attach(ADAPTERS[kind], model=base(dtype=torch.bfloat16))
-    assert {p.dtype for p in models.trainable(model).values()} == {torch.float32}
+    assert {p.dtype for p in trainable(model).values()} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         train_step(model)
@@ -257,7 +254,7 @@ def test_parameter_counts_equal_the_closed_forms(base: Base, attach: Any) -> Non
     width, inner, kv, layers = 32, 64, 16, 2
 
     def trained(adapter: Adapter) -> int:
-        return sum(p.numel() for p in models.trainable(attach(adapter)).values())
+        return sum(p.numel() for p in trainable(attach(adapter)).values())
 
     projections = 2 * (width + width) + 2 * (width + kv) + 3 * (width + inner)
     assert trained(ADAPTERS["lora"]) == layers * 4 * projections
@@ -271,7 +268,7 @@ def test_parameter_counts_equal_the_closed_forms(base: Base, attach: Any) -> Non
 
 
 def adapted(model: nn.Module) -> set[str]:
-    names = (name.partition("base_model.model.model.")[2] for name in models.trainable(model))
+    names = (name.partition("base_model.model.model.")[2] for name in trainable(model))
     return {name.split(".lora_")[0] for name in names}
 
 
@@ -279,7 +276,7 @@ def test_a_layer_range_adapts_those_layers_alone(attach: Any) -> None:
     lora = Adapter(lora=Lora(rank=2, layers="1", targets=["q_proj", "up_proj"]))
     assert adapted(attach(lora)) == {"layers.1.self_attn.q_proj", "layers.1.mlp.up_proj"}
     bottleneck = attach(Adapter(bottleneck=Bottleneck(size=2, layers="1")))
-    assert all(".layers.1." in name for name in models.trainable(bottleneck))
+    assert all(".layers.1." in name for name in trainable(bottleneck))
 
 
 def test_attention_means_the_attention_projections_alone(attach: Any) -> None:
@@ -292,7 +289,7 @@ def test_attention_means_the_attention_projections_alone(attach: Any) -> None:
 def test_attention_is_told_from_an_mlp_projection_of_the_same_name(attach: Any) -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=400))
     lora = attach(Adapter(lora=Lora(rank=2, targets="attention")), model=model)
-    assert {name.split(".h.")[1].split(".lora_")[0][2:] for name in models.trainable(lora)} == {
+    assert {name.split(".h.")[1].split(".lora_")[0][2:] for name in trainable(lora)} == {
         "attn.c_attn",
         "attn.c_proj",
     }
@@ -375,8 +372,8 @@ def test_a_merged_model_is_plain_and_answers_as_the_adapter_did(
     assert (logits(merged) - logits(base())).abs().max() > 1e-4
     assert merged.state_dict().keys() == base().state_dict().keys()
     assert not hasattr(merged, "peft_config")
-    models.save(merged, tmp_path / "merged")
-    read = models.load_base(tmp_path / "merged", dtype=torch.float32, device=CPU)
+    save_model(merged, tmp_path / "merged")
+    read = load_base(tmp_path / "merged", dtype=torch.float32, device=CPU)
     assert torch.equal(logits(read), logits(merged))
 
 
@@ -431,7 +428,7 @@ def test_qlora_trains_over_a_4_bit_base_and_merges_into_the_original(
 ) -> None:
     qlora = Qlora(rank=4, alpha=8)
     quantized = base(quantize=qlora)
-    assert models.count_parameters(quantized) == models.count_parameters(base())
+    assert count_parameters(quantized) == count_parameters(base())
     assert not torch.equal(logits(quantized), logits(base()))
     model = attach(Adapter(qlora=qlora), model=quantized)
     packed = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
@@ -462,7 +459,7 @@ def test_a_prompt_starts_from_the_embeddings_of_its_text(
     table = base().get_input_embeddings().weight
     for length in (2, 3 * len(ids) - 1):
         prompt = PromptTuning(length=length, initial_text=text)
-        (weights,) = models.trainable(attach(Adapter(prompt=prompt))).values()
+        (weights,) = trainable(attach(Adapter(prompt=prompt))).values()
         assert torch.equal(weights, table[torch.tensor((ids * 3)[:length])])
 
 
@@ -531,7 +528,7 @@ def gradients(model: nn.Module) -> list[Tensor]:
     model(
         input_ids=IDS, attention_mask=torch.ones_like(IDS), labels=IDS, use_cache=False
     ).loss.backward()
-    return [p.grad for p in models.trainable(model).values() if p.grad is not None]
+    return [p.grad for p in trainable(model).values() if p.grad is not None]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ADAPTERS if kind != "prefix"])
@@ -541,7 +538,7 @@ def test_recomputing_activations_gives_the_same_gradients(kind: str, attach: Any
     plain = gradients(model)
     adapters.enable_gradient_checkpointing(model)
     again = gradients(model)
-    assert len(plain) == len(again) == len(models.trainable(model))
+    assert len(plain) == len(again) == len(trainable(model))
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(plain, again, strict=True))
 
 

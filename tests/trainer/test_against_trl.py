@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.trainer.preferring import CPU, separable
-from tuneyard_trainer import models
 from tuneyard_trainer.losses import Forward
+from tuneyard_trainer.models import base
 from tuneyard_trainer.preference_losses import pair_loss, reward_loss
 from tuneyard_trainer.preference_passes import logprobs
 from tuneyard_trainer.prepared import Rows, RowWriter
@@ -28,7 +28,7 @@ FORWARD = Forward(CPU, torch.float32, 3, pack=False, capacity=64, max_tokens=1 <
 @pytest.fixture(scope="module")
 def models_of(tiny_model_dir: Path) -> tuple[Any, Any]:
     """A policy and the reference that it has moved away from."""
-    reference = models.load_base(tiny_model_dir, dtype=torch.float32, device=CPU)
+    reference = base.load_base(tiny_model_dir, dtype=torch.float32, device=CPU)
     policy = copy.deepcopy(reference)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -16,7 +16,8 @@ from tuneyard.api.manifest import read
 from tuneyard.api.plan import Plan
 from tuneyard.errors import StageError
 from tuneyard.planning.stages import plan
-from tuneyard_trainer import models, plain
+from tuneyard_trainer import plain
+from tuneyard_trainer.models import base
 
 TRAINING = {"batchSize": 8, "learningRate": 0.01, "epochs": 3}
 DPO = {"dpo": {"training": TRAINING}}
@@ -154,7 +155,7 @@ def test_a_reward_model_alone_is_exported_as_a_classifier_that_scores(
     assert list(records) == ["pairs", "reward", "evaluate", "export"]
     exported = tmp_path / "result" / "model"
     model: Any = AutoModelForSequenceClassification.from_pretrained(exported)
-    tokenizer = models.load_tokenizer(exported)
+    tokenizer = base.load_tokenizer(exported)
 
     def score(answer: str) -> float:
         turns = [

@@ -21,8 +21,8 @@ from transformers import (
 
 from tuneyard.api.methods import Bottleneck
 from tuneyard.errors import StageError
-from tuneyard_trainer import bottleneck
-from tuneyard_trainer.models import trainable
+from tuneyard_trainer.models import bottleneck
+from tuneyard_trainer.models.base import trainable
 
 WIDTH, SIZE, LAYERS = 16, 5, 3
 IDS = torch.tensor([[3, 14, 15, 9, 2, 6]])

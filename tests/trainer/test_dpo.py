@@ -22,8 +22,8 @@ from tests.trainer.preferring import (
 from tuneyard.api.methods import Adapter
 from tuneyard.api.plan import DpoSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer import models, policies
 from tuneyard_trainer.losses import Forward
+from tuneyard_trainer.models import base, policies
 from tuneyard_trainer.preference_passes import logprobs, over_all
 from tuneyard_trainer.preferences import Preferences
 from tuneyard_trainer.reference import reference_logprobs
@@ -158,7 +158,7 @@ def test_a_second_stage_goes_on_with_the_same_adapter_and_starts_from_it(
 def test_a_rows_log_probability_is_the_sum_of_its_answers_tokens(
     inputs: dict[str, Path],
 ) -> None:
-    model: Any = models.load_base(inputs["model"], dtype=torch.float32, device=CPU)
+    model: Any = base.load_base(inputs["model"], dtype=torch.float32, device=CPU)
     rows = Preferences.open(inputs["data"]).train.rows
     found = {}
     for pack in (True, False):
@@ -178,7 +178,7 @@ def test_a_rows_log_probability_is_the_sum_of_its_answers_tokens(
 def test_the_reference_is_computed_once_and_kept_by_content(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
-    model: Any = models.load_base(inputs["model"], dtype=torch.float32, device=CPU)
+    model: Any = base.load_base(inputs["model"], dtype=torch.float32, device=CPU)
     rows = Preferences.open(inputs["data"]).train.rows
     forward, worker = Forward(CPU, torch.float32, 3, True, 64, 4096), Worker(0, 1, CPU)
 
@@ -225,7 +225,7 @@ def test_the_reference_takes_the_trained_tensors_place_and_gives_it_back(
         precision=torch.float32,
         tokenizer=tiny_tokenizer,
     ).eval()
-    parameters = models.trainable(model)
+    parameters = base.trainable(model)
     reference = policies.Reference(parameters)
     ids = torch.arange(4, 20)[None]
     with torch.no_grad():

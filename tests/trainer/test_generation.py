@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tuneyard.api.methods import Adapter
-from tuneyard_trainer import adapters, models
 from tuneyard_trainer.generation import continuations
+from tuneyard_trainer.models import adapters, base
 
 PROMPTS = ["A lamp", "Who wrote the handbook of the harbour?", "red", "A short sentence, and a"]
 
@@ -26,13 +26,13 @@ def answers(model: Any, tokenizer: Any, prompts: list[str]) -> tuple[str, ...]:
 def test_a_prompt_is_continued_alike_alone_and_among_others(
     adapter: str | None, tiny_model_dir: Path, tiny_tokenizer: Any
 ) -> None:
-    model: Any = models.load_base(tiny_model_dir, dtype=torch.float32, device=torch.device("cpu"))
+    model: Any = base.load_base(tiny_model_dir, dtype=torch.float32, device=torch.device("cpu"))
     if adapter:
         chosen = Adapter.model_validate({adapter: {}})
         model = adapters.attach(model, chosen, seed=0, tokenizer=tiny_tokenizer)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
-            for parameter in models.trainable(model).values():
+            for parameter in base.trainable(model).values():
                 parameter.add_(SCALE[adapter] * torch.randn(parameter.shape, generator=generator))
     together = answers(model, tiny_tokenizer, PROMPTS)
     alone = tuple(answers(model, tiny_tokenizer, [prompt])[0] for prompt in PROMPTS)
@@ -41,5 +41,5 @@ def test_a_prompt_is_continued_alike_alone_and_among_others(
 
 
 def test_no_prompts_have_no_continuations(tiny_model_dir: Path, tiny_tokenizer: Any) -> None:
-    model = models.load_base(tiny_model_dir, dtype=torch.float32, device=torch.device("cpu"))
+    model = base.load_base(tiny_model_dir, dtype=torch.float32, device=torch.device("cpu"))
     assert answers(model, tiny_tokenizer, []) == ()

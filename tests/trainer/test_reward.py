@@ -24,9 +24,11 @@ from tests.trainer.preferring import (
 from tuneyard.api.methods import Adapter
 from tuneyard.api.plan import RewardSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer import agreement, models, scorers
-from tuneyard_trainer.gguf import unpacked
+from tuneyard_trainer import agreement
 from tuneyard_trainer.losses import Forward
+from tuneyard_trainer.models import reward_models
+from tuneyard_trainer.models.base import load_base, load_tokenizer, save_model
+from tuneyard_trainer.models.gguf_unpack import unpacked
 from tuneyard_trainer.preference_passes import scores
 from tuneyard_trainer.preferences import Preferences
 from tuneyard_trainer.stages import reward
@@ -94,12 +96,12 @@ def test_what_is_written_is_a_plain_classifier_whose_head_was_trained(
     assert model.config.num_labels == 1
     data = Preferences.open(inputs["data"])
     rows = [torch.from_numpy(np.array(data.train.rows.ids(i), dtype=np.int64)) for i in (0, 1)]
-    tokenizer = models.load_tokenizer(tmp_path / "a" / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "a" / "tokenizer")
     batch = torch.nn.utils.rnn.pad_sequence(rows, True, model.config.pad_token_id)
     with torch.no_grad():
         together = model(batch, attention_mask=(batch != model.config.pad_token_id).long()).logits
         alone = [model(row[None]).logits[0] for row in rows]
-        forward = Forward(CPU, torch.float32, scorers.padding(tokenizer), False, 64, 4096)
+        forward = Forward(CPU, torch.float32, reward_models.padding(tokenizer), False, 64, 4096)
         ours = scores(model, data.train.rows, np.array([0, 1]), forward)
     torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=0)
     torch.testing.assert_close(ours[:, None], together, atol=1e-5, rtol=0)
@@ -139,10 +141,10 @@ def test_a_margin_pushes_rewards_apart(tmp_path: Path, inputs: dict[str, Path]) 
 
 
 def test_it_starts_from_the_fine_tuned_model(tmp_path: Path, inputs: dict[str, Path]) -> None:
-    tuned: Any = models.load_base(inputs["model"], dtype=torch.float32, device=CPU)
+    tuned: Any = load_base(inputs["model"], dtype=torch.float32, device=CPU)
     with torch.no_grad():
         tuned.get_input_embeddings().weight.mul_(2)
-    models.save(tuned, tmp_path / "tuned" / "weights")
+    save_model(tuned, tmp_path / "tuned" / "weights")
     chosen = settings(LORA, max_steps=1, epochs=None)
     base, _ = run(tmp_path / "a", inputs, chosen)
     other, _ = run(tmp_path / "b", inputs | {"tuned": tmp_path / "tuned"}, chosen)
@@ -153,7 +155,7 @@ def test_it_starts_from_the_fine_tuned_model(tmp_path: Path, inputs: dict[str, P
 def test_a_reward_model_that_reads_back_otherwise_is_no_result(
     tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = scorers.load
+    load = reward_models.load
 
     def rounded(*arguments: Any, **named: Any) -> Any:
         model = load(*arguments, **named)
@@ -161,7 +163,7 @@ def test_a_reward_model_that_reads_back_otherwise_is_no_result(
             model.score.weight[0, 0] += 1e-6
         return model
 
-    monkeypatch.setattr(scorers, "load", rounded)
+    monkeypatch.setattr(reward_models, "load", rounded)
     with pytest.raises(StageError, match=r"in score\.weight") as caught:
         run(tmp_path / "a", inputs, settings(LORA, max_steps=1, epochs=None))
     assert caught.value.reason == "RewardMismatch"
@@ -169,7 +171,7 @@ def test_a_reward_model_that_reads_back_otherwise_is_no_result(
 
 def test_a_model_without_a_trained_head_is_refused(tiny_model_dir: Path) -> None:
     with pytest.raises(StageError) as caught:
-        scorers.load(tiny_model_dir, dtype=torch.float32, device=CPU)
+        reward_models.load(tiny_model_dir, dtype=torch.float32, device=CPU)
     assert caught.value.reason == "RewardHeadMissing"
 
 
@@ -180,7 +182,7 @@ def test_an_architecture_without_a_classifier_is_named(tmp_path: Path, tiny_toke
     MambaForCausalLM(config).save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
     with pytest.raises(StageError) as caught:
-        scorers.fresh(
+        reward_models.fresh(
             tmp_path,
             None,
             loop_settings(),

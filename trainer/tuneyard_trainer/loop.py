@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from tuneyard.api.plan import LoopSettings, TrainRuntime
 from tuneyard.errors import StageError
-from tuneyard_trainer import models
 from tuneyard_trainer.batches import Indices, Order
 from tuneyard_trainer.checkpoints import Checkpoints, LoopState, assign
+from tuneyard_trainer.models import base
 from tuneyard_trainer.schedules import rate
 from tuneyard_trainer.worker import Interrupted, Worker
 
@@ -95,7 +95,7 @@ class Loop:
         worker: Worker,
     ) -> Loop:
         """A loop over `order` that trains what `model` has to train."""
-        parameters = models.trainable(model)
+        parameters = base.trainable(model)
         return cls(
             stage=stage,
             settings=settings,
@@ -291,8 +291,8 @@ class Loop:
             "trainingSeconds": state.seconds,
             "tokensPerSecond": state.tokens / state.seconds if state.seconds else 0.0,
             "trainedParameters": float(sum(p.numel() for p in self.parameters.values())),
-            "parameters": float(models.count_parameters(self.model)),
-            "peakMemoryBytes": float(models.peak_memory_bytes(self.worker.device)),
+            "parameters": float(base.count_parameters(self.model)),
+            "peakMemoryBytes": float(base.peak_memory_bytes(self.worker.device)),
             "finalLoss": self.history.last("loss"),
         }
         if state.best_loss is not None:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from tuneyard.api.plan import LoopSettings
-from tuneyard_trainer import models
 from tuneyard_trainer.actor import Actor, Texts
 from tuneyard_trainer.experience import Experience, Method
 from tuneyard_trainer.loop import adamw, not_finite
+from tuneyard_trainer.models import base
 from tuneyard_trainer.rollouts import Peers, Rollouts
 
 VALUE_HEAD_RATE = 10.0
@@ -41,7 +41,7 @@ class Optimiser:
 
     @classmethod
     def of(cls, actor: Actor, method: Method, settings: LoopSettings, peers: Peers) -> Optimiser:
-        optimizer = adamw(models.trainable(actor.model), settings)
+        optimizer = adamw(base.trainable(actor.model), settings)
         if actor.value_head:
             head = list(actor.value_head.parameters())
             optimizer.add_param_group(

@@ -22,13 +22,15 @@ from tuneyard.api.methods import Sampling
 from tuneyard.api.plan import GrpoSettings, PlannedStage, PpoSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer import actor as actors
-from tuneyard_trainer import answering, models, policies, rewards
+from tuneyard_trainer import answering, rewards
 from tuneyard_trainer.actor import Actor
 from tuneyard_trainer.answering import Ready
 from tuneyard_trainer.batches import Order
 from tuneyard_trainer.checkpoints import Checkpoints, LoopState, assign
 from tuneyard_trainer.experience import Method
 from tuneyard_trainer.loop import CHECKPOINT_SECONDS, History, mix
+from tuneyard_trainer.models import policies
+from tuneyard_trainer.models.base import count_parameters, peak_memory_bytes
 from tuneyard_trainer.optimiser import Optimiser, generator
 from tuneyard_trainer.rl import adapted_coefficient
 from tuneyard_trainer.rollouts import Collector, Peers, Rollouts, prompts_of
@@ -437,8 +439,8 @@ class Loop:
             "trainingSeconds": state.seconds,
             "klCoefficient": state.kl_coefficient,
             "trainedParameters": float(sum(p.numel() for p in self.optimiser.parameters.values())),
-            "parameters": float(models.count_parameters(self.actor.model)),
-            "peakMemoryBytes": float(models.peak_memory_bytes(self.worker.device)),
+            "parameters": float(count_parameters(self.actor.model)),
+            "peakMemoryBytes": float(peak_memory_bytes(self.worker.device)),
         }
 
     def details(self, state: RlState) -> dict[str, Any]:

@@ -21,10 +21,10 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from tuneyard.api.methods import RuleReward
 from tuneyard.api.plan import ChatSettings, RewardTerm
 from tuneyard.errors import StageError
-from tuneyard_trainer import models
 from tuneyard_trainer.chat import ChatFormat, MisfitError, rendered
 from tuneyard_trainer.generation import length_batches
-from tuneyard_trainer.model_files import first_line
+from tuneyard_trainer.models import base
+from tuneyard_trainer.models.files import first_line
 from tuneyard_trainer.prompts import Prompt
 
 BATCH_ANSWERS = 64
@@ -208,7 +208,7 @@ class LearnedReward:
         ours = (path / "weights").is_dir()
         folder, beside = (path / "weights", path / "tokenizer") if ours else (path, path)
         model = _classifier(folder, device)
-        tokenizer = models.load_tokenizer(beside)
+        tokenizer = base.load_tokenizer(beside)
         _check_vocabulary(path, model, tokenizer)
         if ours and chat.chat_template:
             tokenizer.chat_template = chat.chat_template
@@ -265,7 +265,7 @@ def _classifier(folder: Path, device: torch.device) -> Any:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     load: Any = AutoModelForSequenceClassification.from_pretrained
     try:
-        with models.quiet():
+        with base.quiet():
             model, info = load(
                 folder,
                 dtype=dtype,

@@ -97,7 +97,7 @@ class Ledger:
         path = self._fetch(role, source)
         if not is_model(role) or path.suffix != ".gguf":
             return path
-        from tuneyard_trainer.gguf import unpacked
+        from tuneyard_trainer.models.gguf_unpack import unpacked
 
         return unpacked(path, self.cache_dir)
 

@@ -32,7 +32,7 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.chat import ChatFormat
 from tuneyard_trainer.generation import length_batches, prompt_tuned
 from tuneyard_trainer.losses import autocast
-from tuneyard_trainer.probes import base_of
+from tuneyard_trainer.models.probes import base_of
 
 GPU_ANSWERS, CPU_ANSWERS = 256, 64
 """The most answers sampled at once: a step's cost hardly grows with them up to there."""

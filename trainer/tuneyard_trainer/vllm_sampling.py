@@ -25,9 +25,10 @@ from torch import nn
 
 from tuneyard.api.methods import Sampling
 from tuneyard.errors import StageError
-from tuneyard_trainer import adapters, extras
-from tuneyard_trainer.model_files import first_line
-from tuneyard_trainer.probes import base_of
+from tuneyard_trainer import extras
+from tuneyard_trainer.models import adapters
+from tuneyard_trainer.models.files import first_line
+from tuneyard_trainer.models.probes import base_of
 from tuneyard_trainer.sampling import Sampled, at_once, cache_room, token_bytes
 
 BLOCK = 128

@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.plan import AssessSettings, ContestSettings, PlannedStage, RewardTerm
-from tuneyard_trainer import agreement, contest, hacking, models, policies, rewards
+from tuneyard_trainer import agreement, contest, hacking, rewards
 from tuneyard_trainer.asking import Asking, judge_name
 from tuneyard_trainer.chat import Message
 from tuneyard_trainer.judge_model import ModelJudge
 from tuneyard_trainer.judges import as_text
 from tuneyard_trainer.loop import mix
 from tuneyard_trainer.losses import Forward
+from tuneyard_trainer.models import base, policies
 from tuneyard_trainer.preference_passes import logprobs, over_all
 from tuneyard_trainer.preferences import Preferences
 from tuneyard_trainer.prepared import Rows
@@ -116,7 +117,7 @@ class Measuring:
         workdir: Path,
         worker: Worker,
     ) -> Measuring:
-        tokenizer = models.load_tokenizer(inputs["model"])
+        tokenizer = base.load_tokenizer(inputs["model"])
         if settings.chat.chat_template is not None:
             tokenizer.chat_template = settings.chat.chat_template
         data = Preferences.open(inputs["data"]) if "data" in inputs else None
@@ -192,7 +193,7 @@ class Measuring:
             device=self.worker.device,
             precision=torch.float32,
             pad=pad,
-            pack=models.isolates_documents(model),
+            pack=base.isolates_documents(model),
             capacity=512,
             max_tokens=16384 if self.worker.device.type == "cuda" else 2048,
         )

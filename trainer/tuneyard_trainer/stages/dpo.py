@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from tuneyard.api.plan import DpoSettings, PlannedStage, TrainRuntime
 from tuneyard.errors import StageError
-from tuneyard_trainer import agreement, models, policies
+from tuneyard_trainer import agreement
 from tuneyard_trainer.batches import Indices, Order, share
 from tuneyard_trainer.loop import Loop, mix, precision_of
 from tuneyard_trainer.losses import Forward
+from tuneyard_trainer.models import base, policies
 from tuneyard_trainer.preference_losses import PairLoss, kto_loss, pair_loss
 from tuneyard_trainer.preference_passes import chunks, logprobs, over_all
 from tuneyard_trainer.preferences import Comparisons, Preferences
@@ -64,7 +65,7 @@ def build(
     data, training = Preferences.open(inputs["data"]), settings.training
     _require_shape(settings, data)
     precision = precision_of(training, worker)
-    tokenizer = models.load_tokenizer(inputs["data"] / "tokenizer")
+    tokenizer = base.load_tokenizer(inputs["data"] / "tokenizer")
     worker.report(message="loading the model")
     model = policies.load(
         inputs,
@@ -80,7 +81,7 @@ def build(
         device=worker.device,
         precision=precision,
         pad=tokenizer.pad_token_id,
-        pack=models.isolates_documents(model),
+        pack=base.isolates_documents(model),
         max_length=data.max_length,
         max_tokens=runtime.micro_batch_tokens,
     )

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 from tuneyard.api.methods import Gate
 from tuneyard.api.plan import EvaluateSettings, PlannedStage
 from tuneyard.errors import StageError
-from tuneyard_trainer import adapters, models
 from tuneyard_trainer.generation import continuations
 from tuneyard_trainer.losses import Forward
+from tuneyard_trainer.models import adapters
+from tuneyard_trainer.models.base import isolates_documents, load_base, load_tokenizer
 from tuneyard_trainer.prepared import Prepared
 from tuneyard_trainer.worker import Outcome, Worker
 
@@ -76,7 +77,7 @@ def _tuned(inputs: Mapping[str, Path], worker: Worker) -> Iterator[tuple[nn.Modu
     dtype = torch.bfloat16 if worker.device.type == "cuda" else torch.float32
 
     def load(path: Path) -> PreTrainedModel:
-        return models.load_base(path, dtype=dtype, device=worker.device)
+        return load_base(path, dtype=dtype, device=worker.device)
 
     @contextmanager
     def switched_off(model: nn.Module) -> Iterator[nn.Module]:
@@ -111,13 +112,13 @@ def _measure(
     inputs: Mapping[str, Path],
     worker: Worker,
 ) -> Measured:
-    tokenizer = models.load_tokenizer(inputs["data"] / "tokenizer")
+    tokenizer = load_tokenizer(inputs["data"] / "tokenizer")
     forward = Forward.of(
         model,
         device=worker.device,
         precision=torch.float32,
         pad=tokenizer.pad_token_id,
-        pack=models.isolates_documents(model),
+        pack=isolates_documents(model),
         max_length=data.max_length,
         max_tokens="auto",
     )
@@ -145,7 +146,7 @@ def _measure(
 
 def _questions(folder: Path, samples: int) -> list[Question]:
     """Held-out rows to answer: those with `expected`, then others until there are `samples`."""
-    tokenizer = models.load_tokenizer(folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer")
     with (folder / "validation.jsonl").open() as file:
         questions = [_question(json.loads(line), tokenizer) for line in file]
     checked = [q for q in questions if q.expected][:MAX_QUESTIONS]

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tuneyard.api.plan import ExportSettings, PlannedStage
-from tuneyard_trainer import adapters, models, report, scorers
+from tuneyard_trainer import report
 from tuneyard_trainer.failures import read_back_otherwise
+from tuneyard_trainer.models import adapters, base, reward_models
 from tuneyard_trainer.prepared import Prepared
 from tuneyard_trainer.worker import Outcome, Worker
 
@@ -44,7 +45,7 @@ def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: 
     _clear(workdir)
     probe_1L = _probe(inputs)
     compared: dict[str, float] = {}
-    if scorers.is_scorer(inputs["tuned"] / "weights"):
+    if reward_models.is_scorer(inputs["tuned"] / "weights"):
         worker.report(message="writing the reward model and loading it again")
         compared["rewardDifference"] = _export_scorer(inputs, workdir, probe_1L)
     elif (inputs["tuned"] / "weights" / "adapter_config.json").exists():
@@ -56,7 +57,7 @@ def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: 
     else:
         worker.report(message="writing the model and loading it again")
         compared["modelLogitDifference"] = _export_full(inputs, workdir, probe_1L)
-    licence = models.license_of(inputs["model"])
+    licence = base.license_of(inputs["model"])
     report.write(workdir, inputs, manifest=worker.manifest, compared=compared, licence=licence)
     (workdir / "job.yaml").write_text(yaml.safe_dump(dict(worker.manifest), sort_keys=False))
     written = tuple(name for name in (ADAPTER, MODEL) if (workdir / name).exists())
@@ -99,7 +100,7 @@ def _export_merged(inputs: Mapping[str, Path], workdir: Path, probe_1L: Tensor) 
 
 def _export_full(inputs: Mapping[str, Path], workdir: Path, probe_1L: Tensor) -> float:
     """Full fine-tuning trains in float32 and is written in the base's own precision."""
-    trained = models.load_base(
+    trained = base.load_base(
         inputs["tuned"] / "weights", dtype=torch.float32, device=torch.device("cpu")
     )
     return _write_model(trained, inputs, workdir, probe_1L)
@@ -110,12 +111,12 @@ def _write_model(
 ) -> float:
     """Casts to the base's own precision, writes, and loads it again."""
     target = workdir / MODEL
-    nn.Module.to(model, models.stored_dtype(inputs["model"]))  # in place
+    nn.Module.to(model, base.stored_dtype(inputs["model"]))  # in place
     in_memory_1LV = _logits(model, probe_1L)
-    models.save(model, target)
+    base.save_model(model, target)
     _add_tokenizer(inputs, target)
-    written = models.load_base(target, dtype=model.dtype, device=torch.device("cpu"))
-    if name := models.differing(model, written):
+    written = base.load_base(target, dtype=model.dtype, device=torch.device("cpu"))
+    if name := base.differing(model, written):
         raise read_back_otherwise(
             "ExportMismatch", f"the model read back differs from the one in memory in {name}."
         )
@@ -124,7 +125,7 @@ def _write_model(
 
 def _base(inputs: Mapping[str, Path]) -> PreTrainedModel:
     """The base in float32 on the CPU, where arithmetic is exact enough to compare by."""
-    return models.load_base(inputs["model"], dtype=torch.float32, device=torch.device("cpu"))
+    return base.load_base(inputs["model"], dtype=torch.float32, device=torch.device("cpu"))
 
 
 def _export_scorer(inputs: Mapping[str, Path], workdir: Path, probe_1L: Tensor) -> float:
@@ -134,13 +135,13 @@ def _export_scorer(inputs: Mapping[str, Path], workdir: Path, probe_1L: Tensor) 
     _add_tokenizer(inputs, target)
     scored = []
     for folder in (source, target):
-        model = scorers.load(folder, dtype=torch.float32, device=torch.device("cpu"))
+        model = reward_models.load(folder, dtype=torch.float32, device=torch.device("cpu"))
         scored.append(_logits(model, probe_1L))
     return _compared("the reward model read back", scored[0], scored[1], SAME)
 
 
 def _add_tokenizer(inputs: Mapping[str, Path], target: Path) -> None:
-    models.load_tokenizer(_tokenizer(inputs)).save_pretrained(target)
+    base.load_tokenizer(_tokenizer(inputs)).save_pretrained(target)
 
 
 def _tokenizer(inputs: Mapping[str, Path]) -> Path:
@@ -154,7 +155,7 @@ def _probe(inputs: Mapping[str, Path]) -> Tensor:
     if "data" in inputs:
         tokens = Prepared.open(inputs["data"]).train.tokens[:PROBE_TOKENS]
         return torch.from_numpy(np.array(tokens, dtype=np.int64))[None]
-    ids = models.load_tokenizer(inputs["model"])(PROBE_TEXT)["input_ids"]
+    ids = base.load_tokenizer(inputs["model"])(PROBE_TEXT)["input_ids"]
     return torch.tensor([ids])
 
 

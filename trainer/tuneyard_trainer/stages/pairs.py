@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from tuneyard.api.plan import DatasetSettings, PairsSettings, PlannedStage, SourceInput
 from tuneyard.errors import StageError
-from tuneyard_trainer import models
 from tuneyard_trainer.datasets import Row, data_files, read_rows
 from tuneyard_trainer.datasets.example import Example
 from tuneyard_trainer.datasets.preferences import Judged, PreferenceError, judged
+from tuneyard_trainer.models import base
 from tuneyard_trainer.preferences import remove_groups, write_groups
 from tuneyard_trainer.prepared import SPLITS, Rows, RowWriter
 from tuneyard_trainer.splits import held_out
@@ -94,7 +94,7 @@ class _Reading:
         workdir: Path,
         worker: Worker,
     ) -> _Reading:
-        tokenizer = models.load_tokenizer(inputs["model"])
+        tokenizer = base.load_tokenizer(inputs["model"])
         if settings.chat.chat_template is not None:
             tokenizer.chat_template = settings.chat.chat_template
         limit = sequence_limit(

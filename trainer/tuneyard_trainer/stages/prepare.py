@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.plan import PlannedStage, PrepareSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer import models
 from tuneyard_trainer.intake import FATES, Intake, Tally
+from tuneyard_trainer.models import base
 from tuneyard_trainer.prepared import SPLITS, Rows, remove_split
 from tuneyard_trainer.splits import Shelf, deal, held_out, num_contaminated
 from tuneyard_trainer.tokenization import Encoder
@@ -97,7 +97,7 @@ def _clear(workdir: Path) -> None:
 
 
 def _tokenizer(model: Path, settings: PrepareSettings) -> PreTrainedTokenizerBase:
-    tokenizer: PreTrainedTokenizerBase = models.load_tokenizer(model)
+    tokenizer: PreTrainedTokenizerBase = base.load_tokenizer(model)
     if settings.chat_template is not None:
         tokenizer.chat_template = settings.chat_template
     return tokenizer

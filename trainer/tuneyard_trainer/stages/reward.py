@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.plan import PlannedStage, RewardSettings, TrainRuntime
-from tuneyard_trainer import adapters, agreement, models, scorers
+from tuneyard_trainer import agreement
 from tuneyard_trainer.batches import Indices, Order, share
 from tuneyard_trainer.failures import read_back_otherwise
 from tuneyard_trainer.loop import Loop, mix, precision_of
 from tuneyard_trainer.losses import Forward
-from tuneyard_trainer.policies import WEIGHTS
+from tuneyard_trainer.models import adapters, reward_models
+from tuneyard_trainer.models.base import differing, load_tokenizer, save_model, stored_dtype
+from tuneyard_trainer.models.policies import WEIGHTS
 from tuneyard_trainer.preference_losses import reward_loss
 from tuneyard_trainer.preference_passes import chunks, over_all, scores
 from tuneyard_trainer.preferences import Comparisons, Preferences
@@ -47,10 +49,10 @@ def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: 
     if not isinstance(settings, RewardSettings):
         raise TypeError(f"stage {stage.name} is a {stage.kind}, not a reward model")
     data = Preferences.open(inputs["data"])
-    tokenizer = models.load_tokenizer(inputs["data"] / "tokenizer")
+    tokenizer = load_tokenizer(inputs["data"] / "tokenizer")
     worker.report(message="loading the model")
     spare = workdir / START / str(worker.rank)  # two workers may share the folder
-    start = scorers.start(inputs, spare)
+    start = reward_models.start(inputs, spare)
     loop = build(stage.name, settings, stage.runtime, start, data, tokenizer, workdir, worker)
     state = loop.train()
     metrics, details = loop.summary(state), loop.details(state)
@@ -75,7 +77,7 @@ def build(
     """The loop at its start."""
     training = settings.training
     precision = precision_of(training, worker)
-    model = scorers.fresh(
+    model = reward_models.fresh(
         start,
         settings.adapter,
         training,
@@ -103,7 +105,7 @@ def _forward(
     return Forward(
         device=worker.device,
         precision=precision,
-        pad=scorers.padding(tokenizer),
+        pad=reward_models.padding(tokenizer),
         pack=False,
         capacity=data.max_length,
         max_tokens=default if wanted == "auto" else wanted,
@@ -201,18 +203,18 @@ def _written(
             return scores(model.eval(), data.train.rows, probe, one_pass).cpu()
 
     trained_R = probed(loop.model, forward.precision)
-    whole: Any = scorers.save(loop.model, start, workdir / WEIGHTS, torch.float32)
+    whole: Any = reward_models.save(loop.model, start, workdir / WEIGHTS, torch.float32)
     merged_R = probed(whole.to(worker.device), torch.float32)
     four_bit = settings.adapter is not None and settings.adapter.qlora is not None
     if forward.precision is torch.float32 and not four_bit:
         limit = TOLERANCE * max(1.0, float(trained_R.std()))
         _compare("the merged reward model", trained_R, merged_R, limit)
-    dtype = models.stored_dtype(base)
+    dtype = stored_dtype(base)
     if dtype is not torch.float32:
-        models.save(whole.to(dtype), workdir / WEIGHTS)
+        save_model(whole.to(dtype), workdir / WEIGHTS)
     in_memory_R = probed(whole, torch.float32)
-    read = scorers.load(workdir / WEIGHTS, dtype=dtype, device=worker.device)
-    if name := models.differing(whole, read):
+    read = reward_models.load(workdir / WEIGHTS, dtype=dtype, device=worker.device)
+    if name := differing(whole, read):
         raise read_back_otherwise(
             "RewardMismatch", f"the reward model read back differs from what was written in {name}."
         )

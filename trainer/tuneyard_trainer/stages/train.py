@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from tuneyard.api.plan import PlannedStage, TrainRuntime, TrainSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer import adapters, models, policies
 from tuneyard_trainer.batches import Indices, Order, share
 from tuneyard_trainer.loop import Loop, mix, precision_of
 from tuneyard_trainer.losses import Forward
+from tuneyard_trainer.models import adapters, base, policies
 from tuneyard_trainer.prepared import Prepared
 from tuneyard_trainer.worker import Outcome, Worker
 
@@ -45,7 +45,7 @@ def build(
     """The loop at its start."""
     data = Prepared.open(inputs["data"])
     precision = precision_of(settings, worker)
-    tokenizer = models.load_tokenizer(inputs["data"] / "tokenizer")
+    tokenizer = base.load_tokenizer(inputs["data"] / "tokenizer")
     worker.report(message="loading the model")
     model = policies.load(
         inputs,
@@ -119,7 +119,7 @@ class CrossEntropy:
 def _packs(settings: TrainSettings, model: nn.Module) -> bool:
     if settings.packing == "never":
         return False
-    isolated = models.isolates_documents(model)
+    isolated = base.isolates_documents(model)
     if settings.packing == "always" and not isolated:
         raise StageError(
             "CannotPack",

@@ -29,8 +29,9 @@ from transformers.utils import logging as transformers_logging
 
 from tuneyard.api.methods import Freeze, Qlora
 from tuneyard.errors import StageError
-from tuneyard_trainer import extras, gguf_reader
-from tuneyard_trainer.model_files import (
+from tuneyard_trainer import extras
+from tuneyard_trainer.models import gguf_reader
+from tuneyard_trainer.models.files import (
     TOKENIZER_FILES,
     config_of,
     first_line,
@@ -39,7 +40,7 @@ from tuneyard_trainer.model_files import (
     not_causal,
     stored_dtype,
 )
-from tuneyard_trainer.probes import is_causal, isolates_documents
+from tuneyard_trainer.models.probes import is_causal, isolates_documents
 
 __all__ = [
     "count_parameters",
@@ -54,7 +55,7 @@ __all__ = [
     "nf4",
     "peak_memory_bytes",
     "quiet",
-    "save",
+    "save_model",
     "set_dropout",
     "stored_dtype",
     "trainable",
@@ -275,7 +276,7 @@ def set_dropout(path: Path, config: PreTrainedConfig, probability: float) -> Non
         setattr(config.get_text_config(), name, probability)
 
 
-def save(model: nn.Module, folder: Path) -> None:
+def save_model(model: nn.Module, folder: Path) -> None:
     """A whole model as config, generation config and safetensors, so that `load_base` takes it."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"{type(model).__name__} is no plain model: save its adapter, or merge it")

@@ -27,8 +27,9 @@ from transformers import (
 from tuneyard.api.methods import Adapter, Qlora
 from tuneyard.api.plan import LoopSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer import adapters, models, policies
-from tuneyard_trainer.model_files import config_of, first_line
+from tuneyard_trainer.models import adapters, policies
+from tuneyard_trainer.models.base import freeze, nf4, quiet, save_model, set_dropout, stored_dtype
+from tuneyard_trainer.models.files import config_of, first_line
 from tuneyard_trainer.storage.files import disk_error
 
 HEAD = "score.weight"
@@ -44,8 +45,8 @@ def start(inputs: Mapping[str, Path], spare: Path) -> Path:
         return tuned
     shutil.rmtree(spare, ignore_errors=True)
     merged = policies.merged(inputs, torch.float32, torch.device("cpu"))
-    nn.Module.to(merged, models.stored_dtype(inputs["model"]))  # in place
-    models.save(merged, spare)
+    nn.Module.to(merged, stored_dtype(inputs["model"]))  # in place
+    save_model(merged, spare)
     return spare
 
 
@@ -63,7 +64,7 @@ def fresh(
         torch.manual_seed(loop.seed)
         config = config_of(folder)
         if loop.dropout is not None:
-            models.set_dropout(folder, config, loop.dropout)
+            set_dropout(folder, config, loop.dropout)
         model, missing = _load(
             folder,
             config,
@@ -80,7 +81,7 @@ def fresh(
         return trained
     model.requires_grad_(True)
     if loop.freeze:
-        models.freeze(model, loop.freeze)
+        freeze(model, loop.freeze)
     return model
 
 
@@ -128,7 +129,7 @@ def save(model: nn.Module, start: Path, folder: Path, dtype: torch.dtype) -> Pre
             whole = on_base.merge_and_unload(safe_merge=True)
         shutil.rmtree(folder, ignore_errors=True)
         nn.Module.to(whole, dtype)  # in place
-        models.save(whole, folder)
+        save_model(whole, folder)
     except OSError as error:
         raise disk_error(error, folder) from error
     written: PreTrainedModel = whole
@@ -157,10 +158,10 @@ def _load(
     if device.type != "cpu":
         settings["device_map"] = {"": device}
     if quantize:
-        settings["quantization_config"] = models.nf4(quantize, dtype, skipped=["score"])
+        settings["quantization_config"] = nf4(quantize, dtype, skipped=["score"])
     load: Any = AutoModelForSequenceClassification.from_pretrained
     try:
-        with models.quiet():
+        with quiet():
             model, info = load(
                 folder,
                 local_files_only=True,

@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tuneyard.errors import StageError
-from tuneyard_trainer import gguf_reader
+from tuneyard_trainer.models import gguf_reader
 
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

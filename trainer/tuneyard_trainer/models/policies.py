@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tuneyard.api.methods import Adapter
 from tuneyard.api.plan import LoopSettings
-from tuneyard_trainer import adapters, models
+from tuneyard_trainer.models import adapters
+from tuneyard_trainer.models.base import freeze, load_base, save_model
 from tuneyard_trainer.storage.files import disk_error
 
 WEIGHTS = "weights"
@@ -36,7 +37,7 @@ def load(
     """The policy, to be trained: `model`, from where `tuned` left it. Trained parameters are
     float32; the base under an adapter is in `precision`."""
     trained = _trained(inputs)
-    base = models.load_base(
+    base = load_base(
         _base(inputs),
         dtype=precision if adapter else torch.float32,
         device=device,
@@ -49,7 +50,7 @@ def load(
     elif adapter:
         model = adapters.attach(base, adapter, seed=loop.seed, tokenizer=tokenizer)
     elif loop.freeze:
-        models.freeze(base, loop.freeze)
+        freeze(base, loop.freeze)
     if gradient_checkpointing:
         adapters.enable_gradient_checkpointing(model)
     return model
@@ -61,7 +62,7 @@ def save(model: nn.Module, adapter: Adapter | None, folder: Path) -> None:
         if adapter:
             adapters.save(model, folder)
         else:
-            models.save(model, folder)
+            save_model(model, folder)
     except OSError as error:
         raise disk_error(error, folder) from error
 
@@ -69,7 +70,7 @@ def save(model: nn.Module, adapter: Adapter | None, folder: Path) -> None:
 def answering(inputs: Mapping[str, Path], device: torch.device) -> nn.Module:
     """The policy, in evaluation mode: bfloat16 on GPU, float32 on CPU."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    base = models.load_base(_base(inputs), dtype=dtype, device=device)
+    base = load_base(_base(inputs), dtype=dtype, device=device)
     trained = _trained(inputs)
     if trained and _is_adapter(trained):
         return adapters.load(base, trained)
@@ -78,7 +79,7 @@ def answering(inputs: Mapping[str, Path], device: torch.device) -> nn.Module:
 
 def merged(inputs: Mapping[str, Path], dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The policy as one plain model."""
-    base = models.load_base(_base(inputs), dtype=dtype, device=device)
+    base = load_base(_base(inputs), dtype=dtype, device=device)
     trained = _trained(inputs)
     return adapters.merge(base, trained) if trained and _is_adapter(trained) else base
 

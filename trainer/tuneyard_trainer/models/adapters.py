@@ -34,11 +34,11 @@ from transformers.pytorch_utils import Conv1D
 
 from tuneyard.api.methods import Adapter, Lora, PrefixTuning, PromptTuning
 from tuneyard.errors import StageError
-from tuneyard_trainer import bottleneck
-from tuneyard_trainer.bottleneck import attention_of
-from tuneyard_trainer.model_files import first_line
-from tuneyard_trainer.models import decoder_layers, layer_indices
-from tuneyard_trainer.probes import base_of, probing
+from tuneyard_trainer.models import bottleneck
+from tuneyard_trainer.models.base import decoder_layers, layer_indices
+from tuneyard_trainer.models.bottleneck import attention_of
+from tuneyard_trainer.models.files import first_line
+from tuneyard_trainer.models.probes import base_of, probing
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BOTTLENECK = "BOTTLENECK"
