@@ -32,9 +32,9 @@ from tuneyard.api.methods import Adapter, Lora
 from tuneyard.api.plan import Plan
 from tuneyard.planning.stages import plan
 from tuneyard_trainer import distributed, plain
+from tuneyard_trainer.data.prepared import Prepared
 from tuneyard_trainer.models import adapters, gguf_unpack
 from tuneyard_trainer.models.base import load_base, load_tokenizer
-from tuneyard_trainer.prepared import Prepared
 from tuneyard_trainer.storage.records import Store
 
 ROOT = Path(__file__).resolve().parents[1]

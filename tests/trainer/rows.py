@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tuneyard.api.plan import PlannedStage, StageInput, TrainSettings
-from tuneyard_trainer.prepared import ARRAYS
+from tuneyard_trainer.data.prepared import ARRAYS
 
 Row = tuple[list[int], list[int]]
 """Token ids and mask."""

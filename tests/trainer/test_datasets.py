@@ -17,8 +17,10 @@ from pyarrow import parquet
 from tuneyard.api.plan import DatasetSettings
 from tuneyard.api.sources import DataFormat, FieldMap
 from tuneyard.errors import StageError
-from tuneyard_trainer.datasets import BrokenRow, Example, Examples, Row, detect, examples, read_rows
-from tuneyard_trainer.datasets.stream import DETECTED_FROM
+from tuneyard_trainer.data.example import Example
+from tuneyard_trainer.data.formats import detect
+from tuneyard_trainer.data.rows import BrokenRow, Row, read_rows
+from tuneyard_trainer.data.stream import DETECTED_FROM, Examples, examples
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 ROWS = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(3)]

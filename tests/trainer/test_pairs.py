@@ -19,9 +19,9 @@ from tuneyard.api.plan import (
 )
 from tuneyard.api.sources import FieldMap
 from tuneyard.errors import StageError
-from tuneyard_trainer.datasets.example import Message
+from tuneyard_trainer.data.example import Message
+from tuneyard_trainer.data.rows import Row
 from tuneyard_trainer.datasets.preferences import Judged, PreferenceError, judged
-from tuneyard_trainer.datasets.rows import Row
 from tuneyard_trainer.preferences import Preferences
 from tuneyard_trainer.stages import pairs
 from tuneyard_trainer.worker import Outcome, Worker

@@ -15,12 +15,11 @@ import torch
 from tuneyard.api.plan import DatasetSettings, PlannedStage, PrepareSettings, SourceInput
 from tuneyard.api.sources import FieldMap
 from tuneyard.errors import StageError
-from tuneyard_trainer import intake
-from tuneyard_trainer.intake import split_evenly, truncated
-from tuneyard_trainer.prepared import ARRAYS, Prepared, Rows, RowWriter
-from tuneyard_trainer.splits import held_out
-from tuneyard_trainer.stages import prepare
-from tuneyard_trainer.tokenization import Encoded
+from tuneyard_trainer.data import intake, prepare
+from tuneyard_trainer.data.intake import split_evenly, truncated
+from tuneyard_trainer.data.prepared import ARRAYS, Prepared, Rows, RowWriter
+from tuneyard_trainer.data.splits import held_out
+from tuneyard_trainer.data.tokenization import Encoded
 from tuneyard_trainer.worker import Interrupted, Outcome, Worker
 
 Row = dict[str, Any]

@@ -12,10 +12,10 @@ import pytest
 
 from tests.trainer.conftest import CHATML
 from tuneyard.errors import StageError
-from tuneyard_trainer.chat import ChatFormat
-from tuneyard_trainer.datasets import Example, Message
+from tuneyard_trainer.data.chat import ChatFormat
+from tuneyard_trainer.data.example import Example, Message
+from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit, encode_chat
 from tuneyard_trainer.models.base import load_tokenizer
-from tuneyard_trainer.tokenization import Encoded, Encoder, Misfit, encode_chat
 
 USER, SYSTEM, TOOL = "user", "system", "tool"
 

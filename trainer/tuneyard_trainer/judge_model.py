@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tuneyard.errors import StageError
-from tuneyard_trainer.chat import Message, MisfitError, rendered
+from tuneyard_trainer.data.chat import Message, MisfitError, rendered
 from tuneyard_trainer.generation import length_batches, prompt_tuned
 from tuneyard_trainer.judges import LABELS, Ask, Reply, normalised
 from tuneyard_trainer.models import base

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tuneyard_trainer.batches import IGNORE, Indices, Pass, passes, share
+from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.models.probes import base_of
-from tuneyard_trainer.prepared import Rows
 
 EVALUATION_ROWS = 256
 """Rows laid out at a time: first fit is quadratic in the number of bins."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from tuneyard.errors import StageError
 from tuneyard_trainer.batches import Indices
-from tuneyard_trainer.prepared import Prepared, Rows, remove_split
+from tuneyard_trainer.data.prepared import Prepared, Rows, remove_split
 
 GROUPS, LABELS = "groups", "labels"
 

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
 
+from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.losses import Forward
 from tuneyard_trainer.preference_passes import logprobs, over_all
-from tuneyard_trainer.prepared import Rows
 from tuneyard_trainer.storage.files import disk_error
 from tuneyard_trainer.worker import Worker
 

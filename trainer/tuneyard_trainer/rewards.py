@@ -21,11 +21,11 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from tuneyard.api.methods import RuleReward
 from tuneyard.api.plan import ChatSettings, RewardTerm
 from tuneyard.errors import StageError
-from tuneyard_trainer.chat import ChatFormat, MisfitError, rendered
+from tuneyard_trainer.data.chat import ChatFormat, MisfitError, rendered
+from tuneyard_trainer.data.prompts import Prompt
 from tuneyard_trainer.generation import length_batches
 from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import first_line
-from tuneyard_trainer.prompts import Prompt
 
 BATCH_ANSWERS = 64
 """Answers that a reward model reads at once; it keeps no cache."""

@@ -23,7 +23,7 @@ from tuneyard.errors import StageError
 from tuneyard_trainer import rl
 from tuneyard_trainer.actor import Actor, Texts
 from tuneyard_trainer.answering import Ready
-from tuneyard_trainer.prompts import Prompt
+from tuneyard_trainer.data.prompts import Prompt
 from tuneyard_trainer.rewards import Attempt, Reward, finite
 from tuneyard_trainer.rl import Reduce
 from tuneyard_trainer.sampling import Sampled, Sampler

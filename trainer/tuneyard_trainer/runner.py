@@ -253,7 +253,7 @@ def _stage_function(kind: StageKind) -> StageFunction:  # noqa: C901  one case f
     """The `run` of a stage; imported here, so that reading records costs no torch."""
     match kind:
         case "prepare":
-            from tuneyard_trainer.stages.prepare import run
+            from tuneyard_trainer.data.prepare import run
         case "sft" | "pretrain":
             from tuneyard_trainer.stages.train import run
         case "pairs":

@@ -29,7 +29,7 @@ from transformers import (
 
 from tuneyard.api.methods import Sampling
 from tuneyard.errors import StageError
-from tuneyard_trainer.chat import ChatFormat
+from tuneyard_trainer.data.chat import ChatFormat
 from tuneyard_trainer.generation import length_batches, prompt_tuned
 from tuneyard_trainer.losses import autocast
 from tuneyard_trainer.models.probes import base_of

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tuneyard.api.sources import FieldMap
-from tuneyard_trainer.datasets.example import ROLES, Example, Message, RowError, check
-from tuneyard_trainer.datasets.rows import BrokenRow, Row
+from tuneyard_trainer.data.example import ROLES, Example, Message, RowError, check
+from tuneyard_trainer.data.rows import BrokenRow, Row
 
 Fault = Literal[
     "UnreadableRow",

@@ -25,7 +25,9 @@ from transformers import PreTrainedTokenizerBase
 from tuneyard.api.plan import AssessSettings, ContestSettings, PlannedStage, RewardTerm
 from tuneyard_trainer import agreement, contest, hacking, rewards
 from tuneyard_trainer.asking import Asking, judge_name
-from tuneyard_trainer.chat import Message
+from tuneyard_trainer.data.chat import Message
+from tuneyard_trainer.data.prepared import Rows
+from tuneyard_trainer.data.prompts import Prompt, read_prompts, render
 from tuneyard_trainer.judge_model import ModelJudge
 from tuneyard_trainer.judges import as_text
 from tuneyard_trainer.loop import mix
@@ -33,8 +35,6 @@ from tuneyard_trainer.losses import Forward
 from tuneyard_trainer.models import base, policies
 from tuneyard_trainer.preference_passes import logprobs, over_all
 from tuneyard_trainer.preferences import Preferences
-from tuneyard_trainer.prepared import Rows
-from tuneyard_trainer.prompts import Prompt, read_prompts, render
 from tuneyard_trainer.rewards import Attempt, Reward
 from tuneyard_trainer.sampling import TransformersSampler, stop_tokens
 from tuneyard_trainer.stages.evaluate import check_gates

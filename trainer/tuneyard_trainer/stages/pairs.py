@@ -23,15 +23,15 @@ from numpy.typing import NDArray
 
 from tuneyard.api.plan import DatasetSettings, PairsSettings, PlannedStage, SourceInput
 from tuneyard.errors import StageError
-from tuneyard_trainer.datasets import Row, data_files, read_rows
-from tuneyard_trainer.datasets.example import Example
+from tuneyard_trainer.data.example import Example
+from tuneyard_trainer.data.prepare import sequence_limit
+from tuneyard_trainer.data.prepared import SPLITS, Rows, RowWriter
+from tuneyard_trainer.data.rows import Row, data_files, read_rows
+from tuneyard_trainer.data.splits import held_out
+from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit
 from tuneyard_trainer.datasets.preferences import Judged, PreferenceError, judged
 from tuneyard_trainer.models import base
 from tuneyard_trainer.preferences import remove_groups, write_groups
-from tuneyard_trainer.prepared import SPLITS, Rows, RowWriter
-from tuneyard_trainer.splits import held_out
-from tuneyard_trainer.stages.prepare import sequence_limit
-from tuneyard_trainer.tokenization import Encoded, Encoder, Misfit
 from tuneyard_trainer.worker import Interrupted, Outcome, Worker
 
 BATCH_ROWS = 256

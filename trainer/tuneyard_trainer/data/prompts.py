@@ -16,9 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.plan import ChatSettings, DatasetSettings, PromptSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.chat import Message, MisfitError, rendered
-from tuneyard_trainer.datasets import BrokenRow, Row, data_files, detect, examples, read_rows
-from tuneyard_trainer.datasets.example import ROLES, RowError
+from tuneyard_trainer.data.chat import Message, MisfitError, rendered
+from tuneyard_trainer.data.example import ROLES, RowError
+from tuneyard_trainer.data.formats import detect
+from tuneyard_trainer.data.rows import BrokenRow, Row, data_files, read_rows
+from tuneyard_trainer.data.stream import examples
 
 FAULTS_SHOWN = 3
 _PROMPT_FIELDS = ("prompt", "instruction", "inputs", "question")

@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.plan import PlannedStage, PrepareSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.intake import FATES, Intake, Tally
+from tuneyard_trainer.data.intake import FATES, Intake, Tally
+from tuneyard_trainer.data.prepared import SPLITS, Rows, remove_split
+from tuneyard_trainer.data.splits import Shelf, deal, held_out, num_contaminated
+from tuneyard_trainer.data.tokenization import Encoder
 from tuneyard_trainer.models import base
-from tuneyard_trainer.prepared import SPLITS, Rows, remove_split
-from tuneyard_trainer.splits import Shelf, deal, held_out, num_contaminated
-from tuneyard_trainer.tokenization import Encoder
 from tuneyard_trainer.worker import Outcome, Worker
 
 AUTO_LENGTH = 1024

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tuneyard.api.sources import DataFormat
-from tuneyard_trainer.datasets.example import ROLES, Example, Message, Role, RowError, check
-from tuneyard_trainer.datasets.formats import Names, is_flat_message
-from tuneyard_trainer.datasets.rows import BrokenRow, Row
+from tuneyard_trainer.data.example import ROLES, Example, Message, Role, RowError, check
+from tuneyard_trainer.data.formats import Names, is_flat_message
+from tuneyard_trainer.data.rows import BrokenRow, Row
 
 
 def read(row: Row, chosen: DataFormat, names: Names) -> list[Example]:

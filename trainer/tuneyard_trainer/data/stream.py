@@ -11,10 +11,10 @@ from typing import Literal
 from tuneyard.api.plan import DatasetSettings
 from tuneyard.api.sources import DataFormat
 from tuneyard.errors import StageError
-from tuneyard_trainer.datasets.example import Example, RowError
-from tuneyard_trainer.datasets.formats import Names, detect
-from tuneyard_trainer.datasets.reading import link_messages, read
-from tuneyard_trainer.datasets.rows import BrokenRow, Row, data_files, read_rows
+from tuneyard_trainer.data.example import Example, RowError
+from tuneyard_trainer.data.formats import Names, detect
+from tuneyard_trainer.data.reading import link_messages, read
+from tuneyard_trainer.data.rows import BrokenRow, Row, data_files, read_rows
 
 DETECTED_FROM = 20
 """How many readable rows decide a format."""

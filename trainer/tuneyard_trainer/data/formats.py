@@ -7,7 +7,7 @@ from typing import Any
 
 from tuneyard.api.sources import DataFormat, FieldMap
 from tuneyard.errors import StageError
-from tuneyard_trainer.datasets.rows import BrokenRow, Row
+from tuneyard_trainer.data.rows import BrokenRow, Row
 
 FIELDS: dict[DataFormat, dict[str, str]] = {
     "messages": {"messages": "messages"},

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 from tuneyard.api.plan import DatasetSettings, PlannedStage, PrepareSettings, SourceInput
 from tuneyard.errors import StageError
-from tuneyard_trainer.datasets import Example, examples
-from tuneyard_trainer.prepared import SPLITS
-from tuneyard_trainer.splits import Shelf
-from tuneyard_trainer.tokenization import Encoded, Encoder, Misfit
+from tuneyard_trainer.data.example import Example
+from tuneyard_trainer.data.prepared import SPLITS
+from tuneyard_trainer.data.splits import Shelf
+from tuneyard_trainer.data.stream import examples
+from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit
 from tuneyard_trainer.worker import Interrupted, Worker
 
 BATCH_ROWS = 512

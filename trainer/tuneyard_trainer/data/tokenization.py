@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from tuneyard.errors import StageError
-from tuneyard_trainer.chat import OWN_TEMPLATE, ChatFormat, Message, MisfitError, Span, TrainOn
-from tuneyard_trainer.datasets import Example
+from tuneyard_trainer.data.chat import OWN_TEMPLATE, ChatFormat, Message, MisfitError, Span, TrainOn
+from tuneyard_trainer.data.example import Example
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuneyard.errors import StageError
-from tuneyard_trainer.prepared import Rows, RowWriter
-from tuneyard_trainer.tokenization import Encoded
+from tuneyard_trainer.data.prepared import Rows, RowWriter
+from tuneyard_trainer.data.tokenization import Encoded
 
 Hashes = NDArray[np.uint64]
 """(R,) one per row: equal for equal token ids; their order is random, by the seed."""
