@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tuneyard_trainer import plain
-from tuneyard_trainer.loop import Loop
+from tuneyard_trainer.training.loop import Loop
 
 torch.set_num_threads(1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tuneyard_trainer.batches import Order, passes, share
+from tuneyard_trainer.training.batches import Order, passes, share
 
 LENGTHS = np.array([5, 90, 17, 40, 3, 64, 12, 12, 33, 250, 8], dtype=np.int64)
 

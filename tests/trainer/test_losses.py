@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.trainer.ports import free_port
 from tests.trainer.rows import Row, random_rows, train_stage, write_prepared
-from tuneyard_trainer.loop import Loop
-from tuneyard_trainer.stages.train import build as build_loop
+from tuneyard_trainer.training.loop import Loop
+from tuneyard_trainer.training.sft import build as build_loop
 from tuneyard_trainer.worker import Worker
 
 ROWS = random_rows(9)

@@ -25,13 +25,13 @@ from tuneyard.api.methods import Adapter
 from tuneyard.api.plan import RewardSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer import agreement
-from tuneyard_trainer.losses import Forward
 from tuneyard_trainer.models import reward_models
 from tuneyard_trainer.models.base import load_base, load_tokenizer, save_model
 from tuneyard_trainer.models.gguf_unpack import unpacked
 from tuneyard_trainer.preference_passes import scores
 from tuneyard_trainer.preferences import Preferences
 from tuneyard_trainer.stages import reward
+from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.worker import Interrupted, Outcome, Worker
 
 LORA = {"lora": {"rank": 4, "alpha": 8}}

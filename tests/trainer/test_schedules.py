@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tuneyard.api.methods import Schedule
-from tuneyard_trainer.schedules import rate
+from tuneyard_trainer.training.schedules import rate
 
 
 def rates(total: int, **settings: object) -> list[float]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.trainer.rows import random_rows, train_stage, write_prepared
 from tuneyard.errors import StageError
-from tuneyard_trainer.stages import train
+from tuneyard_trainer.training import sft
 from tuneyard_trainer.worker import Interrupted, Worker
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def run(
     folder: Path, inputs: dict[str, Path], worker: Worker | None = None, **settings: Any
 ) -> tuple[dict[str, torch.Tensor], Any]:
     folder.mkdir(exist_ok=True)
-    outcome = train.run(train_stage(**settings), inputs, folder, worker or Worker(0, 1, CPU))
+    outcome = sft.run(train_stage(**settings), inputs, folder, worker or Worker(0, 1, CPU))
     weights = next((folder / "weights").glob("*.safetensors"))
     return load_file(weights), outcome
 
@@ -110,7 +110,7 @@ def test_the_best_held_out_weights_are_kept_not_the_last(
     best = min(evaluated, key=evaluated.__getitem__)
     assert outcome.details["bestStep"] == best < max(evaluated)
     assert outcome.metrics["validationLoss"] == evaluated[best]
-    again = train.build(
+    again = sft.build(
         "again",
         train_stage().settings,  # type: ignore[arg-type]
         train_stage().runtime,

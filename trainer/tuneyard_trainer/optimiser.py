@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from tuneyard.api.plan import LoopSettings
 from tuneyard_trainer.actor import Actor, Texts
 from tuneyard_trainer.experience import Experience, Method
-from tuneyard_trainer.loop import adamw, not_finite
 from tuneyard_trainer.models import base
 from tuneyard_trainer.rollouts import Peers, Rollouts
+from tuneyard_trainer.training.loop import adamw, not_finite
 
 VALUE_HEAD_RATE = 10.0
 """The value head's learning rate over the policy's: it starts from nothing (OpenRLHF: critics at

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuneyard.errors import StageError
-from tuneyard_trainer.batches import Indices
 from tuneyard_trainer.data.prepared import Prepared, Rows, remove_split
+from tuneyard_trainer.training.batches import Indices
 
 GROUPS, LABELS = "groups", "labels"
 

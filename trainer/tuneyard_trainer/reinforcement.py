@@ -25,17 +25,17 @@ from tuneyard_trainer import actor as actors
 from tuneyard_trainer import answering, rewards
 from tuneyard_trainer.actor import Actor
 from tuneyard_trainer.answering import Ready
-from tuneyard_trainer.batches import Order
-from tuneyard_trainer.checkpoints import Checkpoints, LoopState, assign
 from tuneyard_trainer.experience import Method
-from tuneyard_trainer.loop import CHECKPOINT_SECONDS, History, mix
 from tuneyard_trainer.models import policies
 from tuneyard_trainer.models.base import count_parameters, peak_memory_bytes
 from tuneyard_trainer.optimiser import Optimiser, generator
 from tuneyard_trainer.rl import adapted_coefficient
 from tuneyard_trainer.rollouts import Collector, Peers, Rollouts, prompts_of
 from tuneyard_trainer.sampling import Sampler, TransformersSampler, stop_tokens
-from tuneyard_trainer.schedules import rate
+from tuneyard_trainer.training.batches import Order
+from tuneyard_trainer.training.checkpoints import Checkpoints, LoopState, assign
+from tuneyard_trainer.training.loop import CHECKPOINT_SECONDS, History, mix
+from tuneyard_trainer.training.schedules import rate
 from tuneyard_trainer.watch import Stop, blown_up
 from tuneyard_trainer.worker import Interrupted, Outcome, Worker
 

@@ -255,7 +255,7 @@ def _stage_function(kind: StageKind) -> StageFunction:  # noqa: C901  one case f
         case "prepare":
             from tuneyard_trainer.data.prepare import run
         case "sft" | "pretrain":
-            from tuneyard_trainer.stages.train import run
+            from tuneyard_trainer.training.sft import run
         case "pairs":
             from tuneyard_trainer.stages.pairs import run
         case "reward":

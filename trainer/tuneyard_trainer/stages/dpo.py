@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from tuneyard.api.plan import DpoSettings, PlannedStage, TrainRuntime
 from tuneyard.errors import StageError
 from tuneyard_trainer import agreement
-from tuneyard_trainer.batches import Indices, Order, share
 from tuneyard_trainer.data.prepared import Rows, RowWriter
-from tuneyard_trainer.loop import Loop, mix, precision_of
-from tuneyard_trainer.losses import Forward
 from tuneyard_trainer.models import base, policies
 from tuneyard_trainer.preference_losses import PairLoss, kto_loss, pair_loss
 from tuneyard_trainer.preference_passes import chunks, logprobs, over_all
 from tuneyard_trainer.preferences import Comparisons, Preferences
 from tuneyard_trainer.reference import model_digest, reference_logprobs
+from tuneyard_trainer.training.batches import Indices, Order, share
+from tuneyard_trainer.training.loop import Loop, mix, precision_of
+from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.worker import Outcome, Worker
 
 MISMATCHED = "mismatched"

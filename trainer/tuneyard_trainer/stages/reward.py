@@ -20,16 +20,16 @@ from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.plan import PlannedStage, RewardSettings, TrainRuntime
 from tuneyard_trainer import agreement
-from tuneyard_trainer.batches import Indices, Order, share
 from tuneyard_trainer.failures import read_back_otherwise
-from tuneyard_trainer.loop import Loop, mix, precision_of
-from tuneyard_trainer.losses import Forward
 from tuneyard_trainer.models import adapters, reward_models
 from tuneyard_trainer.models.base import differing, load_tokenizer, save_model, stored_dtype
 from tuneyard_trainer.models.policies import WEIGHTS
 from tuneyard_trainer.preference_losses import reward_loss
 from tuneyard_trainer.preference_passes import chunks, over_all, scores
 from tuneyard_trainer.preferences import Comparisons, Preferences
+from tuneyard_trainer.training.batches import Indices, Order, share
+from tuneyard_trainer.training.loop import Loop, mix, precision_of
+from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.worker import Outcome, Worker
 
 START = "start"

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from tuneyard.api.plan import PlannedStage, TrainRuntime, TrainSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.batches import Indices, Order, share
 from tuneyard_trainer.data.prepared import Prepared
-from tuneyard_trainer.loop import Loop, mix, precision_of
-from tuneyard_trainer.losses import Forward
 from tuneyard_trainer.models import adapters, base, policies
+from tuneyard_trainer.training.batches import Indices, Order, share
+from tuneyard_trainer.training.loop import Loop, mix, precision_of
+from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.worker import Outcome, Worker
 
 

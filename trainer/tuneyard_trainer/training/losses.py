@@ -16,9 +16,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tuneyard_trainer.batches import IGNORE, Indices, Pass, passes, share
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.models.probes import base_of
+from tuneyard_trainer.training.batches import IGNORE, Indices, Pass, passes, share
 
 EVALUATION_ROWS = 256
 """Rows laid out at a time: first fit is quadratic in the number of bins."""

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from tuneyard.api.plan import LoopSettings, TrainRuntime
 from tuneyard.errors import StageError
-from tuneyard_trainer.batches import Indices, Order
-from tuneyard_trainer.checkpoints import Checkpoints, LoopState, assign
 from tuneyard_trainer.models import base
-from tuneyard_trainer.schedules import rate
+from tuneyard_trainer.training.batches import Indices, Order
+from tuneyard_trainer.training.checkpoints import Checkpoints, LoopState, assign
+from tuneyard_trainer.training.schedules import rate
 from tuneyard_trainer.worker import Interrupted, Worker
 
 CHECKPOINT_SECONDS = 600.0
