@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tuneyard.api.methods import Adapter
-from tuneyard_trainer.generation import continuations
+from tuneyard_trainer.generation.greedy import continuations
 from tuneyard_trainer.models import adapters, base
 
 PROMPTS = ["A lamp", "Who wrote the handbook of the harbour?", "red", "A short sentence, and a"]

@@ -33,8 +33,8 @@ from tuneyard.api.methods import BlowUp
 from tuneyard.api.plan import PlannedStage, TrainRuntime
 from tuneyard.errors import StageError
 from tuneyard_trainer import reinforcement, rewards
+from tuneyard_trainer.generation.sampling import Sampled, TransformersSampler
 from tuneyard_trainer.rewards import Attempt
-from tuneyard_trainer.sampling import Sampled, TransformersSampler
 from tuneyard_trainer.stages import grpo, ppo
 from tuneyard_trainer.watch import blown_up
 from tuneyard_trainer.worker import Interrupted, Outcome, Worker

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from tests.trainer.chance import chi_squared
 from tests.trainer.conftest import VOCABULARY, tiny_llama
 from tuneyard.api.methods import Sampling
-from tuneyard_trainer import sampling
+from tuneyard_trainer.generation import sampling
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
 KEYS = [101, 102, 103, 104]

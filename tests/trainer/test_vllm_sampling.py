@@ -26,10 +26,10 @@ from tuneyard.api.methods import Adapter, Sampling
 from tuneyard.api.plan import PlannedStage
 from tuneyard.errors import StageError
 from tuneyard_trainer import rewards
+from tuneyard_trainer.generation.sampling import Sampled
+from tuneyard_trainer.generation.vllm import VllmSampler
 from tuneyard_trainer.models import adapters
-from tuneyard_trainer.sampling import Sampled
 from tuneyard_trainer.stages import grpo, ppo
-from tuneyard_trainer.vllm_sampling import VllmSampler
 from tuneyard_trainer.worker import Interrupted, Outcome, Worker
 
 pytest.importorskip("vllm", reason="vLLM is in an environment of its own: make test-vllm")

@@ -16,10 +16,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import Message, MisfitError, rendered
-from tuneyard_trainer.generation import length_batches, prompt_tuned
+from tuneyard_trainer.generation.greedy import length_batches, prompt_tuned
+from tuneyard_trainer.generation.sampling import stop_tokens
 from tuneyard_trainer.judges import LABELS, Ask, Reply, normalised
 from tuneyard_trainer.models import base
-from tuneyard_trainer.sampling import stop_tokens
 
 GPU_ASKS, CPU_ASKS = 32, 8
 """Questions at a time: with 2k-token questions the cache of a 1B model takes 2 GiB for 32."""

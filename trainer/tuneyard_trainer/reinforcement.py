@@ -22,16 +22,17 @@ from tuneyard.api.methods import Sampling
 from tuneyard.api.plan import GrpoSettings, PlannedStage, PpoSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer import actor as actors
-from tuneyard_trainer import answering, rewards
+from tuneyard_trainer import rewards
 from tuneyard_trainer.actor import Actor
-from tuneyard_trainer.answering import Ready
 from tuneyard_trainer.experience import Method
+from tuneyard_trainer.generation import answering
+from tuneyard_trainer.generation.answering import Ready
+from tuneyard_trainer.generation.sampling import Sampler, TransformersSampler, stop_tokens
 from tuneyard_trainer.models import policies
 from tuneyard_trainer.models.base import count_parameters, peak_memory_bytes
 from tuneyard_trainer.optimiser import Optimiser, generator
 from tuneyard_trainer.rl import adapted_coefficient
 from tuneyard_trainer.rollouts import Collector, Peers, Rollouts, prompts_of
-from tuneyard_trainer.sampling import Sampler, TransformersSampler, stop_tokens
 from tuneyard_trainer.training.batches import Order
 from tuneyard_trainer.training.checkpoints import Checkpoints, LoopState, assign
 from tuneyard_trainer.training.loop import CHECKPOINT_SECONDS, History, mix
@@ -474,7 +475,7 @@ def _sampler(
     """The engine of the manifest over the policy in training."""
     if sampling.engine == "transformers":
         return TransformersSampler(actor.model, actor.pad, stop, sampling, actor.precision)
-    from tuneyard_trainer.vllm_sampling import VllmSampler  # an extra
+    from tuneyard_trainer.generation.vllm import VllmSampler  # an extra
 
     worker.report(message="starting vLLM")
     return VllmSampler.of(

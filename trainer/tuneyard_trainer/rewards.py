@@ -23,7 +23,7 @@ from tuneyard.api.plan import ChatSettings, RewardTerm
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import ChatFormat, MisfitError, rendered
 from tuneyard_trainer.data.prompts import Prompt
-from tuneyard_trainer.generation import length_batches
+from tuneyard_trainer.generation.greedy import length_batches
 from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import first_line
 

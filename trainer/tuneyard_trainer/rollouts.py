@@ -22,11 +22,11 @@ from tuneyard.api.methods import Sampling
 from tuneyard.errors import StageError
 from tuneyard_trainer import rl
 from tuneyard_trainer.actor import Actor, Texts
-from tuneyard_trainer.answering import Ready
 from tuneyard_trainer.data.prompts import Prompt
+from tuneyard_trainer.generation.answering import Ready
+from tuneyard_trainer.generation.sampling import Sampled, Sampler
 from tuneyard_trainer.rewards import Attempt, Reward, finite
 from tuneyard_trainer.rl import Reduce
-from tuneyard_trainer.sampling import Sampled, Sampler
 
 Result = TypeVar("Result")
 

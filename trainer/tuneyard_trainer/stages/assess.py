@@ -28,13 +28,13 @@ from tuneyard_trainer.asking import Asking, judge_name
 from tuneyard_trainer.data.chat import Message
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.data.prompts import Prompt, read_prompts, render
+from tuneyard_trainer.generation.sampling import TransformersSampler, stop_tokens
 from tuneyard_trainer.judge_model import ModelJudge
 from tuneyard_trainer.judges import as_text
 from tuneyard_trainer.models import base, policies
 from tuneyard_trainer.preference_passes import logprobs, over_all
 from tuneyard_trainer.preferences import Preferences
 from tuneyard_trainer.rewards import Attempt, Reward
-from tuneyard_trainer.sampling import TransformersSampler, stop_tokens
 from tuneyard_trainer.stages.evaluate import check_gates
 from tuneyard_trainer.storage.journal import Journal
 from tuneyard_trainer.training.loop import mix

@@ -21,7 +21,7 @@ from tuneyard.api.methods import Gate
 from tuneyard.api.plan import EvaluateSettings, PlannedStage
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prepared import Prepared
-from tuneyard_trainer.generation import continuations
+from tuneyard_trainer.generation.greedy import continuations
 from tuneyard_trainer.models import adapters
 from tuneyard_trainer.models.base import isolates_documents, load_base, load_tokenizer
 from tuneyard_trainer.training.losses import Forward

@@ -26,10 +26,10 @@ from torch import nn
 from tuneyard.api.methods import Sampling
 from tuneyard.errors import StageError
 from tuneyard_trainer import extras
+from tuneyard_trainer.generation.sampling import Sampled, at_once, cache_room, token_bytes
 from tuneyard_trainer.models import adapters
 from tuneyard_trainer.models.files import first_line
 from tuneyard_trainer.models.probes import base_of
-from tuneyard_trainer.sampling import Sampled, at_once, cache_room, token_bytes
 
 BLOCK = 128
 """Tokens by which vLLM hands out its cache on CPU (16 on GPU): a sequence takes whole blocks."""

@@ -16,9 +16,14 @@ from tuneyard.api.methods import Sampling
 from tuneyard.api.plan import ChatSettings, PromptSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prompts import Prompt, read_prompts, render
+from tuneyard_trainer.generation.sampling import (
+    CPU_ANSWERS,
+    GPU_ANSWERS,
+    TransformersSampler,
+    stop_tokens,
+)
 from tuneyard_trainer.models import base, policies
 from tuneyard_trainer.models.files import config_of
-from tuneyard_trainer.sampling import CPU_ANSWERS, GPU_ANSWERS, TransformersSampler, stop_tokens
 from tuneyard_trainer.storage.journal import Journal
 from tuneyard_trainer.worker import Interrupted, Worker
 

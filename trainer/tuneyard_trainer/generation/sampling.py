@@ -30,7 +30,7 @@ from transformers import (
 from tuneyard.api.methods import Sampling
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import ChatFormat
-from tuneyard_trainer.generation import length_batches, prompt_tuned
+from tuneyard_trainer.generation.greedy import length_batches, prompt_tuned
 from tuneyard_trainer.models.probes import base_of
 from tuneyard_trainer.training.losses import autocast
 
