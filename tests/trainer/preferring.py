@@ -20,7 +20,7 @@ from tuneyard.api.plan import (
     SourceInput,
 )
 from tuneyard.api.sources import FieldMap
-from tuneyard_trainer.stages import pairs
+from tuneyard_trainer.preference import pairs
 from tuneyard_trainer.worker import Worker
 
 CPU = torch.device("cpu")

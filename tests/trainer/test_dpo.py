@@ -23,10 +23,10 @@ from tuneyard.api.methods import Adapter
 from tuneyard.api.plan import DpoSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import base, policies
-from tuneyard_trainer.preference_passes import logprobs, over_all
-from tuneyard_trainer.preferences import Preferences
-from tuneyard_trainer.reference import reference_logprobs
-from tuneyard_trainer.stages import dpo
+from tuneyard_trainer.preference import dpo
+from tuneyard_trainer.preference.dataset import Preferences
+from tuneyard_trainer.preference.passes import logprobs, over_all
+from tuneyard_trainer.preference.reference import reference_logprobs
 from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.worker import Interrupted, Outcome, Worker
 

@@ -39,7 +39,7 @@ from tuneyard.errors import StageError
 from tuneyard_trainer import endpoint
 from tuneyard_trainer.data.rows import Row
 from tuneyard_trainer.data.stream import examples
-from tuneyard_trainer.datasets.preferences import judged
+from tuneyard_trainer.preference.rows import judged
 from tuneyard_trainer.stages import critique, feedback
 from tuneyard_trainer.worker import Interrupted, Outcome, Worker
 

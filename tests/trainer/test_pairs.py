@@ -21,9 +21,9 @@ from tuneyard.api.sources import FieldMap
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.example import Message
 from tuneyard_trainer.data.rows import Row
-from tuneyard_trainer.datasets.preferences import Judged, PreferenceError, judged
-from tuneyard_trainer.preferences import Preferences
-from tuneyard_trainer.stages import pairs
+from tuneyard_trainer.preference import pairs
+from tuneyard_trainer.preference.dataset import Preferences
+from tuneyard_trainer.preference.rows import Judged, PreferenceError, judged
 from tuneyard_trainer.worker import Outcome, Worker
 
 HH = Path(__file__).parents[3] / "shared" / "data" / "hh-rlhf-harmless-base.jsonl.gz"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tuneyard_trainer.preference_losses import kto_loss, pair_loss, ranking_loss, reward_loss
+from tuneyard_trainer.preference.losses import kto_loss, pair_loss, ranking_loss, reward_loss
 
 SCORES = torch.tensor([[1.5, -0.5, 0.25, 2.0], [0.0, 3.0, -1.0, 9.0], [2.0, 1.0, 7.0, 7.0]])
 SIZES = torch.tensor([4, 3, 2])

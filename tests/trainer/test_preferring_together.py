@@ -16,7 +16,7 @@ from tests.trainer.ports import free_port
 from tests.trainer.preferring import CPU, loop_settings, planned, separable, write_pairs
 from tuneyard.api.methods import Adapter
 from tuneyard.api.plan import DpoSettings, RewardSettings
-from tuneyard_trainer.stages import dpo, reward
+from tuneyard_trainer.preference import dpo, reward
 from tuneyard_trainer.worker import Worker
 
 LOOP = loop_settings(max_steps=3, epochs=None, learning_rate=1e-3, batch_size=5)

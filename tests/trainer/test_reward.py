@@ -24,13 +24,13 @@ from tests.trainer.preferring import (
 from tuneyard.api.methods import Adapter
 from tuneyard.api.plan import RewardSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer import agreement
 from tuneyard_trainer.models import reward_models
 from tuneyard_trainer.models.base import load_base, load_tokenizer, save_model
 from tuneyard_trainer.models.gguf_unpack import unpacked
-from tuneyard_trainer.preference_passes import scores
-from tuneyard_trainer.preferences import Preferences
-from tuneyard_trainer.stages import reward
+from tuneyard_trainer.preference import reward
+from tuneyard_trainer.preference.dataset import Preferences
+from tuneyard_trainer.preference.metrics import calibration_error, interval
+from tuneyard_trainer.preference.passes import scores
 from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.worker import Interrupted, Outcome, Worker
 
@@ -196,13 +196,13 @@ def test_an_architecture_without_a_classifier_is_named(tmp_path: Path, tiny_toke
 def test_calibration_is_perfect_where_confidence_is_the_share_that_is_right() -> None:
     margin = np.log(3.0)  # sigmoid: 0.75
     margins = np.array([margin] * 75 + [-margin] * 25)
-    assert agreement.calibration_error(margins) == pytest.approx(0.0, abs=1e-9)
-    assert agreement.calibration_error(-margins) == pytest.approx(0.5)
+    assert calibration_error(margins) == pytest.approx(0.0, abs=1e-9)
+    assert calibration_error(-margins) == pytest.approx(0.5)
 
 
 def test_an_interval_is_wilsons() -> None:
-    assert agreement.interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert agreement.interval(1.0, 10)[1] == pytest.approx(1.0)
+    assert interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert interval(1.0, 10)[1] == pytest.approx(1.0)
 
 
 HH = Path(__file__).parents[3] / "shared" / "data" / "hh-rlhf-harmless-base.jsonl.gz"

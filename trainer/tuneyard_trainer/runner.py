@@ -257,11 +257,11 @@ def _stage_function(kind: StageKind) -> StageFunction:  # noqa: C901  one case f
         case "sft" | "pretrain":
             from tuneyard_trainer.training.sft import run
         case "pairs":
-            from tuneyard_trainer.stages.pairs import run
+            from tuneyard_trainer.preference.pairs import run
         case "reward":
-            from tuneyard_trainer.stages.reward import run
+            from tuneyard_trainer.preference.reward import run
         case "dpo":
-            from tuneyard_trainer.stages.dpo import run
+            from tuneyard_trainer.preference.dpo import run
         case "ppo":
             from tuneyard_trainer.stages.ppo import run
         case "grpo":

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.plan import AssessSettings, ContestSettings, PlannedStage, RewardTerm
-from tuneyard_trainer import agreement, contest, hacking, rewards
+from tuneyard_trainer import contest, hacking, rewards
 from tuneyard_trainer.asking import Asking, judge_name
 from tuneyard_trainer.data.chat import Message
 from tuneyard_trainer.data.prepared import Rows
@@ -32,8 +32,9 @@ from tuneyard_trainer.generation.sampling import TransformersSampler, stop_token
 from tuneyard_trainer.judge_model import ModelJudge
 from tuneyard_trainer.judges import as_text
 from tuneyard_trainer.models import base, policies
-from tuneyard_trainer.preference_passes import logprobs, over_all
-from tuneyard_trainer.preferences import Preferences
+from tuneyard_trainer.preference.dataset import Preferences
+from tuneyard_trainer.preference.metrics import correlation, pair_metrics, unpaired_metrics
+from tuneyard_trainer.preference.passes import logprobs, over_all
 from tuneyard_trainer.rewards import Attempt, Reward
 from tuneyard_trainer.stages.evaluate import check_gates
 from tuneyard_trainer.storage.journal import Journal
@@ -235,8 +236,8 @@ class Measuring:
             return {}
         implicit_R = self.settings.beta * (after.pairs_R - before.pairs_R)
         if self.data and self.data.labelled:
-            return agreement.thumb_figures("preference", implicit_R, groups)
-        return agreement.figures("preference", implicit_R, groups)
+            return unpaired_metrics("preference", implicit_R, groups)
+        return pair_metrics("preference", implicit_R, groups)
 
     def _scored(
         self, reward: Reward | None, asked: Sequence[Asked], before: Behaviour, after: Behaviour
@@ -257,7 +258,7 @@ class Measuring:
             "startReward": float(np.mean(found[0])),
             "rewardGain": float(np.mean(gains)),
             "rewardGainError": float(np.std(gains) / np.sqrt(len(gains))),
-            "rewardLengthCorrelation": agreement.correlation(found[1], lengths),
+            "rewardLengthCorrelation": correlation(found[1], lengths),
         }
 
     def _contested(
@@ -294,7 +295,7 @@ class Measuring:
         ]
         prompts = [attempt.prompt for attempt in attempts]
         scores = rewards.finite(reward(attempts), prompts).double().numpy()
-        return agreement.figures("reward", scores, groups)
+        return pair_metrics("reward", scores, groups)
 
     def _samples(
         self, asked: Sequence[Asked], before: Behaviour, after: Behaviour

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.plan import PlannedStage, RewardSettings, TrainRuntime
-from tuneyard_trainer import agreement
 from tuneyard_trainer.failures import read_back_otherwise
 from tuneyard_trainer.models import adapters, reward_models
 from tuneyard_trainer.models.base import differing, load_tokenizer, save_model, stored_dtype
 from tuneyard_trainer.models.policies import WEIGHTS
-from tuneyard_trainer.preference_losses import reward_loss
-from tuneyard_trainer.preference_passes import chunks, over_all, scores
-from tuneyard_trainer.preferences import Comparisons, Preferences
+from tuneyard_trainer.preference.dataset import Comparisons, Preferences
+from tuneyard_trainer.preference.losses import reward_loss
+from tuneyard_trainer.preference.metrics import accuracy, correlation, pair_metrics, pairs_of
+from tuneyard_trainer.preference.passes import chunks, over_all, scores
 from tuneyard_trainer.training.batches import Indices, Order, share
 from tuneyard_trainer.training.loop import Loop, mix, precision_of
 from tuneyard_trainer.training.losses import Forward
@@ -159,7 +159,7 @@ class Ranked:
         found = over_all(scores, self.model, validation.rows, self.forward, self.worker)
         found_GK, sizes_G = _grid(torch.from_numpy(found), validation.sizes)
         loss = float(self._loss(found_GK, sizes_G, validation.labels).mean())
-        agreed = agreement.figures("reward", found, validation)
+        agreed = pair_metrics("reward", found, validation)
         kept = ("rewardAccuracy", "rewardMargin")
         return {"validationLoss": loss, **{k: v for k, v in agreed.items() if k in kept}}
 
@@ -232,7 +232,7 @@ def measured(
         return {}
     found = over_all(scores, model, data.validation.rows, forward, worker)
     return {
-        **agreement.figures("reward", found, data.validation),
+        **pair_metrics("reward", found, data.validation),
         **_spread(found, data.validation),
     }
 
@@ -241,14 +241,14 @@ def _spread(found: NDArray[np.float64], held_out: Comparisons) -> dict[str, floa
     """The scores' place and spread, and how much of them is length: its correlation, and how often
     the longer answer is the better one anyway."""
     lengths = held_out.rows.targets.astype(np.float64)
-    pairs = agreement.pairs_of(held_out)
+    pairs = pairs_of(held_out)
     figures = {
         "rewardMean": float(np.mean(found)),
         "rewardDeviation": float(np.std(found)),
-        "lengthCorrelation": agreement.correlation(found, lengths),
+        "lengthCorrelation": correlation(found, lengths),
     }
     if len(pairs.better):
-        figures["longerIsBetter"] = agreement.accuracy(lengths[pairs.better] - lengths[pairs.worse])
+        figures["longerIsBetter"] = accuracy(lengths[pairs.better] - lengths[pairs.worse])
     return figures
 
 

@@ -29,9 +29,9 @@ from tuneyard_trainer.data.prepared import SPLITS, Rows, RowWriter
 from tuneyard_trainer.data.rows import Row, data_files, read_rows
 from tuneyard_trainer.data.splits import held_out
 from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit
-from tuneyard_trainer.datasets.preferences import Judged, PreferenceError, judged
 from tuneyard_trainer.models import base
-from tuneyard_trainer.preferences import remove_groups, write_groups
+from tuneyard_trainer.preference.dataset import remove_groups, write_groups
+from tuneyard_trainer.preference.rows import Judged, PreferenceError, judged
 from tuneyard_trainer.worker import Interrupted, Outcome, Worker
 
 BATCH_ROWS = 256

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from tuneyard.api.plan import DpoSettings, PlannedStage, TrainRuntime
 from tuneyard.errors import StageError
-from tuneyard_trainer import agreement
 from tuneyard_trainer.data.prepared import Rows, RowWriter
 from tuneyard_trainer.models import base, policies
-from tuneyard_trainer.preference_losses import PairLoss, kto_loss, pair_loss
-from tuneyard_trainer.preference_passes import chunks, logprobs, over_all
-from tuneyard_trainer.preferences import Comparisons, Preferences
-from tuneyard_trainer.reference import model_digest, reference_logprobs
+from tuneyard_trainer.preference.dataset import Comparisons, Preferences
+from tuneyard_trainer.preference.losses import PairLoss, kto_loss, pair_loss
+from tuneyard_trainer.preference.metrics import pair_metrics
+from tuneyard_trainer.preference.passes import chunks, logprobs, over_all
+from tuneyard_trainer.preference.reference import model_digest, reference_logprobs
 from tuneyard_trainer.training.batches import Indices, Order, share
 from tuneyard_trainer.training.loop import Loop, mix, precision_of
 from tuneyard_trainer.training.losses import Forward
@@ -208,7 +208,7 @@ class Paired:
         found = over_all(logprobs, self.model, groups.rows, self.forward, self.worker)
         ratios = found - reference
         sums = self._sums(torch.from_numpy(ratios), groups, np.arange(len(groups)))
-        agreed = agreement.figures("preference", self.settings.beta * ratios, groups)
+        agreed = pair_metrics("preference", self.settings.beta * ratios, groups)
         kept = ("preferenceAccuracy", "preferenceMargin")
         return {
             "validationLoss": float(sums[0]) / len(groups),

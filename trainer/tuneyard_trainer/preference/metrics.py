@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tuneyard_trainer.preferences import Comparisons
+from tuneyard_trainer.preference.dataset import Comparisons
 
 Z = 1.959964
 """Of a 95% interval."""
@@ -74,7 +74,7 @@ def correlation(first: NDArray[np.float64], second: NDArray[np.float64]) -> floa
     return float(np.corrcoef(first, second)[0, 1])
 
 
-def figures(
+def pair_metrics(
     prefix: str, found_R: NDArray[np.float64], comparisons: Comparisons
 ) -> dict[str, float]:
     """PREFIXAccuracy with its interval, PREFIXMargin and its calibration, on all pairs; {} where
@@ -95,7 +95,7 @@ def figures(
     }
 
 
-def thumb_figures(
+def unpaired_metrics(
     prefix: str, found_R: NDArray[np.float64], comparisons: Comparisons
 ) -> dict[str, float]:
     """PREFIXAccuracy of single answers, a number above 0 standing for thumbs up, with its interval,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tuneyard_trainer.data.prepared import Rows
-from tuneyard_trainer.preference_passes import logprobs, over_all
+from tuneyard_trainer.preference.passes import logprobs, over_all
 from tuneyard_trainer.storage.files import disk_error
 from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.worker import Worker
