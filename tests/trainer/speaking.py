@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tests.trainer.conftest import VOCABULARY, tiny_llama
 from tuneyard.api.plan import GrpoSettings, PlannedStage, PpoSettings, StageInput
-from tuneyard_trainer.rewards import Attempt
+from tuneyard_trainer.reinforcement.rewards import Attempt
 
 LETTERS = "abcdefgh"
 QUESTIONS = [f"Say {word}." for word in ("one", "two", "three", "four", "five", "six", "seven")]

@@ -14,9 +14,10 @@ from tuneyard.api.manifest import read
 from tuneyard.api.plan import Plan
 from tuneyard.errors import StageError
 from tuneyard.planning.stages import plan
-from tuneyard_trainer import plain, rewards
+from tuneyard_trainer import plain
 from tuneyard_trainer.contest import decided, pairs
 from tuneyard_trainer.judges import Verdict
+from tuneyard_trainer.reinforcement import rewards
 
 
 def verdicts(*outcomes: Any) -> list[Verdict]:

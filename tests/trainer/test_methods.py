@@ -11,12 +11,12 @@ from torch import Tensor
 
 from tests.trainer.speaking import grpo_stage, ppo_stage
 from tuneyard.api.plan import GrpoSettings, PpoSettings
-from tuneyard_trainer import rl
-from tuneyard_trainer.actor import Scored, Texts
-from tuneyard_trainer.experience import Experience
-from tuneyard_trainer.rollouts import Rollouts
-from tuneyard_trainer.stages.grpo import Grpo, Rloo
-from tuneyard_trainer.stages.ppo import Ppo
+from tuneyard_trainer.reinforcement import arithmetic
+from tuneyard_trainer.reinforcement.actor import Scored, Texts
+from tuneyard_trainer.reinforcement.grpo import Grpo, Rloo
+from tuneyard_trainer.reinforcement.method import Experience
+from tuneyard_trainer.reinforcement.ppo import Ppo
+from tuneyard_trainer.reinforcement.rollouts import Rollouts
 
 LENGTHS = [5, 1, 3, 7, 2, 4]
 MASK = torch.arange(7)[None] < torch.tensor(LENGTHS)[:, None]
@@ -171,7 +171,9 @@ def test_the_watched_numbers_of_an_update() -> None:
     assert watched["entropy"] == pytest.approx(1.0)
     assert watched["answerLength"] == pytest.approx(22 / 6)
     assert watched["endedShare"] == pytest.approx(4 / 6)
-    assert watched["kl"] == pytest.approx(rl.kl_k1(OLD, REFERENCE).sum().item() / 6, abs=1e-5)
+    assert watched["kl"] == pytest.approx(
+        arithmetic.kl_k1(OLD, REFERENCE).sum().item() / 6, abs=1e-5
+    )
 
 
 def test_each_method_prefers_what_its_loss_makes_larger() -> None:

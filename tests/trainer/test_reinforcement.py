@@ -32,11 +32,10 @@ from tests.trainer.speaking import (
 from tuneyard.api.methods import BlowUp
 from tuneyard.api.plan import PlannedStage, TrainRuntime
 from tuneyard.errors import StageError
-from tuneyard_trainer import reinforcement, rewards
 from tuneyard_trainer.generation.sampling import Sampled, TransformersSampler
-from tuneyard_trainer.rewards import Attempt
-from tuneyard_trainer.stages import grpo, ppo
-from tuneyard_trainer.watch import blown_up
+from tuneyard_trainer.reinforcement import grpo, loop, ppo, rewards
+from tuneyard_trainer.reinforcement.rewards import Attempt
+from tuneyard_trainer.reinforcement.stop_conditions import blown_up
 from tuneyard_trainer.worker import Interrupted, Outcome, Worker
 
 CPU = torch.device("cpu")
@@ -468,7 +467,7 @@ def test_rewards_that_never_differ_end_the_run_by_name(
         run(stages({"max_steps": 20})[method], tmp_path / "a", inputs)
     assert found.value.reason == "RewardsAlike"
     steps = [line["step"] for line in lines(tmp_path / "a") if "learningRate" in line]
-    assert steps == list(range(1, reinforcement.ALIKE_UPDATES))
+    assert steps == list(range(1, loop.ALIKE_UPDATES))
 
 
 @pytest.mark.parametrize("method", ["grpo", "rloo"])
@@ -532,7 +531,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[Elsewhe
             made.append(Elsewhere(actor, stop, sampling, off))
             return made[-1]
 
-        monkeypatch.setattr(reinforcement, "_sampler", sampler)
+        monkeypatch.setattr(loop, "_sampler", sampler)
         return made
 
     return set_to

@@ -21,9 +21,9 @@ from tests.trainer.conftest import VOCABULARY
 from tuneyard.api.methods import RuleReward
 from tuneyard.api.plan import ChatSettings, RewardTerm
 from tuneyard.errors import StageError
-from tuneyard_trainer import rewards
 from tuneyard_trainer.data.prompts import Prompt
-from tuneyard_trainer.rewards import Attempt
+from tuneyard_trainer.reinforcement import rewards
+from tuneyard_trainer.reinforcement.rewards import Attempt
 from tuneyard_trainer.runner import is_model
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tuneyard_trainer import rl
+from tuneyard_trainer.reinforcement import arithmetic
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -51,7 +51,7 @@ def test_whitening_gives_unit_variance_under_the_mask_and_zero_outside(shift_mea
     values = flat(x)
     mean = sum(values) / len(values)
     variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    white = rl.whiten(dirty(x), MASK, shift_mean=shift_mean)
+    white = arithmetic.whiten(dirty(x), MASK, shift_mean=shift_mean)
     for b in range(4):
         for t in range(7):
             inside = (x[b, t].item() - mean) / math.sqrt(variance + 1e-8)
@@ -62,13 +62,13 @@ def test_whitening_gives_unit_variance_under_the_mask_and_zero_outside(shift_mea
 def test_whitening_is_exact_far_from_zero() -> None:
     """Uncentred squares of values near 10,000 would lose every digit in float32."""
     x = random(4, 7) + 1e4
-    close(rl.masked_moments(x, MASK).variance, torch.tensor(flat(x)).double().var().item())
+    close(arithmetic.masked_moments(x, MASK).variance, torch.tensor(flat(x)).double().var().item())
 
 
 def test_one_value_whitens_to_zero_and_not_to_nan() -> None:
     one = torch.zeros(2, 3, dtype=torch.bool)
     one[1, 0] = True
-    assert rl.whiten(random(2, 3), one).tolist() == [[0.0] * 3] * 2
+    assert arithmetic.whiten(random(2, 3), one).tolist() == [[0.0] * 3] * 2
 
 
 class Sum:
@@ -89,22 +89,22 @@ def test_the_statistics_of_two_workers_are_those_of_the_whole_batch() -> None:
     x, values, reduce = random(4, 7), random(4, 7, seed=1), Sum()
 
     def work(part: slice) -> tuple[Tensor, Tensor]:
-        white = rl.whiten(x[part], MASK[part], reduce=reduce)
-        return white, rl.explained_variance(values[part], x[part], MASK[part], reduce)
+        white = arithmetic.whiten(x[part], MASK[part], reduce=reduce)
+        return white, arithmetic.explained_variance(values[part], x[part], MASK[part], reduce)
 
     with ThreadPoolExecutor(2) as pool:
         parts = list(pool.map(work, [slice(0, 2), slice(2, 4)]))
-    close(torch.cat([white for white, _ in parts]), rl.whiten(x, MASK))
+    close(torch.cat([white for white, _ in parts]), arithmetic.whiten(x, MASK))
     for _, explained in parts:
-        close(explained, rl.explained_variance(values, x, MASK).item())
+        close(explained, arithmetic.explained_variance(values, x, MASK).item())
 
 
 def test_explained_variance_is_one_of_a_perfect_critic_and_zero_of_a_constant_one() -> None:
     returns = random(4, 7)
-    close(rl.explained_variance(returns + 3, returns, MASK), 1.0)
-    close(rl.explained_variance(torch.full((4, 7), 2.0), returns, MASK), 0.0)
-    close(rl.explained_variance(-returns, returns, MASK), -3.0)
-    assert rl.explained_variance(random(4, 7), torch.ones(4, 7), MASK).item() == 0.0
+    close(arithmetic.explained_variance(returns + 3, returns, MASK), 1.0)
+    close(arithmetic.explained_variance(torch.full((4, 7), 2.0), returns, MASK), 0.0)
+    close(arithmetic.explained_variance(-returns, returns, MASK), -3.0)
+    assert arithmetic.explained_variance(random(4, 7), torch.ones(4, 7), MASK).item() == 0.0
 
 
 # ---- probabilities ------------------------------------------------------------------------------
@@ -115,10 +115,10 @@ def test_log_probabilities_and_entropy_are_those_of_the_softmax() -> None:
     for n in range(6):
         exps = [math.exp(value) for value in logits[n].tolist()]
         p = [value / sum(exps) for value in exps]
-        chosen = rl.token_logprobs(logits, ids)[n].item()
+        chosen = arithmetic.token_logprobs(logits, ids)[n].item()
         assert chosen == pytest.approx(math.log(p[int(ids[n])]), abs=1e-5)
         entropy = -sum(q * math.log(q) for q in p)
-        assert rl.entropy(logits)[n].item() == pytest.approx(entropy, abs=1e-5)
+        assert arithmetic.entropy(logits)[n].item() == pytest.approx(entropy, abs=1e-5)
 
 
 def test_kl_estimators_against_the_true_divergence() -> None:
@@ -129,12 +129,12 @@ def test_kl_estimators_against_the_true_divergence() -> None:
     assert expected["k1"] == pytest.approx(true, abs=1e-9)
     assert expected["k3"] == pytest.approx(true, abs=1e-9)
     assert expected["k2"] == pytest.approx(true, rel=0.2)
-    assert (rl.kl_k2(p, q) >= 0).all()
-    assert (rl.kl_k3(p, q) >= 0).all()
-    assert (rl.kl_k1(p, q) < 0).any()
+    assert (arithmetic.kl_k2(p, q) >= 0).all()
+    assert (arithmetic.kl_k3(p, q) >= 0).all()
+    assert (arithmetic.kl_k1(p, q) < 0).any()
 
 
-ESTIMATORS = {"k1": rl.kl_k1, "k2": rl.kl_k2, "k3": rl.kl_k3}
+ESTIMATORS = {"k1": arithmetic.kl_k1, "k2": arithmetic.kl_k2, "k3": arithmetic.kl_k3}
 
 
 def test_kl_estimators_token_by_token() -> None:
@@ -142,23 +142,27 @@ def test_kl_estimators_token_by_token() -> None:
     for b in range(4):
         for t in range(7):
             d = p[b, t].item() - q[b, t].item()
-            assert rl.kl_k1(p, q)[b, t].item() == pytest.approx(d, abs=1e-5)
-            assert rl.kl_k2(p, q)[b, t].item() == pytest.approx(d * d / 2, abs=1e-5)
-            assert rl.kl_k3(p, q)[b, t].item() == pytest.approx(math.exp(-d) - 1 + d, abs=1e-5)
+            assert arithmetic.kl_k1(p, q)[b, t].item() == pytest.approx(d, abs=1e-5)
+            assert arithmetic.kl_k2(p, q)[b, t].item() == pytest.approx(d * d / 2, abs=1e-5)
+            assert arithmetic.kl_k3(p, q)[b, t].item() == pytest.approx(
+                math.exp(-d) - 1 + d, abs=1e-5
+            )
 
 
 # ---- rewards and advantages ---------------------------------------------------------------------
 
 
 def test_an_answer_without_a_stop_token_pays_the_penalty_and_no_other_does() -> None:
-    ended = rl.ended(torch.tensor([7, 4, 9]), torch.tensor([9, 7]))
+    ended = arithmetic.ended(torch.tensor([7, 4, 9]), torch.tensor([9, 7]))
     assert ended.tolist() == [True, False, True]
-    close(rl.without_end_penalised(torch.tensor([1.0, 2.0, 3.0]), ended, 0.5), [1.0, 1.5, 3.0])
+    close(
+        arithmetic.without_end_penalised(torch.tensor([1.0, 2.0, 3.0]), ended, 0.5), [1.0, 1.5, 3.0]
+    )
 
 
 def test_every_token_pays_for_its_divergence_and_the_last_one_earns_the_score() -> None:
     logprobs, reference, scores = -random(4, 7).abs(), -random(4, 7, seed=1).abs(), random(4)
-    rewards = rl.penalised_rewards(scores, dirty(logprobs), dirty(reference), MASK, 0.3)
+    rewards = arithmetic.penalised_rewards(scores, dirty(logprobs), dirty(reference), MASK, 0.3)
     for b, length in enumerate(LENGTHS):
         for t in range(7):
             expected = 0.0
@@ -173,7 +177,7 @@ def test_every_token_pays_for_its_divergence_and_the_last_one_earns_the_score() 
 def test_advantages_are_the_sum_of_discounted_residuals(discount: float, decay: float) -> None:
     """Equation 16 as it is written: a sum over the future, not a recursion."""
     rewards, values = random(4, 7), random(4, 7, seed=1)
-    advantages, returns = rl.gae(
+    advantages, returns = arithmetic.gae(
         dirty(rewards), dirty(values), MASK, discount=discount, decay=decay
     )
     for b, length in enumerate(LENGTHS):
@@ -191,7 +195,7 @@ def test_advantages_are_the_sum_of_discounted_residuals(discount: float, decay: 
 def test_with_lambda_one_the_returns_are_the_rewards_to_go_whatever_the_values() -> None:
     rewards = random(4, 7)
     for seed in (1, 2):
-        _, returns = rl.gae(rewards, random(4, 7, seed=seed), MASK, discount=1.0, decay=1.0)
+        _, returns = arithmetic.gae(rewards, random(4, 7, seed=seed), MASK, discount=1.0, decay=1.0)
         for b, row in enumerate(rows(rewards)):
             close(returns[b, : len(row)], [sum(row[t:]) for t in range(len(row))])
 
@@ -202,7 +206,9 @@ def test_leave_one_out_compares_each_answer_with_its_siblings_alone() -> None:
         for g in range(4):
             siblings = [rewards[p, j].item() for j in range(4) if j != g]
             expected = rewards[p, g].item() - sum(siblings) / 3
-            assert rl.rloo_advantages(rewards)[p, g].item() == pytest.approx(expected, abs=1e-5)
+            assert arithmetic.rloo_advantages(rewards)[p, g].item() == pytest.approx(
+                expected, abs=1e-5
+            )
 
 
 def test_group_relative_advantages_are_standard_scores_and_zero_in_a_group_that_agrees() -> None:
@@ -214,8 +220,10 @@ def test_group_relative_advantages_are_standard_scores_and_zero_in_a_group_that_
         deviation = math.sqrt(sum((r - mean) ** 2 for r in group) / 3)
         for g in range(4):
             expected = (group[g] - mean) / (deviation + 1e-4)
-            assert rl.grpo_advantages(rewards)[p, g].item() == pytest.approx(expected, abs=1e-5)
-    close(rl.grpo_advantages(rewards)[1], [0.0] * 4)
+            assert arithmetic.grpo_advantages(rewards)[p, g].item() == pytest.approx(
+                expected, abs=1e-5
+            )
+    close(arithmetic.grpo_advantages(rewards)[1], [0.0] * 4)
 
 
 # ---- losses -------------------------------------------------------------------------------------
@@ -223,7 +231,7 @@ def test_group_relative_advantages_are_standard_scores_and_zero_in_a_group_that_
 
 def test_the_policy_loss_is_clipped_only_where_it_would_pay_to_go_further() -> None:
     new, old, advantages = random(4, 7) * 0.5, random(4, 7, seed=1) * 0.5, random(4, 7, seed=2)
-    loss, bound = rl.clipped_policy_loss(new, old, advantages, 0.2)
+    loss, bound = arithmetic.clipped_policy_loss(new, old, advantages, 0.2)
     for b in range(4):
         for t in range(7):
             ratio, a = math.exp((new - old)[b, t].item()), advantages[b, t].item()
@@ -234,7 +242,9 @@ def test_the_policy_loss_is_clipped_only_where_it_would_pay_to_go_further() -> N
 
 def test_no_gradient_flows_where_the_policy_clip_binds() -> None:
     new = torch.tensor([1.0, -1.0, 0.1], requires_grad=True)
-    loss, bound = rl.clipped_policy_loss(new, torch.zeros(3), torch.tensor([1.0, -1.0, 1.0]), 0.2)
+    loss, bound = arithmetic.clipped_policy_loss(
+        new, torch.zeros(3), torch.tensor([1.0, -1.0, 1.0]), 0.2
+    )
     loss.sum().backward()
     assert bound.tolist() == [True, True, False]
     assert new.grad is not None
@@ -243,7 +253,7 @@ def test_no_gradient_flows_where_the_policy_clip_binds() -> None:
 
 def test_the_value_loss_takes_the_worse_of_the_free_and_the_clipped_value() -> None:
     new, old, returns = random(4, 7), random(4, 7, seed=1), random(4, 7, seed=2)
-    loss, _ = rl.clipped_value_loss(new, old, returns, 0.2)
+    loss, _ = arithmetic.clipped_value_loss(new, old, returns, 0.2)
     for b in range(4):
         for t in range(7):
             v, was, goal = (x[b, t].item() for x in (new, old, returns))
@@ -253,10 +263,10 @@ def test_the_value_loss_takes_the_worse_of_the_free_and_the_clipped_value() -> N
 
 
 def test_the_coefficient_follows_the_target_and_stays_without_one() -> None:
-    assert rl.adapted_coefficient(0.1, 99.0, None) == 0.1
-    assert rl.adapted_coefficient(0.1, 6.6, 6.0) == pytest.approx(0.1 * 1.01)
-    assert rl.adapted_coefficient(0.1, 60.0, 6.0) == pytest.approx(0.1 * 1.02)
-    assert rl.adapted_coefficient(0.1, -5.0, 6.0) == pytest.approx(0.1 * 0.98)
+    assert arithmetic.adapted_coefficient(0.1, 99.0, None) == 0.1
+    assert arithmetic.adapted_coefficient(0.1, 6.6, 6.0) == pytest.approx(0.1 * 1.01)
+    assert arithmetic.adapted_coefficient(0.1, 60.0, 6.0) == pytest.approx(0.1 * 1.02)
+    assert arithmetic.adapted_coefficient(0.1, -5.0, 6.0) == pytest.approx(0.1 * 0.98)
 
 
 # ---- TRL 1.12's PPO -----------------------------------------------------------------------------
@@ -309,25 +319,27 @@ def test_a_ppo_step_on_a_fixed_batch_has_the_numbers_of_trl() -> None:
     values, scores = random(6, 9, seed=2), random(6, seed=3)
     theirs = TrlStep(old, reference, values, scores)
 
-    rewards = rl.penalised_rewards(scores, old, reference, full, theirs.kl_coefficient)
+    rewards = arithmetic.penalised_rewards(scores, old, reference, full, theirs.kl_coefficient)
     close(rewards, theirs.rewards)
-    raw, returns = rl.gae(rewards, values, full, discount=theirs.discount, decay=theirs.decay)
+    raw, returns = arithmetic.gae(
+        rewards, values, full, discount=theirs.discount, decay=theirs.decay
+    )
     close(returns, theirs.returns)
-    advantages = rl.whiten(raw, full)
+    advantages = arithmetic.whiten(raw, full)
     close(advantages, theirs.advantages)
 
     logprobs = old + 0.2 * random(6, 9, seed=4)
     now = values + 0.3 * random(6, 9, seed=5)
     expected = theirs.losses(logprobs, now)
-    policy = rl.clipped_policy_loss(logprobs, old, advantages, theirs.clip)
-    value = rl.clipped_value_loss(now, values, returns, theirs.value_clip)
+    policy = arithmetic.clipped_policy_loss(logprobs, old, advantages, theirs.clip)
+    value = arithmetic.clipped_value_loss(now, values, returns, theirs.value_clip)
     close(policy.loss.mean(), expected["policy"].item())
     close(value.loss.mean(), expected["value"].item())
     total = (policy.loss + theirs.value_weight * value.loss).mean()
     close(total, expected["loss"].item())
     close(policy.bound.float().mean(), expected["clipped"].item())
     close(value.bound.float().mean(), expected["values_clipped"].item())
-    close(rl.kl_k2(logprobs, old).mean(), expected["approx_kl"].item())
+    close(arithmetic.kl_k2(logprobs, old).mean(), expected["approx_kl"].item())
 
 
 def test_trl_pays_one_token_later_and_its_returns_are_ours_of_the_answer_with_its_padding() -> None:
@@ -348,11 +360,12 @@ def test_trl_pays_one_token_later_and_its_returns_are_ours_of_the_answer_with_it
         theirs.append(last)
     returns = torch.stack(theirs[::-1], dim=1) + values
 
-    ours = rl.penalised_rewards(scores, old, reference, longer, 0.05)
+    ours = arithmetic.penalised_rewards(scores, old, reference, longer, 0.05)
     close(
-        rl.gae(ours, values, longer, discount=1.0, decay=0.95)[1], torch.where(longer, returns, 0)
+        arithmetic.gae(ours, values, longer, discount=1.0, decay=0.95)[1],
+        torch.where(longer, returns, 0),
     )
-    earlier = rl.penalised_rewards(scores, old, reference, mask, 0.05)
+    earlier = arithmetic.penalised_rewards(scores, old, reference, mask, 0.05)
     assert not torch.allclose(
-        rl.gae(earlier, values, mask, discount=1.0, decay=0.95)[1][0, :3], returns[0, :3]
+        arithmetic.gae(earlier, values, mask, discount=1.0, decay=0.95)[1][0, :3], returns[0, :3]
     )

@@ -25,11 +25,10 @@ from tests.trainer.speaking import grpo_stage, ppo_stage, share_of, speaking_mod
 from tuneyard.api.methods import Adapter, Sampling
 from tuneyard.api.plan import PlannedStage
 from tuneyard.errors import StageError
-from tuneyard_trainer import rewards
 from tuneyard_trainer.generation.sampling import Sampled
 from tuneyard_trainer.generation.vllm import VllmSampler
 from tuneyard_trainer.models import adapters
-from tuneyard_trainer.stages import grpo, ppo
+from tuneyard_trainer.reinforcement import grpo, ppo, rewards
 from tuneyard_trainer.worker import Interrupted, Outcome, Worker
 
 pytest.importorskip("vllm", reason="vLLM is in an environment of its own: make test-vllm")

@@ -263,9 +263,9 @@ def _stage_function(kind: StageKind) -> StageFunction:  # noqa: C901  one case f
         case "dpo":
             from tuneyard_trainer.preference.dpo import run
         case "ppo":
-            from tuneyard_trainer.stages.ppo import run
+            from tuneyard_trainer.reinforcement.ppo import run
         case "grpo":
-            from tuneyard_trainer.stages.grpo import run
+            from tuneyard_trainer.reinforcement.grpo import run
         case "feedback":
             from tuneyard_trainer.stages.feedback import run
         case "critique":

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.plan import AssessSettings, ContestSettings, PlannedStage, RewardTerm
-from tuneyard_trainer import contest, hacking, rewards
+from tuneyard_trainer import contest, hacking
 from tuneyard_trainer.asking import Asking, judge_name
 from tuneyard_trainer.data.chat import Message
 from tuneyard_trainer.data.prepared import Rows
@@ -35,7 +35,8 @@ from tuneyard_trainer.models import base, policies
 from tuneyard_trainer.preference.dataset import Preferences
 from tuneyard_trainer.preference.metrics import correlation, pair_metrics, unpaired_metrics
 from tuneyard_trainer.preference.passes import logprobs, over_all
-from tuneyard_trainer.rewards import Attempt, Reward
+from tuneyard_trainer.reinforcement import rewards
+from tuneyard_trainer.reinforcement.rewards import Attempt, Reward
 from tuneyard_trainer.stages.evaluate import check_gates
 from tuneyard_trainer.storage.journal import Journal
 from tuneyard_trainer.training.loop import mix

@@ -11,8 +11,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from tuneyard_trainer.actor import Scored
-from tuneyard_trainer.rollouts import Rollouts
+from tuneyard_trainer.reinforcement.actor import Scored
+from tuneyard_trainer.reinforcement.rollouts import Rollouts
 
 
 class Experience(NamedTuple):

@@ -19,7 +19,7 @@ from tuneyard.api.methods import Adapter
 from tuneyard.api.plan import LoopSettings, TrainRuntime
 from tuneyard_trainer.models import base, policies
 from tuneyard_trainer.models.policies import Reference
-from tuneyard_trainer.rl import entropy, token_logprobs
+from tuneyard_trainer.reinforcement.arithmetic import entropy, token_logprobs
 from tuneyard_trainer.training.batches import passes
 from tuneyard_trainer.training.loop import precision_of
 from tuneyard_trainer.training.losses import Forward, autocast, head_at, head_of

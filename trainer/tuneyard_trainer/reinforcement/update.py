@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from tuneyard.api.plan import LoopSettings
-from tuneyard_trainer.actor import Actor, Texts
-from tuneyard_trainer.experience import Experience, Method
 from tuneyard_trainer.models import base
-from tuneyard_trainer.rollouts import Peers, Rollouts
+from tuneyard_trainer.reinforcement.actor import Actor, Texts
+from tuneyard_trainer.reinforcement.method import Experience, Method
+from tuneyard_trainer.reinforcement.rollouts import Peers, Rollouts
 from tuneyard_trainer.training.loop import adamw, not_finite
 
 VALUE_HEAD_RATE = 10.0

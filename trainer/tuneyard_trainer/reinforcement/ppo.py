@@ -23,10 +23,10 @@ from pathlib import Path
 from torch import Tensor
 
 from tuneyard.api.plan import PlannedStage, PpoSettings
-from tuneyard_trainer import reinforcement, rl
-from tuneyard_trainer.actor import Scored
-from tuneyard_trainer.experience import Experience, Loss
-from tuneyard_trainer.rollouts import Rollouts
+from tuneyard_trainer.reinforcement import arithmetic, loop
+from tuneyard_trainer.reinforcement.actor import Scored
+from tuneyard_trainer.reinforcement.method import Experience, Loss
+from tuneyard_trainer.reinforcement.rollouts import Rollouts
 from tuneyard_trainer.worker import Outcome, Worker
 
 
@@ -35,7 +35,7 @@ def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: 
     settings = stage.settings
     if not isinstance(settings, PpoSettings):
         raise TypeError(f"stage {stage.name} is a {stage.kind}, not ppo")
-    return reinforcement.run(stage, settings, Ppo(settings), inputs, workdir, worker)
+    return loop.run(stage, settings, Ppo(settings), inputs, workdir, worker)
 
 
 @dataclass(frozen=True)
@@ -80,18 +80,18 @@ class Ppo:
         self, rollouts: Rollouts, kl_coefficient: float, /
     ) -> tuple[Experience, dict[str, float]]:
         """Steps 2 and 3."""
-        scores_R = rl.without_end_penalised(
+        scores_R = arithmetic.without_end_penalised(
             rollouts.scores_R, rollouts.ended_R, self.settings.missing_eos_penalty
         )
         mask_BT = rollouts.mask_BT
-        rewards_BT = rl.penalised_rewards(
+        rewards_BT = arithmetic.penalised_rewards(
             rollouts.own(scores_R),
             rollouts.logprobs_BT,
             rollouts.reference_BT,
             mask_BT,
             kl_coefficient,
         )
-        advantages_BT, returns_BT = rl.gae(
+        advantages_BT, returns_BT = arithmetic.gae(
             rewards_BT,
             rollouts.values_BT,
             mask_BT,
@@ -99,20 +99,20 @@ class Ppo:
             decay=self.settings.gae_lambda,
         )
         reduce = rollouts.reduce
-        explained = rl.explained_variance(rollouts.values_BT, returns_BT, mask_BT, reduce)
+        explained = arithmetic.explained_variance(rollouts.values_BT, returns_BT, mask_BT, reduce)
         return (
             Experience(
                 mask_BT=mask_BT,
                 logprobs_BT=rollouts.logprobs_BT,
                 reference_BT=rollouts.reference_BT,
                 values_BT=rollouts.values_BT,
-                advantages_BT=rl.whiten(advantages_BT, mask_BT, reduce=reduce),
+                advantages_BT=arithmetic.whiten(advantages_BT, mask_BT, reduce=reduce),
                 returns_BT=returns_BT,
             ),
             {
                 "explainedVariance": float(explained),
                 "penalisedReward": float(scores_R.mean()),
-                "return": float(rl.masked_mean(returns_BT, mask_BT, reduce)),
+                "return": float(arithmetic.masked_mean(returns_BT, mask_BT, reduce)),
             },
         )
 
@@ -120,10 +120,10 @@ class Ppo:
         """Step 4, summed over the answers' tokens (Schulman et al. 2017, eq. 9, negated). The KL
         penalty is in the rewards already."""
         settings, mask_BT = self.settings, then.mask_BT
-        policy = rl.clipped_policy_loss(
+        policy = arithmetic.clipped_policy_loss(
             now.logprobs_BT, then.logprobs_BT, then.advantages_BT, settings.clip_range
         )
-        value = rl.clipped_value_loss(
+        value = arithmetic.clipped_value_loss(
             now.values_BT, then.values_BT, then.returns_BT, settings.value_clip_range
         )
         total_BT = (
@@ -136,11 +136,11 @@ class Ppo:
             "valueLoss": value.loss,
             "clipFraction": policy.bound.float(),
             "valueClipFraction": value.bound.float(),
-            "approximateKl": rl.kl_k2(now.logprobs_BT, then.logprobs_BT),
+            "approximateKl": arithmetic.kl_k2(now.logprobs_BT, then.logprobs_BT),
         }
         return Loss(
-            rl.masked_sum(total_BT, mask_BT),
-            {name: rl.masked_sum(x_BT, mask_BT) for name, x_BT in watched.items()},
+            arithmetic.masked_sum(total_BT, mask_BT),
+            {name: arithmetic.masked_sum(x_BT, mask_BT) for name, x_BT in watched.items()},
         )
 
     def divisor(self, lengths: Tensor, /) -> Tensor:

@@ -21,23 +21,23 @@ import torch
 from tuneyard.api.methods import Sampling
 from tuneyard.api.plan import GrpoSettings, PlannedStage, PpoSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer import actor as actors
-from tuneyard_trainer import rewards
-from tuneyard_trainer.actor import Actor
-from tuneyard_trainer.experience import Method
 from tuneyard_trainer.generation import answering
 from tuneyard_trainer.generation.answering import Ready
 from tuneyard_trainer.generation.sampling import Sampler, TransformersSampler, stop_tokens
 from tuneyard_trainer.models import policies
 from tuneyard_trainer.models.base import count_parameters, peak_memory_bytes
-from tuneyard_trainer.optimiser import Optimiser, generator
-from tuneyard_trainer.rl import adapted_coefficient
-from tuneyard_trainer.rollouts import Collector, Peers, Rollouts, prompts_of
+from tuneyard_trainer.reinforcement import actor as actors
+from tuneyard_trainer.reinforcement import rewards
+from tuneyard_trainer.reinforcement.actor import Actor
+from tuneyard_trainer.reinforcement.arithmetic import adapted_coefficient
+from tuneyard_trainer.reinforcement.method import Method
+from tuneyard_trainer.reinforcement.rollouts import Collector, Peers, Rollouts, prompts_of
+from tuneyard_trainer.reinforcement.stop_conditions import Stop, blown_up
+from tuneyard_trainer.reinforcement.update import Optimiser, generator
 from tuneyard_trainer.training.batches import Order
 from tuneyard_trainer.training.checkpoints import Checkpoints, LoopState, assign
 from tuneyard_trainer.training.loop import CHECKPOINT_SECONDS, History, mix
 from tuneyard_trainer.training.schedules import rate
-from tuneyard_trainer.watch import Stop, blown_up
 from tuneyard_trainer.worker import Interrupted, Outcome, Worker
 
 HELD_OUT_SHARE, MOST_HELD_OUT = 0.1, 64

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from tuneyard.api.plan import GrpoSettings, PlannedStage
-from tuneyard_trainer import reinforcement, rl
-from tuneyard_trainer.actor import Scored
-from tuneyard_trainer.experience import Experience, Loss
-from tuneyard_trainer.rollouts import Rollouts
+from tuneyard_trainer.reinforcement import arithmetic, loop
+from tuneyard_trainer.reinforcement.actor import Scored
+from tuneyard_trainer.reinforcement.method import Experience, Loss
+from tuneyard_trainer.reinforcement.rollouts import Rollouts
 from tuneyard_trainer.worker import Outcome, Worker
 
 
@@ -36,7 +36,7 @@ def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: 
     if not isinstance(settings, GrpoSettings):
         raise TypeError(f"stage {stage.name} is a {stage.kind}, not grpo")
     method = Grpo(settings) if settings.estimator == "grpo" else Rloo(settings)
-    return reinforcement.run(stage, settings, method, inputs, workdir, worker)
+    return loop.run(stage, settings, method, inputs, workdir, worker)
 
 
 @dataclass(frozen=True)
@@ -70,23 +70,23 @@ class Grpo:
     ) -> tuple[Experience, dict[str, float]]:
         """One advantage for all tokens of an answer."""
         rewards_PG = rollouts.scores_R.view(-1, self.group_size)
-        advantages_R = rl.grpo_advantages(rewards_PG).flatten()
+        advantages_R = arithmetic.grpo_advantages(rewards_PG).flatten()
         return _experience(rollouts, advantages_R), _agreement(rewards_PG)
 
     def loss(self, now: Scored, then: Experience, /) -> Loss:
         """Shao et al. 2024, eq. 3, negated, summed over the answers' tokens."""
         mask_BT = then.mask_BT
-        policy = rl.clipped_policy_loss(
+        policy = arithmetic.clipped_policy_loss(
             now.logprobs_BT, then.logprobs_BT, then.advantages_BT, self.settings.clip_range
         )
-        kl_BT = rl.kl_k3(now.logprobs_BT, then.reference_BT)
-        total = rl.masked_sum(policy.loss + self.settings.kl_coefficient * kl_BT, mask_BT)
+        kl_BT = arithmetic.kl_k3(now.logprobs_BT, then.reference_BT)
+        total = arithmetic.masked_sum(policy.loss + self.settings.kl_coefficient * kl_BT, mask_BT)
         return Loss(
             total,
             {
-                "policyLoss": rl.masked_sum(policy.loss, mask_BT),
-                "clipFraction": rl.masked_sum(policy.bound.float(), mask_BT),
-                "tokenKl": rl.masked_sum(kl_BT, mask_BT),
+                "policyLoss": arithmetic.masked_sum(policy.loss, mask_BT),
+                "clipFraction": arithmetic.masked_sum(policy.bound.float(), mask_BT),
+                "tokenKl": arithmetic.masked_sum(kl_BT, mask_BT),
             },
         )
 
@@ -136,7 +136,7 @@ class Rloo:
         if rollouts.kl_R is not None:
             rewards_R = rewards_R - kl_coefficient * rollouts.kl_R
         rewards_PG = rewards_R.view(-1, self.group_size)
-        advantages_R = rl.rloo_advantages(rewards_PG).flatten()
+        advantages_R = arithmetic.rloo_advantages(rewards_PG).flatten()
         return _experience(rollouts, advantages_R), _agreement(rewards_PG)
 
     def loss(self, now: Scored, then: Experience, /) -> Loss:
@@ -145,7 +145,7 @@ class Rloo:
         mask_BT = then.mask_BT
         now_B = torch.where(mask_BT, now.logprobs_BT, 0.0).sum(1)
         then_B = torch.where(mask_BT, then.logprobs_BT, 0.0).sum(1)
-        policy = rl.clipped_policy_loss(
+        policy = arithmetic.clipped_policy_loss(
             now_B, then_B, then.advantages_BT[:, 0], self.settings.clip_range
         )
         lengths_B = mask_BT.sum(1)

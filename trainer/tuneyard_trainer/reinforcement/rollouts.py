@@ -20,13 +20,13 @@ from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.methods import Sampling
 from tuneyard.errors import StageError
-from tuneyard_trainer import rl
-from tuneyard_trainer.actor import Actor, Texts
 from tuneyard_trainer.data.prompts import Prompt
 from tuneyard_trainer.generation.answering import Ready
 from tuneyard_trainer.generation.sampling import Sampled, Sampler
-from tuneyard_trainer.rewards import Attempt, Reward, finite
-from tuneyard_trainer.rl import Reduce
+from tuneyard_trainer.reinforcement import arithmetic
+from tuneyard_trainer.reinforcement.actor import Actor, Texts
+from tuneyard_trainer.reinforcement.arithmetic import Reduce
+from tuneyard_trainer.reinforcement.rewards import Attempt, Reward, finite
 
 Result = TypeVar("Result")
 
@@ -110,7 +110,7 @@ class Rollouts:
     """How long generation and scoring took."""
     answers: Sequence[str]
     """This worker's, as text."""
-    reduce: Reduce = rl.alone
+    reduce: Reduce = arithmetic.alone
     """Sums a tensor over the workers."""
 
     @property
@@ -170,7 +170,7 @@ class Collector:
         now = self.actor.scores(texts)
         reference_BT = self._reference(texts, now.logprobs_BT)
         mask_BT = texts.mask(self.actor.device)
-        kl_B = rl.kl_k1(now.logprobs_BT, reference_BT).sum(1)
+        kl_B = arithmetic.kl_k1(now.logprobs_BT, reference_BT).sum(1)
         each = [
             scores_B,
             self._ended(tokens),
@@ -225,7 +225,7 @@ class Collector:
     def _ended(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """(B,) 1 where an answer came to a stop token."""
         last_B = torch.tensor([answer[-1] for answer in tokens], dtype=torch.long)
-        return rl.ended(last_B, torch.tensor(self.stop)).float().to(self.actor.device)
+        return arithmetic.ended(last_B, torch.tensor(self.stop)).float().to(self.actor.device)
 
     def _gap(self, answered: Sequence[Sampled], logprobs_BT: Tensor) -> Tensor:
         """(B,) the sum over each answer's tokens of how far the engine's word is from ours."""
