@@ -14,8 +14,8 @@ from tests.trainer.jobs import planned
 from tests.trainer.judge_server import QUESTION, Answer, JudgeServer, completion, prefers_greater
 from tuneyard.api.plan import Plan, PlannedStage
 from tuneyard_trainer import plain
+from tuneyard_trainer.judging import critique, feedback
 from tuneyard_trainer.models.gguf_unpack import unpacked
-from tuneyard_trainer.stages import critique, feedback
 from tuneyard_trainer.worker import Worker
 
 PROMPTS = [

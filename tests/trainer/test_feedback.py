@@ -36,11 +36,10 @@ from tuneyard.api.plan import (
 )
 from tuneyard.api.sources import FieldMap
 from tuneyard.errors import StageError
-from tuneyard_trainer import endpoint
 from tuneyard_trainer.data.rows import Row
 from tuneyard_trainer.data.stream import examples
+from tuneyard_trainer.judging import critique, endpoint, feedback
 from tuneyard_trainer.preference.rows import judged
-from tuneyard_trainer.stages import critique, feedback
 from tuneyard_trainer.worker import Interrupted, Outcome, Worker
 
 CHAT = ChatSettings(system_prompt=None, chat_template=None)

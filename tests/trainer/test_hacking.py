@@ -14,7 +14,7 @@ from tuneyard_trainer.hacking import (
     sycophancy,
     sycophancy_asks,
 )
-from tuneyard_trainer.judges import Reply
+from tuneyard_trainer.judging.judges import Reply
 
 
 def test_answers_twice_as_long_have_a_ratio_of_two() -> None:

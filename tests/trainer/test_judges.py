@@ -12,9 +12,9 @@ from tests.trainer.judge_server import Answer, JudgeServer, completion
 from tuneyard.api.methods import JudgeEndpoint
 from tuneyard.api.sources import SecretKeyRef
 from tuneyard.errors import StageError
-from tuneyard_trainer import endpoint
-from tuneyard_trainer.endpoint import Budget, Endpoint
-from tuneyard_trainer.judges import (
+from tuneyard_trainer.judging import endpoint
+from tuneyard_trainer.judging.endpoint import Budget, Endpoint
+from tuneyard_trainer.judging.judges import (
     Ask,
     Disagreement,
     Pair,

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tuneyard.api.plan import ContestSettings, PlannedStage, digest
-from tuneyard_trainer.asking import Asking
-from tuneyard_trainer.judges import MODEL_LABEL_TOKENS, Pair, Verdict, verdict
+from tuneyard_trainer.judging.judges import MODEL_LABEL_TOKENS, Pair, Verdict, verdict
+from tuneyard_trainer.judging.session import Asking
 
 
 def pairs(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from tuneyard_trainer.judges import Ask, Reply
+from tuneyard_trainer.judging.judges import Ask, Reply
 
 REPEATED_WORDS = 4
 """Words of a sequence that counts as said before."""

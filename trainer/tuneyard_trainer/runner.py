@@ -267,9 +267,9 @@ def _stage_function(kind: StageKind) -> StageFunction:  # noqa: C901  one case f
         case "grpo":
             from tuneyard_trainer.reinforcement.grpo import run
         case "feedback":
-            from tuneyard_trainer.stages.feedback import run
+            from tuneyard_trainer.judging.feedback import run
         case "critique":
-            from tuneyard_trainer.stages.critique import run
+            from tuneyard_trainer.judging.critique import run
         case "evaluate":
             from tuneyard_trainer.stages.evaluate import run
         case "assess":

@@ -24,13 +24,13 @@ from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.plan import AssessSettings, ContestSettings, PlannedStage, RewardTerm
 from tuneyard_trainer import contest, hacking
-from tuneyard_trainer.asking import Asking, judge_name
 from tuneyard_trainer.data.chat import Message
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.data.prompts import Prompt, read_prompts, render
 from tuneyard_trainer.generation.sampling import TransformersSampler, stop_tokens
-from tuneyard_trainer.judge_model import ModelJudge
-from tuneyard_trainer.judges import as_text
+from tuneyard_trainer.judging.judges import as_text
+from tuneyard_trainer.judging.local_model import ModelJudge
+from tuneyard_trainer.judging.session import Asking, judge_name
 from tuneyard_trainer.models import base, policies
 from tuneyard_trainer.preference.dataset import Preferences
 from tuneyard_trainer.preference.metrics import correlation, pair_metrics, unpaired_metrics

@@ -17,11 +17,11 @@ from typing import Any
 from tuneyard.api.methods import Sampling
 from tuneyard.api.plan import CritiqueSettings, PlannedStage
 from tuneyard.errors import StageError
-from tuneyard_trainer.asking import Asking
 from tuneyard_trainer.data.chat import Message
 from tuneyard_trainer.generation.answering import Answer, Policy, Ready, answers
-from tuneyard_trainer.judge_model import ModelJudge
-from tuneyard_trainer.judges import Ask, Judge, filled
+from tuneyard_trainer.judging.judges import Ask, Judge, filled
+from tuneyard_trainer.judging.local_model import ModelJudge
+from tuneyard_trainer.judging.session import Asking
 from tuneyard_trainer.storage.journal import Journal, lines
 from tuneyard_trainer.storage.records import write_atomically
 from tuneyard_trainer.worker import Outcome, Worker

@@ -19,11 +19,18 @@ from typing import Any
 from tuneyard.api.methods import Sampling
 from tuneyard.api.plan import FeedbackSettings, PlannedStage
 from tuneyard.errors import StageError
-from tuneyard_trainer.asking import Asking
 from tuneyard_trainer.data.chat import Message
 from tuneyard_trainer.data.prompts import Prompt
 from tuneyard_trainer.generation.answering import Answer, Policy, Ready, answers
-from tuneyard_trainer.judges import MODEL_LABEL_TOKENS, Pair, Reply, Verdict, as_text, verdict
+from tuneyard_trainer.judging.judges import (
+    MODEL_LABEL_TOKENS,
+    Pair,
+    Reply,
+    Verdict,
+    as_text,
+    verdict,
+)
+from tuneyard_trainer.judging.session import Asking
 from tuneyard_trainer.storage.journal import Journal, lines
 from tuneyard_trainer.storage.records import write_atomically
 from tuneyard_trainer.worker import Outcome, Worker

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tuneyard.api.plan import JudgeSettings, PlannedStage, SourceInput
 from tuneyard.errors import StageError
-from tuneyard_trainer.endpoint import Budget, Endpoint
-from tuneyard_trainer.judge_model import open_judge
-from tuneyard_trainer.judges import Ask, Judge, Reply, Tally
+from tuneyard_trainer.judging.endpoint import Budget, Endpoint
+from tuneyard_trainer.judging.judges import Ask, Judge, Reply, Tally
+from tuneyard_trainer.judging.local_model import open_judge
 from tuneyard_trainer.storage.journal import Journal
 from tuneyard_trainer.worker import Interrupted, Worker
 

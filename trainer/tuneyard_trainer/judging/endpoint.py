@@ -24,7 +24,7 @@ from typing import Any
 
 from tuneyard.api.methods import JudgeEndpoint
 from tuneyard.errors import StageError
-from tuneyard_trainer.judges import LABELS, Ask, Reply, label_of, normalised
+from tuneyard_trainer.judging.judges import LABELS, Ask, Reply, label_of, normalised
 
 BACKOFF_SECONDS = 0.5
 """The first pause, doubled with each attempt and scattered by half, up to `LONGEST_BACKOFF`."""

@@ -18,7 +18,7 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import Message, MisfitError, rendered
 from tuneyard_trainer.generation.greedy import length_batches, prompt_tuned
 from tuneyard_trainer.generation.sampling import stop_tokens
-from tuneyard_trainer.judges import LABELS, Ask, Reply, normalised
+from tuneyard_trainer.judging.judges import LABELS, Ask, Reply, normalised
 from tuneyard_trainer.models import base
 
 GPU_ASKS, CPU_ASKS = 32, 8

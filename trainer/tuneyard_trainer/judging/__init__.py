@@ -1,0 +1,5 @@
+"""Asking a judge: the stages `feedback` and `critique`.
+
+What lives here: prompts for judges, parsing of their verdicts, and the judge itself: a local model
+or an endpoint. What may not enter: training and evaluation.
+"""
