@@ -15,7 +15,7 @@ from tuneyard.api.plan import Plan
 from tuneyard.errors import StageError
 from tuneyard.planning.stages import plan
 from tuneyard_trainer import plain
-from tuneyard_trainer.contest import decided, pairs
+from tuneyard_trainer.evaluation.win_rate import decided, pairs
 from tuneyard_trainer.judging.judges import Verdict
 from tuneyard_trainer.reinforcement import rewards
 

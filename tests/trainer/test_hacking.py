@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from tuneyard_trainer.hacking import (
+from tuneyard_trainer.evaluation.reward_hacking import (
     PROBES,
     distinct,
     length_ratio,

@@ -271,9 +271,9 @@ def _stage_function(kind: StageKind) -> StageFunction:  # noqa: C901  one case f
         case "critique":
             from tuneyard_trainer.judging.critique import run
         case "evaluate":
-            from tuneyard_trainer.stages.evaluate import run
+            from tuneyard_trainer.evaluation.evaluate import run
         case "assess":
-            from tuneyard_trainer.stages.assess import run
+            from tuneyard_trainer.evaluation.assess import run
         case "export":
             from tuneyard_trainer.stages.export import run
     return run

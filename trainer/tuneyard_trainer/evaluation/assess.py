@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.plan import AssessSettings, ContestSettings, PlannedStage, RewardTerm
-from tuneyard_trainer import contest, hacking
 from tuneyard_trainer.data.chat import Message
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.data.prompts import Prompt, read_prompts, render
+from tuneyard_trainer.evaluation import reward_hacking, win_rate
+from tuneyard_trainer.evaluation.evaluate import check_gates
 from tuneyard_trainer.generation.sampling import TransformersSampler, stop_tokens
 from tuneyard_trainer.judging.judges import as_text
 from tuneyard_trainer.judging.local_model import ModelJudge
@@ -37,7 +38,6 @@ from tuneyard_trainer.preference.metrics import correlation, pair_metrics, unpai
 from tuneyard_trainer.preference.passes import logprobs, over_all
 from tuneyard_trainer.reinforcement import rewards
 from tuneyard_trainer.reinforcement.rewards import Attempt, Reward
-from tuneyard_trainer.stages.evaluate import check_gates
 from tuneyard_trainer.storage.journal import Journal
 from tuneyard_trainer.training.loop import mix
 from tuneyard_trainer.training.losses import Forward
@@ -71,7 +71,7 @@ class Behaviour:
     """The log-probability of each held-out answer; None: none are held out."""
     own_N: NDArray[np.float64]
     """The log-probability of the aligned model's answers."""
-    sycophancy: hacking.Sycophancy
+    sycophancy: reward_hacking.Sycophancy
 
 
 def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker) -> Outcome:
@@ -213,11 +213,11 @@ class Measuring:
         gc.collect()
         return behaviour
 
-    def _sycophancy(self, model: Any, name: str) -> hacking.Sycophancy:
+    def _sycophancy(self, model: Any, name: str) -> reward_hacking.Sycophancy:
         template = self.settings.chat.chat_template
         judge = ModelJudge(model, self.tokenizer, name, stop=self.worker.stop, template=template)
-        replies = {reply.key: reply for reply in judge.replies(hacking.sycophancy_asks())}
-        return hacking.sycophancy(replies)
+        replies = {reply.key: reply for reply in judge.replies(reward_hacking.sycophancy_asks())}
+        return reward_hacking.sycophancy(replies)
 
     def _text(self, answer: Sequence[int], stop: Sequence[int]) -> str:
         spoken = list(answer[:-1] if answer and answer[-1] in stop else answer)
@@ -272,12 +272,12 @@ class Measuring:
         """What a second judge says of both models' answers to the same prompts."""
         conversations = [as_text(one.prompt.messages) for one in asked]
         answered = zip(conversations, after.answers, before.answers, strict=True)
-        pairs = contest.pairs(list(answered), settings.principles, self.settings.seed)
+        pairs = win_rate.pairs(list(answered), settings.principles, self.settings.seed)
         kept = self.workdir / "checkpoints"
         with Journal(kept, self.worker.identity, self.worker.persist) as journal:
             asking = Asking.of(self.stage, settings.judge, journal, self.worker)
-            verdicts = contest.ask(asking, self.stage, self.inputs, settings, pairs)
-        found = contest.decided(verdicts, identical=len(asked) - len(pairs))
+            verdicts = win_rate.ask(asking, self.stage, self.inputs, settings, pairs)
+        found = win_rate.decided(verdicts, identical=len(asked) - len(pairs))
         return {**found, **asking.tally.metrics()}
 
     def reward_on_pairs(self) -> dict[str, float]:
@@ -326,14 +326,14 @@ def _form(asked: Sequence[Asked], before: Behaviour, after: Behaviour) -> dict[s
     }
     if asked:
         lengths = [[len(answer) for answer in b.tokens] for b in (after, before)]
-        distinct = [hacking.distinct(b.answers) for b in (after, before)]
+        distinct = [reward_hacking.distinct(b.answers) for b in (after, before)]
         figures |= {
             "answers": float(len(asked)),
             "kl": float(np.mean(after.own_N - before.own_N)),
             "length": float(np.mean(lengths[0])),
-            "lengthRatio": hacking.length_ratio(lengths[0], lengths[1]),
-            "repetition": hacking.repetition(after.answers),
-            "startRepetition": hacking.repetition(before.answers),
+            "lengthRatio": reward_hacking.length_ratio(lengths[0], lengths[1]),
+            "repetition": reward_hacking.repetition(after.answers),
+            "startRepetition": reward_hacking.repetition(before.answers),
             "distinct": distinct[0],
             "startDistinct": distinct[1],
             "distinctRatio": distinct[0] / distinct[1],
