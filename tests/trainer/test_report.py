@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 
 from tests.trainer.finished import HOSTILE, LINES, MANIFEST, folders
 from tuneyard.api.methods import Adapter
-from tuneyard_trainer import plots, report
-from tuneyard_trainer.account import Account, shareable
-from tuneyard_trainer.card import fenced, write_card
 from tuneyard_trainer.models import adapters
+from tuneyard_trainer.reporting import plots, report
+from tuneyard_trainer.reporting.card import fenced, write_card
+from tuneyard_trainer.reporting.summary import Account, shareable
 
 
 def account(

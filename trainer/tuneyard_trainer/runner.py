@@ -275,7 +275,7 @@ def _stage_function(kind: StageKind) -> StageFunction:  # noqa: C901  one case f
         case "assess":
             from tuneyard_trainer.evaluation.assess import run
         case "export":
-            from tuneyard_trainer.stages.export import run
+            from tuneyard_trainer.reporting.export import run
     return run
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from tuneyard_trainer.account import PEFT_KINDS, Account
-from tuneyard_trainer.figures import ABSENT, Figures, count, harmless
+from tuneyard_trainer.reporting.results import ABSENT, Figures, count, harmless
+from tuneyard_trainer.reporting.summary import PEFT_KINDS, Account
 
 SHOWN_CHARACTERS = 1200
 """An answer's start is shown so far."""
@@ -199,7 +199,7 @@ def _with_tuneyard(account: Account) -> str:
     return _program(
         account,
         "adapter",
-        [*imports, "import pathlib", _TRANSFORMERS, "from tuneyard_trainer import adapters"],
+        [*imports, "import pathlib", _TRANSFORMERS, "from tuneyard_trainer.models import adapters"],
         [*base, "model = adapters.load(base, pathlib.Path(folder))"],
     )
 

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from tuneyard_trainer.figures import REINFORCEMENT, SUPERVISED
+from tuneyard_trainer.reporting.results import REINFORCEMENT, SUPERVISED
 
 Theme = Literal["light", "dark"]
 

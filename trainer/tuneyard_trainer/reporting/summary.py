@@ -13,8 +13,8 @@ from urllib.parse import urlsplit, urlunsplit
 from pydantic import ValidationError
 
 from tuneyard.api.plan import StageRecord
-from tuneyard_trainer.figures import ABSENT, FATES, Figures, count, last_trained, number
-from tuneyard_trainer.plots import Curves
+from tuneyard_trainer.reporting.plots import Curves
+from tuneyard_trainer.reporting.results import ABSENT, FATES, Figures, count, last_trained, number
 
 PEFT_KINDS = ("lora", "qlora", "prefix", "prompt", "ia3")
 """Adapters that PEFT itself loads."""

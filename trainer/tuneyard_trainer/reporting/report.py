@@ -11,10 +11,10 @@ import jinja2
 import yaml
 
 from tuneyard.api.plan import StageRecord
-from tuneyard_trainer import plots
-from tuneyard_trainer.account import Account
-from tuneyard_trainer.card import usage, write_card
-from tuneyard_trainer.figures import ABSENT, count, duration, harmless, seconds_of
+from tuneyard_trainer.reporting import plots
+from tuneyard_trainer.reporting.card import usage, write_card
+from tuneyard_trainer.reporting.results import ABSENT, count, duration, harmless, seconds_of
+from tuneyard_trainer.reporting.summary import Account
 
 
 def write(
@@ -53,7 +53,7 @@ def _title(account: Account) -> str:
 
 def _page(account: Account, light: bytes, dark: bytes) -> str:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tuneyard_trainer"),
+        loader=jinja2.PackageLoader("tuneyard_trainer.reporting"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
