@@ -31,10 +31,10 @@ from tuneyard.api.manifest import read
 from tuneyard.api.methods import Adapter, Lora
 from tuneyard.api.plan import Plan
 from tuneyard.planning.stages import plan
-from tuneyard_trainer import distributed, plain
 from tuneyard_trainer.data.prepared import Prepared
 from tuneyard_trainer.models import adapters, gguf_unpack
 from tuneyard_trainer.models.base import load_base, load_tokenizer
+from tuneyard_trainer.running import distributed, torchrun
 from tuneyard_trainer.storage.records import Store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,7 +79,7 @@ def pace_of(output: Path) -> Pace:
 
 
 def without_ray(job: Plan, output: Path, cache: Path) -> Pace:
-    plain.run(job, str(output), base_dir=ROOT, cache_dir=cache, emit=lambda _: None)
+    torchrun.run(job, str(output), base_dir=ROOT, cache_dir=cache, emit=lambda _: None)
     return pace_of(output)
 
 

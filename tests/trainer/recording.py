@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tuneyard_trainer import plain
+from tuneyard_trainer.running import torchrun
 from tuneyard_trainer.training.loop import Loop
 
 torch.set_num_threads(1)
@@ -42,4 +42,4 @@ def record(path: Path, kill_after: int) -> None:
 if __name__ == "__main__":
     record(Path(sys.argv[1]), int(sys.argv[2]))
     del sys.argv[1:3]
-    sys.exit(plain.main())
+    sys.exit(torchrun.main())

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tuneyard.api.plan import Plan
-from tuneyard_trainer.runner import Ledger, Walk
+from tuneyard_trainer.running.runner import Ledger, Walk
 from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted, Worker
 

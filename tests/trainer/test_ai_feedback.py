@@ -13,9 +13,9 @@ import torch
 from tests.trainer.jobs import planned
 from tests.trainer.judge_server import QUESTION, Answer, JudgeServer, completion, prefers_greater
 from tuneyard.api.plan import Plan, PlannedStage
-from tuneyard_trainer import plain
 from tuneyard_trainer.judging import critique, feedback
 from tuneyard_trainer.models.gguf_unpack import unpacked
+from tuneyard_trainer.running import torchrun
 from tuneyard_trainer.worker import Worker
 
 PROMPTS = [
@@ -54,7 +54,7 @@ def walked(plan: Plan, folder: Path) -> dict[str, Any]:
             done[event["stage"]] = event["record"]
 
     cache = folder / "cache"
-    plain.run(plan, str(folder / "out"), base_dir=folder, cache_dir=cache, emit=emit)
+    torchrun.run(plan, str(folder / "out"), base_dir=folder, cache_dir=cache, emit=emit)
     return done
 
 

@@ -16,8 +16,8 @@ from tuneyard.api.manifest import read
 from tuneyard.api.plan import Plan
 from tuneyard.errors import StageError
 from tuneyard.planning.stages import plan
-from tuneyard_trainer import plain
 from tuneyard_trainer.models import base
+from tuneyard_trainer.running import torchrun
 
 TRAINING = {"batchSize": 8, "learningRate": 0.01, "epochs": 3}
 DPO = {"dpo": {"training": TRAINING}}
@@ -67,7 +67,7 @@ def walk(planned: Plan, folder: Path, output: Path) -> dict[str, Any]:
         if event["type"] == "stage" and event["record"]:
             records[event["stage"]] = event["record"] | {"state": event["state"]}
 
-    plain.run(planned, str(output), base_dir=folder, cache_dir=folder / "cache", emit=emit)
+    torchrun.run(planned, str(output), base_dir=folder, cache_dir=folder / "cache", emit=emit)
     return records
 
 

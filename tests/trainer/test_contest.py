@@ -14,10 +14,10 @@ from tuneyard.api.manifest import read
 from tuneyard.api.plan import Plan
 from tuneyard.errors import StageError
 from tuneyard.planning.stages import plan
-from tuneyard_trainer import plain
 from tuneyard_trainer.evaluation.win_rate import decided, pairs
 from tuneyard_trainer.judging.judges import Verdict
 from tuneyard_trainer.reinforcement import rewards
+from tuneyard_trainer.running import torchrun
 
 
 def verdicts(*outcomes: Any) -> list[Verdict]:
@@ -95,7 +95,7 @@ def run(planned: Plan, folder: Path) -> dict[str, Any]:
             found.update(event["record"])
 
     out = str(folder / "out")
-    plain.run(planned, out, base_dir=folder, cache_dir=folder / "cache", emit=emit)
+    torchrun.run(planned, out, base_dir=folder, cache_dir=folder / "cache", emit=emit)
     return found
 
 

@@ -20,8 +20,8 @@ from tuneyard.api.plan import JobRef, Plan
 from tuneyard.api.progress import Ending
 from tuneyard.errors import StageError
 from tuneyard_trainer import drain, driver, erase
-from tuneyard_trainer.distributed import Resources, number, pods_resources
 from tuneyard_trainer.driver import ENDING_MARK, ending_of, located
+from tuneyard_trainer.running.distributed import Resources, number, pods_resources
 from tuneyard_trainer.storage import sources
 from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted

@@ -11,7 +11,7 @@ import yaml
 
 from tests.trainer.conftest import VOCABULARY, tiny_llama
 from tests.trainer.jobs import planned
-from tuneyard_trainer import plain
+from tuneyard_trainer.running import torchrun
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -61,7 +61,7 @@ def test_an_example_runs_to_its_result(path: Path, tmp_path: Path, roomy_model_d
             states[event["stage"]] = event["state"]
 
     plan = planned(shortened(path, roomy_model_dir))
-    plain.run(
+    torchrun.run(
         plan,
         str(tmp_path / "out"),
         base_dir=path.parent,
@@ -108,7 +108,7 @@ def test_an_alignment_example_runs_to_its_result(
         if event["type"] == "stage":
             states[event["stage"]] = event["state"]
 
-    plain.run(
+    torchrun.run(
         planned(shortened_alignment(path, roomy_model_dir)),
         str(tmp_path / "out"),
         base_dir=path.parent,

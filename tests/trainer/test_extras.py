@@ -11,7 +11,8 @@ import pytest
 from tests.trainer.jobs import manifest, planned, write_data
 from tests.trainer.speaking import grpo_stage, ppo_stage
 from tuneyard.errors import StageError
-from tuneyard_trainer import extras, plain
+from tuneyard_trainer import extras
+from tuneyard_trainer.running import torchrun
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_a_missing_package_is_told_before_the_first_stage_and_not_where_all_is_d
 
     def walk() -> None:
         where = {"base_dir": tmp_path, "cache_dir": tmp_path / "cache"}
-        plain.run(plan, str(tmp_path / "out"), emit=events.append, **where)
+        torchrun.run(plan, str(tmp_path / "out"), emit=events.append, **where)
 
     with pytest.MonkeyPatch.context() as hidden:
         hidden.setattr(importlib.util, "find_spec", lambda *_: None)

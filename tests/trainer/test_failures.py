@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tuneyard_trainer.failures import last_line, out_of_memory, unexpected, without_a_word
+from tuneyard_trainer.running.failures import last_line, out_of_memory, unexpected, without_a_word
 from tuneyard_trainer.storage.files import disk_error
 
 

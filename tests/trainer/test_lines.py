@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tuneyard_trainer import lines
-from tuneyard_trainer.lines import Desk, Line
+from tuneyard_trainer.running import channel
+from tuneyard_trainer.running.channel import Desk, Line
 
 
 @pytest.fixture
@@ -74,11 +74,11 @@ def test_news_that_cannot_be_overtaken_is_sent_at_once(desk: Desk, event: dict[s
 def test_metrics_of_one_stage_are_not_told_of_the_next(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lines, "POST_SECONDS", 1e9)
+    monkeypatch.setattr(channel, "POST_SECONDS", 1e9)
     ours = line(desk)
     ours.emit(progress(1, loss=3.0))  # held back
     ours.emit({"type": "stage", "stage": "evaluate", "state": "Running", "record": None})
-    monkeypatch.setattr(lines, "POST_SECONDS", 0.0)
+    monkeypatch.setattr(channel, "POST_SECONDS", 0.0)
     ours.emit(progress(1, accuracy=1.0))
     assert received(desk, 2)[1]["metrics"] == {"accuracy": 1.0}
 

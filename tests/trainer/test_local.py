@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from tests.trainer.jobs import manifest, planned, write_data
 from tuneyard.errors import PlanError
-from tuneyard_trainer import plain
 from tuneyard_trainer.local import localized
+from tuneyard_trainer.running import torchrun
 
 ROOT = Path(__file__).resolve().parents[2]
 TUNEYARD = [str(Path(sys.executable).with_name("tuneyard"))]
@@ -78,7 +78,7 @@ def test_two_ray_workers_end_where_one_plain_process_does(
     assert code == 0, err
     assert "Held-out loss" in out
     assert record(tmp_path)["details"]["workers"] == 2
-    plain.run(
+    torchrun.run(
         planned(value),
         str(tmp_path / "alone"),
         base_dir=tmp_path,

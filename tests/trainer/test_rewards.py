@@ -24,7 +24,7 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.data.prompts import Prompt
 from tuneyard_trainer.reinforcement import rewards
 from tuneyard_trainer.reinforcement.rewards import Attempt
-from tuneyard_trainer.runner import is_model
+from tuneyard_trainer.running.runner import is_model
 
 CPU = torch.device("cpu")
 CHAT = ChatSettings(system_prompt=None, chat_template=None)

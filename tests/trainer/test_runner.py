@@ -16,7 +16,7 @@ import pytest
 from tests.trainer.jobs import manifest, planned, write_data
 from tuneyard.api.plan import Plan
 from tuneyard.errors import StageError
-from tuneyard_trainer import plain
+from tuneyard_trainer.running import torchrun
 
 RECORDING = Path(__file__).with_name("recording.py")
 STOPPING = Path(__file__).with_name("stopping.py")
@@ -30,7 +30,7 @@ def walk(plan: Plan, folder: Path, output: str = "out") -> dict[str, str]:
         if event["type"] == "stage":
             states[event["stage"]] = event["state"]
 
-    plain.run(plan, str(folder / output), base_dir=folder, cache_dir=folder / "cache", emit=emit)
+    torchrun.run(plan, str(folder / output), base_dir=folder, cache_dir=folder / "cache", emit=emit)
     return states
 
 

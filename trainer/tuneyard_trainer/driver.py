@@ -28,10 +28,10 @@ from tuneyard.api.progress import Ending
 from tuneyard.api.status import Failure
 from tuneyard.errors import StageError
 from tuneyard_trainer import drain
-from tuneyard_trainer.failures import MOST_CHARACTERS, last_line
 from tuneyard_trainer.log import Log
 from tuneyard_trainer.picture import Story, finite
 from tuneyard_trainer.reporter import Channel, Reporter
+from tuneyard_trainer.running.failures import MOST_CHARACTERS, last_line
 from tuneyard_trainer.storage import sources
 from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted
@@ -92,7 +92,9 @@ class Driver:
             store.claim(self._plan.job, self._attempt)
         self._log("output-claimed", uri=self._plan.output.uri)
 
-        from tuneyard_trainer import distributed  # torch and Ray: half a minute on a small head
+        from tuneyard_trainer.running import (
+            distributed,  # torch and Ray: half a minute on a small head
+        )
 
         resources = distributed.pods_resources(self._plan.compute)
         places = distributed.Places(

@@ -14,7 +14,7 @@ from types import FrameType
 from tuneyard.api.plan import Plan, SourceInput
 from tuneyard.errors import Fault, PlanError, StageError
 from tuneyard_trainer.console import Console
-from tuneyard_trainer.runner import Ledger
+from tuneyard_trainer.running.runner import Ledger
 from tuneyard_trainer.storage.records import Store, folder_of
 from tuneyard_trainer.worker import Interrupted
 
@@ -113,7 +113,9 @@ def _carry_out(
     console.start(plan)
     pending = Ledger(plan, store, base_dir, cache_dir).pending()
     if pending:
-        from tuneyard_trainer import distributed  # torch and Ray, only where something is to do
+        from tuneyard_trainer.running import (
+            distributed,  # torch and Ray, only where something is to do
+        )
 
         resources = distributed.local_resources(plan.compute)
         places = distributed.Places(output, str(scratch), str(base_dir.absolute()), str(cache_dir))

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.plan import PlannedStage, RewardSettings, TrainRuntime
-from tuneyard_trainer.failures import read_back_otherwise
 from tuneyard_trainer.models import adapters, reward_models
 from tuneyard_trainer.models.base import differing, load_tokenizer, save_model, stored_dtype
 from tuneyard_trainer.models.policies import WEIGHTS
@@ -27,6 +26,7 @@ from tuneyard_trainer.preference.dataset import Comparisons, Preferences
 from tuneyard_trainer.preference.losses import reward_loss
 from tuneyard_trainer.preference.metrics import accuracy, correlation, pair_metrics, pairs_of
 from tuneyard_trainer.preference.passes import chunks, over_all, scores
+from tuneyard_trainer.running.failures import read_back_otherwise
 from tuneyard_trainer.training.batches import Indices, Order, share
 from tuneyard_trainer.training.loop import Loop, mix, precision_of
 from tuneyard_trainer.training.losses import Forward

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 
 from tuneyard.api.plan import ExportSettings, PlannedStage
 from tuneyard_trainer.data.prepared import Prepared
-from tuneyard_trainer.failures import read_back_otherwise
 from tuneyard_trainer.models import adapters, base, reward_models
 from tuneyard_trainer.reporting import report
+from tuneyard_trainer.running.failures import read_back_otherwise
 from tuneyard_trainer.worker import Outcome, Worker
 
 PROBE_TOKENS = 64

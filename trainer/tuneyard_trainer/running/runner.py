@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, StageKind, StageRecord
 from tuneyard.errors import StageError
 from tuneyard_trainer import extras
-from tuneyard_trainer.failures import out_of_memory
+from tuneyard_trainer.running.failures import out_of_memory
 from tuneyard_trainer.storage import sources
 from tuneyard_trainer.storage.files import disk_error
 from tuneyard_trainer.storage.records import Store

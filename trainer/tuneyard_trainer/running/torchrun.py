@@ -1,7 +1,7 @@
 """Runs a plan without Ray: in this process, or in the processes that torchrun started.
 
-python -m tuneyard_trainer.plain --plan plan.json --output DIR
-torchrun --nproc-per-node 2 -m tuneyard_trainer.plain --plan plan.json --output DIR
+python -m tuneyard_trainer.running.torchrun --plan plan.json --output DIR
+torchrun --nproc-per-node 2 -m tuneyard_trainer.running.torchrun --plan plan.json --output DIR
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from tuneyard.api.plan import Plan
 from tuneyard.errors import StageError
-from tuneyard_trainer.runner import Emit, Ledger, Walk
+from tuneyard_trainer.running.runner import Emit, Ledger, Walk
 from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Worker
 

@@ -31,9 +31,9 @@ from tuneyard.api.compute import Compute
 from tuneyard.api.plan import Plan
 from tuneyard.errors import StageError
 from tuneyard_trainer import drain
-from tuneyard_trainer.failures import unexpected, without_a_word
-from tuneyard_trainer.lines import Desk, Line
-from tuneyard_trainer.runner import Ledger, Walk, failure_event
+from tuneyard_trainer.running.channel import Desk, Line
+from tuneyard_trainer.running.failures import unexpected, without_a_word
+from tuneyard_trainer.running.runner import Ledger, Walk, failure_event
 from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted, Worker
 
