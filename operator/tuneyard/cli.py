@@ -149,7 +149,7 @@ def run(file: Path) -> int:
     """
     plans = _each(_read(file), stages.plan)
     try:
-        import tuneyard_trainer.local as trainer
+        from tuneyard_trainer.local.run import run as run_locally
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("tuneyard"):
             raise
@@ -157,7 +157,7 @@ def run(file: Path) -> int:
             f"{error.name} is not installed: install tuneyard[trainer] to run jobs on this machine"
         ) from error
     base_dir = Path.cwd() if file == STDIN else file.resolve().parent
-    return trainer.run(plans, base_dir)
+    return run_locally(plans, base_dir)
 
 
 @tuneyard.command()

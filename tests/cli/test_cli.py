@@ -284,12 +284,12 @@ def test_a_refused_rendering_prints_no_half(
 
 def trainer(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
     """Puts `run` in the trainer's place."""
-    module = types.ModuleType("tuneyard_trainer.local")
+    module = types.ModuleType("tuneyard_trainer.local.run")
     module.run = run  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "tuneyard_trainer.local", module)
-    import tuneyard_trainer
+    monkeypatch.setitem(sys.modules, "tuneyard_trainer.local.run", module)
+    import tuneyard_trainer.local
 
-    monkeypatch.setattr(tuneyard_trainer, "local", module, raising=False)
+    monkeypatch.setattr(tuneyard_trainer.local, "run", module, raising=False)
 
 
 @pytest.mark.parametrize("code", [0, 1, 130])
@@ -358,10 +358,10 @@ def test_without_the_trainer_s_packages_run_says_what_to_install(
     class Missing:
         @staticmethod
         def find_spec(name: str, *_: Any) -> None:
-            if name == "tuneyard_trainer.local":
+            if name == "tuneyard_trainer.local.run":
                 raise ModuleNotFoundError("No module named 'ray'", name="ray")
 
-    monkeypatch.delitem(sys.modules, "tuneyard_trainer.local", raising=False)
+    monkeypatch.delitem(sys.modules, "tuneyard_trainer.local.run", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Missing, *sys.meta_path])
     assert cli.call(["run", MINIMAL]) == 2
     assert "ray is not installed: install tuneyard[trainer]" in capsys.readouterr().err

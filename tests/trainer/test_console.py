@@ -20,7 +20,7 @@ from tests.trainer.finished import (
 )
 from tuneyard.api.plan import Plan, StageRecord
 from tuneyard.errors import StageError
-from tuneyard_trainer.console import Console
+from tuneyard_trainer.local.console import Console
 from tuneyard_trainer.reporting.results import duration, harmless, headline, number, size
 from tuneyard_trainer.worker import Interrupted
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from tests.trainer.jobs import manifest, planned, write_data
 from tuneyard.errors import PlanError
-from tuneyard_trainer.local import localized
+from tuneyard_trainer.local.run import localized
 from tuneyard_trainer.running import torchrun
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ from types import FrameType
 
 from tuneyard.api.plan import Plan, SourceInput
 from tuneyard.errors import Fault, PlanError, StageError
-from tuneyard_trainer.console import Console
+from tuneyard_trainer.local.console import Console
 from tuneyard_trainer.running.runner import Ledger
 from tuneyard_trainer.storage.records import Store, folder_of
 from tuneyard_trainer.worker import Interrupted
