@@ -19,8 +19,9 @@ from tests.trainer.status_server import Reply, StatusServer, serving
 from tuneyard.api.plan import JobRef, Plan
 from tuneyard.api.progress import Ending
 from tuneyard.errors import StageError
-from tuneyard_trainer import drain, driver, erase
-from tuneyard_trainer.driver import ENDING_MARK, ending_of, located
+from tuneyard_trainer import drain, erase
+from tuneyard_trainer.pod import driver
+from tuneyard_trainer.pod.driver import ENDING_MARK, ending_of, located
 from tuneyard_trainer.running.distributed import Resources, number, pods_resources
 from tuneyard_trainer.storage import sources
 from tuneyard_trainer.storage.records import Store

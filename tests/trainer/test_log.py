@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 
-from tuneyard_trainer.log import Log
+from tuneyard_trainer.pod.log import Log
 
 
 def test_an_event_is_one_line_whatever_its_fields_hold() -> None:

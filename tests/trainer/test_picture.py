@@ -12,7 +12,7 @@ from tests.trainer.finished import record
 from tests.trainer.jobs import manifest, planned
 from tuneyard.api.progress import Ending, Picture, Post
 from tuneyard.api.status import Failure
-from tuneyard_trainer.picture import Story
+from tuneyard_trainer.pod.progress import Story
 
 START = 1_800_000_000.0
 

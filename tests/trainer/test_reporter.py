@@ -13,8 +13,8 @@ import pytest
 from tests.trainer.status_server import Reply, StatusServer, serving
 from tuneyard.api.progress import MAX_POST_BYTES, Ending, Picture, Post, TrainerStatus
 from tuneyard.api.status import StageStatus
-from tuneyard_trainer import reporter
-from tuneyard_trainer.reporter import Channel, Reporter
+from tuneyard_trainer.pod import reporter
+from tuneyard_trainer.pod.reporter import Channel, Reporter
 
 
 def post(step: int, ending: Ending | None = None) -> Post:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from tuneyard_trainer.driver import main
+from tuneyard_trainer.pod.driver import main
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])

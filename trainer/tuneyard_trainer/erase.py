@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tuneyard.api.plan import Plan, SourceInput
 from tuneyard.errors import StageError
-from tuneyard_trainer.driver import FOLDER, located
-from tuneyard_trainer.log import Log
+from tuneyard_trainer.pod.driver import FOLDER, located
+from tuneyard_trainer.pod.log import Log
 from tuneyard_trainer.running.failures import last_line
 from tuneyard_trainer.storage import sources
 from tuneyard_trainer.storage.records import Store

@@ -28,9 +28,9 @@ from tuneyard.api.progress import Ending
 from tuneyard.api.status import Failure
 from tuneyard.errors import StageError
 from tuneyard_trainer import drain
-from tuneyard_trainer.log import Log
-from tuneyard_trainer.picture import Story, finite
-from tuneyard_trainer.reporter import Channel, Reporter
+from tuneyard_trainer.pod.log import Log
+from tuneyard_trainer.pod.progress import Story, finite
+from tuneyard_trainer.pod.reporter import Channel, Reporter
 from tuneyard_trainer.running.failures import MOST_CHARACTERS, last_line
 from tuneyard_trainer.storage import sources
 from tuneyard_trainer.storage.records import Store

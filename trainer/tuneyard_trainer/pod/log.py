@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
-from tuneyard_trainer.picture import rfc3339
+from tuneyard_trainer.pod.progress import rfc3339
 
 
 class Log:
