@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from tuneyard.api.methods import Adapter, Lora
+from tuneyard.api.alignment import Adapter, Lora
 from tuneyard.api.plan import GrpoSettings, PlannedStage, PpoSettings, SourceInput
 from tuneyard_trainer.models import adapters, gguf_unpack
 from tuneyard_trainer.models.base import load_base, load_tokenizer

@@ -27,8 +27,8 @@ from typing import Any
 import psutil
 import torch
 
+from tuneyard.api.alignment import Adapter, Lora
 from tuneyard.api.manifest import read
-from tuneyard.api.methods import Adapter, Lora
 from tuneyard.api.plan import Plan
 from tuneyard.planning.stages import plan
 from tuneyard_trainer.data.prepared import Prepared

@@ -22,8 +22,8 @@ from rich.text import Text
 
 from tuneyard import __version__, starter
 from tuneyard.api import crd, documents, manifest
+from tuneyard.api.alignment import Adapter
 from tuneyard.api.manifest import Job
-from tuneyard.api.methods import Adapter
 from tuneyard.api.plan import (
     AssessSettings,
     CritiqueSettings,

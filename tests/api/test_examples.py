@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from tuneyard.api.alignment import Adapter
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.manifest import Job, read
-from tuneyard.api.methods import Adapter
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DATA = EXAMPLES / "data"

@@ -10,8 +10,8 @@ import pytest
 from pydantic import BaseModel
 
 from tests.planning.jobs import changed, job, manifest
+from tuneyard.api.alignment import Evaluate, Training
 from tuneyard.api.finetunejob import FineTuneJob
-from tuneyard.api.methods import Evaluate, Training
 from tuneyard.api.plan import (
     Plan,
     PlannedStage,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tuneyard.api.methods import Optimizer, Schedule
+from tuneyard.api.alignment import Optimizer, Schedule
 from tuneyard.api.plan import (
     ChatSettings,
     DatasetSettings,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.trainer.speaking import loop_settings
-from tuneyard.api.methods import Adapter
+from tuneyard.api.alignment import Adapter
 from tuneyard.api.plan import LoopSettings, TrainRuntime
 from tuneyard_trainer.models import adapters
 from tuneyard_trainer.models.base import trainable

@@ -19,7 +19,7 @@ from tests.trainer.preferring import (
     separable,
     write_pairs,
 )
-from tuneyard.api.methods import Adapter
+from tuneyard.api.alignment import Adapter
 from tuneyard.api.plan import DpoSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import base, policies

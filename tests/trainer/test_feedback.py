@@ -21,7 +21,7 @@ from tests.trainer.judge_server import (
     completion,
     prefers_greater,
 )
-from tuneyard.api.methods import JudgeEndpoint
+from tuneyard.api.alignment import JudgeEndpoint
 from tuneyard.api.plan import (
     ChatSettings,
     CritiqueSettings,

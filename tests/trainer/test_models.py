@@ -32,7 +32,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from tuneyard.api.methods import Adapter, Bottleneck, Freeze, Ia3, Lora, PrefixTuning, Qlora
+from tuneyard.api.alignment import Adapter, Bottleneck, Freeze, Ia3, Lora, PrefixTuning, Qlora
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import adapters, base, gguf_reader
 

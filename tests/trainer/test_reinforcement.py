@@ -29,7 +29,7 @@ from tests.trainer.speaking import (
     share_of,
     write_prompts,
 )
-from tuneyard.api.methods import BlowUp
+from tuneyard.api.alignment import BlowUp
 from tuneyard.api.plan import PlannedStage, TrainRuntime
 from tuneyard.errors import StageError
 from tuneyard_trainer.generation.sampling import Sampled, TransformersSampler

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from tests.trainer.chance import chi_squared
 from tests.trainer.conftest import VOCABULARY, tiny_llama
-from tuneyard.api.methods import Sampling
+from tuneyard.api.alignment import Sampling
 from tuneyard_trainer.generation import sampling
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]

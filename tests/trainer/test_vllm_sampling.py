@@ -22,7 +22,7 @@ from tests.trainer.chance import chi_squared
 from tests.trainer.conftest import VOCABULARY, tiny_llama
 from tests.trainer.ports import free_port
 from tests.trainer.speaking import grpo_stage, ppo_stage, share_of, speaking_model, write_prompts
-from tuneyard.api.methods import Adapter, Sampling
+from tuneyard.api.alignment import Adapter, Sampling
 from tuneyard.api.plan import PlannedStage
 from tuneyard.errors import StageError
 from tuneyard_trainer.generation.sampling import Sampled

@@ -6,9 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from tuneyard.api.compute import Compute, RunPolicy
-from tuneyard.api.meta import API_VERSION, Model, ObjectMeta, Rule
-from tuneyard.api.methods import (
+from tuneyard.api.alignment import (
     FREEZE_WITHOUT_ADAPTER,
     MERGE_NEEDS_LINEARITY,
     STOPPING_NEEDS_VALIDATION,
@@ -16,6 +14,8 @@ from tuneyard.api.methods import (
     Evaluate,
     Training,
 )
+from tuneyard.api.compute import Compute, RunPolicy
+from tuneyard.api.meta import API_VERSION, Model, ObjectMeta, Rule
 from tuneyard.api.sources import FineTuneData, ModelSource, Output
 from tuneyard.api.status import JobStatus
 

@@ -14,9 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tuneyard.api.compute import Compute
-from tuneyard.api.meta import Model
-from tuneyard.api.methods import (
+from tuneyard.api.alignment import (
     Adapter,
     BlowUp,
     EarlyStopping,
@@ -28,6 +26,8 @@ from tuneyard.api.methods import (
     Sampling,
     Schedule,
 )
+from tuneyard.api.compute import Compute
+from tuneyard.api.meta import Model
 from tuneyard.api.sources import DataFormat, FieldMap, Output, SecretKeyRef, SecretRef
 
 

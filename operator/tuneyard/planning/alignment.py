@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tuneyard.api.alignmentjob import AlignmentSpec
-from tuneyard.api.constitution import COMPARISON, CRITIQUE, REVISION
-from tuneyard.api.methods import (
+from tuneyard.api.alignment import (
     MERGEABLE,
     AiFeedback,
     Constitution,
@@ -26,6 +24,8 @@ from tuneyard.api.methods import (
     Sampling,
     Training,
 )
+from tuneyard.api.alignmentjob import AlignmentSpec
+from tuneyard.api.constitution import COMPARISON, CRITIQUE, REVISION
 from tuneyard.api.plan import (
     AssessSettings,
     ChatSettings,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from tuneyard.api.methods import Adapter, Evaluate, Training
+from tuneyard.api.alignment import Adapter, Evaluate, Training
 from tuneyard.api.plan import (
     DatasetSettings,
     EvaluateSettings,

@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Iterator, Sequence
 from typing import get_args
 
+from tuneyard.api.alignment import AlignmentMetric, Evaluate, Gate, Metric
 from tuneyard.api.alignmentjob import AlignmentSpec
 from tuneyard.api.finetunejob import FineTuneSpec
-from tuneyard.api.methods import AlignmentMetric, Evaluate, Gate, Metric
 from tuneyard.errors import Fault
 
 IN_VLLM = ("lora", "ia3", None)

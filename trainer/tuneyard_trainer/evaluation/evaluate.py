@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tuneyard.api.methods import Gate
+from tuneyard.api.alignment import Gate
 from tuneyard.api.plan import EvaluateSettings, PlannedStage
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prepared import Prepared

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tuneyard.api.methods import Sampling
+from tuneyard.api.alignment import Sampling
 from tuneyard.api.plan import ChatSettings, PromptSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prompts import Prompt, read_prompts, render

@@ -27,7 +27,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from tuneyard.api.methods import Sampling
+from tuneyard.api.alignment import Sampling
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import ChatFormat
 from tuneyard_trainer.generation.greedy import length_batches, prompt_tuned

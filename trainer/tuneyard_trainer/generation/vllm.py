@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tuneyard.api.methods import Sampling
+from tuneyard.api.alignment import Sampling
 from tuneyard.errors import StageError
 from tuneyard_trainer import extras
 from tuneyard_trainer.generation.sampling import Sampled, at_once, cache_room, token_bytes

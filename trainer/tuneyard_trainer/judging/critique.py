@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tuneyard.api.methods import Sampling
+from tuneyard.api.alignment import Sampling
 from tuneyard.api.plan import CritiqueSettings, PlannedStage
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import Message

@@ -22,7 +22,7 @@ from http.client import HTTPException
 from itertools import islice
 from typing import Any
 
-from tuneyard.api.methods import JudgeEndpoint
+from tuneyard.api.alignment import JudgeEndpoint
 from tuneyard.errors import StageError
 from tuneyard_trainer.judging.judges import LABELS, Ask, Reply, label_of, normalised
 

@@ -16,7 +16,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from tuneyard.api.methods import Sampling
+from tuneyard.api.alignment import Sampling
 from tuneyard.api.plan import FeedbackSettings, PlannedStage
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import Message

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from tuneyard.api.methods import Adapter, Lora, PrefixTuning, PromptTuning
+from tuneyard.api.alignment import Adapter, Lora, PrefixTuning, PromptTuning
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import bottleneck
 from tuneyard_trainer.models.base import decoder_layers, layer_indices

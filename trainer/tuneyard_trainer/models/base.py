@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from tuneyard.api.methods import Freeze, Qlora
+from tuneyard.api.alignment import Freeze, Qlora
 from tuneyard.errors import StageError
 from tuneyard_trainer import extras
 from tuneyard_trainer.models import gguf_reader

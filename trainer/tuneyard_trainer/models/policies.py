@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tuneyard.api.methods import Adapter
+from tuneyard.api.alignment import Adapter
 from tuneyard.api.plan import LoopSettings
 from tuneyard_trainer.models import adapters
 from tuneyard_trainer.models.base import freeze, load_base, save_model

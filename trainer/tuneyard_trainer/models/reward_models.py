@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tuneyard.api.methods import Adapter, Qlora
+from tuneyard.api.alignment import Adapter, Qlora
 from tuneyard.api.plan import LoopSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import adapters, policies

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tuneyard.api.methods import Adapter
+from tuneyard.api.alignment import Adapter
 from tuneyard.api.plan import LoopSettings, TrainRuntime
 from tuneyard_trainer.models import base, policies
 from tuneyard_trainer.models.policies import Reference

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tuneyard.api.methods import Sampling
+from tuneyard.api.alignment import Sampling
 from tuneyard.api.plan import GrpoSettings, PlannedStage, PpoSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.generation import answering

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from tuneyard.api.methods import RuleReward
+from tuneyard.api.alignment import RuleReward
 from tuneyard.api.plan import ChatSettings, RewardTerm
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import ChatFormat, MisfitError, rendered

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tuneyard.api.methods import Sampling
+from tuneyard.api.alignment import Sampling
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prompts import Prompt
 from tuneyard_trainer.generation.answering import Ready

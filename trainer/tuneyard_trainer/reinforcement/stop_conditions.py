@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from tuneyard.api.methods import BlowUp
+from tuneyard.api.alignment import BlowUp
 
 
 class Stop(NamedTuple):
