@@ -33,7 +33,7 @@ from operator_burst_api import NAMESPACE, Api, Object, api_server, connected, sa
 from operator_burst_process import Contender, Operator
 from rig.rig import Rig
 
-from tuneyard.api.manifest import parse as parse_job
+from tuneyard.manifests.manifest import parse as parse_job
 from tuneyard.planning.rayjob import render
 from tuneyard.planning.stages import plan
 

@@ -28,8 +28,8 @@ import psutil
 import torch
 
 from tuneyard.api.alignment import Adapter, Lora
-from tuneyard.api.manifest import read
 from tuneyard.api.plan import Plan
+from tuneyard.manifests.manifest import read
 from tuneyard.planning.stages import plan
 from tuneyard_trainer.data.prepared import Prepared
 from tuneyard_trainer.models import adapters, gguf_unpack

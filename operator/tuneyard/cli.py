@@ -20,10 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tuneyard import __version__, starter
-from tuneyard.api import crd, documents, manifest
+from tuneyard import __version__
 from tuneyard.api.alignment import Adapter
-from tuneyard.api.manifest import Job
 from tuneyard.api.plan import (
     AssessSettings,
     CritiqueSettings,
@@ -42,6 +40,8 @@ from tuneyard.api.plan import (
     TrainSettings,
 )
 from tuneyard.errors import Fault, ManifestError, PlanError, TuneyardError
+from tuneyard.manifests import crd, documents, manifest, starter
+from tuneyard.manifests.manifest import Job
 from tuneyard.planning import rayjob, stages
 from tuneyard.planning.placement import placed
 from tuneyard.remote import commands

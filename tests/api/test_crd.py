@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from tests.api.manifests import VALID, Manifest
-from tuneyard.api.crd import crds, to_yaml
-from tuneyard.api.manifest import parse
+from tuneyard.manifests.crd import crds, to_yaml
+from tuneyard.manifests.manifest import parse
 
 CRDS = crds()
 FOLDER = Path(__file__).parents[2] / "crds"

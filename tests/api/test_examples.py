@@ -16,7 +16,7 @@ import pytest
 
 from tuneyard.api.alignment import Adapter
 from tuneyard.api.finetunejob import FineTuneJob
-from tuneyard.api.manifest import Job, read
+from tuneyard.manifests.manifest import Job, read
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DATA = EXAMPLES / "data"

@@ -21,13 +21,13 @@ from tests.api.manifests import (
     changed,
 )
 from tuneyard.api.alignmentjob import AlignmentJob
-from tuneyard.api.crd import crds
-from tuneyard.api.explain import REMEDIES
-from tuneyard.api.fields import Partial, fields, mappings, nested
 from tuneyard.api.finetunejob import FineTuneJob
-from tuneyard.api.manifest import KINDS, parse, read
 from tuneyard.api.meta import Model, Rule
 from tuneyard.errors import ManifestError
+from tuneyard.manifests.crd import crds
+from tuneyard.manifests.explain import REMEDIES
+from tuneyard.manifests.fields import Partial, fields, mappings, nested
+from tuneyard.manifests.manifest import KINDS, parse, read
 
 PARTS = {
     "apiVersion": "apiVersion: tuneyard.io/v1alpha1",

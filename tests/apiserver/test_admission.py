@@ -25,11 +25,11 @@ from tests.api.manifests import (
     changed,
 )
 from tuneyard.api.alignmentjob import AlignmentJob
-from tuneyard.api.crd import crds
 from tuneyard.api.finetunejob import FineTuneJob
-from tuneyard.api.manifest import parse, read
 from tuneyard.api.meta import GROUP, VERSION
 from tuneyard.errors import ManifestError
+from tuneyard.manifests.crd import crds
+from tuneyard.manifests.manifest import parse, read
 
 if TYPE_CHECKING:
     from rig.plugin import Cluster

@@ -29,7 +29,7 @@ from tests.chart.rendering import (
 )
 from tuneyard import __version__, cli
 from tuneyard.api.compute import Compute
-from tuneyard.api.crd import crds
+from tuneyard.manifests.crd import crds
 
 Values = Mapping[str, Any]
 

@@ -15,10 +15,10 @@ import pytest
 import yaml
 
 from tests.golden.compare import GOLDEN, assert_golden
-from tuneyard import __version__, cli, starter
-from tuneyard.api import manifest
+from tuneyard import __version__, cli
 from tuneyard.api.plan import Plan
 from tuneyard.errors import StageError
+from tuneyard.manifests import manifest, starter
 
 MINIMAL = str(GOLDEN / "manifests" / "minimal.yaml")
 SUPPORT_BOT = str(GOLDEN / "manifests" / "support-bot.yaml")

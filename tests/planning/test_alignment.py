@@ -12,7 +12,6 @@ import yaml
 from tests.golden.compare import assert_golden
 from tests.planning.jobs import changed
 from tuneyard.api.alignmentjob import AlignmentJob
-from tuneyard.api.manifest import read
 from tuneyard.api.plan import (
     AssessSettings,
     DpoSettings,
@@ -27,6 +26,7 @@ from tuneyard.api.plan import (
     StageInput,
 )
 from tuneyard.errors import Fault, PlanError
+from tuneyard.manifests.manifest import read
 from tuneyard.planning.stages import plan
 from tuneyard.planning.storage import storage, storage_faults
 

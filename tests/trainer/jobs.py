@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from tuneyard.api.manifest import read
 from tuneyard.api.plan import Plan
+from tuneyard.manifests.manifest import read
 from tuneyard.planning.stages import plan
 
 COLOURS = ["red", "blue", "green", "black", "white", "grey", "brown", "pink", "gold", "teal"]

@@ -12,9 +12,9 @@ import yaml
 from transformers import AutoModelForSequenceClassification
 
 from tests.trainer.preferring import separable
-from tuneyard.api.manifest import read
 from tuneyard.api.plan import Plan
 from tuneyard.errors import StageError
+from tuneyard.manifests.manifest import read
 from tuneyard.planning.stages import plan
 from tuneyard_trainer.models import base
 from tuneyard_trainer.running import torchrun

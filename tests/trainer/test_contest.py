@@ -10,9 +10,9 @@ import pytest
 
 from tests.trainer.judge_server import QUESTION, Answer, JudgeServer, answers_of, completion
 from tests.trainer.speaking import share_of, write_prompts
-from tuneyard.api.manifest import read
 from tuneyard.api.plan import Plan
 from tuneyard.errors import StageError
+from tuneyard.manifests.manifest import read
 from tuneyard.planning.stages import plan
 from tuneyard_trainer.evaluation.win_rate import decided, pairs
 from tuneyard_trainer.judging.judges import Verdict

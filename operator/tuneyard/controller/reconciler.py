@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from tuneyard.api.manifest import parse
 from tuneyard.api.plan import Plan
 from tuneyard.api.progress import Post
 from tuneyard.api.status import AttemptStatus, JobStatus, Progress
@@ -23,6 +22,7 @@ from tuneyard.controller.queue import Again, Queue
 from tuneyard.controller.settings import Settings
 from tuneyard.controller.world import Entry, World
 from tuneyard.errors import Fault, ManifestError, PlanError
+from tuneyard.manifests.manifest import parse
 from tuneyard.planning import rayjob, stages
 from tuneyard.planning.placement import awaited_jobs, placed
 from tuneyard.planning.seen import Obstacle

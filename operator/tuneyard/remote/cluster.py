@@ -21,8 +21,8 @@ from kubernetes.config import (
     load_kube_config,
 )
 
-from tuneyard.api.explain import closest
 from tuneyard.api.meta import GROUP, VERSION
+from tuneyard.manifests.explain import closest
 from tuneyard.remote import jobs
 from tuneyard.remote.errors import NotFoundError, RemoteError, UnreachableError
 from tuneyard.remote.jobs import KINDS, Event, Found, Kind, Object, Pod

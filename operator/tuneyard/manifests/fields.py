@@ -8,7 +8,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from tuneyard.api.documents import Path
+from tuneyard.manifests.documents import Path
 
 
 def nested(annotation: Any) -> type[BaseModel] | None:

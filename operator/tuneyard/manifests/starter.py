@@ -9,10 +9,10 @@ from pathlib import Path
 
 import click
 
-from tuneyard.api.documents import Path as FieldPath
-from tuneyard.api.fields import fields, model_at
-from tuneyard.api.manifest import KINDS
 from tuneyard.api.meta import API_VERSION, NAME_LENGTH, NAME_PATTERN
+from tuneyard.manifests.documents import Path as FieldPath
+from tuneyard.manifests.fields import fields, model_at
+from tuneyard.manifests.manifest import KINDS
 
 WIDTH = 100
 _LINE = re.compile(r"(?P<indent> *)(?P<item>- )?(?P<off>#)?(?P<key>\w+):(?P<value>.*)")

@@ -13,12 +13,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from tuneyard.api.alignmentjob import AlignmentJob
-from tuneyard.api.documents import Document, Path, dotted, load
-from tuneyard.api.explain import closest, explain, same_word, shown
-from tuneyard.api.fields import Partial, all_paths, fields, keeps_null, mappings, model_at
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.meta import API_VERSION, Model
 from tuneyard.errors import Fault, ManifestError
+from tuneyard.manifests.documents import Document, Path, dotted, load
+from tuneyard.manifests.explain import closest, explain, same_word, shown
+from tuneyard.manifests.fields import Partial, all_paths, fields, keeps_null, mappings, model_at
 
 Job = FineTuneJob | AlignmentJob
 
