@@ -34,8 +34,8 @@ from operator_burst_process import Contender, Operator
 from rig.rig import Rig
 
 from tuneyard.manifests.manifest import parse as parse_job
+from tuneyard.planning.plan import plan_job
 from tuneyard.planning.rayjob import render
-from tuneyard.planning.stages import plan
 
 JOBS = f"/apis/tuneyard.io/v1alpha1/namespaces/{NAMESPACE}/finetunejobs"
 RAYJOBS = f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayjobs"
@@ -213,7 +213,7 @@ async def without_operator(rig: Rig, num_jobs: int) -> float:
 def ray_job_of(manifest: Object) -> Object:
     """What Tuneyard makes of it."""
     parsed = parse_job({**manifest, "metadata": {**manifest["metadata"], "uid": "none"}})
-    made: Object = render(plan(parsed), parsed, attempt=1).ray_job
+    made: Object = render(plan_job(parsed), parsed, attempt=1).ray_job
     made["metadata"].pop("ownerReferences")
     return made
 

@@ -30,7 +30,7 @@ import torch
 from tuneyard.api.alignment import Adapter, Lora
 from tuneyard.api.plan import Plan
 from tuneyard.manifests.manifest import read
-from tuneyard.planning.stages import plan
+from tuneyard.planning.plan import plan_job
 from tuneyard_trainer.data.prepared import Prepared
 from tuneyard_trainer.models import adapters, gguf_unpack
 from tuneyard_trainer.models.base import load_base, load_tokenizer
@@ -69,7 +69,7 @@ class Pace:
 
 def training_only(data: Path, steps: int) -> Plan:
     """The plan's prepare and sft stages."""
-    whole = plan(read(MANIFEST.format(data=data, steps=steps, batch=BATCH))[0])
+    whole = plan_job(read(MANIFEST.format(data=data, steps=steps, batch=BATCH))[0])
     return whole.model_copy(update={"stages": whole.stages[:2]})
 
 

@@ -42,8 +42,9 @@ from tuneyard.api.plan import (
 from tuneyard.errors import Fault, ManifestError, PlanError, TuneyardError
 from tuneyard.manifests import crd, documents, manifest, starter
 from tuneyard.manifests.manifest import Job
-from tuneyard.planning import rayjob, stages
+from tuneyard.planning import rayjob
 from tuneyard.planning.placement import placed
+from tuneyard.planning.plan import plan_job
 from tuneyard.remote import commands
 
 Planned = TypeVar("Planned")
@@ -115,7 +116,7 @@ def validate(files: Sequence[Path]) -> None:
 def show_plan(file: Path, as_json: bool) -> None:
     """Show the stages of a job, what was decided for you, and why."""
     console = Console(highlight=False, markup=False, emoji=False)
-    for plan in _each(_read(file), stages.plan):
+    for plan in _each(_read(file), plan_job):
         if as_json:
             click.echo(plan.to_json(), nl=False)
         else:
@@ -147,7 +148,7 @@ def run(file: Path) -> int:
     Work that is done is not repeated: a second run of the same manifest changes nothing, and a run
     that was killed goes on where it stopped.
     """
-    plans = _each(_read(file), stages.plan)
+    plans = _each(_read(file), plan_job)
     try:
         from tuneyard_trainer.local.run import run as run_locally
     except ModuleNotFoundError as error:
@@ -218,7 +219,7 @@ def operator(namespaces: str, profiles: Path | None, **settings: Any) -> int:
 
 def _rendered(job: Job, attempt: int) -> rayjob.Rendered:
     """Profiles and other jobs' models are known to the operator alone."""
-    return rayjob.render(placed(stages.plan(job), profiles={}), job, attempt=attempt)
+    return rayjob.render(placed(plan_job(job), profiles={}), job, attempt=attempt)
 
 
 # ---- reading ----------------------------------------------------------------------------------

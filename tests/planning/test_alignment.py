@@ -27,7 +27,7 @@ from tuneyard.api.plan import (
 )
 from tuneyard.errors import Fault, PlanError
 from tuneyard.manifests.manifest import read
-from tuneyard.planning.stages import plan
+from tuneyard.planning.plan import plan_job
 from tuneyard.planning.storage import storage, storage_faults
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "alignment"
@@ -50,7 +50,7 @@ def names(planned: Plan) -> list[str]:
 
 def faults(wrong: AlignmentJob) -> list[Fault]:
     with pytest.raises(PlanError) as caught:
-        plan(wrong)
+        plan_job(wrong)
     return list(caught.value.faults)
 
 
@@ -59,22 +59,22 @@ def test_the_readmes_manifests_can_be_carried_out() -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     jobs = [job for block in blocks for job in read(block)]
     assert [job.kind for job in jobs] == ["FineTuneJob", "AlignmentJob"]
-    assert all(plan(job).stages for job in jobs)
+    assert all(plan_job(job).stages for job in jobs)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_examples_plan_is_as_frozen(name: str) -> None:
-    assert_golden(f"alignment/{name}.json", plan(job(name)).to_json())
+    assert_golden(f"alignment/{name}.json", plan_job(job(name)).to_json())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_plan_survives_the_wire(name: str) -> None:
-    planned = plan(job(name))
+    planned = plan_job(job(name))
     assert Plan.model_validate_json(planned.to_json()) == planned
 
 
 def test_the_four_steps_come_in_order_each_from_the_last_ones_model() -> None:
-    planned = plan(job("ppo"))
+    planned = plan_job(job("ppo"))
     kinds = ["prepare", "sft", "pairs", "reward", "ppo", "assess", "export"]
     assert [stage.kind for stage in planned.stages] == kinds
     ppo = stage(planned, "ppo").inputs
@@ -86,13 +86,13 @@ def test_the_four_steps_come_in_order_each_from_the_last_ones_model() -> None:
 
 
 def test_later_steps_speak_as_the_first_one_was_taught() -> None:
-    pairs = stage(plan(job("ppo")), "pairs").settings
+    pairs = stage(plan_job(job("ppo")), "pairs").settings
     assert isinstance(pairs, PairsSettings)
     assert pairs.chat.system_prompt == "Hedgo help."
 
 
 def test_rounds_sample_label_and_optimise_again_from_the_last_rounds_model() -> None:
-    planned = plan(job("ai-feedback", rounds=3))
+    planned = plan_job(job("ai-feedback", rounds=3))
     assert names(planned)[3:] == [
         *("feedback-2", "pairs-2", "dpo-2"),
         *("feedback-3", "pairs-3", "dpo-3"),
@@ -105,13 +105,13 @@ def test_rounds_sample_label_and_optimise_again_from_the_last_rounds_model() -> 
 
 
 def test_what_people_prefer_is_read_once_whatever_the_rounds() -> None:
-    planned = plan(job(rounds=2))
+    planned = plan_job(job(rounds=2))
     assert names(planned) == ["pairs", "dpo", "dpo-2", "evaluate", "export"]
     assert stage(planned, "dpo-2").inputs["data"] == StageInput(stage="pairs")
 
 
 def test_revisions_are_prepared_and_trained_on_from_the_model_before() -> None:
-    planned = plan(job("constitutional"))
+    planned = plan_job(job("constitutional"))
     assert names(planned) == ["critique", "revisions", "revise", "evaluate", "export"]
     revisions = stage(planned, "revisions").inputs["train.0"]
     assert revisions == StageInput(stage="critique", file="revisions.jsonl")
@@ -120,16 +120,16 @@ def test_revisions_are_prepared_and_trained_on_from_the_model_before() -> None:
 
 def test_fine_tuning_comes_before_the_constitution_and_feeds_it() -> None:
     sft = {"data": {"train": [{"uri": "file://train.jsonl"}]}}
-    planned = plan(job("constitutional", sft=sft))
+    planned = plan_job(job("constitutional", sft=sft))
     assert stage(planned, "critique").inputs["tuned"] == StageInput(stage="sft")
     assert stage(planned, "revise").inputs["tuned"] == StageInput(stage="sft")
 
 
 def test_a_judges_key_reaches_the_workers_and_its_address_no_fingerprint() -> None:
-    planned = plan(job("ai-feedback"))
+    planned = plan_job(job("ai-feedback"))
     assert list(storage(planned).tokens) == ["TUNEYARD_SECRET_JUDGE_TOKEN"]
     path = "preferences__aiFeedback__judge__endpoint__url"
-    moved = plan(job("ai-feedback", **{path: "https://other.example/v1"}))
+    moved = plan_job(job("ai-feedback", **{path: "https://other.example/v1"}))
     first, second = stage(planned, "feedback"), stage(moved, "feedback")
     assert first.fingerprint == second.fingerprint
     assert first.runtime != second.runtime
@@ -137,9 +137,9 @@ def test_a_judges_key_reaches_the_workers_and_its_address_no_fingerprint() -> No
 
 def test_another_judge_is_another_stage() -> None:
     path = "preferences__aiFeedback__judge__endpoint__model"
-    other = plan(job("ai-feedback", **{path: "judge-small"}))
+    other = plan_job(job("ai-feedback", **{path: "judge-small"}))
     assert stage(other, "feedback").fingerprint != (
-        stage(plan(job("ai-feedback")), "feedback").fingerprint
+        stage(plan_job(job("ai-feedback")), "feedback").fingerprint
     )
 
 
@@ -147,13 +147,13 @@ def test_a_judges_key_may_not_share_a_variable_with_a_token() -> None:
     model = {"uri": "hf://org/model", "tokenSecret": {"name": "judge.token", "key": "x"}}
     path = "preferences__aiFeedback__judge__endpoint__key"
     clash = job("ai-feedback", **{"model": model, path: {"name": "judge", "key": "token.x"}})
-    messages = [fault.message for fault in storage_faults(plan(clash))]
+    messages = [fault.message for fault in storage_faults(plan_job(clash))]
     assert any("TUNEYARD_SECRET_JUDGE_TOKEN_X" in message for message in messages)
 
 
 def test_a_judge_that_is_a_model_is_an_input() -> None:
     judge = {"model": {"uri": "hf://org/judge"}}
-    planned = stage(plan(job("ai-feedback", preferences__aiFeedback__judge=judge)), "feedback")
+    planned = stage(plan_job(job("ai-feedback", preferences__aiFeedback__judge=judge)), "feedback")
     source = planned.inputs["judge"]
     assert isinstance(source, SourceInput)
     assert source.path == "spec.preferences.aiFeedback.judge.model.uri"
@@ -163,14 +163,14 @@ def test_a_judge_that_is_a_model_is_an_input() -> None:
 
 def test_default_principles_are_written_into_the_plan() -> None:
     settings = stage(
-        plan(job("ai-feedback", preferences__aiFeedback__principles=None)), "feedback"
+        plan_job(job("ai-feedback", preferences__aiFeedback__principles=None)), "feedback"
     ).settings
     assert isinstance(settings, FeedbackSettings)
     assert len(settings.principles) > 3
 
 
 def test_kto_takes_single_answers() -> None:
-    settings = stage(plan(job(optimize__dpo__loss="kto")), "pairs").settings
+    settings = stage(plan_job(job(optimize__dpo__loss="kto")), "pairs").settings
     assert isinstance(settings, PairsSettings)
     assert settings.labelled
 
@@ -185,13 +185,13 @@ def test_kto_and_ties_exclude_each_other() -> None:
     (fault,) = faults(job("ai-feedback", **tied))
     assert fault.path == "spec.preferences.aiFeedback.disagreement"
     assert "set drop or average" in fault.message
-    assert plan(job("ai-feedback", optimize__dpo__loss="kto"))
-    assert plan(job("ai-feedback", preferences__aiFeedback__disagreement="tie"))
+    assert plan_job(job("ai-feedback", optimize__dpo__loss="kto"))
+    assert plan_job(job("ai-feedback", preferences__aiFeedback__disagreement="tie"))
 
 
 @pytest.mark.parametrize("method", ["grpo", "rloo"])
 def test_a_rule_is_a_reward_without_any_model(method: str) -> None:
-    planned = plan(
+    planned = plan_job(
         job(
             preferences=None,
             rewardModel={"rule": {"exactMatch": "answer"}},
@@ -210,20 +210,20 @@ def test_a_rule_is_a_reward_without_any_model(method: str) -> None:
 
 
 def test_a_reward_model_alone_is_trained_measured_and_exported() -> None:
-    planned = plan(job(optimize=None, rewardModel={"train": {}}))
+    planned = plan_job(job(optimize=None, rewardModel={"train": {}}))
     assert names(planned) == ["pairs", "reward", "evaluate", "export"]
     assert stage(planned, "export").inputs["tuned"] == StageInput(stage="reward")
     assert "tuned" not in stage(planned, "evaluate").inputs
 
 
 def test_a_reward_model_starts_from_the_fine_tuned_model() -> None:
-    assert stage(plan(job("ppo")), "reward").inputs["tuned"] == StageInput(stage="sft")
+    assert stage(plan_job(job("ppo")), "reward").inputs["tuned"] == StageInput(stage="sft")
     unmergeable = job("ppo", adapter={"prefix": {}}, output__merge=None)
-    assert "tuned" not in stage(plan(unmergeable), "reward").inputs
+    assert "tuned" not in stage(plan_job(unmergeable), "reward").inputs
 
 
 def test_what_dpo_is_measured_by_is_its_own_scale() -> None:
-    settings = stage(plan(job(optimize__dpo__beta=0.3)), "evaluate").settings
+    settings = stage(plan_job(job(optimize__dpo__beta=0.3)), "evaluate").settings
     assert isinstance(settings, AssessSettings)
     assert settings.beta == 0.3
 
@@ -240,7 +240,7 @@ CONTEST = {
 
 
 def test_a_second_judge_is_asked_at_the_end_and_its_address_is_no_fingerprint() -> None:
-    planned = plan(job("ppo", evaluate={"contest": CONTEST}))
+    planned = plan_job(job("ppo", evaluate={"contest": CONTEST}))
     evaluate = stage(planned, "evaluate")
     assert isinstance(evaluate.settings, AssessSettings)
     contest = evaluate.settings.contest
@@ -252,14 +252,14 @@ def test_a_second_judge_is_asked_at_the_end_and_its_address_is_no_fingerprint() 
     assert evaluate.runtime.endpoint
     assert list(storage(planned).tokens) == ["TUNEYARD_SECRET_SECOND_TOKEN"]
     url = "evaluate__contest__judge__endpoint__url"
-    moved = plan(job("ppo", evaluate={"contest": CONTEST}, **{url: "https://other.example/v1"}))
+    moved = plan_job(job("ppo", evaluate={"contest": CONTEST}, **{url: "https://other.example/v1"}))
     assert stage(moved, "evaluate").fingerprint == evaluate.fingerprint
-    assert evaluate.fingerprint != stage(plan(job("ppo")), "evaluate").fingerprint
+    assert evaluate.fingerprint != stage(plan_job(job("ppo")), "evaluate").fingerprint
 
 
 def test_a_second_judge_that_is_a_model_is_an_input_of_the_evaluation_alone() -> None:
     contest = {"judge": {"model": {"uri": "hf://org/judge"}}}
-    planned = plan(job("ppo", evaluate={"contest": contest}))
+    planned = plan_job(job("ppo", evaluate={"contest": contest}))
     source = stage(planned, "evaluate").inputs["judge"]
     assert isinstance(source, SourceInput)
     assert source.path == "spec.evaluate.contest.judge.model.uri"
@@ -270,18 +270,20 @@ def test_a_gate_on_the_win_rate_needs_a_second_judge() -> None:
     gates = [{"metric": "winRate", "atLeast": 0.5}]
     (fault,) = faults(job("ppo", evaluate={"gates": gates}))
     assert "set evaluate.contest" in fault.message
-    assert plan(job("ppo", evaluate={"gates": gates, "contest": CONTEST}))
+    assert plan_job(job("ppo", evaluate={"gates": gates, "contest": CONTEST}))
 
 
 def test_auto_is_decided_by_method_and_tuning() -> None:
-    settings = stage(plan(job(optimize__dpo={}, adapter=None, output__merge=None)), "dpo").settings
+    settings = stage(
+        plan_job(job(optimize__dpo={}, adapter=None, output__merge=None)), "dpo"
+    ).settings
     assert isinstance(settings, DpoSettings)
     assert settings.training.learning_rate == 5e-7
     assert settings.training.epochs == 1
 
 
 def test_every_decision_is_told_once_whatever_the_rounds() -> None:
-    notes = plan(job("ai-feedback", optimize__dpo={})).notes
+    notes = plan_job(job("ai-feedback", optimize__dpo={})).notes
     assert len(notes) == len(set(notes)) == 3
 
 
@@ -342,7 +344,7 @@ def test_vllm_is_refused_a_policy_that_is_no_plain_weights(method: str, kind: st
 @pytest.mark.parametrize("adapter", [None, {"lora": {}}, {"ia3": {}}])
 def test_vllm_answers_for_plain_weights_and_adapters_that_merge(adapter: Any) -> None:
     engine = {"optimize__ppo__sampling__engine": "vllm"}
-    planned = plan(job("ppo", adapter=adapter, output__merge=None, **engine))
+    planned = plan_job(job("ppo", adapter=adapter, output__merge=None, **engine))
     settings = stage(planned, "ppo").settings
     assert isinstance(settings, PpoSettings)
     assert settings.sampling.engine == "vllm"
@@ -353,7 +355,7 @@ def test_terms_are_added_to_the_reward_each_by_its_weight() -> None:
         {"weight": 0.5, "rule": {"exactMatch": "answer"}},
         {"weight": -0.1, "model": {"uri": "file://models/toxicity"}},
     ]
-    planned = plan(job("ppo", rewardTerms=terms))
+    planned = plan_job(job("ppo", rewardTerms=terms))
     settings, inputs = stage(planned, "ppo").settings, stage(planned, "ppo").inputs
     assert isinstance(settings, PpoSettings)
     assert [(t.weight, t.role, t.rule and t.rule.kind) for t in settings.reward] == [

@@ -24,7 +24,7 @@ from tuneyard.api.plan import (
 from tuneyard.api.sources import FineTuneData
 from tuneyard.planning import fingerprint as module
 from tuneyard.planning.fingerprint import fingerprint
-from tuneyard.planning.stages import plan
+from tuneyard.planning.plan import plan_job
 
 
 def fingerprints(planned: Plan) -> dict[str, str]:
@@ -32,7 +32,7 @@ def fingerprints(planned: Plan) -> dict[str, str]:
 
 
 def planned(**changes: Any) -> Plan:
-    return plan(FineTuneJob.model_validate(changed(manifest("support-bot"), changes)))
+    return plan_job(FineTuneJob.model_validate(changed(manifest("support-bot"), changes)))
 
 
 STAGES = planned().stages
@@ -132,7 +132,7 @@ def test_moving_data_and_rotating_secrets_changes_no_fingerprint() -> None:
         dataset["tokenSecret"] = {"name": "rotated", "key": "token"}
     value["spec"]["model"] |= {"revision": "v2", "tokenSecret": {"name": "rotated", "key": "token"}}
     value["metadata"] = {"name": "other-name", "namespace": "team-b"}
-    moved = plan(FineTuneJob.model_validate(value))
+    moved = plan_job(FineTuneJob.model_validate(value))
     assert fingerprints(moved) == fingerprints(planned())
 
 
@@ -200,7 +200,7 @@ def aliases(model: type[BaseModel]) -> set[str]:
 
 
 def test_identity_follows_the_content_of_the_inputs() -> None:
-    stage = plan(job()).stages[0]
+    stage = plan_job(job()).stages[0]
     same = stage.identity({"model": "sha256:a", "train.0": "sha256:b"})
     assert stage.identity({"train.0": "sha256:b", "model": "sha256:a"}) == same
     assert stage.identity({"model": "sha256:a", "train.0": "sha256:c"}) != same

@@ -16,6 +16,7 @@ from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.plan import Plan
 from tuneyard.errors import Fault, PlanError
 from tuneyard.planning.placement import awaited_jobs, placed
+from tuneyard.planning.plan import plan_job
 from tuneyard.planning.rayjob import (
     Rendered,
     Reporting,
@@ -24,7 +25,6 @@ from tuneyard.planning.rayjob import (
     render,
     render_erasure,
 )
-from tuneyard.planning.stages import plan
 
 URL = "https://tuneyard.tuneyard-system.svc:8443"
 
@@ -36,7 +36,9 @@ REPORTING = Reporting(URL, CA)
 def rendered(
     job: FineTuneJob, profiles: Mapping[str, Compute] | None = None, **arguments: Any
 ) -> Rendered:
-    return render(placed(plan(job), profiles=profiles or {}), job, **{"attempt": 1, **arguments})
+    return render(
+        placed(plan_job(job), profiles=profiles or {}), job, **{"attempt": 1, **arguments}
+    )
 
 
 def faults(job: FineTuneJob, **arguments: Any) -> list[Fault]:
@@ -97,7 +99,7 @@ def test_the_rendered_objects_are_frozen(name: str) -> None:
 def test_the_config_map_holds_the_plan_and_is_immutable() -> None:
     result = rendered(job())
     assert result.config_map["immutable"] is True
-    assert Plan.model_validate_json(result.config_map["data"]["plan.json"]) == plan(job())
+    assert Plan.model_validate_json(result.config_map["data"]["plan.json"]) == plan_job(job())
 
 
 def test_attempts_of_one_plan_share_the_config_map_and_another_plan_has_its_own() -> None:
@@ -341,7 +343,7 @@ def test_every_local_path_is_refused_at_once_with_the_remedy() -> None:
 
 
 def test_another_job_s_model_is_read_from_where_that_job_left_it() -> None:
-    given = plan(job(model__uri="job://earlier"))
+    given = plan_job(job(model__uri="job://earlier"))
     assert awaited_jobs(given) == ["earlier"]
     found = placed(given, profiles={}, models={"earlier": "pvc://models/earlier/result/model"})
     assert awaited_jobs(found) == []
@@ -349,7 +351,7 @@ def test_another_job_s_model_is_read_from_where_that_job_left_it() -> None:
 
 
 def test_the_run_policy_may_change_without_changing_the_plan() -> None:
-    assert plan_digest(plan(job(runPolicy={"suspend": True}))) == plan_digest(plan(job()))
+    assert plan_digest(plan_job(job(runPolicy={"suspend": True}))) == plan_digest(plan_job(job()))
 
 
 def test_no_two_jobs_share_a_rayjob() -> None:
@@ -373,7 +375,7 @@ def test_driver_and_workers_are_drained_before_they_are_told_to_end() -> None:
 
 def test_the_erasing_pod_sees_the_output_and_nothing_else() -> None:
     given = job("support-bot")
-    made = render_erasure(placed(plan(given), profiles={}), given)
+    made = render_erasure(placed(plan_job(given), profiles={}), given)
     pod = made["spec"]["template"]["spec"]
     assert {path for path in mounts(pod) if "pvc" in path} == {"/mnt/pvc/models"}
     assert pod["automountServiceAccountToken"] is False

@@ -15,7 +15,7 @@ from tests.planning.jobs import job, manifest
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, TrainSettings
 from tuneyard.errors import Fault, PlanError
-from tuneyard.planning.stages import plan
+from tuneyard.planning.plan import plan_job
 
 VALIDATION = {"fraction": 0.1}
 
@@ -32,7 +32,7 @@ def training(planned: Plan) -> TrainSettings:
 
 def faults(wrong: FineTuneJob) -> list[Fault]:
     with pytest.raises(PlanError) as caught:
-        plan(wrong)
+        plan_job(wrong)
     return list(caught.value.faults)
 
 
@@ -40,19 +40,19 @@ def faults(wrong: FineTuneJob) -> list[Fault]:
 
 
 def test_a_job_with_held_out_rows_is_prepared_trained_evaluated_and_exported() -> None:
-    planned = plan(job(data__validation=VALIDATION))
+    planned = plan_job(job(data__validation=VALIDATION))
     assert [stage.name for stage in planned.stages] == ["prepare", "sft", "evaluate", "export"]
     assert [stage.kind for stage in planned.stages] == ["prepare", "sft", "evaluate", "export"]
 
 
 def test_pretraining_has_its_own_stage() -> None:
-    planned = plan(job(method="pretrain"))
+    planned = plan_job(job(method="pretrain"))
     assert [stage.kind for stage in planned.stages] == ["prepare", "pretrain", "export"]
     assert stage(planned, "export").inputs["tuned"] == StageInput(stage="pretrain")
 
 
 def test_each_stage_reads_the_roles_that_the_trainer_expects() -> None:
-    planned = plan(job("support-bot"))
+    planned = plan_job(job("support-bot"))
     roles = {stage.name: set(stage.inputs) for stage in planned.stages}
     assert roles == {
         "prepare": {"model", "train.0", "train.1", "validation.0"},
@@ -67,7 +67,7 @@ def test_each_stage_reads_the_roles_that_the_trainer_expects() -> None:
 
 
 def test_a_source_carries_its_secrets_and_the_field_to_blame() -> None:
-    inputs = stage(plan(job("support-bot")), "prepare").inputs
+    inputs = stage(plan_job(job("support-bot")), "prepare").inputs
     model, second, held_out = inputs["model"], inputs["train.1"], inputs["validation.0"]
     assert isinstance(model, SourceInput)
     assert isinstance(second, SourceInput)
@@ -81,13 +81,13 @@ def test_a_source_carries_its_secrets_and_the_field_to_blame() -> None:
 
 
 def test_a_model_of_another_job_stays_a_reference() -> None:
-    model = stage(plan(job(model__uri="job://earlier")), "prepare").inputs["model"]
+    model = stage(plan_job(job(model__uri="job://earlier")), "prepare").inputs["model"]
     assert isinstance(model, SourceInput)
     assert model.uri == "job://earlier"
 
 
 def test_without_held_out_rows_nothing_is_evaluated_and_a_note_says_so() -> None:
-    planned = plan(job(training__evaluationSteps=10))
+    planned = plan_job(job(training__evaluationSteps=10))
     assert [stage.name for stage in planned.stages] == ["prepare", "sft", "export"]
     assert "evaluation" not in stage(planned, "export").inputs
     note = planned.notes[-1]
@@ -96,14 +96,14 @@ def test_without_held_out_rows_nothing_is_evaluated_and_a_note_says_so() -> None
 
 
 def test_with_held_out_rows_no_note_speaks_of_them() -> None:
-    assert not any("held-out" in note for note in plan(job(data__validation=VALIDATION)).notes)
+    assert not any("held-out" in note for note in plan_job(job(data__validation=VALIDATION)).notes)
 
 
 # ---- settings -------------------------------------------------------------------------------
 
 
 def test_auto_is_resolved_and_each_decision_has_a_note() -> None:
-    planned = plan(job(adapter={"lora": {}}))
+    planned = plan_job(job(adapter={"lora": {}}))
     settings = training(planned)
     assert (settings.learning_rate, settings.batch_size, settings.epochs) == (2e-4, 16, 3.0)
     assert planned.notes[:3] == [
@@ -114,25 +114,25 @@ def test_auto_is_resolved_and_each_decision_has_a_note() -> None:
 
 
 def test_what_the_user_wrote_is_kept_and_not_noted() -> None:
-    planned = plan(job("support-bot"))
+    planned = plan_job(job("support-bot"))
     settings = training(planned)
     assert (settings.learning_rate, settings.batch_size, settings.epochs) == (1e-4, 64, 2.0)
     assert planned.notes == []
 
 
 def test_steps_instead_of_epochs_leave_epochs_open() -> None:
-    settings = training(plan(job(training__maxSteps=10)))
+    settings = training(plan_job(job(training__maxSteps=10)))
     assert (settings.epochs, settings.max_steps) == (None, 10)
 
 
 def test_frozen_parts_reach_the_training_stage() -> None:
-    settings = training(plan(job(training__freeze={"layers": "0-3", "embeddings": True})))
+    settings = training(plan_job(job(training__freeze={"layers": "0-3", "embeddings": True})))
     assert settings.freeze is not None
     assert (settings.freeze.layers, settings.freeze.embeddings) == ("0-3", True)
 
 
 def test_the_split_does_not_follow_the_training_seed() -> None:
-    one, other = plan(job(training__seed=1)), plan(job(training__seed=2))
+    one, other = plan_job(job(training__seed=1)), plan_job(job(training__seed=2))
     assert stage(one, "prepare") == stage(other, "prepare")
     assert stage(one, "sft").fingerprint != stage(other, "sft").fingerprint
 
@@ -190,14 +190,14 @@ def test_the_plan_keeps_the_manifest_and_it_gives_the_same_plan_again() -> None:
     value = manifest("support-bot")
     value["metadata"] |= {"uid": "u-1", "generation": 3, "annotations": {"a": "b"}}
     value["status"] = {"phase": "Pending"}
-    planned = plan(FineTuneJob.model_validate(value))
+    planned = plan_job(FineTuneJob.model_validate(value))
     assert planned.manifest["metadata"] == manifest("support-bot")["metadata"]
     assert "status" not in planned.manifest
-    assert plan(FineTuneJob.model_validate(planned.manifest)) == planned
+    assert plan_job(FineTuneJob.model_validate(planned.manifest)) == planned
 
 
 def test_the_manifest_in_the_plan_fills_in_defaults_and_leaves_out_what_is_not_set() -> None:
-    spec = plan(job("support-bot")).manifest["spec"]
+    spec = plan_job(job("support-bot")).manifest["spec"]
     assert spec["data"]["packing"] == "auto"
     assert "dropout" not in spec["training"]
     assert spec["training"]["optimizer"]["maxGradientNorm"] is None, (
@@ -219,14 +219,14 @@ def reversed_keys(value: Any) -> Any:
 @pytest.mark.parametrize("name", ["minimal", "support-bot"])
 def test_the_order_of_keys_changes_no_byte_of_the_plan(name: str) -> None:
     other = FineTuneJob.model_validate(reversed_keys(manifest(name)))
-    assert plan(other).to_json() == plan(job(name)).to_json()
+    assert plan_job(other).to_json() == plan_job(job(name)).to_json()
 
 
 def test_the_hash_seed_changes_no_byte_of_the_plan() -> None:
     code = (
         "import sys, json\n"
         "from tuneyard.api.finetunejob import FineTuneJob\n"
-        "from tuneyard.planning.stages import plan\n"
+        "from tuneyard.planning.plan import plan\n"
         "sys.stdout.write(plan(FineTuneJob.model_validate(json.load(sys.stdin))).to_json())\n"
     )
     plans = {
@@ -240,17 +240,17 @@ def test_the_hash_seed_changes_no_byte_of_the_plan() -> None:
         ).stdout
         for seed in ("1", "2")
     }
-    assert plans == {plan(job("support-bot")).to_json()}
+    assert plans == {plan_job(job("support-bot")).to_json()}
 
 
 @pytest.mark.parametrize("name", ["minimal", "support-bot"])
 def test_the_plan_is_frozen(name: str) -> None:
-    assert_golden(f"plans/{name}.json", plan(job(name)).to_json())
+    assert_golden(f"plans/{name}.json", plan_job(job(name)).to_json())
 
 
 @pytest.mark.parametrize("name", ["minimal", "support-bot"])
 def test_a_plan_survives_the_wire(name: str) -> None:
-    planned = plan(job(name))
+    planned = plan_job(job(name))
     assert Plan.model_validate_json(planned.to_json()) == planned
 
 

@@ -11,13 +11,13 @@ from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.meta import Condition
 from tuneyard.api.progress import Ending, Post
 from tuneyard.api.status import AttemptStatus, Failure, JobStatus, Result
+from tuneyard.planning.plan import plan_job
 from tuneyard.planning.seen import Obstacle, Pod, RayJob, Seen, Trouble, Workload
-from tuneyard.planning.stages import plan
 from tuneyard.planning.status import Decision, Planned, observe
 from tuneyard.planning.story import Event, told
 
 UID = "job-uid"
-PLAN = plan(golden_job())
+PLAN = plan_job(golden_job())
 """The run policy is no part of a plan, so one serves all."""
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from tuneyard.api.plan import Plan
 from tuneyard.manifests.manifest import read
-from tuneyard.planning.stages import plan
+from tuneyard.planning.plan import plan_job
 
 COLOURS = ["red", "blue", "green", "black", "white", "grey", "brown", "pink", "gold", "teal"]
 
@@ -53,4 +53,4 @@ def manifest(model_dir: Path, output: str = "out", **spec: Any) -> dict[str, Any
 
 
 def planned(value: dict[str, Any]) -> Plan:
-    return plan(read(yaml.safe_dump(value))[0])
+    return plan_job(read(yaml.safe_dump(value))[0])

@@ -15,7 +15,7 @@ from tests.trainer.preferring import separable
 from tuneyard.api.plan import Plan
 from tuneyard.errors import StageError
 from tuneyard.manifests.manifest import read
-from tuneyard.planning.stages import plan
+from tuneyard.planning.plan import plan_job
 from tuneyard_trainer.models import base
 from tuneyard_trainer.running import torchrun
 
@@ -56,7 +56,7 @@ def aligned(model: Path, **spec: Any) -> Plan:
         | spec,
     }
     value["spec"] = {key: part for key, part in value["spec"].items() if part is not None}
-    return plan(read(yaml.safe_dump(value))[0])
+    return plan_job(read(yaml.safe_dump(value))[0])
 
 
 def walk(planned: Plan, folder: Path, output: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tests.trainer.speaking import share_of, write_prompts
 from tuneyard.api.plan import Plan
 from tuneyard.errors import StageError
 from tuneyard.manifests.manifest import read
-from tuneyard.planning.stages import plan
+from tuneyard.planning.plan import plan_job
 from tuneyard_trainer.evaluation.win_rate import decided, pairs
 from tuneyard_trainer.judging.judges import Verdict
 from tuneyard_trainer.reinforcement import rewards
@@ -83,7 +83,7 @@ def job(folder: Path, model: Path, contest: dict[str, Any], **evaluate: Any) -> 
             "output": {"uri": "file://out"},
         },
     }
-    return plan(read(json.dumps(value))[0])
+    return plan_job(read(json.dumps(value))[0])
 
 
 def run(planned: Plan, folder: Path) -> dict[str, Any]:

@@ -23,8 +23,9 @@ from tuneyard.controller.settings import Settings
 from tuneyard.controller.world import Entry, World
 from tuneyard.errors import Fault, ManifestError, PlanError
 from tuneyard.manifests.manifest import parse
-from tuneyard.planning import rayjob, stages
+from tuneyard.planning import rayjob
 from tuneyard.planning.placement import awaited_jobs, placed
+from tuneyard.planning.plan import plan_job
 from tuneyard.planning.seen import Obstacle
 from tuneyard.planning.status import Decision, Job, Planned, Waiting, is_finished, observe
 from tuneyard.planning.story import Event, told
@@ -173,7 +174,7 @@ class Reconciler:
     async def _planned(self, key: Key, job: Job) -> Planned:
         """The plan, or why there is none."""
         try:
-            plan = stages.plan(job)
+            plan = plan_job(job)
             models: dict[str, str] = {}
             for name in awaited_jobs(plan):
                 found = await self._model_of(key, name)

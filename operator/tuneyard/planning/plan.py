@@ -25,7 +25,7 @@ from tuneyard.planning.drafts import (
 from tuneyard.planning.limits import fine_tuning_faults
 
 
-def plan(job: FineTuneJob | AlignmentJob) -> Plan:
+def plan_job(job: FineTuneJob | AlignmentJob) -> Plan:
     """A job's stages, in order. Raises PlanError with every part that cannot be carried out."""
     drafts, notes = (
         alignment.draft(job.spec) if isinstance(job, AlignmentJob) else _fine_tuning(job.spec)
