@@ -35,7 +35,7 @@ from rig.rig import Rig
 
 from tuneyard.manifests.manifest import parse as parse_job
 from tuneyard.planning.plan import plan_job
-from tuneyard.planning.rayjob import render
+from tuneyard.rendering.rayjob import render
 
 JOBS = f"/apis/tuneyard.io/v1alpha1/namespaces/{NAMESPACE}/finetunejobs"
 RAYJOBS = f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayjobs"

@@ -42,10 +42,10 @@ from tuneyard.api.plan import (
 from tuneyard.errors import Fault, ManifestError, PlanError, TuneyardError
 from tuneyard.manifests import crd, documents, manifest, starter
 from tuneyard.manifests.manifest import Job
-from tuneyard.planning import rayjob
-from tuneyard.planning.placement import placed
 from tuneyard.planning.plan import plan_job
 from tuneyard.remote import commands
+from tuneyard.rendering import rayjob
+from tuneyard.rendering.placement import placed
 
 Planned = TypeVar("Planned")
 _Command = TypeVar("_Command", bound=Callable[..., Any])

@@ -28,7 +28,7 @@ from tuneyard.api.plan import (
 from tuneyard.errors import Fault, PlanError
 from tuneyard.manifests.manifest import read
 from tuneyard.planning.plan import plan_job
-from tuneyard.planning.storage import storage, storage_faults
+from tuneyard.rendering.storage import storage, storage_faults
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "alignment"
 NAMES = ("ai-feedback", "constitutional", "dpo", "grpo", "ppo", "rloo")

@@ -15,9 +15,9 @@ from tuneyard.api.compute import Compute
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.plan import Plan
 from tuneyard.errors import Fault, PlanError
-from tuneyard.planning.placement import awaited_jobs, placed
 from tuneyard.planning.plan import plan_job
-from tuneyard.planning.rayjob import (
+from tuneyard.rendering.placement import awaited_jobs, placed
+from tuneyard.rendering.rayjob import (
     Rendered,
     Reporting,
     plan_digest,

@@ -22,7 +22,6 @@ from tests.planning.world import (
 from tuneyard.api.progress import Ending, Post
 from tuneyard.api.status import Result, StageStatus
 from tuneyard.errors import Fault, PlanError
-from tuneyard.planning.rayjob import GRACE_SECONDS
 from tuneyard.planning.seen import Obstacle, Trouble, Workload
 from tuneyard.planning.status import (
     MAX_ATTEMPTS,
@@ -32,6 +31,7 @@ from tuneyard.planning.status import (
     is_finished,
     wants_stop,
 )
+from tuneyard.rendering.rayjob import GRACE_SECONDS
 
 
 def world(**policy: Any) -> World:

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from tuneyard.api.compute import Compute
 from tuneyard.errors import Fault, ManifestError
-from tuneyard.planning.rayjob import DEFAULT_IMAGE
+from tuneyard.rendering.rayjob import DEFAULT_IMAGE
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ from tuneyard.api.status import (
 from tuneyard.errors import PlanError
 from tuneyard.planning import causes
 from tuneyard.planning.causes import Cause
-from tuneyard.planning.rayjob import GRACE_SECONDS, plan_digest, ray_job_name
 from tuneyard.planning.reported import DONE, merged, progress_of, rfc3339, with_loss
 from tuneyard.planning.seen import RayJob, Seen
+from tuneyard.rendering.rayjob import GRACE_SECONDS, plan_digest, ray_job_name
 
 Job = FineTuneJob | AlignmentJob
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from tuneyard.api.compute import Compute
 from tuneyard.api.plan import Plan, SourceInput
 from tuneyard.errors import PlanError
-from tuneyard.planning.compute import compute_faults, with_profile
-from tuneyard.planning.storage import storage_faults
+from tuneyard.rendering.compute import compute_faults, with_profile
+from tuneyard.rendering.storage import storage_faults
 
 JOB = "job://"
 

@@ -17,8 +17,8 @@ from tuneyard.api.compute import Compute
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.meta import GROUP, VERSION
 from tuneyard.api.plan import Plan, digest
-from tuneyard.planning.compute import Workers, workers
-from tuneyard.planning.storage import Storage, storage
+from tuneyard.rendering.compute import Workers, workers
+from tuneyard.rendering.storage import Storage, storage
 
 Object = dict[str, Any]
 
