@@ -9,18 +9,18 @@ import pytest
 
 from tests.planning.world import INTERRUPTED, failed
 from tuneyard.api.progress import Ending
-from tuneyard.planning import causes, seen
-from tuneyard.planning.causes import Cause
-from tuneyard.planning.seen import Obstacle, Pod, Seen, Workload
+from tuneyard.status import observed, reasons
+from tuneyard.status.observed import Obstacle, Pod, Seen, Workload
+from tuneyard.status.reasons import Cause
 
 Object = dict[str, Any]
 LABELS = {"tuneyard.io/job": "bot", "tuneyard.io/kind": "FineTuneJob", "tuneyard.io/attempt": "2"}
 START = "2030-01-01T00:00:00Z"
 
 
-def ray_job(**status: Any) -> seen.RayJob:
+def ray_job(**status: Any) -> observed.RayJob:
     owner = {"kind": "FineTuneJob", "name": "bot", "uid": "job-uid", "controller": True}
-    return seen.ray_job(
+    return observed.ray_job(
         {
             "metadata": {
                 "name": "bot-2",
@@ -50,7 +50,7 @@ def pod_json(role: str = "worker", attempt: str = "2", **status: Any) -> Object:
 
 
 def pod(role: str = "worker", attempt: str = "2", **status: Any) -> Pod:
-    return seen.pod(pod_json(role, attempt, **status))
+    return observed.pod(pod_json(role, attempt, **status))
 
 
 def container(name: str = "ray-worker", **state: Any) -> Object:
@@ -112,7 +112,7 @@ class TestReading:
         assert (read.cluster, read.start_time, read.cluster_failure) == ("bot-2-l9d4c", START, "")
 
     def test_a_ray_job_that_kuberay_has_not_seen_yet(self) -> None:
-        read = seen.ray_job({"metadata": {"name": "bot-2", "uid": "u"}})
+        read = observed.ray_job({"metadata": {"name": "bot-2", "uid": "u"}})
         assert (read.attempt, read.owner, read.running, read.ended) == (0, None, False, False)
 
     @pytest.mark.parametrize(
@@ -137,8 +137,8 @@ class TestReading:
     def test_the_roles_of_pods(self) -> None:
         job = {**LABELS, "job-name": "bot-2"}
         shared = {"tuneyard.io/job": "eraser"}
-        submitter = seen.pod({"metadata": {"name": "eraser-1-x", "labels": job}})
-        erase = seen.pod({"metadata": {"name": "eraser-erase-x", "labels": shared}})
+        submitter = observed.pod({"metadata": {"name": "eraser-1-x", "labels": job}})
+        erase = observed.pod({"metadata": {"name": "eraser-erase-x", "labels": shared}})
         assert [pod("head").role, pod().role] == ["head", "worker"]
         assert [submitter.role, erase.role] == ["submitter", "erase"]
 
@@ -151,14 +151,16 @@ class TestReading:
         reserved = {"type": "QuotaReserved", "status": "False", "message": "insufficient quota"}
         evicted = {"type": "Evicted", "status": "True", "message": "Preempted to accommodate x"}
         item: Object = {"status": {"conditions": [reserved]}}
-        assert seen.workload(item) == Workload(False, "insufficient quota")
+        assert observed.workload(item) == Workload(False, "insufficient quota")
         item["status"]["conditions"].append(evicted)
-        assert seen.workload(item) == Workload(False, "Preempted to accommodate x")
+        assert observed.workload(item) == Workload(False, "Preempted to accommodate x")
         admitted = {"type": "Admitted", "status": "True"}
         reserved = {"type": "QuotaReserved", "status": "True", "message": "Quota reserved in all"}
         item["status"]["conditions"] = [reserved, admitted, {**evicted, "status": "False"}]
-        assert seen.workload(item) == Workload(True, ""), "it says why it waits, and it does not"
-        assert seen.workload({}) == Workload(False, "")
+        assert observed.workload(item) == Workload(True, ""), (
+            "it says why it waits, and it does not"
+        )
+        assert observed.workload({}) == Workload(False, "")
 
 
 # ---- ends ---------------------------------------------------------------------------------------
@@ -183,32 +185,32 @@ class TestEnds:
         ending = failed("WorkerDied", retryable=True)
         for world in (Seen(pods=tuple(pods)), Seen(gone=tuple(pods))):
             for order in (world, replace(world, pods=world.pods[::-1], gone=world.gone[::-1])):
-                cause = causes.of_end(FAILED, order, ending)
+                cause = reasons.of_end(FAILED, order, ending)
                 assert (cause.reason, cause.retryable) == (reason, retryable)
 
     def test_memory_names_the_container_the_pod_and_the_field(self) -> None:
-        cause = causes.of_end(FAILED, Seen(pods=(OOM,)), None)
+        cause = reasons.of_end(FAILED, Seen(pods=(OOM,)), None)
         assert "container ray-worker of pod bot-2-l9d4c-worker" in cause.message
         assert "compute.memory" in cause.advice
-        head = causes.of_end(FAILED, Seen(pods=(terminated("OOMKilled", 137, "head"),)), None)
+        head = reasons.of_end(FAILED, Seen(pods=(terminated("OOMKilled", 137, "head"),)), None)
         assert "platform team" in head.advice
 
     def test_pods_of_other_attempts_and_submitters_prove_nothing(self) -> None:
         other = OOM._replace(attempt=1)
         submitter = OOM._replace(role="submitter")
-        cause = causes.of_end(FAILED, Seen(pods=(other, submitter)), None)
+        cause = reasons.of_end(FAILED, Seen(pods=(other, submitter)), None)
         assert cause.reason == "DriverError"
 
     def test_a_driver_that_knows_is_believed(self) -> None:
         advice = "Lower training.learningRate."
         ending = failed("LossNotFinite", advice=advice)
-        cause = causes.of_end(FAILED, Seen(pods=(OOM, PREEMPTED)), ending)
+        cause = reasons.of_end(FAILED, Seen(pods=(OOM, PREEMPTED)), ending)
         assert cause == Cause("LossNotFinite", "it was LossNotFinite", advice, retryable=False)
 
     def test_an_interrupted_driver_was_preempted(self) -> None:
-        assert causes.of_ending(INTERRUPTED).reason == "Preempted"
+        assert reasons.of_ending(INTERRUPTED).reason == "Preempted"
         told = failed("Preempted").model_copy(update={"state": "Interrupted"})
-        assert causes.of_ending(told) == Cause("Preempted", "it was Preempted", retryable=True)
+        assert reasons.of_ending(told) == Cause("Preempted", "it was Preempted", retryable=True)
 
     @pytest.mark.parametrize(
         ("status", "reason", "retryable"),
@@ -255,7 +257,7 @@ class TestEnds:
     )
     def test_kuberays_word_is_last(self, status: Object, reason: str, retryable: bool) -> None:
         ray = ray_job(**{"jobStatus": "FAILED", "jobDeploymentStatus": "Failed", **status})
-        cause = causes.of_end(ray, Seen(), None)
+        cause = reasons.of_end(ray, Seen(), None)
         assert (cause.reason, cause.retryable) == (reason, retryable)
 
     def test_pods_that_kuberay_took_away_still_say_why_they_did_not_start(self) -> None:
@@ -269,7 +271,7 @@ class TestEnds:
         ray = ray_job(
             jobStatus="", jobDeploymentStatus="Failed", reason="PreRunningDeadlineExceeded"
         )
-        assert causes.of_end(ray, Seen(gone=(gone,)), None).reason == "Unschedulable"
+        assert reasons.of_end(ray, Seen(gone=(gone,)), None).reason == "Unschedulable"
 
     def test_of_a_log_only_the_last_line_is_told(self) -> None:
         log = (
@@ -277,18 +279,18 @@ class TestEnds:
             "20,000 chars):\n" + "Traceback (most recent call last):\n" * 200 + "ValueError: no\n\n"
         )
         ray = ray_job(jobStatus="FAILED", message=log)
-        assert causes.of_end(ray, Seen(), None).message == "ValueError: no"
+        assert reasons.of_end(ray, Seen(), None).message == "ValueError: no"
         assert len(ray.message) <= 4096
 
     def test_a_ray_job_that_is_gone_was_deleted_unless_pods_say_otherwise(self) -> None:
-        assert causes.of_loss(Seen(), 2).reason == "RayJobDeleted"
-        assert causes.of_loss(Seen(gone=(PREEMPTED,)), 2).reason == "Preempted"
-        assert causes.of_loss(Seen(gone=(PREEMPTED,)), 3).reason == "RayJobDeleted"
+        assert reasons.of_loss(Seen(), 2).reason == "RayJobDeleted"
+        assert reasons.of_loss(Seen(gone=(PREEMPTED,)), 2).reason == "Preempted"
+        assert reasons.of_loss(Seen(gone=(PREEMPTED,)), 3).reason == "RayJobDeleted"
 
 
 class TestLastWords:
     def words(self, text: str) -> Ending | None:
-        return causes.last_words(ray_job(jobStatus="FAILED", message=text))
+        return reasons.last_words(ray_job(jobStatus="FAILED", message=text))
 
     def test_the_last_marked_line_counts(self) -> None:
         first, last = failed("First"), failed("Last", retryable=True)
@@ -313,7 +315,7 @@ class TestLastWords:
         assert self.words(text) is None
 
     def test_no_ray_job_no_words(self) -> None:
-        assert causes.last_words(None) is None
+        assert reasons.last_words(None) is None
 
 
 # ---- attempts that do not start -----------------------------------------------------------------
@@ -321,7 +323,7 @@ class TestLastWords:
 
 def waiting(*pods: Pod, cluster: Object | None = None, warnings: tuple[str, ...] = ()) -> Cause:
     ray = ray_job(jobStatus="", jobDeploymentStatus="Initializing", rayClusterStatus=cluster or {})
-    return causes.of_waiting(ray, Seen(pods=pods, warnings=warnings))
+    return reasons.of_waiting(ray, Seen(pods=pods, warnings=warnings))
 
 
 def unscheduled(message: str, reason: str = "Unschedulable") -> Pod:
@@ -406,10 +408,10 @@ class TestWaiting:
     def test_a_container_without_the_memory_to_start_is_found_among_those_replaced(self) -> None:
         ray = ray_job(jobStatus="", jobDeploymentStatus="Initializing")
         for world in (Seen(pods=(OOM,)), Seen(gone=(OOM,), pods=(pod(phase="Pending"),))):
-            cause = causes.of_waiting(ray, world)
+            cause = reasons.of_waiting(ray, world)
             assert cause.reason == "OutOfMemory"
             assert "compute.memory" in cause.advice
-        assert causes.of_waiting(ray, Seen(gone=(EVICTED,))).reason == "StartTimeout"
+        assert reasons.of_waiting(ray, Seen(gone=(EVICTED,))).reason == "StartTimeout"
 
     def test_pods_that_are_starting_say_nothing(self) -> None:
         assert waiting(pod(phase="Pending")).reason == "StartTimeout"
@@ -455,6 +457,6 @@ class TestWaiting:
     ],
 )
 def test_what_the_api_server_refuses(obstacle: Obstacle, reason: str, advice: str) -> None:
-    cause = causes.of_obstacle(obstacle)
+    cause = reasons.of_obstacle(obstacle)
     assert cause.reason == reason
     assert advice in cause.advice

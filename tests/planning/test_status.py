@@ -22,8 +22,8 @@ from tests.planning.world import (
 from tuneyard.api.progress import Ending, Post
 from tuneyard.api.status import Result, StageStatus
 from tuneyard.errors import Fault, PlanError
-from tuneyard.planning.seen import Obstacle, Trouble, Workload
-from tuneyard.planning.status import (
+from tuneyard.rendering.rayjob import GRACE_SECONDS
+from tuneyard.status.observe import (
     MAX_ATTEMPTS,
     PODS_SECONDS,
     Decision,
@@ -31,7 +31,7 @@ from tuneyard.planning.status import (
     is_finished,
     wants_stop,
 )
-from tuneyard.rendering.rayjob import GRACE_SECONDS
+from tuneyard.status.observed import Obstacle, Trouble, Workload
 
 
 def world(**policy: Any) -> World:

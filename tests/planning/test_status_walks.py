@@ -12,8 +12,8 @@ import pytest
 
 from tests.planning.world import INTERRUPTED, PLAN, SUCCESS, Died, World, failed, new_job, pod, post
 from tuneyard.api.status import JobStatus
-from tuneyard.planning.seen import Obstacle, Seen, Trouble, Workload
-from tuneyard.planning.status import Decision, observe
+from tuneyard.status.observe import Decision, observe
+from tuneyard.status.observed import Obstacle, Seen, Trouble, Workload
 
 # ---- random walks -------------------------------------------------------------------------------
 

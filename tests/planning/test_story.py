@@ -7,9 +7,9 @@ from typing import Any
 from tests.planning.world import INTERRUPTED, SUCCESS, World, failed, new_job, pod, post
 from tuneyard.api.status import JobStatus
 from tuneyard.errors import Fault, PlanError
-from tuneyard.planning.seen import Trouble, Workload
-from tuneyard.planning.status import Waiting
-from tuneyard.planning.story import MOST_BYTES, Event, told
+from tuneyard.status.events import MOST_BYTES, Event, told
+from tuneyard.status.observe import Waiting
+from tuneyard.status.observed import Trouble, Workload
 
 
 def world(**policy: Any) -> World:

@@ -12,9 +12,9 @@ from tuneyard.api.meta import Condition
 from tuneyard.api.progress import Ending, Post
 from tuneyard.api.status import AttemptStatus, Failure, JobStatus, Result
 from tuneyard.planning.plan import plan_job
-from tuneyard.planning.seen import Obstacle, Pod, RayJob, Seen, Trouble, Workload
-from tuneyard.planning.status import Decision, Planned, observe
-from tuneyard.planning.story import Event, told
+from tuneyard.status.events import Event, told
+from tuneyard.status.observe import Decision, Planned, observe
+from tuneyard.status.observed import Obstacle, Pod, RayJob, Seen, Trouble, Workload
 
 UID = "job-uid"
 PLAN = plan_job(golden_job())

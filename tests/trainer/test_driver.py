@@ -373,6 +373,6 @@ def names() -> Iterator[str]:
 
 
 def test_the_driver_and_the_operator_agree_on_the_mark() -> None:
-    from tuneyard.planning import causes
+    from tuneyard.status import reasons
 
-    assert driver.ENDING_MARK == causes.ENDING_MARK
+    assert driver.ENDING_MARK == reasons.ENDING_MARK

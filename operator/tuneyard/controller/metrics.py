@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.status import JobStatus
-from tuneyard.planning.status import Job
+from tuneyard.status.observe import Job
 
 REGISTRY = CollectorRegistry(auto_describe=True)
 

@@ -22,9 +22,9 @@ from tuneyard.controller import metrics
 from tuneyard.controller.cluster import ApiError, Cluster, Key
 from tuneyard.controller.reconciler import Reconciler
 from tuneyard.controller.world import key_of_part
-from tuneyard.planning.seen import attempt_of
-from tuneyard.planning.status import is_finished, wants_stop
 from tuneyard.rendering import rayjob
+from tuneyard.status.observe import is_finished, wants_stop
+from tuneyard.status.observed import attempt_of
 
 _KINDS = {"finetunejobs": "FineTuneJob", "alignmentjobs": "AlignmentJob"}
 _ROUTE = "/v1alpha1/namespaces/{namespace}/{plural}/{name}/progress"

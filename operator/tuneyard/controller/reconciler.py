@@ -24,11 +24,11 @@ from tuneyard.controller.world import Entry, World
 from tuneyard.errors import Fault, ManifestError, PlanError
 from tuneyard.manifests.manifest import parse
 from tuneyard.planning.plan import plan_job
-from tuneyard.planning.seen import Obstacle
-from tuneyard.planning.status import Decision, Job, Planned, Waiting, is_finished, observe
-from tuneyard.planning.story import Event, told
 from tuneyard.rendering import rayjob
 from tuneyard.rendering.placement import awaited_jobs, placed
+from tuneyard.status.events import Event, told
+from tuneyard.status.observe import Decision, Job, Planned, Waiting, is_finished, observe
+from tuneyard.status.observed import Obstacle
 
 PROGRESS_SECONDS = 10.0
 """Least time between two status writes of one job that tell of progress alone."""

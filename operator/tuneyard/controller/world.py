@@ -17,8 +17,8 @@ from tuneyard.api.progress import Post
 from tuneyard.api.status import AttemptStatus
 from tuneyard.controller import metrics
 from tuneyard.controller.cluster import Key
-from tuneyard.planning import seen
-from tuneyard.planning.seen import Obstacle, Pod, RayJob, Seen, Workload
+from tuneyard.status import observed
+from tuneyard.status.observed import Obstacle, Pod, RayJob, Seen, Workload
 
 Object = dict[str, Any]
 
@@ -121,17 +121,17 @@ class World:
 
     def see_ray_job(self, key: Key, item: Object, *, deleted: bool) -> bool:
         """Whether anything changed that decisions look at."""
-        return _see(self.entry(key).ray_jobs, item, seen.ray_job(item), deleted=deleted)
+        return _see(self.entry(key).ray_jobs, item, observed.ray_job(item), deleted=deleted)
 
     def expect_ray_job(self, key: Key, item: Object) -> None:
         """Takes a RayJob as it was sent, without a status. It may have been there before, with a
         status that a watch has told meanwhile: that stays."""
         known = self.entry(key).ray_jobs
-        known.setdefault(item["metadata"]["name"], (version(item), seen.ray_job(item)))
+        known.setdefault(item["metadata"]["name"], (version(item), observed.ray_job(item)))
 
     def see_pod(self, key: Key, item: Object, *, deleted: bool) -> bool:
         """Whether anything changed that decisions look at."""
-        entry, pod = self.entry(key), seen.pod(item)
+        entry, pod = self.entry(key), observed.pod(item)
         is_evidence = deleted and bool(pod.troubles)
         if is_evidence:
             entry.gone[pod.name] = pod
@@ -141,15 +141,15 @@ class World:
         workloads = self.entry(key).workloads
         workloads.pop(ray_job, None)
         if not deleted:
-            workloads[ray_job] = seen.workload(item)
+            workloads[ray_job] = observed.workload(item)
 
     def read_afresh(self, key: Key, ray_jobs: Iterable[Object], pods: Iterable[Object]) -> None:
         """Puts what was read in the place of what watches told: they may have missed something."""
         entry = self.entry(key)
         entry.ray_jobs = {
-            item["metadata"]["name"]: (version(item), seen.ray_job(item)) for item in ray_jobs
+            item["metadata"]["name"]: (version(item), observed.ray_job(item)) for item in ray_jobs
         }
-        known = {item["metadata"]["name"]: (version(item), seen.pod(item)) for item in pods}
+        known = {item["metadata"]["name"]: (version(item), observed.pod(item)) for item in pods}
         for name, (_, pod) in entry.pods.items():
             if name not in known and pod.troubles:
                 entry.gone[name] = pod

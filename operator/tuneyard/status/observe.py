@@ -26,11 +26,11 @@ from tuneyard.api.status import (
     StageStatus,
 )
 from tuneyard.errors import PlanError
-from tuneyard.planning import causes
-from tuneyard.planning.causes import Cause
-from tuneyard.planning.reported import DONE, merged, progress_of, rfc3339, with_loss
-from tuneyard.planning.seen import RayJob, Seen
 from tuneyard.rendering.rayjob import GRACE_SECONDS, plan_digest, ray_job_name
+from tuneyard.status import reasons
+from tuneyard.status.observed import RayJob, Seen
+from tuneyard.status.reasons import Cause
+from tuneyard.status.reported import DONE, merged, progress_of, rfc3339, with_loss
 
 Job = FineTuneJob | AlignmentJob
 
@@ -182,9 +182,9 @@ class _Observer:
         """Why the last attempt's processes vanished: a driver can tell of a worker's death before
         the kubelet tells of its cause."""
         last = self._attempt
-        if last is None or last.reason not in causes.WORDLESS:
+        if last is None or last.reason not in reasons.WORDLESS:
             return None
-        return causes.of_killing(self.seen, last.number)
+        return reasons.of_killing(self.seen, last.number)
 
     def _wait_for_pods(self) -> None:
         """What is left of earlier attempts must be gone before anything else happens."""
@@ -254,11 +254,11 @@ class _Observer:
         if ray is None:
             return self._without_ray_job(attempt)
         if ray.deleting:
-            return self._close(self._wish(attempt) or causes.of_loss(self.seen, attempt.number))
+            return self._close(self._wish(attempt) or reasons.of_loss(self.seen, attempt.number))
         if attempt.running_at and ray.withdrawn:
             text = self._queues_word() or "it suspended the RayJob"
             self._condition("Admitted", False, "Queued", text)
-            return self._close(causes.PREEMPTED._replace(message=f"the queue took over: {text}"))
+            return self._close(reasons.PREEMPTED._replace(message=f"the queue took over: {text}"))
         self._describe(attempt, ray)
         return self._stop_or_go_on(self._attempt or attempt, ray)
 
@@ -275,7 +275,7 @@ class _Observer:
         self, attempt: AttemptStatus, ray: RayJob | None, ending: Ending | None
     ) -> Cause:
         """That the attempt was asked to end, unless it failed for good by itself meanwhile."""
-        cause = causes.of_end(ray, self.seen, ending)
+        cause = reasons.of_end(ray, self.seen, ending)
         is_final = ending is not None and ending.state == "Failed" and not cause.retryable
         return cause if is_final else self._wish(attempt) or cause
 
@@ -286,11 +286,11 @@ class _Observer:
             if rest > 0 and not is_replaced:
                 self.wake.append(rest)
                 return self._decision()
-            return self._close(self._wish(attempt) or causes.of_loss(self.seen, attempt.number))
+            return self._close(self._wish(attempt) or reasons.of_loss(self.seen, attempt.number))
         if wish := self._wish(attempt):
             return self._close(wish)
         if obstacle := self.seen.obstacle:
-            cause = causes.of_obstacle(obstacle)
+            cause = reasons.of_obstacle(obstacle)
             if obstacle.code == 422 or self._too_late(_time(attempt.started_at)):
                 return self._close(cause._replace(retryable=False))
             self._condition("Running", False, cause.reason, cause.message)
@@ -313,7 +313,7 @@ class _Observer:
             self._condition("Running", False, "Queued", "waiting for the queue")
         else:
             self._phase("Pending")
-            cause = causes.of_waiting(ray, self.seen)
+            cause = reasons.of_waiting(ray, self.seen)
             known = cause.reason != "StartTimeout"
             told = (cause.reason, cause.message) if known else _STARTING
             self._condition("Running", False, *told)
@@ -345,7 +345,7 @@ class _Observer:
             return self._decision()
         is_starting = attempt.running_at is None and not ray.suspended
         if is_starting:
-            cause = causes.of_waiting(ray, self.seen)
+            cause = reasons.of_waiting(ray, self.seen)
             is_hopeless = cause.reason == "OutOfMemory"  # the next pod would need as much
             if self._too_late(self._could_start_at(attempt, ray)) or is_hopeless:
                 return self._close(cause._replace(retryable=False))
@@ -387,7 +387,7 @@ class _Observer:
     def _ending(self, attempt: AttemptStatus, ray: RayJob | None) -> Ending | None:
         picture = self._picture(attempt)
         told = picture.ending if picture else None
-        return told or (causes.last_words(ray) if ray and ray.ended else None)
+        return told or (reasons.last_words(ray) if ray and ray.ended else None)
 
     def _report(self, attempt: AttemptStatus) -> AttemptStatus:
         """Takes the newest post of this attempt into the status."""
@@ -449,7 +449,7 @@ class _Observer:
             message=cause.message[:_ATTEMPT_TEXT],
         )
         # Before the pods are gone, nobody knows for sure why a process vanished.
-        may_learn_more = cause.reason in causes.WORDLESS and bool(self.seen.pods)
+        may_learn_more = cause.reason in reasons.WORDLESS and bool(self.seen.pods)
         is_left = len(self._counted()) < self.policy.max_attempts or may_learn_more
         if cause.reason in UNCOUNTED:
             self._go_on(cause.reason, cause.message)

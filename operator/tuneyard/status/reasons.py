@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from tuneyard.api.progress import Ending
 from tuneyard.api.status import Failure
-from tuneyard.planning.seen import Obstacle, Pod, RayJob, Seen, Trouble
+from tuneyard.status.observed import Obstacle, Pod, RayJob, Seen, Trouble
 
 ENDING_MARK = "TUNEYARD-ENDING "
 """Before the driver's last words in its log, whose tail KubeRay copies into the RayJob."""
