@@ -17,9 +17,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from tuneyard.controller import certificates, metrics, watch
 from tuneyard.controller.cluster import Cluster, connect
 from tuneyard.controller.lease import Lease
-from tuneyard.controller.progress import StatusServer
 from tuneyard.controller.reconciler import Reconciler
 from tuneyard.controller.settings import Settings
+from tuneyard.controller.status_server import StatusServer
 
 log = logging.getLogger("tuneyard")
 
