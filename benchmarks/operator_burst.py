@@ -47,7 +47,7 @@ POLL_SECONDS = 0.2
 
 BARE_KOPF = "{python} -m kopf run --all-namespaces {benchmarks}/operator_burst_kopf.py"
 TUNEYARD = (
-    "{python} -c 'from tuneyard.cli import main; main()' operator --identity burst"
+    "{python} -c 'from tuneyard.cli.main import main; main()' operator --identity burst"
     " --metrics-port {port1} --progress-port {port2} --progress-url https://127.0.0.1:{port2}"
 )
 

@@ -27,8 +27,9 @@ from tests.chart.rendering import (
     kinds,
     one,
 )
-from tuneyard import __version__, cli
+from tuneyard import __version__
 from tuneyard.api.compute import Compute
+from tuneyard.cli import main
 from tuneyard.manifests.crd import crds
 
 Values = Mapping[str, Any]
@@ -160,8 +161,8 @@ def test_the_operator_understands_its_arguments(chart: Chart) -> None:
     objects = chart.render({**VARIANTS["namespaced"], "concurrency": 4})
     container = _container(objects)
     command, *arguments = container["args"]
-    parsed = cli.tuneyard.commands[command]
-    parent = cli.tuneyard.make_context("tuneyard", [command])
+    parsed = main.tuneyard.commands[command]
+    parent = main.tuneyard.make_context("tuneyard", [command])
     arguments = [_with_local_file(text) for text in arguments]
     context = parsed.make_context(command, arguments, parent=parent)
     names = {entry["name"] for entry in container["env"]}

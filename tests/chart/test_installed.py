@@ -264,7 +264,13 @@ class _operator:  # noqa: N801  reads as a function
         flags = [f"--{key}={value}" for key, value in self._settings.items()]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", "from tuneyard.cli import main; main()", "operator", *flags],
+                [
+                    sys.executable,
+                    "-c",
+                    "from tuneyard.cli.main import main; main()",
+                    "operator",
+                    *flags,
+                ],
                 env={**os.environ, "KUBECONFIG": str(self._kubeconfig)},
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.api.manifests import MINIMAL, PPO, changed
 from tuneyard.api.meta import GROUP, VERSION
-from tuneyard.remote.jobs import KINDS
+from tuneyard.cli.jobs import KINDS
 
 if TYPE_CHECKING:
     from rig.plugin import Cluster

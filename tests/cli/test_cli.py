@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 from tests.golden.compare import GOLDEN, assert_golden
-from tuneyard import __version__, cli
+from tuneyard import __version__
 from tuneyard.api.plan import Plan
+from tuneyard.cli import main
 from tuneyard.errors import StageError
 from tuneyard.manifests import manifest, starter
 
@@ -56,16 +57,16 @@ def pipe(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
 def test_the_help_of_every_command_is_frozen(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.call([*command.split(), "--help"]) == 0
+    assert main.call([*command.split(), "--help"]) == 0
     assert_golden(f"help/{command or 'tuneyard'}.txt", capsys.readouterr().out)
 
 
 def test_no_command_is_without_a_frozen_help() -> None:
-    assert sorted(cli.tuneyard.commands) == sorted(COMMANDS)
+    assert sorted(main.tuneyard.commands) == sorted(COMMANDS)
 
 
 def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.call(["--version"]) == 0
+    assert main.call(["--version"]) == 0
     assert capsys.readouterr().out == f"tuneyard {__version__}\n"
 
 
@@ -107,7 +108,7 @@ def test_only_run_imports_heavy_frameworks(arguments: list[str]) -> None:
 def test_wrong_usage_exits_with_2_and_prints_no_traceback(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.call(arguments) == 2
+    assert main.call(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "Traceback" not in captured.err
@@ -120,7 +121,7 @@ def test_validate_names_every_fault_of_every_file_with_line_and_field(
     paths = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
     paths[0].write_text(text + "  training: {epochs: many}\n  colour: red\n", encoding="utf-8")
     paths[1].write_text(text.replace("output", "outptu"), encoding="utf-8")
-    assert cli.call(["validate", *map(str, paths), MINIMAL]) == 2
+    assert main.call(["validate", *map(str, paths), MINIMAL]) == 2
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
     assert any(line.startswith(f"{paths[0]}:10: spec.training.epochs: ") for line in lines)
@@ -132,7 +133,7 @@ def test_validate_names_every_fault_of_every_file_with_line_and_field(
 def test_validate_accepts_what_a_later_version_will_run(
     wrong: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.call(["validate", str(wrong)]) == 0
+    assert main.call(["validate", str(wrong)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
@@ -140,7 +141,7 @@ def test_validate_accepts_what_a_later_version_will_run(
 def test_what_cannot_be_carried_out_is_named_with_its_line_for_all_documents_at_once(
     command: str, wrong: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.call([command, str(wrong)]) == 2
+    assert main.call([command, str(wrong)]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     first, second = captured.err.splitlines()
@@ -155,7 +156,7 @@ def test_a_list_item_s_fault_names_the_item_s_line(
     data = "train:\n      - {uri: https://data.example/a}\n      - {uri: file://b}"
     text = Path(MINIMAL).read_text(encoding="utf-8")
     path.write_text(re.sub(r"train: .*", data, text), encoding="utf-8")
-    assert cli.call(["render", str(path)]) == 2
+    assert main.call(["render", str(path)]) == 2
     assert capsys.readouterr().err.startswith(f"{path}:10: spec.data.train[1].uri: file://b is a ")
 
 
@@ -164,7 +165,7 @@ def test_bytes_that_are_not_text_are_refused(
 ) -> None:
     path = tmp_path / "job.yaml"
     path.write_bytes(b"kind: \xff\xfe")
-    assert cli.call(["plan", str(path)]) == 2
+    assert main.call(["plan", str(path)]) == 2
     message = f"{path}: byte 6 is not UTF-8: save the manifest as UTF-8 text\n"
     assert capsys.readouterr().err == message
 
@@ -173,9 +174,9 @@ def test_standard_input_is_a_file_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipe(monkeypatch, Path(MINIMAL).read_bytes())
-    assert cli.call(["validate", "-"]) == 0
+    assert main.call(["validate", "-"]) == 0
     pipe(monkeypatch, b"kind: FineTuneJob\n")
-    assert cli.call(["validate", "-"]) == 2
+    assert main.call(["validate", "-"]) == 2
     captured = capsys.readouterr()
     assert captured.out == "stdin: FineTuneJob minimal is valid\n"
     assert captured.err.startswith("stdin:")
@@ -189,8 +190,8 @@ def test_a_new_manifest_is_valid_as_it_stands(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli.call(["init", "a-job", "--kind", kind]) == 0
-    assert cli.call(["validate", "a-job.yaml"]) == 0
+    assert main.call(["init", "a-job", "--kind", kind]) == 0
+    assert main.call(["validate", "a-job.yaml"]) == 0
     assert capsys.readouterr().out.endswith("Job a-job is valid\n")
     assert_golden(f"init/{kind}.yaml", Path("a-job.yaml").read_text(encoding="utf-8"))
 
@@ -209,7 +210,7 @@ def test_each_line_that_is_off_can_be_switched_on(kind: str) -> None:
 def test_init_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "job.yaml"
     path.write_text("mine", encoding="utf-8")
-    assert cli.call(["init", "--output", str(path)]) == 2
+    assert main.call(["init", "--output", str(path)]) == 2
     assert f"{path} exists already" in capsys.readouterr().err
     assert path.read_text(encoding="utf-8") == "mine"
 
@@ -219,13 +220,13 @@ def test_init_refuses_a_name_that_no_job_can_have(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli.call(["init", "--", name]) == 2
+    assert main.call(["init", "--", name]) == 2
     assert "cannot name a job" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_init_says_why_it_cannot_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.call(["init", "-o", str(tmp_path / "missing" / "job.yaml")]) == 2
+    assert main.call(["init", "-o", str(tmp_path / "missing" / "job.yaml")]) == 2
     assert "cannot be written: No such file or directory" in capsys.readouterr().err
 
 
@@ -234,7 +235,7 @@ def test_init_says_why_it_cannot_write(tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("name", ["minimal", "support-bot"])
 def test_a_plan_for_people_is_frozen(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.call(["plan", str(GOLDEN / "manifests" / f"{name}.yaml")]) == 0
+    assert main.call(["plan", str(GOLDEN / "manifests" / f"{name}.yaml")]) == 0
     text = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines()) + "\n"
     assert_golden(f"plans/{name}.txt", text)
 
@@ -243,7 +244,7 @@ def test_a_plan_for_people_is_frozen(name: str, capsys: pytest.CaptureFixture[st
 def test_a_plan_for_programs_is_the_wire_form(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.call(["plan", "--json", str(GOLDEN / "manifests" / f"{name}.yaml")]) == 0
+    assert main.call(["plan", "--json", str(GOLDEN / "manifests" / f"{name}.yaml")]) == 0
     assert capsys.readouterr().out == (GOLDEN / "plans" / f"{name}.json").read_text("utf-8")
 
 
@@ -253,14 +254,14 @@ def test_text_of_the_manifest_is_never_taken_for_markup(
     path = tmp_path / "job.yaml"
     text = Path(MINIMAL).read_text(encoding="utf-8")
     path.write_text(text.replace("train.jsonl", "[bold]x[/].jsonl"), encoding="utf-8")
-    assert cli.call(["plan", str(path)]) == 0
+    assert main.call(["plan", str(path)]) == 0
     assert "https://data.example/[bold]x[/].jsonl" in capsys.readouterr().out
 
 
 def test_render_prints_objects_that_a_cluster_can_read(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert cli.call(["render", SUPPORT_BOT, "--attempt", "3"]) == 0
+    assert main.call(["render", SUPPORT_BOT, "--attempt", "3"]) == 0
     text = capsys.readouterr().out
     config_map, ray_job = yaml.safe_load_all(text)
     golden = (GOLDEN / "plans" / "support-bot.json").read_text(encoding="utf-8")
@@ -275,7 +276,7 @@ def test_a_refused_rendering_prints_no_half(
     local = text.replace("name: minimal", "name: local").replace("s3://models", "file://models")
     path = tmp_path / "job.yaml"
     path.write_text(f"{text}---\n{local}", encoding="utf-8")
-    assert cli.call(["render", str(path)]) == 2
+    assert main.call(["render", str(path)]) == 2
     assert capsys.readouterr().out == ""
 
 
@@ -308,7 +309,7 @@ def test_run_hands_the_plans_and_the_manifest_s_folder_to_the_trainer(
         f"{text}---\n{text.replace('name: minimal', 'name: second')}", encoding="utf-8"
     )
     monkeypatch.chdir(tmp_path)
-    assert cli.call(["run", "jobs.yaml"]) == code
+    assert main.call(["run", "jobs.yaml"]) == code
     ((plans, base_dir),) = seen
     assert [plan.job.name for plan in plans] == ["minimal", "second"]
     assert base_dir == tmp_path
@@ -326,7 +327,7 @@ def test_a_manifest_from_standard_input_is_relative_to_the_current_folder(
     trainer(monkeypatch, run)
     pipe(monkeypatch, Path(MINIMAL).read_bytes())
     monkeypatch.chdir(tmp_path)
-    assert cli.call(["run", "-"]) == 0
+    assert main.call(["run", "-"]) == 0
     assert seen == [tmp_path]
 
 
@@ -348,7 +349,7 @@ def test_a_run_that_ends_badly_says_so_without_a_traceback(
         raise error
 
     trainer(monkeypatch, run)
-    assert cli.call(["run", MINIMAL]) == code
+    assert main.call(["run", MINIMAL]) == code
     assert capsys.readouterr().err.splitlines()[-1] in ("no memory left. Lower it.", "interrupted")
 
 
@@ -363,7 +364,7 @@ def test_without_the_trainer_s_packages_run_says_what_to_install(
 
     monkeypatch.delitem(sys.modules, "tuneyard_trainer.local.run", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Missing, *sys.meta_path])
-    assert cli.call(["run", MINIMAL]) == 2
+    assert main.call(["run", MINIMAL]) == 2
     assert "ray is not installed: install tuneyard[trainer]" in capsys.readouterr().err
 
 
@@ -374,8 +375,8 @@ def test_crds_are_written_and_then_found_up_to_date(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = str(tmp_path / "new" / "crds")
-    assert cli.call(["crds", folder]) == 0
-    assert cli.call(["crds", "--check", folder]) == 0
+    assert main.call(["crds", folder]) == 0
+    assert main.call(["crds", "--check", folder]) == 0
     kinds = {yaml.safe_load(path.read_text("utf-8"))["kind"] for path in Path(folder).iterdir()}
     assert kinds == {"CustomResourceDefinition"}
 
@@ -383,11 +384,11 @@ def test_crds_are_written_and_then_found_up_to_date(
 def test_crds_check_names_what_is_out_of_date_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.call(["crds", str(tmp_path)]) == 0
+    assert main.call(["crds", str(tmp_path)]) == 0
     first, second = sorted(tmp_path.iterdir())
     first.write_text("edited by hand", encoding="utf-8")
     second.unlink()
-    assert cli.call(["crds", "--check", str(tmp_path)]) == 1
+    assert main.call(["crds", "--check", str(tmp_path)]) == 1
     captured = capsys.readouterr()
     assert [line.split(":")[0] for line in sorted(captured.err.splitlines())] == [
         f"{first} is out of date",

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.cli.played import CRDS, FAILED, RUNNING, SUCCEEDED, Played, attempt, item
-from tuneyard import cli
-from tuneyard.remote import jobs, logs
-from tuneyard.remote.errors import RemoteError, UnreachableError
-from tuneyard.remote.jobs import KINDS, Found, Pod
-from tuneyard.remote.logs import Reader
+from tuneyard.cli import jobs, logs, main
+from tuneyard.cli.errors import RemoteError, UnreachableError
+from tuneyard.cli.jobs import KINDS, Found, Pod
+from tuneyard.cli.logs import Reader
 
 if TYPE_CHECKING:
     from rig.plugin import Cluster
@@ -207,9 +206,9 @@ def test_a_real_pod_s_log_is_followed_to_its_end(
     pods = Reader._pods
     monkeypatch.setattr(Reader, "_pods", lambda self, job: look(pods(self, job)))
     try:
-        assert cli.call(["logs", "logged", "-f", "-n", "default"]) == 0
+        assert main.call(["logs", "logged", "-f", "-n", "default"]) == 0
         followed = capsys.readouterr().out.splitlines()
-        assert cli.call(["logs", "logged", "-n", "default"]) == 0
+        assert main.call(["logs", "logged", "-n", "default"]) == 0
         shown = capsys.readouterr().out.splitlines()
     finally:
         cluster.kubectl("delete", "pod/logged-1-x", "ftj/logged", "--grace-period=0", "--force")

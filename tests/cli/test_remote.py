@@ -28,10 +28,9 @@ from tests.cli.played import (
     Object,
     Played,
 )
-from tuneyard import cli
-from tuneyard.remote import commands, logs
-from tuneyard.remote.errors import UnreachableError
-from tuneyard.remote.jobs import Found
+from tuneyard.cli import cluster_commands, logs, main
+from tuneyard.cli.errors import UnreachableError
+from tuneyard.cli.jobs import Found
 
 if TYPE_CHECKING:
     from rig.plugin import Cluster
@@ -70,7 +69,7 @@ def call(played: Played, capsys: Capture) -> Callable[..., tuple[int, str, str]]
     """Runs a command in the test's namespace: exit code, standard output, standard error."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        code = cli.call([*arguments, "-n", played.namespace])
+        code = main.call([*arguments, "-n", played.namespace])
         captured = capsys.readouterr()
         assert "Traceback" not in captured.err
         return code, captured.out, captured.err
@@ -81,7 +80,7 @@ def call(played: Played, capsys: Capture) -> Callable[..., tuple[int, str, str]]
 def between_looks(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
     """Lets something happen whenever a command waits before it looks again."""
     clock = types.SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: act())
-    monkeypatch.setattr(commands, "time", clock)
+    monkeypatch.setattr(cluster_commands, "time", clock)
 
 
 # ---- status -------------------------------------------------------------------------------------
@@ -206,7 +205,7 @@ def test_watch_of_a_job_that_is_deleted_ends_with_2(
 def test_watch_outlives_an_api_server_that_is_away(
     played: Played, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tuneyard.remote.cluster import Cluster as Connection
+    from tuneyard.cli.cluster import Cluster as Connection
 
     refresh, away = Connection.refresh, iter([True, True])
 
@@ -293,7 +292,7 @@ def test_delete_says_what_becomes_of_the_output(played: Played, call: Call) -> N
 def test_delete_with_wait_returns_once_the_operator_has_cleared_up(
     played: Played, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "STUCK_SECONDS", 0)
+    monkeypatch.setattr(cluster_commands, "STUCK_SECONDS", 0)
     played.create("one", RUNNING, metadata__finalizers=["tuneyard.io/cleanup"])
     assert call("delete", "one")[0] == 0
     assert "Running, being deleted" in call("status")[1]
@@ -378,7 +377,7 @@ def test_inside_a_pod_its_own_account_and_namespace_are_used(
 ) -> None:
     from kubernetes.config import incluster_config
 
-    from tuneyard.remote import cluster as connection
+    from tuneyard.cli import cluster as connection
 
     command = ("config", "view", "--raw", "--flatten", "-o", "json")
     server = json.loads(played.cluster.kubectl(*command).stdout)["clusters"][0]["cluster"]
@@ -417,7 +416,7 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def refused(capsys: Capture, *arguments: str) -> str:
     """The message of a command that ends with 2 and prints one line."""
-    assert cli.call(list(arguments)) == 2
+    assert main.call(list(arguments)) == 2
     captured = capsys.readouterr()
     assert (captured.out, captured.err.count("\n")) == ("", 1)
     return captured.err
@@ -525,7 +524,7 @@ def test_what_a_server_answers_becomes_one_message(
 def test_wrong_usage_is_refused_before_anything_is_asked(
     arguments: list[str], no_cluster: Path, capsys: Capture
 ) -> None:
-    assert cli.call(arguments) == 2
+    assert main.call(arguments) == 2
     assert "KUBECONFIG" not in capsys.readouterr().err
 
 
@@ -539,7 +538,7 @@ def test_without_the_client_the_message_names_the_extra(
                 raise ModuleNotFoundError("No module named 'kubernetes'", name="kubernetes")
 
     for name in list(sys.modules):
-        if name.split(".")[0] == "kubernetes" or name == "tuneyard.remote.cluster":
+        if name.split(".")[0] == "kubernetes" or name == "tuneyard.cli.cluster":
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Missing, *sys.meta_path])
     message = refused(capsys, "status")

@@ -20,8 +20,8 @@ from tests.cli.played import (
     item,
 )
 from tests.golden.compare import assert_golden
-from tuneyard.remote import jobs, views
-from tuneyard.remote.jobs import KINDS, Event, Found
+from tuneyard.cli import jobs, views
+from tuneyard.cli.jobs import KINDS, Event, Found
 
 STATUSES = {"running": RUNNING, "waiting": WAITING, "succeeded": SUCCEEDED, "failed": FAILED}
 

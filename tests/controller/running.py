@@ -15,7 +15,7 @@ from typing import Self
 from prometheus_client.parser import text_string_to_metric_families
 from rig.ports import Reservation
 
-COMMAND = "from tuneyard.cli import main; main()"
+COMMAND = "from tuneyard.cli.main import main; main()"
 
 
 def wait_until(condition: Callable[[], object], timeout_seconds: float = 60) -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tuneyard.api.status import AttemptStatus, JobStatus, Progress, StageStatus
-from tuneyard.remote.jobs import Event, Found, time_of
+from tuneyard.cli.jobs import Event, Found, time_of
 
 ABSENT = "\N{EN DASH}"
 STYLES = {

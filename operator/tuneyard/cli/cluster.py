@@ -22,10 +22,10 @@ from kubernetes.config import (
 )
 
 from tuneyard.api.meta import GROUP, VERSION
+from tuneyard.cli import jobs
+from tuneyard.cli.errors import NotFoundError, RemoteError, UnreachableError
+from tuneyard.cli.jobs import KINDS, Event, Found, Kind, Object, Pod
 from tuneyard.manifests.explain import closest
-from tuneyard.remote import jobs
-from tuneyard.remote.errors import NotFoundError, RemoteError, UnreachableError
-from tuneyard.remote.jobs import KINDS, Event, Found, Kind, Object, Pod
 
 DEFAULT_FILE = "~/.kube/config"
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from tuneyard.api.meta import NAME_LENGTH, NAME_PATTERN
-from tuneyard.remote.errors import RemoteError
-from tuneyard.remote.jobs import KINDS, Kind
+from tuneyard.cli.errors import RemoteError
+from tuneyard.cli.jobs import KINDS, Kind
 
 if TYPE_CHECKING:
-    from tuneyard.remote.cluster import Cluster
+    from tuneyard.cli.cluster import Cluster
 
 NAMESPACE_PATTERN = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
 
@@ -30,7 +30,7 @@ class Where(NamedTuple):
 
     def connect(self) -> Cluster:
         try:
-            from tuneyard.remote.cluster import connect
+            from tuneyard.cli.cluster import connect
         except ModuleNotFoundError as error:
             if error.name is None or error.name.startswith("tuneyard"):
                 raise

@@ -39,11 +39,11 @@ from tuneyard.api.plan import (
     StageInput,
     TrainSettings,
 )
+from tuneyard.cli import cluster_commands
 from tuneyard.errors import Fault, ManifestError, PlanError, TuneyardError
 from tuneyard.manifests import crd, documents, manifest, starter
 from tuneyard.manifests.manifest import Job
 from tuneyard.planning.plan import plan_job
-from tuneyard.remote import commands
 from tuneyard.rendering import rayjob
 from tuneyard.rendering.placement import placed
 
@@ -89,7 +89,7 @@ def tuneyard() -> None:
     """
 
 
-for command in (starter.init, *commands.COMMANDS):
+for command in (starter.init, *cluster_commands.COMMANDS):
     tuneyard.add_command(command)
 
 

@@ -9,12 +9,12 @@ from queue import Empty, Queue
 from threading import Thread
 from typing import TYPE_CHECKING
 
-from tuneyard.remote import views
-from tuneyard.remote.errors import NotFoundError, RemoteError, UnreachableError
-from tuneyard.remote.jobs import Found, Pod, newest
+from tuneyard.cli import views
+from tuneyard.cli.errors import NotFoundError, RemoteError, UnreachableError
+from tuneyard.cli.jobs import Found, Pod, newest
 
 if TYPE_CHECKING:
-    from tuneyard.remote.cluster import Cluster
+    from tuneyard.cli.cluster import Cluster
 
 LOOK_SECONDS = 2.0
 MAX_LINES = 10_000

@@ -14,15 +14,15 @@ import click
 from rich.console import Console
 from rich.live import Live
 
-from tuneyard.remote import logs as pod_logs
-from tuneyard.remote import views
-from tuneyard.remote.errors import NotFoundError, RemoteError, UnreachableError
-from tuneyard.remote.jobs import Event, Found, Kind, to_json
-from tuneyard.remote.options import Where, for_cluster, job_name, optional_job_name
+from tuneyard.cli import logs as pod_logs
+from tuneyard.cli import views
+from tuneyard.cli.errors import NotFoundError, RemoteError, UnreachableError
+from tuneyard.cli.jobs import Event, Found, Kind, to_json
+from tuneyard.cli.options import Where, for_cluster, job_name, optional_job_name
 from tuneyard.rendering.rayjob import GRACE_SECONDS
 
 if TYPE_CHECKING:
-    from tuneyard.remote.cluster import Cluster
+    from tuneyard.cli.cluster import Cluster
 
 FAILED = 1
 LOOK_SECONDS = 2.0
