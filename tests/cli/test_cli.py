@@ -86,7 +86,7 @@ def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> Non
 def test_only_run_imports_heavy_frameworks(arguments: list[str]) -> None:
     code = (
         "import sys\n"
-        "from tuneyard import cli\n"
+        "from tuneyard.cli import main as cli\n"
         "assert cli.call(sys.argv[1:]) in (0, 1)\n"
         "heavy = {'torch', 'ray', 'kopf', 'kubernetes', 'transformers', 'numpy'}\n"
         "heavy |= {'tuneyard_trainer'}\n"
@@ -402,7 +402,7 @@ def test_crds_check_names_what_is_out_of_date_and_writes_nothing(
 
 
 def test_a_reader_that_goes_away_causes_no_traceback() -> None:
-    tuneyard = f"{sys.executable} -c 'from tuneyard.cli import main; main()'"
+    tuneyard = f"{sys.executable} -c 'from tuneyard.cli.main import main; main()'"
     command = f"{tuneyard} plan --json {SUPPORT_BOT} | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert done.stdout == "{\n"

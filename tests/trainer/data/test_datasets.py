@@ -22,7 +22,7 @@ from tuneyard_trainer.data.formats import detect
 from tuneyard_trainer.data.rows import BrokenRow, Row, read_rows
 from tuneyard_trainer.data.stream import DETECTED_FROM, Examples, examples
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+SHARED = Path(__file__).parents[4] / "shared" / "data"
 ROWS = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(3)]
 
 

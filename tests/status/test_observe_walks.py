@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.planning.world import INTERRUPTED, PLAN, SUCCESS, Died, World, failed, new_job, pod, post
+from tests.status.world import INTERRUPTED, PLAN, SUCCESS, Died, World, failed, new_job, pod, post
 from tuneyard.api.status import JobStatus
 from tuneyard.status.observe import Decision, observe
 from tuneyard.status.observed import Obstacle, Seen, Trouble, Workload

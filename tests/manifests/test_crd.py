@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
-from tests.api.manifests import VALID, Manifest
+from tests.manifests.manifests import VALID, Manifest
 from tuneyard.manifests.crd import crds, to_yaml
 from tuneyard.manifests.manifest import parse
 

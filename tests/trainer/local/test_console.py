@@ -24,7 +24,7 @@ from tuneyard_trainer.local.console import Console
 from tuneyard_trainer.reporting.results import duration, harmless, headline, number, size
 from tuneyard_trainer.worker import Interrupted
 
-MINIMAL = Path(__file__).parents[1] / "golden" / "plans" / "minimal.json"
+MINIMAL = Path(__file__).parents[2] / "golden" / "plans" / "minimal.json"
 START = 1767225600.0  # 2026-01-01T00:00:00Z
 
 

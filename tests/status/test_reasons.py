@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.planning.world import INTERRUPTED, failed
+from tests.status.world import INTERRUPTED, failed
 from tuneyard.api.progress import Ending
 from tuneyard.status import observed, reasons
 from tuneyard.status.observed import Obstacle, Pod, Seen, Workload

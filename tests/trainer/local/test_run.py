@@ -23,7 +23,7 @@ from tuneyard.errors import PlanError
 from tuneyard_trainer.local.run import localized
 from tuneyard_trainer.running import torchrun
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TUNEYARD = [str(Path(sys.executable).with_name("tuneyard"))]
 
 

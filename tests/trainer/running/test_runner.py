@@ -18,8 +18,8 @@ from tuneyard.api.plan import Plan
 from tuneyard.errors import StageError
 from tuneyard_trainer.running import torchrun
 
-RECORDING = Path(__file__).with_name("recording.py")
-STOPPING = Path(__file__).with_name("stopping.py")
+RECORDING = Path(__file__).parents[1].joinpath("recording.py")
+STOPPING = Path(__file__).parents[1].joinpath("stopping.py")
 
 
 def walk(plan: Plan, folder: Path, output: str = "out") -> dict[str, str]:

@@ -226,8 +226,8 @@ def test_the_hash_seed_changes_no_byte_of_the_plan() -> None:
     code = (
         "import sys, json\n"
         "from tuneyard.api.finetunejob import FineTuneJob\n"
-        "from tuneyard.planning.plan import plan\n"
-        "sys.stdout.write(plan(FineTuneJob.model_validate(json.load(sys.stdin))).to_json())\n"
+        "from tuneyard.planning.plan import plan_job\n"
+        "sys.stdout.write(plan_job(FineTuneJob.model_validate(json.load(sys.stdin))).to_json())\n"
     )
     plans = {
         subprocess.run(

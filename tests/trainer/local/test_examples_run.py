@@ -13,7 +13,7 @@ from tests.trainer.conftest import VOCABULARY, tiny_llama
 from tests.trainer.jobs import planned
 from tuneyard_trainer.running import torchrun
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 
 
 def fine_tune_jobs() -> list[Path]:

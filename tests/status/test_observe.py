@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.planning.world import (
+from tests.status.world import (
     INTERRUPTED,
     SUCCESS,
     UID,

@@ -26,7 +26,7 @@ from tuneyard_trainer.preference.dataset import Preferences
 from tuneyard_trainer.preference.rows import Judged, PreferenceError, judged
 from tuneyard_trainer.worker import Outcome, Worker
 
-HH = Path(__file__).parents[3] / "shared" / "data" / "hh-rlhf-harmless-base.jsonl.gz"
+HH = Path(__file__).parents[4] / "shared" / "data" / "hh-rlhf-harmless-base.jsonl.gz"
 SETTINGS: dict[str, Any] = {
     "preferences": [DatasetSettings(format="auto", fields=FieldMap(), weight=1.0, limit=None)],
     "labelled": False,

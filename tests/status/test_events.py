@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.planning.world import INTERRUPTED, SUCCESS, World, failed, new_job, pod, post
+from tests.status.world import INTERRUPTED, SUCCESS, World, failed, new_job, pod, post
 from tuneyard.api.status import JobStatus
 from tuneyard.errors import Fault, PlanError
 from tuneyard.status.events import MOST_BYTES, Event, told

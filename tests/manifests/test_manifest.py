@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from tests.api.manifests import (
+from tests.manifests.manifests import (
     BROKEN_RULES,
     MINIMAL,
     VALID,

@@ -205,7 +205,7 @@ def test_an_interval_is_wilsons() -> None:
     assert interval(1.0, 10)[1] == pytest.approx(1.0)
 
 
-HH = Path(__file__).parents[3] / "shared" / "data" / "hh-rlhf-harmless-base.jsonl.gz"
+HH = Path(__file__).parents[4] / "shared" / "data" / "hh-rlhf-harmless-base.jsonl.gz"
 
 
 @pytest.fixture
