@@ -432,6 +432,23 @@ def test_qlora_trains_over_a_4_bit_base_and_merges_into_the_original(
     assert (logits(merged) - logits(expected)).abs().max() < 1e-5
 
 
+def test_measuring_a_4_bit_model_changes_neither_its_weights_nor_their_scales(base: Base) -> None:
+    """A CPU with AVX-512 BF16 is where bitsandbytes would repack them."""
+    model = base(quantize=Qlora())
+
+    def packed() -> list[torch.Tensor]:
+        weights = [p for p in model.parameters() if hasattr(p, "quant_state")]
+        assert weights
+        return [t.clone() for p in weights for t in (p.data, p.quant_state.absmax)]
+
+    before = packed()
+    logits(model)
+    assert all(torch.equal(a, b) for a, b in zip(before, packed(), strict=True))
+    layers = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    assert layers
+    assert not any(m.support_avx512bf16_for_cpu for m in layers)
+
+
 def test_qlora_is_not_silently_lora(attach: Any, base: Base, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="4-bit"):
         attach(Adapter(qlora=Qlora()))

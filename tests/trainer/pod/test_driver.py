@@ -185,7 +185,7 @@ OPEN = {"RAY_AUTH_MODE": "disabled"}
 def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Ray cluster in a process of its own, as the head pod's is; gone with the test."""
     script = (
-        "import ray, sys\nfrom tuneyard_trainer import distributed as d\n"
+        "import ray, sys\nfrom tuneyard_trainer.running import distributed as d\n"
         "with d.local_cluster(d.Resources(1, 1, 0, 1.0)):\n"
         "    print(ray.get_runtime_context().gcs_address, flush=True); sys.stdin.read()"
     )
@@ -207,7 +207,7 @@ def test_ray_on_one_machine_tells_nobody_of_it_and_keeps_no_process_that_nothing
     script = (
         "import psutil, sys\n"
         "from ray._common.usage.usage_lib import usage_stats_enabled\n"
-        "from tuneyard_trainer import distributed as d\n"
+        "from tuneyard_trainer.running import distributed as d\n"
         "with d.local_cluster(d.Resources(1, 1, 0, 1.0)):\n"
         "    print(usage_stats_enabled())\n"
         "    for child in psutil.Process().children(recursive=True):\n"

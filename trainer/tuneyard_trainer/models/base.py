@@ -127,6 +127,8 @@ def load_base(
             if quantize:
                 settings["quantization_config"] = nf4(quantize, dtype)
             model = _load_folder(path, settings)
+    if quantize:
+        keep_nf4_layout(model)
     # Encoders that can be decoders (BERT, RoBERTa) are told apart by what they do.
     if getattr(config, "is_decoder", None) is False and not is_causal(model):
         raise not_causal(path, f"{type(model).__name__}, whose tokens see the ones after them")
@@ -181,6 +183,18 @@ def nf4(qlora: Qlora, dtype: torch.dtype, skipped: list[str] | None = None) -> B
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=skipped,
     )
+
+
+def keep_nf4_layout(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on a CPU with AVX-512 BF16.
+
+    It repacks each layer at its first forward pass in evaluation mode. That rounds the layer's
+    scales to bfloat16, so measuring a model would change it, and fails where a width is not a
+    multiple of 64.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _require_complete(path: Path, info: dict[str, Any]) -> None:

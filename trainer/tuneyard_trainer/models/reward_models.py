@@ -28,7 +28,15 @@ from tuneyard.api.alignment import Adapter, Qlora
 from tuneyard.api.plan import LoopSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import adapters, policies
-from tuneyard_trainer.models.base import freeze, nf4, quiet, save_model, set_dropout, stored_dtype
+from tuneyard_trainer.models.base import (
+    freeze,
+    keep_nf4_layout,
+    nf4,
+    quiet,
+    save_model,
+    set_dropout,
+    stored_dtype,
+)
 from tuneyard_trainer.models.files import config_of, first_line
 from tuneyard_trainer.storage.files import disk_error
 
@@ -177,6 +185,8 @@ def _load(
             advice="Choose a model of an architecture that transformers has a sequence classifier "
             "for, such as Llama, Qwen or Mistral.",
         ) from error
+    if quantize:
+        keep_nf4_layout(model)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise StageError(
             "RewardModelBroken",
