@@ -4,16 +4,16 @@
 #   docker build --target operator --tag tuneyard-operator:0.1.0 .
 #   docker build --target trainer  --tag tuneyard-trainer:0.1.0 .
 #
-# With vLLM, which compiles when it starts and so needs a base with a C compiler:
+# With vLLM, which compiles code when it starts and therefore needs a base with a C compiler:
 #
 #   docker build --target trainer --build-arg REQUIREMENTS=image-vllm.txt \
 #     --build-arg BASE=python:3.12 --tag tuneyard-trainer-vllm:0.1.0 .
 #
-# BASE is any Linux with glibc, bash, and Python 3.11 or newer as `python3` with its venv module.
+# BASE can be any Linux with glibc, bash, and Python 3.11 or newer as `python3` with the venv module.
 ARG BASE=python:3.12-slim
 
 FROM ${BASE} AS base
-# The same path in every stage: the scripts of a virtual environment name their interpreter.
+# Every stage uses the same path, because the scripts of a virtual environment name their interpreter.
 ENV PATH=/opt/tuneyard/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     LANG=C.UTF-8
 
@@ -34,7 +34,7 @@ FROM base AS operator-packages
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python3 -m venv /opt/tuneyard
 COPY requirements/operator.txt /src/
-# Nothing uses the synchronous half of the Kubernetes client; its classes are a fifth of the image.
+# No code uses the synchronous half of the Kubernetes client, and its classes are a fifth of the image.
 RUN pip install --no-compile --require-hashes -r /src/operator.txt \
  && cd /opt/tuneyard/lib/python3*/site-packages/kubernetes/client \
  && find api models -name '*.py' ! -name __init__.py -delete \
@@ -43,10 +43,10 @@ RUN pip install --no-compile --require-hashes -r /src/operator.txt \
 FROM base AS operator
 COPY --from=operator-packages /opt/tuneyard /opt/tuneyard
 COPY --from=wheel /wheel /opt/tuneyard
-# Writes bytecode of what the operator imports and of nothing else, as the containers' file system is
-# read-only; and fails if something is missing.
-RUN python -c "import tuneyard.cli, tuneyard.controller.app"
-# HOME: /tmp alone can be written to where this runs.
+# Compiles bytecode for the modules that the operator imports, because the file system of the container
+# is read-only. The build fails here if a module is missing.
+RUN python -c "import tuneyard.cli.main, tuneyard.controller.app"
+# HOME: only /tmp is writable in the pod.
 ENV HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 1000:1000
 WORKDIR /tmp
@@ -65,12 +65,12 @@ RUN pip install --require-hashes -r /src/${REQUIREMENTS}
 
 FROM base AS trainer
 ENV HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 RAY_USAGE_STATS_ENABLED=0
-# KubeRay calls bash, as a login shell if told so; Debian's /etc/profile would then forget the PATH.
+# KubeRay can start bash as a login shell, and Debian's /etc/profile would then reset the PATH.
 RUN echo 'PATH=/opt/tuneyard/bin:$PATH' > /etc/profile.d/tuneyard.sh
-# 6 GB that change with the requirements alone; the layer of the wheel has less than a megabyte.
+# These 6 GB change only with the requirements; the layer of the wheel has less than a megabyte.
 COPY --from=trainer-packages /opt/tuneyard /opt/tuneyard
 COPY --from=wheel /wheel /opt/tuneyard
 USER 1000:1000
 WORKDIR /tmp
-# KubeRay names its own command: `ray start` on a cluster's pods, the driver's on the submitter.
+# KubeRay sets the command: `ray start` in the pods of a cluster, the driver's in the submitter pod.
 CMD ["bash"]

