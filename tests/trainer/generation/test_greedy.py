@@ -10,7 +10,7 @@ import torch
 
 from tuneyard.api.alignment import Adapter
 from tuneyard_trainer.generation.greedy import continuations
-from tuneyard_trainer.models import adapters, base
+from tuneyard_trainer.models import adapters, base, layers
 
 PROMPTS = ["A lamp", "Who wrote the handbook of the harbour?", "red", "A short sentence, and a"]
 
@@ -32,7 +32,7 @@ def test_a_prompt_is_continued_alike_alone_and_among_others(
         model = adapters.attach(model, chosen, seed=0, tokenizer=tiny_tokenizer)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
-            for parameter in base.trainable(model).values():
+            for parameter in layers.trainable(model).values():
                 parameter.add_(SCALE[adapter] * torch.randn(parameter.shape, generator=generator))
     together = answers(model, tiny_tokenizer, PROMPTS)
     alone = tuple(answers(model, tiny_tokenizer, [prompt])[0] for prompt in PROMPTS)

@@ -21,7 +21,8 @@ from tests.trainer.finished import (
 from tuneyard.api.plan import Plan, StageRecord
 from tuneyard.errors import StageError
 from tuneyard_trainer.local.console import Console
-from tuneyard_trainer.reporting.results import duration, harmless, headline, number, size
+from tuneyard_trainer.reporting.formatting import duration, harmless, number, size
+from tuneyard_trainer.reporting.results import headline
 from tuneyard_trainer.worker import Interrupted
 
 MINIMAL = Path(__file__).parents[2] / "golden" / "plans" / "minimal.json"

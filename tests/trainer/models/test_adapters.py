@@ -26,7 +26,8 @@ from tests.trainer.conftest import VOCABULARY, tiny_llama
 from tuneyard.api.alignment import Adapter, Bottleneck, Ia3, Lora, PrefixTuning, PromptTuning, Qlora
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import adapters
-from tuneyard_trainer.models.base import count_parameters, load_base, save_model, trainable
+from tuneyard_trainer.models.base import load_base, save_model
+from tuneyard_trainer.models.layers import count_parameters, trainable
 
 CPU = torch.device("cpu")
 ADAPTERS = {

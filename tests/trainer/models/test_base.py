@@ -34,7 +34,7 @@ from transformers import (
 
 from tuneyard.api.alignment import Adapter, Bottleneck, Freeze, Ia3, Lora, PrefixTuning, Qlora
 from tuneyard.errors import StageError
-from tuneyard_trainer.models import adapters, base, gguf_reader
+from tuneyard_trainer.models import adapters, base, files, gguf_reader, layers, probes
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 17, 42, 99, 100, 7, 301, 12]])
@@ -88,9 +88,9 @@ def test_a_saved_model_loads_to_the_same_weights_and_the_dtype_asked_for(
     assert torch.equal(again(IDS).logits, model(IDS).logits)
     assert str(tiny_model_dir) not in (tmp_path / "config.json").read_text()
     assert load(tiny_model_dir, dtype=torch.bfloat16).dtype is torch.bfloat16
-    assert base.stored_dtype(tiny_model_dir) is torch.float32
+    assert files.stored_dtype(tiny_model_dir) is torch.float32
     base.save_model(model.bfloat16(), tmp_path / "half")
-    assert base.stored_dtype(tmp_path / "half") is torch.bfloat16
+    assert files.stored_dtype(tmp_path / "half") is torch.bfloat16
 
 
 def test_a_model_in_several_files_loads_whole(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_model_in_several_files_loads_whole(tiny_model_dir: Path, tmp_path: Pa
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     assert torch.equal(load(tmp_path)(IDS).logits, model(IDS).logits)
-    assert base.stored_dtype(tmp_path) is torch.float32
+    assert files.stored_dtype(tmp_path) is torch.float32
     min(tmp_path.glob("*.safetensors")).unlink()
     error = refusal(tmp_path)
     assert error.reason == "WeightsMissing"
@@ -111,7 +111,7 @@ def test_four_bit_weights_are_close_and_the_head_stays_as_it_was(tiny_model_dir:
     assert torch.equal(quantized.lm_head.weight, plain.lm_head.weight)
     difference = (quantized(IDS).logits - plain(IDS).logits).abs().max()
     assert 0 < difference < 0.5 * plain(IDS).logits.abs().max()
-    assert base.count_parameters(quantized) == base.count_parameters(plain)
+    assert layers.count_parameters(quantized) == layers.count_parameters(plain)
 
 
 def test_four_bits_without_the_extra_name_the_extra(
@@ -237,8 +237,8 @@ def test_a_gguf_tokenizer_loads_without_the_weights(
 
 
 def test_a_gguf_file_names_its_licence_and_type(gguf_file: Path) -> None:
-    assert base.license_of(gguf_file) == "apache-2.0"
-    assert base.stored_dtype(gguf_file) is torch.float32
+    assert files.license_of(gguf_file) == "apache-2.0"
+    assert files.stored_dtype(gguf_file) is torch.float32
 
 
 def test_a_gguf_file_that_is_cut_off_or_none_at_all_is_an_error(
@@ -370,7 +370,7 @@ def test_weights_that_are_cut_off_are_an_error(keep: int, folder: Path) -> None:
     assert error.reason == "ModelBroken"
     assert "broken or cut off" in error.message
     with pytest.raises(StageError, match="cannot be read"):
-        base.stored_dtype(folder)
+        files.stored_dtype(folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"model_type": "nonesuch"}', "{}"])
@@ -471,9 +471,9 @@ def test_dropout_that_an_architecture_does_not_have_is_an_error(tmp_path: Path) 
 
 def test_freezing_takes_exactly_the_named_parts_out_of_training(tiny_model_dir: Path) -> None:
     model = load(tiny_model_dir)
-    every = set(base.trainable(model))
-    base.freeze(model, Freeze(layers="1", embeddings=True))
-    frozen = every - set(base.trainable(model))
+    every = set(layers.trainable(model))
+    layers.freeze(model, Freeze(layers="1", embeddings=True))
+    frozen = every - set(layers.trainable(model))
     assert frozen == {n for n in every if ".layers.1." in n or "embed_tokens" in n}
 
 
@@ -487,9 +487,9 @@ def test_an_untied_head_is_frozen_alone(tmp_path: Path) -> None:
         tie_word_embeddings=False,
     )
     model = LlamaForCausalLM(config)
-    every = set(base.trainable(model))
-    base.freeze(model, Freeze(head=True))
-    assert every - set(base.trainable(model)) == {"lm_head.weight"}
+    every = set(layers.trainable(model))
+    layers.freeze(model, Freeze(head=True))
+    assert every - set(layers.trainable(model)) == {"lm_head.weight"}
 
 
 @pytest.mark.parametrize(
@@ -503,7 +503,7 @@ def test_freezing_what_is_not_there_is_an_error(
     freeze: Freeze, reason: str, tiny_model_dir: Path
 ) -> None:
     with pytest.raises(StageError) as caught:
-        base.freeze(load(tiny_model_dir), freeze)
+        layers.freeze(load(tiny_model_dir), freeze)
     assert caught.value.reason == reason
     assert "training.freeze" in caught.value.advice
 
@@ -512,19 +512,19 @@ def test_freezing_everything_is_an_error(tiny_model_dir: Path) -> None:
     model = load(tiny_model_dir)
     model.model.norm.requires_grad_(False)
     with pytest.raises(StageError) as caught:
-        base.freeze(model, Freeze(layers="0-1", embeddings=True, head=True))
+        layers.freeze(model, Freeze(layers="0-1", embeddings=True, head=True))
     assert caught.value.reason == "NothingToTrain"
 
 
 def test_layer_ranges_are_read_as_written() -> None:
-    assert base.layer_indices("0-2,5,2-3", 6, "field") == [0, 1, 2, 3, 5]
+    assert layers.layer_indices("0-2,5,2-3", 6, "field") == [0, 1, 2, 3, 5]
 
 
 def test_tied_parameters_are_counted_once(tiny_model_dir: Path) -> None:
     model = load(tiny_model_dir)
     layer = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32 + 2 * 32
     vocabulary = model.config.vocab_size
-    assert base.count_parameters(model) == 2 * layer + 32 + vocabulary * 32
+    assert layers.count_parameters(model) == 2 * layer + 32 + vocabulary * 32
 
 
 def test_peak_memory_is_in_bytes() -> None:
@@ -549,7 +549,7 @@ def test_the_licence_is_what_the_files_say(
     name: str, text: str, expected: str | None, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_text(text)
-    assert base.license_of(tmp_path) == expected
+    assert files.license_of(tmp_path) == expected
 
 
 # ---- packing ------------------------------------------------------------------------------------
@@ -582,7 +582,7 @@ def test_attention_keeps_packed_documents_apart(
 ) -> None:
     model = load(tiny_model_dir, dtype=dtype)
     model.set_attn_implementation(attention)
-    assert base.isolates_documents(model)
+    assert probes.isolates_documents(model)
 
 
 @pytest.mark.parametrize(
@@ -597,22 +597,22 @@ def test_adapters_inside_the_layers_keep_documents_apart(
     adapter: Adapter, tiny_model_dir: Path, tiny_tokenizer: Any
 ) -> None:
     model = adapters.attach(load(tiny_model_dir), adapter, seed=0, tokenizer=tiny_tokenizer)
-    for parameter in base.trainable(model).values():
+    for parameter in layers.trainable(model).values():
         nn.init.normal_(parameter, std=0.1)
-    assert base.isolates_documents(model)
+    assert probes.isolates_documents(model)
 
 
 def test_other_decoders_with_positions_keep_documents_apart() -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=400))
-    assert base.isolates_documents(gpt2)
-    assert base.isolates_documents(neox())
+    assert probes.isolates_documents(gpt2)
+    assert probes.isolates_documents(neox())
 
 
 def test_virtual_tokens_and_state_spaces_do_not(tiny_model_dir: Path, tiny_tokenizer: Any) -> None:
     prefix = Adapter(prefix=PrefixTuning(length=2))
     tuned = adapters.attach(load(tiny_model_dir), prefix, seed=0, tokenizer=tiny_tokenizer)
-    assert not base.isolates_documents(tuned)
-    assert not base.isolates_documents(mamba())
+    assert not probes.isolates_documents(tuned)
+    assert not probes.isolates_documents(mamba())
 
 
 class _Leaking(LlamaForCausalLM):
@@ -652,7 +652,7 @@ def test_what_leaks_or_shifts_is_found_out_by_running_it(
     model = kind(load(tiny_model_dir).config)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
-    assert not base.isolates_documents(model.to(dtype))
+    assert not probes.isolates_documents(model.to(dtype))
 
 
 def test_the_probe_leaves_no_trace(tiny_model_dir: Path) -> None:
@@ -660,7 +660,7 @@ def test_the_probe_leaves_no_trace(tiny_model_dir: Path) -> None:
     model.model.layers[0].eval()
     before = {name: module.training for name, module in model.named_modules()}
     state = torch.get_rng_state()
-    base.isolates_documents(model)
+    probes.isolates_documents(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert {name: module.training for name, module in model.named_modules()} == before
     assert all(p.grad is None for p in model.parameters())

@@ -22,7 +22,7 @@ from transformers import (
 from tuneyard.api.alignment import Bottleneck
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import bottleneck
-from tuneyard_trainer.models.base import trainable
+from tuneyard_trainer.models.layers import trainable
 
 WIDTH, SIZE, LAYERS = 16, 5, 3
 IDS = torch.tensor([[3, 14, 15, 9, 2, 6]])

@@ -22,7 +22,7 @@ from tests.trainer.preferring import (
 from tuneyard.api.alignment import Adapter
 from tuneyard.api.plan import DpoSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.models import base, policies
+from tuneyard_trainer.models import base, layers, policies
 from tuneyard_trainer.preference import dpo
 from tuneyard_trainer.preference.dataset import Preferences
 from tuneyard_trainer.preference.passes import logprobs, over_all
@@ -225,7 +225,7 @@ def test_the_reference_takes_the_trained_tensors_place_and_gives_it_back(
         precision=torch.float32,
         tokenizer=tiny_tokenizer,
     ).eval()
-    parameters = base.trainable(model)
+    parameters = layers.trainable(model)
     reference = policies.Reference(parameters)
     ids = torch.arange(4, 20)[None]
     with torch.no_grad():

@@ -13,7 +13,7 @@ from tests.trainer.speaking import loop_settings
 from tuneyard.api.alignment import Adapter
 from tuneyard.api.plan import LoopSettings, TrainRuntime
 from tuneyard_trainer.models import adapters
-from tuneyard_trainer.models.base import trainable
+from tuneyard_trainer.models.layers import trainable
 from tuneyard_trainer.reinforcement import actor as actors
 from tuneyard_trainer.reinforcement.actor import Actor, Texts
 from tuneyard_trainer.worker import Worker

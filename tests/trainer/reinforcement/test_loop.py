@@ -33,7 +33,7 @@ from tuneyard.api.alignment import BlowUp
 from tuneyard.api.plan import PlannedStage, TrainRuntime
 from tuneyard.errors import StageError
 from tuneyard_trainer.generation.sampling import Sampled, TransformersSampler
-from tuneyard_trainer.reinforcement import grpo, loop, ppo, rewards
+from tuneyard_trainer.reinforcement import grpo, loop, ppo, rewards, stop_conditions
 from tuneyard_trainer.reinforcement.rewards import Attempt
 from tuneyard_trainer.reinforcement.stop_conditions import blown_up
 from tuneyard_trainer.worker import Interrupted, Outcome, Worker
@@ -467,7 +467,7 @@ def test_rewards_that_never_differ_end_the_run_by_name(
         run(stages({"max_steps": 20})[method], tmp_path / "a", inputs)
     assert found.value.reason == "RewardsAlike"
     steps = [line["step"] for line in lines(tmp_path / "a") if "learningRate" in line]
-    assert steps == list(range(1, loop.ALIKE_UPDATES))
+    assert steps == list(range(1, stop_conditions.ALIKE_UPDATES))
 
 
 @pytest.mark.parametrize("method", ["grpo", "rloo"])

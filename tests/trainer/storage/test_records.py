@@ -12,7 +12,8 @@ import pytest
 from tests.trainer.rows import train_stage
 from tuneyard.api.plan import JobRef, StageRecord
 from tuneyard.errors import StageError
-from tuneyard_trainer.storage.records import Store, write_atomically
+from tuneyard_trainer.storage.files import write_atomically
+from tuneyard_trainer.storage.records import Store
 
 JOB = JobRef(kind="FineTuneJob", name="support-bot")
 STAGE = train_stage()

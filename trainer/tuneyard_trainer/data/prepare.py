@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,14 +20,10 @@ from tuneyard_trainer.data.prepared import SPLITS, Rows, remove_split
 from tuneyard_trainer.data.splits import Shelf, deal, held_out, num_contaminated
 from tuneyard_trainer.data.tokenization import Encoder
 from tuneyard_trainer.models import base
+from tuneyard_trainer.models.files import sequence_limit
 from tuneyard_trainer.worker import Outcome, Worker
 
-AUTO_LENGTH = 1024
-"""Tokens of a sequence where maxLength is auto and the model's context allows them."""
-
 _SPOOL = ".spool"
-_CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
-_NO_LIMIT = 1 << 30  # tokenizers without a limit say 1e30
 
 
 def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker) -> Outcome:
@@ -107,36 +103,6 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, settings: PrepareSettings) -> E
     """Pre-training learns every token, whatever the format."""
     train_on = "all" if settings.method == "pretrain" else settings.train_on
     return Encoder(tokenizer, train_on, settings.system_prompt)
-
-
-def sequence_limit(
-    model: Path, tokenizer: PreTrainedTokenizerBase, wanted: int | Literal["auto"], field: str
-) -> int:
-    """The most tokens of a row. `field`: the manifest's, for messages. Raises StageError MaxLength
-    where it asks for more than the model's context."""
-    context = _context(model)
-    if wanted == "auto":
-        if context is None and tokenizer.model_max_length < _NO_LIMIT:
-            context = tokenizer.model_max_length
-        return min(AUTO_LENGTH, context or AUTO_LENGTH)
-    if context is not None and wanted > context:
-        raise StageError(
-            "MaxLength",
-            f"maxLength is {wanted} tokens, and the model's context holds {context}.",
-            advice=f"Set {field} to {context} or less.",
-        )
-    return wanted
-
-
-def _context(model: Path) -> int | None:
-    """The positions that the model's configuration allows; None where it names no limit."""
-    path = model / "config.json"
-    if not path.is_file():
-        return None
-    config = json.loads(path.read_text("utf-8"))
-    config = config.get("text_config") or config
-    found = [config[name] for name in _CONTEXT_FIELDS if isinstance(config.get(name), int)]
-    return min(found) if found else None
 
 
 def _metrics(workdir: Path, tallies: Sequence[Tally], num_held_out: int) -> dict[str, float]:

@@ -27,20 +27,20 @@ from tuneyard_trainer.data.chat import Message
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.data.prompts import Prompt, read_prompts, render
 from tuneyard_trainer.evaluation import reward_hacking, win_rate
-from tuneyard_trainer.evaluation.evaluate import check_gates
+from tuneyard_trainer.evaluation.gates import check_gates
 from tuneyard_trainer.generation.sampling import TransformersSampler, stop_tokens
 from tuneyard_trainer.judging.judges import as_text
 from tuneyard_trainer.judging.local_model import ModelJudge
 from tuneyard_trainer.judging.session import Asking, judge_name
-from tuneyard_trainer.models import base, policies
+from tuneyard_trainer.models import base, policies, probes
 from tuneyard_trainer.preference.dataset import Preferences
 from tuneyard_trainer.preference.metrics import correlation, pair_metrics, unpaired_metrics
 from tuneyard_trainer.preference.passes import logprobs, over_all
 from tuneyard_trainer.reinforcement import rewards
 from tuneyard_trainer.reinforcement.rewards import Attempt, Reward
 from tuneyard_trainer.storage.journal import Journal
-from tuneyard_trainer.training.loop import mix
 from tuneyard_trainer.training.losses import Forward
+from tuneyard_trainer.training.seeds import derive_seed
 from tuneyard_trainer.worker import Interrupted, Outcome, Worker
 
 EVALUATION = "evaluation.json"
@@ -188,14 +188,14 @@ class Measuring:
         stop = stop_tokens(model, self.tokenizer, self.settings.chat.chat_template)
         pad = int(self.tokenizer.pad_token_id)
         sampler = TransformersSampler(model, pad, stop, self.settings.sampling)
-        keys = [mix(self.settings.seed, index) for index in range(len(asked))]
+        keys = [derive_seed(self.settings.seed, index) for index in range(len(asked))]
         sampled = sampler([one.ids for one in asked], keys) if asked else []
         tokens = tuple(answer.tokens for answer in sampled)
         forward = Forward(
             device=self.worker.device,
             precision=torch.float32,
             pad=pad,
-            pack=base.isolates_documents(model),
+            pack=probes.isolates_documents(model),
             capacity=512,
             max_tokens=16384 if self.worker.device.type == "cuda" else 2048,
         )

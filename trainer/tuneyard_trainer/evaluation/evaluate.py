@@ -17,13 +17,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tuneyard.api.alignment import Gate
 from tuneyard.api.plan import EvaluateSettings, PlannedStage
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prepared import Prepared
+from tuneyard_trainer.evaluation.gates import check_gates
 from tuneyard_trainer.generation.greedy import continuations
 from tuneyard_trainer.models import adapters
-from tuneyard_trainer.models.base import isolates_documents, load_base, load_tokenizer
+from tuneyard_trainer.models.base import load_base, load_tokenizer
+from tuneyard_trainer.models.probes import isolates_documents
 from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.worker import Outcome, Worker
 
@@ -219,21 +220,3 @@ def _samples(
         }
         for i in list(range(0, len(questions), every))[:count]
     ]
-
-
-def check_gates(gates: Sequence[Gate], metrics: Mapping[str, float]) -> None:
-    """Raises StageError GateFailed, naming every gate that was missed."""
-    missed = []
-    for gate in gates:
-        value = metrics.get(gate.metric, math.nan)
-        if gate.at_least is not None and not value >= gate.at_least:
-            missed.append(f"{gate.metric} is {value:.4g}, below {gate.at_least:g}")
-        if gate.at_most is not None and not value <= gate.at_most:
-            missed.append(f"{gate.metric} is {value:.4g}, above {gate.at_most:g}")
-    if missed:
-        raise StageError(
-            "GateFailed",
-            f"the tuned model misses its gates: {'; '.join(missed)}.",
-            advice="Train longer or on more data (training.epochs, data.train), or change "
-            "evaluate.gates.",
-        )

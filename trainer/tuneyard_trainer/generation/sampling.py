@@ -31,8 +31,8 @@ from tuneyard.api.alignment import Sampling
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import ChatFormat
 from tuneyard_trainer.generation.greedy import length_batches, prompt_tuned
+from tuneyard_trainer.models.base import autocast
 from tuneyard_trainer.models.probes import base_of
-from tuneyard_trainer.training.losses import autocast
 
 GPU_ANSWERS, CPU_ANSWERS = 256, 64
 """The most answers sampled at once: a step's cost hardly grows with them up to there."""

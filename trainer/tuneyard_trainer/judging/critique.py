@@ -22,8 +22,8 @@ from tuneyard_trainer.generation.answering import Answer, Policy, Ready, answers
 from tuneyard_trainer.judging.judges import Ask, Judge, filled
 from tuneyard_trainer.judging.local_model import ModelJudge
 from tuneyard_trainer.judging.session import Asking
+from tuneyard_trainer.storage.files import write_atomically
 from tuneyard_trainer.storage.journal import Journal, lines
-from tuneyard_trainer.storage.records import write_atomically
 from tuneyard_trainer.worker import Outcome, Worker
 
 REVISIONS, CRITIQUES = "revisions.jsonl", "critiques.jsonl"

@@ -31,8 +31,8 @@ from tuneyard_trainer.judging.judges import (
     verdict,
 )
 from tuneyard_trainer.judging.session import Asking
+from tuneyard_trainer.storage.files import write_atomically
 from tuneyard_trainer.storage.journal import Journal, lines
-from tuneyard_trainer.storage.records import write_atomically
 from tuneyard_trainer.worker import Outcome, Worker
 
 LABELS, JUDGEMENTS = "preferences.jsonl", "judgements.jsonl"

@@ -20,7 +20,8 @@ from rich.text import Text
 from tuneyard.api.plan import Plan, StageRecord
 from tuneyard.errors import StageError
 from tuneyard_trainer.local.views import Clock, LineView, LiveView, View
-from tuneyard_trainer.reporting.results import ABSENT, Comparison, Figures, Sample, harmless
+from tuneyard_trainer.reporting.formatting import ABSENT, harmless
+from tuneyard_trainer.reporting.results import Comparison, Figures, Sample
 from tuneyard_trainer.storage.records import folder_of
 from tuneyard_trainer.worker import Interrupted
 

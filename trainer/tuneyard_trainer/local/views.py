@@ -26,14 +26,8 @@ from rich.text import Text
 
 from tuneyard.api.plan import StageRecord
 from tuneyard.errors import StageError
-from tuneyard_trainer.reporting.results import (
-    count,
-    duration,
-    harmless,
-    headline,
-    number,
-    seconds_of,
-)
+from tuneyard_trainer.reporting.formatting import count, duration, harmless, number
+from tuneyard_trainer.reporting.results import headline, seconds_of
 
 Clock = Callable[[], float]
 """Seconds since 1970."""

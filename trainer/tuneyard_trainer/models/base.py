@@ -9,7 +9,7 @@ import re
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from tuneyard.api.alignment import Freeze, Qlora
+from tuneyard.api.alignment import Qlora
+from tuneyard.api.plan import LoopSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer import extras
 from tuneyard_trainer.models import gguf_reader
@@ -36,30 +37,10 @@ from tuneyard_trainer.models.files import (
     config_of,
     first_line,
     is_gguf,
-    license_of,
     not_causal,
-    stored_dtype,
 )
-from tuneyard_trainer.models.probes import is_causal, isolates_documents
-
-__all__ = [
-    "count_parameters",
-    "decoder_layers",
-    "dropout_fields",
-    "freeze",
-    "isolates_documents",
-    "layer_indices",
-    "license_of",
-    "load_base",
-    "load_tokenizer",
-    "nf4",
-    "peak_memory_bytes",
-    "quiet",
-    "save_model",
-    "set_dropout",
-    "stored_dtype",
-    "trainable",
-]
+from tuneyard_trainer.models.probes import is_causal
+from tuneyard_trainer.worker import Worker
 
 DROPOUT = re.compile(r"(^|_)(dropout|pdrop)(_|$)")
 NOT_IN_A_CAUSAL_MODEL = re.compile(r"classifier|summary")
@@ -192,6 +173,7 @@ def keep_nf4_layout(model: nn.Module) -> None:
     scales to bfloat16, so measuring a model would change it, and fails where a width is not a
     multiple of 64.
     """
+    module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -312,80 +294,29 @@ def differing(written: nn.Module, read: nn.Module) -> str | None:
     return None
 
 
-def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The decoder's layers, in order, and the dotted name of their list in the model."""
-    count = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return name, module
-    raise StageError(
-        "LayersNotFound",
-        f"{type(model).__name__} has no list of {count} decoder layers.",
-        advice="Remove the layer ranges, or set model.uri to another architecture.",
-    )
-
-
-def layer_indices(ranges: str, count: int, field: str) -> list[int]:
-    """The layers named by "0-3,8", ascending. `field`: the manifest field, for messages."""
-    chosen: set[int] = set()
-    for part in ranges.split(","):
-        first, _, last = part.partition("-")
-        low, high = int(first), int(last or first)
-        if low > high or high >= count:
-            wrong = "runs backwards" if low > high else f"asks for layer {high}"
-            raise StageError(
-                "LayerOutOfRange",
-                f'{field} is "{ranges}": {part} {wrong}, and the model has {count} layers.',
-                advice=f"Set {field} to ranges within 0-{count - 1}.",
-            )
-        chosen.update(range(low, high + 1))
-    return sorted(chosen)
-
-
-def freeze(model: PreTrainedModel, settings: Freeze) -> None:
-    """Takes the named parts out of training. Raises StageError where that cannot be done as asked,
-    or where nothing would be left to train."""
-    if settings.layers:
-        _, layers = decoder_layers(model)
-        for index in layer_indices(settings.layers, len(layers), "training.freeze.layers"):
-            layers[index].requires_grad_(False)
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if settings.embeddings:
-        embeddings.requires_grad_(False)
-    if settings.head:
-        if head.weight is embeddings.weight and not settings.embeddings:
-            raise StageError(
-                "TiedHead",
-                "training.freeze.head is set, and this model's head is its embeddings.",
-                advice="Set training.freeze.embeddings too, or remove training.freeze.head.",
-            )
-        head.requires_grad_(False)
-    if not trainable(model):
-        raise StageError(
-            "NothingToTrain",
-            "training.freeze leaves no parameter to train.",
-            advice="Freeze less: narrow training.freeze.layers.",
-        )
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that training changes, by name; tied ones once."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def count_parameters(model: nn.Module) -> int:
-    """All parameters, adapters included, tied ones once, 4-bit ones by what they stand for."""
-    return sum(_size(parameter) for parameter in model.parameters())
-
-
-def _size(parameter: nn.Parameter) -> int:
-    state = getattr(parameter, "quant_state", None)  # bitsandbytes packs two weights to a byte
-    return parameter.numel() if state is None else torch.Size(state.shape).numel()
-
-
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory that this process has held so far: on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def read_back_otherwise(reason: str, message: str) -> StageError:
+    """What was written is not what was in memory."""
+    advice = "This is a fault of Tuneyard or of the disk: run it again, and report it."
+    return StageError(reason, message, advice=advice, retryable=True)
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[Any]:
+    """Mixed precision below float32; nothing at float32."""
+    if precision is torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=precision)
+
+
+def precision_of(settings: LoopSettings, worker: Worker) -> torch.dtype:
+    """Arithmetic of the forward and backward pass."""
+    if settings.precision == "auto":
+        return torch.bfloat16 if worker.device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.precision]

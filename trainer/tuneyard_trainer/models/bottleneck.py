@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from tuneyard.api.alignment import Bottleneck
 from tuneyard.errors import StageError
-from tuneyard_trainer.models.base import decoder_layers, layer_indices
+from tuneyard_trainer.models.layers import decoder_layers, layer_indices
 
 NAME = "bottleneck"
 ATTENTION = ("self_attn", "attn", "attention", "self_attention", "linear_attn")

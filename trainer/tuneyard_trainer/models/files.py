@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tuneyard.errors import StageError
@@ -255,3 +261,43 @@ def first_line(error: BaseException) -> str:
     """The head of an error from below, for a one-line message."""
     text = str(error).strip().splitlines()
     return text[0].rstrip(".")[:300] if text else type(error).__name__
+
+
+AUTO_LENGTH = 1024
+"""Tokens of a sequence where maxLength is auto and the model's context allows them."""
+
+
+_CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+
+
+_NO_LIMIT = 1 << 30  # tokenizers without a limit say 1e30
+
+
+def sequence_limit(
+    model: Path, tokenizer: PreTrainedTokenizerBase, wanted: int | Literal["auto"], field: str
+) -> int:
+    """The most tokens of a row. `field`: the manifest's, for messages. Raises StageError MaxLength
+    where it asks for more than the model's context."""
+    context = _context(model)
+    if wanted == "auto":
+        if context is None and tokenizer.model_max_length < _NO_LIMIT:
+            context = tokenizer.model_max_length
+        return min(AUTO_LENGTH, context or AUTO_LENGTH)
+    if context is not None and wanted > context:
+        raise StageError(
+            "MaxLength",
+            f"maxLength is {wanted} tokens, and the model's context holds {context}.",
+            advice=f"Set {field} to {context} or less.",
+        )
+    return wanted
+
+
+def _context(model: Path) -> int | None:
+    """The positions that the model's configuration allows; None where it names no limit."""
+    path = model / "config.json"
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text("utf-8"))
+    config = config.get("text_config") or config
+    found = [config[name] for name in _CONTEXT_FIELDS if isinstance(config.get(name), int)]
+    return min(found) if found else None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from tuneyard_trainer.models import base
+from tuneyard_trainer.models import base, files
 from tuneyard_trainer.storage import sources
 
 
@@ -30,7 +30,7 @@ def unpacked(path: Path, cache_dir: Path) -> Path:
         model = base.load_base(path, dtype=torch.float32, device=torch.device("cpu"))
         base.save_model(model, partial)
         base.load_tokenizer(path).save_pretrained(partial)
-        if licence := base.license_of(path):  # which nothing else in the folder would name
+        if licence := files.license_of(path):  # which nothing else in the folder would name
             (partial / "README.md").write_text(f"---\nlicense: {json.dumps(licence)}\n---\n")
         try:
             partial.rename(final)

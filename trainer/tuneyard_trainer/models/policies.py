@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tuneyard.api.alignment import Adapter
 from tuneyard.api.plan import LoopSettings
 from tuneyard_trainer.models import adapters
-from tuneyard_trainer.models.base import freeze, load_base, save_model
+from tuneyard_trainer.models.base import load_base, save_model
+from tuneyard_trainer.models.layers import freeze
 from tuneyard_trainer.storage.files import disk_error
 
 WEIGHTS = "weights"

@@ -28,16 +28,9 @@ from tuneyard.api.alignment import Adapter, Qlora
 from tuneyard.api.plan import LoopSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import adapters, policies
-from tuneyard_trainer.models.base import (
-    freeze,
-    keep_nf4_layout,
-    nf4,
-    quiet,
-    save_model,
-    set_dropout,
-    stored_dtype,
-)
-from tuneyard_trainer.models.files import config_of, first_line
+from tuneyard_trainer.models.base import keep_nf4_layout, nf4, quiet, save_model, set_dropout
+from tuneyard_trainer.models.files import config_of, first_line, stored_dtype
+from tuneyard_trainer.models.layers import freeze
 from tuneyard_trainer.storage.files import disk_error
 
 HEAD = "score.weight"

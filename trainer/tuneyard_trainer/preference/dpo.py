@@ -16,25 +16,27 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tuneyard.api.plan import DpoSettings, PlannedStage, TrainRuntime
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.prepared import Rows, RowWriter
-from tuneyard_trainer.models import base, policies
+from tuneyard_trainer.models import base, policies, probes
+from tuneyard_trainer.models.base import precision_of
 from tuneyard_trainer.preference.dataset import Comparisons, Preferences
-from tuneyard_trainer.preference.losses import PairLoss, kto_loss, pair_loss
+from tuneyard_trainer.preference.kto import UnpairedPreferences
+from tuneyard_trainer.preference.losses import PairLoss, pair_loss
 from tuneyard_trainer.preference.metrics import pair_metrics
 from tuneyard_trainer.preference.passes import chunks, logprobs, over_all
-from tuneyard_trainer.preference.reference import model_digest, reference_logprobs
+from tuneyard_trainer.preference.reference import (
+    MISMATCHED,
+    ReferencedPreferences,
+    validation_of,
+)
 from tuneyard_trainer.training.batches import Indices, Order, share
-from tuneyard_trainer.training.loop import Loop, mix, precision_of
+from tuneyard_trainer.training.loop import Loop
 from tuneyard_trainer.training.losses import Forward
+from tuneyard_trainer.training.seeds import derive_seed
 from tuneyard_trainer.worker import Outcome, Worker
-
-MISMATCHED = "mismatched"
 
 
 def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker) -> Outcome:
@@ -81,13 +83,13 @@ def build(
         device=worker.device,
         precision=precision,
         pad=tokenizer.pad_token_id,
-        pack=base.isolates_documents(model),
+        pack=probes.isolates_documents(model),
         max_length=data.max_length,
         max_tokens=runtime.micro_batch_tokens,
     )
     worker.report(message="measuring the reference")
-    learnt = _Measured.of(settings, data, model, forward, workdir, worker)
-    kind = Thumbs if settings.loss == "kto" else Paired
+    learnt = ReferencedPreferences.of(settings, data, model, forward, workdir, worker)
+    kind = UnpairedPreferences if settings.loss == "kto" else Paired
     objective = kind(model, forward, settings, worker, learnt)
     order = Order.of(data.train.source, data.weights, training.batch_size, training.seed)
     return Loop.of(stage, training, runtime, objective, order, model, workdir, worker)
@@ -103,48 +105,6 @@ def _require_shape(settings: DpoSettings, data: Preferences) -> None:
         )
 
 
-class _Split(NamedTuple):
-    """Groups, and what the reference gives to their rows."""
-
-    groups: Comparisons
-    reference: NDArray[np.float64]
-    """(R,)"""
-
-
-class _Measured(NamedTuple):
-    """What is learnt from, measured by the reference."""
-
-    train: _Split
-    validation: _Split | None
-    mismatched: Rows | None
-    """For KTO: each training row's prompt with another row's answer."""
-    mismatched_reference: NDArray[np.float64] | None
-
-    @classmethod
-    def of(
-        cls,
-        settings: DpoSettings,
-        data: Preferences,
-        model: nn.Module,
-        forward: Forward,
-        workdir: Path,
-        worker: Worker,
-    ) -> _Measured:
-        key = model_digest(model)
-
-        def measured(rows: Rows) -> NDArray[np.float64]:
-            return reference_logprobs(model, key, rows, forward, workdir, worker)
-
-        held_out = data.validation
-        mismatched = _mismatched(data, workdir, worker) if settings.loss == "kto" else None
-        return cls(
-            _Split(data.train, measured(data.train.rows)),
-            _Split(held_out, measured(held_out.rows)) if held_out else None,
-            mismatched,
-            measured(mismatched) if mismatched else None,
-        )
-
-
 # ---- pairs ------------------------------------------------------------------------------------
 
 
@@ -156,7 +116,7 @@ class Paired:
     forward: Forward
     settings: DpoSettings
     worker: Worker
-    learnt: _Measured
+    learnt: ReferencedPreferences
     figures: tuple[str, ...] = ("loss", "accuracy", "chosenReward", "rejectedReward")
 
     @property
@@ -170,7 +130,7 @@ class Paired:
         mine = share(groups, train.groups.tokens, rank, self.worker.world_size)
         means_K = torch.zeros(len(self.figures), device=self.worker.device)
         for index, chunk in enumerate(chunks(train.groups, mine, self.forward.max_tokens)):
-            torch.manual_seed(mix(self.settings.training.seed, step, rank, index))
+            torch.manual_seed(derive_seed(self.settings.training.seed, step, rank, index))
             members = train.groups.members(chunk)
             found_R = logprobs(self.model, train.groups.rows, members, self.forward)
             reference_R = torch.from_numpy(train.reference[members]).to(found_R)
@@ -204,7 +164,7 @@ class Paired:
         )
 
     def held_out(self) -> dict[str, float]:
-        groups, reference = _held_out(self.learnt)
+        groups, reference = validation_of(self.learnt)
         found = over_all(logprobs, self.model, groups.rows, self.forward, self.worker)
         ratios = found - reference
         sums = self._sums(torch.from_numpy(ratios), groups, np.arange(len(groups)))
@@ -217,7 +177,7 @@ class Paired:
 
     def baseline(self) -> dict[str, float]:
         """Of the reference, which by its own measure prefers nothing: no pass is needed."""
-        groups, reference = _held_out(self.learnt)
+        groups, reference = validation_of(self.learnt)
         zero = torch.zeros(len(reference), dtype=torch.float64)
         sums = self._sums(zero, groups, np.arange(len(groups)))
         return {"validationLoss": float(sums[0]) / len(groups), "preferenceAccuracy": 0.5}
@@ -255,128 +215,4 @@ def _pairs(groups: Comparisons, chunk: Indices, device: torch.device) -> _Pairs:
     )
 
 
-def _held_out(learnt: _Measured) -> _Split:
-    if learnt.validation is None:
-        raise ValueError("nothing is held out")
-    return learnt.validation
-
-
 # ---- single answers ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Thumbs:
-    """KTO: the mean loss of a batch of single answers, both thumbs with equal weight in the data
-    (the paper's section 4.2 balances them so)."""
-
-    model: nn.Module
-    forward: Forward
-    settings: DpoSettings
-    worker: Worker
-    learnt: _Measured
-    figures: tuple[str, ...] = ("loss", "accuracy", "kl")
-
-    @property
-    def holds_out(self) -> bool:
-        return self.learnt.validation is not None
-
-    def backward(self, groups: Indices, step: int) -> Tensor:
-        """(3,) this worker's share of the loss, of the answers on their side of the reference point
-        and of that point, the KL."""
-        train, rank = self.learnt.train, self.worker.rank
-        mine = share(groups, train.groups.tokens, rank, self.worker.world_size)
-        kl = self._reference_point(mine, len(groups))
-        means_K = torch.zeros(len(self.figures), device=self.worker.device)
-        means_K[2] = kl / self.worker.world_size
-        self.model.train()
-        for index, chunk in enumerate(chunks(train.groups, mine, self.forward.max_tokens)):
-            torch.manual_seed(mix(self.settings.training.seed, step, rank, index))
-            members = train.groups.members(chunk)
-            found_N = logprobs(self.model, train.groups.rows, members, self.forward)
-            ratios_N = found_N - torch.from_numpy(train.reference[members]).to(found_N)
-            sums_K = self._sums(ratios_N, train.groups.labels[chunk], kl) / len(groups)
-            sums_K[0].backward()
-            means_K[:2] += sums_K.detach()
-        return means_K
-
-    @torch.no_grad()
-    def _reference_point(self, mine: Indices, count: int) -> Tensor:
-        """The KL of the policy from the reference, on the prompts of a batch with other prompts'
-        answers; the same on every worker."""
-        rows, reference = self.learnt.mismatched, self.learnt.mismatched_reference
-        if rows is None or reference is None:
-            raise ValueError("KTO needs mismatched rows")
-        self.model.eval()
-        total = torch.zeros((), device=self.worker.device)
-        for chunk in chunks(self.learnt.train.groups, mine, self.forward.max_tokens):
-            found_N = logprobs(self.model, rows, chunk, self.forward)
-            total += (found_N - torch.from_numpy(reference[chunk]).to(found_N)).sum() / count
-        if self.worker.world_size > 1:
-            dist.all_reduce(total)
-        return total.clamp(min=0)
-
-    def _sums(self, ratios_N: Tensor, labels: NDArray[np.float32], kl: Tensor) -> Tensor:
-        """(2,) summed over the answers."""
-        good_N = torch.from_numpy(labels > 0.5).to(ratios_N.device)
-        up, down = self._weights
-        weights_N = torch.where(good_N, up, down).to(ratios_N)
-        loss_N = kto_loss(ratios_N, good_N, kl.to(ratios_N), beta=self.settings.beta) * weights_N
-        right_N = ((ratios_N > kl) == good_N).to(ratios_N)
-        return torch.stack([loss_N.sum(), right_N.sum()])
-
-    @property
-    def _weights(self) -> tuple[float, float]:
-        """Of thumbs up and down: each kind weighs half of the training data."""
-        labels = self.learnt.train.groups.labels
-        share_up = float(np.mean(labels > 0.5))
-        return 0.5 / share_up, 0.5 / (1 - share_up)
-
-    def held_out(self) -> dict[str, float]:
-        """At the reference point 0, so that evaluations compare."""
-        groups, reference = _held_out(self.learnt)
-        found = over_all(logprobs, self.model, groups.rows, self.forward, self.worker)
-        return self._figures(found - reference, groups)
-
-    def _figures(self, ratios: NDArray[np.float64], groups: Comparisons) -> dict[str, float]:
-        sums = self._sums(torch.from_numpy(ratios), groups.labels, torch.zeros(()))
-        good = groups.labels > 0.5
-        figures = {
-            "validationLoss": float(sums[0]) / len(groups),
-            "preferenceAccuracy": float(sums[1]) / len(groups),
-        }
-        if good.any() and not good.all():
-            apart = ratios[good].mean() - ratios[~good].mean()
-            figures["preferenceMargin"] = float(self.settings.beta * apart)
-        return figures
-
-    def baseline(self) -> dict[str, float]:
-        """Of the reference, by its own measure: no pass is needed."""
-        groups, reference = _held_out(self.learnt)
-        return self._figures(np.zeros(len(reference)), groups)
-
-    def num_tokens(self, groups: Indices) -> int:
-        return int(self.learnt.train.groups.tokens[groups].sum())
-
-
-def _mismatched(data: Preferences, workdir: Path, worker: Worker) -> Rows:
-    """Each training row's prompt with the next row's answer (cut to the longest row), as TRL pairs
-    them: what the policy gives to answers that are not to the point."""
-    rows = data.train.rows
-    folder = workdir / MISMATCHED / str(worker.rank)
-    folder.mkdir(parents=True, exist_ok=True)
-    with RowWriter(folder, "train") as writer:
-        for row in range(len(rows)):
-            other = (row + 1) % len(rows)
-            prompt = rows.ids(row)[: _answer_start(rows, row)]
-            answer = rows.ids(other)[_answer_start(rows, other) :]
-            answer = answer[: max(1, data.max_length - len(prompt))]
-            mask = np.concatenate([np.zeros(len(prompt)), np.ones(len(answer))])
-            writer.append(np.concatenate([prompt, answer]), mask.astype(np.uint8), 0)
-    found = Rows.open(folder, "train")
-    if found is None:
-        raise TypeError("no rows to mismatch")
-    return found
-
-
-def _answer_start(rows: Rows, row: int) -> int:
-    return int(np.argmax(rows.mask(row)))

@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from tuneyard.api.plan import DatasetSettings, PairsSettings, PlannedStage, SourceInput
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.example import Example
-from tuneyard_trainer.data.prepare import sequence_limit
 from tuneyard_trainer.data.prepared import SPLITS, Rows, RowWriter
 from tuneyard_trainer.data.rows import Row, data_files, read_rows
 from tuneyard_trainer.data.splits import held_out
 from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit
 from tuneyard_trainer.models import base
+from tuneyard_trainer.models.files import sequence_limit
 from tuneyard_trainer.preference.dataset import remove_groups, write_groups
 from tuneyard_trainer.preference.rows import Judged, PreferenceError, judged
 from tuneyard_trainer.worker import Interrupted, Outcome, Worker

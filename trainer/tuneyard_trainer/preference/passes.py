@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tuneyard_trainer.data.prepared import Rows
+from tuneyard_trainer.models.base import autocast
+from tuneyard_trainer.models.layers import head_at
 from tuneyard_trainer.models.probes import base_of
 from tuneyard_trainer.preference.dataset import Comparisons
 from tuneyard_trainer.training.batches import IGNORE, Indices, Pass, passes, share
-from tuneyard_trainer.training.losses import Forward, autocast, collate, head_at
+from tuneyard_trainer.training.losses import Forward, collate
 from tuneyard_trainer.worker import Worker
 
 ANY = 1 << 62

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
 
-from tuneyard_trainer.data.prepared import Rows
+from tuneyard.api.plan import DpoSettings
+from tuneyard_trainer.data.prepared import Rows, RowWriter
+from tuneyard_trainer.preference.dataset import Comparisons, Preferences
 from tuneyard_trainer.preference.passes import logprobs, over_all
 from tuneyard_trainer.storage.files import disk_error
 from tuneyard_trainer.training.losses import Forward
@@ -96,3 +99,78 @@ def _shared(known: NDArray[np.float64] | None, count: int, worker: Worker) -> ND
     tensor = torch.from_numpy(values).to(worker.device)
     dist.broadcast(tensor, src=0)
     return np.asarray(tensor.cpu().numpy())
+
+
+MISMATCHED = "mismatched"
+
+
+class ReferencedGroups(NamedTuple):
+    """Groups, and what the reference gives to their rows."""
+
+    groups: Comparisons
+    reference: NDArray[np.float64]
+    """(R,)"""
+
+
+class ReferencedPreferences(NamedTuple):
+    """What is learnt from, measured by the reference."""
+
+    train: ReferencedGroups
+    validation: ReferencedGroups | None
+    mismatched: Rows | None
+    """For KTO: each training row's prompt with another row's answer."""
+    mismatched_reference: NDArray[np.float64] | None
+
+    @classmethod
+    def of(
+        cls,
+        settings: DpoSettings,
+        data: Preferences,
+        model: nn.Module,
+        forward: Forward,
+        workdir: Path,
+        worker: Worker,
+    ) -> ReferencedPreferences:
+        key = model_digest(model)
+
+        def measured(rows: Rows) -> NDArray[np.float64]:
+            return reference_logprobs(model, key, rows, forward, workdir, worker)
+
+        held_out = data.validation
+        mismatched = _mismatched(data, workdir, worker) if settings.loss == "kto" else None
+        return cls(
+            ReferencedGroups(data.train, measured(data.train.rows)),
+            ReferencedGroups(held_out, measured(held_out.rows)) if held_out else None,
+            mismatched,
+            measured(mismatched) if mismatched else None,
+        )
+
+
+def validation_of(learnt: ReferencedPreferences) -> ReferencedGroups:
+    if learnt.validation is None:
+        raise ValueError("nothing is held out")
+    return learnt.validation
+
+
+def _mismatched(data: Preferences, workdir: Path, worker: Worker) -> Rows:
+    """Each training row's prompt with the next row's answer (cut to the longest row), as TRL pairs
+    them: what the policy gives to answers that are not to the point."""
+    rows = data.train.rows
+    folder = workdir / MISMATCHED / str(worker.rank)
+    folder.mkdir(parents=True, exist_ok=True)
+    with RowWriter(folder, "train") as writer:
+        for row in range(len(rows)):
+            other = (row + 1) % len(rows)
+            prompt = rows.ids(row)[: _answer_start(rows, row)]
+            answer = rows.ids(other)[_answer_start(rows, other) :]
+            answer = answer[: max(1, data.max_length - len(prompt))]
+            mask = np.concatenate([np.zeros(len(prompt)), np.ones(len(answer))])
+            writer.append(np.concatenate([prompt, answer]), mask.astype(np.uint8), 0)
+    found = Rows.open(folder, "train")
+    if found is None:
+        raise TypeError("no rows to mismatch")
+    return found
+
+
+def _answer_start(rows: Rows, row: int) -> int:
+    return int(np.argmax(rows.mask(row)))

@@ -20,16 +20,23 @@ from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.plan import PlannedStage, RewardSettings, TrainRuntime
 from tuneyard_trainer.models import adapters, reward_models
-from tuneyard_trainer.models.base import differing, load_tokenizer, save_model, stored_dtype
+from tuneyard_trainer.models.base import (
+    differing,
+    load_tokenizer,
+    precision_of,
+    read_back_otherwise,
+    save_model,
+)
+from tuneyard_trainer.models.files import stored_dtype
 from tuneyard_trainer.models.policies import WEIGHTS
 from tuneyard_trainer.preference.dataset import Comparisons, Preferences
 from tuneyard_trainer.preference.losses import reward_loss
 from tuneyard_trainer.preference.metrics import accuracy, correlation, pair_metrics, pairs_of
 from tuneyard_trainer.preference.passes import chunks, over_all, scores
-from tuneyard_trainer.running.failures import read_back_otherwise
 from tuneyard_trainer.training.batches import Indices, Order, share
-from tuneyard_trainer.training.loop import Loop, mix, precision_of
+from tuneyard_trainer.training.loop import Loop
 from tuneyard_trainer.training.losses import Forward
+from tuneyard_trainer.training.seeds import derive_seed
 from tuneyard_trainer.worker import Outcome, Worker
 
 START = "start"
@@ -133,7 +140,7 @@ class Ranked:
         mine = share(groups, train.tokens, rank, self.worker.world_size)
         means_K = torch.zeros(len(FIGURES), device=self.worker.device)
         for index, chunk in enumerate(chunks(train, mine, self.forward.max_tokens)):
-            torch.manual_seed(mix(self.settings.training.seed, step, rank, index))
+            torch.manual_seed(derive_seed(self.settings.training.seed, step, rank, index))
             found_R = scores(self.model, train.rows, train.members(chunk), self.forward)
             found_GK, sizes_G = _grid(found_R, train.sizes[chunk])
             loss_G = self._loss(found_GK, sizes_G, train.labels[chunk])

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from tuneyard.api.alignment import Adapter
 from tuneyard.api.plan import LoopSettings, TrainRuntime
-from tuneyard_trainer.models import base, policies
+from tuneyard_trainer.models import base, layers, policies
+from tuneyard_trainer.models.base import autocast, precision_of
+from tuneyard_trainer.models.layers import head_at, head_of
 from tuneyard_trainer.models.policies import Reference
 from tuneyard_trainer.reinforcement.arithmetic import entropy, token_logprobs
 from tuneyard_trainer.training.batches import passes
-from tuneyard_trainer.training.loop import precision_of
-from tuneyard_trainer.training.losses import Forward, autocast, head_at, head_of
+from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.value_head import ValueHead
 from tuneyard_trainer.worker import Worker
 
@@ -87,7 +88,7 @@ class Actor:
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained, by name."""
         heads = self.value_head.named_parameters() if self.value_head else ()
-        return base.trainable(self.model) | {f"value_head.{name}": p for name, p in heads}
+        return layers.trainable(self.model) | {f"value_head.{name}": p for name, p in heads}
 
     def passes(self, texts: Texts) -> list[list[int]]:
         """Indices of the rows that go through the model together, the longest first."""
@@ -206,7 +207,7 @@ def load(
         temperature=temperature,
         max_tokens=forward.max_tokens,
         value_head=ValueHead(head_of(model).in_features, device) if with_values else None,
-        reference=policies.Reference(base.trainable(model)) if with_reference else None,
+        reference=policies.Reference(layers.trainable(model)) if with_reference else None,
         checkpointing=runtime.gradient_checkpointing,
     )
 

@@ -25,33 +25,36 @@ from tuneyard_trainer.generation import answering
 from tuneyard_trainer.generation.answering import Ready
 from tuneyard_trainer.generation.sampling import Sampler, TransformersSampler, stop_tokens
 from tuneyard_trainer.models import policies
-from tuneyard_trainer.models.base import count_parameters, peak_memory_bytes
+from tuneyard_trainer.models.base import peak_memory_bytes
+from tuneyard_trainer.models.layers import count_parameters
 from tuneyard_trainer.reinforcement import actor as actors
 from tuneyard_trainer.reinforcement import rewards
 from tuneyard_trainer.reinforcement.actor import Actor
 from tuneyard_trainer.reinforcement.arithmetic import adapted_coefficient
+from tuneyard_trainer.reinforcement.held_out import (
+    FEWEST_ANSWERS,
+    MEASURED,
+    MOST_HELD_OUT,
+    SAMPLES_SHOWN,
+    held_out_metrics,
+    split,
+)
 from tuneyard_trainer.reinforcement.method import Method
 from tuneyard_trainer.reinforcement.rollouts import Collector, Peers, Rollouts, prompts_of
-from tuneyard_trainer.reinforcement.stop_conditions import Stop, blown_up
-from tuneyard_trainer.reinforcement.update import Optimiser, generator
+from tuneyard_trainer.reinforcement.stop_conditions import (
+    ALIKE_UPDATES,
+    TRUNCATED_UPDATES,
+    Stop,
+    blown_up,
+)
+from tuneyard_trainer.reinforcement.update import Optimiser
 from tuneyard_trainer.training.batches import Order
 from tuneyard_trainer.training.checkpoints import Checkpoints, LoopState, assign
-from tuneyard_trainer.training.loop import CHECKPOINT_SECONDS, History, mix
+from tuneyard_trainer.training.history import History
+from tuneyard_trainer.training.loop import CHECKPOINT_SECONDS
 from tuneyard_trainer.training.schedules import rate
+from tuneyard_trainer.training.seeds import COMPLETION, MEASUREMENT, derive_seed
 from tuneyard_trainer.worker import Interrupted, Outcome, Worker
-
-HELD_OUT_SHARE, MOST_HELD_OUT = 0.1, 64
-"""Prompts that are never trained on: the reward of 64 answers is known to an eighth of its
-deviation, and less, as every measurement draws them with the same keys."""
-FEWEST_ANSWERS = 32
-"""Of a measurement: few prompts are answered several times each, as four answers tell nothing."""
-TRUNCATED_UPDATES = 3
-"""Updates in a row without one whole answer before the run is given up."""
-ALIKE_UPDATES = 8
-"""Updates from the start in which no reward differed before the run is given up."""
-SAMPLES_SHOWN = 3
-MEASURED = ("reward", "kl", "answerLength", "endedShare")
-_ANSWER, _MEASURE = 1, 2  # purposes of a seed
 
 
 @dataclass(frozen=True)
@@ -223,7 +226,7 @@ class Loop:
         self.checkpoints.restore(state, self.optimiser.parameters, self.optimiser.optimizer)
         self.history.truncate(state.step)
         if state.step == 0:
-            self.history.write({"step": 0, **_held_out(state.base)})
+            self.history.write({"step": 0, **held_out_metrics(state.base)})
         self.resumed_at = state.step
         self.worker.report(
             step=state.step,
@@ -287,7 +290,7 @@ class Loop:
         passes = {n: self.order.epoch(n) for n in {place // size for place in places}}
         chosen = [int(passes[place // size][place % size]) for place in places]
         questions = [self.questions[i] for i in chosen for _ in range(self.method.group_size)]
-        return questions, [mix(seed, _ANSWER, step, i) for i in range(len(questions))]
+        return questions, [derive_seed(seed, COMPLETION, step, i) for i in range(len(questions))]
 
     def _learning_rate(self, step: int, total: int) -> float:
         training = self.settings.training
@@ -353,15 +356,15 @@ class Loop:
         """Answers to the held-out prompts, the same keys each time."""
         seed = self.settings.training.seed
         asked = [question for question in self.held_out for _ in range(self._copies)]
-        keys = [mix(seed, _MEASURE, i) for i in range(len(asked))]
+        keys = [derive_seed(seed, MEASUREMENT, i) for i in range(len(asked))]
         rollouts = self.collector.collect(asked, keys)
         watched = rollouts.watched()
         objective = self.method.objective(watched)
         shown = [name for name in MEASURED if name in watched]
         last = {"objective": objective, **{name: watched[name] for name in shown}}
         self._show(state.step, rollouts)
-        self.history.write({"step": state.step, **_held_out(last)})
-        self.worker.report(step=state.step, total_steps=total, metrics=_held_out(last))
+        self.history.write({"step": state.step, **held_out_metrics(last)})
+        self.worker.report(step=state.step, total_steps=total, metrics=held_out_metrics(last))
         state = replace(state, last=last)
         if state.best_loss is None or -objective < state.best_loss:
             return replace(state, best_step=state.step, best_loss=-objective, best=last, stale=0)
@@ -486,19 +489,3 @@ def _sampler(
         longest=max(len(question.ids) for question in questions) + sampling.max_new_tokens,
         workers=worker.world_size,
     )
-
-
-def _held_out(measured: Mapping[str, float]) -> dict[str, float]:
-    """The same under names that tell it from an update's own."""
-    return {f"heldOut{name[0].upper()}{name[1:]}": value for name, value in measured.items()}
-
-
-def split(questions: Sequence[Ready]) -> tuple[list[Ready], list[Ready]]:
-    """What is trained on and what is held out; copies of a prompt are on the same side. The seed is
-    fixed: runs that differ in theirs are measured on the same prompts."""
-    different = sorted({question.ids for question in questions})
-    count = min(MOST_HELD_OUT, int(len(different) * HELD_OUT_SHARE))
-    chosen = generator(0).permutation(len(different))[:count]
-    held_out = {different[i] for i in chosen}
-    by_ids = {question.ids: question for question in questions if question.ids in held_out}
-    return [q for q in questions if q.ids not in held_out], list(by_ids.values())

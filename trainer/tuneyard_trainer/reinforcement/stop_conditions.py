@@ -37,3 +37,11 @@ def blown_up(
             f"answers are {ratio:.3g} times as long as at first, above {limits.max_length_ratio:g}",
         )
     return None
+
+
+TRUNCATED_UPDATES = 3
+"""Updates in a row without one whole answer before the run is given up."""
+
+
+ALIKE_UPDATES = 8
+"""Updates from the start in which no reward differed before the run is given up."""

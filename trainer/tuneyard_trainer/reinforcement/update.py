@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from tuneyard.api.plan import LoopSettings
-from tuneyard_trainer.models import base
+from tuneyard_trainer.models import layers
 from tuneyard_trainer.reinforcement.actor import Actor, Texts
 from tuneyard_trainer.reinforcement.method import Experience, Method
 from tuneyard_trainer.reinforcement.rollouts import Peers, Rollouts
 from tuneyard_trainer.training.loop import adamw, not_finite
+from tuneyard_trainer.training.seeds import MINIBATCHES, generator
 
 VALUE_HEAD_RATE = 10.0
 """The value head's learning rate over the policy's: it starts from nothing (OpenRLHF: critics at
 9e-6 beside actors at 5e-7)."""
-_SHUFFLE = 3  # purpose of a seed
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Optimiser:
 
     @classmethod
     def of(cls, actor: Actor, method: Method, settings: LoopSettings, peers: Peers) -> Optimiser:
-        optimizer = adamw(base.trainable(actor.model), settings)
+        optimizer = adamw(layers.trainable(actor.model), settings)
         if actor.value_head:
             head = list(actor.value_head.parameters())
             optimizer.add_param_group(
@@ -75,7 +75,7 @@ class Optimiser:
         size = self.settings.batch_size
         found = []
         for epoch in range(self.method.optimization_epochs):
-            shuffled = generator(self.settings.seed, _SHUFFLE, update, epoch).permutation(count)
+            shuffled = generator(self.settings.seed, MINIBATCHES, update, epoch).permutation(count)
             found += [shuffled[start : start + size] for start in range(0, count, size)]
         return found
 
@@ -115,8 +115,3 @@ class Optimiser:
         parts = flat.split([gradient.numel() for gradient in gradients])
         for gradient, summed in zip(gradients, parts, strict=True):
             gradient.copy_(summed.view_as(gradient))
-
-
-def generator(*numbers: int) -> np.random.Generator:
-    """Random numbers that are a function of these."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(numbers)))

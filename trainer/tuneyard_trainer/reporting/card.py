@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from tuneyard_trainer.reporting.results import ABSENT, Figures, count, harmless
+from tuneyard_trainer.reporting.formatting import ABSENT, count, harmless
+from tuneyard_trainer.reporting.results import Figures
 from tuneyard_trainer.reporting.summary import PEFT_KINDS, Account
 
 SHOWN_CHARACTERS = 1200

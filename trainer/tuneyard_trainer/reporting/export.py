@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 
 from tuneyard.api.plan import ExportSettings, PlannedStage
 from tuneyard_trainer.data.prepared import Prepared
-from tuneyard_trainer.models import adapters, base, reward_models
+from tuneyard_trainer.models import adapters, base, files, reward_models
+from tuneyard_trainer.models.base import read_back_otherwise
 from tuneyard_trainer.reporting import report
-from tuneyard_trainer.running.failures import read_back_otherwise
 from tuneyard_trainer.worker import Outcome, Worker
 
 PROBE_TOKENS = 64
@@ -57,7 +57,7 @@ def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: 
     else:
         worker.report(message="writing the model and loading it again")
         compared["modelLogitDifference"] = _export_full(inputs, workdir, probe_1L)
-    licence = base.license_of(inputs["model"])
+    licence = files.license_of(inputs["model"])
     report.write(workdir, inputs, manifest=worker.manifest, compared=compared, licence=licence)
     (workdir / "job.yaml").write_text(yaml.safe_dump(dict(worker.manifest), sort_keys=False))
     written = tuple(name for name in (ADAPTER, MODEL) if (workdir / name).exists())
@@ -111,7 +111,7 @@ def _write_model(
 ) -> float:
     """Casts to the base's own precision, writes, and loads it again."""
     target = workdir / MODEL
-    nn.Module.to(model, base.stored_dtype(inputs["model"]))  # in place
+    nn.Module.to(model, files.stored_dtype(inputs["model"]))  # in place
     in_memory_1LV = _logits(model, probe_1L)
     base.save_model(model, target)
     _add_tokenizer(inputs, target)

@@ -13,7 +13,8 @@ import yaml
 from tuneyard.api.plan import StageRecord
 from tuneyard_trainer.reporting import plots
 from tuneyard_trainer.reporting.card import usage, write_card
-from tuneyard_trainer.reporting.results import ABSENT, count, duration, harmless, seconds_of
+from tuneyard_trainer.reporting.formatting import ABSENT, count, duration, harmless
+from tuneyard_trainer.reporting.results import seconds_of
 from tuneyard_trainer.reporting.summary import Account
 
 

@@ -13,8 +13,9 @@ from urllib.parse import urlsplit, urlunsplit
 from pydantic import ValidationError
 
 from tuneyard.api.plan import StageRecord
+from tuneyard_trainer.reporting.formatting import ABSENT, count, number
 from tuneyard_trainer.reporting.plots import Curves
-from tuneyard_trainer.reporting.results import ABSENT, FATES, Figures, count, last_trained, number
+from tuneyard_trainer.reporting.results import FATES, Figures, last_trained
 
 PEFT_KINDS = ("lora", "qlora", "prefix", "prompt", "ia3")
 """Adapters that PEFT itself loads."""

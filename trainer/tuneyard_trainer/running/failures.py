@@ -57,12 +57,6 @@ def unexpected(error: BaseException) -> StageError:
     )
 
 
-def read_back_otherwise(reason: str, message: str) -> StageError:
-    """What was written is not what was in memory."""
-    advice = "This is a fault of Tuneyard or of the disk: run it again, and report it."
-    return StageError(reason, message, advice=advice, retryable=True)
-
-
 _HOST = re.compile(r"hostname='([^']+)'")
 _MEMORY = re.compile(r"[\d.]+\wB used / [\d.]+\wB limit")
 

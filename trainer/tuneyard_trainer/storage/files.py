@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -29,3 +30,26 @@ def disk_error(error: OSError | SafetensorError, folder: Path) -> StageError:
         else "",
         retryable=not forbidden,
     )
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The file holds all of `data` or what it held before, also after a power cut.
+
+    Raises StageError DiskFull or WriteFailed.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise disk_error(error, path) from error

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,7 +21,7 @@ from pydantic import ValidationError
 
 from tuneyard.api.plan import JobRef, PlannedStage, StageRecord
 from tuneyard.errors import StageError
-from tuneyard_trainer.storage.files import disk_error
+from tuneyard_trainer.storage.files import disk_error, write_atomically
 
 LAST = ("state.json", "record.json")
 """Files that say that the others are complete; always copied after them."""
@@ -264,29 +263,6 @@ def folder_of(stage: str) -> str:
 
 def _stale(why: str) -> StageError:
     return StageError("StaleAttempt", f"{why}.")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file holds all of `data` or what it held before, also after a power cut.
-
-    Raises StageError DiskFull or WriteFailed.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise disk_error(error, path) from error
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tuneyard_trainer.training.seeds import EPOCH_ORDER, SOURCE_ROWS, row_generator
+
 Indices = NDArray[np.int64]
 
 IGNORE = -100
@@ -43,7 +45,7 @@ class Order:
             whole, part = divmod(weight, 1.0)
             chosen += [members] * int(whole)
             count = round(part * len(members))
-            picked = _generator(seed, 1, index).permutation(members)[:count]
+            picked = row_generator(seed, SOURCE_ROWS, index).permutation(members)[:count]
             chosen.append(np.sort(picked))
         return cls(np.concatenate(chosen), batch_size, seed)
 
@@ -59,7 +61,7 @@ class Order:
 
     def epoch(self, number: int) -> Indices:
         """The row indices of epoch `number` (from 0), each copy exactly once."""
-        return _generator(self.seed, 0, number).permutation(self.rows)
+        return row_generator(self.seed, EPOCH_ORDER, number).permutation(self.rows)
 
     def batches(self, first_step: int, total_steps: int) -> Iterator[Indices]:
         """The batches of steps first_step..total_steps-1 (from 0)."""
@@ -72,11 +74,6 @@ class Order:
                     return
                 yield rows[start : start + self.batch_size]
                 step += 1
-
-
-def _generator(seed: int, purpose: int, index: int) -> np.random.Generator:
-    """Philox is counter-based: streams of different keys are independent by design."""
-    return np.random.Generator(np.random.Philox(key=[seed, (purpose << 32) | index]))
 
 
 def share(rows: Indices, lengths: Indices, rank: int, world_size: int) -> Indices:

@@ -9,24 +9,24 @@ for bit on the same hardware.
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from tuneyard.api.plan import LoopSettings, TrainRuntime
 from tuneyard.errors import StageError
-from tuneyard_trainer.models import base
+from tuneyard_trainer.models import base, layers
+from tuneyard_trainer.models.base import precision_of
 from tuneyard_trainer.training.batches import Indices, Order
 from tuneyard_trainer.training.checkpoints import Checkpoints, LoopState, assign
+from tuneyard_trainer.training.history import History
 from tuneyard_trainer.training.schedules import rate
 from tuneyard_trainer.worker import Interrupted, Worker
 
@@ -95,7 +95,7 @@ class Loop:
         worker: Worker,
     ) -> Loop:
         """A loop over `order` that trains what `model` has to train."""
-        parameters = base.trainable(model)
+        parameters = layers.trainable(model)
         return cls(
             stage=stage,
             settings=settings,
@@ -291,7 +291,7 @@ class Loop:
             "trainingSeconds": state.seconds,
             "tokensPerSecond": state.tokens / state.seconds if state.seconds else 0.0,
             "trainedParameters": float(sum(p.numel() for p in self.parameters.values())),
-            "parameters": float(base.count_parameters(self.model)),
+            "parameters": float(layers.count_parameters(self.model)),
             "peakMemoryBytes": float(base.peak_memory_bytes(self.worker.device)),
             "finalLoss": self.history.last("loss"),
         }
@@ -314,47 +314,6 @@ class Loop:
         }
 
 
-class History:
-    """`metrics.jsonl`: one line per step or evaluation, of this and earlier attempts."""
-
-    def __init__(self, path: Path, *, enabled: bool) -> None:
-        self._path, self._enabled = path, enabled
-        self._last: dict[str, float] = {}
-
-    def write(self, line: Mapping[str, Any]) -> None:
-        self._last.update(line)
-        if self._enabled:
-            with self._path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-
-    def truncate(self, step: int) -> None:
-        """Forgets what a killed run wrote after its last checkpoint, which will be done again."""
-        if not self._enabled:
-            return
-        kept = [line for line in self.lines() if line["step"] <= step] if step else []
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        for line in kept:
-            self._last.update(line)
-
-    def lines(self) -> Iterator[dict[str, Any]]:
-        """Whole lines only: the last one of a killed run may be torn."""
-        text = self._path.read_text() if self._path.exists() else ""
-        for line in text.splitlines(keepends=True):
-            if line.endswith("\n"):
-                yield json.loads(line)
-
-    def evaluated(self, step: int | None) -> dict[str, float]:
-        """The held-out figures after a step; {} where it was not evaluated."""
-        lines = [line for line in self.lines() if line["step"] == step and "validationLoss" in line]
-        return {name: value for name, value in lines[-1].items() if name != "step"} if lines else {}
-
-    def base_loss(self) -> float | None:
-        return self._last.get("baseValidationLoss")
-
-    def last(self, name: str) -> float:
-        return self._last.get(name, math.nan)
-
-
 def not_finite(what: str) -> StageError:
     """Training came to nothing."""
     return StageError(
@@ -363,18 +322,6 @@ def not_finite(what: str) -> StageError:
         advice="Lower training.learningRate, or raise training.schedule.warmup; look for broken "
         "rows in the data.",
     )
-
-
-def mix(*numbers: int) -> int:
-    """One well-mixed 63-bit seed of several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-def precision_of(settings: LoopSettings, worker: Worker) -> torch.dtype:
-    """Arithmetic of the forward and backward pass."""
-    if settings.precision == "auto":
-        return torch.bfloat16 if worker.device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.precision]
 
 
 def adamw(parameters: Mapping[str, nn.Parameter], settings: LoopSettings) -> torch.optim.Optimizer:

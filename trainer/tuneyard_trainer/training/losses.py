@@ -5,8 +5,6 @@ Shapes: B bins of a pass, L their width, N target positions, V vocabulary, H hid
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tuneyard_trainer.data.prepared import Rows
-from tuneyard_trainer.models.probes import base_of
+from tuneyard_trainer.models.base import autocast
+from tuneyard_trainer.models.layers import head_at, head_of
 from tuneyard_trainer.training.batches import IGNORE, Indices, Pass, passes, share
 
 EVALUATION_ROWS = 256
@@ -113,13 +112,6 @@ class Forward:
         return float(total) / int(rows.targets.sum())
 
 
-def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[Any]:
-    """Mixed precision below float32; nothing at float32."""
-    if precision is torch.float32:
-        return nullcontext()
-    return torch.autocast(device.type, dtype=precision)
-
-
 def collate(rows: Rows, layout: Pass, *, pad: int, packed: bool, device: torch.device) -> Batch:
     """Lays the rows of a pass end to end in their bins."""
     shape = (len(layout.bins), layout.width)
@@ -157,36 +149,3 @@ def target_loss(model: nn.Module, batch: Batch) -> Tensor:
     with head_at(model, bins_N, columns_N, batch.ids_BL.shape[1]):
         logits_NV = model(input_ids=batch.ids_BL, use_cache=False, **context).logits[0]
     return F.cross_entropy(logits_NV.float(), batch.labels_BL[bins_N, columns_N], reduction="sum")
-
-
-@contextmanager
-def head_at(
-    model: nn.Module, bins_N: Tensor, columns_N: Tensor, width: int
-) -> Iterator[list[Tensor]]:
-    """While active, the model's head sees (1, N, H) hidden states: those of the named positions.
-    Gives a list to which each forward pass adds the (N, H) states that its head saw.
-
-    A hook on the head rather than a call of the decoder alone, so that whatever an architecture
-    does to its logits afterwards (scaling, soft-capping) still happens. Adapters that put virtual
-    tokens before the input shift the columns; the hidden states' own width tells by how much.
-    """
-
-    seen: list[Tensor] = []
-
-    def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden_BLH = args[0]
-        shift = hidden_BLH.shape[1] - width
-        seen.append(hidden_BLH[bins_N, columns_N + shift])
-        return (seen[-1].unsqueeze(0), *args[1:])
-
-    hook = head_of(model).register_forward_pre_hook(select)
-    try:
-        yield seen
-    finally:
-        hook.remove()
-
-
-def head_of(model: Any) -> nn.Linear:
-    """The linear layer that makes logits of hidden states, of a plain model or under an adapter."""
-    head: nn.Linear = base_of(model).get_output_embeddings()
-    return head

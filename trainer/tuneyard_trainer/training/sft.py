@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from tuneyard.api.plan import PlannedStage, TrainRuntime, TrainSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prepared import Prepared
-from tuneyard_trainer.models import adapters, base, policies
+from tuneyard_trainer.models import adapters, base, policies, probes
+from tuneyard_trainer.models.base import precision_of
 from tuneyard_trainer.training.batches import Indices, Order, share
-from tuneyard_trainer.training.loop import Loop, mix, precision_of
+from tuneyard_trainer.training.loop import Loop
 from tuneyard_trainer.training.losses import Forward
+from tuneyard_trainer.training.seeds import derive_seed
 from tuneyard_trainer.worker import Outcome, Worker
 
 
@@ -93,7 +95,7 @@ class CrossEntropy:
         mean = torch.zeros((), device=self.worker.device)
         for index, layout in enumerate(self.forward.passes(train, mine)):
             # Dropout is a function of (seed, step, worker, pass): nothing to save, nothing to lose.
-            torch.manual_seed(mix(self.settings.seed, step, rank, index))
+            torch.manual_seed(derive_seed(self.settings.seed, step, rank, index))
             loss = self.forward.loss(self.model, train, layout) / targets
             loss.backward()
             mean += loss.detach()
@@ -119,7 +121,7 @@ class CrossEntropy:
 def _packs(settings: TrainSettings, model: nn.Module) -> bool:
     if settings.packing == "never":
         return False
-    isolated = base.isolates_documents(model)
+    isolated = probes.isolates_documents(model)
     if settings.packing == "always" and not isolated:
         raise StageError(
             "CannotPack",

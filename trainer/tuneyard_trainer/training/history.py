@@ -1,0 +1,50 @@
+"""The curve of a run: `metrics.jsonl`, which a resumed run continues."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class History:
+    """`metrics.jsonl`: one line per step or evaluation, of this and earlier attempts."""
+
+    def __init__(self, path: Path, *, enabled: bool) -> None:
+        self._path, self._enabled = path, enabled
+        self._last: dict[str, float] = {}
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._last.update(line)
+        if self._enabled:
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def truncate(self, step: int) -> None:
+        """Forgets what a killed run wrote after its last checkpoint, which will be done again."""
+        if not self._enabled:
+            return
+        kept = [line for line in self.lines() if line["step"] <= step] if step else []
+        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        for line in kept:
+            self._last.update(line)
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Whole lines only: the last one of a killed run may be torn."""
+        text = self._path.read_text() if self._path.exists() else ""
+        for line in text.splitlines(keepends=True):
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+    def evaluated(self, step: int | None) -> dict[str, float]:
+        """The held-out figures after a step; {} where it was not evaluated."""
+        lines = [line for line in self.lines() if line["step"] == step and "validationLoss" in line]
+        return {name: value for name, value in lines[-1].items() if name != "step"} if lines else {}
+
+    def base_loss(self) -> float | None:
+        return self._last.get("baseValidationLoss")
+
+    def last(self, name: str) -> float:
+        return self._last.get(name, math.nan)
