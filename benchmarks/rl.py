@@ -30,8 +30,9 @@ from typing import Any
 
 import torch
 
-from tuneyard.api.alignment import Adapter, Lora
-from tuneyard.api.plan import GrpoSettings, PlannedStage, PpoSettings, SourceInput
+from tuneyard.api.adapters import Adapter, Lora
+from tuneyard.api.plan import PlannedStage, SourceInput
+from tuneyard.api.stage_settings import GrpoSettings, PpoSettings
 from tuneyard_trainer.models import adapters, gguf_unpack
 from tuneyard_trainer.models.base import load_base, load_tokenizer
 from tuneyard_trainer.reinforcement import grpo, loop, ppo, rewards, stop_conditions

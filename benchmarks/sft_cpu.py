@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 import torch
 
-from tuneyard.api.alignment import Adapter, Lora
+from tuneyard.api.adapters import Adapter, Lora
 from tuneyard.api.plan import Plan
 from tuneyard.manifests.manifest import read
 from tuneyard.planning.plan import plan_job

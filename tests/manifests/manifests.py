@@ -298,7 +298,7 @@ GRPO = job(
       fewShot: 4
       suites: [arc_easy]
       gates: [{metric: winRate, atLeast: 0.5}]
-      contest:
+      winRate:
         judge: {model: {uri: "hf://org/judge"}}
         principles: [Be kind.]
         question: "{first} or {second}?"
@@ -388,11 +388,11 @@ BROKEN_RULES = [
         "spec.preferences.aiFeedback.question",
         "must hold {first} and {second}, where the two answers go",
     ),
-    _one_of("no-second-judge", GRPO, "spec.evaluate.contest.judge", {}, "model, endpoint"),
+    _one_of("no-second-judge", GRPO, "spec.evaluate.winRate.judge", {}, "model, endpoint"),
     BrokenRule(
-        "contest-without-answers",
-        changed(GRPO, {"spec.evaluate.contest.question": "Is {first} good?"}),
-        "spec.evaluate.contest.question",
+        "win-rate-without-answers",
+        changed(GRPO, {"spec.evaluate.winRate.question": "Is {first} good?"}),
+        "spec.evaluate.winRate.question",
         "must hold {first} and {second}, where the two answers go",
     ),
     _one_of("no-preferences", DPO, "spec.preferences", {}, "data, aiFeedback"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tuneyard.api.alignment import Adapter
+from tuneyard.api.adapters import Adapter
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.manifests.manifest import Job, read
 

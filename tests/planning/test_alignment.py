@@ -12,18 +12,15 @@ import yaml
 from tests.golden.compare import assert_golden
 from tests.planning.jobs import changed
 from tuneyard.api.alignmentjob import AlignmentJob
-from tuneyard.api.plan import (
+from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput
+from tuneyard.api.stage_settings import (
     AssessSettings,
     DpoSettings,
     FeedbackSettings,
     GrpoSettings,
     PairsSettings,
-    Plan,
-    PlannedStage,
     PpoSettings,
     RewardTerm,
-    SourceInput,
-    StageInput,
 )
 from tuneyard.errors import Fault, PlanError
 from tuneyard.manifests.manifest import read
@@ -228,7 +225,7 @@ def test_what_dpo_is_measured_by_is_its_own_scale() -> None:
     assert settings.beta == 0.3
 
 
-CONTEST = {
+WIN_RATE = {
     "judge": {
         "endpoint": {
             "url": "https://second.example/v1",
@@ -240,37 +237,39 @@ CONTEST = {
 
 
 def test_a_second_judge_is_asked_at_the_end_and_its_address_is_no_fingerprint() -> None:
-    planned = plan_job(job("ppo", evaluate={"contest": CONTEST}))
+    planned = plan_job(job("ppo", evaluate={"winRate": WIN_RATE}))
     evaluate = stage(planned, "evaluate")
     assert isinstance(evaluate.settings, AssessSettings)
-    contest = evaluate.settings.contest
-    assert contest
-    assert contest.judge
-    assert contest.judge.model == "judge-2"
-    assert len(contest.principles) > 3
-    assert "{first}" in contest.question
+    win_rate = evaluate.settings.win_rate
+    assert win_rate
+    assert win_rate.judge
+    assert win_rate.judge.model == "judge-2"
+    assert len(win_rate.principles) > 3
+    assert "{first}" in win_rate.question
     assert evaluate.runtime.endpoint
     assert list(storage(planned).tokens) == ["TUNEYARD_SECRET_SECOND_TOKEN"]
-    url = "evaluate__contest__judge__endpoint__url"
-    moved = plan_job(job("ppo", evaluate={"contest": CONTEST}, **{url: "https://other.example/v1"}))
+    url = "evaluate__winRate__judge__endpoint__url"
+    moved = plan_job(
+        job("ppo", evaluate={"winRate": WIN_RATE}, **{url: "https://other.example/v1"})
+    )
     assert stage(moved, "evaluate").fingerprint == evaluate.fingerprint
     assert evaluate.fingerprint != stage(plan_job(job("ppo")), "evaluate").fingerprint
 
 
 def test_a_second_judge_that_is_a_model_is_an_input_of_the_evaluation_alone() -> None:
-    contest = {"judge": {"model": {"uri": "hf://org/judge"}}}
-    planned = plan_job(job("ppo", evaluate={"contest": contest}))
+    win_rate = {"judge": {"model": {"uri": "hf://org/judge"}}}
+    planned = plan_job(job("ppo", evaluate={"winRate": win_rate}))
     source = stage(planned, "evaluate").inputs["judge"]
     assert isinstance(source, SourceInput)
-    assert source.path == "spec.evaluate.contest.judge.model.uri"
+    assert source.path == "spec.evaluate.winRate.judge.model.uri"
     assert [s.name for s in planned.stages if "judge" in s.inputs] == ["evaluate"]
 
 
 def test_a_gate_on_the_win_rate_needs_a_second_judge() -> None:
     gates = [{"metric": "winRate", "atLeast": 0.5}]
     (fault,) = faults(job("ppo", evaluate={"gates": gates}))
-    assert "set evaluate.contest" in fault.message
-    assert plan_job(job("ppo", evaluate={"gates": gates, "contest": CONTEST}))
+    assert "set evaluate.winRate" in fault.message
+    assert plan_job(job("ppo", evaluate={"gates": gates, "winRate": WIN_RATE}))
 
 
 def test_auto_is_decided_by_method_and_tuning() -> None:
@@ -305,10 +304,10 @@ def test_every_decision_is_told_once_whatever_the_rounds() -> None:
          "spec.rewardModel"),
         ({"preferences__heldOut": 0.0, "optimize__dpo__training": {"earlyStopping": {}}},
          "spec.optimize.dpo.training.earlyStopping"),
-        ({"optimize": None, "rewardModel": {"train": {}}, "evaluate": {"contest": CONTEST}},
-         "spec.evaluate.contest"),
-        ({"preferences__heldOut": 0.0, "evaluate": {"contest": CONTEST}},
-         "spec.evaluate.contest"),
+        ({"optimize": None, "rewardModel": {"train": {}}, "evaluate": {"winRate": WIN_RATE}},
+         "spec.evaluate.winRate"),
+        ({"preferences__heldOut": 0.0, "evaluate": {"winRate": WIN_RATE}},
+         "spec.evaluate.winRate"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_carried_out_is_named(changes: dict[str, Any], path: str) -> None:

@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from tuneyard.api.alignment import Adapter
+from tuneyard.api.adapters import Adapter
 from tuneyard.planning import defaults
 
 DOC = Path(__file__).parents[2] / "docs" / "defaults.md"

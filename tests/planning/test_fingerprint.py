@@ -10,18 +10,12 @@ import pytest
 from pydantic import BaseModel
 
 from tests.planning.jobs import changed, job, manifest
-from tuneyard.api.alignment import Evaluate, Training
+from tuneyard.api.evaluation import Evaluate
 from tuneyard.api.finetunejob import FineTuneJob
-from tuneyard.api.plan import (
-    Plan,
-    PlannedStage,
-    Settings,
-    SourceInput,
-    StageInput,
-    StageKind,
-    TrainRuntime,
-)
+from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, TrainRuntime
 from tuneyard.api.sources import FineTuneData
+from tuneyard.api.stage_settings import Settings, StageKind
+from tuneyard.api.training import Training
 from tuneyard.planning import fingerprint as module
 from tuneyard.planning.fingerprint import fingerprint
 from tuneyard.planning.plan import plan_job

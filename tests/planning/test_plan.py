@@ -13,7 +13,8 @@ import pytest
 from tests.golden.compare import GOLDEN, assert_golden
 from tests.planning.jobs import job, manifest
 from tuneyard.api.finetunejob import FineTuneJob
-from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, TrainSettings
+from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput
+from tuneyard.api.stage_settings import TrainSettings
 from tuneyard.errors import Fault, PlanError
 from tuneyard.planning.plan import plan_job
 

@@ -16,15 +16,9 @@ from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.plan import Plan
 from tuneyard.errors import Fault, PlanError
 from tuneyard.planning.plan import plan_job
+from tuneyard.rendering.names import plan_digest, ray_job_name
 from tuneyard.rendering.placement import awaited_jobs, placed
-from tuneyard.rendering.rayjob import (
-    Rendered,
-    Reporting,
-    plan_digest,
-    ray_job_name,
-    render,
-    render_erasure,
-)
+from tuneyard.rendering.rayjob import Rendered, Reporting, render, render_erasure
 
 URL = "https://tuneyard.tuneyard-system.svc:8443"
 

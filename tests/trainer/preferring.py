@@ -9,17 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from tuneyard.api.alignment import Optimizer, Schedule
-from tuneyard.api.plan import (
+from tuneyard.api.plan import PlannedStage, SourceInput
+from tuneyard.api.sources import FieldMap
+from tuneyard.api.stage_settings import (
     ChatSettings,
     DatasetSettings,
     LoopSettings,
     PairsSettings,
-    PlannedStage,
     Settings,
-    SourceInput,
 )
-from tuneyard.api.sources import FieldMap
+from tuneyard.api.training import Optimizer, Schedule
 from tuneyard_trainer.preference import pairs
 from tuneyard_trainer.worker import Worker
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from tuneyard.api.plan import PlannedStage, StageInput, TrainSettings
+from tuneyard.api.plan import PlannedStage, StageInput
+from tuneyard.api.stage_settings import TrainSettings
 from tuneyard_trainer.data.prepared import ARRAYS
 
 Row = tuple[list[int], list[int]]

@@ -15,7 +15,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tests.trainer.conftest import VOCABULARY, tiny_llama
-from tuneyard.api.plan import GrpoSettings, PlannedStage, PpoSettings, StageInput
+from tuneyard.api.plan import PlannedStage, StageInput
+from tuneyard.api.stage_settings import GrpoSettings, PpoSettings
 from tuneyard_trainer.reinforcement.rewards import Attempt
 
 LETTERS = "abcdefgh"

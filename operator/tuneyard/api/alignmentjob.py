@@ -6,22 +6,20 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from tuneyard.api.adapters import Adapter
 from tuneyard.api.alignment import (
-    MERGE_NEEDS_LINEARITY,
-    STOPPING_NEEDS_VALIDATION,
-    Adapter,
     AlignmentEvaluate,
     Constitution,
     Optimize,
     Preferences,
     RewardAddend,
     RewardModel,
-    Training,
 )
 from tuneyard.api.compute import Compute, RunPolicy
 from tuneyard.api.meta import API_VERSION, Model, ObjectMeta, Rule
 from tuneyard.api.sources import FineTuneData, ModelSource, Output
 from tuneyard.api.status import JobStatus
+from tuneyard.api.training import MERGE_NEEDS_LINEARITY, STOPPING_NEEDS_VALIDATION, Training
 
 
 class SupervisedStep(Model):

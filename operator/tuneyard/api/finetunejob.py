@@ -6,18 +6,18 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from tuneyard.api.alignment import (
-    FREEZE_WITHOUT_ADAPTER,
-    MERGE_NEEDS_LINEARITY,
-    STOPPING_NEEDS_VALIDATION,
-    Adapter,
-    Evaluate,
-    Training,
-)
+from tuneyard.api.adapters import Adapter
 from tuneyard.api.compute import Compute, RunPolicy
+from tuneyard.api.evaluation import Evaluate
 from tuneyard.api.meta import API_VERSION, Model, ObjectMeta, Rule
 from tuneyard.api.sources import FineTuneData, ModelSource, Output
 from tuneyard.api.status import JobStatus
+from tuneyard.api.training import (
+    FREEZE_WITHOUT_ADAPTER,
+    MERGE_NEEDS_LINEARITY,
+    STOPPING_NEEDS_VALIDATION,
+    Training,
+)
 
 
 class FineTuneSpec(Model):

@@ -24,7 +24,7 @@ from tuneyard.controller.world import Entry, World
 from tuneyard.errors import Fault, ManifestError, PlanError
 from tuneyard.manifests.manifest import parse
 from tuneyard.planning.plan import plan_job
-from tuneyard.rendering import rayjob
+from tuneyard.rendering import names, rayjob
 from tuneyard.rendering.placement import awaited_jobs, placed
 from tuneyard.status.events import Event, told
 from tuneyard.status.observe import Decision, Job, Planned, Waiting, is_finished, observe
@@ -208,9 +208,9 @@ class Reconciler:
         otherwise. Raises ManifestError if it cannot be had any more."""
         digest = (job.status.plan_digest if job.status else None) or ""
         planned = await self._planned(key, job)
-        if isinstance(planned, Plan) and rayjob.plan_digest(planned) == digest:
+        if isinstance(planned, Plan) and names.plan_digest(planned) == digest:
             return planned
-        name = rayjob.config_map_name(key.name, digest)
+        name = names.config_map_name(key.name, digest)
         stored = await self.cluster.config_map(key.namespace, name)
         if stored is None:
             message = f"the plan was in ConfigMap {name}, and that is gone"
@@ -340,7 +340,7 @@ class Reconciler:
 
     async def _erase(self, key: Key, body: Object, job: Job) -> bool:
         """Whether the output is gone, or cannot be removed."""
-        found = await self.cluster.batch_job(key.namespace, rayjob.erasure_name(job))
+        found = await self.cluster.batch_job(key.namespace, names.erasure_name(job))
         if found is None:
             try:
                 plan = await self._plan_in_force(key, job)

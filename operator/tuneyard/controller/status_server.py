@@ -22,7 +22,7 @@ from tuneyard.controller import metrics
 from tuneyard.controller.cluster import ApiError, Cluster, Key
 from tuneyard.controller.reconciler import Reconciler
 from tuneyard.controller.world import key_of_part
-from tuneyard.rendering import rayjob
+from tuneyard.rendering.names import audience
 from tuneyard.status.observe import is_finished, wants_stop
 from tuneyard.status.observed import attempt_of
 
@@ -157,10 +157,10 @@ class StatusServer:
         return speaker.attempt
 
     async def _review(self, token: str, key: Key) -> Speaker:
-        audience = rayjob.audience(key.kind, key.namespace, key.name)
-        status = await self._cluster.review_token(token, audience)
-        if not status.get("authenticated") or audience not in (status.get("audiences") or ()):
-            raise Refused(401, "unauthorized", f"the token is not good for {audience}")
+        expected = audience(key.kind, key.namespace, key.name)
+        status = await self._cluster.review_token(token, expected)
+        if not status.get("authenticated") or expected not in (status.get("audiences") or ()):
+            raise Refused(401, "unauthorized", f"the token is not good for {expected}")
         user: dict[str, Any] = status.get("user") or {}
         if not str(user.get("username")).startswith(f"system:serviceaccount:{key.namespace}:"):
             raise Refused(403, "forbidden", f"the token is not of namespace {key.namespace}")

@@ -11,7 +11,8 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from tuneyard.api.alignment import LAYERS_PATTERN, URL_PATTERN
+from tuneyard.api.adapters import LAYERS_PATTERN
+from tuneyard.api.alignment import URL_PATTERN
 from tuneyard.api.compute import QUANTITY_PATTERN
 from tuneyard.api.meta import NAME_PATTERN, OBJECT_NAME_PATTERN
 from tuneyard.api.sources import KEY_PATTERN

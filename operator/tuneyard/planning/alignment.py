@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tuneyard.api.adapters import MERGEABLE
 from tuneyard.api.alignment import (
-    MERGEABLE,
     AiFeedback,
     Constitution,
-    Contest,
     Dpo,
     GroupRelative,
     Judge,
@@ -22,21 +21,20 @@ from tuneyard.api.alignment import (
     Preferences,
     RewardModel,
     Sampling,
-    Training,
+    WinRate,
 )
 from tuneyard.api.alignmentjob import AlignmentSpec
-from tuneyard.api.constitution import COMPARISON, CRITIQUE, REVISION
-from tuneyard.api.plan import (
+from tuneyard.api.plan import Input, SourceInput, StageInput, TrainRuntime
+from tuneyard.api.sources import FieldMap, PromptSet
+from tuneyard.api.stage_settings import (
     AssessSettings,
     ChatSettings,
-    ContestSettings,
     CritiqueSettings,
     DatasetSettings,
     DpoSettings,
     ExportSettings,
     FeedbackSettings,
     GrpoSettings,
-    Input,
     JudgeSettings,
     LoopSettings,
     PairsSettings,
@@ -45,11 +43,9 @@ from tuneyard.api.plan import (
     PromptSettings,
     RewardSettings,
     RewardTerm,
-    SourceInput,
-    StageInput,
-    TrainRuntime,
+    WinRateSettings,
 )
-from tuneyard.api.sources import FieldMap, PromptSet
+from tuneyard.api.training import Training
 from tuneyard.errors import PlanError
 from tuneyard.planning import defaults
 from tuneyard.planning.drafts import (
@@ -64,7 +60,7 @@ from tuneyard.planning.drafts import (
     train,
 )
 from tuneyard.planning.limits import alignment_faults
-from tuneyard.planning.principles import PRINCIPLES
+from tuneyard.planning.principles import COMPARISON, CRITIQUE, PRINCIPLES, REVISION
 
 Packing = Literal["auto", "always", "never"]
 
@@ -356,9 +352,9 @@ class _Line:
         if data:
             inputs["data"] = data
         if self.spec.optimize or self.reward:
-            contest = self.spec.evaluate.contest
+            win_rate = self.spec.evaluate.win_rate
             judge, endpoint = self._judge(
-                contest.judge if contest else None, "spec.evaluate.contest.judge"
+                win_rate.judge if win_rate else None, "spec.evaluate.winRate.judge"
             )
             assessed = {**self._assessed(), **judge}
             self.drafts.append(Draft("evaluate", self._assess(), assessed, endpoint))
@@ -398,7 +394,7 @@ class _Line:
             ),
             reward=self._terms() if spec.reward_model else [],
             beta=beta,
-            contest=_contest(spec.evaluate.contest),
+            win_rate=_win_rate(spec.evaluate.win_rate),
             samples=spec.evaluate.samples,
             gates=spec.evaluate.gates,
             seed=defaults.SAMPLING_SEED,
@@ -492,13 +488,13 @@ def _prompts_input(prompts: PromptSet, path: str) -> SourceInput:
     )
 
 
-def _contest(contest: Contest | None) -> ContestSettings | None:
-    if contest is None:
+def _win_rate(win_rate: WinRate | None) -> WinRateSettings | None:
+    if win_rate is None:
         return None
-    return ContestSettings(
-        judge=_judge_settings(contest.judge),
-        principles=list(contest.principles or PRINCIPLES),
-        question=contest.question or COMPARISON,
+    return WinRateSettings(
+        judge=_judge_settings(win_rate.judge),
+        principles=list(win_rate.principles or PRINCIPLES),
+        question=win_rate.question or COMPARISON,
     )
 
 

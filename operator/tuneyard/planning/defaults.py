@@ -55,9 +55,9 @@ RULES = (
         ("sft",),
         2e-5,
         32,
-        "Alpaca trains 7B at 2e-5 and 13B at 1e-5, Tulu 3 (arXiv:2411.15124) 8B at 5e-6: the upper "
-        "end suits models below 7B. Both use batches of 128 on 52,000 rows and more; 32 leaves a "
-        "job of a few thousand rows enough steps.",
+        "Alpaca trains 7B at 2e-5 and 13B at 1e-5, Tulu 3 (arXiv:2411.15124) 8B at 5e-6; the upper "
+        "end suits models below 7B. Both use batches of 128 on 52,000 rows and more; 32 gives a "
+        "few thousand rows enough steps.",
     ),
     Rule(
         "full",
@@ -65,10 +65,9 @@ RULES = (
         ("pretrain",),
         5e-5,
         32,
-        "Continued pre-training re-warms the rate; a higher peak adapts better and forgets more "
-        "(Gupta et al. 2023, arXiv:2308.04014; Ibrahim et al. 2024, arXiv:2403.08763). 5e-5 lies "
-        "between fine-tuning's rates and pre-training's peaks of 1e-4 and more: the cautious side, "
-        "for a corpus far smaller than the first one.",
+        "A higher peak adapts better and forgets more (Gupta et al. 2023, arXiv:2308.04014; "
+        "Ibrahim et al. 2024, arXiv:2403.08763). 5e-5 lies between fine-tuning's rates and "
+        "pre-training's peaks of 1e-4 and more, because the corpus is far smaller.",
     ),
     Rule(
         "lora",
@@ -167,15 +166,15 @@ ALIGNMENT_RULES = (
         "grpo",
         0.05,
         64,
-        "DeepSeekMath trains 7B at 1e-6 (arXiv:2402.03300, 4.2). A batch counts answers: 8 prompts "
-        "with 8 answers each.",
+        "DeepSeekMath trains 7B at 1e-6 (arXiv:2402.03300, 4.2). A batch counts completions: 8 "
+        "prompts with 8 completions each.",
     ),
     AlignmentRule(
         "rloo",
         0.05,
         64,
-        "Ahmadian et al. train at 1e-6 (arXiv:2402.14740, appendix C). A batch counts answers: 8 "
-        "prompts with 8 answers each.",
+        "Ahmadian et al. train at 1e-6 (arXiv:2402.14740, appendix C). A batch counts "
+        "completions: 8 prompts with 8 completions each.",
     ),
 )
 

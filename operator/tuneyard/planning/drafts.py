@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from tuneyard.api.alignment import Adapter, Evaluate, Training
-from tuneyard.api.plan import (
+from tuneyard.api.adapters import Adapter
+from tuneyard.api.evaluation import Evaluate
+from tuneyard.api.plan import Input, PlannedStage, SourceInput, TrainRuntime
+from tuneyard.api.sources import Dataset, FineTuneData, ModelSource
+from tuneyard.api.stage_settings import (
     DatasetSettings,
     EvaluateSettings,
-    Input,
     LoopSettings,
-    PlannedStage,
     PrepareSettings,
     Settings,
-    SourceInput,
-    TrainRuntime,
     TrainSettings,
 )
-from tuneyard.api.sources import Dataset, FineTuneData, ModelSource
+from tuneyard.api.training import Training
 from tuneyard.planning import defaults
 from tuneyard.planning.fingerprint import fingerprint
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tuneyard.api.plan import Input, Settings, StageInput, StageKind, digest
+from tuneyard.api.plan import Input, StageInput, digest
+from tuneyard.api.stage_settings import Settings, StageKind
 
 STAGE_VERSIONS: Mapping[StageKind, int] = {
     "prepare": 1,

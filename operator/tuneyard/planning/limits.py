@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Iterator, Sequence
 from typing import get_args
 
-from tuneyard.api.alignment import AlignmentMetric, Evaluate, Gate, Metric
 from tuneyard.api.alignmentjob import AlignmentSpec
+from tuneyard.api.evaluation import AlignmentMetric, Evaluate, Gate, Metric
 from tuneyard.api.finetunejob import FineTuneSpec
 from tuneyard.errors import Fault
 
@@ -76,17 +76,17 @@ def _idle_faults(spec: AlignmentSpec) -> Iterator[Fault]:
             "spec.rewardModel",
             "scores nothing without optimize: add optimize, train a reward model, or remove it",
         )
-    if spec.evaluate.contest and not spec.optimize:
+    if spec.evaluate.win_rate and not spec.optimize:
         yield Fault(
-            "spec.evaluate.contest",
+            "spec.evaluate.winRate",
             "compares answers of an aligned model, and nothing aligns one: add optimize, or remove "
-            "contest",
+            "winRate",
         )
-    elif spec.evaluate.contest and not _answers(spec):
+    elif spec.evaluate.win_rate and not _answers(spec):
         yield Fault(
-            "spec.evaluate.contest",
+            "spec.evaluate.winRate",
             "is about answers to held-out prompts: set preferences.heldOut above 0, or remove "
-            "contest",
+            "winRate",
         )
     if spec.preferences and not trains and not spec.optimize:
         yield Fault(
@@ -218,8 +218,8 @@ def _unmeasured(gate: Gate, spec: AlignmentSpec) -> str | None:
     own = ("kl", "lengthRatio", "distinctRatio", "repetition", "complete", "sycophancyShift")
     if gate.metric in own and not spec.optimize:
         return f"{gate.metric} is an aligned model's: set optimize"
-    if gate.metric == "winRate" and not spec.evaluate.contest:
-        return "winRate is what a second judge says of answers: set evaluate.contest"
+    if gate.metric == "winRate" and not spec.evaluate.win_rate:
+        return "winRate is what a second judge says of answers: set evaluate.winRate"
     on_pairs = on_reward or gate.metric.startswith("preference")
     if on_pairs and preferences and not preferences.held_out:
         return f"{gate.metric} is measured on held-out preferences: set preferences.heldOut above 0"

@@ -26,7 +26,8 @@ from tuneyard.api.status import (
     StageStatus,
 )
 from tuneyard.errors import PlanError
-from tuneyard.rendering.rayjob import GRACE_SECONDS, plan_digest, ray_job_name
+from tuneyard.rendering.names import plan_digest, ray_job_name
+from tuneyard.rendering.rayjob import GRACE_SECONDS
 from tuneyard.status import reasons
 from tuneyard.status.observed import RayJob, Seen
 from tuneyard.status.reasons import Cause

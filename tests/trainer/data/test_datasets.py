@@ -14,8 +14,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from tuneyard.api.plan import DatasetSettings
 from tuneyard.api.sources import DataFormat, FieldMap
+from tuneyard.api.stage_settings import DatasetSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.example import Example
 from tuneyard_trainer.data.formats import detect

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from tuneyard.api.plan import DatasetSettings, PlannedStage, PrepareSettings, SourceInput
+from tuneyard.api.plan import PlannedStage, SourceInput
 from tuneyard.api.sources import FieldMap
+from tuneyard.api.stage_settings import DatasetSettings, PrepareSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data import intake, prepare
 from tuneyard_trainer.data.intake import split_evenly, truncated

@@ -58,7 +58,7 @@ def gamed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rewards, "load", lambda *_: share_of("a"))
 
 
-def job(folder: Path, model: Path, contest: dict[str, Any], **evaluate: Any) -> Plan:
+def job(folder: Path, model: Path, win_rate: dict[str, Any], **evaluate: Any) -> Plan:
     write_prompts(folder / "prompts.jsonl")
     optimize = {
         "prompts": {"uri": "file://prompts.jsonl"},
@@ -74,12 +74,12 @@ def job(folder: Path, model: Path, contest: dict[str, Any], **evaluate: Any) -> 
     value = {
         "apiVersion": "tuneyard.io/v1alpha1",
         "kind": "AlignmentJob",
-        "metadata": {"name": "contested"},
+        "metadata": {"name": "judged"},
         "spec": {
             "model": {"uri": f"file://{model}"},
             "rewardModel": {"rule": {"exactMatch": "prompt"}},
             "optimize": {"grpo": optimize},
-            "evaluate": {"maxNewTokens": 12, "samples": 1, "contest": contest, **evaluate},
+            "evaluate": {"maxNewTokens": 12, "samples": 1, "winRate": win_rate, **evaluate},
             "output": {"uri": "file://out"},
         },
     }
@@ -162,7 +162,7 @@ def test_a_model_can_be_the_second_judge(
     tmp_path: Path, speaking_model_dir: Path, tiny_model_dir: Path
 ) -> None:
     judge = {"model": {"uri": f"file://{tiny_model_dir}"}}
-    contest = {"judge": judge, "question": QUESTION, "principles": ["be kind"]}
-    record = run(job(tmp_path, speaking_model_dir, contest), tmp_path)
+    win_rate = {"judge": judge, "question": QUESTION, "principles": ["be kind"]}
+    record = run(job(tmp_path, speaking_model_dir, win_rate), tmp_path)
     assert 0 <= record["metrics"]["winRate"] <= 1
     assert record["details"]["judge"] == judge["model"]["uri"]

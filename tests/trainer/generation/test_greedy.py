@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tuneyard.api.alignment import Adapter
+from tuneyard.api.adapters import Adapter
 from tuneyard_trainer.generation.greedy import continuations
 from tuneyard_trainer.models import adapters, base, layers
 

@@ -22,7 +22,8 @@ from tests.trainer.chance import chi_squared
 from tests.trainer.conftest import VOCABULARY, tiny_llama
 from tests.trainer.ports import free_port
 from tests.trainer.speaking import grpo_stage, ppo_stage, share_of, speaking_model, write_prompts
-from tuneyard.api.alignment import Adapter, Sampling
+from tuneyard.api.adapters import Adapter
+from tuneyard.api.alignment import Sampling
 from tuneyard.api.plan import PlannedStage
 from tuneyard.errors import StageError
 from tuneyard_trainer.generation.sampling import Sampled
@@ -223,7 +224,7 @@ def test_a_reward_rises_while_the_kl_stays_bounded(
     assert outcome.metrics["baseReward"] < 0.35
     assert outcome.metrics["reward"] > 0.55
     assert outcome.metrics["kl"] < 8
-    assert all(0 < update["engineGap"] < GAP for update in updates(tmp_path / "out"))
+    assert all(0 < update["samplerLogprobGap"] < GAP for update in updates(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("method", ["ppo", "ppo-lora"])

@@ -22,19 +22,16 @@ from tests.trainer.judge_server import (
     prefers_greater,
 )
 from tuneyard.api.alignment import JudgeEndpoint
-from tuneyard.api.plan import (
+from tuneyard.api.plan import PlannedStage, SourceInput, StageInput, TrainRuntime
+from tuneyard.api.sources import FieldMap
+from tuneyard.api.stage_settings import (
     ChatSettings,
     CritiqueSettings,
     DatasetSettings,
     FeedbackSettings,
     JudgeSettings,
-    PlannedStage,
     PromptSettings,
-    SourceInput,
-    StageInput,
-    TrainRuntime,
 )
-from tuneyard.api.sources import FieldMap
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.rows import Row
 from tuneyard_trainer.data.stream import examples

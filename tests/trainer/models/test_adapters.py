@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from tests.trainer.conftest import VOCABULARY, tiny_llama
-from tuneyard.api.alignment import Adapter, Bottleneck, Ia3, Lora, PrefixTuning, PromptTuning, Qlora
+from tuneyard.api.adapters import Adapter, Bottleneck, Ia3, Lora, PrefixTuning, PromptTuning, Qlora
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import adapters
 from tuneyard_trainer.models.base import load_base, save_model

@@ -32,7 +32,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from tuneyard.api.alignment import Adapter, Bottleneck, Freeze, Ia3, Lora, PrefixTuning, Qlora
+from tuneyard.api.adapters import Adapter, Bottleneck, Ia3, Lora, PrefixTuning, Qlora
+from tuneyard.api.training import Freeze
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import adapters, base, files, gguf_reader, layers, probes
 

@@ -19,7 +19,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from tuneyard.api.alignment import Bottleneck
+from tuneyard.api.adapters import Bottleneck
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import bottleneck
 from tuneyard_trainer.models.layers import trainable

@@ -19,8 +19,8 @@ from tests.trainer.preferring import (
     separable,
     write_pairs,
 )
-from tuneyard.api.alignment import Adapter
-from tuneyard.api.plan import DpoSettings
+from tuneyard.api.adapters import Adapter
+from tuneyard.api.stage_settings import DpoSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import base, layers, policies
 from tuneyard_trainer.preference import dpo

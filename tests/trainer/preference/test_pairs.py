@@ -10,14 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from tuneyard.api.plan import (
-    ChatSettings,
-    DatasetSettings,
-    PairsSettings,
-    PlannedStage,
-    SourceInput,
-)
+from tuneyard.api.plan import PlannedStage, SourceInput
 from tuneyard.api.sources import FieldMap
+from tuneyard.api.stage_settings import ChatSettings, DatasetSettings, PairsSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.example import Message
 from tuneyard_trainer.data.rows import Row

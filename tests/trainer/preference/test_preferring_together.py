@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from tests.trainer.ports import free_port
 from tests.trainer.preferring import CPU, loop_settings, planned, separable, write_pairs
-from tuneyard.api.alignment import Adapter
-from tuneyard.api.plan import DpoSettings, RewardSettings
+from tuneyard.api.adapters import Adapter
+from tuneyard.api.stage_settings import DpoSettings, RewardSettings
 from tuneyard_trainer.preference import dpo, reward
 from tuneyard_trainer.worker import Worker
 

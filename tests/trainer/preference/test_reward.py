@@ -21,8 +21,8 @@ from tests.trainer.preferring import (
     separable,
     write_pairs,
 )
-from tuneyard.api.alignment import Adapter
-from tuneyard.api.plan import RewardSettings
+from tuneyard.api.adapters import Adapter
+from tuneyard.api.stage_settings import RewardSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import reward_models
 from tuneyard_trainer.models.base import load_base, load_tokenizer, save_model

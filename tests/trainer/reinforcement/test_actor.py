@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from tests.trainer.speaking import loop_settings
-from tuneyard.api.alignment import Adapter
-from tuneyard.api.plan import LoopSettings, TrainRuntime
+from tuneyard.api.adapters import Adapter
+from tuneyard.api.plan import TrainRuntime
+from tuneyard.api.stage_settings import LoopSettings
 from tuneyard_trainer.models import adapters
 from tuneyard_trainer.models.layers import trainable
 from tuneyard_trainer.reinforcement import actor as actors

@@ -548,8 +548,8 @@ def test_what_another_engine_says_of_its_tokens_is_compared_and_changes_nothing(
     other, _ = run(stage, tmp_path / "other", inputs)
     assert all(torch.equal(whole[name], other[name]) for name in whole)
     updates = [line for line in lines(tmp_path / "other") if "learningRate" in line]
-    assert [line["engineGap"] for line in updates] == pytest.approx([0.1, 0.1], abs=1e-4)
-    assert not any("engineGap" in line for line in lines(tmp_path / "own"))
+    assert [line["samplerLogprobGap"] for line in updates] == pytest.approx([0.1, 0.1], abs=1e-4)
+    assert not any("samplerLogprobGap" in line for line in lines(tmp_path / "own"))
 
 
 @pytest.mark.usefixtures("reward")
@@ -559,7 +559,7 @@ def test_an_engine_that_runs_another_model_ends_the_run_before_anything_is_learn
     made = elsewhere(-0.4)
     with pytest.raises(StageError, match=r"0\.40 nats") as found:
         run(ppo_stage(), tmp_path / "a", inputs)
-    assert found.value.reason == "EngineMismatch"
+    assert found.value.reason == "SamplerMismatch"
     assert made[0].closed
     assert not lines(tmp_path / "a")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.trainer.speaking import grpo_stage, ppo_stage
-from tuneyard.api.plan import GrpoSettings, PpoSettings
+from tuneyard.api.stage_settings import GrpoSettings, PpoSettings
 from tuneyard_trainer.reinforcement import arithmetic
 from tuneyard_trainer.reinforcement.actor import Scored, Texts
 from tuneyard_trainer.reinforcement.grpo import Grpo, Rloo

@@ -19,7 +19,7 @@ from transformers import (
 
 from tests.trainer.conftest import VOCABULARY
 from tuneyard.api.alignment import RuleReward
-from tuneyard.api.plan import ChatSettings, RewardTerm
+from tuneyard.api.stage_settings import ChatSettings, RewardTerm
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prompts import Prompt
 from tuneyard_trainer.reinforcement import rewards

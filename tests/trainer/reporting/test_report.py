@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from tests.trainer.finished import HOSTILE, LINES, MANIFEST, folders
-from tuneyard.api.alignment import Adapter
+from tuneyard.api.adapters import Adapter
 from tuneyard_trainer.models import adapters
 from tuneyard_trainer.reporting import plots, report
 from tuneyard_trainer.reporting.card import fenced, write_card

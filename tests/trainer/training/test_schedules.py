@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 import torch
 
-from tuneyard.api.alignment import Schedule
+from tuneyard.api.training import Schedule
 from tuneyard_trainer.training.schedules import rate
 
 

@@ -13,7 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tuneyard.api.plan import DatasetSettings, PlannedStage, PrepareSettings, SourceInput
+from tuneyard.api.plan import PlannedStage, SourceInput
+from tuneyard.api.stage_settings import DatasetSettings, PrepareSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.example import Example
 from tuneyard_trainer.data.prepared import SPLITS

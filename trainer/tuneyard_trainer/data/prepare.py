@@ -13,7 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tuneyard.api.plan import PlannedStage, PrepareSettings
+from tuneyard.api.plan import PlannedStage
+from tuneyard.api.stage_settings import PrepareSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.intake import FATES, Intake, Tally
 from tuneyard_trainer.data.prepared import SPLITS, Rows, remove_split

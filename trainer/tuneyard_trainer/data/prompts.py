@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tuneyard.api.plan import ChatSettings, DatasetSettings, PromptSettings
+from tuneyard.api.stage_settings import ChatSettings, DatasetSettings, PromptSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import Message, MisfitError, rendered
 from tuneyard_trainer.data.example import ROLES, RowError

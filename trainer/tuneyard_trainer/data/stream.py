@@ -8,8 +8,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
-from tuneyard.api.plan import DatasetSettings
 from tuneyard.api.sources import DataFormat
+from tuneyard.api.stage_settings import DatasetSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.example import Example, RowError
 from tuneyard_trainer.data.formats import Names, detect

@@ -22,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from tuneyard.api.plan import AssessSettings, ContestSettings, PlannedStage, RewardTerm
+from tuneyard.api.plan import PlannedStage
+from tuneyard.api.stage_settings import AssessSettings, RewardTerm, WinRateSettings
 from tuneyard_trainer.data.chat import Message
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.data.prompts import Prompt, read_prompts, render
@@ -91,8 +92,8 @@ def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: 
     worker.report(step=1, total_steps=1, metrics=metrics)
     check_gates(settings.gates, metrics)
     details = {"samples": samples, "promptsHeldOut": measuring.asks_held_out}
-    if settings.contest:
-        details["judge"] = judge_name(stage, settings.contest.judge)
+    if settings.win_rate:
+        details["judge"] = judge_name(stage, settings.win_rate.judge)
     return Outcome(metrics, details, contents=(EVALUATION,))
 
 
@@ -139,8 +140,8 @@ class Measuring:
         before = self._behaviour(asked, start, after.tokens, "the model before alignment")
         metrics = {**_form(asked, before, after), **self._on_pairs(before, after)}
         metrics |= self._scored(reward, asked, before, after)
-        if self.settings.contest:
-            metrics |= self._contested(self.settings.contest, asked, before, after)
+        if self.settings.win_rate:
+            metrics |= self._judged_win_rate(self.settings.win_rate, asked, before, after)
         return metrics, self._samples(asked, before, after)
 
     @property
@@ -262,9 +263,9 @@ class Measuring:
             "rewardLengthCorrelation": correlation(found[1], lengths),
         }
 
-    def _contested(
+    def _judged_win_rate(
         self,
-        settings: ContestSettings,
+        settings: WinRateSettings,
         asked: Sequence[Asked],
         before: Behaviour,
         after: Behaviour,

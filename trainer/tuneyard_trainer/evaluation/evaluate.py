@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tuneyard.api.plan import EvaluateSettings, PlannedStage
+from tuneyard.api.plan import PlannedStage
+from tuneyard.api.stage_settings import EvaluateSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prepared import Prepared
 from tuneyard_trainer.evaluation.gates import check_gates

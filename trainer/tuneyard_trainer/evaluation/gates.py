@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from tuneyard.api.alignment import Gate
+from tuneyard.api.evaluation import Gate
 from tuneyard.errors import StageError
 
 

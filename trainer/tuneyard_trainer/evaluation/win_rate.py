@@ -11,7 +11,8 @@ import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tuneyard.api.plan import ContestSettings, PlannedStage, digest
+from tuneyard.api.plan import PlannedStage, digest
+from tuneyard.api.stage_settings import WinRateSettings
 from tuneyard_trainer.judging.judges import MODEL_LABEL_TOKENS, Pair, Verdict, verdict
 from tuneyard_trainer.judging.session import Asking
 
@@ -38,7 +39,7 @@ def ask(
     asking: Asking,
     stage: PlannedStage,
     inputs: Mapping[str, Path],
-    settings: ContestSettings,
+    settings: WinRateSettings,
     pairs: Sequence[Pair],
 ) -> list[Verdict]:
     """Asks what was not replied to yet. Raises StageError and Interrupted as `Asking.ask` does."""

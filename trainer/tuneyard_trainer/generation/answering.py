@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.alignment import Sampling
-from tuneyard.api.plan import ChatSettings, PromptSettings
+from tuneyard.api.stage_settings import ChatSettings, PromptSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prompts import Prompt, read_prompts, render
 from tuneyard_trainer.generation.sampling import (

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tuneyard.api.alignment import Sampling
-from tuneyard.api.plan import CritiqueSettings, PlannedStage
+from tuneyard.api.plan import PlannedStage
+from tuneyard.api.stage_settings import CritiqueSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import Message
 from tuneyard_trainer.generation.answering import Answer, Policy, Ready, answers

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from tuneyard.api.alignment import Sampling
-from tuneyard.api.plan import FeedbackSettings, PlannedStage
+from tuneyard.api.plan import PlannedStage
+from tuneyard.api.stage_settings import FeedbackSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import Message
 from tuneyard_trainer.data.prompts import Prompt

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tuneyard.api.plan import JudgeSettings, PlannedStage, SourceInput
+from tuneyard.api.plan import PlannedStage, SourceInput
+from tuneyard.api.stage_settings import JudgeSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.judging.endpoint import Budget, Endpoint
 from tuneyard_trainer.judging.judges import Ask, Judge, Reply, Tally

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tuneyard.api.alignment import Adapter, PrefixTuning, PromptTuning
+from tuneyard.api.adapters import Adapter, PrefixTuning, PromptTuning
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import bottleneck
 from tuneyard_trainer.models.files import first_line

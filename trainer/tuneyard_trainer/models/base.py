@@ -27,8 +27,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from tuneyard.api.alignment import Qlora
-from tuneyard.api.plan import LoopSettings
+from tuneyard.api.adapters import Qlora
+from tuneyard.api.stage_settings import LoopSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer import extras
 from tuneyard_trainer.models import gguf_reader

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tuneyard.api.alignment import Bottleneck
+from tuneyard.api.adapters import Bottleneck
 from tuneyard.errors import StageError
 from tuneyard_trainer.models.layers import decoder_layers, layer_indices
 

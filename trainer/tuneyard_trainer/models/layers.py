@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tuneyard.api.alignment import Freeze
+from tuneyard.api.training import Freeze
 from tuneyard.errors import StageError
 from tuneyard_trainer.models.probes import base_of
 

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tuneyard.api.alignment import Adapter
-from tuneyard.api.plan import LoopSettings
+from tuneyard.api.adapters import Adapter
+from tuneyard.api.stage_settings import LoopSettings
 from tuneyard_trainer.models import adapters
 from tuneyard_trainer.models.base import load_base, save_model
 from tuneyard_trainer.models.layers import freeze

@@ -24,8 +24,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tuneyard.api.alignment import Adapter, Qlora
-from tuneyard.api.plan import LoopSettings
+from tuneyard.api.adapters import Adapter, Qlora
+from tuneyard.api.stage_settings import LoopSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import adapters, policies
 from tuneyard_trainer.models.base import keep_nf4_layout, nf4, quiet, save_model, set_dropout

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tuneyard.api.alignment import Lora
+from tuneyard.api.adapters import Lora
 from tuneyard.errors import StageError
 from tuneyard_trainer.models.bottleneck import attention_of
 from tuneyard_trainer.models.layers import decoder_layers, layer_indices

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tuneyard.api.plan import DpoSettings, PlannedStage, TrainRuntime
+from tuneyard.api.plan import PlannedStage, TrainRuntime
+from tuneyard.api.stage_settings import DpoSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import base, policies, probes
 from tuneyard_trainer.models.base import precision_of

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tuneyard.api.plan import DpoSettings
+from tuneyard.api.stage_settings import DpoSettings
 from tuneyard_trainer.preference.dataset import Comparisons
 from tuneyard_trainer.preference.losses import kto_loss
 from tuneyard_trainer.preference.passes import chunks, logprobs, over_all

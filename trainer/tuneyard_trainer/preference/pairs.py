@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tuneyard.api.plan import DatasetSettings, PairsSettings, PlannedStage, SourceInput
+from tuneyard.api.plan import PlannedStage, SourceInput
+from tuneyard.api.stage_settings import DatasetSettings, PairsSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.example import Example
 from tuneyard_trainer.data.prepared import SPLITS, Rows, RowWriter

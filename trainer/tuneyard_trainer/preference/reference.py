@@ -18,7 +18,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
 
-from tuneyard.api.plan import DpoSettings
+from tuneyard.api.stage_settings import DpoSettings
 from tuneyard_trainer.data.prepared import Rows, RowWriter
 from tuneyard_trainer.preference.dataset import Comparisons, Preferences
 from tuneyard_trainer.preference.passes import logprobs, over_all

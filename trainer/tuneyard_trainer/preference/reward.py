@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from tuneyard.api.plan import PlannedStage, RewardSettings, TrainRuntime
+from tuneyard.api.plan import PlannedStage, TrainRuntime
+from tuneyard.api.stage_settings import RewardSettings
 from tuneyard_trainer.models import adapters, reward_models
 from tuneyard_trainer.models.base import (
     differing,

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tuneyard.api.alignment import Adapter
-from tuneyard.api.plan import LoopSettings, TrainRuntime
+from tuneyard.api.adapters import Adapter
+from tuneyard.api.plan import TrainRuntime
+from tuneyard.api.stage_settings import LoopSettings
 from tuneyard_trainer.models import base, layers, policies
 from tuneyard_trainer.models.base import autocast, precision_of
 from tuneyard_trainer.models.layers import head_at, head_of
@@ -24,8 +25,31 @@ from tuneyard_trainer.models.policies import Reference
 from tuneyard_trainer.reinforcement.arithmetic import entropy, token_logprobs
 from tuneyard_trainer.training.batches import passes
 from tuneyard_trainer.training.losses import Forward
-from tuneyard_trainer.value_head import ValueHead
 from tuneyard_trainer.worker import Worker
+
+
+class ValueHead(nn.Module):
+    """The value of a completion so far: one number per position, read off the policy's own states.
+
+    Policy and value share a trunk (Schulman et al. 2017, section 5, eq. 9), so there is no second
+    model in memory and an adapter serves both. V(s) = w h + b, in float32 whatever the trunk
+    computes in: returns differ in the digits that bfloat16 does not have.
+
+    It starts at zero, so that the first update's advantages are those of no critic at all instead
+    of a random one's.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, 1, device=device, dtype=torch.float32)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden_NH: Tensor) -> Tensor:
+        """(N,) values; `hidden_NH`: what the model's own head sees."""
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            values_N1: Tensor = self.linear(hidden_NH.float())
+        return values_N1.squeeze(-1)
 
 
 class Scored(NamedTuple):

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tuneyard.api.plan import GrpoSettings, PlannedStage
+from tuneyard.api.plan import PlannedStage
+from tuneyard.api.stage_settings import GrpoSettings
 from tuneyard_trainer.reinforcement import arithmetic, loop
 from tuneyard_trainer.reinforcement.actor import Scored
 from tuneyard_trainer.reinforcement.method import Experience, Loss

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from tuneyard.api.alignment import Sampling
-from tuneyard.api.plan import GrpoSettings, PlannedStage, PpoSettings
+from tuneyard.api.plan import PlannedStage
+from tuneyard.api.stage_settings import GrpoSettings, PpoSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.generation import answering
 from tuneyard_trainer.generation.answering import Ready

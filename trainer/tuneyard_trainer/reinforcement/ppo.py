@@ -22,7 +22,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tuneyard.api.plan import PlannedStage, PpoSettings
+from tuneyard.api.plan import PlannedStage
+from tuneyard.api.stage_settings import PpoSettings
 from tuneyard_trainer.reinforcement import arithmetic, loop
 from tuneyard_trainer.reinforcement.actor import Scored
 from tuneyard_trainer.reinforcement.method import Experience, Loss

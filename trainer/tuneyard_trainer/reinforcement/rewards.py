@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from tuneyard.api.alignment import RuleReward
-from tuneyard.api.plan import ChatSettings, RewardTerm
+from tuneyard.api.stage_settings import ChatSettings, RewardTerm
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import ChatFormat, MisfitError, rendered
 from tuneyard_trainer.data.prompts import Prompt

@@ -30,7 +30,7 @@ from tuneyard_trainer.reinforcement.rewards import Attempt, Reward, finite
 
 Result = TypeVar("Result")
 
-MAX_ENGINE_GAP = 0.25
+MAX_SAMPLER_LOGPROB_GAP = 0.25
 """Nats of the mean token. bfloat16's 8 bits round a logit of 10 by hundredths; a head that kept its
 first weights gave about one."""
 
@@ -123,7 +123,7 @@ class Rollouts:
         return x_R[torch.tensor(self.owned, device=x_R.device, dtype=torch.long)]
 
     @property
-    def engine_gap(self) -> float:
+    def sampler_logprob_gap(self) -> float:
         """`gap_R` of the mean token."""
         return float(self.gap_R.sum() / self.lengths_R.sum())
 
@@ -134,7 +134,7 @@ class Rollouts:
             "rewardDeviation": float(self.scores_R.std(correction=0)),
             **({} if self.kl_R is None else {"kl": float(self.kl_R.mean())}),
             "entropy": float(self.entropy_R.sum() / self.lengths_R.sum()),
-            **({"engineGap": self.engine_gap} if self.gap_R.any() else {}),
+            **({"samplerLogprobGap": self.sampler_logprob_gap} if self.gap_R.any() else {}),
             "answerLength": float(self.lengths_R.mean()),
             "endedShare": float(self.ended_R.mean(dtype=torch.float32)),
         }
@@ -202,15 +202,17 @@ class Collector:
             answers=answers,
             reduce=self.peers.sum,
         )
-        self._refuse_stranger(rollouts.engine_gap)
+        self._refuse_stranger(rollouts.sampler_logprob_gap)
         return rollouts
 
     def _refuse_stranger(self, gap: float) -> None:
         """Raises StageError where what answered was another model than the one that learns."""
-        allowed = MAX_ENGINE_GAP - math.log(self.sampling.top_p)  # the engine's is of the nucleus
+        allowed = MAX_SAMPLER_LOGPROB_GAP - math.log(
+            self.sampling.top_p
+        )  # the engine's is of the nucleus
         if gap > allowed:
             raise StageError(
-                "EngineMismatch",
+                "SamplerMismatch",
                 f"sampling.engine {self.sampling.engine} gives the tokens of its answers "
                 f"log-probabilities that are {gap:.2f} nats from the policy's in the mean, and "
                 f"{allowed:.2f} are allowed: it runs this model otherwise than it is trained, and "

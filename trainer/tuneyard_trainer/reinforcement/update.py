@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tuneyard.api.plan import LoopSettings
+from tuneyard.api.stage_settings import LoopSettings
 from tuneyard_trainer.models import layers
 from tuneyard_trainer.reinforcement.actor import Actor, Texts
 from tuneyard_trainer.reinforcement.method import Experience, Method

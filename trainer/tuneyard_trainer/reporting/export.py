@@ -18,7 +18,8 @@ import yaml
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tuneyard.api.plan import ExportSettings, PlannedStage
+from tuneyard.api.plan import PlannedStage
+from tuneyard.api.stage_settings import ExportSettings
 from tuneyard_trainer.data.prepared import Prepared
 from tuneyard_trainer.models import adapters, base, files, reward_models
 from tuneyard_trainer.models.base import read_back_otherwise

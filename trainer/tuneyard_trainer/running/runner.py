@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, StageKind, StageRecord
+from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, StageRecord
+from tuneyard.api.stage_settings import StageKind
 from tuneyard.errors import StageError
 from tuneyard_trainer import extras
 from tuneyard_trainer.running.failures import out_of_memory

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tuneyard.api.plan import LoopSettings, TrainRuntime
+from tuneyard.api.plan import TrainRuntime
+from tuneyard.api.stage_settings import LoopSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import base, layers
 from tuneyard_trainer.models.base import precision_of

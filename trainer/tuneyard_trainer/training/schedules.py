@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tuneyard.api.alignment import Schedule
+from tuneyard.api.training import Schedule
 
 
 def rate(schedule: Schedule, step: int, total_steps: int) -> float:

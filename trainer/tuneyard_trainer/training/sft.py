@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tuneyard.api.plan import PlannedStage, TrainRuntime, TrainSettings
+from tuneyard.api.plan import PlannedStage, TrainRuntime
+from tuneyard.api.stage_settings import TrainSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prepared import Prepared
 from tuneyard_trainer.models import adapters, base, policies, probes

@@ -1,0 +1,141 @@
+"""A plan as `tuneyard plan` prints it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tuneyard.api.adapters import Adapter
+from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput
+from tuneyard.api.stage_settings import (
+    AssessSettings,
+    CritiqueSettings,
+    DpoSettings,
+    FeedbackSettings,
+    GrpoSettings,
+    LoopSettings,
+    PairsSettings,
+    PpoSettings,
+    RewardSettings,
+    Settings,
+    TrainSettings,
+)
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    console.print(Text(f"{plan.job.kind} {plan.job.name}", style="bold"))
+    table = Table("Stage", "What it does", "Reads", "Fingerprint", box=None, pad_edge=False)
+    for stage in plan.stages:
+        table.add_row(stage.name, describe_stage(stage), _inputs(stage), stage.fingerprint[7:19])
+    console.print(table)
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="dim")
+    facts.add_column(overflow="fold")
+    for name, value in [*_places(plan), *_settings(plan)]:
+        facts.add_row(name, value)
+    for note in plan.notes:
+        facts.add_row("note", note)
+    console.print()
+    console.print(facts)
+
+
+def describe_stage(stage: PlannedStage) -> str:
+    settings = stage.settings
+    if settings.kind == "prepare":
+        rows = "chats" if settings.method == "sft" else "text"
+        return f"read, check, split and tokenize the {rows}"
+    if settings.kind == "evaluate":
+        against = " against the base" if settings.compare_with_base else ""
+        return f"measure the tuned model{against} on held-out rows"
+    if settings.kind == "export":
+        merged = ", merged too" if settings.merge else ""
+        return f"write the model, its tokenizer and its card{merged}"
+    return describe_alignment_stage(settings)
+
+
+def describe_alignment_stage(settings: Settings) -> str:
+    if isinstance(settings, CritiqueSettings):
+        return f"answer, criticise and revise, {settings.revisions} times each"
+    if isinstance(settings, FeedbackSettings):
+        return f"sample {settings.responses_per_prompt} answers a prompt, let the judge choose"
+    if isinstance(settings, PairsSettings):
+        return "read, check, split and tokenize the preferences"
+    if isinstance(settings, AssessSettings):
+        return "measure the alignment on held-out rows"
+    return describe_training(settings)
+
+
+def describe_training(settings: Settings) -> str:
+    loop = _loop(settings)
+    if loop is None:
+        return settings.kind
+    what = f"{_weights(getattr(settings, 'adapter', None))}, {_length(loop)}"
+    if isinstance(settings, RewardSettings):
+        return f"train a reward model: {what}"
+    if isinstance(settings, DpoSettings):
+        return f"align by {'' if settings.loss == 'kto' else 'dpo, '}{settings.loss}: {what}"
+    if isinstance(settings, PpoSettings | GrpoSettings):
+        method = settings.estimator if isinstance(settings, GrpoSettings) else "ppo"
+        return f"align by {method}: {what}"
+    return f"train {what}"
+
+
+def _weights(adapter: Adapter | None) -> str:
+    return adapter.kind if adapter else "all weights"
+
+
+def _length(loop: LoopSettings) -> str:
+    if loop.max_steps is not None:
+        return f"{loop.max_steps} steps"
+    return f"{loop.epochs:g} epoch" + ("" if loop.epochs == 1 else "s")
+
+
+def _inputs(stage: PlannedStage) -> str:
+    return ", ".join(
+        source.stage if isinstance(source, StageInput) else role
+        for role, source in stage.inputs.items()
+    )
+
+
+def _places(plan: Plan) -> Iterable[tuple[str, str]]:
+    """What the plan reads from outside, by role, and where it writes."""
+    sources = {
+        source.uri: role
+        for stage in plan.stages
+        for role, source in stage.inputs.items()
+        if isinstance(source, SourceInput)
+    }
+    for uri, role in sources.items():
+        yield role, uri
+    yield "output", plan.output.uri
+
+
+def _settings(plan: Plan) -> Iterable[tuple[str, str]]:
+    """The resolved settings that matter most."""
+    loops = {
+        stage.name: loop
+        for stage in plan.stages
+        if (loop := _loop(stage.settings)) and not stage.name.endswith(_ROUNDS)
+    }
+    for name, loop in loops.items():
+        of = f", {name}" if len(loops) > 1 else ""
+        yield f"learning rate{of}", f"{loop.learning_rate:g}, {loop.schedule.type}"
+        yield f"batch size{of}", f"{loop.batch_size} sequences a step, over all workers"
+        yield f"precision{of}", loop.precision
+        yield f"seed{of}", str(loop.seed)
+    yield "workers", str(plan.compute.workers or 1)
+
+
+_ROUNDS = tuple(f"-{number}" for number in range(2, 33))
+"""Ends of the names of later rounds' stages, whose settings are the first's."""
+
+
+def _loop(settings: Settings) -> LoopSettings | None:
+    if isinstance(settings, TrainSettings):
+        return settings
+    if isinstance(settings, RewardSettings | DpoSettings | PpoSettings | GrpoSettings):
+        return settings.training
+    return None
