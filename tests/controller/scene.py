@@ -84,13 +84,13 @@ def consistently(condition: Callable[[], object], seconds: float = QUIET_SECONDS
 # ---- what a driver says -------------------------------------------------------------------------
 
 
-def ending(state: str, reason: str = "", *, retryable: bool = False, **more: Any) -> Object:
+def outcome(state: str, reason: str = "", *, retryable: bool = False, **more: Any) -> Object:
     failure = {"failure": {"reason": reason, "message": f"it was {reason}"}} if reason else {}
     return {"state": state, "retryable": retryable, **failure, **more}
 
 
-SUCCEEDED = ending("Succeeded", result={"uri": "pvc://models/out/result", "digest": "sha256:d"})
-INTERRUPTED = ending("Interrupted", retryable=True)
+SUCCEEDED = outcome("Succeeded", result={"uri": "pvc://models/out/result", "digest": "sha256:d"})
+INTERRUPTED = outcome("Interrupted", retryable=True)
 
 
 def post(attempt: int, step: int = 0, *, loss: float = 1.5, **picture: Any) -> Object:
@@ -569,4 +569,4 @@ class Driver:
         return self.send(post(self.attempt, step, **more))
 
     def end(self, told: Object, step: int = 100) -> Answered:
-        return self.post(step, ending=told)
+        return self.post(step, outcome=told)

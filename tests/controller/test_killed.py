@@ -16,11 +16,11 @@ from typing import NamedTuple
 import pytest
 
 from tests.controller.faults import Cut, Request
-from tests.controller.scene import SUCCEEDED, Job, Played, ending, eventually
+from tests.controller.scene import SUCCEEDED, Job, Played, eventually, outcome
 
 pytestmark = [pytest.mark.apiserver, pytest.mark.slow]
 
-RETRYABLE = ending("Failed", "Flaky", retryable=True)
+RETRYABLE = outcome("Failed", "Flaky", retryable=True)
 
 
 class Step(NamedTuple):

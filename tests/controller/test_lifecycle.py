@@ -13,14 +13,14 @@ from tests.controller.scene import (
     Job,
     Played,
     consistently,
-    ending,
     eventually,
+    outcome,
 )
 
 pytestmark = pytest.mark.apiserver
 
-RETRYABLE = ending("Failed", "DataUnreadable", retryable=True)
-FATAL = ending("Failed", "ModelNotFound")
+RETRYABLE = outcome("Failed", "DataUnreadable", retryable=True)
+FATAL = outcome("Failed", "ModelNotFound")
 
 
 def is_left_alone(job: Job) -> None:
@@ -129,7 +129,7 @@ def test_preempted_pods_do_not_count_as_an_attempt(scene: Played) -> None:
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     first.set_pod(first.worker, conditions=[{**condition, "lastTransitionTime": now}])
     first.remove_pod(first.worker)
-    first.end(ending("Failed", "WorkerDied", retryable=True))
+    first.end(outcome("Failed", "WorkerDied", retryable=True))
     job.attempt(2).run().end(SUCCEEDED)
     job.until_phase("Succeeded")
     assert job.reasons == ["Preempted", "Succeeded"]
@@ -149,7 +149,7 @@ def test_a_worker_killed_for_its_memory_is_named_even_after_it_is_gone(scene: Pl
     }
     first.set_pod(first.worker, phase="Failed", containerStatuses=[container])
     first.remove_pod(first.worker)
-    first.end(ending("Failed", "WorkerDied", retryable=True))
+    first.end(outcome("Failed", "WorkerDied", retryable=True))
     job.until_phase("Failed")
     assert job.failure == "OutOfMemory"
     assert "ray-worker" in job.status["failure"]["message"]

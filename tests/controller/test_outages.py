@@ -15,11 +15,11 @@ from tests.controller.faults import (
     anything,
     on,
 )
-from tests.controller.scene import SUCCEEDED, Played, ending, eventually
+from tests.controller.scene import SUCCEEDED, Played, eventually, outcome
 
 pytestmark = pytest.mark.apiserver
 
-RETRYABLE = ending("Failed", "Flaky", retryable=True)
+RETRYABLE = outcome("Failed", "Flaky", retryable=True)
 PARTS = "/(finetunejobs|rayjobs|configmaps)/"
 
 

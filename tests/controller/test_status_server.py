@@ -18,7 +18,7 @@ from tests.controller.scene import (
     Job,
     Played,
     consistently,
-    ending,
+    outcome,
     post,
 )
 from tuneyard.api.progress import MAX_POST_BYTES
@@ -209,7 +209,7 @@ def test_a_stale_attempt_is_told_to_end(scene: Played) -> None:
     first = job.attempt(1).run()
     old = first.driver()
     assert old.post(10).status == 200
-    first.end(ending("Failed", "Flaky", retryable=True))
+    first.end(outcome("Failed", "Flaky", retryable=True))
     second = job.attempt(2).run()
     new = second.driver()
     lying = new.send(post(1, 50))
@@ -226,7 +226,7 @@ def test_an_attempt_that_was_closed_may_save_a_checkpoint_while_its_pod_lives(
     attempt = job.attempt(1).run()
     attempt.hold(attempt.head)
     driver = attempt.driver()
-    told = ending("Failed", "Flaky", retryable=True)
+    told = outcome("Failed", "Flaky", retryable=True)
     assert driver.end(told, step=9).status == 200
     assert job.reasons == ["Flaky"]
     before = job.status

@@ -168,7 +168,7 @@ def test_suspend_and_resume() -> None:
 def test_a_stage_that_a_later_attempt_skips_is_told_once() -> None:
     played = world()
     played.run()
-    played.post = post(1, 5, stages=[PREPARED], ending=failed("DiskFull", retryable=True))
+    played.post = post(1, 5, stages=[PREPARED], outcome=failed("DiskFull", retryable=True))
     played.look()
     played.next_attempt()
     played.run()

@@ -19,7 +19,7 @@ from tests.status.world import (
     post,
     ray_job,
 )
-from tuneyard.api.progress import Ending, Post
+from tuneyard.api.progress import Outcome, Post
 from tuneyard.api.status import Result, StageStatus
 from tuneyard.errors import Fault, PlanError
 from tuneyard.rendering.rayjob import GRACE_SECONDS
@@ -346,7 +346,7 @@ class TestProgress:
     def test_posts_of_other_attempts_are_not_taken(self) -> None:
         played = running()
         for attempt in (2, 7):
-            played.post = post(attempt, 9, ending=SUCCESS)
+            played.post = post(attempt, 9, outcome=SUCCESS)
             before = played.status
             played.look()
             assert played.status == before
@@ -462,7 +462,7 @@ class TestProgress:
 class TestSuccess:
     def test_the_ending_brings_the_result_and_the_cluster_goes(self) -> None:
         played = running()
-        played.post = post(1, 100, ending=SUCCESS)
+        played.post = post(1, 100, outcome=SUCCESS)
         decision = played.look()
         assert (played.phase, played.why("Succeeded")) == ("Succeeded", "True Succeeded")
         assert played.why() == "False Succeeded"
@@ -485,7 +485,7 @@ class TestSuccess:
     def test_an_ending_counts_even_if_the_ray_job_is_gone(self) -> None:
         played = running()
         played.ray_jobs.clear()
-        played.post = post(1, 100, ending=SUCCESS)
+        played.post = post(1, 100, outcome=SUCCESS)
         played.look()
         assert played.phase == "Succeeded"
 
@@ -493,7 +493,7 @@ class TestSuccess:
         for wish in ({"cancel": True}, {"suspend": True}):
             played = running()
             played.edit(**wish)
-            played.post = post(1, 100, ending=SUCCESS)
+            played.post = post(1, 100, outcome=SUCCESS)
             played.look()
             assert played.phase == "Succeeded"
 
@@ -502,7 +502,7 @@ class TestSuccess:
         played.end(SUCCESS)
         status = played.status
         played.edit(cancel=True, suspend=True, max_attempts=9)
-        played.post = post(1, 3, ending=failed("Late"))
+        played.post = post(1, 3, outcome=failed("Late"))
         played.ray_jobs["minimal-2"] = ray_job(2)
         played.wait(99999)
         decision = played.look()
@@ -529,7 +529,7 @@ class TestFailure:
             {"name": "prepare", "kind": "prepare", "state": "Succeeded"},
             {"name": "sft", "kind": "sft", "state": "Running"},
         ]
-        played.post = post(1, 5, stages=done, ending=failed("LossNotFinite", advice="Lower it."))
+        played.post = post(1, 5, stages=done, outcome=failed("LossNotFinite", advice="Lower it."))
         played.look()
         assert (played.phase, played.why("Failed")) == ("Failed", "True LossNotFinite")
         assert played.status.failure
@@ -682,7 +682,7 @@ class TestFailure:
 
     def test_a_driver_that_fails_without_a_word_counts(self) -> None:
         played = running()
-        played.end(Ending(state="Failed", retryable=True))
+        played.end(Outcome(state="Failed", retryable=True))
         assert played.attempt.reason == "DriverError"
 
     def test_a_reason_that_no_condition_can_carry_does_not_stop_the_job(self) -> None:
@@ -697,7 +697,7 @@ class TestFailure:
         played.ray(job_status="FAILED", deployment_status="Failed", reason="AppFailed")
         played.look()
         closed = played.attempt
-        played.post = post(1, 99, ending=failed("Late"))
+        played.post = post(1, 99, outcome=failed("Late"))
         played.look()
         assert played.attempt == closed
         assert wants_stop(played.job), "its driver shall end"
@@ -721,11 +721,11 @@ class TestFailure:
         played = running(maxAttempts=100)
         long = "x" * 60_000
         for _ in range(100):
-            ending = failed("DiskFull", retryable=True)
-            failure = ending.failure and ending.failure.model_copy(
+            outcome = failed("DiskFull", retryable=True)
+            failure = outcome.failure and outcome.failure.model_copy(
                 update={"message": long, "advice": long}
             )
-            played.end(ending.model_copy(update={"failure": failure}))
+            played.end(outcome.model_copy(update={"failure": failure}))
             if played.phase == "Failed":
                 break
             played.next_attempt()

@@ -51,8 +51,8 @@ def _post(played: World, dice: random.Random) -> None:
     step = dice.randrange(100)
     resumed = dice.choice([None, step // 2])
     stage = dice.choice(["prepare", "sft", ""])
-    ending = dice.choice(endings)
-    played.post = post(attempt, step, stage=stage, ending=ending, resumedStep=resumed)
+    outcome = dice.choice(endings)
+    played.post = post(attempt, step, stage=stage, outcome=outcome, resumedStep=resumed)
 
 
 def _trouble(played: World, dice: random.Random) -> None:
@@ -291,18 +291,18 @@ def _cluster(played: World) -> None:
     elif not ray.job_status:
         played.change(ray.name, job_status="RUNNING", deployment_status="Running")
     elif number == 1:
-        ending = failed("DiskFull", retryable=True)
-        words = ending.model_dump_json(by_alias=True, exclude_none=True)
-        played.post = post(1, 20, ending=ending)
+        outcome = failed("DiskFull", retryable=True)
+        words = outcome.model_dump_json(by_alias=True, exclude_none=True)
+        played.post = post(1, 20, outcome=outcome)
         played.change(ray.name, job_status="FAILED", message=f"TUNEYARD-ENDING {words}")
     elif number == 2 and policy.suspend:
-        played.post = post(2, 30, ending=INTERRUPTED)
+        played.post = post(2, 30, outcome=INTERRUPTED)
         words = INTERRUPTED.model_dump_json(by_alias=True, exclude_none=True)
         played.change(ray.name, job_status="FAILED", message=f"TUNEYARD-ENDING {words}")
     elif number == 3:
         played.change(ray.name, suspended=True, deployment_status="Suspending")
     elif number == 4:
-        played.post = post(4, 100, ending=SUCCESS)
+        played.post = post(4, 100, outcome=SUCCESS)
         played.change(ray.name, job_status="SUCCEEDED")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.status.world import INTERRUPTED, failed
-from tuneyard.api.progress import Ending
+from tuneyard.api.progress import Outcome
 from tuneyard.status import observed, reasons
 from tuneyard.status.observed import Obstacle, Pod, Seen, Workload
 from tuneyard.status.reasons import Cause
@@ -182,10 +182,10 @@ class TestEnds:
     def test_kubernetes_knows_why_a_worker_vanished(
         self, pods: list[Pod], reason: str, retryable: bool
     ) -> None:
-        ending = failed("WorkerDied", retryable=True)
+        outcome = failed("WorkerDied", retryable=True)
         for world in (Seen(pods=tuple(pods)), Seen(gone=tuple(pods))):
             for order in (world, replace(world, pods=world.pods[::-1], gone=world.gone[::-1])):
-                cause = reasons.of_end(FAILED, order, ending)
+                cause = reasons.of_end(FAILED, order, outcome)
                 assert (cause.reason, cause.retryable) == (reason, retryable)
 
     def test_memory_names_the_container_the_pod_and_the_field(self) -> None:
@@ -203,8 +203,8 @@ class TestEnds:
 
     def test_a_driver_that_knows_is_believed(self) -> None:
         advice = "Lower training.learningRate."
-        ending = failed("LossNotFinite", advice=advice)
-        cause = reasons.of_end(FAILED, Seen(pods=(OOM, PREEMPTED)), ending)
+        outcome = failed("LossNotFinite", advice=advice)
+        cause = reasons.of_end(FAILED, Seen(pods=(OOM, PREEMPTED)), outcome)
         assert cause == Cause("LossNotFinite", "it was LossNotFinite", advice, retryable=False)
 
     def test_an_interrupted_driver_was_preempted(self) -> None:
@@ -289,7 +289,7 @@ class TestEnds:
 
 
 class TestLastWords:
-    def words(self, text: str) -> Ending | None:
+    def words(self, text: str) -> Outcome | None:
         return reasons.last_words(ray_job(jobStatus="FAILED", message=text))
 
     def test_the_last_marked_line_counts(self) -> None:

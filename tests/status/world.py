@@ -9,7 +9,7 @@ from typing import Any
 from tests.planning.jobs import job as golden_job
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.meta import Condition
-from tuneyard.api.progress import Ending, Post
+from tuneyard.api.progress import Outcome, Post
 from tuneyard.api.status import AttemptStatus, Failure, JobStatus, Result
 from tuneyard.planning.plan import plan_job
 from tuneyard.status.events import Event, told
@@ -54,7 +54,7 @@ def pod(attempt: int, role: str = "worker", *troubles: Trouble, **changes: Any) 
 
 
 def post(
-    attempt: int, step: int = 0, *, stage: str = "sft", ending: Ending | None = None, **more: Any
+    attempt: int, step: int = 0, *, stage: str = "sft", outcome: Outcome | None = None, **more: Any
 ) -> Post:
     picture = {"attempt": attempt, "stage": stage, "step": step, "totalSteps": 100, **more}
     value = {
@@ -66,19 +66,19 @@ def post(
         "tuneyard": picture,
     }
     made = Post.model_validate(value)
-    if ending and made.tuneyard:
-        changed = made.tuneyard.model_copy(update={"ending": ending})
+    if outcome and made.tuneyard:
+        changed = made.tuneyard.model_copy(update={"outcome": outcome})
         made = made.model_copy(update={"tuneyard": changed})
     return made
 
 
-def failed(reason: str, *, retryable: bool = False, advice: str = "") -> Ending:
+def failed(reason: str, *, retryable: bool = False, advice: str = "") -> Outcome:
     failure = Failure(reason=reason, message=f"it was {reason}", advice=advice)
-    return Ending(state="Failed", failure=failure, retryable=retryable)
+    return Outcome(state="Failed", failure=failure, retryable=retryable)
 
 
-SUCCESS = Ending(state="Succeeded", result=Result(uri="s3://models/minimal/result", digest="d"))
-INTERRUPTED = Ending(state="Interrupted", retryable=True)
+SUCCESS = Outcome(state="Succeeded", result=Result(uri="s3://models/minimal/result", digest="d"))
+INTERRUPTED = Outcome(state="Interrupted", retryable=True)
 
 
 class Died(Exception):  # noqa: N818
@@ -273,9 +273,9 @@ class World:
         self.ray(job_status="RUNNING", deployment_status="Running")
         self.look()
 
-    def end(self, ending: Ending, step: int = 50) -> None:
+    def end(self, outcome: Outcome, step: int = 50) -> None:
         """The driver ends the attempt, and KubeRay notices."""
-        self.post = post(self.attempt.number, step, ending=ending)
+        self.post = post(self.attempt.number, step, outcome=outcome)
         self.look()
 
     def next_attempt(self) -> None:

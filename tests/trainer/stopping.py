@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tuneyard.api.plan import Plan
-from tuneyard_trainer.running.runner import Ledger, Walk
+from tuneyard_trainer.running.runner import PlanRunner, StageInputs
 from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted, Worker
 
@@ -26,7 +26,9 @@ def main(rank: int, meeting: str, plan: Path, folder: Path) -> None:
     if rank == 0:
         store.claim(read.job, attempt=1)
     worker = Worker(rank, 2, torch.device("cpu"), stop=lambda: rank == 1)
-    walk = Walk(Ledger(read, store, folder, folder / "cache"), worker, emit=lambda _: None)
+    walk = PlanRunner(
+        StageInputs(read, store, folder, folder / "cache"), worker, emit=lambda _: None
+    )
     try:
         walk.run()
     except Interrupted as stopped:

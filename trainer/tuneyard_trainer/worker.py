@@ -73,7 +73,7 @@ class Worker:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StageOutcome:
     """What a finished stage says of itself; the runner makes the StageRecord from it."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)

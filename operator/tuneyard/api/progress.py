@@ -42,7 +42,7 @@ class TrainerStatus(Report):
     """When this was measured (RFC 3339); None: now."""
 
 
-class Ending(Report):
+class Outcome(Report):
     """How an attempt's driver ended."""
 
     state: Literal["Succeeded", "Failed", "Interrupted"]
@@ -55,7 +55,7 @@ class Ending(Report):
     """Whether another attempt could succeed."""
 
 
-class Picture(Report):
+class ProgressReport(Report):
     """Where an attempt stands."""
 
     attempt: int = Field(ge=1)
@@ -70,7 +70,7 @@ class Picture(Report):
     """The step at which this attempt took the stage up; None: not yet known."""
     stages: list[StageStatus] = Field(default=[], max_length=256)
     """Every stage of the plan."""
-    ending: Ending | None = None
+    outcome: Outcome | None = None
     """How it ended; None: it runs."""
 
 
@@ -79,7 +79,7 @@ class Post(Report):
 
     trainer_status: TrainerStatus
     """Kubeflow's part."""
-    tuneyard: Picture | None = None
+    tuneyard: ProgressReport | None = None
     """Ours; None from a client that knows Kubeflow's protocol alone."""
 
 

@@ -75,7 +75,7 @@ class Reconciler:
         entry = self.world.entry(key)
         entry.post = post
         picture = post.tuneyard
-        if picture is not None and picture.ending is not None:
+        if picture is not None and picture.outcome is not None:
             self.queue.add(key)
         else:
             self.queue.add_after(key, entry.told_at + PROGRESS_SECONDS - time.monotonic())

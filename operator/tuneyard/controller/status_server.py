@@ -120,7 +120,7 @@ class StatusServer:
             # until then a checkpoint can be saved. Whoever ends by himself has been heard.
             return Answer(stop=True)
         self._reconciler.take_post(key, post)
-        if post.tuneyard is not None and post.tuneyard.ending is not None:
+        if post.tuneyard is not None and post.tuneyard.outcome is not None:
             await self._until_stored(key, attempt)
         return Answer(stop=wants_stop(job) or is_finished(job))
 

@@ -15,7 +15,7 @@ from tuneyard.api.compute import RunPolicy
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.meta import Condition, ConditionType
 from tuneyard.api.plan import Plan
-from tuneyard.api.progress import Ending, Picture
+from tuneyard.api.progress import Outcome, ProgressReport
 from tuneyard.api.status import (
     AttemptStatus,
     Failure,
@@ -245,13 +245,13 @@ class _Observer:
         if ray is not None and attempt.ray_job_uid is None:
             attempt = self._update(ray_job_uid=ray.uid)
         attempt = self._report(attempt)
-        ending = self._ending(attempt, ray)
-        if ending and ending.state == "Succeeded":
-            return self._succeed(ending)
+        outcome = self._ending(attempt, ray)
+        if outcome and outcome.state == "Succeeded":
+            return self._succeed(outcome)
         if ray is not None and ray.job_status == "SUCCEEDED":
             return self._succeed(None)
-        if ending or (ray is not None and ray.ended):
-            return self._close(self._why_ended(attempt, ray, ending))
+        if outcome or (ray is not None and ray.ended):
+            return self._close(self._why_ended(attempt, ray, outcome))
         if ray is None:
             return self._without_ray_job(attempt)
         if ray.deleting:
@@ -273,11 +273,11 @@ class _Observer:
         return None
 
     def _why_ended(
-        self, attempt: AttemptStatus, ray: RayJob | None, ending: Ending | None
+        self, attempt: AttemptStatus, ray: RayJob | None, outcome: Outcome | None
     ) -> Cause:
         """That the attempt was asked to end, unless it failed for good by itself meanwhile."""
-        cause = reasons.of_end(ray, self.seen, ending)
-        is_final = ending is not None and ending.state == "Failed" and not cause.retryable
+        cause = reasons.of_end(ray, self.seen, outcome)
+        is_final = outcome is not None and outcome.state == "Failed" and not cause.retryable
         return cause if is_final else self._wish(attempt) or cause
 
     def _without_ray_job(self, attempt: AttemptStatus) -> Decision:
@@ -380,14 +380,14 @@ class _Observer:
 
     # ---- what the driver told -------------------------------------------------------------------
 
-    def _picture(self, attempt: AttemptStatus) -> Picture | None:
+    def _picture(self, attempt: AttemptStatus) -> ProgressReport | None:
         """What this attempt's driver told; None: nothing, or another attempt's did."""
         picture = self.seen.post.tuneyard if self.seen.post else None
         return picture if picture and picture.attempt == attempt.number else None
 
-    def _ending(self, attempt: AttemptStatus, ray: RayJob | None) -> Ending | None:
+    def _ending(self, attempt: AttemptStatus, ray: RayJob | None) -> Outcome | None:
         picture = self._picture(attempt)
-        told = picture.ending if picture else None
+        told = picture.outcome if picture else None
         return told or (reasons.last_words(ray) if ray and ray.ended else None)
 
     def _report(self, attempt: AttemptStatus) -> AttemptStatus:
@@ -407,7 +407,7 @@ class _Observer:
             self._count_lost_steps(picture)
         return attempt
 
-    def _count_lost_steps(self, picture: Picture) -> None:
+    def _count_lost_steps(self, picture: ProgressReport) -> None:
         """What earlier attempts lost, once this one has taken their stage up."""
         if picture.resumed_step is None:
             return
@@ -417,9 +417,9 @@ class _Observer:
 
     # ---- ends -----------------------------------------------------------------------------------
 
-    def _succeed(self, ending: Ending | None) -> Decision:
+    def _succeed(self, outcome: Outcome | None) -> Decision:
         """`ending` None: the driver succeeded without being able to say what came out."""
-        result = ending.result if ending else None
+        result = outcome.result if outcome else None
         result = result or Result(uri=self._result_uri())
         self._update(
             finished_at=rfc3339(self.now), reason="Succeeded", message="all stages are done"

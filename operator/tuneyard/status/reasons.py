@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from tuneyard.api.progress import Ending
+from tuneyard.api.progress import Outcome
 from tuneyard.api.status import Failure
 from tuneyard.status.observed import Obstacle, Pod, RayJob, Seen, Trouble
 
@@ -49,7 +49,7 @@ _MEMORY_ADVICE = (
 )
 
 
-def last_words(ray_job: RayJob | None) -> Ending | None:
+def last_words(ray_job: RayJob | None) -> Outcome | None:
     """How the driver ended by its log's last line; None if it did not say."""
     text = ray_job.message if ray_job else ""
     _, mark, rest = text.rpartition(ENDING_MARK)
@@ -57,27 +57,27 @@ def last_words(ray_job: RayJob | None) -> Ending | None:
         return None
     try:
         value, _ = json.JSONDecoder().raw_decode(rest)
-        return Ending.model_validate(value)
+        return Outcome.model_validate(value)
     except (json.JSONDecodeError, ValidationError):
         return None
 
 
-def of_ending(ending: Ending) -> Cause:
+def of_ending(outcome: Outcome) -> Cause:
     """The cause that a driver gives which did not succeed."""
-    failure = ending.failure
-    if ending.state == "Interrupted":
+    failure = outcome.failure
+    if outcome.state == "Interrupted":
         return PREEMPTED._replace(message=failure.message) if failure else PREEMPTED
     if failure is None:
-        return Cause("DriverError", "the driver failed without a word", retryable=ending.retryable)
+        return Cause("DriverError", "the driver failed without a word", retryable=outcome.retryable)
     if not _REASON.match(failure.reason):
         message = f"{failure.reason}: {failure.message}"
-        return Cause("DriverError", message, failure.advice, ending.retryable)
-    return Cause(failure.reason, failure.message, failure.advice, ending.retryable)
+        return Cause("DriverError", message, failure.advice, outcome.retryable)
+    return Cause(failure.reason, failure.message, failure.advice, outcome.retryable)
 
 
-def of_end(ray_job: RayJob | None, seen: Seen, ending: Ending | None) -> Cause:
+def of_end(ray_job: RayJob | None, seen: Seen, outcome: Outcome | None) -> Cause:
     """Why an attempt ended that did not succeed. Of `ray_job` and `ending` one may be None."""
-    told = of_ending(ending) if ending else None
+    told = of_ending(outcome) if outcome else None
     if ray_job is None or (told and told.reason not in WORDLESS):
         return told or PREEMPTED
     return of_killing(seen, ray_job.attempt) or told or _by_kuberay(ray_job, seen)

@@ -21,7 +21,7 @@ from tuneyard_trainer.data.intake import split_evenly, truncated
 from tuneyard_trainer.data.prepared import ARRAYS, Prepared, Rows, RowWriter
 from tuneyard_trainer.data.splits import held_out
 from tuneyard_trainer.data.tokenization import Encoded
-from tuneyard_trainer.worker import Interrupted, Outcome, Worker
+from tuneyard_trainer.worker import Interrupted, StageOutcome, Worker
 
 Row = dict[str, Any]
 DATASET = DatasetSettings(format="auto", fields=FieldMap(), weight=1.0, limit=None)
@@ -72,7 +72,7 @@ class Job:
 
     def run(
         self, files: Files, *, stop: Callable[[], bool] = lambda: False, **changes: Any
-    ) -> Outcome:
+    ) -> StageOutcome:
         """`files`: rows by role."""
         inputs = {"model": self.model}
         for role, rows in files.items():
@@ -97,7 +97,7 @@ class Job:
         )
         return prepare.run(stage, inputs, self.workdir, worker)
 
-    def train(self, rows: Sequence[Row], **changes: Any) -> Outcome:
+    def train(self, rows: Sequence[Row], **changes: Any) -> StageOutcome:
         return self.run({"train.0": rows}, **changes)
 
     @property

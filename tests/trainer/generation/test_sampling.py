@@ -47,7 +47,7 @@ def test_sampled_tokens_have_the_models_probabilities() -> None:
 def test_no_token_outside_the_nucleus_is_ever_drawn() -> None:
     logits = torch.tensor([[3.0, 2.0, -1.0, -2.0]]).expand(1000, 4)
     keys = list(range(1000))
-    draw = sampling.Draw(sampling.uniforms(keys, 1), Sampling(top_p=0.8))
+    draw = sampling.InverseCdfSampler(sampling.uniforms(keys, 1), Sampling(top_p=0.8))
     drawn = draw(None, logits).argmax(-1)
     assert set(drawn.tolist()) == {0, 1}
 

@@ -30,7 +30,7 @@ from tuneyard_trainer.generation.sampling import Sampled
 from tuneyard_trainer.generation.vllm import VllmSampler
 from tuneyard_trainer.models import adapters
 from tuneyard_trainer.reinforcement import grpo, ppo, rewards
-from tuneyard_trainer.worker import Interrupted, Outcome, Worker
+from tuneyard_trainer.worker import Interrupted, StageOutcome, Worker
 
 pytest.importorskip("vllm", reason="vLLM is in an environment of its own: make test-vllm")
 pytestmark = pytest.mark.timeout(900)
@@ -200,7 +200,9 @@ def stages(**training: Any) -> dict[str, PlannedStage]:
     }
 
 
-def run(method: str, stage: PlannedStage, folder: Path, inputs: Any, worker: Any = None) -> Outcome:
+def run(
+    method: str, stage: PlannedStage, folder: Path, inputs: Any, worker: Any = None
+) -> StageOutcome:
     folder.mkdir(exist_ok=True)
     module = ppo if method.startswith("ppo") else grpo
     return module.run(stage, inputs, folder, worker or Worker(0, 1, DEVICE))

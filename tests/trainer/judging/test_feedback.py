@@ -37,7 +37,7 @@ from tuneyard_trainer.data.rows import Row
 from tuneyard_trainer.data.stream import examples
 from tuneyard_trainer.judging import critique, endpoint, feedback
 from tuneyard_trainer.preference.rows import judged
-from tuneyard_trainer.worker import Interrupted, Outcome, Worker
+from tuneyard_trainer.worker import Interrupted, StageOutcome, Worker
 
 CHAT = ChatSettings(system_prompt=None, chat_template=None)
 PROMPTS = PromptSettings(format="auto", fields=FieldMap(), limit=None)
@@ -107,7 +107,7 @@ def feedback_stage(judge: JudgeEndpoint | None, **changes: Any) -> PlannedStage:
 
 def run_feedback(
     server: JudgeServer, inputs: dict[str, Path], workdir: Path, **changes: Any
-) -> Outcome:
+) -> StageOutcome:
     given = {name: changes.pop(name) for name in ("max_requests",) if name in changes}
     worker = changes.pop("worker", WORKER)
     stage = feedback_stage(server.settings(**given), **changes)

@@ -17,11 +17,11 @@ import pytest
 from tests.trainer.jobs import manifest, planned, write_data
 from tests.trainer.status_server import Reply, StatusServer, serving
 from tuneyard.api.plan import JobRef, Plan
-from tuneyard.api.progress import Ending
+from tuneyard.api.progress import Outcome
 from tuneyard.errors import StageError
 from tuneyard_trainer import drain, erase
 from tuneyard_trainer.pod import driver
-from tuneyard_trainer.pod.driver import ENDING_MARK, ending_of, located
+from tuneyard_trainer.pod.driver import ENDING_MARK, located, outcome_of
 from tuneyard_trainer.running.distributed import Resources, number, pods_resources
 from tuneyard_trainer.storage import sources
 from tuneyard_trainer.storage.records import Store
@@ -48,10 +48,10 @@ def launched(
     )
 
 
-def last_words(err: str) -> Ending:
+def last_words(err: str) -> Outcome:
     line = err.rstrip("\n").splitlines()[-1]
     assert line.startswith(ENDING_MARK), err
-    return Ending.model_validate_json(line.removeprefix(ENDING_MARK))
+    return Outcome.model_validate_json(line.removeprefix(ENDING_MARK))
 
 
 def cluster_plan(folder: Path, model: Path, **spec: Any) -> Plan:
@@ -69,11 +69,11 @@ def test_an_output_of_another_job_ends_before_ray_with_its_reason_last(tmp_path:
     process = launched(tmp_path, cluster_plan(tmp_path, tmp_path))
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1
-    ending = last_words(err)
-    assert ending.failure
-    assert ending.failure.reason == "OutputOwned"
-    assert "output.uri" in ending.failure.advice
-    assert not ending.retryable
+    outcome = last_words(err)
+    assert outcome.failure
+    assert outcome.failure.reason == "OutputOwned"
+    assert "output.uri" in outcome.failure.advice
+    assert not outcome.retryable
     assert "event=failed reason=OutputOwned" in out
     assert "ray" not in out
 
@@ -84,9 +84,9 @@ def test_an_older_attempt_is_stale(tmp_path: Path) -> None:
     process = launched(tmp_path, plan, attempt=1)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 4
-    ending = last_words(err)
-    assert ending.failure
-    assert ending.failure.reason == "StaleAttempt"
+    outcome = last_words(err)
+    assert outcome.failure
+    assert outcome.failure.reason == "StaleAttempt"
 
 
 def test_a_plan_of_another_version_ends_in_one_line(tmp_path: Path) -> None:
@@ -94,10 +94,10 @@ def test_a_plan_of_another_version_ends_in_one_line(tmp_path: Path) -> None:
     process = launched(tmp_path, plan)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
-    ending = last_words(err)
-    assert ending.failure
-    assert ending.failure.reason == "DriverError"
-    assert "\n" not in ending.failure.message
+    outcome = last_words(err)
+    assert outcome.failure
+    assert outcome.failure.reason == "DriverError"
+    assert "\n" not in outcome.failure.message
     assert "Traceback" not in err
 
 
@@ -114,17 +114,17 @@ def test_a_plan_of_another_version_ends_in_one_line(tmp_path: Path) -> None:
 def test_every_error_has_a_reason_and_says_whether_to_try_again(
     error: Exception, state: str, reason: str, retryable: bool
 ) -> None:
-    ending = ending_of(error, ("Preempted", "a pod went"))
-    assert ending.failure
-    assert (ending.state, ending.failure.reason, ending.retryable) == (state, reason, retryable)
-    assert ending.result is None
+    outcome = outcome_of(error, ("Preempted", "a pod went"))
+    assert outcome.failure
+    assert (outcome.state, outcome.failure.reason, outcome.retryable) == (state, reason, retryable)
+    assert outcome.result is None
 
 
 def test_a_long_python_error_is_cut_to_its_last_line() -> None:
-    ending = ending_of(ValueError("first\n" * 300 + "the cause" + "!" * 5000))
-    assert ending.failure
-    assert ending.failure.message.startswith("the driver failed: ValueError: the cause!")
-    assert len(ending.failure.message) < 1200
+    outcome = outcome_of(ValueError("first\n" * 300 + "the cause" + "!" * 5000))
+    assert outcome.failure
+    assert outcome.failure.message.startswith("the driver failed: ValueError: the cause!")
+    assert len(outcome.failure.message) < 1200
 
 
 def test_a_claim_is_a_mounted_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +279,7 @@ def test_an_attempt_is_stopped_superseded_drained_and_in_the_end_succeeds(
     assert process.returncode == 3, err
     assert last_words(err).state == "Interrupted"
     last = pictures(server)[-1]
-    assert last["ending"]["failure"]["reason"] == "Stopped"
+    assert last["outcome"]["failure"]["reason"] == "Stopped"
     reached = last["step"]
     assert 0 < reached < 2000
     assert "event=stage-running stage=sft" in out
@@ -294,10 +294,10 @@ def test_an_attempt_is_stopped_superseded_drained_and_in_the_end_succeeds(
     server.reply = Reply(409)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 4, err
-    ending = last_words(err)
-    assert ending.failure
-    assert ending.failure.reason == "StaleAttempt"
-    assert not [p for p in pictures(server) if p.get("ending")]
+    outcome = last_words(err)
+    assert outcome.failure
+    assert outcome.failure.reason == "StaleAttempt"
+    assert not [p for p in pictures(server) if p.get("outcome")]
     wait_for_no_workers()
 
     # A pod's preStop hook: everybody checkpoints and leaves, and the hook returns after that. The
@@ -312,7 +312,7 @@ def test_an_attempt_is_stopped_superseded_drained_and_in_the_end_succeeds(
     out, err = process.communicate(timeout=300)
     (tmp_path / "tuneyard-drain" / "asked").unlink()
     assert process.returncode == 3, err
-    assert pictures(server)[-1]["ending"]["failure"]["reason"] == "Preempted"
+    assert pictures(server)[-1]["outcome"]["failure"]["reason"] == "Preempted"
 
     # Another plan of the same job begins anew and succeeds; its result is told.
     server.posts = []
@@ -324,8 +324,8 @@ def test_an_attempt_is_stopped_superseded_drained_and_in_the_end_succeeds(
     last = pictures(server)[-1]
     assert server.posts[-1]["trainerStatus"]["progressPercentage"] == 100
     record = json.loads((tmp_path / "out/result/record.json").read_text())
-    assert last["ending"]["result"]["digest"] == record["digest"]
-    assert last["ending"]["result"]["metrics"]["validationLoss"] > 0
+    assert last["outcome"]["result"]["digest"] == record["digest"]
+    assert last["outcome"]["result"]["metrics"]["validationLoss"] > 0
     states = {stage["name"]: stage["state"] for stage in last["stages"]}
     assert states == {
         "prepare": "Skipped",
@@ -344,13 +344,13 @@ def test_an_attempt_is_stopped_superseded_drained_and_in_the_end_succeeds(
     process = launched(tmp_path, short, env, attempt=5)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 1, err
-    ending = last_words(err)
-    assert ending.failure
-    assert ending.failure.reason == "InvalidData"
-    assert "row 11" in ending.failure.message
-    assert not ending.retryable
+    outcome = last_words(err)
+    assert outcome.failure
+    assert outcome.failure.reason == "InvalidData"
+    assert "row 11" in outcome.failure.message
+    assert not outcome.retryable
     last = pictures(server)[-1]
-    assert last["ending"]["failure"]["reason"] == "InvalidData"
+    assert last["outcome"]["failure"]["reason"] == "InvalidData"
     assert {s["state"] for s in last["stages"] if s["name"] == "prepare"} == {"Failed"}
     assert "Traceback" not in out
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.trainer.finished import record
 from tests.trainer.jobs import manifest, planned
-from tuneyard.api.progress import Ending, Picture, Post
+from tuneyard.api.progress import Outcome, Post, ProgressReport
 from tuneyard.api.status import Failure
 from tuneyard_trainer.pod.progress import Story
 
@@ -42,7 +42,7 @@ def progress(step: int, total: int, name: str = "sft", **metrics: float) -> dict
     }
 
 
-def picture(post: Post) -> Picture:
+def picture(post: Post) -> ProgressReport:
     assert post.tuneyard
     return post.tuneyard
 
@@ -117,12 +117,12 @@ def test_a_total_that_turns_out_larger_takes_no_percentage_back(story: Story) ->
 def test_success_names_the_result_its_digest_and_the_evaluations_metrics(story: Story) -> None:
     for name in ("prepare", "sft", "evaluate", "export"):
         story.take(stage(name, "Succeeded", **{f"{name}Metric": 1.0}), START)
-    ending = picture(story.end(story.success(), START)).ending
-    assert ending
-    assert ending.result
-    assert ending.result.uri == "file://out/result"
-    assert ending.result.digest == record("export", {}).digest
-    assert ending.result.metrics == {"evaluateMetric": 1.0}
+    outcome = picture(story.end(story.success(), START)).outcome
+    assert outcome
+    assert outcome.result
+    assert outcome.result.uri == "file://out/result"
+    assert outcome.result.digest == record("export", {}).digest
+    assert outcome.result.metrics == {"evaluateMetric": 1.0}
 
 
 @pytest.mark.parametrize(("state", "left"), [("Failed", "Failed"), ("Interrupted", "Pending")])
@@ -131,8 +131,8 @@ def test_the_stage_that_ran_last_says_how_the_attempt_ended(
 ) -> None:
     story.take(stage("sft", "Running"), START)
     story.take(progress(5, 10), START)
-    ending = Ending(state=state, failure=Failure(reason="LossNotFinite", message="nan"))
-    last = picture(story.end(ending, START))
+    outcome = Outcome(state=state, failure=Failure(reason="LossNotFinite", message="nan"))
+    last = picture(story.end(outcome, START))
     assert last.stages[1].state == left
-    assert last.ending == ending
+    assert last.outcome == outcome
     assert (last.stage, last.step) == ("sft", 5)

@@ -11,21 +11,21 @@ from typing import Any
 import pytest
 
 from tests.trainer.status_server import Reply, StatusServer, serving
-from tuneyard.api.progress import MAX_POST_BYTES, Ending, Picture, Post, TrainerStatus
+from tuneyard.api.progress import MAX_POST_BYTES, Outcome, Post, ProgressReport, TrainerStatus
 from tuneyard.api.status import StageStatus
 from tuneyard_trainer.pod import reporter
 from tuneyard_trainer.pod.reporter import Channel, Reporter
 
 
-def post(step: int, ending: Ending | None = None) -> Post:
-    picture = Picture(attempt=1, stage="sft", step=step, total_steps=100, ending=ending)
+def post(step: int, outcome: Outcome | None = None) -> Post:
+    picture = ProgressReport(attempt=1, stage="sft", step=step, total_steps=100, outcome=outcome)
     return Post(trainer_status=TrainerStatus(progress_percentage=step), tuneyard=picture)
 
 
-FINAL = post(100, Ending(state="Succeeded"))
+FINAL = post(100, Outcome(state="Succeeded"))
 
 
-class Desk:
+class EventServer:
     """A reporter with everything it calls."""
 
     def __init__(self, server: StatusServer, folder: Path) -> None:
@@ -55,13 +55,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StatusServer]:
 
 
 @pytest.fixture
-def desk(server: StatusServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+def desk(
+    server: StatusServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[EventServer]:
     """Paced so that only what a test is about happens within its seconds."""
     monkeypatch.setattr(reporter, "POST_SECONDS", 0.3)
     monkeypatch.setattr(reporter, "IDLE_SECONDS", 60.0)
     monkeypatch.setattr(reporter, "FIRST_RETRY_SECONDS", 0.05)
     monkeypatch.setattr(reporter, "LAST_RETRY_SECONDS", 0.1)
-    desk = Desk(server, tmp_path)
+    desk = EventServer(server, tmp_path)
     yield desk
     server.replies, server.reply = [], Reply(409)  # ends what still posts
     for started in desk.started:
@@ -73,7 +75,7 @@ def steps(server: StatusServer) -> list[int]:
 
 
 def test_of_many_pictures_the_first_and_the_newest_are_posted(
-    server: StatusServer, desk: Desk
+    server: StatusServer, desk: EventServer
 ) -> None:
     ours = desk.start()
     server.wait_for(1)
@@ -86,7 +88,7 @@ def test_of_many_pictures_the_first_and_the_newest_are_posted(
 
 
 def test_an_urgent_picture_does_not_wait_for_its_turn(
-    server: StatusServer, desk: Desk, monkeypatch: pytest.MonkeyPatch
+    server: StatusServer, desk: EventServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reporter, "POST_SECONDS", 60.0)
     ours = desk.start()
@@ -97,7 +99,7 @@ def test_an_urgent_picture_does_not_wait_for_its_turn(
 
 
 def test_a_job_without_news_still_asks_whether_to_stop(
-    server: StatusServer, desk: Desk, monkeypatch: pytest.MonkeyPatch
+    server: StatusServer, desk: EventServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reporter, "IDLE_SECONDS", 0.1)
     desk.start()
@@ -108,7 +110,9 @@ def test_a_job_without_news_still_asks_whether_to_stop(
     assert desk.stopped.wait(5)
 
 
-def test_telling_never_waits_for_a_server_that_hangs(server: StatusServer, desk: Desk) -> None:
+def test_telling_never_waits_for_a_server_that_hangs(
+    server: StatusServer, desk: EventServer
+) -> None:
     """A training step that told of itself would last as long as the server's silence."""
     server.reply = Reply(seconds=3.0)
     ours = desk.start()
@@ -120,16 +124,18 @@ def test_telling_never_waits_for_a_server_that_hangs(server: StatusServer, desk:
     assert len(server.posts) == 1
 
 
-def test_the_ending_is_posted_until_it_is_taken(server: StatusServer, desk: Desk) -> None:
+def test_the_ending_is_posted_until_it_is_taken(server: StatusServer, desk: EventServer) -> None:
     ours = desk.start()
     server.wait_for(1)
     server.replies = [Reply(500), Reply(403), Reply(503), Reply(302), Reply()]
     assert ours.finish(FINAL)
-    assert [value["tuneyard"]["ending"]["state"] for value in server.posts[1:]] == ["Succeeded"] * 5
+    assert [value["tuneyard"]["outcome"]["state"] for value in server.posts[1:]] == [
+        "Succeeded"
+    ] * 5
     assert desk.said == ["post-failed"] * 4
 
 
-def test_a_server_that_asks_for_patience_gets_it(server: StatusServer, desk: Desk) -> None:
+def test_a_server_that_asks_for_patience_gets_it(server: StatusServer, desk: EventServer) -> None:
     ours = desk.start()
     server.wait_for(1)
     server.replies = [Reply(429, headers={"Retry-After": "1"})]
@@ -148,7 +154,7 @@ def test_retry_after_is_seconds_or_a_date(value: str, least: Any, most: Any) -> 
 
 
 def test_an_ending_that_is_never_taken_is_given_up(
-    server: StatusServer, desk: Desk, monkeypatch: pytest.MonkeyPatch
+    server: StatusServer, desk: EventServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reporter, "FINAL_SECONDS", 0.5)
     server.reply = Reply(500)
@@ -157,7 +163,9 @@ def test_an_ending_that_is_never_taken_is_given_up(
     assert desk.said[-1] == "ending-not-delivered"
 
 
-def test_an_ending_that_is_malformed_is_not_posted_again(server: StatusServer, desk: Desk) -> None:
+def test_an_ending_that_is_malformed_is_not_posted_again(
+    server: StatusServer, desk: EventServer
+) -> None:
     ours = desk.start()
     server.wait_for(1)
     server.reply = Reply(400)
@@ -166,7 +174,7 @@ def test_an_ending_that_is_malformed_is_not_posted_again(server: StatusServer, d
 
 
 def test_a_stale_attempt_is_told_at_once_and_never_posts_again(
-    server: StatusServer, desk: Desk
+    server: StatusServer, desk: EventServer
 ) -> None:
     server.reply = Reply(409)
     ours = desk.start()
@@ -177,7 +185,7 @@ def test_a_stale_attempt_is_told_at_once_and_never_posts_again(
     assert len(server.posts) == 1
 
 
-def test_a_renewed_token_is_used(server: StatusServer, desk: Desk) -> None:
+def test_a_renewed_token_is_used(server: StatusServer, desk: EventServer) -> None:
     ours = desk.start()
     server.wait_for(1)
     desk.token.write_text("renewed")
@@ -186,7 +194,7 @@ def test_a_renewed_token_is_used(server: StatusServer, desk: Desk) -> None:
 
 
 def test_a_server_with_another_certificate_gets_no_token(
-    server: StatusServer, desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: StatusServer, desk: EventServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(tmp_path) as other:
         desk.channel = Channel(server.url, desk.token, other.ca)
@@ -203,7 +211,7 @@ def test_a_token_is_never_sent_in_the_clear(tmp_path: Path) -> None:
 def test_a_post_keeps_below_the_servers_limit() -> None:
     metrics = {f"metric{i}": i / 7 for i in range(100)}
     stages = [StageStatus(name=f"sft-{i}", kind="sft", metrics=metrics) for i in range(100)]
-    long = Post(trainer_status=TrainerStatus(), tuneyard=Picture(attempt=1, stages=stages))
+    long = Post(trainer_status=TrainerStatus(), tuneyard=ProgressReport(attempt=1, stages=stages))
     body = reporter._body(long)
     assert len(body) <= MAX_POST_BYTES
     assert len(Post.model_validate_json(body).tuneyard.stages) == 100  # type: ignore[union-attr]

@@ -28,7 +28,7 @@ from tuneyard_trainer.preference.dataset import Preferences
 from tuneyard_trainer.preference.passes import logprobs, over_all
 from tuneyard_trainer.preference.reference import reference_logprobs
 from tuneyard_trainer.training.losses import Forward
-from tuneyard_trainer.worker import Interrupted, Outcome, Worker
+from tuneyard_trainer.worker import Interrupted, StageOutcome, Worker
 
 LORA = {"lora": {"rank": 4, "alpha": 8}}
 LOSSES = ("sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down")
@@ -69,7 +69,7 @@ def run(
     chosen: DpoSettings,
     worker: Worker | None = None,
     **runtime: Any,
-) -> tuple[dict[str, torch.Tensor], Outcome]:
+) -> tuple[dict[str, torch.Tensor], StageOutcome]:
     folder.mkdir(exist_ok=True)
     stage = planned(chosen, **runtime)
     outcome = dpo.run(stage, inputs, folder, worker or Worker(0, 1, CPU))

@@ -19,7 +19,7 @@ from tuneyard_trainer.data.rows import Row
 from tuneyard_trainer.preference import pairs
 from tuneyard_trainer.preference.dataset import Preferences
 from tuneyard_trainer.preference.rows import Judged, PreferenceError, judged
-from tuneyard_trainer.worker import Outcome, Worker
+from tuneyard_trainer.worker import StageOutcome, Worker
 
 HH = Path(__file__).parents[4] / "shared" / "data" / "hh-rlhf-harmless-base.jsonl.gz"
 SETTINGS: dict[str, Any] = {
@@ -40,7 +40,7 @@ PAIRS = [
 
 def run(
     folder: Path, model: Path, rows: list[Any] | Path, **settings: Any
-) -> tuple[Preferences, Outcome]:
+) -> tuple[Preferences, StageOutcome]:
     path = folder / "rows.jsonl"
     if isinstance(rows, list):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -36,7 +36,7 @@ from tuneyard_trainer.generation.sampling import Sampled, TransformersSampler
 from tuneyard_trainer.reinforcement import grpo, loop, ppo, rewards, stop_conditions
 from tuneyard_trainer.reinforcement.rewards import Attempt
 from tuneyard_trainer.reinforcement.stop_conditions import blown_up
-from tuneyard_trainer.worker import Interrupted, Outcome, Worker
+from tuneyard_trainer.worker import Interrupted, StageOutcome, Worker
 
 CPU = torch.device("cpu")
 TIMES = {"generationSeconds", "scoringSeconds", "trainingSeconds", "tokensPerSecond"}
@@ -60,7 +60,7 @@ def reward(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
 
 def run(
     stage: PlannedStage, folder: Path, inputs: dict[str, Path], worker: Worker | None = None
-) -> tuple[dict[str, Tensor], Outcome]:
+) -> tuple[dict[str, Tensor], StageOutcome]:
     folder.mkdir(exist_ok=True)
     module = ppo if stage.kind == "ppo" else grpo
     outcome = module.run(stage, inputs, folder, worker or Worker(0, 1, CPU))

@@ -22,7 +22,7 @@ from tuneyard.api.adapters import Adapter
 from tuneyard_trainer.models import adapters
 from tuneyard_trainer.reporting import plots, report
 from tuneyard_trainer.reporting.card import fenced, write_card
-from tuneyard_trainer.reporting.summary import Account, shareable
+from tuneyard_trainer.reporting.summary import RunSummary, shareable
 
 
 def account(
@@ -31,13 +31,13 @@ def account(
     exported: tuple[str, ...] = ("adapter",),
     licence: str | None = "apache-2.0",
     **spec: Any,
-) -> Account:
+) -> RunSummary:
     """Of a finished job; `spec` replaces fields of the manifest's."""
     inputs = folders(root / "stages")
     for name in exported:
         (root / "result" / name).mkdir(parents=True)
     manifest = {**MANIFEST, "spec": {**MANIFEST["spec"], **spec}}
-    return Account.of(root / "result", inputs, manifest, {}, licence)
+    return RunSummary.of(root / "result", inputs, manifest, {}, licence)
 
 
 def card(root: Path, **changes: Any) -> str:

@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 
 from tuneyard_trainer.running import channel
-from tuneyard_trainer.running.channel import Desk, Line
+from tuneyard_trainer.running.channel import EventClient, EventServer
 
 
 @pytest.fixture
-def desk() -> Iterator[Desk]:
-    desk = Desk("127.0.0.1")
+def desk() -> Iterator[EventServer]:
+    desk = EventServer("127.0.0.1")
     yield desk
     desk._listener.close()
 
 
-def line(desk: Desk) -> Line:
-    return Line(desk.address, desk.key)
+def line(desk: EventServer) -> EventClient:
+    return EventClient(desk.address, desk.key)
 
 
 def progress(step: int, *, total: int = 100, **metrics: float) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def progress(step: int, *, total: int = 100, **metrics: float) -> dict[str, Any]
     }
 
 
-def received(desk: Desk, count: int) -> list[dict[str, Any]]:
+def received(desk: EventServer, count: int) -> list[dict[str, Any]]:
     return [desk.events.get(timeout=10) for _ in range(count)]
 
 
@@ -47,7 +47,7 @@ def eventually(true: Callable[[], bool]) -> bool:
     return true()
 
 
-def test_progress_that_is_held_back_leaves_its_metrics_to_what_follows(desk: Desk) -> None:
+def test_progress_that_is_held_back_leaves_its_metrics_to_what_follows(desk: EventServer) -> None:
     ours = line(desk)
     ours.emit(progress(1, loss=3.0))
     ours.emit(progress(2, loss=2.0))
@@ -64,7 +64,9 @@ def test_progress_that_is_held_back_leaves_its_metrics_to_what_follows(desk: Des
     [progress(100), progress(5) | {"resumedStep": 0}, progress(5) | {"message": "x"}],
     ids=["last step", "resumption", "message"],
 )
-def test_news_that_cannot_be_overtaken_is_sent_at_once(desk: Desk, event: dict[str, Any]) -> None:
+def test_news_that_cannot_be_overtaken_is_sent_at_once(
+    desk: EventServer, event: dict[str, Any]
+) -> None:
     ours = line(desk)
     ours.emit(progress(1))
     ours.emit(event)
@@ -72,7 +74,7 @@ def test_news_that_cannot_be_overtaken_is_sent_at_once(desk: Desk, event: dict[s
 
 
 def test_metrics_of_one_stage_are_not_told_of_the_next(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
+    desk: EventServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(channel, "POST_SECONDS", 1e9)
     ours = line(desk)
@@ -83,7 +85,7 @@ def test_metrics_of_one_stage_are_not_told_of_the_next(
     assert received(desk, 2)[1]["metrics"] == {"accuracy": 1.0}
 
 
-def test_all_workers_hear_the_word_also_those_that_call_later(desk: Desk) -> None:
+def test_all_workers_hear_the_word_also_those_that_call_later(desk: EventServer) -> None:
     early = line(desk)
     assert eventually(lambda: desk.called)
     assert not early.stopped()
@@ -93,17 +95,17 @@ def test_all_workers_hear_the_word_also_those_that_call_later(desk: Desk) -> Non
     assert eventually(late.stopped)
 
 
-def test_a_worker_whose_pod_goes_tells_the_driver(desk: Desk) -> None:
+def test_a_worker_whose_pod_goes_tells_the_driver(desk: EventServer) -> None:
     line(desk).ask_to_stop()
     assert received(desk, 1) == [{"type": "draining"}]
 
 
-def test_strangers_are_turned_away_and_keep_nobody_out(desk: Desk) -> None:
+def test_strangers_are_turned_away_and_keep_nobody_out(desk: EventServer) -> None:
     for _ in range(2):
         with socket.create_connection(desk.address) as knock:
             knock.sendall(b"\x00\x00\x00\x02hi")
     with pytest.raises(Exception):  # noqa: B017  whichever side notices first
-        Line(desk.address, b"guessed")
+        EventClient(desk.address, b"guessed")
     ours = line(desk)
     ours.emit({"type": "finished"})
     assert received(desk, 1) == [{"type": "finished"}]

@@ -18,7 +18,7 @@ from tuneyard.api.stage_settings import DatasetSettings, PrepareSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.example import Example
 from tuneyard_trainer.data.prepared import SPLITS
-from tuneyard_trainer.data.splits import Shelf
+from tuneyard_trainer.data.splits import SplitWriter
 from tuneyard_trainer.data.stream import examples
 from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit
 from tuneyard_trainer.worker import Interrupted, Worker
@@ -27,7 +27,7 @@ BATCH_ROWS = 512
 BATCH_CHARACTERS = 1 << 20
 """A batch ends at whichever comes first: enough for the tokenizer's threads, a few MB of memory."""
 FAULTS_SHOWN = 3
-FATES = ("dropped", "truncated", "split", "contextOnlyPieces")
+ROW_OUTCOMES = ("dropped", "truncated", "split", "contextOnlyPieces")
 """What is counted of rows that were longer than a sequence."""
 
 
@@ -101,14 +101,14 @@ class Tally:
             "rows": self.rows,
             "kept": self.kept,
             "skipped": self.skipped,
-            **{name: self.counts[name] for name in FATES},
+            **{name: self.counts[name] for name in ROW_OUTCOMES},
             "longest": self.longest,
             "lengths": {str(bound): self.lengths[bound] for bound in sorted(self.lengths)},
         }
 
 
 @dataclass
-class Intake:
+class Preprocessor:
     """Takes in data sets row by row, with the job's policies."""
 
     stage: PlannedStage
@@ -120,7 +120,7 @@ class Intake:
     tallies: list[Tally] = field(default_factory=list)
     _num_rows: int = 0
 
-    def read(self, split: str, datasets: Sequence[DatasetSettings], shelf: Shelf) -> None:
+    def read(self, split: str, datasets: Sequence[DatasetSettings], shelf: SplitWriter) -> None:
         """Every row of a split's data sets."""
         for index, dataset in enumerate(datasets):
             role = f"{split}.{index}"
@@ -128,7 +128,9 @@ class Intake:
             self.tallies.append(tally)
             self._read_one(index, dataset, tally, shelf)
 
-    def _read_one(self, index: int, dataset: DatasetSettings, tally: Tally, shelf: Shelf) -> None:
+    def _read_one(
+        self, index: int, dataset: DatasetSettings, tally: Tally, shelf: SplitWriter
+    ) -> None:
         stream = examples(
             self.inputs[tally.role],
             dataset,

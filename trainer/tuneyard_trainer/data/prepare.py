@@ -16,18 +16,20 @@ from transformers import PreTrainedTokenizerBase
 from tuneyard.api.plan import PlannedStage
 from tuneyard.api.stage_settings import PrepareSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.intake import FATES, Intake, Tally
+from tuneyard_trainer.data.intake import ROW_OUTCOMES, Preprocessor, Tally
 from tuneyard_trainer.data.prepared import SPLITS, Rows, remove_split
-from tuneyard_trainer.data.splits import Shelf, deal, held_out, num_contaminated
+from tuneyard_trainer.data.splits import SplitWriter, assign_splits, held_out, num_contaminated
 from tuneyard_trainer.data.tokenization import Encoder
 from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import sequence_limit
-from tuneyard_trainer.worker import Outcome, Worker
+from tuneyard_trainer.worker import StageOutcome, Worker
 
 _SPOOL = ".spool"
 
 
-def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker) -> Outcome:
+def run(
+    stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker
+) -> StageOutcome:
     """Leaves the files that `prepared` describes, `validation.jsonl` and `tokenizer/`."""
     settings = stage.settings
     if not isinstance(settings, PrepareSettings):
@@ -46,10 +48,10 @@ def _prepare(
     inputs: Mapping[str, Path],
     workdir: Path,
     worker: Worker,
-) -> Outcome:
+) -> StageOutcome:
     tokenizer = _tokenizer(inputs["model"], settings)
     limit = sequence_limit(inputs["model"], tokenizer, settings.max_length, "spec.data.maxLength")
-    intake = Intake(stage, settings, inputs, _encoder(tokenizer, settings), limit, worker)
+    intake = Preprocessor(stage, settings, inputs, _encoder(tokenizer, settings), limit, worker)
     train, validation = _shelves(intake, workdir)
     tokenizer.save_pretrained(workdir / "tokenizer")
     metrics = _metrics(workdir, intake.tallies, len(validation))
@@ -59,23 +61,23 @@ def _prepare(
         _warn_of(details["contaminated"], len(validation), worker)
     _write_summary(workdir, settings, tokenizer, limit, metrics, details)
     faults = {tally.name: tally.faults for tally in intake.tallies if tally.faults}
-    return Outcome(metrics, {**details, "maxLength": limit, "faults": faults})
+    return StageOutcome(metrics, {**details, "maxLength": limit, "faults": faults})
 
 
-def _shelves(intake: Intake, workdir: Path) -> tuple[Shelf, Shelf]:
+def _shelves(intake: Preprocessor, workdir: Path) -> tuple[SplitWriter, SplitWriter]:
     """The rows of train and validation, written. A fraction to hold out is known only when all
     rows are, so then they are spooled first."""
     settings, seed = intake.settings, intake.settings.seed
     fraction = settings.validation_fraction
     spool = workdir / _SPOOL
     folder = workdir if fraction is None else spool
-    with Shelf(folder, "train", seed, texts=fraction is not None) as train:
+    with SplitWriter(folder, "train", seed, texts=fraction is not None) as train:
         intake.read("train", settings.train, train)
-    with Shelf(workdir, "validation", seed, texts=True) as validation:
+    with SplitWriter(workdir, "validation", seed, texts=True) as validation:
         intake.read("validation", settings.validation, validation)
     intake.check()
     if fraction is not None:
-        validation = deal(train, held_out(train.hashes, fraction), workdir, seed)
+        validation = assign_splits(train, held_out(train.hashes, fraction), workdir, seed)
         shutil.rmtree(spool)
     return train, validation
 
@@ -113,7 +115,7 @@ def _metrics(workdir: Path, tallies: Sequence[Tally], num_held_out: int) -> dict
     kept = {split: sum(t.kept for t in tallies if t.role.startswith(split)) for split in SPLITS}
     # Held-out rows come from data sets of their own, or else out of the training rows.
     rows = kept["train"] - (num_held_out if not kept["validation"] else 0)
-    fates = {f"{fate}Rows": sum(t.counts[fate] for t in tallies) for fate in FATES[:3]}
+    fates = {f"{fate}Rows": sum(t.counts[fate] for t in tallies) for fate in ROW_OUTCOMES[:3]}
     return {
         "rows": rows,
         "heldOutRows": num_held_out,

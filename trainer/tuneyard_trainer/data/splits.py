@@ -21,7 +21,7 @@ Hashes = NDArray[np.uint64]
 """(R,) one per row: equal for equal token ids; their order is random, by the seed."""
 
 
-class Shelf:
+class SplitWriter:
     """The rows of a split as they are read. A row lies here as one piece, or as several where it
     was longer than a sequence; the pieces stay together."""
 
@@ -107,17 +107,19 @@ def held_out(hashes: Hashes, fraction: float) -> NDArray[np.bool_]:
     return np.asarray(chosen[group])
 
 
-def deal(shelf: Shelf, held: NDArray[np.bool_], folder: Path, seed: int) -> Shelf:
+def assign_splits(
+    shelf: SplitWriter, held: NDArray[np.bool_], folder: Path, seed: int
+) -> SplitWriter:
     """Copies a shelf's rows into `folder`, as the splits train and validation. Returns the
     validation shelf, closed."""
     rows = Rows.open(shelf.folder, shelf.split)
     if rows is None or shelf.texts is None:
-        raise TypeError("a shelf to deal from needs rows and their texts")
+        raise TypeError("a shelf to assign_splits from needs rows and their texts")
     piece = 0
     with (
         shelf.texts.open(encoding="utf-8") as lines,
-        Shelf(folder, "train", seed, texts=False) as train,
-        Shelf(folder, "validation", seed, texts=True) as validation,
+        SplitWriter(folder, "train", seed, texts=False) as train,
+        SplitWriter(folder, "validation", seed, texts=True) as validation,
     ):
         for line, count, hold in zip(lines, shelf.num_pieces, held, strict=True):
             pieces = [Encoded(rows.ids(i), rows.mask(i)) for i in range(piece, piece + count)]

@@ -42,7 +42,7 @@ from tuneyard_trainer.reinforcement.rewards import Attempt, Reward
 from tuneyard_trainer.storage.journal import Journal
 from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.training.seeds import derive_seed
-from tuneyard_trainer.worker import Interrupted, Outcome, Worker
+from tuneyard_trainer.worker import Interrupted, StageOutcome, Worker
 
 EVALUATION = "evaluation.json"
 MAX_PROMPTS = 128
@@ -75,7 +75,9 @@ class Behaviour:
     sycophancy: reward_hacking.Sycophancy
 
 
-def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker) -> Outcome:
+def run(
+    stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker
+) -> StageOutcome:
     """Measures, writes `evaluation.json`, then checks the gates (StageError GateFailed)."""
     settings = stage.settings
     if not isinstance(settings, AssessSettings):
@@ -94,7 +96,7 @@ def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: 
     details = {"samples": samples, "promptsHeldOut": measuring.asks_held_out}
     if settings.win_rate:
         details["judge"] = judge_name(stage, settings.win_rate.judge)
-    return Outcome(metrics, details, contents=(EVALUATION,))
+    return StageOutcome(metrics, details, contents=(EVALUATION,))
 
 
 @dataclass(frozen=True)

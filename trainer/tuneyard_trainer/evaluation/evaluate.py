@@ -27,7 +27,7 @@ from tuneyard_trainer.models import adapters
 from tuneyard_trainer.models.base import load_base, load_tokenizer
 from tuneyard_trainer.models.probes import isolates_documents
 from tuneyard_trainer.training.losses import Forward
-from tuneyard_trainer.worker import Outcome, Worker
+from tuneyard_trainer.worker import StageOutcome, Worker
 
 MAX_QUESTIONS = 256
 """Held-out rows with `expected` that are answered, from the start of the file."""
@@ -48,7 +48,9 @@ class Question:
     """Whether the prompt holds a chat template's markup, special tokens included."""
 
 
-def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker) -> Outcome:
+def run(
+    stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker
+) -> StageOutcome:
     """Measures, writes `evaluation.json`, then checks the gates (StageError GateFailed)."""
     settings = stage.settings
     if not isinstance(settings, EvaluateSettings):
@@ -68,7 +70,7 @@ def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: 
     (workdir / "evaluation.json").write_text(json.dumps(result, indent=2, ensure_ascii=False))
     worker.report(step=2, total_steps=2, metrics=metrics)
     check_gates(settings.gates, metrics)
-    return Outcome(metrics=metrics, details={"samples": result["samples"]})
+    return StageOutcome(metrics=metrics, details={"samples": result["samples"]})
 
 
 @contextmanager

@@ -38,7 +38,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Ready:
+class TokenizedPrompt:
     """A prompt as the policy reads it."""
 
     prompt: Prompt
@@ -78,7 +78,9 @@ class Policy:
         if self.worker.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def prompts(self, settings: PromptSettings, max_new_tokens: int, name: str) -> list[Ready]:
+    def prompts(
+        self, settings: PromptSettings, max_new_tokens: int, name: str
+    ) -> list[TokenizedPrompt]:
         """The set's prompts that leave room for an answer; `name` is its field in the manifest.
         Raises StageError, NoPrompts where none does."""
         found = read_prompts(self.inputs["prompts"], settings, self.chat, name=name)
@@ -88,7 +90,7 @@ class Policy:
         for prompt, text in zip(found, texts, strict=True):
             ids = self._ids(text) if text is not None else ()
             if ids and (room is None or len(ids) <= room):
-                ready.append(Ready(prompt, ids))
+                ready.append(TokenizedPrompt(prompt, ids))
         if not ready:
             refused = sum(text is None for text in texts)
             raise StageError(
@@ -116,7 +118,7 @@ class Policy:
 def answers(
     stage: str,
     policy: Policy,
-    prompts: Sequence[Ready],
+    prompts: Sequence[TokenizedPrompt],
     journal: Journal,
     *,
     count: int,
@@ -148,7 +150,7 @@ def answers(
 
 
 def _batches(
-    prompts: Sequence[Ready], missing: Sequence[int], count: int, worker: Worker
+    prompts: Sequence[TokenizedPrompt], missing: Sequence[int], count: int, worker: Worker
 ) -> Iterator[list[int]]:
     """Prompts of like length together, as many as the sampler takes at once."""
     size = GPU_ANSWERS if worker.device.type == "cuda" else CPU_ANSWERS
@@ -160,7 +162,7 @@ def _batches(
 
 def _sampled(
     policy: Policy,
-    prompts: Sequence[Ready],
+    prompts: Sequence[TokenizedPrompt],
     indices: Sequence[int],
     count: int,
     sampling: Sampling,

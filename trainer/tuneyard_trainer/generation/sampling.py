@@ -97,7 +97,9 @@ class TransformersSampler:
         for row, prompt in enumerate(prompts):  # padded on the left: answers begin together
             ids_NL[row, width - len(prompt) :] = torch.tensor(prompt)
             seen_NL[row, width - len(prompt) :] = 1
-        draw = Draw(uniforms(keys, self.settings.max_new_tokens).to(device), self.settings)
+        draw = InverseCdfSampler(
+            uniforms(keys, self.settings.max_new_tokens).to(device), self.settings
+        )
         with torch.no_grad(), _neutral(self.model), autocast(device, self.precision):
             output_NL = self.model.generate(
                 input_ids=ids_NL.to(device),
@@ -145,7 +147,7 @@ def token_bytes(model: Any, device: torch.device) -> int | None:
     return int(2 * config.num_hidden_layers * kept * (2 if device.type == "cuda" else 4))
 
 
-class Draw(LogitsProcessor):
+class InverseCdfSampler(LogitsProcessor):
     """Leaves one token of each row: the one at which its uniform number falls."""
 
     def __init__(self, uniforms_NT: Tensor, settings: Sampling) -> None:

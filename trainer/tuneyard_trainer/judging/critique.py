@@ -19,20 +19,22 @@ from tuneyard.api.plan import PlannedStage
 from tuneyard.api.stage_settings import CritiqueSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import Message
-from tuneyard_trainer.generation.answering import Answer, Policy, Ready, answers
+from tuneyard_trainer.generation.answering import Answer, Policy, TokenizedPrompt, answers
 from tuneyard_trainer.judging.judges import Ask, Judge, filled
 from tuneyard_trainer.judging.local_model import ModelJudge
 from tuneyard_trainer.judging.session import Asking
 from tuneyard_trainer.storage.files import write_atomically
 from tuneyard_trainer.storage.journal import Journal, lines
-from tuneyard_trainer.worker import Outcome, Worker
+from tuneyard_trainer.worker import StageOutcome, Worker
 
 REVISIONS, CRITIQUES = "revisions.jsonl", "critiques.jsonl"
 ANSWER_TEMPERATURE = 1.0
 """The first answers shall show what the policy does by itself, faults included."""
 
 
-def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker) -> Outcome:
+def run(
+    stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker
+) -> StageOutcome:
     """Answers, criticises, revises. Raises StageError NoRevisions, BudgetSpent and what judges
     raise."""
     settings = stage.settings
@@ -64,7 +66,7 @@ def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: 
     _write(workdir, drafts, revised, asking.tally.judge, speaks=policy.speaks)
     if not revised:
         raise _no_revisions(len(prompts), asking)
-    return Outcome(
+    return StageOutcome(
         _metrics(len(prompts), drafts, revised, asking),
         details={"critic": asking.tally.judge, "problems": asking.tally.shown},
         contents=(REVISIONS,),
@@ -103,7 +105,7 @@ class Draft:
     """A prompt's answer on its way."""
 
     key: str
-    ready: Ready
+    ready: TokenizedPrompt
     answer: Answer
     rounds: list[Round] = field(default_factory=list)
 

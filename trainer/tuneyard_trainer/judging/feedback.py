@@ -22,7 +22,7 @@ from tuneyard.api.stage_settings import FeedbackSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import Message
 from tuneyard_trainer.data.prompts import Prompt
-from tuneyard_trainer.generation.answering import Answer, Policy, Ready, answers
+from tuneyard_trainer.generation.answering import Answer, Policy, TokenizedPrompt, answers
 from tuneyard_trainer.judging.judges import (
     MODEL_LABEL_TOKENS,
     Pair,
@@ -34,13 +34,15 @@ from tuneyard_trainer.judging.judges import (
 from tuneyard_trainer.judging.session import Asking
 from tuneyard_trainer.storage.files import write_atomically
 from tuneyard_trainer.storage.journal import Journal, lines
-from tuneyard_trainer.worker import Outcome, Worker
+from tuneyard_trainer.worker import StageOutcome, Worker
 
 LABELS, JUDGEMENTS = "preferences.jsonl", "judgements.jsonl"
 MANY_TRUNCATED = 0.5
 
 
-def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker) -> Outcome:
+def run(
+    stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker
+) -> StageOutcome:
     """Samples, asks, and writes the labels. Raises StageError NoPreferences, BudgetSpent and what
     judges raise."""
     settings = stage.settings
@@ -70,7 +72,7 @@ def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: 
     if not any(found.outcome in ("first", "second", "tie") for found in labels.verdicts):
         raise _no_preferences(comparisons, labels, asking)
     _warn_of(metrics["truncatedAnswers"], settings.max_new_tokens, worker)
-    return Outcome(
+    return StageOutcome(
         metrics,
         details={"judge": asking.tally.judge, "problems": asking.tally.shown},
         contents=(LABELS,),
@@ -106,7 +108,7 @@ class Comparisons:
     @classmethod
     def of(
         cls,
-        prompts: Sequence[Ready],
+        prompts: Sequence[TokenizedPrompt],
         found: Sequence[Sequence[Answer]],
         settings: FeedbackSettings,
     ) -> Comparisons:

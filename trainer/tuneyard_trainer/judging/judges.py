@@ -160,14 +160,14 @@ def filled(template: str, **values: str) -> str:
     return pattern.sub(lambda match: values[match[0][1:-1]], template)
 
 
-Outcome = Literal["first", "second", "tie", "dropped", "unlabelled"]
+StageOutcome = Literal["first", "second", "tie", "dropped", "unlabelled"]
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What both orders say of a pair. unlabelled: a reply is missing or nonsense."""
 
-    outcome: Outcome
+    outcome: StageOutcome
     probability: float | None = None
     """That the first answer is better: the mean of both orders. None: unlabelled."""
     agreed: bool = False

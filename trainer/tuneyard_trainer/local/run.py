@@ -14,7 +14,7 @@ from types import FrameType
 from tuneyard.api.plan import Plan, SourceInput
 from tuneyard.errors import Fault, PlanError, StageError
 from tuneyard_trainer.local.console import Console
-from tuneyard_trainer.running.runner import Ledger
+from tuneyard_trainer.running.runner import StageInputs
 from tuneyard_trainer.storage.records import Store, folder_of
 from tuneyard_trainer.worker import Interrupted
 
@@ -111,7 +111,7 @@ def _carry_out(
 ) -> None:
     store.claim(plan.job, attempt=1)
     console.start(plan)
-    pending = Ledger(plan, store, base_dir, cache_dir).pending()
+    pending = StageInputs(plan, store, base_dir, cache_dir).pending()
     if pending:
         from tuneyard_trainer.running import (
             distributed,  # torch and Ray, only where something is to do

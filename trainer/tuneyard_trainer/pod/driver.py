@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 from tuneyard.api.plan import Plan, SourceInput
-from tuneyard.api.progress import Ending
+from tuneyard.api.progress import Outcome
 from tuneyard.api.status import Failure
 from tuneyard.errors import StageError
 from tuneyard_trainer import drain
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
         with drain.present(drain.FOLDER, driver.preempted):
             return driver.run()
     except Exception as error:
-        return _leave(ending_of(error), log)
+        return _leave(outcome_of(error), log)
 
 
 class Driver:
@@ -78,12 +78,12 @@ class Driver:
         with self._signals():
             try:
                 self._carry_out()
-                ending = self._story.success()
+                outcome = self._story.success()
             except Exception as error:
-                ending = ending_of(error, self._why)
-            if not _is_stale(ending) and self._reporter:
-                self._reporter.finish(self._story.end(ending, time.time()))
-        return _leave(ending, self._log)
+                outcome = outcome_of(error, self._why)
+            if not _is_stale(outcome) and self._reporter:
+                self._reporter.finish(self._story.end(outcome, time.time()))
+        return _leave(outcome, self._log)
 
     def _carry_out(self) -> None:
         output = located(self._plan.output.uri)
@@ -188,56 +188,56 @@ class Driver:
 # ---- endings ------------------------------------------------------------------------------------
 
 
-def ending_of(error: BaseException, why: tuple[str, str] = ("Stopped", "")) -> Ending:
+def outcome_of(error: BaseException, why: tuple[str, str] = ("Stopped", "")) -> Outcome:
     """How an attempt ended that raised this. `why`: reason and message of who asked it to stop."""
     if isinstance(error, Interrupted):
         reason, message = why
         failure = Failure(reason=reason, message=f"{message}: {error}")
-        return Ending(state="Interrupted", failure=failure, retryable=True)
+        return Outcome(state="Interrupted", failure=failure, retryable=True)
     if isinstance(error, StageError):
         failure = Failure(
             reason=error.reason, message=error.message[:MOST_CHARACTERS], advice=error.advice
         )
-        return Ending(state="Failed", failure=failure, retryable=error.retryable)
+        return Outcome(state="Failed", failure=failure, retryable=error.retryable)
     from_ray = type(error).__module__.partition(".")[0] == "ray"
-    return Ending(
+    return Outcome(
         state="Failed",
         failure=Failure(reason="DriverError", message=f"the driver failed: {last_line(error)}"),
         retryable=from_ray or isinstance(error, OSError),  # the cluster's troubles, not a defect's
     )
 
 
-def _stale_ending(job: str, attempt: int) -> Ending:
-    return ending_of(
+def _stale_ending(job: str, attempt: int) -> Outcome:
+    return outcome_of(
         StageError("StaleAttempt", f"attempt {attempt} of {job} is not the operator's newest.")
     )
 
 
-def _is_stale(ending: Ending) -> bool:
-    return ending.failure is not None and ending.failure.reason == "StaleAttempt"
+def _is_stale(outcome: Outcome) -> bool:
+    return outcome.failure is not None and outcome.failure.reason == "StaleAttempt"
 
 
-def _leave(ending: Ending, log: Log) -> int:
+def _leave(outcome: Outcome, log: Log) -> int:
     """Says how it ended, where everybody can find it; the exit code."""
-    if ending.state == "Succeeded":
-        result = ending.result
+    if outcome.state == "Succeeded":
+        result = outcome.result
         log("succeeded", uri=result and result.uri, digest=result and result.digest)
         return SUCCEEDED
-    failure = ending.failure
+    failure = outcome.failure
     if failure:
         log(
-            ending.state.lower(),
+            outcome.state.lower(),
             reason=failure.reason,
             message=failure.message,
             advice=failure.advice,
-            retryable=ending.retryable,
+            retryable=outcome.retryable,
         )
-    text = ending.model_dump_json(by_alias=True, exclude_none=True)
+    text = outcome.model_dump_json(by_alias=True, exclude_none=True)
     sys.stderr.write(f"\n{ENDING_MARK}{text}\n")
     sys.stderr.flush()
-    if ending.state == "Interrupted":
+    if outcome.state == "Interrupted":
         return INTERRUPTED
-    return STALE if _is_stale(ending) else FAILED
+    return STALE if _is_stale(outcome) else FAILED
 
 
 # ---- places -------------------------------------------------------------------------------------

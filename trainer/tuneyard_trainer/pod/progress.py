@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tuneyard.api.plan import Plan, StageRecord
-from tuneyard.api.progress import Ending, MetricValue, Picture, Post, TrainerStatus
+from tuneyard.api.progress import MetricValue, Outcome, Post, ProgressReport, TrainerStatus
 from tuneyard.api.status import Result, StageState, StageStatus
 from tuneyard_trainer.storage.records import folder_of
 
@@ -65,7 +65,7 @@ class Story:
                 ],
                 last_updated_time=rfc3339(self._told_at),
             ),
-            tuneyard=Picture(
+            tuneyard=ProgressReport(
                 attempt=self._attempt,
                 stage=self._stage,
                 step=self._step,
@@ -75,7 +75,7 @@ class Story:
             ),
         )
 
-    def success(self) -> Ending:
+    def success(self) -> Outcome:
         """The ending of a walk that came through, from the records that were told."""
         last = self._plan.stages[-1].name
         evaluations = [s.name for s in self._plan.stages if s.kind in EVALUATIONS]
@@ -86,20 +86,20 @@ class Story:
             digest=exported.digest if exported else None,
             metrics=finite(measured.metrics) if measured else {},
         )
-        return Ending(state="Succeeded", result=result)
+        return Outcome(state="Succeeded", result=result)
 
-    def end(self, ending: Ending, at: float) -> Post:
+    def end(self, outcome: Outcome, at: float) -> Post:
         """The last picture."""
         self._told_at = at
-        if ending.state == "Succeeded":
+        if outcome.state == "Succeeded":
             self._percentage = 100
         elif self._stage:
-            state: StageState = "Failed" if ending.state == "Failed" else "Pending"
+            state: StageState = "Failed" if outcome.state == "Failed" else "Pending"
             self._change(self._stage, state=state, finished_at=rfc3339(at))
         post = self.post()
         picture = post.tuneyard
         return post.model_copy(
-            update={"tuneyard": picture and picture.model_copy(update={"ending": ending})}
+            update={"tuneyard": picture and picture.model_copy(update={"outcome": outcome})}
         )
 
     def _take_stage(self, event: Mapping[str, Any], at: float) -> None:

@@ -37,10 +37,12 @@ from tuneyard_trainer.training.batches import Indices, Order, share
 from tuneyard_trainer.training.loop import Loop
 from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.training.seeds import derive_seed
-from tuneyard_trainer.worker import Outcome, Worker
+from tuneyard_trainer.worker import StageOutcome, Worker
 
 
-def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker) -> Outcome:
+def run(
+    stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker
+) -> StageOutcome:
     """Trains and leaves `weights/` (an adapter or a whole model) and `metrics.jsonl`."""
     settings = stage.settings
     if not isinstance(settings, DpoSettings):
@@ -53,7 +55,7 @@ def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: 
     kept = state.best_step if settings.training.keep_best else state.step
     metrics = {**loop.summary(state), **loop.history.evaluated(kept)}
     details = {**loop.details(state), "loss": settings.loss, "beta": settings.beta}
-    return Outcome(metrics=metrics, details=details, contents=(policies.WEIGHTS,))
+    return StageOutcome(metrics=metrics, details=details, contents=(policies.WEIGHTS,))
 
 
 def build(

@@ -33,7 +33,7 @@ from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import sequence_limit
 from tuneyard_trainer.preference.dataset import remove_groups, write_groups
 from tuneyard_trainer.preference.rows import Judged, PreferenceError, judged
-from tuneyard_trainer.worker import Interrupted, Outcome, Worker
+from tuneyard_trainer.worker import Interrupted, StageOutcome, Worker
 
 BATCH_ROWS = 256
 FAULTS_SHOWN = 3
@@ -48,7 +48,9 @@ SHAPES = (
 )
 
 
-def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker) -> Outcome:
+def run(
+    stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker
+) -> StageOutcome:
     """Leaves the files that `preferences` describes."""
     settings = stage.settings
     if not isinstance(settings, PairsSettings):
@@ -104,7 +106,7 @@ class _Reading:
         encoder = Encoder(tokenizer, "last-assistant", settings.chat.system_prompt)
         return cls(stage, settings, inputs, workdir, worker, encoder, limit)
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> StageOutcome:
         spool = self.workdir / _SPOOL
         spool.mkdir(parents=True)
         with RowWriter(spool, "all") as rows, (spool / "texts").open("w", encoding="utf-8") as text:
@@ -119,7 +121,7 @@ class _Reading:
         metrics = self._metrics(counts)
         details = {"skippedBy": dict(self.faults), "faults": self.shown, "maxLength": self.limit}
         self._write_summary(metrics, details)
-        return Outcome(metrics, details)
+        return StageOutcome(metrics, details)
 
     # ---- rows ---------------------------------------------------------------------------------
 

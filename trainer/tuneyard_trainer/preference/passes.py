@@ -20,7 +20,7 @@ from tuneyard_trainer.models.base import autocast
 from tuneyard_trainer.models.layers import head_at
 from tuneyard_trainer.models.probes import base_of
 from tuneyard_trainer.preference.dataset import Comparisons
-from tuneyard_trainer.training.batches import IGNORE, Indices, Pass, passes, share
+from tuneyard_trainer.training.batches import IGNORE, Indices, MicroBatch, passes, share
 from tuneyard_trainer.training.losses import Forward, collate
 from tuneyard_trainer.worker import Worker
 
@@ -74,7 +74,7 @@ def scores(model: nn.Module, rows: Rows, chosen: Indices, forward: Forward) -> T
     )
 
 
-def _one_pass(rows: Rows, chosen: Indices, forward: Forward) -> tuple[Pass, Indices]:
+def _one_pass(rows: Rows, chosen: Indices, forward: Forward) -> tuple[MicroBatch, Indices]:
     """The rows in one pass, and their places in `chosen` in the order of the pass: a row may be
     there twice."""
     (local,) = passes(
@@ -86,7 +86,7 @@ def _one_pass(rows: Rows, chosen: Indices, forward: Forward) -> tuple[Pass, Indi
     )
     order = np.array([i for members in local.bins for i in members], dtype=np.int64)
     bins = tuple(tuple(int(chosen[i]) for i in members) for members in local.bins)
-    return Pass(bins, local.width), order
+    return MicroBatch(bins, local.width), order
 
 
 def chunks(comparisons: Comparisons, groups: Indices, max_tokens: int) -> Iterator[Indices]:

@@ -38,7 +38,7 @@ from tuneyard_trainer.training.batches import Indices, Order, share
 from tuneyard_trainer.training.loop import Loop
 from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.training.seeds import derive_seed
-from tuneyard_trainer.worker import Outcome, Worker
+from tuneyard_trainer.worker import StageOutcome, Worker
 
 START = "start"
 PROBED = 64
@@ -50,7 +50,9 @@ CPU_TOKENS, GPU_TOKENS = 2048, 16384
 FIGURES = ("loss", "accuracy")
 
 
-def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker) -> Outcome:
+def run(
+    stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker
+) -> StageOutcome:
     """Trains, writes, loads again and measures. Raises StageError RewardMismatch where what was
     written scores otherwise."""
     settings = stage.settings
@@ -69,7 +71,7 @@ def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: 
         metrics |= _written(loop, settings, start, inputs["model"], data, workdir, worker)
         tokenizer.save_pretrained(workdir / "tokenizer")
     shutil.rmtree(spare, ignore_errors=True)
-    return Outcome(metrics, details, contents=(WEIGHTS, "tokenizer"))
+    return StageOutcome(metrics, details, contents=(WEIGHTS, "tokenizer"))
 
 
 def build(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tuneyard_trainer.generation.answering import Ready
+from tuneyard_trainer.generation.answering import TokenizedPrompt
 from tuneyard_trainer.training.seeds import generator
 
 HELD_OUT_SHARE, MOST_HELD_OUT = 0.1, 64
@@ -23,7 +23,9 @@ def held_out_metrics(measured: Mapping[str, float]) -> dict[str, float]:
     return {f"heldOut{name[0].upper()}{name[1:]}": value for name, value in measured.items()}
 
 
-def split(questions: Sequence[Ready]) -> tuple[list[Ready], list[Ready]]:
+def split(
+    questions: Sequence[TokenizedPrompt],
+) -> tuple[list[TokenizedPrompt], list[TokenizedPrompt]]:
     """What is trained on and what is held out; copies of a prompt are on the same side. The seed is
     fixed: runs that differ in theirs are measured on the same prompts."""
     different = sorted({question.ids for question in questions})

@@ -23,7 +23,7 @@ from tuneyard.api.plan import PlannedStage
 from tuneyard.api.stage_settings import GrpoSettings, PpoSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.generation import answering
-from tuneyard_trainer.generation.answering import Ready
+from tuneyard_trainer.generation.answering import TokenizedPrompt
 from tuneyard_trainer.generation.sampling import Sampler, TransformersSampler, stop_tokens
 from tuneyard_trainer.models import policies
 from tuneyard_trainer.models.base import peak_memory_bytes
@@ -41,21 +41,21 @@ from tuneyard_trainer.reinforcement.held_out import (
     split,
 )
 from tuneyard_trainer.reinforcement.method import Method
-from tuneyard_trainer.reinforcement.rollouts import Collector, Peers, Rollouts, prompts_of
+from tuneyard_trainer.reinforcement.rollouts import Collector, ProcessGroup, Rollouts, prompts_of
 from tuneyard_trainer.reinforcement.stop_conditions import (
     ALIKE_UPDATES,
     TRUNCATED_UPDATES,
     Stop,
     blown_up,
 )
-from tuneyard_trainer.reinforcement.update import Optimiser
+from tuneyard_trainer.reinforcement.update import PolicyOptimizer
 from tuneyard_trainer.training.batches import Order
 from tuneyard_trainer.training.checkpoints import Checkpoints, LoopState, assign
 from tuneyard_trainer.training.history import History
 from tuneyard_trainer.training.loop import CHECKPOINT_SECONDS
 from tuneyard_trainer.training.schedules import rate
 from tuneyard_trainer.training.seeds import COMPLETION, MEASUREMENT, derive_seed
-from tuneyard_trainer.worker import Interrupted, Outcome, Worker
+from tuneyard_trainer.worker import Interrupted, StageOutcome, Worker
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def run(
     inputs: Mapping[str, Path],
     workdir: Path,
     worker: Worker,
-) -> Outcome:
+) -> StageOutcome:
     """Trains and leaves `weights/` (an adapter or a whole model) and `metrics.jsonl`."""
     loop = Loop.build(stage, settings, method, inputs, workdir, worker)
     try:
@@ -101,7 +101,9 @@ def run(
         loop.collector.sampler.close()
     if worker.is_main:
         loop.write_weights(workdir / "weights")
-    return Outcome(metrics=loop.summary(state), details=loop.details(state), contents=("weights",))
+    return StageOutcome(
+        metrics=loop.summary(state), details=loop.details(state), contents=("weights",)
+    )
 
 
 @dataclass
@@ -113,10 +115,10 @@ class Loop:
     method: Method
     worker: Worker
     actor: Actor
-    optimiser: Optimiser
+    optimiser: PolicyOptimizer
     collector: Collector
-    questions: Sequence[Ready]
-    held_out: Sequence[Ready]
+    questions: Sequence[TokenizedPrompt]
+    held_out: Sequence[TokenizedPrompt]
     """What is measured on."""
     order: Order
     checkpoints: Checkpoints
@@ -157,14 +159,14 @@ class Loop:
         stop = stop_tokens(actor.model, asker.tokenizer, settings.chat.chat_template)
         sampler = _sampler(actor, stop, settings.sampling, ready, worker)
         questions, held_out = split(ready)
-        peers = Peers(worker.rank, worker.world_size, worker.device)
+        peers = ProcessGroup(worker.rank, worker.world_size, worker.device)
         return cls(
             stage=stage.name,
             settings=settings,
             method=method,
             worker=worker,
             actor=actor,
-            optimiser=Optimiser.of(actor, method, training, peers),
+            optimiser=PolicyOptimizer.of(actor, method, training, peers),
             collector=Collector(
                 actor, sampler, reward, asker.tokenizer, stop, settings.sampling, peers
             ),
@@ -282,7 +284,7 @@ class Loop:
         stop = torch.tensor([float(self.worker.stop())], device=self.worker.device)
         return bool(self.collector.peers.sum(stop) > 0)
 
-    def _asked(self, step: int) -> tuple[list[Ready], list[int]]:
+    def _asked(self, step: int) -> tuple[list[TokenizedPrompt], list[int]]:
         """The questions of an update, each as often as it is answered, and the answers' keys.
         Updates take prompts one after the other from endless shuffled passes over all of them."""
         count, seed = self.order.batch_size, self.settings.training.seed
@@ -473,7 +475,7 @@ def _sampler(
     actor: Actor,
     stop: tuple[int, ...],
     sampling: Sampling,
-    questions: Sequence[Ready],
+    questions: Sequence[TokenizedPrompt],
     worker: Worker,
 ) -> Sampler:
     """The engine of the manifest over the policy in training."""

@@ -28,10 +28,12 @@ from tuneyard_trainer.reinforcement import arithmetic, loop
 from tuneyard_trainer.reinforcement.actor import Scored
 from tuneyard_trainer.reinforcement.method import Experience, Loss
 from tuneyard_trainer.reinforcement.rollouts import Rollouts
-from tuneyard_trainer.worker import Outcome, Worker
+from tuneyard_trainer.worker import StageOutcome, Worker
 
 
-def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker) -> Outcome:
+def run(
+    stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker
+) -> StageOutcome:
     """Trains and leaves `weights/` (an adapter or a whole model) and `metrics.jsonl`."""
     settings = stage.settings
     if not isinstance(settings, PpoSettings):

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from tuneyard.api.alignment import Sampling
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prompts import Prompt
-from tuneyard_trainer.generation.answering import Ready
+from tuneyard_trainer.generation.answering import TokenizedPrompt
 from tuneyard_trainer.generation.sampling import Sampled, Sampler
 from tuneyard_trainer.reinforcement import arithmetic
 from tuneyard_trainer.reinforcement.actor import Actor, Texts
@@ -36,7 +36,7 @@ first weights gave about one."""
 
 
 @dataclass(frozen=True)
-class Peers:
+class ProcessGroup:
     """The workers that share a batch; alone where there is one."""
 
     rank: int
@@ -150,9 +150,9 @@ class Collector:
     tokenizer: PreTrainedTokenizerBase
     stop: tuple[int, ...]
     sampling: Sampling
-    peers: Peers
+    peers: ProcessGroup
 
-    def collect(self, questions: Sequence[Ready], keys: Sequence[int]) -> Rollouts:
+    def collect(self, questions: Sequence[TokenizedPrompt], keys: Sequence[int]) -> Rollouts:
         """One answer to each question; `keys` name the answers. Raises StageError, on every worker,
         where any answer cannot be scored."""
         owned = self.peers.mine(len(questions))
@@ -220,7 +220,7 @@ class Collector:
                 advice="Remove sampling.engine: transformers samples then.",
             )
 
-    def _worth(self, asked: Sequence[Ready], answers: Sequence[str]) -> Tensor:
+    def _worth(self, asked: Sequence[TokenizedPrompt], answers: Sequence[str]) -> Tensor:
         attempts = [Attempt(q.prompt, answer) for q, answer in zip(asked, answers, strict=True)]
         return self.reward(attempts).to(self.actor.device, torch.float32)
 
@@ -249,6 +249,6 @@ class Collector:
         return str(self.tokenizer.decode(list(spoken), skip_special_tokens=True))
 
 
-def prompts_of(questions: Sequence[Ready]) -> list[Prompt]:
+def prompts_of(questions: Sequence[TokenizedPrompt]) -> list[Prompt]:
     """What was asked, without how the policy reads it."""
     return [question.prompt for question in questions]

@@ -19,7 +19,7 @@ from tuneyard.api.stage_settings import LoopSettings
 from tuneyard_trainer.models import layers
 from tuneyard_trainer.reinforcement.actor import Actor, Texts
 from tuneyard_trainer.reinforcement.method import Experience, Method
-from tuneyard_trainer.reinforcement.rollouts import Peers, Rollouts
+from tuneyard_trainer.reinforcement.rollouts import ProcessGroup, Rollouts
 from tuneyard_trainer.training.loop import adamw, not_finite
 from tuneyard_trainer.training.seeds import MINIBATCHES, generator
 
@@ -29,18 +29,20 @@ VALUE_HEAD_RATE = 10.0
 
 
 @dataclass(frozen=True)
-class Optimiser:
+class PolicyOptimizer:
     """AdamW over the policy and, at its own rate, the value head."""
 
     actor: Actor
     method: Method
     settings: LoopSettings
-    peers: Peers
+    peers: ProcessGroup
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
 
     @classmethod
-    def of(cls, actor: Actor, method: Method, settings: LoopSettings, peers: Peers) -> Optimiser:
+    def of(
+        cls, actor: Actor, method: Method, settings: LoopSettings, peers: ProcessGroup
+    ) -> PolicyOptimizer:
         optimizer = adamw(layers.trainable(actor.model), settings)
         if actor.value_head:
             head = list(actor.value_head.parameters())

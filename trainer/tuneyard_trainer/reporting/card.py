@@ -11,13 +11,13 @@ import yaml
 
 from tuneyard_trainer.reporting.formatting import ABSENT, count, harmless
 from tuneyard_trainer.reporting.results import Figures
-from tuneyard_trainer.reporting.summary import PEFT_KINDS, Account
+from tuneyard_trainer.reporting.summary import PEFT_KINDS, RunSummary
 
 SHOWN_CHARACTERS = 1200
 """An answer's start is shown so far."""
 
 
-def write_card(account: Account) -> str:
+def write_card(account: RunSummary) -> str:
     """The whole README.md. Text that came from a model or a row stands in code blocks alone."""
     parts = [
         _front_matter(account),
@@ -39,7 +39,7 @@ def write_card(account: Account) -> str:
 # ---- front matter -------------------------------------------------------------------------------
 
 
-def _front_matter(account: Account) -> str:
+def _front_matter(account: RunSummary) -> str:
     values: dict[str, Any] = {}
     if account.licence:
         values["license"] = account.licence
@@ -54,13 +54,13 @@ def _front_matter(account: Account) -> str:
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
 
 
-def _library(account: Account) -> str:
+def _library(account: RunSummary) -> str:
     if account.has_adapter and not account.has_model:
         return "peft" if account.adapter in PEFT_KINDS else "tuneyard"
     return "transformers"
 
 
-def _hub_datasets(account: Account) -> Iterable[re.Match[str]]:
+def _hub_datasets(account: RunSummary) -> Iterable[re.Match[str]]:
     for row in account.datasets:
         if found := re.match(r"hf://datasets/([^/]+/[^/]+)", row.uri):
             yield found
@@ -69,7 +69,7 @@ def _hub_datasets(account: Account) -> Iterable[re.Match[str]]:
 # ---- sections -----------------------------------------------------------------------------------
 
 
-def _results(account: Account) -> list[str]:
+def _results(account: RunSummary) -> list[str]:
     figures = account.figures
     parts = ["## Results"]
     if figures.comparisons:
@@ -81,7 +81,7 @@ def _results(account: Account) -> list[str]:
     return [*parts, _table(("Training", ""), figures.facts)]
 
 
-def _usage(account: Account) -> list[str]:
+def _usage(account: RunSummary) -> list[str]:
     parts = ["## How to use"]
     for title, code in usage(account):
         parts += [title, f"```python\n{code}\n```"]
@@ -98,7 +98,7 @@ def _samples(figures: Figures) -> list[str]:
     return parts
 
 
-def _data(account: Account) -> list[str]:
+def _data(account: RunSummary) -> list[str]:
     if not account.datasets:
         return []
     header = ("Data set", "Use", "Format", "Rows", "Kept", "The others")
@@ -109,7 +109,7 @@ def _data(account: Account) -> list[str]:
     return ["## Data", _table(header, lines), _table(("Total", ""), account.data_facts)]
 
 
-def _provenance(account: Account) -> list[str]:
+def _provenance(account: RunSummary) -> list[str]:
     if not account.digests:
         return []
     parts = ["## Provenance", _table(("Content", "Digest"), _coded(account.digests))]
@@ -122,7 +122,7 @@ def _provenance(account: Account) -> list[str]:
     return [*parts, f"Versions: {_text(versions)}. The manifest is `job.yaml`."]
 
 
-def _licence(account: Account) -> list[str]:
+def _licence(account: RunSummary) -> list[str]:
     sentence = (
         f"These weights derive from a base model under the licence {_code(account.licence)}."
         if account.licence
@@ -135,7 +135,7 @@ def _licence(account: Account) -> list[str]:
 # ---- code ---------------------------------------------------------------------------------------
 
 
-def usage(account: Account) -> list[tuple[str, str]]:
+def usage(account: RunSummary) -> list[tuple[str, str]]:
     """A sentence and a Python program for each of the ways to load the result."""
     ways = []
     if account.is_reward_model:
@@ -164,7 +164,7 @@ output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
 
 
-def _whole(account: Account) -> str:
+def _whole(account: RunSummary) -> str:
     return _program(account, "model", [_TRANSFORMERS], [f"model = {_LOAD}(folder)"])
 
 
@@ -185,7 +185,7 @@ def _scoring() -> str:
     )
 
 
-def _with_peft(account: Account) -> str:
+def _with_peft(account: RunSummary) -> str:
     imports, base = _base(account)
     return _program(
         account,
@@ -195,7 +195,7 @@ def _with_peft(account: Account) -> str:
     )
 
 
-def _with_tuneyard(account: Account) -> str:
+def _with_tuneyard(account: RunSummary) -> str:
     imports, base = _base(account)
     return _program(
         account,
@@ -205,7 +205,7 @@ def _with_tuneyard(account: Account) -> str:
     )
 
 
-def _program(account: Account, folder: str, imports: list[str], load: list[str]) -> str:
+def _program(account: RunSummary, folder: str, imports: list[str], load: list[str]) -> str:
     asks = _CHAT if account.has_chat_template and account.method != "pretrain" else _TEXT
     lines = [
         *imports,
@@ -220,7 +220,7 @@ def _program(account: Account, folder: str, imports: list[str], load: list[str])
     return "\n".join(lines)
 
 
-def _base(account: Account) -> tuple[list[str], list[str]]:
+def _base(account: RunSummary) -> tuple[list[str], list[str]]:
     """Imports and lines that load the base model: by its hub name, from its package, or from
     wherever it lies."""
     scheme, _, rest = account.base.partition("://")

@@ -24,7 +24,7 @@ from tuneyard_trainer.data.prepared import Prepared
 from tuneyard_trainer.models import adapters, base, files, reward_models
 from tuneyard_trainer.models.base import read_back_otherwise
 from tuneyard_trainer.reporting import report
-from tuneyard_trainer.worker import Outcome, Worker
+from tuneyard_trainer.worker import StageOutcome, Worker
 
 PROBE_TOKENS = 64
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog, 12 times a day."
@@ -38,7 +38,9 @@ be zero: sums depend on where weights lie in memory."""
 ADAPTER, MODEL = "adapter", "model"
 
 
-def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker) -> Outcome:
+def run(
+    stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker
+) -> StageOutcome:
     """Writes everything anew; raises StageError ExportMismatch if what was written differs."""
     settings = stage.settings
     if not isinstance(settings, ExportSettings):
@@ -68,7 +70,7 @@ def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: 
         for path in (workdir / name).rglob("*")
         if path.is_file()
     )
-    return Outcome(metrics={**compared, "bytes": float(size)}, contents=written)
+    return StageOutcome(metrics={**compared, "bytes": float(size)}, contents=written)
 
 
 def _clear(workdir: Path) -> None:

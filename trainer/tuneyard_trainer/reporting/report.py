@@ -15,7 +15,7 @@ from tuneyard_trainer.reporting import plots
 from tuneyard_trainer.reporting.card import usage, write_card
 from tuneyard_trainer.reporting.formatting import ABSENT, count, duration, harmless
 from tuneyard_trainer.reporting.results import seconds_of
-from tuneyard_trainer.reporting.summary import Account
+from tuneyard_trainer.reporting.summary import RunSummary
 
 
 def write(
@@ -34,7 +34,7 @@ def write(
 
     The same inputs give the same bytes: every moment named comes from a record.
     """
-    account = Account.of(folder, inputs, manifest, compared, licence)
+    account = RunSummary.of(folder, inputs, manifest, compared, licence)
     light = plots.draw(account.curves, _title(account))
     (folder / "loss.png").write_bytes(light)
     dark = plots.draw(account.curves, _title(account), "dark")
@@ -42,7 +42,7 @@ def write(
     (folder / "README.md").write_text(write_card(account), encoding="utf-8")
 
 
-def _title(account: Account) -> str:
+def _title(account: RunSummary) -> str:
     """The curves': the job, and what the first figure of its evaluation came to."""
     line = next(iter(account.figures.comparisons), None)
     if line is None:
@@ -52,7 +52,7 @@ def _title(account: Account) -> str:
     return f"{account.name}: {what[0].lower()}{what[1:]} {before}{line.tuned}"
 
 
-def _page(account: Account, light: bytes, dark: bytes) -> str:
+def _page(account: RunSummary, light: bytes, dark: bytes) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tuneyard_trainer.reporting"),
         autoescape=True,
@@ -71,7 +71,7 @@ def _page(account: Account, light: bytes, dark: bytes) -> str:
     )
 
 
-def _files(account: Account) -> list[tuple[str, str]]:
+def _files(account: RunSummary) -> list[tuple[str, str]]:
     files = [("adapter/", "the adapter, with its tokenizer")] if account.has_adapter else []
     if account.has_model:
         what = "the adapter merged into its base" if account.has_adapter else "the tuned model"

@@ -15,7 +15,7 @@ SUPERVISED = ("sft", "pretrain")
 REINFORCEMENT = ("ppo", "grpo")
 TRAINING = (*SUPERVISED, "reward", "dpo", *REINFORCEMENT)
 """Kinds of stages that train, in the order in which one job runs them."""
-FATES = {
+ROW_OUTCOMES = {
     "skippedRows": "skipped",
     "droppedRows": "dropped",
     "truncatedRows": "truncated",
@@ -308,7 +308,7 @@ def _trained_parameters(metrics: Mapping[str, float]) -> str:
 def _prepared(metrics: Mapping[str, float]) -> list[str]:
     always = {"rows": "rows", "tokens": "tokens", "heldOutRows": "held out"}
     parts = [f"{count(metrics[key])} {name}" for key, name in always.items() if key in metrics]
-    lost = {key: name for key, name in FATES.items() if metrics.get(key)}
+    lost = {key: name for key, name in ROW_OUTCOMES.items() if metrics.get(key)}
     return parts + [f"{count(metrics[key])} {name}" for key, name in lost.items()]
 
 

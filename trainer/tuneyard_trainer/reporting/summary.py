@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from tuneyard.api.plan import StageRecord
 from tuneyard_trainer.reporting.formatting import ABSENT, count, number
 from tuneyard_trainer.reporting.plots import Curves
-from tuneyard_trainer.reporting.results import FATES, Figures, last_trained
+from tuneyard_trainer.reporting.results import ROW_OUTCOMES, Figures, last_trained
 
 PEFT_KINDS = ("lora", "qlora", "prefix", "prompt", "ia3")
 """Adapters that PEFT itself loads."""
@@ -35,7 +35,7 @@ METHODS = {
     "constitution": "constitutional AI",
 }
 """Names of methods that are no abbreviation."""
-DEEDS = {
+TRAINED_BY = {
     "pretrain": "trained further on text",
     "rewardModel": "made a reward model of preferences",
     "constitution": "fine-tuned on its own revised answers",
@@ -62,7 +62,7 @@ class DataRow:
 
 
 @dataclass(frozen=True)
-class Account:
+class RunSummary:
     """Everything worth telling. Texts are as they came: whoever writes them down escapes them."""
 
     manifest: Mapping[str, Any]
@@ -87,7 +87,7 @@ class Account:
         manifest: Mapping[str, Any],
         compared: Mapping[str, float],
         licence: str | None,
-    ) -> Account:
+    ) -> RunSummary:
         """From the export stage's inputs; what is missing there is missing here."""
         found = [
             _record(inputs[role]) for role in ("data", "tuned", "evaluation") if role in inputs
@@ -153,7 +153,7 @@ class Account:
     def sentence(self) -> str:
         """What this is."""
         how = ADAPTER_NAMES.get(self.adapter, self.adapter) if self.adapter else "full fine-tuning"
-        what = DEEDS.get(self.method, "fine-tuned on examples")
+        what = TRAINED_BY.get(self.method, "fine-tuned on examples")
         return f"{self.base or 'A language model'}, {what} with {how}."
 
     def record(self, *kinds: str) -> StageRecord | None:
@@ -174,7 +174,7 @@ class Account:
         data = self.spec.get("data") or (self.spec.get("sft") or {}).get("data", {})
         sets = data.get("train") if split == "train" else data.get("validation", {}).get("data")
         uri = sets[int(index)]["uri"] if sets and int(index) < len(sets) else value["name"]
-        names = [name for name in FATES.values() if value.get(name)]
+        names = [name for name in ROW_OUTCOMES.values() if value.get(name)]
         return DataRow(
             split="training" if split == "train" else "held out",
             uri=uri,

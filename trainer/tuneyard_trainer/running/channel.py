@@ -23,7 +23,7 @@ HANG_UP_SECONDS = 10.0
 """How long an ended group's last words are waited for."""
 
 
-class Line:
+class EventClient:
     """A worker's line to the driver. Sending never waits for the driver to read, short of the
     megabytes that the kernel buffers."""
 
@@ -64,7 +64,7 @@ class Line:
             self._stop.set()
 
 
-class Desk:
+class EventServer:
     """The driver's end of all lines."""
 
     def __init__(self, host: str) -> None:

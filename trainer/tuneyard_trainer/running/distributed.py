@@ -31,9 +31,9 @@ from tuneyard.api.compute import Compute
 from tuneyard.api.plan import Plan
 from tuneyard.errors import StageError
 from tuneyard_trainer import drain
-from tuneyard_trainer.running.channel import Desk, Line
+from tuneyard_trainer.running.channel import EventClient, EventServer
 from tuneyard_trainer.running.failures import unexpected, without_a_word
-from tuneyard_trainer.running.runner import Ledger, Walk, failure_event
+from tuneyard_trainer.running.runner import PlanRunner, StageInputs, failure_event
 from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted, Worker
 
@@ -122,7 +122,7 @@ def run(
     raises StageError WorkerDied (retryable).
     """
     _gather(resources, stop)
-    desk = Desk(ray.util.get_node_ip_address())
+    desk = EventServer(ray.util.get_node_ip_address())
     failures: dict[str, Any] = {
         "max_failures": max_worker_failures,
         "max_preemption_failures": 0,
@@ -180,7 +180,7 @@ def _per_worker(resources: Resources) -> dict[str, float]:
 
 def _follow(
     trainer: TorchTrainer,
-    desk: Desk,
+    desk: EventServer,
     on_event: Callable[[dict[str, Any]], None],
     stop: threading.Event,
 ) -> list[dict[str, Any]]:
@@ -271,7 +271,7 @@ def _walk(config: dict[str, Any]) -> None:
     lose their peer and Ray tears the group down."""
     import ray.train.torch
 
-    line = Line(*config["desk"])
+    line = EventClient(*config["desk"])
     context = ray.train.get_context()
     places: Places = config["places"]
     device = ray.train.torch.get_device()
@@ -280,8 +280,8 @@ def _walk(config: dict[str, Any]) -> None:
     plan = Plan.model_validate_json(config["plan"])
     scratch = Path(places.scratch) / f"rank-{context.get_world_rank()}"
     store = Store(places.output, scratch, places.job_uid)
-    walk = Walk(
-        ledger=Ledger(plan, store, Path(places.base_dir), Path(places.cache_dir)),
+    walk = PlanRunner(
+        ledger=StageInputs(plan, store, Path(places.base_dir), Path(places.cache_dir)),
         worker=Worker(
             rank=context.get_world_rank(),
             world_size=context.get_world_size(),

@@ -22,7 +22,7 @@ from tuneyard_trainer.running.failures import out_of_memory
 from tuneyard_trainer.storage import sources
 from tuneyard_trainer.storage.files import disk_error
 from tuneyard_trainer.storage.records import Store
-from tuneyard_trainer.worker import Interrupted, Outcome, Worker
+from tuneyard_trainer.worker import Interrupted, StageOutcome, Worker
 
 if TYPE_CHECKING:
     import torch
@@ -45,13 +45,13 @@ Emit = Callable[[dict[str, Any]], None]
 """Receives events as JSON values: `stage` (stage, state, record) and `progress` (stage, step,
 totalSteps, metrics, message, resumedStep)."""
 
-StageFunction = Callable[[PlannedStage, Mapping[str, Path], Path, Worker], Outcome]
+StageFunction = Callable[[PlannedStage, Mapping[str, Path], Path, Worker], StageOutcome]
 """A stage's `run(stage, inputs, workdir, worker)`: `inputs` maps a role to a local path; `workdir`
 is the stage's own folder and may hold what a killed run left behind."""
 
 
 @dataclass
-class Ledger:
+class StageInputs:
     """What one process knows of a plan's inputs: where they are, what they contain, what is done.
     Needs no torch."""
 
@@ -115,10 +115,10 @@ class Ledger:
 
 
 @dataclass
-class Walk:
+class PlanRunner:
     """One worker's way through the plan."""
 
-    ledger: Ledger
+    ledger: StageInputs
     worker: Worker
     emit: Emit
 
@@ -192,7 +192,7 @@ class Walk:
         return record
 
     def _record(
-        self, stage: PlannedStage, digests: Mapping[str, str], outcome: Outcome, started: str
+        self, stage: PlannedStage, digests: Mapping[str, str], outcome: StageOutcome, started: str
     ) -> StageRecord:
         workdir = self.ledger.store.workdir(stage.name)
         names = outcome.contents or [path.name for path in workdir.iterdir()]

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from tuneyard.api.plan import Plan
 from tuneyard.errors import StageError
-from tuneyard_trainer.running.runner import Emit, Ledger, Walk
+from tuneyard_trainer.running.runner import Emit, PlanRunner, StageInputs
 from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Worker
 
@@ -38,8 +38,8 @@ def run(plan: Plan, output: str, *, base_dir: Path, cache_dir: Path, emit: Emit)
         store = Store(output, Path(scratch))
         if rank == 0:
             store.claim(plan.job, attempt=1)
-        Walk(
-            ledger=Ledger(plan, store, base_dir, cache_dir),
+        PlanRunner(
+            ledger=StageInputs(plan, store, base_dir, cache_dir),
             worker=Worker(rank=rank, world_size=world_size, device=device),
             emit=emit,
         ).run()

@@ -85,7 +85,7 @@ def share(rows: Indices, lengths: Indices, rank: int, world_size: int) -> Indice
 
 
 @dataclass(frozen=True)
-class Pass:
+class MicroBatch:
     """The rows of one forward pass: bins of rows laid end to end, all bins padded to one width."""
 
     bins: tuple[tuple[int, ...], ...]
@@ -94,7 +94,7 @@ class Pass:
 
 def passes(
     rows: Indices, lengths: Indices, *, capacity: int, max_tokens: int, pack: bool
-) -> list[Pass]:
+) -> list[MicroBatch]:
     """Lays out one worker's share of a step. Every row is in exactly one bin; none is cut.
 
     With `pack`, rows share bins of `capacity` tokens (or of the longest row, where that is more),
@@ -118,18 +118,18 @@ def passes(
     return _group(bins, used, max_tokens)
 
 
-def _group(bins: list[list[int]], used: list[int], max_tokens: int) -> list[Pass]:
+def _group(bins: list[list[int]], used: list[int], max_tokens: int) -> list[MicroBatch]:
     """Bins of like width together, widest first."""
-    groups: list[Pass] = []
+    groups: list[MicroBatch] = []
     current: list[tuple[int, ...]] = []
     width = 0
     for index in sorted(range(len(bins)), key=lambda i: -used[i]):
         if current and (len(current) + 1) * width > max_tokens:
-            groups.append(Pass(tuple(current), width))
+            groups.append(MicroBatch(tuple(current), width))
             current = []
         if not current:
             width = used[index]
         current.append(tuple(bins[index]))
     if current:
-        groups.append(Pass(tuple(current), width))
+        groups.append(MicroBatch(tuple(current), width))
     return groups

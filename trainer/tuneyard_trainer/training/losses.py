@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.models.base import autocast
 from tuneyard_trainer.models.layers import head_at, head_of
-from tuneyard_trainer.training.batches import IGNORE, Indices, Pass, passes, share
+from tuneyard_trainer.training.batches import IGNORE, Indices, MicroBatch, passes, share
 
 EVALUATION_ROWS = 256
 """Rows laid out at a time: first fit is quadratic in the number of bins."""
@@ -82,7 +82,7 @@ class Forward:
         capacity = max_length if on_gpu else min(max_length, CPU_CAPACITY)
         return cls(device, precision, pad, pack, capacity, budget)
 
-    def passes(self, rows: Rows, chosen: Indices) -> list[Pass]:
+    def passes(self, rows: Rows, chosen: Indices) -> list[MicroBatch]:
         """The passes that cover the chosen rows."""
         return passes(
             chosen,
@@ -92,7 +92,7 @@ class Forward:
             pack=self.pack,
         )
 
-    def loss(self, model: nn.Module, rows: Rows, layout: Pass) -> Tensor:
+    def loss(self, model: nn.Module, rows: Rows, layout: MicroBatch) -> Tensor:
         """The sum of the losses of a pass's targets, in nats (scalar)."""
         batch = collate(rows, layout, pad=self.pad, packed=self.pack, device=self.device)
         with autocast(self.device, self.precision):
@@ -112,7 +112,9 @@ class Forward:
         return float(total) / int(rows.targets.sum())
 
 
-def collate(rows: Rows, layout: Pass, *, pad: int, packed: bool, device: torch.device) -> Batch:
+def collate(
+    rows: Rows, layout: MicroBatch, *, pad: int, packed: bool, device: torch.device
+) -> Batch:
     """Lays the rows of a pass end to end in their bins."""
     shape = (len(layout.bins), layout.width)
     ids = np.full(shape, pad, dtype=np.int64)

@@ -20,10 +20,12 @@ from tuneyard_trainer.training.batches import Indices, Order, share
 from tuneyard_trainer.training.loop import Loop
 from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.training.seeds import derive_seed
-from tuneyard_trainer.worker import Outcome, Worker
+from tuneyard_trainer.worker import StageOutcome, Worker
 
 
-def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker) -> Outcome:
+def run(
+    stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker
+) -> StageOutcome:
     """Trains and leaves `weights/` (an adapter or a whole model) and `metrics.jsonl`."""
     settings = stage.settings
     if not isinstance(settings, TrainSettings):
@@ -34,7 +36,7 @@ def run(stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: 
         policies.save(loop.model, settings.adapter, workdir / policies.WEIGHTS)
     packed = isinstance(loop.objective, CrossEntropy) and loop.objective.forward.pack
     details = {**loop.details(state), "packed": packed}
-    return Outcome(metrics=loop.summary(state), details=details, contents=(policies.WEIGHTS,))
+    return StageOutcome(metrics=loop.summary(state), details=details, contents=(policies.WEIGHTS,))
 
 
 def build(
