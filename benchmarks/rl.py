@@ -37,7 +37,7 @@ from tuneyard_trainer.models import adapters, gguf_unpack
 from tuneyard_trainer.models.base import load_base, load_tokenizer
 from tuneyard_trainer.reinforcement import grpo, loop, ppo, rewards, stop_conditions
 from tuneyard_trainer.reinforcement.rewards import Attempt
-from tuneyard_trainer.worker import Worker
+from tuneyard_trainer.worker import StageContext, Worker
 
 CPU = torch.device("cpu")
 LORA = Lora()
@@ -157,7 +157,7 @@ def ours(chosen: GrpoSettings | PpoSettings, inputs: dict[str, Path], output: Pa
 
     loop.Loop._update = timed  # type: ignore[method-assign]
     try:
-        module.run(stage, inputs, output, Worker(0, 1, CPU))
+        module.run(StageContext(stage, inputs, output, Worker(0, 1, CPU)))
     finally:
         loop.Loop._update = update  # type: ignore[method-assign]
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -20,7 +20,7 @@ from tuneyard.api.stage_settings import (
 )
 from tuneyard.api.training import Optimizer, Schedule
 from tuneyard_trainer.preference import pairs
-from tuneyard_trainer.worker import Worker
+from tuneyard_trainer.worker import StageContext, Worker
 
 CPU = torch.device("cpu")
 WORDS = [
@@ -112,7 +112,9 @@ def write_pairs(
     stage = planned(PairsSettings(**(settings | changes)))
     out = folder / "pairs"
     out.mkdir()
-    pairs.run(stage, {"model": model, "preferences.0": source}, out, Worker(0, 1, CPU))
+    pairs.run(
+        StageContext(stage, {"model": model, "preferences.0": source}, out, Worker(0, 1, CPU))
+    )
     return out
 
 

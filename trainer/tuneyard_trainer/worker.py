@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from tuneyard.api.plan import PlannedStage
 
 if TYPE_CHECKING:
     import torch
+
+SettingsT = TypeVar("SettingsT")
 
 
 class Report(Protocol):
@@ -70,6 +74,25 @@ class Worker:
     def is_main(self) -> bool:
         """Whether this process writes what all of them have in common."""
         return self.rank == 0
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """Everything that a stage's `run` receives."""
+
+    stage: PlannedStage
+    inputs: Mapping[str, Path]
+    """The local path of each input, by role."""
+    workdir: Path
+    """The stage's own folder. It may hold what a killed run left behind."""
+    worker: Worker
+
+    def settings(self, kind: type[SettingsT]) -> SettingsT:
+        """Return the stage's settings. Raises TypeError if they belong to another kind of stage."""
+        if not isinstance(self.stage.settings, kind):
+            found = f"stage {self.stage.name} is of kind {self.stage.kind}"
+            raise TypeError(f"{found}, and its settings are not {kind.__name__}")
+        return self.stage.settings
 
 
 @dataclass(frozen=True)

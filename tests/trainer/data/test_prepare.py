@@ -21,7 +21,7 @@ from tuneyard_trainer.data.intake import split_evenly, truncated
 from tuneyard_trainer.data.prepared import ARRAYS, Prepared, Rows, RowWriter
 from tuneyard_trainer.data.splits import held_out
 from tuneyard_trainer.data.tokenization import Encoded
-from tuneyard_trainer.worker import Interrupted, StageOutcome, Worker
+from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
 
 Row = dict[str, Any]
 DATASET = DatasetSettings(format="auto", fields=FieldMap(), weight=1.0, limit=None)
@@ -95,7 +95,7 @@ class Job:
             report=lambda **report: self.reports.append(report),
             stop=stop,
         )
-        return prepare.run(stage, inputs, self.workdir, worker)
+        return prepare.run(StageContext(stage, inputs, self.workdir, worker))
 
     def train(self, rows: Sequence[Row], **changes: Any) -> StageOutcome:
         return self.run({"train.0": rows}, **changes)

@@ -30,7 +30,7 @@ from tuneyard_trainer.generation.sampling import Sampled
 from tuneyard_trainer.generation.vllm import VllmSampler
 from tuneyard_trainer.models import adapters
 from tuneyard_trainer.reinforcement import grpo, ppo, rewards
-from tuneyard_trainer.worker import Interrupted, StageOutcome, Worker
+from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
 
 pytest.importorskip("vllm", reason="vLLM is in an environment of its own: make test-vllm")
 pytestmark = pytest.mark.timeout(900)
@@ -205,7 +205,7 @@ def run(
 ) -> StageOutcome:
     folder.mkdir(exist_ok=True)
     module = ppo if method.startswith("ppo") else grpo
-    return module.run(stage, inputs, folder, worker or Worker(0, 1, DEVICE))
+    return module.run(StageContext(stage, inputs, folder, worker or Worker(0, 1, DEVICE)))
 
 
 def updates(folder: Path) -> list[dict[str, Any]]:
@@ -256,7 +256,7 @@ def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path]) -> None
     for _ in range(2):  # an engine after an engine, as rounds of alignment have them
         (folder / "two").mkdir(exist_ok=True)
         stage = stages(max_steps=2, keep_best=False)["ppo"]
-        ppo.run(stage, inputs, folder / "two", Worker(rank, 2, torch.device("cpu")))
+        ppo.run(StageContext(stage, inputs, folder / "two", Worker(rank, 2, torch.device("cpu"))))
     dist.destroy_process_group()
 
 

@@ -16,7 +16,7 @@ from tuneyard.api.plan import Plan, PlannedStage
 from tuneyard_trainer.judging import critique, feedback
 from tuneyard_trainer.models.gguf_unpack import unpacked
 from tuneyard_trainer.running import torchrun
-from tuneyard_trainer.worker import Worker
+from tuneyard_trainer.worker import StageContext, Worker
 
 PROMPTS = [
     "How do I boil an egg?",
@@ -162,4 +162,4 @@ def _run(kind: Any, stage: PlannedStage, inputs: dict[str, Path], folder: Path) 
     workdir = folder / stage.name
     workdir.mkdir()
     worker = Worker(rank=0, world_size=1, device=torch.device("cpu"), identity="sha256:one")
-    return dict(kind.run(stage, inputs, workdir, worker).metrics)
+    return dict(kind.run(StageContext(stage, inputs, workdir, worker)).metrics)

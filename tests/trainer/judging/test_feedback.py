@@ -37,7 +37,7 @@ from tuneyard_trainer.data.rows import Row
 from tuneyard_trainer.data.stream import examples
 from tuneyard_trainer.judging import critique, endpoint, feedback
 from tuneyard_trainer.preference.rows import judged
-from tuneyard_trainer.worker import Interrupted, StageOutcome, Worker
+from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
 
 CHAT = ChatSettings(system_prompt=None, chat_template=None)
 PROMPTS = PromptSettings(format="auto", fields=FieldMap(), limit=None)
@@ -111,7 +111,7 @@ def run_feedback(
     given = {name: changes.pop(name) for name in ("max_requests",) if name in changes}
     worker = changes.pop("worker", WORKER)
     stage = feedback_stage(server.settings(**given), **changes)
-    return feedback.run(stage, inputs, workdir, worker)
+    return feedback.run(StageContext(stage, inputs, workdir, worker))
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -350,7 +350,9 @@ def test_a_budget_too_small_for_one_label_is_said(inputs: dict[str, Path], workd
 def test_a_model_judges_without_any_endpoint(inputs: dict[str, Path], workdir: Path) -> None:
     """Random weights lean to one letter: by the mean of both orders they decide all the same."""
     stage = feedback_stage(None, disagreement="average", question="{first}\nor\n{second}? A or B?")
-    outcome = feedback.run(stage, inputs | {"judge": inputs["model"]}, workdir, WORKER)
+    outcome = feedback.run(
+        StageContext(stage, inputs | {"judge": inputs["model"]}, workdir, WORKER)
+    )
     rows = rows_of(workdir / "preferences.jsonl")
     assert len(rows) == outcome.metrics["labels"] == LAMPS
     assert all(0.5 < row["probability"] < 1 for row in rows)
@@ -362,7 +364,7 @@ def test_a_question_longer_than_the_judges_context_is_never_cut(
 ) -> None:
     stage = feedback_stage(None, question="{first} {second} " + "A or B? " * 100)
     with pytest.raises(StageError, match="exceed the judge's context of 256") as caught:
-        feedback.run(stage, inputs | {"judge": inputs["model"]}, workdir, WORKER)
+        feedback.run(StageContext(stage, inputs | {"judge": inputs["model"]}, workdir, WORKER))
     assert caught.value.reason == "JudgeUnavailable"
 
 
@@ -427,7 +429,7 @@ def test_an_answer_is_criticised_and_revised_round_by_round(
 ) -> None:
     with JudgeServer(critic) as server:
         stage = critique_stage(server.settings())
-        outcome = critique.run(stage, inputs, workdir, WORKER)
+        outcome = critique.run(StageContext(stage, inputs, workdir, WORKER))
     assert len(server.bodies) == 4 * LAMPS
     assert outcome.metrics["revisions"] == LAMPS
     assert outcome.metrics["roundsPerRevision"] == 2.0
@@ -440,7 +442,7 @@ def test_an_answer_is_criticised_and_revised_round_by_round(
 
 def test_the_revisions_are_rows_that_prepare_reads(inputs: dict[str, Path], workdir: Path) -> None:
     with JudgeServer(critic) as server:
-        critique.run(critique_stage(server.settings()), inputs, workdir, WORKER)
+        critique.run(StageContext(critique_stage(server.settings()), inputs, workdir, WORKER))
     settings = DatasetSettings(format="auto", fields=FieldMap(), weight=1.0, limit=None)
     found = list(
         examples(workdir / "revisions.jsonl", settings, on_invalid="error", name="revisions")
@@ -456,11 +458,11 @@ def test_a_killed_critique_asks_nothing_twice(inputs: dict[str, Path], workdir: 
     with JudgeServer(dies) as server:
         stage = critique_stage(server.settings())
         with pytest.raises(StageError, match="gone"):
-            critique.run(stage, inputs, workdir, WORKER)
+            critique.run(StageContext(stage, inputs, workdir, WORKER))
         answered = len(rows_of(workdir / "checkpoints" / "journal.jsonl")) - 1 - LAMPS
         server.respond = critic
         del server.bodies[:]
-        outcome = critique.run(stage, inputs, workdir, WORKER)
+        outcome = critique.run(StageContext(stage, inputs, workdir, WORKER))
     assert answered >= 8
     assert len(server.bodies) == 4 * LAMPS - answered
     assert outcome.metrics["revisions"] == LAMPS
@@ -476,7 +478,9 @@ def test_a_reply_without_words_leaves_the_answer_out(
         return completion("  ") if silent else critic(body, number)
 
     with JudgeServer(speechless) as server:
-        outcome = critique.run(critique_stage(server.settings()), inputs, workdir, WORKER)
+        outcome = critique.run(
+            StageContext(critique_stage(server.settings()), inputs, workdir, WORKER)
+        )
     assert outcome.metrics["unrevised"] == outcome.metrics["judgeNonsense"] == 1
     assert len(rows_of(workdir / "revisions.jsonl")) == LAMPS - 1
 
@@ -485,7 +489,9 @@ def test_the_model_can_be_its_own_critic(
     inputs: dict[str, Path], workdir: Path, talkative_model_dir: Path
 ) -> None:
     stage = critique_stage(None, revisions=1)
-    outcome = critique.run(stage, inputs | {"model": talkative_model_dir}, workdir, WORKER)
+    outcome = critique.run(
+        StageContext(stage, inputs | {"model": talkative_model_dir}, workdir, WORKER)
+    )
     assert outcome.metrics["revisions"] == LAMPS
     assert outcome.details["critic"] == "the model itself"
 
@@ -493,7 +499,9 @@ def test_the_model_can_be_its_own_critic(
 def test_without_a_revision_there_is_no_data_set(inputs: dict[str, Path], workdir: Path) -> None:
     def run(respond: Callable[[dict[str, Any], int], Answer], **changes: Any) -> str:
         with JudgeServer(respond) as server, pytest.raises(StageError) as caught:
-            critique.run(critique_stage(server.settings(**changes)), inputs, workdir, WORKER)
+            critique.run(
+                StageContext(critique_stage(server.settings(**changes)), inputs, workdir, WORKER)
+            )
         return caught.value.reason
 
     assert run(lambda _body, _number: completion("")) == "JudgeNonsense"

@@ -28,7 +28,7 @@ from tuneyard_trainer.preference.dataset import Preferences
 from tuneyard_trainer.preference.passes import logprobs, over_all
 from tuneyard_trainer.preference.reference import reference_logprobs
 from tuneyard_trainer.training.losses import Forward
-from tuneyard_trainer.worker import Interrupted, StageOutcome, Worker
+from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
 
 LORA = {"lora": {"rank": 4, "alpha": 8}}
 LOSSES = ("sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down")
@@ -72,7 +72,7 @@ def run(
 ) -> tuple[dict[str, torch.Tensor], StageOutcome]:
     folder.mkdir(exist_ok=True)
     stage = planned(chosen, **runtime)
-    outcome = dpo.run(stage, inputs, folder, worker or Worker(0, 1, CPU))
+    outcome = dpo.run(StageContext(stage, inputs, folder, worker or Worker(0, 1, CPU)))
     return load_file(next((folder / "weights").glob("*.safetensors"))), outcome
 
 
@@ -106,7 +106,8 @@ def test_the_start_prefers_nothing_by_its_own_measure(
 ) -> None:
     (tmp_path / "a").mkdir()
     chosen = settings()
-    loop = dpo.build("dpo", chosen, planned(chosen).runtime, inputs, tmp_path, Worker(0, 1, CPU))
+    context = StageContext(planned(chosen), inputs, tmp_path, Worker(0, 1, CPU))
+    loop = dpo.build(context, chosen)
     assert loop.objective.baseline()["validationLoss"] == pytest.approx(np.log(2))
     measured = loop.objective.held_out()
     assert measured["validationLoss"] == pytest.approx(np.log(2), abs=1e-6)

@@ -19,7 +19,7 @@ from tuneyard_trainer.data.rows import Row
 from tuneyard_trainer.preference import pairs
 from tuneyard_trainer.preference.dataset import Preferences
 from tuneyard_trainer.preference.rows import Judged, PreferenceError, judged
-from tuneyard_trainer.worker import StageOutcome, Worker
+from tuneyard_trainer.worker import StageContext, StageOutcome, Worker
 
 HH = Path(__file__).parents[4] / "shared" / "data" / "hh-rlhf-harmless-base.jsonl.gz"
 SETTINGS: dict[str, Any] = {
@@ -55,7 +55,7 @@ def run(
     inputs = {"model": model, "preferences.0": rows if isinstance(rows, Path) else path}
     workdir = folder / "out"
     workdir.mkdir(exist_ok=True)
-    outcome = pairs.run(stage, inputs, workdir, Worker(0, 1, torch.device("cpu")))
+    outcome = pairs.run(StageContext(stage, inputs, workdir, Worker(0, 1, torch.device("cpu"))))
     return Preferences.open(workdir), outcome
 
 

@@ -17,7 +17,7 @@ from tests.trainer.preferring import CPU, loop_settings, planned, separable, wri
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.stage_settings import DpoSettings, RewardSettings
 from tuneyard_trainer.preference import dpo, reward
-from tuneyard_trainer.worker import Worker
+from tuneyard_trainer.worker import StageContext, Worker
 
 LOOP = loop_settings(max_steps=3, epochs=None, learning_rate=1e-3, batch_size=5)
 LORA = Adapter.model_validate({"lora": {"rank": 4}})
@@ -30,7 +30,7 @@ def run(kind: str, folder: Path, model: Path, worker: Worker) -> None:
     folder.mkdir(exist_ok=True)
     if kind == "reward":
         rewarded = RewardSettings(adapter=LORA, margin=0.0, centering=0.01, training=LOOP)
-        reward.run(planned(rewarded), inputs, folder, worker)
+        reward.run(StageContext(planned(rewarded), inputs, folder, worker))
         return
     chosen = DpoSettings(
         adapter=LORA,
@@ -39,7 +39,7 @@ def run(kind: str, folder: Path, model: Path, worker: Worker) -> None:
         label_smoothing=0.0,
         training=LOOP,
     )
-    dpo.run(planned(chosen), inputs, folder, worker)
+    dpo.run(StageContext(planned(chosen), inputs, folder, worker))
 
 
 def _worker(rank: int, port: int, folder: Path, model: Path) -> None:

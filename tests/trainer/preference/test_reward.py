@@ -32,7 +32,7 @@ from tuneyard_trainer.preference.dataset import Preferences
 from tuneyard_trainer.preference.metrics import calibration_error, interval
 from tuneyard_trainer.preference.passes import scores
 from tuneyard_trainer.training.losses import Forward
-from tuneyard_trainer.worker import Interrupted, StageOutcome, Worker
+from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
 
 LORA = {"lora": {"rank": 4, "alpha": 8}}
 
@@ -66,7 +66,7 @@ def run(
 ) -> tuple[dict[str, torch.Tensor], StageOutcome]:
     folder.mkdir(exist_ok=True)
     stage = planned(chosen, **runtime)
-    outcome = reward.run(stage, inputs, folder, worker or Worker(0, 1, CPU))
+    outcome = reward.run(StageContext(stage, inputs, folder, worker or Worker(0, 1, CPU)))
     return load_file(folder / "weights" / "model.safetensors"), outcome
 
 

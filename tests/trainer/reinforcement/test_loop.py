@@ -36,7 +36,7 @@ from tuneyard_trainer.generation.sampling import Sampled, TransformersSampler
 from tuneyard_trainer.reinforcement import grpo, loop, ppo, rewards, stop_conditions
 from tuneyard_trainer.reinforcement.rewards import Attempt
 from tuneyard_trainer.reinforcement.stop_conditions import blown_up
-from tuneyard_trainer.worker import Interrupted, StageOutcome, Worker
+from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
 
 CPU = torch.device("cpu")
 TIMES = {"generationSeconds", "scoringSeconds", "trainingSeconds", "tokensPerSecond"}
@@ -63,7 +63,7 @@ def run(
 ) -> tuple[dict[str, Tensor], StageOutcome]:
     folder.mkdir(exist_ok=True)
     module = ppo if stage.kind == "ppo" else grpo
-    outcome = module.run(stage, inputs, folder, worker or Worker(0, 1, CPU))
+    outcome = module.run(StageContext(stage, inputs, folder, worker or Worker(0, 1, CPU)))
     return load_file(next((folder / "weights").glob("*.safetensors"))), outcome
 
 
@@ -252,7 +252,7 @@ def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path]) -> None
         stage = stages(BRIEF)[method]
         module = ppo if method == "ppo" else grpo
         (folder / method).mkdir(exist_ok=True)
-        module.run(stage, inputs, folder / method, Worker(rank, 2, CPU))
+        module.run(StageContext(stage, inputs, folder / method, Worker(rank, 2, CPU)))
 
     def failing(attempts: Sequence[Attempt]) -> Tensor:
         if rank == 1:
@@ -261,7 +261,7 @@ def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path]) -> None
 
     rewards.load = lambda *_: failing  # type: ignore[assignment]
     try:
-        ppo.run(stages(BRIEF)["ppo"], inputs, folder, Worker(rank, 2, CPU))
+        ppo.run(StageContext(stages(BRIEF)["ppo"], inputs, folder, Worker(rank, 2, CPU)))
     except StageError as error:
         (folder / f"reason-{rank}").write_text(error.reason)
     dist.destroy_process_group()

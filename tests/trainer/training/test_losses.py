@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from tests.trainer.ports import free_port
 from tests.trainer.rows import Row, random_rows, train_stage, write_prepared
+from tuneyard.api.stage_settings import TrainSettings
 from tuneyard_trainer.training.loop import Loop
 from tuneyard_trainer.training.sft import build as build_loop
-from tuneyard_trainer.worker import Worker
+from tuneyard_trainer.worker import StageContext, Worker
 
 ROWS = random_rows(9)
 CPU = torch.device("cpu")
@@ -47,7 +48,8 @@ def build(folder: Path, model_dir: Path, worker: Worker, **settings: Any) -> Loo
     workdir = folder / f"work-{worker.rank}"
     workdir.mkdir(exist_ok=True)
     inputs = {"model": model_dir, "data": folder / "data"}
-    return build_loop(stage.name, stage.settings, stage.runtime, inputs, workdir, worker)  # type: ignore[arg-type]
+    context = StageContext(stage, inputs, workdir, worker)
+    return build_loop(context, context.settings(TrainSettings))
 
 
 def assert_close(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tests.trainer.rows import random_rows, train_stage, write_prepared
 from tuneyard.errors import StageError
 from tuneyard_trainer.training import sft
-from tuneyard_trainer.worker import Interrupted, Worker
+from tuneyard_trainer.worker import Interrupted, StageContext, Worker
 
 CPU = torch.device("cpu")
 ROWS = random_rows(10)
@@ -33,7 +33,9 @@ def run(
     folder: Path, inputs: dict[str, Path], worker: Worker | None = None, **settings: Any
 ) -> tuple[dict[str, torch.Tensor], Any]:
     folder.mkdir(exist_ok=True)
-    outcome = sft.run(train_stage(**settings), inputs, folder, worker or Worker(0, 1, CPU))
+    outcome = sft.run(
+        StageContext(train_stage(**settings), inputs, folder, worker or Worker(0, 1, CPU))
+    )
     weights = next((folder / "weights").glob("*.safetensors"))
     return load_file(weights), outcome
 
@@ -111,12 +113,13 @@ def test_the_best_held_out_weights_are_kept_not_the_last(
     assert outcome.details["bestStep"] == best < max(evaluated)
     assert outcome.metrics["validationLoss"] == evaluated[best]
     again = sft.build(
-        "again",
+        StageContext(
+            train_stage(),
+            {"model": tmp_path / "a" / "weights", "data": inputs["data"]},
+            tmp_path,
+            Worker(0, 1, CPU),
+        ),
         train_stage().settings,  # type: ignore[arg-type]
-        train_stage().runtime,
-        {"model": tmp_path / "a" / "weights", "data": inputs["data"]},
-        tmp_path,
-        Worker(0, 1, CPU),
     )
     assert again.objective.held_out()["validationLoss"] == pytest.approx(evaluated[best], abs=1e-6)
 

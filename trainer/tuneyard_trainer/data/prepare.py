@@ -13,7 +13,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tuneyard.api.plan import PlannedStage
 from tuneyard.api.stage_settings import PrepareSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.intake import ROW_OUTCOMES, Preprocessor, Tally
@@ -22,44 +21,43 @@ from tuneyard_trainer.data.splits import SplitWriter, assign_splits, held_out, n
 from tuneyard_trainer.data.tokenization import Encoder
 from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import sequence_limit
-from tuneyard_trainer.worker import StageOutcome, Worker
+from tuneyard_trainer.worker import StageContext, StageOutcome, Worker
 
 _SPOOL = ".spool"
 
 
-def run(
-    stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker
-) -> StageOutcome:
+def run(context: StageContext) -> StageOutcome:
     """Leaves the files that `prepared` describes, `validation.jsonl` and `tokenizer/`."""
-    settings = stage.settings
-    if not isinstance(settings, PrepareSettings):
-        raise TypeError(f"stage {stage.name} is a {stage.kind}, not prepare")
-    _clear(workdir)
+    settings = context.settings(PrepareSettings)
+    _clear(context.workdir)
     try:
-        return _prepare(stage, settings, inputs, workdir, worker)
+        return _prepare(context, settings)
     except (StageError, OSError):  # a full disk, too
-        _clear(workdir)
+        _clear(context.workdir)
         raise
 
 
-def _prepare(
-    stage: PlannedStage,
-    settings: PrepareSettings,
-    inputs: Mapping[str, Path],
-    workdir: Path,
-    worker: Worker,
-) -> StageOutcome:
-    tokenizer = _tokenizer(inputs["model"], settings)
-    limit = sequence_limit(inputs["model"], tokenizer, settings.max_length, "spec.data.maxLength")
-    intake = Preprocessor(stage, settings, inputs, _encoder(tokenizer, settings), limit, worker)
-    train, validation = _shelves(intake, workdir)
-    tokenizer.save_pretrained(workdir / "tokenizer")
-    metrics = _metrics(workdir, intake.tallies, len(validation))
+def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
+    tokenizer = _tokenizer(context.inputs["model"], settings)
+    limit = sequence_limit(
+        context.inputs["model"], tokenizer, settings.max_length, "spec.data.maxLength"
+    )
+    intake = Preprocessor(
+        context.stage,
+        settings,
+        context.inputs,
+        _encoder(tokenizer, settings),
+        limit,
+        context.worker,
+    )
+    train, validation = _shelves(intake, context.workdir)
+    tokenizer.save_pretrained(context.workdir / "tokenizer")
+    metrics = _metrics(context.workdir, intake.tallies, len(validation))
     details: dict[str, Any] = {"datasets": [tally.details() for tally in intake.tallies]}
     if settings.validation:
         details["contaminated"] = num_contaminated(train.hashes, validation.hashes)
-        _warn_of(details["contaminated"], len(validation), worker)
-    _write_summary(workdir, settings, tokenizer, limit, metrics, details)
+        _warn_of(details["contaminated"], len(validation), context.worker)
+    _write_summary(context.workdir, settings, tokenizer, limit, metrics, details)
     faults = {tally.name: tally.faults for tally in intake.tallies if tally.faults}
     return StageOutcome(metrics, {**details, "maxLength": limit, "faults": faults})
 

@@ -22,7 +22,6 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from tuneyard.api.plan import PlannedStage
 from tuneyard.api.stage_settings import AssessSettings, RewardTerm, WinRateSettings
 from tuneyard_trainer.data.chat import Message
 from tuneyard_trainer.data.prepared import Rows
@@ -42,7 +41,7 @@ from tuneyard_trainer.reinforcement.rewards import Attempt, Reward
 from tuneyard_trainer.storage.journal import Journal
 from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.training.seeds import derive_seed
-from tuneyard_trainer.worker import Interrupted, StageOutcome, Worker
+from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome
 
 EVALUATION = "evaluation.json"
 MAX_PROMPTS = 128
@@ -75,27 +74,23 @@ class Behaviour:
     sycophancy: reward_hacking.Sycophancy
 
 
-def run(
-    stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker
-) -> StageOutcome:
+def run(context: StageContext) -> StageOutcome:
     """Measures, writes `evaluation.json`, then checks the gates (StageError GateFailed)."""
-    settings = stage.settings
-    if not isinstance(settings, AssessSettings):
-        raise TypeError(f"stage {stage.name} is a {stage.kind}, not an assessment")
-    measuring = Measuring.of(stage, settings, inputs, workdir, worker)
+    settings = context.settings(AssessSettings)
+    measuring = Measuring.of(context, settings)
     metrics: dict[str, float] = {}
     samples: list[dict[str, Any]] = []
-    if "tuned" in inputs:
+    if "tuned" in context.inputs:
         found, samples = measuring.aligned()
         metrics |= found
     metrics |= measuring.reward_on_pairs()
     result = {"metrics": metrics, "samples": samples}
-    (workdir / EVALUATION).write_text(json.dumps(result, indent=2, ensure_ascii=False))
-    worker.report(step=1, total_steps=1, metrics=metrics)
+    (context.workdir / EVALUATION).write_text(json.dumps(result, indent=2, ensure_ascii=False))
+    context.worker.report(step=1, total_steps=1, metrics=metrics)
     check_gates(settings.gates, metrics)
     details = {"samples": samples, "promptsHeldOut": measuring.asks_held_out}
     if settings.win_rate:
-        details["judge"] = judge_name(stage, settings.win_rate.judge)
+        details["judge"] = judge_name(context.stage, settings.win_rate.judge)
     return StageOutcome(metrics, details, contents=(EVALUATION,))
 
 
@@ -103,31 +98,21 @@ def run(
 class Measuring:
     """What it takes to measure a model."""
 
-    stage: PlannedStage
+    context: StageContext
     settings: AssessSettings
-    inputs: Mapping[str, Path]
-    workdir: Path
-    worker: Worker
     tokenizer: PreTrainedTokenizerBase
     data: Preferences | None
     held_out: tuple[tuple[Prompt, tuple[str, ...]], ...]
     """The held-out prompts with their answers, as text; empty: none are held out."""
 
     @classmethod
-    def of(
-        cls,
-        stage: PlannedStage,
-        settings: AssessSettings,
-        inputs: Mapping[str, Path],
-        workdir: Path,
-        worker: Worker,
-    ) -> Measuring:
-        tokenizer = base.load_tokenizer(inputs["model"])
+    def of(cls, context: StageContext, settings: AssessSettings) -> Measuring:
+        tokenizer = base.load_tokenizer(context.inputs["model"])
         if settings.chat.chat_template is not None:
             tokenizer.chat_template = settings.chat.chat_template
-        data = Preferences.open(inputs["data"]) if "data" in inputs else None
-        held_out = _texts(inputs["data"], settings) if data and data.validation else ()
-        return cls(stage, settings, inputs, workdir, worker, tokenizer, data, held_out)
+        data = Preferences.open(context.inputs["data"]) if "data" in context.inputs else None
+        held_out = _texts(context.inputs["data"], settings) if data and data.validation else ()
+        return cls(context, settings, tokenizer, data, held_out)
 
     # ---- the aligned model --------------------------------------------------------------------
 
@@ -135,10 +120,10 @@ class Measuring:
         """The aligned model against its start, one of them in memory at a time."""
         asked = self._asked()
         reward = self._reward(self.settings.reward, [one.prompt for one in asked])
-        after = self._behaviour(asked, {**self.inputs}, None, "the aligned model")
-        start = {role: path for role, path in self.inputs.items() if role != "tuned"}
-        if "start" in self.inputs:
-            start["tuned"] = self.inputs["start"]
+        after = self._behaviour(asked, {**self.context.inputs}, None, "the aligned model")
+        start = {role: path for role, path in self.context.inputs.items() if role != "tuned"}
+        if "start" in self.context.inputs:
+            start["tuned"] = self.context.inputs["start"]
         before = self._behaviour(asked, start, after.tokens, "the model before alignment")
         metrics = {**_form(asked, before, after), **self._on_pairs(before, after)}
         metrics |= self._scored(reward, asked, before, after)
@@ -150,14 +135,18 @@ class Measuring:
     def asks_held_out(self) -> bool:
         """Whether it is held-out prompts that are answered; False where none are held out, or where
         a rule needs the row's own fields: then it is those that the policy was trained on."""
-        trained_on = self.settings.prompts is not None and "prompts" in self.inputs
+        trained_on = self.settings.prompts is not None and "prompts" in self.context.inputs
         ruled = any(term.rule for term in self.settings.reward)
         return not trained_on or (bool(self.held_out) and not ruled)
 
     def _asked(self) -> list[Asked]:
         prompts = [prompt for prompt, _ in self.held_out]
         if not self.asks_held_out and self.settings.prompts is not None:
-            place, chosen, chat = self.inputs["prompts"], self.settings.prompts, self.settings.chat
+            place, chosen, chat = (
+                self.context.inputs["prompts"],
+                self.settings.prompts,
+                self.settings.chat,
+            )
             prompts = read_prompts(place, chosen, chat, name="the prompts")
         distinct = {json.dumps(prompt.messages): prompt for prompt in prompts}
         asked = []
@@ -175,8 +164,8 @@ class Measuring:
     def _reward(self, terms: Sequence[RewardTerm], prompts: Sequence[Prompt]) -> Reward | None:
         if not terms or not prompts:
             return None
-        chat, device = self.settings.chat, self.worker.device
-        return rewards.load(terms, self.inputs, chat, prompts, device)
+        chat, device = self.settings.chat, self.context.worker.device
+        return rewards.load(terms, self.context.inputs, chat, prompts, device)
 
     def _behaviour(
         self,
@@ -187,7 +176,7 @@ class Measuring:
     ) -> Behaviour:
         """`answered`: the aligned model's answers; None: this is the aligned model."""
         self._pause(f"measuring {name}")
-        model: Any = policies.answering(inputs, self.worker.device)
+        model: Any = policies.answering(inputs, self.context.worker.device)
         stop = stop_tokens(model, self.tokenizer, self.settings.chat.chat_template)
         pad = int(self.tokenizer.pad_token_id)
         sampler = TransformersSampler(model, pad, stop, self.settings.sampling)
@@ -195,12 +184,12 @@ class Measuring:
         sampled = sampler([one.ids for one in asked], keys) if asked else []
         tokens = tuple(answer.tokens for answer in sampled)
         forward = Forward(
-            device=self.worker.device,
+            device=self.context.worker.device,
             precision=torch.float32,
             pad=pad,
             pack=probes.isolates_documents(model),
             capacity=512,
-            max_tokens=16384 if self.worker.device.type == "cuda" else 2048,
+            max_tokens=16384 if self.context.worker.device.type == "cuda" else 2048,
         )
         own = _rows(asked, tokens if answered is None else answered)
         pairs = self.data.validation.rows if self.data and self.data.validation else None
@@ -208,8 +197,12 @@ class Measuring:
             answers=tuple(self._text(answer, stop) for answer in tokens),
             tokens=tokens,
             complete=float(np.mean([a[-1:] and a[-1] in stop for a in tokens])) if tokens else 1.0,
-            pairs_R=over_all(logprobs, model, pairs, forward, self.worker) if pairs else None,
-            own_N=over_all(logprobs, model, own, forward, self.worker) if own else np.zeros(0),
+            pairs_R=over_all(logprobs, model, pairs, forward, self.context.worker)
+            if pairs
+            else None,
+            own_N=over_all(logprobs, model, own, forward, self.context.worker)
+            if own
+            else np.zeros(0),
             sycophancy=self._sycophancy(model, name),
         )
         del model, sampler
@@ -218,7 +211,9 @@ class Measuring:
 
     def _sycophancy(self, model: Any, name: str) -> reward_hacking.Sycophancy:
         template = self.settings.chat.chat_template
-        judge = ModelJudge(model, self.tokenizer, name, stop=self.worker.stop, template=template)
+        judge = ModelJudge(
+            model, self.tokenizer, name, stop=self.context.worker.stop, template=template
+        )
         replies = {reply.key: reply for reply in judge.replies(reward_hacking.sycophancy_asks())}
         return reward_hacking.sycophancy(replies)
 
@@ -227,9 +222,9 @@ class Measuring:
         return str(self.tokenizer.decode(spoken, skip_special_tokens=True)).strip()
 
     def _pause(self, message: str) -> None:
-        if self.worker.stop():
-            raise Interrupted(self.stage.name, 0)
-        self.worker.report(total_steps=1, message=message)
+        if self.context.worker.stop():
+            raise Interrupted(self.context.stage.name, 0)
+        self.context.worker.report(total_steps=1, message=message)
 
     # ---- figures ------------------------------------------------------------------------------
 
@@ -276,10 +271,12 @@ class Measuring:
         conversations = [as_text(one.prompt.messages) for one in asked]
         answered = zip(conversations, after.answers, before.answers, strict=True)
         pairs = win_rate.pairs(list(answered), settings.principles, self.settings.seed)
-        kept = self.workdir / "checkpoints"
-        with Journal(kept, self.worker.identity, self.worker.persist) as journal:
-            asking = Asking.of(self.stage, settings.judge, journal, self.worker)
-            verdicts = win_rate.ask(asking, self.stage, self.inputs, settings, pairs)
+        kept = self.context.workdir / "checkpoints"
+        with Journal(kept, self.context.worker.identity, self.context.worker.persist) as journal:
+            asking = Asking.of(self.context.stage, settings.judge, journal, self.context.worker)
+            verdicts = win_rate.ask(
+                asking, self.context.stage, self.context.inputs, settings, pairs
+            )
         found = win_rate.decided(verdicts, identical=len(asked) - len(pairs))
         return {**found, **asking.tally.metrics()}
 

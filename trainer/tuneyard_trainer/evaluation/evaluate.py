@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tuneyard.api.plan import PlannedStage
 from tuneyard.api.stage_settings import EvaluateSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prepared import Prepared
@@ -27,7 +26,7 @@ from tuneyard_trainer.models import adapters
 from tuneyard_trainer.models.base import load_base, load_tokenizer
 from tuneyard_trainer.models.probes import isolates_documents
 from tuneyard_trainer.training.losses import Forward
-from tuneyard_trainer.worker import StageOutcome, Worker
+from tuneyard_trainer.worker import StageContext, StageOutcome, Worker
 
 MAX_QUESTIONS = 256
 """Held-out rows with `expected` that are answered, from the start of the file."""
@@ -48,27 +47,29 @@ class Question:
     """Whether the prompt holds a chat template's markup, special tokens included."""
 
 
-def run(
-    stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker
-) -> StageOutcome:
+def run(context: StageContext) -> StageOutcome:
     """Measures, writes `evaluation.json`, then checks the gates (StageError GateFailed)."""
-    settings = stage.settings
-    if not isinstance(settings, EvaluateSettings):
-        raise TypeError(f"stage {stage.name} is a {stage.kind}, not an evaluation")
-    data = Prepared.open(inputs["data"])
-    questions = _questions(inputs["data"], settings.samples)
+    settings = context.settings(EvaluateSettings)
+    data = Prepared.open(context.inputs["data"])
+    questions = _questions(context.inputs["data"], settings.samples)
     measured = {}
-    with _tuned(inputs, worker) as (model, base):
-        worker.report(total_steps=2, message="measuring the tuned model")
-        measured["tuned"] = _measure(model, data, questions, settings, inputs, worker)
+    with _tuned(context.inputs, context.worker) as (model, base):
+        context.worker.report(total_steps=2, message="measuring the tuned model")
+        measured["tuned"] = _measure(
+            model, data, questions, settings, context.inputs, context.worker
+        )
         if settings.compare_with_base:
             with base as base_model:
-                worker.report(step=1, total_steps=2, message="measuring the base model")
-                measured["base"] = _measure(base_model, data, questions, settings, inputs, worker)
+                context.worker.report(step=1, total_steps=2, message="measuring the base model")
+                measured["base"] = _measure(
+                    base_model, data, questions, settings, context.inputs, context.worker
+                )
     metrics = _metrics(measured, questions)
     result = {"metrics": metrics, "samples": _samples(questions, measured, settings.samples)}
-    (workdir / "evaluation.json").write_text(json.dumps(result, indent=2, ensure_ascii=False))
-    worker.report(step=2, total_steps=2, metrics=metrics)
+    (context.workdir / "evaluation.json").write_text(
+        json.dumps(result, indent=2, ensure_ascii=False)
+    )
+    context.worker.report(step=2, total_steps=2, metrics=metrics)
     check_gates(settings.gates, metrics)
     return StageOutcome(metrics=metrics, details={"samples": result["samples"]})
 

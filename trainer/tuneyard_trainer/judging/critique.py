@@ -25,27 +25,25 @@ from tuneyard_trainer.judging.local_model import ModelJudge
 from tuneyard_trainer.judging.session import Asking
 from tuneyard_trainer.storage.files import write_atomically
 from tuneyard_trainer.storage.journal import Journal, lines
-from tuneyard_trainer.worker import StageOutcome, Worker
+from tuneyard_trainer.worker import StageContext, StageOutcome
 
 REVISIONS, CRITIQUES = "revisions.jsonl", "critiques.jsonl"
 ANSWER_TEMPERATURE = 1.0
 """The first answers shall show what the policy does by itself, faults included."""
 
 
-def run(
-    stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker
-) -> StageOutcome:
+def run(context: StageContext) -> StageOutcome:
     """Answers, criticises, revises. Raises StageError NoRevisions, BudgetSpent and what judges
     raise."""
-    settings = stage.settings
-    if not isinstance(settings, CritiqueSettings):
-        raise TypeError(f"stage {stage.name} is a {stage.kind}, not critique")
-    policy = Policy.of(inputs, settings.chat, worker)
+    settings = context.settings(CritiqueSettings)
+    policy = Policy.of(context.inputs, settings.chat, context.worker)
     limit = settings.max_new_tokens
     prompts = policy.prompts(settings.prompts, limit, "constitution.prompts")
-    with Journal(workdir / "checkpoints", worker.identity, worker.persist) as journal:
+    with Journal(
+        context.workdir / "checkpoints", context.worker.identity, context.worker.persist
+    ) as journal:
         found = answers(
-            stage.name,
+            context.stage.name,
             policy,
             prompts,
             journal,
@@ -53,8 +51,8 @@ def run(
             sampling=Sampling(temperature=ANSWER_TEMPERATURE, max_new_tokens=limit),
             seed=settings.seed,
         )
-        asking = Asking.of(stage, settings.judge, journal, worker)
-        critic = _critic(stage, inputs, policy, asking)
+        asking = Asking.of(context.stage, settings.judge, journal, context.worker)
+        critic = _critic(context.stage, context.inputs, policy, asking)
         drafts = [
             Draft(str(index), ready, group[0])
             for index, (ready, group) in enumerate(zip(prompts, found, strict=True))
@@ -63,7 +61,7 @@ def run(
         for number in range(1, settings.revisions + 1):
             _round(number, drafts, settings, asking, critic)
     revised = [draft for draft in drafts if draft.rounds]
-    _write(workdir, drafts, revised, asking.tally.judge, speaks=policy.speaks)
+    _write(context.workdir, drafts, revised, asking.tally.judge, speaks=policy.speaks)
     if not revised:
         raise _no_revisions(len(prompts), asking)
     return StageOutcome(

@@ -34,25 +34,23 @@ from tuneyard_trainer.judging.judges import (
 from tuneyard_trainer.judging.session import Asking
 from tuneyard_trainer.storage.files import write_atomically
 from tuneyard_trainer.storage.journal import Journal, lines
-from tuneyard_trainer.worker import StageOutcome, Worker
+from tuneyard_trainer.worker import StageContext, StageOutcome, Worker
 
 LABELS, JUDGEMENTS = "preferences.jsonl", "judgements.jsonl"
 MANY_TRUNCATED = 0.5
 
 
-def run(
-    stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker
-) -> StageOutcome:
+def run(context: StageContext) -> StageOutcome:
     """Samples, asks, and writes the labels. Raises StageError NoPreferences, BudgetSpent and what
     judges raise."""
-    settings = stage.settings
-    if not isinstance(settings, FeedbackSettings):
-        raise TypeError(f"stage {stage.name} is a {stage.kind}, not feedback")
-    policy = Policy.of(inputs, settings.chat, worker)
+    settings = context.settings(FeedbackSettings)
+    policy = Policy.of(context.inputs, settings.chat, context.worker)
     prompts = policy.prompts(settings.prompts, settings.max_new_tokens, "aiFeedback.prompts")
-    with Journal(workdir / "checkpoints", worker.identity, worker.persist) as journal:
+    with Journal(
+        context.workdir / "checkpoints", context.worker.identity, context.worker.persist
+    ) as journal:
         found = answers(
-            stage.name,
+            context.stage.name,
             policy,
             prompts,
             journal,
@@ -64,14 +62,14 @@ def run(
         )
         policy.release()
         comparisons = Comparisons.of(prompts, found, settings)
-        asking = Asking.of(stage, settings.judge, journal, worker)
-        _ask(stage, inputs, settings, comparisons, asking)
+        asking = Asking.of(context.stage, settings.judge, journal, context.worker)
+        _ask(context.stage, context.inputs, settings, comparisons, asking)
     labels = Labels.of(comparisons, asking, settings)
-    labels.write(workdir, asking.tally.judge, speaks=policy.speaks)
+    labels.write(context.workdir, asking.tally.judge, speaks=policy.speaks)
     metrics = _metrics(found, comparisons, labels, asking)
     if not any(found.outcome in ("first", "second", "tie") for found in labels.verdicts):
         raise _no_preferences(comparisons, labels, asking)
-    _warn_of(metrics["truncatedAnswers"], settings.max_new_tokens, worker)
+    _warn_of(metrics["truncatedAnswers"], settings.max_new_tokens, context.worker)
     return StageOutcome(
         metrics,
         details={"judge": asking.tally.judge, "problems": asking.tally.shown},

@@ -9,16 +9,13 @@ Shapes: G groups, R rows, P pairs, N single answers, K figures.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tuneyard.api.plan import PlannedStage, TrainRuntime
 from tuneyard.api.stage_settings import DpoSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import base, policies, probes
@@ -37,65 +34,56 @@ from tuneyard_trainer.training.batches import Indices, Order, share
 from tuneyard_trainer.training.loop import Loop
 from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.training.seeds import derive_seed
-from tuneyard_trainer.worker import StageOutcome, Worker
+from tuneyard_trainer.worker import StageContext, StageOutcome, Worker
 
 
-def run(
-    stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker
-) -> StageOutcome:
+def run(context: StageContext) -> StageOutcome:
     """Trains and leaves `weights/` (an adapter or a whole model) and `metrics.jsonl`."""
-    settings = stage.settings
-    if not isinstance(settings, DpoSettings):
-        raise TypeError(f"stage {stage.name} is a {stage.kind}, not dpo")
-    loop = build(stage.name, settings, stage.runtime, inputs, workdir, worker)
+    settings = context.settings(DpoSettings)
+    loop = build(context, settings)
     state = loop.train()
-    shutil.rmtree(workdir / MISMATCHED / str(worker.rank), ignore_errors=True)
-    if worker.is_main:
-        policies.save(loop.model, settings.adapter, workdir / policies.WEIGHTS)
+    shutil.rmtree(context.workdir / MISMATCHED / str(context.worker.rank), ignore_errors=True)
+    if context.worker.is_main:
+        policies.save(loop.model, settings.adapter, context.workdir / policies.WEIGHTS)
     kept = state.best_step if settings.training.keep_best else state.step
     metrics = {**loop.summary(state), **loop.history.evaluated(kept)}
     details = {**loop.details(state), "loss": settings.loss, "beta": settings.beta}
     return StageOutcome(metrics=metrics, details=details, contents=(policies.WEIGHTS,))
 
 
-def build(
-    stage: str,
-    settings: DpoSettings,
-    runtime: TrainRuntime,
-    inputs: Mapping[str, Path],
-    workdir: Path,
-    worker: Worker,
-) -> Loop:
+def build(context: StageContext, settings: DpoSettings) -> Loop:
     """The loop at its start, the reference's log-probabilities at hand."""
-    data, training = Preferences.open(inputs["data"]), settings.training
+    data, training = Preferences.open(context.inputs["data"]), settings.training
     _require_shape(settings, data)
-    precision = precision_of(training, worker)
-    tokenizer = base.load_tokenizer(inputs["data"] / "tokenizer")
-    worker.report(message="loading the model")
+    precision = precision_of(training, context.worker)
+    tokenizer = base.load_tokenizer(context.inputs["data"] / "tokenizer")
+    context.worker.report(message="loading the model")
     model = policies.load(
-        inputs,
+        context.inputs,
         settings.adapter,
         training,
-        device=worker.device,
+        device=context.worker.device,
         precision=precision,
         tokenizer=tokenizer,
-        gradient_checkpointing=runtime.gradient_checkpointing,
+        gradient_checkpointing=context.stage.runtime.gradient_checkpointing,
     )
     forward = Forward.of(
         model,
-        device=worker.device,
+        device=context.worker.device,
         precision=precision,
         pad=tokenizer.pad_token_id,
         pack=probes.isolates_documents(model),
         max_length=data.max_length,
-        max_tokens=runtime.micro_batch_tokens,
+        max_tokens=context.stage.runtime.micro_batch_tokens,
     )
-    worker.report(message="measuring the reference")
-    learnt = ReferencedPreferences.of(settings, data, model, forward, workdir, worker)
+    context.worker.report(message="measuring the reference")
+    learnt = ReferencedPreferences.of(
+        settings, data, model, forward, context.workdir, context.worker
+    )
     kind = UnpairedPreferences if settings.loss == "kto" else Paired
-    objective = kind(model, forward, settings, worker, learnt)
+    objective = kind(model, forward, settings, context.worker, learnt)
     order = Order.of(data.train.source, data.weights, training.batch_size, training.seed)
-    return Loop.of(stage, training, runtime, objective, order, model, workdir, worker)
+    return Loop.of(context, training, objective, order, model)
 
 
 def _require_shape(settings: DpoSettings, data: Preferences) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tuneyard.api.plan import PlannedStage, SourceInput
+from tuneyard.api.plan import SourceInput
 from tuneyard.api.stage_settings import DatasetSettings, PairsSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.example import Example
@@ -33,7 +33,7 @@ from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import sequence_limit
 from tuneyard_trainer.preference.dataset import remove_groups, write_groups
 from tuneyard_trainer.preference.rows import Judged, PreferenceError, judged
-from tuneyard_trainer.worker import Interrupted, StageOutcome, Worker
+from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome
 
 BATCH_ROWS = 256
 FAULTS_SHOWN = 3
@@ -48,18 +48,14 @@ SHAPES = (
 )
 
 
-def run(
-    stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker
-) -> StageOutcome:
+def run(context: StageContext) -> StageOutcome:
     """Leaves the files that `preferences` describes."""
-    settings = stage.settings
-    if not isinstance(settings, PairsSettings):
-        raise TypeError(f"stage {stage.name} is a {stage.kind}, not pairs")
-    _clear(workdir)
+    settings = context.settings(PairsSettings)
+    _clear(context.workdir)
     try:
-        return _Reading.of(stage, settings, inputs, workdir, worker).outcome()
+        return _Reading.of(context, settings).outcome()
     except (StageError, OSError):  # a full disk, too
-        _clear(workdir)
+        _clear(context.workdir)
         raise
 
 
@@ -67,11 +63,8 @@ def run(
 class _Reading:
     """The preferences as they are read."""
 
-    stage: PlannedStage
+    context: StageContext
     settings: PairsSettings
-    inputs: Mapping[str, Path]
-    workdir: Path
-    worker: Worker
     encoder: Encoder
     limit: int
     """The longest row, in tokens."""
@@ -89,25 +82,18 @@ class _Reading:
     """A hash of each group's prompt."""
 
     @classmethod
-    def of(
-        cls,
-        stage: PlannedStage,
-        settings: PairsSettings,
-        inputs: Mapping[str, Path],
-        workdir: Path,
-        worker: Worker,
-    ) -> _Reading:
-        tokenizer = base.load_tokenizer(inputs["model"])
+    def of(cls, context: StageContext, settings: PairsSettings) -> _Reading:
+        tokenizer = base.load_tokenizer(context.inputs["model"])
         if settings.chat.chat_template is not None:
             tokenizer.chat_template = settings.chat.chat_template
         limit = sequence_limit(
-            inputs["model"], tokenizer, settings.max_length, "spec.preferences.maxLength"
+            context.inputs["model"], tokenizer, settings.max_length, "spec.preferences.maxLength"
         )
         encoder = Encoder(tokenizer, "last-assistant", settings.chat.system_prompt)
-        return cls(stage, settings, inputs, workdir, worker, encoder, limit)
+        return cls(context, settings, encoder, limit)
 
     def outcome(self) -> StageOutcome:
-        spool = self.workdir / _SPOOL
+        spool = self.context.workdir / _SPOOL
         spool.mkdir(parents=True)
         with RowWriter(spool, "all") as rows, (spool / "texts").open("w", encoding="utf-8") as text:
             for index, dataset in enumerate(self.settings.preferences):
@@ -117,7 +103,7 @@ class _Reading:
         self._check()
         counts = self._deal(spool)
         shutil.rmtree(spool)
-        self.encoder.tokenizer.save_pretrained(self.workdir / "tokenizer")
+        self.encoder.tokenizer.save_pretrained(self.context.workdir / "tokenizer")
         metrics = self._metrics(counts)
         details = {"skippedBy": dict(self.faults), "faults": self.shown, "maxLength": self.limit}
         self._write_summary(metrics, details)
@@ -127,13 +113,13 @@ class _Reading:
 
     def _batches(self, index: int, dataset: DatasetSettings) -> Iterator[list[Judged]]:
         """What the rows of one data set state, some hundred rows at a time."""
-        rows = islice(_rows(self.inputs[f"preferences.{index}"]), dataset.limit)
+        rows = islice(_rows(self.context.inputs[f"preferences.{index}"]), dataset.limit)
         while chunk := list(islice(rows, BATCH_ROWS)):
-            if self.worker.stop():
-                raise Interrupted(self.stage.name, self.num_rows)
+            if self.context.worker.stop():
+                raise Interrupted(self.context.stage.name, self.num_rows)
             self.num_rows += len(chunk)
             yield [one for row in chunk for one in self._judged(row, dataset)]
-            self.worker.report(step=self.num_rows, message=f"reading {self._name(index)}")
+            self.context.worker.report(step=self.num_rows, message=f"reading {self._name(index)}")
 
     def _judged(self, row: Row, dataset: DatasetSettings) -> list[Judged]:
         try:
@@ -186,7 +172,7 @@ class _Reading:
             shown.append(f"{where}: {why}")
 
     def _name(self, index: int) -> str:
-        source = self.stage.inputs[f"preferences.{index}"]
+        source = self.context.stage.inputs[f"preferences.{index}"]
         path = source.path if isinstance(source, SourceInput) else source.stage
         return path.removesuffix(".uri") or f"preferences.{index}"
 
@@ -242,9 +228,9 @@ class _Reading:
         starts = np.concatenate(([0], np.cumsum(self.sizes)))
         with (
             (spool / "texts").open(encoding="utf-8") as lines,
-            RowWriter(self.workdir, "train") as train,
-            RowWriter(self.workdir, "validation") as validation,
-            (self.workdir / "validation.jsonl").open("w", encoding="utf-8") as texts,
+            RowWriter(self.context.workdir, "train") as train,
+            RowWriter(self.context.workdir, "validation") as validation,
+            (self.context.workdir / "validation.jsonl").open("w", encoding="utf-8") as texts,
         ):
             for group, line in enumerate(lines):
                 writer = validation if held[group] else train
@@ -253,8 +239,8 @@ class _Reading:
                 if held[group]:
                     texts.write(line)
         sizes, labels = np.array(self.sizes), np.array(self.labels, dtype=np.float32)
-        write_groups(self.workdir, "train", sizes[~held], labels[~held])
-        write_groups(self.workdir, "validation", sizes[held], labels[held])
+        write_groups(self.context.workdir, "train", sizes[~held], labels[~held])
+        write_groups(self.context.workdir, "validation", sizes[held], labels[held])
         return {"train": int((~held).sum()), "validation": int(held.sum())}
 
     def _held_out(self) -> NDArray[np.bool_]:
@@ -271,7 +257,7 @@ class _Reading:
         return held_out(prompts, self.settings.held_out)
 
     def _metrics(self, counts: Mapping[str, int]) -> dict[str, float]:
-        train = Rows.open(self.workdir, "train")
+        train = Rows.open(self.context.workdir, "train")
         if train is None:
             raise TypeError("prepared no training rows")
         return {
@@ -299,7 +285,7 @@ class _Reading:
             **details,
         }
         text = json.dumps(summary, indent=2, sort_keys=True, ensure_ascii=False)
-        (self.workdir / "data.json").write_text(text + "\n", encoding="utf-8")
+        (self.context.workdir / "data.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _clear(workdir: Path) -> None:

@@ -7,7 +7,6 @@ is loaded again, compared with what was trained, and measured on the held-out pr
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from tuneyard.api.plan import PlannedStage, TrainRuntime
+from tuneyard.api.plan import TrainRuntime
 from tuneyard.api.stage_settings import RewardSettings
 from tuneyard_trainer.models import adapters, reward_models
 from tuneyard_trainer.models.base import (
@@ -38,7 +37,7 @@ from tuneyard_trainer.training.batches import Indices, Order, share
 from tuneyard_trainer.training.loop import Loop
 from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.training.seeds import derive_seed
-from tuneyard_trainer.worker import StageOutcome, Worker
+from tuneyard_trainer.worker import StageContext, StageOutcome, Worker
 
 START = "start"
 PROBED = 64
@@ -50,57 +49,50 @@ CPU_TOKENS, GPU_TOKENS = 2048, 16384
 FIGURES = ("loss", "accuracy")
 
 
-def run(
-    stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker
-) -> StageOutcome:
+def run(context: StageContext) -> StageOutcome:
     """Trains, writes, loads again and measures. Raises StageError RewardMismatch where what was
     written scores otherwise."""
-    settings = stage.settings
-    if not isinstance(settings, RewardSettings):
-        raise TypeError(f"stage {stage.name} is a {stage.kind}, not a reward model")
-    data = Preferences.open(inputs["data"])
-    tokenizer = load_tokenizer(inputs["data"] / "tokenizer")
-    worker.report(message="loading the model")
-    spare = workdir / START / str(worker.rank)  # two workers may share the folder
-    start = reward_models.start(inputs, spare)
-    loop = build(stage.name, settings, stage.runtime, start, data, tokenizer, workdir, worker)
+    settings = context.settings(RewardSettings)
+    data = Preferences.open(context.inputs["data"])
+    tokenizer = load_tokenizer(context.inputs["data"] / "tokenizer")
+    context.worker.report(message="loading the model")
+    spare = context.workdir / START / str(context.worker.rank)  # two workers may share the folder
+    start = reward_models.start(context.inputs, spare)
+    loop = build(context, settings, start, data, tokenizer)
     state = loop.train()
     metrics, details = loop.summary(state), loop.details(state)
-    if worker.is_main:
-        worker.report(message="writing the reward model, loading it again and measuring it")
-        metrics |= _written(loop, settings, start, inputs["model"], data, workdir, worker)
-        tokenizer.save_pretrained(workdir / "tokenizer")
+    if context.worker.is_main:
+        context.worker.report(message="writing the reward model, loading it again and measuring it")
+        metrics |= _written(context, loop, settings, start, data)
+        tokenizer.save_pretrained(context.workdir / "tokenizer")
     shutil.rmtree(spare, ignore_errors=True)
     return StageOutcome(metrics, details, contents=(WEIGHTS, "tokenizer"))
 
 
 def build(
-    stage: str,
+    context: StageContext,
     settings: RewardSettings,
-    runtime: TrainRuntime,
     start: Path,
     data: Preferences,
     tokenizer: PreTrainedTokenizerBase,
-    workdir: Path,
-    worker: Worker,
 ) -> Loop:
     """The loop at its start."""
     training = settings.training
-    precision = precision_of(training, worker)
+    precision = precision_of(training, context.worker)
     model = reward_models.fresh(
         start,
         settings.adapter,
         training,
-        device=worker.device,
+        device=context.worker.device,
         precision=precision,
         tokenizer=tokenizer,
     )
-    if runtime.gradient_checkpointing:
+    if context.stage.runtime.gradient_checkpointing:
         adapters.enable_gradient_checkpointing(model)
-    forward = _forward(tokenizer, data, runtime, precision, worker)
+    forward = _forward(tokenizer, data, context.stage.runtime, precision, context.worker)
     order = Order.of(data.train.source, data.weights, training.batch_size, training.seed)
-    objective = Ranked(model, data, forward, settings, worker)
-    return Loop.of(stage, training, runtime, objective, order, model, workdir, worker)
+    objective = Ranked(model, data, forward, settings, context.worker)
+    return Loop.of(context, training, objective, order, model)
 
 
 def _forward(
@@ -193,18 +185,12 @@ def _grid(found_R: Tensor, sizes: Indices) -> tuple[Tensor, Tensor]:
 
 
 def _written(
-    loop: Loop,
-    settings: RewardSettings,
-    start: Path,
-    base: Path,
-    data: Preferences,
-    workdir: Path,
-    worker: Worker,
+    context: StageContext, loop: Loop, settings: RewardSettings, start: Path, data: Preferences
 ) -> dict[str, float]:
     """Writes, loads, compares and measures; on one worker, the device that trained."""
     if not isinstance(loop.objective, Ranked):
         raise TypeError("the loop trains no reward model")
-    forward, alone = loop.objective.forward, Worker(0, 1, worker.device)
+    forward, alone = loop.objective.forward, Worker(0, 1, context.worker.device)
     probe = np.arange(min(PROBED, len(data.train.rows)), dtype=np.int64)
 
     def probed(model: nn.Module, precision: torch.dtype) -> Tensor:
@@ -213,17 +199,17 @@ def _written(
             return scores(model.eval(), data.train.rows, probe, one_pass).cpu()
 
     trained_R = probed(loop.model, forward.precision)
-    whole: Any = reward_models.save(loop.model, start, workdir / WEIGHTS, torch.float32)
-    merged_R = probed(whole.to(worker.device), torch.float32)
+    whole: Any = reward_models.save(loop.model, start, context.workdir / WEIGHTS, torch.float32)
+    merged_R = probed(whole.to(context.worker.device), torch.float32)
     four_bit = settings.adapter is not None and settings.adapter.qlora is not None
     if forward.precision is torch.float32 and not four_bit:
         limit = TOLERANCE * max(1.0, float(trained_R.std()))
         _compare("the merged reward model", trained_R, merged_R, limit)
-    dtype = stored_dtype(base)
+    dtype = stored_dtype(context.inputs["model"])
     if dtype is not torch.float32:
-        save_model(whole.to(dtype), workdir / WEIGHTS)
+        save_model(whole.to(dtype), context.workdir / WEIGHTS)
     in_memory_R = probed(whole, torch.float32)
-    read = reward_models.load(workdir / WEIGHTS, dtype=dtype, device=worker.device)
+    read = reward_models.load(context.workdir / WEIGHTS, dtype=dtype, device=context.worker.device)
     if name := differing(whole, read):
         raise read_back_otherwise(
             "RewardMismatch", f"the reward model read back differs from what was written in {name}."

@@ -17,29 +17,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tuneyard.api.plan import PlannedStage
 from tuneyard.api.stage_settings import GrpoSettings
 from tuneyard_trainer.reinforcement import arithmetic, loop
 from tuneyard_trainer.reinforcement.actor import Scored
 from tuneyard_trainer.reinforcement.method import Experience, Loss
 from tuneyard_trainer.reinforcement.rollouts import Rollouts
-from tuneyard_trainer.worker import StageOutcome, Worker
+from tuneyard_trainer.worker import StageContext, StageOutcome
 
 
-def run(
-    stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker
-) -> StageOutcome:
+def run(context: StageContext) -> StageOutcome:
     """Trains and leaves `weights/` (an adapter or a whole model) and `metrics.jsonl`."""
-    settings = stage.settings
-    if not isinstance(settings, GrpoSettings):
-        raise TypeError(f"stage {stage.name} is a {stage.kind}, not grpo")
+    settings = context.settings(GrpoSettings)
     method = Grpo(settings) if settings.estimator == "grpo" else Rloo(settings)
-    return loop.run(stage, settings, method, inputs, workdir, worker)
+    return loop.run(context, settings, method)
 
 
 @dataclass(frozen=True)

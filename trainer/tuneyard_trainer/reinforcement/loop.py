@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from tuneyard.api.alignment import Sampling
-from tuneyard.api.plan import PlannedStage
 from tuneyard.api.stage_settings import GrpoSettings, PpoSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.generation import answering
@@ -55,7 +54,7 @@ from tuneyard_trainer.training.history import History
 from tuneyard_trainer.training.loop import CHECKPOINT_SECONDS
 from tuneyard_trainer.training.schedules import rate
 from tuneyard_trainer.training.seeds import COMPLETION, MEASUREMENT, derive_seed
-from tuneyard_trainer.worker import Interrupted, StageOutcome, Worker
+from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
 
 
 @dataclass(frozen=True)
@@ -86,21 +85,16 @@ class RlState(LoopState):
 
 
 def run(
-    stage: PlannedStage,
-    settings: PpoSettings | GrpoSettings,
-    method: Method,
-    inputs: Mapping[str, Path],
-    workdir: Path,
-    worker: Worker,
+    context: StageContext, settings: PpoSettings | GrpoSettings, method: Method
 ) -> StageOutcome:
     """Trains and leaves `weights/` (an adapter or a whole model) and `metrics.jsonl`."""
-    loop = Loop.build(stage, settings, method, inputs, workdir, worker)
+    loop = Loop.build(context, settings, method)
     try:
         state = loop.train()
     finally:
         loop.collector.sampler.close()
-    if worker.is_main:
-        loop.write_weights(workdir / "weights")
+    if context.worker.is_main:
+        loop.write_weights(context.workdir / "weights")
     return StageOutcome(
         metrics=loop.summary(state), details=loop.details(state), contents=("weights",)
     )
@@ -130,41 +124,35 @@ class Loop:
 
     @classmethod
     def build(
-        cls,
-        stage: PlannedStage,
-        settings: PpoSettings | GrpoSettings,
-        method: Method,
-        inputs: Mapping[str, Path],
-        workdir: Path,
-        worker: Worker,
+        cls, context: StageContext, settings: PpoSettings | GrpoSettings, method: Method
     ) -> Loop:
         training = settings.training
-        name = f"spec.optimize.{stage.name.partition('-')[0]}.prompts"
-        asker = answering.Policy.of(inputs, settings.chat, worker)
+        name = f"spec.optimize.{context.stage.name.partition('-')[0]}.prompts"
+        asker = answering.Policy.of(context.inputs, settings.chat, context.worker)
         ready = asker.prompts(settings.prompts, settings.sampling.max_new_tokens, name)
         reward = rewards.load(
-            settings.reward, inputs, settings.chat, prompts_of(ready), worker.device
+            settings.reward, context.inputs, settings.chat, prompts_of(ready), context.worker.device
         )
-        worker.report(message="loading the model")
+        context.worker.report(message="loading the model")
         actor = actors.load(
-            inputs,
+            context.inputs,
             settings.adapter,
             training,
-            stage.runtime,
-            worker,
+            context.stage.runtime,
+            context.worker,
             temperature=settings.sampling.temperature,
             with_values=method.with_values,
             with_reference=method.with_reference,
         )
         stop = stop_tokens(actor.model, asker.tokenizer, settings.chat.chat_template)
-        sampler = _sampler(actor, stop, settings.sampling, ready, worker)
+        sampler = _sampler(actor, stop, settings.sampling, ready, context.worker)
         questions, held_out = split(ready)
-        peers = ProcessGroup(worker.rank, worker.world_size, worker.device)
+        peers = ProcessGroup(context.worker.rank, context.worker.world_size, context.worker.device)
         return cls(
-            stage=stage.name,
+            stage=context.stage.name,
             settings=settings,
             method=method,
-            worker=worker,
+            worker=context.worker,
             actor=actor,
             optimiser=PolicyOptimizer.of(actor, method, training, peers),
             collector=Collector(
@@ -178,9 +166,11 @@ class Loop:
                 max(1, method.answers // method.group_size),
                 training.seed,
             ),
-            checkpoints=Checkpoints(workdir / "checkpoints", worker.persist, RlState),
-            history=History(workdir / "metrics.jsonl", enabled=worker.is_main),
-            checkpoint_steps=stage.runtime.checkpoint_steps,
+            checkpoints=Checkpoints(
+                context.workdir / "checkpoints", context.worker.persist, RlState
+            ),
+            history=History(context.workdir / "metrics.jsonl", enabled=context.worker.is_main),
+            checkpoint_steps=context.stage.runtime.checkpoint_steps,
         )
 
     # ---- the run ------------------------------------------------------------------------------

@@ -18,27 +18,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
-from tuneyard.api.plan import PlannedStage
 from tuneyard.api.stage_settings import PpoSettings
 from tuneyard_trainer.reinforcement import arithmetic, loop
 from tuneyard_trainer.reinforcement.actor import Scored
 from tuneyard_trainer.reinforcement.method import Experience, Loss
 from tuneyard_trainer.reinforcement.rollouts import Rollouts
-from tuneyard_trainer.worker import StageOutcome, Worker
+from tuneyard_trainer.worker import StageContext, StageOutcome
 
 
-def run(
-    stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker
-) -> StageOutcome:
+def run(context: StageContext) -> StageOutcome:
     """Trains and leaves `weights/` (an adapter or a whole model) and `metrics.jsonl`."""
-    settings = stage.settings
-    if not isinstance(settings, PpoSettings):
-        raise TypeError(f"stage {stage.name} is a {stage.kind}, not ppo")
-    return loop.run(stage, settings, Ppo(settings), inputs, workdir, worker)
+    settings = context.settings(PpoSettings)
+    return loop.run(context, settings, Ppo(settings))
 
 
 @dataclass(frozen=True)

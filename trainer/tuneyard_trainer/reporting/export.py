@@ -18,13 +18,12 @@ import yaml
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tuneyard.api.plan import PlannedStage
 from tuneyard.api.stage_settings import ExportSettings
 from tuneyard_trainer.data.prepared import Prepared
 from tuneyard_trainer.models import adapters, base, files, reward_models
 from tuneyard_trainer.models.base import read_back_otherwise
 from tuneyard_trainer.reporting import report
-from tuneyard_trainer.worker import StageOutcome, Worker
+from tuneyard_trainer.worker import StageContext, StageOutcome
 
 PROBE_TOKENS = 64
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog, 12 times a day."
@@ -38,36 +37,44 @@ be zero: sums depend on where weights lie in memory."""
 ADAPTER, MODEL = "adapter", "model"
 
 
-def run(
-    stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker
-) -> StageOutcome:
+def run(context: StageContext) -> StageOutcome:
     """Writes everything anew; raises StageError ExportMismatch if what was written differs."""
-    settings = stage.settings
-    if not isinstance(settings, ExportSettings):
-        raise TypeError(f"stage {stage.name} is a {stage.kind}, not an export")
-    _clear(workdir)
-    probe_1L = _probe(inputs)
+    settings = context.settings(ExportSettings)
+    _clear(context.workdir)
+    probe_1L = _probe(context.inputs)
     compared: dict[str, float] = {}
-    if reward_models.is_scorer(inputs["tuned"] / "weights"):
-        worker.report(message="writing the reward model and loading it again")
-        compared["rewardDifference"] = _export_scorer(inputs, workdir, probe_1L)
-    elif (inputs["tuned"] / "weights" / "adapter_config.json").exists():
-        worker.report(message="writing the adapter and loading it again")
-        compared["adapterLogitDifference"] = _export_adapter(inputs, workdir, probe_1L)
+    if reward_models.is_scorer(context.inputs["tuned"] / "weights"):
+        context.worker.report(message="writing the reward model and loading it again")
+        compared["rewardDifference"] = _export_scorer(context.inputs, context.workdir, probe_1L)
+    elif (context.inputs["tuned"] / "weights" / "adapter_config.json").exists():
+        context.worker.report(message="writing the adapter and loading it again")
+        compared["adapterLogitDifference"] = _export_adapter(
+            context.inputs, context.workdir, probe_1L
+        )
         if settings.merge:
-            worker.report(message="merging the adapter and loading the model again")
-            compared["mergedLogitDifference"] = _export_merged(inputs, workdir, probe_1L)
+            context.worker.report(message="merging the adapter and loading the model again")
+            compared["mergedLogitDifference"] = _export_merged(
+                context.inputs, context.workdir, probe_1L
+            )
     else:
-        worker.report(message="writing the model and loading it again")
-        compared["modelLogitDifference"] = _export_full(inputs, workdir, probe_1L)
-    licence = files.license_of(inputs["model"])
-    report.write(workdir, inputs, manifest=worker.manifest, compared=compared, licence=licence)
-    (workdir / "job.yaml").write_text(yaml.safe_dump(dict(worker.manifest), sort_keys=False))
-    written = tuple(name for name in (ADAPTER, MODEL) if (workdir / name).exists())
+        context.worker.report(message="writing the model and loading it again")
+        compared["modelLogitDifference"] = _export_full(context.inputs, context.workdir, probe_1L)
+    licence = files.license_of(context.inputs["model"])
+    report.write(
+        context.workdir,
+        context.inputs,
+        manifest=context.worker.manifest,
+        compared=compared,
+        licence=licence,
+    )
+    (context.workdir / "job.yaml").write_text(
+        yaml.safe_dump(dict(context.worker.manifest), sort_keys=False)
+    )
+    written = tuple(name for name in (ADAPTER, MODEL) if (context.workdir / name).exists())
     size = sum(
         path.stat().st_size
         for name in written
-        for path in (workdir / name).rglob("*")
+        for path in (context.workdir / name).rglob("*")
         if path.is_file()
     )
     return StageOutcome(metrics={**compared, "bytes": float(size)}, contents=written)

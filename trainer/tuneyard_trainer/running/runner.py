@@ -22,7 +22,7 @@ from tuneyard_trainer.running.failures import out_of_memory
 from tuneyard_trainer.storage import sources
 from tuneyard_trainer.storage.files import disk_error
 from tuneyard_trainer.storage.records import Store
-from tuneyard_trainer.worker import Interrupted, StageOutcome, Worker
+from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
 
 if TYPE_CHECKING:
     import torch
@@ -45,9 +45,8 @@ Emit = Callable[[dict[str, Any]], None]
 """Receives events as JSON values: `stage` (stage, state, record) and `progress` (stage, step,
 totalSteps, metrics, message, resumedStep)."""
 
-StageFunction = Callable[[PlannedStage, Mapping[str, Path], Path, Worker], StageOutcome]
-"""A stage's `run(stage, inputs, workdir, worker)`: `inputs` maps a role to a local path; `workdir`
-is the stage's own folder and may hold what a killed run left behind."""
+StageFunction = Callable[[StageContext], StageOutcome]
+"""A stage's `run`."""
 
 
 @dataclass
@@ -177,7 +176,7 @@ class PlanRunner:
         try:
             inputs = self.ledger.inputs(stage)
             run = _stage_function(stage.kind)
-            outcome = run(stage, inputs, workdir, self._worker(stage, digests))
+            outcome = run(StageContext(stage, inputs, workdir, self._worker(stage, digests)))
         except OSError as error:
             raise disk_error(error, workdir) from error
         except (MemoryError, RuntimeError) as error:

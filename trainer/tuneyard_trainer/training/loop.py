@@ -13,14 +13,12 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tuneyard.api.plan import TrainRuntime
 from tuneyard.api.stage_settings import LoopSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import base, layers
@@ -29,7 +27,7 @@ from tuneyard_trainer.training.batches import Indices, Order
 from tuneyard_trainer.training.checkpoints import Checkpoints, LoopState, assign
 from tuneyard_trainer.training.history import History
 from tuneyard_trainer.training.schedules import rate
-from tuneyard_trainer.worker import Interrupted, Worker
+from tuneyard_trainer.worker import Interrupted, StageContext, Worker
 
 CHECKPOINT_SECONDS = 600.0
 
@@ -86,29 +84,26 @@ class Loop:
     @classmethod
     def of(
         cls,
-        stage: str,
+        context: StageContext,
         settings: LoopSettings,
-        runtime: TrainRuntime,
         objective: Objective,
         order: Order,
         model: nn.Module,
-        workdir: Path,
-        worker: Worker,
     ) -> Loop:
         """A loop over `order` that trains what `model` has to train."""
         parameters = layers.trainable(model)
         return cls(
-            stage=stage,
+            stage=context.stage.name,
             settings=settings,
-            worker=worker,
+            worker=context.worker,
             model=model,
             parameters=parameters,
             optimizer=adamw(parameters, settings),
             objective=objective,
             order=order,
-            checkpoints=Checkpoints(workdir / "checkpoints", worker.persist),
-            history=History(workdir / "metrics.jsonl", enabled=worker.is_main),
-            checkpoint_steps=runtime.checkpoint_steps,
+            checkpoints=Checkpoints(context.workdir / "checkpoints", context.worker.persist),
+            history=History(context.workdir / "metrics.jsonl", enabled=context.worker.is_main),
+            checkpoint_steps=context.stage.runtime.checkpoint_steps,
         )
 
     # ---- the run ------------------------------------------------------------------------------

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from tuneyard.api.plan import PlannedStage, TrainRuntime
 from tuneyard.api.stage_settings import TrainSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prepared import Prepared
@@ -20,59 +17,48 @@ from tuneyard_trainer.training.batches import Indices, Order, share
 from tuneyard_trainer.training.loop import Loop
 from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.training.seeds import derive_seed
-from tuneyard_trainer.worker import StageOutcome, Worker
+from tuneyard_trainer.worker import StageContext, StageOutcome, Worker
 
 
-def run(
-    stage: PlannedStage, inputs: Mapping[str, Path], workdir: Path, worker: Worker
-) -> StageOutcome:
+def run(context: StageContext) -> StageOutcome:
     """Trains and leaves `weights/` (an adapter or a whole model) and `metrics.jsonl`."""
-    settings = stage.settings
-    if not isinstance(settings, TrainSettings):
-        raise TypeError(f"stage {stage.name} is a {stage.kind}, not a training stage")
-    loop = build(stage.name, settings, stage.runtime, inputs, workdir, worker)
+    settings = context.settings(TrainSettings)
+    loop = build(context, settings)
     state = loop.train()
-    if worker.is_main:
-        policies.save(loop.model, settings.adapter, workdir / policies.WEIGHTS)
+    if context.worker.is_main:
+        policies.save(loop.model, settings.adapter, context.workdir / policies.WEIGHTS)
     packed = isinstance(loop.objective, CrossEntropy) and loop.objective.forward.pack
     details = {**loop.details(state), "packed": packed}
     return StageOutcome(metrics=loop.summary(state), details=details, contents=(policies.WEIGHTS,))
 
 
-def build(
-    stage: str,
-    settings: TrainSettings,
-    runtime: TrainRuntime,
-    inputs: Mapping[str, Path],
-    workdir: Path,
-    worker: Worker,
-) -> Loop:
+def build(context: StageContext, settings: TrainSettings) -> Loop:
     """The loop at its start."""
-    data = Prepared.open(inputs["data"])
-    precision = precision_of(settings, worker)
-    tokenizer = base.load_tokenizer(inputs["data"] / "tokenizer")
-    worker.report(message="loading the model")
+    data = Prepared.open(context.inputs["data"])
+    precision = precision_of(settings, context.worker)
+    tokenizer = base.load_tokenizer(context.inputs["data"] / "tokenizer")
+    context.worker.report(message="loading the model")
     model = policies.load(
-        inputs,
+        context.inputs,
         settings.adapter,
         settings,
-        device=worker.device,
+        device=context.worker.device,
         precision=precision,
         tokenizer=tokenizer,
-        gradient_checkpointing=runtime.gradient_checkpointing,
+        gradient_checkpointing=context.stage.runtime.gradient_checkpointing,
     )
     forward = Forward.of(
         model,
-        device=worker.device,
+        device=context.worker.device,
         precision=precision,
         pad=tokenizer.pad_token_id,
         pack=_packs(settings, model),
         max_length=data.max_length,
-        max_tokens=runtime.micro_batch_tokens,
+        max_tokens=context.stage.runtime.micro_batch_tokens,
     )
     order = Order.of(data.train.source, data.weights, settings.batch_size, settings.seed)
-    objective = CrossEntropy(model, data, forward, settings, worker)
-    return Loop.of(stage, settings, runtime, objective, order, model, workdir, worker)
+    objective = CrossEntropy(model, data, forward, settings, context.worker)
+    return Loop.of(context, settings, objective, order, model)
 
 
 @dataclass(frozen=True)
