@@ -491,7 +491,7 @@ class Attempt:
     def end(self, told: Object | None = None) -> None:
         """The driver ends and has not been able to post; KubeRay copies its log's tail."""
         is_well = told is not None and told["state"] == "Succeeded"
-        line = f"a line before\nTUNEYARD-ENDING {json.dumps(told)}\n" if told else ""
+        line = f"a line before\nTUNEYARD-OUTCOME {json.dumps(told)}\n" if told else ""
         if is_well:
             self.set(jobDeploymentStatus="Complete", jobStatus="SUCCEEDED", message=line)
         else:

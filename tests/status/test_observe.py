@@ -19,10 +19,10 @@ from tests.status.world import (
     post,
     ray_job,
 )
+from tuneyard.api.pods import GRACE_SECONDS
 from tuneyard.api.progress import Outcome, Post
 from tuneyard.api.status import Result, StageStatus
 from tuneyard.errors import Fault, PlanError
-from tuneyard.rendering.rayjob import GRACE_SECONDS
 from tuneyard.status.observe import (
     MAX_ATTEMPTS,
     PODS_SECONDS,
@@ -542,7 +542,7 @@ class TestFailure:
     def test_the_drivers_last_words_count_if_no_post_got_through(self) -> None:
         played = running()
         words = failed("RowUnreadable", advice="Mend it.").model_dump_json(by_alias=True)
-        log = f"Job entrypoint command failed with exit code 1\nTUNEYARD-ENDING {words}\nbye"
+        log = f"Job entrypoint command failed with exit code 1\nTUNEYARD-OUTCOME {words}\nbye"
         played.ray(job_status="FAILED", deployment_status="Failed", reason="AppFailed", message=log)
         played.look()
         assert played.why("Failed") == "True RowUnreadable"

@@ -294,11 +294,11 @@ def _cluster(played: World) -> None:
         outcome = failed("DiskFull", retryable=True)
         words = outcome.model_dump_json(by_alias=True, exclude_none=True)
         played.post = post(1, 20, outcome=outcome)
-        played.change(ray.name, job_status="FAILED", message=f"TUNEYARD-ENDING {words}")
+        played.change(ray.name, job_status="FAILED", message=f"TUNEYARD-OUTCOME {words}")
     elif number == 2 and policy.suspend:
         played.post = post(2, 30, outcome=INTERRUPTED)
         words = INTERRUPTED.model_dump_json(by_alias=True, exclude_none=True)
-        played.change(ray.name, job_status="FAILED", message=f"TUNEYARD-ENDING {words}")
+        played.change(ray.name, job_status="FAILED", message=f"TUNEYARD-OUTCOME {words}")
     elif number == 3:
         played.change(ray.name, suspended=True, deployment_status="Suspending")
     elif number == 4:

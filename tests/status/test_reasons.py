@@ -295,7 +295,8 @@ class TestLastWords:
     def test_the_last_marked_line_counts(self) -> None:
         first, last = failed("First"), failed("Last", retryable=True)
         text = "".join(
-            f"some log\nTUNEYARD-ENDING {e.model_dump_json(by_alias=True)}\n" for e in (first, last)
+            f"some log\nTUNEYARD-OUTCOME {e.model_dump_json(by_alias=True)}\n"
+            for e in (first, last)
         )
         assert self.words(f"{text}and Ray's own words after it") == last
 
@@ -304,11 +305,11 @@ class TestLastWords:
         [
             "",
             "no mark",
-            "TUNEYARD-ENDING ",
-            "TUNEYARD-ENDING {",
-            'TUNEYARD-ENDING {"state": "Odd"}',
-            "TUNEYARD-ENDING [1]",
-            "TUNEYARD-ENDING nothing",
+            "TUNEYARD-OUTCOME ",
+            "TUNEYARD-OUTCOME {",
+            'TUNEYARD-OUTCOME {"state": "Odd"}',
+            "TUNEYARD-OUTCOME [1]",
+            "TUNEYARD-OUTCOME nothing",
         ],
     )
     def test_what_is_no_ending_is_none(self, text: str) -> None:

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tuneyard.api.pods import DRAIN_SECONDS
+
 FOLDER = Path(tempfile.gettempdir(), "tuneyard-drain")
 """A pod's /tmp is its own."""
 LOOK_SECONDS = 1.0
-WAIT_SECONDS = 105.0
-"""Below the pods' 120 s of grace, which the hook's time is part of."""
 
 
 @contextmanager
@@ -73,4 +73,4 @@ def _alive(pid: int) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if drain(FOLDER, WAIT_SECONDS) else 1)
+    sys.exit(0 if drain(FOLDER, DRAIN_SECONDS) else 1)

@@ -11,9 +11,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from tuneyard.api.meta import Report
+from tuneyard.api.meta import VERSION, Report
 from tuneyard.api.status import Failure, Result, StageStatus
 
+PROGRESS_ROUTE = f"/{VERSION}/namespaces/{{namespace}}/{{plural}}/{{name}}/progress"
+"""Path of a job on the status server; `plural` is `finetunejobs` or `alignmentjobs`."""
 MAX_POST_BYTES = 64 << 10
 """A longer body is refused, as Kubeflow does."""
 POST_SECONDS = 5.0

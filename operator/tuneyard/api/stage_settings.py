@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
@@ -417,3 +417,13 @@ StageKind = Literal[
     "assess",
     "export",
 ]
+
+SUPERVISED_KINDS: Final[tuple[StageKind, ...]] = ("sft", "pretrain")
+REINFORCEMENT_KINDS: Final[tuple[StageKind, ...]] = ("ppo", "grpo")
+TRAINING_KINDS: Final[tuple[StageKind, ...]] = (
+    *SUPERVISED_KINDS,
+    "reward",
+    "dpo",
+    *REINFORCEMENT_KINDS,
+)
+"""The kinds of stages that train, in the order in which one job runs them."""

@@ -14,12 +14,12 @@ import click
 from rich.console import Console
 from rich.live import Live
 
+from tuneyard.api.pods import GRACE_SECONDS
 from tuneyard.cli import logs as pod_logs
 from tuneyard.cli import views
 from tuneyard.cli.errors import NotFoundError, RemoteError, UnreachableError
 from tuneyard.cli.jobs import Event, Found, Kind, to_json
 from tuneyard.cli.options import Where, for_cluster, job_name, optional_job_name
-from tuneyard.rendering.rayjob import GRACE_SECONDS
 
 if TYPE_CHECKING:
     from tuneyard.cli.cluster import Cluster

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from tuneyard.api.plan import Plan
+from tuneyard.api.pods import model_uri
 from tuneyard.api.progress import Post
 from tuneyard.api.status import AttemptStatus, JobStatus, Progress
 from tuneyard.controller import metrics
@@ -197,7 +198,7 @@ class Reconciler:
             return Waiting("WaitingForModel", f"there is no job {name} in the namespace yet")
         phase = (found[0].get("status") or {}).get("phase")
         if phase == "Succeeded":
-            return f"{found[0]['spec']['output']['uri'].rstrip('/')}/result/model"
+            return model_uri(found[0]["spec"]["output"]["uri"])
         if phase == "Failed":
             message = f"job {name} failed, so there is no model: name another one"
             raise PlanError([Fault("spec.model.uri", message)])

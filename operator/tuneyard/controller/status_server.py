@@ -17,7 +17,7 @@ from aiohttp import web
 from pydantic import ValidationError
 
 from tuneyard.api.meta import GROUP
-from tuneyard.api.progress import MAX_POST_BYTES, Answer, Post
+from tuneyard.api.progress import MAX_POST_BYTES, PROGRESS_ROUTE, Answer, Post
 from tuneyard.controller import metrics
 from tuneyard.controller.cluster import ApiError, Cluster, Key
 from tuneyard.controller.reconciler import Reconciler
@@ -27,7 +27,6 @@ from tuneyard.status.observe import is_finished, wants_stop
 from tuneyard.status.observed import attempt_of
 
 _KINDS = {"finetunejobs": "FineTuneJob", "alignmentjobs": "AlignmentJob"}
-_ROUTE = "/v1alpha1/namespaces/{namespace}/{plural}/{name}/progress"
 
 REVIEW_SECONDS = 60.0
 """How long the API server's word on a token is believed."""
@@ -69,7 +68,7 @@ class StatusServer:
     async def start(self, port: int, context: ssl.SSLContext) -> int:
         """Listens; the port it got. Raises OSError."""
         app = web.Application(client_max_size=MAX_POST_BYTES)
-        app.router.add_post(_ROUTE, self._post)
+        app.router.add_post(PROGRESS_ROUTE, self._post)
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
         await web.TCPSite(self._runner, port=port, ssl_context=context).start()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from tuneyard.api.alignmentjob import AlignmentJob
 from tuneyard.api.finetunejob import FineTuneJob
-from tuneyard.api.meta import GROUP, VERSION
+from tuneyard.api.meta import GROUP
 from tuneyard.api.plan import Plan, digest
+from tuneyard.api.progress import PROGRESS_ROUTE
 
 
 def ray_job_name(kind: str, name: str, attempt: int) -> str:
@@ -31,7 +32,7 @@ def audience(kind: str, namespace: str, name: str) -> str:
 
 def progress_path(kind: str, namespace: str, name: str) -> str:
     """Where an attempt of a job posts to, on the status server."""
-    return f"/{VERSION}/namespaces/{namespace}/{kind.lower()}s/{name}/progress"
+    return PROGRESS_ROUTE.format(namespace=namespace, plural=f"{kind.lower()}s", name=name)
 
 
 def plan_digest(plan: Plan) -> str:

@@ -17,6 +17,13 @@ from tuneyard.api.compute import Compute
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.meta import GROUP
 from tuneyard.api.plan import Plan, digest
+from tuneyard.api.pods import (
+    CA_VARIABLE,
+    CLAIMS_FOLDER,
+    GRACE_SECONDS,
+    PROGRESS_URL_VARIABLE,
+    TOKEN_FILE_VARIABLE,
+)
 from tuneyard.rendering.compute import Workers, workers
 from tuneyard.rendering.names import (
     audience,
@@ -37,8 +44,6 @@ PLAN_FILE = f"{PLAN_FOLDER}/plan.json"
 TOKEN_FOLDER = "/var/run/secrets/tuneyard"  # noqa: S105  a folder, not a secret
 TOKEN_SECONDS = 3600
 """The token's life; the kubelet renews it at 80%."""
-GRACE_SECONDS = 120
-"""From SIGTERM to SIGKILL: time for a last checkpoint."""
 TTL_SECONDS = 60
 """How long a finished RayJob's cluster stays: the operator has read what it needs by then."""
 OBJECT_STORE_BYTES = 256 << 20
@@ -375,11 +380,11 @@ def _shared_memory(size: str) -> _Mount:
 
 
 def _claims(claims: Mapping[str, bool]) -> list[_Mount]:
-    """A mount at /mnt/pvc/CLAIM for each claim; the value says whether it is written to."""
+    """Return the mount of each claim; a claim's value tells whether it is written to."""
     return [
         _Mount(
             f"pvc-{index}",
-            f"/mnt/pvc/{claim}",
+            f"{CLAIMS_FOLDER}/{claim}",
             {"persistentVolumeClaim": {"claimName": claim, "readOnly": not writable}},
             read_only=not writable,
         )
@@ -402,9 +407,9 @@ def _reporting(
     source = {"projected": {"sources": [{"serviceAccountToken": token}]}}
     path = progress_path(job.kind, namespace, job.metadata.name)
     env = [
-        {"name": "TUNEYARD_PROGRESS_URL", "value": f"{reporting.url.rstrip('/')}{path}"},
-        {"name": "TUNEYARD_TOKEN_FILE", "value": f"{TOKEN_FOLDER}/token"},
-        {"name": "TUNEYARD_CA", "value": reporting.ca},
+        {"name": PROGRESS_URL_VARIABLE, "value": f"{reporting.url.rstrip('/')}{path}"},
+        {"name": TOKEN_FILE_VARIABLE, "value": f"{TOKEN_FOLDER}/token"},
+        {"name": CA_VARIABLE, "value": reporting.ca},
     ]
     return [_Mount("token", TOKEN_FOLDER, source)], env
 

@@ -15,6 +15,7 @@ from tuneyard.api.compute import RunPolicy
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.meta import Condition, ConditionType
 from tuneyard.api.plan import Plan
+from tuneyard.api.pods import GRACE_SECONDS, stage_folder
 from tuneyard.api.progress import Outcome, ProgressReport
 from tuneyard.api.status import (
     AttemptStatus,
@@ -27,7 +28,6 @@ from tuneyard.api.status import (
 )
 from tuneyard.errors import PlanError
 from tuneyard.rendering.names import plan_digest, ray_job_name
-from tuneyard.rendering.rayjob import GRACE_SECONDS
 from tuneyard.status import reasons
 from tuneyard.status.observed import RayJob, Seen
 from tuneyard.status.reasons import Cause
@@ -438,8 +438,7 @@ class _Observer:
     def _result_uri(self) -> str:
         """Where the trainer puts the last stage's output."""
         last = self.status.stages[-1].name if self.status.stages else "export"
-        folder = "result" if last == "export" else f"stages/{last}"
-        return f"{self.job.spec.output.uri.rstrip('/')}/{folder}"
+        return f"{self.job.spec.output.uri.rstrip('/')}/{stage_folder(last)}"
 
     def _close(self, cause: Cause) -> Decision:
         """Ends the attempt in the status; the job too, where nothing is left to try."""

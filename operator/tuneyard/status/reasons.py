@@ -14,12 +14,10 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
+from tuneyard.api.pods import OUTCOME_PREFIX
 from tuneyard.api.progress import Outcome
 from tuneyard.api.status import Failure
 from tuneyard.status.observed import Obstacle, Pod, RayJob, Seen, Trouble
-
-ENDING_MARK = "TUNEYARD-ENDING "
-"""Before the driver's last words in its log, whose tail KubeRay copies into the RayJob."""
 
 WORDLESS = ("WorkerDied", "HeadLost")
 """Reasons of somebody who saw only that a process was gone: Kubernetes may know why."""
@@ -52,7 +50,7 @@ _MEMORY_ADVICE = (
 def last_words(ray_job: RayJob | None) -> Outcome | None:
     """How the driver ended by its log's last line; None if it did not say."""
     text = ray_job.message if ray_job else ""
-    _, mark, rest = text.rpartition(ENDING_MARK)
+    _, mark, rest = text.rpartition(OUTCOME_PREFIX)
     if not mark:
         return None
     try:

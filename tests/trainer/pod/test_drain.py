@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tuneyard.api.pods import DRAIN_SECONDS, GRACE_SECONDS
 from tuneyard_trainer import drain
 
 
@@ -42,7 +43,7 @@ def test_the_hook_asks_and_waits_until_the_work_has_ended(tmp_path: Path) -> Non
 def test_the_hook_gives_up_before_the_pods_grace_is_over(tmp_path: Path) -> None:
     with drain.present(tmp_path, lambda: None):
         assert not drain.drain(tmp_path, seconds=0.2)
-    assert drain.WAIT_SECONDS < 120
+    assert DRAIN_SECONDS < GRACE_SECONDS
 
 
 def test_a_killed_process_is_not_waited_for(tmp_path: Path) -> None:

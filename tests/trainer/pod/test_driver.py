@@ -17,11 +17,11 @@ import pytest
 from tests.trainer.jobs import manifest, planned, write_data
 from tests.trainer.status_server import Reply, StatusServer, serving
 from tuneyard.api.plan import JobRef, Plan
+from tuneyard.api.pods import OUTCOME_PREFIX
 from tuneyard.api.progress import Outcome
 from tuneyard.errors import StageError
 from tuneyard_trainer import drain, erase
-from tuneyard_trainer.pod import driver
-from tuneyard_trainer.pod.driver import ENDING_MARK, located, outcome_of
+from tuneyard_trainer.pod.driver import located, outcome_of
 from tuneyard_trainer.running.distributed import Resources, number, pods_resources
 from tuneyard_trainer.storage import sources
 from tuneyard_trainer.storage.records import Store
@@ -50,8 +50,8 @@ def launched(
 
 def last_words(err: str) -> Outcome:
     line = err.rstrip("\n").splitlines()[-1]
-    assert line.startswith(ENDING_MARK), err
-    return Outcome.model_validate_json(line.removeprefix(ENDING_MARK))
+    assert line.startswith(OUTCOME_PREFIX), err
+    return Outcome.model_validate_json(line.removeprefix(OUTCOME_PREFIX))
 
 
 def cluster_plan(folder: Path, model: Path, **spec: Any) -> Plan:
@@ -320,7 +320,7 @@ def test_an_attempt_is_stopped_superseded_drained_and_in_the_end_succeeds(
     process = launched(tmp_path, short, env, attempt=4)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert ENDING_MARK not in err
+    assert OUTCOME_PREFIX not in err
     last = pictures(server)[-1]
     assert server.posts[-1]["trainerStatus"]["progressPercentage"] == 100
     record = json.loads((tmp_path / "out/result/record.json").read_text())
@@ -370,9 +370,3 @@ def names() -> Iterator[str]:
             yield " ".join(process.cmdline())
         except psutil.Error:
             continue
-
-
-def test_the_driver_and_the_operator_agree_on_the_mark() -> None:
-    from tuneyard.status import reasons
-
-    assert driver.ENDING_MARK == reasons.ENDING_MARK

@@ -18,11 +18,11 @@ from rich.table import Table
 from rich.text import Text
 
 from tuneyard.api.plan import Plan, StageRecord
+from tuneyard.api.pods import stage_folder
 from tuneyard.errors import StageError
 from tuneyard_trainer.local.views import Clock, LineView, LiveView, View
 from tuneyard_trainer.reporting.formatting import ABSENT, harmless
 from tuneyard_trainer.reporting.results import Comparison, Figures, Sample
-from tuneyard_trainer.storage.records import folder_of
 from tuneyard_trainer.worker import Interrupted
 
 FILE_WIDTH = 100
@@ -123,7 +123,7 @@ class Console:
             self._print()
             self._print(_samples_table(figures.samples))
         self._print()
-        exported = f"{output.rstrip('/')}/{folder_of('export')}"
+        exported = f"{output.rstrip('/')}/{stage_folder('export')}"
         self._print(_facts_table(_places(records, exported if "://" in output else _near(folder))))
 
     def failure(self, error: StageError) -> None:

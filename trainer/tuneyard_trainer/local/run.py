@@ -12,10 +12,11 @@ from pathlib import Path
 from types import FrameType
 
 from tuneyard.api.plan import Plan, SourceInput
+from tuneyard.api.pods import model_uri, stage_folder
 from tuneyard.errors import Fault, PlanError, StageError
 from tuneyard_trainer.local.console import Console
 from tuneyard_trainer.running.runner import StageInputs
-from tuneyard_trainer.storage.records import Store, folder_of
+from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -53,8 +54,7 @@ def localized(plans: Sequence[Plan]) -> list[Plan]:
                     if name not in outputs:
                         faults.append(_unknown_job(source, name))
                         continue
-                    uri = f"{outputs[name].rstrip('/')}/{folder_of('export')}/model"
-                    inputs[role] = source.model_copy(update={"uri": uri})
+                    inputs[role] = source.model_copy(update={"uri": model_uri(outputs[name])})
             stages.append(stage.model_copy(update={"inputs": inputs}))
         resolved.append(plan.model_copy(update={"stages": stages}))
     if faults:
@@ -66,7 +66,7 @@ def _unknown_job(source: SourceInput, name: str) -> Fault:
     return Fault(
         source.path,
         f"on one machine {source.uri} means a job of the same manifest file, and there is no "
-        f"{name!r} in it: add it, or name its model folder, file://OUTPUT/result/model",
+        f"{name!r} in it: add it, or name its model folder, {model_uri('file://OUTPUT')}",
     )
 
 
@@ -132,7 +132,7 @@ def _carry_out(
     console.summary(
         {name: record for name, record in records.items() if record},
         output,
-        store.root / folder_of("export"),
+        store.root / stage_folder("export"),
         skipped_all=not pending,
     )
 

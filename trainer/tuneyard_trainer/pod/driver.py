@@ -4,7 +4,7 @@ python -m tuneyard_trainer --plan plan.json --attempt 2 --job-uid UID
 
 What happens goes to standard output, a line each, and to the operator (TUNEYARD_PROGRESS_URL,
 TUNEYARD_TOKEN_FILE, TUNEYARD_CA). An end other than success is the last line of standard error
-too, `TUNEYARD-ENDING {json}`: KubeRay copies it into the RayJob, so it survives an operator out of
+too, `TUNEYARD-OUTCOME {json}`: KubeRay copies it into the RayJob, so it survives an operator out of
 reach.
 """
 
@@ -24,6 +24,12 @@ from types import FrameType
 from typing import Any
 
 from tuneyard.api.plan import Plan, SourceInput
+from tuneyard.api.pods import (
+    CA_VARIABLE,
+    OUTCOME_PREFIX,
+    PROGRESS_URL_VARIABLE,
+    TOKEN_FILE_VARIABLE,
+)
 from tuneyard.api.progress import Outcome
 from tuneyard.api.status import Failure
 from tuneyard.errors import StageError
@@ -37,7 +43,6 @@ from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted
 
 SUCCEEDED, FAILED, INTERRUPTED, STALE = 0, 1, 3, 4
-ENDING_MARK = "TUNEYARD-ENDING "
 LOG_SECONDS = 10.0
 """Least time between two log lines of mere progress."""
 FOLDER = Path(tempfile.gettempdir(), "tuneyard")
@@ -171,13 +176,13 @@ class Driver:
                 signal.signal(number, handler)
 
     def _reporting(self, environment: Mapping[str, str]) -> Reporter | None:
-        url = environment.get("TUNEYARD_PROGRESS_URL")
+        url = environment.get(PROGRESS_URL_VARIABLE)
         if not url:
-            self._log("progress-not-posted", why="TUNEYARD_PROGRESS_URL is not set")
+            self._log("progress-not-posted", why=f"{PROGRESS_URL_VARIABLE} is not set")
             return None
-        token_file = Path(environment["TUNEYARD_TOKEN_FILE"])
+        token_file = Path(environment[TOKEN_FILE_VARIABLE])
         return Reporter(
-            Channel(url, token_file, environment["TUNEYARD_CA"]).send,
+            Channel(url, token_file, environment[CA_VARIABLE]).send,
             self._story.post(),
             on_stop=self._stopped_by_operator,
             on_stale=self._superseded,
@@ -233,7 +238,7 @@ def _leave(outcome: Outcome, log: Log) -> int:
             retryable=outcome.retryable,
         )
     text = outcome.model_dump_json(by_alias=True, exclude_none=True)
-    sys.stderr.write(f"\n{ENDING_MARK}{text}\n")
+    sys.stderr.write(f"\n{OUTCOME_PREFIX}{text}\n")
     sys.stderr.flush()
     if outcome.state == "Interrupted":
         return INTERRUPTED

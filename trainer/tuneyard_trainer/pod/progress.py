@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from tuneyard.api.plan import Plan, StageRecord
+from tuneyard.api.pods import stage_folder
 from tuneyard.api.progress import MetricValue, Outcome, Post, ProgressReport, TrainerStatus
 from tuneyard.api.status import Result, StageState, StageStatus
-from tuneyard_trainer.storage.records import folder_of
 
 WEIGHTS = {"prepare": 1.0, "pairs": 1.0, "evaluate": 1.0, "assess": 1.0, "export": 1.0}
 """Of a stage in the job's percentage, by kind. The quickstart on two cores spends 12% of its time
@@ -82,7 +82,7 @@ class Story:
         measured = self._records.get(evaluations[-1]) if evaluations else None
         exported = self._records.get(last)
         result = Result(
-            uri=f"{self._plan.output.uri.rstrip('/')}/{folder_of(last)}",
+            uri=f"{self._plan.output.uri.rstrip('/')}/{stage_folder(last)}",
             digest=exported.digest if exported else None,
             metrics=finite(measured.metrics) if measured else {},
         )

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from tuneyard_trainer.reporting.results import REINFORCEMENT, SUPERVISED
+from tuneyard.api.stage_settings import REINFORCEMENT_KINDS, SUPERVISED_KINDS
 
 Theme = Literal["light", "dark"]
 
@@ -86,14 +86,14 @@ class Curves:
         out."""
         lines = _lines(path)
         series = partial(_series, lines)
-        if kind in REINFORCEMENT:
+        if kind in REINFORCEMENT_KINDS:
             panels: tuple[Panel, ...] = (
                 Panel("Reward", "reward", series("reward"), series("heldOutReward")),
                 Panel("KL (nats)", "KL", series("kl"), series("heldOutKl")),
             )
         else:
             base = next((line[_BASE] for line in lines if _BASE in line), None)
-            unit = " (nats per token)" if kind in SUPERVISED else ""
+            unit = " (nats per token)" if kind in SUPERVISED_KINDS else ""
             each, held_out = series("loss"), series("validationLoss")
             panels = (Panel(f"Loss{unit}", "loss", each, held_out, base),)
         return cls(panels, series("learningRate"))

@@ -9,12 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tuneyard.api.plan import StageRecord
+from tuneyard.api.stage_settings import SUPERVISED_KINDS, TRAINING_KINDS
 from tuneyard_trainer.reporting.formatting import ABSENT, count, duration, number, signed, size
 
-SUPERVISED = ("sft", "pretrain")
-REINFORCEMENT = ("ppo", "grpo")
-TRAINING = (*SUPERVISED, "reward", "dpo", *REINFORCEMENT)
-"""Kinds of stages that train, in the order in which one job runs them."""
 ROW_OUTCOMES = {
     "skippedRows": "skipped",
     "droppedRows": "dropped",
@@ -109,14 +106,14 @@ class Figures:
 def last_trained(records: Iterable[StageRecord]) -> StageRecord | None:
     """The stage whose model came out; None: there was none."""
     kinds = {record.kind: record for record in records}
-    return next((kinds[kind] for kind in reversed(TRAINING) if kind in kinds), None)
+    return next((kinds[kind] for kind in reversed(TRAINING_KINDS) if kind in kinds), None)
 
 
 def headline(kind: str, metrics: Mapping[str, float], details: Mapping[str, Any]) -> list[str]:
     """The few figures of a finished stage that fit behind its name."""
     if kind == "prepare":
         return _prepared(metrics)
-    if kind in TRAINING:
+    if kind in TRAINING_KINDS:
         return _trained(metrics, details)
     if kind == "evaluate":
         return _evaluated(metrics)
@@ -162,7 +159,7 @@ def _comparisons(training: StageRecord | None, evaluation: StageRecord | None) -
     if evaluation and evaluation.kind == "assess":
         return _aligned(evaluation.metrics)
     tuned, base = metrics.get("validationLoss"), metrics.get("baseValidationLoss")
-    if training and training.kind not in SUPERVISED:
+    if training and training.kind not in SUPERVISED_KINDS:
         return [_falling("Held-out loss", base, tuned)] if tuned is not None else []
     lines = []
     if tuned is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, StageRecord
-from tuneyard.api.stage_settings import StageKind
+from tuneyard.api.stage_settings import TRAINING_KINDS, StageKind
 from tuneyard.errors import StageError
 from tuneyard_trainer import extras
 from tuneyard_trainer.running.failures import out_of_memory
@@ -26,9 +26,6 @@ from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Wor
 
 if TYPE_CHECKING:
     import torch
-
-TRAINING = ("sft", "pretrain", "reward", "dpo", "ppo", "grpo")
-"""Stages that every worker runs; the rest run on rank 0 alone."""
 
 MODEL_ROLES = ("model", "judge", "reward")
 """Inputs that are model folders where they come from outside the plan; `reward.0` counts as one."""
@@ -158,7 +155,7 @@ class PlanRunner:
         """An interruption is agreed on like a record: nobody leaves, and so takes the group down,
         before rank 0 has its checkpoint on disk."""
         try:
-            if self.worker.is_main and self.worker.stop() and stage.kind not in TRAINING:
+            if self.worker.is_main and self.worker.stop() and stage.kind not in TRAINING_KINDS:
                 return Interrupted(stage.name, 0)
             return self._execute(stage, digests)
         except Interrupted as stopped:
@@ -166,7 +163,7 @@ class PlanRunner:
 
     def _execute(self, stage: PlannedStage, digests: Mapping[str, str]) -> StageRecord | None:
         """Runs the stage where it belongs; the record on rank 0, None elsewhere."""
-        if stage.kind not in TRAINING and not self.worker.is_main:
+        if stage.kind not in TRAINING_KINDS and not self.worker.is_main:
             return None
         store = self.ledger.store
         workdir = store.workdir(stage.name)

@@ -20,6 +20,7 @@ import fsspec
 from pydantic import ValidationError
 
 from tuneyard.api.plan import JobRef, PlannedStage, StageRecord
+from tuneyard.api.pods import stage_folder
 from tuneyard.errors import StageError
 from tuneyard_trainer.storage.files import disk_error, write_atomically
 
@@ -90,7 +91,7 @@ class Store:
             return False
         if JobRef.model_validate(owner["job"]) != job:
             return False
-        for name in ("stages", folder_of("export"), ".lock", "owner.json"):
+        for name in ("stages", stage_folder("export"), ".lock", "owner.json"):
             self._remove(name)
         with suppress(OSError):  # not empty, or the root of a volume
             if self.is_local:
@@ -145,7 +146,7 @@ class Store:
 
     def record(self, stage: str) -> StageRecord | None:
         """The stage's record; None if there is none that can be read."""
-        value = self._read_json(f"{folder_of(stage)}/record.json")
+        value = self._read_json(f"{stage_folder(stage)}/record.json")
         try:
             return StageRecord.model_validate(value) if value is not None else None
         except ValidationError:
@@ -168,7 +169,8 @@ class Store:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         self.persist(folder)
         self._write_json(
-            f"{folder_of(record.stage)}/record.json", record.model_dump(mode="json", by_alias=True)
+            f"{stage_folder(record.stage)}/record.json",
+            record.model_dump(mode="json", by_alias=True),
         )
         self._remove(f"stages/{record.stage}.begun.json")
 
@@ -177,11 +179,11 @@ class Store:
         identity left there stays, for the stage to go on from; all else is removed, its record
         first: a checkpoint of other settings or other data is no beginning."""
         begun = f"stages/{stage}.begun.json"
-        self._remove(f"{folder_of(stage)}/record.json")
+        self._remove(f"{stage_folder(stage)}/record.json")
         if self._read_json(begun) == {"identity": identity}:
             return
-        self._remove(folder_of(stage))
-        shutil.rmtree(self._scratch / folder_of(stage), ignore_errors=True)
+        self._remove(stage_folder(stage))
+        shutil.rmtree(self._scratch / stage_folder(stage), ignore_errors=True)
         self._write_json(begun, {"identity": identity})
 
     def _remove(self, relative: str) -> None:
@@ -193,7 +195,7 @@ class Store:
 
     def workdir(self, stage: str) -> Path:
         """The local folder of a stage; holds what lies in the store once `pull` was called."""
-        return self._make(self._scratch / folder_of(stage))
+        return self._make(self._scratch / stage_folder(stage))
 
     @property
     def root(self) -> Path:
@@ -202,7 +204,7 @@ class Store:
 
     def pull(self, stage: str) -> None:
         """Copies a stage's files from an object store to its local folder."""
-        remote = self._at(folder_of(stage))
+        remote = self._at(stage_folder(stage))
         if self.is_local or not self._fs.exists(remote):
             return
         for path in self._fs.find(remote):
@@ -254,11 +256,6 @@ class Store:
             write_atomically(self._scratch / relative, data)
         else:
             self._fs.pipe_file(self._at(relative), data)
-
-
-def folder_of(stage: str) -> str:
-    """Where a stage's files lie under the output: what users come for stands at the top."""
-    return "result" if stage == "export" else f"stages/{stage}"
 
 
 def _stale(why: str) -> StageError:

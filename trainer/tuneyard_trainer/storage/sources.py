@@ -19,13 +19,14 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from tuneyard.api.plan import SourceInput, digest
+from tuneyard.api.pods import CLAIMS_FOLDER
 from tuneyard.errors import StageError
 from tuneyard_trainer.storage.digests import WILDCARDS, digest_of, files_under, hidden, split_glob
 
 __all__ = ["digest_of", "fetch", "files_under"]
 
-PVC_ROOT = Path("/mnt/pvc")
-"""Where the operator mounts each claim, by its name."""
+PVC_ROOT = Path(CLAIMS_FOLDER)
+"""The folder that the operator mounts each claim in, under the claim's name."""
 MODEL_FILES = (
     "*.json",
     "*.safetensors",

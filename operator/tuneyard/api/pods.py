@@ -1,0 +1,39 @@
+"""Constants that the operator and the pods of a job must agree on.
+
+Standard library only: the preStop hook of a pod imports this module.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+OUTCOME_PREFIX: Final = "TUNEYARD-OUTCOME "
+"""Starts the log line that holds the driver's `Outcome` as JSON. KubeRay copies the tail of the log
+into the RayJob, where the operator finds the line."""
+
+PROGRESS_URL_VARIABLE: Final = "TUNEYARD_PROGRESS_URL"
+"""Environment variable: the URL that the driver posts progress to. Unset: no progress is posted."""
+TOKEN_FILE_VARIABLE: Final = "TUNEYARD_TOKEN_FILE"  # noqa: S105  a name
+"""Environment variable: the path of the bearer token for these posts."""
+CA_VARIABLE: Final = "TUNEYARD_CA"
+"""Environment variable: the status server's certificate authority, in PEM."""
+
+CLAIMS_FOLDER: Final = "/mnt/pvc"
+"""A pod mounts each PersistentVolumeClaim at `CLAIMS_FOLDER/<claim>`."""
+
+GRACE_SECONDS: Final = 120
+"""Grace period of a pod, from its deletion to SIGKILL: time for a last checkpoint."""
+DRAIN_SECONDS: Final = GRACE_SECONDS - 15
+"""Longest wait of the preStop hook, whose time is part of the grace period. The rest is left for
+SIGTERM."""
+
+
+def stage_folder(stage: str) -> str:
+    """Return the folder of a stage's files, relative to the output: `result` for the export stage,
+    whose files users load."""
+    return "result" if stage == "export" else f"stages/{stage}"
+
+
+def model_uri(output: str) -> str:
+    """Return the URI of the model that a job with this output URI exports."""
+    return f"{output.rstrip('/')}/{stage_folder('export')}/model"
