@@ -7,10 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from tuneyard.api.meta import Model, ObjectName, Rule
-
-QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$"
-Quantity = Annotated[str, Field(max_length=32, pattern=QUANTITY_PATTERN)]
-"""A Kubernetes quantity, as a string: "500m", "16Gi"."""
+from tuneyard.api.quantity import Quantity
 
 
 class Toleration(Model):

@@ -13,8 +13,8 @@ from pydantic_core import ErrorDetails
 
 from tuneyard.api.adapters import LAYERS_PATTERN
 from tuneyard.api.alignment import URL_PATTERN
-from tuneyard.api.compute import QUANTITY_PATTERN
 from tuneyard.api.meta import NAME_PATTERN, OBJECT_NAME_PATTERN
+from tuneyard.api.quantity import QUANTITY_PATTERN
 from tuneyard.api.sources import KEY_PATTERN
 
 REMEDIES = {

@@ -22,7 +22,7 @@ from tuneyard.api.progress import Outcome
 from tuneyard.errors import StageError
 from tuneyard_trainer import drain, erase
 from tuneyard_trainer.pod.driver import located, outcome_of
-from tuneyard_trainer.running.distributed import Resources, number, pods_resources
+from tuneyard_trainer.running.distributed import Resources, pods_resources
 from tuneyard_trainer.storage import sources
 from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted
@@ -167,11 +167,6 @@ def test_pods_hold_one_process_for_each_gpu(
 ) -> None:
     plan = planned(manifest(tmp_path, compute=compute))
     assert pods_resources(plan.compute) == resources
-
-
-def test_quantities_are_numbers() -> None:
-    found = [number(text) for text in ("500m", "4", "1.5", "2k", "1Ki", "3Gi")]
-    assert found == [0.5, 4.0, 1.5, 2000.0, 1024.0, 3 * 2.0**30]
 
 
 # ---- on Ray -----------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
 from tuneyard.api.compute import Compute
 from tuneyard.api.plan import Plan
+from tuneyard.api.quantity import quantity_value
 from tuneyard.errors import StageError
 from tuneyard_trainer import drain
 from tuneyard_trainer.running.channel import EventClient, EventServer
@@ -57,13 +58,6 @@ _LOCAL_RAY = {
     "RAY_metrics_report_interval_ms": "600000",
 }
 """Ray's own settings on one machine; what the user's environment says goes before."""
-_UNITS = {"": 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15} | {
-    "Ki": 2.0**10,
-    "Mi": 2.0**20,
-    "Gi": 2.0**30,
-    "Ti": 2.0**40,
-    "Pi": 2.0**50,
-}
 
 
 @dataclass(frozen=True)
@@ -329,14 +323,8 @@ def pods_resources(compute: Compute) -> Resources:
         workers,
         compute.min_workers or workers,
         compute.gpus_per_worker or 0,
-        math.ceil(number(compute.cpus_per_worker or "4")),
+        math.ceil(quantity_value(compute.cpus_per_worker or "4")),
     )
-
-
-def number(quantity: str) -> float:
-    """A Kubernetes quantity as a number: 0.5 of "500m"."""
-    digits = quantity.rstrip("mkKMGTPi")
-    return float(digits) * _UNITS[quantity[len(digits) :]]
 
 
 @contextmanager
