@@ -23,9 +23,6 @@ import ray
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.callbacks import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
 from tuneyard.api.compute import Compute
 from tuneyard.api.plan import Plan
@@ -47,15 +44,6 @@ NEVER_SECONDS = 1e9
 _LOCAL_RAY = {
     "RAY_worker_niceness": "0",  # Ray's 15 lets anything else go first
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent to anybody
-    # What a machine of its own has no use for, as what is ended below. Ray's processes wake
-    # hundreds of times a second beside a worker; each of these lines is some of that.
-    "RAY_event_stats": "0",
-    "REPORTER_UPDATE_INTERVAL_MS": "600000",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "5",
-    "RAY_enable_metrics_collection": "0",
-    "RAY_metrics_report_interval_ms": "600000",
 }
 """Ray's own settings on one machine; what the user's environment says goes before."""
 
@@ -121,7 +109,7 @@ def run(
         "max_failures": max_worker_failures,
         "max_preemption_failures": 0,
     }
-    trainer = _Trainer(
+    trainer = TorchTrainer(
         _walk,
         train_loop_config={
             "plan": plan.to_json(),
@@ -228,34 +216,6 @@ def _raise(endings: list[dict[str, Any]]) -> None:
             raise Interrupted(event["stage"], event["step"])
 
 
-class _Trainer(TorchTrainer):
-    """Without three of the actors that Ray Train keeps beside every group: one serves Ray's data
-    sets, which nothing here uses; one frees a dead driver's resources for other drivers of the
-    cluster, and a job's cluster has one; one asks Ray's autoscaler for nodes, and a job's cluster
-    has those it was given. An idle actor still wakes 100 times a second."""
-
-    def _create_default_callbacks(self) -> list[Any]:
-        callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
-        unused = (DatasetsCallback, PlacementGroupCleanerCallback)
-        return [callback for callback in callbacks if not isinstance(callback, unused)]
-
-    def _initialize_and_run_controller(self, **parts: Any) -> Any:
-        policy = parts["scaling_policy"]
-        if isinstance(policy, FixedScalingPolicy):  # an elastic one asks what there is
-            parts["scaling_policy"] = _AsGiven(policy.scaling_config)
-        return super()._initialize_and_run_controller(**parts)  # type: ignore[misc]
-
-
-class _AsGiven(FixedScalingPolicy):
-    """A group of fixed size that asks nobody for nodes."""
-
-    def after_controller_start(self, train_run_context: Any) -> None:
-        pass
-
-    def _maybe_send_resource_request(self) -> None:
-        pass
-
-
 # ---- inside a worker ----------------------------------------------------------------------------
 
 
@@ -336,15 +296,11 @@ def local_cluster(resources: Resources) -> Iterator[None]:
         address="local",
         num_cpus=math.ceil(resources.workers * resources.cpus_per_worker),
         num_gpus=resources.workers * resources.gpus_per_worker,
-        include_dashboard=False,
+        include_dashboard=False,  # it needs ray[default] and eleven processes
         log_to_driver=False,
-        logging_level=logging.ERROR,
+        # Without a dashboard Ray Train warns once a second, in a log file, that it cannot ask it.
+        logging_config=ray.LoggingConfig(log_level="ERROR"),
     )
-    # `ray start` can leave the first out; ray.init has no word for any of them.
-    if node := ray._private.worker._global_node:
-        node.kill_log_monitor()  # copies logs to the driver, which asked for none
-        node.kill_monitor()  # the autoscaler's
-        node.kill_dashboard()  # runs for usage statistics even where no dashboard is wanted
     try:
         yield
     finally:
