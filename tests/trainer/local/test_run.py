@@ -123,7 +123,7 @@ def _interrupt_twice(driver: psutil.Process) -> None:
 @pytest.mark.parametrize(
     ("blow", "code", "said"),
     [
-        (_kill_worker, 1, "the training workers ended without a word"),
+        (_kill_worker, 1, "the training workers ended and reported no error"),
         (_kill_driver, -signal.SIGKILL, ""),
         (_interrupt, 130, "goes on from there"),
         (_interrupt_twice, 130, "press Ctrl-C again to stop at once"),

@@ -1,4 +1,4 @@
-"""Events from the workers to the driver, and the word to stop back."""
+"""Events from the workers to the driver, and the request to stop."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tuneyard_trainer.running.channel import EventClient, EventServer
 
 
 @pytest.fixture
-def desk() -> Iterator[EventServer]:
-    desk = EventServer("127.0.0.1")
-    yield desk
-    desk._listener.close()
+def server() -> Iterator[EventServer]:
+    server = EventServer("127.0.0.1")
+    yield server
+    server._listener.close()
 
 
-def line(desk: EventServer) -> EventClient:
-    return EventClient(desk.address, desk.key)
+def client(server: EventServer) -> EventClient:
+    return EventClient(server.address, server.key)
 
 
 def progress(step: int, *, total: int = 100, **metrics: float) -> dict[str, Any]:
@@ -36,8 +36,8 @@ def progress(step: int, *, total: int = 100, **metrics: float) -> dict[str, Any]
     }
 
 
-def received(desk: EventServer, count: int) -> list[dict[str, Any]]:
-    return [desk.events.get(timeout=10) for _ in range(count)]
+def received(server: EventServer, count: int) -> list[dict[str, Any]]:
+    return [server.events.get(timeout=10) for _ in range(count)]
 
 
 def eventually(true: Callable[[], bool]) -> bool:
@@ -47,16 +47,16 @@ def eventually(true: Callable[[], bool]) -> bool:
     return true()
 
 
-def test_progress_that_is_held_back_leaves_its_metrics_to_what_follows(desk: EventServer) -> None:
-    ours = line(desk)
+def test_a_dropped_progress_event_adds_its_metrics_to_the_next_one(server: EventServer) -> None:
+    ours = client(server)
     ours.emit(progress(1, loss=3.0))
     ours.emit(progress(2, loss=2.0))
     ours.emit(progress(2, validationLoss=2.5))
-    ours.emit(progress(3, loss=1.0) | {"message": "a word"})
-    first, second = received(desk, 2)
+    ours.emit(progress(3, loss=1.0) | {"message": "loading"})
+    first, second = received(server, 2)
     assert first["step"] == 1
     assert (second["step"], second["metrics"]) == (3, {"loss": 1.0, "validationLoss": 2.5})
-    assert desk.events.empty()
+    assert server.events.empty()
 
 
 @pytest.mark.parametrize(
@@ -64,48 +64,50 @@ def test_progress_that_is_held_back_leaves_its_metrics_to_what_follows(desk: Eve
     [progress(100), progress(5) | {"resumedStep": 0}, progress(5) | {"message": "x"}],
     ids=["last step", "resumption", "message"],
 )
-def test_news_that_cannot_be_overtaken_is_sent_at_once(
-    desk: EventServer, event: dict[str, Any]
+def test_progress_that_must_not_be_replaced_is_sent_at_once(
+    server: EventServer, event: dict[str, Any]
 ) -> None:
-    ours = line(desk)
+    ours = client(server)
     ours.emit(progress(1))
     ours.emit(event)
-    assert received(desk, 2)[1]["step"] == event["step"]
+    assert received(server, 2)[1]["step"] == event["step"]
 
 
-def test_metrics_of_one_stage_are_not_told_of_the_next(
-    desk: EventServer, monkeypatch: pytest.MonkeyPatch
+def test_metrics_of_one_stage_are_not_sent_with_the_next(
+    server: EventServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(channel, "POST_SECONDS", 1e9)
-    ours = line(desk)
+    ours = client(server)
     ours.emit(progress(1, loss=3.0))  # held back
     ours.emit({"type": "stage", "stage": "evaluate", "state": "Running", "record": None})
     monkeypatch.setattr(channel, "POST_SECONDS", 0.0)
     ours.emit(progress(1, accuracy=1.0))
-    assert received(desk, 2)[1]["metrics"] == {"accuracy": 1.0}
+    assert received(server, 2)[1]["metrics"] == {"accuracy": 1.0}
 
 
-def test_all_workers_hear_the_word_also_those_that_call_later(desk: EventServer) -> None:
-    early = line(desk)
-    assert eventually(lambda: desk.called)
+def test_all_workers_receive_the_stop_request_also_those_that_connect_later(
+    server: EventServer,
+) -> None:
+    early = client(server)
+    assert eventually(lambda: server.has_clients)
     assert not early.stopped()
-    desk.ask_to_stop()
-    late = line(desk)
+    server.ask_to_stop()
+    late = client(server)
     assert eventually(early.stopped)
     assert eventually(late.stopped)
 
 
-def test_a_worker_whose_pod_goes_tells_the_driver(desk: EventServer) -> None:
-    line(desk).ask_to_stop()
-    assert received(desk, 1) == [{"type": "draining"}]
+def test_a_worker_whose_pod_is_deleted_tells_the_driver(server: EventServer) -> None:
+    client(server).ask_to_stop()
+    assert received(server, 1) == [{"type": "draining"}]
 
 
-def test_strangers_are_turned_away_and_keep_nobody_out(desk: EventServer) -> None:
+def test_a_client_without_the_key_is_refused_and_blocks_no_worker(server: EventServer) -> None:
     for _ in range(2):
-        with socket.create_connection(desk.address) as knock:
+        with socket.create_connection(server.address) as knock:
             knock.sendall(b"\x00\x00\x00\x02hi")
     with pytest.raises(Exception):  # noqa: B017  whichever side notices first
-        EventClient(desk.address, b"guessed")
-    ours = line(desk)
+        EventClient(server.address, b"guessed")
+    ours = client(server)
     ours.emit({"type": "finished"})
-    assert received(desk, 1) == [{"type": "finished"}]
+    assert received(server, 1) == [{"type": "finished"}]

@@ -1,4 +1,4 @@
-"""What nobody expected still ends in one line with a reason."""
+"""Unexpected errors end in one line with a reason."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tuneyard_trainer.running.failures import last_line, out_of_memory, unexpected, without_a_word
+from tuneyard_trainer.running.failures import last_line, out_of_memory, unexpected, unexplained
 from tuneyard_trainer.storage.files import disk_error
 
 
@@ -20,7 +20,7 @@ from tuneyard_trainer.storage.files import disk_error
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: ..."), "the worker ran out"),
     ],
 )
-def test_memory_that_ran_out_is_named_and_not_tried_again(error: Exception, said: str) -> None:
+def test_out_of_memory_is_named_and_not_retried(error: Exception, said: str) -> None:
     named = out_of_memory(error, "sft")
     assert named
     assert named.reason == "OutOfMemory"
@@ -29,11 +29,11 @@ def test_memory_that_ran_out_is_named_and_not_tried_again(error: Exception, said
     assert not named.retryable
 
 
-def test_other_errors_are_not_taken_for_memory() -> None:
+def test_other_errors_are_not_reported_as_out_of_memory() -> None:
     assert out_of_memory(RuntimeError("shapes do not match"), "sft") is None
 
 
-def test_a_defect_is_told_by_its_last_line_and_place() -> None:
+def test_a_defect_is_reported_by_its_last_line_and_place() -> None:
     with pytest.raises(KeyError) as caught:
         dict[str, int]()["a\nb"]
     named = unexpected(caught.value)
@@ -44,7 +44,7 @@ def test_a_defect_is_told_by_its_last_line_and_place() -> None:
     assert not named.retryable
 
 
-def test_a_lost_peer_is_tried_again() -> None:
+def test_a_lost_peer_is_retried() -> None:
     error = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.3]")
     assert (unexpected(error).reason, unexpected(error).retryable) == ("WorkerDied", True)
 
@@ -61,31 +61,31 @@ Worker info: Worker(
  ID: 2fb3) was 0.97GB used / 1.00GB limit (0.969559)
 OOM kill reason: Memory usage 1032667136B exceeded threshold of 1020054720B
 Refer to the documentation on how to address the out of memory issue"""
-"""What Ray 2.60 says, shortened."""
+"""The message of Ray 2.60, shortened."""
 
 
 @pytest.mark.parametrize(
     ("in_a_pod", "where"),
     [
         (True, "container ray-worker of pod bot-1-jfnp8-workers-worker-hmhdd"),
-        (False, "ended: bot-1-jfnp8-workers-worker-hmhdd"),
+        (False, "worker: bot-1-jfnp8-workers-worker-hmhdd"),
     ],
 )
-def test_a_worker_that_rays_monitor_ended_says_where_memory_ran_out_and_is_not_tried_again(
+def test_a_worker_ended_by_rays_memory_monitor_names_its_machine_and_is_not_retried(
     monkeypatch: pytest.MonkeyPatch, in_a_pod: bool, where: str
 ) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     if in_a_pod:
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.96.0.1")
-    named = without_a_word(RuntimeError(MONITOR))
+    named = unexplained(RuntimeError(MONITOR))
     assert (named.reason, named.retryable) == ("OutOfMemory", False)
     assert f"{where} ran out of memory, 0.97GB used / 1.00GB limit." in named.message
     assert "compute.memory" in named.advice
 
 
-def test_a_worker_that_was_killed_is_tried_again() -> None:
+def test_a_killed_worker_is_retried() -> None:
     killed = RuntimeError("(1) the process was killed by the OOM killer due to high memory usage")
-    assert (without_a_word(killed).reason, without_a_word(killed).retryable) == ("WorkerDied", True)
+    assert (unexplained(killed).reason, unexplained(killed).retryable) == ("WorkerDied", True)
 
 
 @pytest.mark.parametrize(
@@ -97,8 +97,6 @@ def test_a_worker_that_was_killed_is_tried_again() -> None:
         (errno.EIO, "WriteFailed", True),
     ],
 )
-def test_a_disk_that_is_full_or_forbidden_is_not_tried_again(
-    code: int, reason: str, retryable: bool
-) -> None:
+def test_a_full_or_read_only_disk_is_not_retried(code: int, reason: str, retryable: bool) -> None:
     error = disk_error(OSError(code, "no"), Path("/mnt/pvc/models"))
     assert (error.reason, error.retryable) == (reason, retryable)

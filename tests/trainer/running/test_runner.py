@@ -1,4 +1,4 @@
-"""Whole jobs on a tiny model: done once, skipped after, resumed after a kill, redone on change."""
+"""Whole jobs on a tiny model: done once, then skipped, resumed after a kill, redone on a change."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STOPPING = Path(__file__).parents[1].joinpath("stopping.py")
 
 
 def walk(plan: Plan, folder: Path, output: str = "out") -> dict[str, str]:
-    """Runs the plan in this process; how each stage ended."""
+    """Run the plan in this process and return how each stage ended."""
     states: dict[str, str] = {}
 
     def emit(event: dict[str, Any]) -> None:
@@ -147,12 +147,12 @@ def launch(folder: Path, plan: Plan, output: str, *, kill_after: int) -> int:
 
 
 def rows_by_step(folder: Path, output: str) -> dict[int, list[int]]:
-    """The rows of each step as it was last done."""
+    """Return the rows of each step of the last time that it was done."""
     lines = (folder / f"{output}.rows").read_text().splitlines()
     return {line["step"]: line["rows"] for line in map(json.loads, lines)}
 
 
-def test_a_run_killed_in_the_middle_of_sft_goes_on_sample_exactly_and_bit_for_bit(
+def test_a_run_killed_during_sft_resumes_with_the_same_samples_and_ends_bit_for_bit_equal(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:
     """Nine steps, a checkpoint every two: killed in the sixth step, then three steps later."""
@@ -180,10 +180,10 @@ def test_a_run_killed_in_the_middle_of_sft_goes_on_sample_exactly_and_bit_for_bi
     assert redone == 2  # what followed the last checkpoint, each time
 
 
-def test_a_killed_run_with_other_settings_is_no_beginning(
+def test_the_checkpoint_of_a_run_with_other_settings_is_not_used(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:
-    """Its checkpoint would make the new job skip steps and keep weights of another rate."""
+    """That checkpoint would make the new job skip steps and keep weights of another rate."""
     write_data(tmp_path)
     plan = planned(manifest(tiny_model_dir))
     assert launch(tmp_path, plan, "killed", kill_after=5) == -signal.SIGKILL
@@ -195,7 +195,7 @@ def test_a_killed_run_with_other_settings_is_no_beginning(
     assert record["metrics"]["steps"] == 3
 
 
-def test_one_ranks_wish_to_stop_is_everybodys_and_nobody_leaves_before_the_checkpoint(
+def test_a_stop_request_to_one_rank_stops_all_and_no_rank_returns_before_the_checkpoint(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:
     write_data(tmp_path)

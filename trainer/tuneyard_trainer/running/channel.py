@@ -1,7 +1,7 @@
-"""The line between each worker and the driver: events out, and the one word that comes back, stop.
+"""The event channel between the workers and the driver.
 
-JSON over sockets, authenticated by a key of this run; not a Ray actor, which alone would cost half
-a percent of a core, and would have to be polled.
+Workers send events; the driver sends one message back, the request to stop. The events are JSON
+over sockets that a key of this run authenticates. A Ray actor would have to be polled instead.
 """
 
 from __future__ import annotations
@@ -18,117 +18,119 @@ from multiprocessing.connection import Client, Listener
 from typing import Any
 
 POST_SECONDS = 1.0
-"""Least time between two progress posts of a worker; stage events are never held back."""
-HANG_UP_SECONDS = 10.0
-"""How long an ended group's last words are waited for."""
+"""The least time between two progress events of a worker. Stage events are never delayed."""
+DRAIN_SECONDS = 10.0
+"""How long the server waits for the last events of a group that has ended."""
 
 
 class EventClient:
-    """A worker's line to the driver. Sending never waits for the driver to read, short of the
-    megabytes that the kernel buffers."""
+    """A worker's connection to the driver.
+
+    Sending waits for the driver only when the kernel's buffers, some megabytes, are full.
+    """
 
     def __init__(self, address: tuple[str, int], key: bytes) -> None:
         self._connection = Client(address, authkey=key)
         self._stop = threading.Event()
         self._sending = threading.Lock()
-        self._posted = 0.0
-        self._held: dict[str, float] = {}
-        threading.Thread(target=self._listen, daemon=True, name="line").start()
+        self._sent_at = 0.0
+        self._unsent: dict[str, float] = {}
+        threading.Thread(target=self._listen, daemon=True, name="event-client").start()
 
     def emit(self, event: dict[str, Any]) -> None:
-        """Sends stage events at once and in order; of progress what is due, with the newest metrics
-        of what was not."""
+        """Send an event. Stage events go out at once and in order. A progress event that is not due
+        is dropped, and its metrics are added to the next one."""
         if event["type"] == "progress":
-            self._held |= event["metrics"]
-            if not _urgent(event) and time.monotonic() - self._posted < POST_SECONDS:
+            self._unsent |= event["metrics"]
+            if not _urgent(event) and time.monotonic() - self._sent_at < POST_SECONDS:
                 return
-            self._posted = time.monotonic()
-            event = event | {"metrics": self._held}
-        self._held = {}
-        with self._sending, suppress(OSError):  # without its driver this worker is to be killed
+            self._sent_at = time.monotonic()
+            event = event | {"metrics": self._unsent}
+        self._unsent = {}
+        with self._sending, suppress(OSError):  # Ray kills a worker whose driver is gone
             self._connection.send_bytes(json.dumps(event).encode())
 
     def stopped(self) -> bool:
-        """Whether the driver asked to stop."""
+        """Return whether the driver has asked this worker to stop."""
         return self._stop.is_set()
 
     def ask_to_stop(self) -> None:
-        """Tells the driver that this worker's pod is about to go; the driver tells all workers.
-        May be called from any thread."""
+        """Tell the driver that this worker's pod is being deleted; the driver then stops all
+        workers. Any thread may call this."""
         with self._sending, suppress(OSError):
             self._connection.send_bytes(json.dumps({"type": "draining"}).encode())
 
     def _listen(self) -> None:
         with suppress(EOFError, OSError):
-            self._connection.recv_bytes()  # the driver says nothing else
+            self._connection.recv_bytes()  # the driver sends no other message
             self._stop.set()
 
 
 class EventServer:
-    """The driver's end of all lines."""
+    """The driver's end of the channel: the connections of all workers."""
 
     def __init__(self, host: str) -> None:
         """`host`: this machine's address, as the workers reach it."""
         self.key = secrets.token_bytes(32)
         self._listener = Listener((host, 0), authkey=self.key)
         self.events: queue.Queue[dict[str, Any]] = queue.Queue()
-        self._lines: list[Any] = []
+        self._connections: list[Any] = []
         self._readers: list[threading.Thread] = []
-        self._asked = self._closed = False
+        self._stop_requested = self._closed = False
         self._start(self._accept)
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where workers call."""
+        """The address that workers connect to."""
         host, port = self._listener.address
         return host, port
 
     @property
-    def called(self) -> bool:
-        """Whether any worker has called yet."""
-        return bool(self._lines)
+    def has_clients(self) -> bool:
+        """Whether any worker has connected."""
+        return bool(self._connections)
 
     def ask_to_stop(self) -> None:
-        """Tells all workers, those to come included."""
-        self._asked = True
-        for line in self._lines:
-            self._tell(line)
+        """Ask all workers to stop, also those that connect later."""
+        self._stop_requested = True
+        for connection in self._connections:
+            self._send_stop(connection)
 
     def close(self) -> None:
-        """Ends the lines once what is on them was read."""
+        """Close the channel after the events that were sent have been read."""
         for reader in self._readers:
-            reader.join(HANG_UP_SECONDS)
+            reader.join(DRAIN_SECONDS)
         self._closed = True
         self._listener.close()
 
     def _accept(self) -> None:
         while not self._closed:
             try:
-                line = self._listener.accept()
+                connection = self._listener.accept()
             except (AuthenticationError, EOFError, OSError):
-                time.sleep(0.1)  # not one of ours, or it hung up; anybody may knock
+                time.sleep(0.1)  # not a worker of this run, or it disconnected
                 continue
-            self._lines.append(line)
-            self._readers.append(self._start(self._read, line))
-            if self._asked:
-                self._tell(line)
+            self._connections.append(connection)
+            self._readers.append(self._start(self._read, connection))
+            if self._stop_requested:
+                self._send_stop(connection)
 
-    def _read(self, line: Any) -> None:
+    def _read(self, connection: Any) -> None:
         with suppress(EOFError, OSError):
             while True:
-                self.events.put(json.loads(line.recv_bytes()))
+                self.events.put(json.loads(connection.recv_bytes()))
 
-    def _tell(self, line: Any) -> None:
+    def _send_stop(self, connection: Any) -> None:
         with suppress(OSError):
-            line.send_bytes(b"stop")
+            connection.send_bytes(b"stop")
 
     def _start(self, target: Callable[..., None], *arguments: Any) -> threading.Thread:
-        thread = threading.Thread(target=target, args=arguments, daemon=True, name="desk")
+        thread = threading.Thread(target=target, args=arguments, daemon=True, name="event-server")
         thread.start()
         return thread
 
 
 def _urgent(event: dict[str, Any]) -> bool:
-    """Progress that says more than a number that will be overtaken."""
+    """Return whether a progress event must not be replaced by a later one."""
     final = bool(event["totalSteps"]) and event["step"] == event["totalSteps"]
     return final or event["message"] is not None or event.get("resumedStep") is not None

@@ -1,8 +1,7 @@
-"""The only Ray code: one Ray Train worker group in which every rank walks the plan.
+"""A Ray Train worker group in which every rank walks the plan. No other module imports Ray.
 
-The group is started once per attempt and stays for all stages, so a job pays for process start-up
-and imports once. What workers have to say goes to the driver over a socket each; the only word
-that comes back is to stop.
+The group starts once per attempt and runs all stages, so a job pays for process start-up and
+imports once. Workers send their events to the driver over `channel`.
 """
 
 from __future__ import annotations
@@ -30,41 +29,43 @@ from tuneyard.api.quantity import quantity_value
 from tuneyard.errors import StageError
 from tuneyard_trainer import drain
 from tuneyard_trainer.running.channel import EventClient, EventServer
-from tuneyard_trainer.running.failures import unexpected, without_a_word
+from tuneyard_trainer.running.failures import unexpected, unexplained
 from tuneyard_trainer.running.runner import PlanRunner, StageInputs, failure_event
 from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted, Worker
 
-LOOK_SECONDS = 0.5
-"""How often the driver looks whether it was asked to stop, and whether the group still runs."""
+POLL_SECONDS = 0.5
+"""How often the driver checks whether it was asked to stop and whether the group still runs."""
 GATHER_SECONDS = 60.0
-"""How long an elastic job waits for all of its workers before it starts with fewer."""
+"""How long an elastic job waits for all its workers before it starts with fewer."""
 NEVER_SECONDS = 1e9
-"""An elastic group that grows is started anew and repeats steps; the next attempt grows instead."""
+"""The interval of resizing, so long that a running group never grows: Ray would restart it, and it
+would repeat steps. The next attempt grows instead."""
 _LOCAL_RAY = {
-    "RAY_worker_niceness": "0",  # Ray's 15 lets anything else go first
-    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent to anybody
+    "RAY_worker_niceness": "0",  # with Ray's default of 15 any other process comes first
+    "RAY_USAGE_STATS_ENABLED": "0",  # no usage statistics leave the machine
 }
-"""Ray's own settings on one machine; what the user's environment says goes before."""
+"""Ray's settings on one machine; the user's environment takes precedence."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What the worker group takes: one process for each GPU, or for each worker without any."""
+    """What the worker group uses: one process per GPU, or one per worker without GPUs."""
 
     workers: int
     """Processes."""
     min_workers: int
-    """With fewer it does not start; equal to `workers` unless the job is elastic."""
+    """The fewest processes that the group starts with; `workers` unless the job is elastic."""
     gpus_per_worker: int
     """0 or 1."""
     cpus_per_worker: float
 
     @classmethod
-    def shared_out(cls, workers: int, min_workers: int, gpus: int, cpus: float) -> Resources:
-        """Of pods or shares of a machine with so many GPUs and CPUs each."""
+    def divided(cls, workers: int, min_workers: int, gpus: int, cpus: float) -> Resources:
+        """Return the resources of `workers` pods, or equal shares of one machine, with `gpus` GPUs
+        and `cpus` CPUs each."""
         each = max(1, gpus)
-        # Ray counts in ten-thousandths; rounded up, the last process would find too little.
+        # Ray counts in ten-thousandths; a share rounded up would leave too little for the last one.
         share = math.floor(cpus / each * 10_000) / 10_000
         return cls(workers * each, min_workers * each, min(gpus, 1), share)
 
@@ -78,13 +79,13 @@ class Places:
     scratch: str
     """A local folder for stores that are not on a file system."""
     base_dir: str
-    """What relative sources are relative to."""
+    """The folder that relative sources are relative to."""
     cache_dir: str
-    """Where fetched sources are kept."""
+    """The folder of fetched sources."""
     job_uid: str | None = None
-    """Which job of that name writes there; None on one machine."""
+    """The uid of the job that writes there; None on one machine."""
     drain: str = ""
-    """The folder by which a pod's preStop hook asks its processes to end; "": no such hook."""
+    """The folder in which a pod's preStop hook asks its processes to end; "": there is no hook."""
 
 
 def run(
@@ -97,14 +98,14 @@ def run(
     stop: threading.Event,
     max_worker_failures: int = 0,
 ) -> None:
-    """Runs the plan in a worker group on the connected Ray cluster and returns when it is done.
+    """Run the plan in a worker group on the connected Ray cluster; return when it is done.
 
-    `on_event` is called in this thread for every event. Setting `stop` makes the workers checkpoint
-    and end. Raises StageError or Interrupted as the workers did; a group that dies without a word
-    raises StageError WorkerDied (retryable).
+    `on_event` is called in this thread for every event. Setting `stop` makes the workers save a
+    checkpoint and end. Raises the StageError or Interrupted that the workers raised, and StageError
+    WorkerDied (retryable) if the group ended without an event that says why.
     """
     _gather(resources, stop)
-    desk = EventServer(ray.util.get_node_ip_address())
+    server = EventServer(ray.util.get_node_ip_address())
     failures: dict[str, Any] = {
         "max_failures": max_worker_failures,
         "max_preemption_failures": 0,
@@ -115,7 +116,7 @@ def run(
             "plan": plan.to_json(),
             "places": places,
             "attempt": attempt,
-            "desk": (desk.address, desk.key),
+            "event_server": (server.address, server.key),
             "threads": max(1, int(resources.cpus_per_worker)),
         },
         scaling_config=ScalingConfig(**_scaling(resources)),
@@ -125,14 +126,14 @@ def run(
             failure_config=FailureConfig(**failures),
         ),
     )
-    endings = _follow(trainer, desk, on_event, stop)
-    if not endings and stop.is_set():
+    last_events = _follow(trainer, server, on_event, stop)
+    if not last_events and stop.is_set():
         raise Interrupted(plan.stages[0].name, 0)
-    _raise(endings)
+    _raise_failure(last_events)
 
 
 def _gather(resources: Resources, stop: threading.Event) -> None:
-    """Gives all workers of an elastic group the time to come up: Ray would start with the first."""
+    """Wait for all workers of an elastic group, since Ray would start with the first of them."""
     deadline = time.monotonic() + GATHER_SECONDS
     while resources.min_workers < resources.workers and time.monotonic() < deadline:
         present, each = ray.cluster_resources(), _per_worker(resources)
@@ -162,12 +163,12 @@ def _per_worker(resources: Resources) -> dict[str, float]:
 
 def _follow(
     trainer: TorchTrainer,
-    desk: EventServer,
+    server: EventServer,
     on_event: Callable[[dict[str, Any]], None],
     stop: threading.Event,
 ) -> list[dict[str, Any]]:
-    """Fits in a thread and relays events meanwhile; returns the events that end a walk."""
-    endings: list[dict[str, Any]] = []
+    """Train in a thread and relay events meanwhile. Return each worker's last event."""
+    last_events: list[dict[str, Any]] = []
     failures: list[Exception] = []
 
     def fit() -> None:
@@ -178,32 +179,32 @@ def _follow(
 
     def relay(event: dict[str, Any]) -> None:
         if event["type"] in ("failed", "interrupted", "finished"):
-            endings.append(event)
+            last_events.append(event)
         else:
             on_event(event)
 
     thread = threading.Thread(target=fit, daemon=True, name="ray-train")
     thread.start()
-    asked = False
+    stop_requested = False
     while thread.is_alive():
-        if stop.is_set() and not asked:
-            if not desk.called:
-                return []  # nobody has begun anything
-            desk.ask_to_stop()
-            asked = True
+        if stop.is_set() and not stop_requested:
+            if not server.has_clients:
+                return []  # no worker has begun
+            server.ask_to_stop()
+            stop_requested = True
         with suppress(queue.Empty):
-            relay(desk.events.get(timeout=LOOK_SECONDS))
-    desk.close()
-    while not desk.events.empty():
-        relay(desk.events.get())
-    if not endings and failures:
-        endings.append(failure_event(without_a_word(failures[0])))
-    return endings
+            relay(server.events.get(timeout=POLL_SECONDS))
+    server.close()
+    while not server.events.empty():
+        relay(server.events.get())
+    if not last_events and failures:
+        last_events.append(failure_event(unexplained(failures[0])))
+    return last_events
 
 
-def _raise(endings: list[dict[str, Any]]) -> None:
-    failed = [event for event in endings if event["type"] == "failed"]
-    if failed:  # a cause before its effects
+def _raise_failure(last_events: list[dict[str, Any]]) -> None:
+    failed = [event for event in last_events if event["type"] == "failed"]
+    if failed:  # a lost peer is an effect of another worker's failure
         event = min(failed, key=lambda event: event["reason"] == "WorkerDied")
         raise StageError(
             event["reason"],
@@ -211,7 +212,7 @@ def _raise(endings: list[dict[str, Any]]) -> None:
             advice=event["advice"],
             retryable=event["retryable"],
         )
-    for event in endings:
+    for event in last_events:
         if event["type"] == "interrupted":
             raise Interrupted(event["stage"], event["step"])
 
@@ -220,12 +221,14 @@ def _raise(endings: list[dict[str, Any]]) -> None:
 
 
 def _walk(config: dict[str, Any]) -> None:
-    """The training function of every rank. What ends a walk is posted; alone it is not raised as
-    well, since Ray would wrap it. Raised, it ends the other ranks through the worker group: they
-    lose their peer and Ray tears the group down."""
+    """The training function of every rank.
+
+    A failure is sent as an event. With several ranks it is also raised: the others lose their peer
+    and Ray ends the group. A single rank does not raise it, since Ray would only wrap it.
+    """
     import ray.train.torch
 
-    line = EventClient(*config["desk"])
+    client = EventClient(*config["event_server"])
     context = ray.train.get_context()
     places: Places = config["places"]
     device = ray.train.torch.get_device()
@@ -234,40 +237,40 @@ def _walk(config: dict[str, Any]) -> None:
     plan = Plan.model_validate_json(config["plan"])
     scratch = Path(places.scratch) / f"rank-{context.get_world_rank()}"
     store = Store(places.output, scratch, places.job_uid)
-    walk = PlanRunner(
-        ledger=StageInputs(plan, store, Path(places.base_dir), Path(places.cache_dir)),
+    runner = PlanRunner(
+        stage_inputs=StageInputs(plan, store, Path(places.base_dir), Path(places.cache_dir)),
         worker=Worker(
             rank=context.get_world_rank(),
             world_size=context.get_world_size(),
             device=device,
-            stop=line.stopped,
+            stop=client.stopped,
             attempt=config["attempt"],
         ),
-        emit=line.emit,
+        emit=client.emit,
     )
     with ExitStack() as stack:
         if places.drain:
-            stack.enter_context(drain.present(Path(places.drain), line.ask_to_stop))
+            stack.enter_context(drain.present(Path(places.drain), client.ask_to_stop))
         try:
-            walk.run()
+            runner.run()
         except Interrupted as stopped:
-            line.emit(failure_event(stopped))
+            client.emit(failure_event(stopped))
         except Exception as error:
             named = error if isinstance(error, StageError) else unexpected(error)
-            line.emit(failure_event(named))
+            client.emit(failure_event(named))
             if context.get_world_size() > 1 or named is not error:
-                raise  # a defect: for the worker's log
+                raise  # a defect belongs in the worker's log
         else:
-            line.emit({"type": "finished"})
+            client.emit({"type": "finished"})
 
 
-# ---- where Ray runs -----------------------------------------------------------------------------
+# ---- Ray clusters -----------------------------------------------------------------------------
 
 
 @contextmanager
 def pods_cluster() -> Iterator[None]:
-    """The Ray cluster whose head this process was started on."""
-    # Its word for a pod that goes; ours is the preStop hook, which saves a checkpoint.
+    """Connect to the Ray cluster whose head this process runs on."""
+    # Our preStop hook saves a checkpoint when a pod is deleted; Ray's watcher would end it first.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
     try:
@@ -277,9 +280,9 @@ def pods_cluster() -> Iterator[None]:
 
 
 def pods_resources(compute: Compute) -> Resources:
-    """What the operator gave the worker pods. Ray rounds a pod's CPUs up."""
+    """Return the resources of the worker pods. Ray rounds a pod's CPUs up."""
     workers = compute.workers or 1
-    return Resources.shared_out(
+    return Resources.divided(
         workers,
         compute.min_workers or workers,
         compute.gpus_per_worker or 0,
@@ -289,7 +292,7 @@ def pods_resources(compute: Compute) -> Resources:
 
 @contextmanager
 def local_cluster(resources: Resources) -> Iterator[None]:
-    """Ray on this machine alone, just large enough, for as long as the context lasts."""
+    """Run Ray on this machine alone, just large enough, while the context is open."""
     for name, value in _LOCAL_RAY.items():
         os.environ.setdefault(name, value)
     ray.init(
@@ -308,15 +311,15 @@ def local_cluster(resources: Resources) -> Iterator[None]:
 
 
 def local_resources(compute: Compute) -> Resources:
-    """This machine shared out evenly. Raises StageError if it has fewer GPUs than asked for."""
+    """Divide this machine evenly among the workers. Raises StageError NotEnoughGpus."""
     workers = compute.workers or 1
     present = torch.cuda.device_count()
     gpus = compute.gpus_per_worker if compute.gpus_per_worker is not None else present // workers
     if gpus * workers > present:
         raise StageError(
             "NotEnoughGpus",
-            f"{workers} workers of {gpus} GPUs each were asked for; this machine has {present}.",
+            f"the job needs {workers} workers with {gpus} GPUs each; this machine has {present}.",
             advice="Lower compute.gpusPerWorker or compute.workers.",
         )
     cpus = len(os.sched_getaffinity(0))
-    return Resources.shared_out(workers, workers, gpus, max(1, cpus // workers))
+    return Resources.divided(workers, workers, gpus, max(1, cpus // workers))

@@ -1,7 +1,7 @@
-"""Walks a plan: each stage is skipped if its record matches, else run, its record written last.
+"""The runner: skips each stage whose record matches, runs the others, writes their records last.
 
-Every rank of a worker group walks the same plan. Rank 0 decides, runs the single-worker stages and
-writes; the others follow its word over a channel that waits as long as a stage takes.
+Every rank of a worker group walks the same plan. Rank 0 decides, runs the stages of one worker and
+writes. The other ranks wait for its decisions as long as a stage takes.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ if TYPE_CHECKING:
     import torch
 
 MODEL_ROLES = ("model", "judge", "reward")
-"""Inputs that are model folders where they come from outside the plan; `reward.0` counts as one."""
+"""The roles of inputs that are models if they come from outside the plan; `reward.0` is one too."""
 
 
 def is_model(role: str) -> bool:
-    """Whether an input from outside the plan is a model folder, not a data set."""
+    """Return whether an input from outside the plan is a model and not a data set."""
     return role.partition(".")[0] in MODEL_ROLES
 
 
 VERSIONED = ("tuneyard", "torch", "transformers", "peft")
+"""The packages whose versions a record keeps."""
 
 Emit = Callable[[dict[str, Any]], None]
 """Receives events as JSON values: `stage` (stage, state, record) and `progress` (stage, step,
@@ -48,22 +49,24 @@ StageFunction = Callable[[StageContext], StageOutcome]
 
 @dataclass
 class StageInputs:
-    """What one process knows of a plan's inputs: where they are, what they contain, what is done.
-    Needs no torch."""
+    """The inputs of a plan's stages: their local paths and digests, and which stages are done.
+
+    Needs no torch.
+    """
 
     plan: Plan
     store: Store
     base_dir: Path
-    """What relative file:// sources are relative to: the manifest's folder."""
+    """The manifest's folder, which relative file:// sources are relative to."""
     cache_dir: Path
-    """Where fetched sources and their digests are kept."""
+    """The folder of fetched sources and their digests."""
     records: dict[str, StageRecord] = field(default_factory=dict)
-    """Of the stages that are done, by name."""
+    """The records of the stages that are done, by name."""
     _fetched: dict[tuple[str, str | None], Path] = field(default_factory=dict)
 
     def pending(self) -> list[str]:
-        """Names of the stages that a run would have to run: the first without a matching record,
-        and, as far as can be told beforehand, all after it."""
+        """Return the names of the stages that are not done: the first without a matching record,
+        and all after it, since their inputs may change."""
         for index, stage in enumerate(self.plan.stages):
             record = self.store.done(stage, self.digests(stage))
             if record is None:
@@ -72,7 +75,7 @@ class StageInputs:
         return []
 
     def digests(self, stage: PlannedStage) -> dict[str, str]:
-        """The content digest of each input."""
+        """Return the content digest of each input."""
         return {
             role: self.records[source.stage].digest
             if isinstance(source, StageInput)
@@ -81,16 +84,16 @@ class StageInputs:
         }
 
     def inputs(self, stage: PlannedStage) -> dict[str, Path]:
-        """The local path of each input."""
+        """Return the local path of each input."""
         return {
             role: self.store.workdir(source.stage) / (source.file or "")
             if isinstance(source, StageInput)
-            else self._usable(role, source)
+            else self._local_path(role, source)
             for role, source in stage.inputs.items()
         }
 
-    def _usable(self, role: str, source: SourceInput) -> Path:
-        """The source as stages take it: models as folders, never as one GGUF file."""
+    def _local_path(self, role: str, source: SourceInput) -> Path:
+        """Return the path of a source. A GGUF model is unpacked into a folder first."""
         path = self._fetch(role, source)
         if not is_model(role) or path.suffix != ".gguf":
             return path
@@ -112,18 +115,18 @@ class StageInputs:
 
 @dataclass
 class PlanRunner:
-    """One worker's way through the plan."""
+    """One worker's walk through the plan."""
 
-    ledger: StageInputs
+    stage_inputs: StageInputs
     worker: Worker
     emit: Emit
 
     def run(self) -> dict[str, StageRecord]:
-        """Every stage to its record. Raises StageError or Interrupted."""
+        """Skip or run every stage; return the records by name. Raises StageError or Interrupted."""
         control = Control(self.worker.world_size)
-        ledger, store = self.ledger, self.ledger.store
-        for stage in ledger.plan.stages:
-            digests = ledger.digests(stage) if self.worker.is_main else {}
+        known, store = self.stage_inputs, self.stage_inputs.store
+        for stage in known.plan.stages:
+            digests = known.digests(stage) if self.worker.is_main else {}
             record = control.agree(self._done(stage, digests) if self.worker.is_main else None)
             if not self.worker.is_main:
                 store.pull(stage.name)
@@ -132,16 +135,18 @@ class PlanRunner:
                 if isinstance(record, Interrupted):
                     raise record
                 store.pull(stage.name)
-            ledger.records[stage.name] = record
-        return ledger.records
+            known.records[stage.name] = record
+        return known.records
 
     def _done(self, stage: PlannedStage, digests: Mapping[str, str]) -> StageRecord | None:
-        """The record of a stage that need not run; for one that must, its folder is readied. Raises
-        StageError where it or a later one lacks a package."""
-        store = self.ledger.store
+        """Return the record of a stage that is done. None: it must run, and its folder is ready.
+
+        Raises StageError if a package is missing that this stage or a later one needs.
+        """
+        store = self.stage_inputs.store
         record = store.done(stage, digests)
         if record is None:
-            stages = self.ledger.plan.stages
+            stages = self.stage_inputs.plan.stages
             extras.require(stages[stages.index(stage) :])
             store.begin(stage.name, stage.identity(digests))
         else:
@@ -152,8 +157,10 @@ class PlanRunner:
     def _execute_or_stop(
         self, stage: PlannedStage, digests: Mapping[str, str]
     ) -> StageRecord | Interrupted | None:
-        """An interruption is agreed on like a record: nobody leaves, and so takes the group down,
-        before rank 0 has its checkpoint on disk."""
+        """Return the record, or the interruption, which the ranks then agree on.
+
+        No rank returns until rank 0 has saved its checkpoint: an early exit would end the group.
+        """
         try:
             if self.worker.is_main and self.worker.stop() and stage.kind not in TRAINING_KINDS:
                 return Interrupted(stage.name, 0)
@@ -162,16 +169,16 @@ class PlanRunner:
             return stopped
 
     def _execute(self, stage: PlannedStage, digests: Mapping[str, str]) -> StageRecord | None:
-        """Runs the stage where it belongs; the record on rank 0, None elsewhere."""
+        """Run the stage on the ranks that it needs. Return the record on rank 0, None elsewhere."""
         if stage.kind not in TRAINING_KINDS and not self.worker.is_main:
             return None
-        store = self.ledger.store
+        store = self.stage_inputs.store
         workdir = store.workdir(stage.name)
         if self.worker.is_main:
             self.emit(_stage_event(stage, "Running"))
         started = now()
         try:
-            inputs = self.ledger.inputs(stage)
+            inputs = self.stage_inputs.inputs(stage)
             run = _stage_function(stage.kind)
             outcome = run(StageContext(stage, inputs, workdir, self._worker(stage, digests)))
         except OSError as error:
@@ -190,7 +197,7 @@ class PlanRunner:
     def _record(
         self, stage: PlannedStage, digests: Mapping[str, str], outcome: StageOutcome, started: str
     ) -> StageRecord:
-        workdir = self.ledger.store.workdir(stage.name)
+        workdir = self.stage_inputs.store.workdir(stage.name)
         names = outcome.contents or [path.name for path in workdir.iterdir()]
         return StageRecord(
             stage=stage.name,
@@ -214,17 +221,19 @@ class PlanRunner:
             report=partial(_report, self.emit, stage.name, self.worker.device),
             persist=self._persist,
             identity=stage.identity(digests),
-            manifest=self.ledger.plan.manifest,
+            manifest=self.stage_inputs.plan.manifest,
         )
 
     def _persist(self, folder: Path) -> None:
-        self.ledger.store.refuse_stale(self.worker.attempt)
-        self.ledger.store.persist(folder)
+        self.stage_inputs.store.refuse_stale(self.worker.attempt)
+        self.stage_inputs.store.persist(folder)
 
 
 class Control:
-    """Rank 0's word to the other ranks. A group of its own, over gloo with a limit of a week: the
-    training group's limit must stay short, so that a hung collective is noticed."""
+    """Broadcasts rank 0's decisions in a gloo group of its own, with a timeout of a week.
+
+    The training group's timeout stays short, so that a collective that hangs is noticed.
+    """
 
     def __init__(self, world_size: int) -> None:
         self._group: Any = None
@@ -236,7 +245,7 @@ class Control:
             self._group = dist.new_group(backend="gloo", timeout=week)
 
     def agree(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
+        """Return rank 0's value on every rank."""
         if self._alone:
             return value
         import torch.distributed as dist
@@ -247,7 +256,7 @@ class Control:
 
 
 def _stage_function(kind: StageKind) -> StageFunction:  # noqa: C901  one case for each kind
-    """The `run` of a stage; imported here, so that reading records costs no torch."""
+    """Return a stage's `run`. Imported here, so that reading records costs no torch."""
     match kind:
         case "prepare":
             from tuneyard_trainer.data.prepare import run
@@ -313,7 +322,7 @@ def _stage_event(
 
 
 def failure_event(error: StageError | Interrupted) -> dict[str, Any]:
-    """The event that ends a walk early."""
+    """Return the event of a walk that ended early."""
     if isinstance(error, Interrupted):
         return {"type": "interrupted", "stage": error.stage, "step": error.step}
     return {
@@ -326,10 +335,10 @@ def failure_event(error: StageError | Interrupted) -> dict[str, Any]:
 
 
 def now() -> str:
-    """RFC 3339, UTC, to the second."""
+    """Return the time as RFC 3339, in UTC, to the second."""
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
+    """Return the versions of the packages that decide a result."""
     return {name: importlib.metadata.version(name) for name in VERSIONED}

@@ -1,4 +1,4 @@
-"""Runs a plan without Ray: in this process, or in the processes that torchrun started.
+"""A plan without Ray: in this process, or in the processes that torchrun started.
 
 python -m tuneyard_trainer.running.torchrun --plan plan.json --output DIR
 torchrun --nproc-per-node 2 -m tuneyard_trainer.running.torchrun --plan plan.json --output DIR
@@ -25,8 +25,8 @@ from tuneyard_trainer.worker import Worker
 
 
 def run(plan: Plan, output: str, *, base_dir: Path, cache_dir: Path, emit: Emit) -> None:
-    """Walks the plan as the rank that the environment (RANK, WORLD_SIZE, LOCAL_RANK, as torchrun
-    sets them) says, alone where it says nothing. Raises StageError."""
+    """Walk the plan as the rank that torchrun's RANK, WORLD_SIZE and LOCAL_RANK name; alone if they
+    are not set. Raises StageError."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -39,18 +39,23 @@ def run(plan: Plan, output: str, *, base_dir: Path, cache_dir: Path, emit: Emit)
         if rank == 0:
             store.claim(plan.job, attempt=1)
         PlanRunner(
-            ledger=StageInputs(plan, store, base_dir, cache_dir),
+            stage_inputs=StageInputs(plan, store, base_dir, cache_dir),
             worker=Worker(rank=rank, world_size=world_size, device=device),
             emit=emit,
         ).run()
 
 
 def main() -> int:
-    """Events go to standard output as JSON lines."""
+    """Run the command line; events go to standard output as JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--plan", type=Path, required=True, help="as `tuneyard plan --json` prints")
     parser.add_argument("--output", required=True, help="a folder or an fsspec URL")
-    parser.add_argument("--base-dir", type=Path, default=Path(), help="what file:// is relative to")
+    parser.add_argument(
+        "--base-dir",
+        type=Path,
+        default=Path(),
+        help="the folder that file:// paths are relative to",
+    )
     parser.add_argument("--cache-dir", type=Path, default=Path(".tuneyard-cache"))
     arguments = parser.parse_args()
 
