@@ -310,7 +310,7 @@ def test_an_interrupted_run_says_where_it_stopped_and_how_it_goes_on(
 ) -> None:
     with Console(out=io.StringIO(), err=terminal, clock=clock) as console:
         console.interrupted(Interrupted("sft", 128))
-    assert "Stopped in sft after step 128. The same command goes on from there." in (
+    assert "Stopped in sft after step 128. Run the same command to continue." in (
         terminal.getvalue()
     )
 

@@ -125,7 +125,7 @@ def _interrupt_twice(driver: psutil.Process) -> None:
     [
         (_kill_worker, 1, "the training workers ended and reported no error"),
         (_kill_driver, -signal.SIGKILL, ""),
-        (_interrupt, 130, "goes on from there"),
+        (_interrupt, 130, "Run the same command to continue"),
         (_interrupt_twice, 130, "press Ctrl-C again to stop at once"),
     ],
     ids=["worker killed", "driver killed", "Ctrl-C", "Ctrl-C twice"],

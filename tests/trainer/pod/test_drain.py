@@ -1,4 +1,4 @@
-"""The preStop hook: it asks, it waits for who is there, and for nobody else."""
+"""The preStop hook asks the processes of its pod to end and waits for them, and for no others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drain, "LOOK_SECONDS", 0.05)
 
 
-def test_a_pod_without_work_is_free_at_once(tmp_path: Path) -> None:
+def test_a_pod_without_processes_ends_at_once(tmp_path: Path) -> None:
     assert drain.drain(tmp_path / "drain", seconds=0)
 
 
@@ -53,7 +53,7 @@ def test_a_killed_process_is_not_waited_for(tmp_path: Path) -> None:
     assert drain.drain(tmp_path, seconds=0)
 
 
-def test_nobody_is_asked_twice_or_without_need(tmp_path: Path) -> None:
+def test_a_process_is_asked_once_and_only_if_the_hook_runs(tmp_path: Path) -> None:
     calls: list[int] = []
     with drain.present(tmp_path, lambda: calls.append(1)):
         assert not drain.drain(tmp_path, seconds=0.4)

@@ -36,7 +36,7 @@ UID = "5a1c-uid"
 def launched(
     folder: Path, plan: Plan, environment: dict[str, str] | None = None, attempt: int = 1
 ) -> subprocess.Popen[str]:
-    """`python -m tuneyard_trainer` as KubeRay's entry point has it."""
+    """`python -m tuneyard_trainer` with the arguments of KubeRay's entrypoint."""
     (folder / "plan.json").write_text(plan.to_json())
     command = [sys.executable, "-m", "tuneyard_trainer", "--plan", str(folder / "plan.json")]
     return subprocess.Popen(
@@ -64,7 +64,7 @@ def cluster_plan(folder: Path, model: Path, **spec: Any) -> Plan:
     return planned(value)
 
 
-def test_an_output_of_another_job_ends_before_ray_with_its_reason_last(tmp_path: Path) -> None:
+def test_an_output_of_another_job_ends_the_attempt_before_ray_starts(tmp_path: Path) -> None:
     Store(str(tmp_path / "out"), tmp_path, "x").claim(JobRef(kind="FineTuneJob", name="other"), 1)
     process = launched(tmp_path, cluster_plan(tmp_path, tmp_path))
     out, err = process.communicate(timeout=120)
@@ -173,12 +173,12 @@ def test_pods_hold_one_process_for_each_gpu(
 
 
 OPEN = {"RAY_AUTH_MODE": "disabled"}
-"""A cluster made by ray.init alone lets nobody else in."""
+"""Without these settings other processes cannot connect to the cluster of ray.init."""
 
 
 @pytest.fixture(scope="module")
 def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Ray cluster in a process of its own, as the head pod's is; gone with the test."""
+    """A Ray cluster in a process of its own, like the head pod's; it ends with the test."""
     script = (
         "import ray, sys\nfrom tuneyard_trainer.running import distributed as d\n"
         "with d.local_cluster(d.Resources(1, 1, 0, 1.0)):\n"
@@ -198,7 +198,7 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     process.wait(60)
 
 
-def test_ray_on_one_machine_tells_nobody_of_it_and_keeps_no_process_that_nothing_needs() -> None:
+def test_ray_on_one_machine_sends_no_usage_statistics() -> None:
     script = (
         "import psutil, sys\n"
         "from ray._common.usage.usage_lib import usage_stats_enabled\n"
@@ -351,7 +351,7 @@ def test_an_attempt_is_stopped_superseded_drained_and_in_the_end_succeeds(
 
 
 def wait_for_no_workers() -> None:
-    """Ray ends the workers of a driver that is gone."""
+    """Ray ends the workers of a driver that has exited."""
     deadline = time.monotonic() + 60
     while any("RayTrainWorker" in name for name in names()):
         assert time.monotonic() < deadline

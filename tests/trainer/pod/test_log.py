@@ -1,4 +1,4 @@
-"""A pod's log: an event a line, whatever is in it."""
+"""A pod's log: one line for each event."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from tuneyard_trainer.pod.log import Log
 
 
-def test_an_event_is_one_line_whatever_its_fields_hold() -> None:
+def test_an_event_is_one_line_for_any_content_of_its_fields() -> None:
     stream = io.StringIO()
     log = Log(stream)
     log("failed", reason="InvalidData", message='row 7:\n"a b"', advice="", missing=None)

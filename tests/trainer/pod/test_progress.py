@@ -1,4 +1,4 @@
-"""What the operator is told of an attempt, event by event."""
+"""The progress report of an attempt, event by event."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tests.trainer.finished import record
 from tests.trainer.jobs import manifest, planned
 from tuneyard.api.progress import Outcome, Post, ProgressReport
 from tuneyard.api.status import Failure
-from tuneyard_trainer.pod.progress import Story
+from tuneyard_trainer.pod.progress import AttemptProgress
 
 START = 1_800_000_000.0
 
 
 @pytest.fixture
-def story(tmp_path: Path) -> Story:
-    return Story(planned(manifest(tmp_path)), attempt=2, at=START)
+def attempt(tmp_path: Path) -> AttemptProgress:
+    return AttemptProgress(planned(manifest(tmp_path)), attempt=2, at=START)
 
 
 def stage(name: str, state: str, **metrics: float) -> dict[str, Any]:
@@ -47,8 +47,8 @@ def picture(post: Post) -> ProgressReport:
     return post.tuneyard
 
 
-def test_an_attempt_begins_with_every_stage_pending(story: Story) -> None:
-    post = story.post()
+def test_an_attempt_begins_with_every_stage_pending(attempt: AttemptProgress) -> None:
+    post = attempt.post()
     assert picture(post).attempt == 2
     assert [(s.name, s.kind, s.state) for s in picture(post).stages] == [
         (name, name, "Pending") for name in ("prepare", "sft", "evaluate", "export")
@@ -57,9 +57,9 @@ def test_an_attempt_begins_with_every_stage_pending(story: Story) -> None:
     assert picture(post).resumed_step is None
 
 
-def test_a_finished_stage_shows_its_record(story: Story) -> None:
-    story.take(stage("prepare", "Skipped", rows=10.0), START)
-    done = picture(story.post()).stages[0]
+def test_a_finished_stage_shows_its_record(attempt: AttemptProgress) -> None:
+    attempt.add(stage("prepare", "Skipped", rows=10.0), START)
+    done = picture(attempt.post()).stages[0]
     assert done.state == "Skipped"
     assert done.metrics == {"rows": 10.0}
     assert done.digest is not None
@@ -67,12 +67,14 @@ def test_a_finished_stage_shows_its_record(story: Story) -> None:
     assert done.finished_at is not None
 
 
-def test_steps_metrics_and_the_time_to_the_stages_end_follow_the_newest_event(story: Story) -> None:
-    story.take(stage("sft", "Running"), START)
-    story.take(progress(10, 100, loss=2.0) | {"resumedStep": 10}, START + 30)
-    assert story.post().trainer_status.estimated_remaining_seconds is None
-    story.take(progress(20, 100, loss=1.5, learningRate=1e-4, broken=math.nan), START + 50)
-    post = story.post()
+def test_steps_metrics_and_the_time_to_the_stages_end_follow_the_newest_event(
+    attempt: AttemptProgress,
+) -> None:
+    attempt.add(stage("sft", "Running"), START)
+    attempt.add(progress(10, 100, loss=2.0) | {"resumedStep": 10}, START + 30)
+    assert attempt.post().trainer_status.estimated_remaining_seconds is None
+    attempt.add(progress(20, 100, loss=1.5, learningRate=1e-4, broken=math.nan), START + 50)
+    post = attempt.post()
     assert post.trainer_status.estimated_remaining_seconds == 160  # 2 s a step since the resumption
     assert {m.name: m.value for m in post.trainer_status.metrics} == {
         "loss": 1.5,
@@ -82,42 +84,46 @@ def test_steps_metrics_and_the_time_to_the_stages_end_follow_the_newest_event(st
     assert (shown.stage, shown.step, shown.total_steps, shown.resumed_step) == ("sft", 20, 100, 10)
 
 
-def test_news_of_a_stage_that_does_not_run_changes_nothing(story: Story) -> None:
-    story.take(stage("sft", "Running"), START)
-    story.take(progress(5, 10, name="prepare", loss=9.0), START)
-    assert picture(story.post()).step == 0
-    assert story.post().trainer_status.metrics == []
+def test_progress_of_a_stage_that_does_not_run_changes_nothing(attempt: AttemptProgress) -> None:
+    attempt.add(stage("sft", "Running"), START)
+    attempt.add(progress(5, 10, name="prepare", loss=9.0), START)
+    assert picture(attempt.post()).step == 0
+    assert attempt.post().trainer_status.metrics == []
 
 
-def test_the_percentage_only_grows_and_reaches_100_with_success_alone(story: Story) -> None:
+def test_the_percentage_never_falls_and_reaches_100_only_with_success(
+    attempt: AttemptProgress,
+) -> None:
     seen = []
     for name in ("prepare", "sft", "evaluate", "export"):
-        story.take(stage(name, "Running"), START)
+        attempt.add(stage(name, "Running"), START)
         for step in range(1, 11):
-            story.take(progress(step, 10, name=name), START + step)
-            seen.append(story.post().trainer_status.progress_percentage or 0)
-        story.take(stage(name, "Succeeded"), START + 20)
-        seen.append(story.post().trainer_status.progress_percentage or 0)
+            attempt.add(progress(step, 10, name=name), START + step)
+            seen.append(attempt.post().trainer_status.progress_percentage or 0)
+        attempt.add(stage(name, "Succeeded"), START + 20)
+        seen.append(attempt.post().trainer_status.progress_percentage or 0)
     assert seen == sorted(seen)
     assert seen[10] == 10  # prepare's share
     assert seen[21] == 80  # and training's
     assert seen[-1] == 99
-    last = story.end(story.success(), START + 30)
+    last = attempt.end(attempt.success(), START + 30)
     assert last.trainer_status.progress_percentage == 100
 
 
-def test_a_total_that_turns_out_larger_takes_no_percentage_back(story: Story) -> None:
-    story.take(stage("prepare", "Running"), START)
-    story.take(progress(10, 10, name="prepare"), START + 1)
-    story.take(progress(11, 100, name="prepare"), START + 2)
-    assert story.post().trainer_status.progress_percentage == 10
-    assert picture(story.post()).total_steps == 100
+def test_a_larger_total_does_not_lower_the_percentage(attempt: AttemptProgress) -> None:
+    attempt.add(stage("prepare", "Running"), START)
+    attempt.add(progress(10, 10, name="prepare"), START + 1)
+    attempt.add(progress(11, 100, name="prepare"), START + 2)
+    assert attempt.post().trainer_status.progress_percentage == 10
+    assert picture(attempt.post()).total_steps == 100
 
 
-def test_success_names_the_result_its_digest_and_the_evaluations_metrics(story: Story) -> None:
+def test_success_names_the_result_its_digest_and_the_evaluations_metrics(
+    attempt: AttemptProgress,
+) -> None:
     for name in ("prepare", "sft", "evaluate", "export"):
-        story.take(stage(name, "Succeeded", **{f"{name}Metric": 1.0}), START)
-    outcome = picture(story.end(story.success(), START)).outcome
+        attempt.add(stage(name, "Succeeded", **{f"{name}Metric": 1.0}), START)
+    outcome = picture(attempt.end(attempt.success(), START)).outcome
     assert outcome
     assert outcome.result
     assert outcome.result.uri == "file://out/result"
@@ -126,13 +132,13 @@ def test_success_names_the_result_its_digest_and_the_evaluations_metrics(story: 
 
 
 @pytest.mark.parametrize(("state", "left"), [("Failed", "Failed"), ("Interrupted", "Pending")])
-def test_the_stage_that_ran_last_says_how_the_attempt_ended(
-    story: Story, state: Any, left: str
+def test_the_last_stage_shows_how_the_attempt_ended(
+    attempt: AttemptProgress, state: Any, left: str
 ) -> None:
-    story.take(stage("sft", "Running"), START)
-    story.take(progress(5, 10), START)
+    attempt.add(stage("sft", "Running"), START)
+    attempt.add(progress(5, 10), START)
     outcome = Outcome(state=state, failure=Failure(reason="LossNotFinite", message="nan"))
-    last = picture(story.end(outcome, START))
+    last = picture(attempt.end(outcome, START))
     assert last.stages[1].state == left
     assert last.outcome == outcome
     assert (last.stage, last.step) == ("sft", 5)

@@ -1,4 +1,4 @@
-"""What a run shows: progress on standard error while it lasts, its result on standard output."""
+"""The terminal output of a run: progress on standard error, the result on standard output."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from tuneyard_trainer.reporting.results import Comparison, Figures, Sample
 from tuneyard_trainer.worker import Interrupted
 
 FILE_WIDTH = 100
-"""Columns of the result where standard output is no terminal."""
+"""The columns of the result if standard output is not a terminal."""
 SHOWN_CHARACTERS = 600
-"""An answer's start is shown so far; all of it stands in the report."""
+"""The characters of an answer that are shown; the report has all of it."""
 VERDICT_STYLES = {"better": "green", "worse": "red", "": ""}
 
 
 class Console:
-    """Shows a run to whoever started it. A context manager: on leaving, also by Ctrl-C, the
-    terminal is as it was.
+    """Shows a run: a live display on a terminal; log lines on a pipe, a dumb terminal or with
+    NO_COLOR.
 
-    A terminal gets a live display; a pipe, a dumb terminal or NO_COLOR gets log lines.
+    A context manager: when it is left, also by Ctrl-C, the terminal is as it was before.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Console:
     # ---- while it runs --------------------------------------------------------------------------
 
     def start(self, plan: Plan) -> None:
-        """Says what is about to run, and what the planner decided for the user."""
+        """Show the stages of the plan and what the planner decided."""
         self._plan = plan
         stages = ", ".join(stage.name for stage in plan.stages)
         self._view.note("info", f"{plan.job.kind} {plan.job.name}: {stages}")
@@ -76,8 +76,8 @@ class Console:
             self._view.note("info", note)
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """Shows one event of the runner. A signal handler may call it too: an event that arrives
-        while another is being shown waits for its turn."""
+        """Show one event of the runner. A signal handler may call this too: an event that arrives
+        while another is being shown is shown after it."""
         self._events.append(event)
         if self._showing:
             return
@@ -96,7 +96,7 @@ class Console:
         elif event["type"] == "progress":
             self._view.progress(event)
 
-    # ---- how it ended ---------------------------------------------------------------------------
+    # ---- the result -----------------------------------------------------------------------------
 
     def summary(
         self,
@@ -105,8 +105,8 @@ class Console:
         folder: Path,
         skipped_all: bool = False,
     ) -> None:
-        """The result. `output`: the job's output as a path or URI; `folder`: what was exported,
-        where the output is a path; `skipped_all`: whether every stage had been done before."""
+        """Show the result. `output`: the job's output as a path or URI; `folder`: the exported
+        folder if the output is a path; `skipped_all`: whether every stage was done before."""
         self._view.close()
         name = self._plan.job.name if self._plan else "the job"
         figures = Figures.of(records)
@@ -127,15 +127,15 @@ class Console:
         self._print(_facts_table(_places(records, exported if "://" in output else _near(folder))))
 
     def failure(self, error: StageError) -> None:
-        """Why it failed, and what to change."""
+        """Show why the run failed and what to change."""
         self._view.failed(error)
         self._view.close()
 
     def interrupted(self, stopped: Interrupted) -> None:
-        """That somebody stopped it, and how to go on."""
+        """Show that the run was stopped and how to continue it."""
         self._view.close()
         after = f" after step {stopped.step}" if stopped.step else ""
-        text = f"Stopped in {stopped.stage}{after}. The same command goes on from there."
+        text = f"Stopped in {stopped.stage}{after}. Run the same command to continue."
         self._view.note("warning", text)
 
     def _print(self, value: Text | Table | None = None) -> None:
@@ -143,7 +143,7 @@ class Console:
 
 
 def _tolerant(stream: IO[str]) -> IO[str]:
-    """Lets a stream write "?" for what its encoding lacks: a model may answer in any script."""
+    """Let a stream write "?" for characters that its encoding lacks: models write in any script."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="replace")
     return stream
@@ -214,7 +214,7 @@ def _clipped(text: str) -> Text:
 
 
 def _places(records: Mapping[str, StageRecord], at: str) -> tuple[tuple[str, str], ...]:
-    """What the export stage says that it wrote, and where: `at` is its folder."""
+    """Return the files that the export stage wrote; `at`: its folder."""
     record = next((r for r in records.values() if r.kind == "export"), None)
     if record is None:
         return ()
@@ -232,6 +232,6 @@ def _places(records: Mapping[str, StageRecord], at: str) -> tuple[tuple[str, str
 
 
 def _near(folder: Path) -> str:
-    """As a path from here, where the folder lies below."""
+    """Return a folder below the working directory as a relative path."""
     here = Path.cwd()
     return str(folder.relative_to(here)) if folder.is_relative_to(here) else str(folder)

@@ -1,4 +1,4 @@
-"""`tuneyard run`: plans carried out on this machine, with Ray started for the purpose."""
+"""`tuneyard run`: carries plans out on this machine, in a Ray cluster of its own."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 def run(plans: Sequence[Plan], base_dir: Path) -> int:
-    """Runs the plans one after another; returns the exit code of the first that does not succeed.
+    """Run the plans one after another; return the exit code of the first that does not succeed.
 
-    `base_dir` is the manifest's folder: file:// paths are relative to it. Raises PlanError for
-    manifests that need a cluster.
+    `base_dir`: the manifest's folder, which file:// paths are relative to. Raises PlanError for a
+    manifest that needs a cluster.
     """
     plans = localized(plans)
     for plan in plans:
@@ -37,9 +37,9 @@ def run(plans: Sequence[Plan], base_dir: Path) -> int:
 
 
 def localized(plans: Sequence[Plan]) -> list[Plan]:
-    """The plans with job:// sources pointing at the outputs of other jobs of the same manifest.
+    """Return the plans with each job:// source replaced by the output of that job of the manifest.
 
-    Raises PlanError, with every fault, for sources and outputs that exist on a cluster only.
+    Raises PlanError with every source and output that exists on a cluster only.
     """
     faults = [fault for plan in plans for fault in _cluster_only(plan)]
     outputs = {plan.job.name: plan.output.uri for plan in plans}
@@ -65,8 +65,8 @@ def localized(plans: Sequence[Plan]) -> list[Plan]:
 def _unknown_job(source: SourceInput, name: str) -> Fault:
     return Fault(
         source.path,
-        f"on one machine {source.uri} means a job of the same manifest file, and there is no "
-        f"{name!r} in it: add it, or name its model folder, {model_uri('file://OUTPUT')}",
+        f"on one machine {source.uri} names a job of the same manifest file, which has no job "
+        f"{name!r}: add it, or write its model folder, {model_uri('file://OUTPUT')}",
     )
 
 
@@ -113,9 +113,8 @@ def _carry_out(
     console.start(plan)
     pending = StageInputs(plan, store, base_dir, cache_dir).pending()
     if pending:
-        from tuneyard_trainer.running import (
-            distributed,  # torch and Ray, only where something is to do
-        )
+        # torch and Ray are imported only if a stage has to run.
+        from tuneyard_trainer.running import distributed
 
         resources = distributed.local_resources(plan.compute)
         places = distributed.Places(output, str(scratch), str(base_dir.absolute()), str(cache_dir))
@@ -139,10 +138,13 @@ def _carry_out(
 
 @contextmanager
 def _orderly_stop(console: Console) -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM once: checkpoint and end. A second Ctrl-C: end now."""
+    """Yield an event that the first Ctrl-C or SIGTERM sets: save a checkpoint and end.
+
+    A second Ctrl-C ends the run at once.
+    """
     stop = threading.Event()
 
-    def ask(_: int, __: FrameType | None) -> None:
+    def on_signal(_: int, __: FrameType | None) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
@@ -157,7 +159,9 @@ def _orderly_stop(console: Console) -> Iterator[threading.Event]:
             }
         )
 
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {
+        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield stop
     finally:
@@ -166,14 +170,14 @@ def _orderly_stop(console: Console) -> Iterator[threading.Event]:
 
 
 def _cache_dir() -> Path:
-    """TUNEYARD_CACHE, else the user's cache folder by the XDG base directory specification."""
+    """Return TUNEYARD_CACHE, or the user's cache folder by the XDG base directory specification."""
     if own := os.environ.get("TUNEYARD_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tuneyard"
 
 
 def _located(uri: str, base_dir: Path) -> str:
-    """An output as fsspec takes it: file:// paths made absolute against the manifest's folder."""
+    """Return an output as fsspec takes it: file:// paths become absolute paths."""
     if uri.startswith("file://"):
         return str((base_dir.absolute() / uri.removeprefix("file://")).resolve())
     return uri

@@ -1,7 +1,7 @@
-"""Two ways to watch a run: a live display on a terminal, log lines anywhere else.
+"""Two displays of a run: a live one on a terminal, log lines anywhere else.
 
-Both take the runner's events. Text from outside (messages, model output) is never read as markup
-and never reaches a terminal with its control characters.
+Both receive the runner's events. Text from outside (messages, model output) is never parsed as
+markup, and its control characters never reach a terminal.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ Clock = Callable[[], float]
 """Seconds since 1970."""
 
 PACE_SECONDS = 60.0
-"""How far back the pace of a stage is measured."""
+"""The time over which a stage's pace is measured."""
 LINE_SECONDS = 10.0
 LINE_SHARE = 0.05
-"""A progress line is due after so long, or after so much of the stage."""
+"""A progress line is due after this time, or after this share of the stage."""
 REFRESH_HZ = 4
 NAME_WIDTH = 10
 
 
 class View(Protocol):
-    """What the console needs of either way."""
+    """A display of the runner's events."""
 
     def note(self, level: str, text: str) -> None: ...
 
@@ -57,8 +57,10 @@ class View(Protocol):
 
 @dataclass
 class Pace:
-    """How fast a stage goes now, from its latest steps: a resumed run knows nothing of earlier
-    ones, and the first step, which warms up caches, soon drops out."""
+    """The pace of a stage, from its latest steps.
+
+    A resumed run has no times of earlier steps, and the slow first step soon drops out.
+    """
 
     _marks: deque[tuple[float, int]] = field(default_factory=deque)
 
@@ -69,7 +71,7 @@ class Pace:
             self._marks.popleft()
 
     def seconds_left(self, now: float, total: int) -> float | None:
-        """None until two steps were seen."""
+        """Return the seconds to the last step; None before two steps are done."""
         if len(self._marks) < 2 or not total:
             return None
         (start, first), (end, last) = self._marks[0], self._marks[-1]
@@ -79,7 +81,7 @@ class Pace:
 
 @dataclass
 class Running:
-    """The stage under way, as far as its events told."""
+    """The running stage after the events so far."""
 
     name: str
     started: float
@@ -89,8 +91,8 @@ class Running:
     metrics: dict[str, float] = field(default_factory=dict)
     pace: Pace = field(default_factory=Pace)
 
-    def take(self, event: Mapping[str, Any], now: float) -> None:
-        """A message stands until there are figures again."""
+    def add(self, event: Mapping[str, Any], now: float) -> None:
+        """Add a progress event. A message is shown until the next metrics arrive."""
         if event["totalSteps"]:
             self.total = event["totalSteps"]
         if event["step"]:
@@ -104,13 +106,13 @@ class Running:
 
 
 class LineView:
-    """`TIME LEVEL STAGE key=value ...`, one event a line; progress now and then."""
+    """Writes `TIME LEVEL STAGE key=value ...`, one event a line, and progress when it is due."""
 
     def __init__(self, stream: IO[str], clock: Clock) -> None:
         self._stream, self._clock = stream, clock
         self._running: Running | None = None
         self._shown = (0.0, 0)
-        self._said = ""
+        self._message = ""
 
     def note(self, level: str, text: str) -> None:
         self._write(level, self._running.name if self._running else "run", {"message": text})
@@ -126,7 +128,7 @@ class LineView:
 
     def stage(self, name: str, state: str, record: StageRecord | None) -> None:
         self._running = Running(name, self._clock()) if state == "Running" else None
-        self._shown, self._said = (self._clock(), 0), ""
+        self._shown, self._message = (self._clock(), 0), ""
         values: dict[str, object] = {"state": state}
         if record is not None:
             values |= {"seconds": seconds_of(record), **record.metrics, "digest": record.digest}
@@ -139,18 +141,18 @@ class LineView:
         now = self._clock()
         if self._running is None or self._running.name != event["stage"]:
             self._running, self._shown = Running(event["stage"], now), (now, 0)
-        self._running.take(event, now)
+        self._running.add(event, now)
         if self._is_due(event, now):
-            self._shown, self._said = (now, event["step"]), event["message"] or self._said
+            self._shown, self._message = (now, event["step"]), event["message"] or self._message
             self._write("info", event["stage"], self._values(self._running, event, now))
 
     def close(self) -> None:
         pass
 
     def _is_due(self, event: Mapping[str, Any], now: float) -> bool:
-        """Every new message and every evaluation, the first step and the last; else by time or by
-        share."""
-        if event["message"] and event["message"] != self._said:
+        """Return whether a progress line is due: for a new message, an evaluation, the first and
+        the last step; otherwise by time or by share of the stage."""
+        if event["message"] and event["message"] != self._message:
             return True
         time, shown = self._shown
         step, total = event["step"], event["totalSteps"]
@@ -186,7 +188,7 @@ _BARE = re.compile(r"[^\s\"'=\\\x00-\x1f\x7f-\x9f]+")
 
 
 def _value(value: object) -> str:
-    """A number, or text: bare where nothing in it could be mistaken, else as a JSON string."""
+    """Return a value as text: a number or an unambiguous word bare, other text as a JSON string."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
@@ -195,11 +197,11 @@ def _value(value: object) -> str:
     return text if _BARE.fullmatch(text) else json.dumps(text, ensure_ascii=False)
 
 
-# ---- a terminal ---------------------------------------------------------------------------------
+# ---- terminal -----------------------------------------------------------------------------------
 
 
 class LiveView:
-    """A line for each finished stage, and below them the running one, redrawn in place."""
+    """Shows a line for each finished stage and below them the running stage, redrawn in place."""
 
     def __init__(self, console: RichConsole, clock: Clock) -> None:
         self._console, self._clock = console, clock
@@ -235,10 +237,10 @@ class LiveView:
         if self._running is None or self._running.name != event["stage"]:
             self.stage(event["stage"], "Running", None)
         if self._running is not None:
-            self._running.take(event, self._clock())
+            self._running.add(event, self._clock())
 
     def close(self) -> None:
-        """Gives the terminal back: the running stage's lines go, the cursor comes."""
+        """Remove the running stage's lines and show the cursor again."""
         self._hide()
         self._running = None
 
@@ -258,7 +260,7 @@ class LiveView:
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
-        """What is printed beside a `Live` races with its refreshing thread for the cursor."""
+        """Stop the live display while text is printed: both move the cursor."""
         self._hide()
         yield
         if self._running is not None:
@@ -296,8 +298,8 @@ def _position(running: Running, now: float) -> str:
     return f"{count(running.step)}/{count(running.total)}  {eta:>14}"
 
 
-_WATCHED = {"reward": "reward", "heldOutReward": "held out", "kl": "KL"}
-"""Figures of reinforcement learning on the line of the stage under way."""
+_SHOWN_METRICS = {"reward": "reward", "heldOutReward": "held out", "kl": "KL"}
+"""The metrics of reinforcement learning on the line of the running stage, and their labels."""
 
 
 def _status(running: Running) -> str:
@@ -310,7 +312,11 @@ def _status(running: Running) -> str:
         base = metrics.get("baseValidationLoss")
         beside = f" (base {number(base)})" if base is not None else ""
         parts.append(f"held out {number(metrics['validationLoss'])}{beside}")
-    parts += [f"{_WATCHED[name]} {number(metrics[name])}" for name in _WATCHED if name in metrics]
+    parts += [
+        f"{_SHOWN_METRICS[name]} {number(metrics[name])}"
+        for name in _SHOWN_METRICS
+        if name in metrics
+    ]
     if "tokensPerSecond" in metrics:
         parts.append(f"{count(metrics['tokensPerSecond'])} tokens/s")
     if "epoch" in metrics:
@@ -325,11 +331,11 @@ def _finished(name: str, state: str, record: StageRecord) -> Table:
     line.add_column(min_width=NAME_WIDTH, no_wrap=True)
     line.add_column(min_width=10, no_wrap=True)
     line.add_column()
-    figures = headline(record.kind, record.metrics, record.details)
+    metrics = headline(record.kind, record.metrics, record.details)
     line.add_row(
         Text("✔", style="green"),
         Text(name, style="" if skipped else "bold"),
         Text("done before" if skipped else duration(seconds_of(record)), style="dim"),
-        Text(" · ".join(figures), style="dim" if skipped else ""),
+        Text(" · ".join(metrics), style="dim" if skipped else ""),
     )
     return line

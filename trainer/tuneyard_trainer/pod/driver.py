@@ -1,11 +1,11 @@
-"""Carries out one attempt of a job on a Ray cluster and tells how it ended.
+"""The driver: carries out one attempt of a job on a Ray cluster and reports its outcome.
 
 python -m tuneyard_trainer --plan plan.json --attempt 2 --job-uid UID
 
-What happens goes to standard output, a line each, and to the operator (TUNEYARD_PROGRESS_URL,
-TUNEYARD_TOKEN_FILE, TUNEYARD_CA). An end other than success is the last line of standard error
-too, `TUNEYARD-OUTCOME {json}`: KubeRay copies it into the RayJob, so it survives an operator out of
-reach.
+It writes one line per event to standard output and posts its progress to the operator
+(TUNEYARD_PROGRESS_URL, TUNEYARD_TOKEN_FILE, TUNEYARD_CA). An outcome other than success is also the
+last line of standard error, `TUNEYARD-OUTCOME {json}`. KubeRay copies that line into the RayJob, so
+the operator reads it even if no post reached it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from tuneyard.api.status import Failure
 from tuneyard.errors import StageError
 from tuneyard_trainer import drain
 from tuneyard_trainer.pod.log import Log
-from tuneyard_trainer.pod.progress import Story, finite
-from tuneyard_trainer.pod.reporter import Channel, Reporter
+from tuneyard_trainer.pod.progress import AttemptProgress, finite
+from tuneyard_trainer.pod.reporter import Reporter, StatusClient
 from tuneyard_trainer.running.failures import MOST_CHARACTERS, last_line
 from tuneyard_trainer.storage import sources
 from tuneyard_trainer.storage.records import Store
@@ -44,17 +44,17 @@ from tuneyard_trainer.worker import Interrupted
 
 SUCCEEDED, FAILED, INTERRUPTED, STALE = 0, 1, 3, 4
 LOG_SECONDS = 10.0
-"""Least time between two log lines of mere progress."""
+"""The least time between two log lines of progress without a message."""
 FOLDER = Path(tempfile.gettempdir(), "tuneyard")
-"""Of stores, caches and Ray's leftovers: a pod may write to its /tmp alone."""
+"""The folder of stores, caches and Ray's results; a pod may write to its /tmp only."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit code: 0 succeeded, 1 failed, 3 interrupted, 4 another attempt has taken over."""
+    """Return the exit code: 0 succeeded, 1 failed, 3 interrupted, 4 a newer attempt exists."""
     parser = argparse.ArgumentParser(prog="python -m tuneyard_trainer", description=__doc__)
     parser.add_argument("--plan", type=Path, required=True, help="as `tuneyard plan --json` prints")
     parser.add_argument("--attempt", type=int, default=1)
-    parser.add_argument("--job-uid", help="which job of that name this is")
+    parser.add_argument("--job-uid", help="the uid of the job")
     options = parser.parse_args(arguments)
     log = Log(sys.stdout)
     try:
@@ -67,27 +67,27 @@ def main(arguments: Sequence[str]) -> int:
 
 
 class Driver:
-    """One attempt, from claiming the output to telling how it ended."""
+    """One attempt, from claiming the output to reporting its outcome."""
 
     def __init__(self, plan: Plan, attempt: int, uid: str | None, log: Log) -> None:
         self._plan, self._attempt, self._uid, self._log = plan, attempt, uid, log
-        self._story = Story(plan, attempt, time.time())
+        self._progress = AttemptProgress(plan, attempt, time.time())
         self._stop = threading.Event()
-        self._why = ("Preempted", "the driver was told to end")
+        self._stop_cause = ("Preempted", "the driver was asked to end")
         self._logged_at = 0.0
         log("driver", job=plan.job.name, attempt=attempt, stages=[s.name for s in plan.stages])
-        self._reporter = self._reporting(os.environ)
+        self._reporter = self._start_reporter(os.environ)
 
     def run(self) -> int:
-        """Carries the plan out, reports the ending and returns the exit code."""
+        """Carry the plan out, report the outcome and return the exit code."""
         with self._signals():
             try:
                 self._carry_out()
-                outcome = self._story.success()
+                outcome = self._progress.success()
             except Exception as error:
-                outcome = outcome_of(error, self._why)
+                outcome = outcome_of(error, self._stop_cause)
             if not _is_stale(outcome) and self._reporter:
-                self._reporter.finish(self._story.end(outcome, time.time()))
+                self._reporter.finish(self._progress.end(outcome, time.time()))
         return _leave(outcome, self._log)
 
     def _carry_out(self) -> None:
@@ -97,9 +97,8 @@ class Driver:
             store.claim(self._plan.job, self._attempt)
         self._log("output-claimed", uri=self._plan.output.uri)
 
-        from tuneyard_trainer.running import (
-            distributed,  # torch and Ray: half a minute on a small head
-        )
+        # torch and Ray take half a minute to import on a small head pod.
+        from tuneyard_trainer.running import distributed
 
         resources = distributed.pods_resources(self._plan.compute)
         places = distributed.Places(
@@ -121,16 +120,16 @@ class Driver:
                 stop=self._stop,
             )
 
-    # ---- what the workers say -----------------------------------------------------------------
+    # ---- events of the workers -----------------------------------------------------------------
 
     def _event(self, event: dict[str, Any]) -> None:
         if event["type"] == "draining":
             self.preempted()
             return
         at = time.time()
-        self._story.take(event, at)
+        self._progress.add(event, at)
         if self._reporter:
-            self._reporter.tell(self._story.post(), urgent=event["type"] == "stage")
+            self._reporter.update(self._progress.post(), urgent=event["type"] == "stage")
         if event["type"] == "stage":
             record = event["record"] or {}
             metrics = finite(record.get("metrics", {}))
@@ -140,61 +139,64 @@ class Driver:
             place = {name: event[name] for name in ("stage", "step", "totalSteps", "message")}
             self._log("progress", **{**place, **finite(event["metrics"])})
 
-    # ---- who may stop it ------------------------------------------------------------------------
+    # ---- stop requests --------------------------------------------------------------------------
 
     def _ask_to_stop(self, reason: str, message: str) -> None:
         if not self._stop.is_set():
-            self._why = (reason, message)
+            self._stop_cause = (reason, message)
             self._stop.set()
 
     def preempted(self) -> None:
-        """A pod's preStop hook asked; may be called from any thread."""
-        self._ask_to_stop("Preempted", "a pod of the attempt is about to be ended")
-        self._log("stopping", why=self._why[1])
+        """Stop because a pod's preStop hook asked for it. Any thread may call this."""
+        self._ask_to_stop("Preempted", "a pod of the attempt is being deleted")
+        self._log("stopping", why=self._stop_cause[1])
 
     def _stopped_by_operator(self) -> None:
         self._ask_to_stop("Stopped", "the operator asked the attempt to stop")
-        self._log("stopping", why=self._why[1])
+        self._log("stopping", why=self._stop_cause[1])
 
     def _superseded(self) -> None:
-        """At once, whatever Ray is doing: its cluster ends the workers of a driver that is gone."""
-        _leave(_stale_ending(self._plan.job.name, self._attempt), self._log)
+        """Exit at once, whatever Ray is doing: Ray ends the workers of a driver that is gone."""
+        _leave(_stale_outcome(self._plan.job.name, self._attempt), self._log)
         os._exit(STALE)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        def ask(number: int, _: FrameType | None) -> None:
+        def on_signal(number: int, _: FrameType | None) -> None:
             name = signal.Signals(number).name
             self._ask_to_stop("Preempted", f"the driver received {name}")
 
         signals = (signal.SIGINT, signal.SIGTERM)
-        previous = {number: signal.signal(number, ask) for number in signals}
+        previous = {number: signal.signal(number, on_signal) for number in signals}
         try:
             yield
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _reporting(self, environment: Mapping[str, str]) -> Reporter | None:
+    def _start_reporter(self, environment: Mapping[str, str]) -> Reporter | None:
         url = environment.get(PROGRESS_URL_VARIABLE)
         if not url:
             self._log("progress-not-posted", why=f"{PROGRESS_URL_VARIABLE} is not set")
             return None
         token_file = Path(environment[TOKEN_FILE_VARIABLE])
         return Reporter(
-            Channel(url, token_file, environment[CA_VARIABLE]).send,
-            self._story.post(),
+            StatusClient(url, token_file, environment[CA_VARIABLE]).send,
+            self._progress.post(),
             on_stop=self._stopped_by_operator,
             on_stale=self._superseded,
-            say=self._log,
+            log=self._log,
         )
 
 
-# ---- endings ------------------------------------------------------------------------------------
+# ---- outcomes -----------------------------------------------------------------------------------
 
 
 def outcome_of(error: BaseException, why: tuple[str, str] = ("Stopped", "")) -> Outcome:
-    """How an attempt ended that raised this. `why`: reason and message of who asked it to stop."""
+    """Return the outcome of an attempt that raised `error`.
+
+    `why`: the reason and the message of the stop request, for an attempt that was interrupted.
+    """
     if isinstance(error, Interrupted):
         reason, message = why
         failure = Failure(reason=reason, message=f"{message}: {error}")
@@ -208,11 +210,12 @@ def outcome_of(error: BaseException, why: tuple[str, str] = ("Stopped", "")) -> 
     return Outcome(
         state="Failed",
         failure=Failure(reason="DriverError", message=f"the driver failed: {last_line(error)}"),
-        retryable=from_ray or isinstance(error, OSError),  # the cluster's troubles, not a defect's
+        retryable=from_ray
+        or isinstance(error, OSError),  # a fault of the cluster, not of the trainer
     )
 
 
-def _stale_ending(job: str, attempt: int) -> Outcome:
+def _stale_outcome(job: str, attempt: int) -> Outcome:
     return outcome_of(
         StageError("StaleAttempt", f"attempt {attempt} of {job} is not the operator's newest.")
     )
@@ -223,7 +226,7 @@ def _is_stale(outcome: Outcome) -> bool:
 
 
 def _leave(outcome: Outcome, log: Log) -> int:
-    """Says how it ended, where everybody can find it; the exit code."""
+    """Log the outcome, write it to standard error unless it is success; return the exit code."""
     if outcome.state == "Succeeded":
         result = outcome.result
         log("succeeded", uri=result and result.uri, digest=result and result.digest)
@@ -245,11 +248,11 @@ def _leave(outcome: Outcome, log: Log) -> int:
     return STALE if _is_stale(outcome) else FAILED
 
 
-# ---- places -------------------------------------------------------------------------------------
+# ---- the output----------------------------------------------------------------------------------
 
 
 def located(uri: str) -> str:
-    """An output as fsspec takes it, in a pod: pvc://CLAIM/PATH is a folder of the mounted claim.
+    """Return an output as fsspec takes it: pvc://CLAIM/PATH becomes a folder of the mounted claim.
 
     Raises StageError OutputUnavailable.
     """

@@ -1,4 +1,4 @@
-"""Where an attempt stands, made of the workers' events: what the operator is told.
+"""An attempt's progress, computed from the workers' events, as the operator receives it.
 
 Pure: events and times in, `Post`s out.
 """
@@ -16,18 +16,18 @@ from tuneyard.api.progress import MetricValue, Outcome, Post, ProgressReport, Tr
 from tuneyard.api.status import Result, StageState, StageStatus
 
 WEIGHTS = {"prepare": 1.0, "pairs": 1.0, "evaluate": 1.0, "assess": 1.0, "export": 1.0}
-"""Of a stage in the job's percentage, by kind. The quickstart on two cores spends 12% of its time
-in prepare, 71% in training, 11% in evaluate and 7% in export; longer jobs spend more in training.
-"""
+"""The weight of a short stage in the job's percentage, by kind. The quickstart on two cores spends
+12% of its time in prepare, 71% in training, 11% in evaluate and 7% in export. Longer jobs spend
+more in training."""
 LONG = 7.0
-"""Of all other kinds, which train or sample."""
+"""The weight of all other kinds, which train or sample."""
 EVALUATIONS = ("evaluate", "assess")
-"""Kinds whose metrics are the result's."""
+"""The kinds whose metrics become the result's metrics."""
 MOST_METRICS = 256
 
 
-class Story:
-    """An attempt's state, as the events so far tell it."""
+class AttemptProgress:
+    """The state of an attempt after the events so far."""
 
     def __init__(self, plan: Plan, attempt: int, at: float) -> None:
         """`at`, here and below: seconds since the epoch."""
@@ -39,22 +39,22 @@ class Story:
         self._step = self._total = 0
         self._resumed: int | None = None
         self._metrics: dict[str, float] = {}
-        self._told_at = at
+        self._updated_at = at
         self._pace: tuple[int, float] | None = None
-        """A step of this stage and when it was told: what the pace is measured from."""
+        """The step and the time from which this stage's pace is measured."""
         self._percentage = 0
 
-    def take(self, event: Mapping[str, Any], at: float) -> None:
-        """One event of the runner."""
-        self._told_at = at
+    def add(self, event: Mapping[str, Any], at: float) -> None:
+        """Add one event of the runner."""
+        self._updated_at = at
         if event["type"] == "stage":
-            self._take_stage(event, at)
+            self._add_stage(event, at)
         elif event["type"] == "progress" and event["stage"] == self._stage:
-            self._take_progress(event, at)
+            self._add_progress(event, at)
         self._percentage = max(self._percentage, self._measured())
 
     def post(self) -> Post:
-        """The picture now."""
+        """Return the post for the present state."""
         return Post(
             trainer_status=TrainerStatus(
                 progress_percentage=self._percentage,
@@ -63,7 +63,7 @@ class Story:
                     MetricValue(name=name, value=value)
                     for name, value in list(self._metrics.items())[:MOST_METRICS]
                 ],
-                last_updated_time=rfc3339(self._told_at),
+                last_updated_time=rfc3339(self._updated_at),
             ),
             tuneyard=ProgressReport(
                 attempt=self._attempt,
@@ -76,7 +76,7 @@ class Story:
         )
 
     def success(self) -> Outcome:
-        """The ending of a walk that came through, from the records that were told."""
+        """Return the outcome of a walk that succeeded, from the records of its stages."""
         last = self._plan.stages[-1].name
         evaluations = [s.name for s in self._plan.stages if s.kind in EVALUATIONS]
         measured = self._records.get(evaluations[-1]) if evaluations else None
@@ -89,20 +89,20 @@ class Story:
         return Outcome(state="Succeeded", result=result)
 
     def end(self, outcome: Outcome, at: float) -> Post:
-        """The last picture."""
-        self._told_at = at
+        """Return the last post, which carries the outcome."""
+        self._updated_at = at
         if outcome.state == "Succeeded":
             self._percentage = 100
         elif self._stage:
             state: StageState = "Failed" if outcome.state == "Failed" else "Pending"
             self._change(self._stage, state=state, finished_at=rfc3339(at))
         post = self.post()
-        picture = post.tuneyard
+        report = post.tuneyard
         return post.model_copy(
-            update={"tuneyard": picture and picture.model_copy(update={"outcome": outcome})}
+            update={"tuneyard": report and report.model_copy(update={"outcome": outcome})}
         )
 
-    def _take_stage(self, event: Mapping[str, Any], at: float) -> None:
+    def _add_stage(self, event: Mapping[str, Any], at: float) -> None:
         name, value = event["stage"], event["record"]
         record = StageRecord.model_validate(value) if value else None
         if record is None:
@@ -121,7 +121,7 @@ class Story:
             metrics=finite(record.metrics),
         )
 
-    def _take_progress(self, event: Mapping[str, Any], at: float) -> None:
+    def _add_progress(self, event: Mapping[str, Any], at: float) -> None:
         self._step, self._total = event["step"], event["totalSteps"]
         if event.get("resumedStep") is not None:
             self._resumed = event["resumedStep"]
@@ -133,7 +133,7 @@ class Story:
         self._stages[name] = self._stages[name].model_copy(update=changes)
 
     def _measured(self) -> int:
-        """The share of the whole job's weight that is done; 100 is the ending's to say."""
+        """Return the percentage of the job's weight that is done; 100 only after the outcome."""
         done = 0.0
         for name, weight in self._weights.items():
             if self._stages[name].state in ("Succeeded", "Skipped"):
@@ -143,21 +143,21 @@ class Story:
         return min(99, int(100 * done / sum(self._weights.values())))
 
     def _remaining(self) -> int | None:
-        """Seconds to the stage's end at this attempt's pace; None: unknown."""
+        """Return the seconds to the stage's end at this attempt's pace; None: unknown."""
         if self._pace is None or not self._total:
             return None
         step, since = self._pace
         if self._step <= step:
             return None
-        per_step = (self._told_at - since) / (self._step - step)
+        per_step = (self._updated_at - since) / (self._step - step)
         return max(0, round(per_step * (self._total - self._step)))
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Without what JSON has no number for."""
+    """Return the metrics without NaN and infinity, which JSON lacks."""
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def rfc3339(at: float) -> str:
-    """UTC, to the second."""
+    """Return a time as RFC 3339, in UTC, to the second."""
     return datetime.datetime.fromtimestamp(at, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,7 +1,7 @@
-"""Posts an attempt's newest picture to the operator, in its own thread: training never waits.
+"""Posts an attempt's newest progress report to the operator, in a thread of its own.
 
-A picture that could not be posted is not kept: the next one says all of it. Only the last one, with
-the ending, is posted until it is taken.
+Training never waits for a post. A report that could not be posted is dropped, since the next one
+contains everything. Only the last report, with the outcome, is posted until the operator takes it.
 """
 
 from __future__ import annotations
@@ -20,41 +20,41 @@ from pathlib import Path
 from tuneyard.api.progress import MAX_POST_BYTES, POST_SECONDS, Answer, Post
 
 IDLE_SECONDS = 15.0
-"""Between posts without news: an answer is the only way to hear that the job shall stop."""
+"""The time between posts without news. Only the response to a post carries a stop request."""
 TIMEOUT_SECONDS = 10.0
-"""Of one post."""
+"""The timeout of one post."""
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 1.0, 30.0
-"""The wait after a failure, doubled each time; jitter makes it up to a half more."""
+"""The wait after a failure. It doubles each time, and jitter adds up to half of it."""
 MOST_RETRY_AFTER_SECONDS = 120.0
-"""A server that asks for more patience is asked again earlier."""
+"""The longest Retry-After that is obeyed."""
 FINAL_SECONDS = 600.0
-"""How long the last post is retried."""
-FOR_GOOD = (400, 413)
-"""Statuses that the same post would get again. Not 401 and 403: tokens are renewed."""
+"""The time for which the last post is retried."""
+PERMANENT = (400, 413)
+"""HTTP statuses that the same post would get again. 401 and 403 are not: tokens are renewed."""
 STALE = 409
 
-Say = Callable[..., None]
-"""Writes a log line: an event's name and its fields."""
+LogEvent = Callable[..., None]
+"""Writes a log line: the event's name and its fields."""
 
 
 class Refused(Exception):  # noqa: N818
-    """An answer other than 200."""
+    """A response other than 200."""
 
-    def __init__(self, status: int, said: str, retry_after: float | None) -> None:
+    def __init__(self, status: int, text: str, retry_after: float | None) -> None:
         self.status, self.retry_after = status, retry_after
-        super().__init__(f"HTTP {status}: {said}" if said else f"HTTP {status}")
+        super().__init__(f"HTTP {status}: {text}" if text else f"HTTP {status}")
 
 
-class Channel:
-    """Sends posts over TLS, trusting the operator's own authority alone."""
+class StatusClient:
+    """Sends posts over TLS and trusts the operator's certificate authority only."""
 
     def __init__(self, url: str, token_file: Path, ca: str) -> None:
         """`ca`: certificates in PEM."""
         if not url.startswith("https://"):
-            raise ValueError(f"{url} is not https: a token is never sent in the clear")
+            raise ValueError(f"{url} is not https: the token would be sent unencrypted")
         self._url, self._token_file = url, token_file
-        # Made of parts: without redirects, which would carry the token elsewhere, and without the
-        # proxies that pods are told of, which know nothing of a service of the cluster.
+        # Built from parts, to leave out redirects, which would send the token elsewhere, and the
+        # proxies of the environment, which cannot reach a service of the cluster.
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(
             urllib.request.HTTPSHandler(context=ssl.create_default_context(cadata=ca))
@@ -63,8 +63,8 @@ class Channel:
         self._opener.add_handler(urllib.request.HTTPDefaultErrorHandler())
 
     def send(self, post: Post) -> Answer:
-        """Raises Refused, OSError, HTTPException or ValueError (an answer that is none)."""
-        request = urllib.request.Request(  # noqa: S310  https alone, see above
+        """Send a post. Raises Refused, OSError, HTTPException; ValueError: malformed response."""
+        request = urllib.request.Request(  # noqa: S310  always https, see above
             self._url,
             data=_body(post),
             method="POST",
@@ -78,12 +78,12 @@ class Channel:
                 return Answer.model_validate_json(response.read(MAX_POST_BYTES))
         except urllib.error.HTTPError as error:
             with error:
-                said = error.read(300).decode(errors="replace").strip()
-            raise Refused(error.code, said, _seconds(error.headers.get("Retry-After"))) from None
+                text = error.read(300).decode(errors="replace").strip()
+            raise Refused(error.code, text, _seconds(error.headers.get("Retry-After"))) from None
 
 
 class Reporter:
-    """Keeps the newest post and sends it when it is due."""
+    """Holds the newest post and sends it when it is due."""
 
     def __init__(
         self,
@@ -92,11 +92,11 @@ class Reporter:
         *,
         on_stop: Callable[[], None],
         on_stale: Callable[[], None],
-        say: Say,
+        log: LogEvent,
     ) -> None:
-        """`on_stop`: the operator wants an orderly end; `on_stale`: this attempt is over. Both are
-        called in the reporter's thread; nothing is posted after `on_stale`."""
-        self._send, self._on_stop, self._on_stale, self._say = send, on_stop, on_stale, say
+        """`on_stop`: the operator asks the attempt to stop. `on_stale`: a newer attempt exists.
+        Both run in the reporter's thread, and nothing is posted after `on_stale`."""
+        self._send, self._on_stop, self._on_stale, self._log = send, on_stop, on_stale, log
         self._changed = threading.Condition()
         self._newest = first
         self._news = self._urgent = True
@@ -106,21 +106,21 @@ class Reporter:
         self._thread = threading.Thread(target=self._run, daemon=True, name="reporter")
         self._thread.start()
 
-    def tell(self, post: Post, *, urgent: bool = False) -> None:
-        """Replaces the newest post; urgent ones go out at once."""
+    def update(self, post: Post, *, urgent: bool = False) -> None:
+        """Replace the newest post. An urgent one is sent at once."""
         with self._changed:
             self._newest, self._news = post, True
             self._urgent = self._urgent or urgent
             self._changed.notify()
 
     def finish(self, post: Post) -> bool:
-        """Posts the ending and returns whether it was taken, after FINAL_SECONDS at the latest."""
+        """Post the outcome; return after FINAL_SECONDS at most whether the operator took it."""
         with self._changed:
             self._newest, self._news, self._urgent, self._ended = post, True, True, True
             self._changed.notify()
         self._thread.join(FINAL_SECONDS)
         if not self.delivered and not self.stale:
-            self._say("ending-not-delivered", tries=self._failures)
+            self._log("outcome-not-delivered", tries=self._failures)
         return self.delivered
 
     def _run(self) -> None:
@@ -129,7 +129,7 @@ class Reporter:
                 return
 
     def _due(self) -> tuple[Post, bool]:
-        """Waits until a post may go out; it, and whether it is the last."""
+        """Wait until a post is due. Return it, and whether it is the last one."""
         with self._changed:
             while True:
                 pause = 0.0 if self._urgent else POST_SECONDS if self._news else IDLE_SECONDS
@@ -141,22 +141,22 @@ class Reporter:
                 self._changed.wait(wait)
 
     def _deliver(self, post: Post, final: bool) -> bool:
-        """Sends; whether that was the last word."""
+        """Send a post. Return whether no other post follows."""
         try:
-            answer = self._send(post)
+            response = self._send(post)
         except Refused as refusal:
             if refusal.status == STALE:
                 self.stale = True
-                self._say("attempt-is-stale", error=str(refusal))
+                self._log("attempt-is-stale", error=str(refusal))
                 self._on_stale()
                 return True
             self._back_off(refusal, final, refusal.retry_after)
-            return final and refusal.status in FOR_GOOD
+            return final and refusal.status in PERMANENT
         except (OSError, http.client.HTTPException, ValueError) as error:
             self._back_off(error, final, None)
             return False
         self._failures = 0
-        if answer.stop and not final:
+        if response.stop and not final:
             self._on_stop()
         self.delivered = final
         return final
@@ -167,8 +167,8 @@ class Reporter:
             wait = min(MOST_RETRY_AFTER_SECONDS, max(0.0, retry_after))
         wait *= random.uniform(1.0, 1.5)
         self._failures += 1
-        said = f"{type(error).__name__}: {error}"[:300]
-        self._say("post-failed", error=said, retry_seconds=round(wait, 1))
+        text = f"{type(error).__name__}: {error}"[:300]
+        self._log("post-failed", error=text, retry_seconds=round(wait, 1))
         with self._changed:
             self._not_before = time.monotonic() + wait
             self._urgent = self._urgent or final
@@ -176,13 +176,13 @@ class Reporter:
 
 
 def _body(post: Post) -> bytes:
-    """JSON; without the stages' metrics where it would be too long, which records hold anyway."""
+    """Return a post as JSON; a post that is too long loses the stages' metrics."""
     data = _json(post)
     if len(data) <= MAX_POST_BYTES or post.tuneyard is None:
         return data
     stages = [stage.model_copy(update={"metrics": {}}) for stage in post.tuneyard.stages]
-    picture = post.tuneyard.model_copy(update={"stages": stages})
-    return _json(post.model_copy(update={"tuneyard": picture}))
+    report = post.tuneyard.model_copy(update={"stages": stages})
+    return _json(post.model_copy(update={"tuneyard": report}))
 
 
 def _json(post: Post) -> bytes:
@@ -190,7 +190,7 @@ def _json(post: Post) -> bytes:
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """A Retry-After header: seconds or a date; None: there is none that can be read."""
+    """Return the seconds of a Retry-After header (seconds or a date); None: not readable."""
     if retry_after is None:
         return None
     try:
