@@ -93,7 +93,7 @@ def held_out(hashes: Hashes, fraction: float) -> NDArray[np.bool_]:
         )
     wanted = max(1, round(fraction * len(hashes)))
     # Never all: one group at least stays, whatever the fraction.
-    wanted = min(wanted, len(hashes) - int(sizes.min()))
+    wanted = min(wanted, len(hashes) - int(np.min(sizes)))
     chosen = np.zeros(len(sizes), dtype=np.bool_)
     count = 0
     for index, size in enumerate(sizes):

@@ -175,7 +175,7 @@ class Ranked:
 
 def _grid(found_R: Tensor, sizes: Indices) -> tuple[Tensor, Tensor]:
     """(G, K) and (G,): the scores of groups that lie end to end, one group a row."""
-    places = torch.from_numpy(np.arange(sizes.max())[None, :] < sizes[:, None])
+    places = torch.from_numpy(np.arange(np.max(sizes))[None, :] < sizes[:, None])
     places = places.to(found_R.device)
     grid_GK = torch.zeros(places.shape, dtype=found_R.dtype, device=found_R.device)
     return grid_GK.masked_scatter(places, found_R), torch.from_numpy(sizes).to(found_R.device)
