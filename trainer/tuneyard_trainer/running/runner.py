@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, assert_never
 
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, StageRecord
 from tuneyard.api.stage_settings import TRAINING_KINDS, StageKind
@@ -282,6 +282,8 @@ def _stage_function(kind: StageKind) -> StageFunction:  # noqa: C901  one case f
             from tuneyard_trainer.evaluation.assess import run
         case "export":
             from tuneyard_trainer.reporting.export import run
+        case _:
+            assert_never(kind)
     return run
 
 
