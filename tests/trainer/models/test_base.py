@@ -35,7 +35,8 @@ from transformers import (
 from tuneyard.api.adapters import Adapter, Bottleneck, Ia3, Lora, PrefixTuning, Qlora
 from tuneyard.api.training import Freeze
 from tuneyard.errors import StageError
-from tuneyard_trainer.models import adapters, base, files, gguf_reader, layers, probes
+from tuneyard_trainer.models import adapters, base, files, layers, probes
+from tuneyard_trainer.models.gguf_unpack import unpacked
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 17, 42, 99, 100, 7, 301, 12]])
@@ -181,65 +182,53 @@ def gguf_file(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> 
     return path
 
 
-def test_a_gguf_model_is_dequantized_and_saves_as_a_plain_one(
+def test_a_gguf_model_is_unpacked_as_a_dequantized_plain_one(
     gguf_file: Path, tmp_path: Path
 ) -> None:
-    model = load(gguf_file)
+    folder = unpacked(gguf_file, tmp_path)
+    model = load(folder)
     reader = gguf.GGUFReader(gguf_file)
     (embeddings,) = [t for t in reader.tensors if t.name == "token_embd.weight"]
     expected = gguf.dequantize(embeddings.data, embeddings.tensor_type)
     assert np.array_equal(model.get_input_embeddings().weight.detach().numpy(), expected)
     assert model.config.tie_word_embeddings
-    base.save_model(model, tmp_path)
-    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
-    assert torch.equal(load(tmp_path)(IDS).logits, model(IDS).logits)
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
 
 
-def test_a_gguf_model_in_four_bits_is_its_plain_copy_in_four_bits(
+def test_an_unpacked_gguf_model_is_the_one_that_transformers_reads(
     gguf_file: Path, tmp_path: Path
 ) -> None:
-    base.save_model(load(gguf_file), tmp_path)
-    quantized = load(gguf_file, quantize=Qlora())
-    assert quantized.is_loaded_in_4bit
-    assert torch.equal(quantized(IDS).logits, load(tmp_path, quantize=Qlora())(IDS).logits)
-    assert not torch.equal(quantized(IDS).logits, load(tmp_path)(IDS).logits)
-
-
-def test_quick_reading_gives_what_slow_reading_gives(gguf_file: Path) -> None:
-    slow = LlamaForCausalLM.from_pretrained(
+    read = LlamaForCausalLM.from_pretrained(
         gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32
     )
-    quick = load(gguf_file)
-    for name, tensor in slow.state_dict().items():
-        assert torch.equal(quick.state_dict()[name], tensor), name
-    fields = slow.config.to_dict()
-    del fields["quantization_config"], fields["architectures"]
-    assert fields.items() <= quick.config.to_dict().items()
+    model = load(unpacked(gguf_file, tmp_path))
+    for name, tensor in read.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    fields = read.config.to_dict()
+    for changed in ("quantization_config", "architectures", "_name_or_path"):
+        del fields[changed]
+    assert fields.items() <= model.config.to_dict().items()
 
 
-def test_reading_quickly_leaves_the_gguf_package_as_it_was(tmp_path: Path) -> None:
-    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
-    with gguf_reader.quick():
-        assert gguf.GGUFReader is not reader
-    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
-    assert refusal(tmp_path / "broken.gguf").reason == "ModelBroken"
-    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (reader, names)
-
-
-def test_a_gguf_tokenizer_loads_without_the_weights(
-    gguf_file: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_gguf_file_is_unpacked_once(
+    gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf, "dequantize", None)
-    tokenizer = base.load_tokenizer(gguf_file)
+    folder = unpacked(gguf_file, tmp_path)
+    monkeypatch.setattr(gguf, "GGUFReader", None)  # a second reading would fail
+    assert unpacked(gguf_file, tmp_path) == folder
+
+
+def test_an_unpacked_gguf_model_keeps_its_tokenizer_and_license(
+    gguf_file: Path, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    folder = unpacked(gguf_file, tmp_path)
+    tokenizer = base.load_tokenizer(folder)
     text = "Ask the support desk."
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert tokenizer.pad_token_id is not None
     assert len(tokenizer) == len(tiny_tokenizer)
-
-
-def test_a_gguf_file_names_its_licence_and_type(gguf_file: Path) -> None:
-    assert files.license_of(gguf_file) == "apache-2.0"
-    assert files.stored_dtype(gguf_file) is torch.float32
+    assert files.license_of(folder) == "apache-2.0"
+    assert files.stored_dtype(folder) is torch.float32
 
 
 def test_a_gguf_file_that_is_cut_off_or_none_at_all_is_an_error(
@@ -249,7 +238,11 @@ def test_a_gguf_file_that_is_cut_off_or_none_at_all_is_an_error(
     for number, broken in enumerate((b"", b"not a model", content[:200], content[:-5000])):
         path = tmp_path / f"{number}.gguf"
         path.write_bytes(broken)
-        assert refusal(path).reason == "ModelBroken"
+        with pytest.raises(StageError) as caught:
+            unpacked(path, tmp_path / "cache")
+        assert caught.value.reason == "ModelBroken"
+        assert str(path) in caught.value.message
+    assert list((tmp_path / "cache" / "gguf").iterdir()) == []
 
 
 # ---- what is refused ----------------------------------------------------------------------------
@@ -257,7 +250,6 @@ def test_a_gguf_file_that_is_cut_off_or_none_at_all_is_an_error(
 
 def test_a_model_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     assert refusal(tmp_path / "none").reason == "ModelMissing"
-    assert refusal(tmp_path / "none.gguf").reason == "ModelMissing"
 
 
 def test_a_folder_without_a_config_says_what_it_holds(tmp_path: Path) -> None:

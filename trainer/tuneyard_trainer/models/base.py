@@ -20,7 +20,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,12 +30,10 @@ from tuneyard.api.adapters import Qlora
 from tuneyard.api.stage_settings import LoopSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer import extras
-from tuneyard_trainer.models import gguf_reader
 from tuneyard_trainer.models.files import (
     TOKENIZER_FILES,
     config_of,
     first_line,
-    is_gguf,
     not_causal,
 )
 from tuneyard_trainer.models.probes import is_causal
@@ -50,20 +47,18 @@ NOT_IN_A_CAUSAL_MODEL = re.compile(r"classifier|summary")
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or `.gguf` file, with a padding token that is always one of
-    its own tokens, so the embeddings never grow. Reads no weights."""
-    if not is_gguf(path) and not _has_tokenizer(path):
+    """The tokenizer of a model folder, with a padding token that is always one of its own tokens,
+    so the embeddings never grow. Reads no weights."""
+    if not _has_tokenizer(path):
         raise StageError(
             "TokenizerMissing",
             f"{path} has no tokenizer (none of {', '.join(TOKENIZER_FILES[:4])}...).",
             advice="Set model.uri to a folder that holds the model's tokenizer too.",
         )
-    place = {"gguf_file": path.name} if is_gguf(path) else {}
-    folder = path.parent if is_gguf(path) else path
     try:
-        with gguf_reader.quick(), quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, **place
+                path, local_files_only=True, trust_remote_code=False
             )
     except Exception as error:  # each tokenizer class fails in its own way
         raise StageError(
@@ -101,13 +96,18 @@ def load_base(
     settings: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
     if device.type != "cpu":
         settings["device_map"] = {"": device}
-    with _explained(path), quiet():
-        if is_gguf(path):
-            model = _load_gguf(path, settings, quantize)
-        else:
-            if quantize:
-                settings["quantization_config"] = nf4(quantize, dtype)
-            model = _load_folder(path, settings)
+    if quantize:
+        settings["quantization_config"] = nf4(quantize, dtype)
+    with explained(path), quiet():
+        model, info = _from_pretrained(
+            path,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported in `info`, with both shapes
+            **settings,
+        )
+        require_complete(path, info)
     if quantize:
         keep_nf4_layout(model)
     # Encoders that can be decoders (BERT, RoBERTa) are told apart by what they do.
@@ -117,41 +117,6 @@ def load_base(
 
 
 _from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # annotated for one of its results
-
-
-def _load_folder(path: Path, settings: dict[str, Any]) -> PreTrainedModel:
-    model, info = _from_pretrained(
-        path,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,  # reported in `info`, with both shapes
-        **settings,
-    )
-    _require_complete(path, info)
-    return model
-
-
-def _load_gguf(path: Path, settings: dict[str, Any], quantize: Qlora | None) -> PreTrainedModel:
-    """Dequantized, and with no trace of it: transformers neither trains nor saves what it takes for
-    quantized."""
-    with gguf_reader.quick():
-        model, info = _from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            local_files_only=True,
-            quantization_config=GgufConfig(dequantize=True),
-            **settings,
-        )
-    _require_complete(path, info)
-    if quantize is None:
-        return model
-    settings = settings | {
-        "config": model.config,
-        "quantization_config": nf4(quantize, settings["dtype"]),
-        "output_loading_info": False,
-    }
-    return type(model).from_pretrained(None, state_dict=model.state_dict(), **settings)
 
 
 def nf4(qlora: Qlora, dtype: torch.dtype, skipped: list[str] | None = None) -> BitsAndBytesConfig:
@@ -179,7 +144,7 @@ def keep_nf4_layout(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _require_complete(path: Path, info: dict[str, Any]) -> None:
+def require_complete(path: Path, info: dict[str, Any]) -> None:
     """transformers only warns of these, and trains on random weights."""
     missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
     if missing:
@@ -200,7 +165,7 @@ def _require_complete(path: Path, info: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Turns what loading raises into one message."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""What the files of a base model say before any weight is read: a folder, or one `.gguf` file.
+"""What the files of a base model say before any weight is read.
 
 Nothing here runs code from the model's folder or unpickles anything, and nothing here reaches the
 network.
@@ -23,7 +23,6 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tuneyard.errors import StageError
-from tuneyard_trainer.models import gguf_reader
 
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -40,39 +39,19 @@ TOKENIZER_FILES = (
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether the model is one GGUF file."""
-    return path.suffix.lower() == ".gguf"
-
-
 def config_of(path: Path) -> PreTrainedConfig:
     """The config of the causal model at `path`. Raises StageError for everything that Tuneyard
     cannot or will not load, with the reason."""
     if not path.exists():
         raise StageError("ModelMissing", f"there is no model at {path}.", advice=MODEL_FIELD)
-    if is_gguf(path):
-        config = _gguf_config(path)
-        _require_causal(path, config)
-        return config
     raw = _raw_config(path)
     _refuse_remote_code(path, raw)
     _refuse_adapter(path)
     _refuse_quantized(path, raw)
     config = _folder_config(path)
-    _require_causal(path, config)
+    require_causal(path, config)
     _require_safetensors(path)
     return config
-
-
-def _gguf_config(path: Path) -> PreTrainedConfig:
-    try:
-        return gguf_reader.config(path)
-    except Exception as error:  # a broken header ends in struct.error, IndexError, ValueError...
-        raise StageError(
-            "ModelBroken",
-            f"{path} cannot be read as a GGUF model: {first_line(error)}.",
-            advice="Fetch the file again, or name a model folder with safetensors in model.uri.",
-        ) from error
 
 
 def _raw_config(path: Path) -> dict[str, Any]:
@@ -151,7 +130,8 @@ def _folder_config(path: Path) -> PreTrainedConfig:
         ) from error
 
 
-def _require_causal(path: Path, config: PreTrainedConfig) -> None:
+def require_causal(path: Path, config: PreTrainedConfig) -> None:
+    """Raise StageError unless the config is that of a decoder which predicts the next token."""
     named = next(iter(config.architectures or ()), None)
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     causal = known and not getattr(config, "is_encoder_decoder", False)
@@ -209,9 +189,7 @@ def _shards(path: Path) -> set[str]:
 
 def stored_dtype(path: Path) -> torch.dtype:
     """The float type that the model's weights are stored in: that of the largest tensor of its
-    first file; float32 for quantized GGUF blocks."""
-    if is_gguf(path):
-        return gguf_reader.dtype(path)
+    first file."""
     first = path / SINGLE if (path / SINGLE).exists() else path / min(_shards(path))
     try:
         with safe_open(first, framework="pt") as file:
@@ -225,10 +203,8 @@ def stored_dtype(path: Path) -> torch.dtype:
 
 
 def license_of(path: Path) -> str | None:
-    """The base model's licence as its files name it: an SPDX-like id from the README's front matter
-    or the GGUF's metadata, else the first line of a LICENSE file. None: they name none."""
-    if is_gguf(path):
-        return gguf_reader.licence(path)
+    """The base model's licence as its files name it: an SPDX-like id from the README's front
+    matter, else the first line of a LICENSE file. None: they name none."""
     return _front_matter_licence(path / "README.md") or _licence_file(path)
 
 

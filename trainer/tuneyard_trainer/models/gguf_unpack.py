@@ -1,7 +1,9 @@
-"""Unpacks a GGUF file into an ordinary model folder, once.
+"""Unpack a GGUF file into an ordinary model folder, once.
 
-Reading a GGUF's tokenizer and dequantizing its tensors takes many seconds, and every stage would
-pay them; the unpacked folder (float32 safetensors, tokenizer, config) loads in under one.
+Everything that a stage reads of a GGUF model (weights, config, tokenizer, license, float type) it
+reads from the unpacked folder, which loads in under a second. Unpacking SmolLM2-135M takes 15 s of
+processor time, 10 of them for `gguf.GGUFReader`: it parses the header, with 49,152 tokens, for the
+license, and transformers has it do so for the config, the weights and the tokenizer.
 """
 
 from __future__ import annotations
@@ -10,16 +12,23 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import gguf
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from tuneyard_trainer.models import base, files
+from tuneyard_trainer.models import base
+from tuneyard_trainer.models.files import require_causal
 from tuneyard_trainer.storage import sources
 
 
 def unpacked(path: Path, cache_dir: Path) -> Path:
-    """The folder of a `.gguf` file, made if it is not there yet. It is named by the file's content
-    digest, so a changed file is unpacked anew."""
+    """Return the model folder of a `.gguf` file, and write it on the first call.
+
+    The folder is named by the file's content digest, so a changed file is unpacked anew. Raises
+    StageError.
+    """
     digest = sources.digest_of([path], cache_dir=cache_dir)
     final = cache_dir / "gguf" / digest.removeprefix("sha256:")[:32]
     if final.is_dir():
@@ -27,11 +36,7 @@ def unpacked(path: Path, cache_dir: Path) -> Path:
     final.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=final.parent, prefix=".partial-"))
     try:
-        model = base.load_base(path, dtype=torch.float32, device=torch.device("cpu"))
-        base.save_model(model, partial)
-        base.load_tokenizer(path).save_pretrained(partial)
-        if licence := files.license_of(path):  # which nothing else in the folder would name
-            (partial / "README.md").write_text(f"---\nlicense: {json.dumps(licence)}\n---\n")
+        _unpack(path, partial)
         try:
             partial.rename(final)
         except OSError:  # another process was faster
@@ -40,3 +45,34 @@ def unpacked(path: Path, cache_dir: Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
+
+
+def _unpack(path: Path, folder: Path) -> None:
+    """Write the model as float32 safetensors, with its tokenizer and its license."""
+    file: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    with base.explained(path), base.quiet():
+        license_name = _license(path)
+        config = AutoConfig.from_pretrained(path.parent, **file)
+        require_causal(path, config)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            config=config,
+            dtype=torch.float32,
+            # transformers neither trains nor saves a model that it takes for quantized.
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
+            **file,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **file)
+    model, info = loaded
+    base.require_complete(path, info)
+    base.save_model(model, folder)
+    tokenizer.save_pretrained(folder)
+    if license_name:  # no other file of the folder names it
+        (folder / "README.md").write_text(f"---\nlicense: {json.dumps(license_name)}\n---\n")
+
+
+def _license(path: Path) -> str | None:
+    field = gguf.GGUFReader(path).get_field("general.license")
+    value = field.contents() if field else None
+    return value if isinstance(value, str) and value.strip() else None

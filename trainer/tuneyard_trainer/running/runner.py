@@ -95,7 +95,7 @@ class StageInputs:
     def _local_path(self, role: str, source: SourceInput) -> Path:
         """Return the path of a source. A GGUF model is unpacked into a folder first."""
         path = self._fetch(role, source)
-        if not is_model(role) or path.suffix != ".gguf":
+        if not is_model(role) or path.suffix.lower() != ".gguf":
             return path
         from tuneyard_trainer.models.gguf_unpack import unpacked
 
