@@ -401,6 +401,15 @@ def test_a_head_that_is_the_embeddings_is_told_twice_only_where_it_is_wanted(
     assert sorted({*names, "lm_head.weight"}) == sorted(model.state_dict())
 
 
+def test_merged_weights_hold_the_buffers_that_a_saved_model_holds() -> None:
+    model = tiny_llama(VOCABULARY)
+    model.model.register_buffer("saved", torch.ones(1))
+    model.model.register_buffer("scratch", torch.ones(1), persistent=False)
+    names = [name for name, _ in adapters.merged_weights(model, with_tied=True)]
+    assert sorted(names) == sorted(model.state_dict())
+    assert "model.saved" in names
+
+
 @pytest.mark.parametrize("kind", ["prefix", "prompt", "bottleneck"])
 def test_what_no_weight_can_express_is_not_merged(
     kind: str, base: Base, attach: Any, tmp_path: Path

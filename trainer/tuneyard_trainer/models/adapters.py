@@ -317,9 +317,9 @@ def _plain(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
         yield from ((f"{prefix}{name}", tensor) for name, tensor in _merged(module))
         return
     yield from ((f"{prefix}{name}", p) for name, p in module.named_parameters(recurse=False))
-    for name, buffer in module.named_buffers(recurse=False):
-        if name not in module._non_persistent_buffers_set:
-            yield f"{prefix}{name}", buffer
+    if buffers := dict(module.named_buffers(recurse=False)):
+        saved = module.state_dict()  # without the buffers that are not persistent
+        yield from ((f"{prefix}{name}", b) for name, b in buffers.items() if name in saved)
     for name, child in module.named_children():
         yield from _plain(child, f"{prefix}{name}.")
 
