@@ -5,4 +5,4 @@ What lives here: the contract (`api`), the pure planner (`planning`), the thin o
 data plane is the sibling package `tuneyard_trainer`, which reads a Plan and knows only `api`.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

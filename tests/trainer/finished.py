@@ -98,7 +98,7 @@ def record(kind: str, metrics: Mapping[str, float], **details: Any) -> StageReco
         "finishedAt": "2026-01-01T00:01:15Z",
         "metrics": dict(metrics),
         "details": details,
-        "versions": {"tuneyard": "0.1.0", "torch": "2.15.0"},
+        "versions": {"tuneyard": "0.2.0", "torch": "2.15.0"},
     }
     return StageRecord.model_validate(value)
 
