@@ -1,6 +1,6 @@
-"""The three ways a job can be refused, each carrying what a user needs to act on it.
+"""The errors of both packages, each with what a user needs to act on it.
 
-Standard library only: both import packages and every layer may raise these.
+Standard library only: every layer of both packages may raise these errors.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing wrong with a manifest.
+    """One fault of a manifest.
 
-    `path` is the field's path as the user wrote it (`spec.training.epochs`, "" for the document),
-    `message` says the value, the reason and the remedy, `source` and `line` (1-based) say where;
-    None means that the manifest did not come from a file.
+    `path`: the field's path as the user wrote it (`spec.training.epochs`); "": the document.
+    `message`: the value, the reason and the remedy. `source` and `line` (1-based): the place; None:
+    the manifest did not come from a file.
     """
 
     path: str
@@ -24,16 +24,16 @@ class Fault:
     source: str | None = None
 
     def __str__(self) -> str:
-        where = ":".join(str(part) for part in (self.source, self.line) if part is not None)
-        return ": ".join(part for part in (where, self.path, self.message) if part)
+        place = ":".join(str(part) for part in (self.source, self.line) if part is not None)
+        return ": ".join(part for part in (place, self.path, self.message) if part)
 
 
 class TuneyardError(Exception):
-    """Base of every error whose message is written for a user; anything else is a defect."""
+    """Base of the errors whose message is written for a user; any other exception is a defect."""
 
 
 class ManifestError(TuneyardError):
-    """A manifest that cannot be accepted; carries every fault found, in document order."""
+    """A refused manifest, with all its faults in document order."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:
         self.faults = tuple(faults)
@@ -41,15 +41,16 @@ class ManifestError(TuneyardError):
 
 
 class PlanError(ManifestError):
-    """A valid manifest that this version cannot carry out, or not here: a PVC, say, off-cluster."""
+    """A valid manifest that cannot be carried out, by this version or in this place: for example a
+    PersistentVolumeClaim outside a cluster."""
 
 
 class StageError(TuneyardError):
     """A stage that failed for a known reason.
 
-    `reason` is one CamelCase word for conditions and metrics, `advice` names the field to change
-    ("" where nothing in the manifest helps). `retryable` is True only when the same plan could
-    succeed on another attempt: a lost node, never a broken row.
+    `reason`: a CamelCase word for conditions and metrics. `advice`: the field to change; "": no
+    change of the manifest helps. `retryable`: whether another attempt of the same plan could
+    succeed, as after the loss of a node, never after a broken row.
     """
 
     def __init__(

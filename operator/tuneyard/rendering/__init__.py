@@ -1,5 +1,4 @@
-"""From a plan to Kubernetes objects.
+"""Render a plan as Kubernetes objects: the RayJob, its ConfigMap, volumes and placement.
 
-What lives here: the RayJob, its ConfigMap, volumes and placement. The law of this room is purity:
-no clock, environment, randomness or I/O.
+The package is pure: no clock, environment, randomness or I/O.
 """

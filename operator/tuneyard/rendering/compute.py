@@ -1,4 +1,4 @@
-"""What a job's workers get: its own wishes over its profile's over the defaults."""
+"""The resources of a job's workers: the job's own fields, then its profile's, then the defaults."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tuneyard.errors import Fault
 
 
 class Workers(NamedTuple):
-    """The worker group, with nothing left open."""
+    """The worker group, with every default filled in."""
 
     num_workers: int
     min_workers: int
@@ -29,7 +29,7 @@ class Workers(NamedTuple):
 
 
 def compute_faults(compute: Compute, profiles: Mapping[str, Compute]) -> Iterator[Fault]:
-    """What no cluster can provide."""
+    """Yield the faults of a compute that no cluster can provide."""
     if compute.profile is not None and compute.profile not in profiles:
         yield Fault("spec.compute.profile", _unknown(compute.profile, profiles))
         return
@@ -43,19 +43,20 @@ def compute_faults(compute: Compute, profiles: Mapping[str, Compute]) -> Iterato
 
 
 def with_profile(compute: Compute, profiles: Mapping[str, Compute]) -> Compute:
-    """The job's compute over its profile's; a field that has its default counts as not set."""
+    """Return the job's compute, completed by its profile. A field with its default value counts as
+    unset."""
     if compute.profile is None:
         return compute
-    ours = {
+    own = {
         name: getattr(compute, name)
         for name, field in Compute.model_fields.items()
         if getattr(compute, name) != field.default
     }
-    return profiles[compute.profile].model_copy(update=ours)
+    return profiles[compute.profile].model_copy(update=own)
 
 
 def workers(compute: Compute) -> Workers:
-    """The worker group of a compute that has its profile applied."""
+    """Return the worker group of a compute whose profile has been applied."""
     num_workers = compute.workers or 1
     return Workers(
         num_workers=num_workers,
@@ -71,7 +72,7 @@ def workers(compute: Compute) -> Workers:
 def _unknown(profile: str, profiles: Mapping[str, Compute]) -> str:
     if not profiles:
         return (
-            f"profile {profile} is defined in the operator's settings, which are not known here: "
+            f"profile {profile} is defined in the operator's settings, which are unknown here: "
             "set workers, gpusPerWorker, cpusPerWorker and memory instead"
         )
     close = difflib.get_close_matches(profile, profiles, n=1)

@@ -1,4 +1,4 @@
-"""A plan as one cluster carries it out: its compute profile applied, other jobs' models found."""
+"""Adapt a plan to one cluster: apply its compute profile, locate the models of other jobs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ JOB = "job://"
 def placed(
     plan: Plan, *, profiles: Mapping[str, Compute], models: Mapping[str, str] | None = None
 ) -> Plan:
-    """`models`: where the models of finished jobs lie, by job name.
+    """Return the plan with its profile applied and its job:// sources replaced.
 
-    Raises PlanError with everything that cannot exist on a cluster.
+    `models`: the URI of each finished job's model, by job name. Raises PlanError with every fault
+    that keeps the plan from running on a cluster.
     """
     found = _with_models(plan, models or {})
     faults = [*storage_faults(found), *compute_faults(plan.compute, profiles)]
@@ -28,7 +29,7 @@ def placed(
 
 
 def awaited_jobs(plan: Plan) -> list[str]:
-    """Names of the jobs whose models the plan starts from, each once."""
+    """Return the names of the jobs whose models the plan needs, each once."""
     return list(dict.fromkeys(name for source in _sources(plan) if (name := _job_of(source))))
 
 
@@ -38,6 +39,7 @@ def _sources(plan: Plan) -> list[SourceInput]:
 
 
 def _job_of(source: SourceInput) -> str | None:
+    """Return the job that a job:// source names; None: another scheme."""
     return source.uri.removeprefix(JOB) if source.uri.startswith(JOB) else None
 
 

@@ -1,8 +1,8 @@
-"""From a plan to the Kubernetes objects of one attempt: an immutable ConfigMap and a RayJob.
+"""Render the Kubernetes objects of one attempt: an immutable ConfigMap and a RayJob.
 
-Who gets what, by least privilege: the head runs the driver, so it has the plan, the token that
-reports progress and the output, which it claims and whose records it reads; the workers have the
-models, the data, the output and the secrets. No pod holds Kubernetes rights.
+Each pod gets what it needs and no more. The head runs the driver: it gets the plan, the progress
+token and the output, which it claims and whose records it reads. The workers get the models, the
+data, the output and the Secrets. No pod has Kubernetes permissions.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ PLAN_FOLDER = "/etc/tuneyard"
 PLAN_FILE = f"{PLAN_FOLDER}/plan.json"
 TOKEN_FOLDER = "/var/run/secrets/tuneyard"  # noqa: S105  a folder, not a secret
 TOKEN_SECONDS = 3600
-"""The token's life; the kubelet renews it at 80%."""
+"""Lifetime of the token; the kubelet renews it at 80%."""
 TTL_SECONDS = 60
-"""How long a finished RayJob's cluster stays: the operator has read what it needs by then."""
+"""How long the cluster of a finished RayJob stays, for the operator to read its state."""
 OBJECT_STORE_BYTES = 256 << 20
-"""Batches never pass through Ray's object store. Its default, 30% of memory, would not fit into
-/dev/shm, and Ray would then put it on disk."""
+"""Size of Ray's object store, which batches never pass through. The default, 30% of memory, would
+not fit into /dev/shm, and Ray would then use the disk."""
 USER = 1000
 """The pods' user and group; volumes are made writable for it."""
 
@@ -60,16 +60,16 @@ _FOREIGN_LABELS = (
     "ray.io/",
     f"{GROUP}/",
 )
-"""Prefixes whose labels make another controller act on what carries them: never copied."""
+"""Prefixes of labels that other controllers act on. Labels with these prefixes are not copied."""
 
 
 class Reporting(NamedTuple):
-    """Where an attempt's head reports its progress."""
+    """Where the head pod of an attempt posts progress."""
 
     url: str
     """The operator's status server, without a path."""
     ca: str
-    """The certificate that signs the server's, in PEM: public, so it may stand in a pod."""
+    """The authority of the server's certificate, in PEM; it is public."""
 
 
 class Rendered(NamedTuple):
@@ -89,8 +89,8 @@ def render(
     image: str = DEFAULT_IMAGE,
     reporting: Reporting | None = None,
 ) -> Rendered:
-    """What the cluster gets for a plan that `placement.placed` made. `reporting` None: progress is
-    posted nowhere."""
+    """Return the objects of an attempt of a plan that `placement.placed` returned. `reporting`
+    None: no progress is posted."""
     compute, policy = plan.compute, job.spec.run_policy
     config_map = _config_map(plan, job)
     mount = _plan_mount(config_map["metadata"]["name"])
@@ -107,7 +107,7 @@ def render(
         "entrypoint": _entrypoint(job, attempt),
         "entrypointNumCpus": 0,
         "backoffLimit": 0,
-        # Nor may the submitter start the driver anew on the head that takes a lost one's place.
+        # The submitter must not start the driver again on the replacement of a lost head.
         "submitterConfig": {"backoffLimit": 0},
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": TTL_SECONDS,
@@ -125,14 +125,15 @@ def render(
 def render_erasure(
     plan: Plan, job: FineTuneJob | AlignmentJob, *, image: str = DEFAULT_IMAGE
 ) -> Object:
-    """The Job that removes a deleted job's output. Its pod gets the output and nothing else."""
+    """Return the Job that removes a deleted job's output. Its pod gets only the plan and the
+    output."""
     store, labels = storage(plan), _labels(job, attempt=None)
     mount = _plan_mount(config_map_name(plan.job.name, plan_digest(plan)))
     container = {
         "name": "erase",
         "command": [*_MODULE, "tuneyard_trainer.erase", "--plan", PLAN_FILE],
         "args": ["--job-uid", job.metadata.uid or ""],
-        "resources": _modest("100m", "500m", "1Gi"),
+        "resources": _small_resources("100m", "500m", "1Gi"),
         "env": _environment(),
         "envFrom": _env_from(store.output_credentials),
     }
@@ -144,9 +145,6 @@ def render_erasure(
         "metadata": _metadata(job, erasure_name(job), labels),
         "spec": {"backoffLimit": 3, "template": template},
     }
-
-
-# ---- names --------------------------------------------------------------------------------------
 
 
 # ---- objects ----------------------------------------------------------------------------------
@@ -210,7 +208,7 @@ def _metadata(job: FineTuneJob | AlignmentJob, name: str, labels: Mapping[str, s
 
 
 def _labels(job: FineTuneJob | AlignmentJob, attempt: int | None) -> dict[str, str]:
-    """The user's labels and ours. `attempt` None: the object is shared by attempts."""
+    """Return the user's and the operator's labels. `attempt` None: attempts share the object."""
     labels = {
         key: value
         for key, value in sorted(job.metadata.labels.items())
@@ -228,7 +226,7 @@ def _labels(job: FineTuneJob | AlignmentJob, attempt: int | None) -> dict[str, s
 
 
 class _Mount(NamedTuple):
-    """A volume and where it is mounted."""
+    """A volume and its mount path."""
 
     name: str
     path: str
@@ -237,7 +235,7 @@ class _Mount(NamedTuple):
 
 
 class _Pods(NamedTuple):
-    """What all pods of an attempt share."""
+    """The settings that all pods of an attempt share."""
 
     image: str
     labels: dict[str, str]
@@ -247,8 +245,8 @@ class _Pods(NamedTuple):
 def _head(pods: _Pods, store: Storage, mounts: Iterable[_Mount], env: list[Object]) -> Object:
     container = {
         "name": "ray-head",
-        "lifecycle": _drained(),
-        "resources": _modest("250m", "1", "4Gi"),
+        "lifecycle": _drain_hook(),
+        "resources": _small_resources("250m", "1", "4Gi"),
         "env": [*_environment(), *env],
         "envFrom": _env_from(store.output_credentials),
     }
@@ -267,19 +265,20 @@ def _worker_group(pods: _Pods, store: Storage, group: Workers, compute: Compute)
     resources = {"cpu": group.cpus, "memory": group.memory}
     start = {"object-store-memory": str(OBJECT_STORE_BYTES)}
     if group.gpus:
-        # Ray counts nvidia.com/gpu by itself, but not a MIG slice's resource.
+        # Ray counts nvidia.com/gpu by default, but not the resource of a MIG slice.
         resources[group.gpu_resource] = start["num-gpus"] = str(group.gpus)
     container = {
         "name": "ray-worker",
-        "lifecycle": _drained(),
-        "resources": _fixed(resources),
+        "lifecycle": _drain_hook(),
+        "resources": _guaranteed_resources(resources),
         "env": [*_environment(), *_secret_env(store)],
         "envFrom": _env_from(store.credentials),
     }
     mounts = [_shared_memory(group.shared_memory), *_claims(store.claims)]
     template = _template(pods, container, mounts)
-    # KubeRay's init container is a shell that, being the pod's first process, would sit out SIGTERM
-    # and the whole grace period: every attempt after a lost worker waited for its replacement.
+    # KubeRay's init container is a shell. As the pod's first process it would ignore SIGTERM for
+    # the whole grace period: after a lost worker the next attempt waited for its replacement to
+    # end.
     template["spec"]["shareProcessNamespace"] = True
     template["spec"] |= _placement(compute)
     return {
@@ -295,7 +294,7 @@ def _worker_group(pods: _Pods, store: Storage, group: Workers, compute: Compute)
 def _submitter(pods: _Pods) -> Object:
     container = {
         "name": "ray-job-submitter",
-        "resources": _modest("100m", "500m", "1Gi"),
+        "resources": _small_resources("100m", "500m", "1Gi"),
         "env": _environment(),
         "envFrom": [],
     }
@@ -303,7 +302,8 @@ def _submitter(pods: _Pods) -> Object:
 
 
 def _template(pods: _Pods, container: Object, mounts: Iterable[_Mount]) -> Object:
-    """A pod that satisfies the restricted Pod Security Standard. It may write to /tmp alone."""
+    """Return a pod template that satisfies the restricted Pod Security Standard. Its root file
+    system is read-only; /tmp is writable."""
     tmp = _Mount("tmp", "/tmp", {"emptyDir": {}}, read_only=False)  # noqa: S108  the pod's own
     mounts = [tmp, *mounts]
     container = {
@@ -341,21 +341,22 @@ def _volume_mount(mount: _Mount) -> Object:
     return {**value, "readOnly": True} if mount.read_only else value
 
 
-def _fixed(resources: Mapping[str, str]) -> Object:
-    """Requests equal to limits: such a pod is the last to be evicted."""
+def _guaranteed_resources(resources: Mapping[str, str]) -> Object:
+    """Return requests equal to limits, so that the pod is among the last to be evicted."""
     return {"requests": dict(resources), "limits": dict(resources)}
 
 
-def _drained() -> Object:
-    """Runs before SIGTERM, on which `ray start` would end driver or worker at once."""
+def _drain_hook() -> Object:
+    """Return a preStop hook. It runs before SIGTERM, on which `ray start` would end driver or
+    worker at once."""
     return {"preStop": {"exec": {"command": [*_MODULE, "tuneyard_trainer.drain"]}}}
 
 
-def _modest(cpu: str, most_cpu: str, memory: str) -> Object:
-    """Of a pod that starts something and then waits."""
+def _small_resources(cpu: str, cpu_limit: str, memory: str) -> Object:
+    """Return the resources of a container that mostly waits."""
     return {
         "requests": {"cpu": cpu, "memory": memory},
-        "limits": {"cpu": most_cpu, "memory": memory},
+        "limits": {"cpu": cpu_limit, "memory": memory},
     }
 
 
@@ -395,7 +396,8 @@ def _claims(claims: Mapping[str, bool]) -> list[_Mount]:
 def _reporting(
     job: FineTuneJob | AlignmentJob, reporting: Reporting | None
 ) -> tuple[list[_Mount], list[Object]]:
-    """The token by which the operator knows whose progress is posted, and where to."""
+    """Return the mounts and variables for posting progress: the token, the URL and the
+    authority."""
     if reporting is None:
         return [], []
     namespace = job.metadata.namespace or "default"
@@ -415,12 +417,15 @@ def _reporting(
 
 
 def _environment() -> list[Object]:
-    """The root file system is read-only and the user has no entry in /etc/passwd."""
+    """Return the variables that stand in for a home folder and an entry in /etc/passwd."""
     return [
         {"name": "HOME", "value": "/tmp"},  # noqa: S108
         {"name": "USER", "value": "tuneyard"},
         {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"},
-        {"name": "RAY_worker_niceness", "value": "0"},  # Ray's 15 lets anything else go first
+        {
+            "name": "RAY_worker_niceness",
+            "value": "0",
+        },  # Ray's default, 15, yields to any other process
     ]
 
 

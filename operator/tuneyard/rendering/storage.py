@@ -1,6 +1,6 @@
-"""What a plan's sources and output need of a cluster: volumes and secrets.
+"""The volumes and Secrets that a plan's sources and output need on a cluster.
 
-What cannot exist there (a file of somebody's laptop) is found here, all of it at once.
+All sources that pods cannot reach, such as local files, are reported at once.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ _CLAIM = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 
 
 class Storage(NamedTuple):
-    """Volumes and secrets by who needs them."""
+    """The volumes and Secrets of the workers and, as `output_*`, of the head."""
 
     claims: dict[str, bool]
-    """Every claim, and whether it is written to."""
+    """Every claim; the value tells whether it is written to."""
     output_claims: dict[str, bool]
     """The output's claim alone."""
     tokens: dict[str, SecretKeyRef]
     """Access tokens and judges' keys by environment variable."""
     credentials: list[str]
-    """Names of every credentials Secret."""
+    """Names of all credentials Secrets."""
     output_credentials: list[str]
-    """The output's alone."""
+    """The output's credentials Secret alone."""
 
 
 def storage_faults(plan: Plan) -> Iterator[Fault]:
-    """Everything that a cluster cannot reach, or not at once."""
+    """Yield the sources that pods cannot reach and the Secrets that conflict."""
     places = _places(plan)
     for place in places:
         yield from _place_faults(place)
@@ -42,7 +42,7 @@ def storage_faults(plan: Plan) -> Iterator[Fault]:
 
 
 def storage(plan: Plan) -> Storage:
-    """What a plan without faults needs."""
+    """Return the volumes and Secrets of a plan without faults."""
     places = _places(plan)
     output = places[-1]
     claims: dict[str, bool] = {}
@@ -60,7 +60,7 @@ def storage(plan: Plan) -> Storage:
 
 
 def _places(plan: Plan) -> list[SourceInput]:
-    """Every source once, in the order of the plan, and the output last."""
+    """Return every source once, in the order of the plan, and the output last."""
     sources = {
         source.path: source
         for stage in plan.stages
@@ -72,7 +72,7 @@ def _places(plan: Plan) -> list[SourceInput]:
 
 
 def _claim(uri: str) -> str | None:
-    """The claim of a pvc:// URI; None for any other."""
+    """Return the claim of a pvc:// URI; None: another scheme."""
     scheme, _, rest = uri.partition("://")
     return rest.split("/")[0] if scheme == "pvc" else None
 
@@ -82,26 +82,27 @@ def _place_faults(place: SourceInput) -> Iterator[Fault]:
     if scheme == "file":
         yield Fault(
             place.path,
-            f"{place.uri} is a path of this machine, and the job's pods run on others: copy it to "
-            "a volume and name that as pvc://CLAIM/PATH, or run the job here with `tuneyard run`",
+            f"{place.uri} is a path of this machine, which the job's pods cannot reach: copy it to "
+            "a volume and write pvc://CLAIM/PATH, or run the job here with `tuneyard run`",
         )
     if scheme == "job":
         yield Fault(
             place.path,
-            f"{place.uri} is the model of another job, and only the operator knows where that "
-            f"lies: write the output URI of {rest} instead",
+            f"{place.uri} is the model of another job, whose URI only the operator knows: write "
+            f"the output URI of {rest} instead",
         )
     claim = _claim(place.uri)
     if claim is not None and not _CLAIM.fullmatch(claim):
         yield Fault(
             place.path,
-            f"{claim!r} is no name of a PersistentVolumeClaim: write pvc://CLAIM/PATH, where CLAIM "
+            f"{claim!r} is not a PersistentVolumeClaim's name: write pvc://CLAIM/PATH, where CLAIM "
             "consists of lower-case letters, digits, dashes and dots",
         )
 
 
 def _credential_faults(places: list[SourceInput]) -> Iterator[Fault]:
-    """Credentials are environment variables, so that a pod has one set of each kind."""
+    """Yield conflicting credentials: they are environment variables, so that a pod has one set for
+    each scheme."""
     first: dict[str, SourceInput] = {}
     for place in places:
         if place.credentials is None:
@@ -113,12 +114,12 @@ def _credential_faults(places: list[SourceInput]) -> Iterator[Fault]:
                 place.path.removesuffix("uri") + "credentials",
                 f"Secret {place.credentials.name} and Secret {other.credentials.name} "
                 f"({other.path}) would both set the {scheme}:// credentials of the job's pods: use "
-                "one Secret that may read and write all of them",
+                "one Secret that grants access to all of them",
             )
 
 
 def _tokens(plan: Plan, places: list[SourceInput]) -> list[tuple[str, SecretKeyRef]]:
-    """Every secret value that a stage sends somewhere, with the field that names it."""
+    """Return every access token and judge's key, with the field that names it."""
     tokens = [
         (place.path.removesuffix("uri") + "tokenSecret", place.token_secret)
         for place in places
