@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tuneyard.controller.cluster import Key
-from tuneyard.controller.world import World
+from tuneyard.controller.job_cache import World
 
 KEY = Key("FineTuneJob", "team", "job")
 

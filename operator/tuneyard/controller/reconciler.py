@@ -19,9 +19,9 @@ from tuneyard.api.progress import Post
 from tuneyard.api.status import AttemptStatus, JobStatus, Progress
 from tuneyard.controller import metrics
 from tuneyard.controller.cluster import FINALIZER, MANAGER, ApiError, Cluster, Key, Object
+from tuneyard.controller.job_cache import Entry, World
 from tuneyard.controller.queue import Again, Queue
 from tuneyard.controller.settings import Settings
-from tuneyard.controller.world import Entry, World
 from tuneyard.errors import Fault, ManifestError, PlanError
 from tuneyard.manifests.manifest import parse
 from tuneyard.planning.plan import plan_job

@@ -20,8 +20,8 @@ from tuneyard.api.meta import GROUP
 from tuneyard.api.progress import MAX_POST_BYTES, PROGRESS_ROUTE, Answer, Post
 from tuneyard.controller import metrics
 from tuneyard.controller.cluster import ApiError, Cluster, Key
+from tuneyard.controller.job_cache import key_of_part
 from tuneyard.controller.reconciler import Reconciler
-from tuneyard.controller.world import key_of_part
 from tuneyard.rendering.names import audience
 from tuneyard.status.observe import is_finished, wants_stop
 from tuneyard.status.observed import attempt_of

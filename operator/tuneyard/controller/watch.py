@@ -8,8 +8,8 @@ from typing import Any
 import kopf
 
 from tuneyard.api.meta import GROUP, VERSION
+from tuneyard.controller.job_cache import Object, key_of_job, key_of_part, key_of_ray_job
 from tuneyard.controller.reconciler import Reconciler
-from tuneyard.controller.world import Object, key_of_job, key_of_part, key_of_ray_job
 
 LIST_CHUNK = 250
 """Objects per page of a first listing: a page of jobs is about 2 MB of JSON."""
