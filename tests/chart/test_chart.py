@@ -27,6 +27,7 @@ from tests.chart.rendering import (
     kinds,
     one,
 )
+from tests.controller.metric_names import NAMES
 from tuneyard import __version__
 from tuneyard.api.compute import Compute
 from tuneyard.cli import main
@@ -351,13 +352,10 @@ def board(chart: Chart) -> Object:
 
 
 def test_the_dashboard_shows_series_that_the_operator_exports(board: Object) -> None:
-    from tuneyard.controller import metrics
-
-    exported = {name: name for name in metrics.names()}
-    exported |= {f"{name}_bucket": name for name in exported}
+    exported = {*NAMES, *(f"{name}_bucket" for name in NAMES)}
     queries = list(_queries(board))
     shown = {name for query in queries for name in re.findall(r"\btuneyard_\w+", query)}
-    assert shown <= exported.keys()
+    assert shown <= exported
     training = {name for name in exported if name.startswith("tuneyard_training_")}
     assert {name for name in training if not name.endswith("_bucket")} <= shown
 

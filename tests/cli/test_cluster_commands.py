@@ -270,13 +270,13 @@ def test_cancel_needs_a_yes_and_is_for_good(played: Played, call: Call) -> None:
     assert (code, out) == (2, "")
     assert "add --yes" in err
     assert played.policy("one")["cancel"] is False
-    assert "end as Failed with reason Cancelled" in call("cancel", "one", "--yes")[1]
+    assert "end as Failed with reason Canceled" in call("cancel", "one", "--yes")[1]
     assert played.policy("one")["cancel"] is True
-    assert call("cancel", "one") == (0, "one is being cancelled already\n", "")
+    assert call("cancel", "one") == (0, "one is being canceled already\n", "")
     assert call("suspend", "one")[0] == call("resume", "one")[0] == 2
-    cancelled = {**FAILED, "failure": {"reason": "Cancelled", "message": "m"}}
-    played.set_status("one", cancelled)
-    assert call("cancel", "one") == (0, "one was cancelled already\n", "")
+    canceled = {**FAILED, "failure": {"reason": "Canceled", "message": "m"}}
+    played.set_status("one", canceled)
+    assert call("cancel", "one") == (0, "one was canceled already\n", "")
 
 
 @apiserver_test

@@ -67,7 +67,7 @@ def test_what_was_asked_for_and_has_not_happened_yet_shows_in_the_phase() -> Non
     assert views.phase(job(RUNNING, spec__runPolicy={"suspend": True})) == (
         "Running, being suspended"
     )
-    assert views.phase(job(RUNNING, spec__runPolicy={"cancel": True})) == "Running, being cancelled"
+    assert views.phase(job(RUNNING, spec__runPolicy={"cancel": True})) == "Running, being canceled"
     suspended = {**RUNNING, "phase": "Suspended"}
     assert views.phase(job(suspended)) == "Suspended, being resumed"
     assert views.phase(job(suspended, spec__runPolicy={"suspend": True})) == "Suspended"

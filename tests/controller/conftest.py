@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.chart.rendering import Chart
-from tests.controller.scene import CRDS, Played, Scene, namespace, played
+from tests.controller.scene import CRDS, OperatedScene, Scene, namespace, operated
 
 if TYPE_CHECKING:
     from rig.plugin import Cluster
@@ -41,23 +41,23 @@ def new_scene(
 
 
 @pytest.fixture(scope="module")
-def stage(
+def module_scene(
     request: pytest.FixtureRequest,
     new_scene: Callable[[str], Scene],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Played]:
+) -> Iterator[OperatedScene]:
     """The module's namespace, its operator and the proxy between that and the API server."""
     name = request.module.__name__.rpartition("test_")[2].replace("_", "-")
     folder = tmp_path_factory.mktemp(name)
-    with played(new_scene(name), folder) as made:
+    with operated(new_scene(name), folder) as made:
         yield made
 
 
 @pytest.fixture
-def scene(stage: Played) -> Iterator[Played]:
+def scene(module_scene: OperatedScene) -> Iterator[OperatedScene]:
     """The module's, healthy before and after."""
-    if not stage.operator.is_alive:
-        stage.operator.start()
-        stage.operator.wait_until_active()
-    yield stage
-    stage.proxy.heal()
+    if not module_scene.operator.is_alive:
+        module_scene.operator.start()
+        module_scene.operator.wait_until_active()
+    yield module_scene
+    module_scene.proxy.heal()

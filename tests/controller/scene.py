@@ -1,4 +1,4 @@
-"""A namespace of a real API server and the operator that serves it; KubeRay is played by hand.
+"""A namespace of a real API server and the operator that serves it; KubeRay is operated by hand.
 
     job = scene.create("first")
     attempt = job.attempt(1)      # waits until its RayJob is there
@@ -61,14 +61,14 @@ SPECS: Mapping[str, Object] = {
 
 
 def eventually(
-    condition: Callable[[], T], seconds: float = PATIENCE_SECONDS, *, told: object = ""
+    condition: Callable[[], T], seconds: float = PATIENCE_SECONDS, *, context: object = ""
 ) -> T:
-    """The first value of the condition that is true. `told` is shown when there is none: a value,
-    or a function that gives it."""
+    """The first value of the condition that is true. `context` is shown when there is none: a
+    value, or a function that gives it."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         if time.monotonic() > deadline:
-            raise AssertionError(f"waited in vain: {told() if callable(told) else told}")
+            raise AssertionError(f"waited in vain: {context() if callable(context) else context}")
         time.sleep(POLL_SECONDS)
     return value
 
@@ -96,7 +96,13 @@ INTERRUPTED = outcome("Interrupted", retryable=True)
 def post(attempt: int, step: int = 0, *, loss: float = 1.5, **picture: Any) -> Object:
     """The body of a progress post, 100 steps being the whole job."""
     metrics = [{"name": "loss", "value": loss}, {"name": "learningRate", "value": "0.0002"}]
-    picture = {"attempt": attempt, "stage": "sft", "step": step, "totalSteps": 100, **picture}
+    picture = {
+        "attempt": attempt,
+        "stage": "sft",
+        "step": step,
+        "totalSteps": 100,
+        **picture,
+    }
     status = {"progressPercentage": step, "metrics": metrics}
     return {"trainerStatus": status, "tuneyard": picture}
 
@@ -207,7 +213,7 @@ class Scene:
 
 
 @dataclass
-class Played(Scene):
+class OperatedScene(Scene):
     """A scene with its operator at work."""
 
     proxy: FaultProxy = field(kw_only=True)
@@ -248,17 +254,17 @@ def namespace(cluster: Cluster, chart: Chart, name: str, folder: Path) -> Iterat
 
 
 @contextmanager
-def played(scene: Scene, folder: Path, **options: str) -> Iterator[Played]:
+def operated(scene: Scene, folder: Path, **options: str) -> Iterator[OperatedScene]:
     """The scene with an operator behind a proxy; its log is in the folder."""
     with (
         FaultProxy(scene.kubeconfig, folder) as proxy,
         operator_of(scene, proxy.kubeconfig, folder, **options) as operator,
     ):
         operator.wait_until_active()
-        stage = Played(
+        module_scene = OperatedScene(
             scene.cluster, scene.namespace, scene.kubeconfig, proxy=proxy, operator=operator
         )
-        yield stage
+        yield module_scene
 
 
 @contextmanager
@@ -365,7 +371,7 @@ class Job:
                 return f"{condition['status']} {condition['reason']}"
         return "absent"
 
-    def told(self) -> Counter[str]:
+    def event_reasons(self) -> Counter[str]:
         """The reasons of its events."""
         events = self._objects("api/v1", "events", fieldSelector=f"involvedObject.name={self.name}")
         return Counter(
@@ -391,7 +397,7 @@ class Job:
         return f"tuneyard.io/kind={self.kind},tuneyard.io/job={self.name}"
 
     def until(self, condition: Callable[[Job], T], seconds: float = PATIENCE_SECONDS) -> T:
-        return eventually(lambda: condition(self), seconds, told=self._all_about_it)
+        return eventually(lambda: condition(self), seconds, context=self._all_about_it)
 
     def until_phase(self, phase: str, seconds: float = PATIENCE_SECONDS) -> None:
         self.until(lambda job: job.phase == phase, seconds)

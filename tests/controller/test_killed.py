@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.controller.faults import Cut, Request
-from tests.controller.scene import SUCCEEDED, Job, Played, eventually, outcome
+from tests.controller.scene import SUCCEEDED, Job, OperatedScene, eventually, outcome
 
 pytestmark = [pytest.mark.apiserver, pytest.mark.slow]
 
@@ -59,8 +59,8 @@ def sort_of(verb: str, path: str, job: Job) -> str | None:
 class Killer:
     """A write hook: kills the operator at one step of a job's life."""
 
-    def __init__(self, stage: Played, job: Job, step: Step, *, reached: bool) -> None:
-        self._stage, self._job, self._step, self._reached = stage, job, step, reached
+    def __init__(self, module_scene: OperatedScene, job: Job, step: Step, *, reached: bool) -> None:
+        self._stage, self._job, self._step, self._reached = module_scene, job, step, reached
         self._counts: Counter[str] = Counter()
         self.has_killed = False
 
@@ -76,19 +76,19 @@ class Killer:
 
 
 @pytest.fixture(scope="module")
-def kept_alive(stage: Played) -> Iterator[Played]:
+def kept_alive(module_scene: OperatedScene) -> Iterator[OperatedScene]:
     """The operator is started again whenever it is dead."""
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(0.1):
-            if not stage.operator.is_alive:
-                stage.operator.start()
+            if not module_scene.operator.is_alive:
+                module_scene.operator.start()
 
     keeper = threading.Thread(target=watch)
     keeper.start()
     try:
-        yield stage
+        yield module_scene
     finally:
         done.set()
         keeper.join()
@@ -108,9 +108,9 @@ def rayjobs_made(job: Job, since: str) -> Counter[str]:
     return Counter(e["object"]["metadata"]["name"] for e in events if e["type"] == "ADDED")
 
 
-def test_an_undisturbed_life_takes_these_writes_and_no_more(kept_alive: Played) -> None:
-    stage = kept_alive
-    job = stage.create("calm", policy={"backoffSeconds": 0})
+def test_an_undisturbed_life_takes_these_writes_and_no_more(kept_alive: OperatedScene) -> None:
+    module_scene = kept_alive
+    job = module_scene.create("calm", policy={"backoffSeconds": 0})
     live(job)
     job.delete()
     job.until_gone()
@@ -121,7 +121,7 @@ def test_an_undisturbed_life_takes_these_writes_and_no_more(kept_alive: Played) 
 
     made = Counter(
         str(sort_of(request.verb, request.path, job))
-        for request in stage.proxy.requests(is_asked_for)
+        for request in module_scene.proxy.requests(is_asked_for)
     )
     # What is being deleted may be looked at once more before its watch has told.
     assert made.pop("delete rayjobs") >= 2
@@ -131,18 +131,18 @@ def test_an_undisturbed_life_takes_these_writes_and_no_more(kept_alive: Played) 
 @pytest.mark.parametrize("reached", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("step", STEPS, ids=str)
 def test_killed_at_any_write_the_job_gets_one_rayjob_for_each_attempt_and_completes(
-    kept_alive: Played, step: Step, reached: bool
+    kept_alive: OperatedScene, step: Step, reached: bool
 ) -> None:
-    stage = kept_alive
+    module_scene = kept_alive
     name = f"{step}-{'after' if reached else 'before'}".replace(" ", "-")
-    rayjobs = f"/apis/ray.io/v1/namespaces/{stage.namespace}/rayjobs"
-    since = stage.api("GET", f"{rayjobs}?limit=1")["metadata"]["resourceVersion"]
-    job = Job(stage, "FineTuneJob", name)
-    killer = stage.proxy.on_write = Killer(stage, job, step, reached=reached)
-    stage.create(name, policy={"backoffSeconds": 0, "maxAttempts": 2})
+    rayjobs = f"/apis/ray.io/v1/namespaces/{module_scene.namespace}/rayjobs"
+    since = module_scene.api("GET", f"{rayjobs}?limit=1")["metadata"]["resourceVersion"]
+    job = Job(module_scene, "FineTuneJob", name)
+    killer = module_scene.proxy.on_write = Killer(module_scene, job, step, reached=reached)
+    module_scene.create(name, policy={"backoffSeconds": 0, "maxAttempts": 2})
     live(job)
     assert job.reasons == ["Flaky", "Succeeded"]
-    told = job.told()
+    told = job.event_reasons()
     job.delete()
     job.until_gone()
     assert killer.has_killed
@@ -153,30 +153,30 @@ def test_killed_at_any_write_the_job_gets_one_rayjob_for_each_attempt_and_comple
 @pytest.mark.parametrize("reached", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("step", ERASURE, ids=str)
 def test_killed_while_it_has_the_output_erased_the_operator_has_it_erased_once(
-    kept_alive: Played, step: Step, reached: bool
+    kept_alive: OperatedScene, step: Step, reached: bool
 ) -> None:
-    stage = kept_alive
+    module_scene = kept_alive
     name = f"erase-{step}-{'after' if reached else 'before'}".replace(" ", "-")
-    jobs = f"/apis/batch/v1/namespaces/{stage.namespace}/jobs"
-    since = stage.api("GET", f"{jobs}?limit=1")["metadata"]["resourceVersion"]
+    jobs = f"/apis/batch/v1/namespaces/{module_scene.namespace}/jobs"
+    since = module_scene.api("GET", f"{jobs}?limit=1")["metadata"]["resourceVersion"]
     output = {"uri": f"pvc://models/{name}", "deletionPolicy": "Delete"}
-    job = Job(stage, "FineTuneJob", name)
-    killer = stage.proxy.on_write = Killer(stage, job, step, reached=reached)
-    stage.create(name, output=output)
+    job = Job(module_scene, "FineTuneJob", name)
+    killer = module_scene.proxy.on_write = Killer(module_scene, job, step, reached=reached)
+    module_scene.create(name, output=output)
     job.attempt(1).run().end(SUCCEEDED)
     job.until_phase("Succeeded")
     job.until(lambda job: not job.ray_jobs() and not job.pods())
     job.delete()
-    pods = f"/api/v1/namespaces/{stage.namespace}/pods"
+    pods = f"/api/v1/namespaces/{module_scene.namespace}/pods"
     chosen = f"batch.kubernetes.io/job-name={name}-erase"
-    (pod,) = eventually(lambda: stage.api.list(pods, labelSelector=chosen))
+    (pod,) = eventually(lambda: module_scene.api.list(pods, labelSelector=chosen))
     succeeded = {"status": {"phase": "Succeeded"}}
-    stage.api.merge(f"{pods}/{pod['metadata']['name']}/status", succeeded)
+    module_scene.api.merge(f"{pods}/{pod['metadata']['name']}/status", succeeded)
     job.until_gone()
     assert killer.has_killed
     made = [
         e["object"]["metadata"]["name"]
-        for e in stage.api.changes(jobs, since)
+        for e in module_scene.api.changes(jobs, since)
         if e["type"] == "ADDED"
     ]
     assert made == [f"{name}-erase"]

@@ -11,7 +11,7 @@ from tests.controller.scene import (
     INTERRUPTED,
     SUCCEEDED,
     Job,
-    Played,
+    OperatedScene,
     consistently,
     eventually,
     outcome,
@@ -29,7 +29,9 @@ def is_left_alone(job: Job) -> None:
     consistently(lambda: (job.version, job.ray_jobs()) == (version, names))
 
 
-def test_a_job_runs_and_succeeds_and_its_status_and_events_tell_the_story(scene: Played) -> None:
+def test_a_job_runs_and_succeeds_and_its_status_and_events_tell_the_story(
+    scene: OperatedScene,
+) -> None:
     job = scene.create("happy")
     attempt = job.attempt(1)
     job.until(lambda job: job.why("Planned") == "True Planned")
@@ -50,8 +52,8 @@ def test_a_job_runs_and_succeeds_and_its_status_and_events_tell_the_story(scene:
     assert job.why("Succeeded") == "True Succeeded"
     job.until(lambda job: not job.ray_jobs() and not job.pods())
     is_left_alone(job)
-    job.until(lambda job: "Succeeded" in job.told())
-    assert job.told() == {
+    job.until(lambda job: "Succeeded" in job.event_reasons())
+    assert job.event_reasons() == {
         "Planned": 1,
         "AttemptStarted": 1,
         "Running": 1,
@@ -60,7 +62,7 @@ def test_a_job_runs_and_succeeds_and_its_status_and_events_tell_the_story(scene:
     }
 
 
-def test_every_status_write_changes_something(scene: Played) -> None:
+def test_every_status_write_changes_something(scene: OperatedScene) -> None:
     """KubeRay touching its objects, or a label put on the job, is no reason to write."""
     job = scene.create("steady")
     attempt = job.attempt(1).run()
@@ -75,7 +77,9 @@ def test_every_status_write_changes_something(scene: Played) -> None:
     job.until_phase("Succeeded")
 
 
-def test_a_retryable_failure_is_tried_again_once_the_old_pods_are_gone(scene: Played) -> None:
+def test_a_retryable_failure_is_tried_again_once_the_old_pods_are_gone(
+    scene: OperatedScene,
+) -> None:
     job = scene.create("retried", policy={"backoffSeconds": 0})
     first = job.attempt(1).run()
     first.hold(first.worker)
@@ -89,12 +93,12 @@ def test_a_retryable_failure_is_tried_again_once_the_old_pods_are_gone(scene: Pl
     assert job.ray_jobs() == ["retried-2"]
     second.end(SUCCEEDED)
     job.until_phase("Succeeded")
-    job.until(lambda job: "Succeeded" in job.told())
-    told = job.told()
+    job.until(lambda job: "Succeeded" in job.event_reasons())
+    told = job.event_reasons()
     assert (told["AttemptStarted"], told["AttemptEnded"], told["Running"]) == (2, 1, 2)
 
 
-def test_after_max_attempts_a_retryable_failure_is_final(scene: Played) -> None:
+def test_after_max_attempts_a_retryable_failure_is_final(scene: OperatedScene) -> None:
     job = scene.create("exhausted", policy={"backoffSeconds": 0, "maxAttempts": 2})
     for number in (1, 2):
         job.attempt(number).run().end(RETRYABLE)
@@ -104,7 +108,7 @@ def test_after_max_attempts_a_retryable_failure_is_final(scene: Played) -> None:
     is_left_alone(job)
 
 
-def test_a_failure_for_good_is_not_tried_again(scene: Played) -> None:
+def test_a_failure_for_good_is_not_tried_again(scene: OperatedScene) -> None:
     job = scene.create("fatal", policy={"backoffSeconds": 0})
     job.attempt(1).run().end(FATAL)
     job.until_phase("Failed")
@@ -113,7 +117,7 @@ def test_a_failure_for_good_is_not_tried_again(scene: Played) -> None:
     is_left_alone(job)
 
 
-def test_the_wait_before_the_next_attempt_is_kept(scene: Played) -> None:
+def test_the_wait_before_the_next_attempt_is_kept(scene: OperatedScene) -> None:
     job = scene.create("patient", policy={"backoffSeconds": 3600})
     job.attempt(1).run().end(RETRYABLE)
     job.until(lambda job: job.reasons == ["DataUnreadable"] and not job.ray_jobs())
@@ -121,7 +125,7 @@ def test_the_wait_before_the_next_attempt_is_kept(scene: Played) -> None:
     assert job.phase == "Pending"
 
 
-def test_preempted_pods_do_not_count_as_an_attempt(scene: Played) -> None:
+def test_preempted_pods_do_not_count_as_an_attempt(scene: OperatedScene) -> None:
     job = scene.create("preempted", policy={"maxAttempts": 1, "backoffSeconds": 0})
     first = job.attempt(1).run()
     condition = {"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler"}
@@ -135,7 +139,9 @@ def test_preempted_pods_do_not_count_as_an_attempt(scene: Played) -> None:
     assert job.reasons == ["Preempted", "Succeeded"]
 
 
-def test_a_worker_killed_for_its_memory_is_named_even_after_it_is_gone(scene: Played) -> None:
+def test_a_worker_killed_for_its_memory_is_named_even_after_it_is_gone(
+    scene: OperatedScene,
+) -> None:
     job = scene.create("greedy")
     first = job.attempt(1).run()
     killed = {"exitCode": 137, "reason": "OOMKilled"}
@@ -156,7 +162,7 @@ def test_a_worker_killed_for_its_memory_is_named_even_after_it_is_gone(scene: Pl
     assert "compute.memory" in job.status["failure"]["advice"]
 
 
-def test_a_rayjob_that_somebody_deletes_is_an_attempt_that_ended(scene: Played) -> None:
+def test_a_rayjob_that_somebody_deletes_is_an_attempt_that_ended(scene: OperatedScene) -> None:
     job = scene.create("robbed", policy={"backoffSeconds": 0})
     first = job.attempt(1).run()
     scene.api("DELETE", first.path, {"propagationPolicy": "Background"})
@@ -165,11 +171,11 @@ def test_a_rayjob_that_somebody_deletes_is_an_attempt_that_ended(scene: Played) 
     assert job.reasons == ["RayJobDeleted", "Succeeded"]
 
 
-# ---- suspended, cancelled, too late -------------------------------------------------------------
+# ---- suspended, canceled, too late -------------------------------------------------------------
 
 
 def test_a_suspended_job_checkpoints_frees_its_cluster_and_goes_on_when_resumed(
-    scene: Played,
+    scene: OperatedScene,
 ) -> None:
     job = scene.create("paused", policy={"maxAttempts": 1})
     first = job.attempt(1).run()
@@ -187,12 +193,12 @@ def test_a_suspended_job_checkpoints_frees_its_cluster_and_goes_on_when_resumed(
     job.attempt(2).run().end(SUCCEEDED)
     job.until_phase("Succeeded")
     assert job.reasons == ["Suspended", "Succeeded"]
-    job.until(lambda job: "Succeeded" in job.told())
-    told = job.told()
+    job.until(lambda job: "Succeeded" in job.event_reasons())
+    told = job.event_reasons()
     assert [told[name] for name in ("Suspending", "Suspended", "Resumed")] == [1, 1, 1]
 
 
-def test_a_job_that_is_created_suspended_waits_without_a_cluster(scene: Played) -> None:
+def test_a_job_that_is_created_suspended_waits_without_a_cluster(scene: OperatedScene) -> None:
     job = scene.create("asleep", policy={"suspend": True})
     job.until_phase("Suspended")
     is_left_alone(job)
@@ -201,28 +207,28 @@ def test_a_job_that_is_created_suspended_waits_without_a_cluster(scene: Played) 
     job.attempt(1)
 
 
-def test_a_cancelled_job_ends_for_good(scene: Played) -> None:
+def test_a_canceled_job_ends_for_good(scene: OperatedScene) -> None:
     job = scene.create("unwanted")
     first = job.attempt(1).run()
     job.set(cancel=True)
     job.until(lambda job: job.attempts[-1].get("stoppingAt"))
     assert first.driver().end(INTERRUPTED).status == 200
     job.until_phase("Failed")
-    assert (job.failure, job.reasons) == ("Cancelled", ["Cancelled"])
+    assert (job.failure, job.reasons) == ("Canceled", ["Canceled"])
     job.until(lambda job: not job.ray_jobs())
     is_left_alone(job)
 
 
-def test_a_job_that_is_cancelled_before_it_runs_ends_at_once(scene: Played) -> None:
+def test_a_job_that_is_canceled_before_it_runs_ends_at_once(scene: OperatedScene) -> None:
     job = scene.create("regretted")
     job.attempt(1).start()
     job.set(cancel=True)
     job.until_phase("Failed")
-    assert job.failure == "Cancelled"
+    assert job.failure == "Canceled"
     job.until(lambda job: not job.ray_jobs() and not job.pods())
 
 
-def test_a_job_that_takes_too_long_is_asked_to_stop_and_fails(scene: Played) -> None:
+def test_a_job_that_takes_too_long_is_asked_to_stop_and_fails(scene: OperatedScene) -> None:
     job = scene.create("slow", policy={"deadlineSeconds": 2})
     first = job.attempt(1).run()
     job.until(lambda job: job.attempts[-1].get("stoppingAt"))
@@ -241,7 +247,7 @@ def test_a_job_that_takes_too_long_is_asked_to_stop_and_fails(scene: Played) -> 
 
 @pytest.mark.parametrize("propagation", ["Background", "Foreground"])
 def test_deleting_a_job_stops_its_cluster_first_and_leaves_its_output(
-    scene: Played, propagation: str
+    scene: OperatedScene, propagation: str
 ) -> None:
     job = scene.create(f"left-{propagation.lower()}")
     attempt = job.attempt(1).run()
@@ -257,7 +263,7 @@ def test_deleting_a_job_stops_its_cluster_first_and_leaves_its_output(
 @pytest.mark.parametrize("propagation", ["Background", "Foreground"])
 @pytest.mark.parametrize("end", ["Complete", "Failed"])
 def test_deleting_a_job_erases_its_output_where_that_is_the_policy(
-    scene: Played, propagation: str, end: str
+    scene: OperatedScene, propagation: str, end: str
 ) -> None:
     name = f"erased-{propagation}-{end}".lower()
     output = {"uri": f"pvc://models/{name}", "deletionPolicy": "Delete"}
@@ -274,10 +280,10 @@ def test_deleting_a_job_erases_its_output_where_that_is_the_policy(
     _finish(scene, path, end)
     job.until_gone()
     # Nothing waits for events: the job may be gone first.
-    eventually(lambda: job.told()["OutputLeft"] == (end == "Failed"))
+    eventually(lambda: job.event_reasons()["OutputLeft"] == (end == "Failed"))
 
 
-def _finish(scene: Played, path: str, end: str) -> None:
+def _finish(scene: OperatedScene, path: str, end: str) -> None:
     """The erasing pod succeeds, or does not in time; Kubernetes' own controller tells."""
     name = path.rpartition("/")[2]
     if end == "Failed":
@@ -290,7 +296,7 @@ def _finish(scene: Played, path: str, end: str) -> None:
     scene.api.merge(f"{pods}/{pod['metadata']['name']}/status", succeeded)
 
 
-def test_deleting_a_job_that_never_began_erases_nothing(scene: Played) -> None:
+def test_deleting_a_job_that_never_began_erases_nothing(scene: OperatedScene) -> None:
     output = {"uri": "pvc://models/other", "deletionPolicy": "Delete"}
     job = scene.create("idle", output=output, policy={"suspend": True})
     job.until_phase("Suspended")
@@ -300,7 +306,7 @@ def test_deleting_a_job_that_never_began_erases_nothing(scene: Played) -> None:
 
 
 def test_a_job_created_anew_under_a_deleted_ones_name_starts_from_attempt_one(
-    scene: Played,
+    scene: OperatedScene,
 ) -> None:
     first = scene.create("phoenix")
     old = first.attempt(1).run().body["metadata"]["uid"]
@@ -314,7 +320,7 @@ def test_a_job_created_anew_under_a_deleted_ones_name_starts_from_attempt_one(
     assert second.reasons == ["Succeeded"]
 
 
-def test_a_finished_job_is_deleted_when_its_time_to_live_is_over(scene: Played) -> None:
+def test_a_finished_job_is_deleted_when_its_time_to_live_is_over(scene: OperatedScene) -> None:
     job = scene.create("brief", policy={"ttlSecondsAfterFinished": 2})
     job.attempt(1).run().end(SUCCEEDED)
     job.until_phase("Succeeded")
@@ -324,7 +330,7 @@ def test_a_finished_job_is_deleted_when_its_time_to_live_is_over(scene: Played) 
 # ---- several jobs -------------------------------------------------------------------------------
 
 
-def test_two_kinds_of_one_name_live_side_by_side(scene: Played) -> None:
+def test_two_kinds_of_one_name_live_side_by_side(scene: OperatedScene) -> None:
     tuned, aligned = scene.create("twin"), scene.create("twin", "AlignmentJob")
     assert {tuned.attempt(1).run().name, aligned.attempt(1).run().name} == {"twin-1", "twin-a1"}
     tuned.attempt(1).end(SUCCEEDED)
@@ -339,7 +345,7 @@ def test_two_kinds_of_one_name_live_side_by_side(scene: Played) -> None:
     assert aligned.reasons == ["Succeeded"]
 
 
-def test_a_job_waits_for_the_job_whose_model_it_names(scene: Played) -> None:
+def test_a_job_waits_for_the_job_whose_model_it_names(scene: OperatedScene) -> None:
     later = scene.create("later", model={"uri": "job://earlier"})
     later.until(lambda job: job.why("Planned") == "False WaitingForModel")
     consistently(lambda: later.ray_jobs() == [])
@@ -348,10 +354,10 @@ def test_a_job_waits_for_the_job_whose_model_it_names(scene: Played) -> None:
     earlier.until_phase("Succeeded")
     later.attempt(1)
     later.until(lambda job: job.why("Planned") == "True Planned")
-    assert later.told()["WaitingForModel"] == 1
+    assert later.event_reasons()["WaitingForModel"] == 1
 
 
-def test_a_job_whose_model_will_never_be_fails_and_says_so(scene: Played) -> None:
+def test_a_job_whose_model_will_never_be_fails_and_says_so(scene: OperatedScene) -> None:
     parent = scene.create("hopeless")
     parent.attempt(1).run().end(FATAL)
     parent.until_phase("Failed")
@@ -365,7 +371,7 @@ def test_a_job_whose_model_will_never_be_fails_and_says_so(scene: Played) -> Non
 
 
 def test_an_operator_that_is_killed_again_and_again_loses_nothing_and_repeats_nothing(
-    scene: Played,
+    scene: OperatedScene,
 ) -> None:
     job = scene.create("survivor", policy={"backoffSeconds": 0})
     first = job.attempt(1)
@@ -389,11 +395,11 @@ def test_an_operator_that_is_killed_again_and_again_loses_nothing_and_repeats_no
     scene.restart()
     job.until(lambda job: not job.ray_jobs())
     is_left_alone(job)
-    assert max(job.told()[name] for name in ("Planned", "AttemptEnded", "Succeeded")) == 1
-    assert max(job.told()[name] for name in ("AttemptStarted", "Running")) <= 2
+    assert max(job.event_reasons()[name] for name in ("Planned", "AttemptEnded", "Succeeded")) == 1
+    assert max(job.event_reasons()[name] for name in ("AttemptStarted", "Running")) <= 2
 
 
-def test_what_happened_while_no_operator_ran_is_made_up_for(scene: Played) -> None:
+def test_what_happened_while_no_operator_ran_is_made_up_for(scene: OperatedScene) -> None:
     running, doomed = scene.create("away-running"), scene.create("away-doomed")
     running.attempt(1).run()
     doomed.attempt(1).run()

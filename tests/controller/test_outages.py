@@ -15,7 +15,7 @@ from tests.controller.faults import (
     anything,
     on,
 )
-from tests.controller.scene import SUCCEEDED, Played, eventually, outcome
+from tests.controller.scene import SUCCEEDED, OperatedScene, eventually, outcome
 
 pytestmark = pytest.mark.apiserver
 
@@ -40,7 +40,7 @@ FAULTS: dict[str, list[tuple[Fault, Predicate, int]]] = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_retried_job_under_faults_has_one_rayjob_for_each_attempt_and_completes(
-    scene: Played, name: str
+    scene: OperatedScene, name: str
 ) -> None:
     rayjobs = f"/apis/ray.io/v1/namespaces/{scene.namespace}/rayjobs"
     since = scene.api("GET", f"{rayjobs}?limit=1")["metadata"]["resourceVersion"]
@@ -74,7 +74,7 @@ def test_a_retried_job_under_faults_has_one_rayjob_for_each_attempt_and_complete
     assert scene.operator.is_alive
 
 
-def test_while_no_token_can_be_checked_posts_are_put_off(scene: Played) -> None:
+def test_while_no_token_can_be_checked_posts_are_put_off(scene: OperatedScene) -> None:
     attempt = scene.create("unchecked").attempt(1).run()
     driver = attempt.driver()
     scene.proxy.add(Answer(500), on("POST", "/tokenreviews$"), times=None)
@@ -84,7 +84,7 @@ def test_while_no_token_can_be_checked_posts_are_put_off(scene: Played) -> None:
     assert driver.post(1).status == 200
 
 
-def test_events_that_are_not_taken_keep_nothing_up(scene: Played) -> None:
+def test_events_that_are_not_taken_keep_nothing_up(scene: OperatedScene) -> None:
     scene.proxy.add(Answer(500), on("POST", "/events$"), times=None)
     job = scene.create("untold")
     job.attempt(1).run().end(SUCCEEDED)
@@ -92,7 +92,7 @@ def test_events_that_are_not_taken_keep_nothing_up(scene: Played) -> None:
 
 
 def test_an_operator_cut_off_from_its_api_server_ends_and_the_next_life_makes_up_for_it(
-    scene: Played,
+    scene: OperatedScene,
 ) -> None:
     """Another replica may be at work by then, so it must not go on by itself."""
     job = scene.create("cut-off")
@@ -100,7 +100,7 @@ def test_an_operator_cut_off_from_its_api_server_ends_and_the_next_life_makes_up
     scene.proxy.add(Cut("before"), anything, times=None)
     scene.proxy.drop_watches()
     attempt.end(SUCCEEDED)
-    eventually(lambda: not scene.operator.is_alive, told=scene.operator.log[-2000:])
+    eventually(lambda: not scene.operator.is_alive, context=scene.operator.log[-2000:])
     assert scene.operator.end() != 0
     scene.proxy.heal()
     scene.operator.start()
@@ -108,7 +108,9 @@ def test_an_operator_cut_off_from_its_api_server_ends_and_the_next_life_makes_up
     assert job.reasons == ["Succeeded"]
 
 
-def test_an_operator_that_cannot_have_its_certificate_ends_and_says_why(scene: Played) -> None:
+def test_an_operator_that_cannot_have_its_certificate_ends_and_says_why(
+    scene: OperatedScene,
+) -> None:
     scene.proxy.add(Answer(403), on("GET", "/secrets/tuneyard-tls$"), times=None)
     scene.operator.kill()
     scene.operator.start()

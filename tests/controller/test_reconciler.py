@@ -68,13 +68,13 @@ class Quick:
         if item["kind"] == "RayJob":
             made = {**item, "metadata": {**item["metadata"], "uid": "r", "resourceVersion": "1"}}
             self.there[item["metadata"]["name"]] = made
-            self.reconciler.world.see_ray_job(KEY, made, deleted=False)
+            self.reconciler.cache.update_ray_job(KEY, made, deleted=False)
             self.reconciler.queue.add(KEY)
             return {"metadata": made["metadata"]}
         return {"metadata": item["metadata"]}
 
     async def delete_ray_job(self, _: str, name: str) -> bool:
-        self.reconciler.world.see_ray_job(KEY, self.there.pop(name), deleted=True)
+        self.reconciler.cache.update_ray_job(KEY, self.there.pop(name), deleted=True)
         return True
 
     async def write_status(self, body: Any, _: Key, __: Any, status: dict[str, Any]) -> Any:

@@ -79,7 +79,7 @@ def test_when_the_active_replica_is_killed_the_other_takes_over_within_the_lease
     one.kill()
     attempt.end(SUCCEEDED)
     began = time.monotonic()
-    eventually(lambda: leads(two), told=two.log)
+    eventually(lambda: leads(two), context=two.log)
     assert time.monotonic() - began > 5, "the Lease was not yet over"
     attempt.job.until_phase("Succeeded")
     assert attempt.job.reasons == ["Succeeded"]
@@ -96,7 +96,7 @@ def test_when_the_active_replica_ends_in_good_order_the_other_need_not_wait(
     two = start("two")
     eventually(lambda: stands_by(two))
     assert one.end(signal.SIGTERM) == 0
-    eventually(lambda: leads(two), LEASE_SECONDS - 5, told=two.log)
+    eventually(lambda: leads(two), LEASE_SECONDS - 5, context=two.log)
     scene.create("job").attempt(1)
 
 
@@ -111,11 +111,11 @@ def test_a_replica_that_loses_the_lease_ends_in_failure_and_writes_no_more(
         eventually(lambda: stands_by(two))
         proxy.add(Answer(503), on("PUT", "/leases/"), times=None)
         proxy.add(Answer(503), on("GET", "/leases/"), times=None)
-        eventually(lambda: not one.is_alive, told=one.log)
+        eventually(lambda: not one.is_alive, context=one.log)
         assert one.end() != 0
         assert "the Lease is lost" in one.log
         writes = proxy.num_writes
-        eventually(lambda: leads(two), told=two.log)
+        eventually(lambda: leads(two), context=two.log)
         attempt.end(SUCCEEDED)
         attempt.job.until_phase("Succeeded")
         assert proxy.num_writes == writes
@@ -129,6 +129,6 @@ def test_a_lease_that_another_one_took_is_not_fought_for(
     path = f"/apis/coordination.k8s.io/v1/namespaces/{scene.namespace}/leases/tuneyard-operator"
     now = time.strftime("%Y-%m-%dT%H:%M:%S.000000Z", time.gmtime())
     scene.api.merge(path, {"spec": {"holderIdentity": "usurper", "renewTime": now}})
-    eventually(lambda: not one.is_alive, told=one.log)
+    eventually(lambda: not one.is_alive, context=one.log)
     assert one.end() != 0
     assert scene.api("GET", path)["spec"]["holderIdentity"] == "usurper"

@@ -16,7 +16,7 @@ from tests.controller.scene import (
     Attempt,
     Driver,
     Job,
-    Played,
+    OperatedScene,
     consistently,
     outcome,
     post,
@@ -36,8 +36,8 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def pair(stage: Played) -> Pair:
-    job, other = stage.create("mine"), stage.create("theirs")
+def pair(module_scene: OperatedScene) -> Pair:
+    job, other = module_scene.create("mine"), module_scene.create("theirs")
     return Pair(job, job.attempt(1).run(), other.attempt(1).run())
 
 
@@ -61,30 +61,34 @@ def is_refused(driver: Driver, status: int, job: Job) -> str:
 
 @pytest.mark.parametrize("token", ["", "garbage", "a.b.c"])
 def test_without_a_token_that_the_cluster_issued_nothing_is_taken(
-    scene: Played, pair: Pair, token: str
+    scene: OperatedScene, pair: Pair, token: str
 ) -> None:
     is_refused(with_token(pair.attempt, token), 401, pair.job)
 
 
-def test_a_scheme_other_than_bearer_is_no_token(scene: Played, pair: Pair) -> None:
+def test_a_scheme_other_than_bearer_is_no_token(scene: OperatedScene, pair: Pair) -> None:
     driver = pair.attempt.driver()
     basic = {"Authorization": f"Basic {driver.token}"}
     assert Driver.send(with_token(pair.attempt, ""), post(1), **basic).status == 401
 
 
-def test_a_token_for_the_api_server_is_not_one_for_progress(scene: Played, pair: Pair) -> None:
+def test_a_token_for_the_api_server_is_not_one_for_progress(
+    scene: OperatedScene, pair: Pair
+) -> None:
     token = scene.token_of(pair.attempt.head, "https://kubernetes.default.svc.cluster.local")
     is_refused(with_token(pair.attempt, token), 401, pair.job)
 
 
-def test_another_jobs_token_cannot_write_this_jobs_progress(scene: Played, pair: Pair) -> None:
+def test_another_jobs_token_cannot_write_this_jobs_progress(
+    scene: OperatedScene, pair: Pair
+) -> None:
     token = scene.token_of(pair.other.head, pair.other.audience)
     message = is_refused(with_token(pair.attempt, token), 401, pair.job)
     assert pair.attempt.audience in message
 
 
 def test_another_jobs_pod_cannot_write_it_with_the_right_audience_either(
-    scene: Played, pair: Pair
+    scene: OperatedScene, pair: Pair
 ) -> None:
     """A pod's owner may ask for a token of any audience."""
     token = scene.token_of(pair.other.head, pair.attempt.audience)
@@ -92,19 +96,19 @@ def test_another_jobs_pod_cannot_write_it_with_the_right_audience_either(
     assert "no pod with tuneyard.io/job=mine" in message
 
 
-def test_a_token_that_no_pod_holds_is_refused(scene: Played, pair: Pair) -> None:
+def test_a_token_that_no_pod_holds_is_refused(scene: OperatedScene, pair: Pair) -> None:
     token = scene.token("default", pair.attempt.audience)
     is_refused(with_token(pair.attempt, token), 403, pair.job)
 
 
-def test_a_token_of_another_namespace_is_refused(scene: Played, pair: Pair) -> None:
+def test_a_token_of_another_namespace_is_refused(scene: OperatedScene, pair: Pair) -> None:
     """Also if its pod carries this job's name and labels."""
     name = f"{scene.namespace}-elsewhere"
     scene.cluster.kubectl("create", "namespace", name)
     try:
         template = pair.attempt.body["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
         metadata = {"name": pair.attempt.head, "labels": template["metadata"]["labels"]}
-        elsewhere = Played(
+        elsewhere = OperatedScene(
             scene.cluster, name, scene.kubeconfig, proxy=scene.proxy, operator=scene.operator
         )
         account = f"/api/v1/namespaces/{name}/serviceaccounts/default"
@@ -117,7 +121,7 @@ def test_a_token_of_another_namespace_is_refused(scene: Played, pair: Pair) -> N
         scene.cluster.kubectl("delete", "namespace", name, "--wait=false")
 
 
-def test_a_pod_that_is_no_more_has_no_voice(scene: Played) -> None:
+def test_a_pod_that_is_no_more_has_no_voice(scene: OperatedScene) -> None:
     attempt = scene.create("ghost").attempt(1).run()
     driver = attempt.driver()
     attempt.remove_pod(attempt.head)
@@ -125,7 +129,7 @@ def test_a_pod_that_is_no_more_has_no_voice(scene: Played) -> None:
 
 
 def test_a_token_is_looked_up_once_a_minute_and_not_with_every_post(
-    scene: Played, pair: Pair
+    scene: OperatedScene, pair: Pair
 ) -> None:
     driver = pair.attempt.driver()
     before = scene.proxy.count("POST", "/tokenreviews$")
@@ -151,20 +155,22 @@ def test_a_token_is_looked_up_once_a_minute_and_not_with_every_post(
     ],
     ids=["empty", "no JSON", "a list", "nothing", "400%", "attempt 0", "a long name", "no UTF-8"],
 )
-def test_a_malformed_post_is_refused_with_the_place(scene: Played, pair: Pair, body: Any) -> None:
+def test_a_malformed_post_is_refused_with_the_place(
+    scene: OperatedScene, pair: Pair, body: Any
+) -> None:
     answer = pair.attempt.driver().send(body)
     assert answer.status == 400
     assert answer.body["message"]
 
 
-def test_a_post_that_is_too_long_is_refused(scene: Played, pair: Pair) -> None:
+def test_a_post_that_is_too_long_is_refused(scene: OperatedScene, pair: Pair) -> None:
     driver = pair.attempt.driver()
     long = post(1, 7, message="m" * MAX_POST_BYTES)
     assert driver.send(long).status == 413
     assert driver.post(7).status == 200
 
 
-def test_a_job_that_is_not_there_has_no_progress(scene: Played, pair: Pair) -> None:
+def test_a_job_that_is_not_there_has_no_progress(scene: OperatedScene, pair: Pair) -> None:
     driver = pair.attempt.driver()
     driver.url = driver.url.replace("/mine/", "/nobody/")
     assert driver.post(1).status == 401
@@ -172,7 +178,7 @@ def test_a_job_that_is_not_there_has_no_progress(scene: Played, pair: Pair) -> N
     assert driver.post(1).status == 404
 
 
-def test_numbers_that_are_none_do_not_stop_the_status(scene: Played) -> None:
+def test_numbers_that_are_none_do_not_stop_the_status(scene: OperatedScene) -> None:
     """JSON has no infinity: a status with one could not be stored."""
     job = scene.create("infinite")
     driver = job.attempt(1).run().driver()
@@ -184,7 +190,7 @@ def test_numbers_that_are_none_do_not_stop_the_status(scene: Played) -> None:
     assert job.status["progress"]["metrics"] == {"lr": 0.5}
 
 
-def test_a_client_that_knows_kubeflows_protocol_alone_is_understood(scene: Played) -> None:
+def test_a_client_that_knows_kubeflows_protocol_alone_is_understood(scene: OperatedScene) -> None:
     job = scene.create("kubeflow")
     driver = job.attempt(1).run().driver()
     metrics = [{"name": "loss", "value": "0.75"}]
@@ -203,7 +209,7 @@ def test_a_client_that_knows_kubeflows_protocol_alone_is_understood(scene: Playe
 # ---- attempts -----------------------------------------------------------------------------------
 
 
-def test_a_stale_attempt_is_told_to_end(scene: Played) -> None:
+def test_a_stale_attempt_is_told_to_end(scene: OperatedScene) -> None:
     """Its pod may live on, on a node that does not answer; its token is good for a while."""
     job = scene.create("stale", policy={"backoffSeconds": 0})
     first = job.attempt(1).run()
@@ -220,7 +226,7 @@ def test_a_stale_attempt_is_told_to_end(scene: Played) -> None:
 
 
 def test_an_attempt_that_was_closed_may_save_a_checkpoint_while_its_pod_lives(
-    scene: Played,
+    scene: OperatedScene,
 ) -> None:
     job = scene.create("closed", policy={"backoffSeconds": 3600})
     attempt = job.attempt(1).run()
@@ -236,7 +242,7 @@ def test_an_attempt_that_was_closed_may_save_a_checkpoint_while_its_pod_lives(
     attempt.let_go(attempt.head)
 
 
-def test_the_ending_is_answered_once_it_is_stored(scene: Played) -> None:
+def test_the_ending_is_answered_once_it_is_stored(scene: OperatedScene) -> None:
     """And at once, though progress was written a moment ago."""
     job = scene.create("stored")
     driver = job.attempt(1).run().driver()
@@ -248,7 +254,7 @@ def test_the_ending_is_answered_once_it_is_stored(scene: Played) -> None:
     assert time.monotonic() - began < 9, "it did not wait for the next progress write"
 
 
-def test_an_ending_that_cannot_be_stored_is_not_acknowledged(scene: Played) -> None:
+def test_an_ending_that_cannot_be_stored_is_not_acknowledged(scene: OperatedScene) -> None:
     job = scene.create("unstored")
     driver = job.attempt(1).run().driver()
     scene.proxy.add(Answer(500), on("PATCH", f"{job.path}/status$"), times=None)
@@ -260,7 +266,7 @@ def test_an_ending_that_cannot_be_stored_is_not_acknowledged(scene: Played) -> N
     assert job.phase == "Succeeded"
 
 
-def test_an_interrupted_driver_that_nobody_asked_is_a_preemption(scene: Played) -> None:
+def test_an_interrupted_driver_that_nobody_asked_is_a_preemption(scene: OperatedScene) -> None:
     job = scene.create("evicted", policy={"maxAttempts": 1})
     first = job.attempt(1).run()
     assert first.driver().end(INTERRUPTED).status == 200
@@ -271,7 +277,7 @@ def test_an_interrupted_driver_that_nobody_asked_is_a_preemption(scene: Played) 
 # ---- how much -----------------------------------------------------------------------------------
 
 
-def test_a_storm_of_posts_is_two_writes_and_the_newest_is_kept(scene: Played) -> None:
+def test_a_storm_of_posts_is_two_writes_and_the_newest_is_kept(scene: OperatedScene) -> None:
     """One at the first post, one at most 10 s later; other jobs go on meanwhile."""
     job = scene.create("storm")
     attempt = job.attempt(1).run()
@@ -291,17 +297,17 @@ def test_a_storm_of_posts_is_two_writes_and_the_newest_is_kept(scene: Played) ->
     consistently(lambda: len(scene.status_writes(job)) - before <= 2 + took / 10)
 
 
-def test_a_finished_stage_is_progress_like_any_other(scene: Played) -> None:
+def test_a_finished_stage_is_progress_like_any_other(scene: OperatedScene) -> None:
     job = scene.create("staged")
     driver = job.attempt(1).run().driver()
     done = {"name": "prepare", "kind": "prepare", "state": "Succeeded", "metrics": {"rows": 12.0}}
     assert driver.post(1, stages=[done]).status == 200
     job.until(lambda job: job.status["stages"][0]["state"] == "Succeeded")
     assert job.status["stages"][0]["metrics"] == {"rows": 12.0}
-    job.until(lambda job: job.told()["StageSucceeded"] == 1)
+    job.until(lambda job: job.event_reasons()["StageSucceeded"] == 1)
 
 
-def test_the_jobs_series_are_there_while_it_lives_and_go_with_it(scene: Played) -> None:
+def test_the_jobs_series_are_there_while_it_lives_and_go_with_it(scene: OperatedScene) -> None:
     job = scene.create("measured")
     driver = job.attempt(1).run().driver()
     driver.post(25, loss=0.5)

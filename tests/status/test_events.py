@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.status.world import INTERRUPTED, SUCCESS, World, failed, new_job, pod, post
+from tests.status.simulation import INTERRUPTED, SUCCESS, Simulation, failed, new_job, pod, post
 from tuneyard.api.status import JobStatus
 from tuneyard.errors import Fault, PlanError
-from tuneyard.status.events import MOST_BYTES, Event, told
+from tuneyard.status.events import MAX_MESSAGE_BYTES, Event, transition_events
 from tuneyard.status.observe import Waiting
-from tuneyard.status.observed import Trouble, Workload
+from tuneyard.status.observed import PodProblem, Workload
 
 
-def world(**policy: Any) -> World:
-    return World(new_job(**{f"runPolicy__{name}": value for name, value in policy.items()}))
+def simulation(**policy: Any) -> Simulation:
+    return Simulation(new_job(**{f"runPolicy__{name}": value for name, value in policy.items()}))
 
 
-def story(played: World) -> list[str]:
-    return [f"{event.type} {event.reason}" for event in played.events]
+def story(sim: Simulation) -> list[str]:
+    return [f"{event.type} {event.reason}" for event in sim.events]
 
 
 PREPARED = {"name": "prepare", "kind": "prepare", "state": "Succeeded", "metrics": {"rows": 500}}
@@ -30,79 +30,79 @@ TRAINED = {
 
 
 def test_a_life_from_the_manifest_to_the_model() -> None:
-    played = world()
-    played.run()
+    sim = simulation()
+    sim.run()
     for step in range(5):
-        played.post = post(1, step, stages=[PREPARED])
-        played.look()
-    played.post = post(1, 100, stages=[PREPARED, TRAINED])
-    played.look()
-    played.end(SUCCESS)
-    played.settle()
-    assert [tuple(event) for event in played.events] == [
+        sim.post = post(1, step, stages=[PREPARED])
+        sim.reconcile()
+    sim.post = post(1, 100, stages=[PREPARED, TRAINED])
+    sim.reconcile()
+    sim.end(SUCCESS)
+    sim.settle()
+    assert [tuple(event) for event in sim.events] == [
         ("Normal", "Planned", "3 stages"),
         ("Normal", "AttemptStarted", "attempt 1: RayJob minimal-1"),
         ("Normal", "Running", "attempt 1 runs"),
         ("Normal", "StageSucceeded", "prepare is done: rows 500"),
         ("Normal", "StageSucceeded", "sft is done: validationLoss 1.23456"),
         ("Normal", "StageSucceeded", "export is done"),
-        ("Normal", "Succeeded", "the result lies at s3://models/minimal/result"),
+        ("Normal", "Succeeded", "the result is at s3://models/minimal/result"),
     ]
 
 
 def test_progress_alone_is_no_event() -> None:
-    played = world()
-    played.run()
-    before = len(played.events)
+    sim = simulation()
+    sim.run()
+    before = len(sim.events)
     for step in range(10):
-        played.post = post(1, step, metrics=[])
-        played.look()
-    assert len(played.events) == before
+        sim.post = post(1, step, metrics=[])
+        sim.reconcile()
+    assert len(sim.events) == before
 
 
 def test_a_status_that_did_not_change_tells_nothing() -> None:
-    played = world(queue="team-a")
-    played.run()
-    assert told(played.status, played.status) == []
-    assert told(None, JobStatus()) == []
+    sim = simulation(queue="team-a")
+    sim.run()
+    assert transition_events(sim.status, sim.status) == []
+    assert transition_events(None, JobStatus()) == []
 
 
 def test_a_rejected_plan_is_one_warning_and_its_correction_another_story() -> None:
-    played = world()
+    sim = simulation()
     for text in ("no", "still no"):
-        played.planned = PlanError([Fault("spec.model.uri", text)])
-        played.look()
-        played.look()
-        played.edit()
-    played.planned = None
-    played.look()
-    assert story(played) == [
+        sim.planned = PlanError([Fault("spec.model.uri", text)])
+        sim.reconcile()
+        sim.reconcile()
+        sim.edit()
+    sim.planned = None
+    sim.reconcile()
+    assert story(sim) == [
         "Warning PlanRejected",
         "Warning PlanRejected",
         "Normal Planned",
         "Normal AttemptStarted",
     ]
-    assert "still no" in played.events[1].message
+    assert "still no" in sim.events[1].message
 
 
 def test_waiting_for_a_model_is_told_once() -> None:
-    played = world()
+    sim = simulation()
     for phase in ("Pending", "Running"):
-        played.planned = Waiting("WaitingForModel", f"job base is not done yet: {phase}")
-        played.look()
-    assert story(played) == ["Normal WaitingForModel"]
+        sim.planned = Waiting("WaitingForModel", f"job base is not done yet: {phase}")
+        sim.reconcile()
+    assert story(sim) == ["Normal WaitingForModel"]
 
 
 def test_the_queue() -> None:
-    played = world(queue="team-a")
-    played.look()
-    played.workload = Workload(admitted=False, message="insufficient quota")
-    played.look()
-    played.run()
-    played.ray(suspended=True)
-    played.look()
-    played.settle(3)
-    assert story(played) == [
+    sim = simulation(queue="team-a")
+    sim.reconcile()
+    sim.workload = Workload(admitted=False, message="insufficient quota")
+    sim.reconcile()
+    sim.run()
+    sim.ray(suspended=True)
+    sim.reconcile()
+    sim.settle(3)
+    assert story(sim) == [
         "Normal Planned",
         "Normal AttemptStarted",
         "Normal Queued",
@@ -112,51 +112,56 @@ def test_the_queue() -> None:
         "Normal Queued",
         "Normal AttemptStarted",
     ]
-    assert played.events[5].message.startswith("attempt 1: Preempted: the queue took over")
+    assert sim.events[5].message.startswith("attempt 1: Preempted: the queue evicted the attempt")
 
 
 def test_why_an_attempt_does_not_start_is_one_warning_for_each_reason() -> None:
-    played = world()
-    played.start()
-    full = Trouble("Unschedulable", "0/1 nodes: Insufficient cpu")
-    fuller = Trouble("Unschedulable", "0/2 nodes: Insufficient cpu")
-    for trouble in (full, fuller, Trouble("ErrImagePull", "x"), Trouble("ImagePullBackOff", "y")):
-        played.add_pods(pod(1, "worker", trouble, phase="Pending"))
-        played.look()
-    assert story(played)[2:] == ["Warning Unschedulable", "Warning ImagePullFailed"]
+    sim = simulation()
+    sim.start()
+    full = PodProblem("Unschedulable", "0/1 nodes: Insufficient cpu")
+    fuller = PodProblem("Unschedulable", "0/2 nodes: Insufficient cpu")
+    for trouble in (
+        full,
+        fuller,
+        PodProblem("ErrImagePull", "x"),
+        PodProblem("ImagePullBackOff", "y"),
+    ):
+        sim.add_pods(pod(1, "worker", trouble, phase="Pending"))
+        sim.reconcile()
+    assert story(sim)[2:] == ["Warning Unschedulable", "Warning ImagePullFailed"]
 
 
 def test_failure_and_retry() -> None:
-    played = world(maxAttempts=2)
-    played.run()
-    played.end(failed("DiskFull", retryable=True))
-    played.next_attempt()
-    played.run()
-    played.end(failed("LossNotFinite", advice="Lower training.learningRate."))
-    played.settle()
-    assert story(played)[3:] == [
+    sim = simulation(maxAttempts=2)
+    sim.run()
+    sim.end(failed("DiskFull", retryable=True))
+    sim.next_attempt()
+    sim.run()
+    sim.end(failed("LossNotFinite", advice="Lower training.learningRate."))
+    sim.settle()
+    assert story(sim)[3:] == [
         "Warning AttemptEnded",
         "Normal AttemptStarted",
         "Normal Running",
         "Warning AttemptEnded",
         "Warning Failed",
     ]
-    assert played.events[3].message == "attempt 1: DiskFull: it was DiskFull"
-    assert played.events[-1].message == (
+    assert sim.events[3].message == "attempt 1: DiskFull: it was DiskFull"
+    assert sim.events[-1].message == (
         "LossNotFinite: it was LossNotFinite. Lower training.learningRate."
     )
 
 
 def test_suspend_and_resume() -> None:
-    played = world()
-    played.run()
-    played.edit(suspend=True)
-    played.look()
-    played.end(INTERRUPTED)
-    played.settle()
-    played.edit(suspend=False)
-    played.look()
-    assert story(played)[3:] == [
+    sim = simulation()
+    sim.run()
+    sim.edit(suspend=True)
+    sim.reconcile()
+    sim.end(INTERRUPTED)
+    sim.settle()
+    sim.edit(suspend=False)
+    sim.reconcile()
+    assert story(sim)[3:] == [
         "Normal Suspending",
         "Normal AttemptEnded",
         "Normal Suspended",
@@ -166,22 +171,22 @@ def test_suspend_and_resume() -> None:
 
 
 def test_a_stage_that_a_later_attempt_skips_is_told_once() -> None:
-    played = world()
-    played.run()
-    played.post = post(1, 5, stages=[PREPARED], outcome=failed("DiskFull", retryable=True))
-    played.look()
-    played.next_attempt()
-    played.run()
+    sim = simulation()
+    sim.run()
+    sim.post = post(1, 5, stages=[PREPARED], outcome=failed("DiskFull", retryable=True))
+    sim.reconcile()
+    sim.next_attempt()
+    sim.run()
     for state in ("Pending", "Skipped"):
-        played.post = post(2, 5, stages=[{**PREPARED, "state": state}])
-        played.look()
-    assert story(played).count("Normal StageSucceeded") == 1
+        sim.post = post(2, 5, stages=[{**PREPARED, "state": state}])
+        sim.reconcile()
+    assert story(sim).count("Normal StageSucceeded") == 1
 
 
 def test_messages_are_as_long_as_kubernetes_takes_them() -> None:
-    played = world()
-    played.planned = PlanError([Fault("spec.model.uri", "ü" * 3000)])
-    played.look()
-    (event,) = played.events
+    sim = simulation()
+    sim.planned = PlanError([Fault("spec.model.uri", "ü" * 3000)])
+    sim.reconcile()
+    (event,) = sim.events
     assert isinstance(event, Event)
-    assert MOST_BYTES - 2 <= len(event.message.encode()) <= MOST_BYTES
+    assert MAX_MESSAGE_BYTES - 2 <= len(event.message.encode()) <= MAX_MESSAGE_BYTES

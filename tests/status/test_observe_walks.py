@@ -1,5 +1,5 @@
-"""What holds on every path: random walks of a job through the world, and a controller that dies at
-each of its writes."""
+"""What holds on every path: random walks of a job through the simulation, and a controller that
+dies at each of its writes."""
 
 from __future__ import annotations
 
@@ -10,37 +10,47 @@ from typing import Any
 
 import pytest
 
-from tests.status.world import INTERRUPTED, PLAN, SUCCESS, Died, World, failed, new_job, pod, post
+from tests.status.simulation import (
+    INTERRUPTED,
+    PLAN,
+    SUCCESS,
+    KilledError,
+    Simulation,
+    failed,
+    new_job,
+    pod,
+    post,
+)
 from tuneyard.api.status import JobStatus
 from tuneyard.status.observe import Decision, observe
-from tuneyard.status.observed import Obstacle, Seen, Trouble, Workload
+from tuneyard.status.observed import CreateError, ObservedState, PodProblem, Workload
 
 # ---- random walks -------------------------------------------------------------------------------
 
 
-def _advance(played: World, dice: random.Random) -> None:
+def _advance(sim: Simulation, dice: random.Random) -> None:
     """KubeRay takes the newest RayJob one step on."""
-    if not played.ray_jobs:
+    if not sim.ray_jobs:
         return
-    name, ray = list(played.ray_jobs.items())[-1]
+    name, ray = list(sim.ray_jobs.items())[-1]
     if ray.deleting or ray.ended:
         return
     if ray.suspended:
-        played.change(name, suspended=False)
+        sim.change(name, suspended=False)
     elif not ray.deployment_status:
-        played.change(name, deployment_status="Initializing", cluster=f"{name}-x")
-        played.add_pods(pod(ray.attempt, "head"), pod(ray.attempt, "worker"))
+        sim.change(name, deployment_status="Initializing", cluster=f"{name}-x")
+        sim.add_pods(pod(ray.attempt, "head"), pod(ray.attempt, "worker"))
     elif not ray.job_status:
-        played.change(name, job_status="RUNNING", deployment_status="Running")
+        sim.change(name, job_status="RUNNING", deployment_status="Running")
     else:
         state = dice.choice(["SUCCEEDED", "FAILED", "RUNNING", "RUNNING", "RUNNING"])
-        played.change(name, job_status=state)
+        sim.change(name, job_status=state)
 
 
-def _post(played: World, dice: random.Random) -> None:
-    if not played.status.attempts:
+def _post(sim: Simulation, dice: random.Random) -> None:
+    if not sim.status.attempts:
         return
-    attempt = max(1, played.attempt.number - dice.choice([0, 0, 0, 1]))
+    attempt = max(1, sim.attempt.number - dice.choice([0, 0, 0, 1]))
     endings = [None] * 12 + [
         SUCCESS,
         INTERRUPTED,
@@ -52,51 +62,56 @@ def _post(played: World, dice: random.Random) -> None:
     resumed = dice.choice([None, step // 2])
     stage = dice.choice(["prepare", "sft", ""])
     outcome = dice.choice(endings)
-    played.post = post(attempt, step, stage=stage, outcome=outcome, resumedStep=resumed)
+    sim.post = post(attempt, step, stage=stage, outcome=outcome, resumedStep=resumed)
 
 
-def _trouble(played: World, dice: random.Random) -> None:
-    if played.pods:
-        name = dice.choice(sorted(played.pods))
+def _trouble(sim: Simulation, dice: random.Random) -> None:
+    if sim.pods:
+        name = dice.choice(sorted(sim.pods))
         reason = dice.choice(["OOMKilled", "DisruptionTarget", "Unschedulable", "Evicted"])
-        played.pods[name] = played.pods[name]._replace(troubles=(Trouble(reason, "so"),))
+        sim.pods[name] = sim.pods[name]._replace(problems=(PodProblem(reason, "so"),))
 
 
-def _queue(played: World, dice: random.Random) -> None:
-    if played.ray_jobs and played.job.spec.run_policy.queue:
-        played.workload = Workload(False, "evicted")
-        played.ray(suspended=True)
+def _queue(sim: Simulation, dice: random.Random) -> None:
+    if sim.ray_jobs and sim.job.spec.run_policy.queue:
+        sim.workload = Workload(False, "evicted")
+        sim.ray(suspended=True)
 
 
-def _delete(played: World, dice: random.Random) -> None:
-    if played.ray_jobs:
-        played.ray(deleting=True)
+def _delete(sim: Simulation, dice: random.Random) -> None:
+    if sim.ray_jobs:
+        sim.ray(deleting=True)
 
 
-def _edit(played: World, dice: random.Random) -> None:
+def _edit(sim: Simulation, dice: random.Random) -> None:
     what = dice.choice(["suspend"] * 8 + ["cancel"])
-    played.edit(**{what: not getattr(played.job.spec.run_policy, what)})
+    sim.edit(**{what: not getattr(sim.job.spec.run_policy, what)})
 
 
-def _refuse(played: World, dice: random.Random) -> None:
-    refusals = [None, None, Obstacle(404, "NotFound", "404"), Obstacle(403, "Forbidden", "no")]
-    played.obstacle = dice.choice(refusals)
+def _refuse(sim: Simulation, dice: random.Random) -> None:
+    refusals = [
+        None,
+        None,
+        CreateError(404, "NotFound", "404"),
+        CreateError(403, "Forbidden", "no"),
+    ]
+    sim.create_error = dice.choice(refusals)
 
 
-def _hide(played: World, dice: random.Random) -> None:
+def _hide(sim: Simulation, dice: random.Random) -> None:
     """The cache lags behind: only what it once showed, since nothing is created meanwhile."""
-    played.hidden = bool(played.status.attempts) and not played.hidden
+    sim.hidden = bool(sim.status.attempts) and not sim.hidden
 
 
-def _collect(played: World, dice: random.Random) -> None:
-    played.collect()
+def _collect(sim: Simulation, dice: random.Random) -> None:
+    sim.collect()
 
 
-def _wait(played: World, dice: random.Random) -> None:
-    played.wait(dice.choice([0, 1, 5, 12, 200]))
+def _wait(sim: Simulation, dice: random.Random) -> None:
+    sim.wait(dice.choice([0, 1, 5, 12, 200]))
 
 
-MOVES: list[tuple[int, Callable[[World, random.Random], None]]] = [
+MOVES: list[tuple[int, Callable[[Simulation, random.Random], None]]] = [
     (8, _advance),
     (4, _post),
     (4, _collect),
@@ -110,13 +125,13 @@ MOVES: list[tuple[int, Callable[[World, random.Random], None]]] = [
 ]
 
 
-def _look(played: World) -> None:
+def _look(sim: Simulation) -> None:
     """A look, and everything that must hold of it."""
-    before, seen = played.job.status or JobStatus(), played.seen()
+    before, seen = sim.job.status or JobStatus(), sim.observed_state()
     was_finished = before.phase in ("Succeeded", "Failed")
-    decision = played.look()
+    decision = sim.reconcile()
     after = decision.status
-    _settles(played, seen, decision)
+    _settles(sim, seen, decision)
     assert not was_finished or after == before, "a finished status never changes"
     _attempts_hold(before, after, decision)
     if decision.start is not None:
@@ -124,7 +139,7 @@ def _look(played: World) -> None:
         assert after.attempts[-1].finished_at is None, "only what is open is started"
         beside = (*seen.ray_jobs, *seen.pods)
         assert not beside, "nothing is started beside anything"
-    _conditions_hold(before, after, played)
+    _conditions_hold(before, after, sim)
     names = {ray.name for ray in seen.ray_jobs}
     assert set(decision.stop) <= names
     current = after.attempts[-1] if after.attempts else None
@@ -135,12 +150,12 @@ def _look(played: World) -> None:
         assert decision.wake_after is not None or decision.start or current, "nobody sleeps on"
 
 
-def _settles(played: World, seen: Seen, decision: Decision) -> None:
+def _settles(sim: Simulation, seen: ObservedState, decision: Decision) -> None:
     """Seeing the same again, the status stands still after a few looks: a close, then what follows.
     Whoever has more to say asks to be woken soon."""
-    job = played.job
+    job = sim.job
     for _ in range(3):
-        again = observe(job, PLAN, seen, played.now)
+        again = observe(job, PLAN, seen, sim.now)
         if again.status == decision.status:
             return
         soon = decision.wake_after is not None and decision.wake_after <= 1
@@ -163,14 +178,14 @@ def _attempts_hold(before: JobStatus, after: JobStatus, decision: Decision) -> N
         assert decision.start == after.attempts[-1].number
 
 
-def _conditions_hold(before: JobStatus, after: JobStatus, played: World) -> None:
+def _conditions_hold(before: JobStatus, after: JobStatus, sim: Simulation) -> None:
     held = {c.type: c for c in after.conditions}
     ends = [held[t] for t in ("Succeeded", "Failed") if t in held]
     assert len(ends) == (after.phase in ("Succeeded", "Failed"))
     assert all(c.status == "True" and c.type == after.phase for c in ends)
     assert (after.failure is not None) == (after.phase == "Failed")
     assert (after.result is not None) == (after.phase == "Succeeded")
-    now = played.now.strftime("%Y-%m-%dT%H:%M:%SZ")
+    now = sim.now.strftime("%Y-%m-%dT%H:%M:%SZ")
     for old in before.conditions:
         new = held.get(old.type)
         if new and new.status == old.status:
@@ -192,44 +207,44 @@ def test_whatever_happens(seed: int) -> None:
         "runPolicy__deadlineSeconds": dice.choice([None, 900]),
         "runPolicy__startDeadlineSeconds": dice.choice([60, 1800]),
     }
-    played = World(new_job(**{k: v for k, v in policy.items() if v is not None}))
+    sim = Simulation(new_job(**{k: v for k, v in policy.items() if v is not None}))
     weights = [weight for weight, _ in MOVES]
     for _ in range(120):
         ((_, move),) = dice.choices(MOVES, weights)
-        move(played, dice)
-        if not played.hidden or (played.status.attempts and played.attempt.ray_job_uid):
-            _look(played)
-    _events_hold(played)
-    _ends(played)
+        move(sim, dice)
+        if not sim.hidden or (sim.status.attempts and sim.attempt.ray_job_uid):
+            _look(sim)
+    _events_hold(sim)
+    _ends(sim)
 
 
-def _events_hold(played: World) -> None:
+def _events_hold(sim: Simulation) -> None:
     """One event for each transition, however often it was looked."""
-    told = Counter(event.reason for event in played.events)
-    attempts = played.status.attempts
+    told = Counter(event.reason for event in sim.events)
+    attempts = sim.status.attempts
     assert told["AttemptStarted"] == len(attempts)
-    assert max(Counter(played.created).values(), default=1) == 1, "one RayJob for each attempt"
+    assert max(Counter(sim.created).values(), default=1) == 1, "one RayJob for each attempt"
     assert told["Running"] == sum(1 for a in attempts if a.running_at)
     ended = [a for a in attempts if a.finished_at and a.reason != "Succeeded"]
     assert told["AttemptEnded"] == len(ended)
-    assert told["Succeeded"] == (played.phase == "Succeeded")
-    assert told["Failed"] == (played.phase == "Failed")
+    assert told["Succeeded"] == (sim.phase == "Succeeded")
+    assert told["Failed"] == (sim.phase == "Failed")
     assert told["Planned"] == 1
-    assert all(len(event.message.encode()) <= 1024 for event in played.events)
+    assert all(len(event.message.encode()) <= 1024 for event in sim.events)
 
 
-def _ends(played: World) -> None:
-    """Cancelled, a job ends whatever it went through, and leaves nothing."""
-    played.hidden, played.obstacle, played.post = False, None, None
-    if played.phase not in ("Succeeded", "Failed"):
-        played.edit(cancel=True)
+def _ends(sim: Simulation) -> None:
+    """Canceled, a job ends whatever it went through, and leaves nothing."""
+    sim.hidden, sim.create_error, sim.post = False, None, None
+    if sim.phase not in ("Succeeded", "Failed"):
+        sim.edit(cancel=True)
     for _ in range(6):
-        _look(played)
-        played.collect()
-        played.wait(130)
-    assert played.phase in ("Succeeded", "Failed")
-    assert not played.ray_jobs
-    assert not played.pods
+        _look(sim)
+        sim.collect()
+        sim.wait(130)
+    assert sim.phase in ("Succeeded", "Failed")
+    assert not sim.ray_jobs
+    assert not sim.pods
 
 
 def test_the_walks_go_everywhere() -> None:
@@ -237,13 +252,13 @@ def test_the_walks_go_everywhere() -> None:
     reasons: Counter[str] = Counter()
     for seed in range(40):
         dice = random.Random(seed)
-        played = World(new_job())
+        sim = Simulation(new_job())
         for _ in range(120):
             ((_, move),) = dice.choices(MOVES, [weight for weight, _ in MOVES])
-            move(played, dice)
-            if not played.hidden:
-                played.look()
-        reasons.update(a.reason or "open" for a in played.status.attempts)
+            move(sim, dice)
+            if not sim.hidden:
+                sim.reconcile()
+        reasons.update(a.reason or "open" for a in sim.status.attempts)
     expected = {"Succeeded", "Suspended", "RayJobDeleted", "LossNotFinite", "Preempted"}
     assert expected <= set(reasons)
 
@@ -251,67 +266,67 @@ def test_the_walks_go_everywhere() -> None:
 # ---- deaths -------------------------------------------------------------------------------------
 
 
-def _play(dies_at: int | None, dies_after: bool) -> World:
+def _play(killed_at: int | None, killed_after: bool) -> Simulation:
     """A life with two failures, a suspension and an eviction, whoever controls it."""
-    played = World(new_job(runPolicy__queue="team-a", runPolicy__backoffSeconds=0))
-    played.dies_at, played.dies_after = dies_at, dies_after
+    sim = Simulation(new_job(runPolicy__queue="team-a", runPolicy__backoffSeconds=0))
+    sim.killed_at, sim.killed_after = killed_at, killed_after
     is_suspended = False
     for _ in range(120):
         try:
-            played.look()
-        except Died:
-            played.missing_since = played.post = None  # what was in its memory
-            played.dies_at = None
+            sim.reconcile()
+        except KilledError:
+            sim.missing_since = sim.post = None  # what was in its memory
+            sim.killed_at = None
             continue
-        _cluster(played)
-        if played.phase == "Suspended" and is_suspended:
-            played.edit(suspend=False)
-        running = [a.number for a in played.status.attempts if a.running_at and not a.finished_at]
+        _cluster(sim)
+        if sim.phase == "Suspended" and is_suspended:
+            sim.edit(suspend=False)
+        running = [a.number for a in sim.status.attempts if a.running_at and not a.finished_at]
         if running == [2] and not is_suspended:
-            played.edit(suspend=True)
+            sim.edit(suspend=True)
             is_suspended = True
-        played.wait(1)
-    return played
+        sim.wait(1)
+    return sim
 
 
-def _cluster(played: World) -> None:
+def _cluster(sim: Simulation) -> None:
     """What KubeRay, Kueue and the drivers do, one step: attempt 1 loses a worker, 2 is suspended,
     3 is evicted, 4 succeeds."""
-    played.collect()
-    live = [ray for ray in played.ray_jobs.values() if not ray.deleting]
+    sim.collect()
+    live = [ray for ray in sim.ray_jobs.values() if not ray.deleting]
     if not live:
         return
     ray = live[-1]
-    number, policy = ray.attempt, played.job.spec.run_policy
+    number, policy = ray.attempt, sim.job.spec.run_policy
     if ray.suspended:
-        played.change(ray.name, suspended=False)
+        sim.change(ray.name, suspended=False)
     elif not ray.cluster:
-        played.change(ray.name, deployment_status="Initializing", cluster="x")
-        played.add_pods(pod(number, "head"), pod(number, "worker"))
+        sim.change(ray.name, deployment_status="Initializing", cluster="x")
+        sim.add_pods(pod(number, "head"), pod(number, "worker"))
     elif not ray.job_status:
-        played.change(ray.name, job_status="RUNNING", deployment_status="Running")
+        sim.change(ray.name, job_status="RUNNING", deployment_status="Running")
     elif number == 1:
         outcome = failed("DiskFull", retryable=True)
         words = outcome.model_dump_json(by_alias=True, exclude_none=True)
-        played.post = post(1, 20, outcome=outcome)
-        played.change(ray.name, job_status="FAILED", message=f"TUNEYARD-OUTCOME {words}")
+        sim.post = post(1, 20, outcome=outcome)
+        sim.change(ray.name, job_status="FAILED", message=f"TUNEYARD-OUTCOME {words}")
     elif number == 2 and policy.suspend:
-        played.post = post(2, 30, outcome=INTERRUPTED)
+        sim.post = post(2, 30, outcome=INTERRUPTED)
         words = INTERRUPTED.model_dump_json(by_alias=True, exclude_none=True)
-        played.change(ray.name, job_status="FAILED", message=f"TUNEYARD-OUTCOME {words}")
+        sim.change(ray.name, job_status="FAILED", message=f"TUNEYARD-OUTCOME {words}")
     elif number == 3:
-        played.change(ray.name, suspended=True, deployment_status="Suspending")
+        sim.change(ray.name, suspended=True, deployment_status="Suspending")
     elif number == 4:
-        played.post = post(4, 100, outcome=SUCCESS)
-        played.change(ray.name, job_status="SUCCEEDED")
+        sim.post = post(4, 100, outcome=SUCCESS)
+        sim.change(ray.name, job_status="SUCCEEDED")
 
 
-def _fate(played: World) -> Any:
-    attempts = [(a.number, a.ray_job, a.reason) for a in played.status.attempts]
-    return played.phase, attempts, played.created
+def _fate(sim: Simulation) -> Any:
+    attempts = [(a.number, a.ray_job, a.reason) for a in sim.status.attempts]
+    return sim.phase, attempts, sim.created
 
 
-UNDISTURBED = _play(None, dies_after=False)
+UNDISTURBED = _play(None, killed_after=False)
 
 
 def test_an_undisturbed_life_has_four_attempts_and_tells_its_story() -> None:
@@ -323,11 +338,13 @@ def test_an_undisturbed_life_has_four_attempts_and_tells_its_story() -> None:
     assert not UNDISTURBED.pods
 
 
-@pytest.mark.parametrize("dies_after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("killed_after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("write", range(UNDISTURBED.actions))
-def test_a_controller_that_dies_at_any_write_changes_no_fate(write: int, dies_after: bool) -> None:
-    played = _play(write, dies_after)
-    assert played.dies_at is None, "it died"
-    assert _fate(played) == _fate(UNDISTURBED)
-    assert not played.ray_jobs
-    assert not played.pods
+def test_a_controller_that_dies_at_any_write_changes_no_fate(
+    write: int, killed_after: bool
+) -> None:
+    sim = _play(write, killed_after)
+    assert sim.killed_at is None, "it died"
+    assert _fate(sim) == _fate(UNDISTURBED)
+    assert not sim.ray_jobs
+    assert not sim.pods

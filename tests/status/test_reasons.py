@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests.status.world import INTERRUPTED, failed
+from tests.status.simulation import INTERRUPTED, failed
 from tuneyard.api.progress import Outcome
 from tuneyard.status import observed, reasons
-from tuneyard.status.observed import Obstacle, Pod, Seen, Workload
+from tuneyard.status.observed import CreateError, ObservedState, Pod, Workload
 from tuneyard.status.reasons import Cause
 
 Object = dict[str, Any]
@@ -103,7 +103,7 @@ class TestReading:
     def test_a_ray_job(self) -> None:
         read = ray_job()
         assert (read.name, read.uid, read.attempt, read.owner) == ("bot-2", "ray-uid", 2, "job-uid")
-        assert (read.running, read.ended, read.withdrawn, read.deleting) == (
+        assert (read.running, read.ended, read.evicted_by_queue, read.deleting) == (
             True,
             False,
             False,
@@ -132,7 +132,7 @@ class TestReading:
 
     @pytest.mark.parametrize("state", ["Suspending", "Suspended"])
     def test_a_ray_job_whose_cluster_is_taken(self, state: str) -> None:
-        assert ray_job(jobDeploymentStatus=state).withdrawn
+        assert ray_job(jobDeploymentStatus=state).evicted_by_queue
 
     def test_the_roles_of_pods(self) -> None:
         job = {**LABELS, "job-name": "bot-2"}
@@ -145,7 +145,7 @@ class TestReading:
     def test_a_healthy_pod_has_no_trouble(self) -> None:
         starting = pod(phase="Pending", **container(waiting={"reason": "ContainerCreating"}))
         done = terminated("Completed", 0)
-        assert (starting.troubles, done.troubles) == ((), ())
+        assert (starting.problems, done.problems) == ((), ())
 
     def test_kueues_word(self) -> None:
         reserved = {"type": "QuotaReserved", "status": "False", "message": "insufficient quota"}
@@ -183,34 +183,46 @@ class TestEnds:
         self, pods: list[Pod], reason: str, retryable: bool
     ) -> None:
         outcome = failed("WorkerDied", retryable=True)
-        for world in (Seen(pods=tuple(pods)), Seen(gone=tuple(pods))):
-            for order in (world, replace(world, pods=world.pods[::-1], gone=world.gone[::-1])):
+        for state in (
+            ObservedState(pods=tuple(pods)),
+            ObservedState(deleted_pods=tuple(pods)),
+        ):
+            for order in (
+                state,
+                replace(
+                    state,
+                    pods=state.pods[::-1],
+                    deleted_pods=state.deleted_pods[::-1],
+                ),
+            ):
                 cause = reasons.of_end(FAILED, order, outcome)
                 assert (cause.reason, cause.retryable) == (reason, retryable)
 
     def test_memory_names_the_container_the_pod_and_the_field(self) -> None:
-        cause = reasons.of_end(FAILED, Seen(pods=(OOM,)), None)
+        cause = reasons.of_end(FAILED, ObservedState(pods=(OOM,)), None)
         assert "container ray-worker of pod bot-2-l9d4c-worker" in cause.message
         assert "compute.memory" in cause.advice
-        head = reasons.of_end(FAILED, Seen(pods=(terminated("OOMKilled", 137, "head"),)), None)
+        head = reasons.of_end(
+            FAILED, ObservedState(pods=(terminated("OOMKilled", 137, "head"),)), None
+        )
         assert "platform team" in head.advice
 
     def test_pods_of_other_attempts_and_submitters_prove_nothing(self) -> None:
         other = OOM._replace(attempt=1)
         submitter = OOM._replace(role="submitter")
-        cause = reasons.of_end(FAILED, Seen(pods=(other, submitter)), None)
+        cause = reasons.of_end(FAILED, ObservedState(pods=(other, submitter)), None)
         assert cause.reason == "DriverError"
 
     def test_a_driver_that_knows_is_believed(self) -> None:
         advice = "Lower training.learningRate."
         outcome = failed("LossNotFinite", advice=advice)
-        cause = reasons.of_end(FAILED, Seen(pods=(OOM, PREEMPTED)), outcome)
+        cause = reasons.of_end(FAILED, ObservedState(pods=(OOM, PREEMPTED)), outcome)
         assert cause == Cause("LossNotFinite", "it was LossNotFinite", advice, retryable=False)
 
     def test_an_interrupted_driver_was_preempted(self) -> None:
-        assert reasons.of_ending(INTERRUPTED).reason == "Preempted"
+        assert reasons.of_outcome(INTERRUPTED).reason == "Preempted"
         told = failed("Preempted").model_copy(update={"state": "Interrupted"})
-        assert reasons.of_ending(told) == Cause("Preempted", "it was Preempted", retryable=True)
+        assert reasons.of_outcome(told) == Cause("Preempted", "it was Preempted", retryable=True)
 
     @pytest.mark.parametrize(
         ("status", "reason", "retryable"),
@@ -257,7 +269,7 @@ class TestEnds:
     )
     def test_kuberays_word_is_last(self, status: Object, reason: str, retryable: bool) -> None:
         ray = ray_job(**{"jobStatus": "FAILED", "jobDeploymentStatus": "Failed", **status})
-        cause = reasons.of_end(ray, Seen(), None)
+        cause = reasons.of_end(ray, ObservedState(), None)
         assert (cause.reason, cause.retryable) == (reason, retryable)
 
     def test_pods_that_kuberay_took_away_still_say_why_they_did_not_start(self) -> None:
@@ -271,7 +283,9 @@ class TestEnds:
         ray = ray_job(
             jobStatus="", jobDeploymentStatus="Failed", reason="PreRunningDeadlineExceeded"
         )
-        assert reasons.of_end(ray, Seen(gone=(gone,)), None).reason == "Unschedulable"
+        assert (
+            reasons.of_end(ray, ObservedState(deleted_pods=(gone,)), None).reason == "Unschedulable"
+        )
 
     def test_of_a_log_only_the_last_line_is_told(self) -> None:
         log = (
@@ -279,18 +293,24 @@ class TestEnds:
             "20,000 chars):\n" + "Traceback (most recent call last):\n" * 200 + "ValueError: no\n\n"
         )
         ray = ray_job(jobStatus="FAILED", message=log)
-        assert reasons.of_end(ray, Seen(), None).message == "ValueError: no"
+        assert reasons.of_end(ray, ObservedState(), None).message == "ValueError: no"
         assert len(ray.message) <= 4096
 
     def test_a_ray_job_that_is_gone_was_deleted_unless_pods_say_otherwise(self) -> None:
-        assert reasons.of_loss(Seen(), 2).reason == "RayJobDeleted"
-        assert reasons.of_loss(Seen(gone=(PREEMPTED,)), 2).reason == "Preempted"
-        assert reasons.of_loss(Seen(gone=(PREEMPTED,)), 3).reason == "RayJobDeleted"
+        assert reasons.of_missing_ray_job(ObservedState(), 2).reason == "RayJobDeleted"
+        assert (
+            reasons.of_missing_ray_job(ObservedState(deleted_pods=(PREEMPTED,)), 2).reason
+            == "Preempted"
+        )
+        assert (
+            reasons.of_missing_ray_job(ObservedState(deleted_pods=(PREEMPTED,)), 3).reason
+            == "RayJobDeleted"
+        )
 
 
 class TestLastWords:
     def words(self, text: str) -> Outcome | None:
-        return reasons.last_words(ray_job(jobStatus="FAILED", message=text))
+        return reasons.logged_outcome(ray_job(jobStatus="FAILED", message=text))
 
     def test_the_last_marked_line_counts(self) -> None:
         first, last = failed("First"), failed("Last", retryable=True)
@@ -316,7 +336,7 @@ class TestLastWords:
         assert self.words(text) is None
 
     def test_no_ray_job_no_words(self) -> None:
-        assert reasons.last_words(None) is None
+        assert reasons.logged_outcome(None) is None
 
 
 # ---- attempts that do not start -----------------------------------------------------------------
@@ -324,7 +344,7 @@ class TestLastWords:
 
 def waiting(*pods: Pod, cluster: Object | None = None, warnings: tuple[str, ...] = ()) -> Cause:
     ray = ray_job(jobStatus="", jobDeploymentStatus="Initializing", rayClusterStatus=cluster or {})
-    return reasons.of_waiting(ray, Seen(pods=pods, warnings=warnings))
+    return reasons.of_waiting(ray, ObservedState(pods=pods, warnings=warnings))
 
 
 def unscheduled(message: str, reason: str = "Unschedulable") -> Pod:
@@ -408,11 +428,16 @@ class TestWaiting:
 
     def test_a_container_without_the_memory_to_start_is_found_among_those_replaced(self) -> None:
         ray = ray_job(jobStatus="", jobDeploymentStatus="Initializing")
-        for world in (Seen(pods=(OOM,)), Seen(gone=(OOM,), pods=(pod(phase="Pending"),))):
-            cause = reasons.of_waiting(ray, world)
+        for state in (
+            ObservedState(pods=(OOM,)),
+            ObservedState(deleted_pods=(OOM,), pods=(pod(phase="Pending"),)),
+        ):
+            cause = reasons.of_waiting(ray, state)
             assert cause.reason == "OutOfMemory"
             assert "compute.memory" in cause.advice
-        assert reasons.of_waiting(ray, Seen(gone=(EVICTED,))).reason == "StartTimeout"
+        assert (
+            reasons.of_waiting(ray, ObservedState(deleted_pods=(EVICTED,))).reason == "StartTimeout"
+        )
 
     def test_pods_that_are_starting_say_nothing(self) -> None:
         assert waiting(pod(phase="Pending")).reason == "StartTimeout"
@@ -427,17 +452,17 @@ class TestWaiting:
 
 
 @pytest.mark.parametrize(
-    ("obstacle", "reason", "advice"),
+    ("create_error", "reason", "advice"),
     [
-        (Obstacle(404, "NotFound", "404 page not found"), "KubeRayMissing", "KubeRay"),
+        (CreateError(404, "NotFound", "404 page not found"), "KubeRayMissing", "KubeRay"),
         (
-            Obstacle(404, "NotFound", "the server could not find the requested resource"),
+            CreateError(404, "NotFound", "the server could not find the requested resource"),
             "KubeRayMissing",
             "KubeRay",
         ),
-        (Obstacle(404, "NotFound", 'namespaces "ml" not found'), "NamespaceGone", ""),
+        (CreateError(404, "NotFound", 'namespaces "ml" not found'), "NamespaceGone", ""),
         (
-            Obstacle(
+            CreateError(
                 403,
                 "Forbidden",
                 'configmaps "x" is forbidden: unable to create new content in namespace ml '
@@ -447,17 +472,25 @@ class TestWaiting:
             "",
         ),
         (
-            Obstacle(403, "Forbidden", "exceeded quota: q, requested: count/rayjobs.ray.io=1"),
+            CreateError(403, "Forbidden", "exceeded quota: q, requested: count/rayjobs.ray.io=1"),
             "QuotaExceeded",
             "compute.workers",
         ),
-        (Obstacle(403, "Forbidden", "cannot create resource rayjobs"), "Forbidden", "rights"),
-        (Obstacle(422, "Invalid", "spec.x: Invalid value"), "RayJobRefused", ""),
-        (Obstacle(500, "InternalError", "failed calling webhook x"), "ClusterUnavailable", "webh"),
-        (Obstacle(429, "TooManyRequests", "slow down"), "ClusterUnavailable", ""),
+        (
+            CreateError(403, "Forbidden", "cannot create resource rayjobs"),
+            "Forbidden",
+            "permissions",
+        ),
+        (CreateError(422, "Invalid", "spec.x: Invalid value"), "RayJobRefused", ""),
+        (
+            CreateError(500, "InternalError", "failed calling webhook x"),
+            "ClusterUnavailable",
+            "webh",
+        ),
+        (CreateError(429, "TooManyRequests", "slow down"), "ClusterUnavailable", ""),
     ],
 )
-def test_what_the_api_server_refuses(obstacle: Obstacle, reason: str, advice: str) -> None:
-    cause = reasons.of_obstacle(obstacle)
+def test_what_the_api_server_refuses(create_error: CreateError, reason: str, advice: str) -> None:
+    cause = reasons.of_create_error(create_error)
     assert cause.reason == reason
     assert advice in cause.advice

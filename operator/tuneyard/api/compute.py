@@ -78,7 +78,7 @@ class RunPolicy(Model):
     suspend: bool = False
     """True: stop at the next checkpoint and release the cluster; False again: go on from there."""
     cancel: bool = False
-    """True: end the job for good, as Failed with reason Cancelled; finished stages stay."""
+    """True: end the job for good, as Failed with reason Canceled; finished stages stay."""
     max_attempts: int = Field(default=3, ge=1, le=100)
     """Attempts in all, the first included, before a retryable failure becomes final. Attempts that
     ended because the job was suspended or its pods were preempted do not count."""

@@ -89,4 +89,4 @@ class Answer(Report):
     """What a post is answered with."""
 
     stop: bool = False
-    """True: checkpoint and end; the job was suspended, cancelled or deleted."""
+    """True: checkpoint and end; the job was suspended, canceled or deleted."""

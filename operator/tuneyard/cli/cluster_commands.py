@@ -189,7 +189,7 @@ def suspend(name: str, where: Where, kinds: Sequence[Kind]) -> int:
     job = cluster.find(name, kinds)
     _refuse_if_over(job, "suspended")
     if job.cancel:
-        raise RemoteError(f"{job.name} is being cancelled: it cannot be suspended any more")
+        raise RemoteError(f"{job.name} is being canceled: it cannot be suspended any more")
     if job.suspend:
         state = "suspended" if job.phase == "Suspended" else "being suspended"
         click.echo(f"{job.name} is {state} already; `tuneyard resume {job.name}` lets it go on")
@@ -218,7 +218,7 @@ def resume(name: str, where: Where, kinds: Sequence[Kind]) -> int:
     job = cluster.find(name, kinds)
     _refuse_if_over(job, "resumed")
     if job.cancel:
-        raise RemoteError(f"{job.name} is being cancelled: it cannot be resumed any more")
+        raise RemoteError(f"{job.name} is being canceled: it cannot be resumed any more")
     if not job.suspend:
         being = f"{job.name} is being resumed already"
         known = f"{job.name} is not suspended: its phase is {job.phase}"
@@ -239,22 +239,22 @@ def resume(name: str, where: Where, kinds: Sequence[Kind]) -> int:
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @for_cluster
 def cancel(name: str, where: Where, kinds: Sequence[Kind], yes: bool) -> int:
-    """End a job for good, as Failed with reason Cancelled.
+    """End a job for good, as Failed with reason Canceled.
 
     It cannot be taken back. The job and its finished stages stay.
     """
     cluster = where.connect()
     job = cluster.find(name, kinds)
-    if job.cancel or job.was_cancelled:
-        state = "was cancelled" if job.is_finished else "is being cancelled"
+    if job.cancel or job.was_canceled:
+        state = "was canceled" if job.is_finished else "is being canceled"
         click.echo(f"{job.name} {state} already")
         return 0
-    _refuse_if_over(job, "cancelled")
+    _refuse_if_over(job, "canceled")
     _confirm(f"Cancel {job.kind.name} {job.name} for good?", yes=yes)
     job = cluster.set_policy(job, cancel=True)
     how = f"{_stop(job)} and end" if job.is_under_way else "end"
     click.echo(
-        f"{job.name} will {how} as Failed with reason Cancelled; its finished stages stay at "
+        f"{job.name} will {how} as Failed with reason Canceled; its finished stages stay at "
         f"{job.output_uri}"
     )
     return 0

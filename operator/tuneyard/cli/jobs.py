@@ -69,9 +69,9 @@ class Found:
         return planned or self.raw_status.get("observedGeneration") == self.generation
 
     @property
-    def was_cancelled(self) -> bool:
+    def was_canceled(self) -> bool:
         failure = self.status.failure if self.status else None
-        return failure is not None and failure.reason == "Cancelled"
+        return failure is not None and failure.reason == "Canceled"
 
     @property
     def is_under_way(self) -> bool:

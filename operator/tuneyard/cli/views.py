@@ -83,7 +83,7 @@ def phase(job: Found) -> str:
     if job.is_finished:
         return job.phase
     if job.cancel:
-        return f"{job.phase}, being cancelled"
+        return f"{job.phase}, being canceled"
     if job.suspend and job.phase != "Suspended":
         return f"{job.phase}, being suspended"
     if not job.suspend and job.phase == "Suspended":

@@ -1,1 +1,2 @@
-"""The operator: thin handlers around what planning decides."""
+"""The operator: watches, a work queue, status writes and the status server. The decisions are made
+in `status`."""

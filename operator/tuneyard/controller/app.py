@@ -1,4 +1,4 @@
-"""The operator's process: waits to be the active replica, then serves until it is told to end."""
+"""The operator's process: wait to become the active replica, then serve until a signal."""
 
 from __future__ import annotations
 
@@ -25,62 +25,62 @@ log = logging.getLogger("tuneyard")
 
 
 async def run(settings: Settings) -> int:
-    """Runs until SIGTERM or SIGINT, or until the Lease is lost; the exit code. Raises ApiError if
-    the cluster refuses what the operator cannot do without."""
+    """Run until SIGTERM, SIGINT or the loss of the Lease; return the exit code. Raises ApiError if
+    the cluster refuses a request that the operator depends on."""
     cluster = await connect()
     stop, active = asyncio.Event(), asyncio.Event()
-    _end_on_signal(stop)
+    _stop_on_signal(stop)
     try:
-        made = None
+        issued = None
         if settings.progress_url:
-            made = await certificates.ensure(
+            issued = await certificates.ensure(
                 cluster, settings.own_namespace, settings.tls_secret, settings.progress_url
             )
-        reconciler = Reconciler(cluster, settings, ca=made.ca if made else "")
+        reconciler = Reconciler(cluster, settings, ca=issued.ca if issued else "")
         async with _web_server(settings.metrics_port):
             server = StatusServer(cluster, reconciler, active.is_set)
-            if made:
-                port = await server.start(settings.progress_port, made.context())
+            if issued:
+                port = await server.start(settings.progress_port, issued.context())
                 log.info("the status server listens on port %d", port)
             try:
-                return await _lead(cluster, settings, reconciler, stop, active)
+                return await _run_as_leader(cluster, settings, reconciler, stop, active)
             finally:
                 await server.close()
     finally:
         await cluster.close()
 
 
-async def _lead(
+async def _run_as_leader(
     cluster: Cluster,
     settings: Settings,
     reconciler: Reconciler,
     stop: asyncio.Event,
     active: asyncio.Event,
 ) -> int:
-    """Waits for the Lease, serves while it holds, gives it back."""
+    """Wait for the Lease, serve while this replica holds it, release it; return the exit code."""
     lease = Lease(cluster, settings.own_namespace, settings.lease, settings.identity)
     log.info("%s waits for Lease %s", settings.identity, settings.lease)
-    await _first(lease.acquire(), stop.wait())
+    await _wait_for_first(lease.acquire(), stop.wait())
     if stop.is_set():
-        await lease.give_back()
+        await lease.release()
         return 0
     active.set()
     metrics.LEADER.set(1)
     log.info("%s is the active replica", settings.identity)
-    await _first(lease.keep(), stop.wait(), _serve(settings, reconciler, stop))
+    await _wait_for_first(lease.renew(), stop.wait(), _serve(settings, reconciler, stop))
     active.clear()
     metrics.LEADER.set(0)
     if not stop.is_set():
-        # Whoever holds it now must not find us at work: no tidy end, the next life starts over.
-        log.error("the Lease is lost, or the watches ended by themselves")
+        # Another replica may hold the Lease: exit at once; a restart recovers the state.
+        log.error("the Lease is lost, or the watches have ended: the operator exits")
         return 1
-    await lease.give_back()
+    await lease.release()
     return 0
 
 
 async def _serve(settings: Settings, reconciler: Reconciler, stop: asyncio.Event) -> None:
-    """Until one of the two ends: neither is of use without the other."""
-    await _first(reconciler.run(), _watch(settings, reconciler, stop))
+    """Run the reconciler and the watches until one of them ends: each needs the other."""
+    await _wait_for_first(reconciler.run(), _watch(settings, reconciler, stop))
 
 
 async def _watch(settings: Settings, reconciler: Reconciler, stop: asyncio.Event) -> None:
@@ -93,18 +93,18 @@ async def _watch(settings: Settings, reconciler: Reconciler, stop: asyncio.Event
         namespaces=settings.namespaces,
         stop_flag=stop,
     )
-    _end_on_signal(stop)  # kopf has just taken the signals, and would end alone
+    _stop_on_signal(stop)  # kopf has replaced the signal handlers, and would end alone
     await kopf.run_tasks(tasks, ignored=others)
 
 
-def _end_on_signal(stop: asyncio.Event) -> None:
+def _stop_on_signal(stop: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
 
 
-async def _first(*waits: Coroutine[Any, Any, object]) -> None:
-    """Ends all when one is done. Raises what that one raised."""
+async def _wait_for_first(*waits: Coroutine[Any, Any, object]) -> None:
+    """Wait for the first to end and cancel the others. Raises what the first one raised."""
     tasks = [asyncio.ensure_future(item) for item in waits]
     done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in others:
@@ -116,20 +116,20 @@ async def _first(*waits: Coroutine[Any, Any, object]) -> None:
 
 @asynccontextmanager
 async def _web_server(port: int) -> AsyncIterator[None]:
-    """/metrics, /healthz and /readyz. Both probes say that the event loop turns; a standby is as
-    ready as the active replica."""
+    """Serve /metrics, /healthz and /readyz. Both probes tell that the event loop runs; a standby
+    replica is as ready as the active one."""
 
-    async def show(_: web.Request) -> web.Response:
+    async def expose(_: web.Request) -> web.Response:
         text = generate_latest(metrics.REGISTRY)
         return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    async def well(_: web.Request) -> web.Response:
+    async def healthy(_: web.Request) -> web.Response:
         return web.Response(text="ok\n")
 
     app = web.Application()
-    app.router.add_get("/metrics", show)
-    app.router.add_get("/healthz", well)
-    app.router.add_get("/readyz", well)
+    app.router.add_get("/metrics", expose)
+    app.router.add_get("/healthz", healthy)
+    app.router.add_get("/readyz", healthy)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:
@@ -141,7 +141,7 @@ async def _web_server(port: int) -> AsyncIterator[None]:
 
 
 def main(settings: Settings) -> int:
-    """The command's body."""
+    """Set up logging and run the operator; return the exit code."""
     logging.basicConfig(
         level=logging.INFO,
         stream=sys.stderr,

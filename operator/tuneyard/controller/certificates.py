@@ -1,7 +1,7 @@
-"""The status server's certificate: made once, kept in a Secret that all replicas share.
+"""The status server's certificate: issued once, stored in a Secret that all replicas share.
 
-A certificate authority of ten years signs a certificate of one; pods know the authority alone, so
-a renewed certificate disturbs no running job.
+A certificate authority, valid for ten years, signs a certificate that is valid for one. Pods trust
+the authority, so a renewed certificate does not affect running jobs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FILES = ("ca.crt", "ca.key", "tls.crt", "tls.key")
 
 @dataclass(frozen=True)
 class Certificates:
-    """PEM texts."""
+    """The authority's and the server's certificates and keys, in PEM."""
 
     ca: str
     ca_key: str
@@ -37,7 +37,7 @@ class Certificates:
     server_key: str
 
     def context(self) -> ssl.SSLContext:
-        """For a server."""
+        """Return a TLS context for the server."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         with tempfile.TemporaryDirectory() as folder:
@@ -49,20 +49,20 @@ class Certificates:
 
 
 async def ensure(cluster: Cluster, namespace: str, name: str, url: str) -> Certificates:
-    """The certificates in the Secret; made, renewed or moved to another host name where needed.
-    Raises ApiError."""
+    """Return the certificates in the Secret; issue them if they are missing, about to expire or for
+    another host name. Raises ApiError."""
     host = urlsplit(url).hostname or "localhost"
     secret = await cluster.secret(namespace, name)
-    kept = _read(secret) if secret else None
-    if kept and _is_good(kept.server, host):
-        return kept
-    made = issue([host], kept)
+    stored = _read(secret) if secret else None
+    if stored and _is_valid(stored.server, host):
+        return stored
+    issued = issue([host], stored)
     body: Object = {
         "apiVersion": "v1",
         "kind": "Secret",
         "metadata": {"name": name, "namespace": namespace},
         "type": "Opaque",
-        "data": _data(made),
+        "data": _data(issued),
     }
     try:
         if secret is None:
@@ -74,13 +74,13 @@ async def ensure(cluster: Cluster, namespace: str, name: str, url: str) -> Certi
         if error.code != 409:
             raise
         return await ensure(cluster, namespace, name, url)  # another replica was faster
-    return made
+    return issued
 
 
 def issue(hosts: Sequence[str], authority: Certificates | None = None) -> Certificates:
-    """A server certificate for the hosts, by the authority given or by a new one."""
+    """Issue a server certificate for the hosts, signed by the given authority or by a new one."""
     now = datetime.now(UTC)
-    if authority is None or not _is_good(authority.ca, None):
+    if authority is None or not _is_valid(authority.ca, None):
         ca_key = ec.generate_private_key(ec.SECP256R1())
         ca = _authority(ca_key, now)
     else:
@@ -148,8 +148,8 @@ def _name(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
-def _is_good(pem: str, host: str | None) -> bool:
-    """Whether a certificate is valid for long enough, and for the host."""
+def _is_valid(pem: str, host: str | None) -> bool:
+    """Tell whether a certificate is valid for another 30 days, and for the host. None: any host."""
     certificate = x509.load_pem_x509_certificate(pem.encode())
     if certificate.not_valid_after_utc - datetime.now(UTC) < timedelta(days=RENEWAL_DAYS):
         return False
@@ -171,8 +171,13 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> str:
     ).decode()
 
 
-def _data(made: Certificates) -> Object:
-    texts = (made.ca, made.ca_key, made.server, made.server_key)
+def _data(certificates: Certificates) -> Object:
+    texts = (
+        certificates.ca,
+        certificates.ca_key,
+        certificates.server,
+        certificates.server_key,
+    )
     return {
         file: base64.b64encode(text.encode()).decode()
         for file, text in zip(_FILES, texts, strict=True)
@@ -180,7 +185,7 @@ def _data(made: Certificates) -> Object:
 
 
 def _read(secret: Object) -> Certificates | None:
-    """None for a Secret without what is needed."""
+    """Return the certificates in a Secret; None: one of them is missing."""
     data = secret.get("data") or {}
     if any(not data.get(file) for file in _FILES):
         return None

@@ -1,7 +1,7 @@
-"""The only Kubernetes I/O of the operator, apart from kopf's watches.
+"""The operator's requests to Kubernetes, apart from kopf's watches.
 
-Objects are plain JSON: parsing them into the client's models costs more than everything else here.
-Nothing is retried: the work queue does that, for whole decisions.
+Objects are plain JSON: parsing them into the client's models costs more than all other work here.
+No request is retried: the work queue retries whole decisions.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from tuneyard.errors import TuneyardError
 Object = dict[str, Any]
 
 MANAGER = "tuneyard"
-"""Our name as a field manager and as the source of events."""
+"""The operator's name as a field manager and as the source of events."""
 FINALIZER = f"{GROUP}/cluster"
-"""Keeps a deleted job until its cluster is gone."""
+"""Keeps a deleted job until its cluster is removed."""
 REQUEST_SECONDS = 30.0
 
 _LEASES = "/apis/coordination.k8s.io/v1/namespaces/{}/leases"
@@ -37,28 +37,28 @@ _METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 
 @dataclass
 class ApiError(TuneyardError):
-    """The API server's refusal, or its silence."""
+    """A request that the API server refused or did not answer."""
 
     code: int
-    """HTTP status; 0: no answer came."""
+    """HTTP status; 0: no response."""
     reason: str
-    """Kubernetes' word."""
+    """Kubernetes' reason."""
     message: str
     retry_after: float | None = None
-    """Seconds that the server asked for; None: it did not."""
+    """Seconds in the Retry-After header; None: the response has none."""
 
     def __str__(self) -> str:
         return f"{self.code} {self.reason}: {self.message}"
 
     @property
     def is_refusal(self) -> bool:
-        """The same request would be refused again; anything else is worth another try."""
+        """Whether the same request would be refused again; any other error may be retried."""
         return self.code in (400, 403, 404, 405, 413, 422)
 
 
 @dataclass(frozen=True)
 class Key:
-    """Names a job."""
+    """The identity of a job."""
 
     kind: str
     """FineTuneJob or AlignmentJob."""
@@ -72,12 +72,12 @@ class Key:
 
     @property
     def selector(self) -> str:
-        """The labels of everything that belongs to the job."""
+        """The label selector of the job's objects."""
         return f"{GROUP}/kind={self.kind},{GROUP}/job={self.name}"
 
 
 async def connect() -> Cluster:
-    """With the pod's service account, or the kubeconfig where there is none. Raises
+    """Connect with the pod's service account or, outside a pod, the kubeconfig. Raises
     TuneyardError."""
     configuration = Configuration()
     try:
@@ -86,16 +86,18 @@ async def connect() -> Cluster:
         try:
             await config.load_kube_config(client_configuration=configuration)
         except config.ConfigException as error:
-            message = f"no cluster: not in a pod, and no kubeconfig that can be used ({error})"
+            message = (
+                f"no cluster was found: this is no pod, and the kubeconfig cannot be used: {error}"
+            )
             raise TuneyardError(message) from error
     configuration.connection_pool_maxsize = 64
-    # Else aiohttp reads ~/.netrc and looks for proxies at each request: an eighth of our time.
+    # Otherwise aiohttp reads ~/.netrc and searches proxies for each request: 1/8 of the run time.
     configuration.client_session_kwargs = {"trust_env": bool(getproxies())}
     return Cluster(ApiClient(configuration))
 
 
 class Cluster:
-    """Requests in the words of the operator. Every method raises ApiError."""
+    """The operator's requests. Every method raises ApiError."""
 
     def __init__(self, api: ApiClient) -> None:
         self.api = api
@@ -106,43 +108,42 @@ class Cluster:
     # ---- jobs -------------------------------------------------------------------------------
 
     async def job(self, key: Key) -> Object | None:
-        """The job as it is now; None: there is none."""
+        """Return the job; None: it does not exist."""
         return await self._find(key.path)
 
     async def add_finalizer(self, job: Object, key: Key) -> Object:
-        """The job with it."""
+        """Add the operator's finalizer; return the job with it."""
         return await self._set_finalizers(job, key, [*_finalizers(job), FINALIZER])
 
     async def remove_finalizer(self, job: Object, key: Key) -> Object:
-        """The job without it."""
-        rest = [name for name in _finalizers(job) if name != FINALIZER]
-        return await self._set_finalizers(job, key, rest)
+        """Remove the operator's finalizer; return the job without it."""
+        others = [name for name in _finalizers(job) if name != FINALIZER]
+        return await self._set_finalizers(job, key, others)
 
     async def _set_finalizers(self, job: Object, key: Key, names: Sequence[str]) -> Object:
         metadata = {"finalizers": names, "resourceVersion": job["metadata"]["resourceVersion"]}
         return await self._patch(key.path, job, {"metadata": metadata})
 
     async def write_status(self, job: Object, key: Key, patch: Object, status: Object) -> Object:
-        """Merges `patch` into the status, if the job is still the one given: else 409. The job
-        with `status`, which is what the merge comes to."""
+        """Merge `patch` into the status; return the job with `status`, the result of the merge. An
+        ApiError 409 tells that the job has changed since."""
         version = {"resourceVersion": job["metadata"]["resourceVersion"]}
         body = {"metadata": version, "status": patch}
         return {**await self._patch(f"{key.path}/status", job, body), "status": status}
 
     async def _patch(self, path: str, job: Object, patch: Object) -> Object:
-        """The job with the metadata that the server answers with: all of it would be ten times as
-        much to write there and to parse here."""
-        answer = await self._call("PATCH", path, patch, type_=_MERGE, accept=_METADATA)
-        return {**job, "metadata": answer["metadata"]}
+        """Patch the job; return it with the metadata in the response. A response with the whole job
+        would be ten times as long."""
+        response = await self._call("PATCH", path, patch, type_=_MERGE, accept=_METADATA)
+        return {**job, "metadata": response["metadata"]}
 
     async def delete_job(self, job: Object, key: Key) -> None:
         await self._delete(key.path, uid=job["metadata"]["uid"])
 
-    # ---- what a job consists of -----------------------------------------------------------------
+    # ---- the objects of a job -------------------------------------------------------------------
 
     async def apply(self, item: Object) -> Object:
-        """Server-side apply: creates it, or leaves it as it is where it is so already. The object's
-        metadata."""
+        """Create or update an object by server-side apply; return it with its metadata alone."""
         query = {"fieldManager": MANAGER, "force": "true"}
         path = _path_of(item)
         return await self._call("PATCH", path, item, query, type_=_APPLY, accept=_METADATA)
@@ -152,12 +153,12 @@ class Cluster:
         try:
             return await self._list(path, {"labelSelector": key.selector})
         except ApiError as error:
-            if error.code == 404:  # without KubeRay there are none
+            if error.code == 404:  # KubeRay is not installed
                 return []
             raise
 
     async def delete_ray_job(self, namespace: str, name: str) -> bool:
-        """With everything it owns: the RayJob goes last. Whether it was still there."""
+        """Delete a RayJob after all objects that it owns; return whether it existed."""
         path = f"/apis/ray.io/v1/namespaces/{namespace}/rayjobs/{name}"
         return await self._delete(path, propagation="Foreground")
 
@@ -175,25 +176,25 @@ class Cluster:
         return await self._find(f"/apis/batch/v1/namespaces/{namespace}/jobs/{quote(name)}")
 
     async def warnings(self, namespace: str, name: str) -> list[str]:
-        """Texts of the warning events about a RayCluster."""
+        """Return the messages of the warning events of a RayCluster."""
         fields = f"involvedObject.name={name},type=Warning"
         items = await self._list(
             f"/api/v1/namespaces/{namespace}/events", {"fieldSelector": fields, "limit": "20"}
         )
         return [item.get("message") or "" for item in items]
 
-    # ---- the operator's own ---------------------------------------------------------------------
+    # ---- the operator's own objects -------------------------------------------------------------
 
     async def post_event(self, namespace: str, event: Object) -> None:
         await self._call("POST", f"/api/v1/namespaces/{namespace}/events", event)
 
     async def review_token(self, token: str, audience: str) -> Object:
-        """A TokenReview's status."""
+        """Review a token; return the status of the TokenReview."""
         path = "/apis/authentication.k8s.io/v1/tokenreviews"
         spec = {"token": token, "audiences": [audience]}
         body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": spec}
-        answer: Object = (await self._call("POST", path, body)).get("status") or {}
-        return answer
+        reviewed: Object = (await self._call("POST", path, body)).get("status") or {}
+        return reviewed
 
     async def secret(self, namespace: str, name: str) -> Object | None:
         return await self._find(f"/api/v1/namespaces/{namespace}/secrets/{name}")
@@ -209,7 +210,8 @@ class Cluster:
         return await self._find(f"{_LEASES.format(namespace)}/{name}")
 
     async def put_lease(self, namespace: str, name: str, lease: Object) -> Object:
-        """Creates it, or replaces the version given: 409 if there is another one meanwhile."""
+        """Create the Lease or replace the given version of it. An ApiError 409 tells that it has
+        changed since."""
         path = _LEASES.format(namespace)
         if "resourceVersion" in lease["metadata"]:
             return await self._call("PUT", f"{path}/{name}", lease)
@@ -232,7 +234,7 @@ class Cluster:
     async def _delete(
         self, path: str, *, uid: str | None = None, propagation: str = "Background"
     ) -> bool:
-        """Deletes, if it is there and still the one meant; whether anything was there."""
+        """Delete an object, if it exists and has the UID; return whether an object existed."""
         body: Object = {"propagationPolicy": propagation}
         if uid:
             body["preconditions"] = {"uid": uid}
@@ -280,7 +282,7 @@ class Cluster:
 
 
 def _json(text: bytes) -> Object:
-    """{} for what is no JSON object: a proxy's page, say."""
+    """Return a JSON object; {} for any other text, such as the error page of a proxy."""
     try:
         value = json.loads(text)
     except ValueError:

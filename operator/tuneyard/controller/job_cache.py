@@ -1,13 +1,12 @@
-"""What the watches have told so far, job by job; reduced to what decisions need.
+"""A cache of jobs and their objects, fed by the watches and reduced to what decisions need.
 
-Only jobs with something going on keep their body here. Ten thousand finished ones cost a few words
-each.
+Only jobs with work left keep their body here. A finished job costs its phase alone, so that ten
+thousand of them need little memory.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,34 +17,36 @@ from tuneyard.api.status import AttemptStatus
 from tuneyard.controller import metrics
 from tuneyard.controller.cluster import Key
 from tuneyard.status import observed
-from tuneyard.status.observed import Obstacle, Pod, RayJob, Seen, Workload
+from tuneyard.status.observed import CreateError, ObservedState, Pod, RayJob, Workload
 
 Object = dict[str, Any]
 
 
 @dataclass
-class Entry:
-    """One job that something is going on with."""
+class CachedJob:
+    """One job with work left."""
 
     body: Object | None = None
-    """The job as last seen; None: ask for it."""
+    """The newest known version of the job; None: read it from the API server."""
     ray_jobs: dict[str, tuple[int, RayJob]] = field(default_factory=dict)
     """By name, each with its resource version."""
     pods: dict[str, tuple[int, Pod]] = field(default_factory=dict)
-    gone: dict[str, Pod] = field(default_factory=dict)
+    deleted_pods: dict[str, Pod] = field(default_factory=dict)
+    """Deleted pods that had a problem, in their last state."""
     workloads: dict[str, Workload] = field(default_factory=dict)
     """By the RayJob's name."""
     warnings: tuple[str, ...] = ()
-    obstacle: Obstacle | None = None
+    create_error: CreateError | None = None
     post: Post | None = None
     missing_since: float | None = None
+    """Since when the current attempt's RayJob is missing (monotonic); None: it is not."""
     read_at: float = 0.0
-    """When everything was last read afresh (monotonic); 0.0: never."""
-    told_at: float = 0.0
-    """When progress was last written into the status (monotonic)."""
+    """When the job's objects were last read from the API server (monotonic); 0.0: never."""
+    written_at: float = 0.0
+    """When the status was last written (monotonic)."""
 
-    def seen(self, attempt: AttemptStatus | None) -> Seen:
-        """As a decision sees it. `attempt`: the newest."""
+    def observed_state(self, attempt: AttemptStatus | None) -> ObservedState:
+        """Return the state that a decision is based on. `attempt`: the job's newest."""
         number = attempt.number if attempt else None
         ray_jobs = tuple(item for _, item in self.ray_jobs.values())
         current = next((item for item in ray_jobs if item.attempt == number), None)
@@ -56,13 +57,15 @@ class Entry:
         elif self.missing_since is None:
             self.missing_since = time.monotonic()
         since = self.missing_since
-        return Seen(
+        return ObservedState(
             ray_jobs=ray_jobs,
             pods=tuple(item for _, item in self.pods.values()),
-            gone=tuple(item for item in self.gone.values() if item.attempt == number),
+            deleted_pods=tuple(
+                item for item in self.deleted_pods.values() if item.attempt == number
+            ),
             workload=self.workloads.get(current.name) if current else None,
             warnings=self.warnings,
-            obstacle=self.obstacle,
+            create_error=self.create_error,
             post=self.post,
             missing_seconds=0.0 if since is None else time.monotonic() - since,
         )
@@ -72,30 +75,31 @@ class Entry:
         return not (self.ray_jobs or self.pods)
 
 
-class World:
-    """All jobs."""
+class JobCache:
+    """The cache of all jobs."""
 
     def __init__(self) -> None:
-        self.entries: dict[Key, Entry] = {}
+        self.jobs: dict[Key, CachedJob] = {}
         self._phases: dict[Key, str] = {}
 
-    def entry(self, key: Key) -> Entry:
-        return self.entries.setdefault(key, Entry())
+    def job(self, key: Key) -> CachedJob:
+        """Return the cached job; a new one if there is none."""
+        return self.jobs.setdefault(key, CachedJob())
 
     def forget(self, key: Key) -> None:
-        """The job is no more."""
-        self.entries.pop(key, None)
+        """Drop a job that does not exist any more."""
+        self.jobs.pop(key, None)
         self.count_phase(key, None)
         metrics.drop_progress((key.namespace, key.kind, key.name))
 
-    def rest(self, key: Key) -> None:
-        """Nothing is going on with the job."""
-        entry = self.entries.get(key)
-        if entry is not None and entry.is_empty:
-            del self.entries[key]
+    def evict(self, key: Key) -> None:
+        """Drop a job without work left, unless it still has RayJobs or pods."""
+        cached = self.jobs.get(key)
+        if cached is not None and cached.is_empty:
+            del self.jobs[key]
 
     def count_phase(self, key: Key, phase: str | None) -> None:
-        """Keeps the gauge of jobs by phase. None: the job is no more."""
+        """Update the gauge of jobs by phase. None: the job does not exist any more."""
         before = self._phases.pop(key, None)
         if phase is not None:
             self._phases[key] = phase
@@ -105,83 +109,85 @@ class World:
             if phase is not None:
                 metrics.JOBS.labels(key.kind, phase).inc()
 
-    def phases(self) -> Counter[str]:
-        return Counter(self._phases.values())
+    # ---- updates by the watches -------------------------------------------------------------
 
-    # ---- what watches tell ------------------------------------------------------------------
-
-    def see_job(self, key: Key, body: Object) -> bool:
-        """Takes a job's newer version; whether it was one. The answer to a write of our own comes
-        back as an event, and is nothing new then."""
-        entry = self.entry(key)
-        if entry.body is not None and version(entry.body) >= version(body):
+    def update_job(self, key: Key, body: Object) -> bool:
+        """Store a job's version if it is newer; return whether it was. The operator's own writes
+        come back as watch events, which are not newer."""
+        cached = self.job(key)
+        if cached.body is not None and version(cached.body) >= version(body):
             return False
-        entry.body = body
+        cached.body = body
         return True
 
-    def see_ray_job(self, key: Key, item: Object, *, deleted: bool) -> bool:
-        """Whether anything changed that decisions look at."""
-        return _see(self.entry(key).ray_jobs, item, observed.ray_job(item), deleted=deleted)
+    def update_ray_job(self, key: Key, item: Object, *, deleted: bool) -> bool:
+        """Store the object; return whether anything changed that decisions depend on."""
+        return _update(self.job(key).ray_jobs, item, observed.ray_job(item), deleted=deleted)
 
-    def expect_ray_job(self, key: Key, item: Object) -> None:
-        """Takes a RayJob as it was sent, without a status. It may have been there before, with a
-        status that a watch has told meanwhile: that stays."""
-        known = self.entry(key).ray_jobs
+    def add_created_ray_job(self, key: Key, item: Object) -> None:
+        """Store a RayJob that was just created, without a status. A status that a watch reported
+        earlier is kept."""
+        known = self.job(key).ray_jobs
         known.setdefault(item["metadata"]["name"], (version(item), observed.ray_job(item)))
 
-    def see_pod(self, key: Key, item: Object, *, deleted: bool) -> bool:
-        """Whether anything changed that decisions look at."""
-        entry, pod = self.entry(key), observed.pod(item)
-        is_evidence = deleted and bool(pod.troubles)
+    def update_pod(self, key: Key, item: Object, *, deleted: bool) -> bool:
+        """Store the object; return whether anything changed that decisions depend on."""
+        cached, pod = self.job(key), observed.pod(item)
+        is_evidence = deleted and bool(pod.problems)
         if is_evidence:
-            entry.gone[pod.name] = pod
-        return _see(entry.pods, item, pod, deleted=deleted) or is_evidence
+            cached.deleted_pods[pod.name] = pod
+        return _update(cached.pods, item, pod, deleted=deleted) or is_evidence
 
-    def see_workload(self, key: Key, ray_job: str, item: Object, *, deleted: bool) -> None:
-        workloads = self.entry(key).workloads
+    def update_workload(self, key: Key, ray_job: str, item: Object, *, deleted: bool) -> None:
+        workloads = self.job(key).workloads
         workloads.pop(ray_job, None)
         if not deleted:
             workloads[ray_job] = observed.workload(item)
 
-    def read_afresh(self, key: Key, ray_jobs: Iterable[Object], pods: Iterable[Object]) -> None:
-        """Puts what was read in the place of what watches told: they may have missed something."""
-        entry = self.entry(key)
-        entry.ray_jobs = {
+    def replace_objects(self, key: Key, ray_jobs: Iterable[Object], pods: Iterable[Object]) -> None:
+        """Replace the objects of a job by those read from the API server: a watch may have missed
+        an event."""
+        cached = self.job(key)
+        cached.ray_jobs = {
             item["metadata"]["name"]: (version(item), observed.ray_job(item)) for item in ray_jobs
         }
         known = {item["metadata"]["name"]: (version(item), observed.pod(item)) for item in pods}
-        for name, (_, pod) in entry.pods.items():
-            if name not in known and pod.troubles:
-                entry.gone[name] = pod
-        entry.pods = known
-        entry.read_at = time.monotonic()
+        for name, (_, pod) in cached.pods.items():
+            if name not in known and pod.problems:
+                cached.deleted_pods[name] = pod
+        cached.pods = known
+        cached.read_at = time.monotonic()
 
 
-def _see(known: dict[str, tuple[int, Any]], item: Object, made: Any, *, deleted: bool) -> bool:
+def _update(
+    known: dict[str, tuple[int, Any]], item: Object, reduced: Any, *, deleted: bool
+) -> bool:
+    """Store `item`, whose reduced form is given; return whether the reduced form changed."""
     name, number = item["metadata"]["name"], version(item)
     before = known.get(name)
     if before is not None and before[0] > number:
         return False
     if deleted:
         return known.pop(name, None) is not None
-    known[name] = (number, made)
-    return before is None or before[1] != made
+    known[name] = (number, reduced)
+    return before is None or before[1] != reduced
 
 
 def version(item: Mapping[str, Any]) -> int:
-    """The resource version as a number: comparable since Kubernetes 1.35 (KEP-5504), and in
-    practice ever since."""
+    """Return the resource version as a number, which versions are compared by. Kubernetes
+    guarantees this order since 1.35 (KEP-5504); earlier versions have it too."""
     text = item["metadata"].get("resourceVersion") or ""
     return int(text) if text.isdecimal() else 0
 
 
 def key_of_job(item: Mapping[str, Any]) -> Key:
+    """Return the key of a job."""
     metadata = item["metadata"]
     return Key(item["kind"], metadata["namespace"], metadata["name"])
 
 
-def key_of_part(item: Mapping[str, Any]) -> Key | None:
-    """The job that a RayJob or a pod belongs to, by its labels; None: no job's."""
+def key_from_labels(item: Mapping[str, Any]) -> Key | None:
+    """Return the job that the labels of a RayJob or a pod name; None: they name none."""
     metadata = item["metadata"]
     labels = metadata.get("labels") or {}
     kind, name = labels.get(f"{GROUP}/kind"), labels.get(f"{GROUP}/job")
@@ -189,6 +195,6 @@ def key_of_part(item: Mapping[str, Any]) -> Key | None:
 
 
 def key_of_ray_job(namespace: str, name: str) -> Key:
-    """The job whose attempt a RayJob of this name would be: `rayjob.ray_job_name` backwards."""
+    """Return the job that a RayJob of this name belongs to: the inverse of `names.ray_job_name`."""
     job, _, attempt = name.rpartition("-")
     return Key("AlignmentJob" if attempt.startswith("a") else "FineTuneJob", namespace, job)

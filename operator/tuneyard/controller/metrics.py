@@ -1,14 +1,13 @@
-"""The operator's Prometheus metrics: names, units and labels; a test freezes them."""
+"""The operator's Prometheus metrics; a test fixes their names, units and labels."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.status import JobStatus
 from tuneyard.status.observe import Job
+from tuneyard.status.times import moment_of
 
 REGISTRY = CollectorRegistry(auto_describe=True)
 
@@ -17,7 +16,7 @@ _SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 24 * 3600, 3 * 24
 JOBS = Gauge("tuneyard_jobs", "Jobs by phase.", ["kind", "phase"], registry=REGISTRY)
 TRANSITIONS = Counter(
     "tuneyard_job_transitions_total",
-    "Changes of a job's phase, by the phase it came to.",
+    "Changes of a job's phase, by the new phase.",
     ["kind", "phase"],
     registry=REGISTRY,
 )
@@ -30,7 +29,7 @@ QUEUE_SECONDS = Histogram(
 )
 JOB_SECONDS = Histogram(
     "tuneyard_job_duration_seconds",
-    "Time that a finished job's attempts took together.",
+    "Total time of a finished job's attempts.",
     ["kind", "method", "outcome"],
     buckets=_SECONDS,
     registry=REGISTRY,
@@ -47,25 +46,25 @@ ATTEMPTS = Counter(
 )
 RECONCILE_SECONDS = Histogram(
     "tuneyard_reconcile_duration_seconds",
-    "Time of one look at one job, its writes included.",
+    "Time of one reconcile of a job, its writes included.",
     buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30),
     registry=REGISTRY,
 )
 RECONCILE_ERRORS = Counter(
     "tuneyard_reconcile_errors_total",
-    "Looks at a job that failed and were repeated.",
+    "Reconciles of a job that failed and were retried.",
     ["reason"],
     registry=REGISTRY,
 )
 REQUESTS = Counter(
     "tuneyard_kubernetes_requests_total",
-    "Requests to the API server, kopf's watches apart.",
+    "Requests to the API server, without kopf's watches.",
     ["verb", "code"],
     registry=REGISTRY,
 )
 POSTS = Counter(
     "tuneyard_progress_posts_total",
-    "Progress posts by what became of them.",
+    "Progress posts by outcome.",
     ["outcome"],
     registry=REGISTRY,
 )
@@ -79,11 +78,14 @@ _TRAINING = {
         "tuneyard_training_validation_loss", "The newest held-out loss.", _JOB, registry=REGISTRY
     ),
     "reward": Gauge(
-        "tuneyard_training_reward", "Mean reward of the newest answers.", _JOB, registry=REGISTRY
+        "tuneyard_training_reward",
+        "Mean reward of the newest completions.",
+        _JOB,
+        registry=REGISTRY,
     ),
     "kl": Gauge(
         "tuneyard_training_kl_nats",
-        "How far the newest answers are from the start, in nats per answer.",
+        "KL divergence of the policy from the reference, in nats per completion.",
         _JOB,
         registry=REGISTRY,
     ),
@@ -92,13 +94,13 @@ _TRAINING = {
     ),
     "tokensPerSecond": Gauge(
         "tuneyard_training_tokens_per_second",
-        "Tokens trained on in a second, over all workers.",
+        "Tokens trained on per second, over all workers.",
         _JOB,
         registry=REGISTRY,
     ),
     "gpuMemoryBytes": Gauge(
         "tuneyard_training_gpu_memory_bytes",
-        "Peak of the GPU memory of one worker.",
+        "Peak GPU memory of one worker.",
         _JOB,
         registry=REGISTRY,
     ),
@@ -108,8 +110,8 @@ PROGRESS = Gauge(
 )
 
 
-def show_progress(labels: tuple[str, str, str], status: JobStatus) -> None:
-    """The training series of a job, from its status."""
+def set_progress(labels: tuple[str, str, str], status: JobStatus) -> None:
+    """Set the training series of a job from its status."""
     if status.progress is None:
         return
     PROGRESS.labels(*labels).set(status.progress.percentage / 100)
@@ -119,13 +121,13 @@ def show_progress(labels: tuple[str, str, str], status: JobStatus) -> None:
 
 
 def drop_progress(labels: tuple[str, str, str]) -> None:
-    """Removes a job's training series."""
+    """Remove the training series of a job."""
     for gauge in (PROGRESS, *_TRAINING.values()):
         gauge.remove_by_labels(dict(zip(_JOB, labels, strict=True)))
 
 
 def count_change(job: Job, before: JobStatus | None, after: JobStatus) -> None:
-    """Counters and histograms, from a change of status."""
+    """Update counters and histograms for a change of status."""
     before = before or JobStatus()
     if after.phase and after.phase != before.phase:
         TRANSITIONS.labels(job.kind, after.phase).inc()
@@ -158,16 +160,10 @@ def _count_stages(job: Job, before: JobStatus, after: JobStatus) -> None:
 
 
 def method_of(job: Job) -> str:
-    """The method as labels tell it: sft, pretrain, dpo, ppo, ..., or none."""
+    """Return the value of the label `method`: sft, pretrain, dpo, ppo, ..., or none."""
     if isinstance(job, FineTuneJob):
         return job.spec.method
     return job.spec.optimize.kind if job.spec.optimize else "none"
-
-
-def names() -> Iterable[str]:
-    """Every metric's name, as it is scraped."""
-    for family in REGISTRY.collect():
-        yield family.name + ("_total" if family.type == "counter" else "")
 
 
 def _reason(status: JobStatus) -> str:
@@ -175,9 +171,7 @@ def _reason(status: JobStatus) -> str:
 
 
 def _between(start: str | None, end: str | None) -> float:
-    from datetime import datetime
-
+    """Return the seconds between two times; 0: one of them is unknown."""
     if not start or not end:
         return 0.0
-    moments = [datetime.fromisoformat(text.replace("Z", "+00:00")) for text in (start, end)]
-    return (moments[1] - moments[0]).total_seconds()
+    return (moment_of(end) - moment_of(start)).total_seconds()

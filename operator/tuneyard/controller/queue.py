@@ -1,7 +1,7 @@
-"""A work queue: each key at most once at a time, again when asked for meanwhile, or later.
+"""A work queue: each key is processed at most once at a time, now or after a delay.
 
-The semantics of client-go's: adding a key that waits does nothing, adding one that is being worked
-on has it worked on once more.
+It has the semantics of client-go's queue: adding a key that waits does nothing, and a key that is
+added while it is processed is processed once more.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from typing import Generic, TypeVar
 K = TypeVar("K", bound=Hashable)
 
 FIRST_BACKOFF, LAST_BACKOFF = 0.2, 60.0
-"""Seconds before a failed key is tried again, doubled each time, with a jitter of half."""
+"""Seconds before a failed key is retried, doubled each time, with a jitter of half."""
 
 
 class Queue(Generic[K]):
-    """Keys and what is done with each."""
+    """A work queue and its workers."""
 
     def __init__(self, work: Callable[[K], Awaitable[None]], workers: int) -> None:
-        """`work` raises `Again` to have the key back; it lets nothing else out."""
+        """Make a queue. `work` processes a key; it raises `Requeue` to retry the key, and nothing
+        else."""
         self._work, self._workers = work, workers
         self._ready: asyncio.Queue[K] = asyncio.Queue()
         self._waiting: set[K] = set()
@@ -32,10 +33,10 @@ class Queue(Generic[K]):
         self._heap: list[tuple[float, int, K]] = []
         self._count = 0
         self._failures: dict[K, int] = {}
-        self._alarm = asyncio.Event()
+        self._earlier = asyncio.Event()
 
     def add(self, key: K) -> None:
-        """Have the key worked on as soon as possible."""
+        """Process the key as soon as possible."""
         self._due.pop(key, None)
         if key in self._busy:
             self._dirty.add(key)
@@ -44,7 +45,7 @@ class Queue(Generic[K]):
             self._ready.put_nowait(key)
 
     def add_after(self, key: K, seconds: float) -> None:
-        """Have the key worked on in so many seconds, or earlier if that is asked for."""
+        """Process the key after so many seconds, or earlier if it is added for an earlier time."""
         if seconds <= 0:
             self.add(key)
             return
@@ -54,17 +55,17 @@ class Queue(Generic[K]):
         self._due[key] = due
         self._count += 1
         heapq.heappush(self._heap, (due, self._count, key))
-        self._alarm.set()
+        self._earlier.set()
 
     def forget(self, key: K) -> None:
-        """Drops what is planned for the key."""
+        """Drop the key's delay and its failure count."""
         self._due.pop(key, None)
         self._failures.pop(key, None)
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Work until canceled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._clock())
+            tasks.create_task(self._release_due())
             for _ in range(self._workers):
                 tasks.create_task(self._worker())
 
@@ -76,8 +77,8 @@ class Queue(Generic[K]):
             try:
                 await self._work(key)
                 self._failures.pop(key, None)
-            except Again as again:
-                self._retry(key, again.after)
+            except Requeue as requeue:
+                self._retry(key, requeue.after)
             finally:
                 self._busy.discard(key)
                 if key in self._dirty:
@@ -89,25 +90,25 @@ class Queue(Generic[K]):
         wait = min(FIRST_BACKOFF * 2 ** min(failures - 1, 10), LAST_BACKOFF)
         self.add_after(key, max(after or 0.0, wait * random.uniform(0.5, 1.0)))
 
-    async def _clock(self) -> None:
-        """Moves keys to the ready ones when they are due."""
+    async def _release_due(self) -> None:
+        """Add the keys whose delay is over, until canceled."""
         loop = asyncio.get_running_loop()
         while True:
-            self._alarm.clear()
+            self._earlier.clear()
             while self._heap and self._heap[0][0] <= loop.time():
                 due, _, key = heapq.heappop(self._heap)
                 if self._due.get(key) == due:
                     self.add(key)
             wait = self._heap[0][0] - loop.time() if self._heap else None
             try:
-                await asyncio.wait_for(self._alarm.wait(), wait)
+                await asyncio.wait_for(self._earlier.wait(), wait)
             except TimeoutError:
                 continue
 
 
-class Again(Exception):  # noqa: N818 - no error: a wish
-    """The key could not be dealt with; `after`: seconds that somebody asked to wait for."""
+class Requeue(Exception):  # noqa: N818 - a request, not an error
+    """Raised to retry a key. `after`: the least delay in seconds; None: the backoff alone."""
 
     def __init__(self, after: float | None = None) -> None:
         self.after = after
-        super().__init__(f"again after {after} s")
+        super().__init__(f"retry after {after} s")

@@ -1,4 +1,4 @@
-"""What a platform team sets for one operator."""
+"""The settings of one operator process, which the platform team chooses."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from tuneyard.rendering.rayjob import DEFAULT_IMAGE
 
 @dataclass(frozen=True)
 class Settings:
-    """Fixed for the life of the process."""
+    """The settings of the process; they do not change while it runs."""
 
     namespaces: tuple[str, ...] = ()
     """The namespaces to serve; empty: all."""
     image: str = DEFAULT_IMAGE
-    """The trainer image of jobs that name none."""
+    """The trainer image of jobs that set no image."""
     profiles: Mapping[str, Compute] = field(default_factory=dict)
     """The platform team's presets, by name."""
     progress_url: str | None = None
-    """Where training pods reach the status server; None: progress is posted nowhere."""
+    """URL of the status server for training pods; None: no progress is posted."""
     progress_port: int = 8443
     """The status server's port; 0: any free one."""
     metrics_port: int = 8080
     """Port of /metrics, /healthz and /readyz; 0: any free one."""
     own_namespace: str = "default"
-    """Where the operator's Lease and certificate lie."""
+    """Namespace of the operator's Lease and certificate."""
     identity: str = "tuneyard"
     """This replica's name in the Lease."""
     lease: str = "tuneyard-operator"
@@ -39,16 +39,18 @@ class Settings:
     tls_secret: str = "tuneyard-tls"  # noqa: S105  a name
     """The Secret of the status server's certificates."""
     concurrency: int = 16
-    """Jobs that are reconciled at a time."""
+    """Number of jobs that are reconciled at the same time."""
 
 
 def read_profiles(path: Path) -> dict[str, Compute]:
-    """Presets from a YAML mapping of names to fields of `compute`. Raises ManifestError."""
+    """Read presets from a YAML mapping of names to fields of `compute`. Raises ManifestError."""
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         profiles = TypeAdapter(dict[str, Compute]).validate_python(value)
     except (OSError, yaml.YAMLError) as error:
-        raise ManifestError([Fault("", f"cannot be read: {error}", None, str(path))]) from error
+        raise ManifestError(
+            [Fault("", f"the file cannot be read: {error}", None, str(path))]
+        ) from error
     except ValidationError as error:
         faults = [
             Fault(".".join(str(part) for part in item["loc"]), item["msg"], None, str(path))
@@ -57,6 +59,6 @@ def read_profiles(path: Path) -> dict[str, Compute]:
         raise ManifestError(faults) from error
     nested = [name for name, profile in profiles.items() if profile.profile]
     if nested:
-        message = "a profile cannot build on another: write its fields out"
+        message = "a profile cannot refer to another profile: write its fields here"
         raise ManifestError([Fault(f"{name}.profile", message, None, str(path)) for name in nested])
     return profiles

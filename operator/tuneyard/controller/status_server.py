@@ -1,7 +1,7 @@
-"""The status server: training pods post their progress here, and learn whether to stop.
+"""The status server: training pods post their progress here and learn whether to stop.
 
-A pod proves who it is with a token bound to itself and to one job's audience; the API server checks
-it. The attempt that may speak is read off the pod, not off what it says.
+A pod authenticates with a token that is bound to the pod and to one job's audience; the API server
+reviews the token. The attempt is read from the pod's labels, never trusted from the post.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from tuneyard.api.meta import GROUP
 from tuneyard.api.progress import MAX_POST_BYTES, PROGRESS_ROUTE, Answer, Post
 from tuneyard.controller import metrics
 from tuneyard.controller.cluster import ApiError, Cluster, Key
-from tuneyard.controller.job_cache import key_of_part
+from tuneyard.controller.job_cache import key_from_labels
 from tuneyard.controller.reconciler import Reconciler
 from tuneyard.rendering.names import audience
-from tuneyard.status.observe import is_finished, wants_stop
+from tuneyard.status.observe import is_finished, should_stop
 from tuneyard.status.observed import attempt_of
 
 _KINDS = {"finetunejobs": "FineTuneJob", "alignmentjobs": "AlignmentJob"}
 
 REVIEW_SECONDS = 60.0
-"""How long the API server's word on a token is believed."""
+"""How long the review of a token is cached."""
 STORED_SECONDS = 20.0
-"""How long the answer to an attempt's last post waits for the status to be written."""
+"""How long the response to an attempt's last post waits for the status write."""
 _POD = "authentication.kubernetes.io/pod-name"
 
 
-class Refused(Exception):  # noqa: N818 - an answer, not a defect
-    """The answer to a post that is not taken."""
+class Refused(Exception):  # noqa: N818 - a response, not a defect
+    """The response to a refused post."""
 
     def __init__(
         self, status: int, outcome: str, message: str, retry_after: int | None = None
@@ -46,27 +46,27 @@ class Refused(Exception):  # noqa: N818 - an answer, not a defect
         super().__init__(message)
 
 
-class Speaker(NamedTuple):
-    """Who a token speaks for."""
+class AuthenticatedPod(NamedTuple):
+    """The pod that a token was issued to."""
 
     attempt: int
-    until: float
-    """When to ask again (monotonic)."""
+    expires_at: float
+    """When the token must be reviewed again (monotonic)."""
 
 
 class StatusServer:
-    """Takes posts and hands them to the reconciler."""
+    """Check posts and hand them to the reconciler."""
 
     def __init__(
         self, cluster: Cluster, reconciler: Reconciler, is_active: Callable[[], bool]
     ) -> None:
-        """`is_active`: whether this replica is the one that writes."""
+        """Make a server. `is_active` tells whether this replica is the active one."""
         self._cluster, self._reconciler, self._is_active = cluster, reconciler, is_active
-        self._speakers: dict[tuple[str, Key], Speaker] = {}
+        self._authenticated_pods: dict[tuple[str, Key], AuthenticatedPod] = {}
         self._runner: web.AppRunner | None = None
 
     async def start(self, port: int, context: ssl.SSLContext) -> int:
-        """Listens; the port it got. Raises OSError."""
+        """Start to listen and return the port. Raises OSError."""
         app = web.Application(client_max_size=MAX_POST_BYTES)
         app.router.add_post(PROGRESS_ROUTE, self._post)
         self._runner = web.AppRunner(app, access_log=None)
@@ -80,7 +80,7 @@ class StatusServer:
 
     async def _post(self, request: web.Request) -> web.Response:
         try:
-            answer = await self._take(request)
+            answer = await self._accept(request)
         except Refused as refused:
             metrics.POSTS.labels(refused.outcome).inc()
             headers = {"Retry-After": str(refused.retry_after)} if refused.retry_after else {}
@@ -89,12 +89,14 @@ class StatusServer:
         metrics.POSTS.labels("accepted").inc()
         return web.json_response(answer.model_dump(mode="json", by_alias=True))
 
-    async def _take(self, request: web.Request) -> Answer:
+    async def _accept(self, request: web.Request) -> Answer:
         if not self._is_active():
             raise Refused(503, "standby", "this replica is not the active one", retry_after=1)
         kind = _KINDS.get(request.match_info["plural"])
         if kind is None:
-            raise Refused(404, "malformed", "there is no such kind of job")
+            raise Refused(
+                404, "malformed", "the path names no kind of job: use finetunejobs or alignmentjobs"
+            )
         key = Key(kind, request.match_info["namespace"], request.match_info["name"])
         attempt = await self._attempt_of(request, key)
         post = await _read(request)
@@ -116,15 +118,15 @@ class StatusServer:
             raise Refused(409, "stale", f"attempt {attempt} is not the newest any more")
         if newest.finished_at:
             # The queue takes its cluster, say: nobody takes over before the pods are gone, and
-            # until then a checkpoint can be saved. Whoever ends by himself has been heard.
+            # expires_at then a checkpoint can be saved. Whoever ends by himself has been heard.
             return Answer(stop=True)
-        self._reconciler.take_post(key, post)
+        self._reconciler.accept_post(key, post)
         if post.tuneyard is not None and post.tuneyard.outcome is not None:
             await self._until_stored(key, attempt)
-        return Answer(stop=wants_stop(job) or is_finished(job))
+        return Answer(stop=should_stop(job) or is_finished(job))
 
     async def _until_stored(self, key: Key, attempt: int) -> None:
-        """Waits until the attempt is closed in the status."""
+        """Waits expires_at the attempt is closed in the status."""
         deadline = time.monotonic() + STORED_SECONDS
         while time.monotonic() < deadline:
             await asyncio.sleep(0.05)
@@ -143,42 +145,48 @@ class StatusServer:
         """The attempt that the sender's pod belongs to."""
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token:
-            raise Refused(401, "unauthorized", "a bearer token is needed")
+            raise Refused(401, "unauthorized", "a bearer token is required")
         known = (hashlib.sha256(token.encode()).hexdigest(), key)
-        speaker = self._speakers.get(known)
-        if speaker is None or speaker.until < time.monotonic():
+        pod = self._authenticated_pods.get(known)
+        if pod is None or pod.expires_at < time.monotonic():
             try:
-                speaker = await self._review(token, key)
+                pod = await self._review(token, key)
             except ApiError as error:
                 raise Refused(503, "unavailable", str(error), retry_after=2) from error
-            self._forget_old()
-            self._speakers[known] = speaker
-        return speaker.attempt
+            self._drop_expired()
+            self._authenticated_pods[known] = pod
+        return pod.attempt
 
-    async def _review(self, token: str, key: Key) -> Speaker:
+    async def _review(self, token: str, key: Key) -> AuthenticatedPod:
         expected = audience(key.kind, key.namespace, key.name)
         status = await self._cluster.review_token(token, expected)
         if not status.get("authenticated") or expected not in (status.get("audiences") or ()):
-            raise Refused(401, "unauthorized", f"the token is not good for {expected}")
+            raise Refused(401, "unauthorized", f"the token is not valid for audience {expected}")
         user: dict[str, Any] = status.get("user") or {}
         if not str(user.get("username")).startswith(f"system:serviceaccount:{key.namespace}:"):
-            raise Refused(403, "forbidden", f"the token is not of namespace {key.namespace}")
+            raise Refused(
+                403, "forbidden", f"the token does not belong to namespace {key.namespace}"
+            )
         names = (user.get("extra") or {}).get(_POD) or [""]
         pod = await self._cluster.pod(key.namespace, names[0]) if names[0] else None
-        if pod is None or key_of_part(pod) != key:
-            raise Refused(403, "forbidden", f"the token is of no pod with {GROUP}/job={key.name}")
-        return Speaker(attempt_of(pod), time.monotonic() + REVIEW_SECONDS)
+        if pod is None or key_from_labels(pod) != key:
+            raise Refused(
+                403, "forbidden", f"the token belongs to no pod with label {GROUP}/job={key.name}"
+            )
+        return AuthenticatedPod(attempt_of(pod), time.monotonic() + REVIEW_SECONDS)
 
-    def _forget_old(self) -> None:
+    def _drop_expired(self) -> None:
         now = time.monotonic()
-        self._speakers = {k: s for k, s in self._speakers.items() if s.until >= now}
+        self._authenticated_pods = {
+            k: s for k, s in self._authenticated_pods.items() if s.expires_at >= now
+        }
 
 
 async def _read(request: web.Request) -> Post:
     try:
         text = await request.read()
     except web.HTTPRequestEntityTooLarge:
-        message = f"a post has at most {MAX_POST_BYTES} bytes"
+        message = f"the post is longer than {MAX_POST_BYTES} bytes"
         raise Refused(413, "malformed", message) from None
     try:
         return Post.model_validate_json(text)

@@ -1,4 +1,4 @@
-"""kopf's watches, feeding the work queue. Handlers do nothing but remember and enqueue."""
+"""kopf's watches. A handler stores the object in the cache and adds the job to the work queue."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import kopf
 
 from tuneyard.api.meta import GROUP, VERSION
-from tuneyard.controller.job_cache import Object, key_of_job, key_of_part, key_of_ray_job
+from tuneyard.controller.job_cache import Object, key_from_labels, key_of_job, key_of_ray_job
 from tuneyard.controller.reconciler import Reconciler
 
 LIST_CHUNK = 250
@@ -16,7 +16,7 @@ LIST_CHUNK = 250
 
 
 def registry(reconciler: Reconciler) -> kopf.OperatorRegistry:
-    """Everything that is watched."""
+    """Return kopf's registry with a handler for each watched resource."""
     handlers, watches = kopf.OperatorRegistry(), _Watches(reconciler)
     kopf.on.login(registry=handlers)(_login)
     for plural in ("finetunejobs", "alignmentjobs"):
@@ -33,56 +33,56 @@ def _login(**arguments: Any) -> kopf.ConnectionInfo | None:
 
 
 def _on_event(
-    handlers: kopf.OperatorRegistry, see: Callable[[Object, bool], None], *resource: str
+    handlers: kopf.OperatorRegistry, on_event: Callable[[Object, bool], None], *resource: str
 ) -> None:
-    """Subscribes a function of an object, and whether it was deleted."""
+    """Call `on_event` with each object of a resource and with whether it was deleted."""
 
     async def handler(event: Any, **_: Any) -> None:
-        see(event["object"], event["type"] == "DELETED")
+        on_event(event["object"], event["type"] == "DELETED")
 
     kopf.on.event(*resource, registry=handlers, id=f"{resource[-1]}-seen")(handler)
 
 
 class _Watches:
-    """What each kind of object tells."""
+    """The handlers, one for each kind of object."""
 
     def __init__(self, reconciler: Reconciler) -> None:
-        self._world, self._queue = reconciler.world, reconciler.queue
+        self._cache, self._queue = reconciler.cache, reconciler.queue
 
     def job(self, body: Object, deleted: bool) -> None:
         key = key_of_job(body)
         if deleted:
-            self._world.forget(key)
+            self._cache.forget(key)
             self._queue.forget(key)
         elif _is_idle(body):
-            self._world.rest(key)
-            self._world.count_phase(key, body["status"]["phase"])
+            self._cache.evict(key)
+            self._cache.count_phase(key, body["status"]["phase"])
             if (body["spec"].get("runPolicy") or {}).get("ttlSecondsAfterFinished") is not None:
                 self._queue.add(key)
-        elif self._world.see_job(key, body):
+        elif self._cache.update_job(key, body):
             self._queue.add(key)
 
     def ray_job(self, body: Object, deleted: bool) -> None:
-        key = key_of_part(body)
-        if key and self._world.see_ray_job(key, body, deleted=deleted):
+        key = key_from_labels(body)
+        if key and self._cache.update_ray_job(key, body, deleted=deleted):
             self._queue.add(key)
 
     def pod(self, body: Object, deleted: bool) -> None:
-        key = key_of_part(body)
-        if key and self._world.see_pod(key, body, deleted=deleted):
+        key = key_from_labels(body)
+        if key and self._cache.update_pod(key, body, deleted=deleted):
             self._queue.add(key)
 
     def workload(self, body: Object, deleted: bool) -> None:
         for owner in body["metadata"].get("ownerReferences") or ():
             key = key_of_ray_job(body["metadata"]["namespace"], owner["name"])
-            if owner.get("kind") == "RayJob" and key in self._world.entries:
-                self._world.see_workload(key, owner["name"], body, deleted=deleted)
+            if owner.get("kind") == "RayJob" and key in self._cache.jobs:
+                self._cache.update_workload(key, owner["name"], body, deleted=deleted)
                 self._queue.add(key)
 
 
 class _NothingKept(kopf.DiffBaseStorage, kopf.ProgressStorage):
-    """kopf remembers nothing on the objects: no handler of ours asks for a difference or has
-    progress, and working them out took a sixth of the operator's time."""
+    """Keep kopf from storing state on the objects. No handler here needs a difference or progress,
+    and computing them took a sixth of the operator's time."""
 
     def build(self, **_: Any) -> Any:
         return {}
@@ -104,10 +104,10 @@ class _NothingKept(kopf.DiffBaseStorage, kopf.ProgressStorage):
 
 
 def settings(*, clusterwide: bool) -> kopf.OperatorSettings:
-    """kopf as a watcher only: it writes nothing."""
+    """Return settings that let kopf watch and never write."""
     result = kopf.OperatorSettings()
-    # Namespaces and definitions may be looked for with rights on the whole cluster only; kopf asks
-    # for a minute before it takes no for an answer, and watches nothing meanwhile.
+    # Scanning namespaces and CRDs needs permissions for the whole cluster. Without them kopf
+    # retries for a minute and watches nothing meanwhile.
     result.scanning.disabled = not clusterwide
     result.posting.enabled = False
     result.peering.standalone = True
@@ -121,7 +121,7 @@ def settings(*, clusterwide: bool) -> kopf.OperatorSettings:
 
 
 def _is_idle(body: Object) -> bool:
-    """Whether nothing can be left to do for a job, as far as its own text says."""
+    """Tell from a job's own content whether no work can be left for it."""
     status = body.get("status") or {}
     ended = status.get("phase") in ("Succeeded", "Failed") and "planDigest" in status
     return ended and "deletionTimestamp" not in body["metadata"]

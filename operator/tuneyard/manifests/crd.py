@@ -136,7 +136,7 @@ def _root_schema(model: type[FineTuneJob | AlignmentJob]) -> Schema:
         },
         "x-kubernetes-validations": [
             _name_rule(),
-            _CANCELLED_FOR_GOOD,
+            _CANCELED_FOR_GOOD,
             *(_immutable(name, always_there=_always_there(name, spec)) for name in fixed),
         ],
     }
@@ -151,7 +151,7 @@ def _name_rule() -> Schema:
     }
 
 
-_CANCELLED_FOR_GOOD = {
+_CANCELED_FOR_GOOD = {
     "rule": "!oldSelf.spec.runPolicy.cancel || self.spec.runPolicy.cancel",
     "message": "spec.runPolicy.cancel cannot be taken back: create a job of another name",
     "fieldPath": ".spec.runPolicy.cancel",

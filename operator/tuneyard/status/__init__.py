@@ -1,5 +1,5 @@
-"""From what was observed to a job's status.
+"""Turn the observed state of a job into its status.
 
-What lives here: the observed state, the next status, the reasons of failures with their advice, and
-the events of a transition. The law of this room is purity: the clock is an argument.
+The package holds the observed state, the next status, the reasons of failures with their advice,
+and the events of a transition. It is pure: the clock is an argument.
 """

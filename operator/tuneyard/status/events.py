@@ -1,4 +1,4 @@
-"""What a job's events tell: one for each transition of its status, none for mere progress. Pure."""
+"""Events of a job: one for each transition of its status, none for progress alone. Pure."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 from tuneyard.api.meta import Condition, ConditionType
 from tuneyard.api.status import JobStatus, StageStatus
 
-MOST_BYTES = 1024
-"""Of a message: Kubernetes refuses longer ones."""
+MAX_MESSAGE_BYTES = 1024
+"""Limit of a message: Kubernetes refuses longer ones."""
 
 KEY_METRICS = (
     "answerAccuracy",
@@ -20,14 +20,14 @@ KEY_METRICS = (
     "pairs",
     "rows",
 )
-"""The metric that an event of a stage's success names: the first of these that it has."""
+"""Candidates for the metric in the event of a finished stage: the first that the stage has."""
 
-_QUIET = ("Starting", "Queued", "Retrying", "Suspended", "Preempted")
-"""Reasons of Running=False that are not trouble, or that another event tells."""
+_WITHOUT_EVENT = ("Starting", "Queued", "Retrying", "Suspended", "Preempted")
+"""Reasons of Running=False without an event: no problem, or reported by another event."""
 
 
 class Event(NamedTuple):
-    """One event, but for whom it is about and when."""
+    """One event, without its object and its time."""
 
     type: Literal["Normal", "Warning"]
     reason: str
@@ -36,21 +36,21 @@ class Event(NamedTuple):
     """At most 1024 bytes."""
 
 
-def told(before: JobStatus | None, after: JobStatus) -> list[Event]:
-    """What happened between two statuses, in the order in which it happened."""
+def transition_events(before: JobStatus | None, after: JobStatus) -> list[Event]:
+    """Return the events of the transition between two statuses, in order of occurrence."""
     before = before or JobStatus()
-    happened = (
+    events = (
         *_planning(before, after),
-        *_stages(before, after),
+        *_finished_stages(before, after),
         *_attempt_ends(before, after),
         *_suspension(before, after),
         *_attempt_starts(before, after),
         *_admission(before, after),
-        *_trouble(before, after),
-        *_runs(before, after),
-        *_end(before, after),
+        *_start_problem(before, after),
+        *_running_attempts(before, after),
+        *_job_end(before, after),
     )
-    return [Event(type_, reason, _clipped(message)) for type_, reason, message in happened]
+    return [Event(type_, reason, _clipped(message)) for type_, reason, message in events]
 
 
 def _planning(before: JobStatus, after: JobStatus) -> Iterator[Event]:
@@ -67,14 +67,14 @@ def _planning(before: JobStatus, after: JobStatus) -> Iterator[Event]:
         yield Event("Normal", new.reason, new.message)
 
 
-def _stages(before: JobStatus, after: JobStatus) -> Iterator[Event]:
+def _finished_stages(before: JobStatus, after: JobStatus) -> Iterator[Event]:
     states = {stage.name: stage.state for stage in before.stages}
     for stage in after.stages:
         if stage.state == "Succeeded" and states.get(stage.name) != "Succeeded":
-            yield Event("Normal", "StageSucceeded", f"{stage.name} is done{_figure(stage)}")
+            yield Event("Normal", "StageSucceeded", f"{stage.name} is done{_key_metric(stage)}")
 
 
-def _figure(stage: StageStatus) -> str:
+def _key_metric(stage: StageStatus) -> str:
     name = next((name for name in KEY_METRICS if name in stage.metrics), None)
     return f": {name} {stage.metrics[name]:.6g}" if name else ""
 
@@ -83,9 +83,9 @@ def _attempt_ends(before: JobStatus, after: JobStatus) -> Iterator[Event]:
     ended = {attempt.number for attempt in before.attempts if attempt.finished_at}
     for attempt in after.attempts:
         if attempt.finished_at and attempt.number not in ended and attempt.reason != "Succeeded":
-            is_wished = attempt.reason in ("Suspended", "Cancelled")
+            is_requested = attempt.reason in ("Suspended", "Canceled")
             text = f"attempt {attempt.number}: {attempt.reason}: {attempt.message}"
-            yield Event("Normal" if is_wished else "Warning", "AttemptEnded", text)
+            yield Event("Normal" if is_requested else "Warning", "AttemptEnded", text)
 
 
 def _suspension(before: JobStatus, after: JobStatus) -> Iterator[Event]:
@@ -115,24 +115,24 @@ def _admission(before: JobStatus, after: JobStatus) -> Iterator[Event]:
     yield Event("Normal", "Admitted" if new.status == "True" else "Queued", new.message)
 
 
-def _trouble(before: JobStatus, after: JobStatus) -> Iterator[Event]:
-    """Why an attempt does not start, each time that the reason is another one."""
+def _start_problem(before: JobStatus, after: JobStatus) -> Iterator[Event]:
+    """Yield why an attempt does not start, each time the reason changes."""
     old, new = _condition(before, "Running"), _condition(after, "Running")
     has_ended = after.phase in ("Succeeded", "Failed")
-    if has_ended or new is None or new.status != "False" or new.reason in _QUIET:
+    if has_ended or new is None or new.status != "False" or new.reason in _WITHOUT_EVENT:
         return
     if old is None or old.reason != new.reason:
         yield Event("Warning", new.reason, new.message)
 
 
-def _runs(before: JobStatus, after: JobStatus) -> Iterator[Event]:
+def _running_attempts(before: JobStatus, after: JobStatus) -> Iterator[Event]:
     running = {attempt.number for attempt in before.attempts if attempt.running_at}
     for attempt in after.attempts:
         if attempt.running_at and attempt.number not in running:
             yield Event("Normal", "Running", f"attempt {attempt.number} runs")
 
 
-def _end(before: JobStatus, after: JobStatus) -> Iterator[Event]:
+def _job_end(before: JobStatus, after: JobStatus) -> Iterator[Event]:
     old, new = _condition(before, "Succeeded"), _condition(after, "Succeeded")
     if new and old is None:
         yield Event("Normal", "Succeeded", new.message)
@@ -146,4 +146,4 @@ def _condition(status: JobStatus, type_: ConditionType) -> Condition | None:
 
 
 def _clipped(text: str) -> str:
-    return text.encode()[:MOST_BYTES].decode(errors="ignore")
+    return text.encode()[:MAX_MESSAGE_BYTES].decode(errors="ignore")

@@ -1,8 +1,8 @@
-"""What follows from what was seen: a job's next status, and what to do. Pure.
+"""Decide a job's next status and the actions that follow from it. Pure.
 
-An attempt is written into the status before anything of it is created, and closed in the status
-before anything of it is deleted. So whoever reads the status knows everything: an operator that
-dies between any two writes leaves nothing behind that the next one would not find or repeat.
+An attempt enters the status before any of its objects is created, and the status closes the attempt
+before any of them is deleted. An operator that is killed between two writes therefore leaves
+nothing that its successor cannot find in the status or repeat.
 """
 
 from __future__ import annotations
@@ -29,26 +29,27 @@ from tuneyard.api.status import (
 from tuneyard.errors import PlanError
 from tuneyard.rendering.names import plan_digest, ray_job_name
 from tuneyard.status import reasons
-from tuneyard.status.observed import RayJob, Seen
+from tuneyard.status.observed import ObservedState, RayJob
 from tuneyard.status.reasons import Cause
-from tuneyard.status.reported import DONE, merged, progress_of, rfc3339, with_loss
+from tuneyard.status.reported import DONE, merge_stages, progress_of, with_lost_steps
+from tuneyard.status.times import moment_of, rfc3339
 
 Job = FineTuneJob | AlignmentJob
 
 UNCOUNTED = ("Suspended", "Preempted")
-"""Ends of attempts that are nobody's fault and do not count towards maxAttempts."""
+"""Reasons of attempts that do not count towards maxAttempts."""
 MISSING_SECONDS = 10.0
-"""How long a RayJob that was there must be missing before its attempt is given up: a cache may lag
-behind, and a second cluster beside the first would be worse than the wait."""
-LOOK_AGAIN_SECONDS = 15.0
-"""When to look again at what should have been told by a watch."""
-PODS_SECONDS = GRACE_SECONDS + 60.0
-"""How long an ended attempt's pods may take to go before the status wonders."""
+"""How long a known RayJob must be missing before its attempt is closed. The cache may lag behind,
+and two clusters at a time would be worse than the wait."""
+RECHECK_SECONDS = 15.0
+"""Interval of the checks for a change that a watch should have reported."""
+POD_REMOVAL_SECONDS = GRACE_SECONDS + 60.0
+"""How long the removal of an ended attempt's pods may take before the status reports PodsLeft."""
 MAX_BACKOFF_SECONDS = 3600
 MAX_ATTEMPTS = 100
-"""Attempts in all, also those that do not count: a status holds no more of them."""
+"""Limit of all attempts, uncounted ones included: a status holds no more."""
 _ATTEMPT_TEXT, _FAILURE_TEXT = 1024, 4096
-"""Characters of a message that are kept: a hundred attempts must fit into one object."""
+"""Characters kept of a message: a hundred attempts must fit into one object."""
 
 
 class Waiting(NamedTuple):
@@ -62,37 +63,37 @@ Planned = Plan | PlanError | Waiting
 
 
 class Decision(NamedTuple):
-    """What the controller shall do: write the status if it changed, then the rest."""
+    """What the controller must do: write the status if it changed, then carry out the actions."""
 
     status: JobStatus
     start: int | None = None
-    """Create this attempt's objects, unless they are there; None: nothing to start."""
+    """Create the objects of this attempt unless they exist; None: start nothing."""
     stop: tuple[str, ...] = ()
     """RayJobs to delete."""
     delete: bool = False
-    """The job's time to live is over."""
+    """Delete the job: its time to live has expired."""
     wake_after: float | None = None
-    """Look again after so many seconds; None: when something changes."""
+    """Seconds until the next reconcile; None: wait for a change."""
 
 
-def observe(job: Job, planned: Planned, seen: Seen, now: datetime) -> Decision:
-    """A job's next status, and what to do. Raises nothing."""
-    return _Observer(job, planned, seen, now).decide()
+def observe(job: Job, planned: Planned, observed: ObservedState, now: datetime) -> Decision:
+    """Return the next status of a job and the actions that follow from it. Raises nothing."""
+    return _Observer(job, planned, observed, now).decide()
 
 
 def is_finished(job: Job) -> bool:
-    """Whether nothing will run any more. A job that could not be planned gets a second chance when
+    """Tell whether the job has ended for good. A job whose plan was rejected is planned again when
     its spec changes."""
     status = job.status
     if status is None or status.phase not in ("Succeeded", "Failed"):
         return False
-    if status.plan_digest is not None or (status.failure and status.failure.reason == "Cancelled"):
+    if status.plan_digest is not None or (status.failure and status.failure.reason == "Canceled"):
         return True
     return status.observed_generation == job.metadata.generation
 
 
-def wants_stop(job: Job) -> bool:
-    """Whether the newest attempt, if it still runs, shall checkpoint and end."""
+def should_stop(job: Job) -> bool:
+    """Tell whether the newest attempt, if it still runs, must write a checkpoint and end."""
     policy, attempts = job.spec.run_policy, job.status.attempts if job.status else []
     last = attempts[-1] if attempts else None
     return policy.suspend or policy.cancel or bool(last and (last.stopping_at or last.finished_at))
@@ -100,17 +101,17 @@ def wants_stop(job: Job) -> bool:
 
 _NO_QUEUE = ("NoQueue", "the job names no queue")
 _STARTING = ("Starting", "the pods are starting")
-"""Said when an attempt begins: a RayJob that is there at last is then no reason to write again."""
+"""Set when an attempt begins, so that the creation of its RayJob needs no further status write."""
 
 
 class _Observer:
-    """One decision in the making: `status` is what will be written."""
+    """Build one decision: `status` is the status to write."""
 
-    def __init__(self, job: Job, planned: Planned, seen: Seen, now: datetime) -> None:
-        self.job, self.planned, self.seen, self.now = job, planned, seen, now
+    def __init__(self, job: Job, planned: Planned, observed: ObservedState, now: datetime) -> None:
+        self.job, self.planned, self.observed, self.now = job, planned, observed, now
         self.policy: RunPolicy = job.spec.run_policy
         self.status = job.status or JobStatus()
-        self.wake: list[float] = []
+        self.wake_times: list[float] = []
 
     def decide(self) -> Decision:
         if is_finished(self.job):
@@ -120,36 +121,36 @@ class _Observer:
         self._set(observed_generation=self.job.metadata.generation)
         attempt = self._attempt
         if attempt is None or attempt.finished_at:
-            return self._between()
-        return self._follow(attempt)
+            return self._between_attempts()
+        return self._during_attempt(attempt)
 
     # ---- planning -------------------------------------------------------------------------------
 
     def _plan(self) -> bool:
-        """Whether there is a plan."""
+        """Plan the job unless it is planned; return whether it has a plan."""
         if self.status.plan_digest is not None:
             return True
         self._set(observed_generation=self.job.metadata.generation)
         if self.policy.cancel:
-            self._fail(_CANCELLED)
+            self._fail_job(_CANCELED)
             return False
         if isinstance(self.planned, Waiting):
-            self._begin_anew()
+            self._clear_rejection()
             self._condition("Planned", False, self.planned.reason, self.planned.message)
-            self.wake.append(LOOK_AGAIN_SECONDS)
+            self.wake_times.append(RECHECK_SECONDS)
             return False
         if isinstance(self.planned, PlanError):
             self._condition("Planned", False, "PlanRejected", str(self.planned))
-            self._fail(Cause("PlanRejected", str(self.planned), "Correct the manifest."))
+            self._fail_job(Cause("PlanRejected", str(self.planned), "Correct the manifest."))
             return False
         stages = [StageStatus(name=s.name, kind=s.kind) for s in self.planned.stages]
-        self._begin_anew()
+        self._clear_rejection()
         self._set(plan_digest=plan_digest(self.planned), stages=stages)
         self._condition("Planned", True, "Planned", f"{len(stages)} stages")
         return True
 
-    def _begin_anew(self) -> None:
-        """Takes back that an earlier spec was rejected."""
+    def _clear_rejection(self) -> None:
+        """Remove the rejection of an earlier spec from the status."""
         self._phase("Pending")
         self._set(failure=None)
         for type_ in ("Failed", "Running"):
@@ -157,47 +158,49 @@ class _Observer:
 
     # ---- between attempts -----------------------------------------------------------------------
 
-    def _between(self) -> Decision:
+    def _between_attempts(self) -> Decision:
         if self.policy.cancel:
-            self._fail(_CANCELLED)
-        elif cause := self._late_evidence():
-            return self._close(cause)
-        elif self.seen.ray_jobs or self.seen.pods:
+            self._fail_job(_CANCELED)
+        elif cause := self._late_explanation():
+            return self._close_attempt(cause)
+        elif self.observed.ray_jobs or self.observed.pods:
             self._wait_for_pods()
         elif self._is_exhausted():
             last = self.status.attempts[-1]
-            self._fail(Cause(last.reason or "", last.message or ""))
+            self._fail_job(Cause(last.reason or "", last.message or ""))
         elif self.policy.suspend:
             self._suspend()
         elif self._over_deadline(self._spent()):
             pass
         elif (wait := self._backoff()) > 0:
-            self.wake.append(wait)
+            self.wake_times.append(wait)
         elif len(self.status.attempts) >= MAX_ATTEMPTS:
-            self._fail(_TOO_MANY)
+            self._fail_job(_TOO_MANY)
         else:
-            return self._decision(start=self._open())
+            return self._decision(start=self._open_attempt())
         return self._decision()
 
-    def _late_evidence(self) -> Cause | None:
-        """Why the last attempt's processes vanished: a driver can tell of a worker's death before
-        the kubelet tells of its cause."""
+    def _late_explanation(self) -> Cause | None:
+        """Return why the last attempt's process ended, if Kubernetes reports it only now. A driver
+        can report the loss of a worker before the kubelet reports its cause."""
         last = self._attempt
-        if last is None or last.reason not in reasons.WORDLESS:
+        if last is None or last.reason not in reasons.UNEXPLAINED:
             return None
-        return reasons.of_killing(self.seen, last.number)
+        return reasons.of_killed_pods(self.observed, last.number)
 
     def _wait_for_pods(self) -> None:
-        """What is left of earlier attempts must be gone before anything else happens."""
-        self.wake.append(LOOK_AGAIN_SECONDS)
+        """Wait until the objects of earlier attempts are removed: nothing else may happen
+        before."""
+        self.wake_times.append(RECHECK_SECONDS)
         if self.policy.suspend:
             self._condition("Suspended", None, "Stopping", "waiting for the pods to end")
         last = self._attempt
-        since = _time(last.finished_at) if last and last.finished_at else self.now
-        if (self.now - since).total_seconds() > PODS_SECONDS:
-            left = [ray.name for ray in self.seen.ray_jobs] + [pod.name for pod in self.seen.pods]
+        since = moment_of(last.finished_at) if last and last.finished_at else self.now
+        if (self.now - since).total_seconds() > POD_REMOVAL_SECONDS:
+            left = {ray.name for ray in self.observed.ray_jobs}
+            left |= {pod.name for pod in self.observed.pods}
             names = ", ".join(sorted(left)[:3])
-            text = f"the last attempt's {names} should be gone: is a node lost?"
+            text = f"{names} of the last attempt still exist: check whether a node was lost"
             self._condition("Running", False, "PodsLeft", text)
 
     def _is_exhausted(self) -> bool:
@@ -211,17 +214,17 @@ class _Observer:
         self._condition("Running", False, "Suspended", "runPolicy.suspend is set")
 
     def _backoff(self) -> float:
-        """Seconds until the next attempt may start."""
+        """Return the seconds until the next attempt may start; 0 or less: now."""
         attempt = self._attempt
         if attempt is None or attempt.reason in UNCOUNTED or not attempt.finished_at:
             return 0.0
         failures = len(self._counted())
         wait = min(self.policy.backoff_seconds * 2 ** max(0, failures - 1), MAX_BACKOFF_SECONDS)
-        due = _time(attempt.finished_at) + timedelta(seconds=wait)
+        due = moment_of(attempt.finished_at) + timedelta(seconds=wait)
         return (due - self.now).total_seconds()
 
-    def _open(self) -> int:
-        """Begins the next attempt in the status; its number."""
+    def _open_attempt(self) -> int:
+        """Add the next attempt to the status; return its number."""
         last, queue = self._attempt, self.policy.queue
         number = last.number + 1 if last else 1
         name = ray_job_name(self.job.kind, self.job.metadata.name, number)
@@ -240,33 +243,34 @@ class _Observer:
 
     # ---- during an attempt ----------------------------------------------------------------------
 
-    def _follow(self, attempt: AttemptStatus) -> Decision:
+    def _during_attempt(self, attempt: AttemptStatus) -> Decision:
         ray = self._ray_job(attempt)
         if ray is not None and attempt.ray_job_uid is None:
             attempt = self._update(ray_job_uid=ray.uid)
-        attempt = self._report(attempt)
-        outcome = self._ending(attempt, ray)
+        attempt = self._apply_post(attempt)
+        outcome = self._outcome(attempt, ray)
         if outcome and outcome.state == "Succeeded":
-            return self._succeed(outcome)
+            return self._succeed_job(outcome)
         if ray is not None and ray.job_status == "SUCCEEDED":
-            return self._succeed(None)
+            return self._succeed_job(None)
         if outcome or (ray is not None and ray.ended):
-            return self._close(self._why_ended(attempt, ray, outcome))
+            return self._close_attempt(self._why_ended(attempt, ray, outcome))
         if ray is None:
             return self._without_ray_job(attempt)
         if ray.deleting:
-            return self._close(self._wish(attempt) or reasons.of_loss(self.seen, attempt.number))
-        if attempt.running_at and ray.withdrawn:
-            text = self._queues_word() or "it suspended the RayJob"
+            return self._close_attempt(self._why_missing(attempt))
+        if attempt.running_at and ray.evicted_by_queue:
+            text = self._queue_message() or "it suspended the RayJob"
             self._condition("Admitted", False, "Queued", text)
-            return self._close(reasons.PREEMPTED._replace(message=f"the queue took over: {text}"))
+            message = f"the queue evicted the attempt: {text}"
+            return self._close_attempt(reasons.PREEMPTED._replace(message=message))
         self._describe(attempt, ray)
-        return self._stop_or_go_on(self._attempt or attempt, ray)
+        return self._stop_or_continue(self._attempt or attempt, ray)
 
     def _ray_job(self, attempt: AttemptStatus) -> RayJob | None:
-        """The attempt's own: not a namesake of a deleted job of this name, nor one that somebody
-        made anew."""
-        for ray in self.seen.ray_jobs:
+        """Return the attempt's RayJob. A RayJob of the same name that belongs to a deleted job, or
+        that was created again by another client, is not the attempt's."""
+        for ray in self.observed.ray_jobs:
             is_ours = ray.owner == self.job.metadata.uid
             if is_ours and ray.attempt == attempt.number:
                 return ray if attempt.ray_job_uid in (None, ray.uid) else None
@@ -275,33 +279,40 @@ class _Observer:
     def _why_ended(
         self, attempt: AttemptStatus, ray: RayJob | None, outcome: Outcome | None
     ) -> Cause:
-        """That the attempt was asked to end, unless it failed for good by itself meanwhile."""
-        cause = reasons.of_end(ray, self.seen, outcome)
+        """Return the request to end the attempt, unless the attempt failed for good on its own."""
+        cause = reasons.of_end(ray, self.observed, outcome)
         is_final = outcome is not None and outcome.state == "Failed" and not cause.retryable
-        return cause if is_final else self._wish(attempt) or cause
+        return cause if is_final else self._stop_request(attempt) or cause
+
+    def _why_missing(self, attempt: AttemptStatus) -> Cause:
+        """Return why the attempt's RayJob does not exist any more."""
+        missing = reasons.of_missing_ray_job(self.observed, attempt.number)
+        return self._stop_request(attempt) or missing
 
     def _without_ray_job(self, attempt: AttemptStatus) -> Decision:
         if attempt.ray_job_uid is not None:
-            rest = MISSING_SECONDS - self.seen.missing_seconds
-            is_replaced = self.seen.ray_job(attempt.number) is not None
-            if rest > 0 and not is_replaced:
-                self.wake.append(rest)
+            left = MISSING_SECONDS - self.observed.missing_seconds
+            is_replaced = self.observed.ray_job(attempt.number) is not None
+            if left > 0 and not is_replaced:
+                self.wake_times.append(left)
                 return self._decision()
-            return self._close(self._wish(attempt) or reasons.of_loss(self.seen, attempt.number))
-        if wish := self._wish(attempt):
-            return self._close(wish)
-        if obstacle := self.seen.obstacle:
-            cause = reasons.of_obstacle(obstacle)
-            if obstacle.code == 422 or self._too_late(_time(attempt.started_at)):
-                return self._close(cause._replace(retryable=False))
+            return self._close_attempt(self._why_missing(attempt))
+        if request := self._stop_request(attempt):
+            return self._close_attempt(request)
+        if create_error := self.observed.create_error:
+            cause = reasons.of_create_error(create_error)
+            if create_error.code == 422 or self._start_deadline_passed(
+                moment_of(attempt.started_at)
+            ):
+                return self._close_attempt(cause._replace(retryable=False))
             self._condition("Running", False, cause.reason, cause.message)
-        if self.seen.ray_jobs or self.seen.pods:
-            self.wake.append(LOOK_AGAIN_SECONDS)
+        if self.observed.ray_jobs or self.observed.pods:
+            self.wake_times.append(RECHECK_SECONDS)
             return self._decision()
         return self._decision(start=attempt.number)
 
     def _describe(self, attempt: AttemptStatus, ray: RayJob) -> None:
-        """Phase and conditions of an attempt that goes on."""
+        """Set phase and conditions of an attempt that continues."""
         waits = ray.suspended and not attempt.running_at
         self._describe_admission(waits)
         if ray.running or attempt.running_at:
@@ -314,164 +325,167 @@ class _Observer:
             self._condition("Running", False, "Queued", "waiting for the queue")
         else:
             self._phase("Pending")
-            cause = reasons.of_waiting(ray, self.seen)
-            known = cause.reason != "StartTimeout"
-            told = (cause.reason, cause.message) if known else _STARTING
-            self._condition("Running", False, *told)
+            cause = reasons.of_waiting(ray, self.observed)
+            is_known = cause.reason != "StartTimeout"
+            why = (cause.reason, cause.message) if is_known else _STARTING
+            self._condition("Running", False, *why)
 
     def _describe_admission(self, waits: bool) -> None:
         queue = self.policy.queue
         if queue is None:
             self._condition("Admitted", True, *_NO_QUEUE)
         elif waits:
-            text = self._queues_word() or "the queue has not taken notice yet"
+            text = self._queue_message() or "the queue has not processed the RayJob yet"
             self._condition("Admitted", False, "Queued", text)
         else:
             self._condition("Admitted", True, "Admitted", f"admitted by queue {queue}")
 
-    def _queues_word(self) -> str:
-        """Why the attempt waits or was evicted; "": nothing is known."""
-        return self.seen.workload.message if self.seen.workload else ""
+    def _queue_message(self) -> str:
+        """Return why the attempt waits or was evicted; "": unknown."""
+        return self.observed.workload.message if self.observed.workload else ""
 
-    def _stop_or_go_on(self, attempt: AttemptStatus, ray: RayJob) -> Decision:
-        """Ends an attempt that shall end or starts too slowly; else lets it go on."""
-        if wish := self._wish(attempt):
+    def _stop_or_continue(self, attempt: AttemptStatus, ray: RayJob) -> Decision:
+        """End an attempt that must stop or that starts too slowly; let any other continue."""
+        if request := self._stop_request(attempt):
             if attempt.stopping_at is None:
                 attempt = self._update(stopping_at=rfc3339(self.now))
-            asked = (self.now - _time(attempt.stopping_at or "")).total_seconds()
-            if attempt.running_at is None or asked >= GRACE_SECONDS:
-                return self._close(wish)
+            elapsed = (self.now - moment_of(attempt.stopping_at or "")).total_seconds()
+            if attempt.running_at is None or elapsed >= GRACE_SECONDS:
+                return self._close_attempt(request)
             self._condition("Suspended", None, "Stopping", "waiting for a checkpoint")
-            self.wake.append(GRACE_SECONDS - asked)
+            self.wake_times.append(GRACE_SECONDS - elapsed)
             return self._decision()
         is_starting = attempt.running_at is None and not ray.suspended
         if is_starting:
-            cause = reasons.of_waiting(ray, self.seen)
-            is_hopeless = cause.reason == "OutOfMemory"  # the next pod would need as much
-            if self._too_late(self._could_start_at(attempt, ray)) or is_hopeless:
-                return self._close(cause._replace(retryable=False))
+            cause = reasons.of_waiting(ray, self.observed)
+            is_final = cause.reason == "OutOfMemory"  # a replacement pod would need as much
+            if self._start_deadline_passed(self._start_allowed_at(attempt, ray)) or is_final:
+                return self._close_attempt(cause._replace(retryable=False))
         if self.policy.deadline_seconds is not None:
-            self.wake.append(max(1.0, self.policy.deadline_seconds - self._spent()))
+            self.wake_times.append(max(1.0, self.policy.deadline_seconds - self._spent()))
         return self._decision()
 
-    def _wish(self, attempt: AttemptStatus) -> Cause | None:
-        """Why the running attempt shall end; None: it shall go on."""
+    def _stop_request(self, attempt: AttemptStatus) -> Cause | None:
+        """Return why the running attempt must end; None: it continues."""
         if self.policy.cancel:
-            return _CANCELLED
+            return _CANCELED
         if self.policy.suspend:
             return _SUSPENDED
         if self.policy.deadline_seconds and self._spent() >= self.policy.deadline_seconds:
             return self._deadline_exceeded()
         return _SUSPENDED if attempt.stopping_at else None
 
-    def _could_start_at(self, attempt: AttemptStatus, ray: RayJob) -> datetime:
-        """From when its pods could start: the time in the queue is not theirs."""
+    def _start_allowed_at(self, attempt: AttemptStatus, ray: RayJob) -> datetime:
+        """Return when the pods of the attempt could start: after their time in the queue."""
         texts = [attempt.started_at, ray.start_time]
         admitted = self._conditions().get("Admitted")
         if admitted and admitted.status == "True":
             texts.append(admitted.last_transition_time)
-        return max(_time(text) for text in texts if text)
+        return max(moment_of(text) for text in texts if text)
 
-    def _too_late(self, since: datetime) -> bool:
+    def _start_deadline_passed(self, since: datetime) -> bool:
         left = self.policy.start_deadline_seconds - (self.now - since).total_seconds()
         if left > 0:
-            self.wake.append(left)
+            self.wake_times.append(left)
         return left <= 0
 
-    # ---- what the driver told -------------------------------------------------------------------
+    # ---- the driver's posts ---------------------------------------------------------------------
 
-    def _picture(self, attempt: AttemptStatus) -> ProgressReport | None:
-        """What this attempt's driver told; None: nothing, or another attempt's did."""
-        picture = self.seen.post.tuneyard if self.seen.post else None
-        return picture if picture and picture.attempt == attempt.number else None
+    def _progress_report(self, attempt: AttemptStatus) -> ProgressReport | None:
+        """Return the newest report of this attempt's driver; None: it has posted none."""
+        report = self.observed.post.tuneyard if self.observed.post else None
+        return report if report and report.attempt == attempt.number else None
 
-    def _ending(self, attempt: AttemptStatus, ray: RayJob | None) -> Outcome | None:
-        picture = self._picture(attempt)
-        told = picture.outcome if picture else None
-        return told or (reasons.last_words(ray) if ray and ray.ended else None)
+    def _outcome(self, attempt: AttemptStatus, ray: RayJob | None) -> Outcome | None:
+        """Return the outcome that the driver posted or logged; None: neither."""
+        report = self._progress_report(attempt)
+        posted = report.outcome if report else None
+        return posted or (reasons.logged_outcome(ray) if ray and ray.ended else None)
 
-    def _report(self, attempt: AttemptStatus) -> AttemptStatus:
-        """Takes the newest post of this attempt into the status."""
-        post, picture = self.seen.post, self._picture(attempt)
-        if post is None or (picture is None and post.tuneyard is not None):
+    def _apply_post(self, attempt: AttemptStatus) -> AttemptStatus:
+        """Copy the newest post of this attempt into the status."""
+        post, report = self.observed.post, self._progress_report(attempt)
+        if post is None or (report is None and post.tuneyard is not None):
             return attempt
         if attempt.running_at is None:
-            if picture is None:  # Kubeflow's protocol does not say whose post it is
+            if report is None:  # a post in Kubeflow's protocol does not name its attempt
                 return attempt
             attempt = self._update(running_at=rfc3339(self.now))
         self._set(progress=progress_of(post, self.status.progress, self.now))
-        if picture is not None:
-            self._set(stages=merged(self.status.stages, picture.stages))
-            if picture.stage:
-                attempt = self._update(stage=picture.stage, last_step=picture.step)
-            self._count_lost_steps(picture)
+        if report is not None:
+            self._set(stages=merge_stages(self.status.stages, report.stages))
+            if report.stage:
+                attempt = self._update(stage=report.stage, last_step=report.step)
+            self._count_lost_steps(report)
         return attempt
 
-    def _count_lost_steps(self, picture: ProgressReport) -> None:
-        """What earlier attempts lost, once this one has taken their stage up."""
-        if picture.resumed_step is None:
+    def _count_lost_steps(self, report: ProgressReport) -> None:
+        """Set the lost steps of earlier attempts, once this attempt has resumed their stage."""
+        if report.resumed_step is None:
             return
         *earlier, last = self.status.attempts
-        told = [with_loss(a, picture.stage, picture.resumed_step) for a in earlier]
-        self._set(attempts=[*told, last])
+        counted = [with_lost_steps(a, report.stage, report.resumed_step) for a in earlier]
+        self._set(attempts=[*counted, last])
 
     # ---- ends -----------------------------------------------------------------------------------
 
-    def _succeed(self, outcome: Outcome | None) -> Decision:
-        """`ending` None: the driver succeeded without being able to say what came out."""
+    def _succeed_job(self, outcome: Outcome | None) -> Decision:
+        """Close the attempt and the job as Succeeded. `outcome` None: the driver succeeded but
+        could not report its result."""
         result = outcome.result if outcome else None
         result = result or Result(uri=self._result_uri())
         self._update(
             finished_at=rfc3339(self.now), reason="Succeeded", message="all stages are done"
         )
         self._set(result=result, failure=None)
-        self._set(stages=[_moved(s, "Succeeded") for s in self.status.stages])
+        self._set(stages=[_with_state(s, "Succeeded") for s in self.status.stages])
         if self.status.progress:
             done = {"percentage": 100, "estimated_remaining_seconds": 0}
             self._set(progress=self.status.progress.model_copy(update=done))
         self._phase("Succeeded")
         self._condition("Running", False, "Succeeded", "all stages are done")
-        self._condition("Succeeded", True, "Succeeded", f"the result lies at {result.uri}")
+        self._condition("Succeeded", True, "Succeeded", f"the result is at {result.uri}")
         self._drop_condition("Suspended")
         return self._decision()
 
     def _result_uri(self) -> str:
-        """Where the trainer puts the last stage's output."""
+        """Return the URI of the last stage's output."""
         last = self.status.stages[-1].name if self.status.stages else "export"
         return f"{self.job.spec.output.uri.rstrip('/')}/{stage_folder(last)}"
 
-    def _close(self, cause: Cause) -> Decision:
-        """Ends the attempt in the status; the job too, where nothing is left to try."""
+    def _close_attempt(self, cause: Cause) -> Decision:
+        """Close the attempt in the status, and the job too if no further attempt is allowed."""
         attempt = self.status.attempts[-1]
         self._update(
             finished_at=attempt.finished_at or rfc3339(self.now),
             reason=cause.reason,
             message=cause.message[:_ATTEMPT_TEXT],
         )
-        # Before the pods are gone, nobody knows for sure why a process vanished.
-        may_learn_more = cause.reason in reasons.WORDLESS and bool(self.seen.pods)
-        is_left = len(self._counted()) < self.policy.max_attempts or may_learn_more
+        # Kubernetes may report why a process ended as long as pods are left.
+        may_learn_more = cause.reason in reasons.UNEXPLAINED and bool(self.observed.pods)
+        may_retry = len(self._counted()) < self.policy.max_attempts or may_learn_more
         if cause.reason in UNCOUNTED:
-            self._go_on(cause.reason, cause.message)
-        elif cause.retryable and is_left:
-            self._go_on("Retrying", f"attempt {attempt.number}: {cause.message}")
+            self._retry(cause.reason, cause.message)
+        elif cause.retryable and may_retry:
+            self._retry("Retrying", f"attempt {attempt.number}: {cause.message}")
         else:
-            self._fail(cause)
+            self._fail_job(cause)
         if self.status.phase != "Failed" and not self._over_deadline(self._spent()):
-            self.wake.append(1.0)
+            self.wake_times.append(1.0)
         return self._decision()
 
-    def _go_on(self, reason: str, message: str) -> None:
-        """Another attempt shall follow."""
+    def _retry(self, reason: str, message: str) -> None:
+        """Set the status of a job that another attempt follows."""
         self._phase("Pending")
-        self._set(stages=[_moved(stage, "Pending") for stage in self.status.stages])
+        self._set(stages=[_with_state(stage, "Pending") for stage in self.status.stages])
         self._condition("Running", False, reason, message)
 
     def _over_deadline(self, spent: float) -> bool:
+        """Fail the job if its attempts took this many seconds; return whether it failed."""
         limit = self.policy.deadline_seconds
         if limit is None or spent < limit or self.status.phase in ("Succeeded", "Failed"):
             return False
-        self._fail(self._deadline_exceeded())
+        self._fail_job(self._deadline_exceeded())
         return True
 
     def _deadline_exceeded(self) -> Cause:
@@ -479,16 +493,18 @@ class _Observer:
             "DeadlineExceeded",
             f"the attempts took longer than runPolicy.deadlineSeconds, "
             f"{self.policy.deadline_seconds}",
-            "Raise runPolicy.deadlineSeconds and create the job anew, under the same name and with "
-            "the same output: it goes on from its last checkpoint.",
+            "Raise runPolicy.deadlineSeconds and create the job again with the same name "
+            "and the same output: it resumes from its last checkpoint.",
         )
 
-    def _fail(self, cause: Cause) -> None:
+    def _fail_job(self, cause: Cause) -> None:
+        """Close the job as Failed."""
         message, advice = cause.message[:_FAILURE_TEXT], cause.advice[:_FAILURE_TEXT]
         self._set(failure=Failure(reason=cause.reason, message=message, advice=advice))
-        is_wish = cause.reason in ("Cancelled", "DeadlineExceeded")
-        to: StageState = "Pending" if is_wish else "Failed"
-        self._set(stages=[_moved(s, to) if s.state == "Running" else s for s in self.status.stages])
+        is_requested = cause.reason in ("Canceled", "DeadlineExceeded")
+        to: StageState = "Pending" if is_requested else "Failed"
+        stages = self.status.stages
+        self._set(stages=[_with_state(s, to) if s.state == "Running" else s for s in stages])
         self._phase("Failed")
         self._condition("Running", False, cause.reason, cause.message)
         end = "" if cause.message.endswith((".", "!", "?")) or not cause.advice else "."
@@ -497,20 +513,21 @@ class _Observer:
         self._drop_condition("Suspended")
 
     def _finished(self) -> Decision:
+        """Delete a finished job once its time to live has expired."""
         lifetime, ended = self.policy.ttl_seconds_after_finished, self._ended_at()
         if lifetime is None or ended is None:
             return self._decision()
-        rest = lifetime - (self.now - ended).total_seconds()
-        if rest > 0:
-            self.wake.append(rest)
-        return self._decision()._replace(delete=rest <= 0)
+        left = lifetime - (self.now - ended).total_seconds()
+        if left > 0:
+            self.wake_times.append(left)
+        return self._decision()._replace(delete=left <= 0)
 
     def _ended_at(self) -> datetime | None:
         conditions = self._conditions()
         last = conditions.get("Succeeded") or conditions.get("Failed")
-        return _time(last.last_transition_time) if last else None
+        return moment_of(last.last_transition_time) if last else None
 
-    # ---- the status in the making ---------------------------------------------------------------
+    # ---- changes of the status ------------------------------------------------------------------
 
     @property
     def _attempt(self) -> AttemptStatus | None:
@@ -520,19 +537,19 @@ class _Observer:
         return [a for a in self.status.attempts if a.finished_at and a.reason not in UNCOUNTED]
 
     def _spent(self) -> float:
-        """Seconds that the attempts took together, from when their drivers started."""
+        """Return the seconds that all attempts took, each from the start of its driver."""
         total = 0.0
         for attempt in self.status.attempts:
             if attempt.running_at:
-                end = _time(attempt.finished_at) if attempt.finished_at else self.now
-                total += (end - _time(attempt.running_at)).total_seconds()
+                end = moment_of(attempt.finished_at) if attempt.finished_at else self.now
+                total += (end - moment_of(attempt.running_at)).total_seconds()
         return total
 
     def _set(self, **values: object) -> None:
         self.status = self.status.model_copy(update=values)
 
     def _update(self, **values: object) -> AttemptStatus:
-        """Changes the newest attempt."""
+        """Change the newest attempt and return it."""
         *earlier, last = self.status.attempts
         changed = last.model_copy(update=values)
         self._set(attempts=[*earlier, changed])
@@ -547,7 +564,7 @@ class _Observer:
     def _condition(
         self, type_: ConditionType, holds: bool | None, reason: str, message: str
     ) -> None:
-        """`holds` None: Unknown."""
+        """Set a condition. `holds` None: Unknown."""
         conditions = self._conditions()
         old = conditions.get(type_)
         status = "Unknown" if holds is None else str(holds)
@@ -568,47 +585,44 @@ class _Observer:
         self._set(conditions=[c for c in self.status.conditions if c.type != type_])
 
     def _decision(self, *, start: int | None = None) -> Decision:
-        """Every RayJob but the open attempt's is deleted: there is never a second one."""
+        """Return the decision, which deletes every RayJob but the open attempt's: a job never has
+        two clusters."""
         last = self._attempt
         current = self._ray_job(last) if last and not last.finished_at else None
         if start is not None:
-            self.wake.append(LOOK_AGAIN_SECONDS)
-        others = [ray for ray in self.seen.ray_jobs if ray != current and not ray.deleting]
-        strays = [ray for ray in others if not self._gives_way(ray)]
-        if strays != others:
-            self.wake.append(LOOK_AGAIN_SECONDS)
+            self.wake_times.append(RECHECK_SECONDS)
+        others = [ray for ray in self.observed.ray_jobs if ray != current and not ray.deleting]
+        orphans = [ray for ray in others if not self._is_being_evicted(ray)]
+        if orphans != others:
+            self.wake_times.append(RECHECK_SECONDS)
         return Decision(
             self.status,
             start=start,
-            stop=tuple(sorted(ray.name for ray in strays)),
-            wake_after=min(self.wake, default=None),
+            stop=tuple(sorted(ray.name for ray in orphans)),
+            wake_after=min(self.wake_times, default=None),
         )
 
-    def _gives_way(self, ray: RayJob) -> bool:
-        """Whether KubeRay is taking the RayJob's cluster down because a queue wants it. Its pods
-        save a checkpoint meanwhile; deleting the RayJob would have KubeRay kill the driver."""
+    def _is_being_evicted(self, ray: RayJob) -> bool:
+        """Tell whether KubeRay is removing the RayJob's cluster for a queue. The pods save a
+        checkpoint meanwhile; if the RayJob were deleted, KubeRay would kill the driver."""
         last = self._attempt
-        if last is None or last.finished_at is None or not ray.withdrawn:
+        if last is None or last.finished_at is None or not ray.evicted_by_queue:
             return False
-        closed_for = (self.now - _time(last.finished_at)).total_seconds()
-        has_pods = any(pod.attempt == ray.attempt for pod in self.seen.pods)
-        return has_pods and closed_for < PODS_SECONDS
+        closed_for = (self.now - moment_of(last.finished_at)).total_seconds()
+        has_pods = any(pod.attempt == ray.attempt for pod in self.observed.pods)
+        return has_pods and closed_for < POD_REMOVAL_SECONDS
 
 
-_CANCELLED = Cause("Cancelled", "runPolicy.cancel was set")
+_CANCELED = Cause("Canceled", "runPolicy.cancel was set")
 _SUSPENDED = Cause("Suspended", "runPolicy.suspend was set", retryable=True)
 _TOO_MANY = Cause(
     "TooManyAttempts",
-    f"it was suspended or preempted too often: there were {MAX_ATTEMPTS} attempts",
-    "Create the job anew, under the same name and with the same output: it goes on from its last "
+    f"the job was suspended or preempted too often: it had {MAX_ATTEMPTS} attempts",
+    "Create the job again with the same name and the same output: it resumes from its last "
     "checkpoint.",
 )
 
 
-def _moved(stage: StageStatus, state: StageState) -> StageStatus:
-    """A stage that is not done, in another state."""
+def _with_state(stage: StageStatus, state: StageState) -> StageStatus:
+    """Return the stage in this state, unless it is done."""
     return stage if stage.state in DONE else stage.model_copy(update={"state": state})
-
-
-def _time(text: str) -> datetime:
-    return datetime.fromisoformat(text.replace("Z", "+00:00"))

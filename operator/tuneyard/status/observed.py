@@ -1,4 +1,4 @@
-"""What was seen of a job's objects, reduced to what decisions need; made from Kubernetes' JSON."""
+"""The observed state of a job's objects, reduced from Kubernetes' JSON to what decisions need."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Object = Mapping[str, Any]
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 """KubeRay's job states that are final."""
 _MESSAGE = 4096
-"""Characters of a message that are kept, from its end: KubeRay's carry the tail of a log."""
+"""Characters kept of a message, from its end: KubeRay's messages carry the tail of a log."""
 
 
 class RayJob(NamedTuple):
@@ -24,23 +24,23 @@ class RayJob(NamedTuple):
     uid: str
     attempt: int
     deleting: bool
-    """Deletion was asked for; it is still there."""
+    """It is marked for deletion and still exists."""
     owner: str | None
-    """Its controller's uid; None: it has none."""
+    """UID of its controller; None: it has none."""
     suspended: bool
-    """Its cluster shall not exist: a queue holds it back or took its quota away."""
+    """`spec.suspend`: a queue holds it back or evicted it, so its cluster must not exist."""
     job_status: str
-    """PENDING, RUNNING, STOPPED, SUCCEEDED, FAILED; "" before there is one."""
+    """PENDING, RUNNING, STOPPED, SUCCEEDED, FAILED; "": not set yet."""
     deployment_status: str
     """Initializing, Running, Complete, Failed, ValidationFailed, Suspending, Suspended, ..."""
     reason: str
     message: str
     cluster: str
-    """The RayCluster's name; "" before there is one."""
+    """The RayCluster's name; "": it does not exist yet."""
     start_time: str | None
-    """When KubeRay began (RFC 3339); None: it did not."""
+    """When KubeRay started the job (RFC 3339); None: not yet."""
     cluster_failure: str
-    """Why the RayCluster could not create pods; "": it could."""
+    """Why the RayCluster could not create pods; "": it created them."""
 
     @property
     def ended(self) -> bool:
@@ -55,16 +55,16 @@ class RayJob(NamedTuple):
         return self.job_status == "RUNNING" and self.deployment_status == "Running"
 
     @property
-    def withdrawn(self) -> bool:
-        """A queue took its cluster away, or is about to."""
+    def evicted_by_queue(self) -> bool:
+        """Whether a queue removed its cluster, or is about to."""
         return self.suspended or self.deployment_status in ("Suspending", "Suspended")
 
 
-class Trouble(NamedTuple):
-    """What is wrong with a pod or one of its containers."""
+class PodProblem(NamedTuple):
+    """A problem of a pod or one of its containers."""
 
     reason: str
-    """Kubernetes' word: OOMKilled, ImagePullBackOff, Unschedulable, Evicted, ..."""
+    """Kubernetes' reason: OOMKilled, ImagePullBackOff, Unschedulable, Evicted, ..."""
     message: str
     container: str = ""
     """The container; "" for the pod as a whole."""
@@ -79,7 +79,7 @@ class Pod(NamedTuple):
     """head, worker, submitter or erase."""
     phase: str
     deleting: bool
-    troubles: tuple[Trouble, ...]
+    problems: tuple[PodProblem, ...]
 
 
 class Workload(NamedTuple):
@@ -87,39 +87,40 @@ class Workload(NamedTuple):
 
     admitted: bool
     message: str
-    """Why it waits, or why it was evicted; "": it does neither."""
+    """Why it waits or was evicted; "": neither."""
 
 
-class Obstacle(NamedTuple):
-    """Why the API server refused the attempt's objects."""
+class CreateError(NamedTuple):
+    """The API server's refusal to create an attempt's objects."""
 
     code: int
     """HTTP status."""
     reason: str
-    """Kubernetes' word: Forbidden, NotFound, Invalid, ..."""
+    """Kubernetes' reason: Forbidden, NotFound, Invalid, ..."""
     message: str
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Everything that bears on one job at one moment."""
+class ObservedState:
+    """The state of one job's objects at one moment."""
 
     ray_jobs: tuple[RayJob, ...] = ()
     pods: tuple[Pod, ...] = ()
-    gone: tuple[Pod, ...] = ()
-    """Pods of the current attempt that are no more, as they last were."""
+    deleted_pods: tuple[Pod, ...] = ()
+    """Deleted pods of the current attempt, in their last state."""
     workload: Workload | None = None
-    """None: no queue has taken notice."""
+    """None: no queue has processed the attempt."""
     warnings: tuple[str, ...] = ()
-    """Texts of the RayCluster's warning events; asked for only while an attempt does not start."""
-    obstacle: Obstacle | None = None
-    """None: nothing was refused."""
+    """Messages of the RayCluster's warning events; read only while an attempt does not start."""
+    create_error: CreateError | None = None
+    """None: the API server refused nothing."""
     post: Post | None = None
     """The newest post of the current attempt."""
     missing_seconds: float = 0.0
-    """For how long the current attempt's RayJob, once there, has not been found."""
+    """For how long the current attempt's RayJob, which existed, has been missing."""
 
     def ray_job(self, attempt: int) -> RayJob | None:
+        """Return the RayJob of an attempt; None: it does not exist."""
         return next((item for item in self.ray_jobs if item.attempt == attempt), None)
 
 
@@ -127,12 +128,13 @@ class Seen:
 
 
 def attempt_of(item: Object) -> int:
-    """The attempt that an object belongs to; 0 if its label says none."""
+    """Return the attempt that an object's label names; 0: it has no such label."""
     text = (item["metadata"].get("labels") or {}).get(f"{GROUP}/attempt", "")
     return int(text) if text.isdecimal() else 0
 
 
 def ray_job(item: Object) -> RayJob:
+    """Return the reduced form of a RayJob."""
     metadata, status = item["metadata"], item.get("status") or {}
     owners = (o["uid"] for o in metadata.get("ownerReferences") or () if o.get("controller"))
     return RayJob(
@@ -161,6 +163,7 @@ def _cluster_failure(status: Object) -> str:
 
 
 def pod(item: Object) -> Pod:
+    """Return the reduced form of a pod."""
     metadata, status = item["metadata"], item.get("status") or {}
     labels = metadata.get("labels") or {}
     return Pod(
@@ -169,25 +172,26 @@ def pod(item: Object) -> Pod:
         role=_role(labels),
         phase=status.get("phase") or "Pending",
         deleting="deletionTimestamp" in metadata,
-        troubles=tuple(_troubles(status)),
+        problems=tuple(_problems(status)),
     )
 
 
 def _role(labels: Object) -> str:
-    """KubeRay labels its nodes' pods; of the others, those of an attempt submit."""
+    """Return the role of a pod. KubeRay labels the pods of Ray nodes; of the other pods, the one
+    with an attempt label is the submitter."""
     node_type = labels.get("ray.io/node-type")
     return str(node_type or ("submitter" if f"{GROUP}/attempt" in labels else "erase"))
 
 
-def _troubles(status: Object) -> Iterator[Trouble]:
+def _problems(status: Object) -> Iterator[PodProblem]:
     if status.get("reason"):
-        yield Trouble(status["reason"], status.get("message") or "")
+        yield PodProblem(status["reason"], status.get("message") or "")
     for condition in status.get("conditions") or ():
         type_, value = condition.get("type"), condition.get("status")
         if type_ == "PodScheduled" and value == "False":
-            yield Trouble(condition.get("reason") or "", condition.get("message") or "")
+            yield PodProblem(condition.get("reason") or "", condition.get("message") or "")
         if type_ == "DisruptionTarget" and value == "True":
-            yield Trouble("DisruptionTarget", condition.get("message") or "")
+            yield PodProblem("DisruptionTarget", condition.get("message") or "")
     states = [
         *(status.get("initContainerStatuses") or ()),
         *(status.get("containerStatuses") or ()),
@@ -196,14 +200,15 @@ def _troubles(status: Object) -> Iterator[Trouble]:
         state = container.get("state") or {}
         waiting, ended = state.get("waiting"), state.get("terminated")
         if waiting and waiting.get("reason") not in (None, "PodInitializing", "ContainerCreating"):
-            yield Trouble(waiting["reason"], waiting.get("message") or "", container["name"])
+            yield PodProblem(waiting["reason"], waiting.get("message") or "", container["name"])
         last = ended or (container.get("lastState") or {}).get("terminated")
         if last and last.get("exitCode"):
             text = last.get("message") or f"exit code {last['exitCode']}"
-            yield Trouble(last.get("reason") or "Error", text, container["name"])
+            yield PodProblem(last.get("reason") or "Error", text, container["name"])
 
 
 def workload(item: Object) -> Workload:
+    """Return the reduced form of a Kueue Workload."""
     conditions = {c["type"]: c for c in (item.get("status") or {}).get("conditions") or ()}
     admitted = conditions.get("Admitted", {}).get("status") == "True"
     evicted, reserved = conditions.get("Evicted", {}), conditions.get("QuotaReserved", {})

@@ -1,4 +1,4 @@
-"""A played world for `observe`: a clock, a cluster that obeys, and a controller that may die."""
+"""A simulation for `observe`: a clock, a cluster that obeys, and a controller that may die."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tuneyard.api.meta import Condition
 from tuneyard.api.progress import Outcome, Post
 from tuneyard.api.status import AttemptStatus, Failure, JobStatus, Result
 from tuneyard.planning.plan import plan_job
-from tuneyard.status.events import Event, told
+from tuneyard.status.events import Event, transition_events
 from tuneyard.status.observe import Decision, Planned, observe
-from tuneyard.status.observed import Obstacle, Pod, RayJob, Seen, Trouble, Workload
+from tuneyard.status.observed import CreateError, ObservedState, Pod, PodProblem, RayJob, Workload
 
 UID = "job-uid"
 PLAN = plan_job(golden_job())
@@ -48,8 +48,8 @@ def ray_job(attempt: int, **changes: Any) -> RayJob:
     return fresh._replace(**changes)
 
 
-def pod(attempt: int, role: str = "worker", *troubles: Trouble, **changes: Any) -> Pod:
-    fresh = Pod(f"minimal-{attempt}-{role}", attempt, role, "Running", False, troubles)
+def pod(attempt: int, role: str = "worker", *problems: PodProblem, **changes: Any) -> Pod:
+    fresh = Pod(f"minimal-{attempt}-{role}", attempt, role, "Running", False, problems)
     return fresh._replace(**changes)
 
 
@@ -81,12 +81,12 @@ SUCCESS = Outcome(state="Succeeded", result=Result(uri="s3://models/minimal/resu
 INTERRUPTED = Outcome(state="Interrupted", retryable=True)
 
 
-class Died(Exception):  # noqa: N818
+class KilledError(Exception):
     """The controller was killed."""
 
 
 @dataclass
-class World:
+class Simulation:
     """One job and its cluster. `look` is the controller, `step` the cluster."""
 
     job: FineTuneJob = field(default_factory=new_job)
@@ -95,10 +95,10 @@ class World:
     """None: PLAN."""
     ray_jobs: dict[str, RayJob] = field(default_factory=dict)
     pods: dict[str, Pod] = field(default_factory=dict)
-    gone: dict[str, Pod] = field(default_factory=dict)
+    deleted_pods: dict[str, Pod] = field(default_factory=dict)
     workload: Workload | None = None
     warnings: tuple[str, ...] = ()
-    obstacle: Obstacle | None = None
+    create_error: CreateError | None = None
     post: Post | None = None
     missing_since: datetime | None = None
     hidden: bool = False
@@ -109,9 +109,9 @@ class World:
     events: list[Event] = field(default_factory=list)
     actions: int = 0
     """Writes so far."""
-    dies_at: int | None = None
+    killed_at: int | None = None
     """The write at which the controller is killed, before it or after it."""
-    dies_after: bool = False
+    killed_after: bool = False
     last: Decision | None = None
 
     # ---- reading --------------------------------------------------------------------------------
@@ -135,12 +135,12 @@ class World:
         found = self.condition(type_)
         return f"{found.status} {found.reason}" if found else "absent"
 
-    def told(self) -> list[str]:
+    def event_reasons(self) -> list[str]:
         return [event.reason for event in self.events]
 
     # ---- the controller -------------------------------------------------------------------------
 
-    def seen(self) -> Seen:
+    def observed_state(self) -> ObservedState:
         ray_jobs = () if self.hidden else tuple(self.ray_jobs.values())
         last = self.status.attempts[-1] if self.status.attempts else None
         is_lost = (
@@ -154,22 +154,22 @@ class World:
         elif self.missing_since is None:
             self.missing_since = self.now
         since = self.missing_since
-        return Seen(
+        return ObservedState(
             ray_jobs=ray_jobs,
             pods=tuple(self.pods.values()),
-            gone=tuple(self.gone.values()),
+            deleted_pods=tuple(self.deleted_pods.values()),
             workload=self.workload,
             warnings=self.warnings,
-            obstacle=self.obstacle,
+            create_error=self.create_error,
             post=self.post,
             missing_seconds=(self.now - since).total_seconds() if since else 0.0,
         )
 
     def decide(self) -> Decision:
-        return observe(self.job, self.planned or PLAN, self.seen(), self.now)
+        return observe(self.job, self.planned or PLAN, self.observed_state(), self.now)
 
-    def look(self) -> Decision:
-        """One look of the controller: decides, writes, acts. Raises Died."""
+    def reconcile(self) -> Decision:
+        """One look of the controller: decides, writes, acts. Raises KilledError."""
         decision = self.last = self.decide()
         before = self.job.status
         if decision.status != (before or JobStatus()):
@@ -185,18 +185,18 @@ class World:
 
     def _write(self, act: Any) -> None:
         number, self.actions = self.actions, self.actions + 1
-        if number == self.dies_at and not self.dies_after:
-            raise Died
+        if number == self.killed_at and not self.killed_after:
+            raise KilledError
         act()
-        if number == self.dies_at:
-            raise Died
+        if number == self.killed_at:
+            raise KilledError
 
     def _take(self, status: JobStatus) -> None:
-        self.events += told(self.job.status, status)
+        self.events += transition_events(self.job.status, status)
         self.job = self.job.model_copy(update={"status": status})
 
     def _create(self, attempt: int) -> None:
-        if self.obstacle is None and f"minimal-{attempt}" not in self.ray_jobs:
+        if self.create_error is None and f"minimal-{attempt}" not in self.ray_jobs:
             name = f"minimal-{attempt}"
             uid = f"ray-{attempt}-{len(self.created)}"
             is_queued = self.job.spec.run_policy.queue is not None
@@ -225,11 +225,11 @@ class World:
     def collect(self) -> None:
         """Garbage collection: RayJobs first, their pods at the next call. KubeRay ends the pods of
         a RayJob that a queue took back."""
-        owners = {item.attempt for item in self.ray_jobs.values() if not item.withdrawn}
+        owners = {item.attempt for item in self.ray_jobs.values() if not item.evicted_by_queue}
         for item in [p for p in self.pods.values() if p.attempt not in owners]:
             del self.pods[item.name]
-            if item.troubles:
-                self.gone[item.name] = item
+            if item.problems:
+                self.deleted_pods[item.name] = item
         self.ray_jobs = {n: item for n, item in self.ray_jobs.items() if not item.deleting}
 
     def edit(self, **policy: Any) -> None:
@@ -249,14 +249,14 @@ class World:
     def settle(self, looks: int = 6) -> None:
         """Looks until nothing changes, the cluster collecting its garbage meanwhile."""
         for _ in range(looks):
-            self.look()
+            self.reconcile()
             self.collect()
             self.wait(1)
 
     def start(self) -> None:
         """To an attempt whose pods are there."""
-        self.look()
-        self.look()
+        self.reconcile()
+        self.reconcile()
         number = self.attempt.number
         self.ray(
             suspended=False,
@@ -265,22 +265,22 @@ class World:
             start_time=self.now.strftime("%Y-%m-%dT%H:%M:%SZ"),
         )
         self.add_pods(pod(number, "head"), pod(number, "worker"))
-        self.look()
+        self.reconcile()
 
     def run(self) -> None:
         """To an attempt whose driver runs."""
         self.start()
         self.ray(job_status="RUNNING", deployment_status="Running")
-        self.look()
+        self.reconcile()
 
     def end(self, outcome: Outcome, step: int = 50) -> None:
         """The driver ends the attempt, and KubeRay notices."""
         self.post = post(self.attempt.number, step, outcome=outcome)
-        self.look()
+        self.reconcile()
 
     def next_attempt(self) -> None:
         """From a closed attempt to the next one's RayJob."""
         self.settle()
         self.wait(3600)
-        self.look()
-        self.look()
+        self.reconcile()
+        self.reconcile()

@@ -14,7 +14,7 @@ from tests.controller.scene import (
     SUCCEEDED,
     Attempt,
     Job,
-    Played,
+    OperatedScene,
     RefusedError,
     consistently,
     eventually,
@@ -26,7 +26,7 @@ START_SECONDS = 10
 IMPATIENT = {"startDeadlineSeconds": START_SECONDS}
 
 
-def is_served(scene: Played, name: str) -> None:
+def is_served(scene: OperatedScene, name: str) -> None:
     """Another job, beside the one in trouble, from its creation to its success."""
     other = scene.create(name)
     other.attempt(1).run().end(SUCCEEDED)
@@ -87,7 +87,9 @@ TROUBLES = {
 }
 
 
-def test_pods_that_do_not_start_are_explained_at_once_and_given_up_in_time(scene: Played) -> None:
+def test_pods_that_do_not_start_are_explained_at_once_and_given_up_in_time(
+    scene: OperatedScene,
+) -> None:
     jobs = {reason: scene.create(f"no-{reason.lower()}", policy=IMPATIENT) for reason in TROUBLES}
     for reason, job in jobs.items():
         attempt = job.attempt(1)
@@ -105,7 +107,7 @@ def test_pods_that_do_not_start_are_explained_at_once_and_given_up_in_time(scene
         assert len(job.attempts) == 1, "nothing would be different the next time"
 
 
-def test_a_trouble_that_goes_away_is_forgotten(scene: Played) -> None:
+def test_a_trouble_that_goes_away_is_forgotten(scene: OperatedScene) -> None:
     job = scene.create("lucky")
     attempt = job.attempt(1)
     attempt.start()
@@ -117,10 +119,10 @@ def test_a_trouble_that_goes_away_is_forgotten(scene: Played) -> None:
     job.until(lambda job: job.why("Running") == "False Starting")
     attempt.set(jobDeploymentStatus="Running", jobStatus="RUNNING")
     job.until_phase("Running")
-    assert job.told()["Unschedulable"] == 1
+    assert job.event_reasons()["Unschedulable"] == 1
 
 
-def test_a_quota_that_takes_no_rayjob_is_named_and_waited_for(scene: Played) -> None:
+def test_a_quota_that_takes_no_rayjob_is_named_and_waited_for(scene: OperatedScene) -> None:
     quota = f"/api/v1/namespaces/{scene.namespace}/resourcequotas"
     body = {"metadata": {"name": "none"}, "spec": {"hard": {"count/rayjobs.ray.io": "0"}}}
     scene.api("POST", quota, body)
@@ -133,10 +135,10 @@ def test_a_quota_that_takes_no_rayjob_is_named_and_waited_for(scene: Played) -> 
         scene.api("DELETE", f"{quota}/none")
     job.attempt(1).run().end(SUCCEEDED)
     job.until_phase("Succeeded")
-    assert (len(job.attempts), job.told()["QuotaExceeded"]) == (1, 1)
+    assert (len(job.attempts), job.event_reasons()["QuotaExceeded"]) == (1, 1)
 
 
-def test_without_kuberay_a_job_says_so_and_goes_on_once_it_is_there(scene: Played) -> None:
+def test_without_kuberay_a_job_says_so_and_goes_on_once_it_is_there(scene: OperatedScene) -> None:
     missing = on("PATCH", f"/namespaces/{scene.namespace}/rayjobs/early")
     scene.proxy.add(Answer(404), missing, times=None)
     early = scene.create("early")
@@ -153,7 +155,7 @@ def test_without_kuberay_a_job_says_so_and_goes_on_once_it_is_there(scene: Playe
 
 
 def test_what_the_schema_cannot_refuse_fails_with_the_remedy_and_may_be_corrected(
-    scene: Played,
+    scene: OperatedScene,
 ) -> None:
     job = scene.create("typo", compute={"profile": "a1000"})
     job.until_phase("Failed")
@@ -166,14 +168,14 @@ def test_what_the_schema_cannot_refuse_fails_with_the_remedy_and_may_be_correcte
     assert (job.failure, job.why("Failed")) == (None, "absent")
 
 
-def test_a_path_of_the_users_own_machine_is_no_place_for_pods(scene: Played) -> None:
+def test_a_path_of_the_users_own_machine_is_no_place_for_pods(scene: OperatedScene) -> None:
     job = scene.create("local", output={"uri": "file://out"})
     job.until_phase("Failed")
     assert (job.failure, job.ray_jobs()) == ("PlanRejected", [])
     assert "file://" in job.status["failure"]["message"]
 
 
-def test_an_invalid_rayjob_is_refused_for_good(scene: Played) -> None:
+def test_an_invalid_rayjob_is_refused_for_good(scene: OperatedScene) -> None:
     scene.proxy.add(Answer(422), on("PATCH", "/rayjobs/invalid-1$"), times=None)
     job = scene.create("invalid")
     job.until_phase("Failed")
@@ -181,7 +183,7 @@ def test_an_invalid_rayjob_is_refused_for_good(scene: Played) -> None:
     is_served(scene, "valid")
 
 
-def test_kuberays_refusal_is_final(scene: Played) -> None:
+def test_kuberays_refusal_is_final(scene: OperatedScene) -> None:
     job = scene.create("refused")
     status = {"jobDeploymentStatus": "ValidationFailed", "reason": "ValidationFailed"}
     job.attempt(1).set(**status, message="the spec is not valid")
@@ -193,7 +195,7 @@ def test_kuberays_refusal_is_final(scene: Played) -> None:
 
 
 def test_a_malformed_object_is_told_so_and_does_not_keep_others_from_being_served(
-    scene: Played,
+    scene: OperatedScene,
 ) -> None:
     """One that a laxer schema of an earlier version let in."""
     with any_schema(scene):
@@ -205,7 +207,7 @@ def test_a_malformed_object_is_told_so_and_does_not_keep_others_from_being_serve
 
 
 @contextmanager
-def any_schema(scene: Played) -> Iterator[None]:
+def any_schema(scene: OperatedScene) -> Iterator[None]:
     """Admission takes any FineTuneJob meanwhile."""
     path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/finetunejobs.tuneyard.io"
     definition = scene.api("GET", path)
@@ -235,7 +237,7 @@ def any_schema(scene: Played) -> Iterator[None]:
         eventually(lambda: not is_admitted())
 
 
-def test_a_lost_plan_is_made_again(scene: Played) -> None:
+def test_a_lost_plan_is_made_again(scene: OperatedScene) -> None:
     """ConfigMaps can be deleted by whoever may."""
     job = scene.create("planless", policy={"backoffSeconds": 0})
     job.attempt(1).run()
@@ -250,7 +252,7 @@ def test_a_lost_plan_is_made_again(scene: Played) -> None:
 
 
 def test_after_somebody_emptied_the_status_the_old_cluster_is_gone_before_a_new_one_begins(
-    scene: Played,
+    scene: OperatedScene,
 ) -> None:
     job = scene.create("emptied")
     attempt = job.attempt(1).run()
@@ -269,7 +271,7 @@ def is_well(job: Job) -> bool:
     return job.phase in ("Pending", "Running")
 
 
-def test_a_finalizer_that_somebody_took_off_comes_back(scene: Played) -> None:
+def test_a_finalizer_that_somebody_took_off_comes_back(scene: OperatedScene) -> None:
     job = scene.create("unguarded")
     job.attempt(1).run()
     scene.api.merge(job.path, {"metadata": {"finalizers": None}})
