@@ -1,4 +1,5 @@
-"""A real API server takes the CRDs, fills in defaults and refuses what the reader refuses."""
+"""A real API server with the CRDs: it sets defaults and refuses the manifests that the reader
+refuses."""
 
 from __future__ import annotations
 
@@ -43,8 +44,8 @@ PLURALS = {crd["spec"]["names"]["kind"]: crd["spec"]["names"]["plural"] for crd 
 Job = dict[str, Any]
 
 
-class Refused(Exception):  # noqa: N818 - the answer that a test waits for, no error
-    """The API server's answer: each cause's field and message."""
+class Refused(Exception):  # noqa: N818 - an expected response, not an error
+    """The API server's refusal: the field and the message of each cause."""
 
     def __init__(self, answer: dict[str, Any]) -> None:
         super().__init__(answer["message"])
@@ -66,7 +67,7 @@ class Jobs:
         return self._call("create", manifest)
 
     def would_create(self, manifest: Manifest) -> Job:
-        """What the API server would store; nothing is stored."""
+        """Return the job that the API server would store; nothing is stored."""
         return self._call("create", manifest, dry_run="All")
 
     def replace(self, job: Job) -> Job:
@@ -110,13 +111,13 @@ def jobs(cluster_with_crds: Cluster) -> Jobs:
 
 @pytest.fixture
 def planned(jobs: Jobs, request: pytest.FixtureRequest) -> Job:
-    """A stored job whose status says that it was planned."""
+    """A stored job that has been planned, by its status."""
     job = jobs.create(changed(request.param, {"metadata": {"generateName": "planned-"}}))
     return jobs.replace_status({**job, "status": {"planDigest": "sha256:0"}})
 
 
-def test_the_crds_have_no_fault_that_the_api_server_tolerates(cluster_with_crds: Cluster) -> None:
-    """A schema that is not structural is stored all the same, with a condition that says so."""
+def test_the_crds_are_structural(cluster_with_crds: Cluster) -> None:
+    """The API server stores a schema that is not structural, with a condition that reports it."""
     for crd in crds().values():
         name = crd["metadata"]["name"]
         stored = json.loads(cluster_with_crds.kubectl("get", "crd", name, "-o", "json").stdout)
@@ -138,7 +139,7 @@ def test_a_valid_manifest_is_admitted_and_means_the_same_with_its_defaults(
     assert parse(stored).spec == parse(manifest).spec
 
 
-def test_null_is_kept_where_it_says_something(jobs: Jobs) -> None:
+def test_null_is_kept_where_it_has_a_meaning(jobs: Jobs) -> None:
     stored = jobs.would_create(changed(MINIMAL, {"spec.training.optimizer.maxGradientNorm": None}))
     assert stored["spec"]["training"]["optimizer"]["maxGradientNorm"] is None
 
@@ -149,7 +150,7 @@ def test_null_elsewhere_is_absence(jobs: Jobs) -> None:
 
 
 @pytest.mark.parametrize("broken", BROKEN_RULES, ids=lambda broken: broken.name)
-def test_a_broken_rule_is_refused_with_the_readers_remedy(jobs: Jobs, broken: BrokenRule) -> None:
+def test_a_broken_rule_is_refused_with_the_same_remedy(jobs: Jobs, broken: BrokenRule) -> None:
     with pytest.raises(Refused) as caught:
         jobs.would_create(broken.manifest)
     ((path, message),) = caught.value.causes
@@ -161,14 +162,14 @@ BROKEN_FIELDS = list(broken_fields(crds()))
 
 
 @pytest.mark.parametrize("broken", BROKEN_FIELDS, ids=lambda broken: broken.name)
-def test_what_the_reader_refuses_is_refused_at_the_same_field(
+def test_a_manifest_that_the_reader_refuses_is_refused_at_the_same_field(
     jobs: Jobs, broken: BrokenField
 ) -> None:
     with pytest.raises(Refused) as caught:
         jobs.would_create(broken.manifest)
     if broken.path.endswith(".nonsense"):
         assert f'unknown field "{broken.path}"' in str(caught.value)
-    elif "-type-" in broken.name:  # A type shut out by `not` is named in the message only.
+    elif "-type-" in broken.name:  # The message alone names a type that `not` excludes.
         assert broken.path in str(caught.value)
     else:
         assert broken.path in {path for path, _ in caught.value.causes}
@@ -180,11 +181,11 @@ def test_a_name_that_leaves_no_room_for_the_attempt_is_refused(jobs: Jobs, name:
         jobs.would_create(changed(MINIMAL, {"metadata.name": name}))
 
 
-# ---- what changes and what does not
+# ---- changes of a job
 
 
 def changes() -> dict[str, tuple[Manifest, str, dict[str, Any]]]:
-    """By name: a manifest, the field of the spec to blame, and a change of it."""
+    """Return by name: a manifest, the changed field of the spec, and the change."""
     return {
         "model": (LORA, "model", {"spec.model.revision": "other"}),
         "method": (LORA, "method", {"spec.method": "pretrain"}),
@@ -230,7 +231,7 @@ def test_a_planned_job_can_be_suspended_and_queued_elsewhere(jobs: Jobs, planned
 
 
 @pytest.mark.parametrize("planned", [LORA], indirect=True)
-def test_a_planned_job_can_be_labelled_and_written_back_as_it_is(jobs: Jobs, planned: Job) -> None:
+def test_a_planned_job_can_be_labeled_and_written_back_unchanged(jobs: Jobs, planned: Job) -> None:
     stored = jobs.replace(changed(planned, {"metadata.labels": {"team": "a"}}))
     assert stored["metadata"]["generation"] == planned["metadata"]["generation"]
 
@@ -271,7 +272,7 @@ STATUS = {
 
 
 @pytest.mark.parametrize("planned", [MINIMAL], indirect=True)
-def test_a_status_is_written_through_its_own_door_only(jobs: Jobs, planned: Job) -> None:
+def test_a_status_is_written_through_its_subresource_only(jobs: Jobs, planned: Job) -> None:
     written = jobs.replace_status(
         changed({**planned, "status": STATUS}, {"spec.runPolicy.suspend": True})
     )
@@ -284,7 +285,7 @@ def test_a_status_is_written_through_its_own_door_only(jobs: Jobs, planned: Job)
 
 
 @pytest.mark.parametrize("planned", [MINIMAL], indirect=True)
-def test_kubectl_get_shows_how_far_a_job_is(
+def test_kubectl_get_shows_the_progress_of_a_job(
     cluster_with_crds: Cluster, jobs: Jobs, planned: Job
 ) -> None:
     jobs.replace_status({**planned, "status": STATUS})
@@ -303,7 +304,7 @@ def test_kubectl_explain_shows_a_fields_description(cluster_with_crds: Cluster) 
     assert "What to do with a longer row" in text
 
 
-# ---- the reader and kubectl read YAML alike
+# ---- YAML in kubectl and in the reader
 
 SCALARS = [
     *("2e-4", "2E-4", "1e0", ".5", "5.", "+1", "0x1", "0b1", "010", "0o7", "1_0.5", "-0", "089"),
@@ -317,7 +318,7 @@ FIELDS = [
 ]
 
 
-def test_every_scalar_means_the_same_to_kubectl_and_to_the_reader(
+def test_kubectl_and_the_reader_parse_every_scalar_alike(
     cluster_with_crds: Cluster, tmp_path: Path
 ) -> None:
     texts = {
@@ -328,7 +329,7 @@ def test_every_scalar_means_the_same_to_kubectl_and_to_the_reader(
     }
     for name, text in texts.items():
         (tmp_path / f"{name}.yaml").write_text(text)
-    # One object a line; those that are refused are named on stderr only.
+    # One object a line; kubectl names refused objects on stderr only.
     shown = "jsonpath={.metadata.name} {.spec}{'\\n'}"
     command = ("create", "--dry-run=server", "--namespace", NAMESPACE, "-o", shown)
     answer = cluster_with_crds.kubectl(*command, "-f", str(tmp_path), check=False)

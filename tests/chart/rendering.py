@@ -34,7 +34,7 @@ EVERYTHING: Mapping[str, Any] = {
     "dashboard": {"enabled": True},
     "networkPolicy": {"apiServer": {"cidrs": ["10.0.0.1/32"], "ports": [6443]}},
 }
-"""Every optional thing switched on."""
+"""Values with every option switched on."""
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "defaults": {},
     "everything": EVERYTHING,
@@ -49,14 +49,14 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Chart:
-    """Renders with one Helm."""
+    """Render the chart with a Helm binary."""
 
     helm: Path
 
     def run(
         self, *arguments: str, values: Mapping[str, Any] | None = None, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
-        """Calls Helm. With `check` a failure raises, and the message is what Helm said."""
+        """Run Helm. With `check`, a failure raises an error with Helm's output."""
         command = [str(self.helm), *arguments]
         if values is not None:
             command += ["--values", "-"]
@@ -69,19 +69,19 @@ class Chart:
     def render(
         self, values: Mapping[str, Any], name: str = "tuneyard", namespace: str = NAMESPACE
     ) -> list[Object]:
-        """Everything but the CustomResourceDefinitions."""
+        """Return all objects except the CustomResourceDefinitions."""
         template = ("template", name, str(FOLDER), "--namespace", namespace)
         done = self.run(*template, values=values)
         return [item for item in yaml.safe_load_all(done.stdout) if item]
 
     def refusal(self, values: Mapping[str, Any]) -> str:
-        """What Helm says to values that it does not take; "" if it takes them."""
+        """Return Helm's error for invalid values; "": they are valid."""
         done = self.run("template", "tuneyard", str(FOLDER), values=values, check=False)
         return done.stderr if done.returncode else ""
 
 
 def one(objects: list[Object], kind: str, name: str = "tuneyard") -> Object:
-    """The only object of this kind and name."""
+    """Return the only object of this kind and name."""
     (found,) = [o for o in objects if o["kind"] == kind and o["metadata"]["name"] == name]
     return found
 
@@ -91,7 +91,7 @@ def kinds(objects: list[Object]) -> list[str]:
 
 
 def grants(role: Object) -> Iterator[tuple[str, str, str, str]]:
-    """Each single right of a role: group, resource, verb, name ("" for every name)."""
+    """Yield each permission of a role: group, resource, verb, name; "": every name."""
     for rule in role["rules"]:
         for group in rule["apiGroups"]:
             for resource in rule["resources"]:

@@ -1,5 +1,5 @@
-"""What the operator may do, verb by verb: written down a second time, so that a change of the chart
-is a change of this list too."""
+"""The operator's permissions, verb by verb. They repeat the chart's, so that a change of the chart
+needs a change here."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ JOBS: dict[tuple[str, str], str] = {
     ("", "events"): "list create",
     ("kueue.x-k8s.io", "workloads"): "list watch",
 }
-"""Where jobs are."""
+"""In namespaces with jobs."""
 REVIEWS = {("authentication.k8s.io", "tokenreviews"): "create"}
-"""Of no namespace."""
+"""For the cluster."""
 DISCOVERY = {
     ("apiextensions.k8s.io", "customresourcedefinitions"): "list watch",
     ("", "namespaces"): "list watch",
 }
-"""Where all namespaces are served."""
+"""For the cluster, if all namespaces are served."""
 OWN: dict[tuple[str, str, str], str] = {
     ("coordination.k8s.io", "leases", ""): "create",
     ("coordination.k8s.io", "leases", "tuneyard-operator"): "get update patch",

@@ -1,4 +1,4 @@
-"""The chart as Helm renders it: what must be there, what must not, and what it refuses."""
+"""The chart as Helm renders it: its objects, its permissions and the values it refuses."""
 
 from __future__ import annotations
 
@@ -49,31 +49,31 @@ def schema() -> Object:
 
 
 @pytest.mark.parametrize("values", VARIANTS.values(), ids=VARIANTS)
-def test_helm_finds_no_fault(chart: Chart, values: Values) -> None:
+def test_helm_lint_finds_no_fault(chart: Chart, values: Values) -> None:
     chart.run("lint", "--strict", str(FOLDER), values=values)
 
 
-def test_the_charts_version_is_the_packages() -> None:
+def test_the_chart_has_the_packages_version() -> None:
     head = yaml.safe_load((FOLDER / "Chart.yaml").read_text(encoding="utf-8"))
     assert (head["version"], head["appVersion"]) == (__version__, __version__)
 
 
-def test_the_charts_definitions_are_the_generated_ones() -> None:
+def test_the_charts_crds_are_the_generated_ones() -> None:
     generated = {path.name: path.read_bytes() for path in (ROOT / "crds").iterdir()}
     assert {path.name: path.read_bytes() for path in (FOLDER / "crds").iterdir()} == generated
 
 
-# ---- rights -----------------------------------------------------------------------------------
+# ---- permissions ------------------------------------------------------------------------------
 
 
-def test_the_operator_is_granted_these_rights_and_no_others(chart: Chart) -> None:
+def test_the_operator_is_granted_these_permissions_and_no_others(chart: Chart) -> None:
     objects = chart.render({})
     everywhere = one(objects, "ClusterRole", f"{NAMESPACE}-tuneyard")
     assert set(grants(everywhere)) == rights.each(rights.JOBS, rights.REVIEWS, rights.DISCOVERY)
     assert set(grants(one(objects, "Role"))) == rights.each_own()
 
 
-def test_with_named_namespaces_it_has_no_rights_on_jobs_elsewhere(chart: Chart) -> None:
+def test_with_named_namespaces_it_has_no_permissions_on_jobs_elsewhere(chart: Chart) -> None:
     objects = chart.render(VARIANTS["namespaced"])
     everywhere = one(objects, "ClusterRole", f"{NAMESPACE}-tuneyard")
     assert set(grants(everywhere)) == rights.each(rights.REVIEWS)
@@ -88,7 +88,7 @@ def test_with_named_namespaces_it_has_no_rights_on_jobs_elsewhere(chart: Chart) 
 
 
 @pytest.mark.parametrize("values", VARIANTS.values(), ids=VARIANTS)
-def test_no_role_has_a_wildcard_or_lists_secrets_or_opens_pods(
+def test_no_role_has_a_wildcard_or_lists_secrets_or_enters_pods(
     chart: Chart, values: Values
 ) -> None:
     for role in _of(chart.render(values), "Role", "ClusterRole"):
@@ -116,7 +116,7 @@ def test_every_binding_gives_a_role_of_the_chart_to_the_operator_alone(
         ]
 
 
-def test_users_get_rights_on_jobs_and_none_on_their_status(chart: Chart) -> None:
+def test_users_may_change_jobs_but_not_their_status(chart: Chart) -> None:
     objects = chart.render({})
     edit = one(objects, "ClusterRole", f"{NAMESPACE}-tuneyard-edit")
     assert {resource for _, resource, _, _ in grants(edit)} == {"finetunejobs", "alignmentjobs"}
@@ -139,7 +139,7 @@ def test_two_releases_do_not_share_an_object(chart: Chart) -> None:
 
 
 @pytest.mark.parametrize("values", VARIANTS.values(), ids=VARIANTS)
-def test_every_container_is_locked_down(chart: Chart, values: Values) -> None:
+def test_every_container_is_restricted(chart: Chart, values: Values) -> None:
     for deployment in _of(chart.render(values), "Deployment"):
         pod = deployment["spec"]["template"]["spec"]
         assert pod["securityContext"]["runAsNonRoot"]
@@ -157,8 +157,8 @@ def test_every_container_is_locked_down(chart: Chart, values: Values) -> None:
             assert "memory" in container["resources"]["limits"]
 
 
-def test_the_operator_understands_its_arguments(chart: Chart) -> None:
-    """Parsed by the command itself: a renamed option fails here, not in a cluster."""
+def test_the_operators_command_accepts_its_arguments(chart: Chart) -> None:
+    """The command itself parses them: a renamed option fails here and not in a cluster."""
     objects = chart.render({**VARIANTS["namespaced"], "concurrency": 4})
     container = _container(objects)
     command, *arguments = container["args"]
@@ -213,7 +213,7 @@ def test_labels_of_the_user_never_replace_the_charts(chart: Chart) -> None:
     assert labels["app.kubernetes.io/name"] == "tuneyard"
 
 
-def test_what_needs_another_operator_is_off_until_asked_for(chart: Chart) -> None:
+def test_objects_of_other_operators_are_off_by_default(chart: Chart) -> None:
     assert kinds(chart.render({})) == [
         "ClusterRole",
         "ClusterRole",
@@ -233,7 +233,7 @@ def test_what_needs_another_operator_is_off_until_asked_for(chart: Chart) -> Non
 # ---- the network ------------------------------------------------------------------------------
 
 
-def test_progress_comes_from_the_pods_of_jobs_alone(chart: Chart) -> None:
+def test_only_the_pods_of_jobs_may_post_progress(chart: Chart) -> None:
     progress, metrics = one(chart.render({}), "NetworkPolicy")["spec"]["ingress"]
     assert [port["port"] for port in progress["ports"]] == ["progress"]
     (peer,) = progress["from"]
@@ -244,7 +244,7 @@ def test_progress_comes_from_the_pods_of_jobs_alone(chart: Chart) -> None:
     assert [port["port"] for port in metrics["ports"]] == ["metrics"]
 
 
-def test_progress_comes_from_the_served_namespaces_alone(chart: Chart) -> None:
+def test_only_served_namespaces_may_post_progress(chart: Chart) -> None:
     policy = one(chart.render(VARIANTS["namespaced"]), "NetworkPolicy")
     (expression,) = policy["spec"]["ingress"][0]["from"][0]["namespaceSelector"]["matchExpressions"]
     assert expression == {
@@ -254,13 +254,13 @@ def test_progress_comes_from_the_served_namespaces_alone(chart: Chart) -> None:
     }
 
 
-def test_metrics_are_closed_where_nobody_is_named(chart: Chart) -> None:
-    """An empty `from` would mean everybody."""
+def test_without_a_named_client_nobody_may_read_the_metrics(chart: Chart) -> None:
+    """An empty `from` would allow every client."""
     policy = one(chart.render({"networkPolicy": {"metricsFrom": []}}), "NetworkPolicy")
     assert len(policy["spec"]["ingress"]) == 1
 
 
-def test_the_operator_reaches_names_and_the_api_server_alone(chart: Chart) -> None:
+def test_the_operator_may_reach_only_dns_and_the_api_server(chart: Chart) -> None:
     names, server = one(chart.render(EVERYTHING), "NetworkPolicy")["spec"]["egress"]
     assert {port["port"] for port in names["ports"]} == {53}
     assert server == {
@@ -296,7 +296,7 @@ def test_a_wrong_value_is_refused_by_name(chart: Chart, values: Values, said: st
     assert said in chart.refusal(values)
 
 
-def test_every_value_is_described_and_nothing_else_is_taken(schema: Object) -> None:
+def test_every_value_is_described_and_no_other_is_accepted(schema: Object) -> None:
     defaults = yaml.safe_load((FOLDER / "values.yaml").read_text(encoding="utf-8"))
     assert schema["properties"].keys() == defaults.keys() | {"global"}
     for path, node in _nodes(schema, ""):
@@ -305,8 +305,9 @@ def test_every_value_is_described_and_nothing_else_is_taken(schema: Object) -> N
             assert node["additionalProperties"] is False, path
 
 
-def test_a_profile_takes_what_compute_takes(schema: Object) -> None:
-    """The chart's schema is the API's, so that a preset fails in Helm and not in the operator."""
+def test_a_profile_accepts_the_fields_of_compute(schema: Object) -> None:
+    """The chart has the API's schema, so that a wrong preset fails in Helm and not in the
+    operator."""
     definition = crds()["tuneyard.io_finetunejobs.yaml"]
     spec = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
     compute = _comparable(spec["properties"]["compute"])
@@ -315,7 +316,7 @@ def test_a_profile_takes_what_compute_takes(schema: Object) -> None:
     assert profile["properties"] == compute["properties"]
 
 
-def test_the_operator_reads_the_profiles_that_it_is_given(chart: Chart, tmp_path: Path) -> None:
+def test_the_operator_reads_the_charts_profiles(chart: Chart, tmp_path: Path) -> None:
     from tuneyard.controller.settings import read_profiles
 
     objects = chart.render({"profiles": {"a100-small": PROFILE, "none": {}}})
@@ -326,7 +327,7 @@ def test_the_operator_reads_the_profiles_that_it_is_given(chart: Chart, tmp_path
 
 
 def test_changed_profiles_restart_the_operator(chart: Chart) -> None:
-    """It reads them once."""
+    """The operator reads them only at its start."""
 
     def checksum(values: Values) -> str:
         template = one(chart.render(values), "Deployment")["spec"]["template"]
@@ -336,7 +337,7 @@ def test_changed_profiles_restart_the_operator(chart: Chart) -> None:
     assert checksum({}) != checksum({"profiles": {"small": {}}})
 
 
-def test_the_notes_say_that_kuberay_is_missing(chart: Chart) -> None:
+def test_the_notes_report_missing_kuberay(chart: Chart) -> None:
     install = ("install", "tuneyard", str(FOLDER), "--dry-run=client", "--namespace", NAMESPACE)
     assert "KubeRay is not installed" in chart.run(*install, values={}).stdout
 
@@ -360,7 +361,7 @@ def test_the_dashboard_shows_series_that_the_operator_exports(board: Object) -> 
     assert {name for name in training if not name.endswith("_bucket")} <= shown
 
 
-def test_prometheus_understands_the_dashboards_queries(
+def test_prometheus_accepts_the_dashboards_queries(
     board: Object, promtool: Path, tmp_path: Path
 ) -> None:
     rules = [
@@ -368,7 +369,7 @@ def test_prometheus_understands_the_dashboards_queries(
         for panel in board["panels"]
         for target in panel.get("targets", ())
     ]
-    # Rules of one name and label would be duplicates.
+    # Rules with the same name and label would be duplicates.
     numbered = [{**rule, "labels": {"query": str(index)}} for index, rule in enumerate(rules)]
     file = tmp_path / "rules.yaml"
     file.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": numbered}]}))
@@ -378,7 +379,7 @@ def test_prometheus_understands_the_dashboards_queries(
     assert checked.returncode == 0, checked.stderr
 
 
-def test_the_dashboards_panels_are_whole(board: Object) -> None:
+def test_the_dashboards_panels_do_not_overlap(board: Object) -> None:
     panels = board["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     cells: set[tuple[int, int]] = set()
@@ -411,7 +412,7 @@ def _container(objects: list[Object]) -> Object:
 
 
 def _with_local_file(argument: str) -> str:
-    """Click looks whether the file of `--profiles` exists; it does in the pod alone."""
+    """Replace the path of a file in the pod: click checks that the file of `--profiles` exists."""
     return re.sub(r"/etc/tuneyard/\S+", str(FOLDER / "values.yaml"), argument)
 
 
@@ -422,7 +423,7 @@ def _nodes(node: Object, path: str) -> Iterator[tuple[str, Object]]:
 
 
 def _comparable(node: Any) -> Any:
-    """A schema without what only Kubernetes knows, or only JSON Schema needs to be told."""
+    """Return a schema without the keywords that only Kubernetes or only JSON Schema has."""
     if isinstance(node, list):
         return [_comparable(item) for item in node]
     if not isinstance(node, dict):

@@ -24,13 +24,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 BASE = "localhost/tuneyard-test-base"
 CERTIFICATES = Path("/etc/ssl/certs")
 LIMIT_BYTES = 250 * 10**6
-# What Debian's own slim images leave out.
+# Folders that Debian's slim images leave out.
 NOT_IN_SLIM = ("usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info")
 
 
 @dataclass(frozen=True)
 class Buildah:
-    """Builds with a store of its own, and runs what it built."""
+    """Build images in a separate store and run them."""
 
     store: Path
 
@@ -43,7 +43,8 @@ class Buildah:
         return done
 
     def build(self, target: str, context: Path, base: str) -> str:
-        """A container of the image. Certificates of the machine are there while it is built."""
+        """Build an image and return a container of it. The build can read this machine's
+        certificates."""
         name = f"localhost/tuneyard-{target}"
         network = ["--isolation", "chroot", "--network", "host"]
         if CERTIFICATES.is_dir():
@@ -56,13 +57,13 @@ class Buildah:
         return self.run("from", image).stdout.strip()
 
     def size(self, container: str) -> int:
-        """Bytes of the unpacked image, its base included."""
+        """Return the bytes of the unpacked image, with its base."""
         root = Path(self.run("mount", container).stdout.strip())
         files = [path.lstat() for path in root.rglob("*")]
         return sum({file.st_ino: file.st_size for file in files}.values())  # links count once
 
     def call(self, container: str, *command: str) -> str:
-        """What a command says inside, as the image's user."""
+        """Run a command in the container as the image's user; return its output."""
         return self.run("run", "--isolation", "chroot", container, "--", *command).stdout
 
 
@@ -99,13 +100,13 @@ def operator(buildah: Buildah, base: str) -> str:
 
 
 def test_the_operators_image_is_small(buildah: Buildah, operator: str) -> None:
-    """Its base included: 230 MB when this was written, 125 of them the base."""
+    """With its base: measured 230 MB, 125 of them the base."""
     size = buildah.size(operator)
     print(f"the operator's image: {size / 1e6:.0f} MB")
     assert size < LIMIT_BYTES
 
 
-def test_the_operators_image_runs_the_operator_without_rights(
+def test_the_operators_image_runs_the_operator_without_privileges(
     buildah: Buildah, operator: str
 ) -> None:
     assert buildah.call(operator, "id", "-u").strip() == "1000"
@@ -121,8 +122,10 @@ def test_the_operators_image_has_neither_torch_nor_ray_nor_an_installer(
     assert buildah.call(operator, "python", "-c", look).split() == ["None"] * 3
 
 
-def test_what_the_lease_needs_survived_the_diet(buildah: Buildah, operator: str) -> None:
-    """The client loads its classes when they are first used, so importing it proves little."""
+def test_the_image_keeps_the_client_classes_that_the_lease_needs(
+    buildah: Buildah, operator: str
+) -> None:
+    """The client loads its classes at their first use, so an import alone proves little."""
     use = (
         "from kubernetes.aio import client as c; import kopf, kubernetes.aio.leaderelection;"
         "c.CoordinationV1Api; c.V1ObjectMeta; print(c.V1Lease(spec=c.V1LeaseSpec()).spec)"
@@ -130,10 +133,10 @@ def test_what_the_lease_needs_survived_the_diet(buildah: Buildah, operator: str)
     assert "lease_duration_seconds" in buildah.call(operator, "python", "-c", use)
 
 
-def test_the_trainers_image_has_what_kuberay_calls(
+def test_the_trainers_image_has_the_programs_that_kuberay_calls(
     buildah: Buildah, base: str, tmp_path: Path
 ) -> None:
-    """KubeRay's commands start with bash, and with a login shell's where it is told so."""
+    """KubeRay's commands start with bash, optionally as a login shell."""
     for name in ("operator", "trainer", "requirements"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for name in ("pyproject.toml", "README.md", "LICENSE", "Dockerfile", ".dockerignore"):
@@ -148,14 +151,14 @@ def test_the_trainers_image_has_what_kuberay_calls(
 
 
 def _give_up(reason: str) -> None:
-    """Skip, or fail where nothing may be skipped."""
+    """Skip the test, or fail it where tests must not be skipped."""
     if os.environ.get("TUNEYARD_REQUIRE_CLUSTER") == "1":
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason)
 
 
 def _mirror() -> str | None:
-    """The first of this machine's sources that has its release."""
+    """Return the first of this machine's mirrors that has its release; None: none has."""
     if shutil.which("apt-get") is None:
         return None
     form = ["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE)", "Identifier: Packages"]
@@ -173,7 +176,7 @@ def _release() -> str:
 
 
 def _debootstrap(root: Path, mirror: str) -> None:
-    """Debian as its slim images have it, with what python:3.12-slim has on top."""
+    """Make a root file system like python:3.12-slim's."""
     packages = "--include=ca-certificates,python3,python3-venv"
     command = [
         str(machine.find_tool("debootstrap")),

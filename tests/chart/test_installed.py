@@ -1,5 +1,5 @@
-"""The chart on a real API server: everything is admitted, and the operator may do what it needs and
-no more."""
+"""The chart on a real API server: all objects are admitted, and the operator has exactly the
+permissions that it needs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def chart(helm: Path) -> Chart:
 
 @pytest.fixture(scope="module")
 def installed(apiserver: Cluster, chart: Chart) -> Iterator[Cluster]:
-    """The chart, installed by Helm into a namespace that takes restricted pods alone."""
+    """The chart, installed by Helm into a namespace that admits restricted pods alone."""
     for name in (NAMESPACE, TEAM):
         label = {"pod-security.kubernetes.io/enforce": "restricted"} if name == NAMESPACE else {}
         body = {
@@ -49,7 +49,7 @@ def installed(apiserver: Cluster, chart: Chart) -> Iterator[Cluster]:
         }
         apiserver.kubectl("apply", "-f", "-", input=json.dumps(body))
     at = ("--kubeconfig", str(apiserver.kubeconfig), "--namespace", NAMESPACE)
-    # Helm 4 installs no chart whose definitions are there already under another manager's name.
+    # Helm 4 installs no chart whose CRDs exist under another field manager.
     definitions = ("-f", str(FOLDER / "crds"))
     apiserver.kubectl("delete", "--ignore-not-found", "--timeout=60s", *definitions)
     chart.run("install", "tuneyard", str(FOLDER), *at, values={"replicas": 2})
@@ -60,7 +60,7 @@ def installed(apiserver: Cluster, chart: Chart) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def may(installed: Cluster) -> Callable[..., bool]:
-    """Asks the API server what someone may do."""
+    """Return a function that asks the API server for a permission."""
     from kubernetes import client, config
 
     api = client.AuthorizationV1Api(config.new_client_from_config(str(installed.kubeconfig)))
@@ -90,13 +90,13 @@ def may(installed: Cluster) -> Callable[..., bool]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_api_server_admits_everything_and_warns_of_nothing(
+def test_the_api_server_admits_all_objects_without_a_warning(
     installed: Cluster, chart: Chart, variant: str
 ) -> None:
     objects = chart.render(VARIANTS[variant], name="dry", namespace=NAMESPACE)
     for item in objects:
         if item["metadata"].get("namespace") in ("team-a", "team-b"):
-            item["metadata"]["namespace"] = TEAM  # these must exist
+            item["metadata"]["namespace"] = TEAM  # this namespace exists
     text = yaml.safe_dump_all(item for item in objects if item["kind"] != "PodMonitor")
     arguments = ("--server-side", "--dry-run=server", "--validate=strict", "-f", "-")
     done = installed.kubectl("apply", *arguments, input=text)
@@ -104,7 +104,7 @@ def test_the_api_server_admits_everything_and_warns_of_nothing(
     assert len(done.stdout.splitlines()) == len([o for o in objects if o["kind"] != "PodMonitor"])
 
 
-def test_pods_of_the_operator_are_admitted_where_only_restricted_ones_are(
+def test_the_operators_pods_satisfy_the_restricted_standard(
     installed: Cluster,
 ) -> None:
     def pods() -> list[Object]:
@@ -116,7 +116,7 @@ def test_pods_of_the_operator_are_admitted_where_only_restricted_ones_are(
     _wait(lambda: len(pods()) == 2, "two pods")
 
 
-def test_the_operator_may_do_what_it_needs(may: Callable[..., bool]) -> None:
+def test_the_operator_has_the_permissions_that_it_needs(may: Callable[..., bool]) -> None:
     for right in rights.each(rights.JOBS):
         assert may(right, TEAM), right
     for right in rights.each(rights.REVIEWS, rights.DISCOVERY):
@@ -181,7 +181,7 @@ def test_in_the_cluster_it_may_not(may: Callable[..., bool], right: rights.Right
 
 
 def test_kubernetes_own_roles_include_jobs(installed: Cluster, may: Callable[..., bool]) -> None:
-    """Aggregated by the controller manager, a moment after the chart is installed."""
+    """The controller manager aggregates them a moment after the installation."""
     for role in ("view", "edit"):
         binding = (
             "create",
@@ -200,32 +200,33 @@ def test_kubernetes_own_roles_include_jobs(installed: Cluster, may: Callable[...
     assert not may(status, TEAM, "editer", ("users",))
 
 
-def test_the_operator_is_never_refused_anything(installed: Cluster, tmp_path: Path) -> None:
-    """The operator itself, with the chart's rights, takes a job from its creation to the erasure of
+def test_no_request_of_the_operator_is_refused(installed: Cluster, tmp_path: Path) -> None:
+    """Run the operator with the chart's permissions, from the creation of a job to the erasure of
     its output."""
     with _operator(installed, tmp_path, "tuneyard") as log:
-        _live_and_die(installed, "everywhere", log)
+        _create_and_delete(installed, "everywhere", log)
     text = log.read_text()
     assert "orbidden" not in text
     assert "403" not in text
 
 
-def test_the_operator_needs_no_rights_outside_its_namespaces(
+def test_the_operator_needs_no_permissions_outside_its_namespaces(
     installed: Cluster, chart: Chart, tmp_path: Path
 ) -> None:
-    """Here it is refused to list namespaces and definitions, and does without."""
+    """Listing namespaces and CRDs is forbidden here, and the operator works without it."""
     objects = chart.render({"watchNamespaces": [TEAM]}, name="narrow", namespace=NAMESPACE)
     wanted = [item for item in objects if item["kind"] != "Deployment"]
     installed.kubectl("apply", "--server-side", "-f", "-", input=yaml.safe_dump_all(wanted))
     with _operator(installed, tmp_path, "narrow", namespaces=TEAM) as log:
-        _live_and_die(installed, "narrow", log)
+        _create_and_delete(installed, "narrow", log)
 
 
 # ---- helpers ----------------------------------------------------------------------------------
 
 
-def _live_and_die(cluster: Cluster, name: str, log: Path) -> None:
-    """A job gets its RayJob; deleted, it loses that and has its output erased."""
+def _create_and_delete(cluster: Cluster, name: str, log: Path) -> None:
+    """Create a job and wait for its RayJob; delete the job and wait for the erasure of its
+    output."""
 
     def names(kind: str) -> str:
         of = ("--selector", f"tuneyard.io/job={name}")
@@ -241,7 +242,7 @@ def _live_and_die(cluster: Cluster, name: str, log: Path) -> None:
 
 
 class _operator:  # noqa: N801  reads as a function
-    """The operator as a process of this machine, as its ServiceAccount; gives its log."""
+    """The operator as a process of this machine with its ServiceAccount; the value is its log."""
 
     def __init__(self, cluster: Cluster, folder: Path, release: str, **more: str) -> None:
         self._kubeconfig, self._log = folder / "kubeconfig", folder / "log"

@@ -1,4 +1,4 @@
-"""A cluster with the operator installed, two volumes, and a way to look into them."""
+"""A cluster with the operator, two volumes, and pods that can read the volumes."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ VOLUMES = ("data", "models")
 
 @dataclass(frozen=True)
 class Platform:
-    """What a user of the cluster sees."""
+    """A user's access to the cluster."""
 
     cluster: Cluster
     namespace: str = NAMESPACE
     kind: str = "ftj"
-    """Of the jobs that are asked about: ftj or aj."""
+    """Short name of the kind of jobs: ftj or aj."""
 
     def kubectl(self, *arguments: str, input: str | None = None) -> str:
         return self.cluster.kubectl("-n", self.namespace, *arguments, input=input).stdout
@@ -54,13 +54,13 @@ class Platform:
         return items
 
     def pods(self, job: str, *, role: str | None = None, attempt: int | None = None) -> list[str]:
-        """Names of a job's pods. `role`: head or worker."""
+        """Return the names of a job's pods. `role`: head or worker."""
         labels = {"tuneyard.io/job": job, "ray.io/node-type": role, "tuneyard.io/attempt": attempt}
         selector = ",".join(f"{key}={value}" for key, value in labels.items() if value is not None)
         return [pod["metadata"]["name"] for pod in self.items("pods", selector)]
 
     def until_step(self, job: str, *, attempt: int, step: int) -> None:
-        """Returns when the attempt told of at least that step of its training."""
+        """Wait until the attempt has reported at least this step."""
 
         def reached() -> bool:
             status = self.status(job)
@@ -71,7 +71,7 @@ class Platform:
         self.until(f"attempt {attempt} of {job} is at step {step}", reached, 420)
 
     def wait(self, name: str, condition: str, seconds: int = 540) -> None:
-        """`kubectl wait`, as a user would; shows how far it got where it fails."""
+        """Run `kubectl wait`; a failure shows the job's status."""
         try:
             self.kubectl(
                 "wait", self.kind, name, f"--for=condition={condition}", f"--timeout={seconds}s"
@@ -87,7 +87,7 @@ class Platform:
     def until(
         self, what: str, condition: Callable[[], Any], seconds: float = 300, every: float = 1.0
     ) -> Any:
-        """The first true answer."""
+        """Return the first true value."""
         deadline = time.monotonic() + seconds
         while not (answer := condition()):
             if time.monotonic() > deadline:
@@ -96,7 +96,7 @@ class Platform:
         return answer
 
     def run(self, name: str, script: str, files: dict[str, str] | None = None) -> str:
-        """What a Python script prints in a pod that has the volumes at /data and /models."""
+        """Run a Python script in a pod with the volumes at /data and /models; return its output."""
         config = {"script.py": script, **(files or {})}
         mounts = [{"name": volume, "mountPath": f"/{volume}"} for volume in VOLUMES]
         claims = [
@@ -151,9 +151,9 @@ class Platform:
 
 @pytest.fixture(scope="session")
 def platform(cluster: Cluster, helm: Path) -> Iterator[Platform]:
-    """The operator runs under its own ServiceAccount, from the chart as it is shipped; pods of jobs
-    must satisfy the restricted standard."""
-    if cluster.rig is not None:  # a cluster that was given has it: scripts/kind.sh
+    """The operator runs from the shipped chart with its own ServiceAccount; pods of jobs must
+    satisfy the restricted standard."""
+    if cluster.rig is not None:  # a given cluster has the images: scripts/kind.sh
         _install(cluster, Chart(helm))
     cluster.kubectl("create", "namespace", NAMESPACE)
     restricted = "pod-security.kubernetes.io/enforce=restricted"
@@ -186,7 +186,7 @@ def _install(cluster: Cluster, chart: Chart) -> None:
     objects = [item for item in yaml.safe_load_all(text) if item]
     for item in objects:
         if item["kind"] == "Deployment":
-            # The rig's image is this machine, which has no entry point.
+            # The rig's image is this machine's file system, which has no entry point.
             item["spec"]["template"]["spec"]["containers"][0]["command"] = ["tuneyard"]
     cluster.kubectl("create", "namespace", OPERATOR_NAMESPACE)
     cluster.kubectl("apply", "--server-side", "-f", "-", input=yaml.safe_dump_all(objects))
@@ -195,7 +195,7 @@ def _install(cluster: Cluster, chart: Chart) -> None:
 
 
 def _volume(cluster: Cluster, name: str) -> Iterator[Object]:
-    """On kind the default storage class provides it; on the rig it is a folder of the rig's own."""
+    """Make a volume: on kind by the default storage class, on the rig from a folder."""
     claim: Object = {
         "accessModes": ["ReadWriteOnce"],
         "resources": {"requests": {"storage": "1Gi"}},
@@ -203,7 +203,7 @@ def _volume(cluster: Cluster, name: str) -> Iterator[Object]:
     if cluster.rig is not None:
         folder = cluster.rig.state.root / "volumes" / name
         folder.mkdir(parents=True)
-        folder.chmod(0o777)  # a hostPath knows no fsGroup
+        folder.chmod(0o777)  # a hostPath ignores fsGroup
         for parent in folder.parents[: len(folder.relative_to(cluster.rig.state.root).parts)]:
             parent.chmod(parent.stat().st_mode | 0o11)
         claim |= {"storageClassName": "", "volumeName": name}

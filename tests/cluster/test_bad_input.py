@@ -1,4 +1,4 @@
-"""What no schema can refuse: the job ends, says why, and names the field to change.
+"""Faults that no schema can refuse: the job fails with a reason and the field to change.
 
 All of them at once on a real node, where the scheduler, the kubelet, the runtime, KubeRay and the
 kernel say what they say.
@@ -20,31 +20,31 @@ from tests.cluster.jobs import quickstart
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
 START_SECONDS = 45
-"""Enough for a kubelet on a busy machine to say what is wrong."""
+"""Enough for a kubelet on a busy machine to report the problem."""
 STRICT = "tuning-strict"
-"""A namespace whose quota takes a head and no worker."""
+"""A namespace whose quota admits a head and no worker."""
 
 Object = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Bad:
-    """A manifest, and the end it comes to."""
+    """A manifest and its expected failure."""
 
     spec: Object
     reason: str
     message: tuple[str, ...]
     advice: str
     is_patient: bool = False
-    """It ends by itself, and not because its pods did not start in time."""
+    """Whether it fails on its own, not by the start deadline."""
 
 
 def _compute(**more: str | int) -> Object:
     return {**quickstart("any", steps=1)["spec"]["compute"], "cpusPerWorker": "100m", **more}
 
 
-# On a node of two cores: first those whose heads must be scheduled, so that their workers are what
-# is wrong with them.
+# On a node with two cores the jobs whose heads must be scheduled come first, so that only their
+# workers are pending.
 BAD: Mapping[str, Bad] = {
     "gpu": Bad(
         {"compute": _compute(gpusPerWorker=1)},
@@ -74,7 +74,7 @@ BAD: Mapping[str, Bad] = {
         "credentials",
     ),
     "quota": Bad(
-        {  # nothing that would have to be in its namespace
+        {  # nothing that its namespace would have to contain
             "data": {"train": [{"uri": "hf://datasets/org/rows/train.jsonl"}]},
             "output": {"uri": "s3://bucket/quota"},
         },
@@ -108,7 +108,7 @@ BAD: Mapping[str, Bad] = {
 
 @pytest.fixture(scope="module")
 def ended(platform: Platform) -> Iterator[Mapping[str, Platform]]:
-    """Where each job is, all of them applied at once."""
+    """Return the platform of each job; all jobs are applied at once."""
     cluster = platform.cluster
     cluster.kubectl("create", "namespace", STRICT)
     strict = replace(platform, namespace=STRICT)
@@ -132,7 +132,7 @@ def ended(platform: Platform) -> Iterator[Mapping[str, Platform]]:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_job_that_cannot_work_says_why_and_what_to_change(
+def test_a_job_that_cannot_run_reports_why_and_what_to_change(
     ended: Mapping[str, Platform], name: str
 ) -> None:
     place, bad = ended[name], BAD[name]

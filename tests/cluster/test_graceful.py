@@ -1,4 +1,4 @@
-"""Ends that are announced lose nothing: suspended by the user, evicted from the node."""
+"""Announced ends lose no step: a suspension by the user and an eviction from the node."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tests.cluster.jobs import quickstart
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
-def test_a_suspended_and_an_evicted_job_go_on_at_the_very_step(platform: Platform) -> None:
-    steps = 90  # long enough that neither end comes too late
+def test_a_suspended_and_an_evicted_job_continue_at_the_same_step(platform: Platform) -> None:
+    steps = 90  # enough that the job still runs at both ends
     training = {
         **quickstart("patient", steps=steps)["spec"]["training"],
-        "checkpointSteps": 1000,  # none but those that the ends ask for
+        "checkpointSteps": 1000,  # no checkpoints but those of the two ends
     }
     platform.apply(quickstart("patient", steps=steps, training=training))
 
@@ -30,7 +30,7 @@ def test_a_suspended_and_an_evicted_job_go_on_at_the_very_step(platform: Platfor
     stopped_at = platform.status("patient")["attempts"][0]["lastStep"]
     platform.until_step("patient", attempt=2, step=stopped_at + 3)
     for pod in platform.pods("patient", role="worker"):
-        platform.kubectl("delete", "pod", pod, "--wait=false")  # as `kubectl drain` does it
+        platform.kubectl("delete", "pod", pod, "--wait=false")  # as `kubectl drain` does
     platform.wait("patient", "Succeeded")
 
     first, second, third = platform.status("patient")["attempts"]
@@ -44,5 +44,5 @@ def test_a_suspended_and_an_evicted_job_go_on_at_the_very_step(platform: Platfor
     assert second["stepsLost"] == 0
 
 
-def _suspend(wish: bool) -> str:
-    return json.dumps({"spec": {"runPolicy": {"suspend": wish}}})
+def _suspend(suspend: bool) -> str:
+    return json.dumps({"spec": {"runPolicy": {"suspend": suspend}}})

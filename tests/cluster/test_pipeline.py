@@ -1,4 +1,4 @@
-"""Data, fine-tuning, reward model and PPO in one AlignmentJob, killed between two of the steps."""
+"""SFT, reward model and PPO in one AlignmentJob that is killed between two of its stages."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ import os, pathlib, signal, sys, time
 signal.alarm(240)
 while not pathlib.Path(sys.argv[1]).exists():
     time.sleep(0.005)
-os.kill(-1, signal.SIGKILL)  # whatever runs in the pod
+os.kill(-1, signal.SIGKILL)  # every process of the pod
 """
-"""Waits in a pod for a stage's record and ends the pod at once, before the next stage gets far."""
+"""Wait in a pod for a stage's record and end the pod at once, early in the next stage."""
 
 RECORDS = """
 import json, pathlib
@@ -38,7 +38,7 @@ print(json.dumps({record["stage"]: {name: record[name] for name in kept} for rec
 """
 
 
-def test_a_pipeline_that_is_killed_between_two_steps_goes_on_at_the_next_one(
+def test_a_pipeline_that_is_killed_between_two_stages_continues_at_the_next_one(
     platform: Platform,
 ) -> None:
     tiny = (Path(__file__).parent / "tiny_model.py").read_text()
@@ -72,7 +72,7 @@ def test_a_pipeline_that_is_killed_between_two_steps_goes_on_at_the_next_one(
 
 
 def _kill_worker(platform: Platform, *, after: str) -> None:
-    """Ends the job's worker as soon as the record of that stage exists."""
+    """End the job's worker as soon as the record of this stage exists."""
 
     def running() -> list[str]:
         pods = platform.items("pods", f"tuneyard.io/job={JOB},ray.io/node-type=worker")
@@ -88,13 +88,13 @@ def _kill_worker(platform: Platform, *, after: str) -> None:
 
 
 def _ended(platform: Platform) -> dict[str, Any] | None:
-    """The job's last status."""
+    """Return the final status of the job; None: it has not ended."""
     status = platform.status(JOB)
     return status if status["phase"] in ("Succeeded", "Failed") else None
 
 
 def _second_attempt(platform: Platform) -> dict[str, Any] | None:
-    """The status once there is one."""
+    """Return the status once it has a second attempt; None: not yet."""
     status = platform.status(JOB)
     assert "failure" not in status, status
     return status if len(status.get("attempts") or []) > 1 else None

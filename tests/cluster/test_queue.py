@@ -1,4 +1,4 @@
-"""A job in a queue of Kueue's: it waits, is admitted, gives way, and waits again."""
+"""A job in a Kueue queue: it waits, is admitted, is evicted, and waits again."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ QUEUES = (
 
 
 def _urgent(image: str | None) -> Object:
-    """Somebody else's job, which takes almost all of the queue's memory. Its pod never starts."""
+    """Return another user's job, which takes almost all of the queue's memory; its pod never
+    starts."""
     labels = {f"{LABEL}/queue-name": QUEUE, f"{LABEL}/priority-class": URGENT}
     container = {
         "name": "main",
@@ -91,7 +92,7 @@ def queued(platform: Platform) -> Iterator[Platform]:
         pytest.skip("the cluster that was given has no Kueue")
     platform.apply(*QUEUES, _quota(memory="2Gi"))
     yield platform
-    # The next test finds the node as empty as this one did.
+    # Leave the node empty for the next test.
     platform.kubectl("delete", "finetunejob", JOB, "--ignore-not-found", "--timeout=240s")
     for kind, name in (
         ("job", URGENT),
@@ -114,11 +115,11 @@ def _waits_for_quota(platform: Platform) -> bool:
     return admitted.get("status") == "False" and "memory" in admitted["message"]
 
 
-def test_a_job_waits_for_its_queue_and_gives_way_to_a_more_urgent_one(queued: Platform) -> None:
-    policy = {"queue": QUEUE, "maxAttempts": 1}  # to give way is no attempt
+def test_a_job_waits_for_its_queue_and_is_evicted_by_a_more_urgent_one(queued: Platform) -> None:
+    policy = {"queue": QUEUE, "maxAttempts": 1}  # an eviction does not count
     training = {
         **quickstart(JOB, steps=1000)["spec"]["training"],
-        "checkpointSteps": 1000,  # none but the one that giving way asks for
+        "checkpointSteps": 1000,  # no checkpoint but the one of the eviction
     }
     queued.apply(quickstart(JOB, steps=1000, runPolicy=policy, training=training))
 

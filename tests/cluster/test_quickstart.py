@@ -44,7 +44,7 @@ def test_an_applied_manifest_becomes_a_tuned_model(platform: Platform) -> None:
     platform.until("the cluster is gone", lambda: not platform.items("rayclusters"), 120)
     platform.until("its RayJob too", lambda: not platform.items("rayjobs"), 30)
     platform.until("the pods are gone", lambda: not platform.pods("whole"), 120)
-    assert _story(platform, "whole") == [
+    assert _event_reasons(platform, "whole") == [
         *("Planned", "AttemptStarted", "Running"),
         *("StageSucceeded", "StageSucceeded", "StageSucceeded", "StageSucceeded"),
         "Succeeded",
@@ -55,7 +55,7 @@ def test_an_applied_manifest_becomes_a_tuned_model(platform: Platform) -> None:
 
 
 def _shown_beyond(platform: Platform, percentage: int) -> str:
-    """What `kubectl get ftj` prints once the job is further than that; it fails if it never is."""
+    """Return the output of `kubectl get ftj` once the progress exceeds `percentage`."""
 
     def shown() -> str:
         progress = platform.status("whole").get("progress") or {}
@@ -71,14 +71,14 @@ def _shown_beyond(platform: Platform, percentage: int) -> str:
 
 
 def _progress(text: str) -> int:
-    """The column `Progress%` of `kubectl get ftj`."""
+    """Return the column `Progress%` of `kubectl get ftj`."""
     heading, row = text.splitlines()
     start = heading.index("PROGRESS%")
     return int(row[start:].split()[0])
 
 
-def _story(platform: Platform, job: str) -> list[str]:
-    """The reasons of the job's events, in their order; the same twice in a second is sorted."""
+def _event_reasons(platform: Platform, job: str) -> list[str]:
+    """Return the reasons of the job's events in order of time; within a second they are sorted."""
     order = ["Planned", "AttemptStarted", "Running", "StageSucceeded", "Succeeded"]
     events = [
         (event["firstTimestamp"], event["reason"])
@@ -89,7 +89,7 @@ def _story(platform: Platform, job: str) -> list[str]:
     return [reason for _, reason in sorted(events, key=lambda e: (e[0], order.index(e[1])))]
 
 
-def test_a_worker_and_then_the_head_are_killed_and_little_is_done_twice(
+def test_after_a_killed_worker_and_a_killed_head_few_steps_are_repeated(
     platform: Platform,
 ) -> None:
     platform.apply(quickstart("survivor", steps=40))

@@ -1,4 +1,5 @@
-"""A script for a pod: a Llama of random weights, with its tokenizer, on the volume of the data."""
+"""A script for a pod: it writes a Llama with random weights and its tokenizer to the data
+volume."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ CHATML = (
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each byte, and ChatML's."""
+    """Return a tokenizer with one token for each byte and the tokens of ChatML."""
     words = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     plain = Tokenizer(BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

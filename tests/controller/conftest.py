@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def served(apiserver: Cluster) -> Cluster:
-    """The API server, which knows Tuneyard's kinds."""
+    """The API server with Tuneyard's CRDs."""
     apiserver.define(CRDS)
     return apiserver
 
@@ -28,7 +28,7 @@ def served(apiserver: Cluster) -> Cluster:
 def new_scene(
     served: Cluster, helm: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], Scene]]:
-    """Makes a namespace in which no operator runs yet, by a prefix of its name."""
+    """Make namespaces without an operator, by a prefix of the name."""
     with ExitStack() as stack:
 
         def make(prefix: str) -> Scene:
@@ -46,7 +46,7 @@ def module_scene(
     new_scene: Callable[[str], Scene],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[OperatedScene]:
-    """The module's namespace, its operator and the proxy between that and the API server."""
+    """The module's namespace, its operator and the operator's proxy to the API server."""
     name = request.module.__name__.rpartition("test_")[2].replace("_", "-")
     folder = tmp_path_factory.mktemp(name)
     with operated(new_scene(name), folder) as made:
@@ -55,7 +55,7 @@ def module_scene(
 
 @pytest.fixture
 def scene(module_scene: OperatedScene) -> Iterator[OperatedScene]:
-    """The module's, healthy before and after."""
+    """The module's scene, with a running operator and no faults."""
     if not module_scene.operator.is_alive:
         module_scene.operator.start()
         module_scene.operator.wait_until_active()

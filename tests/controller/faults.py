@@ -34,12 +34,12 @@ from yarl import URL
 
 START_SECONDS = 20
 LINE_BYTES = 16 << 20
-"""A watch's longest line: objects are up to 1.5 MiB."""
+"""The longest line of a watch: objects have up to 1.5 MiB."""
 NUM_VERSIONS = 50
-"""How many versions of one object or list are remembered, to be served stale."""
+"""Number of versions of an object or list that are kept, to be served as stale."""
 
 WRITES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
-# Written for their answer or by the clock: neither is a step of the operator's work.
+# Requests for a review or by the clock: neither is a step of the operator's work.
 NO_STEPS = re.compile(r"/leases(/|$)|/tokenreviews$|/(self)?subjectaccessreviews$")
 HOP_BY_HOP = frozenset({"connection", "content-length", "host", "keep-alive", "transfer-encoding"})
 
@@ -57,11 +57,12 @@ class Request:
 
     @property
     def is_write(self) -> bool:
-        """A step of the operator's work; renewing a lease is none, nor is asking about a token."""
+        """Whether it is a step of the operator's work: neither a Lease renewal nor a token
+        review."""
         return self.verb in WRITES and not NO_STEPS.search(self.path)
 
     def json(self) -> Any:
-        """The body; patches and objects alike are JSON."""
+        """Return the body of an object or a patch."""
         return json.loads(self.body)
 
 
@@ -73,7 +74,7 @@ def anything(request: Request) -> bool:
 
 
 def on(verb: str, path: str = "") -> Predicate:
-    """Requests of this verb whose path the pattern is found in."""
+    """Match requests with this verb whose path contains the pattern."""
     pattern = re.compile(path)
     return lambda request: verb == request.verb and bool(pattern.search(request.path))
 
@@ -83,7 +84,7 @@ def on(verb: str, path: str = "") -> Predicate:
 
 @dataclass(frozen=True)
 class Answer:
-    """An error in the API server's place, which never sees the request."""
+    """An error response; the API server does not get the request."""
 
     code: int
     """409, 429, 500, ..."""
@@ -94,31 +95,31 @@ class Answer:
 
 @dataclass(frozen=True)
 class Cut:
-    """The connection breaks: `before` the server sees the request, or `after` it has answered."""
+    """A broken connection: `before` the server gets the request, or `after` it has responded."""
 
     when: Literal["before", "after"]
     then: Callable[[], None] = lambda: None
-    """Called at that moment, in the proxy's thread: `process.kill`, say."""
+    """Called at that moment in the proxy's thread: for example `process.kill`."""
 
 
 @dataclass(frozen=True)
 class Delay:
-    """The request, and each piece of a watch, comes so much later."""
+    """A delay of the request and of each chunk of a watch."""
 
     seconds: float
 
 
 @dataclass(frozen=True)
 class Gone:
-    """A watch is told that its resource version is too old, as API servers tell it."""
+    """The API server's error to a watch that its resource version is too old."""
 
 
 @dataclass(frozen=True)
 class Stale:
-    """A read is answered with an older version that passed through this proxy, if there was one."""
+    """A response with an older version that passed through this proxy, if there is one."""
 
     versions: int = 1
-    """How many versions back; fewer where fewer are known."""
+    """Number of versions back; fewer if fewer are known."""
 
 
 Fault: TypeAlias = Answer | Cut | Delay | Gone | Stale
@@ -126,8 +127,8 @@ WriteHook: TypeAlias = Callable[[int, str, str], Fault | None]
 
 
 def kill_at(number: int, kill: Callable[[], None], *, reached: bool) -> WriteHook:
-    """Call `kill` at the n-th write: before the API server sees it, or once it has been `reached`
-    and before its answer is handed back."""
+    """Return a hook that calls `kill` at the n-th write: before the API server gets it or, with
+    `reached`, after it and before the response is sent back."""
 
     def hook(n: int, method: str, path: str) -> Fault | None:
         if n != number:
@@ -148,7 +149,7 @@ class _Rule:
 
 
 class FaultProxy:
-    """The proxy; a context manager. `folder` takes its certificate and its kubeconfig."""
+    """The proxy: a context manager. Its certificate and kubeconfig are written to `folder`."""
 
     def __init__(self, kubeconfig: Path, folder: Path) -> None:
         self._upstream = _Upstream(kubeconfig, folder)
@@ -165,9 +166,10 @@ class FaultProxy:
         self._stop = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="fault-proxy", daemon=True)
         self.kubeconfig = folder / "fault-proxy.kubeconfig"
-        """For the operator under test."""
+        """The kubeconfig of the operator under test."""
         self.on_write: WriteHook | None = None
-        """Called with (n, method, path) for each write, from 1; what it returns befalls it."""
+        """Called with (n, method, path) for each write, from 1; it returns the fault of the
+        write."""
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -180,19 +182,19 @@ class FaultProxy:
         self._thread.join(START_SECONDS)
 
     def add(self, fault: Fault, when: Predicate, times: int | None = 1) -> None:
-        """Let the fault befall the next `times` requests that match, None: all. First come, first
-        served: of several faults that match, the oldest befalls."""
+        """Apply the fault to the next `times` requests that match; None: to all. Of several faults
+        that match, the oldest is applied."""
         with self._lock:
             self._rules.append(_Rule(fault, when, times))
 
     def heal(self) -> None:
-        """Forget every fault that was asked for, and the hook."""
+        """Remove all faults and the hook."""
         with self._lock:
             self._rules.clear()
         self.on_write = None
 
     def drop_watches(self, when: Predicate = anything) -> int:
-        """Break every running watch that matches; how many there were."""
+        """Break every running watch that matches; return their number."""
         with self._lock:
             dropped = [each for each, request in self._watches.items() if when(request)]
         for transport in dropped:
@@ -200,7 +202,7 @@ class FaultProxy:
         return len(dropped)
 
     def requests(self, when: Predicate = anything) -> list[Request]:
-        """Every request so far that matches, in order, those that met a fault included."""
+        """Return all requests so far that match, in order, with and without a fault."""
         with self._lock:
             return [request for request in self._requests if when(request)]
 
@@ -209,7 +211,7 @@ class FaultProxy:
 
     @property
     def num_writes(self) -> int:
-        """How many steps of work there were: `Request.is_write`."""
+        """Number of requests that are writes (`Request.is_write`)."""
         return self._num_writes
 
     # ---- in the proxy's thread --------------------------------------------------------------
@@ -273,7 +275,7 @@ class FaultProxy:
             return web.Response(body=content, status=answer.status, headers=_headers(answer))
 
     def _note(self, request: Request) -> Fault | None:
-        """Write the request down and choose its fate."""
+        """Record the request and return its fault; None: none."""
         with self._lock:
             self._requests.append(request)
             self._num_writes += request.is_write
@@ -316,7 +318,7 @@ class FaultProxy:
 
 
 class _Versions:
-    """The versions of objects and lists that passed through, oldest first."""
+    """The versions of objects and lists that passed through the proxy, oldest first."""
 
     def __init__(self) -> None:
         self._known: dict[str, list[bytes]] = {}
@@ -347,14 +349,14 @@ class _Versions:
 
 
 def _subject(request: Request) -> str:
-    """What is read or written: an object by its path, a list by its selectors too."""
+    """Return the key of an object or list: the path, for a list with its selectors."""
     which = {key: request.query[key] for key in sorted(request.query) if key.endswith("Selector")}
     path = request.path.removesuffix("/status")
     return f"{path}?{which}" if which else path
 
 
 def _path_of(collection: str, metadata: Mapping[str, str]) -> str:
-    """The object's own path, where the watched collection may be that of all namespaces."""
+    """Return the object's path; the watched collection may span all namespaces."""
     namespace = metadata.get("namespace")
     if namespace and "/namespaces/" not in collection:
         above, _, plural = collection.rpartition("/")
@@ -373,7 +375,7 @@ def _version(content: bytes) -> object:
 
 
 class _Upstream:
-    """The real API server, and two ways to it: as the kubeconfig's user, or with a token."""
+    """The real API server, reached as the kubeconfig's user or with the caller's token."""
 
     def __init__(self, kubeconfig: Path, folder: Path) -> None:
         config = yaml.safe_load(kubeconfig.read_text(encoding="utf-8"))
@@ -411,7 +413,7 @@ class _Upstream:
     async def send(
         self, incoming: web.BaseRequest, body: bytes
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        # With a certificate beside it, API servers would not look at the token.
+        # With a client certificate, API servers would ignore the token.
         bare, known = self._sessions
         headers = {
             key: value
@@ -455,7 +457,7 @@ class _Upstream:
         return ssl.create_default_context(cafile=self._file(self._cluster, "certificate-authority"))
 
     def _file(self, holder: Mapping[str, str], key: str) -> str | None:
-        """A file that kubeconfigs name, or carry in themselves."""
+        """Return the path of a file that a kubeconfig names or contains."""
         if data := holder.get(f"{key}-data"):
             path = self._folder / f"fault-proxy-{key}"
             path.write_bytes(base64.b64decode(data))
@@ -468,7 +470,7 @@ def _named(entries: list[dict[str, Any]], name: str) -> dict[str, Any]:
 
 
 def _write_certificate(folder: Path) -> Path:
-    """A certificate that is its own authority, with its key, in one file."""
+    """Write a self-signed certificate and its key into one file."""
     path = folder / "fault-proxy.pem"
     command = ["openssl", "req", "-x509", "-nodes", "-days", "2", "-subj", "/CN=fault-proxy"]
     command += ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
@@ -513,7 +515,7 @@ REASONS = {
 
 
 def _gone() -> web.Response:
-    """API servers answer 200 first: they find out while they stream."""
+    """Return the error as API servers send it: within a stream whose status is 200."""
     event = {"type": "ERROR", "object": _status(410, "Expired")}
     return web.Response(body=json.dumps(event).encode() + b"\n", content_type="application/json")
 

@@ -1,4 +1,4 @@
-"""`tuneyard operator` as a process of its own, for tests that start, kill and restart it."""
+"""`tuneyard operator` as a separate process, for tests that start, kill and restart it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ COMMAND = "from tuneyard.cli.main import main; main()"
 def wait_until(condition: Callable[[], object], timeout_seconds: float = 60) -> None:
     deadline = time.monotonic() + timeout_seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.1)
 
 
 class Operator:
-    """One replica; a context manager that starts it and leaves no process behind.
+    """One replica: a context manager that starts it and ends it.
 
     `options` are the command's, with `_` for `-`: `Operator(kubeconfig, tmp_path, lease="mine")`.
     """
@@ -36,9 +36,9 @@ class Operator:
         self.metrics_port = self._ports.take()
         options = {"identity": "one", "metrics_port": str(self.metrics_port), **options}
         self._arguments = [
-            word
+            argument
             for name, value in options.items()
-            for word in (f"--{name.replace('_', '-')}", value)
+            for argument in (f"--{name.replace('_', '-')}", value)
         ]
         self._kubeconfig = kubeconfig
         self._log = folder / f"operator-{options['identity']}.log"
@@ -54,7 +54,7 @@ class Operator:
 
     @property
     def log(self) -> str:
-        """What every one of its lives wrote."""
+        """The log of all its runs."""
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
     @property
@@ -62,7 +62,7 @@ class Operator:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Start it, again if it was started before."""
+        """Start the process."""
         environment = {**os.environ, "KUBECONFIG": str(self._kubeconfig)}
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -77,19 +77,19 @@ class Operator:
         assert self.is_alive, self.log
 
     def kill(self) -> None:
-        """SIGKILL, and no child left; safe to repeat and to call from another thread."""
+        """Kill the process and wait for its end; safe to repeat and to call from another thread."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
     def end(self, number: signal.Signals = signal.SIGTERM, timeout_seconds: float = 30) -> int:
-        """Tell it to end; its exit code."""
+        """Send a signal and return the exit code."""
         assert self._process is not None
         self._process.send_signal(number)
         return self._process.wait(timeout_seconds)
 
     def exposition(self) -> str:
-        """The text of /metrics; "" if nobody answers."""
+        """Return the text of /metrics; "": no response."""
         url = f"http://127.0.0.1:{self.metrics_port}/metrics"
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
@@ -100,7 +100,7 @@ class Operator:
             return ""
 
     def metric(self, name: str, /, **labels: str) -> float | None:
-        """The value of the first sample with these labels; None: there is none."""
+        """Return the value of the first sample with these labels; None: there is none."""
         for family in text_string_to_metric_families(self.exposition()):
             for sample in family.samples:
                 if sample.name == name and labels.items() <= sample.labels.items():

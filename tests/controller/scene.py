@@ -1,12 +1,12 @@
-"""A namespace of a real API server and the operator that serves it; KubeRay is operated by hand.
+"""A namespace of a real API server and the operator that serves it. The test acts as KubeRay.
 
     job = scene.create("first")
-    attempt = job.attempt(1)      # waits until its RayJob is there
-    attempt.run()                 # its pods are there and its driver runs
+    attempt = job.attempt(1)      # waits until its RayJob exists
+    attempt.run()                 # its pods exist and its driver runs
     attempt.end(FAILED)
 
-The operator has the rights of the chart and no others, and reaches the API server through a proxy
-that can fail. Tests go past that proxy, as the cluster's administrator.
+The operator has the permissions of the chart and no others. It reaches the API server through a
+proxy that can fail; the tests reach it directly, as the cluster's administrator.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from rig.ports import Reservation
 from tests.chart.rendering import Chart
 from tests.controller.faults import FaultProxy, on
 from tests.controller.running import Operator
+from tuneyard.api.pods import CA_VARIABLE, OUTCOME_PREFIX, PROGRESS_URL_VARIABLE
 
 if TYPE_CHECKING:
     from rig.plugin import Cluster
@@ -40,7 +41,7 @@ PATIENCE_SECONDS = 90.0
 POLL_SECONDS = 0.1
 QUIET_SECONDS = 2.5
 HOLD = "tests.tuneyard.io/hold"
-"""A finalizer: whatever has it stays."""
+"""A finalizer: an object that has it is not removed."""
 TOKEN_SECONDS = 3600
 MERGE = "application/merge-patch+json"
 
@@ -63,25 +64,26 @@ SPECS: Mapping[str, Object] = {
 def eventually(
     condition: Callable[[], T], seconds: float = PATIENCE_SECONDS, *, context: object = ""
 ) -> T:
-    """The first value of the condition that is true. `context` is shown when there is none: a
-    value, or a function that gives it."""
+    """Return the first true value of the condition. `context`, a value or a function that returns
+    one, explains a failure."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         if time.monotonic() > deadline:
-            raise AssertionError(f"waited in vain: {context() if callable(context) else context}")
+            shown = context() if callable(context) else context
+            raise AssertionError(f"the condition did not become true: {shown}")
         time.sleep(POLL_SECONDS)
     return value
 
 
 def consistently(condition: Callable[[], object], seconds: float = QUIET_SECONDS) -> None:
-    """The condition holds, and goes on holding."""
+    """Assert that the condition stays true for so many seconds."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        assert condition(), "it held, and then no more"
+        assert condition(), "the condition became false"
         time.sleep(POLL_SECONDS)
 
 
-# ---- what a driver says -------------------------------------------------------------------------
+# ---- posts and outcomes of a driver -------------------------------------------------------------
 
 
 def outcome(state: str, reason: str = "", *, retryable: bool = False, **more: Any) -> Object:
@@ -93,25 +95,25 @@ SUCCEEDED = outcome("Succeeded", result={"uri": "pvc://models/out/result", "dige
 INTERRUPTED = outcome("Interrupted", retryable=True)
 
 
-def post(attempt: int, step: int = 0, *, loss: float = 1.5, **picture: Any) -> Object:
-    """The body of a progress post, 100 steps being the whole job."""
+def post(attempt: int, step: int = 0, *, loss: float = 1.5, **report: Any) -> Object:
+    """Return the body of a progress post of a job with 100 steps."""
     metrics = [{"name": "loss", "value": loss}, {"name": "learningRate", "value": "0.0002"}]
-    picture = {
+    report = {
         "attempt": attempt,
         "stage": "sft",
         "step": step,
         "totalSteps": 100,
-        **picture,
+        **report,
     }
     status = {"progressPercentage": step, "metrics": metrics}
-    return {"trainerStatus": status, "tuneyard": picture}
+    return {"trainerStatus": status, "tuneyard": report}
 
 
 # ---- the API server -----------------------------------------------------------------------------
 
 
 class RefusedError(Exception):
-    """What the API server said instead."""
+    """A refusal by the API server."""
 
     def __init__(self, status: int, message: str) -> None:
         self.status = status
@@ -119,7 +121,7 @@ class RefusedError(Exception):
 
 
 class Api:
-    """JSON in, JSON out, with the rights of a kubeconfig."""
+    """Requests in JSON with the permissions of a kubeconfig."""
 
     def __init__(self, kubeconfig: Path) -> None:
         connect: Callable[[str], Any] = config.new_client_from_config
@@ -132,7 +134,7 @@ class Api:
         self._pool = connection.rest_client.pool_manager
 
     def __call__(self, method: str, path: str, body: Any = None, type_: str = "") -> Any:
-        """Raises RefusedError."""
+        """Send a request and return the response. Raises RefusedError."""
         headers = {**self._headers, "Content-Type": type_ or "application/json"}
         data = None if body is None else json.dumps(body)
         answer = self._pool.request(method, self._url + path, headers=headers, body=data)
@@ -141,7 +143,7 @@ class Api:
         return json.loads(answer.data)
 
     def find(self, path: str) -> Any:
-        """None: it is not there."""
+        """Return the object; None: it does not exist."""
         try:
             return self("GET", path)
         except RefusedError as refused:
@@ -154,7 +156,7 @@ class Api:
         return items
 
     def changes(self, path: str, since: str) -> list[Any]:
-        """Everything that happened in a collection after a resource version, as watches tell it."""
+        """Return the watch events of a collection since a resource version."""
         query = urlencode({"watch": "true", "resourceVersion": since, "timeoutSeconds": "1"})
         answer = self._pool.request("GET", f"{self._url}{path}?{query}", headers=self._headers)
         return [json.loads(line) for line in answer.data.splitlines()]
@@ -168,12 +170,12 @@ class Api:
 
 @dataclass
 class Scene:
-    """A namespace, and who acts in it."""
+    """A namespace and its clients."""
 
     cluster: Cluster
     namespace: str
     kubeconfig: Path
-    """With the operator's own rights."""
+    """With the operator's own permissions."""
     api: Api = field(init=False)
 
     def __post_init__(self) -> None:
@@ -182,7 +184,7 @@ class Scene:
     def create(
         self, name: str, kind: str = "FineTuneJob", policy: Object | None = None, **changes: Any
     ) -> Job:
-        """A job that is new; `changes` replace parts of its spec."""
+        """Create a job; `changes` replace fields of its spec."""
         output = {"uri": f"pvc://models/{kind.lower()}-{name}"}
         spec = {**SPECS[kind], "output": output, "runPolicy": policy or {}, **changes}
         job = Job(self, kind, name)
@@ -191,16 +193,16 @@ class Scene:
         return job
 
     def create_object(self, path: str, body: Object) -> Any:
-        """Something of the namespace, by the collection's path within it."""
+        """Create an object, by the collection's path within the namespace."""
         return self.api("POST", f"/api/v1/namespaces/{self.namespace}/{path}", body)
 
     def token_of(self, pod: str, audience: str) -> str:
-        """As the kubelet projects it into the pod."""
+        """Return a token as the kubelet projects it into the pod."""
         reference = {"kind": "Pod", "apiVersion": "v1", "name": pod}
         return self.token("default", audience, boundObjectRef=reference)
 
     def token(self, account: str, audience: str = "", **spec: Any) -> str:
-        """For a service account; `audience` "": the API server itself."""
+        """Return a token of a service account; `audience` "": the API server itself."""
         audiences = {"audiences": [audience]} if audience else {}
         body = {
             "apiVersion": "authentication.k8s.io/v1",
@@ -214,19 +216,19 @@ class Scene:
 
 @dataclass
 class OperatedScene(Scene):
-    """A scene with its operator at work."""
+    """A scene with a running operator."""
 
     proxy: FaultProxy = field(kw_only=True)
     operator: Operator = field(kw_only=True)
 
     def status_writes(self, job: Job) -> list[Object]:
-        """The bodies of all that were asked for so far."""
+        """Return the bodies of all status writes of a job so far."""
         return [
             request.json() for request in self.proxy.requests(on("PATCH", f"{job.path}/status$"))
         ]
 
     def restart(self) -> None:
-        """Killed and started again."""
+        """Kill the operator and start it again."""
         self.operator.kill()
         self.operator.start()
         self.operator.wait_until_active()
@@ -234,14 +236,14 @@ class OperatedScene(Scene):
 
 @contextmanager
 def namespace(cluster: Cluster, chart: Chart, name: str, folder: Path) -> Iterator[Scene]:
-    """A namespace with the chart's service account and rights for an operator of its own."""
+    """Make a namespace with the chart's service account and permissions for its own operator."""
     cluster.kubectl("create", "namespace", name)
     rendered = chart.render({"watchNamespaces": [name]}, namespace=name)
-    ours = [item for item in rendered if item["kind"] in ROLES]
-    for item in ours:
+    roles = [item for item in rendered if item["kind"] in ROLES]
+    for item in roles:
         if not item["kind"].startswith("Cluster"):
             item["metadata"]["namespace"] = name
-    cluster.kubectl("apply", "--filename=-", input=yaml.safe_dump_all(ours))
+    cluster.kubectl("apply", "--filename=-", input=yaml.safe_dump_all(roles))
     scene = Scene(cluster, name, folder / f"{name}.kubeconfig")
     account = f"/api/v1/namespaces/{name}/serviceaccounts/default"
     eventually(lambda: scene.api.find(account))
@@ -255,26 +257,25 @@ def namespace(cluster: Cluster, chart: Chart, name: str, folder: Path) -> Iterat
 
 @contextmanager
 def operated(scene: Scene, folder: Path, **options: str) -> Iterator[OperatedScene]:
-    """The scene with an operator behind a proxy; its log is in the folder."""
+    """Run an operator behind a proxy in the scene; its log is in the folder."""
     with (
         FaultProxy(scene.kubeconfig, folder) as proxy,
         operator_of(scene, proxy.kubeconfig, folder, **options) as operator,
     ):
         operator.wait_until_active()
-        module_scene = OperatedScene(
+        yield OperatedScene(
             scene.cluster, scene.namespace, scene.kubeconfig, proxy=proxy, operator=operator
         )
-        yield module_scene
 
 
 @contextmanager
 def operator_of(scene: Scene, kubeconfig: Path, folder: Path, **options: str) -> Iterator[Operator]:
-    """An operator that serves the namespace alone; started."""
+    """Start an operator that serves the namespace alone."""
     with Reservation() as ports:
         port = str(ports.take())
-        here = {"namespaces": scene.namespace, "own_namespace": scene.namespace}
+        place = {"namespaces": scene.namespace, "own_namespace": scene.namespace}
         progress = {"progress_port": port, "progress_url": f"https://127.0.0.1:{port}"}
-        with Operator(kubeconfig, folder, **{**here, **progress, **options}) as operator:
+        with Operator(kubeconfig, folder, **{**place, **progress, **options}) as operator:
             yield operator
 
 
@@ -286,7 +287,7 @@ def _with_token(kubeconfig: Path, token: str) -> Object:
 
 
 def _clear(scene: Scene) -> None:
-    """Lets everything go, in whatever state the test left it."""
+    """Delete everything, in any state that a test may leave."""
     for path in (
         "apis/tuneyard.io/v1alpha1|finetunejobs",
         "apis/tuneyard.io/v1alpha1|alignmentjobs",
@@ -309,7 +310,7 @@ def _clear(scene: Scene) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """A job by its name, whether it is there or not."""
+    """A job by its name, whether it exists or not."""
 
     scene: Scene
     kind: str
@@ -325,7 +326,7 @@ class Job:
         api_version = "tuneyard.io/v1alpha1"
         return {"apiVersion": api_version, "kind": self.kind, "metadata": metadata, "spec": spec}
 
-    # ---- what it says ---------------------------------------------------------------------------
+    # ---- its state ------------------------------------------------------------------------------
 
     @property
     def body(self) -> Object:
@@ -356,7 +357,7 @@ class Job:
 
     @property
     def reasons(self) -> list[str | None]:
-        """Why its attempts ended, one after the other; None: it runs."""
+        """The reasons of its attempts, in order; None: the attempt runs."""
         return [attempt.get("reason") for attempt in self.attempts]
 
     @property
@@ -365,14 +366,14 @@ class Job:
         return reason
 
     def why(self, type_: str) -> str:
-        """A condition's status and reason."""
+        """Return the status and reason of a condition."""
         for condition in self.status.get("conditions") or ():
             if condition["type"] == type_:
                 return f"{condition['status']} {condition['reason']}"
         return "absent"
 
     def event_reasons(self) -> Counter[str]:
-        """The reasons of its events."""
+        """Return the reasons of its events and their counts."""
         events = self._objects("api/v1", "events", fieldSelector=f"involvedObject.name={self.name}")
         return Counter(
             item["reason"]
@@ -397,7 +398,7 @@ class Job:
         return f"tuneyard.io/kind={self.kind},tuneyard.io/job={self.name}"
 
     def until(self, condition: Callable[[Job], T], seconds: float = PATIENCE_SECONDS) -> T:
-        return eventually(lambda: condition(self), seconds, context=self._all_about_it)
+        return eventually(lambda: condition(self), seconds, context=self._description)
 
     def until_phase(self, phase: str, seconds: float = PATIENCE_SECONDS) -> None:
         self.until(lambda job: job.phase == phase, seconds)
@@ -405,25 +406,25 @@ class Job:
     def until_gone(self) -> None:
         self.until(lambda job: not job.exists)
 
-    def _all_about_it(self) -> str:
+    def _description(self) -> str:
         body = self.scene.api.find(self.path) or {}
         about = [body.get("status"), self.ray_jobs(), self.pods()]
         return f"{self.name}: {json.dumps(about, indent=1)}"
 
-    # ---- what is done to it ---------------------------------------------------------------------
+    # ---- changes --------------------------------------------------------------------------------
 
     def set(self, **policy: Any) -> None:
-        """Changes the run policy."""
+        """Change the run policy."""
         self.scene.api.merge(self.path, {"spec": {"runPolicy": policy}})
 
     def delete(self, propagation: str = "Background") -> None:
         self.scene.api("DELETE", self.path, {"propagationPolicy": propagation})
 
     def attempt(self, number: int) -> Attempt:
-        """Waits until its RayJob is there."""
-        made = Attempt(self, number)
-        self.until(lambda _: made.exists)
-        return made
+        """Wait until the attempt's RayJob exists."""
+        attempt = Attempt(self, number)
+        self.until(lambda _: attempt.exists)
+        return attempt
 
 
 # ---- KubeRay's part -----------------------------------------------------------------------------
@@ -431,7 +432,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Attempt:
-    """An attempt's RayJob, to which the test does what KubeRay, the kubelet and the driver do."""
+    """An attempt's RayJob. Its methods do what KubeRay, the kubelet and the driver do."""
 
     job: Job
     number: int
@@ -465,7 +466,7 @@ class Attempt:
         self.job.scene.api.merge(f"{self.path}/status", {"status": status})
 
     def start(self) -> None:
-        """KubeRay has made the cluster: there are pods, which do not run yet."""
+        """Create the cluster: its pods exist and do not run yet."""
         self.set(jobDeploymentStatus="Initializing", rayClusterName=f"{self.name}-x")
         body = self.body
         cluster = body["spec"]["rayClusterSpec"]
@@ -483,22 +484,22 @@ class Attempt:
             "blockOwnerDeletion": True,
         }
         metadata = {"name": f"{self.name}-{role}", "labels": labels, "ownerReferences": [reference]}
-        # No scheduler says of them that there are no nodes.
+        # No scheduler may report that there are no nodes.
         spec = {**template["spec"], "schedulerName": "nobody"}
         self.job.scene.create_object("pods", {"metadata": metadata, "spec": spec})
 
     def run(self) -> Attempt:
-        """Its driver runs, and the operator knows."""
+        """Run the driver and wait until the operator has noticed."""
         self.start()
         self.set(jobDeploymentStatus="Running", jobStatus="RUNNING")
         self.job.until(lambda job: job.attempts[-1].get("runningAt"))
         return self
 
-    def end(self, told: Object | None = None) -> None:
-        """The driver ends and has not been able to post; KubeRay copies its log's tail."""
-        is_well = told is not None and told["state"] == "Succeeded"
-        line = f"a line before\nTUNEYARD-OUTCOME {json.dumps(told)}\n" if told else ""
-        if is_well:
+    def end(self, reported: Object | None = None) -> None:
+        """End the driver without a post; KubeRay copies the tail of its log."""
+        succeeded = reported is not None and reported["state"] == "Succeeded"
+        line = f"a line before\n{OUTCOME_PREFIX}{json.dumps(reported)}\n" if reported else ""
+        if succeeded:
             self.set(jobDeploymentStatus="Complete", jobStatus="SUCCEEDED", message=line)
         else:
             status = {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED"}
@@ -510,7 +511,7 @@ class Attempt:
         return f"/api/v1/namespaces/{self.job.scene.namespace}/pods/{name}"
 
     def hold(self, pod: str) -> None:
-        """The pod does not go: its node does not answer, say."""
+        """Keep the pod from being removed, as on a node that does not respond."""
         self.job.scene.api.merge(self._pod(pod), {"metadata": {"finalizers": [HOLD]}})
 
     def let_go(self, pod: str) -> None:
@@ -526,7 +527,7 @@ class Attempt:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What the head's container is told."""
+        """The environment of the head's container."""
         template = self.body["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
         return {
             each["name"]: each.get("value", "") for each in template["spec"]["containers"][0]["env"]
@@ -534,21 +535,21 @@ class Attempt:
 
     @property
     def audience(self) -> str:
-        """Of the token that is projected into the head."""
+        """The audience of the token that is projected into the head."""
         template = self.body["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
         volume = next(v for v in template["spec"]["volumes"] if v["name"] == "token")
         audience: str = volume["projected"]["sources"][0]["serviceAccountToken"]["audience"]
         return audience
 
     def driver(self) -> Driver:
-        """The head pod's process, with what it was given."""
+        """Return the driver in the head pod, with the head's environment and token."""
         given = self.environment
         token = self.job.scene.token_of(self.head, self.audience)
-        return Driver(given["TUNEYARD_PROGRESS_URL"], given["TUNEYARD_CA"], token, self.number)
+        return Driver(given[PROGRESS_URL_VARIABLE], given[CA_VARIABLE], token, self.number)
 
 
 class Answered:
-    """The status server's answer."""
+    """The status server's response."""
 
     def __init__(self, answer: urllib3.BaseHTTPResponse) -> None:
         self.status = answer.status
@@ -564,7 +565,7 @@ class Driver:
         self._pool = urllib3.PoolManager(ca_cert_data=ca, retries=False)
 
     def send(self, body: Any, **headers: str) -> Answered:
-        """`body` is JSON, unless it is bytes."""
+        """Send a post. `body` is sent as JSON unless it is bytes."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         given = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         return Answered(
@@ -574,5 +575,5 @@ class Driver:
     def post(self, step: int = 0, **more: Any) -> Answered:
         return self.send(post(self.attempt, step, **more))
 
-    def end(self, told: Object, step: int = 100) -> Answered:
-        return self.post(step, outcome=told)
+    def end(self, reported: Object, step: int = 100) -> Answered:
+        return self.post(step, outcome=reported)

@@ -1,4 +1,4 @@
-"""The proxy that fails on demand: what it does to one request, and that it does nothing else."""
+"""The proxy that fails on demand: its effect on one request, and none on others."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MAPS = "/api/v1/namespaces/default/configmaps"
 
 
 class Caller:
-    """Sends requests through the proxy, never twice."""
+    """Send requests through the proxy, without retries."""
 
     def __init__(self, kubeconfig: Path) -> None:
         cluster = json.loads(kubeconfig.read_text())["clusters"][0]["cluster"]
@@ -73,7 +73,7 @@ def call(proxy: FaultProxy) -> Caller:
 
 @pytest.fixture
 def new(call: Caller, request: pytest.FixtureRequest) -> Iterator[Callable[[], dict[str, Any]]]:
-    """Makes the manifest of a ConfigMap with a name of its own, and deletes what was made of it."""
+    """Make manifests of ConfigMaps with unique names; delete the ConfigMaps afterwards."""
     names = []
 
     def manifest() -> dict[str, Any]:
@@ -95,12 +95,12 @@ def test_without_a_fault_everything_passes(
     assert "default" in listed.stdout, "kubectl takes the proxy's kubeconfig as any other"
 
 
-def test_a_callers_token_is_what_the_api_server_judges(call: Caller) -> None:
+def test_the_api_server_authenticates_the_callers_token(call: Caller) -> None:
     assert call("GET", "/api/v1/namespaces").status == 200
     assert call("GET", "/api/v1/namespaces", Authorization="Bearer nobody").status == 401
 
 
-def test_an_answer_befalls_as_often_as_asked_and_the_server_never_sees_the_write(
+def test_an_answer_replaces_the_response_as_often_as_requested_and_the_server_gets_no_write(
     proxy: FaultProxy, call: Caller, new: Callable[[], Any]
 ) -> None:
     proxy.add(Answer(429, retry_after=7), on("POST", "/configmaps$"), times=2)
@@ -153,14 +153,16 @@ def test_a_running_watch_streams_and_can_be_dropped(
         list(events)
 
 
-def test_a_watch_is_told_that_its_version_is_gone(proxy: FaultProxy, call: Caller) -> None:
+def test_a_watch_can_get_the_error_that_its_version_is_too_old(
+    proxy: FaultProxy, call: Caller
+) -> None:
     proxy.add(Gone(), on("WATCH", "/configmaps$"))
     (event,) = call.watch(MAPS)
     assert (event["type"], event["object"]["code"]) == ("ERROR", 410)
     assert next(call.watch(MAPS))["type"] == "ADDED"
 
 
-def test_a_stale_read_shows_an_older_version_and_the_next_one_the_newest(
+def test_a_stale_read_returns_an_older_version_and_the_next_read_the_newest(
     proxy: FaultProxy, call: Caller, new: Callable[[], Any]
 ) -> None:
     made = new()
@@ -173,7 +175,7 @@ def test_a_stale_read_shows_an_older_version_and_the_next_one_the_newest(
     assert [call("GET", path).json()["data"]["v"] for _ in range(3)] == ["1", "0", "2"]
 
 
-def test_a_stale_list_shows_what_a_former_list_showed(
+def test_a_stale_list_returns_an_earlier_list(
     proxy: FaultProxy, call: Caller, new: Callable[[], Any]
 ) -> None:
     before = len(call("GET", MAPS).json()["items"])
@@ -183,16 +185,14 @@ def test_a_stale_list_shows_what_a_former_list_showed(
     assert len(call("GET", MAPS).json()["items"]) == before
 
 
-def test_a_delayed_request_arrives_all_the_same(
-    proxy: FaultProxy, call: Caller, new: Callable[[], Any]
-) -> None:
+def test_a_delayed_request_arrives(proxy: FaultProxy, call: Caller, new: Callable[[], Any]) -> None:
     proxy.add(Delay(0.2), on("POST"))
     began = time.monotonic()
     assert call("POST", MAPS, new()).status == 201
     assert time.monotonic() - began >= 0.2
 
 
-def test_what_a_write_said_can_be_read_afterwards(
+def test_the_body_of_a_write_can_be_read_afterwards(
     proxy: FaultProxy, call: Caller, new: Callable[[], Any]
 ) -> None:
     made = new()

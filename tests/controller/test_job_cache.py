@@ -1,4 +1,4 @@
-"""What the operator believes when its own writes and its watches tell of the same thing."""
+"""The job cache when the operator's own writes and its watches report the same object."""
 
 from __future__ import annotations
 
@@ -21,17 +21,16 @@ def job_status(cache: JobCache) -> str:
     return found.job_status
 
 
-def test_an_answer_to_an_apply_that_changed_nothing_hides_no_status_that_a_watch_told() -> None:
-    """A restarted operator applies the RayJob again; the answer may come after the watch's word."""
+def test_the_response_to_an_apply_does_not_replace_a_status_from_a_watch() -> None:
+    """A restarted operator applies the RayJob again; the response may come after the watch
+    event."""
     cache = JobCache()
     cache.update_ray_job(KEY, ray_job(7, jobStatus="RUNNING"), deleted=False)
     cache.add_created_ray_job(KEY, ray_job(7))
     assert job_status(cache) == "RUNNING"
 
 
-def test_what_was_just_created_is_known_before_a_watch_tells_and_then_the_watch_is_believed() -> (
-    None
-):
+def test_a_created_ray_job_is_known_before_its_watch_event_which_then_replaces_it() -> None:
     cache = JobCache()
     cache.add_created_ray_job(KEY, ray_job(7))
     assert job_status(cache) == ""
@@ -39,7 +38,7 @@ def test_what_was_just_created_is_known_before_a_watch_tells_and_then_the_watch_
     assert job_status(cache) == "RUNNING"
 
 
-def test_a_pod_that_ended_badly_before_it_was_ever_noticed_is_evidence_and_news() -> None:
+def test_a_failed_pod_that_is_first_observed_at_its_deletion_is_kept_and_reported() -> None:
     cache = JobCache()
     ended = {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
     pod = ray_job(9, containerStatuses=[{"name": "ray-worker", "state": ended}])

@@ -1,4 +1,4 @@
-"""The operator killed at each write of a job that fails, is tried again, succeeds and is deleted.
+"""The operator killed at each write of a job that fails, is retried, succeeds and is deleted.
 
 Each run has a job of its own and kills the operator at one write: before the API server sees it, or
 after, when the answer is lost. Whoever finds it dead starts it again, as a kubelet does. Events are
@@ -24,7 +24,7 @@ RETRYABLE = outcome("Failed", "Flaky", retryable=True)
 
 
 class Step(NamedTuple):
-    """The n-th write of its sort in a job's life."""
+    """The n-th write of its kind for a job."""
 
     sort: str
     number: int
@@ -40,14 +40,14 @@ LIFE = {
     "patch rayjobs": ["attempt 1", "attempt 2"],
     "delete rayjobs": ["attempt 1", "attempt 2"],
 }
-"""Every write, by its sort, with what it does."""
+"""Every write, by its kind, with its purpose."""
 STEPS = [Step(sort, number) for sort, whats in LIFE.items() for number in range(1, len(whats) + 1)]
 ERASURE = [Step("patch configmaps", 2), Step("patch jobs", 1), Step("patch job", 2)]
-"""Those of a deletion with its output, after the RayJob is gone."""
+"""The writes of a deletion with its output, after the RayJob is removed."""
 
 
-def sort_of(verb: str, path: str, job: Job) -> str | None:
-    """None: it is no write of the job's, or an event."""
+def kind_of(verb: str, path: str, job: Job) -> str | None:
+    """Return the kind of a write; None: it does not concern the job, or it is an event."""
     plural, _, rest = path.partition(f"/namespaces/{job.scene.namespace}/")[2].partition("/")
     if plural == "events" or not rest.startswith(job.name):
         return None
@@ -57,7 +57,7 @@ def sort_of(verb: str, path: str, job: Job) -> str | None:
 
 
 class Killer:
-    """A write hook: kills the operator at one step of a job's life."""
+    """A write hook that kills the operator at one step of a job."""
 
     def __init__(self, module_scene: OperatedScene, job: Job, step: Step, *, reached: bool) -> None:
         self._stage, self._job, self._step, self._reached = module_scene, job, step, reached
@@ -65,7 +65,7 @@ class Killer:
         self.has_killed = False
 
     def __call__(self, _: int, verb: str, path: str) -> Cut | None:
-        sort = sort_of(verb, path, self._job)
+        sort = kind_of(verb, path, self._job)
         if sort is None:
             return None
         self._counts[sort] += 1
@@ -77,7 +77,7 @@ class Killer:
 
 @pytest.fixture(scope="module")
 def kept_alive(module_scene: OperatedScene) -> Iterator[OperatedScene]:
-    """The operator is started again whenever it is dead."""
+    """Restart the operator whenever it has been killed."""
     done = threading.Event()
 
     def watch() -> None:
@@ -94,36 +94,36 @@ def kept_alive(module_scene: OperatedScene) -> Iterator[OperatedScene]:
         keeper.join()
 
 
-def live(job: Job) -> None:
-    """From its first attempt to its success."""
+def run_to_success(job: Job) -> None:
+    """Run a job from its first attempt to its success."""
     job.attempt(1).run().end(RETRYABLE)
     job.attempt(2).run().end(SUCCEEDED)
     job.until_phase("Succeeded")
     job.until(lambda job: not job.ray_jobs() and not job.pods())
 
 
-def rayjobs_made(job: Job, since: str) -> Counter[str]:
+def rayjobs_created(job: Job, since: str) -> Counter[str]:
     path = f"/apis/ray.io/v1/namespaces/{job.scene.namespace}/rayjobs"
     events = job.scene.api.changes(path, since)
     return Counter(e["object"]["metadata"]["name"] for e in events if e["type"] == "ADDED")
 
 
-def test_an_undisturbed_life_takes_these_writes_and_no_more(kept_alive: OperatedScene) -> None:
+def test_an_undisturbed_job_takes_these_writes_and_no_more(kept_alive: OperatedScene) -> None:
     module_scene = kept_alive
     job = module_scene.create("calm", policy={"backoffSeconds": 0})
-    live(job)
+    run_to_success(job)
     job.delete()
     job.until_gone()
     time.sleep(1)
 
     def is_asked_for(request: Request) -> bool:
-        return request.is_write and sort_of(request.verb, request.path, job) is not None
+        return request.is_write and kind_of(request.verb, request.path, job) is not None
 
     made = Counter(
-        str(sort_of(request.verb, request.path, job))
+        str(kind_of(request.verb, request.path, job))
         for request in module_scene.proxy.requests(is_asked_for)
     )
-    # What is being deleted may be looked at once more before its watch has told.
+    # A job that is being deleted may be read once more before its watch event arrives.
     assert made.pop("delete rayjobs") >= 2
     assert made == {sort: len(all_) for sort, all_ in LIFE.items() if sort != "delete rayjobs"}
 
@@ -140,13 +140,13 @@ def test_killed_at_any_write_the_job_gets_one_rayjob_for_each_attempt_and_comple
     job = Job(module_scene, "FineTuneJob", name)
     killer = module_scene.proxy.on_write = Killer(module_scene, job, step, reached=reached)
     module_scene.create(name, policy={"backoffSeconds": 0, "maxAttempts": 2})
-    live(job)
+    run_to_success(job)
     assert job.reasons == ["Flaky", "Succeeded"]
     told = job.event_reasons()
     job.delete()
     job.until_gone()
     assert killer.has_killed
-    assert rayjobs_made(job, since) == {f"{name}-1": 1, f"{name}-2": 1}
+    assert rayjobs_created(job, since) == {f"{name}-1": 1, f"{name}-2": 1}
     assert max(told.values()) <= 3, "no event is told again and again"
 
 

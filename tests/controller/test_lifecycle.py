@@ -1,4 +1,4 @@
-"""A job's life on a real API server: everything that may happen to it, and what must not."""
+"""Jobs on a real API server, from creation to deletion."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ FATAL = outcome("Failed", "ModelNotFound")
 
 
 def is_left_alone(job: Job) -> None:
-    """Nothing writes to it, and no RayJob of it comes into being."""
+    """Assert that nothing writes to the job and no RayJob of it is created."""
     version, names = job.version, job.ray_jobs()
     consistently(lambda: (job.version, job.ray_jobs()) == (version, names))
 
 
-def test_a_job_runs_and_succeeds_and_its_status_and_events_tell_the_story(
+def test_a_job_succeeds_and_its_status_and_events_show_each_step(
     scene: OperatedScene,
 ) -> None:
     job = scene.create("happy")
@@ -63,7 +63,7 @@ def test_a_job_runs_and_succeeds_and_its_status_and_events_tell_the_story(
 
 
 def test_every_status_write_changes_something(scene: OperatedScene) -> None:
-    """KubeRay touching its objects, or a label put on the job, is no reason to write."""
+    """A change of KubeRay's own fields or a new label on the job causes no status write."""
     job = scene.create("steady")
     attempt = job.attempt(1).run()
     before = len(scene.status_writes(job))
@@ -77,7 +77,7 @@ def test_every_status_write_changes_something(scene: OperatedScene) -> None:
     job.until_phase("Succeeded")
 
 
-def test_a_retryable_failure_is_tried_again_once_the_old_pods_are_gone(
+def test_a_retryable_failure_is_retried_once_the_old_pods_are_removed(
     scene: OperatedScene,
 ) -> None:
     job = scene.create("retried", policy={"backoffSeconds": 0})
@@ -108,7 +108,7 @@ def test_after_max_attempts_a_retryable_failure_is_final(scene: OperatedScene) -
     is_left_alone(job)
 
 
-def test_a_failure_for_good_is_not_tried_again(scene: OperatedScene) -> None:
+def test_a_permanent_failure_is_not_retried(scene: OperatedScene) -> None:
     job = scene.create("fatal", policy={"backoffSeconds": 0})
     job.attempt(1).run().end(FATAL)
     job.until_phase("Failed")
@@ -117,7 +117,7 @@ def test_a_failure_for_good_is_not_tried_again(scene: OperatedScene) -> None:
     is_left_alone(job)
 
 
-def test_the_wait_before_the_next_attempt_is_kept(scene: OperatedScene) -> None:
+def test_the_next_attempt_starts_after_the_back_off(scene: OperatedScene) -> None:
     job = scene.create("patient", policy={"backoffSeconds": 3600})
     job.attempt(1).run().end(RETRYABLE)
     job.until(lambda job: job.reasons == ["DataUnreadable"] and not job.ray_jobs())
@@ -129,7 +129,7 @@ def test_preempted_pods_do_not_count_as_an_attempt(scene: OperatedScene) -> None
     job = scene.create("preempted", policy={"maxAttempts": 1, "backoffSeconds": 0})
     first = job.attempt(1).run()
     condition = {"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler"}
-    # Kubernetes takes one back that is two minutes old, or of no age, and the pod still there.
+    # Kubernetes removes such a condition after two minutes if the pod still exists.
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     first.set_pod(first.worker, conditions=[{**condition, "lastTransitionTime": now}])
     first.remove_pod(first.worker)
@@ -139,7 +139,7 @@ def test_preempted_pods_do_not_count_as_an_attempt(scene: OperatedScene) -> None
     assert job.reasons == ["Preempted", "Succeeded"]
 
 
-def test_a_worker_killed_for_its_memory_is_named_even_after_it_is_gone(
+def test_a_worker_that_ran_out_of_memory_is_named_even_after_its_deletion(
     scene: OperatedScene,
 ) -> None:
     job = scene.create("greedy")
@@ -162,7 +162,7 @@ def test_a_worker_killed_for_its_memory_is_named_even_after_it_is_gone(
     assert "compute.memory" in job.status["failure"]["advice"]
 
 
-def test_a_rayjob_that_somebody_deletes_is_an_attempt_that_ended(scene: OperatedScene) -> None:
+def test_an_attempt_ends_when_another_client_deletes_its_rayjob(scene: OperatedScene) -> None:
     job = scene.create("robbed", policy={"backoffSeconds": 0})
     first = job.attempt(1).run()
     scene.api("DELETE", first.path, {"propagationPolicy": "Background"})
@@ -171,10 +171,10 @@ def test_a_rayjob_that_somebody_deletes_is_an_attempt_that_ended(scene: Operated
     assert job.reasons == ["RayJobDeleted", "Succeeded"]
 
 
-# ---- suspended, canceled, too late -------------------------------------------------------------
+# ---- suspend, cancel, deadline ------------------------------------------------------------------
 
 
-def test_a_suspended_job_checkpoints_frees_its_cluster_and_goes_on_when_resumed(
+def test_a_suspended_job_saves_a_checkpoint_deletes_its_cluster_and_continues_when_resumed(
     scene: OperatedScene,
 ) -> None:
     job = scene.create("paused", policy={"maxAttempts": 1})
@@ -207,7 +207,7 @@ def test_a_job_that_is_created_suspended_waits_without_a_cluster(scene: Operated
     job.attempt(1)
 
 
-def test_a_canceled_job_ends_for_good(scene: OperatedScene) -> None:
+def test_a_canceled_job_ends_permanently(scene: OperatedScene) -> None:
     job = scene.create("unwanted")
     first = job.attempt(1).run()
     job.set(cancel=True)
@@ -246,7 +246,7 @@ def test_a_job_that_takes_too_long_is_asked_to_stop_and_fails(scene: OperatedSce
 
 
 @pytest.mark.parametrize("propagation", ["Background", "Foreground"])
-def test_deleting_a_job_stops_its_cluster_first_and_leaves_its_output(
+def test_deleting_a_job_deletes_its_cluster_first_and_keeps_its_output(
     scene: OperatedScene, propagation: str
 ) -> None:
     job = scene.create(f"left-{propagation.lower()}")
@@ -262,7 +262,7 @@ def test_deleting_a_job_stops_its_cluster_first_and_leaves_its_output(
 
 @pytest.mark.parametrize("propagation", ["Background", "Foreground"])
 @pytest.mark.parametrize("end", ["Complete", "Failed"])
-def test_deleting_a_job_erases_its_output_where_that_is_the_policy(
+def test_deleting_a_job_erases_its_output_if_its_policy_says_so(
     scene: OperatedScene, propagation: str, end: str
 ) -> None:
     name = f"erased-{propagation}-{end}".lower()
@@ -279,12 +279,12 @@ def test_deleting_a_job_erases_its_output_where_that_is_the_policy(
     consistently(lambda: job.exists)
     _finish(scene, path, end)
     job.until_gone()
-    # Nothing waits for events: the job may be gone first.
+    # No deletion waits for events: the job may be removed first.
     eventually(lambda: job.event_reasons()["OutputLeft"] == (end == "Failed"))
 
 
 def _finish(scene: OperatedScene, path: str, end: str) -> None:
-    """The erasing pod succeeds, or does not in time; Kubernetes' own controller tells."""
+    """End the erasing Job as Complete or Failed, as Kubernetes' own controller does."""
     name = path.rpartition("/")[2]
     if end == "Failed":
         scene.api.merge(path, {"spec": {"activeDeadlineSeconds": 1}})
@@ -296,7 +296,7 @@ def _finish(scene: OperatedScene, path: str, end: str) -> None:
     scene.api.merge(f"{pods}/{pod['metadata']['name']}/status", succeeded)
 
 
-def test_deleting_a_job_that_never_began_erases_nothing(scene: OperatedScene) -> None:
+def test_deleting_a_job_without_attempts_erases_nothing(scene: OperatedScene) -> None:
     output = {"uri": "pvc://models/other", "deletionPolicy": "Delete"}
     job = scene.create("idle", output=output, policy={"suspend": True})
     job.until_phase("Suspended")
@@ -305,7 +305,7 @@ def test_deleting_a_job_that_never_began_erases_nothing(scene: OperatedScene) ->
     assert scene.proxy.requests(on("PATCH", "/jobs/idle-erase$")) == []
 
 
-def test_a_job_created_anew_under_a_deleted_ones_name_starts_from_attempt_one(
+def test_a_job_created_again_with_a_deleted_jobs_name_starts_with_attempt_one(
     scene: OperatedScene,
 ) -> None:
     first = scene.create("phoenix")
@@ -320,7 +320,7 @@ def test_a_job_created_anew_under_a_deleted_ones_name_starts_from_attempt_one(
     assert second.reasons == ["Succeeded"]
 
 
-def test_a_finished_job_is_deleted_when_its_time_to_live_is_over(scene: OperatedScene) -> None:
+def test_a_finished_job_is_deleted_when_its_time_to_live_expires(scene: OperatedScene) -> None:
     job = scene.create("brief", policy={"ttlSecondsAfterFinished": 2})
     job.attempt(1).run().end(SUCCEEDED)
     job.until_phase("Succeeded")
@@ -330,7 +330,7 @@ def test_a_finished_job_is_deleted_when_its_time_to_live_is_over(scene: Operated
 # ---- several jobs -------------------------------------------------------------------------------
 
 
-def test_two_kinds_of_one_name_live_side_by_side(scene: OperatedScene) -> None:
+def test_jobs_of_two_kinds_may_share_a_name(scene: OperatedScene) -> None:
     tuned, aligned = scene.create("twin"), scene.create("twin", "AlignmentJob")
     assert {tuned.attempt(1).run().name, aligned.attempt(1).run().name} == {"twin-1", "twin-a1"}
     tuned.attempt(1).end(SUCCEEDED)
@@ -357,7 +357,7 @@ def test_a_job_waits_for_the_job_whose_model_it_names(scene: OperatedScene) -> N
     assert later.event_reasons()["WaitingForModel"] == 1
 
 
-def test_a_job_whose_model_will_never_be_fails_and_says_so(scene: OperatedScene) -> None:
+def test_a_job_that_needs_the_model_of_a_failed_job_fails(scene: OperatedScene) -> None:
     parent = scene.create("hopeless")
     parent.attempt(1).run().end(FATAL)
     parent.until_phase("Failed")
@@ -367,10 +367,10 @@ def test_a_job_whose_model_will_never_be_fails_and_says_so(scene: OperatedScene)
     assert "job hopeless failed" in child.status["failure"]["message"]
 
 
-# ---- the operator goes away ---------------------------------------------------------------------
+# ---- the operator is killed ---------------------------------------------------------------------
 
 
-def test_an_operator_that_is_killed_again_and_again_loses_nothing_and_repeats_nothing(
+def test_an_operator_that_is_killed_repeatedly_loses_nothing_and_repeats_nothing(
     scene: OperatedScene,
 ) -> None:
     job = scene.create("survivor", policy={"backoffSeconds": 0})
@@ -399,7 +399,7 @@ def test_an_operator_that_is_killed_again_and_again_loses_nothing_and_repeats_no
     assert max(job.event_reasons()[name] for name in ("AttemptStarted", "Running")) <= 2
 
 
-def test_what_happened_while_no_operator_ran_is_made_up_for(scene: OperatedScene) -> None:
+def test_a_restarted_operator_handles_what_happened_while_it_was_down(scene: OperatedScene) -> None:
     running, doomed = scene.create("away-running"), scene.create("away-doomed")
     running.attempt(1).run()
     doomed.attempt(1).run()

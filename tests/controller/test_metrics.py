@@ -1,4 +1,4 @@
-"""What the operator tells Prometheus: names that stay, values that a real Prometheus scrapes."""
+"""The operator's metrics: their names, and their values in a real Prometheus."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ JOB = {
 
 
 class Prometheus:
-    """Answers of a running Prometheus server."""
+    """Queries of a running Prometheus server."""
 
     def __init__(self, port: int) -> None:
         self._url = f"http://127.0.0.1:{port}/api/v1/query?"
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def values(self, query: str) -> dict[str, float]:
-        """The query's instant vector, by the label `phase`; empty while it does not answer."""
+        """Return a query's instant vector by the label `phase`; {}: no response yet."""
         try:
             url = self._url + urllib.parse.urlencode({"query": query})
             with self._opener.open(url, timeout=5) as answer:
@@ -58,7 +58,7 @@ class Prometheus:
 
 @contextmanager
 def scraping(program: Path, target_port: int, folder: Path) -> Iterator[Prometheus]:
-    """A Prometheus server that scrapes 127.0.0.1:target_port every second."""
+    """Run a Prometheus server that scrapes 127.0.0.1:target_port every second."""
     config = folder / "prometheus.yml"
     target = {"targets": [f"127.0.0.1:{target_port}"]}
     job = {"job_name": "tuneyard", "scrape_interval": "1s", "static_configs": [target]}
@@ -84,7 +84,7 @@ def scraping(program: Path, target_port: int, folder: Path) -> Iterator[Promethe
 
 @pytest.fixture(scope="module")
 def operator(apiserver: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
-    """An operator with one job that waits for its RayJob, which nobody runs here."""
+    """An operator with one job, whose RayJob never runs: there is no KubeRay."""
     apiserver.define(CRDS)
     apiserver.kubectl("create", "namespace", NAMESPACE, check=False)
     apiserver.kubectl("create", "--filename=-", input=json.dumps(JOB))
@@ -92,17 +92,17 @@ def operator(apiserver: Cluster, tmp_path_factory: pytest.TempPathFactory) -> It
     with Operator(apiserver.kubeconfig, folder, lease="metrics", namespaces=NAMESPACE) as operator:
         wait_until(lambda: operator.metric("tuneyard_jobs", kind="FineTuneJob") == 1.0)
         yield operator
-        # While the operator is there to let it go.
+        # The operator must run to remove the finalizer.
         apiserver.kubectl("delete", "--namespace", NAMESPACE, "finetunejob", "--all")
 
 
-def test_the_names_are_those_that_dashboards_were_built_on() -> None:
+def test_the_names_of_the_metrics_do_not_change() -> None:
     families = metrics.REGISTRY.collect()
     scraped = {each.name + ("_total" if each.type == "counter" else "") for each in families}
     assert scraped == NAMES
 
 
-def test_a_jobs_training_series_go_with_the_job() -> None:
+def test_a_jobs_training_series_are_removed_with_the_job() -> None:
     labels = ("default", "FineTuneJob", "went")
     progress = Progress(
         stage="sft",
@@ -132,7 +132,7 @@ def test_a_jobs_training_series_go_with_the_job() -> None:
 
 
 @pytest.mark.apiserver
-def test_promtool_finds_nothing_to_complain_about(operator: Operator, promtool: Path) -> None:
+def test_promtool_finds_no_fault(operator: Operator, promtool: Path) -> None:
     exposition = operator.exposition()
     assert "tuneyard_reconcile_duration_seconds_bucket" in exposition
     check = [str(promtool), "check", "metrics"]

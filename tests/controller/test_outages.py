@@ -1,4 +1,4 @@
-"""An API server that fails in the middle of a job that is tried again: it ends as it would have."""
+"""An API server that fails during a retried job: the job ends as without faults."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FAULTS: dict[str, list[tuple[Fault, Predicate, int]]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_retried_job_under_faults_has_one_rayjob_for_each_attempt_and_completes(
+def test_a_retried_job_under_faults_has_one_rayjob_for_each_attempt_and_succeeds(
     scene: OperatedScene, name: str
 ) -> None:
     rayjobs = f"/apis/ray.io/v1/namespaces/{scene.namespace}/rayjobs"
@@ -74,7 +74,7 @@ def test_a_retried_job_under_faults_has_one_rayjob_for_each_attempt_and_complete
     assert scene.operator.is_alive
 
 
-def test_while_no_token_can_be_checked_posts_are_put_off(scene: OperatedScene) -> None:
+def test_while_no_token_can_be_reviewed_posts_are_deferred(scene: OperatedScene) -> None:
     attempt = scene.create("unchecked").attempt(1).run()
     driver = attempt.driver()
     scene.proxy.add(Answer(500), on("POST", "/tokenreviews$"), times=None)
@@ -84,17 +84,17 @@ def test_while_no_token_can_be_checked_posts_are_put_off(scene: OperatedScene) -
     assert driver.post(1).status == 200
 
 
-def test_events_that_are_not_taken_keep_nothing_up(scene: OperatedScene) -> None:
+def test_refused_events_delay_nothing(scene: OperatedScene) -> None:
     scene.proxy.add(Answer(500), on("POST", "/events$"), times=None)
     job = scene.create("untold")
     job.attempt(1).run().end(SUCCEEDED)
     job.until_phase("Succeeded")
 
 
-def test_an_operator_cut_off_from_its_api_server_ends_and_the_next_life_makes_up_for_it(
+def test_an_operator_without_its_api_server_exits_and_recovers_after_a_restart(
     scene: OperatedScene,
 ) -> None:
-    """Another replica may be at work by then, so it must not go on by itself."""
+    """Another replica may be active by then, so the operator must exit."""
     job = scene.create("cut-off")
     attempt = job.attempt(1).run()
     scene.proxy.add(Cut("before"), anything, times=None)
@@ -108,7 +108,7 @@ def test_an_operator_cut_off_from_its_api_server_ends_and_the_next_life_makes_up
     assert job.reasons == ["Succeeded"]
 
 
-def test_an_operator_that_cannot_have_its_certificate_ends_and_says_why(
+def test_an_operator_that_cannot_read_its_certificate_exits_with_a_reason(
     scene: OperatedScene,
 ) -> None:
     scene.proxy.add(Answer(403), on("GET", "/secrets/tuneyard-tls$"), times=None)

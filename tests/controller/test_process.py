@@ -1,4 +1,4 @@
-"""The operator as a process, on a real API server: it starts, and it ends when it is told to."""
+"""The operator as a process on a real API server: its start and its end."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ CRDS = Path(__file__).parents[2] / "crds"
 
 
 def holder(cluster: Cluster, lease: str) -> str | None:
-    """Who holds the Lease; None: nobody."""
+    """Return the holder of the Lease; None: no replica holds it."""
     found = cluster.kubectl("get", "lease", lease, "-o", "json")
     name: str | None = json.loads(found.stdout)["spec"].get("holderIdentity")
     return name or None
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda each: each.name)
-def test_a_signal_ends_the_operator_in_good_order_and_gives_the_lease_back(
+def test_a_signal_ends_the_operator_and_releases_the_lease(
     apiserver: Cluster, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """kopf takes the signals for itself when it starts: what runs beside it must hear them too."""
+    """kopf replaces the signal handlers at its start; the operator must still get the signals."""
     apiserver.define(CRDS)
     lease = f"ends-{number.name.lower()}"
     with Operator(apiserver.kubeconfig, tmp_path, lease=lease) as operator:
         operator.wait_until_active()
         assert holder(apiserver, lease) == "one"
-        time.sleep(3)  # kopf starts after the Lease is won
+        time.sleep(3)  # kopf starts after the Lease is acquired
         assert operator.end(number) == 0
         assert "lost" not in operator.log
     assert holder(apiserver, lease) is None

@@ -1,4 +1,4 @@
-"""What watches tell while the operator waits for an answer, and what it writes of that."""
+"""The reconciler when watch events arrive before the responses to its own requests."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SPEC = {
 }
 
 
-class Quick:
-    """A cluster of one job whose watches tell of each write before the answer to it comes."""
+class EarlyWatches:
+    """A cluster of one job whose watch events arrive before the responses to its writes."""
 
     def __init__(self, **metadata: Any) -> None:
         self.body: dict[str, Any] = {
@@ -37,44 +37,46 @@ class Quick:
             },
             "spec": SPEC,
         }
-        self.there: dict[str, dict[str, Any]] = {}
+        self.created: dict[str, dict[str, Any]] = {}
         self.statuses: list[dict[str, Any]] = []
         self.reconciler = Reconciler(cast("Cluster", self), Settings())
 
-    async def look_until(self, is_so: Callable[[], bool], *, then_seconds: float = 0.0) -> None:
+    async def reconcile_until(
+        self, condition: Callable[[], bool], *, then_seconds: float = 0.0
+    ) -> None:
         running = asyncio.create_task(self.reconciler.run())
         self.reconciler.queue.add(KEY)
         try:
             async with asyncio.timeout(30):
-                while not is_so():
+                while not condition():
                     await asyncio.sleep(0.01)
             await asyncio.sleep(then_seconds)
             assert not running.done()
         finally:
             running.cancel()
 
-    # ---- what a Reconciler asks of a Cluster ----------------------------------------------------
+    # ---- the interface of Cluster ---------------------------------------------------------------
 
     async def job(self, _: Key) -> dict[str, Any]:
         return self.body
 
     async def ray_jobs(self, _: Key) -> list[dict[str, Any]]:
-        return list(self.there.values())
+        return list(self.created.values())
 
     async def pods(self, _: Key) -> list[dict[str, Any]]:
         return []
 
     async def apply(self, item: dict[str, Any]) -> dict[str, Any]:
         if item["kind"] == "RayJob":
-            made = {**item, "metadata": {**item["metadata"], "uid": "r", "resourceVersion": "1"}}
-            self.there[item["metadata"]["name"]] = made
-            self.reconciler.cache.update_ray_job(KEY, made, deleted=False)
+            stored = {**item, "metadata": {**item["metadata"], "uid": "r", "resourceVersion": "1"}}
+            self.created[item["metadata"]["name"]] = stored
+            self.reconciler.cache.update_ray_job(KEY, stored, deleted=False)
             self.reconciler.queue.add(KEY)
-            return {"metadata": made["metadata"]}
+            return {"metadata": stored["metadata"]}
         return {"metadata": item["metadata"]}
 
     async def delete_ray_job(self, _: str, name: str) -> bool:
-        self.reconciler.cache.update_ray_job(KEY, self.there.pop(name), deleted=True)
+        self.reconciler.cache.update_ray_job(KEY, self.created.pop(name), deleted=True)
         return True
 
     async def write_status(self, body: Any, _: Key, __: Any, status: dict[str, Any]) -> Any:
@@ -102,29 +104,29 @@ def ray_job(name: str) -> dict[str, Any]:
     return {"metadata": {"name": name, "uid": name, "resourceVersion": "1", "labels": labels}}
 
 
-def test_a_job_s_clusters_may_go_while_they_are_deleted_one_after_the_other(
+def test_a_job_s_rayjobs_may_disappear_while_they_are_deleted_one_after_the_other(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def deleted() -> dict[str, Any]:
         deletion = {"deletionTimestamp": "2026-11-21T12:00:00Z", "finalizers": [FINALIZER]}
-        cluster = Quick(**deletion)
-        cluster.there = {name: ray_job(name) for name in ("job-1", "job-2", "job-3")}
-        await cluster.look_until(lambda: not cluster.body["metadata"]["finalizers"])
-        return cluster.there
+        cluster = EarlyWatches(**deletion)
+        cluster.created = {name: ray_job(name) for name in ("job-1", "job-2", "job-3")}
+        await cluster.reconcile_until(lambda: not cluster.body["metadata"]["finalizers"])
+        return cluster.created
 
     assert asyncio.run(deleted()) == {}
-    assert caplog.records == []  # a look that fails is tried again, and logged
+    assert caplog.records == []  # a reconcile that fails is logged and retried
 
 
-def test_that_the_rayjob_is_there_at_last_is_not_worth_a_write(
+def test_the_uid_of_a_new_rayjob_waits_for_the_next_status_write(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It is told with the next change. A thousand new jobs would cost a thousand writes more."""
+    """For a thousand new jobs, separate writes would be a thousand more."""
     monkeypatch.setattr(module, "PROGRESS_SECONDS", 0.1)
 
     async def begun() -> list[dict[str, Any]]:
-        cluster = Quick()
-        await cluster.look_until(lambda: bool(cluster.there), then_seconds=1)
+        cluster = EarlyWatches()
+        await cluster.reconcile_until(lambda: bool(cluster.created), then_seconds=1)
         return cluster.statuses
 
     (status,) = asyncio.run(begun())

@@ -1,4 +1,4 @@
-"""Two replicas: one works, the other stands by and takes over; never both."""
+"""Two replicas: one is active, the other stands by and takes over; never are both active."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def scene(new_scene: Callable[[str], Scene]) -> Scene:
 
 @pytest.fixture
 def start(scene: Scene, tmp_path: Path) -> Iterator[Start]:
-    """Starts a replica of this identity."""
+    """Start replicas by their identity."""
     with ExitStack() as stack:
 
         def make(identity: str, kubeconfig: Path | None = None) -> Operator:
@@ -52,7 +52,7 @@ def stands_by(operator: Operator) -> bool:
     return operator.metric("tuneyard_leader") == 0.0
 
 
-def test_the_standby_does_nothing_and_says_so_to_training_pods(scene: Scene, start: Start) -> None:
+def test_the_standby_does_nothing_and_refuses_posts(scene: Scene, start: Start) -> None:
     one = start("one")
     one.wait_until_active()
     two = start("two")
@@ -68,7 +68,7 @@ def test_the_standby_does_nothing_and_says_so_to_training_pods(scene: Scene, sta
     consistently(lambda: leads(one) and stands_by(two))
 
 
-def test_when_the_active_replica_is_killed_the_other_takes_over_within_the_leases_time(
+def test_when_the_active_replica_is_killed_the_standby_takes_over_within_the_leases_duration(
     scene: Scene, start: Start
 ) -> None:
     one = start("one")
@@ -88,7 +88,7 @@ def test_when_the_active_replica_is_killed_the_other_takes_over_within_the_lease
     consistently(lambda: leads(two) and stands_by(one))
 
 
-def test_when_the_active_replica_ends_in_good_order_the_other_need_not_wait(
+def test_when_the_active_replica_releases_the_lease_the_standby_takes_over_at_once(
     scene: Scene, start: Start
 ) -> None:
     one = start("one")
@@ -100,7 +100,7 @@ def test_when_the_active_replica_ends_in_good_order_the_other_need_not_wait(
     scene.create("job").attempt(1)
 
 
-def test_a_replica_that_loses_the_lease_ends_in_failure_and_writes_no_more(
+def test_a_replica_that_loses_the_lease_fails_and_writes_no_more(
     scene: Scene, start: Callable[..., Operator], tmp_path: Path
 ) -> None:
     with FaultProxy(scene.kubeconfig, tmp_path) as proxy:
@@ -121,7 +121,7 @@ def test_a_replica_that_loses_the_lease_ends_in_failure_and_writes_no_more(
         assert proxy.num_writes == writes
 
 
-def test_a_lease_that_another_one_took_is_not_fought_for(
+def test_a_lease_that_another_replica_took_is_not_taken_back(
     scene: Scene, start: Callable[..., Operator]
 ) -> None:
     one = start("one")

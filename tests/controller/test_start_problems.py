@@ -1,5 +1,5 @@
-"""What stands in an attempt's way is named in the status while it waits, and in the failure if it
-does not go away in time; other jobs go on."""
+"""Problems that keep an attempt from starting: the status names them while the attempt waits, and
+the failure names them after the deadline. Other jobs are not affected."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IMPATIENT = {"startDeadlineSeconds": START_SECONDS}
 
 
 def is_served(scene: OperatedScene, name: str) -> None:
-    """Another job, beside the one in trouble, from its creation to its success."""
+    """Assert that another job runs from its creation to its success."""
     other = scene.create(name)
     other.attempt(1).run().end(SUCCEEDED)
     other.until_phase("Succeeded")
@@ -39,7 +39,7 @@ def unschedulable(attempt: Attempt) -> None:
     attempt.set_pod(attempt.worker, conditions=[{**condition, "message": text}])
 
 
-def without_claim(attempt: Attempt) -> None:
+def claim_missing(attempt: Attempt) -> None:
     text = 'persistentvolumeclaim "data" not found'
     condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}
     attempt.set_pod(attempt.worker, conditions=[{**condition, "message": text}])
@@ -51,18 +51,18 @@ def waiting(reason: str, text: str, container: str = "ray-worker") -> list[dict[
     return [{**status, "image": "i", "imageID": ""}]
 
 
-def without_image(attempt: Attempt) -> None:
-    told = waiting("ImagePullBackOff", "Back-off pulling image")
-    attempt.set_pod(attempt.worker, containerStatuses=told)
+def image_missing(attempt: Attempt) -> None:
+    states = waiting("ImagePullBackOff", "Back-off pulling image")
+    attempt.set_pod(attempt.worker, containerStatuses=states)
 
 
-def without_secret(attempt: Attempt) -> None:
-    told = waiting("CreateContainerConfigError", 'secret "hub" not found')
-    attempt.set_pod(attempt.worker, containerStatuses=told)
+def secret_missing(attempt: Attempt) -> None:
+    states = waiting("CreateContainerConfigError", 'secret "hub" not found')
+    attempt.set_pod(attempt.worker, containerStatuses=states)
 
 
 def refused_by_policy(attempt: Attempt) -> None:
-    """Without pods, the RayCluster's events alone tell."""
+    """Remove the pods, so that only the RayCluster's events report the refusal."""
     for pod in (attempt.head, attempt.worker):
         attempt.remove_pod(pod)
     scene = attempt.job.scene
@@ -77,24 +77,24 @@ def refused_by_policy(attempt: Attempt) -> None:
     scene.create_object("events", event)
 
 
-TROUBLES = {
+PROBLEMS = {
     "Unschedulable": (unschedulable, "gpusPerWorker"),
-    "VolumeMissing": (without_claim, "data"),
-    "ImagePullFailed": (without_image, "compute.image"),
-    "SecretMissing": (without_secret, "tokenSecret"),
+    "VolumeMissing": (claim_missing, "data"),
+    "ImagePullFailed": (image_missing, "compute.image"),
+    "SecretMissing": (secret_missing, "tokenSecret"),
     "QuotaExceeded": (refused_by_policy, "compute.workers"),
     "StartTimeout": (lambda _: None, ""),
 }
 
 
-def test_pods_that_do_not_start_are_explained_at_once_and_given_up_in_time(
+def test_pods_that_do_not_start_are_explained_at_once_and_fail_the_job_in_time(
     scene: OperatedScene,
 ) -> None:
-    jobs = {reason: scene.create(f"no-{reason.lower()}", policy=IMPATIENT) for reason in TROUBLES}
+    jobs = {reason: scene.create(f"no-{reason.lower()}", policy=IMPATIENT) for reason in PROBLEMS}
     for reason, job in jobs.items():
         attempt = job.attempt(1)
         attempt.start()
-        TROUBLES[reason][0](attempt)
+        PROBLEMS[reason][0](attempt)
     for reason, job in jobs.items():
         known = "Starting" if reason == "StartTimeout" else reason
         job.until(lambda job, known=known: known in (job.why("Running").split()[-1], job.failure))
@@ -102,12 +102,12 @@ def test_pods_that_do_not_start_are_explained_at_once_and_given_up_in_time(
     for reason, job in jobs.items():
         job.until_phase("Failed")
         assert job.failure == reason
-        assert TROUBLES[reason][1] in str(job.status["failure"])
+        assert PROBLEMS[reason][1] in str(job.status["failure"])
         job.until(lambda job: not job.ray_jobs())
         assert len(job.attempts) == 1, "nothing would be different the next time"
 
 
-def test_a_trouble_that_goes_away_is_forgotten(scene: OperatedScene) -> None:
+def test_a_pod_problem_that_ends_is_removed_from_the_status(scene: OperatedScene) -> None:
     job = scene.create("lucky")
     attempt = job.attempt(1)
     attempt.start()
@@ -122,7 +122,7 @@ def test_a_trouble_that_goes_away_is_forgotten(scene: OperatedScene) -> None:
     assert job.event_reasons()["Unschedulable"] == 1
 
 
-def test_a_quota_that_takes_no_rayjob_is_named_and_waited_for(scene: OperatedScene) -> None:
+def test_a_quota_that_forbids_rayjobs_is_reported_and_waited_for(scene: OperatedScene) -> None:
     quota = f"/api/v1/namespaces/{scene.namespace}/resourcequotas"
     body = {"metadata": {"name": "none"}, "spec": {"hard": {"count/rayjobs.ray.io": "0"}}}
     scene.api("POST", quota, body)
@@ -138,7 +138,9 @@ def test_a_quota_that_takes_no_rayjob_is_named_and_waited_for(scene: OperatedSce
     assert (len(job.attempts), job.event_reasons()["QuotaExceeded"]) == (1, 1)
 
 
-def test_without_kuberay_a_job_says_so_and_goes_on_once_it_is_there(scene: OperatedScene) -> None:
+def test_a_job_reports_missing_kuberay_and_continues_once_it_is_installed(
+    scene: OperatedScene,
+) -> None:
     missing = on("PATCH", f"/namespaces/{scene.namespace}/rayjobs/early")
     scene.proxy.add(Answer(404), missing, times=None)
     early = scene.create("early")
@@ -154,7 +156,7 @@ def test_without_kuberay_a_job_says_so_and_goes_on_once_it_is_there(scene: Opera
     assert len(early.attempts) == 1
 
 
-def test_what_the_schema_cannot_refuse_fails_with_the_remedy_and_may_be_corrected(
+def test_a_fault_that_the_schema_cannot_refuse_fails_with_the_remedy_and_may_be_corrected(
     scene: OperatedScene,
 ) -> None:
     job = scene.create("typo", compute={"profile": "a1000"})
@@ -168,14 +170,14 @@ def test_what_the_schema_cannot_refuse_fails_with_the_remedy_and_may_be_correcte
     assert (job.failure, job.why("Failed")) == (None, "absent")
 
 
-def test_a_path_of_the_users_own_machine_is_no_place_for_pods(scene: OperatedScene) -> None:
+def test_a_local_path_is_refused(scene: OperatedScene) -> None:
     job = scene.create("local", output={"uri": "file://out"})
     job.until_phase("Failed")
     assert (job.failure, job.ray_jobs()) == ("PlanRejected", [])
     assert "file://" in job.status["failure"]["message"]
 
 
-def test_an_invalid_rayjob_is_refused_for_good(scene: OperatedScene) -> None:
+def test_an_invalid_rayjob_fails_the_job(scene: OperatedScene) -> None:
     scene.proxy.add(Answer(422), on("PATCH", "/rayjobs/invalid-1$"), times=None)
     job = scene.create("invalid")
     job.until_phase("Failed")
@@ -183,7 +185,7 @@ def test_an_invalid_rayjob_is_refused_for_good(scene: OperatedScene) -> None:
     is_served(scene, "valid")
 
 
-def test_kuberays_refusal_is_final(scene: OperatedScene) -> None:
+def test_a_refusal_by_kuberay_is_final(scene: OperatedScene) -> None:
     job = scene.create("refused")
     status = {"jobDeploymentStatus": "ValidationFailed", "reason": "ValidationFailed"}
     job.attempt(1).set(**status, message="the spec is not valid")
@@ -191,13 +193,13 @@ def test_kuberays_refusal_is_final(scene: OperatedScene) -> None:
     assert job.failure == "RayJobRefused"
 
 
-# ---- what others broke --------------------------------------------------------------------------
+# ---- objects changed by other clients -----------------------------------------------------------
 
 
-def test_a_malformed_object_is_told_so_and_does_not_keep_others_from_being_served(
+def test_a_malformed_job_is_reported_and_does_not_delay_other_jobs(
     scene: OperatedScene,
 ) -> None:
-    """One that a laxer schema of an earlier version let in."""
+    """An earlier version's schema may have admitted it."""
     with any_schema(scene):
         job = scene.create("nonsense", model=5, data={"train": "everything"}, surprise={})
         is_served(scene, "sensible")
@@ -208,7 +210,7 @@ def test_a_malformed_object_is_told_so_and_does_not_keep_others_from_being_serve
 
 @contextmanager
 def any_schema(scene: OperatedScene) -> Iterator[None]:
-    """Admission takes any FineTuneJob meanwhile."""
+    """Admit any FineTuneJob while the context lasts."""
     path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/finetunejobs.tuneyard.io"
     definition = scene.api("GET", path)
     lax, anything = copy.deepcopy(definition), {"x-kubernetes-preserve-unknown-fields": True}
@@ -225,7 +227,7 @@ def any_schema(scene: OperatedScene) -> Iterator[None]:
             return False
         return True
 
-    # A changed schema takes a moment to come into force.
+    # A changed schema takes effect after a moment.
     scene.api("PUT", path, lax)
     eventually(is_admitted)
     try:
@@ -237,8 +239,8 @@ def any_schema(scene: OperatedScene) -> Iterator[None]:
         eventually(lambda: not is_admitted())
 
 
-def test_a_lost_plan_is_made_again(scene: OperatedScene) -> None:
-    """ConfigMaps can be deleted by whoever may."""
+def test_a_lost_plan_is_created_again(scene: OperatedScene) -> None:
+    """Other clients may delete ConfigMaps."""
     job = scene.create("planless", policy={"backoffSeconds": 0})
     job.attempt(1).run()
     digest = job.status["planDigest"].removeprefix("sha256:")[:10]
@@ -251,7 +253,7 @@ def test_a_lost_plan_is_made_again(scene: OperatedScene) -> None:
     assert scene.api("GET", path)["metadata"]["uid"] != uid
 
 
-def test_after_somebody_emptied_the_status_the_old_cluster_is_gone_before_a_new_one_begins(
+def test_after_the_status_was_cleared_the_old_cluster_is_removed_before_a_new_one_starts(
     scene: OperatedScene,
 ) -> None:
     job = scene.create("emptied")
@@ -267,13 +269,13 @@ def test_after_somebody_emptied_the_status_the_old_cluster_is_gone_before_a_new_
     job.until_phase("Succeeded")
 
 
-def is_well(job: Job) -> bool:
+def is_active(job: Job) -> bool:
     return job.phase in ("Pending", "Running")
 
 
-def test_a_finalizer_that_somebody_took_off_comes_back(scene: OperatedScene) -> None:
+def test_a_removed_finalizer_is_added_again(scene: OperatedScene) -> None:
     job = scene.create("unguarded")
     job.attempt(1).run()
     scene.api.merge(job.path, {"metadata": {"finalizers": None}})
     job.until(lambda job: job.body["metadata"].get("finalizers"))
-    assert is_well(job)
+    assert is_active(job)

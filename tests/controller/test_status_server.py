@@ -1,4 +1,4 @@
-"""The status server, over TLS and with real tokens: who may say what, and what becomes of it."""
+"""The status server over TLS with real tokens: authentication, refusals and status writes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.apiserver
 
 @dataclass
 class Pair:
-    """Two jobs that run, both at attempt 1."""
+    """Two running jobs, both at attempt 1."""
 
     job: Job
     attempt: Attempt
@@ -47,7 +47,7 @@ def with_token(attempt: Attempt, token: str) -> Driver:
 
 
 def is_refused(driver: Driver, status: int, job: Job) -> str:
-    """The message; nothing is written."""
+    """Assert that a post is refused and nothing is written; return the message."""
     version = job.version
     answer = driver.post(99)
     assert answer.status == status
@@ -56,25 +56,23 @@ def is_refused(driver: Driver, status: int, job: Job) -> str:
     return message
 
 
-# ---- whose token --------------------------------------------------------------------------------
+# ---- authentication -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("token", ["", "garbage", "a.b.c"])
-def test_without_a_token_that_the_cluster_issued_nothing_is_taken(
+def test_a_post_without_a_token_of_the_cluster_is_refused(
     scene: OperatedScene, pair: Pair, token: str
 ) -> None:
     is_refused(with_token(pair.attempt, token), 401, pair.job)
 
 
-def test_a_scheme_other_than_bearer_is_no_token(scene: OperatedScene, pair: Pair) -> None:
+def test_a_scheme_other_than_bearer_is_refused(scene: OperatedScene, pair: Pair) -> None:
     driver = pair.attempt.driver()
     basic = {"Authorization": f"Basic {driver.token}"}
     assert Driver.send(with_token(pair.attempt, ""), post(1), **basic).status == 401
 
 
-def test_a_token_for_the_api_server_is_not_one_for_progress(
-    scene: OperatedScene, pair: Pair
-) -> None:
+def test_a_token_for_the_api_server_is_refused(scene: OperatedScene, pair: Pair) -> None:
     token = scene.token_of(pair.attempt.head, "https://kubernetes.default.svc.cluster.local")
     is_refused(with_token(pair.attempt, token), 401, pair.job)
 
@@ -87,22 +85,22 @@ def test_another_jobs_token_cannot_write_this_jobs_progress(
     assert pair.attempt.audience in message
 
 
-def test_another_jobs_pod_cannot_write_it_with_the_right_audience_either(
+def test_another_jobs_pod_cannot_write_it_even_with_the_right_audience(
     scene: OperatedScene, pair: Pair
 ) -> None:
-    """A pod's owner may ask for a token of any audience."""
+    """The owner of a pod may request a token of any audience."""
     token = scene.token_of(pair.other.head, pair.attempt.audience)
     message = is_refused(with_token(pair.attempt, token), 403, pair.job)
     assert "no pod with tuneyard.io/job=mine" in message
 
 
-def test_a_token_that_no_pod_holds_is_refused(scene: OperatedScene, pair: Pair) -> None:
+def test_a_token_without_a_pod_is_refused(scene: OperatedScene, pair: Pair) -> None:
     token = scene.token("default", pair.attempt.audience)
     is_refused(with_token(pair.attempt, token), 403, pair.job)
 
 
 def test_a_token_of_another_namespace_is_refused(scene: OperatedScene, pair: Pair) -> None:
-    """Also if its pod carries this job's name and labels."""
+    """Even if its pod has this job's name and labels."""
     name = f"{scene.namespace}-elsewhere"
     scene.cluster.kubectl("create", "namespace", name)
     try:
@@ -121,14 +119,14 @@ def test_a_token_of_another_namespace_is_refused(scene: OperatedScene, pair: Pai
         scene.cluster.kubectl("delete", "namespace", name, "--wait=false")
 
 
-def test_a_pod_that_is_no_more_has_no_voice(scene: OperatedScene) -> None:
+def test_a_token_of_a_deleted_pod_is_refused(scene: OperatedScene) -> None:
     attempt = scene.create("ghost").attempt(1).run()
     driver = attempt.driver()
     attempt.remove_pod(attempt.head)
     assert driver.post(1).status == 401
 
 
-def test_a_token_is_looked_up_once_a_minute_and_not_with_every_post(
+def test_a_token_is_reviewed_once_a_minute_and_not_for_every_post(
     scene: OperatedScene, pair: Pair
 ) -> None:
     driver = pair.attempt.driver()
@@ -138,7 +136,7 @@ def test_a_token_is_looked_up_once_a_minute_and_not_with_every_post(
     assert scene.proxy.count("POST", "/tokenreviews$") == before + 1
 
 
-# ---- what is said -------------------------------------------------------------------------------
+# ---- the body -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -155,7 +153,7 @@ def test_a_token_is_looked_up_once_a_minute_and_not_with_every_post(
     ],
     ids=["empty", "no JSON", "a list", "nothing", "400%", "attempt 0", "a long name", "no UTF-8"],
 )
-def test_a_malformed_post_is_refused_with_the_place(
+def test_a_malformed_post_is_refused_with_the_field(
     scene: OperatedScene, pair: Pair, body: Any
 ) -> None:
     answer = pair.attempt.driver().send(body)
@@ -170,7 +168,7 @@ def test_a_post_that_is_too_long_is_refused(scene: OperatedScene, pair: Pair) ->
     assert driver.post(7).status == 200
 
 
-def test_a_job_that_is_not_there_has_no_progress(scene: OperatedScene, pair: Pair) -> None:
+def test_a_post_for_a_missing_job_is_refused(scene: OperatedScene, pair: Pair) -> None:
     driver = pair.attempt.driver()
     driver.url = driver.url.replace("/mine/", "/nobody/")
     assert driver.post(1).status == 401
@@ -178,8 +176,8 @@ def test_a_job_that_is_not_there_has_no_progress(scene: OperatedScene, pair: Pai
     assert driver.post(1).status == 404
 
 
-def test_numbers_that_are_none_do_not_stop_the_status(scene: OperatedScene) -> None:
-    """JSON has no infinity: a status with one could not be stored."""
+def test_values_that_are_not_finite_are_left_out_of_the_status(scene: OperatedScene) -> None:
+    """JSON has no infinity, so a status with one could not be stored."""
     job = scene.create("infinite")
     driver = job.attempt(1).run().driver()
     odd = [{"name": n, "value": v} for n, v in (("loss", "NaN"), ("x", "inf"), ("lr", "0.5"))]
@@ -190,7 +188,7 @@ def test_numbers_that_are_none_do_not_stop_the_status(scene: OperatedScene) -> N
     assert job.status["progress"]["metrics"] == {"lr": 0.5}
 
 
-def test_a_client_that_knows_kubeflows_protocol_alone_is_understood(scene: OperatedScene) -> None:
+def test_a_post_in_kubeflows_protocol_is_accepted(scene: OperatedScene) -> None:
     job = scene.create("kubeflow")
     driver = job.attempt(1).run().driver()
     metrics = [{"name": "loss", "value": "0.75"}]
@@ -209,8 +207,8 @@ def test_a_client_that_knows_kubeflows_protocol_alone_is_understood(scene: Opera
 # ---- attempts -----------------------------------------------------------------------------------
 
 
-def test_a_stale_attempt_is_told_to_end(scene: OperatedScene) -> None:
-    """Its pod may live on, on a node that does not answer; its token is good for a while."""
+def test_a_stale_attempt_is_asked_to_stop(scene: OperatedScene) -> None:
+    """Its pod may still run on a node that does not respond, with a valid token."""
     job = scene.create("stale", policy={"backoffSeconds": 0})
     first = job.attempt(1).run()
     old = first.driver()
@@ -225,7 +223,7 @@ def test_a_stale_attempt_is_told_to_end(scene: OperatedScene) -> None:
     job.until(lambda job: job.status["progress"]["step"] == 20)
 
 
-def test_an_attempt_that_was_closed_may_save_a_checkpoint_while_its_pod_lives(
+def test_a_closed_attempt_may_save_a_checkpoint_while_its_pod_exists(
     scene: OperatedScene,
 ) -> None:
     job = scene.create("closed", policy={"backoffSeconds": 3600})
@@ -242,8 +240,8 @@ def test_an_attempt_that_was_closed_may_save_a_checkpoint_while_its_pod_lives(
     attempt.let_go(attempt.head)
 
 
-def test_the_ending_is_answered_once_it_is_stored(scene: OperatedScene) -> None:
-    """And at once, though progress was written a moment ago."""
+def test_an_outcome_is_acknowledged_once_it_is_stored(scene: OperatedScene) -> None:
+    """It is stored at once, even if progress was written a moment ago."""
     job = scene.create("stored")
     driver = job.attempt(1).run().driver()
     driver.post(1)
@@ -254,7 +252,7 @@ def test_the_ending_is_answered_once_it_is_stored(scene: OperatedScene) -> None:
     assert time.monotonic() - began < 9, "it did not wait for the next progress write"
 
 
-def test_an_ending_that_cannot_be_stored_is_not_acknowledged(scene: OperatedScene) -> None:
+def test_an_outcome_that_cannot_be_stored_is_not_acknowledged(scene: OperatedScene) -> None:
     job = scene.create("unstored")
     driver = job.attempt(1).run().driver()
     scene.proxy.add(Answer(500), on("PATCH", f"{job.path}/status$"), times=None)
@@ -266,7 +264,7 @@ def test_an_ending_that_cannot_be_stored_is_not_acknowledged(scene: OperatedScen
     assert job.phase == "Succeeded"
 
 
-def test_an_interrupted_driver_that_nobody_asked_is_a_preemption(scene: OperatedScene) -> None:
+def test_an_interruption_without_a_stop_request_is_a_preemption(scene: OperatedScene) -> None:
     job = scene.create("evicted", policy={"maxAttempts": 1})
     first = job.attempt(1).run()
     assert first.driver().end(INTERRUPTED).status == 200
@@ -274,11 +272,11 @@ def test_an_interrupted_driver_that_nobody_asked_is_a_preemption(scene: Operated
     assert job.reasons == ["Preempted", None]
 
 
-# ---- how much -----------------------------------------------------------------------------------
+# ---- the rate of writes -------------------------------------------------------------------------
 
 
-def test_a_storm_of_posts_is_two_writes_and_the_newest_is_kept(scene: OperatedScene) -> None:
-    """One at the first post, one at most 10 s later; other jobs go on meanwhile."""
+def test_many_posts_cause_two_writes_and_the_newest_is_kept(scene: OperatedScene) -> None:
+    """One write follows the first post, one at most 10 s later; other jobs are not delayed."""
     job = scene.create("storm")
     attempt = job.attempt(1).run()
     driver = attempt.driver()
@@ -297,7 +295,7 @@ def test_a_storm_of_posts_is_two_writes_and_the_newest_is_kept(scene: OperatedSc
     consistently(lambda: len(scene.status_writes(job)) - before <= 2 + took / 10)
 
 
-def test_a_finished_stage_is_progress_like_any_other(scene: OperatedScene) -> None:
+def test_a_finished_stage_is_written_at_the_rate_of_progress(scene: OperatedScene) -> None:
     job = scene.create("staged")
     driver = job.attempt(1).run().driver()
     done = {"name": "prepare", "kind": "prepare", "state": "Succeeded", "metrics": {"rows": 12.0}}
@@ -307,7 +305,7 @@ def test_a_finished_stage_is_progress_like_any_other(scene: OperatedScene) -> No
     job.until(lambda job: job.event_reasons()["StageSucceeded"] == 1)
 
 
-def test_the_jobs_series_are_there_while_it_lives_and_go_with_it(scene: OperatedScene) -> None:
+def test_a_jobs_series_exist_as_long_as_the_job(scene: OperatedScene) -> None:
     job = scene.create("measured")
     driver = job.attempt(1).run().driver()
     driver.post(25, loss=0.5)

@@ -1,4 +1,4 @@
-"""The Kubernetes objects of an attempt: safe by default, complete, and nothing of a laptop."""
+"""The Kubernetes objects of an attempt: complete, restricted, and free of local paths."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def worker(result: Rendered) -> dict[str, Any]:
 
 
 def mounts(pod: Mapping[str, Any]) -> dict[str, bool]:
-    """Mount paths and whether they are read-only."""
+    """Return the mount paths of a pod and whether they are read-only."""
     (container,) = pod["containers"]
     return {m["mountPath"]: m.get("readOnly", False) for m in container["volumeMounts"]}
 
@@ -118,7 +118,7 @@ def test_the_longest_name_and_attempt_fit_into_kuberay_s_47_characters() -> None
     assert len(result.ray_job["metadata"]["name"]) <= 47
 
 
-def test_ray_never_retries_by_itself_and_its_cluster_goes_away() -> None:
+def test_ray_never_retries_and_its_cluster_is_removed() -> None:
     value = spec(rendered(job()))
     assert value["submissionMode"] == "K8sJobMode"
     assert value["backoffLimit"] == 0
@@ -128,7 +128,7 @@ def test_ray_never_retries_by_itself_and_its_cluster_goes_away() -> None:
     assert "runtimeEnvYAML" not in value, "code is in the image"
 
 
-def test_objects_belong_to_the_job_once_it_has_an_identity() -> None:
+def test_objects_belong_to_the_job_once_it_has_a_uid() -> None:
     value = manifest("minimal")
     assert all("ownerReferences" not in item["metadata"] for item in rendered(job()))
     value["metadata"]["uid"] = "u-1"
@@ -164,12 +164,12 @@ def test_the_queue_is_named_on_the_rayjob_and_nowhere_else() -> None:
     assert not any("kueue" in key for labels in pod_labels(result) for key in labels)
 
 
-def test_no_two_places_share_a_value_that_a_caller_might_change() -> None:
+def test_no_two_places_share_a_mutable_value() -> None:
     text = yaml.safe_dump(rendered(job("support-bot"), reporting=REPORTING).ray_job)
     assert "&id" not in text, "YAML marks shared values with anchors"
 
 
-def test_rendering_is_deterministic_and_leaves_its_input_alone() -> None:
+def test_rendering_is_deterministic_and_does_not_change_its_input() -> None:
     given = job("support-bot")
     before = given.model_dump_json()
     assert json.dumps(rendered(given)) == json.dumps(rendered(job("support-bot")))
@@ -195,11 +195,11 @@ def test_every_pod_satisfies_the_restricted_security_standard() -> None:
         assert "hostPath" not in json.dumps(pod)
 
 
-def test_a_worker_that_still_waits_for_its_head_ends_at_once_when_told_to() -> None:
+def test_a_worker_that_waits_for_its_head_ends_at_once_on_sigterm() -> None:
     assert worker(rendered(job("support-bot")))["shareProcessNamespace"] is True
 
 
-def test_the_head_computes_nothing() -> None:
+def test_the_head_runs_no_tasks() -> None:
     result = rendered(job("support-bot"))
     start = spec(result)["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]
     assert start["num-cpus"] == "0"
@@ -223,7 +223,7 @@ def test_workers_get_what_the_job_asks_for() -> None:
     assert shared["emptyDir"] == {"medium": "Memory", "sizeLimit": "8Gi"}
 
 
-def test_a_job_without_wishes_gets_one_small_worker_without_gpus() -> None:
+def test_a_job_without_compute_gets_one_small_worker_without_gpus() -> None:
     result = rendered(job())
     (container,) = worker(result)["containers"]
     assert container["resources"]["limits"] == {"cpu": "4", "memory": "16Gi"}
@@ -243,7 +243,7 @@ def test_the_job_s_image_wins_over_the_operator_s() -> None:
 PROFILES = {"a100": Compute(workers=2, gpus_per_worker=8, memory="500Gi")}
 
 
-def test_a_profile_fills_in_what_the_job_leaves_open() -> None:
+def test_a_profile_fills_in_the_fields_that_the_job_does_not_set() -> None:
     result = rendered(job(compute={"profile": "a100", "workers": 4}), profiles=PROFILES)
     (container,) = worker(result)["containers"]
     assert group(result)["replicas"] == 4
@@ -251,12 +251,12 @@ def test_a_profile_fills_in_what_the_job_leaves_open() -> None:
     assert container["resources"]["limits"]["memory"] == "500Gi"
 
 
-def test_an_unknown_profile_is_refused_with_a_guess() -> None:
+def test_an_unknown_profile_is_refused_with_a_suggestion() -> None:
     (fault,) = faults(job(compute={"profile": "a10"}), profiles=PROFILES)
     assert fault == Fault("spec.compute.profile", "there is no profile a10: did you mean a100?")
 
 
-def test_where_no_profiles_are_known_the_remedy_is_to_write_the_numbers() -> None:
+def test_without_known_profiles_the_remedy_is_to_set_the_fields() -> None:
     (fault,) = faults(job(compute={"profile": "a100"}))
     assert "set workers, gpusPerWorker" in fault.message
 
@@ -310,7 +310,7 @@ def test_only_the_head_can_report_and_only_as_this_job() -> None:
     assert "serviceAccountToken" not in json.dumps(worker(result))
 
 
-def test_without_an_operator_no_token_is_made() -> None:
+def test_without_reporting_there_is_no_token() -> None:
     assert '"serviceAccountToken"' not in json.dumps(rendered(job("support-bot")).ray_job)
 
 
@@ -319,7 +319,7 @@ def test_package_and_hub_sources_need_no_volume() -> None:
     assert "persistentVolumeClaim" not in json.dumps(result.ray_job)
 
 
-# ---- what cannot exist on a cluster ---------------------------------------------------------
+# ---- faults ---------------------------------------------------------------------------------
 
 
 def test_every_local_path_is_refused_at_once_with_the_remedy() -> None:
@@ -336,7 +336,7 @@ def test_every_local_path_is_refused_at_once_with_the_remedy() -> None:
     assert profile.path == "spec.compute.profile", "what else is wrong is said at once too"
 
 
-def test_another_job_s_model_is_read_from_where_that_job_left_it() -> None:
+def test_another_job_s_model_is_read_from_that_job_s_output() -> None:
     given = plan_job(job(model__uri="job://earlier"))
     assert awaited_jobs(given) == ["earlier"]
     found = placed(given, profiles={}, models={"earlier": "pvc://models/earlier/result/model"})
@@ -359,7 +359,7 @@ def test_no_two_jobs_share_a_rayjob() -> None:
     assert len(made) == 2 * 2 * len(names)
 
 
-def test_driver_and_workers_are_drained_before_they_are_told_to_end() -> None:
+def test_driver_and_workers_are_drained_before_sigterm() -> None:
     for pod in (head(rendered(job())), worker(rendered(job()))):
         (container,) = pod["containers"]
         command = container["lifecycle"]["preStop"]["exec"]["command"]
@@ -367,7 +367,7 @@ def test_driver_and_workers_are_drained_before_they_are_told_to_end() -> None:
         assert pod["terminationGracePeriodSeconds"] == 120
 
 
-def test_the_erasing_pod_sees_the_output_and_nothing_else() -> None:
+def test_the_erasing_pod_mounts_the_output_alone() -> None:
     given = job("support-bot")
     made = render_erasure(placed(plan_job(given), profiles={}), given)
     pod = made["spec"]["template"]["spec"]

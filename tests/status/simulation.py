@@ -1,4 +1,4 @@
-"""A simulation for `observe`: a clock, a cluster that obeys, and a controller that may die."""
+"""A simulation for `observe`: a clock, a cluster and a controller that may be killed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tuneyard.status.observed import CreateError, ObservedState, Pod, PodProblem
 
 UID = "job-uid"
 PLAN = plan_job(golden_job())
-"""The run policy is no part of a plan, so one serves all."""
+"""The plan of every job: the run policy is no part of a plan."""
 
 
 def new_job(**changes: Any) -> FineTuneJob:
@@ -56,20 +56,20 @@ def pod(attempt: int, role: str = "worker", *problems: PodProblem, **changes: An
 def post(
     attempt: int, step: int = 0, *, stage: str = "sft", outcome: Outcome | None = None, **more: Any
 ) -> Post:
-    picture = {"attempt": attempt, "stage": stage, "step": step, "totalSteps": 100, **more}
+    report = {"attempt": attempt, "stage": stage, "step": step, "totalSteps": 100, **more}
     value = {
         "trainerStatus": {
             "progressPercentage": step,
             "metrics": [{"name": "loss", "value": 2.0}],
             "lastUpdatedTime": f"2030-01-01T00:00:{step % 60:02d}Z",
         },
-        "tuneyard": picture,
+        "tuneyard": report,
     }
-    made = Post.model_validate(value)
-    if outcome and made.tuneyard:
-        changed = made.tuneyard.model_copy(update={"outcome": outcome})
-        made = made.model_copy(update={"tuneyard": changed})
-    return made
+    built = Post.model_validate(value)
+    if outcome and built.tuneyard:
+        changed = built.tuneyard.model_copy(update={"outcome": outcome})
+        built = built.model_copy(update={"tuneyard": changed})
+    return built
 
 
 def failed(reason: str, *, retryable: bool = False, advice: str = "") -> Outcome:
@@ -87,7 +87,7 @@ class KilledError(Exception):
 
 @dataclass
 class Simulation:
-    """One job and its cluster. `look` is the controller, `step` the cluster."""
+    """One job, its cluster and its controller, whose reconcile is `reconcile`."""
 
     job: FineTuneJob = field(default_factory=new_job)
     now: datetime = datetime(2030, 1, 1, tzinfo=UTC)
@@ -105,10 +105,10 @@ class Simulation:
     """The controller's cache shows no RayJob."""
     is_deleted: bool = False
     created: list[str] = field(default_factory=list)
-    """Names of RayJobs in the order in which they were created."""
+    """Names of RayJobs in order of creation."""
     events: list[Event] = field(default_factory=list)
     actions: int = 0
-    """Writes so far."""
+    """Number of writes so far."""
     killed_at: int | None = None
     """The write at which the controller is killed, before it or after it."""
     killed_after: bool = False
@@ -169,7 +169,7 @@ class Simulation:
         return observe(self.job, self.planned or PLAN, self.observed_state(), self.now)
 
     def reconcile(self) -> Decision:
-        """One look of the controller: decides, writes, acts. Raises KilledError."""
+        """Reconcile once: decide, write the status, act. Raises KilledError."""
         decision = self.last = self.decide()
         before = self.job.status
         if decision.status != (before or JobStatus()):
@@ -223,8 +223,8 @@ class Simulation:
         self.pods |= {item.name: item for item in pods}
 
     def collect(self) -> None:
-        """Garbage collection: RayJobs first, their pods at the next call. KubeRay ends the pods of
-        a RayJob that a queue took back."""
+        """Collect garbage: RayJobs first, their pods at the next call. KubeRay deletes the pods of
+        a RayJob that a queue evicted."""
         owners = {item.attempt for item in self.ray_jobs.values() if not item.evicted_by_queue}
         for item in [p for p in self.pods.values() if p.attempt not in owners]:
             del self.pods[item.name]
@@ -233,7 +233,7 @@ class Simulation:
         self.ray_jobs = {n: item for n, item in self.ray_jobs.items() if not item.deleting}
 
     def edit(self, **policy: Any) -> None:
-        """The user changes the run policy."""
+        """Change the run policy, as the user does."""
         job = self.job
         new = job.spec.run_policy.model_copy(update=policy)
         generation = (job.metadata.generation or 0) + 1
@@ -244,17 +244,17 @@ class Simulation:
             }
         )
 
-    # ---- whole passages -------------------------------------------------------------------------
+    # ---- sequences of steps ---------------------------------------------------------------------
 
-    def settle(self, looks: int = 6) -> None:
-        """Looks until nothing changes, the cluster collecting its garbage meanwhile."""
-        for _ in range(looks):
+    def settle(self, times: int = 6) -> None:
+        """Reconcile several times and collect garbage in between."""
+        for _ in range(times):
             self.reconcile()
             self.collect()
             self.wait(1)
 
     def start(self) -> None:
-        """To an attempt whose pods are there."""
+        """Proceed to an attempt whose pods exist."""
         self.reconcile()
         self.reconcile()
         number = self.attempt.number
@@ -268,18 +268,18 @@ class Simulation:
         self.reconcile()
 
     def run(self) -> None:
-        """To an attempt whose driver runs."""
+        """Proceed to an attempt whose driver runs."""
         self.start()
         self.ray(job_status="RUNNING", deployment_status="Running")
         self.reconcile()
 
     def end(self, outcome: Outcome, step: int = 50) -> None:
-        """The driver ends the attempt, and KubeRay notices."""
+        """Post the outcome of the attempt."""
         self.post = post(self.attempt.number, step, outcome=outcome)
         self.reconcile()
 
     def next_attempt(self) -> None:
-        """From a closed attempt to the next one's RayJob."""
+        """Proceed from a closed attempt to the RayJob of the next."""
         self.settle()
         self.wait(3600)
         self.reconcile()

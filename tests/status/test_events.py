@@ -1,4 +1,4 @@
-"""A job's events: one for each transition, none for mere progress."""
+"""A job's events: one for each transition, none for progress alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def simulation(**policy: Any) -> Simulation:
     return Simulation(new_job(**{f"runPolicy__{name}": value for name, value in policy.items()}))
 
 
-def story(sim: Simulation) -> list[str]:
+def descriptions(sim: Simulation) -> list[str]:
     return [f"{event.type} {event.reason}" for event in sim.events]
 
 
@@ -29,7 +29,7 @@ TRAINED = {
 }
 
 
-def test_a_life_from_the_manifest_to_the_model() -> None:
+def test_a_job_from_the_manifest_to_the_model() -> None:
     sim = simulation()
     sim.run()
     for step in range(5):
@@ -60,14 +60,14 @@ def test_progress_alone_is_no_event() -> None:
     assert len(sim.events) == before
 
 
-def test_a_status_that_did_not_change_tells_nothing() -> None:
+def test_an_unchanged_status_has_no_events() -> None:
     sim = simulation(queue="team-a")
     sim.run()
     assert transition_events(sim.status, sim.status) == []
     assert transition_events(None, JobStatus()) == []
 
 
-def test_a_rejected_plan_is_one_warning_and_its_correction_another_story() -> None:
+def test_a_rejected_plan_is_one_warning_and_its_correction_is_planned() -> None:
     sim = simulation()
     for text in ("no", "still no"):
         sim.planned = PlanError([Fault("spec.model.uri", text)])
@@ -76,7 +76,7 @@ def test_a_rejected_plan_is_one_warning_and_its_correction_another_story() -> No
         sim.edit()
     sim.planned = None
     sim.reconcile()
-    assert story(sim) == [
+    assert descriptions(sim) == [
         "Warning PlanRejected",
         "Warning PlanRejected",
         "Normal Planned",
@@ -85,12 +85,12 @@ def test_a_rejected_plan_is_one_warning_and_its_correction_another_story() -> No
     assert "still no" in sim.events[1].message
 
 
-def test_waiting_for_a_model_is_told_once() -> None:
+def test_waiting_for_a_model_is_one_event() -> None:
     sim = simulation()
     for phase in ("Pending", "Running"):
         sim.planned = Waiting("WaitingForModel", f"job base is not done yet: {phase}")
         sim.reconcile()
-    assert story(sim) == ["Normal WaitingForModel"]
+    assert descriptions(sim) == ["Normal WaitingForModel"]
 
 
 def test_the_queue() -> None:
@@ -102,7 +102,7 @@ def test_the_queue() -> None:
     sim.ray(suspended=True)
     sim.reconcile()
     sim.settle(3)
-    assert story(sim) == [
+    assert descriptions(sim) == [
         "Normal Planned",
         "Normal AttemptStarted",
         "Normal Queued",
@@ -128,7 +128,7 @@ def test_why_an_attempt_does_not_start_is_one_warning_for_each_reason() -> None:
     ):
         sim.add_pods(pod(1, "worker", trouble, phase="Pending"))
         sim.reconcile()
-    assert story(sim)[2:] == ["Warning Unschedulable", "Warning ImagePullFailed"]
+    assert descriptions(sim)[2:] == ["Warning Unschedulable", "Warning ImagePullFailed"]
 
 
 def test_failure_and_retry() -> None:
@@ -139,7 +139,7 @@ def test_failure_and_retry() -> None:
     sim.run()
     sim.end(failed("LossNotFinite", advice="Lower training.learningRate."))
     sim.settle()
-    assert story(sim)[3:] == [
+    assert descriptions(sim)[3:] == [
         "Warning AttemptEnded",
         "Normal AttemptStarted",
         "Normal Running",
@@ -161,7 +161,7 @@ def test_suspend_and_resume() -> None:
     sim.settle()
     sim.edit(suspend=False)
     sim.reconcile()
-    assert story(sim)[3:] == [
+    assert descriptions(sim)[3:] == [
         "Normal Suspending",
         "Normal AttemptEnded",
         "Normal Suspended",
@@ -170,7 +170,7 @@ def test_suspend_and_resume() -> None:
     ]
 
 
-def test_a_stage_that_a_later_attempt_skips_is_told_once() -> None:
+def test_a_stage_that_a_later_attempt_skips_has_one_event() -> None:
     sim = simulation()
     sim.run()
     sim.post = post(1, 5, stages=[PREPARED], outcome=failed("DiskFull", retryable=True))
@@ -180,10 +180,10 @@ def test_a_stage_that_a_later_attempt_skips_is_told_once() -> None:
     for state in ("Pending", "Skipped"):
         sim.post = post(2, 5, stages=[{**PREPARED, "state": state}])
         sim.reconcile()
-    assert story(sim).count("Normal StageSucceeded") == 1
+    assert descriptions(sim).count("Normal StageSucceeded") == 1
 
 
-def test_messages_are_as_long_as_kubernetes_takes_them() -> None:
+def test_messages_fit_into_the_limit_of_kubernetes() -> None:
     sim = simulation()
     sim.planned = PlanError([Fault("spec.model.uri", "ü" * 3000)])
     sim.reconcile()

@@ -1,4 +1,4 @@
-"""A job's life as `observe` tells it: every transition, every order of arrival, every death."""
+"""The decisions of `observe`: every transition, in every order of arrival."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def simulation(**policy: Any) -> Simulation:
 
 
 def running(**policy: Any) -> Simulation:
-    """A simulation whose first attempt runs."""
-    made = simulation(**policy)
-    made.run()
-    return made
+    """Return a simulation whose first attempt runs."""
+    sim = simulation(**policy)
+    sim.run()
+    return sim
 
 
 def unchanged(sim: Simulation) -> None:
-    """Looking twice more changes nothing, whatever the time."""
+    """Assert that two more reconciles change nothing."""
     for seconds in (0.0, 1.0):
         sim.wait(seconds)
         assert sim.decide().status == sim.status
@@ -56,7 +56,7 @@ def unchanged(sim: Simulation) -> None:
 
 
 class TestPlanning:
-    def test_the_first_attempt_stands_in_the_status_before_it_is_started(self) -> None:
+    def test_the_first_attempt_is_in_the_status_before_it_is_started(self) -> None:
         sim = simulation()
         decision = sim.decide()
         assert decision.start == 1
@@ -80,7 +80,7 @@ class TestPlanning:
         assert sim.status.attempts == []
         unchanged(sim)
 
-    def test_a_corrected_spec_gets_a_second_chance(self) -> None:
+    def test_a_corrected_spec_is_planned_again(self) -> None:
         sim = simulation()
         sim.planned = PlanError([Fault("spec.model.uri", "no")])
         sim.reconcile()
@@ -146,7 +146,7 @@ class TestPlanning:
         assert sim.status.plan_digest is not None
         unchanged(sim)
 
-    def test_leftovers_of_a_deleted_job_of_this_name_go_first(self) -> None:
+    def test_objects_of_a_deleted_job_of_the_same_name_are_removed_first(self) -> None:
         sim = simulation()
         old = ray_job(1, owner="another-uid", uid="old", job_status="RUNNING")
         sim.ray_jobs[old.name] = old
@@ -158,7 +158,7 @@ class TestPlanning:
         sim.collect()
         assert sim.reconcile().start == 1
 
-    def test_a_namesake_that_shows_up_late_is_never_taken_for_the_attempt(self) -> None:
+    def test_a_ray_job_of_a_deleted_job_is_never_taken_for_the_attempt(self) -> None:
         sim = simulation()
         sim.killed_at = 0
         sim.killed_after = True
@@ -176,7 +176,7 @@ class TestPlanning:
 
 
 class TestStarting:
-    def test_the_ray_jobs_identity_is_kept(self) -> None:
+    def test_the_ray_jobs_uid_is_stored(self) -> None:
         sim = simulation()
         sim.reconcile()
         sim.reconcile()
@@ -202,7 +202,7 @@ class TestStarting:
             ),
         ],
     )
-    def test_a_pod_that_cannot_start_is_named_and_after_the_deadline_fails_the_job(
+    def test_a_pod_that_cannot_start_is_reported_and_fails_the_job_after_the_deadline(
         self, trouble: PodProblem, reason: str
     ) -> None:
         sim = simulation(startDeadlineSeconds=600)
@@ -221,8 +221,8 @@ class TestStarting:
         assert sim.status.failure
         assert sim.status.failure.advice
 
-    def test_a_worker_without_the_memory_to_start_fails_the_job_at_once(self) -> None:
-        """KubeRay would put one doomed pod after the other in its place."""
+    def test_a_worker_that_runs_out_of_memory_at_its_start_fails_the_job_at_once(self) -> None:
+        """KubeRay would replace the pod again and again."""
         sim = simulation()
         sim.start()
         killed = PodProblem("OOMKilled", "exit code 137", "ray-worker")
@@ -232,7 +232,7 @@ class TestStarting:
         assert sim.status.failure
         assert "compute.memory" in sim.status.failure.advice
 
-    def test_quota_that_keeps_pods_from_being_made_is_named(self) -> None:
+    def test_a_quota_that_forbids_pods_is_reported(self) -> None:
         sim = simulation()
         sim.start()
         sim.pods.clear()
@@ -240,7 +240,7 @@ class TestStarting:
         sim.reconcile()
         assert sim.why() == "False QuotaExceeded"
 
-    def test_trouble_that_passes_is_forgotten(self) -> None:
+    def test_a_pod_problem_that_ends_is_removed_from_the_status(self) -> None:
         sim = simulation()
         sim.start()
         sim.add_pods(pod(1, "worker", PodProblem("Unschedulable", "full"), phase="Pending"))
@@ -280,7 +280,7 @@ class TestStarting:
         assert sim.why("Failed") == "True StartTimeout"
 
 
-class TestObstacles:
+class TestCreateErrors:
     @pytest.mark.parametrize(
         ("create_error", "reason"),
         [
@@ -289,7 +289,7 @@ class TestObstacles:
             (CreateError(500, "InternalError", "failed calling webhook"), "ClusterUnavailable"),
         ],
     )
-    def test_what_may_pass_is_tried_again_until_the_start_deadline(
+    def test_a_temporary_create_error_is_retried_until_the_start_deadline(
         self, create_error: CreateError, reason: str
     ) -> None:
         sim = simulation(startDeadlineSeconds=60)
@@ -304,7 +304,7 @@ class TestObstacles:
         assert sim.why("Failed") == f"True {reason}"
         assert sim.created == []
 
-    def test_an_obstacle_that_passes_leaves_no_trace(self) -> None:
+    def test_a_create_error_that_ends_is_removed_from_the_status(self) -> None:
         sim = simulation()
         sim.create_error = CreateError(404, "NotFound", "404 page not found")
         sim.reconcile()
@@ -314,7 +314,7 @@ class TestObstacles:
         sim.reconcile()
         assert (sim.created, sim.why()) == (["minimal-1"], "False Starting")
 
-    def test_what_is_invalid_fails_at_once(self) -> None:
+    def test_an_invalid_ray_job_fails_the_job_at_once(self) -> None:
         sim = simulation()
         sim.create_error = CreateError(422, "Invalid", 'RayJob "x" is invalid: spec.y')
         sim.reconcile()
@@ -326,7 +326,7 @@ class TestObstacles:
 
 
 class TestProgress:
-    def test_the_newest_post_stands_in_the_status(self) -> None:
+    def test_the_newest_post_is_in_the_status(self) -> None:
         sim = running()
         stages = [
             StageStatus(name="prepare", kind="prepare", state="Succeeded", metrics={"rows": 9}),
@@ -346,7 +346,7 @@ class TestProgress:
         assert (sim.attempt.stage, sim.attempt.last_step) == ("sft", 7)
         unchanged(sim)
 
-    def test_posts_of_other_attempts_are_not_taken(self) -> None:
+    def test_posts_of_other_attempts_are_ignored(self) -> None:
         sim = running()
         for attempt in (2, 7):
             sim.post = post(attempt, 9, outcome=SUCCESS)
@@ -354,7 +354,7 @@ class TestProgress:
             sim.reconcile()
             assert sim.status == before
 
-    def test_a_stage_that_is_not_in_the_plan_is_not_taken(self) -> None:
+    def test_a_stage_that_is_not_in_the_plan_is_ignored(self) -> None:
         sim = running()
         strange = [{"name": "mine", "kind": "sft"}, {"name": "sft", "kind": "export"}]
         sim.post = post(1, 1, stages=strange)
@@ -362,7 +362,7 @@ class TestProgress:
         assert [s.name for s in sim.status.stages] == ["prepare", "sft", "export"]
         assert [s.kind for s in sim.status.stages] == ["prepare", "sft", "export"]
 
-    def test_a_done_stage_stays_done_until_it_really_runs_again(self) -> None:
+    def test_a_done_stage_stays_done_until_it_runs_again(self) -> None:
         sim = running()
         done = {"name": "prepare", "kind": "prepare", "state": "Succeeded", "startedAt": "then"}
         sim.post = post(1, 1, stages=[done])
@@ -376,7 +376,7 @@ class TestProgress:
             sim.reconcile()
             assert sim.status.stages[0].state == expected
 
-    def test_kubeflows_own_protocol_is_enough_for_percentage_and_metrics(self) -> None:
+    def test_a_post_in_kubeflows_protocol_sets_percentage_and_metrics(self) -> None:
         sim = running()
         sim.post = Post.model_validate(
             {
@@ -394,14 +394,14 @@ class TestProgress:
         assert progress.last_updated_time == "2030-01-01T00:00:05Z"
         unchanged(sim)
 
-    def test_a_post_without_an_attempt_starts_none(self) -> None:
+    def test_a_post_that_names_no_attempt_starts_none(self) -> None:
         sim = simulation()
         sim.start()
         sim.post = Post.model_validate({"trainerStatus": {"progressPercentage": 12}})
         sim.reconcile()
         assert sim.attempt.running_at is None
 
-    def test_names_of_metrics_do_not_pile_up(self) -> None:
+    def test_the_number_of_metrics_is_bounded(self) -> None:
         sim = running()
         for number in range(6):
             metrics = [{"name": f"m{number}.{i}", "value": 1.0} for i in range(100)]
@@ -426,7 +426,7 @@ class TestProgress:
         sim.reconcile()
         assert sim.attempt.last_step == 61
 
-    def test_steps_lost_are_counted_when_the_stage_is_taken_up_again(self) -> None:
+    def test_lost_steps_are_counted_when_the_stage_is_resumed(self) -> None:
         sim = running()
         sim.end(failed("WorkerDied", retryable=True), step=57)
         sim.next_attempt()
@@ -436,7 +436,7 @@ class TestProgress:
         assert [a.steps_lost for a in sim.status.attempts] == [7, None]
         unchanged(sim)
 
-    def test_steps_lost_are_counted_over_an_attempt_that_never_trained(self) -> None:
+    def test_lost_steps_are_counted_across_an_attempt_that_never_trained(self) -> None:
         sim = running()
         sim.end(failed("WorkerDied", retryable=True), step=57)
         sim.next_attempt()
@@ -449,7 +449,7 @@ class TestProgress:
         sim.reconcile()
         assert [a.steps_lost for a in sim.status.attempts] == [7, None, None]
 
-    def test_another_stage_lost_nothing_of_this_one(self) -> None:
+    def test_a_resumed_stage_counts_no_steps_of_another_stage(self) -> None:
         sim = running()
         sim.end(failed("WorkerDied", retryable=True), step=57)
         sim.next_attempt()
@@ -463,7 +463,7 @@ class TestProgress:
 
 
 class TestSuccess:
-    def test_the_ending_brings_the_result_and_the_cluster_goes(self) -> None:
+    def test_a_successful_outcome_sets_the_result_and_deletes_the_cluster(self) -> None:
         sim = running()
         sim.post = post(1, 100, outcome=SUCCESS)
         decision = sim.reconcile()
@@ -474,7 +474,7 @@ class TestSuccess:
         assert decision.stop == ("minimal-1",)
         assert is_finished(sim.job)
 
-    def test_a_driver_that_could_not_report_succeeds_all_the_same(self) -> None:
+    def test_a_driver_that_could_not_post_its_outcome_succeeds(self) -> None:
         sim = running()
         sim.post = post(1, 80)
         sim.ray(job_status="SUCCEEDED")  # its submitter has not ended yet
@@ -485,14 +485,14 @@ class TestSuccess:
         assert sim.status.progress
         assert sim.status.progress.percentage == 100
 
-    def test_an_ending_counts_even_if_the_ray_job_is_gone(self) -> None:
+    def test_an_outcome_counts_even_if_the_ray_job_is_deleted(self) -> None:
         sim = running()
         sim.ray_jobs.clear()
         sim.post = post(1, 100, outcome=SUCCESS)
         sim.reconcile()
         assert sim.phase == "Succeeded"
 
-    def test_success_wins_over_a_wish_to_stop(self) -> None:
+    def test_success_takes_precedence_over_a_stop_request(self) -> None:
         for wish in ({"cancel": True}, {"suspend": True}):
             sim = running()
             sim.edit(**wish)
@@ -512,7 +512,7 @@ class TestSuccess:
         assert (decision.status, decision.start) == (status, None)
         assert decision.stop == ("minimal-2",)
 
-    def test_the_job_is_deleted_when_its_time_is_over(self) -> None:
+    def test_the_job_is_deleted_when_its_time_to_live_expires(self) -> None:
         sim = running(ttlSecondsAfterFinished=60)
         sim.end(SUCCESS)
         sim.wait(40)
@@ -542,7 +542,7 @@ class TestFailure:
         sim.wait(9999)
         assert sim.reconcile().start is None
 
-    def test_the_drivers_last_words_count_if_no_post_got_through(self) -> None:
+    def test_the_logged_outcome_counts_if_no_post_arrived(self) -> None:
         sim = running()
         words = failed("RowUnreadable", advice="Mend it.").model_dump_json(by_alias=True)
         log = f"Job entrypoint command failed with exit code 1\nTUNEYARD-OUTCOME {words}\nbye"
@@ -567,7 +567,7 @@ class TestFailure:
         assert sim.reconcile().start == 2
         assert [a.number for a in sim.status.attempts] == [1, 2]
 
-    def test_pods_that_do_not_go_are_named_and_waited_for(self) -> None:
+    def test_pods_that_are_not_removed_are_reported_and_waited_for(self) -> None:
         sim = running()
         sim.end(failed("DiskFull", retryable=True))
         sim.ray_jobs.clear()
@@ -611,8 +611,8 @@ class TestFailure:
         assert found.message == "it was Unreachable. Open it."
         assert [a.reason for a in sim.status.attempts] == ["DiskFull", "Unreachable"]
 
-    def test_a_vanished_worker_is_explained_by_evidence_that_comes_later(self) -> None:
-        """The driver's post is quicker than the kubelet's word, also at the last attempt."""
+    def test_a_lost_worker_is_explained_by_a_later_report_of_kubernetes(self) -> None:
+        """The driver's post can arrive before the kubelet's report, also in the last attempt."""
         for policy in ({}, {"maxAttempts": 1}):
             sim = running(**policy)
             sim.end(failed("WorkerDied", retryable=True))
@@ -623,7 +623,7 @@ class TestFailure:
             assert sim.status.failure
             assert "compute.memory" in sim.status.failure.advice
 
-    def test_a_vanished_worker_of_the_last_attempt_fails_the_job_once_no_evidence_can_come(
+    def test_a_lost_worker_of_the_last_attempt_fails_the_job_once_no_pod_is_left(
         self,
     ) -> None:
         sim = running(maxAttempts=1)
@@ -633,7 +633,7 @@ class TestFailure:
         assert sim.why("Failed") == "True WorkerDied"
         assert sim.created == ["minimal-1"]
 
-    def test_preemption_does_not_count_and_is_not_waited_for(self) -> None:
+    def test_preemption_does_not_count_and_causes_no_back_off(self) -> None:
         sim = running(maxAttempts=1, backoffSeconds=3600)
         for _ in range(3):
             sim.add_pods(
@@ -645,12 +645,12 @@ class TestFailure:
             sim.run()
         assert [a.reason for a in sim.status.attempts] == ["Preempted"] * 3 + [None]
 
-    def test_interruption_without_a_wish_is_preemption(self) -> None:
+    def test_interruption_without_a_stop_request_is_preemption(self) -> None:
         sim = running()
         sim.end(INTERRUPTED)
         assert (sim.attempt.reason, sim.phase) == ("Preempted", "Pending")
 
-    def test_a_ray_job_that_somebody_deletes_is_followed_by_the_next_attempt(self) -> None:
+    def test_a_ray_job_deleted_by_another_client_is_followed_by_the_next_attempt(self) -> None:
         sim = running()
         sim.ray(deleting=True)
         sim.reconcile()
@@ -676,14 +676,14 @@ class TestFailure:
         sim.reconcile()
         assert sim.attempt.reason == "RayJobDeleted"
 
-    def test_a_ray_job_that_somebody_made_anew_is_not_the_attempts(self) -> None:
+    def test_a_ray_job_created_again_by_another_client_is_not_the_attempts(self) -> None:
         sim = running()
-        sim.ray(uid="made-anew", job_status="")
+        sim.ray(uid="created-again", job_status="")
         decision = sim.reconcile()
         assert sim.attempt.reason == "RayJobDeleted"
         assert decision.stop == ("minimal-1",)
 
-    def test_a_driver_that_fails_without_a_word_counts(self) -> None:
+    def test_a_driver_that_fails_without_a_reason_counts(self) -> None:
         sim = running()
         sim.end(Outcome(state="Failed", retryable=True))
         assert sim.attempt.reason == "DriverError"
@@ -705,7 +705,7 @@ class TestFailure:
         assert sim.attempt == closed
         assert should_stop(sim.job), "its driver shall end"
 
-    def test_attempts_that_do_not_count_are_bounded_too(self) -> None:
+    def test_the_number_of_uncounted_attempts_is_bounded(self) -> None:
         sim = running()
         attempts = [
             sim.attempt.model_copy(
@@ -741,7 +741,7 @@ class TestFailure:
 
 
 class TestSuspend:
-    def test_the_driver_is_asked_and_waited_for(self) -> None:
+    def test_the_driver_is_asked_to_stop_and_waited_for(self) -> None:
         sim = running()
         assert not should_stop(sim.job)
         sim.edit(suspend=True)
@@ -761,7 +761,7 @@ class TestSuspend:
         assert sim.created == ["minimal-1"]
         unchanged(sim)
 
-    def test_a_driver_that_does_not_answer_is_waited_for_no_longer_than_the_grace_period(
+    def test_a_driver_that_does_not_stop_is_waited_for_no_longer_than_the_grace_period(
         self,
     ) -> None:
         sim = running()
@@ -790,7 +790,9 @@ class TestSuspend:
         sim.settle()
         assert (sim.phase, sim.created) == ("Suspended", [])
 
-    def test_a_resumed_job_goes_on_with_the_next_attempt_which_does_not_count(self) -> None:
+    def test_a_resumed_job_starts_another_attempt_and_the_suspended_one_does_not_count(
+        self,
+    ) -> None:
         sim = running(maxAttempts=1, backoffSeconds=3600)
         sim.edit(suspend=True)
         sim.reconcile()
@@ -805,7 +807,9 @@ class TestSuspend:
         assert sim.phase == "Succeeded"
         assert sim.why("Suspended") == "absent"
 
-    def test_a_wish_that_is_taken_back_while_the_driver_stops_costs_one_attempt(self) -> None:
+    def test_a_stop_request_that_is_withdrawn_while_the_driver_stops_costs_one_attempt(
+        self,
+    ) -> None:
         sim = running(maxAttempts=1)
         sim.edit(suspend=True)
         sim.reconcile()
@@ -818,21 +822,21 @@ class TestSuspend:
         assert sim.created == ["minimal-1", "minimal-2"]
         assert sim.why("Suspended") == "False Resumed"
 
-    def test_a_failure_for_good_while_stopping_is_not_hidden(self) -> None:
+    def test_a_permanent_failure_while_stopping_is_reported(self) -> None:
         sim = running()
         sim.edit(suspend=True)
         sim.reconcile()
         sim.end(failed("LossNotFinite"))
         assert sim.why("Failed") == "True LossNotFinite"
 
-    def test_a_retryable_failure_while_stopping_is_the_stopping(self) -> None:
+    def test_a_retryable_failure_while_stopping_counts_as_the_stop(self) -> None:
         sim = running(maxAttempts=1)
         sim.edit(suspend=True)
         sim.reconcile()
         sim.end(failed("WorkerDied", retryable=True))
         assert sim.attempt.reason == "Suspended"
 
-    def test_a_ray_job_that_is_deleted_while_stopping_was_suspended(self) -> None:
+    def test_a_ray_job_that_is_deleted_while_stopping_counts_as_suspended(self) -> None:
         for change in ("deleting", "gone"):
             sim = running()
             sim.edit(suspend=True)
@@ -866,7 +870,7 @@ class TestCancel:
         self.canceled(sim)
         assert sim.created == []
 
-    def test_before_the_ray_job_is_there(self) -> None:
+    def test_before_the_ray_job_exists(self) -> None:
         sim = simulation()
         sim.create_error = CreateError(403, "Forbidden", "exceeded quota")
         sim.reconcile()
@@ -892,7 +896,7 @@ class TestCancel:
         assert sim.attempt.reason == "Canceled"
         self.canceled(sim)
 
-    def test_while_running_without_an_answer(self) -> None:
+    def test_while_running_a_driver_that_does_not_stop(self) -> None:
         self.canceled(running())
 
     def test_between_attempts(self) -> None:
@@ -923,7 +927,7 @@ class TestDeadline:
         assert sim.status.failure
         assert "deadlineSeconds" in sim.status.failure.advice
 
-    def test_attempts_are_added_up_and_the_time_between_them_is_not(self) -> None:
+    def test_the_time_of_attempts_counts_and_the_time_between_them_does_not(self) -> None:
         sim = running(deadlineSeconds=1000, maxAttempts=5)
         for _ in range(3):
             sim.wait(300)
@@ -939,7 +943,7 @@ class TestDeadline:
         sim.end(INTERRUPTED)
         assert sim.why("Failed") == "True DeadlineExceeded"
 
-    def test_no_attempt_starts_when_the_time_is_used_up(self) -> None:
+    def test_no_attempt_starts_after_the_deadline(self) -> None:
         sim = running(deadlineSeconds=1000)
         sim.wait(1000)
         sim.end(failed("DiskFull", retryable=True))
@@ -947,7 +951,7 @@ class TestDeadline:
         sim.settle()
         assert sim.created == ["minimal-1"]
 
-    def test_waiting_in_the_queue_is_not_counted(self) -> None:
+    def test_the_time_in_the_queue_does_not_count(self) -> None:
         sim = simulation(queue="team-a", deadlineSeconds=1000)
         sim.reconcile()
         sim.reconcile()
@@ -977,7 +981,7 @@ class TestQueue:
         sim.run()
         assert sim.phase == "Running"
 
-    def test_eviction_while_running_is_followed_by_an_attempt_that_queues(self) -> None:
+    def test_eviction_while_running_is_followed_by_a_queued_attempt(self) -> None:
         for change in ({"suspended": True}, {"deployment_status": "Suspending"}):
             sim = running(queue="team-a", maxAttempts=1)
             sim.workload = Workload(admitted=False, message="Preempted to accommodate x")
@@ -993,10 +997,10 @@ class TestQueue:
             assert sim.created == ["minimal-1", "minimal-2"]
             assert (sim.phase, sim.why("Admitted")) == ("Queued", "False Queued")
 
-    def test_a_ray_job_that_gives_way_is_left_to_kuberay_while_its_pods_save_a_checkpoint(
+    def test_an_evicted_ray_job_is_not_deleted_while_its_pods_save_a_checkpoint(
         self,
     ) -> None:
-        """Deleted while its driver runs, KubeRay has Ray kill the driver."""
+        """KubeRay kills the driver of a RayJob that is deleted."""
         sim = running(queue="team-a")
         sim.ray(suspended=True, deployment_status="Suspending")
         for _ in range(3):
@@ -1006,7 +1010,7 @@ class TestQueue:
             sim.wait(60)
         assert sim.reconcile().stop == ("minimal-1",), "a lost node's pods are not waited for"
 
-    def test_a_ray_job_that_a_queue_takes_back_up_after_its_attempt_is_deleted(self) -> None:
+    def test_a_ray_job_that_a_queue_admits_again_after_its_attempt_ended_is_deleted(self) -> None:
         sim = running(queue="team-a")
         sim.ray(suspended=True, deployment_status="Suspended")
         assert sim.reconcile().stop == ()
@@ -1030,8 +1034,8 @@ class TestQueue:
 
 
 class TestOneAtATime:
-    def test_nothing_is_created_while_only_pods_are_seen(self) -> None:
-        """The watch of RayJobs may lag behind that of pods."""
+    def test_nothing_is_created_while_pods_exist(self) -> None:
+        """The watch of RayJobs may lag behind the watch of pods."""
         sim = simulation()
         sim.killed_at, sim.killed_after = 0, True
         with pytest.raises(KilledError):
@@ -1041,13 +1045,13 @@ class TestOneAtATime:
         sim.pods.clear()
         assert sim.reconcile().start == 1
 
-    def test_a_second_ray_job_is_stopped_wherever_it_came_from(self) -> None:
+    def test_a_second_ray_job_is_always_deleted(self) -> None:
         sim = running()
         sim.ray_jobs["minimal-9"] = ray_job(9)
         assert sim.reconcile().stop == ("minimal-9",)
         assert (sim.phase, sim.attempt.number) == ("Running", 1)
 
-    def test_a_status_that_was_wiped_begins_anew_without_a_second_cluster(self) -> None:
+    def test_a_job_whose_status_was_cleared_starts_again_without_a_second_cluster(self) -> None:
         sim = running()
         sim.job = sim.job.model_copy(update={"status": None})
         decision = sim.reconcile()
@@ -1061,7 +1065,7 @@ class TestOneAtATime:
 
 
 class TestConditions:
-    def test_a_transition_time_changes_with_the_answer_alone(self) -> None:
+    def test_a_transition_time_changes_with_the_conditions_status_alone(self) -> None:
         sim = simulation()
         sim.start()
         since = sim.condition("Running")

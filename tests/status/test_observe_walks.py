@@ -1,5 +1,5 @@
-"""What holds on every path: random walks of a job through the simulation, and a controller that
-dies at each of its writes."""
+"""Invariants of `observe`: on random walks through the simulation, and for a controller that is
+killed at each of its writes."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from tuneyard.status.observed import CreateError, ObservedState, PodProblem, Wor
 # ---- random walks -------------------------------------------------------------------------------
 
 
-def _advance(sim: Simulation, dice: random.Random) -> None:
-    """KubeRay takes the newest RayJob one step on."""
+def _advance(sim: Simulation, rng: random.Random) -> None:
+    """Let KubeRay advance the newest RayJob by one step."""
     if not sim.ray_jobs:
         return
     name, ray = list(sim.ray_jobs.items())[-1]
@@ -43,14 +43,14 @@ def _advance(sim: Simulation, dice: random.Random) -> None:
     elif not ray.job_status:
         sim.change(name, job_status="RUNNING", deployment_status="Running")
     else:
-        state = dice.choice(["SUCCEEDED", "FAILED", "RUNNING", "RUNNING", "RUNNING"])
+        state = rng.choice(["SUCCEEDED", "FAILED", "RUNNING", "RUNNING", "RUNNING"])
         sim.change(name, job_status=state)
 
 
-def _post(sim: Simulation, dice: random.Random) -> None:
+def _post(sim: Simulation, rng: random.Random) -> None:
     if not sim.status.attempts:
         return
-    attempt = max(1, sim.attempt.number - dice.choice([0, 0, 0, 1]))
+    attempt = max(1, sim.attempt.number - rng.choice([0, 0, 0, 1]))
     endings = [None] * 12 + [
         SUCCESS,
         INTERRUPTED,
@@ -58,57 +58,57 @@ def _post(sim: Simulation, dice: random.Random) -> None:
         failed("WorkerDied", retryable=True),
         failed("LossNotFinite"),
     ]
-    step = dice.randrange(100)
-    resumed = dice.choice([None, step // 2])
-    stage = dice.choice(["prepare", "sft", ""])
-    outcome = dice.choice(endings)
+    step = rng.randrange(100)
+    resumed = rng.choice([None, step // 2])
+    stage = rng.choice(["prepare", "sft", ""])
+    outcome = rng.choice(endings)
     sim.post = post(attempt, step, stage=stage, outcome=outcome, resumedStep=resumed)
 
 
-def _trouble(sim: Simulation, dice: random.Random) -> None:
+def _pod_problem(sim: Simulation, rng: random.Random) -> None:
     if sim.pods:
-        name = dice.choice(sorted(sim.pods))
-        reason = dice.choice(["OOMKilled", "DisruptionTarget", "Unschedulable", "Evicted"])
+        name = rng.choice(sorted(sim.pods))
+        reason = rng.choice(["OOMKilled", "DisruptionTarget", "Unschedulable", "Evicted"])
         sim.pods[name] = sim.pods[name]._replace(problems=(PodProblem(reason, "so"),))
 
 
-def _queue(sim: Simulation, dice: random.Random) -> None:
+def _queue(sim: Simulation, rng: random.Random) -> None:
     if sim.ray_jobs and sim.job.spec.run_policy.queue:
         sim.workload = Workload(False, "evicted")
         sim.ray(suspended=True)
 
 
-def _delete(sim: Simulation, dice: random.Random) -> None:
+def _delete(sim: Simulation, rng: random.Random) -> None:
     if sim.ray_jobs:
         sim.ray(deleting=True)
 
 
-def _edit(sim: Simulation, dice: random.Random) -> None:
-    what = dice.choice(["suspend"] * 8 + ["cancel"])
+def _edit(sim: Simulation, rng: random.Random) -> None:
+    what = rng.choice(["suspend"] * 8 + ["cancel"])
     sim.edit(**{what: not getattr(sim.job.spec.run_policy, what)})
 
 
-def _refuse(sim: Simulation, dice: random.Random) -> None:
+def _refuse(sim: Simulation, rng: random.Random) -> None:
     refusals = [
         None,
         None,
         CreateError(404, "NotFound", "404"),
         CreateError(403, "Forbidden", "no"),
     ]
-    sim.create_error = dice.choice(refusals)
+    sim.create_error = rng.choice(refusals)
 
 
-def _hide(sim: Simulation, dice: random.Random) -> None:
-    """The cache lags behind: only what it once showed, since nothing is created meanwhile."""
+def _hide(sim: Simulation, rng: random.Random) -> None:
+    """Let the cache miss RayJobs, as a cache that lags behind does."""
     sim.hidden = bool(sim.status.attempts) and not sim.hidden
 
 
-def _collect(sim: Simulation, dice: random.Random) -> None:
+def _collect(sim: Simulation, rng: random.Random) -> None:
     sim.collect()
 
 
-def _wait(sim: Simulation, dice: random.Random) -> None:
-    sim.wait(dice.choice([0, 1, 5, 12, 200]))
+def _wait(sim: Simulation, rng: random.Random) -> None:
+    sim.wait(rng.choice([0, 1, 5, 12, 200]))
 
 
 MOVES: list[tuple[int, Callable[[Simulation, random.Random], None]]] = [
@@ -116,7 +116,7 @@ MOVES: list[tuple[int, Callable[[Simulation, random.Random], None]]] = [
     (4, _post),
     (4, _collect),
     (4, _wait),
-    (1, _trouble),
+    (1, _pod_problem),
     (1, _edit),
     (1, _delete),
     (1, _queue),
@@ -125,37 +125,37 @@ MOVES: list[tuple[int, Callable[[Simulation, random.Random], None]]] = [
 ]
 
 
-def _look(sim: Simulation) -> None:
-    """A look, and everything that must hold of it."""
-    before, seen = sim.job.status or JobStatus(), sim.observed_state()
+def _reconcile(sim: Simulation) -> None:
+    """Reconcile once and assert every invariant of a reconcile."""
+    before, state = sim.job.status or JobStatus(), sim.observed_state()
     was_finished = before.phase in ("Succeeded", "Failed")
     decision = sim.reconcile()
     after = decision.status
-    _settles(sim, seen, decision)
+    _assert_settled(sim, state, decision)
     assert not was_finished or after == before, "a finished status never changes"
-    _attempts_hold(before, after, decision)
+    _assert_attempts(before, after, decision)
     if decision.start is not None:
         assert after.attempts[-1].number == decision.start
         assert after.attempts[-1].finished_at is None, "only what is open is started"
-        beside = (*seen.ray_jobs, *seen.pods)
+        beside = (*state.ray_jobs, *state.pods)
         assert not beside, "nothing is started beside anything"
-    _conditions_hold(before, after, sim)
-    names = {ray.name for ray in seen.ray_jobs}
+    _assert_conditions(before, after, sim)
+    names = {ray.name for ray in state.ray_jobs}
     assert set(decision.stop) <= names
     current = after.attempts[-1] if after.attempts else None
     if current and not current.finished_at and current.ray_job_uid:
-        ours = [r.name for r in seen.ray_jobs if r.uid == current.ray_job_uid]
+        ours = [r.name for r in state.ray_jobs if r.uid == current.ray_job_uid]
         assert not set(ours) & set(decision.stop), "the open attempt's RayJob is never stopped"
     if after.phase not in ("Succeeded", "Failed", "Suspended", "Running", "Queued"):
         assert decision.wake_after is not None or decision.start or current, "nobody sleeps on"
 
 
-def _settles(sim: Simulation, seen: ObservedState, decision: Decision) -> None:
-    """Seeing the same again, the status stands still after a few looks: a close, then what follows.
-    Whoever has more to say asks to be woken soon."""
+def _assert_settled(sim: Simulation, state: ObservedState, decision: Decision) -> None:
+    """Assert that the status settles after a few reconciles of the same state: an attempt is
+    closed, then its consequences are written. A decision that is not final sets `wake_after`."""
     job = sim.job
     for _ in range(3):
-        again = observe(job, PLAN, seen, sim.now)
+        again = observe(job, PLAN, state, sim.now)
         if again.status == decision.status:
             return
         soon = decision.wake_after is not None and decision.wake_after <= 1
@@ -165,7 +165,7 @@ def _settles(sim: Simulation, seen: ObservedState, decision: Decision) -> None:
     raise AssertionError("the status never stands still")
 
 
-def _attempts_hold(before: JobStatus, after: JobStatus, decision: Decision) -> None:
+def _assert_attempts(before: JobStatus, after: JobStatus, decision: Decision) -> None:
     open_ones = [a.number for a in after.attempts if not a.finished_at]
     assert len(open_ones) <= 1, "one open attempt at most"
     assert [a.number for a in after.attempts] == list(range(1, len(after.attempts) + 1))
@@ -178,7 +178,7 @@ def _attempts_hold(before: JobStatus, after: JobStatus, decision: Decision) -> N
         assert decision.start == after.attempts[-1].number
 
 
-def _conditions_hold(before: JobStatus, after: JobStatus, sim: Simulation) -> None:
+def _assert_conditions(before: JobStatus, after: JobStatus, sim: Simulation) -> None:
     held = {c.type: c for c in after.conditions}
     ends = [held[t] for t in ("Succeeded", "Failed") if t in held]
     assert len(ends) == (after.phase in ("Succeeded", "Failed"))
@@ -199,27 +199,27 @@ def _conditions_hold(before: JobStatus, after: JobStatus, sim: Simulation) -> No
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_whatever_happens(seed: int) -> None:
-    dice = random.Random(seed)
+def test_invariants_hold_on_random_walks(seed: int) -> None:
+    rng = random.Random(seed)
     policy: dict[str, Any] = {
-        "runPolicy__maxAttempts": dice.choice([1, 2, 3]),
-        "runPolicy__queue": dice.choice([None, "team-a"]),
-        "runPolicy__deadlineSeconds": dice.choice([None, 900]),
-        "runPolicy__startDeadlineSeconds": dice.choice([60, 1800]),
+        "runPolicy__maxAttempts": rng.choice([1, 2, 3]),
+        "runPolicy__queue": rng.choice([None, "team-a"]),
+        "runPolicy__deadlineSeconds": rng.choice([None, 900]),
+        "runPolicy__startDeadlineSeconds": rng.choice([60, 1800]),
     }
     sim = Simulation(new_job(**{k: v for k, v in policy.items() if v is not None}))
     weights = [weight for weight, _ in MOVES]
     for _ in range(120):
-        ((_, move),) = dice.choices(MOVES, weights)
-        move(sim, dice)
+        ((_, move),) = rng.choices(MOVES, weights)
+        move(sim, rng)
         if not sim.hidden or (sim.status.attempts and sim.attempt.ray_job_uid):
-            _look(sim)
-    _events_hold(sim)
-    _ends(sim)
+            _reconcile(sim)
+    _assert_events(sim)
+    _assert_cancelable(sim)
 
 
-def _events_hold(sim: Simulation) -> None:
-    """One event for each transition, however often it was looked."""
+def _assert_events(sim: Simulation) -> None:
+    """Assert that each transition has one event, however often the job was reconciled."""
     told = Counter(event.reason for event in sim.events)
     attempts = sim.status.attempts
     assert told["AttemptStarted"] == len(attempts)
@@ -233,13 +233,13 @@ def _events_hold(sim: Simulation) -> None:
     assert all(len(event.message.encode()) <= 1024 for event in sim.events)
 
 
-def _ends(sim: Simulation) -> None:
-    """Canceled, a job ends whatever it went through, and leaves nothing."""
+def _assert_cancelable(sim: Simulation) -> None:
+    """Assert that a canceled job ends from any state and leaves no objects."""
     sim.hidden, sim.create_error, sim.post = False, None, None
     if sim.phase not in ("Succeeded", "Failed"):
         sim.edit(cancel=True)
     for _ in range(6):
-        _look(sim)
+        _reconcile(sim)
         sim.collect()
         sim.wait(130)
     assert sim.phase in ("Succeeded", "Failed")
@@ -247,15 +247,15 @@ def _ends(sim: Simulation) -> None:
     assert not sim.pods
 
 
-def test_the_walks_go_everywhere() -> None:
-    """A walk that never gets far proves nothing."""
+def test_the_walks_reach_every_phase_and_reason() -> None:
+    """Walks that stay in a few states would prove nothing."""
     reasons: Counter[str] = Counter()
     for seed in range(40):
-        dice = random.Random(seed)
+        rng = random.Random(seed)
         sim = Simulation(new_job())
         for _ in range(120):
-            ((_, move),) = dice.choices(MOVES, [weight for weight, _ in MOVES])
-            move(sim, dice)
+            ((_, move),) = rng.choices(MOVES, [weight for weight, _ in MOVES])
+            move(sim, rng)
             if not sim.hidden:
                 sim.reconcile()
         reasons.update(a.reason or "open" for a in sim.status.attempts)
@@ -263,11 +263,12 @@ def test_the_walks_go_everywhere() -> None:
     assert expected <= set(reasons)
 
 
-# ---- deaths -------------------------------------------------------------------------------------
+# ---- a killed controller ------------------------------------------------------------------------
 
 
-def _play(killed_at: int | None, killed_after: bool) -> Simulation:
-    """A life with two failures, a suspension and an eviction, whoever controls it."""
+def _run(killed_at: int | None, killed_after: bool) -> Simulation:
+    """Run a job through a lost worker, a suspension and an eviction to success. The controller is
+    killed at the write `killed_at`; None: never."""
     sim = Simulation(new_job(runPolicy__queue="team-a", runPolicy__backoffSeconds=0))
     sim.killed_at, sim.killed_after = killed_at, killed_after
     is_suspended = False
@@ -275,7 +276,7 @@ def _play(killed_at: int | None, killed_after: bool) -> Simulation:
         try:
             sim.reconcile()
         except KilledError:
-            sim.missing_since = sim.post = None  # what was in its memory
+            sim.missing_since = sim.post = None  # the memory of the killed controller
             sim.killed_at = None
             continue
         _cluster(sim)
@@ -290,8 +291,8 @@ def _play(killed_at: int | None, killed_after: bool) -> Simulation:
 
 
 def _cluster(sim: Simulation) -> None:
-    """What KubeRay, Kueue and the drivers do, one step: attempt 1 loses a worker, 2 is suspended,
-    3 is evicted, 4 succeeds."""
+    """Advance the cluster by one step: attempt 1 loses a worker, 2 is suspended, 3 is evicted,
+    4 succeeds."""
     sim.collect()
     live = [ray for ray in sim.ray_jobs.values() if not ray.deleting]
     if not live:
@@ -321,16 +322,16 @@ def _cluster(sim: Simulation) -> None:
         sim.change(ray.name, job_status="SUCCEEDED")
 
 
-def _fate(sim: Simulation) -> Any:
+def _outcome(sim: Simulation) -> Any:
     attempts = [(a.number, a.ray_job, a.reason) for a in sim.status.attempts]
     return sim.phase, attempts, sim.created
 
 
-UNDISTURBED = _play(None, killed_after=False)
+UNDISTURBED = _run(None, killed_after=False)
 
 
-def test_an_undisturbed_life_has_four_attempts_and_tells_its_story() -> None:
-    phase, attempts, created = _fate(UNDISTURBED)
+def test_an_undisturbed_job_has_four_attempts_and_all_their_events() -> None:
+    phase, attempts, created = _outcome(UNDISTURBED)
     assert phase == "Succeeded"
     assert [a[2] for a in attempts] == ["DiskFull", "Suspended", "Preempted", "Succeeded"]
     assert created == ["minimal-1", "minimal-2", "minimal-3", "minimal-4"]
@@ -340,11 +341,11 @@ def test_an_undisturbed_life_has_four_attempts_and_tells_its_story() -> None:
 
 @pytest.mark.parametrize("killed_after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("write", range(UNDISTURBED.actions))
-def test_a_controller_that_dies_at_any_write_changes_no_fate(
+def test_a_controller_killed_at_any_write_does_not_change_the_outcome(
     write: int, killed_after: bool
 ) -> None:
-    sim = _play(write, killed_after)
-    assert sim.killed_at is None, "it died"
-    assert _fate(sim) == _fate(UNDISTURBED)
+    sim = _run(write, killed_after)
+    assert sim.killed_at is None, "it was never killed"
+    assert _outcome(sim) == _outcome(UNDISTURBED)
     assert not sim.ray_jobs
     assert not sim.pods

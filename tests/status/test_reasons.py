@@ -1,4 +1,4 @@
-"""Why attempts end or do not start, from Kubernetes' and KubeRay's JSON as they write it."""
+"""The reasons of ended and waiting attempts, from the JSON of Kubernetes and KubeRay."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ SHUT_DOWN = pod(
 FAILED = ray_job(jobStatus="FAILED", jobDeploymentStatus="Failed", reason="AppFailed")
 
 
-# ---- what is read -------------------------------------------------------------------------------
+# ---- the observed state -------------------------------------------------------------------------
 
 
 class TestReading:
@@ -111,7 +111,7 @@ class TestReading:
         )
         assert (read.cluster, read.start_time, read.cluster_failure) == ("bot-2-l9d4c", START, "")
 
-    def test_a_ray_job_that_kuberay_has_not_seen_yet(self) -> None:
+    def test_a_ray_job_without_a_status(self) -> None:
         read = observed.ray_job({"metadata": {"name": "bot-2", "uid": "u"}})
         assert (read.attempt, read.owner, read.running, read.ended) == (0, None, False, False)
 
@@ -131,7 +131,7 @@ class TestReading:
         assert ray_job(**status).ended is ended
 
     @pytest.mark.parametrize("state", ["Suspending", "Suspended"])
-    def test_a_ray_job_whose_cluster_is_taken(self, state: str) -> None:
+    def test_a_ray_job_that_a_queue_evicted(self, state: str) -> None:
         assert ray_job(jobDeploymentStatus=state).evicted_by_queue
 
     def test_the_roles_of_pods(self) -> None:
@@ -142,12 +142,12 @@ class TestReading:
         assert [pod("head").role, pod().role] == ["head", "worker"]
         assert [submitter.role, erase.role] == ["submitter", "erase"]
 
-    def test_a_healthy_pod_has_no_trouble(self) -> None:
+    def test_a_healthy_pod_has_no_problem(self) -> None:
         starting = pod(phase="Pending", **container(waiting={"reason": "ContainerCreating"}))
         done = terminated("Completed", 0)
         assert (starting.problems, done.problems) == ((), ())
 
-    def test_kueues_word(self) -> None:
+    def test_a_kueue_workload(self) -> None:
         reserved = {"type": "QuotaReserved", "status": "False", "message": "insufficient quota"}
         evicted = {"type": "Evicted", "status": "True", "message": "Preempted to accommodate x"}
         item: Object = {"status": {"conditions": [reserved]}}
@@ -179,7 +179,7 @@ class TestEnds:
             ([terminated("Error", 143)], "WorkerDied", True),
         ],
     )
-    def test_kubernetes_knows_why_a_worker_vanished(
+    def test_kubernetes_explains_a_lost_worker(
         self, pods: list[Pod], reason: str, retryable: bool
     ) -> None:
         outcome = failed("WorkerDied", retryable=True)
@@ -198,7 +198,7 @@ class TestEnds:
                 cause = reasons.of_end(FAILED, order, outcome)
                 assert (cause.reason, cause.retryable) == (reason, retryable)
 
-    def test_memory_names_the_container_the_pod_and_the_field(self) -> None:
+    def test_out_of_memory_names_the_container_the_pod_and_the_field(self) -> None:
         cause = reasons.of_end(FAILED, ObservedState(pods=(OOM,)), None)
         assert "container ray-worker of pod bot-2-l9d4c-worker" in cause.message
         assert "compute.memory" in cause.advice
@@ -207,13 +207,13 @@ class TestEnds:
         )
         assert "platform team" in head.advice
 
-    def test_pods_of_other_attempts_and_submitters_prove_nothing(self) -> None:
+    def test_pods_of_other_attempts_and_submitters_are_ignored(self) -> None:
         other = OOM._replace(attempt=1)
         submitter = OOM._replace(role="submitter")
         cause = reasons.of_end(FAILED, ObservedState(pods=(other, submitter)), None)
         assert cause.reason == "DriverError"
 
-    def test_a_driver_that_knows_is_believed(self) -> None:
+    def test_a_driver_that_reports_a_reason_takes_precedence(self) -> None:
         advice = "Lower training.learningRate."
         outcome = failed("LossNotFinite", advice=advice)
         cause = reasons.of_end(FAILED, ObservedState(pods=(OOM, PREEMPTED)), outcome)
@@ -267,12 +267,14 @@ class TestEnds:
             ({"message": ""}, "DriverError", True),
         ],
     )
-    def test_kuberays_word_is_last(self, status: Object, reason: str, retryable: bool) -> None:
+    def test_kuberays_reason_is_the_last_resort(
+        self, status: Object, reason: str, retryable: bool
+    ) -> None:
         ray = ray_job(**{"jobStatus": "FAILED", "jobDeploymentStatus": "Failed", **status})
         cause = reasons.of_end(ray, ObservedState(), None)
         assert (cause.reason, cause.retryable) == (reason, retryable)
 
-    def test_pods_that_kuberay_took_away_still_say_why_they_did_not_start(self) -> None:
+    def test_pods_that_kuberay_deleted_still_explain_why_they_did_not_start(self) -> None:
         unschedulable = {
             "type": "PodScheduled",
             "status": "False",
@@ -287,7 +289,7 @@ class TestEnds:
             reasons.of_end(ray, ObservedState(deleted_pods=(gone,)), None).reason == "Unschedulable"
         )
 
-    def test_of_a_log_only_the_last_line_is_told(self) -> None:
+    def test_only_the_last_line_of_a_log_is_reported(self) -> None:
         log = (
             "Job entrypoint command failed with exit code 1, last available logs (truncated to "
             "20,000 chars):\n" + "Traceback (most recent call last):\n" * 200 + "ValueError: no\n\n"
@@ -296,7 +298,7 @@ class TestEnds:
         assert reasons.of_end(ray, ObservedState(), None).message == "ValueError: no"
         assert len(ray.message) <= 4096
 
-    def test_a_ray_job_that_is_gone_was_deleted_unless_pods_say_otherwise(self) -> None:
+    def test_a_missing_ray_job_was_deleted_unless_pods_report_another_reason(self) -> None:
         assert reasons.of_missing_ray_job(ObservedState(), 2).reason == "RayJobDeleted"
         assert (
             reasons.of_missing_ray_job(ObservedState(deleted_pods=(PREEMPTED,)), 2).reason
@@ -308,17 +310,17 @@ class TestEnds:
         )
 
 
-class TestLastWords:
-    def words(self, text: str) -> Outcome | None:
+class TestLoggedOutcome:
+    def outcome(self, text: str) -> Outcome | None:
         return reasons.logged_outcome(ray_job(jobStatus="FAILED", message=text))
 
-    def test_the_last_marked_line_counts(self) -> None:
+    def test_the_last_outcome_line_counts(self) -> None:
         first, last = failed("First"), failed("Last", retryable=True)
         text = "".join(
             f"some log\nTUNEYARD-OUTCOME {e.model_dump_json(by_alias=True)}\n"
             for e in (first, last)
         )
-        assert self.words(f"{text}and Ray's own words after it") == last
+        assert self.outcome(f"{text}and Ray's own words after it") == last
 
     @pytest.mark.parametrize(
         "text",
@@ -332,10 +334,10 @@ class TestLastWords:
             "TUNEYARD-OUTCOME nothing",
         ],
     )
-    def test_what_is_no_ending_is_none(self, text: str) -> None:
-        assert self.words(text) is None
+    def test_a_malformed_outcome_is_none(self, text: str) -> None:
+        assert self.outcome(text) is None
 
-    def test_no_ray_job_no_words(self) -> None:
+    def test_without_a_ray_job_there_is_no_outcome(self) -> None:
         assert reasons.logged_outcome(None) is None
 
 
@@ -403,12 +405,14 @@ class TestWaiting:
             (held("RunContainerError", "no such file: python"), "ContainerBroken", "compute.image"),
         ],
     )
-    def test_a_pod_says_what_it_waits_for(self, found: Pod, reason: str, advice: str) -> None:
+    def test_a_pods_problem_explains_why_it_waits(
+        self, found: Pod, reason: str, advice: str
+    ) -> None:
         cause = waiting(found)
         assert cause.reason == reason
         assert advice in cause.advice
 
-    def test_pods_that_quota_forbids_are_known_from_the_clusters_condition(self) -> None:
+    def test_pods_that_a_quota_forbids_are_found_in_the_clusters_condition(self) -> None:
         message = (
             'FailedCreateWorkerPod\npods "bot-2-l9d4c-workers-worker-x" is forbidden: exceeded '
             "quota: team, requested: requests.nvidia.com/gpu=8, used: 8, limited: 8"
@@ -420,13 +424,13 @@ class TestWaiting:
         passed = {**condition, "status": "False"}
         assert waiting(cluster={"conditions": [passed]}).reason == "StartTimeout"
 
-    def test_pods_that_a_policy_forbids_are_known_from_events(self) -> None:
+    def test_pods_that_a_policy_forbids_are_found_in_events(self) -> None:
         text = 'Failed to create head Pod ml/bot-2: admission webhook "policy" denied the request'
         assert waiting(warnings=(text,)).reason == "PodsRefused"
         quota = 'pods "x" is forbidden: exceeded quota: team'
         assert waiting(warnings=(text, quota)).reason == "QuotaExceeded"
 
-    def test_a_container_without_the_memory_to_start_is_found_among_those_replaced(self) -> None:
+    def test_a_container_that_ran_out_of_memory_is_found_among_replaced_pods(self) -> None:
         ray = ray_job(jobStatus="", jobDeploymentStatus="Initializing")
         for state in (
             ObservedState(pods=(OOM,)),
@@ -439,11 +443,11 @@ class TestWaiting:
             reasons.of_waiting(ray, ObservedState(deleted_pods=(EVICTED,))).reason == "StartTimeout"
         )
 
-    def test_pods_that_are_starting_say_nothing(self) -> None:
+    def test_pods_that_are_starting_have_no_reason(self) -> None:
         assert waiting(pod(phase="Pending")).reason == "StartTimeout"
         assert waiting(held("PodInitializing")).reason == "StartTimeout"
 
-    def test_the_same_pods_in_another_order_say_the_same(self) -> None:
+    def test_the_order_of_pods_does_not_change_the_reason(self) -> None:
         pods = [
             unscheduled("full")._replace(name="b"),
             held("ErrImagePull", "x")._replace(name="a"),
@@ -490,7 +494,9 @@ class TestWaiting:
         (CreateError(429, "TooManyRequests", "slow down"), "ClusterUnavailable", ""),
     ],
 )
-def test_what_the_api_server_refuses(create_error: CreateError, reason: str, advice: str) -> None:
+def test_a_create_error_has_a_reason_and_advice(
+    create_error: CreateError, reason: str, advice: str
+) -> None:
     cause = reasons.of_create_error(create_error)
     assert cause.reason == reason
     assert advice in cause.advice
