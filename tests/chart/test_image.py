@@ -1,4 +1,4 @@
-"""The Dockerfile, built by buildah on a base made from Debian's packages: no registry is needed.
+"""The Dockerfile, built by buildah on a base image of Debian's packages: no registry is needed.
 
 Needs root, buildah, debootstrap, a Debian mirror and a package index. `TUNEYARD_TEST_BASE` names
 another base image, for instance python:3.12-slim. The trainer's own packages, 6 GB, are left out:
@@ -118,8 +118,8 @@ def test_the_operators_image_runs_the_operator_without_privileges(
 def test_the_operators_image_has_neither_torch_nor_ray_nor_an_installer(
     buildah: Buildah, operator: str
 ) -> None:
-    look = "import importlib.util as u; print(*(u.find_spec(n) for n in ('torch', 'ray', 'pip')))"
-    assert buildah.call(operator, "python", "-c", look).split() == ["None"] * 3
+    script = "import importlib.util as u; print(*(u.find_spec(n) for n in ('torch', 'ray', 'pip')))"
+    assert buildah.call(operator, "python", "-c", script).split() == ["None"] * 3
 
 
 def test_the_image_keeps_the_client_classes_that_the_lease_needs(

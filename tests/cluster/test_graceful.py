@@ -24,7 +24,7 @@ def test_a_suspended_and_an_evicted_job_continue_at_the_same_step(platform: Plat
     platform.until_step("patient", attempt=1, step=6)
     platform.kubectl("patch", "ftj", "patient", "--type=merge", "-p", _suspend(True))
     platform.wait("patient", "Suspended", 200)
-    platform.until("its pods are gone", lambda: not platform.pods("patient"), 120)
+    platform.until("its pods are removed", lambda: not platform.pods("patient"), 120)
     platform.kubectl("patch", "ftj", "patient", "--type=merge", "-p", _suspend(False))
 
     stopped_at = platform.status("patient")["attempts"][0]["lastStep"]

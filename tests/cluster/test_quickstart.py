@@ -41,9 +41,9 @@ def test_an_applied_manifest_becomes_a_tuned_model(platform: Platform) -> None:
     (attempt,) = status["attempts"]
     assert attempt["reason"] == "Succeeded"
 
-    platform.until("the cluster is gone", lambda: not platform.items("rayclusters"), 120)
+    platform.until("the cluster is removed", lambda: not platform.items("rayclusters"), 120)
     platform.until("its RayJob too", lambda: not platform.items("rayjobs"), 30)
-    platform.until("the pods are gone", lambda: not platform.pods("whole"), 120)
+    platform.until("the pods are removed", lambda: not platform.pods("whole"), 120)
     assert _event_reasons(platform, "whole") == [
         *("Planned", "AttemptStarted", "Running"),
         *("StageSucceeded", "StageSucceeded", "StageSucceeded", "StageSucceeded"),

@@ -49,8 +49,8 @@ def module_scene(
     """The module's namespace, its operator and the operator's proxy to the API server."""
     name = request.module.__name__.rpartition("test_")[2].replace("_", "-")
     folder = tmp_path_factory.mktemp(name)
-    with operated(new_scene(name), folder) as made:
-        yield made
+    with operated(new_scene(name), folder) as running:
+        yield running
 
 
 @pytest.fixture

@@ -209,8 +209,8 @@ class Scene:
             "kind": "TokenRequest",
             "spec": {"expirationSeconds": TOKEN_SECONDS, **audiences, **spec},
         }
-        made = self.create_object(f"serviceaccounts/{account}/token", body)
-        token: str = made["status"]["token"]
+        created = self.create_object(f"serviceaccounts/{account}/token", body)
+        token: str = created["status"]["token"]
         return token
 
 

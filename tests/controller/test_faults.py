@@ -88,9 +88,9 @@ def new(call: Caller, request: pytest.FixtureRequest) -> Iterator[Callable[[], d
 def test_without_a_fault_everything_passes(
     apiserver: Cluster, proxy: FaultProxy, call: Caller, new: Callable[[], Any]
 ) -> None:
-    made = new()
-    assert call("POST", MAPS, made).status == 201
-    assert call("GET", f"{MAPS}/{made['metadata']['name']}").json()["data"] == {"v": "0"}
+    created = new()
+    assert call("POST", MAPS, created).status == 201
+    assert call("GET", f"{MAPS}/{created['metadata']['name']}").json()["data"] == {"v": "0"}
     listed = apiserver.kubectl("--kubeconfig", str(proxy.kubeconfig), "get", "namespaces")
     assert "default" in listed.stdout, "kubectl takes the proxy's kubeconfig as any other"
 
@@ -104,13 +104,13 @@ def test_an_answer_replaces_the_response_as_often_as_requested_and_the_server_ge
     proxy: FaultProxy, call: Caller, new: Callable[[], Any]
 ) -> None:
     proxy.add(Answer(429, retry_after=7), on("POST", "/configmaps$"), times=2)
-    made = new()
+    created = new()
     for _ in range(2):
-        refused = call("POST", MAPS, made)
+        refused = call("POST", MAPS, created)
         assert (refused.status, refused.headers["Retry-After"]) == (429, "7")
         assert refused.json()["reason"] == "TooManyRequests"
-    assert call("GET", f"{MAPS}/{made['metadata']['name']}").status == 404
-    assert call("POST", MAPS, made).status == 201
+    assert call("GET", f"{MAPS}/{created['metadata']['name']}").status == 404
+    assert call("POST", MAPS, created).status == 201
     assert proxy.count("POST", "configmaps") == 3
 
 
@@ -119,10 +119,10 @@ def test_a_cut_connection_leaves_the_write_undone_or_done(
     proxy: FaultProxy, call: Caller, new: Callable[[], Any], when: Any, stored: int
 ) -> None:
     proxy.add(Cut(when), on("POST"))
-    made = new()
+    created = new()
     with pytest.raises(urllib3.exceptions.HTTPError):
-        call("POST", MAPS, made)
-    assert call("GET", f"{MAPS}/{made['metadata']['name']}").status == stored
+        call("POST", MAPS, created)
+    assert call("GET", f"{MAPS}/{created['metadata']['name']}").status == stored
 
 
 @pytest.mark.parametrize(("reached", "stored"), [(False, ["a"]), (True, ["a", "b"])])
@@ -165,9 +165,9 @@ def test_a_watch_can_get_the_error_that_its_version_is_too_old(
 def test_a_stale_read_returns_an_older_version_and_the_next_read_the_newest(
     proxy: FaultProxy, call: Caller, new: Callable[[], Any]
 ) -> None:
-    made = new()
-    path = f"{MAPS}/{made['metadata']['name']}"
-    call("POST", MAPS, made)
+    created = new()
+    path = f"{MAPS}/{created['metadata']['name']}"
+    call("POST", MAPS, created)
     for number in (1, 2):
         call("PATCH", path, {"data": {"v": str(number)}})
     proxy.add(Stale(), on("GET", path))
@@ -195,10 +195,10 @@ def test_a_delayed_request_arrives(proxy: FaultProxy, call: Caller, new: Callabl
 def test_the_body_of_a_write_can_be_read_afterwards(
     proxy: FaultProxy, call: Caller, new: Callable[[], Any]
 ) -> None:
-    made = new()
-    call("POST", MAPS, made)
-    (seen,) = proxy.requests(on("POST", "/configmaps$"))
-    assert seen.json() == made
+    created = new()
+    call("POST", MAPS, created)
+    (recorded,) = proxy.requests(on("POST", "/configmaps$"))
+    assert recorded.json() == created
 
 
 def _exists(call: Caller, manifest: Any) -> bool:

@@ -1,8 +1,8 @@
 """The operator killed at each write of a job that fails, is retried, succeeds and is deleted.
 
 Each run has a job of its own and kills the operator at one write: before the API server sees it, or
-after, when the answer is lost. Whoever finds it dead starts it again, as a kubelet does. Events are
-left out: nothing waits for them.
+after, when the response is lost. A thread restarts a killed operator, as a kubelet does. Events are
+left out: no other write waits for them.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ RETRYABLE = outcome("Failed", "Flaky", retryable=True)
 class Step(NamedTuple):
     """The n-th write of its kind for a job."""
 
-    sort: str
+    kind: str
     number: int
 
     def __str__(self) -> str:
-        return f"{self.sort} {self.number}"
+        return f"{self.kind} {self.number}"
 
 
-LIFE = {
+WRITES = {
     "patch job": ["finalizer on", "finalizer off"],
     "patch status": ["attempt 1", "runs", "ended", "attempt 2", "runs", "succeeded"],
     "patch configmaps": ["attempt 1", "attempt 2"],
@@ -41,7 +41,7 @@ LIFE = {
     "delete rayjobs": ["attempt 1", "attempt 2"],
 }
 """Every write, by its kind, with its purpose."""
-STEPS = [Step(sort, number) for sort, whats in LIFE.items() for number in range(1, len(whats) + 1)]
+STEPS = [Step(kind, i + 1) for kind, purposes in WRITES.items() for i in range(len(purposes))]
 ERASURE = [Step("patch configmaps", 2), Step("patch jobs", 1), Step("patch job", 2)]
 """The writes of a deletion with its output, after the RayJob is removed."""
 
@@ -65,11 +65,11 @@ class Killer:
         self.has_killed = False
 
     def __call__(self, _: int, verb: str, path: str) -> Cut | None:
-        sort = kind_of(verb, path, self._job)
-        if sort is None:
+        kind = kind_of(verb, path, self._job)
+        if kind is None:
             return None
-        self._counts[sort] += 1
-        if self.has_killed or Step(sort, self._counts[sort]) != self._step:
+        self._counts[kind] += 1
+        if self.has_killed or Step(kind, self._counts[kind]) != self._step:
             return None
         self.has_killed = True
         return Cut("after" if self._reached else "before", then=self._stage.operator.kill)
@@ -119,13 +119,13 @@ def test_an_undisturbed_job_takes_these_writes_and_no_more(kept_alive: OperatedS
     def is_asked_for(request: Request) -> bool:
         return request.is_write and kind_of(request.verb, request.path, job) is not None
 
-    made = Counter(
+    found = Counter(
         str(kind_of(request.verb, request.path, job))
         for request in module_scene.proxy.requests(is_asked_for)
     )
     # A job that is being deleted may be read once more before its watch event arrives.
-    assert made.pop("delete rayjobs") >= 2
-    assert made == {sort: len(all_) for sort, all_ in LIFE.items() if sort != "delete rayjobs"}
+    assert found.pop("delete rayjobs") >= 2
+    assert found == {kind: len(all_) for kind, all_ in WRITES.items() if kind != "delete rayjobs"}
 
 
 @pytest.mark.parametrize("reached", [False, True], ids=["before", "after"])
@@ -142,12 +142,12 @@ def test_killed_at_any_write_the_job_gets_one_rayjob_for_each_attempt_and_comple
     module_scene.create(name, policy={"backoffSeconds": 0, "maxAttempts": 2})
     run_to_success(job)
     assert job.reasons == ["Flaky", "Succeeded"]
-    told = job.event_reasons()
+    events = job.event_reasons()
     job.delete()
     job.until_gone()
     assert killer.has_killed
     assert rayjobs_created(job, since) == {f"{name}-1": 1, f"{name}-2": 1}
-    assert max(told.values()) <= 3, "no event is told again and again"
+    assert max(events.values()) <= 3, "no event is repeated without end"
 
 
 @pytest.mark.parametrize("reached", [False, True], ids=["before", "after"])
@@ -174,9 +174,9 @@ def test_killed_while_it_has_the_output_erased_the_operator_has_it_erased_once(
     module_scene.api.merge(f"{pods}/{pod['metadata']['name']}/status", succeeded)
     job.until_gone()
     assert killer.has_killed
-    made = [
+    found = [
         e["object"]["metadata"]["name"]
         for e in module_scene.api.changes(jobs, since)
         if e["type"] == "ADDED"
     ]
-    assert made == [f"{name}-erase"]
+    assert found == [f"{name}-erase"]

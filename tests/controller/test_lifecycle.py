@@ -94,8 +94,8 @@ def test_a_retryable_failure_is_retried_once_the_old_pods_are_removed(
     second.end(SUCCEEDED)
     job.until_phase("Succeeded")
     job.until(lambda job: "Succeeded" in job.event_reasons())
-    told = job.event_reasons()
-    assert (told["AttemptStarted"], told["AttemptEnded"], told["Running"]) == (2, 1, 2)
+    events = job.event_reasons()
+    assert (events["AttemptStarted"], events["AttemptEnded"], events["Running"]) == (2, 1, 2)
 
 
 def test_after_max_attempts_a_retryable_failure_is_final(scene: OperatedScene) -> None:
@@ -194,8 +194,8 @@ def test_a_suspended_job_saves_a_checkpoint_deletes_its_cluster_and_continues_wh
     job.until_phase("Succeeded")
     assert job.reasons == ["Suspended", "Succeeded"]
     job.until(lambda job: "Succeeded" in job.event_reasons())
-    told = job.event_reasons()
-    assert [told[name] for name in ("Suspending", "Suspended", "Resumed")] == [1, 1, 1]
+    events = job.event_reasons()
+    assert [events[name] for name in ("Suspending", "Suspended", "Resumed")] == [1, 1, 1]
 
 
 def test_a_job_that_is_created_suspended_waits_without_a_cluster(scene: OperatedScene) -> None:

@@ -65,12 +65,12 @@ def test_a_retried_job_under_faults_has_one_rayjob_for_each_attempt_and_succeeds
     strike()
     job.delete()
     job.until_gone()
-    made = [
+    created = [
         event["object"]["metadata"]["name"]
         for event in scene.api.changes(rayjobs, since)
         if event["type"] == "ADDED"
     ]
-    assert made == [f"{job.name}-1", f"{job.name}-2"]
+    assert created == [f"{job.name}-1", f"{job.name}-2"]
     assert scene.operator.is_alive
 
 

@@ -230,12 +230,12 @@ def test_a_closed_attempt_may_save_a_checkpoint_while_its_pod_exists(
     attempt = job.attempt(1).run()
     attempt.hold(attempt.head)
     driver = attempt.driver()
-    told = outcome("Failed", "Flaky", retryable=True)
-    assert driver.end(told, step=9).status == 200
+    reported = outcome("Failed", "Flaky", retryable=True)
+    assert driver.end(reported, step=9).status == 200
     assert job.reasons == ["Flaky"]
     before = job.status
     assert driver.post(10).body == {"stop": True}
-    assert driver.end(told, step=9).body == {"stop": True}, "the answer may have been lost"
+    assert driver.end(reported, step=9).body == {"stop": True}, "the response may have been lost"
     consistently(lambda: job.status == before, 1)
     attempt.let_go(attempt.head)
 

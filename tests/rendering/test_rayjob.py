@@ -350,13 +350,13 @@ def test_the_run_policy_may_change_without_changing_the_plan() -> None:
 
 def test_no_two_jobs_share_a_rayjob() -> None:
     names = ("x", "x-1", "x-a1", "x-a", "x-a1-1")
-    made = {
+    found = {
         ray_job_name(kind, name, attempt)
         for kind in ("FineTuneJob", "AlignmentJob")
         for name in names
         for attempt in (1, 11)
     }
-    assert len(made) == 2 * 2 * len(names)
+    assert len(found) == 2 * 2 * len(names)
 
 
 def test_driver_and_workers_are_drained_before_sigterm() -> None:
@@ -369,8 +369,8 @@ def test_driver_and_workers_are_drained_before_sigterm() -> None:
 
 def test_the_erasing_pod_mounts_the_output_alone() -> None:
     given = job("support-bot")
-    made = render_erasure(placed(plan_job(given), profiles={}), given)
-    pod = made["spec"]["template"]["spec"]
+    erasure = render_erasure(placed(plan_job(given), profiles={}), given)
+    pod = erasure["spec"]["template"]["spec"]
     assert {path for path in mounts(pod) if "pvc" in path} == {"/mnt/pvc/models"}
     assert pod["automountServiceAccountToken"] is False
     assert "TUNEYARD_SECRET_HF_TOKEN" not in environment(pod)

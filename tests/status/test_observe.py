@@ -493,9 +493,9 @@ class TestSuccess:
         assert sim.phase == "Succeeded"
 
     def test_success_takes_precedence_over_a_stop_request(self) -> None:
-        for wish in ({"cancel": True}, {"suspend": True}):
+        for request in ({"cancel": True}, {"suspend": True}):
             sim = running()
-            sim.edit(**wish)
+            sim.edit(**request)
             sim.post = post(1, 100, outcome=SUCCESS)
             sim.reconcile()
             assert sim.phase == "Succeeded"
@@ -814,7 +814,7 @@ class TestSuspend:
         sim.edit(suspend=True)
         sim.reconcile()
         sim.edit(suspend=False)
-        assert should_stop(sim.job), "the driver was told already"
+        assert should_stop(sim.job), "the driver was asked to stop already"
         sim.reconcile()
         sim.end(INTERRUPTED)
         assert sim.attempt.reason == "Suspended"
@@ -837,7 +837,7 @@ class TestSuspend:
         assert sim.attempt.reason == "Suspended"
 
     def test_a_ray_job_that_is_deleted_while_stopping_counts_as_suspended(self) -> None:
-        for change in ("deleting", "gone"):
+        for change in ("deleting", "missing"):
             sim = running()
             sim.edit(suspend=True)
             sim.reconcile()

@@ -147,7 +147,9 @@ def _reconcile(sim: Simulation) -> None:
         ours = [r.name for r in state.ray_jobs if r.uid == current.ray_job_uid]
         assert not set(ours) & set(decision.stop), "the open attempt's RayJob is never stopped"
     if after.phase not in ("Succeeded", "Failed", "Suspended", "Running", "Queued"):
-        assert decision.wake_after is not None or decision.start or current, "nobody sleeps on"
+        assert decision.wake_after is not None or decision.start or current, (
+            "the controller wakes up again"
+        )
 
 
 def _assert_settled(sim: Simulation, state: ObservedState, decision: Decision) -> None:
@@ -159,7 +161,7 @@ def _assert_settled(sim: Simulation, state: ObservedState, decision: Decision) -
         if again.status == decision.status:
             return
         soon = decision.wake_after is not None and decision.wake_after <= 1
-        assert soon or decision.start, "nobody sleeps on"
+        assert soon or decision.start, "the controller wakes up again"
         decision = again
         job = job.model_copy(update={"status": again.status})
     raise AssertionError("the status never stands still")
@@ -220,16 +222,16 @@ def test_invariants_hold_on_random_walks(seed: int) -> None:
 
 def _assert_events(sim: Simulation) -> None:
     """Assert that each transition has one event, however often the job was reconciled."""
-    told = Counter(event.reason for event in sim.events)
+    counts = Counter(event.reason for event in sim.events)
     attempts = sim.status.attempts
-    assert told["AttemptStarted"] == len(attempts)
+    assert counts["AttemptStarted"] == len(attempts)
     assert max(Counter(sim.created).values(), default=1) == 1, "one RayJob for each attempt"
-    assert told["Running"] == sum(1 for a in attempts if a.running_at)
+    assert counts["Running"] == sum(1 for a in attempts if a.running_at)
     ended = [a for a in attempts if a.finished_at and a.reason != "Succeeded"]
-    assert told["AttemptEnded"] == len(ended)
-    assert told["Succeeded"] == (sim.phase == "Succeeded")
-    assert told["Failed"] == (sim.phase == "Failed")
-    assert told["Planned"] == 1
+    assert counts["AttemptEnded"] == len(ended)
+    assert counts["Succeeded"] == (sim.phase == "Succeeded")
+    assert counts["Failed"] == (sim.phase == "Failed")
+    assert counts["Planned"] == 1
     assert all(len(event.message.encode()) <= 1024 for event in sim.events)
 
 

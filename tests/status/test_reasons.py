@@ -221,8 +221,10 @@ class TestEnds:
 
     def test_an_interrupted_driver_was_preempted(self) -> None:
         assert reasons.of_outcome(INTERRUPTED).reason == "Preempted"
-        told = failed("Preempted").model_copy(update={"state": "Interrupted"})
-        assert reasons.of_outcome(told) == Cause("Preempted", "it was Preempted", retryable=True)
+        interrupted = failed("Preempted").model_copy(update={"state": "Interrupted"})
+        assert reasons.of_outcome(interrupted) == Cause(
+            "Preempted", "it was Preempted", retryable=True
+        )
 
     @pytest.mark.parametrize(
         ("status", "reason", "retryable"),
@@ -281,12 +283,13 @@ class TestEnds:
             "reason": "Unschedulable",
             "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
         }
-        gone = pod(phase="Pending", conditions=[unschedulable])
+        deleted = pod(phase="Pending", conditions=[unschedulable])
         ray = ray_job(
             jobStatus="", jobDeploymentStatus="Failed", reason="PreRunningDeadlineExceeded"
         )
         assert (
-            reasons.of_end(ray, ObservedState(deleted_pods=(gone,)), None).reason == "Unschedulable"
+            reasons.of_end(ray, ObservedState(deleted_pods=(deleted,)), None).reason
+            == "Unschedulable"
         )
 
     def test_only_the_last_line_of_a_log_is_reported(self) -> None:

@@ -90,6 +90,7 @@ class StatusServer:
         return web.json_response(answer.model_dump(mode="json", by_alias=True))
 
     async def _accept(self, request: web.Request) -> Answer:
+        """Return the response to a valid post. Raises Refused."""
         if not self._is_active():
             raise Refused(503, "standby", "this replica is not the active one", retry_after=1)
         kind = _KINDS.get(request.match_info["plural"])
@@ -105,20 +106,25 @@ class StatusServer:
         return await self._deliver(key, attempt, post)
 
     async def _deliver(self, key: Key, attempt: int, post: Post) -> Answer:
+        """Hand a post to the reconciler; wait until its outcome, if any, is stored. Raises
+        Refused."""
         try:
             job = await self._reconciler.current(key)
         except ApiError as error:
             raise Refused(503, "unavailable", str(error), retry_after=2) from error
         if job is None:
-            raise Refused(409, "stale", "the job is gone")
+            raise Refused(409, "stale", "the job does not exist any more")
         newest = job.status.attempts[-1] if job.status and job.status.attempts else None
         if newest is None or newest.number < attempt:
-            raise Refused(503, "unavailable", "this attempt is not known yet", retry_after=2)
+            raise Refused(
+                503, "unavailable", "the operator does not know this attempt yet", retry_after=2
+            )
         if newest.number > attempt:
-            raise Refused(409, "stale", f"attempt {attempt} is not the newest any more")
+            raise Refused(409, "stale", f"attempt {attempt} is not the newest attempt")
         if newest.finished_at:
-            # The queue takes its cluster, say: nobody takes over before the pods are gone, and
-            # expires_at then a checkpoint can be saved. Whoever ends by himself has been heard.
+            # For example, a queue evicted the attempt. It may save a checkpoint, because no other
+            # attempt starts while its pods exist. A driver that ended on its own has already posted
+            # its outcome.
             return Answer(stop=True)
         self._reconciler.accept_post(key, post)
         if post.tuneyard is not None and post.tuneyard.outcome is not None:
@@ -126,7 +132,7 @@ class StatusServer:
         return Answer(stop=should_stop(job) or is_finished(job))
 
     async def _until_stored(self, key: Key, attempt: int) -> None:
-        """Waits expires_at the attempt is closed in the status."""
+        """Wait until the attempt is closed in the status. Raises Refused after STORED_SECONDS."""
         deadline = time.monotonic() + STORED_SECONDS
         while time.monotonic() < deadline:
             await asyncio.sleep(0.05)
@@ -139,10 +145,10 @@ class StatusServer:
                 return
         raise Refused(503, "unavailable", "the status could not be written yet", retry_after=2)
 
-    # ---- who is it? -------------------------------------------------------------------------
+    # ---- authentication ---------------------------------------------------------------------
 
     async def _attempt_of(self, request: web.Request, key: Key) -> int:
-        """The attempt that the sender's pod belongs to."""
+        """Return the attempt that the sender's pod belongs to. Raises Refused."""
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise Refused(401, "unauthorized", "a bearer token is required")
@@ -158,6 +164,7 @@ class StatusServer:
         return pod.attempt
 
     async def _review(self, token: str, key: Key) -> AuthenticatedPod:
+        """Return the pod of a token that is valid for the job. Raises Refused, ApiError."""
         expected = audience(key.kind, key.namespace, key.name)
         status = await self._cluster.review_token(token, expected)
         if not status.get("authenticated") or expected not in (status.get("audiences") or ()):
@@ -178,11 +185,12 @@ class StatusServer:
     def _drop_expired(self) -> None:
         now = time.monotonic()
         self._authenticated_pods = {
-            k: s for k, s in self._authenticated_pods.items() if s.expires_at >= now
+            known: pod for known, pod in self._authenticated_pods.items() if pod.expires_at >= now
         }
 
 
 async def _read(request: web.Request) -> Post:
+    """Return the post in a request. Raises Refused."""
     try:
         text = await request.read()
     except web.HTTPRequestEntityTooLarge:

@@ -40,7 +40,7 @@ def _on_event(
     async def handler(event: Any, **_: Any) -> None:
         on_event(event["object"], event["type"] == "DELETED")
 
-    kopf.on.event(*resource, registry=handlers, id=f"{resource[-1]}-seen")(handler)
+    kopf.on.event(*resource, registry=handlers, id=f"{resource[-1]}-event")(handler)
 
 
 class _Watches:

@@ -64,7 +64,7 @@ _FOREIGN_LABELS = (
 
 
 class Reporting(NamedTuple):
-    """Where the head pod of an attempt posts progress."""
+    """The status server that the head pod of an attempt posts progress to."""
 
     url: str
     """The operator's status server, without a path."""

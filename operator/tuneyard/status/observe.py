@@ -63,7 +63,7 @@ Planned = Plan | PlanError | Waiting
 
 
 class Decision(NamedTuple):
-    """What the controller must do: write the status if it changed, then carry out the actions."""
+    """The next status and the actions. The controller writes the status first, if it changed."""
 
     status: JobStatus
     start: int | None = None
