@@ -291,5 +291,5 @@ def _wait(done: Callable[[], Any], what: str, log: Path | None = None) -> None:
     limit = time.monotonic() + PATIENCE_SECONDS
     while not done():
         if time.monotonic() > limit:
-            pytest.fail(f"waited in vain for {what}\n{log.read_text()[-3000:] if log else ''}")
+            pytest.fail(f"{what} did not happen in time\n{log.read_text()[-3000:] if log else ''}")
         time.sleep(0.2)

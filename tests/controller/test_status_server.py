@@ -91,7 +91,7 @@ def test_another_jobs_pod_cannot_write_it_even_with_the_right_audience(
     """The owner of a pod may request a token of any audience."""
     token = scene.token_of(pair.other.head, pair.attempt.audience)
     message = is_refused(with_token(pair.attempt, token), 403, pair.job)
-    assert "no pod with tuneyard.io/job=mine" in message
+    assert "no pod with label tuneyard.io/job=mine" in message
 
 
 def test_a_token_without_a_pod_is_refused(scene: OperatedScene, pair: Pair) -> None:
