@@ -571,7 +571,7 @@ class TestDigests:
     def test_a_large_file_is_hashed_once_until_it_changes(
         self, here: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(digests, "_REMEMBERED_BYTES", 1)
+        monkeypatch.setattr(digests, "_CACHED_BYTES", 1)
         hashed: list[Path] = []
         original = digests._sha256
         monkeypatch.setattr(digests, "_sha256", lambda path: hashed.append(path) or original(path))
@@ -587,7 +587,7 @@ class TestDigests:
     def test_a_torn_memory_of_hashes_changes_no_digest(
         self, here: Path, monkeypatch: pytest.MonkeyPatch, memory: str
     ) -> None:
-        monkeypatch.setattr(digests, "_REMEMBERED_BYTES", 1)
+        monkeypatch.setattr(digests, "_CACHED_BYTES", 1)
         file = put(here / "x.bin", "one")
         put(here / "cache/hashes.json", memory.replace("x", json.dumps(str(file))[1:-1]))
         assert digest_of(file, cache_dir=here / "cache") == digest_of(file)

@@ -293,7 +293,7 @@ def _walk(config: dict[str, Any]) -> None:
     )
     with ExitStack() as stack:
         if places.drain:
-            stack.enter_context(drain.present(Path(places.drain), line.ask_to_stop))
+            stack.enter_context(drain.registered(Path(places.drain), line.ask_to_stop))
         try:
             walk.run()
         except Interrupted as stopped:
