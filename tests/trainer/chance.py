@@ -1,4 +1,4 @@
-"""Whether what was drawn has the probabilities that it should have."""
+"""A chi-squared test of sampled tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ LIKELY = 6
 
 
 def chi_squared(drawn_N: Tensor, probs_V: Tensor) -> float:
-    """Over the LIKELY likeliest tokens; 22.5 is the 0.1% point of as many degrees of freedom."""
+    """Return the statistic over the 6 most probable tokens. With 6 degrees of freedom it exceeds
+    22.5 in 0.1% of cases."""
     statistic = 0.0
     for token in probs_V.topk(LIKELY).indices.tolist():
         expected = len(drawn_N) * probs_V[token].item()

@@ -1,4 +1,4 @@
-"""A tiny model and tokenizer, made once per session, so that stage tests run in seconds."""
+"""A tiny model and tokenizer, created once per session, so that stage tests run in seconds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-torch.set_num_threads(1)  # tiny matrices: a second thread only waits at barriers
+torch.set_num_threads(1)  # with tiny matrices a second thread only waits at barriers
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
@@ -19,7 +19,7 @@ CHATML = (
 )
 
 VOCABULARY = 400
-"""Of the models; the tokenizer may have fewer."""
+"""Tokens of the models; the tokenizer may have fewer."""
 
 CORPUS = [
     "The lamp has a warranty of two years and a red reset button.",
@@ -54,7 +54,7 @@ def tiny_tokenizer() -> Any:
 
 
 def tiny_llama(vocabulary: int, **changes: Any) -> LlamaForCausalLM:
-    """Two layers of width 32 with random weights; the same for the same arguments."""
+    """Return a model of two layers of width 32. The random weights depend on the arguments only."""
     settings: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": 32,
@@ -75,7 +75,7 @@ def tiny_llama(vocabulary: int, **changes: Any) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved tiny Llama with its tokenizer."""
+    """The folder of a tiny Llama and its tokenizer."""
     folder = tmp_path_factory.mktemp("tiny-llama")
     tiny_llama(VOCABULARY).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
@@ -84,7 +84,7 @@ def tiny_model_dir(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def speaking_model_dir(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama taught to answer with a few letters and to stop."""
+    """The folder of the tiny Llama after training to answer with a few letters and to stop."""
     from tests.trainer.speaking import speaking_model
 
     return speaking_model(tmp_path_factory.mktemp("speaking"), tiny_tokenizer)

@@ -1,4 +1,4 @@
-"""A finished job to be shown: its manifest, its records and the folders of its stages."""
+"""A finished job for tests of reports: manifest, stage records and stage folders."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ LINES: list[dict[str, Any]] = [
 
 
 def record(kind: str, metrics: Mapping[str, float], **details: Any) -> StageRecord:
-    """A stage that took 75 seconds."""
+    """Return the record of a stage that took 75 seconds."""
     value = {
         "stage": kind,
         "kind": kind,
@@ -104,18 +104,18 @@ def record(kind: str, metrics: Mapping[str, float], **details: Any) -> StageReco
 
 
 def records(samples: list[dict[str, Any]] | None = None) -> dict[str, StageRecord]:
-    """Of all four stages."""
-    found = [
+    """Return the records of all four stages, by name."""
+    stages = [
         record("prepare", PREPARE_METRICS, **PREPARE_DETAILS),
         record("sft", TRAIN_METRICS, bestStep=40),
         record("evaluate", EVALUATE_METRICS, samples=SAMPLES if samples is None else samples),
         record("export", EXPORT_METRICS),
     ]
-    return {one.stage: one for one in found}
+    return {stage.stage: stage for stage in stages}
 
 
 def folders(root: Path, *, lines: list[dict[str, Any]] | None = None) -> dict[str, Path]:
-    """The export stage's inputs, as the stages before it leave them."""
+    """Write the export stage's inputs and return their folders by role."""
     inputs = {"data": "prepare", "tuned": "sft", "evaluation": "evaluate"}
     for stage in inputs.values():
         (root / stage).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""A whole small job on disk: data, manifest and plan, for tests that walk every stage."""
+"""A small job on disk: data, manifest and plan, for tests that run every stage."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from tuneyard.api.plan import Plan
 from tuneyard.manifests.manifest import read
 from tuneyard.planning.plan import plan_job
 
-COLOURS = ["red", "blue", "green", "black", "white", "grey", "brown", "pink", "gold", "teal"]
+COLORS = ["red", "blue", "green", "black", "white", "gray", "brown", "pink", "gold", "teal"]
 
 
 def write_data(folder: Path) -> None:
-    """`train.jsonl` with ten rows and `validation.jsonl` with four, in chat format."""
+    """Write `train.jsonl` with ten rows and `validation.jsonl` with four, in chat format."""
     for name, count in (("train", 10), ("validation", 4)):
         rows = [
             {
                 "messages": [
-                    {"role": "user", "content": f"Which colour has {name} lamp {i}?"},
-                    {"role": "assistant", "content": f"Lamp {i} is {COLOURS[i]}."},
+                    {"role": "user", "content": f"Which color has {name} lamp {i}?"},
+                    {"role": "assistant", "content": f"Lamp {i} is {COLORS[i]}."},
                 ],
-                "expected": [COLOURS[i]],
+                "expected": [COLORS[i]],
             }
             for i in range(count)
         ]
@@ -32,7 +32,8 @@ def write_data(folder: Path) -> None:
 
 
 def manifest(model_dir: Path, output: str = "out", **spec: Any) -> dict[str, Any]:
-    """A FineTuneJob over `write_data`'s files; keyword arguments replace parts of the spec."""
+    """Return a FineTuneJob that uses `write_data`'s files. Keyword arguments replace parts of its
+    spec."""
     return {
         "apiVersion": "tuneyard.io/v1alpha1",
         "kind": "FineTuneJob",
@@ -53,4 +54,5 @@ def manifest(model_dir: Path, output: str = "out", **spec: Any) -> dict[str, Any
 
 
 def planned(value: dict[str, Any]) -> Plan:
+    """Return the plan of a manifest."""
     return plan_job(read(yaml.safe_dump(value))[0])

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible chat endpoint of the tests: it counts, delays, fails and talks nonsense."""
+"""An OpenAI-compatible chat endpoint for tests, with programmable responses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ QUESTION = "Principle: {principle}\nPrompt: {conversation}\nA: {first}\nB: {seco
 
 @dataclass
 class Answer:
-    """One HTTP answer."""
+    """An HTTP response."""
 
     body: Any = b""
     status: int = 200
@@ -27,7 +27,8 @@ class Answer:
 
 
 def completion(text: str, labels: dict[str, float] | None = None, tokens: int = 10) -> Answer:
-    """A chat completion; `labels`: probabilities of its first token, as log-probabilities."""
+    """Return a chat completion. `labels`: probabilities of its first token, sent as
+    log-probabilities."""
     choice: dict[str, Any] = {"index": 0, "message": {"role": "assistant", "content": text}}
     if labels:
         top = [{"token": token, "logprob": math.log(p)} for token, p in labels.items()]
@@ -36,7 +37,7 @@ def completion(text: str, labels: dict[str, float] | None = None, tokens: int = 
 
 
 def answers_of(body: dict[str, Any]) -> tuple[str, str]:
-    """The two answers that a comparison by `QUESTION` shows, A first."""
+    """Return the two completions that a comparison by `QUESTION` shows, A first."""
     text = body["messages"][-1]["content"]
     first = text.partition("\nA: ")[2].rpartition("\nB: ")[0]
     second = text.rpartition("\nB: ")[2].removesuffix("\nA or B?")
@@ -44,13 +45,13 @@ def answers_of(body: dict[str, Any]) -> tuple[str, str]:
 
 
 def prefers_greater(body: dict[str, Any]) -> str:
-    """A judge without a bias: it decides by the answers alone."""
+    """Judge by the completions alone, without a position bias."""
     first, second = answers_of(body)
     return "A" if first > second else "B"
 
 
 class JudgeServer:
-    """`respond` gets a request's body and its number, from 0."""
+    """A server that records its requests. `respond` takes a request's body and its index."""
 
     def __init__(self, respond: Callable[[dict[str, Any], int], Answer]) -> None:
         self.respond = respond
@@ -106,7 +107,7 @@ class JudgeServer:
                     answer = judge.respond(body, number)
                     time.sleep(answer.delay)
                 finally:
-                    judge._end()  # before the client can know: it asks the next thing at once
+                    judge._end()  # before the response, which the next request may follow at once
                 self._send(answer)
 
             def _send(self, answer: Answer) -> None:
@@ -120,7 +121,7 @@ class JudgeServer:
                     self.end_headers()
                     self.wfile.write(data)
                 except OSError:
-                    pass  # the client gave up waiting
+                    pass  # the client closed the connection
 
             def log_message(self, *_: Any) -> None:
                 pass

@@ -1,7 +1,7 @@
-"""The plain launcher, with every row that a step trained on written to a file as it happens.
+"""The plain launcher, which also writes the rows of every training step to a file.
 
-Run as `python recording.py ROWS.jsonl KILL_AFTER --plan ...`: SIGKILLs itself in the middle of the
-step after KILL_AFTER steps of this process; 0 never.
+Usage: `python recording.py ROWS.jsonl KILL_AFTER --plan ...`. After KILL_AFTER steps the process
+sends itself SIGKILL in the middle of the next step; 0: never.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 
 
 def record(path: Path, kill_after: int) -> None:
-    """Wraps the step so that it leaves a line per step, and dies when it is told to."""
+    """Wrap `Loop._backward` so that it writes a line for each step and kills the process."""
     original, steps = Loop._backward, 0
 
     def recorded(self: Loop, rows: Any, step: int) -> tuple[dict[str, float], bool]:

@@ -1,4 +1,4 @@
-"""Prepared data and plans made by hand, for tests of what comes after `prepare`."""
+"""Prepared data and planned stages, for tests of the stages after `prepare`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Row = tuple[list[int], list[int]]
 
 
 def random_rows(count: int, *, seed: int = 0, vocabulary: int = 400) -> list[Row]:
-    """Rows of 5 to 40 tokens whose first third carries no loss."""
+    """Return rows of 5 to 40 tokens. The first third of a row has no loss."""
     random = np.random.default_rng(seed)
     rows = []
     for _ in range(count):
@@ -30,7 +30,7 @@ def random_rows(count: int, *, seed: int = 0, vocabulary: int = 400) -> list[Row
 def write_prepared(
     folder: Path, tokenizer: Any, train: list[Row], validation: list[Row] | None = None
 ) -> Path:
-    """The files of a prepare stage."""
+    """Write the files of a prepare stage and return their folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in (("train", train), ("validation", validation or [])):
         if not rows:
@@ -52,7 +52,8 @@ def write_prepared(
 
 
 def train_stage(**changes: Any) -> PlannedStage:
-    """A training stage; keyword arguments override settings (snake_case), `runtime` the runtime."""
+    """Return an SFT stage. Keyword arguments override settings (snake_case); `runtime` sets the
+    runtime."""
     runtime = changes.pop("runtime", {})
     settings: dict[str, Any] = {
         "kind": "sft",

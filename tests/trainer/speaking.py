@@ -1,6 +1,7 @@
 """A tiny model that answers with a few letters and then stops, and stages that train it on rewards.
 
-Reinforcement learning needs answers that end and differ; a random model gives neither.
+Reinforcement learning needs completions that end and that differ; a model with random weights
+produces neither.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ QUESTIONS = [f"Say {word}." for word in ("one", "two", "three", "four", "five", 
 
 
 def speaking_model(folder: Path, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> Path:
-    """Taught to answer any question with 2 to 6 random letters of LETTERS, in a second or two."""
-    draw = random.Random(0)
-    rows = [_row(draw, tokenizer) for _ in range(64)]
+    """Train a model to answer any question with 2 to 6 random letters of LETTERS (about a second).
+    Return its folder."""
+    generator = random.Random(0)
+    rows = [_row(generator, tokenizer) for _ in range(64)]
     width = max(len(ids) for ids, _ in rows)
     ids_BL = torch.full((len(rows), width), 3)
     labels_BL = torch.full((len(rows), width), -100)
@@ -45,18 +47,18 @@ def speaking_model(folder: Path, tokenizer: PreTrainedTokenizerBase, **changes: 
     return folder
 
 
-def _row(draw: random.Random, tokenizer: Any) -> tuple[list[int], int]:
-    """Token ids and where the answer begins; each letter is a token of its own."""
-    turns = [{"role": "user", "content": draw.choice(QUESTIONS)}]
+def _row(generator: random.Random, tokenizer: Any) -> tuple[list[int], int]:
+    """Return token ids and the position of the completion. Each letter is one token."""
+    turns = [{"role": "user", "content": generator.choice(QUESTIONS)}]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
-    letters = draw.choices(LETTERS, k=draw.randint(2, 6))
+    letters = generator.choices(LETTERS, k=generator.randint(2, 6))
     answer = [tokenizer.convert_tokens_to_ids(letter) for letter in letters]
     return [*prompt, *answer, tokenizer.eos_token_id], len(prompt)
 
 
 def share_of(letter: str) -> Callable[[Sequence[Attempt]], torch.Tensor]:
-    """The programmable reward: how much of an answer is this letter; 0 of an empty answer."""
+    """Return a reward: the share of this letter in a completion; 0 for an empty completion."""
 
     def reward(attempts: Sequence[Attempt]) -> torch.Tensor:
         return torch.tensor(

@@ -1,4 +1,4 @@
-"""An HTTPS server that plays the operator's: it keeps what is posted and answers as it is told."""
+"""An HTTPS server in place of the operator's: it records posts and sends programmable replies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 @dataclass
 class Reply:
-    """An answer: a status, a body, headers, and how long it takes."""
+    """A response: its status, body, headers and delay in seconds."""
 
     status: int = 200
     stop: bool = False
@@ -26,7 +26,7 @@ class Reply:
 
 
 class StatusServer:
-    """What it was sent, and what it answers: each of `replies` once, then `reply`."""
+    """The recorded posts, and the replies to send: each of `replies` once, then `reply`."""
 
     def __init__(self) -> None:
         self.posts: list[dict[str, Any]] = []
@@ -46,7 +46,7 @@ class StatusServer:
             return self.replies.pop(0) if self.replies else self.reply
 
     def wait_for(self, count: int, seconds: float = 20.0) -> None:
-        """Until so many posts have arrived."""
+        """Wait until `count` posts have arrived. Raises AssertionError after `seconds`."""
         with self.arrived:
             if not self.arrived.wait_for(lambda: len(self.posts) >= count, seconds):
                 raise AssertionError(f"{len(self.posts)} posts arrived, not {count}")
@@ -54,7 +54,7 @@ class StatusServer:
 
 @contextmanager
 def serving(folder: Path) -> Iterator[StatusServer]:
-    """On a port of this machine, with a certificate of its own in `folder`."""
+    """Run a server on a free port, with a new certificate in `folder`."""
     certificate, key = folder / "tls.crt", folder / "tls.key"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
     command += f" -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1 -out {certificate}"

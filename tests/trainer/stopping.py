@@ -1,6 +1,6 @@
-"""Walks a plan as one of two gloo ranks, only rank 1 asked to stop; prints how it ended.
+"""Run a plan as one of two gloo ranks, with a stop request to rank 1 only; print how it ended.
 
-python stopping.py RANK MEETING_FILE PLAN FOLDER
+Usage: python stopping.py RANK RENDEZVOUS_FILE PLAN FOLDER
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted, Worker
 
 
-def main(rank: int, meeting: str, plan: Path, folder: Path) -> None:
+def main(rank: int, rendezvous: str, plan: Path, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=2)
     store = Store(str(folder / "out"), folder / f"scratch-{rank}")
     read = Plan.model_validate_json(plan.read_text())
     if rank == 0:
         store.claim(read.job, attempt=1)
     worker = Worker(rank, 2, torch.device("cpu"), stop=lambda: rank == 1)
-    walk = PlanRunner(
+    runner = PlanRunner(
         StageInputs(read, store, folder, folder / "cache"), worker, emit=lambda _: None
     )
     try:
-        walk.run()
+        runner.run()
     except Interrupted as stopped:
         saved = sorted(path.parent.name for path in (folder / "out").rglob("state.json"))
         print(json.dumps({"stage": stopped.stage, "step": stopped.step, "saved": saved}))

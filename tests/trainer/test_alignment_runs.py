@@ -1,4 +1,4 @@
-"""Whole AlignmentJobs on a tiny model: every step from the last one's model, measured, exported."""
+"""Whole AlignmentJobs on a tiny model, from the first stage to the export."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def aligned(model: Path, **spec: Any) -> Plan:
     return plan_job(read(yaml.safe_dump(value))[0])
 
 
-def walk(planned: Plan, folder: Path, output: Path) -> dict[str, Any]:
-    """Runs the plan; the records of its stages."""
+def run(planned: Plan, folder: Path, output: Path) -> dict[str, Any]:
+    """Run the plan and return the records of its stages."""
     records: dict[str, Any] = {}
 
     def emit(event: dict[str, Any]) -> None:
@@ -71,12 +71,12 @@ def walk(planned: Plan, folder: Path, output: Path) -> dict[str, Any]:
     return records
 
 
-def test_dpo_over_two_rounds_is_measured_and_exported_merged(
+def test_dpo_over_two_rounds_is_evaluated_and_exported_merged(
     folder: Path, tmp_path: Path, tiny_model_dir: Path
 ) -> None:
     output = {"uri": "file://out", "merge": True}
     planned = aligned(tiny_model_dir, optimize=DPO, rounds=2, output=output)
-    records = walk(planned, folder, tmp_path)
+    records = run(planned, folder, tmp_path)
     assert list(records) == ["pairs", "dpo", "dpo-2", "evaluate", "export"]
     metrics = records["evaluate"]["metrics"]
     assert metrics["preferenceAccuracy"] > 0.8
@@ -88,11 +88,11 @@ def test_dpo_over_two_rounds_is_measured_and_exported_merged(
     card = (tmp_path / "result" / "README.md").read_text()
     assert "aligned directly on preferences" in card
     assert "Preferences followed" in card
-    again = walk(planned, folder, tmp_path)
+    again = run(planned, folder, tmp_path)
     assert {record["state"] for record in again.values()} == {"Skipped"}
 
 
-def test_fine_tuning_then_a_reward_model_then_ppo_against_it_and_a_rule(
+def test_ppo_after_fine_tuning_optimizes_a_reward_model_and_a_rule(
     folder: Path, tmp_path: Path, tiny_model_dir: Path
 ) -> None:
     planned = aligned(
@@ -109,7 +109,7 @@ def test_fine_tuning_then_a_reward_model_then_ppo_against_it_and_a_rule(
             }
         },
     )
-    records = walk(planned, folder, tmp_path)
+    records = run(planned, folder, tmp_path)
     assert list(records) == ["prepare", "sft", "pairs", "reward", "ppo", "evaluate", "export"]
     metrics = records["evaluate"]["metrics"]
     assert metrics["rewardAccuracy"] > 0.5
@@ -133,7 +133,7 @@ def test_a_rule_as_reward_needs_no_preferences(
             }
         },
     )
-    records = walk(planned, folder, tmp_path)
+    records = run(planned, folder, tmp_path)
     assert list(records) == [method, "evaluate", "export"]
     assert records["evaluate"]["metrics"]["startReward"] >= 0
     assert not records["evaluate"]["details"]["promptsHeldOut"]
@@ -151,7 +151,7 @@ def test_a_reward_model_alone_is_exported_as_a_classifier_that_scores(
         adapter=None,
         rewardModel={"train": {"adapter": {"lora": {"rank": 4}}, "training": TRAINING}},
     )
-    records = walk(planned, folder, tmp_path)
+    records = run(planned, folder, tmp_path)
     assert list(records) == ["pairs", "reward", "evaluate", "export"]
     exported = tmp_path / "result" / "model"
     model: Any = AutoModelForSequenceClassification.from_pretrained(exported)
@@ -173,20 +173,20 @@ def test_a_reward_model_alone_is_exported_as_a_classifier_that_scores(
     assert "AutoModelForSequenceClassification" in card
 
 
-def test_kto_learns_from_thumbs_made_of_pairs(
+def test_kto_learns_from_unpaired_preferences_made_of_pairs(
     folder: Path, tmp_path: Path, tiny_model_dir: Path
 ) -> None:
     optimize = {"dpo": {"loss": "kto", "training": TRAINING}}
-    records = walk(aligned(tiny_model_dir, optimize=optimize), folder, tmp_path)
+    records = run(aligned(tiny_model_dir, optimize=optimize), folder, tmp_path)
     assert records["evaluate"]["metrics"]["preferenceMargin"] > 0
 
 
-def test_a_gate_that_is_missed_exports_nothing(
+def test_a_failed_gate_prevents_the_export(
     folder: Path, tmp_path: Path, tiny_model_dir: Path
 ) -> None:
     gates = [{"metric": "kl", "atMost": -1.0}]
     evaluate = {"maxNewTokens": 4, "gates": gates}
     with pytest.raises(StageError) as caught:
-        walk(aligned(tiny_model_dir, optimize=DPO, evaluate=evaluate), folder, tmp_path)
+        run(aligned(tiny_model_dir, optimize=DPO, evaluate=evaluate), folder, tmp_path)
     assert caught.value.reason == "GateFailed"
     assert not (tmp_path / "result").exists()

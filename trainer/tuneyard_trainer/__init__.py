@@ -1,6 +1,6 @@
-"""The data plane: reads a Plan and carries out its stages with torch, transformers and PEFT.
+"""The data plane: it reads a Plan and runs its stages with torch, transformers and PEFT.
 
-What lives here: the runner, the records, the stages and what they share. What may not enter: the
-planner, the controller, kopf. `distributed` holds the only Ray code; every stage also runs under a
-plain launcher. Importing this package imports no torch: modules that need it import it themselves.
+Importing this package does not import torch: modules that need torch import it themselves. Every
+stage also runs without Ray, under a plain launcher; only `running.distributed` imports Ray. The
+trainer imports the operator's API (`tuneyard.api`) and nothing of its planner or controller.
 """

@@ -1,8 +1,10 @@
-"""Ends this pod's part of a job in good order: `python -m tuneyard_trainer.drain`, a preStop hook.
+"""Stop this pod's work in order before the pod ends: `python -m tuneyard_trainer.drain`, a preStop
+hook.
 
-A folder that the pod's processes share is all there is to it: whoever must not be cut off leaves
-its process id there, and looks once a second whether `asked` has appeared. The hook writes `asked`
-and waits until nobody is left, which in a pod without work is at once.
+The pod's processes and the hook communicate through a shared folder. A process that needs an
+orderly end creates a file named by its process id and checks once a second whether the file
+`requested` exists. The hook creates `requested` and waits until no such process is running; in a
+pod without work it returns at once.
 """
 
 from __future__ import annotations
@@ -19,50 +21,54 @@ from pathlib import Path
 from tuneyard.api.pods import DRAIN_SECONDS
 
 FOLDER = Path(tempfile.gettempdir(), "tuneyard-drain")
-"""A pod's /tmp is its own."""
-LOOK_SECONDS = 1.0
+"""Not shared between pods: each pod has its own /tmp."""
+REQUEST = "requested"
+POLL_SECONDS = 1.0
 
 
 @contextmanager
-def present(folder: Path, on_asked: Callable[[], None]) -> Iterator[None]:
-    """The hook waits for this process while the context lasts. `on_asked` is called once, in a
-    thread of its own, when the hook asks it to come to an end."""
+def registered(folder: Path, on_request: Callable[[], None]) -> Iterator[None]:
+    """While active, the hook waits for this process. `on_request` is called once, in a separate
+    thread, when the hook requests an end."""
     folder.mkdir(parents=True, exist_ok=True)
-    mark = folder / str(os.getpid())
-    mark.touch()
-    left = threading.Event()
+    marker = folder / str(os.getpid())
+    marker.touch()
+    finished = threading.Event()
 
-    def look() -> None:
-        while not left.wait(LOOK_SECONDS):
-            if (folder / "asked").exists():
-                on_asked()
+    def poll() -> None:
+        while not finished.wait(POLL_SECONDS):
+            if (folder / REQUEST).exists():
+                on_request()
                 return
 
-    threading.Thread(target=look, daemon=True, name="drain").start()
+    threading.Thread(target=poll, daemon=True, name="drain").start()
     try:
         yield
     finally:
-        left.set()
-        mark.unlink(missing_ok=True)
+        finished.set()
+        marker.unlink(missing_ok=True)
 
 
 def drain(folder: Path, seconds: float) -> bool:
-    """Asks everybody present to end; whether they did within so many seconds."""
+    """Request an end of all registered processes and wait for it. Return whether all of them ended
+    within `seconds`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "asked").touch()
+    (folder / REQUEST).touch()
     deadline = time.monotonic() + seconds
-    while _anybody(folder):
+    while _any_running(folder):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.2)
     return True
 
 
-def _anybody(folder: Path) -> bool:
-    return any(mark.name.isdigit() and _alive(int(mark.name)) for mark in folder.iterdir())
+def _any_running(folder: Path) -> bool:
+    return any(
+        marker.name.isdigit() and _is_running(int(marker.name)) for marker in folder.iterdir()
+    )
 
 
-def _alive(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

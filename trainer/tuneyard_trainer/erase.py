@@ -1,6 +1,6 @@
-"""Removes a deleted job's output: `python -m tuneyard_trainer.erase --plan P --job-uid UID`.
+"""Remove a deleted job's output: `python -m tuneyard_trainer.erase --plan P --job-uid UID`.
 
-Only what this very job wrote: an output that another job has taken over stays.
+An output that another job has taken over is not changed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tuneyard_trainer.storage.records import Store
 
 
 def main(arguments: Sequence[str]) -> int:
-    """0 once there is nothing (left) of this job's; 1: it may help to try again."""
+    """Return 0 if no output of this job is left, 1 if removing it failed and can be retried."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--plan", type=Path, required=True)
     parser.add_argument("--job-uid", required=True)
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> int:
     log = Log(sys.stdout)
     try:
         plan = Plan.model_validate_json(options.plan.read_text())
-        with sources.explained(SourceInput(uri=plan.output.uri, path="spec.output.uri")):
+        with sources.as_stage_errors(SourceInput(uri=plan.output.uri, path="spec.output.uri")):
             store = Store(located(plan.output.uri), FOLDER / "store", options.job_uid)
             erased = store.erase(plan.job)
     except StageError as error:

@@ -1,5 +1,7 @@
-"""What stages need beside the trainer's own packages. Missing ones are told before anything runs:
-the stage that wants them may come hours later."""
+"""Checks for optional packages, made before the first stage runs.
+
+The stage that needs a package may start hours later, so a missing package is reported at once.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from tuneyard.errors import StageError
 
 
 def require(stages: Iterable[PlannedStage]) -> None:
-    """Raises StageError for the first package that any of the stages lacks."""
+    """Raise StageError MissingExtra for the first optional package that a stage needs and that is
+    not installed."""
     for stage in stages:
         adapter = getattr(stage.settings, "adapter", None)
         if adapter and adapter.qlora:
@@ -22,7 +25,7 @@ def require(stages: Iterable[PlannedStage]) -> None:
 
 
 def require_bitsandbytes() -> None:
-    """For 4-bit bases. Raises StageError."""
+    """Raise StageError MissingExtra unless bitsandbytes, which 4-bit bases need, is installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise StageError(
             "MissingExtra",
@@ -32,12 +35,12 @@ def require_bitsandbytes() -> None:
 
 
 def require_vllm() -> None:
-    """For sampling. Raises StageError."""
+    """Raise StageError MissingExtra unless vLLM is installed."""
     if importlib.util.find_spec("vllm") is None:
         raise StageError(
             "MissingExtra",
-            "sampling.engine is vllm, which is not installed.",
-            advice="Name a trainer image with vLLM in compute.image (on one machine, install "
-            '`pip install "tuneyard[trainer,vllm]"` into an environment of its own), or remove '
+            "sampling.engine is vllm, and vLLM is not installed.",
+            advice="Set compute.image to a trainer image with vLLM (on one machine, install "
+            '`pip install "tuneyard[trainer,vllm]"` into a separate environment), or remove '
             "sampling.engine.",
         )

@@ -1,4 +1,4 @@
-"""What a stage knows of the process that runs it, and what it gives back."""
+"""The context that a stage runs in, and the outcome that it returns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SettingsT = TypeVar("SettingsT")
 
 
 class Report(Protocol):
-    """Tells whoever watches how far the stage is. Cheap, never blocks, never raises."""
+    """Report the stage's progress. Cheap; never blocks and never raises."""
 
     def __call__(
         self,
@@ -27,11 +27,11 @@ class Report(Protocol):
         message: str | None = None,
         resumed_step: int | None = None,
     ) -> None:
-        """`resumed_step`: the step at which this attempt takes the stage up, told once; 0: from
-        the start."""
+        """`resumed_step`: the step that this attempt resumes from, reported once; 0: from the
+        start."""
 
 
-def silent(
+def report_nothing(
     *,
     step: int = 0,
     total_steps: int = 0,
@@ -39,52 +39,53 @@ def silent(
     message: str | None = None,
     resumed_step: int | None = None,
 ) -> None:
-    """A `Report` that nobody watches: ranks other than 0."""
+    """The `Report` of ranks other than 0."""
 
 
-def never() -> bool:
-    """A `stop` that is never asked."""
+def never_stop() -> bool:
+    """A `stop` that never requests an end."""
     return False
 
 
-def durable(folder: Path) -> None:
-    """A `persist` for a work folder that is itself the durable place."""
+def persist_nothing(folder: Path) -> None:
+    """A `persist` for a work folder that is itself durable."""
 
 
 @dataclass(frozen=True)
 class Worker:
-    """One of `world_size` equal processes. With more than one, torch.distributed is initialised."""
+    """One of `world_size` equal processes. With more than one, torch.distributed is initialized."""
 
     rank: int
     world_size: int
     device: torch.device
-    report: Report = silent
-    stop: Callable[[], bool] = never
-    """True once somebody asked for an orderly end: checkpoint at the next step and raise
+    report: Report = report_nothing
+    stop: Callable[[], bool] = never_stop
+    """True once an orderly end is requested: save a checkpoint at the next step and raise
     `Interrupted`."""
-    persist: Callable[[Path], None] = durable
-    """Makes a folder of the stage's work folder outlive this machine."""
+    persist: Callable[[Path], None] = persist_nothing
+    """Copies a folder inside the stage's work folder to durable storage."""
     attempt: int = 1
     identity: str = ""
-    """The stage's identity, on rank 0: a leftover in the work folder is of use if it carries it."""
+    """The stage's identity, on rank 0. Files left in the work folder are reused only if they carry
+    the same identity."""
     manifest: Mapping[str, Any] = field(default_factory=dict)
-    """The job as the user wrote it, for the model card; no part of what a stage computes."""
+    """The job as the user wrote it, for the model card. Results do not depend on it."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes what all of them have in common."""
+        """Whether this process writes the results that all processes have in common."""
         return self.rank == 0
 
 
 @dataclass(frozen=True)
 class StageContext:
-    """Everything that a stage's `run` receives."""
+    """The arguments of a stage's `run`."""
 
     stage: PlannedStage
     inputs: Mapping[str, Path]
     """The local path of each input, by role."""
     workdir: Path
-    """The stage's own folder. It may hold what a killed run left behind."""
+    """The stage's own folder. It may hold the files of an earlier, killed run."""
     worker: Worker
 
     def settings(self, kind: type[SettingsT]) -> SettingsT:
@@ -97,16 +98,17 @@ class StageContext:
 
 @dataclass(frozen=True)
 class StageOutcome:
-    """What a finished stage says of itself; the runner makes the StageRecord from it."""
+    """The result of a finished stage. The runner makes the StageRecord from it."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
     contents: tuple[str, ...] | None = None
-    """Names in the work folder that are the result, and so its digest. None: every file."""
+    """Names in the work folder that are the stage's output and determine its digest. None: every
+    file."""
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: somebody asked for it
-    """The stage stopped in good order after `step`; the same plan goes on from there."""
+class Interrupted(Exception):  # noqa: N818 - a requested end, not an error
+    """Raised when a stage stops on request after `step`; the same plan resumes from there."""
 
     def __init__(self, stage: str, step: int) -> None:
         self.stage, self.step = stage, step

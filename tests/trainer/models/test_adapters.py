@@ -1,4 +1,4 @@
-"""Every kind of adapter: it starts as it should, trains itself alone, and comes back to the bit."""
+"""Every kind of adapter: its initial weights, training, saving, merging and its errors."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def loaded(tiny_model_dir: Path) -> PreTrainedModel:
 
 @pytest.fixture
 def base(tiny_model_dir: Path, loaded: PreTrainedModel) -> Base:
-    """A new copy of the base in every call; loaded anew where settings are given."""
+    """Return a new copy of the base in every call, loaded again if settings are given."""
 
     def new(**settings: Any) -> PreTrainedModel:
         if not settings:
@@ -77,14 +77,14 @@ IDS = torch.tensor([[5, 17, 42, 99, 100, 7, 301, 12], [9, 8, 7, 6, 5, 4, 20, 250
 
 
 def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
-    """(2, 8, V), without the positions of virtual tokens."""
+    """Return (2, 8, V) logits, without those of virtual tokens."""
     model.eval()
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -8:]
 
 
 def train_step(model: nn.Module, rate: float = 0.05) -> None:
-    """One large step of AdamW on what is trainable."""
+    """Take one large step of AdamW on the trainable parameters."""
     model.train()
     optimizer = torch.optim.AdamW(list(trainable(model).values()), lr=rate)
     out = model(input_ids=IDS, attention_mask=torch.ones_like(IDS), labels=IDS)
@@ -101,12 +101,12 @@ def test_a_new_adapter_changes_no_logit(kind: str, base: Base, attach: Any) -> N
 
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
-def test_virtual_tokens_are_felt_from_the_start(kind: str, base: Base, attach: Any) -> None:
+def test_new_virtual_tokens_change_the_logits(kind: str, base: Base, attach: Any) -> None:
     assert (logits(attach(ADAPTERS[kind])) - logits(base())).abs().max() > 1e-4
 
 
 @EVERY
-def test_a_step_changes_the_adapter_and_not_one_byte_of_the_base(
+def test_a_training_step_changes_the_adapter_and_no_byte_of_the_base(
     kind: str, base: Base, attach: Any
 ) -> None:
     untouched, model = base(), attach(ADAPTERS[kind])
@@ -150,8 +150,8 @@ def test_the_same_adapter_is_saved_as_the_same_bytes_without_local_paths(
         assert str(tiny_model_dir).encode() not in one
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     for names in (config.get("target_modules") or [], config.get("feedforward_modules") or []):
-        assert names == sorted(names)  # a set's own order changes from process to process
-    # Loading and saving again is the identity too.
+        assert names == sorted(names)  # the order of a set differs between processes
+    # Loading an adapter and saving it again gives the same bytes.
     adapters.save(adapters.load(base(), tmp_path / "a"), tmp_path / "c")
     assert (tmp_path / "c" / "adapter_model.safetensors").read_bytes() == (
         tmp_path / "a" / "adapter_model.safetensors"
@@ -159,7 +159,7 @@ def test_the_same_adapter_is_saved_as_the_same_bytes_without_local_paths(
 
 
 @EVERY
-def test_switched_off_it_is_the_base_and_afterwards_the_adapter_again(
+def test_a_disabled_adapter_gives_the_base_and_is_active_again_afterwards(
     kind: str, base: Base, attach: Any
 ) -> None:
     model = attach(ADAPTERS[kind])
@@ -173,7 +173,7 @@ def test_switched_off_it_is_the_base_and_afterwards_the_adapter_again(
 
 
 @EVERY
-def test_switching_off_a_loaded_adapter_does_not_make_it_trainable(
+def test_disabling_a_loaded_adapter_does_not_make_it_trainable(
     kind: str, base: Base, attach: Any, tmp_path: Path
 ) -> None:
     adapters.save(attach(ADAPTERS[kind]), tmp_path)
@@ -193,7 +193,7 @@ def generated(model: nn.Module) -> list[int]:
 
 
 @EVERY
-def test_generating_agrees_with_one_forward_pass_at_a_time(kind: str, attach: Any) -> None:
+def test_generation_agrees_with_a_forward_pass_for_each_token(kind: str, attach: Any) -> None:
     model = attach(ADAPTERS[kind])
     train_step(model)
     ids = IDS[:1]
@@ -205,31 +205,31 @@ def test_generating_agrees_with_one_forward_pass_at_a_time(kind: str, attach: An
 
 
 @EVERY
-def test_a_copy_has_an_adapter_of_its_own(kind: str, attach: Any) -> None:
+def test_a_copied_model_has_its_own_adapter(kind: str, attach: Any) -> None:
     model = attach(ADAPTERS[kind])
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     before = logits(model)
-    train_step(twin)
-    assert not torch.equal(logits(twin), before)
+    train_step(copied)
+    assert not torch.equal(logits(copied), before)
     assert torch.equal(logits(model), before)
 
 
 @EVERY
-def test_the_seed_decides_the_first_weights_and_nothing_else_does(kind: str, attach: Any) -> None:
+def test_only_the_seed_determines_the_initial_weights(kind: str, attach: Any) -> None:
     torch.manual_seed(1)
-    one = trainable(attach(ADAPTERS[kind], seed=5))
+    first = trainable(attach(ADAPTERS[kind], seed=5))
     torch.manual_seed(2)
     state = torch.get_rng_state()
     same = trainable(attach(ADAPTERS[kind], seed=5))
     assert torch.equal(torch.get_rng_state(), state)
     other = trainable(attach(ADAPTERS[kind], seed=6))
-    assert all(torch.equal(one[name], same[name]) for name in one)
-    differs = any(not torch.equal(one[name], other[name]) for name in one)
-    assert differs == (kind != "ia3")  # (IA)^3 starts at ones
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    differs = any(not torch.equal(first[name], other[name]) for name in first)
+    assert differs == (kind != "ia3")  # (IA)^3 starts with ones
 
 
 @EVERY
-def test_the_adapter_is_float32_over_a_bfloat16_base_and_trains_there(
+def test_the_adapter_of_a_bfloat16_base_is_float32_and_trains(
     kind: str, base: Base, attach: Any
 ) -> None:
     model = attach(ADAPTERS[kind], model=base(dtype=torch.bfloat16))
@@ -257,7 +257,7 @@ def test_parameter_counts_equal_the_closed_forms(base: Base, attach: Any) -> Non
     assert trained(ADAPTERS["bottleneck"]) == layers * 2 * (2 * width * 6 + 6 + width)
 
 
-# ---- where LoRA goes ----------------------------------------------------------------------------
+# ---- target layers ------------------------------------------------------------------------------
 
 
 def adapted(model: nn.Module) -> set[str]:
@@ -265,21 +265,21 @@ def adapted(model: nn.Module) -> set[str]:
     return {name.split(".lora_")[0] for name in names}
 
 
-def test_a_layer_range_adapts_those_layers_alone(attach: Any) -> None:
+def test_a_layer_range_adapts_only_those_layers(attach: Any) -> None:
     lora = Adapter(lora=Lora(rank=2, layers="1", targets=["q_proj", "up_proj"]))
     assert adapted(attach(lora)) == {"layers.1.self_attn.q_proj", "layers.1.mlp.up_proj"}
     bottleneck = attach(Adapter(bottleneck=Bottleneck(size=2, layers="1")))
     assert all(".layers.1." in name for name in trainable(bottleneck))
 
 
-def test_attention_means_the_attention_projections_alone(attach: Any) -> None:
+def test_attention_targets_only_the_attention_projections(attach: Any) -> None:
     names = adapted(attach(ADAPTERS["rslora"]))
     assert {name.split(".", 2)[2] for name in names} == {
         f"self_attn.{x}_proj" for x in ("q", "k", "v", "o")
     }
 
 
-def test_attention_is_told_from_an_mlp_projection_of_the_same_name(attach: Any) -> None:
+def test_attention_excludes_an_mlp_projection_of_the_same_name(attach: Any) -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=400))
     lora = attach(Adapter(lora=Lora(rank=2, targets="attention")), model=model)
     assert {name.split(".h.")[1].split(".lora_")[0][2:] for name in trainable(lora)} == {
@@ -288,20 +288,20 @@ def test_attention_is_told_from_an_mlp_projection_of_the_same_name(attach: Any) 
     }
 
 
-def test_all_linear_leaves_the_head_alone(attach: Any) -> None:
+def test_all_linear_excludes_the_head(attach: Any) -> None:
     assert all(name.startswith("layers.") for name in adapted(attach(ADAPTERS["lora"])))
 
 
 @pytest.mark.parametrize(
     ("settings", "reason", "words"),
     [
-        ({"targets": ["q_proj", "quer"]}, "TargetNotFound", "names quer, and .*down_proj.*q_proj"),
+        ({"targets": ["q_proj", "quer"]}, "TargetNotFound", "names quer; .*down_proj.*q_proj"),
         ({"targets": ["lm_head"]}, "TiedHead", "head"),
-        ({"layers": "0-2"}, "LayerOutOfRange", "asks for layer 2, and the model has 2 layers"),
-        ({"layers": "1-0"}, "LayerOutOfRange", "runs backwards"),
+        ({"layers": "0-2"}, "LayerOutOfRange", "names layer 2, and the model has 2 layers"),
+        ({"layers": "1-0"}, "LayerOutOfRange", "is descending"),
     ],
 )
-def test_a_target_or_layer_that_is_not_there_is_an_error(
+def test_a_target_or_layer_that_does_not_exist_is_an_error(
     settings: dict[str, Any], reason: str, words: str, attach: Any
 ) -> None:
     with pytest.raises(StageError, match=words) as caught:
@@ -321,7 +321,7 @@ def other_models() -> dict[str, PreTrainedModel]:
         "gpt_neox": GPTNeoXForCausalLM(
             GPTNeoXConfig(**small, num_attention_heads=2, intermediate_size=32)
         ),
-        # A head width that is not hidden_size / heads, and grouped keys.
+        # The head width is not hidden_size / heads, and the keys are grouped.
         "qwen3": Qwen3ForCausalLM(
             Qwen3Config(
                 **small,
@@ -336,7 +336,7 @@ def other_models() -> dict[str, PreTrainedModel]:
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "qwen3"])
 @pytest.mark.parametrize("kind", ["lora", "ia3", "prefix", "prompt", "bottleneck"])
-def test_the_common_decoder_families_take_every_kind(
+def test_the_common_decoder_families_support_every_kind(
     architecture: str, kind: str, attach: Any, tmp_path: Path
 ) -> None:
     plain = other_models()[architecture].eval()
@@ -352,7 +352,7 @@ def test_the_common_decoder_families_take_every_kind(
 
 
 @pytest.mark.parametrize("kind", MERGEABLE)
-def test_a_merged_model_is_plain_and_answers_as_the_adapter_did(
+def test_a_merged_model_has_no_adapter_and_the_same_logits(
     kind: str, base: Base, attach: Any, tmp_path: Path
 ) -> None:
     model = attach(ADAPTERS[kind])
@@ -371,10 +371,10 @@ def test_a_merged_model_is_plain_and_answers_as_the_adapter_did(
 
 
 @pytest.mark.parametrize("kind", MERGEABLE)
-def test_the_weights_of_a_policy_in_training_are_those_of_its_merged_model(
+def test_merged_weights_equal_those_of_the_merged_model(
     kind: str, base: Base, attach: Any, tmp_path: Path
 ) -> None:
-    """And asking for them leaves every bit of it where it was."""
+    """The model itself does not change."""
     model = attach(ADAPTERS[kind])
     train_step(model)
     adapters.save(model, tmp_path)
@@ -387,12 +387,12 @@ def test_the_weights_of_a_policy_in_training_are_those_of_its_merged_model(
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    train_step(model)  # nothing is left merged
+    train_step(model)  # no layer is left merged
     assert not any(getattr(module, "merged", False) for module in model.modules())
 
 
 @pytest.mark.parametrize("with_tied", [True, False])
-def test_a_head_that_is_the_embeddings_is_told_twice_only_where_it_is_wanted(
+def test_a_head_tied_to_the_embeddings_is_yielded_only_on_request(
     with_tied: bool,
 ) -> None:
     model = tiny_llama(VOCABULARY)
@@ -411,7 +411,7 @@ def test_merged_weights_hold_the_buffers_that_a_saved_model_holds() -> None:
 
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt", "bottleneck"])
-def test_what_no_weight_can_express_is_not_merged(
+def test_an_adapter_that_no_weight_can_express_is_not_merged(
     kind: str, base: Base, attach: Any, tmp_path: Path
 ) -> None:
     adapters.save(attach(ADAPTERS[kind]), tmp_path)
@@ -443,7 +443,7 @@ def test_qlora_trains_over_a_4_bit_base_and_merges_into_the_original(
 
 
 def test_measuring_a_4_bit_model_changes_neither_its_weights_nor_their_scales(base: Base) -> None:
-    """A CPU with AVX-512 BF16 is where bitsandbytes would repack them."""
+    """bitsandbytes would repack the weights on a CPU with AVX-512 BF16."""
     model = base(quantize=Qlora())
 
     def packed() -> list[torch.Tensor]:
@@ -459,7 +459,9 @@ def test_measuring_a_4_bit_model_changes_neither_its_weights_nor_their_scales(ba
     assert not any(m.support_avx512bf16_for_cpu for m in layers)
 
 
-def test_qlora_is_not_silently_lora(attach: Any, base: Base, tmp_path: Path) -> None:
+def test_qlora_needs_a_4_bit_base_and_merging_an_unquantized_one(
+    attach: Any, base: Base, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match="4-bit"):
         attach(Adapter(qlora=Qlora()))
     adapters.save(attach(ADAPTERS["lora"]), tmp_path)
@@ -467,7 +469,7 @@ def test_qlora_is_not_silently_lora(attach: Any, base: Base, tmp_path: Path) -> 
         adapters.merge(base(quantize=Qlora()), tmp_path)
 
 
-# ---- first weights of prompts -------------------------------------------------------------------
+# ---- initial weights of virtual tokens ----------------------------------------------------------
 
 
 def test_a_prompt_starts_from_the_embeddings_of_its_text(
@@ -482,9 +484,7 @@ def test_a_prompt_starts_from_the_embeddings_of_its_text(
         assert torch.equal(weights, table[torch.tensor((ids * 3)[:length])])
 
 
-def test_a_prefix_starts_as_the_keys_and_values_of_tokens_before_the_text(
-    base: Base, attach: Any
-) -> None:
+def test_a_new_prefix_equals_random_tokens_before_the_text(base: Base, attach: Any) -> None:
     model = attach(ADAPTERS["prefix"], seed=4)
     torch.manual_seed(4)
     before = torch.randint(len(base().get_input_embeddings().weight), (1, 3))
@@ -521,7 +521,7 @@ def _no_type(folder: Path) -> None:
 
 @EVERY
 @pytest.mark.parametrize("damage", [_drop_a_tensor, _cut_off, _no_type])
-def test_a_damaged_adapter_is_an_error_and_never_half_loaded(
+def test_a_damaged_adapter_is_an_error(
     kind: str, damage: Callable[[Path], None], base: Base, attach: Any, tmp_path: Path
 ) -> None:
     adapters.save(attach(ADAPTERS[kind]), tmp_path)
@@ -562,6 +562,6 @@ def test_recomputing_activations_gives_the_same_gradients(kind: str, attach: Any
 
 
 def test_prefix_tuning_refuses_gradient_checkpointing(attach: Any) -> None:
-    with pytest.raises(StageError, match="prefix tuning does not work with it") as caught:
+    with pytest.raises(StageError, match="prefix tuning does not support it") as caught:
         adapters.enable_gradient_checkpointing(attach(ADAPTERS["prefix"]))
     assert "training.gradientCheckpointing" in caught.value.advice

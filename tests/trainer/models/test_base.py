@@ -1,4 +1,4 @@
-"""Base models: what is loaded, what is refused and why, and what a model can do."""
+"""Base models: loading, refused models, tokenizers, dropout, freezing and packing."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from transformers import (
     LlamaForSequenceClassification,
     MambaConfig,
     MambaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
@@ -56,7 +57,7 @@ def refusal(path: Path, **settings: Any) -> StageError:
 
 @pytest.fixture
 def folder(tiny_model_dir: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny model to damage."""
+    """A copy of the tiny model, to be damaged."""
     return Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
 
 
@@ -66,7 +67,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
-    """Sets or (None) removes tensors; `__` stands for a dot in a name."""
+    """Set tensors, or remove them (None); `__` stands for a dot in a name."""
     file = folder / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     for name, tensor in changes.items():
@@ -77,17 +78,16 @@ def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-# ---- what is loaded -----------------------------------------------------------------------------
+# ---- loading ------------------------------------------------------------------------------------
 
 
-def test_a_saved_model_loads_to_the_same_weights_and_the_dtype_asked_for(
+def test_a_saved_model_loads_to_the_same_weights_in_the_requested_dtype(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     model = load(tiny_model_dir)
     assert not model.training
     base.save_model(model, tmp_path)
-    again = load(tmp_path)
-    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert torch.equal(load(tmp_path)(IDS).logits, model(IDS).logits)
     assert str(tiny_model_dir) not in (tmp_path / "config.json").read_text()
     assert load(tiny_model_dir, dtype=torch.bfloat16).dtype is torch.bfloat16
     assert files.stored_dtype(tiny_model_dir) is torch.float32
@@ -107,7 +107,7 @@ def test_a_model_in_several_files_loads_whole(tiny_model_dir: Path, tmp_path: Pa
     assert "lacks 1 of its weight files: model-00001" in error.message
 
 
-def test_four_bit_weights_are_close_and_the_head_stays_as_it_was(tiny_model_dir: Path) -> None:
+def test_four_bit_weights_are_close_and_the_head_does_not_change(tiny_model_dir: Path) -> None:
     plain, quantized = load(tiny_model_dir), load(tiny_model_dir, quantize=Qlora())
     assert quantized.is_loaded_in_4bit
     assert torch.equal(quantized.lm_head.weight, plain.lm_head.weight)
@@ -116,7 +116,7 @@ def test_four_bit_weights_are_close_and_the_head_stays_as_it_was(tiny_model_dir:
     assert layers.count_parameters(quantized) == layers.count_parameters(plain)
 
 
-def test_four_bits_without_the_extra_name_the_extra(
+def test_four_bits_without_bitsandbytes_name_the_missing_extra(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
@@ -245,21 +245,21 @@ def test_a_gguf_file_that_is_cut_off_or_none_at_all_is_an_error(
     assert list((tmp_path / "cache" / "gguf").iterdir()) == []
 
 
-# ---- what is refused ----------------------------------------------------------------------------
+# ---- refused models -----------------------------------------------------------------------------
 
 
-def test_a_model_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_model_is_an_error(tmp_path: Path) -> None:
     assert refusal(tmp_path / "none").reason == "ModelMissing"
 
 
-def test_a_folder_without_a_config_says_what_it_holds(tmp_path: Path) -> None:
+def test_a_folder_without_a_config_is_an_error_that_lists_its_files(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     error = refusal(tmp_path)
     assert error.reason == "ModelIncomplete"
     assert "it holds notes.txt" in error.message
 
 
-def test_pickled_weights_are_refused_unread(folder: Path) -> None:
+def test_pickled_weights_are_refused_without_loading_them(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
     error = refusal(folder)
@@ -267,12 +267,12 @@ def test_pickled_weights_are_refused_unread(folder: Path) -> None:
     assert "safetensors" in error.advice
 
 
-def test_safetensors_are_read_where_pickles_lie_beside_them(folder: Path) -> None:
+def test_safetensors_are_loaded_even_beside_pickles(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"never read")
     load(folder)
 
 
-def test_a_model_with_code_of_its_own_is_refused_and_the_code_not_run(folder: Path) -> None:
+def test_a_model_with_its_own_code_is_refused_and_the_code_is_not_run(folder: Path) -> None:
     (folder / "modeling_own.py").write_text("raise SystemExit('ran')")
     edit_config(
         folder,
@@ -317,7 +317,7 @@ def not_causal_models() -> dict[str, PreTrainedModel]:
 @pytest.mark.parametrize(
     "name", ["T5ForConditionalGeneration", "LlamaForSequenceClassification", "BertLMHeadModel"]
 )
-def test_a_model_that_is_not_causal_is_named_with_what_is_needed(name: str, tmp_path: Path) -> None:
+def test_a_model_that_is_not_causal_is_named_in_the_error(name: str, tmp_path: Path) -> None:
     not_causal_models()[name].save_pretrained(tmp_path)
     error = refusal(tmp_path)
     assert error.reason == "NotCausal"
@@ -339,7 +339,7 @@ def test_gpt_neox_is_causal_although_its_config_says_it_is_no_decoder(tmp_path: 
     load(tmp_path)
 
 
-def test_tensors_that_would_be_made_up_are_an_error(folder: Path) -> None:
+def test_missing_tensors_are_an_error(folder: Path) -> None:
     rewrite(folder, model__layers__1__mlp__up_proj__weight=None)
     error = refusal(folder)
     assert error.reason == "WeightsMissing"
@@ -347,7 +347,7 @@ def test_tensors_that_would_be_made_up_are_an_error(folder: Path) -> None:
     assert "model.layers.1.mlp.up_proj.weight" in error.message
 
 
-def test_tensors_of_another_shape_are_an_error(folder: Path) -> None:
+def test_tensors_of_the_wrong_shape_are_an_error(folder: Path) -> None:
     rewrite(folder, model__norm__weight=torch.zeros(3))
     error = refusal(folder)
     assert error.reason == "ModelBroken"
@@ -355,13 +355,13 @@ def test_tensors_of_another_shape_are_an_error(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 20, 5000])
-def test_weights_that_are_cut_off_are_an_error(keep: int, folder: Path) -> None:
+def test_incomplete_weight_files_are_an_error(keep: int, folder: Path) -> None:
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").write_bytes(content[:keep])
     error = refusal(folder)
     assert error.reason == "ModelBroken"
-    assert "broken or cut off" in error.message
+    assert "damaged or incomplete" in error.message
     with pytest.raises(StageError, match="cannot be read"):
         files.stored_dtype(folder)
 
@@ -372,7 +372,7 @@ def test_a_broken_config_is_an_error(text: str, folder: Path) -> None:
     assert refusal(folder).reason in ("ModelBroken", "UnknownArchitecture")
 
 
-def test_a_config_of_nonsense_is_an_error(folder: Path) -> None:
+def test_a_config_with_invalid_values_is_an_error(folder: Path) -> None:
     edit_config(folder, num_attention_heads=0)
     assert refusal(folder).reason in ("ModelBroken", "UnknownArchitecture")
 
@@ -382,14 +382,14 @@ def test_an_adapter_in_place_of_a_model_is_refused_without_fetching_its_base(fol
     assert refusal(folder).reason == "AdapterNotModel"
 
 
-def test_weights_that_are_already_quantized_are_refused(folder: Path) -> None:
+def test_quantized_weights_are_refused(folder: Path) -> None:
     edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
     error = refusal(folder)
     assert error.reason == "QuantizedModel"
     assert "gptq" in error.message
 
 
-def test_too_little_memory_is_said_in_words(
+def test_too_little_memory_is_reported_with_advice(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: Any, **kwargs: Any) -> None:
@@ -404,7 +404,7 @@ def test_too_little_memory_is_said_in_words(
 # ---- tokenizers ---------------------------------------------------------------------------------
 
 
-def test_a_tokenizer_without_padding_pads_with_a_token_that_it_has(
+def test_a_tokenizer_without_a_padding_token_pads_with_one_of_its_tokens(
     tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
     for special in ({"eos_token": "<|im_end|>"}, {"unk_token": "<|endoftext|>"}, {}):
@@ -418,7 +418,7 @@ def test_a_tokenizer_without_padding_pads_with_a_token_that_it_has(
             assert tokenizer.pad_token == next(iter(special.values()))
 
 
-def test_a_tokenizers_own_padding_is_kept(tiny_model_dir: Path) -> None:
+def test_a_tokenizers_own_padding_token_is_kept(tiny_model_dir: Path) -> None:
     assert base.load_tokenizer(tiny_model_dir).pad_token == "<|pad|>"
 
 
@@ -437,7 +437,7 @@ def test_a_folder_without_a_tokenizer_is_an_error(folder: Path) -> None:
 # ---- dropout ------------------------------------------------------------------------------------
 
 
-def test_dropout_is_set_wherever_the_architecture_has_any(tmp_path: Path) -> None:
+def test_dropout_is_set_in_every_field_of_the_architecture(tmp_path: Path) -> None:
     GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=400)).save_pretrained(
         tmp_path
     )
@@ -462,7 +462,7 @@ def test_dropout_that_an_architecture_does_not_have_is_an_error(tmp_path: Path) 
 # ---- freezing -----------------------------------------------------------------------------------
 
 
-def test_freezing_takes_exactly_the_named_parts_out_of_training(tiny_model_dir: Path) -> None:
+def test_freezing_freezes_exactly_the_named_parts(tiny_model_dir: Path) -> None:
     model = load(tiny_model_dir)
     every = set(layers.trainable(model))
     layers.freeze(model, Freeze(layers="1", embeddings=True))
@@ -470,7 +470,7 @@ def test_freezing_takes_exactly_the_named_parts_out_of_training(tiny_model_dir: 
     assert frozen == {n for n in every if ".layers.1." in n or "embed_tokens" in n}
 
 
-def test_an_untied_head_is_frozen_alone(tmp_path: Path) -> None:
+def test_an_untied_head_can_be_frozen_without_the_embeddings(tmp_path: Path) -> None:
     config = LlamaConfig(
         hidden_size=16,
         intermediate_size=16,
@@ -492,7 +492,7 @@ def test_an_untied_head_is_frozen_alone(tmp_path: Path) -> None:
         (Freeze(head=True), "TiedHead"),
     ],
 )
-def test_freezing_what_is_not_there_is_an_error(
+def test_freezing_a_missing_layer_or_a_tied_head_is_an_error(
     freeze: Freeze, reason: str, tiny_model_dir: Path
 ) -> None:
     with pytest.raises(StageError) as caught:
@@ -509,8 +509,9 @@ def test_freezing_everything_is_an_error(tiny_model_dir: Path) -> None:
     assert caught.value.reason == "NothingToTrain"
 
 
-def test_layer_ranges_are_read_as_written() -> None:
+def test_layer_ranges_are_parsed_to_sorted_indices() -> None:
     assert layers.layer_indices("0-2,5,2-3", 6, "field") == [0, 1, 2, 3, 5]
+    assert layers.layer_indices(None, 3, "field") == [0, 1, 2]
 
 
 def test_tied_parameters_are_counted_once(tiny_model_dir: Path) -> None:
@@ -524,7 +525,7 @@ def test_peak_memory_is_in_bytes() -> None:
     assert 50 << 20 < base.peak_memory_bytes(CPU) < 1 << 40
 
 
-# ---- licences -----------------------------------------------------------------------------------
+# ---- licenses -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -538,11 +539,28 @@ def test_peak_memory_is_in_bytes() -> None:
         ("notes.txt", "license: mit", None),
     ],
 )
-def test_the_licence_is_what_the_files_say(
+def test_the_license_is_read_from_the_files(
     name: str, text: str, expected: str | None, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_text(text)
     assert files.license_of(tmp_path) == expected
+
+
+# ---- context length -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LlamaConfig(max_position_embeddings=96), 96),
+        (GPT2Config(n_positions=48), 48),
+        (MambaConfig(), None),
+    ],
+)
+def test_the_context_length_is_read_from_the_config(
+    config: PreTrainedConfig, expected: int | None
+) -> None:
+    assert files.context_length(config) == expected
 
 
 # ---- packing ------------------------------------------------------------------------------------
@@ -601,7 +619,9 @@ def test_other_decoders_with_positions_keep_documents_apart() -> None:
     assert probes.isolates_documents(neox())
 
 
-def test_virtual_tokens_and_state_spaces_do_not(tiny_model_dir: Path, tiny_tokenizer: Any) -> None:
+def test_virtual_tokens_and_state_spaces_do_not_keep_documents_apart(
+    tiny_model_dir: Path, tiny_tokenizer: Any
+) -> None:
     prefix = Adapter(prefix=PrefixTuning(length=2))
     tuned = adapters.attach(load(tiny_model_dir), prefix, seed=0, tokenizer=tiny_tokenizer)
     assert not probes.isolates_documents(tuned)
@@ -609,7 +629,7 @@ def test_virtual_tokens_and_state_spaces_do_not(tiny_model_dir: Path, tiny_token
 
 
 class _Leaking(LlamaForCausalLM):
-    """Takes positions as every Llama does, and shows each token all tokens before it."""
+    """Accepts positions like every Llama, but lets each token attend to all earlier tokens."""
 
     def forward(self, input_ids: Any = None, position_ids: Any = None, **settings: Any) -> Any:
         mask = torch.ones_like(input_ids)
@@ -619,7 +639,7 @@ class _Leaking(LlamaForCausalLM):
 
 
 class _Shifted(LlamaForCausalLM):
-    """Keeps documents apart, and changes what depends on their place in the row."""
+    """Keeps documents apart, but its logits depend on their position in the row."""
 
     def forward(self, input_ids: Any = None, position_ids: Any = None, **settings: Any) -> Any:
         out = super().forward(input_ids=input_ids, position_ids=position_ids, **settings)
@@ -628,7 +648,7 @@ class _Shifted(LlamaForCausalLM):
 
 
 class _Faint(LlamaForCausalLM):
-    """Lets a row's first token be felt everywhere, less than bfloat16 rounds by elsewhere."""
+    """Lets a row's first token change all logits, by less than bfloat16 rounds other models'."""
 
     def forward(self, input_ids: Any = None, position_ids: Any = None, **settings: Any) -> Any:
         out = super().forward(input_ids=input_ids, position_ids=position_ids, **settings)
@@ -639,7 +659,7 @@ class _Faint(LlamaForCausalLM):
 
 @pytest.mark.parametrize("kind", [_Leaking, _Shifted, _Faint])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_leaks_or_shifts_is_found_out_by_running_it(
+def test_the_probe_detects_leaks_and_wrong_positions(
     kind: type[LlamaForCausalLM], dtype: torch.dtype, tiny_model_dir: Path
 ) -> None:
     model = kind(load(tiny_model_dir).config)
@@ -648,7 +668,7 @@ def test_what_leaks_or_shifts_is_found_out_by_running_it(
     assert not probes.isolates_documents(model.to(dtype))
 
 
-def test_the_probe_leaves_no_trace(tiny_model_dir: Path) -> None:
+def test_the_probe_does_not_change_the_model(tiny_model_dir: Path) -> None:
     model = load(tiny_model_dir).train()
     model.model.layers[0].eval()
     before = {name: module.training for name, module in model.named_modules()}

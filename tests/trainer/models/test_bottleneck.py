@@ -1,4 +1,4 @@
-"""Bottleneck adapters stand where Houlsby et al. put them, and compute what they say."""
+"""Bottleneck adapters have the position and the formula of Houlsby et al."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def llama(**changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
 
 
-def randomised(model: nn.Module) -> None:
-    """Gives the adapters weights that are felt."""
+def randomize(model: nn.Module) -> None:
+    """Give the adapters weights that change the logits."""
     generator = torch.Generator().manual_seed(1)
     for parameter in trainable(model).values():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
@@ -56,7 +56,7 @@ def test_the_adapted_model_equals_a_forward_pass_written_by_hand(activation: Any
     model = llama()
     plain = copy.deepcopy(model)
     bottleneck.attach(model, Bottleneck(size=SIZE, activation=activation, layers="0,2"))
-    randomised(model)
+    randomize(model)
     weights = {name: p.detach() for name, p in trainable(model).items()}
 
     def adapter(h_BLH: Tensor, place: str) -> Tensor:
@@ -83,7 +83,7 @@ def test_the_adapted_model_equals_a_forward_pass_written_by_hand(activation: Any
 PARTS = ("down.weight", "down.bias", "up.weight", "up.bias")
 
 
-def test_it_starts_as_the_base_to_the_bit_and_trains_from_there() -> None:
+def test_the_adapted_model_starts_equal_to_the_base_to_the_bit_and_trains() -> None:
     model, plain = llama(), llama()
     bottleneck.attach(model, Bottleneck(size=SIZE))
     assert torch.equal(model(IDS).logits, plain(IDS).logits)
@@ -92,7 +92,7 @@ def test_it_starts_as_the_base_to_the_bit_and_trains_from_there() -> None:
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in ups)
 
 
-def test_only_the_chosen_layers_have_adapters_and_the_count_is_the_closed_form() -> None:
+def test_only_the_chosen_layers_have_adapters_and_the_count_equals_the_closed_form() -> None:
     model = llama()
     bottleneck.attach(model, Bottleneck(size=SIZE, layers="0,2"))
     assert set(bottleneck.adapters_of(model)) == {
@@ -105,7 +105,7 @@ def test_only_the_chosen_layers_have_adapters_and_the_count_is_the_closed_form()
 BLOCKS = ("self_attn", "mlp")
 
 
-def test_dropout_falls_on_the_adapters_input_and_not_on_its_residual() -> None:
+def test_dropout_applies_to_the_adapters_input_and_not_to_its_residual() -> None:
     adapter = bottleneck.BottleneckAdapter(WIDTH, SIZE, "relu", dropout=0.5)
     nn.init.normal_(adapter.up.weight)
     hidden = torch.ones(64, WIDTH)
@@ -120,23 +120,23 @@ def test_dropout_falls_on_the_adapters_input_and_not_on_its_residual() -> None:
     assert len(delta.unique(dim=0)) > 32
 
 
-def test_what_describes_the_adapters_makes_the_same_ones_again() -> None:
+def test_the_saved_config_restores_the_same_adapters() -> None:
     settings = Bottleneck(size=7, activation="silu", dropout=0.25, layers="1-2")
     model = llama()
     bottleneck.attach(model, settings)
     config = bottleneck.config_of(model)
-    again = llama()
-    bottleneck.attach(again, bottleneck.settings_of(config))
-    assert bottleneck.config_of(again) == config
-    assert {n: p.shape for n, p in bottleneck.weights_of(again).items()} == {
+    restored = llama()
+    bottleneck.attach(restored, bottleneck.settings_of(config))
+    assert bottleneck.config_of(restored) == config
+    assert {n: p.shape for n, p in bottleneck.weights_of(restored).items()} == {
         n: p.shape for n, p in bottleneck.weights_of(model).items()
     }
 
 
-def test_it_follows_the_model_to_another_dtype_and_back_into_another_copy() -> None:
+def test_a_copied_and_converted_model_converts_its_adapters() -> None:
     model = llama()
     bottleneck.attach(model, Bottleneck(size=SIZE))
-    randomised(model)
+    randomize(model)
     wide = copy.deepcopy(model).double()
     assert wide(IDS).logits.dtype is torch.float64
     assert torch.allclose(wide(IDS).logits.float(), model(IDS).logits, atol=1e-5)
@@ -145,7 +145,7 @@ def test_it_follows_the_model_to_another_dtype_and_back_into_another_copy() -> N
 def test_a_second_set_of_adapters_is_refused() -> None:
     model = llama()
     bottleneck.attach(model, Bottleneck(size=SIZE))
-    with pytest.raises(ValueError, match="already"):
+    with pytest.raises(ValueError, match="already has"):
         bottleneck.attach(model, Bottleneck(size=SIZE))
 
 
@@ -170,7 +170,7 @@ def test_a_parallel_residual_is_adapted_in_both_branches() -> None:
         before = changed
 
 
-def test_a_layout_that_is_not_known_is_refused_and_left_as_it_was() -> None:
+def test_an_unknown_layout_is_refused_and_the_model_does_not_change() -> None:
     opt = OPTForCausalLM(
         OPTConfig(
             hidden_size=16,
@@ -192,7 +192,7 @@ def test_a_layout_that_is_not_known_is_refused_and_left_as_it_was() -> None:
         assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_layer_that_is_not_there_is_named() -> None:
-    with pytest.raises(StageError, match="asks for layer 3, and the model has 3 layers") as caught:
+def test_a_layer_that_does_not_exist_is_named() -> None:
+    with pytest.raises(StageError, match="names layer 3, and the model has 3 layers") as caught:
         bottleneck.attach(llama(), Bottleneck(size=SIZE, layers="1-3"))
     assert "adapter.bottleneck.layers" in caught.value.advice

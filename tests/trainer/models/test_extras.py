@@ -1,4 +1,4 @@
-"""Packages beside the trainer's own: missing ones are told before anything runs."""
+"""Optional packages: a missing one is reported before the first stage runs."""
 
 from __future__ import annotations
 
@@ -17,42 +17,44 @@ from tuneyard_trainer.running import torchrun
 
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes a package look as if it were not installed."""
-    found = importlib.util.find_spec
+    """Return a function that makes a package appear as not installed."""
+    find_spec = importlib.util.find_spec
 
     def hide(package: str) -> None:
-        look = lambda name, *more: None if name == package else found(name, *more)  # noqa: E731
-        monkeypatch.setattr(importlib.util, "find_spec", look)
+        def find(name: str, *rest: Any) -> Any:
+            return None if name == package else find_spec(name, *rest)
+
+        monkeypatch.setattr(importlib.util, "find_spec", find)
 
     return hide
 
 
-def test_a_missing_package_is_told_before_the_first_stage_and_not_where_all_is_done(
+def test_a_missing_package_is_reported_before_the_first_stage_unless_all_stages_are_done(
     tmp_path: Path, tiny_model_dir: Path, without: Any
 ) -> None:
     write_data(tmp_path)
     plan = planned(manifest(tiny_model_dir, adapter={"qlora": {}}))
     events: list[Any] = []
 
-    def walk() -> None:
-        where = {"base_dir": tmp_path, "cache_dir": tmp_path / "cache"}
-        torchrun.run(plan, str(tmp_path / "out"), emit=events.append, **where)
+    def run() -> None:
+        folders = {"base_dir": tmp_path, "cache_dir": tmp_path / "cache"}
+        torchrun.run(plan, str(tmp_path / "out"), emit=events.append, **folders)
 
     with pytest.MonkeyPatch.context() as hidden:
         hidden.setattr(importlib.util, "find_spec", lambda *_: None)
         with pytest.raises(StageError, match="bitsandbytes") as caught:
-            walk()
+            run()
     assert caught.value.reason == "MissingExtra"
     assert not [event for event in events if event["type"] == "stage"]
-    walk()
+    run()
     without("bitsandbytes")
     events.clear()
-    walk()
+    run()
     assert {event["state"] for event in events if event["type"] == "stage"} == {"Skipped"}
 
 
 @pytest.mark.parametrize("make", [ppo_stage, grpo_stage])
-def test_vllm_is_wanted_by_the_stages_that_sample_with_it_alone(make: Any, without: Any) -> None:
+def test_only_stages_that_sample_with_vllm_need_it(make: Any, without: Any) -> None:
     without("vllm")
     extras.require([make()])
     with pytest.raises(StageError, match=r"compute\.image") as caught:

@@ -304,7 +304,7 @@ def test_an_attempt_is_stopped_superseded_drained_and_in_the_end_succeeds(
     assert {p["resumedStep"] for p in pictures(server) if "resumedStep" in p} == {latest}
     assert drain.drain(tmp_path / "tuneyard-drain", seconds=60)
     out, err = process.communicate(timeout=300)
-    (tmp_path / "tuneyard-drain" / "asked").unlink()
+    (tmp_path / "tuneyard-drain" / drain.REQUEST).unlink()
     assert process.returncode == 3, err
     assert pictures(server)[-1]["outcome"]["failure"]["reason"] == "Preempted"
 

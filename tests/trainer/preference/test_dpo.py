@@ -234,7 +234,7 @@ def test_the_reference_takes_the_trained_tensors_place_and_gives_it_back(
         for parameter in parameters.values():
             parameter.add_(0.1)
         changed = model(ids).logits
-        with reference.in_force():
+        with reference.active():
             torch.testing.assert_close(model(ids).logits, before, atol=0, rtol=0)
         torch.testing.assert_close(model(ids).logits, changed, atol=0, rtol=0)
     assert not torch.equal(before, changed)

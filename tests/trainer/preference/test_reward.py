@@ -101,7 +101,7 @@ def test_what_is_written_is_a_plain_classifier_whose_head_was_trained(
     with torch.no_grad():
         together = model(batch, attention_mask=(batch != model.config.pad_token_id).long()).logits
         alone = [model(row[None]).logits[0] for row in rows]
-        forward = Forward(CPU, torch.float32, reward_models.padding(tokenizer), False, 64, 4096)
+        forward = Forward(CPU, torch.float32, reward_models.padding_id(tokenizer), False, 64, 4096)
         ours = scores(model, data.train.rows, np.array([0, 1]), forward)
     torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=0)
     torch.testing.assert_close(ours[:, None], together, atol=1e-5, rtol=0)
@@ -182,7 +182,7 @@ def test_an_architecture_without_a_classifier_is_named(tmp_path: Path, tiny_toke
     MambaForCausalLM(config).save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
     with pytest.raises(StageError) as caught:
-        reward_models.fresh(
+        reward_models.create(
             tmp_path,
             None,
             loop_settings(),

@@ -1,4 +1,4 @@
-"""Records: written last, atomic, fenced by attempt, on a file system and on an object store."""
+"""Stage records on a file system and on an object store: written last, atomic, one owner."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     return Store(f"memory://bucket-{uuid.uuid4().hex}/out", tmp_path / "scratch")
 
 
-def twin(store: Store, tmp_path: Path) -> Store:
-    """The same location as another machine sees it."""
+def on_another_machine(store: Store, tmp_path: Path) -> Store:
+    """Return a store of the same location with another scratch folder."""
     return Store(store.uri, tmp_path / "elsewhere")
 
 
@@ -54,7 +54,7 @@ def write(store: Store, relative: str, text: str) -> Path:
     return path
 
 
-def test_a_record_is_found_by_the_identity_it_was_written_for_and_by_no_other(store: Store) -> None:
+def test_a_record_is_found_only_by_the_identity_it_was_written_for(store: Store) -> None:
     store.claim(JOB, 1)
     assert store.done(STAGE, DIGESTS) is None
     store.write_record(record())
@@ -62,9 +62,7 @@ def test_a_record_is_found_by_the_identity_it_was_written_for_and_by_no_other(st
     assert store.done(STAGE, DIGESTS | {"data": "sha256:changed"}) is None
 
 
-def test_files_of_a_finished_stage_are_there_for_another_machine(
-    store: Store, tmp_path: Path
-) -> None:
+def test_another_machine_gets_the_files_of_a_finished_stage(store: Store, tmp_path: Path) -> None:
     store.claim(JOB, 1)
     write(store, "weights/a.bin", "first")
     write(store, "stale.txt", "old")
@@ -73,7 +71,7 @@ def test_files_of_a_finished_stage_are_there_for_another_machine(
     (store.workdir("sft") / "stale.txt").unlink()
     write(store, "checkpoints/step-00000001/state.json", "{}")
     store.write_record(record())
-    other = twin(store, tmp_path)
+    other = on_another_machine(store, tmp_path)
     other.pull("sft")
     names = {
         path.relative_to(other.workdir("sft")).as_posix()
@@ -83,7 +81,7 @@ def test_files_of_a_finished_stage_are_there_for_another_machine(
     assert names == {"weights/a.bin", "record.json"}
 
 
-def test_an_object_store_gets_what_completes_a_folder_after_the_rest(
+def test_an_object_store_gets_the_file_that_completes_a_folder_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store("memory://ordered/out", tmp_path / "scratch")
@@ -105,13 +103,13 @@ def test_an_object_store_gets_what_completes_a_folder_after_the_rest(
 
 
 def names(store: Store, tmp_path: Path) -> set[str]:
-    """What another machine finds of the stage."""
-    other = twin(store, tmp_path)
+    """Return the names of the stage's files on another machine."""
+    other = on_another_machine(store, tmp_path)
     other.pull("sft")
     return {path.name for path in other.workdir("sft").rglob("*") if path.is_file()}
 
 
-def test_leftovers_are_kept_for_the_identity_that_left_them_and_for_no_other(
+def test_files_of_an_unfinished_run_are_kept_only_for_the_same_identity(
     store: Store, tmp_path: Path
 ) -> None:
     store.claim(JOB, 1)
@@ -125,7 +123,7 @@ def test_leftovers_are_kept_for_the_identity_that_left_them_and_for_no_other(
     assert not list(store.workdir("sft").iterdir())
 
 
-def test_a_finished_stage_that_must_run_again_begins_with_an_empty_folder(
+def test_a_finished_stage_that_must_run_again_starts_with_an_empty_folder(
     store: Store, tmp_path: Path
 ) -> None:
     store.claim(JOB, 1)
@@ -138,7 +136,7 @@ def test_a_finished_stage_that_must_run_again_begins_with_an_empty_folder(
     assert names(store, tmp_path) == set()
 
 
-def test_another_jobs_folder_is_refused_and_left_alone(store: Store) -> None:
+def test_another_jobs_folder_is_refused_and_does_not_change(store: Store) -> None:
     store.claim(JOB, 1)
     with pytest.raises(StageError, match="holds the output of FineTuneJob support-bot") as failure:
         store.claim(JobRef(kind="FineTuneJob", name="other"), 1)
@@ -147,8 +145,8 @@ def test_another_jobs_folder_is_refused_and_left_alone(store: Store) -> None:
     store.claim(JOB, 1)
 
 
-def test_a_folder_with_somebodys_files_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("precious")
+def test_a_folder_with_unknown_files_is_refused_and_does_not_change(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("text")
     with pytest.raises(StageError, match=r"thesis\.tex"):
         Store(str(tmp_path), tmp_path).claim(JOB, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
@@ -164,15 +162,13 @@ def test_an_older_attempt_can_neither_claim_nor_write_a_record(store: Store) -> 
     assert store.record("sft") is None
 
 
-def of(store: Store, tmp_path: Path, uid: str) -> Store:
-    """The same location as the job with this uid sees it."""
+def of_job(store: Store, tmp_path: Path, uid: str) -> Store:
+    """Return a store of the same location for the job with this uid."""
     return Store(store.uri, tmp_path / uid, uid)
 
 
-def test_a_job_made_anew_takes_over_and_its_predecessor_never_comes_back(
-    store: Store, tmp_path: Path
-) -> None:
-    old, new = of(store, tmp_path, "old"), of(store, tmp_path, "new")
+def test_a_job_that_was_created_again_takes_over_for_good(store: Store, tmp_path: Path) -> None:
+    old, new = of_job(store, tmp_path, "old"), of_job(store, tmp_path, "new")
     old.claim(JOB, 3)
     old.write_record(record(attempt=3))
     new.claim(JOB, 1)
@@ -188,8 +184,8 @@ def test_a_job_made_anew_takes_over_and_its_predecessor_never_comes_back(
     assert new.done(STAGE, DIGESTS) == record(attempt=1)
 
 
-def test_an_attempt_may_claim_again_and_the_next_one_after_it(store: Store, tmp_path: Path) -> None:
-    ours = of(store, tmp_path, "ours")
+def test_the_same_and_the_next_attempt_can_claim_the_location(store: Store, tmp_path: Path) -> None:
+    ours = of_job(store, tmp_path, "ours")
     for attempt in (1, 1, 2):
         ours.claim(JOB, attempt)
     with pytest.raises(StageError, match="attempt 2 has taken over"):
@@ -197,23 +193,23 @@ def test_an_attempt_may_claim_again_and_the_next_one_after_it(store: Store, tmp_
     ours.refuse_stale(2)
 
 
-def test_a_checkpoint_of_an_older_attempt_says_so(store: Store) -> None:
+def test_an_older_attempt_is_refused_with_both_numbers(store: Store) -> None:
     store.claim(JOB, 2)
-    with pytest.raises(StageError, match="this is attempt 1"):
+    with pytest.raises(StageError, match="attempt 2 has taken over; this is attempt 1"):
         store.refuse_stale(1)
 
 
-def test_a_job_erases_what_it_wrote_and_nothing_else(store: Store, tmp_path: Path) -> None:
-    ours = of(store, tmp_path, "ours")
+def test_a_job_erases_only_the_files_that_it_wrote(store: Store, tmp_path: Path) -> None:
+    ours = of_job(store, tmp_path, "ours")
     ours.claim(JOB, 1)
     write(ours, "weights/a.bin", "a")
     ours.write_record(record())
-    for stranger in (of(store, tmp_path, "theirs"), Store(store.uri, tmp_path / "local")):
-        assert not stranger.erase(JOB)
+    for other in (of_job(store, tmp_path, "theirs"), Store(store.uri, tmp_path / "local")):
+        assert not other.erase(JOB)
     assert not ours.erase(JobRef(kind="AlignmentJob", name=JOB.name))
     assert ours.record("sft") == record()
 
-    ours._fs.pipe_file(ours._at("notes.txt"), b"somebody's")
+    ours._fs.pipe_file(ours._at("notes.txt"), b"of another origin")
     assert ours.erase(JOB)
     assert not ours.erase(JOB)
     assert [Path(path).name for path in ours._fs.find(ours._root)] == ["notes.txt"]
@@ -221,14 +217,14 @@ def test_a_job_erases_what_it_wrote_and_nothing_else(store: Store, tmp_path: Pat
         ours.write_record(record())
 
 
-def test_what_a_machine_wrote_without_a_cluster_is_never_erased(store: Store) -> None:
+def test_output_written_without_a_cluster_is_never_erased(store: Store) -> None:
     store.claim(JOB, 1)
     store.write_record(record())
     assert not store.erase(JOB)
     assert store.record("sft") == record()
 
 
-def test_an_erased_folder_is_gone_when_nothing_else_was_in_it(tmp_path: Path) -> None:
+def test_an_erased_folder_is_removed_if_it_holds_no_other_files(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "out"), tmp_path, "ours")
     store.claim(JOB, 1)
     store.write_record(record())
@@ -236,13 +232,13 @@ def test_an_erased_folder_is_gone_when_nothing_else_was_in_it(tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
-def test_a_record_of_another_version_counts_as_none(store: Store) -> None:
+def test_a_record_of_another_version_is_ignored(store: Store) -> None:
     store.claim(JOB, 1)
     store._write_json("stages/sft/record.json", {"schema": "unknown"})
     assert store.record("sft") is None
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_file_is_replaced_entirely_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     write_atomically(path, b"old")
     limited = multiprocessing.get_context("fork").Process(target=_write_beyond_limit, args=(path,))
@@ -263,10 +259,10 @@ def _write_beyond_limit(path: Path) -> None:
         write_atomically(path, b"x" * 4096)
     except StageError:
         return
-    raise AssertionError("a write beyond the limit went through")
+    raise AssertionError("a write beyond the limit succeeded")
 
 
-def test_two_processes_cannot_work_in_one_folder(tmp_path: Path) -> None:
+def test_two_processes_cannot_work_in_the_same_folder(tmp_path: Path) -> None:
     first, second = (Store(str(tmp_path / "out"), tmp_path) for _ in range(2))
     with first.lock(), pytest.raises(StageError, match="another process"), second.lock():
         pass

@@ -1,4 +1,4 @@
-"""Sources become local files, or a clear reason why not; their digests name content alone."""
+"""Fetching sources and its errors, and the digests of content."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def put(path: Path, text: str = "hello") -> Path:
 
 
 class TestFiles:
-    def test_a_relative_path_is_read_against_the_manifests_folder(self, here: Path) -> None:
+    def test_a_relative_path_is_relative_to_the_manifests_folder(self, here: Path) -> None:
         file = put(here / "manifest/data/a.jsonl")
         assert get(here, "file://data/a.jsonl") == file
 
-    def test_an_absolute_path_is_taken_as_it_is(self, here: Path) -> None:
+    def test_an_absolute_path_is_used_unchanged(self, here: Path) -> None:
         file = put(here / "elsewhere/a.jsonl")
         assert get(here, f"file://{file}") == file
 
@@ -73,7 +73,7 @@ class TestFiles:
         monkeypatch.setenv("HOME", str(here / "home"))
         assert refusal(here, "file://~/a.jsonl").reason == "SourceNotFound"
 
-    def test_a_glob_of_data_stays_a_glob_and_its_files_are_found(self, here: Path) -> None:
+    def test_a_glob_of_data_is_returned_as_a_glob(self, here: Path) -> None:
         put(here / "manifest/data/b.jsonl")
         put(here / "manifest/data/a.jsonl")
         put(here / "manifest/data/c.csv")
@@ -85,7 +85,7 @@ class TestFiles:
         assert error.reason == "SourceNotFound"
         assert "matches no file" in error.message
 
-    def test_a_glob_is_no_model(self, here: Path) -> None:
+    def test_a_glob_is_not_accepted_as_a_model(self, here: Path) -> None:
         put(here / "manifest/models/a/config.json")
         assert refusal(here, "file://models/*", kind="model").reason == "SourceNotFound"
 
@@ -96,7 +96,7 @@ class TestFiles:
         assert "spec.data.train[3].uri" in error.advice
         assert not error.retryable
 
-    def test_a_file_that_the_system_refuses_is_forbidden(
+    def test_an_unreadable_file_is_forbidden(
         self, here: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         put(here / "manifest/a.jsonl")
@@ -113,7 +113,7 @@ class TestClaims:
         assert get(here, "pvc://data/sub/a.jsonl") == file
         assert refusal(here, "pvc://data/b.jsonl").reason == "SourceNotFound"
 
-    def test_a_claim_gives_nothing_from_outside_it(
+    def test_a_path_that_leaves_the_claim_is_refused(
         self, here: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(sources, "PVC_ROOT", here / "mnt")
@@ -121,7 +121,9 @@ class TestClaims:
         put(here / "mnt/theirs/a.jsonl")
         assert refusal(here, "pvc://mine/../theirs/a.jsonl").reason == "SourceNotFound"
 
-    def test_without_a_cluster_the_advice_is_a_file_uri(self, here: Path) -> None:
+    def test_a_claim_without_a_cluster_is_an_error_that_suggests_a_file_uri(
+        self, here: Path
+    ) -> None:
         error = refusal(here, "pvc://no-such-claim/a.jsonl")
         assert error.reason == "SourceUnavailable"
         assert "need a cluster" in error.message
@@ -137,7 +139,7 @@ class TestPackages:
         put(here / "site/secret.txt")
         monkeypatch.syspath_prepend(str(here / "site"))
 
-    def test_a_packages_file_is_found_without_importing_it(self, here: Path) -> None:
+    def test_a_packages_file_is_found_without_importing_the_package(self, here: Path) -> None:
         file = get(here, "pkg://tuneyard_sample/models/m.gguf", kind="model")
         assert file == here / "site/tuneyard_sample/models/m.gguf"
         assert "tuneyard_sample" not in sys.modules
@@ -155,7 +157,7 @@ class TestPackages:
 
 
 class TestHubModels:
-    def test_only_safe_files_of_the_wanted_revision_are_asked_for(
+    def test_only_safe_files_of_the_given_revision_are_requested(
         self, here: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         asked: dict[str, Any] = {}
@@ -184,7 +186,9 @@ class TestHubModels:
         assert "pickled" in error.message
         assert "spec.model.uri" in error.advice
 
-    def test_one_gguf_file_may_be_named(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_uri_can_name_one_gguf_file(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         folder = str(put(here / "hub/q4.gguf").parent)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: folder)
         assert get(here, "hf://org/name/q4.gguf", "model") == here / "hub/q4.gguf"
@@ -206,7 +210,7 @@ class TestHubModels:
         get(here, "hf://org/name", "model", token_secret=secret)
         assert tokens == ["general", "special"]
 
-    def test_a_named_token_that_is_not_there_is_never_replaced_by_none(
+    def test_a_named_token_that_is_not_set_is_an_error(
         self, here: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -229,7 +233,7 @@ class TestHubModels:
             (lambda: hub.HFValidationError("bad name"), "SourceNotFound", False, "spec.model.uri"),
         ],
     )
-    def test_each_failure_of_the_hub_has_its_reason_and_advice(
+    def test_each_error_of_the_hub_has_its_reason_and_advice(
         self,
         here: Path,
         monkeypatch: pytest.MonkeyPatch,
@@ -247,16 +251,14 @@ class TestHubModels:
         assert "hf://org/name" in error.message
         assert advised in error.advice
 
-    def test_a_full_disk_is_said_to_be_full(
-        self, here: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_full_disk_is_reported(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*args: Any, **options: Any) -> str:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
         assert refusal(here, "hf://org/name", "model").reason == "DiskFull"
 
-    def test_a_defect_is_not_dressed_up_as_a_users_error(
+    def test_an_error_of_tuneyards_own_code_is_not_converted(
         self, here: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def fail(*args: Any, **options: Any) -> str:
@@ -351,7 +353,7 @@ def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 class TestObjectStores:
-    def test_an_object_is_downloaded_once_until_it_changes(
+    def test_an_object_is_downloaded_again_only_after_it_changes(
         self, here: Path, store: SimpleNamespace, downloads: list[str]
     ) -> None:
         store.client.put_object(Bucket="bucket", Key="once/a.jsonl", Body=b"one")
@@ -363,7 +365,7 @@ class TestObjectStores:
         assert get(here, "s3://bucket/once/a.jsonl").read_text() == "two"
         assert len(downloads) == 2
 
-    def test_a_folder_comes_with_its_subfolders_and_follows_each_file(
+    def test_a_folder_is_downloaded_with_subfolders_and_again_after_a_file_changes(
         self, here: Path, store: SimpleNamespace
     ) -> None:
         for key in ("a.jsonl", "deep/b.jsonl", ".hidden/c.jsonl"):
@@ -375,14 +377,14 @@ class TestObjectStores:
         assert (second / "deep/b.jsonl").read_text() == "new"
         assert digest_of(first) != digest_of(second)
 
-    def test_a_glob_brings_its_matches_only(self, here: Path, store: SimpleNamespace) -> None:
+    def test_a_glob_downloads_only_matching_files(self, here: Path, store: SimpleNamespace) -> None:
         for key in ("a.jsonl", "b.jsonl", "c.csv"):
             store.client.put_object(Bucket="bucket", Key=f"many/{key}", Body=b"x")
         path = get(here, "s3://bucket/many/*.jsonl")
         assert [name for name, _ in sources.files_under(path)] == ["a.jsonl", "b.jsonl"]
         assert refusal(here, "s3://bucket/many/*.parquet").reason == "SourceNotFound"
 
-    def test_a_model_folder_comes_without_pickles_and_code(
+    def test_a_model_folder_is_downloaded_without_pickles_and_code(
         self, here: Path, store: SimpleNamespace
     ) -> None:
         for key in ("config.json", "merged/model.safetensors", "pytorch_model.bin", "code.py"):
@@ -393,7 +395,7 @@ class TestObjectStores:
 
     @pytest.mark.usefixtures("store")
     @pytest.mark.parametrize("uri", ["s3://bucket/nothing.jsonl", "s3://no-such-bucket/a.jsonl"])
-    def test_a_missing_key_or_bucket_is_not_found_and_leaves_nothing(
+    def test_a_missing_key_or_bucket_is_not_found_and_leaves_no_files(
         self, here: Path, uri: str
     ) -> None:
         error = refusal(here, uri)
@@ -401,18 +403,18 @@ class TestObjectStores:
         assert uri in error.message
         assert not (here / "cache").exists()
 
-    def test_a_broken_download_leaves_no_half_file_and_the_next_one_succeeds(
+    def test_an_incomplete_download_leaves_no_file_and_the_next_one_succeeds(
         self, here: Path, store: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         import s3fs
 
         store.client.put_object(Bucket="bucket", Key="torn.jsonl", Body=b"whole")
 
-        async def torn(self: Any, rpath: str, lpath: str, **options: Any) -> None:
+        async def incomplete(self: Any, rpath: str, lpath: str, **options: Any) -> None:
             Path(lpath).write_text("wh")
 
         with monkeypatch.context() as patch:
-            patch.setattr(s3fs.S3FileSystem, "_get_file", torn)
+            patch.setattr(s3fs.S3FileSystem, "_get_file", incomplete)
             error = refusal(here, "s3://bucket/torn.jsonl")
         assert error.reason == "SourceUnavailable"
         assert error.retryable
@@ -420,7 +422,7 @@ class TestObjectStores:
         assert [name for name, _ in sources.files_under(here / "cache")] == []
         assert get(here, "s3://bucket/torn.jsonl").read_text() == "whole"
 
-    def test_a_killed_runs_leftover_is_cleared_away(
+    def test_files_of_a_killed_download_are_removed(
         self, here: Path, store: SimpleNamespace
     ) -> None:
         store.client.put_object(Bucket="bucket", Key="again/a.jsonl", Body=b"one")
@@ -431,7 +433,7 @@ class TestObjectStores:
         assert [file.name for file in path.parent.iterdir()] == ["a.jsonl"]
 
     @pytest.mark.usefixtures("store")
-    def test_missing_credentials_are_said_to_be_missing(
+    def test_missing_credentials_are_forbidden_with_advice(
         self, here: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
@@ -443,7 +445,7 @@ class TestObjectStores:
         assert "spec.data.train[0].credentials" in error.advice
 
     @pytest.mark.usefixtures("store")
-    def test_a_store_that_nobody_answers_for_is_worth_another_attempt(
+    def test_an_unreachable_store_is_retryable(
         self, here: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
@@ -457,7 +459,7 @@ class TestObjectStores:
         assert error.reason == "SourceUnavailable"
         assert "tuneyard[gcs]" in error.advice
 
-    def test_a_scheme_that_nothing_reads_is_refused(self, here: Path) -> None:
+    def test_an_unknown_scheme_is_refused(self, here: Path) -> None:
         error = refusal(here, "job://support-bot", "model")
         assert error.reason == "SourceUnavailable"
         assert not error.retryable
@@ -507,19 +509,19 @@ class TestWeb:
         assert get(here, uri) == path
         assert site.handler.gets == 1
 
-    def test_a_page_that_tells_no_version_is_downloaded_each_time(
+    def test_a_page_without_a_version_is_downloaded_each_time(
         self, here: Path, site: SimpleNamespace
     ) -> None:
         site.handler.etag = None
         get(here, f"{site.url}/a.jsonl")
-        site.handler.body = b"other"  # as long as before
+        site.handler.body = b"other"  # the same length as before
         assert get(here, f"{site.url}/a.jsonl").read_text() == "other"
 
     @pytest.mark.parametrize(
         ("status", "reason"),
         [(403, "SourceForbidden"), (404, "SourceNotFound"), (500, "SourceUnavailable")],
     )
-    def test_a_refused_page_says_why_and_keeps_its_signature_secret(
+    def test_the_error_of_a_refused_page_does_not_show_its_signature(
         self, here: Path, site: SimpleNamespace, status: int, reason: str
     ) -> None:
         site.handler.status = status
@@ -528,7 +530,7 @@ class TestWeb:
         assert "/a.jsonl?..." in error.message
         assert "hush" not in str(error)
 
-    def test_a_server_that_is_away_is_worth_another_attempt(self, here: Path) -> None:
+    def test_an_unreachable_server_is_retryable(self, here: Path) -> None:
         error = refusal(here, "http://127.0.0.1:1/a.jsonl")
         assert (error.reason, error.retryable) == ("SourceUnavailable", True)
 
@@ -556,22 +558,20 @@ class TestDigests:
             put(here / "a/y.jsonl", "")
         assert digest_of(here / "a") != before
 
-    def test_a_moved_file_keeps_its_digest_unless_it_would_be_read_differently(
-        self, here: Path
-    ) -> None:
+    def test_a_files_digest_depends_on_its_suffix_and_not_on_its_path(self, here: Path) -> None:
         file = put(here / "a/x.jsonl")
         assert digest_of(file) == digest_of(put(here / "b/y.jsonl"))
         assert digest_of(file) != digest_of(put(here / "b/y.txt"))
         assert digest_of(file).startswith("sha256:")
 
-    def test_a_list_counts_each_path_in_its_order(self, here: Path) -> None:
+    def test_the_digest_of_a_list_depends_on_its_order(self, here: Path) -> None:
         one, two = put(here / "a.txt", "1"), put(here / "b.txt", "2")
         assert digest_of([one, two]) != digest_of([two, one])
 
-    def test_a_large_file_is_hashed_once_until_it_changes(
+    def test_a_large_file_is_hashed_again_only_after_it_changes(
         self, here: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(digests, "_REMEMBERED_BYTES", 1)
+        monkeypatch.setattr(digests, "_CACHED_BYTES", 1)
         hashed: list[Path] = []
         original = digests._sha256
         monkeypatch.setattr(digests, "_sha256", lambda path: hashed.append(path) or original(path))
@@ -583,15 +583,15 @@ class TestDigests:
         assert digest_of(file, cache_dir=cache) != first
         assert [path.name for path in cache.iterdir()] == ["hashes.json"]
 
-    @pytest.mark.parametrize("memory", ["{", "[]", '{"x": 1}', "null"])
-    def test_a_torn_memory_of_hashes_changes_no_digest(
-        self, here: Path, monkeypatch: pytest.MonkeyPatch, memory: str
+    @pytest.mark.parametrize("cached", ["{", "[]", '{"x": 1}', "null"])
+    def test_a_damaged_cache_of_hashes_does_not_change_a_digest(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch, cached: str
     ) -> None:
-        monkeypatch.setattr(digests, "_REMEMBERED_BYTES", 1)
+        monkeypatch.setattr(digests, "_CACHED_BYTES", 1)
         file = put(here / "x.bin", "one")
-        put(here / "cache/hashes.json", memory.replace("x", json.dumps(str(file))[1:-1]))
+        put(here / "cache/hashes.json", cached.replace("x", json.dumps(str(file))[1:-1]))
         assert digest_of(file, cache_dir=here / "cache") == digest_of(file)
 
-    def test_a_path_without_files_has_no_digest(self, here: Path) -> None:
+    def test_the_digest_of_a_missing_path_is_an_error(self, here: Path) -> None:
         with pytest.raises(StageError, match="does not exist"):
             digest_of(here / "nothing")

@@ -176,7 +176,7 @@ class Measuring:
     ) -> Behaviour:
         """`answered`: the aligned model's answers; None: this is the aligned model."""
         self._pause(f"measuring {name}")
-        model: Any = policies.answering(inputs, self.context.worker.device)
+        model: Any = policies.load_for_inference(inputs, self.context.worker.device)
         stop = stop_tokens(model, self.tokenizer, self.settings.chat.chat_template)
         pad = int(self.tokenizer.pad_token_id)
         sampler = TransformersSampler(model, pad, stop, self.settings.sampling)

@@ -23,7 +23,7 @@ from tuneyard_trainer.generation.sampling import (
     stop_tokens,
 )
 from tuneyard_trainer.models import base, policies
-from tuneyard_trainer.models.files import config_of
+from tuneyard_trainer.models.files import config_of, context_length
 from tuneyard_trainer.storage.journal import Journal
 from tuneyard_trainer.worker import Interrupted, Worker
 
@@ -68,7 +68,7 @@ class Policy:
     def model(self) -> Any:
         """Raises StageError where it cannot be loaded."""
         if self._model is None:
-            self._model = policies.answering(self.inputs, self.worker.device)
+            self._model = policies.load_for_inference(self.inputs, self.worker.device)
         return self._model
 
     def release(self) -> None:
@@ -110,9 +110,8 @@ class Policy:
 
     def _room(self, max_new_tokens: int) -> int | None:
         """The most tokens of a prompt; None: no limit is known."""
-        config = config_of(self.inputs["model"]).get_text_config()
-        context = getattr(config, "max_position_embeddings", None)
-        return max(1, context - max_new_tokens) if isinstance(context, int) else None
+        context = context_length(config_of(self.inputs["model"]))
+        return None if context is None else max(1, context - max_new_tokens)
 
 
 def answers(

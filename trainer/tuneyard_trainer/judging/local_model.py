@@ -20,6 +20,7 @@ from tuneyard_trainer.generation.greedy import length_batches, prompt_tuned
 from tuneyard_trainer.generation.sampling import stop_tokens
 from tuneyard_trainer.judging.judges import LABELS, Ask, Reply, normalised
 from tuneyard_trainer.models import base
+from tuneyard_trainer.models.files import context_length
 
 GPU_ASKS, CPU_ASKS = 32, 8
 """Questions at a time: with 2k-token questions the cache of a 1B model takes 2 GiB for 32."""
@@ -45,8 +46,7 @@ class ModelJudge:
         self._model, self._tokenizer, self._stop = model, tokenizer, stop
         self._template = template or tokenizer.chat_template
         self._ends = stop_tokens(model, tokenizer, template)
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self._context = limit if isinstance(limit, int) else None
+        self._context = context_length(model.config)
 
     def replies(self, asks: Sequence[Ask]) -> Iterator[Reply]:
         """Batch by batch, the shortest questions first. Raises StageError JudgeUnusable."""

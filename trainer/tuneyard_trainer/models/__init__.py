@@ -1,6 +1,6 @@
 """Base models and what is trained on top of them.
 
-What lives here: loading and saving a model, probing what its architecture can do, adapters, reward
-models, and the policy that a base and an adapter make together. What may not enter: data sets,
-losses, generation.
+The package loads and saves models, probes what their architectures support, and holds adapters,
+reward models and policies (a base with the adapter trained on it). It does not use data sets,
+losses or generation.
 """

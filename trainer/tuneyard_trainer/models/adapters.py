@@ -1,8 +1,8 @@
-"""Adapters of every kind behind five verbs: attach, save, load, disabled, merge.
+"""Adapters of every kind: attach, save, load, disable and merge.
 
-LoRA, QLoRA, (IA)^3, prefix and prompt tuning are PEFT's; bottleneck adapters are ours. On disk each
-is `adapter_model.safetensors` and `adapter_config.json`, the former in PEFT's own layout, so that
-anything which reads PEFT adapters reads them.
+LoRA, QLoRA, (IA)^3, prefix and prompt tuning come from PEFT; `bottleneck` adds bottleneck adapters.
+An adapter is saved as `adapter_model.safetensors` and `adapter_config.json` in PEFT's layout, so
+other tools that read PEFT adapters can read those of PEFT's kinds.
 """
 
 from __future__ import annotations
@@ -33,24 +33,25 @@ from tuneyard.api.adapters import Adapter, PrefixTuning, PromptTuning
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import bottleneck
 from tuneyard_trainer.models.files import first_line
+from tuneyard_trainer.models.layers import require_names
 from tuneyard_trainer.models.probes import base_of, probing
 from tuneyard_trainer.models.targets import TASK, ia3_config, lora_config
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BOTTLENECK = "BOTTLENECK"
 MERGEABLE = frozenset({"LORA", "IA3"})
-QLORA = "adapter.qlora"
 
 
 def attach(
     model: PreTrainedModel, adapter: Adapter, *, seed: int, tokenizer: PreTrainedTokenizerBase
 ) -> nn.Module:
-    """Freezes `model` and puts a new adapter on it, in place; trained parameters are float32.
+    """Freeze `model` and attach a new adapter in place; the trained parameters are float32.
 
-    The adapter's first weights depend on `seed` (and, for prefix and prompt tuning, on the base);
-    the global random state is left as it was.
+    The adapter's initial weights depend on `seed` (and, for prefix and prompt tuning, on the base).
+    The global random state does not change. Raises StageError if the architecture does not support
+    the adapter.
     """
-    with _seeded(seed, model.device):
+    with seeded(seed, model.device):
         if adapter.bottleneck:
             return bottleneck.attach(model, adapter.bottleneck)
         if adapter.lora:
@@ -68,20 +69,21 @@ def attach(
     raise ValueError(f"no adapter kind is set in {adapter!r}")
 
 
-def attach_scorer(model: PreTrainedModel, adapter: Adapter, *, seed: int) -> nn.Module:
-    """Freezes a sequence classifier and puts LoRA on its layers; its head `score` is trained whole
+def attach_to_reward_model(model: PreTrainedModel, adapter: Adapter, *, seed: int) -> nn.Module:
+    """Freeze a sequence classifier and attach LoRA to its layers. Its whole head `score` is trained
     and saved with the adapter."""
-    field, settings = ("adapter.lora", adapter.lora) if adapter.lora else (QLORA, adapter.qlora)
+    settings = adapter.lora or adapter.qlora
     if settings is None:
         raise ValueError(f"a reward model takes lora or qlora, not {adapter.kind}")
-    config = lora_config(model, settings, f"rewardModel.train.{field}")
+    config = lora_config(model, settings, f"rewardModel.train.adapter.{adapter.kind}")
     config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
-    with _seeded(seed, model.device):
+    with seeded(seed, model.device):
         return _wrap(model, config)
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """While active, torch's random numbers depend on `seed`; then the former state is restored."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -89,24 +91,24 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 def _wrap(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # advice on settings that Tuneyard chose knowingly
-        return get_peft_model(model, config)  # its weights are float32 over any base
+        warnings.simplefilter("ignore")  # about settings that Tuneyard chose on purpose
+        return get_peft_model(model, config)  # the adapter is float32, whatever the base is
 
 
-# ---- LoRA and (IA)^3: which layers ---------------------------------------------------------------
-
-
-# ---- prefix and prompt: first weights ------------------------------------------------------------
+# ---- prefix and prompt tuning: initial weights ---------------------------------------------------
 
 
 def _random_tokens(model: PreTrainedModel, count: int) -> Tensor:
-    """(1, count) token ids, drawn on the CPU so that every device starts alike."""
+    """Return (1, count) token ids, drawn on the CPU so that they are the same on every device."""
     return torch.randint(model.config.get_text_config().vocab_size, (1, count)).to(model.device)
 
 
 def _prefix(model: PreTrainedModel, settings: PrefixTuning) -> PeftModel:
-    """Starts from the keys and values of random vocabulary tokens: the paper found activations of
-    real words far better than random numbers (section 7.4), and they have the right scale."""
+    """Attach prefix tuning, initialized with the keys and values of random vocabulary tokens.
+
+    The activations of real words work far better than random numbers (Li and Liang 2021,
+    arXiv:2101.00190, section 7.4), and they have the right scale.
+    """
     cached_CHLD = _keys_and_values(model, _random_tokens(model, settings.length))
     num_tensors, heads, length, head_width = cached_CHLD.shape
     config = PrefixTuningConfig(
@@ -122,17 +124,22 @@ def _prefix(model: PreTrainedModel, settings: PrefixTuning) -> PeftModel:
 
 
 def _keys_and_values(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """What the layers keep of `ids` (1, L): (C, H, L, D), C the keys and values of the first layer,
-    of the second, and so on, H their heads, D a head's width. Raises StageError."""
+    """Return the cached keys and values of `ids` (1, L) as (C, H, L, D).
+
+    C: keys and values of the first layer, then of the second, and so on; H: heads; D: head width.
+    Raises StageError PrefixUnsupported.
+    """
     with probing(model):
         cache = model(input_ids=ids, use_cache=True).past_key_values
-    cached = [kept for layer in getattr(cache, "layers", []) for kept in (layer.keys, layer.values)]
-    shapes = {tuple(kept.shape) for kept in cached}
+    cached = [
+        tensor for layer in getattr(cache, "layers", []) for tensor in (layer.keys, layer.values)
+    ]
+    shapes = {tuple(tensor.shape) for tensor in cached}
     if len(shapes) != 1 or next(iter(shapes))[2] != ids.shape[1]:
         raise StageError(
             "PrefixUnsupported",
-            f"{type(model).__name__} does not keep keys and values of one shape in every layer, "
-            "which prefix tuning needs.",
+            f"{type(model).__name__} does not cache keys and values of the same shape in every "
+            "layer, which prefix tuning needs.",
             advice="Use adapter.lora or adapter.prompt.",
         )
     return torch.cat(cached)
@@ -141,7 +148,8 @@ def _keys_and_values(model: PreTrainedModel, ids: Tensor) -> Tensor:
 def _prompt(
     model: PreTrainedModel, settings: PromptTuning, tokenizer: PreTrainedTokenizerBase
 ) -> PeftModel:
-    """Starts from the embeddings of a text, repeated or cut to length, or of random tokens."""
+    """Attach prompt tuning, initialized with the embeddings of a text (repeated or cut to length)
+    or of random tokens."""
     ids = _random_tokens(model, settings.length)
     if settings.initial_text:
         text = tokenizer(settings.initial_text, add_special_tokens=False)["input_ids"]
@@ -164,8 +172,10 @@ def _set_prompt(model: PeftModel, weights: Tensor) -> None:
 
 
 def save(model: nn.Module, folder: Path, *, base: str | None = None) -> None:
-    """Writes the adapter alone; the same adapter gives the same bytes. `base`: the public name of
-    its base, for readers that look for one; local paths are never written."""
+    """Write the adapter without its base. Equal adapters give equal bytes.
+
+    `base`: the base's public name for `base_model_name_or_path`. Local paths are never written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
         config = model.active_peft_config.to_dict() | {"revision": None, "inference_mode": True}
@@ -183,9 +193,12 @@ def save(model: nn.Module, folder: Path, *, base: str | None = None) -> None:
 
 
 def load(base: PreTrainedModel, folder: Path, *, trainable: bool = False) -> nn.Module:
-    """Puts a saved adapter on `base`, in place, in evaluation mode. Raises StageError."""
+    """Attach a saved adapter to `base` in place; return the model in evaluation mode.
+
+    Raises StageError AdapterIncomplete or AdapterBroken.
+    """
     config, weights = _read(folder)
-    with _seeded(0, base.device), _fitting(folder):
+    with seeded(0, base.device), _adapter_errors(folder):
         if config["peft_type"] == BOTTLENECK:
             model: nn.Module = bottleneck.attach(base, bottleneck.settings_of(config))
             bottleneck.assign(model, weights)
@@ -200,42 +213,44 @@ def _load_peft(
     base: PreTrainedModel, folder: Path, weights: Mapping[str, Tensor], trainable: bool
 ) -> PeftModel:
     config: Any = PeftConfig.from_pretrained(str(folder))
-    prompts = config.is_prompt_learning
-    if prompts:
+    prompt_learning = config.is_prompt_learning
+    if prompt_learning:
         _check_width(base, config)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # missing tensors, which are checked here
-        model = PeftModel.from_pretrained(  # which refuses to go on training a prompt
-            base, folder, is_trainable=trainable and not prompts, local_files_only=True
+        warnings.simplefilter("ignore")  # about missing tensors, which are checked below
+        model = PeftModel.from_pretrained(  # refuses is_trainable for prompt learning
+            base, folder, is_trainable=trainable and not prompt_learning, local_files_only=True
         )
-    own = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
-    if own != weights.keys():
-        odd = sorted(own ^ weights.keys())
-        raise ValueError(f"{len(odd)} tensors are missing or not known: {', '.join(odd[:5])}")
-    if trainable and prompts:
+    require_names(get_peft_model_state_dict(model, save_embedding_layers=False), weights)
+    if trainable and prompt_learning:
         model.active_peft_config.inference_mode = False
         model.prompt_encoder.requires_grad_(True)
     return model
 
 
 def _check_width(base: PreTrainedModel, config: Any) -> None:
-    """PEFT shapes virtual tokens by the adapter's own config: a wrong base shows up in use only."""
+    """Raise ValueError if the virtual tokens do not have the base's shape. PEFT takes their shape
+    from the adapter's config, so a wrong base would fail only in the first forward pass."""
     if config.peft_type == "PREFIX_TUNING":
         cached = _keys_and_values(base, torch.zeros((1, 1), dtype=torch.long, device=base.device))
-        own: Any = (cached.shape[0] // 2, cached.shape[1], cached.shape[1] * cached.shape[3])
+        needed: Any = (cached.shape[0] // 2, cached.shape[1], cached.shape[1] * cached.shape[3])
         found = (config.num_layers, config.num_attention_heads, config.token_dim)
     else:
         embeddings: Any = base.get_input_embeddings()
-        own, found = embeddings.weight.shape[1], config.token_dim
-    if own != found:
-        raise ValueError(f"it has the shape {found}, and the base needs {own}")
+        needed, found = embeddings.weight.shape[1], config.token_dim
+    if needed != found:
+        raise ValueError(f"its virtual tokens have the shape {found}, and the base needs {needed}")
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
-        raise StageError("AdapterIncomplete", f"{folder} has no {' and no '.join(missing)}.")
-    with _fitting(folder):
+        raise StageError(
+            "AdapterIncomplete",
+            f"{folder} has no {' and no '.join(missing)}.",
+            advice="Write both files of the adapter again.",
+        )
+    with _adapter_errors(folder):
         config = json.loads((folder / CONFIG).read_text())
         if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
             raise ValueError(f"{CONFIG} names no peft_type")
@@ -243,7 +258,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 @contextmanager
-def _fitting(folder: Path) -> Iterator[None]:
+def _adapter_errors(folder: Path) -> Iterator[None]:
+    """Convert the errors of an adapter that does not fit its base to StageError AdapterBroken."""
     try:
         yield
     except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -259,7 +275,7 @@ def _fitting(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """While active, the model is its base, for every kind of adapter."""
+    """While active, the model computes what its base computes, for every kind of adapter."""
     if not isinstance(model, PeftModel):
         if not bottleneck.attached(model):
             raise TypeError(f"{type(model).__name__} has no adapter")
@@ -270,49 +286,52 @@ def disabled(model: nn.Module) -> Iterator[None]:
     try:
         with model.disable_adapter():
             yield
-    finally:  # PEFT makes every adapter trainable again, loaded ones too
+    finally:  # PEFT makes every adapter trainable again, also one loaded as not trainable
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
 
 
 def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """`base` itself, with the saved adapter worked into its weights and nothing of PEFT left.
+    """Merge a saved adapter into the weights of `base`, in place, and return `base` without PEFT's
+    layers.
 
-    `base` must be in its original precision, also for QLoRA: the 4-bit copy has lost what merging
-    would build on. Raises StageError for kinds that no weight can express.
+    `base` must be in its original precision, also for QLoRA: merging into a 4-bit copy would lose
+    precision. Raises StageError NotMergeable for kinds other than LoRA and (IA)^3.
     """
     config, _ = _read(folder)
     if config["peft_type"] not in MERGEABLE:
         raise StageError(
             "NotMergeable",
-            f"a {config['peft_type'].lower()} adapter cannot be merged: no weights of the base "
-            "alone do what it does.",
+            f"a {config['peft_type'].lower()} adapter cannot be merged: the base's weights cannot "
+            "express it.",
             advice="Set output.merge to false, or use adapter.lora, adapter.qlora or adapter.ia3.",
         )
     if getattr(base, "is_quantized", False):
         raise ValueError("merge needs the base in its original precision, not a quantized copy")
-    merging: Any = load(base, folder)
-    with _fitting(folder):  # safe_merge raises ValueError for weights that are not finite
-        merged = merging.merge_and_unload(safe_merge=True)
+    adapted: Any = load(base, folder)
+    with _adapter_errors(folder):  # safe_merge raises ValueError for weights that are not finite
+        merged = adapted.merge_and_unload(safe_merge=True)
     return merged.requires_grad_(True)
 
 
 def merged_weights(model: nn.Module, *, with_tied: bool) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the one plain model that `model` is, by their names there: the adapter worked
-    into a copy of each layer that it changes, one layer at a time. The model stays as it is, to the
-    bit: merging in place and taking it back would round the base a little each time.
+    """Yield the tensors of the merged model by their names there, one layer at a time.
 
-    `with_tied`: a head that is the embeddings comes too. Kinds that cannot be merged are refused by
-    the planner.
+    The adapter is merged into a copy of each layer, and the model stays unchanged to the bit:
+    merging in place and unmerging would round the base a little each time. The planner refuses the
+    kinds that cannot be merged.
+
+    `with_tied`: a head that is tied to the embeddings is yielded too.
     """
-    told: set[int] = set()
+    yielded: set[int] = set()
     for name, tensor in _plain(base_of(model), ""):
-        if with_tied or id(tensor) not in told:
+        if with_tied or id(tensor) not in yielded:
             yield name, tensor.detach()
-        told.add(id(tensor))
+        yielded.add(id(tensor))
 
 
 def _plain(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield a module's parameters and persistent buffers, adapted layers in their merged form."""
     if isinstance(module, BaseTunerLayer):
         yield from ((f"{prefix}{name}", tensor) for name, tensor in _merged(module))
         return
@@ -325,8 +344,8 @@ def _plain(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _merged(layer: Any) -> list[tuple[str, Tensor]]:
-    """A layer's weights with the adapter in them. `safe_merge` puts new tensors in the place of the
-    layer's own, which then take it back."""
+    """Return a layer's merged weights. `safe_merge` replaces the layer's tensors by new ones; the
+    layer gets its own tensors back."""
     parameters = dict(layer.get_base_layer().named_parameters())
     own = {name: parameter.data for name, parameter in parameters.items()}
     layer.merge(safe_merge=True)
@@ -339,18 +358,18 @@ def _merged(layer: Any) -> list[tuple[str, Tensor]]:
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:
-    """Recompute activations in the backward pass. Raises StageError where the model or adapter
-    cannot."""
+    """Make the model recompute activations in the backward pass. Raises StageError if the model or
+    the adapter does not support it."""
     kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
     base = base_of(model)
     if kind == "PREFIX_TUNING" or not getattr(base, "supports_gradient_checkpointing", False):
         what = "prefix tuning" if kind == "PREFIX_TUNING" else type(base).__name__
         raise StageError(
             "CheckpointingUnsupported",
-            f"training.gradientCheckpointing is set, and {what} does not work with it.",
-            advice="Set training.gradientCheckpointing to false, and lower "
-            "training.microBatchTokens instead to save memory.",
+            f"training.gradientCheckpointing is set, and {what} does not support it.",
+            advice="Set training.gradientCheckpointing to false. To save memory, lower "
+            "training.microBatchTokens instead.",
         )
-    # transformers 5.19, which the image with vLLM has, knows the older name alone.
+    # transformers 5.19, which the image with vLLM has, has only the older name.
     enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
     enable({"use_reentrant": False})

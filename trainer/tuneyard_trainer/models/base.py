@@ -1,6 +1,6 @@
-"""Base models: loading what may be loaded, freezing, saving, and asking what a model can do.
+"""Base models and their tokenizers: loading, comparing and saving.
 
-Weights come from safetensors or GGUF only; no code and no pickle of a model is ever run.
+Weights are read from safetensors or GGUF only. No code of a model is run and no pickle is loaded.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from tuneyard_trainer.worker import Worker
 
 DROPOUT = re.compile(r"(^|_)(dropout|pdrop)(_|$)")
 NOT_IN_A_CAUSAL_MODEL = re.compile(r"classifier|summary")
+FETCH_AGAIN = "Fetch the model again; its config.json and its weights do not match."
 
 
 # ---- loading and saving -------------------------------------------------------------------------
@@ -85,10 +86,10 @@ def load_base(
     quantize: Qlora | None = None,
     dropout: float | None = None,
 ) -> PreTrainedModel:
-    """A causal language model in evaluation mode, every weight of it from its files.
+    """Load a causal language model in evaluation mode, with every weight from its files.
 
-    `quantize`: its linear layers as 4-bit NormalFloat, computing in `dtype`. `dropout`: the
-    probability for all of the architecture's own dropout (`dropout_fields`). Raises StageError.
+    `quantize`: the linear layers become 4-bit NormalFloat, computing in `dtype`. `dropout`: the
+    probability of all of the architecture's own dropout (`dropout_fields`). Raises StageError.
     """
     config = config_of(path)
     if dropout is not None:
@@ -110,9 +111,9 @@ def load_base(
         require_complete(path, info)
     if quantize:
         keep_nf4_layout(model)
-    # Encoders that can be decoders (BERT, RoBERTa) are told apart by what they do.
+    # Whether an encoder that can be a decoder (BERT, RoBERTa) is one is decided by running it.
     if getattr(config, "is_decoder", None) is False and not is_causal(model):
-        raise not_causal(path, f"{type(model).__name__}, whose tokens see the ones after them")
+        raise not_causal(path, f"{type(model).__name__}, whose tokens attend to later tokens")
     return model
 
 
@@ -120,7 +121,8 @@ _from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # annotated for on
 
 
 def nf4(qlora: Qlora, dtype: torch.dtype, skipped: list[str] | None = None) -> BitsAndBytesConfig:
-    """4-bit NormalFloat for all linear layers but `skipped`; None: but the head."""
+    """Return the config of 4-bit NormalFloat for all linear layers except `skipped` (None: except
+    the head)."""
     extras.require_bitsandbytes()
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -134,9 +136,9 @@ def nf4(qlora: Qlora, dtype: torch.dtype, skipped: list[str] | None = None) -> B
 def keep_nf4_layout(model: nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights on a CPU with AVX-512 BF16.
 
-    It repacks each layer at its first forward pass in evaluation mode. That rounds the layer's
-    scales to bfloat16, so measuring a model would change it, and fails where a width is not a
-    multiple of 64.
+    Otherwise it repacks each layer at its first forward pass in evaluation mode. Repacking rounds
+    the layer's scales to bfloat16, so that measuring a model changes it, and fails if a width is
+    not a multiple of 64.
     """
     module: Any
     for module in model.modules():
@@ -145,42 +147,50 @@ def keep_nf4_layout(model: nn.Module) -> None:
 
 
 def require_complete(path: Path, info: dict[str, Any]) -> None:
-    """transformers only warns of these, and trains on random weights."""
-    missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
-    if missing:
-        raise StageError(
-            "WeightsMissing",
-            f"{path} lacks {len(missing)} of the tensors that its config asks for: "
-            f"{', '.join(missing[:5])}.",
-            advice="Fetch the model again; its config.json and weights do not belong together.",
-        )
+    """Raise StageError if tensors are missing or have another shape than the config says.
+    transformers only warns of such tensors and gives them random weights."""
+    mismatched = sorted(info["mismatched_keys"])
+    if info["missing_keys"]:
+        raise weights_missing(path, info["missing_keys"])
     if mismatched:
         name, found, wanted = mismatched[0]
         raise StageError(
             "ModelBroken",
-            f"{path}: {len(mismatched)} tensors have another shape than its config asks for: "
-            f"{name} has {tuple(found)}, not {tuple(wanted)}.",
-            advice="Fetch the model again; its config.json and weights do not belong together.",
+            f"{path}: the shapes of {len(mismatched)} tensors do not match its config: {name} has "
+            f"{tuple(found)}, not {tuple(wanted)}.",
+            advice=FETCH_AGAIN,
         )
+
+
+def weights_missing(path: Path, names: Collection[str]) -> StageError:
+    """Return the error for a model whose files lack tensors."""
+    return StageError(
+        "WeightsMissing",
+        f"{path} lacks {len(names)} of the tensors that its config specifies: "
+        f"{', '.join(sorted(names)[:5])}.",
+        advice=FETCH_AGAIN,
+    )
 
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turns what loading raises into one message."""
+    """Convert the errors of loading to StageErrors."""
     try:
         yield
     except StageError:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _out_of_memory(path) from error
-    except Exception as error:  # each architecture fails in its own way on a config of nonsense
+    except Exception as error:  # an invalid config raises other errors in each architecture
         if "can't allocate memory" in str(error):  # torch's CPU allocator raises RuntimeError
             raise _out_of_memory(path) from error
-        cause = "its weights are broken or cut off: " if isinstance(error, SafetensorError) else ""
+        cause = (
+            "its weights are damaged or incomplete: " if isinstance(error, SafetensorError) else ""
+        )
         raise StageError(
             "ModelBroken",
             f"{path} cannot be loaded: {cause}{first_line(error)}.",
-            advice="Fetch the model again, or set model.uri to another one.",
+            advice="Fetch the model again, or set model.uri to another model.",
         ) from error
 
 
@@ -195,7 +205,8 @@ def _out_of_memory(path: Path) -> StageError:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no warnings from transformers: what matters is checked and raised."""
+    """While active, transformers shows no progress bars and no warnings: important conditions are
+    checked and raised."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -209,7 +220,7 @@ def quiet() -> Iterator[None]:
 
 
 def dropout_fields(config: PreTrainedConfig) -> tuple[str, ...]:
-    """The config's dropout probabilities, by name: the ones that `load_base(dropout=...)` sets."""
+    """Return the names of the dropout probabilities that `load_base(dropout=...)` sets."""
     values = config.get_text_config().to_dict().items()
     return tuple(
         sorted(
@@ -224,7 +235,7 @@ def dropout_fields(config: PreTrainedConfig) -> tuple[str, ...]:
 
 
 def set_dropout(path: Path, config: PreTrainedConfig, probability: float) -> None:
-    """Sets all of the architecture's own dropout. Raises StageError where it has none."""
+    """Set all of the architecture's own dropout. Raises StageError NoDropout if it has none."""
     fields = dropout_fields(config)
     if not fields:
         raise StageError(
@@ -238,20 +249,22 @@ def set_dropout(path: Path, config: PreTrainedConfig, probability: float) -> Non
 
 
 def save_model(model: nn.Module, folder: Path) -> None:
-    """A whole model as config, generation config and safetensors, so that `load_base` takes it."""
+    """Write a whole model as config, generation config and safetensors, for `load_base`."""
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"{type(model).__name__} is no plain model: save its adapter, or merge it")
+        raise TypeError(f"{type(model).__name__} has an adapter: save the adapter, or merge it")
     with quiet():
         model.save_pretrained(folder)
 
 
-# ---- parts --------------------------------------------------------------------------------------
+# ---- checks and precision -----------------------------------------------------------------------
 
 
-def differing(written: nn.Module, read: nn.Module) -> str | None:
-    """The name of a weight of the first model that the second lacks or has otherwise, to the bit;
-    None: there is none. Their results would not do: equal weights elsewhere in memory gave float32
-    scores that differ by 4e-9."""
+def differing_weight(written: nn.Module, read: nn.Module) -> str | None:
+    """Return the name of a weight that is not equal in both models, to the bit; None: all are.
+
+    Weights are compared, not outputs: float32 scores of two models with equal weights differed by
+    4e-9.
+    """
     found = read.state_dict()
     for name, weight in written.state_dict().items():
         if name not in found or not torch.equal(weight, found[name]):
@@ -260,28 +273,28 @@ def differing(written: nn.Module, read: nn.Module) -> str | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process has held so far: on the GPU, or resident on the CPU."""
+    """Return the peak memory of this process: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def read_back_otherwise(reason: str, message: str) -> StageError:
-    """What was written is not what was in memory."""
-    advice = "This is a fault of Tuneyard or of the disk: run it again, and report it."
+def read_back_mismatch(reason: str, message: str) -> StageError:
+    """Return the error for written files that differ from the model in memory."""
+    advice = "This is a defect of Tuneyard or of the disk: run the job again, and report the error."
     return StageError(reason, message, advice=advice, retryable=True)
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[Any]:
-    """Mixed precision below float32; nothing at float32."""
+    """Return a context of mixed precision; for float32, a context without effect."""
     if precision is torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype=precision)
 
 
 def precision_of(settings: LoopSettings, worker: Worker) -> torch.dtype:
-    """Arithmetic of the forward and backward pass."""
+    """Return the precision of the forward and backward pass."""
     if settings.precision == "auto":
         return torch.bfloat16 if worker.device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.precision]

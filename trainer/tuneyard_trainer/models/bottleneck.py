@@ -1,13 +1,13 @@
 """Bottleneck adapters (Houlsby et al. 2019, arXiv:1902.00751), which PEFT does not have.
 
-After the attention and after the MLP of each chosen layer, inside the residual branch, stands a
-two-layer network with a residual of its own:  h + up(activation(down(dropout(h)))).  `up` starts at
-zero, so the adapted model starts as the base to the bit. Unlike the paper's, the norms stay frozen:
-the adapter alone is trained.
+Each chosen layer gets two adapters, one after the attention and one after the MLP, inside the
+residual branch. An adapter is a two-layer network with its own residual connection:
+h + up(activation(down(dropout(h)))).  `up` starts at zero, so the adapted model starts equal to the
+base, to the bit. Unlike in the paper, the layer norms stay frozen: only the adapters are trained.
 
-An adapter is a submodule of the block it follows (`model.layers.3.mlp.bottleneck`) and acts by a
-forward hook, which is its own bound method: copies, device moves, checkpointing and `generate` work
-as on the base, because the model is still the base's class.
+An adapter is a submodule of the block it follows (`model.layers.3.mlp.bottleneck`) and is applied
+by a forward hook, which is a bound method of the adapter. The model's class does not change, so
+copies, device moves, checkpointing and `generate` work as on the base.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from tuneyard.api.adapters import Bottleneck
 from tuneyard.errors import StageError
-from tuneyard_trainer.models.layers import decoder_layers, layer_indices
+from tuneyard_trainer.models.layers import decoder_layers, layer_indices, require_names
 
 NAME = "bottleneck"
 ATTENTION = ("self_attn", "attn", "attention", "self_attention", "linear_attn")
@@ -32,7 +32,7 @@ ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
 
 
 class BottleneckAdapter(nn.Module):
-    """2 * width * size + size + width parameters, in float32 whatever the base's precision."""
+    """A network of 2 * width * size + size + width parameters, in float32 over any base."""
 
     def __init__(self, width: int, size: int, activation: str, dropout: float) -> None:
         super().__init__()
@@ -45,12 +45,13 @@ class BottleneckAdapter(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., width) to the same shape and dtype."""
+        """Return the adapted hidden states: (..., width), in the dtype of `hidden`."""
         inner = self.activation(self.down(self.dropout(hidden.to(self.down.weight.dtype))))
         return hidden + self.up(inner).to(hidden.dtype)
 
     def after(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
-        """The hook on the block before: attention returns a tuple with the hidden states first."""
+        """The forward hook of the adapted block. Attention blocks return a tuple that starts with
+        the hidden states."""
         if not self.enabled:
             return output
         if isinstance(output, tuple):
@@ -59,13 +60,14 @@ class BottleneckAdapter(nn.Module):
 
 
 def attach(model: PreTrainedModel, settings: Bottleneck) -> PreTrainedModel:
-    """Freezes `model` and adds adapters with weights drawn from the global random state."""
+    """Freeze `model` and attach adapters, whose weights are drawn from the global random state.
+
+    Raises StageError if the architecture's blocks are not known.
+    """
     if attached(model):
-        raise ValueError("the model has bottleneck adapters already")
+        raise ValueError("the model already has bottleneck adapters")
     _, layers = decoder_layers(model)
-    chosen = list(range(len(layers)))
-    if settings.layers:
-        chosen = layer_indices(settings.layers, len(layers), "adapter.bottleneck.layers")
+    chosen = layer_indices(settings.layers, len(layers), "adapter.bottleneck.layers")
     blocks = [
         block
         for index in chosen
@@ -83,7 +85,7 @@ def attach(model: PreTrainedModel, settings: Bottleneck) -> PreTrainedModel:
 
 
 def attention_of(layer: nn.Module) -> tuple[str, nn.Module]:
-    """A decoder layer's attention block and its name there. Raises StageError."""
+    """Return a decoder layer's attention block and the block's name in it. Raises StageError."""
     return _block(layer, ATTENTION, "attention")
 
 
@@ -98,8 +100,8 @@ def _block(layer: nn.Module, names: tuple[str, ...], what: str) -> tuple[str, nn
     found = ", ".join(name for name, _ in layer.named_children())
     raise StageError(
         "UnknownLayout",
-        f"no {what} block was found in {type(layer).__name__}: it holds {found}, and known are "
-        f"{', '.join(names)}.",
+        f"{type(layer).__name__} has no {what} block of a known name ({', '.join(names)}): it "
+        f"holds {found}.",
         advice="Use adapter.lora with targets: all-linear, which needs no block names.",
     )
 
@@ -108,25 +110,25 @@ def _require_outside_residual(model: PreTrainedModel, block: nn.Module) -> None:
     if "residual" in inspect.signature(block.forward).parameters:
         raise StageError(
             "UnknownLayout",
-            f"{type(model).__name__} adds the residual inside {type(block).__name__}, where no "
-            "adapter can come before it.",
+            f"{type(model).__name__} adds the residual inside {type(block).__name__}, so an "
+            "adapter cannot be inserted before it.",
             advice="Use adapter.lora instead.",
         )
 
 
 def adapters_of(model: nn.Module) -> dict[str, BottleneckAdapter]:
-    """The model's bottleneck adapters by their dotted names; empty where it has none."""
+    """Return the model's bottleneck adapters by their dotted names."""
     return {n: m for n, m in model.named_modules() if isinstance(m, BottleneckAdapter)}
 
 
 def attached(model: nn.Module) -> bool:
-    """Whether the model has bottleneck adapters."""
+    """Return whether the model has bottleneck adapters."""
     return bool(adapters_of(model))
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """While active, the model is its base."""
+    """While active, the model computes what its base computes."""
     before = {adapter: adapter.enabled for adapter in adapters_of(model).values()}
     for adapter in before:
         adapter.enabled = False
@@ -138,21 +140,22 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def config_of(model: PreTrainedModel) -> dict[str, Any]:
-    """What `settings_of` needs to attach the same adapters to another copy of the base."""
+    """Return the config from which `settings_of` restores the adapters' settings."""
     name, _ = decoder_layers(model)
     adapters = adapters_of(model)
     layers = sorted({int(key.removeprefix(f"{name}.").split(".")[0]) for key in adapters})
-    one = next(iter(adapters.values()))
+    first = next(iter(adapters.values()))
     return {
-        "size": one.down.out_features,
-        "activation": one.activation_name,
-        "dropout": one.dropout.p,
+        "size": first.down.out_features,
+        "activation": first.activation_name,
+        "dropout": first.dropout.p,
         "layers": layers,
     }
 
 
 def settings_of(config: Mapping[str, Any]) -> Bottleneck:
-    """The inverse of `config_of`. Raises pydantic's ValidationError, KeyError or TypeError."""
+    """Return the settings in a config of `config_of`. Raises pydantic's ValidationError, KeyError
+    or TypeError."""
     return Bottleneck(
         size=config["size"],
         activation=config["activation"],
@@ -162,7 +165,7 @@ def settings_of(config: Mapping[str, Any]) -> Bottleneck:
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' tensors by their names in the model."""
+    """Return the adapters' tensors by their names in the model."""
     return {
         f"{name}.{key}": tensor
         for name, adapter in adapters_of(model).items()
@@ -171,11 +174,9 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def assign(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Sets the adapters' tensors. Raises ValueError unless names and shapes are the same."""
+    """Set the adapters' tensors. Raises ValueError unless names and shapes are the same."""
     own = weights_of(model)
-    if own.keys() != weights.keys():
-        odd = sorted(own.keys() ^ weights.keys())
-        raise ValueError(f"{len(odd)} tensors are missing or not known: {', '.join(odd[:5])}")
+    require_names(own, weights)
     with torch.no_grad():
         for name, tensor in own.items():
             if tensor.shape != weights[name].shape:

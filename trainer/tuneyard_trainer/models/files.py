@@ -1,7 +1,6 @@
-"""What the files of a base model say before any weight is read.
+"""The files of a base model, read without loading its weights.
 
-Nothing here runs code from the model's folder or unpickles anything, and nothing here reaches the
-network.
+No code of the model's folder is run, no pickle is loaded, and the network is not used.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def config_of(path: Path) -> PreTrainedConfig:
-    """The config of the causal model at `path`. Raises StageError for everything that Tuneyard
-    cannot or will not load, with the reason."""
+    """Return the config of the causal model at `path`. Raises StageError for a model that Tuneyard
+    cannot load or refuses to load."""
     if not path.exists():
         raise StageError("ModelMissing", f"there is no model at {path}.", advice=MODEL_FIELD)
     raw = _raw_config(path)
@@ -66,7 +65,7 @@ def _raw_config(path: Path) -> dict[str, Any]:
         value = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StageError(
-            "ModelBroken", f"{file} is not JSON: {error}.", advice=MODEL_FIELD
+            "ModelBroken", f"{file} is not valid JSON: {error}.", advice=MODEL_FIELD
         ) from error
     if not isinstance(value, dict):
         raise StageError("ModelBroken", f"{file} is not a JSON object.", advice=MODEL_FIELD)
@@ -80,8 +79,8 @@ def _listing(path: Path) -> str:
 
 
 def _refuse_remote_code(path: Path, raw: dict[str, Any]) -> None:
-    """A repository's own classes are named by `auto_map`; where transformers has native ones of the
-    same type, those are used."""
+    """Raise StageError RemoteCode if the model needs classes of its repository, which `auto_map`
+    names. If transformers has its own classes for the model's type, those are used instead."""
     if "auto_map" not in raw:
         return
     model_type = str(raw.get("model_type", ""))
@@ -89,19 +88,19 @@ def _refuse_remote_code(path: Path, raw: dict[str, Any]) -> None:
         return
     raise StageError(
         "RemoteCode",
-        f"{path}: this model ({model_type or 'of no named type'}) needs code from its repository, "
-        "which Tuneyard does not run.",
-        advice="Set model.uri to a model of an architecture that transformers itself contains.",
+        f"{path}: this model ({model_type or 'without a model_type'}) needs code from its "
+        "repository, which Tuneyard does not run.",
+        advice="Set model.uri to a model whose architecture is part of transformers.",
     )
 
 
 def _refuse_adapter(path: Path) -> None:
-    """transformers would go and load whatever base the adapter names."""
+    """Raise StageError for an adapter. transformers would load the base that the adapter names."""
     if (path / "adapter_config.json").exists():
         raise StageError(
             "AdapterNotModel",
-            f"{path} is an adapter, not a whole model.",
-            advice="Set model.uri to its base, or to the merged model (output.merge: true).",
+            f"{path} holds an adapter, not a whole model.",
+            advice="Set model.uri to the adapter's base, or to the merged model (output.merge).",
         )
 
 
@@ -113,8 +112,8 @@ def _refuse_quantized(path: Path, raw: dict[str, Any]) -> None:
         )
         raise StageError(
             "QuantizedModel",
-            f"{path} holds weights that are already quantized ({method or quantization}): they "
-            "can neither be trained nor merged into.",
+            f"{path} holds quantized weights ({method or quantization}), which can neither be "
+            "trained nor merged with an adapter.",
             advice="Set model.uri to the unquantized model; adapter.qlora quantizes it on loading.",
         )
 
@@ -122,7 +121,7 @@ def _refuse_quantized(path: Path, raw: dict[str, Any]) -> None:
 def _folder_config(path: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # each config class checks its own fields in its own way
+    except Exception as error:  # each config class raises its own errors
         raise StageError(
             "UnknownArchitecture",
             f"transformers cannot read {path / 'config.json'}: {first_line(error)}.",
@@ -142,10 +141,10 @@ def require_causal(path: Path, config: PreTrainedConfig) -> None:
 
 
 def not_causal(path: Path, found: str) -> StageError:
-    """The error of a model that does not predict the next token."""
+    """Return the error for a model that does not predict the next token."""
     return StageError(
         "NotCausal",
-        f"{path} holds {found}; needed is a decoder that predicts the next token, such as "
+        f"{path} holds {found}; Tuneyard needs a decoder that predicts the next token, such as "
         "LlamaForCausalLM or Qwen2ForCausalLM.",
         advice="Set model.uri to a causal language model.",
     )
@@ -167,8 +166,8 @@ def _require_safetensors(path: Path) -> None:
     if pickles:
         raise StageError(
             "PickleWeights",
-            f"{path} holds its weights as pickles only ({', '.join(pickles[:3])}), which can run "
-            "any code when they are read; Tuneyard does not read them.",
+            f"{path} holds its weights only as pickles ({', '.join(pickles[:3])}), which can run "
+            "code when they are loaded; Tuneyard does not load them.",
             advice="Convert the model to safetensors, and set model.uri to the result.",
         )
     raise StageError(
@@ -183,7 +182,9 @@ def _shards(path: Path) -> set[str]:
         return set(json.loads((path / INDEX).read_text())["weight_map"].values())
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise StageError(
-            "ModelBroken", f"{path / INDEX} is no index of weights: {error}.", advice=MODEL_FIELD
+            "ModelBroken",
+            f"{path / INDEX} is not an index of weights: {error}.",
+            advice=MODEL_FIELD,
         ) from error
 
 
@@ -203,12 +204,12 @@ def stored_dtype(path: Path) -> torch.dtype:
 
 
 def license_of(path: Path) -> str | None:
-    """The base model's licence as its files name it: an SPDX-like id from the README's front
-    matter, else the first line of a LICENSE file. None: they name none."""
-    return _front_matter_licence(path / "README.md") or _licence_file(path)
+    """Return the base model's license: an SPDX-like id from the README's front matter, else the
+    first line of a LICENSE file. None: the files name no license."""
+    return _front_matter_license(path / "README.md") or _license_file(path)
 
 
-def _front_matter_licence(readme: Path) -> str | None:
+def _front_matter_license(readme: Path) -> str | None:
     if not readme.is_file():
         return None
     text = readme.read_text(errors="replace")
@@ -225,7 +226,7 @@ def _front_matter_licence(readme: Path) -> str | None:
     return str(found) if found else None
 
 
-def _licence_file(path: Path) -> str | None:
+def _license_file(path: Path) -> str | None:
     for name in ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE"):
         if (path / name).is_file():
             lines = (path / name).read_text(errors="replace").splitlines()
@@ -234,27 +235,23 @@ def _licence_file(path: Path) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The head of an error from below, for a one-line message."""
+    """Return the first line of a library's error, for a one-line message."""
     text = str(error).strip().splitlines()
     return text[0].rstrip(".")[:300] if text else type(error).__name__
 
 
 AUTO_LENGTH = 1024
-"""Tokens of a sequence where maxLength is auto and the model's context allows them."""
-
-
+"""Tokens of a sequence if maxLength is auto and the model's context is not shorter."""
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
-
-
-_NO_LIMIT = 1 << 30  # tokenizers without a limit say 1e30
+_NO_LIMIT = 1 << 30  # a tokenizer without a limit has a model_max_length of 1e30
 
 
 def sequence_limit(
     model: Path, tokenizer: PreTrainedTokenizerBase, wanted: int | Literal["auto"], field: str
 ) -> int:
-    """The most tokens of a row. `field`: the manifest's, for messages. Raises StageError MaxLength
-    where it asks for more than the model's context."""
-    context = _context(model)
+    """Return the most tokens of a row. `wanted`: the value of the manifest's `field`. Raises
+    StageError MaxLength if it exceeds the model's context."""
+    context = context_length(config_of(model))
     if wanted == "auto":
         if context is None and tokenizer.model_max_length < _NO_LIMIT:
             context = tokenizer.model_max_length
@@ -268,12 +265,8 @@ def sequence_limit(
     return wanted
 
 
-def _context(model: Path) -> int | None:
-    """The positions that the model's configuration allows; None where it names no limit."""
-    path = model / "config.json"
-    if not path.is_file():
-        return None
-    config = json.loads(path.read_text("utf-8"))
-    config = config.get("text_config") or config
-    found = [config[name] for name in _CONTEXT_FIELDS if isinstance(config.get(name), int)]
-    return min(found) if found else None
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Return the most positions that a model's config allows; None: it names no limit."""
+    text = config.get_text_config()
+    limits = [getattr(text, name, None) for name in _CONTEXT_FIELDS]
+    return min((limit for limit in limits if isinstance(limit, int)), default=None)

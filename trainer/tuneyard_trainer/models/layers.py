@@ -1,11 +1,11 @@
-"""The layers of a causal language model: its decoder blocks, its head, and what of it is trained.
+"""The layers of a causal language model: its decoder blocks, its head, and its trained parameters.
 
 Shapes: N positions, H hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,37 +22,39 @@ from tuneyard_trainer.models.probes import base_of
 def head_at(
     model: nn.Module, bins_N: Tensor, columns_N: Tensor, width: int
 ) -> Iterator[list[Tensor]]:
-    """While active, the model's head sees (1, N, H) hidden states: those of the named positions.
-    Gives a list to which each forward pass adds the (N, H) states that its head saw.
+    """While active, the model's head receives only the hidden states of N positions, as (1, N, H).
 
-    A hook on the head rather than a call of the decoder alone, so that whatever an architecture
-    does to its logits afterwards (scaling, soft-capping) still happens. Adapters that put virtual
-    tokens before the input shift the columns; the hidden states' own width tells by how much.
+    Position n is row `bins_N[n]`, column `columns_N[n]` of an input that is `width` tokens wide.
+    Yields a list to which each forward pass appends the (N, H) states that the head received.
+
+    The hook is on the head, so the logits are still processed as the architecture does (scaling,
+    soft-capping). Adapters that put virtual tokens before the input shift the columns by the
+    difference between the hidden states' width and `width`.
     """
 
-    seen: list[Tensor] = []
+    received: list[Tensor] = []
 
     def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden_BLH = args[0]
         shift = hidden_BLH.shape[1] - width
-        seen.append(hidden_BLH[bins_N, columns_N + shift])
-        return (seen[-1].unsqueeze(0), *args[1:])
+        received.append(hidden_BLH[bins_N, columns_N + shift])
+        return (received[-1].unsqueeze(0), *args[1:])
 
     hook = head_of(model).register_forward_pre_hook(select)
     try:
-        yield seen
+        yield received
     finally:
         hook.remove()
 
 
 def head_of(model: Any) -> nn.Linear:
-    """The linear layer that makes logits of hidden states, of a plain model or under an adapter."""
+    """Return the linear layer that computes logits, of a plain model or one with an adapter."""
     head: nn.Linear = base_of(model).get_output_embeddings()
     return head
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The decoder's layers, in order, and the dotted name of their list in the model."""
+    """Return the dotted name of the list of decoder layers in the model, and the list."""
     count = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -64,14 +66,19 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     )
 
 
-def layer_indices(ranges: str, count: int, field: str) -> list[int]:
-    """The layers named by "0-3,8", ascending. `field`: the manifest field, for messages."""
+def layer_indices(ranges: str | None, count: int, field: str) -> list[int]:
+    """Return the indices of layers such as "0-3,8", ascending; None: all `count` layers.
+
+    `field`: the manifest field, for messages. Raises StageError LayerOutOfRange.
+    """
+    if ranges is None:
+        return list(range(count))
     chosen: set[int] = set()
     for part in ranges.split(","):
         first, _, last = part.partition("-")
         low, high = int(first), int(last or first)
         if low > high or high >= count:
-            wrong = "runs backwards" if low > high else f"asks for layer {high}"
+            wrong = "is descending" if low > high else f"names layer {high}"
             raise StageError(
                 "LayerOutOfRange",
                 f'{field} is "{ranges}": {part} {wrong}, and the model has {count} layers.',
@@ -82,8 +89,8 @@ def layer_indices(ranges: str, count: int, field: str) -> list[int]:
 
 
 def freeze(model: PreTrainedModel, settings: Freeze) -> None:
-    """Takes the named parts out of training. Raises StageError where that cannot be done as asked,
-    or where nothing would be left to train."""
+    """Freeze the parts of the model that the settings name. Raises StageError if a part cannot be
+    frozen alone, or if no parameter would be trained."""
     if settings.layers:
         _, layers = decoder_layers(model)
         for index in layer_indices(settings.layers, len(layers), "training.freeze.layers"):
@@ -95,7 +102,7 @@ def freeze(model: PreTrainedModel, settings: Freeze) -> None:
         if head.weight is embeddings.weight and not settings.embeddings:
             raise StageError(
                 "TiedHead",
-                "training.freeze.head is set, and this model's head is its embeddings.",
+                "training.freeze.head is set, and this model's head is tied to its embeddings.",
                 advice="Set training.freeze.embeddings too, or remove training.freeze.head.",
             )
         head.requires_grad_(False)
@@ -103,18 +110,26 @@ def freeze(model: PreTrainedModel, settings: Freeze) -> None:
         raise StageError(
             "NothingToTrain",
             "training.freeze leaves no parameter to train.",
-            advice="Freeze less: narrow training.freeze.layers.",
+            advice="Set training.freeze.layers to fewer layers.",
         )
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that training changes, by name; tied ones once."""
+    """Return the trainable parameters by name, tied ones once."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def count_parameters(model: nn.Module) -> int:
-    """All parameters, adapters included, tied ones once, 4-bit ones by what they stand for."""
+    """Return the number of parameters, adapters included. Tied ones count once, 4-bit ones by the
+    number of weights that they encode."""
     return sum(_size(parameter) for parameter in model.parameters())
+
+
+def require_names(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless both hold tensors of the same names."""
+    if expected.keys() != found.keys():
+        odd = sorted(expected.keys() ^ found.keys())
+        raise ValueError(f"{len(odd)} tensors are missing or unknown: {', '.join(odd[:5])}")
 
 
 def _size(parameter: nn.Parameter) -> int:

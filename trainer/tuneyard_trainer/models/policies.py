@@ -1,8 +1,8 @@
-"""A policy: the base with what earlier stages trained of it, to go on training or to answer.
+"""A policy: the base model with the weights that earlier stages trained.
 
-Whatever stage trained it, what it leaves is relative to the input `model`: one adapter over it, or
-whole weights. A later stage goes on with that same adapter instead of stacking a second one, so the
-last stage's weights are always all there is to export.
+Every training stage writes its result relative to the input `model`: one adapter for it, or whole
+weights. A later stage continues to train the same adapter instead of adding a second one, so the
+last stage's weights are the complete result to export.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ def load(
     tokenizer: PreTrainedTokenizerBase,
     gradient_checkpointing: bool = False,
 ) -> nn.Module:
-    """The policy, to be trained: `model`, from where `tuned` left it. Trained parameters are
-    float32; the base under an adapter is in `precision`."""
+    """Load the policy for training: the input `model` with the weights of the input `tuned`.
+
+    Trained parameters are float32; the base of an adapter is in `precision`. Raises StageError.
+    """
     trained = _trained(inputs)
     base = load_base(
         _base(inputs),
@@ -58,7 +60,8 @@ def load(
 
 
 def save(model: nn.Module, adapter: Adapter | None, folder: Path) -> None:
-    """The adapter alone, or the whole model where all of it was trained. Raises StageError."""
+    """Write the adapter, or the whole model if there is no adapter. Raises StageError DiskFull or
+    WriteFailed."""
     try:
         if adapter:
             adapters.save(model, folder)
@@ -68,8 +71,8 @@ def save(model: nn.Module, adapter: Adapter | None, folder: Path) -> None:
         raise disk_error(error, folder) from error
 
 
-def answering(inputs: Mapping[str, Path], device: torch.device) -> nn.Module:
-    """The policy, in evaluation mode: bfloat16 on GPU, float32 on CPU."""
+def load_for_inference(inputs: Mapping[str, Path], device: torch.device) -> nn.Module:
+    """Load the policy in evaluation mode: bfloat16 on a GPU, float32 on a CPU."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     base = load_base(_base(inputs), dtype=dtype, device=device)
     trained = _trained(inputs)
@@ -79,19 +82,19 @@ def answering(inputs: Mapping[str, Path], device: torch.device) -> nn.Module:
 
 
 def merged(inputs: Mapping[str, Path], dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The policy as one plain model."""
+    """Load the policy as one model, its adapter merged."""
     base = load_base(_base(inputs), dtype=dtype, device=device)
     trained = _trained(inputs)
     return adapters.merge(base, trained) if trained and _is_adapter(trained) else base
 
 
 def _trained(inputs: Mapping[str, Path]) -> Path | None:
-    """The weights that an earlier stage left; None: there was none."""
+    """Return the weights that an earlier stage trained; None: there is no such stage."""
     return inputs["tuned"] / WEIGHTS if "tuned" in inputs else None
 
 
 def _base(inputs: Mapping[str, Path]) -> Path:
-    """Where the base's weights lie: whole weights of an earlier stage stand for `model`."""
+    """Return the folder of the base: an earlier stage's whole weights, or the input `model`."""
     trained = _trained(inputs)
     return trained if trained and not _is_adapter(trained) else inputs["model"]
 
@@ -101,12 +104,11 @@ def _is_adapter(weights: Path) -> bool:
 
 
 class Reference:
-    """The policy as it was at a stage's start, without a second model: the trained tensors of that
-    time, which change places with the present ones where the reference is asked.
+    """The policy at the start of a stage, without a second model: a copy of the trainable tensors,
+    which is swapped in while the reference is active.
 
-    That is the adapter alone where there is one, and works for every kind of adapter; a fresh
-    adapter's start is the base. Made before a checkpoint is restored, it is the same after a
-    resume.
+    With an adapter of any kind, only the adapter is copied. A reference that is created before a
+    checkpoint is restored is the same after a resume.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -114,8 +116,8 @@ class Reference:
         self._start = {name: p.detach().clone() for name, p in parameters.items()}
 
     @contextmanager
-    def in_force(self) -> Iterator[None]:
-        """While active, the model is the reference. No gradient may be outstanding."""
+    def active(self) -> Iterator[None]:
+        """While active, the model is the reference. No backward pass may be pending."""
         self._swap()
         try:
             yield
@@ -124,6 +126,6 @@ class Reference:
 
     def _swap(self) -> None:
         for name, parameter in self._parameters.items():
-            present = parameter.data
+            current = parameter.data
             parameter.data = self._start[name]
-            self._start[name] = present
+            self._start[name] = current

@@ -1,7 +1,7 @@
-"""What a model does, found out by running it on a few random tokens.
+"""Probes: properties of a model that are measured by running it on a few random tokens.
 
-Names and flags of architectures lie about this, and new ones come every month. Shapes of token ids
-and logits: (rows, tokens) and (rows, tokens, vocabulary).
+The names and flags of architectures are not reliable for this, and new architectures appear every
+month. Shapes of token ids and logits: (rows, tokens) and (rows, tokens, vocabulary).
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ TOKENS = 8
 
 
 def base_of(model: Any) -> Any:
-    """The model under PEFT's wrapper, with the adapter's layers in it; else the model itself."""
+    """Return the model inside PEFT's wrapper, which has the adapter's layers; else `model`."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def isolates_documents(model: nn.Module) -> bool:
-    """Whether documents packed into one row, told apart only by positions that start again at 0,
-    come out as they would alone; only then may training pack.
+    """Return whether the model keeps documents in one row apart if only their positions, which
+    restart at 0, separate them. Training packs documents only if this holds.
 
-    Two rows of two random documents: the second ones' logits must not change when the first ones
-    do (a leak), nor differ from those of the second documents alone (a wrong position). Two rows,
-    because flash attention reads such positions only where the batch is 1. State space models
-    leak; virtual tokens stand before a row's first document only.
+    The probe runs two rows of two random documents. The second documents' logits must not change
+    with the first documents (a leak), and must equal those of the second documents alone (positions
+    are respected). It takes two rows because flash attention reads such positions only if the batch
+    is 1. State space models leak; virtual tokens precede only the first document of a row.
     """
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return False
@@ -43,14 +43,15 @@ def isolates_documents(model: nn.Module) -> bool:
         packed = _last_logits(model, torch.cat((first, second), 1), positions)
         beside_another = _last_logits(model, torch.cat((other, second), 1), positions)
         alone = _last_logits(model, second, positions[:, :TOKENS])
-    # Equal shapes give equal sums (but for the order of experts); unequal ones round differently.
+    # Results of equal shapes are equal except for the order of experts; other shapes round
+    # differently.
     leak, shift = (1e-5, 1e-4) if packed.dtype is torch.float32 else (1e-2, 5e-2)
     scale = alone.float().abs().max()
     return _within(packed, beside_another, leak * scale) and _within(packed, alone, shift * scale)
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether no token sees the ones after it."""
+    """Return whether no token attends to later tokens."""
     start, end, other = _random_documents(model, 3)
     with probing(model):
         logits = model(input_ids=torch.cat((start, end), 1), use_cache=False).logits[:, :TOKENS]
@@ -60,7 +61,8 @@ def is_causal(model: nn.Module) -> bool:
 
 @contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's mode and the random state come back."""
+    """While active, the model is in evaluation mode without gradients. Then every module's mode and
+    the random state are restored."""
     modes = [(module, module.training) for module in model.modules()]
     device = _device(model)
     model.eval()
@@ -73,7 +75,7 @@ def probing(model: nn.Module) -> Iterator[None]:
 
 
 def _random_documents(model: nn.Module, count: int) -> list[Tensor]:
-    """`count` times (2, TOKENS) token ids, the same in every call."""
+    """Return `count` tensors of (2, TOKENS) token ids, the same in every call."""
     config: Any = model.config
     vocabulary = config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)

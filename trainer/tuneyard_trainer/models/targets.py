@@ -1,11 +1,8 @@
-"""The layers that LoRA and (IA)^3 adapt: what `targets: all-linear` means for an architecture."""
+"""The layers that LoRA and (IA)^3 adapt, such as those of `targets: all-linear`."""
 
 from __future__ import annotations
 
-from peft import (
-    IA3Config,
-    LoraConfig,
-)
+from peft import IA3Config, LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -18,18 +15,18 @@ from tuneyard_trainer.models.layers import decoder_layers, layer_indices
 TASK = "CAUSAL_LM"
 
 
-# (IA)^3 rescales keys, values and the MLP's inner activations: the outputs of the first two and the
-# input of the third. Where one layer makes queries, keys and values, all of them are rescaled.
+# (IA)^3 rescales the outputs of the key and value projections and the input of the MLP's output
+# projection. If one layer computes queries, keys and values, all of its outputs are rescaled.
 IA3_KEY_VALUE = ("k_proj", "v_proj", "key", "value", "c_attn", "query_key_value", "qkv_proj")
 
 IA3_MLP = ("down_proj", "fc2", "fc_out", "w2", "dense_4h_to_h", "mlp.c_proj")
 
 
 def lora_config(model: PreTrainedModel, settings: Lora, field: str) -> LoraConfig:
+    """Return PEFT's config for LoRA or QLoRA. `field`: the manifest field of the settings, for
+    messages. Raises StageError TargetNotFound, TiedHead or LayerOutOfRange."""
     name, layers = decoder_layers(model)
-    chosen = list(range(len(layers)))
-    if settings.layers:
-        chosen = layer_indices(settings.layers, len(layers), f"{field}.layers")
+    chosen = layer_indices(settings.layers, len(layers), f"{field}.layers")
     return LoraConfig(
         task_type=TASK,
         r=settings.rank,
@@ -46,7 +43,7 @@ def lora_config(model: PreTrainedModel, settings: Lora, field: str) -> LoraConfi
 def _targets(
     model: PreTrainedModel, targets: str | list[str], chosen: list[int], field: str
 ) -> list[str]:
-    """Module names as PEFT matches them: a module's whole name, or its end after a dot."""
+    """Return module names as PEFT matches them: a module's whole name, or a suffix after a dot."""
     inside, outside = _linear_layers(model, chosen)
     if isinstance(targets, list):
         _check_targets(model, targets, inside | outside, field)
@@ -59,8 +56,8 @@ def _targets(
 
 
 def _linear_layers(model: PreTrainedModel, chosen: list[int]) -> tuple[set[str], set[str]]:
-    """Names of the linear layers (4-bit ones and GPT-2's Conv1D too): those in the chosen decoder
-    layers, and those in no decoder layer."""
+    """Return the names of linear layers (4-bit layers and GPT-2's Conv1D included): those inside
+    the chosen decoder layers, and those outside of all decoder layers."""
     prefix = decoder_layers(model)[0] + "."
     inside, outside = set(), set()
     for name, module in model.named_modules():
@@ -79,7 +76,7 @@ def _attention_prefixes(model: PreTrainedModel, chosen: list[int]) -> tuple[str,
 
 
 def _shortest(wanted: set[str], names: set[str]) -> list[str]:
-    """The last parts of the wanted names, or more of them where those would match others too."""
+    """Return the shortest suffixes that match all wanted names and no other names."""
     found: set[str] = set()
     for name in sorted(wanted):
         parts = name.split(".")
@@ -99,20 +96,21 @@ def _check_targets(model: PreTrainedModel, targets: list[str], names: set[str], 
         known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
         raise StageError(
             "TargetNotFound",
-            f"{field}.targets names {', '.join(unknown)}, and the linear layers there are {known}.",
-            advice=f"Set {field}.targets to some of these, to all-linear or to attention.",
+            f"{field}.targets names {', '.join(unknown)}; the model's linear layers are {known}.",
+            advice=f"Set {field}.targets to some of these layers, to all-linear or to attention.",
         )
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     matched = {model.get_submodule(name) for t in targets for name in _matching(t, names)}
     if head in matched and head.weight is embeddings.weight:
         raise StageError(
             "TiedHead",
-            f"{field}.targets names the head, which in this model is its embeddings.",
-            advice=f"Take the head out of {field}.targets.",
+            f"{field}.targets names the head, which in this model is tied to the embeddings.",
+            advice=f"Remove the head from {field}.targets.",
         )
 
 
 def ia3_config(model: PreTrainedModel) -> IA3Config:
+    """Return PEFT's config for (IA)^3. Raises StageError UnknownLayout."""
     _, layers = decoder_layers(model)
     names, _ = _linear_layers(model, list(range(len(layers))))
     key_value = [name for name in IA3_KEY_VALUE if _matching(name, names)]
@@ -121,8 +119,8 @@ def ia3_config(model: PreTrainedModel) -> IA3Config:
         known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
         raise StageError(
             "UnknownLayout",
-            f"(IA)^3 finds no {'MLP output' if key_value else 'key and value'} projection in "
-            f"{type(model).__name__}: its linear layers are {known}.",
+            f"{type(model).__name__} has no {'MLP output' if key_value else 'key and value'} "
+            f"projection of a known name for (IA)^3: its linear layers are {known}.",
             advice="Use adapter.lora with targets: all-linear.",
         )
     return IA3Config(task_type=TASK, target_modules=key_value + mlp, feedforward_modules=mlp)

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         plan = Plan.model_validate_json(options.plan.read_text())
         driver = Driver(plan, options.attempt, options.job_uid, log)
-        with drain.present(drain.FOLDER, driver.preempted):
+        with drain.registered(drain.FOLDER, driver.preempted):
             return driver.run()
     except Exception as error:
         return _leave(outcome_of(error), log)
@@ -92,7 +92,9 @@ class Driver:
 
     def _carry_out(self) -> None:
         output = located(self._plan.output.uri)
-        with sources.explained(SourceInput(uri=self._plan.output.uri, path="spec.output.uri")):
+        with sources.as_stage_errors(
+            SourceInput(uri=self._plan.output.uri, path="spec.output.uri")
+        ):
             store = Store(output, FOLDER / "store", self._uid)
             store.claim(self._plan.job, self._attempt)
         self._log("output-claimed", uri=self._plan.output.uri)

@@ -21,10 +21,10 @@ from tuneyard.api.plan import TrainRuntime
 from tuneyard.api.stage_settings import RewardSettings
 from tuneyard_trainer.models import adapters, reward_models
 from tuneyard_trainer.models.base import (
-    differing,
+    differing_weight,
     load_tokenizer,
     precision_of,
-    read_back_otherwise,
+    read_back_mismatch,
     save_model,
 )
 from tuneyard_trainer.models.files import stored_dtype
@@ -57,7 +57,7 @@ def run(context: StageContext) -> StageOutcome:
     tokenizer = load_tokenizer(context.inputs["data"] / "tokenizer")
     context.worker.report(message="loading the model")
     spare = context.workdir / START / str(context.worker.rank)  # two workers may share the folder
-    start = reward_models.start(context.inputs, spare)
+    start = reward_models.base_weights(context.inputs, spare)
     loop = build(context, settings, start, data, tokenizer)
     state = loop.train()
     metrics, details = loop.summary(state), loop.details(state)
@@ -79,7 +79,7 @@ def build(
     """The loop at its start."""
     training = settings.training
     precision = precision_of(training, context.worker)
-    model = reward_models.fresh(
+    model = reward_models.create(
         start,
         settings.adapter,
         training,
@@ -107,7 +107,7 @@ def _forward(
     return Forward(
         device=worker.device,
         precision=precision,
-        pad=reward_models.padding(tokenizer),
+        pad=reward_models.padding_id(tokenizer),
         pack=False,
         capacity=data.max_length,
         max_tokens=default if wanted == "auto" else wanted,
@@ -210,8 +210,8 @@ def _written(
         save_model(whole.to(dtype), context.workdir / WEIGHTS)
     in_memory_R = probed(whole, torch.float32)
     read = reward_models.load(context.workdir / WEIGHTS, dtype=dtype, device=context.worker.device)
-    if name := differing(whole, read):
-        raise read_back_otherwise(
+    if name := differing_weight(whole, read):
+        raise read_back_mismatch(
             "RewardMismatch", f"the reward model read back differs from what was written in {name}."
         )
     difference = float((trained_R - in_memory_R).abs().max())
@@ -251,7 +251,7 @@ def _spread(found: NDArray[np.float64], held_out: Comparisons) -> dict[str, floa
 def _compare(what: str, wanted_R: Tensor, found_R: Tensor, tolerance: float) -> None:
     difference = float((wanted_R - found_R).abs().max())
     if not difference <= tolerance:
-        raise read_back_otherwise(
+        raise read_back_mismatch(
             "RewardMismatch",
             f"{what} scores otherwise than what was trained: by {difference:.3g}, more than "
             f"{tolerance:.3g}.",

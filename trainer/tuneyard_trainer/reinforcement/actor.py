@@ -136,7 +136,7 @@ class Actor:
         """(B, T) what the model at the start would have given the same tokens."""
         if self.reference is None:
             raise TypeError("this actor was loaded without a reference")
-        with self.reference.in_force():
+        with self.reference.active():
             return self._in_passes(texts, None, with_entropy=False).logprobs_BT
 
     def train(self) -> None:

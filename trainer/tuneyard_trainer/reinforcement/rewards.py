@@ -16,7 +16,7 @@ import jsonschema
 import referencing
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.alignment import RuleReward
 from tuneyard.api.stage_settings import ChatSettings, RewardTerm
@@ -24,12 +24,11 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import ChatFormat, MisfitError, rendered
 from tuneyard_trainer.data.prompts import Prompt
 from tuneyard_trainer.generation.greedy import length_batches
-from tuneyard_trainer.models import base
-from tuneyard_trainer.models.files import first_line
+from tuneyard_trainer.models import base, reward_models
+from tuneyard_trainer.models.files import context_length, first_line
 
 BATCH_ANSWERS = 64
 """Answers that a reward model reads at once; it keeps no cache."""
-OWN_MODEL = "Set rewardModel.model.uri to a sequence classifier with one output."
 
 
 class Attempt(NamedTuple):
@@ -207,15 +206,14 @@ class LearnedReward:
         """A reward stage's output, or a folder with a classifier. Raises StageError."""
         ours = (path / "weights").is_dir()
         folder, beside = (path / "weights", path / "tokenizer") if ours else (path, path)
-        model = _classifier(folder, device)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        model = reward_models.load(folder, dtype=dtype, device=device)
         tokenizer = base.load_tokenizer(beside)
         _check_vocabulary(path, model, tokenizer)
         if ours and chat.chat_template:
             tokenizer.chat_template = chat.chat_template
         encode = _in_turns(tokenizer) if tokenizer.chat_template else _plainly(tokenizer, ours)
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        limit = limit if isinstance(limit, int) else None
-        return cls(model, int(tokenizer.pad_token_id), encode, limit)
+        return cls(model, int(tokenizer.pad_token_id), encode, context_length(model.config))
 
     def __call__(self, attempts: Sequence[Attempt]) -> Tensor:
         if not attempts:
@@ -258,43 +256,6 @@ class LearnedReward:
                     advice="Lower sampling.maxNewTokens, shorten the prompts, or choose a reward "
                     "model with a longer context.",
                 )
-
-
-def _classifier(folder: Path, device: torch.device) -> Any:
-    """Raises StageError RewardModelBroken, RewardHeadMissing or RewardNotScalar."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    load: Any = AutoModelForSequenceClassification.from_pretrained
-    try:
-        with base.quiet():
-            model, info = load(
-                folder,
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-    except Exception as error:  # each architecture fails in its own way
-        raise StageError(
-            "RewardModelBroken",
-            f"{folder} cannot be loaded as a sequence classifier: {first_line(error)}.",
-            advice=OWN_MODEL,
-        ) from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise StageError(
-            "RewardHeadMissing",
-            f"{folder} lacks {', '.join(missing[:3])}: it is no trained classifier, and its scores "
-            "would be random.",
-            advice=OWN_MODEL,
-        )
-    if model.config.num_labels != 1:
-        raise StageError(
-            "RewardNotScalar",
-            f"{folder} gives {model.config.num_labels} outputs, and a reward is one number.",
-            advice=OWN_MODEL,
-        )
-    return model.to(device).eval().requires_grad_(False)
 
 
 def _check_vocabulary(path: Path, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from tuneyard.api.stage_settings import ExportSettings
 from tuneyard_trainer.data.prepared import Prepared
 from tuneyard_trainer.models import adapters, base, files, reward_models
-from tuneyard_trainer.models.base import read_back_otherwise
+from tuneyard_trainer.models.base import read_back_mismatch
 from tuneyard_trainer.reporting import report
 from tuneyard_trainer.worker import StageContext, StageOutcome
 
@@ -43,7 +43,7 @@ def run(context: StageContext) -> StageOutcome:
     _clear(context.workdir)
     probe_1L = _probe(context.inputs)
     compared: dict[str, float] = {}
-    if reward_models.is_scorer(context.inputs["tuned"] / "weights"):
+    if reward_models.is_reward_model(context.inputs["tuned"] / "weights"):
         context.worker.report(message="writing the reward model and loading it again")
         compared["rewardDifference"] = _export_scorer(context.inputs, context.workdir, probe_1L)
     elif (context.inputs["tuned"] / "weights" / "adapter_config.json").exists():
@@ -126,8 +126,8 @@ def _write_model(
     base.save_model(model, target)
     _add_tokenizer(inputs, target)
     written = base.load_base(target, dtype=model.dtype, device=torch.device("cpu"))
-    if name := base.differing(model, written):
-        raise read_back_otherwise(
+    if name := base.differing_weight(model, written):
+        raise read_back_mismatch(
             "ExportMismatch", f"the model read back differs from the one in memory in {name}."
         )
     return float((in_memory_1LV - _logits(written, probe_1L)).abs().max())
@@ -179,7 +179,7 @@ def _compared(what: str, expected: Tensor, found: Tensor, tolerance: float) -> f
     """The largest difference of a logit; raises StageError ExportMismatch above the tolerance."""
     difference = float((expected - found).abs().max())
     if not difference <= tolerance:
-        raise read_back_otherwise(
+        raise read_back_mismatch(
             "ExportMismatch",
             f"{what} differs from the model in memory: a logit by {difference:.3g}, where "
             f"{tolerance:g} is allowed.",

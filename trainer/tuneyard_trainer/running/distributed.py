@@ -250,7 +250,7 @@ def _walk(config: dict[str, Any]) -> None:
     )
     with ExitStack() as stack:
         if places.drain:
-            stack.enter_context(drain.present(Path(places.drain), client.ask_to_stop))
+            stack.enter_context(drain.registered(Path(places.drain), client.ask_to_stop))
         try:
             runner.run()
         except Interrupted as stopped:

@@ -1,5 +1,4 @@
-"""Where bytes come from and where results are left.
+"""Sources, content digests, stage records, append-only journals and atomic writes.
 
-What lives here: fetching a source by its URI, content digests, stage records, append-only journals
-and atomic writes. What may not enter: torch, tokenizers, and any knowledge of what a file means.
+The package imports neither torch nor a tokenizer, and does not interpret the files it stores.
 """

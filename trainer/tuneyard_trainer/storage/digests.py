@@ -1,24 +1,26 @@
-"""What a path's files are and what they hold: a content's name, wherever it lies."""
+"""The files of a path and the digest of their content, which does not depend on the path."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from tuneyard.api.plan import digest
 from tuneyard.errors import StageError
+from tuneyard_trainer.storage.files import write_atomically
 
 WILDCARDS = frozenset("*?[")
-_REMEMBERED_BYTES = 16 << 20  # hashing less than 16 MiB costs about 10 ms: not worth remembering
+_CACHED_BYTES = 16 << 20  # hashing less than 16 MiB takes about 10 ms, which needs no cache
 
 
 def files_under(path: Path) -> list[tuple[str, Path]]:
-    """The files of a file, a folder (recursively) or a glob, with their names relative to it (to a
-    glob's fixed part), sorted by name. Hidden files and folders are left out; [] if there are none.
+    """Return the files of a file, a folder (recursively) or a glob, sorted by name.
+
+    Names are relative to the path; for a glob, to the part before its first wildcard. Hidden files
+    and folders are left out.
     """
     if path.is_file():
         return [(path.name, path)]
@@ -30,11 +32,12 @@ def files_under(path: Path) -> list[tuple[str, Path]]:
 
 
 def digest_of(paths: Path | Sequence[Path], *, cache_dir: Path | None = None) -> str:
-    """`sha256:` and a hash of content: equal for copies anywhere, whatever their times.
+    """Return `sha256:` and a hash of content. Copies have equal digests; file times do not count.
 
-    A file counts with its content and its last suffix (the suffix decides how it is read), a folder
-    or glob with its files' relative names and contents. With `cache_dir`, hashes of files above
-    16 MiB are remembered there by path, size, mtime and inode. Raises StageError SourceNotFound.
+    The digest of a file covers its content and its last suffix (the suffix decides how the file is
+    read); that of a folder or glob covers its files' relative names and contents. With `cache_dir`,
+    hashes of files from 16 MiB up are cached there by path, size, mtime and inode. Raises
+    StageError SourceNotFound.
     """
     hashes = _Hashes(cache_dir)
     if isinstance(paths, Path):
@@ -55,19 +58,19 @@ def _digest(path: Path, hashes: _Hashes) -> str:
 
 
 class _Hashes:
-    """SHA-256 of files, those of large files remembered in `<cache_dir>/hashes.json`."""
+    """SHA-256 of files. Hashes of large files are cached in `<cache_dir>/hashes.json`."""
 
     def __init__(self, cache_dir: Path | None) -> None:
         self.file = cache_dir / "hashes.json" if cache_dir else None
         self.known: dict[str, str] = {}
         self.changed = False
-        with suppress(OSError, ValueError):  # no memory yet, or a torn one: hash anew
+        with suppress(OSError, ValueError):  # no cache yet, or a damaged one
             known = json.loads(self.file.read_text()) if self.file else {}
             self.known = {key: str(value) for key, value in dict(known or {}).items()}
 
     def of(self, path: Path) -> str:
         status = path.stat()
-        if status.st_size < _REMEMBERED_BYTES:
+        if status.st_size < _CACHED_BYTES:
             return _sha256(path)
         key = str(path.absolute())
         stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_ino} "
@@ -77,12 +80,8 @@ class _Hashes:
         return self.known[key].removeprefix(stamp)
 
     def save(self) -> None:
-        if not (self.file and self.changed):
-            return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_name(f".hashes.{os.getpid()}.json")
-        partial.write_text(json.dumps(self.known))
-        partial.replace(self.file)
+        if self.file and self.changed:
+            write_atomically(self.file, json.dumps(self.known).encode())
 
 
 def _sha256(path: Path) -> str:
@@ -91,11 +90,12 @@ def _sha256(path: Path) -> str:
 
 
 def hidden(name: PurePosixPath | Path) -> bool:
+    """Return whether a relative path names a hidden file or lies in a hidden folder."""
     return any(part.startswith(".") for part in name.parts)
 
 
 def split_glob(path: Path) -> tuple[Path, str]:
-    """A glob's fixed folder and its pattern ("" if it has no wildcard)."""
+    """Return a glob's folder without wildcards, and its pattern ("" if it has no wildcard)."""
     for index, part in enumerate(path.parts):
         if WILDCARDS & set(part):
             return Path(*path.parts[:index]), str(Path(*path.parts[index:]))

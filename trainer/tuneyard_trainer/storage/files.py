@@ -1,4 +1,4 @@
-"""What a failed write means. Needs no torch: records are read before it is imported."""
+"""Atomic writes, and the StageError for a failed write."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from tuneyard.errors import StageError
 
 
 def disk_error(error: OSError | SafetensorError, folder: Path) -> StageError:
-    """The StageError for a failed write."""
+    """Return the StageError for a failed write: DiskFull or WriteFailed."""
     code = getattr(error, "errno", None)
     if code in (errno.ENOSPC, errno.EDQUOT) or f"os error {errno.ENOSPC}" in str(error):
         return StageError(
             "DiskFull",
             f"no space left while writing to {folder}.",
-            advice="Free space there, or point output.uri elsewhere; then run the same manifest "
-            "again: it goes on from the last complete checkpoint.",
+            advice="Free space there, or set output.uri to another location; then run the same "
+            "manifest again. It resumes from the last complete checkpoint.",
         )
     forbidden = code in (errno.EACCES, errno.EPERM, errno.EROFS)
     return StageError(
         "WriteFailed",
         f"cannot write to {folder}: {error}.",
-        advice="Make it writable for the user that the job runs as, or point output.uri elsewhere."
+        advice="Give the user that the job runs as write access, or set output.uri to another "
+        "location."
         if forbidden
         else "",
         retryable=not forbidden,
@@ -33,7 +34,7 @@ def disk_error(error: OSError | SafetensorError, folder: Path) -> StageError:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """The file holds all of `data` or what it held before, also after a power cut.
+    """Replace the file's content by `data`, entirely or not at all, even after a power failure.
 
     Raises StageError DiskFull or WriteFailed.
     """

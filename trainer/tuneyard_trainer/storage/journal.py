@@ -1,4 +1,4 @@
-"""An append-only file of JSON lines, so that a killed stage pays for nothing twice."""
+"""An append-only file of JSON lines, so that a restarted stage does not repeat finished work."""
 
 from __future__ import annotations
 
@@ -12,30 +12,35 @@ from typing import Any, BinaryIO, Self
 from tuneyard_trainer.storage.files import disk_error
 
 PERSIST_SECONDS = 60.0
-"""How much work a lost machine may cost, where the work folder is not itself the durable place."""
+"""The most seconds of work that the loss of a machine may cost, if the work folder is not durable
+itself."""
 
 
 class Journal:
-    """What earlier attempts of the same stage wrote, and a place for more. One writer."""
+    """The entries that earlier attempts of a stage wrote, and a file for new ones. One writer."""
 
     def __init__(self, folder: Path, identity: str, persist: Callable[[Path], None]) -> None:
-        """`identity`: a journal of another is begun anew. A line cut off by a kill is dropped.
+        """`identity`: the stage's; a journal of another identity is discarded. An incomplete last
+        line is dropped. `persist`: copies a folder to durable storage.
 
         Raises StageError DiskFull or WriteFailed.
         """
         self.entries: list[dict[str, Any]] = []
-        """Of earlier attempts, in order."""
+        """The entries of earlier attempts, in order."""
         self._folder, self._persist = folder, persist
         self._path = folder / "journal.jsonl"
         self._persisted = time.monotonic()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = self._opened(identity)
+            self._file = self._open(identity)
         except OSError as error:
             raise disk_error(error, folder) from error
 
     def append(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        """On disk when it returns. Raises StageError DiskFull or WriteFailed."""
+        """Write entries; they are on disk when this returns.
+
+        Raises StageError DiskFull or WriteFailed.
+        """
         try:
             self._file.write(lines(entries))
             self._file.flush()
@@ -47,7 +52,7 @@ class Journal:
             self._persisted = time.monotonic()
 
     def close(self) -> None:
-        """Makes what was appended outlive this machine."""
+        """Close the file and copy it to durable storage."""
         self._file.close()
         self._persist(self._folder)
 
@@ -57,40 +62,41 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _opened(self, identity: str) -> BinaryIO:
-        good = self._read(identity)
-        file = self._path.open("r+b" if good else "wb")
-        file.truncate(good)
-        file.seek(good)
-        if not good:
+    def _open(self, identity: str) -> BinaryIO:
+        valid = self._read(identity)
+        file = self._path.open("r+b" if valid else "wb")
+        file.truncate(valid)
+        file.seek(valid)
+        if not valid:
             file.write(lines([{"identity": identity}]))
             file.flush()
         return file
 
     def _read(self, identity: str) -> int:
-        """Fills `entries`; the number of bytes that hold good."""
+        """Fill `entries` and return the number of bytes up to the first invalid line."""
         if not self._path.exists():
             return 0
-        good = 0
+        valid = 0
         with self._path.open("rb") as file:
             for number, line in enumerate(file):
                 entry = _entry(line)
                 if entry is None or (number == 0 and entry.get("identity") != identity):
                     break
-                good += len(line)
+                valid += len(line)
                 if number:
                     self.entries.append(entry)
-        return good
+        return valid
 
 
 def lines(entries: Iterable[Mapping[str, Any]]) -> bytes:
-    """JSON Lines; half a surrogate pair, which a broken answer may hold, becomes "?"."""
+    """Return entries as JSON Lines. Half of a surrogate pair, which generated text may hold,
+    becomes "?"."""
     text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
     return text.encode("utf-8", "replace")
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
-    """None for a line that is cut off or torn."""
+    """Return the line's entry; None if the line is incomplete or damaged."""
     try:
         value = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:

@@ -1,9 +1,8 @@
-"""Where a job's stages leave their output and, last of all, their records: any fsspec location.
+"""A job's output location, with the files and the record of each stage. Any fsspec location.
 
-Layout under the job's output: `owner.json`, `stages/NAME/` with each stage's files and its
-`record.json`, and `result/`, which is the export stage's folder. A record is written last and
-atomically (rename on a file system, one put on an object store), so a record that can be read
-vouches for files that are complete.
+Layout: `owner.json`, `stages/NAME/` with each stage's files and its `record.json`, and `result/`,
+which is the export stage's folder. A record is written last and atomically (rename on a file
+system, one put on an object store), so a readable record means that the stage's files are complete.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.storage.files import disk_error, write_atomically
 
 LAST = ("state.json", "record.json")
-"""Files that say that the others are complete; always copied after them."""
+"""Files whose presence means that the others are complete; they are copied last."""
 
 
 class Store:
-    """A job's output location. On a file system, stages work in place; on an object store, in a
-    scratch folder that is copied up when something in it shall last."""
+    """A job's output location. On a file system, stages work in place; for an object store, they
+    work in a scratch folder, which `persist` uploads."""
 
     def __init__(self, uri: str, scratch: Path, job_uid: str | None = None) -> None:
         """`uri`: `/a/path`, `file:///a/path` or any fsspec URL. `scratch`: a local folder.
-        `job_uid`: which of the jobs that ever had this name works here; None on one machine."""
+        `job_uid`: the uid of the Kubernetes object; None outside a cluster."""
         self.uri, self._job_uid = uri, job_uid
         self._fs, self._root = fsspec.core.url_to_fs(uri)
         self.is_local = "file" in _protocols(self._fs)
@@ -43,11 +42,11 @@ class Store:
     # ---- ownership ----------------------------------------------------------------------------
 
     def claim(self, job: JobRef, attempt: int) -> None:
-        """Marks the location as this job's, for this attempt. A job that was deleted and made anew
-        has another uid: it takes over, and its predecessor can never come back.
+        """Record this job and attempt as the location's owner. A job that was deleted and created
+        again has another uid: it takes over, and the former job cannot claim the location again.
 
-        Raises StageError OutputOwned if it belongs to another job or holds files of unknown origin,
-        StaleAttempt if a newer attempt already works there.
+        Raises StageError OutputOwned if the location belongs to another job or holds files of
+        unknown origin, StaleAttempt if a newer attempt already works there.
         """
         owner = self._read_json("owner.json")
         former: list[str] = []
@@ -73,8 +72,8 @@ class Store:
         )
 
     def refuse_stale(self, attempt: int) -> None:
-        """Raises StageError StaleAttempt unless this job and attempt (or an older one of it) made
-        the last claim."""
+        """Raise StageError StaleAttempt unless this job, in this attempt or an older one, made the
+        last claim."""
         owner = self._read_json("owner.json")
         if owner is None:
             raise _stale(f"{self.uri} was erased")
@@ -83,9 +82,11 @@ class Store:
         self._refuse_older(owner, attempt)
 
     def erase(self, job: JobRef) -> bool:
-        """Removes what this job wrote, `owner.json` last, so that an erasure that was cut off can
-        be repeated; files that others put there stay. False, and nothing is touched, if the
-        location is not this job's (any more)."""
+        """Remove the files that this job wrote. Return False, and change nothing, if the location
+        does not belong to this job.
+
+        Other files stay. `owner.json` is removed last, so an interrupted call can be repeated.
+        """
         owner = self._read_json("owner.json")
         if owner is None or owner.get("uid") != self._job_uid or self._job_uid is None:
             return False
@@ -104,7 +105,7 @@ class Store:
                 "OutputOwned",
                 f"{self.uri} holds the output of {theirs.kind} {theirs.name}, and this is "
                 f"{job.kind} {job.name}.",
-                advice="Choose another output.uri, or delete that folder.",
+                advice="Set output.uri to another location, or delete that folder.",
             )
 
     def _refuse_older(self, owner: Mapping[str, Any], attempt: int) -> None:
@@ -119,14 +120,14 @@ class Store:
         if foreign:
             raise StageError(
                 "OutputOwned",
-                f"{self.uri} holds files that no job of Tuneyard wrote, {foreign[0]!r} among them.",
-                advice="Choose an empty folder for output.uri.",
+                f"{self.uri} holds files that Tuneyard did not write, such as {foreign[0]!r}.",
+                advice="Set output.uri to an empty folder.",
             )
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keeps a second process on this machine from working in the same folder; object stores
-        rely on the attempt number alone. Raises StageError OutputBusy."""
+        """Lock the folder against other processes of this machine. Object stores rely on the
+        attempt number alone. Raises StageError OutputBusy."""
         if not self.is_local:
             yield
             return
@@ -138,31 +139,31 @@ class Store:
                 raise StageError(
                     "OutputBusy",
                     f"another process is running a job in {self.uri}.",
-                    advice="Wait for it, or stop it.",
+                    advice="Wait until that process ends, or stop it.",
                 ) from None
             yield
 
     # ---- records --------------------------------------------------------------------------------
 
     def record(self, stage: str) -> StageRecord | None:
-        """The stage's record; None if there is none that can be read."""
+        """Return the stage's record; None if there is no readable one."""
         value = self._read_json(f"{stage_folder(stage)}/record.json")
         try:
             return StageRecord.model_validate(value) if value is not None else None
         except ValidationError:
-            return None  # of another version: the stage runs again
+            return None  # written by another version: the stage runs again
 
     def done(self, stage: PlannedStage, input_digests: Mapping[str, str]) -> StageRecord | None:
-        """The record that makes running the stage superfluous; None: it must run."""
+        """Return the stage's record if it is up to date; None: the stage must run."""
         record = self.record(stage.name)
         if record is not None and record.identity == stage.identity(input_digests):
             return record
         return None
 
     def write_record(self, record: StageRecord) -> None:
-        """Copies the stage's files up, then writes the record: the stage is done.
+        """Persist the stage's files, then write the record, which completes the stage.
 
-        Raises StageError StaleAttempt if a newer attempt or job has taken over meanwhile.
+        Raises StageError StaleAttempt if a newer attempt or job has taken over.
         """
         self.refuse_stale(record.attempt)
         folder = self.workdir(record.stage)
@@ -175,9 +176,12 @@ class Store:
         self._remove(f"stages/{record.stage}.begun.json")
 
     def begin(self, stage: str, identity: str) -> None:
-        """Readies the stage's folder before its files change. What an unfinished run of the same
-        identity left there stays, for the stage to go on from; all else is removed, its record
-        first: a checkpoint of other settings or other data is no beginning."""
+        """Prepare the stage's folder for a run.
+
+        Files of an unfinished run with the same identity stay, so the stage can resume from them.
+        Files of another identity belong to other settings or data and are removed, the record
+        first.
+        """
         begun = f"stages/{stage}.begun.json"
         self._remove(f"{stage_folder(stage)}/record.json")
         if self._read_json(begun) == {"identity": identity}:
@@ -194,16 +198,16 @@ class Store:
     # ---- files ----------------------------------------------------------------------------------
 
     def workdir(self, stage: str) -> Path:
-        """The local folder of a stage; holds what lies in the store once `pull` was called."""
+        """Return the local folder of a stage. `pull` fills it from the store."""
         return self._make(self._scratch / stage_folder(stage))
 
     @property
     def root(self) -> Path:
-        """The local counterpart of the whole output."""
+        """The local folder that corresponds to the output location."""
         return self._scratch
 
     def pull(self, stage: str) -> None:
-        """Copies a stage's files from an object store to its local folder."""
+        """Copy a stage's files from an object store to its local folder."""
         remote = self._at(stage_folder(stage))
         if self.is_local or not self._fs.exists(remote):
             return
@@ -214,7 +218,7 @@ class Store:
                 self._fs.get_file(path, str(target))
 
     def persist(self, folder: Path) -> None:
-        """Makes the store hold exactly the files of a local folder under the root."""
+        """Make the store hold exactly the files of a local folder inside the root."""
         if self.is_local:
             return
         remote = self._at(str(folder.relative_to(self._scratch)))

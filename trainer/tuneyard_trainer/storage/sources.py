@@ -1,6 +1,6 @@
-"""Makes an external source local: `fetch` gives a local path for a URI.
+"""External sources: `fetch` returns a local path for a URI.
 
-Local schemes are checked and returned where they lie, remote ones are downloaded once per version.
+Local sources are checked and used in place. Remote sources are downloaded once per version.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ MODEL_FILES = (
     "NOTICE*",
     "README*",
 )
-"""What is fetched of a model folder: never pickles (*.bin, *.pt) and never code (*.py)."""
+"""Files that are fetched of a model folder: no pickles (*.bin, *.pt) and no code (*.py)."""
 
 Kind = Literal["model", "data"]
 
 
 def fetch(source: SourceInput, *, base_dir: Path, cache_dir: Path, kind: Kind) -> Path:
-    """The local path of a source: a file, a folder or, for local data, a glob that matches files
-    (`files_under` expands all three).
+    """Return the local path of a source: a file, a folder or, for local data, a glob that matches
+    files (`files_under` expands all three).
 
-    `base_dir` is the manifest's folder, against which file:// paths are read; `~` is a plain
-    character. Remote sources (s3, gs, https, hf data, any other fsspec scheme) lie below
-    `cache_dir`, one folder per version, and are downloaded again only when the store reports
-    another version; hub models lie in the hub's own cache. Raises StageError SourceNotFound,
-    SourceForbidden, SourceUnavailable (retryable where waiting may help), NoSafetensors, DiskFull.
+    `base_dir`: the manifest's folder, to which file:// paths are relative; `~` is not expanded.
+    `cache_dir`: holds the downloads from s3, gs, https, hf data sets and other fsspec schemes, one
+    folder per version; a source is downloaded again only if the store reports another version.
+    Models of the hub are kept in the hub's own cache. Raises StageError SourceNotFound,
+    SourceForbidden, SourceUnavailable (retryable if waiting may help), NoSafetensors, DiskFull.
     """
     scheme, _, rest = source.uri.partition("://")
-    with explained(source):
+    with as_stage_errors(source):
         if scheme == "file":
             return _local(base_dir.absolute() / rest, kind)
         if scheme == "pvc":
@@ -65,11 +65,11 @@ def fetch(source: SourceInput, *, base_dir: Path, cache_dir: Path, kind: Kind) -
         return _downloaded(source, cache_dir, kind)
 
 
-# Local schemes.
+# ---- local schemes ------------------------------------------------------------------------------
 
 
 def _local(path: Path, kind: Kind) -> Path:
-    # URIs hold no white space, so a path with some is written with %20.
+    # A URI holds no white space: a path may be written with %20 for a space.
     for candidate in dict.fromkeys((path, Path(unquote(str(path))))):
         if candidate.exists():
             if not os.access(candidate, os.R_OK):
@@ -88,15 +88,15 @@ def _mounted(source: SourceInput, rest: str, kind: Kind) -> Path:
         raise StageError(
             "SourceUnavailable",
             f"{source.uri}: the claim is not mounted at {volume}; pvc:// sources need a cluster.",
-            advice=f"On one machine write file://... in {_field(source, 'uri')}.",
+            advice=f"On one machine, set {_field(source, 'uri')} to a file:// URI.",
         )
     if ".." in Path(inside).parts:
-        raise FileNotFoundError(f"{inside} leaves the claim")
+        raise FileNotFoundError(f"{inside} is outside of the claim")
     return _local(volume / inside, kind)
 
 
 def _packaged(source: SourceInput, rest: str) -> Path:
-    """A file of an installed package, found without importing it (no code of it runs)."""
+    """Return a file of an installed package, without importing it (its code is not run)."""
     package, _, name = rest.partition("/")
     # find_spec of a dotted name would import the parent.
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
@@ -110,10 +110,10 @@ def _packaged(source: SourceInput, rest: str) -> Path:
         file = (Path(folder) / name).resolve()
         if name and file.exists() and file.is_relative_to(Path(folder).resolve()):
             return file
-    raise FileNotFoundError(f"the package {package} holds no {name!r}")
+    raise FileNotFoundError(f"the package {package} has no file {name!r}")
 
 
-# The model hub.
+# ---- the model hub ------------------------------------------------------------------------------
 
 
 def _hub_model(source: SourceInput, rest: str, kind: Kind) -> Path:
@@ -123,7 +123,7 @@ def _hub_model(source: SourceInput, rest: str, kind: Kind) -> Path:
     one_file = len(parts) == 3 and parts[2].endswith(".gguf")
     if kind == "data" or not (len(parts) <= 2 or one_file):
         wanted = "hf://datasets/ORG/NAME/FILE" if kind == "data" else "hf://ORG/NAME"
-        raise FileNotFoundError(f"{kind} on the hub is written {wanted}")
+        raise FileNotFoundError(f"the URI of {kind} on the hub has the form {wanted}")
     folder = huggingface_hub.snapshot_download(
         "/".join(parts[:2]),
         revision=source.revision,
@@ -139,15 +139,18 @@ def _hub_model(source: SourceInput, rest: str, kind: Kind) -> Path:
             "NoSafetensors",
             f"{source.uri} holds no *.safetensors weights; pickled weights (*.bin, *.pt) can run "
             "code when they are loaded and are never fetched.",
-            advice=f"Choose a model with safetensors in {_field(source, 'uri')}, or name one GGUF "
-            "file: hf://ORG/NAME/FILE.gguf.",
+            advice=f"Set {_field(source, 'uri')} to a model with safetensors, or to one GGUF file: "
+            "hf://ORG/NAME/FILE.gguf.",
         )
     return Path(folder)
 
 
 def _token(source: SourceInput) -> str | None:
-    """The hub token; None leaves it to HF_TOKEN or a saved login. Raises StageError SourceForbidden
-    where the manifest names a token and none is there: never silently anonymous."""
+    """Return the hub token; None: the hub client uses HF_TOKEN or a saved login.
+
+    Raises StageError SourceForbidden if the manifest names a token and none is set, instead of
+    silently sending anonymous requests.
+    """
     if source.token_secret is None:
         return None
     token = os.environ.get(source.token_secret.variable) or os.environ.get("HF_TOKEN")
@@ -161,7 +164,7 @@ def _token(source: SourceInput) -> str | None:
     return token
 
 
-# Everything that fsspec reads.
+# ---- other remote schemes, read through fsspec --------------------------------------------------
 
 
 def _downloaded(source: SourceInput, cache_dir: Path, kind: Kind) -> Path:
@@ -180,7 +183,7 @@ def _downloaded(source: SourceInput, cache_dir: Path, kind: Kind) -> Path:
 
 
 def _filesystem(source: SourceInput) -> tuple[Any, str]:
-    """A file system without memory of earlier listings, and the source's path in it."""
+    """Return a file system without cached listings, and the source's path in it."""
     import fsspec
 
     if source.uri.startswith("hf://"):
@@ -193,14 +196,14 @@ def _filesystem(source: SourceInput) -> tuple[Any, str]:
     except ValueError as error:  # "Protocol not known"
         raise StageError(
             "SourceUnavailable",
-            f"{_shown(source.uri)} cannot be read here: {error}.",
-            advice=f"Use another scheme in {_field(source, 'uri')}.",
+            f"{_shown(source.uri)} cannot be read: {error}.",
+            advice=f"Set {_field(source, 'uri')} to a URI of another scheme.",
         ) from error
     return fs, root
 
 
 def _listing(fs: Any, root: str, kind: Kind) -> tuple[dict[str, Mapping[str, Any]], bool]:
-    """What to download, by relative name, and whether the source is a single file."""
+    """Return the files to download, by relative name, and whether the source is a single file."""
     web = root.startswith(("http://", "https://"))  # no folders, and "?" is no wildcard
     if kind == "data" and not web and WILDCARDS & set(root):
         base, found = str(split_glob(Path(root))[0]), fs.glob(root, detail=True)
@@ -220,7 +223,7 @@ def _listing(fs: Any, root: str, kind: Kind) -> tuple[dict[str, Mapping[str, Any
 
 
 def _version(info: Mapping[str, Any]) -> str | None:
-    """What changes when a remote file does; None where the store tells nothing."""
+    """Return a value that changes when the remote file changes; None if the store reports none."""
     for field in ("ETag", "etag", "blob_id", "generation", "Content-MD5", "md5Hash", "Digest"):
         if info.get(field):
             return f"{info[field]}"
@@ -231,10 +234,10 @@ def _version(info: Mapping[str, Any]) -> str | None:
 
 
 def _download(fs: Any, listing: Mapping[str, Mapping[str, Any]], target: Path) -> None:
-    """Downloads into a folder beside `target` and moves it there only when all is complete."""
-    partial = target.with_name(".partial")  # ours alone, under the lock: a killed run's leftover
+    """Download into a folder beside `target`, and rename it to `target` once it is complete."""
+    partial = target.with_name(".partial")  # may be left of a killed run: the caller holds the lock
     shutil.rmtree(partial, ignore_errors=True)
-    # Hidden names and with them ".." were left out of the listing.
+    # The listing has no hidden names, hence no "..".
     local = {name: partial / name for name in listing}
     for path in local.values():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -256,57 +259,61 @@ def _check_size(name: str, path: Path, info: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time downloads into a folder; the kernel frees a killed one's lock."""
+    """Let one process at a time download into a folder. The kernel releases a killed process's
+    lock."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-# Failures in the user's words.
+# ---- errors -------------------------------------------------------------------------------------
 
 
-class _Verdict(NamedTuple):
+class _Category(NamedTuple):
+    """A category of failure: the reason, and what the message says of the source."""
+
     reason: str
-    said: str
+    text: str
     retryable: bool = False
 
 
-_MISSING = _Verdict("SourceNotFound", "was not found")
-_REFUSED = _Verdict("SourceForbidden", "may not be read")
-_AWAY = _Verdict("SourceUnavailable", "cannot be reached", retryable=True)
+_NOT_FOUND = _Category("SourceNotFound", "was not found")
+_FORBIDDEN = _Category("SourceForbidden", "may not be read")
+_UNREACHABLE = _Category("SourceUnavailable", "cannot be reached", retryable=True)
 
 # By class name, so that no object store's package needs to be installed; the first match counts.
 _BY_NAME = {
-    "GatedRepoError": _REFUSED,
-    "DisabledRepoError": _REFUSED,
-    "RepositoryNotFoundError": _MISSING,
-    "RevisionNotFoundError": _MISSING,
-    "RemoteEntryNotFoundError": _MISSING,
-    "HFValidationError": _MISSING,
-    "NoCredentialsError": _REFUSED,
-    "PartialCredentialsError": _REFUSED,
-    "CredentialRetrievalError": _REFUSED,
-    "DefaultCredentialsError": _REFUSED,
+    "GatedRepoError": _FORBIDDEN,
+    "DisabledRepoError": _FORBIDDEN,
+    "RepositoryNotFoundError": _NOT_FOUND,
+    "RevisionNotFoundError": _NOT_FOUND,
+    "RemoteEntryNotFoundError": _NOT_FOUND,
+    "HFValidationError": _NOT_FOUND,
+    "NoCredentialsError": _FORBIDDEN,
+    "PartialCredentialsError": _FORBIDDEN,
+    "CredentialRetrievalError": _FORBIDDEN,
+    "DefaultCredentialsError": _FORBIDDEN,
 }
-_BY_STATUS = {401: _REFUSED, 403: _REFUSED, 404: _MISSING, 410: _MISSING}
+_BY_STATUS = {401: _FORBIDDEN, 403: _FORBIDDEN, 404: _NOT_FOUND, 410: _NOT_FOUND}
 _BY_NAME_LAST = {
-    "LocalEntryNotFoundError": _AWAY,  # the hub could not be reached and its cache has no copy
-    "ClientError": _AWAY,  # aiohttp
-    "BotoCoreError": _AWAY,
-    "HTTPError": _AWAY,  # httpx
-    "TimeoutError": _AWAY,
-    "ConnectionError": _AWAY,
-    "FileNotFoundError": _MISSING,
-    "NotADirectoryError": _MISSING,
-    "PermissionError": _REFUSED,
-    "OSError": _AWAY,
+    "LocalEntryNotFoundError": _UNREACHABLE,  # no network, and no copy in the cache
+    "ClientError": _UNREACHABLE,  # aiohttp
+    "BotoCoreError": _UNREACHABLE,
+    "HTTPError": _UNREACHABLE,  # httpx
+    "TimeoutError": _UNREACHABLE,
+    "ConnectionError": _UNREACHABLE,
+    "FileNotFoundError": _NOT_FOUND,
+    "NotADirectoryError": _NOT_FOUND,
+    "PermissionError": _FORBIDDEN,
+    "OSError": _UNREACHABLE,
 }
 
 
 @contextmanager
-def explained(source: SourceInput) -> Iterator[None]:
-    """Turns the failures of file systems, stores and the hub into StageErrors; a defect passes."""
+def as_stage_errors(source: SourceInput) -> Iterator[None]:
+    """Convert the errors of file systems, stores and the hub to StageErrors. Errors of Tuneyard's
+    own code are not converted."""
     try:
         yield
     except StageError:
@@ -321,23 +328,23 @@ def _failure(source: SourceInput, error: Exception) -> Exception:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StageError(
             "DiskFull",
-            f"The disk is full: {_shown(source.uri)} could not be stored ({error}).",
-            advice=f"Free some space, or choose a smaller source in {_field(source, 'uri')}.",
+            f"the disk is full: {_shown(source.uri)} cannot be stored ({error}).",
+            advice=f"Free some space, or set {_field(source, 'uri')} to a smaller source.",
         )
     names = [cls.__name__ for cause in _causes(error) for cls in type(cause).__mro__]
-    verdict = (
+    category = (
         next((_BY_NAME[name] for name in names if name in _BY_NAME), None)
         or _by_status(error)
         or next((_BY_NAME_LAST[name] for name in _BY_NAME_LAST if name in names), None)
     )
-    if verdict is None:
+    if category is None:
         return error
     why = (str(error).strip() or type(error).__name__).splitlines()[0]
     return StageError(
-        verdict.reason,
-        f"{_shown(source.uri)} {verdict.said}: {why.replace(source.uri, _shown(source.uri))}.",
-        advice=_advice(source, verdict, "RevisionNotFoundError" in names),
-        retryable=verdict.retryable,
+        category.reason,
+        f"{_shown(source.uri)} {category.text}: {why.replace(source.uri, _shown(source.uri))}.",
+        advice=_advice(source, category, "RevisionNotFoundError" in names),
+        retryable=category.retryable,
     )
 
 
@@ -347,8 +354,9 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _by_status(error: Exception) -> _Verdict | None:
-    """The verdict of an HTTP status anywhere in the chain (aiohttp, httpx, botocore, gcsfs)."""
+def _by_status(error: Exception) -> _Category | None:
+    """Return the category of the first HTTP error status in the chain of causes (aiohttp, httpx,
+    botocore, gcsfs)."""
     for cause in _causes(error):
         response = getattr(cause, "response", None)
         if isinstance(response, dict):
@@ -356,23 +364,23 @@ def _by_status(error: Exception) -> _Verdict | None:
         codes = (getattr(response, "status_code", response), getattr(cause, "status", None))
         for code in (*codes, getattr(cause, "code", None)):
             if isinstance(code, int) and code >= 400:
-                return _BY_STATUS.get(code, _AWAY)
+                return _BY_STATUS.get(code, _UNREACHABLE)
     return None
 
 
-def _advice(source: SourceInput, verdict: _Verdict, wrong_revision: bool) -> str:
+def _advice(source: SourceInput, category: _Category, wrong_revision: bool) -> str:
     scheme, uri = source.uri.partition("://")[0], _field(source, "uri")
     token = f"set {_field(source, 'tokenSecret')} (on one machine: HF_TOKEN)"
     if wrong_revision:
         return f"Correct {_field(source, 'revision')}."
-    if verdict is _MISSING:
+    if category is _NOT_FOUND:
         return f"Correct {uri}." + (f" If it is private, {token}." if scheme == "hf" else "")
-    if verdict is _AWAY:
+    if category is _UNREACHABLE:
         return f"Check the network and {uri}; running the job again may help."
     if scheme == "hf":
-        return f"Accept its terms on its page and {token}, or change {uri}."
+        return f"Accept the terms on its hub page and {token}, or change {uri}."
     if scheme in ("file", "pvc", "pkg"):
-        return f"Make it readable, or change {uri}."
+        return f"Make the source readable, or change {uri}."
     credentials = f"set {_field(source, 'credentials')} (on one machine: its environment variables)"
     return f"Check the permissions, {credentials}, or change {uri}."
 
@@ -388,12 +396,12 @@ def _missing_package(source: SourceInput, error: ImportError) -> StageError:
 
 
 def _field(source: SourceInput, name: str) -> str:
-    """A field of the source as the manifest names it."""
+    """Return the manifest path of a field of the source."""
     return f"{source.path.removesuffix('.uri')}.{name}".lstrip(".")
 
 
 def _shown(uri: str) -> str:
-    """A URI without what may be secret in it: a query (signed URLs) and a user."""
+    """Return a URI without its parts that may be secret: the query (signed URLs) and the user."""
     parts = urlsplit(uri)
     if parts.scheme not in ("http", "https"):
         return uri
