@@ -221,13 +221,13 @@ def test_init_refuses_a_name_that_no_job_can_have(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main.call(["init", "--", name]) == 2
-    assert "cannot name a job" in capsys.readouterr().err
+    assert "cannot be the name of a job" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_init_says_why_it_cannot_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.call(["init", "-o", str(tmp_path / "missing" / "job.yaml")]) == 2
-    assert "cannot be written: No such file or directory" in capsys.readouterr().err
+    assert "cannot be written (No such file or directory)" in capsys.readouterr().err
 
 
 # ---- plan and render ------------------------------------------------------------------------

@@ -370,7 +370,7 @@ def test_terms_are_added_to_the_reward_each_by_its_weight() -> None:
 
 
 def test_terms_without_a_reward_to_add_to_are_refused() -> None:
-    with pytest.raises(ValueError, match="are added to rewardModel, and there is none"):
+    with pytest.raises(ValueError, match="rewardModel, which is not set: set rewardModel"):
         job("dpo", rewardTerms=[{"rule": {"exactMatch": "answer"}}])
     with pytest.raises(ValueError, match="set exactly one of model, rule"):
         job("ppo", rewardTerms=[{"weight": 2.0}])
