@@ -362,5 +362,10 @@ class Optimize(OneOf):
     rloo: Rloo | None = None
     """REINFORCE leave-one-out optimization of the reward."""
 
+    @property
+    def reinforcement(self) -> Ppo | GroupRelative | None:
+        """The settings of PPO, GRPO or RLOO. None: the method is DPO."""
+        return self.ppo or self.grpo or self.rloo
+
 
 Judge.model_rebuild()
