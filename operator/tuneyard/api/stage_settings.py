@@ -163,7 +163,7 @@ class PairsSettings(Model):
     kind: Literal["pairs"] = "pairs"
     preferences: list[DatasetSettings]
     """Settings of each input `preferences.N`."""
-    labelled: bool
+    labeled: bool
     """False: pairs and rankings. True: single completions labeled good or bad, for KTO; a pair
     becomes one of each."""
     held_out: float
