@@ -65,7 +65,7 @@ class RewardModel(OneOf):
     """A rule that computes the reward without a model."""
 
 
-class RewardAddend(Model):
+class WeightedReward(Model):
     """A weighted reward that is added to the one of `rewardModel`."""
 
     weight: float = Field(default=1.0, ge=-1000, le=1000)

@@ -12,8 +12,8 @@ from tuneyard.api.alignment import (
     Constitution,
     Optimize,
     Preferences,
-    RewardAddend,
     RewardModel,
+    WeightedReward,
 )
 from tuneyard.api.compute import Compute, RunPolicy
 from tuneyard.api.meta import API_VERSION, Model, ObjectMeta, Rule
@@ -47,7 +47,7 @@ class AlignmentSpec(Model):
     no preferences."""
     reward_model: RewardModel | None = None
     """The reward of a completion; required by ppo, grpo and rloo. None: no reward."""
-    reward_terms: list[RewardAddend] = Field(default=[], max_length=8)
+    reward_terms: list[WeightedReward] = Field(default=[], max_length=8)
     """Weighted rewards to add to the one of `rewardModel`. Empty: none."""
     optimize: Optimize | None = None
     """The alignment method. None: the job ends after the steps above."""
