@@ -177,7 +177,7 @@ def test_a_manifest_that_the_reader_refuses_is_refused_at_the_same_field(
 
 @pytest.mark.parametrize("name", ["a" * 41, "1st", "a.b"])
 def test_a_name_that_leaves_no_room_for_the_attempt_is_refused(jobs: Jobs, name: str) -> None:
-    with pytest.raises(Refused, match="must be at most 40 lower-case letters, digits and dashes"):
+    with pytest.raises(Refused, match="use at most 40 lower-case letters, digits and dashes"):
         jobs.would_create(changed(MINIMAL, {"metadata.name": name}))
 
 
@@ -217,7 +217,7 @@ def test_a_planned_job_keeps_its_spec(
         (
             f"spec.{field}",
             f"spec.{field} cannot change once the job is planned, only spec.runPolicy can: create "
-            "a job of another name",
+            "a job with another name",
         )
     }
 

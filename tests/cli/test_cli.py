@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it exits with, and what it never imports."""
+"""The command line: its output, exit codes and imports."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def wrong(tmp_path: Path) -> Path:
-    """Two documents: valid ones that this version cannot run."""
+    """Return two valid documents that this version cannot run."""
     text = Path(MINIMAL).read_text(encoding="utf-8")
     suites = text + "  evaluate: {suites: [arc_easy]}\n"
     other = text.replace("name: minimal", "name: other") + "  evaluate:\n    fewShot: 2\n"
@@ -50,7 +50,7 @@ def pipe(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
 
 
-# ---- surfaces -------------------------------------------------------------------------------
+# ---- help ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -61,11 +61,11 @@ def test_the_help_of_every_command_is_frozen(
     assert_golden(f"help/{command or 'tuneyard'}.txt", capsys.readouterr().out)
 
 
-def test_no_command_is_without_a_frozen_help() -> None:
+def test_every_command_has_a_frozen_help() -> None:
     assert sorted(main.tuneyard.commands) == sorted(COMMANDS)
 
 
-def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_is_the_one_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.call(["--version"]) == 0
     assert capsys.readouterr().out == f"tuneyard {__version__}\n"
 
@@ -114,7 +114,7 @@ def test_wrong_usage_exits_with_2_and_prints_no_traceback(
     assert "Traceback" not in captured.err
 
 
-def test_validate_names_every_fault_of_every_file_with_line_and_field(
+def test_validate_prints_every_fault_of_every_file_with_line_and_field(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = Path(MINIMAL).read_text(encoding="utf-8")
@@ -130,7 +130,7 @@ def test_validate_names_every_fault_of_every_file_with_line_and_field(
     assert captured.out == f"{MINIMAL}: FineTuneJob minimal is valid\n"
 
 
-def test_validate_accepts_what_a_later_version_will_run(
+def test_validate_accepts_manifests_that_this_version_cannot_run(
     wrong: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main.call(["validate", str(wrong)]) == 0
@@ -138,7 +138,7 @@ def test_validate_accepts_what_a_later_version_will_run(
 
 
 @pytest.mark.parametrize("command", ["plan", "render", "run"])
-def test_what_cannot_be_carried_out_is_named_with_its_line_for_all_documents_at_once(
+def test_settings_that_cannot_be_run_are_named_with_their_lines_for_all_documents(
     command: str, wrong: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main.call([command, str(wrong)]) == 2
@@ -149,7 +149,7 @@ def test_what_cannot_be_carried_out_is_named_with_its_line_for_all_documents_at_
     assert second.startswith(f"{wrong}:22: spec.evaluate.fewShot: ")
 
 
-def test_a_list_item_s_fault_names_the_item_s_line(
+def test_the_fault_of_a_list_item_has_the_line_of_the_item(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "job.yaml"
@@ -170,7 +170,7 @@ def test_bytes_that_are_not_text_are_refused(
     assert capsys.readouterr().err == message
 
 
-def test_standard_input_is_a_file_too(
+def test_a_manifest_can_come_from_standard_input(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipe(monkeypatch, Path(MINIMAL).read_bytes())
@@ -207,7 +207,7 @@ def test_each_line_that_is_off_can_be_switched_on(kind: str) -> None:
         assert len(manifest.read("\n".join(switched))) == 1, lines[number]
 
 
-def test_init_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_init_does_not_overwrite_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "job.yaml"
     path.write_text("mine", encoding="utf-8")
     assert main.call(["init", "--output", str(path)]) == 2
@@ -216,39 +216,41 @@ def test_init_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("name", ["Bot", "a_b", "-a", "a" * 41, "a\n", "../a"])
-def test_init_refuses_a_name_that_no_job_can_have(
+def test_init_refuses_a_name_that_is_not_valid_for_a_job(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main.call(["init", "--", name]) == 2
-    assert "cannot name a job" in capsys.readouterr().err
+    assert "cannot be the name of a job" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_init_says_why_it_cannot_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_init_prints_why_it_cannot_write(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main.call(["init", "-o", str(tmp_path / "missing" / "job.yaml")]) == 2
-    assert "cannot be written: No such file or directory" in capsys.readouterr().err
+    assert "cannot be written (No such file or directory)" in capsys.readouterr().err
 
 
 # ---- plan and render ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["minimal", "support-bot"])
-def test_a_plan_for_people_is_frozen(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_printed_plan_is_frozen(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.call(["plan", str(GOLDEN / "manifests" / f"{name}.yaml")]) == 0
     text = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines()) + "\n"
     assert_golden(f"plans/{name}.txt", text)
 
 
 @pytest.mark.parametrize("name", ["minimal", "support-bot"])
-def test_a_plan_for_programs_is_the_wire_form(
+def test_the_plan_as_json_is_the_one_that_the_trainer_reads(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main.call(["plan", "--json", str(GOLDEN / "manifests" / f"{name}.yaml")]) == 0
     assert capsys.readouterr().out == (GOLDEN / "plans" / f"{name}.json").read_text("utf-8")
 
 
-def test_text_of_the_manifest_is_never_taken_for_markup(
+def test_text_of_the_manifest_is_not_printed_as_markup(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "job.yaml"
@@ -258,7 +260,7 @@ def test_text_of_the_manifest_is_never_taken_for_markup(
     assert "https://data.example/[bold]x[/].jsonl" in capsys.readouterr().out
 
 
-def test_render_prints_objects_that_a_cluster_can_read(
+def test_render_prints_objects_that_a_cluster_accepts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main.call(["render", SUPPORT_BOT, "--attempt", "3"]) == 0
@@ -269,7 +271,7 @@ def test_render_prints_objects_that_a_cluster_can_read(
     assert ray_job["metadata"]["name"] == "support-bot-3"
 
 
-def test_a_refused_rendering_prints_no_half(
+def test_render_prints_nothing_if_one_job_has_a_fault(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = Path(MINIMAL).read_text(encoding="utf-8")
@@ -284,7 +286,7 @@ def test_a_refused_rendering_prints_no_half(
 
 
 def trainer(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
-    """Puts `run` in the trainer's place."""
+    """Replace the trainer's `run`."""
     module = types.ModuleType("tuneyard_trainer.local.run")
     module.run = run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tuneyard_trainer.local.run", module)
@@ -294,13 +296,13 @@ def trainer(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
 
 
 @pytest.mark.parametrize("code", [0, 1, 130])
-def test_run_hands_the_plans_and_the_manifest_s_folder_to_the_trainer(
+def test_run_passes_the_plans_and_the_manifests_folder_to_the_trainer(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[list[Plan], Path]] = []
+    calls: list[tuple[list[Plan], Path]] = []
 
     def run(plans: list[Plan], base_dir: Path) -> int:
-        seen.append((plans, base_dir))
+        calls.append((plans, base_dir))
         return code
 
     trainer(monkeypatch, run)
@@ -310,7 +312,7 @@ def test_run_hands_the_plans_and_the_manifest_s_folder_to_the_trainer(
     )
     monkeypatch.chdir(tmp_path)
     assert main.call(["run", "jobs.yaml"]) == code
-    ((plans, base_dir),) = seen
+    ((plans, base_dir),) = calls
     assert [plan.job.name for plan in plans] == ["minimal", "second"]
     assert base_dir == tmp_path
 
@@ -318,17 +320,17 @@ def test_run_hands_the_plans_and_the_manifest_s_folder_to_the_trainer(
 def test_a_manifest_from_standard_input_is_relative_to_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Path] = []
+    folders: list[Path] = []
 
     def run(plans: list[Plan], base_dir: Path) -> int:
-        seen.append(base_dir)
+        folders.append(base_dir)
         return 0
 
     trainer(monkeypatch, run)
     pipe(monkeypatch, Path(MINIMAL).read_bytes())
     monkeypatch.chdir(tmp_path)
     assert main.call(["run", "-"]) == 0
-    assert seen == [tmp_path]
+    assert folders == [tmp_path]
 
 
 @pytest.mark.parametrize(
@@ -339,7 +341,7 @@ def test_a_manifest_from_standard_input_is_relative_to_the_current_folder(
     ],
     ids=["failed", "interrupted"],
 )
-def test_a_run_that_ends_badly_says_so_without_a_traceback(
+def test_a_failed_run_prints_a_message_without_a_traceback(
     error: BaseException,
     code: int,
     monkeypatch: pytest.MonkeyPatch,
@@ -353,7 +355,7 @@ def test_a_run_that_ends_badly_says_so_without_a_traceback(
     assert capsys.readouterr().err.splitlines()[-1] in ("no memory left. Lower it.", "interrupted")
 
 
-def test_without_the_trainer_s_packages_run_says_what_to_install(
+def test_without_the_trainers_packages_run_prints_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Missing:
@@ -371,7 +373,7 @@ def test_without_the_trainer_s_packages_run_says_what_to_install(
 # ---- crds -----------------------------------------------------------------------------------
 
 
-def test_crds_are_written_and_then_found_up_to_date(
+def test_crds_are_up_to_date_after_they_are_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = str(tmp_path / "new" / "crds")
@@ -381,7 +383,7 @@ def test_crds_are_written_and_then_found_up_to_date(
     assert kinds == {"CustomResourceDefinition"}
 
 
-def test_crds_check_names_what_is_out_of_date_and_writes_nothing(
+def test_crds_check_names_the_outdated_files_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main.call(["crds", str(tmp_path)]) == 0
@@ -401,7 +403,7 @@ def test_crds_check_names_what_is_out_of_date_and_writes_nothing(
 # ---- the command itself ---------------------------------------------------------------------
 
 
-def test_a_reader_that_goes_away_causes_no_traceback() -> None:
+def test_a_closed_pipe_causes_no_traceback() -> None:
     tuneyard = f"{sys.executable} -c 'from tuneyard.cli.main import main; main()'"
     command = f"{tuneyard} plan --json {SUPPORT_BOT} | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""The verbs for a cluster against a real API server, where an operator's writes are played."""
+"""The commands for a cluster, against a real API server; the tests write the jobs' statuses."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.cli.played import (
+from tests.cli.cluster_jobs import (
     CRDS,
     FAILED,
     PLANNED,
     RUNNING,
     SUCCEEDED,
     WAITING,
+    JobNamespace,
     Object,
-    Played,
 )
 from tuneyard.cli import cluster_commands, logs, main
 from tuneyard.cli.errors import UnreachableError
-from tuneyard.cli.jobs import Found
+from tuneyard.cli.jobs import JobView
 
 if TYPE_CHECKING:
     from rig.plugin import Cluster
@@ -42,7 +42,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(logs, "POLL_SECONDS", 0.05)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr(sys, "stdin", io.StringIO())
@@ -55,21 +55,21 @@ def with_crds(apiserver: Cluster) -> Cluster:
 
 
 @pytest.fixture
-def played(with_crds: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Played]:
-    """A namespace that only this test uses, of the cluster that KUBECONFIG names."""
-    played = Played(with_crds, f"cli-{uuid.uuid4().hex[:8]}")
-    played.core.create_namespace({"metadata": {"name": played.namespace}})
+def namespace(with_crds: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[JobNamespace]:
+    """Create a namespace for this test in the cluster that KUBECONFIG names."""
+    namespace = JobNamespace(with_crds, f"cli-{uuid.uuid4().hex[:8]}")
+    namespace.core.create_namespace({"metadata": {"name": namespace.name}})
     monkeypatch.setenv("KUBECONFIG", str(with_crds.kubeconfig))
-    yield played
-    played.core.delete_namespace(played.namespace)
+    yield namespace
+    namespace.core.delete_namespace(namespace.name)
 
 
 @pytest.fixture
-def call(played: Played, capsys: Capture) -> Callable[..., tuple[int, str, str]]:
-    """Runs a command in the test's namespace: exit code, standard output, standard error."""
+def call(namespace: JobNamespace, capsys: Capture) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in the test's namespace; return exit code, standard output and error."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        code = main.call([*arguments, "-n", played.namespace])
+        code = main.call([*arguments, "-n", namespace.name])
         captured = capsys.readouterr()
         assert "Traceback" not in captured.err
         return code, captured.out, captured.err
@@ -77,8 +77,8 @@ def call(played: Played, capsys: Capture) -> Callable[..., tuple[int, str, str]]
     return run
 
 
-def between_looks(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
-    """Lets something happen whenever a command waits before it looks again."""
+def between_polls(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
+    """Call `act` whenever a command waits before it polls again."""
     clock = types.SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: act())
     monkeypatch.setattr(cluster_commands, "time", clock)
 
@@ -87,9 +87,9 @@ def between_looks(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> N
 
 
 @apiserver_test
-def test_all_jobs_of_both_kinds_get_a_line(played: Played, call: Call) -> None:
-    played.create("one", RUNNING)
-    played.create("two", WAITING, "AlignmentJob")
+def test_all_jobs_of_both_kinds_are_listed(namespace: JobNamespace, call: Call) -> None:
+    namespace.create("one", RUNNING)
+    namespace.create("two", WAITING, "AlignmentJob")
     code, out, _ = call("status")
     rows = {line.split()[1]: line.split() for line in out.splitlines()[1:]}
     assert code == 0
@@ -100,33 +100,33 @@ def test_all_jobs_of_both_kinds_get_a_line(played: Played, call: Call) -> None:
 
 @apiserver_test
 def test_one_job_is_shown_with_its_stages_attempts_conditions_and_events(
-    played: Played, call: Call
+    namespace: JobNamespace, call: Call
 ) -> None:
-    played.create("support-bot", RUNNING)
-    involved = {"kind": "FineTuneJob", "namespace": played.namespace, "name": "support-bot"}
+    namespace.create("support-bot", RUNNING)
+    involved = {"kind": "FineTuneJob", "namespace": namespace.name, "name": "support-bot"}
     event: Object = {
         "metadata": {"name": "e"},
-        "involvedObject": {**involved, "uid": played.get("support-bot")["metadata"]["uid"]},
+        "involvedObject": {**involved, "uid": namespace.get("support-bot")["metadata"]["uid"]},
         "reason": "AttemptStarted",
-        "message": "the second try",
+        "message": "attempt 2",
         "lastTimestamp": "2026-11-21T00:00:00Z",
     }
-    of_another = {**event, "metadata": {"name": "f"}, "message": "of a job of the same name"}
-    of_another["involvedObject"] = {**involved, "uid": "gone"}
-    for one in (event, of_another):
-        played.core.create_namespaced_event(played.namespace, one)
+    of_another_job = {**event, "metadata": {"name": "f"}, "message": "another job"}
+    of_another_job["involvedObject"] = {**involved, "uid": "gone"}
+    for one in (event, of_another_job):
+        namespace.core.create_namespaced_event(namespace.name, one)
     code, out, _ = call("status", "support-bot")
     assert code == 0
     for words in ("step 430 of 1,200", "40 steps", "WorkerDied", "the job names no queue"):
         assert words in out
-    assert "the second try" in out
-    assert "of a job of the same name" not in out
+    assert "attempt 2" in out
+    assert "another job" not in out
 
 
 @apiserver_test
-def test_a_name_of_both_kinds_needs_the_kind(played: Played, call: Call) -> None:
-    played.create("both", RUNNING)
-    played.create("both", WAITING, "AlignmentJob")
+def test_a_name_that_both_kinds_have_needs_the_kind(namespace: JobNamespace, call: Call) -> None:
+    namespace.create("both", RUNNING)
+    namespace.create("both", WAITING, "AlignmentJob")
     code, out, err = call("status", "both")
     assert (code, out) == (2, "")
     assert "add --kind finetune or --kind alignment" in err
@@ -136,29 +136,29 @@ def test_a_name_of_both_kinds_needs_the_kind(played: Played, call: Call) -> None
 
 @apiserver_test
 @pytest.mark.parametrize("verb", ["status", "logs", "suspend", "resume", "cancel", "delete"])
-def test_a_name_that_is_not_there_gets_the_one_that_was_meant(
-    verb: str, played: Played, call: Call
+def test_a_misspelled_name_gets_a_suggestion(
+    verb: str, namespace: JobNamespace, call: Call
 ) -> None:
-    played.create("support-bot", RUNNING)
+    namespace.create("support-bot", RUNNING)
     code, out, err = call(verb, "suport-bot")
     assert (code, out) == (2, "")
-    assert f"no job 'suport-bot' in namespace {played.namespace}: did you mean" in err
-    assert played.policy("support-bot")["suspend"] is False
+    assert f"no job 'suport-bot' in namespace {namespace.name}: did you mean" in err
+    assert namespace.policy("support-bot")["suspend"] is False
 
 
 @apiserver_test
-def test_json_is_the_status_as_it_was_stored(played: Played, call: Call) -> None:
-    played.create("one", SUCCEEDED)
+def test_json_holds_the_stored_status(namespace: JobNamespace, call: Call) -> None:
+    namespace.create("one", SUCCEEDED)
     code, out, _ = call("status", "one", "--json")
     assert code == 0
-    assert json.loads(out)["status"] == played.get("one")["status"]
+    assert json.loads(out)["status"] == namespace.get("one")["status"]
     assert json.loads(out)["finished"] is True
     listed = json.loads(call("status", "--json")[1])
     assert [job["name"] for job in listed] == ["one"]
 
 
 @apiserver_test
-def test_an_empty_namespace_says_so_and_is_no_error(call: Call) -> None:
+def test_an_empty_namespace_is_reported_and_is_not_an_error(call: Call) -> None:
     code, out, err = call("status")
     assert (code, out) == (0, "")
     assert "there are no jobs in namespace cli-" in err
@@ -166,14 +166,14 @@ def test_an_empty_namespace_says_so_and_is_no_error(call: Call) -> None:
 
 @apiserver_test
 @pytest.mark.parametrize(("end", "expected"), [(SUCCEEDED, 0), (FAILED, 1)], ids=["ok", "failed"])
-def test_watch_prints_changes_only_and_ends_with_the_job(
-    end: Object, expected: int, played: Played, call: Call, monkeypatch: pytest.MonkeyPatch
+def test_watch_prints_only_changes_and_ends_with_the_job(
+    end: Object, expected: int, namespace: JobNamespace, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    played.create("one", WAITING)
+    namespace.create("one", WAITING)
     further = {**RUNNING, "progress": {**RUNNING["progress"], "step": 431}}
 
-    story = iter([RUNNING, RUNNING, further, end])
-    between_looks(monkeypatch, lambda: played.set_status("one", next(story)))
+    statuses = iter([RUNNING, RUNNING, further, end])
+    between_polls(monkeypatch, lambda: namespace.set_status("one", next(statuses)))
     code, out, _ = call("status", "one", "--watch")
     assert code == expected
     lines = out.splitlines()
@@ -188,119 +188,123 @@ def test_watch_prints_changes_only_and_ends_with_the_job(
 
 @apiserver_test
 def test_watch_of_a_job_that_is_deleted_ends_with_2(
-    played: Played, call: Call, monkeypatch: pytest.MonkeyPatch
+    namespace: JobNamespace, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def replace() -> None:
-        played.delete("one")
-        played.create("one", SUCCEEDED)
+        namespace.delete("one")
+        namespace.create("one", SUCCEEDED)
 
-    played.create("one", RUNNING)
-    between_looks(monkeypatch, replace)
+    namespace.create("one", RUNNING)
+    between_polls(monkeypatch, replace)
     code, out, err = call("status", "one", "--watch", "--json")
-    assert (code, err) == (2, "Error: FineTuneJob one was deleted\n"), "another has its name now"
+    assert (code, err) == (2, "Error: FineTuneJob one was deleted\n"), "a new job has its name"
     assert [json.loads(line)["status"]["phase"] for line in out.splitlines()] == ["Running"]
 
 
 @apiserver_test
-def test_watch_outlives_an_api_server_that_is_away(
-    played: Played, call: Call, monkeypatch: pytest.MonkeyPatch
+def test_watch_continues_after_an_unreachable_api_server(
+    namespace: JobNamespace, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tuneyard.cli.cluster import Cluster as Connection
 
-    refresh, away = Connection.refresh, iter([True, True])
+    refresh, unreachable = Connection.refresh, iter([True, True])
 
-    def sometimes(self: Connection, job: Found) -> Found | None:
-        if next(away, False):
+    def sometimes(self: Connection, job: JobView) -> JobView | None:
+        if next(unreachable, False):
             raise UnreachableError("the API server cannot be reached")
         return refresh(self, job)
 
-    played.create("one", RUNNING)
+    namespace.create("one", RUNNING)
     monkeypatch.setattr(Connection, "refresh", sometimes)
-    between_looks(monkeypatch, lambda: played.set_status("one", SUCCEEDED))
+    between_polls(monkeypatch, lambda: namespace.set_status("one", SUCCEEDED))
     code, out, err = call("status", "one", "--watch")
     assert (code, out.count("\n")) == (0, 2)
-    assert err == "the API server cannot be reached; trying again\n", "said once"
+    assert err == "the API server cannot be reached; retrying\n", "printed once"
 
 
 # ---- run policy ---------------------------------------------------------------------------------
 
 
 @apiserver_test
-def test_suspend_and_resume_change_the_policy_once(played: Played, call: Call) -> None:
-    played.create("one", RUNNING, spec__runPolicy={"maxAttempts": 7})
+def test_suspend_and_resume_change_the_policy_once(namespace: JobNamespace, call: Call) -> None:
+    namespace.create("one", RUNNING, spec__runPolicy={"maxAttempts": 7})
     assert "write a checkpoint and release its pods" in call("suspend", "one")[1]
-    generation = played.get("one")["metadata"]["generation"]
+    generation = namespace.get("one")["metadata"]["generation"]
     code, out, _ = call("suspend", "one")
-    assert (code, "being suspended already" in out) == (0, True)
-    assert played.get("one")["metadata"]["generation"] == generation
-    assert played.policy("one") | {"suspend": True, "maxAttempts": 7} == played.policy("one")
-    played.set_status("one", {**RUNNING, "phase": "Suspended", "attempts": RUNNING["attempts"][:1]})
-    assert "one will go on from its last checkpoint, as attempt 2" in call("resume", "one")[1]
-    assert played.policy("one")["suspend"] is False
-    played.set_status("one", RUNNING)
+    assert (code, "already being suspended" in out) == (0, True)
+    assert namespace.get("one")["metadata"]["generation"] == generation
+    assert namespace.policy("one") | {"suspend": True, "maxAttempts": 7} == namespace.policy("one")
+    namespace.set_status(
+        "one", {**RUNNING, "phase": "Suspended", "attempts": RUNNING["attempts"][:1]}
+    )
+    assert "one will continue from its last checkpoint, as attempt 2" in call("resume", "one")[1]
+    assert namespace.policy("one")["suspend"] is False
+    namespace.set_status("one", RUNNING)
     code, out, _ = call("resume", "one")
-    assert (code, out) == (0, "one is not suspended: its phase is Running\n")
+    assert (code, out) == (0, "one is not suspended; its phase is Running\n")
 
 
 @apiserver_test
-def test_a_job_that_has_not_started_can_be_held_back(played: Played, call: Call) -> None:
-    played.create("one")
-    assert call("suspend", "one")[1] == "one will not start until `tuneyard resume one`\n"
-    assert "with its first stage, as attempt 1" in call("resume", "one")[1]
+def test_a_job_that_has_not_started_can_be_suspended(namespace: JobNamespace, call: Call) -> None:
+    namespace.create("one")
+    assert call("suspend", "one")[1] == "one will not start; resume it with `tuneyard resume one`\n"
+    assert "one will start with its first stage, as attempt 1" in call("resume", "one")[1]
 
 
 @apiserver_test
 @pytest.mark.parametrize("status", [SUCCEEDED, FAILED], ids=["succeeded", "failed"])
 @pytest.mark.parametrize("verb", ["suspend", "resume", "cancel"])
-def test_a_finished_job_is_left_as_it_is(
-    verb: str, status: Object, played: Played, call: Call
+def test_a_finished_job_is_not_changed(
+    verb: str, status: Object, namespace: JobNamespace, call: Call
 ) -> None:
-    played.create("one", status)
-    spec = played.get("one")["spec"]
+    namespace.create("one", status)
+    spec = namespace.get("one")["spec"]
     code, out, err = call(verb, "one", *(["--yes"] if verb == "cancel" else []))
     assert (code, out) == (2, "")
-    assert f"one is over, its phase is {status['phase']}" in err
-    assert played.get("one")["spec"] == spec
+    assert f"one has ended with phase {status['phase']} and cannot be" in err
+    assert namespace.get("one")["spec"] == spec
 
 
 @apiserver_test
-def test_cancel_needs_a_yes_and_is_for_good(played: Played, call: Call) -> None:
-    played.create("one", RUNNING)
+def test_cancel_needs_a_confirmation_and_cannot_be_undone(
+    namespace: JobNamespace, call: Call
+) -> None:
+    namespace.create("one", RUNNING)
     code, out, err = call("cancel", "one")
     assert (code, out) == (2, "")
     assert "add --yes" in err
-    assert played.policy("one")["cancel"] is False
-    assert "end as Failed with reason Canceled" in call("cancel", "one", "--yes")[1]
-    assert played.policy("one")["cancel"] is True
+    assert namespace.policy("one")["cancel"] is False
+    assert "end with phase Failed and reason Canceled" in call("cancel", "one", "--yes")[1]
+    assert namespace.policy("one")["cancel"] is True
     assert call("cancel", "one") == (0, "one is being canceled already\n", "")
     assert call("suspend", "one")[0] == call("resume", "one")[0] == 2
     canceled = {**FAILED, "failure": {"reason": "Canceled", "message": "m"}}
-    played.set_status("one", canceled)
+    namespace.set_status("one", canceled)
     assert call("cancel", "one") == (0, "one was canceled already\n", "")
 
 
 @apiserver_test
-def test_delete_says_what_becomes_of_the_output(played: Played, call: Call) -> None:
-    played.create("kept", RUNNING)
-    played.create("erased", SUCCEEDED, spec__output__deletionPolicy="Delete")
+def test_delete_prints_whether_the_output_is_kept(namespace: JobNamespace, call: Call) -> None:
+    namespace.create("kept", RUNNING)
+    namespace.create("erased", SUCCEEDED, spec__output__deletionPolicy="Delete")
     assert "its output stays at file://out" in call("delete", "kept")[1]
     assert "is deleted too" in call("delete", "erased", "--wait")[1]
     assert call("status", "erased")[0] == 2
 
 
 @apiserver_test
-def test_delete_with_wait_returns_once_the_operator_has_cleared_up(
-    played: Played, call: Call, monkeypatch: pytest.MonkeyPatch
+def test_delete_with_wait_returns_once_the_operator_has_cleaned_up(
+    namespace: JobNamespace, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster_commands, "STUCK_SECONDS", 0)
-    played.create("one", RUNNING, metadata__finalizers=["tuneyard.io/cleanup"])
+    namespace.create("one", RUNNING, metadata__finalizers=["tuneyard.io/cleanup"])
     assert call("delete", "one")[0] == 0
     assert "Running, being deleted" in call("status")[1]
     assert call("suspend", "one")[0] == 2
-    between_looks(monkeypatch, lambda: played.clear_up("one"))
+    between_polls(monkeypatch, lambda: namespace.remove_finalizers("one"))
     code, out, err = call("delete", "one", "--wait")
-    assert (code, out) == (0, "one is being deleted already\none is gone\n")
-    assert "does it run?" in err
+    assert (code, out) == (0, "one is already being deleted\none was deleted\n")
+    assert "check that the operator runs" in err
 
 
 # ---- logs ---------------------------------------------------------------------------------------
@@ -313,24 +317,24 @@ def test_delete_with_wait_returns_once_the_operator_has_cleared_up(
         (FAILED, [], "attempt 1: OutOfMemory: the worker was killed"),
         (FAILED, ["--follow"], "attempt 1: OutOfMemory: the worker was killed"),
         (RUNNING, ["--attempt", "1"], "attempt 1: WorkerDied, in sft after step 400"),
-        (RUNNING, ["--attempt", "3"], "one has had no attempt 3: the last one is 2"),
+        (RUNNING, ["--attempt", "3"], "one has no attempt 3: the last one is 2"),
         (WAITING, ["--worker"], "no node can take the worker pod"),
         (PLANNED, [], "there is no log of one"),
     ],
     ids=["gone", "follow", "earlier", "never", "waiting", "planned"],
 )
-def test_without_pods_the_status_tells_what_is_known(
-    status: Object, arguments: list[str], words: str, played: Played, call: Call
+def test_without_pods_the_message_shows_what_the_status_keeps(
+    status: Object, arguments: list[str], words: str, namespace: JobNamespace, call: Call
 ) -> None:
-    played.create("one", status)
+    namespace.create("one", status)
     code, out, err = call("logs", "one", *arguments)
     assert (code, out) == (2, "")
     assert words in err
 
 
 @apiserver_test
-def test_a_pod_that_has_not_started_has_no_log(played: Played, call: Call) -> None:
-    played.create("one", WAITING)
+def test_a_pod_that_has_not_started_has_no_log(namespace: JobNamespace, call: Call) -> None:
+    namespace.create("one", WAITING)
     labels = {"tuneyard.io/kind": "FineTuneJob", "tuneyard.io/job": "one"}
     pod = {
         "metadata": {"name": "one-1-x", "labels": {**labels, "tuneyard.io/attempt": "1"}},
@@ -342,22 +346,22 @@ def test_a_pod_that_has_not_started_has_no_log(played: Played, call: Call) -> No
         },
     }
     account = {"metadata": {"name": "runner"}}  # the default one may not be there yet
-    played.core.create_namespaced_service_account(played.namespace, account)
-    played.core.create_namespaced_pod(played.namespace, pod)
+    namespace.core.create_namespaced_service_account(namespace.name, account)
+    namespace.core.create_namespaced_pod(namespace.name, pod)
     code, out, err = call("logs", "one")
     assert (code, out) == (2, "")
-    assert "there is no log of one: the job has no driver that started" in err
+    assert "there is no log of one: the job has no started driver" in err
 
 
-# ---- what goes wrong outside --------------------------------------------------------------------
+# ---- errors of the cluster ----------------------------------------------------------------------
 
 
 @apiserver_test
-def test_who_may_not_read_jobs_is_told_what_is_missing(
-    played: Played, tmp_path: Path, call: Call
+def test_a_user_without_rights_gets_the_missing_right(
+    namespace: JobNamespace, tmp_path: Path, call: Call
 ) -> None:
-    token = token_of(played, "nobody")
-    config = json.loads(played.cluster.kubectl("config", "view", "--raw", "-o", "json").stdout)
+    token = token_of(namespace, "nobody")
+    config = json.loads(namespace.cluster.kubectl("config", "view", "--raw", "-o", "json").stdout)
     for user in config["users"]:
         user["user"] = {"token": token}
     path = tmp_path / "kubeconfig"
@@ -372,42 +376,42 @@ def test_who_may_not_read_jobs_is_told_what_is_missing(
 
 
 @apiserver_test
-def test_inside_a_pod_its_own_account_and_namespace_are_used(
-    played: Played, no_cluster: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+def test_in_a_pod_its_service_account_and_namespace_are_used(
+    namespace: JobNamespace, no_cluster: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     from kubernetes.config import incluster_config
 
     from tuneyard.cli import cluster as connection
 
     command = ("config", "view", "--raw", "--flatten", "-o", "json")
-    server = json.loads(played.cluster.kubectl(*command).stdout)["clusters"][0]["cluster"]
+    server = json.loads(namespace.cluster.kubectl(*command).stdout)["clusters"][0]["cluster"]
     address = urlsplit(server["server"])
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", str(address.hostname))
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(address.port))
     files = {name: no_cluster / name for name in ("token", "ca.crt", "namespace")}
-    files["token"].write_text(token_of(played, "runner"), encoding="utf-8")
+    files["token"].write_text(token_of(namespace, "runner"), encoding="utf-8")
     files["ca.crt"].write_bytes(base64.b64decode(server["certificate-authority-data"]))
-    files["namespace"].write_text(played.namespace, encoding="utf-8")
+    files["namespace"].write_text(namespace.name, encoding="utf-8")
     monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(files["token"]))
     monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(files["ca.crt"]))
     monkeypatch.setattr(connection, "NAMESPACE_FILE", files["namespace"])
     message = refused(capsys, "status")
-    assert f'User "system:serviceaccount:{played.namespace}:runner" cannot list' in message
-    assert f'in the namespace "{played.namespace}"' in message
+    assert f'User "system:serviceaccount:{namespace.name}:runner" cannot list' in message
+    assert f'in the namespace "{namespace.name}"' in message
 
 
-def token_of(played: Played, account: str) -> str:
-    """A token of a new service account, which has no rights."""
+def token_of(namespace: JobNamespace, account: str) -> str:
+    """Return a token of a new service account without rights."""
     body = {"metadata": {"name": account}}
-    played.core.create_namespaced_service_account(played.namespace, body)
-    create = played.core.create_namespaced_service_account_token
-    token: str = create(account, played.namespace, {"spec": {"audiences": []}}).status.token
+    namespace.core.create_namespaced_service_account(namespace.name, body)
+    create = namespace.core.create_namespaced_service_account_token
+    token: str = create(account, namespace.name, {"spec": {"audiences": []}}).status.token
     return token
 
 
 @pytest.fixture
 def no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A home without a kubeconfig, outside of any pod."""
+    """Return a home folder without a kubeconfig, outside of any pod."""
     monkeypatch.delenv("KUBECONFIG", raising=False)
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -415,7 +419,7 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def refused(capsys: Capture, *arguments: str) -> str:
-    """The message of a command that ends with 2 and prints one line."""
+    """Return the message of a command that exits with 2 and prints one line."""
     assert main.call(list(arguments)) == 2
     captured = capsys.readouterr()
     assert (captured.out, captured.err.count("\n")) == ("", 1)
@@ -423,7 +427,7 @@ def refused(capsys: Capture, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("verb", ["status", "logs", "suspend", "resume", "cancel", "delete"])
-def test_without_a_kubeconfig_every_verb_says_how_to_name_one(
+def test_without_a_kubeconfig_every_command_prints_how_to_name_one(
     verb: str, no_cluster: Path, capsys: Capture
 ) -> None:
     assert "set KUBECONFIG or give --kubeconfig" in refused(capsys, verb, "one")
@@ -452,13 +456,13 @@ def test_a_broken_kubeconfig_is_named(text: str, no_cluster: Path, capsys: Captu
     assert f"the kubeconfig {path} cannot be used" in message
 
 
-def test_a_context_that_is_not_there_is_refused(no_cluster: Path, capsys: Capture) -> None:
+def test_an_unknown_context_is_refused(no_cluster: Path, capsys: Capture) -> None:
     path = kubeconfig(no_cluster, "http://127.0.0.1:1")
     message = refused(capsys, "status", "--kubeconfig", path, "--context", "b")
     assert "the kubeconfig has no context 'b': it has a" in message
 
 
-def test_an_api_server_that_does_not_answer_is_named(no_cluster: Path, capsys: Capture) -> None:
+def test_an_unreachable_api_server_is_named(no_cluster: Path, capsys: Capture) -> None:
     path = kubeconfig(no_cluster, "http://127.0.0.1:1")
     message = refused(capsys, "status", "--kubeconfig", path)
     assert "http://127.0.0.1:1 cannot be reached" in message
@@ -468,25 +472,25 @@ def test_an_api_server_that_does_not_answer_is_named(no_cluster: Path, capsys: C
 @pytest.mark.parametrize(
     ("code", "body", "words"),
     [
-        (404, "404 page not found\n", "does not know Tuneyard's jobs: install the chart"),
-        (503, '{"message": "upgrading"}', "cannot answer now (503): upgrading"),
-        (429, "", "cannot answer now (429)"),
-        (200, "<html>", "does not answer like a Kubernetes API server"),
-        (400, "[]", "the API server refused"),
+        (404, "404 page not found\n", "does not have Tuneyard's CRDs: install the chart"),
+        (503, '{"message": "upgrading"}', "is not available (503): upgrading"),
+        (429, "", "is not available (429)"),
+        (200, "<html>", "does not respond like a Kubernetes API server"),
+        (400, "[]", "the API server refused the request"),
     ],
 )
-def test_what_a_server_answers_becomes_one_message(
+def test_every_response_of_a_server_becomes_one_message(
     code: int,
     body: str,
     words: str,
     no_cluster: Path,
     capsys: Capture,
 ) -> None:
-    asked: list[str] = []
+    paths: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(self.path)
+            paths.append(self.path)
             self.send_response(code)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -501,8 +505,8 @@ def test_what_a_server_answers_becomes_one_message(
         message = refused(capsys, "status", "--kubeconfig", path)
         server.shutdown()
     assert words in message
-    assert asked == ["/apis/tuneyard.io/v1alpha1/namespaces/of-context/finetunejobs?limit=500"], (
-        "the context's namespace, asked once"
+    assert paths == ["/apis/tuneyard.io/v1alpha1/namespaces/of-context/finetunejobs?limit=500"], (
+        "the context's namespace, requested once"
     )
 
 
@@ -521,7 +525,7 @@ def test_what_a_server_answers_becomes_one_message(
     ],
     ids=repr,
 )
-def test_wrong_usage_is_refused_before_anything_is_asked(
+def test_wrong_usage_is_refused_before_any_request(
     arguments: list[str], no_cluster: Path, capsys: Capture
 ) -> None:
     assert main.call(arguments) == 2

@@ -1,4 +1,4 @@
-"""How a cluster's jobs look: frozen where it is a surface, and harmless whatever they say."""
+"""The output of `tuneyard status`: its frozen views, and untrusted text in it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from tests.cli.played import (
+from tests.cli.cluster_jobs import (
     FAILED,
     NOW,
     PLANNED,
@@ -21,13 +21,13 @@ from tests.cli.played import (
 )
 from tests.golden.compare import assert_golden
 from tuneyard.cli import jobs, views
-from tuneyard.cli.jobs import KINDS, Event, Found
+from tuneyard.cli.jobs import KINDS, Event, JobView
 
 STATUSES = {"running": RUNNING, "waiting": WAITING, "succeeded": SUCCEEDED, "failed": FAILED}
 
 
-def job(status: dict[str, Any], **changes: Any) -> Found:
-    return jobs.found(KINDS["finetune"], item("FineTuneJob", "support-bot", status, **changes))
+def job(status: dict[str, Any], **changes: Any) -> JobView:
+    return jobs.read_job(KINDS["finetune"], item("FineTuneJob", "support-bot", status, **changes))
 
 
 def text(shown: RenderableType) -> str:
@@ -36,13 +36,13 @@ def text(shown: RenderableType) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
-def event(reason: str, message: str, *, warns: bool = False, times: int = 1) -> Event:
-    return Event(jobs.time_of(before(10)), warns, reason, message, times)
+def event(reason: str, message: str, *, is_warning: bool = False, count: int = 1) -> Event:
+    return Event(jobs.time_of(before(10)), is_warning, reason, message, count)
 
 
 @pytest.mark.parametrize("name", STATUSES)
 def test_the_view_of_one_job_is_frozen(name: str) -> None:
-    events = [event("Started", "attempt 1", times=3), event("Failed", "a pod", warns=True)]
+    events = [event("Started", "attempt 1", count=3), event("Failed", "a pod", is_warning=True)]
     assert_golden(f"status/{name}.txt", text(views.job_view(job(STATUSES[name]), events, NOW)))
 
 
@@ -52,18 +52,18 @@ def test_the_table_of_all_jobs_is_frozen() -> None:
     assert_golden("status/jobs.txt", text(table))
 
 
-def test_a_job_that_no_operator_has_seen_says_so() -> None:
-    assert "The operator has not looked at it yet" in text(views.job_view(job({}), [], NOW))
+def test_a_job_that_was_never_reconciled_has_a_hint() -> None:
+    assert "The operator has not reconciled the job yet" in text(views.job_view(job({}), [], NOW))
 
 
-def test_a_status_of_a_newer_operator_hides_neither_the_job_nor_the_others() -> None:
+def test_a_job_with_the_status_of_a_newer_operator_is_still_shown() -> None:
     newer = job({**RUNNING, "stages": [{"name": "x", "kind": "y", "state": "Melting"}]})
     assert newer.status is None
-    assert "cannot read its status" in text(views.job_view(newer, [], NOW))
+    assert "cannot read the job's status" in text(views.job_view(newer, [], NOW))
     assert "Running" in text(views.jobs_table([newer], NOW, with_namespace=False))
 
 
-def test_what_was_asked_for_and_has_not_happened_yet_shows_in_the_phase() -> None:
+def test_the_phase_shows_a_requested_change_that_has_not_happened_yet() -> None:
     assert views.phase(job(RUNNING, spec__runPolicy={"suspend": True})) == (
         "Running, being suspended"
     )
@@ -74,30 +74,34 @@ def test_what_was_asked_for_and_has_not_happened_yet_shows_in_the_phase() -> Non
     assert views.phase(job(FAILED, spec__runPolicy={"cancel": True})) == "Failed"
 
 
-def test_a_job_refused_by_the_planner_is_open_again_once_its_spec_has_changed() -> None:
+def test_a_job_refused_by_the_planner_is_not_finished_once_its_spec_has_changed() -> None:
     refused = {"phase": "Failed", "observedGeneration": 1}
     assert job(refused).is_finished
     assert not job(refused, metadata__generation=2).is_finished
     assert job(FAILED, metadata__generation=2).is_finished
 
 
-def test_a_line_changes_with_the_step_and_not_with_the_clock() -> None:
+def test_a_line_changes_with_the_step_and_not_with_the_time() -> None:
     later = {**RUNNING, "progress": {**RUNNING["progress"], "lastUpdatedTime": before(0)}}
     further = {**RUNNING, "progress": {**RUNNING["progress"], "step": 431}}
     assert views.line(job(later)) == views.line(job(RUNNING))
     assert views.line(job(further)) != views.line(job(RUNNING))
 
 
-def test_no_text_of_the_cluster_can_steer_the_terminal() -> None:
-    evil = "a\x1b[2Jb\x07\u202ec\r\nd"
+def test_no_text_of_the_cluster_can_control_the_terminal() -> None:
+    untrusted = "a\x1b[2Jb\x07\u202ec\r\nd"
     status = {
         **FAILED,
-        "conditions": [condition("Failed", "True", "Evil", evil)],
-        "failure": {"reason": "Evil", "message": evil, "advice": evil},
-        "attempts": [{**FAILED["attempts"][0], "message": evil, "stage": evil}],
-        "stages": [{"name": evil, "kind": "sft", "state": "Pending", "metrics": {evil: 1.0}}],
+        "conditions": [condition("Failed", "True", "Untrusted", untrusted)],
+        "failure": {"reason": "Untrusted", "message": untrusted, "advice": untrusted},
+        "attempts": [{**FAILED["attempts"][0], "message": untrusted, "stage": untrusted}],
+        "stages": [
+            {"name": untrusted, "kind": "sft", "state": "Pending", "metrics": {untrusted: 1.0}}
+        ],
     }
-    shown = text(views.job_view(job(status), [event(evil, evil)], NOW)) + views.line(job(status))
+    shown = text(views.job_view(job(status), [event(untrusted, untrusted)], NOW)) + views.line(
+        job(status)
+    )
     assert not set("\x1b\x07\u202e\r") & set(shown)
 
 
@@ -112,11 +116,11 @@ def test_no_text_of_the_cluster_can_steer_the_terminal() -> None:
         (90061, "1 d 1 h"),
     ],
 )
-def test_durations_have_two_units_at_most(seconds: float, shown: str) -> None:
+def test_durations_have_at_most_two_units(seconds: float, shown: str) -> None:
     assert views.duration(seconds) == shown
 
 
-def test_a_pod_s_role_and_state_are_told_from_its_json() -> None:
+def test_a_pods_role_and_state_are_read_from_its_json() -> None:
     labels = {"tuneyard.io/attempt": "2"}
     driver = {
         "metadata": {"name": "a-2-x", "uid": "1", "creationTimestamp": "t", "labels": labels},
@@ -128,13 +132,13 @@ def test_a_pod_s_role_and_state_are_told_from_its_json() -> None:
             ]
         },
     }
-    pod = jobs.pod(driver)
+    pod = jobs.read_pod(driver)
     assert (pod.role, pod.attempt, pod.container) == ("driver", 2, "ray-job-submitter")
-    assert (pod.started, pod.obstacle) == (False, "ErrImagePull")
+    assert (pod.started, pod.start_problem) == (False, "ErrImagePull")
     erase = {**driver, "metadata": {**driver["metadata"], "name": "a-erase-x7x", "labels": {}}}
-    assert jobs.pod(erase).role == "erase"
-    assert jobs.newest([pod, jobs.pod(erase)], "driver", None) == [pod]
+    assert jobs.read_pod(erase).role == "erase"
+    assert jobs.pods_of([pod, jobs.read_pod(erase)], "driver", None) == [pod]
 
 
-def test_a_planned_status_alone_is_shown_without_tables() -> None:
+def test_a_status_without_details_is_shown_without_tables() -> None:
     assert text(views.job_view(job({**PLANNED, "phase": "Pending"}), [], NOW)).count("\n") == 1

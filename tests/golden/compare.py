@@ -1,4 +1,4 @@
-"""Frozen surfaces: a test's text must equal a file of this folder.
+"""Compare texts with the golden files of this folder.
 
 `UPDATE_GOLDEN=1 pytest ...` rewrites the files; review the difference as an API change.
 """
@@ -12,7 +12,7 @@ GOLDEN = Path(__file__).parent
 
 
 def assert_golden(name: str, text: str) -> None:
-    """Compares `text` with the golden file `name`."""
+    """Compare `text` with the golden file `name`; raise AssertionError if they differ."""
     path = GOLDEN / name
     if os.environ.get("UPDATE_GOLDEN"):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The layout's trap: `operator/` and `trainer/` hold packages and never are packages."""
+"""The source roots `operator/` and `trainer/` hold packages and are no packages themselves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("root", ["operator", "trainer"])
-def test_a_source_root_is_never_a_package(root: str) -> None:
+def test_a_source_root_is_not_a_package(root: str) -> None:
     """A top-level `operator` package would shadow the standard library's."""
     assert not (ROOT / root / "__init__.py").exists()
     assert [path.name for path in (ROOT / root).glob("*.py")] == []
@@ -25,7 +25,7 @@ def test_no_package_is_named_operator() -> None:
     assert not (ROOT / "tests" / "operator").exists()
 
 
-def test_the_standard_librarys_operator_is_what_python_imports_from_the_checkout() -> None:
+def test_python_imports_the_standard_librarys_operator_from_the_checkout() -> None:
     code = "import operator; operator.itemgetter; print(operator.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
@@ -42,6 +42,6 @@ def test_the_wheel_holds_both_packages_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("name", ["tuneyard", "tuneyard_trainer"])
-def test_every_room_says_what_lives_there(name: str) -> None:
+def test_every_package_has_a_docstring(name: str) -> None:
     for init in ROOT.glob(f"*/{name}/**/__init__.py"):
         assert init.read_text().lstrip().startswith('"""'), f"{init} has no docstring"

@@ -1,6 +1,6 @@
-"""Valid manifests that between them fill every field, and broken ones made from them.
+"""Valid manifests that together set every field, and invalid manifests made from them.
 
-Both the reader (here) and a real API server (tests/apiserver) must refuse each broken one.
+The reader (tested here) and a real API server (tests/apiserver) must refuse each invalid one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ABSENT = object()
 
 
 def steps(path: str) -> list[str | int]:
-    """`spec.data.train[0].uri` as keys and indices."""
+    """Return the keys and indices of a path such as `spec.data.train[0].uri`."""
     parts = re.findall(r"[^.\[\]]+", path)
     return [int(part) if part.isdigit() else part for part in parts]
 
@@ -31,7 +31,7 @@ def value_at(manifest: Any, path: str) -> Any:
 
 
 def changed(manifest: Manifest, changes: dict[str, Any]) -> Manifest:
-    """A copy in which the fields at these paths have these values."""
+    """Return a copy in which the fields at these paths have these values."""
     result = copy.deepcopy(manifest)
     for path, value in changes.items():
         *parents, last = steps(path)
@@ -46,7 +46,7 @@ def changed(manifest: Manifest, changes: dict[str, Any]) -> Manifest:
 
 
 def job(kind: str, spec: str) -> Manifest:
-    """A job of this kind; `spec` is YAML."""
+    """Return a job of this kind; `spec` is YAML."""
     return {
         "apiVersion": "tuneyard.io/v1alpha1",
         "kind": kind,
@@ -348,9 +348,9 @@ class BrokenRule(NamedTuple):
     name: str
     manifest: Manifest
     path: str
-    """The field to blame."""
+    """The field that is reported."""
     message: str
-    """What is wrong and what helps, as both the reader and the API server say it."""
+    """The reason and the remedy; the reader and the API server give the same message."""
 
 
 def _one_of(name: str, base: Manifest, path: str, value: Any, members: str) -> BrokenRule:
@@ -379,21 +379,21 @@ BROKEN_RULES = [
         "terms-without-a-reward",
         changed(DPO, {"spec.rewardTerms": [{"rule": {"jsonSchema": "{}"}}]}),
         "spec.rewardTerms",
-        "are added to rewardModel, and there is none: set rewardModel",
+        "are added to the reward of rewardModel, which is not set: set rewardModel",
     ),
     _one_of("no-judge", PPO, "spec.preferences.aiFeedback.judge", {}, "model, endpoint"),
     BrokenRule(
-        "question-without-answers",
+        "question-without-completions",
         changed(PPO, {"spec.preferences.aiFeedback.question": "Is {first} good?"}),
         "spec.preferences.aiFeedback.question",
-        "must hold {first} and {second}, where the two answers go",
+        "must contain {first} and {second}, where the two completions are inserted: add both",
     ),
     _one_of("no-second-judge", GRPO, "spec.evaluate.winRate.judge", {}, "model, endpoint"),
     BrokenRule(
-        "win-rate-without-answers",
+        "win-rate-question-without-completions",
         changed(GRPO, {"spec.evaluate.winRate.question": "Is {first} good?"}),
         "spec.evaluate.winRate.question",
-        "must hold {first} and {second}, where the two answers go",
+        "must contain {first} and {second}, where the two completions are inserted: add both",
     ),
     _one_of("no-preferences", DPO, "spec.preferences", {}, "data, aiFeedback"),
     _one_of("two-optimizers", DPO, "spec.optimize", {"dpo": {}, "grpo": _PROMPTS}, _OPTIMIZE),
@@ -407,7 +407,7 @@ BROKEN_RULES = [
         "frozen-layers-under-an-adapter",
         changed(MINIMAL, {"spec.adapter.lora": {}, "spec.training.freeze.layers": "0-3"}),
         "spec.training.freeze",
-        "applies to full fine-tuning, and an adapter freezes the whole base: remove "
+        "applies to full fine-tuning only, as an adapter freezes the whole base model: remove "
         "training.freeze or adapter",
     ),
     BrokenRule(
@@ -452,10 +452,10 @@ BROKEN_RULES = [
         "epochs-and-steps",
         changed(MINIMAL, {"spec.training": {"epochs": 1, "maxSteps": 10}}),
         "spec.training.maxSteps",
-        "excludes epochs: remove maxSteps or epochs",
+        "cannot be combined with epochs: remove maxSteps or epochs",
     ),
     BrokenRule(
-        "more-least-workers-than-workers",
+        "more-minimum-workers-than-workers",
         changed(MINIMAL, {"spec.compute": {"workers": 2, "minWorkers": 4}}),
         "spec.compute.minWorkers",
         "must not exceed workers: lower minWorkers or raise workers",
@@ -476,11 +476,11 @@ BROKEN_RULES = [
         "a-frozen-reward-model-under-an-adapter",
         changed(PPO, {"spec.rewardModel.train.training.freeze": {"head": True}}),
         "spec.rewardModel.train.training.freeze",
-        "applies to full fine-tuning, and an adapter freezes the whole base: remove "
+        "applies to full fine-tuning only, as an adapter freezes the whole base model: remove "
         "training.freeze or adapter",
     ),
     BrokenRule(
-        "an-alignment-of-nothing",
+        "an-alignment-without-steps",
         changed(RLOO, {"spec.rewardModel": ABSENT, "spec.optimize": ABSENT}),
         "spec",
         "nothing to do: set sft, constitution, rewardModel or optimize",
@@ -504,16 +504,16 @@ BROKEN_RULES = [
         "ppo, grpo and rloo need a reward: add rewardModel, or optimize by dpo",
     ),
     BrokenRule(
-        "rounds-of-nothing",
+        "rounds-without-optimize",
         changed(DPO, {"spec.optimize": ABSENT}),
         "spec.rounds",
-        "above 1 needs optimize: add optimize or remove rounds",
+        "must be 1 without optimize: add optimize or remove rounds",
     ),
 ]
 
 
 class BrokenField(NamedTuple):
-    """A manifest with one field that its schema refuses."""
+    """A manifest with one field that the schema refuses."""
 
     name: str
     manifest: Manifest
@@ -521,20 +521,20 @@ class BrokenField(NamedTuple):
 
 
 def broken_fields(crds: dict[str, dict[str, Any]]) -> Iterator[BrokenField]:
-    """For every field of every model (once, wherever it appears first): each way to break it."""
-    seen: set[str] = set()
+    """Yield each way to break every field of every model, at its first occurrence."""
+    known: set[str] = set()
     for manifest in VALID.values():
         crd = next(crd for crd in crds.values() if crd["spec"]["names"]["kind"] == manifest["kind"])
         schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
         for path, field in _filled(schema["properties"]["spec"], manifest["spec"], "spec"):
             identity = f"{path.rsplit('.', 1)[-1]}: {field}"
-            if identity in seen:
+            if identity in known:
                 continue
-            seen.add(identity)
+            known.add(identity)
             for what, changes in _breaks(field, value_at(manifest, path), path):
-                blamed = next(iter(changes))
+                reported = next(iter(changes))
                 name = f"{manifest['kind']}-{path}-{what}"
-                yield BrokenField(name, changed(manifest, changes), blamed)
+                yield BrokenField(name, changed(manifest, changes), reported)
 
 
 def _filled(schema: Manifest, value: Any, path: str) -> Iterator[tuple[str, Manifest]]:
@@ -551,7 +551,7 @@ Changes = dict[str, Any]
 
 
 def _breaks(schema: Manifest, value: Any, path: str) -> Iterator[tuple[str, Changes]]:
-    """Each way to break one field: its name, and the changes, the first of which is to blame."""
+    """Yield each way to break one field: its name and the changes; the first one is reported."""
     kind = schema.get("type")
     yield from _wrong_types(schema, value, path)
     least, most = schema.get("minimum"), schema.get("maximum")

@@ -1,4 +1,4 @@
-"""The generated CRDs: what `crds/` holds, and that Kubernetes can take it."""
+"""The generated CRDs: `crds/` is up to date, and Kubernetes accepts the schemas."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ALLOWED = {
     *("x-kubernetes-list-map-keys", "x-kubernetes-int-or-string"),
     *("x-kubernetes-preserve-unknown-fields", "not"),
 }
-"""The keywords of a structural schema that we use: no $ref, no anyOf, no title."""
+"""The keywords of a structural schema that Tuneyard uses: no $ref, no anyOf, no title."""
 
 Schema = dict[str, Any]
 
@@ -35,7 +35,7 @@ def root(crd: dict[str, Any]) -> Schema:
 
 
 def nodes(schema: Schema, path: str = "") -> Iterator[tuple[str, Schema]]:
-    """Every schema in a schema, by its path."""
+    """Yield every schema inside a schema with its path."""
     yield path, schema
     for name, field in schema.get("properties", {}).items():
         yield from nodes(field, f"{path}.{name}")
@@ -46,7 +46,7 @@ def nodes(schema: Schema, path: str = "") -> Iterator[tuple[str, Schema]]:
 
 
 @pytest.mark.parametrize("name", CRDS)
-def test_the_folder_holds_what_the_models_say(name: str) -> None:
+def test_the_folder_is_up_to_date_with_the_models(name: str) -> None:
     written = (FOLDER / name).read_text(encoding="utf-8")
     assert written == to_yaml(CRDS[name]), "run `tuneyard crds` to regenerate"
 
@@ -56,7 +56,7 @@ def test_the_folder_holds_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("crd", CRDS.values(), ids=lambda crd: crd["metadata"]["name"])
-def test_yaml_reads_back_as_the_same_object(crd: dict[str, Any]) -> None:
+def test_the_yaml_is_read_back_as_the_same_object(crd: dict[str, Any]) -> None:
     assert yaml.safe_load(to_yaml(crd)) == crd
 
 
@@ -72,7 +72,7 @@ def test_every_schema_is_structural(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CRDS)
-def test_every_default_is_valid_with_the_defaults_inside_it_filled_in(name: str) -> None:
+def test_every_default_is_valid_once_nested_defaults_are_added(name: str) -> None:
     for path, schema in nodes(root(CRDS[name])):
         if "default" in schema:
             default = filled(schema, schema["default"])
@@ -80,7 +80,7 @@ def test_every_default_is_valid_with_the_defaults_inside_it_filled_in(name: str)
 
 
 def filled(schema: Schema, value: Any) -> Any:
-    """A value with the API server's defaults."""
+    """Return a value with the defaults that the API server adds."""
     if isinstance(value, list):
         return [filled(schema.get("items", {}), item) for item in value]
     if not isinstance(value, dict):
@@ -91,7 +91,7 @@ def filled(schema: Schema, value: Any) -> Any:
 
 
 @pytest.mark.parametrize("manifest", VALID.values(), ids=VALID)
-def test_the_api_server_fills_in_the_defaults_of_the_models(manifest: Manifest) -> None:
+def test_the_api_server_adds_the_defaults_of_the_models(manifest: Manifest) -> None:
     crd = next(crd for crd in CRDS.values() if crd["spec"]["names"]["kind"] == manifest["kind"])
     by_server = {**manifest, "spec": filled(root(crd)["properties"]["spec"], manifest["spec"])}
     assert parse(by_server) == parse(manifest)
@@ -119,7 +119,7 @@ def test_every_part_of_a_spec_has_a_limit_so_that_rules_have_a_cost(name: str) -
 
 
 @pytest.mark.parametrize("name", CRDS)
-def test_no_bound_has_a_fraction_which_the_api_server_would_cut_off(name: str) -> None:
+def test_no_bound_has_a_fraction_that_the_api_server_would_truncate(name: str) -> None:
     for path, schema in nodes(root(CRDS[name])):
         for key in ("minimum", "maximum"):
             assert float(schema.get(key, 0)).is_integer(), path
@@ -133,14 +133,14 @@ def test_everything_but_the_run_policy_is_immutable_once_planned(crd: dict[str, 
     assert fixed == {f".spec.{name}" for name in fields - {"runPolicy"}}
 
 
-def test_names_are_those_that_people_type() -> None:
+def test_kinds_have_short_names_and_a_category() -> None:
     names = {crd["spec"]["names"]["kind"]: crd["spec"]["names"] for crd in CRDS.values()}
     assert names["FineTuneJob"]["shortNames"] == ["ftj"]
     assert names["AlignmentJob"]["shortNames"] == ["aj"]
     assert all(each["categories"] == ["tuneyard"] for each in names.values())
 
 
-def test_kubectl_shows_a_reward_where_there_can_be_one() -> None:
+def test_kubectl_shows_a_reward_for_alignment_jobs() -> None:
     titles = {
         crd["spec"]["names"]["kind"]: [
             column["name"] for column in crd["spec"]["versions"][0]["additionalPrinterColumns"]

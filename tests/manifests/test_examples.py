@@ -1,4 +1,4 @@
-"""The examples: manifests that validate, files that exist, and held-out rows that are held out."""
+"""The examples: valid manifests, existing files, and held-out rows that training never contains."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DATA = EXAMPLES / "data"
 MANIFESTS = sorted(
     path
     for path in EXAMPLES.rglob("*.yaml")
-    if "out" not in path.relative_to(EXAMPLES).parts  # a run leaves its manifest beside its result
+    if "out" not in path.relative_to(EXAMPLES).parts  # a run writes its manifest beside its result
 )
 HELD_OUT = {
     DATA / "support/train.jsonl": DATA / "support/validation.jsonl",
@@ -32,8 +32,8 @@ HELD_OUT = {
     DATA / "legal/clauses.csv": DATA / "legal/held-out.csv",
 }
 MOST_SIMILAR = 0.4
-"""The bound on the share of content words that a held-out question has in common with a training
-question (Jaccard). A rewording that changes one word in four stands at 0.6."""
+"""Upper bound of the Jaccard similarity of the content words of a held-out and a training question.
+A rewording that changes one word in four has 0.6."""
 FUNCTION_WORDS = (
     "a am an and are at be can did do does for from get has have how i if in is it its long many "
     "may me much must my not of on or should that the them there this to was what when where which "
@@ -50,7 +50,7 @@ def jobs(path: Path) -> list[Job]:
 
 
 def uris(value: Any) -> Iterator[tuple[str, str]]:
-    """Each `uri` in a manifest, with the name of the field that holds it."""
+    """Yield each `uri` in a manifest with the name of the field that holds it."""
     for name, part in value.items() if isinstance(value, Mapping) else ():
         for item in part if isinstance(part, list) else [part]:
             if isinstance(item, Mapping):
@@ -101,7 +101,7 @@ def test_every_example_validates(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=manifest_id)
-def test_every_example_begins_by_saying_what_it_shows(path: Path) -> None:
+def test_every_example_starts_with_a_comment(path: Path) -> None:
     assert path.read_text(encoding="utf-8").startswith("# ")
 
 
@@ -115,7 +115,7 @@ def test_every_local_file_that_an_example_reads_exists(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=manifest_id)
-def test_every_local_output_lies_in_an_ignored_folder_beside_its_manifest(path: Path) -> None:
+def test_every_local_output_is_in_an_ignored_folder_beside_its_manifest(path: Path) -> None:
     for job in jobs(path):
         uri = job.spec.output.uri
         assert uri.startswith(("file://out/", "pvc://")), uri
@@ -197,12 +197,12 @@ def test_the_workflow_answers_are_json_objects_with_an_action() -> None:
 
 @pytest.mark.parametrize(("train", "held_out"), HELD_OUT.items(), ids=lambda path: path.parent.name)
 def test_no_training_question_comes_twice_or_is_held_out(train: Path, held_out: Path) -> None:
-    # A clause may be named and summarised: there the instruction is part of the question.
-    asked = [
+    # A clause may be named and summarized: its instruction is part of the question.
+    questions = [
         (row.get("instruction"), question_and_answer(row)[0].lower().strip(" ?.!"))
         for row in rows(train) + rows(held_out)
     ]
-    assert len(set(asked)) == len(asked)
+    assert len(set(questions)) == len(questions)
 
 
 @pytest.mark.parametrize("held_out", HELD_OUT.values(), ids=lambda path: path.parent.name)
@@ -216,7 +216,7 @@ def test_an_expected_string_is_in_its_answer_and_not_in_its_question(held_out: P
 
 
 @pytest.mark.parametrize("folder", ["support", "finance", "legal"])
-def test_every_held_out_answer_can_be_learnt_from_training(folder: str) -> None:
+def test_every_held_out_answer_can_be_learned_from_training(folder: str) -> None:
     (train, held_out), *_ = (pair for pair in HELD_OUT.items() if pair[0].parent.name == folder)
     assert {question_and_answer(row)[1] for row in rows(held_out)} <= {
         question_and_answer(row)[1] for row in rows(train)
@@ -228,7 +228,7 @@ def support() -> tuple[list[tuple[str, str]], list[dict[str, Any]]]:
     return [question_and_answer(row) for row in rows(train)], rows(held_out)
 
 
-def test_held_out_support_questions_are_worded_unlike_every_training_question() -> None:
+def test_held_out_support_questions_are_worded_differently_from_every_training_question() -> None:
     train, held_out = support()
     for row in held_out:
         question, _ = question_and_answer(row)

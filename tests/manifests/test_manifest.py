@@ -1,4 +1,4 @@
-"""Reading manifests: what is accepted, and what each mistake is called."""
+"""The manifest reader: the manifests it accepts, and the message for each mistake."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from tests.manifests.manifests import (
 )
 from tuneyard.api.alignmentjob import AlignmentJob
 from tuneyard.api.finetunejob import FineTuneJob
-from tuneyard.api.meta import Model, Rule
+from tuneyard.api.meta import Model, Rule, yaml_fields
 from tuneyard.errors import ManifestError
 from tuneyard.manifests.crd import crds
 from tuneyard.manifests.explain import REMEDIES
-from tuneyard.manifests.fields import Partial, fields, mappings, nested
+from tuneyard.manifests.fields import Partial, mappings, nested
 from tuneyard.manifests.manifest import KINDS, parse, read
 
 PARTS = {
@@ -42,7 +42,7 @@ PARTS = {
 
 
 def text(**parts: str) -> str:
-    """A manifest with some of its eight lines replaced; `more` is the last."""
+    """Return a manifest with some of its eight lines replaced; `more` is the last."""
     return "\n".join({**PARTS, **parts}.values())
 
 
@@ -54,7 +54,7 @@ def faults(manifest: str, source: str | None = None) -> list[str]:
 
 def models(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
     yield model
-    for info in fields(model).values():
+    for info in yaml_fields(model).values():
         inner = nested(info.annotation)
         if inner is not None:
             yield from models(inner)
@@ -68,22 +68,25 @@ FORMATS = (
 
 ONE_FAULT = {
     # ---- the document
-    "no text": ("", "no document: write a job, beginning with apiVersion: tuneyard.io/v1alpha1"),
+    "no text": (
+        "",
+        "the manifest is empty: write a job, beginning with apiVersion: tuneyard.io/v1alpha1",
+    ),
     "comments only": (
         "# nothing\n---\n",
-        "no document: write a job, beginning with apiVersion: tuneyard.io/v1alpha1",
+        "the manifest is empty: write a job, beginning with apiVersion: tuneyard.io/v1alpha1",
     ),
     "a list": ("- a", "1: a list is not a manifest: write a mapping"),
     "a word": ("word", "1: 'word' is not a manifest: write a mapping"),
     "a tab": (
         "spec:\n\tmodel: x",
-        "2: not valid YAML at column 1: found character '\\t' that cannot start any token; "
+        "2: not valid YAML at column 1: found character '\\t' that cannot start any token: "
         "indent with spaces, not tabs",
     ),
     "a colon": (
         "a: b: c",
-        "1: not valid YAML at column 5: mapping values are not allowed here; put a value that "
-        "contains ': ' in quotes",
+        "1: not valid YAML at column 5: mapping values are not allowed here: quote a value that "
+        "contains ': '",
     ),
     "an open bracket": (
         "a: [1,",
@@ -91,24 +94,24 @@ ONE_FAULT = {
     ),
     "a control character": (
         "a: 1\nb: \x01",
-        "2: the character '\\x01' may not stand in YAML: remove it",
+        "2: YAML does not allow the character '\\x01': remove it",
     ),
     "an unknown alias": ("a: *b", "1: not valid YAML at column 4: found undefined alias 'b'"),
-    "an endless alias": (
+    "a recursive alias": (
         "a: &a\n  b: *a",
-        "1: a.b: an alias that contains itself: remove it",
+        "1: a.b: the alias contains itself: remove it",
     ),
     "a foreign tag": (
         text(more="  method: !!python/name:os.system sft"),
         "8: spec.method: the tag !!python/name:os.system is not supported: remove it",
     ),
-    "a tag that lies": (
+    "a tag of another type": (
         text(more="  training: {epochs: !!int many}"),
-        "8: spec.training.epochs: 'many' is not of the type !!int",
+        "8: spec.training.epochs: 'many' is not of the type !!int: correct it, or remove !!int",
     ),
     "a key twice": (
         text(more="  method: sft\n  method: pretrain"),
-        "9: spec.method: 'method' is given twice (first on line 8): remove one",
+        "9: spec.method: 'method' is set twice (first on line 8): remove one",
     ),
     "a key that is a number": (
         text(metadata="metadata: {name: job, labels: {1: a}}"),
@@ -116,11 +119,11 @@ ONE_FAULT = {
     ),
     "a template": (
         text(metadata="metadata: {name: job, labels: {{x}}}"),
-        "3: metadata.labels: a key must be a string: put text with braces or brackets in quotes",
+        "3: metadata.labels: a key must be a string: quote text with braces or brackets",
     ),
     "a merge of nothing": (
         text(more="  compute: {<<: 5}"),
-        "8: spec.compute: << takes a mapping or a list of mappings: point it at one",
+        "8: spec.compute: << takes a mapping or a list of mappings: change its value to one",
     ),
     # ---- apiVersion, kind, metadata
     "no apiVersion": (
@@ -149,8 +152,8 @@ ONE_FAULT = {
     ),
     "no name": (
         text(metadata="metadata: {generateName: job-}"),
-        "3: metadata.name: required and missing: add it. The job's name: at most 40 lower-case "
-        "letters, digits and dashes, starting with a letter.",
+        "3: metadata.name: required and missing: add it. Name of the job: at most 40 "
+        "lower-case letters, digits and dashes, starting with a letter.",
     ),
     "a long name": (
         text(metadata=f"metadata: {{name: {'a' * 41}}}"),
@@ -158,15 +161,15 @@ ONE_FAULT = {
     ),
     "a capital name": (
         text(metadata="metadata: {name: Job}"),
-        "3: metadata.name: 'Job' does not fit: use lower-case letters, digits and dashes, starting "
-        "with a letter",
+        "3: metadata.name: 'Job' is not valid: use at most 40 lower-case letters, digits and "
+        "dashes, starting with a letter",
     ),
     "an unknown metadata field": (
         text(metadata="metadata: {name: job, lables: {}}"),
         "3: metadata.lables: unknown field 'lables': did you mean 'labels'?",
     ),
     # ---- unknown fields
-    "a misspelt field": (
+    "a misspelled field": (
         text(more="  training: {epoch: 3}"),
         "8: spec.training.epoch: unknown field 'epoch': did you mean 'epochs'?",
     ),
@@ -178,7 +181,7 @@ ONE_FAULT = {
         text(more="  epochs: 3"),
         "8: spec.epochs: unknown field 'epochs': it belongs at spec.training.epochs",
     ),
-    "a misspelt field too high": (
+    "a misspelled field too high": (
         text(more="  epoch: 3"),
         "8: spec.epoch: unknown field 'epoch': it belongs at spec.training.epochs",
     ),
@@ -187,7 +190,7 @@ ONE_FAULT = {
         "8: spec.training.rank: unknown field 'rank': it belongs at spec.adapter.lora.rank or "
         "spec.adapter.qlora.rank",
     ),
-    "a field of nothing": (
+    "a field that is nowhere": (
         text(more="  nonsense: 3"),
         f"8: spec.nonsense: unknown field 'nonsense': spec takes {SPEC}",
     ),
@@ -326,7 +329,7 @@ ONE_FAULT = {
     ),
     "a broken quantity": (
         text(more="  compute: {memory: 16GB}"),
-        "8: spec.compute.memory: '16GB' does not fit: write a Kubernetes quantity, e.g. \"500m\" "
+        "8: spec.compute.memory: '16GB' is not valid: write a Kubernetes quantity, e.g. \"500m\" "
         'or "16Gi"',
     ),
     "no scheme": (
@@ -344,41 +347,42 @@ ONE_FAULT = {
     ),
     "almost a scheme": (
         text(data='  data: {train: [{uri: "http://host/x"}]}'),
-        "6: spec.data.train[0].uri: 'http://host/x' has the scheme 'http', which cannot be read "
-        "here: did you mean https://host/x?",
+        "6: spec.data.train[0].uri: 'http://host/x' has the scheme 'http', which this field "
+        "does not support: did you mean https://host/x?",
     ),
     "another scheme": (
         text(output='  output: {uri: "hf://org/model"}'),
-        "7: spec.output.uri: 'hf://org/model' has the scheme 'hf', which cannot be read here: "
-        "write one of pvc, s3, gs, file",
+        "7: spec.output.uri: 'hf://org/model' has the scheme 'hf', which this field does "
+        "not support: write one of pvc, s3, gs, file",
     ),
     "a scheme alone": (
         text(output='  output: {uri: "file://"}'),
-        "7: spec.output.uri: 'file://' names nothing: write a path after file://",
+        "7: spec.output.uri: 'file://' has no path: write one after file://",
     ),
     "white space in a URI": (
         text(output='  output: {uri: "file://my folder"}'),
-        "7: spec.output.uri: 'file://my folder' contains white space: rename what it points to",
+        "7: spec.output.uri: 'file://my folder' contains white space: rename the file or folder",
     ),
     # ---- what is missing
     "no spec": (
         "\n".join(PARTS[name] for name in ("apiVersion", "kind", "metadata")),
-        "1: spec: required and missing: add it. What the user wants.",
+        "1: spec: required and missing: add it. The specification of the job.",
     ),
     "no output": (
         text(output=""),
-        "4: spec.output: required and missing: add it. Where the result goes.",
+        "4: spec.output: required and missing: add it. Where the result is written.",
     ),
     "an empty output": (
         text(output="  output:"),
-        "7: spec.output: required and missing: add it. Where the result goes.",
+        "7: spec.output: required and missing: add it. Where the result is written.",
     ),
     "an item without its URI": (
         text(data="  data:\n    train:\n    - weight: 1"),
-        "8: spec.data.train[0].uri: required and missing: add it. Where it lies: "
-        "file://data/train.jsonl (relative to the manifest), s3://bucket/key, "
-        "hf://datasets/ORG/NAME/file.parquet, pvc://CLAIM/PATH, pkg://PACKAGE/FILE. JSONL, JSON, "
-        "CSV, Parquet and text by suffix, each also .gz, .bz2, .xz or .zst.",
+        "8: spec.data.train[0].uri: required and missing: add it. Location: "
+        "file://data/train.jsonl (relative to the manifest), s3://BUCKET/KEY, "
+        "hf://datasets/ORG/NAME/file.parquet, pvc://CLAIM/PATH or pkg://PACKAGE/FILE. The suffix "
+        "decides between JSONL, JSON, CSV, Parquet and text; each may be compressed (.gz, .bz2, "
+        ".xz, .zst).",
     ),
     # ---- rules across fields
     "two of a union": (
@@ -413,15 +417,16 @@ def test_every_fault_of_every_document_is_reported_at_once_in_order() -> None:
     )
     second = text(kind="kind: FineTune", metadata="metadata: {name: other}", model="")
     assert faults(f"{first}\n---\n{second}\n---\na: [", "jobs.yaml") == [
-        "jobs.yaml:7: spec.output.uri: required and missing: add it. A folder: pvc://CLAIM/PATH, "
-        "s3://…, gs://… or file://PATH (relative to the manifest). One folder belongs to one job.",
+        "jobs.yaml:7: spec.output.uri: required and missing: add it. Folder of the result: "
+        "pvc://CLAIM/PATH, s3://BUCKET/KEY, gs://BUCKET/KEY or file://PATH (relative to the "
+        "manifest). Each job needs a folder of its own.",
         "jobs.yaml:8: spec.epochs: unknown field 'epochs': it belongs at spec.training.epochs",
         "jobs.yaml:9: spec.adapter.lora.rank: 0 is too small: write at least 1",
         "jobs.yaml:10: spec.training.seed: -1 is too small: write at least 0",
-        "jobs.yaml:10: spec.training.freeze: applies to full fine-tuning, and an adapter freezes "
-        "the whole base: remove training.freeze or adapter",
+        "jobs.yaml:10: spec.training.freeze: applies to full fine-tuning only, as an adapter "
+        "freezes the whole base model: remove training.freeze or adapter",
         "jobs.yaml:13: kind: 'FineTune' is not a kind of job: did you mean 'FineTuneJob'?",
-        "jobs.yaml:15: spec.model: required and missing: add it. The model to start from.",
+        "jobs.yaml:15: spec.model: required and missing: add it. The base model.",
         "jobs.yaml:21: not valid YAML at column 5: expected the node content, but found "
         "'<stream end>'",
     ]
@@ -436,17 +441,17 @@ def test_every_fault_of_every_document_is_reported_at_once_in_order() -> None:
         "  training: {epochs: many, maxSteps: 5}",
     ],
 )
-def test_a_rule_says_nothing_of_a_field_that_is_itself_at_fault(more: str) -> None:
+def test_a_rule_is_not_reported_if_a_field_that_it_reads_has_a_fault(more: str) -> None:
     assert len(faults(text(more=more))) == 1
 
 
-def test_two_jobs_of_one_name_are_refused() -> None:
+def test_two_jobs_with_the_same_name_are_refused() -> None:
     assert faults(f"{text()}\n---\n{text()}") == [
-        "12: metadata.name: another FineTuneJob above is named 'job' too: rename one"
+        "12: metadata.name: 'job' is the name of an earlier FineTuneJob too: rename one"
     ]
 
 
-def test_two_jobs_of_one_name_in_two_namespaces_are_fine() -> None:
+def test_two_jobs_with_the_same_name_in_two_namespaces_are_accepted() -> None:
     other = text(metadata="metadata: {name: job, namespace: other}")
     assert len(read(f"{text()}\n---\n{other}")) == 2
 
@@ -498,7 +503,7 @@ def test_booleans_mean_what_they_mean_to_kubectl(written: str) -> None:
 
 
 @pytest.mark.parametrize("written", ["2026-11-21", "1:30", "1.2.3", "'yes'", "1e", "0x"])
-def test_what_kubectl_reads_as_a_string_is_one(written: str) -> None:
+def test_strings_are_the_same_as_for_kubectl(written: str) -> None:
     (job,) = read(text(model=f'  model: {{uri: "hf://org/model", revision: {written}}}'))
     assert isinstance(job, FineTuneJob)
     assert job.spec.model.revision == written.strip("'")
@@ -508,13 +513,13 @@ def test_a_field_without_a_value_is_absent() -> None:
     assert read(text(more="  adapter:\n  training:\n    epochs: ~")) == read(text())
 
 
-def test_null_is_kept_where_it_says_something() -> None:
+def test_null_is_kept_if_it_differs_from_absence() -> None:
     (job,) = read(text(more="  training: {optimizer: {maxGradientNorm: null}}"))
     assert isinstance(job, FineTuneJob)
     assert job.spec.training.optimizer.max_gradient_norm is None
 
 
-def test_anchors_aliases_and_merge_keys_work_and_what_is_written_wins() -> None:
+def test_anchors_aliases_and_merge_keys_work_and_explicit_keys_take_precedence() -> None:
     data = (
         "  data:\n"
         "    train:\n"
@@ -538,23 +543,23 @@ def test_a_fault_behind_an_alias_names_the_field_and_the_line_where_it_was_writt
     ]
 
 
-def test_aliases_that_multiply_are_refused_before_they_fill_the_memory() -> None:
+def test_too_many_expanded_aliases_are_refused_before_they_fill_the_memory() -> None:
     lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
     for number in range(1, 12):
         name, previous = chr(ord("a") + number), chr(ord("a") + number - 1)
         lines.append(f"{name}: &{name} [{', '.join([f'*{previous}'] * 9)}]")
     (fault,) = faults("\n".join(lines))
-    assert fault.endswith("more than 50000 values once aliases are expanded: remove aliases")
+    assert fault.endswith("more than 50000 values with aliases expanded: remove aliases")
 
 
-def test_nesting_without_end_is_refused() -> None:
-    assert faults("[" * 1000) == ["nested too deeply for a manifest: flatten it"]
+def test_deep_nesting_is_refused() -> None:
+    assert faults("[" * 1000) == ["the YAML is nested too deeply: flatten it"]
 
 
-def test_a_text_above_the_limit_is_refused_unread() -> None:
+def test_a_text_above_the_size_limit_is_refused_without_parsing() -> None:
     assert faults("[" * (1 << 20) + "[", "big.yaml") == [
-        "big.yaml: 1048577 bytes are too many for a manifest: at most 1048576; keep data in files "
-        "that it names by uri"
+        "big.yaml: the manifest has 1048577 bytes, the limit is 1048576: put data in files and "
+        "name them by uri"
     ]
 
 
@@ -595,7 +600,7 @@ def test_parsing_leaves_its_argument_as_it_was() -> None:
     assert value["spec"]["training"] == {"epochs": None}
 
 
-# ---- the whole contract
+# ---- all fields and rules
 
 
 @pytest.mark.parametrize("manifest", VALID.values(), ids=VALID)
@@ -611,12 +616,12 @@ def test_the_valid_manifests_fill_every_field_of_every_model() -> None:
         for name in mapping
     }
     specs = {model for kind in KINDS.values() for model in models(nested_spec(kind))}
-    every = {(model, name) for model in specs for name in fields(model)}
+    every = {(model, name) for model in specs for name in yaml_fields(model)}
     assert every <= filled
 
 
 def nested_spec(kind: type[BaseModel]) -> type[BaseModel]:
-    spec = nested(fields(kind)["spec"].annotation)
+    spec = nested(yaml_fields(kind)["spec"].annotation)
     assert spec is not None
     return spec
 
@@ -625,7 +630,7 @@ BROKEN_FIELDS = list(broken_fields(crds()))
 
 
 @pytest.mark.parametrize("broken", BROKEN_FIELDS, ids=lambda broken: broken.name)
-def test_what_the_schema_refuses_the_reader_refuses_at_the_same_field(broken: BrokenField) -> None:
+def test_the_reader_refuses_at_the_same_field_what_the_schema_refuses(broken: BrokenField) -> None:
     with pytest.raises(ManifestError) as caught:
         parse(broken.manifest)
     assert {fault.path for fault in caught.value.faults} == {broken.path}
@@ -657,35 +662,35 @@ def test_every_rule_has_a_manifest_that_breaks_it() -> None:
 def test_no_rule_reads_a_field_that_it_does_not_name(manifest: Manifest) -> None:
     for model, mapping, _ in mappings(KINDS[manifest["kind"]], manifest):
         for rule in model.rules if issubclass(model, Model) else ():
-            seen: set[str] = set()
-            assert rule.holds(Watched(model, mapping, seen))
+            reads: set[str] = set()
+            assert rule.holds(RecordingPartial(model, mapping, reads))
             named = {name[:end] for name in rule.reads for end in _ends(name)}
-            assert seen <= named, rule
+            assert reads <= named, rule
 
 
 def _ends(name: str) -> list[int]:
     return [index for index, letter in enumerate(name) if letter == "."] + [len(name)]
 
 
-class Watched(Partial):
-    """A Partial that notes the paths of the fields that are read."""
+class RecordingPartial(Partial):
+    """A Partial that records the paths of the fields that are read."""
 
     def __init__(
-        self, model: type[BaseModel], value: dict[str, Any], seen: set[str], path: str = ""
+        self, model: type[BaseModel], value: dict[str, Any], read: set[str], path: str = ""
     ) -> None:
         super().__init__(model, value)
-        self._seen, self._path = seen, path
+        self._read, self._path = read, path
 
     def __getattr__(self, name: str) -> Any:
         path = self._path + (self._model.model_fields[name].alias or name)
-        self._seen.add(path)
+        self._read.add(path)
         value = super().__getattr__(name)
         if isinstance(value, Partial):
-            return Watched(value._model, dict(value._value), self._seen, f"{path}.")
+            return RecordingPartial(value._model, dict(value._value), self._read, f"{path}.")
         return value
 
 
-def test_every_pattern_has_a_remedy_in_words() -> None:
+def test_every_pattern_has_a_remedy() -> None:
     patterns: set[str] = set()
 
     def visit(node: Any) -> None:

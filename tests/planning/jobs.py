@@ -12,18 +12,22 @@ from tuneyard.api.finetunejob import FineTuneJob
 
 
 def manifest(name: str) -> dict[str, Any]:
-    """A manifest of tests/golden/manifests."""
+    """Return a manifest of tests/golden/manifests."""
     text = (GOLDEN / "manifests" / f"{name}.yaml").read_text(encoding="utf-8")
     value: dict[str, Any] = yaml.safe_load(text)
     return value
 
 
 def job(name: str = "minimal", **changes: Any) -> FineTuneJob:
-    """A golden job. A change's name is its path in `spec`, `__` between the steps; None removes."""
+    """Return a golden job with changed fields; see `changed`."""
     return FineTuneJob.model_validate(changed(manifest(name), changes))
 
 
 def changed(value: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of a manifest with changed fields.
+
+    A change's key is the field's path in `spec`, joined by `__`. None removes the field.
+    """
     value = copy.deepcopy(value)
     for path, leaf in changes.items():
         *folders, last = path.split("__")

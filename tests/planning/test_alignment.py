@@ -1,4 +1,4 @@
-"""The plan of an AlignmentJob: which stages, wired how, repeated how."""
+"""The plan of an AlignmentJob: its stages, their inputs and the rounds."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NAMES = ("ai-feedback", "constitutional", "dpo", "grpo", "ppo", "rloo")
 
 
 def job(name: str = "dpo", **changes: Any) -> AlignmentJob:
-    """An example. A change's name is its path in `spec`, `__` between the steps; None removes."""
+    """Return the job of an example with changed fields; see `tests.planning.jobs.changed`."""
     value = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8"))
     return AlignmentJob.model_validate(changed(value, changes))
 
@@ -51,7 +51,7 @@ def faults(wrong: AlignmentJob) -> list[Fault]:
     return list(caught.value.faults)
 
 
-def test_the_readmes_manifests_can_be_carried_out() -> None:
+def test_the_readmes_manifests_can_be_planned() -> None:
     text = (EXAMPLES.parents[1] / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     jobs = [job for block in blocks for job in read(block)]
@@ -60,35 +60,35 @@ def test_the_readmes_manifests_can_be_carried_out() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_examples_plan_is_as_frozen(name: str) -> None:
+def test_the_plan_of_an_example_is_frozen(name: str) -> None:
     assert_golden(f"alignment/{name}.json", plan_job(job(name)).to_json())
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_plan_survives_the_wire(name: str) -> None:
+def test_a_plan_is_the_same_after_a_round_trip_by_json(name: str) -> None:
     planned = plan_job(job(name))
     assert Plan.model_validate_json(planned.to_json()) == planned
 
 
-def test_the_four_steps_come_in_order_each_from_the_last_ones_model() -> None:
+def test_the_four_steps_come_in_order_and_each_starts_from_the_model_before() -> None:
     planned = plan_job(job("ppo"))
     kinds = ["prepare", "sft", "pairs", "reward", "ppo", "assess", "export"]
     assert [stage.kind for stage in planned.stages] == kinds
     ppo = stage(planned, "ppo").inputs
     assert ppo["tuned"] == StageInput(stage="sft")
     assert ppo["reward"] == StageInput(stage="reward")
-    assessed = stage(planned, "evaluate").inputs
-    assert assessed["tuned"] == StageInput(stage="ppo")
-    assert assessed["start"] == StageInput(stage="sft")
+    measured = stage(planned, "evaluate").inputs
+    assert measured["tuned"] == StageInput(stage="ppo")
+    assert measured["start"] == StageInput(stage="sft")
 
 
-def test_later_steps_speak_as_the_first_one_was_taught() -> None:
+def test_later_steps_use_the_system_prompt_of_fine_tuning() -> None:
     pairs = stage(plan_job(job("ppo")), "pairs").settings
     assert isinstance(pairs, PairsSettings)
     assert pairs.chat.system_prompt == "Hedgo help."
 
 
-def test_rounds_sample_label_and_optimise_again_from_the_last_rounds_model() -> None:
+def test_rounds_sample_label_and_optimize_again_from_the_last_rounds_model() -> None:
     planned = plan_job(job("ai-feedback", rounds=3))
     assert names(planned)[3:] == [
         *("feedback-2", "pairs-2", "dpo-2"),
@@ -101,7 +101,7 @@ def test_rounds_sample_label_and_optimise_again_from_the_last_rounds_model() -> 
     assert stage(planned, "export").inputs["tuned"] == StageInput(stage="dpo-3")
 
 
-def test_what_people_prefer_is_read_once_whatever_the_rounds() -> None:
+def test_preferences_of_people_are_prepared_once_for_all_rounds() -> None:
     planned = plan_job(job(rounds=2))
     assert names(planned) == ["pairs", "dpo", "dpo-2", "evaluate", "export"]
     assert stage(planned, "dpo-2").inputs["data"] == StageInput(stage="pairs")
@@ -115,14 +115,14 @@ def test_revisions_are_prepared_and_trained_on_from_the_model_before() -> None:
     assert "tuned" not in stage(planned, "revise").inputs
 
 
-def test_fine_tuning_comes_before_the_constitution_and_feeds_it() -> None:
+def test_the_constitution_starts_from_the_fine_tuned_model() -> None:
     sft = {"data": {"train": [{"uri": "file://train.jsonl"}]}}
     planned = plan_job(job("constitutional", sft=sft))
     assert stage(planned, "critique").inputs["tuned"] == StageInput(stage="sft")
     assert stage(planned, "revise").inputs["tuned"] == StageInput(stage="sft")
 
 
-def test_a_judges_key_reaches_the_workers_and_its_address_no_fingerprint() -> None:
+def test_a_judges_key_reaches_the_workers_and_its_url_is_not_in_the_fingerprint() -> None:
     planned = plan_job(job("ai-feedback"))
     assert list(storage(planned).tokens) == ["TUNEYARD_SECRET_JUDGE_TOKEN"]
     path = "preferences__aiFeedback__judge__endpoint__url"
@@ -132,7 +132,7 @@ def test_a_judges_key_reaches_the_workers_and_its_address_no_fingerprint() -> No
     assert first.runtime != second.runtime
 
 
-def test_another_judge_is_another_stage() -> None:
+def test_another_judge_changes_the_fingerprint() -> None:
     path = "preferences__aiFeedback__judge__endpoint__model"
     other = plan_job(job("ai-feedback", **{path: "judge-small"}))
     assert stage(other, "feedback").fingerprint != (
@@ -166,10 +166,10 @@ def test_default_principles_are_written_into_the_plan() -> None:
     assert len(settings.principles) > 3
 
 
-def test_kto_takes_single_answers() -> None:
+def test_kto_takes_unpaired_completions() -> None:
     settings = stage(plan_job(job(optimize__dpo__loss="kto")), "pairs").settings
     assert isinstance(settings, PairsSettings)
-    assert settings.labelled
+    assert settings.labeled
 
 
 def test_kto_and_a_trained_reward_model_exclude_each_other() -> None:
@@ -219,7 +219,7 @@ def test_a_reward_model_starts_from_the_fine_tuned_model() -> None:
     assert "tuned" not in stage(plan_job(unmergeable), "reward").inputs
 
 
-def test_what_dpo_is_measured_by_is_its_own_scale() -> None:
+def test_dpo_is_measured_with_its_own_beta() -> None:
     settings = stage(plan_job(job(optimize__dpo__beta=0.3)), "evaluate").settings
     assert isinstance(settings, AssessSettings)
     assert settings.beta == 0.3
@@ -236,7 +236,7 @@ WIN_RATE = {
 }
 
 
-def test_a_second_judge_is_asked_at_the_end_and_its_address_is_no_fingerprint() -> None:
+def test_a_second_judge_compares_at_the_end_and_its_url_is_not_in_the_fingerprint() -> None:
     planned = plan_job(job("ppo", evaluate={"winRate": WIN_RATE}))
     evaluate = stage(planned, "evaluate")
     assert isinstance(evaluate.settings, AssessSettings)
@@ -272,7 +272,7 @@ def test_a_gate_on_the_win_rate_needs_a_second_judge() -> None:
     assert plan_job(job("ppo", evaluate={"gates": gates, "winRate": WIN_RATE}))
 
 
-def test_auto_is_decided_by_method_and_tuning() -> None:
+def test_auto_is_resolved_by_method_and_tuning() -> None:
     settings = stage(
         plan_job(job(optimize__dpo={}, adapter=None, output__merge=None)), "dpo"
     ).settings
@@ -281,7 +281,7 @@ def test_auto_is_decided_by_method_and_tuning() -> None:
     assert settings.training.epochs == 1
 
 
-def test_every_decision_is_told_once_whatever_the_rounds() -> None:
+def test_every_default_is_noted_once_for_all_rounds() -> None:
     notes = plan_job(job("ai-feedback", optimize__dpo={})).notes
     assert len(notes) == len(set(notes)) == 3
 
@@ -310,7 +310,7 @@ def test_every_decision_is_told_once_whatever_the_rounds() -> None:
          "spec.evaluate.winRate"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_carried_out_is_named(changes: dict[str, Any], path: str) -> None:
+def test_a_setting_that_cannot_be_used_is_named(changes: dict[str, Any], path: str) -> None:
     assert [fault.path for fault in faults(job(**changes))] == [path]
 
 
@@ -322,7 +322,9 @@ def test_what_cannot_be_carried_out_is_named(changes: dict[str, Any], path: str)
         ("training", {"batchSize": 12}, "training.batchSize"),
     ],
 )
-def test_what_sampling_cannot_be_combined_with_is_named(field: str, value: Any, path: str) -> None:
+def test_training_settings_unfit_for_reinforcement_are_named(
+    field: str, value: Any, path: str
+) -> None:
     prompts = {"uri": "file://prompts.jsonl"}
     wrong = job(
         preferences=None,
@@ -334,14 +336,14 @@ def test_what_sampling_cannot_be_combined_with_is_named(field: str, value: Any, 
 
 @pytest.mark.parametrize("kind", ["qlora", "prefix", "prompt", "bottleneck"])
 @pytest.mark.parametrize("method", ["ppo", "grpo", "rloo"])
-def test_vllm_is_refused_a_policy_that_is_no_plain_weights(method: str, kind: str) -> None:
+def test_vllm_is_refused_for_a_policy_that_is_not_plain_weights(method: str, kind: str) -> None:
     path = f"optimize__{method}__sampling__engine"
     wrong = job(method, adapter={kind: {}}, output__merge=None, **{path: "vllm"})
     assert [fault.path for fault in faults(wrong)] == [f"spec.optimize.{method}.sampling.engine"]
 
 
 @pytest.mark.parametrize("adapter", [None, {"lora": {}}, {"ia3": {}}])
-def test_vllm_answers_for_plain_weights_and_adapters_that_merge(adapter: Any) -> None:
+def test_vllm_samples_from_plain_weights_and_adapters_that_merge(adapter: Any) -> None:
     engine = {"optimize__ppo__sampling__engine": "vllm"}
     planned = plan_job(job("ppo", adapter=adapter, output__merge=None, **engine))
     settings = stage(planned, "ppo").settings
@@ -349,7 +351,7 @@ def test_vllm_answers_for_plain_weights_and_adapters_that_merge(adapter: Any) ->
     assert settings.sampling.engine == "vllm"
 
 
-def test_terms_are_added_to_the_reward_each_by_its_weight() -> None:
+def test_terms_are_added_to_the_reward_with_their_weights() -> None:
     terms = [
         {"weight": 0.5, "rule": {"exactMatch": "answer"}},
         {"weight": -0.1, "model": {"uri": "file://models/toxicity"}},
@@ -370,7 +372,7 @@ def test_terms_are_added_to_the_reward_each_by_its_weight() -> None:
 
 
 def test_terms_without_a_reward_to_add_to_are_refused() -> None:
-    with pytest.raises(ValueError, match="are added to rewardModel, and there is none"):
+    with pytest.raises(ValueError, match="rewardModel, which is not set: set rewardModel"):
         job("dpo", rewardTerms=[{"rule": {"exactMatch": "answer"}}])
     with pytest.raises(ValueError, match="set exactly one of model, rule"):
         job("ppo", rewardTerms=[{"weight": 2.0}])

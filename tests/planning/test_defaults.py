@@ -1,4 +1,4 @@
-"""The rules behind `auto`."""
+"""The rules behind `auto`, and their tables in the documentation."""
 
 from __future__ import annotations
 
@@ -23,24 +23,33 @@ def test_every_way_of_tuning_has_exactly_one_rule_for_each_method(
     assert rules == [defaults.rule(method, tuning)]
 
 
-def test_no_rule_is_for_a_way_of_tuning_that_does_not_exist() -> None:
+def test_every_rule_is_for_an_existing_way_of_tuning() -> None:
     assert {rule.tuning for rule in defaults.RULES} == set(WAYS)
 
 
-def test_lora_learns_ten_times_as_fast_as_full_fine_tuning() -> None:
+def test_the_learning_rate_of_lora_is_ten_times_the_one_of_full_fine_tuning() -> None:
     full, lora = defaults.rule("sft", "full"), defaults.rule("sft", "lora")
     assert lora.learning_rate == pytest.approx(10 * full.learning_rate)
 
 
-def test_the_documentation_shows_the_rules_that_the_code_applies() -> None:
+def test_the_documentation_shows_the_rules_of_fine_tuning() -> None:
     text = DOC.read_text(encoding="utf-8")
-    assert defaults.table() in text
+    rows = [
+        f"| {rule.title} | {', '.join(rule.methods)} | {rule.learning_rate:g} | {rule.batch_size} "
+        f"| {rule.source} |"
+        for rule in defaults.RULES
+    ]
+    head = [
+        "| Tuning | Method | `learningRate` | `batchSize` | Source |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    assert "\n".join(head + rows) + "\n" in text
     assert f"{defaults.EPOCHS:g} epochs" in text
 
 
 @pytest.mark.parametrize("tuning", WAYS)
 @pytest.mark.parametrize("method", get_args(defaults.AlignmentMethod))
-def test_alignment_learns_more_slowly_than_fine_tuning(
+def test_the_learning_rate_of_alignment_is_at_most_half_the_one_of_fine_tuning(
     method: defaults.AlignmentMethod, tuning: str
 ) -> None:
     aligned, tuned = defaults.alignment_rule(method, tuning), defaults.rule("sft", tuning)
@@ -48,4 +57,14 @@ def test_alignment_learns_more_slowly_than_fine_tuning(
 
 
 def test_the_documentation_shows_the_rules_of_alignment() -> None:
-    assert defaults.alignment_table() in DOC.read_text(encoding="utf-8")
+    rows = [
+        f"| {rule.method} | {defaults.alignment_rule(rule.method, 'full').learning_rate:g} | "
+        f"{defaults.alignment_rule(rule.method, 'lora').learning_rate:g} | {rule.share:g} | "
+        f"{rule.batch_size} | {rule.source} |"
+        for rule in defaults.ALIGNMENT_RULES
+    ]
+    head = [
+        "| Method | `learningRate`, full | LoRA | Share | `batchSize` | Source |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    assert "\n".join(head + rows) + "\n" in DOC.read_text(encoding="utf-8")

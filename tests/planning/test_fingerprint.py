@@ -1,4 +1,4 @@
-"""A stage's identity covers what it does, and never where anything lies or how it is run."""
+"""A stage's identity covers what it does, but no location and not how it is run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from tests.planning.jobs import changed, job, manifest
 from tuneyard.api.evaluation import Evaluate
 from tuneyard.api.finetunejob import FineTuneJob
+from tuneyard.api.meta import yaml_fields
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, TrainRuntime
 from tuneyard.api.sources import FineTuneData
 from tuneyard.api.stage_settings import Settings, StageKind
@@ -36,11 +37,11 @@ KINDS: dict[str, StageKind] = {stage.name: stage.kind for stage in STAGES}
 
 
 def mutations(model: BaseModel, path: str = "") -> Iterator[tuple[str, BaseModel]]:
-    """The model with one field changed, for every field at every depth."""
+    """Yield the model with one changed field, for every field at every depth."""
     for name in type(model).model_fields:
         value, here = getattr(model, name), f"{path}.{name}".lstrip(".")
         if here == "kind":
-            continue  # changes the model's type; covered by the version and the wiring
+            continue  # the model's type; tested with the version and the inputs
         if isinstance(value, BaseModel):
             for where, inner in mutations(value, here):
                 yield where, model.model_copy(update={name: inner})
@@ -62,17 +63,17 @@ def all_mutations() -> Iterator[tuple[PlannedStage, str, BaseModel]]:
 )
 def test_every_setting_changes_the_fingerprint(stage: PlannedStage, settings: Settings) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the value is of no valid type, on purpose
+        warnings.simplefilter("ignore")  # the value has a wrong type on purpose
         assert fingerprint(settings, stage.inputs, KINDS) != stage.fingerprint
 
 
-def test_no_settings_are_none_by_accident() -> None:
-    """The generic walk above reaches nested settings only where they are set."""
+def test_the_mutations_reach_nested_settings() -> None:
+    """They reach nested settings only if these are set."""
     paths = {f"{stage.name}.{path}" for stage, path, _ in all_mutations()}
     assert {"sft.adapter.lora.rank", "sft.early_stopping.patience", "prepare.train"} <= paths
 
 
-def test_clipping_switched_off_differs_from_the_default() -> None:
+def test_disabled_gradient_clipping_differs_from_the_default() -> None:
     optimizer = {"maxGradientNorm": 1.0}
     assert fingerprints(planned(training__optimizer=optimizer))["sft"] != STAGES[1].fingerprint
 
@@ -86,7 +87,7 @@ def test_a_new_version_of_a_stage_changes_its_fingerprint_only(
     assert {name for name in before if before[name] != after[name]} == {"sft"}
 
 
-def test_the_wiring_is_identity_and_a_stage_s_name_is_not() -> None:
+def test_the_kinds_of_inputs_are_identity_and_a_stages_name_is_not() -> None:
     stage = STAGES[1]
     renamed = {**stage.inputs, "data": StageInput(stage="first")}
     rewired = {**stage.inputs, "data": SourceInput(uri="pvc://data/prepared")}
@@ -131,7 +132,7 @@ def test_moving_data_and_rotating_secrets_changes_no_fingerprint() -> None:
 
 
 def test_every_training_field_is_identity_or_declared_runtime() -> None:
-    """A field that the planner forgets would silently not apply."""
+    """A field that the planner does not pass on would have no effect."""
     values: dict[str, Any] = {
         "epochs": 5,
         "batchSize": 8,
@@ -145,9 +146,9 @@ def test_every_training_field_is_identity_or_declared_runtime() -> None:
         "keepBest": False,
         "seed": 9,
     }
-    elsewhere = {"maxSteps", "freeze"}  # exclude epochs and the adapter: in test_stages
-    runtime = {field.alias for field in TrainRuntime.model_fields.values()} - {"endpoint"}
-    assert set(values) | elsewhere | runtime == aliases(Training)
+    elsewhere = {"maxSteps", "freeze"}  # they exclude epochs and the adapter: tested in test_plan
+    runtime = set(yaml_fields(TrainRuntime)) - {"endpoint"}
+    assert set(values) | elsewhere | runtime == set(yaml_fields(Training))
     for field, value in values.items():
         after = fingerprints(planned(**{f"training__{field}": value}))
         assert after["sft"] != STAGES[1].fingerprint, field
@@ -174,23 +175,24 @@ def test_every_training_field_is_identity_or_declared_runtime() -> None:
     ],
 )
 def test_a_field_changes_the_stage_that_it_belongs_to(field: str, value: Any, stage: str) -> None:
-    gates = [{"metric": "validationLoss", "atMost": 1.0}]  # needs no base to compare with
+    gates = [{"metric": "validationLoss", "atMost": 1.0}]  # does not need the base model
     before = fingerprints(planned(evaluate__gates=gates))
     after = fingerprints(planned(**{"evaluate__gates": gates, field: value}))
     assert {name for name in before if before[name] != after[name]} == {stage}
 
 
-def test_the_fields_above_are_all_that_data_and_evaluate_have() -> None:
-    assert aliases(FineTuneData) == {
+def test_the_fields_above_are_all_fields_of_data_and_evaluate() -> None:
+    assert set(yaml_fields(FineTuneData)) == {
         *("train", "validation", "maxLength", "onOverlength", "onInvalidRow", "packing"),
         *("trainOn", "systemPrompt", "chatTemplate"),
     }
     refused = {"fewShot", "suites"}
-    assert aliases(Evaluate) - refused == {"compareWithBase", "samples", "maxNewTokens", "gates"}
-
-
-def aliases(model: type[BaseModel]) -> set[str]:
-    return {field.alias or name for name, field in model.model_fields.items()}
+    assert set(yaml_fields(Evaluate)) - refused == {
+        "compareWithBase",
+        "samples",
+        "maxNewTokens",
+        "gates",
+    }
 
 
 def test_identity_follows_the_content_of_the_inputs() -> None:

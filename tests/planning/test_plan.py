@@ -1,4 +1,4 @@
-"""The plan of a job: which stages, wired how, and what the user is told."""
+"""The plan of a FineTuneJob: its stages, their inputs and the notes for the user."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def faults(wrong: FineTuneJob) -> list[Fault]:
     return list(caught.value.faults)
 
 
-# ---- stages and wiring ----------------------------------------------------------------------
+# ---- stages and inputs ----------------------------------------------------------------------
 
 
 def test_a_job_with_held_out_rows_is_prepared_trained_evaluated_and_exported() -> None:
@@ -67,7 +67,7 @@ def test_each_stage_reads_the_roles_that_the_trainer_expects() -> None:
     assert wired["evaluation"] == StageInput(stage="evaluate")
 
 
-def test_a_source_carries_its_secrets_and_the_field_to_blame() -> None:
+def test_a_source_carries_its_secrets_and_its_field_in_the_manifest() -> None:
     inputs = stage(plan_job(job("support-bot")), "prepare").inputs
     model, second, held_out = inputs["model"], inputs["train.1"], inputs["validation.0"]
     assert isinstance(model, SourceInput)
@@ -93,35 +93,35 @@ def test_without_held_out_rows_nothing_is_evaluated_and_a_note_says_so() -> None
     assert "evaluation" not in stage(planned, "export").inputs
     note = planned.notes[-1]
     assert "data.validation is not set" in note
-    assert "evaluationSteps (10) and evaluate.samples (3) comes to nothing" in note
+    assert "without effect: training.evaluationSteps (10), evaluate.samples (3)." in note
 
 
-def test_with_held_out_rows_no_note_speaks_of_them() -> None:
+def test_with_held_out_rows_no_note_mentions_them() -> None:
     assert not any("held-out" in note for note in plan_job(job(data__validation=VALIDATION)).notes)
 
 
 # ---- settings -------------------------------------------------------------------------------
 
 
-def test_auto_is_resolved_and_each_decision_has_a_note() -> None:
+def test_auto_is_resolved_and_each_default_has_a_note() -> None:
     planned = plan_job(job(adapter={"lora": {}}))
     settings = training(planned)
     assert (settings.learning_rate, settings.batch_size, settings.epochs) == (2e-4, 16, 3.0)
     assert planned.notes[:3] == [
-        "learningRate 0.0002: LoRA default (docs/defaults.md).",
-        "batchSize 16: LoRA default (docs/defaults.md).",
-        "epochs 3: the default, as neither epochs nor maxSteps is set.",
+        "training.learningRate 0.0002: LoRA default (docs/defaults.md).",
+        "training.batchSize 16: LoRA default (docs/defaults.md).",
+        "training.epochs 3: the default, as neither epochs nor maxSteps is set.",
     ]
 
 
-def test_what_the_user_wrote_is_kept_and_not_noted() -> None:
+def test_values_of_the_manifest_are_kept_and_have_no_note() -> None:
     planned = plan_job(job("support-bot"))
     settings = training(planned)
     assert (settings.learning_rate, settings.batch_size, settings.epochs) == (1e-4, 64, 2.0)
     assert planned.notes == []
 
 
-def test_steps_instead_of_epochs_leave_epochs_open() -> None:
+def test_max_steps_replace_the_default_epochs() -> None:
     settings = training(plan_job(job(training__maxSteps=10)))
     assert (settings.epochs, settings.max_steps) == (None, 10)
 
@@ -138,7 +138,7 @@ def test_the_split_does_not_follow_the_training_seed() -> None:
     assert stage(one, "sft").fingerprint != stage(other, "sft").fingerprint
 
 
-# ---- what cannot be carried out -------------------------------------------------------------
+# ---- faults ---------------------------------------------------------------------------------
 
 
 def test_every_unsupported_part_is_named_at_once_with_its_remedy() -> None:
@@ -165,20 +165,20 @@ def test_every_unsupported_part_is_named_at_once_with_its_remedy() -> None:
     ]
     assert "remove fewShot" in found[0].message
     assert "arc_easy" in found[1].message
-    assert found[2].message.endswith("did you mean validationLoss?")
+    assert found[2].message.endswith("did you mean 'validationLoss'?")
     assert "benchmark suite" in found[3].message
     assert "use one of validationLoss" in found[4].message
 
 
 @pytest.mark.parametrize("metric", ["lossReduction", "answerAccuracyGain"])
-def test_a_gate_against_the_base_needs_the_base_measured(metric: str) -> None:
+def test_a_gate_against_the_base_model_needs_its_measurement(metric: str) -> None:
     gates = [{"metric": metric, "atLeast": 0.1}]
     evaluate = {"compareWithBase": False, "gates": gates}
     (fault,) = faults(job(data__validation=VALIDATION, evaluate=evaluate))
     assert "set evaluate.compareWithBase: true" in fault.message
 
 
-def test_a_gate_on_answers_makes_no_sense_for_pretraining() -> None:
+def test_a_gate_on_expected_answers_is_refused_for_pretraining() -> None:
     gates = [{"metric": "answerAccuracy", "atLeast": 0.1}]
     (fault,) = faults(job(method="pretrain", data__validation=VALIDATION, evaluate__gates=gates))
     assert "method is pretrain" in fault.message
@@ -187,7 +187,7 @@ def test_a_gate_on_answers_makes_no_sense_for_pretraining() -> None:
 # ---- the manifest in the plan ---------------------------------------------------------------
 
 
-def test_the_plan_keeps_the_manifest_and_it_gives_the_same_plan_again() -> None:
+def test_the_manifest_in_the_plan_gives_the_same_plan_again() -> None:
     value = manifest("support-bot")
     value["metadata"] |= {"uid": "u-1", "generation": 3, "annotations": {"a": "b"}}
     value["status"] = {"phase": "Pending"}
@@ -197,7 +197,7 @@ def test_the_plan_keeps_the_manifest_and_it_gives_the_same_plan_again() -> None:
     assert plan_job(FineTuneJob.model_validate(planned.manifest)) == planned
 
 
-def test_the_manifest_in_the_plan_fills_in_defaults_and_leaves_out_what_is_not_set() -> None:
+def test_the_manifest_in_the_plan_has_defaults_and_no_unset_fields() -> None:
     spec = plan_job(job("support-bot")).manifest["spec"]
     assert spec["data"]["packing"] == "auto"
     assert "dropout" not in spec["training"]
@@ -218,12 +218,12 @@ def reversed_keys(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", ["minimal", "support-bot"])
-def test_the_order_of_keys_changes_no_byte_of_the_plan(name: str) -> None:
+def test_the_order_of_keys_does_not_change_the_plan(name: str) -> None:
     other = FineTuneJob.model_validate(reversed_keys(manifest(name)))
     assert plan_job(other).to_json() == plan_job(job(name)).to_json()
 
 
-def test_the_hash_seed_changes_no_byte_of_the_plan() -> None:
+def test_the_hash_seed_does_not_change_the_plan() -> None:
     code = (
         "import sys, json\n"
         "from tuneyard.api.finetunejob import FineTuneJob\n"
@@ -250,7 +250,7 @@ def test_the_plan_is_frozen(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["minimal", "support-bot"])
-def test_a_plan_survives_the_wire(name: str) -> None:
+def test_a_plan_is_the_same_after_a_round_trip_by_json(name: str) -> None:
     planned = plan_job(job(name))
     assert Plan.model_validate_json(planned.to_json()) == planned
 

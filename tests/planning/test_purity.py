@@ -1,4 +1,4 @@
-"""The import contracts of pyproject.toml hold: planning is pure, and the rooms keep their laws."""
+"""The import contracts of pyproject.toml: layers, and packages without clock or I/O."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""The contract: what users write, what the operator reports, what planner and trainer exchange.
+"""The API: manifests of jobs, their status, and the data that operator and trainer exchange.
 
-What lives here: pydantic models whose field docs give units and what None means, the manifest
-reader and the CRD generator. What may not enter: anything but pydantic, PyYAML and `errors`: no
-clock, no environment, no network. Both the operator and the trainer import this package; it
-imports neither.
+This package holds pydantic models; the docstrings of their fields become the descriptions of the
+CRDs and give units and the meaning of None. It imports nothing but the standard library and
+pydantic, and has no clock, environment or network. Operator and trainer both import it.
 """

@@ -1,4 +1,4 @@
-"""How to train: adapters, the training loop's settings, evaluation, and the alignment methods."""
+"""The alignment steps of an AlignmentJob: preferences, reward models, DPO, PPO, GRPO and RLOO."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from tuneyard.api.meta import Model, OneOf, Rule
 from tuneyard.api.sources import Dataset, ModelSource, PromptSet, SecretKeyRef
 from tuneyard.api.training import FREEZE_WITHOUT_ADAPTER, Training
 
-# ---- alignment --------------------------------------------------------------------------------
-
 
 class RuleReward(OneOf):
-    """A reward computed by a rule instead of a model; exactly one."""
+    """A reward computed by a rule instead of a model. Set exactly one field."""
 
     exact_match: str | None = Field(default=None, min_length=1, max_length=128)
-    """The prompt row's field that the answer must equal, white space and case aside."""
+    """Name of the prompt row's field that the completion must equal; of a list, one item is enough.
+    White space and case are ignored. The reward is 1 or 0."""
     json_schema: str | None = Field(default=None, min_length=2, max_length=65536)
-    """A JSON Schema, as JSON text, that the answer must satisfy."""
+    """A JSON Schema, as JSON text, that the completion must satisfy. The reward is 1 or 0."""
 
 
 class RewardTraining(Model):
-    """A Bradley-Terry reward model trained on the job's preferences."""
+    """Train a Bradley-Terry reward model on the job's preferences."""
 
     adapter: Adapter | None = None
-    """lora or qlora. None: full fine-tuning."""
+    """The adapter of the reward model: lora or qlora. None: full fine-tuning."""
     training: Training = Training()
     """The training loop."""
     margin: float = Field(default=0.0, ge=0, le=100)
-    """Least reward difference asked of a pair (Touvron et al. 2023, eq. 2)."""
+    """Smallest reward difference required between the chosen and the rejected completion
+    (Touvron et al. 2023, arXiv:2307.09288, eq. 2)."""
     centering: float = Field(default=0.0, ge=0, le=1)
-    """Weight of the term that centres rewards on zero (Eisenstein et al. 2023)."""
+    """Weight of the loss term that centers rewards on zero (Eisenstein et al. 2023,
+    arXiv:2312.09244)."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         FREEZE_WITHOUT_ADAPTER,
@@ -54,25 +55,25 @@ class RewardTraining(Model):
 
 
 class RewardModel(OneOf):
-    """What scores an answer; exactly one."""
+    """The reward of a completion. Set exactly one field."""
 
     train: RewardTraining | None = None
-    """Train one on the job's preferences."""
+    """Train a reward model on the job's preferences."""
     model: ModelSource | None = None
-    """An existing sequence classifier with one output."""
+    """An existing sequence classification model with one output."""
     rule: RuleReward | None = None
-    """A rule."""
+    """A rule that computes the reward without a model."""
 
 
-class RewardAddend(Model):
-    """What is added to a reward: another model or a rule, with its weight."""
+class WeightedReward(Model):
+    """A weighted reward that is added to the one of `rewardModel`."""
 
     weight: float = Field(default=1.0, ge=-1000, le=1000)
-    """By what it is multiplied; `rewardModel` itself counts once."""
+    """Factor of this reward in the sum; the factor of `rewardModel` is 1."""
     model: ModelSource | None = None
-    """An existing sequence classifier with one output."""
+    """An existing sequence classification model with one output. None: `rule` is used."""
     rule: RuleReward | None = None
-    """A rule."""
+    """A rule that computes the reward without a model. None: `model` is used."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -85,12 +86,12 @@ class RewardAddend(Model):
 
 
 class Judge(OneOf):
-    """Who labels; exactly one."""
+    """The model that compares or criticizes completions. Set exactly one field."""
 
     model: ModelSource | None = None
-    """A causal model run by the job."""
+    """A causal language model that the job's workers run."""
     endpoint: JudgeEndpoint | None = None
-    """An OpenAI-compatible endpoint."""
+    """A model behind an OpenAI-compatible endpoint."""
 
 
 URL_PATTERN = r"^https?://[^\s]+$"
@@ -100,23 +101,24 @@ class JudgeEndpoint(Model):
     """An OpenAI-compatible chat endpoint."""
 
     url: str = Field(max_length=1024, pattern=URL_PATTERN)
-    """The API's base, e.g. https://judge.example/v1."""
+    """Base URL of the API, e.g. https://judge.example/v1."""
     model: str = Field(min_length=1, max_length=256)
-    """The model's name there."""
+    """Name of the model at the endpoint."""
     key: SecretKeyRef | None = None
-    """The API key. None: no authorization header."""
+    """The API key. None: requests carry no authorization header."""
     max_requests: int | None = Field(default=None, ge=1)
-    """The budget: ask no more after this many requests, repeated ones included. None: no limit."""
+    """Budget in requests, retries included: no request is sent after this many. None: no limit."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """The budget in tokens of prompts and replies, as the endpoint counts them. None: no limit."""
+    """Budget in tokens of prompts and replies, as the endpoint counts them. None: no limit."""
     concurrency: int = Field(default=8, ge=1, le=256)
-    """Requests under way at once."""
+    """Most requests in flight at once."""
     timeout_seconds: int = Field(default=120, ge=1, le=3600)
-    """How long one request may take."""
+    """Timeout of one request, in seconds."""
     max_attempts: int = Field(default=6, ge=1, le=32)
-    """How often one question is asked before it is given up."""
+    """Most attempts for one question, the first one included."""
     label_tokens: int = Field(default=16, ge=1, le=32768)
-    """The longest reply to a comparison, in tokens: more for models that think aloud first."""
+    """Longest reply to a comparison, in tokens. Set more for a model that reasons before it
+    replies."""
 
 
 QuestionText = Annotated[str, Field(min_length=1, max_length=16384)]
@@ -127,82 +129,88 @@ Principles = Annotated[
 
 QUESTION_SHOWS_BOTH = Rule(
     cel="!has(self.question) || ['{first}', '{second}'].all(place, self.question.contains(place))",
-    holds=lambda asked: (
-        asked.question is None or ("{first}" in asked.question and "{second}" in asked.question)
+    holds=lambda step: (
+        step.question is None or ("{first}" in step.question and "{second}" in step.question)
     ),
-    message="must hold {first} and {second}, where the two answers go",
+    message="must contain {first} and {second}, where the two completions are inserted: add both",
     path="question",
     reads=("question",),
 )
 
 
 class AiFeedback(Model):
-    """Preference pairs sampled from the model and labelled by a judge (RLAIF, arXiv:2309.00267)."""
+    """Sample completions from the model and let a judge label pairs of them (RLAIF, Lee et al.
+    2023, arXiv:2309.00267)."""
 
     judge: Judge
-    """Who labels."""
+    """The judge that labels the pairs."""
     prompts: PromptSet
-    """What the model answers."""
+    """The prompts that completions are sampled for."""
     principles: Principles | None = None
-    """What the judge decides by, one drawn per pair. None: Tuneyard's default principles."""
+    """The criteria of the judge; one is drawn for each pair. None: Tuneyard's default
+    principles."""
     responses_per_prompt: int = Field(default=2, ge=2, le=16)
-    """Answers sampled per prompt."""
+    """Completions sampled per prompt."""
     temperature: float = Field(default=1.0, gt=0, le=10)
-    """Sampling temperature of the answers."""
+    """Sampling temperature of the completions."""
     max_new_tokens: int = Field(default=256, ge=1, le=32768)
-    """The longest answer, in tokens."""
+    """Longest completion, in tokens."""
     question: QuestionText | None = None
-    """How the judge is asked to choose A or B; {principle}, {conversation}, {first} and {second}
-    are filled in. None: Tuneyard's default question."""
+    """Template of the question that asks the judge for A or B; {principle}, {conversation},
+    {first} and {second} are replaced. None: Tuneyard's default question."""
     disagreement: Literal["drop", "tie", "average"] = "drop"
-    """What becomes of a pair that the judge decides differently with the answers swapped: dropped,
-    kept as a tie, or decided by the mean of both label probabilities (arXiv:2309.00267, 2.1)."""
+    """What to do with a pair whose label changes when its completions are swapped. drop: leave it
+    out. tie: keep it as a tie. average: use the mean of both label probabilities
+    (arXiv:2309.00267, section 2.1)."""
 
     rules: ClassVar[tuple[Rule, ...]] = (QUESTION_SHOWS_BOTH,)
 
 
 class WinRate(Model):
-    """A second judge, who knows nothing of the reward, compares the aligned model's answers with
-    those of the model before: where the reward rises and this does not, the reward was gamed."""
+    """Measure how often a second judge prefers the aligned model's completions to those of the
+    model before alignment. The judge does not know the reward: if the reward rises and the win
+    rate does not, the policy exploits the reward model."""
 
     judge: Judge
-    """Who compares; asked twice about each pair, the answers in either order."""
+    """The judge that compares; it sees each pair twice, once in each order."""
     principles: Principles | None = None
-    """What the judge decides by, one drawn per prompt. None: Tuneyard's default principles."""
+    """The criteria of the judge; one is drawn for each prompt. None: Tuneyard's default
+    principles."""
     question: QuestionText | None = None
-    """How the judge is asked to choose A or B; {principle}, {conversation}, {first} and {second}
-    are filled in. None: Tuneyard's default question."""
+    """Template of the question that asks the judge for A or B; {principle}, {conversation},
+    {first} and {second} are replaced. None: Tuneyard's default question."""
 
     rules: ClassVar[tuple[Rule, ...]] = (QUESTION_SHOWS_BOTH,)
 
 
 class AlignmentEvaluate(Evaluate):
-    """What to measure of the aligned model."""
+    """The measurements of the aligned model."""
 
     win_rate: WinRate | None = None
-    """Let a second judge compare answers. None: nobody is asked."""
+    """Let a second judge compare completions. None: no win rate is measured."""
 
 
 class Preferences(Model):
-    """Where preferences come from, and what to do with those that do not fit."""
+    """The source of the preferences, and what to do with rows that cannot be used."""
 
     data: list[Dataset] | None = Field(default=None, min_length=1, max_length=64)
-    """Pairs (prompt, chosen, rejected), rankings, or single answers with thumbs up or down; the
-    shape is recognised from the rows."""
+    """Data sets of pairs (prompt, chosen, rejected), of rankings, or of single completions labeled
+    good or bad (unpaired preferences). The shape is detected from the rows. None:
+    `aiFeedback` is used."""
     ai_feedback: AiFeedback | None = None
-    """A judge's."""
+    """Preferences of a judge, on completions that the model samples. None: `data` is used."""
     held_out: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the prompts that training never sees, at least one; what is measured is measured on
-    them. 0: none."""
+    """Share of the prompts to hold out for evaluation, at least one prompt. 0: none."""
     max_length: Annotated[int, Field(ge=8, le=1 << 20)] | Literal["auto"] = "auto"
-    """The longest prompt with one answer, in tokens; auto: 1024, or the model's context where that
-    is shorter."""
+    """Longest prompt with one completion, in tokens. auto: 1024, or the model's context length if
+    that is shorter."""
     on_overlength: Literal["error", "drop"] = "error"
-    """What to do with longer ones: refuse the data, or drop and count them. None is cut: half an
-    answer is not what was preferred."""
+    """What to do with a longer row. error: fail the stage. drop: leave the row out and count it.
+    Rows are never truncated: a truncated completion is not the one that was labeled."""
     on_invalid_row: Literal["error", "skip"] = "error"
-    """What to do with broken rows (identical sides, empty answers, differing prompts); at most half
-    of the rows may be skipped."""
+    """What to do with an invalid row (identical sides, an empty completion, different prompts).
+    error: fail the stage. skip: leave the row out and count it; at most half of the rows may be
+    skipped."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -215,74 +223,81 @@ class Preferences(Model):
 
 
 class Constitution(Model):
-    """Critique and revise, then fine-tune on the revisions (Bai et al. 2022, arXiv:2212.08073)."""
+    """Constitutional AI: critique and revise completions, then fine-tune on the revisions (Bai et
+    al. 2022, arXiv:2212.08073)."""
 
     prompts: PromptSet
-    """What provokes the answers to revise."""
+    """The prompts whose completions are revised."""
     principles: Principles | None = None
-    """What to criticise by, one drawn per round. None: Tuneyard's default principles."""
+    """The criteria of the critiques; one is drawn for each revision. None: Tuneyard's default
+    principles."""
     revisions: int = Field(default=1, ge=1, le=16)
     """Rounds of critique and revision per prompt."""
     judge: Judge | None = None
-    """Who criticises and revises. None: the model itself."""
+    """The model that criticizes and revises. None: the model that is trained."""
     critique_request: QuestionText | None = None
-    """How a critique is asked for; {principle} is filled in. None: Tuneyard's default request."""
+    """Template of the request for a critique; {principle} is replaced. None: Tuneyard's default
+    request."""
     revision_request: QuestionText | None = None
-    """How a revision is asked for; {principle} is filled in. None: Tuneyard's default request."""
+    """Template of the request for a revision; {principle} is replaced. None: Tuneyard's default
+    request."""
     max_new_tokens: int = Field(default=256, ge=1, le=32768)
-    """The longest answer, critique and revision, in tokens."""
+    """Longest completion, critique or revision, in tokens."""
     training: Training = Training()
-    """Fine-tuning on the revisions."""
+    """Settings of the fine-tuning on the revisions."""
 
 
 class Dpo(Model):
-    """Direct preference optimization and its relatives (Rafailov et al. 2023, arXiv:2305.18290)."""
+    """Direct preference optimization and its variants (Rafailov et al. 2023, arXiv:2305.18290)."""
 
     loss: Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down", "kto"] = "sigmoid"
-    """The loss; kto takes unpaired answers with thumbs up or down."""
+    """The loss function; kto takes unpaired completions labeled good or bad."""
     beta: float = Field(default=0.1, gt=0, le=100)
-    """Strength of the pull towards the reference."""
+    """Strength of the regularization toward the reference model."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Assumed share of flipped labels (robust) or smoothing (sigmoid)."""
+    """Assumed share of flipped labels (robust), or label smoothing (sigmoid)."""
     training: Training = Training()
     """The training loop."""
 
 
 class Sampling(Model):
-    """How the policy's answers are sampled."""
+    """How completions of the policy are sampled."""
 
     temperature: float = Field(default=1.0, gt=0, le=10)
     """Sampling temperature."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Nucleus: sample from the least set of tokens with this much probability."""
+    """Nucleus sampling: sample from the smallest set of tokens with at least this probability."""
     max_new_tokens: int = Field(default=256, ge=1, le=32768)
-    """The longest answer, in tokens."""
+    """Longest completion, in tokens."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """What generates. vllm needs an image that has it: docs/ppo.md tells which."""
+    """The library that generates. vllm needs a trainer image with vLLM: see docs/ppo.md."""
 
 
 class BlowUp(Model):
-    """When to stop a reinforcement run; the best checkpoint is kept. None: not watched."""
+    """Bounds that end a reinforcement learning run early; its best checkpoint is kept."""
 
     max_kl: float | None = Field(default=None, gt=0)
-    """Mean KL from the reference, in nats per answer."""
+    """Stop if the mean KL divergence from the reference exceeds this, in nats per completion. None:
+    no bound."""
     min_entropy: float | None = Field(default=None, ge=0)
-    """Mean entropy of the policy, in nats per token."""
+    """Stop if the mean entropy of the policy falls below this, in nats per token. None: no
+    bound."""
     max_length_ratio: float | None = Field(default=None, gt=0)
-    """Mean answer length as a multiple of the first batch's."""
+    """Stop if the mean completion length exceeds this multiple of the first batch's. None: no
+    bound."""
 
 
 class Ppo(Model):
     """Proximal policy optimization (Schulman et al. 2017, arXiv:1707.06347)."""
 
     prompts: PromptSet
-    """What the policy answers."""
+    """The prompts that completions are sampled for."""
     sampling: Sampling = Sampling()
-    """How it answers."""
+    """How completions are sampled."""
     rollouts: int = Field(default=64, ge=1, le=65536)
-    """Answers per update, over all workers."""
+    """Completions per update, over all workers."""
     optimization_epochs: int = Field(default=4, ge=1, le=64)
-    """Passes over each batch of rollouts."""
+    """Epochs over each batch of rollouts."""
     clip_range: float = Field(default=0.2, gt=0, lt=1)
     """Epsilon of the clipped policy loss (eq. 7)."""
     value_clip_range: float = Field(default=0.2, gt=0)
@@ -292,38 +307,39 @@ class Ppo(Model):
     entropy_coefficient: float = Field(default=0.0, ge=0)
     """Weight of the entropy bonus."""
     discount: float = Field(default=1.0, gt=0, le=1)
-    """Gamma."""
+    """Discount factor gamma."""
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
-    """Lambda of generalized advantage estimation (arXiv:1506.02438)."""
+    """Lambda of generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438)."""
     kl_coefficient: float = Field(default=0.05, ge=0)
     """Weight of the per-token KL penalty."""
     target_kl: float | None = Field(default=None, gt=0)
-    """Adapt the coefficient towards this KL, in nats per answer. None: fixed coefficient."""
+    """KL divergence that `klCoefficient` is adapted toward, in nats per completion. None: the
+    coefficient is fixed."""
     missing_eos_penalty: float = Field(default=1.0, ge=0)
-    """Taken off the reward of an answer that hits `maxNewTokens`."""
+    """Penalty subtracted from the reward of a completion that reaches `maxNewTokens`."""
     training: Training = Training()
-    """The optimizer loop; `maxSteps` counts updates."""
+    """The training loop; `maxSteps` counts updates."""
     stop_on: BlowUp | None = None
-    """When to stop early."""
+    """Bounds that end the run early. None: it runs to the end."""
 
 
 class GroupRelative(Model):
-    """What GRPO and RLOO share: several answers per prompt, compared with each other."""
+    """The settings that GRPO and RLOO share: both compare several completions of one prompt."""
 
     prompts: PromptSet
-    """What the policy answers."""
+    """The prompts that completions are sampled for."""
     sampling: Sampling = Sampling()
-    """How it answers."""
+    """How completions are sampled."""
     group_size: int = Field(default=8, ge=2, le=256)
-    """Answers per prompt."""
+    """Completions per prompt."""
     kl_coefficient: float = Field(default=0.04, ge=0)
-    """Weight of the KL penalty; 0 needs no reference."""
+    """Weight of the KL penalty; 0: no reference model is needed."""
     clip_range: float = Field(default=0.2, gt=0, lt=1)
     """Epsilon of the clipped policy loss."""
     training: Training = Training()
-    """The optimizer loop."""
+    """The training loop."""
     stop_on: BlowUp | None = None
-    """When to stop early."""
+    """Bounds that end the run early. None: it runs to the end."""
 
 
 class Grpo(GroupRelative):
@@ -335,16 +351,21 @@ class Rloo(GroupRelative):
 
 
 class Optimize(OneOf):
-    """How the model is aligned; exactly one."""
+    """The alignment method. Set exactly one field."""
 
     dpo: Dpo | None = None
-    """Directly on preferences, without a reward model."""
+    """Direct preference optimization: trains on preferences, without a reward model."""
     ppo: Ppo | None = None
-    """Proximal policy optimization against the reward."""
+    """Proximal policy optimization of the reward."""
     grpo: Grpo | None = None
-    """Group relative policy optimization against the reward."""
+    """Group relative policy optimization of the reward."""
     rloo: Rloo | None = None
-    """REINFORCE leave-one-out against the reward."""
+    """REINFORCE leave-one-out optimization of the reward."""
+
+    @property
+    def reinforcement(self) -> Ppo | GroupRelative | None:
+        """The settings of PPO, GRPO or RLOO. None: the method is DPO."""
+        return self.ppo or self.grpo or self.rloo
 
 
 Judge.model_rebuild()

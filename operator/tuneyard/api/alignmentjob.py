@@ -12,8 +12,8 @@ from tuneyard.api.alignment import (
     Constitution,
     Optimize,
     Preferences,
-    RewardAddend,
     RewardModel,
+    WeightedReward,
 )
 from tuneyard.api.compute import Compute, RunPolicy
 from tuneyard.api.meta import API_VERSION, Model, ObjectMeta, Rule
@@ -23,7 +23,7 @@ from tuneyard.api.training import MERGE_NEEDS_LINEARITY, STOPPING_NEEDS_VALIDATI
 
 
 class SupervisedStep(Model):
-    """Supervised fine-tuning before the alignment proper: the first of the four-step pipeline."""
+    """Supervised fine-tuning before the alignment."""
 
     data: FineTuneData
     """Training and held-out data."""
@@ -34,34 +34,35 @@ class SupervisedStep(Model):
 
 
 class AlignmentSpec(Model):
-    """What to align, by which preferences, and how. Steps run in the order of these fields."""
+    """The specification of an alignment. Steps run in the order of these fields."""
 
     model: ModelSource
-    """The model to start from."""
+    """The base model."""
     sft: SupervisedStep | None = None
-    """Fine-tune first. None: start from the model as it is."""
+    """Supervised fine-tuning. None: start from the base model."""
     constitution: Constitution | None = None
-    """Critique, revise and fine-tune on the revisions. None: skip."""
+    """Critique and revise completions, then fine-tune on the revisions. None: skip this step."""
     preferences: Preferences | None = None
-    """What people or a judge prefer; needed by dpo and by rewardModel.train. None: none."""
+    """Preferences of people or of a judge; required by optimize.dpo and rewardModel.train. None:
+    no preferences."""
     reward_model: RewardModel | None = None
-    """What scores answers; needed by ppo, grpo and rloo. None: no reward."""
-    reward_terms: list[RewardAddend] = Field(default=[], max_length=8)
-    """Added to what `rewardModel` says, each by its weight: a mixture. Empty: nothing."""
+    """The reward of a completion; required by ppo, grpo and rloo. None: no reward."""
+    reward_terms: list[WeightedReward] = Field(default=[], max_length=8)
+    """Weighted rewards to add to the one of `rewardModel`. Empty: none."""
     optimize: Optimize | None = None
-    """How the model is aligned. None: stop after the steps above."""
+    """The alignment method. None: the job ends after the steps above."""
     rounds: int = Field(default=1, ge=1, le=32)
-    """Sample, label and optimise this many times, each round from the last one's model."""
+    """How often to sample, label and optimize; each round starts from the model of the last one."""
     adapter: Adapter | None = None
-    """A parameter-efficient method for every step. None: full fine-tuning."""
+    """A parameter-efficient method, used by every step. None: full fine-tuning."""
     evaluate: AlignmentEvaluate = AlignmentEvaluate()
-    """What to measure of the result."""
+    """The measurements of the result, and the bounds it must meet."""
     output: Output
-    """Where the result goes."""
+    """Where the result is written."""
     compute: Compute = Compute()
-    """What the job runs on."""
+    """The workers that the job runs on."""
     run_policy: RunPolicy = RunPolicy()
-    """How it is run; may change while it runs."""
+    """How the job is run. It may change while the job runs."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -105,14 +106,14 @@ class AlignmentSpec(Model):
         Rule(
             cel="!has(self.rewardTerms) || self.rewardTerms.size() == 0 || has(self.rewardModel)",
             holds=lambda spec: not spec.reward_terms or spec.reward_model is not None,
-            message="are added to rewardModel, and there is none: set rewardModel",
+            message="are added to the reward of rewardModel, which is not set: set rewardModel",
             path="rewardTerms",
             reads=("rewardTerms", "rewardModel"),
         ),
         Rule(
             cel="self.rounds == 1 || has(self.optimize)",
             holds=lambda spec: spec.rounds == 1 or spec.optimize is not None,
-            message="above 1 needs optimize: add optimize or remove rounds",
+            message="must be 1 without optimize: add optimize or remove rounds",
             path="rounds",
             reads=("rounds", "optimize"),
         ),
@@ -121,7 +122,7 @@ class AlignmentSpec(Model):
 
 
 class AlignmentJob(Model):
-    """An alignment job."""
+    """Align a language model with preferences or a reward."""
 
     api_version: Literal["tuneyard.io/v1alpha1"] = API_VERSION
     """The API's group and version."""
@@ -130,6 +131,6 @@ class AlignmentJob(Model):
     metadata: ObjectMeta
     """Name, namespace and labels."""
     spec: AlignmentSpec
-    """What the user wants."""
+    """The specification of the job."""
     status: JobStatus | None = Field(default=None)
-    """What the operator saw; None before it looked."""
+    """The state of the job, as the operator reports it. None: not reported yet."""

@@ -1,4 +1,4 @@
-"""What a job runs on, and how it is run."""
+"""The workers of a job and how the job is run: `spec.compute` and `spec.runPolicy`."""
 
 from __future__ import annotations
 
@@ -14,45 +14,47 @@ class Toleration(Model):
     """A Kubernetes toleration."""
 
     key: str | None = Field(default=None, max_length=317)
-    """The taint's key; None with operator Exists tolerates every taint."""
+    """Key of the taint. None, with operator Exists: every taint."""
     operator: Literal["Exists", "Equal"] = "Equal"
-    """How the value is compared."""
+    """Equal: key and value must match. Exists: the key must match."""
     value: str | None = Field(default=None, max_length=63)
-    """The taint's value."""
+    """Value of the taint. None: the empty value."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    """The taint's effect; None: all."""
+    """Effect of the taint. None: every effect."""
     toleration_seconds: int | None = Field(default=None, ge=0)
-    """How long a NoExecute taint is tolerated, in seconds; None: for ever."""
+    """How long a NoExecute taint is tolerated, in seconds. None: forever."""
 
 
 class Compute(Model):
-    """The workers of a job. On one machine only `workers` matters; the rest describes pods."""
+    """The workers of a job. `tuneyard run` uses `workers` alone; the other fields describe pods."""
 
     profile: ObjectName | None = None
-    """A preset that the platform team defined; the fields below override it. None: no preset."""
+    """Name of a compute profile that the platform team defined; the fields below override it.
+    None: no profile."""
     workers: int | None = Field(default=None, ge=1, le=1024)
-    """Data-parallel workers. None: the profile's number, else 1."""
+    """Number of data-parallel workers. None: the profile's, else 1."""
     min_workers: int | None = Field(default=None, ge=1, le=1024)
-    """Go on with as few as this when workers are lost (elastic). None: no fewer than `workers`."""
+    """Fewest workers to continue with when workers are lost (elastic training). None: all
+    `workers` are needed."""
     gpus_per_worker: int | None = Field(default=None, ge=0, le=16)
-    """GPUs of each worker. None: the profile's number, else 0 on a cluster and what there is on one
+    """GPUs per worker. None: the profile's number, else 0 on a cluster and all there are on one
     machine."""
     cpus_per_worker: Quantity | None = None
-    """CPU of each worker. None: the profile's, else 4."""
+    """CPU cores per worker. None: the profile's, else 4."""
     memory: Quantity | None = None
-    """Memory of each worker. None: the profile's, else 16Gi."""
+    """Memory per worker. None: the profile's, else 16Gi."""
     shared_memory: Quantity | None = None
-    """Size of /dev/shm, within `memory`. None: the profile's, else 2Gi."""
+    """Size of /dev/shm, a part of `memory`. None: the profile's, else 2Gi."""
     gpu_resource: str = Field(default="nvidia.com/gpu", max_length=317)
-    """The extended resource that stands for a GPU."""
+    """Name of the extended resource that represents a GPU."""
     node_selector: dict[str, Annotated[str, Field(max_length=63)]] = Field(
         default={}, max_length=32
     )
-    """Labels of the nodes that workers may run on."""
+    """Labels that a node must have to run workers."""
     tolerations: list[Toleration] = Field(default=[], max_length=32)
-    """Taints that workers tolerate."""
+    """Tolerations of the workers' pods."""
     priority_class: ObjectName | None = None
-    """The pods' PriorityClass. None: the cluster's default."""
+    """PriorityClass of the pods. None: the cluster's default."""
     image: str | None = Field(default=None, max_length=512)
     """The trainer image. None: the operator's default."""
 
@@ -73,27 +75,30 @@ class Compute(Model):
 
 
 class RunPolicy(Model):
-    """How a job is run: the one part of a spec that may change while it runs."""
+    """How a job is run: the only part of a spec that may change after planning."""
 
     suspend: bool = False
-    """True: stop at the next checkpoint and release the cluster; False again: go on from there."""
+    """True: stop at the next checkpoint and release the pods. False: run, or resume from that
+    checkpoint."""
     cancel: bool = False
-    """True: end the job for good, as Failed with reason Canceled; finished stages stay."""
+    """True: end the job for good, with phase Failed and reason Canceled. The output of finished
+    stages is kept."""
     max_attempts: int = Field(default=3, ge=1, le=100)
-    """Attempts in all, the first included, before a retryable failure becomes final. Attempts that
-    ended because the job was suspended or its pods were preempted do not count."""
+    """Most attempts, the first one included, before a retryable failure becomes final. Attempts
+    that ended because the job was suspended or its pods were preempted do not count."""
     backoff_seconds: int = Field(default=10, ge=0, le=3600)
-    """Wait before the second attempt, in seconds; doubled for each further one, at most an hour."""
+    """Delay before the second attempt, in seconds. It doubles with each further attempt, up to an
+    hour."""
     deadline_seconds: int | None = Field(default=None, ge=1)
-    """Limit of the time that the attempts take together, in seconds. None: no limit."""
+    """Limit on the total run time of all attempts, in seconds. None: no limit."""
     start_deadline_seconds: int = Field(default=1800, ge=10, le=604800)
-    """How long an admitted attempt's pods may take to start, in seconds."""
+    """How long the pods of an admitted attempt may take to start, in seconds."""
     ttl_seconds_after_finished: int | None = Field(default=None, ge=0)
-    """Delete the job this long after it finished, in seconds. None: never."""
+    """Delete the job this many seconds after it finished. None: never."""
     queue: ObjectName | None = None
-    """The Kueue LocalQueue that admits the job. None: no queue."""
+    """Name of the Kueue LocalQueue that admits the job. None: no queue."""
     workload_priority: ObjectName | None = None
-    """The Kueue WorkloadPriorityClass. None: the queue's default."""
+    """Name of the Kueue WorkloadPriorityClass. None: the queue's default."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(

@@ -1,4 +1,4 @@
-"""What is measured, and the limits that a result must satisfy: `spec.evaluate`."""
+"""The measurements of a result and the bounds it must meet: `spec.evaluate`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ Metric = Literal[
     "answerAccuracy",
     "answerAccuracyGain",
 ]
-"""What a gate can look at. lossReduction: 1 - tuned/base held-out loss. answerAccuracy: share of
-the held-out rows with an `expected` field whose sampled answer contains it; the gain: over base."""
+"""The metrics of a fine-tuning that a gate can bound.
+
+- lossReduction: 1 - (held-out loss of the tuned model) / (held-out loss of the base model).
+- answerAccuracy: share of the held-out rows with an `expected` field whose sampled completion
+  contains the field's value; answerAccuracyGain: the difference from the base model.
+"""
 
 AlignmentMetric = Literal[
     "preferenceAccuracy",
@@ -33,28 +37,35 @@ AlignmentMetric = Literal[
     "sycophancyShift",
     "winRate",
 ]
-"""What a gate of an alignment can look at. preferenceAccuracy, preferenceMargin: the aligned
-model's log-probabilities against the start's on the held-out pairs. rewardAccuracy, rewardMargin:
-the reward model's on the same pairs. reward: mean over the aligned model's own answers to held-out
-prompts; the gain: over the start's. kl: nats per answer from the start. lengthRatio: mean length of
-an answer over the start's. distinctRatio: different pairs of words among all in the answers
-together (distinct-2), over the start's: low where every prompt gets the same answer. repetition:
-share of an answer's sequences of 4 words that it said before. complete: share of answers that end
-by themselves. sycophancyShift: how much likelier a wrong answer becomes once the user holds it.
-winRate: share of the aligned model's answers that `evaluate.winRate`'s judge prefers to the
-start's."""
+"""The metrics of an alignment that a gate can bound. The start is the model before alignment.
+
+- preferenceAccuracy, preferenceMargin: on the held-out pairs, by the log-probability ratio of the
+  aligned model to the start (the implicit reward of DPO).
+- rewardAccuracy, rewardMargin: on the held-out pairs, by the reward model.
+- reward: mean over the aligned model's completions of held-out prompts; rewardGain: the difference
+  from the start's.
+- kl: divergence from the start, in nats per completion.
+- lengthRatio: mean length of a completion as a multiple of the start's.
+- distinctRatio: share of distinct word pairs in all completions together (distinct-2), as a
+  multiple of the start's. It is low if every prompt gets the same completion.
+- repetition: share of a completion's 4-word sequences that occurred in it before.
+- complete: share of the completions that end with an end token.
+- sycophancyShift: how much likelier a wrong answer becomes once the user states it.
+- winRate: share of the aligned model's completions that the judge of `evaluate.winRate` prefers to
+  the start's.
+"""
 
 
 class Gate(Model):
-    """A bound that the tuned model must meet; a job that misses one fails and exports nothing."""
+    """A bound that the result must meet. A job that misses one fails and exports nothing."""
 
     metric: str = Field(min_length=1, max_length=128)
-    """A metric of the evaluation: one of `Metric` (of an alignment, `AlignmentMetric`), or
-    SUITE/METRIC."""
+    """Name of the metric, e.g. lossReduction or, of an alignment, winRate (docs/alignment.md).
+    SUITE/METRIC names a metric of a benchmark suite."""
     at_least: float | None = None
-    """The metric must not be lower. None: no lower bound."""
+    """Lower bound, inclusive. None: no lower bound."""
     at_most: float | None = None
-    """The metric must not be higher. None: no upper bound."""
+    """Upper bound, inclusive. None: no upper bound."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -67,19 +78,20 @@ class Gate(Model):
 
 
 class Evaluate(Model):
-    """What to measure of the tuned model."""
+    """The measurements of the tuned model."""
 
     compare_with_base: bool = True
-    """Measure the base model on the same held-out rows too."""
+    """Also measure the base model on the same held-out rows."""
     samples: int = Field(default=3, ge=0, le=100)
-    """Held-out prompts whose answers, of base and tuned model, are shown side by side."""
+    """Number of held-out prompts for which completions of the base and the tuned model are shown
+    side by side."""
     max_new_tokens: int = Field(default=64, ge=1, le=8192)
-    """The longest sampled answer, in tokens."""
+    """Longest sampled completion, in tokens."""
     few_shot: int = Field(default=0, ge=0, le=64)
-    """Worked examples before each question of a suite."""
+    """Number of worked examples before each question of a benchmark suite."""
     suites: list[Annotated[str, Field(min_length=1, max_length=128)]] = Field(
         default=[], max_length=64
     )
-    """Benchmark suites by their lm-evaluation-harness names."""
+    """Benchmark suites, by their names in lm-evaluation-harness."""
     gates: list[Gate] = Field(default=[], max_length=64)
-    """Bounds that decide whether the result is good enough."""
+    """Bounds that the result must meet."""

@@ -21,12 +21,13 @@ from tuneyard.api.training import (
 
 
 class FineTuneSpec(Model):
-    """What to tune, on what, how, and where the result goes."""
+    """The specification of a fine-tuning."""
 
     model: ModelSource
-    """The model to start from."""
+    """The base model."""
     method: Literal["sft", "pretrain"] = "sft"
-    """sft: loss on the answers of chat or prompt data. pretrain: loss on every token of text."""
+    """Training method. sft: loss on the completions of chat or prompt data. pretrain: loss on every
+    token of text."""
     data: FineTuneData
     """Training and held-out data."""
     adapter: Adapter | None = None
@@ -34,13 +35,13 @@ class FineTuneSpec(Model):
     training: Training = Training()
     """The training loop."""
     evaluate: Evaluate = Evaluate()
-    """What to measure of the result."""
+    """The measurements of the result, and the bounds it must meet."""
     output: Output
-    """Where the result goes."""
+    """Where the result is written."""
     compute: Compute = Compute()
-    """What the job runs on."""
+    """The workers that the job runs on."""
     run_policy: RunPolicy = RunPolicy()
-    """How it is run; may change while it runs."""
+    """How the job is run. It may change while the job runs."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         FREEZE_WITHOUT_ADAPTER,
@@ -57,7 +58,7 @@ class FineTuneSpec(Model):
 
 
 class FineTuneJob(Model):
-    """A fine-tuning job."""
+    """Fine-tune a language model, or continue its pre-training."""
 
     api_version: Literal["tuneyard.io/v1alpha1"] = API_VERSION
     """The API's group and version."""
@@ -66,6 +67,6 @@ class FineTuneJob(Model):
     metadata: ObjectMeta
     """Name, namespace and labels."""
     spec: FineTuneSpec
-    """What the user wants."""
+    """The specification of the job."""
     status: JobStatus | None = Field(default=None)
-    """What the operator saw; None before it looked."""
+    """The state of the job, as the operator reports it. None: not reported yet."""

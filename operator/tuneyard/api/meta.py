@@ -1,4 +1,4 @@
-"""Group, version, the base model and the vocabulary of conditions."""
+"""API group and version, the base classes of the models, names, metadata and conditions."""
 
 from __future__ import annotations
 
@@ -7,39 +7,46 @@ from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.alias_generators import to_camel
+from pydantic.fields import FieldInfo
 
 GROUP: Final = "tuneyard.io"
 VERSION: Final = "v1alpha1"
 API_VERSION: Final = "tuneyard.io/v1alpha1"
 
 
-class Rule(NamedTuple):
-    """A rule across the fields of one model, written once for the API server and once for Python.
+def yaml_fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Return a model's fields by their YAML names, in order of declaration."""
+    return {info.alias or name: info for name, info in model.model_fields.items()}
 
-    Paths are YAML names, relative to the model ("" is the model itself).
+
+class Rule(NamedTuple):
+    """A rule across fields of one model, in CEL for the API server and in Python.
+
+    Paths are YAML names relative to the model; "" is the model itself.
     """
 
     cel: str
-    """The rule in CEL, for the CRD; `self` is the model."""
+    """The rule in CEL for the CRD; `self` is the model."""
     holds: Callable[[Any], bool]
-    """The same in Python; it may read no field that `reads` does not name."""
+    """The rule in Python; it reads only fields that `reads` names."""
     message: str
-    """The reason and the remedy; what is wrong stands before it, as the path."""
+    """The reason and the remedy; the path is printed before it."""
     path: str = ""
-    """The field to blame."""
+    """The field that is reported as wrong."""
     reads: tuple[str, ...] = ()
-    """Every field that the rule looks at: where one of them is itself at fault, it says nothing."""
+    """Every field that the rule reads. The rule is not reported if one of them has a fault."""
     found: Callable[[Any], str] | None = None
-    """What was found instead, for Python's message. None: the message says it all."""
+    """Describe the value found, for Python's message. None: nothing is added to the message."""
 
     def message_for(self, value: Any) -> str:
+        """Return the message for a model's value that breaks the rule."""
         return f"{self.message}; found {self.found(value)}" if self.found else self.message
 
 
 class Model(BaseModel):
-    """Base of every type in the contract: camelCase in YAML, snake_case in Python, mapped here.
+    """Base class of the API's models: fields are camelCase in YAML and snake_case in Python.
 
-    Strict: `epochs: "3"` is an error here as it is at the API server. Unknown fields are errors.
+    Models are strict like the API server: `epochs: "3"` and unknown fields are errors.
     """
 
     model_config = ConfigDict(
@@ -64,7 +71,7 @@ class Model(BaseModel):
 
 
 class OneOf(Model):
-    """A union told apart by which field is present, as Kubernetes writes them."""
+    """A union in the style of Kubernetes: exactly one of the fields is set."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -73,11 +80,12 @@ class OneOf(Model):
 
     @classmethod
     def members(cls) -> tuple[str, ...]:
-        """The YAML names of the alternatives, in the order of the docs."""
-        return tuple(field.alias or name for name, field in cls.model_fields.items())
+        """Return the YAML names of the alternatives, in order of declaration."""
+        return tuple(yaml_fields(cls))
 
     @classmethod
     def union_rule(cls) -> Rule:
+        """Return the rule that exactly one alternative is set."""
         present = ", ".join(f"has(self.{name})" for name in cls.members())
         return Rule(
             cel=f"[{present}].filter(present, present).size() == 1",
@@ -89,8 +97,8 @@ class OneOf(Model):
 
     @classmethod
     def _given(cls, one: Any) -> list[str]:
-        fields = cls.model_fields.items()
-        return [field.alias or name for name, field in fields if getattr(one, name) is not None]
+        names = zip(cls.members(), cls.model_fields, strict=True)
+        return [member for member, name in names if getattr(one, name) is not None]
 
     @property
     def kind(self) -> str:
@@ -99,12 +107,12 @@ class OneOf(Model):
 
 
 AutoInt = Annotated[int, Field(ge=1, le=1 << 30)] | Literal["auto"]
-"""A count that the planner chooses by rule when it is `auto`."""
+"""A count, or `auto`: the planner chooses it by rule."""
 
 NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 NAME_LENGTH = 40
 Name = Annotated[str, Field(min_length=1, max_length=NAME_LENGTH, pattern=NAME_PATTERN)]
-"""A job's name. DNS-1035 and at most 40 characters: KubeRay allows 47, and `-<attempt>` follows."""
+"""A job's name: DNS-1035 and at most 40 characters: KubeRay allows 47 with `-<attempt>`."""
 
 OBJECT_NAME_PATTERN = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
 ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=OBJECT_NAME_PATTERN)]
@@ -112,7 +120,7 @@ ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=OBJECT_N
 
 
 class ObjectMeta(BaseModel):
-    """The part of Kubernetes' metadata that Tuneyard reads; the rest is kept out of the plan."""
+    """The part of Kubernetes' metadata that Tuneyard reads; other fields are ignored."""
 
     model_config = ConfigDict(
         alias_generator=to_camel,
@@ -122,41 +130,43 @@ class ObjectMeta(BaseModel):
     )
 
     name: Name
-    """The job's name: at most 40 lower-case letters, digits and dashes, starting with a letter."""
+    """Name of the job: at most 40 lower-case letters, digits and dashes, starting with a letter."""
     namespace: str | None = None
-    """The namespace; None means the one of the context."""
+    """Namespace of the job. None: the namespace of the kubeconfig's context."""
     labels: dict[str, str] = {}
-    """Labels, copied to the objects made for the job."""
+    """Labels, copied to the objects that are created for the job."""
     annotations: dict[str, str] = {}
-    """Annotations; Tuneyard reads none of them."""
+    """Annotations; Tuneyard does not read them."""
     generation: int | None = None
-    """The API server's count of spec changes; None outside a cluster."""
+    """Number of changes of the spec, counted by the API server. None: outside a cluster."""
     uid: str | None = None
-    """The object's identity; None outside a cluster."""
+    """UID of the object. None: outside a cluster."""
 
 
 ConditionType = Literal["Planned", "Admitted", "Running", "Suspended", "Succeeded", "Failed"]
 
 
 class Report(Model):
-    """Base of what the operator reports. Unknown fields are ignored, not refused: after a roll-back
-    an older operator reads what a newer one wrote."""
+    """Base class of the models that the operator reports.
+
+    Unknown fields are ignored: after a rollback an older operator reads what a newer one wrote.
+    """
 
     model_config = ConfigDict(extra="ignore")
 
 
 class Condition(Report):
-    """One condition, in Kubernetes' own shape so that `kubectl wait --for=condition=...` works."""
+    """A condition in the format of Kubernetes, so that `kubectl wait --for=condition=...` works."""
 
     type: ConditionType
-    """Which question this condition answers."""
+    """Type of the condition."""
     status: Literal["True", "False", "Unknown"]
-    """The answer."""
+    """Whether the condition holds."""
     reason: str = Field(pattern=r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$", max_length=256)
-    """One CamelCase word for programs."""
+    """Reason of the status, as one CamelCase word."""
     message: str = Field(default="", max_length=32768)
-    """A sentence for people."""
+    """Reason of the status, as a sentence."""
     last_transition_time: str = Field(json_schema_extra={"format": "date-time"})
-    """When `status` last changed (RFC 3339, UTC)."""
+    """Time of the last change of `status` (RFC 3339, UTC)."""
     observed_generation: int | None = Field(default=None, ge=0)
-    """The spec's generation this was decided on."""
+    """Generation of the spec that the condition describes. None: unknown."""

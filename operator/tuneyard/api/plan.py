@@ -1,8 +1,8 @@
-"""The wire between planner, operator and trainer: Plan, PlannedStage, StageRecord.
+"""The plan that the operator passes to the trainer, and the records of finished stages.
 
-A Plan is JSON, deterministic for a manifest. A stage's *fingerprint* covers its settings and the
-wiring of its inputs; its *identity* adds the digests that its inputs turned out to have. Neither
-ever covers where anything lies, so moving a bucket retrains nothing.
+A Plan is JSON; the same manifest always gives the same plan. A stage's *fingerprint* covers its
+settings and the kinds of its inputs; its *identity* adds the content digests of its inputs. Neither
+covers a location, so moving a bucket retrains nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from tuneyard.api.stage_settings import Settings, StageKind
 
 
 def digest(value: Any) -> str:
-    """`sha256:` and the hash of a JSON value in canonical form (sorted keys, no white space)."""
+    """Return `sha256:` and the hash of a JSON value's canonical form (sorted keys, no white
+    space)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
@@ -31,132 +32,133 @@ class StageInput(Model):
     """The output of an earlier stage."""
 
     stage: str
-    """That stage's name."""
+    """Name of that stage."""
     file: str | None = None
-    """One file of its output folder; None: the folder."""
+    """One file of its output folder. None: the folder."""
 
 
 class SourceInput(Model):
-    """Something from outside the plan: a model or a data set."""
+    """A model or a data set that no stage of the plan writes."""
 
     uri: str
-    """Where it lies; no part of any identity."""
+    """Location; not a part of any identity."""
     revision: str | None = None
-    """The revision of an hf:// model; None: the default branch."""
+    """Revision of an hf:// model. None: the default branch."""
     token_secret: SecretKeyRef | None = None
-    """The access token; None: anonymous."""
+    """Access token. None: anonymous access."""
     credentials: SecretRef | None = None
-    """Object store credentials; None: ambient."""
+    """Object store credentials. None: those of the environment."""
     path: str = ""
-    """The manifest's field path, for messages."""
+    """Path of the manifest's field, for messages."""
 
 
 Input = StageInput | SourceInput
 
 
-# ---- alignment --------------------------------------------------------------------------------
-# A policy is the input `model` with, where an earlier stage trained it, `tuned` (an adapter over
-# `model`, or whole weights). Every stage that trains a policy leaves it the same way, so that
-# `model` and the last `tuned` are always the whole of it.
-
-
 class TrainRuntime(Model):
-    """How training is carried out: nothing here changes the result beyond rounding, so nothing here
-    is part of an identity."""
+    """Settings that change how a stage runs, but not its result beyond rounding.
+
+    They are not a part of any identity.
+    """
 
     micro_batch_tokens: int | Literal["auto"] = "auto"
-    """The most tokens of one pass on one worker."""
+    """Most tokens of a micro-batch on one worker. auto: 2048 on CPU, 16384 on GPU."""
     gradient_checkpointing: bool = False
-    """Recompute activations."""
+    """Recompute activations in the backward pass."""
     checkpoint_steps: int | None = None
-    """Steps between checkpoints; None: every 10 minutes and at each evaluation."""
+    """Steps between checkpoints. None: every 10 minutes and at each evaluation."""
     endpoint: JudgeEndpoint | None = None
-    """Where a judge answers, with which key and how many requests at once; None: no endpoint."""
+    """Endpoint of the judge: its URL, key and concurrency. None: no endpoint."""
 
 
 class PlannedStage(Model):
     """One stage of a plan."""
 
     name: str
-    """Unique in the plan; also the folder of its output."""
+    """Name, unique in the plan; also the folder of the stage's output."""
     settings: Settings
-    """What it does; all of it is identity."""
+    """Settings that decide the result; all of them are a part of the identity."""
     inputs: dict[str, StageInput | SourceInput]
-    """What it reads, by role."""
+    """Inputs by role. A policy is the input `model` and, if an earlier stage trained it, `tuned`:
+    an adapter on `model`, or whole weights. Every stage that trains a policy writes one of these
+    two, so `model` and the last `tuned` always describe the whole policy."""
     runtime: TrainRuntime = TrainRuntime()
-    """How it is carried out; never identity."""
+    """Settings that do not change the result; not a part of the identity."""
     fingerprint: str
-    """Digest of settings, kind version and input roles (`planning.fingerprint`)."""
+    """Digest of the settings, the kind's version and the inputs' kinds (`planning.fingerprint`)."""
 
     @property
     def kind(self) -> StageKind:
         return self.settings.kind
 
     def identity(self, input_digests: Mapping[str, str]) -> str:
-        """The digest that a record must carry to stand for this stage. `input_digests`: the content
-        digest of each input, by role."""
+        """Return the digest that a record of this finished stage carries.
+
+        `input_digests`: the content digest of each input, by role.
+        """
         return digest({"fingerprint": self.fingerprint, "inputs": dict(input_digests)})
 
 
 class JobRef(Model):
-    """Whose plan it is."""
+    """The job that a plan belongs to."""
 
     kind: str
     """FineTuneJob or AlignmentJob."""
     name: str
-    """The job's name."""
+    """Name of the job."""
     namespace: str | None = None
-    """Its namespace; None on one machine."""
+    """Namespace of the job. None: outside a cluster."""
 
 
 class Plan(Model):
-    """Everything the trainer needs to know."""
+    """The stages of a job, with everything that the trainer needs to run them."""
 
     api_version: str
-    """The contract's version."""
+    """The API's group and version."""
     kind: Literal["Plan"] = "Plan"
     job: JobRef
-    """Whose plan it is."""
+    """The job that the plan belongs to."""
     stages: list[PlannedStage]
-    """In execution order."""
+    """Stages in order of execution."""
     output: Output
-    """Where records and results go."""
+    """Location of records and results."""
     compute: Compute
-    """What it runs on."""
+    """Workers that the job runs on."""
     manifest: dict[str, Any]
-    """The job as the user wrote it, defaults filled in; exported beside the weights. Without its
-    run policy, which may change under way: no plan depends on it."""
+    """The job's manifest with its defaults, exported beside the weights. It has no run policy,
+    which may change while the job runs."""
     notes: list[str] = Field(default=[])
-    """What the planner decided in the user's stead, and why."""
+    """Values that the planner chose because the manifest leaves them open, with the reasons."""
 
     def to_json(self) -> str:
-        """The wire form: camelCase JSON, two spaces, sorted keys."""
+        """Return the plan as JSON: camelCase fields, sorted keys, indented by two spaces."""
         value = self.model_dump(mode="json", by_alias=True)
         return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 class StageRecord(Model):
-    """What a finished stage leaves beside its output, written last."""
+    """The record of a finished stage; it is written last, beside the stage's output."""
 
     stage: str
-    """The stage's name."""
+    """Name of the stage."""
     kind: StageKind
-    """What it did."""
+    """Kind of the stage."""
     identity: str
-    """`PlannedStage.identity` at the time: a record with the same identity means done."""
+    """`PlannedStage.identity` when the stage ran. A later attempt skips a stage that has the same
+    identity."""
     input_digests: dict[str, str]
-    """The digests that the identity was made of."""
+    """Content digests of the inputs, by role; the identity covers them."""
     digest: str
-    """The digest of the output files."""
+    """Digest of the output files."""
     attempt: int = Field(ge=1)
-    """Which attempt wrote it."""
+    """Number of the attempt that wrote the record."""
     started_at: str
-    """RFC 3339, UTC."""
+    """Time at which the stage started (RFC 3339, UTC)."""
     finished_at: str
-    """RFC 3339, UTC."""
+    """Time at which the stage ended (RFC 3339, UTC)."""
     metrics: dict[str, float] = Field(default={})
-    """Numbers worth comparing."""
+    """Metrics of the stage."""
     details: dict[str, Any] = Field(default={})
-    """Anything else worth showing: formats found, rows skipped, sampled answers."""
+    """Other facts for the report: detected formats, skipped rows, sampled completions."""
     versions: dict[str, str] = Field(default={})
-    """Versions of tuneyard, torch, transformers and peft that made it."""
+    """Versions of tuneyard, torch, transformers and peft that the stage ran with."""

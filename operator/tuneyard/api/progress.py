@@ -1,8 +1,8 @@
-"""What a training pod posts to the operator, and what it gets back.
+"""The progress reports that a training pod posts to the operator, and the operator's response.
 
-The outer shape is Kubeflow Trainer's (KEP-2779), so that its clients work here too; `tuneyard`
-carries what Kubeflow has no words for. Every post is a whole picture, so the newest one is enough
-and a lost one does no harm.
+The body follows Kubeflow Trainer (KEP-2779), so its clients work here too; the field `tuneyard`
+holds what Kubeflow's schema lacks. Every post is complete, so the newest one is enough and a lost
+one does no harm.
 """
 
 from __future__ import annotations
@@ -17,76 +17,77 @@ from tuneyard.api.status import Failure, Result, StageStatus
 PROGRESS_ROUTE = f"/{VERSION}/namespaces/{{namespace}}/{{plural}}/{{name}}/progress"
 """Path of a job on the status server; `plural` is `finetunejobs` or `alignmentjobs`."""
 MAX_POST_BYTES = 64 << 10
-"""A longer body is refused, as Kubeflow does."""
+"""Longest body that is accepted, the same as in Kubeflow."""
 POST_SECONDS = 5.0
-"""Least time between two posts of one pod, stage ends aside."""
+"""Shortest interval between two posts of one pod; the end of a stage is posted at once."""
 
 
 class MetricValue(Report):
-    """One number."""
+    """One metric."""
 
     name: str = Field(min_length=1, max_length=128)
-    """Its name."""
+    """Name of the metric."""
     value: float | str
-    """Its value; Kubeflow's clients send it as text."""
+    """Value of the metric; Kubeflow's clients send it as text."""
 
 
 class TrainerStatus(Report):
-    """Kubeflow's part."""
+    """The part of a post that follows Kubeflow's schema."""
 
     progress_percentage: int | None = Field(default=None, ge=0, le=100)
-    """Share of the whole job that is done; None: unknown."""
+    """Share of the whole job that is done, in percent. None: unknown."""
     estimated_remaining_seconds: int | None = Field(default=None, ge=0)
-    """Time to the end of the running stage; None: unknown."""
+    """Time to the end of the running stage, in seconds. None: unknown."""
     metrics: list[MetricValue] = Field(default=[], max_length=256)
-    """The newest training metrics."""
+    """Newest training metrics."""
     last_updated_time: str | None = None
-    """When this was measured (RFC 3339); None: now."""
+    """Time of the measurement (RFC 3339). None: now."""
 
 
 class Outcome(Report):
     """How an attempt's driver ended."""
 
     state: Literal["Succeeded", "Failed", "Interrupted"]
-    """Interrupted: it stopped in good order, because it was asked to or its pods were evicted."""
+    """Interrupted: the driver wrote a checkpoint and stopped, on request or because its pods were
+    evicted."""
     result: Result | None = None
-    """What came out; None unless it succeeded."""
+    """Result of the job. None: the attempt did not succeed."""
     failure: Failure | None = None
-    """Why it failed; None unless it did."""
+    """Why the attempt failed. None: it did not fail."""
     retryable: bool = False
-    """Whether another attempt could succeed."""
+    """Whether another attempt can succeed."""
 
 
 class ProgressReport(Report):
-    """Where an attempt stands."""
+    """The progress of an attempt."""
 
     attempt: int = Field(ge=1)
-    """The attempt that speaks; a post of any but the newest is refused."""
+    """Number of the attempt that posts; posts of earlier attempts are refused."""
     stage: str = ""
-    """The running stage; "" between stages."""
+    """Name of the running stage. "": no stage is running."""
     step: int = Field(default=0, ge=0)
-    """Steps done in it."""
+    """Number of steps of the stage that are done."""
     total_steps: int = Field(default=0, ge=0)
-    """Steps in all; 0: unknown."""
+    """Number of steps of the stage. 0: unknown."""
     resumed_step: int | None = Field(default=None, ge=0)
-    """The step at which this attempt took the stage up; None: not yet known."""
+    """Step at which this attempt resumed the stage. None: unknown yet."""
     stages: list[StageStatus] = Field(default=[], max_length=256)
-    """Every stage of the plan."""
+    """State of every stage of the plan."""
     outcome: Outcome | None = None
-    """How it ended; None: it runs."""
+    """How the attempt's driver ended. None: it is running."""
 
 
 class Post(Report):
     """The body of a post."""
 
     trainer_status: TrainerStatus
-    """Kubeflow's part."""
+    """The part that follows Kubeflow's schema."""
     tuneyard: ProgressReport | None = None
-    """Ours; None from a client that knows Kubeflow's protocol alone."""
+    """Tuneyard's additions. None: the client follows Kubeflow's schema only."""
 
 
 class Answer(Report):
-    """What a post is answered with."""
+    """The response to a post."""
 
     stop: bool = False
-    """True: checkpoint and end; the job was suspended, canceled or deleted."""
+    """True: write a checkpoint and stop, because the job was suspended, canceled or deleted."""

@@ -1,4 +1,4 @@
-"""Where models and data come from, and where results go."""
+"""The locations of models, data and results, and how data is read."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ KEY_PATTERN = r"^[-._a-zA-Z0-9]+$"
 
 
 class SecretKeyRef(Model):
-    """One key of a Secret in the job's namespace. On one machine: an environment variable."""
+    """A key of a Secret in the job's namespace. `tuneyard run` reads an environment variable
+    instead: TUNEYARD_SECRET_HF_TOKEN for {name: hf, key: token}."""
 
     name: ObjectName
-    """The Secret's name."""
+    """Name of the Secret."""
     key: str = Field(min_length=1, max_length=253, pattern=KEY_PATTERN)
-    """The key inside it."""
+    """Key in the Secret."""
 
     @property
     def variable(self) -> str:
-        """The environment variable that carries it into the trainer: TUNEYARD_SECRET_HF_TOKEN for
-        {name: hf, key: token}."""
+        """The environment variable that passes the value to the trainer."""
         return "TUNEYARD_SECRET_" + re.sub(r"[^A-Z0-9]", "_", f"{self.name}_{self.key}".upper())
 
 
@@ -45,22 +45,23 @@ class SecretRef(Model):
     """A Secret in the job's namespace whose keys become environment variables of the job's pods."""
 
     name: ObjectName
-    """The Secret's name."""
+    """Name of the Secret."""
 
 
 class ModelSource(Model):
-    """A causal language model: config, tokenizer and safetensors (or one GGUF file)."""
+    """A causal language model: config, tokenizer and safetensors files, or one GGUF file."""
 
     uri: ModelUri
-    """hf://ORG/NAME, s3://…, gs://…, pvc://CLAIM/PATH, file://PATH (relative to the manifest),
-    pkg://PACKAGE/FILE (a file inside an installed Python package), job://NAME (an earlier job's
-    model)."""
+    """Location: hf://ORG/NAME, s3://BUCKET/KEY, gs://BUCKET/KEY, pvc://CLAIM/PATH, file://PATH
+    (relative to the manifest), pkg://PACKAGE/FILE (in an installed Python package) or job://NAME
+    (the result of an earlier job)."""
     revision: str | None = Field(default=None, min_length=1, max_length=128)
-    """A branch, tag or commit of an hf:// model. None: the default branch."""
+    """Branch, tag or commit of an hf:// model. None: the default branch."""
     token_secret: SecretKeyRef | None = None
-    """The access token of a gated hf:// model. None: anonymous (on one machine: HF_TOKEN)."""
+    """Access token of a gated hf:// model. None: anonymous access (`tuneyard run`: HF_TOKEN)."""
     credentials: SecretRef | None = None
-    """Credentials of an s3:// or gs:// source, as environment variables. None: ambient ones."""
+    """Credentials of an s3:// or gs:// source, as environment variables. None: the credentials of
+    the environment, e.g. of the service account."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -88,103 +89,115 @@ DataFormat = Literal[
 
 
 class FieldMap(Model):
-    """The names that a file uses for the fields of its format; None keeps the format's own."""
+    """The names that a file uses for the fields of its format."""
 
     messages: str | None = Field(default=None, min_length=1, max_length=128)
-    """The list of chat turns (formats messages, sharegpt and ultrachat)."""
+    """Field of the list of chat turns (formats messages, sharegpt and ultrachat). None: the
+    format's own name."""
     system: str | None = Field(default=None, min_length=1, max_length=128)
-    """The system prompt (formats alpaca, sharegpt and prompt-completion)."""
+    """Field of the system prompt (formats alpaca, sharegpt and prompt-completion). None: the
+    format's own name."""
     prompt: str | None = Field(default=None, min_length=1, max_length=128)
-    """What the model is given (prompt; alpaca's instruction; flan's inputs)."""
+    """Field of the prompt (`prompt`; `instruction` in alpaca, `inputs` in flan). None: the
+    format's own name."""
     completion: str | None = Field(default=None, min_length=1, max_length=128)
-    """What the model shall answer (completion; alpaca's output; flan's targets)."""
+    """Field of the completion (`completion`; `output` in alpaca, `targets` in flan). None:
+    the format's own name."""
     text: str | None = Field(default=None, min_length=1, max_length=128)
-    """The document (format text)."""
+    """Field of the document (format text). None: `text`."""
 
 
 class Dataset(Model):
-    """One data set: a file, or a folder or glob of files of one format."""
+    """A data set: a file, or a folder or glob of files of one format."""
 
     uri: DataUri
-    """Where it lies: file://data/train.jsonl (relative to the manifest), s3://bucket/key,
-    hf://datasets/ORG/NAME/file.parquet, pvc://CLAIM/PATH, pkg://PACKAGE/FILE. JSONL, JSON, CSV,
-    Parquet and text by suffix, each also .gz, .bz2, .xz or .zst."""
+    """Location: file://data/train.jsonl (relative to the manifest), s3://BUCKET/KEY,
+    hf://datasets/ORG/NAME/file.parquet, pvc://CLAIM/PATH or pkg://PACKAGE/FILE. The suffix decides
+    between JSONL, JSON, CSV, Parquet and text; each may be compressed (.gz, .bz2, .xz, .zst)."""
     format: DataFormat = "auto"
-    """The shape of a row; auto recognises it from the first rows and says what it chose."""
+    """Format of a row. auto: detected from the first rows and logged."""
     fields: FieldMap = FieldMap()
-    """Names of the fields, where the file does not use its format's own."""
+    """Names of the fields, if the file does not use the format's own."""
     weight: float = Field(default=1.0, gt=0, le=100)
-    """How often an epoch sees each row: 1.0 once, 2.0 twice, 0.5 a fixed, seeded half of them."""
+    """How often an epoch contains each row: 1.0 once, 2.0 twice, 0.5 a fixed, seeded half of the
+    rows."""
     limit: int | None = Field(default=None, ge=1)
-    """Read at most this many rows, from the start. None: all."""
+    """Number of rows to read, from the start. None: all."""
     token_secret: SecretKeyRef | None = None
-    """The access token of a gated hf:// data set. None: anonymous (on one machine: HF_TOKEN)."""
+    """Access token of a gated hf:// data set. None: anonymous access (`tuneyard run`: HF_TOKEN)."""
     credentials: SecretRef | None = None
-    """Credentials of an s3:// or gs:// source, as environment variables. None: ambient ones."""
+    """Credentials of an s3:// or gs:// source, as environment variables. None: the credentials of
+    the environment, e.g. of the service account."""
 
 
 class PromptSet(Model):
-    """A data set of which only the prompts are used: what a policy samples answers to."""
+    """A data set of which only the prompts are used, to sample completions for them."""
 
     uri: DataUri
-    """Where it lies, as for any data set."""
+    """Location, as of any data set."""
     format: DataFormat = "auto"
-    """The shape of a row."""
+    """Format of a row. auto: detected from the first rows and logged."""
     fields: FieldMap = FieldMap()
-    """Names of the fields, where the file does not use its format's own."""
+    """Names of the fields, if the file does not use the format's own."""
     limit: int | None = Field(default=None, ge=1)
-    """Read at most this many rows, from the start. None: all."""
+    """Number of rows to read, from the start. None: all."""
     token_secret: SecretKeyRef | None = None
-    """The access token of a gated hf:// data set. None: anonymous."""
+    """Access token of a gated hf:// data set. None: anonymous access (`tuneyard run`: HF_TOKEN)."""
     credentials: SecretRef | None = None
-    """Credentials of an s3:// or gs:// source, as environment variables. None: ambient ones."""
+    """Credentials of an s3:// or gs:// source, as environment variables. None: the credentials of
+    the environment, e.g. of the service account."""
 
 
 class Validation(OneOf):
-    """The held-out rows: a seeded fraction of the training data, or data sets of their own."""
+    """The held-out rows. Set exactly one field."""
 
     fraction: float | None = Field(default=None, gt=0, lt=1)
-    """Share of the training rows to hold out, at least one row."""
+    """Share of the training rows to hold out, chosen by a fixed seed; at least one row."""
     data: list[Dataset] | None = Field(default=None, min_length=1, max_length=64)
-    """Data sets that training never reads."""
+    """Separate data sets, which training does not read."""
 
 
 class FineTuneData(Model):
-    """What to train on, what to hold out, and what to do with rows that do not fit."""
+    """The training and held-out data, and how rows become sequences."""
 
     train: list[Dataset] = Field(min_length=1, max_length=64)
-    """The training data; rows of all data sets are shuffled together."""
+    """The training data sets; their rows are shuffled together."""
     validation: Validation | None = None
-    """The held-out rows. None: none are held out, so no held-out loss, early stopping or gates."""
+    """The held-out rows. None: no rows are held out; there is no held-out loss, early stopping or
+    gate."""
     max_length: Annotated[int, Field(ge=8, le=1 << 20)] | Literal["auto"] = "auto"
-    """The longest sequence in tokens; auto: 1024, or the model's context where that is shorter."""
+    """Longest sequence, in tokens. auto: 1024, or the model's context length if that is shorter."""
     on_overlength: Literal["error", "drop", "truncate", "split"] = "error"
-    """What to do with a longer row: refuse the data, drop it, cut its end off, or split it into
-    sequences (the pieces after the first see no earlier context). Counted in the stage's record."""
+    """What to do with a longer row. error: fail the stage. drop: leave the row out. truncate: cut
+    its end off. split: make several sequences of it, each without the context of the ones before.
+    The stage's record counts the rows."""
     on_invalid_row: Literal["error", "skip"] = "error"
-    """What to do with a broken row; skipped rows are counted and the first three are logged."""
+    """What to do with an invalid row. error: fail the stage. skip: leave the row out; skipped rows
+    are counted and the first three are logged."""
     packing: Literal["auto", "always", "never"] = "auto"
-    """Put short sequences into one row; they never see each other and no token is lost. auto:
-    where the model's attention allows it."""
+    """Pack several short sequences into one row of a batch; they do not attend to each other, and
+    no token is lost. auto: if the model's attention supports it."""
     train_on: Literal["assistant", "last-assistant", "all"] = "assistant"
-    """Which tokens carry loss in chat data: all answers, the last answer, or everything."""
+    """Tokens of chat data with loss. assistant: all assistant turns. last-assistant: the last one.
+    all: every token."""
     system_prompt: str | None = Field(default=None, max_length=32768)
-    """The system turn for rows that have none. None: none is added, and a chat template's own
-    default is kept."""
+    """System prompt of rows that have none. None: no system prompt is added; the chat template's
+    default, if any, applies."""
     chat_template: str | None = Field(default=None, max_length=65536)
-    """A Jinja chat template in place of the tokenizer's. None: the tokenizer's own."""
+    """Jinja chat template in place of the tokenizer's. None: the tokenizer's own."""
 
 
 class Output(Model):
-    """Where the result goes and what it consists of."""
+    """The location of the result and its content."""
 
     uri: OutputUri
-    """A folder: pvc://CLAIM/PATH, s3://…, gs://… or file://PATH (relative to the manifest). One
-    folder belongs to one job."""
+    """Folder of the result: pvc://CLAIM/PATH, s3://BUCKET/KEY, gs://BUCKET/KEY or file://PATH
+    (relative to the manifest). Each job needs a folder of its own."""
     merge: bool = False
-    """Also write the adapter merged into the base weights, as one plain model. Full fine-tuning
-    always writes a plain model."""
+    """Also write a model with the adapter merged into the base weights. Full fine-tuning always
+    writes a whole model."""
     deletion_policy: Literal["Retain", "Delete"] = "Retain"
-    """What happens to the output when the job is deleted."""
+    """What to do with the output when the job is deleted: keep it or delete it."""
     credentials: SecretRef | None = None
-    """Credentials of an s3:// or gs:// folder, as environment variables. None: ambient ones."""
+    """Credentials of an s3:// or gs:// folder, as environment variables. None: the credentials of
+    the environment, e.g. of the service account."""

@@ -1,4 +1,8 @@
-"""The settings of every kind of stage, which the planner hands to the trainer. All are identity."""
+"""The settings of every kind of stage, passed from the planner to the trainer.
+
+All of them are a part of the stage's identity. An input "(a pairs stage)" is the output of a
+stage of that kind.
+"""
 
 from __future__ import annotations
 
@@ -15,210 +19,227 @@ from tuneyard.api.training import EarlyStopping, Freeze, Optimizer, Schedule
 
 
 class DatasetSettings(Model):
-    """How one data set is read; its place is the input `train.N` or `validation.N`."""
+    """How one data set is read; an input such as `train.N` gives its location."""
 
     format: DataFormat
-    """The shape of a row."""
+    """Format of a row. auto: detected from the first rows."""
     fields: FieldMap
     """Field names that differ from the format's own."""
     weight: float
-    """How often an epoch sees each row."""
+    """How often an epoch contains each row."""
     limit: int | None
-    """At most this many rows; None: all."""
+    """Number of rows to read, from the start. None: all."""
 
 
 class PrepareSettings(Model):
-    """Read, check, split and tokenize. Inputs: `model` (for its tokenizer), `train.N`,
-    `validation.N`."""
+    """Read, check, split and tokenize training data.
+
+    Inputs: `model` (for its tokenizer), `train.N`, `validation.N`.
+    """
 
     kind: Literal["prepare"] = "prepare"
     method: Literal["sft", "pretrain"]
-    """What the rows are for."""
+    """Training method that the rows are prepared for."""
     train: list[DatasetSettings]
-    """One for each input `train.N`."""
+    """Settings of each input `train.N`."""
     validation: list[DatasetSettings]
-    """One for each input `validation.N`; empty: `validation_fraction` decides."""
+    """Settings of each input `validation.N`. Empty: `validation_fraction` decides."""
     validation_fraction: float | None
-    """Share of the training rows to hold out; None: `validation` decides."""
+    """Share of the training rows to hold out. None: `validation` decides."""
     max_length: int | Literal["auto"]
-    """Longest sequence in tokens; auto: min(1024, the model's context)."""
+    """Longest sequence, in tokens. auto: min(1024, the model's context length)."""
     on_overlength: Literal["error", "drop", "truncate", "split"]
     """What to do with longer rows."""
     on_invalid_row: Literal["error", "skip"]
-    """What to do with broken rows."""
+    """What to do with invalid rows."""
     train_on: Literal["assistant", "last-assistant", "all"]
-    """Which tokens carry loss."""
+    """Tokens of chat data with loss."""
     system_prompt: str | None
-    """System turn for rows without one; None: none."""
+    """System prompt of rows that have none. None: no system prompt is added."""
     chat_template: str | None
-    """Jinja template in place of the tokenizer's; None: the tokenizer's."""
+    """Jinja chat template in place of the tokenizer's. None: the tokenizer's own."""
     seed: int
-    """Seed of the split."""
+    """Seed of the held-out split."""
 
 
 class LoopSettings(Model):
-    """A training loop, with nothing left open but what the data decides."""
+    """A training loop; `auto` is resolved, except for what depends on the machine."""
 
     freeze: Freeze | None
-    """Parts of the base to leave; None: none."""
+    """Parts of the base model to freeze. None: none."""
     dropout: float | None
-    """Dropout of the base; None: the model's own."""
+    """Dropout probability in the base model's layers. None: the one of the model's config."""
     epochs: float | None
-    """Passes over the data; None: `max_steps` decides."""
+    """Epochs over the data. None: `max_steps` decides."""
     max_steps: int | None
-    """Optimizer steps (ppo: updates); None: `epochs` decides."""
+    """Number of optimizer steps (ppo: updates). None: `epochs` decides."""
     batch_size: int
-    """Sequences per optimizer step, over all workers; of preferences: pairs or labelled answers, of
-    ppo: answers of a minibatch, of grpo: answers of an update."""
+    """Sequences per optimizer step, over all workers. dpo, reward: pairs or labeled completions.
+    ppo: completions of a minibatch. grpo: completions of an update."""
     learning_rate: float
     """Peak learning rate."""
     schedule: Schedule
-    """The rate over the run."""
+    """Learning rate schedule."""
     optimizer: Optimizer
-    """AdamW's settings."""
+    """Settings of AdamW."""
     evaluation_steps: int | None
-    """Steps between evaluations; None: each epoch."""
+    """Steps between evaluations on the held-out rows. None: at the end of each epoch."""
     early_stopping: EarlyStopping | None
-    """None: run to the end."""
+    """When to stop early. None: train to the end."""
     keep_best: bool
     """Keep the weights with the lowest held-out loss."""
     precision: Literal["auto", "float32", "bfloat16"]
-    """auto: bfloat16 on GPU, float32 on CPU."""
+    """Data type of the forward and backward pass. auto: bfloat16 on GPU, float32 on CPU."""
     seed: int
-    """Seed of order, dropout, sampling and initial weights."""
+    """Seed of the data order, dropout, sampling and the initial adapter weights."""
 
 
 class TrainSettings(LoopSettings):
-    """Train. Inputs: `model`, `data` (a prepare stage) and, where an earlier stage trained already,
-    `tuned`: its weights, to go on from."""
+    """Train on prepared rows.
+
+    Inputs: `model`, `data` (a prepare stage) and, if an earlier stage trained the model, `tuned`:
+    the weights to continue from.
+    """
 
     kind: Literal["sft", "pretrain"]
     adapter: Adapter | None
-    """None: full fine-tuning."""
+    """Parameter-efficient method. None: full fine-tuning."""
     packing: Literal["auto", "always", "never"]
-    """Whether short sequences share a row."""
+    """Whether several short sequences are packed into one row of a batch."""
 
 
 class ChatSettings(Model):
-    """How messages become text, the same in every stage of a job."""
+    """How messages are formatted as text; the same in every stage of a job."""
 
     system_prompt: str | None
-    """System turn for conversations without one; None: none."""
+    """System prompt of conversations that have none. None: no system prompt is added."""
     chat_template: str | None
-    """Jinja template in place of the tokenizer's; None: the tokenizer's."""
+    """Jinja chat template in place of the tokenizer's. None: the tokenizer's own."""
 
 
 class PromptSettings(Model):
-    """How the data set `prompts` is read: only its prompts are used, and a reward's fields."""
+    """How the data set `prompts` is read: its prompts, and the fields that reward rules name."""
 
     format: DataFormat
-    """The shape of a row."""
+    """Format of a row. auto: detected from the first rows."""
     fields: FieldMap
     """Field names that differ from the format's own."""
     limit: int | None
-    """At most this many rows; None: all."""
+    """Number of rows to read, from the start. None: all."""
 
 
 class RewardTerm(Model):
-    """One part of a reward: a weight times what a model or a rule says."""
+    """One term of a reward: a weight times the score of a model or a rule."""
 
     weight: float = 1.0
-    """Its weight."""
+    """Factor of the score in the sum."""
     role: str | None = None
-    """The input with the model that scores: a reward stage's output, or a folder with a sequence
-    classifier. None: `rule` scores."""
+    """Role of the input that holds the reward model: the output of a reward stage, or a folder with
+    a sequence classification model. None: `rule` computes the score."""
     rule: RuleReward | None = None
-    """The rule. None: the model at `role` scores."""
+    """Rule that computes the score. None: the model at `role` does."""
 
 
 class JudgeSettings(Model):
-    """A judge at an endpoint; where it answers is `TrainRuntime.endpoint`."""
+    """A judge behind an endpoint; `TrainRuntime.endpoint` gives the URL."""
 
     model: str
-    """The model's name there."""
+    """Name of the model at the endpoint."""
     max_requests: int | None
-    """The budget in requests; None: no limit."""
+    """Budget in requests. None: no limit."""
     max_tokens: int | None
-    """The budget in tokens; None: no limit."""
+    """Budget in tokens of prompts and replies. None: no limit."""
     label_tokens: int
-    """The longest reply to a comparison."""
+    """Longest reply to a comparison, in tokens."""
 
 
 class PairsSettings(Model):
-    """Read, check, split and tokenize preferences. Inputs: `model` (for its tokenizer),
-    `preferences.N` (data sets, or a feedback stage's file)."""
+    """Read, check, split and tokenize preferences.
+
+    Inputs: `model` (for its tokenizer), `preferences.N` (data sets, or the file of a feedback
+    stage).
+    """
 
     kind: Literal["pairs"] = "pairs"
     preferences: list[DatasetSettings]
-    """One for each input `preferences.N`."""
-    labelled: bool
-    """False: pairs and rankings. True: single answers with thumbs up or down, for KTO; pairs are
-    taken apart into one of each."""
+    """Settings of each input `preferences.N`."""
+    labeled: bool
+    """False: pairs and rankings. True: single completions labeled good or bad, for KTO; a pair
+    becomes one of each."""
     held_out: float
-    """Share of the prompts to hold out; 0: none."""
+    """Share of the prompts to hold out. 0: none."""
     max_length: int | Literal["auto"]
-    """Longest prompt with one answer, in tokens."""
+    """Longest prompt with one completion, in tokens. auto: min(1024, the model's context
+    length)."""
     on_overlength: Literal["error", "drop"]
-    """What to do with longer ones."""
+    """What to do with longer rows."""
     on_invalid_row: Literal["error", "skip"]
-    """What to do with broken rows."""
+    """What to do with invalid rows."""
     chat: ChatSettings
-    """How messages become text."""
+    """How messages are formatted as text."""
     seed: int
-    """Seed of the split."""
+    """Seed of the held-out split."""
 
 
 class RewardSettings(Model):
-    """Train a reward model. Inputs: `model`, `data` (a pairs stage) and, where an earlier stage
-    fine-tuned the model, `tuned`: its weights, to start from."""
+    """Train a reward model.
+
+    Inputs: `model`, `data` (a pairs stage) and, if an earlier stage fine-tuned the model, `tuned`:
+    the weights to start from.
+    """
 
     kind: Literal["reward"] = "reward"
     adapter: Adapter | None
-    """lora or qlora; None: full fine-tuning."""
+    """lora or qlora. None: full fine-tuning."""
     margin: float
-    """Least reward difference asked of a pair."""
+    """Smallest reward difference required between the completions of a pair."""
     centering: float
-    """Weight of the term that centres rewards on zero."""
+    """Weight of the loss term that centers rewards on zero."""
     training: LoopSettings
-    """The loop."""
+    """The training loop."""
 
 
 class DpoSettings(Model):
-    """Optimise on preferences. Inputs: `model`, `tuned` (where there is one), `data` (a pairs
-    stage)."""
+    """Optimize on preferences.
+
+    Inputs: `model`, `tuned` (if an earlier stage trained the model), `data` (a pairs stage).
+    """
 
     kind: Literal["dpo"] = "dpo"
     adapter: Adapter | None
-    """None: full fine-tuning."""
+    """Parameter-efficient method. None: full fine-tuning."""
     loss: Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down", "kto"]
-    """The loss."""
+    """The loss function."""
     beta: float
-    """Strength of the pull towards the reference, the model that the stage starts from."""
+    """Strength of the regularization toward the reference: the model that the stage starts from."""
     label_smoothing: float
-    """Assumed share of flipped labels (robust) or smoothing (sigmoid)."""
+    """Assumed share of flipped labels (robust), or label smoothing (sigmoid)."""
     training: LoopSettings
-    """The loop."""
+    """The training loop."""
 
 
 class PpoSettings(Model):
-    """Optimise by PPO. Inputs: `model`, `tuned` (where there is one), `prompts`, and what `reward`
-    names."""
+    """Optimize a policy by PPO.
+
+    Inputs: `model`, `tuned` (if an earlier stage trained the model), `prompts`, and the reward
+    models that `reward` names.
+    """
 
     kind: Literal["ppo"] = "ppo"
     adapter: Adapter | None
-    """None: full fine-tuning."""
+    """Parameter-efficient method. None: full fine-tuning."""
     prompts: PromptSettings
-    """What the policy answers."""
+    """How the prompts are read."""
     chat: ChatSettings
-    """How messages become text."""
+    """How messages are formatted as text."""
     sampling: Sampling
-    """How it answers."""
+    """How completions are sampled."""
     reward: list[RewardTerm]
-    """What scores the answers: the sum of these."""
+    """Terms whose sum is the reward of a completion."""
     rollouts: int
-    """Answers per update, over all workers."""
+    """Completions per update, over all workers."""
     optimization_epochs: int
-    """Passes over each batch of rollouts."""
+    """Epochs over each batch of rollouts."""
     clip_range: float
     """Epsilon of the clipped policy loss."""
     value_clip_range: float
@@ -228,161 +249,174 @@ class PpoSettings(Model):
     entropy_coefficient: float
     """Weight of the entropy bonus."""
     discount: float
-    """Gamma."""
+    """Discount factor gamma."""
     gae_lambda: float
     """Lambda of generalized advantage estimation."""
     kl_coefficient: float
     """Weight of the per-token KL penalty."""
     target_kl: float | None
-    """Adapt the coefficient towards this KL, in nats per answer; None: fixed."""
+    """KL divergence that the coefficient is adapted toward, in nats per completion. None: the
+    coefficient is fixed."""
     missing_eos_penalty: float
-    """Taken off the reward of an answer without an end."""
+    """Penalty subtracted from the reward of a completion without an end token."""
     stop_on: BlowUp | None
-    """When to stop early."""
+    """Bounds that end the run early. None: it runs to the end."""
     training: LoopSettings
-    """The loop; epochs are passes over the prompts."""
+    """The training loop; an epoch is one pass over the prompts."""
 
 
 class GrpoSettings(Model):
-    """Optimise by comparing the answers to one prompt. Inputs: as of ppo."""
+    """Optimize a policy by GRPO or RLOO. Inputs: the same as of ppo."""
 
     kind: Literal["grpo"] = "grpo"
     estimator: Literal["grpo", "rloo"]
-    """Group relative advantages, or leave-one-out."""
+    """How advantages are estimated: relative to the group, or leave-one-out."""
     adapter: Adapter | None
-    """None: full fine-tuning."""
+    """Parameter-efficient method. None: full fine-tuning."""
     prompts: PromptSettings
-    """What the policy answers."""
+    """How the prompts are read."""
     chat: ChatSettings
-    """How messages become text."""
+    """How messages are formatted as text."""
     sampling: Sampling
-    """How it answers."""
+    """How completions are sampled."""
     reward: list[RewardTerm]
-    """What scores the answers: the sum of these."""
+    """Terms whose sum is the reward of a completion."""
     group_size: int
-    """Answers per prompt."""
+    """Completions per prompt."""
     kl_coefficient: float
     """Weight of the KL penalty."""
     clip_range: float
     """Epsilon of the clipped policy loss."""
     stop_on: BlowUp | None
-    """When to stop early."""
+    """Bounds that end the run early. None: it runs to the end."""
     training: LoopSettings
-    """The loop; epochs are passes over the prompts."""
+    """The training loop; an epoch is one pass over the prompts."""
 
 
 class FeedbackSettings(Model):
-    """Sample answers and let a judge label pairs of them; leaves `preferences.jsonl`. Inputs:
-    `model`, `tuned` (where there is one), `prompts`, `judge` (where it is a model)."""
+    """Sample completions and let a judge label pairs of them; writes `preferences.jsonl`.
+
+    Inputs: `model`, `tuned` (if an earlier stage trained the model), `prompts`, `judge` (if the
+    judge is a model run by the job).
+    """
 
     kind: Literal["feedback"] = "feedback"
     prompts: PromptSettings
-    """What the model answers."""
+    """How the prompts are read."""
     chat: ChatSettings
-    """How messages become text."""
+    """How messages are formatted as text."""
     judge: JudgeSettings | None
-    """The judge at an endpoint; None: the model at the input `judge`."""
+    """The judge behind an endpoint. None: the model at the input `judge`."""
     principles: list[str]
-    """What the judge decides by, one drawn per pair."""
+    """Criteria of the judge; one is drawn for each pair."""
     question: str
-    """How it is asked: `tuneyard.api.constitution.COMPARISON` or the manifest's."""
+    """Template of the question that asks for A or B."""
     responses_per_prompt: int
-    """Answers sampled per prompt."""
+    """Completions sampled per prompt."""
     temperature: float
-    """Sampling temperature of the answers."""
+    """Sampling temperature of the completions."""
     max_new_tokens: int
-    """The longest answer."""
+    """Longest completion, in tokens."""
     disagreement: Literal["drop", "tie", "average"]
-    """What becomes of a pair that the judge decides differently with the answers swapped."""
+    """What to do with a pair whose label changes when its completions are swapped."""
     seed: int
-    """Seed of answers and principles."""
+    """Seed of the completions and of the drawn principles."""
 
 
 class CritiqueSettings(Model):
-    """Answer, criticise, revise; leaves `revisions.jsonl`, chat rows that prepare reads. Inputs: as
-    of feedback."""
+    """Sample, criticize and revise completions; writes `revisions.jsonl`, chat rows for a prepare
+    stage. Inputs: the same as of feedback."""
 
     kind: Literal["critique"] = "critique"
     prompts: PromptSettings
-    """What provokes the answers to revise."""
+    """How the prompts are read."""
     chat: ChatSettings
-    """How messages become text."""
+    """How messages are formatted as text."""
     judge: JudgeSettings | None
-    """Who criticises and revises: the model at an endpoint; None: the one at the input `judge`, or,
-    without such an input, the model itself."""
+    """The model behind an endpoint that criticizes and revises. None: the model at the input
+    `judge`; without such an input, the model itself."""
     principles: list[str]
-    """What to criticise by, one drawn per round."""
+    """Criteria of the critiques; one is drawn for each revision."""
     critique_request: str
-    """How a critique is asked for: `tuneyard.api.constitution.CRITIQUE` or the manifest's."""
+    """Template of the request for a critique."""
     revision_request: str
-    """How a revision is asked for: `tuneyard.api.constitution.REVISION` or the manifest's."""
+    """Template of the request for a revision."""
     revisions: int
     """Rounds of critique and revision per prompt."""
     max_new_tokens: int
-    """The longest answer, critique and revision."""
+    """Longest completion, critique or revision, in tokens."""
     seed: int
-    """Seed of answers and principles."""
+    """Seed of the completions and of the drawn principles."""
 
 
 class EvaluateSettings(Model):
-    """Compare. Inputs: `model`, `data`, `tuned` (a training stage)."""
+    """Measure a fine-tuned model.
+
+    Inputs: `model`, `data` (a prepare stage), `tuned` (a training stage).
+    """
 
     kind: Literal["evaluate"] = "evaluate"
     compare_with_base: bool
-    """Measure the base too."""
+    """Also measure the base model."""
     samples: int
-    """Answers to show side by side."""
+    """Number of prompts whose completions are shown side by side."""
     max_new_tokens: int
-    """Longest sampled answer."""
+    """Longest sampled completion, in tokens."""
     gates: list[Gate]
-    """Bounds to meet."""
+    """Bounds that the result must meet."""
 
 
 class WinRateSettings(Model):
-    """A second judge's comparison of the aligned model's answers with those of the model before."""
+    """A second judge's comparison of the aligned model with the model before alignment."""
 
     judge: JudgeSettings | None
-    """The judge at an endpoint; None: the model at the input `judge`."""
+    """The judge behind an endpoint. None: the model at the input `judge`."""
     principles: list[str]
-    """What the judge decides by, one drawn per prompt."""
+    """Criteria of the judge; one is drawn for each prompt."""
     question: str
-    """How it is asked: `tuneyard.api.constitution.COMPARISON` or the manifest's."""
+    """Template of the question that asks for A or B."""
 
 
 class AssessSettings(Model):
-    """Measure an alignment. Inputs: `model`, `tuned` (the aligned model), `start` (who trained what
-    it was aligned from), `data` (a pairs stage), `prompts`, `judge` (a win_rate's, where it is a
-    model), and what `reward` names; all but `model` where there are such. Without `tuned`: the
-    reward model alone."""
+    """Measure an aligned model, or a reward model alone.
+
+    Inputs: `model`, and those of these that the job has: `tuned` (the aligned model; without it the
+    reward model alone is measured), `start` (the weights before alignment), `data` (a pairs stage),
+    `prompts`, `judge` (of `win_rate`, if the judge is a model run by the job), and the reward
+    models that `reward` names.
+    """
 
     kind: Literal["assess"] = "assess"
     chat: ChatSettings
-    """How messages become text."""
+    """How messages are formatted as text."""
     prompts: PromptSettings | None
-    """What is answered where no pairs are held out; None: nothing."""
+    """How the prompts are read that completions are sampled for if no pairs are held out. None:
+    there are none."""
     sampling: Sampling
-    """How answers are sampled."""
+    """How completions are sampled."""
     reward: list[RewardTerm]
-    """What scores the answers; empty: no reward."""
+    """Terms whose sum is the reward of a completion. Empty: no reward."""
     beta: float
     """Scale of the implicit rewards (Rafailov et al. 2023, section 4)."""
     win_rate: WinRateSettings | None
-    """What a second judge is asked; None: none is."""
+    """How a second judge compares completions. None: no win rate is measured."""
     samples: int
-    """Answers to show side by side."""
+    """Number of prompts whose completions are shown side by side."""
     gates: list[Gate]
-    """Bounds to meet."""
+    """Bounds that the result must meet."""
     seed: int
-    """Seed of the answers."""
+    """Seed of the completions."""
 
 
 class ExportSettings(Model):
-    """Write what users load. Inputs: `model`, `tuned`; `data` and `evaluation` where there are
-    such."""
+    """Write the result in the form that users load.
+
+    Inputs: `model`, `tuned`, and `data` and `evaluation` if the job has them.
+    """
 
     kind: Literal["export"] = "export"
     merge: bool
-    """Write the merged model too."""
+    """Also write a model with the adapter merged into the base weights."""
 
 
 Settings = Annotated[

@@ -1,4 +1,4 @@
-"""What a job reports: written by the operator, read by people, `kubectl` and `tuneyard status`."""
+"""The status of a job: written by the operator, read by people, `kubectl` and `tuneyard status`."""
 
 from __future__ import annotations
 
@@ -13,116 +13,117 @@ StageState = Literal["Pending", "Running", "Succeeded", "Failed", "Skipped"]
 
 
 class StageStatus(Report):
-    """One stage of the plan."""
+    """The state of one stage of the plan."""
 
     name: str = Field(max_length=64)
-    """The stage's name in the plan."""
+    """Name of the stage in the plan."""
     kind: str = Field(max_length=64)
-    """What it does: prepare, sft, evaluate, ..."""
+    """Kind of the stage: prepare, sft, evaluate, ..."""
     state: StageState = "Pending"
-    """How far it is; Skipped means that a record of an earlier attempt matched."""
+    """State of the stage. Skipped: an earlier attempt finished it, and its record still matches."""
     started_at: str | None = None
-    """When it began (RFC 3339); None: not yet."""
+    """Time at which the stage started (RFC 3339). None: not yet."""
     finished_at: str | None = None
-    """When it ended (RFC 3339); None: not yet."""
+    """Time at which the stage ended (RFC 3339). None: not yet."""
     digest: str | None = None
-    """The digest of its output, from its record; None: no record yet."""
+    """Digest of the stage's output, from its record. None: no record yet."""
     metrics: dict[str, float] = Field(default={})
-    """Its key metrics, from its record."""
+    """Key metrics of the stage, from its record."""
 
 
 class Progress(Report):
-    """How far the running stage is."""
+    """The progress of the running stage."""
 
     stage: str
-    """The running stage."""
+    """Name of the running stage."""
     step: int = Field(ge=0)
-    """Steps done."""
+    """Number of steps done."""
     total_steps: int = Field(ge=0)
-    """Steps in all; 0: unknown."""
+    """Number of steps of the stage. 0: unknown."""
     percentage: int = Field(ge=0, le=100)
-    """Share of the whole job that is done."""
+    """Share of the whole job that is done, in percent."""
     estimated_remaining_seconds: int | None = Field(default=None, ge=0)
-    """Time to the end of the stage; None: unknown."""
+    """Time to the end of the stage, in seconds. None: unknown."""
     metrics: dict[str, float] = Field(default={})
-    """The newest training metrics."""
+    """Newest training metrics."""
     last_updated_time: str
-    """When this was reported (RFC 3339)."""
+    """Time at which this was reported (RFC 3339)."""
 
 
 class AttemptStatus(Report):
-    """One attempt: one RayJob."""
+    """One attempt to run the plan; each attempt is one RayJob."""
 
     number: int = Field(ge=1)
-    """From 1."""
+    """Number of the attempt, from 1."""
     ray_job: str
-    """The RayJob's name."""
+    """Name of the RayJob."""
     ray_job_uid: str | None = None
-    """The RayJob's identity; None: not created yet."""
+    """UID of the RayJob. None: not created yet."""
     started_at: str
-    """When it was decided on (RFC 3339)."""
+    """Time at which the operator began the attempt (RFC 3339)."""
     running_at: str | None = None
-    """When its driver started (RFC 3339); None: not yet."""
+    """Time at which the driver started (RFC 3339). None: not yet."""
     stopping_at: str | None = None
-    """When it was asked to checkpoint and end (RFC 3339); None: it was not."""
+    """Time at which the driver was told to write a checkpoint and stop (RFC 3339). None: it was
+    not."""
     finished_at: str | None = None
-    """When it ended (RFC 3339); None: it runs."""
+    """Time at which the attempt ended (RFC 3339). None: it has not ended."""
     reason: str | None = None
-    """Why it ended; None: it runs."""
+    """Why the attempt ended, as one CamelCase word. None: it has not ended."""
     message: str | None = None
-    """The same, for people."""
+    """Why the attempt ended, as a sentence. None: it has not ended."""
     stage: str | None = None
-    """The stage that ran when it ended; None: none, or it runs."""
+    """Stage that was running when the attempt ended. None: none, or it has not ended."""
     last_step: int | None = Field(default=None, ge=0)
-    """The last step of that stage it told of; None: none."""
+    """Last reported step of that stage. None: no step was reported."""
     steps_lost: int | None = Field(default=None, ge=0)
-    """Steps that the next attempt had to repeat; None: unknown or none yet."""
+    """Number of steps that the next attempt had to repeat. None: unknown, or no next attempt."""
 
 
 class Result(Report):
-    """What the job produced."""
+    """The result of the job."""
 
     uri: str
-    """Where it lies."""
+    """Location of the result."""
     digest: str | None = None
-    """The digest of the exported files; None: the trainer could not report it."""
+    """Digest of the exported files. None: the trainer could not report it."""
     metrics: dict[str, float] = Field(default={})
-    """The evaluation's metrics."""
+    """Metrics of the evaluation."""
 
 
 class Failure(Report):
-    """Why the job failed, and what to do."""
+    """Why the job failed, and how to fix it."""
 
     reason: str
-    """One CamelCase word."""
+    """Why the job failed, as one CamelCase word."""
     message: str
-    """A sentence."""
+    """Why the job failed, as a sentence."""
     advice: str = ""
-    """Which field to change; "" where nothing in the manifest helps."""
+    """The field to change. "": no change of the manifest helps."""
 
 
 class JobStatus(Report):
-    """What the operator saw of a job."""
+    """The state of a job, as the operator reports it."""
 
     phase: Phase | None = None
-    """The job in one word; None before the operator looked."""
+    """State of the job in one word. None: the operator has not reconciled the job yet."""
     conditions: list[Condition] = Field(
         default=[],
         max_length=16,
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
-    """Planned, Admitted, Running, Suspended, Succeeded, Failed."""
+    """Conditions of the types Planned, Admitted, Running, Suspended, Succeeded and Failed."""
     observed_generation: int | None = None
-    """The spec's generation that this status speaks of."""
+    """Generation of the spec that this status describes. None: not reconciled yet."""
     plan_digest: str | None = None
-    """The digest of the plan; None before planning. Once set, the spec is immutable."""
+    """Digest of the plan. None: not planned yet. Once it is set, only spec.runPolicy may change."""
     stages: list[StageStatus] = Field(default=[], max_length=256)
-    """The plan's stages."""
+    """Stages of the plan."""
     progress: Progress | None = None
-    """How far the running stage is; None: nothing runs."""
+    """Progress of the running stage. None: no stage is running."""
     attempts: list[AttemptStatus] = Field(default=[], max_length=100)
-    """Every attempt so far."""
+    """All attempts so far."""
     result: Result | None = None
-    """What came out; None before success."""
+    """Result of the job. None: the job has not succeeded."""
     failure: Failure | None = None
-    """Why it failed; None unless it did."""
+    """Why the job failed. None: the job has not failed."""

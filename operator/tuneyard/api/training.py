@@ -1,4 +1,4 @@
-"""How a model is trained: `spec.training`."""
+"""The training loop: `spec.training`."""
 
 from __future__ import annotations
 
@@ -13,93 +13,97 @@ LearningRate = Annotated[float, Field(gt=0, le=10)] | Literal["auto"]
 
 
 class Freeze(Model):
-    """Parts of the base that full fine-tuning leaves as they are."""
+    """Parts of the base model that full fine-tuning does not train."""
 
     layers: LayerRanges | None = None
-    """Decoder layers, e.g. "0-11". None: none are frozen."""
+    """Decoder layers to freeze, e.g. "0-11". None: none."""
     embeddings: bool = False
-    """The input embeddings (and the head where it is tied to them)."""
+    """Freeze the input embeddings (and the head, if it is tied to them)."""
     head: bool = False
-    """The language-model head. A head tied to the embeddings is frozen with them only."""
+    """Freeze the language-model head. `embeddings` freezes a head that is tied to them."""
 
 
 class EarlyStopping(Model):
-    """Stop when the held-out loss no longer falls."""
+    """Stop when the held-out loss no longer decreases."""
 
     patience: int = Field(default=3, ge=1, le=1000)
-    """Evaluations in a row without improvement before stopping."""
+    """Number of evaluations in a row without improvement before training stops."""
     min_delta: float = Field(default=0.0, ge=0, le=100)
-    """The least fall of the held-out loss, in nats per token, that counts as improvement."""
+    """Smallest decrease of the held-out loss that counts as an improvement, in nats per token."""
 
 
 class Schedule(Model):
-    """The learning rate over the run."""
+    """The learning rate schedule."""
 
     type: Literal["cosine", "linear", "constant"] = "cosine"
-    """The shape after warm-up; cosine and linear end at `finalFraction`."""
+    """Shape of the decay after the warm-up; cosine and linear end at `finalFraction`."""
     warmup: float = Field(default=0.03, ge=0, lt=1)
-    """Share of all steps over which the rate rises linearly from 0."""
+    """Share of all steps in which the learning rate rises linearly from 0."""
     final_fraction: float = Field(default=0.1, ge=0, le=1)
-    """The last step's rate as a share of the peak."""
+    """Learning rate of the last step as a share of the peak."""
 
 
 class Optimizer(Model):
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
 
     weight_decay: float = Field(default=0.0, ge=0, le=1)
-    """Decoupled weight decay; never applied to biases and norms."""
+    """Decoupled weight decay; not applied to biases and norms."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     epsilon: float = Field(default=1e-8, gt=0, le=1)
-    """Added to the denominator."""
+    """Constant added to the denominator for numerical stability."""
     max_gradient_norm: float | None = Field(default=1.0, gt=0)
-    """Clip the global gradient norm to this. None: no clipping."""
+    """Limit that the global gradient norm is clipped to. null: no clipping."""
 
 
 class Training(Model):
     """The training loop."""
 
     epochs: float | None = Field(default=None, gt=0, le=10000)
-    """Passes over the data. None: 3, unless `maxSteps` is given."""
+    """Epochs over the data. None: 3 for fine-tuning, 1 for a reward model or an alignment, unless
+    `maxSteps` is set."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps, instead of epochs."""
+    """Number of optimizer steps, in place of `epochs`. None: `epochs` decides."""
     batch_size: AutoInt = "auto"
-    """Sequences per optimizer step, over all workers; auto: by method (docs/defaults.md)."""
+    """Sequences per optimizer step, over all workers. auto: by method (docs/defaults.md)."""
     micro_batch_tokens: AutoInt = "auto"
-    """The most tokens of one forward and backward pass on one worker; gradients accumulate over as
-    many passes as a step needs. auto: 2048 on CPU, 16384 on GPU."""
+    """Most tokens of a micro-batch on one worker; gradients accumulate over as many micro-batches
+    as a step needs. auto: 2048 on CPU, 16384 on GPU."""
     learning_rate: LearningRate = "auto"
-    """The peak learning rate; auto: by method (docs/defaults.md)."""
+    """Peak learning rate. auto: by method (docs/defaults.md)."""
     schedule: Schedule = Schedule()
-    """The learning rate over the run."""
+    """The learning rate schedule."""
     optimizer: Optimizer = Optimizer()
-    """The optimizer."""
+    """Settings of the AdamW optimizer."""
     dropout: Probability | None = None
-    """Dropout of the base model's own layers, where its architecture has any. None: the model's."""
+    """Dropout probability in the base model's own layers. None: the one of the model's config."""
     freeze: Freeze | None = None
-    """Parts of the base to leave as they are (full fine-tuning only). None: all are trained."""
+    """Parts of the base model to freeze, in full fine-tuning only. None: everything is trained."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the forward and backward pass; auto: bfloat16 on GPU, float32 on CPU."""
+    """Data type of the forward and backward pass. auto: bfloat16 on GPU, float32 on CPU."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass; this saves memory and takes about a third more
+    time."""
     evaluation_steps: int | None = Field(default=None, ge=1)
     """Steps between evaluations on the held-out rows. None: at the end of each epoch."""
     early_stopping: EarlyStopping | None = None
-    """Stop when the held-out loss no longer falls; needs held-out rows. None: run to the end."""
+    """Stop when the held-out loss no longer decreases; requires held-out rows. None: train to the
+    end."""
     keep_best: bool = True
-    """Keep the weights with the lowest held-out loss; without held-out rows, the last ones."""
+    """True: keep the weights with the lowest held-out loss. False, or without held-out rows: the
+    last weights."""
     checkpoint_steps: int | None = Field(default=None, ge=1)
     """Steps between checkpoints. None: every 10 minutes and at each evaluation."""
     seed: int = Field(default=0, ge=0, lt=1 << 32)
-    """Seed of the data order, dropout and initial adapter weights."""
+    """Seed of the data order, dropout and the initial adapter weights."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             cel="!(has(self.epochs) && has(self.maxSteps))",
             holds=lambda training: training.epochs is None or training.max_steps is None,
-            message="excludes epochs: remove maxSteps or epochs",
+            message="cannot be combined with epochs: remove maxSteps or epochs",
             path="maxSteps",
             reads=("epochs", "maxSteps"),
         ),
@@ -109,7 +113,7 @@ class Training(Model):
 FREEZE_WITHOUT_ADAPTER = Rule(
     cel="!has(self.adapter) || !has(self.training.freeze)",
     holds=lambda spec: spec.adapter is None or spec.training.freeze is None,
-    message="applies to full fine-tuning, and an adapter freezes the whole base: remove "
+    message="applies to full fine-tuning only, as an adapter freezes the whole base model: remove "
     "training.freeze or adapter",
     path="training.freeze",
     reads=("adapter", "training.freeze"),

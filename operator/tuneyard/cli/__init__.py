@@ -1,7 +1,7 @@
-"""Every command of `tuneyard`.
+"""The commands of `tuneyard`.
 
-What lives here: the commands (`main`, `cluster_commands`), what they print, and the Kubernetes
-client of those that talk to a cluster. `cluster` alone imports that client and is imported only
-once a command runs; `jobs` and `views` are pure, the clock is an argument. Whatever can go wrong
-outside ends as a RemoteError: one message, exit code 2.
+`main` and `cluster_commands` hold the commands, `plan_view` and `views` their output. Only
+`cluster` imports the Kubernetes client, once a command needs it. `jobs` and `views` are pure; they
+take the time as an argument. Every problem with a cluster is a RemoteError: one message, exit code
+2.
 """

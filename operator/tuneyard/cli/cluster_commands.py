@@ -1,4 +1,4 @@
-"""The verbs for a cluster: status, logs, suspend, resume, cancel and delete."""
+"""The commands for a cluster: status, logs, suspend, resume, cancel and delete."""
 
 from __future__ import annotations
 
@@ -17,46 +17,54 @@ from rich.live import Live
 from tuneyard.api.pods import GRACE_SECONDS
 from tuneyard.cli import logs as pod_logs
 from tuneyard.cli import views
-from tuneyard.cli.errors import NotFoundError, RemoteError, UnreachableError
-from tuneyard.cli.jobs import Event, Found, Kind, to_json
-from tuneyard.cli.options import Where, for_cluster, job_name, optional_job_name
+from tuneyard.cli.errors import RemoteError, UnreachableError
+from tuneyard.cli.jobs import Event, JobView, Kind, to_json
+from tuneyard.cli.options import ClusterOptions, for_cluster, job_name, optional_job_name
 
 if TYPE_CHECKING:
     from tuneyard.cli.cluster import Cluster
 
 FAILED = 1
-LOOK_SECONDS = 2.0
 FILE_WIDTH = 120
-"""Columns where standard output is no terminal."""
+"""Columns of the output if standard output is not a terminal."""
 STUCK_SECONDS = 30.0
+"""How long `delete --wait` waits before it suggests that the operator does not run."""
 
 # ---- status -------------------------------------------------------------------------------------
 
 
 @click.command()
 @optional_job_name
-@click.option("-A", "--all-namespaces", "everywhere", is_flag=True, help="Jobs of all namespaces.")
-@click.option("-w", "--watch", is_flag=True, help="Go on showing it; exit 0 or 1 as the job ends.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch one line a change.")
+@click.option(
+    "-A", "--all-namespaces", "everywhere", is_flag=True, help="Show the jobs of all namespaces."
+)
+@click.option(
+    "-w", "--watch", is_flag=True, help="Show changes until the job ends; exit with 0 or 1."
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON; with --watch, a line for each change."
+)
 @for_cluster
 def status(
     name: str | None,
-    where: Where,
+    options: ClusterOptions,
     kinds: Sequence[Kind],
     everywhere: bool,
     watch: bool,
     as_json: bool,
 ) -> int:
-    """Show how far jobs are, or everything about one.
+    """Show the progress of all jobs, or the details of one job.
 
-    Without NAME every job gets a line. With it: its result or failure, progress, stages, attempts,
-    conditions and events.
+    Without NAME, the output has a line for each job. With NAME, it shows the job's result or
+    failure, progress, stages, attempts, conditions and events.
     """
     if name and everywhere:
-        raise click.UsageError("--all-namespaces shows all jobs: remove NAME, or name a namespace")
+        raise click.UsageError(
+            "--all-namespaces cannot be combined with NAME: remove NAME, or use --namespace"
+        )
     if watch and name is None:
-        raise click.UsageError("--watch needs the NAME of a job")
-    cluster = where.connect()
+        raise click.UsageError("--watch needs a NAME: add the name of a job")
+    cluster = options.connect()
     if name is None:
         return _status_of_all(cluster, kinds, everywhere=everywhere, as_json=as_json)
     job = cluster.find(name, kinds)
@@ -79,12 +87,13 @@ def _status_of_all(
         _console().print(views.jobs_table(jobs, _now(), with_namespace=everywhere))
     else:
         place = "in any namespace" if everywhere else f"in namespace {cluster.namespace}"
-        click.echo(f"there are no jobs {place}: `tuneyard init` writes a manifest", err=True)
+        message = f"there are no jobs {place}: write a manifest with `tuneyard init`"
+        click.echo(message, err=True)
     return 0
 
 
-def _watch(cluster: Cluster, job: Found, *, as_json: bool) -> int:
-    """Until the job is over; the exit code says how."""
+def _watch(cluster: Cluster, job: JobView, *, as_json: bool) -> int:
+    """Show a job until it ends. Return 0 if it succeeded."""
     console = _console()
     if as_json:
         job = _follow(cluster, job, _changes(lambda job: json.dumps(to_json(job))))
@@ -97,11 +106,11 @@ def _watch(cluster: Cluster, job: Found, *, as_json: bool) -> int:
     return 0 if job.phase == "Succeeded" else FAILED
 
 
-def _changes(text: Callable[[Found], str]) -> Callable[[Found], None]:
-    """Prints a job's text whenever it is another than before."""
+def _changes(text: Callable[[JobView], str]) -> Callable[[JobView], None]:
+    """Return a function that prints a job's text if it differs from the last one."""
     last: list[str] = []
 
-    def show(job: Found) -> None:
+    def show(job: JobView) -> None:
         if (now := text(job)) not in last:
             click.echo(now)
             last[:] = [now]
@@ -109,33 +118,32 @@ def _changes(text: Callable[[Found], str]) -> Callable[[Found], None]:
     return show
 
 
-def _follow(cluster: Cluster, job: Found, show: Callable[[Found], None]) -> Found:
-    """Shows a job again and again until it is over, through an API server's absence too."""
-    away = False
+def _follow(cluster: Cluster, job: JobView, show: Callable[[JobView], None]) -> JobView:
+    """Show a job repeatedly until it ends; return its last state. Raises RemoteError.
+
+    An unreachable API server is reported once and tried again.
+    """
+    unreachable = False
     while True:
         show(job)
         if job.is_finished:
             return job
-        time.sleep(LOOK_SECONDS)
+        time.sleep(pod_logs.POLL_SECONDS)
         try:
-            now = cluster.refresh(job)
+            job = pod_logs.refreshed(cluster, job)
+            unreachable = False
         except UnreachableError as error:
-            if not away:
-                click.echo(f"{error.message}; trying again", err=True)
-            away = True
-            continue
-        away = False
-        if now is None:
-            raise NotFoundError(f"{job.kind.name} {job.name} was deleted")
-        job = now
+            if not unreachable:
+                click.echo(f"{error.message}; retrying", err=True)
+            unreachable = True
 
 
-def _view(cluster: Cluster, job: Found) -> Any:
+def _view(cluster: Cluster, job: JobView) -> Any:
     return views.job_view(job, _events(cluster, job), _now())
 
 
-def _events(cluster: Cluster, job: Found) -> list[Event]:
-    """Empty where the user may not read them: the status tells the rest."""
+def _events(cluster: Cluster, job: JobView) -> list[Event]:
+    """Return a job's events, or none if they cannot be read: the status is shown without them."""
     try:
         return cluster.events(job)
     except RemoteError:
@@ -147,13 +155,15 @@ def _events(cluster: Cluster, job: Found) -> list[Event]:
 
 @click.command()
 @job_name
-@click.option("-f", "--follow", is_flag=True, help="Go on until the job ends, over all attempts.")
-@click.option("--attempt", type=click.IntRange(min=1), help="Default: the newest that has pods.")
-@click.option("--worker", is_flag=True, help="The workers' logs instead of the driver's.")
+@click.option("-f", "--follow", is_flag=True, help="Follow all attempts until the job ends.")
+@click.option(
+    "--attempt", type=click.IntRange(min=1), help="Attempt. Default: the newest one with pods."
+)
+@click.option("--worker", is_flag=True, help="Print the workers' logs instead of the driver's.")
 @for_cluster
 def logs(
     name: str,
-    where: Where,
+    options: ClusterOptions,
     kinds: Sequence[Kind],
     follow: bool,
     attempt: int | None,
@@ -161,9 +171,10 @@ def logs(
 ) -> int:
     """Print the log of a job's driver, or of its workers.
 
-    Logs go with their pods, about a minute after an attempt; why it ended stays in the status.
+    Pods are deleted about a minute after an attempt ends, and their logs with them. The status
+    keeps the reason why the attempt ended.
     """
-    cluster = where.connect()
+    cluster = options.connect()
     job = cluster.find(name, kinds)
     role = "worker" if worker else "driver"
     reader = pod_logs.Reader(cluster, role, attempt, write=click.echo, note=_note)
@@ -180,31 +191,31 @@ def logs(
 @click.command()
 @job_name
 @for_cluster
-def suspend(name: str, where: Where, kinds: Sequence[Kind]) -> int:
-    """Stop a job at a checkpoint and free its pods.
+def suspend(name: str, options: ClusterOptions, kinds: Sequence[Kind]) -> int:
+    """Stop a job at a checkpoint and release its pods.
 
-    Nothing is lost: `tuneyard resume` goes on from there.
+    `tuneyard resume` continues from that checkpoint.
     """
-    cluster = where.connect()
+    cluster = options.connect()
     job = cluster.find(name, kinds)
-    _refuse_if_over(job, "suspended")
+    _require_open(job, "suspended")
     if job.cancel:
-        raise RemoteError(f"{job.name} is being canceled: it cannot be suspended any more")
+        raise RemoteError(f"{job.name} is being canceled and cannot be suspended")
     if job.suspend:
         state = "suspended" if job.phase == "Suspended" else "being suspended"
-        click.echo(f"{job.name} is {state} already; `tuneyard resume {job.name}` lets it go on")
+        click.echo(f"{job.name} is already {state}; resume it with `tuneyard resume {job.name}`")
         return 0
     job = cluster.set_policy(job, suspend=True)
-    if job.is_under_way:
-        click.echo(f"{job.name} will {_stop(job)}; `tuneyard resume {job.name}` lets it go on")
+    if job.has_open_attempt:
+        click.echo(f"{job.name} will {_stop(job)}; resume it with `tuneyard resume {job.name}`")
     else:
-        click.echo(f"{job.name} will not start until `tuneyard resume {job.name}`")
+        click.echo(f"{job.name} will not start; resume it with `tuneyard resume {job.name}`")
     return 0
 
 
-def _stop(job: Found) -> str:
-    """How the attempt that is under way ends."""
-    if job.is_running:
+def _stop(job: JobView) -> str:
+    """Return how the open attempt of a job stops."""
+    if job.has_running_driver:
         return f"write a checkpoint and release its pods, within {GRACE_SECONDS} s"
     return "release its pods"
 
@@ -212,68 +223,71 @@ def _stop(job: Found) -> str:
 @click.command()
 @job_name
 @for_cluster
-def resume(name: str, where: Where, kinds: Sequence[Kind]) -> int:
-    """Let a suspended job go on from where it stopped."""
-    cluster = where.connect()
+def resume(name: str, options: ClusterOptions, kinds: Sequence[Kind]) -> int:
+    """Resume a suspended job from its last checkpoint."""
+    cluster = options.connect()
     job = cluster.find(name, kinds)
-    _refuse_if_over(job, "resumed")
+    _require_open(job, "resumed")
     if job.cancel:
-        raise RemoteError(f"{job.name} is being canceled: it cannot be resumed any more")
+        raise RemoteError(f"{job.name} is being canceled and cannot be resumed")
     if not job.suspend:
-        being = f"{job.name} is being resumed already"
-        known = f"{job.name} is not suspended: its phase is {job.phase}"
-        click.echo(being if job.phase == "Suspended" else known)
+        resuming = f"{job.name} is already being resumed"
+        not_suspended = f"{job.name} is not suspended; its phase is {job.phase}"
+        click.echo(resuming if job.phase == "Suspended" else not_suspended)
         return 0
     job = cluster.set_policy(job, suspend=False)
-    if job.is_under_way:
-        click.echo(f"{job.name} will go on; if its pods were stopping, in a new attempt")
+    if job.has_open_attempt:
+        click.echo(f"{job.name} will continue; if its pods are already stopping, in a new attempt")
         return 0
     attempts = len(job.status.attempts) if job.status else 0
-    start = "from its last checkpoint" if attempts else "with its first stage"
-    click.echo(f"{job.name} will go on {start}, as attempt {attempts + 1}")
+    start = "continue from its last checkpoint" if attempts else "start with its first stage"
+    click.echo(f"{job.name} will {start}, as attempt {attempts + 1}")
     return 0
 
 
 @click.command()
 @job_name
-@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask for confirmation.")
 @for_cluster
-def cancel(name: str, where: Where, kinds: Sequence[Kind], yes: bool) -> int:
-    """End a job for good, as Failed with reason Canceled.
+def cancel(name: str, options: ClusterOptions, kinds: Sequence[Kind], yes: bool) -> int:
+    """End a job for good, with phase Failed and reason Canceled.
 
-    It cannot be taken back. The job and its finished stages stay.
+    This cannot be undone. The job and the output of its finished stages are kept.
     """
-    cluster = where.connect()
+    cluster = options.connect()
     job = cluster.find(name, kinds)
     if job.cancel or job.was_canceled:
         state = "was canceled" if job.is_finished else "is being canceled"
         click.echo(f"{job.name} {state} already")
         return 0
-    _refuse_if_over(job, "canceled")
+    _require_open(job, "canceled")
     _confirm(f"Cancel {job.kind.name} {job.name} for good?", yes=yes)
     job = cluster.set_policy(job, cancel=True)
-    how = f"{_stop(job)} and end" if job.is_under_way else "end"
+    stop = f"{_stop(job)} and end" if job.has_open_attempt else "end"
     click.echo(
-        f"{job.name} will {how} as Failed with reason Canceled; its finished stages stay at "
-        f"{job.output_uri}"
+        f"{job.name} will {stop} with phase Failed and reason Canceled; the output of its finished "
+        f"stages stays at {job.output_uri}"
     )
     return 0
 
 
-def _refuse_if_over(job: Found, deed: str) -> None:
+def _require_open(job: JobView, action: str) -> None:
+    """Raise RemoteError if a job is deleted or finished, so that it cannot be, e.g., suspended."""
     if job.deleting:
-        raise RemoteError(f"{job.name} is being deleted: it cannot be {deed} any more")
+        raise RemoteError(f"{job.name} is being deleted and cannot be {action}")
     if job.is_finished:
-        raise RemoteError(f"{job.name} is over, its phase is {job.phase}: it cannot be {deed}")
+        raise RemoteError(f"{job.name} has ended with phase {job.phase} and cannot be {action}")
 
 
 def _confirm(question: str, *, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise RemoteError("this cannot be taken back and there is no terminal to ask at: add --yes")
+        raise RemoteError(
+            "this cannot be undone, and there is no terminal for a confirmation: add --yes"
+        )
     if not click.confirm(question, err=True):
-        raise RemoteError("nothing was changed")
+        raise RemoteError("not confirmed: nothing was changed")
 
 
 # ---- delete -------------------------------------------------------------------------------------
@@ -281,51 +295,51 @@ def _confirm(question: str, *, yes: bool) -> None:
 
 @click.command()
 @job_name
-@click.option("--wait", is_flag=True, help="Return when the job and its pods are gone.")
+@click.option("--wait", is_flag=True, help="Wait until the job and its pods are deleted.")
 @for_cluster
-def delete(name: str, where: Where, kinds: Sequence[Kind], wait: bool) -> int:
-    """Delete a job and end its cluster.
+def delete(name: str, options: ClusterOptions, kinds: Sequence[Kind], wait: bool) -> int:
+    """Delete a job and its pods.
 
-    Its output stays, or goes too where the manifest's output.deletionPolicy is Delete.
+    The output is kept, unless the manifest's output.deletionPolicy is Delete.
     """
-    cluster = where.connect()
+    cluster = options.connect()
     job = cluster.find(name, kinds)
     if job.deleting:
-        click.echo(f"{job.name} is being deleted already")
+        click.echo(f"{job.name} is already being deleted")
     else:
         cluster.delete(job)
-        pods = "its pods end, then it is gone" if job.is_under_way else "it is gone in a moment"
+        pods = " with its pods" if job.has_open_attempt else ""
         output = (
-            f"its output at {job.output_uri} is deleted too, by its deletionPolicy"
-            if job.erases
+            f"its output at {job.output_uri} is deleted too, because of its deletionPolicy"
+            if job.deletes_output
             else f"its output stays at {job.output_uri}"
         )
-        click.echo(f"{job.name} is being deleted: {pods}; {output}")
+        click.echo(f"{job.name} is being deleted{pods}; {output}")
     if wait:
-        _wait_until_gone(cluster, job)
-        click.echo(f"{job.name} is gone")
+        _wait_until_deleted(cluster, job)
+        click.echo(f"{job.name} was deleted")
     return 0
 
 
-def _wait_until_gone(cluster: Cluster, job: Found) -> None:
-    patience = time.monotonic() + STUCK_SECONDS
+def _wait_until_deleted(cluster: Cluster, job: JobView) -> None:
+    deadline = time.monotonic() + STUCK_SECONDS
     while True:
         try:
             if cluster.refresh(job) is None:
                 return
         except UnreachableError as error:
-            _note(f"{error.message}; trying again")
-        if time.monotonic() > patience:
-            _note(f"{job.name} is still there: the operator clears up after it; does it run?")
-            patience = float("inf")
-        time.sleep(LOOK_SECONDS / 4)
+            _note(f"{error.message}; retrying")
+        if time.monotonic() > deadline:
+            _note(f"{job.name} is not deleted yet: check that the operator runs, which cleans up")
+            deadline = float("inf")
+        time.sleep(pod_logs.POLL_SECONDS / 4)
 
 
 # ---- the terminal -------------------------------------------------------------------------------
 
 
 def _console() -> Console:
-    """Standard output; one that is no terminal gets wider lines than rich's 80 columns."""
+    """Return standard output; a file gets wider lines than rich's default of 80 columns."""
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else FILE_WIDTH
     return Console(highlight=False, markup=False, emoji=False, soft_wrap=False, width=width)
 

@@ -1,6 +1,9 @@
-"""What goes wrong between the command line and a cluster."""
+"""Errors of commands that talk to a cluster, and of missing packages."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import click
 
@@ -10,8 +13,21 @@ class RemoteError(click.ClickException):
 
 
 class UnreachableError(RemoteError):
-    """The API server did not answer, or said that it cannot now: worth another try."""
+    """The API server did not answer or is not available; a retry can help."""
 
 
 class NotFoundError(RemoteError):
-    """There is no such job, or no such pod any more."""
+    """The job or the pod does not exist."""
+
+
+@contextmanager
+def needs_extra(extra: str, purpose: str) -> Iterator[None]:
+    """Turn the import error of an optional package into a message that names Tuneyard's extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("tuneyard"):
+            raise
+        raise click.ClickException(
+            f"{error.name} is not installed: install tuneyard[{extra}] to {purpose}"
+        ) from error

@@ -1,4 +1,4 @@
-"""Jobs, pods and events as the API server has them, reduced to what is shown and decided by."""
+"""Jobs, pods and events of a cluster, reduced to the fields that the commands use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Object = Mapping[str, Any]
 
 
 class Kind(NamedTuple):
-    """One of the two kinds of jobs."""
+    """A kind of job."""
 
     name: str
     plural: str
@@ -26,12 +26,12 @@ KINDS: Mapping[str, Kind] = {
     "finetune": Kind("FineTuneJob", "finetunejobs"),
     "alignment": Kind("AlignmentJob", "alignmentjobs"),
 }
-"""By the word that `--kind` takes."""
+"""The kinds of jobs by the value of `--kind`."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """A job."""
+class JobView:
+    """The fields of a job that the commands use."""
 
     kind: Kind
     name: str
@@ -40,29 +40,33 @@ class Found:
     generation: int
     created: datetime
     deleting: bool
-    """Deletion was asked for; the operator is clearing up."""
+    """Whether the job is being deleted and the operator still cleans up."""
     suspend: bool
-    """What the spec asks for, whatever became of it yet."""
+    """Whether the spec requests suspension; the job may still be running."""
     cancel: bool
+    """Whether the spec requests cancellation."""
     output_uri: str
-    erases: bool
-    """Deleting the job deletes its output too."""
+    deletes_output: bool
+    """Whether the output is deleted with the job."""
     status: JobStatus | None
-    """None: written by another version of the operator, and not readable by this one."""
+    """The status. None: this version cannot read it; another version of the operator wrote it."""
     raw_status: Object
-    """As it was stored."""
+    """The status as JSON."""
 
     @property
     def phase(self) -> str:
-        """The status in one word."""
+        """The state of the job in one word."""
         if self.status is None:
             return str(self.raw_status.get("phase") or "Unreadable")
         return self.status.phase or "Pending"
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing will run any more. A job that could not be planned gets another chance
-        when its spec changes."""
+        """Whether no attempt will run any more.
+
+        A job that could not be planned is planned again when its spec changes: it is finished only
+        if the operator has seen the newest spec.
+        """
         if self.phase not in ("Succeeded", "Failed"):
             return False
         planned = self.raw_status.get("planDigest") is not None
@@ -74,13 +78,13 @@ class Found:
         return failure is not None and failure.reason == "Canceled"
 
     @property
-    def is_under_way(self) -> bool:
-        """Whether an attempt has pods, or is about to."""
+    def has_open_attempt(self) -> bool:
+        """Whether an attempt has pods, or is about to have them."""
         return self._open_attempt is not None
 
     @property
-    def is_running(self) -> bool:
-        """Whether an attempt's driver runs: it has something to checkpoint."""
+    def has_running_driver(self) -> bool:
+        """Whether an attempt's driver runs; only then a checkpoint can be written."""
         attempt = self._open_attempt
         return attempt is not None and bool(attempt.get("runningAt"))
 
@@ -91,12 +95,12 @@ class Found:
         return None if ended else attempts[-1]
 
 
-def found(kind: Kind, item: Object) -> Found:
-    """A job from its JSON; whatever the API server lets pass can be read."""
+def read_job(kind: Kind, item: Object) -> JobView:
+    """Return a job from the API server's JSON. Any object that the API server accepts is read."""
     metadata, spec = item["metadata"], item.get("spec") or {}
     policy, output = spec.get("runPolicy") or {}, spec.get("output") or {}
     status = item.get("status") or {}
-    return Found(
+    return JobView(
         kind=kind,
         name=metadata["name"],
         namespace=metadata["namespace"],
@@ -107,7 +111,7 @@ def found(kind: Kind, item: Object) -> Found:
         suspend=bool(policy.get("suspend")),
         cancel=bool(policy.get("cancel")),
         output_uri=str(output.get("uri") or ""),
-        erases=output.get("deletionPolicy") == "Delete",
+        deletes_output=output.get("deletionPolicy") == "Delete",
         status=_status(status),
         raw_status=status,
     )
@@ -120,8 +124,8 @@ def _status(value: Object) -> JobStatus | None:
         return None
 
 
-def to_json(job: Found) -> dict[str, Any]:
-    """What `--json` prints of a job."""
+def to_json(job: JobView) -> dict[str, Any]:
+    """Return a job as `--json` prints it."""
     return {
         "kind": job.kind.name,
         "namespace": job.namespace,
@@ -135,28 +139,29 @@ def to_json(job: Found) -> dict[str, Any]:
 
 
 class Pod(NamedTuple):
-    """One pod of a job."""
+    """A pod of a job."""
 
     name: str
     uid: str
     attempt: int
-    """0: it belongs to none."""
+    """Number of the attempt. 0: the pod belongs to no attempt."""
     role: str
     """head, worker, driver or erase."""
     container: str
-    """The one whose log matters."""
+    """Name of the container whose log is shown."""
     created: str
     started: bool
-    """Whether its container ever ran: before that there is no log."""
+    """Whether the container has started; only then it has a log."""
     running: bool
-    obstacle: str
-    """Why it does not start; "": nothing is known."""
+    start_problem: str
+    """Why the pod does not start. "": unknown."""
 
 
 _CONTAINERS = {"head": "ray-head", "worker": "ray-worker", "driver": "ray-job-submitter"}
 
 
-def pod(item: Object) -> Pod:
+def read_pod(item: Object) -> Pod:
+    """Return a pod from the API server's JSON."""
     metadata, status = item["metadata"], item.get("status") or {}
     labels = metadata.get("labels") or {}
     role = _role(labels, metadata["name"])
@@ -176,7 +181,7 @@ def pod(item: Object) -> Pod:
         created=metadata["creationTimestamp"],
         started="running" in state or "terminated" in state,
         running="running" in state,
-        obstacle=_obstacle(status, state),
+        start_problem=_start_problem(status, state),
     )
 
 
@@ -187,7 +192,7 @@ def _role(labels: Object, name: str) -> str:
     return "erase" if name.split("-")[-2:-1] in (["erase"], ["aerase"]) else "driver"
 
 
-def _obstacle(status: Object, state: Object) -> str:
+def _start_problem(status: Object, state: Object) -> str:
     for condition in status.get("conditions") or ():
         if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
             return str(condition.get("message") or condition.get("reason") or "")
@@ -196,18 +201,18 @@ def _obstacle(status: Object, state: Object) -> str:
 
 
 class Event(NamedTuple):
-    """One event about a job."""
+    """An event of a job."""
 
     time: datetime
-    """When it was last seen."""
-    warns: bool
+    """Time of the last occurrence."""
+    is_warning: bool
     reason: str
     message: str
-    times: int
+    occurrences: int
 
 
-def event(item: Object) -> Event:
-    """An event from core/v1's JSON; the newer API's fields stand in it under other names."""
+def read_event(item: Object) -> Event:
+    """Return an event from the JSON of core/v1, which may hold the fields of events.k8s.io too."""
     series = item.get("series") or {}
     times = (
         series.get("lastObservedTime"),
@@ -217,23 +222,25 @@ def event(item: Object) -> Event:
     )
     return Event(
         time=time_of(next(filter(None, times))),
-        warns=item.get("type") == "Warning",
+        is_warning=item.get("type") == "Warning",
         reason=str(item.get("reason") or ""),
         message=str(item.get("message") or ""),
-        times=int(series.get("count") or item.get("count") or 1),
+        occurrences=int(series.get("count") or item.get("count") or 1),
     )
 
 
 def time_of(text: str) -> datetime:
-    """A moment from RFC 3339; one without a zone is UTC."""
+    """Return a time in RFC 3339; without a zone it is UTC."""
     moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def newest(pods: Sequence[Pod], role: str, attempt: int | None) -> list[Pod]:
-    """The pods of one role and attempt (None: the newest that has any), in order of their names. Of
-    several drivers, of which KubeRay starts another when one is lost, the last."""
-    mine = [pod for pod in pods if pod.role == role and pod.attempt]
-    last = attempt if attempt is not None else max((pod.attempt for pod in mine), default=0)
-    mine = sorted((pod for pod in mine if pod.attempt == last), key=lambda pod: pod.name)
-    return mine if role != "driver" else sorted(mine, key=lambda pod: pod.created)[-1:]
+def pods_of(pods: Sequence[Pod], role: str, attempt: int | None) -> list[Pod]:
+    """Return the pods of one role and attempt by name. `attempt` None: the newest that has any.
+
+    KubeRay replaces a lost driver: only the newest driver is returned.
+    """
+    matching = [pod for pod in pods if pod.role == role and pod.attempt]
+    chosen = attempt if attempt is not None else max((pod.attempt for pod in matching), default=0)
+    matching = sorted((pod for pod in matching if pod.attempt == chosen), key=lambda pod: pod.name)
+    return matching if role != "driver" else sorted(matching, key=lambda pod: pod.created)[-1:]

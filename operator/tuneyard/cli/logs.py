@@ -1,4 +1,4 @@
-"""A job's log: of its driver, or of its workers; as it is, or as it grows."""
+"""Print the log of a job's driver or of its workers, once or until the job ends."""
 
 from __future__ import annotations
 
@@ -11,42 +11,52 @@ from typing import TYPE_CHECKING
 
 from tuneyard.cli import views
 from tuneyard.cli.errors import NotFoundError, RemoteError, UnreachableError
-from tuneyard.cli.jobs import Found, Pod, newest
+from tuneyard.cli.jobs import JobView, Pod, pods_of
 
 if TYPE_CHECKING:
     from tuneyard.cli.cluster import Cluster
 
-LOOK_SECONDS = 2.0
+POLL_SECONDS = 2.0
 MAX_LINES = 10_000
-"""Lines that may wait to be written: a slow terminal slows the reading down."""
-Say = Callable[[str], None]
+"""Most lines that are read but not yet written: a slow terminal slows the reading down."""
+Print = Callable[[str], None]
+
+
+def refreshed(cluster: Cluster, job: JobView) -> JobView:
+    """Return the job's current state. Raises NotFoundError if it was deleted."""
+    current = cluster.refresh(job)
+    if current is None:
+        raise NotFoundError(f"{job.kind.name} {job.name} was deleted")
+    return current
 
 
 class Reader:
-    """Prints the log of one job. `write` takes a line of it, `note` what is said about it."""
+    """Print the log of one job: `write` gets its lines, `note` the remarks about it."""
 
     def __init__(
-        self, cluster: Cluster, role: str, attempt: int | None, *, write: Say, note: Say
+        self, cluster: Cluster, role: str, attempt: int | None, *, write: Print, note: Print
     ) -> None:
         self._cluster, self._role, self._attempt = cluster, role, attempt
         self._write, self._note = write, note
         self._queue: Queue[str | RemoteError] = Queue(MAX_LINES)
 
-    def show(self, job: Found) -> None:
-        """What there is by now. Raises RemoteError where there is nothing."""
+    def show(self, job: JobView) -> None:
+        """Write the log so far. Raises RemoteError if there is none."""
         pods = self._pods(job)
         started = [pod for pod in pods if pod.started]
         if not started:
-            raise RemoteError(self._why_none(job, pods))
+            raise RemoteError(self._no_log(job, pods))
         for pod in started:
             for _, line in self._lines(job, pod):
                 self._write(line)
 
-    def follow(self, job: Found) -> None:
-        """What there is and what comes, from one attempt to the next, until the job is over. Each
-        pod is read by a thread of its own: a worker may start long after the first."""
+    def follow(self, job: JobView) -> None:
+        """Write the logs of all attempts until the job ends. Raises RemoteError.
+
+        Each pod is read by its own thread: a worker may start long after the first one.
+        """
         threads: dict[str, Thread] = {}
-        told = ""
+        last_note = ""
         pods = self._pods(job)
         while True:
             for pod in pods:
@@ -54,31 +64,25 @@ class Reader:
                     self._note(f"attempt {pod.attempt}, pod {pod.name}")
                     threads[pod.uid] = self._start(job, pod)
             idle = not any(thread.is_alive() for thread in threads.values())
-            if idle and self._is_over(job):
+            if idle and self._has_ended(job):
                 break
-            if idle and (text := f"waiting: {self._not_started(job, pods)}") != told:
+            if idle and (text := f"waiting: {self._not_started(job, pods)}") != last_note:
                 self._note(text)
-                told = text
-            self._write_for(LOOK_SECONDS)
-            with suppress(UnreachableError):  # it is looked for again
-                job, pods = self._refreshed(job), self._pods(job)
+                last_note = text
+            self._write_for(POLL_SECONDS)
+            with suppress(UnreachableError):  # the next round tries again
+                job, pods = refreshed(self._cluster, job), self._pods(job)
         self._write_for(0.0)
         if not threads:
-            raise RemoteError(self._why_none(job, pods))
+            raise RemoteError(self._no_log(job, pods))
 
-    # ---- what is there --------------------------------------------------------------------------
+    # ---- pods -----------------------------------------------------------------------------------
 
-    def _pods(self, job: Found) -> list[Pod]:
-        return newest(self._cluster.pods(job), self._role, self._attempt)
+    def _pods(self, job: JobView) -> list[Pod]:
+        return pods_of(self._cluster.pods(job), self._role, self._attempt)
 
-    def _refreshed(self, job: Found) -> Found:
-        now = self._cluster.refresh(job)
-        if now is None:
-            raise NotFoundError(f"{job.kind.name} {job.name} was deleted")
-        return now
-
-    def _is_over(self, job: Found) -> bool:
-        """Whether no pod will come any more whose log is asked for."""
+    def _has_ended(self, job: JobView) -> bool:
+        """Return whether no further pod with a requested log will start."""
         if job.is_finished:
             return True
         attempts = job.status.attempts if job.status else []
@@ -86,35 +90,36 @@ class Reader:
             attempt.number == self._attempt and attempt.finished_at for attempt in attempts
         )
 
-    def _not_started(self, job: Found, pods: Sequence[Pod]) -> str:
-        obstacle = next((pod.obstacle for pod in pods if pod.obstacle), "")
+    def _not_started(self, job: JobView, pods: Sequence[Pod]) -> str:
+        """Return why no requested pod has started."""
+        problem = next((pod.start_problem for pod in pods if pod.start_problem), "")
         failure = job.status.failure if job.status else None
-        why = obstacle or views.waits_for(job) or (failure.message if failure else "")
+        reason = problem or views.waits_for(job) or (failure.message if failure else "")
         attempt = f"attempt {self._attempt}" if self._attempt else "the job"
-        what = f"{attempt} has no {self._role} that started ({views.phase(job)})"
-        return f"{what}: {views.plain(why)}" if why else what
+        state = f"{attempt} has no started {self._role} ({views.phase(job)})"
+        return f"{state}: {views.plain(reason)}" if reason else state
 
-    def _why_none(self, job: Found, pods: Sequence[Pod]) -> str:
-        """Why there is no log, with what the status keeps of the attempts."""
+    def _no_log(self, job: JobView, pods: Sequence[Pod]) -> str:
+        """Return why there is no log, with what the status keeps of the attempts."""
         attempts = job.status.attempts if job.status else []
         if self._attempt is not None and self._attempt > len(attempts):
-            return f"{job.name} has had no attempt {self._attempt}: the last one is {len(attempts)}"
+            return f"{job.name} has no attempt {self._attempt}: the last one is {len(attempts)}"
         current = self._attempt is None or self._attempt == len(attempts)
         if not attempts or (current and attempts[-1].finished_at is None):
             return f"there is no log of {job.name}: {self._not_started(job, pods)}"
-        lines = [f"attempt {one.number}: {views.ending(one)}" for one in attempts]
-        gone = f"the pods of {job.name} are gone, and their logs with them. What is known of them:"
-        return "\n  ".join([gone, *lines])
+        lines = [f"attempt {one.number}: {views.outcome(one)}" for one in attempts]
+        deleted = f"the pods of {job.name} were deleted with their logs; the status keeps:"
+        return "\n  ".join([deleted, *lines])
 
     # ---- reading --------------------------------------------------------------------------------
 
-    def _start(self, job: Found, pod: Pod) -> Thread:
-        thread = Thread(target=self._follow, args=(job, pod), daemon=True)
+    def _start(self, job: JobView, pod: Pod) -> Thread:
+        thread = Thread(target=self._read_to_end, args=(job, pod), daemon=True)
         thread.start()
         return thread
 
-    def _follow(self, job: Found, pod: Pod) -> None:
-        """To the log's end; a connection that breaks off before is taken up where it ended."""
+    def _read_to_end(self, job: JobView, pod: Pod) -> None:
+        """Queue a pod's log to its end; after a lost connection, continue with the next line."""
         last = ""
         while True:
             try:
@@ -130,20 +135,23 @@ class Reader:
             except RemoteError as error:
                 self._queue.put(error)
                 return
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
 
     def _lines(
-        self, job: Found, pod: Pod, *, follow: bool = False, after: str = ""
+        self, job: JobView, pod: Pod, *, follow: bool = False, after: str = ""
     ) -> Iterator[tuple[str, str]]:
-        """The lines after a moment ("": all). One pod's moments are written by one clock with a
-        fixed number of digits, so they compare as text."""
+        """Yield the lines after a time ("": all lines).
+
+        The times of one pod come from one clock and have a fixed number of digits, so they compare
+        as text.
+        """
         prefix = f"{pod.name}: " if pod.role == "worker" else ""
         for stamp, line in self._cluster.log(job, pod, follow=follow, since=after or None):
             if stamp > after:
                 yield stamp, prefix + line
 
     def _write_for(self, seconds: float) -> None:
-        """Writes what the threads read, and what they still read within this time."""
+        """Write the queued lines, and those that are queued within this time."""
         end = time.monotonic() + seconds
         while True:
             try:

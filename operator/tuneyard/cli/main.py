@@ -1,8 +1,8 @@
-"""The command line: what needs no cluster stands here, the verbs for one in `remote.commands`.
+"""The command line, with the commands that need no cluster; `cluster_commands` holds the others.
 
-Exit codes: 0 done, 1 the job failed while it ran (or generated files are out of date), 2 bad input,
-130 interrupted. Only `run` imports the trainer, and with it torch and Ray; only the verbs for a
-cluster and `operator` import a Kubernetes client.
+Exit codes: 0: success; 1: the job failed while it ran, or generated files are out of date; 2: bad
+input; 130: interrupted. Only `run` imports the trainer with torch and Ray; only `operator` and the
+commands for a cluster import a Kubernetes client.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rich.console import Console
 
 from tuneyard import __version__
 from tuneyard.cli import cluster_commands
+from tuneyard.cli.errors import needs_extra
 from tuneyard.cli.plan_view import print_plan
 from tuneyard.errors import Fault, ManifestError, PlanError, TuneyardError
 from tuneyard.manifests import crd, documents, manifest, starter
@@ -37,12 +38,12 @@ STDIN = Path("-")
 
 
 def main() -> None:
-    """The entry point of the `tuneyard` command."""
+    """Run the `tuneyard` command."""
     sys.exit(call(sys.argv[1:]))
 
 
 def call(arguments: Sequence[str]) -> int:
-    """Runs one command and returns its exit code; faults go to standard error, one a line."""
+    """Run one command and return its exit code. Faults go to standard error, one a line."""
     try:
         code = tuneyard.main(list(arguments), prog_name="tuneyard", standalone_mode=False)
     except ManifestError as error:
@@ -93,9 +94,11 @@ def validate(files: Sequence[Path]) -> None:
 
 @tuneyard.command("plan")
 @click.argument("file", type=FILE)
-@click.option("--json", "as_json", is_flag=True, help="Print the plan as the trainer reads it.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the plan as JSON, as the trainer reads it."
+)
 def show_plan(file: Path, as_json: bool) -> None:
-    """Show the stages of a job, what was decided for you, and why."""
+    """Show the stages of a job and the defaults that were chosen."""
     console = Console(highlight=False, markup=False, emoji=False)
     for plan in _each(_read(file), plan_job):
         if as_json:
@@ -111,10 +114,10 @@ def show_plan(file: Path, as_json: bool) -> None:
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="The attempt that the RayJob stands for.",
+    help="Number of the attempt of the RayJob.",
 )
 def render(file: Path, attempt: int) -> None:
-    """Print the ConfigMap and the RayJob that a cluster would get."""
+    """Print the ConfigMap and the RayJob of a job."""
     rendered = _each(_read(file), lambda job: _rendered(job, attempt))
     objects = [item for one in rendered for item in one]
     text = yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=4096)
@@ -126,25 +129,19 @@ def render(file: Path, attempt: int) -> None:
 def run(file: Path) -> int:
     """Run the jobs of a manifest on this machine, one after another.
 
-    Work that is done is not repeated: a second run of the same manifest changes nothing, and a run
-    that was killed goes on where it stopped.
+    Finished stages are not repeated: a second run of the same manifest changes nothing, and an
+    interrupted run continues from its last checkpoint.
     """
     plans = _each(_read(file), plan_job)
-    try:
+    with needs_extra("trainer", "run jobs on this machine"):
         from tuneyard_trainer.local.run import run as run_locally
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("tuneyard"):
-            raise
-        raise click.ClickException(
-            f"{error.name} is not installed: install tuneyard[trainer] to run jobs on this machine"
-        ) from error
     base_dir = Path.cwd() if file == STDIN else file.resolve().parent
     return run_locally(plans, base_dir)
 
 
 @tuneyard.command()
 @click.argument("folder", metavar="[DIR]", default="crds", type=click.Path(path_type=Path))
-@click.option("--check", is_flag=True, help="Write nothing; fail where a file is out of date.")
+@click.option("--check", is_flag=True, help="Write nothing; exit with 1 if a file is out of date.")
 def crds(folder: Path, check: bool) -> int:
     """Write the CustomResourceDefinitions to DIR (default: crds)."""
     texts = {folder / name: crd.to_yaml(value) for name, value in crd.crds().items()}
@@ -165,41 +162,35 @@ def crds(folder: Path, check: bool) -> int:
 
 
 def _setting(name: str, **options: Any) -> Callable[[_Command], _Command]:
-    """An option of the operator, that is an environment variable too."""
+    """Return an option of the operator that can also be set by an environment variable."""
     variable = f"TUNEYARD_{name.upper().replace('-', '_')}"
     return click.option(f"--{name}", envvar=variable, show_envvar=True, **options)
 
 
 @tuneyard.command("operator")
-@_setting("namespaces", default="", help="Namespaces to serve, with commas between. [default: all]")
-@_setting("image", default=rayjob.DEFAULT_IMAGE, help="The trainer image of jobs that name none.")
-@_setting("profiles", type=FILE, help="Compute presets: a YAML mapping of names to fields.")
-@_setting("progress-url", help="Where training pods reach the status server.")
-@_setting("progress-port", type=int, default=8443, help="The status server's port.")
-@_setting("metrics-port", type=int, default=8080, help="For /metrics, /healthz and /readyz.")
-@_setting("own-namespace", default="default", help="Of the Lease and the certificates.")
-@_setting("identity", default=platform.node, help="This replica's name. [default: the host's]")
-@_setting("lease", default="tuneyard-operator", help="The Lease that the active replica holds.")
-@_setting("tls-secret", default="tuneyard-tls", help="The Secret of the certificates.")
-@_setting("concurrency", type=click.IntRange(1, 256), default=16, help="Jobs looked at at a time.")
+@_setting("namespaces", default="", help="Namespaces to watch, comma-separated. [default: all]")
+@_setting("image", default=rayjob.DEFAULT_IMAGE, help="Trainer image of jobs that name none.")
+@_setting("profiles", type=FILE, help="Compute profiles: a YAML mapping of names to fields.")
+@_setting("progress-url", help="URL of the status server for training pods.")
+@_setting("progress-port", type=int, default=8443, help="Port of the status server.")
+@_setting("metrics-port", type=int, default=8080, help="Port of /metrics, /healthz and /readyz.")
+@_setting("own-namespace", default="default", help="Namespace of the Lease and the certificates.")
+@_setting("identity", default=platform.node, help="Name of this replica. [default: the host's]")
+@_setting("lease", default="tuneyard-operator", help="Lease that the active replica holds.")
+@_setting("tls-secret", default="tuneyard-tls", help="Secret of the certificates.")
+@_setting("concurrency", type=click.IntRange(1, 256), default=16, help="Jobs reconciled at a time.")
 def operator(namespaces: str, profiles: Path | None, **settings: Any) -> int:
-    """Run the operator in this process: what the chart's Deployment does."""
-    try:
+    """Run the operator in this process."""
+    with needs_extra("operator", "run the operator"):
         from tuneyard.controller import app
         from tuneyard.controller.settings import Settings, read_profiles
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("tuneyard"):
-            raise
-        raise click.ClickException(
-            f"{error.name} is not installed: install tuneyard[operator] to run the operator"
-        ) from error
     names = tuple(namespaces.replace(",", " ").split())
     presets = read_profiles(profiles) if profiles else {}
     return app.main(Settings(namespaces=names, profiles=presets, **settings))
 
 
 def _rendered(job: Job, attempt: int) -> rayjob.Rendered:
-    """Profiles and other jobs' models are known to the operator alone."""
+    """Return a job's objects. Only the operator knows profiles and other jobs' models."""
     return rayjob.render(placed(plan_job(job), profiles={}), job, attempt=attempt)
 
 
@@ -207,22 +198,22 @@ def _rendered(job: Job, attempt: int) -> rayjob.Rendered:
 
 
 class Manifest(NamedTuple):
-    """A file of jobs."""
+    """A file with jobs."""
 
     source: str
-    """Its name in messages."""
+    """Name of the file in messages."""
     text: str
     jobs: list[Job]
 
 
 def _read(file: Path) -> Manifest:
-    """Raises ManifestError with every fault of every document."""
+    """Read a manifest. Raises ManifestError with every fault of every document."""
     source = "stdin" if file == STDIN else str(file)
     try:
         data = sys.stdin.buffer.read() if file == STDIN else file.read_bytes()
         text = data.decode("utf-8-sig")
     except OSError as error:
-        message = f"cannot be read: {error.strerror}"
+        message = f"cannot be read ({error.strerror}): correct the path or its permissions"
         raise ManifestError([Fault("", message, None, source)]) from error
     except UnicodeDecodeError as error:
         message = f"byte {error.start} is not UTF-8: save the manifest as UTF-8 text"
@@ -231,7 +222,7 @@ def _read(file: Path) -> Manifest:
 
 
 def _each(given: Manifest, plan: Callable[[Job], Planned]) -> list[Planned]:
-    """One result for each job; what is wrong with any of them is raised together."""
+    """Return the result for each job. Raises PlanError with the faults of all jobs."""
     results: list[Planned] = []
     faults: list[Fault] = []
     for index, job in enumerate(given.jobs):
@@ -245,7 +236,7 @@ def _each(given: Manifest, plan: Callable[[Job], Planned]) -> list[Planned]:
 
 
 def _located(fault: Fault, given: Manifest, index: int) -> Fault:
-    """The fault of the manifest's job number `index`, with the line that it is about."""
+    """Return a fault of the manifest's job number `index` with its line."""
     document = documents.load(given.text, given.source)[0][index]
     steps = re.findall(r"\[(\d+)\]|([^.\[\]]+)", fault.path)
     line = document.line_of(tuple(int(number) if number else name for number, name in steps))
@@ -256,7 +247,7 @@ def _located(fault: Fault, given: Manifest, index: int) -> Fault:
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML as people write it: long texts as blocks, no aliases."""
+    """A YAML writer for people: texts of several lines are blocks, and there are no aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
         return True

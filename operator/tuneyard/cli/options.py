@@ -1,4 +1,4 @@
-"""What every verb for a cluster takes: which cluster, which namespace, which job."""
+"""The options that the commands for a cluster share: cluster, namespace and job."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from tuneyard.api.meta import NAME_LENGTH, NAME_PATTERN
-from tuneyard.cli.errors import RemoteError
+from tuneyard.cli.errors import needs_extra
 from tuneyard.cli.jobs import KINDS, Kind
+from tuneyard.manifests.explain import name_problem
 
 if TYPE_CHECKING:
     from tuneyard.cli.cluster import Cluster
@@ -21,38 +21,33 @@ NAMESPACE_PATTERN = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
 Command = Callable[..., Any]
 
 
-class Where(NamedTuple):
-    """What the user said of the cluster to talk to; None: the kubeconfig says it."""
+class ClusterOptions(NamedTuple):
+    """The options that select a cluster and a namespace. None: the kubeconfig decides."""
 
     kubeconfig: str | None
     context: str | None
     namespace: str | None
 
     def connect(self) -> Cluster:
-        try:
+        """Return the cluster. Raises RemoteError."""
+        with needs_extra("operator", "talk to a cluster"):
             from tuneyard.cli.cluster import connect
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.startswith("tuneyard"):
-                raise
-            raise RemoteError(
-                f"{error.name} is not installed: install tuneyard[operator] to talk to a cluster"
-            ) from error
         return connect(self.kubeconfig, self.context, self.namespace)
 
 
 def _namespace(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
     if value is not None and not re.fullmatch(NAMESPACE_PATTERN, value):
-        raise click.BadParameter(f"'{value}' is no name of a namespace")
+        raise click.BadParameter(
+            f"'{value}' cannot be the name of a namespace: use at most 63 lower-case letters, "
+            "digits and dashes"
+        )
     return value
 
 
 def _name(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
-    if value is None or (re.fullmatch(NAME_PATTERN, value) and len(value) <= NAME_LENGTH):
-        return value
-    raise click.BadParameter(
-        f"'{value}' is no name of a job: at most {NAME_LENGTH} lower-case letters, digits and "
-        "dashes, starting with a letter"
-    )
+    if value is not None and (problem := name_problem(value)):
+        raise click.BadParameter(problem)
+    return value
 
 
 def _kinds(_: click.Context, __: click.Parameter, value: str | None) -> tuple[Kind, ...]:
@@ -60,25 +55,29 @@ def _kinds(_: click.Context, __: click.Parameter, value: str | None) -> tuple[Ki
 
 
 def for_cluster(command: Command) -> Command:
-    """Adds the options that all verbs share; the command gets them as `where` and `kinds`."""
+    """Add the shared options; the command gets them as `options` and `kinds`."""
 
     @click.option(
-        "-n", "--namespace", metavar="NAME", callback=_namespace, help="Default: the context's."
+        "-n",
+        "--namespace",
+        metavar="NAME",
+        callback=_namespace,
+        help="Namespace. Default: the context's.",
     )
     @click.option(
         "--kind",
         "kinds",
         type=click.Choice(list(KINDS)),
         callback=_kinds,
-        help="Jobs of this kind only.",
+        help="Use jobs of this kind only.",
     )
-    @click.option("--context", metavar="NAME", help="The kubeconfig's context to use.")
-    @click.option("--kubeconfig", metavar="FILE", help="Default: $KUBECONFIG, ~/.kube/config.")
+    @click.option("--context", metavar="NAME", help="Context of the kubeconfig.")
+    @click.option("--kubeconfig", metavar="FILE", help="Default: $KUBECONFIG or ~/.kube/config.")
     @wraps(command)
     def wrapped(
         kubeconfig: str | None, context: str | None, namespace: str | None, **arguments: Any
     ) -> Any:
-        return command(where=Where(kubeconfig, context, namespace), **arguments)
+        return command(options=ClusterOptions(kubeconfig, context, namespace), **arguments)
 
     return wrapped
 

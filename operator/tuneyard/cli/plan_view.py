@@ -1,4 +1,4 @@
-"""A plan as `tuneyard plan` prints it."""
+"""The output of `tuneyard plan`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from tuneyard.api.stage_settings import (
 
 
 def print_plan(console: Console, plan: Plan) -> None:
+    """Print a plan's stages, locations, main settings and notes."""
     console.print(Text(f"{plan.job.kind} {plan.job.name}", style="bold"))
     table = Table("Stage", "What it does", "Reads", "Fingerprint", box=None, pad_edge=False)
     for stage in plan.stages:
@@ -34,7 +35,7 @@ def print_plan(console: Console, plan: Plan) -> None:
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim")
     facts.add_column(overflow="fold")
-    for name, value in [*_places(plan), *_settings(plan)]:
+    for name, value in [*_locations(plan), *_settings(plan)]:
         facts.add_row(name, value)
     for note in plan.notes:
         facts.add_row("note", note)
@@ -43,44 +44,46 @@ def print_plan(console: Console, plan: Plan) -> None:
 
 
 def describe_stage(stage: PlannedStage) -> str:
+    """Return what a stage does, in a few words."""
     settings = stage.settings
     if settings.kind == "prepare":
         rows = "chats" if settings.method == "sft" else "text"
         return f"read, check, split and tokenize the {rows}"
     if settings.kind == "evaluate":
-        against = " against the base" if settings.compare_with_base else ""
-        return f"measure the tuned model{against} on held-out rows"
+        models = "the base and the tuned model" if settings.compare_with_base else "the tuned model"
+        return f"measure {models} on held-out rows"
     if settings.kind == "export":
-        merged = ", merged too" if settings.merge else ""
+        merged = ", also merged" if settings.merge else ""
         return f"write the model, its tokenizer and its card{merged}"
-    return describe_alignment_stage(settings)
+    return _describe_alignment(settings)
 
 
-def describe_alignment_stage(settings: Settings) -> str:
+def _describe_alignment(settings: Settings) -> str:
     if isinstance(settings, CritiqueSettings):
-        return f"answer, criticise and revise, {settings.revisions} times each"
+        times = "once" if settings.revisions == 1 else f"{settings.revisions} times"
+        return f"sample completions, criticize and revise them {times}"
     if isinstance(settings, FeedbackSettings):
-        return f"sample {settings.responses_per_prompt} answers a prompt, let the judge choose"
+        return f"sample {settings.responses_per_prompt} completions a prompt, let a judge compare"
     if isinstance(settings, PairsSettings):
         return "read, check, split and tokenize the preferences"
     if isinstance(settings, AssessSettings):
         return "measure the alignment on held-out rows"
-    return describe_training(settings)
+    return _describe_training(settings)
 
 
-def describe_training(settings: Settings) -> str:
+def _describe_training(settings: Settings) -> str:
     loop = _loop(settings)
     if loop is None:
         return settings.kind
-    what = f"{_weights(getattr(settings, 'adapter', None))}, {_length(loop)}"
+    scope = f"{_weights(getattr(settings, 'adapter', None))}, {_length(loop)}"
     if isinstance(settings, RewardSettings):
-        return f"train a reward model: {what}"
+        return f"train a reward model: {scope}"
     if isinstance(settings, DpoSettings):
-        return f"align by {'' if settings.loss == 'kto' else 'dpo, '}{settings.loss}: {what}"
+        return f"align by {'' if settings.loss == 'kto' else 'dpo, '}{settings.loss}: {scope}"
     if isinstance(settings, PpoSettings | GrpoSettings):
         method = settings.estimator if isinstance(settings, GrpoSettings) else "ppo"
-        return f"align by {method}: {what}"
-    return f"train {what}"
+        return f"align by {method}: {scope}"
+    return f"train {scope}"
 
 
 def _weights(adapter: Adapter | None) -> str:
@@ -100,8 +103,8 @@ def _inputs(stage: PlannedStage) -> str:
     )
 
 
-def _places(plan: Plan) -> Iterable[tuple[str, str]]:
-    """What the plan reads from outside, by role, and where it writes."""
+def _locations(plan: Plan) -> Iterable[tuple[str, str]]:
+    """Yield the sources that the plan reads, with their roles, and its output folder."""
     sources = {
         source.uri: role
         for stage in plan.stages
@@ -114,11 +117,11 @@ def _places(plan: Plan) -> Iterable[tuple[str, str]]:
 
 
 def _settings(plan: Plan) -> Iterable[tuple[str, str]]:
-    """The resolved settings that matter most."""
+    """Yield the most important resolved settings."""
     loops = {
         stage.name: loop
         for stage in plan.stages
-        if (loop := _loop(stage.settings)) and not stage.name.endswith(_ROUNDS)
+        if (loop := _loop(stage.settings)) and not stage.name.endswith(_LATER_ROUNDS)
     }
     for name, loop in loops.items():
         of = f", {name}" if len(loops) > 1 else ""
@@ -129,8 +132,8 @@ def _settings(plan: Plan) -> Iterable[tuple[str, str]]:
     yield "workers", str(plan.compute.workers or 1)
 
 
-_ROUNDS = tuple(f"-{number}" for number in range(2, 33))
-"""Ends of the names of later rounds' stages, whose settings are the first's."""
+_LATER_ROUNDS = tuple(f"-{number}" for number in range(2, 33))
+"""Suffixes of the stages of later rounds, which have the settings of the first round."""
 
 
 def _loop(settings: Settings) -> LoopSettings | None:

@@ -1,4 +1,4 @@
-"""How jobs look to people. Pure: what is shown depends on the job, its events and the moment."""
+"""The output of `tuneyard status`: tables and lines, made from a job, its events and the time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tuneyard.api.status import AttemptStatus, JobStatus, Progress, StageStatus
-from tuneyard.cli.jobs import Event, Found, time_of
+from tuneyard.cli.jobs import Event, JobView, time_of
 
 ABSENT = "\N{EN DASH}"
 STYLES = {
@@ -26,21 +26,17 @@ STAGE_METRICS = (
     *("validationLoss", "loss", "validationPerplexity", "lossReduction", "answerAccuracy"),
     *("preferenceAccuracy", "rewardAccuracy", "reward", "kl", "steps", "rows", "tokens"),
 )
-"""What a stage's line shows first; there is room for four."""
-ADVERBS = {"True": "yes", "False": "no", "Unknown": "unknown"}
+"""The metrics of a stage that are shown first; four fit in a line."""
+CONDITION_STATUS = {"True": "yes", "False": "no", "Unknown": "unknown"}
 
 
 # ---- all jobs -----------------------------------------------------------------------------------
 
 
-def jobs_table(jobs: Sequence[Found], now: datetime, *, with_namespace: bool) -> Table:
-    """One line for each job."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    if with_namespace:
-        table.add_column("Namespace", no_wrap=True)
-    table.add_column("Kind", no_wrap=True)
-    table.add_column("Name", no_wrap=True)
-    for title in ("Phase", "Stage"):
+def jobs_table(jobs: Sequence[JobView], now: datetime, *, with_namespace: bool) -> Table:
+    """Return a table with a line for each job."""
+    table = _bare_table()
+    for title in (*(["Namespace"] if with_namespace else []), "Kind", "Name", "Phase", "Stage"):
         table.add_column(title, no_wrap=True)
     for title in ("Progress", "Loss", "ETA", "Age"):
         table.add_column(title, no_wrap=True, justify="right")
@@ -60,24 +56,24 @@ def jobs_table(jobs: Sequence[Found], now: datetime, *, with_namespace: bool) ->
     return table
 
 
-def _open_progress(job: Found) -> Progress | None:
-    """How far it is; None once it is over: what it told last would say nothing any more."""
+def _open_progress(job: JobView) -> Progress | None:
+    """Return a job's progress. None: it has none, or it has ended and the progress is outdated."""
     return None if job.status is None or job.is_finished else job.status.progress
 
 
-def _seconds_left(job: Found) -> int | None:
-    """To the end of the stage; None: nothing runs, or it is unknown."""
+def _seconds_left(job: JobView) -> int | None:
+    """Return the time to the end of the stage. None: unknown, or no stage is running."""
     progress = _open_progress(job)
     running = progress is not None and job.phase == "Running"
     return progress.estimated_remaining_seconds if progress and running else None
 
 
-def _phase(job: Found) -> Text:
+def _phase(job: JobView) -> Text:
     return Text(phase(job), style=STYLES.get(job.phase, ""))
 
 
-def phase(job: Found) -> str:
-    """The phase, and what was asked for but has not happened yet."""
+def phase(job: JobView) -> str:
+    """Return the phase, and a requested change that has not happened yet."""
     if job.deleting:
         return f"{job.phase}, being deleted"
     if job.is_finished:
@@ -94,17 +90,17 @@ def phase(job: Found) -> str:
 # ---- one job ------------------------------------------------------------------------------------
 
 
-def job_view(job: Found, events: Sequence[Event], now: datetime) -> RenderableType:
-    """Everything about one job."""
+def job_view(job: JobView, events: Sequence[Event], now: datetime) -> RenderableType:
+    """Return the details of one job."""
     title = Text(f"{job.kind.name} {job.name}", style="bold")
     title.append(f" in namespace {job.namespace}: ", style="not bold")
     title.append_text(_phase(job))
     title.append(f", {duration((now - job.created).total_seconds())} old", style="not bold")
     parts: list[RenderableType] = [title]
     if job.status is None:
-        parts.append(Text(f"This version of tuneyard cannot read its status. {_UPGRADE}"))
+        parts.append(Text(_UNREADABLE))
     elif job.status.phase is None:
-        parts.append(Text(_UNSEEN))
+        parts.append(Text(_NOT_RECONCILED))
     else:
         parts += _status_parts(job, job.status, now)
     if events:
@@ -112,24 +108,27 @@ def job_view(job: Found, events: Sequence[Event], now: datetime) -> RenderableTy
     return Group(*parts)
 
 
-_UPGRADE = "Use the version of the cluster's operator; `--json` prints the status as it is."
-_UNSEEN = (
-    "The operator has not looked at it yet. Where this lasts: does it run, and does it watch this "
-    "namespace?"
+_UNREADABLE = (
+    "This version of tuneyard cannot read the job's status: use the version of the cluster's "
+    "operator, or print the status with --json."
+)
+_NOT_RECONCILED = (
+    "The operator has not reconciled the job yet. If this lasts, check that the operator runs and "
+    "watches this namespace."
 )
 
 
-def _status_parts(job: Found, status: JobStatus, now: datetime) -> Iterator[RenderableType]:
+def _status_parts(job: JobView, status: JobStatus, now: datetime) -> Iterator[RenderableType]:
     if waits := waits_for(job):
-        yield Text(f"Waits: {waits}")
+        yield Text(f"Waiting: {waits}")
     if status.failure:
         yield Text(f"{status.failure.reason}: {plain(status.failure.message)}", style="red")
         if status.failure.advice:
             yield Text(plain(status.failure.advice))
     if status.result:
-        yield Text(f"The result lies at {plain(status.result.uri)}")
+        yield Text(f"Result: {plain(status.result.uri)}")
         if status.result.digest:
-            yield Text(f"Its digest is {plain(status.result.digest)}")
+            yield Text(f"Digest: {plain(status.result.digest)}")
         if status.result.metrics:
             yield Text(metrics_line(status.result.metrics))
     if progress := _open_progress(job):
@@ -145,8 +144,8 @@ def _status_parts(job: Found, status: JobStatus, now: datetime) -> Iterator[Rend
             yield table
 
 
-def waits_for(job: Found) -> str:
-    """Why a job that is neither running nor over does not run; "" where nothing is said."""
+def waits_for(job: JobView) -> str:
+    """Return why a job does not run. "": the status gives no reason, or the job runs or ended."""
     if job.status is None or job.phase in ("Running", "Succeeded", "Failed", "Suspended"):
         return ""
     conditions = {condition.type: condition for condition in job.status.conditions}
@@ -160,10 +159,10 @@ def waits_for(job: Found) -> str:
 def _progress_lines(progress: Progress, left: int | None, now: datetime) -> Iterator[Text]:
     text = f"{progress.percentage}% done"
     if progress.stage:
-        text += f"; {plain(progress.stage)} is at {_steps(progress)}"
+        text += f"; {plain(progress.stage)}: {_steps(progress)}"
     if left is not None:
-        text += f", about {duration(left)} from its end"
-    yield Text(f"{text} (told {ago(progress.last_updated_time, now)})", style="bold")
+        text += f", about {duration(left)} left"
+    yield Text(f"{text} (reported {ago(progress.last_updated_time, now)})", style="bold")
     if progress.metrics:
         yield Text(metrics_line(progress.metrics))
 
@@ -173,8 +172,13 @@ def _steps(progress: Progress) -> str:
     return f"step {progress.step:,}{total}"
 
 
+def _bare_table() -> Table:
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+
+
 def _table(*titles: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    """Return a table whose last column wraps."""
+    table = _bare_table()
     *short, long = titles
     for title in short:
         table.add_column(title, no_wrap=True)
@@ -183,15 +187,15 @@ def _table(*titles: str) -> Table:
 
 
 def _stages_table(stages: Sequence[StageStatus], now: datetime) -> Table:
-    table = _table("Stage", "State", "Began", "Took", "Key metrics")
+    table = _table("Stage", "State", "Started", "Duration", "Key metrics")
     for stage in stages:
         state = "done before" if stage.state == "Skipped" else stage.state
-        took = stage.state == "Running" or stage.finished_at is not None
+        has_duration = stage.state == "Running" or stage.finished_at is not None
         table.add_row(
             plain(stage.name),
             Text(state, STYLES.get(stage.state, "")),
             ago(stage.started_at, now),
-            _took(stage.started_at, stage.finished_at, now) if took else ABSENT,
+            _elapsed(stage.started_at, stage.finished_at, now) if has_duration else ABSENT,
             metrics_line(_key_metrics(stage.metrics)),
         )
     return table
@@ -204,24 +208,24 @@ def _key_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _attempts_table(attempts: Sequence[AttemptStatus], now: datetime) -> Table:
-    table = _table("Attempt", "Began", "Took", "Lost", "How it ended")
+    table = _table("Attempt", "Started", "Duration", "Lost", "Outcome")
     for attempt in attempts:
         table.add_row(
             str(attempt.number),
             ago(attempt.started_at, now),
-            _took(attempt.running_at or attempt.started_at, attempt.finished_at, now),
+            _elapsed(attempt.running_at or attempt.started_at, attempt.finished_at, now),
             ABSENT if attempt.steps_lost is None else f"{attempt.steps_lost:,} steps",
-            ending(attempt),
+            outcome(attempt),
         )
     return table
 
 
-def ending(attempt: AttemptStatus) -> str:
-    """How an attempt ended, or what it does."""
+def outcome(attempt: AttemptStatus) -> str:
+    """Return how an attempt ended, or its state if it has not ended."""
     if attempt.finished_at is None:
         if attempt.stopping_at:
-            return "it was asked to checkpoint and end"
-        return "it runs" if attempt.running_at else "it is starting"
+            return "stopping at a checkpoint"
+        return "running" if attempt.running_at else "starting"
     at = ""
     if attempt.stage and attempt.reason != "Succeeded":
         at = f", in {plain(attempt.stage)}"
@@ -231,13 +235,13 @@ def ending(attempt: AttemptStatus) -> str:
 
 
 def _conditions_table(status: JobStatus, now: datetime) -> Table:
-    table = _table("Condition", "Holds", "Since", "Why")
+    table = _table("Condition", "Status", "Since", "Reason")
     for condition in status.conditions:
         message = plain(condition.message)
         reason = "" if condition.reason == condition.type else condition.reason
         table.add_row(
             condition.type,
-            ADVERBS[condition.status],
+            CONDITION_STATUS[condition.status],
             ago(condition.last_transition_time, now),
             ": ".join(filter(None, (reason, message))),
         )
@@ -247,10 +251,10 @@ def _conditions_table(status: JobStatus, now: datetime) -> Table:
 def _events_table(events: Sequence[Event], now: datetime) -> Table:
     table = _table("Last seen", "Event", "Message")
     for event in events:
-        times = f" ({event.times} times)" if event.times > 1 else ""
+        times = f" ({event.occurrences} times)" if event.occurrences > 1 else ""
         table.add_row(
             f"{duration((now - event.time).total_seconds())} ago",
-            Text(plain(event.reason), style="yellow" if event.warns else ""),
+            Text(plain(event.reason), style="yellow" if event.is_warning else ""),
             f"{plain(event.message)}{times}",
         )
     return table
@@ -259,8 +263,8 @@ def _events_table(events: Sequence[Event], now: datetime) -> Table:
 # ---- one line -----------------------------------------------------------------------------------
 
 
-def line(job: Found) -> str:
-    """A job's state in one line: two that are equal say that nothing happened between them."""
+def line(job: JobView) -> str:
+    """Return a job's state in one line. It changes only if the job's state does."""
     status = job.status or JobStatus()
     parts = [f"{job.name}: {phase(job)}"]
     if len(status.attempts) > 1:
@@ -278,25 +282,25 @@ def line(job: Found) -> str:
     if status.failure:
         parts.append(f"{status.failure.reason}: {plain(status.failure.message)}")
     if status.result:
-        parts.append(f"the result lies at {plain(status.result.uri)}")
+        parts.append(f"result: {plain(status.result.uri)}")
     return ", ".join(parts)
 
 
-# ---- words and figures --------------------------------------------------------------------------
+# ---- text, numbers and times --------------------------------------------------------------------
 
 
 def plain(text: str) -> str:
-    """Text of unknown origin in one line, without what could steer a terminal."""
+    """Return untrusted text in one line, without characters that control a terminal."""
     words = " ".join(text.split())
-    return "".join("\N{REPLACEMENT CHARACTER}" if _steers(char) else char for char in words)
+    return "".join("\N{REPLACEMENT CHARACTER}" if _is_control(char) else char for char in words)
 
 
-def _steers(character: str) -> bool:
+def _is_control(character: str) -> bool:
     return unicodedata.category(character) in ("Cc", "Cf", "Cs")
 
 
 def metrics_line(metrics: Mapping[str, float]) -> str:
-    """Names and values."""
+    """Return the metrics in one line: "loss 1.235, reward 0.4"."""
     return ", ".join(f"{plain(name)} {number(value)}" for name, value in metrics.items())
 
 
@@ -305,23 +309,23 @@ def _metric(metrics: Mapping[str, float], name: str) -> str:
 
 
 def number(value: float) -> str:
-    """Whole numbers with thousands separated, others to four significant digits."""
+    """Return a number with separated thousands; fractions have four significant digits."""
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{value:,.0f}"
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
-def ago(moment: str | None, now: datetime) -> str:
-    """None: it has not come."""
-    if moment is None:
+def ago(time: str | None, now: datetime) -> str:
+    """Return how long ago a time was (RFC 3339). None: not yet, shown as a dash."""
+    if time is None:
         return ABSENT
     try:
-        return f"{duration((now - time_of(moment)).total_seconds())} ago"
+        return f"{duration((now - time_of(time)).total_seconds())} ago"
     except ValueError:
-        return plain(moment)
+        return plain(time)
 
 
-def _took(start: str | None, end: str | None, now: datetime) -> str:
+def _elapsed(start: str | None, end: str | None, now: datetime) -> str:
     if start is None:
         return ABSENT
     try:
@@ -332,8 +336,10 @@ def _took(start: str | None, end: str | None, now: datetime) -> str:
 
 
 def duration(seconds: float) -> str:
-    """The two largest units: "12 s", "1 min 12 s", "2 h 5 min", "3 d 4 h". Clocks differ between
-    machines, so a negative one is taken for none."""
+    """Return a duration in its two largest units: "12 s", "1 min 12 s", "2 h 5 min", "3 d 4 h".
+
+    A negative one, which clocks of two machines can cause, is shown as "0 s".
+    """
     whole = max(0, round(seconds))
     units = (("d", whole // 86400), ("h", whole // 3600 % 24), ("min", whole // 60 % 60))
     parts = [*units, ("s", whole % 60)]

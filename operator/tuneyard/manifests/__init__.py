@@ -1,5 +1,5 @@
-"""YAML in, faults or a job out.
+"""Manifests: the reader, the CRDs, and a manifest to start from.
 
-What lives here: the manifest reader, which reports every fault at once with its field path and
-line; the CRD generator; a manifest to start from. What may not enter: planning, clock, network.
+The reader returns jobs, or reports all faults at once, each with its field path and line. This
+package has no planning, no clock and no network.
 """

@@ -1,6 +1,6 @@
-"""The CustomResourceDefinitions, made from the models: structural OpenAPI v3 schemas and CEL rules.
+"""Generate the CustomResourceDefinitions from the models: OpenAPI v3 schemas and CEL rules.
 
-`crds/` holds their YAML; `tuneyard crds` writes it and a test compares.
+`tuneyard crds` writes them as YAML to `crds/`; a test checks that the files are up to date.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pydantic_core import core_schema
 from tuneyard.api.alignmentjob import AlignmentJob
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.meta import GROUP, NAME_LENGTH, NAME_PATTERN, VERSION, Model, Rule
+from tuneyard.manifests.explain import NAME_RULE
+from tuneyard.manifests.fields import user_description
 
 Schema = dict[str, Any]
 
@@ -26,22 +28,22 @@ _Column = tuple[str, str, str, str]
 """Title, type, JSON path and description."""
 
 _STATE: tuple[_Column, ...] = (
-    ("Phase", "string", ".status.phase", "The job in one word."),
-    ("Stage", "string", ".status.progress.stage", "The running stage."),
-    ("Progress%", "integer", ".status.progress.percentage", "Share of the whole job, in percent."),
-    ("Loss", "number", ".status.progress.metrics.loss", "The newest training loss."),
+    ("Phase", "string", ".status.phase", "State of the job in one word."),
+    ("Stage", "string", ".status.progress.stage", "Name of the running stage."),
+    ("Progress%", "integer", ".status.progress.percentage", "Share of the whole job that is done."),
+    ("Loss", "number", ".status.progress.metrics.loss", "Newest training loss."),
     (
         "Held-Out",
         "number",
         ".status.progress.metrics.validationLoss",
-        "The newest held-out loss.",
+        "Newest held-out loss.",
     ),
 )
 _REWARD = (
     "Reward",
     "number",
     ".status.progress.metrics.reward",
-    "Mean reward of the newest answers.",
+    "Mean reward of the newest completions.",
 )
 _TIME: tuple[_Column, ...] = (
     (
@@ -74,12 +76,12 @@ _STANDARD_PROPERTIES = {
 
 
 def crds() -> dict[str, dict[str, Any]]:
-    """Each CustomResourceDefinition, by the name of its file in `crds/`."""
+    """Return the CustomResourceDefinitions by their file names in `crds/`."""
     return {f"{GROUP}_{kind.plural}.yaml": _crd(kind) for kind in _KINDS}
 
 
 def to_yaml(crd: Mapping[str, Any]) -> str:
-    """The file's text."""
+    """Return the text of a CustomResourceDefinition's file."""
     text = yaml.dump(
         dict(crd), Dumper=_WithoutAliases, sort_keys=False, width=100, allow_unicode=True
     )
@@ -137,7 +139,7 @@ def _root_schema(model: type[FineTuneJob | AlignmentJob]) -> Schema:
         "x-kubernetes-validations": [
             _name_rule(),
             _CANCELED_FOR_GOOD,
-            *(_immutable(name, always_there=_always_there(name, spec)) for name in fixed),
+            *(_immutable(name, always_present=_always_present(name, spec)) for name in fixed),
         ],
     }
 
@@ -146,36 +148,35 @@ def _name_rule() -> Schema:
     return {
         "rule": f"size(self.metadata.name) <= {NAME_LENGTH} && "
         f"self.metadata.name.matches('{NAME_PATTERN}')",
-        "message": f"metadata.name must be at most {NAME_LENGTH} lower-case letters, digits and "
-        "dashes, starting with a letter: choose another name",
+        "message": f"metadata.name cannot be the name of a job: {NAME_RULE}",
     }
 
 
 _CANCELED_FOR_GOOD = {
     "rule": "!oldSelf.spec.runPolicy.cancel || self.spec.runPolicy.cancel",
-    "message": "spec.runPolicy.cancel cannot be taken back: create a job of another name",
+    "message": "spec.runPolicy.cancel cannot be undone: create a job with another name",
     "fieldPath": ".spec.runPolicy.cancel",
 }
 
 
-def _always_there(name: str, schema: Schema) -> bool:
+def _always_present(name: str, schema: Schema) -> bool:
     return name in schema["required"] or "default" in schema["properties"][name]
 
 
-def _immutable(name: str, *, always_there: bool) -> Schema:
-    """Refuse a change of one field of the spec once there is a plan.
+def _immutable(name: str, *, always_present: bool) -> Schema:
+    """Return the rule that a field of the spec does not change once the job is planned.
 
-    `self.spec.?name` would be shorter, but the API server takes an optional's size for boundless
-    and refuses the rule as a hundred times too costly.
+    `self.spec.?name` would be shorter, but the API server's cost estimate assumes an unbounded size
+    for an optional and refuses the rule as a hundred times too costly.
     """
     new, old = f"self.spec.{name}", f"oldSelf.spec.{name}"
     same = f"{new} == {old}"
-    if not always_there:
+    if not always_present:
         same = f"(has({new}) ? has({old}) && {same} : !has({old}))"
     return {
         "rule": f"!has(oldSelf.status) || !has(oldSelf.status.planDigest) || {same}",
         "message": f"spec.{name} cannot change once the job is planned, only spec.runPolicy can: "
-        "create a job of another name",
+        "create a job with another name",
         "fieldPath": f".spec.{name}",
     }
 
@@ -184,13 +185,13 @@ def _immutable(name: str, *, always_there: bool) -> Schema:
 
 
 def structural_schema(model: type[BaseModel]) -> Schema:
-    """A model's schema as Kubernetes takes it: no references, no titles, a type everywhere."""
+    """Return a model's schema as Kubernetes requires it: no references, no titles, typed fields."""
     schema = model.model_json_schema(by_alias=True, schema_generator=_WithRules)
     return _structural(schema, schema.get("$defs", {}))
 
 
 class _WithRules(GenerateJsonSchema):
-    """Pydantic's JSON Schema with each model's rules in it."""
+    """Pydantic's JSON Schema generator, extended by the models' rules."""
 
     def model_schema(self, schema: core_schema.ModelSchema) -> Schema:
         result = super().model_schema(schema)
@@ -221,7 +222,7 @@ def _structural(schema: Schema, definitions: Mapping[str, Schema]) -> Schema:
         return _union(schema, definitions)
     result = {key: schema[key] for key in _KEPT if key in schema}
     if "description" in result:
-        result["description"] = " ".join(result["description"].split())
+        result["description"] = user_description(result["description"])
     if "const" in schema:
         result["enum"] = [schema["const"]]
     if schema.get("type") == "integer":
@@ -247,14 +248,15 @@ def _exclusive_bounds(schema: Schema) -> Schema:
     bound = schema["exclusiveMaximum"]
     if float(bound).is_integer():
         return result | {"maximum": bound, "exclusiveMaximum": True}
-    # The API server cuts a bound's fraction off before it compares a whole number with it: 0 would
-    # not be less than 0.5.
+    # The API server truncates a bound before it compares a whole number with it: 0 would not be
+    # less than 0.5.
     rule = {"rule": f"self < {bound}", "message": f"must be less than {bound}"}
     return result | {"x-kubernetes-validations": [rule]}
 
 
 def _default(schema: Schema) -> Schema:
-    """None is absence. A model's default is {}: the API server fills in its fields' own."""
+    """Return a field's default. None: the field is absent. A model's default is {}: the API server
+    adds the defaults of its fields."""
     if schema.get("default") is None:
         return {}
     return {"default": {} if "properties" in schema else schema["default"]}
@@ -262,32 +264,32 @@ def _default(schema: Schema) -> Schema:
 
 def _union(schema: Schema, definitions: Mapping[str, Schema]) -> Schema:
     outer = {key: value for key, value in schema.items() if key != "anyOf"}
-    sides = [side for side in schema["anyOf"] if side.get("type") != "null"]
-    can_be_null = len(sides) < len(schema["anyOf"])
-    if len(sides) == 1:
-        result = _structural({**sides[0], **outer}, definitions)
+    alternatives = [one for one in schema["anyOf"] if one.get("type") != "null"]
+    can_be_null = len(alternatives) < len(schema["anyOf"])
+    if len(alternatives) == 1:
+        result = _structural({**alternatives[0], **outer}, definitions)
     else:
-        result = _mixed([_structural(side, definitions) for side in sides])
+        result = _mixed([_structural(one, definitions) for one in alternatives])
         result |= _structural(outer, definitions)
-    # Where null is not the default it says something, and the API server must not drop it.
+    # If null is not the default, it has a meaning and the API server must not drop it.
     return result | ({"nullable": True} if can_be_null and "default" in result else {})
 
 
-def _mixed(sides: list[Schema]) -> Schema:
-    """Words, or values of one other type.
+def _mixed(alternatives: list[Schema]) -> Schema:
+    """Return the schema of a union of keywords and values of one other type.
 
-    Kubernetes knows integer-or-string. Other mixtures it takes as a value of any type, whose bounds
-    each apply to values of their own type; the types that no side has are shut out one by one.
+    Kubernetes supports integer-or-string. Any other mixture is a value of unknown type: each bound
+    applies to values of its own type, and bounds exclude the types that no alternative has.
     """
-    words = next(side["enum"] for side in sides if "enum" in side)
-    other = next(side for side in sides if "enum" not in side)
-    pattern = {"pattern": f"^({'|'.join(words)})$"}
+    keywords = next(one["enum"] for one in alternatives if "enum" in one)
+    other = next(one for one in alternatives if "enum" not in one)
+    pattern = {"pattern": f"^({'|'.join(keywords)})$"}
     bounds = {key: value for key, value in other.items() if key not in ("type", "format", "items")}
     if other["type"] == "integer":
         return {"x-kubernetes-int-or-string": True, **pattern, **bounds}
-    shut_out: Schema = {"maxProperties": 0, "not": {"enum": [True, False, {}, []]}}
+    excluded: Schema = {"maxProperties": 0, "not": {"enum": [True, False, {}, []]}}
     if other["type"] == "array":
-        shut_out |= {"minimum": 1, "maximum": 0}
+        excluded |= {"minimum": 1, "maximum": 0}
     else:
-        shut_out |= {"maxItems": 0}
-    return {"x-kubernetes-preserve-unknown-fields": True, **pattern, **shut_out, **bounds}
+        excluded |= {"maxItems": 0}
+    return {"x-kubernetes-preserve-unknown-fields": True, **pattern, **excluded, **bounds}

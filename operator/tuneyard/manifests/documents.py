@@ -1,6 +1,6 @@
-"""YAML text to plain values, each remembering the line it was written on.
+"""Parse YAML text to plain values with their line numbers.
 
-Scalars mean what they mean to kubectl (sigs.k8s.io/yaml), so a manifest says the same on one
+Scalars are read as kubectl reads them (sigs.k8s.io/yaml), so a manifest has the same meaning on one
 machine and on a cluster: `yes`, `no`, `on` and `off` are booleans as in YAML 1.1, `2e-4` is a
 number, `017` is octal, dates and base-60 numbers are strings.
 """
@@ -22,29 +22,29 @@ from yaml.scanner import Scanner
 from tuneyard.errors import Fault
 
 Path = tuple[str | int, ...]
-"""Where a value stands in a document: mapping keys and list indices."""
+"""The path of a value in a document: mapping keys and list indices."""
 
 MAX_BYTES = 1 << 20
-"""Kubernetes' own limit for an object is about this (etcd refuses more than 1.5 MiB)."""
+"""Longest manifest that is read; etcd refuses objects of more than 1.5 MiB."""
 MAX_NODES = 50_000
-"""After aliases are expanded. The largest sensible manifest has a few thousand; nine levels of
-nine aliases, the usual attack, have 400 million."""
+"""Most values of a document, with aliases expanded. Large manifests have a few thousand; nine
+levels of nine aliases each, a common attack, have 400 million."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document: its value and where each part of it was written."""
+    """The value of one document, and the lines of its parts."""
 
     value: Any
     line: int | None = None
-    """Its first line, from 1; None: it did not come from text."""
+    """Its first line, from 1. None: it was not read from text."""
     lines: Mapping[Path, int] = field(default_factory=dict)
     """The line of each key and list item, from 1."""
     texts: Mapping[Path, str] = field(default_factory=dict)
-    """Each unquoted scalar as the user wrote it."""
+    """The source text of each unquoted scalar."""
 
     def line_of(self, path: Path) -> int | None:
-        """The line of a field, or of its nearest parent that was written."""
+        """Return the line of a field, or of its nearest parent in the text."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.lines:
                 return self.lines[path[:length]]
@@ -52,7 +52,7 @@ class Document:
 
 
 def dotted(path: Path) -> str:
-    """A path as people write it: `spec.data.train[0].uri`, `metadata.labels["a.b/c"]`."""
+    """Return a path as text: `spec.data.train[0].uri`, `metadata.labels["a.b/c"]`."""
     text = ""
     for part in path:
         if isinstance(part, int):
@@ -65,14 +65,17 @@ def dotted(path: Path) -> str:
 
 
 def load(text: str, source: str | None = None) -> tuple[list[Document], list[Fault]]:
-    """All documents that are not empty, and the faults of the text itself, in document order.
+    """Return the documents that are not empty and the faults of the YAML, both in document order.
 
-    A syntax error ends the reading; the documents before it are returned all the same.
+    Documents before a syntax error are returned with it.
     """
     size = len(text.encode(errors="replace"))
     if size > MAX_BYTES:
-        message = f"{size} bytes are too many for a manifest: at most {MAX_BYTES}; "
-        return [], [Fault("", message + "keep data in files that it names by uri", None, source)]
+        message = (
+            f"the manifest has {size} bytes, the limit is {MAX_BYTES}: put data in files and name "
+            "them by uri"
+        )
+        return [], [Fault("", message, None, source)]
     documents: list[Document] = []
     faults: list[Fault] = []
     try:
@@ -86,14 +89,14 @@ def load(text: str, source: str | None = None) -> tuple[list[Document], list[Fau
     except yaml.YAMLError as error:
         faults.append(_syntax_fault(error, text, source))
     except RecursionError:
-        faults.append(Fault("", "nested too deeply for a manifest: flatten it", None, source))
+        faults.append(Fault("", "the YAML is nested too deeply: flatten it", None, source))
     except _Refusal as refusal:
         faults.append(refusal.fault)
     return documents, faults
 
 
 class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
-    """PyYAML's parser with kubectl's reading of unquoted scalars."""
+    """PyYAML's parser with kubectl's rules for unquoted scalars."""
 
     def __init__(self, text: str) -> None:
         Reader.__init__(self, text)
@@ -125,8 +128,8 @@ def _nodes(text: str) -> Iterator[yaml.Node]:
             yield node
 
 
-class _Refusal(Exception):  # noqa: N818 - it carries a fault, it is none itself
-    """A document that must not be read to its end."""
+class _Refusal(Exception):  # noqa: N818 - it carries a fault and is not an error itself
+    """A document whose reading must be stopped."""
 
     def __init__(self, fault: Fault) -> None:
         super().__init__(str(fault))
@@ -134,7 +137,7 @@ class _Refusal(Exception):  # noqa: N818 - it carries a fault, it is none itself
 
 
 class _Reading:
-    """One document on its way from nodes to a value."""
+    """The conversion of one document from nodes to a value."""
 
     def __init__(self, source: str | None) -> None:
         self.source = source
@@ -147,12 +150,12 @@ class _Reading:
     def value(self, node: yaml.Node, path: Path) -> Any:
         self._count += 1
         if self._count > MAX_NODES:
-            message = f"more than {MAX_NODES} values once aliases are expanded: remove aliases"
+            message = f"more than {MAX_NODES} values with aliases expanded: remove aliases"
             raise _Refusal(self._fault((), message, node))
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node, path)
         if any(node is parent for parent in self._open):
-            raise _Refusal(self._fault(path, "an alias that contains itself: remove it", node))
+            raise _Refusal(self._fault(path, "the alias contains itself: remove it", node))
         self._open.append(node)
         try:
             if isinstance(node, yaml.SequenceNode):
@@ -180,7 +183,7 @@ class _Reading:
                 continue
             line = key_node.start_mark.line + 1
             if key in written:
-                message = f"'{key}' is given twice (first on line {written[key]}): remove one"
+                message = f"'{key}' is set twice (first on line {written[key]}): remove one"
                 self.faults.append(self._fault((*path, key), message, key_node))
                 continue
             written[key] = self.lines[(*path, key)] = line
@@ -188,19 +191,20 @@ class _Reading:
         return value
 
     def _merge(self, node: yaml.Node, path: Path) -> dict[str, Any]:
-        """The value of a `<<` key: a mapping, or a list of them of which the first wins."""
+        """Return the value of a `<<` key: a mapping, or a list of mappings, the first of which
+        takes precedence."""
         parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
         merged: dict[str, Any] = {}
         for part in parts:
             if not isinstance(part, yaml.MappingNode):
-                message = "<< takes a mapping or a list of mappings: point it at one"
+                message = "<< takes a mapping or a list of mappings: change its value to one"
                 self.faults.append(self._fault(path, message, part))
                 continue
             merged = self.value(part, path) | merged
         return merged
 
     def _key(self, node: yaml.Node, path: Path) -> str | None:
-        """None for `<<`, and for what cannot be a key."""
+        """Return a key. None: it is `<<`, or it is not a string."""
         if node.tag == _TAG + "merge":
             return None
         if isinstance(node, yaml.ScalarNode) and node.tag == _TAG + "str":
@@ -208,7 +212,7 @@ class _Reading:
         if isinstance(node, yaml.ScalarNode):
             message = f"the key {node.value or 'null'} is not a string: write '{node.value}'"
         else:
-            message = "a key must be a string: put text with braces or brackets in quotes"
+            message = "a key must be a string: quote text with braces or brackets"
         self.faults.append(self._fault(path, message, node))
         return None
 
@@ -220,7 +224,8 @@ class _Reading:
         except KeyError:
             message = f"the tag {node.tag.replace(_TAG, '!!')} is not supported: remove it"
         except ValueError:
-            message = f"'{node.value}' is not of the type {node.tag.replace(_TAG, '!!')}"
+            tag = node.tag.replace(_TAG, "!!")
+            message = f"'{node.value}' is not of the type {tag}: correct it, or remove {tag}"
         self.faults.append(self._fault(path, message, node))
         return node.value
 
@@ -236,7 +241,7 @@ def _integer(text: str) -> int | float:
 
 
 def _real(text: str) -> int | float:
-    """A whole number is an integer however it is written, as on its way through JSON."""
+    """Return a number; a whole one is an integer in any notation, as after a round trip by JSON."""
     plain = text.lower().replace("_", "").replace(".inf", "inf").replace(".nan", "nan")
     value = float(plain)
     return int(value) if value.is_integer() and abs(value) < 1e21 else value
@@ -254,7 +259,7 @@ _SCALAR_VALUES: Mapping[str, Callable[[str], Any]] = {
 def _syntax_fault(error: yaml.YAMLError, text: str, source: str | None) -> Fault:
     if isinstance(error, ReaderError):
         line = text.count("\n", 0, error.position) + 1
-        message = f"the character {chr(error.character)!r} may not stand in YAML: remove it"
+        message = f"YAML does not allow the character {chr(error.character)!r}: remove it"
         return Fault("", message, line, source)
     mark = getattr(error, "problem_mark", None)
     if mark is None:
@@ -263,7 +268,7 @@ def _syntax_fault(error: yaml.YAMLError, text: str, source: str | None) -> Fault
     message = f"not valid YAML at column {mark.column + 1}: {problem}"
     line_text = text.splitlines()[mark.line] if mark.line < len(text.splitlines()) else ""
     if "\t" in line_text[: mark.column + 1]:
-        message += "; indent with spaces, not tabs"
+        message += ": indent with spaces, not tabs"
     elif "mapping values are not allowed" in problem:
-        message += "; put a value that contains ': ' in quotes"
+        message += ": quote a value that contains ': '"
     return Fault("", message, mark.line + 1, source)

@@ -1,4 +1,4 @@
-"""What a user reads in place of a pydantic error: the value, the reason, the remedy."""
+"""Messages in place of pydantic's errors: the value, the reason, the remedy."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from pydantic_core import ErrorDetails
 
 from tuneyard.api.adapters import LAYERS_PATTERN
 from tuneyard.api.alignment import URL_PATTERN
-from tuneyard.api.meta import NAME_PATTERN, OBJECT_NAME_PATTERN
+from tuneyard.api.meta import NAME_LENGTH, NAME_PATTERN, OBJECT_NAME_PATTERN
 from tuneyard.api.quantity import QUANTITY_PATTERN
 from tuneyard.api.sources import KEY_PATTERN
+from tuneyard.manifests.fields import user_description
 
+NAME_RULE = (
+    f"use at most {NAME_LENGTH} lower-case letters, digits and dashes, starting with a letter"
+)
 REMEDIES = {
-    NAME_PATTERN: "use lower-case letters, digits and dashes, starting with a letter",
+    NAME_PATTERN: NAME_RULE,
     OBJECT_NAME_PATTERN: "use lower-case letters, digits, dashes and dots",
     QUANTITY_PATTERN: 'write a Kubernetes quantity, e.g. "500m" or "16Gi"',
     LAYERS_PATTERN: 'write layer indices and ranges, e.g. "0-3,8"',
     KEY_PATTERN: "use letters, digits, dashes, dots and underscores",
     URL_PATTERN: "write an http:// or https:// address without white space",
 }
-"""What to write instead of a string that breaks a pattern."""
+"""The remedy for a string that does not match a pattern."""
 
 _KINDS = {
     "int_type": ("an integer", "write a number, e.g. 3"),
@@ -50,8 +54,15 @@ _BOUNDS = {
 }
 
 
+def name_problem(name: str) -> str | None:
+    """Return why a text cannot be the name of a job. None: it can."""
+    if re.fullmatch(NAME_PATTERN, name) and len(name) <= NAME_LENGTH:
+        return None
+    return f"'{name}' cannot be the name of a job: {NAME_RULE}"
+
+
 def shown(value: Any, text: str | None = None) -> str:
-    """A value as the user knows it; `text` is how it was written, None where that is unknown."""
+    """Return a value as the user wrote it. `text`: its source text; None: unknown."""
     if isinstance(value, Mapping):
         return "a mapping"
     if isinstance(value, list):
@@ -62,7 +73,7 @@ def shown(value: Any, text: str | None = None) -> str:
 
 
 def explain(errors: Sequence[ErrorDetails], text: str | None, info: FieldInfo | None) -> str:
-    """The message for all errors of one field: one, or one for each side of a union."""
+    """Return the message for all errors of one field; a union has an error for each alternative."""
     first = errors[0]
     value = first["input"]
     literals = [choice for error in errors for choice in _choices(error)]
@@ -77,19 +88,19 @@ def explain(errors: Sequence[ErrorDetails], text: str | None, info: FieldInfo | 
     if not others:
         return _not_one_of(value, text, literals)
     if any(error["type"] not in _KINDS for error in others):
-        return f"{shown(value, text)} is wrong: {first['msg']}"
+        return f"{shown(value, text)} is not valid: {first['msg']}"
     return _wrong_type(value, text, [error["type"] for error in others], literals)
 
 
 def closest(word: str, choices: Sequence[str], cutoff: float = 0.6) -> str | None:
-    """The choice that a word most likely stands for; None: no choice is near."""
+    """Return the choice most similar to a word. None: no choice is similar enough."""
     plain = {_plain(choice): choice for choice in reversed(choices)}
     matches = get_close_matches(_plain(word), list(plain), n=1, cutoff=cutoff)
     return plain[matches[0]] if matches else None
 
 
 def same_word(one: str, other: str) -> bool:
-    """Whether two names differ in case, dashes and underscores only."""
+    """Return whether two names are equal except for case, dashes and underscores."""
     return _plain(one) == _plain(other)
 
 
@@ -114,7 +125,7 @@ def _bound(error: ErrorDetails, text: str | None) -> str:
 
 
 def _missing(info: FieldInfo | None) -> str:
-    description = " ".join((info.description or "").split()) if info else ""
+    description = user_description(info.description) if info else ""
     return f"required and missing: add it. {description}".strip()
 
 
@@ -158,24 +169,25 @@ def _pattern(value: str, pattern: str) -> str:
     schemes = re.match(r"\^\(([a-z0-9|]+)\)://", pattern)
     if schemes:
         return _uri(value, schemes[1].split("|"))
-    return f"{shown(value)} does not fit: {REMEDIES.get(pattern, f'it must match {pattern}')}"
+    return f"{shown(value)} is not valid: {REMEDIES.get(pattern, f'it must match {pattern}')}"
 
 
 def _uri(value: str, schemes: list[str]) -> str:
     scheme, separator, rest = value.partition("://")
     if re.search(r"\s", value):
-        return f"{shown(value)} contains white space: rename what it points to"
+        return f"{shown(value)} contains white space: rename the file or folder"
     if not separator:
         return f"{shown(value)} has no scheme: write {_with_scheme(value, schemes)}"
     if scheme in schemes:
-        return f"{shown(value)} names nothing: write a path after {scheme}://"
+        return f"{shown(value)} has no path: write one after {scheme}://"
     match = closest(scheme, schemes)
     remedy = f"did you mean {match}://{rest}?" if match else f"write one of {', '.join(schemes)}"
-    return f"{shown(value)} has the scheme '{scheme}', which cannot be read here: {remedy}"
+    return f"{shown(value)} has the scheme '{scheme}', which this field does not support: {remedy}"
 
 
 def _with_scheme(value: str, schemes: list[str]) -> str:
-    """The likeliest meaning: `s3:bucket/key`, a model's hub name ORG/NAME, or else a file."""
+    """Return what a value without `://` probably means: `s3:bucket/key`, a model ORG/NAME of the
+    hub, or else a file."""
     scheme, colon, rest = value.partition(":")
     if colon and scheme in schemes:
         return f"{scheme}://{rest.lstrip('/')}"

@@ -1,4 +1,4 @@
-"""From a manifest to jobs: every fault of every document at once, each with its field and line."""
+"""Read the jobs of a manifest, or report every fault of every document with its field and line."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pydantic_core import ErrorDetails
 
 from tuneyard.api.alignmentjob import AlignmentJob
 from tuneyard.api.finetunejob import FineTuneJob
-from tuneyard.api.meta import API_VERSION, Model
+from tuneyard.api.meta import API_VERSION, Model, yaml_fields
 from tuneyard.errors import Fault, ManifestError
 from tuneyard.manifests.documents import Document, Path, dotted, load
 from tuneyard.manifests.explain import closest, explain, same_word, shown
-from tuneyard.manifests.fields import Partial, all_paths, fields, keeps_null, mappings, model_at
+from tuneyard.manifests.fields import Partial, all_paths, keeps_null, mappings, model_at
 
 Job = FineTuneJob | AlignmentJob
 
@@ -31,13 +31,13 @@ METADATA_FIELDS = (
     *("generation", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds"),
     *("ownerReferences", "finalizers", "managedFields", "selfLink"),
 )
-"""Kubernetes' own; ObjectMeta reads some of them and ignores the rest."""
+"""The fields of Kubernetes' ObjectMeta; Tuneyard reads some of them and ignores the others."""
 
 
 def read(text: str, source: str | None = None) -> list[Job]:
-    """The jobs of a YAML text, in order. `source` names the file in messages; None: no file.
+    """Return the jobs of a YAML text, in order. `source`: the file's name for messages, if any.
 
-    A `status` is ignored, as `kubectl apply` ignores it. Raises ManifestError with every fault.
+    A `status` is ignored, as by `kubectl apply`. Raises ManifestError with every fault.
     """
     documents, faults = load(text, source)
     jobs: list[Job] = []
@@ -46,9 +46,9 @@ def read(text: str, source: str | None = None) -> list[Job]:
         faults += _new_faults(found, faults, document, source)
         if job is not None:
             jobs.append(job)
-            faults += _twice(job, jobs[:-1], document, source)
+            faults += _duplicates(job, jobs[:-1], document, source)
     if not documents and not faults:
-        message = f"no document: write a job, beginning with apiVersion: {API_VERSION}"
+        message = f"the manifest is empty: write a job, beginning with apiVersion: {API_VERSION}"
         faults = [Fault("", message, None, source)]
     if faults:
         raise ManifestError(sorted(faults, key=lambda fault: fault.line or 0))
@@ -56,13 +56,13 @@ def read(text: str, source: str | None = None) -> list[Job]:
 
 
 def parse(value: Mapping[str, Any]) -> Job:
-    """The job of an object from the API server, its status included.
+    """Return the job of an object from the API server, with its status.
 
     Raises ManifestError with every fault; their lines are None.
     """
     kind = KINDS.get(str(value.get("kind")))
     if kind is not None:
-        # What is well takes a quarter of the time that it takes to explain what is not.
+        # Plain validation takes a quarter of the time of the reading that explains faults.
         with suppress(ValidationError):
             return kind.model_validate(value, by_alias=True, by_name=False)
     document = Document(dict(value))
@@ -74,12 +74,13 @@ def parse(value: Mapping[str, Any]) -> Job:
 
 @dataclass(frozen=True)
 class _Problem:
-    """A fault before it is located."""
+    """A fault without its line."""
 
     path: Path
     message: str
     meant: Path | None = None
-    """The field that an unknown one most likely stands for; None: unclear, or not unknown."""
+    """The known field that an unknown one probably stands for. None: unclear, or the field is
+    known."""
 
 
 def _located(problem: _Problem, document: Document, source: str | None) -> Fault:
@@ -90,20 +91,20 @@ def _located(problem: _Problem, document: Document, source: str | None) -> Fault
 def _new_faults(
     problems: Sequence[_Problem], known: Sequence[Fault], document: Document, source: str | None
 ) -> list[Fault]:
-    """Located, without those of a field whose text is at fault already."""
+    """Return the problems with their lines, except for fields whose YAML has a fault already."""
     places = {(fault.path, fault.line) for fault in known}
     located = (_located(problem, document, source) for problem in problems)
     return [fault for fault in located if (fault.path, fault.line) not in places]
 
 
-def _twice(
+def _duplicates(
     job: Job, earlier: Sequence[Job], document: Document, source: str | None
 ) -> Iterator[Fault]:
     def identity(one: Job) -> tuple[str, str | None, str]:
         return one.kind, one.metadata.namespace, one.metadata.name
 
     if any(identity(job) == identity(other) for other in earlier):
-        message = f"another {job.kind} above is named '{job.metadata.name}' too: rename one"
+        message = f"'{job.metadata.name}' is the name of an earlier {job.kind} too: rename one"
         yield _located(_Problem(("metadata", "name"), message), document, source)
 
 
@@ -128,7 +129,7 @@ def _validate(document: Document, *, from_server: bool) -> tuple[Job | None, lis
         problems += _field_problems(error.errors(), model, document)
         problems += _broken_rules(model, value, problems)
         if not problems:
-            raise  # A defect: refused, and no reason found to tell the user.
+            raise  # A defect of Tuneyard: the value is refused, but no problem was found.
         return None, problems
     return (None if problems else job), problems
 
@@ -153,9 +154,9 @@ def _kind_problems(value: Mapping[str, Any]) -> Iterator[_Problem]:
 
 
 def _drop_nulls(model: type[BaseModel], value: dict[str, Any]) -> None:
-    """A field without a value is absent, as for the API server."""
+    """Remove fields without a value: the API server takes them as absent too."""
     for owner, mapping, _ in mappings(model, value):
-        for name, info in fields(owner).items():
+        for name, info in yaml_fields(owner).items():
             if name in mapping and mapping[name] is None and not keeps_null(info):
                 del mapping[name]
 
@@ -164,29 +165,29 @@ def _metadata_problems(metadata: Any) -> Iterator[_Problem]:
     for name in metadata if isinstance(metadata, dict) else ():
         if name not in METADATA_FIELDS:
             match = closest(name, METADATA_FIELDS)
-            remedy = f"did you mean '{match}'?" if match else "put it into labels or annotations"
+            remedy = f"did you mean '{match}'?" if match else "put it in labels or annotations"
             yield _Problem(("metadata", name), f"unknown field '{name}': {remedy}")
 
 
 def _field_problems(
     errors: Sequence[ErrorDetails], model: type[BaseModel], document: Document
 ) -> Iterator[_Problem]:
-    """Pydantic's errors, those of one field together: a union gives one for each side."""
+    """Yield one problem for each field that has errors; a union has one for each alternative."""
     by_path: dict[Path, list[ErrorDetails]] = {}
     for error in errors:
-        if error["type"] != "value_error":  # A broken rule: `_broken_rules` finds them all.
+        if error["type"] != "value_error":  # `_broken_rules` reports broken rules.
             by_path.setdefault(_written_path(error, document.value), []).append(error)
     for path, group in by_path.items():
         if group[0]["type"] == "extra_forbidden":
             yield _unknown_field(path, model)
         elif not (group[0]["type"] == "literal_error" and _has_deeper(path, by_path)):
             owner = model_at(model, path[:-1])
-            info = fields(owner).get(str(path[-1])) if owner else None
+            info = yaml_fields(owner).get(str(path[-1])) if owner else None
             yield _Problem(path, explain(group, document.texts.get(path), info))
 
 
 def _written_path(error: ErrorDetails, value: Any) -> Path:
-    """The location without the names that pydantic gives to the sides of a union."""
+    """Return an error's path without pydantic's names for the alternatives of a union."""
     path: Path = ()
     for part in error["loc"]:
         is_key = isinstance(value, dict) and part in value
@@ -196,14 +197,14 @@ def _written_path(error: ErrorDetails, value: Any) -> Path:
 
 
 def _has_deeper(path: Path, paths: Mapping[Path, Any]) -> bool:
-    """Whether a fault lies inside the value: then it has the right type, and its parts do not."""
+    """Return whether a fault is inside the value: then the value itself has the right type."""
     return any(len(other) > len(path) and other[: len(path)] == path for other in paths)
 
 
 def _unknown_field(path: Path, model: type[BaseModel]) -> _Problem:
     parent, name = path[:-1], str(path[-1])
     owner = model_at(model, parent)
-    known = list(fields(owner)) if owner else []
+    known = list(yaml_fields(owner)) if owner else []
     text = f"unknown field '{name}'"
     local = closest(name, known)
     others = [] if local and same_word(local, name) else _elsewhere(name, parent, model)
@@ -216,7 +217,7 @@ def _unknown_field(path: Path, model: type[BaseModel]) -> _Problem:
 
 
 def _elsewhere(name: str, parent: Path, model: type[BaseModel]) -> list[Path]:
-    """The fields of the spec with this name, or almost, that lie nearest in the tree."""
+    """Return the fields of the spec with this or a similar name that are nearest in the tree."""
     paths = [path for path in all_paths(model) if path[0] == "spec"]
     meant = closest(name, [str(path[-1]) for path in paths], cutoff=0.8)
     found = [path for path in paths if meant is not None and same_word(str(path[-1]), meant)]
@@ -225,7 +226,7 @@ def _elsewhere(name: str, parent: Path, model: type[BaseModel]) -> list[Path]:
 
 
 def _distance(one: Path, other: Path) -> int:
-    """Steps from one path to the other in the tree of fields; list indices do not count."""
+    """Return the number of edges between two paths in the tree of fields, without list indices."""
     names, others = ([part for part in path if isinstance(part, str)] for path in (one, other))
     shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(names, others, strict=False))))
     return len(names) + len(others) - 2 * shared
@@ -234,7 +235,7 @@ def _distance(one: Path, other: Path) -> int:
 def _broken_rules(
     model: type[BaseModel], value: dict[str, Any], problems: Sequence[_Problem]
 ) -> Iterator[_Problem]:
-    """The rules across fields, save those that look at a field which is itself at fault."""
+    """Yield a problem for each broken rule, except for rules that read a field with a fault."""
     wrong = [path for problem in problems for path in (problem.path, problem.meant) if path]
     for owner, mapping, path in mappings(model, value):
         partial = Partial(owner, mapping)

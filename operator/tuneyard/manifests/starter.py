@@ -1,4 +1,4 @@
-"""`tuneyard init`: a manifest to start from, its comments taken from the contract itself."""
+"""`tuneyard init`: a manifest to start from, with the fields' descriptions as comments."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 
 import click
 
-from tuneyard.api.meta import API_VERSION, NAME_LENGTH, NAME_PATTERN
+from tuneyard.api.meta import API_VERSION, yaml_fields
 from tuneyard.manifests.documents import Path as FieldPath
-from tuneyard.manifests.fields import fields, model_at
+from tuneyard.manifests.explain import name_problem
+from tuneyard.manifests.fields import model_at, user_description
 from tuneyard.manifests.manifest import KINDS
 
 WIDTH = 100
@@ -19,12 +20,12 @@ _LINE = re.compile(r"(?P<indent> *)(?P<item>- )?(?P<off>#)?(?P<key>\w+):(?P<valu
 
 HEAD = """\
 # {title}
-#   tuneyard validate {file}       checks it
-#   tuneyard plan {file}           shows what it would do
-#   tuneyard run {file}            runs it on this machine
-#   kubectl apply -f {file}        runs it on a cluster
-# On a cluster name data and output as pvc://CLAIM/PATH, s3://... or gs://... in place of file://.
-# Lines that begin with # and a field are off: they show the default, or an example.
+#   tuneyard validate {file}       check it
+#   tuneyard plan {file}           show its stages
+#   tuneyard run {file}            run it on this machine
+#   kubectl apply -f {file}        run it on a cluster
+# On a cluster, data and output are pvc://CLAIM/PATH, s3://... or gs://... instead of file://.
+# A field after # is optional; the value is its default or an example.
 """
 
 FINETUNE = """\
@@ -126,17 +127,17 @@ _FORMS = {"finetune": ("FineTuneJob", FINETUNE), "alignment": ("AlignmentJob", A
 
 
 def manifest(kind: str, name: str, file: str) -> str:
-    """A job's manifest; `kind` is finetune or alignment, `file` the name it will have."""
+    """Return a job's manifest. `kind`: finetune or alignment; `file`: the name of its file."""
     kind, form = _FORMS[kind]
     text = (form + REST).format(name=name)
-    title = " ".join((KINDS[kind].__doc__ or "").split())
+    title = user_description(KINDS[kind].__doc__)
     head = HEAD.format(title=title, file=file)
     body = "\n".join(_commented(kind, text))
     return f"{head}apiVersion: {API_VERSION}\nkind: {kind}\n{body}\n"
 
 
 def _commented(kind: str, text: str) -> Iterator[str]:
-    """Each field below what the contract says of it."""
+    """Yield the lines of a manifest, with each field's description before the field."""
     parents: list[tuple[int, str]] = []
     for line in text.splitlines():
         found = _LINE.fullmatch(line)
@@ -161,8 +162,7 @@ def _description(kind: str, path: FieldPath, key: str) -> str:
     owner = model_at(KINDS[kind], path)
     if owner is None:
         raise ValueError(f"no field at {path}")
-    text = " ".join((fields(owner)[key].description or "").split())
-    return re.sub(r"\bNone(?=:)", "Left out", text)
+    return user_description(yaml_fields(owner)[key].description)
 
 
 @click.command()
@@ -172,26 +172,22 @@ def _description(kind: str, path: FieldPath, key: str) -> str:
     type=click.Choice(list(_FORMS)),
     default="finetune",
     show_default=True,
-    help="What the job does.",
+    help="Kind of the job.",
 )
 @click.option(
     "-o",
     "--output",
     metavar="FILE",
     type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
-    help="Where to write it; - for standard output. Default: NAME.yaml.",
+    help="File to write; - for standard output. Default: NAME.yaml.",
 )
 def init(name: str, kind: str, output: Path | None) -> None:
-    """Write a commented manifest to start from. NAME is the job's (default: my-job).
+    """Write a commented manifest to start from. NAME is the job's name (default: my-job).
 
-    A file that exists is never overwritten.
+    An existing file is not overwritten.
     """
-    if not re.fullmatch(NAME_PATTERN, name) or len(name) > NAME_LENGTH:
-        raise click.BadParameter(
-            f"'{name}' cannot name a job: write at most {NAME_LENGTH} lower-case letters, digits "
-            "and dashes, starting with a letter",
-            param_hint="NAME",
-        )
+    if problem := name_problem(name):
+        raise click.BadParameter(problem, param_hint="NAME")
     file = output or Path(f"{name}.yaml")
     if file == Path("-"):
         click.echo(manifest(kind, name, f"{name}.yaml"), nl=False)
@@ -200,8 +196,9 @@ def init(name: str, kind: str, output: Path | None) -> None:
         with file.open("x", encoding="utf-8") as stream:
             stream.write(manifest(kind, name, str(file)))
     except FileExistsError as error:
-        message = f"{file} exists already: write elsewhere with --output FILE, or remove it"
+        message = f"{file} exists already: choose another file with --output FILE, or remove it"
         raise click.ClickException(message) from error
     except OSError as error:
-        raise click.ClickException(f"{file} cannot be written: {error.strerror}") from error
+        message = f"{file} cannot be written ({error.strerror}): choose another with --output FILE"
+        raise click.ClickException(message) from error
     click.echo(f"wrote {file}. Set model, data and output in it, then: tuneyard validate {file}")

@@ -1,8 +1,7 @@
-"""The planner: what a job means, as data.
+"""The planner: it turns a job into a Plan.
 
-What lives here: `stages` (job -> Plan), `defaults` (the rules behind `auto`), `fingerprint` (a
-stage's identity) and `rayjob` (Plan -> Kubernetes objects). The law of the room is purity: no
-clock, no environment, no randomness, no I/O. The same manifest gives the same bytes on every
-machine and at every time, so everything here is tested without a cluster and without a mock. It
-imports `api` and `errors`, and nobody imports it but the controller and the command line.
+`plan` plans both kinds of jobs, `finetuning` and `alignment` list their stages from the parts in
+`drafts`, `defaults` holds the rules behind `auto`, `limits` names what this version cannot run, and
+`fingerprint` identifies a stage. The planner is pure: no clock, environment, randomness or I/O. The
+same manifest gives the same plan everywhere, so tests need neither a cluster nor mocks.
 """

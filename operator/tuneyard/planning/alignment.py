@@ -1,7 +1,7 @@
-"""The stages of an AlignmentJob, in the order of its fields; rounds repeat the last of them.
+"""The stages of an AlignmentJob, in the order of its fields; rounds repeat the last ones.
 
-A policy is always `model` and the last `tuned`: each stage that trains it goes on from the one
-before, so that what is exported needs nothing of what lies between.
+The inputs `model` and `tuned` describe the policy. Each stage that trains the policy continues from
+the one before, so the export needs only the last one.
 """
 
 from __future__ import annotations
@@ -50,13 +50,15 @@ from tuneyard.errors import PlanError
 from tuneyard.planning import defaults
 from tuneyard.planning.drafts import (
     Draft,
+    data_inputs,
     dataset_inputs,
     dataset_settings,
+    default_notes,
     evaluate,
     loop,
-    model_input,
     prepare,
     runtime,
+    source_input,
     train,
 )
 from tuneyard.planning.limits import alignment_faults
@@ -65,26 +67,26 @@ from tuneyard.planning.principles import COMPARISON, CRITIQUE, PRINCIPLES, REVIS
 Packing = Literal["auto", "always", "never"]
 
 REVISIONS, LABELS = "revisions.jsonl", "preferences.jsonl"
-"""What critique and feedback leave for the stages that read it."""
+"""The output files of the critique and the feedback stage that later stages read."""
 
 
-def draft(spec: AlignmentSpec) -> tuple[list[Draft], list[str]]:
-    """The job's stages, and what the user is told of them. Raises PlanError."""
+def alignment_stages(spec: AlignmentSpec) -> tuple[list[Draft], list[str]]:
+    """Return the stages of an AlignmentJob and the notes for the user. Raises PlanError."""
     faults = alignment_faults(spec)
     if faults:
         raise PlanError(faults)
-    line = _Line.of(spec)
-    line.fine_tune()
-    line.criticise()
+    builder = _Builder.of(spec)
+    builder.add_sft()
+    builder.add_constitution()
     for number in range(1, spec.rounds + 1):
-        line.round(number)
-    line.finish()
-    return line.drafts, line.notes
+        builder.add_round(number)
+    builder.add_evaluation_and_export()
+    return builder.drafts, builder.notes
 
 
 @dataclass
-class _Line:
-    """The stages so far, and what they leave to the next ones."""
+class _Builder:
+    """The stages added so far, and their outputs that later stages read."""
 
     spec: AlignmentSpec
     model: SourceInput
@@ -94,52 +96,53 @@ class _Line:
     drafts: list[Draft] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     tuned: StageInput | None = None
-    """Who trained the policy last; None: nobody yet."""
+    """The stage that trained the policy last. None: none did."""
     start: StageInput | None = None
-    """Who had trained it before the rounds."""
+    """The stage that trained the policy last before the first round. None: none did."""
     rows: StageInput | None = None
-    """The last prepared data set of fine-tuning."""
+    """The stage that prepared the last data set of fine-tuning. None: none did."""
     pairs: StageInput | None = None
+    """The last pairs stage. None: there are no preferences."""
     reward: StageInput | None = None
+    """The stage that trained the last reward model. None: the job trains none."""
 
     @classmethod
-    def of(cls, spec: AlignmentSpec) -> _Line:
+    def of(cls, spec: AlignmentSpec) -> _Builder:
         data = spec.sft.data if spec.sft else None
         chat = ChatSettings(
             system_prompt=data.system_prompt if data else None,
             chat_template=data.chat_template if data else None,
         )
         tuning = spec.adapter.kind if spec.adapter else "full"
-        return cls(spec, model_input(spec.model), chat, tuning)
+        return cls(spec, source_input(spec.model, "spec.model"), chat, tuning)
 
     @property
     def policy(self) -> dict[str, Input]:
-        """The model as it is now."""
+        """The inputs that describe the policy after the stages so far."""
         return {"model": self.model, **({"tuned": self.tuned} if self.tuned else {})}
 
     # ---- fine-tuning --------------------------------------------------------------------------
 
-    def fine_tune(self) -> None:
+    def add_sft(self) -> None:
+        """Add the stages of `spec.sft`."""
         step = self.spec.sft
         if step is None:
             return
-        held_out = step.data.validation and step.data.validation.data
-        inputs: dict[str, Input] = {
-            "model": self.model,
-            **dataset_inputs("train", "spec.sft.data.train", step.data.train),
-            **dataset_inputs("validation", "spec.sft.data.validation.data", held_out or []),
-        }
+        inputs = {"model": self.model, **data_inputs(step.data, "spec.sft.data")}
         self.drafts.append(Draft("prepare", prepare(step.data, "sft"), inputs))
         self._sft("sft", StageInput(stage="prepare"), step.training, step.data.packing, "sft")
 
-    def criticise(self) -> None:
+    def add_constitution(self) -> None:
+        """Add the stages of `spec.constitution`."""
         step = self.spec.constitution
         if step is None:
             return
-        inputs, endpoint = self._judge(step.judge, "spec.constitution.judge")
-        prompts = {"prompts": _prompts_input(step.prompts, "spec.constitution.prompts")}
+        judge, judge_runtime = _judge_input(step.judge, "spec.constitution.judge")
+        prompts = {"prompts": source_input(step.prompts, "spec.constitution.prompts")}
         self.drafts.append(
-            Draft("critique", self._critique(step), {**self.policy, **prompts, **inputs}, endpoint)
+            Draft(
+                "critique", self._critique(step), {**self.policy, **prompts, **judge}, judge_runtime
+            )
         )
         revisions = StageInput(stage="critique", file=REVISIONS)
         rows: dict[str, Input] = {"model": self.model, "train.0": revisions}
@@ -151,7 +154,7 @@ class _Line:
         self, name: str, data: StageInput, training: Training, packing: Packing, field: str
     ) -> None:
         rule = defaults.rule("sft", self.tuning)
-        self._note(f"{field}.training", training, rule, defaults.EPOCHS)
+        self.notes += default_notes(f"{field}.training", training, rule, defaults.EPOCHS)
         settings = train("sft", self.spec.adapter, packing, training, rule)
         self.drafts.append(Draft(name, settings, {**self.policy, "data": data}, runtime(training)))
         self.tuned, self.rows = StageInput(stage=name), data
@@ -170,7 +173,8 @@ class _Line:
         )
 
     def _revisions(self) -> PrepareSettings:
-        """The model's own answers: what is too long is cut, and a hollow one stops nothing."""
+        """The rows are the model's own completions: long ones are truncated, and an empty one does
+        not fail the job."""
         return PrepareSettings(
             method="sft",
             train=[_generated()],
@@ -187,8 +191,11 @@ class _Line:
 
     # ---- rounds -------------------------------------------------------------------------------
 
-    def round(self, number: int) -> None:
-        """Sample, label, optimise. What people prefer is the same in every round."""
+    def add_round(self, number: int) -> None:
+        """Add the stages that sample, label and optimize.
+
+        Preferences of people do not change between rounds: only the first round prepares them.
+        """
         suffix = f"-{number}" if number > 1 else ""
         preferences, reward = self.spec.preferences, self.spec.reward_model
         if number == 1:
@@ -226,7 +233,7 @@ class _Line:
 
     def _feedback(self, step: AiFeedback, suffix: str) -> None:
         path = "spec.preferences.aiFeedback"
-        inputs, endpoint = self._judge(step.judge, f"{path}.judge")
+        judge, judge_runtime = _judge_input(step.judge, f"{path}.judge")
         settings = FeedbackSettings(
             prompts=_prompts(step.prompts),
             chat=self.chat,
@@ -239,20 +246,21 @@ class _Line:
             disagreement=step.disagreement,
             seed=defaults.SAMPLING_SEED,
         )
-        prompts = {"prompts": _prompts_input(step.prompts, f"{path}.prompts")}
+        prompts = {"prompts": source_input(step.prompts, f"{path}.prompts")}
         self.drafts.append(
-            Draft(f"feedback{suffix}", settings, {**self.policy, **prompts, **inputs}, endpoint)
+            Draft(f"feedback{suffix}", settings, {**self.policy, **prompts, **judge}, judge_runtime)
         )
 
     def _pairs(
         self, preferences: Preferences, datasets: Sequence[DatasetSettings]
     ) -> PairsSettings:
-        """A judge's labels hold what a model wrote: a hollow one is skipped and counted."""
+        """Rows that a judge labeled hold a model's completions: an invalid or a long one is left
+        out and counted."""
         judged = preferences.ai_feedback is not None
         optimize = self.spec.optimize
         return PairsSettings(
             preferences=list(datasets),
-            labelled=bool(optimize and optimize.dpo and optimize.dpo.loss == "kto"),
+            labeled=bool(optimize and optimize.dpo and optimize.dpo.loss == "kto"),
             held_out=preferences.held_out,
             max_length=preferences.max_length,
             on_overlength="drop" if judged else preferences.on_overlength,
@@ -264,7 +272,7 @@ class _Line:
     def _train_reward(self, reward: RewardModel, suffix: str) -> None:
         step = reward.train
         if step is None or self.pairs is None:
-            raise TypeError("a reward model is trained on preferences")
+            raise TypeError("rewardModel.train without preferences")
         tuning = step.adapter.kind if step.adapter else "full"
         settings = RewardSettings(
             adapter=step.adapter,
@@ -282,7 +290,7 @@ class _Line:
 
     def _dpo(self, step: Dpo, suffix: str) -> None:
         if self.pairs is None:
-            raise TypeError("dpo needs preferences")
+            raise TypeError("optimize.dpo without preferences")
         settings = DpoSettings(
             adapter=self.spec.adapter,
             loss=step.loss,
@@ -296,7 +304,7 @@ class _Line:
         self.tuned = StageInput(stage=name)
 
     def _ppo(self, step: Ppo, suffix: str) -> None:
-        given = step.model_dump(exclude={"prompts", "sampling", "training", "stop_on"})
+        same = step.model_dump(exclude={"prompts", "sampling", "training", "stop_on"})
         settings = PpoSettings(
             adapter=self.spec.adapter,
             prompts=_prompts(step.prompts),
@@ -305,18 +313,20 @@ class _Line:
             reward=self._terms(),
             stop_on=step.stop_on,
             training=self._loop("optimize.ppo", step.training, "ppo", self.tuning, suffix),
-            **given,
+            **same,
         )
         name = f"ppo{suffix}"
-        prompts = {"prompts": _prompts_input(step.prompts, "spec.optimize.ppo.prompts")}
+        prompts = {"prompts": source_input(step.prompts, "spec.optimize.ppo.prompts")}
         inputs = {**self.policy, **prompts, **self._reward_input()}
         self.drafts.append(Draft(name, settings, inputs, runtime(step.training)))
         self.tuned = StageInput(stage=name)
 
-    def _group_relative(self, step: GroupRelative, method: str, suffix: str) -> None:
+    def _group_relative(
+        self, step: GroupRelative, method: Literal["grpo", "rloo"], suffix: str
+    ) -> None:
         path = f"optimize.{method}"
         settings = GrpoSettings(
-            estimator="grpo" if method == "grpo" else "rloo",
+            estimator=method,
             adapter=self.spec.adapter,
             prompts=_prompts(step.prompts),
             chat=self.chat,
@@ -326,49 +336,43 @@ class _Line:
             kl_coefficient=step.kl_coefficient,
             clip_range=step.clip_range,
             stop_on=step.stop_on,
-            training=self._loop(
-                path,
-                step.training,
-                "grpo" if method == "grpo" else "rloo",
-                self.tuning,
-                suffix,
-            ),
+            training=self._loop(path, step.training, method, self.tuning, suffix),
         )
-        prompts = {"prompts": _prompts_input(step.prompts, f"spec.{path}.prompts")}
+        prompts = {"prompts": source_input(step.prompts, f"spec.{path}.prompts")}
         inputs = {**self.policy, **prompts, **self._reward_input()}
         name = f"{method}{suffix}"
         self.drafts.append(Draft(name, settings, inputs, runtime(step.training)))
         self.tuned = StageInput(stage=name)
 
-    # ---- the end ------------------------------------------------------------------------------
+    # ---- evaluation and export ----------------------------------------------------------------
 
-    def finish(self) -> None:
-        """Measure, where there is anything to measure by, and export what was trained last."""
+    def add_evaluation_and_export(self) -> None:
+        """Add a stage that measures the result, if something can be measured, and the export."""
         data = self.pairs or self.rows
         result = self.tuned if self.spec.optimize else self.reward or self.tuned
         if result is None:
-            raise TypeError("a job without a step that trains passed its rules")
+            raise TypeError("a job without a training step")
         inputs: dict[str, Input] = {"model": self.model, "tuned": result}
         if data:
             inputs["data"] = data
         if self.spec.optimize or self.reward:
             win_rate = self.spec.evaluate.win_rate
-            judge, endpoint = self._judge(
+            judge, judge_runtime = _judge_input(
                 win_rate.judge if win_rate else None, "spec.evaluate.winRate.judge"
             )
-            assessed = {**self._assessed(), **judge}
-            self.drafts.append(Draft("evaluate", self._assess(), assessed, endpoint))
+            measured = {**self._assess_inputs(), **judge}
+            self.drafts.append(Draft("evaluate", self._assess(), measured, judge_runtime))
             inputs["evaluation"] = StageInput(stage="evaluate")
-        elif self._rows_held_out():
+        elif self._has_held_out_rows():
             self.drafts.append(Draft("evaluate", evaluate(self.spec.evaluate), dict(inputs)))
             inputs["evaluation"] = StageInput(stage="evaluate")
         self.drafts.append(Draft("export", ExportSettings(merge=self.spec.output.merge), inputs))
 
-    def _rows_held_out(self) -> bool:
+    def _has_held_out_rows(self) -> bool:
         sft = self.spec.sft
         return self.spec.constitution is not None or bool(sft and sft.data.validation)
 
-    def _assessed(self) -> dict[str, Input]:
+    def _assess_inputs(self) -> dict[str, Input]:
         inputs: dict[str, Input] = {"model": self.model}
         if self.spec.optimize and self.tuned:
             inputs["tuned"] = self.tuned
@@ -376,19 +380,19 @@ class _Line:
                 inputs["start"] = self.start
         if self.pairs:
             inputs["data"] = self.pairs
-        if prompts := self._answered():
-            inputs["prompts"] = _prompts_input(*prompts)
+        if prompts := self._evaluation_prompts():
+            inputs["prompts"] = source_input(*prompts)
         return {**inputs, **self._reward_input()}
 
     def _assess(self) -> AssessSettings:
-        spec, answered = self.spec, self._answered()
+        spec, prompts = self.spec, self._evaluation_prompts()
         optimize = spec.optimize
-        sampled = optimize and (optimize.ppo or optimize.grpo or optimize.rloo)
-        sampling = sampled.sampling if sampled else Sampling()
+        method = optimize and optimize.reinforcement
+        sampling = method.sampling if method else Sampling()
         beta = optimize.dpo.beta if optimize and optimize.dpo else Dpo().beta
         return AssessSettings(
             chat=self.chat,
-            prompts=_prompts(answered[0]) if answered else None,
+            prompts=_prompts(prompts[0]) if prompts else None,
             sampling=sampling.model_copy(
                 update={"max_new_tokens": spec.evaluate.max_new_tokens, "engine": "transformers"}
             ),
@@ -400,14 +404,14 @@ class _Line:
             seed=defaults.SAMPLING_SEED,
         )
 
-    def _answered(self) -> tuple[PromptSet, str] | None:
-        """The prompts that the aligned model is measured on where no pairs are held out."""
+    def _evaluation_prompts(self) -> tuple[PromptSet, str] | None:
+        """Return the prompts for the evaluation without held-out pairs, and their field in the
+        manifest. None: the job has no prompts."""
         optimize, preferences = self.spec.optimize, self.spec.preferences
         if optimize is None:
             return None
-        sampled = optimize.ppo or optimize.grpo or optimize.rloo
-        if sampled:
-            return sampled.prompts, f"spec.optimize.{optimize.kind}.prompts"
+        if method := optimize.reinforcement:
+            return method.prompts, f"spec.optimize.{optimize.kind}.prompts"
         if preferences and preferences.ai_feedback:
             return preferences.ai_feedback.prompts, "spec.preferences.aiFeedback.prompts"
         return None
@@ -417,7 +421,7 @@ class _Line:
     def _terms(self) -> list[RewardTerm]:
         reward = self.spec.reward_model
         if reward is None:
-            raise TypeError("there is no reward")
+            raise TypeError("reward terms without rewardModel")
         terms = [RewardTerm(rule=reward.rule) if reward.rule else RewardTerm(role="reward")]
         for index, term in enumerate(self.spec.reward_terms):
             role = None if term.rule else f"reward.{index}"
@@ -425,24 +429,18 @@ class _Line:
         return terms
 
     def _reward_input(self) -> dict[str, Input]:
-        """The models that score; nothing where rules do."""
-        found: dict[str, Input] = {}
+        """Return the reward models as inputs; rules need none."""
+        inputs: dict[str, Input] = {}
         reward = self.spec.reward_model
         if self.reward:
-            found["reward"] = self.reward
+            inputs["reward"] = self.reward
         elif reward and reward.model:
-            found["reward"] = model_input(reward.model, "spec.rewardModel.model")
+            inputs["reward"] = source_input(reward.model, "spec.rewardModel.model")
         for index, term in enumerate(self.spec.reward_terms):
             if term.model:
                 path = f"spec.rewardTerms[{index}].model"
-                found[f"reward.{index}"] = model_input(term.model, path)
-        return found
-
-    def _judge(self, judge: Judge | None, path: str) -> tuple[dict[str, Input], TrainRuntime]:
-        """The judge as an input where it is a model, and where it answers where it is not."""
-        if judge and judge.model:
-            return {"judge": model_input(judge.model, f"{path}.model")}, TrainRuntime()
-        return {}, TrainRuntime(endpoint=judge.endpoint if judge else None)
+                inputs[f"reward.{index}"] = source_input(term.model, path)
+        return inputs
 
     def _loop(
         self,
@@ -454,38 +452,25 @@ class _Line:
     ) -> LoopSettings:
         rule = defaults.alignment_rule(method, tuning)
         if not suffix:
-            self._note(f"{path}.training", training, rule, defaults.ALIGNMENT_EPOCHS)
+            epochs = defaults.ALIGNMENT_EPOCHS
+            self.notes += default_notes(f"{path}.training", training, rule, epochs)
         return loop(training, rule, epochs=defaults.ALIGNMENT_EPOCHS)
 
-    def _note(self, path: str, training: Training, rule: defaults.Rule, epochs: float) -> None:
-        """One sentence for each decision that the planner took in the user's stead."""
-        source = f"{rule.title} default (docs/defaults.md)"
-        if training.learning_rate == "auto":
-            self.notes.append(f"{path}.learningRate {rule.learning_rate:g}: {source}.")
-        if training.batch_size == "auto":
-            self.notes.append(f"{path}.batchSize {rule.batch_size}: {source}.")
-        if training.epochs is None and training.max_steps is None:
-            self.notes.append(
-                f"{path}.epochs {epochs:g}: the default, as neither epochs nor maxSteps is set."
-            )
+
+def _judge_input(judge: Judge | None, path: str) -> tuple[dict[str, Input], TrainRuntime]:
+    """Return the judge as an input if the job runs it, or else as the endpoint of the runtime."""
+    if judge and judge.model:
+        return {"judge": source_input(judge.model, f"{path}.model")}, TrainRuntime()
+    return {}, TrainRuntime(endpoint=judge.endpoint if judge else None)
 
 
 def _generated() -> DatasetSettings:
-    """A file that an earlier stage wrote."""
+    """Return how a file of an earlier stage is read."""
     return DatasetSettings(format="auto", fields=FieldMap(), weight=1.0, limit=None)
 
 
 def _prompts(prompts: PromptSet) -> PromptSettings:
     return PromptSettings(format=prompts.format, fields=prompts.fields, limit=prompts.limit)
-
-
-def _prompts_input(prompts: PromptSet, path: str) -> SourceInput:
-    return SourceInput(
-        uri=prompts.uri,
-        token_secret=prompts.token_secret,
-        credentials=prompts.credentials,
-        path=f"{path}.uri",
-    )
 
 
 def _win_rate(win_rate: WinRate | None) -> WinRateSettings | None:

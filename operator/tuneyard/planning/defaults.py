@@ -1,6 +1,6 @@
 """The rules behind `learningRate: auto` and `batchSize: auto`, each with its source.
 
-`docs/defaults.md` shows the same table; a test compares the two.
+`docs/defaults.md` holds the same tables; a test compares them.
 """
 
 from __future__ import annotations
@@ -11,39 +11,39 @@ Method = Literal["sft", "pretrain"]
 Tuning = Literal["full", "lora", "qlora", "prefix", "prompt", "ia3", "bottleneck"]
 
 EPOCHS = 3.0
-"""Passes over the data, as Alpaca's 7B run makes."""
+"""Default epochs of fine-tuning, as in Alpaca's 7B run."""
 
 SPLIT_SEED = 0
-"""The seed of the held-out split. Not `training.seed`: runs that differ in their seed are compared
-on the same held-out rows, and share one prepared data set."""
+"""Seed of the held-out split. It is not `training.seed`, so that runs with different seeds are
+compared on the same held-out rows and share one prepared data set."""
 
 
 ALIGNMENT_EPOCHS = 1.0
-"""Passes over preferences or prompts: a second pass over preferences overfits a reward model
-(Ouyang et al. 2022, arXiv:2203.02155, section C.2)."""
+"""Default epochs over preferences or prompts: a second epoch over preferences overfits a reward
+model (Ouyang et al. 2022, arXiv:2203.02155, section C.2)."""
 
 REVISIONS_HELD_OUT = 0.1
-"""Share of a critique's revisions that fine-tuning on them never sees."""
+"""Share of the revisions that is held out from the fine-tuning on them."""
 
 SAMPLING_SEED = 0
-"""The seed of answers that are sampled to be judged, criticised or measured."""
+"""Seed of completions that are sampled to be judged, criticized or measured."""
 
 
 class Rule(NamedTuple):
-    """What `auto` means for one way of tuning."""
+    """The values of `auto` for one way of tuning."""
 
     tuning: Tuning
     """`full`, or the adapter's name in the manifest."""
     title: str
-    """The same for people."""
+    """Name of the way of tuning in messages."""
     methods: tuple[Method, ...]
-    """The methods that the rule covers."""
+    """Methods that the rule applies to."""
     learning_rate: float
     """Peak learning rate, with AdamW."""
     batch_size: int
     """Sequences per optimizer step, over all workers."""
     source: str
-    """Where both come from."""
+    """Source of both values."""
 
 
 _BOTH: tuple[Method, ...] = ("sft", "pretrain")
@@ -129,15 +129,16 @@ AlignmentMethod = Literal["reward", "dpo", "ppo", "grpo", "rloo"]
 
 
 class AlignmentRule(NamedTuple):
-    """What `auto` means for one method of alignment."""
+    """The values of `auto` for one alignment method."""
 
     method: AlignmentMethod
     share: float
-    """The peak learning rate as a share of supervised fine-tuning's, for every way of tuning."""
+    """Peak learning rate as a share of the one of supervised fine-tuning, for every way of
+    tuning."""
     batch_size: int
     """Sequences per optimizer step, over all workers."""
     source: str
-    """Where both come from."""
+    """Source of both values."""
 
 
 ALIGNMENT_RULES = (
@@ -180,46 +181,17 @@ ALIGNMENT_RULES = (
 
 
 def rule(method: Method, tuning: str) -> Rule:
-    """The rule for a method and a way of tuning (`full` or an adapter's name)."""
+    """Return the rule of a method and a way of tuning (`full` or an adapter's name)."""
     return next(rule for rule in RULES if rule.tuning == tuning and method in rule.methods)
 
 
 def alignment_rule(method: AlignmentMethod, tuning: str) -> Rule:
-    """Fine-tuning's rule for a way of tuning, at the method's share of its rate."""
+    """Return the rule of an alignment method: a share of the learning rate of fine-tuning."""
     base = rule("sft", tuning)
-    ours = next(rule for rule in ALIGNMENT_RULES if rule.method == method)
+    alignment = next(rule for rule in ALIGNMENT_RULES if rule.method == method)
     return base._replace(
         title=f"{method} with {base.title}",
-        learning_rate=float(f"{base.learning_rate * ours.share:g}"),
-        batch_size=ours.batch_size,
-        source=ours.source,
+        learning_rate=float(f"{base.learning_rate * alignment.share:g}"),
+        batch_size=alignment.batch_size,
+        source=alignment.source,
     )
-
-
-def table() -> str:
-    """The rules as the Markdown table of `docs/defaults.md`."""
-    rows = [
-        f"| {rule.title} | {', '.join(rule.methods)} | {rule.learning_rate:g} | {rule.batch_size} "
-        f"| {rule.source} |"
-        for rule in RULES
-    ]
-    head = [
-        "| Tuning | Method | `learningRate` | `batchSize` | Source |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    return "\n".join(head + rows) + "\n"
-
-
-def alignment_table() -> str:
-    """The rules of alignment, the same way."""
-    rows = [
-        f"| {ours.method} | {alignment_rule(ours.method, 'full').learning_rate:g} | "
-        f"{alignment_rule(ours.method, 'lora').learning_rate:g} | {ours.share:g} | "
-        f"{ours.batch_size} | {ours.source} |"
-        for ours in ALIGNMENT_RULES
-    ]
-    head = [
-        "| Method | `learningRate`, full | LoRA | Share | `batchSize` | Source |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    return "\n".join(head + rows) + "\n"

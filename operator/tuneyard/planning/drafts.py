@@ -1,4 +1,4 @@
-"""What plans of both kinds of job are made of: drafts of stages, and sources as their inputs."""
+"""The parts of which both kinds of plans consist: drafts of stages, and sources as their inputs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.evaluation import Evaluate
 from tuneyard.api.plan import Input, PlannedStage, SourceInput, TrainRuntime
-from tuneyard.api.sources import Dataset, FineTuneData, ModelSource
+from tuneyard.api.sources import Dataset, FineTuneData, ModelSource, PromptSet
 from tuneyard.api.stage_settings import (
     DatasetSettings,
     EvaluateSettings,
@@ -23,7 +23,7 @@ from tuneyard.planning.fingerprint import fingerprint
 
 
 class Draft(NamedTuple):
-    """A stage before its fingerprint."""
+    """A planned stage without its fingerprint."""
 
     name: str
     settings: Settings
@@ -32,7 +32,7 @@ class Draft(NamedTuple):
 
 
 def fingerprinted(drafts: Sequence[Draft]) -> list[PlannedStage]:
-    """The stages that the drafts stand for."""
+    """Return the drafts as stages with their fingerprints."""
     kinds = {draft.name: draft.settings.kind for draft in drafts}
     return [
         PlannedStage(
@@ -46,32 +46,42 @@ def fingerprinted(drafts: Sequence[Draft]) -> list[PlannedStage]:
     ]
 
 
-def model_input(model: ModelSource, path: str = "spec.model") -> SourceInput:
-    """A model; `path`: its field in the manifest."""
+# ---- inputs -----------------------------------------------------------------------------------
+
+
+def source_input(source: ModelSource | Dataset | PromptSet, path: str) -> SourceInput:
+    """Return a source of the manifest as an input. `path`: its field in the manifest."""
     return SourceInput(
-        uri=model.uri,
-        revision=model.revision,
-        token_secret=model.token_secret,
-        credentials=model.credentials,
+        uri=source.uri,
+        revision=source.revision if isinstance(source, ModelSource) else None,
+        token_secret=source.token_secret,
+        credentials=source.credentials,
         path=f"{path}.uri",
     )
 
 
 def dataset_inputs(role: str, path: str, datasets: Sequence[Dataset]) -> dict[str, SourceInput]:
-    """Data sets as `role.0`, `role.1` and so on; `path`: their field in the manifest."""
+    """Return data sets as inputs `role.0`, `role.1`, ... `path`: their field in the manifest."""
     return {
-        f"{role}.{index}": SourceInput(
-            uri=dataset.uri,
-            token_secret=dataset.token_secret,
-            credentials=dataset.credentials,
-            path=f"{path}[{index}].uri",
-        )
+        f"{role}.{index}": source_input(dataset, f"{path}[{index}]")
         for index, dataset in enumerate(datasets)
     }
 
 
+def data_inputs(data: FineTuneData, path: str) -> dict[str, SourceInput]:
+    """Return the inputs `train.N` and `validation.N`. `path`: the data's field in the manifest."""
+    held_out = (data.validation and data.validation.data) or []
+    return {
+        **dataset_inputs("train", f"{path}.train", data.train),
+        **dataset_inputs("validation", f"{path}.validation.data", held_out),
+    }
+
+
+# ---- settings ---------------------------------------------------------------------------------
+
+
 def dataset_settings(datasets: Sequence[Dataset]) -> list[DatasetSettings]:
-    """How each of them is read."""
+    """Return how each of the data sets is read."""
     return [
         DatasetSettings(
             format=dataset.format,
@@ -84,7 +94,7 @@ def dataset_settings(datasets: Sequence[Dataset]) -> list[DatasetSettings]:
 
 
 def runtime(training: Training) -> TrainRuntime:
-    """How a training stage is carried out."""
+    """Return the settings of a training stage that do not change its result."""
     return TrainRuntime(
         micro_batch_tokens=training.micro_batch_tokens,
         gradient_checkpointing=training.gradient_checkpointing,
@@ -93,7 +103,7 @@ def runtime(training: Training) -> TrainRuntime:
 
 
 def prepare(data: FineTuneData, method: Literal["sft", "pretrain"]) -> PrepareSettings:
-    """How training and held-out rows are prepared."""
+    """Return the settings of the stage that prepares training and held-out rows."""
     validation = data.validation
     return PrepareSettings(
         method=method,
@@ -117,7 +127,7 @@ def train(
     training: Training,
     rule: defaults.Rule,
 ) -> TrainSettings:
-    """How a model is trained on prepared rows."""
+    """Return the settings of a stage that trains on prepared rows."""
     return TrainSettings(
         kind=method,
         adapter=adapter,
@@ -127,12 +137,11 @@ def train(
 
 
 def loop(training: Training, rule: defaults.Rule, *, epochs: float) -> LoopSettings:
-    """A training loop with `auto` decided by `rule`. `epochs`: where the manifest says nothing."""
-    open_ended = training.epochs is None and training.max_steps is None
+    """Return a training loop with `auto` resolved by `rule`. `epochs`: the default."""
     return LoopSettings(
         freeze=training.freeze,
         dropout=training.dropout,
-        epochs=epochs if open_ended else training.epochs,
+        epochs=epochs if _has_default_epochs(training) else training.epochs,
         max_steps=training.max_steps,
         batch_size=rule.batch_size if training.batch_size == "auto" else training.batch_size,
         learning_rate=(
@@ -148,8 +157,30 @@ def loop(training: Training, rule: defaults.Rule, *, epochs: float) -> LoopSetti
     )
 
 
+def default_notes(path: str, training: Training, rule: defaults.Rule, epochs: float) -> list[str]:
+    """Return a note for each value of a training loop that the planner chose.
+
+    `path`: the training's field in the manifest; `epochs`: the default.
+    """
+    source = f"{rule.title} default (docs/defaults.md)"
+    notes = []
+    if training.learning_rate == "auto":
+        notes.append(f"{path}.learningRate {rule.learning_rate:g}: {source}.")
+    if training.batch_size == "auto":
+        notes.append(f"{path}.batchSize {rule.batch_size}: {source}.")
+    if _has_default_epochs(training):
+        notes.append(
+            f"{path}.epochs {epochs:g}: the default, as neither epochs nor maxSteps is set."
+        )
+    return notes
+
+
+def _has_default_epochs(training: Training) -> bool:
+    return training.epochs is None and training.max_steps is None
+
+
 def evaluate(evaluate: Evaluate) -> EvaluateSettings:
-    """What is measured of a fine-tuned model."""
+    """Return the settings of the stage that measures a fine-tuned model."""
     return EvaluateSettings(
         compare_with_base=evaluate.compare_with_base,
         samples=evaluate.samples,

@@ -1,6 +1,6 @@
-"""A stage's fingerprint: what it would do, never where anything lies.
+"""The fingerprint of a stage: its settings and the kinds of its inputs, but no location.
 
-Two stages with one fingerprint, fed inputs of the same digests, produce the same output.
+Stages with the same fingerprint and inputs with the same digests produce the same output.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ STAGE_VERSIONS: Mapping[StageKind, int] = {
     "assess": 1,
     "export": 1,
 }
-"""Raised when a stage's code makes something else of the same settings and inputs: records of the
-version before then no longer stand for it."""
+"""Version of each kind of stage. Increase it when the stage's code produces another output from the
+same settings and inputs: records of the version before then no longer match."""
 
 
 def fingerprint(
     settings: Settings, inputs: Mapping[str, Input], kinds: Mapping[str, StageKind]
 ) -> str:
-    """The digest of a stage's settings, its kind's version and its wiring.
+    """Return the digest of a stage's settings, its kind's version and the kinds of its inputs.
 
     `kinds` maps the plan's stage names to their kinds. Settings that are None are left out, so that
-    a later version can add an optional setting without changing anybody's fingerprint.
+    a later version can add an optional setting without changing existing fingerprints.
     """
     wiring = {
         role: kinds[source.stage] if isinstance(source, StageInput) else "source"

@@ -1,4 +1,4 @@
-"""From a job to its plan."""
+"""Plan a job."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from pydantic import BaseModel
 
 from tuneyard.api.alignmentjob import AlignmentJob
 from tuneyard.api.finetunejob import FineTuneJob
-from tuneyard.api.meta import API_VERSION
+from tuneyard.api.meta import API_VERSION, yaml_fields
 from tuneyard.api.plan import JobRef, Plan
-from tuneyard.planning import alignment
-from tuneyard.planning.drafts import (
-    fingerprinted,
-)
+from tuneyard.planning.alignment import alignment_stages
+from tuneyard.planning.drafts import fingerprinted
 from tuneyard.planning.finetuning import fine_tuning_stages
 
 
 def plan_job(job: FineTuneJob | AlignmentJob) -> Plan:
-    """A job's stages, in order. Raises PlanError with every part that cannot be carried out."""
-    drafts, notes = (
-        alignment.draft(job.spec) if isinstance(job, AlignmentJob) else fine_tuning_stages(job.spec)
-    )
+    """Return a job's plan. Raises PlanError with everything that this version cannot run."""
+    if isinstance(job, AlignmentJob):
+        drafts, notes = alignment_stages(job.spec)
+    else:
+        drafts, notes = fine_tuning_stages(job.spec)
     return Plan(
         api_version=API_VERSION,
         job=JobRef(kind=job.kind, name=job.metadata.name, namespace=job.metadata.namespace),
@@ -33,14 +32,9 @@ def plan_job(job: FineTuneJob | AlignmentJob) -> Plan:
     )
 
 
-# ---- stages -----------------------------------------------------------------------------------
-
-
-# ---- what the user is told --------------------------------------------------------------------
-
-
 def _manifest(job: FineTuneJob | AlignmentJob) -> dict[str, Any]:
-    """The job as a manifest: no status, nothing that only a cluster knows, no empty fields."""
+    """Return a job as a manifest, without its status, its run policy, empty fields and the metadata
+    that a cluster adds."""
     metadata = {
         "name": job.metadata.name,
         "namespace": job.metadata.namespace,
@@ -55,14 +49,17 @@ def _manifest(job: FineTuneJob | AlignmentJob) -> dict[str, Any]:
 
 
 def _dump(value: Any) -> Any:
-    """`model_dump`, without the fields that are None by default: a None that overrides a default
-    (`maxGradientNorm: null`) must survive."""
+    """Return a model's fields by YAML names, except those that are None by default.
+
+    `model_dump(exclude_none=True)` would also drop a None that overrides a default, as
+    `maxGradientNorm: null` does.
+    """
     if isinstance(value, BaseModel):
-        fields = type(value).model_fields
+        names = zip(yaml_fields(type(value)).items(), type(value).model_fields, strict=True)
         return {
-            field.alias or name: _dump(getattr(value, name))
-            for name, field in fields.items()
-            if getattr(value, name) is not None or field.default is not None
+            alias: _dump(getattr(value, name))
+            for (alias, info), name in names
+            if getattr(value, name) is not None or info.default is not None
         }
     if isinstance(value, list):
         return [_dump(item) for item in value]

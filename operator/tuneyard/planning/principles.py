@@ -1,8 +1,8 @@
-"""The texts for judges and critics whose manifest has none.
+"""The default principles and prompts of judges.
 
-Each principle fits both uses: "Choose the answer that ..." and "Criticize the answer by this: ...".
-The prompts are written for Tuneyard, in the spirit of Lee et al. 2023 (arXiv:2309.00267) and Bai et
-al. 2022 (arXiv:2212.08073, appendix C). The manifest's `principles` and `prompts` replace them.
+Each principle can be used to compare two answers and to criticize one. The prompts are written for
+Tuneyard after Lee et al. 2023 (arXiv:2309.00267) and Bai et al. 2022 (arXiv:2212.08073, appendix
+C). A manifest can replace all of them.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ Answer B:
 {second}
 
 Which answer follows the principle better? Reply with one letter: A or B."""
-"""Asks for a preference; the answers change places for the second question."""
+"""Template of the question that asks a judge for A or B."""
 
 CRITIQUE = """\
-Criticise your last answer by this principle: {principle}
+Criticize your last answer by this principle: {principle}
 
 Say in a few sentences where the answer falls short of it and what would have to change. Do not \
 write a new answer yet."""
-"""Asks for a critique."""
+"""Template of the request for a critique."""
 
 REVISION = """\
 Now answer the original message anew, and repair what your critique found. The new answer must \
 follow this principle: {principle}
 
 Write the new answer only, without a word about the critique or the change."""
-"""Asks for the revision."""
+"""Template of the request for a revision."""

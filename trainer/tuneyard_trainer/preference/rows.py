@@ -77,8 +77,8 @@ class Judged:
         ]
 
 
-def judged(row: Row, fields: FieldMap, *, labelled: bool) -> list[Judged]:
-    """What a row states. `labelled`: as single answers with thumbs, a pair as one up and one down.
+def judged(row: Row, fields: FieldMap, *, labeled: bool) -> list[Judged]:
+    """What a row states. `labeled`: as single answers with thumbs, a pair as one up and one down.
     Raises PreferenceError."""
     value = row.value
     if isinstance(value, BrokenRow):
@@ -91,7 +91,7 @@ def judged(row: Row, fields: FieldMap, *, labelled: bool) -> list[Judged]:
         found = [_single(row, value, name, fields)]
     else:
         raise PreferenceError("UnknownShape", f"it has {', '.join(value) or 'no fields'}")
-    if labelled:
+    if labeled:
         found = [single for one in found for single in _as_singles(one)]
     elif len(found[0].answers) == 1:
         raise PreferenceError("UnknownShape", "it judges one answer by itself, which is for kto")

@@ -1,4 +1,4 @@
-"""Jobs as an operator would leave them, at a moment of the tests' own."""
+"""Jobs with the statuses that an operator writes, at a fixed time."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ Object = dict[str, Any]
 
 
 def before(minutes: float, now: datetime = NOW) -> str:
-    """So many minutes ago, in RFC 3339."""
+    """Return the time that many minutes ago, in RFC 3339."""
     return (now - timedelta(minutes=minutes)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def manifest(kind: str, name: str, **changes: Any) -> Object:
+    """Return a manifest. A change's key is a field's path, joined by `__`."""
     base = MINIMAL if kind == "FineTuneJob" else PPO
     paths = {path.replace("__", "."): value for path, value in changes.items()}
     return changed(base, {"metadata.name": name, **paths})
 
 
 def item(kind: str, name: str, status: Object, **changes: Any) -> Object:
-    """A job as the API server gives it out."""
+    """Return a job as the API server returns it."""
     server = {
         "metadata__namespace": "team-a",
         "metadata__uid": "u-1",
@@ -123,7 +124,7 @@ SUCCEEDED: Object = {
     "phase": "Succeeded",
     "conditions": [
         IS_PLANNED,
-        condition("Succeeded", "True", "Succeeded", "the result lies at s3://models/out/result"),
+        condition("Succeeded", "True", "Succeeded", "the result is at s3://models/out/result"),
     ],
     "stages": [
         {
@@ -162,13 +163,13 @@ FAILED: Object = {
 PLURALS = {kind.name: kind.plural for kind in KINDS.values()}
 
 
-class Played:
-    """One namespace of a real API server, and an operator that does what the test says."""
+class JobNamespace:
+    """A namespace of a real API server, where the test writes statuses as an operator does."""
 
-    def __init__(self, cluster: Cluster, namespace: str) -> None:
+    def __init__(self, cluster: Cluster, name: str) -> None:
         from kubernetes import client, config
 
-        self.cluster, self.namespace = cluster, namespace
+        self.cluster, self.name = cluster, name
         connection = config.new_client_from_config(str(cluster.kubeconfig))
         self.core = client.CoreV1Api(connection)
         self._jobs = client.CustomObjectsApi(connection)
@@ -192,8 +193,8 @@ class Played:
     def delete(self, name: str) -> None:
         self._jobs.delete_namespaced_custom_object(*self._at("FineTuneJob"), name)
 
-    def clear_up(self, name: str) -> None:
-        """Lets a job go that is being deleted."""
+    def remove_finalizers(self, name: str) -> None:
+        """Remove the finalizers of a job that is being deleted."""
         body = [{"op": "remove", "path": "/metadata/finalizers"}]
         patch = self._jobs.patch_namespaced_custom_object
         patch(*self._at("FineTuneJob"), name, body, _content_type="application/json-patch+json")
@@ -202,4 +203,4 @@ class Played:
         return self.get(name)["spec"]["runPolicy"]
 
     def _at(self, kind: str) -> tuple[str, str, str, str]:
-        return GROUP, VERSION, self.namespace, PLURALS[kind]
+        return GROUP, VERSION, self.name, PLURALS[kind]
