@@ -169,7 +169,7 @@ def test_default_principles_are_written_into_the_plan() -> None:
 def test_kto_takes_single_answers() -> None:
     settings = stage(plan_job(job(optimize__dpo__loss="kto")), "pairs").settings
     assert isinstance(settings, PairsSettings)
-    assert settings.labelled
+    assert settings.labeled
 
 
 def test_kto_and_a_trained_reward_model_exclude_each_other() -> None:

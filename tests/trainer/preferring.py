@@ -101,7 +101,7 @@ def write_pairs(
         source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings: dict[str, Any] = {
         "preferences": [DatasetSettings(format="auto", fields=FieldMap(), weight=1.0, limit=None)],
-        "labelled": False,
+        "labeled": False,
         "held_out": 0.25,
         "max_length": "auto",
         "on_overlength": "error",

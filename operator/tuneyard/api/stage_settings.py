@@ -68,7 +68,7 @@ class LoopSettings(Model):
     max_steps: int | None
     """Optimizer steps (ppo: updates); None: `epochs` decides."""
     batch_size: int
-    """Sequences per optimizer step, over all workers; of preferences: pairs or labelled answers, of
+    """Sequences per optimizer step, over all workers; of preferences: pairs or labeled answers, of
     ppo: answers of a minibatch, of grpo: answers of an update."""
     learning_rate: float
     """Peak learning rate."""
@@ -151,7 +151,7 @@ class PairsSettings(Model):
     kind: Literal["pairs"] = "pairs"
     preferences: list[DatasetSettings]
     """One for each input `preferences.N`."""
-    labelled: bool
+    labeled: bool
     """False: pairs and rankings. True: single answers with thumbs up or down, for KTO; pairs are
     taken apart into one of each."""
     held_out: float

@@ -252,7 +252,7 @@ class _Line:
         optimize = self.spec.optimize
         return PairsSettings(
             preferences=list(datasets),
-            labelled=bool(optimize and optimize.dpo and optimize.dpo.loss == "kto"),
+            labeled=bool(optimize and optimize.dpo and optimize.dpo.loss == "kto"),
             held_out=preferences.held_out,
             max_length=preferences.max_length,
             on_overlength="drop" if judged else preferences.on_overlength,

@@ -144,7 +144,7 @@ def test_every_pair_is_labelled_as_the_judge_decides(
 def test_the_labels_are_rows_that_pairs_reads(inputs: dict[str, Path], workdir: Path) -> None:
     with JudgeServer(fair) as server:
         run_feedback(server, inputs, workdir)
-    (found,) = judged(Row(1, rows_of(workdir / "preferences.jsonl")[0]), FieldMap(), labelled=False)
+    (found,) = judged(Row(1, rows_of(workdir / "preferences.jsonl")[0]), FieldMap(), labeled=False)
     assert found.prompt[0].content == "Which port has lamp 0?"
     assert found.answers[0] > found.answers[1]
     assert found.label == pytest.approx(0.8)

@@ -43,7 +43,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> di
 @pytest.fixture(scope="module")
 def thumbs(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("thumbs")
-    data = write_pairs(folder, tiny_model_dir, separable(64), labelled=True)
+    data = write_pairs(folder, tiny_model_dir, separable(64), labeled=True)
     return {"model": tiny_model_dir, "data": data}
 
 

@@ -24,7 +24,7 @@ from tuneyard_trainer.worker import StageContext, StageOutcome, Worker
 HH = Path(__file__).parents[4] / "shared" / "data" / "hh-rlhf-harmless-base.jsonl.gz"
 SETTINGS: dict[str, Any] = {
     "preferences": [DatasetSettings(format="auto", fields=FieldMap(), weight=1.0, limit=None)],
-    "labelled": False,
+    "labeled": False,
     "held_out": 0.25,
     "max_length": "auto",
     "on_overlength": "error",
@@ -59,8 +59,8 @@ def run(
     return Preferences.open(workdir), outcome
 
 
-def one(value: dict[str, Any], *, labelled: bool = False) -> Judged:
-    (found,) = judged(Row(1, value), FieldMap(), labelled=labelled)
+def one(value: dict[str, Any], *, labeled: bool = False) -> Judged:
+    (found,) = judged(Row(1, value), FieldMap(), labeled=labeled)
     return found
 
 
@@ -125,18 +125,18 @@ def test_a_judges_doubt_is_kept() -> None:
 
 @pytest.mark.parametrize("label", [True, 1, "up", "Up"])
 def test_thumbs_up_in_every_spelling(label: Any) -> None:
-    assert one({"prompt": "Hi?", "completion": "Yes.", "label": label}, labelled=True).label == 1
+    assert one({"prompt": "Hi?", "completion": "Yes.", "label": label}, labeled=True).label == 1
 
 
 def test_a_pair_is_one_thumb_up_and_one_down_where_single_answers_are_wanted() -> None:
     value = {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."}
-    found = judged(Row(1, value), FieldMap(), labelled=True)
+    found = judged(Row(1, value), FieldMap(), labeled=True)
     assert [(single.answers, single.label) for single in found] == [(("Yes.",), 1), (("No.",), 0)]
 
 
 BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "Hi?", "chosen": "Yes.", "rejected": "Yes. "}, "IdenticalSides"),
-    ({"prompt": "Hi?", "chosen": "Yes.", "rejected": " "}, "EmptyAnswer"),
+    ({"prompt": "Hi?", "chosen": "Yes.", "rejected": " "}, "EmptyCompletion"),
     ({"prompt": "Hi?", "chosen": "Yes."}, "UnknownShape"),
     ({"chosen": "Yes.", "rejected": "No."}, "UnknownShape"),
     ({"text": "Yes."}, "UnknownShape"),
@@ -149,7 +149,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         },
         "DifferingPrompts",
     ),
-    ({"chosen": DIALOGUE + "x", "rejected": DIALOGUE + "x\n\nHuman: y"}, "EmptyAnswer"),
+    ({"chosen": DIALOGUE + "x", "rejected": DIALOGUE + "x\n\nHuman: y"}, "EmptyCompletion"),
     ({"prompt": "Hi?", "answers": ["a", "a", "b"]}, "IdenticalSides"),
     ({"prompt": "Hi?", "answers": ["a", "b"], "ranks": [1, 1]}, "InvalidLabel"),
     ({"prompt": "Hi?", "chosen": "a", "rejected": "b", "probability": 0.2}, "InvalidLabel"),
@@ -167,7 +167,7 @@ def test_a_row_that_states_no_preference_is_named(value: dict[str, Any], fault: 
 
 def test_a_label_that_is_no_thumb_is_named() -> None:
     with pytest.raises(PreferenceError) as caught:
-        one({"prompt": "Hi?", "completion": "Yes.", "label": 5}, labelled=True)
+        one({"prompt": "Hi?", "completion": "Yes.", "label": 5}, labeled=True)
     assert caught.value.fault == "InvalidLabel"
 
 
@@ -230,7 +230,7 @@ def test_broken_rows_may_be_skipped_and_are_counted_by_name(
     assert outcome.metrics["skippedRows"] == 3
     assert outcome.details["skippedBy"] == {
         "IdenticalSides": 1,
-        "EmptyAnswer": 1,
+        "EmptyCompletion": 1,
         "UnknownShape": 1,
     }
 
@@ -261,7 +261,7 @@ def test_a_long_answer_is_refused_or_dropped_but_never_cut(
         ([], {}, "EmptyData"),
         (PAIRS[:1] * 3, {}, "TooFewRows"),
         ([{"prompt": f"{i}?", "completion": "x", "label": 1} for i in range(4)],
-         {"labelled": True}, "OneSided"),
+         {"labeled": True}, "OneSided"),
         (PAIRS, {"max_length": 10_000}, "MaxLength"),
     ],
 )  # fmt: skip

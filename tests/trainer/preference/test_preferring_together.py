@@ -57,7 +57,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> 
     folder = tmp_path_factory.mktemp("together")
     rows: list[dict[str, Any]] = separable(16)
     write_pairs(folder / "twos", tiny_model_dir, rows)
-    write_pairs(folder / "thumbs", tiny_model_dir, rows, labelled=True)
+    write_pairs(folder / "thumbs", tiny_model_dir, rows, labeled=True)
     port = free_port()
     mp.spawn(_worker, args=(port, folder, tiny_model_dir), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
     for kind in STAGES:

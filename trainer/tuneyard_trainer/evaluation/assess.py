@@ -234,7 +234,7 @@ class Measuring:
         if groups is None or before.pairs_R is None or after.pairs_R is None:
             return {}
         implicit_R = self.settings.beta * (after.pairs_R - before.pairs_R)
-        if self.data and self.data.labelled:
+        if self.data and self.data.labeled:
             return unpaired_metrics("preference", implicit_R, groups)
         return pair_metrics("preference", implicit_R, groups)
 
@@ -285,7 +285,7 @@ class Measuring:
         or without any held out."""
         learnt = [term for term in self.settings.reward if term.role]
         groups = self.data.validation if self.data else None
-        if not learnt or groups is None or (self.data and self.data.labelled):
+        if not learnt or groups is None or (self.data and self.data.labeled):
             return {}
         self._pause("measuring the reward model")
         reward = self._reward(learnt, [prompt for prompt, _ in self.held_out])

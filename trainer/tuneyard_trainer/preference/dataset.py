@@ -92,9 +92,9 @@ class Preferences:
         return int(self.summary["maxLength"])
 
     @property
-    def labelled(self) -> bool:
+    def labeled(self) -> bool:
         """Whether the groups are single answers with thumbs."""
-        return bool(self.summary["labelled"])
+        return bool(self.summary["labeled"])
 
 
 def _comparisons(folder: Path, split: str, rows: Rows) -> Comparisons:

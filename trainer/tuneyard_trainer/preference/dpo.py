@@ -87,8 +87,8 @@ def build(context: StageContext, settings: DpoSettings) -> Loop:
 
 
 def _require_shape(settings: DpoSettings, data: Preferences) -> None:
-    if data.labelled != (settings.loss == "kto"):
-        found = "single answers with thumbs" if data.labelled else "pairs"
+    if data.labeled != (settings.loss == "kto"):
+        found = "single answers with thumbs" if data.labeled else "pairs"
         raise StageError(
             "WrongPreferences",
             f"the preferences are {found}, and optimize.dpo.loss is {settings.loss}.",

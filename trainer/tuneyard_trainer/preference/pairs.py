@@ -123,7 +123,7 @@ class _Reading:
 
     def _judged(self, row: Row, dataset: DatasetSettings) -> list[Judged]:
         try:
-            return judged(row, dataset.fields, labelled=self.settings.labelled)
+            return judged(row, dataset.fields, labeled=self.settings.labeled)
         except PreferenceError as error:
             self._refuse(error.fault, f"{row.file} row {row.number}".strip(), str(error))
             return []
@@ -140,7 +140,7 @@ class _Reading:
             if misfit is not None:
                 self._refuse("ChatTemplate", where, misfit.message)
             elif not all(row.mask.any() for row in rows):
-                self._refuse("EmptyAnswer", where, "no token of an answer is left")
+                self._refuse("EmptyCompletion", where, "no token of an answer is left")
             elif len({row.ids.tobytes() for row in rows}) < len(rows):
                 self._refuse("IdenticalSides", where, "two answers are the same tokens")
             else:
@@ -199,7 +199,7 @@ class _Reading:
                 f"{len(self.too_long)} longer than {self.limit} tokens.",
                 advice="Put more into spec.preferences, or raise spec.preferences.maxLength.",
             )
-        if self.settings.labelled and len(set(self.labels)) < 2:
+        if self.settings.labeled and len(set(self.labels)) < 2:
             raise StageError(
                 "OneSided",
                 f"all {len(self.labels)} answers have thumbs "
@@ -277,7 +277,7 @@ class _Reading:
         """`data.json`, last of all: it says that the rest is whole."""
         summary = {
             "method": "pairs",
-            "labelled": self.settings.labelled,
+            "labeled": self.settings.labeled,
             "maxLength": self.limit,
             "weights": [dataset.weight for dataset in self.settings.preferences],
             "chatTemplate": self.encoder.tokenizer.chat_template,

@@ -23,7 +23,7 @@ Fault = Literal[
     "UnreadableRow",
     "UnknownShape",
     "InvalidTurns",
-    "EmptyAnswer",
+    "EmptyCompletion",
     "IdenticalSides",
     "DifferingPrompts",
     "InvalidLabel",
@@ -77,8 +77,8 @@ class Judged:
         ]
 
 
-def judged(row: Row, fields: FieldMap, *, labelled: bool) -> list[Judged]:
-    """What a row states. `labelled`: as single answers with thumbs, a pair as one up and one down.
+def judged(row: Row, fields: FieldMap, *, labeled: bool) -> list[Judged]:
+    """What a row states. `labeled`: as single answers with thumbs, a pair as one up and one down.
     Raises PreferenceError."""
     value = row.value
     if isinstance(value, BrokenRow):
@@ -91,7 +91,7 @@ def judged(row: Row, fields: FieldMap, *, labelled: bool) -> list[Judged]:
         found = [_single(row, value, name, fields)]
     else:
         raise PreferenceError("UnknownShape", f"it has {', '.join(value) or 'no fields'}")
-    if labelled:
+    if labeled:
         found = [single for one in found for single in _as_singles(one)]
     elif len(found[0].answers) == 1:
         raise PreferenceError("UnknownShape", "it judges one answer by itself, which is for kto")
@@ -194,7 +194,7 @@ def _side(
     if not turns:
         raise PreferenceError("UnknownShape", f"{name} holds no prompt, and neither does the row")
     if turns[-1].role != "assistant":
-        raise PreferenceError("EmptyAnswer", f"{name} ends with a turn by {turns[-1].role}")
+        raise PreferenceError("EmptyCompletion", f"{name} ends with a turn by {turns[-1].role}")
     before = turns[:-1]
     if prompt is not None and before and before != prompt:
         raise PreferenceError("DifferingPrompts", f"{name} begins with another prompt")
@@ -203,7 +203,7 @@ def _side(
 
 def _answer(text: str, name: str) -> str:
     if not text.strip():
-        raise PreferenceError("EmptyAnswer", f"{name} is empty")
+        raise PreferenceError("EmptyCompletion", f"{name} is empty")
     return text
 
 
