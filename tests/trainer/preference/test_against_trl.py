@@ -14,7 +14,7 @@ from tests.trainer.preferring import CPU, separable
 from tuneyard_trainer.data.prepared import Rows, RowWriter
 from tuneyard_trainer.models import base
 from tuneyard_trainer.preference.losses import pair_loss, reward_loss
-from tuneyard_trainer.preference.passes import logprobs
+from tuneyard_trainer.preference.micro_batches import logprobs
 from tuneyard_trainer.training.losses import Forward
 
 trl = pytest.importorskip("trl")

@@ -25,7 +25,7 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.models import base, layers, policies
 from tuneyard_trainer.preference import dpo
 from tuneyard_trainer.preference.dataset import Preferences
-from tuneyard_trainer.preference.passes import logprobs, over_all
+from tuneyard_trainer.preference.micro_batches import logprobs, over_all
 from tuneyard_trainer.preference.reference import reference_logprobs
 from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker

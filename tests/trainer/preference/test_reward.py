@@ -30,7 +30,7 @@ from tuneyard_trainer.models.gguf_unpack import unpacked
 from tuneyard_trainer.preference import reward
 from tuneyard_trainer.preference.dataset import Preferences
 from tuneyard_trainer.preference.metrics import calibration_error, interval
-from tuneyard_trainer.preference.passes import scores
+from tuneyard_trainer.preference.micro_batches import scores
 from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
 

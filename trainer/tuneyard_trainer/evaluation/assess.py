@@ -35,7 +35,7 @@ from tuneyard_trainer.judging.session import Asking, judge_name
 from tuneyard_trainer.models import base, policies, probes
 from tuneyard_trainer.preference.dataset import Preferences
 from tuneyard_trainer.preference.metrics import correlation, pair_metrics, unpaired_metrics
-from tuneyard_trainer.preference.passes import logprobs, over_all
+from tuneyard_trainer.preference.micro_batches import logprobs, over_all
 from tuneyard_trainer.reinforcement import rewards
 from tuneyard_trainer.reinforcement.rewards import Attempt, Reward
 from tuneyard_trainer.storage.journal import Journal

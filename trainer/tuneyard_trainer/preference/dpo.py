@@ -24,7 +24,7 @@ from tuneyard_trainer.preference.dataset import Comparisons, Preferences
 from tuneyard_trainer.preference.kto import UnpairedPreferences
 from tuneyard_trainer.preference.losses import PairLoss, pair_loss
 from tuneyard_trainer.preference.metrics import pair_metrics
-from tuneyard_trainer.preference.passes import chunks, logprobs, over_all
+from tuneyard_trainer.preference.micro_batches import chunks, logprobs, over_all
 from tuneyard_trainer.preference.reference import (
     MISMATCHED,
     ReferencedPreferences,

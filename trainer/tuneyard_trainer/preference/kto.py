@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tuneyard.api.stage_settings import DpoSettings
 from tuneyard_trainer.preference.dataset import Comparisons
 from tuneyard_trainer.preference.losses import kto_loss
-from tuneyard_trainer.preference.passes import chunks, logprobs, over_all
+from tuneyard_trainer.preference.micro_batches import chunks, logprobs, over_all
 from tuneyard_trainer.preference.reference import (
     ReferencedPreferences,
     validation_of,

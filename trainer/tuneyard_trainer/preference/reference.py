@@ -21,7 +21,7 @@ from torch import nn
 from tuneyard.api.stage_settings import DpoSettings
 from tuneyard_trainer.data.prepared import Rows, RowWriter
 from tuneyard_trainer.preference.dataset import Comparisons, Preferences
-from tuneyard_trainer.preference.passes import logprobs, over_all
+from tuneyard_trainer.preference.micro_batches import logprobs, over_all
 from tuneyard_trainer.storage.files import disk_error
 from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.worker import Worker

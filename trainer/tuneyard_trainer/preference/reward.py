@@ -32,7 +32,7 @@ from tuneyard_trainer.models.policies import WEIGHTS
 from tuneyard_trainer.preference.dataset import Comparisons, Preferences
 from tuneyard_trainer.preference.losses import reward_loss
 from tuneyard_trainer.preference.metrics import accuracy, correlation, pair_metrics, pairs_of
-from tuneyard_trainer.preference.passes import chunks, over_all, scores
+from tuneyard_trainer.preference.micro_batches import chunks, over_all, scores
 from tuneyard_trainer.training.batches import Indices, Order, share
 from tuneyard_trainer.training.loop import Loop
 from tuneyard_trainer.training.losses import Forward
