@@ -1,65 +1,50 @@
-"""Rows through a model: what a policy gives each answer, what a reward model gives each row.
+"""Rows through a model: log-probabilities under a policy, scores of a reward model.
 
-Shapes: R rows, B bins of a pass, L their width, N target positions, V vocabulary, H hidden size.
+Shapes: R rows, B bins of a micro-batch, L their width, N targets, H hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.models.base import autocast
-from tuneyard_trainer.models.layers import head_at
 from tuneyard_trainer.models.probes import base_of
 from tuneyard_trainer.preference.dataset import Comparisons
-from tuneyard_trainer.training.batches import IGNORE, Indices, MicroBatch, passes, share
+from tuneyard_trainer.training.batches import Indices, MicroBatch, micro_batches, share
 from tuneyard_trainer.training.losses import Forward, collate
 from tuneyard_trainer.worker import Worker
 
-ANY = 1 << 62
-"""No limit: the caller has chosen what goes into one pass."""
+UNLIMITED = 1 << 62
+"""Tokens of a micro-batch whose rows the caller has chosen."""
 
-RowsToScores = Callable[[nn.Module, Rows, Indices, Forward], Tensor]
-"""(R,) a number for each chosen row, in one pass."""
+Scorer = Callable[[nn.Module, Rows, Indices, Forward], Tensor]
+"""Returns one number for each chosen row (R,), from one forward pass."""
 
 
 def logprobs(model: nn.Module, rows: Rows, chosen: Indices, forward: Forward) -> Tensor:
-    """(R,) the log-probability of each row's targets given what is before them, summed, in float32.
-    One pass. The head sees the answers alone: prompts are most of a pair's tokens."""
-    layout, order = _one_pass(rows, chosen, forward)
-    batch = collate(rows, layout, pad=forward.pad, packed=forward.pack, device=forward.device)
-    bins_N, columns_N = torch.nonzero(batch.labels_BL != IGNORE, as_tuple=True)
-    if forward.pack:
-        context: dict[str, Any] = {"position_ids": batch.positions_BL}
-    else:
-        context = {"attention_mask": batch.attention_BL}
-    with (
-        autocast(forward.device, forward.precision),
-        head_at(model, bins_N, columns_N, layout.width),
-    ):
-        logits_NV = model(input_ids=batch.ids_BL, use_cache=False, **context).logits[0]
-    labels_N = batch.labels_BL[bins_N, columns_N]
-    found_N = -F.cross_entropy(logits_NV.float(), labels_N, reduction="none")
-    # Positions come bin by bin and, in a bin, row by row.
+    """Return the log-probability of each row's targets, summed over the row (R,), in float32, from
+    one forward pass."""
+    micro_batch, order = _as_micro_batch(rows, chosen, forward)
+    logprobs_N = -forward.loss(model, rows, micro_batch, reduction="none")
+    # Targets come bin by bin and, in a bin, row by row.
     owners_N = np.repeat(order, rows.targets[chosen[order]])
     return torch.zeros(len(chosen), device=forward.device).index_add(
-        0, torch.from_numpy(owners_N).to(forward.device), found_N
+        0, torch.from_numpy(owners_N).to(forward.device), logprobs_N
     )
 
 
 def scores(model: nn.Module, rows: Rows, chosen: Indices, forward: Forward) -> Tensor:
-    """(R,) what a sequence classifier's head `score` says at each row's last token, in float32. One
-    pass; rows are never packed."""
-    layout, order = _one_pass(rows, chosen, forward)
-    batch = collate(rows, layout, pad=forward.pad, packed=False, device=forward.device)
+    """Return the output of a sequence classifier's head `score` at each row's last token (R,), in
+    float32, from one forward pass. Rows must not be packed."""
+    micro_batch, order = _as_micro_batch(rows, chosen, forward)
+    batch = collate(rows, micro_batch, pad=forward.pad, packed=False, device=forward.device)
     base = base_of(model)
     trunk = getattr(base, base.base_model_prefix)
     last_R = torch.from_numpy(rows.lengths[chosen[order]] - 1).to(forward.device)
@@ -68,61 +53,64 @@ def scores(model: nn.Module, rows: Rows, chosen: Indices, forward: Forward) -> T
             input_ids=batch.ids_BL, attention_mask=batch.attention_BL, use_cache=False
         )[0]
         bins_R = torch.arange(len(order), device=forward.device)
-        found_R = base.score(hidden_BLH[bins_R, last_R])[:, 0].float()
-    return torch.zeros_like(found_R).index_copy(
-        0, torch.from_numpy(order).to(forward.device), found_R
+        scores_R = base.score(hidden_BLH[bins_R, last_R])[:, 0].float()
+    return torch.zeros_like(scores_R).index_copy(
+        0, torch.from_numpy(order).to(forward.device), scores_R
     )
 
 
-def _one_pass(rows: Rows, chosen: Indices, forward: Forward) -> tuple[MicroBatch, Indices]:
-    """The rows in one pass, and their places in `chosen` in the order of the pass: a row may be
-    there twice."""
-    (local,) = passes(
+def _as_micro_batch(rows: Rows, chosen: Indices, forward: Forward) -> tuple[MicroBatch, Indices]:
+    """Return the rows as one micro-batch, and the positions in `chosen` of its rows. A row may be
+    chosen twice."""
+    (local,) = micro_batches(
         np.arange(len(chosen)),
         rows.lengths[chosen],
         capacity=forward.capacity,
-        max_tokens=ANY,
+        max_tokens=UNLIMITED,
         pack=forward.pack,
     )
-    order = np.array([i for members in local.bins for i in members], dtype=np.int64)
     bins = tuple(tuple(int(chosen[i]) for i in members) for members in local.bins)
-    return MicroBatch(bins, local.width), order
+    return MicroBatch(bins, local.width), local.rows
 
 
-def chunks(comparisons: Comparisons, groups: Indices, max_tokens: int) -> Iterator[Indices]:
-    """The groups that go through the model together, longest rows first: at most `max_tokens` with
-    padding, but always at least one group."""
+def group_micro_batches(
+    comparisons: Comparisons, groups: Indices, max_tokens: int
+) -> Iterator[Indices]:
+    """Yield micro-batches of whole groups, the groups with the longest rows first: at most
+    `max_tokens` tokens each, padding included, but always at least one group."""
     rows = comparisons.rows
     longest = np.maximum.reduceat(rows.lengths, comparisons.groups[:-1])
-    chunk: list[int] = []
+    micro_batch: list[int] = []
     num_rows = width = 0
     for group in sorted((int(g) for g in groups), key=lambda g: (-longest[g], g)):
         size = int(comparisons.sizes[group])
-        if chunk and (num_rows + size) * width > max_tokens:
-            yield np.array(chunk, dtype=np.int64)
-            chunk, num_rows = [], 0
-        if not chunk:
+        if micro_batch and (num_rows + size) * width > max_tokens:
+            yield np.array(micro_batch, dtype=np.int64)
+            micro_batch, num_rows = [], 0
+        if not micro_batch:
             width = int(longest[group])
-        chunk.append(group)
+        micro_batch.append(group)
         num_rows += size
-    if chunk:
-        yield np.array(chunk, dtype=np.int64)
+    if micro_batch:
+        yield np.array(micro_batch, dtype=np.int64)
 
 
 @torch.no_grad()
-def over_all(
-    measure: RowsToScores, model: nn.Module, rows: Rows, forward: Forward, worker: Worker
+def evaluate_rows(
+    scorer: Scorer, model: nn.Module, rows: Rows, forward: Forward, worker: Worker
 ) -> NDArray[np.float64]:
-    """(R,) a number for every row, in evaluation mode; every worker measures its share and knows
-    all of them."""
+    """Return one number for every row (R,), in evaluation mode. The workers share the rows, and all
+    of them return all numbers."""
     model.eval()
-    found_R = torch.zeros(len(rows), dtype=torch.float64, device=worker.device)
+    values_R = torch.zeros(len(rows), dtype=torch.float64, device=worker.device)
     mine = share(np.arange(len(rows)), rows.lengths, worker.rank, worker.world_size)
-    layouts = passes(mine, rows.lengths, capacity=0, max_tokens=forward.max_tokens, pack=False)
-    for layout in layouts:
-        chosen = np.array([row for members in layout.bins for row in members], dtype=np.int64)
-        places = torch.from_numpy(chosen).to(worker.device)
-        found_R[places] = measure(model, rows, chosen, forward).double()
+    for micro_batch in micro_batches(
+        mine, rows.lengths, capacity=0, max_tokens=forward.max_tokens, pack=False
+    ):
+        chosen = micro_batch.rows
+        values_R[torch.from_numpy(chosen).to(worker.device)] = scorer(
+            model, rows, chosen, forward
+        ).double()
     if worker.world_size > 1:
-        dist.all_reduce(found_R)
-    return found_R.cpu().numpy()
+        dist.all_reduce(values_R)
+    return values_R.cpu().numpy()
