@@ -1,4 +1,4 @@
-"""Separable preferences and their stages, for tests of preference training."""
+"""Separable preferences and their stages, for tests of training on preferences."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ WORDS = [
 
 
 def separable(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Return pairs of completions that differ in one word: the better one has "warranty" there."""
+    """Return pairs that differ in one word: the better completion holds "warranty"."""
     random = np.random.default_rng(seed)
 
     def words(number: int) -> list[str]:
@@ -93,8 +93,8 @@ def planned(settings: Settings, **runtime: Any) -> PlannedStage:
 def write_pairs(
     folder: Path, model: Path, rows: list[dict[str, Any]] | Path, **changes: Any
 ) -> Path:
-    """Run a pairs stage over rows or a file of rows and return its folder. A quarter of the prompts
-    is held out."""
+    """Run a pairs stage over rows, or over a file of them, and return its output folder. A quarter
+    of the prompts is held out."""
     folder.mkdir(parents=True, exist_ok=True)
     source = rows if isinstance(rows, Path) else folder / "rows.jsonl"
     if not isinstance(rows, Path):
@@ -116,19 +116,3 @@ def write_pairs(
         StageContext(stage, {"model": model, "preferences.0": source}, out, Worker(0, 1, CPU))
     )
     return out
-
-
-class StopAfter:
-    """A worker's `stop` that requests an end once `step` steps are reported."""
-
-    def __init__(self, step: int) -> None:
-        self.step, self.reported = step, 0
-
-    def report(self, *, step: int = 0, **_: Any) -> None:
-        self.reported = max(self.reported, step)
-
-    def __call__(self) -> bool:
-        return self.reported >= self.step
-
-    def worker(self) -> Worker:
-        return Worker(0, 1, CPU, report=self.report, stop=self)

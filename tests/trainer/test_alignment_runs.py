@@ -173,7 +173,7 @@ def test_a_reward_model_alone_is_exported_as_a_classifier_that_scores(
     assert "AutoModelForSequenceClassification" in card
 
 
-def test_kto_learns_from_unpaired_preferences_made_of_pairs(
+def test_kto_learns_from_labels_made_of_pairs(
     folder: Path, tmp_path: Path, tiny_model_dir: Path
 ) -> None:
     optimize = {"dpo": {"loss": "kto", "training": TRAINING}}

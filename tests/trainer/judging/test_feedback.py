@@ -36,7 +36,7 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.data.rows import Row
 from tuneyard_trainer.data.stream import examples
 from tuneyard_trainer.judging import critique, endpoint, feedback
-from tuneyard_trainer.preference.rows import judged
+from tuneyard_trainer.preference.rows import parse_preferences
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
 
 CHAT = ChatSettings(system_prompt=None, chat_template=None)
@@ -144,9 +144,11 @@ def test_every_pair_is_labelled_as_the_judge_decides(
 def test_the_labels_are_rows_that_pairs_reads(inputs: dict[str, Path], workdir: Path) -> None:
     with JudgeServer(fair) as server:
         run_feedback(server, inputs, workdir)
-    (found,) = judged(Row(1, rows_of(workdir / "preferences.jsonl")[0]), FieldMap(), labeled=False)
+    (found,) = parse_preferences(
+        Row(1, rows_of(workdir / "preferences.jsonl")[0]), FieldMap(), labeled=False
+    )
     assert found.prompt[0].content == "Which port has lamp 0?"
-    assert found.answers[0] > found.answers[1]
+    assert found.completions[0] > found.completions[1]
     assert found.label == pytest.approx(0.8)
 
 

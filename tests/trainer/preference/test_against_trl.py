@@ -1,4 +1,4 @@
-"""Our preference losses and TRL's trainers, on the same weights and tokens, in one number."""
+"""Tuneyard's preference losses against TRL's trainers, on the same weights and tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.trainer.preferring import CPU, separable
 from tuneyard_trainer.data.prepared import Rows, RowWriter
 from tuneyard_trainer.models import base
 from tuneyard_trainer.preference.losses import pair_loss, reward_loss
-from tuneyard_trainer.preference.passes import logprobs
+from tuneyard_trainer.preference.micro_batches import logprobs
 from tuneyard_trainer.training.losses import Forward
 
 trl = pytest.importorskip("trl")
@@ -27,7 +27,7 @@ FORWARD = Forward(CPU, torch.float32, 3, pack=False, capacity=64, max_tokens=1 <
 
 @pytest.fixture(scope="module")
 def models_of(tiny_model_dir: Path) -> tuple[Any, Any]:
-    """A policy and the reference that it has moved away from."""
+    """A policy, and the reference that it differs from."""
     reference = base.load_base(tiny_model_dir, dtype=torch.float32, device=CPU)
     policy = copy.deepcopy(reference)
     generator = torch.Generator().manual_seed(1)
@@ -38,7 +38,7 @@ def models_of(tiny_model_dir: Path) -> tuple[Any, Any]:
 
 
 def rows_of(folder: Path, batch: dict[str, torch.Tensor]) -> Rows:
-    """TRL's batch, all chosen rows and then all rejected ones, as ours."""
+    """Return TRL's batch as rows: all chosen ones, then all rejected ones."""
     folder.mkdir()
     with RowWriter(folder, "train") as writer:
         for ids, attended, mask in zip(
@@ -52,7 +52,7 @@ def rows_of(folder: Path, batch: dict[str, torch.Tensor]) -> Rows:
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down"])
-def test_a_batch_costs_what_trls_dpo_trainer_says(
+def test_the_loss_of_a_batch_equals_that_of_trls_dpo_trainer(
     tmp_path: Path, models_of: tuple[Any, Any], tiny_tokenizer: Any, loss: str
 ) -> None:
     policy, reference = models_of
@@ -99,8 +99,8 @@ def test_a_batch_costs_what_trls_dpo_trainer_says(
     assert float(ours.mean()) == pytest.approx(theirs, abs=1e-5)
 
 
-def test_pairs_cost_what_trls_reward_trainer_computes() -> None:
-    """Its compute_loss, line by line: no part of it can be called without its trainer."""
+def test_the_loss_of_pairs_equals_that_of_trls_reward_trainer() -> None:
+    """The expected value repeats its `compute_loss`, which cannot be called without a trainer."""
     better, worse = torch.tensor([1.0, -0.5, 2.0]), torch.tensor([0.3, 0.7, 2.5])
     margin, coefficient = 0.25, 0.01
     theirs = -torch.nn.functional.logsigmoid(better - worse - margin).mean()

@@ -1,4 +1,4 @@
-"""DPO, its relatives and KTO on a tiny model: they learn, and a killed run loses nothing."""
+"""DPO, its variants and KTO on a tiny model: training, resuming and the reference."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from safetensors.torch import load_file
 
 from tests.trainer.preferring import (
     CPU,
-    StopAfter,
     loop_settings,
     planned,
     separable,
     write_pairs,
 )
+from tests.trainer.stop_after import StopAfter
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.stage_settings import DpoSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import base, layers, policies
 from tuneyard_trainer.preference import dpo
 from tuneyard_trainer.preference.dataset import Preferences
-from tuneyard_trainer.preference.passes import logprobs, over_all
+from tuneyard_trainer.preference.micro_batches import evaluate_rows, logprobs
 from tuneyard_trainer.preference.reference import reference_logprobs
 from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
@@ -41,8 +41,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> di
 
 
 @pytest.fixture(scope="module")
-def thumbs(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("thumbs")
+def labeled_inputs(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path
+) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("labeled")
     data = write_pairs(folder, tiny_model_dir, separable(64), labeled=True)
     return {"model": tiny_model_dir, "data": data}
 
@@ -88,20 +90,24 @@ def test_every_loss_raises_the_held_out_margin(
     assert outcome.metrics["validationLoss"] < outcome.metrics["baseValidationLoss"]
 
 
-def test_full_fine_tuning_learns_too(tmp_path: Path, inputs: dict[str, Path]) -> None:
+def test_full_fine_tuning_raises_the_held_out_accuracy(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
     chosen = settings(adapter=None, epochs=3.0, learning_rate=3e-3)
     weights, outcome = run(tmp_path / "a", inputs, chosen)
     assert outcome.metrics["preferenceAccuracy"] > 0.8
     assert "model.norm.weight" in weights
 
 
-def test_kto_learns_from_thumbs(tmp_path: Path, thumbs: dict[str, Path]) -> None:
-    _, outcome = run(tmp_path / "a", thumbs, settings("kto", epochs=4.0, keep_best=False))
+def test_kto_learns_from_labeled_completions(
+    tmp_path: Path, labeled_inputs: dict[str, Path]
+) -> None:
+    _, outcome = run(tmp_path / "a", labeled_inputs, settings("kto", epochs=4.0, keep_best=False))
     assert outcome.metrics["preferenceMargin"] > 0.02
     assert outcome.metrics["preferenceAccuracy"] > 0.8
 
 
-def test_the_start_prefers_nothing_by_its_own_measure(
+def test_the_loss_of_the_reference_is_that_of_equal_sides(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     (tmp_path / "a").mkdir()
@@ -116,11 +122,11 @@ def test_the_start_prefers_nothing_by_its_own_measure(
 
 @pytest.mark.parametrize("loss", ["sigmoid", "kto"])
 @pytest.mark.parametrize("stop", [1, 4])
-def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(
-    tmp_path: Path, inputs: dict[str, Path], thumbs: dict[str, Path], loss: str, stop: int
+def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(
+    tmp_path: Path, inputs: dict[str, Path], labeled_inputs: dict[str, Path], loss: str, stop: int
 ) -> None:
     chosen = settings(loss, {"lora": {"rank": 4, "dropout": 0.1}}, max_steps=6, epochs=None)
-    data = thumbs if loss == "kto" else inputs
+    data = labeled_inputs if loss == "kto" else inputs
     whole, _ = run(tmp_path / "a", data, chosen)
     with pytest.raises(Interrupted):
         run(tmp_path / "b", data, chosen, StopAfter(stop).worker())
@@ -130,18 +136,18 @@ def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "kto"])
-def test_passes_change_nothing_but_rounding(
-    tmp_path: Path, inputs: dict[str, Path], thumbs: dict[str, Path], loss: str
+def test_the_size_of_micro_batches_changes_rounding_alone(
+    tmp_path: Path, inputs: dict[str, Path], labeled_inputs: dict[str, Path], loss: str
 ) -> None:
     chosen = settings(loss, max_steps=2, epochs=None, learning_rate=1e-3)
-    data = thumbs if loss == "kto" else inputs
+    data = labeled_inputs if loss == "kto" else inputs
     one, _ = run(tmp_path / "a", data, chosen, micro_batch_tokens=100_000)
     many, _ = run(tmp_path / "b", data, chosen, micro_batch_tokens=1)
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, many[name], atol=2e-4, rtol=0)
 
 
-def test_a_second_stage_goes_on_with_the_same_adapter_and_starts_from_it(
+def test_a_second_stage_trains_the_adapter_of_the_first_one(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     first, _ = run(tmp_path / "a", inputs, settings(epochs=2.0))
@@ -156,7 +162,7 @@ def test_a_second_stage_goes_on_with_the_same_adapter_and_starts_from_it(
     assert abs(lines[1]["loss"] - np.log(2)) < 1e-6
 
 
-def test_a_rows_log_probability_is_the_sum_of_its_answers_tokens(
+def test_a_rows_log_probability_is_the_sum_over_its_completions_tokens(
     inputs: dict[str, Path],
 ) -> None:
     model: Any = base.load_base(inputs["model"], dtype=torch.float32, device=CPU)
@@ -176,7 +182,7 @@ def test_a_rows_log_probability_is_the_sum_of_its_answers_tokens(
         assert float(values[0]) == pytest.approx(wanted, abs=1e-4)
 
 
-def test_the_reference_is_computed_once_and_kept_by_content(
+def test_the_reference_is_computed_once_and_cached_by_content(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     model: Any = base.load_base(inputs["model"], dtype=torch.float32, device=CPU)
@@ -187,19 +193,19 @@ def test_the_reference_is_computed_once_and_kept_by_content(
         return reference_logprobs(model, key, rows, forward, tmp_path, worker)
 
     first = reference("a")
-    np.testing.assert_allclose(first, over_all(logprobs, model, rows, forward, worker), atol=1e-4)
+    np.testing.assert_allclose(
+        first, evaluate_rows(logprobs, model, rows, forward, worker), atol=1e-4
+    )
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(2)
     np.testing.assert_array_equal(reference("a"), first)
     assert not np.allclose(reference("b"), first)
     for file in (tmp_path / "reference").iterdir():
         file.write_bytes(file.read_bytes()[:100])
-    assert not np.allclose(reference("a"), first), "what is cut off must not be believed"
+    assert not np.allclose(reference("a"), first), "a truncated file is not read"
 
 
-def test_the_reference_survives_a_change_of_settings(
-    tmp_path: Path, inputs: dict[str, Path]
-) -> None:
+def test_other_settings_read_the_cached_reference(tmp_path: Path, inputs: dict[str, Path]) -> None:
     run(tmp_path, inputs, settings(max_steps=1, epochs=None))
     kept = sorted((tmp_path / "reference").iterdir())
     run(tmp_path, inputs, settings(max_steps=2, epochs=None, beta=0.5))
@@ -207,15 +213,15 @@ def test_the_reference_survives_a_change_of_settings(
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "kto"])
-def test_preferences_of_the_wrong_kind_are_named(
-    tmp_path: Path, inputs: dict[str, Path], thumbs: dict[str, Path], loss: str
+def test_preferences_of_the_wrong_shape_are_an_error(
+    tmp_path: Path, inputs: dict[str, Path], labeled_inputs: dict[str, Path], loss: str
 ) -> None:
     with pytest.raises(StageError) as caught:
-        run(tmp_path, inputs if loss == "kto" else thumbs, settings(loss))
+        run(tmp_path, inputs if loss == "kto" else labeled_inputs, settings(loss))
     assert caught.value.reason == "WrongPreferences"
 
 
-def test_the_reference_takes_the_trained_tensors_place_and_gives_it_back(
+def test_the_reference_replaces_the_trained_tensors_only_while_active(
     inputs: dict[str, Path], tiny_tokenizer: Any
 ) -> None:
     model = policies.load(

@@ -1,4 +1,4 @@
-"""Preferences of every shape, read, checked, split by prompt and laid out for training."""
+"""Preferences of every shape are read, checked, split by prompt and written as tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tuneyard_trainer.data.example import Message
 from tuneyard_trainer.data.rows import Row
 from tuneyard_trainer.preference import pairs
 from tuneyard_trainer.preference.dataset import Preferences
-from tuneyard_trainer.preference.rows import Judged, PreferenceError, judged
+from tuneyard_trainer.preference.rows import Preference, PreferenceError, parse_preferences
 from tuneyard_trainer.worker import StageContext, StageOutcome, Worker
 
 HH = Path(__file__).parents[4] / "shared" / "data" / "hh-rlhf-harmless-base.jsonl.gz"
@@ -59,8 +59,8 @@ def run(
     return Preferences.open(workdir), outcome
 
 
-def one(value: dict[str, Any], *, labeled: bool = False) -> Judged:
-    (found,) = judged(Row(1, value), FieldMap(), labeled=labeled)
+def parsed(value: dict[str, Any], *, labeled: bool = False) -> Preference:
+    (found,) = parse_preferences(Row(1, value), FieldMap(), labeled=labeled)
     return found
 
 
@@ -102,41 +102,44 @@ DIALOGUE = "\n\nHuman: Hi?\n\nAssistant: Hello.\n\nHuman: Bye?\n\nAssistant: "
         {"prompt": "Hi?", "responses": ["No.", "Yes."], "ranks": [2, 1]},
     ],
 )
-def test_every_shape_of_a_pair_says_the_same(value: dict[str, Any]) -> None:
-    found = one(value)
-    assert (found.prompt, found.answers, found.label) == ((USER,), ("Yes.", "No."), 1.0)
+def test_every_shape_of_a_pair_is_the_same_preference(value: dict[str, Any]) -> None:
+    found = parsed(value)
+    assert (found.prompt, found.completions, found.label) == ((USER,), ("Yes.", "No."), 1.0)
 
 
 def test_a_dialogue_keeps_its_turns() -> None:
-    found = one({"chosen": DIALOGUE + "Good bye.", "rejected": DIALOGUE + "What?"})
+    found = parsed({"chosen": DIALOGUE + "Good bye.", "rejected": DIALOGUE + "What?"})
     assert [turn.role for turn in found.prompt] == ["user", "assistant", "user"]
-    assert found.answers == ("Good bye.", "What?")
+    assert found.completions == ("Good bye.", "What?")
 
 
-def test_a_ranking_is_put_into_its_order() -> None:
+def test_a_ranking_is_sorted_by_its_ranks() -> None:
     value = {"prompt": "Hi?", "answers": ["c", "a", "b"], "ranks": [3, 1, 2]}
-    assert one(value).answers == ("a", "b", "c")
+    assert parsed(value).completions == ("a", "b", "c")
 
 
-def test_a_judges_doubt_is_kept() -> None:
+def test_the_probability_of_an_order_becomes_the_label() -> None:
     value = {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No.", "probability": 0.75}
-    assert one(value).label == 0.75
+    assert parsed(value).label == 0.75
 
 
 @pytest.mark.parametrize("label", [True, 1, "up", "Up"])
-def test_thumbs_up_in_every_spelling(label: Any) -> None:
-    assert one({"prompt": "Hi?", "completion": "Yes.", "label": label}, labeled=True).label == 1
+def test_a_good_label_is_recognized_in_every_spelling(label: Any) -> None:
+    assert parsed({"prompt": "Hi?", "completion": "Yes.", "label": label}, labeled=True).label == 1
 
 
-def test_a_pair_is_one_thumb_up_and_one_down_where_single_answers_are_wanted() -> None:
+def test_a_pair_becomes_a_good_and_a_bad_completion_for_kto() -> None:
     value = {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."}
-    found = judged(Row(1, value), FieldMap(), labeled=True)
-    assert [(single.answers, single.label) for single in found] == [(("Yes.",), 1), (("No.",), 0)]
+    found = parse_preferences(Row(1, value), FieldMap(), labeled=True)
+    assert [(single.completions, single.label) for single in found] == [
+        (("Yes.",), 1),
+        (("No.",), 0),
+    ]
 
 
-BROKEN: list[tuple[dict[str, Any], str]] = [
+INVALID: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "Hi?", "chosen": "Yes.", "rejected": "Yes. "}, "IdenticalSides"),
-    ({"prompt": "Hi?", "chosen": "Yes.", "rejected": " "}, "EmptyAnswer"),
+    ({"prompt": "Hi?", "chosen": "Yes.", "rejected": " "}, "EmptyCompletion"),
     ({"prompt": "Hi?", "chosen": "Yes."}, "UnknownShape"),
     ({"chosen": "Yes.", "rejected": "No."}, "UnknownShape"),
     ({"text": "Yes."}, "UnknownShape"),
@@ -149,7 +152,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         },
         "DifferingPrompts",
     ),
-    ({"chosen": DIALOGUE + "x", "rejected": DIALOGUE + "x\n\nHuman: y"}, "EmptyAnswer"),
+    ({"chosen": DIALOGUE + "x", "rejected": DIALOGUE + "x\n\nHuman: y"}, "EmptyCompletion"),
     ({"prompt": "Hi?", "answers": ["a", "a", "b"]}, "IdenticalSides"),
     ({"prompt": "Hi?", "answers": ["a", "b"], "ranks": [1, 1]}, "InvalidLabel"),
     ({"prompt": "Hi?", "chosen": "a", "rejected": "b", "probability": 0.2}, "InvalidLabel"),
@@ -158,23 +161,23 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("value", "fault"), BROKEN)
-def test_a_row_that_states_no_preference_is_named(value: dict[str, Any], fault: str) -> None:
+@pytest.mark.parametrize(("value", "fault"), INVALID)
+def test_a_row_without_a_preference_raises_its_fault(value: dict[str, Any], fault: str) -> None:
     with pytest.raises(PreferenceError) as caught:
-        one(value)
+        parsed(value)
     assert caught.value.fault == fault
 
 
-def test_a_label_that_is_no_thumb_is_named() -> None:
+def test_an_unknown_label_is_an_error() -> None:
     with pytest.raises(PreferenceError) as caught:
-        one({"prompt": "Hi?", "completion": "Yes.", "label": 5}, labeled=True)
+        parsed({"prompt": "Hi?", "completion": "Yes.", "label": 5}, labeled=True)
     assert caught.value.fault == "InvalidLabel"
 
 
 # ---- on disk --------------------------------------------------------------------------------
 
 
-def test_a_row_is_the_prompt_and_one_answer_up_to_its_stop_token(
+def test_a_row_is_the_prompt_and_one_completion_up_to_its_stop_token(
     tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: Any
 ) -> None:
     found, _ = run(tmp_path, tiny_model_dir, PAIRS, held_out=0.0)
@@ -188,7 +191,9 @@ def test_a_row_is_the_prompt_and_one_answer_up_to_its_stop_token(
     assert "Bad" in tiny_tokenizer.decode(found.train.rows.ids(1))
 
 
-def test_all_answers_to_a_prompt_lie_on_one_side(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_all_completions_of_a_prompt_are_in_the_same_split(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
     rows = [row | {"rejected": f"Worse {n}."} for row in PAIRS for n in range(3)]
     found, outcome = run(tmp_path, tiny_model_dir, rows)
     assert found.validation is not None
@@ -197,14 +202,14 @@ def test_all_answers_to_a_prompt_lie_on_one_side(tmp_path: Path, tiny_model_dir:
     assert len({line["prompt"][0]["content"] for line in held}) == 2
 
 
-def test_rankings_and_pairs_lie_side_by_side(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_rankings_and_pairs_can_be_mixed(tmp_path: Path, tiny_model_dir: Path) -> None:
     ranking = {"prompt": "Which?", "answers": ["first", "second", "third"]}
     found, _ = run(tmp_path, tiny_model_dir, [*PAIRS, ranking], held_out=0.0)
     assert list(found.train.sizes) == [2] * 8 + [3]
     assert list(found.train.members(np.array([8, 0]))) == [16, 17, 18, 0, 1]
 
 
-def test_the_system_prompt_of_the_job_is_in_force(
+def test_the_system_prompt_of_the_job_is_part_of_every_row(
     tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: Any
 ) -> None:
     chat = ChatSettings(system_prompt="Be brief.", chat_template=None)
@@ -212,7 +217,7 @@ def test_the_system_prompt_of_the_job_is_in_force(
     assert "system\nBe brief." in tiny_tokenizer.decode(found.train.rows.ids(0))
 
 
-def test_one_broken_row_stops_the_job_and_is_shown(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_one_invalid_row_fails_the_stage_and_is_shown(tmp_path: Path, tiny_model_dir: Path) -> None:
     rows = [*PAIRS, PAIRS[0] | {"rejected": PAIRS[0]["chosen"]}]
     with pytest.raises(StageError) as caught:
         run(tmp_path, tiny_model_dir, rows)
@@ -222,20 +227,20 @@ def test_one_broken_row_stops_the_job_and_is_shown(tmp_path: Path, tiny_model_di
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_broken_rows_may_be_skipped_and_are_counted_by_name(
+def test_invalid_rows_can_be_skipped_and_are_counted_by_fault(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:
-    rows = [*PAIRS, *(row for row, _ in BROKEN[:3])]
+    rows = [*PAIRS, *(row for row, _ in INVALID[:3])]
     _, outcome = run(tmp_path, tiny_model_dir, rows, on_invalid_row="skip")
     assert outcome.metrics["skippedRows"] == 3
     assert outcome.details["skippedBy"] == {
         "IdenticalSides": 1,
-        "EmptyAnswer": 1,
+        "EmptyCompletion": 1,
         "UnknownShape": 1,
     }
 
 
-def test_no_more_than_half_of_the_rows_are_skipped(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_at_most_half_of_the_rows_are_skipped(tmp_path: Path, tiny_model_dir: Path) -> None:
     rows = [PAIRS[0], {"text": "a"}, {"text": "b"}]
     with pytest.raises(StageError) as caught:
         run(tmp_path, tiny_model_dir, rows, on_invalid_row="skip")
@@ -243,7 +248,7 @@ def test_no_more_than_half_of_the_rows_are_skipped(tmp_path: Path, tiny_model_di
     assert "prompt, chosen and rejected" in (caught.value.advice or "")
 
 
-def test_a_long_answer_is_refused_or_dropped_but_never_cut(
+def test_a_long_row_is_rejected_or_dropped_but_never_truncated(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:
     rows = [*PAIRS, PAIRS[0] | {"chosen": "very " * 60}]
@@ -265,7 +270,7 @@ def test_a_long_answer_is_refused_or_dropped_but_never_cut(
         (PAIRS, {"max_length": 10_000}, "MaxLength"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_learnt_from_is_named(
+def test_unusable_preferences_raise_a_reason(
     tmp_path: Path, tiny_model_dir: Path, rows: list[Any], settings: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(StageError) as caught:
@@ -275,9 +280,9 @@ def test_what_cannot_be_learnt_from_is_named(
 
 @pytest.mark.shared_data
 @pytest.mark.skipif(not HH.exists(), reason="needs hh-rlhf beside the checkout")
-def test_hh_rlhf_is_read_as_it_comes(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_hh_rlhf_is_read_without_conversion(tmp_path: Path, tiny_model_dir: Path) -> None:
     _, outcome = run(
         tmp_path, tiny_model_dir, HH, on_invalid_row="skip", on_overlength="drop", max_length=256
     )
     assert outcome.metrics["rows"] == 1800
-    assert outcome.metrics["skippedRows"] < 36  # identical sides, empty answers
+    assert outcome.metrics["skippedRows"] < 36  # identical sides, empty completions

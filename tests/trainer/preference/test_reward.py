@@ -1,4 +1,4 @@
-"""Reward models: they learn what people prefer, and what is written is what was trained."""
+"""Reward models: training, and the written model against the trained one."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from transformers import AutoModelForSequenceClassification
 
 from tests.trainer.preferring import (
     CPU,
-    StopAfter,
     loop_settings,
     planned,
     separable,
     write_pairs,
 )
+from tests.trainer.stop_after import StopAfter
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.stage_settings import RewardSettings
 from tuneyard.errors import StageError
@@ -30,7 +30,7 @@ from tuneyard_trainer.models.gguf_unpack import unpacked
 from tuneyard_trainer.preference import reward
 from tuneyard_trainer.preference.dataset import Preferences
 from tuneyard_trainer.preference.metrics import calibration_error, interval
-from tuneyard_trainer.preference.passes import scores
+from tuneyard_trainer.preference.micro_batches import scores
 from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
 
@@ -71,7 +71,7 @@ def run(
 
 
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
-def test_separable_preferences_are_learnt(
+def test_separable_preferences_are_learned(
     tmp_path: Path, inputs: dict[str, Path], adapter: dict[str, Any] | None
 ) -> None:
     rate = 1e-2 if adapter else 3e-3
@@ -86,7 +86,7 @@ def test_separable_preferences_are_learnt(
     assert outcome.contents == ("weights", "tokenizer")
 
 
-def test_what_is_written_is_a_plain_classifier_whose_head_was_trained(
+def test_the_written_model_is_a_plain_classifier_with_a_trained_head(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     weights, outcome = run(tmp_path / "a", inputs, settings(LORA, max_steps=3, epochs=None))
@@ -111,7 +111,7 @@ def test_what_is_written_is_a_plain_classifier_whose_head_was_trained(
 
 
 @pytest.mark.parametrize("stop", [1, 4])
-def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(
+def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(
     tmp_path: Path, inputs: dict[str, Path], stop: int
 ) -> None:
     chosen = settings({"lora": {"rank": 4, "dropout": 0.1}}, max_steps=6, epochs=None)
@@ -123,7 +123,9 @@ def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_passes_change_nothing_but_rounding(tmp_path: Path, inputs: dict[str, Path]) -> None:
+def test_the_size_of_micro_batches_changes_rounding_alone(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
     chosen = settings(max_steps=2, epochs=None, learning_rate=1e-3)
     one, _ = run(tmp_path / "a", inputs, chosen, micro_batch_tokens=100_000)
     many, _ = run(tmp_path / "b", inputs, chosen, micro_batch_tokens=1)
@@ -131,16 +133,16 @@ def test_passes_change_nothing_but_rounding(tmp_path: Path, inputs: dict[str, Pa
         torch.testing.assert_close(tensor, many[name], atol=2e-4, rtol=0)
 
 
-def test_a_margin_pushes_rewards_apart(tmp_path: Path, inputs: dict[str, Path]) -> None:
-    def margin(wanted: float) -> float:
-        chosen = settings(LORA, epochs=3.0, margin=wanted)
-        _, outcome = run(tmp_path / f"m{wanted}", inputs, chosen)
+def test_a_margin_raises_the_difference_of_rewards(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    def reward_margin(margin: float) -> float:
+        chosen = settings(LORA, epochs=3.0, margin=margin)
+        _, outcome = run(tmp_path / f"m{margin}", inputs, chosen)
         return float(outcome.metrics["rewardMargin"])
 
-    assert margin(4.0) > margin(0.0)
+    assert reward_margin(4.0) > reward_margin(0.0)
 
 
-def test_it_starts_from_the_fine_tuned_model(tmp_path: Path, inputs: dict[str, Path]) -> None:
+def test_training_starts_from_the_fine_tuned_model(tmp_path: Path, inputs: dict[str, Path]) -> None:
     tuned: Any = load_base(inputs["model"], dtype=torch.float32, device=CPU)
     with torch.no_grad():
         tuned.get_input_embeddings().weight.mul_(2)
@@ -152,7 +154,7 @@ def test_it_starts_from_the_fine_tuned_model(tmp_path: Path, inputs: dict[str, P
     torch.testing.assert_close(other[name], base[name] * 2)
 
 
-def test_a_reward_model_that_reads_back_otherwise_is_no_result(
+def test_a_reward_model_that_reads_back_differently_is_an_error(
     tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = reward_models.load
@@ -169,13 +171,15 @@ def test_a_reward_model_that_reads_back_otherwise_is_no_result(
     assert caught.value.reason == "RewardMismatch"
 
 
-def test_a_model_without_a_trained_head_is_refused(tiny_model_dir: Path) -> None:
+def test_a_model_without_a_trained_head_is_an_error(tiny_model_dir: Path) -> None:
     with pytest.raises(StageError) as caught:
         reward_models.load(tiny_model_dir, dtype=torch.float32, device=CPU)
     assert caught.value.reason == "RewardHeadMissing"
 
 
-def test_an_architecture_without_a_classifier_is_named(tmp_path: Path, tiny_tokenizer: Any) -> None:
+def test_an_architecture_without_a_classifier_is_an_error(
+    tmp_path: Path, tiny_tokenizer: Any
+) -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
     config = MambaConfig(vocab_size=400, hidden_size=16, num_hidden_layers=1, state_size=4)
@@ -193,14 +197,14 @@ def test_an_architecture_without_a_classifier_is_named(tmp_path: Path, tiny_toke
     assert caught.value.reason == "RewardModelBroken"
 
 
-def test_calibration_is_perfect_where_confidence_is_the_share_that_is_right() -> None:
+def test_the_calibration_error_is_zero_if_confidence_equals_accuracy() -> None:
     margin = np.log(3.0)  # sigmoid: 0.75
     margins = np.array([margin] * 75 + [-margin] * 25)
     assert calibration_error(margins) == pytest.approx(0.0, abs=1e-9)
     assert calibration_error(-margins) == pytest.approx(0.5)
 
 
-def test_an_interval_is_wilsons() -> None:
+def test_an_interval_equals_wilsons() -> None:
     assert interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
     assert interval(1.0, 10)[1] == pytest.approx(1.0)
 
@@ -223,13 +227,13 @@ def smollm2(tmp_path: Path) -> Path:
 @pytest.mark.skipif(not HH.exists(), reason="needs hh-rlhf beside the checkout")
 @pytest.mark.skipif(
     os.environ.get("TUNEYARD_LONG_TESTS") != "1",
-    reason="takes a quarter of an hour: asked for with TUNEYARD_LONG_TESTS=1",
+    reason="takes a quarter of an hour: set TUNEYARD_LONG_TESTS=1",
 )
-def test_smollm2_learns_what_people_prefer_of_hh_rlhf(
+def test_smollm2_learns_the_preferences_of_hh_rlhf(
     tmp_path: Path, smollm2: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On dialogues of up to 128 tokens, some 400 to learn from; ten minutes of two idle cores. The
-    figure is printed."""
+    """About 400 training dialogues of up to 128 tokens; ten minutes on two idle cores. Prints the
+    metrics."""
     data = write_pairs(
         tmp_path,
         smollm2,
@@ -249,7 +253,7 @@ def test_smollm2_learns_what_people_prefer_of_hh_rlhf(
             f"{metrics['rewardAccuracy']:.3f} (95% {metrics['rewardAccuracyLow']:.3f} to "
             f"{metrics['rewardAccuracyHigh']:.3f}), calibration error "
             f"{metrics['rewardCalibrationError']:.3f}, length correlation "
-            f"{metrics['lengthCorrelation']:.2f}, the longer one is better "
+            f"{metrics['lengthCorrelation']:.2f}, the longer one is better in "
             f"{metrics['longerIsBetter']:.3f}"
         )
     assert metrics["rewardAccuracyLow"] > 0.5

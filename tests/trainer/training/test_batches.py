@@ -1,11 +1,11 @@
-"""The data order: exact, the same for every number of workers, and a function of the step alone."""
+"""The data order is exact, the same for any number of workers, and a function of the step."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from tuneyard_trainer.training.batches import Order, passes, share
+from tuneyard_trainer.training.batches import Order, micro_batches, share
 
 LENGTHS = np.array([5, 90, 17, 40, 3, 64, 12, 12, 33, 250, 8], dtype=np.int64)
 
@@ -27,12 +27,12 @@ def test_epochs_differ_and_seeds_differ_but_the_same_seed_repeats() -> None:
 
 
 @pytest.mark.parametrize("step", [0, 1, 2, 3, 4, 7])
-def test_a_run_resumed_at_any_step_sees_the_rows_that_were_left(step: int) -> None:
+def test_a_run_resumed_at_any_step_trains_on_the_remaining_rows(step: int) -> None:
     whole = [list(batch) for batch in order().batches(0, 8)]
     assert [list(batch) for batch in order().batches(step, 8)] == whole[step:]
 
 
-def test_total_steps_round_a_part_of_an_epoch_up_and_max_steps_wins() -> None:
+def test_total_steps_rounds_up_and_max_steps_takes_precedence() -> None:
     assert order().steps_per_epoch == 3
     assert order().total_steps(2, None) == 6
     assert order().total_steps(0.5, None) == 2
@@ -41,14 +41,14 @@ def test_total_steps_round_a_part_of_an_epoch_up_and_max_steps_wins() -> None:
 
 
 @pytest.mark.parametrize(("weight", "copies"), [(1.0, 10), (2.0, 20), (0.5, 5), (1.5, 15)])
-def test_weights_say_how_often_an_epoch_holds_a_row(weight: float, copies: int) -> None:
+def test_a_weight_is_the_number_of_times_an_epoch_holds_a_row(weight: float, copies: int) -> None:
     rows = order(rows=10, weight=weight).rows
     assert len(rows) == copies
     counts = np.bincount(rows, minlength=10)
     assert counts.max() - counts.min() <= 1
 
 
-def test_the_half_that_a_weight_of_a_half_picks_stays_the_same_in_every_epoch() -> None:
+def test_a_weight_of_one_half_selects_the_same_rows_in_every_epoch() -> None:
     halved = order(rows=10, weight=0.5)
     assert set(halved.epoch(0)) == set(halved.epoch(1))
 
@@ -68,16 +68,18 @@ def test_two_workers_get_about_the_same_number_of_tokens() -> None:
 
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("max_tokens", [1, 100, 300, 5000])
-def test_passes_hold_every_row_once_whole_and_within_bounds(pack: bool, max_tokens: int) -> None:
-    laid_out = passes(np.arange(11), LENGTHS, capacity=128, max_tokens=max_tokens, pack=pack)
-    rows = [row for layout in laid_out for members in layout.bins for row in members]
+def test_micro_batches_hold_every_row_once_and_stay_within_the_token_limit(
+    pack: bool, max_tokens: int
+) -> None:
+    found = micro_batches(np.arange(11), LENGTHS, capacity=128, max_tokens=max_tokens, pack=pack)
+    rows = [row for micro_batch in found for members in micro_batch.bins for row in members]
     assert sorted(rows) == list(range(11))
-    for layout in laid_out:
-        assert max(sum(LENGTHS[list(members)]) for members in layout.bins) == layout.width
-        assert len(layout.bins) == 1 or len(layout.bins) * layout.width <= max_tokens
-        assert pack or all(len(members) == 1 for members in layout.bins)
+    for micro_batch in found:
+        assert max(sum(LENGTHS[list(members)]) for members in micro_batch.bins) == micro_batch.width
+        assert len(micro_batch.bins) == 1 or len(micro_batch.bins) * micro_batch.width <= max_tokens
+        assert pack or all(len(members) == 1 for members in micro_batch.bins)
 
 
-def test_packing_fills_bins_to_the_capacity_and_no_further() -> None:
-    laid_out = passes(np.arange(8), np.full(8, 30), capacity=100, max_tokens=10_000, pack=True)
-    assert [len(members) for layout in laid_out for members in layout.bins] == [3, 3, 2]
+def test_packing_fills_bins_up_to_the_capacity() -> None:
+    found = micro_batches(np.arange(8), np.full(8, 30), capacity=100, max_tokens=10_000, pack=True)
+    assert [len(members) for micro_batch in found for members in micro_batch.bins] == [3, 3, 2]

@@ -1,4 +1,4 @@
-"""SFT's loss and gradients against a reference written by hand: one row at a time, full logits."""
+"""SFT's loss and gradients against a direct computation: one row at a time, full logits."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ CPU = torch.device("cpu")
 
 
 def reference(model: Any, rows: list[Row]) -> tuple[float, dict[str, torch.Tensor]]:
-    """Mean over all targets of -log softmax(logits)[next token], by the definition, with float64
-    log-sum-exp; each row alone, so no packing, padding or masking can interfere."""
+    """Return the mean over all targets of -log softmax(logits)[next token], in float64, and its
+    gradients. Each row has a forward pass of its own: no packing, padding or masking."""
     model.train()
     total, targets = torch.zeros((), dtype=torch.float64), 0
     for ids, mask in rows:
@@ -74,24 +74,24 @@ def test_loss_and_gradients_equal_the_reference_packed_and_padded(
         packing=packing,
         runtime={"micro_batch_tokens": max_tokens},
     )
-    loss, _ = loop.backward(np.arange(len(ROWS)), step=0)
-    assert loss == pytest.approx(expected_loss, abs=1e-5)
+    metrics, _ = loop.backward(np.arange(len(ROWS)), step=0)
+    assert metrics["loss"] == pytest.approx(expected_loss, abs=1e-5)
     assert_close(
         {name: p.grad for name, p in loop.parameters.items() if p.grad is not None}, expected
     )
 
 
-def test_a_row_in_a_pack_never_sees_the_row_before_it(
+def test_a_packed_row_does_not_attend_to_the_row_before_it(
     tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: Any
 ) -> None:
-    """Change one row's context: the loss of its neighbour in the pack must not move."""
+    """The loss of a row does not depend on the tokens of the other row in its bin."""
     losses = []
     for first in (5, 77):
         rows = [([first, 9, 9, 9, 9, 9], [0] * 6), ROWS[0]]
         folder = tmp_path / str(first)
         write_prepared(folder / "data", tiny_tokenizer, rows)
         loop = build(folder, tiny_model_dir, Worker(0, 1, CPU), packing="always")
-        losses.append(loop.backward(np.arange(2), step=0)[0])
+        losses.append(loop.backward(np.arange(2), step=0)[0]["loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-7)
 
 
@@ -105,15 +105,15 @@ def _worker(rank: int, port: int, folder: Path, model_dir: Path) -> None:
     loop = build(folder, model_dir, Worker(rank, 2, CPU), packing="always")
     found = {}
     for name, rows in BATCHES.items():
-        loss, stop = loop.backward(np.array(rows), step=0)
+        metrics, stop = loop.backward(np.array(rows), step=0)
         gradients = {key: p.grad for key, p in loop.parameters.items() if p.grad is not None}
-        found[name] = {"loss": loss, "stop": stop, "gradients": gradients}
+        found[name] = {"loss": metrics["loss"], "stop": stop, "gradients": gradients}
         loop.optimizer.zero_grad(set_to_none=True)
     torch.save(found, folder / f"rank-{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_workers_compute_the_reference_too(
+def test_two_workers_compute_the_reference(
     tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: Any
 ) -> None:
     write_prepared(tmp_path / "data", tiny_tokenizer, ROWS)
@@ -134,15 +134,15 @@ def test_two_workers_compute_the_reference_too(
 def test_adapters_compute_the_same_loss_packed_or_not(
     adapter: str, tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: Any
 ) -> None:
-    """The reference is the model with its adapter, one row at a time."""
+    """The reference is the model with its adapter, with one row per forward pass."""
     write_prepared(tmp_path / "data", tiny_tokenizer, ROWS)
     loop = build(tmp_path, tiny_model_dir, Worker(0, 1, CPU), adapter={adapter: {}})
     _randomize(loop.parameters)
-    loss, _ = loop.backward(np.arange(len(ROWS)), step=0)
+    metrics, _ = loop.backward(np.arange(len(ROWS)), step=0)
     found = {name: p.grad.clone() for name, p in loop.parameters.items() if p.grad is not None}
     loop.optimizer.zero_grad()
-    expected_loss, expected = reference(_trailing(loop.model), ROWS)
-    assert loss == pytest.approx(expected_loss, abs=1e-5)
+    expected_loss, expected = reference(WithoutVirtualTokens(loop.model), ROWS)
+    assert metrics["loss"] == pytest.approx(expected_loss, abs=1e-5)
     assert found
     assert_close(found, {name.removeprefix("model."): g for name, g in expected.items()})
 
@@ -154,8 +154,8 @@ def _randomize(parameters: dict[str, nn.Parameter]) -> None:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
-class _trailing(nn.Module):  # noqa: N801 - reads as a verb above
-    """Only the real tokens' logits: some adapters put virtual tokens before them."""
+class WithoutVirtualTokens(nn.Module):
+    """A model without the logits of the virtual tokens that some adapters prepend."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

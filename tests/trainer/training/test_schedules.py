@@ -1,4 +1,4 @@
-"""The learning rate over a run: warm-up, the shape, and where it ends."""
+"""The learning rate over a run: warm-up, decay and the final value."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def rates(total: int, **settings: object) -> list[float]:
     return [rate(schedule, step, total) for step in range(total)]
 
 
-def test_warm_up_rises_linearly_from_above_zero_and_reaches_the_peak_once() -> None:
+def test_warm_up_rises_linearly_from_above_zero_to_the_peak() -> None:
     values = rates(100, type="constant", warmup=0.04)
     assert values[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert set(values[4:]) == {1.0}
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear"])
-def test_the_last_step_is_at_the_final_fraction_and_no_step_is_below(
+def test_the_rate_decays_to_the_final_fraction_at_the_last_step(
     shape: Literal["cosine", "linear"],
 ) -> None:
     values = rates(50, type=shape, warmup=0.0, finalFraction=0.1)
@@ -33,8 +33,8 @@ def test_the_last_step_is_at_the_final_fraction_and_no_step_is_below(
     assert values == sorted(values, reverse=True)
 
 
-def test_cosine_is_torchs_cosine_annealing() -> None:
-    """The same rule in torch: from 1 to the final fraction over total - 1 steps."""
+def test_cosine_equals_torchs_cosine_annealing() -> None:
+    """torch's rule decays from 1 to the final fraction over total - 1 steps."""
     total, final = 21, 0.25
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
     reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total - 1, eta_min=final)

@@ -1,4 +1,4 @@
-"""The training loop on a tiny model: resume, early stopping, the best weights, bad endings."""
+"""The training loop on a tiny model: resume, early stopping, the best weights, failures."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.trainer.rows import random_rows, train_stage, write_prepared
+from tests.trainer.stop_after import StopAfter
 from tuneyard.errors import StageError
 from tuneyard_trainer.training import sft
 from tuneyard_trainer.worker import Interrupted, StageContext, Worker
@@ -44,23 +45,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-class StopAfter:
-    """Asks for an orderly end once `step` steps were reported."""
-
-    def __init__(self, step: int) -> None:
-        self.step, self.seen = step, 0
-
-    def report(self, *, step: int = 0, **_: Any) -> None:
-        self.seen = max(self.seen, step)
-
-    def __call__(self) -> bool:
-        return self.seen >= self.step
-
-    def worker(self) -> Worker:
-        return Worker(0, 1, CPU, report=self.report, stop=self)
-
-
-def test_training_lowers_the_loss_and_reports_what_it_did(
+def test_training_lowers_the_loss_and_reports_its_metrics(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     _, outcome = run(tmp_path / "a", inputs, epochs=20.0, learning_rate=1e-2)
@@ -74,7 +59,7 @@ def test_training_lowers_the_loss_and_reports_what_it_did(
 
 @pytest.mark.parametrize("adapter", [None, {"lora": {"dropout": 0.1}}], ids=["full", "lora"])
 @pytest.mark.parametrize("stop", [1, 4, 5])
-def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(
+def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(
     adapter: Any, stop: int, tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     whole, _ = run(tmp_path / "whole", inputs, adapter=adapter)
@@ -98,10 +83,10 @@ def test_other_seeds_give_other_weights(tmp_path: Path, inputs: dict[str, Path])
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
-def test_the_best_held_out_weights_are_kept_not_the_last(
+def test_the_weights_with_the_best_held_out_loss_are_kept(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
-    """A rate so high that the held-out loss rises again: the weights kept are the best step's."""
+    """The learning rate is so high that the held-out loss rises again."""
     settings = {"epochs": 30.0, "learning_rate": 3e-2, "evaluation_steps": 5}
     _, outcome = run(tmp_path / "a", inputs, **settings)
     evaluated = {
@@ -124,7 +109,7 @@ def test_the_best_held_out_weights_are_kept_not_the_last(
     assert again.objective.held_out()["validationLoss"] == pytest.approx(evaluated[best], abs=1e-6)
 
 
-def test_early_stopping_ends_the_run_after_the_patience_and_survives_a_resume(
+def test_early_stopping_ends_the_run_after_the_patience_also_when_resumed(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     settings: dict[str, Any] = {
@@ -152,7 +137,7 @@ def test_without_held_out_rows_nothing_is_evaluated_and_the_last_weights_are_kep
     assert outcome.details["bestStep"] is None
 
 
-def test_a_loss_that_is_not_finite_ends_in_a_permanent_failure_that_names_the_field(
+def test_a_loss_that_is_not_finite_is_a_permanent_failure_that_names_the_field(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     with pytest.raises(StageError) as failure:
@@ -169,7 +154,7 @@ def test_a_loss_that_is_not_finite_ends_in_a_permanent_failure_that_names_the_fi
     assert "training.learningRate" in failure.value.advice
 
 
-def test_frozen_parts_stay_as_they_are_bit_for_bit(
+def test_frozen_parts_do_not_change(
     tmp_path: Path, inputs: dict[str, Path], tiny_model_dir: Path
 ) -> None:
     tuned, _ = run(tmp_path / "a", inputs, freeze={"layers": "0", "embeddings": True})
@@ -187,15 +172,15 @@ def test_checkpoints_keep_only_the_newest_and_the_best(
     assert len(left) <= 2
 
 
-def test_a_torn_checkpoint_and_a_torn_metrics_line_are_ignored(
+def test_a_partial_checkpoint_and_a_partial_metrics_line_are_ignored(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     whole, _ = run(tmp_path / "whole", inputs)
     with pytest.raises(Interrupted):
         run(tmp_path / "parts", inputs, StopAfter(2).worker())
-    torn = tmp_path / "parts" / "checkpoints" / "step-00000005.partial"
-    torn.mkdir()
-    (torn / "weights.safetensors").write_bytes(b"half")
+    partial = tmp_path / "parts" / "checkpoints" / "step-00000005.partial"
+    partial.mkdir()
+    (partial / "weights.safetensors").write_bytes(b"half")
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     resumed, _ = run(tmp_path / "parts", inputs)
@@ -203,7 +188,7 @@ def test_a_torn_checkpoint_and_a_torn_metrics_line_are_ignored(
     assert all("step" in line for line in lines(tmp_path / "parts"))
 
 
-def test_a_full_disk_ends_in_one_message_and_the_last_checkpoint_stays_whole(
+def test_a_full_disk_is_one_message_and_the_last_checkpoint_stays_complete(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     folder = tmp_path / "small"

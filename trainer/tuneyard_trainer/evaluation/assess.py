@@ -35,7 +35,7 @@ from tuneyard_trainer.judging.session import Asking, judge_name
 from tuneyard_trainer.models import base, policies, probes
 from tuneyard_trainer.preference.dataset import Preferences
 from tuneyard_trainer.preference.metrics import correlation, pair_metrics, unpaired_metrics
-from tuneyard_trainer.preference.passes import logprobs, over_all
+from tuneyard_trainer.preference.micro_batches import evaluate_rows, logprobs
 from tuneyard_trainer.reinforcement import rewards
 from tuneyard_trainer.reinforcement.rewards import Attempt, Reward
 from tuneyard_trainer.storage.journal import Journal
@@ -197,10 +197,10 @@ class Measuring:
             answers=tuple(self._text(answer, stop) for answer in tokens),
             tokens=tokens,
             complete=float(np.mean([a[-1:] and a[-1] in stop for a in tokens])) if tokens else 1.0,
-            pairs_R=over_all(logprobs, model, pairs, forward, self.context.worker)
+            pairs_R=evaluate_rows(logprobs, model, pairs, forward, self.context.worker)
             if pairs
             else None,
-            own_N=over_all(logprobs, model, own, forward, self.context.worker)
+            own_N=evaluate_rows(logprobs, model, own, forward, self.context.worker)
             if own
             else np.zeros(0),
             sycophancy=self._sycophancy(model, name),

@@ -1,5 +1,5 @@
-"""Learning from preferences: the stages `pairs`, `reward` and `dpo` (KTO too).
+"""Training on preferences: the stages `pairs`, `reward` and `dpo` (KTO too).
 
-What lives here: preference rows, their data set, losses, metrics and reference log-probabilities.
-What may not enter: rewards of generated completions, judges, evaluation.
+It holds preference rows, their data set, losses, metrics and reference log-probabilities.
+It does not know the rewards of sampled completions, judges or evaluation.
 """

@@ -1,10 +1,10 @@
-"""Preferences on disk: the rows of `prepared`, a row for each prompt with one answer, and which of
-them were judged together.
+"""Preferences on disk: rows as in `data.prepared`, one per completion, and their groups.
 
-Beside `prepared`'s files a split has `SPLIT.groups.npy` (int64, G+1: group g is the rows
-groups[g]:groups[g+1], best first) and `SPLIT.labels.npy` (float32, G). A row ends with the token
-that ends its answer, and its mask is the answer, so a reward reads the last token and a policy's
-log-probability is the mask's.
+A group holds the rows that one preference compares: a pair, a ranking or a single completion.
+Besides the files of `data.prepared`, a split has `SPLIT.groups.npy` (int64, G+1: group g is the
+rows groups[g]:groups[g+1], best first) and `SPLIT.labels.npy` (float32, G). A row is a prompt with
+a completion up to its stop token, and its mask is the completion: a reward model reads the last
+token, and a policy's log-probability is the sum over the mask.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Comparisons:
     groups: NDArray[np.int64]
     """(G+1,) group g is rows groups[g]:groups[g+1], best first."""
     labels: NDArray[np.float32]
-    """(G,) of a pair, the probability that its first row is the better one; of a single row, 1 for
-    thumbs up and 0 for down; of a ranking, 1."""
+    """(G,) of a pair: the probability that its first row is the better one; of a single
+    completion: 1 for good and 0 for bad; of a ranking: 1."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -54,7 +54,7 @@ class Comparisons:
         return np.add.reduceat(self.rows.lengths, self.groups[:-1])
 
     def members(self, groups: Indices) -> Indices:
-        """The rows of the groups, group by group."""
+        """Return the rows of the groups, group by group (R,)."""
         return np.concatenate(
             [np.arange(self.groups[g], self.groups[g + 1]) for g in groups] or [np.empty(0, int)]
         )
@@ -72,7 +72,7 @@ class Preferences:
 
     @classmethod
     def open(cls, folder: Path) -> Preferences:
-        """Raises StageError NotPrepared if the folder is not a finished pairs stage's."""
+        """Open a folder. Raises StageError NotPrepared if no pairs stage has finished in it."""
         prepared = Prepared.open(folder)
         held_out = prepared.validation
         return cls(
@@ -83,17 +83,17 @@ class Preferences:
 
     @property
     def weights(self) -> list[float]:
-        """How often an epoch sees each group, by data set."""
+        """How often an epoch holds each group, by data set."""
         return list(self.summary["weights"])
 
     @property
     def max_length(self) -> int:
-        """No row is longer, in tokens."""
+        """The limit of a row, in tokens."""
         return int(self.summary["maxLength"])
 
     @property
     def labeled(self) -> bool:
-        """Whether the groups are single answers with thumbs."""
+        """Whether the groups are single completions labeled good or bad."""
         return bool(self.summary["labeled"])
 
 
@@ -109,7 +109,7 @@ def _comparisons(folder: Path, split: str, rows: Rows) -> Comparisons:
 
 
 def write_groups(folder: Path, split: str, sizes: Indices, labels: NDArray[np.float32]) -> None:
-    """`sizes`: (G,) rows of each group. Writes nothing where there are none."""
+    """Write a split's groups, if there are any. `sizes`: (G,) rows of each group."""
     if not len(sizes):
         return
     np.save(folder / f"{split}.{GROUPS}.npy", np.concatenate(([0], np.cumsum(sizes))))
@@ -117,7 +117,7 @@ def write_groups(folder: Path, split: str, sizes: Indices, labels: NDArray[np.fl
 
 
 def remove_groups(folder: Path, split: str) -> None:
-    """Removes a split's files, where there are any."""
+    """Remove a split's files, if there are any."""
     remove_split(folder, split)
     for name in (GROUPS, LABELS):
         (folder / f"{split}.{name}.npy").unlink(missing_ok=True)

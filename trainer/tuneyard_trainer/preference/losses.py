@@ -1,7 +1,7 @@
-"""The losses of reward models, DPO and its relatives, as functions of tensors alone.
+"""The losses of reward models, DPO, its variants and KTO, as functions of tensors alone.
 
-Shapes: G groups (pairs, rankings), K places of the longest ranking, P pairs, N single answers.
-Every function gives one loss for each group, pair or answer.
+Shapes: G groups (pairs, rankings), K places of the longest ranking, P pairs, N single completions.
+Every function returns one loss for each group, pair or completion.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ PairLoss = Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down"]
 
 
 def ranking_loss(scores_GK: Tensor, sizes_G: Tensor, margin: float = 0.0) -> Tensor:
-    """(G,) the negative log-likelihood of each ranking, best first, under Plackett-Luce: the best
-    of what is left is chosen again and again (Plackett 1975; Rafailov et al. 2023,
-    arXiv:2305.18290, eq. 18).
+    """Return the negative log-likelihood of each ranking (G,), best first, under the Plackett-Luce
+    model (Plackett 1975; Rafailov et al. 2023, arXiv:2305.18290, eq. 18).
 
         -log prod_k exp(s_k) / sum_{j >= k} exp(s_j)
 
-    With two places that is Bradley-Terry, -log sigmoid(s_1 - s_2) (Ouyang et al. 2022,
-    arXiv:2203.02155, eq. 1), and with a margin, taken off the score of each choice, Touvron et al.
-    2023 (arXiv:2307.09288), eq. 2. Places from `sizes_G` on are ignored.
+    With two places it is Bradley-Terry, -log sigmoid(s_1 - s_2) (Ouyang et al. 2022,
+    arXiv:2203.02155, eq. 1). The margin is subtracted from the chosen score of each place (Touvron
+    et al. 2023, arXiv:2307.09288, eq. 2). Places from `sizes_G` on are ignored.
     """
     places_K = torch.arange(scores_GK.shape[1], device=scores_GK.device)
     empty_GK = places_K[None, :] >= sizes_G[:, None]
@@ -44,11 +43,11 @@ def ranking_loss(scores_GK: Tensor, sizes_G: Tensor, margin: float = 0.0) -> Ten
 def reward_loss(
     scores_GK: Tensor, sizes_G: Tensor, labels_G: Tensor, *, margin: float, centering: float
 ) -> Tensor:
-    """(G,) the loss of a reward model.
+    """Return the loss of a reward model (G,).
 
-    `labels_G`: the probability that the order is right, where that is in doubt (a judge's; pairs
-    only): the cross-entropy of it. Centering adds its weight times the mean square of the sum of
-    two rewards of a group (Eisenstein et al. 2023, arXiv:2312.09244), which draws rewards to zero.
+    `labels_G`: the probability that the order is right. Below 1, which only pairs have, the loss is
+    the cross-entropy of the label. `centering`: the weight of the mean square of the sum of two
+    rewards of a group (Eisenstein et al. 2023, arXiv:2312.09244), which pulls rewards to zero.
     """
     loss_G = ranking_loss(scores_GK, sizes_G, margin)
     if bool((labels_G < 1).any()):
@@ -61,7 +60,7 @@ def reward_loss(
 
 
 def _square_of_sums(scores_GK: Tensor, sizes_G: Tensor) -> Tensor:
-    """(G,) mean over the pairs i < j of (s_i + s_j)^2."""
+    """Return the mean of (s_i + s_j)^2 over the pairs i < j of each group (G,)."""
     places_K = torch.arange(scores_GK.shape[1], device=scores_GK.device)
     filled_GK = places_K[None, :] < sizes_G[:, None]
     pairs_GKK = (filled_GK[:, :, None] & filled_GK[:, None, :]).triu(diagonal=1)
@@ -69,7 +68,7 @@ def _square_of_sums(scores_GK: Tensor, sizes_G: Tensor) -> Tensor:
     return sums_GKK.square().sum(dim=(1, 2)) / pairs_GKK.sum(dim=(1, 2))
 
 
-# ---- DPO and its relatives ----------------------------------------------------------------------
+# ---- DPO, its variants and KTO ------------------------------------------------------------------
 
 
 def pair_loss(
@@ -81,11 +80,11 @@ def pair_loss(
     label_smoothing: float = 0.0,
     labels_P: Tensor | None = None,
 ) -> Tensor:
-    """(P,) the loss of pairs, as TRL 1.16's DPOTrainer has them.
+    """Return the loss of each pair (P,), as TRL 1.16's DPOTrainer computes it.
 
-    `chosen_P`, `rejected_P`: log pi(y|x) - log ref(y|x), the policy's log-ratio to the reference;
-    summed over tokens, for ipo averaged. `labels_P`: the probability that the order is right; None:
-    it is. In doubt the loss is the expectation over both orders.
+    `chosen_P`, `rejected_P`: log pi(y|x) - log ref(y|x), the policy's log-ratio to the reference,
+    summed over tokens, or averaged for ipo. `labels_P`: the probability that the order is right;
+    the loss is the expectation over both orders. None: the order is right.
     """
     loss_P = _ordered(kind, chosen_P, rejected_P, beta, label_smoothing)
     if labels_P is None:
@@ -115,11 +114,11 @@ def _ordered(
 
 
 def kto_loss(ratios_N: Tensor, good_N: Tensor, kl: Tensor, *, beta: float) -> Tensor:
-    """(N,) the loss of single answers (Ethayarajh et al. 2024, arXiv:2402.01306, eq. 8): one minus
-    the value of the answer against the reference point `kl`, the policy's divergence from the
-    reference on answers to other prompts, which no gradient reaches.
+    """Return the loss of each completion (N,): one minus its value against the reference point
+    `kl` (Ethayarajh et al. 2024, arXiv:2402.01306, eq. 8).
 
-    `ratios_N`: log pi(y|x) - log ref(y|x). `good_N`: True for thumbs up.
+    `ratios_N`: log pi(y|x) - log ref(y|x). `good_N`: True for a good completion. `kl`: the policy's
+    divergence from the reference on completions of other prompts; it gets no gradient.
     """
     gain_N = beta * (ratios_N - kl.detach().clamp(min=0))
     return 1 - torch.sigmoid(torch.where(good_N, gain_N, -gain_N))

@@ -1,8 +1,7 @@
-"""pairs: reads preferences, checks every row, holds prompts out, and leaves tokens on disk
-(`preferences`), `validation.jsonl` and `tokenizer/`.
+"""pairs: read preferences, check every row, hold out prompts, and write tokens to disk.
 
-All answers to one prompt lie on one side of the split. One pass over the data; memory holds a batch
-and some 40 bytes a row.
+All completions of a prompt are in the same split. The data is read once, and memory holds a batch
+of rows and about 40 bytes per row.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,16 +31,16 @@ from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit
 from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import sequence_limit
 from tuneyard_trainer.preference.dataset import remove_groups, write_groups
-from tuneyard_trainer.preference.rows import Judged, PreferenceError, judged
+from tuneyard_trainer.preference.rows import Preference, PreferenceError, parse_preferences
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome
 
 BATCH_ROWS = 256
 FAULTS_SHOWN = 3
-SKIPPED_AT_MOST = 0.5
-"""Share of a job's preferences that onInvalidRow: skip may leave out: with more the format is
-misread, not a row broken."""
+MAX_SKIPPED = 0.5
+"""The largest fraction of rows that `onInvalidRow: skip` may skip. If more rows are invalid, the
+format is misread."""
 _SPOOL = ".spool"
-REPAIR = "Repair these rows, or set spec.preferences.onInvalidRow: skip."
+REPAIR = "Correct these rows, or set spec.preferences.onInvalidRow: skip."
 SHAPES = (
     "A row needs prompt, chosen and rejected; or prompt and answers (best first); or prompt, "
     "completion and label (for kto). Name another prompt field in spec.preferences.data[].fields."
@@ -49,40 +48,42 @@ SHAPES = (
 
 
 def run(context: StageContext) -> StageOutcome:
-    """Leaves the files that `preferences` describes."""
+    """Write the files that `preference.dataset` describes, `validation.jsonl` and `tokenizer/`."""
     settings = context.settings(PairsSettings)
     _clear(context.workdir)
     try:
-        return _Reading.of(context, settings).outcome()
-    except (StageError, OSError):  # a full disk, too
+        return _Reader.of(context, settings).outcome()
+    except (StageError, OSError):  # OSError: a full disk
         _clear(context.workdir)
         raise
 
 
 @dataclass
-class _Reading:
-    """The preferences as they are read."""
+class _Reader:
+    """Reads, checks and splits the preferences of one stage."""
 
     context: StageContext
     settings: PairsSettings
     encoder: Encoder
     limit: int
-    """The longest row, in tokens."""
+    """The limit of a row, in tokens."""
     num_rows: int = 0
     faults: Counter[str] = field(default_factory=Counter)
-    """Rows refused, by reason."""
-    shown: dict[str, list[str]] = field(default_factory=dict)
-    """The first rows refused for each reason."""
+    """Rejected rows, by reason."""
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """The first rejected rows of each reason."""
     too_long: list[str] = field(default_factory=list)
     """The groups with a row longer than `limit`."""
     longest: int = 0
+    """The longest row so far, in tokens."""
     sizes: array[int] = field(default_factory=lambda: array("l"))
+    """The number of completions of each group."""
     labels: array[float] = field(default_factory=lambda: array("f"))
     prompts: array[int] = field(default_factory=lambda: array("Q"))
     """A hash of each group's prompt."""
 
     @classmethod
-    def of(cls, context: StageContext, settings: PairsSettings) -> _Reading:
+    def of(cls, context: StageContext, settings: PairsSettings) -> _Reader:
         tokenizer = base.load_tokenizer(context.inputs["model"])
         if settings.chat.chat_template is not None:
             tokenizer.chat_template = settings.chat.chat_template
@@ -93,97 +94,110 @@ class _Reading:
         return cls(context, settings, encoder, limit)
 
     def outcome(self) -> StageOutcome:
+        """Read everything and write the splits. Raises StageError or Interrupted."""
         spool = self.context.workdir / _SPOOL
         spool.mkdir(parents=True)
         with RowWriter(spool, "all") as rows, (spool / "texts").open("w", encoding="utf-8") as text:
             for index, dataset in enumerate(self.settings.preferences):
                 for batch in self._batches(index, dataset):
-                    for one, encoded in self._encoded(batch):
-                        self._keep(one, encoded, index, rows, text)
+                    for preference, encoded in self._encoded(batch):
+                        self._keep(preference, encoded, index, rows, text)
         self._check()
-        counts = self._deal(spool)
+        counts = self._assign_splits(spool)
         shutil.rmtree(spool)
         self.encoder.tokenizer.save_pretrained(self.context.workdir / "tokenizer")
         metrics = self._metrics(counts)
-        details = {"skippedBy": dict(self.faults), "faults": self.shown, "maxLength": self.limit}
+        details = {"skippedBy": dict(self.faults), "faults": self.examples, "maxLength": self.limit}
         self._write_summary(metrics, details)
         return StageOutcome(metrics, details)
 
     # ---- rows ---------------------------------------------------------------------------------
 
-    def _batches(self, index: int, dataset: DatasetSettings) -> Iterator[list[Judged]]:
-        """What the rows of one data set state, some hundred rows at a time."""
+    def _batches(self, index: int, dataset: DatasetSettings) -> Iterator[list[Preference]]:
+        """Yield the preferences of one data set, BATCH_ROWS rows at a time."""
         rows = islice(_rows(self.context.inputs[f"preferences.{index}"]), dataset.limit)
         while chunk := list(islice(rows, BATCH_ROWS)):
             if self.context.worker.stop():
                 raise Interrupted(self.context.stage.name, self.num_rows)
             self.num_rows += len(chunk)
-            yield [one for row in chunk for one in self._judged(row, dataset)]
+            yield [preference for row in chunk for preference in self._parsed(row, dataset)]
             self.context.worker.report(step=self.num_rows, message=f"reading {self._name(index)}")
 
-    def _judged(self, row: Row, dataset: DatasetSettings) -> list[Judged]:
+    def _parsed(self, row: Row, dataset: DatasetSettings) -> list[Preference]:
         try:
-            return judged(row, dataset.fields, labeled=self.settings.labeled)
+            return parse_preferences(row, dataset.fields, labeled=self.settings.labeled)
         except PreferenceError as error:
-            self._refuse(error.fault, f"{row.file} row {row.number}".strip(), str(error))
+            self._reject(error.fault, _location(row.file, row.number), str(error))
             return []
 
-    def _encoded(self, batch: Sequence[Judged]) -> Iterator[tuple[Judged, list[Encoded]]]:
-        """Each with its rows, one for each answer; what does not fit is counted."""
-        examples = [example for one in batch for example in one.examples]
+    def _encoded(self, batch: Sequence[Preference]) -> Iterator[tuple[Preference, list[Encoded]]]:
+        """Yield each valid preference with its rows, one per completion."""
+        examples = [example for preference in batch for example in preference.examples]
         encoded = iter(self.encoder.encode(_by_template(examples, self.encoder)))
-        for one in batch:
-            found = [next(encoded) for _ in one.answers]
-            where = f"{one.file} row {one.row}".strip()
+        for preference in batch:
+            found = [next(encoded) for _ in preference.completions]
+            where = _location(preference.file, preference.row)
             misfit = next((row for row in found if isinstance(row, Misfit)), None)
             rows = [_to_stop_token(row) for row in found if isinstance(row, Encoded)]
             if misfit is not None:
-                self._refuse("ChatTemplate", where, misfit.message)
+                self._reject("ChatTemplate", where, misfit.message)
             elif not all(row.mask.any() for row in rows):
-                self._refuse("EmptyAnswer", where, "no token of an answer is left")
+                self._reject("EmptyCompletion", where, "a completion has no tokens")
             elif len({row.ids.tobytes() for row in rows}) < len(rows):
-                self._refuse("IdenticalSides", where, "two answers are the same tokens")
+                self._reject("IdenticalSides", where, "two completions have the same tokens")
             else:
-                yield one, rows
+                yield preference, rows
 
     def _keep(
-        self, one: Judged, encoded: Sequence[Encoded], source: int, rows: RowWriter, text: Any
+        self,
+        preference: Preference,
+        encoded: Sequence[Encoded],
+        source: int,
+        rows: RowWriter,
+        text: IO[str],
     ) -> None:
+        """Write a preference to the spool, unless one of its rows is too long."""
         longest = max(len(row.ids) for row in encoded)
         self.longest = max(self.longest, longest)
         if longest > self.limit:
-            self.too_long.append(f"{one.file} row {one.row}".strip() + f": {longest} tokens")
+            where = _location(preference.file, preference.row)
+            self.too_long.append(f"{where}: {longest} tokens")
             return
         for row in encoded:
             rows.append(row.ids, row.mask, source)
         self.sizes.append(len(encoded))
-        self.labels.append(one.label)
-        turns = [{"role": turn.role, "content": turn.content} for turn in one.prompt]
+        self.labels.append(preference.label)
+        turns = [{"role": turn.role, "content": turn.content} for turn in preference.prompt]
         key = json.dumps(turns, ensure_ascii=False).encode("utf-8", "replace")
         content = hashlib.blake2b(key, digest_size=8, key=str(self.settings.seed).encode())
         self.prompts.append(int.from_bytes(content.digest(), "little"))
-        line = {"prompt": turns, "answers": list(one.answers), "label": one.label}
+        line = {
+            "prompt": turns,
+            "answers": list(preference.completions),
+            "label": preference.label,
+        }
         text.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-    def _refuse(self, fault: str, where: str, why: str) -> None:
+    def _reject(self, fault: str, where: str, why: str) -> None:
         self.faults[fault] += 1
-        shown = self.shown.setdefault(fault, [])
-        if len(shown) < FAULTS_SHOWN:
-            shown.append(f"{where}: {why}")
+        examples = self.examples.setdefault(fault, [])
+        if len(examples) < FAULTS_SHOWN:
+            examples.append(f"{where}: {why}")
 
     def _name(self, index: int) -> str:
+        """Return the manifest path of a data set."""
         source = self.context.stage.inputs[f"preferences.{index}"]
         path = source.path if isinstance(source, SourceInput) else source.stage
         return path.removesuffix(".uri") or f"preferences.{index}"
 
-    # ---- verdict ------------------------------------------------------------------------------
+    # ---- checks -------------------------------------------------------------------------------
 
     def _check(self) -> None:
-        """Raises StageError InvalidPreferences, RowTooLong or EmptyData."""
-        refused = sum(self.faults.values())
+        """Raise StageError InvalidPreferences, RowTooLong, EmptyData or OneSided."""
+        rejected = sum(self.faults.values())
         tolerated = self.settings.on_invalid_row == "skip"
-        if refused and (not tolerated or refused > SKIPPED_AT_MOST * self.num_rows):
-            raise self._invalid(refused)
+        if rejected and (not tolerated or rejected > MAX_SKIPPED * self.num_rows):
+            raise self._invalid(rejected)
         if self.too_long and self.settings.on_overlength == "error":
             raise StageError(
                 "RowTooLong",
@@ -195,36 +209,37 @@ class _Reading:
         if not self.sizes:
             raise StageError(
                 "EmptyData",
-                f"no preference is left of {self.num_rows} rows: {refused} skipped, "
-                f"{len(self.too_long)} longer than {self.limit} tokens.",
-                advice="Put more into spec.preferences, or raise spec.preferences.maxLength.",
+                f"none of {self.num_rows} rows is left: {rejected} are skipped, "
+                f"{len(self.too_long)} are longer than {self.limit} tokens.",
+                advice="Add rows to spec.preferences, or raise spec.preferences.maxLength.",
             )
         if self.settings.labeled and len(set(self.labels)) < 2:
             raise StageError(
                 "OneSided",
-                f"all {len(self.labels)} answers have thumbs "
-                f"{'up' if self.labels[0] else 'down'}, so there is nothing to tell apart.",
-                advice="Bring answers of both kinds, or choose another spec.optimize.dpo.loss.",
+                f"all {len(self.labels)} completions are labeled "
+                f"{'good' if self.labels[0] else 'bad'}, and kto needs both labels.",
+                advice="Add completions with the other label, or set another "
+                "spec.optimize.dpo.loss.",
             )
 
-    def _invalid(self, refused: int) -> StageError:
+    def _invalid(self, rejected: int) -> StageError:
         counts = ", ".join(f"{count} {fault}" for fault, count in self.faults.most_common())
-        shown = "; ".join(line for lines in self.shown.values() for line in lines[:1])
-        hopeless = refused > SKIPPED_AT_MOST * self.num_rows
+        examples = "; ".join(lines[0] for lines in self.examples.values())
+        misread = rejected > MAX_SKIPPED * self.num_rows
         return StageError(
             "InvalidPreferences",
-            f"{refused} of {self.num_rows} rows state no preference: {counts}. {shown}.",
-            advice=SHAPES if hopeless else REPAIR,
+            f"{rejected} of {self.num_rows} rows state no preference: {counts}. {examples}.",
+            advice=SHAPES if misread else REPAIR,
         )
 
     # ---- split --------------------------------------------------------------------------------
 
-    def _deal(self, spool: Path) -> dict[str, int]:
-        """Writes the splits; the number of groups in each."""
+    def _assign_splits(self, spool: Path) -> dict[str, int]:
+        """Write the splits. Returns the number of groups of each."""
         held = self._held_out()
         spooled = Rows.open(spool, "all")
         if spooled is None:
-            raise TypeError("preferences without rows")
+            raise TypeError("no rows were spooled")
         starts = np.concatenate(([0], np.cumsum(self.sizes)))
         with (
             (spool / "texts").open(encoding="utf-8") as lines,
@@ -244,22 +259,22 @@ class _Reading:
         return {"train": int((~held).sum()), "validation": int(held.sum())}
 
     def _held_out(self) -> NDArray[np.bool_]:
-        """(G,) which groups: all of a prompt's, or none."""
+        """Return which groups are held out (G,): all groups of a prompt, or none of them."""
         prompts = np.array(self.prompts, dtype=np.uint64)
         if not self.settings.held_out:
             return np.zeros(len(prompts), dtype=np.bool_)
         if len(np.unique(prompts)) < 2:
             raise StageError(
                 "TooFewRows",
-                f"no prompt can be held out: all {len(prompts)} preferences are on one prompt.",
-                advice="Bring preferences on more prompts, or set spec.preferences.heldOut: 0.",
+                f"no prompt can be held out: all {len(prompts)} preferences have the same prompt.",
+                advice="Add preferences with other prompts, or set spec.preferences.heldOut: 0.",
             )
         return held_out(prompts, self.settings.held_out)
 
     def _metrics(self, counts: Mapping[str, int]) -> dict[str, float]:
         train = Rows.open(self.context.workdir, "train")
         if train is None:
-            raise TypeError("prepared no training rows")
+            raise TypeError("no training rows were written")
         return {
             "rows": float(self.num_rows),
             "preferences": float(counts["train"]),
@@ -274,7 +289,7 @@ class _Reading:
         }
 
     def _write_summary(self, metrics: Mapping[str, float], details: Mapping[str, Any]) -> None:
-        """`data.json`, last of all: it says that the rest is whole."""
+        """Write `data.json`, the last file: its presence marks the output as complete."""
         summary = {
             "method": "pairs",
             "labeled": self.settings.labeled,
@@ -289,7 +304,7 @@ class _Reading:
 
 
 def _clear(workdir: Path) -> None:
-    """Removes what this stage writes: a killed run may have left some, and a failed one does."""
+    """Remove the files of this stage, which a killed or failed run leaves behind."""
     (workdir / "data.json").unlink(missing_ok=True)
     (workdir / "validation.jsonl").unlink(missing_ok=True)
     for name in SPLITS:
@@ -304,8 +319,14 @@ def _rows(path: Path) -> Iterator[Row]:
             yield Row(row.number, row.value, name)
 
 
+def _location(file: str, row: int) -> str:
+    """Return the name of a row for messages. `file`: "" for a data set of one file."""
+    return f"{file} row {row}".strip()
+
+
 def _by_template(examples: Sequence[Example], encoder: Encoder) -> list[Example]:
-    """As conversations where the tokenizer has a chat template, else as prompt and completion."""
+    """Return the examples as conversations if the tokenizer has a chat template, else as prompt and
+    completion."""
     if encoder.tokenizer.chat_template:
         return list(examples)
     return [
@@ -315,7 +336,7 @@ def _by_template(examples: Sequence[Example], encoder: Encoder) -> list[Example]
 
 
 def _to_stop_token(row: Encoded) -> Encoded:
-    """Without what a template writes after the answer's last token: nobody judged that."""
+    """Return a row without the tokens that a template writes after the completion."""
     targets = np.flatnonzero(row.mask)
     end = int(targets[-1]) + 1 if len(targets) else len(row.ids)
     return Encoded(row.ids[:end], row.mask[:end])

@@ -1,9 +1,11 @@
-"""The reference's log-probabilities: computed once before training, kept by content.
+"""Log-probabilities under the reference model: computed once before training, cached by content.
 
-A stage's reference is the model that it starts from, so before the first step the model at hand is
-the reference, whatever was trained of it: no second model is ever in memory. The numbers are kept
-under a digest of that model's weights and of the rows, so that a resumed run, or one with other
-settings, finds them again, and one with another model or other rows never does.
+A stage's reference is the model that it starts from. Before the first step the loaded model is the
+reference, so no second model is ever in memory. The cache key is a digest of that model's weights
+and of the rows: a resumed run, or one with other settings, reads the cached numbers, and a run with
+another model or other rows computes its own.
+
+Shapes: R rows.
 """
 
 from __future__ import annotations
@@ -16,21 +18,26 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from tuneyard.api.stage_settings import DpoSettings
 from tuneyard_trainer.data.prepared import Rows, RowWriter
-from tuneyard_trainer.preference.dataset import Comparisons, Preferences
-from tuneyard_trainer.preference.passes import logprobs, over_all
+from tuneyard_trainer.preference.dataset import Preferences
+from tuneyard_trainer.preference.micro_batches import evaluate_rows, logprobs
 from tuneyard_trainer.storage.files import disk_error
+from tuneyard_trainer.training.batches import Indices
 from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.worker import Worker
 
 FOLDER = "reference"
+MISMATCHED = "mismatched"
+
+
+# ---- log-probabilities --------------------------------------------------------------------------
 
 
 def model_digest(model: nn.Module) -> str:
-    """Of every weight and buffer, by name; some seconds for a model of billions."""
+    """Return the digest of every weight and buffer, by name. It takes seconds for billions of
+    parameters."""
     content = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -42,18 +49,20 @@ def model_digest(model: nn.Module) -> str:
 def reference_logprobs(
     model: nn.Module, model_key: str, rows: Rows, forward: Forward, workdir: Path, worker: Worker
 ) -> NDArray[np.float64]:
-    """(R,) the log-probability of each row's targets under the model as it is now. `model_key`: its
-    digest, taken before anything was trained; where the numbers of that model are on disk, they are
-    read, and the model may have changed."""
+    """Return the log-probability of each row's targets (R,) under the model of digest `model_key`.
+
+    Cached numbers are read, even if the model has changed since the digest was taken. Otherwise
+    they are computed with `model` and written. Raises StageError DiskFull.
+    """
     file = workdir / FOLDER / f"{_key(model_key, rows, forward)}.npy"
-    known = _read(file, len(rows)) if worker.is_main else None
-    if _agreed(known is not None, worker):
-        return _shared(known, len(rows), worker)
-    found = over_all(logprobs, model, rows, forward, worker)
+    cached = _read(file, len(rows)) if worker.is_main else None
+    if _agreed(cached is not None, worker):
+        return _shared(cached, len(rows), worker)
+    values = evaluate_rows(logprobs, model, rows, forward, worker)
     if worker.is_main:
-        _write(file, found)
+        _write(file, values)
         worker.persist(file.parent)
-    return found
+    return values
 
 
 def _key(model_key: str, rows: Rows, forward: Forward) -> str:
@@ -64,36 +73,36 @@ def _key(model_key: str, rows: Rows, forward: Forward) -> str:
 
 
 def _read(file: Path, count: int) -> NDArray[np.float64] | None:
-    """None where there are none, or the file of a killed run is cut off."""
+    """Return the cached numbers; None if the file is missing or a killed run truncated it."""
     try:
-        found: NDArray[np.float64] = np.load(file, allow_pickle=False)
+        values: NDArray[np.float64] = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    return found if found.shape == (count,) and found.dtype == np.float64 else None
+    return values if values.shape == (count,) and values.dtype == np.float64 else None
 
 
-def _write(file: Path, found: NDArray[np.float64]) -> None:
+def _write(file: Path, values: NDArray[np.float64]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial.npy")
-        np.save(partial, found)
+        np.save(partial, values)
         partial.rename(file)
     except OSError as error:
         raise disk_error(error, file) from error
 
 
-def _agreed(known: bool, worker: Worker) -> bool:
-    """Rank 0's word."""
+def _agreed(cached: bool, worker: Worker) -> bool:
+    """Return rank 0's value on every rank."""
     if worker.world_size == 1:
-        return known
-    word = torch.tensor(float(known), device=worker.device)
-    dist.broadcast(word, src=0)
-    return bool(word)
+        return cached
+    value = torch.tensor(float(cached), device=worker.device)
+    dist.broadcast(value, src=0)
+    return bool(value)
 
 
-def _shared(known: NDArray[np.float64] | None, count: int, worker: Worker) -> NDArray[np.float64]:
-    """Rank 0's numbers, on every rank."""
-    values = np.zeros(count) if known is None else known
+def _shared(cached: NDArray[np.float64] | None, count: int, worker: Worker) -> NDArray[np.float64]:
+    """Return rank 0's numbers on every rank."""
+    values = np.zeros(count) if cached is None else cached
     if worker.world_size == 1:
         return values
     tensor = torch.from_numpy(values).to(worker.device)
@@ -101,76 +110,87 @@ def _shared(known: NDArray[np.float64] | None, count: int, worker: Worker) -> ND
     return np.asarray(tensor.cpu().numpy())
 
 
-MISMATCHED = "mismatched"
+# ---- log-ratios ---------------------------------------------------------------------------------
 
 
-class ReferencedGroups(NamedTuple):
-    """Groups, and what the reference gives to their rows."""
+class ReferencedRows(NamedTuple):
+    """Rows with their log-probabilities under the reference."""
 
-    groups: Comparisons
+    rows: Rows
     reference: NDArray[np.float64]
     """(R,)"""
 
+    def log_ratios(self, model: nn.Module, chosen: Indices, forward: Forward) -> Tensor:
+        """Return log pi(y|x) - log ref(y|x) of the chosen rows, from one forward pass with
+        gradients."""
+        logprobs_R = logprobs(model, self.rows, chosen, forward)
+        return logprobs_R - torch.from_numpy(self.reference[chosen]).to(logprobs_R)
+
+    def all_log_ratios(
+        self, model: nn.Module, forward: Forward, worker: Worker
+    ) -> NDArray[np.float64]:
+        """Return log pi(y|x) - log ref(y|x) of all rows (R,), over all workers."""
+        return evaluate_rows(logprobs, model, self.rows, forward, worker) - self.reference
+
 
 class ReferencedPreferences(NamedTuple):
-    """What is learnt from, measured by the reference."""
+    """The rows of a `Preferences` with their log-probabilities under the reference."""
 
-    train: ReferencedGroups
-    validation: ReferencedGroups | None
-    mismatched: Rows | None
-    """For KTO: each training row's prompt with another row's answer."""
-    mismatched_reference: NDArray[np.float64] | None
+    train: ReferencedRows
+    validation: ReferencedRows | None
+    """None: nothing is held out."""
+    mismatched: ReferencedRows | None
+    """For KTO: each training row's prompt with another row's completion."""
 
     @classmethod
     def of(
         cls,
-        settings: DpoSettings,
         data: Preferences,
         model: nn.Module,
         forward: Forward,
         workdir: Path,
         worker: Worker,
+        *,
+        mismatched: bool,
     ) -> ReferencedPreferences:
+        """Measure the rows under `model` as it is now, before training."""
         key = model_digest(model)
 
-        def measured(rows: Rows) -> NDArray[np.float64]:
-            return reference_logprobs(model, key, rows, forward, workdir, worker)
+        def referenced(rows: Rows) -> ReferencedRows:
+            return ReferencedRows(
+                rows, reference_logprobs(model, key, rows, forward, workdir, worker)
+            )
 
         held_out = data.validation
-        mismatched = _mismatched(data, workdir, worker) if settings.loss == "kto" else None
         return cls(
-            ReferencedGroups(data.train, measured(data.train.rows)),
-            ReferencedGroups(held_out, measured(held_out.rows)) if held_out else None,
-            mismatched,
-            measured(mismatched) if mismatched else None,
+            referenced(data.train.rows),
+            referenced(held_out.rows) if held_out else None,
+            referenced(_mismatched(data, workdir, worker)) if mismatched else None,
         )
 
 
-def validation_of(learnt: ReferencedPreferences) -> ReferencedGroups:
-    if learnt.validation is None:
-        raise ValueError("nothing is held out")
-    return learnt.validation
-
-
 def _mismatched(data: Preferences, workdir: Path, worker: Worker) -> Rows:
-    """Each training row's prompt with the next row's answer (cut to the longest row), as TRL pairs
-    them: what the policy gives to answers that are not to the point."""
+    """Write each training row's prompt with the next row's completion, as TRL pairs them.
+
+    The completion is truncated so that no row is longer than the longest one of `data`. The KL on
+    these rows measures the policy on completions that do not belong to their prompts.
+    """
     rows = data.train.rows
     folder = workdir / MISMATCHED / str(worker.rank)
     folder.mkdir(parents=True, exist_ok=True)
     with RowWriter(folder, "train") as writer:
         for row in range(len(rows)):
             other = (row + 1) % len(rows)
-            prompt = rows.ids(row)[: _answer_start(rows, row)]
-            answer = rows.ids(other)[_answer_start(rows, other) :]
-            answer = answer[: max(1, data.max_length - len(prompt))]
-            mask = np.concatenate([np.zeros(len(prompt)), np.ones(len(answer))])
-            writer.append(np.concatenate([prompt, answer]), mask.astype(np.uint8), 0)
-    found = Rows.open(folder, "train")
-    if found is None:
+            prompt = rows.ids(row)[: _completion_start(rows, row)]
+            completion = rows.ids(other)[_completion_start(rows, other) :]
+            completion = completion[: max(1, data.max_length - len(prompt))]
+            mask = np.concatenate([np.zeros(len(prompt)), np.ones(len(completion))])
+            writer.append(np.concatenate([prompt, completion]), mask.astype(np.uint8), 0)
+    mismatched = Rows.open(folder, "train")
+    if mismatched is None:
         raise TypeError("no rows to mismatch")
-    return found
+    return mismatched
 
 
-def _answer_start(rows: Rows, row: int) -> int:
+def _completion_start(rows: Rows, row: int) -> int:
     return int(np.argmax(rows.mask(row)))

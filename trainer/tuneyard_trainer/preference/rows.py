@@ -1,18 +1,18 @@
-"""One row as preferences: a pair, a ranking, or a single answer with a thumb.
+"""Parsing one row into preferences: a pair, a ranking, or a single completion with a label.
 
-Shapes, recognised row by row (turns are strings, or lists of {role, content} or {from, value}):
+Shapes, recognized row by row (turns are strings, or lists of {role, content} or {from, value}):
 
 - `{prompt, chosen, rejected}`, also with whole conversations on both sides, or without `prompt`
-- hh-rlhf: whole dialogues in `chosen` and `rejected`, "Human:" and "Assistant:" before the turns
-- `{prompt, answers: [best first]}`, or with `ranks` beside them (1 is best)
-- `{prompt, completion, label}`: label true or false, 1 or 0, "up" or "down"
+- hh-rlhf: whole dialogues in `chosen` and `rejected`, whose turns begin "Human:" or "Assistant:"
+- `{prompt, answers: [best first]}`, or in any order with `ranks` (1 is best)
+- `{prompt, completion, label}`: `label` is true or false, 1 or 0, "up" or "down"
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tuneyard.api.sources import FieldMap
@@ -23,23 +23,23 @@ Fault = Literal[
     "UnreadableRow",
     "UnknownShape",
     "InvalidTurns",
-    "EmptyAnswer",
+    "EmptyCompletion",
     "IdenticalSides",
     "DifferingPrompts",
     "InvalidLabel",
 ]
-"""Why a row states no preference."""
+"""The reasons why a row states no preference."""
 
 PROMPTS = ("prompt", "question", "instruction")
 RANKINGS = ("answers", "responses", "completions")
 SINGLES = ("completion", "answer", "response")
 LABELS = ("label", "thumbs", "thumb")
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):[ ]?")
-_THUMBS = {"up": 1.0, "down": 0.0, "true": 1.0, "false": 0.0}
+_LABEL_WORDS = {"up": 1.0, "down": 0.0, "true": 1.0, "false": 0.0}
 
 
 class PreferenceError(RowError):
-    """A row that states no preference; `fault` names why."""
+    """A row that states no preference, for the reason `fault`."""
 
     def __init__(self, fault: Fault, message: str) -> None:
         self.fault = fault
@@ -47,39 +47,41 @@ class PreferenceError(RowError):
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One prompt with the answers that were judged."""
+class Preference:
+    """One prompt with its rated completions."""
 
     row: int
     """The row's number in its file, from 1."""
     prompt: tuple[Message, ...]
-    """Up to the turn that is answered."""
-    answers: tuple[str, ...]
-    """Best first; one alone where it was judged by itself."""
+    """The turns before the completion."""
+    completions: tuple[str, ...]
+    """Best first. A single completion is rated by its label."""
     label: float = 1.0
-    """Of a pair: the probability that the first answer is the better one. Of a single answer: 1.0
-    thumbs up, 0.0 thumbs down. Of a ranking: 1.0."""
+    """Of a pair: the probability that the first completion is the better one. Of a single
+    completion: 1.0 for good, 0.0 for bad. Of a ranking: 1.0."""
     file: str = ""
 
     @property
     def examples(self) -> list[Example]:
-        """Each answer with its prompt."""
+        """Each completion with its prompt."""
         return [
             Example(
                 self.row,
                 "chat",
-                (*self.prompt, Message("assistant", answer)),
+                (*self.prompt, Message("assistant", completion)),
                 prompt=as_transcript(self.prompt),
-                completion=answer,
+                completion=completion,
                 file=self.file,
             )
-            for answer in self.answers
+            for completion in self.completions
         ]
 
 
-def judged(row: Row, fields: FieldMap, *, labeled: bool) -> list[Judged]:
-    """What a row states. `labeled`: as single answers with thumbs, a pair as one up and one down.
-    Raises PreferenceError."""
+def parse_preferences(row: Row, fields: FieldMap, *, labeled: bool) -> list[Preference]:
+    """Return the preferences that a row states. Raises PreferenceError.
+
+    `labeled`: as single completions with labels; a pair becomes a good one and a bad one.
+    """
     value = row.value
     if isinstance(value, BrokenRow):
         raise PreferenceError("UnreadableRow", value.reason)
@@ -92,16 +94,19 @@ def judged(row: Row, fields: FieldMap, *, labeled: bool) -> list[Judged]:
     else:
         raise PreferenceError("UnknownShape", f"it has {', '.join(value) or 'no fields'}")
     if labeled:
-        found = [single for one in found for single in _as_singles(one)]
-    elif len(found[0].answers) == 1:
-        raise PreferenceError("UnknownShape", "it judges one answer by itself, which is for kto")
-    for one in found:
-        _check(one)
+        found = [single for preference in found for single in _as_singles(preference)]
+    elif len(found[0].completions) == 1:
+        raise PreferenceError(
+            "UnknownShape", "it rates a single completion, which only kto accepts"
+        )
+    for preference in found:
+        _check(preference)
     return found
 
 
 def as_transcript(prompt: Sequence[Message]) -> str:
-    """For tokenizers without a chat template: one turn as it is, several as hh-rlhf writes them."""
+    """Return a prompt for tokenizers without a chat template: a single turn as it is, several turns
+    in the format of hh-rlhf."""
     if len(prompt) == 1:
         return prompt[0].content
     names = {"user": "Human", "assistant": "Assistant"}
@@ -112,58 +117,62 @@ def as_transcript(prompt: Sequence[Message]) -> str:
 # ---- shapes -----------------------------------------------------------------------------------
 
 
-def _pair(row: Row, value: Mapping[str, Any], fields: FieldMap) -> Judged:
+def _pair(row: Row, value: Mapping[str, Any], fields: FieldMap) -> Preference:
     prompt = _prompt(value, fields)
     chosen = _side(value.get("chosen"), "chosen", prompt)
     rejected = _side(value.get("rejected"), "rejected", prompt)
     if chosen[0] != rejected[0]:
-        raise PreferenceError("DifferingPrompts", "chosen and rejected answer different prompts")
+        raise PreferenceError("DifferingPrompts", "chosen and rejected have different prompts")
     if chosen[1].strip() == rejected[1].strip():
-        raise PreferenceError("IdenticalSides", "chosen and rejected are the same answer")
-    answers = (chosen[1], rejected[1])
-    return Judged(row.number, chosen[0], answers, _probability(value), row.file)
+        raise PreferenceError("IdenticalSides", "chosen and rejected are the same completion")
+    completions = (chosen[1], rejected[1])
+    return Preference(row.number, chosen[0], completions, _probability(value), row.file)
 
 
-def _ranking(row: Row, value: Mapping[str, Any], name: str, fields: FieldMap) -> Judged:
+def _ranking(row: Row, value: Mapping[str, Any], name: str, fields: FieldMap) -> Preference:
     prompt = _prompt(value, fields)
     given = value[name]
     if prompt is None or not isinstance(given, list) or len(given) < 2:
-        raise PreferenceError("UnknownShape", f"a ranking needs a prompt and 2 {name} or more")
-    answers = [_side(answer, f"{name}[{i}]", prompt)[1] for i, answer in enumerate(given)]
-    ranks = value.get("ranks", list(range(1, len(answers) + 1)))
+        raise PreferenceError("UnknownShape", f"a ranking needs a prompt and at least 2 {name}")
+    completions = [_side(side, f"{name}[{i}]", prompt)[1] for i, side in enumerate(given)]
+    ranks = value.get("ranks", list(range(1, len(completions) + 1)))
     if not isinstance(ranks, list) or sorted(ranks, key=str) != sorted(
-        range(1, len(answers) + 1), key=str
+        range(1, len(completions) + 1), key=str
     ):
         raise PreferenceError(
-            "InvalidLabel", f"ranks must be 1 to {len(answers)}, each once, and are {ranks}"
+            "InvalidLabel",
+            f"ranks must hold each of 1 to {len(completions)} once, and it holds {ranks}",
         )
-    ordered = tuple(answers[ranks.index(rank)] for rank in range(1, len(answers) + 1))
-    if len({answer.strip() for answer in ordered}) < len(ordered):
-        raise PreferenceError("IdenticalSides", "two answers of the ranking are the same")
-    return Judged(row.number, prompt, ordered, file=row.file)
+    ordered = tuple(completions[ranks.index(rank)] for rank in range(1, len(completions) + 1))
+    if len({completion.strip() for completion in ordered}) < len(ordered):
+        raise PreferenceError("IdenticalSides", "two completions of the ranking are the same")
+    return Preference(row.number, prompt, ordered, file=row.file)
 
 
-def _single(row: Row, value: Mapping[str, Any], name: str, fields: FieldMap) -> Judged:
+def _single(row: Row, value: Mapping[str, Any], name: str, fields: FieldMap) -> Preference:
     prompt = _prompt(value, fields)
     field = fields.completion or _first(value, SINGLES) or SINGLES[0]
     if prompt is None and fields.messages is None and not isinstance(value.get("messages"), list):
-        raise PreferenceError("UnknownShape", f"it has no prompt, but {', '.join(value)}")
+        raise PreferenceError(
+            "UnknownShape", f"it has no prompt; its fields are {', '.join(value)}"
+        )
     given = value.get(field, value.get(fields.messages or "messages"))
-    prompt, answer = _side(given, field, prompt)
-    return Judged(row.number, prompt, (answer,), _thumb(value[name], name), row.file)
+    prompt, completion = _side(given, field, prompt)
+    return Preference(row.number, prompt, (completion,), _label(value[name], name), row.file)
 
 
-def _as_singles(one: Judged) -> list[Judged]:
-    if len(one.answers) == 1:
-        return [one]
-    if len(one.answers) > 2:
-        raise PreferenceError("UnknownShape", "a ranking says nothing of single answers")
-    if one.label <= 0.5:
-        raise PreferenceError("InvalidLabel", "a tie says nothing of single answers")
-    chosen, rejected = one.answers
+def _as_singles(preference: Preference) -> list[Preference]:
+    """Return a single completion as it is, and a pair as a good and a bad completion."""
+    if len(preference.completions) == 1:
+        return [preference]
+    if len(preference.completions) > 2:
+        raise PreferenceError("UnknownShape", "a ranking does not rate single completions")
+    if preference.label <= 0.5:
+        raise PreferenceError("InvalidLabel", "a tie does not rate single completions")
+    chosen, rejected = preference.completions
     return [
-        Judged(one.row, one.prompt, (chosen,), 1.0, one.file),
-        Judged(one.row, one.prompt, (rejected,), 0.0, one.file),
+        replace(preference, completions=(chosen,), label=1.0),
+        replace(preference, completions=(rejected,), label=0.0),
     ]
 
 
@@ -171,7 +180,7 @@ def _as_singles(one: Judged) -> list[Judged]:
 
 
 def _prompt(value: Mapping[str, Any], fields: FieldMap) -> tuple[Message, ...] | None:
-    """None where the sides hold it."""
+    """Return the row's prompt; None if its completions hold the prompt."""
     name = fields.prompt or _first(value, PROMPTS)
     given = value.get(name) if name else None
     if given is None:
@@ -184,31 +193,31 @@ def _prompt(value: Mapping[str, Any], fields: FieldMap) -> tuple[Message, ...] |
 def _side(
     given: Any, name: str, prompt: tuple[Message, ...] | None
 ) -> tuple[tuple[Message, ...], str]:
-    """The prompt that a side answers, and its answer."""
+    """Return the prompt and the completion of one side. `prompt`: the row's own."""
     if isinstance(given, str):
         turns = () if prompt else _transcript(given)
         if prompt is not None and not turns:
-            return prompt, _answer(given, name)
+            return prompt, _completion(given, name)
     else:
         turns = _turns(given, name)
     if not turns:
-        raise PreferenceError("UnknownShape", f"{name} holds no prompt, and neither does the row")
+        raise PreferenceError("UnknownShape", f"neither {name} nor the row holds a prompt")
     if turns[-1].role != "assistant":
-        raise PreferenceError("EmptyAnswer", f"{name} ends with a turn by {turns[-1].role}")
+        raise PreferenceError("EmptyCompletion", f"{name} ends with a turn by {turns[-1].role}")
     before = turns[:-1]
     if prompt is not None and before and before != prompt:
         raise PreferenceError("DifferingPrompts", f"{name} begins with another prompt")
-    return prompt or before, _answer(turns[-1].content, name)
+    return prompt or before, _completion(turns[-1].content, name)
 
 
-def _answer(text: str, name: str) -> str:
+def _completion(text: str, name: str) -> str:
     if not text.strip():
-        raise PreferenceError("EmptyAnswer", f"{name} is empty")
+        raise PreferenceError("EmptyCompletion", f"{name} is empty")
     return text
 
 
 def _transcript(text: str) -> tuple[Message, ...]:
-    """hh-rlhf's dialogues; () for any other text."""
+    """Return the turns of an hh-rlhf dialogue; () for any other text."""
     starts = list(_TURN.finditer(text))
     if not starts or starts[0].start() != 0 or starts[0][1] != "Human":
         return ()
@@ -222,7 +231,7 @@ def _transcript(text: str) -> tuple[Message, ...]:
 def _turns(given: Any, name: str) -> tuple[Message, ...]:
     if not isinstance(given, list) or not given:
         raise PreferenceError(
-            "UnknownShape", f"{name} must be text or a list of turns, and is {_kind(given)}"
+            "UnknownShape", f"{name} must be text or a list of turns, and it is {_kind(given)}"
         )
     return tuple(_turn(turn, name) for turn in given)
 
@@ -233,27 +242,30 @@ def _turn(turn: Any, name: str) -> Message:
         content = turn.get("content", turn.get("value"))
         if role and isinstance(content, str):
             return Message(role, content)
-    raise PreferenceError("InvalidTurns", f"a turn of {name} is no {{role, content}}")
+    raise PreferenceError("InvalidTurns", f"a turn of {name} is not {{role, content}}")
 
 
 def _probability(value: Mapping[str, Any]) -> float:
     given = value.get("probability", 1.0)
     if isinstance(given, bool) or not isinstance(given, int | float) or not 0.5 <= given <= 1:
-        raise PreferenceError("InvalidLabel", f"probability must be 0.5 to 1, and is {given!r}")
+        raise PreferenceError(
+            "InvalidLabel", f"probability must be from 0.5 to 1, and it is {given!r}"
+        )
     return float(given)
 
 
-def _thumb(given: Any, name: str) -> float:
+def _label(given: Any, name: str) -> float:
     if isinstance(given, bool | int | float) and given in (0, 1):
         return float(given)
-    if isinstance(given, str) and given.lower() in _THUMBS:
-        return _THUMBS[given.lower()]
-    raise PreferenceError("InvalidLabel", f"{name} must be true or false, and is {given!r}")
+    if isinstance(given, str) and given.lower() in _LABEL_WORDS:
+        return _LABEL_WORDS[given.lower()]
+    raise PreferenceError("InvalidLabel", f"{name} must be true or false, and it is {given!r}")
 
 
-def _check(one: Judged) -> None:
+def _check(preference: Preference) -> None:
+    """Raise PreferenceError for empty turns, roles out of order and text that cannot be encoded."""
     try:
-        for example in one.examples:
+        for example in preference.examples:
             check(example)
     except RowError as error:
         raise PreferenceError("InvalidTurns", str(error)) from error

@@ -23,7 +23,7 @@ from tuneyard_trainer.models.base import autocast, precision_of
 from tuneyard_trainer.models.layers import head_at, head_of
 from tuneyard_trainer.models.policies import Reference
 from tuneyard_trainer.reinforcement.arithmetic import entropy, token_logprobs
-from tuneyard_trainer.training.batches import passes
+from tuneyard_trainer.training.batches import micro_batches
 from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.worker import Worker
 
@@ -118,7 +118,9 @@ class Actor:
         """Indices of the rows that go through the model together, the longest first."""
         lengths = np.array([len(row) for row in texts.rows], dtype=np.int64)
         indices = np.arange(len(texts), dtype=np.int64)
-        layouts = passes(indices, lengths, capacity=0, max_tokens=self.max_tokens, pack=False)
+        layouts = micro_batches(
+            indices, lengths, capacity=0, max_tokens=self.max_tokens, pack=False
+        )
         return [[row for members in layout.bins for row in members] for layout in layouts]
 
     def score(self, texts: Texts, *, with_entropy: bool = False) -> Scored:

@@ -1,5 +1,5 @@
 """Training over a fixed data set: the stages `sft` and `pretrain`.
 
-What lives here: the training loop and its parts: batches, losses, schedules, seeds, checkpoints.
-What may not enter: preferences, rewards, generation.
+It holds the training loop and its parts: batches, losses, schedules, seeds, checkpoints.
+It does not know preferences, rewards or generation.
 """

@@ -1,8 +1,8 @@
-"""Which rows an optimizer step sees, which worker takes them, and how they share a forward pass.
+"""The batch of each optimizer step, each worker's share of it, and the share's micro-batches.
 
-Everything here is a pure function of the row lengths, the seed and the step, so a resumed run and
-a run with another number of workers see the same rows in the same steps: the position in the data
-is the step, and nothing else needs saving.
+All of it is a pure function of the row lengths, the seed and the step. A resumed run, and a run
+with another number of workers, therefore train on the same rows in the same steps, and a checkpoint
+saves the step alone.
 """
 
 from __future__ import annotations
@@ -19,18 +19,15 @@ from tuneyard_trainer.training.seeds import EPOCH_ORDER, SOURCE_ROWS, row_genera
 Indices = NDArray[np.int64]
 
 IGNORE = -100
-"""The label of a position without loss, as in torch's cross-entropy."""
+"""Label of a position without loss: the default `ignore_index` of torch's cross-entropy."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """The rows of every step: a seeded permutation per epoch, cut into batches.
-
-    `copies` says how often an epoch holds each row, from the data sets' weights: a weight of 1.5
-    is one copy of every row and a second one of a fixed, seeded half of them.
-    """
+    """The rows of every step: a seeded permutation per epoch, cut into batches."""
 
     rows: Indices
+    """The rows of an epoch before they are shuffled. A row may occur several times."""
     batch_size: int
     seed: int
 
@@ -38,13 +35,17 @@ class Order:
     def of(
         cls, source: NDArray[np.int16], weights: Sequence[float], batch_size: int, seed: int
     ) -> Order:
-        """`source`: (N,) index of each row's data set; `weights`: one per data set."""
+        """Return the order of rows whose data sets have weights.
+
+        A weight of 1.5 puts every row of the data set into an epoch once, and a fixed, seeded half
+        of them a second time. `source`: (N,) the index of each row's data set.
+        """
         chosen = []
         for index, weight in enumerate(weights):
             members = np.flatnonzero(source == index).astype(np.int64)
-            whole, part = divmod(weight, 1.0)
-            chosen += [members] * int(whole)
-            count = round(part * len(members))
+            copies, fraction = divmod(weight, 1.0)
+            chosen += [members] * int(copies)
+            count = round(fraction * len(members))
             picked = row_generator(seed, SOURCE_ROWS, index).permutation(members)[:count]
             chosen.append(np.sort(picked))
         return cls(np.concatenate(chosen), batch_size, seed)
@@ -54,17 +55,17 @@ class Order:
         return math.ceil(len(self.rows) / self.batch_size)
 
     def total_steps(self, epochs: float | None, max_steps: int | None) -> int:
-        """Steps of the whole run; a part of an epoch is rounded up to a step."""
+        """Return the number of steps of the run. A fraction of a step is rounded up."""
         if max_steps is not None:
             return max_steps
         return max(1, math.ceil((epochs or 0) * self.steps_per_epoch - 1e-9))
 
     def epoch(self, number: int) -> Indices:
-        """The row indices of epoch `number` (from 0), each copy exactly once."""
+        """Return the shuffled rows of epoch `number` (from 0)."""
         return row_generator(self.seed, EPOCH_ORDER, number).permutation(self.rows)
 
     def batches(self, first_step: int, total_steps: int) -> Iterator[Indices]:
-        """The batches of steps first_step..total_steps-1 (from 0)."""
+        """Yield the batches of steps `first_step` to `total_steps` - 1, counted from 0."""
         step = first_step
         while step < total_steps:
             epoch, batch = divmod(step, self.steps_per_epoch)
@@ -77,8 +78,11 @@ class Order:
 
 
 def share(rows: Indices, lengths: Indices, rank: int, world_size: int) -> Indices:
-    """The part of a batch that one worker takes: longest first, in a snake over the workers
-    (0 1 2 2 1 0 0 1 ...), so that their token counts are about equal."""
+    """Return one worker's share of a batch.
+
+    The rows are assigned from the longest to the shortest, to the workers 0 1 2 2 1 0 0 1 ..., so
+    the workers' token counts are about equal.
+    """
     longest_first = rows[np.argsort(-lengths[rows], kind="stable")]
     turn = np.arange(len(rows)) % (2 * world_size)
     return longest_first[np.minimum(turn, 2 * world_size - 1 - turn) == rank]
@@ -89,18 +93,25 @@ class MicroBatch:
     """The rows of one forward pass: bins of rows laid end to end, all bins padded to one width."""
 
     bins: tuple[tuple[int, ...], ...]
+    """The rows of each bin."""
     width: int
+    """The width of every bin, in tokens."""
+
+    @property
+    def rows(self) -> Indices:
+        """(R,) the rows, bin by bin."""
+        return np.array([row for members in self.bins for row in members], dtype=np.int64)
 
 
-def passes(
+def micro_batches(
     rows: Indices, lengths: Indices, *, capacity: int, max_tokens: int, pack: bool
 ) -> list[MicroBatch]:
-    """Lays out one worker's share of a step. Every row is in exactly one bin; none is cut.
+    """Lay out one worker's share of a step. Every row is in exactly one bin, and no row is cut.
 
-    With `pack`, rows share bins of `capacity` tokens (or of the longest row, where that is more),
-    first fit in descending length, which is within 11/9 of the fewest bins (Johnson 1973).
-    Without, each row is its own bin. A pass holds at most `max_tokens` tokens, padding included,
-    but always at least one bin.
+    With `pack`, rows share bins of `capacity` tokens (or of the longest row's length if that is
+    more), first fit in descending length, which needs at most 11/9 of the fewest possible bins
+    (Johnson 1973). Without `pack`, each row is its own bin. A micro-batch holds at most
+    `max_tokens` tokens, padding included, but always at least one bin.
     """
     longest_first = sorted((int(row) for row in rows), key=lambda row: (-lengths[row], row))
     bins: list[list[int]] = []
@@ -119,7 +130,7 @@ def passes(
 
 
 def _group(bins: list[list[int]], used: list[int], max_tokens: int) -> list[MicroBatch]:
-    """Bins of like width together, widest first."""
+    """Group bins of similar width into micro-batches, the widest bins first."""
     groups: list[MicroBatch] = []
     current: list[tuple[int, ...]] = []
     width = 0

@@ -1,4 +1,4 @@
-"""The curve of a run: `metrics.jsonl`, which a resumed run continues."""
+"""The metrics of a run over its steps: `metrics.jsonl`, which a resumed run continues."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ from typing import Any
 
 
 class History:
-    """`metrics.jsonl`: one line per step or evaluation, of this and earlier attempts."""
+    """`metrics.jsonl`: one line per step or evaluation, of this attempt and earlier ones.
+
+    With `enabled` False, on ranks other than 0, nothing is written.
+    """
 
     def __init__(self, path: Path, *, enabled: bool) -> None:
         self._path, self._enabled = path, enabled
         self._last: dict[str, float] = {}
 
     def write(self, line: Mapping[str, Any]) -> None:
+        """Append a line."""
         self._last.update(line)
         if self._enabled:
             with self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
     def truncate(self, step: int) -> None:
-        """Forgets what a killed run wrote after its last checkpoint, which will be done again."""
+        """Remove the lines after `step`, the last checkpoint: those steps are trained again."""
         if not self._enabled:
             return
         kept = [line for line in self.lines() if line["step"] <= step] if step else []
@@ -32,19 +36,21 @@ class History:
             self._last.update(line)
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """Whole lines only: the last one of a killed run may be torn."""
+        """Yield the complete lines: a killed run may leave a partial last line."""
         text = self._path.read_text() if self._path.exists() else ""
         for line in text.splitlines(keepends=True):
             if line.endswith("\n"):
                 yield json.loads(line)
 
     def evaluated(self, step: int | None) -> dict[str, float]:
-        """The held-out figures after a step; {} where it was not evaluated."""
+        """Return the held-out metrics after a step; {} if the step was not evaluated."""
         lines = [line for line in self.lines() if line["step"] == step and "validationLoss" in line]
         return {name: value for name, value in lines[-1].items() if name != "step"} if lines else {}
 
     def base_loss(self) -> float | None:
+        """Return the held-out loss of the baseline; None if it was not measured."""
         return self._last.get("baseValidationLoss")
 
     def last(self, name: str) -> float:
+        """Return the most recent value of a metric; NaN if there is none."""
         return self._last.get(name, math.nan)

@@ -1,10 +1,10 @@
-"""The training loop of every stage whose data lie still: steps, held-out losses, checkpoints.
+"""The training loop of every stage with a fixed data set: steps, held-out losses, checkpoints.
 
-What is learnt is an `Objective`. The loss of a step is the mean over its global batch, whatever
-the number of workers and passes: each pass adds its share of the sum, gradients are summed over
-workers, and the counts are known to everybody beforehand. The rows of a step depend on seed and
-step alone (`batches`), and so does dropout, so a run that was killed goes on sample-exactly, bit
-for bit on the same hardware.
+An `Objective` defines the loss. The loss of a step is the mean over its global batch, for any
+number of workers and micro-batches: each micro-batch adds its share of the sum, gradients are
+summed over the workers, and every worker knows the divisor beforehand. The rows of a step
+(`batches`) and the dropout are functions of the seed and the step, so a resumed run trains on the
+same samples, and reaches the same bits on the same hardware.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ CHECKPOINT_SECONDS = 600.0
 
 
 class Objective(Protocol):
-    """What a loop learns, on one worker."""
+    """A loss over the rows of a data set, on one worker."""
 
     @property
-    def figures(self) -> tuple[str, ...]:
-        """Names of what `backward` measures, `loss` among them."""
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics that `backward` returns, `loss` among them."""
         ...
 
     @property
@@ -46,26 +46,27 @@ class Objective(Protocol):
         ...
 
     def backward(self, rows: Indices, step: int) -> Tensor:
-        """Adds this worker's share of the gradient of a global batch's mean loss to every
-        parameter. Returns its share of each figure's mean (K,)."""
+        """Add this worker's share of the gradient of a global batch's mean loss to every
+        parameter. Returns the worker's share of each metric's mean (K,)."""
         ...
 
     def held_out(self) -> dict[str, float]:
-        """Figures of the held-out rows, `validationLoss` among them, over all workers."""
+        """Return the metrics of the held-out rows, `validationLoss` among them, over all
+        workers."""
         ...
 
     def baseline(self) -> dict[str, float]:
-        """The same of what training starts from and must beat."""
+        """Return the same metrics of the baseline: the model that training must improve on."""
         ...
 
     def num_tokens(self, rows: Indices) -> int:
-        """Tokens of a batch, padding excluded."""
+        """Return the number of tokens of a batch, padding excluded."""
         ...
 
 
 @dataclass
 class Loop:
-    """Everything a step needs. Built once per attempt; `train` runs it to the end."""
+    """The training loop of one attempt."""
 
     stage: str
     settings: LoopSettings
@@ -78,8 +79,11 @@ class Loop:
     checkpoints: Checkpoints
     history: History
     checkpoint_steps: int | None
+    """Steps between checkpoints; None: a checkpoint every CHECKPOINT_SECONDS."""
     base_loss: float | None = None
+    """The held-out loss of the baseline; None: not measured."""
     resumed_at: int | None = None
+    """The step after which this attempt resumed; None: it started from step 0."""
 
     @classmethod
     def of(
@@ -90,7 +94,7 @@ class Loop:
         order: Order,
         model: nn.Module,
     ) -> Loop:
-        """A loop over `order` that trains what `model` has to train."""
+        """Return a loop over `order` that trains the trainable parameters of `model`."""
         parameters = layers.trainable(model)
         return cls(
             stage=context.stage.name,
@@ -109,14 +113,17 @@ class Loop:
     # ---- the run ------------------------------------------------------------------------------
 
     def train(self) -> LoopState:
-        """Every step from the newest checkpoint (or the start) to the end, or to early stopping."""
+        """Train from the newest checkpoint, if there is one, to the last step or early stopping.
+
+        Raises Interrupted after a requested stop, and StageError LossNotFinite.
+        """
         total = self.order.total_steps(self.settings.epochs, self.settings.max_steps)
         state = self._resume(total)
         saved = mark = time.monotonic()
         for rows in self.order.batches(state.step, total):
             if self._should_stop_early(state):
                 break
-            figures, stop = self._step(rows, state.step, total)
+            metrics, stop = self._step(rows, state.step, total)
             now = time.monotonic()
             state = replace(
                 state,
@@ -124,8 +131,8 @@ class Loop:
                 tokens=state.tokens + self.objective.num_tokens(rows),
                 seconds=state.seconds + now - mark,
             )
-            mark = now  # so a step's time holds the report of the step before it
-            self._log(state, total, figures)
+            mark = now  # a step's time includes the report of the previous step
+            self._log(state, total, metrics)
             evaluated = self._evaluation_due(state.step, total)
             if evaluated:
                 state = self._evaluate(state, total)
@@ -159,38 +166,34 @@ class Loop:
         return state
 
     def _step(self, rows: Indices, step: int, total: int) -> tuple[dict[str, float], bool]:
-        """One optimizer step over a global batch. Returns its figures, among them the loss and the
-        gradient's norm before clipping, and whether any worker was asked to stop."""
-        figures, stop = self._backward(rows, step)
+        """Take one optimizer step over a global batch. Returns its metrics, among them the loss and
+        the gradient norm before clipping, and whether any worker received a stop request."""
+        metrics, stop = self.backward(rows, step)
         norm = self._clip()
-        loss = figures["loss"]
+        loss = metrics["loss"]
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise not_finite(f"the loss became {loss} (gradient norm {norm}) at step {step + 1}")
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(step, total)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {**figures, "gradientNorm": norm}, stop
+        return {**metrics, "gradientNorm": norm}, stop
 
-    def backward(self, rows: Indices, step: int) -> tuple[float, bool]:
-        """Leaves the gradient of the global batch's mean loss in every parameter, on every worker.
-        Returns that loss, and whether any worker was asked to stop."""
-        figures, stop = self._backward(rows, step)
-        return figures["loss"], stop
-
-    def _backward(self, rows: Indices, step: int) -> tuple[dict[str, float], bool]:
+    def backward(self, rows: Indices, step: int) -> tuple[dict[str, float], bool]:
+        """Set the gradient of the global batch's mean loss in every parameter, on every worker.
+        Returns the metrics, and whether any worker received a stop request."""
         self.model.train()
         means_K, stop = self._reduce(self.objective.backward(rows, step))
-        return dict(zip(self.objective.figures, means_K.tolist(), strict=True)), stop
+        return dict(zip(self.objective.metrics, means_K.tolist(), strict=True)), stop
 
     def _reduce(self, means_K: Tensor) -> tuple[Tensor, bool]:
-        """Sums gradients, figures and stop requests over the workers, in one buffer."""
+        """Sum gradients, metrics and stop requests over the workers, in one buffer."""
         stop = torch.tensor(float(self.worker.stop()), device=self.worker.device)
         if self.worker.world_size == 1:
             return means_K, bool(stop)
         grads = []
         for parameter in self.parameters.values():
-            if parameter.grad is None:  # a worker whose share of a small batch is empty
+            if parameter.grad is None:  # this worker has no rows of a small batch
                 parameter.grad = torch.zeros_like(parameter)
             grads.append(parameter.grad)
         flat = torch.cat([*(g.reshape(-1).float() for g in grads), means_K, stop[None]])
@@ -205,6 +208,7 @@ class Loop:
         return self.settings.learning_rate * rate(self.settings.schedule, step, total)
 
     def _clip(self) -> float:
+        """Clip the gradient. Returns its norm before clipping."""
         limit = self.settings.optimizer.max_gradient_norm
         norm = nn.utils.clip_grad_norm_(
             list(self.parameters.values()), math.inf if limit is None else limit
@@ -220,25 +224,26 @@ class Loop:
         return step % every == 0 or step == total
 
     def _measure_base(self, total: int) -> None:
-        """The held-out figures before any step: what training must beat."""
+        """Measure the held-out metrics of the baseline."""
         if not self.objective.holds_out:
             return
-        self.worker.report(total_steps=total, message="measuring where training starts from")
-        found = self.objective.baseline()
-        self.base_loss = found["validationLoss"]
-        metrics = {f"base{name[:1].upper()}{name[1:]}": value for name, value in found.items()}
+        self.worker.report(total_steps=total, message="evaluating the baseline")
+        baseline = self.objective.baseline()
+        self.base_loss = baseline["validationLoss"]
+        metrics = {f"base{name[:1].upper()}{name[1:]}": value for name, value in baseline.items()}
         self.history.write({"step": 0, **metrics})
         self.worker.report(total_steps=total, metrics=metrics)
 
     def _evaluate(self, state: LoopState, total: int) -> LoopState:
-        found = self.objective.held_out()
-        loss = found["validationLoss"]
+        """Measure the held-out metrics and update the best step. Raises StageError."""
+        metrics = self.objective.held_out()
+        loss = metrics["validationLoss"]
         if not math.isfinite(loss):
             raise not_finite(f"the held-out loss became {loss} after step {state.step}")
         delta = self.settings.early_stopping.min_delta if self.settings.early_stopping else 0.0
         improved = state.best_loss is None or loss < state.best_loss - delta
-        self.history.write({"step": state.step, **found})
-        self.worker.report(step=state.step, total_steps=total, metrics=found)
+        self.history.write({"step": state.step, **metrics})
+        self.worker.report(step=state.step, total_steps=total, metrics=metrics)
         if improved:
             return replace(state, best_step=state.step, best_loss=loss, stale=0)
         return replace(state, stale=state.stale + 1)
@@ -267,25 +272,25 @@ class Loop:
         if self.worker.is_main and self.settings.keep_best and best not in (None, state.step):
             assign(self.checkpoints.weights(best), self.parameters)
 
-    def _log(self, state: LoopState, total: int, figures: Mapping[str, float]) -> None:
+    def _log(self, state: LoopState, total: int, measured: Mapping[str, float]) -> None:
         metrics = {
-            **figures,
+            **measured,
             "learningRate": self._learning_rate(state.step - 1, total),
             "epoch": state.step / self.order.steps_per_epoch,
-            "tokensPerSecond": state.tokens / state.seconds if state.seconds else 0.0,
+            "tokensPerSecond": _tokens_per_second(state),
             "tokens": float(state.tokens),
         }
         self.history.write({"step": state.step, **metrics})
         self.worker.report(step=state.step, total_steps=total, metrics=metrics)
 
     def summary(self, state: LoopState) -> dict[str, float]:
-        """The record's metrics."""
+        """Return the metrics of the stage record."""
         metrics = {
             "steps": float(state.step),
             "epochs": state.step / self.order.steps_per_epoch,
             "tokens": float(state.tokens),
             "trainingSeconds": state.seconds,
-            "tokensPerSecond": state.tokens / state.seconds if state.seconds else 0.0,
+            "tokensPerSecond": _tokens_per_second(state),
             "trainedParameters": float(sum(p.numel() for p in self.parameters.values())),
             "parameters": float(layers.count_parameters(self.model)),
             "peakMemoryBytes": float(base.peak_memory_bytes(self.worker.device)),
@@ -298,7 +303,7 @@ class Loop:
         return metrics
 
     def details(self, state: LoopState) -> dict[str, Any]:
-        """The record's details."""
+        """Return the details of the stage record."""
         return {
             "batchSize": self.settings.batch_size,
             "bestStep": state.best_step,
@@ -310,18 +315,22 @@ class Loop:
         }
 
 
-def not_finite(what: str) -> StageError:
-    """Training came to nothing."""
+def _tokens_per_second(state: LoopState) -> float:
+    return state.tokens / state.seconds if state.seconds else 0.0
+
+
+def not_finite(message: str) -> StageError:
+    """Return the error for a loss or a gradient norm that is not finite."""
     return StageError(
         "LossNotFinite",
-        f"{what}.",
-        advice="Lower training.learningRate, or raise training.schedule.warmup; look for broken "
-        "rows in the data.",
+        f"{message}.",
+        advice="Lower training.learningRate, or raise training.schedule.warmup; check the data for "
+        "malformed rows.",
     )
 
 
 def adamw(parameters: Mapping[str, nn.Parameter], settings: LoopSettings) -> torch.optim.Optimizer:
-    """AdamW; vectors (biases, norms) are never decayed."""
+    """Return AdamW without weight decay on vectors (biases and norms)."""
     values = settings.optimizer
     matrices = [p for p in parameters.values() if p.ndim > 1]
     vectors = [p for p in parameters.values() if p.ndim <= 1]

@@ -1,12 +1,13 @@
-"""Masked cross-entropy over rows laid out in passes, without logits that carry no loss.
+"""Masked cross-entropy over micro-batches. Logits of positions without loss are never computed.
 
-Shapes: B bins of a pass, L their width, N target positions, V vocabulary, H hidden size.
+Shapes: B bins of a micro-batch, L their width in tokens, N targets, V vocabulary, K metrics.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -17,50 +18,55 @@ from torch import Tensor, nn
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.models.base import autocast
 from tuneyard_trainer.models.layers import head_at, head_of
-from tuneyard_trainer.training.batches import IGNORE, Indices, MicroBatch, passes, share
+from tuneyard_trainer.training.batches import IGNORE, Indices, MicroBatch, micro_batches, share
+from tuneyard_trainer.training.seeds import derive_seed
+from tuneyard_trainer.worker import Worker
 
 EVALUATION_ROWS = 256
-"""Rows laid out at a time: first fit is quadratic in the number of bins."""
+"""Rows packed at a time: the cost of first fit is quadratic in the number of bins."""
 MAX_LOGITS = 1 << 29
-"""Logits of one pass, in elements: 2 GiB in float32."""
+"""Logits of one micro-batch, in elements: 2 GiB in float32."""
 CPU_CAPACITY = 256
 """Bin width on CPU, in tokens: dense attention over a bin costs 4% of a 135M model's arithmetic at
 256 and 17% at 1024, and short chat rows fill 256 to within 5%."""
 
+T = TypeVar("T")
+
+
+def default_max_tokens(device: torch.device) -> int:
+    """Return the tokens of a micro-batch under `microBatchTokens: auto`."""
+    return 16384 if device.type == "cuda" else 2048
+
 
 @dataclass(frozen=True)
 class Batch:
-    """One pass as tensors on the worker's device."""
+    """One micro-batch as tensors on the worker's device."""
 
     ids_BL: Tensor
     positions_BL: Tensor
-    """Position of each token in its own row; restarts at 0 where a bin's next row begins, which is
-    how attention tells rows apart. Padding is a row of its own."""
+    """Position of each token in its own row. It restarts at 0 at each row of a bin, which is how
+    attention separates the rows. The padding counts as a row of its own."""
     labels_BL: Tensor
-    """The token each position must predict (already shifted), IGNORE where none."""
+    """The token that each position must predict (already shifted); IGNORE: no loss."""
     packed: bool
-    """Whether bins may hold several rows; if not, attention_mask hides the padding."""
+    """Whether bins may hold several rows. If not, `attention_BL` masks the padding."""
     attention_BL: Tensor
-
-    @property
-    def num_targets(self) -> int:
-        return int((self.labels_BL != IGNORE).sum())
 
 
 @dataclass(frozen=True)
 class Forward:
-    """How rows become losses on this worker: layout, padding, device and precision."""
+    """The forward passes of one worker: packing, padding, device and precision."""
 
     device: torch.device
     precision: torch.dtype
     pad: int
-    """The token that fills bins; never a target, never attended to by a row."""
+    """The token that fills bins. It is never a target, and no row attends to it."""
     pack: bool
-    """Several rows to a bin."""
+    """Whether several rows share a bin."""
     capacity: int
-    """Bin width in tokens, where rows are packed."""
+    """Bin width of packed rows, in tokens."""
     max_tokens: int
-    """The most tokens of a pass."""
+    """The most tokens of a micro-batch, padding included."""
 
     @classmethod
     def of(
@@ -74,17 +80,22 @@ class Forward:
         max_length: int,
         max_tokens: int | Literal["auto"],
     ) -> Forward:
-        """`auto`: 2048 tokens on CPU, 16384 on GPU, fewer where the vocabulary is large."""
-        on_gpu = device.type == "cuda"
-        vocabulary = head_of(model).out_features
-        default = min(16384 if on_gpu else 2048, max(256, MAX_LOGITS // vocabulary))
-        budget = default if max_tokens == "auto" else max_tokens
-        capacity = max_length if on_gpu else min(max_length, CPU_CAPACITY)
+        """Return the forward passes of a causal model.
+
+        `auto`: 2048 tokens on CPU and 16384 on GPU, or fewer, so that the logits do not exceed
+        MAX_LOGITS.
+        """
+        if max_tokens == "auto":
+            vocabulary = head_of(model).out_features
+            budget = min(default_max_tokens(device), max(256, MAX_LOGITS // vocabulary))
+        else:
+            budget = max_tokens
+        capacity = max_length if device.type == "cuda" else min(max_length, CPU_CAPACITY)
         return cls(device, precision, pad, pack, capacity, budget)
 
-    def passes(self, rows: Rows, chosen: Indices) -> list[MicroBatch]:
-        """The passes that cover the chosen rows."""
-        return passes(
+    def micro_batches(self, rows: Rows, chosen: Indices) -> list[MicroBatch]:
+        """Return micro-batches that cover the chosen rows."""
+        return micro_batches(
             chosen,
             rows.lengths,
             capacity=self.capacity,
@@ -92,36 +103,47 @@ class Forward:
             pack=self.pack,
         )
 
-    def loss(self, model: nn.Module, rows: Rows, layout: MicroBatch) -> Tensor:
-        """The sum of the losses of a pass's targets, in nats (scalar)."""
-        batch = collate(rows, layout, pad=self.pad, packed=self.pack, device=self.device)
+    def loss(
+        self,
+        model: nn.Module,
+        rows: Rows,
+        micro_batch: MicroBatch,
+        *,
+        reduction: Literal["sum", "none"] = "sum",
+    ) -> Tensor:
+        """Return the cross-entropy of a micro-batch's targets, in nats (float32).
+
+        A scalar, or with `reduction` "none" one loss per target (N,), in the order of the bins.
+        """
+        batch = collate(rows, micro_batch, pad=self.pad, packed=self.pack, device=self.device)
         with autocast(self.device, self.precision):
-            return target_loss(model, batch)
+            return _target_loss(model, batch, reduction)
 
     def mean_loss(self, model: nn.Module, rows: Rows, rank: int, world_size: int) -> float:
-        """Mean loss over all targets of all rows, in nats; every worker takes its share."""
+        """Return the mean loss over all targets of all rows, in nats. The workers share the rows,
+        and all of them return the mean."""
         mine = share(np.arange(len(rows)), rows.lengths, rank, world_size)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         model.eval()
         with torch.no_grad():
             for start in range(0, len(mine), EVALUATION_ROWS):
-                for layout in self.passes(rows, mine[start : start + EVALUATION_ROWS]):
-                    total += self.loss(model, rows, layout).double()
+                for micro_batch in self.micro_batches(rows, mine[start : start + EVALUATION_ROWS]):
+                    total += self.loss(model, rows, micro_batch).double()
         if world_size > 1:
             dist.all_reduce(total)
         return float(total) / int(rows.targets.sum())
 
 
 def collate(
-    rows: Rows, layout: MicroBatch, *, pad: int, packed: bool, device: torch.device
+    rows: Rows, micro_batch: MicroBatch, *, pad: int, packed: bool, device: torch.device
 ) -> Batch:
-    """Lays the rows of a pass end to end in their bins."""
-    shape = (len(layout.bins), layout.width)
+    """Return the tensors of a micro-batch: its rows end to end in their bins."""
+    shape = (len(micro_batch.bins), micro_batch.width)
     ids = np.full(shape, pad, dtype=np.int64)
     labels = np.full(shape, IGNORE, dtype=np.int64)
     positions = np.zeros(shape, dtype=np.int64)
     attention = np.zeros(shape, dtype=np.int64)
-    for b, members in enumerate(layout.bins):
+    for b, members in enumerate(micro_batch.bins):
         start = 0
         for row in members:
             tokens, mask = rows.ids(row), rows.mask(row)
@@ -131,17 +153,17 @@ def collate(
             attention[b, start:end] = 1
             labels[b, start : end - 1] = np.where(mask[1:], tokens[1:], IGNORE)
             start = end
-        positions[b, start:] = np.arange(layout.width - start)
+        positions[b, start:] = np.arange(micro_batch.width - start)
     tensors = (torch.from_numpy(a).to(device) for a in (ids, positions, labels, attention))
     ids_BL, positions_BL, labels_BL, attention_BL = tensors
     return Batch(ids_BL, positions_BL, labels_BL, packed, attention_BL)
 
 
-def target_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The sum of the cross-entropies of a pass's targets, in nats (scalar, float32).
+def _target_loss(model: nn.Module, batch: Batch, reduction: str) -> Tensor:
+    """Return the cross-entropy of a batch's targets, with logits of these positions alone.
 
-    The logits of positions without loss are never computed: in chat data that is most of them, and
-    the head is a fifth of a small model's arithmetic.
+    In chat data most positions carry no loss, and the head is a fifth of a small model's
+    arithmetic.
     """
     bins_N, columns_N = torch.nonzero(batch.labels_BL != IGNORE, as_tuple=True)
     if batch.packed:
@@ -150,4 +172,30 @@ def target_loss(model: nn.Module, batch: Batch) -> Tensor:
         context = {"attention_mask": batch.attention_BL}
     with head_at(model, bins_N, columns_N, batch.ids_BL.shape[1]):
         logits_NV = model(input_ids=batch.ids_BL, use_cache=False, **context).logits[0]
-    return F.cross_entropy(logits_NV.float(), batch.labels_BL[bins_N, columns_N], reduction="sum")
+    labels_N = batch.labels_BL[bins_N, columns_N]
+    return F.cross_entropy(logits_NV.float(), labels_N, reduction=reduction)
+
+
+def accumulate_gradients(
+    sums_of: Callable[[T], Tensor],
+    batches: Iterable[T],
+    *,
+    count: int,
+    num_metrics: int,
+    seed: tuple[int, int],
+    worker: Worker,
+) -> Tensor:
+    """Add the gradient of a worker's share of a global batch, one micro-batch after another.
+
+    `sums_of`: a micro-batch's metrics, summed (K,); the first one is the loss. `count`: the divisor
+    of the sums, over the global batch. `seed`: the job's seed and the step. Returns the worker's
+    share of each metric's mean (K,).
+    """
+    means_K = torch.zeros(num_metrics, device=worker.device)
+    for index, micro_batch in enumerate(batches):
+        # Dropout is a function of (seed, step, worker, micro-batch): a resumed run repeats it.
+        torch.manual_seed(derive_seed(*seed, worker.rank, index))
+        sums_K = sums_of(micro_batch) / count
+        sums_K[0].backward()
+        means_K += sums_K.detach()
+    return means_K

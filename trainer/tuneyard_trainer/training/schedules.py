@@ -1,4 +1,4 @@
-"""The learning rate over a run, as a share of its peak."""
+"""The learning rate over a run, as a fraction of its peak."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from tuneyard.api.training import Schedule
 
 
 def rate(schedule: Schedule, step: int, total_steps: int) -> float:
-    """The share of the peak at `step` (from 0) of `total_steps`.
+    """Return the learning rate at `step` (from 0) of `total_steps`, as a fraction of the peak.
 
-    Warm-up rises linearly and reaches 1 with the first step after it; cosine (Loshchilov & Hutter
-    2017, arXiv:1608.03983) and linear fall to `final_fraction` at the last step.
+    Warm-up rises linearly, and the first step after it has the rate 1. The schedules cosine
+    (Loshchilov & Hutter 2017, arXiv:1608.03983) and linear decay to `final_fraction` at the last
+    step.
     """
     warmup = math.ceil(schedule.warmup * total_steps)
     if step < warmup:

@@ -1,6 +1,6 @@
 """Seeds: every random number is a function of the job's seed, a purpose and a position.
 
-A run that was killed therefore continues with the same numbers, and no generator's state is saved.
+A resumed run therefore draws the same numbers, and no generator's state is saved.
 """
 
 from __future__ import annotations
@@ -8,17 +8,17 @@ from __future__ import annotations
 import numpy as np
 
 EPOCH_ORDER, SOURCE_ROWS = 0, 1
-"""Purposes in `row_generator(seed, purpose, index)`: the order of an epoch's rows; the rows of a
-source whose weight is not 1."""
+"""Purposes in `row_generator(seed, purpose, index)`: the order of an epoch's rows; the extra
+rows of a data set with a fractional weight."""
 COMPLETION, MEASUREMENT = 1, 2
-"""Purposes in `derive_seed(seed, purpose, ...)`: sampled completions of an update; those of a
-measurement, which are the same at every step."""
+"""Purposes in `derive_seed(seed, purpose, ...)`: the sampled completions of an update; those of
+an evaluation, which are drawn from the same seeds at every step."""
 MINIBATCHES = 3
 """Purpose in `generator(seed, purpose, update, epoch)`: the order of a rollout's rows."""
 
 
 def derive_seed(*numbers: int) -> int:
-    """Return one well-mixed 63-bit seed of several numbers."""
+    """Return one 63-bit seed derived from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -29,5 +29,5 @@ def row_generator(seed: int, purpose: int, index: int) -> np.random.Generator:
 
 
 def generator(*numbers: int) -> np.random.Generator:
-    """Return a generator whose numbers are a function of `numbers`."""
+    """Return a generator seeded by `numbers`."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(numbers)))

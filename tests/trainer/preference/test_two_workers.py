@@ -1,4 +1,4 @@
-"""Two workers learn from preferences what one learns."""
+"""Two workers train on preferences to the same weights as one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STAGES = ("sigmoid", "kto", "reward")
 
 
 def run(kind: str, folder: Path, model: Path, worker: Worker) -> None:
-    data = folder.parent / ("thumbs" if kind == "kto" else "twos") / "pairs"
+    data = folder.parent / ("labeled" if kind == "kto" else "pairs") / "pairs"
     inputs = {"model": model, "data": data}
     folder.mkdir(exist_ok=True)
     if kind == "reward":
@@ -56,8 +56,8 @@ def _worker(rank: int, port: int, folder: Path, model: Path) -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
     folder = tmp_path_factory.mktemp("together")
     rows: list[dict[str, Any]] = separable(16)
-    write_pairs(folder / "twos", tiny_model_dir, rows)
-    write_pairs(folder / "thumbs", tiny_model_dir, rows, labeled=True)
+    write_pairs(folder / "pairs", tiny_model_dir, rows)
+    write_pairs(folder / "labeled", tiny_model_dir, rows, labeled=True)
     port = free_port()
     mp.spawn(_worker, args=(port, folder, tiny_model_dir), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
     for kind in STAGES:
@@ -66,7 +66,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> 
 
 
 @pytest.mark.parametrize("kind", STAGES)
-def test_two_workers_come_to_the_same_weights(finished: Path, kind: str) -> None:
+def test_two_workers_reach_the_same_weights_as_one(finished: Path, kind: str) -> None:
     one, two = (
         load_file(next((finished / f"{kind}-by-{count}" / "weights").glob("*.safetensors")))
         for count in ("one", "two")

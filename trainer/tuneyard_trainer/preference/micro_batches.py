@@ -1,0 +1,116 @@
+"""Rows through a model: log-probabilities under a policy, scores of a reward model.
+
+Shapes: R rows, B bins of a micro-batch, L their width, N targets, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from tuneyard_trainer.data.prepared import Rows
+from tuneyard_trainer.models.base import autocast
+from tuneyard_trainer.models.probes import base_of
+from tuneyard_trainer.preference.dataset import Comparisons
+from tuneyard_trainer.training.batches import Indices, MicroBatch, micro_batches, share
+from tuneyard_trainer.training.losses import Forward, collate
+from tuneyard_trainer.worker import Worker
+
+UNLIMITED = 1 << 62
+"""Tokens of a micro-batch whose rows the caller has chosen."""
+
+Scorer = Callable[[nn.Module, Rows, Indices, Forward], Tensor]
+"""Returns one number for each chosen row (R,), from one forward pass."""
+
+
+def logprobs(model: nn.Module, rows: Rows, chosen: Indices, forward: Forward) -> Tensor:
+    """Return the log-probability of each row's targets, summed over the row (R,), in float32, from
+    one forward pass."""
+    micro_batch, order = _as_micro_batch(rows, chosen, forward)
+    logprobs_N = -forward.loss(model, rows, micro_batch, reduction="none")
+    # Targets come bin by bin and, in a bin, row by row.
+    owners_N = np.repeat(order, rows.targets[chosen[order]])
+    return torch.zeros(len(chosen), device=forward.device).index_add(
+        0, torch.from_numpy(owners_N).to(forward.device), logprobs_N
+    )
+
+
+def scores(model: nn.Module, rows: Rows, chosen: Indices, forward: Forward) -> Tensor:
+    """Return the output of a sequence classifier's head `score` at each row's last token (R,), in
+    float32, from one forward pass. Rows must not be packed."""
+    micro_batch, order = _as_micro_batch(rows, chosen, forward)
+    batch = collate(rows, micro_batch, pad=forward.pad, packed=False, device=forward.device)
+    base = base_of(model)
+    trunk = getattr(base, base.base_model_prefix)
+    last_R = torch.from_numpy(rows.lengths[chosen[order]] - 1).to(forward.device)
+    with autocast(forward.device, forward.precision):
+        hidden_BLH = trunk(
+            input_ids=batch.ids_BL, attention_mask=batch.attention_BL, use_cache=False
+        )[0]
+        bins_R = torch.arange(len(order), device=forward.device)
+        scores_R = base.score(hidden_BLH[bins_R, last_R])[:, 0].float()
+    return torch.zeros_like(scores_R).index_copy(
+        0, torch.from_numpy(order).to(forward.device), scores_R
+    )
+
+
+def _as_micro_batch(rows: Rows, chosen: Indices, forward: Forward) -> tuple[MicroBatch, Indices]:
+    """Return the rows as one micro-batch, and the positions in `chosen` of its rows. A row may be
+    chosen twice."""
+    (local,) = micro_batches(
+        np.arange(len(chosen)),
+        rows.lengths[chosen],
+        capacity=forward.capacity,
+        max_tokens=UNLIMITED,
+        pack=forward.pack,
+    )
+    bins = tuple(tuple(int(chosen[i]) for i in members) for members in local.bins)
+    return MicroBatch(bins, local.width), local.rows
+
+
+def group_micro_batches(
+    comparisons: Comparisons, groups: Indices, max_tokens: int
+) -> Iterator[Indices]:
+    """Yield micro-batches of whole groups, the groups with the longest rows first: at most
+    `max_tokens` tokens each, padding included, but always at least one group."""
+    rows = comparisons.rows
+    longest = np.maximum.reduceat(rows.lengths, comparisons.groups[:-1])
+    micro_batch: list[int] = []
+    num_rows = width = 0
+    for group in sorted((int(g) for g in groups), key=lambda g: (-longest[g], g)):
+        size = int(comparisons.sizes[group])
+        if micro_batch and (num_rows + size) * width > max_tokens:
+            yield np.array(micro_batch, dtype=np.int64)
+            micro_batch, num_rows = [], 0
+        if not micro_batch:
+            width = int(longest[group])
+        micro_batch.append(group)
+        num_rows += size
+    if micro_batch:
+        yield np.array(micro_batch, dtype=np.int64)
+
+
+@torch.no_grad()
+def evaluate_rows(
+    scorer: Scorer, model: nn.Module, rows: Rows, forward: Forward, worker: Worker
+) -> NDArray[np.float64]:
+    """Return one number for every row (R,), in evaluation mode. The workers share the rows, and all
+    of them return all numbers."""
+    model.eval()
+    values_R = torch.zeros(len(rows), dtype=torch.float64, device=worker.device)
+    mine = share(np.arange(len(rows)), rows.lengths, worker.rank, worker.world_size)
+    for micro_batch in micro_batches(
+        mine, rows.lengths, capacity=0, max_tokens=forward.max_tokens, pack=False
+    ):
+        chosen = micro_batch.rows
+        values_R[torch.from_numpy(chosen).to(worker.device)] = scorer(
+            model, rows, chosen, forward
+        ).double()
+    if worker.world_size > 1:
+        dist.all_reduce(values_R)
+    return values_R.cpu().numpy()
