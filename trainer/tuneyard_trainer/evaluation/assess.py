@@ -25,11 +25,10 @@ from transformers import PreTrainedTokenizerBase
 from tuneyard.api.stage_settings import AssessSettings, RewardTerm, WinRateSettings
 from tuneyard_trainer.data.chat import Message
 from tuneyard_trainer.data.prepared import Rows
-from tuneyard_trainer.data.prompts import Prompt, read_prompts, render
+from tuneyard_trainer.data.prompts import Prompt, as_text, read_prompts, render
 from tuneyard_trainer.evaluation import reward_hacking, win_rate
 from tuneyard_trainer.evaluation.gates import check_gates
 from tuneyard_trainer.generation.sampling import TransformersSampler, stop_tokens
-from tuneyard_trainer.judging.judges import as_text
 from tuneyard_trainer.judging.local_model import ModelJudge
 from tuneyard_trainer.judging.session import Asking, judge_name
 from tuneyard_trainer.models import base, policies, probes
