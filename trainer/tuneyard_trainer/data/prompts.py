@@ -44,6 +44,14 @@ class Prompt:
         return self.messages[-1]["content"]
 
 
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt and the token ids that the policy continues."""
+
+    prompt: Prompt
+    ids: tuple[int, ...]
+
+
 def read_prompts(
     path: Path, settings: PromptSettings, chat: ChatSettings, *, name: str
 ) -> list[Prompt]:
@@ -73,6 +81,18 @@ def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat: ChatSetting
         return rendered(tokenizer, prompt.messages, template=chat.chat_template)
     except MisfitError:
         return None
+
+
+def tokenize(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat: ChatSettings
+) -> TokenizedPrompt | None:
+    """Return the prompt with the ids that the policy continues. None: the chat template refuses
+    the conversation."""
+    text = render(prompt, tokenizer, chat)
+    if text is None:
+        return None
+    plain = not (chat.chat_template or tokenizer.chat_template)
+    return TokenizedPrompt(prompt, tuple(tokenizer(text, add_special_tokens=plain)["input_ids"]))
 
 
 def _of_examples(path: Path, settings: PromptSettings, name: str) -> list[Prompt]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from tuneyard.api.alignment import Sampling
 from tuneyard.api.stage_settings import ChatSettings, PromptSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.prompts import Prompt, read_prompts, render
+from tuneyard_trainer.data.prompts import TokenizedPrompt, read_prompts, tokenize
 from tuneyard_trainer.generation.sampling import (
     CPU_ANSWERS,
     GPU_ANSWERS,
@@ -35,14 +35,6 @@ class Answer:
     text: str
     complete: bool
     """Whether it came to its end before the limit."""
-
-
-@dataclass(frozen=True)
-class TokenizedPrompt:
-    """A prompt as the policy reads it."""
-
-    prompt: Prompt
-    ids: tuple[int, ...]
 
 
 @dataclass
@@ -84,15 +76,15 @@ class Policy:
         """The set's prompts that leave room for an answer; `name` is its field in the manifest.
         Raises StageError, NoPrompts where none does."""
         found = read_prompts(self.inputs["prompts"], settings, self.chat, name=name)
-        texts = [render(prompt, self.tokenizer, self.chat) for prompt in found]
+        rendered = [tokenize(prompt, self.tokenizer, self.chat) for prompt in found]
         room = self._room(max_new_tokens)
-        ready = []
-        for prompt, text in zip(found, texts, strict=True):
-            ids = self._ids(text) if text is not None else ()
-            if ids and (room is None or len(ids) <= room):
-                ready.append(TokenizedPrompt(prompt, ids))
+        ready = [
+            prompt
+            for prompt in rendered
+            if prompt and prompt.ids and (room is None or len(prompt.ids) <= room)
+        ]
         if not ready:
-            refused = sum(text is None for text in texts)
+            refused = rendered.count(None)
             raise StageError(
                 "NoPrompts",
                 f"none of the {len(found)} prompts of {name} can be answered: the chat template "
@@ -104,9 +96,6 @@ class Policy:
             message=f"{len(ready)} of {len(found)} prompts of {name} can be answered"
         )
         return ready
-
-    def _ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=not self.speaks)["input_ids"])
 
     def _room(self, max_new_tokens: int) -> int | None:
         """The most tokens of a prompt; None: no limit is known."""

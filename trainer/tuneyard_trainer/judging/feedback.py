@@ -21,8 +21,8 @@ from tuneyard.api.plan import PlannedStage
 from tuneyard.api.stage_settings import FeedbackSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import Message
-from tuneyard_trainer.data.prompts import Prompt, as_text
-from tuneyard_trainer.generation.answering import Answer, Policy, TokenizedPrompt, answers
+from tuneyard_trainer.data.prompts import Prompt, TokenizedPrompt, as_text
+from tuneyard_trainer.generation.answering import Answer, Policy, answers
 from tuneyard_trainer.judging.judges import (
     MODEL_LABEL_TOKENS,
     Pair,

@@ -21,8 +21,8 @@ import torch
 from tuneyard.api.alignment import Sampling
 from tuneyard.api.stage_settings import GrpoSettings, PpoSettings
 from tuneyard.errors import StageError
+from tuneyard_trainer.data.prompts import TokenizedPrompt
 from tuneyard_trainer.generation import answering
-from tuneyard_trainer.generation.answering import TokenizedPrompt
 from tuneyard_trainer.generation.sampling import Sampler, TransformersSampler, stop_tokens
 from tuneyard_trainer.models import policies
 from tuneyard_trainer.models.base import peak_memory_bytes
