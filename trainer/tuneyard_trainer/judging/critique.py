@@ -20,7 +20,7 @@ from tuneyard.api.stage_settings import CritiqueSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import Message
 from tuneyard_trainer.data.prompts import TokenizedPrompt
-from tuneyard_trainer.generation.answering import Answer, Policy, answers
+from tuneyard_trainer.generation.completions import Answer, Policy, answers
 from tuneyard_trainer.judging.judges import Ask, Judge, filled
 from tuneyard_trainer.judging.local_model import ModelJudge
 from tuneyard_trainer.judging.session import Asking

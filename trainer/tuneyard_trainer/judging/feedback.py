@@ -22,7 +22,7 @@ from tuneyard.api.stage_settings import FeedbackSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import Message
 from tuneyard_trainer.data.prompts import Prompt, TokenizedPrompt, as_text
-from tuneyard_trainer.generation.answering import Answer, Policy, answers
+from tuneyard_trainer.generation.completions import Answer, Policy, answers
 from tuneyard_trainer.judging.judges import (
     MODEL_LABEL_TOKENS,
     Pair,
