@@ -11,28 +11,25 @@ Shapes: N answers, T tokens, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessor, PreTrainedTokenizerBase, TopPLogitsWarper
 
 from tuneyard.api.alignment import Sampling
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import ChatFormat
-from tuneyard_trainer.generation.greedy import length_batches, prompt_tuned
+from tuneyard_trainer.generation.batches import (
+    generate,
+    length_batches,
+    own_stop_tokens,
+    prompt_tuned,
+)
 from tuneyard_trainer.models.base import autocast
-from tuneyard_trainer.models.probes import base_of
 
 GPU_ANSWERS, CPU_ANSWERS = 256, 64
 """The most answers sampled at once: a step's cost hardly grows with them up to there."""
@@ -79,7 +76,6 @@ class TransformersSampler:
         device = next(self.model.parameters()).device
         lengths = [len(prompt) for prompt in prompts]
         size = at_once(self.model, max(lengths, default=0) + self.settings.max_new_tokens, device)
-        self.model.eval()
         for chosen in length_batches(lengths, size, padded=not prompt_tuned(self.model)):
             sampled = self._batch([prompts[i] for i in chosen], [keys[i] for i in chosen], device)
             answers.update(zip(chosen, sampled, strict=True))
@@ -91,33 +87,18 @@ class TransformersSampler:
     def _batch(
         self, prompts: Sequence[Sequence[int]], keys: Sequence[int], device: torch.device
     ) -> list[Sampled]:
-        width = max(len(prompt) for prompt in prompts)
-        ids_NL = torch.full((len(prompts), width), self.pad)
-        seen_NL = torch.zeros_like(ids_NL)
-        for row, prompt in enumerate(prompts):  # padded on the left: answers begin together
-            ids_NL[row, width - len(prompt) :] = torch.tensor(prompt)
-            seen_NL[row, width - len(prompt) :] = 1
-        draw = InverseCdfSampler(
-            uniforms(keys, self.settings.max_new_tokens).to(device), self.settings
-        )
-        with torch.no_grad(), _neutral(self.model), autocast(device, self.precision):
-            output_NL = self.model.generate(
-                input_ids=ids_NL.to(device),
-                attention_mask=seen_NL.to(device),
-                generation_config=GenerationConfig(
-                    max_new_tokens=self.settings.max_new_tokens,
-                    do_sample=False,  # `draw` leaves one token to take
-                    eos_token_id=list(self.stop),
-                    pad_token_id=self.pad,
-                ),
-                logits_processor=LogitsProcessorList([draw]),
+        limit = self.settings.max_new_tokens
+        draw = InverseCdfSampler(uniforms(keys, limit).to(device), self.settings)
+        with autocast(device, self.precision):
+            completions = generate(
+                self.model,
+                prompts,
+                pad=self.pad,
+                stop=self.stop,
+                max_new_tokens=limit,
+                processors=[draw],  # leaves one possible token
             )
-        return [Sampled(self._cut(answer)) for answer in output_NL[:, width:].tolist()]
-
-    def _cut(self, answer: Sequence[int]) -> tuple[int, ...]:
-        """Up to and with the first stop token: what follows pads the batch."""
-        ends = (position + 1 for position, token in enumerate(answer) if token in self.stop)
-        return tuple(answer[: next(ends, len(answer))])
+        return [Sampled(tokens) for tokens in completions]
 
 
 def at_once(model: Any, length: int, device: torch.device) -> int:
@@ -180,27 +161,12 @@ def uniforms(keys: Sequence[int], count: int) -> Tensor:
     return torch.from_numpy(np.stack(rows)) * (1 - 1e-12)
 
 
-@contextmanager
-def _neutral(model: Any) -> Iterator[None]:
-    """While active, the model's own generation settings (repetition penalties, suppressed tokens)
-    are off: they would make the sampled distribution another than the policy's."""
-    base = base_of(model)
-    own, base.generation_config = base.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        base.generation_config = own
-
-
 def stop_tokens(
     model: Any, tokenizer: PreTrainedTokenizerBase, template: str | None = None
 ) -> tuple[int, ...]:
     """The tokens that end an answer: the tokenizer's, the model's own (Llama 3 has three) and the
     chat template's. `template`: in place of the tokenizer's. Raises StageError NoStopToken."""
-    base = base_of(model)
-    own = base.generation_config.eos_token_id
-    found = set(own if isinstance(own, list) else [own])
-    found.add(tokenizer.eos_token_id)
+    found = {*own_stop_tokens(model), tokenizer.eos_token_id}
     if template or tokenizer.chat_template:
         found.add(_template_stop(tokenizer, template))
     found.discard(None)
