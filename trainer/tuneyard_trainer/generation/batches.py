@@ -1,4 +1,4 @@
-"""Batched generation: prompts of unlike length, padded on the left, continued by one `generate`.
+"""Batched generation: prompts of different lengths, padded on the left, in one `generate` call.
 
 Shapes: N prompts, L tokens of the longest prompt, V vocabulary.
 """

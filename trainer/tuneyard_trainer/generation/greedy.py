@@ -1,4 +1,4 @@
-"""Greedy continuations in batches: the same for the same weights, whatever the batch."""
+"""Greedy completions of prompts in batches. They do not depend on the batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tuneyard_trainer.generation.batches import (
 )
 
 BATCH = 32
-"""Prompts at a time; with a 1k-token prompt the cache of a 1B model then takes about 2 GiB."""
+"""Prompts in a batch: with a 1k-token prompt the cache of a 1B model then takes about 2 GiB."""
 
 
 def continuations(
@@ -24,10 +24,10 @@ def continuations(
     max_new_tokens: int,
     add_special_tokens: bool,
 ) -> tuple[str, ...]:
-    """What the model continues each prompt with, greedily, in the prompts' order.
+    """Return the model's greedy continuation of each prompt, in the order of the prompts.
 
-    `add_special_tokens`: put the tokenizer's own before each prompt; prompts that a chat template
-    rendered hold theirs already.
+    `add_special_tokens`: tokenize each prompt with the tokenizer's special tokens. Prompts that a
+    chat template rendered already hold them.
     """
     if not prompts:
         return ()
