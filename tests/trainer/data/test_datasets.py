@@ -1,4 +1,4 @@
-"""Rows of every file kind and format become examples, or faults that name their row."""
+"""Rows of every file kind and format become examples, or errors that name the row."""
 
 from __future__ import annotations
 
@@ -111,11 +111,13 @@ class TestFiles:
         assert [row.value for row in read_rows(path)] == ROWS
 
     @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
-    def test_a_byte_order_mark_is_no_part_of_the_first_row(self, tmp_path: Path, name: str) -> None:
+    def test_a_byte_order_mark_is_not_part_of_the_first_row(
+        self, tmp_path: Path, name: str
+    ) -> None:
         path = put(tmp_path / name, b"\xef\xbb\xbf" + TABLES[name])
         assert [row.value for row in read_rows(path)] == ROWS
 
-    def test_a_row_is_numbered_by_its_line_and_blank_lines_are_no_rows(
+    def test_a_row_has_the_number_of_its_line_and_blank_lines_are_skipped(
         self, tmp_path: Path
     ) -> None:
         path = put(tmp_path / "a.jsonl", b'{"a": 1}\n\n  \n{"a": 2}')
@@ -129,16 +131,14 @@ class TestFiles:
         path = put(tmp_path / "a.json", json.dumps({"version": 1, "data": ROWS}).encode())
         assert [row.value for row in read_rows(path)] == ROWS
 
-    def test_a_csv_cell_may_hold_lines_and_be_longer_than_pythons_own_limit(
+    def test_a_csv_cell_may_hold_newlines_and_exceed_the_csv_modules_limit(
         self, tmp_path: Path
     ) -> None:
         cell = "two\nlines, " * 20_000
         path = put(tmp_path / "a.csv", f'text,id\n"{cell}",1\n'.encode())
         assert [row.value for row in read_rows(path)] == [{"text": cell, "id": "1"}]
 
-    def test_rows_stream_so_that_the_first_comes_before_the_file_is_read(
-        self, tmp_path: Path
-    ) -> None:
+    def test_the_first_row_is_yielded_before_the_file_is_read(self, tmp_path: Path) -> None:
         path = put(tmp_path / "a.jsonl.gz", gzip.compress(lines(ROWS * 20_000))[:-1000])
         assert next(read_rows(path)).value == ROWS[0]
         assert refusal(lambda: list(read_rows(path))).reason == "InvalidData"
@@ -148,12 +148,12 @@ class TestFiles:
         [
             (b'{"a": ', "not JSON: Expecting value at column 7"),
             (b'{"a": "\xff"}', "not UTF-8: byte 0xff at column 8"),
-            (b"[1, 2]", "a row must be an object with fields, and this is list"),
+            (b"[1, 2]", "a row must be an object with fields, not list"),
             (b'{"a": ' + b"9" * 5000 + b"}", "not JSON: Exceeds the limit"),
             (b"[" * 200_000, "not JSON: maximum recursion"),
         ],
     )
-    def test_a_broken_line_is_a_fault_of_its_row_only(
+    def test_a_broken_line_breaks_only_its_row(
         self, tmp_path: Path, line: bytes, reason: str
     ) -> None:
         path = put(tmp_path / "a.jsonl", b'{"a": 1}\n' + line + b'\n{"a": 2}\n')
@@ -162,11 +162,11 @@ class TestFiles:
         assert second.number == 2
         assert broken(second).startswith(reason)
 
-    def test_a_broken_csv_row_is_a_fault_of_its_row_only(self, tmp_path: Path) -> None:
+    def test_a_broken_csv_row_breaks_only_its_row(self, tmp_path: Path) -> None:
         content = b'a,b\n1,2\n1,2,3\n"1"x,2\n\xff,2\n1,2\n"open,2\n'
         rows = list(read_rows(put(tmp_path / "a.csv", content)))
         assert [row.number for row in rows] == [1, 2, 3, 4, 5, 6]
-        assert broken(rows[1]) == "3 cells where the header names 2 columns"
+        assert broken(rows[1]) == "the row has 3 cells, and the header names 2 columns"
         assert broken(rows[2]).startswith("not CSV")
         assert broken(rows[3]) == "column a is not UTF-8"
         assert rows[4].value == {"a": "1", "b": "2"}
@@ -178,10 +178,10 @@ class TestFiles:
         assert "header" in refusal(lambda: list(read_rows(path))).message
 
     @pytest.mark.parametrize(
-        ("name", "content", "said"),
+        ("name", "content", "words"),
         [
             ("a.json", b'[{"a": 1},', "is not JSON: Illegal trailing comma|is not JSON: Expecting"),
-            ("a.json", lines(ROWS), "JSONL: name it .jsonl"),
+            ("a.json", lines(ROWS), "rename a file with one object a line to .jsonl"),
             ("a.json", b'"text"', "neither a list of rows"),
             ("a.json", b'["\xff"]', "not UTF-8 at byte 3"),
             ("a.parquet", b"PAR1 no", "not Parquet"),
@@ -192,17 +192,17 @@ class TestFiles:
             ("a.jsonl.zst", b"no zst", "cannot be decompressed"),
         ],
     )
-    def test_a_file_that_is_broken_as_a_whole_is_named(
-        self, tmp_path: Path, name: str, content: bytes, said: str
+    def test_a_file_that_cannot_be_read_is_named(
+        self, tmp_path: Path, name: str, content: bytes, words: str
     ) -> None:
         path = put(tmp_path / name, content)
         error = refusal(lambda: list(read_rows(path)))
         assert error.reason == "InvalidData"
         assert name in error.message
-        assert any(words in error.message for words in said.split("|"))
+        assert any(text in error.message for text in words.split("|"))
 
     @pytest.mark.parametrize("name", ["a.xlsx", "a", "a.gz"])
-    def test_an_unknown_suffix_is_answered_with_the_known_ones(
+    def test_the_error_for_an_unknown_suffix_lists_the_known_ones(
         self, tmp_path: Path, name: str
     ) -> None:
         error = refusal(lambda: open_data(put(tmp_path / name, b"x")))
@@ -224,7 +224,7 @@ class TestFolders:
         found = [(example.file, example.row, example.prompt) for example in open_data(tmp_path)]
         assert found == [("a.jsonl", 1, "q0"), ("b.jsonl", 1, "q1"), ("sub/c.jsonl.gz", 1, "q2")]
 
-    def test_a_glob_chooses_one_kind_where_a_folder_holds_several(self, tmp_path: Path) -> None:
+    def test_a_glob_selects_one_kind_of_files_in_a_folder(self, tmp_path: Path) -> None:
         put(tmp_path / "a.jsonl", lines(ROWS))
         put(tmp_path / "b.csv", b"prompt,completion\nq,a\n")
         assert len(list(open_data(tmp_path / "*.jsonl"))) == 3
@@ -299,7 +299,7 @@ FORMATS: list[tuple[DataFormat, dict[str, Any], list[tuple[str, str]]]] = [
 
 class TestFormats:
     @pytest.mark.parametrize(("name", "row", "expected"), FORMATS)
-    def test_each_format_is_recognised_and_read(
+    def test_each_format_is_detected_and_read(
         self, tmp_path: Path, name: DataFormat, row: dict[str, Any], expected: Any
     ) -> None:
         stream = open_data(put(tmp_path / "rows.jsonl", lines([row])))
@@ -307,7 +307,7 @@ class TestFormats:
         assert stream.summary.format == name
         assert turns(load(tmp_path, row, format=name)[0]) == expected
 
-    def test_plain_pairs_keep_prompt_and_completion_to_the_letter(self, tmp_path: Path) -> None:
+    def test_prompt_and_completion_are_kept_exactly(self, tmp_path: Path) -> None:
         (example,) = load(tmp_path, {"prompt": "The capital is", "completion": " Paris\n"})
         assert (example.kind, example.prompt, example.completion) == (
             "completion",
@@ -315,21 +315,21 @@ class TestFormats:
             " Paris\n",
         )
 
-    def test_text_is_read_to_the_letter(self, tmp_path: Path) -> None:
+    def test_text_is_kept_exactly(self, tmp_path: Path) -> None:
         (example,) = load(tmp_path, {"text": " one\n"})
         assert (example.kind, example.text, example.messages) == ("text", " one\n", ())
 
-    def test_ultrachat_named_reads_messages_too(self, tmp_path: Path) -> None:
+    def test_the_ultrachat_format_reads_messages_too(self, tmp_path: Path) -> None:
         row = {"prompt": "q", "prompt_id": "1", "messages": chat("q", "a")}
         assert turns(load(tmp_path, row, format="ultrachat")[0])[1] == ("assistant", "a")
         assert turns(load(tmp_path, row)[0])[1] == ("assistant", "a")
 
-    def test_messages_survive_parquet_with_its_nulls(self, tmp_path: Path) -> None:
+    def test_messages_are_read_from_parquet_with_nulls(self, tmp_path: Path) -> None:
         rows = [{"messages": chat("q", "a"), "expected": ["a"]}, {"messages": chat("q", "b")}]
         stream = open_data(put(tmp_path / "a.parquet", as_parquet(rows)))
         assert [example.expected for example in stream] == [("a",), ()]
 
-    def test_fields_rename_what_a_file_calls_otherwise(self, tmp_path: Path) -> None:
+    def test_fields_map_other_field_names(self, tmp_path: Path) -> None:
         fields = {"prompt": "question", "completion": "answer"}
         (example,) = load(tmp_path, {"question": "q", "answer": "a"}, fields=fields)
         assert (example.prompt, example.completion) == ("q", "a")
@@ -343,14 +343,14 @@ class TestFormats:
         (example,) = load(tmp_path, row, fields={"messages": "conversation"})
         assert example.kind == "chat"
 
-    def test_fields_that_the_format_does_not_have_are_refused(self, tmp_path: Path) -> None:
+    def test_a_field_map_with_fields_of_another_format_is_refused(self, tmp_path: Path) -> None:
         error = refusal(
             lambda: load(tmp_path, {"text": "t"}, format="text", fields={"prompt": "q"})
         )
         assert "fields.prompt" in error.message
         assert "fields.prompt" in error.advice
 
-    def test_expected_answers_come_along(self, tmp_path: Path) -> None:
+    def test_examples_keep_the_expected_answers(self, tmp_path: Path) -> None:
         one, several = load(
             tmp_path, ROWS[0] | {"expected": "x"}, ROWS[1] | {"expected": ["x", "y"]}
         )
@@ -367,7 +367,7 @@ class TestFormats:
             {"instruction": "i", "output": "o", "inputs": "i", "targets": "o"},
         ],
     )
-    def test_unknown_and_ambiguous_rows_are_not_guessed_at(
+    def test_unknown_and_ambiguous_formats_are_refused(
         self, tmp_path: Path, row: dict[str, Any]
     ) -> None:
         error = refusal(lambda: load(tmp_path, row))
@@ -377,7 +377,7 @@ class TestFormats:
         assert "format" in error.advice
         assert "fields" in error.advice
 
-    def test_only_the_first_rows_decide_and_later_ones_are_held_to_them(
+    def test_the_first_rows_decide_the_format_and_later_rows_must_match(
         self, tmp_path: Path
     ) -> None:
         rows = [ROWS[0]] * DETECTED_FROM + [{"text": "t"}]
@@ -408,45 +408,45 @@ class TestOpenAssistant:
             post("best", "q", "assistant", rank=0),
             post("again", "best", "prompter", rank=None),
             post("deleted", "again", "assistant", rank=0, deleted=True),
-            post("unseen", "again", "assistant", rank=1, review_result=None),
+            post("unreviewed", "again", "assistant", rank=1, review_result=None),
             post("last", "again", "assistant", rank=2, review_result=True),
             post("thanks", "last", "prompter"),
         ]
 
-    def test_flat_messages_become_the_best_thread_whatever_their_order(
-        self, tmp_path: Path
-    ) -> None:
+    def test_flat_messages_in_any_order_become_the_best_conversation(self, tmp_path: Path) -> None:
         assert turns(load(tmp_path, *self.flat())[0]) == BEST
         assert turns(load(tmp_path, *reversed(self.flat()))[0]) == BEST
 
     @pytest.mark.parametrize("wrapped", [True, False])
-    def test_a_tree_is_read_as_its_flat_messages_are(self, tmp_path: Path, wrapped: bool) -> None:
+    def test_a_tree_and_its_flat_messages_give_the_same_conversation(
+        self, tmp_path: Path, wrapped: bool
+    ) -> None:
         q, worse, best, again, *last, thanks = self.flat()
         answers = [nested(m, *([thanks] if m["message_id"] == "last" else [])) for m in last]
         tree = nested(q, worse, nested(best, nested(again, *answers)))
         row = {"message_tree_id": "q", "prompt": tree} if wrapped else tree
         assert turns(load(tmp_path, row)[0]) == BEST
 
-    def test_a_tree_without_a_reviewed_answer_is_counted_not_refused(self, tmp_path: Path) -> None:
+    def test_a_tree_without_a_reviewed_answer_is_counted_as_filtered(self, tmp_path: Path) -> None:
         bad = post("spam", "r", "assistant", review_result=False)
         rows = [*self.flat(), post("r", None, "prompter"), bad]
         stream = open_data(put(tmp_path / "a.jsonl", lines(rows)))
         assert len(list(stream)) == 1
         assert (stream.summary.rows, stream.summary.filtered, stream.summary.skipped) == (10, 1, 0)
 
-    def test_a_file_with_nothing_reviewed_is_empty_data(self, tmp_path: Path) -> None:
+    def test_a_file_without_reviewed_answers_is_empty_data(self, tmp_path: Path) -> None:
         error = refusal(lambda: load(tmp_path, post("q", None, "prompter", deleted=True)))
         assert error.reason == "EmptyData"
         assert "1 conversation trees" in error.message
 
-    def test_a_lost_parent_and_a_double_message_are_faults(self, tmp_path: Path) -> None:
-        rows = [*self.flat(), post("x", "gone", "assistant"), post("q", None, "prompter")]
+    def test_a_missing_parent_and_a_repeated_message_are_invalid_rows(self, tmp_path: Path) -> None:
+        rows = [*self.flat(), post("x", "missing", "assistant"), post("q", None, "prompter")]
         error = refusal(lambda: load(tmp_path, *rows))
-        assert "row 9: its parent gone is not in the data" in error.message
+        assert "row 9: the parent message missing is not in the data" in error.message
         assert "row 10: message_id q appears twice" in error.message
 
 
-def said(turns: list[Any]) -> dict[str, Any]:
+def as_row(turns: list[Any]) -> dict[str, Any]:
     return {"messages": turns}
 
 
@@ -454,30 +454,33 @@ class TestInvalidRows:
     @pytest.mark.parametrize(
         ("row", "reason"),
         [
-            (said(chat("q", "a", "r")), "the last turn is by user; expected assistant"),
-            (said(chat("q", "a")[1:]), "turn 1 is by assistant and begins the conversation"),
-            (said(chat("q") + chat("q", "a")), "turn 2 is by user and follows user"),
-            (said([chat("q")[0], {"role": "system", "content": "s"}]), "turn 2 is by system"),
-            (said(chat("q", " \n")), "turn 2 (assistant) is empty"),
-            (said([{"role": "wizard", "content": "q"}]), "turn 1 has role 'wizard'; known are"),
+            (as_row(chat("q", "a", "r")), "the last turn is by user; expected assistant"),
+            (as_row(chat("q", "a")[1:]), "turn 1 is by assistant and begins the conversation"),
+            (as_row(chat("q") + chat("q", "a")), "turn 2 is by user and follows user"),
+            (as_row([chat("q")[0], {"role": "system", "content": "s"}]), "turn 2 is by system"),
+            (as_row(chat("q", " \n")), "turn 2 (assistant) is empty"),
             (
-                said([{"role": "user", "content": 3}]),
-                "turn 1: content must be a string, and is int",
+                as_row([{"role": "wizard", "content": "q"}]),
+                "turn 1 has role 'wizard'; known roles are",
             ),
             (
-                said([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]),
+                as_row([{"role": "user", "content": 3}]),
+                "turn 1: content must be a string, not int",
+            ),
+            (
+                as_row([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]),
                 "turn 1 holds a part that is not text",
             ),
-            (said(["q"]), "turn 1 must be an object"),
-            (said([]), "messages must be a list of turns"),
+            (as_row(["q"]), "turn 1 must be an object"),
+            (as_row([]), "messages must be a list of turns"),
             ({"other": 1}, "messages must be a list of turns"),
-            (said(chat("q", "\ud800")), "character 1 is half of a surrogate pair"),
+            (as_row(chat("q", "\ud800")), "character 1 is half of a surrogate pair"),
         ],
     )
-    def test_a_conversation_out_of_order_is_refused_in_words(
+    def test_an_invalid_conversation_is_refused_with_its_reason(
         self, tmp_path: Path, row: dict[str, Any], reason: str
     ) -> None:
-        error = refusal(lambda: load(tmp_path, said(chat("q", "a")), row))
+        error = refusal(lambda: load(tmp_path, as_row(chat("q", "a")), row))
         assert error.reason == "InvalidData"
         assert f"rows.jsonl row 2: {reason}" in error.message
         assert "onInvalidRow" in error.advice
@@ -487,11 +490,13 @@ class TestInvalidRows:
         [
             ({"prompt": "q", "completion": " "}, "completion is empty"),
             ({"prompt": "q", "completion": None}, "completion is missing"),
-            ({"prompt": 1, "completion": "a"}, "prompt must be a string, and is int"),
+            ({"prompt": 1, "completion": "a"}, "prompt must be a string, not int"),
             ({"prompt": "q", "completion": "a", "system": 1}, "system must be a string"),
         ],
     )
-    def test_a_pair_needs_two_texts(self, tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+    def test_prompt_and_completion_must_both_be_text(
+        self, tmp_path: Path, row: dict[str, Any], reason: str
+    ) -> None:
         error = refusal(lambda: load(tmp_path, row, format="prompt-completion"))
         assert reason in error.message
 
@@ -499,29 +504,31 @@ class TestInvalidRows:
         bad = [b"{", b"[]", lines([{"prompt": "q"}]).strip(), b"\xff"]
         return put(tmp_path / "rows.jsonl", lines(ROWS) + b"\n".join(bad) + b"\n" + lines(ROWS))
 
-    def test_error_counts_all_and_shows_the_first_three(self, tmp_path: Path) -> None:
+    def test_with_error_the_message_counts_all_invalid_rows_and_quotes_three(
+        self, tmp_path: Path
+    ) -> None:
         path = self.rows(tmp_path)
-        given: list[Example] = []
-        error = refusal(lambda: given.extend(open_data(path)))
+        read: list[Example] = []
+        error = refusal(lambda: read.extend(open_data(path)))
         assert "spec.data.train[0]: 4 of 10 rows are invalid. The first 3: " in error.message
         assert all(f"rows.jsonl row {number}: " in error.message for number in (4, 5, 6))
         assert "row 7" not in error.message
-        assert [example.row for example in given] == [1, 2, 3]  # after a fault only counting
+        assert [example.row for example in read] == [1, 2, 3]  # the rest is only counted
 
-    def test_skip_goes_on_and_counts(self, tmp_path: Path) -> None:
+    def test_with_skip_invalid_rows_are_skipped_and_counted(self, tmp_path: Path) -> None:
         stream = open_data(self.rows(tmp_path), on_invalid="skip")
         assert [example.row for example in stream] == [1, 2, 3, 8, 9, 10]
         summary = stream.summary
         assert (summary.rows, summary.examples, summary.skipped) == (10, 6, 4)
         assert [fault.row for fault in summary.faults] == [4, 5, 6]
 
-    def test_skip_does_not_end_with_nothing(self, tmp_path: Path) -> None:
+    def test_with_skip_a_file_without_valid_rows_is_an_error(self, tmp_path: Path) -> None:
         error = refusal(lambda: load(tmp_path, {"prompt": 1, "completion": 2}, on_invalid="skip"))
         assert error.reason == "InvalidData"
         assert "1 of 1 rows" in error.message
 
     @pytest.mark.parametrize("on_invalid", ["error", "skip"])
-    def test_a_file_of_broken_rows_only_says_what_is_broken(
+    def test_a_file_of_broken_rows_alone_is_an_error_that_quotes_them(
         self, tmp_path: Path, on_invalid: str
     ) -> None:
         path = put(tmp_path / "a.jsonl", b"{\n{\n")
@@ -535,12 +542,14 @@ class TestInvalidRows:
         [("a.jsonl", b""), ("a.jsonl", b"\n \n"), ("a.json", b"[]"), ("a.csv", b"prompt\n"),
          ("b.csv", b""), ("a.parquet", as_parquet(ROWS[:0]))],
     )  # fmt: skip
-    def test_no_rows_are_empty_data(self, tmp_path: Path, name: str, content: bytes) -> None:
+    def test_a_file_without_rows_is_empty_data(
+        self, tmp_path: Path, name: str, content: bytes
+    ) -> None:
         error = refusal(lambda: list(open_data(put(tmp_path / name, content))))
         assert error.reason == "EmptyData"
         assert "spec.data.train[0]" in error.message
 
-    def test_limit_counts_rows_read_over_all_files(self, tmp_path: Path) -> None:
+    def test_the_limit_counts_rows_over_all_files(self, tmp_path: Path) -> None:
         put(tmp_path / "a.jsonl", lines(ROWS))
         put(tmp_path / "b.jsonl", lines(ROWS) + b"broken\n")
         stream = open_data(tmp_path, limit=4)
@@ -549,7 +558,7 @@ class TestInvalidRows:
 
 
 @pytest.mark.shared_data
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no samples of public data beside the checkout")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="shared/data is not beside the checkout")
 class TestPublicData:
     def test_openassistant_trees(self) -> None:
         stream = open_data(SHARED / "oasst-en-100-messages.jsonl.gz")
@@ -559,20 +568,20 @@ class TestPublicData:
         assert len(found) > 0.9 * stream.summary.rows
         assert turns(found[0])[0] == ("user", "How can I find the best 401k plan for my needs?")
 
-    def test_self_instruct_seeds_give_each_of_their_instances(self) -> None:
+    def test_each_instance_of_a_self_instruct_seed_is_an_example(self) -> None:
         stream = open_data(SHARED / "self-instruct-seed-tasks.jsonl")
         found = list(stream)
         assert (stream.summary.format, stream.summary.rows) == ("alpaca", 175)
         assert len(found) >= 175
         assert "\n\nNight : Day :: Right : Left" in found[1].messages[0].content
 
-    def test_gsm8k_by_its_field_names(self) -> None:
+    def test_gsm8k_with_a_field_map(self) -> None:
         fields = {"prompt": "question", "completion": "answer"}
         found = list(open_data(SHARED / "gsm8k-test-500.jsonl", fields=fields, limit=100))
         assert len(found) == 100
         assert found[0].completion.endswith("#### 18")
 
-    def test_preference_pairs_are_no_format_but_can_be_read_as_text(self) -> None:
+    def test_preference_pairs_have_no_format_and_can_be_read_as_text(self) -> None:
         path = SHARED / "hh-rlhf-harmless-base.jsonl.gz"
         assert "chosen, rejected" in refusal(lambda: open_data(path)).message
         stream = open_data(path, fields={"text": "chosen"})

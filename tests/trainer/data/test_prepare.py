@@ -1,4 +1,4 @@
-"""The prepare stage: what it writes, what it refuses, and what it counts."""
+"""The prepare stage: its files, its errors and its metrics."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tuneyard.api.plan import PlannedStage, SourceInput
 from tuneyard.api.sources import FieldMap
 from tuneyard.api.stage_settings import DatasetSettings, PrepareSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data import intake, prepare
-from tuneyard_trainer.data.intake import split_evenly, truncated
+from tuneyard_trainer.data import prepare, preprocessing
 from tuneyard_trainer.data.prepared import ARRAYS, Prepared, Rows, RowWriter
+from tuneyard_trainer.data.preprocessing import split_evenly, truncate
 from tuneyard_trainer.data.splits import held_out
 from tuneyard_trainer.data.tokenization import Encoded
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
@@ -61,7 +61,7 @@ Files = dict[str, Sequence[Row]]
 
 
 class Job:
-    """One prepare stage on data sets written for the test."""
+    """A prepare stage on data sets that the test writes."""
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder, self.model, self.reports = folder, model, list[Row]()
@@ -122,11 +122,13 @@ def all_ids(rows: Rows) -> list[tuple[int, ...]]:
     return [tuple(rows.ids(row).tolist()) for row in range(len(rows))]
 
 
-# ---- what it writes ---------------------------------------------------------------------------
+# ---- files ------------------------------------------------------------------------------------
 
 
-def test_rows_are_what_the_chat_template_makes_of_them(job: Job, tiny_tokenizer: Any) -> None:
-    """In the order of the file, with the answers as targets."""
+def test_rows_have_the_ids_of_the_chat_template_and_the_answers_as_targets(
+    job: Job, tiny_tokenizer: Any
+) -> None:
+    """Rows keep the order of the file."""
     outcome = job.train(chats(3))
     train = job.data.train
     for index, row in enumerate(chats(3)):
@@ -142,8 +144,8 @@ def test_rows_are_what_the_chat_template_makes_of_them(job: Job, tiny_tokenizer:
     assert outcome.metrics["targetTokens"] == train.targets.sum()
 
 
-def test_without_held_out_rows_there_are_no_files_of_them(job: Job) -> None:
-    """Training tells by their absence that nothing is held out."""
+def test_without_held_out_rows_there_are_no_validation_files(job: Job) -> None:
+    """Training takes the absence of the files to mean that no rows are held out."""
     job.train(chats(3))
     assert job.data.validation is None
     names = {f"train.{array}.npy" for array in ARRAYS}
@@ -151,16 +153,16 @@ def test_without_held_out_rows_there_are_no_files_of_them(job: Job) -> None:
     assert set(job.files()) == names | {"data.json"} | tokenizer
 
 
-def test_the_tokenizer_is_saved_with_the_template_in_force(job: Job) -> None:
-    """Export and evaluation speak to the model as it was trained."""
+def test_the_tokenizer_is_saved_with_the_template_of_the_job(job: Job) -> None:
+    """Export and evaluation use the template of training."""
     template = "{% for m in messages %}{{ m['role'] + '=' + m['content'] + eos_token }}{% endfor %}"
     job.train(chats(2), chat_template=template)
     assert (job.workdir / "tokenizer" / "chat_template.jinja").read_text() == template
     assert job.data.summary["chatTemplate"] == template
 
 
-def test_rows_know_their_data_set_and_its_weight(job: Job) -> None:
-    """Weights are applied by training, from the source of each row."""
+def test_each_row_has_the_index_of_its_data_set(job: Job) -> None:
+    """Training applies the weight of each row's data set."""
     second = DATASET.model_copy(update={"weight": 2.5})
     job.run({"train.0": chats(2), "train.1": chats(3)}, train=[DATASET, second])
     assert job.data.train.source.tolist() == [0, 0, 1, 1, 1]
@@ -168,7 +170,7 @@ def test_rows_know_their_data_set_and_its_weight(job: Job) -> None:
 
 
 def test_the_same_inputs_give_the_same_bytes(job: Job, tmp_path: Path) -> None:
-    """Wherever they lie: the output's digest decides whether training is skipped."""
+    """The output's digest decides whether training is skipped, so paths must not change it."""
     job.train(chats(20), validation_fraction=0.2)
     elsewhere = Job(tmp_path / "elsewhere", tmp_path / "model")
     elsewhere.folder.mkdir()
@@ -177,32 +179,31 @@ def test_the_same_inputs_give_the_same_bytes(job: Job, tmp_path: Path) -> None:
     assert elsewhere.files() == job.files()
 
 
-def test_leftovers_of_a_killed_run_are_gone(job: Job) -> None:
-    """Even those that this run would not overwrite."""
+def test_files_of_a_killed_run_are_removed(job: Job) -> None:
+    """Files that the new run does not write are removed too."""
     job.train(chats(20), validation_fraction=0.2)
     (job.workdir / ".spool").mkdir()
     (job.workdir / ".spool" / "train.tokens.npy").write_bytes(b"half")
     (job.workdir / "tokenizer" / "chat_template.jinja").write_text("old")
     job.train(chats(5))
-    left = job.files()
+    files = job.files()
     again = Job(job.folder / "fresh", job.model)
     again.folder.mkdir()
     again.train(chats(5))
-    assert left == again.files()
+    assert files == again.files()
 
 
-def test_batches_change_nothing(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows come out the same whatever the size of a batch."""
+def test_the_batch_size_does_not_change_the_rows(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     job.train(chats(7))
     whole = job.files()
-    monkeypatch.setattr(intake, "BATCH_ROWS", 2)
-    monkeypatch.setattr(intake, "BATCH_CHARACTERS", 50)
+    monkeypatch.setattr(preprocessing, "BATCH_ROWS", 2)
+    monkeypatch.setattr(preprocessing, "BATCH_CHARACTERS", 50)
     job.train(chats(7))
     assert job.files() == whole
 
 
-def test_pretraining_learns_every_token(job: Job, tiny_tokenizer: Any) -> None:
-    """A document is its tokens and the end of sequence."""
+def test_in_pretraining_every_token_is_a_target(job: Job, tiny_tokenizer: Any) -> None:
+    """A document is encoded as its tokens and the end of sequence."""
     job.train([{"text": "Ask the support desk."}], method="pretrain")
     train = job.data.train
     expected = tiny_tokenizer("Ask the support desk.")["input_ids"] + [tiny_tokenizer.eos_token_id]
@@ -210,20 +211,19 @@ def test_pretraining_learns_every_token(job: Job, tiny_tokenizer: Any) -> None:
     assert train.mask(0).tolist() == [0] + [1] * (len(expected) - 1)
 
 
-def test_pretraining_on_conversations_learns_the_questions_too(job: Job) -> None:
-    """The method decides, whatever trainOn says for answers."""
+def test_in_pretraining_on_conversations_the_questions_are_targets_too(job: Job) -> None:
+    """The method takes precedence over trainOn."""
     job.train(chats(2), method="pretrain")
     assert job.data.train.targets.tolist() == (job.data.train.lengths - 1).tolist()
 
 
-def test_progress_counts_the_rows_read(job: Job) -> None:
-    """Over all data sets."""
+def test_progress_counts_the_rows_of_all_data_sets(job: Job) -> None:
     job.run({"train.0": chats(2), "validation.0": chats(3)}, validation=[DATASET])
     assert [report["step"] for report in job.reports if "step" in report] == [2, 5]
 
 
-def test_a_stop_between_batches_ends_in_good_order(job: Job) -> None:
-    """There is nothing to resume from; the next attempt starts over."""
+def test_a_stop_request_interrupts_between_batches(job: Job) -> None:
+    """No data.json is written: the next attempt starts from the beginning."""
     with pytest.raises(Interrupted):
         job.train(chats(3), stop=lambda: True)
     assert not (job.workdir / "data.json").exists()
@@ -232,8 +232,8 @@ def test_a_stop_between_batches_ends_in_good_order(job: Job) -> None:
 # ---- held-out rows ----------------------------------------------------------------------------
 
 
-def test_a_fraction_is_held_out_exactly_once(job: Job) -> None:
-    """Every row is in one split and none in both; the texts are those of the held-out rows."""
+def test_a_fraction_of_the_rows_is_held_out(job: Job) -> None:
+    """Every row is in exactly one split, and validation.jsonl holds the held-out rows."""
     outcome = job.train(chats(40), validation_fraction=0.1)
     validation = job.data.validation
     assert validation is not None
@@ -248,7 +248,7 @@ def test_a_fraction_is_held_out_exactly_once(job: Job) -> None:
 
 
 def test_the_split_depends_on_the_seed_and_the_rows_alone(job: Job) -> None:
-    """Not on the order of the file; another seed holds out other rows."""
+    """The order of the file does not matter; another seed holds out other rows."""
 
     def held(rows: Sequence[Row], seed: int) -> set[str]:
         job.train(rows, validation_fraction=0.1, seed=seed)
@@ -259,8 +259,8 @@ def test_the_split_depends_on_the_seed_and_the_rows_alone(job: Job) -> None:
     assert held(chats(60), 1) != first
 
 
-def test_equal_rows_never_straddle_the_split(job: Job) -> None:
-    """A held-out row that was trained on measures memory."""
+def test_equal_rows_go_to_one_split(job: Job) -> None:
+    """A held-out row that is also in training measures memorization."""
     job.train(chats(10) * 3, validation_fraction=0.3)
     validation = job.data.validation
     assert validation is not None
@@ -268,8 +268,8 @@ def test_equal_rows_never_straddle_the_split(job: Job) -> None:
     assert not set(all_ids(job.data.train)) & set(all_ids(validation))
 
 
-def test_rows_equal_once_truncated_never_straddle_the_split(job: Job) -> None:
-    """It is the tokens trained on that count."""
+def test_rows_that_are_equal_after_truncation_go_to_one_split(job: Job) -> None:
+    """Equality is decided by the tokens that training reads."""
     rows = [long_chat(40 + i) for i in range(8)] + chats(8)
     job.train(rows, validation_fraction=0.5, max_length=48, on_overlength="truncate")
     validation = job.data.validation
@@ -277,8 +277,7 @@ def test_rows_equal_once_truncated_never_straddle_the_split(job: Job) -> None:
     assert not set(all_ids(job.data.train)) & set(all_ids(validation))
 
 
-def test_pieces_of_one_row_stay_together(job: Job) -> None:
-    """All in training or all held out."""
+def test_the_pieces_of_a_row_go_to_one_split(job: Job) -> None:
     rows = [chat(f"Number {i}?", f"{i} lamp " * 30) for i in range(6)]
     outcome = job.train(rows, validation_fraction=0.4, max_length=64, on_overlength="split")
     validation = job.data.validation
@@ -303,7 +302,7 @@ def test_pieces_of_one_row_stay_together(job: Job) -> None:
 def test_at_least_one_row_is_held_out_and_never_all(
     hashes: Sequence[int], fraction: float, count: int
 ) -> None:
-    """Equal rows go together, so there may be a few less than asked for."""
+    """Equal rows go to one split, so the count may be smaller than the fraction."""
     held = held_out(np.array(hashes, dtype=np.uint64), fraction)
     assert held.sum() == count
     for value in set(hashes):
@@ -311,17 +310,17 @@ def test_at_least_one_row_is_held_out_and_never_all(
         assert members.all() or not members.any()
 
 
-def test_equal_rows_alone_cannot_be_split(job: Job) -> None:
-    """Nothing would be left to train on."""
-    with pytest.raises(StageError, match="5 times the same row") as caught:
+def test_a_data_set_of_equal_rows_cannot_be_split(job: Job) -> None:
+    """No row would be left for training."""
+    with pytest.raises(StageError, match="all 5 training rows are equal") as caught:
         job.train(chats(1) * 5, validation_fraction=0.2)
     assert caught.value.reason == "TooFewRows"
-    with pytest.raises(StageError, match="one row"):
+    with pytest.raises(StageError, match="there is one training row"):
         job.train([{"text": "A whole book."}], method="pretrain", validation_fraction=0.2)
 
 
-def test_held_out_data_sets_are_never_trained_on(job: Job) -> None:
-    """Their rows keep their order and what they expect."""
+def test_held_out_data_sets_are_not_trained_on(job: Job) -> None:
+    """The rows keep their order and their field `expected`."""
     held = [{"prompt": "Which lamp?", "completion": "Red.", "expected": ["red"]}]
     outcome = job.run({"train.0": chats(3), "validation.0": held}, validation=[DATASET])
     assert (outcome.metrics["rows"], outcome.metrics["heldOutRows"]) == (3, 1)
@@ -329,17 +328,16 @@ def test_held_out_data_sets_are_never_trained_on(job: Job) -> None:
     assert outcome.details["contaminated"] == 0
 
 
-def test_held_out_rows_that_are_trained_on_are_counted_and_named(job: Job) -> None:
-    """A user's own validation file is taken as it is, but not in silence."""
+def test_held_out_rows_that_are_also_in_training_are_counted_and_reported(job: Job) -> None:
+    """A validation data set of the user is kept unchanged, with a warning."""
     outcome = job.run({"train.0": chats(5), "validation.0": chats(8)[3:]}, validation=[DATASET])
     assert outcome.details["contaminated"] == 2
     assert any("2 of 5 held-out rows" in str(report.get("message")) for report in job.reports)
 
 
-def test_texts_of_a_base_model_are_kept_as_prompt_and_completion(
+def test_without_a_chat_template_held_out_rows_keep_prompt_and_completion(
     job: Job, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    """There is no chat template to make messages for."""
     shutil.copytree(job.model, tmp_path / "base")
     (tmp_path / "base" / "chat_template.jinja").unlink()
     base = Job(tmp_path, tmp_path / "base")
@@ -352,8 +350,8 @@ def test_texts_of_a_base_model_are_kept_as_prompt_and_completion(
 # ---- rows that are too long -------------------------------------------------------------------
 
 
-def test_overlong_rows_are_refused_with_their_lengths(job: Job) -> None:
-    """All are counted, the first three named, and nothing is left behind."""
+def test_overlong_rows_end_the_stage_by_default(job: Job) -> None:
+    """The message counts all and quotes the first three; the stage leaves no files."""
     rows = [*chats(2), *[long_chat(100)] * 4]
     with pytest.raises(StageError) as caught:
         job.train(rows, max_length=64)
@@ -368,15 +366,15 @@ def test_overlong_rows_are_refused_with_their_lengths(job: Job) -> None:
     assert job.files() == {}
 
 
-def test_skipping_invalid_rows_never_skips_overlong_ones(job: Job) -> None:
-    """Two policies, two fields."""
+def test_skipping_invalid_rows_does_not_skip_overlong_rows(job: Job) -> None:
+    """onInvalidRow and onOverlength are separate fields."""
     with pytest.raises(StageError) as caught:
         job.train([*chats(2), long_chat(100)], max_length=64, on_invalid_row="skip")
     assert caught.value.reason == "RowTooLong"
 
 
 def test_overlong_rows_are_dropped_and_counted(job: Job) -> None:
-    """The longest row is reported as it was."""
+    """longestRow includes the dropped rows."""
     outcome = job.train([*chats(2), long_chat(100)], max_length=64, on_overlength="drop")
     assert len(job.data.train) == outcome.metrics["rows"] == 2
     assert outcome.metrics["droppedRows"] == 1
@@ -384,8 +382,8 @@ def test_overlong_rows_are_dropped_and_counted(job: Job) -> None:
     assert job.data.summary["datasets"][0]["lengths"]["64"] == 2
 
 
-def test_nothing_left_after_dropping_is_an_error(job: Job) -> None:
-    """It says what became of the rows."""
+def test_dropping_all_rows_is_an_error(job: Job) -> None:
+    """The message counts the dropped rows."""
     with pytest.raises(
         StageError, match="no row is left for train: 0 skipped, 2 dropped"
     ) as caught:
@@ -394,7 +392,7 @@ def test_nothing_left_after_dropping_is_an_error(job: Job) -> None:
 
 
 def test_truncated_rows_keep_their_start(job: Job) -> None:
-    """Its targets too; the stop token is cut off."""
+    """The targets of the start stay; the stop token is cut off."""
     outcome = job.train([*chats(1), long_chat(100)], max_length=64, on_overlength="truncate")
     assert outcome.metrics["truncatedRows"] == 1
     assert job.data.train.lengths[1] == 64
@@ -402,21 +400,23 @@ def test_truncated_rows_keep_their_start(job: Job) -> None:
     assert job.data.max_length == 64
 
 
-def test_truncation_that_cuts_the_whole_answer_off_is_an_invalid_row(job: Job) -> None:
-    """Silently learning nothing is worse than stopping; skipping is a policy, and counted."""
-    hopeless = chat("Ask. " * 60, "Yes.")
+def test_a_row_without_targets_after_truncation_is_invalid(job: Job) -> None:
+    """With onInvalidRow skip the row is skipped and counted."""
+    long_question = chat("Ask. " * 60, "Yes.")
     changes = {"max_length": 64, "on_overlength": "truncate"}
-    with pytest.raises(StageError, match="row 2: nothing in its first 64 tokens") as caught:
-        job.train([*chats(1), hopeless], **changes)
+    with pytest.raises(
+        StageError, match="row 2: none of the first 64 tokens carries loss"
+    ) as caught:
+        job.train([*chats(1), long_question], **changes)
     assert caught.value.reason == "NoTargets"
-    outcome = job.train([*chats(1), hopeless], on_invalid_row="skip", **changes)
+    outcome = job.train([*chats(1), long_question], on_invalid_row="skip", **changes)
     assert (outcome.metrics["skippedRows"], outcome.metrics["truncatedRows"]) == (1, 0)
     assert len(job.data.train) == 1
 
 
-def test_splitting_a_document_loses_no_token(job: Job, tiny_tokenizer: Any) -> None:
-    """The pieces laid end to end are the document and its end; each but a piece's first token is
-    a target."""
+def test_the_pieces_of_a_document_hold_all_its_tokens(job: Job, tiny_tokenizer: Any) -> None:
+    """The pieces in order are the document and its end of sequence. Every token but the first of
+    each piece is a target."""
     text = "The lamp has a red button. " * 40
     outcome = job.train([{"text": text}], method="pretrain", max_length=64, on_overlength="split")
     train = job.data.train
@@ -429,7 +429,7 @@ def test_splitting_a_document_loses_no_token(job: Job, tiny_tokenizer: Any) -> N
 
 
 def test_pieces_without_targets_are_left_out_and_counted(job: Job) -> None:
-    """A question longer than a sequence teaches nothing by itself."""
+    """The first piece of a long question holds no target."""
     outcome = job.train([chat("Ask. " * 60, "lamp " * 30)], max_length=64, on_overlength="split")
     train = job.data.train
     assert outcome.metrics["contextOnlyPieces"] >= 1
@@ -439,7 +439,7 @@ def test_pieces_without_targets_are_left_out_and_counted(job: Job) -> None:
 
 @pytest.mark.parametrize("length", [65, 100, 128, 129, 640, 641])
 def test_pieces_are_even_and_complete(length: int) -> None:
-    """As few as fit, none a useless rest, every target kept but those at a piece's start."""
+    """There are as few pieces as possible, and every target stays except at a piece's start."""
     ids = np.arange(length, dtype=np.int32)
     mask = (ids % 3 > 0).astype(np.uint8)
     pieces = split_evenly(Encoded(ids, mask), 64)
@@ -450,21 +450,21 @@ def test_pieces_are_even_and_complete(length: int) -> None:
     starts = {int(piece.ids[0]) for piece in pieces}
     expected = [0 if i in starts else int(mask[i]) for i in range(length)]
     assert np.concatenate([piece.mask for piece in pieces]).tolist() == expected
-    assert mask[1] == 1, "the row itself is left as it was"
-    assert truncated(Encoded(ids, mask), 64)[0].ids.tolist() == ids[:64].tolist()
+    assert mask[1] == 1, "split_evenly must not change the row"
+    assert truncate(Encoded(ids, mask), 64)[0].ids.tolist() == ids[:64].tolist()
 
 
 # ---- lengths ----------------------------------------------------------------------------------
 
 
-def test_auto_length_is_the_models_context_where_that_is_shorter(job: Job) -> None:
+def test_the_auto_length_is_at_most_the_models_context(job: Job) -> None:
     """The tiny model has 256 positions."""
     job.train(chats(2))
     assert job.data.max_length == 256
 
 
-def test_auto_length_is_1024_where_no_limit_is_known(job: Job, tmp_path: Path) -> None:
-    """Tokenizers without a limit claim 1e30 tokens."""
+def test_the_auto_length_is_1024_without_a_known_limit(job: Job, tmp_path: Path) -> None:
+    """Tokenizers without a limit state 1e30 tokens."""
     shutil.copytree(job.model, tmp_path / "endless")
     (tmp_path / "endless" / "config.json").write_text('{"model_type": "llama"}')
     config = tmp_path / "endless" / "tokenizer_config.json"
@@ -475,13 +475,13 @@ def test_auto_length_is_1024_where_no_limit_is_known(job: Job, tmp_path: Path) -
 
 
 def test_a_length_beyond_the_context_is_refused(job: Job) -> None:
-    """The message names both numbers."""
+    """The message states both numbers."""
     with pytest.raises(StageError, match=r"maxLength is 512 tokens.*holds 256") as caught:
         job.train(chats(2), max_length=512)
     assert caught.value.reason == "MaxLength"
 
 
-# ---- rows that do not fit ---------------------------------------------------------------------
+# ---- rows that the template refuses -----------------------------------------------------------
 
 NEEDS_LAMP = (
     "{% for m in messages %}"
@@ -491,19 +491,20 @@ NEEDS_LAMP = (
 )
 
 
-def test_rows_that_the_template_refuses_are_counted_and_named(job: Job) -> None:
-    """With the template's own words."""
+def test_rows_that_the_template_refuses_are_counted_and_quoted(job: Job) -> None:
+    """The message includes the template's own message."""
     rows = [chats(1)[0], *[chat("Which port?", "The red one.")] * 5]
     with pytest.raises(StageError, match="ask about lamps only") as caught:
         job.train(rows, chat_template=NEEDS_LAMP)
     assert caught.value.reason == "ChatTemplate"
     assert "5 of 6 rows" in caught.value.message
+    assert "spec.data.chatTemplate" in caught.value.advice
     assert "spec.data.train.0 train.0.jsonl row 2: " in caught.value.message
     assert job.files() == {}
 
 
 def test_rows_that_the_template_refuses_are_skipped_on_request(job: Job) -> None:
-    """And counted, with the first of them in the record."""
+    """The stage counts them, and its details quote the first."""
     rows = [chats(1)[0], chat("Which port?", "The red one.")]
     outcome = job.train(rows, chat_template=NEEDS_LAMP, on_invalid_row="skip")
     assert (outcome.metrics["rows"], outcome.metrics["skippedRows"]) == (1, 1)
@@ -511,23 +512,23 @@ def test_rows_that_the_template_refuses_are_skipped_on_request(job: Job) -> None
     assert fault.startswith("train.0.jsonl row 2: ")
 
 
-def test_nothing_left_after_skipping_is_an_error(job: Job) -> None:
-    """Skipping never ends in an empty training set; the message shows why."""
+def test_skipping_all_rows_is_an_error(job: Job) -> None:
+    """The message quotes a skipped row."""
     with pytest.raises(StageError, match="ask about lamps only") as caught:
         job.train([chat("Which port?", "Red.")], chat_template=NEEDS_LAMP, on_invalid_row="skip")
     assert caught.value.reason == "EmptyData"
 
 
 def test_rows_without_any_target_are_refused(job: Job) -> None:
-    """A generation block that never opens masks everything."""
+    """A generation block that is never rendered leaves no target."""
     never = NEEDS_LAMP + "{% if false %}{% generation %}{% endgeneration %}{% endif %}"
-    with pytest.raises(StageError, match="2 of 2 rows have nothing to learn") as caught:
+    with pytest.raises(StageError, match="2 of 2 rows have no token that carries loss") as caught:
         job.train(chats(2), chat_template=never)
     assert caught.value.reason == "NoTargets"
 
 
-def test_broken_rows_are_counted_with_the_rest(job: Job) -> None:
-    """What the reader skips and what the template refuses is one number."""
+def test_broken_rows_and_refused_rows_are_counted_together(job: Job) -> None:
+    """skippedRows covers rows that cannot be read and rows that the template refuses."""
     rows = [{"messages": []}, *chats(2), chat("Which port?", "Red.")]
     outcome = job.train(rows, chat_template=NEEDS_LAMP, on_invalid_row="skip")
     assert outcome.metrics["skippedRows"] == 2
@@ -536,11 +537,11 @@ def test_broken_rows_are_counted_with_the_rest(job: Job) -> None:
     assert summary["format"] == "messages"
 
 
-# ---- reading it back --------------------------------------------------------------------------
+# ---- reading prepared data --------------------------------------------------------------------
 
 
 def test_a_folder_without_a_finished_stage_is_refused(tmp_path: Path) -> None:
-    """data.json is written last: without it the arrays may be half there."""
+    """data.json is written last: without it the arrays may be incomplete."""
     with RowWriter(tmp_path, "train") as writer:
         writer.append(np.arange(3, dtype=np.int32), np.ones(3, np.uint8), 0)
     with pytest.raises(StageError) as caught:
@@ -548,8 +549,8 @@ def test_a_folder_without_a_finished_stage_is_refused(tmp_path: Path) -> None:
     assert caught.value.reason == "NotPrepared"
 
 
-def test_what_is_appended_is_read_back(tmp_path: Path) -> None:
-    """As plain .npy files, whatever number of rows the header must tell in the end."""
+def test_appended_rows_are_read_back(tmp_path: Path) -> None:
+    """The files are plain .npy files whose header states the final number of tokens."""
     generator = np.random.default_rng(0)
     rows = [
         generator.integers(0, 1 << 30, n).astype(np.int32) for n in generator.integers(1, 9, 99)
@@ -558,11 +559,10 @@ def test_what_is_appended_is_read_back(tmp_path: Path) -> None:
         for index, ids in enumerate(rows):
             writer.append(ids, (ids % 2).astype(np.uint8), index % 3)
     assert len(writer) == 99
-    assert writer.num_tokens == sum(map(len, rows))
     back = Rows.open(tmp_path, "train")
     assert back is not None
     assert all_ids(back) == [tuple(ids.tolist()) for ids in rows]
     assert back.source.tolist() == [index % 3 for index in range(99)]
     assert back.targets.tolist() == [int((ids % 2).sum()) for ids in rows]
-    assert np.load(tmp_path / "train.tokens.npy").shape == (writer.num_tokens,)
+    assert np.load(tmp_path / "train.tokens.npy").shape == (sum(map(len, rows)),)
     assert Rows.open(tmp_path, "validation") is None

@@ -1,4 +1,4 @@
-"""Tokens and loss masks, checked against conversations put together by hand, piece by piece."""
+"""Tokens and loss masks, compared with conversations that are assembled from tokenized pieces."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.trainer.conftest import CHATML
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import ChatFormat
 from tuneyard_trainer.data.example import Example, Message
-from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit, encode_chat
+from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit
 
 USER, SYSTEM, TOOL = "user", "system", "tool"
 
@@ -27,9 +27,9 @@ class Piece(NamedTuple):
     target: bool = False
 
 
-def oracle(tokenizer: Any, pieces: list[Piece]) -> tuple[list[int], list[int]]:
-    """Ids and mask of pieces laid end to end. Special tokens split the text for the tokenizer too,
-    so this is exact wherever pieces meet at a special token or a pre-tokenizer boundary."""
+def expected_row(tokenizer: Any, pieces: list[Piece]) -> tuple[list[int], list[int]]:
+    """Return ids and mask of the pieces in order. The result is exact if pieces meet at a special
+    token or a pre-tokenizer boundary, where the tokenizer splits the text too."""
     ids, mask = [], []
     for piece in pieces:
         part = tokenizer(piece.text, add_special_tokens=False)["input_ids"]
@@ -46,6 +46,17 @@ def assistant(content: str) -> tuple[str, str]:
     return ("assistant", content)
 
 
+def conversation(messages: list[dict[str, str]]) -> Example:
+    turns = tuple(Message(m["role"], m["content"]) for m in messages)  # type: ignore[arg-type]
+    return Example(row=1, kind="chat", messages=turns)
+
+
+def encode_chat(tokenizer: Any, messages: list[dict[str, str]], train_on: Any) -> Encoded:
+    (result,) = Encoder(tokenizer, train_on).encode([conversation(messages)])
+    assert isinstance(result, Encoded)
+    return result
+
+
 def with_template(tokenizer: Any, template: str, *special: str) -> Any:
     changed = copy.deepcopy(tokenizer)
     changed.add_special_tokens({"additional_special_tokens": list(special)})
@@ -54,7 +65,7 @@ def with_template(tokenizer: Any, template: str, *special: str) -> Any:
 
 
 def targets(tokenizer: Any, encoded: Encoded) -> str:
-    """The text of the targets alone."""
+    """Return the text of the targets."""
     return str(tokenizer.decode(encoded.ids[encoded.mask == 1]))
 
 
@@ -144,7 +155,7 @@ def chatml_pieces(messages: list[dict[str, str]]) -> list[Piece]:
 
 def assert_encodes(tokenizer: Any, messages: list[dict[str, str]], pieces: list[Piece]) -> None:
     encoded = encode_chat(tokenizer, messages, "assistant")
-    ids, mask = oracle(tokenizer, pieces)
+    ids, mask = expected_row(tokenizer, pieces)
     assert encoded.ids.tolist() == tokenizer.apply_chat_template(messages)["input_ids"]
     assert encoded.ids.tolist() == ids
     assert encoded.mask.tolist() == mask
@@ -166,26 +177,26 @@ def assert_encodes(tokenizer: Any, messages: list[dict[str, str]], pieces: list[
 def test_chatml_targets_are_the_answers_and_their_stop_tokens(
     tiny_tokenizer: Any, template: str, messages: list[dict[str, str]]
 ) -> None:
-    """Neither the header nor the line's end after the stop token is a target, wherever the
-    template's author put the generation blocks, or none."""
+    """The header and the newline after the stop token are no targets, with generation blocks at any
+    place and without them."""
     tokenizer = with_template(tiny_tokenizer, template)
     assert_encodes(tokenizer, messages, chatml_pieces(messages))
 
 
 def test_blocks_agree_with_transformers_own_mask(tiny_tokenizer: Any) -> None:
-    """Where the author's blocks hold exactly the targets, transformers makes the same mask."""
+    """If the blocks hold exactly the targets, transformers returns the same mask."""
     tokenizer = with_template(tiny_tokenizer, CHATML_BLOCKS)
     for messages in CONVERSATIONS:
-        theirs = tokenizer.apply_chat_template(
+        rendering = tokenizer.apply_chat_template(
             messages, return_assistant_tokens_mask=True, return_dict=True
         )
         assert encode_chat(tokenizer, messages, "assistant").mask.tolist() == list(
-            theirs["assistant_masks"]
+            rendering["assistant_masks"]
         )
 
 
 def test_a_default_system_turn_is_no_target(tiny_tokenizer: Any) -> None:
-    """The turn that the template adds by itself is context."""
+    """A system turn that the template adds is context."""
     tokenizer = with_template(tiny_tokenizer, DEFAULT_SYSTEM)
     messages = CONVERSATIONS[0]
     system = {"role": "system", "content": "Be kind."}
@@ -194,7 +205,7 @@ def test_a_default_system_turn_is_no_target(tiny_tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("messages", CONVERSATIONS)
 def test_llama_headers_are_no_targets(tiny_tokenizer: Any, messages: list[dict[str, str]]) -> None:
-    """The header's two line ends belong to the header, and a trimmed answer is still found."""
+    """The header's two newlines belong to the header, and a trimmed answer is found."""
     specials = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
     tokenizer = with_template(tiny_tokenizer, LLAMA, *specials)
     pieces = [Piece("<|endoftext|>")]
@@ -211,8 +222,8 @@ def test_llama_headers_are_no_targets(tiny_tokenizer: Any, messages: list[dict[s
 
 
 def test_mistral_answers_are_found_without_a_header(tiny_tokenizer: Any) -> None:
-    """The template ignores the generation prompt; the space before the answer is the first
-    target's own."""
+    """The template writes no generation prompt, and the space before the answer is part of the
+    first target."""
     tokenizer = with_template(tiny_tokenizer, MISTRAL)
     messages = CONVERSATIONS[2]
     pieces = [Piece("<|endoftext|>")]
@@ -226,8 +237,8 @@ def test_mistral_answers_are_found_without_a_header(tiny_tokenizer: Any) -> None
 
 
 def test_the_stop_token_is_the_first_after_the_answer(tiny_tokenizer: Any) -> None:
-    """A template that also ends the whole conversation with another token teaches the first; that
-    the first is no named special token of the tokenizer changes nothing."""
+    """Another token at the end of the conversation is no stop token. The stop token need not be a
+    named special token of the tokenizer."""
     tokenizer = with_template(tiny_tokenizer, PHI)
     tokenizer.add_tokens(["<|user|>", "<|assistant|>", "<|end|>"], special_tokens=True)
     pieces = []
@@ -242,46 +253,48 @@ def test_the_stop_token_is_the_first_after_the_answer(tiny_tokenizer: Any) -> No
     assert_encodes(tokenizer, CONVERSATIONS[2], [*pieces, Piece("<|endoftext|>")])
 
 
-def test_what_the_template_puts_before_an_answer_is_the_models_to_write(
+def test_text_between_the_generation_prompt_and_the_answer_is_a_target(
     tiny_tokenizer: Any,
 ) -> None:
-    """An empty thinking block between generation prompt and answer is a target: at inference
-    nobody else writes it."""
+    """At inference the model must write an empty thinking block itself."""
     tokenizer = with_template(tiny_tokenizer, QWEN_THINKING)
     messages = chat((USER, "a"), assistant("One."), (USER, "b"), assistant("Two."))
     encoded = encode_chat(tokenizer, messages, "assistant")
     assert targets(tokenizer, encoded) == "One.<|im_end|><think>\n\n</think>\n\nTwo.<|im_end|>"
 
 
-def test_a_last_answers_reasoning_is_learnt(tiny_tokenizer: Any) -> None:
-    """A template that looks into the answer is fine as long as it renders all of it."""
+def test_the_reasoning_of_the_last_answer_is_a_target(tiny_tokenizer: Any) -> None:
+    """A template may parse the answer if it renders all of the answer."""
     tokenizer = with_template(tiny_tokenizer, QWEN_THINKING)
     answer = "<think>\nLamps are red.\n</think>\n\nRed."
     encoded = encode_chat(tokenizer, chat((USER, "?"), assistant(answer)), "assistant")
     assert targets(tokenizer, encoded) == answer + "<|im_end|>"
 
 
-def test_a_template_that_rewrites_earlier_answers_is_refused(tiny_tokenizer: Any) -> None:
-    """Stripped reasoning would silently go unlearnt; training on the last answer only is fine."""
+def test_a_conversation_is_refused_if_the_template_changes_earlier_answers(
+    tiny_tokenizer: Any,
+) -> None:
+    """Stripped reasoning could not be trained on; training on the last answer alone works."""
     tokenizer = with_template(tiny_tokenizer, QWEN_THINKING)
     answer = "<think>\nHm.\n</think>\n\nRed."
     messages = chat((USER, "?"), assistant(answer), (USER, "!"), assistant(answer))
-    with pytest.raises(StageError, match="rewrites the answer in turn 2") as caught:
-        encode_chat(tokenizer, messages, "assistant")
-    assert caught.value.reason == "ChatTemplate"
-    assert "chatTemplate" in caught.value.advice
+    (refused,) = Encoder(tokenizer, "assistant").encode([conversation(messages)])
+    assert isinstance(refused, Misfit)
+    assert "changes the answer in turn 2" in refused.message
     last = encode_chat(tokenizer, messages, "last-assistant")
     assert targets(tokenizer, last) == answer + "<|im_end|>"
 
 
-def test_an_answer_equal_to_a_header_is_told_from_it(tiny_tokenizer: Any) -> None:
-    """The answer's place is known by what surrounds it, not by searching for its text."""
+def test_an_answer_with_the_text_of_a_header_is_found(tiny_tokenizer: Any) -> None:
+    """The surrounding text locates the answer, not a search for its text."""
     messages = chat((USER, "assistant"), assistant("assistant"), (USER, "user"), assistant("user"))
     assert_encodes(tiny_tokenizer, messages, chatml_pieces(messages))
 
 
 @pytest.mark.parametrize("template", [CHATML, CHATML_BLOCKS], ids=["plain", "blocks"])
-def test_last_assistant_trains_on_the_last_answer_only(tiny_tokenizer: Any, template: str) -> None:
+def test_last_assistant_makes_only_the_last_answer_a_target(
+    tiny_tokenizer: Any, template: str
+) -> None:
     """Earlier answers are context."""
     tokenizer = with_template(tiny_tokenizer, template)
     encoded = encode_chat(tokenizer, CONVERSATIONS[3], "last-assistant")
@@ -289,15 +302,15 @@ def test_last_assistant_trains_on_the_last_answer_only(tiny_tokenizer: Any, temp
 
 
 @pytest.mark.parametrize("template", [CHATML, CHATML_BLOCKS], ids=["plain", "blocks"])
-def test_all_trains_on_everything_but_the_first_token(tiny_tokenizer: Any, template: str) -> None:
-    """Nothing comes before the first token, so nothing predicts it."""
+def test_all_makes_every_token_but_the_first_a_target(tiny_tokenizer: Any, template: str) -> None:
+    """No token precedes the first one, so it cannot be predicted."""
     encoded = encode_chat(with_template(tiny_tokenizer, template), CONVERSATIONS[1], "all")
     assert encoded.mask.tolist() == [0] + [1] * (len(encoded.ids) - 1)
 
 
-def test_tokens_of_trimmed_offsets_keep_their_place(tiny_tokenizer: Any) -> None:
+def test_tokens_with_trimmed_offsets_are_targets_of_their_answer(tiny_tokenizer: Any) -> None:
     """Llama 3's and GPT-2's tokenizers leave leading spaces out of a token's offsets, so a token of
-    spaces alone has none; it still belongs to the answer it stands in, and to no other."""
+    spaces alone has an empty range. The token still belongs to its answer alone."""
     from tokenizers import processors
 
     trimmed = copy.deepcopy(tiny_tokenizer)
@@ -314,7 +327,7 @@ def test_tokens_of_trimmed_offsets_keep_their_place(tiny_tokenizer: Any) -> None
 
 
 def test_a_template_without_stop_token_is_refused(tiny_tokenizer: Any) -> None:
-    """A model tuned on it would never learn to stop; the advice says what to write."""
+    """A tuned model would never learn to stop. The advice names {{ eos_token }}."""
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     with pytest.raises(StageError, match="could not stop") as caught:
         encode_chat(with_template(tiny_tokenizer, template), CONVERSATIONS[0], "assistant")
@@ -323,21 +336,21 @@ def test_a_template_without_stop_token_is_refused(tiny_tokenizer: Any) -> None:
 
 
 def test_a_template_that_drops_the_answer_is_refused(tiny_tokenizer: Any) -> None:
-    """Nothing of the answer would be learnt."""
+    """The answer could not be trained on."""
     template = "{{ messages[0]['content'] + eos_token }}"
     with pytest.raises(StageError, match="leaves the assistant's answer out"):
         encode_chat(with_template(tiny_tokenizer, template), CONVERSATIONS[0], "assistant")
 
 
 def test_a_template_that_does_not_parse_is_refused(tiny_tokenizer: Any) -> None:
-    """A Jinja mistake in the manifest is a message, not a traceback."""
+    """A Jinja error in the manifest raises StageError."""
     with pytest.raises(StageError) as caught:
         encode_chat(with_template(tiny_tokenizer, "{% for %}"), CONVERSATIONS[0], "assistant")
     assert caught.value.reason == "ChatTemplate"
 
 
 def test_a_base_model_is_refused_chat_data(tiny_tokenizer: Any) -> None:
-    """The advice names the field that supplies a template."""
+    """The advice names the field for a template."""
     base = copy.deepcopy(tiny_tokenizer)
     base.chat_template = None
     with pytest.raises(StageError, match="base model") as caught:
@@ -345,8 +358,9 @@ def test_a_base_model_is_refused_chat_data(tiny_tokenizer: Any) -> None:
     assert "spec.data.chatTemplate" in caught.value.advice
 
 
-def test_smollm2_learns_answers_only(smollm2: Any) -> None:
-    """The real template: no generation blocks, and a default system turn that is context."""
+def test_the_targets_of_smollm2_are_the_answers(smollm2: Any) -> None:
+    """The published template has no generation blocks and adds a default system turn, which is
+    context."""
     messages = chat(
         (USER, "What is the capital of France?"),
         assistant("Paris, <b>of course</b>."),
@@ -361,9 +375,9 @@ def test_smollm2_learns_answers_only(smollm2: Any) -> None:
     assert ChatFormat.of(smollm2).stop == "<|im_end|>"
 
 
-def test_a_token_that_straddles_header_and_answer_is_a_target(smollm2: Any) -> None:
-    """SmolLM2 makes one token of the header's line end and all but one of the spaces after it:
-    ids stay those of the template, and no character of the answer goes unlearnt."""
+def test_a_token_across_header_and_answer_is_a_target(smollm2: Any) -> None:
+    """SmolLM2 merges the header's newline and all but one of the next spaces into one token. The
+    ids stay those of the template, and every character of the answer is in a target."""
     messages = chat((USER, "?"), assistant("   Yes."))
     encoded = encode_chat(smollm2, messages, "assistant")
     assert encoded.ids.tolist() == smollm2.apply_chat_template(messages)["input_ids"]
@@ -388,18 +402,13 @@ def pair(prompt: str, completion: str) -> Example:
     return Example(row=1, kind="completion", messages=turns, prompt=prompt, completion=completion)
 
 
-def conversation(messages: list[dict[str, str]]) -> Example:
-    turns = tuple(Message(m["role"], m["content"]) for m in messages)  # type: ignore[arg-type]
-    return Example(row=1, kind="chat", messages=turns)
-
-
 def encoded(result: Encoded | Misfit) -> Encoded:
     assert isinstance(result, Encoded)
     return result
 
 
-def test_a_batch_gives_each_row_what_it_gets_alone(tiny_tokenizer: Any) -> None:
-    """Kinds may mix, order is kept, and a row that does not fit spoils no other."""
+def test_a_row_is_encoded_the_same_in_a_batch_and_alone(tiny_tokenizer: Any) -> None:
+    """A batch may mix kinds, keeps the order, and may hold rows that the template refuses."""
     tokenizer = with_template(tiny_tokenizer, MISTRAL)
     examples = [
         Example(row=1, kind="text", text="A lamp."),
@@ -421,24 +430,25 @@ def test_a_batch_gives_each_row_what_it_gets_alone(tiny_tokenizer: Any) -> None:
         assert encoded(together).mask.tolist() == alone.mask.tolist()
 
 
-def test_the_system_prompt_goes_to_rows_without_one(tiny_tokenizer: Any) -> None:
-    """A row's own system turn is kept."""
+def test_rows_without_a_system_turn_get_the_system_prompt(tiny_tokenizer: Any) -> None:
+    """A row keeps its own system turn."""
     encoder = Encoder(tiny_tokenizer, "assistant", system_prompt="Be exact.")
     without, own = encoder.encode([conversation(CONVERSATIONS[0]), conversation(CONVERSATIONS[1])])
     assert "Be exact." in tiny_tokenizer.decode(encoded(without).ids)
     assert "Be exact." not in tiny_tokenizer.decode(encoded(own).ids)
 
 
-def test_completions_go_through_the_chat_template(tiny_tokenizer: Any) -> None:
-    """An instruction-tuned model is spoken to as it was tuned."""
+def test_prompt_and_completion_are_rendered_by_the_chat_template(tiny_tokenizer: Any) -> None:
     (result,) = Encoder(tiny_tokenizer, "assistant").encode([pair("Which lamp?", "The red lamp.")])
     alone = encode_chat(tiny_tokenizer, CONVERSATIONS[0], "assistant")
     assert encoded(result).ids.tolist() == alone.ids.tolist()
     assert encoded(result).mask.tolist() == alone.mask.tolist()
 
 
-def test_completions_of_a_base_model_are_prompt_completion_and_stop(tiny_tokenizer: Any) -> None:
-    """The prompt's ids are those of inference; completion and end of sequence are targets."""
+def test_without_a_chat_template_a_row_is_prompt_completion_and_end_of_sequence(
+    tiny_tokenizer: Any,
+) -> None:
+    """The prompt has the ids of inference. Completion and end of sequence are targets."""
     base = copy.deepcopy(tiny_tokenizer)
     base.chat_template = None
     (result,) = Encoder(base, "assistant").encode([pair("The lamp is", " red.")])
@@ -451,8 +461,8 @@ def test_completions_of_a_base_model_are_prompt_completion_and_stop(tiny_tokeniz
 
 
 def test_documents_end_with_the_end_of_sequence(tiny_tokenizer: Any) -> None:
-    """All tokens but the first are targets; what the tokenizer puts before a text is kept, and an
-    end of sequence that it adds itself is not doubled."""
+    """All tokens but the first are targets. Special tokens that the tokenizer puts before a text
+    stay, and an end of sequence that it adds is not doubled."""
     from tokenizers import processors
 
     text = "Ask the support desk."
@@ -474,7 +484,7 @@ def test_documents_end_with_the_end_of_sequence(tiny_tokenizer: Any) -> None:
 
 
 def test_a_tokenizer_without_end_of_sequence_is_refused(tiny_tokenizer: Any) -> None:
-    """Without it a document could not end."""
+    """A document could not end."""
     endless = copy.deepcopy(tiny_tokenizer)
     endless.eos_token = None
     with pytest.raises(StageError, match="no end-of-sequence token"):

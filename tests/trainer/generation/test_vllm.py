@@ -1,6 +1,8 @@
-"""vLLM answers with the policy's own probabilities, update after update. Needs vLLM, on CPU or GPU:
-`make test-vllm`; what can be known without it is in `test_reinforcement.py` and
-`test_adapters.py`."""
+"""vLLM samples with the policy's own probabilities after every update.
+
+Needs vLLM, on CPU or GPU (`make test-vllm`). Tests that need no vLLM are in
+`reinforcement/test_loop.py` and `models/test_adapters.py`.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +42,12 @@ GAP = 2e-2 if DEVICE.type == "cuda" else 1e-5
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
 KEYS = [101, 102, 103, 2**62 + 104]
 WIDE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
-"""Heads of 32 numbers: the least for which vLLM has attention."""
+"""Heads of 32 numbers: the smallest that vLLM's attention supports."""
 
 
 @pytest.fixture
 def samplers() -> Iterator[Any]:
-    """Makes samplers, and closes them."""
+    """Make samplers, and close them after the test."""
     made: list[VllmSampler] = []
 
     def make(model: Any = None, **settings: Any) -> VllmSampler:
@@ -68,26 +70,26 @@ def wide(**changes: Any) -> Any:
     return tiny_llama(VOCABULARY, **(WIDE | changes)).eval()
 
 
-def gaps(model: Any, answers: list[Sampled], temperature: float = 1.0) -> list[float]:
-    """How far each answer's log-probabilities are from the model's own, at most."""
+def gaps(model: Any, completions: list[Sampled], temperature: float = 1.0) -> list[float]:
+    """Return, for each completion, the largest difference from the model's log-probabilities."""
     found = []
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
-        ids_T = torch.tensor(answer.tokens, device=DEVICE)
-        text_1L = torch.tensor([[*prompt, *answer.tokens]], device=DEVICE)
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        ids_T = torch.tensor(completion.tokens, device=DEVICE)
+        text_1L = torch.tensor([[*prompt, *completion.tokens]], device=DEVICE)
         with torch.no_grad():
             logits_TV = model(input_ids=text_1L).logits[0, len(prompt) - 1 : -1].float()
         logprobs_T = (logits_TV / temperature).log_softmax(-1).gather(-1, ids_T[:, None])[:, 0]
-        assert answer.logprobs is not None
-        told_T = torch.tensor(answer.logprobs, device=DEVICE)
-        found.append(float((logprobs_T - told_T).abs().max()))
+        assert completion.logprobs is not None
+        engine_T = torch.tensor(completion.logprobs, device=DEVICE)
+        found.append(float((logprobs_T - engine_T).abs().max()))
     return found
 
 
-def tokens(answers: list[Sampled]) -> list[tuple[int, ...]]:
-    return [answer.tokens for answer in answers]
+def tokens(completions: list[Sampled]) -> list[tuple[int, ...]]:
+    return [completion.tokens for completion in completions]
 
 
-def test_an_answer_depends_on_its_prompt_and_key_and_not_on_its_batch(samplers: Any) -> None:
+def test_a_completion_depends_on_its_prompt_and_key_and_not_on_its_batch(samplers: Any) -> None:
     sampler = samplers()
     together = tokens(sampler(PROMPTS, KEYS))
     alone = [tokens(sampler([p], [key]))[0] for p, key in zip(PROMPTS, KEYS, strict=True)]
@@ -96,7 +98,7 @@ def test_an_answer_depends_on_its_prompt_and_key_and_not_on_its_batch(samplers: 
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_each_answer_is_of_the_weights_as_they_are_at_the_call(tied: bool, samplers: Any) -> None:
+def test_each_call_samples_with_the_present_weights(tied: bool, samplers: Any) -> None:
     model = wide(tie_word_embeddings=tied)
     sampler = samplers(model, temperature=0.7)
     before = sampler(PROMPTS, KEYS)
@@ -104,12 +106,12 @@ def test_each_answer_is_of_the_weights_as_they_are_at_the_call(tied: bool, sampl
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
-    assert max(gaps(model, before, 0.7)) > 10 * GAP  # the answers of other weights are found out
+    assert max(gaps(model, before, 0.7)) > 10 * GAP  # other weights show up as a gap
     assert max(gaps(model, sampler(PROMPTS, KEYS), 0.7)) < GAP
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
-def test_an_adapter_answers_too_and_its_base_stays_as_it_was(
+def test_an_adapter_is_sampled_and_its_base_does_not_change(
     kind: str, samplers: Any, tiny_tokenizer: Any
 ) -> None:
     settings = {"lora": {"decomposed": True}} if kind == "dora" else {kind: {}}
@@ -130,7 +132,7 @@ def test_an_adapter_answers_too_and_its_base_stays_as_it_was(
 
 
 def test_sampled_tokens_have_the_models_probabilities(samplers: Any) -> None:
-    """Chi-squared over 6 likely tokens of 4,000 answers of one token: below the 0.1% point."""
+    """Chi-squared over 6 likely tokens of 4,000 completions of one token: below the 0.1% point."""
     model = wide()
     with torch.no_grad():
         model.lm_head.weight.mul_(10)  # far from uniform
@@ -139,39 +141,39 @@ def test_sampled_tokens_have_the_models_probabilities(samplers: Any) -> None:
         logits = model(input_ids=torch.tensor([[5, 6, 7]], device=DEVICE)).logits
     probs = logits[0, -1].softmax(-1)
     count = 4000
-    drawn = torch.tensor([a.tokens[0] for a in sampler([[5, 6, 7]] * count, list(range(count)))])
-    assert chi_squared(drawn, probs) < 22.5
+    first = torch.tensor([s.tokens[0] for s in sampler([[5, 6, 7]] * count, list(range(count)))])
+    assert chi_squared(first, probs) < 22.5
 
 
-def test_an_answer_ends_with_its_stop_token_and_nothing_after_it(samplers: Any) -> None:
+def test_a_completion_ends_with_its_first_stop_token(samplers: Any) -> None:
     model = wide(tie_word_embeddings=False)
     with torch.no_grad():
         model.lm_head.weight[2] = 0.5 * model.lm_head.weight[10:].norm(dim=0)
-    answers = tokens(samplers(model, max_new_tokens=64)([[5, 6]] * 40, list(range(40))))
-    assert all(2 not in answer[:-1] for answer in answers)
-    assert all(len(answer) == 64 for answer in answers if answer[-1] != 2)
-    assert any(answer[-1] == 2 for answer in answers)
+    completions = tokens(samplers(model, max_new_tokens=64)([[5, 6]] * 40, list(range(40))))
+    assert all(2 not in completion[:-1] for completion in completions)
+    assert all(len(completion) == 64 for completion in completions if completion[-1] != 2)
+    assert any(completion[-1] == 2 for completion in completions)
 
 
-def test_the_nucleus_leaves_out_the_tail(samplers: Any) -> None:
-    """Its log-probabilities are of the nucleus: above the policy's, by less than log(1 / top_p)."""
+def test_top_p_leaves_out_the_tail(samplers: Any) -> None:
+    """Log-probabilities within the nucleus exceed the policy's by less than log(1 / top_p)."""
     model = wide()
-    answers = samplers(model, top_p=0.5)(PROMPTS, KEYS)
-    assert 0 < max(gaps(model, answers)) <= torch.tensor(2.0).log() + GAP
+    completions = samplers(model, top_p=0.5)(PROMPTS, KEYS)
+    assert 0 < max(gaps(model, completions)) <= torch.tensor(2.0).log() + GAP
 
 
-def test_a_model_that_vllm_does_not_run_is_refused_by_name(samplers: Any) -> None:
-    odd = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=12, n_layer=1, n_head=2))
-    type(odd).__name__, name = "UnheardOf", type(odd).__name__
+def test_a_model_that_vllm_cannot_run_is_refused_by_name(samplers: Any) -> None:
+    unsupported = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=12, n_layer=1, n_head=2))
+    type(unsupported).__name__, name = "Unsupported", type(unsupported).__name__
     try:
-        with pytest.raises(StageError, match="vLLM cannot run UnheardOf") as caught:
-            samplers(odd)
+        with pytest.raises(StageError, match="vLLM cannot run Unsupported") as caught:
+            samplers(unsupported)
     finally:
-        type(odd).__name__ = name
+        type(unsupported).__name__ = name
     assert caught.value.reason == "EngineUnsupported"
 
 
-def test_a_closed_sampler_gives_its_model_back(samplers: Any) -> None:
+def test_closing_a_sampler_frees_its_model(samplers: Any) -> None:
     sampler = samplers()
     (model,) = sampler.engine.apply_model(weakref.ref)
     assert model() is not None
@@ -221,7 +223,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_reward_rises_while_the_kl_stays_bounded(
     method: str, tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
-    """The engine follows: to the last update it says of its tokens what the policy says."""
+    """The engine's log-probabilities stay the policy's up to the last update."""
     outcome = run(method, stages(max_steps=20)[method], tmp_path / "out", inputs)
     assert outcome.metrics["baseReward"] < 0.35
     assert outcome.metrics["reward"] > 0.55
@@ -230,16 +232,16 @@ def test_a_reward_rises_while_the_kl_stays_bounded(
 
 
 @pytest.mark.parametrize("method", ["ppo", "ppo-lora"])
-def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(
+def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(
     method: str, tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
-    stage, seen = stages()[method], []
+    stage, steps = stages()[method], []
     run(method, stage, tmp_path / "whole", inputs)
 
     def report(*, step: int = 0, **_: Any) -> None:
-        seen.append(step)
+        steps.append(step)
 
-    stopping = Worker(0, 1, DEVICE, report=report, stop=lambda: max(seen) >= 1)
+    stopping = Worker(0, 1, DEVICE, report=report, stop=lambda: max(steps) >= 1)
     with pytest.raises(Interrupted):
         run(method, stage, tmp_path / "parts", inputs, stopping)
     outcome = run(method, stage, tmp_path / "parts", inputs)
@@ -253,7 +255,7 @@ def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path]) -> None
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}  # as Ray Train sets them
     dist.init_process_group("gloo", rank=rank, world_size=2)
     rewards.load = lambda *_: share_of("a")  # type: ignore[assignment]
-    for _ in range(2):  # an engine after an engine, as rounds of alignment have them
+    for _ in range(2):  # two engines in one process, as in rounds of alignment
         (folder / "two").mkdir(exist_ok=True)
         stage = stages(max_steps=2, keep_best=False)["ppo"]
         ppo.run(StageContext(stage, inputs, folder / "two", Worker(rank, 2, torch.device("cpu"))))
@@ -261,7 +263,7 @@ def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path]) -> None
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="two workers need two GPUs")
-def test_two_workers_do_what_one_does(tmp_path: Path, inputs: dict[str, Path]) -> None:
+def test_two_workers_train_to_the_weights_of_one(tmp_path: Path, inputs: dict[str, Path]) -> None:
     port = free_port()
     mp.spawn(_worker, args=(port, tmp_path, inputs), nprocs=2)
     run("ppo", stages(max_steps=2, keep_best=False)["ppo"], tmp_path / "one", inputs)

@@ -1,8 +1,9 @@
-"""Which characters of a rendered conversation are the model's own to write.
+"""Chat templates: rendering, and the characters of a rendering that are targets of training.
 
-That is everything after the generation prompt (`<|im_start|>assistant\n`) up to and with the token
-that ends the answer, but not the white space that some templates put after it. A template that ends
-answers with no token of its own is refused: a model tuned on it would never learn to stop.
+The targets are the characters that the model itself must write: all after the generation prompt
+(`<|im_start|>assistant\n`) up to and with the stop token, but not the white space that some
+templates put after the stop token. A template without a stop token is refused, because a model
+tuned on it would never learn to stop.
 """
 
 from __future__ import annotations
@@ -20,38 +21,37 @@ from tuneyard.errors import StageError
 
 TrainOn = Literal["assistant", "last-assistant", "all"]
 Message = dict[str, str]
-"""One turn as chat templates take it: {"role": ..., "content": ...}."""
+"""One turn in the shape that chat templates take: {"role": ..., "content": ...}."""
 Span = tuple[int, int]
-"""Characters of a rendering, from and up to."""
-
-OWN_TEMPLATE = "Set spec.data.chatTemplate to a template that fits the data and the model."
+"""Start and end of a range of characters in a rendering."""
 
 _BLOCKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PLACEHOLDER = "TuneyardAnswerGoesHere{}."
 _PLACEHOLDERS = re.compile(r"TuneyardAnswerGoesHere\d+\.")
-# What templates raise on rows they are not made for: by raise_exception, or by what they assume.
+# Templates raise these on unsupported conversations: by raise_exception, or by wrong assumptions.
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 
 class MisfitError(Exception):
-    """The template and this conversation do not go together."""
+    """The chat template does not support this conversation."""
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a tokenizer's chat template writes an answer, found out once by rendering a sample."""
+    """How a tokenizer's chat template writes an answer. Rendering a sample finds it out, once."""
 
     tokenizer: PreTrainedTokenizerBase
     template: str
     stop: str
-    """What follows an answer, up to and with the stop token: usually the token alone."""
+    """The text after an answer, up to and with the stop token: usually the token alone."""
     stop_token: str
     prompt: str
-    """What a request for an answer adds to the rendering; "" where the template ignores it."""
+    """The generation prompt. "": the template writes none."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
-        """Raises StageError ChatTemplate or NoStopToken where the template cannot be trained on."""
+        """Return the format. Raises StageError ChatTemplate or NoStopToken for a template that
+        training cannot use."""
         template = _template(tokenizer)
         question = {"role": "user", "content": "?"}
         answer = {"role": "assistant", "content": _PLACEHOLDER.format(0)}
@@ -68,16 +68,16 @@ class ChatFormat:
                 "NoStopToken",
                 "the chat template ends an answer with no special token of the tokenizer (after "
                 f"the answer comes {tail!r}), so a tuned model could not stop.",
-                advice="Set spec.data.chatTemplate to one that writes {{ eos_token }} after each "
-                "answer.",
+                advice="Set spec.data.chatTemplate to a template that writes {{ eos_token }} "
+                "after each answer.",
             )
         stop = tail[: tail.index(token) + len(token)]
         return cls(tokenizer, template, stop, token, _prompt(tokenizer, template, question))
 
     def targets(self, messages: Sequence[Message], train_on: TrainOn) -> tuple[str, list[Span]]:
-        """The rendered conversation and which of its characters are targets, in order.
+        """Return the rendered conversation and the spans of its targets, in order.
 
-        Raises MisfitError where the template refuses the conversation or rewrites an answer.
+        Raises MisfitError if the template refuses the conversation or rewrites an answer.
         """
         if _BLOCKS.search(self.template) and train_on != "all":
             text, blocks = self._render_blocks(messages)
@@ -96,10 +96,10 @@ class ChatFormat:
             for turn, (start, end) in zip(turns, answers, strict=True)
         ]
 
-    # ---- where the answers are ------------------------------------------------------------------
+    # ---- finding the answers --------------------------------------------------------------------
 
     def _render_blocks(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
-        """By the template's own {% generation %} blocks."""
+        """Return the rendering and its answers, found by the template's {% generation %} blocks."""
         specials: dict[str, Any] = self.tokenizer.special_tokens_map
         rendered, blocks = _guarded(
             lambda: render_jinja_template(
@@ -112,7 +112,8 @@ class ChatFormat:
         return rendered[0], [(start, end) for start, end in blocks[0] if start < end]
 
     def _with_stop(self, text: str, block: Span) -> Span:
-        """Authors put the stop token inside the block, outside, or inside with a line's end."""
+        """Return the block with its stop token and without white space after the token. Templates
+        put the token inside the block, after the block, or inside with a newline."""
         start, end = block
         inside = text[start:end].rstrip()
         if inside.endswith(self.stop_token):
@@ -122,8 +123,11 @@ class ChatFormat:
     def _by_placeholder(
         self, messages: Sequence[Message], turns: Sequence[int], text: str
     ) -> list[Span] | None:
-        """By rendering once more with placeholders for the answers: what lies between them must be
-        the same in both. None where it is not, as in templates that look into an answer."""
+        """Return the answers, found by a second rendering with placeholders for the answers.
+
+        None: the text between the answers differs from the first rendering, as with templates
+        that parse the answers.
+        """
         marked = [dict(message) for message in messages]
         for turn in turns:
             marked[turn]["content"] = _PLACEHOLDER.format(turn)
@@ -143,33 +147,37 @@ class ChatFormat:
     def _by_prompt(
         self, messages: Sequence[Message], turns: Sequence[int], text: str
     ) -> list[Span]:
-        """By rendering what comes before each answer, with the request for one. Raises MisfitError
-        where the answer does not follow as it is."""
+        """Return the answers, found by rendering the turns before each answer with the generation
+        prompt. Raises MisfitError if the answer does not follow unchanged."""
         spans: list[Span] = []
         for turn in turns:
             before = _render(self.tokenizer, self.template, messages[:turn], prompt=True)
             end = _end_of_answer(text, len(before), messages[turn]["content"], "")
             if not text.startswith(before) or end is None:
                 raise MisfitError(
-                    f"the chat template rewrites the answer in turn {turn + 1} (or what is before "
-                    "it), as templates do that strip the reasoning of earlier turns"
+                    f"the chat template changes the answer in turn {turn + 1} or the text before "
+                    "it; templates that strip the reasoning of earlier turns do this"
                 )
             spans.append((len(before), end))
         return spans
 
     def _start(self, before: Sequence[Message], text: str, answer: int) -> int:
-        """Where the model begins to write: at the answer, or ahead of it where the template puts
-        something between the generation prompt and the answer (a space, an empty <think> block)."""
+        """Return the position at which the model begins to write.
+
+        That is the answer's start, or before it if the template puts text between the generation
+        prompt and the answer (a space, an empty <think> block).
+        """
         if self.prompt and text.endswith(self.prompt, 0, answer):
             return answer
         prompt = _render(self.tokenizer, self.template, before, prompt=True)
         if not text.startswith(prompt) or len(prompt) > answer:
             return answer
-        # Where the template ignores the request, a header may follow, which is not to be learnt.
+        # Without a generation prompt the text may be a header, which is no target.
         return len(prompt) if self.prompt or text[len(prompt) : answer].isspace() else answer
 
     def _end(self, text: str, answer_end: int) -> int:
-        """Past the stop token; at the answer's end where an earlier turn is written without one."""
+        """Return the end of the stop token; the answer's end if the template writes no stop token
+        after this turn."""
         if text.startswith(self.stop, answer_end):
             return answer_end + len(self.stop)
         spaced = re.compile(r"\s*" + re.escape(self.stop_token)).match(text, answer_end)
@@ -185,8 +193,11 @@ def rendered(
     *,
     template: str | None = None,
 ) -> str:
-    """A conversation up to where the model's answer begins. `template`: in place of the
-    tokenizer's. Raises MisfitError where the template refuses the conversation."""
+    """Return the conversation's rendering with the generation prompt.
+
+    `template`: used instead of the tokenizer's. Raises MisfitError if the template refuses the
+    conversation.
+    """
     chosen = template or tokenizer.get_chat_template()
     return _render(tokenizer, chosen, messages, prompt=True)
 
@@ -195,22 +206,22 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.is_fast:
         raise StageError(
             "ChatTemplate",
-            f"{type(tokenizer).__name__} tells no character offsets, so the answers' tokens cannot "
-            "be told apart.",
+            f"{type(tokenizer).__name__} returns no character offsets, so the tokens of the "
+            "answers cannot be found.",
             advice="Choose a model with a tokenizer.json.",
         )
     if not tokenizer.chat_template:
         raise StageError(
             "ChatTemplate",
-            "the data are conversations, and the model's tokenizer has no chat template: it is a "
-            "base model.",
+            "the data are conversations, and the model's tokenizer has no chat template: the model "
+            "is a base model.",
             advice="Set spec.data.chatTemplate, choose the model's instruction-tuned version, or "
-            "bring the data as prompt and completion.",
+            "provide the data as prompt and completion.",
         )
     try:
         return str(tokenizer.get_chat_template())
     except ValueError as error:  # Several named templates and no default.
-        raise _unusable(f"cannot be chosen: {error}.") from error
+        raise _unusable(f"cannot be selected: {error}.") from error
 
 
 def _render(
@@ -236,25 +247,29 @@ def _guarded(render: Callable[[], Any]) -> Any:
     try:
         return render()
     except _TEMPLATE_ERRORS as error:
-        raise MisfitError(f"the chat template says: {error}") from error
+        raise MisfitError(f"the chat template refuses the conversation: {error}") from error
 
 
-def _unusable(what: str) -> StageError:
-    return StageError("ChatTemplate", f"the chat template {what}", advice=OWN_TEMPLATE)
+def _unusable(problem: str) -> StageError:
+    return StageError(
+        "ChatTemplate",
+        f"the chat template {problem}",
+        advice="Set spec.data.chatTemplate to a template that fits the data and the model.",
+    )
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, template: str, question: Message) -> str:
     try:
         plain = _render(tokenizer, template, [question])
-        asking = _render(tokenizer, template, [question], prompt=True)
+        prompted = _render(tokenizer, template, [question], prompt=True)
     except MisfitError:
         return ""
-    return asking[len(plain) :] if asking.startswith(plain) else ""
+    return prompted[len(plain) :] if prompted.startswith(plain) else ""
 
 
 def _first_special(tokenizer: PreTrainedTokenizerBase, tail: str) -> str | None:
-    """The first special token in `tail`; else the first added token that is no white space (some
-    tokenizers forget to call their <end_of_turn> special)."""
+    """Return the first special token in `tail`, else the first added token that is not white space
+    (some tokenizers do not mark their <end_of_turn> as special). None: there is neither."""
     added = tokenizer.added_tokens_decoder.values()
     special = {token.content for token in added if token.special}
     for candidates in (special.union(tokenizer.all_special_tokens), {t.content for t in added}):
@@ -269,7 +284,8 @@ def _first_special(tokenizer: PreTrainedTokenizerBase, tail: str) -> str | None:
 
 
 def _end_of_answer(text: str, start: int, content: str, following: str) -> int | None:
-    """Where `content`, as it is or trimmed, ends if it stands at `start` before `following`."""
+    """Return the end of `content`, unchanged or trimmed, if it stands at `start` and `following` is
+    next. None: it does not."""
     for written in (content, content.strip(), content.rstrip(), content.lstrip()):
         end = start + len(written)
         if text.startswith(written, start) and text.startswith(following, end):

@@ -1,4 +1,4 @@
-"""What a data set gives: one example to train on, and what each must satisfy."""
+"""One example to train on, and the checks that each example must pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROLES: dict[str, Role] = {
     "chatgpt": "assistant",
     "tool": "tool",
 }
-"""The roles that files use and the ones chat templates know."""
+"""The role that chat templates know for each role name in files."""
 
 
 @dataclass(frozen=True)
@@ -30,29 +30,29 @@ class Message:
 
 @dataclass(frozen=True)
 class Example:
-    """One thing to train on.
+    """One training example.
 
-    chat: `messages`. completion: `prompt` and `completion`, and the same as `messages` (with the
-    row's system prompt, if any) for models that speak through a chat template. text: `text`.
+    Fields by kind. chat: `messages`. completion: `prompt` and `completion`, and the same as
+    `messages` (with the row's system prompt, if any) for models with a chat template. text: `text`.
     """
 
     row: int
     """The row's number in its file, from 1."""
     kind: Literal["chat", "completion", "text"]
     messages: tuple[Message, ...] = ()
-    """An optional system turn, then user and assistant in turns, the last by the assistant; a
-    tool may speak between two turns of the assistant."""
+    """An optional system turn, then alternating turns of user and assistant. The last turn is the
+    assistant's. Tool turns may stand between two assistant turns."""
     prompt: str = ""
     completion: str = ""
     text: str = ""
     expected: tuple[str, ...] = ()
-    """What a right answer contains, from the row's field `expected`; () where it has none."""
+    """A right answer contains one of these: the row's field `expected`. (): the row has none."""
     file: str = ""
     """The file's name relative to the data set's folder."""
 
 
 class RowError(ValueError):
-    """Why a row is no example, in words for its author."""
+    """A row that cannot become an example. The message names the reason for the row's author."""
 
 
 _MAY_FOLLOW: dict[Role | None, tuple[Role, ...]] = {
@@ -65,7 +65,7 @@ _MAY_FOLLOW: dict[Role | None, tuple[Role, ...]] = {
 
 
 def check(example: Example) -> None:
-    """Raises RowError for empty turns, roles out of order and text that no tokenizer can encode."""
+    """Raise RowError for empty turns, roles out of order and text that no tokenizer can encode."""
     _check_encodable(example.prompt, example.completion, example.text)
     previous: Role | None = None
     for number, message in enumerate(example.messages, start=1):
@@ -78,7 +78,9 @@ def check(example: Example) -> None:
             raise RowError(f"turn {number} is by {message.role} and {after}; expected {wanted}")
         previous = message.role
     if example.messages and previous != "assistant":
-        raise RowError(f"the last turn is by {previous}; expected assistant: nothing to learn from")
+        raise RowError(
+            f"the last turn is by {previous}; expected assistant, whose turn is the target"
+        )
 
 
 def _check_encodable(*texts: str) -> None:

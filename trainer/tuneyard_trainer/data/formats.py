@@ -1,4 +1,4 @@
-"""The shapes that rows have: their fields, and recognising them."""
+"""The formats of rows: their fields, and the detection of a format."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ FIELDS: dict[DataFormat, dict[str, str]] = {
     "prompt-completion": {"prompt": "prompt", "completion": "completion", "system": "system"},
     "text": {"text": "text"},
 }
-"""What a `FieldMap` may rename in each format, and the format's own names."""
+"""The fields that a `FieldMap` may rename in each format, and their names in the format."""
 
-_LOOKS = {
+_SHAPES = {
     "messages": "messages: [{role, content}]",
     "alpaca": "instruction, input (optional), output",
     "flan": "inputs, targets",
@@ -34,7 +34,7 @@ _LOOKS = {
 
 
 class Names:
-    """The field names in force: a format's own where the map names none."""
+    """The field names of a data set: those of the map, else the format's own."""
 
     def __init__(self, chosen: DataFormat, fields: FieldMap) -> None:
         given = {name: value for name, value in fields if value is not None}
@@ -53,12 +53,12 @@ class Names:
 
 
 def detect(rows: Sequence[Row], fields: FieldMap) -> DataFormat:
-    """The one format that the rows have; broken rows do not count.
+    """Return the format of the rows; broken rows do not count.
 
-    Each format is recognised by its fields and by the shape of what they hold, under the names that
-    `fields` gives. `text` counts only when nothing else does: Alpaca's own file repeats each row as
-    text. A map of both prompt and completion means prompt-completion, one of text means text.
-    Raises StageError UnknownFormat when none or several formats remain.
+    A format matches by its fields, under the names in `fields`, and by the types of their values.
+    `text` counts only if no other format matches: Alpaca's own file repeats each row as text. A map
+    of both prompt and completion means prompt-completion, and a map of text means text.
+    Raises StageError UnknownFormat unless exactly one format matches.
     """
     values = [row.value for row in rows if not isinstance(row.value, BrokenRow)]
     found: list[DataFormat] = [
@@ -68,12 +68,12 @@ def detect(rows: Sequence[Row], fields: FieldMap) -> DataFormat:
         found.remove("text")
     if len(found) == 1:
         return found[0]
-    seen = sorted({key for value in values for key in value})
+    present = sorted({key for value in values for key in value})
     raise StageError(
         "UnknownFormat",
-        f"The rows' fields are {', '.join(seen) or '(none)'}, which fit "
+        f"The rows' fields are {', '.join(present) or '(none)'}, which fit "
         f"{'no known format' if not found else 'several formats: ' + ', '.join(found)}. Formats: "
-        + "; ".join(f"{name} ({look})" for name, look in _LOOKS.items())
+        + "; ".join(f"{name} ({shape})" for name, shape in _SHAPES.items())
         + ".",
         advice="Set format, or name the fields: fields: {prompt: question, completion: answer}.",
     )
@@ -90,7 +90,7 @@ def _matches(chosen: DataFormat, row: Mapping[str, Any], fields: FieldMap) -> bo
         return _is_tree(row) or is_flat_message(row)
     if chosen in ("messages", "sharegpt", "ultrachat"):
         turns = row.get(names["messages"])
-        return isinstance(turns, list) and bool(turns) and _TURN_LOOKS[chosen](turns[0])
+        return isinstance(turns, list) and bool(turns) and _IS_TURN[chosen](turns[0])
     if chosen == "text":
         return isinstance(row.get(names["text"]), str)
     answer = row.get(names["completion"])
@@ -99,7 +99,7 @@ def _matches(chosen: DataFormat, row: Mapping[str, Any], fields: FieldMap) -> bo
     return row.get(names["prompt"]) is not None and answer is not None
 
 
-_TURN_LOOKS: dict[str, Callable[[Any], bool]] = {
+_IS_TURN: dict[str, Callable[[Any], bool]] = {
     "messages": lambda turn: isinstance(turn, dict) and "role" in turn,
     "sharegpt": lambda turn: isinstance(turn, dict) and "from" in turn,
     "ultrachat": lambda turn: isinstance(turn, str),
@@ -112,4 +112,5 @@ def _is_tree(row: Mapping[str, Any]) -> bool:
 
 
 def is_flat_message(row: Mapping[str, Any]) -> bool:
+    """Return whether the row is one message of an OpenAssistant tree."""
     return {"message_id", "parent_id", "role", "text"} <= row.keys() and "replies" not in row

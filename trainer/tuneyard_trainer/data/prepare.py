@@ -1,6 +1,6 @@
-"""Reads the data sets, checks every row, holds some out, and leaves tokens on disk (`prepared`).
+"""prepare: read the data sets, check every row, hold some out, and write tokens (`prepared`).
 
-One pass over the data in batches: memory holds a batch and some 30 bytes a row.
+The stage reads the data once, in batches: memory holds one batch and about 30 bytes a row.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.stage_settings import PrepareSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.intake import ROW_OUTCOMES, Preprocessor, Tally
 from tuneyard_trainer.data.prepared import SPLITS, Rows, remove_split
+from tuneyard_trainer.data.preprocessing import OVERLENGTH_OUTCOMES, Preprocessor, Tally
 from tuneyard_trainer.data.splits import SplitWriter, assign_splits, held_out, num_contaminated
 from tuneyard_trainer.data.tokenization import Encoder
 from tuneyard_trainer.models import base
@@ -27,7 +27,7 @@ _SPOOL = ".spool"
 
 
 def run(context: StageContext) -> StageOutcome:
-    """Leaves the files that `prepared` describes, `validation.jsonl` and `tokenizer/`."""
+    """Write the files that `prepared` describes, `validation.jsonl` and `tokenizer/`."""
     settings = context.settings(PrepareSettings)
     _clear(context.workdir)
     try:
@@ -42,7 +42,7 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
     limit = sequence_limit(
         context.inputs["model"], tokenizer, settings.max_length, "spec.data.maxLength"
     )
-    intake = Preprocessor(
+    preprocessor = Preprocessor(
         context.stage,
         settings,
         context.inputs,
@@ -50,30 +50,32 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
         limit,
         context.worker,
     )
-    train, validation = _shelves(intake, context.workdir)
+    train, validation = _write_splits(preprocessor, context.workdir)
     tokenizer.save_pretrained(context.workdir / "tokenizer")
-    metrics = _metrics(context.workdir, intake.tallies, len(validation))
-    details: dict[str, Any] = {"datasets": [tally.details() for tally in intake.tallies]}
+    metrics = _metrics(context.workdir, preprocessor.tallies, len(validation))
+    details: dict[str, Any] = {"datasets": [tally.details() for tally in preprocessor.tallies]}
     if settings.validation:
         details["contaminated"] = num_contaminated(train.hashes, validation.hashes)
-        _warn_of(details["contaminated"], len(validation), context.worker)
+        _warn_contaminated(details["contaminated"], len(validation), context.worker)
     _write_summary(context.workdir, settings, tokenizer, limit, metrics, details)
-    faults = {tally.name: tally.faults for tally in intake.tallies if tally.faults}
+    faults = {tally.name: tally.faults for tally in preprocessor.tallies if tally.faults}
     return StageOutcome(metrics, {**details, "maxLength": limit, "faults": faults})
 
 
-def _shelves(intake: Preprocessor, workdir: Path) -> tuple[SplitWriter, SplitWriter]:
-    """The rows of train and validation, written. A fraction to hold out is known only when all
-    rows are, so then they are spooled first."""
-    settings, seed = intake.settings, intake.settings.seed
+def _write_splits(preprocessor: Preprocessor, workdir: Path) -> tuple[SplitWriter, SplitWriter]:
+    """Write the splits train and validation, and return their closed writers.
+
+    A fraction can be held out only once all rows are read, so its rows go through a spool folder.
+    """
+    settings, seed = preprocessor.settings, preprocessor.settings.seed
     fraction = settings.validation_fraction
     spool = workdir / _SPOOL
     folder = workdir if fraction is None else spool
     with SplitWriter(folder, "train", seed, texts=fraction is not None) as train:
-        intake.read("train", settings.train, train)
+        preprocessor.read("train", settings.train, train)
     with SplitWriter(workdir, "validation", seed, texts=True) as validation:
-        intake.read("validation", settings.validation, validation)
-    intake.check()
+        preprocessor.read("validation", settings.validation, validation)
+    preprocessor.check()
     if fraction is not None:
         validation = assign_splits(train, held_out(train.hashes, fraction), workdir, seed)
         shutil.rmtree(spool)
@@ -84,7 +86,7 @@ def _shelves(intake: Preprocessor, workdir: Path) -> tuple[SplitWriter, SplitWri
 
 
 def _clear(workdir: Path) -> None:
-    """Removes what this stage writes: a killed run may have left some, and a failed one does."""
+    """Remove all files of this stage: those of an earlier attempt, or of a failed one."""
     (workdir / "data.json").unlink(missing_ok=True)
     (workdir / "validation.jsonl").unlink(missing_ok=True)
     for name in SPLITS:
@@ -101,7 +103,7 @@ def _tokenizer(model: Path, settings: PrepareSettings) -> PreTrainedTokenizerBas
 
 
 def _encoder(tokenizer: PreTrainedTokenizerBase, settings: PrepareSettings) -> Encoder:
-    """Pre-training learns every token, whatever the format."""
+    """Return the encoder. In pre-training every token is a target."""
     train_on = "all" if settings.method == "pretrain" else settings.train_on
     return Encoder(tokenizer, train_on, settings.system_prompt)
 
@@ -111,9 +113,9 @@ def _metrics(workdir: Path, tallies: Sequence[Tally], num_held_out: int) -> dict
     if train is None:
         raise TypeError("prepared no training rows")
     kept = {split: sum(t.kept for t in tallies if t.role.startswith(split)) for split in SPLITS}
-    # Held-out rows come from data sets of their own, or else out of the training rows.
+    # Held-out rows come from their own data sets, or else from the training rows.
     rows = kept["train"] - (num_held_out if not kept["validation"] else 0)
-    fates = {f"{fate}Rows": sum(t.counts[fate] for t in tallies) for fate in ROW_OUTCOMES[:3]}
+    outcomes = {f"{name}Rows": sum(t.counts[name] for t in tallies) for name in OVERLENGTH_OUTCOMES}
     return {
         "rows": rows,
         "heldOutRows": num_held_out,
@@ -122,16 +124,16 @@ def _metrics(workdir: Path, tallies: Sequence[Tally], num_held_out: int) -> dict
         "targetTokens": int(train.targets.sum()),
         "longestRow": max(tally.longest for tally in tallies),
         "skippedRows": sum(tally.skipped for tally in tallies),
-        **fates,
+        **outcomes,
         "contextOnlyPieces": sum(tally.counts["contextOnlyPieces"] for tally in tallies),
     }
 
 
-def _warn_of(contaminated: int, num_held_out: int, worker: Worker) -> None:
+def _warn_contaminated(contaminated: int, num_held_out: int, worker: Worker) -> None:
     if contaminated:
         worker.report(
             message=f"{contaminated} of {num_held_out} held-out rows are also in the training "
-            "data: the held-out loss will look better than it is"
+            "data, which lowers the held-out loss"
         )
 
 
@@ -143,7 +145,7 @@ def _write_summary(
     metrics: Mapping[str, float],
     details: Mapping[str, Any],
 ) -> None:
-    """`data.json`, last of all: it says that the rest is whole."""
+    """Write `data.json`, last of all: its presence means that the data is complete."""
     summary = {
         "method": settings.method,
         "maxLength": limit,

@@ -2,8 +2,8 @@
 
 A folder holds, for each split of `train` and `validation`, `SPLIT.tokens.npy` (int32, flat),
 `SPLIT.mask.npy` (uint8, flat), `SPLIT.offsets.npy` (int64, N+1) and `SPLIT.source.npy` (int16, N).
-A split without rows has no files; `train` always has some. `data.json` is written last, so that
-its presence says that the rest is whole.
+A split without rows has no files; `train` always has rows. `data.json` is written last: its
+presence means that the other files are complete.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ ARRAYS = ("tokens", "mask", "offsets", "source")
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one split; nothing is read before it is asked for."""
+    """The rows of one split, read from disk on access."""
 
     tokens: NDArray[np.int32]
     """Flat token ids of all rows."""
     flat_mask: NDArray[np.uint8]
-    """Flat, 1 where the token is a target given the tokens before it in its own row; so a row's
-    first token never is."""
+    """Flat, 1 for a target: a token to predict from the tokens before it in its row. A row's first
+    token is never a target."""
     offsets: NDArray[np.int64]
     """(N+1,) row i is tokens[offsets[i]:offsets[i+1]]."""
     source: NDArray[np.int16]
-    """(N,) index of the data set each row came from."""
+    """(N,) index of each row's data set."""
 
     @classmethod
     def open(cls, folder: Path, split: str) -> Rows | None:
-        """None where the split has no rows."""
+        """Return the split's rows. None: the split has no rows."""
         if not _file(folder, split, "offsets").exists():
             return None
         tokens, mask, offsets, source = (
@@ -54,11 +54,11 @@ class Rows:
         return len(self.source)
 
     def ids(self, row: int) -> NDArray[np.int32]:
-        """(L,) the row's token ids."""
+        """Return (L,) the row's token ids."""
         return self.tokens[self.offsets[row] : self.offsets[row + 1]]
 
     def mask(self, row: int) -> NDArray[np.uint8]:
-        """(L,) 1 where the token is a target."""
+        """Return (L,) 1 for each target."""
         return self.flat_mask[self.offsets[row] : self.offsets[row + 1]]
 
     @cached_property
@@ -78,13 +78,14 @@ class Prepared:
 
     train: Rows
     validation: Rows | None
-    """None: nothing is held out."""
+    """None: no rows are held out."""
     summary: dict[str, Any]
     """`data.json`."""
 
     @classmethod
     def open(cls, folder: Path) -> Prepared:
-        """Raises StageError NotPrepared if the folder is not a finished prepare stage's."""
+        """Return the data of a finished prepare stage. Raises StageError NotPrepared for any other
+        folder."""
         try:
             summary = json.loads((folder / "data.json").read_text("utf-8"))
             train, validation = (Rows.open(folder, split) for split in SPLITS)
@@ -96,19 +97,19 @@ class Prepared:
 
     @property
     def weights(self) -> list[float]:
-        """How often an epoch sees each row, by training data set."""
+        """How often an epoch contains each row, by training data set."""
         return list(self.summary["weights"])
 
     @property
     def max_length(self) -> int:
-        """No row is longer, in tokens."""
+        """The length limit of rows, in tokens."""
         return int(self.summary["maxLength"])
 
 
 class RowWriter:
-    """Appends rows to a split's files. Only 10 bytes a row stay in memory, whatever their length.
+    """Appends rows to a split's files. Memory holds 10 bytes a row, whatever its length.
 
-    The files appear under their final names: `data.json` vouches for them, not their existence.
+    The files have their final names from the start: `data.json` marks them as complete.
     """
 
     def __init__(self, folder: Path, split: str) -> None:
@@ -116,22 +117,16 @@ class RowWriter:
         self._tokens = _Column(_file(folder, split, "tokens"), np.int32)
         self._mask = _Column(_file(folder, split, "mask"), np.uint8)
         self._lengths, self._source = array("q"), array("h")
-        self.num_targets = 0
 
     def append(self, ids: NDArray[np.int32], mask: NDArray[np.uint8], source: int) -> None:
-        """Adds one row of at least one token."""
+        """Add one row of at least one token."""
         self._tokens.append(ids)
         self._mask.append(mask)
         self._lengths.append(len(ids))
         self._source.append(source)
-        self.num_targets += int(np.count_nonzero(mask))
 
     def __len__(self) -> int:
         return len(self._lengths)
-
-    @property
-    def num_tokens(self) -> int:
-        return self._tokens.size
 
     def __enter__(self) -> Self:
         return self
@@ -153,8 +148,8 @@ class RowWriter:
 
 
 class _Column:
-    """A one-dimensional .npy file that grows: numpy pads its header to one size for any length, so
-    the header written first can be written again at the end."""
+    """A one-dimensional .npy file that grows. numpy pads the header to one size for any length, so
+    `close` can overwrite the first header with the final length."""
 
     def __init__(self, path: Path, dtype: DTypeLike) -> None:
         self.size = 0
@@ -181,7 +176,7 @@ class _Column:
 
 
 def remove_split(folder: Path, split: str) -> None:
-    """Removes a split's files, where there are any."""
+    """Remove a split's files, if there are any."""
     for name in ARRAYS:
         _file(folder, split, name).unlink(missing_ok=True)
 

@@ -1,12 +1,12 @@
-"""Prompt sets: what a policy answers, from data sets of any known format, answers left out.
+"""Prompt sets: the prompts of data sets of any known format, without their answers.
 
-A prompt is a conversation that ends with the user's turn. Rows may hold no answer at all (a field
-`prompt` alone), or one that is not looked at.
+A prompt is a conversation that ends with the user's turn. A row may hold an answer, which is
+ignored, or a field `prompt` alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,35 +19,43 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import Message, MisfitError, rendered
 from tuneyard_trainer.data.example import ROLES, RowError
 from tuneyard_trainer.data.formats import detect
-from tuneyard_trainer.data.rows import BrokenRow, Row, data_files, read_rows
-from tuneyard_trainer.data.stream import examples
+from tuneyard_trainer.data.rows import BrokenRow, Row, read_data
+from tuneyard_trainer.data.stream import DETECTED_FROM, FAULTS_SHOWN, examples
 
-FAULTS_SHOWN = 3
 _PROMPT_FIELDS = ("prompt", "instruction", "inputs", "question")
 _TURN_FIELDS = ("messages", "conversations", "data")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One conversation to go on with."""
+    """One conversation to complete."""
 
     messages: tuple[Message, ...]
-    """An optional system turn, then user and assistant in turns, the last by the user."""
+    """An optional system turn, then alternating turns of user and assistant. The last turn is the
+    user's."""
     where: str
     """File and row, for messages."""
     row: Mapping[str, Any] = field(default_factory=dict)
-    """The row's own fields, for rewards that compare with one of them."""
+    """The row's fields, for rewards that compare a completion with one of them."""
 
     @property
     def question(self) -> str:
-        """The last turn."""
+        """The text of the last turn."""
         return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt and the token ids that the policy continues."""
+
+    prompt: Prompt
+    ids: tuple[int, ...]
 
 
 def read_prompts(
     path: Path, settings: PromptSettings, chat: ChatSettings, *, name: str
 ) -> list[Prompt]:
-    """Every prompt of a set, in order; the job's system prompt where a row has none.
+    """Return every prompt of a set, in order. Rows without a system turn get the job's.
 
     `name`: the set's field in the manifest. Raises StageError EmptyData, InvalidData,
     UnknownFormat, UnknownFileType.
@@ -63,9 +71,9 @@ def read_prompts(
     return [_with_system(prompt, chat.system_prompt) for prompt in prompts]
 
 
-def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat: ChatSettings) -> str | None:
-    """The prompt as the policy reads it, up to where its answer begins: by the chat template, or,
-    of a tokenizer without one, the last turn as it is. None where the template refuses it."""
+def _render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat: ChatSettings) -> str | None:
+    """Return the prompt rendered by the chat template, or the last turn if there is no template.
+    None: the chat template refuses the conversation."""
     template = chat.chat_template or tokenizer.chat_template
     if not template:
         return prompt.question
@@ -73,6 +81,18 @@ def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat: ChatSetting
         return rendered(tokenizer, prompt.messages, template=chat.chat_template)
     except MisfitError:
         return None
+
+
+def tokenize(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat: ChatSettings
+) -> TokenizedPrompt | None:
+    """Return the prompt with the ids that the policy continues. None: the chat template refuses
+    the conversation."""
+    text = _render(prompt, tokenizer, chat)
+    if text is None:
+        return None
+    plain = not (chat.chat_template or tokenizer.chat_template)
+    return TokenizedPrompt(prompt, tuple(tokenizer(text, add_special_tokens=plain)["input_ids"]))
 
 
 def _of_examples(path: Path, settings: PromptSettings, name: str) -> list[Prompt]:
@@ -92,15 +112,16 @@ def _is_trees(path: Path, settings: PromptSettings) -> bool:
     if settings.format != "auto":
         return False
     try:
-        return detect(list(islice(_rows(path), 20)), settings.fields) == "openassistant"
+        head = list(islice(read_data(path), DETECTED_FROM))
+        return detect(head, settings.fields) == "openassistant"
     except StageError:
-        return False  # no known format of answered rows: perhaps one of prompts alone
+        return False  # the rows may hold prompts alone, which no format covers
 
 
 def _of_rows(path: Path, settings: PromptSettings, name: str) -> list[Prompt]:
     prompts: list[Prompt] = []
     faults: list[str] = []
-    for row in islice(_rows(path), settings.limit):
+    for row in islice(read_data(path), settings.limit):
         where = f"{row.file} row {row.number}".strip()
         try:
             turns = _turns(row, settings)
@@ -118,24 +139,18 @@ def _of_rows(path: Path, settings: PromptSettings, name: str) -> list[Prompt]:
     return prompts
 
 
-def _rows(path: Path) -> Iterator[Row]:
-    for name, file in data_files(path):
-        for row in read_rows(file):
-            yield Row(row.number, row.value, name)
-
-
 # ---- one row ----------------------------------------------------------------------------------
 
 
 def _turns(row: Row, settings: PromptSettings) -> tuple[Message, ...]:
-    """The row's turns up to the user's last one. Raises RowError."""
+    """Return the row's turns up to the last one of the user. Raises RowError."""
     if isinstance(row.value, BrokenRow):
         raise RowError(row.value.reason)
-    turns = _found(row.value, settings)
+    turns = _row_turns(row.value, settings)
     while turns and turns[-1]["role"] != "user":
         turns.pop()
     if not turns:
-        raise RowError(f"no turn of a user; the row has {', '.join(row.value) or 'no fields'}")
+        raise RowError(f"no turn is by a user; the row has {', '.join(row.value) or 'no fields'}")
     for number, turn in enumerate(turns, start=1):
         if not turn["content"].strip():
             raise RowError(f"turn {number} ({turn['role']}) is empty")
@@ -146,7 +161,7 @@ def _turns(row: Row, settings: PromptSettings) -> tuple[Message, ...]:
     return tuple(turns)
 
 
-def _found(value: Mapping[str, Any], settings: PromptSettings) -> list[Message]:
+def _row_turns(value: Mapping[str, Any], settings: PromptSettings) -> list[Message]:
     fields = settings.fields
     system = value.get(fields.system or "system")
     before = [_message("system", system)] if isinstance(system, str) and system.strip() else []
@@ -161,8 +176,8 @@ def _found(value: Mapping[str, Any], settings: PromptSettings) -> list[Message]:
             return before + [_turn(turn, number) for number, turn in enumerate(found, start=1)]
         if isinstance(found, str):
             given = value.get("input") if name == "instruction" else None
-            more = f"\n\n{given}" if isinstance(given, str) and given.strip() else ""
-            return [*before, _message("user", found + more)]
+            suffix = f"\n\n{given}" if isinstance(given, str) and given.strip() else ""
+            return [*before, _message("user", found + suffix)]
     text = value.get(fields.text or "text")
     return [*before, _message("user", text)] if isinstance(text, str) else []
 
@@ -190,7 +205,7 @@ def _with_system(prompt: Prompt, system: str | None) -> Prompt:
 
 
 def as_text(messages: Sequence[Message]) -> str:
-    """A conversation for a reader: the words alone of a single turn, else each with its speaker."""
+    """Return the conversation as text. Several turns each begin with their role."""
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in messages)

@@ -1,4 +1,4 @@
-"""One row, of a known format, as examples."""
+"""Reading of rows of a known format as examples."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tuneyard_trainer.data.rows import BrokenRow, Row
 
 
 def read(row: Row, chosen: DataFormat, names: Names) -> list[Example]:
-    """The examples of a row: one; several for an instruction with `instances`; none for a tree that
-    its reviewers left nothing of. Raises RowError."""
+    """Return the examples of a row: one, several for an instruction with `instances`, or none for a
+    tree without a reviewed answer. Raises RowError."""
     if isinstance(row.value, BrokenRow):
         raise RowError(row.value.reason)
     examples = list(_READERS[chosen](row, row.value, names))
@@ -44,15 +44,15 @@ def _sharegpt(row: Row, value: dict[str, Any], names: Names) -> Iterator[Example
 
 
 def _alpaca(row: Row, value: dict[str, Any], names: Names) -> Iterator[Example]:
-    """Self-instruct's seeds hold several `instances` of one instruction."""
+    """Yield one example, or one for each of the `instances` that Self-instruct's seeds hold."""
     instruction = _string(value, names["prompt"])
     for instance in _instances(value, names["completion"]):
         given = instance.get("input") or ""
         if not isinstance(given, str):
-            raise RowError(f"input must be a string, and is {type(given).__name__}")
-        asked = f"{instruction}\n\n{given}" if given.strip() else instruction
+            raise RowError(f"input must be a string, not {type(given).__name__}")
+        question = f"{instruction}\n\n{given}" if given.strip() else instruction
         answer = _string(instance, names["completion"])
-        turns = [Message("user", asked), Message("assistant", answer)]
+        turns = [Message("user", question), Message("assistant", answer)]
         yield _chat(row, [*_system(value, names), *turns])
 
 
@@ -75,9 +75,9 @@ def _flan(row: Row, value: dict[str, Any], names: Names) -> Iterator[Example]:
 def _prompt_completion(row: Row, value: dict[str, Any], names: Names) -> Iterator[Example]:
     prompt, completion = value.get(names["prompt"]), value.get(names["completion"])
     if isinstance(prompt, list) or isinstance(completion, list):
-        asked = _messages(prompt, names["prompt"], text_role="user")
-        answered = _messages(completion, names["completion"], text_role="assistant")
-        yield _chat(row, [*_system(value, names), *asked, *answered])
+        before = _messages(prompt, names["prompt"], text_role="user")
+        after = _messages(completion, names["completion"], text_role="assistant")
+        yield _chat(row, [*_system(value, names), *before, *after])
         return
     prompt, completion = _string(value, names["prompt"]), _string(value, names["completion"])
     yield _completion(row, _system(value, names), prompt, completion)
@@ -94,19 +94,22 @@ def _text(row: Row, value: dict[str, Any], names: Names) -> Iterator[Example]:
 
 
 def _openassistant(row: Row, value: dict[str, Any], _names: Names) -> Iterator[Example]:
-    """One conversation a tree: at each level the reply that people ranked best (rank 0; unranked
-    ones last), without deleted and unreviewed messages, ended by the assistant."""
+    """Yield a tree's best conversation, which ends with a turn of the assistant.
+
+    It follows the reply with the lowest rank at each level (unranked ones last) and leaves out
+    deleted and unreviewed messages.
+    """
     message = value.get("prompt", value)
     thread: list[Any] = []
     while message is not None:
         if not isinstance(message, dict):
-            raise RowError(f"a message must be an object, and this is {type(message).__name__}")
+            raise RowError(f"a message must be an object, not {type(message).__name__}")
         if not _reviewed(message):
             break
         thread.append(message)
         replies = message.get("replies") or []
         if not isinstance(replies, list):
-            raise RowError(f"replies must be a list, and is {type(replies).__name__}")
+            raise RowError(f"replies must be a list, not {type(replies).__name__}")
         message = min(filter(_reviewed, replies), key=_rank, default=None)
     messages = _messages(thread, "replies", content="text") if thread else []
     while messages and messages[-1].role != "assistant":
@@ -116,9 +119,10 @@ def _openassistant(row: Row, value: dict[str, Any], _names: Names) -> Iterator[E
 
 
 def _reviewed(message: Any) -> bool:
-    """Exports without `review_result` hold reviewed messages only. None there: nobody looked."""
+    """Return whether a message is reviewed and not deleted. `review_result` None means unreviewed;
+    exports without the field hold reviewed messages only."""
     if not isinstance(message, dict):
-        return True  # reported where it is read
+        return True  # the caller reports the wrong type
     return not message.get("deleted") and bool(message.get("review_result", True))
 
 
@@ -140,12 +144,13 @@ _READERS: dict[DataFormat, Callable[[Row, dict[str, Any], Names], Iterator[Examp
 
 
 def link_messages(rows: Iterable[Row]) -> Iterator[Row]:
-    """OpenAssistant's flat files, where each message is a row, as rows of trees.
+    """Yield rows of trees from OpenAssistant's flat files, which hold one message a row.
 
-    Holds the flat messages in memory: a reply may stand anywhere. Trees and broken rows pass. A
-    message whose parent is not in the file is a broken row. A tree has its first message's number.
+    All flat messages are held in memory, as replies may come in any order. Trees and broken rows
+    are yielded unchanged. A message whose parent is not in the data is a broken row. A tree has the
+    number of its first message.
     """
-    numbers: dict[str, Row] = {}
+    rows_by_key: dict[str, Row] = {}
     trees: dict[str, dict[str, Any]] = {}
     for row in rows:
         if isinstance(row.value, BrokenRow) or not is_flat_message(row.value):
@@ -155,19 +160,21 @@ def link_messages(rows: Iterable[Row]) -> Iterator[Row]:
         if key in trees:
             yield Row(row.number, BrokenRow(f"message_id {key} appears twice"), row.file)
             continue
-        numbers[key], trees[key] = row, {**row.value, "replies": []}
+        rows_by_key[key], trees[key] = row, {**row.value, "replies": []}
     for tree in trees.values():
         if str(tree["parent_id"]) in trees:
             trees[str(tree["parent_id"])]["replies"].append(tree)
     for key, tree in trees.items():
-        row, parent = numbers[key], tree["parent_id"]
+        row, parent = rows_by_key[key], tree["parent_id"]
         if parent is None or parent == "":
             yield Row(row.number, tree, row.file)
         elif str(parent) not in trees:
-            yield Row(row.number, BrokenRow(f"its parent {parent} is not in the data"), row.file)
+            yield Row(
+                row.number, BrokenRow(f"the parent message {parent} is not in the data"), row.file
+            )
 
 
-# Parts of a row.
+# ---- parts of a row ---------------------------------------------------------------------------
 
 
 def _chat(row: Row, messages: Sequence[Message]) -> Example:
@@ -186,14 +193,14 @@ def _string(value: Mapping[str, Any], field: str) -> str:
     if text is None:
         raise RowError(f"{field} is missing; the row has {', '.join(value) or 'no fields'}")
     if not isinstance(text, str):
-        raise RowError(f"{field} must be a string, and is {type(text).__name__}")
+        raise RowError(f"{field} must be a string, not {type(text).__name__}")
     if not text.strip():
         raise RowError(f"{field} is empty")
     return text
 
 
 def _system(value: Mapping[str, Any], names: Names) -> list[Message]:
-    """The row's system prompt; absent, null and "" mean none."""
+    """Return the row's system turn; []: the field is absent, null or ""."""
     field = names["system"]
     return [Message("system", _string(value, field))] if value.get(field) else []
 
@@ -204,7 +211,7 @@ def _expected(row: Row) -> tuple[str, ...]:
         return ()
     answers = [expected] if isinstance(expected, str) else expected
     if not isinstance(answers, list) or not all(isinstance(a, str) and a for a in answers):
-        raise RowError("expected must be a string or a list of strings, none empty")
+        raise RowError("expected must be a string or a list of strings, none of them empty")
     return tuple(answers)
 
 
@@ -216,7 +223,7 @@ def _messages(
     content: str = "content",
     text_role: Role | None = None,
 ) -> list[Message]:
-    """A list of turns; with `text_role`, a string stands for one turn of that role."""
+    """Return the turns of a list. With `text_role`, a string is one turn of that role."""
     if text_role and isinstance(turns, str):
         return [Message(text_role, turns)]
     if not isinstance(turns, list) or not turns:
@@ -229,7 +236,7 @@ def _message(turn: Any, where: str, role: str, content: str) -> Message:
         raise RowError(f"{where} must be an object {{{role}, {content}}}")
     known = ROLES.get(str(turn.get(role)).lower())
     if known is None:
-        raise RowError(f"{where} has {role} {turn.get(role)!r}; known are {', '.join(ROLES)}")
+        raise RowError(f"{where} has {role} {turn.get(role)!r}; known roles are {', '.join(ROLES)}")
     return Message(known, _content(turn.get(content), where, content))
 
 
@@ -237,12 +244,12 @@ def _content(value: Any, where: str, content: str) -> str:
     if isinstance(value, list):  # OpenAI's content parts
         value = "".join(_part(part, where) for part in value)
     if not isinstance(value, str):
-        raise RowError(f"{where}: {content} must be a string, and is {type(value).__name__}")
+        raise RowError(f"{where}: {content} must be a string, not {type(value).__name__}")
     return value
 
 
 def _part(part: Any, where: str) -> str:
     text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
     if not isinstance(text, str):
-        raise RowError(f"{where} holds a part that is not text: only text can be trained on")
+        raise RowError(f"{where} holds a part that is not text; training supports text only")
     return text

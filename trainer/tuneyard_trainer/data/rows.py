@@ -1,6 +1,6 @@
-"""Files of every kind as rows, with the number that a user needs to find a broken one.
+"""Reading of data files as rows, each with its number in the file for messages.
 
-Streaming: one row at a time is in memory, except for JSON (one file) and text (one document).
+Files are streamed: memory holds one row, except for JSON (one file) and text (one document).
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ KINDS: dict[str, FileKind] = {
     ".txt": "text",
     ".md": "text",
 }
-"""File kinds by suffix; a compression's suffix may follow."""
-_NOT_DATA = ("readme", "license", "licence", "notice")  # what data folders hold beside their data
-_CELL_LIMIT = 64 << 20  # characters; the csv module's own 128 Ki is shorter than real documents
-_UNREADABLE = (EOFError, OSError, zlib.error, lzma.LZMAError)  # what broken compression raises
+"""File kinds by suffix. The suffix of a compression may follow."""
+_NOT_DATA = ("readme", "license", "licence", "notice")  # other files in data folders
+_CELL_LIMIT = 64 << 20  # characters; the csv module's default of 128 Ki is too short for documents
+_UNREADABLE = (EOFError, OSError, zlib.error, lzma.LZMAError)  # broken compression raises these
 
 
 @dataclass(frozen=True)
 class BrokenRow:
-    """What stands where a row could not be read."""
+    """The value of a row that cannot be read."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a file. `number` counts from 1: the line in JSONL, else the row (without header,
-    blank rows not counted)."""
+    """One row of a file. `number` counts from 1: lines in JSONL, else rows without the header and
+    blank rows."""
 
     number: int
     value: dict[str, Any] | BrokenRow
@@ -59,14 +59,14 @@ class Row:
 
 
 def data_files(path: Path) -> list[tuple[str, Path]]:
-    """The files of a data set (a file, folder or glob) by relative name, sorted; all of one kind.
+    """Return the files of a data set (a file, folder or glob), sorted, each with its relative name.
 
-    A folder's README, LICENSE and NOTICE are left out. Raises StageError UnknownFileType for a
-    suffix that nothing reads and for a mixture of kinds, EmptyData for a folder without files.
+    A folder's README, LICENSE and NOTICE are left out. Raises StageError UnknownFileType for an
+    unknown suffix or a mixture of kinds, EmptyData for a folder without files.
     """
     files = files_under(path)
     if path.is_dir():
-        files = [(name, file) for name, file in files if not _beside_data(file)]
+        files = [(name, file) for name, file in files if not _is_no_data(file)]
     if not files:
         raise StageError("EmptyData", f"{path} holds no files.", advice="Correct the data's uri.")
     kinds = {_kind(file): name for name, file in reversed(files)}
@@ -81,10 +81,11 @@ def data_files(path: Path) -> list[tuple[str, Path]]:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of one file. A text file is one row: {"text": its content}.
+    """Yield the rows of one file. A text file is one row: {"text": its content}.
 
-    Raises StageError UnknownFileType by suffix, InvalidData where the file as a whole is unreadable
-    (broken compression, JSON that does not parse, no header); a row's own fault is a BrokenRow.
+    A row that cannot be read is a BrokenRow. Raises StageError UnknownFileType for an unknown
+    suffix, SourceForbidden for a file that cannot be opened, and InvalidData for a file that cannot
+    be read as a whole (broken compression, JSON that does not parse, no header).
     """
     kind = _kind(path)
     with _whole_file_faults(path), _opened(path) as file:
@@ -100,7 +101,15 @@ def read_rows(path: Path) -> Iterator[Row]:
             yield _text(file)
 
 
-def _beside_data(file: Path) -> bool:
+def read_data(path: Path) -> Iterator[Row]:
+    """Yield the rows of a data set, file by file, each with its file's name. Raises StageError as
+    `data_files` and `read_rows` do."""
+    for name, file in data_files(path):
+        for row in read_rows(file):
+            yield Row(row.number, row.value, name)
+
+
+def _is_no_data(file: Path) -> bool:
     return file.name.lower().startswith(_NOT_DATA) and file.suffix.lower() in ("", ".md", ".txt")
 
 
@@ -111,9 +120,9 @@ def _kind(path: Path) -> FileKind:
     if kind is None:
         raise StageError(
             "UnknownFileType",
-            f"{path.name}: the suffix {suffix or '(none)'!r} is not known. Known are "
+            f"{path.name}: the suffix {suffix or '(none)'!r} is not known. Known suffixes are "
             f"{', '.join(KINDS)}, each also with {', '.join(_OPENERS)}.",
-            advice="Rename the file by its content, or correct the data's uri.",
+            advice="Give the file the suffix of its format, or correct the data's uri.",
         )
     return kind
 
@@ -127,7 +136,7 @@ def _plain(path: Path) -> IO[bytes]:
 
 
 def _zstd(path: Path) -> IO[bytes]:
-    import pyarrow as pa  # Python has zstd from 3.14 on
+    import pyarrow as pa  # the standard library has zstd from Python 3.14 on
 
     return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
 
@@ -176,7 +185,7 @@ def _parsed(line: bytes) -> dict[str, Any] | BrokenRow:
 def _row_value(value: Any) -> dict[str, Any] | BrokenRow:
     if isinstance(value, dict):
         return value
-    return BrokenRow(f"a row must be an object with fields, and this is {type(value).__name__}")
+    return BrokenRow(f"a row must be an object with fields, not {type(value).__name__}")
 
 
 def _json(file: IO[bytes], path: Path) -> Iterator[Row]:
@@ -185,7 +194,9 @@ def _json(file: IO[bytes], path: Path) -> Iterator[Row]:
     except UnicodeDecodeError as error:
         raise _invalid(path, f"is not UTF-8 at byte {error.start + 1}") from error
     except json.JSONDecodeError as error:
-        hint = "; one object a line is JSONL: name it .jsonl" if "Extra data" in error.msg else ""
+        hint = (
+            "; rename a file with one object a line to .jsonl" if "Extra data" in error.msg else ""
+        )
         where = f"line {error.lineno}, column {error.colno}"
         raise _invalid(path, f"is not JSON: {error.msg} at {where}{hint}") from error
     except (ValueError, RecursionError) as error:  # a number too long, nesting too deep
@@ -200,20 +211,24 @@ def _json(file: IO[bytes], path: Path) -> Iterator[Row]:
 
 def _table(file: IO[bytes], path: Path, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(_CELL_LIMIT)
-    # Undecodable bytes become lone surrogates, so that one broken row does not end the reading.
+    # Undecodable bytes become lone surrogates, so that reading continues after a broken row.
     text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
     lines = csv.reader(text, delimiter=delimiter, strict=True)
     header = next(_cells(lines), None)
     if header is None:
         return
-    if isinstance(header, BrokenRow) or len(set(header)) < len(header) or "" in header:
-        raise _invalid(path, f"needs a header that names each column once, and has {header}")
+    if isinstance(header, BrokenRow):
+        raise _invalid(path, f"has a header that is {header.reason}")
+    if len(set(header)) < len(header) or "" in header:
+        raise _invalid(
+            path, f"needs a header with a different name for each column; the header is {header}"
+        )
     for number, cells in enumerate(_cells(lines), start=1):
         yield Row(number, _table_row(header, cells))
 
 
 def _cells(lines: Iterator[list[str]]) -> Iterator[list[str] | BrokenRow]:
-    """Rows of cells, blank ones left out."""
+    """Yield rows of cells without blank rows."""
     while True:
         try:
             cells = next(lines)
@@ -230,7 +245,9 @@ def _table_row(header: list[str], cells: list[str] | BrokenRow) -> dict[str, Any
     if isinstance(cells, BrokenRow):
         return cells
     if len(cells) != len(header):
-        return BrokenRow(f"{len(cells)} cells where the header names {len(header)} columns")
+        return BrokenRow(
+            f"the row has {len(cells)} cells, and the header names {len(header)} columns"
+        )
     for name, cell in zip(header, cells, strict=True):
         if not cell.isascii() and any("\udc80" <= char <= "\udcff" for char in cell):
             return BrokenRow(f"column {name} is not UTF-8")
@@ -238,12 +255,13 @@ def _table_row(header: list[str], cells: list[str] | BrokenRow) -> dict[str, Any
 
 
 def _seekable(file: IO[bytes]) -> IO[bytes]:
-    """Parquet is read from its end: a compressed file is unpacked to disk first."""
+    """Return a seekable file for Parquet, which is read from its end. A compressed file is unpacked
+    to disk."""
     if isinstance(file, io.BufferedReader) and file.seekable():
         return file
-    whole = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as its reader
-    shutil.copyfileobj(file, whole)
-    return whole
+    unpacked = tempfile.TemporaryFile()  # noqa: SIM115 - the reader needs it open
+    shutil.copyfileobj(file, unpacked)
+    return unpacked
 
 
 def _parquet(file: IO[bytes]) -> Iterator[Row]:

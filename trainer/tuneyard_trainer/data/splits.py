@@ -1,4 +1,7 @@
-"""Which rows are held out, so that nothing held out is also trained on."""
+"""Held-out splits: the choice of rows, and the files of each split.
+
+Equal rows go to one split, so that no held-out row is also trained on.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +21,14 @@ from tuneyard_trainer.data.prepared import Rows, RowWriter
 from tuneyard_trainer.data.tokenization import Encoded
 
 Hashes = NDArray[np.uint64]
-"""(R,) one per row: equal for equal token ids; their order is random, by the seed."""
+"""(R,) one hash for each row. Equal token ids have equal hashes; the seed decides their order."""
 
 
 class SplitWriter:
-    """The rows of a split as they are read. A row lies here as one piece, or as several where it
-    was longer than a sequence; the pieces stay together."""
+    """Writes the rows of a split. A row is one sequence, or several pieces if it was split."""
 
     def __init__(self, folder: Path, split: str, seed: int, *, texts: bool) -> None:
-        """`texts`: keep each row's text too, a line of `SPLIT.jsonl` each."""
+        """`texts`: write each row's text too, as a line of `SPLIT.jsonl`."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.split = folder, split
         self.texts = folder / f"{split}.jsonl" if texts else None
@@ -36,7 +38,7 @@ class SplitWriter:
         self._hashes, self._num_pieces = array("Q"), array("l")
 
     def add(self, pieces: Sequence[Encoded], source: int, text: Mapping[str, Any]) -> None:
-        """`source`: the index of the row's data set."""
+        """Write a row. `source`: the index of the row's data set."""
         content = hashlib.blake2b(digest_size=8, key=self._key)
         for piece in pieces:
             content.update(piece.ids.tobytes())
@@ -51,11 +53,12 @@ class SplitWriter:
 
     @property
     def hashes(self) -> Hashes:
+        """(R,) the rows' hashes."""
         return np.array(self._hashes, dtype=np.uint64)
 
     @property
     def num_pieces(self) -> Sequence[int]:
-        """One count for each row."""
+        """The number of pieces of each row."""
         return self._num_pieces
 
     def __enter__(self) -> Self:
@@ -76,8 +79,9 @@ class SplitWriter:
 
 
 def held_out(hashes: Hashes, fraction: float) -> NDArray[np.bool_]:
-    """(R,) which rows to hold out: `fraction` of them, at least one and never all. Rows with equal
-    ids are held out together or not at all, so where rows repeat there may be a few less.
+    """Return (R,) True for the rows to hold out: `fraction` of them, at least one and never all.
+
+    Equal rows are held out together or not at all, so repeated rows can make the count smaller.
 
     Raises StageError TooFewRows if all rows are equal.
     """
@@ -85,14 +89,14 @@ def held_out(hashes: Hashes, fraction: float) -> NDArray[np.bool_]:
     if len(sizes) < 2:
         raise StageError(
             "TooFewRows",
-            f"no row can be held out: the training data are {len(hashes)} times the same row."
+            f"no row can be held out: all {len(hashes)} training rows are equal."
             if len(hashes) > 1
-            else "no row can be held out: the training data are one row (a text file is one row).",
+            else "no row can be held out: there is one training row (a text file is one row).",
             advice="Add training rows, name held-out data in spec.data.validation.data, or remove "
             "spec.data.validation.",
         )
     wanted = max(1, round(fraction * len(hashes)))
-    # Never all: one group at least stays, whatever the fraction.
+    # At least one group of equal rows stays in training.
     wanted = min(wanted, len(hashes) - int(np.min(sizes)))
     chosen = np.zeros(len(sizes), dtype=np.bool_)
     count = 0
@@ -108,20 +112,22 @@ def held_out(hashes: Hashes, fraction: float) -> NDArray[np.bool_]:
 
 
 def assign_splits(
-    shelf: SplitWriter, held: NDArray[np.bool_], folder: Path, seed: int
+    spool: SplitWriter, held: NDArray[np.bool_], folder: Path, seed: int
 ) -> SplitWriter:
-    """Copies a shelf's rows into `folder`, as the splits train and validation. Returns the
-    validation shelf, closed."""
-    rows = Rows.open(shelf.folder, shelf.split)
-    if rows is None or shelf.texts is None:
-        raise TypeError("a shelf to assign_splits from needs rows and their texts")
+    """Copy the rows of a closed writer into the splits train and validation in `folder`.
+
+    `held`: (R,) True for the rows of validation. Returns the closed writer of validation.
+    """
+    rows = Rows.open(spool.folder, spool.split)
+    if rows is None or spool.texts is None:
+        raise TypeError("assign_splits needs a writer with rows and their texts")
     piece = 0
     with (
-        shelf.texts.open(encoding="utf-8") as lines,
+        spool.texts.open(encoding="utf-8") as lines,
         SplitWriter(folder, "train", seed, texts=False) as train,
         SplitWriter(folder, "validation", seed, texts=True) as validation,
     ):
-        for line, count, hold in zip(lines, shelf.num_pieces, held, strict=True):
+        for line, count, hold in zip(lines, spool.num_pieces, held, strict=True):
             pieces = [Encoded(rows.ids(i), rows.mask(i)) for i in range(piece, piece + count)]
             text = json.loads(line) if hold else {}
             (validation if hold else train).add(pieces, int(rows.source[piece]), text)
@@ -130,5 +136,5 @@ def assign_splits(
 
 
 def num_contaminated(train: Hashes, validation: Hashes) -> int:
-    """How many held-out rows are also trained on."""
+    """Return the number of held-out rows that are also in training."""
     return int(np.isin(validation, train).sum())

@@ -1,4 +1,4 @@
-"""A data set as a stream of examples that counts what it read, skipped and why."""
+"""A data set as a stream of examples, with counts of rows read and rows skipped."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.data.example import Example, RowError
 from tuneyard_trainer.data.formats import Names, detect
 from tuneyard_trainer.data.reading import link_messages, read
-from tuneyard_trainer.data.rows import BrokenRow, Row, data_files, read_rows
+from tuneyard_trainer.data.rows import BrokenRow, Row, read_data
 
 DETECTED_FROM = 20
-"""How many readable rows decide a format."""
-_FAULTS_SHOWN = 3
+"""The number of readable rows from which a format is detected."""
+FAULTS_SHOWN = 3
+"""The number of invalid rows that a message quotes."""
 
 
 @dataclass(frozen=True)
 class RowFault:
-    """Why a row is no example."""
+    """The reason why a row cannot become an example."""
 
     file: str
     row: int
@@ -35,24 +36,24 @@ class RowFault:
 
 @dataclass(frozen=True)
 class Summary:
-    """What was read of a data set so far."""
+    """Counts of a data set up to the last row read."""
 
     format: DataFormat
-    """The format named or found."""
+    """The format: the setting, or the detected one."""
     rows: int
     """Rows read."""
     examples: int
-    """Examples given."""
+    """Examples yielded."""
     skipped: int
     """Invalid rows."""
     filtered: int
-    """Conversation trees of which no reviewed answer was left."""
+    """Conversation trees without a reviewed answer."""
     faults: tuple[RowFault, ...]
-    """The first three invalid rows."""
+    """The first invalid rows, FAULTS_SHOWN at most."""
 
 
 class Examples:
-    """An iterator over a data set's examples, to be read once; `summary` tells the rest."""
+    """An iterator over a data set's examples that also counts its rows."""
 
     def __init__(
         self,
@@ -65,8 +66,8 @@ class Examples:
         self._settings, self._on_invalid, self._name = settings, on_invalid, name
         self._rows = self._examples = self._skipped = self._filtered = 0
         self._faults: list[RowFault] = []
-        source = islice(_all_rows(path), settings.limit)
-        self._format, self._source = self._recognised(source)
+        source = islice(read_data(path), settings.limit)
+        self._format, self._source = self._detected(source)
         self._names = Names(self._format, settings.fields)
         self._stream = self._read()
 
@@ -78,12 +79,12 @@ class Examples:
 
     @property
     def summary(self) -> Summary:
-        """Counts so far; final once the iterator is exhausted."""
+        """The counts so far. They are final when the iterator is exhausted."""
         counts = (self._rows, self._examples, self._skipped, self._filtered)
         return Summary(self._format, *counts, tuple(self._faults))
 
-    def _recognised(self, rows: Iterator[Row]) -> tuple[DataFormat, Iterator[Row]]:
-        """The format, and all rows again."""
+    def _detected(self, rows: Iterator[Row]) -> tuple[DataFormat, Iterator[Row]]:
+        """Return the format, and an iterator over all rows."""
         if self._settings.format != "auto":
             return self._settings.format, rows
         head: list[Row] = []
@@ -93,7 +94,7 @@ class Examples:
             readable += not isinstance(row.value, BrokenRow)
             if readable == DETECTED_FROM:
                 break
-        if not readable:  # nothing to recognise: what is wrong with the rows is the news
+        if not readable:  # no format to detect: report the broken rows
             for row in self._counted(iter(head)):
                 self._refuse(row, getattr(row.value, "reason", ""))
             self._check_end()
@@ -109,7 +110,7 @@ class Examples:
                 continue
             self._filtered += not found
             if self._on_invalid == "error" and self._skipped:
-                continue  # only counting the rest
+                continue  # count the remaining rows only
             self._examples += len(found)
             yield from found
         self._check_end()
@@ -121,7 +122,7 @@ class Examples:
 
     def _refuse(self, row: Row, reason: str) -> None:
         self._skipped += 1
-        if len(self._faults) < _FAULTS_SHOWN:
+        if len(self._faults) < FAULTS_SHOWN:
             self._faults.append(RowFault(row.file, row.number, reason))
 
     def _check_end(self) -> None:
@@ -136,13 +137,14 @@ class Examples:
         if not self._examples:
             raise StageError(
                 "EmptyData",
-                f"{self._name} holds {self._filtered} conversation trees and no reviewed answer.",
+                f"{self._name} holds {self._filtered} conversation trees, none with a reviewed "
+                "answer.",
                 advice=f"Remove {self._name}, or export its trees with their reviews.",
             )
 
     def _invalid(self) -> StageError:
         shown = "; ".join(str(fault) for fault in self._faults)
-        first = "" if self._skipped <= _FAULTS_SHOWN else f"The first {_FAULTS_SHOWN}: "
+        first = "" if self._skipped <= FAULTS_SHOWN else f"The first {FAULTS_SHOWN}: "
         if self._on_invalid == "error":
             advice = "Repair these rows, or set data.onInvalidRow: skip."
         else:
@@ -158,16 +160,10 @@ def examples(
     on_invalid: Literal["error", "skip"],
     name: str,
 ) -> Examples:
-    """The examples of a data set: a file, folder or glob as `sources.fetch` gives it.
+    """Return the examples of a data set: a file, folder or glob as `sources.fetch` returns it.
 
-    `name` is the data set's field path in the manifest, for messages. Raises StageError: here for
-    what concerns the whole (UnknownFileType, UnknownFormat, EmptyData), InvalidData at the end of
-    the stream: with `error` for any invalid row, all counted; with `skip` when no row is valid.
+    `name`: the data set's field in the manifest, for messages. Raises StageError UnknownFileType,
+    UnknownFormat or EmptyData at the call. The end of the stream raises InvalidData: with
+    `on_invalid=error` if any row is invalid, with `skip` if no row is valid.
     """
     return Examples(path, settings, on_invalid=on_invalid, name=name)
-
-
-def _all_rows(path: Path) -> Iterator[Row]:
-    for name, file in data_files(path):
-        for row in read_rows(file):
-            yield Row(row.number, row.value, name)

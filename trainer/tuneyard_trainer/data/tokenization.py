@@ -1,8 +1,8 @@
-"""Text to token ids, and which of them are targets.
+"""Tokenization of examples, and the mask of their targets.
 
-A conversation's ids are always those of its chat template's whole rendering, tokenized once;
-targets are found as characters of that rendering (`chat`) and carried over by the tokenizer's
-offsets. So marking targets can never change an id.
+A conversation is rendered by its chat template and tokenized once. Targets are found as characters
+of that rendering (`chat`), and the tokenizer's offsets map them to tokens. Marking targets
+therefore never changes an id.
 """
 
 from __future__ import annotations
@@ -17,50 +17,40 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.chat import OWN_TEMPLATE, ChatFormat, Message, MisfitError, Span, TrainOn
+from tuneyard_trainer.data.chat import ChatFormat, Message, MisfitError, Span, TrainOn
 from tuneyard_trainer.data.example import Example
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row as the model sees it."""
+    """One row as token ids with the mask of its targets."""
 
     ids: NDArray[np.int32]
     """(L,) token ids."""
     mask: NDArray[np.uint8]
-    """(L,) 1 where the token is a target given the tokens before it; so mask[0] is always 0."""
+    """(L,) 1 for a target: a token to predict from the tokens before it. mask[0] is always 0."""
 
 
 @dataclass(frozen=True)
 class Misfit:
-    """What stands where a conversation and the chat template do not go together."""
+    """The result for a conversation that the chat template does not support."""
 
     message: str
 
 
-def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], train_on: TrainOn
-) -> Encoded:
-    """One conversation. Raises StageError ChatTemplate where template and row do not fit."""
-    encoded = _chats(ChatFormat.of(tokenizer), [messages], train_on)[0]
-    if isinstance(encoded, Misfit):
-        raise StageError("ChatTemplate", f"{encoded.message}.", advice=OWN_TEMPLATE)
-    return encoded
-
-
 @dataclass(frozen=True)
 class Encoder:
-    """Examples of any kind to rows, in batches: a fast tokenizer works on a list in parallel."""
+    """Encodes examples of any kind, in batches: a fast tokenizer encodes a list in parallel."""
 
     tokenizer: PreTrainedTokenizerBase
     train_on: TrainOn
     system_prompt: str | None = None
-    """System turn of conversations without one; None: none is added."""
+    """The system turn added to conversations without one. None: none is added."""
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded | Misfit]:
-        """One result for each example, in order.
+        """Return one result for each example, in order.
 
-        Raises StageError ChatTemplate or NoStopToken where no row at all could be encoded.
+        Raises StageError ChatTemplate or NoStopToken if no conversation can be encoded.
         """
         chats = {i: chat for i, e in enumerate(examples) if (chat := self.conversation(e))}
         rest = [i for i in range(len(examples)) if i not in chats]
@@ -75,8 +65,8 @@ class Encoder:
         return [results[i] for i in range(len(examples))]
 
     def conversation(self, example: Example) -> list[Message] | None:
-        """The turns that the chat template renders; None for what is not put through one: plain
-        text, and prompt and completion where the tokenizer has no chat template."""
+        """Return the turns for the chat template. None: the example is plain text, or prompt and
+        completion for a tokenizer without a chat template."""
         if example.kind == "text" or (
             example.kind == "completion" and not self.tokenizer.chat_template
         ):
@@ -103,7 +93,7 @@ class Encoder:
         return int(self.tokenizer.eos_token_id)
 
     def _completions(self, examples: Sequence[Example]) -> list[Encoded]:
-        """The prompt as inference tokenizes it, the completion, and the end of sequence."""
+        """Encode the prompt as inference tokenizes it, the completion, and the end of sequence."""
         prompts = self._ids([example.prompt for example in examples], special=True)
         completions = self._ids([example.completion for example in examples], special=False)
         encoded = []
@@ -114,8 +104,8 @@ class Encoder:
         return encoded
 
     def _texts(self, texts: Sequence[str]) -> list[Encoded]:
-        """Documents: whatever the tokenizer puts before a text, the text, and the end of sequence;
-        every token is a target."""
+        """Encode documents with the tokenizer's special tokens and one end of sequence. Every token
+        is a target."""
         documents = self._ids(texts, special=True)
         return [
             _encoded(ids if ids[-1:] == [self._eos] else [*ids, self._eos]) for ids in documents
@@ -135,7 +125,7 @@ class Encoder:
 def _chats(
     chat_format: ChatFormat, conversations: Sequence[Sequence[Message]], train_on: TrainOn
 ) -> list[Encoded | Misfit]:
-    """One result for each conversation, in order."""
+    """Return one result for each conversation, in order."""
     misfits: dict[int, Misfit] = {}
     texts: list[str] = []
     spans: list[list[Span]] = []
@@ -171,7 +161,7 @@ def _tokenized(
 
 
 def _encoded(ids: Sequence[int], masked: int = 0) -> Encoded:
-    """All targets but the first `masked` tokens."""
+    """Return the row with all tokens but the first `masked` as targets."""
     mask = np.ones(len(ids), dtype=np.uint8)
     mask[: max(1, masked)] = 0
     return Encoded(np.asarray(ids, dtype=np.int32), mask)
@@ -180,11 +170,11 @@ def _encoded(ids: Sequence[int], masked: int = 0) -> Encoded:
 def _encoded_at(
     ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Iterable[Span]
 ) -> Encoded:
-    """Targets are the tokens that hold any character of a span.
+    """Return the row with the tokens that hold any character of a span as targets.
 
     Byte-level tokenizers may leave a token's leading spaces out of its offsets, so that a token of
-    spaces alone is empty, at its end. It still counts where it should: spans begin before their
-    first token ends, and end with a stop token.
+    spaces alone has an empty range at its end. The comparison below still finds it, because spans
+    begin before their first token ends and end with a stop token.
     """
     flat = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(ids))
     begins, ends = flat[0::2], flat[1::2]

@@ -25,11 +25,10 @@ from transformers import PreTrainedTokenizerBase
 from tuneyard.api.stage_settings import AssessSettings, RewardTerm, WinRateSettings
 from tuneyard_trainer.data.chat import Message
 from tuneyard_trainer.data.prepared import Rows
-from tuneyard_trainer.data.prompts import Prompt, read_prompts, render
+from tuneyard_trainer.data.prompts import Prompt, TokenizedPrompt, as_text, read_prompts, tokenize
 from tuneyard_trainer.evaluation import reward_hacking, win_rate
 from tuneyard_trainer.evaluation.gates import check_gates
 from tuneyard_trainer.generation.sampling import TransformersSampler, stop_tokens
-from tuneyard_trainer.judging.judges import as_text
 from tuneyard_trainer.judging.local_model import ModelJudge
 from tuneyard_trainer.judging.session import Asking, judge_name
 from tuneyard_trainer.models import base, policies, probes
@@ -48,14 +47,6 @@ MAX_PROMPTS = 128
 """Prompts that are answered: a mean reward's standard error is then a tenth of its spread."""
 ANSWERED = 4096
 """The longest row of prompt and answer that is measured, in tokens."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A prompt as the policy reads it."""
-
-    prompt: Prompt
-    ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -139,7 +130,7 @@ class Measuring:
         ruled = any(term.rule for term in self.settings.reward)
         return not trained_on or (bool(self.held_out) and not ruled)
 
-    def _asked(self) -> list[Asked]:
+    def _asked(self) -> list[TokenizedPrompt]:
         prompts = [prompt for prompt, _ in self.held_out]
         if not self.asks_held_out and self.settings.prompts is not None:
             place, chosen, chat = (
@@ -149,17 +140,12 @@ class Measuring:
             )
             prompts = read_prompts(place, chosen, chat, name="the prompts")
         distinct = {json.dumps(prompt.messages): prompt for prompt in prompts}
-        asked = []
-        for prompt in list(distinct.values())[:MAX_PROMPTS]:
-            text = render(prompt, self.tokenizer, self.settings.chat)
-            if text is not None and (ids := self._ids(text)):
-                asked.append(Asked(prompt, ids))
-        return asked
-
-    def _ids(self, text: str) -> tuple[int, ...]:
-        plain = not self.tokenizer.chat_template
-        ids = tuple(self.tokenizer(text, add_special_tokens=plain)["input_ids"])
-        return ids if len(ids) + self.settings.sampling.max_new_tokens <= ANSWERED else ()
+        rendered = [
+            tokenize(prompt, self.tokenizer, self.settings.chat)
+            for prompt in list(distinct.values())[:MAX_PROMPTS]
+        ]
+        room = ANSWERED - self.settings.sampling.max_new_tokens
+        return [prompt for prompt in rendered if prompt and 0 < len(prompt.ids) <= room]
 
     def _reward(self, terms: Sequence[RewardTerm], prompts: Sequence[Prompt]) -> Reward | None:
         if not terms or not prompts:
@@ -169,7 +155,7 @@ class Measuring:
 
     def _behaviour(
         self,
-        asked: Sequence[Asked],
+        asked: Sequence[TokenizedPrompt],
         inputs: Mapping[str, Path],
         answered: tuple[tuple[int, ...], ...] | None,
         name: str,
@@ -239,7 +225,11 @@ class Measuring:
         return pair_metrics("preference", implicit_R, groups)
 
     def _scored(
-        self, reward: Reward | None, asked: Sequence[Asked], before: Behaviour, after: Behaviour
+        self,
+        reward: Reward | None,
+        asked: Sequence[TokenizedPrompt],
+        before: Behaviour,
+        after: Behaviour,
     ) -> dict[str, float]:
         """What the reward says of both models' answers to the same prompts."""
         if reward is None:
@@ -263,7 +253,7 @@ class Measuring:
     def _judged_win_rate(
         self,
         settings: WinRateSettings,
-        asked: Sequence[Asked],
+        asked: Sequence[TokenizedPrompt],
         before: Behaviour,
         after: Behaviour,
     ) -> dict[str, float]:
@@ -299,7 +289,7 @@ class Measuring:
         return pair_metrics("reward", scores, groups)
 
     def _samples(
-        self, asked: Sequence[Asked], before: Behaviour, after: Behaviour
+        self, asked: Sequence[TokenizedPrompt], before: Behaviour, after: Behaviour
     ) -> list[dict[str, Any]]:
         """Prompts spread evenly, with what each model answered."""
         count = self.settings.samples
@@ -318,7 +308,9 @@ class Measuring:
         ]
 
 
-def _form(asked: Sequence[Asked], before: Behaviour, after: Behaviour) -> dict[str, float]:
+def _form(
+    asked: Sequence[TokenizedPrompt], before: Behaviour, after: Behaviour
+) -> dict[str, float]:
     """The signs of a reward being gamed."""
     figures = {
         "sycophancyShift": after.sycophancy.shift,
@@ -343,7 +335,7 @@ def _form(asked: Sequence[Asked], before: Behaviour, after: Behaviour) -> dict[s
     return {name: value for name, value in figures.items() if value == value}
 
 
-def _rows(asked: Sequence[Asked], answers: Sequence[tuple[int, ...]]) -> Rows | None:
+def _rows(asked: Sequence[TokenizedPrompt], answers: Sequence[tuple[int, ...]]) -> Rows | None:
     """Prompts with answers, the answers' tokens as targets; None where there are none."""
     if not asked:
         return None

@@ -1,5 +1,5 @@
-"""How a model completes prompts.
+"""Completing prompts with a model.
 
-What lives here: greedy generation, sampling whose random numbers are keyed, and the vLLM engine.
-What may not enter: training, and what completions are used for.
+Holds greedy generation, sampling with keyed random numbers, and the vLLM engine. Training and the
+use of completions do not belong here.
 """

@@ -1,143 +1,129 @@
-"""Answers sampled from a policy, each a function of the weights, its prompt and its own key.
+"""Completions sampled from a policy: each depends only on the weights, its prompt and its key.
 
-A key names an answer; it seeds one uniform number for each of its tokens, and a token is where that
-number falls in the cumulative distribution. So an answer does not depend on the batch or the worker
-that it is sampled in (rounding aside), nothing random needs saving, and the same keys on other
-weights give a comparison with less noise than fresh samples would.
+A key seeds one uniform number for each token of a completion, and inverse transform sampling turns
+the number into the token. A completion therefore depends neither on its batch nor on its worker
+(rounding aside), no random state needs saving, and the same keys with other weights give a
+comparison with less noise than fresh samples.
 
-Shapes: N answers, T tokens, V vocabulary.
+Shapes: N completions, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessor, PreTrainedTokenizerBase, TopPLogitsWarper
 
 from tuneyard.api.alignment import Sampling
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import ChatFormat
-from tuneyard_trainer.generation.greedy import length_batches, prompt_tuned
+from tuneyard_trainer.generation.batches import (
+    generate,
+    length_batches,
+    own_stop_tokens,
+    prompt_tuned,
+)
 from tuneyard_trainer.models.base import autocast
-from tuneyard_trainer.models.probes import base_of
 
-GPU_ANSWERS, CPU_ANSWERS = 256, 64
-"""The most answers sampled at once: a step's cost hardly grows with them up to there."""
+GPU_BATCH, CPU_BATCH = 256, 64
+"""The most completions in a batch: up to this size, the cost of a step hardly grows."""
 CACHE_SHARE, CPU_CACHE_BYTES = 0.25, 2 << 30
-"""What their keys and values may take: of a GPU's memory, and on CPU."""
+"""The most memory of a batch's key-value cache: a share of a GPU's memory, and bytes on CPU."""
 
 
 class Sampled(NamedTuple):
-    """One answer, as an engine drew it."""
+    """One completion, as an engine sampled it."""
 
     tokens: tuple[int, ...]
-    """Its stop token included, where it came to one."""
+    """The completion's tokens, with the stop token if there is one."""
     logprobs: tuple[float, ...] | None = None
-    """What the engine itself says of each token that it drew, in nats; None: it is the policy's own
-    code that answered, and nothing can differ but rounding."""
+    """The engine's log-probability of each token, in nats. None: the policy's own code sampled the
+    tokens, so the log-probabilities differ from the policy's by rounding only."""
 
 
 class Sampler(Protocol):
-    """Anything that answers: another engine needs this and nothing else."""
+    """The interface of a sampling engine."""
 
     def __call__(self, prompts: Sequence[Sequence[int]], keys: Sequence[int]) -> list[Sampled]:
-        """One answer to each prompt's tokens, by the policy as it is at the call. `keys`: one
-        63-bit number for each, which names the answer."""
+        """Sample one completion of each prompt from the policy's present weights.
+
+        `keys`: one 63-bit number for each completion.
+        """
         ...
 
     def close(self) -> None:
-        """Gives back what it holds; it answers nothing afterwards."""
+        """Free the engine's memory. The sampler cannot be used afterwards."""
 
 
 @dataclass(frozen=True)
 class TransformersSampler:
-    """Hugging Face `generate` with its key-value cache, in batches of prompts of like length."""
+    """A sampler on Hugging Face `generate`, in batches of prompts of similar length."""
 
     model: Any
-    """A plain model, or one with an adapter; its weights may change between calls."""
+    """A plain model, or one with an adapter. Its weights may change between calls."""
     pad: int
     stop: tuple[int, ...]
-    """The tokens that end an answer."""
+    """The tokens that end a completion."""
     settings: Sampling
     precision: torch.dtype = torch.float32
 
     def __call__(self, prompts: Sequence[Sequence[int]], keys: Sequence[int]) -> list[Sampled]:
-        answers: dict[int, Sampled] = {}
+        completions: dict[int, Sampled] = {}
         device = next(self.model.parameters()).device
         lengths = [len(prompt) for prompt in prompts]
-        size = at_once(self.model, max(lengths, default=0) + self.settings.max_new_tokens, device)
-        self.model.eval()
+        longest = max(lengths, default=0) + self.settings.max_new_tokens
+        size = batch_size(self.model, longest, device)
         for chosen in length_batches(lengths, size, padded=not prompt_tuned(self.model)):
             sampled = self._batch([prompts[i] for i in chosen], [keys[i] for i in chosen], device)
-            answers.update(zip(chosen, sampled, strict=True))
-        return [answers[i] for i in range(len(prompts))]
+            completions.update(zip(chosen, sampled, strict=True))
+        return [completions[i] for i in range(len(prompts))]
 
     def close(self) -> None:
-        """The model is not its own: there is nothing to give back."""
+        """Do nothing: the caller owns the model."""
 
     def _batch(
         self, prompts: Sequence[Sequence[int]], keys: Sequence[int], device: torch.device
     ) -> list[Sampled]:
-        width = max(len(prompt) for prompt in prompts)
-        ids_NL = torch.full((len(prompts), width), self.pad)
-        seen_NL = torch.zeros_like(ids_NL)
-        for row, prompt in enumerate(prompts):  # padded on the left: answers begin together
-            ids_NL[row, width - len(prompt) :] = torch.tensor(prompt)
-            seen_NL[row, width - len(prompt) :] = 1
-        draw = InverseCdfSampler(
-            uniforms(keys, self.settings.max_new_tokens).to(device), self.settings
-        )
-        with torch.no_grad(), _neutral(self.model), autocast(device, self.precision):
-            output_NL = self.model.generate(
-                input_ids=ids_NL.to(device),
-                attention_mask=seen_NL.to(device),
-                generation_config=GenerationConfig(
-                    max_new_tokens=self.settings.max_new_tokens,
-                    do_sample=False,  # `draw` leaves one token to take
-                    eos_token_id=list(self.stop),
-                    pad_token_id=self.pad,
-                ),
-                logits_processor=LogitsProcessorList([draw]),
+        limit = self.settings.max_new_tokens
+        draw = InverseCdfSampler(uniforms(keys, limit).to(device), self.settings)
+        with autocast(device, self.precision):
+            completions = generate(
+                self.model,
+                prompts,
+                pad=self.pad,
+                stop=self.stop,
+                max_new_tokens=limit,
+                processors=[draw],  # leaves one possible token
             )
-        return [Sampled(self._cut(answer)) for answer in output_NL[:, width:].tolist()]
-
-    def _cut(self, answer: Sequence[int]) -> tuple[int, ...]:
-        """Up to and with the first stop token: what follows pads the batch."""
-        ends = (position + 1 for position, token in enumerate(answer) if token in self.stop)
-        return tuple(answer[: next(ends, len(answer))])
+        return [Sampled(tokens) for tokens in completions]
 
 
-def at_once(model: Any, length: int, device: torch.device) -> int:
-    """How many answers' caches of `length` tokens there is room for; at least one."""
-    most = GPU_ANSWERS if device.type == "cuda" else CPU_ANSWERS
-    kept = token_bytes(model, device)
-    if kept is None:
-        return most
-    return max(1, min(most, cache_room(device) // (kept * max(1, length))))
+def batch_size(model: Any, length: int, device: torch.device) -> int:
+    """Return how many completions fit the cache if each has `length` tokens with its prompt; at
+    least one."""
+    largest = GPU_BATCH if device.type == "cuda" else CPU_BATCH
+    per_token = cache_bytes_per_token(model, device)
+    if per_token is None:
+        return largest
+    return max(1, min(largest, cache_bytes(device) // (per_token * max(1, length))))
 
 
-def cache_room(device: torch.device) -> int:
-    """What the keys and values of answers may take, in bytes."""
+def cache_bytes(device: torch.device) -> int:
+    """Return the most bytes that a batch's key-value cache may take."""
     if device.type != "cuda":
         return CPU_CACHE_BYTES
     return int(CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory)
 
 
-def token_bytes(model: Any, device: torch.device) -> int | None:
-    """What the keys and values of one token take; None: the architecture has another memory."""
+def cache_bytes_per_token(model: Any, device: torch.device) -> int | None:
+    """Return the bytes of one token's keys and values. None: the architecture has no attention
+    heads, so the size is unknown."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     if not heads or not getattr(config, "hidden_size", None):
@@ -148,7 +134,7 @@ def token_bytes(model: Any, device: torch.device) -> int | None:
 
 
 class InverseCdfSampler(LogitsProcessor):
-    """Leaves one token of each row: the one at which its uniform number falls."""
+    """Leaves one possible token in each row: the one that the row's uniform number picks."""
 
     def __init__(self, uniforms_NT: Tensor, settings: Sampling) -> None:
         self._uniforms_NT, self._temperature = uniforms_NT, settings.temperature
@@ -161,60 +147,48 @@ class InverseCdfSampler(LogitsProcessor):
             scores_NV = self._nucleus(input_ids, scores_NV)
         uniform_N1 = self._uniforms_NT[:, self._position, None]
         self._position += 1
-        chosen_N1 = drawn(scores_NV, uniform_N1)
+        chosen_N1 = pick_tokens(scores_NV, uniform_N1)
         return torch.full_like(scores_NV, -torch.inf).scatter_(1, chosen_N1, 0.0)
 
 
-def drawn(logits_NV: Tensor, uniform_N1: Tensor) -> Tensor:
-    """(N, 1) the first token at which the cumulative distribution exceeds the uniform number. In
-    float64: a cumulative sum in float32 loses the tail of a large vocabulary."""
+def pick_tokens(logits_NV: Tensor, uniform_N1: Tensor) -> Tensor:
+    """Return (N, 1) the first token at which the cumulative distribution exceeds the uniform
+    number. The sum is in float64: float32 loses the tail of a large vocabulary."""
     cumulative_NV = logits_NV.softmax(-1).double().cumsum(-1)
     target_N1 = uniform_N1 * cumulative_NV[:, -1:]
     return torch.searchsorted(cumulative_NV, target_N1, right=True)
 
 
 def uniforms(keys: Sequence[int], count: int) -> Tensor:
-    """(N, count) numbers in [0, 1) of float64, each row a function of its key."""
+    """Return (N, count) float64 numbers in [0, 1). Each row depends on its key alone."""
     rows = [np.random.Generator(np.random.Philox(key=key)).random(count) for key in keys]
-    # Just below 1, so that no product with a sum that rounding left below 1 ever reaches it.
+    # Rounding may leave the cumulative sum below 1: the factor keeps the target below that sum.
     return torch.from_numpy(np.stack(rows)) * (1 - 1e-12)
-
-
-@contextmanager
-def _neutral(model: Any) -> Iterator[None]:
-    """While active, the model's own generation settings (repetition penalties, suppressed tokens)
-    are off: they would make the sampled distribution another than the policy's."""
-    base = base_of(model)
-    own, base.generation_config = base.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        base.generation_config = own
 
 
 def stop_tokens(
     model: Any, tokenizer: PreTrainedTokenizerBase, template: str | None = None
 ) -> tuple[int, ...]:
-    """The tokens that end an answer: the tokenizer's, the model's own (Llama 3 has three) and the
-    chat template's. `template`: in place of the tokenizer's. Raises StageError NoStopToken."""
-    base = base_of(model)
-    own = base.generation_config.eos_token_id
-    found = set(own if isinstance(own, list) else [own])
-    found.add(tokenizer.eos_token_id)
+    """Return the tokens that end a completion: the tokenizer's, the model's own and the chat
+    template's.
+
+    `template`: used instead of the tokenizer's. Raises StageError NoStopToken.
+    """
+    found = {*own_stop_tokens(model), tokenizer.eos_token_id}
     if template or tokenizer.chat_template:
         found.add(_template_stop(tokenizer, template))
     found.discard(None)
     if not found:
         raise StageError(
             "NoStopToken",
-            "neither the tokenizer nor the model names a token that ends an answer.",
+            "neither the tokenizer nor the model names a stop token.",
             advice="Choose another model.uri.",
         )
     return tuple(sorted(found))
 
 
 def _template_stop(tokenizer: PreTrainedTokenizerBase, template: str | None) -> int:
-    speaking = copy.copy(tokenizer)
-    speaking.chat_template = template or tokenizer.chat_template
-    token: Any = tokenizer.convert_tokens_to_ids(ChatFormat.of(speaking).stop_token)
+    templated = copy.copy(tokenizer)
+    templated.chat_template = template or tokenizer.chat_template
+    token: Any = tokenizer.convert_tokens_to_ids(ChatFormat.of(templated).stop_token)
     return int(token)

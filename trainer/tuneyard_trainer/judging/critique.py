@@ -19,7 +19,8 @@ from tuneyard.api.plan import PlannedStage
 from tuneyard.api.stage_settings import CritiqueSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import Message
-from tuneyard_trainer.generation.answering import Answer, Policy, TokenizedPrompt, answers
+from tuneyard_trainer.data.prompts import TokenizedPrompt
+from tuneyard_trainer.generation.completions import Completion, Policy, sample_completions
 from tuneyard_trainer.judging.judges import Ask, Judge, filled
 from tuneyard_trainer.judging.local_model import ModelJudge
 from tuneyard_trainer.judging.session import Asking
@@ -42,7 +43,7 @@ def run(context: StageContext) -> StageOutcome:
     with Journal(
         context.workdir / "checkpoints", context.worker.identity, context.worker.persist
     ) as journal:
-        found = answers(
+        found = sample_completions(
             context.stage.name,
             policy,
             prompts,
@@ -61,7 +62,7 @@ def run(context: StageContext) -> StageOutcome:
         for number in range(1, settings.revisions + 1):
             _round(number, drafts, settings, asking, critic)
     revised = [draft for draft in drafts if draft.rounds]
-    _write(context.workdir, drafts, revised, asking.tally.judge, speaks=policy.speaks)
+    _write(context.workdir, drafts, revised, asking.tally.judge, speaks=policy.has_chat_template)
     if not revised:
         raise _no_revisions(len(prompts), asking)
     return StageOutcome(
@@ -104,7 +105,7 @@ class Draft:
 
     key: str
     ready: TokenizedPrompt
-    answer: Answer
+    answer: Completion
     rounds: list[Round] = field(default_factory=list)
 
     @property

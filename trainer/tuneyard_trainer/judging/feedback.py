@@ -21,14 +21,13 @@ from tuneyard.api.plan import PlannedStage
 from tuneyard.api.stage_settings import FeedbackSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import Message
-from tuneyard_trainer.data.prompts import Prompt
-from tuneyard_trainer.generation.answering import Answer, Policy, TokenizedPrompt, answers
+from tuneyard_trainer.data.prompts import Prompt, TokenizedPrompt, as_text
+from tuneyard_trainer.generation.completions import Completion, Policy, sample_completions
 from tuneyard_trainer.judging.judges import (
     MODEL_LABEL_TOKENS,
     Pair,
     Reply,
     Verdict,
-    as_text,
     verdict,
 )
 from tuneyard_trainer.judging.session import Asking
@@ -49,7 +48,7 @@ def run(context: StageContext) -> StageOutcome:
     with Journal(
         context.workdir / "checkpoints", context.worker.identity, context.worker.persist
     ) as journal:
-        found = answers(
+        found = sample_completions(
             context.stage.name,
             policy,
             prompts,
@@ -65,7 +64,7 @@ def run(context: StageContext) -> StageOutcome:
         asking = Asking.of(context.stage, settings.judge, journal, context.worker)
         _ask(context.stage, context.inputs, settings, comparisons, asking)
     labels = Labels.of(comparisons, asking, settings)
-    labels.write(context.workdir, asking.tally.judge, speaks=policy.speaks)
+    labels.write(context.workdir, asking.tally.judge, speaks=policy.has_chat_template)
     metrics = _metrics(found, comparisons, labels, asking)
     if not any(found.outcome in ("first", "second", "tie") for found in labels.verdicts):
         raise _no_preferences(comparisons, labels, asking)
@@ -107,7 +106,7 @@ class Comparisons:
     def of(
         cls,
         prompts: Sequence[TokenizedPrompt],
-        found: Sequence[Sequence[Answer]],
+        found: Sequence[Sequence[Completion]],
         settings: FeedbackSettings,
     ) -> Comparisons:
         """Every two answers to a prompt, each prompt's first pair before any prompt's second, so
@@ -208,7 +207,7 @@ def _turn(answer: str) -> list[Message]:
 
 
 def _metrics(
-    found: Sequence[Sequence[Answer]], comparisons: Comparisons, labels: Labels, asking: Asking
+    found: Sequence[Sequence[Completion]], comparisons: Comparisons, labels: Labels, asking: Asking
 ) -> dict[str, float]:
     outcomes = Counter(made.outcome for made in labels.verdicts)
     sampled = [answer for group in found for answer in group]

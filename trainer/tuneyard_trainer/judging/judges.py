@@ -147,13 +147,6 @@ class Pair:
         return Ask(f"{self.key}/{order}", (turn,), max_tokens, wants_label=True)
 
 
-def as_text(messages: Sequence[Message]) -> str:
-    """A conversation for a reader: the words alone of a single turn, else each with its speaker."""
-    if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in messages)
-
-
 def filled(template: str, **values: str) -> str:
     """The template with {name} replaced, in one pass: what is put in is never itself a template."""
     pattern = re.compile("|".join(re.escape(f"{{{name}}}") for name in values))

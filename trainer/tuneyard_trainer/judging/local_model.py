@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import Message, MisfitError, rendered
-from tuneyard_trainer.generation.greedy import length_batches, prompt_tuned
+from tuneyard_trainer.generation.batches import (
+    generate,
+    length_batches,
+    next_token_logits,
+    prompt_tuned,
+)
 from tuneyard_trainer.generation.sampling import stop_tokens
 from tuneyard_trainer.judging.judges import LABELS, Ask, Reply, normalised
 from tuneyard_trainer.models import base
@@ -74,9 +78,9 @@ class ModelJudge:
     # ---- one batch ------------------------------------------------------------------------------
 
     def _decide(self, asks: Sequence[Ask], prompts: Sequence[list[int]]) -> Iterator[Reply]:
-        output = self._generate(prompts, 1)
+        logits_NV = next_token_logits(self._model, prompts, pad=self._tokenizer.pad_token_id)
         labels = label_tokens(self._tokenizer)
-        probabilities_NV = output.logits[0].float().softmax(-1)
+        probabilities_NV = logits_NV.float().softmax(-1)
         for row, (ask, ids) in enumerate(zip(asks, prompts, strict=True)):
             a, b = (float(probabilities_NV[row, list(tokens)].sum()) for tokens in labels)
             probability, mass = normalised(a, b)
@@ -84,40 +88,17 @@ class ModelJudge:
             yield Reply(ask.key, text, probability, mass, tokens=len(ids) + 1)
 
     def _write(self, asks: Sequence[Ask], prompts: Sequence[list[int]]) -> Iterator[Reply]:
-        width = max(len(ids) for ids in prompts)
-        output = self._generate(prompts, max(ask.max_tokens for ask in asks))
-        for ask, ids, row in zip(asks, prompts, output.sequences, strict=True):
-            fresh = row[width : width + ask.max_tokens].tolist()
-            end = next((at for at, token in enumerate(fresh) if token in self._ends), len(fresh))
-            text = str(self._tokenizer.decode(fresh[:end], skip_special_tokens=True))
-            yield Reply(ask.key, text.strip(), tokens=len(ids) + end)
-
-    def _generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> Any:
-        """Greedily, left-padded; raises nothing of its own."""
-        ids_NL, seen_NL = self._padded(prompts)
-        self._model.eval()
-        with torch.no_grad():
-            return self._model.generate(
-                input_ids=ids_NL,
-                attention_mask=seen_NL,
-                generation_config=GenerationConfig(
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    eos_token_id=list(self._ends),
-                    pad_token_id=self._tokenizer.pad_token_id,
-                    return_dict_in_generate=True,
-                    output_logits=max_new_tokens == 1,
-                ),
-            )
-
-    def _padded(self, prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-        width = max(len(ids) for ids in prompts)
-        ids_NL = torch.full((len(prompts), width), int(self._tokenizer.pad_token_id))
-        seen_NL = torch.zeros_like(ids_NL)
-        for row, ids in enumerate(prompts):
-            ids_NL[row, width - len(ids) :] = torch.tensor(ids)
-            seen_NL[row, width - len(ids) :] = 1
-        return ids_NL.to(self._device), seen_NL.to(self._device)
+        completions = generate(
+            self._model,
+            prompts,
+            pad=self._tokenizer.pad_token_id,
+            stop=self._ends,
+            max_new_tokens=max(ask.max_tokens for ask in asks),
+        )
+        for ask, ids, completion in zip(asks, prompts, completions, strict=True):
+            tokens = [token for token in completion[: ask.max_tokens] if token not in self._ends]
+            text = str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+            yield Reply(ask.key, text.strip(), tokens=len(ids) + len(tokens))
 
     # ---- one question ---------------------------------------------------------------------------
 

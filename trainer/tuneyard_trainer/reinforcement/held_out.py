@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tuneyard_trainer.generation.answering import TokenizedPrompt
+from tuneyard_trainer.data.prompts import TokenizedPrompt
 from tuneyard_trainer.training.seeds import generator
 
 HELD_OUT_SHARE, MOST_HELD_OUT = 0.1, 64

@@ -21,8 +21,8 @@ import torch
 from tuneyard.api.alignment import Sampling
 from tuneyard.api.stage_settings import GrpoSettings, PpoSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.generation import answering
-from tuneyard_trainer.generation.answering import TokenizedPrompt
+from tuneyard_trainer.data.prompts import TokenizedPrompt
+from tuneyard_trainer.generation.completions import Policy
 from tuneyard_trainer.generation.sampling import Sampler, TransformersSampler, stop_tokens
 from tuneyard_trainer.models import policies
 from tuneyard_trainer.models.base import peak_memory_bytes
@@ -128,8 +128,8 @@ class Loop:
     ) -> Loop:
         training = settings.training
         name = f"spec.optimize.{context.stage.name.partition('-')[0]}.prompts"
-        asker = answering.Policy.of(context.inputs, settings.chat, context.worker)
-        ready = asker.prompts(settings.prompts, settings.sampling.max_new_tokens, name)
+        policy = Policy.of(context.inputs, settings.chat, context.worker)
+        ready = policy.prompts(settings.prompts, settings.sampling.max_new_tokens, name)
         reward = rewards.load(
             settings.reward, context.inputs, settings.chat, prompts_of(ready), context.worker.device
         )
@@ -144,7 +144,7 @@ class Loop:
             with_values=method.with_values,
             with_reference=method.with_reference,
         )
-        stop = stop_tokens(actor.model, asker.tokenizer, settings.chat.chat_template)
+        stop = stop_tokens(actor.model, policy.tokenizer, settings.chat.chat_template)
         sampler = _sampler(actor, stop, settings.sampling, ready, context.worker)
         questions, held_out = split(ready)
         peers = ProcessGroup(context.worker.rank, context.worker.world_size, context.worker.device)
@@ -156,7 +156,7 @@ class Loop:
             actor=actor,
             optimiser=PolicyOptimizer.of(actor, method, training, peers),
             collector=Collector(
-                actor, sampler, reward, asker.tokenizer, stop, settings.sampling, peers
+                actor, sampler, reward, policy.tokenizer, stop, settings.sampling, peers
             ),
             questions=questions,
             held_out=held_out or questions[:MOST_HELD_OUT],

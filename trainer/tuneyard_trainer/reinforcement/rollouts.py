@@ -20,8 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.alignment import Sampling
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.prompts import Prompt
-from tuneyard_trainer.generation.answering import TokenizedPrompt
+from tuneyard_trainer.data.prompts import Prompt, TokenizedPrompt
 from tuneyard_trainer.generation.sampling import Sampled, Sampler
 from tuneyard_trainer.reinforcement import arithmetic
 from tuneyard_trainer.reinforcement.actor import Actor, Texts

@@ -1,4 +1,5 @@
-"""A policy's answers to a prompt set, each sampled once however often the stage is killed."""
+"""Completions of a prompt set by a policy. A journal keeps them, so that a stage that is killed and
+restarted samples no prompt twice."""
 
 from __future__ import annotations
 
@@ -15,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from tuneyard.api.alignment import Sampling
 from tuneyard.api.stage_settings import ChatSettings, PromptSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.prompts import Prompt, read_prompts, render
+from tuneyard_trainer.data.prompts import TokenizedPrompt, read_prompts, tokenize
 from tuneyard_trainer.generation.sampling import (
-    CPU_ANSWERS,
-    GPU_ANSWERS,
+    CPU_BATCH,
+    GPU_BATCH,
     TransformersSampler,
     stop_tokens,
 )
@@ -29,25 +30,17 @@ from tuneyard_trainer.worker import Interrupted, Worker
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the policy said."""
+class Completion:
+    """One completion as text, without its stop token."""
 
     text: str
     complete: bool
-    """Whether it came to its end before the limit."""
-
-
-@dataclass(frozen=True)
-class TokenizedPrompt:
-    """A prompt as the policy reads it."""
-
-    prompt: Prompt
-    ids: tuple[int, ...]
+    """Whether the model wrote a stop token before the limit."""
 
 
 @dataclass
 class Policy:
-    """Who answers. Its weights are loaded when they are first needed."""
+    """The model that completes prompts. Its weights are loaded on first use."""
 
     inputs: Mapping[str, Path]
     chat: ChatSettings
@@ -57,22 +50,23 @@ class Policy:
 
     @classmethod
     def of(cls, inputs: Mapping[str, Path], chat: ChatSettings, worker: Worker) -> Policy:
+        """Return the policy with its tokenizer loaded."""
         return cls(inputs, chat, worker, base.load_tokenizer(inputs["model"]))
 
     @property
-    def speaks(self) -> bool:
-        """Whether it reads conversations; else plain text."""
+    def has_chat_template(self) -> bool:
+        """Whether prompts are rendered by a chat template. False: prompts are plain text."""
         return bool(self.chat.chat_template or self.tokenizer.chat_template)
 
     @property
     def model(self) -> Any:
-        """Raises StageError where it cannot be loaded."""
+        """The model in evaluation mode. Raises StageError if it cannot be loaded."""
         if self._model is None:
             self._model = policies.load_for_inference(self.inputs, self.worker.device)
         return self._model
 
     def release(self) -> None:
-        """Gives the memory back."""
+        """Free the memory of the weights."""
         self._model = None
         gc.collect()
         if self.worker.device.type == "cuda":
@@ -81,40 +75,37 @@ class Policy:
     def prompts(
         self, settings: PromptSettings, max_new_tokens: int, name: str
     ) -> list[TokenizedPrompt]:
-        """The set's prompts that leave room for an answer; `name` is its field in the manifest.
-        Raises StageError, NoPrompts where none does."""
-        found = read_prompts(self.inputs["prompts"], settings, self.chat, name=name)
-        texts = [render(prompt, self.tokenizer, self.chat) for prompt in found]
-        room = self._room(max_new_tokens)
-        ready = []
-        for prompt, text in zip(found, texts, strict=True):
-            ids = self._ids(text) if text is not None else ()
-            if ids and (room is None or len(ids) <= room):
-                ready.append(TokenizedPrompt(prompt, ids))
-        if not ready:
-            refused = sum(text is None for text in texts)
+        """Return the set's prompts that leave room for a completion in the model's context.
+
+        `name`: the set's field in the manifest. Raises StageError NoPrompts if no prompt does.
+        """
+        rows = read_prompts(self.inputs["prompts"], settings, self.chat, name=name)
+        tokenized = [tokenize(row, self.tokenizer, self.chat) for row in rows]
+        limit = self._max_prompt_tokens(max_new_tokens)
+        prompts = [
+            prompt
+            for prompt in tokenized
+            if prompt and prompt.ids and (limit is None or len(prompt.ids) <= limit)
+        ]
+        if not prompts:
+            refused = tokenized.count(None)
             raise StageError(
                 "NoPrompts",
-                f"none of the {len(found)} prompts of {name} can be answered: the chat template "
-                f"refuses {refused}, and {len(found) - refused} leave no room for {max_new_tokens} "
+                f"none of the {len(rows)} prompts of {name} can be used: the chat template "
+                f"refuses {refused}, and {len(rows) - refused} leave no room for {max_new_tokens} "
                 "new tokens in the model's context.",
                 advice=f"Lower maxNewTokens, or change {name}.",
             )
-        self.worker.report(
-            message=f"{len(ready)} of {len(found)} prompts of {name} can be answered"
-        )
-        return ready
+        self.worker.report(message=f"{len(prompts)} of {len(rows)} prompts of {name} can be used")
+        return prompts
 
-    def _ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=not self.speaks)["input_ids"])
-
-    def _room(self, max_new_tokens: int) -> int | None:
-        """The most tokens of a prompt; None: no limit is known."""
+    def _max_prompt_tokens(self, max_new_tokens: int) -> int | None:
+        """Return the most tokens that a prompt may have. None: the model states no context."""
         context = context_length(config_of(self.inputs["model"]))
         return None if context is None else max(1, context - max_new_tokens)
 
 
-def answers(
+def sample_completions(
     stage: str,
     policy: Policy,
     prompts: Sequence[TokenizedPrompt],
@@ -123,27 +114,29 @@ def answers(
     count: int,
     sampling: Sampling,
     seed: int,
-) -> list[tuple[Answer, ...]]:
-    """`count` answers to each prompt, those of earlier attempts from the journal. Raises
-    Interrupted when the stage is asked to stop."""
+) -> list[tuple[Completion, ...]]:
+    """Return `count` completions of each prompt. Those of earlier attempts come from the journal.
+
+    Raises Interrupted when the stage is asked to stop.
+    """
     known = {
-        int(entry["prompt"]): tuple(Answer(**answer) for answer in entry["answers"])
+        int(entry["prompt"]): tuple(Completion(**fields) for fields in entry["completions"])
         for entry in journal.entries
-        if "answers" in entry
+        if "completions" in entry
     }
     missing = [index for index in range(len(prompts)) if index not in known]
     for batch in _batches(prompts, missing, count, policy.worker):
         if policy.worker.stop():
             raise Interrupted(stage, len(known))
-        sampled = _sampled(policy, [prompts[i] for i in batch], batch, count, sampling, seed)
+        sampled = _sample(policy, [prompts[i] for i in batch], batch, count, sampling, seed)
         fresh = dict(zip(batch, sampled, strict=True))
         known |= fresh
         journal.append(
-            {"prompt": index, "answers": [vars(answer) for answer in found]}
-            for index, found in fresh.items()
+            {"prompt": index, "completions": [vars(completion) for completion in group]}
+            for index, group in fresh.items()
         )
         policy.worker.report(
-            step=len(known), total_steps=len(prompts), message="sampling the model's answers"
+            step=len(known), total_steps=len(prompts), message="sampling completions"
         )
     return [known[index] for index in range(len(prompts))]
 
@@ -151,40 +144,40 @@ def answers(
 def _batches(
     prompts: Sequence[TokenizedPrompt], missing: Sequence[int], count: int, worker: Worker
 ) -> Iterator[list[int]]:
-    """Prompts of like length together, as many as the sampler takes at once."""
-    size = GPU_ANSWERS if worker.device.type == "cuda" else CPU_ANSWERS
+    """Yield batches of prompt indices, shortest prompt first, each one sampler batch in size."""
+    size = GPU_BATCH if worker.device.type == "cuda" else CPU_BATCH
     step = max(1, size // count)
     ordered = sorted(missing, key=lambda index: len(prompts[index].ids))
     for start in range(0, len(ordered), step):
         yield ordered[start : start + step]
 
 
-def _sampled(
+def _sample(
     policy: Policy,
     prompts: Sequence[TokenizedPrompt],
     indices: Sequence[int],
     count: int,
     sampling: Sampling,
     seed: int,
-) -> list[tuple[Answer, ...]]:
+) -> list[tuple[Completion, ...]]:
     tokenizer = policy.tokenizer
     stop = stop_tokens(policy.model, tokenizer, policy.chat.chat_template)
     sampler = TransformersSampler(policy.model, int(tokenizer.pad_token_id), stop, sampling)
     ids = [prompt.ids for prompt in prompts for _ in range(count)]
     keys = [_key(seed, index, number) for index in indices for number in range(count)]
-    texts = [_answer(tokenizer, stop, sampled.tokens) for sampled in sampler(ids, keys)]
-    return [tuple(texts[at : at + count]) for at in range(0, len(texts), count)]
+    completions = [_decode(tokenizer, stop, sampled.tokens) for sampled in sampler(ids, keys)]
+    return [tuple(completions[at : at + count]) for at in range(0, len(completions), count)]
 
 
-def _answer(
+def _decode(
     tokenizer: PreTrainedTokenizerBase, stop: Sequence[int], tokens: Sequence[int]
-) -> Answer:
+) -> Completion:
     complete = bool(tokens) and tokens[-1] in stop
-    spoken = list(tokens[:-1] if complete else tokens)
-    return Answer(str(tokenizer.decode(spoken, skip_special_tokens=True)).strip(), complete)
+    kept = list(tokens[:-1] if complete else tokens)
+    return Completion(str(tokenizer.decode(kept, skip_special_tokens=True)).strip(), complete)
 
 
 def _key(seed: int, prompt: int, number: int) -> int:
-    """63 bits that name one answer."""
+    """Return the 63-bit key of one completion of one prompt."""
     value = hashlib.sha256(f"{seed}/{prompt}/{number}".encode()).digest()
     return int.from_bytes(value[:8], "big") >> 1

@@ -1,7 +1,6 @@
-"""Takes data sets in, row by row, with the job's policies for rows that do not fit.
+"""Preprocessing of data sets, row by row, by the job's policies for invalid and overlong rows.
 
-Rows that do not fit are all counted before they end the job, so that one message tells how much
-there is to repair.
+Invalid rows end the stage only after all rows are read, so that one message counts all of them.
 """
 
 from __future__ import annotations
@@ -19,34 +18,34 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.data.example import Example
 from tuneyard_trainer.data.prepared import SPLITS
 from tuneyard_trainer.data.splits import SplitWriter
-from tuneyard_trainer.data.stream import examples
+from tuneyard_trainer.data.stream import FAULTS_SHOWN, examples
 from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit
 from tuneyard_trainer.worker import Interrupted, Worker
 
 BATCH_ROWS = 512
 BATCH_CHARACTERS = 1 << 20
-"""A batch ends at whichever comes first: enough for the tokenizer's threads, a few MB of memory."""
-FAULTS_SHOWN = 3
-ROW_OUTCOMES = ("dropped", "truncated", "split", "contextOnlyPieces")
-"""What is counted of rows that were longer than a sequence."""
+"""A batch ends at the first limit that it reaches. It has enough rows for the tokenizer's threads
+and takes a few MB of memory."""
+OVERLENGTH_OUTCOMES = ("dropped", "truncated", "split")
+"""The outcomes of rows that are longer than a sequence."""
 
 
 class Refusal(NamedTuple):
-    """A reason why a row is not taken in."""
+    """The message and advice for rows that are refused for one reason."""
 
-    what: str
+    problem: str
     advice: str
     may_skip: bool = True
-    """Whether onInvalidRow applies."""
+    """Whether onInvalidRow: skip applies to these rows."""
 
 
 REFUSALS = {
     "ChatTemplate": Refusal(
-        "rows do not go through the chat template",
+        "rows are refused by the chat template",
         "Repair these rows, set spec.data.chatTemplate, or set spec.data.onInvalidRow: skip.",
     ),
     "NoTargets": Refusal(
-        "rows have nothing to learn",
+        "rows have no token that carries loss",
         "Repair these rows, raise spec.data.maxLength where it cuts the answer off, or set "
         "spec.data.onInvalidRow: skip.",
     ),
@@ -60,7 +59,7 @@ REFUSALS = {
 
 @dataclass
 class Tally:
-    """What became of one data set's rows."""
+    """The outcomes of one data set's rows."""
 
     role: str
     name: str
@@ -69,31 +68,36 @@ class Tally:
     rows: int = 0
     """Rows read."""
     kept: int = 0
+    """Rows written."""
     counts: Counter[str] = field(default_factory=Counter)
-    """Rows dropped, truncated and split, contextOnlyPieces, and rows refused by reason."""
+    """Rows by overlength outcome, rows refused by reason, and contextOnlyPieces: pieces of split
+    rows without a target."""
     longest: int = 0
-    """Tokens of the longest row, before anything was done about it."""
+    """Tokens of the longest row, before it is truncated or split."""
     lengths: Counter[int] = field(default_factory=Counter)
     """Rows by length in tokens, rounded up to a power of two."""
     faults: dict[str, list[str]] = field(default_factory=dict)
-    """The first rows refused for each reason."""
+    """The first three rows refused for each reason."""
 
-    def refuse(self, reason: str, where: str, why: str) -> None:
+    def refuse(self, reason: str, where: str, problem: str) -> None:
+        """Count a refused row."""
         self.counts[reason] += 1
         shown = self.faults.setdefault(reason, [])
         if len(shown) < FAULTS_SHOWN:
-            shown.append(f"{where}: {why}")
+            shown.append(f"{where}: {problem}")
 
     def measure(self, length: int) -> None:
+        """Count a row's length in tokens."""
         self.longest = max(self.longest, length)
         self.lengths[1 << (length - 1).bit_length()] += 1
 
     @property
     def skipped(self) -> int:
-        """Rows refused; beyond this stage only rows that may be skipped are."""
+        """Rows refused. In a finished stage these are the skipped rows."""
         return sum(self.counts[reason] for reason in ("InvalidData", *REFUSALS))
 
     def details(self) -> dict[str, Any]:
+        """Return the record of the data set for `data.json` and the stage's details."""
         return {
             "role": self.role,
             "name": self.name,
@@ -101,7 +105,7 @@ class Tally:
             "rows": self.rows,
             "kept": self.kept,
             "skipped": self.skipped,
-            **{name: self.counts[name] for name in ROW_OUTCOMES},
+            **{name: self.counts[name] for name in (*OVERLENGTH_OUTCOMES, "contextOnlyPieces")},
             "longest": self.longest,
             "lengths": {str(bound): self.lengths[bound] for bound in sorted(self.lengths)},
         }
@@ -109,7 +113,7 @@ class Tally:
 
 @dataclass
 class Preprocessor:
-    """Takes in data sets row by row, with the job's policies."""
+    """Reads, encodes and writes data sets row by row, by the job's policies."""
 
     stage: PlannedStage
     settings: PrepareSettings
@@ -120,16 +124,19 @@ class Preprocessor:
     tallies: list[Tally] = field(default_factory=list)
     _num_rows: int = 0
 
-    def read(self, split: str, datasets: Sequence[DatasetSettings], shelf: SplitWriter) -> None:
-        """Every row of a split's data sets."""
+    def read(self, split: str, datasets: Sequence[DatasetSettings], writer: SplitWriter) -> None:
+        """Read a split's data sets and add the rows to the writer.
+
+        Raises StageError, and Interrupted when the stage is asked to stop.
+        """
         for index, dataset in enumerate(datasets):
             role = f"{split}.{index}"
             tally = Tally(role, self._name(role))
             self.tallies.append(tally)
-            self._read_one(index, dataset, tally, shelf)
+            self._read_one(index, dataset, tally, writer)
 
     def _read_one(
-        self, index: int, dataset: DatasetSettings, tally: Tally, shelf: SplitWriter
+        self, index: int, dataset: DatasetSettings, tally: Tally, writer: SplitWriter
     ) -> None:
         stream = examples(
             self.inputs[tally.role],
@@ -144,7 +151,7 @@ class Preprocessor:
                 pieces = self._pieces(example, encoded, tally)
                 if pieces:
                     tally.kept += 1
-                    shelf.add(pieces, index, self._text(example))
+                    writer.add(pieces, index, self._text(example))
             self._num_rows += len(batch)
             self.worker.report(step=self._num_rows, message=f"reading {tally.name}")
         summary = stream.summary
@@ -159,7 +166,7 @@ class Preprocessor:
         return path.removesuffix(".uri") or role
 
     def _pieces(self, example: Example, encoded: Encoded | Misfit, tally: Tally) -> list[Encoded]:
-        """What is kept of a row: nothing, all of it, its start, or all of it in pieces."""
+        """Return the sequences to write of a row: none, the row, its start, or its pieces."""
         where = f"{example.file} row {example.row}".strip()
         if isinstance(encoded, Misfit):
             tally.refuse("ChatTemplate", where, encoded.message)
@@ -167,7 +174,7 @@ class Preprocessor:
         length = len(encoded.ids)
         tally.measure(length)
         if not encoded.mask.any():
-            tally.refuse("NoTargets", where, "no token of it carries loss")
+            tally.refuse("NoTargets", where, "no token carries loss")
             return []
         if length <= self.max_length:
             return [encoded]
@@ -181,12 +188,12 @@ class Preprocessor:
         if policy == "drop":
             tally.counts["dropped"] += 1
             return []
-        cut = truncated if policy == "truncate" else split_evenly
+        cut = truncate if policy == "truncate" else split_evenly
         pieces = cut(encoded, self.max_length)
         useful = [piece for piece in pieces if piece.mask.any()]
         if not useful:
             tally.refuse(
-                "NoTargets", where, f"nothing in its first {self.max_length} tokens carries loss"
+                "NoTargets", where, f"none of the first {self.max_length} tokens carries loss"
             )
             return []
         tally.counts["truncated" if policy == "truncate" else "split"] += 1
@@ -194,7 +201,7 @@ class Preprocessor:
         return useful
 
     def _text(self, example: Example) -> dict[str, Any]:
-        """The row for people and for evaluation."""
+        """Return the row as text, for `validation.jsonl`."""
         text: dict[str, Any] = {}
         conversation = self.encoder.conversation(example)
         if conversation:
@@ -207,47 +214,48 @@ class Preprocessor:
             text["expected"] = list(example.expected)
         return text
 
-    # ---- verdict ------------------------------------------------------------------------------
+    # ---- checks -------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raises StageError ChatTemplate, NoTargets, RowTooLong or EmptyData."""
+        """Raise StageError ChatTemplate, NoTargets, RowTooLong or EmptyData for what was read."""
         for reason, refusal in REFUSALS.items():
             if self.settings.on_invalid_row == "error" or not refusal.may_skip:
-                self._refuse(reason, refusal)
+                self._check_refused(reason, refusal)
         for split in SPLITS:
             self._check_left(split)
 
-    def _refuse(self, reason: str, refusal: Refusal) -> None:
-        concerned = [tally for tally in self.tallies if tally.counts[reason]]
-        if not concerned:
+    def _check_refused(self, reason: str, refusal: Refusal) -> None:
+        affected = [tally for tally in self.tallies if tally.counts[reason]]
+        if not affected:
             return
-        count = sum(tally.counts[reason] for tally in concerned)
+        count = sum(tally.counts[reason] for tally in affected)
         total = sum(tally.rows for tally in self.tallies)
-        shown = [f"{t.name} {fault}" for t in concerned for fault in t.faults[reason]]
-        what = refusal.what.format(max_length=self.max_length)
+        shown = [f"{t.name} {fault}" for t in affected for fault in t.faults[reason]]
+        problem = refusal.problem.format(max_length=self.max_length)
         first = "" if count <= FAULTS_SHOWN else f"The first {FAULTS_SHOWN}: "
         raise StageError(
             reason,
-            f"{count} of {total} {what}. {first}{'; '.join(shown[:FAULTS_SHOWN])}.",
+            f"{count} of {total} {problem}. {first}{'; '.join(shown[:FAULTS_SHOWN])}.",
             advice=refusal.advice,
         )
 
     def _check_left(self, split: str) -> None:
-        concerned = [tally for tally in self.tallies if tally.role.startswith(split)]
-        if not concerned or any(tally.kept for tally in concerned):
+        affected = [tally for tally in self.tallies if tally.role.startswith(split)]
+        if not affected or any(tally.kept for tally in affected):
             return
-        skipped = sum(tally.skipped for tally in concerned)
-        dropped = sum(tally.counts["dropped"] for tally in concerned)
-        shown = [fault for t in concerned for faults in t.faults.values() for fault in faults]
+        skipped = sum(tally.skipped for tally in affected)
+        dropped = sum(tally.counts["dropped"] for tally in affected)
+        shown = [fault for t in affected for faults in t.faults.values() for fault in faults]
         raise StageError(
             "EmptyData",
             f"no row is left for {split}: {skipped} skipped, {dropped} "
             f"dropped as longer than {self.max_length} tokens. {'; '.join(shown[:FAULTS_SHOWN])}",
-            advice=f"Repair the rows of {concerned[0].name}, or raise spec.data.maxLength.",
+            advice=f"Repair the rows of {affected[0].name}, or raise spec.data.maxLength.",
         )
 
 
 def _batches(stream: Iterable[Example]) -> Iterator[list[Example]]:
+    """Yield batches within BATCH_ROWS and BATCH_CHARACTERS."""
     batch: list[Example] = []
     characters = 0
     for example in stream:
@@ -260,15 +268,17 @@ def _batches(stream: Iterable[Example]) -> Iterator[list[Example]]:
         yield batch
 
 
-def truncated(encoded: Encoded, max_length: int) -> list[Encoded]:
-    """The row's start."""
+def truncate(encoded: Encoded, max_length: int) -> list[Encoded]:
+    """Return the start of the row, as one sequence."""
     return [Encoded(encoded.ids[:max_length], encoded.mask[:max_length])]
 
 
 def split_evenly(encoded: Encoded, max_length: int) -> list[Encoded]:
-    """All of the row in as few pieces as it takes, of equal length within one token: no piece is a
-    useless rest, and each sees as much context as can be. A piece's first token is no target: in
-    its piece nothing comes before it."""
+    """Return the whole row in as few pieces as possible.
+
+    Lengths differ by one token at most, so that no piece is a short remainder. A piece's first
+    token is no target, because no token precedes it.
+    """
     length = len(encoded.ids)
     count = -(-length // max_length)
     bounds = [index * length // count for index in range(count + 1)]
