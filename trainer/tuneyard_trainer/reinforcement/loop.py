@@ -49,9 +49,8 @@ from tuneyard_trainer.reinforcement.stop_conditions import (
 )
 from tuneyard_trainer.reinforcement.update import PolicyOptimizer
 from tuneyard_trainer.training.batches import Order
-from tuneyard_trainer.training.checkpoints import Checkpoints, LoopState, assign
+from tuneyard_trainer.training.checkpoints import Checkpoints, LoopState
 from tuneyard_trainer.training.history import History
-from tuneyard_trainer.training.loop import CHECKPOINT_SECONDS
 from tuneyard_trainer.training.schedules import rate
 from tuneyard_trainer.training.seeds import COMPLETION, MEASUREMENT, derive_seed
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
@@ -115,9 +114,8 @@ class Loop:
     held_out: Sequence[TokenizedPrompt]
     """What is measured on."""
     order: Order
-    checkpoints: Checkpoints
+    checkpoints: Checkpoints[RlState]
     history: History
-    checkpoint_steps: int | None
     trained_on_held_out: bool = False
     resumed_at: int | None = None
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -148,13 +146,14 @@ class Loop:
         sampler = _sampler(actor, stop, settings.sampling, ready, context.worker)
         questions, held_out = split(ready)
         peers = ProcessGroup(context.worker.rank, context.worker.world_size, context.worker.device)
+        optimiser = PolicyOptimizer.of(actor, method, training, peers)
         return cls(
             stage=context.stage.name,
             settings=settings,
             method=method,
             worker=context.worker,
             actor=actor,
-            optimiser=PolicyOptimizer.of(actor, method, training, peers),
+            optimiser=optimiser,
             collector=Collector(
                 actor, sampler, reward, asker.tokenizer, stop, settings.sampling, peers
             ),
@@ -166,11 +165,8 @@ class Loop:
                 max(1, method.answers // method.group_size),
                 training.seed,
             ),
-            checkpoints=Checkpoints(
-                context.workdir / "checkpoints", context.worker.persist, RlState
-            ),
+            checkpoints=Checkpoints(context, RlState, optimiser.parameters, optimiser.optimizer),
             history=History(context.workdir / "metrics.jsonl", enabled=context.worker.is_main),
-            checkpoint_steps=context.stage.runtime.checkpoint_steps,
         )
 
     # ---- the run ------------------------------------------------------------------------------
@@ -185,7 +181,6 @@ class Loop:
         """Every update from the newest checkpoint (or the start) to the end, or to a blow-up."""
         total = self.total_steps
         state = self._resume(total)
-        saved = time.monotonic()
         while state.step < total:
             state, interrupted = self._update(state, total)
             if state.stopped:
@@ -193,9 +188,8 @@ class Loop:
             measured = self._measurement_due(state.step, total)
             if measured:
                 state = self._measure(state, total)
-            if interrupted or measured or self._checkpoint_due(state.step, total, saved):
-                self._save(state)
-                saved = time.monotonic()
+            if interrupted or measured or self.checkpoints.due(state.step, total):
+                self.checkpoints.save(state)
             if interrupted:
                 self.checkpoints.wait()
                 raise Interrupted(self.stage, state.step)
@@ -204,19 +198,16 @@ class Loop:
         return state
 
     def _resume(self, total: int) -> RlState:
-        state = self.checkpoints.latest()
+        state = self.checkpoints.resume()
         if state is None:
             self.history.truncate(0)
             state = RlState(kl_coefficient=self.settings.kl_coefficient)
             self.worker.report(total_steps=total, message="measuring the model before training")
             state = self._measure(state, total)
             state = replace(state, base=state.last)
-            self._save(state)
+            self.checkpoints.save(state)
             self.worker.report(total_steps=total, resumed_step=0)
             return state
-        if not isinstance(state, RlState):
-            raise TypeError("not a checkpoint of reinforcement learning")
-        self.checkpoints.restore(state, self.optimiser.parameters, self.optimiser.optimizer)
         self.history.truncate(state.step)
         if state.step == 0:
             self.history.write({"step": 0, **held_out_metrics(state.base)})
@@ -395,26 +386,11 @@ class Loop:
 
     # ---- checkpoints and results ----------------------------------------------------------------
 
-    def _checkpoint_due(self, step: int, total: int, saved: float) -> bool:
-        """Without a fixed interval rank 0's clock decides for itself: only rank 0 writes."""
-        if step == total:
-            return False
-        if self.checkpoint_steps is not None:
-            return step % self.checkpoint_steps == 0
-        return time.monotonic() - saved >= CHECKPOINT_SECONDS
-
-    def _save(self, state: RlState) -> None:
-        if self.worker.is_main:
-            self.checkpoints.save(state, self.optimiser.parameters, self.optimiser.optimizer)
-
     def _keep_best(self, state: RlState, total: int) -> None:
-        """Rank 0 alone holds the result; the others are done."""
-        best = state.best_step
-        if not self.settings.training.keep_best or best is None or not self.worker.is_main:
+        if not self.settings.training.keep_best:
             return
-        if best != state.step:
-            assign(self.checkpoints.weights(best), self.optimiser.parameters)
-        if best == 0:
+        self.checkpoints.restore_best(state)
+        if state.best_step == 0:
             message = "no update was better than the start: the result is the model as it was"
             self.worker.report(step=state.step, total_steps=total, message=message)
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +25,10 @@ from torch import Tensor
 
 from tuneyard.errors import StageError
 from tuneyard_trainer.storage.files import disk_error
+from tuneyard_trainer.worker import StageContext
+
+CHECKPOINT_SECONDS = 600.0
+"""Time between two checkpoints if the job sets no interval in steps."""
 
 Parameters = Mapping[str, torch.nn.Parameter]
 
@@ -48,38 +54,54 @@ class LoopState:
         return self.step
 
 
-class Checkpoints:
+State = TypeVar("State", bound=LoopState)
+
+
+class Checkpoints(Generic[State]):
     """The checkpoints of one training stage. Rank 0 writes, in the background; all ranks read."""
 
     def __init__(
         self,
-        folder: Path,
-        persist: Callable[[Path], None],
-        state_type: type[LoopState] = LoopState,
+        context: StageContext,
+        state_type: type[State],
+        parameters: Parameters,
+        optimizer: torch.optim.Optimizer,
     ) -> None:
-        self.folder, self._persist, self._state_type = folder, persist, state_type
+        self.folder = context.workdir / "checkpoints"
+        self._worker, self._every = context.worker, context.stage.runtime.checkpoint_steps
+        self._state_type, self._parameters, self._optimizer = state_type, parameters, optimizer
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._saved_at = time.monotonic()
 
-    def save(
-        self, state: LoopState, parameters: Parameters, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Snapshots now and writes in the background; waits for the previous write first.
+    def due(self, step: int, total: int) -> bool:
+        """Return whether to save after `step`. Without an interval in steps the ranks' clocks may
+        disagree, which does no harm: only rank 0 writes."""
+        if step == total:
+            return False
+        if self._every is not None:
+            return step % self._every == 0
+        return time.monotonic() - self._saved_at >= CHECKPOINT_SECONDS
 
-        Raises StageError DiskFull or CheckpointFailed if that one failed.
+    def save(self, state: State) -> None:
+        """Take a snapshot on rank 0 and write it in the background, after the previous write.
+
+        Raises StageError DiskFull or CheckpointFailed if the previous write failed.
         """
-        self.wait()
-        weights = {name: _snapshot(p) for name, p in parameters.items()}
-        moments = {
-            f"{name}/{key}": _snapshot(value)
-            for name, p in parameters.items()
-            for key, value in optimizer.state[p].items()
-            if key != "step"
-        }
-        self._pending = self._writer.submit(self._write, state, weights, moments)
+        if self._worker.is_main:
+            self.wait()
+            weights = {name: _snapshot(p) for name, p in self._parameters.items()}
+            moments = {
+                f"{name}/{key}": _snapshot(value)
+                for name, p in self._parameters.items()
+                for key, value in self._optimizer.state[p].items()
+                if key != "step"
+            }
+            self._pending = self._writer.submit(self._write, state, weights, moments)
+        self._saved_at = time.monotonic()
 
     def wait(self) -> None:
-        """Returns once everything saved is on disk."""
+        """Return once everything saved is on disk."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -88,36 +110,42 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             raise disk_error(error, self.folder) from error
 
-    def latest(self) -> LoopState | None:
-        """The newest complete checkpoint's state; None: there is none."""
+    def resume(self) -> State | None:
+        """Load the newest complete checkpoint into the parameters and the optimizer, in place.
+
+        Returns its state; None: there is no checkpoint.
+        """
         steps = sorted(self.folder.glob("step-????????/state.json"))
-        return self._state_type(**json.loads(steps[-1].read_text())) if steps else None
-
-    def weights(self, step: int) -> dict[str, Tensor]:
-        """The trained tensors of a checkpoint, on the CPU."""
-        return load_file(self._at(step) / "weights.safetensors")
-
-    def restore(
-        self, state: LoopState, parameters: Parameters, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Puts a checkpoint's tensors back into the parameters and a fresh optimizer, in place."""
-        assign(self.weights(state.step), parameters)
+        if not steps:
+            return None
+        state = self._state_type(**json.loads(steps[-1].read_text()))
+        assign(self._weights(state.step), self._parameters)
         moments = load_file(self._at(state.step) / "optimizer.safetensors")
-        for name, parameter in parameters.items():
+        for name, parameter in self._parameters.items():
             if f"{name}/exp_avg" not in moments:  # it never had a gradient
                 continue
-            optimizer.state[parameter] = {
+            self._optimizer.state[parameter] = {
                 "step": torch.tensor(float(state.optimizer_age())),
                 "exp_avg": moments[f"{name}/exp_avg"].to(parameter.device),
                 "exp_avg_sq": moments[f"{name}/exp_avg_sq"].to(parameter.device),
             }
+        self._saved_at = time.monotonic()
+        return state
+
+    def restore_best(self, state: State) -> None:
+        """Load the weights of the best step, if it is not the present one, on rank 0: rank 0 alone
+        writes the result."""
+        if self._worker.is_main and state.best_step not in (None, state.step):
+            assign(self._weights(state.best_step), self._parameters)
+
+    def _weights(self, step: int) -> dict[str, Tensor]:
+        """Return the trained tensors of a checkpoint, on the CPU."""
+        return load_file(self._at(step) / "weights.safetensors")
 
     def _at(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
-    def _write(
-        self, state: LoopState, weights: dict[str, Tensor], moments: dict[str, Tensor]
-    ) -> None:
+    def _write(self, state: State, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
         final = self._at(state.step)
         partial = final.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -129,7 +157,7 @@ class Checkpoints:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         self._prune(keep={state.step, state.best_step})
-        self._persist(self.folder)
+        self._worker.persist(self.folder)
 
     def _prune(self, keep: set[int | None]) -> None:
         """Only the newest and the best are ever read again."""
