@@ -20,7 +20,6 @@ import torch
 
 from tuneyard.api.alignment import Sampling
 from tuneyard.api.stage_settings import GrpoSettings, PpoSettings
-from tuneyard.errors import StageError
 from tuneyard_trainer.generation import answering
 from tuneyard_trainer.generation.answering import TokenizedPrompt
 from tuneyard_trainer.generation.sampling import Sampler, TransformersSampler, stop_tokens
@@ -41,46 +40,20 @@ from tuneyard_trainer.reinforcement.held_out import (
 )
 from tuneyard_trainer.reinforcement.method import Method
 from tuneyard_trainer.reinforcement.rollouts import Collector, ProcessGroup, Rollouts, prompts_of
+from tuneyard_trainer.reinforcement.state import RlState
 from tuneyard_trainer.reinforcement.stop_conditions import (
-    ALIKE_UPDATES,
-    TRUNCATED_UPDATES,
     Stop,
     blown_up,
+    count_alike,
+    count_truncated,
 )
 from tuneyard_trainer.reinforcement.update import PolicyOptimizer
 from tuneyard_trainer.training.batches import Order
-from tuneyard_trainer.training.checkpoints import Checkpoints, LoopState
+from tuneyard_trainer.training.checkpoints import Checkpoints
 from tuneyard_trainer.training.history import History
 from tuneyard_trainer.training.schedules import rate
 from tuneyard_trainer.training.seeds import COMPLETION, MEASUREMENT, derive_seed
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
-
-
-@dataclass(frozen=True)
-class RlState(LoopState):
-    """Where the loop stands after `step` updates. `best_loss` is the method's objective on the
-    held-out prompts, negated."""
-
-    optimizer_steps: int = 0
-    kl_coefficient: float = 0.0
-    first_length: float = 0.0
-    """Mean length of the first update's answers; 0: there was none yet."""
-    truncated: int = 0
-    """Updates in a row in which no answer ended."""
-    alike: int | None = 0
-    """Updates since the start, in none of which a reward differed from one that it is compared
-    with; None: one did."""
-    stopped: str | None = None
-    """Why the run ended early; None: it did not."""
-    base: dict[str, float] = field(default_factory=dict)
-    """What was measured before the first update."""
-    best: dict[str, float] = field(default_factory=dict)
-    """What was measured at `best_step`."""
-    last: dict[str, float] = field(default_factory=dict)
-    """What was measured last."""
-
-    def optimizer_age(self) -> int:
-        return self.optimizer_steps
 
 
 def run(
@@ -226,14 +199,20 @@ class Loop:
         began = time.monotonic()
         rollouts = self.collector.collect(*self._asked(state.step))
         watched = rollouts.watched()
-        state = self._refuse_truncation(state, watched)
+        if self.method.ends_matter:
+            state = count_truncated(
+                state,
+                watched,
+                answers=self.method.answers,
+                max_new_tokens=self.settings.sampling.max_new_tokens,
+            )
         state = replace(state, first_length=state.first_length or watched["answerLength"])
         stopped = blown_up(self.settings.stop_on, watched, state.first_length)
         if stopped:
-            self._tell_of_blow_up(state, total, watched, stopped)
+            self._record_stop(state, total, watched, stopped)
             return replace(state, stopped=stopped.reason), False
         experience, more = self.method.experience(rollouts, state.kl_coefficient)
-        state = self._refuse_monotony(state, watched | more)
+        state = count_alike(state, watched | more)
         optimised, steps = self.optimiser.improve(
             experience, rollouts, state.step, self._learning_rate(state.step, total)
         )
@@ -280,54 +259,15 @@ class Loop:
         training = self.settings.training
         return training.learning_rate * rate(training.schedule, step, total)
 
-    # ---- watching -------------------------------------------------------------------------------
+    # ---- measuring ------------------------------------------------------------------------------
 
-    def _refuse_truncation(self, state: RlState, watched: Mapping[str, float]) -> RlState:
-        """Counts updates without one whole answer; raises StageError AllAnswersTruncated."""
-        truncated = state.truncated + 1 if watched["endedShare"] == 0 else 0
-        if truncated >= TRUNCATED_UPDATES and self.method.ends_matter:
-            raise StageError(
-                "AllAnswersTruncated",
-                f"in {truncated} updates on end not one of {self.method.answers} answers came to "
-                f"its end within {self.settings.sampling.max_new_tokens} tokens: what is scored "
-                "are torsos.",
-                advice="Raise sampling.maxNewTokens, or start from a model that ends its answers "
-                "(sft first). Answers without an end on purpose: ppo.missingEosPenalty: 0.",
-            )
-        return replace(state, truncated=truncated)
-
-    def _refuse_monotony(self, state: RlState, metrics: Mapping[str, float]) -> RlState:
-        """Counts updates from the start that teach nothing; raises StageError RewardsAlike. Later
-        ones may be alike because everything is learnt."""
-        differ = metrics["rewardDeviation"] > 1e-6 and metrics.get("groupsAlike", 0.0) < 1
-        if state.alike is None or differ:
-            return replace(state, alike=None)
-        if state.alike + 1 >= ALIKE_UPDATES:
-            raise StageError(
-                "RewardsAlike",
-                f"in the first {ALIKE_UPDATES} updates all answers that are compared earned the "
-                f"same ({metrics['reward']:.3g} in the mean of the last): there was nothing to "
-                "learn from.",
-                advice="Start from a model that is right at times (sft, or more of it), raise "
-                "sampling.temperature, or choose a reward that tells answers apart.",
-            )
-        return replace(state, alike=state.alike + 1)
-
-    def _tell_of_blow_up(
+    def _record_stop(
         self, state: RlState, total: int, watched: Mapping[str, float], stopped: Stop
     ) -> None:
         self.history.write({"step": state.step, "stopped": stopped.reason, **watched})
         message = f"{stopped.reason}: {stopped.message}; the run ends"
         self.worker.report(step=state.step, total_steps=total, metrics=watched, message=message)
-        kept = self.settings.training.keep_best and state.best_step
-        if not kept:
-            raise StageError(
-                stopped.reason,
-                f"{stopped.message} after {state.step} updates, and no better model had been "
-                "measured by then.",
-                advice="Lower training.learningRate, raise klCoefficient, measure more often "
-                "(training.evaluationSteps), or relax stopOn.",
-            )
+        stopped.require_best(state, keep_best=self.settings.training.keep_best)
 
     def _measurement_due(self, step: int, total: int) -> bool:
         """Without a fixed interval: each pass over the prompts, but ten times a run at most."""
