@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,13 @@ from tuneyard_trainer.reinforcement import rewards
 from tuneyard_trainer.reinforcement.actor import Actor
 from tuneyard_trainer.reinforcement.arithmetic import adapted_coefficient
 from tuneyard_trainer.reinforcement.held_out import (
-    FEWEST_ANSWERS,
-    MEASURED,
-    MOST_HELD_OUT,
-    SAMPLES_SHOWN,
+    HeldOut,
+    default_interval,
     held_out_metrics,
     split,
 )
 from tuneyard_trainer.reinforcement.method import Method
-from tuneyard_trainer.reinforcement.rollouts import Collector, ProcessGroup, Rollouts, prompts_of
+from tuneyard_trainer.reinforcement.rollouts import Collector, ProcessGroup, prompts_of
 from tuneyard_trainer.reinforcement.state import RlState
 from tuneyard_trainer.reinforcement.stop_conditions import (
     Stop,
@@ -52,7 +50,7 @@ from tuneyard_trainer.training.batches import Order
 from tuneyard_trainer.training.checkpoints import Checkpoints
 from tuneyard_trainer.training.history import History
 from tuneyard_trainer.training.schedules import rate
-from tuneyard_trainer.training.seeds import COMPLETION, MEASUREMENT, derive_seed
+from tuneyard_trainer.training.seeds import COMPLETION, derive_seed
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
 
 
@@ -84,14 +82,11 @@ class Loop:
     optimiser: PolicyOptimizer
     collector: Collector
     questions: Sequence[TokenizedPrompt]
-    held_out: Sequence[TokenizedPrompt]
-    """What is measured on."""
+    held_out: HeldOut
     order: Order
     checkpoints: Checkpoints[RlState]
     history: History
-    trained_on_held_out: bool = False
     resumed_at: int | None = None
-    samples: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def build(
@@ -119,6 +114,9 @@ class Loop:
         sampler = _sampler(actor, stop, settings.sampling, ready, context.worker)
         questions, held_out = split(ready)
         peers = ProcessGroup(context.worker.rank, context.worker.world_size, context.worker.device)
+        collector = Collector(
+            actor, sampler, reward, asker.tokenizer, stop, settings.sampling, peers
+        )
         optimiser = PolicyOptimizer.of(actor, method, training, peers)
         return cls(
             stage=context.stage.name,
@@ -127,12 +125,9 @@ class Loop:
             worker=context.worker,
             actor=actor,
             optimiser=optimiser,
-            collector=Collector(
-                actor, sampler, reward, asker.tokenizer, stop, settings.sampling, peers
-            ),
+            collector=collector,
             questions=questions,
-            held_out=held_out or questions[:MOST_HELD_OUT],
-            trained_on_held_out=not held_out,
+            held_out=HeldOut.of(held_out, questions, collector, method, training.seed),
             order=Order(
                 np.arange(len(questions), dtype=np.int64),
                 max(1, method.answers // method.group_size),
@@ -153,12 +148,14 @@ class Loop:
     def train(self) -> RlState:
         """Every update from the newest checkpoint (or the start) to the end, or to a blow-up."""
         total = self.total_steps
+        training = self.settings.training
+        every = training.evaluation_steps or default_interval(self.order.steps_per_epoch, total)
         state = self._resume(total)
         while state.step < total:
             state, interrupted = self._update(state, total)
             if state.stopped:
                 break
-            measured = self._measurement_due(state.step, total)
+            measured = state.step % every == 0 or state.step == total
             if measured:
                 state = self._measure(state, total)
             if interrupted or measured or self.checkpoints.due(state.step, total):
@@ -261,6 +258,13 @@ class Loop:
 
     # ---- measuring ------------------------------------------------------------------------------
 
+    def _measure(self, state: RlState, total: int) -> RlState:
+        """Measure on the held-out prompts and return the state with the result."""
+        found = self.held_out.measure(state.step)
+        self.history.write({"step": state.step, **held_out_metrics(found)})
+        self.worker.report(step=state.step, total_steps=total, metrics=held_out_metrics(found))
+        return state.measured(found)
+
     def _record_stop(
         self, state: RlState, total: int, watched: Mapping[str, float], stopped: Stop
     ) -> None:
@@ -268,50 +272,6 @@ class Loop:
         message = f"{stopped.reason}: {stopped.message}; the run ends"
         self.worker.report(step=state.step, total_steps=total, metrics=watched, message=message)
         stopped.require_best(state, keep_best=self.settings.training.keep_best)
-
-    def _measurement_due(self, step: int, total: int) -> bool:
-        """Without a fixed interval: each pass over the prompts, but ten times a run at most."""
-        every = self.settings.training.evaluation_steps or max(
-            self.order.steps_per_epoch, math.ceil(total / 10)
-        )
-        return step % every == 0 or step == total
-
-    def _measure(self, state: RlState, total: int) -> RlState:
-        """Answers to the held-out prompts, the same keys each time."""
-        seed = self.settings.training.seed
-        asked = [question for question in self.held_out for _ in range(self._copies)]
-        keys = [derive_seed(seed, MEASUREMENT, i) for i in range(len(asked))]
-        rollouts = self.collector.collect(asked, keys)
-        watched = rollouts.watched()
-        objective = self.method.objective(watched)
-        shown = [name for name in MEASURED if name in watched]
-        last = {"objective": objective, **{name: watched[name] for name in shown}}
-        self._show(state.step, rollouts)
-        self.history.write({"step": state.step, **held_out_metrics(last)})
-        self.worker.report(step=state.step, total_steps=total, metrics=held_out_metrics(last))
-        state = replace(state, last=last)
-        if state.best_loss is None or -objective < state.best_loss:
-            return replace(state, best_step=state.step, best_loss=-objective, best=last, stale=0)
-        return replace(state, stale=state.stale + 1)
-
-    @property
-    def _copies(self) -> int:
-        """How often each held-out prompt is answered."""
-        return math.ceil(FEWEST_ANSWERS / len(self.held_out))
-
-    def _show(self, step: int, rollouts: Rollouts) -> None:
-        """Keeps a few answers for the record, each to another prompt."""
-        every = zip(rollouts.owned, rollouts.answers, strict=True)
-        firsts = [(index, answer) for index, answer in every if index % self._copies == 0]
-        for index, answer in firsts[:SAMPLES_SHOWN]:
-            self.samples.append(
-                {
-                    "step": step,
-                    "prompt": self.held_out[index // self._copies].prompt.question,
-                    "answer": answer,
-                    "reward": float(rollouts.scores_R[index]),
-                }
-            )
 
     def _log(self, state: RlState, total: int, metrics: Mapping[str, float]) -> None:
         line = {
@@ -362,12 +322,12 @@ class Loop:
             "answersPerUpdate": self.method.answers,
             "groupSize": self.method.group_size,
             "prompts": len(self.questions),
-            "heldOutPrompts": 0 if self.trained_on_held_out else len(self.held_out),
+            "heldOutPrompts": 0 if self.held_out.trained_on else len(self.held_out.prompts),
             "bestStep": state.best_step,
             "resumedAtStep": self.resumed_at,
             "stoppedBy": state.stopped,
             "optimizerSteps": state.optimizer_steps,
-            "samples": self.samples[:SAMPLES_SHOWN] + self.samples[SAMPLES_SHOWN:][-SAMPLES_SHOWN:],
+            "samples": self.held_out.first_and_last_samples(),
             "precision": str(self.actor.precision).removeprefix("torch."),
             "device": self.worker.device.type,
             "workers": self.worker.world_size,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from tuneyard_trainer.training.checkpoints import LoopState
 
@@ -32,3 +33,12 @@ class RlState(LoopState):
 
     def optimizer_age(self) -> int:
         return self.optimizer_steps
+
+    def measured(self, found: Mapping[str, float]) -> RlState:
+        """Return the state after a measurement on the held-out prompts. `found`: its metrics, of
+        which `objective` decides what is best."""
+        state, objective = replace(self, last=dict(found)), found["objective"]
+        if state.best_loss is None or -objective < state.best_loss:
+            best = dict(found)
+            return replace(state, best_step=state.step, best_loss=-objective, best=best, stale=0)
+        return replace(state, stale=state.stale + 1)
