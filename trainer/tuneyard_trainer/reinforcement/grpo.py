@@ -37,8 +37,8 @@ def run(context: StageContext) -> StageOutcome:
 
 
 @dataclass(frozen=True)
-class Grpo:
-    """What GRPO makes of answers and their scores."""
+class GroupMethod:
+    """The settings that GRPO and RLOO share: advantages within a group, and no value head."""
 
     settings: GrpoSettings
 
@@ -47,7 +47,6 @@ class Grpo:
     ends_matter = True
     target_kl = None
     rewards_entropy = False
-    watched = ("policyLoss", "clipFraction", "tokenKl")
 
     @property
     def answers(self) -> int:
@@ -60,31 +59,37 @@ class Grpo:
 
     @property
     def with_reference(self) -> bool:
-        return _needs_reference(self.settings)
+        limits = self.settings.stop_on
+        limited = limits is not None and limits.max_kl is not None
+        return self.settings.kl_coefficient > 0 or limited
+
+
+class Grpo(GroupMethod):
+    """Group relative policy optimization."""
+
+    watched = ("policyLoss", "clipFraction", "tokenKl")
 
     def experience(
         self, rollouts: Rollouts, _kl_coefficient: float, /
     ) -> tuple[Experience, dict[str, float]]:
         """One advantage for all tokens of an answer."""
         rewards_PG = rollouts.scores_R.view(-1, self.group_size)
-        advantages_R = arithmetic.grpo_advantages(rewards_PG).flatten()
-        return _experience(rollouts, advantages_R), _agreement(rewards_PG)
+        return _with_advantages(rollouts, rewards_PG, arithmetic.grpo_advantages(rewards_PG))
 
     def loss(self, now: Scored, then: Experience, /) -> Loss:
         """Shao et al. 2024, eq. 3, negated, summed over the answers' tokens."""
-        mask_BT = then.mask_BT
         policy = arithmetic.clipped_policy_loss(
             now.logprobs_BT, then.logprobs_BT, then.advantages_BT, self.settings.clip_range
         )
         kl_BT = arithmetic.kl_k3(now.logprobs_BT, then.reference_BT)
-        total = arithmetic.masked_sum(policy.loss + self.settings.kl_coefficient * kl_BT, mask_BT)
-        return Loss(
-            total,
+        return Loss.over_tokens(
+            policy.loss + self.settings.kl_coefficient * kl_BT,
             {
-                "policyLoss": arithmetic.masked_sum(policy.loss, mask_BT),
-                "clipFraction": arithmetic.masked_sum(policy.bound.float(), mask_BT),
-                "tokenKl": arithmetic.masked_sum(kl_BT, mask_BT),
+                "policyLoss": policy.loss,
+                "clipFraction": policy.bound.float(),
+                "tokenKl": kl_BT,
             },
+            then.mask_BT,
         )
 
     def divisor(self, lengths: Tensor, /) -> Tensor:
@@ -99,31 +104,10 @@ class Grpo:
         return watched["reward"] - self.settings.kl_coefficient * per_token
 
 
-@dataclass(frozen=True)
-class Rloo:
-    """What RLOO makes of answers and their scores."""
+class Rloo(GroupMethod):
+    """REINFORCE leave-one-out."""
 
-    settings: GrpoSettings
-
-    optimization_epochs = 1
-    with_values = False
-    ends_matter = True
-    target_kl = None
-    rewards_entropy = False
     watched = ("policyLoss", "clipFraction")
-
-    @property
-    def answers(self) -> int:
-        """One optimizer step takes all of an update's answers, so it is always on-policy."""
-        return self.settings.training.batch_size
-
-    @property
-    def group_size(self) -> int:
-        return self.settings.group_size
-
-    @property
-    def with_reference(self) -> bool:
-        return _needs_reference(self.settings)
 
     def experience(
         self, rollouts: Rollouts, kl_coefficient: float, /
@@ -133,8 +117,7 @@ class Rloo:
         if rollouts.kl_R is not None:
             rewards_R = rewards_R - kl_coefficient * rollouts.kl_R
         rewards_PG = rewards_R.view(-1, self.group_size)
-        advantages_R = arithmetic.rloo_advantages(rewards_PG).flatten()
-        return _experience(rollouts, advantages_R), _agreement(rewards_PG)
+        return _with_advantages(rollouts, rewards_PG, arithmetic.rloo_advantages(rewards_PG))
 
     def loss(self, now: Scored, then: Experience, /) -> Loss:
         """An answer is one action: the ratio is the whole answer's, clipped as PPO's. Summed over
@@ -163,25 +146,13 @@ class Rloo:
         return watched["reward"] - self.settings.kl_coefficient * watched.get("kl", 0.0)
 
 
-def _needs_reference(settings: GrpoSettings) -> bool:
-    limited = settings.stop_on is not None and settings.stop_on.max_kl is not None
-    return settings.kl_coefficient > 0 or limited
-
-
-def _experience(rollouts: Rollouts, advantages_R: Tensor) -> Experience:
-    """Each answer's advantage on all of its tokens."""
-    advantages_BT = rollouts.own(advantages_R)[:, None].expand_as(rollouts.mask_BT)
-    return Experience(
-        mask_BT=rollouts.mask_BT,
-        logprobs_BT=rollouts.logprobs_BT,
-        reference_BT=rollouts.reference_BT,
-        values_BT=rollouts.values_BT,
-        advantages_BT=advantages_BT,
-        returns_BT=advantages_BT,
-    )
-
-
-def _agreement(rewards_PG: Tensor) -> dict[str, float]:
-    """The share of groups that teach nothing, as all of their answers earn the same."""
-    same = (rewards_PG == rewards_PG[:, :1]).all(1)
-    return {"groupsAlike": float(same.float().mean())}
+def _with_advantages(
+    rollouts: Rollouts, rewards_PG: Tensor, advantages_PG: Tensor
+) -> tuple[Experience, dict[str, float]]:
+    """Return each answer's advantage on all of its tokens, and the share of groups without an
+    advantage, since all of their answers earn the same."""
+    advantages_B = rollouts.own(advantages_PG.flatten())
+    advantages_BT = advantages_B[:, None].expand_as(rollouts.mask_BT)
+    same_P = (rewards_PG == rewards_PG[:, :1]).all(1)
+    metrics = {"groupsAlike": float(same_P.float().mean())}
+    return Experience.of(rollouts, advantages_BT, returns_BT=advantages_BT), metrics

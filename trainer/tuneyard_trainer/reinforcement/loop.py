@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,6 @@ from tuneyard_trainer.reinforcement.method import Method
 from tuneyard_trainer.reinforcement.rollouts import Collector, ProcessGroup, prompts_of
 from tuneyard_trainer.reinforcement.state import RlState
 from tuneyard_trainer.reinforcement.stop_conditions import (
-    Stop,
     blown_up,
     count_alike,
     count_truncated,
@@ -63,8 +61,8 @@ def run(
         state = loop.train()
     finally:
         loop.collector.sampler.close()
-    if context.worker.is_main:
-        loop.write_weights(context.workdir / "weights")
+    if context.worker.is_main:  # without the value head: sampling needs none
+        policies.save(loop.actor.model, settings.adapter, context.workdir / "weights")
     return StageOutcome(
         metrics=loop.summary(state), details=loop.details(state), contents=("weights",)
     )
@@ -84,6 +82,7 @@ class Loop:
     questions: Sequence[TokenizedPrompt]
     held_out: HeldOut
     order: Order
+    total_steps: int
     checkpoints: Checkpoints[RlState]
     history: History
     resumed_at: int | None = None
@@ -117,6 +116,11 @@ class Loop:
         collector = Collector(
             actor, sampler, reward, asker.tokenizer, stop, settings.sampling, peers
         )
+        order = Order(
+            np.arange(len(questions), dtype=np.int64),
+            max(1, method.answers // method.group_size),
+            training.seed,
+        )
         optimiser = PolicyOptimizer.of(actor, method, training, peers)
         return cls(
             stage=context.stage.name,
@@ -128,69 +132,55 @@ class Loop:
             collector=collector,
             questions=questions,
             held_out=HeldOut.of(held_out, questions, collector, method, training.seed),
-            order=Order(
-                np.arange(len(questions), dtype=np.int64),
-                max(1, method.answers // method.group_size),
-                training.seed,
-            ),
+            order=order,
+            total_steps=order.total_steps(training.epochs, training.max_steps),
             checkpoints=Checkpoints(context, RlState, optimiser.parameters, optimiser.optimizer),
             history=History(context.workdir / "metrics.jsonl", enabled=context.worker.is_main),
         )
 
     # ---- the run ------------------------------------------------------------------------------
 
-    @property
-    def total_steps(self) -> int:
-        """Updates of the whole run; an epoch is a pass over the prompts."""
-        training = self.settings.training
-        return self.order.total_steps(training.epochs, training.max_steps)
-
     def train(self) -> RlState:
         """Every update from the newest checkpoint (or the start) to the end, or to a blow-up."""
-        total = self.total_steps
-        training = self.settings.training
-        every = training.evaluation_steps or default_interval(self.order.steps_per_epoch, total)
-        state = self._resume(total)
+        total, per_epoch = self.total_steps, self.order.steps_per_epoch
+        every = self.settings.training.evaluation_steps or default_interval(per_epoch, total)
+        state = self._resume()
         while state.step < total:
-            state, interrupted = self._update(state, total)
+            state, interrupted = self._update(state)
             if state.stopped:
                 break
             measured = state.step % every == 0 or state.step == total
             if measured:
-                state = self._measure(state, total)
+                state = self._measure(state)
             if interrupted or measured or self.checkpoints.due(state.step, total):
                 self.checkpoints.save(state)
             if interrupted:
                 self.checkpoints.wait()
                 raise Interrupted(self.stage, state.step)
         self.checkpoints.wait()
-        self._keep_best(state, total)
+        self._keep_best(state)
         return state
 
-    def _resume(self, total: int) -> RlState:
+    def _resume(self) -> RlState:
         state = self.checkpoints.resume()
         if state is None:
             self.history.truncate(0)
             state = RlState(kl_coefficient=self.settings.kl_coefficient)
-            self.worker.report(total_steps=total, message="measuring the model before training")
-            state = self._measure(state, total)
+            self._report(0, message="measuring the model before training")
+            state = self._measure(state)
             state = replace(state, base=state.last)
             self.checkpoints.save(state)
-            self.worker.report(total_steps=total, resumed_step=0)
+            self._report(0, resumed_step=0)
             return state
         self.history.truncate(state.step)
         if state.step == 0:
             self.history.write({"step": 0, **held_out_metrics(state.base)})
         self.resumed_at = state.step
-        self.worker.report(
-            step=state.step,
-            total_steps=total,
-            message=f"resuming after update {state.step}",
-            resumed_step=state.step,
-        )
+        message = f"resuming after update {state.step}"
+        self._report(state.step, message=message, resumed_step=state.step)
         return state
 
-    def _update(self, state: RlState, total: int) -> tuple[RlState, bool]:
+    def _update(self, state: RlState) -> tuple[RlState, bool]:
         """Answers of the present policy, and the passes that improve it on them. Returns the state
         after it, and whether any worker was asked to stop."""
         began = time.monotonic()
@@ -206,12 +196,15 @@ class Loop:
         state = replace(state, first_length=state.first_length or watched["answerLength"])
         stopped = blown_up(self.settings.stop_on, watched, state.first_length)
         if stopped:
-            self._record_stop(state, total, watched, stopped)
+            message = f"{stopped.reason}: {stopped.message}; the run ends"
+            self.history.write({"step": state.step, "stopped": stopped.reason, **watched})
+            self._report(state.step, metrics=watched, message=message)
+            stopped.require_best(state, keep_best=self.settings.training.keep_best)
             return replace(state, stopped=stopped.reason), False
         experience, more = self.method.experience(rollouts, state.kl_coefficient)
         state = count_alike(state, watched | more)
         optimised, steps = self.optimiser.improve(
-            experience, rollouts, state.step, self._learning_rate(state.step, total)
+            experience, rollouts, state.step, self._learning_rate(state.step)
         )
         interrupted = self._asked_to_stop()
         trained = time.monotonic()
@@ -233,7 +226,7 @@ class Loop:
                 state.kl_coefficient, watched.get("kl", 0.0), self.method.target_kl
             ),
         )
-        self._log(state, total, metrics)
+        self._log(state, metrics)
         return state, interrupted
 
     def _asked_to_stop(self) -> bool:
@@ -252,52 +245,55 @@ class Loop:
         questions = [self.questions[i] for i in chosen for _ in range(self.method.group_size)]
         return questions, [derive_seed(seed, COMPLETION, step, i) for i in range(len(questions))]
 
-    def _learning_rate(self, step: int, total: int) -> float:
+    def _learning_rate(self, step: int) -> float:
         training = self.settings.training
-        return training.learning_rate * rate(training.schedule, step, total)
+        return training.learning_rate * rate(training.schedule, step, self.total_steps)
 
     # ---- measuring ------------------------------------------------------------------------------
 
-    def _measure(self, state: RlState, total: int) -> RlState:
+    def _measure(self, state: RlState) -> RlState:
         """Measure on the held-out prompts and return the state with the result."""
         found = self.held_out.measure(state.step)
-        self.history.write({"step": state.step, **held_out_metrics(found)})
-        self.worker.report(step=state.step, total_steps=total, metrics=held_out_metrics(found))
+        metrics = held_out_metrics(found)
+        self.history.write({"step": state.step, **metrics})
+        self._report(state.step, metrics=metrics)
         return state.measured(found)
 
-    def _record_stop(
-        self, state: RlState, total: int, watched: Mapping[str, float], stopped: Stop
-    ) -> None:
-        self.history.write({"step": state.step, "stopped": stopped.reason, **watched})
-        message = f"{stopped.reason}: {stopped.message}; the run ends"
-        self.worker.report(step=state.step, total_steps=total, metrics=watched, message=message)
-        stopped.require_best(state, keep_best=self.settings.training.keep_best)
-
-    def _log(self, state: RlState, total: int, metrics: Mapping[str, float]) -> None:
+    def _log(self, state: RlState, metrics: Mapping[str, float]) -> None:
         line = {
             **metrics,
-            "learningRate": self._learning_rate(state.step - 1, total),
+            "learningRate": self._learning_rate(state.step - 1),
             "epoch": state.step / self.order.steps_per_epoch,
             "tokens": float(state.tokens),
             "tokensPerSecond": state.tokens / state.seconds if state.seconds else 0.0,
         }
         self.history.write({"step": state.step, **line})
-        self.worker.report(step=state.step, total_steps=total, metrics=line)
+        self._report(state.step, metrics=line)
+
+    def _report(
+        self,
+        step: int,
+        metrics: Mapping[str, float] | None = None,
+        message: str | None = None,
+        resumed_step: int | None = None,
+    ) -> None:
+        self.worker.report(
+            step=step,
+            total_steps=self.total_steps,
+            metrics=metrics,
+            message=message,
+            resumed_step=resumed_step,
+        )
 
     # ---- checkpoints and results ----------------------------------------------------------------
 
-    def _keep_best(self, state: RlState, total: int) -> None:
+    def _keep_best(self, state: RlState) -> None:
         if not self.settings.training.keep_best:
             return
         self.checkpoints.restore_best(state)
         if state.best_step == 0:
             message = "no update was better than the start: the result is the model as it was"
-            self.worker.report(step=state.step, total_steps=total, message=message)
-
-    def write_weights(self, folder: Path) -> None:
-        """The adapter alone, or the whole model where all of it was trained. No value head: what
-        answers needs none."""
-        policies.save(self.actor.model, self.settings.adapter, folder)
+            self._report(state.step, message=message)
 
     def summary(self, state: RlState) -> dict[str, float]:
         """The record's metrics: what is kept, on the held-out prompts, and what it took."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tuneyard_trainer.reinforcement.actor import Scored
+from tuneyard_trainer.reinforcement.arithmetic import masked_sum
 from tuneyard_trainer.reinforcement.rollouts import Rollouts
 
 
@@ -24,6 +25,18 @@ class Experience(NamedTuple):
     values_BT: Tensor
     advantages_BT: Tensor
     returns_BT: Tensor
+
+    @classmethod
+    def of(cls, rollouts: Rollouts, advantages_BT: Tensor, returns_BT: Tensor) -> Experience:
+        """Return the rollouts with advantages and returns."""
+        return cls(
+            mask_BT=rollouts.mask_BT,
+            logprobs_BT=rollouts.logprobs_BT,
+            reference_BT=rollouts.reference_BT,
+            values_BT=rollouts.values_BT,
+            advantages_BT=advantages_BT,
+            returns_BT=returns_BT,
+        )
 
     def take(self, chosen: Sequence[int]) -> Experience:
         """Some of the answers, as wide as the longest of them."""
@@ -39,6 +52,16 @@ class Loss(NamedTuple):
     """The sum to minimise, before it is divided by the method's `divisor`."""
     watched: Mapping[str, Tensor]
     """Sums over the answers' tokens of what is watched per token."""
+
+    @classmethod
+    def over_tokens(
+        cls, total_BT: Tensor, watched_BT: Mapping[str, Tensor], mask_BT: Tensor
+    ) -> Loss:
+        """Return the sums over the tokens under the mask."""
+        return cls(
+            masked_sum(total_BT, mask_BT),
+            {name: masked_sum(x_BT, mask_BT) for name, x_BT in watched_BT.items()},
+        )
 
 
 class Method(Protocol):

@@ -97,21 +97,12 @@ class Ppo:
         )
         reduce = rollouts.reduce
         explained = arithmetic.explained_variance(rollouts.values_BT, returns_BT, mask_BT, reduce)
-        return (
-            Experience(
-                mask_BT=mask_BT,
-                logprobs_BT=rollouts.logprobs_BT,
-                reference_BT=rollouts.reference_BT,
-                values_BT=rollouts.values_BT,
-                advantages_BT=arithmetic.whiten(advantages_BT, mask_BT, reduce=reduce),
-                returns_BT=returns_BT,
-            ),
-            {
-                "explainedVariance": float(explained),
-                "penalisedReward": float(scores_R.mean()),
-                "return": float(arithmetic.masked_mean(returns_BT, mask_BT, reduce)),
-            },
-        )
+        whitened_BT = arithmetic.whiten(advantages_BT, mask_BT, reduce=reduce)
+        return Experience.of(rollouts, whitened_BT, returns_BT), {
+            "explainedVariance": float(explained),
+            "penalisedReward": float(scores_R.mean()),
+            "return": float(arithmetic.masked_mean(returns_BT, mask_BT, reduce)),
+        }
 
     def loss(self, now: Scored, then: Experience, /) -> Loss:
         """Step 4, summed over the answers' tokens (Schulman et al. 2017, eq. 9, negated). The KL
@@ -135,10 +126,7 @@ class Ppo:
             "valueClipFraction": value.bound.float(),
             "approximateKl": arithmetic.kl_k2(now.logprobs_BT, then.logprobs_BT),
         }
-        return Loss(
-            arithmetic.masked_sum(total_BT, mask_BT),
-            {name: arithmetic.masked_sum(x_BT, mask_BT) for name, x_BT in watched.items()},
-        )
+        return Loss.over_tokens(total_BT, watched, mask_BT)
 
     def divisor(self, lengths: Tensor, /) -> Tensor:
         """The minibatch's tokens: each counts the same, whichever answer it is in."""
