@@ -1,16 +1,17 @@
-"""grpo: several answers to each prompt, compared with each other; no value head.
+"""Stage grpo: several completions of each prompt, compared with each other; no value head.
 
 Group relative policy optimization (Shao et al. 2024, arXiv:2402.03300) and REINFORCE leave-one-out
-(Ahmadian et al. 2024, arXiv:2402.14740), with the loop of `reinforcement` around them. Both make
-one optimizer step of an update's answers; they differ in three lines:
+(Ahmadian et al. 2024, arXiv:2402.14740), run by `loop`. Both take one optimizer step on an update's
+completions. They differ in three points:
 
-| | advantage of an answer | where the KL is | what is averaged |
+| | advantage of a completion | place of the KL | loss is the mean over |
 | --- | --- | --- | --- |
 | grpo | (r - mean) / std of its group | in the loss, per token (k3) | tokens of the batch |
-| rloo | r - mean of its siblings | in the reward, per answer (k1) | answers of the batch |
+| rloo | r - mean of the others in its group | in the reward, per completion (k1) | completions |
 
-`docs/adr/0009-own-loop-for-reinforcement.md` says why this loop and not TRL's trainers, whose
-losses these are. Shapes: B answers, T tokens, R answers of all workers, P prompts, G answers each.
+`docs/adr/0009-own-loop-for-reinforcement.md` says why this loop and not TRL's trainers, which have
+the same losses. Shapes: B completions of one worker, R of all workers, T tokens, P prompts, G
+completions of each.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from tuneyard_trainer.worker import StageContext, StageOutcome
 
 
 def run(context: StageContext) -> StageOutcome:
-    """Trains and leaves `weights/` (an adapter or a whole model) and `metrics.jsonl`."""
+    """Train and write `weights/` (an adapter or a whole model) and `metrics.jsonl`."""
     settings = context.settings(GrpoSettings)
     method = Grpo(settings) if settings.estimator == "grpo" else Rloo(settings)
     return loop.run(context, settings, method)
@@ -44,13 +45,13 @@ class GroupMethod:
 
     optimization_epochs = 1
     with_values = False
-    ends_matter = True
+    requires_ends = True
     target_kl = None
     rewards_entropy = False
 
     @property
-    def answers(self) -> int:
-        """One optimizer step takes all of an update's answers, so it is always on-policy."""
+    def completions(self) -> int:
+        """All completions of an update are one optimizer step, so training is always on-policy."""
         return self.settings.training.batch_size
 
     @property
@@ -67,17 +68,17 @@ class GroupMethod:
 class Grpo(GroupMethod):
     """Group relative policy optimization."""
 
-    watched = ("policyLoss", "clipFraction", "tokenKl")
+    loss_metrics = ("policyLoss", "clipFraction", "tokenKl")
 
     def experience(
         self, rollouts: Rollouts, _kl_coefficient: float, /
     ) -> tuple[Experience, dict[str, float]]:
-        """One advantage for all tokens of an answer."""
+        """Give all tokens of a completion the same advantage."""
         rewards_PG = rollouts.scores_R.view(-1, self.group_size)
         return _with_advantages(rollouts, rewards_PG, arithmetic.grpo_advantages(rewards_PG))
 
     def loss(self, now: Scored, then: Experience, /) -> Loss:
-        """Shao et al. 2024, eq. 3, negated, summed over the answers' tokens."""
+        """Shao et al. 2024, eq. 3, negated, summed over the completions' tokens."""
         policy = arithmetic.clipped_policy_loss(
             now.logprobs_BT, then.logprobs_BT, then.advantages_BT, self.settings.clip_range
         )
@@ -86,33 +87,33 @@ class Grpo(GroupMethod):
             policy.loss + self.settings.kl_coefficient * kl_BT,
             {
                 "policyLoss": policy.loss,
-                "clipFraction": policy.bound.float(),
+                "clipFraction": policy.clipped.float(),
                 "tokenKl": kl_BT,
             },
             then.mask_BT,
         )
 
     def divisor(self, lengths: Tensor, /) -> Tensor:
-        """All tokens of the batch, as DAPO (Yu et al. 2025, arXiv:2503.14476, eq. 8) and TRL have
-        it. The paper's mean over each answer first makes the tokens of a long wrong answer count
-        less than those of a short one, and answers grow."""
+        """Return the tokens of the batch, as DAPO (Yu et al. 2025, arXiv:2503.14476, eq. 8) and TRL
+        do. The paper's mean over each completion first makes the tokens of a long wrong completion
+        count less than those of a short one, and completions grow."""
         return lengths.sum()
 
-    def objective(self, watched: Mapping[str, float], /) -> float:
-        """Rewards are averaged over answers, the KL over tokens."""
-        per_token = watched.get("kl", 0.0) / watched["answerLength"]
-        return watched["reward"] - self.settings.kl_coefficient * per_token
+    def objective(self, metrics: Mapping[str, float], /) -> float:
+        """Return the mean reward of a completion less the mean KL of a token."""
+        per_token = metrics.get("kl", 0.0) / metrics["answerLength"]
+        return metrics["reward"] - self.settings.kl_coefficient * per_token
 
 
 class Rloo(GroupMethod):
     """REINFORCE leave-one-out."""
 
-    watched = ("policyLoss", "clipFraction")
+    loss_metrics = ("policyLoss", "clipFraction")
 
     def experience(
         self, rollouts: Rollouts, kl_coefficient: float, /
     ) -> tuple[Experience, dict[str, float]]:
-        """The reward of a whole answer, its KL taken off (Ahmadian et al. 2024, eq. 2)."""
+        """Subtract the KL from the reward of a completion (Ahmadian et al. 2024, eq. 2)."""
         rewards_R = rollouts.scores_R
         if rollouts.kl_R is not None:
             rewards_R = rewards_R - kl_coefficient * rollouts.kl_R
@@ -120,8 +121,8 @@ class Rloo(GroupMethod):
         return _with_advantages(rollouts, rewards_PG, arithmetic.rloo_advantages(rewards_PG))
 
     def loss(self, now: Scored, then: Experience, /) -> Loss:
-        """An answer is one action: the ratio is the whole answer's, clipped as PPO's. Summed over
-        answers."""
+        """Return the loss summed over completions. A completion is one action: the ratio is that of
+        the whole completion, clipped as in PPO."""
         mask_BT = then.mask_BT
         now_B = torch.where(mask_BT, now.logprobs_BT, 0.0).sum(1)
         then_B = torch.where(mask_BT, then.logprobs_BT, 0.0).sum(1)
@@ -133,24 +134,24 @@ class Rloo(GroupMethod):
             policy.loss.sum(),
             {
                 "policyLoss": (policy.loss * lengths_B).sum(),
-                "clipFraction": (policy.bound * lengths_B).sum().float(),
+                "clipFraction": (policy.clipped * lengths_B).sum().float(),
             },
         )
 
     def divisor(self, lengths: Tensor, /) -> Tensor:
-        """The batch's answers."""
+        """Return the number of completions."""
         return torch.tensor(float(len(lengths)), device=lengths.device)
 
-    def objective(self, watched: Mapping[str, float], /) -> float:
-        """The reward of an answer less its KL."""
-        return watched["reward"] - self.settings.kl_coefficient * watched.get("kl", 0.0)
+    def objective(self, metrics: Mapping[str, float], /) -> float:
+        """Return the mean reward of a completion less its mean KL."""
+        return metrics["reward"] - self.settings.kl_coefficient * metrics.get("kl", 0.0)
 
 
 def _with_advantages(
     rollouts: Rollouts, rewards_PG: Tensor, advantages_PG: Tensor
 ) -> tuple[Experience, dict[str, float]]:
-    """Return each answer's advantage on all of its tokens, and the share of groups without an
-    advantage, since all of their answers earn the same."""
+    """Return each completion's advantage on all of its tokens, and `groupsAlike`: the share of
+    groups that give no gradient, since all of their rewards are equal."""
     advantages_B = rollouts.own(advantages_PG.flatten())
     advantages_BT = advantages_B[:, None].expand_as(rollouts.mask_BT)
     same_P = (rewards_PG == rewards_PG[:, :1]).all(1)

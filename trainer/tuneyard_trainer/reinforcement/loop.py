@@ -1,9 +1,9 @@
-"""The loop around PPO, GRPO and RLOO: answer, score, optimise, watch, and keep the best.
+"""The training loop of PPO, GRPO and RLOO: sample, score, update, measure, keep the best.
 
-What a method makes of the answers is its own file (`stages/ppo.py`, `stages/grpo.py`); here is what
-they share. Everything random is a function of seed and step (the prompts' order, the answers, the
-minibatches), so a killed run goes on exactly from a checkpoint, and neither the number of workers
-nor the size of a pass changes an update beyond rounding. Shapes as in `rollouts`.
+The methods (`ppo`, `grpo`) compute advantages and losses. All randomness is a function of seed and
+step: the order of prompts, the completions, the minibatches. A killed run therefore continues from
+a checkpoint exactly, and neither the number of workers nor the size of micro-batches changes an
+update, except by rounding. Shapes as in `rollouts`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from tuneyard.api.alignment import Sampling
 from tuneyard.api.stage_settings import GrpoSettings, PpoSettings
-from tuneyard_trainer.generation import answering
 from tuneyard_trainer.generation.answering import TokenizedPrompt
-from tuneyard_trainer.generation.sampling import Sampler, TransformersSampler, stop_tokens
 from tuneyard_trainer.models import policies
 from tuneyard_trainer.models.base import peak_memory_bytes
 from tuneyard_trainer.models.layers import count_parameters
-from tuneyard_trainer.reinforcement import actor as actors
-from tuneyard_trainer.reinforcement import rewards
-from tuneyard_trainer.reinforcement.actor import Actor
 from tuneyard_trainer.reinforcement.arithmetic import adapted_coefficient
 from tuneyard_trainer.reinforcement.held_out import (
     HeldOut,
@@ -35,13 +29,15 @@ from tuneyard_trainer.reinforcement.held_out import (
     held_out_metrics,
     split,
 )
+from tuneyard_trainer.reinforcement.loading import load_collector
 from tuneyard_trainer.reinforcement.method import Method
-from tuneyard_trainer.reinforcement.rollouts import Collector, ProcessGroup, prompts_of
+from tuneyard_trainer.reinforcement.rollouts import Collector
 from tuneyard_trainer.reinforcement.state import RlState
 from tuneyard_trainer.reinforcement.stop_conditions import (
-    blown_up,
+    Stop,
     count_alike,
     count_truncated,
+    diverged,
 )
 from tuneyard_trainer.reinforcement.update import PolicyOptimizer
 from tuneyard_trainer.training.batches import Order
@@ -55,14 +51,14 @@ from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Wor
 def run(
     context: StageContext, settings: PpoSettings | GrpoSettings, method: Method
 ) -> StageOutcome:
-    """Trains and leaves `weights/` (an adapter or a whole model) and `metrics.jsonl`."""
+    """Train and write `weights/` (an adapter or a whole model) and `metrics.jsonl`."""
     loop = Loop.build(context, settings, method)
     try:
         state = loop.train()
     finally:
         loop.collector.sampler.close()
     if context.worker.is_main:  # without the value head: sampling needs none
-        policies.save(loop.actor.model, settings.adapter, context.workdir / "weights")
+        policies.save(loop.collector.actor.model, settings.adapter, context.workdir / "weights")
     return StageOutcome(
         metrics=loop.summary(state), details=loop.details(state), contents=("weights",)
     )
@@ -70,16 +66,15 @@ def run(
 
 @dataclass
 class Loop:
-    """Everything an update needs. Built once per attempt; `train` runs it to the end."""
+    """Everything an update needs. Built once for each attempt; `train` runs all updates."""
 
     stage: str
     settings: PpoSettings | GrpoSettings
     method: Method
     worker: Worker
-    actor: Actor
-    optimiser: PolicyOptimizer
+    optimizer: PolicyOptimizer
     collector: Collector
-    questions: Sequence[TokenizedPrompt]
+    prompts: Sequence[TokenizedPrompt]
     held_out: HeldOut
     order: Order
     total_steps: int
@@ -91,57 +86,35 @@ class Loop:
     def build(
         cls, context: StageContext, settings: PpoSettings | GrpoSettings, method: Method
     ) -> Loop:
-        training = settings.training
-        name = f"spec.optimize.{context.stage.name.partition('-')[0]}.prompts"
-        asker = answering.Policy.of(context.inputs, settings.chat, context.worker)
-        ready = asker.prompts(settings.prompts, settings.sampling.max_new_tokens, name)
-        reward = rewards.load(
-            settings.reward, context.inputs, settings.chat, prompts_of(ready), context.worker.device
-        )
-        context.worker.report(message="loading the model")
-        actor = actors.load(
-            context.inputs,
-            settings.adapter,
-            training,
-            context.stage.runtime,
-            context.worker,
-            temperature=settings.sampling.temperature,
-            with_values=method.with_values,
-            with_reference=method.with_reference,
-        )
-        stop = stop_tokens(actor.model, asker.tokenizer, settings.chat.chat_template)
-        sampler = _sampler(actor, stop, settings.sampling, ready, context.worker)
-        questions, held_out = split(ready)
-        peers = ProcessGroup(context.worker.rank, context.worker.world_size, context.worker.device)
-        collector = Collector(
-            actor, sampler, reward, asker.tokenizer, stop, settings.sampling, peers
-        )
+        worker, training = context.worker, settings.training
+        collector, tokenized = load_collector(context, settings, method)
+        prompts, held_out = split(tokenized)
         order = Order(
-            np.arange(len(questions), dtype=np.int64),
-            max(1, method.answers // method.group_size),
+            np.arange(len(prompts), dtype=np.int64),
+            max(1, method.completions // method.group_size),
             training.seed,
         )
-        optimiser = PolicyOptimizer.of(actor, method, training, peers)
+        optimizer = PolicyOptimizer.of(collector.actor, method, training, collector.group)
         return cls(
             stage=context.stage.name,
             settings=settings,
             method=method,
-            worker=context.worker,
-            actor=actor,
-            optimiser=optimiser,
+            worker=worker,
+            optimizer=optimizer,
             collector=collector,
-            questions=questions,
-            held_out=HeldOut.of(held_out, questions, collector, method, training.seed),
+            prompts=prompts,
+            held_out=HeldOut.of(held_out, prompts, collector, method, training.seed),
             order=order,
             total_steps=order.total_steps(training.epochs, training.max_steps),
-            checkpoints=Checkpoints(context, RlState, optimiser.parameters, optimiser.optimizer),
-            history=History(context.workdir / "metrics.jsonl", enabled=context.worker.is_main),
+            checkpoints=Checkpoints(context, RlState, optimizer.parameters, optimizer.optimizer),
+            history=History(context.workdir / "metrics.jsonl", enabled=worker.is_main),
         )
 
     # ---- the run ------------------------------------------------------------------------------
 
     def train(self) -> RlState:
-        """Every update from the newest checkpoint (or the start) to the end, or to a blow-up."""
+        """Run every update from the newest checkpoint (or the start) to the end, or until the
+        policy diverges. Returns the last state."""
         total, per_epoch = self.total_steps, self.order.steps_per_epoch
         every = self.settings.training.evaluation_steps or default_interval(per_epoch, total)
         state = self._resume()
@@ -161,17 +134,21 @@ class Loop:
         self._keep_best(state)
         return state
 
+    def _start(self) -> RlState:
+        """Measure the start model and return the first state."""
+        self.history.truncate(0)
+        self._report(0, message="measuring the model before training")
+        state = self._measure(RlState(kl_coefficient=self.settings.kl_coefficient))
+        state = replace(state, base=state.last)
+        self.checkpoints.save(state)
+        self._report(0, resumed_step=0)
+        return state
+
     def _resume(self) -> RlState:
+        """Return the newest checkpoint's state, or the first state without a checkpoint."""
         state = self.checkpoints.resume()
         if state is None:
-            self.history.truncate(0)
-            state = RlState(kl_coefficient=self.settings.kl_coefficient)
-            self._report(0, message="measuring the model before training")
-            state = self._measure(state)
-            state = replace(state, base=state.last)
-            self.checkpoints.save(state)
-            self._report(0, resumed_step=0)
-            return state
+            return self._start()
         self.history.truncate(state.step)
         if state.step == 0:
             self.history.write({"step": 0, **held_out_metrics(state.base)})
@@ -181,37 +158,25 @@ class Loop:
         return state
 
     def _update(self, state: RlState) -> tuple[RlState, bool]:
-        """Answers of the present policy, and the passes that improve it on them. Returns the state
-        after it, and whether any worker was asked to stop."""
+        """Sample completions and train on them. Returns the state after the update, and whether any
+        worker was asked to stop."""
         began = time.monotonic()
-        rollouts = self.collector.collect(*self._asked(state.step))
-        watched = rollouts.watched()
-        if self.method.ends_matter:
-            state = count_truncated(
-                state,
-                watched,
-                answers=self.method.answers,
-                max_new_tokens=self.settings.sampling.max_new_tokens,
-            )
-        state = replace(state, first_length=state.first_length or watched["answerLength"])
-        stopped = blown_up(self.settings.stop_on, watched, state.first_length)
-        if stopped:
-            message = f"{stopped.reason}: {stopped.message}; the run ends"
-            self.history.write({"step": state.step, "stopped": stopped.reason, **watched})
-            self._report(state.step, metrics=watched, message=message)
-            stopped.require_best(state, keep_best=self.settings.training.keep_best)
-            return replace(state, stopped=stopped.reason), False
-        experience, more = self.method.experience(rollouts, state.kl_coefficient)
-        state = count_alike(state, watched | more)
-        optimised, steps = self.optimiser.improve(
+        rollouts = self.collector.collect(*self._prompts_of(state.step))
+        metrics = rollouts.metrics()
+        state, stop = self._check(state, metrics)
+        if stop:
+            return replace(state, stopped=stop.reason), False
+        experience, advantage_metrics = self.method.experience(rollouts, state.kl_coefficient)
+        state = count_alike(state, metrics | advantage_metrics)
+        loss_metrics, steps = self.optimizer.improve(
             experience, rollouts, state.step, self._learning_rate(state.step)
         )
-        interrupted = self._asked_to_stop()
+        interrupted = self._interrupted()
         trained = time.monotonic()
-        metrics = {
-            **watched,
-            **more,
-            **optimised,
+        line = {
+            **metrics,
+            **advantage_metrics,
+            **loss_metrics,
             "klCoefficient": state.kl_coefficient,
             **rollouts.seconds,
             "trainingSeconds": trained - began - sum(rollouts.seconds.values()),
@@ -223,33 +188,57 @@ class Loop:
             tokens=state.tokens + rollouts.num_tokens,
             seconds=state.seconds + trained - began,
             kl_coefficient=adapted_coefficient(
-                state.kl_coefficient, watched.get("kl", 0.0), self.method.target_kl
+                state.kl_coefficient, metrics.get("kl", 0.0), self.method.target_kl
             ),
         )
-        self._log(state, metrics)
+        self._log(state, line)
         return state, interrupted
 
-    def _asked_to_stop(self) -> bool:
-        """Whether any worker was, as all of them see it."""
-        stop = torch.tensor([float(self.worker.stop())], device=self.worker.device)
-        return bool(self.collector.peers.sum(stop) > 0)
+    def _check(self, state: RlState, metrics: Mapping[str, float]) -> tuple[RlState, Stop | None]:
+        """Check the stop conditions on an update's completions before training on them.
 
-    def _asked(self, step: int) -> tuple[list[TokenizedPrompt], list[int]]:
-        """The questions of an update, each as often as it is answered, and the answers' keys.
-        Updates take prompts one after the other from endless shuffled passes over all of them."""
+        Returns the state with the new counts and, if the policy diverged, why the run stops. Raises
+        StageError if there is no better model to end with.
+        """
+        if self.method.requires_ends:
+            state = count_truncated(
+                state,
+                metrics,
+                completions=self.method.completions,
+                max_new_tokens=self.settings.sampling.max_new_tokens,
+            )
+        state = replace(state, first_length=state.first_length or metrics["answerLength"])
+        stop = diverged(self.settings.stop_on, metrics, state.first_length)
+        if stop:
+            self.history.write({"step": state.step, "stopped": stop.reason, **metrics})
+            message = f"{stop.reason}: {stop.message}; the run stops"
+            self._report(state.step, metrics=metrics, message=message)
+            stop.require_best(state, keep_best=self.settings.training.keep_best)
+        return state, stop
+
+    def _interrupted(self) -> bool:
+        """Return whether any worker was asked to stop; the same on all workers."""
+        stop = torch.tensor([float(self.worker.stop())], device=self.worker.device)
+        return bool(self.collector.group.sum(stop) > 0)
+
+    def _prompts_of(self, step: int) -> tuple[list[TokenizedPrompt], list[int]]:
+        """Return the prompts of an update, each `group_size` times, and the sampling keys.
+
+        Updates take consecutive prompts from an endless sequence of shuffled epochs.
+        """
         count, seed = self.order.batch_size, self.settings.training.seed
-        places = range(step * count, (step + 1) * count)
-        size = len(self.questions)
-        passes = {n: self.order.epoch(n) for n in {place // size for place in places}}
-        chosen = [int(passes[place // size][place % size]) for place in places]
-        questions = [self.questions[i] for i in chosen for _ in range(self.method.group_size)]
-        return questions, [derive_seed(seed, COMPLETION, step, i) for i in range(len(questions))]
+        positions = range(step * count, (step + 1) * count)
+        size = len(self.prompts)
+        epochs = {n: self.order.epoch(n) for n in {position // size for position in positions}}
+        chosen = [int(epochs[position // size][position % size]) for position in positions]
+        prompts = [self.prompts[i] for i in chosen for _ in range(self.method.group_size)]
+        return prompts, [derive_seed(seed, COMPLETION, step, i) for i in range(len(prompts))]
 
     def _learning_rate(self, step: int) -> float:
         training = self.settings.training
         return training.learning_rate * rate(training.schedule, step, self.total_steps)
 
-    # ---- measuring ------------------------------------------------------------------------------
+    # ---- metrics --------------------------------------------------------------------------------
 
     def _measure(self, state: RlState) -> RlState:
         """Measure on the held-out prompts and return the state with the result."""
@@ -285,19 +274,21 @@ class Loop:
             resumed_step=resumed_step,
         )
 
-    # ---- checkpoints and results ----------------------------------------------------------------
+    # ---- results --------------------------------------------------------------------------------
 
     def _keep_best(self, state: RlState) -> None:
+        """Go back to the best measured weights, if the job keeps them."""
         if not self.settings.training.keep_best:
             return
         self.checkpoints.restore_best(state)
         if state.best_step == 0:
-            message = "no update was better than the start: the result is the model as it was"
+            message = "no update was better than the start model: the result is the start model"
             self._report(state.step, message=message)
 
     def summary(self, state: RlState) -> dict[str, float]:
-        """The record's metrics: what is kept, on the held-out prompts, and what it took."""
+        """Return the record's metrics: the result on the held-out prompts, and training's cost."""
         kept = state.best if self.settings.training.keep_best else state.last
+        parameters = self.optimizer.parameters.values()
         return {
             **kept,
             "baseReward": state.base.get("reward", math.nan),
@@ -307,50 +298,24 @@ class Loop:
             "tokens": float(state.tokens),
             "trainingSeconds": state.seconds,
             "klCoefficient": state.kl_coefficient,
-            "trainedParameters": float(sum(p.numel() for p in self.optimiser.parameters.values())),
-            "parameters": float(count_parameters(self.actor.model)),
+            "trainedParameters": float(sum(p.numel() for p in parameters)),
+            "parameters": float(count_parameters(self.collector.actor.model)),
             "peakMemoryBytes": float(peak_memory_bytes(self.worker.device)),
         }
 
     def details(self, state: RlState) -> dict[str, Any]:
-        """The record's details."""
+        """Return the record's details."""
         return {
-            "answersPerUpdate": self.method.answers,
+            "answersPerUpdate": self.method.completions,
             "groupSize": self.method.group_size,
-            "prompts": len(self.questions),
+            "prompts": len(self.prompts),
             "heldOutPrompts": 0 if self.held_out.trained_on else len(self.held_out.prompts),
             "bestStep": state.best_step,
             "resumedAtStep": self.resumed_at,
             "stoppedBy": state.stopped,
             "optimizerSteps": state.optimizer_steps,
             "samples": self.held_out.first_and_last_samples(),
-            "precision": str(self.actor.precision).removeprefix("torch."),
+            "precision": str(self.collector.actor.precision).removeprefix("torch."),
             "device": self.worker.device.type,
             "workers": self.worker.world_size,
         }
-
-
-# ---- parts --------------------------------------------------------------------------------------
-
-
-def _sampler(
-    actor: Actor,
-    stop: tuple[int, ...],
-    sampling: Sampling,
-    questions: Sequence[TokenizedPrompt],
-    worker: Worker,
-) -> Sampler:
-    """The engine of the manifest over the policy in training."""
-    if sampling.engine == "transformers":
-        return TransformersSampler(actor.model, actor.pad, stop, sampling, actor.precision)
-    from tuneyard_trainer.generation.vllm import VllmSampler  # an extra
-
-    worker.report(message="starting vLLM")
-    return VllmSampler.of(
-        actor.model,
-        stop,
-        sampling,
-        precision=actor.precision,
-        longest=max(len(question.ids) for question in questions) + sampling.max_new_tokens,
-        workers=worker.world_size,
-    )

@@ -10,33 +10,33 @@ from tuneyard_trainer.training.checkpoints import LoopState
 
 @dataclass(frozen=True)
 class RlState(LoopState):
-    """Where the loop stands after `step` updates. `best_loss` is the method's objective on the
-    held-out prompts, negated."""
+    """The position after `step` updates. `best_loss` is the negated objective on the held-out
+    prompts."""
 
     optimizer_steps: int = 0
     kl_coefficient: float = 0.0
     first_length: float = 0.0
-    """Mean length of the first update's answers; 0: there was none yet."""
+    """Mean completion length of the first update, in tokens; 0: there was no update yet."""
     truncated: int = 0
-    """Updates in a row in which no answer ended."""
+    """Updates in a row in which every completion was truncated."""
     alike: int | None = 0
-    """Updates since the start, in none of which a reward differed from one that it is compared
-    with; None: one did."""
+    """Updates since the start without two rewards that differ among those compared with each
+    other; None: an update had such rewards."""
     stopped: str | None = None
-    """Why the run ended early; None: it did not."""
+    """Reason of an early stop; None: the run did not stop early."""
     base: dict[str, float] = field(default_factory=dict)
-    """What was measured before the first update."""
+    """Held-out metrics before the first update."""
     best: dict[str, float] = field(default_factory=dict)
-    """What was measured at `best_step`."""
+    """Held-out metrics at `best_step`."""
     last: dict[str, float] = field(default_factory=dict)
-    """What was measured last."""
+    """Held-out metrics of the last measurement."""
 
     def optimizer_age(self) -> int:
         return self.optimizer_steps
 
     def measured(self, found: Mapping[str, float]) -> RlState:
-        """Return the state after a measurement on the held-out prompts. `found`: its metrics, of
-        which `objective` decides what is best."""
+        """Return the state after a measurement with the metrics `found`; the best measurement has
+        the highest `objective`."""
         state, objective = replace(self, last=dict(found)), found["objective"]
         if state.best_loss is None or -objective < state.best_loss:
             best = dict(found)
