@@ -395,9 +395,9 @@ def test_a_truncated_completion_is_penalized(
     reward(lambda attempts: torch.ones(len(attempts)))
     stage = ppo_stage({"max_steps": 1}, sampling={"max_new_tokens": 3}, missing_eos_penalty=0.75)
     run(stage, tmp_path / "a", inputs)
-    update = next(line for line in lines(tmp_path / "a") if "penalisedReward" in line)
+    update = next(line for line in lines(tmp_path / "a") if "penalizedReward" in line)
     assert 0 < update["endedShare"] < 1
-    assert update["penalisedReward"] == pytest.approx(1 - 0.75 * (1 - update["endedShare"]))
+    assert update["penalizedReward"] == pytest.approx(1 - 0.75 * (1 - update["endedShare"]))
 
 
 @pytest.mark.usefixtures("reward")
@@ -446,7 +446,7 @@ def test_a_run_with_truncated_completions_only_fails_with_its_reason(
     stage = make({"max_steps": 9}, sampling={"max_new_tokens": 1})
     with pytest.raises(StageError, match=r"3 updates in a row none of") as found:
         run(stage, tmp_path / "a", inputs)
-    assert found.value.reason == "AllAnswersTruncated"
+    assert found.value.reason == "AllCompletionsTruncated"
     assert max(line["step"] for line in lines(tmp_path / "a")) == 2
 
 
@@ -577,7 +577,7 @@ def test_the_allowed_gap_includes_the_probability_outside_the_nucleus(
     assert outcome.metrics["steps"] == 1
 
 
-WITHIN_LIMITS = {"kl": 2.0, "entropy": 1.0, "answerLength": 10.0}
+WITHIN_LIMITS = {"kl": 2.0, "entropy": 1.0, "completionLength": 10.0}
 LIMITS = BlowUp(max_kl=5.0, min_entropy=0.1, max_length_ratio=3.0)
 
 
@@ -587,7 +587,7 @@ LIMITS = BlowUp(max_kl=5.0, min_entropy=0.1, max_length_ratio=3.0)
         ({}, None),
         ({"kl": 5.1}, "KlBlowUp"),
         ({"entropy": 0.09}, "EntropyCollapse"),
-        ({"answerLength": 31.0}, "LengthDrift"),
+        ({"completionLength": 31.0}, "LengthDrift"),
     ],
 )
 def test_each_limit_has_its_reason(change: dict[str, float], reason: str | None) -> None:
@@ -627,4 +627,4 @@ def test_a_learning_rate_that_ruins_the_model_fails_with_a_reason(
     stage = ppo_stage({"max_steps": 30, "learning_rate": 9.0, "optimizer": {"epsilon": 1e-30}})
     with pytest.raises(StageError) as found:
         run(stage, tmp_path / "a", inputs)
-    assert found.value.reason in ("LossNotFinite", "AllAnswersTruncated")
+    assert found.value.reason in ("LossNotFinite", "AllCompletionsTruncated")

@@ -130,7 +130,7 @@ def test_the_loss_of_ppo_equals_a_plain_loop_over_tokens() -> None:
         value = 0.5 * max((now - returns[b, t]) ** 2, (near - returns[b, t]) ** 2)
         total += policy + 0.1 * value - 0.01 * ENTROPY[b, t].item()
     assert mean_loss(method, experience) == pytest.approx(total / len(raw), abs=1e-5)
-    assert metrics["penalisedReward"] == pytest.approx(SCORES.mean().item() - 0.5 * 2 / 6, abs=1e-5)
+    assert metrics["penalizedReward"] == pytest.approx(SCORES.mean().item() - 0.5 * 2 / 6, abs=1e-5)
 
 
 @pytest.mark.parametrize("method", ["ppo", "grpo", "rloo"])
@@ -169,7 +169,7 @@ def test_some_of_the_completions_are_as_wide_as_the_longest_of_them() -> None:
 def test_the_metrics_of_an_update() -> None:
     metrics = rollouts(entropy_R=torch.tensor([5.0, 1, 3, 7, 2, 4])).metrics()
     assert metrics["entropy"] == pytest.approx(1.0)
-    assert metrics["answerLength"] == pytest.approx(22 / 6)
+    assert metrics["completionLength"] == pytest.approx(22 / 6)
     assert metrics["endedShare"] == pytest.approx(4 / 6)
     assert metrics["kl"] == pytest.approx(
         arithmetic.kl_k1(OLD, REFERENCE).sum().item() / 6, abs=1e-5
@@ -178,7 +178,7 @@ def test_the_metrics_of_an_update() -> None:
 
 def test_the_objective_of_each_method_is_what_its_loss_maximizes() -> None:
     """The KL of a completion for PPO and RLOO, of a token for GRPO."""
-    metrics = {"reward": 3.0, "kl": 4.0, "answerLength": 8.0}
+    metrics = {"reward": 3.0, "kl": 4.0, "completionLength": 8.0}
     settings = ppo_stage(kl_coefficient=0.1).settings
     assert isinstance(settings, PpoSettings)
     assert Ppo(settings).objective(metrics) == pytest.approx(3 - 0.1 * 4)

@@ -101,7 +101,7 @@ class Grpo(GroupMethod):
 
     def objective(self, metrics: Mapping[str, float], /) -> float:
         """Return the mean reward of a completion less the mean KL of a token."""
-        per_token = metrics.get("kl", 0.0) / metrics["answerLength"]
+        per_token = metrics.get("kl", 0.0) / metrics["completionLength"]
         return metrics["reward"] - self.settings.kl_coefficient * per_token
 
 

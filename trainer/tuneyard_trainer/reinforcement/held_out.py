@@ -22,7 +22,7 @@ mean of four rewards is too noisy to compare."""
 
 SAMPLES_SHOWN = 3
 
-SHOWN_METRICS = ("reward", "kl", "answerLength", "endedShare")
+SHOWN_METRICS = ("reward", "kl", "completionLength", "endedShare")
 
 
 def held_out_metrics(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -207,7 +207,7 @@ class Loop:
                 completions=self.method.completions,
                 max_new_tokens=self.settings.sampling.max_new_tokens,
             )
-        state = replace(state, first_length=state.first_length or metrics["answerLength"])
+        state = replace(state, first_length=state.first_length or metrics["completionLength"])
         stop = diverged(self.settings.stop_on, metrics, state.first_length)
         if stop:
             self.history.write({"step": state.step, "stopped": stop.reason, **metrics})
@@ -306,7 +306,7 @@ class Loop:
     def details(self, state: RlState) -> dict[str, Any]:
         """Return the record's details."""
         return {
-            "answersPerUpdate": self.method.completions,
+            "completionsPerUpdate": self.method.completions,
             "groupSize": self.method.group_size,
             "prompts": len(self.prompts),
             "heldOutPrompts": 0 if self.held_out.trained_on else len(self.held_out.prompts),

@@ -101,7 +101,7 @@ class Ppo:
         whitened_BT = arithmetic.whiten(advantages_BT, mask_BT, reduce=reduce)
         return Experience.of(rollouts, whitened_BT, returns_BT), {
             "explainedVariance": float(explained),
-            "penalisedReward": float(scores_R.mean()),
+            "penalizedReward": float(scores_R.mean()),
             "return": float(arithmetic.masked_mean(returns_BT, mask_BT, reduce)),
         }
 

@@ -135,7 +135,7 @@ class Rollouts:
             **({} if self.kl_R is None else {"kl": float(self.kl_R.mean())}),
             "entropy": float(self.entropy_R.sum() / self.lengths_R.sum()),
             **({"samplerLogprobGap": self.sampler_logprob_gap} if self.gap_R.any() else {}),
-            "answerLength": float(self.lengths_R.mean()),
+            "completionLength": float(self.lengths_R.mean()),
             "endedShare": float(self.ended_R.mean(dtype=torch.float32)),
         }
 

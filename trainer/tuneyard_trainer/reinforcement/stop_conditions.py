@@ -47,7 +47,7 @@ def diverged(
     if limits is None:
         return None
     kl, entropy = metrics.get("kl", 0.0), metrics["entropy"]
-    ratio = metrics["answerLength"] / first_length
+    ratio = metrics["completionLength"] / first_length
     if limits.max_kl is not None and kl > limits.max_kl:
         return Stop("KlBlowUp", f"the KL is {kl:.3g} nats per completion, above {limits.max_kl:g}")
     if limits.min_entropy is not None and entropy < limits.min_entropy:
@@ -69,12 +69,12 @@ def count_truncated(
 ) -> RlState:
     """Return the state with the number of updates in a row in which every completion was truncated.
 
-    `completions`: their number in an update. Raises StageError AllAnswersTruncated.
+    `completions`: their number in an update. Raises StageError AllCompletionsTruncated.
     """
     truncated = state.truncated + 1 if metrics["endedShare"] == 0 else 0
     if truncated >= TRUNCATED_UPDATES:
         raise StageError(
-            "AllAnswersTruncated",
+            "AllCompletionsTruncated",
             f"in {truncated} updates in a row none of {completions} completions ended within "
             f"{max_new_tokens} tokens: the reward is scoring truncated completions.",
             advice="Raise sampling.maxNewTokens, or start from a model that ends its completions "
