@@ -1,9 +1,9 @@
 """Training checkpoints: the trained tensors, the optimizer's moments and the loop's position.
 
-A checkpoint is a folder `step-00000120` that appears whole or not at all. It holds
-`weights.safetensors` (trained parameters by name), `optimizer.safetensors` (`name/exp_avg` and
-`name/exp_avg_sq`) and `state.json`. There is no random state to save: the data order and dropout
-are functions of seed and step. No pickle.
+A checkpoint is a folder `step-00000120`, written atomically. It holds `weights.safetensors`
+(trained parameters by name), `optimizer.safetensors` (`name/exp_avg` and `name/exp_avg_sq`) and
+`state.json`; no pickle. There is no random state to save, since the data order and dropout are
+functions of seed and step.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ Parameters = Mapping[str, torch.nn.Parameter]
 
 @dataclass(frozen=True)
 class LoopState:
-    """Where the loop stands after `step` optimizer steps."""
+    """The position of a training loop after `step` optimizer steps."""
 
     step: int = 0
     tokens: int = 0
-    """Tokens trained on so far, padding excluded."""
+    """Tokens trained on so far, without padding."""
     seconds: float = 0.0
-    """Time spent training so far, over all attempts."""
+    """Training time so far, over all attempts."""
     best_step: int | None = None
-    """The evaluated step with the lowest held-out loss; None: none evaluated."""
+    """The step with the lowest held-out loss; None: no evaluation yet."""
     best_loss: float | None = None
     """Its held-out loss."""
     stale: int = 0
     """Evaluations in a row without improvement."""
 
     def optimizer_age(self) -> int:
-        """How often the optimizer has stepped: AdamW's bias correction needs it."""
+        """Return the number of optimizer steps, which AdamW's bias correction needs."""
         return self.step
 
 
@@ -75,8 +75,8 @@ class Checkpoints(Generic[State]):
         self._saved_at = time.monotonic()
 
     def due(self, step: int, total: int) -> bool:
-        """Return whether to save after `step`. Without an interval in steps the ranks' clocks may
-        disagree, which does no harm: only rank 0 writes."""
+        """Return whether to save after `step`. Without an interval in steps, ranks may disagree;
+        only the answer on rank 0 matters, since only rank 0 writes."""
         if step == total:
             return False
         if self._every is not None:
@@ -84,9 +84,9 @@ class Checkpoints(Generic[State]):
         return time.monotonic() - self._saved_at >= CHECKPOINT_SECONDS
 
     def save(self, state: State) -> None:
-        """Take a snapshot on rank 0 and write it in the background, after the previous write.
+        """Copy the tensors and write them in the background, on rank 0; other ranks do nothing.
 
-        Raises StageError DiskFull or CheckpointFailed if the previous write failed.
+        Waits for the previous write. Raises StageError DiskFull or CheckpointFailed if it failed.
         """
         if self._worker.is_main:
             self.wait()
@@ -101,7 +101,7 @@ class Checkpoints(Generic[State]):
         self._saved_at = time.monotonic()
 
     def wait(self) -> None:
-        """Return once everything saved is on disk."""
+        """Wait until everything saved is on disk. Raises StageError as `save` does."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -122,7 +122,7 @@ class Checkpoints(Generic[State]):
         assign(self._weights(state.step), self._parameters)
         moments = load_file(self._at(state.step) / "optimizer.safetensors")
         for name, parameter in self._parameters.items():
-            if f"{name}/exp_avg" not in moments:  # it never had a gradient
+            if f"{name}/exp_avg" not in moments:  # the parameter never had a gradient
                 continue
             self._optimizer.state[parameter] = {
                 "step": torch.tensor(float(state.optimizer_age())),
@@ -133,7 +133,7 @@ class Checkpoints(Generic[State]):
         return state
 
     def restore_best(self, state: State) -> None:
-        """Load the weights of the best step, if it is not the present one, on rank 0: rank 0 alone
+        """Load the weights of the best step unless `state` is at that step. Only on rank 0, which
         writes the result."""
         if self._worker.is_main and state.best_step not in (None, state.step):
             assign(self._weights(state.best_step), self._parameters)
@@ -160,21 +160,22 @@ class Checkpoints(Generic[State]):
         self._worker.persist(self.folder)
 
     def _prune(self, keep: set[int | None]) -> None:
-        """Only the newest and the best are ever read again."""
+        """Delete all checkpoints but the newest and the best, which alone are read again."""
         for folder in self.folder.glob("step-*"):
             if folder.suffix == ".partial" or int(folder.name.removeprefix("step-")) not in keep:
                 shutil.rmtree(folder)
 
 
 def assign(tensors: Mapping[str, Tensor], parameters: Parameters) -> None:
-    """Copies tensors into the parameters of the same names; raises StageError if any is missing."""
+    """Copy tensors into the parameters of the same names. Raises StageError CheckpointMismatch if
+    the names differ."""
     missing = sorted(set(parameters) ^ set(tensors))
     if missing:
         raise StageError(
             "CheckpointMismatch",
-            f"a checkpoint does not fit the model: {missing[0]} and {len(missing) - 1} other "
+            f"a checkpoint does not match the model: {missing[0]} and {len(missing) - 1} other "
             "tensors are in only one of them.",
-            advice="Delete the output folder to start afresh.",
+            advice="Delete the output folder to start from the beginning.",
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -186,7 +187,7 @@ def _snapshot(tensor: Tensor) -> Tensor:
 
 
 def _flush(folder: Path) -> None:
-    """Forces a folder's files to the disk, so that the rename never outruns them."""
+    """Flush a folder's files to disk, so that they are there before the folder is renamed."""
     for path in [*folder.iterdir(), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
