@@ -167,7 +167,7 @@ def ours(chosen: GrpoSettings | PpoSettings, inputs: dict[str, Path], output: Pa
         answers * len(steps),
         {part: sum(line[f"{part}Seconds"] for line in steps) for part in PARTS},
         spent[0],
-        statistics.fmean(line["answerLength"] for line in steps),
+        statistics.fmean(line["completionLength"] for line in steps),
     )
 
 

@@ -1,4 +1,4 @@
-"""The arithmetic of PPO, GRPO and RLOO against straight loops, closed forms and TRL's formulas."""
+"""The formulas of PPO, GRPO and RLOO against plain loops, closed forms and TRL's formulas."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ LENGTHS = [5, 1, 3, 7]
 MASK = torch.arange(7)[None] < torch.tensor(LENGTHS)[:, None]
 
 
-def dirty(x_BT: Tensor) -> Tensor:
-    """The tensor with NaN wherever padding is: nothing may ever read it."""
+def with_nan_padding(x_BT: Tensor) -> Tensor:
+    """Return the tensor with NaN as padding, which no formula may read."""
     return torch.where(MASK, x_BT, torch.full_like(x_BT, math.nan))
 
 
 def rows(x_BT: Tensor) -> list[list[float]]:
-    """Each answer's own values."""
+    """Return the values of each completion, without padding."""
     return [x_BT[b, :length].tolist() for b, length in enumerate(LENGTHS)]
 
 
@@ -51,7 +51,7 @@ def test_whitening_gives_unit_variance_under_the_mask_and_zero_outside(shift_mea
     values = flat(x)
     mean = sum(values) / len(values)
     variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    white = arithmetic.whiten(dirty(x), MASK, shift_mean=shift_mean)
+    white = arithmetic.whiten(with_nan_padding(x), MASK, shift_mean=shift_mean)
     for b in range(4):
         for t in range(7):
             inside = (x[b, t].item() - mean) / math.sqrt(variance + 1e-8)
@@ -60,7 +60,7 @@ def test_whitening_gives_unit_variance_under_the_mask_and_zero_outside(shift_mea
 
 
 def test_whitening_is_exact_far_from_zero() -> None:
-    """Uncentred squares of values near 10,000 would lose every digit in float32."""
+    """Squares of values near 10,000 would lose every digit in float32."""
     x = random(4, 7) + 1e4
     close(arithmetic.masked_moments(x, MASK).variance, torch.tensor(flat(x)).double().var().item())
 
@@ -72,7 +72,7 @@ def test_one_value_whitens_to_zero_and_not_to_nan() -> None:
 
 
 class Sum:
-    """A `reduce` for two threads: each waits for the other's tensor."""
+    """A `reduce` for two threads, each of which waits for the other's tensor."""
 
     def __init__(self) -> None:
         self.barrier, self.parts = threading.Barrier(2), dict[int, Tensor]()
@@ -99,7 +99,7 @@ def test_the_statistics_of_two_workers_are_those_of_the_whole_batch() -> None:
         close(explained, arithmetic.explained_variance(values, x, MASK).item())
 
 
-def test_explained_variance_is_one_of_a_perfect_critic_and_zero_of_a_constant_one() -> None:
+def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant() -> None:
     returns = random(4, 7)
     close(arithmetic.explained_variance(returns + 3, returns, MASK), 1.0)
     close(arithmetic.explained_variance(torch.full((4, 7), 2.0), returns, MASK), 0.0)
@@ -152,17 +152,19 @@ def test_kl_estimators_token_by_token() -> None:
 # ---- rewards and advantages ---------------------------------------------------------------------
 
 
-def test_an_answer_without_a_stop_token_pays_the_penalty_and_no_other_does() -> None:
+def test_only_a_completion_without_a_stop_token_is_penalized() -> None:
     ended = arithmetic.ended(torch.tensor([7, 4, 9]), torch.tensor([9, 7]))
     assert ended.tolist() == [True, False, True]
     close(
-        arithmetic.without_end_penalised(torch.tensor([1.0, 2.0, 3.0]), ended, 0.5), [1.0, 1.5, 3.0]
+        arithmetic.penalize_missing_end(torch.tensor([1.0, 2.0, 3.0]), ended, 0.5), [1.0, 1.5, 3.0]
     )
 
 
-def test_every_token_pays_for_its_divergence_and_the_last_one_earns_the_score() -> None:
+def test_every_token_is_penalized_by_its_kl_and_the_last_one_gets_the_score() -> None:
     logprobs, reference, scores = -random(4, 7).abs(), -random(4, 7, seed=1).abs(), random(4)
-    rewards = arithmetic.penalised_rewards(scores, dirty(logprobs), dirty(reference), MASK, 0.3)
+    rewards = arithmetic.kl_penalized_rewards(
+        scores, with_nan_padding(logprobs), with_nan_padding(reference), MASK, 0.3
+    )
     for b, length in enumerate(LENGTHS):
         for t in range(7):
             expected = 0.0
@@ -175,10 +177,10 @@ def test_every_token_pays_for_its_divergence_and_the_last_one_earns_the_score() 
 
 @pytest.mark.parametrize(("discount", "decay"), [(1.0, 0.95), (0.9, 0.5), (0.99, 0.0), (1.0, 1.0)])
 def test_advantages_are_the_sum_of_discounted_residuals(discount: float, decay: float) -> None:
-    """Equation 16 as it is written: a sum over the future, not a recursion."""
+    """Equation 16 as written: a sum over later tokens, not a recursion."""
     rewards, values = random(4, 7), random(4, 7, seed=1)
     advantages, returns = arithmetic.gae(
-        dirty(rewards), dirty(values), MASK, discount=discount, decay=decay
+        with_nan_padding(rewards), with_nan_padding(values), MASK, discount=discount, decay=decay
     )
     for b, length in enumerate(LENGTHS):
         r, v = rewards[b].tolist()[:length], [*values[b].tolist()[:length], 0.0]
@@ -192,7 +194,7 @@ def test_advantages_are_the_sum_of_discounted_residuals(discount: float, decay: 
             assert returns[b, t].item() == pytest.approx(expected + v[t], abs=1e-5)
 
 
-def test_with_lambda_one_the_returns_are_the_rewards_to_go_whatever_the_values() -> None:
+def test_with_lambda_one_the_returns_are_the_rewards_to_go() -> None:
     rewards = random(4, 7)
     for seed in (1, 2):
         _, returns = arithmetic.gae(rewards, random(4, 7, seed=seed), MASK, discount=1.0, decay=1.0)
@@ -200,18 +202,18 @@ def test_with_lambda_one_the_returns_are_the_rewards_to_go_whatever_the_values()
             close(returns[b, : len(row)], [sum(row[t:]) for t in range(len(row))])
 
 
-def test_leave_one_out_compares_each_answer_with_its_siblings_alone() -> None:
+def test_leave_one_out_compares_each_completion_with_the_others_in_its_group() -> None:
     rewards = random(3, 4)
     for p in range(3):
         for g in range(4):
-            siblings = [rewards[p, j].item() for j in range(4) if j != g]
-            expected = rewards[p, g].item() - sum(siblings) / 3
+            others = [rewards[p, j].item() for j in range(4) if j != g]
+            expected = rewards[p, g].item() - sum(others) / 3
             assert arithmetic.rloo_advantages(rewards)[p, g].item() == pytest.approx(
                 expected, abs=1e-5
             )
 
 
-def test_group_relative_advantages_are_standard_scores_and_zero_in_a_group_that_agrees() -> None:
+def test_group_relative_advantages_are_standard_scores_and_zero_for_equal_rewards() -> None:
     rewards = random(3, 4)
     rewards[1] = 0.7
     for p in range(3):
@@ -229,29 +231,29 @@ def test_group_relative_advantages_are_standard_scores_and_zero_in_a_group_that_
 # ---- losses -------------------------------------------------------------------------------------
 
 
-def test_the_policy_loss_is_clipped_only_where_it_would_pay_to_go_further() -> None:
+def test_the_policy_loss_is_clipped_only_where_a_larger_change_would_lower_it() -> None:
     new, old, advantages = random(4, 7) * 0.5, random(4, 7, seed=1) * 0.5, random(4, 7, seed=2)
-    loss, bound = arithmetic.clipped_policy_loss(new, old, advantages, 0.2)
+    loss, is_clipped = arithmetic.clipped_policy_loss(new, old, advantages, 0.2)
     for b in range(4):
         for t in range(7):
             ratio, a = math.exp((new - old)[b, t].item()), advantages[b, t].item()
             expected = -min(ratio * a, max(0.8, min(1.2, ratio)) * a)
             assert loss[b, t].item() == pytest.approx(expected, abs=1e-5)
-            assert bound[b, t].item() == ((a > 0 and ratio > 1.2) or (a < 0 and ratio < 0.8))
+            assert is_clipped[b, t].item() == ((a > 0 and ratio > 1.2) or (a < 0 and ratio < 0.8))
 
 
-def test_no_gradient_flows_where_the_policy_clip_binds() -> None:
+def test_the_gradient_is_zero_where_the_policy_loss_is_clipped() -> None:
     new = torch.tensor([1.0, -1.0, 0.1], requires_grad=True)
-    loss, bound = arithmetic.clipped_policy_loss(
+    loss, is_clipped = arithmetic.clipped_policy_loss(
         new, torch.zeros(3), torch.tensor([1.0, -1.0, 1.0]), 0.2
     )
     loss.sum().backward()
-    assert bound.tolist() == [True, True, False]
+    assert is_clipped.tolist() == [True, True, False]
     assert new.grad is not None
     close(new.grad, [0.0, 0.0, -math.exp(0.1)])
 
 
-def test_the_value_loss_takes_the_worse_of_the_free_and_the_clipped_value() -> None:
+def test_the_value_loss_is_the_larger_of_the_unclipped_and_the_clipped_one() -> None:
     new, old, returns = random(4, 7), random(4, 7, seed=1), random(4, 7, seed=2)
     loss, _ = arithmetic.clipped_value_loss(new, old, returns, 0.2)
     for b in range(4):
@@ -262,7 +264,7 @@ def test_the_value_loss_takes_the_worse_of_the_free_and_the_clipped_value() -> N
             assert loss[b, t].item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_coefficient_follows_the_target_and_stays_without_one() -> None:
+def test_the_coefficient_adapts_to_the_target_and_is_fixed_without_one() -> None:
     assert arithmetic.adapted_coefficient(0.1, 99.0, None) == 0.1
     assert arithmetic.adapted_coefficient(0.1, 6.6, 6.0) == pytest.approx(0.1 * 1.01)
     assert arithmetic.adapted_coefficient(0.1, 60.0, 6.0) == pytest.approx(0.1 * 1.02)
@@ -273,8 +275,8 @@ def test_the_coefficient_follows_the_target_and_stays_without_one() -> None:
 
 
 class TrlStep:
-    """What `PPOTrainer.train` of TRL 1.12 computes between scoring and the backward pass, written
-    down from its formulas, for answers that fill their length (so that nothing is padding)."""
+    """The computation of `PPOTrainer.train` of TRL 1.12 between scoring and the backward pass, from
+    its formulas, for completions of full length (without padding)."""
 
     kl_coefficient, discount, decay, clip, value_clip, value_weight = 0.05, 1.0, 0.95, 0.2, 0.2, 0.1
 
@@ -312,14 +314,14 @@ class TrlStep:
         }
 
 
-def test_a_ppo_step_on_a_fixed_batch_has_the_numbers_of_trl() -> None:
-    """Answers of full length, where the two agree; docs/ppo.md lists where they differ, and why."""
+def test_a_ppo_step_on_a_fixed_batch_equals_trls() -> None:
+    """Completions of full length, for which both agree; docs/ppo.md lists the differences."""
     full = torch.ones(6, 9, dtype=torch.bool)
     old, reference = -random(6, 9).abs(), -random(6, 9, seed=1).abs()
     values, scores = random(6, 9, seed=2), random(6, seed=3)
     theirs = TrlStep(old, reference, values, scores)
 
-    rewards = arithmetic.penalised_rewards(scores, old, reference, full, theirs.kl_coefficient)
+    rewards = arithmetic.kl_penalized_rewards(scores, old, reference, full, theirs.kl_coefficient)
     close(rewards, theirs.rewards)
     raw, returns = arithmetic.gae(
         rewards, values, full, discount=theirs.discount, decay=theirs.decay
@@ -337,14 +339,14 @@ def test_a_ppo_step_on_a_fixed_batch_has_the_numbers_of_trl() -> None:
     close(value.loss.mean(), expected["value"].item())
     total = (policy.loss + theirs.value_weight * value.loss).mean()
     close(total, expected["loss"].item())
-    close(policy.bound.float().mean(), expected["clipped"].item())
-    close(value.bound.float().mean(), expected["values_clipped"].item())
+    close(policy.clipped.float().mean(), expected["clipped"].item())
+    close(value.clipped.float().mean(), expected["values_clipped"].item())
     close(arithmetic.kl_k2(logprobs, old).mean(), expected["approx_kl"].item())
 
 
-def test_trl_pays_one_token_later_and_its_returns_are_ours_of_the_answer_with_its_padding() -> None:
-    """The difference that docs/ppo.md names first: TRL adds the score to the pad token after the
-    stop token. On a mask that is one longer, ours gives TRL's returns."""
+def test_trls_returns_are_ours_on_a_mask_that_is_one_token_longer() -> None:
+    """The first difference in docs/ppo.md: TRL adds the score to the pad token after the stop
+    token. On a mask that is one token longer, our returns are TRL's."""
     lengths = torch.tensor([3, 5])
     mask = torch.arange(7)[None] < lengths[:, None]
     longer = torch.arange(7)[None] <= lengths[:, None]
@@ -360,12 +362,12 @@ def test_trl_pays_one_token_later_and_its_returns_are_ours_of_the_answer_with_it
         theirs.append(last)
     returns = torch.stack(theirs[::-1], dim=1) + values
 
-    ours = arithmetic.penalised_rewards(scores, old, reference, longer, 0.05)
+    ours = arithmetic.kl_penalized_rewards(scores, old, reference, longer, 0.05)
     close(
         arithmetic.gae(ours, values, longer, discount=1.0, decay=0.95)[1],
         torch.where(longer, returns, 0),
     )
-    earlier = arithmetic.penalised_rewards(scores, old, reference, mask, 0.05)
+    earlier = arithmetic.kl_penalized_rewards(scores, old, reference, mask, 0.05)
     assert not torch.allclose(
         arithmetic.gae(earlier, values, mask, discount=1.0, decay=0.95)[1][0, :3], returns[0, :3]
     )

@@ -1,4 +1,4 @@
-"""PPO, GRPO and RLOO on a tiny model: they learn, go on exactly, and end badly with a name."""
+"""PPO, GRPO and RLOO on a tiny model: learning, exact resumption, and errors with a reason."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from tuneyard.api.alignment import BlowUp
 from tuneyard.api.plan import PlannedStage, TrainRuntime
 from tuneyard.errors import StageError
 from tuneyard_trainer.generation.sampling import Sampled, TransformersSampler
-from tuneyard_trainer.reinforcement import grpo, loop, ppo, rewards, stop_conditions
+from tuneyard_trainer.reinforcement import grpo, loading, ppo, rewards, stop_conditions
 from tuneyard_trainer.reinforcement.rewards import Attempt
-from tuneyard_trainer.reinforcement.stop_conditions import blown_up
+from tuneyard_trainer.reinforcement.stop_conditions import diverged
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def inputs(tmp_path: Path, speaking_model_dir: Path) -> dict[str, Path]:
 
 @pytest.fixture
 def reward(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
-    """Sets the programmable reward; at first, the share of the letter a."""
+    """Return a setter of the reward function; the initial reward is the share of the letter a."""
 
     def set_to(chosen: Any) -> None:
         monkeypatch.setattr(rewards, "load", lambda *_: chosen)
@@ -89,7 +89,7 @@ def stages(training: dict[str, Any], seed: int = 3) -> dict[str, PlannedStage]:
 def test_a_reward_rises_while_the_kl_stays_bounded(
     method: str, seed: int, tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
-    """From an eighth of an answer to more than half of it, within 8 nats of the start."""
+    """From an eighth of a completion to more than half of it, within 8 nats of the start."""
     _, outcome = run(stages({"max_steps": 20}, seed)[method], tmp_path / "out", inputs)
     steps = [line for line in lines(tmp_path / "out") if "learningRate" in line]
     assert outcome.metrics["baseReward"] < 0.35
@@ -100,9 +100,9 @@ def test_a_reward_rises_while_the_kl_stays_bounded(
     assert all(math.isfinite(value) for s in steps for value in s.values())
 
 
-def letter_judge(folder: Path, tokenizer: Any, letter: str) -> Path:
-    """A reward model, trained here on pairs of answers of which the one with more of the letter is
-    chosen (Bradley-Terry), saved as the reward stage saves one."""
+def letter_reward_model(folder: Path, tokenizer: Any, letter: str) -> Path:
+    """A reward model, saved as by the reward stage, trained here on pairs of completions
+    (Bradley-Terry): the chosen one has more of the letter."""
     draw = random.Random(0)
     texts = ["".join(draw.choices(LETTERS, k=4)) for _ in range(96)]
     shares = torch.tensor([text.count(letter) for text in texts])
@@ -118,7 +118,7 @@ def letter_judge(folder: Path, tokenizer: Any, letter: str) -> Path:
     )
     torch.manual_seed(0)
     model = LlamaForSequenceClassification(config)
-    rows = [_judged(tokenizer, draw.choice(QUESTIONS), text) for text in texts]
+    rows = [_encoded(tokenizer, draw.choice(QUESTIONS), text) for text in texts]
     lengths = torch.tensor([len(row) for row in rows])
     ids = torch.full((len(rows), int(lengths.max())), 3)
     for index, row in enumerate(rows):
@@ -137,27 +137,27 @@ def letter_judge(folder: Path, tokenizer: Any, letter: str) -> Path:
     return folder
 
 
-def _judged(tokenizer: Any, question: str, answer: str) -> list[int]:
+def _encoded(tokenizer: Any, question: str, completion: str) -> list[int]:
     turns = [{"role": "user", "content": question}]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text + answer + tokenizer.eos_token)["input_ids"])
+    return list(tokenizer(text + completion + tokenizer.eos_token)["input_ids"])
 
 
 def test_ppo_with_a_learned_reward_raises_it_on_prompts_never_trained_on(
     tmp_path: Path, inputs: dict[str, Path], tiny_tokenizer: Any
 ) -> None:
-    """And with it what the reward model was to learn: the letters themselves."""
+    """The letters that the reward model was trained to prefer rise with the reward."""
     numbers = [{"prompt": f"Say {number}."} for number in range(40)]
     inputs["prompts"].write_text("".join(json.dumps(row) + "\n" for row in numbers))
-    inputs["reward"] = letter_judge(tmp_path / "reward", tiny_tokenizer, "c")
+    inputs["reward"] = letter_reward_model(tmp_path / "reward", tiny_tokenizer, "c")
     _, outcome = run(ppo_stage({"max_steps": 15}), tmp_path / "out", inputs)
     assert outcome.details["heldOutPrompts"] == 4
     assert outcome.metrics["rewardGain"] > 1.0
     samples = outcome.details["samples"]
 
     def share(step: int) -> float:
-        answers = [sample["answer"] for sample in samples if sample["step"] == step]
-        return sum(a.count("c") for a in answers) / sum(len(a) for a in answers)
+        texts = [sample["answer"] for sample in samples if sample["step"] == step]
+        return sum(text.count("c") for text in texts) / sum(len(text) for text in texts)
 
     assert share(max(sample["step"] for sample in samples)) > share(0)
 
@@ -166,31 +166,31 @@ def test_ppo_with_a_learned_reward_raises_it_on_prompts_never_trained_on(
 
 
 class StopAfter:
-    """Asks for an orderly end once `step` updates were reported."""
+    """Requests a stop after `step` updates were reported."""
 
     def __init__(self, step: int) -> None:
-        self.step, self.seen = step, 0
+        self.step, self.reported = step, 0
 
     def report(self, *, step: int = 0, **_: Any) -> None:
-        self.seen = max(self.seen, step)
+        self.reported = max(self.reported, step)
 
     def __call__(self) -> bool:
-        return self.seen >= self.step
+        return self.reported >= self.step
 
     def worker(self) -> Worker:
         return Worker(0, 1, CPU, report=self.report, stop=self)
 
 
-def timeless(folder: Path) -> list[dict[str, Any]]:
+def without_times(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines(folder)]
 
 
 @pytest.mark.usefixtures("reward")
 @pytest.mark.parametrize("method", ["ppo", "grpo", "rloo", "ppo-lora"])
-def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(
+def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(
     method: str, tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
-    """Policy, value head, optimizer, prompts, answers, minibatches and the adapted coefficient."""
+    """Policy, value head, optimizer, prompts, completions, minibatches, adapted coefficient."""
     stage = stages({})[method.partition("-")[0]]
     if method.startswith("ppo"):
         adapter = {"lora": {"dropout": 0.1}} if method == "ppo-lora" else None
@@ -203,35 +203,35 @@ def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(
     assert outcome.details["resumedAtStep"] == 2
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
+    assert without_times(tmp_path / "whole") == without_times(tmp_path / "parts")
 
 
-def test_a_run_killed_in_its_first_update_goes_on_from_what_was_measured_before_it(
+def test_a_run_killed_in_its_first_update_resumes_with_the_measurement_before_it(
     tmp_path: Path, inputs: dict[str, Path], reward: Callable[[Any], None]
 ) -> None:
     whole, _ = run(ppo_stage(), tmp_path / "whole", inputs)
     calls = 0
 
-    def dying(attempts: Sequence[Attempt]) -> Tensor:
+    def interrupted(attempts: Sequence[Attempt]) -> Tensor:
         nonlocal calls
         calls += 1
         if calls == 2:
             raise KeyboardInterrupt
         return share_of("a")(attempts)
 
-    reward(dying)
+    reward(interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(ppo_stage(), tmp_path / "parts", inputs)
     resumed, outcome = run(ppo_stage(), tmp_path / "parts", inputs)
-    assert calls == 2 + 4 + 4  # the first measurement was not made again
+    assert calls == 2 + 4 + 4  # the first measurement is not repeated
     assert outcome.details["resumedAtStep"] == 0
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
+    assert without_times(tmp_path / "whole") == without_times(tmp_path / "parts")
 
 
 @pytest.mark.usefixtures("reward")
 @pytest.mark.parametrize("method", ["ppo", "grpo", "rloo"])
-def test_the_size_of_a_pass_changes_an_update_by_rounding_alone(
+def test_the_size_of_micro_batches_changes_an_update_by_rounding_alone(
     method: str, tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     stage = stages({"max_steps": 1, "keep_best": False})[method]
@@ -243,7 +243,7 @@ def test_the_size_of_a_pass_changes_an_update_by_rounding_alone(
 
 
 def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path]) -> None:
-    """Trains by PPO and by RLOO, then with a reward that fails on the second worker alone."""
+    """Train by PPO and by RLOO, then with a reward that fails on the second worker only."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
     torch.set_num_threads(1)
@@ -256,7 +256,7 @@ def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path]) -> None
 
     def failing(attempts: Sequence[Attempt]) -> Tensor:
         if rank == 1:
-            raise StageError("RewardContextTooShort", "an answer is too long.")
+            raise StageError("RewardContextTooShort", "a completion is too long.")
         return share_of("a")(attempts)
 
     rewards.load = lambda *_: failing  # type: ignore[assignment]
@@ -272,11 +272,11 @@ BRIEF = {"max_steps": 2, "keep_best": False}
 
 
 @pytest.mark.usefixtures("reward")
-def test_two_workers_do_what_one_does_and_fail_together(
+def test_two_workers_train_like_one_and_fail_together(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
-    """The same answers, advantages and minibatches, rounding aside; and where one worker's reward
-    fails, the other does not wait for it but ends with the same reason."""
+    """Completions, advantages and minibatches are the same except for rounding. If the reward fails
+    on one worker, the other fails with the same reason instead of waiting."""
     two = tmp_path / "two"
     two.mkdir()
     port = free_port()
@@ -286,7 +286,9 @@ def test_two_workers_do_what_one_does_and_fail_together(
         together = load_file(next((two / method / "weights").glob("*.safetensors")))
         for name in alone:
             torch.testing.assert_close(alone[name], together[name], rtol=0, atol=1e-3)
-        for mine, theirs in zip(timeless(tmp_path / method), timeless(two / method), strict=True):
+        for mine, theirs in zip(
+            without_times(tmp_path / method), without_times(two / method), strict=True
+        ):
             assert mine == pytest.approx(theirs, rel=2e-2, abs=2e-3)
     reasons = [(two / f"reason-{rank}").read_text() for rank in (0, 1)]
     assert reasons == ["RewardContextTooShort"] * 2
@@ -298,8 +300,8 @@ def test_two_workers_do_what_one_does_and_fail_together(
 def test_updates_in_bfloat16_stay_near_those_in_float32(
     method: str, adapter: Any, tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
-    """Mixed precision, as on a GPU: the base under an adapter is in bfloat16, what is trained never
-    is; ratios begin at 1 all the same, as both passes round alike."""
+    """Mixed precision, as on a GPU: the base under an adapter is in bfloat16, trained parameters
+    are not. Ratios start at 1, since both forward passes round alike."""
     make = ppo_stage if method == "ppo" else grpo_stage
     more = {"optimization_epochs": 1} if method == "ppo" else {}
     training = {"max_steps": 1, "keep_best": False, "batch_size": 16}
@@ -314,21 +316,21 @@ def test_updates_in_bfloat16_stay_near_those_in_float32(
     assert found["bfloat16"]["gradientNorm"] > 0
 
 
-# ---- what is kept -------------------------------------------------------------------------------
+# ---- the result ---------------------------------------------------------------------------------
 
 
-def test_the_best_measured_model_is_kept_not_the_last(
+def test_the_best_measured_model_is_the_result_not_the_last(
     tmp_path: Path, inputs: dict[str, Path], reward: Callable[[Any], None]
 ) -> None:
-    """A reward that turns against the policy half way: what was best before is the result."""
+    """The reward changes its sign half way, so that the best model is an earlier one."""
     calls = 0
 
-    def fickle(attempts: Sequence[Attempt]) -> Tensor:
+    def changing(attempts: Sequence[Attempt]) -> Tensor:
         nonlocal calls
         calls += 1
         return share_of("a")(attempts) * (1 if calls <= 9 else -1)
 
-    reward(fickle)
+    reward(changing)
     training = {"max_steps": 8, "evaluation_steps": 2}
     _, outcome = run(ppo_stage(training), tmp_path / "a", inputs)
     measured = {
@@ -346,7 +348,7 @@ def test_the_best_measured_model_is_kept_not_the_last(
 
 
 @pytest.mark.usefixtures("reward")
-def test_an_adapter_leaves_its_base_alone_and_a_later_stage_goes_on_with_it(
+def test_an_adapter_leaves_its_base_unchanged_and_a_later_stage_continues_it(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     lora = {"lora": {"rank": 4}}
@@ -358,12 +360,12 @@ def test_an_adapter_leaves_its_base_alone_and_a_later_stage_goes_on_with_it(
     again, _ = run(grpo_stage(training, adapter=lora), tmp_path / "b", tuned)
     assert again.keys() == first.keys()
     start = next(line for line in lines(tmp_path / "b") if line["step"] == 0)
-    assert start["heldOutKl"] == pytest.approx(0, abs=1e-5)  # its reference is where it began
+    assert start["heldOutKl"] == pytest.approx(0, abs=1e-5)  # its reference is its start model
     assert start["heldOutReward"] == pytest.approx(outcome.metrics["reward"], abs=1e-6)
 
 
 @pytest.mark.usefixtures("reward")
-def test_prompts_are_held_out_where_there_are_enough_of_them(
+def test_prompts_are_held_out_if_there_are_enough_of_them(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     rows = [{"prompt": f"Say {number}."} for number in range(30)]
@@ -386,21 +388,21 @@ def test_the_kl_coefficient_follows_its_target(
     assert set(coefficients(tmp_path / "b")) == {0.05}
 
 
-def test_an_answer_without_an_end_pays_the_penalty(
+def test_a_truncated_completion_is_penalized(
     tmp_path: Path, inputs: dict[str, Path], reward: Callable[[Any], None]
 ) -> None:
-    """Answers cut at three tokens: only those that stopped by then earn what the reward says."""
+    """Completions of three tokens at most: only those that end by then get the full reward."""
     reward(lambda attempts: torch.ones(len(attempts)))
     stage = ppo_stage({"max_steps": 1}, sampling={"max_new_tokens": 3}, missing_eos_penalty=0.75)
     run(stage, tmp_path / "a", inputs)
-    update = next(line for line in lines(tmp_path / "a") if "penalisedReward" in line)
+    update = next(line for line in lines(tmp_path / "a") if "penalizedReward" in line)
     assert 0 < update["endedShare"] < 1
-    assert update["penalisedReward"] == pytest.approx(1 - 0.75 * (1 - update["endedShare"]))
+    assert update["penalizedReward"] == pytest.approx(1 - 0.75 * (1 - update["endedShare"]))
 
 
 @pytest.mark.usefixtures("reward")
 @pytest.mark.parametrize("method", ["grpo", "rloo"])
-def test_without_a_kl_term_there_is_no_reference_and_no_kl_of_zero_is_told(
+def test_without_a_kl_term_there_is_no_reference_and_no_kl_of_zero_is_reported(
     method: str, tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     stage = grpo_stage({"max_steps": 2}, estimator=method, kl_coefficient=0.0)
@@ -414,10 +416,10 @@ def test_without_a_kl_term_there_is_no_reference_and_no_kl_of_zero_is_told(
     assert outcome.metrics["kl"] > 0 or outcome.details["bestStep"] == 0
 
 
-# ---- bad endings --------------------------------------------------------------------------------
+# ---- errors -------------------------------------------------------------------------------------
 
 
-def test_a_reward_that_is_no_number_ends_the_stage_with_the_prompts_name(
+def test_a_reward_that_is_not_finite_fails_the_stage_and_names_the_prompt(
     tmp_path: Path, inputs: dict[str, Path], reward: Callable[[Any], None]
 ) -> None:
     def broken(attempts: Sequence[Attempt]) -> Tensor:
@@ -428,28 +430,28 @@ def test_a_reward_that_is_no_number_ends_the_stage_with_the_prompts_name(
         return scores
 
     reward(broken)
-    with pytest.raises(StageError, match=r"no number: nan.*prompts\.jsonl row 3") as found:
+    with pytest.raises(StageError, match=r"not finite: nan.*prompts\.jsonl row 3") as found:
         run(ppo_stage(), tmp_path / "a", inputs)
     assert found.value.reason == "NonFiniteReward"
 
 
 @pytest.mark.usefixtures("reward")
 @pytest.mark.parametrize("method", ["ppo", "grpo"])
-def test_a_run_without_one_whole_answer_is_given_up_by_name(
+def test_a_run_with_truncated_completions_only_fails_with_its_reason(
     method: str, tmp_path: Path, inputs: dict[str, Path], tiny_model_dir: Path
 ) -> None:
     """A random model: one token in 400 stops it."""
     inputs["model"] = tiny_model_dir
     make = ppo_stage if method == "ppo" else grpo_stage
     stage = make({"max_steps": 9}, sampling={"max_new_tokens": 1})
-    with pytest.raises(StageError, match=r"3 updates on end not one of") as found:
+    with pytest.raises(StageError, match=r"3 updates in a row none of") as found:
         run(stage, tmp_path / "a", inputs)
-    assert found.value.reason == "AllAnswersTruncated"
+    assert found.value.reason == "AllCompletionsTruncated"
     assert max(line["step"] for line in lines(tmp_path / "a")) == 2
 
 
 @pytest.mark.usefixtures("reward")
-def test_answers_without_an_end_are_fine_where_nobody_wants_one(
+def test_truncated_completions_are_allowed_without_the_missing_eos_penalty(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     stage = ppo_stage({"max_steps": 5}, sampling={"max_new_tokens": 1}, missing_eos_penalty=0.0)
@@ -458,12 +460,12 @@ def test_answers_without_an_end_are_fine_where_nobody_wants_one(
 
 
 @pytest.mark.parametrize("method", ["ppo", "grpo", "rloo"])
-def test_rewards_that_never_differ_end_the_run_by_name(
+def test_rewards_that_never_differ_fail_the_run_with_their_reason(
     method: str, tmp_path: Path, inputs: dict[str, Path], reward: Callable[[Any], None]
 ) -> None:
-    """Nothing could be learnt from them, and the run would look as if it had worked."""
+    """Nothing can be learned from them, and the run would otherwise look successful."""
     reward(lambda attempts: torch.zeros(len(attempts)))
-    with pytest.raises(StageError, match=r"same \(0 in the mean") as found:
+    with pytest.raises(StageError, match=r"same reward \(mean of the last update: 0\)") as found:
         run(stages({"max_steps": 20})[method], tmp_path / "a", inputs)
     assert found.value.reason == "RewardsAlike"
     steps = [line["step"] for line in lines(tmp_path / "a") if "learningRate" in line]
@@ -471,7 +473,7 @@ def test_rewards_that_never_differ_end_the_run_by_name(
 
 
 @pytest.mark.parametrize("method", ["grpo", "rloo"])
-def test_prompts_that_differ_while_their_answers_never_do_teach_nothing_either(
+def test_rewards_that_differ_between_prompts_only_fail_the_run_too(
     method: str, tmp_path: Path, inputs: dict[str, Path], reward: Callable[[Any], None]
 ) -> None:
     reward(lambda attempts: torch.tensor([float(len(p.question)) for p, _ in attempts]))
@@ -480,17 +482,17 @@ def test_prompts_that_differ_while_their_answers_never_do_teach_nothing_either(
     assert found.value.reason == "RewardsAlike"
 
 
-def test_rewards_that_are_all_alike_once_everything_is_learnt_end_nothing(
+def test_equal_rewards_after_successful_learning_do_not_fail_the_run(
     tmp_path: Path, inputs: dict[str, Path], reward: Callable[[Any], None]
 ) -> None:
     calls = 0
 
-    def satisfied(attempts: Sequence[Attempt]) -> Tensor:
+    def saturating(attempts: Sequence[Attempt]) -> Tensor:
         nonlocal calls
         calls += 1
         return share_of("a")(attempts) if calls < 4 else torch.ones(len(attempts))
 
-    reward(satisfied)
+    reward(saturating)
     _, outcome = run(stages({"max_steps": 14})["grpo"], tmp_path / "a", inputs)
     assert outcome.metrics["steps"] == 14
 
@@ -498,40 +500,41 @@ def test_rewards_that_are_all_alike_once_everything_is_learnt_end_nothing(
 # ---- another engine ------------------------------------------------------------------------------
 
 
-class Elsewhere:
-    """Answers like the policy, and says of each token what the policy says, and `off` nats more."""
+class OtherEngine:
+    """Samples like the policy, and returns its log-probabilities plus `off` nats for each token."""
 
     def __init__(self, actor: Any, stop: Any, sampling: Any, off: float) -> None:
         self._own = TransformersSampler(actor.model, actor.pad, stop, sampling)
         self._actor, self._off, self.closed = actor, off, False
 
     def __call__(self, prompts: Any, keys: Any) -> list[Sampled]:
-        return [self._told(p, a) for p, a in zip(prompts, self._own(prompts, keys), strict=True)]
+        own = self._own(prompts, keys)
+        return [self._shifted(p, sampled) for p, sampled in zip(prompts, own, strict=True)]
 
-    def _told(self, prompt: Sequence[int], answer: Sampled) -> Sampled:
+    def _shifted(self, prompt: Sequence[int], sampled: Sampled) -> Sampled:
         with torch.no_grad():
-            logits = self._actor.model(input_ids=torch.tensor([[*prompt, *answer.tokens]])).logits
+            logits = self._actor.model(input_ids=torch.tensor([[*prompt, *sampled.tokens]])).logits
         scaled_TV = logits[0, len(prompt) - 1 : -1] / self._actor.temperature
-        ids_T1 = torch.tensor(answer.tokens)[:, None]
+        ids_T1 = torch.tensor(sampled.tokens)[:, None]
         logprobs_T = scaled_TV.log_softmax(-1).gather(-1, ids_T1)[:, 0] + self._off
-        return Sampled(answer.tokens, tuple(logprobs_T.tolist()))
+        return Sampled(sampled.tokens, tuple(logprobs_T.tolist()))
 
     def close(self) -> None:
         self.closed = True
 
 
 @pytest.fixture
-def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[Elsewhere]]:
-    """Lets another engine answer; the engines that were made."""
+def other_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[OtherEngine]]:
+    """Return a function that sets another sampling engine and returns the engines made later."""
 
-    def set_to(off: float) -> list[Elsewhere]:
-        made: list[Elsewhere] = []
+    def set_to(off: float) -> list[OtherEngine]:
+        made: list[OtherEngine] = []
 
-        def sampler(actor: Any, stop: Any, sampling: Any, *_: Any) -> Elsewhere:
-            made.append(Elsewhere(actor, stop, sampling, off))
+        def sampler(actor: Any, stop: Any, sampling: Any, *_: Any) -> OtherEngine:
+            made.append(OtherEngine(actor, stop, sampling, off))
             return made[-1]
 
-        monkeypatch.setattr(loop, "_sampler", sampler)
+        monkeypatch.setattr(loading, "_sampler", sampler)
         return made
 
     return set_to
@@ -539,12 +542,12 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[Elsewhe
 
 @pytest.mark.usefixtures("reward")
 @pytest.mark.parametrize("off", [0.1, -0.1])
-def test_what_another_engine_says_of_its_tokens_is_compared_and_changes_nothing(
-    off: float, tmp_path: Path, inputs: dict[str, Path], elsewhere: Any
+def test_another_engines_log_probabilities_are_compared_and_not_trained_on(
+    off: float, tmp_path: Path, inputs: dict[str, Path], other_engine: Any
 ) -> None:
     stage = ppo_stage({"max_steps": 2}, sampling={"max_new_tokens": 12, "temperature": 0.8})
     whole, _ = run(stage, tmp_path / "own", inputs)
-    elsewhere(off)
+    other_engine(off)
     other, _ = run(stage, tmp_path / "other", inputs)
     assert all(torch.equal(whole[name], other[name]) for name in whole)
     updates = [line for line in lines(tmp_path / "other") if "learningRate" in line]
@@ -553,10 +556,10 @@ def test_what_another_engine_says_of_its_tokens_is_compared_and_changes_nothing(
 
 
 @pytest.mark.usefixtures("reward")
-def test_an_engine_that_runs_another_model_ends_the_run_before_anything_is_learnt(
-    tmp_path: Path, inputs: dict[str, Path], elsewhere: Any
+def test_an_engine_that_runs_another_model_fails_the_run_before_any_update(
+    tmp_path: Path, inputs: dict[str, Path], other_engine: Any
 ) -> None:
-    made = elsewhere(-0.4)
+    made = other_engine(-0.4)
     with pytest.raises(StageError, match=r"0\.40 nats") as found:
         run(ppo_stage(), tmp_path / "a", inputs)
     assert found.value.reason == "SamplerMismatch"
@@ -565,16 +568,16 @@ def test_an_engine_that_runs_another_model_ends_the_run_before_anything_is_learn
 
 
 @pytest.mark.usefixtures("reward")
-def test_a_nucleus_may_make_an_engines_tokens_likelier_by_what_it_leaves_out(
-    tmp_path: Path, inputs: dict[str, Path], elsewhere: Any
+def test_the_allowed_gap_includes_the_probability_outside_the_nucleus(
+    tmp_path: Path, inputs: dict[str, Path], other_engine: Any
 ) -> None:
-    elsewhere(0.4)
+    other_engine(0.4)
     stage = ppo_stage({"max_steps": 1}, sampling={"max_new_tokens": 12, "top_p": 0.8})
     _, outcome = run(stage, tmp_path / "a", inputs)
     assert outcome.metrics["steps"] == 1
 
 
-CALM = {"kl": 2.0, "entropy": 1.0, "answerLength": 10.0}
+WITHIN_LIMITS = {"kl": 2.0, "entropy": 1.0, "completionLength": 10.0}
 LIMITS = BlowUp(max_kl=5.0, min_entropy=0.1, max_length_ratio=3.0)
 
 
@@ -584,17 +587,17 @@ LIMITS = BlowUp(max_kl=5.0, min_entropy=0.1, max_length_ratio=3.0)
         ({}, None),
         ({"kl": 5.1}, "KlBlowUp"),
         ({"entropy": 0.09}, "EntropyCollapse"),
-        ({"answerLength": 31.0}, "LengthDrift"),
+        ({"completionLength": 31.0}, "LengthDrift"),
     ],
 )
-def test_each_limit_has_its_name(change: dict[str, float], reason: str | None) -> None:
-    found = blown_up(LIMITS, CALM | change, first_length=10.0)
+def test_each_limit_has_its_reason(change: dict[str, float], reason: str | None) -> None:
+    found = diverged(LIMITS, WITHIN_LIMITS | change, first_length=10.0)
     assert (found and found.reason) == reason
-    assert blown_up(None, CALM | change, first_length=10.0) is None
+    assert diverged(None, WITHIN_LIMITS | change, first_length=10.0) is None
 
 
 @pytest.mark.usefixtures("reward")
-def test_a_run_that_blows_up_ends_with_its_best_model(
+def test_a_run_that_diverges_ends_with_its_best_model(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     training = {"max_steps": 40, "evaluation_steps": 2}
@@ -608,7 +611,7 @@ def test_a_run_that_blows_up_ends_with_its_best_model(
 
 
 @pytest.mark.usefixtures("reward")
-def test_a_run_that_blows_up_before_it_had_anything_better_fails_by_that_name(
+def test_a_run_that_diverges_before_it_has_a_better_model_fails_with_that_reason(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     with pytest.raises(StageError, match="below 100") as found:
@@ -618,8 +621,10 @@ def test_a_run_that_blows_up_before_it_had_anything_better_fails_by_that_name(
 
 
 @pytest.mark.usefixtures("reward")
-def test_a_rate_that_ruins_the_model_ends_by_name(tmp_path: Path, inputs: dict[str, Path]) -> None:
+def test_a_learning_rate_that_ruins_the_model_fails_with_a_reason(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
     stage = ppo_stage({"max_steps": 30, "learning_rate": 9.0, "optimizer": {"epsilon": 1e-30}})
     with pytest.raises(StageError) as found:
         run(stage, tmp_path / "a", inputs)
-    assert found.value.reason in ("LossNotFinite", "AllAnswersTruncated")
+    assert found.value.reason in ("LossNotFinite", "AllCompletionsTruncated")

@@ -1,4 +1,4 @@
-"""What PPO, GRPO and RLOO make of a fixed batch, against TRL's formulas and straight loops."""
+"""Losses of PPO, GRPO and RLOO on a fixed batch, against TRL's formulas and plain loops."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.trainer.speaking import grpo_stage, ppo_stage
 from tuneyard.api.stage_settings import GrpoSettings, PpoSettings
 from tuneyard_trainer.reinforcement import arithmetic
-from tuneyard_trainer.reinforcement.actor import Scored, Texts
+from tuneyard_trainer.reinforcement.actor import Scored, Sequences
 from tuneyard_trainer.reinforcement.grpo import Grpo, Rloo
 from tuneyard_trainer.reinforcement.method import Experience
 from tuneyard_trainer.reinforcement.ppo import Ppo
@@ -40,7 +40,7 @@ ENTROPY, NOW_VALUES = masked(noise(6, 7, seed=5).abs()), masked(VALUES + 0.3 * n
 def rollouts(**changes: Any) -> Rollouts:
     given: dict[str, Any] = {
         "owned": list(range(6)),
-        "texts": Texts([], []),
+        "sequences": Sequences([], []),
         "mask_BT": MASK,
         "logprobs_BT": OLD,
         "values_BT": VALUES,
@@ -52,7 +52,7 @@ def rollouts(**changes: Any) -> Rollouts:
         "entropy_R": torch.ones(6),
         "gap_R": torch.zeros(len(LENGTHS)),
         "seconds": {},
-        "answers": [],
+        "completions": [],
     }
     return Rollouts(**(given | changes))
 
@@ -74,7 +74,7 @@ def mean_loss(method: Any, experience: Experience) -> float:
     return float(loss.total / method.divisor(torch.tensor(LENGTHS, dtype=torch.float32)))
 
 
-def test_grpos_loss_is_trls_by_default_with_its_kl_term() -> None:
+def test_the_loss_of_grpo_is_trls_with_the_kl_term() -> None:
     """GRPOTrainer of TRL 1.16 with loss_type "dapo", importance sampling by token, beta 0.2."""
     experience, _ = grpo().experience(rollouts(), 0.2)
     grouped = SCORES.view(-1, 3)
@@ -89,8 +89,8 @@ def test_grpos_loss_is_trls_by_default_with_its_kl_term() -> None:
     assert mean_loss(grpo(), experience) == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_rloos_loss_is_trls_by_whole_answers() -> None:
-    """RLOOTrainer of TRL 1.16: the KL in the reward, sequence ratios, the mean over answers."""
+def test_the_loss_of_rloo_is_trls_over_whole_completions() -> None:
+    """RLOOTrainer of TRL 1.16: KL in the reward, sequence ratios, mean over completions."""
     experience, _ = rloo().experience(rollouts(), 0.2)
     rewards = SCORES - 0.2 * ((OLD - REFERENCE) * MASK).sum(1)
     grouped = rewards.view(-1, 3)
@@ -102,11 +102,11 @@ def test_rloos_loss_is_trls_by_whole_answers() -> None:
     assert mean_loss(rloo(), experience) == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_ppos_loss_by_a_straight_loop_over_tokens() -> None:
+def test_the_loss_of_ppo_equals_a_plain_loop_over_tokens() -> None:
     settings = ppo_stage(entropy_coefficient=0.01, missing_eos_penalty=0.5).settings
     assert isinstance(settings, PpoSettings)
     method = Ppo(settings)
-    experience, watched = method.experience(rollouts(), 0.3)
+    experience, metrics = method.experience(rollouts(), 0.3)
     raw, returns, flat = {}, {}, []
     for b, length in enumerate(LENGTHS):
         score = SCORES[b].item() - (0.5 if b in (2, 4) else 0.0)
@@ -130,11 +130,11 @@ def test_ppos_loss_by_a_straight_loop_over_tokens() -> None:
         value = 0.5 * max((now - returns[b, t]) ** 2, (near - returns[b, t]) ** 2)
         total += policy + 0.1 * value - 0.01 * ENTROPY[b, t].item()
     assert mean_loss(method, experience) == pytest.approx(total / len(raw), abs=1e-5)
-    assert watched["penalisedReward"] == pytest.approx(SCORES.mean().item() - 0.5 * 2 / 6, abs=1e-5)
+    assert metrics["penalizedReward"] == pytest.approx(SCORES.mean().item() - 0.5 * 2 / 6, abs=1e-5)
 
 
 @pytest.mark.parametrize("method", ["ppo", "grpo", "rloo"])
-def test_what_lies_in_the_padding_changes_no_loss_and_no_gradient(method: str) -> None:
+def test_values_in_the_padding_change_no_loss_and_no_gradient(method: str) -> None:
     stage = ppo_stage().settings
     assert isinstance(stage, PpoSettings)
     chosen = {"ppo": Ppo(stage), "grpo": grpo(), "rloo": rloo()}[method]
@@ -151,36 +151,36 @@ def test_what_lies_in_the_padding_changes_no_loss_and_no_gradient(method: str) -
     torch.testing.assert_close(found[0][1], found[1][1])
 
 
-def test_a_group_that_agrees_teaches_nothing_and_is_counted() -> None:
+def test_a_group_with_equal_rewards_has_no_advantage_and_is_counted() -> None:
     same = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0, 0.0])
-    experience, watched = grpo().experience(rollouts(scores_R=same), 0.2)
-    assert watched == {"groupsAlike": 0.5}
+    experience, metrics = grpo().experience(rollouts(scores_R=same), 0.2)
+    assert metrics == {"groupsAlike": 0.5}
     assert not experience.advantages_BT[:3].any()
     assert experience.advantages_BT[3:].any()
 
 
-def test_part_of_the_answers_is_as_wide_as_its_longest() -> None:
+def test_some_of_the_completions_are_as_wide_as_the_longest_of_them() -> None:
     experience, _ = grpo().experience(rollouts(), 0.2)
     part = experience.take([1, 2])
     assert part.mask_BT.tolist() == [[True, False, False], [True, True, True]]
     assert torch.equal(part.logprobs_BT, OLD[[1, 2], :3])
 
 
-def test_the_watched_numbers_of_an_update() -> None:
-    watched = rollouts(entropy_R=torch.tensor([5.0, 1, 3, 7, 2, 4])).watched()
-    assert watched["entropy"] == pytest.approx(1.0)
-    assert watched["answerLength"] == pytest.approx(22 / 6)
-    assert watched["endedShare"] == pytest.approx(4 / 6)
-    assert watched["kl"] == pytest.approx(
+def test_the_metrics_of_an_update() -> None:
+    metrics = rollouts(entropy_R=torch.tensor([5.0, 1, 3, 7, 2, 4])).metrics()
+    assert metrics["entropy"] == pytest.approx(1.0)
+    assert metrics["completionLength"] == pytest.approx(22 / 6)
+    assert metrics["endedShare"] == pytest.approx(4 / 6)
+    assert metrics["kl"] == pytest.approx(
         arithmetic.kl_k1(OLD, REFERENCE).sum().item() / 6, abs=1e-5
     )
 
 
-def test_each_method_prefers_what_its_loss_makes_larger() -> None:
-    """The KL of an answer for PPO and RLOO, of a token for GRPO."""
-    watched = {"reward": 3.0, "kl": 4.0, "answerLength": 8.0}
+def test_the_objective_of_each_method_is_what_its_loss_maximizes() -> None:
+    """The KL of a completion for PPO and RLOO, of a token for GRPO."""
+    metrics = {"reward": 3.0, "kl": 4.0, "completionLength": 8.0}
     settings = ppo_stage(kl_coefficient=0.1).settings
     assert isinstance(settings, PpoSettings)
-    assert Ppo(settings).objective(watched) == pytest.approx(3 - 0.1 * 4)
-    assert rloo().objective(watched) == pytest.approx(3 - 0.2 * 4)
-    assert grpo().objective(watched) == pytest.approx(3 - 0.2 * 0.5)
+    assert Ppo(settings).objective(metrics) == pytest.approx(3 - 0.1 * 4)
+    assert rloo().objective(metrics) == pytest.approx(3 - 0.2 * 4)
+    assert grpo().objective(metrics) == pytest.approx(3 - 0.2 * 0.5)

@@ -1,4 +1,4 @@
-"""Rewards: rules, reward models and their sums; whatever cannot be scored is named, never 0."""
+"""Rewards: rules, reward models, weighted sums; an error, never 0, if scoring is impossible."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def classifier(folder: Path, tokenizer: Any, **changes: Any) -> Path:
         "num_attention_heads": 2,
         "max_position_embeddings": 128,
         "num_labels": 1,
-        "pad_token_id": 2,  # the stop token: transformers would then score one token too early
+        "pad_token_id": 2,  # the stop token: with it transformers scores one token too early
     }
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -60,20 +60,20 @@ def classifier(folder: Path, tokenizer: Any, **changes: Any) -> Path:
 # ---- rules --------------------------------------------------------------------------------------
 
 
-def test_an_exact_match_looks_past_case_and_white_space_and_no_further() -> None:
-    asked = prompt(answer="The left one")
-    reward = rule([asked], exact_match="answer")
-    answers = [" the  LEFT\none ", "the left", "", "The left one."]
-    assert reward([Attempt(asked, answer) for answer in answers]).tolist() == [1, 0, 0, 0]
+def test_an_exact_match_ignores_case_and_white_space_only() -> None:
+    given = prompt(answer="The left one")
+    reward = rule([given], exact_match="answer")
+    texts = [" the  LEFT\none ", "the left", "", "The left one."]
+    assert reward([Attempt(given, text) for text in texts]).tolist() == [1, 0, 0, 0]
 
 
-def test_a_list_of_right_answers_and_a_number_can_be_matched() -> None:
+def test_a_list_of_texts_and_a_number_can_be_matched() -> None:
     listed, numbered = prompt(answer=["four", "4"]), prompt(answer=4)
     reward = rule([listed, numbered], exact_match="answer")
     assert reward([Attempt(listed, "Four"), Attempt(numbered, "4")]).tolist() == [1, 1]
 
 
-def test_a_prompt_without_the_field_is_named_before_anything_is_sampled() -> None:
+def test_a_prompt_without_the_field_is_named_in_the_error_before_sampling() -> None:
     with pytest.raises(StageError, match=r"1 of 2 prompts .* 'answer'.*row 7 has label") as found:
         rule([prompt(answer="x"), prompt(number=7, label="x")], exact_match="answer")
     assert found.value.reason == "RewardFieldMissing"
@@ -81,15 +81,15 @@ def test_a_prompt_without_the_field_is_named_before_anything_is_sampled() -> Non
         rule([prompt(answer=None)], exact_match="answer")
 
 
-def test_a_schema_accepts_json_that_satisfies_it_and_nothing_around_it() -> None:
+def test_a_schema_accepts_valid_json_without_other_text() -> None:
     schema = '{"type": "object", "required": ["port"], "properties": {"port": {"type": "integer"}}}'
     reward = rule([], json_schema=schema)
-    answers = ['{"port": 2}', '{"port": "2"}', 'Sure: {"port": 2}', "{", "[" * 100_000, "2"]
-    assert reward([Attempt(prompt(), answer) for answer in answers]).tolist() == [1, 0, 0, 0, 0, 0]
+    texts = ['{"port": 2}', '{"port": "2"}', 'Sure: {"port": 2}', "{", "[" * 100_000, "2"]
+    assert reward([Attempt(prompt(), text) for text in texts]).tolist() == [1, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("schema", ["{nonsense", '{"type": "strange"}'])
-def test_a_broken_schema_is_refused_before_anything_is_sampled(schema: str) -> None:
+def test_an_invalid_schema_is_refused_before_sampling(schema: str) -> None:
     with pytest.raises(StageError) as found:
         rule([], json_schema=schema)
     assert found.value.reason == "BadSchema"
@@ -97,7 +97,7 @@ def test_a_broken_schema_is_refused_before_anything_is_sampled(schema: str) -> N
 
 def test_a_schema_never_makes_the_trainer_fetch_anything() -> None:
     reward = rule([], json_schema='{"$ref": "http://127.0.0.1:9/schema.json"}')
-    with pytest.raises(StageError, match="does not hold") as found:
+    with pytest.raises(StageError, match="reference to another schema") as found:
         reward([Attempt(prompt(), "{}")])
     assert found.value.reason == "BadSchema"
 
@@ -109,10 +109,10 @@ def learned(path: Path, chat: ChatSettings = CHAT) -> Any:
     return rewards.load([RewardTerm(role="reward")], {"reward": path}, chat, [], CPU)
 
 
-def test_a_reward_model_scores_the_last_token_of_prompt_answer_and_stop(
+def test_a_reward_model_scores_the_stop_token_after_prompt_and_completion(
     tmp_path: Path, tiny_tokenizer: Any
 ) -> None:
-    """By hand: one row, no padding, the score of the stop token."""
+    """Compared with one row at a time, without padding."""
     reward = learned(classifier(tmp_path, tiny_tokenizer))
     model = LlamaForSequenceClassification.from_pretrained(tmp_path)
     attempts = [Attempt(prompt(), "Left."), Attempt(prompt("Who wrote it?"), "The team of all.")]
@@ -121,7 +121,9 @@ def test_a_reward_model_scores_the_last_token_of_prompt_answer_and_stop(
         text = tiny_tokenizer.apply_chat_template(
             list(attempt.prompt.messages), tokenize=False, add_generation_prompt=True
         )
-        ids = tiny_tokenizer(text + attempt.answer + "<|im_end|>", return_tensors="pt")["input_ids"]
+        ids = tiny_tokenizer(text + attempt.completion + "<|im_end|>", return_tensors="pt")[
+            "input_ids"
+        ]
         assert ids[0, -1] == 2
         with torch.no_grad():
             expected = model.score(model.model(input_ids=ids)[0])[0, -1, 0]
@@ -137,7 +139,7 @@ def test_a_score_does_not_depend_on_the_batch(tmp_path: Path, tiny_tokenizer: An
     assert reward([]).shape == (0,)
 
 
-def test_a_reward_stages_output_is_read_with_the_jobs_template(
+def test_the_output_of_a_reward_stage_uses_the_chat_template_of_the_job(
     tmp_path: Path, tiny_tokenizer: Any
 ) -> None:
     classifier(tmp_path / "weights", tiny_tokenizer)
@@ -146,12 +148,12 @@ def test_a_reward_stages_output_is_read_with_the_jobs_template(
         "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}A:{% endif %}"
     )
-    ours = learned(tmp_path, ChatSettings(system_prompt=None, chat_template=template))
-    ids = ours.encode(Attempt(prompt(), "Left."))
+    reward = learned(tmp_path, ChatSettings(system_prompt=None, chat_template=template))
+    ids = reward.encode(Attempt(prompt(), "Left."))
     assert tiny_tokenizer.decode(ids) == "Which port?<|im_end|>A:Left.<|im_end|>"
 
 
-def test_without_a_chat_template_ours_reads_prompt_answer_and_stop_and_others_one_text(
+def test_without_a_chat_template_only_a_reward_stages_output_gets_a_stop_token(
     tmp_path: Path, tiny_tokenizer: Any
 ) -> None:
     plain = copy.copy(tiny_tokenizer)
@@ -183,40 +185,38 @@ def test_an_encoder_classifier_scores_too(tmp_path: Path, tiny_tokenizer: Any) -
     assert scores[0] != scores[1]
 
 
-def test_a_sum_weighs_its_parts(tmp_path: Path, tiny_tokenizer: Any) -> None:
-    asked = prompt(answer="left")
+def test_a_sum_of_rewards_is_weighted(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    given = prompt(answer="left")
     terms = [
         RewardTerm(weight=2.0, role="reward"),
         RewardTerm(weight=-0.5, rule=RuleReward(exact_match="answer")),
     ]
     path = classifier(tmp_path, tiny_tokenizer)
-    both = rewards.load(terms, {"reward": path}, CHAT, [asked], CPU)
-    attempts = [Attempt(asked, "left"), Attempt(asked, "right")]
+    both = rewards.load(terms, {"reward": path}, CHAT, [given], CPU)
+    attempts = [Attempt(given, "left"), Attempt(given, "right")]
     expected = 2 * learned(path)(attempts) - 0.5 * torch.tensor([1.0, 0.0])
     torch.testing.assert_close(both(attempts), expected)
 
 
-def test_a_models_terms_come_as_models_whatever_their_number() -> None:
+def test_every_reward_role_is_a_model() -> None:
     assert all(is_model(role) for role in ("model", "judge", "reward", "reward.0", "reward.12"))
     assert not any(is_model(role) for role in ("prompts", "train.0", "preferences.1", "data"))
 
 
-# ---- what cannot be scored ----------------------------------------------------------------------
+# ---- errors -------------------------------------------------------------------------------------
 
 
-def test_a_reward_that_is_no_number_names_the_prompt() -> None:
-    asked = [prompt(number=n) for n in (3, 4, 9)]
+def test_a_reward_that_is_not_finite_names_the_prompt() -> None:
+    prompts = [prompt(number=n) for n in (3, 4, 9)]
     fine = torch.tensor([1.0, 2.0, 3.0])
-    assert rewards.finite(fine, asked) is fine
+    assert rewards.finite(fine, prompts) is fine
     for broken in (math.nan, math.inf):
-        with pytest.raises(StageError, match=r"2 of 3 answers is no number.*row 4") as found:
-            rewards.finite(torch.tensor([1.0, broken, broken]), asked)
+        with pytest.raises(StageError, match=r"2 of 3 completions is not finite.*row 4") as found:
+            rewards.finite(torch.tensor([1.0, broken, broken]), prompts)
         assert found.value.reason == "NonFiniteReward"
 
 
-def test_a_classifier_without_its_head_is_refused_not_scored_at_random(
-    tmp_path: Path, tiny_tokenizer: Any
-) -> None:
+def test_a_classifier_without_its_head_is_refused(tmp_path: Path, tiny_tokenizer: Any) -> None:
     classifier(tmp_path, tiny_tokenizer)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["score.weight"]
@@ -232,24 +232,24 @@ def test_a_classifier_of_classes_is_refused(tmp_path: Path, tiny_tokenizer: Any)
     assert found.value.reason == "RewardNotScalar"
 
 
-def test_a_reward_model_of_another_tokenizer_is_refused(
+def test_a_reward_model_with_another_tokenizer_is_refused(
     tmp_path: Path, tiny_tokenizer: Any
 ) -> None:
-    with pytest.raises(StageError, match="knows 50") as found:
+    with pytest.raises(StageError, match="has 50 tokens") as found:
         learned(classifier(tmp_path, tiny_tokenizer, vocab_size=50))
     assert found.value.reason == "RewardTokenizerMismatch"
 
 
-def test_an_answer_longer_than_the_reward_models_context_is_refused_not_cut(
+def test_a_completion_longer_than_the_reward_models_context_is_refused_not_cut(
     tmp_path: Path, tiny_tokenizer: Any
 ) -> None:
     reward = learned(classifier(tmp_path, tiny_tokenizer, max_position_embeddings=24))
-    with pytest.raises(StageError, match="reads 24") as found:
+    with pytest.raises(StageError, match="context is 24") as found:
         reward([Attempt(prompt(number=5), "so many words " * 9)])
     assert found.value.reason == "RewardContextTooShort"
 
 
-def test_a_folder_that_is_no_classifier_is_refused(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_a_folder_without_a_classifier_is_refused(tmp_path: Path, tiny_model_dir: Path) -> None:
     with pytest.raises(StageError) as found:
         learned(tmp_path)
     assert found.value.reason == "RewardModelBroken"

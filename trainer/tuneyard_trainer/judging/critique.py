@@ -212,7 +212,7 @@ def _metrics(
     return {
         "prompts": float(prompts),
         "emptyAnswers": float(prompts - len(drafts)),
-        "truncatedAnswers": sum(not draft.answer.complete for draft in drafts) / len(drafts),
+        "truncatedCompletions": sum(not draft.answer.complete for draft in drafts) / len(drafts),
         "revisions": float(len(revised)),
         "unrevised": float(len(drafts) - len(revised)),
         "unchanged": float(sum(draft.text == draft.answer.text for draft in revised)),

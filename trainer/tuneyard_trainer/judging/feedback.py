@@ -68,7 +68,7 @@ def run(context: StageContext) -> StageOutcome:
     metrics = _metrics(found, comparisons, labels, asking)
     if not any(found.outcome in ("first", "second", "tie") for found in labels.verdicts):
         raise _no_preferences(comparisons, labels, asking)
-    _warn_of(metrics["truncatedAnswers"], settings.max_new_tokens, context.worker)
+    _warn_of(metrics["truncatedCompletions"], settings.max_new_tokens, context.worker)
     return StageOutcome(
         metrics,
         details={"judge": asking.tally.judge, "problems": asking.tally.shown},
@@ -221,7 +221,7 @@ def _metrics(
     return {
         "prompts": float(len(found)),
         "answers": float(len(sampled)),
-        "truncatedAnswers": _share(not answer.complete for answer in sampled),
+        "truncatedCompletions": _share(not answer.complete for answer in sampled),
         "pairs": float(len(comparisons.pairs)),
         "identicalPairs": float(comparisons.skipped["identical"]),
         "emptyPairs": float(comparisons.skipped["empty"]),

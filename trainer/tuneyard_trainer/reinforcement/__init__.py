@@ -1,5 +1,5 @@
-"""Learning from rewards: the stages `ppo` and `grpo` (RLOO too).
+"""Reinforcement learning: the stages `ppo` and `grpo` (GRPO and RLOO).
 
-What lives here: rollouts, rewards, advantages, and the update of the policy. `arithmetic` holds the
-formulas as pure functions. What may not enter: preference losses, judges, evaluation.
+This package holds rollouts, rewards, advantages and the update of the policy. `arithmetic` holds
+the formulas as pure functions. Preference losses, judges and evaluation have packages of their own.
 """

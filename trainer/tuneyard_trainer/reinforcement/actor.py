@@ -1,7 +1,7 @@
-"""The policy in training: the probabilities and values that it gives to the tokens of answers.
+"""The policy in training: its probabilities and values for the tokens of completions.
 
-Shapes: B answers, T tokens of an answer, L of prompt and answer, N positions that predict an
-answer's token, V vocabulary, H hidden size.
+Shapes: B completions, T tokens of a completion, L of prompt and completion, N positions that
+predict a completion's token, V vocabulary, H hidden size.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from tuneyard_trainer.models.base import autocast, precision_of
 from tuneyard_trainer.models.layers import head_at, head_of
 from tuneyard_trainer.models.policies import Reference
 from tuneyard_trainer.reinforcement.arithmetic import entropy, token_logprobs
-from tuneyard_trainer.training.batches import micro_batches
+from tuneyard_trainer.training import batches
 from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.worker import Worker
 
 
 class ValueHead(nn.Module):
-    """The value of a completion so far: one number per position, read off the policy's own states.
+    """The value of a completion so far, for each position, from the policy's hidden states.
 
     Policy and value share a trunk (Schulman et al. 2017, section 5, eq. 9), so there is no second
-    model in memory and an adapter serves both. V(s) = w h + b, in float32 whatever the trunk
-    computes in: returns differ in the digits that bfloat16 does not have.
+    model in memory and an adapter serves both. V(s) = w h + b, in float32 whatever the trunk's
+    precision: returns differ in digits that bfloat16 does not have.
 
-    It starts at zero, so that the first update's advantages are those of no critic at all instead
-    of a random one's.
+    The head starts at zero: the first update's advantages are those without a critic, not those of
+    a random critic.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -46,43 +46,43 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, hidden_NH: Tensor) -> Tensor:
-        """(N,) values; `hidden_NH`: what the model's own head sees."""
+        """Return the values (N,). `hidden_NH`: the input of the model's own head."""
         with torch.autocast(hidden_NH.device.type, enabled=False):
             values_N1: Tensor = self.linear(hidden_NH.float())
         return values_N1.squeeze(-1)
 
 
 class Scored(NamedTuple):
-    """What a policy says of answers' tokens; (B, T) each, 0 where there is padding."""
+    """A policy's numbers for the tokens of completions; (B, T) each, 0 for padding."""
 
     logprobs_BT: Tensor
     entropy_BT: Tensor
-    """0 where nobody asked for it."""
+    """0 if it was not requested."""
     values_BT: Tensor
     """0 without a value head."""
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Prompts with their answers, as tokens."""
+class Sequences:
+    """Prompts with their completions, as tokens."""
 
     rows: Sequence[Sequence[int]]
     starts: Sequence[int]
-    """Where each row's answer begins."""
+    """Index of the first completion token in each row."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, chosen: Sequence[int]) -> Texts:
-        return Texts([self.rows[i] for i in chosen], [self.starts[i] for i in chosen])
+    def take(self, chosen: Sequence[int]) -> Sequences:
+        return Sequences([self.rows[i] for i in chosen], [self.starts[i] for i in chosen])
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each answer."""
+        """Tokens of each completion."""
         return [len(row) - start for row, start in zip(self.rows, self.starts, strict=True)]
 
     def mask(self, device: torch.device, width: int | None = None) -> Tensor:
-        """(B, T) True on an answer's own tokens; T: the longest, or `width`."""
+        """Return (B, T), True on a completion's tokens; T: `width`, or the longest completion."""
         lengths = torch.tensor(self.lengths, device=device, dtype=torch.long)
         longest = max(self.lengths, default=1) if width is None else width
         return torch.arange(longest, device=device)[None, :] < lengths[:, None]
@@ -90,101 +90,104 @@ class Texts:
 
 @dataclass
 class Actor:
-    """What is trained. Dropout is off in all of it: a probability ratio compares two passes of one
-    network, not of two that dropout drew."""
+    """The policy in training with its value head and reference. Dropout is off in all of them, so
+    that a probability ratio compares two forward passes of the same network."""
 
     model: Any
     device: torch.device
     precision: torch.dtype
     pad: int
     temperature: float
-    """Answers are sampled from softmax(logits / temperature), and that is the policy: its
-    probabilities are taken at the same temperature."""
+    """The policy is softmax(logits / temperature): completions are sampled from it, and
+    log-probabilities are computed at the same temperature."""
     max_tokens: int
-    """The most tokens of one pass."""
+    """Maximum tokens of a micro-batch."""
     value_head: ValueHead | None = None
     reference: Reference | None = None
-    """The model as it was at the start; None: nobody asks."""
+    """The model as it was at the start; None: the method needs none."""
     checkpointing: bool = False
     """Recompute activations in the backward pass."""
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name."""
+        """The trained parameters, by name."""
         heads = self.value_head.named_parameters() if self.value_head else ()
         return layers.trainable(self.model) | {f"value_head.{name}": p for name, p in heads}
 
-    def passes(self, texts: Texts) -> list[list[int]]:
-        """Indices of the rows that go through the model together, the longest first."""
-        lengths = np.array([len(row) for row in texts.rows], dtype=np.int64)
-        indices = np.arange(len(texts), dtype=np.int64)
-        layouts = micro_batches(
+    def micro_batches(self, sequences: Sequences) -> list[list[int]]:
+        """Return the row indices of each micro-batch, the longest rows first."""
+        lengths = np.array([len(row) for row in sequences.rows], dtype=np.int64)
+        indices = np.arange(len(sequences), dtype=np.int64)
+        layouts = batches.micro_batches(
             indices, lengths, capacity=0, max_tokens=self.max_tokens, pack=False
         )
         return [[row for members in layout.bins for row in members] for layout in layouts]
 
-    def score(self, texts: Texts, *, with_entropy: bool = False) -> Scored:
-        """One pass over a few rows, with gradients where they are on. Without `with_entropy`, which
+    def score(self, sequences: Sequences, *, with_entropy: bool = False) -> Scored:
+        """Score one micro-batch, with gradients if they are enabled. Without `with_entropy`, which
         costs as much memory as the logits, the entropies are 0."""
-        return self._score(texts, self.value_head, with_entropy=with_entropy)
+        return self._score(sequences, self.value_head, with_entropy=with_entropy)
 
     @torch.no_grad()
-    def scores(self, texts: Texts) -> Scored:
-        """Of any number of rows, in passes, without gradients."""
-        return self._in_passes(texts, self.value_head, with_entropy=True)
+    def score_all(self, sequences: Sequences) -> Scored:
+        """Score any number of rows, in micro-batches, without gradients."""
+        return self._score_all(sequences, self.value_head, with_entropy=True)
 
     @torch.no_grad()
-    def reference_logprobs(self, texts: Texts) -> Tensor:
-        """(B, T) what the model at the start would have given the same tokens."""
+    def reference_logprobs(self, sequences: Sequences) -> Tensor:
+        """Return the log-probabilities (B, T) that the reference model gives to the tokens."""
         if self.reference is None:
             raise TypeError("this actor was loaded without a reference")
         with self.reference.active():
-            return self._in_passes(texts, None, with_entropy=False).logprobs_BT
+            return self._score_all(sequences, None, with_entropy=False).logprobs_BT
 
     def train(self) -> None:
-        """Before passes with gradients: transformers checkpoints activations in this mode only."""
+        """Enable activation checkpointing, which transformers has in training mode only."""
         self.model.train(self.checkpointing)
 
-    def _in_passes(self, texts: Texts, head: ValueHead | None, *, with_entropy: bool) -> Scored:
+    def _score_all(
+        self, sequences: Sequences, head: ValueHead | None, *, with_entropy: bool
+    ) -> Scored:
         self.model.eval()
-        width = max(texts.lengths, default=1)
-        whole = Scored(*(torch.zeros(len(texts), width, device=self.device) for _ in range(3)))
-        for chosen in self.passes(texts):
-            part = self._score(texts.take(chosen), head, with_entropy=with_entropy)
+        shape = len(sequences), max(sequences.lengths, default=1)
+        whole = Scored(*(torch.zeros(shape, device=self.device) for _ in range(3)))
+        for chosen in self.micro_batches(sequences):
+            part = self._score(sequences.take(chosen), head, with_entropy=with_entropy)
             rows = torch.tensor(chosen, device=self.device)
             for all_BT, some_BT in zip(whole, part, strict=True):
                 all_BT[rows, : some_BT.shape[1]] = some_BT
         return whole
 
-    def _score(self, texts: Texts, head: ValueHead | None, *, with_entropy: bool) -> Scored:
-        ids_BL, seen_BL = self._padded(texts)
-        mask_BT = texts.mask(self.device)
+    def _score(self, sequences: Sequences, head: ValueHead | None, *, with_entropy: bool) -> Scored:
+        ids_BL, attention_BL = self._padded(sequences)
+        mask_BT = sequences.mask(self.device)
         rows_N, token_N = mask_BT.nonzero(as_tuple=True)
-        starts_B = torch.tensor(texts.starts, device=self.device)
+        starts_B = torch.tensor(sequences.starts, device=self.device)
         columns_N = starts_B[rows_N] + token_N
-        # The state before a token predicts it; no other state reaches the head.
+        # The state before a token predicts the token; the head receives no other state.
         at_N = head_at(self.model, rows_N, columns_N - 1, ids_BL.shape[1])
         with autocast(self.device, self.precision), at_N as hidden:
-            output = self.model(input_ids=ids_BL, attention_mask=seen_BL, use_cache=False)
+            output = self.model(input_ids=ids_BL, attention_mask=attention_BL, use_cache=False)
         logits_NV = output.logits[0].float() / self.temperature
         logprobs_N = token_logprobs(logits_NV, ids_BL[rows_N, columns_N])
         entropy_N = entropy(logits_NV) if with_entropy else torch.zeros_like(logprobs_N)
         values_N = head(hidden[-1]) if head else torch.zeros_like(logprobs_N)
-        return Scored(*(spread(x_N, mask_BT) for x_N in (logprobs_N, entropy_N, values_N)))
+        return Scored(*(scatter(x_N, mask_BT) for x_N in (logprobs_N, entropy_N, values_N)))
 
-    def _padded(self, texts: Texts) -> tuple[Tensor, Tensor]:
-        """(B, L) tokens, padded on the right, and where they are real."""
-        width = max(len(row) for row in texts.rows)
-        ids_BL = torch.full((len(texts), width), self.pad)
-        seen_BL = torch.zeros_like(ids_BL)
-        for index, row in enumerate(texts.rows):
+    def _padded(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """Return the tokens (B, L), padded on the right, and the attention mask."""
+        width = max(len(row) for row in sequences.rows)
+        ids_BL = torch.full((len(sequences), width), self.pad)
+        attention_BL = torch.zeros_like(ids_BL)
+        for index, row in enumerate(sequences.rows):
             ids_BL[index, : len(row)] = torch.tensor(row)
-            seen_BL[index, : len(row)] = 1
-        return ids_BL.to(self.device), seen_BL.to(self.device)
+            attention_BL[index, : len(row)] = 1
+        return ids_BL.to(self.device), attention_BL.to(self.device)
 
 
-def spread(x_N: Tensor, mask_BT: Tensor) -> Tensor:
-    """(B, T) the values at the mask's places, in order, and 0 elsewhere; differentiable."""
+def scatter(x_N: Tensor, mask_BT: Tensor) -> Tensor:
+    """Return (B, T): the values in order at the True places of the mask, and 0 elsewhere.
+    Differentiable."""
     empty_BT = torch.zeros(mask_BT.shape, dtype=x_N.dtype, device=x_N.device)
     return empty_BT.masked_scatter(mask_BT, x_N)
 
@@ -203,7 +206,7 @@ def load(
     with_values: bool,
     with_reference: bool,
 ) -> Actor:
-    """The inputs `model` and, where an earlier stage trained it, `tuned`, to be trained on."""
+    """Load the input `model` and, if an earlier stage trained it, `tuned`, for training."""
     precision, device = precision_of(training, worker), worker.device
     tokenizer = base.load_tokenizer(inputs["model"])
     model = policies.load(
@@ -239,7 +242,7 @@ def load(
 
 
 def without_dropout(model: nn.Module) -> None:
-    """No dropout in any mode: the adapter's too."""
+    """Set every dropout probability to 0, the adapter's too."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

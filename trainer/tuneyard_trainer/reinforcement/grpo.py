@@ -1,16 +1,17 @@
-"""grpo: several answers to each prompt, compared with each other; no value head.
+"""Stage grpo: several completions of each prompt, compared with each other; no value head.
 
 Group relative policy optimization (Shao et al. 2024, arXiv:2402.03300) and REINFORCE leave-one-out
-(Ahmadian et al. 2024, arXiv:2402.14740), with the loop of `reinforcement` around them. Both make
-one optimizer step of an update's answers; they differ in three lines:
+(Ahmadian et al. 2024, arXiv:2402.14740), run by `loop`. Both take one optimizer step on an update's
+completions. They differ in three points:
 
-| | advantage of an answer | where the KL is | what is averaged |
+| | advantage of a completion | place of the KL | loss is the mean over |
 | --- | --- | --- | --- |
 | grpo | (r - mean) / std of its group | in the loss, per token (k3) | tokens of the batch |
-| rloo | r - mean of its siblings | in the reward, per answer (k1) | answers of the batch |
+| rloo | r - mean of the others in its group | in the reward, per completion (k1) | completions |
 
-`docs/adr/0009-own-loop-for-reinforcement.md` says why this loop and not TRL's trainers, whose
-losses these are. Shapes: B answers, T tokens, R answers of all workers, P prompts, G answers each.
+`docs/adr/0009-own-loop-for-reinforcement.md` says why this loop and not TRL's trainers, which have
+the same losses. Shapes: B completions of one worker, R of all workers, T tokens, P prompts, G
+completions of each.
 """
 
 from __future__ import annotations
@@ -30,28 +31,27 @@ from tuneyard_trainer.worker import StageContext, StageOutcome
 
 
 def run(context: StageContext) -> StageOutcome:
-    """Trains and leaves `weights/` (an adapter or a whole model) and `metrics.jsonl`."""
+    """Train and write `weights/` (an adapter or a whole model) and `metrics.jsonl`."""
     settings = context.settings(GrpoSettings)
     method = Grpo(settings) if settings.estimator == "grpo" else Rloo(settings)
     return loop.run(context, settings, method)
 
 
 @dataclass(frozen=True)
-class Grpo:
-    """What GRPO makes of answers and their scores."""
+class GroupMethod:
+    """The settings that GRPO and RLOO share: advantages within a group, and no value head."""
 
     settings: GrpoSettings
 
     optimization_epochs = 1
     with_values = False
-    ends_matter = True
+    requires_ends = True
     target_kl = None
     rewards_entropy = False
-    watched = ("policyLoss", "clipFraction", "tokenKl")
 
     @property
-    def answers(self) -> int:
-        """One optimizer step takes all of an update's answers, so it is always on-policy."""
+    def completions(self) -> int:
+        """All completions of an update are one optimizer step, so training is always on-policy."""
         return self.settings.training.batch_size
 
     @property
@@ -60,85 +60,69 @@ class Grpo:
 
     @property
     def with_reference(self) -> bool:
-        return _needs_reference(self.settings)
+        limits = self.settings.stop_on
+        limited = limits is not None and limits.max_kl is not None
+        return self.settings.kl_coefficient > 0 or limited
+
+
+class Grpo(GroupMethod):
+    """Group relative policy optimization."""
+
+    loss_metrics = ("policyLoss", "clipFraction", "tokenKl")
 
     def experience(
         self, rollouts: Rollouts, _kl_coefficient: float, /
     ) -> tuple[Experience, dict[str, float]]:
-        """One advantage for all tokens of an answer."""
+        """Give all tokens of a completion the same advantage."""
         rewards_PG = rollouts.scores_R.view(-1, self.group_size)
-        advantages_R = arithmetic.grpo_advantages(rewards_PG).flatten()
-        return _experience(rollouts, advantages_R), _agreement(rewards_PG)
+        return _with_advantages(rollouts, rewards_PG, arithmetic.grpo_advantages(rewards_PG))
 
     def loss(self, now: Scored, then: Experience, /) -> Loss:
-        """Shao et al. 2024, eq. 3, negated, summed over the answers' tokens."""
-        mask_BT = then.mask_BT
+        """Shao et al. 2024, eq. 3, negated, summed over the completions' tokens."""
         policy = arithmetic.clipped_policy_loss(
             now.logprobs_BT, then.logprobs_BT, then.advantages_BT, self.settings.clip_range
         )
         kl_BT = arithmetic.kl_k3(now.logprobs_BT, then.reference_BT)
-        total = arithmetic.masked_sum(policy.loss + self.settings.kl_coefficient * kl_BT, mask_BT)
-        return Loss(
-            total,
+        return Loss.over_tokens(
+            policy.loss + self.settings.kl_coefficient * kl_BT,
             {
-                "policyLoss": arithmetic.masked_sum(policy.loss, mask_BT),
-                "clipFraction": arithmetic.masked_sum(policy.bound.float(), mask_BT),
-                "tokenKl": arithmetic.masked_sum(kl_BT, mask_BT),
+                "policyLoss": policy.loss,
+                "clipFraction": policy.clipped.float(),
+                "tokenKl": kl_BT,
             },
+            then.mask_BT,
         )
 
     def divisor(self, lengths: Tensor, /) -> Tensor:
-        """All tokens of the batch, as DAPO (Yu et al. 2025, arXiv:2503.14476, eq. 8) and TRL have
-        it. The paper's mean over each answer first makes the tokens of a long wrong answer count
-        less than those of a short one, and answers grow."""
+        """Return the tokens of the batch, as DAPO (Yu et al. 2025, arXiv:2503.14476, eq. 8) and TRL
+        do. The paper's mean over each completion first makes the tokens of a long wrong completion
+        count less than those of a short one, and completions grow."""
         return lengths.sum()
 
-    def objective(self, watched: Mapping[str, float], /) -> float:
-        """Rewards are averaged over answers, the KL over tokens."""
-        per_token = watched.get("kl", 0.0) / watched["answerLength"]
-        return watched["reward"] - self.settings.kl_coefficient * per_token
+    def objective(self, metrics: Mapping[str, float], /) -> float:
+        """Return the mean reward of a completion less the mean KL of a token."""
+        per_token = metrics.get("kl", 0.0) / metrics["completionLength"]
+        return metrics["reward"] - self.settings.kl_coefficient * per_token
 
 
-@dataclass(frozen=True)
-class Rloo:
-    """What RLOO makes of answers and their scores."""
+class Rloo(GroupMethod):
+    """REINFORCE leave-one-out."""
 
-    settings: GrpoSettings
-
-    optimization_epochs = 1
-    with_values = False
-    ends_matter = True
-    target_kl = None
-    rewards_entropy = False
-    watched = ("policyLoss", "clipFraction")
-
-    @property
-    def answers(self) -> int:
-        """One optimizer step takes all of an update's answers, so it is always on-policy."""
-        return self.settings.training.batch_size
-
-    @property
-    def group_size(self) -> int:
-        return self.settings.group_size
-
-    @property
-    def with_reference(self) -> bool:
-        return _needs_reference(self.settings)
+    loss_metrics = ("policyLoss", "clipFraction")
 
     def experience(
         self, rollouts: Rollouts, kl_coefficient: float, /
     ) -> tuple[Experience, dict[str, float]]:
-        """The reward of a whole answer, its KL taken off (Ahmadian et al. 2024, eq. 2)."""
+        """Subtract the KL from the reward of a completion (Ahmadian et al. 2024, eq. 2)."""
         rewards_R = rollouts.scores_R
         if rollouts.kl_R is not None:
             rewards_R = rewards_R - kl_coefficient * rollouts.kl_R
         rewards_PG = rewards_R.view(-1, self.group_size)
-        advantages_R = arithmetic.rloo_advantages(rewards_PG).flatten()
-        return _experience(rollouts, advantages_R), _agreement(rewards_PG)
+        return _with_advantages(rollouts, rewards_PG, arithmetic.rloo_advantages(rewards_PG))
 
     def loss(self, now: Scored, then: Experience, /) -> Loss:
-        """An answer is one action: the ratio is the whole answer's, clipped as PPO's. Summed over
-        answers."""
+        """Return the loss summed over completions. A completion is one action: the ratio is that of
+        the whole completion, clipped as in PPO."""
         mask_BT = then.mask_BT
         now_B = torch.where(mask_BT, now.logprobs_BT, 0.0).sum(1)
         then_B = torch.where(mask_BT, then.logprobs_BT, 0.0).sum(1)
@@ -150,38 +134,26 @@ class Rloo:
             policy.loss.sum(),
             {
                 "policyLoss": (policy.loss * lengths_B).sum(),
-                "clipFraction": (policy.bound * lengths_B).sum().float(),
+                "clipFraction": (policy.clipped * lengths_B).sum().float(),
             },
         )
 
     def divisor(self, lengths: Tensor, /) -> Tensor:
-        """The batch's answers."""
+        """Return the number of completions."""
         return torch.tensor(float(len(lengths)), device=lengths.device)
 
-    def objective(self, watched: Mapping[str, float], /) -> float:
-        """The reward of an answer less its KL."""
-        return watched["reward"] - self.settings.kl_coefficient * watched.get("kl", 0.0)
+    def objective(self, metrics: Mapping[str, float], /) -> float:
+        """Return the mean reward of a completion less its mean KL."""
+        return metrics["reward"] - self.settings.kl_coefficient * metrics.get("kl", 0.0)
 
 
-def _needs_reference(settings: GrpoSettings) -> bool:
-    limited = settings.stop_on is not None and settings.stop_on.max_kl is not None
-    return settings.kl_coefficient > 0 or limited
-
-
-def _experience(rollouts: Rollouts, advantages_R: Tensor) -> Experience:
-    """Each answer's advantage on all of its tokens."""
-    advantages_BT = rollouts.own(advantages_R)[:, None].expand_as(rollouts.mask_BT)
-    return Experience(
-        mask_BT=rollouts.mask_BT,
-        logprobs_BT=rollouts.logprobs_BT,
-        reference_BT=rollouts.reference_BT,
-        values_BT=rollouts.values_BT,
-        advantages_BT=advantages_BT,
-        returns_BT=advantages_BT,
-    )
-
-
-def _agreement(rewards_PG: Tensor) -> dict[str, float]:
-    """The share of groups that teach nothing, as all of their answers earn the same."""
-    same = (rewards_PG == rewards_PG[:, :1]).all(1)
-    return {"groupsAlike": float(same.float().mean())}
+def _with_advantages(
+    rollouts: Rollouts, rewards_PG: Tensor, advantages_PG: Tensor
+) -> tuple[Experience, dict[str, float]]:
+    """Return each completion's advantage on all of its tokens, and `groupsAlike`: the share of
+    groups that give no gradient, since all of their rewards are equal."""
+    advantages_B = rollouts.own(advantages_PG.flatten())
+    advantages_BT = advantages_B[:, None].expand_as(rollouts.mask_BT)
+    same_P = (rewards_PG == rewards_PG[:, :1]).all(1)
+    metrics = {"groupsAlike": float(same_P.float().mean())}
+    return Experience.of(rollouts, advantages_BT, returns_BT=advantages_BT), metrics

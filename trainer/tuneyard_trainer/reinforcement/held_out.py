@@ -1,36 +1,112 @@
-"""Held-out prompts: which they are, and what is measured on them."""
+"""Held-out prompts: the split, and the measurement of the policy on them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from tuneyard_trainer.data.prompts import TokenizedPrompt
-from tuneyard_trainer.training.seeds import generator
+from tuneyard_trainer.reinforcement.method import Method
+from tuneyard_trainer.reinforcement.rollouts import Collector, Rollouts
+from tuneyard_trainer.training.seeds import MEASUREMENT, derive_seed, generator
 
-HELD_OUT_SHARE, MOST_HELD_OUT = 0.1, 64
-"""Prompts that are never trained on: the reward of 64 answers is known to an eighth of its
-deviation, and less, as every measurement draws them with the same keys."""
-FEWEST_ANSWERS = 32
-"""Of a measurement: few prompts are answered several times each, as four answers tell nothing."""
+HELD_OUT_SHARE, MAX_HELD_OUT = 0.1, 64
+"""Share of the prompts that are held out, and their maximum: the mean reward of 64 completions has
+a standard error of an eighth of the rewards' deviation, and the difference of two measurements a
+smaller one, since both sample with the same keys."""
+MIN_COMPLETIONS = 32
+"""Completions of a measurement, at least. A few prompts get several completions each, since the
+mean of four rewards is too noisy to compare."""
 
 SAMPLES_SHOWN = 3
 
-MEASURED = ("reward", "kl", "answerLength", "endedShare")
+SHOWN_METRICS = ("reward", "kl", "completionLength", "endedShare")
 
 
-def held_out_metrics(measured: Mapping[str, float]) -> dict[str, float]:
-    """The same under names that tell it from an update's own."""
-    return {f"heldOut{name[0].upper()}{name[1:]}": value for name, value in measured.items()}
+def held_out_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics under names that differ from an update's: `heldOutReward`."""
+    return {f"heldOut{name[0].upper()}{name[1:]}": value for name, value in metrics.items()}
 
 
 def split(
-    questions: Sequence[TokenizedPrompt],
+    prompts: Sequence[TokenizedPrompt],
 ) -> tuple[list[TokenizedPrompt], list[TokenizedPrompt]]:
-    """What is trained on and what is held out; copies of a prompt are on the same side. The seed is
-    fixed: runs that differ in theirs are measured on the same prompts."""
-    different = sorted({question.ids for question in questions})
-    count = min(MOST_HELD_OUT, int(len(different) * HELD_OUT_SHARE))
-    chosen = generator(0).permutation(len(different))[:count]
-    held_out = {different[i] for i in chosen}
-    by_ids = {question.ids: question for question in questions if question.ids in held_out}
-    return [q for q in questions if q.ids not in held_out], list(by_ids.values())
+    """Return the prompts to train on and the held-out ones, each of these once.
+
+    Copies of a prompt are on the same side. The seed is fixed, so that runs with different seeds
+    are measured on the same prompts.
+    """
+    distinct = sorted({prompt.ids for prompt in prompts})
+    count = min(MAX_HELD_OUT, int(len(distinct) * HELD_OUT_SHARE))
+    chosen = generator(0).permutation(len(distinct))[:count]
+    held_out = {distinct[i] for i in chosen}
+    by_ids = {prompt.ids: prompt for prompt in prompts if prompt.ids in held_out}
+    return [prompt for prompt in prompts if prompt.ids not in held_out], list(by_ids.values())
+
+
+def default_interval(steps_per_epoch: int, total: int) -> int:
+    """Return the updates between two measurements if the job does not set them: an epoch, or more,
+    so that there are at most ten measurements in a run."""
+    return max(steps_per_epoch, math.ceil(total / 10))
+
+
+@dataclass
+class HeldOut:
+    """Measures the policy on the held-out prompts."""
+
+    prompts: Sequence[TokenizedPrompt]
+    trained_on: bool
+    """Whether these prompts are trained on too, since there are too few to hold any out."""
+    collector: Collector
+    method: Method
+    seed: int
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """SAMPLES_SHOWN completions of each measurement."""
+
+    @classmethod
+    def of(
+        cls,
+        held_out: Sequence[TokenizedPrompt],
+        prompts: Sequence[TokenizedPrompt],
+        collector: Collector,
+        method: Method,
+        seed: int,
+    ) -> HeldOut:
+        """Measure on `held_out`, or on some of the training `prompts` if it is empty."""
+        return cls(held_out or prompts[:MAX_HELD_OUT], not held_out, collector, method, seed)
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Return the metrics of sampled completions, `objective` among them. Every measurement
+        samples with the same keys."""
+        prompts = [prompt for prompt in self.prompts for _ in range(self._copies)]
+        keys = [derive_seed(self.seed, MEASUREMENT, i) for i in range(len(prompts))]
+        rollouts = self.collector.collect(prompts, keys)
+        self._keep_samples(step, rollouts)
+        metrics = rollouts.metrics()
+        shown = {name: metrics[name] for name in SHOWN_METRICS if name in metrics}
+        return {"objective": self.method.objective(metrics), **shown}
+
+    def first_and_last_samples(self) -> list[dict[str, Any]]:
+        """Return the samples of the first and of the last measurement."""
+        return self.samples[:SAMPLES_SHOWN] + self.samples[SAMPLES_SHOWN:][-SAMPLES_SHOWN:]
+
+    @property
+    def _copies(self) -> int:
+        """Completions of each prompt."""
+        return math.ceil(MIN_COMPLETIONS / len(self.prompts))
+
+    def _keep_samples(self, step: int, rollouts: Rollouts) -> None:
+        """Keep a few completions for the record, one for a prompt."""
+        completions = zip(rollouts.owned, rollouts.completions, strict=True)
+        first = [(index, text) for index, text in completions if index % self._copies == 0]
+        for index, text in first[:SAMPLES_SHOWN]:
+            self.samples.append(
+                {
+                    "step": step,
+                    "prompt": self.prompts[index // self._copies].prompt.question,
+                    "answer": text,
+                    "reward": float(rollouts.scores_R[index]),
+                }
+            )

@@ -1,9 +1,9 @@
-"""The loop around PPO, GRPO and RLOO: answer, score, optimise, watch, and keep the best.
+"""The training loop of PPO, GRPO and RLOO: sample, score, update, measure, keep the best.
 
-What a method makes of the answers is its own file (`stages/ppo.py`, `stages/grpo.py`); here is what
-they share. Everything random is a function of seed and step (the prompts' order, the answers, the
-minibatches), so a killed run goes on exactly from a checkpoint, and neither the number of workers
-nor the size of a pass changes an update beyond rounding. Shapes as in `rollouts`.
+The methods (`ppo`, `grpo`) compute advantages and losses. All randomness is a function of seed and
+step: the order of prompts, the completions, the minibatches. A killed run therefore continues from
+a checkpoint exactly, and neither the number of workers nor the size of micro-batches changes an
+update, except by rounding. Shapes as in `rollouts`.
 """
 
 from __future__ import annotations
@@ -11,90 +11,54 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from tuneyard.api.alignment import Sampling
 from tuneyard.api.stage_settings import GrpoSettings, PpoSettings
-from tuneyard.errors import StageError
 from tuneyard_trainer.data.prompts import TokenizedPrompt
-from tuneyard_trainer.generation.completions import Policy
-from tuneyard_trainer.generation.sampling import Sampler, TransformersSampler, stop_tokens
 from tuneyard_trainer.models import policies
 from tuneyard_trainer.models.base import peak_memory_bytes
 from tuneyard_trainer.models.layers import count_parameters
-from tuneyard_trainer.reinforcement import actor as actors
-from tuneyard_trainer.reinforcement import rewards
-from tuneyard_trainer.reinforcement.actor import Actor
 from tuneyard_trainer.reinforcement.arithmetic import adapted_coefficient
 from tuneyard_trainer.reinforcement.held_out import (
-    FEWEST_ANSWERS,
-    MEASURED,
-    MOST_HELD_OUT,
-    SAMPLES_SHOWN,
+    HeldOut,
+    default_interval,
     held_out_metrics,
     split,
 )
+from tuneyard_trainer.reinforcement.loading import load_collector
 from tuneyard_trainer.reinforcement.method import Method
-from tuneyard_trainer.reinforcement.rollouts import Collector, ProcessGroup, Rollouts, prompts_of
+from tuneyard_trainer.reinforcement.rollouts import Collector
+from tuneyard_trainer.reinforcement.state import RlState
 from tuneyard_trainer.reinforcement.stop_conditions import (
-    ALIKE_UPDATES,
-    TRUNCATED_UPDATES,
     Stop,
-    blown_up,
+    count_alike,
+    count_truncated,
+    diverged,
 )
 from tuneyard_trainer.reinforcement.update import PolicyOptimizer
 from tuneyard_trainer.training.batches import Order
-from tuneyard_trainer.training.checkpoints import Checkpoints, LoopState, assign
+from tuneyard_trainer.training.checkpoints import Checkpoints
 from tuneyard_trainer.training.history import History
-from tuneyard_trainer.training.loop import CHECKPOINT_SECONDS
 from tuneyard_trainer.training.schedules import rate
-from tuneyard_trainer.training.seeds import COMPLETION, MEASUREMENT, derive_seed
+from tuneyard_trainer.training.seeds import COMPLETION, derive_seed
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
-
-
-@dataclass(frozen=True)
-class RlState(LoopState):
-    """Where the loop stands after `step` updates. `best_loss` is the method's objective on the
-    held-out prompts, negated."""
-
-    optimizer_steps: int = 0
-    kl_coefficient: float = 0.0
-    first_length: float = 0.0
-    """Mean length of the first update's answers; 0: there was none yet."""
-    truncated: int = 0
-    """Updates in a row in which no answer ended."""
-    alike: int | None = 0
-    """Updates since the start, in none of which a reward differed from one that it is compared
-    with; None: one did."""
-    stopped: str | None = None
-    """Why the run ended early; None: it did not."""
-    base: dict[str, float] = field(default_factory=dict)
-    """What was measured before the first update."""
-    best: dict[str, float] = field(default_factory=dict)
-    """What was measured at `best_step`."""
-    last: dict[str, float] = field(default_factory=dict)
-    """What was measured last."""
-
-    def optimizer_age(self) -> int:
-        return self.optimizer_steps
 
 
 def run(
     context: StageContext, settings: PpoSettings | GrpoSettings, method: Method
 ) -> StageOutcome:
-    """Trains and leaves `weights/` (an adapter or a whole model) and `metrics.jsonl`."""
+    """Train and write `weights/` (an adapter or a whole model) and `metrics.jsonl`."""
     loop = Loop.build(context, settings, method)
     try:
         state = loop.train()
     finally:
         loop.collector.sampler.close()
-    if context.worker.is_main:
-        loop.write_weights(context.workdir / "weights")
+    if context.worker.is_main:  # without the value head: sampling needs none
+        policies.save(loop.collector.actor.model, settings.adapter, context.workdir / "weights")
     return StageOutcome(
         metrics=loop.summary(state), details=loop.details(state), contents=("weights",)
     )
@@ -102,156 +66,117 @@ def run(
 
 @dataclass
 class Loop:
-    """Everything an update needs. Built once per attempt; `train` runs it to the end."""
+    """Everything an update needs. Built once for each attempt; `train` runs all updates."""
 
     stage: str
     settings: PpoSettings | GrpoSettings
     method: Method
     worker: Worker
-    actor: Actor
-    optimiser: PolicyOptimizer
+    optimizer: PolicyOptimizer
     collector: Collector
-    questions: Sequence[TokenizedPrompt]
-    held_out: Sequence[TokenizedPrompt]
-    """What is measured on."""
+    prompts: Sequence[TokenizedPrompt]
+    held_out: HeldOut
     order: Order
-    checkpoints: Checkpoints
+    total_steps: int
+    checkpoints: Checkpoints[RlState]
     history: History
-    checkpoint_steps: int | None
-    trained_on_held_out: bool = False
     resumed_at: int | None = None
-    samples: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def build(
         cls, context: StageContext, settings: PpoSettings | GrpoSettings, method: Method
     ) -> Loop:
-        training = settings.training
-        name = f"spec.optimize.{context.stage.name.partition('-')[0]}.prompts"
-        policy = Policy.of(context.inputs, settings.chat, context.worker)
-        ready = policy.prompts(settings.prompts, settings.sampling.max_new_tokens, name)
-        reward = rewards.load(
-            settings.reward, context.inputs, settings.chat, prompts_of(ready), context.worker.device
+        worker, training = context.worker, settings.training
+        collector, tokenized = load_collector(context, settings, method)
+        prompts, held_out = split(tokenized)
+        order = Order(
+            np.arange(len(prompts), dtype=np.int64),
+            max(1, method.completions // method.group_size),
+            training.seed,
         )
-        context.worker.report(message="loading the model")
-        actor = actors.load(
-            context.inputs,
-            settings.adapter,
-            training,
-            context.stage.runtime,
-            context.worker,
-            temperature=settings.sampling.temperature,
-            with_values=method.with_values,
-            with_reference=method.with_reference,
-        )
-        stop = stop_tokens(actor.model, policy.tokenizer, settings.chat.chat_template)
-        sampler = _sampler(actor, stop, settings.sampling, ready, context.worker)
-        questions, held_out = split(ready)
-        peers = ProcessGroup(context.worker.rank, context.worker.world_size, context.worker.device)
+        optimizer = PolicyOptimizer.of(collector.actor, method, training, collector.group)
         return cls(
             stage=context.stage.name,
             settings=settings,
             method=method,
-            worker=context.worker,
-            actor=actor,
-            optimiser=PolicyOptimizer.of(actor, method, training, peers),
-            collector=Collector(
-                actor, sampler, reward, policy.tokenizer, stop, settings.sampling, peers
-            ),
-            questions=questions,
-            held_out=held_out or questions[:MOST_HELD_OUT],
-            trained_on_held_out=not held_out,
-            order=Order(
-                np.arange(len(questions), dtype=np.int64),
-                max(1, method.answers // method.group_size),
-                training.seed,
-            ),
-            checkpoints=Checkpoints(
-                context.workdir / "checkpoints", context.worker.persist, RlState
-            ),
-            history=History(context.workdir / "metrics.jsonl", enabled=context.worker.is_main),
-            checkpoint_steps=context.stage.runtime.checkpoint_steps,
+            worker=worker,
+            optimizer=optimizer,
+            collector=collector,
+            prompts=prompts,
+            held_out=HeldOut.of(held_out, prompts, collector, method, training.seed),
+            order=order,
+            total_steps=order.total_steps(training.epochs, training.max_steps),
+            checkpoints=Checkpoints(context, RlState, optimizer.parameters, optimizer.optimizer),
+            history=History(context.workdir / "metrics.jsonl", enabled=worker.is_main),
         )
 
     # ---- the run ------------------------------------------------------------------------------
 
-    @property
-    def total_steps(self) -> int:
-        """Updates of the whole run; an epoch is a pass over the prompts."""
-        training = self.settings.training
-        return self.order.total_steps(training.epochs, training.max_steps)
-
     def train(self) -> RlState:
-        """Every update from the newest checkpoint (or the start) to the end, or to a blow-up."""
-        total = self.total_steps
-        state = self._resume(total)
-        saved = time.monotonic()
+        """Run every update from the newest checkpoint (or the start) to the end, or until the
+        policy diverges. Returns the last state."""
+        total, per_epoch = self.total_steps, self.order.steps_per_epoch
+        every = self.settings.training.evaluation_steps or default_interval(per_epoch, total)
+        state = self._resume()
         while state.step < total:
-            state, interrupted = self._update(state, total)
+            state, interrupted = self._update(state)
             if state.stopped:
                 break
-            measured = self._measurement_due(state.step, total)
+            measured = state.step % every == 0 or state.step == total
             if measured:
-                state = self._measure(state, total)
-            if interrupted or measured or self._checkpoint_due(state.step, total, saved):
-                self._save(state)
-                saved = time.monotonic()
+                state = self._measure(state)
+            if interrupted or measured or self.checkpoints.due(state.step, total):
+                self.checkpoints.save(state)
             if interrupted:
                 self.checkpoints.wait()
                 raise Interrupted(self.stage, state.step)
         self.checkpoints.wait()
-        self._keep_best(state, total)
+        self._keep_best(state)
         return state
 
-    def _resume(self, total: int) -> RlState:
-        state = self.checkpoints.latest()
+    def _start(self) -> RlState:
+        """Measure the start model and return the first state."""
+        self.history.truncate(0)
+        self._report(0, message="measuring the model before training")
+        state = self._measure(RlState(kl_coefficient=self.settings.kl_coefficient))
+        state = replace(state, base=state.last)
+        self.checkpoints.save(state)
+        self._report(0, resumed_step=0)
+        return state
+
+    def _resume(self) -> RlState:
+        """Return the newest checkpoint's state, or the first state without a checkpoint."""
+        state = self.checkpoints.resume()
         if state is None:
-            self.history.truncate(0)
-            state = RlState(kl_coefficient=self.settings.kl_coefficient)
-            self.worker.report(total_steps=total, message="measuring the model before training")
-            state = self._measure(state, total)
-            state = replace(state, base=state.last)
-            self._save(state)
-            self.worker.report(total_steps=total, resumed_step=0)
-            return state
-        if not isinstance(state, RlState):
-            raise TypeError("not a checkpoint of reinforcement learning")
-        self.checkpoints.restore(state, self.optimiser.parameters, self.optimiser.optimizer)
+            return self._start()
         self.history.truncate(state.step)
         if state.step == 0:
             self.history.write({"step": 0, **held_out_metrics(state.base)})
         self.resumed_at = state.step
-        self.worker.report(
-            step=state.step,
-            total_steps=total,
-            message=f"resuming after update {state.step}",
-            resumed_step=state.step,
-        )
+        message = f"resuming after update {state.step}"
+        self._report(state.step, message=message, resumed_step=state.step)
         return state
 
-    def _update(self, state: RlState, total: int) -> tuple[RlState, bool]:
-        """Answers of the present policy, and the passes that improve it on them. Returns the state
-        after it, and whether any worker was asked to stop."""
+    def _update(self, state: RlState) -> tuple[RlState, bool]:
+        """Sample completions and train on them. Returns the state after the update, and whether any
+        worker was asked to stop."""
         began = time.monotonic()
-        rollouts = self.collector.collect(*self._asked(state.step))
-        watched = rollouts.watched()
-        state = self._refuse_truncation(state, watched)
-        state = replace(state, first_length=state.first_length or watched["answerLength"])
-        stopped = blown_up(self.settings.stop_on, watched, state.first_length)
-        if stopped:
-            self._tell_of_blow_up(state, total, watched, stopped)
-            return replace(state, stopped=stopped.reason), False
-        experience, more = self.method.experience(rollouts, state.kl_coefficient)
-        state = self._refuse_monotony(state, watched | more)
-        optimised, steps = self.optimiser.improve(
-            experience, rollouts, state.step, self._learning_rate(state.step, total)
+        rollouts = self.collector.collect(*self._prompts_of(state.step))
+        metrics = rollouts.metrics()
+        state, stop = self._check(state, metrics)
+        if stop:
+            return replace(state, stopped=stop.reason), False
+        experience, advantage_metrics = self.method.experience(rollouts, state.kl_coefficient)
+        state = count_alike(state, metrics | advantage_metrics)
+        loss_metrics, steps = self.optimizer.improve(
+            experience, rollouts, state.step, self._learning_rate(state.step)
         )
-        interrupted = self._asked_to_stop()
+        interrupted = self._interrupted()
         trained = time.monotonic()
-        metrics = {
-            **watched,
-            **more,
-            **optimised,
+        line = {
+            **metrics,
+            **advantage_metrics,
+            **loss_metrics,
             "klCoefficient": state.kl_coefficient,
             **rollouts.seconds,
             "trainingSeconds": trained - began - sum(rollouts.seconds.values()),
@@ -263,169 +188,107 @@ class Loop:
             tokens=state.tokens + rollouts.num_tokens,
             seconds=state.seconds + trained - began,
             kl_coefficient=adapted_coefficient(
-                state.kl_coefficient, watched.get("kl", 0.0), self.method.target_kl
+                state.kl_coefficient, metrics.get("kl", 0.0), self.method.target_kl
             ),
         )
-        self._log(state, total, metrics)
+        self._log(state, line)
         return state, interrupted
 
-    def _asked_to_stop(self) -> bool:
-        """Whether any worker was, as all of them see it."""
+    def _check(self, state: RlState, metrics: Mapping[str, float]) -> tuple[RlState, Stop | None]:
+        """Check the stop conditions on an update's completions before training on them.
+
+        Returns the state with the new counts and, if the policy diverged, why the run stops. Raises
+        StageError if there is no better model to end with.
+        """
+        if self.method.requires_ends:
+            state = count_truncated(
+                state,
+                metrics,
+                completions=self.method.completions,
+                max_new_tokens=self.settings.sampling.max_new_tokens,
+            )
+        state = replace(state, first_length=state.first_length or metrics["completionLength"])
+        stop = diverged(self.settings.stop_on, metrics, state.first_length)
+        if stop:
+            self.history.write({"step": state.step, "stopped": stop.reason, **metrics})
+            message = f"{stop.reason}: {stop.message}; the run stops"
+            self._report(state.step, metrics=metrics, message=message)
+            stop.require_best(state, keep_best=self.settings.training.keep_best)
+        return state, stop
+
+    def _interrupted(self) -> bool:
+        """Return whether any worker was asked to stop; the same on all workers."""
         stop = torch.tensor([float(self.worker.stop())], device=self.worker.device)
-        return bool(self.collector.peers.sum(stop) > 0)
+        return bool(self.collector.group.sum(stop) > 0)
 
-    def _asked(self, step: int) -> tuple[list[TokenizedPrompt], list[int]]:
-        """The questions of an update, each as often as it is answered, and the answers' keys.
-        Updates take prompts one after the other from endless shuffled passes over all of them."""
+    def _prompts_of(self, step: int) -> tuple[list[TokenizedPrompt], list[int]]:
+        """Return the prompts of an update, each `group_size` times, and the sampling keys.
+
+        Updates take consecutive prompts from an endless sequence of shuffled epochs.
+        """
         count, seed = self.order.batch_size, self.settings.training.seed
-        places = range(step * count, (step + 1) * count)
-        size = len(self.questions)
-        passes = {n: self.order.epoch(n) for n in {place // size for place in places}}
-        chosen = [int(passes[place // size][place % size]) for place in places]
-        questions = [self.questions[i] for i in chosen for _ in range(self.method.group_size)]
-        return questions, [derive_seed(seed, COMPLETION, step, i) for i in range(len(questions))]
+        positions = range(step * count, (step + 1) * count)
+        size = len(self.prompts)
+        epochs = {n: self.order.epoch(n) for n in {position // size for position in positions}}
+        chosen = [int(epochs[position // size][position % size]) for position in positions]
+        prompts = [self.prompts[i] for i in chosen for _ in range(self.method.group_size)]
+        return prompts, [derive_seed(seed, COMPLETION, step, i) for i in range(len(prompts))]
 
-    def _learning_rate(self, step: int, total: int) -> float:
+    def _learning_rate(self, step: int) -> float:
         training = self.settings.training
-        return training.learning_rate * rate(training.schedule, step, total)
+        return training.learning_rate * rate(training.schedule, step, self.total_steps)
 
-    # ---- watching -------------------------------------------------------------------------------
+    # ---- metrics --------------------------------------------------------------------------------
 
-    def _refuse_truncation(self, state: RlState, watched: Mapping[str, float]) -> RlState:
-        """Counts updates without one whole answer; raises StageError AllAnswersTruncated."""
-        truncated = state.truncated + 1 if watched["endedShare"] == 0 else 0
-        if truncated >= TRUNCATED_UPDATES and self.method.ends_matter:
-            raise StageError(
-                "AllAnswersTruncated",
-                f"in {truncated} updates on end not one of {self.method.answers} answers came to "
-                f"its end within {self.settings.sampling.max_new_tokens} tokens: what is scored "
-                "are torsos.",
-                advice="Raise sampling.maxNewTokens, or start from a model that ends its answers "
-                "(sft first). Answers without an end on purpose: ppo.missingEosPenalty: 0.",
-            )
-        return replace(state, truncated=truncated)
+    def _measure(self, state: RlState) -> RlState:
+        """Measure on the held-out prompts and return the state with the result."""
+        found = self.held_out.measure(state.step)
+        metrics = held_out_metrics(found)
+        self.history.write({"step": state.step, **metrics})
+        self._report(state.step, metrics=metrics)
+        return state.measured(found)
 
-    def _refuse_monotony(self, state: RlState, metrics: Mapping[str, float]) -> RlState:
-        """Counts updates from the start that teach nothing; raises StageError RewardsAlike. Later
-        ones may be alike because everything is learnt."""
-        differ = metrics["rewardDeviation"] > 1e-6 and metrics.get("groupsAlike", 0.0) < 1
-        if state.alike is None or differ:
-            return replace(state, alike=None)
-        if state.alike + 1 >= ALIKE_UPDATES:
-            raise StageError(
-                "RewardsAlike",
-                f"in the first {ALIKE_UPDATES} updates all answers that are compared earned the "
-                f"same ({metrics['reward']:.3g} in the mean of the last): there was nothing to "
-                "learn from.",
-                advice="Start from a model that is right at times (sft, or more of it), raise "
-                "sampling.temperature, or choose a reward that tells answers apart.",
-            )
-        return replace(state, alike=state.alike + 1)
-
-    def _tell_of_blow_up(
-        self, state: RlState, total: int, watched: Mapping[str, float], stopped: Stop
-    ) -> None:
-        self.history.write({"step": state.step, "stopped": stopped.reason, **watched})
-        message = f"{stopped.reason}: {stopped.message}; the run ends"
-        self.worker.report(step=state.step, total_steps=total, metrics=watched, message=message)
-        kept = self.settings.training.keep_best and state.best_step
-        if not kept:
-            raise StageError(
-                stopped.reason,
-                f"{stopped.message} after {state.step} updates, and no better model had been "
-                "measured by then.",
-                advice="Lower training.learningRate, raise klCoefficient, measure more often "
-                "(training.evaluationSteps), or relax stopOn.",
-            )
-
-    def _measurement_due(self, step: int, total: int) -> bool:
-        """Without a fixed interval: each pass over the prompts, but ten times a run at most."""
-        every = self.settings.training.evaluation_steps or max(
-            self.order.steps_per_epoch, math.ceil(total / 10)
-        )
-        return step % every == 0 or step == total
-
-    def _measure(self, state: RlState, total: int) -> RlState:
-        """Answers to the held-out prompts, the same keys each time."""
-        seed = self.settings.training.seed
-        asked = [question for question in self.held_out for _ in range(self._copies)]
-        keys = [derive_seed(seed, MEASUREMENT, i) for i in range(len(asked))]
-        rollouts = self.collector.collect(asked, keys)
-        watched = rollouts.watched()
-        objective = self.method.objective(watched)
-        shown = [name for name in MEASURED if name in watched]
-        last = {"objective": objective, **{name: watched[name] for name in shown}}
-        self._show(state.step, rollouts)
-        self.history.write({"step": state.step, **held_out_metrics(last)})
-        self.worker.report(step=state.step, total_steps=total, metrics=held_out_metrics(last))
-        state = replace(state, last=last)
-        if state.best_loss is None or -objective < state.best_loss:
-            return replace(state, best_step=state.step, best_loss=-objective, best=last, stale=0)
-        return replace(state, stale=state.stale + 1)
-
-    @property
-    def _copies(self) -> int:
-        """How often each held-out prompt is answered."""
-        return math.ceil(FEWEST_ANSWERS / len(self.held_out))
-
-    def _show(self, step: int, rollouts: Rollouts) -> None:
-        """Keeps a few answers for the record, each to another prompt."""
-        every = zip(rollouts.owned, rollouts.answers, strict=True)
-        firsts = [(index, answer) for index, answer in every if index % self._copies == 0]
-        for index, answer in firsts[:SAMPLES_SHOWN]:
-            self.samples.append(
-                {
-                    "step": step,
-                    "prompt": self.held_out[index // self._copies].prompt.question,
-                    "answer": answer,
-                    "reward": float(rollouts.scores_R[index]),
-                }
-            )
-
-    def _log(self, state: RlState, total: int, metrics: Mapping[str, float]) -> None:
+    def _log(self, state: RlState, metrics: Mapping[str, float]) -> None:
         line = {
             **metrics,
-            "learningRate": self._learning_rate(state.step - 1, total),
+            "learningRate": self._learning_rate(state.step - 1),
             "epoch": state.step / self.order.steps_per_epoch,
             "tokens": float(state.tokens),
             "tokensPerSecond": state.tokens / state.seconds if state.seconds else 0.0,
         }
         self.history.write({"step": state.step, **line})
-        self.worker.report(step=state.step, total_steps=total, metrics=line)
+        self._report(state.step, metrics=line)
 
-    # ---- checkpoints and results ----------------------------------------------------------------
+    def _report(
+        self,
+        step: int,
+        metrics: Mapping[str, float] | None = None,
+        message: str | None = None,
+        resumed_step: int | None = None,
+    ) -> None:
+        self.worker.report(
+            step=step,
+            total_steps=self.total_steps,
+            metrics=metrics,
+            message=message,
+            resumed_step=resumed_step,
+        )
 
-    def _checkpoint_due(self, step: int, total: int, saved: float) -> bool:
-        """Without a fixed interval rank 0's clock decides for itself: only rank 0 writes."""
-        if step == total:
-            return False
-        if self.checkpoint_steps is not None:
-            return step % self.checkpoint_steps == 0
-        return time.monotonic() - saved >= CHECKPOINT_SECONDS
+    # ---- results --------------------------------------------------------------------------------
 
-    def _save(self, state: RlState) -> None:
-        if self.worker.is_main:
-            self.checkpoints.save(state, self.optimiser.parameters, self.optimiser.optimizer)
-
-    def _keep_best(self, state: RlState, total: int) -> None:
-        """Rank 0 alone holds the result; the others are done."""
-        best = state.best_step
-        if not self.settings.training.keep_best or best is None or not self.worker.is_main:
+    def _keep_best(self, state: RlState) -> None:
+        """Go back to the best measured weights, if the job keeps them."""
+        if not self.settings.training.keep_best:
             return
-        if best != state.step:
-            assign(self.checkpoints.weights(best), self.optimiser.parameters)
-        if best == 0:
-            message = "no update was better than the start: the result is the model as it was"
-            self.worker.report(step=state.step, total_steps=total, message=message)
-
-    def write_weights(self, folder: Path) -> None:
-        """The adapter alone, or the whole model where all of it was trained. No value head: what
-        answers needs none."""
-        policies.save(self.actor.model, self.settings.adapter, folder)
+        self.checkpoints.restore_best(state)
+        if state.best_step == 0:
+            message = "no update was better than the start model: the result is the start model"
+            self._report(state.step, message=message)
 
     def summary(self, state: RlState) -> dict[str, float]:
-        """The record's metrics: what is kept, on the held-out prompts, and what it took."""
+        """Return the record's metrics: the result on the held-out prompts, and training's cost."""
         kept = state.best if self.settings.training.keep_best else state.last
+        parameters = self.optimizer.parameters.values()
         return {
             **kept,
             "baseReward": state.base.get("reward", math.nan),
@@ -435,50 +298,24 @@ class Loop:
             "tokens": float(state.tokens),
             "trainingSeconds": state.seconds,
             "klCoefficient": state.kl_coefficient,
-            "trainedParameters": float(sum(p.numel() for p in self.optimiser.parameters.values())),
-            "parameters": float(count_parameters(self.actor.model)),
+            "trainedParameters": float(sum(p.numel() for p in parameters)),
+            "parameters": float(count_parameters(self.collector.actor.model)),
             "peakMemoryBytes": float(peak_memory_bytes(self.worker.device)),
         }
 
     def details(self, state: RlState) -> dict[str, Any]:
-        """The record's details."""
+        """Return the record's details."""
         return {
-            "answersPerUpdate": self.method.answers,
+            "completionsPerUpdate": self.method.completions,
             "groupSize": self.method.group_size,
-            "prompts": len(self.questions),
-            "heldOutPrompts": 0 if self.trained_on_held_out else len(self.held_out),
+            "prompts": len(self.prompts),
+            "heldOutPrompts": 0 if self.held_out.trained_on else len(self.held_out.prompts),
             "bestStep": state.best_step,
             "resumedAtStep": self.resumed_at,
             "stoppedBy": state.stopped,
             "optimizerSteps": state.optimizer_steps,
-            "samples": self.samples[:SAMPLES_SHOWN] + self.samples[SAMPLES_SHOWN:][-SAMPLES_SHOWN:],
-            "precision": str(self.actor.precision).removeprefix("torch."),
+            "samples": self.held_out.first_and_last_samples(),
+            "precision": str(self.collector.actor.precision).removeprefix("torch."),
             "device": self.worker.device.type,
             "workers": self.worker.world_size,
         }
-
-
-# ---- parts --------------------------------------------------------------------------------------
-
-
-def _sampler(
-    actor: Actor,
-    stop: tuple[int, ...],
-    sampling: Sampling,
-    questions: Sequence[TokenizedPrompt],
-    worker: Worker,
-) -> Sampler:
-    """The engine of the manifest over the policy in training."""
-    if sampling.engine == "transformers":
-        return TransformersSampler(actor.model, actor.pad, stop, sampling, actor.precision)
-    from tuneyard_trainer.generation.vllm import VllmSampler  # an extra
-
-    worker.report(message="starting vLLM")
-    return VllmSampler.of(
-        actor.model,
-        stop,
-        sampling,
-        precision=actor.precision,
-        longest=max(len(question.ids) for question in questions) + sampling.max_new_tokens,
-        workers=worker.world_size,
-    )

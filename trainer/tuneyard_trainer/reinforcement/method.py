@@ -1,6 +1,6 @@
-"""Where the loop of reinforcement meets its methods: what they make of answers.
+"""The interface between the reinforcement loop and its methods PPO, GRPO and RLOO.
 
-Shapes: B answers of one worker, T their tokens.
+Shapes: B completions of one worker, T their tokens.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from tuneyard_trainer.reinforcement.actor import Scored
+from tuneyard_trainer.reinforcement.arithmetic import masked_sum
 from tuneyard_trainer.reinforcement.rollouts import Rollouts
 
 
 class Experience(NamedTuple):
-    """What a method optimises on: this worker's answers, as they were when sampled."""
+    """The data of an update on one worker: its completions, scored by the policy that sampled them;
+    (B, T) each."""
 
     mask_BT: Tensor
     logprobs_BT: Tensor
@@ -25,63 +27,86 @@ class Experience(NamedTuple):
     advantages_BT: Tensor
     returns_BT: Tensor
 
-    def take(self, chosen: Sequence[int]) -> Experience:
-        """Some of the answers, as wide as the longest of them."""
-        rows = torch.tensor(chosen, device=self.mask_BT.device)
-        width = max(1, int(self.mask_BT[rows].sum(1).max()))
-        return Experience(*(x_BT[rows, :width] for x_BT in self))
+    @classmethod
+    def of(cls, rollouts: Rollouts, advantages_BT: Tensor, returns_BT: Tensor) -> Experience:
+        """Return the rollouts with advantages and returns."""
+        return cls(
+            mask_BT=rollouts.mask_BT,
+            logprobs_BT=rollouts.logprobs_BT,
+            reference_BT=rollouts.reference_BT,
+            values_BT=rollouts.values_BT,
+            advantages_BT=advantages_BT,
+            returns_BT=returns_BT,
+        )
+
+    def take(self, rows: Sequence[int]) -> Experience:
+        """Return some of the completions, as wide as the longest of them."""
+        chosen = torch.tensor(rows, device=self.mask_BT.device)
+        width = max(1, int(self.mask_BT[chosen].sum(1).max()))
+        return Experience(*(x_BT[chosen, :width] for x_BT in self))
 
 
 class Loss(NamedTuple):
-    """Of some answers."""
+    """The loss of some completions."""
 
     total: Tensor
-    """The sum to minimise, before it is divided by the method's `divisor`."""
-    watched: Mapping[str, Tensor]
-    """Sums over the answers' tokens of what is watched per token."""
+    """The sum to minimize, not yet divided by the method's `divisor` (scalar)."""
+    metrics: Mapping[str, Tensor]
+    """Sums of the metrics over tokens, by the names in the method's `loss_metrics`."""
+
+    @classmethod
+    def over_tokens(
+        cls, total_BT: Tensor, metrics_BT: Mapping[str, Tensor], mask_BT: Tensor
+    ) -> Loss:
+        """Return the sums over the tokens under the mask."""
+        return cls(
+            masked_sum(total_BT, mask_BT),
+            {name: masked_sum(x_BT, mask_BT) for name, x_BT in metrics_BT.items()},
+        )
 
 
 class Method(Protocol):
-    """What PPO, GRPO and RLOO differ in."""
+    """The parts in which PPO, GRPO and RLOO differ."""
 
     @property
-    def answers(self) -> int:
-        """Answers of an update, over all workers."""
+    def completions(self) -> int:
+        """Completions of an update, over all workers."""
         ...
 
     @property
     def group_size(self) -> int:
-        """Answers to one prompt."""
+        """Completions of one prompt."""
         ...
 
     @property
     def optimization_epochs(self) -> int:
-        """Passes over an update's answers."""
+        """Passes over an update's completions."""
         ...
 
     @property
     def with_values(self) -> bool:
-        """Whether it needs a value head."""
+        """Whether the method needs a value head."""
         ...
 
     @property
     def with_reference(self) -> bool:
-        """Whether it needs the model as it was at the start."""
+        """Whether the method needs the model as it was at the start."""
         ...
 
     @property
-    def ends_matter(self) -> bool:
-        """Whether a run in which no answer ever ends is a failed one."""
+    def requires_ends(self) -> bool:
+        """Whether a run fails if all of its completions are truncated."""
         ...
 
     @property
-    def watched(self) -> tuple[str, ...]:
-        """The names that `loss` watches."""
+    def loss_metrics(self) -> tuple[str, ...]:
+        """Names of the metrics of `loss`."""
         ...
 
     @property
     def target_kl(self) -> float | None:
-        """What the KL coefficient is adapted towards, in nats per answer; None: it is fixed."""
+        """The KL that the coefficient adapts to, in nats per completion; None: the coefficient is
+        fixed."""
         ...
 
     @property
@@ -92,18 +117,20 @@ class Method(Protocol):
     def experience(
         self, rollouts: Rollouts, kl_coefficient: float, /
     ) -> tuple[Experience, dict[str, float]]:
-        """The answers with their advantages, and what is watched of these."""
+        """Return the completions with their advantages, and metrics of these."""
         ...
 
     def loss(self, now: Scored, then: Experience, /) -> Loss:
-        """Of some answers, as they are now against as they were."""
+        """Return the loss of some completions. `now`: scored by the policy in training; `then`: as
+        they were sampled."""
         ...
 
     def divisor(self, lengths: Tensor, /) -> Tensor:
-        """What a minibatch's summed loss is divided by; `lengths`: of all of its answers."""
+        """Return the divisor of a minibatch's summed loss (scalar). `lengths`: tokens of each
+        completion in the minibatch, over all workers."""
         ...
 
-    def objective(self, watched: Mapping[str, float], /) -> float:
-        """What it makes larger, of a policy's answers as `Rollouts.watched` tells of them: the best
-        checkpoint has the most."""
+    def objective(self, metrics: Mapping[str, float], /) -> float:
+        """Return what the method maximizes, from `Rollouts.metrics`. The best checkpoint has the
+        highest objective."""
         ...

@@ -1,17 +1,18 @@
-"""ppo: proximal policy optimization against a reward (Schulman et al. 2017, arXiv:1707.06347), as
-language models are aligned with it (Ziegler et al. 2019, arXiv:1909.08593; Ouyang et al. 2022,
-arXiv:2203.02155).
+"""Stage ppo: proximal policy optimization against a reward (Schulman et al. 2017,
+arXiv:1707.06347), as language models are aligned with it (Ziegler et al. 2019, arXiv:1909.08593;
+Ouyang et al. 2022, arXiv:2203.02155).
 
-An update, with the loop of `reinforcement` around it:
+An update, run by `loop`:
 
-1. Sample an answer to each prompt; score it (`rollouts`).
-2. Reward each token: -beta (log pi - log pi_ref), and the answer's score on the last.
-3. Advantages by GAE over the value head's estimates, whitened over the whole batch.
-4. Some epochs of minibatches on: clipped policy loss + c_v clipped value loss - c_e entropy.
-5. Adapt beta towards the KL that is wanted.
+1. Sample a completion of each prompt and score it (`rollouts`).
+2. Reward each token with -beta (log pi - log pi_ref), and the last one with the score too.
+3. Compute advantages by GAE over the value head's estimates; whiten them over the whole batch.
+4. Train for some epochs of minibatches on: clipped policy loss + c_v clipped value loss
+   - c_e entropy.
+5. Adapt beta towards the target KL.
 
-`docs/ppo.md` lists where this differs from TRL's last PPOTrainer, and why. Shapes: B answers, T
-tokens.
+`docs/ppo.md` lists the differences from TRL's last PPOTrainer and their reasons. Shapes: B
+completions of one worker, R of all workers, T tokens.
 """
 
 from __future__ import annotations
@@ -30,21 +31,21 @@ from tuneyard_trainer.worker import StageContext, StageOutcome
 
 
 def run(context: StageContext) -> StageOutcome:
-    """Trains and leaves `weights/` (an adapter or a whole model) and `metrics.jsonl`."""
+    """Train and write `weights/` (an adapter or a whole model) and `metrics.jsonl`."""
     settings = context.settings(PpoSettings)
     return loop.run(context, settings, Ppo(settings))
 
 
 @dataclass(frozen=True)
 class Ppo:
-    """What PPO makes of answers and their scores."""
+    """Proximal policy optimization."""
 
     settings: PpoSettings
 
     group_size = 1
     with_values = True
     with_reference = True
-    watched = (
+    loss_metrics = (
         "policyLoss",
         "valueLoss",
         "clipFraction",
@@ -53,7 +54,7 @@ class Ppo:
     )
 
     @property
-    def answers(self) -> int:
+    def completions(self) -> int:
         return self.settings.rollouts
 
     @property
@@ -62,7 +63,7 @@ class Ppo:
 
     @property
     def target_kl(self) -> float | None:
-        """Step 5 is `rl.adapted_coefficient`."""
+        """Step 5 is `arithmetic.adapted_coefficient`."""
         return self.settings.target_kl
 
     @property
@@ -70,18 +71,18 @@ class Ppo:
         return self.settings.entropy_coefficient > 0
 
     @property
-    def ends_matter(self) -> bool:
+    def requires_ends(self) -> bool:
         return self.settings.missing_eos_penalty > 0
 
     def experience(
         self, rollouts: Rollouts, kl_coefficient: float, /
     ) -> tuple[Experience, dict[str, float]]:
         """Steps 2 and 3."""
-        scores_R = arithmetic.without_end_penalised(
+        scores_R = arithmetic.penalize_missing_end(
             rollouts.scores_R, rollouts.ended_R, self.settings.missing_eos_penalty
         )
         mask_BT = rollouts.mask_BT
-        rewards_BT = arithmetic.penalised_rewards(
+        rewards_BT = arithmetic.kl_penalized_rewards(
             rollouts.own(scores_R),
             rollouts.logprobs_BT,
             rollouts.reference_BT,
@@ -97,26 +98,17 @@ class Ppo:
         )
         reduce = rollouts.reduce
         explained = arithmetic.explained_variance(rollouts.values_BT, returns_BT, mask_BT, reduce)
-        return (
-            Experience(
-                mask_BT=mask_BT,
-                logprobs_BT=rollouts.logprobs_BT,
-                reference_BT=rollouts.reference_BT,
-                values_BT=rollouts.values_BT,
-                advantages_BT=arithmetic.whiten(advantages_BT, mask_BT, reduce=reduce),
-                returns_BT=returns_BT,
-            ),
-            {
-                "explainedVariance": float(explained),
-                "penalisedReward": float(scores_R.mean()),
-                "return": float(arithmetic.masked_mean(returns_BT, mask_BT, reduce)),
-            },
-        )
+        whitened_BT = arithmetic.whiten(advantages_BT, mask_BT, reduce=reduce)
+        return Experience.of(rollouts, whitened_BT, returns_BT), {
+            "explainedVariance": float(explained),
+            "penalizedReward": float(scores_R.mean()),
+            "return": float(arithmetic.masked_mean(returns_BT, mask_BT, reduce)),
+        }
 
     def loss(self, now: Scored, then: Experience, /) -> Loss:
-        """Step 4, summed over the answers' tokens (Schulman et al. 2017, eq. 9, negated). The KL
-        penalty is in the rewards already."""
-        settings, mask_BT = self.settings, then.mask_BT
+        """Step 4, summed over the completions' tokens (Schulman et al. 2017, eq. 9, negated). The
+        rewards include the KL penalty already."""
+        settings = self.settings
         policy = arithmetic.clipped_policy_loss(
             now.logprobs_BT, then.logprobs_BT, then.advantages_BT, settings.clip_range
         )
@@ -128,22 +120,21 @@ class Ppo:
             + settings.value_coefficient * value.loss
             - settings.entropy_coefficient * now.entropy_BT
         )
-        watched = {
+        metrics_BT = {
             "policyLoss": policy.loss,
             "valueLoss": value.loss,
-            "clipFraction": policy.bound.float(),
-            "valueClipFraction": value.bound.float(),
+            "clipFraction": policy.clipped.float(),
+            "valueClipFraction": value.clipped.float(),
             "approximateKl": arithmetic.kl_k2(now.logprobs_BT, then.logprobs_BT),
         }
-        return Loss(
-            arithmetic.masked_sum(total_BT, mask_BT),
-            {name: arithmetic.masked_sum(x_BT, mask_BT) for name, x_BT in watched.items()},
-        )
+        return Loss.over_tokens(total_BT, metrics_BT, then.mask_BT)
 
     def divisor(self, lengths: Tensor, /) -> Tensor:
-        """The minibatch's tokens: each counts the same, whichever answer it is in."""
+        """Return the tokens of the minibatch: each token has the same weight, however long its
+        completion is."""
         return lengths.sum()
 
-    def objective(self, watched: Mapping[str, float], /) -> float:
-        """The reward of an answer less what its tokens pay, at the coefficient's first value."""
-        return watched["reward"] - self.settings.kl_coefficient * watched["kl"]
+    def objective(self, metrics: Mapping[str, float], /) -> float:
+        """Return the mean reward of a completion less its mean KL, at the coefficient's first
+        value."""
+        return metrics["reward"] - self.settings.kl_coefficient * metrics["kl"]

@@ -1,7 +1,7 @@
-"""What an answer is worth: a reward model, a rule, or a weighted sum of them.
+"""Rewards of completions: a reward model, a rule, or a weighted sum of them.
 
-A reward that is no number ends the stage with the prompt's name; nothing is ever scored 0 because
-it could not be scored. Shapes: N answers, L tokens, H hidden size.
+A reward that is not finite ends the stage with an error that names the prompt; a completion that
+cannot be scored is never scored 0. Shapes: N completions, L tokens, H hidden size.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from tuneyard_trainer.generation.batches import length_batches
 from tuneyard_trainer.models import base, reward_models
 from tuneyard_trainer.models.files import context_length, first_line
 
-BATCH_ANSWERS = 64
-"""Answers that a reward model reads at once; it keeps no cache."""
+BATCH_SIZE = 64
+"""Completions in one forward pass of a reward model, which needs no key-value cache."""
 
 
 class Attempt(NamedTuple):
-    """An answer to a prompt."""
+    """A completion with its prompt."""
 
     prompt: Prompt
-    answer: str
-    """As text, without the token that ended it."""
+    completion: str
+    """As text, without the stop token."""
 
 
 class Reward(Protocol):
-    """Scores answers; higher is better. May give what is no number: `finite` is who objects."""
+    """Scores completions; higher is better. Scores need not be finite: `finite` checks."""
 
     def __call__(self, attempts: Sequence[Attempt]) -> Tensor:
-        """(N,) in float32, on the CPU."""
+        """Return the scores (N,) in float32, on the CPU."""
         ...
 
 
@@ -54,12 +54,15 @@ def load(
     prompts: Sequence[Prompt],
     device: torch.device,
 ) -> Reward:
-    """The sum of the terms. Everything that can be wrong with a rule or a model is found here,
-    before anything is sampled: raises StageError. `prompts`: all that will be answered."""
+    """Return the weighted sum of the terms.
+
+    Checks rules and models before anything is sampled: raises StageError if one is invalid.
+    `prompts`: all prompts that completions are sampled for.
+    """
     parts = [(term.weight, _term(term, inputs, chat, prompts, device)) for term in terms]
     if len(parts) == 1 and parts[0][0] == 1.0:
         return parts[0][1]
-    return Mixture(tuple(parts))
+    return WeightedSum(tuple(parts))
 
 
 def _term(
@@ -80,16 +83,16 @@ def _term(
 
 
 def finite(scores_N: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """The scores, if all of them are numbers. Raises StageError NonFiniteReward."""
+    """Return the scores. Raises StageError NonFiniteReward if any is NaN or infinite."""
     broken = (~scores_N.isfinite()).nonzero().flatten().tolist()
     if not broken:
         return scores_N
     first = broken[0]
     raise StageError(
         "NonFiniteReward",
-        f"the reward of {len(broken)} of {len(scores_N)} answers is no number: "
-        f"{scores_N[first].item()} for the answer to prompt {prompts[first].where}.",
-        advice="Look at that prompt; if it is sound, the reward model is broken: train it again at "
+        f"the reward of {len(broken)} of {len(scores_N)} completions is not finite: "
+        f"{scores_N[first].item()} for the completion of prompt {prompts[first].where}.",
+        advice="Check that prompt. If it is valid, the reward model is broken: train it again at "
         "a lower rewardModel.train.training.learningRate, or choose another rewardModel.",
     )
 
@@ -98,8 +101,8 @@ def finite(scores_N: Tensor, prompts: Sequence[Prompt]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """A weighted sum."""
+class WeightedSum:
+    """A weighted sum of rewards."""
 
     parts: tuple[tuple[float, Reward], ...]
 
@@ -109,20 +112,21 @@ class Mixture:
 
 @dataclass(frozen=True)
 class ExactMatch:
-    """1 where the answer equals the prompt row's field (any of them, where it is a list), white
-    space and case aside; else 0."""
+    """1 if the completion equals the prompt row's field (or an item of it, if the field is a list)
+    apart from white space and case; else 0."""
 
     field: str
 
     @classmethod
     def checked(cls, field: str, prompts: Sequence[Prompt]) -> ExactMatch:
-        """Raises StageError RewardFieldMissing where a row has no such field."""
-        missing = [prompt for prompt in prompts if not _wanted(prompt.row.get(field))]
+        """Raise StageError RewardFieldMissing if a row has no such field."""
+        missing = [prompt for prompt in prompts if not _accepted(prompt.row.get(field))]
         if missing:
             raise StageError(
                 "RewardFieldMissing",
-                f"{len(missing)} of {len(prompts)} prompts have no field {field!r} to compare an "
-                f"answer with: {missing[0].where} has {', '.join(missing[0].row) or 'no fields'}.",
+                f"{len(missing)} of {len(prompts)} prompts have no field {field!r} to compare a "
+                f"completion with: {missing[0].where} has "
+                f"{', '.join(missing[0].row) or 'no fields'}.",
                 advice="Set rewardModel.rule.exactMatch to a field that every row has.",
             )
         return cls(field)
@@ -130,31 +134,31 @@ class ExactMatch:
     def __call__(self, attempts: Sequence[Attempt]) -> Tensor:
         return torch.tensor(
             [
-                float(_plain(answer) in _wanted(prompt.row[self.field]))
-                for prompt, answer in attempts
+                float(_normalized(completion) in _accepted(prompt.row[self.field]))
+                for prompt, completion in attempts
             ]
         )
 
 
-def _wanted(value: Any) -> frozenset[str]:
-    """What counts as equal; empty where there is nothing to be equal to."""
+def _accepted(value: Any) -> frozenset[str]:
+    """Return the texts that a field's value accepts; empty if it has no text or number."""
     values = value if isinstance(value, list) else [value]
-    return frozenset(_plain(str(one)) for one in values if isinstance(one, str | int | float))
+    return frozenset(_normalized(str(one)) for one in values if isinstance(one, str | int | float))
 
 
-def _plain(text: str) -> str:
+def _normalized(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
 @dataclass(frozen=True)
 class JsonSchema:
-    """1 where the whole answer is JSON that the schema accepts; else 0."""
+    """1 if the whole completion is JSON that the schema accepts; else 0."""
 
     validator: Any
 
     @classmethod
     def parsed(cls, text: str) -> JsonSchema:
-        """Raises StageError BadSchema."""
+        """Parse a JSON Schema. Raises StageError BadSchema."""
         try:
             schema = json.loads(text)
             kind = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
@@ -162,18 +166,18 @@ class JsonSchema:
         except (ValueError, RecursionError, jsonschema.SchemaError) as error:
             raise StageError(
                 "BadSchema",
-                f"rewardModel.rule.jsonSchema is no JSON Schema: {first_line(error)}.",
-                advice="Repair rewardModel.rule.jsonSchema.",
+                f"rewardModel.rule.jsonSchema is not a valid JSON Schema: {first_line(error)}.",
+                advice="Correct rewardModel.rule.jsonSchema.",
             ) from error
-        # An empty registry: a schema's "$ref" must never make this machine fetch anything.
+        # An empty registry: a schema's "$ref" must never fetch anything from the network.
         return cls(kind(schema, registry=referencing.Registry()))
 
     def __call__(self, attempts: Sequence[Attempt]) -> Tensor:
-        return torch.tensor([float(self._accepts(attempt.answer)) for attempt in attempts])
+        return torch.tensor([float(self._accepts(attempt.completion)) for attempt in attempts])
 
-    def _accepts(self, answer: str) -> bool:
+    def _accepts(self, completion: str) -> bool:
         try:
-            value = json.loads(answer)
+            value = json.loads(completion)
         except (ValueError, RecursionError):
             return False
         try:
@@ -181,8 +185,8 @@ class JsonSchema:
         except referencing.exceptions.Unresolvable as error:
             raise StageError(
                 "BadSchema",
-                f"rewardModel.rule.jsonSchema refers to what it does not hold: {error}.",
-                advice='Put what it refers to into the schema, under "$defs".',
+                f"rewardModel.rule.jsonSchema has a reference to another schema: {error}.",
+                advice='Put the referenced schema into it, under "$defs".',
             ) from error
 
 
@@ -191,28 +195,31 @@ class JsonSchema:
 
 @dataclass(frozen=True)
 class LearnedReward:
-    """A sequence classifier with one output, reading conversations through its own tokenizer and
-    template, so that it may be of another family than the policy."""
+    """A sequence classifier with one output. It has its own tokenizer and chat template, so it may
+    be of another model family than the policy."""
 
     model: Any
     pad: int
     encode: Callable[[Attempt], list[int]]
-    """The conversation as it was trained to read it."""
+    """Returns the tokens of prompt and completion in the format that the model was trained on."""
     max_length: int | None
-    """The most tokens that its positions allow; None: no limit is known."""
+    """Maximum tokens by the model's positions; None: no limit is known."""
 
     @classmethod
     def load(cls, path: Path, chat: ChatSettings, device: torch.device) -> LearnedReward:
-        """A reward stage's output, or a folder with a classifier. Raises StageError."""
-        ours = (path / "weights").is_dir()
-        folder, beside = (path / "weights", path / "tokenizer") if ours else (path, path)
+        """Load a reward stage's output, or a folder with a classifier. Raises StageError."""
+        from_stage = (path / "weights").is_dir()
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        folder = path / "weights" if from_stage else path
         model = reward_models.load(folder, dtype=dtype, device=device)
-        tokenizer = base.load_tokenizer(beside)
+        tokenizer = base.load_tokenizer(path / "tokenizer" if from_stage else path)
         _check_vocabulary(path, model, tokenizer)
-        if ours and chat.chat_template:
+        if from_stage and chat.chat_template:
             tokenizer.chat_template = chat.chat_template
-        encode = _in_turns(tokenizer) if tokenizer.chat_template else _plainly(tokenizer, ours)
+        if tokenizer.chat_template:
+            encode = _chat_encoder(tokenizer)
+        else:
+            encode = _text_encoder(tokenizer, with_stop=from_stage)
         return cls(model, int(tokenizer.pad_token_id), encode, context_length(model.config))
 
     def __call__(self, attempts: Sequence[Attempt]) -> Tensor:
@@ -221,63 +228,67 @@ class LearnedReward:
         encoded = [self.encode(attempt) for attempt in attempts]
         self._check_lengths(attempts, encoded)
         scores_N = torch.zeros(len(attempts))
-        for chosen in length_batches([len(ids) for ids in encoded], BATCH_ANSWERS, padded=True):
-            scores_N[torch.tensor(chosen)] = self._scored([encoded[i] for i in chosen])
+        for chosen in length_batches([len(ids) for ids in encoded], BATCH_SIZE, padded=True):
+            scores_N[torch.tensor(chosen)] = self._score_batch([encoded[i] for i in chosen])
         return scores_N
 
     @torch.no_grad()
-    def _scored(self, rows: Sequence[Sequence[int]]) -> Tensor:
+    def _score_batch(self, rows: Sequence[Sequence[int]]) -> Tensor:
         device = next(self.model.parameters()).device
         lengths_N = torch.tensor([len(row) for row in rows], device=device)
         ids_NL = torch.full((len(rows), max(map(len, rows))), self.pad)
         for index, row in enumerate(rows):
             ids_NL[index, : len(row)] = torch.tensor(row)
         ids_NL = ids_NL.to(device)
-        seen_NL = (torch.arange(ids_NL.shape[1], device=device) < lengths_N[:, None]).long()
-        return self._pooled(ids_NL, seen_NL, lengths_N - 1).float().cpu()
+        positions_L = torch.arange(ids_NL.shape[1], device=device)
+        attention_NL = (positions_L < lengths_N[:, None]).long()
+        return self._last_token_scores(ids_NL, attention_NL, lengths_N - 1).float().cpu()
 
-    def _pooled(self, ids_NL: Tensor, seen_NL: Tensor, last_N: Tensor) -> Tensor:
-        """(N,) scores. A decoder scores the last token: transformers takes the last one that is not
-        padding by its id, which is one too early where padding is the stop token."""
+    def _last_token_scores(self, ids_NL: Tensor, attention_NL: Tensor, last_N: Tensor) -> Tensor:
+        """Return the scores (N,): a decoder's at the last token (`last_N`), an encoder's pooled.
+        transformers would take the last token whose id is not the pad token's, which is one too
+        early if the pad token is the stop token."""
         if not hasattr(self.model, "score"):
-            return self.model(input_ids=ids_NL, attention_mask=seen_NL).logits[:, 0]
+            return self.model(input_ids=ids_NL, attention_mask=attention_NL).logits[:, 0]
         trunk = getattr(self.model, self.model.base_model_prefix)
-        hidden_NLH = trunk(input_ids=ids_NL, attention_mask=seen_NL, use_cache=False)[0]
+        hidden_NLH = trunk(input_ids=ids_NL, attention_mask=attention_NL, use_cache=False)[0]
         rows_N = torch.arange(len(last_N), device=last_N.device)
         return self.model.score(hidden_NLH[rows_N, last_N])[:, 0]
 
     def _check_lengths(self, attempts: Sequence[Attempt], encoded: Sequence[Sequence[int]]) -> None:
+        """Raise StageError RewardContextTooShort if a conversation exceeds `max_length`."""
         for attempt, ids in zip(attempts, encoded, strict=True):
             if self.max_length is not None and len(ids) > self.max_length:
                 raise StageError(
                     "RewardContextTooShort",
-                    f"the answer to prompt {attempt.prompt.where} takes {len(ids)} tokens with its "
-                    f"prompt, and the reward model reads {self.max_length}.",
+                    f"prompt {attempt.prompt.where} and its completion have {len(ids)} tokens, and "
+                    f"the reward model's context is {self.max_length}.",
                     advice="Lower sampling.maxNewTokens, shorten the prompts, or choose a reward "
                     "model with a longer context.",
                 )
 
 
 def _check_vocabulary(path: Path, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    known = model.get_input_embeddings().weight.shape[0]
+    """Raise StageError RewardTokenizerMismatch if the model lacks tokens of the tokenizer."""
+    size = model.get_input_embeddings().weight.shape[0]
     highest = max(tokenizer.get_vocab().values(), default=0)
-    if highest >= known:
+    if highest >= size:
         raise StageError(
             "RewardTokenizerMismatch",
-            f"the tokenizer in {path} has the token {highest}, and the reward model beside it "
-            f"knows {known}: it was trained with another one.",
+            f"the tokenizer in {path} has the token {highest}, and the reward model beside it has "
+            f"{size} tokens: it was trained with another tokenizer.",
             advice="Set rewardModel.model.uri to a model with its own tokenizer.",
         )
 
 
-def _in_turns(tokenizer: PreTrainedTokenizerBase) -> Callable[[Attempt], list[int]]:
-    """Prompt, answer and the token that ends it, by the chat template. Every answer is scored as if
-    it had ended: what was cut off pays the missing-end penalty."""
+def _chat_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Attempt], list[int]]:
+    """Encode prompt, completion and stop token by the chat template. Truncated completions get the
+    stop token too: a truncated one is penalized by `ppo.missingEosPenalty` instead."""
     stop = ChatFormat.of(tokenizer).stop
 
     def encode(attempt: Attempt) -> list[int]:
         try:
-            text = rendered(tokenizer, attempt.prompt.messages) + attempt.answer + stop
+            text = rendered(tokenizer, attempt.prompt.messages) + attempt.completion + stop
         except MisfitError as error:
             raise StageError(
                 "RewardTokenizerMismatch",
@@ -289,9 +300,14 @@ def _in_turns(tokenizer: PreTrainedTokenizerBase) -> Callable[[Attempt], list[in
     return encode
 
 
-def _plainly(tokenizer: PreTrainedTokenizerBase, ours: bool) -> Callable[[Attempt], list[int]]:
-    """For a tokenizer without a chat template. `ours`: as `tokenization` encodes prompt and
-    completion; else one text, as classifiers are trained to read it."""
+def _text_encoder(
+    tokenizer: PreTrainedTokenizerBase, *, with_stop: bool
+) -> Callable[[Attempt], list[int]]:
+    """Encode prompt and completion for a tokenizer without a chat template.
+
+    `with_stop`: each on its own with a stop token, as `data.tokenization` does for a reward stage;
+    else both as one text, as other classifiers are trained.
+    """
 
     def encode(attempt: Attempt) -> list[int]:
         *before, last = attempt.prompt.messages
@@ -302,10 +318,10 @@ def _plainly(tokenizer: PreTrainedTokenizerBase, ours: bool) -> Callable[[Attemp
                 f"{attempt.prompt.where} is a conversation of {len(before) + 1} turns.",
                 advice="Choose a reward model with a chat template.",
             )
-        if not ours:
-            return list(tokenizer(last["content"] + attempt.answer)["input_ids"])
+        if not with_stop:
+            return list(tokenizer(last["content"] + attempt.completion)["input_ids"])
         prompt = tokenizer(last["content"])["input_ids"]
-        answer = tokenizer(attempt.answer, add_special_tokens=False)["input_ids"]
-        return [*prompt, *answer, tokenizer.eos_token_id]
+        completion = tokenizer(attempt.completion, add_special_tokens=False)["input_ids"]
+        return [*prompt, *completion, tokenizer.eos_token_id]
 
     return encode

@@ -1,8 +1,8 @@
-"""Answers of the policy in training, scored: what an update of reinforcement learning looks at.
+"""Rollouts: sampled and scored completions of the policy, the data of an update.
 
-An update has R answers over all workers; each worker samples and scores its own B of them, and then
-tells the others a few numbers of each, so that every worker knows the whole update's statistics.
-Shapes: B answers of this worker, R of all workers, T tokens, K numbers.
+An update has R completions over all workers. Each worker samples and scores its own B of them and
+gathers a few numbers of each from the others, so that every worker knows the whole update's
+statistics. Shapes: B completions of this worker, R of all workers, T tokens, K numbers.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.data.prompts import Prompt, TokenizedPrompt
 from tuneyard_trainer.generation.sampling import Sampled, Sampler
 from tuneyard_trainer.reinforcement import arithmetic
-from tuneyard_trainer.reinforcement.actor import Actor, Texts
+from tuneyard_trainer.reinforcement.actor import Actor, Sequences
 from tuneyard_trainer.reinforcement.arithmetic import Reduce
 from tuneyard_trainer.reinforcement.rewards import Attempt, Reward, finite
 
 Result = TypeVar("Result")
 
 MAX_SAMPLER_LOGPROB_GAP = 0.25
-"""Nats of the mean token. bfloat16's 8 bits round a logit of 10 by hundredths; a head that kept its
-first weights gave about one."""
+"""In nats, mean over tokens. bfloat16's 8 bits round a logit of 10 by hundredths; an engine that
+kept the initial weights of its head had a gap of about one."""
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The workers that share a batch; alone where there is one."""
+    """The workers that share a batch; with one worker every method is local."""
 
     rank: int
     world_size: int
     device: torch.device
 
-    def mine(self, count: int) -> list[int]:
-        """Which of `count` things this worker takes."""
+    def share(self, count: int) -> list[int]:
+        """Return the indices of this worker's share of `count` items."""
         return list(range(self.rank, count, self.world_size))
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all workers, on each of them."""
+        """Return the sum over all workers, on each of them."""
         if self.world_size == 1:
             return tensor
         total = tensor.detach().clone()
@@ -55,14 +55,14 @@ class ProcessGroup:
         return total
 
     def gather(self, values_BK: Tensor, owned: Sequence[int], count: int) -> Tensor:
-        """(R, K) everybody's values from each worker's own; R = `count`."""
+        """Return all workers' values (R, K), R = `count`. `owned`: this worker's indices in R."""
         whole_RK = torch.zeros(count, values_BK.shape[1], device=self.device)
         whole_RK[torch.tensor(owned, device=self.device, dtype=torch.long)] = values_BK
         return self.sum(whole_RK)
 
-    def together(self, work: Callable[[], Result]) -> Result:
-        """The work's result. If it fails on any worker, it fails on all of them with that reason:
-        the others would wait for the failed one until a limit that tells nothing."""
+    def run(self, work: Callable[[], Result]) -> Result:
+        """Return the work's result. A StageError on one worker is raised on all of them: the other
+        workers would wait for the failed one until a timeout that has no reason."""
         failure: StageError | None = None
         result: Result | None = None
         try:
@@ -70,78 +70,78 @@ class ProcessGroup:
         except StageError as error:
             failure = error
         if self.world_size > 1:
-            everyone: list[StageError | None] = [None] * self.world_size
-            dist.all_gather_object(everyone, failure)
-            failure = next((error for error in everyone if error is not None), None)
+            failures: list[StageError | None] = [None] * self.world_size
+            dist.all_gather_object(failures, failure)
+            failure = next((error for error in failures if error is not None), None)
         if failure is not None:
             raise failure
-        return result  # type: ignore[return-value]  # nobody failed, so it is there
+        return result  # type: ignore[return-value]  # no worker failed, so there is a result
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """One update's answers."""
+    """The completions of one update."""
 
     owned: Sequence[int]
-    """Which of the R answers are this worker's."""
-    texts: Texts
+    """Indices of this worker's completions among the R."""
+    sequences: Sequences
     mask_BT: Tensor
     logprobs_BT: Tensor
-    """When they were sampled."""
+    """By the policy at the time of sampling."""
     values_BT: Tensor
     reference_BT: Tensor
-    """What the model at the start gave them; as `logprobs_BT` where nobody asks."""
+    """Log-probabilities by the reference model; `logprobs_BT` without a reference."""
     scores_R: Tensor
-    """What each answer is worth, before any penalty."""
+    """The reward of each completion, before any penalty."""
     ended_R: Tensor
-    """True where it came to a stop token."""
+    """True if the completion ends with a stop token."""
     lengths_R: Tensor
     """Tokens, as floats."""
     kl_R: Tensor | None
-    """Nats of the whole answer: the sum of log pi - log pi_ref over its tokens; None: nobody asked
-    for the reference."""
+    """Nats of the whole completion: the sum of log pi - log pi_ref over its tokens; None: no
+    reference."""
     entropy_R: Tensor
-    """The sum of its tokens' entropies, in nats."""
+    """Sum of the tokens' entropies, in nats."""
     gap_R: Tensor
-    """How far another engine's log-probabilities of its tokens are from the policy's: the sum of
-    the distances, in nats. 0 where the policy's own code answered."""
+    """Sum over tokens of the distance between the sampling engine's log-probability and the
+    policy's, in nats; 0 if the policy's own code sampled."""
     seconds: dict[str, float]
-    """How long generation and scoring took."""
-    answers: Sequence[str]
-    """This worker's, as text."""
-    reduce: Reduce = arithmetic.alone
+    """Time for generation and for scoring."""
+    completions: Sequence[str]
+    """This worker's completions, as text."""
+    reduce: Reduce = arithmetic.single_worker
     """Sums a tensor over the workers."""
 
     @property
     def num_tokens(self) -> int:
-        """Of all answers, prompts not counted."""
+        """Tokens of all completions, without the prompts."""
         return int(self.lengths_R.sum())
 
     def own(self, x_R: Tensor) -> Tensor:
-        """(B,) this worker's part of what everybody knows."""
+        """Return this worker's part (B,)."""
         return x_R[torch.tensor(self.owned, device=x_R.device, dtype=torch.long)]
 
     @property
     def sampler_logprob_gap(self) -> float:
-        """`gap_R` of the mean token."""
+        """`gap_R`, mean over tokens."""
         return float(self.gap_R.sum() / self.lengths_R.sum())
 
-    def watched(self) -> dict[str, float]:
-        """What is watched of an update's answers; `kl` only where there is a reference."""
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics of an update's completions; `kl` only with a reference."""
         return {
             "reward": float(self.scores_R.mean()),
             "rewardDeviation": float(self.scores_R.std(correction=0)),
             **({} if self.kl_R is None else {"kl": float(self.kl_R.mean())}),
             "entropy": float(self.entropy_R.sum() / self.lengths_R.sum()),
             **({"samplerLogprobGap": self.sampler_logprob_gap} if self.gap_R.any() else {}),
-            "answerLength": float(self.lengths_R.mean()),
+            "completionLength": float(self.lengths_R.mean()),
             "endedShare": float(self.ended_R.mean(dtype=torch.float32)),
         }
 
 
 @dataclass(frozen=True)
 class Collector:
-    """Samples and scores."""
+    """Samples and scores completions."""
 
     actor: Actor
     sampler: Sampler
@@ -149,41 +149,43 @@ class Collector:
     tokenizer: PreTrainedTokenizerBase
     stop: tuple[int, ...]
     sampling: Sampling
-    peers: ProcessGroup
+    group: ProcessGroup
 
-    def collect(self, questions: Sequence[TokenizedPrompt], keys: Sequence[int]) -> Rollouts:
-        """One answer to each question; `keys` name the answers. Raises StageError, on every worker,
-        where any answer cannot be scored."""
-        owned = self.peers.mine(len(questions))
+    def collect(self, prompts: Sequence[TokenizedPrompt], keys: Sequence[int]) -> Rollouts:
+        """Return one completion of each prompt. `keys`: one sampling seed for each completion.
+
+        Raises StageError, on every worker, if any completion cannot be scored, and SamplerMismatch.
+        """
+        owned = self.group.share(len(prompts))
         began = time.perf_counter()
-        asked = [questions[i] for i in owned]
-        answered = self.sampler([q.ids for q in asked], [keys[i] for i in owned]) if asked else []
-        sampled = time.perf_counter()
-        tokens = [answer.tokens for answer in answered]
-        answers = [self._text(answer) for answer in tokens]
-        texts = Texts(
-            [[*q.ids, *answer] for q, answer in zip(asked, tokens, strict=True)],
-            [len(q.ids) for q in asked],
+        own = [prompts[i] for i in owned]
+        sampled = self.sampler([p.ids for p in own], [keys[i] for i in owned]) if own else []
+        generated = time.perf_counter()
+        tokens = [completion.tokens for completion in sampled]
+        completions = [self._text(ids) for ids in tokens]
+        sequences = Sequences(
+            [[*prompt.ids, *ids] for prompt, ids in zip(own, tokens, strict=True)],
+            [len(prompt.ids) for prompt in own],
         )
-        scores_B = self.peers.together(lambda: self._worth(asked, answers))
-        now = self.actor.scores(texts)
-        reference_BT = self._reference(texts, now.logprobs_BT)
-        mask_BT = texts.mask(self.actor.device)
+        scores_B = self.group.run(lambda: self._score(own, completions))
+        now = self.actor.score_all(sequences)
+        reference_BT = self._reference(sequences, now.logprobs_BT)
+        mask_BT = sequences.mask(self.actor.device)
         kl_B = arithmetic.kl_k1(now.logprobs_BT, reference_BT).sum(1)
-        each = [
+        numbers = [
             scores_B,
             self._ended(tokens),
             mask_BT.sum(1).float(),
             kl_B,
             now.entropy_BT.sum(1),
-            self._gap(answered, now.logprobs_BT),
+            self._gap(sampled, now.logprobs_BT),
         ]
-        told_RK = self.peers.gather(torch.stack(each, dim=1), owned, len(questions))
-        scores_R, ended_R, lengths_R, kl_R, entropy_R, gap_R = told_RK.unbind(1)
-        finite(scores_R, prompts_of(questions))
+        gathered_RK = self.group.gather(torch.stack(numbers, dim=1), owned, len(prompts))
+        scores_R, ended_R, lengths_R, kl_R, entropy_R, gap_R = gathered_RK.unbind(1)
+        finite(scores_R, untokenized(prompts))
         rollouts = Rollouts(
             owned=owned,
-            texts=texts,
+            sequences=sequences,
             mask_BT=mask_BT,
             logprobs_BT=now.logprobs_BT,
             values_BT=now.values_BT,
@@ -195,59 +197,61 @@ class Collector:
             entropy_R=entropy_R,
             gap_R=gap_R,
             seconds={
-                "generationSeconds": sampled - began,
-                "scoringSeconds": time.perf_counter() - sampled,
+                "generationSeconds": generated - began,
+                "scoringSeconds": time.perf_counter() - generated,
             },
-            answers=answers,
-            reduce=self.peers.sum,
+            completions=completions,
+            reduce=self.group.sum,
         )
-        self._refuse_stranger(rollouts.sampler_logprob_gap)
+        self._check_sampler(rollouts.sampler_logprob_gap)
         return rollouts
 
-    def _refuse_stranger(self, gap: float) -> None:
-        """Raises StageError where what answered was another model than the one that learns."""
-        allowed = MAX_SAMPLER_LOGPROB_GAP - math.log(
-            self.sampling.top_p
-        )  # the engine's is of the nucleus
+    def _check_sampler(self, gap: float) -> None:
+        """Raise StageError SamplerMismatch if the sampling engine does not run the policy being
+        trained."""
+        # The engine's log-probabilities are relative to the nucleus, ours to the vocabulary.
+        allowed = MAX_SAMPLER_LOGPROB_GAP - math.log(self.sampling.top_p)
         if gap > allowed:
             raise StageError(
                 "SamplerMismatch",
-                f"sampling.engine {self.sampling.engine} gives the tokens of its answers "
-                f"log-probabilities that are {gap:.2f} nats from the policy's in the mean, and "
-                f"{allowed:.2f} are allowed: it runs this model otherwise than it is trained, and "
-                "nothing could be learnt from its answers.",
+                f"the log-probabilities that sampling.engine {self.sampling.engine} gives to the "
+                f"tokens of its completions differ from the policy's by {gap:.2f} nats on average, "
+                f"above {allowed:.2f}: the engine does not run the policy being trained.",
                 advice="Remove sampling.engine: transformers samples then.",
             )
 
-    def _worth(self, asked: Sequence[TokenizedPrompt], answers: Sequence[str]) -> Tensor:
-        attempts = [Attempt(q.prompt, answer) for q, answer in zip(asked, answers, strict=True)]
+    def _score(self, prompts: Sequence[TokenizedPrompt], completions: Sequence[str]) -> Tensor:
+        """Return the rewards (B,)."""
+        pairs = zip(prompts, completions, strict=True)
+        attempts = [Attempt(prompt.prompt, completion) for prompt, completion in pairs]
         return self.reward(attempts).to(self.actor.device, torch.float32)
 
     def _ended(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """(B,) 1 where an answer came to a stop token."""
-        last_B = torch.tensor([answer[-1] for answer in tokens], dtype=torch.long)
+        """Return 1 for each completion that ends with a stop token, else 0 (B,)."""
+        last_B = torch.tensor([ids[-1] for ids in tokens], dtype=torch.long)
         return arithmetic.ended(last_B, torch.tensor(self.stop)).float().to(self.actor.device)
 
-    def _gap(self, answered: Sequence[Sampled], logprobs_BT: Tensor) -> Tensor:
-        """(B,) the sum over each answer's tokens of how far the engine's word is from ours."""
-        gap_B = torch.zeros(len(answered), device=self.actor.device)
-        for row, answer in enumerate(answered):
-            if answer.logprobs is not None:
-                engine_T = torch.tensor(answer.logprobs, device=self.actor.device)
+    def _gap(self, sampled: Sequence[Sampled], logprobs_BT: Tensor) -> Tensor:
+        """Return the sum over tokens of the distance between the engine's log-probability and the
+        policy's (B,)."""
+        gap_B = torch.zeros(len(sampled), device=self.actor.device)
+        for row, completion in enumerate(sampled):
+            if completion.logprobs is not None:
+                engine_T = torch.tensor(completion.logprobs, device=self.actor.device)
                 gap_B[row] = (logprobs_BT[row, : len(engine_T)] - engine_T).abs().sum()
         return gap_B
 
-    def _reference(self, texts: Texts, logprobs_BT: Tensor) -> Tensor:
+    def _reference(self, sequences: Sequences, logprobs_BT: Tensor) -> Tensor:
         if self.actor.reference is None:
             return logprobs_BT
-        return self.actor.reference_logprobs(texts)
+        return self.actor.reference_logprobs(sequences)
 
-    def _text(self, answer: Sequence[int]) -> str:
-        """What was said, without the token that ended it."""
-        spoken = answer[:-1] if answer[-1] in self.stop else answer
-        return str(self.tokenizer.decode(list(spoken), skip_special_tokens=True))
+    def _text(self, ids: Sequence[int]) -> str:
+        """Return a completion's text, without the stop token."""
+        kept = ids[:-1] if ids[-1] in self.stop else ids
+        return str(self.tokenizer.decode(list(kept), skip_special_tokens=True))
 
 
-def prompts_of(questions: Sequence[TokenizedPrompt]) -> list[Prompt]:
-    """What was asked, without how the policy reads it."""
-    return [question.prompt for question in questions]
+def untokenized(prompts: Sequence[TokenizedPrompt]) -> list[Prompt]:
+    """Return the prompts without their tokens."""
+    return [prompt.prompt for prompt in prompts]

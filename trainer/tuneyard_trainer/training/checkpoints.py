@@ -1,9 +1,9 @@
 """Training checkpoints: the trained tensors, the optimizer's moments and the loop's position.
 
-A checkpoint is a folder `step-00000120` that appears whole or not at all. It holds
-`weights.safetensors` (trained parameters by name), `optimizer.safetensors` (`name/exp_avg` and
-`name/exp_avg_sq`) and `state.json`. There is no random state to save: the data order and dropout
-are functions of seed and step. No pickle.
+A checkpoint is a folder `step-00000120`, written atomically. It holds `weights.safetensors`
+(trained parameters by name), `optimizer.safetensors` (`name/exp_avg` and `name/exp_avg_sq`) and
+`state.json`; no pickle. There is no random state to save, since the data order and dropout are
+functions of seed and step.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -23,63 +25,83 @@ from torch import Tensor
 
 from tuneyard.errors import StageError
 from tuneyard_trainer.storage.files import disk_error
+from tuneyard_trainer.worker import StageContext
+
+CHECKPOINT_SECONDS = 600.0
+"""Time between two checkpoints if the job sets no interval in steps."""
 
 Parameters = Mapping[str, torch.nn.Parameter]
 
 
 @dataclass(frozen=True)
 class LoopState:
-    """Where the loop stands after `step` optimizer steps."""
+    """The position of a training loop after `step` optimizer steps."""
 
     step: int = 0
     tokens: int = 0
-    """Tokens trained on so far, padding excluded."""
+    """Tokens trained on so far, without padding."""
     seconds: float = 0.0
-    """Time spent training so far, over all attempts."""
+    """Training time so far, over all attempts."""
     best_step: int | None = None
-    """The evaluated step with the lowest held-out loss; None: none evaluated."""
+    """The step with the lowest held-out loss; None: no evaluation yet."""
     best_loss: float | None = None
     """Its held-out loss."""
     stale: int = 0
     """Evaluations in a row without improvement."""
 
     def optimizer_age(self) -> int:
-        """How often the optimizer has stepped: AdamW's bias correction needs it."""
+        """Return the number of optimizer steps, which AdamW's bias correction needs."""
         return self.step
 
 
-class Checkpoints:
+State = TypeVar("State", bound=LoopState)
+
+
+class Checkpoints(Generic[State]):
     """The checkpoints of one training stage. Rank 0 writes, in the background; all ranks read."""
 
     def __init__(
         self,
-        folder: Path,
-        persist: Callable[[Path], None],
-        state_type: type[LoopState] = LoopState,
+        context: StageContext,
+        state_type: type[State],
+        parameters: Parameters,
+        optimizer: torch.optim.Optimizer,
     ) -> None:
-        self.folder, self._persist, self._state_type = folder, persist, state_type
+        self.folder = context.workdir / "checkpoints"
+        self._worker, self._every = context.worker, context.stage.runtime.checkpoint_steps
+        self._state_type, self._parameters, self._optimizer = state_type, parameters, optimizer
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._saved_at = time.monotonic()
 
-    def save(
-        self, state: LoopState, parameters: Parameters, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Snapshots now and writes in the background; waits for the previous write first.
+    def due(self, step: int, total: int) -> bool:
+        """Return whether to save after `step`. Without an interval in steps, ranks may disagree;
+        only the answer on rank 0 matters, since only rank 0 writes."""
+        if step == total:
+            return False
+        if self._every is not None:
+            return step % self._every == 0
+        return time.monotonic() - self._saved_at >= CHECKPOINT_SECONDS
 
-        Raises StageError DiskFull or CheckpointFailed if that one failed.
+    def save(self, state: State) -> None:
+        """Copy the tensors and write them in the background, on rank 0; other ranks do nothing.
+
+        Waits for the previous write. Raises StageError DiskFull or CheckpointFailed if it failed.
         """
-        self.wait()
-        weights = {name: _snapshot(p) for name, p in parameters.items()}
-        moments = {
-            f"{name}/{key}": _snapshot(value)
-            for name, p in parameters.items()
-            for key, value in optimizer.state[p].items()
-            if key != "step"
-        }
-        self._pending = self._writer.submit(self._write, state, weights, moments)
+        if self._worker.is_main:
+            self.wait()
+            weights = {name: _snapshot(p) for name, p in self._parameters.items()}
+            moments = {
+                f"{name}/{key}": _snapshot(value)
+                for name, p in self._parameters.items()
+                for key, value in self._optimizer.state[p].items()
+                if key != "step"
+            }
+            self._pending = self._writer.submit(self._write, state, weights, moments)
+        self._saved_at = time.monotonic()
 
     def wait(self) -> None:
-        """Returns once everything saved is on disk."""
+        """Wait until everything saved is on disk. Raises StageError as `save` does."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -88,36 +110,42 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             raise disk_error(error, self.folder) from error
 
-    def latest(self) -> LoopState | None:
-        """The newest complete checkpoint's state; None: there is none."""
+    def resume(self) -> State | None:
+        """Load the newest complete checkpoint into the parameters and the optimizer, in place.
+
+        Returns its state; None: there is no checkpoint.
+        """
         steps = sorted(self.folder.glob("step-????????/state.json"))
-        return self._state_type(**json.loads(steps[-1].read_text())) if steps else None
-
-    def weights(self, step: int) -> dict[str, Tensor]:
-        """The trained tensors of a checkpoint, on the CPU."""
-        return load_file(self._at(step) / "weights.safetensors")
-
-    def restore(
-        self, state: LoopState, parameters: Parameters, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Puts a checkpoint's tensors back into the parameters and a fresh optimizer, in place."""
-        assign(self.weights(state.step), parameters)
+        if not steps:
+            return None
+        state = self._state_type(**json.loads(steps[-1].read_text()))
+        assign(self._weights(state.step), self._parameters)
         moments = load_file(self._at(state.step) / "optimizer.safetensors")
-        for name, parameter in parameters.items():
-            if f"{name}/exp_avg" not in moments:  # it never had a gradient
+        for name, parameter in self._parameters.items():
+            if f"{name}/exp_avg" not in moments:  # the parameter never had a gradient
                 continue
-            optimizer.state[parameter] = {
+            self._optimizer.state[parameter] = {
                 "step": torch.tensor(float(state.optimizer_age())),
                 "exp_avg": moments[f"{name}/exp_avg"].to(parameter.device),
                 "exp_avg_sq": moments[f"{name}/exp_avg_sq"].to(parameter.device),
             }
+        self._saved_at = time.monotonic()
+        return state
+
+    def restore_best(self, state: State) -> None:
+        """Load the weights of the best step unless `state` is at that step. Only on rank 0, which
+        writes the result."""
+        if self._worker.is_main and state.best_step not in (None, state.step):
+            assign(self._weights(state.best_step), self._parameters)
+
+    def _weights(self, step: int) -> dict[str, Tensor]:
+        """Return the trained tensors of a checkpoint, on the CPU."""
+        return load_file(self._at(step) / "weights.safetensors")
 
     def _at(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
-    def _write(
-        self, state: LoopState, weights: dict[str, Tensor], moments: dict[str, Tensor]
-    ) -> None:
+    def _write(self, state: State, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
         final = self._at(state.step)
         partial = final.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -129,24 +157,25 @@ class Checkpoints:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         self._prune(keep={state.step, state.best_step})
-        self._persist(self.folder)
+        self._worker.persist(self.folder)
 
     def _prune(self, keep: set[int | None]) -> None:
-        """Only the newest and the best are ever read again."""
+        """Delete all checkpoints but the newest and the best, which alone are read again."""
         for folder in self.folder.glob("step-*"):
             if folder.suffix == ".partial" or int(folder.name.removeprefix("step-")) not in keep:
                 shutil.rmtree(folder)
 
 
 def assign(tensors: Mapping[str, Tensor], parameters: Parameters) -> None:
-    """Copies tensors into the parameters of the same names; raises StageError if any is missing."""
+    """Copy tensors into the parameters of the same names. Raises StageError CheckpointMismatch if
+    the names differ."""
     missing = sorted(set(parameters) ^ set(tensors))
     if missing:
         raise StageError(
             "CheckpointMismatch",
-            f"a checkpoint does not fit the model: {missing[0]} and {len(missing) - 1} other "
+            f"a checkpoint does not match the model: {missing[0]} and {len(missing) - 1} other "
             "tensors are in only one of them.",
-            advice="Delete the output folder to start afresh.",
+            advice="Delete the output folder to start from the beginning.",
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -158,7 +187,7 @@ def _snapshot(tensor: Tensor) -> Tensor:
 
 
 def _flush(folder: Path) -> None:
-    """Forces a folder's files to the disk, so that the rename never outruns them."""
+    """Flush a folder's files to disk, so that they are there before the folder is renamed."""
     for path in [*folder.iterdir(), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -24,12 +24,10 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.models import base, layers
 from tuneyard_trainer.models.base import precision_of
 from tuneyard_trainer.training.batches import Indices, Order
-from tuneyard_trainer.training.checkpoints import Checkpoints, LoopState, assign
+from tuneyard_trainer.training.checkpoints import Checkpoints, LoopState
 from tuneyard_trainer.training.history import History
 from tuneyard_trainer.training.schedules import rate
 from tuneyard_trainer.worker import Interrupted, StageContext, Worker
-
-CHECKPOINT_SECONDS = 600.0
 
 
 class Objective(Protocol):
@@ -76,10 +74,8 @@ class Loop:
     optimizer: torch.optim.Optimizer
     objective: Objective
     order: Order
-    checkpoints: Checkpoints
+    checkpoints: Checkpoints[LoopState]
     history: History
-    checkpoint_steps: int | None
-    """Steps between checkpoints; None: a checkpoint every CHECKPOINT_SECONDS."""
     base_loss: float | None = None
     """The held-out loss of the baseline; None: not measured."""
     resumed_at: int | None = None
@@ -96,18 +92,18 @@ class Loop:
     ) -> Loop:
         """Return a loop over `order` that trains the trainable parameters of `model`."""
         parameters = layers.trainable(model)
+        optimizer = adamw(parameters, settings)
         return cls(
             stage=context.stage.name,
             settings=settings,
             worker=context.worker,
             model=model,
             parameters=parameters,
-            optimizer=adamw(parameters, settings),
+            optimizer=optimizer,
             objective=objective,
             order=order,
-            checkpoints=Checkpoints(context.workdir / "checkpoints", context.worker.persist),
+            checkpoints=Checkpoints(context, LoopState, parameters, optimizer),
             history=History(context.workdir / "metrics.jsonl", enabled=context.worker.is_main),
-            checkpoint_steps=context.stage.runtime.checkpoint_steps,
         )
 
     # ---- the run ------------------------------------------------------------------------------
@@ -119,7 +115,7 @@ class Loop:
         """
         total = self.order.total_steps(self.settings.epochs, self.settings.max_steps)
         state = self._resume(total)
-        saved = mark = time.monotonic()
+        mark = time.monotonic()
         for rows in self.order.batches(state.step, total):
             if self._should_stop_early(state):
                 break
@@ -136,24 +132,24 @@ class Loop:
             evaluated = self._evaluation_due(state.step, total)
             if evaluated:
                 state = self._evaluate(state, total)
-            if stop or evaluated or self._checkpoint_due(state.step, total, saved):
-                self._save(state)
-                saved = mark = time.monotonic()
+            if stop or evaluated or self.checkpoints.due(state.step, total):
+                self.checkpoints.save(state)
+                mark = time.monotonic()
             if stop:
                 self.checkpoints.wait()
                 raise Interrupted(self.stage, state.step)
         self.checkpoints.wait()
-        self._keep_best(state)
+        if self.settings.keep_best:
+            self.checkpoints.restore_best(state)
         return state
 
     def _resume(self, total: int) -> LoopState:
-        state = self.checkpoints.latest()
+        state = self.checkpoints.resume()
         if state is None:
             self.history.truncate(0)
             self._measure_base(total)
             self.worker.report(total_steps=total, resumed_step=0)
             return LoopState()
-        self.checkpoints.restore(state, self.parameters, self.optimizer)
         self.history.truncate(state.step)
         self.base_loss = self.history.base_loss()
         self.resumed_at = state.step
@@ -252,25 +248,7 @@ class Loop:
         rule = self.settings.early_stopping
         return rule is not None and state.stale >= rule.patience
 
-    # ---- checkpoints and results ----------------------------------------------------------------
-
-    def _checkpoint_due(self, step: int, total: int, saved: float) -> bool:
-        """Without a fixed interval rank 0's clock decides for itself: only rank 0 writes."""
-        if step == total:
-            return False
-        if self.checkpoint_steps is not None:
-            return step % self.checkpoint_steps == 0
-        return time.monotonic() - saved >= CHECKPOINT_SECONDS
-
-    def _save(self, state: LoopState) -> None:
-        if self.worker.is_main:
-            self.checkpoints.save(state, self.parameters, self.optimizer)
-
-    def _keep_best(self, state: LoopState) -> None:
-        """Rank 0 alone holds the result; the others are done."""
-        best = state.best_step
-        if self.worker.is_main and self.settings.keep_best and best not in (None, state.step):
-            assign(self.checkpoints.weights(best), self.parameters)
+    # ---- results --------------------------------------------------------------------------------
 
     def _log(self, state: LoopState, total: int, measured: Mapping[str, float]) -> None:
         metrics = {

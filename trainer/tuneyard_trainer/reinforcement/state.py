@@ -1,0 +1,44 @@
+"""The position of a reinforcement run, as its checkpoints keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from tuneyard_trainer.training.checkpoints import LoopState
+
+
+@dataclass(frozen=True)
+class RlState(LoopState):
+    """The position after `step` updates. `best_loss` is the negated objective on the held-out
+    prompts."""
+
+    optimizer_steps: int = 0
+    kl_coefficient: float = 0.0
+    first_length: float = 0.0
+    """Mean completion length of the first update, in tokens; 0: there was no update yet."""
+    truncated: int = 0
+    """Updates in a row in which every completion was truncated."""
+    alike: int | None = 0
+    """Updates since the start without two rewards that differ among those compared with each
+    other; None: an update had such rewards."""
+    stopped: str | None = None
+    """Reason of an early stop; None: the run did not stop early."""
+    base: dict[str, float] = field(default_factory=dict)
+    """Held-out metrics before the first update."""
+    best: dict[str, float] = field(default_factory=dict)
+    """Held-out metrics at `best_step`."""
+    last: dict[str, float] = field(default_factory=dict)
+    """Held-out metrics of the last measurement."""
+
+    def optimizer_age(self) -> int:
+        return self.optimizer_steps
+
+    def measured(self, found: Mapping[str, float]) -> RlState:
+        """Return the state after a measurement with the metrics `found`; the best measurement has
+        the highest `objective`."""
+        state, objective = replace(self, last=dict(found)), found["objective"]
+        if state.best_loss is None or -objective < state.best_loss:
+            best = dict(found)
+            return replace(state, best_step=state.step, best_loss=-objective, best=best, stale=0)
+        return replace(state, stale=state.stale + 1)
