@@ -273,7 +273,7 @@ class Sampling(Model):
     """The library that generates. vllm needs a trainer image with vLLM: see docs/ppo.md."""
 
 
-class BlowUp(Model):
+class StopConditions(Model):
     """Bounds that end a reinforcement learning run early; its best checkpoint is kept."""
 
     max_kl: float | None = Field(default=None, gt=0)
@@ -319,7 +319,7 @@ class Ppo(Model):
     """Penalty subtracted from the reward of a completion that reaches `maxNewTokens`."""
     training: Training = Training()
     """The training loop; `maxSteps` counts updates."""
-    stop_on: BlowUp | None = None
+    stop_on: StopConditions | None = None
     """Bounds that end the run early. None: it runs to the end."""
 
 
@@ -338,7 +338,7 @@ class GroupRelative(Model):
     """Epsilon of the clipped policy loss."""
     training: Training = Training()
     """The training loop."""
-    stop_on: BlowUp | None = None
+    stop_on: StopConditions | None = None
     """Bounds that end the run early. None: it runs to the end."""
 
 

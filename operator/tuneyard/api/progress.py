@@ -86,7 +86,7 @@ class Post(Report):
     """Tuneyard's additions. None: the client follows Kubeflow's schema only."""
 
 
-class Answer(Report):
+class PostResponse(Report):
     """The response to a post."""
 
     stop: bool = False

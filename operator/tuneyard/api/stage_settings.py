@@ -11,7 +11,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field
 
 from tuneyard.api.adapters import Adapter
-from tuneyard.api.alignment import BlowUp, RuleReward, Sampling
+from tuneyard.api.alignment import RuleReward, Sampling, StopConditions
 from tuneyard.api.evaluation import Gate
 from tuneyard.api.meta import Model
 from tuneyard.api.sources import DataFormat, FieldMap
@@ -259,7 +259,7 @@ class PpoSettings(Model):
     coefficient is fixed."""
     missing_eos_penalty: float
     """Penalty subtracted from the reward of a completion without an end token."""
-    stop_on: BlowUp | None
+    stop_on: StopConditions | None
     """Bounds that end the run early. None: it runs to the end."""
     training: LoopSettings
     """The training loop; an epoch is one pass over the prompts."""
@@ -287,7 +287,7 @@ class GrpoSettings(Model):
     """Weight of the KL penalty."""
     clip_range: float
     """Epsilon of the clipped policy loss."""
-    stop_on: BlowUp | None
+    stop_on: StopConditions | None
     """Bounds that end the run early. None: it runs to the end."""
     training: LoopSettings
     """The training loop; an epoch is one pass over the prompts."""

@@ -17,7 +17,7 @@ from aiohttp import web
 from pydantic import ValidationError
 
 from tuneyard.api.meta import GROUP
-from tuneyard.api.progress import MAX_POST_BYTES, PROGRESS_ROUTE, Answer, Post
+from tuneyard.api.progress import MAX_POST_BYTES, PROGRESS_ROUTE, Post, PostResponse
 from tuneyard.controller import metrics
 from tuneyard.controller.cluster import ApiError, Cluster, Key
 from tuneyard.controller.job_cache import key_from_labels
@@ -89,7 +89,7 @@ class StatusServer:
         metrics.POSTS.labels("accepted").inc()
         return web.json_response(answer.model_dump(mode="json", by_alias=True))
 
-    async def _accept(self, request: web.Request) -> Answer:
+    async def _accept(self, request: web.Request) -> PostResponse:
         """Return the response to a valid post. Raises Refused."""
         if not self._is_active():
             raise Refused(503, "standby", "this replica is not the active one", retry_after=1)
@@ -105,7 +105,7 @@ class StatusServer:
             raise Refused(409, "stale", f"the pod belongs to attempt {attempt}")
         return await self._deliver(key, attempt, post)
 
-    async def _deliver(self, key: Key, attempt: int, post: Post) -> Answer:
+    async def _deliver(self, key: Key, attempt: int, post: Post) -> PostResponse:
         """Hand a post to the reconciler; wait until its outcome, if any, is stored. Raises
         Refused."""
         try:
@@ -125,11 +125,11 @@ class StatusServer:
             # For example, a queue evicted the attempt. It may save a checkpoint, because no other
             # attempt starts while its pods exist. A driver that ended on its own has already posted
             # its outcome.
-            return Answer(stop=True)
+            return PostResponse(stop=True)
         self._reconciler.accept_post(key, post)
         if post.tuneyard is not None and post.tuneyard.outcome is not None:
             await self._until_stored(key, attempt)
-        return Answer(stop=should_stop(job) or is_finished(job))
+        return PostResponse(stop=should_stop(job) or is_finished(job))
 
     async def _until_stored(self, key: Key, attempt: int) -> None:
         """Wait until the attempt is closed in the status. Raises Refused after STORED_SECONDS."""

@@ -29,7 +29,7 @@ from tests.trainer.speaking import (
     share_of,
     write_prompts,
 )
-from tuneyard.api.alignment import BlowUp
+from tuneyard.api.alignment import StopConditions
 from tuneyard.api.plan import PlannedStage, TrainRuntime
 from tuneyard.errors import StageError
 from tuneyard_trainer.generation.sampling import Sampled, TransformersSampler
@@ -578,7 +578,7 @@ def test_the_allowed_gap_includes_the_probability_outside_the_nucleus(
 
 
 WITHIN_LIMITS = {"kl": 2.0, "entropy": 1.0, "completionLength": 10.0}
-LIMITS = BlowUp(max_kl=5.0, min_entropy=0.1, max_length_ratio=3.0)
+LIMITS = StopConditions(max_kl=5.0, min_entropy=0.1, max_length_ratio=3.0)
 
 
 @pytest.mark.parametrize(

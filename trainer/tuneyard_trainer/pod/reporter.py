@@ -17,7 +17,7 @@ from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
-from tuneyard.api.progress import MAX_POST_BYTES, POST_SECONDS, Answer, Post
+from tuneyard.api.progress import MAX_POST_BYTES, POST_SECONDS, Post, PostResponse
 
 IDLE_SECONDS = 15.0
 """The time between posts without news. Only the response to a post carries a stop request."""
@@ -62,7 +62,7 @@ class StatusClient:
         self._opener.add_handler(urllib.request.HTTPErrorProcessor())
         self._opener.add_handler(urllib.request.HTTPDefaultErrorHandler())
 
-    def send(self, post: Post) -> Answer:
+    def send(self, post: Post) -> PostResponse:
         """Send a post. Raises Refused, OSError, HTTPException; ValueError: malformed response."""
         request = urllib.request.Request(  # noqa: S310  always https, see above
             self._url,
@@ -75,7 +75,7 @@ class StatusClient:
         )
         try:
             with self._opener.open(request, timeout=TIMEOUT_SECONDS) as response:
-                return Answer.model_validate_json(response.read(MAX_POST_BYTES))
+                return PostResponse.model_validate_json(response.read(MAX_POST_BYTES))
         except urllib.error.HTTPError as error:
             with error:
                 text = error.read(300).decode(errors="replace").strip()
@@ -87,7 +87,7 @@ class Reporter:
 
     def __init__(
         self,
-        send: Callable[[Post], Answer],
+        send: Callable[[Post], PostResponse],
         first: Post,
         *,
         on_stop: Callable[[], None],

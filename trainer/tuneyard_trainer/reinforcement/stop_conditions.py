@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from tuneyard.api.alignment import BlowUp
+from tuneyard.api.alignment import StopConditions
 from tuneyard.errors import StageError
 from tuneyard_trainer.reinforcement.state import RlState
 
@@ -37,7 +37,7 @@ class Stop(NamedTuple):
 
 
 def diverged(
-    limits: BlowUp | None, metrics: Mapping[str, float], first_length: float
+    limits: StopConditions | None, metrics: Mapping[str, float], first_length: float
 ) -> Stop | None:
     """Return the first limit that an update's metrics exceed; None: they exceed no limit.
 
