@@ -50,7 +50,7 @@ _LOCAL_RAY = {
 
 @dataclass(frozen=True)
 class Resources:
-    """What the worker group uses: one process per GPU, or one per worker without GPUs."""
+    """The resources of the worker group: one process per GPU, or one per worker without GPUs."""
 
     workers: int
     """Processes."""
