@@ -94,7 +94,9 @@ def _samples(results: Results) -> list[str]:
         parts += ["**Prompt**", fenced(sample.prompt)]
         if sample.base is not None:
             parts += ["Base model:", fenced(sample.base)]
-        parts += ["Tuned model:", fenced(sample.tuned), "Reference:", fenced(sample.reference)]
+        parts += ["Tuned model:", fenced(sample.tuned)]
+        if sample.reference:
+            parts += ["Reference:", fenced(sample.reference)]
     return parts
 
 
@@ -114,7 +116,7 @@ def _provenance(summary: RunSummary) -> list[str]:
         return []
     parts = ["## Provenance", _table(("Content", "Digest"), _coded(summary.digests))]
     if summary.reloaded:
-        compared = "; ".join(f"{name}: {value}" for name, value in summary.reloaded)
+        compared = "; ".join(f"{name} {value}" for name, value in summary.reloaded)
         parts.append(
             "The written files were loaded again and compared with the trained model. "
             f"Largest difference of a logit: {_text(compared)}."

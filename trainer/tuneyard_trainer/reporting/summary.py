@@ -226,7 +226,7 @@ class RunSummary:
             ("Batch size, sequences", _first(done.get("batchSize"), training.get("batchSize"))),
             ("Peak learning rate", number(max(rates)) if rates else training.get("learningRate")),
             ("Schedule", _schedule(training.get("schedule", {}))),
-            ("Optimizer", f"AdamW; {_words(training.get('optimizer', {}))}"),
+            ("Optimizer", _with_settings("AdamW", training.get("optimizer", {}))),
             ("Frozen", _words(training.get("freeze") or {})),
             ("Precision", _first(done.get("precision"), training.get("precision"))),
             ("Packed", {True: "yes", False: "no"}.get(done.get("packed", ""))),
@@ -241,22 +241,21 @@ class RunSummary:
     def _training(self) -> Mapping[str, Any]:
         """The manifest's training settings of the step that produced the result."""
         spec = self.spec
-        places: tuple[Mapping[str, Any], ...] = (
+        sections: tuple[Mapping[str, Any], ...] = (
             spec,
             next(iter((spec.get("optimize") or {}).values()), {}),
             (spec.get("rewardModel") or {}).get("train") or {},
             spec.get("constitution") or {},
             spec.get("sft") or {},
         )
-        found: Mapping[str, Any] = next((p["training"] for p in places if p.get("training")), {})
+        found: Mapping[str, Any] = next((s["training"] for s in sections if s.get("training")), {})
         return found
 
     def _adapter_settings(self) -> str:
         if self.adapter is None:
             return "none: all weights were trained"
         name = ADAPTER_NAMES.get(self.adapter, self.adapter)
-        settings = _words(self.spec["adapter"][self.adapter])
-        return f"{name}; {settings}" if settings else name
+        return _with_settings(name, self.spec["adapter"][self.adapter])
 
     @property
     def digests(self) -> list[tuple[str, str]]:
@@ -346,11 +345,15 @@ def _first(*values: Any) -> Any:
 
 def _schedule(schedule: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in schedule.items() if key != "type"}
-    return f"{schedule.get('type', '')}; {_words(rest)}"
+    return _with_settings(schedule.get("type", ""), rest)
 
 
 def _rounded(value: float | None) -> str | None:
     return None if value is None else f"{value:,.6g}"
+
+
+def _with_settings(name: str, settings: Mapping[str, Any]) -> str:
+    return "; ".join(part for part in (name, _words(settings)) if part)
 
 
 def _words(settings: Mapping[str, Any]) -> str:
