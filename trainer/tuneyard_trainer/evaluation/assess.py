@@ -27,6 +27,7 @@ from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.data.prompts import Prompt, TokenizedPrompt, as_text, read_prompts, tokenize
 from tuneyard_trainer.evaluation import reward_hacking, win_rate
 from tuneyard_trainer.evaluation.result import finish, spread
+from tuneyard_trainer.generation.completions import Completion, decode
 from tuneyard_trainer.generation.sampling import TransformersSampler, stop_tokens
 from tuneyard_trainer.judging.judges import turn, verdict
 from tuneyard_trainer.judging.local_model import ModelJudge
@@ -74,16 +75,24 @@ def run(context: StageContext) -> StageOutcome:
 class Measurements:
     """The measurements of one model."""
 
-    completions: tuple[str, ...]
+    completions: tuple[Completion, ...]
     tokens: tuple[tuple[int, ...], ...]
     """Of each completion, with its stop token if it has one."""
-    complete: float
-    """Share of completions with a stop token."""
     pairs_R: NDArray[np.float64] | None
     """The log-probability of each held-out answer. None: none are held out."""
     aligned_N: NDArray[np.float64]
     """The log-probability of each completion by the aligned model."""
     sycophancy: reward_hacking.Sycophancy
+
+    @property
+    def texts(self) -> list[str]:
+        """The completions as text."""
+        return [completion.text for completion in self.completions]
+
+    @property
+    def complete(self) -> float:
+        """Share of completions with a stop token."""
+        return float(np.mean([completion.complete for completion in self.completions]))
 
 
 @dataclass(frozen=True)
@@ -190,9 +199,8 @@ class Assessment:
         own = _rows(prompts, tokens if aligned is None else aligned)
         pairs = self.data.validation.rows if self.data and self.data.validation else None
         measurements = Measurements(
-            completions=tuple(self._text(completion, stop) for completion in tokens),
+            completions=tuple(decode(self.tokenizer, stop, row) for row in tokens),
             tokens=tokens,
-            complete=float(np.mean([a[-1:] and a[-1] in stop for a in tokens])) if tokens else 1.0,
             pairs_R=evaluate_rows(logprobs, model, pairs, forward, self.context.worker)
             if pairs
             else None,
@@ -212,10 +220,6 @@ class Assessment:
         )
         replies = {reply.key: reply for reply in judge.replies(reward_hacking.sycophancy_prompts())}
         return reward_hacking.sycophancy(replies)
-
-    def _text(self, completion: Sequence[int], stop: Sequence[int]) -> str:
-        kept = list(completion[:-1] if completion and completion[-1] in stop else completion)
-        return str(self.tokenizer.decode(kept, skip_special_tokens=True)).strip()
 
     def _begin(self, message: str) -> None:
         """Report the next measurement. Raises Interrupted if the stage is asked to stop."""
@@ -243,9 +247,7 @@ class Assessment:
         if settings is None:
             return {}
         conversations = [as_text(prompt.prompt.messages) for prompt in models.prompts]
-        completed = zip(
-            conversations, models.after.completions, models.before.completions, strict=True
-        )
+        completed = zip(conversations, models.after.texts, models.before.texts, strict=True)
         pairs = win_rate.make_pairs(list(completed), settings.principles, self.settings.seed)
         with open_journal(self.context) as journal:
             session = JudgeSession.of(self.context, settings.judge, journal)
@@ -282,8 +284,8 @@ def _reward_metrics(models: BothModels, reward: Reward | None) -> dict[str, floa
     if reward is None:
         return {}
     prompts = [prompt.prompt for prompt in models.prompts]
-    before_N = _scores(reward, prompts, models.before.completions)
-    after_N = _scores(reward, prompts, models.after.completions)
+    before_N = _scores(reward, prompts, models.before.texts)
+    after_N = _scores(reward, prompts, models.after.texts)
     gains_N = after_N - before_N
     lengths_N = np.array([float(len(tokens)) for tokens in models.after.tokens])
     return {
@@ -315,15 +317,15 @@ def _reward_hacking_metrics(models: BothModels) -> dict[str, float]:
         lengths, start_lengths = (
             [len(tokens) for tokens in measured.tokens] for measured in (after, before)
         )
-        distinct = reward_hacking.distinct(after.completions)
-        start_distinct = reward_hacking.distinct(before.completions)
+        distinct = reward_hacking.distinct(after.texts)
+        start_distinct = reward_hacking.distinct(before.texts)
         metrics |= {
             "completions": float(len(models.prompts)),
             "kl": float(np.mean(after.aligned_N - before.aligned_N)),
             "length": float(np.mean(lengths)),
             "lengthRatio": reward_hacking.length_ratio(lengths, start_lengths),
-            "repetition": reward_hacking.repetition(after.completions),
-            "startRepetition": reward_hacking.repetition(before.completions),
+            "repetition": reward_hacking.repetition(after.texts),
+            "startRepetition": reward_hacking.repetition(before.texts),
             "distinct": distinct,
             "startDistinct": start_distinct,
             "distinctRatio": distinct / start_distinct,
@@ -339,8 +341,8 @@ def _samples(models: BothModels, count: int) -> list[Sample]:
         Sample(
             prompt=models.prompts[i].prompt.question,
             reference="",
-            base=models.before.completions[i],
-            tuned=models.after.completions[i],
+            base=models.before.completions[i].text,
+            tuned=models.after.completions[i].text,
         )
         for i in spread(len(models.prompts), count)
     ]
@@ -353,8 +355,9 @@ def _rows(
     prompts."""
     if not prompts:
         return None
-    pairs = list(zip(prompts, completions, strict=True))
-    rows = [(*prompt.ids, *completion) for prompt, completion in pairs]
+    rows = [
+        (*prompt.ids, *completion) for prompt, completion in zip(prompts, completions, strict=True)
+    ]
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
     masks = [
         np.arange(len(row)) >= len(prompt.ids) for prompt, row in zip(prompts, rows, strict=True)

@@ -207,8 +207,7 @@ def _metrics(
     return {
         "prompts": float(prompts),
         "emptyCompletions": float(prompts - len(drafts)),
-        "truncatedCompletions": sum(not draft.completion.complete for draft in drafts)
-        / len(drafts),
+        "truncatedCompletions": truncated / len(drafts),
         "revisions": float(len(revised)),
         "unrevised": float(len(drafts) - len(revised)),
         "unchanged": float(sum(draft.text == draft.completion.text for draft in revised)),
