@@ -86,8 +86,8 @@ def test_dpo_over_two_rounds_is_evaluated_and_exported_merged(
     assert len(records["evaluate"]["details"]["samples"]) == 2
     assert (tmp_path / "result" / "model" / "model.safetensors").exists()
     card = (tmp_path / "result" / "README.md").read_text()
-    assert "aligned directly on preferences" in card
-    assert "Preferences followed" in card
+    assert "aligned with DPO on preferences" in card
+    assert "Preference accuracy" in card
     again = run(planned, folder, tmp_path)
     assert {record["state"] for record in again.values()} == {"Skipped"}
 
@@ -138,8 +138,8 @@ def test_a_rule_as_reward_needs_no_preferences(
     assert records["evaluate"]["metrics"]["startReward"] >= 0
     assert not records["evaluate"]["details"]["promptsHeldOut"]
     card = (tmp_path / "result" / "README.md").read_text()
-    assert "| On prompts of training |" in card
-    assert "## Answers to prompts of training" in card
+    assert "| On training prompts |" in card
+    assert "## Answers to training prompts" in card
     assert "held-out prompts" not in card
 
 

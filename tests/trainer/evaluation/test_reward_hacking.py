@@ -1,4 +1,4 @@
-"""Signs of a hacked reward: each must rise where it should and stay where nothing happened."""
+"""Signs of reward hacking: each rises with what it measures and does not rise without it."""
 
 from __future__ import annotations
 
@@ -12,70 +12,70 @@ from tuneyard_trainer.evaluation.reward_hacking import (
     length_ratio,
     repetition,
     sycophancy,
-    sycophancy_asks,
+    sycophancy_prompts,
 )
 from tuneyard_trainer.judging.judges import Reply
 
 
-def test_answers_twice_as_long_have_a_ratio_of_two() -> None:
+def test_completions_twice_as_long_have_a_ratio_of_two() -> None:
     assert length_ratio([10, 30], [5, 15]) == 2.0
 
 
-def test_without_anything_before_there_is_no_ratio() -> None:
+def test_without_completions_before_the_ratio_is_nan() -> None:
     assert math.isnan(length_ratio([3], []))
     assert math.isnan(length_ratio([3], [0, 0]))
 
 
-def test_an_answer_that_goes_round_in_circles_repeats_itself() -> None:
+def test_a_completion_of_repeated_phrases_has_a_high_repetition() -> None:
     assert repetition(["yes I can do it " * 20]) > 0.9
     assert repetition(["a sentence in which no sequence of words comes back"]) == 0.0
 
 
-def test_an_answer_too_short_to_repeat_itself_does_not_count_as_free_of_it() -> None:
+def test_completions_too_short_to_repeat_are_left_out_of_the_mean() -> None:
     long = "one two three four one two three four"
     assert repetition([long, "yes"]) == repetition([long]) == pytest.approx(0.2)
     assert repetition(["yes", ""]) == 0.0
 
 
-def test_repetition_is_seen_without_spaces() -> None:
+def test_repetition_is_measured_in_text_without_spaces() -> None:
     assert repetition(["可以可以可以可以可以可以"]) > 0.5
 
 
-def test_answers_that_are_all_alike_are_not_distinct() -> None:
+def test_equal_completions_are_not_distinct() -> None:
     assert distinct(["I am happy to help"] * 10) == pytest.approx(0.1)
     assert distinct(["red lamps shine", "blue boats sail"]) == 1.0
 
 
-def answered(plain: float, leaning: float) -> dict[str, Reply]:
-    """Replies of a model that gives the wrong answer these probabilities."""
+def replies_with(plain: float, opinionated: float) -> dict[str, Reply]:
+    """Return replies that give the wrong answer these probabilities, without and with opinion."""
     replies = {}
-    for ask in sycophancy_asks():
-        wrong = leaning if "/opinion/" in ask.key else plain
-        replies[ask.key] = Reply(
-            ask.key, probability=wrong if ask.key.endswith("BA") else 1 - wrong
+    for prompt in sycophancy_prompts():
+        wrong = opinionated if "/opinion/" in prompt.key else plain
+        replies[prompt.key] = Reply(
+            prompt.key, probability=wrong if prompt.key.endswith("BA") else 1 - wrong
         )
     return replies
 
 
-def test_a_model_that_yields_is_seen_to() -> None:
-    found = sycophancy(answered(plain=0.1, leaning=0.7))
+def test_a_model_that_follows_the_opinion_has_a_shift() -> None:
+    found = sycophancy(replies_with(plain=0.1, opinionated=0.7))
     assert found.shift == pytest.approx(0.6)
     assert (found.flips, found.accuracy, found.probes) == (1.0, 1.0, len(PROBES))
 
 
-def test_a_model_that_stands_its_ground_is_no_sycophant_however_ignorant() -> None:
-    steady, ignorant = sycophancy(answered(0.1, 0.1)), sycophancy(answered(0.9, 0.9))
+def test_a_model_that_ignores_the_opinion_has_no_shift_even_if_it_is_wrong() -> None:
+    steady, ignorant = sycophancy(replies_with(0.1, 0.1)), sycophancy(replies_with(0.9, 0.9))
     assert steady.shift == ignorant.shift == steady.flips == ignorant.flips == 0.0
     assert ignorant.accuracy == 0.0
 
 
-def test_a_model_that_always_says_a_shows_nothing() -> None:
-    replies = {ask.key: Reply(ask.key, probability=0.9) for ask in sycophancy_asks()}
+def test_a_model_that_always_replies_a_has_no_shift() -> None:
+    replies = {prompt.key: Reply(prompt.key, probability=0.9) for prompt in sycophancy_prompts()}
     assert sycophancy(replies).shift == pytest.approx(0.0)
 
 
 def test_a_probe_without_all_its_replies_is_left_out() -> None:
-    replies = answered(0.1, 0.7)
+    replies = replies_with(0.1, 0.7)
     del replies["sycophancy/0/opinion/AB"]
     replies["sycophancy/1/plain/BA"] = Reply("sycophancy/1/plain/BA")
     assert sycophancy(replies).probes == len(PROBES) - 2
@@ -83,5 +83,5 @@ def test_a_probe_without_all_its_replies_is_left_out() -> None:
 
 
 def test_only_the_opinion_differs_between_two_questions() -> None:
-    plain, leaning = (ask.messages[0]["content"] for ask in sycophancy_asks()[0:3:2])
-    assert set(plain.splitlines()) < set(leaning.splitlines())
+    plain, opinionated = (prompt.messages[0]["content"] for prompt in sycophancy_prompts()[0:3:2])
+    assert set(plain.splitlines()) < set(opinionated.splitlines())

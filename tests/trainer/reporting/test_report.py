@@ -1,4 +1,4 @@
-"""The report: the curve as a PNG, the HTML page and the model card."""
+"""The report: the plot of the curves, the HTML page and the model card."""
 
 from __future__ import annotations
 
@@ -25,40 +25,40 @@ from tuneyard_trainer.reporting.card import fenced, write_card
 from tuneyard_trainer.reporting.summary import RunSummary, shareable
 
 
-def account(
+def run_summary(
     root: Path,
     *,
     exported: tuple[str, ...] = ("adapter",),
-    licence: str | None = "apache-2.0",
+    base_license: str | None = "apache-2.0",
     **spec: Any,
 ) -> RunSummary:
-    """Of a finished job; `spec` replaces fields of the manifest's."""
+    """Return the facts about a finished job. `spec` replaces fields of the manifest's `spec`."""
     inputs = folders(root / "stages")
     for name in exported:
         (root / "result" / name).mkdir(parents=True)
     manifest = {**MANIFEST, "spec": {**MANIFEST["spec"], **spec}}
-    return RunSummary.of(root / "result", inputs, manifest, {}, licence)
+    return RunSummary.of(root / "result", inputs, manifest, {}, base_license)
 
 
 def card(root: Path, **changes: Any) -> str:
-    return write_card(account(root, **changes))
+    return write_card(run_summary(root, **changes))
 
 
 def reported(root: Path, *exported: str) -> Path:
-    """The folder of a whole report."""
+    """Write a whole report and return its folder."""
     inputs = folders(root / "stages")
     for name in exported:
         (root / "result" / name).mkdir(parents=True)
     compared = {"adapterLogitDifference": 0.0}
     report.write(
-        root / "result", inputs, manifest=MANIFEST, compared=compared, licence="apache-2.0"
+        root / "result", inputs, manifest=MANIFEST, compared=compared, base_license="apache-2.0"
     )
     return root / "result"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report on a job that trained an adapter."""
+    """The folder of the report on a job that trained an adapter."""
     return reported(tmp_path_factory.mktemp("job"), "adapter")
 
 
@@ -78,7 +78,7 @@ def programs(text: str) -> list[str]:
 
 
 class Page(HTMLParser):
-    """Tags, what they would load, and the text that is read."""
+    """The tags of a page, the URLs that they load or link to, and the visible text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Page(HTMLParser):
 # ---- the page -----------------------------------------------------------------------------------
 
 
-def test_the_page_loads_nothing_from_outside_and_runs_nothing(folder: Path) -> None:
+def test_the_page_loads_no_external_resource_and_runs_no_script(folder: Path) -> None:
     found = Page(page(folder))
     assert len(found.loaded) == 2
     assert all(value.startswith("data:image/png;base64,") for value in found.loaded)
@@ -115,7 +115,7 @@ def test_the_page_loads_nothing_from_outside_and_runs_nothing(folder: Path) -> N
     assert "default-src 'none'" in page(folder)
 
 
-def test_what_a_model_answered_stands_in_the_page_as_text(folder: Path) -> None:
+def test_the_page_shows_completions_as_plain_text(folder: Path) -> None:
     text = Page(page(folder)).text
     assert "<script>alert(1)</script>" in text
     assert "[bold red]loud[/bold red]" in text
@@ -123,7 +123,7 @@ def test_what_a_model_answered_stands_in_the_page_as_text(folder: Path) -> None:
     assert "train.jsonl row 7: no <answer>" in text
 
 
-def test_the_page_tells_result_data_settings_stages_and_use(folder: Path) -> None:
+def test_the_page_shows_result_data_settings_stages_and_usage(folder: Path) -> None:
     text = Page(page(folder)).text
     for part in (
         "14/16",
@@ -141,15 +141,13 @@ def test_the_page_tells_result_data_settings_stages_and_use(folder: Path) -> Non
         assert part in text
 
 
-def test_the_page_names_the_model_folder_only_where_there_is_one(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_the_page_names_the_model_folder_only_if_it_exists(folder: Path, tmp_path: Path) -> None:
     assert "model/" not in Page(page(folder)).links
     merged = reported(tmp_path, "adapter", "model")
     assert {"adapter/", "model/"} <= set(Page(page(merged)).links)
 
 
-def test_a_job_without_held_out_rows_has_a_report_that_says_so(tmp_path: Path) -> None:
+def test_the_report_says_if_no_rows_were_held_out(tmp_path: Path) -> None:
     lines = [line for line in LINES if "loss" in line]
     inputs = folders(tmp_path / "stages", lines=lines)
     del inputs["evaluation"]
@@ -159,20 +157,20 @@ def test_a_job_without_held_out_rows_has_a_report_that_says_so(tmp_path: Path) -
     path.write_text(json.dumps(value))
     result = tmp_path / "result"
     result.mkdir()
-    report.write(result, inputs, manifest=MANIFEST, compared={}, licence=None)
+    report.write(result, inputs, manifest=MANIFEST, compared={}, base_license=None)
     for text in (page(result), (result / "README.md").read_text("utf-8")):
         assert "No rows were held out" in text
         assert "Perplexity" not in text
         assert "Answers to held-out prompts" not in text
 
 
-def test_a_report_needs_no_records(tmp_path: Path) -> None:
+def test_a_report_can_be_written_without_records(tmp_path: Path) -> None:
     inputs = folders(tmp_path / "stages")
     for path in inputs.values():
         (path / "record.json").unlink()
     result = tmp_path / "result"
     result.mkdir()
-    report.write(result, inputs, manifest={}, compared={}, licence=None)
+    report.write(result, inputs, manifest={}, compared={}, base_license=None)
     assert Page(page(result)).text.count("Settings") == 1
 
 
@@ -182,10 +180,10 @@ def test_the_same_job_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None
         assert (again / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_passwords_and_signatures_in_addresses_are_not_passed_on(tmp_path: Path) -> None:
+def test_passwords_and_signatures_in_uris_are_removed(tmp_path: Path) -> None:
     secret = "https://user:hunter2@host.example/rows.jsonl?X-Signature=hunter3#part"
     data = {"train": [{"uri": secret, "format": "auto"}]}
-    found = account(tmp_path, data=data)
+    found = run_summary(tmp_path, data=data)
     assert found.spec["data"]["train"][0]["uri"] == "https://host.example/rows.jsonl"
     assert "hunter" not in write_card(found)
     assert shareable({"uri": "file://a b/c#1?.txt"}) == {"uri": "file://a b/c#1?.txt"}
@@ -194,7 +192,7 @@ def test_passwords_and_signatures_in_addresses_are_not_passed_on(tmp_path: Path)
 # ---- the card -----------------------------------------------------------------------------------
 
 
-def test_the_front_matter_says_licence_base_library_task_and_tags(folder: Path) -> None:
+def test_the_front_matter_states_license_base_library_task_and_tags(folder: Path) -> None:
     assert front_matter((folder / "README.md").read_text("utf-8")) == {
         "license": "apache-2.0",
         "base_model": "acme/small-model",
@@ -204,23 +202,23 @@ def test_the_front_matter_says_licence_base_library_task_and_tags(folder: Path) 
     }
 
 
-def test_what_is_not_known_is_left_out_of_the_front_matter(tmp_path: Path) -> None:
+def test_the_front_matter_leaves_unknown_values_out(tmp_path: Path) -> None:
     model = {"uri": "file://models/mine"}
-    text = card(tmp_path, licence=None, model=model, adapter=None, exported=("model",))
+    text = card(tmp_path, base_license=None, model=model, adapter=None, exported=("model",))
     assert front_matter(text) == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["tuneyard", "sft"],
     }
-    assert "names no licence" in text
+    assert "states no license" in text
 
 
-def test_data_sets_of_the_hub_are_named_in_the_front_matter(tmp_path: Path) -> None:
+def test_the_front_matter_names_data_sets_from_the_hub(tmp_path: Path) -> None:
     data = {"train": [{"uri": "hf://datasets/acme/chats/train.parquet", "format": "auto"}]}
     assert front_matter(card(tmp_path, data=data))["datasets"] == ["acme/chats"]
 
 
-def test_answers_cannot_break_out_of_their_code_blocks(tmp_path: Path) -> None:
+def test_completions_cannot_close_their_code_blocks(tmp_path: Path) -> None:
     text = card(tmp_path)
     assert fenced(HOSTILE).startswith("````text\n")
     assert fenced(HOSTILE) in text
@@ -230,7 +228,7 @@ def test_answers_cannot_break_out_of_their_code_blocks(tmp_path: Path) -> None:
     assert "# heading" not in outside
 
 
-def test_a_bar_in_an_address_does_not_split_its_cell(tmp_path: Path) -> None:
+def test_a_bar_in_a_uri_does_not_split_its_table_cell(tmp_path: Path) -> None:
     data = {"train": [{"uri": "file://a|b`<i>.jsonl", "format": "auto"}]}
     assert "| `file://a\\|b<i>.jsonl` | training |" in card(tmp_path, data=data)
 
@@ -244,11 +242,11 @@ def test_a_bar_in_an_address_does_not_split_its_cell(tmp_path: Path) -> None:
             'from_pretrained("acme/small", revision="v1")',
         ),
         ({"uri": "hf://acme/q/m.gguf"}, 'from_pretrained("acme/q", gguf_file="m.gguf")'),
-        ({"uri": "pkg://llm_small/m.gguf"}, 'from_pretrained(place, gguf_file="m.gguf")'),
+        ({"uri": "pkg://llm_small/m.gguf"}, 'from_pretrained(path, gguf_file="m.gguf")'),
         ({"uri": "file://../base"}, "# file://../base"),
     ],
 )
-def test_the_card_loads_the_base_from_where_it_came(
+def test_the_card_loads_the_base_model_from_its_source(
     tmp_path: Path, model: dict[str, str], loads: str
 ) -> None:
     [program] = programs(card(tmp_path, model=model))
@@ -257,7 +255,7 @@ def test_the_card_loads_the_base_from_where_it_came(
     assert "PeftModel.from_pretrained(base, folder)" in program
 
 
-def test_an_adapter_that_peft_has_not_is_loaded_by_tuneyard(tmp_path: Path) -> None:
+def test_an_adapter_that_peft_lacks_is_loaded_by_tuneyard(tmp_path: Path) -> None:
     text = card(tmp_path, adapter={"bottleneck": {"size": 64}})
     [program] = programs(text)
     ast.parse(program)
@@ -266,14 +264,14 @@ def test_an_adapter_that_peft_has_not_is_loaded_by_tuneyard(tmp_path: Path) -> N
     assert front_matter(text)["library_name"] == "tuneyard"
 
 
-def test_a_merged_model_is_loaded_alone_and_its_adapter_too(tmp_path: Path) -> None:
-    whole, adapter = programs(card(tmp_path, exported=("adapter", "model")))
-    assert "PeftModel" not in whole
+def test_the_card_of_a_merged_model_loads_the_model_and_the_adapter(tmp_path: Path) -> None:
+    merged, adapter = programs(card(tmp_path, exported=("adapter", "model")))
+    assert "PeftModel" not in merged
     assert "PeftModel" in adapter
-    assert "apply_chat_template" in whole
+    assert "apply_chat_template" in merged
 
 
-def test_a_model_trained_on_text_is_given_text(tmp_path: Path) -> None:
+def test_the_card_of_a_model_pretrained_on_text_uses_no_chat_template(tmp_path: Path) -> None:
     [program] = programs(card(tmp_path, method="pretrain"))
     assert "apply_chat_template" not in program
 
@@ -281,7 +279,7 @@ def test_a_model_trained_on_text_is_given_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "adapter", [{"lora": {"rank": 2}}, {"prompt": {"length": 2}}, {"bottleneck": {"size": 4}}]
 )
-def test_the_card_s_programs_run_as_they_stand(
+def test_the_programs_of_the_card_run(
     tmp_path: Path,
     tiny_model_dir: Path,
     tiny_tokenizer: Any,
@@ -297,13 +295,13 @@ def test_the_card_s_programs_run_as_they_stand(
     kind = Adapter.model_validate(adapter)
     adapters.save(adapters.attach(base, kind, seed=0, tokenizer=tiny_tokenizer), result / "adapter")
     tiny_tokenizer.save_pretrained(result / "adapter")
-    answers = []
+    outputs = []
     for program in programs(text):
-        placed = program.replace("PATH/TO/THIS/FOLDER", str(result))
-        exec(placed.replace("PATH/TO/THE/BASE/MODEL", str(tiny_model_dir)), {})
-        answers.append(capsys.readouterr().out)
-    assert len(answers) == 2
-    assert all(answers)
+        located = program.replace("PATH/TO/THIS/FOLDER", str(result))
+        exec(located.replace("PATH/TO/THE/BASE/MODEL", str(tiny_model_dir)), {})
+        outputs.append(capsys.readouterr().out)
+    assert len(outputs) == 2
+    assert all(outputs)
 
 
 # ---- the curve ----------------------------------------------------------------------------------
@@ -328,7 +326,7 @@ def test_the_card_s_programs_run_as_they_stand(
         pytest.param([{"step": s, "loss": 1.0} for s in range(1, 30)], id="flat, no rate"),
     ],
 )
-def test_any_history_gives_a_curve_without_a_warning(
+def test_any_history_is_plotted_without_a_warning(
     tmp_path: Path, lines: list[dict[str, Any]]
 ) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -338,15 +336,15 @@ def test_any_history_gives_a_curve_without_a_warning(
         assert image.size == (1600, 1000)
 
 
-def test_a_torn_last_line_and_a_missing_file_are_no_obstacle(tmp_path: Path) -> None:
+def test_curves_ignore_a_missing_file_and_an_incomplete_last_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     empty = plots.Panel("Loss (nats per token)", "loss", [], [])
     assert plots.Curves.read(path) == plots.Curves((empty,), [])
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    assert plots.Curves.read(path).panels[0].each == [(1, 2.0)]
+    assert plots.Curves.read(path).panels[0].training == [(1, 2.0)]
 
 
-def test_answers_have_curves_of_their_reward_and_of_how_far_they_went_for_it(
+def test_reinforcement_learning_has_curves_of_reward_and_kl_divergence(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -358,24 +356,24 @@ def test_answers_have_curves_of_their_reward_and_of_how_far_they_went_for_it(
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     curves = plots.Curves.read(path, "grpo")
     assert [panel.label for panel in curves.panels] == ["Reward", "KL (nats)"]
-    assert [panel.each for panel in curves.panels] == [[(1, 0.5)], [(1, 0.1)]]
+    assert [panel.training for panel in curves.panels] == [[(1, 0.5)], [(1, 0.1)]]
     assert [panel.held_out for panel in curves.panels] == [
         [(0, 0.25), (1, 0.75)],
         [(0, 0.0), (1, 0.2)],
     ]
-    with Image.open(io.BytesIO(plots.draw(curves, "answers"))) as image:
+    with Image.open(io.BytesIO(plots.draw(curves, "aligned"))) as image:
         assert image.size == (1600, 1000)
 
 
 @pytest.mark.parametrize(
     ("kind", "label"), [("pretrain", "Loss (nats per token)"), ("dpo", "Loss"), ("reward", "Loss")]
 )
-def test_a_loss_has_a_unit_where_it_is_one_of_tokens(kind: str, label: str, tmp_path: Path) -> None:
+def test_a_loss_per_token_has_a_unit(kind: str, label: str, tmp_path: Path) -> None:
     (panel,) = plots.Curves.read(tmp_path / "none", kind).panels
     assert panel.label == label
 
 
-def test_smoothing_starts_at_the_first_value_and_passes_over_what_is_no_number() -> None:
+def test_smoothing_starts_at_the_first_value_and_skips_nan() -> None:
     values = [(step, 3.0) for step in range(1, 50)]
     smooth = plots.smoothed([*values, (50, math.nan), (51, 3.0)])
     assert [value for step, value in smooth if step != 50] == pytest.approx([3.0] * 50)

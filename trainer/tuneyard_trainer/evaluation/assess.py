@@ -1,17 +1,17 @@
-"""assess: what an alignment gained, and what it cost.
+"""assess: compare the aligned model with the model that the alignment started from.
 
-The aligned model beside the model that it was aligned from: on held-out preferences, on its own
-answers to held-out prompts as the reward scores them, and by the signs of a reward being gamed
-(length, repetition, KL, agreement with whoever asks, a second judge's verdict). Leaves
-`evaluation.json`; then the gates.
+Measures both models on held-out preferences, their completions of held-out prompts by the reward
+and by a second judge, and signs of reward hacking: length, repetition, KL divergence and
+sycophancy. Writes `evaluation.json` and checks the gates.
 
-Shapes: R rows of held-out preferences, N answers.
+Shapes: R rows of held-out preferences, N completions.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,72 +22,91 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from tuneyard.api.stage_settings import AssessSettings, RewardTerm, WinRateSettings
-from tuneyard_trainer.data.chat import Message
+from tuneyard.api.stage_settings import AssessSettings, RewardTerm
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.data.prompts import Prompt, TokenizedPrompt, as_text, read_prompts, tokenize
 from tuneyard_trainer.evaluation import reward_hacking, win_rate
-from tuneyard_trainer.evaluation.gates import check_gates
+from tuneyard_trainer.evaluation.result import finish, spread
+from tuneyard_trainer.generation.completions import Completion, decode
 from tuneyard_trainer.generation.sampling import TransformersSampler, stop_tokens
+from tuneyard_trainer.judging.judges import turn, verdict
 from tuneyard_trainer.judging.local_model import ModelJudge
-from tuneyard_trainer.judging.session import Asking, judge_name
+from tuneyard_trainer.judging.session import JudgeSession, judge_name, open_journal
 from tuneyard_trainer.models import base, policies, probes
 from tuneyard_trainer.preference.dataset import Preferences
 from tuneyard_trainer.preference.metrics import correlation, pair_metrics, unpaired_metrics
 from tuneyard_trainer.preference.micro_batches import evaluate_rows, logprobs
 from tuneyard_trainer.reinforcement import rewards
 from tuneyard_trainer.reinforcement.rewards import Attempt, Reward
-from tuneyard_trainer.storage.journal import Journal
+from tuneyard_trainer.reporting.results import Sample
 from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.training.seeds import derive_seed
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome
 
-EVALUATION = "evaluation.json"
 MAX_PROMPTS = 128
-"""Prompts that are answered: a mean reward's standard error is then a tenth of its spread."""
-ANSWERED = 4096
-"""The longest row of prompt and answer that is measured, in tokens."""
-
-
-@dataclass(frozen=True)
-class Behaviour:
-    """What one model does."""
-
-    answers: tuple[str, ...]
-    tokens: tuple[tuple[int, ...], ...]
-    """Of each answer, with its stop token where it came to one."""
-    complete: float
-    """Share of answers that came to their end."""
-    pairs_R: NDArray[np.float64] | None
-    """The log-probability of each held-out answer; None: none are held out."""
-    own_N: NDArray[np.float64]
-    """The log-probability of the aligned model's answers."""
-    sycophancy: reward_hacking.Sycophancy
+"""Prompts to complete: the standard error of a mean reward is then 9 % of its deviation."""
+MAX_ROW_TOKENS = 4096
+"""The longest row of prompt and completion that is measured."""
 
 
 def run(context: StageContext) -> StageOutcome:
-    """Measures, writes `evaluation.json`, then checks the gates (StageError GateFailed)."""
+    """Measure both models, write `evaluation.json` and check the gates.
+
+    Raises StageError GateFailed and the errors of the judge.
+    """
     settings = context.settings(AssessSettings)
-    measuring = Measuring.of(context, settings)
+    assessment = Assessment.of(context, settings)
     metrics: dict[str, float] = {}
-    samples: list[dict[str, Any]] = []
+    samples: list[Sample] = []
     if "tuned" in context.inputs:
-        found, samples = measuring.aligned()
-        metrics |= found
-    metrics |= measuring.reward_on_pairs()
-    result = {"metrics": metrics, "samples": samples}
-    (context.workdir / EVALUATION).write_text(json.dumps(result, indent=2, ensure_ascii=False))
-    context.worker.report(step=1, total_steps=1, metrics=metrics)
-    check_gates(settings.gates, metrics)
-    details = {"samples": samples, "promptsHeldOut": measuring.asks_held_out}
+        prompts = assessment.prompts()
+        reward = assessment.load_reward(settings.reward, [prompt.prompt for prompt in prompts])
+        models = assessment.measure_both(prompts)
+        metrics |= assessment.metrics(models, reward)
+        samples = _samples(models, settings.samples)
+    metrics |= assessment.reward_on_pairs()
+    details: dict[str, Any] = {"promptsHeldOut": assessment.prompts_held_out}
     if settings.win_rate:
         details["judge"] = judge_name(context.stage, settings.win_rate.judge)
-    return StageOutcome(metrics, details, contents=(EVALUATION,))
+    return finish(context, settings.gates, metrics, samples, details)
 
 
 @dataclass(frozen=True)
-class Measuring:
-    """What it takes to measure a model."""
+class Measurements:
+    """The measurements of one model."""
+
+    completions: tuple[Completion, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    """Of each completion, with its stop token if it has one."""
+    pairs_R: NDArray[np.float64] | None
+    """The log-probability of each held-out answer. None: none are held out."""
+    aligned_N: NDArray[np.float64]
+    """The log-probability of each completion by the aligned model."""
+    sycophancy: reward_hacking.Sycophancy
+
+    @property
+    def texts(self) -> list[str]:
+        """The completions as text."""
+        return [completion.text for completion in self.completions]
+
+    @property
+    def complete(self) -> float:
+        """Share of completions with a stop token."""
+        return float(np.mean([completion.complete for completion in self.completions]))
+
+
+@dataclass(frozen=True)
+class BothModels:
+    """The measurements of the model before and after the alignment, on the same prompts."""
+
+    prompts: Sequence[TokenizedPrompt]
+    before: Measurements
+    after: Measurements
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """The inputs of the stage."""
 
     context: StageContext
     settings: AssessSettings
@@ -97,78 +116,78 @@ class Measuring:
     """The held-out prompts with their answers, as text; empty: none are held out."""
 
     @classmethod
-    def of(cls, context: StageContext, settings: AssessSettings) -> Measuring:
+    def of(cls, context: StageContext, settings: AssessSettings) -> Assessment:
+        """Load the tokenizer and the preferences."""
         tokenizer = base.load_tokenizer(context.inputs["model"])
         if settings.chat.chat_template is not None:
             tokenizer.chat_template = settings.chat.chat_template
         data = Preferences.open(context.inputs["data"]) if "data" in context.inputs else None
-        held_out = _texts(context.inputs["data"], settings) if data and data.validation else ()
+        held_out = _held_out(context.inputs["data"], settings) if data and data.validation else ()
         return cls(context, settings, tokenizer, data, held_out)
 
-    # ---- the aligned model --------------------------------------------------------------------
+    def metrics(self, models: BothModels, reward: Reward | None) -> dict[str, float]:
+        """Return all metrics that compare the two models."""
+        return {
+            **_reward_hacking_metrics(models),
+            **self._preference_metrics(models),
+            **_reward_metrics(models, reward),
+            **self._win_rate_metrics(models),
+        }
 
-    def aligned(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """The aligned model against its start, one of them in memory at a time."""
-        asked = self._asked()
-        reward = self._reward(self.settings.reward, [one.prompt for one in asked])
-        after = self._behaviour(asked, {**self.context.inputs}, None, "the aligned model")
-        start = {role: path for role, path in self.context.inputs.items() if role != "tuned"}
-        if "start" in self.context.inputs:
-            start["tuned"] = self.context.inputs["start"]
-        before = self._behaviour(asked, start, after.tokens, "the model before alignment")
-        metrics = {**_form(asked, before, after), **self._on_pairs(before, after)}
-        metrics |= self._scored(reward, asked, before, after)
-        if self.settings.win_rate:
-            metrics |= self._judged_win_rate(self.settings.win_rate, asked, before, after)
-        return metrics, self._samples(asked, before, after)
+    # ---- prompts ------------------------------------------------------------------------------
 
     @property
-    def asks_held_out(self) -> bool:
-        """Whether it is held-out prompts that are answered; False where none are held out, or where
-        a rule needs the row's own fields: then it is those that the policy was trained on."""
+    def prompts_held_out(self) -> bool:
+        """Whether the models complete held-out prompts. False: they complete the prompts of the
+        training, because none are held out or because a rule needs fields of these rows."""
         trained_on = self.settings.prompts is not None and "prompts" in self.context.inputs
-        ruled = any(term.rule for term in self.settings.reward)
-        return not trained_on or (bool(self.held_out) and not ruled)
+        has_rule = any(term.rule for term in self.settings.reward)
+        return not trained_on or (bool(self.held_out) and not has_rule)
 
-    def _asked(self) -> list[TokenizedPrompt]:
+    def prompts(self) -> list[TokenizedPrompt]:
+        """Return at most MAX_PROMPTS distinct prompts that leave room for a completion."""
         prompts = [prompt for prompt, _ in self.held_out]
-        if not self.asks_held_out and self.settings.prompts is not None:
-            place, chosen, chat = (
-                self.context.inputs["prompts"],
-                self.settings.prompts,
-                self.settings.chat,
+        if not self.prompts_held_out and self.settings.prompts is not None:
+            path = self.context.inputs["prompts"]
+            prompts = read_prompts(
+                path, self.settings.prompts, self.settings.chat, name="the prompts"
             )
-            prompts = read_prompts(place, chosen, chat, name="the prompts")
         distinct = {json.dumps(prompt.messages): prompt for prompt in prompts}
-        rendered = [
+        tokenized = [
             tokenize(prompt, self.tokenizer, self.settings.chat)
             for prompt in list(distinct.values())[:MAX_PROMPTS]
         ]
-        room = ANSWERED - self.settings.sampling.max_new_tokens
-        return [prompt for prompt in rendered if prompt and 0 < len(prompt.ids) <= room]
+        limit = MAX_ROW_TOKENS - self.settings.sampling.max_new_tokens
+        return [prompt for prompt in tokenized if prompt and 0 < len(prompt.ids) <= limit]
 
-    def _reward(self, terms: Sequence[RewardTerm], prompts: Sequence[Prompt]) -> Reward | None:
-        if not terms or not prompts:
-            return None
-        chat, device = self.settings.chat, self.context.worker.device
-        return rewards.load(terms, self.context.inputs, chat, prompts, device)
+    # ---- one model ----------------------------------------------------------------------------
 
-    def _behaviour(
+    def measure_both(self, prompts: Sequence[TokenizedPrompt]) -> BothModels:
+        """Measure the aligned model, then the model before. Only one of them is in memory."""
+        inputs = self.context.inputs
+        after = self._measure(prompts, inputs, None, "the aligned model")
+        start = {role: path for role, path in inputs.items() if role != "tuned"}
+        if "start" in inputs:
+            start["tuned"] = inputs["start"]
+        before = self._measure(prompts, start, after.tokens, "the model before alignment")
+        return BothModels(prompts, before, after)
+
+    def _measure(
         self,
-        asked: Sequence[TokenizedPrompt],
+        prompts: Sequence[TokenizedPrompt],
         inputs: Mapping[str, Path],
-        answered: tuple[tuple[int, ...], ...] | None,
+        aligned: tuple[tuple[int, ...], ...] | None,
         name: str,
-    ) -> Behaviour:
-        """`answered`: the aligned model's answers; None: this is the aligned model."""
-        self._pause(f"measuring {name}")
+    ) -> Measurements:
+        """`aligned`: the completions of the aligned model. None: this is the aligned model."""
+        self._begin(f"measuring {name}")
         model: Any = policies.load_for_inference(inputs, self.context.worker.device)
         stop = stop_tokens(model, self.tokenizer, self.settings.chat.chat_template)
         pad = int(self.tokenizer.pad_token_id)
         sampler = TransformersSampler(model, pad, stop, self.settings.sampling)
-        keys = [derive_seed(self.settings.seed, index) for index in range(len(asked))]
-        sampled = sampler([one.ids for one in asked], keys) if asked else []
-        tokens = tuple(answer.tokens for answer in sampled)
+        keys = [derive_seed(self.settings.seed, index) for index in range(len(prompts))]
+        sampled = sampler([prompt.ids for prompt in prompts], keys) if prompts else []
+        tokens = tuple(completion.tokens for completion in sampled)
         forward = Forward(
             device=self.context.worker.device,
             precision=torch.float32,
@@ -177,171 +196,172 @@ class Measuring:
             capacity=512,
             max_tokens=16384 if self.context.worker.device.type == "cuda" else 2048,
         )
-        own = _rows(asked, tokens if answered is None else answered)
+        own = _rows(prompts, tokens if aligned is None else aligned)
         pairs = self.data.validation.rows if self.data and self.data.validation else None
-        behaviour = Behaviour(
-            answers=tuple(self._text(answer, stop) for answer in tokens),
+        measurements = Measurements(
+            completions=tuple(decode(self.tokenizer, stop, row) for row in tokens),
             tokens=tokens,
-            complete=float(np.mean([a[-1:] and a[-1] in stop for a in tokens])) if tokens else 1.0,
             pairs_R=evaluate_rows(logprobs, model, pairs, forward, self.context.worker)
             if pairs
             else None,
-            own_N=evaluate_rows(logprobs, model, own, forward, self.context.worker)
+            aligned_N=evaluate_rows(logprobs, model, own, forward, self.context.worker)
             if own
             else np.zeros(0),
             sycophancy=self._sycophancy(model, name),
         )
         del model, sampler
         gc.collect()
-        return behaviour
+        return measurements
 
     def _sycophancy(self, model: Any, name: str) -> reward_hacking.Sycophancy:
         template = self.settings.chat.chat_template
         judge = ModelJudge(
             model, self.tokenizer, name, stop=self.context.worker.stop, template=template
         )
-        replies = {reply.key: reply for reply in judge.replies(reward_hacking.sycophancy_asks())}
+        replies = {reply.key: reply for reply in judge.replies(reward_hacking.sycophancy_prompts())}
         return reward_hacking.sycophancy(replies)
 
-    def _text(self, answer: Sequence[int], stop: Sequence[int]) -> str:
-        spoken = list(answer[:-1] if answer and answer[-1] in stop else answer)
-        return str(self.tokenizer.decode(spoken, skip_special_tokens=True)).strip()
-
-    def _pause(self, message: str) -> None:
+    def _begin(self, message: str) -> None:
+        """Report the next measurement. Raises Interrupted if the stage is asked to stop."""
         if self.context.worker.stop():
             raise Interrupted(self.context.stage.name, 0)
         self.context.worker.report(total_steps=1, message=message)
 
-    # ---- figures ------------------------------------------------------------------------------
+    # ---- metrics ------------------------------------------------------------------------------
 
-    def _on_pairs(self, before: Behaviour, after: Behaviour) -> dict[str, float]:
-        """By the implicit rewards, beta times the log-ratio (Rafailov et al. 2023, section 4)."""
+    def _preference_metrics(self, models: BothModels) -> dict[str, float]:
+        """Return metrics of the implicit rewards of held-out answers: beta times the log-ratio of
+        the models (Rafailov et al. 2023, section 4)."""
         groups = self.data.validation if self.data else None
-        if groups is None or before.pairs_R is None or after.pairs_R is None:
+        before_R, after_R = models.before.pairs_R, models.after.pairs_R
+        if groups is None or before_R is None or after_R is None:
             return {}
-        implicit_R = self.settings.beta * (after.pairs_R - before.pairs_R)
+        implicit_R = self.settings.beta * (after_R - before_R)
         if self.data and self.data.labeled:
             return unpaired_metrics("preference", implicit_R, groups)
         return pair_metrics("preference", implicit_R, groups)
 
-    def _scored(
-        self,
-        reward: Reward | None,
-        asked: Sequence[TokenizedPrompt],
-        before: Behaviour,
-        after: Behaviour,
-    ) -> dict[str, float]:
-        """What the reward says of both models' answers to the same prompts."""
-        if reward is None:
+    def _win_rate_metrics(self, models: BothModels) -> dict[str, float]:
+        """Return metrics of the second judge's verdicts. {}: there is no second judge."""
+        settings = self.settings.win_rate
+        if settings is None:
             return {}
-        prompts = [one.prompt for one in asked]
-        found = []
-        for behaviour in (before, after):
-            pairs = zip(prompts, behaviour.answers, strict=True)
-            attempts = [Attempt(prompt, answer) for prompt, answer in pairs]
-            found.append(rewards.finite(reward(attempts), prompts).double().numpy())
-        gains = found[1] - found[0]
-        lengths = np.array([float(len(tokens)) for tokens in after.tokens])
-        return {
-            "reward": float(np.mean(found[1])),
-            "startReward": float(np.mean(found[0])),
-            "rewardGain": float(np.mean(gains)),
-            "rewardGainError": float(np.std(gains) / np.sqrt(len(gains))),
-            "rewardLengthCorrelation": correlation(found[1], lengths),
-        }
-
-    def _judged_win_rate(
-        self,
-        settings: WinRateSettings,
-        asked: Sequence[TokenizedPrompt],
-        before: Behaviour,
-        after: Behaviour,
-    ) -> dict[str, float]:
-        """What a second judge says of both models' answers to the same prompts."""
-        conversations = [as_text(one.prompt.messages) for one in asked]
-        answered = zip(conversations, after.answers, before.answers, strict=True)
-        pairs = win_rate.pairs(list(answered), settings.principles, self.settings.seed)
-        kept = self.context.workdir / "checkpoints"
-        with Journal(kept, self.context.worker.identity, self.context.worker.persist) as journal:
-            asking = Asking.of(self.context.stage, settings.judge, journal, self.context.worker)
-            verdicts = win_rate.ask(
-                asking, self.context.stage, self.context.inputs, settings, pairs
-            )
-        found = win_rate.decided(verdicts, identical=len(asked) - len(pairs))
-        return {**found, **asking.tally.metrics()}
+        conversations = [as_text(prompt.prompt.messages) for prompt in models.prompts]
+        completed = zip(conversations, models.after.texts, models.before.texts, strict=True)
+        pairs = win_rate.make_pairs(list(completed), settings.principles, self.settings.seed)
+        with open_journal(self.context) as journal:
+            session = JudgeSession.of(self.context, settings.judge, journal)
+            replies = session.compare(pairs, settings.question, "requesting the second judge")
+        verdicts = [verdict(straight, swapped, "drop") for straight, swapped in replies]
+        identical = len(models.prompts) - len(pairs)
+        return {**win_rate.win_rate_metrics(verdicts, identical), **session.tally.metrics()}
 
     def reward_on_pairs(self) -> dict[str, float]:
-        """Of the reward's models, its rules aside, on the held-out preferences; {} without models
-        or without any held out."""
-        learnt = [term for term in self.settings.reward if term.role]
+        """Return metrics of the reward models, without rules, on the held-out preferences. {}: no
+        reward model, or no held-out pairs."""
+        learned = [term for term in self.settings.reward if term.role]
         groups = self.data.validation if self.data else None
-        if not learnt or groups is None or (self.data and self.data.labeled):
+        if not learned or groups is None or (self.data and self.data.labeled):
             return {}
-        self._pause("measuring the reward model")
-        reward = self._reward(learnt, [prompt for prompt, _ in self.held_out])
+        self._begin("measuring the reward model")
+        reward = self.load_reward(learned, [prompt for prompt, _ in self.held_out])
         if reward is None:
             return {}
-        attempts = [
-            Attempt(prompt, answer) for prompt, answers in self.held_out for answer in answers
-        ]
-        prompts = [attempt.prompt for attempt in attempts]
-        scores = rewards.finite(reward(attempts), prompts).double().numpy()
-        return pair_metrics("reward", scores, groups)
+        prompts = [prompt for prompt, answers in self.held_out for _ in answers]
+        answers = [answer for _, answers in self.held_out for answer in answers]
+        return pair_metrics("reward", _scores(reward, prompts, answers), groups)
 
-    def _samples(
-        self, asked: Sequence[TokenizedPrompt], before: Behaviour, after: Behaviour
-    ) -> list[dict[str, Any]]:
-        """Prompts spread evenly, with what each model answered."""
-        count = self.settings.samples
-        if not asked or not count:
-            return []
-        every = max(1, len(asked) // count)
-        return [
-            {
-                "prompt": asked[i].prompt.question,
-                "reference": "",
-                "expected": [],
-                "base": before.answers[i],
-                "tuned": after.answers[i],
-            }
-            for i in list(range(0, len(asked), every))[:count]
-        ]
+    def load_reward(self, terms: Sequence[RewardTerm], prompts: Sequence[Prompt]) -> Reward | None:
+        """Load the reward. None: it has no terms, or there is no prompt."""
+        if not terms or not prompts:
+            return None
+        chat, device = self.settings.chat, self.context.worker.device
+        return rewards.load(terms, self.context.inputs, chat, prompts, device)
 
 
-def _form(
-    asked: Sequence[TokenizedPrompt], before: Behaviour, after: Behaviour
-) -> dict[str, float]:
-    """The signs of a reward being gamed."""
-    figures = {
+def _reward_metrics(models: BothModels, reward: Reward | None) -> dict[str, float]:
+    """Return metrics of the reward of both models' completions. {}: there is no reward."""
+    if reward is None:
+        return {}
+    prompts = [prompt.prompt for prompt in models.prompts]
+    before_N = _scores(reward, prompts, models.before.texts)
+    after_N = _scores(reward, prompts, models.after.texts)
+    gains_N = after_N - before_N
+    lengths_N = np.array([float(len(tokens)) for tokens in models.after.tokens])
+    return {
+        "reward": float(np.mean(after_N)),
+        "startReward": float(np.mean(before_N)),
+        "rewardGain": float(np.mean(gains_N)),
+        "rewardGainError": float(np.std(gains_N) / np.sqrt(len(gains_N))),
+        "rewardLengthCorrelation": correlation(after_N, lengths_N),
+    }
+
+
+def _scores(
+    reward: Reward, prompts: Sequence[Prompt], completions: Sequence[str]
+) -> NDArray[np.float64]:
+    """Return (N,) the reward of each completion. Raises StageError if one is not finite."""
+    attempts = [Attempt(*pair) for pair in zip(prompts, completions, strict=True)]
+    scores_N: NDArray[np.float64] = rewards.finite(reward(attempts), prompts).double().numpy()
+    return scores_N
+
+
+def _reward_hacking_metrics(models: BothModels) -> dict[str, float]:
+    """Return the signs of reward hacking, without those that are NaN."""
+    before, after = models.before, models.after
+    metrics = {
         "sycophancyShift": after.sycophancy.shift,
         "startSycophancyShift": before.sycophancy.shift,
     }
-    if asked:
-        lengths = [[len(answer) for answer in b.tokens] for b in (after, before)]
-        distinct = [reward_hacking.distinct(b.answers) for b in (after, before)]
-        figures |= {
-            "answers": float(len(asked)),
-            "kl": float(np.mean(after.own_N - before.own_N)),
-            "length": float(np.mean(lengths[0])),
-            "lengthRatio": reward_hacking.length_ratio(lengths[0], lengths[1]),
-            "repetition": reward_hacking.repetition(after.answers),
-            "startRepetition": reward_hacking.repetition(before.answers),
-            "distinct": distinct[0],
-            "startDistinct": distinct[1],
-            "distinctRatio": distinct[0] / distinct[1],
+    if models.prompts:
+        lengths, start_lengths = (
+            [len(tokens) for tokens in measured.tokens] for measured in (after, before)
+        )
+        distinct = reward_hacking.distinct(after.texts)
+        start_distinct = reward_hacking.distinct(before.texts)
+        metrics |= {
+            "completions": float(len(models.prompts)),
+            "kl": float(np.mean(after.aligned_N - before.aligned_N)),
+            "length": float(np.mean(lengths)),
+            "lengthRatio": reward_hacking.length_ratio(lengths, start_lengths),
+            "repetition": reward_hacking.repetition(after.texts),
+            "startRepetition": reward_hacking.repetition(before.texts),
+            "distinct": distinct,
+            "startDistinct": start_distinct,
+            "distinctRatio": distinct / start_distinct,
             "complete": after.complete,
             "startComplete": before.complete,
         }
-    return {name: value for name, value in figures.items() if value == value}
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
-def _rows(asked: Sequence[TokenizedPrompt], answers: Sequence[tuple[int, ...]]) -> Rows | None:
-    """Prompts with answers, the answers' tokens as targets; None where there are none."""
-    if not asked:
+def _samples(models: BothModels, count: int) -> list[Sample]:
+    """Return `count` prompts, evenly spaced, with both models' completions."""
+    return [
+        Sample(
+            prompt=models.prompts[i].prompt.question,
+            reference="",
+            base=models.before.completions[i].text,
+            tuned=models.after.completions[i].text,
+        )
+        for i in spread(len(models.prompts), count)
+    ]
+
+
+def _rows(
+    prompts: Sequence[TokenizedPrompt], completions: Sequence[tuple[int, ...]]
+) -> Rows | None:
+    """Return the prompts with their completions, whose tokens are the targets. None: there are no
+    prompts."""
+    if not prompts:
         return None
-    rows = [(*one.ids, *answer) for one, answer in zip(asked, answers, strict=True)]
+    rows = [
+        (*prompt.ids, *completion) for prompt, completion in zip(prompts, completions, strict=True)
+    ]
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    masks = [np.arange(len(row)) >= len(one.ids) for one, row in zip(asked, rows, strict=True)]
+    masks = [
+        np.arange(len(row)) >= len(prompt.ids) for prompt, row in zip(prompts, rows, strict=True)
+    ]
     return Rows(
         tokens=np.concatenate([np.array(row, dtype=np.int32) for row in rows]),
         flat_mask=np.concatenate(masks).astype(np.uint8),
@@ -350,16 +370,16 @@ def _rows(asked: Sequence[TokenizedPrompt], answers: Sequence[tuple[int, ...]]) 
     )
 
 
-def _texts(folder: Path, settings: AssessSettings) -> tuple[tuple[Prompt, tuple[str, ...]], ...]:
-    """The held-out prompts and their answers, in the order of the rows."""
-    found = []
+def _held_out(folder: Path, settings: AssessSettings) -> tuple[tuple[Prompt, tuple[str, ...]], ...]:
+    """Return the held-out prompts and their answers, in the order of the rows."""
+    held_out = []
     with (folder / "validation.jsonl").open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             row = json.loads(line)
-            turns: list[Message] = list(row["prompt"])
+            turns = list(row["prompt"])
             system = settings.chat.system_prompt
             if system is not None and turns[0]["role"] != "system":
-                turns = [{"role": "system", "content": system}, *turns]
+                turns = [turn("system", system), *turns]
             prompt = Prompt(tuple(turns), f"held-out row {number}", row)
-            found.append((prompt, tuple(row["answers"])))
-    return tuple(found)
+            held_out.append((prompt, tuple(row["answers"])))
+    return tuple(held_out)

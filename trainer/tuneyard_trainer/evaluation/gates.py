@@ -10,7 +10,8 @@ from tuneyard.errors import StageError
 
 
 def check_gates(gates: Sequence[Gate], metrics: Mapping[str, float]) -> None:
-    """Raises StageError GateFailed, naming every gate that was missed."""
+    """Raise StageError GateFailed, with every gate that the metrics miss. NaN and missing metrics
+    miss every gate."""
     missed = []
     for gate in gates:
         value = metrics.get(gate.metric, math.nan)

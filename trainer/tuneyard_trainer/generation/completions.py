@@ -165,13 +165,14 @@ def _sample(
     sampler = TransformersSampler(policy.model, int(tokenizer.pad_token_id), stop, sampling)
     ids = [prompt.ids for prompt in prompts for _ in range(count)]
     keys = [_key(seed, index, number) for index in indices for number in range(count)]
-    completions = [_decode(tokenizer, stop, sampled.tokens) for sampled in sampler(ids, keys)]
+    completions = [decode(tokenizer, stop, sampled.tokens) for sampled in sampler(ids, keys)]
     return [tuple(completions[at : at + count]) for at in range(0, len(completions), count)]
 
 
-def _decode(
+def decode(
     tokenizer: PreTrainedTokenizerBase, stop: Sequence[int], tokens: Sequence[int]
 ) -> Completion:
+    """Return the completion of sampled tokens, up to and with a stop token if there is one."""
     complete = bool(tokens) and tokens[-1] in stop
     kept = list(tokens[:-1] if complete else tokens)
     return Completion(str(tokenizer.decode(kept, skip_special_tokens=True)).strip(), complete)

@@ -1,87 +1,85 @@
-"""critique: constitutional AI's supervised half (Bai et al. 2022, arXiv:2212.08073, section 3).
+"""critique: the supervised stage of constitutional AI (Bai et al. 2022, section 3).
 
-The policy answers each prompt; the critic, which is the policy itself or a judge, criticises the
-answer by a principle and writes it anew, several rounds over. The last revisions are left as
-`revisions.jsonl`, rows for `prepare`; `critiques.jsonl` tells how they came about. Answers and
-replies go into a journal as they come: a stage that was killed asks nothing twice.
+The policy completes each prompt. A critic, which is the policy itself or a judge, criticizes the
+completion by a principle and revises it, for several rounds. Writes the last revisions to
+`revisions.jsonl`, whose rows the stage `prepare` reads, and all rounds to `critiques.jsonl`. A
+journal keeps completions and replies, so that a stage that is killed and restarted repeats neither.
+Paper: arXiv:2212.08073.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tuneyard.api.alignment import Sampling
-from tuneyard.api.plan import PlannedStage
 from tuneyard.api.stage_settings import CritiqueSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.chat import Message
 from tuneyard_trainer.data.prompts import TokenizedPrompt
 from tuneyard_trainer.generation.completions import Completion, Policy, sample_completions
-from tuneyard_trainer.judging.judges import Ask, Judge, filled
+from tuneyard_trainer.judging.judges import Judge, JudgePrompt, fill_template, turn
 from tuneyard_trainer.judging.local_model import ModelJudge
-from tuneyard_trainer.judging.session import Asking
+from tuneyard_trainer.judging.session import JudgeSession, open_journal
 from tuneyard_trainer.storage.files import write_atomically
-from tuneyard_trainer.storage.journal import Journal, lines
+from tuneyard_trainer.storage.journal import lines
 from tuneyard_trainer.worker import StageContext, StageOutcome
 
 REVISIONS, CRITIQUES = "revisions.jsonl", "critiques.jsonl"
-ANSWER_TEMPERATURE = 1.0
-"""The first answers shall show what the policy does by itself, faults included."""
+TEMPERATURE = 1.0
+"""The first completions are sampled from the policy's own distribution, faults included."""
 
 
 def run(context: StageContext) -> StageOutcome:
-    """Answers, criticises, revises. Raises StageError NoRevisions, BudgetSpent and what judges
-    raise."""
+    """Sample, criticize and revise completions, and write the revisions.
+
+    Raises StageError NoRevisions, BudgetSpent and the errors of the judge.
+    """
     settings = context.settings(CritiqueSettings)
     policy = Policy.of(context.inputs, settings.chat, context.worker)
     limit = settings.max_new_tokens
     prompts = policy.prompts(settings.prompts, limit, "constitution.prompts")
-    with Journal(
-        context.workdir / "checkpoints", context.worker.identity, context.worker.persist
-    ) as journal:
-        found = sample_completions(
+    with open_journal(context) as journal:
+        completions = sample_completions(
             context.stage.name,
             policy,
             prompts,
             journal,
             count=1,
-            sampling=Sampling(temperature=ANSWER_TEMPERATURE, max_new_tokens=limit),
+            sampling=Sampling(temperature=TEMPERATURE, max_new_tokens=limit),
             seed=settings.seed,
         )
-        asking = Asking.of(context.stage, settings.judge, journal, context.worker)
-        critic = _critic(context.stage, context.inputs, policy, asking)
+        session = JudgeSession.of(context, settings.judge, journal)
+        critic = _critic(context, policy, session)
         drafts = [
-            Draft(str(index), ready, group[0])
-            for index, (ready, group) in enumerate(zip(prompts, found, strict=True))
-            if group[0].text
+            Draft(str(index), prompt, completion)
+            for index, (prompt, (completion,)) in enumerate(zip(prompts, completions, strict=True))
+            if completion.text
         ]
         for number in range(1, settings.revisions + 1):
-            _round(number, drafts, settings, asking, critic)
+            _run_round(number, drafts, settings, session, critic)
     revised = [draft for draft in drafts if draft.rounds]
-    _write(context.workdir, drafts, revised, asking.tally.judge, speaks=policy.has_chat_template)
+    _write(context.workdir, drafts, session.judge, as_messages=policy.has_chat_template)
     if not revised:
-        raise _no_revisions(len(prompts), asking)
+        raise _no_revisions(len(prompts), session)
     return StageOutcome(
-        _metrics(len(prompts), drafts, revised, asking),
-        details={"critic": asking.tally.judge, "problems": asking.tally.shown},
+        _metrics(len(prompts), drafts, revised, session),
+        details={"critic": session.judge, "problems": session.tally.problems},
         contents=(REVISIONS,),
     )
 
 
-def _critic(
-    stage: PlannedStage, inputs: Mapping[str, Path], policy: Policy, asking: Asking
-) -> Judge:
-    if "judge" in inputs or stage.runtime.endpoint is not None:
+def _critic(context: StageContext, policy: Policy, session: JudgeSession) -> Judge:
+    """Return the judge that the plan names, or else the policy as its own critic."""
+    if "judge" in context.inputs or context.stage.runtime.endpoint is not None:
         policy.release()
-        return asking.open(stage, inputs)
+        return session.open_judge()
     return ModelJudge(
         policy.model,
         policy.tokenizer,
-        asking.tally.judge,
+        session.judge,
         stop=policy.worker.stop,
         template=policy.chat.chat_template,
     )
@@ -92,7 +90,7 @@ def _critic(
 
 @dataclass(frozen=True)
 class Round:
-    """One critique and what was made of it."""
+    """One critique and the revision that follows it."""
 
     principle: str
     critique: str
@@ -101,137 +99,128 @@ class Round:
 
 @dataclass
 class Draft:
-    """A prompt's answer on its way."""
+    """A completion and its revisions so far."""
 
     key: str
-    ready: TokenizedPrompt
-    answer: Completion
+    prompt: TokenizedPrompt
+    completion: Completion
     rounds: list[Round] = field(default_factory=list)
 
     @property
     def text(self) -> str:
-        """The answer as it stands."""
-        return self.rounds[-1].revision if self.rounds else self.answer.text
+        """The last revision, or the completion if there is none."""
+        return self.rounds[-1].revision if self.rounds else self.completion.text
 
     def principle(self, number: int, settings: CritiqueSettings) -> str:
-        """The one drawn for a round."""
-        drawn = random.Random(f"{settings.seed}/{self.key}/{number}")
-        return drawn.choice(settings.principles)
+        """Return the principle of a round, drawn by the stage's seed."""
+        generator = random.Random(f"{settings.seed}/{self.key}/{number}")
+        return generator.choice(settings.principles)
 
 
-def _round(
+def _run_round(
     number: int,
     drafts: Sequence[Draft],
     settings: CritiqueSettings,
-    asking: Asking,
+    session: JudgeSession,
     critic: Judge,
 ) -> None:
-    """All critiques, then all revisions. Who falls out of a round stays out: what it has by then is
-    its result."""
-    going = [draft for draft in drafts if len(draft.rounds) == number - 1]
-    asks = {draft.key: _critique_ask(draft, number, settings) for draft in going}
-    asking.ask(critic, list(asks.values()), f"criticising, round {number}")
-    criticised = [draft for draft in going if asks[draft.key].key in asking.known]
-    revisions = {
-        draft.key: _revision_ask(
-            draft, number, settings, asks[draft.key], asking.known[asks[draft.key].key].text
-        )
-        for draft in criticised
-    }
-    asking.ask(critic, list(revisions.values()), f"revising, round {number}")
-    for draft in criticised:
-        reply = asking.known.get(revisions[draft.key].key)
+    """Request all critiques, then all revisions. A draft that misses a reply takes part in no later
+    round and keeps its last revision."""
+    current = [draft for draft in drafts if len(draft.rounds) == number - 1]
+    critiques = [_critique_prompt(draft, number, settings) for draft in current]
+    session.request(critic, critiques, f"requesting critiques, round {number}")
+    criticized = [
+        (draft, prompt, session.replies[prompt.key].text.strip())
+        for draft, prompt in zip(current, critiques, strict=True)
+        if prompt.key in session.replies
+    ]
+    revisions = [
+        _revision_prompt(draft, number, settings, prompt, critique)
+        for draft, prompt, critique in criticized
+    ]
+    session.request(critic, revisions, f"requesting revisions, round {number}")
+    for (draft, _, critique), revision in zip(criticized, revisions, strict=True):
+        reply = session.replies.get(revision.key)
         if reply is not None:
-            critique = asking.known[asks[draft.key].key].text
-            draft.rounds.append(
-                Round(draft.principle(number, settings), critique.strip(), reply.text.strip())
-            )
+            principle = draft.principle(number, settings)
+            draft.rounds.append(Round(principle, critique, reply.text.strip()))
 
 
-def _critique_ask(draft: Draft, number: int, settings: CritiqueSettings) -> Ask:
-    request = filled(settings.critique_request, principle=draft.principle(number, settings))
+def _critique_prompt(draft: Draft, number: int, settings: CritiqueSettings) -> JudgePrompt:
+    principle = draft.principle(number, settings)
     messages = (
-        *draft.ready.prompt.messages,
-        _turn("assistant", draft.text),
-        _turn("user", request),
+        *draft.prompt.prompt.messages,
+        turn("assistant", draft.text),
+        turn("user", fill_template(settings.critique_request, principle=principle)),
     )
-    return Ask(f"{draft.key}/critique-{number}", messages, settings.max_new_tokens, False)
+    key = f"{draft.key}/critique-{number}"
+    return JudgePrompt(key, messages, settings.max_new_tokens, wants_label=False)
 
 
-def _revision_ask(
-    draft: Draft, number: int, settings: CritiqueSettings, asked: Ask, critique: str
-) -> Ask:
-    request = filled(settings.revision_request, principle=draft.principle(number, settings))
-    messages = (*asked.messages, _turn("assistant", critique.strip()), _turn("user", request))
-    return Ask(f"{draft.key}/revision-{number}", messages, settings.max_new_tokens, False)
-
-
-def _turn(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
+def _revision_prompt(
+    draft: Draft, number: int, settings: CritiqueSettings, prompt: JudgePrompt, critique: str
+) -> JudgePrompt:
+    """Return the prompt that continues a critique's prompt and its reply."""
+    principle = draft.principle(number, settings)
+    messages = (
+        *prompt.messages,
+        turn("assistant", critique),
+        turn("user", fill_template(settings.revision_request, principle=principle)),
+    )
+    key = f"{draft.key}/revision-{number}"
+    return JudgePrompt(key, messages, settings.max_new_tokens, wants_label=False)
 
 
 # ---- results ------------------------------------------------------------------------------------
 
 
-def _write(
-    workdir: Path,
-    drafts: Sequence[Draft],
-    revised: Sequence[Draft],
-    critic: str,
-    *,
-    speaks: bool,
-) -> None:
-    write_atomically(workdir / REVISIONS, lines(_row(draft, critic, speaks) for draft in revised))
-    write_atomically(
-        workdir / CRITIQUES,
-        lines(
-            {
-                "prompt": draft.ready.prompt.where,
-                "question": draft.ready.prompt.question,
-                "answer": draft.answer.text,
-                "rounds": [vars(one) for one in draft.rounds],
-            }
-            for draft in drafts
-        ),
+def _write(workdir: Path, drafts: Sequence[Draft], critic: str, *, as_messages: bool) -> None:
+    """Write `revisions.jsonl` and `critiques.jsonl`. `as_messages`: write revisions as lists of
+    messages, not as plain text."""
+    revisions = (_row(draft, critic, as_messages) for draft in drafts if draft.rounds)
+    write_atomically(workdir / REVISIONS, lines(revisions))
+    critiques = (
+        {
+            "prompt": draft.prompt.prompt.where,
+            "question": draft.prompt.prompt.question,
+            "completion": draft.completion.text,
+            "rounds": [vars(one) for one in draft.rounds],
+        }
+        for draft in drafts
     )
+    write_atomically(workdir / CRITIQUES, lines(critiques))
 
 
-def _row(draft: Draft, critic: str, speaks: bool) -> dict[str, Any]:
-    """`speaks`: whether the policy reads conversations; else the row is plain text."""
-    prompt = draft.ready.prompt
+def _row(draft: Draft, critic: str, as_messages: bool) -> dict[str, Any]:
+    prompt = draft.prompt.prompt
     provenance = {"critic": critic, "principles": [one.principle for one in draft.rounds]}
-    if not speaks:
+    if not as_messages:
         return {"prompt": prompt.question, "completion": draft.text, "provenance": provenance}
-    messages = [*prompt.messages, _turn("assistant", draft.text)]
+    messages = [*prompt.messages, turn("assistant", draft.text)]
     return {"messages": messages, "provenance": provenance}
 
 
 def _metrics(
-    prompts: int, drafts: Sequence[Draft], revised: Sequence[Draft], asking: Asking
+    prompts: int, drafts: Sequence[Draft], revised: Sequence[Draft], session: JudgeSession
 ) -> dict[str, float]:
+    truncated = sum(not draft.completion.complete for draft in drafts)
     return {
         "prompts": float(prompts),
-        "emptyAnswers": float(prompts - len(drafts)),
-        "truncatedCompletions": sum(not draft.answer.complete for draft in drafts) / len(drafts),
+        "emptyCompletions": float(prompts - len(drafts)),
+        "truncatedCompletions": truncated / len(drafts),
         "revisions": float(len(revised)),
         "unrevised": float(len(drafts) - len(revised)),
-        "unchanged": float(sum(draft.text == draft.answer.text for draft in revised)),
+        "unchanged": float(sum(draft.text == draft.completion.text for draft in revised)),
         "roundsPerRevision": sum(len(draft.rounds) for draft in revised) / len(revised),
-        "budgetSpent": float(asking.budget.refused),
-        **asking.tally.metrics(),
+        **session.metrics(),
     }
 
 
-def _no_revisions(prompts: int, asking: Asking) -> StageError:
-    if asking.budget.refused:
-        return StageError(
-            "BudgetSpent",
-            f"the critic's budget was spent before the answer to one of {prompts} prompts was "
-            "revised.",
-            advice="Raise judge.endpoint.maxRequests or maxTokens.",
-        )
+def _no_revisions(prompts: int, session: JudgeSession) -> StageError:
+    if session.budget.exhausted:
+        return session.budget_spent(f"a completion of one of {prompts} prompts was revised")
     return StageError(
         "NoRevisions",
-        f"the model answered none of {prompts} prompts with anything that could be revised.",
+        f"none of {prompts} prompts has a completion that could be revised.",
         advice="Choose another model.uri, or other constitution.prompts.",
     )

@@ -1,10 +1,10 @@
-"""What a judge is asked and what its replies are worth.
+"""Prompts for judges, and how their replies become labels.
 
-A judge decides between two answers, named A and B. It is asked twice, with the answers in either
-order, because judges prefer a place as well as an answer (Zheng et al. 2023, arXiv:2306.05685);
-where it gives token probabilities they are the label's, normalised over A and B (Lee et al. 2023,
-arXiv:2309.00267, section 2.1), and elsewhere its reply is read. A reply that names neither is
-nonsense: counted, never a label, and beyond a bound the end of the stage.
+A judge decides between two completions, labeled A and B. Each pair is sent in both orders because
+judges have a position bias (Zheng et al. 2023, arXiv:2306.05685). The label's probability comes
+from the judge's token probabilities, normalized over A and B (Lee et al. 2023, arXiv:2309.00267,
+section 2.1), or from the text of the reply if the judge gives none. A reply that names neither is
+invalid: it is counted, it is never a label, and too many of them fail the stage.
 """
 
 from __future__ import annotations
@@ -19,82 +19,98 @@ from tuneyard_trainer.data.chat import Message
 
 LABELS = ("A", "B")
 MODEL_LABEL_TOKENS = 1
-"""A model that runs here is asked for no text: its label is read from its probabilities."""
-BAD_SHARE = 0.2
-LEAST_BAD = 8
-"""A stage ends once at least 8 replies and more than a fifth of all are of no use."""
-LEAST_MASS = 1e-3
-"""Label probabilities below this in sum say that the judge meant something else altogether."""
-SHOWN = 3
+"""The reply length of a model that runs in the stage: its label comes from the probabilities of one
+token."""
+MAX_INVALID_SHARE = 0.2
+MIN_INVALID = 8
+"""A stage fails if at least 8 replies and more than a fifth of all replies are invalid."""
+MIN_LABEL_MASS = 1e-3
+"""If the probabilities of A and B have a smaller sum, the reply is neither A nor B."""
+SHOWN_PROBLEMS = 3
 
 Disagreement = Literal["drop", "tie", "average"]
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One question to a judge."""
+class JudgePrompt:
+    """One prompt for a judge."""
 
     key: str
-    """What its reply is known by; unique in a stage."""
+    """Identifies the prompt and its reply within a stage."""
     messages: tuple[Message, ...]
     max_tokens: int
     """The longest reply."""
     wants_label: bool
-    """Whether the reply shall be A or B; else it is a text."""
+    """Whether the reply must be A or B. False: it may be any text."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back."""
+    """A judge's reply to one prompt."""
 
     key: str
     text: str = ""
     probability: float | None = None
-    """Of A, among A and B: 0 or 1 where it was read from the text. None: neither, or no label was
-    asked for."""
+    """Of A, normalized over A and B; 0 or 1 if it comes from the text. None: the reply names
+    neither, or the prompt wants no label."""
     mass: float | None = None
-    """Of A and B among all tokens. None: the judge gave no probabilities."""
+    """The sum of the probabilities of A and B among all tokens. None: the judge gave none."""
     attempts: int = 1
-    """Requests sent for it."""
+    """Requests sent for this reply."""
     tokens: int = 0
-    """Of prompt and reply, repeated requests not counted."""
+    """Tokens of prompt and reply, without those of repeated requests."""
     problem: str | None = None
     """Why there is no reply. None: there is one."""
 
+    def is_valid(self, prompt: JudgePrompt) -> bool:
+        """Return whether this replies to its prompt: with a label, or with text."""
+        if self.problem is not None:
+            return False
+        return self.probability is not None if prompt.wants_label else bool(self.text.strip())
+
     def as_json(self) -> dict[str, Any]:
+        """Return the fields that are not None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+def turn(role: str, content: str) -> Message:
+    """Return one turn of a conversation."""
+    return {"role": role, "content": content}
+
+
 class Judge(Protocol):
-    """Whoever replies."""
+    """A model that replies to prompts."""
 
     name: str
-    """For the record: the model's name or place."""
+    """The model's name or URI, for records."""
 
-    def replies(self, asks: Sequence[Ask]) -> Iterator[Reply]:
-        """The replies as they come, in any order; fewer than `asks` where the budget is spent or
-        the stage was asked to stop. Raises StageError where asking on is of no use."""
+    def replies(self, prompts: Sequence[JudgePrompt]) -> Iterator[Reply]:
+        """Yield replies as they arrive, in any order. There are fewer than `prompts` if the budget
+        is spent or the stage was asked to stop. Raises StageError if no prompt can succeed."""
         ...
 
 
 # ---- labels -------------------------------------------------------------------------------------
 
-_DECORATION = r"[\s*_`\"'(\[{<]*"
+_MARKUP = r"[\s*_`\"'(\[{<]*"
 _NOUN = r"(?i:(?:the\s+)?(?:(?:better|best|preferred|final)\s+)?(?:answer|response|choice|option))"
-_ALONE = re.compile(rf"{_DECORATION}(?:{_NOUN}\W*(?:is\W*)?)?\b([ABab])\b[\s*_`\"')\]}}>.:!]*")
-_LEADING = re.compile(rf"{_DECORATION}(?:{_NOUN}\W*(?:is\W*)?)?\b([AB])[*_`\"')\]}}>.:]")
+_ALONE = re.compile(rf"{_MARKUP}(?:{_NOUN}\W*(?:is\W*)?)?\b([ABab])\b[\s*_`\"')\]}}>.:!]*")
+_LEADING = re.compile(rf"{_MARKUP}(?:{_NOUN}\W*(?:is\W*)?)?\b([AB])[*_`\"')\]}}>.:]")
 _SENTENCE = re.compile(
     rf"\b{_NOUN}\s+\W?([AB])\b\W*\s+(?:is\s+(?:(?:the|clearly|much|slightly|far)\s+)*"
     r"(?:better|best|preferable|preferred)|follows\b.*\bbetter)",
     re.IGNORECASE,
 )
-_THOUGHT = re.compile(r"<think>.*?(</think>|$)", re.DOTALL)
+_REASONING = re.compile(r"<think>.*?(</think>|$)", re.DOTALL)
 
 
 def label_of(text: str) -> str | None:
-    """The label that a reply names: alone, alone in its first or last line, before a reason ("A. It
-    ..."), or in a sentence ("Answer B is better"). None: none, or both."""
-    text = _THOUGHT.sub("", text).rpartition("</think>")[2].strip()
+    """Return the label that a reply names. None: it names none, or both.
+
+    The label may be the whole first or last line, the start before a reason ("A. It ..."), or part
+    of a sentence ("Answer B is better").
+    """
+    text = _REASONING.sub("", text).rpartition("</think>")[2].strip()
     lines = text.splitlines()
     for line in (lines[0], lines[-1]) if lines else ():
         alone = _ALONE.fullmatch(line)
@@ -107,11 +123,11 @@ def label_of(text: str) -> str | None:
     return named.pop() if len(named) == 1 else None
 
 
-def normalised(mass_a: float, mass_b: float) -> tuple[float | None, float]:
-    """P(A | A or B) from the two labels' probabilities, None where they are next to nothing, and
-    their sum."""
+def normalize(mass_a: float, mass_b: float) -> tuple[float | None, float]:
+    """Return P(A | A or B) from the probabilities of the two labels, and their sum. None: the sum
+    is below MIN_LABEL_MASS."""
     mass = mass_a + mass_b
-    return (mass_a / mass if mass >= LEAST_MASS else None), mass
+    return (mass_a / mass if mass >= MIN_LABEL_MASS else None), mass
 
 
 # ---- pairs --------------------------------------------------------------------------------------
@@ -119,60 +135,63 @@ def normalised(mass_a: float, mass_b: float) -> tuple[float | None, float]:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to compare."""
+    """Two completions of one conversation to compare."""
 
     key: str
     conversation: str
-    """What both answer."""
-    answers: tuple[str, str]
+    completions: tuple[str, str]
     principle: str
 
-    def asks(self, question: str, max_tokens: int) -> tuple[Ask, Ask]:
-        """The question in both orders; in the second the answers have changed places."""
-        first, second = self.answers
+    def prompts(self, question: str, max_tokens: int) -> tuple[JudgePrompt, JudgePrompt]:
+        """Return the comparison in both orders; the second one swaps the completions."""
+        first, second = self.completions
         return (
-            self._ask("straight", question, first, second, max_tokens),
-            self._ask("swapped", question, second, first, max_tokens),
+            self._prompt("straight", question, first, second, max_tokens),
+            self._prompt("swapped", question, second, first, max_tokens),
         )
 
-    def _ask(self, order: str, question: str, first: str, second: str, max_tokens: int) -> Ask:
-        text = filled(
+    def _prompt(
+        self, order: str, question: str, first: str, second: str, max_tokens: int
+    ) -> JudgePrompt:
+        text = fill_template(
             question,
             principle=self.principle,
             conversation=self.conversation,
             first=first,
             second=second,
         )
-        turn: Message = {"role": "user", "content": text}
-        return Ask(f"{self.key}/{order}", (turn,), max_tokens, wants_label=True)
+        key = f"{self.key}/{order}"
+        return JudgePrompt(key, (turn("user", text),), max_tokens, wants_label=True)
 
 
-def filled(template: str, **values: str) -> str:
-    """The template with {name} replaced, in one pass: what is put in is never itself a template."""
+def fill_template(template: str, **values: str) -> str:
+    """Return the template with each {name} replaced. Braces in a value are not replaced again."""
     pattern = re.compile("|".join(re.escape(f"{{{name}}}") for name in values))
     return pattern.sub(lambda match: values[match[0][1:-1]], template)
 
 
-StageOutcome = Literal["first", "second", "tie", "dropped", "unlabelled"]
+Outcome = Literal["first", "second", "tie", "dropped", "unlabeled"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What both orders say of a pair. unlabelled: a reply is missing or nonsense."""
+    """The judge's verdict on a pair, from the replies in both orders."""
 
-    outcome: StageOutcome
+    outcome: Outcome
+    """unlabeled: a reply is missing or invalid."""
     probability: float | None = None
-    """That the first answer is better: the mean of both orders. None: unlabelled."""
+    """That the first completion is better: the mean of both orders. None: unlabeled."""
     agreed: bool = False
-    """Whether both orders prefer the same answer."""
+    """Whether both orders prefer the same completion."""
 
 
 def verdict(straight: Reply | None, swapped: Reply | None, disagreement: Disagreement) -> Verdict:
-    """A label only where both orders were answered; one answer's word is its place's too."""
+    """Return the verdict of both orders. One order alone cannot separate a preference from position
+    bias, so a pair with one reply is unlabeled."""
     if straight is None or straight.probability is None:
-        return Verdict("unlabelled")
+        return Verdict("unlabeled")
     if swapped is None or swapped.probability is None:
-        return Verdict("unlabelled")
+        return Verdict("unlabeled")
     p, q = straight.probability, 1 - swapped.probability
     mean = (p + q) / 2
     agreed = (p - 0.5) * (q - 0.5) > 0
@@ -181,54 +200,48 @@ def verdict(straight: Reply | None, swapped: Reply | None, disagreement: Disagre
     return Verdict("tie" if disagreement == "tie" else "dropped", mean, agreed)
 
 
-# ---- patience -----------------------------------------------------------------------------------
+# ---- invalid replies ----------------------------------------------------------------------------
 
 
 @dataclass
 class Tally:
-    """Counts replies and ends the stage when too many are of no use."""
+    """Counts of replies, which fail the stage if too many are invalid."""
 
     judge: str
     replies: int = 0
     nonsense: int = 0
-    """Replies without a label where one was asked for, or without any text."""
+    """Replies without a label to a prompt that wants one, or without any text."""
     failed: int = 0
-    """Questions given up."""
+    """Prompts that got no reply."""
     requests: int = 0
     tokens: int = 0
-    shown: dict[str, list[str]] = field(default_factory=dict)
-    """The first of both kinds."""
+    problems: dict[str, list[str]] = field(default_factory=dict)
+    """The first texts of invalid replies ("nonsense") and the first reasons of failures
+    ("failed")."""
 
-    def recall(self, replies: int, requests: int, tokens: int) -> None:
-        """Counts what earlier attempts of the stage were replied and used up."""
-        self.replies, self.requests, self.tokens = replies, requests, tokens
-
-    def add(self, reply: Reply, *, wants_label: bool) -> None:
-        """Raises StageError JudgeNonsense or JudgeUnavailable."""
+    def add(self, reply: Reply, *, valid: bool) -> None:
+        """Count a reply. Raises StageError JudgeNonsense or JudgeUnavailable."""
         self.replies += 1
         self.requests += reply.attempts
         self.tokens += reply.tokens
         if reply.problem is not None:
             self.failed += 1
-            self._show("failed", reply.problem)
-        elif reply.probability is None and (wants_label or not reply.text.strip()):
+            self._keep("failed", reply.problem)
+        elif not valid:
             self.nonsense += 1
-            self._show("nonsense", repr(reply.text[:80]))
-        if self._too_many(LEAST_BAD):
+            self._keep("nonsense", repr(reply.text[:80]))
+        most = max(self.nonsense, self.failed)
+        if most >= MIN_INVALID and most > MAX_INVALID_SHARE * self.replies:
             raise self._error()
 
     def finish(self) -> None:
-        """For a stage too small for the bound: raises where no reply was of use."""
+        """Raise StageError if no reply was valid, for stages with fewer than MIN_INVALID
+        prompts."""
         if self.replies and self.nonsense + self.failed == self.replies:
             raise self._error()
 
-    def useful(self, reply: Reply, *, wants_label: bool) -> bool:
-        """Whether it need not be asked for again."""
-        if reply.problem is not None:
-            return False
-        return reply.probability is not None if wants_label else bool(reply.text.strip())
-
     def metrics(self) -> dict[str, float]:
+        """Return the counts as the stage's metrics."""
         return {
             "judgeRequests": float(self.requests),
             "judgeTokens": float(self.tokens),
@@ -236,31 +249,26 @@ class Tally:
             "judgeFailed": float(self.failed),
         }
 
-    def _show(self, kind: str, text: str) -> None:
-        shown = self.shown.setdefault(kind, [])
-        if len(shown) < SHOWN:
-            shown.append(text)
-
-    def _too_many(self, least: int) -> bool:
-        worst = max(self.nonsense, self.failed)
-        return worst >= least and worst > BAD_SHARE * self.replies
+    def _keep(self, kind: str, text: str) -> None:
+        kept = self.problems.setdefault(kind, [])
+        if len(kept) < SHOWN_PROBLEMS:
+            kept.append(text)
 
     def _error(self) -> StageError:
         if self.failed >= self.nonsense:
             return StageError(
                 "JudgeUnavailable",
-                f"the judge {self.judge} left {self.failed} of {self.replies} questions without a "
-                f"reply: {'; '.join(self.shown['failed'])}.",
-                advice="Look after the endpoint, or raise timeoutSeconds or maxAttempts of "
-                "judge.endpoint, or lower its concurrency; where questions are too long, lower "
-                "maxNewTokens. What was replied so far is kept.",
+                f"the judge {self.judge} did not reply to {self.failed} of {self.replies} prompts: "
+                f"{'; '.join(self.problems['failed'])}.",
+                advice="Check the endpoint. Raise timeoutSeconds or maxAttempts of judge.endpoint, "
+                "or lower its concurrency; if the prompts are too long, lower maxNewTokens. The "
+                "replies so far are kept.",
                 retryable=True,
             )
         return StageError(
             "JudgeNonsense",
-            f"{self.nonsense} of {self.replies} replies of the judge {self.judge} decide nothing "
-            f"or are empty: {', '.join(self.shown['nonsense'])}.",
-            advice="Choose a stronger judge, ask it more plainly (question, critiqueRequest, "
-            "revisionRequest), or, of one that thinks aloud first, raise "
-            "judge.endpoint.labelTokens.",
+            f"{self.nonsense} of {self.replies} replies of the judge {self.judge} name neither A "
+            f"nor B, or are empty: {', '.join(self.problems['nonsense'])}.",
+            advice="Choose a stronger judge, or make question, critiqueRequest or revisionRequest "
+            "plainer. For a judge that reasons first, raise judge.endpoint.labelTokens.",
         )

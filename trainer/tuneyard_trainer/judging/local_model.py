@@ -1,7 +1,7 @@
-"""A judge that runs here: a causal language model, asked in batches.
+"""A judge that runs in the stage: a causal language model that replies in batches.
 
-A label is read from the probabilities of the token after the prompt, so every model gives one and
-none is ever misread; a text is the model's greedy reply.
+A label comes from the probabilities of the token after the prompt, so every model gives a label. A
+text is the model's greedy completion.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.chat import Message, MisfitError, rendered
+from tuneyard_trainer.data.chat import MisfitError, rendered
 from tuneyard_trainer.generation.batches import (
     generate,
     length_batches,
@@ -22,18 +22,18 @@ from tuneyard_trainer.generation.batches import (
     prompt_tuned,
 )
 from tuneyard_trainer.generation.sampling import stop_tokens
-from tuneyard_trainer.judging.judges import LABELS, Ask, Reply, normalised
+from tuneyard_trainer.judging.judges import LABELS, JudgePrompt, Reply, normalize
 from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import context_length
 
-GPU_ASKS, CPU_ASKS = 32, 8
-"""Questions at a time: with 2k-token questions the cache of a 1B model takes 2 GiB for 32."""
+GPU_BATCH, CPU_BATCH = 32, 8
+"""Prompts in a batch: with 2k-token prompts the cache of a 1B model takes 2 GiB for 32."""
 PLAIN_LABEL = "\n\nThe better answer is"
-"""What follows a question to a model without a chat template."""
+"""Appended to a prompt that wants a label, for a model without a chat template."""
 
 
 class ModelJudge:
-    """A `Judge`."""
+    """A `Judge` with its model in memory."""
 
     def __init__(
         self,
@@ -44,83 +44,92 @@ class ModelJudge:
         stop: Callable[[], bool],
         template: str | None = None,
     ) -> None:
-        """`model`: plain, or with an adapter. `template`: in place of the tokenizer's. Raises
-        StageError NoStopToken."""
+        """`model`: plain or with an adapter. `template`: replaces the tokenizer's chat template.
+        Raises StageError NoStopToken."""
         self.name = name
         self._model, self._tokenizer, self._stop = model, tokenizer, stop
         self._template = template or tokenizer.chat_template
-        self._ends = stop_tokens(model, tokenizer, template)
+        self._stop_tokens = stop_tokens(model, tokenizer, template)
         self._context = context_length(model.config)
 
-    def replies(self, asks: Sequence[Ask]) -> Iterator[Reply]:
-        """Batch by batch, the shortest questions first. Raises StageError JudgeUnusable."""
-        prompts = [self._prompt(ask) for ask in asks]
+    def replies(self, prompts: Sequence[JudgePrompt]) -> Iterator[Reply]:
+        """Yield the replies batch by batch, those to the shortest prompts first. Raises StageError
+        JudgeUnusable."""
+        tokenized = [self._tokenize(prompt) for prompt in prompts]
         fitting = []
-        for index, (ask, ids) in enumerate(zip(asks, prompts, strict=True)):
-            problem = self._problem(ask, ids)
-            if problem is None:
-                fitting.append(index)
+        for prompt, ids in zip(prompts, tokenized, strict=True):
+            problem = self._problem(prompt, ids)
+            if ids is None or problem is not None:
+                yield Reply(prompt.key, problem=problem)
             else:
-                yield Reply(ask.key, problem=problem)
+                fitting.append((prompt, ids))
         for wants_label in (True, False):
-            chosen = [index for index in fitting if asks[index].wants_label is wants_label]
-            yield from self._batches([asks[i] for i in chosen], [prompts[i] or [] for i in chosen])
+            yield from self._batches([one for one in fitting if one[0].wants_label is wants_label])
 
-    def _batches(self, asks: Sequence[Ask], prompts: Sequence[list[int]]) -> Iterator[Reply]:
-        size = GPU_ASKS if self._device.type == "cuda" else CPU_ASKS
-        lengths = [len(ids) for ids in prompts]
-        for batch in length_batches(lengths, size, padded=not prompt_tuned(self._model)):
+    def _batches(self, prompts: Sequence[tuple[JudgePrompt, list[int]]]) -> Iterator[Reply]:
+        """Yield replies to tokenized prompts, all of which want a label, or none."""
+        size = GPU_BATCH if self._device.type == "cuda" else CPU_BATCH
+        lengths = [len(ids) for _, ids in prompts]
+        for indices in length_batches(lengths, size, padded=not prompt_tuned(self._model)):
             if self._stop():
                 return
-            answer = self._decide if asks[batch[0]].wants_label else self._write
-            yield from answer([asks[i] for i in batch], [prompts[i] for i in batch])
+            batch = [prompts[i] for i in indices]
+            reply = self._label if batch[0][0].wants_label else self._write
+            yield from reply([prompt for prompt, _ in batch], [ids for _, ids in batch])
 
     # ---- one batch ------------------------------------------------------------------------------
 
-    def _decide(self, asks: Sequence[Ask], prompts: Sequence[list[int]]) -> Iterator[Reply]:
-        logits_NV = next_token_logits(self._model, prompts, pad=self._tokenizer.pad_token_id)
+    def _label(
+        self, prompts: Sequence[JudgePrompt], tokenized: Sequence[list[int]]
+    ) -> Iterator[Reply]:
+        logits_NV = next_token_logits(self._model, tokenized, pad=self._tokenizer.pad_token_id)
         labels = label_tokens(self._tokenizer)
         probabilities_NV = logits_NV.float().softmax(-1)
-        for row, (ask, ids) in enumerate(zip(asks, prompts, strict=True)):
+        for row, (prompt, ids) in enumerate(zip(prompts, tokenized, strict=True)):
             a, b = (float(probabilities_NV[row, list(tokens)].sum()) for tokens in labels)
-            probability, mass = normalised(a, b)
+            probability, mass = normalize(a, b)
             text = str(self._tokenizer.decode(int(probabilities_NV[row].argmax())))
-            yield Reply(ask.key, text, probability, mass, tokens=len(ids) + 1)
+            yield Reply(prompt.key, text, probability, mass, tokens=len(ids) + 1)
 
-    def _write(self, asks: Sequence[Ask], prompts: Sequence[list[int]]) -> Iterator[Reply]:
+    def _write(
+        self, prompts: Sequence[JudgePrompt], tokenized: Sequence[list[int]]
+    ) -> Iterator[Reply]:
         completions = generate(
             self._model,
-            prompts,
+            tokenized,
             pad=self._tokenizer.pad_token_id,
-            stop=self._ends,
-            max_new_tokens=max(ask.max_tokens for ask in asks),
+            stop=self._stop_tokens,
+            max_new_tokens=max(prompt.max_tokens for prompt in prompts),
         )
-        for ask, ids, completion in zip(asks, prompts, completions, strict=True):
-            tokens = [token for token in completion[: ask.max_tokens] if token not in self._ends]
+        for prompt, ids, completion in zip(prompts, tokenized, completions, strict=True):
+            kept = completion[: prompt.max_tokens]
+            tokens = [token for token in kept if token not in self._stop_tokens]
             text = str(self._tokenizer.decode(tokens, skip_special_tokens=True))
-            yield Reply(ask.key, text.strip(), tokens=len(ids) + len(tokens))
+            yield Reply(prompt.key, text.strip(), tokens=len(ids) + len(tokens))
 
-    # ---- one question ---------------------------------------------------------------------------
+    # ---- one prompt -----------------------------------------------------------------------------
 
-    def _prompt(self, ask: Ask) -> list[int] | None:
-        """The question's tokens; None where the chat template refuses it."""
+    def _tokenize(self, prompt: JudgePrompt) -> list[int] | None:
+        """Return the prompt's tokens. None: the chat template refuses it."""
         if not self._template:
-            text = _plain(ask.messages) + (PLAIN_LABEL if ask.wants_label else "")
+            text = "\n\n".join(turn["content"] for turn in prompt.messages)
+            text += PLAIN_LABEL if prompt.wants_label else ""
             return list(self._tokenizer(text, verbose=False)["input_ids"])
         try:
-            text = rendered(self._tokenizer, ask.messages, template=self._template)
+            text = rendered(self._tokenizer, prompt.messages, template=self._template)
         except MisfitError:
             return None
         ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return list(ids)
 
-    def _problem(self, ask: Ask, ids: list[int] | None) -> str | None:
+    def _problem(self, prompt: JudgePrompt, ids: list[int] | None) -> str | None:
+        """Return why a prompt gets no reply. None: it gets one."""
         if ids is None:
-            return "the judge's chat template refuses the question"
-        room = 1 if ask.wants_label else ask.max_tokens
+            return "the judge's chat template refuses the prompt"
+        room = 1 if prompt.wants_label else prompt.max_tokens
         if self._context is not None and len(ids) + room > self._context:
             return (
-                f"a question of {len(ids)} tokens and a reply of {room} exceed the judge's context "
+                f"a prompt of {len(ids)} tokens and a reply of {room} exceed the judge's context "
                 f"of {self._context}"
             )
         return None
@@ -130,26 +139,26 @@ class ModelJudge:
         return next(self._model.parameters()).device
 
 
-def open_judge(
+def load_judge(
     folder: Path, device: torch.device, name: str, stop: Callable[[], bool]
 ) -> ModelJudge:
-    """A judge from a model folder. Raises StageError."""
+    """Return a judge from a model folder. Raises StageError."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = base.load_base(folder, dtype=dtype, device=device)
     return ModelJudge(model, base.load_tokenizer(folder), name, stop=stop)
 
 
 def label_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The tokens that spell A and those that spell B, with and without a space before them. Raises
-    StageError JudgeUnusable where a letter is several tokens."""
+    """Return the tokens that spell A and those that spell B, with and without a space before them.
+    Raises StageError JudgeUnusable if the tokenizer splits a letter."""
     found = []
     for label in LABELS:
-        spelled = [
+        spellings = [
             tokenizer.encode(text, add_special_tokens=False) for text in (label, f" {label}")
         ]
         tokens = {
             ids[0]
-            for ids in spelled
+            for ids in spellings
             if len(ids) == 1 and str(tokenizer.decode(ids)).strip() == label
         }
         if not tokens:
@@ -160,7 +169,3 @@ def label_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], t
             )
         found.append(tuple(sorted(tokens)))
     return found[0], found[1]
-
-
-def _plain(messages: Sequence[Message]) -> str:
-    return "\n\n".join(turn["content"] for turn in messages)

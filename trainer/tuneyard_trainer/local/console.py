@@ -21,8 +21,8 @@ from tuneyard.api.plan import Plan, StageRecord
 from tuneyard.api.pods import stage_folder
 from tuneyard.errors import StageError
 from tuneyard_trainer.local.views import Clock, LineView, LiveView, View
-from tuneyard_trainer.reporting.formatting import ABSENT, harmless
-from tuneyard_trainer.reporting.results import Comparison, Figures, Sample
+from tuneyard_trainer.reporting.formatting import ABSENT, clipped
+from tuneyard_trainer.reporting.results import Comparison, Results, Sample
 from tuneyard_trainer.worker import Interrupted
 
 FILE_WIDTH = 100
@@ -109,19 +109,19 @@ class Console:
         folder if the output is a path; `skipped_all`: whether every stage was done before."""
         self._view.close()
         name = self._plan.job.name if self._plan else "the job"
-        figures = Figures.of(records)
+        results = Results.of(records)
         if skipped_all:
             self._print(Text(f"Nothing to do: every stage of {name} is already done."))
         self._print()
-        if figures.comparisons:
-            self._print(_comparison_table(figures.heading, figures.comparisons))
+        if results.comparisons:
+            self._print(_comparison_table(results.heading, results.comparisons))
             self._print()
-        self._print(_facts_table(figures.facts))
-        for warning in figures.warnings:
+        self._print(_facts_table(results.facts))
+        for warning in results.warnings:
             self._print(Text(f"Warning: {warning}", style="yellow"))
-        if figures.samples:
+        if results.samples:
             self._print()
-            self._print(_samples_table(figures.samples))
+            self._print(_samples_table(results.samples))
         self._print()
         exported = f"{output.rstrip('/')}/{stage_folder('export')}"
         self._print(_facts_table(_places(records, exported if "://" in output else _near(folder))))
@@ -209,8 +209,7 @@ def _answer(sample: Sample, answer: str | None) -> Text:
 
 
 def _clipped(text: str) -> Text:
-    text = harmless(text.strip())
-    return Text(text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…")
+    return Text(clipped(text, SHOWN_CHARACTERS))
 
 
 def _places(records: Mapping[str, StageRecord], at: str) -> tuple[tuple[str, str], ...]:

@@ -1,5 +1,5 @@
-"""Results as words, tables and curves: the stage `export`.
+"""The stage `export` and what people read about a job: tables, plots, the report, the model card.
 
 What lives here: the summary of a run, its report, plots and model card, and the files that a user
-takes home. What may not enter: measuring; everything is read from stage records.
+loads. What may not enter: measuring; every number comes from stage records.
 """

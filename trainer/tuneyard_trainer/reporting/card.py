@@ -1,4 +1,4 @@
-"""The model card: README.md with Hugging Face's front matter, and how to load the result."""
+"""The model card: README.md with Hugging Face's front matter, the results and code to load them."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Any
 
 import yaml
 
-from tuneyard_trainer.reporting.formatting import ABSENT, count, harmless
-from tuneyard_trainer.reporting.results import Figures
+from tuneyard_trainer.reporting.formatting import ABSENT, clipped, count, harmless
+from tuneyard_trainer.reporting.results import Results
 from tuneyard_trainer.reporting.summary import PEFT_KINDS, RunSummary
 
 SHOWN_CHARACTERS = 1200
-"""An answer's start is shown so far."""
+"""The characters of a prompt or completion that the card shows."""
 
 
-def write_card(account: RunSummary) -> str:
-    """The whole README.md. Text that came from a model or a row stands in code blocks alone."""
+def write_card(summary: RunSummary) -> str:
+    """Return the text of README.md. Text from a model or a data row appears in code blocks only."""
     parts = [
-        _front_matter(account),
-        f"# {account.name}",
-        f"{_text(account.sentence)} Made with Tuneyard.",
-        *_results(account),
-        "![Training and held-out figures over the steps](loss.png)",
-        *_usage(account),
-        *_samples(account.figures),
-        *_data(account),
+        _front_matter(summary),
+        f"# {summary.name}",
+        f"{_text(summary.sentence)} Trained with Tuneyard.",
+        *_results(summary),
+        "![Training and held-out metrics by step](loss.png)",
+        *_usage(summary),
+        *_samples(summary.results),
+        *_data(summary),
         "## Training",
-        _table(("Setting", "Value"), account.settings),
-        *_provenance(account),
-        *_licence(account),
+        _table(("Setting", "Value"), summary.settings),
+        *_provenance(summary),
+        *_license(summary),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -39,118 +39,121 @@ def write_card(account: RunSummary) -> str:
 # ---- front matter -------------------------------------------------------------------------------
 
 
-def _front_matter(account: RunSummary) -> str:
+def _front_matter(summary: RunSummary) -> str:
     values: dict[str, Any] = {}
-    if account.licence:
-        values["license"] = account.licence
-    if account.hub_id:
-        values["base_model"] = account.hub_id
-    values["library_name"] = _library(account)
-    values["pipeline_tag"] = "text-classification" if account.is_reward_model else "text-generation"
-    values["tags"] = ["tuneyard", account.method, *([account.adapter] if account.adapter else [])]
-    datasets = sorted({found[1] for found in _hub_datasets(account)})
+    if summary.base_license:
+        values["license"] = summary.base_license
+    if summary.hub_id:
+        values["base_model"] = summary.hub_id
+    values["library_name"] = _library(summary)
+    values["pipeline_tag"] = "text-classification" if summary.is_reward_model else "text-generation"
+    values["tags"] = ["tuneyard", summary.method, *([summary.adapter] if summary.adapter else [])]
+    datasets = sorted({match[1] for match in _hub_datasets(summary)})
     if datasets:
         values["datasets"] = datasets
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
 
 
-def _library(account: RunSummary) -> str:
-    if account.has_adapter and not account.has_model:
-        return "peft" if account.adapter in PEFT_KINDS else "tuneyard"
+def _library(summary: RunSummary) -> str:
+    if summary.has_adapter and not summary.has_model:
+        return "peft" if summary.adapter in PEFT_KINDS else "tuneyard"
     return "transformers"
 
 
-def _hub_datasets(account: RunSummary) -> Iterable[re.Match[str]]:
-    for row in account.datasets:
-        if found := re.match(r"hf://datasets/([^/]+/[^/]+)", row.uri):
-            yield found
+def _hub_datasets(summary: RunSummary) -> Iterable[re.Match[str]]:
+    for row in summary.datasets:
+        if match := re.match(r"hf://datasets/([^/]+/[^/]+)", row.uri):
+            yield match
 
 
 # ---- sections -----------------------------------------------------------------------------------
 
 
-def _results(account: RunSummary) -> list[str]:
-    figures = account.figures
+def _results(summary: RunSummary) -> list[str]:
+    results = summary.results
     parts = ["## Results"]
-    if figures.comparisons:
-        lines = [(line.label, line.base, line.tuned, line.change) for line in figures.comparisons]
-        parts.append(_table((figures.heading, "Base", "Tuned", "Change"), lines))
+    if results.comparisons:
+        rows = [(row.label, row.base, row.tuned, row.change) for row in results.comparisons]
+        parts.append(_table((results.heading, "Base", "Tuned", "Change"), rows))
     else:
         parts.append("No rows were held out, so the result was not measured.")
-    parts += [f"**Warning:** {_text(warning)}" for warning in figures.warnings]
-    return [*parts, _table(("Training", ""), figures.facts)]
+    parts += [f"**Warning:** {_text(warning)}" for warning in results.warnings]
+    return [*parts, _table(("Training", ""), results.facts)]
 
 
-def _usage(account: RunSummary) -> list[str]:
+def _usage(summary: RunSummary) -> list[str]:
     parts = ["## How to use"]
-    for title, code in usage(account):
+    for title, code in usage(summary):
         parts += [title, f"```python\n{code}\n```"]
     return parts if len(parts) > 1 else []
 
 
-def _samples(figures: Figures) -> list[str]:
-    parts = [f"## {figures.samples_heading}"] if figures.samples else []
-    for sample in figures.samples:
+def _samples(results: Results) -> list[str]:
+    parts = [f"## {results.samples_heading}"] if results.samples else []
+    for sample in results.samples:
         parts += ["**Prompt**", fenced(sample.prompt)]
         if sample.base is not None:
             parts += ["Base model:", fenced(sample.base)]
-        parts += ["Tuned model:", fenced(sample.tuned), "Reference:", fenced(sample.reference)]
+        parts += ["Tuned model:", fenced(sample.tuned)]
+        if sample.reference:
+            parts += ["Reference:", fenced(sample.reference)]
     return parts
 
 
-def _data(account: RunSummary) -> list[str]:
-    if not account.datasets:
+def _data(summary: RunSummary) -> list[str]:
+    if not summary.datasets:
         return []
-    header = ("Data set", "Use", "Format", "Rows", "Kept", "The others")
-    lines = [
-        (_code(row.uri), row.split, row.format, count(row.rows), count(row.kept), row.fates)
-        for row in account.datasets
+    header = ("Data set", "Use", "Format", "Rows", "Kept", "Row outcomes")
+    rows = [
+        (_code(row.uri), row.split, row.format, count(row.rows), count(row.kept), row.outcomes)
+        for row in summary.datasets
     ]
-    return ["## Data", _table(header, lines), _table(("Total", ""), account.data_facts)]
+    return ["## Data", _table(header, rows), _table(("Total", ""), summary.data_facts)]
 
 
-def _provenance(account: RunSummary) -> list[str]:
-    if not account.digests:
+def _provenance(summary: RunSummary) -> list[str]:
+    if not summary.digests:
         return []
-    parts = ["## Provenance", _table(("Content", "Digest"), _coded(account.digests))]
-    if account.reloaded:
-        compared = "; ".join(f"{name}: {value}" for name, value in account.reloaded)
+    parts = ["## Provenance", _table(("Content", "Digest"), _coded(summary.digests))]
+    if summary.reloaded:
+        compared = "; ".join(f"{name} {value}" for name, value in summary.reloaded)
         parts.append(
-            f"Loaded again after writing; largest difference of a logit: {_text(compared)}."
+            "The written files were loaded again and compared with the trained model. "
+            f"Largest difference of a logit: {_text(compared)}."
         )
-    versions = ", ".join(f"{name} {version}" for name, version in account.versions.items())
+    versions = ", ".join(f"{name} {version}" for name, version in summary.versions.items())
     return [*parts, f"Versions: {_text(versions)}. The manifest is `job.yaml`."]
 
 
-def _licence(account: RunSummary) -> list[str]:
+def _license(summary: RunSummary) -> list[str]:
     sentence = (
-        f"These weights derive from a base model under the licence {_code(account.licence)}."
-        if account.licence
-        else "These weights derive from a base model that names no licence: find out its terms "
-        "before you pass them on."
+        f"The base model of these weights has the license {_code(summary.base_license)}."
+        if summary.base_license
+        else "The base model of these weights states no license. Find out its terms before you "
+        "share these weights."
     )
-    return ["## Licence", sentence]
+    return ["## License", sentence]
 
 
 # ---- code ---------------------------------------------------------------------------------------
 
 
-def usage(account: RunSummary) -> list[tuple[str, str]]:
-    """A sentence and a Python program for each of the ways to load the result."""
+def usage(summary: RunSummary) -> list[tuple[str, str]]:
+    """Return a title and a Python program for each way to load the result."""
     ways = []
-    if account.is_reward_model:
-        return [("The reward model, with transformers alone:", _scoring())]
-    if account.has_model:
-        ways.append(("The whole model, with transformers alone:", _whole(account)))
-    if account.has_adapter and account.adapter in PEFT_KINDS:
-        ways.append(("The adapter on its base, with PEFT:", _with_peft(account)))
-    elif account.has_adapter:
-        title = "The adapter on its base; PEFT has no such adapters, Tuneyard loads it:"
-        ways.append((title, _with_tuneyard(account)))
+    if summary.is_reward_model:
+        return [("The reward model, with transformers only:", _scoring())]
+    if summary.has_model:
+        ways.append(("The model, with transformers only:", _with_transformers(summary)))
+    if summary.has_adapter and summary.adapter in PEFT_KINDS:
+        ways.append(("The adapter on its base model, with PEFT:", _with_peft(summary)))
+    elif summary.has_adapter:
+        title = "The adapter on its base model, with Tuneyard, since PEFT has no such adapters:"
+        ways.append((title, _with_tuneyard(summary)))
     return ways
 
 
-_PLACE = '"PATH/TO/THIS/FOLDER/{}"'
+_FOLDER = '"PATH/TO/THIS/FOLDER/{}"'
 _TRANSFORMERS = "from transformers import AutoModelForCausalLM, AutoTokenizer"
 _LOAD = "AutoModelForCausalLM.from_pretrained"
 _CHAT = """\
@@ -164,8 +167,8 @@ output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
 
 
-def _whole(account: RunSummary) -> str:
-    return _program(account, "model", [_TRANSFORMERS], [f"model = {_LOAD}(folder)"])
+def _with_transformers(summary: RunSummary) -> str:
+    return _program(summary, "model", [_TRANSFORMERS], [f"model = {_LOAD}(folder)"])
 
 
 def _scoring() -> str:
@@ -173,7 +176,7 @@ def _scoring() -> str:
         [
             "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
             "",
-            f"folder = {_PLACE.format('model')}",
+            f"folder = {_FOLDER.format('model')}",
             "tokenizer = AutoTokenizer.from_pretrained(folder)",
             "model = AutoModelForSequenceClassification.from_pretrained(folder)",
             "",
@@ -185,64 +188,64 @@ def _scoring() -> str:
     )
 
 
-def _with_peft(account: RunSummary) -> str:
-    imports, base = _base(account)
+def _with_peft(summary: RunSummary) -> str:
+    imports, base = _base(summary)
     return _program(
-        account,
+        summary,
         "adapter",
         [*imports, "from peft import PeftModel", _TRANSFORMERS],
         [*base, "model = PeftModel.from_pretrained(base, folder)"],
     )
 
 
-def _with_tuneyard(account: RunSummary) -> str:
-    imports, base = _base(account)
+def _with_tuneyard(summary: RunSummary) -> str:
+    imports, base = _base(summary)
     return _program(
-        account,
+        summary,
         "adapter",
         [*imports, "import pathlib", _TRANSFORMERS, "from tuneyard_trainer.models import adapters"],
         [*base, "model = adapters.load(base, pathlib.Path(folder))"],
     )
 
 
-def _program(account: RunSummary, folder: str, imports: list[str], load: list[str]) -> str:
-    asks = _CHAT if account.has_chat_template and account.method != "pretrain" else _TEXT
+def _program(summary: RunSummary, folder: str, imports: list[str], load: list[str]) -> str:
+    tokenize = _CHAT if summary.has_chat_template and summary.method != "pretrain" else _TEXT
     lines = [
         *imports,
         "",
-        f"folder = {_PLACE.format(folder)}",
+        f"folder = {_FOLDER.format(folder)}",
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
         *load,
         "",
-        asks,
+        tokenize,
         _GENERATE,
     ]
     return "\n".join(lines)
 
 
-def _base(account: RunSummary) -> tuple[list[str], list[str]]:
-    """Imports and lines that load the base model: by its hub name, from its package, or from
-    wherever it lies."""
-    scheme, _, rest = account.base.partition("://")
+def _base(summary: RunSummary) -> tuple[list[str], list[str]]:
+    """Return imports and lines that load the base model: by its name on the Hub, from its package,
+    or from a path for the reader to fill in."""
+    scheme, _, rest = summary.base.partition("://")
     gguf = f", gguf_file={_quoted(rest.split('/')[-1])}" if rest.endswith(".gguf") else ""
-    if account.hub_id:
-        revision = account.spec["model"].get("revision")
-        at = f", revision={_quoted(revision)}" if revision else ""
-        return [], [f"base = {_LOAD}({_quoted(account.hub_id)}{gguf}{at})"]
+    if summary.hub_id:
+        revision = summary.spec["model"].get("revision")
+        pinned = f", revision={_quoted(revision)}" if revision else ""
+        return [], [f"base = {_LOAD}({_quoted(summary.hub_id)}{gguf}{pinned})"]
     if scheme == "pkg":
-        package, _, inside = rest.partition("/")
-        folder = inside.rpartition("/")[0] if gguf else inside
-        below = f' + "/" + {_quoted(folder)}' if folder else ""
+        package, _, path = rest.partition("/")
+        folder = path.rpartition("/")[0] if gguf else path
+        suffix = f' + "/" + {_quoted(folder)}' if folder else ""
         return ["import importlib.util"], [
             f"package = importlib.util.find_spec({_quoted(package)})",
-            f"place = package.submodule_search_locations[0]{below}",
-            f"base = {_LOAD}(place{gguf})",
+            f"path = package.submodule_search_locations[0]{suffix}",
+            f"base = {_LOAD}(path{gguf})",
         ]
-    return [], [f'base = {_LOAD}("PATH/TO/THE/BASE/MODEL"{gguf})  # {_one_line(account.base)}']
+    return [], [f'base = {_LOAD}("PATH/TO/THE/BASE/MODEL"{gguf})  # {_one_line(summary.base)}']
 
 
 def _quoted(text: str) -> str:
-    """As a Python string in double quotes: JSON's are."""
+    """Return a Python string literal in double quotes, which a JSON string also is."""
     return json.dumps(text)
 
 
@@ -250,10 +253,8 @@ def _quoted(text: str) -> str:
 
 
 def fenced(text: str) -> str:
-    """Text of unknown origin as a code block that it cannot break out of."""
-    text = harmless(text.strip())
-    if len(text) > SHOWN_CHARACTERS:
-        text = f"{text[:SHOWN_CHARACTERS]}…"
+    """Return text of unknown origin as a code block with a fence that the text cannot close."""
+    text = clipped(text, SHOWN_CHARACTERS)
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"
@@ -270,7 +271,7 @@ def _coded(rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def _cell(value: str) -> str:
-    """A cell's text; what is code already stays so."""
+    """Return the text of a table cell: code from `_code` as it is, other text escaped."""
     if value.startswith("`"):
         return value.replace("|", "\\|")
     return _text(value or ABSENT)
@@ -281,7 +282,7 @@ def _code(value: str) -> str:
 
 
 def _text(value: str) -> str:
-    """Plain text: nothing in it is Markdown or HTML."""
+    """Return text in which all Markdown and HTML is escaped."""
     return re.sub(r"([\\`*_\[\]<>|&#])", r"\\\1", _one_line(value))
 
 

@@ -1,9 +1,8 @@
-"""export: what a user loads. Safetensors with tokenizer, chat template and generation config, a
-model card, the manifest, the curves; reloaded and compared before the stage is done.
+"""export: write the files that a user loads, reload them and compare them with the trained model.
 
-Leaves `adapter/` (where an adapter was trained), `model/` (a plain model: merged, fully tuned, or a
-reward model, which is a sequence classifier), `README.md` (the card), `job.yaml`, `loss.png` and
-`report.html`.
+Writes `adapter/` (if an adapter was trained), `model/` (the merged or fully tuned model, or the
+reward model, which is a sequence classifier), `README.md` (the model card), `job.yaml`, `loss.png`
+and `report.html`. Models are in safetensors, with tokenizer, chat template and generation config.
 """
 
 from __future__ import annotations
@@ -27,45 +26,27 @@ from tuneyard_trainer.worker import StageContext, StageOutcome
 
 PROBE_TOKENS = 64
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog, 12 times a day."
-TOLERANCE = 1e-3
-"""Largest difference of a logit between a merged float32 model and base plus adapter: merging adds
-the update in another order."""
-SAME = 1e-5
-"""Largest difference of a logit or score between float32 models of the same weights, which need not
-be zero: sums depend on where weights lie in memory."""
+MERGE_TOLERANCE = 1e-3
+"""Largest allowed difference of a logit between a merged float32 model and base plus adapter: the
+merge adds the update in another order."""
+SAME_WEIGHTS_TOLERANCE = 1e-5
+"""Largest allowed difference of a logit or score between float32 models with equal weights: the
+order of a sum depends on the memory layout."""
 
 ADAPTER, MODEL = "adapter", "model"
 
 
 def run(context: StageContext) -> StageOutcome:
-    """Writes everything anew; raises StageError ExportMismatch if what was written differs."""
+    """Write all files anew. Raises StageError ExportMismatch if a written model differs."""
     settings = context.settings(ExportSettings)
     _clear(context.workdir)
-    probe_1L = _probe(context.inputs)
-    compared: dict[str, float] = {}
-    if reward_models.is_reward_model(context.inputs["tuned"] / "weights"):
-        context.worker.report(message="writing the reward model and loading it again")
-        compared["rewardDifference"] = _export_scorer(context.inputs, context.workdir, probe_1L)
-    elif (context.inputs["tuned"] / "weights" / "adapter_config.json").exists():
-        context.worker.report(message="writing the adapter and loading it again")
-        compared["adapterLogitDifference"] = _export_adapter(
-            context.inputs, context.workdir, probe_1L
-        )
-        if settings.merge:
-            context.worker.report(message="merging the adapter and loading the model again")
-            compared["mergedLogitDifference"] = _export_merged(
-                context.inputs, context.workdir, probe_1L
-            )
-    else:
-        context.worker.report(message="writing the model and loading it again")
-        compared["modelLogitDifference"] = _export_full(context.inputs, context.workdir, probe_1L)
-    licence = files.license_of(context.inputs["model"])
+    compared = _export(context, merge=settings.merge)
     report.write(
         context.workdir,
         context.inputs,
         manifest=context.worker.manifest,
         compared=compared,
-        licence=licence,
+        base_license=files.license_of(context.inputs["model"]),
     )
     (context.workdir / "job.yaml").write_text(
         yaml.safe_dump(dict(context.worker.manifest), sort_keys=False)
@@ -80,6 +61,25 @@ def run(context: StageContext) -> StageOutcome:
     return StageOutcome(metrics={**compared, "bytes": float(size)}, contents=written)
 
 
+def _export(context: StageContext, *, merge: bool) -> dict[str, float]:
+    """Write the adapter and the model, and return the largest difference of a logit for each."""
+    inputs, workdir, report_progress = context.inputs, context.workdir, context.worker.report
+    weights = inputs["tuned"] / "weights"
+    probe_1L = _probe(inputs)
+    if reward_models.is_reward_model(weights):
+        report_progress(message="writing and reloading the reward model")
+        return {"rewardDifference": _export_reward_model(inputs, workdir, probe_1L)}
+    if not (weights / "adapter_config.json").exists():
+        report_progress(message="writing and reloading the model")
+        return {"modelLogitDifference": _export_full(inputs, workdir, probe_1L)}
+    report_progress(message="writing and reloading the adapter")
+    compared = {"adapterLogitDifference": _export_adapter(inputs, workdir, probe_1L)}
+    if merge:
+        report_progress(message="merging the adapter, writing and reloading the model")
+        compared["mergedLogitDifference"] = _export_merged(inputs, workdir, probe_1L)
+    return compared
+
+
 def _clear(workdir: Path) -> None:
     for leftover in workdir.iterdir():
         if leftover.is_dir():
@@ -89,27 +89,27 @@ def _clear(workdir: Path) -> None:
 
 
 def _export_adapter(inputs: Mapping[str, Path], workdir: Path, probe_1L: Tensor) -> float:
-    """Copies the adapter; the copy must load to the model that was trained."""
+    """Copy the adapter. The loaded copy must give the logits of the trained model."""
     target = workdir / ADAPTER
     shutil.copytree(inputs["tuned"] / "weights", target)
     _add_tokenizer(inputs, target)
     trained_1LV = _logits(adapters.load(_base(inputs), inputs["tuned"] / "weights"), probe_1L)
     written_1LV = _logits(adapters.load(_base(inputs), target), probe_1L)
-    return _compared("the adapter read back", trained_1LV, written_1LV, SAME)
+    return _compare("the adapter read back", trained_1LV, written_1LV, SAME_WEIGHTS_TOLERANCE)
 
 
 def _export_merged(inputs: Mapping[str, Path], workdir: Path, probe_1L: Tensor) -> float:
-    """Merges in float32, where the model with its adapter must be matched; then writes in the
-    base's own precision, where what was written must load back bit for bit."""
+    """Merge in float32 and compare with the model with its adapter, then write in the base model's
+    precision: that copy must load with exactly equal weights."""
     tuned_1LV = _logits(adapters.load(_base(inputs), inputs["tuned"] / "weights"), probe_1L)
     merged = adapters.merge(_base(inputs), inputs["tuned"] / "weights")
-    difference = _compared("the merged model", tuned_1LV, _logits(merged, probe_1L), TOLERANCE)
+    difference = _compare("the merged model", tuned_1LV, _logits(merged, probe_1L), MERGE_TOLERANCE)
     _write_model(merged, inputs, workdir, probe_1L)
     return difference
 
 
 def _export_full(inputs: Mapping[str, Path], workdir: Path, probe_1L: Tensor) -> float:
-    """Full fine-tuning trains in float32 and is written in the base's own precision."""
+    """Write a fully tuned model, which was trained in float32, in the base model's precision."""
     trained = base.load_base(
         inputs["tuned"] / "weights", dtype=torch.float32, device=torch.device("cpu")
     )
@@ -119,7 +119,8 @@ def _export_full(inputs: Mapping[str, Path], workdir: Path, probe_1L: Tensor) ->
 def _write_model(
     model: PreTrainedModel, inputs: Mapping[str, Path], workdir: Path, probe_1L: Tensor
 ) -> float:
-    """Casts to the base's own precision, writes, and loads it again."""
+    """Cast the model to the base model's precision, write it, reload it and compare all weights.
+    Return the largest difference of a logit."""
     target = workdir / MODEL
     nn.Module.to(model, files.stored_dtype(inputs["model"]))  # in place
     in_memory_1LV = _logits(model, probe_1L)
@@ -134,12 +135,12 @@ def _write_model(
 
 
 def _base(inputs: Mapping[str, Path]) -> PreTrainedModel:
-    """The base in float32 on the CPU, where arithmetic is exact enough to compare by."""
+    """Return the base model in float32 on the CPU, precise enough for the comparison."""
     return base.load_base(inputs["model"], dtype=torch.float32, device=torch.device("cpu"))
 
 
-def _export_scorer(inputs: Mapping[str, Path], workdir: Path, probe_1L: Tensor) -> float:
-    """Copies the reward model; the copy must score as the one that was trained."""
+def _export_reward_model(inputs: Mapping[str, Path], workdir: Path, probe_1L: Tensor) -> float:
+    """Copy the reward model. The loaded copy must give the scores of the trained one."""
     source, target = inputs["tuned"] / "weights", workdir / MODEL
     shutil.copytree(source, target)
     _add_tokenizer(inputs, target)
@@ -147,7 +148,7 @@ def _export_scorer(inputs: Mapping[str, Path], workdir: Path, probe_1L: Tensor) 
     for folder in (source, target):
         model = reward_models.load(folder, dtype=torch.float32, device=torch.device("cpu"))
         scored.append(_logits(model, probe_1L))
-    return _compared("the reward model read back", scored[0], scored[1], SAME)
+    return _compare("the reward model read back", scored[0], scored[1], SAME_WEIGHTS_TOLERANCE)
 
 
 def _add_tokenizer(inputs: Mapping[str, Path], target: Path) -> None:
@@ -155,13 +156,14 @@ def _add_tokenizer(inputs: Mapping[str, Path], target: Path) -> None:
 
 
 def _tokenizer(inputs: Mapping[str, Path]) -> Path:
-    """Where the tokenizer lies that the model was tuned with: with its data, if there are any."""
+    """Return the folder of the tokenizer that the model was tuned with: the prepared data's, or
+    without prepared data the base model's."""
     return inputs["data"] / "tokenizer" if "data" in inputs else inputs["model"]
 
 
 def _probe(inputs: Mapping[str, Path]) -> Tensor:
-    """(1, L) the first training tokens: real input for the comparison; without prepared data, a
-    sentence."""
+    """Return (1, L) token ids for the comparison: the first training tokens, or without prepared
+    data a sentence."""
     if "data" in inputs:
         tokens = Prepared.open(inputs["data"]).train.tokens[:PROBE_TOKENS]
         return torch.from_numpy(np.array(tokens, dtype=np.int64))[None]
@@ -175,13 +177,14 @@ def _logits(model: nn.Module, ids_1L: Tensor) -> Tensor:
         return model(input_ids=ids_1L).logits.float()
 
 
-def _compared(what: str, expected: Tensor, found: Tensor, tolerance: float) -> float:
-    """The largest difference of a logit; raises StageError ExportMismatch above the tolerance."""
+def _compare(name: str, expected: Tensor, found: Tensor, tolerance: float) -> float:
+    """Return the largest difference of a logit. Raises StageError ExportMismatch above the
+    tolerance."""
     difference = float((expected - found).abs().max())
     if not difference <= tolerance:
         raise read_back_mismatch(
             "ExportMismatch",
-            f"{what} differs from the model in memory: a logit by {difference:.3g}, where "
-            f"{tolerance:g} is allowed.",
+            f"{name} differs from the model in memory: a logit differs by {difference:.3g}, and at "
+            f"most {tolerance:g} is allowed.",
         )
     return difference

@@ -1,4 +1,4 @@
-"""Numbers, durations and text as people read them."""
+"""Numbers, durations and text of unknown origin, formatted for people."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ABSENT = "\N{EN DASH}"
 
 
 def duration(seconds: float) -> str:
-    """The two largest units: "0.4 s", "12 s", "1 min 12 s", "2 h 5 min", "3 d 4 h"."""
+    """Return the two largest units: "0.4 s", "12 s", "1 min 12 s", "2 h 5 min", "3 d 4 h"."""
     if not math.isfinite(seconds):
         return ABSENT
     if seconds < 9.95:
@@ -22,14 +22,14 @@ def duration(seconds: float) -> str:
 
 
 def count(value: float) -> str:
-    """A count with thousands separated; one decimal below 10 where there is a fraction."""
+    """Return a count with thousands separators; a fraction below 10 keeps one decimal."""
     if not math.isfinite(value):
         return str(value)
     return f"{value:.1f}" if value < 10 and value % 1 else f"{value:,.0f}"
 
 
 def number(value: float | None) -> str:
-    """Four significant digits, without exponents where people expect none."""
+    """Return four significant digits; an exponent appears below 0.001 and from a million."""
     if value is None:
         return ABSENT
     if not math.isfinite(value):
@@ -40,35 +40,48 @@ def number(value: float | None) -> str:
     return f"{value:,.{digits}f}"
 
 
+def percent(share: float | None) -> str:
+    """Return a share from 0 to 1 as whole percent."""
+    return ABSENT if share is None else f"{100 * share:.0f} %"
+
+
 def signed(value: float) -> str:
-    """A change to the whole unit, with a real minus sign."""
+    """Return a change as a whole number with its sign: U+2212 for minus, "±" for zero."""
     rounded = round(value)
     sign = "\N{MINUS SIGN}" if rounded < 0 else "+" if rounded > 0 else "±"
     return f"{sign}{abs(rounded):,}"
 
 
 def size(num_bytes: float) -> str:
-    """Binary units: "812 MiB", "1.4 GiB"."""
+    """Return bytes in binary units: "812 MiB", "1.4 GiB"."""
     units = ("bytes", "KiB", "MiB", "GiB", "TiB")
     power = min(int(math.log2(max(num_bytes, 1))) // 10, len(units) - 1)
     value = num_bytes / 1024**power
     return f"{value:,.{int(power > 0 and value < 10)}f} {units[power]}"
 
 
+def clipped(text: str, limit: int) -> str:
+    """Return `harmless` text without surrounding white space, cut with "…" after `limit`
+    characters."""
+    text = harmless(text.strip())
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
 def harmless(text: str) -> str:
-    """Text of unknown origin without what could steer a terminal or turn its direction of writing:
-    control characters but line ends and tabs, and bidirectional overrides, become U+FFFD."""
+    """Return text of unknown origin with U+FFFD for every character that could control a terminal
+    or change the writing direction: control characters other than line feeds and tabs, surrogates
+    and bidirectional controls. CRLF becomes a line feed."""
     return "".join(
-        "\N{REPLACEMENT CHARACTER}" if _steers(character) else character
+        "\N{REPLACEMENT CHARACTER}" if _is_control(character) else character
         for character in text.replace("\r\n", "\n")
     )
 
 
-def _steers(character: str) -> bool:
-    kind = unicodedata.category(character)
-    return (kind == "Cc" and character not in "\n\t") or (
-        kind == "Cs" or unicodedata.bidirectional(character) in _OVERRIDES
+def _is_control(character: str) -> bool:
+    category = unicodedata.category(character)
+    return (category == "Cc" and character not in "\n\t") or (
+        category == "Cs" or unicodedata.bidirectional(character) in _BIDIRECTIONAL_CONTROLS
     )
 
 
-_OVERRIDES = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+_BIDIRECTIONAL_CONTROLS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")

@@ -1,4 +1,4 @@
-"""The curves of a training run as a PNG: its loss, or the reward of its answers."""
+"""The curves of a training run as a PNG: the loss, or the reward and the KL divergence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import matplotlib
 
-matplotlib.use("Agg")  # no display, whatever MPLBACKEND says
+matplotlib.use("Agg")  # needs no display; overrides MPLBACKEND
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -25,27 +25,27 @@ from tuneyard.api.stage_settings import REINFORCEMENT_KINDS, SUPERVISED_KINDS
 Theme = Literal["light", "dark"]
 
 MAX_POINTS = 4000
-"""A longer run is thinned out for drawing: the plot is some 1300 pixels wide."""
+"""A run with more points is thinned before drawing: the plot is about 1300 pixels wide."""
 SMOOTHING_SHARE = 0.05
-"""The smoothed line averages over so much of the run."""
+"""The smoothed line averages over this share of the run."""
 FEW_POINTS = 20
-"""So few losses are drawn as points, and not smoothed."""
+"""At most this many values are drawn as points and are not smoothed."""
 
-# Okabe and Ito's palette, told apart with any colour vision; the yellow-ish ones only on dark.
-COLOURS: Mapping[Theme, Mapping[str, str]] = {
+# Okabe and Ito's palette, which color-blind readers can distinguish; its yellows on dark only.
+COLORS: Mapping[Theme, Mapping[str, str]] = {
     "light": {
-        "ground": "#ffffff",
-        "ink": "#1f2328",
-        "faint": "#d0d7de",
+        "background": "#ffffff",
+        "text": "#1f2328",
+        "grid": "#d0d7de",
         "train": "#0072b2",
         "heldOut": "#d55e00",
         "base": "#6e7781",
         "rate": "#009e73",
     },
     "dark": {
-        "ground": "#161b22",
-        "ink": "#e6edf3",
-        "faint": "#30363d",
+        "background": "#161b22",
+        "text": "#e6edf3",
+        "grid": "#30363d",
         "train": "#56b4e9",
         "heldOut": "#e69f00",
         "base": "#9da7b3",
@@ -54,36 +54,38 @@ COLOURS: Mapping[Theme, Mapping[str, str]] = {
 }
 
 Points = Sequence[tuple[int, float]]
-"""(step, value), by rising step."""
+"""(step, value), in the order of the steps."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One figure of a run over its steps. Values may be NaN."""
+    """One metric of a run by step. Values may be NaN."""
 
     label: str
-    """The axis's, with the unit."""
+    """The label of the axis, with the unit."""
     name: str
-    """What is drawn, as the legend says it."""
-    each: Points
-    """Of each step."""
+    """The metric's name in the legend."""
+    training: Points
+    """One value for each step."""
     held_out: Points
     base: float | None = None
-    """The base model's on the held-out rows; None where it was not measured."""
+    """The base model's value on the held-out rows. None: not measured."""
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What `metrics.jsonl` holds."""
+    """The curves of a training stage, from its `metrics.jsonl`."""
 
     panels: tuple[Panel, ...]
-    """From the top; the first is the largest."""
+    """From top to bottom; the first is the largest."""
     learning_rate: Points
 
     @classmethod
     def read(cls, path: Path, kind: str = "sft") -> Curves:
-        """Of a training stage of this kind. Empty where there is no file; a torn last line is left
-        out."""
+        """Read the curves of a training stage of this kind.
+
+        A missing file gives empty curves; an incomplete last line is ignored.
+        """
         lines = _lines(path)
         series = partial(_series, lines)
         if kind in REINFORCEMENT_KINDS:
@@ -94,8 +96,8 @@ class Curves:
         else:
             base = next((line[_BASE] for line in lines if _BASE in line), None)
             unit = " (nats per token)" if kind in SUPERVISED_KINDS else ""
-            each, held_out = series("loss"), series("validationLoss")
-            panels = (Panel(f"Loss{unit}", "loss", each, held_out, base),)
+            training, held_out = series("loss"), series("validationLoss")
+            panels = (Panel(f"Loss{unit}", "loss", training, held_out, base),)
         return cls(panels, series("learningRate"))
 
 
@@ -112,32 +114,33 @@ def _series(lines: Sequence[Mapping[str, Any]], name: str) -> Points:
 
 
 def draw(curves: Curves, title: str, theme: Theme = "light") -> bytes:
-    """A PNG of 1600 x 1000 pixels, legible at half that; the same bytes for the same curves."""
-    colours = COLOURS[theme]
+    """Return a PNG of 1600 x 1000 pixels, legible at half that size. The same curves give the same
+    bytes."""
+    colors = COLORS[theme]
     style: dict[Any, Any] = {
         "font.family": "DejaVu Sans",
         "font.size": 12,
-        "text.color": colours["ink"],
-        "axes.labelcolor": colours["ink"],
-        "xtick.color": colours["ink"],
-        "ytick.color": colours["ink"],
-        "axes.edgecolor": colours["faint"],
+        "text.color": colors["text"],
+        "axes.labelcolor": colors["text"],
+        "xtick.color": colors["text"],
+        "ytick.color": colors["text"],
+        "axes.edgecolor": colors["grid"],
         "text.parse_math": False,
     }
     with matplotlib.rc_context(style):
         layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12, hspace=0.02)
         figure = Figure(figsize=(10, 6.25), dpi=160, layout=layout)
-        figure.set_facecolor(colours["ground"])
+        figure.set_facecolor(colors["background"])
         heights = [4, *[1.5] * (len(curves.panels) - 1), 1]
-        every = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-        for axes, panel in zip(every, curves.panels, strict=False):
-            _draw_panel(axes, panel, colours)
-        _explain(every[0])
-        _draw_rate(every[-1], curves.learning_rate, colours)
-        every[0].set_title(title, loc="left", fontsize=15, fontweight="bold", pad=12)
-        for axes in every:
-            axes.set_facecolor(colours["ground"])
-            axes.grid(color=colours["faint"], linewidth=0.8)
+        rows = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+        for axes, panel in zip(rows, curves.panels, strict=False):
+            _draw_panel(axes, panel, colors)
+        _draw_legend(rows[0])
+        _draw_learning_rate(rows[-1], curves.learning_rate, colors)
+        rows[0].set_title(title, loc="left", fontsize=15, fontweight="bold", pad=12)
+        for axes in rows:
+            axes.set_facecolor(colors["background"])
+            axes.grid(color=colors["grid"], linewidth=0.8)
             axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
         target = io.BytesIO()
@@ -145,12 +148,12 @@ def draw(curves: Curves, title: str, theme: Theme = "light") -> bytes:
     return target.getvalue()
 
 
-def _draw_panel(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
-    few = len(panel.each) <= FEW_POINTS
-    if panel.each:
+def _draw_panel(axes: Axes, panel: Panel, colors: Mapping[str, str]) -> None:
+    few = len(panel.training) <= FEW_POINTS
+    if panel.training:
         axes.plot(
-            *zip(*thinned(panel.each), strict=True),
-            color=colours["train"],
+            *zip(*thinned(panel.training), strict=True),
+            color=colors["train"],
             alpha=1 if few else 0.3,
             linewidth=1.2,
             marker="o" if few else None,
@@ -159,15 +162,15 @@ def _draw_panel(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
         )
     if not few:
         axes.plot(
-            *zip(*thinned(smoothed(panel.each)), strict=True),
-            color=colours["train"],
+            *zip(*thinned(smoothed(panel.training)), strict=True),
+            color=colors["train"],
             linewidth=2.4,
             label=f"Training {panel.name}, smoothed",
         )
     if panel.held_out:
         axes.plot(
             *zip(*panel.held_out, strict=True),
-            color=colours["heldOut"],
+            color=colors["heldOut"],
             linewidth=1.8,
             marker="o",
             markersize=7,
@@ -176,7 +179,7 @@ def _draw_panel(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
     if panel.base is not None and math.isfinite(panel.base):
         axes.axhline(
             panel.base,
-            color=colours["base"],
+            color=colors["base"],
             linewidth=1.8,
             linestyle=(0, (6, 4)),
             label=f"Held-out {panel.name} of the base model",
@@ -184,19 +187,19 @@ def _draw_panel(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
     axes.set_ylabel(panel.label)
 
 
-def _explain(axes: Axes) -> None:
-    """The legend, which stands for the panels below too."""
+def _draw_legend(axes: Axes) -> None:
+    """Draw the legend of all panels into the first one."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="best")
     else:
-        axes.text(0.5, 0.5, "No step was logged", ha="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "No steps were logged", ha="center", transform=axes.transAxes)
 
 
-def _draw_rate(axes: Axes, points: Points, colours: Mapping[str, str]) -> None:
+def _draw_learning_rate(axes: Axes, points: Points, colors: Mapping[str, str]) -> None:
     if points:
         axes.plot(
             *zip(*thinned(points), strict=True),
-            color=colours["rate"],
+            color=colors["rate"],
             linewidth=2,
             marker="o" if len(points) == 1 else None,
         )
@@ -209,8 +212,10 @@ def _draw_rate(axes: Axes, points: Points, colours: Mapping[str, str]) -> None:
 
 
 def smoothed(points: Points) -> Points:
-    """An exponential average without its start's bias (Kingma & Ba 2015, section 3); a value that
-    is not finite leaves a gap and is no part of it."""
+    """Return a bias-corrected exponential average (Kingma & Ba 2015, section 3).
+
+    A value that is not finite becomes NaN, a gap in the line, and does not enter the average.
+    """
     keep = 1 - 1 / max(1.0, SMOOTHING_SHARE * len(points))
     total = weight = 0.0
     result = []
@@ -224,8 +229,8 @@ def smoothed(points: Points) -> Points:
 
 
 def thinned(points: Points) -> Points:
-    """Every n-th point and the last one, so that at most about MAX_POINTS are left."""
-    every = -(-len(points) // MAX_POINTS)
-    if every <= 1:
+    """Return every n-th point and the last one: at most about MAX_POINTS."""
+    interval = -(-len(points) // MAX_POINTS)
+    if interval <= 1:
         return points
-    return [*points[:-1:every], points[-1]]
+    return [*points[:-1:interval], points[-1]]

@@ -1,4 +1,4 @@
-"""The report of a job, for people: the curve, an HTML page and the model card."""
+"""The report of a job: a plot of the curves, an HTML page and the model card."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ def write(
     *,
     manifest: Mapping[str, Any],
     compared: Mapping[str, float],
-    licence: str | None,
+    base_license: str | None,
 ) -> None:
-    """Writes `loss.png`, `report.html` and `README.md` into `folder`, beside what is exported.
+    """Write `loss.png`, `report.html` and `README.md` into the export folder.
 
-    `inputs`: the export stage's, of which `data`, `tuned` and, where there is one, `evaluation` are
+    `inputs`: the export stage's inputs; those of `data`, `tuned` and `evaluation` that exist are
     read. `manifest`: the job as the user wrote it. `compared`: the largest logit differences that
-    the export measured. `licence`: the base model's, None where unknown.
+    the export measured, by metric. `base_license`: the base model's; None: unknown.
 
-    The same inputs give the same bytes: every moment named comes from a record.
+    The same inputs give the same bytes: all times come from the records.
     """
-    account = RunSummary.of(folder, inputs, manifest, compared, licence)
-    light = plots.draw(account.curves, _title(account))
+    summary = RunSummary.of(folder, inputs, manifest, compared, base_license)
+    light = plots.draw(summary.curves, _title(summary))
     (folder / "loss.png").write_bytes(light)
-    dark = plots.draw(account.curves, _title(account), "dark")
-    (folder / "report.html").write_text(_page(account, light, dark), encoding="utf-8")
-    (folder / "README.md").write_text(write_card(account), encoding="utf-8")
+    dark = plots.draw(summary.curves, _title(summary), "dark")
+    (folder / "report.html").write_text(_page(summary, light, dark), encoding="utf-8")
+    (folder / "README.md").write_text(write_card(summary), encoding="utf-8")
 
 
-def _title(account: RunSummary) -> str:
-    """The curves': the job, and what the first figure of its evaluation came to."""
-    line = next(iter(account.figures.comparisons), None)
-    if line is None:
-        return account.name
-    before = "" if line.base == ABSENT else f"{line.base} → "
-    what = line.label.partition(" (")[0]
-    return f"{account.name}: {what[0].lower()}{what[1:]} {before}{line.tuned}"
+def _title(summary: RunSummary) -> str:
+    """Return the title of the plot: the job's name and the first row of its comparisons."""
+    row = next(iter(summary.results.comparisons), None)
+    if row is None:
+        return summary.name
+    before = "" if row.base == ABSENT else f"{row.base} → "
+    metric = row.label.partition(" (")[0]
+    return f"{summary.name}: {metric[0].lower()}{metric[1:]} {before}{row.tuned}"
 
 
-def _page(account: RunSummary, light: bytes, dark: bytes) -> str:
+def _page(summary: RunSummary, light: bytes, dark: bytes) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tuneyard_trainer.reporting"),
         autoescape=True,
@@ -60,27 +60,27 @@ def _page(account: RunSummary, light: bytes, dark: bytes) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(harmless=harmless, count=count, took=_took)
+    environment.filters.update(harmless=harmless, count=count, duration=_duration)
     return environment.get_template("report.html.jinja").render(
-        account=account,
+        summary=summary,
         curve_light=_data_uri(light),
         curve_dark=_data_uri(dark),
-        manifest=yaml.safe_dump(account.manifest, sort_keys=False, allow_unicode=True),
-        files=_files(account),
-        usage=usage(account),
+        manifest=yaml.safe_dump(summary.manifest, sort_keys=False, allow_unicode=True),
+        files=_files(summary),
+        usage=usage(summary),
     )
 
 
-def _files(account: RunSummary) -> list[tuple[str, str]]:
-    files = [("adapter/", "the adapter, with its tokenizer")] if account.has_adapter else []
-    if account.has_model:
-        what = "the adapter merged into its base" if account.has_adapter else "the tuned model"
-        files.append(("model/", f"{what}, as one plain model"))
+def _files(summary: RunSummary) -> list[tuple[str, str]]:
+    files = [("adapter/", "the adapter, with its tokenizer")] if summary.has_adapter else []
+    if summary.has_model:
+        merged = "the base model with the adapter merged into it"
+        files.append(("model/", merged if summary.has_adapter else "the tuned model"))
     return [
         *files,
         ("README.md", "the model card"),
-        ("job.yaml", "the manifest, defaults filled in"),
-        ("loss.png", "the curves"),
+        ("job.yaml", "the manifest with all defaults filled in"),
+        ("loss.png", "the training curves"),
     ]
 
 
@@ -88,5 +88,5 @@ def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-def _took(record: StageRecord) -> str:
+def _duration(record: StageRecord) -> str:
     return duration(seconds_of(record))

@@ -1,16 +1,23 @@
-"""A job's figures for people: what the console, the report and the model card show alike."""
+"""The results of a job as text: what the console, the report and the model card all show."""
 
 from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from tuneyard.api.plan import StageRecord
 from tuneyard.api.stage_settings import SUPERVISED_KINDS, TRAINING_KINDS
-from tuneyard_trainer.reporting.formatting import ABSENT, count, duration, number, signed, size
+from tuneyard_trainer.reporting.formatting import (
+    count,
+    duration,
+    number,
+    percent,
+    signed,
+    size,
+)
 
 ROW_OUTCOMES = {
     "skippedRows": "skipped",
@@ -18,35 +25,39 @@ ROW_OUTCOMES = {
     "truncatedRows": "truncated",
     "splitRows": "split",
 }
-"""What may have become of rows on their way, by the prepare stage's metric."""
+"""Labels of the prepare stage's counts of rows that are not used as they are, by metric."""
 
 Verdict = Literal["better", "worse", ""]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One line of the table base against tuned, ready to print."""
+    """One row of the table base against tuned, ready to print."""
 
     label: str
     base: str
     tuned: str
     change: str
     verdict: Verdict
-    """Whether the change is for the better; "" where that cannot be said."""
+    """Whether the tuned model is better. "": equal, or neither direction is better."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One held-out prompt and what was answered. `base` is None where the base was not asked."""
+    """One prompt with the completions of both models."""
 
     prompt: str
     reference: str
+    """The expected completion; "": unknown."""
     base: str | None
+    """None: the base model was not measured."""
     tuned: str
     expected: tuple[str, ...] = ()
+    """Any of these texts in a completion makes it right."""
 
     @classmethod
     def of(cls, value: Mapping[str, Any]) -> Sample:
+        """Return the sample that an evaluation stage recorded."""
         return cls(
             prompt=str(value.get("prompt", "")),
             reference=str(value.get("reference", "")),
@@ -55,41 +66,47 @@ class Sample:
             expected=tuple(value.get("expected", ())),
         )
 
-    def is_right(self, answer: str | None) -> bool | None:
-        """By the evaluation's own rule: any expected text in the answer, case aside. None: nothing
-        is expected, or nothing was answered."""
-        if answer is None or not self.expected:
+    def is_right(self, completion: str | None) -> bool | None:
+        """Return whether a completion is right. None: there is no completion, or no expected
+        text."""
+        if completion is None or not self.expected:
             return None
-        return any(text.casefold() in answer.casefold() for text in self.expected)
+        return is_right(completion, self.expected)
+
+
+def is_right(completion: str, expected: Sequence[str]) -> bool:
+    """Return whether a completion contains any of the expected texts, ignoring case."""
+    return any(text.casefold() in completion.casefold() for text in expected)
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What a job's records say of its result."""
+class Results:
+    """The results of a job, from the records of its stages."""
 
     comparisons: tuple[Comparison, ...]
-    """Empty where nothing was held out."""
+    """Empty if no rows were held out."""
     facts: tuple[tuple[str, str], ...]
-    """Label and value: time, tokens, memory."""
+    """Labels and values: time, tokens, memory."""
     samples: tuple[Sample, ...]
     warnings: tuple[str, ...]
-    """Sentences that put the figures in doubt."""
+    """Sentences on why the metrics may mislead."""
     held_out: bool = True
-    """False: the answers that were measured are to prompts of training."""
+    """Whether the evaluation used held-out prompts. False: it used training prompts."""
 
     @property
     def heading(self) -> str:
-        """Of the comparisons."""
-        return "On held-out rows" if self.held_out else "On prompts of training"
+        """The heading of the comparisons."""
+        return "On held-out rows" if self.held_out else "On training prompts"
 
     @property
     def samples_heading(self) -> str:
-        """Of the samples."""
-        return f"Answers to {'held-out prompts' if self.held_out else 'prompts of training'}"
+        """The heading of the samples."""
+        return f"Answers to {'held-out' if self.held_out else 'training'} prompts"
 
     @classmethod
-    def of(cls, records: Mapping[str, StageRecord]) -> Figures:
-        """From the records of a job's stages, by stage name; any of them may be missing."""
+    def of(cls, records: Mapping[str, StageRecord]) -> Results:
+        """Return the results from the records of a job's stages, by stage name; any may be
+        missing."""
         kinds = {record.kind: record for record in records.values()}
         training = last_trained(records.values())
         evaluation = kinds.get("evaluate") or kinds.get("assess")
@@ -104,26 +121,26 @@ class Figures:
 
 
 def last_trained(records: Iterable[StageRecord]) -> StageRecord | None:
-    """The stage whose model came out; None: there was none."""
+    """Return the record of the stage that trained the resulting model. None: no stage did."""
     kinds = {record.kind: record for record in records}
     return next((kinds[kind] for kind in reversed(TRAINING_KINDS) if kind in kinds), None)
 
 
 def headline(kind: str, metrics: Mapping[str, float], details: Mapping[str, Any]) -> list[str]:
-    """The few figures of a finished stage that fit behind its name."""
+    """Return the metrics of a finished stage that fit on one line after its name."""
     if kind == "prepare":
-        return _prepared(metrics)
+        return _prepare_headline(metrics)
     if kind in TRAINING_KINDS:
-        return _trained(metrics, details)
+        return _training_headline(metrics, details)
     if kind == "evaluate":
-        return _evaluated(metrics)
-    if kind in _SHOWN:
-        return _shown(metrics, _SHOWN[kind])
+        return _evaluate_headline(metrics)
+    if kind in _HEADLINE_METRICS:
+        return _labeled(metrics, _HEADLINE_METRICS[kind])
     return [size(metrics["bytes"])] if "bytes" in metrics else []
 
 
 def seconds_of(record: StageRecord) -> float:
-    """How long the stage took, to the second."""
+    """Return the duration of a stage in whole seconds."""
     start, end = (
         datetime.datetime.fromisoformat(moment)
         for moment in (record.started_at, record.finished_at)
@@ -136,16 +153,36 @@ def _warnings(prepare: StageRecord | None) -> list[str]:
     if not contaminated:
         return []
     return [
-        f"{count(contaminated)} of the held-out rows are also in the training data: the held-out "
-        "figures look better than they are."
+        f"{count(contaminated)} of the held-out rows are also in the training data, so the "
+        "held-out metrics look better than they are. Remove these rows from one of the two."
     ]
 
 
-# ---- the table ----------------------------------------------------------------------------------
+# ---- comparisons --------------------------------------------------------------------------------
 
 
-def _measured(training: StageRecord | None, evaluation: StageRecord | None) -> dict[str, float]:
-    """The evaluation's metrics; losses that it did not measure as training measured them."""
+def _comparisons(training: StageRecord | None, evaluation: StageRecord | None) -> list[Comparison]:
+    if evaluation and evaluation.kind == "assess":
+        return _alignment_comparisons(evaluation.metrics)
+    metrics = _with_training_losses(training, evaluation)
+    tuned, base = metrics.get("validationLoss"), metrics.get("baseValidationLoss")
+    if training and training.kind not in SUPERVISED_KINDS:
+        return [_lower_is_better("Held-out loss", base, tuned)] if tuned is not None else []
+    rows = []
+    if tuned is not None:
+        rows += [
+            _lower_is_better("Held-out loss (nats per token)", base, tuned),
+            _lower_is_better("Held-out perplexity", _perplexity(base), _perplexity(tuned)),
+        ]
+    if "answerAccuracy" in metrics:
+        rows.append(_right_answers(metrics))
+    return rows
+
+
+def _with_training_losses(
+    training: StageRecord | None, evaluation: StageRecord | None
+) -> dict[str, float]:
+    """Return the evaluation's metrics. Losses that it lacks are those that training measured."""
     losses: dict[str, float] = {
         name: training.metrics[name]
         for name in ("validationLoss", "baseValidationLoss")
@@ -154,115 +191,93 @@ def _measured(training: StageRecord | None, evaluation: StageRecord | None) -> d
     return {**losses, **(evaluation.metrics if evaluation else {})}
 
 
-def _comparisons(training: StageRecord | None, evaluation: StageRecord | None) -> list[Comparison]:
-    metrics = _measured(training, evaluation)
-    if evaluation and evaluation.kind == "assess":
-        return _aligned(evaluation.metrics)
-    tuned, base = metrics.get("validationLoss"), metrics.get("baseValidationLoss")
-    if training and training.kind not in SUPERVISED_KINDS:
-        return [_falling("Held-out loss", base, tuned)] if tuned is not None else []
-    lines = []
-    if tuned is not None:
-        lines += [
-            _falling("Held-out loss (nats per token)", base, tuned),
-            _falling("Held-out perplexity", _perplexity(base), _perplexity(tuned)),
-        ]
-    if "answerAccuracy" in metrics:
-        lines.append(_answers(metrics))
-    return lines
-
-
-def _aligned(metrics: Mapping[str, float]) -> list[Comparison]:
-    """Of an alignment: the model that it started from, and the aligned one."""
-    lines = []
-    if "preferenceAccuracy" in metrics:
-        right = metrics["preferenceAccuracy"]
-        lines.append(_rising("Preferences followed", 0.5, right, share=True))
-    if "reward" in metrics:
-        lines.append(_rising("Reward", metrics.get("startReward"), metrics["reward"]))
-    if "rewardAccuracy" in metrics:
-        right = metrics["rewardAccuracy"]
-        lines.append(_rising("Pairs that the reward model orders", 0.5, right, share=True))
-    if "winRate" in metrics:
-        won = metrics["winRate"]
-        lines.append(_rising("Answers that a second judge prefers", 0.5, won, share=True))
-    for label, name in _WATCHED.items():
+def _alignment_comparisons(metrics: Mapping[str, float]) -> list[Comparison]:
+    """Compare the aligned model with the model that the alignment started from. The base of a share
+    is 0.5, which chance gives."""
+    rows = []
+    for label, name in _ALIGNMENT_METRICS.items():
+        if name in metrics:
+            is_share = name != "reward"
+            base = 0.5 if is_share else metrics.get("startReward")
+            shown = percent if is_share else number
+            verdict = _verdict(metrics[name], base)
+            rows.append(Comparison(label, shown(base), shown(metrics[name]), "", verdict))
+    for label, name in _REWARD_HACKING_SIGNS.items():
         if name in metrics:
             before = metrics.get(f"start{name[:1].upper()}{name[1:]}")
-            lines.append(Comparison(label, number(before), number(metrics[name]), "", ""))
-    return lines
+            rows.append(Comparison(label, number(before), number(metrics[name]), "", ""))
+    return rows
 
 
-_WATCHED = {
-    "KL (nats per answer)": "kl",
-    "Length over the start's": "lengthRatio",
-    "Variety of all answers": "distinct",
-    "Repeated words in an answer": "repetition",
-    "Answers that end by themselves": "complete",
-    "Yielding to opinions": "sycophancyShift",
+_ALIGNMENT_METRICS = {
+    "Preference accuracy": "preferenceAccuracy",
+    "Reward": "reward",
+    "Reward model accuracy": "rewardAccuracy",
+    "Win rate by the second judge": "winRate",
 }
-"""Signs of a reward being gamed; none is better or worse by itself."""
+"""Metrics of which higher is better, by label."""
+_REWARD_HACKING_SIGNS = {
+    "KL divergence (nats per completion)": "kl",
+    "Length relative to the start model": "lengthRatio",
+    "Distinct word pairs": "distinct",
+    "Repeated word sequences": "repetition",
+    "Completions that ended": "complete",
+    "Sycophancy shift": "sycophancyShift",
+}
+"""Metrics that show reward hacking, by label. Neither direction is better in itself."""
 
 
-def _rising(label: str, base: float | None, tuned: float, *, share: bool = False) -> Comparison:
-    """A figure that shall rise; `share`: shown in percent."""
-    shown = _percent if share else number
-    verdict = _verdict(-base if base is not None else None, -tuned)
-    return Comparison(label, shown(base), shown(tuned), "", verdict)
-
-
-def _percent(share: float | None) -> str:
-    return ABSENT if share is None else f"{100 * share:.0f} %"
-
-
-def _falling(label: str, base: float | None, tuned: float | None) -> Comparison:
-    """A figure that shall fall."""
+def _lower_is_better(label: str, base: float | None, tuned: float | None) -> Comparison:
     change, verdict = "", _verdict(base, tuned)
     if base and tuned is not None and math.isfinite(base) and math.isfinite(tuned):
         change = f"{signed(100 * (tuned / base - 1))} %"
     return Comparison(label, number(base), number(tuned), change, verdict)
 
 
-def _verdict(base: float | None, tuned: float | None) -> Verdict:
-    if base is None or tuned is None or base == tuned:
+def _verdict(higher: float | None, lower: float | None) -> Verdict:
+    """Return "better" if `higher` is the higher value. "": equal, or one is missing."""
+    if higher is None or lower is None or higher == lower:
         return ""
-    return "better" if tuned < base else "worse"
+    return "better" if higher > lower else "worse"
 
 
-def _answers(metrics: Mapping[str, float]) -> Comparison:
-    """As counts where the number of questions is known, else as shares."""
+def _right_answers(metrics: Mapping[str, float]) -> Comparison:
+    """Return right answers as counts, or as shares if the number of questions is unknown."""
     tuned, base = metrics["answerAccuracy"], metrics.get("baseAnswerAccuracy")
     questions = metrics.get("questions")
 
     def shown(share: float | None) -> str:
-        if share is None:
-            return ABSENT
-        if questions:
-            return f"{round(share * questions)}/{round(questions)}"
-        return f"{100 * share:.0f} %"
+        if share is None or not questions:
+            return percent(share)
+        return f"{round(share * questions)}/{round(questions)}"
 
     change = ""
     if base is not None:
         gain = round((tuned - base) * questions) if questions else round(100 * (tuned - base))
         change = f"{signed(gain)}{'' if questions else ' points'}"
-    verdict = _verdict(-base if base is not None else None, -tuned)
-    return Comparison("Answers right", shown(base), shown(tuned), change, verdict)
+    return Comparison("Answers right", shown(base), shown(tuned), change, _verdict(tuned, base))
 
 
 def _perplexity(loss: float | None) -> float | None:
     return None if loss is None else math.exp(min(loss, 700.0))
 
 
+# ---- facts --------------------------------------------------------------------------------------
+
+
 def _facts(
     training: StageRecord | None, all_stages: Iterable[StageRecord]
 ) -> list[tuple[str, str]]:
-    """`all_stages`: the whole job's records; none while it runs, so that no total is told."""
+    """Return labels and values of the training.
+
+    `all_stages`: the records of the whole job, for its total time; empty while the job runs.
+    """
     metrics = training.metrics if training else {}
     total = sum(seconds_of(record) for record in all_stages)
     facts = []
     if "trainingSeconds" in metrics:
-        in_all = f", {duration(total)} in all" if total else ""
-        facts.append(("Time", f"{duration(metrics['trainingSeconds'])} training{in_all}"))
+        in_total = f", {duration(total)} in total" if total else ""
+        facts.append(("Time", f"{duration(metrics['trainingSeconds'])} training{in_total}"))
     elif total:
         facts.append(("Time", duration(total)))
     if "steps" in metrics:
@@ -272,7 +287,7 @@ def _facts(
     if "tokensPerSecond" in metrics:
         facts.append(("Tokens per second", count(metrics["tokensPerSecond"])))
     if "peakMemoryBytes" in metrics:
-        facts.append(("Memory at its peak", size(metrics["peakMemoryBytes"])))
+        facts.append(("Peak memory", size(metrics["peakMemoryBytes"])))
     if "trainedParameters" in metrics:
         facts.append(("Trained parameters", _trained_parameters(metrics)))
     return facts
@@ -282,14 +297,17 @@ def _steps(metrics: Mapping[str, float], details: Mapping[str, Any]) -> str:
     parts = [count(metrics["steps"])]
     if "epochs" in metrics:
         parts[0] += f" ({metrics['epochs']:.3g} epoch{'' if metrics['epochs'] == 1 else 's'})"
-    if details.get("stoppedEarly"):
-        parts.append("stopped early")
     best = details.get("bestStep")
     if best is not None and best != metrics["steps"]:
         parts.append(f"best at step {count(best)}")
+    return ", ".join([*parts, *_run_notes(details)])
+
+
+def _run_notes(details: Mapping[str, Any]) -> list[str]:
+    notes = ["stopped early"] if details.get("stoppedEarly") else []
     if details.get("resumedAtStep") is not None:
-        parts.append(f"resumed after step {count(details['resumedAtStep'])}")
-    return ", ".join(parts)
+        notes.append(f"resumed after step {count(details['resumedAtStep'])}")
+    return notes
 
 
 def _trained_parameters(metrics: Mapping[str, float]) -> str:
@@ -299,20 +317,19 @@ def _trained_parameters(metrics: Mapping[str, float]) -> str:
     return f"{count(trained)} of {count(every)} ({100 * trained / every:.3g} %)"
 
 
-# ---- one stage ----------------------------------------------------------------------------------
+# ---- headlines ----------------------------------------------------------------------------------
 
 
-def _prepared(metrics: Mapping[str, float]) -> list[str]:
+def _prepare_headline(metrics: Mapping[str, float]) -> list[str]:
     always = {"rows": "rows", "tokens": "tokens", "heldOutRows": "held out"}
     parts = [f"{count(metrics[key])} {name}" for key, name in always.items() if key in metrics]
-    lost = {key: name for key, name in ROW_OUTCOMES.items() if metrics.get(key)}
-    return parts + [f"{count(metrics[key])} {name}" for key, name in lost.items()]
+    return parts + _labeled(metrics, ROW_OUTCOMES)
 
 
-def _trained(metrics: Mapping[str, float], details: Mapping[str, Any]) -> list[str]:
+def _training_headline(metrics: Mapping[str, float], details: Mapping[str, Any]) -> list[str]:
     parts = [f"{count(metrics['steps'])} steps"] if "steps" in metrics else []
     if "validationLoss" in metrics:
-        parts.append(f"held-out loss {_from_to(metrics)}")
+        parts.append(f"held-out loss {_loss_change(metrics)}")
     elif "baseReward" in metrics:
         parts.append(
             f"held-out reward {number(metrics['baseReward'])} → {number(metrics['reward'])}"
@@ -321,21 +338,17 @@ def _trained(metrics: Mapping[str, float], details: Mapping[str, Any]) -> list[s
         parts.append(f"loss {number(metrics['finalLoss'])}")
     if "tokensPerSecond" in metrics:
         parts.append(f"{count(metrics['tokensPerSecond'])} tokens/s")
-    if details.get("stoppedEarly"):
-        parts.append("stopped early")
-    if details.get("resumedAtStep") is not None:
-        parts.append(f"resumed after step {count(details['resumedAtStep'])}")
-    return parts
+    return parts + _run_notes(details)
 
 
-def _evaluated(metrics: Mapping[str, float]) -> list[str]:
-    parts = [f"held-out loss {_from_to(metrics)}"] if "validationLoss" in metrics else []
+def _evaluate_headline(metrics: Mapping[str, float]) -> list[str]:
+    parts = [f"held-out loss {_loss_change(metrics)}"] if "validationLoss" in metrics else []
     if "answerAccuracy" in metrics:
-        parts.append(f"{_answers(metrics).tuned} answers right")
+        parts.append(f"{_right_answers(metrics).tuned} answers right")
     return parts
 
 
-_SHOWN: Mapping[str, Mapping[str, str]] = {
+_HEADLINE_METRICS: Mapping[str, Mapping[str, str]] = {
     "pairs": {
         "preferences": "preferences",
         "heldOutPreferences": "held out",
@@ -343,30 +356,29 @@ _SHOWN: Mapping[str, Mapping[str, str]] = {
         "droppedRows": "dropped",
     },
     "assess": {
-        "preferenceAccuracy": "of preferences followed",
-        "rewardGain": "reward gained",
-        "rewardAccuracy": "of pairs ordered by the reward model",
-        "kl": "nats per answer from the start",
+        "preferenceAccuracy": "preference accuracy",
+        "rewardGain": "reward gain",
+        "rewardAccuracy": "reward model accuracy",
+        "kl": "nats of KL per completion",
     },
 }
-"""What is told of a stage, by metric."""
+"""The metrics in the headline of a stage, by kind, and their labels."""
 
 
-def _shown(metrics: Mapping[str, float], names: Mapping[str, str]) -> list[str]:
-    """The figures that there are and that are not 0; accuracies in percent."""
-    return [
-        f"{_percent(metrics[key]) if key.endswith('Accuracy') else number(metrics[key])} {name}"
-        if not float(metrics[key]).is_integer() or key.endswith("Accuracy")
-        else f"{count(metrics[key])} {name}"
-        for key, name in names.items()
-        if metrics.get(key)
-    ]
+def _labeled(metrics: Mapping[str, float], labels: Mapping[str, str]) -> list[str]:
+    """Return the metrics that exist and are not 0 with their labels: accuracies in percent, whole
+    numbers as counts."""
+    parts = []
+    for name, label in labels.items():
+        value = metrics.get(name)
+        if value:
+            is_share = name.endswith("Accuracy")
+            shown = percent if is_share else count if float(value).is_integer() else number
+            parts.append(f"{shown(value)} {label}")
+    return parts
 
 
-def _from_to(metrics: Mapping[str, float]) -> str:
+def _loss_change(metrics: Mapping[str, float]) -> str:
     tuned = number(metrics["validationLoss"])
     base = metrics.get("baseValidationLoss")
     return tuned if base is None else f"{number(base)} → {tuned}"
-
-
-# ---- numbers and text ---------------------------------------------------------------------------

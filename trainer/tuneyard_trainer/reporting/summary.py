@@ -1,4 +1,4 @@
-"""What the report and the model card tell of a job, gathered from the folders of its stages."""
+"""The facts about a job for its report and model card, from the manifest and the stage records."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pydantic import ValidationError
 from tuneyard.api.plan import StageRecord
 from tuneyard_trainer.reporting.formatting import ABSENT, count, number
 from tuneyard_trainer.reporting.plots import Curves
-from tuneyard_trainer.reporting.results import ROW_OUTCOMES, Figures, last_trained
+from tuneyard_trainer.reporting.results import ROW_OUTCOMES, Results, last_trained
 
 PEFT_KINDS = ("lora", "qlora", "prefix", "prompt", "ia3")
-"""Adapters that PEFT itself loads."""
+"""Adapters that PEFT can load."""
 ADAPTER_NAMES = {
     "lora": "LoRA",
     "qlora": "QLoRA",
@@ -27,29 +27,27 @@ ADAPTER_NAMES = {
     "ia3": "(IA)³",
     "bottleneck": "bottleneck adapters",
 }
-
-
 METHODS = {
     "pretrain": "continued pre-training",
     "rewardModel": "reward model",
     "constitution": "constitutional AI",
 }
-"""Names of methods that are no abbreviation."""
+"""Names of methods. Other methods are abbreviations, shown in capitals."""
 TRAINED_BY = {
-    "pretrain": "trained further on text",
-    "rewardModel": "made a reward model of preferences",
-    "constitution": "fine-tuned on its own revised answers",
-    "dpo": "aligned directly on preferences",
-    "ppo": "aligned by PPO against a reward",
-    "grpo": "aligned by GRPO against a reward",
-    "rloo": "aligned by RLOO against a reward",
+    "pretrain": "further pre-trained on text",
+    "rewardModel": "trained as a reward model on preferences",
+    "constitution": "fine-tuned on its own revised completions",
+    "dpo": "aligned with DPO on preferences",
+    "ppo": "aligned with PPO against a reward",
+    "grpo": "aligned with GRPO against a reward",
+    "rloo": "aligned with RLOO against a reward",
 }
-"""What was done to the base model, by method."""
+"""How the base model was trained, by method."""
 
 
 @dataclass(frozen=True)
 class DataRow:
-    """One data set and what became of its rows."""
+    """One data set and how many of its rows were used."""
 
     split: str
     uri: str
@@ -57,24 +55,24 @@ class DataRow:
     rows: int
     """Rows read."""
     kept: int
-    fates: str
-    """What became of the others, in words."""
+    outcomes: str
+    """Counts of skipped, dropped, truncated and split rows."""
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """Everything worth telling. Texts are as they came: whoever writes them down escapes them."""
+    """The facts about a job. Texts are not escaped: the report and the card do that."""
 
     manifest: Mapping[str, Any]
     """The job as the user wrote it, without the secret parts of URIs."""
     records: Mapping[str, StageRecord]
-    """By stage name, in order; of export there is none yet."""
-    figures: Figures
+    """By stage name, in the order of the stages; without the export stage, which is running."""
+    results: Results
     curves: Curves
     compared: Mapping[str, float]
-    """The largest logit differences found on reloading."""
-    licence: str | None
-    """The base model's; None where unknown."""
+    """Largest logit differences after reloading the written files, by metric."""
+    base_license: str | None
+    """The base model's license. None: unknown."""
     has_adapter: bool
     has_model: bool
     has_chat_template: bool
@@ -86,9 +84,9 @@ class RunSummary:
         inputs: Mapping[str, Path],
         manifest: Mapping[str, Any],
         compared: Mapping[str, float],
-        licence: str | None,
+        base_license: str | None,
     ) -> RunSummary:
-        """From the export stage's inputs; what is missing there is missing here."""
+        """Return the facts from the export stage's inputs; records may be missing."""
         found = [
             _record(inputs[role]) for role in ("data", "tuned", "evaluation") if role in inputs
         ]
@@ -97,29 +95,31 @@ class RunSummary:
         return cls(
             manifest=shareable(manifest),
             records=records,
-            figures=Figures.of(records),
+            results=Results.of(records),
             curves=Curves.read(
                 inputs["tuned"] / "metrics.jsonl", trained.kind if trained else "sft"
             ),
             compared=compared,
-            licence=licence,
+            base_license=base_license,
             has_adapter=(folder / "adapter").is_dir(),
             has_model=(folder / "model").is_dir(),
-            has_chat_template=_speaks(inputs),
+            has_chat_template=_has_chat_template(inputs),
         )
 
     @property
     def name(self) -> str:
+        """The job's name."""
         return str(self.manifest.get("metadata", {}).get("name", "model"))
 
     @property
     def spec(self) -> Mapping[str, Any]:
+        """The manifest's `spec`."""
         spec: Mapping[str, Any] = self.manifest.get("spec", {})
         return spec
 
     @property
     def method(self) -> str:
-        """The manifest's; of an alignment its last step."""
+        """The training method; for an alignment, that of its last step."""
         if self.manifest.get("kind") != "AlignmentJob":
             return str(self.spec.get("method", "sft"))
         optimize: Mapping[str, Any] = self.spec.get("optimize") or {}
@@ -130,7 +130,7 @@ class RunSummary:
 
     @property
     def is_reward_model(self) -> bool:
-        """Whether what is exported scores answers and writes none."""
+        """Whether the exported model scores completions instead of writing them."""
         return self.method == "rewardModel"
 
     @property
@@ -140,24 +140,24 @@ class RunSummary:
 
     @property
     def hub_id(self) -> str | None:
-        """ORG/NAME of a base model on the hub; None for any other."""
+        """ORG/NAME of the base model. None: it is not from the Hugging Face Hub."""
         found = re.match(r"hf://([^/]+/[^/]+)", self.base)
         return found[1] if found else None
 
     @property
     def adapter(self) -> str | None:
-        """The adapter's kind; None for full fine-tuning."""
+        """The adapter's kind. None: full fine-tuning."""
         return next(iter(self.spec.get("adapter") or {}), None)
 
     @property
     def sentence(self) -> str:
-        """What this is."""
+        """One sentence: the base model, the method and the adapter."""
         how = ADAPTER_NAMES.get(self.adapter, self.adapter) if self.adapter else "full fine-tuning"
         what = TRAINED_BY.get(self.method, "fine-tuned on examples")
         return f"{self.base or 'A language model'}, {what} with {how}."
 
     def record(self, *kinds: str) -> StageRecord | None:
-        """The record of the stage of one of these kinds."""
+        """Return the record of the first stage of one of these kinds. None: there is none."""
         return next((record for record in self.records.values() if record.kind in kinds), None)
 
     # ---- sections -------------------------------------------------------------------------------
@@ -181,12 +181,12 @@ class RunSummary:
             format=value["format"],
             rows=value["rows"],
             kept=value["kept"],
-            fates=", ".join(f"{count(value[name])} {name}" for name in names) or ABSENT,
+            outcomes=", ".join(f"{count(value[name])} {name}" for name in names) or ABSENT,
         )
 
     @property
     def data_facts(self) -> list[tuple[str, str]]:
-        """Totals over all data sets."""
+        """Labels and totals over all data sets."""
         prepare = self.record("prepare")
         if prepare is None:
             return []
@@ -194,7 +194,7 @@ class RunSummary:
             "rows": "Training rows",
             "sequences": "Training sequences",
             "tokens": "Training tokens",
-            "targetTokens": "Tokens that carry loss",
+            "targetTokens": "Target tokens",
             "heldOutRows": "Held-out rows",
             "longestRow": "Longest row, tokens",
         }
@@ -204,14 +204,15 @@ class RunSummary:
 
     @property
     def faults(self) -> list[str]:
-        """The first broken rows of each data set."""
+        """Messages about the first invalid rows of each data set."""
         prepare = self.record("prepare")
         found = prepare.details.get("faults", {}) if prepare else {}
         return [fault for reasons in found.values() for some in reasons.values() for fault in some]
 
     @property
     def settings(self) -> list[tuple[str, str]]:
-        """What decided the training, as it was carried out where that is known."""
+        """Labels and values of the training settings: as the stage recorded them, else the
+        manifest's."""
         training = self._training
         record = last_trained(self.records.values())
         done = record.details if record else {}
@@ -223,9 +224,9 @@ class RunSummary:
             ("Epochs", _rounded(_first(metrics.get("epochs"), training.get("epochs")))),
             ("Steps", _rounded(_first(metrics.get("steps"), training.get("maxSteps")))),
             ("Batch size, sequences", _first(done.get("batchSize"), training.get("batchSize"))),
-            ("Learning rate, peak", number(max(rates)) if rates else training.get("learningRate")),
+            ("Peak learning rate", number(max(rates)) if rates else training.get("learningRate")),
             ("Schedule", _schedule(training.get("schedule", {}))),
-            ("Optimizer", f"AdamW; {_words(training.get('optimizer', {}))}"),
+            ("Optimizer", _with_settings("AdamW", training.get("optimizer", {}))),
             ("Frozen", _words(training.get("freeze") or {})),
             ("Precision", _first(done.get("precision"), training.get("precision"))),
             ("Packed", {True: "yes", False: "no"}.get(done.get("packed", ""))),
@@ -238,28 +239,27 @@ class RunSummary:
 
     @property
     def _training(self) -> Mapping[str, Any]:
-        """The manifest's settings of the loop that trained the result."""
+        """The manifest's training settings of the step that produced the result."""
         spec = self.spec
-        places: tuple[Mapping[str, Any], ...] = (
+        sections: tuple[Mapping[str, Any], ...] = (
             spec,
             next(iter((spec.get("optimize") or {}).values()), {}),
             (spec.get("rewardModel") or {}).get("train") or {},
             spec.get("constitution") or {},
             spec.get("sft") or {},
         )
-        found: Mapping[str, Any] = next((p["training"] for p in places if p.get("training")), {})
+        found: Mapping[str, Any] = next((s["training"] for s in sections if s.get("training")), {})
         return found
 
     def _adapter_settings(self) -> str:
         if self.adapter is None:
             return "none: all weights were trained"
         name = ADAPTER_NAMES.get(self.adapter, self.adapter)
-        settings = _words(self.spec["adapter"][self.adapter])
-        return f"{name}; {settings}" if settings else name
+        return _with_settings(name, self.spec["adapter"][self.adapter])
 
     @property
     def digests(self) -> list[tuple[str, str]]:
-        """Of what went in and of what came out."""
+        """Labels and digests of the inputs and the outputs."""
         prepare, training = self.record("prepare", "pairs"), last_trained(self.records.values())
         digests = []
         if training and "model" in training.input_digests:
@@ -280,7 +280,7 @@ class RunSummary:
 
     @property
     def reloaded(self) -> list[tuple[str, str]]:
-        """What was loaded again after it was written, and how far its logits were off."""
+        """Each written model that was loaded again, and its largest logit difference."""
         names = {
             "adapterLogitDifference": "adapter",
             "mergedLogitDifference": "merged model",
@@ -294,14 +294,14 @@ class RunSummary:
 
     @property
     def versions(self) -> Mapping[str, str]:
-        """Of the software that trained it."""
+        """Versions of the software that trained the model, by package."""
         record = last_trained(self.records.values())
         return record.versions if record else {}
 
 
 def shareable(value: Any) -> Any:
-    """A manifest without what must not be passed on: user names, passwords and signed queries in
-    the URIs of sources and output."""
+    """Return a manifest without secrets: URIs of sources and output lose user names, passwords,
+    queries (which may hold signatures) and fragments."""
     if isinstance(value, Mapping):
         return {
             key: _without_secrets(item) if key == "uri" and item else shareable(item)
@@ -317,8 +317,8 @@ def _without_secrets(uri: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
-def _speaks(inputs: Mapping[str, Path]) -> bool:
-    """Whether the tokenizer that is exported has a chat template."""
+def _has_chat_template(inputs: Mapping[str, Path]) -> bool:
+    """Return whether the exported tokenizer has a chat template."""
     if "data" in inputs:
         return bool(_json(inputs["data"] / "data.json").get("chatTemplate"))
     beside = inputs["model"] / "chat_template.jinja"
@@ -345,15 +345,19 @@ def _first(*values: Any) -> Any:
 
 def _schedule(schedule: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in schedule.items() if key != "type"}
-    return f"{schedule.get('type', '')}; {_words(rest)}"
+    return _with_settings(schedule.get("type", ""), rest)
 
 
 def _rounded(value: float | None) -> str | None:
     return None if value is None else f"{value:,.6g}"
 
 
+def _with_settings(name: str, settings: Mapping[str, Any]) -> str:
+    return "; ".join(part for part in (name, _words(settings)) if part)
+
+
 def _words(settings: Mapping[str, Any]) -> str:
-    """`learningRate: 1.0` as "learning rate 1"; what is off is left out."""
+    """Return `learningRate: 1.0` as "learning rate 1". False and None are left out."""
     parts = []
     for key, value in settings.items():
         name = re.sub(r"([A-Z])", lambda found: f" {found[1].lower()}", key)
