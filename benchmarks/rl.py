@@ -273,7 +273,10 @@ def main() -> None:
             engines = {"vLLM": partial(run_grpo, "vllm"), "transformers": transformers}
             compare(engines, arguments.rounds)
             return
-        libraries = {"Tuneyard": transformers, "TRL": lambda _: run_trl(base, scratch, arguments)}
+        libraries: dict[str, Callable[[int], Throughput]] = {
+            "Tuneyard": transformers,
+            "TRL": lambda _: run_trl(base, scratch, arguments),
+        }
         compare(libraries, arguments.rounds)
         if not arguments.without_ppo:
             measured = run_tuneyard(ppo_settings(arguments), inputs, scratch / "ppo")
@@ -297,7 +300,7 @@ def parse() -> argparse.Namespace:
 
 
 def compare(runs: Mapping[str, Callable[[int], Throughput]], rounds: int) -> None:
-    """Alternate two runs `rounds` times and print the first's throughput divided by the second's."""
+    """Alternate two runs `rounds` times and print the ratios of the first to the second."""
     pairs = []
     for number in range(rounds):
         pair = [run(number) for run in runs.values()]
