@@ -100,7 +100,7 @@ class Containerd:
         )
 
     def _network(self) -> dict[str, object]:
-        """Return a network of point-to-point links, which needs no bridge module or packet filter."""
+        """Return a network of one point-to-point link per pod: it needs no bridge module."""
         addresses = {
             "type": "host-local",
             "dataDir": str(self._state.root / "ipam"),

@@ -1,4 +1,4 @@
-"""Test `tuneyard run` in its own process: Ray workers, killed processes, Ctrl-C and invalid input."""
+"""Test `tuneyard run` as a process: Ray workers, killed processes, Ctrl-C and invalid input."""
 
 from __future__ import annotations
 
