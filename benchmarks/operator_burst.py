@@ -1,18 +1,27 @@
-"""The operator under load, on a real API server: Tuneyard's beside a bare kopf operator.
+"""Compare Tuneyard's operator under load with a plain kopf operator, on a real API server.
 
     .venv/bin/python benchmarks/operator_burst.py
 
-First 1,000 FineTuneJobs are created at once: how soon has each its RayJob and its first status?
-Then 10,000 finished jobs lie there: what does an idle operator hold in memory, and how soon after a
-restart does it act again? KubeRay's kinds are served but KubeRay does not run: it is slower than
-either operator and would be all that is measured. In the first half each operator meets an API
-server of its own, in the second both meet the same jobs, one after the other.
+The burst: clients create 1,000 FineTuneJobs at once.
+The benchmark measures how soon each job has its RayJob and its first status.
+Each operator gets a new API server.
 
-Times are the benchmark's own: one monotonic clock, from the API server's answer to a creation until
-a watch shows what the operator made of it. The API server shares the machine's cores, so beside the
-rates stand figures that depend less on the machine: processor time of the operator and its writes
-per job; and how many jobs a second the API server takes with no operator at all, where the clients
-themselves write the least that a job needs: it, its RayJob and one status.
+The idle cluster: 10,000 finished jobs exist.
+The benchmark measures the memory of an idle operator and how soon it acts after a restart.
+Both operators run against the same jobs, one after the other.
+
+KubeRay's CRDs are installed, but KubeRay does not run.
+It is slower than either operator and would hide the difference between them.
+
+All times come from one monotonic clock.
+A job's time starts with the API server's response to its creation.
+It ends when a watch delivers the operator's RayJob or status.
+
+The API server shares the machine's cores.
+The tables therefore also show the operator's processor time and its writes per job, which depend
+less on the machine.
+A last line shows how many jobs per second the API server takes without any operator.
+The clients then write only what a job needs: the job, its RayJob and one status.
 """
 
 from __future__ import annotations
@@ -29,8 +38,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from operator_burst_api import NAMESPACE, Api, Object, api_server, connected, say
-from operator_burst_process import Contender, Operator
+from operator_burst_api import NAMESPACE, Api, Object, api_server, connect, report
+from operator_burst_process import Candidate, Operator
 from rig.rig import Rig
 
 from tuneyard.manifests.manifest import parse as parse_job
@@ -45,7 +54,7 @@ FINISHED = "Succeeded"
 NUM_CLIENTS = 16
 POLL_SECONDS = 0.2
 
-BARE_KOPF = "{python} -m kopf run --all-namespaces {benchmarks}/operator_burst_kopf.py"
+PLAIN_KOPF = "{python} -m kopf run --all-namespaces {benchmarks}/operator_burst_kopf.py"
 TUNEYARD = (
     "{python} -c 'from tuneyard.cli.main import main; main()' operator --identity burst"
     " --metrics-port {port1} --progress-port {port2} --progress-url https://127.0.0.1:{port2}"
@@ -62,85 +71,91 @@ spec:
 """
 
 
-# ---- watching what it does -----------------------------------------------------------------------
+# ---- observing the operator ----------------------------------------------------------------------
 
 
 @dataclass
-class Sightings:
-    """When a watch first showed what was made of each job, on the monotonic clock."""
+class Observations:
+    """The monotonic time at which a watch first delivered each job's RayJob and status."""
 
     rayjobs: dict[str, float] = field(default_factory=dict)
     statuses: dict[str, float] = field(default_factory=dict)
     watches: list[asyncio.Task[None]] = field(default_factory=list)
 
     def check(self) -> None:
-        """Raises what ended a watch: without it nothing more would be seen."""
+        """Raise the error that ended a watch: a benchmark without its watches would wait until the
+        timeout."""
         for watch in self.watches:
             if watch.done():
                 watch.result()
 
-    def saw_rayjob(self, rayjob: Object) -> None:
+    def record_rayjob(self, rayjob: Object) -> None:
         name = rayjob["metadata"].get("labels", {}).get(JOB_LABEL)
         if name:
             self.rayjobs.setdefault(name, time.monotonic())
 
-    def saw_job(self, job: Object) -> None:
+    def record_job(self, job: Object) -> None:
         if job.get("status", {}).get("phase"):
             self.statuses.setdefault(job["metadata"]["name"], time.monotonic())
 
 
 @asynccontextmanager
-async def watching(api: Api) -> AsyncIterator[Sightings]:
-    seen = Sightings()
+async def observe(api: Api) -> AsyncIterator[Observations]:
+    """Watch all jobs and RayJobs until the context ends."""
+    observed = Observations()
 
-    async def follow(path: str, note: Callable[[Object], None]) -> None:
+    async def follow(path: str, record: Callable[[Object], None]) -> None:
         async for changed in api.watch(path):
-            note(changed)
+            record(changed)
 
-    seen.watches = [
-        asyncio.create_task(follow(JOBS, seen.saw_job)),
-        asyncio.create_task(follow(RAYJOBS, seen.saw_rayjob)),
+    observed.watches = [
+        asyncio.create_task(follow(JOBS, observed.record_job)),
+        asyncio.create_task(follow(RAYJOBS, observed.record_rayjob)),
     ]
-    await asyncio.sleep(1)  # both watches are open
+    await asyncio.sleep(1)  # until both watches are open
     try:
-        yield seen
+        yield observed
     finally:
-        for watch in seen.watches:
+        for watch in observed.watches:
             watch.cancel()
-        await asyncio.gather(*seen.watches, return_exceptions=True)
+        await asyncio.gather(*observed.watches, return_exceptions=True)
 
 
-async def handled(
-    names: Sequence[str], seen: Sightings, operator: Operator, timeout_seconds: float
+async def wait_until_handled(
+    names: Sequence[str], observed: Observations, operator: Operator, timeout_seconds: float
 ) -> None:
-    """Wait until every job has its RayJob and a status."""
-    deadline, told = time.monotonic() + timeout_seconds, time.monotonic()
-    while not (seen.rayjobs.keys() >= set(names) and seen.statuses.keys() >= set(names)):
+    """Wait until every job has its RayJob and a status; exit after `timeout_seconds`."""
+    deadline, reported = time.monotonic() + timeout_seconds, time.monotonic()
+    while not (observed.rayjobs.keys() >= set(names) and observed.statuses.keys() >= set(names)):
         operator.check()
-        seen.check()
+        observed.check()
         now = time.monotonic()
         if now > deadline:
-            have = f"{len(seen.rayjobs)} RayJobs and {len(seen.statuses)} statuses"
-            raise SystemExit(f"after {timeout_seconds:.0f} s {have} for {len(names)} jobs")
-        if now > told + 2:
-            told = now
-            say(f"  {len(seen.rayjobs)} RayJobs, {len(seen.statuses)} statuses")
+            counts = f"{len(observed.rayjobs)} RayJobs and {len(observed.statuses)} statuses"
+            raise SystemExit(
+                f"{operator.name} wrote {counts} for {len(names)} jobs in {timeout_seconds:.0f} s"
+            )
+        if now > reported + 2:
+            reported = now
+            report(f"  {len(observed.rayjobs)} RayJobs, {len(observed.statuses)} statuses")
         await asyncio.sleep(0.05)
 
 
-# ---- the two halves ------------------------------------------------------------------------------
+# ---- measurements --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Burst:
-    """Many jobs at once."""
+    """The measurements of one operator while many jobs are created at once."""
 
     jobs_per_second: float
     """From the first creation until the last job has its RayJob and a status."""
     created_per_second: float
-    """What the clients reached: no operator can be faster."""
+    """The rate at which the clients created the jobs: the upper bound of `jobs_per_second`."""
     to_rayjob: list[float]
+    """Seconds from each job's creation to its RayJob."""
     to_status: list[float]
+    """Seconds from each job's creation to its first status."""
     peak_bytes: int
     after_bytes: int
     processor_seconds_per_job: float
@@ -149,53 +164,55 @@ class Burst:
 
 @dataclass(frozen=True)
 class Idle:
-    """Many finished jobs."""
+    """The measurements of one operator on a cluster with many finished jobs."""
 
     first_seconds: float
-    """Until it first came to rest with them."""
-    rest_bytes: int
+    """From the first start until the operator is idle."""
+    idle_bytes: int
     peak_bytes: int
     restart_seconds: float
-    """From a restarted process's start until a job that was created meanwhile has its RayJob."""
-    restart_quiet_seconds: float
+    """From the restart until a job that was created during the downtime has its RayJob."""
+    restart_idle_seconds: float
+    """From the restart until the operator is idle."""
     restart_bytes: int
     restart_peak_bytes: int
     restart_writes: int
 
 
-async def burst(contender: Contender, rig: Rig, logs: Path, num_jobs: int) -> Burst:
+async def measure_burst(candidate: Candidate, rig: Rig, logs: Path, num_jobs: int) -> Burst:
+    """Create `num_jobs` jobs at once while the operator runs."""
     names = [f"job-{number:05}" for number in range(num_jobs)]
-    async with connected(rig.kubeconfig) as api, watching(api) as seen:
-        with contender.running(rig, logs) as operator:
-            await warm_up(api, seen, operator)
-            spent, wrote = operator.processor_seconds(), await api.writes()
-            say(f"{contender.name}: creating {num_jobs} jobs with {NUM_CLIENTS} clients")
-            began = time.monotonic()
+    async with connect(rig.kubeconfig) as api, observe(api) as observed:
+        with candidate.running(rig, logs) as operator:
+            await warm_up(api, observed, operator)
+            spent_before, writes_before = operator.processor_seconds(), await api.writes()
+            report(f"{candidate.name}: creating {num_jobs} jobs with {NUM_CLIENTS} clients")
+            started = time.monotonic()
             created = await create_all(api, names)
             all_created = time.monotonic()
-            await handled(names, seen, operator, 120 + num_jobs / 5)
-            ended = max(*seen.rayjobs.values(), *seen.statuses.values())
-            await operator.quiet()
-            written = await api.writes() - wrote
+            await wait_until_handled(names, observed, operator, 120 + num_jobs / 5)
+            ended = max(*observed.rayjobs.values(), *observed.statuses.values())
+            await operator.wait_until_idle()
+            written = await api.writes() - writes_before
             written["POST finetunejobs"] -= num_jobs
             return Burst(
-                jobs_per_second=num_jobs / (ended - began),
-                created_per_second=num_jobs / (all_created - began),
-                to_rayjob=[seen.rayjobs[name] - created[name] for name in names],
-                to_status=[seen.statuses[name] - created[name] for name in names],
+                jobs_per_second=num_jobs / (ended - started),
+                created_per_second=num_jobs / (all_created - started),
+                to_rayjob=[observed.rayjobs[name] - created[name] for name in names],
+                to_status=[observed.statuses[name] - created[name] for name in names],
                 peak_bytes=operator.peak_memory(),
                 after_bytes=operator.memory(),
-                processor_seconds_per_job=(operator.processor_seconds() - spent) / num_jobs,
+                processor_seconds_per_job=(operator.processor_seconds() - spent_before) / num_jobs,
                 writes_per_job=per_job(written, num_jobs),
             )
 
 
-async def without_operator(rig: Rig, num_jobs: int) -> float:
-    """Jobs a second when the clients write each job, its RayJob and one status."""
-    manifests = [job(f"job-{number:05}") for number in range(num_jobs)]
-    # Rendered before the clock starts: only what the API server does is measured.
-    waiting = iter([(manifest, ray_job_of(manifest)) for manifest in manifests])
-    async with connected(rig.kubeconfig) as api:
+async def measure_api_server(rig: Rig, num_jobs: int) -> float:
+    """Return jobs per second when the clients write each job, its RayJob and one status."""
+    manifests = [job_manifest(f"job-{number:05}") for number in range(num_jobs)]
+    # Rendered before the clock starts, so that only the API server's work is measured.
+    waiting = iter([(manifest, rendered_rayjob(manifest)) for manifest in manifests])
+    async with connect(rig.kubeconfig) as api:
 
         async def client() -> None:
             for manifest, ray_job in waiting:
@@ -204,107 +221,122 @@ async def without_operator(rig: Rig, num_jobs: int) -> float:
                 await api.create(RAYJOBS, ray_job)
                 await api.write_status(f"{JOBS}/{name}", {"phase": "Pending"})
 
-        say(f"no operator: writing {num_jobs} jobs with {NUM_CLIENTS} clients")
-        began = time.monotonic()
+        report(f"no operator: writing {num_jobs} jobs with {NUM_CLIENTS} clients")
+        started = time.monotonic()
         await asyncio.gather(*(client() for _ in range(NUM_CLIENTS)))
-        return num_jobs / (time.monotonic() - began)
+        return num_jobs / (time.monotonic() - started)
 
 
-def ray_job_of(manifest: Object) -> Object:
-    """What Tuneyard makes of it."""
+def rendered_rayjob(manifest: Object) -> Object:
+    """Return the RayJob that Tuneyard renders for a job."""
     parsed = parse_job({**manifest, "metadata": {**manifest["metadata"], "uid": "none"}})
-    made: Object = render(plan_job(parsed), parsed, attempt=1).ray_job
-    made["metadata"].pop("ownerReferences")
-    return made
+    rayjob: Object = render(plan_job(parsed), parsed, attempt=1).ray_job
+    rayjob["metadata"].pop("ownerReferences")
+    return rayjob
 
 
-async def idle(
-    contenders: Sequence[Contender], rig: Rig, logs: Path, num_jobs: int
+async def measure_idle(
+    candidates: Sequence[Candidate], rig: Rig, logs: Path, num_jobs: int
 ) -> dict[str, Idle]:
-    """One after the other over the very same jobs, which take minutes to create."""
+    """Measure each operator with `num_jobs` finished jobs.
+
+    The operators share the jobs, because creating them takes minutes.
+    """
     names = [f"job-{number:05}" for number in range(num_jobs)]
-    async with connected(rig.kubeconfig) as api:
-        say(f"creating {num_jobs} finished jobs, with no operator there")
+    async with connect(rig.kubeconfig) as api:
+        report(f"creating {num_jobs} finished jobs while no operator runs")
         await create_all(api, names, finished_status())
-        async with watching(api) as seen:
-            return {each.name: await start_twice(each, rig, api, seen, logs) for each in contenders}
+        async with observe(api) as observed:
+            return {
+                each.name: await measure_two_starts(each, rig, api, observed, logs)
+                for each in candidates
+            }
 
 
-async def start_twice(
-    contender: Contender, rig: Rig, api: Api, seen: Sightings, logs: Path
+async def measure_two_starts(
+    candidate: Candidate, rig: Rig, api: Api, observed: Observations, logs: Path
 ) -> Idle:
-    with contender.running(rig, logs) as operator:
-        await warm_up(api, seen, operator)
-        first = await operator.quiet() - operator.started
-        rest, peak = operator.memory(), operator.peak_memory()
-    say(f"{contender.name}: at rest after {first:.1f} s with {mib(rest)}; restarting it")
-    # The last of all by name, and so in the order in which the API server lists them.
-    name = "zz-created-meanwhile"
-    await api.create(JOBS, job(name))
-    wrote = await api.writes()
-    with contender.running(rig, logs) as operator:
-        await handled([name], seen, operator, 300)
-        acted = seen.rayjobs[name] - operator.started
-        quiet = await operator.quiet() - operator.started
-        written = await api.writes() - wrote
+    """Start the operator, stop it, create one job and start the operator again."""
+    with candidate.running(rig, logs) as operator:
+        await warm_up(api, observed, operator)
+        first = await operator.wait_until_idle() - operator.started
+        idle_bytes, peak = operator.memory(), operator.peak_memory()
+    report(f"{candidate.name}: idle after {first:.1f} s with {mib(idle_bytes)}; restarting it")
+    # The API server lists jobs by name, so the operator reads this one last.
+    name = "zz-created-during-downtime"
+    await api.create(JOBS, job_manifest(name))
+    writes_before = await api.writes()
+    with candidate.running(rig, logs) as operator:
+        await wait_until_handled([name], observed, operator, 300)
+        first_action = observed.rayjobs[name] - operator.started
+        idle = await operator.wait_until_idle() - operator.started
+        written = await api.writes() - writes_before
         result = Idle(
             first_seconds=first,
-            rest_bytes=rest,
+            idle_bytes=idle_bytes,
             peak_bytes=peak,
-            restart_seconds=acted,
-            restart_quiet_seconds=quiet,
+            restart_seconds=first_action,
+            restart_idle_seconds=idle,
             restart_bytes=operator.memory(),
             restart_peak_bytes=operator.peak_memory(),
-            restart_writes=sum(written[name] for name in relevant(written)),
+            restart_writes=sum(written[name] for name in operator_writes(written)),
         )
-        await forget(api, seen, name)
+        await delete_job(api, observed, name)
         return result
 
 
-async def warm_up(api: Api, seen: Sightings, operator: Operator) -> None:
-    """One job through the operator: then it has started, connected and imported all it needs."""
-    await api.create(JOBS, job("aa-warm-up"))
-    await handled(["aa-warm-up"], seen, operator, 300)
-    await operator.quiet()
-    await forget(api, seen, "aa-warm-up")
+async def warm_up(api: Api, observed: Observations, operator: Operator) -> None:
+    """Wait for one job to be handled: the operator has then started, connected and imported
+    everything it needs."""
+    await api.create(JOBS, job_manifest("aa-warm-up"))
+    await wait_until_handled(["aa-warm-up"], observed, operator, 300)
+    await operator.wait_until_idle()
+    await delete_job(api, observed, "aa-warm-up")
 
 
-async def forget(api: Api, seen: Sightings, name: str) -> None:
-    """Delete a job while its operator is there to let it go, and wait until all of it is gone."""
+async def delete_job(api: Api, observed: Observations, name: str) -> None:
+    """Delete a job and wait until the job and its RayJob no longer exist.
+
+    The operator must run, because it removes its finalizer from the job.
+    """
     await api.call("DELETE", f"{JOBS}/{name}")
     deadline = time.monotonic() + 120
     while await api.has(f"{JOBS}?fieldSelector=metadata.name={name}") or await api.has(
         f"{RAYJOBS}?labelSelector={JOB_LABEL}={name}"
     ):
         if time.monotonic() > deadline:
-            raise SystemExit(f"{name} was deleted and is still there after 120 s")
+            raise SystemExit(f"{name} was deleted 120 s ago and still exists")
         await asyncio.sleep(POLL_SECONDS)
-    seen.rayjobs.clear()
-    seen.statuses.clear()
+    observed.rayjobs.clear()
+    observed.statuses.clear()
 
 
 async def create_all(
     api: Api, names: Sequence[str], status: Object | None = None
 ) -> dict[str, float]:
-    """Create every job as fast as the API server takes them; when each was acknowledged."""
+    """Create every job as fast as possible; return the monotonic time of each response.
+
+    `status`: the status that every job gets; None: no status.
+    """
     created: dict[str, float] = {}
     waiting = iter(names)
 
     async def client() -> None:
         for name in waiting:
-            await api.create(JOBS, job(name))
+            await api.create(JOBS, job_manifest(name))
             created[name] = time.monotonic()
             if status is not None:
                 await api.write_status(f"{JOBS}/{name}", status)
             if len(created) % 2000 == 0:
-                say(f"  {len(created)} created")
+                report(f"  {len(created)} created")
 
     clients: list[Awaitable[None]] = [client() for _ in range(NUM_CLIENTS)]
     await asyncio.gather(*clients)
     return created
 
 
-def job(name: str) -> Object:
+def job_manifest(name: str) -> Object:
+    """Return the manifest of a FineTuneJob."""
     manifest: Object = _MANIFEST | {"metadata": {"name": name, "namespace": NAMESPACE}}
     return manifest
 
@@ -313,7 +345,7 @@ _MANIFEST: Object = yaml.safe_load(MANIFEST)
 
 
 def finished_status() -> Object:
-    """What a job of four stages leaves behind, at about its usual size."""
+    """Return the status of a finished job with four stages, at about its usual size."""
     times = {"startedAt": "2026-01-01T00:00:00Z", "finishedAt": "2026-01-01T01:00:00Z"}
     kinds = ("prepare", "sft", "evaluate", "export")
     return {
@@ -343,28 +375,33 @@ def finished_status() -> Object:
             for kind in kinds
         ],
         "attempts": [
-            {"number": 1, "rayJob": "gone-1", "reason": FINISHED, "message": FINISHED, **times}
+            {"number": 1, "rayJob": "deleted-1", "reason": FINISHED, "message": FINISHED, **times}
         ],
         "result": {"uri": "pvc://models/burst", "metrics": {"lossReduction": 0.5}},
     }
 
 
-# ---- saying it -----------------------------------------------------------------------------------
+# ---- printing the tables -------------------------------------------------------------------------
 
 
-def relevant(writes: Mapping[str, int]) -> list[str]:
-    """The writes that are an operator's; the control plane's own (leases, nodes) come with time."""
-    ours = ("finetunejobs", "rayjobs", "configmaps", "events")
-    return sorted(name for name in writes if name.split()[1].split("/")[0] in ours)
+def operator_writes(writes: Mapping[str, int]) -> list[str]:
+    """Return the names of the writes that operators make.
+
+    The control plane's own writes (leases, nodes) depend on the time that passes.
+    """
+    kinds = ("finetunejobs", "rayjobs", "configmaps", "events")
+    return sorted(name for name in writes if name.split()[1].split("/")[0] in kinds)
 
 
 def per_job(writes: Mapping[str, int], num_jobs: int) -> dict[str, float]:
-    shares = {name: writes[name] / num_jobs for name in relevant(writes)}
-    return {name: share for name, share in shares.items() if share >= 0.01}
+    """Return the operator's writes per job, without those below 0.01."""
+    counts = {name: writes[name] / num_jobs for name in operator_writes(writes)}
+    return {name: count for name, count in counts.items() if count >= 0.01}
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    return sorted(values)[max(0, math.ceil(len(values) * share) - 1)]
+def percentile(values: Sequence[float], fraction: float) -> float:
+    """Return the nearest-rank percentile; `fraction` lies between 0 and 1."""
+    return sorted(values)[max(0, math.ceil(len(values) * fraction) - 1)]
 
 
 def mib(num_bytes: int) -> str:
@@ -376,31 +413,32 @@ def burst_rows(result: Burst) -> dict[str, str]:
         "jobs/s": f"{result.jobs_per_second:.0f}",
         "  created by the clients, jobs/s": f"{result.created_per_second:.0f}",
     }
-    for what, values in (("RayJob", result.to_rayjob), ("first status", result.to_status)):
-        rows[f"creation to {what}, p50"] = f"{statistics.median(values):.2f} s"
-        rows[f"creation to {what}, p99"] = f"{percentile(values, 0.99):.2f} s"
+    for target, values in (("RayJob", result.to_rayjob), ("first status", result.to_status)):
+        rows[f"creation to {target}, p50"] = f"{statistics.median(values):.2f} s"
+        rows[f"creation to {target}, p99"] = f"{percentile(values, 0.99):.2f} s"
     rows["memory, peak"] = mib(result.peak_bytes)
     rows["memory, after"] = mib(result.after_bytes)
     rows["processor time per job"] = f"{result.processor_seconds_per_job * 1000:.1f} ms"
     rows["writes per job"] = f"{sum(result.writes_per_job.values()):.1f}"
-    rows |= {f"  {name}": f"{share:.2f}" for name, share in result.writes_per_job.items()}
+    rows |= {f"  {name}": f"{count:.2f}" for name, count in result.writes_per_job.items()}
     return rows
 
 
 def idle_rows(result: Idle) -> dict[str, str]:
     return {
-        "first start to rest": f"{result.first_seconds:.1f} s",
-        "memory at rest": mib(result.rest_bytes),
+        "first start to idle": f"{result.first_seconds:.1f} s",
+        "memory, idle": mib(result.idle_bytes),
         "memory, peak": mib(result.peak_bytes),
-        "restart until it acts": f"{result.restart_seconds:.1f} s",
-        "restart to rest": f"{result.restart_quiet_seconds:.1f} s",
-        "memory at rest, restarted": mib(result.restart_bytes),
+        "restart to first action": f"{result.restart_seconds:.1f} s",
+        "restart to idle": f"{result.restart_idle_seconds:.1f} s",
+        "memory, idle, restarted": mib(result.restart_bytes),
         "memory, peak, restarted": mib(result.restart_peak_bytes),
         "writes after the restart": str(result.restart_writes),
     }
 
 
-def show(title: str, columns: Mapping[str, Mapping[str, str]]) -> None:
+def print_table(title: str, columns: Mapping[str, Mapping[str, str]]) -> None:
+    """Print a table with one column per operator; a row that an operator lacks counts 0."""
     labels = list(dict.fromkeys(label for rows in columns.values() for label in rows))
     width = max(len(title), *map(len, labels))
     print(f"\n{title:{width}}" + "".join(f"{name:>14}" for name in columns))
@@ -411,40 +449,48 @@ def show(title: str, columns: Mapping[str, Mapping[str, str]]) -> None:
 
 def main() -> None:
     arguments = parse()
-    contenders = [
-        Contender("bare-kopf", arguments.bare_kopf),
-        Contender("tuneyard", arguments.tuneyard),
+    candidates = [
+        Candidate("plain-kopf", arguments.plain_kopf),
+        Candidate("tuneyard", arguments.tuneyard),
     ]
-    chosen = [each for each in contenders if arguments.only in (None, each.name)]
+    selected = [each for each in candidates if arguments.only in (None, each.name)]
     with tempfile.TemporaryDirectory() as folder:
         logs = arguments.logs or Path(folder)
         if arguments.jobs:
             bursts: dict[str, Mapping[str, str]] = {}
-            for contender in chosen:
+            for candidate in selected:
                 with api_server() as rig:
-                    measured = asyncio.run(burst(contender, rig, logs, arguments.jobs))
-                bursts[contender.name] = burst_rows(measured)
+                    measured = asyncio.run(measure_burst(candidate, rig, logs, arguments.jobs))
+                bursts[candidate.name] = burst_rows(measured)
             with api_server() as rig:
-                most = asyncio.run(without_operator(rig, arguments.jobs))
-            show(f"{arguments.jobs:,} jobs at once", bursts)
-            print(f"\nthe API server without any operator takes {most:.0f} jobs/s", flush=True)
+                rate = asyncio.run(measure_api_server(rig, arguments.jobs))
+            print_table(f"{arguments.jobs:,} jobs at once", bursts)
+            print(f"\nthe API server without any operator takes {rate:.0f} jobs/s", flush=True)
         if arguments.idle:
             with api_server() as rig:
-                rested = asyncio.run(idle(chosen, rig, logs, arguments.idle))
-            idles = {name: idle_rows(each) for name, each in rested.items()}
-            show(f"{arguments.idle:,} finished jobs", idles)
+                measured_idle = asyncio.run(measure_idle(selected, rig, logs, arguments.idle))
+            idles = {name: idle_rows(each) for name, each in measured_idle.items()}
+            print_table(f"{arguments.idle:,} finished jobs", idles)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--jobs", type=int, default=1000, help="jobs created at once; 0: none")
-    parser.add_argument("--idle", type=int, default=10_000, help="finished jobs; 0: none")
-    parser.add_argument("--only", choices=["bare-kopf", "tuneyard"], help="one of the operators")
-    parser.add_argument("--bare-kopf", default=BARE_KOPF, help="its command line")
-    parser.add_argument("--tuneyard", default=TUNEYARD, help="its command line")
-    parser.add_argument("--logs", type=Path, help="keep the operators' logs in this folder")
+    parser.add_argument(
+        "--jobs", type=int, default=1000, help="number of jobs created at once; 0 skips the burst"
+    )
+    parser.add_argument(
+        "--idle", type=int, default=10_000, help="number of finished jobs; 0 skips the idle cluster"
+    )
+    parser.add_argument(
+        "--only", choices=["plain-kopf", "tuneyard"], help="measure only this operator"
+    )
+    parser.add_argument(
+        "--plain-kopf", default=PLAIN_KOPF, help="command line of the plain kopf operator"
+    )
+    parser.add_argument("--tuneyard", default=TUNEYARD, help="command line of Tuneyard's operator")
+    parser.add_argument("--logs", type=Path, help="folder that keeps the operators' logs")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""The API server of operator_burst.py: a fresh one from the rig, and a client for it."""
+"""A new API server from the rig and a minimal client for it, for operator_burst.py."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from rig.rig import Rig, bring_up, take_down  # noqa: E402
 
 NAMESPACE = "burst"
 LINE_BYTES = 16 << 20
-"""A watch's longest line; aiohttp's default is shorter than some objects."""
+"""The longest line of a watch; aiohttp's default is shorter than some objects."""
 
 Object = dict[str, Any]
 
-_BEGAN = time.monotonic()
+_STARTED = time.monotonic()
 
 
-def say(text: str) -> None:
-    """A line of progress."""
-    print(f"[{time.monotonic() - _BEGAN:5.0f} s] {text}", file=sys.stderr, flush=True)
+def report(text: str) -> None:
+    """Print a line of progress, with the seconds since the benchmark started."""
+    print(f"[{time.monotonic() - _STARTED:5.0f} s] {text}", file=sys.stderr, flush=True)
 
 
 class Api:
-    """Just enough of a client, with as little work of its own per request as Python allows."""
+    """A client with little work per request, so that the measured rates are the API server's."""
 
     def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
         self._url, self._session = url, session
@@ -46,13 +46,14 @@ class Api:
     async def call(
         self, method: str, path: str, body: Object | None = None, kind: str = "application/json"
     ) -> Object:
+        """Send a request and return the response's object; raise RuntimeError if it fails."""
         data = None if body is None else json.dumps(body)
         headers = {"Content-Type": kind}
         url = self._url + path
-        async with self._session.request(method, url, data=data, headers=headers) as answer:
-            text = await answer.text()
-            if answer.status >= 300:
-                raise RuntimeError(f"{method} {path}: {answer.status} {text[:500]}")
+        async with self._session.request(method, url, data=data, headers=headers) as response:
+            text = await response.text()
+            if response.status >= 300:
+                raise RuntimeError(f"{method} {path}: {response.status} {text[:500]}")
             value: Object = json.loads(text)
             return value
 
@@ -65,11 +66,15 @@ class Api:
         )
 
     async def has(self, query: str) -> bool:
+        """Return whether a list request returns any object."""
         return bool((await self.call("GET", query))["items"])
 
     async def watch(self, path: str) -> AsyncIterator[Object]:
-        """Every object that is created or changed from now on. The API server ends the watch of
-        whoever falls behind, so it is taken up again where it ended."""
+        """Yield every object that is created, changed or deleted from now on.
+
+        The API server ends the watch of a slow client. The watch then continues at the last
+        resource version.
+        """
         version = (await self.call("GET", f"{path}?limit=1"))["metadata"]["resourceVersion"]
         timeout = aiohttp.ClientTimeout(total=None)
         while True:
@@ -77,35 +82,37 @@ class Api:
             with suppress(aiohttp.ClientPayloadError):
                 async with self._session.get(
                     self._url + query, timeout=timeout, read_bufsize=LINE_BYTES
-                ) as answer:
-                    if answer.status != 200:  # 429: a new kind's storage is not there yet
+                ) as response:
+                    if response.status != 200:  # 429: a new kind's storage is not ready yet
                         await asyncio.sleep(0.1)
                         continue
-                    async for line in answer.content:
+                    async for line in response.content:
                         event = json.loads(line)
                         if event["type"] == "ERROR":
-                            raise RuntimeError(
-                                f"a watch of the benchmark failed: {event['object']}"
-                            )
+                            raise RuntimeError(f"the watch of {path} failed: {event['object']}")
                         version = event["object"]["metadata"]["resourceVersion"]
                         yield event["object"]
-            say(f"  the watch of {path.rpartition('/')[2]} ended and goes on")
+            report(f"  the watch of {path.rpartition('/')[2]} ended and continues")
 
     async def writes(self) -> Counter[str]:
-        """How often each kind of object was written since the server started, by anyone."""
-        async with self._session.get(f"{self._url}/metrics") as answer:
-            text = await answer.text()
+        """Return how often each kind of object was written since the server started, by any client.
+
+        Keys are a verb and a resource, for example "PATCH finetunejobs/status".
+        """
+        async with self._session.get(f"{self._url}/metrics") as response:
+            text = await response.text()
         count: Counter[str] = Counter()
         for labels, value in re.findall(r"^apiserver_request_total\{(.*)\} (\S+)$", text, re.M):
             label = dict(re.findall(r'(\w+)="([^"]*)"', labels))
             if label["verb"] in ("POST", "PUT", "PATCH", "APPLY", "DELETE"):
-                what = "/".join(filter(None, (label["resource"], label["subresource"])))
-                count[f"{label['verb']} {what}"] += int(float(value))
+                resource = "/".join(filter(None, (label["resource"], label["subresource"])))
+                count[f"{label['verb']} {resource}"] += int(float(value))
         return count
 
 
 @asynccontextmanager
-async def connected(kubeconfig: Path) -> AsyncIterator[Api]:
+async def connect(kubeconfig: Path) -> AsyncIterator[Api]:
+    """Open a client with the certificates of a kubeconfig."""
     config = yaml.safe_load(kubeconfig.read_text())
     cluster, user = config["clusters"][0]["cluster"], config["users"][0]["user"]
     context = ssl.create_default_context(cafile=cluster["certificate-authority"])
@@ -118,8 +125,8 @@ async def connected(kubeconfig: Path) -> AsyncIterator[Api]:
 
 @contextmanager
 def api_server() -> Iterator[Rig]:
-    """A fresh API server with Tuneyard's and KubeRay's kinds and an empty namespace."""
-    say("a fresh API server")
+    """Start a new API server with the CRDs of Tuneyard and KubeRay and an empty namespace."""
+    report("starting a new API server")
     rig = bring_up("control", kuberay="crds")
     try:
         for command in (

@@ -1,8 +1,7 @@
-"""The smallest operator one would write with kopf, at kopf's default settings: what Tuneyard's is
-measured against in operator_burst.py.
+"""A minimal kopf operator with kopf's default settings, the baseline of operator_burst.py.
 
-A handler of new jobs creates a RayJob, a handler of RayJobs writes the job's status. It validates
-nothing, plans nothing, retries by kopf's rules and fences nothing.
+One handler creates a RayJob for each new job; another writes the job's status when the RayJob
+changes. The operator has no validation, no planning, no fencing, and no retries beyond kopf's own.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ async def create_rayjob(
 
 @kopf.on.event(*RAYJOBS, labels={LABEL: kopf.PRESENT})
 async def write_status(
-    type: str,  # noqa: A002  kopf's name for it
+    type: str,  # noqa: A002  kopf passes this name
     namespace: str | None,
     labels: kopf.Labels,
     status: kopf.Status,

@@ -1,4 +1,4 @@
-"""The process under test of operator_burst.py: started, measured, stopped."""
+"""Start, measure and stop an operator's process, for operator_burst.py."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from rig.ports import Reservation
 from rig.rig import Rig
 
 POLL_SECONDS = 0.2
-QUIET_SECONDS = 3.0
-"""An operator is quiet after so long..."""
-QUIET_SHARE = 0.05
-"""...with less than this share of one core."""
+IDLE_SECONDS = 3.0
+"""An operator is idle if it uses less than IDLE_FRACTION of one core for this long."""
+IDLE_FRACTION = 0.05
+"""A fraction of one core."""
 
 
 class Operator:
-    """One process of the operator, with its children."""
+    """A running operator: one process and its children."""
 
     def __init__(self, name: str, command: Sequence[str], rig: Rig, log: Path) -> None:
-        self._name, self._log = name, log
+        self.name, self._log = name, log
         self.started = time.monotonic()
         with log.open("ab") as file:
             self._process = subprocess.Popen(
@@ -39,19 +39,22 @@ class Operator:
                 stdout=file,
                 stderr=file,
             )
-        self._family = psutil.Process(self._process.pid)
+        self._parent = psutil.Process(self._process.pid)
 
     def check(self) -> None:
+        """Exit with the end of the log if the process has ended."""
         if self._process.poll() is not None:
             tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
-            raise SystemExit(f"{self._name} ended with {self._process.returncode}:\n{tail}")
+            raise SystemExit(
+                f"{self.name} ended with exit code {self._process.returncode}:\n{tail}"
+            )
 
     def memory(self) -> int:
-        """Bytes of resident memory."""
+        """Return the resident memory in bytes."""
         return sum(process.memory_info().rss for process in self._processes())
 
     def peak_memory(self) -> int:
-        """Bytes of resident memory at its highest, as the kernel counted it."""
+        """Return the peak of the resident memory in bytes, as the kernel counts it (VmHWM)."""
         kilobytes = 0
         for process in self._processes():
             status = Path(f"/proc/{process.pid}/status").read_text()
@@ -59,24 +62,26 @@ class Operator:
         return kilobytes << 10
 
     def processor_seconds(self) -> float:
+        """Return user and system time since the start."""
         times = [process.cpu_times() for process in self._processes()]
         return sum(each.user + each.system for each in times)
 
-    async def quiet(self, timeout_seconds: float = 600) -> float:
-        """Wait until it has nothing left to do; the monotonic time at which it came to rest."""
+    async def wait_until_idle(self, timeout_seconds: float = 600) -> float:
+        """Wait until the operator is idle; return the monotonic time at which that began."""
         deadline = time.monotonic() + timeout_seconds
         since, spent = time.monotonic(), self.processor_seconds()
         while time.monotonic() < deadline:
             await asyncio.sleep(POLL_SECONDS)
             self.check()
             now, spent_now = time.monotonic(), self.processor_seconds()
-            if spent_now - spent > QUIET_SHARE * QUIET_SECONDS:
+            if spent_now - spent > IDLE_FRACTION * IDLE_SECONDS:
                 since, spent = now, spent_now
-            elif now - since > QUIET_SECONDS:
+            elif now - since > IDLE_SECONDS:
                 return since
-        raise SystemExit(f"{self._name} was still busy after {timeout_seconds:.0f} s")
+        raise SystemExit(f"{self.name} was still busy after {timeout_seconds:.0f} s")
 
     def stop(self) -> None:
+        """Send SIGTERM, and SIGKILL after 20 seconds."""
         self._process.terminate()
         try:
             self._process.wait(20)
@@ -85,27 +90,28 @@ class Operator:
             self._process.wait()
 
     def _processes(self) -> list[psutil.Process]:
-        return [self._family, *self._family.children(recursive=True)]
+        return [self._parent, *self._parent.children(recursive=True)]
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """An operator to measure."""
 
     name: str
     template: str
-    """Its command line; {python}, {benchmarks}, {port1} and {port2} are filled in."""
+    """The command line, with the placeholders {python}, {benchmarks}, {port1} and {port2}."""
 
     @contextmanager
     def running(self, rig: Rig, logs: Path) -> Iterator[Operator]:
+        """Run the operator on the rig until the context ends; its log is appended to in `logs`."""
         with Reservation() as ports:
-            filled = self.template.format(
+            command = self.template.format(
                 python=sys.executable,
                 benchmarks=ROOT / "benchmarks",
                 port1=ports.take(),
                 port2=ports.take(),
             )
-            operator = Operator(self.name, shlex.split(filled), rig, logs / f"{self.name}.log")
+            operator = Operator(self.name, shlex.split(command), rig, logs / f"{self.name}.log")
             try:
                 yield operator
             finally:

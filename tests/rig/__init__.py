@@ -1,8 +1,8 @@
 """A real Kubernetes on one Linux machine, for the tests that need one.
 
-What lives here: building the programs (`build`), bringing a rig up and down (`rig`), and the two
-processes that run it: `keeper` outside the rig's namespaces and `supervisor` inside them.
+`build` builds the programs, `rig` brings a rig up and takes it down, and two processes run it:
+`keeper` outside the rig's namespaces and `supervisor` inside them.
 
-What may not enter: anything beyond the standard library (the rig starts before, and outside of, any
-virtual environment), and anything of Tuneyard itself: this package knows Kubernetes only.
+This package imports the standard library only, because the rig starts outside of any virtual
+environment. `plugin` and the tests also import pytest. Nothing here depends on Tuneyard.
 """

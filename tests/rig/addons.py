@@ -1,6 +1,6 @@
-"""KubeRay and Kueue, run as plain processes beside the control plane.
+"""Start KubeRay and Kueue as plain processes next to the control plane.
 
-They hold the administrator's rights, so their own RBAC is not exercised here.
+Both run with the administrator's permissions, so the rig does not test their own RBAC.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from rig.processes import Servers, run
 from rig.state import State
 
 READY_SECONDS = 60
-# Read even where no metrics are served; Kueue has no option for it.
+# Kueue reads this path even if it serves no metrics, and has no option for another one.
 METRICS_CERTIFICATES = Path("/etc/kueue/metrics/certs")
 _ADMISSION = "/apis/admissionregistration.k8s.io/v1"
-_DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+_CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 
 
-def add_kuberay_definitions(state: State) -> None:
+def install_kuberay_crds(state: State) -> None:
+    """Install KubeRay's CRDs and wait until they are established."""
     _create(state, "-f", Path(state.settings.program("kuberay-crds", "bases")))
     _wait_until_established(state)
 
 
 def start_kuberay(state: State, servers: Servers) -> None:
-    """Start KubeRay, whose definitions must be established: it gives up on unknown kinds."""
+    """Start KubeRay. Its CRDs must be established, because it exits on unknown kinds."""
     port = state.settings.ports["kuberay-health"]
     servers.start(
         "kuberay",
@@ -44,12 +45,12 @@ def start_kuberay(state: State, servers: Servers) -> None:
 def start_kueue(state: State, servers: Servers, api: ApiClient) -> None:
     """Start Kueue, with its webhooks called on loopback instead of through a Service.
 
-    Only where there is a node: one of the paths it reads is fixed, and lies in the node's own /etc.
+    Kueue needs level "node": it reads a fixed path in /etc, and only a node has an /etc of its own.
     """
     _create(state, "-k", Path(state.settings.program("kueue-crds", "crd")))
     _wait_until_established(state)
-    _serve_conversions_locally(state, api)
-    certificates = _write_webhook_certificates(state)
+    _call_conversions_locally(state, api)
+    certificates = _link_webhook_certificates(state)
     METRICS_CERTIFICATES.parent.mkdir(parents=True)
     METRICS_CERTIFICATES.symlink_to(certificates)
     config = state.root / "kueue.yaml"
@@ -62,9 +63,9 @@ def start_kueue(state: State, servers: Servers, api: ApiClient) -> None:
     )
     port = state.settings.ports["kueue-health"]
     servers.wait_for("Kueue is ready", lambda: _is_healthy(port), READY_SECONDS)
-    # Only now: a webhook that cannot be reached refuses every object it watches.
+    # After Kueue is ready: an unreachable webhook rejects every object that it watches.
     _create(state, "-f", Path(state.settings.program("kueue-crds", "webhook")) / "manifests.yaml")
-    _serve_admission_locally(state, api)
+    _call_admission_locally(state, api)
 
 
 def _kueue_config(state: State, certificates: Path) -> dict[str, object]:
@@ -86,7 +87,8 @@ def _kueue_config(state: State, certificates: Path) -> dict[str, object]:
     }
 
 
-def _write_webhook_certificates(state: State) -> Path:
+def _link_webhook_certificates(state: State) -> Path:
+    """Return a folder with the file names that Kueue expects, as links to the rig's certificate."""
     folder = state.root / "kueue-webhook"
     folder.mkdir()
     for suffix in ("crt", "key"):
@@ -94,25 +96,28 @@ def _write_webhook_certificates(state: State) -> Path:
     return folder
 
 
-def _serve_conversions_locally(state: State, api: ApiClient) -> None:
-    for definition in api.get(_DEFINITIONS)["items"]:
-        conversion = definition["spec"].get("conversion", {})
-        if "kueue" in definition["metadata"]["name"] and "webhook" in conversion:
+def _call_conversions_locally(state: State, api: ApiClient) -> None:
+    for crd in api.get(_CRDS)["items"]:
+        conversion = crd["spec"].get("conversion", {})
+        if "kueue" in crd["metadata"]["name"] and "webhook" in conversion:
             webhook = conversion["webhook"]
-            webhook["clientConfig"] = _local(state, webhook["clientConfig"])
-            api.put(f"{_DEFINITIONS}/{definition['metadata']['name']}", definition)
+            webhook["clientConfig"] = _local_client(state, webhook["clientConfig"])
+            api.put(f"{_CRDS}/{crd['metadata']['name']}", crd)
 
 
-def _serve_admission_locally(state: State, api: ApiClient) -> None:
+def _call_admission_locally(state: State, api: ApiClient) -> None:
     for kind in ("mutatingwebhookconfigurations", "validatingwebhookconfigurations"):
         for configuration in api.get(f"{_ADMISSION}/{kind}")["items"]:
             for webhook in configuration["webhooks"]:
-                webhook["clientConfig"] = _local(state, webhook["clientConfig"])
+                webhook["clientConfig"] = _local_client(state, webhook["clientConfig"])
             api.put(f"{_ADMISSION}/{kind}/{configuration['metadata']['name']}", configuration)
 
 
-def _local(state: State, client: Mapping[str, Any]) -> dict[str, str]:
-    """The same webhook, at its port on loopback: neither needs a node nor a certificate rotator."""
+def _local_client(state: State, client: Mapping[str, Any]) -> dict[str, str]:
+    """Return a client configuration that calls the webhook on loopback, with the rig's CA.
+
+    The call needs no Service and no certificate rotator.
+    """
     port = state.settings.ports["kueue-webhook"]
     authority = base64.b64encode((state.pki / "ca.crt").read_bytes()).decode()
     path = client["service"]["path"]
@@ -120,8 +125,8 @@ def _local(state: State, client: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _create(state: State, option: str, source: Path) -> None:
-    # Not `apply`: KubeRay's definitions exceed what fits into the annotation that it writes. And
-    # kubectl's own validation would fetch the whole OpenAPI document; the server validates too.
+    # `apply` would fail: KubeRay's CRDs exceed the size limit of the annotation that it writes.
+    # The server validates anyway; kubectl's own validation would fetch the whole OpenAPI document.
     _kubectl(state, "create", "--validate=ignore", option, source)
 
 
@@ -137,6 +142,6 @@ def _kubectl(state: State, *arguments: str | Path) -> str:
 
 def _is_healthy(port: int) -> bool:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    # Any answer but a success raises.
+    # `open` raises on any status other than success.
     with opener.open(f"http://127.0.0.1:{port}/readyz", timeout=2):
         return True

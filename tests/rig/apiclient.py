@@ -1,4 +1,4 @@
-"""Just enough of an API client for the supervisor, which runs on the standard library alone."""
+"""A minimal API client for the supervisor, which runs on the standard library alone."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ TIMEOUT_SECONDS = 10
 
 
 class ApiClient:
-    """Speaks to the rig's API server as its administrator."""
+    """A client of the rig's API server, with the administrator's certificate."""
 
     def __init__(self, state: State) -> None:
         self._url = state.settings.url
         context = ssl.create_default_context(cafile=str(state.pki / "ca.crt"))
         context.load_cert_chain(state.pki / "admin.crt", state.pki / "admin.key")
-        # No proxy: an environment's HTTP proxy must never see, or fail, a request to the rig.
+        # An HTTP proxy of the environment must not receive requests to the rig.
         self._opener = urllib.request.build_opener(
             urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
         )

@@ -1,8 +1,8 @@
 """Build the rig's programs with Go, once per machine.
 
-Each target comes from a Go module under `go/`. Its result lies outside the tree, in a folder named
-by a hash of everything that decides its content: a branch switch or a second checkout neither
-rebuilds nor meets a stale program.
+Each target comes from a Go module under `go/`. Its result is kept outside the checkout, in a folder
+named by a hash of everything that determines its content. All branches and checkouts therefore
+share the programs and never use an outdated one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rig.errors import RigError
 
 MODULES = Path(__file__).resolve().parent / "go"
 
-# -trimpath and a build without version control stamps give the same bytes in every checkout.
+# With -trimpath and without version control stamps, every checkout builds the same bytes.
 FLAGS = ("-mod=readonly", "-trimpath", "-buildvcs=false")
 LINKER_FLAGS = "-s -w"
 
@@ -37,16 +37,16 @@ class Target:
     module: str
     """The folder under `go/` that pins the versions."""
     package: str | None = None
-    """What to compile, as an import path or "." for the folder's own main.go."""
+    """The package to compile: an import path, or "." for the folder's own main.go."""
     program: str = ""
     aliases: tuple[str, ...] = ()
-    """Further names of the program, for one that acts by the name it is called with."""
+    """Further names of a program whose behavior depends on the name it is called with."""
     source_module: str | None = None
     """The dependency whose files are copied, or whose version is stamped into the program."""
     files: tuple[str, ...] = ()
     """Folders to copy out of `source_module`."""
     version_variables: tuple[str, ...] = ()
-    """Go packages that hold a `gitVersion`; where it is unset, the API server is a v0.0.0."""
+    """Go packages with a variable `gitVersion`; if it is unset, the API server reports v0.0.0."""
 
 
 TARGETS = {
@@ -96,36 +96,39 @@ TARGETS = {
 
 
 def cache_root() -> Path:
-    """Where built programs are kept: `TUNEYARD_CACHE`, or the user's ordinary cache folder."""
+    """Return the folder of the built programs: `TUNEYARD_CACHE`, or one in the user's cache."""
     if root := os.environ.get("TUNEYARD_CACHE"):
         return Path(root)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "tuneyard"
 
 
-def entry(target: Target) -> Path:
-    """The folder that holds the target's result, whether or not it is built yet."""
+def cache_entry(target: Target) -> Path:
+    """Return the folder of the target's result, whether or not it is built."""
     return cache_root() / "bin" / f"{target.name}-{_digest(target)}"
 
 
 def missing(names: Iterable[str]) -> list[str]:
-    """Those of the targets that are not in the cache."""
-    return [name for name in names if not entry(TARGETS[name]).is_dir()]
+    """Return the targets that are not in the cache."""
+    return [name for name in names if not cache_entry(TARGETS[name]).is_dir()]
 
 
 def ensure(names: Iterable[str]) -> dict[str, Path]:
-    """Build what is missing and return each target's folder; a few milliseconds if nothing is."""
+    """Build the missing targets and return each target's folder.
+
+    The call takes a few milliseconds if nothing is missing.
+    """
     return {name: _ensure(TARGETS[name]) for name in names}
 
 
 @cache
 def find_go() -> str | None:
-    """The `go` command: the one on PATH, or where Go's own installer puts it."""
+    """Return the `go` command on PATH or in the folder of Go's installer; None without Go."""
     return shutil.which("go") or shutil.which("/usr/local/go/bin/go")
 
 
 def _digest(target: Target) -> str:
-    """Sources and recipe alike: a changed flag must not find yesterday's program."""
+    """Return a hash of sources and flags: either change must rebuild the program."""
     folder = MODULES / target.module
     digest = hashlib.sha256()
     recipe = (target, FLAGS, LINKER_FLAGS, platform.system(), platform.machine())
@@ -137,7 +140,7 @@ def _digest(target: Target) -> str:
 
 
 def _ensure(target: Target) -> Path:
-    folder = entry(target)
+    folder = cache_entry(target)
     if folder.is_dir():
         return folder
     with _locked(folder.parent / f"{target.name}.lock"):
@@ -148,7 +151,7 @@ def _ensure(target: Target) -> Path:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the file's lock: the kernel drops it with the process, so a crash leaves none behind."""
+    """Hold the file's lock. The kernel releases it when the process ends, even after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -156,7 +159,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _build_into(target: Target, folder: Path) -> None:
-    """Fill a folder beside the final one and rename it: an entry that exists is complete."""
+    """Build in a temporary folder and rename it, so that an existing entry is always complete."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -196,13 +199,13 @@ def _copy_files(target: Target, folder: Path) -> None:
 
 
 def _make_writable(root: Path) -> None:
-    """Go's module cache is read-only, and a cache entry must be removable with plain `rm -r`."""
+    """Make copies from Go's read-only module cache writable, so that `rm -r` can remove them."""
     for path in [root, *root.rglob("*")]:
         path.chmod(path.stat().st_mode | 0o200)
 
 
 def _source(target: Target) -> dict[str, str]:
-    """Version and folder of the dependency, downloaded if need be."""
+    """Return Go's description of the dependency (`Version`, `Dir`); download it if necessary."""
     assert target.source_module is not None
     found = _go(target, "mod", "download", "-json", target.source_module)
     described: dict[str, str] = json.loads(found)
@@ -210,11 +213,16 @@ def _source(target: Target) -> dict[str, str]:
 
 
 def _go(target: Target, *arguments: str) -> str:
-    """Run Go in the target's module, at low priority: a cold build takes minutes on all cores."""
+    """Run Go in the target's module and return its output.
+
+    Go runs at low priority, because a build takes minutes on all cores.
+    """
     go = find_go()
     if go is None:
-        raise RigError(f"{target.name} must be built, and there is no Go: install Go 1.26 or later")
-    # Without cgo no C compiler is needed, and the programs run on any Linux.
+        raise RigError(
+            f"{target.name} is not built and Go is not installed: install Go 1.26 or later"
+        )
+    # Without cgo the build needs no C compiler, and the programs run on any Linux.
     environment = {**os.environ, "CGO_ENABLED": "0", "GOWORK": "off"}
     command = ["nice", "-n", "19", go, *arguments]
     done = subprocess.run(

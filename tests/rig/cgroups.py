@@ -1,6 +1,7 @@
-"""The cgroup under which the rig's pods run, in either version of the hierarchy.
+"""Create and remove the cgroup of the rig's pods, in cgroup version 1 or 2.
 
-Unlike mounts and processes it belongs to no namespace and outlives the node: the keeper removes it.
+Unlike mounts and processes, a cgroup belongs to no namespace and remains when the node ends.
+The keeper therefore removes it.
 """
 
 from __future__ import annotations
@@ -16,25 +17,26 @@ REMOVE_SECONDS = 5
 
 
 def create(name: str) -> None:
-    """Make the cgroup, with every controller the kubelet asks for, before the kubelet looks."""
+    """Create the cgroup with every controller that the kubelet needs. Call it before the kubelet
+    starts."""
     if _is_unified():
         _enable_controllers()
     for hierarchy in _hierarchies():
-        # Beside version 1 hierarchies, "unified" is a version 2 without controllers: not ours.
+        # Next to version 1 hierarchies, "unified" is a version 2 hierarchy without controllers.
         if hierarchy.name == "unified":
             continue
         group = hierarchy / name
         group.mkdir(exist_ok=True)
-        # In version 1 a new cpuset is empty, and no process may enter it.
+        # In version 1 a new cpuset is empty and accepts no process.
         for file in ("cpuset.cpus", "cpuset.mems"):
             if not _is_unified() and (group / file).exists():
                 (group / file).write_text((hierarchy / file).read_text())
 
 
 def remove(name: str) -> None:
-    """Remove the cgroup and all below it. Its processes have ended or are about to.
+    """Remove the cgroup and its children from every hierarchy, once their processes have ended.
 
-    From every hierarchy: runc makes one of the same name even in those that the kubelet never sees.
+    runc creates a cgroup of the same name even in hierarchies that the kubelet does not use.
     """
     for hierarchy in _hierarchies():
         for folder, _, _ in os.walk(hierarchy / name, topdown=False):
@@ -42,11 +44,12 @@ def remove(name: str) -> None:
 
 
 def _hierarchies() -> Iterator[Path]:
+    """Yield the mounted hierarchies: one in version 2, one per controller in version 1."""
     if _is_unified():
         yield ROOT
         return
     for path in sorted(ROOT.iterdir()) if ROOT.is_dir() else ():
-        # Links are second names: cpu -> cpu,cpuacct.
+        # A link is an alias: cpu -> cpu,cpuacct.
         if path.is_dir() and not path.is_symlink():
             yield path
 
@@ -61,12 +64,13 @@ def _enable_controllers() -> None:
         try:
             (ROOT / "cgroup.subtree_control").write_text(f"+{controller}")
         except OSError:
-            # Refused where the root holds processes (a container): the kubelet names what it lacks.
+            # The kernel refuses this if the root has processes (in a container). The kubelet
+            # reports a controller that it needs and lacks.
             continue
 
 
 def _remove_folder(folder: str) -> None:
-    """A cgroup stays busy for a moment after its last process has gone."""
+    """Remove a cgroup; retry, because it stays busy for a moment after its last process ends."""
     deadline = time.monotonic() + REMOVE_SECONDS
     while True:
         try:

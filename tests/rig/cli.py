@@ -16,7 +16,10 @@ from rig.state import State
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one command; the rig's own processes come in here too, as `keep` and `supervise`."""
+    """Run one command and return its exit status.
+
+    The rig's own processes also start here, with the commands `keep` and `supervise`.
+    """
     try:
         if arguments[:1] == ["supervise"]:
             supervisor.supervise(State(Path(arguments[1])))
@@ -46,7 +49,11 @@ _Commands = argparse._SubParsersAction  # argparse gives the type no public name
 def _add_build(commands: _Commands[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("build", help="build the programs that are not in the cache")
     parser.add_argument(
-        "--only", nargs="+", choices=sorted(build.TARGETS), default=list(build.TARGETS)
+        "--only",
+        nargs="+",
+        choices=sorted(build.TARGETS),
+        default=list(build.TARGETS),
+        help="build these programs (default: all)",
     )
     parser.set_defaults(run=_build)
 
@@ -58,7 +65,7 @@ def _add_deps(commands: _Commands[argparse.ArgumentParser]) -> None:
 
 
 def _add_up(commands: _Commands[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("up", help="bring a rig up; it stays until `down`")
+    parser = commands.add_parser("up", help="bring a rig up; it runs until `down`")
     parser.add_argument("--level", choices=("control", "node"), default="control")
     parser.add_argument(
         "--kuberay",
@@ -66,7 +73,7 @@ def _add_up(commands: _Commands[argparse.ArgumentParser]) -> None:
         choices=("no", "crds", "running"),
         const="running",
         default="no",
-        help="run KubeRay, or install its definitions only",
+        help="run KubeRay, or install its CRDs only",
     )
     parser.add_argument("--kueue", action="store_true", help="run Kueue")
     parser.add_argument(
@@ -82,7 +89,7 @@ def _add_up(commands: _Commands[argparse.ArgumentParser]) -> None:
 
 
 def _add_down(commands: _Commands[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("down", help="end the rig and remove all of it")
+    parser = commands.add_parser("down", help="end the rig and remove its files")
     _add_state(parser)
     parser.set_defaults(run=_down)
 
@@ -96,7 +103,9 @@ def _add_exec(commands: _Commands[argparse.ArgumentParser]) -> None:
 
 def _add_state(parser: argparse.ArgumentParser) -> None:
     default = Path(tempfile.gettempdir()) / f"tuneyard-rig-of-{os.getuid()}"
-    parser.add_argument("--state", type=Path, default=default, help="its folder (%(default)s)")
+    parser.add_argument(
+        "--state", type=Path, default=default, help="folder of the rig (default: %(default)s)"
+    )
 
 
 def _image(text: str) -> tuple[str, Path]:
@@ -111,8 +120,8 @@ def _build(options: argparse.Namespace) -> int:
         began = time.monotonic()
         cached = not build.missing([name])
         folder = build.ensure([name])[name]
-        how = "cached" if cached else f"built in {time.monotonic() - began:.0f} s"
-        print(f"{name:14}{folder} ({how})", flush=True)
+        source = "cached" if cached else f"built in {time.monotonic() - began:.0f} s"
+        print(f"{name:14}{folder} ({source})", flush=True)
     return 0
 
 
@@ -123,10 +132,10 @@ def _deps(options: argparse.Namespace) -> int:
 
 
 def _up(options: argparse.Namespace) -> int:
-    if reason := machine.why_not(options.level, options.kuberay, options.kueue):
-        raise RigError(f"this machine {reason}")
+    if reason := machine.missing_requirement(options.level, options.kuberay, options.kueue):
+        raise RigError(f"no rig can run on this machine: {reason}")
     began = time.monotonic()
-    up = rig.bring_up(
+    started = rig.bring_up(
         options.level,
         folder=options.state,
         kuberay=options.kuberay,
@@ -134,8 +143,8 @@ def _up(options: argparse.Namespace) -> int:
         images=dict(options.image),
         ends_with_caller=False,
     )
-    print(f"# up in {time.monotonic() - began:.1f} s; logs in {up.state.logs}")
-    print(f"export KUBECONFIG={up.kubeconfig} PATH={up.programs}:$PATH")
+    print(f"# up in {time.monotonic() - began:.1f} s; logs in {started.state.logs}")
+    print(f"export KUBECONFIG={started.kubeconfig} PATH={started.programs}:$PATH")
     return 0
 
 
@@ -146,7 +155,7 @@ def _down(options: argparse.Namespace) -> int:
 
 def _exec(options: argparse.Namespace) -> int:
     if not options.command:
-        raise RigError("exec what? Give a command")
-    up = rig.Rig(State(options.state))
-    command = up.inside(options.command)
-    os.execvpe(command[0], command, up.environment())
+        raise RigError("exec needs a command: python tests/rig exec COMMAND ...")
+    current = rig.Rig(State(options.state))
+    command = current.inside(options.command)
+    os.execvpe(command[0], command, current.environment())

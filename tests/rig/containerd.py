@@ -1,4 +1,4 @@
-"""The container runtime, and the images it gets without a registry."""
+"""Start the container runtime and import its images without a registry."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ PAUSE_IMAGE = "rig.local/pause:1"
 PLUGIN_FOLDERS = (Path("/usr/lib/cni"), Path("/opt/cni/bin"))
 READY_SECONDS = 30
 
-# Layers and scratch space of the containers lie in memory: overlayfs refuses a lower folder inside
-# another one, as any folder on the disk is when the image is the machine's own root.
+# Layers and scratch space of the containers are kept in memory. overlayfs refuses a lower folder
+# inside another one, and every folder on the disk is inside an image of the machine's root.
 STORAGE_SIZE = "4g"
 
 _CONFIG = """\
@@ -52,12 +52,12 @@ disabled_plugins = [
 
 
 def plugin_folder() -> Path | None:
-    """Where the CNI plugins are: distributions and Kubernetes' own packages disagree."""
+    """Return the folder of the CNI plugins, which depends on the distribution, or None."""
     return next((folder for folder in PLUGIN_FOLDERS if (folder / "ptp").exists()), None)
 
 
 class Containerd:
-    """A container runtime whose every file lies in the rig's own mount namespace."""
+    """A container runtime with all of its files in the rig's own mount namespace."""
 
     def __init__(self, state: State) -> None:
         self._state = state
@@ -70,20 +70,20 @@ class Containerd:
         config = self._state.root / "containerd.toml"
         config.write_text(self._config())
         servers.start("containerd", "containerd", "-c", config)
-        servers.wait_for("containerd answers", lambda: self._ctr("version"), READY_SECONDS)
+        servers.wait_for("containerd is ready", lambda: self._ctr("version"), READY_SECONDS)
 
     def add_images(self) -> None:
-        """Import the pause image, and one image for each folder that the settings name."""
+        """Import the pause image and one image for each folder of the settings."""
         settings = self._state.settings
         archive = self._state.root / "image.tar"
-        images.pause(archive, PAUSE_IMAGE, Path(settings.program("pause", "pause")))
+        images.write_pause_image(archive, PAUSE_IMAGE, Path(settings.program("pause", "pause")))
         self._import(archive)
         for name, root in settings.images.items():
-            layer = images.stand_in(archive, name, Path(root), settings.image_path)
+            layer = images.write_folder_image(archive, name, Path(root), settings.image_path)
             self._import(archive)
             folder = self._layer_folder(layer)
             run("mount", "--bind", root, folder)
-            # Read-only: removing the image must never reach into the folder behind it.
+            # Read-only, so that the removal of the image cannot delete files of the folder.
             run("mount", "-o", "remount,bind,ro", folder)
             report(f"image {name} is {root}, read-only on {folder}")
 
@@ -100,7 +100,7 @@ class Containerd:
         )
 
     def _network(self) -> dict[str, object]:
-        """One point-to-point link per pod: it needs no bridge module and no packet filter."""
+        """Return a network of one point-to-point link per pod: it needs no bridge module."""
         addresses = {
             "type": "host-local",
             "dataDir": str(self._state.root / "ipam"),
@@ -115,12 +115,12 @@ class Containerd:
         archive.unlink()
 
     def _layer_folder(self, layer: str) -> str:
-        """The folder in which the snapshotter keeps the unpacked layer."""
+        """Return the folder in which the snapshotter keeps the unpacked layer."""
         view = f"find-{layer[-12:]}"
-        command = self._ctr("snapshots", "view", "--target", "/unused", view, layer)
-        # Nothing refers to the view, so containerd's own collector removes it, at once or later.
-        words = command.replace(",", " ").replace("lowerdir=", " ").split()
-        return next(word for word in words if "/snapshots/" in word)
+        mount = self._ctr("snapshots", "view", "--target", "/unused", view, layer)
+        # Nothing references the view, so containerd's garbage collector removes it.
+        options = mount.replace(",", " ").replace("lowerdir=", " ").split()
+        return next(word for word in options if "/snapshots/" in word)
 
     def _ctr(self, *arguments: str | Path) -> str:
         return run("ctr", "--address", self.socket, "--namespace", "k8s.io", *arguments)

@@ -1,4 +1,4 @@
-"""etcd, the API server, the controller manager and the scheduler: all that is not a node."""
+"""Start the control plane: etcd, the API server, the controller manager and the scheduler."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ READY_SECONDS = 90
 
 
 def start(state: State, servers: Servers, api: ApiClient) -> None:
-    """Start the control plane and return once its API answers."""
+    """Start all four servers; return after the API server is ready."""
     settings = state.settings
     servers.start("etcd", *_etcd(state, settings))
     servers.start("kube-apiserver", *_api_server(state, settings))
@@ -24,7 +24,10 @@ def start(state: State, servers: Servers, api: ApiClient) -> None:
 
 
 def wait_for_controllers(servers: Servers, api: ApiClient) -> None:
-    """The API answers seconds before any controller runs; a pod created then would be refused."""
+    """Wait until the controllers run.
+
+    The API server is ready seconds earlier, but rejects pods until a ServiceAccount exists.
+    """
     servers.wait_for(
         "the controller manager created the default ServiceAccount",
         lambda: api.get("/api/v1/namespaces/default/serviceaccounts/default"),
@@ -40,7 +43,7 @@ def _etcd(state: State, settings: Settings) -> Iterator[str | Path]:
     yield from ("--listen-client-urls", clients, "--advertise-client-urls", clients)
     yield from ("--listen-peer-urls", peers, "--initial-advertise-peer-urls", peers)
     yield from ("--initial-cluster", f"default={peers}")
-    # Nothing here outlives the rig, so nothing need reach the disk: it halves the time of a write.
+    # The data is temporary and needs no fsync: this halves the time of a write.
     yield "--unsafe-no-fsync"
 
 
@@ -65,7 +68,7 @@ def _api_server(state: State, settings: Settings) -> Iterator[str | Path]:
 
 
 def _api_server_address(settings: Settings) -> Iterator[str]:
-    """Without a node no pod will look for the API server: loopback alone, no endpoints."""
+    """Yield the address options: without a node, loopback is enough and no endpoints are needed."""
     if settings.level == "node":
         # 0.0.0.0 is the node's own network namespace: its loopback and its one address.
         yield from ("--bind-address=0.0.0.0", "--advertise-address", NODE_IP)

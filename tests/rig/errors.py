@@ -1,5 +1,5 @@
-"""What can go wrong with a rig, as one exception that a person can read."""
+"""The exception of the rig."""
 
 
 class RigError(Exception):
-    """The rig could not be built, started or stopped; the message says why and what to do."""
+    """A rig cannot be built, started, used or stopped; the message gives the reason."""

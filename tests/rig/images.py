@@ -1,4 +1,4 @@
-"""Container images without a registry: archives written by hand, and folders that act as images."""
+"""Write container images as archives, without a registry, and images that show a folder."""
 
 from __future__ import annotations
 
@@ -12,31 +12,34 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# How an image layer says "nothing below this path shows through", and "this path is deleted".
+# Markers of an image layer: a folder hides its content in lower layers; a path is deleted.
 OPAQUE = ".wh..wh..opq"
 WHITEOUT = ".wh."
 
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
-# Of a home's hidden files a pod sees only these, where Python interpreters are installed. The rest
-# is settings and credentials: none of a test's business, and a `.ray` with a token would even
-# switch Ray's head to token authentication, which leaves the RayJob in Initializing for ever.
+# The only hidden entries of a home folder that pods see, because Python interpreters are installed
+# there. The others contain settings and credentials. A `.ray` with a token would also switch Ray's
+# head to token authentication, and the RayJob would stay Initializing forever.
 VISIBLE = frozenset({".local", ".pyenv"})
 
 SCRATCH = ("run", "tmp")
 
-# What a test's pods run: this interpreter, its virtual environment and this checkout.
+# The folders that a test's pods need: this interpreter, its virtual environment, this checkout.
 NEEDED = (Path(sys.base_prefix), Path(sys.prefix), Path(__file__).resolve().parents[2])
 
 
 @dataclass(frozen=True)
 class Layer:
+    """The content of an image layer."""
+
     files: dict[str, tuple[bytes, int]] = field(default_factory=dict)
-    """Path to content and mode."""
+    """Path to (content, mode)."""
     folders: dict[str, int] = field(default_factory=dict)
     """Path to mode."""
 
     def archive(self) -> bytes:
+        """Return the layer as a tar archive."""
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
             for name, mode in self.folders.items():
@@ -51,7 +54,7 @@ class Layer:
 
 
 def write(path: Path, name: str, layers: Iterable[Layer], config: dict[str, object]) -> str:
-    """Write an image for `ctr images import`; return the id of its bottom layer."""
+    """Write an image for `ctr images import`; return the digest of its bottom layer."""
     archives = [layer.archive() for layer in layers]
     digests = ["sha256:" + hashlib.sha256(archive).hexdigest() for archive in archives]
     machine = platform.machine()
@@ -70,17 +73,19 @@ def write(path: Path, name: str, layers: Iterable[Layer], config: dict[str, obje
     return digests[0]
 
 
-def pause(path: Path, name: str, program: Path) -> None:
-    """The image of the process that holds a pod's namespaces."""
+def write_pause_image(path: Path, name: str, program: Path) -> None:
+    """Write the image of the process that keeps a pod's namespaces open."""
     layer = Layer({"pause": (program.read_bytes(), 0o755)})
     write(path, name, [layer], {"Entrypoint": ["/pause"]})
 
 
-def stand_in(path: Path, name: str, root: Path, search_path: str) -> str:
-    """Write an image that stands in for a folder; return the id of its bottom layer.
+def write_folder_image(path: Path, name: str, root: Path, search_path: str) -> str:
+    """Write an image that shows the folder `root`; return the digest of its bottom layer.
 
-    That layer holds a marker only, which makes its id unique; a bind mount of `root` then takes its
-    place. The top layer hides what must not show through.
+    The bottom layer contains only a marker, which makes its digest unique. The caller replaces this
+    layer by a bind mount of `root`. The top layer hides credentials and scratch folders.
+
+    `search_path`: PATH inside the image.
     """
     marker = Layer({".tuneyard-rig-image": (name.encode(), 0o644)})
     config: dict[str, object] = {
@@ -88,28 +93,32 @@ def stand_in(path: Path, name: str, root: Path, search_path: str) -> str:
         "Cmd": ["/bin/sh"],
         "WorkingDir": "/tmp",
     }
-    return write(path, name, [marker, _cover(root)], config)
+    return write(path, name, [marker, _hiding_layer(root)], config)
 
 
-def out_of_reach(root: Path) -> Path | None:
-    """A folder that the tests need and that pods would not see in `root`; None if they see all.
+def invisible_folder(root: Path) -> Path | None:
+    """Return a folder that tests need but pods would not see in an image of `root`, or None.
 
-    An image shows one filesystem: what is mounted somewhere below the root stays outside.
+    An image shows one filesystem, without the mounts below `root`.
     """
     inside = [path for path in NEEDED if path.is_relative_to(root)]
     return next((path for path in inside if path.stat().st_dev != root.stat().st_dev), None)
 
 
-def _cover(root: Path) -> Layer:
-    hidden = [*_private(root), *_scratch(root)]
-    marks = [path.relative_to(root) for path in hidden]
-    folders = {path.parent for path in hidden} | set(_ways(root))
+def _hiding_layer(root: Path) -> Layer:
+    """Return the layer that hides parts of `root` and opens the folders above the needed ones."""
+    hidden = [*_hidden_in_homes(root), *_hidden_scratch(root)]
+    markers = [path.relative_to(root) for path in hidden]
+    folders = {path.parent for path in hidden} | set(_parents_of_needed(root))
     modes = {str(path.relative_to(root)): path.stat().st_mode & 0o7777 | 0o11 for path in folders}
-    return Layer({str(path): (b"", 0o644) for path in marks}, modes)
+    return Layer({str(path): (b"", 0o644) for path in markers}, modes)
 
 
-def _ways(root: Path) -> Iterator[Path]:
-    """The folders on the way to what is needed: pods do not run as root, and a home is closed."""
+def _parents_of_needed(root: Path) -> Iterator[Path]:
+    """Yield the parents of the needed folders.
+
+    The layer makes them searchable: pods do not run as root, and a home folder may be private.
+    """
     for path in NEEDED:
         if path.is_relative_to(root):
             yield from (
@@ -117,8 +126,8 @@ def _ways(root: Path) -> Iterator[Path]:
             )
 
 
-def _private(root: Path) -> Iterator[Path]:
-    """The marks that hide settings and credentials in the homes of root and of this user."""
+def _hidden_in_homes(root: Path) -> Iterator[Path]:
+    """Yield the markers that hide settings and credentials in the homes of root and this user."""
     homes = {root / "root", root / str(Path.home()).lstrip("/")} - {root}
     for home in sorted(homes):
         for path in sorted(home.glob(".*")):
@@ -126,8 +135,8 @@ def _private(root: Path) -> Iterator[Path]:
                 yield _whiteout(path)
 
 
-def _scratch(root: Path) -> Iterator[Path]:
-    """The marks that empty the scratch folders, but for a checkout or an interpreter in them."""
+def _hidden_scratch(root: Path) -> Iterator[Path]:
+    """Yield the markers that empty the scratch folders, except for needed folders in them."""
     for folder in (root / name for name in SCRATCH):
         keep = {path.relative_to(folder).parts[0] for path in NEEDED if folder in path.parents}
         if not folder.is_dir():

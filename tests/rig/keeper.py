@@ -1,7 +1,7 @@
-"""The process outside: it holds the rig's life in its hands and leaves nothing behind.
+"""The process outside of the rig: it starts the rig, ends it and removes its files.
 
-It ends the rig when told to, and also when the process that asked for the rig is gone, however that
-one ended. If the keeper itself is killed, the kernel ends the rig, and `down` sweeps up the files.
+The keeper ends the rig on SIGTERM, and also when the process that asked for the rig has ended for
+any reason. If the keeper itself is killed, the kernel ends the rig and `down` removes the files.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _INNER_NAMESPACES = linux.NEW_MOUNTS | linux.NEW_NETWORK | linux.NEW_IPC | linux
 
 
 def command(role: str, state: State) -> list[str]:
-    """How to run one of the rig's own processes, with nothing from the user's Python settings."""
+    """Return the command line of one of the rig's processes, isolated from user Python settings."""
     return [sys.executable, "-I", str(PACKAGE), role, str(state.root)]
 
 
@@ -39,15 +39,15 @@ def keep(state: State, owner: int | None) -> None:
         asyncio.run(_keep(state, owner))
     finally:
         _kill_supervisor(state)
-        _wait_until(_reaped, "every process of the rig has ended")
-        sweep(state)
+        _wait_until(_reap_children, "every process of the rig has ended")
+        clean_up(state)
 
 
-def sweep(state: State) -> None:
-    """End what is left of the rig and remove its files. Safe to repeat."""
+def clean_up(state: State) -> None:
+    """End the rig's remaining processes and remove its cgroup and files. Safe to repeat."""
     _kill_supervisor(state)
     _remove_cgroup(state)
-    _keep_logs(state)
+    _copy_logs(state)
     _remove_files(state.root)
 
 
@@ -55,7 +55,7 @@ def _kill_supervisor(state: State) -> None:
     supervisor = state.process("supervisor")
     if supervisor is not None and supervisor.alive:
         os.kill(supervisor.pid, signal.SIGKILL)
-        # As pid 1 it has ended only when all the rest of its namespace has.
+        # As pid 1 it ends only after every other process of its namespace.
         _wait_until(lambda: not supervisor.alive, "the supervisor has ended")
 
 
@@ -68,7 +68,7 @@ async def _keep(state: State, owner: int | None) -> None:
     try:
         await _run(state, stop)
     except Exception as error:
-        state.announce(state.failed, f"{type(error).__name__}: {error}")
+        state.write_atomically(state.failed, f"{type(error).__name__}: {error}")
         await stop.wait()
         raise
 
@@ -77,18 +77,18 @@ async def _run(state: State, stop: asyncio.Event) -> None:
     pki.write(state)
     settings = state.settings
     isolated = settings.level == "node"
-    door = forward.listen(settings.ports["api"]) if isolated else None
+    listener = forward.listen(settings.ports["api"]) if isolated else None
     supervisor = _start_supervisor(state, isolated)
     ended = os.pidfd_open(supervisor.pid)
-    asyncio.get_running_loop().add_reader(ended, _note_end, state, ended)
-    if door is not None:
-        await forward.serve(door, supervisor.pid)
+    asyncio.get_running_loop().add_reader(ended, _report_supervisor_end, state, ended)
+    if listener is not None:
+        await forward.serve(listener, supervisor.pid)
     await stop.wait()
 
 
 def _start_supervisor(state: State, isolated: bool) -> subprocess.Popen[bytes]:
     if isolated:
-        # This process stays where it is: the next child becomes pid 1 of the new namespace.
+        # This process keeps its namespace; its next child becomes pid 1 of the new one.
         linux.unshare(linux.NEW_PIDS)
     with (state.logs / "supervisor.log").open("ab") as log:
         supervisor = subprocess.Popen(
@@ -96,7 +96,7 @@ def _start_supervisor(state: State, isolated: bool) -> subprocess.Popen[bytes]:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            preexec_fn=_isolate if isolated else linux.die_with_parent,
+            preexec_fn=_isolate if isolated else linux.end_with_parent,
         )
     state.record_process("supervisor", supervisor.pid)
     return supervisor
@@ -104,18 +104,18 @@ def _start_supervisor(state: State, isolated: bool) -> subprocess.Popen[bytes]:
 
 def _isolate() -> None:
     linux.unshare(_INNER_NAMESPACES)
-    linux.die_with_parent()
+    linux.end_with_parent()
 
 
-def _note_end(state: State, ended: int) -> None:
-    """The supervisor never ends by itself; whoever waits for it must learn that it did."""
+def _report_supervisor_end(state: State, ended: int) -> None:
+    """Report a failure to processes that wait for the rig: the supervisor only ends if killed."""
     asyncio.get_running_loop().remove_reader(ended)
     if not state.failed.exists():
-        state.announce(state.failed, "the supervisor was killed")
+        state.write_atomically(state.failed, "the supervisor was killed")
 
 
-def _reaped() -> bool:
-    """Collect children that ended; true once none is left. The supervisor's orphans come here."""
+def _reap_children() -> bool:
+    """Reap ended children; return whether none is left. They include the supervisor's orphans."""
     try:
         while os.waitpid(-1, os.WNOHANG) != (0, 0):
             continue
@@ -133,23 +133,23 @@ def _remove_cgroup(state: State) -> None:
         cgroups.remove(settings.name)
 
 
-def _keep_logs(state: State) -> None:
-    """Copy the logs to `TUNEYARD_RIG_LOGS`, for a machine whose disk is gone after the tests."""
+def _copy_logs(state: State) -> None:
+    """Copy the logs to `TUNEYARD_RIG_LOGS`, for machines that are deleted after the tests."""
     target = os.environ.get("TUNEYARD_RIG_LOGS")
     if target and state.logs.is_dir():
         shutil.copytree(state.logs, Path(target) / state.root.name, dirs_exist_ok=True)
 
 
 def _remove_files(root: Path) -> None:
-    """Remove the folder; never through a mount, whose other side may be the machine's own root."""
+    """Remove the folder; raise RigError if it has a mount, which may be the machine's root."""
     mounts = Path("/proc/self/mounts").read_text().splitlines()
     if left := [line for line in mounts if line.split()[1].startswith(str(root))]:
-        raise RigError(f"mounts are left, so nothing was removed: {left}")
-    _wait_until(lambda: _removed(root), f"{root} can be removed")
+        raise RigError(f"{root} was not removed because it has mounts: {left}; unmount them")
+    _wait_until(lambda: _remove(root), f"{root} is removed")
 
 
-def _removed(root: Path) -> bool:
-    """A server that is being killed may still write: then the folder is not empty in time."""
+def _remove(root: Path) -> bool:
+    """Return whether the folder is removed: a server that is being killed may still write to it."""
     try:
         shutil.rmtree(root)
     except FileNotFoundError:
@@ -159,9 +159,10 @@ def _removed(root: Path) -> bool:
     return True
 
 
-def _wait_until(condition: Callable[[], bool], what: str) -> None:
+def _wait_until(condition: Callable[[], bool], description: str) -> None:
+    """Poll the condition; raise RigError after `END_SECONDS`."""
     deadline = time.monotonic() + END_SECONDS
     while not condition():
         if time.monotonic() > deadline:
-            raise RigError(f"waited {END_SECONDS} s in vain until {what}")
+            raise RigError(f"not true after {END_SECONDS} s: {description}")
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""The few system calls that Python 3.11's standard library does not offer."""
+"""System calls that the standard library of Python 3.11 does not offer."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def unshare(flags: int) -> None:
-    """Move this process into new namespaces; new pid namespaces take in its children only."""
+    """Move this process into new namespaces; a new pid namespace applies to its children only."""
     _check(_libc.unshare(flags), "unshare")
 
 
 def enter_network_of(pid: int) -> None:
-    """From here on this process opens its sockets in the other's network; open ones stay put."""
+    """Open further sockets of this process in the network of `pid`; open sockets do not move."""
     namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
         _check(_libc.setns(namespace, NEW_NETWORK), "setns")
@@ -33,18 +33,21 @@ def enter_network_of(pid: int) -> None:
         os.close(namespace)
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent ends, however that one ends."""
+def end_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent ends for any reason."""
     _check(_libc.prctl(_SET_PARENT_DEATH_SIGNAL, int(signal.SIGKILL), 0, 0, 0), "prctl")
 
 
 def adopt_orphans() -> None:
-    """Become the parent of descendants that lose theirs, so that all of them can be waited for."""
+    """Become the parent of orphaned descendants, so that this process can wait for all of them."""
     _check(_libc.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
 
 
 def start_time(pid: int) -> int | None:
-    """When the process started, in clock ticks; with the pid it names one process for good."""
+    """Return the start time of a process in clock ticks since boot; None if the process has ended.
+
+    Pid and start time together identify a process, even after the pid is reused.
+    """
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

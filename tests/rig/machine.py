@@ -1,4 +1,4 @@
-"""What this machine must have, why a rig cannot run on it, and how to add what is missing."""
+"""Check whether this machine can run a rig, and install the missing packages."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rig.containerd import plugin_folder
 from rig.errors import RigError
 from rig.state import Level
 
-# Program to the Debian package that holds it. Looked for one by one: a machine with Docker has a
-# containerd of its own, which Debian's package would replace.
+# Program to its Debian package. Programs are checked, not packages: a machine with Docker has its
+# own containerd, which Debian's package would replace.
 CONTROL_PROGRAMS = {"openssl": "openssl"}
 NODE_PROGRAMS = {
     "containerd": "containerd",
@@ -30,7 +30,7 @@ NODE_PROGRAMS = {
     "unshare": "util-linux",
 }
 PLUGINS_PACKAGE = "containernetworking-plugins"
-# What some tests use beside a rig; no rig needs them.
+# Programs of some tests; no rig needs them.
 TOOLS = {
     "buildah": "buildah",
     "debootstrap": "debootstrap",
@@ -39,11 +39,13 @@ TOOLS = {
 }
 
 SERVICE_POLICY = Path("/usr/sbin/policy-rc.d")
-"""Asked by Debian's packages before they start a service."""
+"""The script that Debian's packages call before they start a service."""
 
 
-def why_not(level: Level, kuberay: rig.KubeRay = "no", kueue: bool = False) -> str | None:
-    """Why such a rig cannot run here, in words for a skipped test; None if it can."""
+def missing_requirement(
+    level: Level, kuberay: rig.KubeRay = "no", kueue: bool = False
+) -> str | None:
+    """Return why this machine cannot run such a rig ("needs ..."), or None if it can."""
     if sys.platform != "linux":
         return "needs Linux"
     if level == "node" and os.geteuid() != 0:
@@ -59,22 +61,26 @@ def why_not(level: Level, kuberay: rig.KubeRay = "no", kueue: bool = False) -> s
 
 
 def find_tool(name: str) -> Path | None:
-    """The path of one of `TOOLS`; None if it is not installed."""
+    """Return the path of one of `TOOLS`, or None if it is not installed."""
     found = shutil.which(name, path=rig.SYSTEM_PATH)
     return Path(found) if found else None
 
 
 def install_packages(level: Level) -> list[str]:
-    """Install what is missing with apt-get, as root; return the packages' names.
+    """Install the missing packages with apt-get and return their names.
 
-    Of containerd and prometheus the programs are wanted, not the services: none is started.
+    The packages' services, such as containerd and prometheus, are not started.
+    RigError: packages are missing, and this process is not root or apt-get does not exist.
     """
     tools = {TOOLS[name] for name in _absent(TOOLS)}
     packages = sorted({*_missing_packages(level), *tools})
     if not packages:
         return []
     if shutil.which("apt-get") is None or os.geteuid() != 0:
-        raise RigError(f"install {', '.join(packages)}: that needs root and apt-get")
+        raise RigError(
+            f"the packages {', '.join(packages)} are missing: install them, or run this command"
+            " as root on a machine with apt-get"
+        )
     with _services_forbidden():
         _apt_get(["apt-get", "update"])
         _apt_get(["apt-get", "install", "--yes", "--no-install-recommends", *packages])
@@ -88,7 +94,10 @@ def _apt_get(command: list[str]) -> None:
 
 @contextmanager
 def _services_forbidden() -> Iterator[None]:
-    """A machine that has a policy, as container images do, keeps its own."""
+    """Forbid services to start until the context ends.
+
+    A machine that already has a policy, such as a container image, keeps it.
+    """
     if SERVICE_POLICY.exists():
         yield
         return
@@ -113,6 +122,6 @@ def _absent(programs: Iterable[str]) -> list[str]:
 
 
 def _may_unshare() -> bool:
-    """Being root is not enough: in a container the namespaces may still be out of reach."""
+    """Return whether this process may create namespaces: root in a container often may not."""
     command = ["unshare", "--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "true"]
     return subprocess.run(command, check=False, capture_output=True).returncode == 0

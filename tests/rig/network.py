@@ -1,7 +1,7 @@
 """The rig's addresses.
 
-They exist only inside the node's own network namespace. The host must never get a route to them:
-with the rig down, a request meant for a pod would leave the machine.
+They exist only inside the node's network namespace. The host must never get a route to them: when
+the rig is down, a request to a pod's address would leave the machine.
 """
 
 NODE_NAME = "node1"

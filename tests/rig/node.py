@@ -1,7 +1,7 @@
-"""The one node: its mounts, its network, its kubelet, its service proxy and its names.
+"""Start the rig's only node: its mounts, network, kubelet, service proxy and DNS.
 
-This runs as pid 1 of the rig's own namespaces: killing that process ends every process, mount,
-interface and packet filter rule that is made here.
+This code runs as pid 1 of the rig's namespaces. When that process is killed, the kernel ends every
+process, mount, interface and packet filter rule that this module creates.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from rig.state import State
 
 READY_SECONDS = 120
 
-# Two server blocks, because `template` runs before `kubernetes`: in a single block it would deny
-# every name. Denying all names but the cluster's own spares lookups the wait for a server outside.
+# Two server blocks, because `template` runs before `kubernetes`: in one block it would deny every
+# name. Names outside the cluster are denied at once; otherwise their lookups would time out.
 _COREFILE = """\
 cluster.local:53 in-addr.arpa:53 {{
   bind {ip}
@@ -47,19 +47,19 @@ options ndots:5
 
 
 def prepare(state: State) -> None:
-    """Give the node its own view of the machine, before anything runs on it."""
+    """Create the node's mounts and network, before any of its processes starts."""
     _prepare_mounts(state)
     _prepare_network()
 
 
 def start(state: State, servers: Servers) -> None:
-    """Start all that makes this a node of the running control plane."""
+    """Start the servers of a node of the running control plane."""
     runtime = Containerd(state)
     runtime.start(servers)
     runtime.add_images()
     _start_kubelet(state, servers, runtime)
     _start_service_proxy(state, servers)
-    _start_names(state, servers)
+    _start_dns(state, servers)
 
 
 def wait_until_ready(servers: Servers, api: ApiClient) -> None:
@@ -67,17 +67,17 @@ def wait_until_ready(servers: Servers, api: ApiClient) -> None:
 
 
 def _prepare_mounts(state: State) -> None:
-    """Keep off the disk what programs write to fixed paths, whatever their options say."""
+    """Keep in memory what programs write to fixed paths that no option changes."""
     run("mount", "--make-rprivate", "/")
     run("mount", "-t", "proc", "proc", "/proc")
-    # Kubernetes needs mounts that spread from the node to its containers, within this namespace.
+    # Kubernetes needs mounts that propagate from the node to its containers, in this namespace.
     run("mount", "--make-rshared", "/")
     run("mount", "-t", "tmpfs", "-o", "mode=755", "rig", "/run")
     run("mount", "-t", "tmpfs", "-o", "mode=755", "rig", "/var/log")
-    _cover("/etc")
-    _cover("/var/lib")
+    _overlay("/etc")
+    _overlay("/var/lib")
     _resolver(state).write_text(_RESOLVER.format(ip=NODE_IP))
-    # Its target is a link into /run on many systems, and /run is empty now.
+    # On many systems this file is a link into /run, which is empty now.
     target = Path("/etc/resolv.conf").resolve()
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -85,8 +85,8 @@ def _prepare_mounts(state: State) -> None:
     run("mount", "--bind", _resolver(state), target)
 
 
-def _cover(folder: str) -> None:
-    """Let programs see the folder as it is, and keep in memory what they write to it."""
+def _overlay(folder: str) -> None:
+    """Mount an overlay on the folder that keeps changes in memory."""
     layers = Path("/run/rig-layers" + folder)
     for name in ("upper", "work"):
         (layers / name).mkdir(parents=True)
@@ -95,14 +95,14 @@ def _cover(folder: str) -> None:
 
 
 def _prepare_network() -> None:
-    """An interface to hold the node's address. No default route: no packet can leave."""
+    """Create an interface with the node's address. Without a default route, no packet can leave."""
     socket.sethostname(NODE_NAME)
     run("ip", "link", "set", "lo", "up")
     run("ip", "link", "add", "rig0", "type", "veth", "peer", "name", "rig1")
     run("ip", "addr", "add", f"{NODE_IP}/32", "dev", "rig0")
     run("ip", "link", "set", "rig0", "up")
     run("ip", "link", "set", "rig1", "up")
-    # Without a route a packet to a service's address is refused before the service proxy sees it.
+    # Without this route the kernel refuses packets to Services before the service proxy sees them.
     run("ip", "route", "add", SERVICES, "dev", "rig0")
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
 
@@ -139,7 +139,7 @@ def _kubelet_config(state: State, runtime: Containerd) -> dict[str, object]:
         "makeIPTablesUtilChains": False,
         "syncFrequency": "10s",
         "nodeStatusUpdateFrequency": "10s",
-        # No limits on events and pulls: with the defaults, many pods wait for their evidence.
+        # No rate limits: with the defaults, the events of many pods arrive late.
         "registryPullQPS": 0,
         "eventRecordQPS": 0,
         "serializeImagePulls": False,
@@ -163,7 +163,7 @@ def _kubelet_access(state: State) -> dict[str, object]:
 
 
 def _kubelet_resources(state: State) -> dict[str, object]:
-    """Evict late, and never collect images: without a registry a lost one cannot return."""
+    """Return settings that evict late and never delete images, which no registry could replace."""
     return {
         "cgroupDriver": "cgroupfs",
         "cgroupRoot": f"/{state.settings.name}",
@@ -191,7 +191,7 @@ def _start_service_proxy(state: State, servers: Servers) -> None:
         "healthzBindAddress": "127.0.0.1:10256",
         "metricsBindAddress": "127.0.0.1:10249",
         "nodePortAddresses": ["primary"],
-        # The table of connections belongs to the whole machine: leave its size alone.
+        # 0 leaves the size of the connection table unchanged: it belongs to the whole machine.
         "conntrack": {"maxPerCore": 0, "min": 0},
     }
     config.write_text(json.dumps(content, indent=2))
@@ -200,7 +200,7 @@ def _start_service_proxy(state: State, servers: Servers) -> None:
     )
 
 
-def _start_names(state: State, servers: Servers) -> None:
+def _start_dns(state: State, servers: Servers) -> None:
     config = state.root / "Corefile"
     config.write_text(_COREFILE.format(ip=NODE_IP, kubeconfig=state.kubeconfig()))
     servers.start("coredns", state.settings.program("coredns", "coredns"), "-conf", config)

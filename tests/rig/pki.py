@@ -1,4 +1,4 @@
-"""Certificates and kubeconfigs for one short-lived cluster."""
+"""Create the certificates and kubeconfigs of one short-lived cluster."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from rig.network import API_SERVICE_IP, NODE_IP, NODE_NAME
 from rig.state import State
 
-# A rig lives for hours. The margin is for clocks that jump when a laptop wakes up.
+# A rig runs for hours. The margin allows for clocks that jump when a laptop resumes.
 VALID_DAYS = "30"
 
 _SERVICE_NAMES = (
@@ -25,6 +25,8 @@ _SERVICE_NAMES = (
 
 @dataclass(frozen=True)
 class Certificate:
+    """A certificate to create; every certificate works for clients and servers."""
+
     name: str
     subject: str
     dns: tuple[str, ...] = ()
@@ -60,7 +62,7 @@ USERS = (
 
 
 def write(state: State) -> None:
-    """Create the authority, every certificate and a kubeconfig for every user."""
+    """Create the certificate authority, every certificate and a kubeconfig for every user."""
     state.pki.mkdir()
     _write_authority(state.pki)
     _write_service_account_keys(state.pki)

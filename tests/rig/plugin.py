@@ -1,15 +1,15 @@
 """pytest fixtures for tests that need a real Kubernetes.
 
-Load it with `pytest_plugins = ["rig.plugin"]` and `pythonpath = ["tests"]`. Importing it starts
-nothing and needs nothing, so a machine without Kubernetes still collects every test.
+Load it with `-p rig.plugin` and `pythonpath = ["tests"]`. Its import starts nothing, so a machine
+that cannot run a rig still collects every test.
 
-- `TUNEYARD_TEST_KUBECONFIG=FILE`: use that cluster (kind, say), which has KubeRay, and no rig.
-  Tests of queues are skipped there if it has no Kueue.
+- `TUNEYARD_TEST_KUBECONFIG=FILE`: use this cluster instead of a rig. It must have KubeRay; tests of
+  queues are skipped if it has no Kueue.
 - `TUNEYARD_TEST_IMAGE=NAME`: the image for pods on that cluster.
-- `TUNEYARD_TEST_IMAGE_ROOT=FOLDER`: the folder that acts as the image on a rig. Unset it is the
-  machine's root, so that the pods have the very environment that runs the tests.
-- `TUNEYARD_REQUIRE_CLUSTER=1`: fail where a test would skip. For CI.
-- `TUNEYARD_RIG_LOGS=FOLDER`: keep the logs of every rig there.
+- `TUNEYARD_TEST_IMAGE_ROOT=FOLDER`: the folder that acts as the image on a rig. The default is the
+  machine's root, so that pods have the environment that runs the tests.
+- `TUNEYARD_REQUIRE_CLUSTER=1`: fail instead of skip. For CI.
+- `TUNEYARD_RIG_LOGS=FOLDER`: keep the logs of every rig in this folder.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ RIGS: dict[str, tuple[Level, KubeRay]] = {
     "apiserver": ("control", "crds"),
     "cluster": ("node", "running"),
 }
-"""What each fixture brings up."""
+"""Fixture to the level of its rig and the state of KubeRay in it."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Kubernetes that a test may use, wherever it comes from."""
+    """A Kubernetes cluster for tests: a rig, or the cluster of `TUNEYARD_TEST_KUBECONFIG`."""
 
     kubeconfig: Path
     url: str
     program: Path
-    """The kubectl to use."""
+    """The path of kubectl."""
     image: str | None = None
-    """An image for pods, with Python and Tuneyard in it; None if there are no pods."""
+    """An image for pods, with Python and Tuneyard; None if the cluster runs no pods."""
     rig: Rig | None = None
-    """The rig behind it; None for a cluster that was given."""
+    """The rig of this cluster; None for the cluster of `TUNEYARD_TEST_KUBECONFIG`."""
 
     def kubectl(
         self, *arguments: str, input: str | None = None, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
-        """Run kubectl. With `check` a failure raises, and the message is what kubectl said."""
+        """Run kubectl. With `check`, a failure raises RigError with kubectl's message."""
         command = [str(self.program), "--kubeconfig", str(self.kubeconfig), *arguments]
         done = subprocess.run(command, check=False, input=input, capture_output=True, text=True)
         if check and done.returncode:
@@ -62,15 +62,15 @@ class Cluster:
         return done
 
     def define(self, folder: Path) -> None:
-        """Serve the kinds that a folder defines, whoever has defined them before (Helm, say)."""
+        """Install the CRDs of a folder, even if another field manager (such as Helm) owns them."""
         self.kubectl("apply", "--server-side", "--force-conflicts", "--filename", str(folder))
         established = ("--for=condition=Established", "--timeout=60s")
         self.kubectl("wait", *established, "--filename", str(folder))
 
     def exec(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """Run a command where the addresses of pods and services exist."""
+        """Run a command in the node's network, where the addresses of pods and Services exist."""
         if self.rig is None:
-            raise RigError("only a rig can run commands inside its node's network")
+            raise RigError("this cluster is not a rig, so no command can run in its node's network")
         inside, environment = self.rig.inside(command), self.rig.environment()
         return subprocess.run(inside, check=False, env=environment, capture_output=True, text=True)
 
@@ -81,61 +81,64 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Builds what the chosen tests need before any of them runs: each has a time limit, and a first
-    build takes minutes. What cannot be built is said by the fixture that needs it."""
+    """Build the programs of the collected tests before the first test runs.
+
+    A first build takes minutes and would exceed the time limit of a test. If a build fails, the
+    fixture that needs the program reports it.
+    """
     if session.config.option.collectonly:
         return
-    wanted = {name for item in session.items for name in getattr(item, "fixturenames", ())}
-    names = ["helm"] if "helm" in wanted and build.find_go() else []
+    used = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    names = ["helm"] if "helm" in used and build.find_go() else []
     if not os.environ.get("TUNEYARD_TEST_KUBECONFIG"):
         for fixture, (level, kuberay) in RIGS.items():
             kueue = level == "node"
-            if fixture in wanted and not machine.why_not(level, kuberay, kueue):
+            if fixture in used and not machine.missing_requirement(level, kuberay, kueue):
                 names += targets(level, kuberay, kueue)
     if unbuilt := build.missing(names):
         capture = session.config.pluginmanager.getplugin("capturemanager")
         with capture.global_and_fixture_disabled() if capture else nullcontext():
-            print(f"\nbuilding {', '.join(unbuilt)}: minutes, once per machine", flush=True)
+            print(f"\nbuilding {', '.join(unbuilt)}: takes minutes, once per machine", flush=True)
         with suppress(RigError):
             build.ensure(names)
 
 
 @pytest.fixture(scope="session")
 def apiserver() -> Iterator[Cluster]:
-    """An API server with KubeRay's definitions and the built-in controllers; it runs no pod."""
+    """An API server with KubeRay's CRDs and the built-in controllers; it runs no pod."""
     yield from _cluster(*RIGS["apiserver"])
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """A cluster with one node, KubeRay and Kueue, whose pods can use `cluster.image`."""
+    """A cluster with one node, KubeRay and Kueue; its pods can use `cluster.image`."""
     yield from _cluster(*RIGS["cluster"])
 
 
 @pytest.fixture(scope="session")
 def helm() -> Path:
-    """The helm program, for rendering the chart; it needs no cluster."""
+    """The path of helm, which renders the chart and needs no cluster."""
     if build.missing(["helm"]) and build.find_go() is None:
-        _give_up("needs Go 1.26 to build helm")
+        _skip_or_fail("needs Go 1.26 to build helm")
     return build.ensure(["helm"])["helm"] / "helm"
 
 
 @pytest.fixture(scope="session")
 def promtool() -> Path:
-    """Prometheus' own checker: `promtool check metrics` reads an exposition on standard input."""
+    """The path of promtool: `promtool check metrics` checks an exposition on standard input."""
     return _tool("promtool")
 
 
 @pytest.fixture(scope="session")
 def prometheus() -> Path:
-    """The Prometheus server's program."""
+    """The path of the Prometheus server."""
     return _tool("prometheus")
 
 
 def _tool(name: str) -> Path:
     path = machine.find_tool(name)
     if path is None:
-        _give_up(f"needs {name} (`python tests/rig deps` installs it)")
+        _skip_or_fail(f"needs {name} (`python tests/rig deps` installs it)")
     return path
 
 
@@ -144,8 +147,8 @@ def _cluster(level: Level, kuberay: KubeRay) -> Iterator[Cluster]:
         yield _given_cluster(Path(given))
         return
     kueue = level == "node"
-    if reason := machine.why_not(level, kuberay, kueue):
-        _give_up(reason)
+    if reason := machine.missing_requirement(level, kuberay, kueue):
+        _skip_or_fail(reason)
     folders = {IMAGE: _image_root()} if level == "node" else {}
     rig = bring_up(level, kuberay=kuberay, kueue=kueue, images=folders)
     try:
@@ -157,8 +160,8 @@ def _cluster(level: Level, kuberay: KubeRay) -> Iterator[Cluster]:
 
 def _image_root() -> Path:
     root = Path(os.environ.get("TUNEYARD_TEST_IMAGE_ROOT", "/"))
-    if missing := images.out_of_reach(root):
-        _give_up(f"needs {missing} on the filesystem of {root}, which is what pods see")
+    if missing := images.invisible_folder(root):
+        _skip_or_fail(f"needs {missing} on the filesystem of {root}, the only one that pods see")
     return root
 
 
@@ -171,8 +174,8 @@ def _given_cluster(kubeconfig: Path) -> Cluster:
     return Cluster(kubeconfig, url, program, cluster.image)
 
 
-def _give_up(reason: str) -> NoReturn:
-    """Skip, or fail where Kubernetes is required: a skip in CI would hide that nothing ran."""
+def _skip_or_fail(reason: str) -> NoReturn:
+    """Skip the test, or fail it if `TUNEYARD_REQUIRE_CLUSTER` is set."""
     if os.environ.get("TUNEYARD_REQUIRE_CLUSTER") == "1":
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""Free ports on 127.0.0.1 that no two rigs choose at the same moment."""
+"""Reserve free ports on 127.0.0.1, so that no two rigs choose the same one."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import random
 import socket
 from typing import Self
 
-# Below the kernel's range for outgoing connections, whose ports come and go at any time.
+# Below the kernel's range for outgoing connections, which take ports at any time.
 CANDIDATES = range(20_000, 32_000)
 
 
 class Reservation:
-    """Ports that belong to this process, and to those that inherit the claims.
+    """Ports that are reserved for this process and the processes that inherit the claims.
 
-    A free port stays free only until somebody binds it, and the servers bind theirs seconds later.
-    So each number is also claimed as an abstract socket name: other rigs on this machine look
-    there, and the kernel gives the name back when its last holder dies.
+    The servers bind their ports seconds after a free port is found. Each port is therefore also
+    claimed as an abstract socket name, which other rigs on this machine check. The kernel releases
+    the name when the last process that holds it ends.
     """
 
     def __init__(self) -> None:
@@ -25,25 +25,27 @@ class Reservation:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let go here; a process that inherited the claims goes on holding them."""
+        """Close the claims in this process; processes that inherited the claims keep them."""
         for claim in self._claims:
             claim.close()
 
     @property
     def descriptors(self) -> list[int]:
-        """To be inherited by the process that the ports are for."""
+        """The claims, for a process that inherits them."""
         return [claim.fileno() for claim in self._claims]
 
     def take(self) -> int:
+        """Reserve a port and return it; raise OSError if none is free."""
         for port in random.sample(CANDIDATES, len(CANDIDATES)):
             claim = _claim(port)
             if claim is not None:
                 self._claims.append(claim)
                 return port
-        raise OSError("every port that a rig may use is taken")
+        raise OSError(f"no port from {CANDIDATES.start} to {CANDIDATES.stop - 1} is free")
 
 
 def _claim(port: int) -> socket.socket | None:
+    """Return the socket that claims the port; None if the port is claimed or in use."""
     claim = socket.socket(socket.AF_UNIX)
     try:
         claim.bind(f"\0tuneyard-rig/port/{port}")

@@ -1,4 +1,4 @@
-"""Start servers and wait for them, from the one process that owns them all."""
+"""Start servers and wait until they are ready, from the process that is their parent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ POLL_SECONDS = 0.1
 
 
 def run(*command: str | Path) -> str:
-    """Run a command to its end and return what it printed; raise with that text if it failed."""
+    """Run a command and return its output; raise RigError with the output if the command fails."""
     done = subprocess.run(
         [str(part) for part in command],
         check=False,
@@ -27,24 +27,27 @@ def run(*command: str | Path) -> str:
         text=True,
     )
     if done.returncode:
-        words = " ".join(str(part) for part in command)
-        raise RigError(f"{words} failed with {done.returncode}: {done.stdout.strip()}")
+        command_line = " ".join(str(part) for part in command)
+        raise RigError(
+            f"{command_line} failed with exit code {done.returncode}: {done.stdout.strip()}"
+        )
     return done.stdout
 
 
 def report(message: str) -> None:
-    """One line in the supervisor's log, with the seconds since the machine started."""
+    """Print a line to the supervisor's log, with the seconds since the machine started."""
     print(f"[{time.monotonic():.2f}] {message}", flush=True)
 
 
 class Servers:
-    """The servers of a rig. Each dies with this process; the death of one fails whoever waits."""
+    """The servers of a rig. The kernel ends each of them with this process."""
 
     def __init__(self, state: State) -> None:
         self._state = state
         self._started: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
 
     def start(self, name: str, *command: str | Path, env: Mapping[str, str] | None = None) -> None:
+        """Start a server that logs to `NAME.log`; `env` adds to the environment."""
         with (self._state.logs / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 [str(part) for part in command],
@@ -53,38 +56,47 @@ class Servers:
                 stderr=log,
                 cwd=self._state.root,
                 env={**os.environ, **(env or {})},
-                preexec_fn=linux.die_with_parent,
+                preexec_fn=linux.end_with_parent,
             )
         self._started[process.pid] = (name, process)
 
-    def wait_for(self, what: str, probe: Callable[[], object], timeout_seconds: float) -> None:
-        """Poll until the probe returns something true. It may raise: servers refuse at first."""
+    def wait_for(self, condition: str, probe: Callable[[], object], timeout_seconds: float) -> None:
+        """Poll until the probe returns a true value.
+
+        RigError: the timeout has passed, or a server ended.
+        `probe`: it may raise OSError, ValueError or RigError while its server starts.
+        `condition`: what the probe checks, as a sentence for logs and errors.
+        """
         deadline = time.monotonic() + timeout_seconds
-        problem: Exception | None = None
+        last_error: Exception | None = None
         while time.monotonic() < deadline:
-            self._fail_on_dead_server(what)
+            self._raise_if_server_ended(condition)
             try:
                 if probe():
-                    report(what)
+                    report(condition)
                     return
             except (OSError, ValueError, RigError) as error:
-                problem = error
+                last_error = error
             time.sleep(POLL_SECONDS)
-        raise RigError(f"not in {timeout_seconds:.0f} s: {what} (last problem: {problem})")
+        raise RigError(
+            f"not true after {timeout_seconds:.0f} s: {condition} (last error: {last_error})"
+        )
 
     def reap_forever(self) -> Never:
-        """Collect ended children. As pid 1 this process also inherits the orphans of every pod."""
+        """Reap ended children. As pid 1, this process also inherits the orphans of every pod."""
         while True:
             try:
-                self._note_end(*os.wait())
+                self._report_end(*os.wait())
             except ChildProcessError:
                 time.sleep(1)
 
-    def _fail_on_dead_server(self, what: str) -> None:
+    def _raise_if_server_ended(self, condition: str) -> None:
         for name, process in self._started.values():
             if process.poll() is not None:
-                raise RigError(f"{name} ended while waiting for: {what}")
+                raise RigError(f"{name} ended while waiting for: {condition}")
 
-    def _note_end(self, pid: int, status: int) -> None:
+    def _report_end(self, pid: int, status: int) -> None:
         if pid in self._started:
-            report(f"{self._started[pid][0]} ended with {os.waitstatus_to_exitcode(status)}")
+            report(
+                f"{self._started[pid][0]} ended with exit code {os.waitstatus_to_exitcode(status)}"
+            )

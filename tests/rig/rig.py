@@ -1,4 +1,4 @@
-"""Bring a rig up, use it, and take it down again."""
+"""Bring up, use and take down a rig: a real Kubernetes on this machine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KubeRay = Literal["no", "crds", "running"]
 
 @dataclass(frozen=True)
 class Rig:
-    """A rig that is up."""
+    """A running rig."""
 
     state: State
 
@@ -44,27 +44,32 @@ class Rig:
 
     @property
     def programs(self) -> Path:
-        """The folder of kubectl."""
+        """The folder with kubectl and the other programs of Kubernetes."""
         return Path(self.state.settings.programs["kubernetes"])
 
     def inside(self, command: Sequence[str]) -> list[str]:
-        """The command line that runs a command where the node's addresses exist."""
+        """Return a command line that runs a command in the node's network.
+
+        RigError: the rig does not run.
+        """
         supervisor = self.state.process("supervisor")
         if supervisor is None or not supervisor.alive:
-            raise RigError(f"there is no rig in {self.state.root}")
+            raise RigError(
+                f"no rig runs in {self.state.root}: start one with `python tests/rig up`"
+            )
         if self.state.settings.level == "control":
             return list(command)
         namespaces = ("--mount", "--net", "--pid", "--ipc", "--uts")
         return ["nsenter", "--target", str(supervisor.pid), *namespaces, "--", *command]
 
     def environment(self) -> dict[str, str]:
-        """This process's environment, with the rig as kubectl's cluster."""
+        """Return this process's environment with kubectl on PATH and the rig as its cluster."""
         path = f"{self.programs}:{os.environ.get('PATH', SYSTEM_PATH)}"
         return {**os.environ, "PATH": path, "KUBECONFIG": str(self.kubeconfig)}
 
 
 def targets(level: Level, kuberay: KubeRay, kueue: bool) -> list[str]:
-    """What must be built for such a rig."""
+    """Return the targets that such a rig needs."""
     names = ["kubernetes"]
     names += ["pause", "coredns"] if level == "node" else []
     names += ["kuberay-crds"] if kuberay != "no" else []
@@ -82,10 +87,12 @@ def bring_up(
     images: Mapping[str, Path] | None = None,
     ends_with_caller: bool = True,
 ) -> Rig:
-    """Build what is missing, start a rig and return once it is ready.
+    """Build the missing programs, start a rig and return it when it is ready.
 
-    `folder` must not exist yet; without it a new temporary one is made. With `ends_with_caller` the
-    rig is torn down when this process ends, even by SIGKILL.
+    `folder`: a folder that does not exist; None: a new temporary folder.
+    `images`: image name to the folder that acts as the image.
+    `ends_with_caller`: take the rig down when this process ends, even by SIGKILL.
+    RigError: the rig did not start; nothing of it is left.
     """
     if kueue and level != "node":
         raise RigError("Kueue runs at level node only")
@@ -113,7 +120,7 @@ def bring_up(
 
 
 def take_down(folder: Path) -> bool:
-    """End the rig in the folder and remove all of it; false if there was none."""
+    """End the rig in the folder and remove its files; return whether the folder existed."""
     if not folder.exists():
         return False
     state = State(folder)
@@ -121,7 +128,7 @@ def take_down(folder: Path) -> bool:
     if process is not None and process.alive:
         _stop(process)
     if folder.exists():
-        keeper.sweep(state)
+        keeper.clean_up(state)
     return True
 
 
@@ -132,7 +139,9 @@ def _create_folder(folder: Path | None) -> State:
         try:
             folder.mkdir(mode=0o700)
         except FileExistsError:
-            raise RigError(f"{folder} exists: take that rig down first, or name another") from None
+            raise RigError(
+                f"{folder} exists: take its rig down, or choose another folder"
+            ) from None
     state = State(folder)
     state.logs.mkdir()
     return state
@@ -161,22 +170,22 @@ def _start_keeper(
 
 
 def _keeper_environment() -> dict[str, str]:
-    """Little of the user's own: the servers would obey a proxy or a kubeconfig found there."""
+    """Return a minimal environment: a user's proxy or kubeconfig would change the servers."""
     kept = {name: os.environ[name] for name in ("HOME", "TUNEYARD_RIG_LOGS") if name in os.environ}
     return {"PATH": SYSTEM_PATH, "LANG": "C.UTF-8", **kept}
 
 
 def _wait_until_ready(state: State, process: subprocess.Popen[bytes]) -> None:
-    """No time limit of its own: every step inside has one."""
+    """Wait until the rig is ready; raise RigError if it fails. Every step has a time limit."""
     while not state.ready.exists():
         if state.failed.exists() or process.poll() is not None:
-            reason = state.failed.read_text() if state.failed.exists() else "its keeper ended"
-            raise RigError(f"the rig did not come up: {reason}\n{state.log_tails()}")
+            reason = state.failed.read_text() if state.failed.exists() else "the keeper ended"
+            raise RigError(f"the rig did not start: {reason}\n{state.log_tails()}")
         time.sleep(0.05)
 
 
 def _stop(process: Process) -> None:
-    """Tell the keeper to end and wait for it. Its pidfd cannot come to mean another process."""
+    """Send SIGTERM to the keeper and wait for its end, by a pidfd because a pid may be reused."""
     try:
         descriptor = os.pidfd_open(process.pid)
     except ProcessLookupError:
@@ -185,7 +194,7 @@ def _stop(process: Process) -> None:
         signal.pidfd_send_signal(descriptor, signal.SIGTERM)
         ended, _, _ = select.select([descriptor], [], [], DOWN_SECONDS)
         if not ended:
-            raise RigError(f"the rig's keeper {process.pid} did not end in {DOWN_SECONDS} s")
+            raise RigError(f"the rig's keeper (pid {process.pid}) did not end in {DOWN_SECONDS} s")
     except ProcessLookupError:
         return
     finally:

@@ -1,6 +1,7 @@
-"""The folder that is one rig: its settings, its files, and the identity of its processes.
+"""The folder of one rig: its settings, its files and the identity of its processes.
 
-Keeper, supervisor and the commands `down` and `exec` are separate processes and share nothing else.
+The keeper, the supervisor and the commands `down` and `exec` are separate processes that share only
+this folder.
 """
 
 from __future__ import annotations
@@ -17,23 +18,24 @@ Level = Literal["control", "node"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for, complete: neither the keeper nor the supervisor decides anything."""
+    """The complete settings of a rig; the keeper and the supervisor add no decisions."""
 
     level: Level
     name: str
-    """Unique on this machine; names the rig's cgroup."""
+    """A name that is unique on this machine; also the name of the rig's cgroup."""
     programs: dict[str, str]
     """The folder of each built target."""
     ports: dict[str, int]
-    """Ports on 127.0.0.1; at level "node" the same numbers are used inside its own network."""
+    """Ports on 127.0.0.1, of the machine at level "control" and of the node at level "node"."""
     images: dict[str, str]
-    """Image name to the root folder it stands for."""
+    """Image name to the folder that acts as the image."""
     image_path: str
     """PATH inside those images."""
     kuberay: Literal["no", "crds", "running"] = "no"
     kueue: bool = False
 
     def program(self, target: str, name: str) -> str:
+        """Return the path of a file or folder of a built target."""
         return f"{self.programs[target]}/{name}"
 
     @property
@@ -43,7 +45,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Process:
-    """A process that may have ended, and whose pid may since belong to another one."""
+    """The identity of a process, which stays valid if the process ends and its pid is reused."""
 
     pid: int
     started: int | None
@@ -59,7 +61,7 @@ class Process:
 
 @dataclass(frozen=True)
 class State:
-    """The rig's folder. Every path in it has its name here and nowhere else."""
+    """The rig's folder. The paths that processes share are named only here."""
 
     root: Path
 
@@ -90,23 +92,23 @@ class State:
         (self.root / "settings.json").write_text(json.dumps(asdict(settings), indent=2))
 
     def process(self, name: Literal["keeper", "supervisor"]) -> Process | None:
-        """The recorded process, or None if it never came to be recorded."""
+        """Return the recorded process; None if it was not recorded."""
         try:
             return Process(**json.loads((self.root / f"{name}.json").read_text()))
         except FileNotFoundError:
             return None
 
     def record_process(self, name: Literal["keeper", "supervisor"], pid: int) -> None:
-        self.announce(self.root / f"{name}.json", json.dumps(asdict(Process.of(pid))))
+        self.write_atomically(self.root / f"{name}.json", json.dumps(asdict(Process.of(pid))))
 
-    def announce(self, path: Path, text: str) -> None:
-        """Write a file that other processes wait for: once they see it, it is complete."""
+    def write_atomically(self, path: Path, text: str) -> None:
+        """Write a file that other processes wait for, so that they never read a part of it."""
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text(text)
         partial.rename(path)
 
     def log_tails(self, num_lines: int = 15) -> str:
-        """The end of every log, newest last: what a person needs to see after a failure."""
+        """Return the last lines of every log, the newest log last."""
         logs = sorted(self.logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
         return "\n".join(_tail(path, num_lines) for path in logs)
 

@@ -1,7 +1,7 @@
-"""The process inside: it starts every server, in order, and is the parent of them all.
+"""The process inside of the rig: it starts every server and is the parent of all of them.
 
-At level "node" it is pid 1 of the rig's namespaces. It stops nothing by itself: it is killed, and
-the kernel ends the rest.
+At level "node" it is pid 1 of the rig's namespaces. It stops no server: the keeper kills it, and
+the kernel then ends the servers.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from rig.state import State
 
 
 def supervise(state: State) -> Never:
-    """Start what the settings ask for, say so in a file, and reap until killed."""
+    """Start the servers of the settings, report the result in a file, and reap until killed."""
     servers = Servers(state)
     began = time.monotonic()
     try:
         _start(state, servers)
     except Exception as error:
-        state.announce(state.failed, f"{type(error).__name__}: {error}")
+        state.write_atomically(state.failed, f"{type(error).__name__}: {error}")
         raise
     seconds = time.monotonic() - began
     report(f"ready after {seconds:.1f} s")
-    state.announce(state.ready, f"{seconds:.1f}")
+    state.write_atomically(state.ready, f"{seconds:.1f}")
     servers.reap_forever()
 
 
@@ -38,9 +38,9 @@ def _start(state: State, servers: Servers) -> None:
     controlplane.start(state, servers, api)
     if settings.level == "node":
         node.start(state, servers)
-    # While controllers and node start: KubeRay's definitions are 4 MB and take seconds to accept.
+    # KubeRay's CRDs are 4 MB and take seconds to install, while the controllers and the node start.
     if settings.kuberay != "no":
-        addons.add_kuberay_definitions(state)
+        addons.install_kuberay_crds(state)
     controlplane.wait_for_controllers(servers, api)
     if settings.level == "node":
         node.wait_until_ready(servers, api)

@@ -1,4 +1,4 @@
-"""What a rig promises: it is a real Kubernetes, and nothing of it is left when it ends."""
+"""Test that a rig is a real Kubernetes and that nothing of it is left when it ends."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from rig.ports import Reservation
 from rig.rig import Rig, bring_up, take_down
 from rig.state import Level
 
+NOT_A_RIG = "this tests the rig itself, and TUNEYARD_TEST_KUBECONFIG names another cluster"
 TESTS = Path(__file__).resolve().parents[1]
 
-# A process that asks for a rig, says where it is, and then does nothing until it is killed.
+# A process that brings a rig up, prints the rig's folder and sleeps until it is killed.
 OWNER = """
 import sys, time
 from rig.rig import bring_up
@@ -34,14 +35,15 @@ time.sleep(600)
 
 
 def wait_until(condition: Callable[[], object], timeout_seconds: float = 30) -> None:
+    """Poll the condition; fail the test after the timeout."""
     deadline = time.monotonic() + timeout_seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, f"the condition is not true after {timeout_seconds} s"
         time.sleep(0.05)
 
 
 def processes_of(root: Path) -> list[str]:
-    """The command lines of every process on this machine that names the rig's folder."""
+    """Return the command lines of all processes on this machine that name the rig's folder."""
     lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -58,7 +60,7 @@ def mounts_of(root: Path) -> list[str]:
 
 
 def python_of(cluster: Cluster) -> str:
-    """On a rig the interpreter below any virtual environment: it is there whatever is hidden."""
+    """Return the Python of a pod: on a rig the base interpreter, which the image never hides."""
     return "python" if cluster.rig is None else str(Path(sys.base_prefix) / "bin" / "python3")
 
 
@@ -67,7 +69,7 @@ def cgroups_of(name: str) -> list[Path]:
 
 
 def kill_owner_of_a_new_rig(level: Level) -> tuple[Path, str]:
-    """Start a process that brings a rig up, then kill it with no chance to clean up."""
+    """Start a process that brings a rig up and kill it; return the rig's folder and name."""
     owner = subprocess.Popen(
         [sys.executable, "-c", OWNER, level],
         env={**os.environ, "PYTHONPATH": str(TESTS)},
@@ -77,7 +79,7 @@ def kill_owner_of_a_new_rig(level: Level) -> tuple[Path, str]:
     assert owner.stdout is not None
     root = Path(owner.stdout.readline().strip())
     name = json.loads((root / "settings.json").read_text())["name"]
-    assert processes_of(root), "the rig runs before its owner dies"
+    assert processes_of(root), "the rig runs before its owner is killed"
     owner.kill()
     owner.communicate()
     return root, name
@@ -85,9 +87,9 @@ def kill_owner_of_a_new_rig(level: Level) -> tuple[Path, str]:
 
 @pytest.fixture
 def own_rig(apiserver: Cluster) -> Iterator[Rig]:
-    """A second rig beside the session's, for a test that harms it."""
+    """A second rig, for a test that damages it."""
     if apiserver.rig is None:
-        pytest.skip("this tests the rig itself, and a cluster was given")
+        pytest.skip(NOT_A_RIG)
     rig = bring_up("control")
     yield rig
     take_down(rig.state.root)
@@ -97,7 +99,7 @@ def own_rig(apiserver: Cluster) -> Iterator[Rig]:
 def test_the_api_server_is_ready_and_knows_its_version(apiserver: Cluster) -> None:
     assert apiserver.kubectl("get", "--raw", "/readyz").stdout == "ok"
     version = json.loads(apiserver.kubectl("get", "--raw", "/version").stdout)
-    assert version["gitVersion"].startswith("v1."), "charts refuse a server without a version"
+    assert version["gitVersion"].startswith("v1."), "charts reject a server without a version"
 
 
 @pytest.mark.apiserver
@@ -109,23 +111,23 @@ def test_a_new_namespace_gets_its_default_service_account(apiserver: Cluster) ->
 
 
 @pytest.mark.apiserver
-def test_kuberays_kinds_are_served_where_kuberay_does_not_run(apiserver: Cluster) -> None:
+def test_kuberays_kinds_are_served_although_kuberay_does_not_run(apiserver: Cluster) -> None:
     condition = "--for=condition=Established"
     apiserver.kubectl("wait", condition, "--timeout=30s", "crd/rayjobs.ray.io")
     assert "No resources found" in apiserver.kubectl("get", "rayjobs").stderr
 
 
 @pytest.mark.apiserver
-def test_a_refused_object_raises_with_the_servers_words(apiserver: Cluster) -> None:
+def test_a_rejected_object_raises_with_the_message_of_the_server(apiserver: Cluster) -> None:
     manifest = '{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "Not_A_Name"}}'
     with pytest.raises(RigError, match="Not_A_Name"):
         apiserver.kubectl("create", "--filename=-", input=manifest)
-    refused = apiserver.kubectl("create", "--filename=-", input=manifest, check=False)
-    assert refused.returncode != 0
+    rejected = apiserver.kubectl("create", "--filename=-", input=manifest, check=False)
+    assert rejected.returncode != 0
 
 
 @pytest.mark.apiserver
-def test_two_rigs_stand_side_by_side(apiserver: Cluster, own_rig: Rig) -> None:
+def test_two_rigs_run_at_the_same_time(apiserver: Cluster, own_rig: Rig) -> None:
     assert own_rig.url != apiserver.url
     other = Cluster(own_rig.kubeconfig, own_rig.url, own_rig.programs / "kubectl")
     other.kubectl("create", "namespace", "only-there")
@@ -137,7 +139,7 @@ def test_down_leaves_no_process_and_no_file_and_may_be_repeated(own_rig: Rig) ->
     root = own_rig.state.root
     assert processes_of(root)
     assert take_down(root)
-    wait_until(lambda: not processes_of(root))  # the process that cleaned up goes last
+    wait_until(lambda: not processes_of(root))  # the process that cleans up ends last
     assert not root.exists()
     assert not take_down(root)
 
@@ -145,14 +147,14 @@ def test_down_leaves_no_process_and_no_file_and_may_be_repeated(own_rig: Rig) ->
 @pytest.mark.apiserver
 def test_the_rig_ends_when_its_owner_is_killed(apiserver: Cluster) -> None:
     if apiserver.rig is None:
-        pytest.skip("this tests the rig itself, and a cluster was given")
+        pytest.skip(NOT_A_RIG)
     root, _ = kill_owner_of_a_new_rig("control")
     wait_until(lambda: not root.exists())
-    wait_until(lambda: not processes_of(root))  # the process that cleaned up goes last
+    wait_until(lambda: not processes_of(root))  # the process that cleans up ends last
 
 
 @pytest.mark.apiserver
-def test_the_servers_end_when_the_keeper_is_killed_and_down_sweeps_up(own_rig: Rig) -> None:
+def test_the_servers_end_when_the_keeper_is_killed_and_down_removes_the_files(own_rig: Rig) -> None:
     root = own_rig.state.root
     keeper = own_rig.state.process("keeper")
     assert keeper is not None
@@ -163,7 +165,7 @@ def test_the_servers_end_when_the_keeper_is_killed_and_down_sweeps_up(own_rig: R
 
 
 @pytest.mark.apiserver
-def test_a_rig_that_cannot_start_says_why_and_leaves_nothing(
+def test_a_rig_that_cannot_start_gives_the_reason_and_leaves_nothing(
     own_rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     programs = tmp_path / "programs"
@@ -201,12 +203,12 @@ def test_a_pod_finds_a_service_by_its_name(cluster: Cluster) -> None:
 
 
 @pytest.mark.cluster
-def test_kuberay_takes_up_a_rayjob(cluster: Cluster) -> None:
+def test_kuberay_handles_a_rayjob(cluster: Cluster) -> None:
     container = {"name": "ray", "image": cluster.image}
     head = {"rayStartParams": {}, "template": {"spec": {"containers": [container]}}}
     spec = {
         "suspend": True,
-        "shutdownAfterJobFinishes": True,  # KubeRay suspends no other RayJob
+        "shutdownAfterJobFinishes": True,  # KubeRay suspends a RayJob only with this setting
         "entrypoint": "true",
         "rayClusterSpec": {"headGroupSpec": head},
     }
@@ -225,9 +227,9 @@ def test_kuberay_takes_up_a_rayjob(cluster: Cluster) -> None:
 @pytest.mark.cluster
 def test_no_packet_can_leave_the_node(cluster: Cluster) -> None:
     if cluster.rig is None:
-        pytest.skip("this tests the rig itself, and a cluster was given")
+        pytest.skip(NOT_A_RIG)
     routes = cluster.exec("ip", "route", "show", "table", "all").stdout
-    assert "10.96.0.0/16" in routes, "this is the node's table"
+    assert "10.96.0.0/16" in routes, "these are the routes of the node"
     assert "default" not in routes
 
 
@@ -236,42 +238,42 @@ def test_a_node_leaves_no_process_mount_or_cgroup_when_its_owner_is_killed(
     cluster: Cluster,
 ) -> None:
     if cluster.rig is None:
-        pytest.skip("this tests the rig itself, and a cluster was given")
+        pytest.skip(NOT_A_RIG)
     root, name = kill_owner_of_a_new_rig("node")
     wait_until(lambda: not root.exists())
-    wait_until(lambda: not processes_of(root))  # the process that cleaned up goes last
+    wait_until(lambda: not processes_of(root))  # the process that cleans up ends last
     assert mounts_of(root) == []
     assert cgroups_of(name) == []
-    assert cgroups_of(cluster.rig.state.settings.name), "the other rig keeps its own"
+    assert cgroups_of(cluster.rig.state.settings.name), "the cgroup of the other rig remains"
 
 
-def test_an_install_starts_no_service_and_leaves_the_machines_policy_as_it_was(
+def test_an_installation_starts_no_service_and_restores_the_policy_of_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy, seen = tmp_path / "policy-rc.d", []
+    policy, calls = tmp_path / "policy-rc.d", []
 
     def apt(command: list[str], **_: object) -> None:
-        asked = subprocess.run([policy, "prometheus", "start"], check=False)
-        seen.append((command[1], asked.returncode))
+        allowed = subprocess.run([policy, "prometheus", "start"], check=False)
+        calls.append((command[1], allowed.returncode))
 
     monkeypatch.setattr(machine, "SERVICE_POLICY", policy)
     monkeypatch.setattr(machine, "TOOLS", {"no-such-program": "its-package"})
     monkeypatch.setattr(machine, "_missing_packages", lambda _: [])
     monkeypatch.setattr(machine, "_apt_get", apt)
     assert machine.install_packages("node") == ["its-package"]
-    assert seen == [("update", 101), ("install", 101)]
+    assert calls == [("update", 101), ("install", 101)]
     assert not policy.exists()
 
 
-def test_a_port_is_never_given_to_two_rigs() -> None:
+def test_two_rigs_never_get_the_same_port() -> None:
     with Reservation() as one, Reservation() as other:
         ports = [reservation.take() for _ in range(50) for reservation in (one, other)]
     assert len(set(ports)) == len(ports)
 
 
-def cover_of(root: Path, archive: Path) -> set[str]:
-    """The entries of the layer that hides parts of the folder."""
-    images.stand_in(archive, "rig.local/test:1", root, "/bin")
+def hiding_entries(root: Path, archive: Path) -> set[str]:
+    """Return the entries of the layer that hides parts of the folder."""
+    images.write_folder_image(archive, "rig.local/test:1", root, "/bin")
     with tarfile.open(archive) as outer:
         layer = outer.extractfile("1.tar")
         assert layer is not None
@@ -282,7 +284,7 @@ def cover_of(root: Path, archive: Path) -> set[str]:
 def test_an_image_of_a_folder_hides_credentials_but_not_interpreters(tmp_path: Path) -> None:
     for name in ("root/.aws", "root/.netrc", "root/.pyenv", "root/work", "tmp"):
         (tmp_path / name).mkdir(parents=True)
-    names = cover_of(tmp_path, tmp_path / "image.tar")
+    names = hiding_entries(tmp_path, tmp_path / "image.tar")
     assert names == {"root", "root/.wh..aws", "root/.wh..netrc", "tmp", "tmp/.wh..wh..opq"}
 
 
@@ -292,21 +294,21 @@ def test_a_checkout_in_a_scratch_folder_stays_visible(
     for name in ("tmp/checkout", "tmp/other", "run"):
         (tmp_path / name).mkdir(parents=True)
     monkeypatch.setattr(images, "NEEDED", (tmp_path / "tmp/checkout/.venv",))
-    names = cover_of(tmp_path, tmp_path / "image.tar")
+    names = hiding_entries(tmp_path, tmp_path / "image.tar")
     assert names == {"run", "run/.wh..wh..opq", "tmp", "tmp/.wh.other", "tmp/checkout"}
 
 
 @pytest.mark.skipif(build.find_go() is None, reason="needs Go to build")
-def test_builds_at_the_same_time_make_one_entry_and_a_later_one_is_instant(tmp_path: Path) -> None:
+def test_simultaneous_builds_create_one_entry_and_a_later_build_uses_it(tmp_path: Path) -> None:
     command = [sys.executable, str(TESTS / "rig"), "build", "--only", "pause"]
     environment = {**os.environ, "TUNEYARD_CACHE": str(tmp_path)}
     builds = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
-    folders = {done.communicate()[0].split()[1] for done in builds}
+    folders = {process.communicate()[0].split()[1] for process in builds}
     assert len(folders) == 1
     assert [path.name for path in (tmp_path / "bin").glob("*/pause")] == ["pause"]
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "(cached)" in again.stdout
+    later = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "(cached)" in later.stdout
     assert not list((tmp_path / "bin").glob(".*"))

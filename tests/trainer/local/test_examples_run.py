@@ -1,4 +1,4 @@
-"""Every example runs: on a tiny model with random weights, its data and settings as they are."""
+"""Test that every example runs with its own data and settings, on a tiny model."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 
 
 def fine_tune_jobs() -> list[Path]:
-    """Manifests that run on one machine."""
+    """Return the manifests that run on one machine, without those that use a PVC."""
     paths = [*EXAMPLES.glob("*.yaml"), *EXAMPLES.glob("adapters/*.yaml")]
     return [path for path in sorted(paths) if "pvc://" not in path.read_text()]
 
 
 def shortened(path: Path, model: Path) -> dict[str, Any]:
-    """Two steps on the tiny model, and no gate: random weights learn nothing in two steps."""
+    """Return the job with two steps on the tiny model and without an evaluation gate.
+
+    Random weights learn nothing in two steps and would fail the gate.
+    """
     value: dict[str, Any] = yaml.safe_load(path.read_text())
     spec = value["spec"]
     spec["model"] = {"uri": f"file://{model}"}
@@ -42,9 +45,9 @@ def shortened(path: Path, model: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def roomy_model_dir(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model, with room for 4096 tokens."""
-    folder = tmp_path_factory.mktemp("roomy")
+def long_context_model_dir(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a context of 4096 tokens."""
+    folder = tmp_path_factory.mktemp("long-context")
     tiny_llama(VOCABULARY, max_position_embeddings=4096).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
@@ -53,14 +56,16 @@ def roomy_model_dir(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize("path", fine_tune_jobs(), ids=lambda path: path.stem)
-def test_an_example_runs_to_its_result(path: Path, tmp_path: Path, roomy_model_dir: Path) -> None:
+def test_an_example_runs_to_its_result(
+    path: Path, tmp_path: Path, long_context_model_dir: Path
+) -> None:
     states: dict[str, str] = {}
 
     def emit(event: dict[str, Any]) -> None:
         if event["type"] == "stage":
             states[event["stage"]] = event["state"]
 
-    plan = planned(shortened(path, roomy_model_dir))
+    plan = planned(shortened(path, long_context_model_dir))
     torchrun.run(
         plan,
         str(tmp_path / "out"),
@@ -73,7 +78,7 @@ def test_an_example_runs_to_its_result(path: Path, tmp_path: Path, roomy_model_d
 
 
 def shortened_alignment(path: Path, model: Path) -> dict[str, Any]:
-    """Two steps of each method on the tiny model, which is its own judge."""
+    """Return the job with two steps per method on the tiny model, which is also the judge."""
     value: dict[str, Any] = yaml.safe_load(path.read_text())
     spec = value["spec"]
     spec["model"] = {"uri": f"file://{model}"}
@@ -87,20 +92,23 @@ def shortened_alignment(path: Path, model: Path) -> dict[str, Any]:
             step["sampling"]["maxNewTokens"] = 4
     if feedback := (spec.get("preferences") or {}).get("aiFeedback"):
         feedback |= {"judge": {"model": {"uri": f"file://{model}"}}, "maxNewTokens": 4}
-        feedback["disagreement"] = "average"  # random weights decide by place, not by worth
+        feedback["disagreement"] = "average"  # random weights prefer a position
     return value
 
 
 def alignment_jobs() -> list[Path]:
-    """But the constitution: a model of random weights criticises itself with empty replies, which
-    end the job by name. test_ai_feedback runs one."""
+    """Return the alignment manifests without the constitution.
+
+    A model of random weights writes empty critiques, which end the job with a reason of its own.
+    test_ai_feedback runs a constitution.
+    """
     paths = sorted(EXAMPLES.glob("alignment/*.yaml"))
     return [path for path in paths if path.stem != "constitutional"]
 
 
 @pytest.mark.parametrize("path", alignment_jobs(), ids=lambda path: path.stem)
 def test_an_alignment_example_runs_to_its_result(
-    path: Path, tmp_path: Path, roomy_model_dir: Path
+    path: Path, tmp_path: Path, long_context_model_dir: Path
 ) -> None:
     states: dict[str, str] = {}
 
@@ -109,7 +117,7 @@ def test_an_alignment_example_runs_to_its_result(
             states[event["stage"]] = event["state"]
 
     torchrun.run(
-        planned(shortened_alignment(path, roomy_model_dir)),
+        planned(shortened_alignment(path, long_context_model_dir)),
         str(tmp_path / "out"),
         base_dir=path.parent,
         cache_dir=tmp_path / "cache",

@@ -1,4 +1,4 @@
-"""`tuneyard run` as a user starts it: Ray on this machine, workers killed, Ctrl-C, bad input."""
+"""Test `tuneyard run` as a process: Ray workers, killed processes, Ctrl-C and invalid input."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TUNEYARD = [str(Path(sys.executable).with_name("tuneyard"))]
 
 
 def start(folder: Path, value: dict[str, Any]) -> subprocess.Popen[str]:
-    """`tuneyard run job.yaml` in a process of its own."""
+    """Write the manifest to `job.yaml` and start `tuneyard run job.yaml`."""
     (folder / "job.yaml").write_text(yaml.safe_dump(value))
     return subprocess.Popen(
         [*TUNEYARD, "run", "job.yaml"],
@@ -41,27 +41,32 @@ def start(folder: Path, value: dict[str, Any]) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Wait for the process; return its exit code, stdout and stderr."""
     out, err = process.communicate(timeout=540)
     return process.returncode, out, err
 
 
 def wait_for_steps(process: subprocess.Popen[str], folder: Path, steps: int) -> None:
+    """Wait until the sft stage has logged `steps` steps; fail if the process ends earlier."""
     path = folder / "out" / "stages" / "sft" / "metrics.jsonl"
     deadline = time.monotonic() + 200
     while not path.exists() or len(path.read_text().splitlines()) < steps:
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
-            raise AssertionError(f"no {steps} steps: {process.communicate()}")
+            raise AssertionError(
+                f"the run logged fewer than {steps} steps: {process.communicate()}"
+            )
         time.sleep(0.05)
 
 
 def long_job(model: Path) -> dict[str, Any]:
-    """800 short steps, a checkpoint every 20: long enough to be interrupted."""
+    """Return a job of 800 short steps, long enough to be interrupted; it saves every 20 steps."""
     training = {"maxSteps": 800, "batchSize": 2, "learningRate": 1e-4, "checkpointSteps": 20}
     return manifest(model, training=training | {"evaluationSteps": 400}, adapter={"lora": {}})
 
 
 def record(folder: Path, stage: str = "sft") -> dict[str, Any]:
+    """Return the record of a finished stage."""
     value: dict[str, Any] = json.loads(
         (folder / "out" / "stages" / stage / "record.json").read_text()
     )
@@ -69,7 +74,7 @@ def record(folder: Path, stage: str = "sft") -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_two_ray_workers_end_where_one_plain_process_does(
+def test_two_ray_workers_train_the_same_weights_as_one_process(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:
     value = manifest(tiny_model_dir, adapter={"lora": {}}, compute={"workers": 2})
@@ -80,15 +85,15 @@ def test_two_ray_workers_end_where_one_plain_process_does(
     assert record(tmp_path)["details"]["workers"] == 2
     torchrun.run(
         planned(value),
-        str(tmp_path / "alone"),
+        str(tmp_path / "one"),
         base_dir=tmp_path,
         cache_dir=tmp_path / "cache",
         emit=lambda _: None,
     )
     name = "result/adapter/adapter_model.safetensors"
-    together, alone = load_file(tmp_path / "out" / name), load_file(tmp_path / "alone" / name)
-    for key, tensor in alone.items():
-        torch.testing.assert_close(together[key], tensor, atol=1e-5, rtol=1e-4)
+    two_workers = load_file(tmp_path / "out" / name)
+    for key, tensor in load_file(tmp_path / "one" / name).items():
+        torch.testing.assert_close(two_workers[key], tensor, atol=1e-5, rtol=1e-4)
 
     code, out, err = finish(start(tmp_path, value))
     assert code == 0, err
@@ -121,7 +126,7 @@ def _interrupt_twice(driver: psutil.Process) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("blow", "code", "said"),
+    ("interrupt", "code", "message"),
     [
         (_kill_worker, 1, "the training workers ended and reported no error"),
         (_kill_driver, -signal.SIGKILL, ""),
@@ -130,10 +135,10 @@ def _interrupt_twice(driver: psutil.Process) -> None:
     ],
     ids=["worker killed", "driver killed", "Ctrl-C", "Ctrl-C twice"],
 )
-def test_an_interrupted_run_says_so_and_the_same_command_goes_on(
-    blow: Callable[[psutil.Process], None],
+def test_an_interrupted_run_reports_it_and_the_same_command_continues(
+    interrupt: Callable[[psutil.Process], None],
     code: int,
-    said: str,
+    message: str,
     tmp_path: Path,
     tiny_model_dir: Path,
 ) -> None:
@@ -141,29 +146,29 @@ def test_an_interrupted_run_says_so_and_the_same_command_goes_on(
     value = long_job(tiny_model_dir)
     process = start(tmp_path, value)
     wait_for_steps(process, tmp_path, 60)
-    family = [
+    children = [
         child
         for child in psutil.Process(process.pid).children(recursive=True)
-        if "Agent" not in child.name()  # Ray's own, which take minutes to miss their parent
+        if "Agent" not in child.name()  # Ray's agents notice the end of their parent after minutes
     ]
-    blow(psutil.Process(process.pid))
-    found, _, err = finish(process)
-    assert found == code, err
-    assert said in err
+    interrupt(psutil.Process(process.pid))
+    exit_code, _, err = finish(process)
+    assert exit_code == code, err
+    assert message in err
     assert "Traceback" not in err
-    gone, alive = psutil.wait_procs(family, timeout=180)
-    assert alive == [], f"{len(gone)} processes ended, these did not"
+    ended, alive = psutil.wait_procs(children, timeout=180)
+    assert alive == [], f"{len(ended)} processes ended, these did not"
     assert not (tmp_path / "out" / "stages" / "sft" / "record.json").exists()
 
-    found, out, err = finish(start(tmp_path, value))
-    assert found == 0, err
+    exit_code, out, err = finish(start(tmp_path, value))
+    assert exit_code == 0, err
     assert record(tmp_path)["details"]["resumedAtStep"] >= 40
     assert record(tmp_path)["metrics"]["steps"] == 800
     assert "Held-out loss" in out
 
 
 @pytest.mark.slow
-def test_a_stage_that_refuses_its_data_ends_in_one_message_and_leaves_nothing(
+def test_a_stage_that_rejects_its_data_prints_one_message_and_leaves_no_result(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:
     write_data(tmp_path)
@@ -175,12 +180,12 @@ def test_a_stage_that_refuses_its_data_ends_in_one_message_and_leaves_nothing(
     assert "row 11" in err
     assert "onInvalidRow" in err
     assert "Traceback" not in err
-    left = [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert set(left) <= {"owner.json", ".lock", "prepare.begun.json"}
+    remaining = [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert set(remaining) <= {"owner.json", ".lock", "prepare.begun.json"}
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"model": {"uri": "file://absent"}}, "absent"),
         ({"data": {"train": [{"uri": "file://absent.jsonl"}]}}, "spec.data.train[0].uri"),
@@ -190,19 +195,19 @@ def test_a_stage_that_refuses_its_data_ends_in_one_message_and_leaves_nothing(
     ],
     ids=["no model", "no data", "a claim", "an unknown job", "an unknown field"],
 )
-def test_what_can_be_told_beforehand_is_told_before_anything_starts(
-    changes: dict[str, Any], said: str, tmp_path: Path, tiny_model_dir: Path
+def test_an_invalid_manifest_or_absent_source_is_reported_before_a_stage_starts(
+    changes: dict[str, Any], message: str, tmp_path: Path, tiny_model_dir: Path
 ) -> None:
     write_data(tmp_path)
     code, out, err = finish(start(tmp_path, manifest(tiny_model_dir, **changes)))
     assert code in (1, 2)
-    assert said in err
+    assert message in err
     assert "Traceback" not in err
     assert out == ""
     assert not (tmp_path / "out" / "stages").exists()
 
 
-def test_a_folder_of_another_job_is_refused(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_an_output_folder_of_another_job_is_rejected(tmp_path: Path, tiny_model_dir: Path) -> None:
     write_data(tmp_path)
     (tmp_path / "out").mkdir()
     owner = {"job": {"kind": "FineTuneJob", "name": "other", "namespace": None}, "attempt": 1}
@@ -213,7 +218,7 @@ def test_a_folder_of_another_job_is_refused(tmp_path: Path, tiny_model_dir: Path
     assert json.loads((tmp_path / "out" / "owner.json").read_text()) == owner
 
 
-def test_a_job_of_the_same_manifest_is_found_by_its_name(tmp_path: Path) -> None:
+def test_a_job_uri_refers_to_a_job_of_the_same_manifest_by_name(tmp_path: Path) -> None:
     first = planned(manifest(tmp_path))
     value = manifest(tmp_path, output="second", model={"uri": "job://lamps"})
     second = planned(value | {"metadata": {"name": "brighter"}})
@@ -224,9 +229,11 @@ def test_a_job_of_the_same_manifest_is_found_by_its_name(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_the_quickstart_teaches_smollm2_what_the_base_cannot_know(tmp_path: Path) -> None:
-    """The demo's promise: product questions right that the base gets wrong, in words that training
-    never saw, and the held-out loss down by 30% at least."""
+def test_the_quickstart_teaches_smollm2_product_facts_that_the_base_does_not_know(
+    tmp_path: Path,
+) -> None:
+    """The tuned model answers rephrased product questions that the base answers wrongly, and the
+    held-out loss falls by at least 30%."""
     value = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())
     (tmp_path / "data").symlink_to(ROOT / "examples" / "data")
     value["spec"]["output"]["uri"] = "file://out"
