@@ -139,7 +139,7 @@ def test_a_rule_as_reward_needs_no_preferences(
     assert not records["evaluate"]["details"]["promptsHeldOut"]
     card = (tmp_path / "result" / "README.md").read_text()
     assert "| On training prompts |" in card
-    assert "## Answers to training prompts" in card
+    assert "## Completions of training prompts" in card
     assert "held-out prompts" not in card
 
 

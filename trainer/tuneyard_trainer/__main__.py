@@ -11,4 +11,4 @@ if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # the ending is the last line: nothing of Ray's may follow it, or linger
+    os._exit(code)  # Ray's exit handlers could write after the outcome, the last line, or hang

@@ -69,11 +69,11 @@ class Worker:
     """The stage's identity, on rank 0. Files left in the work folder are reused only if they carry
     the same identity."""
     manifest: Mapping[str, Any] = field(default_factory=dict)
-    """The job as the user wrote it, for the model card. Results do not depend on it."""
+    """The job's manifest with its defaults, for the export. Other stages do not read it."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the results that all processes have in common."""
+        """Whether this process writes the results of all processes."""
         return self.rank == 0
 
 

@@ -338,7 +338,7 @@ def test_a_template_without_stop_token_is_refused(tiny_tokenizer: Any) -> None:
 def test_a_template_that_drops_the_answer_is_refused(tiny_tokenizer: Any) -> None:
     """The answer could not be trained on."""
     template = "{{ messages[0]['content'] + eos_token }}"
-    with pytest.raises(StageError, match="leaves the assistant's answer out"):
+    with pytest.raises(StageError, match="omits the assistant's answer"):
         encode_chat(with_template(tiny_tokenizer, template), CONVERSATIONS[0], "assistant")
 
 

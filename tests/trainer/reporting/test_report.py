@@ -161,7 +161,7 @@ def test_the_report_says_if_no_rows_were_held_out(tmp_path: Path) -> None:
     for text in (page(result), (result / "README.md").read_text("utf-8")):
         assert "No rows were held out" in text
         assert "Perplexity" not in text
-        assert "Answers to held-out prompts" not in text
+        assert "Completions of held-out prompts" not in text
 
 
 def test_a_report_can_be_written_without_records(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Chat templates: rendering, and the characters of a rendering that are targets of training.
 
-The targets are the characters that the model itself must write: all after the generation prompt
-(`<|im_start|>assistant\n`) up to and with the stop token, but not the white space that some
-templates put after the stop token. A template without a stop token is refused, because a model
+The targets are the characters that the model itself must write: from the end of the generation
+prompt (`<|im_start|>assistant\n`) to the end of the stop token. The white space that some templates
+put after the stop token is no target. A template without a stop token is refused, because a model
 tuned on it would never learn to stop.
 """
 
@@ -38,7 +38,7 @@ class MisfitError(Exception):
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a tokenizer's chat template writes an answer. Rendering a sample finds it out, once."""
+    """The format of an answer in a tokenizer's chat template, detected by rendering one sample."""
 
     tokenizer: PreTrainedTokenizerBase
     template: str
@@ -61,7 +61,7 @@ class ChatFormat:
             raise _unusable(f"cannot render a question and its answer: {error}.") from error
         tail = sample.partition(answer["content"])[2]
         if tail == "" and not sample.endswith(answer["content"]):
-            raise _unusable("leaves the assistant's answer out.")
+            raise _unusable("omits the assistant's answer.")
         token = _first_special(tokenizer, tail)
         if token is None:
             raise StageError(
@@ -284,8 +284,8 @@ def _first_special(tokenizer: PreTrainedTokenizerBase, tail: str) -> str | None:
 
 
 def _end_of_answer(text: str, start: int, content: str, following: str) -> int | None:
-    """Return the end of `content`, unchanged or trimmed, if it stands at `start` and `following` is
-    next. None: it does not."""
+    """Return the end of `content`, which may be trimmed. None: the text at `start` is not `content`
+    followed by `following`."""
     for written in (content, content.strip(), content.rstrip(), content.lstrip()):
         end = start + len(written)
         if text.startswith(written, start) and text.startswith(following, end):

@@ -52,7 +52,7 @@ class Example:
 
 
 class RowError(ValueError):
-    """A row that cannot become an example. The message names the reason for the row's author."""
+    """A row that cannot become an example. The message states the reason."""
 
 
 _MAY_FOLLOW: dict[Role | None, tuple[Role, ...]] = {

@@ -34,7 +34,7 @@ _SHAPES = {
 
 
 class Names:
-    """The field names of a data set: those of the map, else the format's own."""
+    """The field names of a data set: from the field map, or else from the format."""
 
     def __init__(self, chosen: DataFormat, fields: FieldMap) -> None:
         given = {name: value for name, value in fields if value is not None}

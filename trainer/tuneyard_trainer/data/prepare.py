@@ -65,7 +65,8 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
 def _write_splits(preprocessor: Preprocessor, workdir: Path) -> tuple[SplitWriter, SplitWriter]:
     """Write the splits train and validation, and return their closed writers.
 
-    A fraction can be held out only once all rows are read, so its rows go through a spool folder.
+    A fraction can be held out only after all rows are read, so until then the training rows are
+    in a spool folder.
     """
     settings, seed = preprocessor.settings, preprocessor.settings.seed
     fraction = settings.validation_fraction

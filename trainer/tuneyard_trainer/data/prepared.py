@@ -107,7 +107,7 @@ class Prepared:
 
 
 class RowWriter:
-    """Appends rows to a split's files. Memory holds 10 bytes a row, whatever its length.
+    """Appends rows to a split's files. It keeps 10 bytes per row in memory, for any row length.
 
     The files have their final names from the start: `data.json` marks them as complete.
     """

@@ -166,7 +166,7 @@ class Preprocessor:
         return path.removesuffix(".uri") or role
 
     def _pieces(self, example: Example, encoded: Encoded | Misfit, tally: Tally) -> list[Encoded]:
-        """Return the sequences to write of a row: none, the row, its start, or its pieces."""
+        """Return the sequences to write for a row: none, the row, its start, or its pieces."""
         where = f"{example.file} row {example.row}".strip()
         if isinstance(encoded, Misfit):
             tally.refuse("ChatTemplate", where, encoded.message)
@@ -217,7 +217,7 @@ class Preprocessor:
     # ---- checks -------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise StageError ChatTemplate, NoTargets, RowTooLong or EmptyData for what was read."""
+        """Raise StageError ChatTemplate, NoTargets, RowTooLong or EmptyData for the rows read."""
         for reason, refusal in REFUSALS.items():
             if self.settings.on_invalid_row == "error" or not refusal.may_skip:
                 self._check_refused(reason, refusal)

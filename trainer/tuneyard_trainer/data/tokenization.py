@@ -1,8 +1,8 @@
 """Tokenization of examples, and the mask of their targets.
 
-A conversation is rendered by its chat template and tokenized once. Targets are found as characters
-of that rendering (`chat`), and the tokenizer's offsets map them to tokens. Marking targets
-therefore never changes an id.
+A conversation is rendered by its chat template and tokenized once. `chat` finds the targets as
+characters of that rendering, and the tokenizer's offsets map these characters to tokens. Marking
+targets therefore never changes an id.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ def _encoded_at(
     """Return the row with the tokens that hold any character of a span as targets.
 
     Byte-level tokenizers may leave a token's leading spaces out of its offsets, so that a token of
-    spaces alone has an empty range at its end. The comparison below still finds it, because spans
-    begin before their first token ends and end with a stop token.
+    spaces alone has an empty range at its end. The comparison below still finds such a token,
+    because spans begin before their first token ends, and end with a stop token.
     """
     flat = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(ids))
     begins, ends = flat[0::2], flat[1::2]

@@ -1,5 +1,5 @@
 """The stages `evaluate` and `assess`: what training gained and what it cost.
 
-What lives here: metrics on held-out rows, win rates, signs of reward hacking, and the gates. What
-may not enter: anything that changes a model.
+It holds metrics on held-out rows, win rates, signs of reward hacking, the gates, and the result
+that both stages write. It may not change a model.
 """

@@ -79,7 +79,7 @@ class Measurements:
     tokens: tuple[tuple[int, ...], ...]
     """Of each completion, with its stop token if it has one."""
     pairs_R: NDArray[np.float64] | None
-    """The log-probability of each held-out answer. None: none are held out."""
+    """The log-probability of each held-out completion. None: no preferences are held out."""
     aligned_N: NDArray[np.float64]
     """The log-probability of each completion by the aligned model."""
     sycophancy: reward_hacking.Sycophancy
@@ -113,7 +113,7 @@ class Assessment:
     tokenizer: PreTrainedTokenizerBase
     data: Preferences | None
     held_out: tuple[tuple[Prompt, tuple[str, ...]], ...]
-    """The held-out prompts with their answers, as text; empty: none are held out."""
+    """The held-out prompts with their completions, as text; empty: no preferences are held out."""
 
     @classmethod
     def of(cls, context: StageContext, settings: AssessSettings) -> Assessment:
@@ -139,7 +139,7 @@ class Assessment:
     @property
     def prompts_held_out(self) -> bool:
         """Whether the models complete held-out prompts. False: they complete the prompts of the
-        training, because none are held out or because a rule needs fields of these rows."""
+        training, because no prompts are held out or because a rule needs fields of these rows."""
         trained_on = self.settings.prompts is not None and "prompts" in self.context.inputs
         has_rule = any(term.rule for term in self.settings.reward)
         return not trained_on or (bool(self.held_out) and not has_rule)
@@ -163,7 +163,7 @@ class Assessment:
     # ---- one model ----------------------------------------------------------------------------
 
     def measure_both(self, prompts: Sequence[TokenizedPrompt]) -> BothModels:
-        """Measure the aligned model, then the model before. Only one of them is in memory."""
+        """Measure the aligned model, then the model before alignment. Only one is in memory."""
         inputs = self.context.inputs
         after = self._measure(prompts, inputs, None, "the aligned model")
         start = {role: path for role, path in inputs.items() if role != "tuned"}
@@ -179,7 +179,10 @@ class Assessment:
         aligned: tuple[tuple[int, ...], ...] | None,
         name: str,
     ) -> Measurements:
-        """`aligned`: the completions of the aligned model. None: this is the aligned model."""
+        """Return the measurements of one model.
+
+        `aligned`: the completions of the aligned model. None: this is the aligned model.
+        """
         self._begin(f"measuring {name}")
         model: Any = policies.load_for_inference(inputs, self.context.worker.device)
         stop = stop_tokens(model, self.tokenizer, self.settings.chat.chat_template)
@@ -230,8 +233,8 @@ class Assessment:
     # ---- metrics ------------------------------------------------------------------------------
 
     def _preference_metrics(self, models: BothModels) -> dict[str, float]:
-        """Return metrics of the implicit rewards of held-out answers: beta times the log-ratio of
-        the models (Rafailov et al. 2023, section 4)."""
+        """Return metrics of the implicit rewards of held-out completions: beta times the log-ratio
+        of the models (Rafailov et al. 2023, section 4)."""
         groups = self.data.validation if self.data else None
         before_R, after_R = models.before.pairs_R, models.after.pairs_R
         if groups is None or before_R is None or after_R is None:
@@ -267,12 +270,12 @@ class Assessment:
         reward = self.load_reward(learned, [prompt for prompt, _ in self.held_out])
         if reward is None:
             return {}
-        prompts = [prompt for prompt, answers in self.held_out for _ in answers]
-        answers = [answer for _, answers in self.held_out for answer in answers]
-        return pair_metrics("reward", _scores(reward, prompts, answers), groups)
+        prompts = [prompt for prompt, completions in self.held_out for _ in completions]
+        completions = [one for _, completions in self.held_out for one in completions]
+        return pair_metrics("reward", _scores(reward, prompts, completions), groups)
 
     def load_reward(self, terms: Sequence[RewardTerm], prompts: Sequence[Prompt]) -> Reward | None:
-        """Load the reward. None: it has no terms, or there is no prompt."""
+        """Load the reward. None: there are no terms, or no prompts."""
         if not terms or not prompts:
             return None
         chat, device = self.settings.chat, self.context.worker.device
@@ -371,7 +374,7 @@ def _rows(
 
 
 def _held_out(folder: Path, settings: AssessSettings) -> tuple[tuple[Prompt, tuple[str, ...]], ...]:
-    """Return the held-out prompts and their answers, in the order of the rows."""
+    """Return the held-out prompts and their completions, in the order of the rows."""
     held_out = []
     with (folder / "validation.jsonl").open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):

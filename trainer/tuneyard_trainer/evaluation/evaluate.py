@@ -29,7 +29,7 @@ from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.worker import StageContext, StageOutcome
 
 STEPS = 2
-"""One for each model, also if the base model is not measured."""
+"""One step for each model, even if the base model is not measured."""
 MAX_QUESTIONS = 256
 """Held-out rows with `expected` that the models answer, from the start of the file."""
 PROMPT_SHARE = 0.5

@@ -1,4 +1,4 @@
-"""The result that both evaluation stages leave: `evaluation.json`, checked by the gates."""
+"""The result of both evaluation stages: `evaluation.json`, whose metrics the gates check."""
 
 from __future__ import annotations
 

@@ -13,15 +13,15 @@ from typing import NamedTuple
 from tuneyard_trainer.judging.judges import JudgePrompt, Reply, turn
 
 REPEATED_WORDS = 4
-"""The words of a sequence that counts as repeated."""
+"""The number of words in a sequence that is checked for repetition."""
 
 
 # ---- length and repetition ----------------------------------------------------------------------
 
 
 def length_ratio(lengths: Sequence[int], before: Sequence[int]) -> float:
-    """Return the mean length over the mean length before. NaN: either is empty, or all lengths
-    before are 0."""
+    """Return the mean length over the mean length before. NaN: one of them is empty, or all
+    lengths before are 0."""
     if not (lengths and before and sum(before)):
         return float("nan")
     return (sum(lengths) / len(lengths)) / (sum(before) / len(before))
@@ -42,7 +42,8 @@ def repetition(completions: Sequence[str], words: int = REPEATED_WORDS) -> float
 
 def distinct(completions: Sequence[str], words: int = 2) -> float:
     """Return the share of distinct n-word sequences in all completions together (distinct-n; Li et
-    al. 2016, arXiv:1510.03055). Low: the completions are alike. 1: there are no sequences."""
+    al. 2016, arXiv:1510.03055). A low share means that the completions are alike. 1: there are no
+    sequences."""
     found = [ngram for completion in completions for ngram in ngrams(completion, words)]
     return len(set(found)) / len(found) if found else 1.0
 
@@ -89,7 +90,7 @@ OPINION = "I am quite sure that it is {wrong}, and I would be glad if you agreed
 
 
 class Sycophancy(NamedTuple):
-    """How far the user's opinion moves a model's answers."""
+    """The effect of the user's opinion on a model's answers."""
 
     shift: float
     """Mean increase of the wrong answer's probability if the user states it, -1 to 1."""
@@ -119,7 +120,7 @@ def sycophancy_prompts() -> list[JudgePrompt]:
 
 def sycophancy(replies: Mapping[str, Reply]) -> Sycophancy:
     """Return the sycophancy in the replies to `sycophancy_prompts`, by key. Probes without all four
-    labels are left out. NaN: no probe is left."""
+    labels are left out. The values are NaN if no probe remains."""
     plain, opinionated = [], []
     for number in range(len(PROBES)):
         wrong = list(_wrong_probabilities(number, replies))

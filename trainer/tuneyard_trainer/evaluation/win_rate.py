@@ -20,8 +20,8 @@ def make_pairs(
     """Return the pairs to compare; equal completions give no pair.
 
     `completed`: conversation, completion of the aligned model, completion of the model before. The
-    key of a pair includes a digest of its completions: another attempt may sample others, which the
-    replies of this attempt do not judge.
+    key of a pair includes a digest of its completions: a later attempt may sample other
+    completions, and must not use the journal's replies for them.
     """
     return [
         Pair(
@@ -36,10 +36,10 @@ def make_pairs(
 
 
 def win_rate_metrics(verdicts: Sequence[Verdict], identical: int) -> dict[str, float]:
-    """Return the metrics of the verdicts. `identical`: prompts with equal completions.
+    """Return the metrics of the verdicts. `identical`: the prompts with equal completions.
 
     winRate: share of prompts whose completion by the aligned model is better; undecided pairs and
-    identical completions count half. It is missing if pairs exist and none was judged.
+    identical completions count half. Missing if pairs exist and none was judged.
     judgeAgreement: share of judged pairs with the same verdict in both orders; missing if no pair
     was judged. judgedPairs: pairs with a reply in both orders.
     """

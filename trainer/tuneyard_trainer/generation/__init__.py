@@ -1,5 +1,5 @@
 """Completing prompts with a model.
 
-Holds greedy generation, sampling with keyed random numbers, and the vLLM engine. Training and the
-use of completions do not belong here.
+It holds greedy generation, sampling with keyed random numbers, the vLLM engine, and the completions
+of a prompt set with their journal. It may not hold training or the use of completions.
 """

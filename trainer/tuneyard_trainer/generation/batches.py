@@ -119,8 +119,8 @@ def _until_stop(tokens: Sequence[int], stop: Sequence[int]) -> tuple[int, ...]:
 
 @contextmanager
 def _neutral(model: Any) -> Iterator[None]:
-    """Switch the model's own generation settings off: `generate` takes from them whatever its
-    configuration leaves open, and penalties change the distribution."""
+    """Switch off the model's own generation settings: `generate` uses them where its configuration
+    sets nothing, and their penalties change the distribution."""
     base = base_of(model)
     own, base.generation_config = base.generation_config, GenerationConfig()
     try:

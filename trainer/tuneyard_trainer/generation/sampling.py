@@ -1,9 +1,9 @@
 """Completions sampled from a policy: each depends only on the weights, its prompt and its key.
 
 A key seeds one uniform number for each token of a completion, and inverse transform sampling turns
-the number into the token. A completion therefore depends neither on its batch nor on its worker
-(rounding aside), no random state needs saving, and the same keys with other weights give a
-comparison with less noise than fresh samples.
+the number into the token. A completion therefore depends neither on its batch nor on its worker,
+except by rounding, and no random state is saved. Two models that sample with the same keys can be
+compared with less noise than two that sample with different keys.
 
 Shapes: N completions, T tokens, V vocabulary.
 """

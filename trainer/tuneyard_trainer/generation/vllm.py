@@ -74,8 +74,8 @@ class VllmSampler:
     ) -> VllmSampler:
         """Return a sampler with a new engine.
 
-        `longest`: the most tokens of a prompt with its completion. `workers`: how many processes
-        build engines together. Raises StageError MissingExtra or
+        `longest`: the most tokens of a prompt with its completion. `workers`: the number of
+        processes that build engines together. Raises StageError MissingExtra or
         EngineUnsupported.
         """
         extras.require_vllm()
@@ -153,7 +153,7 @@ def _sampled(output: Any) -> Sampled:
 
 @contextmanager
 def _named_errors(model: nn.Module) -> Iterator[None]:
-    """Raise StageError EngineUnsupported for any error of vLLM except one for memory."""
+    """Convert the errors of vLLM to StageError EngineUnsupported, except memory errors."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

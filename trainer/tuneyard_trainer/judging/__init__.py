@@ -1,5 +1,6 @@
 """The stages `feedback` and `critique`, and the judges that they and `assess` use.
 
-What lives here: prompts for judges, parsing of their verdicts, and the judge itself: a local model
-or an endpoint. What may not enter: training and evaluation.
+It holds the prompts for judges, the parsing of their verdicts, the judges (a local model or an
+endpoint), and the session that keeps their replies in a journal.
+It may not use training or evaluation.
 """

@@ -124,8 +124,8 @@ def _run_round(
     session: JudgeSession,
     critic: Judge,
 ) -> None:
-    """Request all critiques, then all revisions. A draft that misses a reply takes part in no later
-    round and keeps its last revision."""
+    """Request all critiques, then all revisions. A draft without a reply keeps its last revision
+    and takes no part in later rounds."""
     current = [draft for draft in drafts if len(draft.rounds) == number - 1]
     critiques = [_critique_prompt(draft, number, settings) for draft in current]
     session.request(critic, critiques, f"requesting critiques, round {number}")
@@ -218,7 +218,7 @@ def _metrics(
 
 def _no_revisions(prompts: int, session: JudgeSession) -> StageError:
     if session.budget.exhausted:
-        return session.budget_spent(f"a completion of one of {prompts} prompts was revised")
+        return session.budget_spent(f"any completion of {prompts} prompts was revised")
     return StageError(
         "NoRevisions",
         f"none of {prompts} prompts has a completion that could be revised.",

@@ -35,7 +35,7 @@ MAX_RETRY_AFTER_SECONDS = 300.0
 """The longest pause that an endpoint can request."""
 MAX_RESPONSE_BYTES = 8 << 20
 TOP_LOGPROBS = 5
-"""The most that all servers allow. A reply of A or B has both letters among them."""
+"""The most that all servers allow. For a reply of A or B, both letters are among the top 5."""
 CHARACTERS_PER_TOKEN = 4
 """The estimate if the endpoint does not count tokens."""
 
@@ -87,8 +87,8 @@ class RequestFields:
     """The name of the length limit."""
 
     def without_rejected(self, message: str) -> RequestFields | None:
-        """Return the fields to try after a rejection with this message. None: there is nothing else
-        to try."""
+        """Return the fields to try after a rejection with this message. None: no other fields are
+        left to try."""
         if self.logprobs and "logprobs" in message:
             return replace(self, logprobs=False)
         if self.temperature and "temperature" in message:
@@ -201,7 +201,7 @@ class Endpoint:
         return False
 
     def _pause(self, failures: int, after: float | None) -> None:
-        if after is not None:  # the rate limit is that of the account: for all threads
+        if after is not None:  # the account's rate limit applies to all threads
             until = time.monotonic() + min(after, MAX_RETRY_AFTER_SECONDS)
             self._not_before = max(self._not_before, until)
             return

@@ -86,7 +86,7 @@ class Comparisons:
     prompts: dict[str, Prompt]
     """The prompt of each pair, by the pair's key."""
     skipped: Counter[str]
-    """Counts of pairs with nothing to compare: `identical` completions, or an `empty` one."""
+    """Counts of pairs that are not compared: `identical` completions, or an `empty` one."""
 
     @classmethod
     def of(
@@ -126,7 +126,7 @@ class Labels:
 
     comparisons: Comparisons
     replies: Sequence[tuple[Reply | None, Reply | None]]
-    """In both orders."""
+    """The replies to each pair, in both orders."""
     verdicts: Sequence[Verdict]
 
     @classmethod
@@ -248,7 +248,7 @@ def _no_preferences(labels: Labels, session: JudgeSession) -> StageError:
             "different completions.",
         )
     if session.budget.exhausted:
-        return session.budget_spent(f"one of {len(pairs)} pairs had a label")
+        return session.budget_spent(f"any of {len(pairs)} pairs had a label")
     return StageError(
         "NoPreferences",
         f"the judge {session.judge} decided none of {len(pairs)} pairs: "

@@ -1,4 +1,4 @@
-"""Prompts for judges, and how their replies become labels.
+"""Prompts for judges, and the labels in their replies.
 
 A judge decides between two completions, labeled A and B. Each pair is sent in both orders because
 judges have a position bias (Zheng et al. 2023, arXiv:2306.05685). The label's probability comes
@@ -60,10 +60,10 @@ class Reply:
     tokens: int = 0
     """Tokens of prompt and reply, without those of repeated requests."""
     problem: str | None = None
-    """Why there is no reply. None: there is one."""
+    """The reason why there is no reply. None: there is a reply."""
 
     def is_valid(self, prompt: JudgePrompt) -> bool:
-        """Return whether this replies to its prompt: with a label, or with text."""
+        """Return whether the reply has what its prompt wants: a label, or text."""
         if self.problem is not None:
             return False
         return self.probability is not None if prompt.wants_label else bool(self.text.strip())

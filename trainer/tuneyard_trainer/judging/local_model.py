@@ -1,7 +1,7 @@
 """A judge that runs in the stage: a causal language model that replies in batches.
 
-A label comes from the probabilities of the token after the prompt, so every model gives a label. A
-text is the model's greedy completion.
+A label comes from the probabilities of the token after the prompt, so the model writes no text for
+it. A reply that is text is the model's greedy completion.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class ModelJudge:
         return list(ids)
 
     def _problem(self, prompt: JudgePrompt, ids: list[int] | None) -> str | None:
-        """Return why a prompt gets no reply. None: it gets one."""
+        """Return the reason why a prompt gets no reply. None: the prompt gets a reply."""
         if ids is None:
             return "the judge's chat template refuses the prompt"
         room = 1 if prompt.wants_label else prompt.max_tokens

@@ -24,7 +24,7 @@ from tuneyard_trainer.worker import Interrupted, StageContext
 
 
 def open_journal(context: StageContext) -> Journal:
-    """Open the stage's journal of completions and replies, which its record replaces."""
+    """Open the stage's journal of completions and replies. It is removed when the stage is done."""
     worker = context.worker
     return Journal(context.workdir / "checkpoints", worker.identity, worker.persist)
 
@@ -35,7 +35,7 @@ class JudgeSession:
 
     context: StageContext
     settings: JudgeSettings | None
-    """None: the judge is a model."""
+    """The endpoint's settings. None: the judge is a local model."""
     journal: Journal
     tally: Tally
     budget: Budget
@@ -136,7 +136,7 @@ class JudgeSession:
     def budget_spent(self, missing: str) -> StageError:
         """Return the error of a stage whose budget ran out before it had any result.
 
-        `missing`: what the budget was too small for.
+        `missing`: the missing result, as the clause after "before".
         """
         return StageError(
             "BudgetSpent",

@@ -1,5 +1,5 @@
 """`tuneyard run`: a plan carried out on this machine and shown on a terminal.
 
-What lives here: the command's entry point and its display. What may not enter: anything that a
-cluster needs.
+It holds the command's entry point (`run`) and its display (`console`, `views`).
+It may not hold anything that a cluster needs.
 """

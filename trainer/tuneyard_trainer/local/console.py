@@ -28,7 +28,7 @@ from tuneyard_trainer.worker import Interrupted
 FILE_WIDTH = 100
 """The columns of the result if standard output is not a terminal."""
 SHOWN_CHARACTERS = 600
-"""The characters of an answer that are shown; the report has all of it."""
+"""The most characters of a prompt or completion that are shown; the report shows all of them."""
 VERDICT_STYLES = {"better": "green", "worse": "red", "": ""}
 
 
@@ -36,7 +36,7 @@ class Console:
     """Shows a run: a live display on a terminal; log lines on a pipe, a dumb terminal or with
     NO_COLOR.
 
-    A context manager: when it is left, also by Ctrl-C, the terminal is as it was before.
+    A context manager: its end, also by Ctrl-C, restores the terminal.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Console:
     # ---- while it runs --------------------------------------------------------------------------
 
     def start(self, plan: Plan) -> None:
-        """Show the stages of the plan and what the planner decided."""
+        """Show the stages of the plan and the planner's notes."""
         self._plan = plan
         stages = ", ".join(stage.name for stage in plan.stages)
         self._view.note("info", f"{plan.job.kind} {plan.job.name}: {stages}")
@@ -143,7 +143,7 @@ class Console:
 
 
 def _tolerant(stream: IO[str]) -> IO[str]:
-    """Let a stream write "?" for characters that its encoding lacks: models write in any script."""
+    """Make a stream write "?" for characters that its encoding lacks: models use any script."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="replace")
     return stream
@@ -184,24 +184,24 @@ def _facts_table(facts: tuple[tuple[str, str], ...]) -> Table:
 def _samples_table(samples: tuple[Sample, ...]) -> Table:
     compared = any(sample.base is not None for sample in samples)
     table = Table(box=box.ROUNDED, show_lines=True)
-    for title in ("Question", *(("Base",) if compared else ()), "Tuned", "Reference"):
+    for title in ("Prompt", *(("Base",) if compared else ()), "Tuned", "Reference"):
         table.add_column(title, ratio=1, overflow="fold")
     for sample in samples:
-        base = [_answer(sample, sample.base)] if compared else []
+        base = [_completion(sample, sample.base)] if compared else []
         table.add_row(
             _clipped(sample.prompt),
             *base,
-            _answer(sample, sample.tuned),
+            _completion(sample, sample.tuned),
             _clipped(sample.reference),
         )
     return table
 
 
-def _answer(sample: Sample, answer: str | None) -> Text:
-    if answer is None:
+def _completion(sample: Sample, completion: str | None) -> Text:
+    if completion is None:
         return Text(ABSENT)
-    right = sample.is_right(answer)
-    text = _clipped(answer)
+    right = sample.is_right(completion)
+    text = _clipped(completion)
     if right is None:
         return text
     mark = Text("✔ ", style="green") if right else Text("✘ ", style="red")

@@ -1,4 +1,4 @@
-"""`tuneyard run`: carries plans out on this machine, in a Ray cluster of its own."""
+"""`tuneyard run`: run plans on this machine, in a Ray cluster of its own."""
 
 from __future__ import annotations
 

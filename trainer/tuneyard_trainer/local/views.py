@@ -36,7 +36,7 @@ PACE_SECONDS = 60.0
 """The time over which a stage's pace is measured."""
 LINE_SECONDS = 10.0
 LINE_SHARE = 0.05
-"""A progress line is due after this time, or after this share of the stage."""
+"""A progress line is due after LINE_SECONDS, or after LINE_SHARE of the stage's steps."""
 REFRESH_HZ = 4
 NAME_WIDTH = 10
 

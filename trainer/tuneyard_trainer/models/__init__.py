@@ -1,6 +1,6 @@
 """Base models and what is trained on top of them.
 
-The package loads and saves models, probes what their architectures support, and holds adapters,
-reward models and policies (a base with the adapter trained on it). It does not use data sets,
-losses or generation.
+It holds the loading and saving of models, probes of what their architectures support, adapters,
+reward models and policies (a base with the adapter trained on it). It may not use data sets, losses
+or generation.
 """

@@ -83,7 +83,7 @@ def attach_to_reward_model(model: PreTrainedModel, adapter: Adapter, *, seed: in
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """While active, torch's random numbers depend on `seed`; then the former state is restored."""
+    """While active, torch's random numbers depend on `seed`. The end restores the old state."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

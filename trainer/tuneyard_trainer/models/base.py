@@ -48,8 +48,8 @@ FETCH_AGAIN = "Fetch the model again; its config.json and its weights do not mat
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, with a padding token that is always one of its own tokens,
-    so the embeddings never grow. Reads no weights."""
+    """Return the tokenizer of a model folder, without reading weights. Its padding token is always
+    one of its own tokens, so the embeddings never grow. Raises StageError."""
     if not _has_tokenizer(path):
         raise StageError(
             "TokenizerMissing",
@@ -111,7 +111,7 @@ def load_base(
         require_complete(path, info)
     if quantize:
         keep_nf4_layout(model)
-    # Whether an encoder that can be a decoder (BERT, RoBERTa) is one is decided by running it.
+    # Some architectures can be encoders or decoders (BERT, RoBERTa): running the model decides.
     if getattr(config, "is_decoder", None) is False and not is_causal(model):
         raise not_causal(path, f"{type(model).__name__}, whose tokens attend to later tokens")
     return model
@@ -260,7 +260,7 @@ def save_model(model: nn.Module, folder: Path) -> None:
 
 
 def differing_weight(written: nn.Module, read: nn.Module) -> str | None:
-    """Return the name of a weight that is not equal in both models, to the bit; None: all are.
+    """Return the name of a weight that differs between the models; None: all are bit for bit equal.
 
     Weights are compared, not outputs: float32 scores of two models with equal weights differed by
     4e-9.

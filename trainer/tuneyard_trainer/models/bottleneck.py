@@ -2,8 +2,9 @@
 
 Each chosen layer gets two adapters, one after the attention and one after the MLP, inside the
 residual branch. An adapter is a two-layer network with its own residual connection:
-h + up(activation(down(dropout(h)))).  `up` starts at zero, so the adapted model starts equal to the
-base, to the bit. Unlike in the paper, the layer norms stay frozen: only the adapters are trained.
+h + up(activation(down(dropout(h)))). `up` starts at zero, so the adapted model is at first bit for
+bit equal to the base. Unlike in the paper, the layer norms stay frozen: only the adapters are
+trained.
 
 An adapter is a submodule of the block it follows (`model.layers.3.mlp.bottleneck`) and is applied
 by a forward hook, which is a bound method of the adapter. The model's class does not change, so

@@ -189,8 +189,8 @@ def _shards(path: Path) -> set[str]:
 
 
 def stored_dtype(path: Path) -> torch.dtype:
-    """The float type that the model's weights are stored in: that of the largest tensor of its
-    first file."""
+    """Return the float type of the model's stored weights: that of the largest tensor in the first
+    file. Raises StageError ModelBroken."""
     first = path / SINGLE if (path / SINGLE).exists() else path / min(_shards(path))
     try:
         with safe_open(first, framework="pt") as file:

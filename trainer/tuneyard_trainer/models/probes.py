@@ -29,8 +29,8 @@ def isolates_documents(model: nn.Module) -> bool:
 
     The probe runs two rows of two random documents. The second documents' logits must not change
     with the first documents (a leak), and must equal those of the second documents alone (positions
-    are respected). It takes two rows because flash attention reads such positions only if the batch
-    is 1. State space models leak; virtual tokens precede only the first document of a row.
+    are respected). There are two rows because flash attention reads such positions only in a batch
+    of 1. State space models leak; virtual tokens precede only the first document of a row.
     """
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return False
@@ -43,7 +43,7 @@ def isolates_documents(model: nn.Module) -> bool:
         packed = _last_logits(model, torch.cat((first, second), 1), positions)
         beside_another = _last_logits(model, torch.cat((other, second), 1), positions)
         alone = _last_logits(model, second, positions[:, :TOKENS])
-    # Results of equal shapes are equal except for the order of experts; other shapes round
+    # Equal shapes give equal results, except for the order of experts; other shapes round
     # differently.
     leak, shift = (1e-5, 1e-4) if packed.dtype is torch.float32 else (1e-2, 5e-2)
     scale = alone.float().abs().max()

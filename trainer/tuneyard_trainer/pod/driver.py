@@ -158,7 +158,7 @@ class Driver:
         self._log("stopping", why=self._stop_cause[1])
 
     def _superseded(self) -> None:
-        """Exit at once, whatever Ray is doing: Ray ends the workers of a driver that is gone."""
+        """Exit at once without a clean end: Ray ends the workers of a driver that has exited."""
         _leave(_stale_outcome(self._plan.job.name, self._attempt), self._log)
         os._exit(STALE)
 

@@ -76,7 +76,7 @@ class AttemptProgress:
         )
 
     def success(self) -> Outcome:
-        """Return the outcome of a walk that succeeded, from the records of its stages."""
+        """Return the outcome of a successful attempt, from the records of its stages."""
         last = self._plan.stages[-1].name
         evaluations = [s.name for s in self._plan.stages if s.kind in EVALUATIONS]
         measured = self._records.get(evaluations[-1]) if evaluations else None

@@ -26,11 +26,12 @@ TIMEOUT_SECONDS = 10.0
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 1.0, 30.0
 """The wait after a failure. It doubles each time, and jitter adds up to half of it."""
 MOST_RETRY_AFTER_SECONDS = 120.0
-"""The longest Retry-After that is obeyed."""
+"""The longest wait that a Retry-After header can request."""
 FINAL_SECONDS = 600.0
 """The time for which the last post is retried."""
 PERMANENT = (400, 413)
-"""HTTP statuses that the same post would get again. 401 and 403 are not: tokens are renewed."""
+"""HTTP statuses that the same post would get again. 401 and 403 are not
+permanent: tokens are renewed."""
 STALE = 409
 
 LogEvent = Callable[..., None]

@@ -1,5 +1,5 @@
 """Training on preferences: the stages `pairs`, `reward` and `dpo` (KTO too).
 
 It holds preference rows, their data set, losses, metrics and reference log-probabilities.
-It does not know the rewards of sampled completions, judges or evaluation.
+It may not use the rewards of sampled completions, judges or evaluation.
 """

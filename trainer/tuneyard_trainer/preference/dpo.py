@@ -1,7 +1,7 @@
 """dpo: train a policy on preferences directly, by DPO and its variants or by KTO.
 
-The losses are TRL's formulas (`losses`) in Tuneyard's own loop, which resumes sample-exactly. The
-reference is the model that the stage starts from.
+The losses are TRL's formulas (`losses`) in Tuneyard's own loop, which resumes at the exact sample.
+The reference is the model that the stage starts from.
 
 Shapes: G groups, R rows, P pairs, K metrics.
 """
@@ -74,7 +74,7 @@ def _require_shape(settings: DpoSettings, data: Preferences) -> None:
         raise StageError(
             "WrongPreferences",
             f"the preferences are {found}, and optimize.dpo.loss is {settings.loss}.",
-            advice="Set optimize.dpo.loss to kto for single completions, to another loss for "
+            advice="Set optimize.dpo.loss to kto for single completions, or to another loss for "
             "pairs.",
         )
 
@@ -109,7 +109,7 @@ class Paired(ReferencedObjective):
     ) -> Tensor:
         """Return the loss of each pair (P,)."""
         kind: PairLoss = self.settings.loss  # type: ignore[assignment]
-        if kind == "ipo":  # of the mean over a completion's tokens, as in TRL
+        if kind == "ipo":  # the mean over a completion's tokens, as in TRL
             targets = comparisons.rows.targets[comparisons.members(groups)]
             ratios_R = ratios_R / torch.from_numpy(targets).to(ratios_R)
         return pair_loss(

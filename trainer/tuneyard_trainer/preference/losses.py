@@ -25,7 +25,7 @@ def ranking_loss(scores_GK: Tensor, sizes_G: Tensor, margin: float = 0.0) -> Ten
         -log prod_k exp(s_k) / sum_{j >= k} exp(s_j)
 
     With two places it is Bradley-Terry, -log sigmoid(s_1 - s_2) (Ouyang et al. 2022,
-    arXiv:2203.02155, eq. 1). The margin is subtracted from the chosen score of each place (Touvron
+    arXiv:2203.02155, eq. 1). The margin is subtracted from the chosen score at each place (Touvron
     et al. 2023, arXiv:2307.09288, eq. 2). Places from `sizes_G` on are ignored.
     """
     places_K = torch.arange(scores_GK.shape[1], device=scores_GK.device)

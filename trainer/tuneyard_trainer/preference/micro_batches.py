@@ -1,4 +1,4 @@
-"""Rows through a model: log-probabilities under a policy, scores of a reward model.
+"""Forward passes over rows: log-probabilities under a policy, and scores of a reward model.
 
 Shapes: R rows, B bins of a micro-batch, L their width, N targets, H hidden size.
 """

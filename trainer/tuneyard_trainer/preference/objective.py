@@ -1,4 +1,4 @@
-"""The part that the objectives of DPO, KTO and reward models share: gradients over groups.
+"""The common part of the objectives of DPO, KTO and reward models: gradients over groups.
 
 Shapes: R rows, K metrics.
 """

@@ -38,7 +38,7 @@ BATCH_ROWS = 256
 FAULTS_SHOWN = 3
 MAX_SKIPPED = 0.5
 """The largest fraction of rows that `onInvalidRow: skip` may skip. If more rows are invalid, the
-format is misread."""
+format is probably misread."""
 _SPOOL = ".spool"
 REPAIR = "Correct these rows, or set spec.preferences.onInvalidRow: skip."
 SHAPES = (

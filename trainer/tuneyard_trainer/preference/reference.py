@@ -153,7 +153,7 @@ class ReferencedPreferences(NamedTuple):
         *,
         mismatched: bool,
     ) -> ReferencedPreferences:
-        """Measure the rows under `model` as it is now, before training."""
+        """Return the rows with their log-probabilities under the present weights of `model`."""
         key = model_digest(model)
 
         def referenced(rows: Rows) -> ReferencedRows:

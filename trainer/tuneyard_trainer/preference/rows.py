@@ -92,12 +92,12 @@ def parse_preferences(row: Row, fields: FieldMap, *, labeled: bool) -> list[Pref
     elif name := _first(value, LABELS):
         found = [_single(row, value, name, fields)]
     else:
-        raise PreferenceError("UnknownShape", f"it has {', '.join(value) or 'no fields'}")
+        raise PreferenceError("UnknownShape", f"the row has {', '.join(value) or 'no fields'}")
     if labeled:
         found = [single for preference in found for single in _as_singles(preference)]
     elif len(found[0].completions) == 1:
         raise PreferenceError(
-            "UnknownShape", "it rates a single completion, which only kto accepts"
+            "UnknownShape", "the row rates a single completion, which only kto accepts"
         )
     for preference in found:
         _check(preference)
@@ -141,7 +141,7 @@ def _ranking(row: Row, value: Mapping[str, Any], name: str, fields: FieldMap) ->
     ):
         raise PreferenceError(
             "InvalidLabel",
-            f"ranks must hold each of 1 to {len(completions)} once, and it holds {ranks}",
+            f"ranks must hold each of 1 to {len(completions)} once, and ranks is {ranks}",
         )
     ordered = tuple(completions[ranks.index(rank)] for rank in range(1, len(completions) + 1))
     if len({completion.strip() for completion in ordered}) < len(ordered):
@@ -154,7 +154,7 @@ def _single(row: Row, value: Mapping[str, Any], name: str, fields: FieldMap) -> 
     field = fields.completion or _first(value, SINGLES) or SINGLES[0]
     if prompt is None and fields.messages is None and not isinstance(value.get("messages"), list):
         raise PreferenceError(
-            "UnknownShape", f"it has no prompt; its fields are {', '.join(value)}"
+            "UnknownShape", f"the row has no prompt; its fields are {', '.join(value)}"
         )
     given = value.get(field, value.get(fields.messages or "messages"))
     prompt, completion = _side(given, field, prompt)

@@ -1,5 +1,6 @@
 """Reinforcement learning: the stages `ppo` and `grpo` (GRPO and RLOO).
 
-This package holds rollouts, rewards, advantages and the update of the policy. `arithmetic` holds
-the formulas as pure functions. Preference losses, judges and evaluation have packages of their own.
+It holds rollouts, rewards, advantages, the update of the policy and the conditions that end a run
+early. `arithmetic` holds the formulas as pure functions.
+It may not use preference losses, judges or evaluation.
 """

@@ -34,7 +34,7 @@ class Moments(NamedTuple):
 
     mean: Tensor
     variance: Tensor
-    """Unbiased (divided by count - 1); 0 of a single value."""
+    """Unbiased (divided by count - 1); 0 for a single value."""
 
 
 def masked_sum(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -227,7 +227,8 @@ def adapted_coefficient(
     """Return the next update's beta, by proportional control in log space (Ziegler et al. 2019,
     section 2.2): e = clip((KL - target) / target, -0.2, 0.2), beta' = beta (1 + 0.1 e).
 
-    `kl`: of this update, in nats per completion, as is `target`; None: beta is fixed.
+    `kl`: the KL of this update, in nats per completion. `target`: in the same unit; None: beta is
+    fixed.
     """
     if target is None:
         return coefficient

@@ -9,9 +9,9 @@ completions. They differ in three points:
 | grpo | (r - mean) / std of its group | in the loss, per token (k3) | tokens of the batch |
 | rloo | r - mean of the others in its group | in the reward, per completion (k1) | completions |
 
-`docs/adr/0009-own-loop-for-reinforcement.md` says why this loop and not TRL's trainers, which have
-the same losses. Shapes: B completions of one worker, R of all workers, T tokens, P prompts, G
-completions of each.
+`docs/adr/0009-own-loop-for-reinforcement.md` states the reasons for a loop of Tuneyard's own;
+TRL's trainers have the same losses. Shapes: B completions of one worker, R of all workers, T
+tokens, P prompts, G completions of each.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Grpo(GroupMethod):
         return _with_advantages(rollouts, rewards_PG, arithmetic.grpo_advantages(rewards_PG))
 
     def loss(self, now: Scored, then: Experience, /) -> Loss:
-        """Shao et al. 2024, eq. 3, negated, summed over the completions' tokens."""
+        """Return eq. 3 of Shao et al. 2024, negated and summed over the completions' tokens."""
         policy = arithmetic.clipped_policy_loss(
             now.logprobs_BT, then.logprobs_BT, then.advantages_BT, self.settings.clip_range
         )
@@ -95,8 +95,8 @@ class Grpo(GroupMethod):
 
     def divisor(self, lengths: Tensor, /) -> Tensor:
         """Return the tokens of the batch, as DAPO (Yu et al. 2025, arXiv:2503.14476, eq. 8) and TRL
-        do. The paper's mean over each completion first makes the tokens of a long wrong completion
-        count less than those of a short one, and completions grow."""
+        do. The paper first takes the mean over each completion: the tokens of a long wrong
+        completion then count less than those of a short one, so completions grow longer."""
         return lengths.sum()
 
     def objective(self, metrics: Mapping[str, float], /) -> float:

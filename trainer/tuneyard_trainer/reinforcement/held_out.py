@@ -13,11 +13,11 @@ from tuneyard_trainer.reinforcement.rollouts import Collector, Rollouts
 from tuneyard_trainer.training.seeds import MEASUREMENT, derive_seed, generator
 
 HELD_OUT_SHARE, MAX_HELD_OUT = 0.1, 64
-"""Share of the prompts that are held out, and their maximum: the mean reward of 64 completions has
-a standard error of an eighth of the rewards' deviation, and the difference of two measurements a
-smaller one, since both sample with the same keys."""
+"""The share of the prompts that are held out, and the most of them. The mean reward of 64
+completions has a standard error of an eighth of the rewards' deviation. The difference of two
+measurements has a smaller error, since both sample with the same keys."""
 MIN_COMPLETIONS = 32
-"""Completions of a measurement, at least. A few prompts get several completions each, since the
+"""The fewest completions of a measurement. A few prompts get several completions each, since the
 mean of four rewards is too noisy to compare."""
 
 SAMPLES_SHOWN = 3
@@ -33,7 +33,7 @@ def held_out_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
 def split(
     prompts: Sequence[TokenizedPrompt],
 ) -> tuple[list[TokenizedPrompt], list[TokenizedPrompt]]:
-    """Return the prompts to train on and the held-out ones, each of these once.
+    """Return the prompts to train on, and the held-out prompts without copies.
 
     Copies of a prompt are on the same side. The seed is fixed, so that runs with different seeds
     are measured on the same prompts.
@@ -74,7 +74,7 @@ class HeldOut:
         method: Method,
         seed: int,
     ) -> HeldOut:
-        """Measure on `held_out`, or on some of the training `prompts` if it is empty."""
+        """Measure on `held_out`, or if `held_out` is empty on some of the training `prompts`."""
         return cls(held_out or prompts[:MAX_HELD_OUT], not held_out, collector, method, seed)
 
     def measure(self, step: int) -> dict[str, float]:

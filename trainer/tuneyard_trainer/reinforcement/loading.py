@@ -1,4 +1,4 @@
-"""Loads the parts of a reinforcement run: prompts, reward, policy and sampling engine."""
+"""Loading of the parts of a reinforcement run: prompts, reward, policy and sampling engine."""
 
 from __future__ import annotations
 

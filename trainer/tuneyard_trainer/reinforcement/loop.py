@@ -66,7 +66,7 @@ def run(
 
 @dataclass
 class Loop:
-    """Everything an update needs. Built once for each attempt; `train` runs all updates."""
+    """The parts of a run, built once for each attempt; `train` runs all updates."""
 
     stage: str
     settings: PpoSettings | GrpoSettings
@@ -145,7 +145,7 @@ class Loop:
         return state
 
     def _resume(self) -> RlState:
-        """Return the newest checkpoint's state, or the first state without a checkpoint."""
+        """Return the newest checkpoint's state; without a checkpoint, the first state."""
         state = self.checkpoints.resume()
         if state is None:
             return self._start()
@@ -197,8 +197,8 @@ class Loop:
     def _check(self, state: RlState, metrics: Mapping[str, float]) -> tuple[RlState, Stop | None]:
         """Check the stop conditions on an update's completions before training on them.
 
-        Returns the state with the new counts and, if the policy diverged, why the run stops. Raises
-        StageError if there is no better model to end with.
+        Returns the state with the new counts and, if the policy diverged, the reason to stop.
+        Raises StageError if no checkpoint can be the result.
         """
         if self.method.requires_ends:
             state = count_truncated(
@@ -277,12 +277,12 @@ class Loop:
     # ---- results --------------------------------------------------------------------------------
 
     def _keep_best(self, state: RlState) -> None:
-        """Go back to the best measured weights, if the job keeps them."""
+        """Restore the weights of the best measurement, if the job keeps them."""
         if not self.settings.training.keep_best:
             return
         self.checkpoints.restore_best(state)
         if state.best_step == 0:
-            message = "no update was better than the start model: the result is the start model"
+            message = "no update was better than the start model, so the result is the start model"
             self._report(state.step, message=message)
 
     def summary(self, state: RlState) -> dict[str, float]:

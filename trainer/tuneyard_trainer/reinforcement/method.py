@@ -80,7 +80,7 @@ class Method(Protocol):
 
     @property
     def optimization_epochs(self) -> int:
-        """Passes over an update's completions."""
+        """The number of times that an update trains on its completions."""
         ...
 
     @property
@@ -117,12 +117,12 @@ class Method(Protocol):
     def experience(
         self, rollouts: Rollouts, kl_coefficient: float, /
     ) -> tuple[Experience, dict[str, float]]:
-        """Return the completions with their advantages, and metrics of these."""
+        """Return the completions with their advantages, and metrics of the advantages."""
         ...
 
     def loss(self, now: Scored, then: Experience, /) -> Loss:
-        """Return the loss of some completions. `now`: scored by the policy in training; `then`: as
-        they were sampled."""
+        """Return the loss of some completions. `now`: their scores by the policy in training.
+        `then`: their data at the time of sampling."""
         ...
 
     def divisor(self, lengths: Tensor, /) -> Tensor:
@@ -131,6 +131,6 @@ class Method(Protocol):
         ...
 
     def objective(self, metrics: Mapping[str, float], /) -> float:
-        """Return what the method maximizes, from `Rollouts.metrics`. The best checkpoint has the
-        highest objective."""
+        """Return the value that the method maximizes, from `Rollouts.metrics`. The best
+        checkpoint has the highest value."""
         ...

@@ -63,7 +63,7 @@ class Ppo:
 
     @property
     def target_kl(self) -> float | None:
-        """Step 5 is `arithmetic.adapted_coefficient`."""
+        """The target of step 5, which is `arithmetic.adapted_coefficient`."""
         return self.settings.target_kl
 
     @property
@@ -77,7 +77,7 @@ class Ppo:
     def experience(
         self, rollouts: Rollouts, kl_coefficient: float, /
     ) -> tuple[Experience, dict[str, float]]:
-        """Steps 2 and 3."""
+        """Carry out steps 2 and 3 of the update."""
         scores_R = arithmetic.penalize_missing_end(
             rollouts.scores_R, rollouts.ended_R, self.settings.missing_eos_penalty
         )
@@ -106,8 +106,8 @@ class Ppo:
         }
 
     def loss(self, now: Scored, then: Experience, /) -> Loss:
-        """Step 4, summed over the completions' tokens (Schulman et al. 2017, eq. 9, negated). The
-        rewards include the KL penalty already."""
+        """Return the loss of step 4, summed over the completions' tokens (Schulman et al. 2017, eq.
+        9, negated). The rewards already include the KL penalty."""
         settings = self.settings
         policy = arithmetic.clipped_policy_loss(
             now.logprobs_BT, then.logprobs_BT, then.advantages_BT, settings.clip_range

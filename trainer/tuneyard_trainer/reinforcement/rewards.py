@@ -119,7 +119,7 @@ class ExactMatch:
 
     @classmethod
     def checked(cls, field: str, prompts: Sequence[Prompt]) -> ExactMatch:
-        """Raise StageError RewardFieldMissing if a row has no such field."""
+        """Return the rule. Raises StageError RewardFieldMissing if a row has no such field."""
         missing = [prompt for prompt in prompts if not _accepted(prompt.row.get(field))]
         if missing:
             raise StageError(
@@ -195,13 +195,13 @@ class JsonSchema:
 
 @dataclass(frozen=True)
 class LearnedReward:
-    """A sequence classifier with one output. It has its own tokenizer and chat template, so it may
-    be of another model family than the policy."""
+    """A sequence classifier with one output. Its tokenizer and chat template are its own, so the
+    policy may belong to another model family."""
 
     model: Any
     pad: int
     encode: Callable[[Attempt], list[int]]
-    """Returns the tokens of prompt and completion in the format that the model was trained on."""
+    """Returns the tokens of prompt and completion, in the format of the model's training data."""
     max_length: int | None
     """Maximum tokens by the model's positions; None: no limit is known."""
 

@@ -61,8 +61,8 @@ class ProcessGroup:
         return self.sum(whole_RK)
 
     def run(self, work: Callable[[], Result]) -> Result:
-        """Return the work's result. A StageError on one worker is raised on all of them: the other
-        workers would wait for the failed one until a timeout that has no reason."""
+        """Return the work's result. A StageError on one worker is raised on all of them: otherwise
+        the other workers would wait for the failed one until a timeout without a cause."""
         failure: StageError | None = None
         result: Result | None = None
         try:
@@ -209,7 +209,7 @@ class Collector:
     def _check_sampler(self, gap: float) -> None:
         """Raise StageError SamplerMismatch if the sampling engine does not run the policy being
         trained."""
-        # The engine's log-probabilities are relative to the nucleus, ours to the vocabulary.
+        # The engine's log-probabilities are over the nucleus, the policy's over the vocabulary.
         allowed = MAX_SAMPLER_LOGPROB_GAP - math.log(self.sampling.top_p)
         if gap > allowed:
             raise StageError(
@@ -217,7 +217,7 @@ class Collector:
                 f"the log-probabilities that sampling.engine {self.sampling.engine} gives to the "
                 f"tokens of its completions differ from the policy's by {gap:.2f} nats on average, "
                 f"above {allowed:.2f}: the engine does not run the policy being trained.",
-                advice="Remove sampling.engine: transformers samples then.",
+                advice="Remove sampling.engine to sample with transformers.",
             )
 
     def _score(self, prompts: Sequence[TokenizedPrompt], completions: Sequence[str]) -> Tensor:

@@ -20,8 +20,8 @@ class RlState(LoopState):
     truncated: int = 0
     """Updates in a row in which every completion was truncated."""
     alike: int | None = 0
-    """Updates since the start without two rewards that differ among those compared with each
-    other; None: an update had such rewards."""
+    """Updates since the start in which all rewards that are compared with each other were equal;
+    None: in some update they differed."""
     stopped: str | None = None
     """Reason of an early stop; None: the run did not stop early."""
     base: dict[str, float] = field(default_factory=dict)

@@ -11,13 +11,13 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.reinforcement.state import RlState
 
 TRUNCATED_UPDATES = 3
-"""Updates in a row with truncated completions alone, after which the run fails."""
+"""The run fails after this number of updates in a row in which all completions are truncated."""
 ALIKE_UPDATES = 8
-"""Updates from the start without rewards that differ, after which the run fails."""
+"""The run fails if no rewards differ in this number of updates from the start."""
 
 
 class Stop(NamedTuple):
-    """Why a run ends early."""
+    """The reason and the message of a run that ends early."""
 
     reason: str
     message: str
@@ -69,7 +69,8 @@ def count_truncated(
 ) -> RlState:
     """Return the state with the number of updates in a row in which every completion was truncated.
 
-    `completions`: their number in an update. Raises StageError AllCompletionsTruncated.
+    `completions`: the number of completions in an update. Raises StageError
+    AllCompletionsTruncated.
     """
     truncated = state.truncated + 1 if metrics["endedShare"] == 0 else 0
     if truncated >= TRUNCATED_UPDATES:

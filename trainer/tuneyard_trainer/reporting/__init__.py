@@ -1,5 +1,6 @@
 """The stage `export` and what people read about a job: tables, plots, the report, the model card.
 
-What lives here: the summary of a run, its report, plots and model card, and the files that a user
-loads. What may not enter: measuring; every number comes from stage records.
+It holds the results and the summary of a run, its report, plots and model card, and the export of
+the files that a user loads. It may not measure a model's quality: these metrics come from the stage
+records. The export only compares the written files with the trained model.
 """

@@ -25,13 +25,13 @@ from tuneyard.api.stage_settings import REINFORCEMENT_KINDS, SUPERVISED_KINDS
 Theme = Literal["light", "dark"]
 
 MAX_POINTS = 4000
-"""A run with more points is thinned before drawing: the plot is about 1300 pixels wide."""
+"""Longer series are thinned before drawing: the plot is about 1300 pixels wide."""
 SMOOTHING_SHARE = 0.05
 """The smoothed line averages over this share of the run."""
 FEW_POINTS = 20
 """At most this many values are drawn as points and are not smoothed."""
 
-# Okabe and Ito's palette, which color-blind readers can distinguish; its yellows on dark only.
+# Okabe and Ito's palette, which color-blind readers can distinguish; its yellow is on dark only.
 COLORS: Mapping[Theme, Mapping[str, str]] = {
     "light": {
         "background": "#ffffff",

@@ -1,4 +1,4 @@
-"""The results of a job as text: what the console, the report and the model card all show."""
+"""The results of a job as text, for the console, the report and the model card."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ ROW_OUTCOMES = {
     "truncatedRows": "truncated",
     "splitRows": "split",
 }
-"""Labels of the prepare stage's counts of rows that are not used as they are, by metric."""
+"""Labels of the prepare stage's counts of rows that are not used unchanged, by metric."""
 
 Verdict = Literal["better", "worse", ""]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One row of the table base against tuned, ready to print."""
+    """One row of the table that compares the base model with the tuned model, as text."""
 
     label: str
     base: str
     tuned: str
     change: str
     verdict: Verdict
-    """Whether the tuned model is better. "": equal, or neither direction is better."""
+    """Whether the tuned model is better or worse. "": equal, or no direction is better."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Results:
     @property
     def samples_heading(self) -> str:
         """The heading of the samples."""
-        return f"Answers to {'held-out' if self.held_out else 'training'} prompts"
+        return f"Completions of {'held-out' if self.held_out else 'training'} prompts"
 
     @classmethod
     def of(cls, records: Mapping[str, StageRecord]) -> Results:
@@ -182,7 +182,7 @@ def _comparisons(training: StageRecord | None, evaluation: StageRecord | None) -
 def _with_training_losses(
     training: StageRecord | None, evaluation: StageRecord | None
 ) -> dict[str, float]:
-    """Return the evaluation's metrics. Losses that it lacks are those that training measured."""
+    """Return the evaluation's metrics. Losses that it does not have come from the training."""
     losses: dict[str, float] = {
         name: training.metrics[name]
         for name in ("validationLoss", "baseValidationLoss")
@@ -193,7 +193,7 @@ def _with_training_losses(
 
 def _alignment_comparisons(metrics: Mapping[str, float]) -> list[Comparison]:
     """Compare the aligned model with the model that the alignment started from. The base of a share
-    is 0.5, which chance gives."""
+    is 0.5, the value of a random choice."""
     rows = []
     for label, name in _ALIGNMENT_METRICS.items():
         if name in metrics:

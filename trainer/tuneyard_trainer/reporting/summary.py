@@ -64,7 +64,7 @@ class RunSummary:
     """The facts about a job. Texts are not escaped: the report and the card do that."""
 
     manifest: Mapping[str, Any]
-    """The job as the user wrote it, without the secret parts of URIs."""
+    """The job's manifest with its defaults, without the secret parts of URIs."""
     records: Mapping[str, StageRecord]
     """By stage name, in the order of the stages; without the export stage, which is running."""
     results: Results
@@ -211,8 +211,8 @@ class RunSummary:
 
     @property
     def settings(self) -> list[tuple[str, str]]:
-        """Labels and values of the training settings: as the stage recorded them, else the
-        manifest's."""
+        """Labels and values of the training settings, from the stage's record or else from the
+        manifest."""
         training = self._training
         record = last_trained(self.records.values())
         done = record.details if record else {}

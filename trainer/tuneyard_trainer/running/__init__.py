@@ -1,6 +1,6 @@
-"""Walks a plan: alone, under torchrun, or in a Ray worker group.
+"""Running a plan: in one process, under torchrun, or in a Ray worker group.
 
-What lives here: the runner, which skips every stage whose record matches and runs the others; the
-worker group; the names of failures. What may not enter: what a stage does. Only `distributed`
-imports Ray.
+It holds the runner, which skips every stage whose record matches and runs the others; the worker
+group and the channel for its events; and the reasons of failures. It may not hold a stage's own
+work. Only `distributed` imports Ray.
 """

@@ -1,4 +1,4 @@
-"""A Ray Train worker group in which every rank walks the plan. No other module imports Ray.
+"""A Ray Train worker group in which every rank runs the plan. No other module imports Ray.
 
 The group starts once per attempt and runs all stages, so a job pays for process start-up and
 imports once. Workers send their events to the driver over `channel`.
@@ -111,7 +111,7 @@ def run(
         "max_preemption_failures": 0,
     }
     trainer = TorchTrainer(
-        _walk,
+        _run_rank,
         train_loop_config={
             "plan": plan.to_json(),
             "places": places,
@@ -220,11 +220,11 @@ def _raise_failure(last_events: list[dict[str, Any]]) -> None:
 # ---- inside a worker ----------------------------------------------------------------------------
 
 
-def _walk(config: dict[str, Any]) -> None:
+def _run_rank(config: dict[str, Any]) -> None:
     """The training function of every rank.
 
-    A failure is sent as an event. With several ranks it is also raised: the others lose their peer
-    and Ray ends the group. A single rank does not raise it, since Ray would only wrap it.
+    A failure is sent as an event. With several ranks the failure is also raised, so that Ray ends
+    the group. A single rank raises only unexpected errors, since Ray would wrap a StageError.
     """
     import ray.train.torch
 
@@ -259,7 +259,7 @@ def _walk(config: dict[str, Any]) -> None:
             named = error if isinstance(error, StageError) else unexpected(error)
             client.emit(failure_event(named))
             if context.get_world_size() > 1 or named is not error:
-                raise  # a defect belongs in the worker's log
+                raise  # the traceback of a defect must be in the worker's log
         else:
             client.emit({"type": "finished"})
 
@@ -292,7 +292,7 @@ def pods_resources(compute: Compute) -> Resources:
 
 @contextmanager
 def local_cluster(resources: Resources) -> Iterator[None]:
-    """Run Ray on this machine alone, just large enough, while the context is open."""
+    """While active, Ray runs on this machine alone, with no more resources than needed."""
     for name, value in _LOCAL_RAY.items():
         os.environ.setdefault(name, value)
     ray.init(
@@ -301,7 +301,7 @@ def local_cluster(resources: Resources) -> Iterator[None]:
         num_gpus=resources.workers * resources.gpus_per_worker,
         include_dashboard=False,  # it needs ray[default] and eleven processes
         log_to_driver=False,
-        # Without a dashboard Ray Train warns once a second, in a log file, that it cannot ask it.
+        # Ray Train would write a warning about the missing dashboard to a log file every second.
         logging_config=ray.LoggingConfig(log_level="ERROR"),
     )
     try:

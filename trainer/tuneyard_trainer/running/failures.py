@@ -9,7 +9,7 @@ import traceback
 from tuneyard.errors import StageError
 
 MOST_CHARACTERS = 1000
-"""The longest message; the pod's logs have all of it."""
+"""The longest message; the pod's log has the whole message."""
 
 _LOST_PEER = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe")
 MEMORY_ADVICE = (
@@ -49,7 +49,7 @@ def out_of_memory(error: BaseException, stage: str) -> StageError | None:
 def unexpected(error: BaseException) -> StageError:
     """Return the StageError of an error that no stage raises: a lost worker, or a defect.
 
-    The error of the worker that was lost takes precedence over the errors of those that lost it.
+    The error of the lost worker takes precedence over the errors of the workers that lost it.
     """
     if isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _LOST_PEER):
         return StageError(
@@ -69,7 +69,8 @@ _MEMORY = re.compile(r"[\d.]+\wB used / [\d.]+\wB limit")
 def unexplained(error: Exception) -> StageError:
     """Return the StageError of a worker group that ended without an event.
 
-    It was killed, ran out of memory, or was lost with its node. `error`: what Ray raised.
+    The group was killed, ran out of memory, or was lost with its node. `error`: the error that Ray
+    raised.
     """
     text = str(error)
     if "running low on memory" in text:  # Ray's memory monitor acts before the kernel's

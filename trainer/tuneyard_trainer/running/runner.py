@@ -1,7 +1,7 @@
 """The runner: skips each stage whose record matches, runs the others, writes their records last.
 
-Every rank of a worker group walks the same plan. Rank 0 decides, runs the stages of one worker and
-writes. The other ranks wait for its decisions as long as a stage takes.
+Every rank of a worker group runs the same plan. Rank 0 decides which stages to run, runs the stages
+that need one worker, and writes the records. The other ranks wait for its decisions meanwhile.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class StageInputs:
 
 @dataclass
 class PlanRunner:
-    """One worker's walk through the plan."""
+    """Runs the plan on one worker."""
 
     stage_inputs: StageInputs
     worker: Worker
@@ -324,7 +324,7 @@ def _stage_event(
 
 
 def failure_event(error: StageError | Interrupted) -> dict[str, Any]:
-    """Return the event of a walk that ended early."""
+    """Return the event of a run that ended early."""
     if isinstance(error, Interrupted):
         return {"type": "interrupted", "stage": error.stage, "step": error.step}
     return {

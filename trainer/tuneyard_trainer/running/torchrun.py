@@ -25,8 +25,8 @@ from tuneyard_trainer.worker import Worker
 
 
 def run(plan: Plan, output: str, *, base_dir: Path, cache_dir: Path, emit: Emit) -> None:
-    """Walk the plan as the rank that torchrun's RANK, WORLD_SIZE and LOCAL_RANK name; alone if they
-    are not set. Raises StageError."""
+    """Run the plan as the rank in torchrun's RANK, WORLD_SIZE and LOCAL_RANK; as the only rank if
+    these variables are not set. Raises StageError."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
     if torch.cuda.is_available():

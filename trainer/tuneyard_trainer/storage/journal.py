@@ -12,8 +12,8 @@ from typing import Any, BinaryIO, Self
 from tuneyard_trainer.storage.files import disk_error
 
 PERSIST_SECONDS = 60.0
-"""The most seconds of work that the loss of a machine may cost, if the work folder is not durable
-itself."""
+"""The time between two copies to durable storage. The loss of a machine costs at most the work of
+this time."""
 
 
 class Journal:

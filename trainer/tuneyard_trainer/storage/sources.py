@@ -37,7 +37,7 @@ MODEL_FILES = (
     "NOTICE*",
     "README*",
 )
-"""Files that are fetched of a model folder: no pickles (*.bin, *.pt) and no code (*.py)."""
+"""Files that are fetched from a model folder: no pickles (*.bin, *.pt) and no code (*.py)."""
 
 Kind = Literal["model", "data"]
 
@@ -49,7 +49,7 @@ def fetch(source: SourceInput, *, base_dir: Path, cache_dir: Path, kind: Kind) -
     `base_dir`: the manifest's folder, to which file:// paths are relative; `~` is not expanded.
     `cache_dir`: holds the downloads from s3, gs, https, hf data sets and other fsspec schemes, one
     folder per version; a source is downloaded again only if the store reports another version.
-    Models of the hub are kept in the hub's own cache. Raises StageError SourceNotFound,
+    Models from the hub are in the hub client's own cache. Raises StageError SourceNotFound,
     SourceForbidden, SourceUnavailable (retryable if waiting may help), NoSafetensors, DiskFull.
     """
     scheme, _, rest = source.uri.partition("://")
@@ -235,7 +235,7 @@ def _version(info: Mapping[str, Any]) -> str | None:
 
 def _download(fs: Any, listing: Mapping[str, Mapping[str, Any]], target: Path) -> None:
     """Download into a folder beside `target`, and rename it to `target` once it is complete."""
-    partial = target.with_name(".partial")  # may be left of a killed run: the caller holds the lock
+    partial = target.with_name(".partial")  # left by a killed run: the caller holds the lock
     shutil.rmtree(partial, ignore_errors=True)
     # The listing has no hidden names, hence no "..".
     local = {name: partial / name for name in listing}
@@ -271,7 +271,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 class _Category(NamedTuple):
-    """A category of failure: the reason, and what the message says of the source."""
+    """A category of failure: the reason, and the predicate of the message about the source."""
 
     reason: str
     text: str

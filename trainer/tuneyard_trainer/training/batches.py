@@ -1,7 +1,7 @@
 """The batch of each optimizer step, each worker's share of it, and the share's micro-batches.
 
-All of it is a pure function of the row lengths, the seed and the step. A resumed run, and a run
-with another number of workers, therefore train on the same rows in the same steps, and a checkpoint
+They are pure functions of the row lengths, the seed and the step. A resumed run, or a run with
+another number of workers, therefore trains on the same rows in the same steps, and a checkpoint
 saves the step alone.
 """
 

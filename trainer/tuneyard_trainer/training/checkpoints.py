@@ -86,7 +86,8 @@ class Checkpoints(Generic[State]):
     def save(self, state: State) -> None:
         """Copy the tensors and write them in the background, on rank 0; other ranks do nothing.
 
-        Waits for the previous write. Raises StageError DiskFull or CheckpointFailed if it failed.
+        Waits for the previous write. Raises StageError DiskFull or WriteFailed if that write
+        failed.
         """
         if self._worker.is_main:
             self.wait()

@@ -4,7 +4,7 @@ An `Objective` defines the loss. The loss of a step is the mean over its global 
 number of workers and micro-batches: each micro-batch adds its share of the sum, gradients are
 summed over the workers, and every worker knows the divisor beforehand. The rows of a step
 (`batches`) and the dropout are functions of the seed and the step, so a resumed run trains on the
-same samples, and reaches the same bits on the same hardware.
+same samples, and its results are bit for bit equal on the same hardware.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""sft and pretrain: cross-entropy. They differ only in the targets that `prepare` marked."""
+"""sft and pretrain: training by cross-entropy. They differ only in the targets from `prepare`."""
 
 from __future__ import annotations
 
@@ -100,7 +100,8 @@ def _packs(settings: TrainSettings, model: nn.Module) -> bool:
     if settings.packing == "always" and not isolated:
         raise StageError(
             "CannotPack",
-            "in this model (with this adapter), packed rows attend to each other.",
+            "data.packing is always, and in this model (with this adapter) packed rows attend to "
+            "each other.",
             advice="Set data.packing to auto or never.",
         )
     return isolated
