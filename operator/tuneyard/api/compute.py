@@ -37,8 +37,8 @@ class Compute(Model):
     """Fewest workers to continue with when workers are lost (elastic training). None: all
     `workers` are needed."""
     gpus_per_worker: int | None = Field(default=None, ge=0, le=16)
-    """GPUs per worker. None: the profile's number, else 0 on a cluster and all there are on one
-    machine."""
+    """GPUs per worker. None: the profile's number, else 0 on a cluster; `tuneyard run` uses every
+    GPU of the machine."""
     cpus_per_worker: Quantity | None = None
     """CPU cores per worker. None: the profile's, else 4."""
     memory: Quantity | None = None
