@@ -459,7 +459,7 @@ def test_a_broken_kubeconfig_is_named(text: str, no_cluster: Path, capsys: Captu
 def test_an_unknown_context_is_refused(no_cluster: Path, capsys: Capture) -> None:
     path = kubeconfig(no_cluster, "http://127.0.0.1:1")
     message = refused(capsys, "status", "--kubeconfig", path, "--context", "b")
-    assert "the kubeconfig has no context 'b': it has a" in message
+    assert "the kubeconfig has no context 'b': its contexts are a" in message
 
 
 def test_an_unreachable_api_server_is_named(no_cluster: Path, capsys: Capture) -> None:
