@@ -323,7 +323,7 @@ def test_delete_with_wait_returns_once_the_operator_has_cleaned_up(
     ],
     ids=["gone", "follow", "earlier", "never", "waiting", "planned"],
 )
-def test_without_pods_the_message_shows_what_the_status_keeps(
+def test_without_pods_the_message_shows_the_outcomes_in_the_status(
     status: Object, arguments: list[str], words: str, namespace: JobNamespace, call: Call
 ) -> None:
     namespace.create("one", status)
