@@ -1,4 +1,4 @@
-"""The errors of both packages, each with what a user needs to act on it.
+"""The errors of both packages. Each error carries what a user needs to act on it.
 
 Standard library only: every layer of both packages may raise these errors.
 """
@@ -41,7 +41,7 @@ class ManifestError(TuneyardError):
 
 
 class PlanError(ManifestError):
-    """A valid manifest that cannot be carried out, by this version or in this place: for example a
+    """A valid manifest that this version or this environment cannot run: for example with a
     PersistentVolumeClaim outside a cluster."""
 
 
@@ -50,7 +50,7 @@ class StageError(TuneyardError):
 
     `reason`: a CamelCase word for conditions and metrics. `advice`: the field to change; "": no
     change of the manifest helps. `retryable`: whether another attempt of the same plan could
-    succeed, as after the loss of a node, never after a broken row.
+    succeed. True after the loss of a node, for example, and False after a broken row.
     """
 
     def __init__(

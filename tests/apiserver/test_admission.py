@@ -301,7 +301,7 @@ def test_kubectl_get_shows_the_progress_of_a_job(
 def test_kubectl_explain_shows_a_fields_description(cluster_with_crds: Cluster) -> None:
     text = cluster_with_crds.kubectl("explain", "finetunejob.spec.data.onOverlength").stdout
     assert "ENUM:\n    error\n    drop\n    truncate\n    split" in text
-    assert "What to do with a longer row" in text
+    assert "Treatment of a longer row" in text
 
 
 # ---- YAML in kubectl and in the reader

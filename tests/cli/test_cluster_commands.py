@@ -323,7 +323,7 @@ def test_delete_with_wait_returns_once_the_operator_has_cleaned_up(
     ],
     ids=["gone", "follow", "earlier", "never", "waiting", "planned"],
 )
-def test_without_pods_the_message_shows_what_the_status_keeps(
+def test_without_pods_the_message_shows_the_outcomes_in_the_status(
     status: Object, arguments: list[str], words: str, namespace: JobNamespace, call: Call
 ) -> None:
     namespace.create("one", status)
@@ -459,7 +459,7 @@ def test_a_broken_kubeconfig_is_named(text: str, no_cluster: Path, capsys: Captu
 def test_an_unknown_context_is_refused(no_cluster: Path, capsys: Capture) -> None:
     path = kubeconfig(no_cluster, "http://127.0.0.1:1")
     message = refused(capsys, "status", "--kubeconfig", path, "--context", "b")
-    assert "the kubeconfig has no context 'b': it has a" in message
+    assert "the kubeconfig has no context 'b': its contexts are a" in message
 
 
 def test_an_unreachable_api_server_is_named(no_cluster: Path, capsys: Capture) -> None:

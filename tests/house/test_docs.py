@@ -45,7 +45,7 @@ def _paths(text: str) -> Iterator[str]:
 
 
 def _exists(name: str) -> bool:
-    """Whether a path exists. `<wing>` stands for any name; a bare name may be in any folder."""
+    """Whether a path exists. `<name>` stands for any name; a bare name may be in any folder."""
     pattern = re.sub(r"<\w+>", "*", name)
     if "/" in name:
         return any(True for base in BASES for _ in base.glob(pattern))

@@ -143,7 +143,7 @@ def test_the_spelling_is_american(page: Path) -> None:
         "It waits (at most a week). Then it fails.",
     ],
 )
-def test_two_sentences_are_told(text: str) -> None:
+def test_two_sentences_are_recognized(text: str) -> None:
     assert second_sentence(Line(1, text).words)
 
 

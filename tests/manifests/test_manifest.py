@@ -370,11 +370,11 @@ ONE_FAULT = {
     ),
     "no output": (
         text(output=""),
-        "4: spec.output: required and missing: add it. Where the result is written.",
+        "4: spec.output: required and missing: add it. The location of the result and its content.",
     ),
     "an empty output": (
         text(output="  output:"),
-        "7: spec.output: required and missing: add it. Where the result is written.",
+        "7: spec.output: required and missing: add it. The location of the result and its content.",
     ),
     "an item without its URI": (
         text(data="  data:\n    train:\n    - weight: 1"),
@@ -558,7 +558,7 @@ def test_deep_nesting_is_refused() -> None:
 
 def test_a_text_above_the_size_limit_is_refused_without_parsing() -> None:
     assert faults("[" * (1 << 20) + "[", "big.yaml") == [
-        "big.yaml: the manifest has 1048577 bytes, the limit is 1048576: put data in files and "
+        "big.yaml: the manifest has 1048577 bytes, and the limit is 1048576: put data in files and "
         "name them by uri"
     ]
 

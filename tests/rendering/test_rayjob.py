@@ -231,7 +231,7 @@ def test_a_job_without_compute_gets_one_small_worker_without_gpus() -> None:
     assert "num-gpus" not in group(result)["rayStartParams"]
 
 
-def test_the_job_s_image_wins_over_the_operator_s() -> None:
+def test_the_jobs_image_takes_precedence_over_the_operators() -> None:
     own = job(compute={"image": "own:1"})
     for given, image in ((own, "own:1"), (job(), "default:1")):
         for template in templates(rendered(given, image="default:1")):

@@ -72,8 +72,8 @@ class Ia3(Model):
 
 class Bottleneck(Model):
     """Houlsby adapters: a small two-layer network after the attention and after the MLP, inside
-    each residual branch (Houlsby et al. 2019, arXiv:1902.00751). They cannot be merged into the
-    base weights, because they are not linear."""
+    each residual branch (Houlsby et al. 2019, arXiv:1902.00751). These networks are not linear, so
+    they cannot be merged into the base weights."""
 
     size: int = Field(default=64, ge=1, le=8192)
     """Width of the bottleneck layer."""

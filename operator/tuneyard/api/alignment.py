@@ -17,8 +17,9 @@ class RuleReward(OneOf):
     """A reward computed by a rule instead of a model. Set exactly one field."""
 
     exact_match: str | None = Field(default=None, min_length=1, max_length=128)
-    """Name of the prompt row's field that the completion must equal; of a list, one item is enough.
-    White space and case are ignored. The reward is 1 or 0."""
+    """Name of the prompt row's field that the completion must equal. If the field is a list, the
+    completion must equal one of its items. White space and case are ignored. The reward is 1 or
+    0."""
     json_schema: str | None = Field(default=None, min_length=2, max_length=65536)
     """A JSON Schema, as JSON text, that the completion must satisfy. The reward is 1 or 0."""
 
@@ -66,7 +67,7 @@ class RewardModel(OneOf):
 
 
 class WeightedReward(Model):
-    """A weighted reward that is added to the one of `rewardModel`."""
+    """A weighted reward that is added to the reward of `rewardModel`."""
 
     weight: float = Field(default=1.0, ge=-1000, le=1000)
     """Factor of this reward in the sum; the factor of `rewardModel` is 1."""
@@ -159,8 +160,8 @@ class AiFeedback(Model):
     """Template of the question that asks the judge for A or B; {principle}, {conversation},
     {first} and {second} are replaced. None: Tuneyard's default question."""
     disagreement: Literal["drop", "tie", "average"] = "drop"
-    """What to do with a pair whose label changes when its completions are swapped. drop: leave it
-    out. tie: keep it as a tie. average: use the mean of both label probabilities
+    """Treatment of a pair whose label changes when its completions are swapped. drop: leave the
+    pair out. tie: keep the pair as a tie. average: use the mean of both label probabilities
     (arXiv:2309.00267, section 2.1)."""
 
     rules: ClassVar[tuple[Rule, ...]] = (QUESTION_SHOWS_BOTH,)
@@ -191,7 +192,7 @@ class AlignmentEvaluate(Evaluate):
 
 
 class Preferences(Model):
-    """The source of the preferences, and what to do with rows that cannot be used."""
+    """The source of the preferences, and the treatment of rows that cannot be used."""
 
     data: list[Dataset] | None = Field(default=None, min_length=1, max_length=64)
     """Data sets of pairs (prompt, chosen, rejected), of rankings, or of single completions labeled
@@ -205,10 +206,10 @@ class Preferences(Model):
     """Longest prompt with one completion, in tokens. auto: 1024, or the model's context length if
     that is shorter."""
     on_overlength: Literal["error", "drop"] = "error"
-    """What to do with a longer row. error: fail the stage. drop: leave the row out and count it.
+    """Treatment of a longer row. error: fail the stage. drop: leave the row out and count it.
     Rows are never truncated: a truncated completion is not the one that was labeled."""
     on_invalid_row: Literal["error", "skip"] = "error"
-    """What to do with an invalid row (identical sides, an empty completion, different prompts).
+    """Treatment of an invalid row (identical sides, an empty completion, different prompts).
     error: fail the stage. skip: leave the row out and count it; at most half of the rows may be
     skipped."""
 
@@ -320,7 +321,7 @@ class Ppo(Model):
     training: Training = Training()
     """The training loop; `maxSteps` counts updates."""
     stop_on: StopConditions | None = None
-    """Bounds that end the run early. None: it runs to the end."""
+    """Bounds that end the run early. None: no bounds."""
 
 
 class GroupRelative(Model):
@@ -339,7 +340,7 @@ class GroupRelative(Model):
     training: Training = Training()
     """The training loop."""
     stop_on: StopConditions | None = None
-    """Bounds that end the run early. None: it runs to the end."""
+    """Bounds that end the run early. None: no bounds."""
 
 
 class Grpo(GroupRelative):

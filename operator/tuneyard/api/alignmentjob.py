@@ -48,17 +48,18 @@ class AlignmentSpec(Model):
     reward_model: RewardModel | None = None
     """The reward of a completion; required by ppo, grpo and rloo. None: no reward."""
     reward_terms: list[WeightedReward] = Field(default=[], max_length=8)
-    """Weighted rewards to add to the one of `rewardModel`. Empty: none."""
+    """Weighted rewards to add to the reward of `rewardModel`. Empty: none."""
     optimize: Optimize | None = None
     """The alignment method. None: the job ends after the steps above."""
     rounds: int = Field(default=1, ge=1, le=32)
-    """How often to sample, label and optimize; each round starts from the model of the last one."""
+    """How often to sample, label and optimize; each round starts from the model of the last
+    round."""
     adapter: Adapter | None = None
     """A parameter-efficient method, used by every step. None: full fine-tuning."""
     evaluate: AlignmentEvaluate = AlignmentEvaluate()
     """The measurements of the result, and the bounds it must meet."""
     output: Output
-    """Where the result is written."""
+    """The location of the result and its content."""
     compute: Compute = Compute()
     """The workers that the job runs on."""
     run_policy: RunPolicy = RunPolicy()

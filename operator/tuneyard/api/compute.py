@@ -14,7 +14,7 @@ class Toleration(Model):
     """A Kubernetes toleration."""
 
     key: str | None = Field(default=None, max_length=317)
-    """Key of the taint. None, with operator Exists: every taint."""
+    """Key of the taint. None: every taint, which requires the operator Exists."""
     operator: Literal["Exists", "Equal"] = "Equal"
     """Equal: key and value must match. Exists: the key must match."""
     value: str | None = Field(default=None, max_length=63)
@@ -26,7 +26,8 @@ class Toleration(Model):
 
 
 class Compute(Model):
-    """The workers of a job. `tuneyard run` uses `workers` alone; the other fields describe pods."""
+    """The workers of a job. `tuneyard run` uses `workers` and `gpusPerWorker`; the other fields
+    describe pods."""
 
     profile: ObjectName | None = None
     """Name of a compute profile that the platform team defined; the fields below override it.
@@ -37,8 +38,8 @@ class Compute(Model):
     """Fewest workers to continue with when workers are lost (elastic training). None: all
     `workers` are needed."""
     gpus_per_worker: int | None = Field(default=None, ge=0, le=16)
-    """GPUs per worker. None: the profile's number, else 0 on a cluster and all there are on one
-    machine."""
+    """GPUs per worker. None: the profile's number, else 0 on a cluster, and an equal share of the
+    machine's GPUs in `tuneyard run`."""
     cpus_per_worker: Quantity | None = None
     """CPU cores per worker. None: the profile's, else 4."""
     memory: Quantity | None = None

@@ -37,7 +37,7 @@ class FineTuneSpec(Model):
     evaluate: Evaluate = Evaluate()
     """The measurements of the result, and the bounds it must meet."""
     output: Output
-    """Where the result is written."""
+    """The location of the result and its content."""
     compute: Compute = Compute()
     """The workers that the job runs on."""
     run_policy: RunPolicy = RunPolicy()

@@ -34,7 +34,8 @@ class Rule(NamedTuple):
     path: str = ""
     """The field that is reported as wrong."""
     reads: tuple[str, ...] = ()
-    """Every field that the rule reads. The rule is not reported if one of them has a fault."""
+    """Every field that the rule reads. The rule is not reported if one of these fields has a
+    fault."""
     found: Callable[[Any], str] | None = None
     """Describe the value found, for Python's message. None: nothing is added to the message."""
 
@@ -112,7 +113,7 @@ AutoInt = Annotated[int, Field(ge=1, le=1 << 30)] | Literal["auto"]
 NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 NAME_LENGTH = 40
 Name = Annotated[str, Field(min_length=1, max_length=NAME_LENGTH, pattern=NAME_PATTERN)]
-"""A job's name: DNS-1035 and at most 40 characters: KubeRay allows 47 with `-<attempt>`."""
+"""A job's name: DNS-1035, at most 40 characters, since KubeRay allows 47 with `-<attempt>`."""
 
 OBJECT_NAME_PATTERN = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
 ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=OBJECT_NAME_PATTERN)]
@@ -149,7 +150,7 @@ ConditionType = Literal["Planned", "Admitted", "Running", "Suspended", "Succeede
 class Report(Model):
     """Base class of the models that the operator reports.
 
-    Unknown fields are ignored: after a rollback an older operator reads what a newer one wrote.
+    Unknown fields are ignored: after a rollback an older operator reads the status of a newer one.
     """
 
     model_config = ConfigDict(extra="ignore")

@@ -58,7 +58,7 @@ Input = StageInput | SourceInput
 class TrainRuntime(Model):
     """Settings that change how a stage runs, but not its result beyond rounding.
 
-    They are not a part of any identity.
+    These settings are not a part of any identity.
     """
 
     micro_batch_tokens: int | Literal["auto"] = "auto"

@@ -24,8 +24,8 @@ CLAIMS_FOLDER: Final = "/mnt/pvc"
 GRACE_SECONDS: Final = 120
 """Grace period of a pod, from its deletion to SIGKILL: time for a last checkpoint."""
 DRAIN_SECONDS: Final = GRACE_SECONDS - 15
-"""Longest wait of the preStop hook, whose time is part of the grace period. The rest is left for
-SIGTERM."""
+"""Longest wait of the preStop hook, whose time is part of the grace period. The other 15 s are left
+for the end after SIGTERM."""
 
 
 def stage_folder(stage: str) -> str:

@@ -1,8 +1,8 @@
 """The progress reports that a training pod posts to the operator, and the operator's response.
 
 The body follows Kubeflow Trainer (KEP-2779), so its clients work here too; the field `tuneyard`
-holds what Kubeflow's schema lacks. Every post is complete, so the newest one is enough and a lost
-one does no harm.
+holds what Kubeflow's schema lacks. Every post holds the whole state, so the newest post is
+enough and a lost post does no harm.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ class PromptSet(Model):
     """A data set of which only the prompts are used, to sample completions for them."""
 
     uri: DataUri
-    """Location, as of any data set."""
+    """Location, as for any data set."""
     format: DataFormat = "auto"
     """Format of a row. auto: detected from the first rows and logged."""
     fields: FieldMap = FieldMap()
@@ -168,11 +168,11 @@ class FineTuneData(Model):
     max_length: Annotated[int, Field(ge=8, le=1 << 20)] | Literal["auto"] = "auto"
     """Longest sequence, in tokens. auto: 1024, or the model's context length if that is shorter."""
     on_overlength: Literal["error", "drop", "truncate", "split"] = "error"
-    """What to do with a longer row. error: fail the stage. drop: leave the row out. truncate: cut
-    its end off. split: make several sequences of it, each without the context of the ones before.
+    """Treatment of a longer row. error: fail the stage. drop: leave the row out. truncate: cut its
+    end off. split: make several sequences of it, each without the context of the previous ones.
     The stage's record counts the rows."""
     on_invalid_row: Literal["error", "skip"] = "error"
-    """What to do with an invalid row. error: fail the stage. skip: leave the row out; skipped rows
+    """Treatment of an invalid row. error: fail the stage. skip: leave the row out; skipped rows
     are counted and the first three are logged."""
     packing: Literal["auto", "always", "never"] = "auto"
     """Pack several short sequences into one row of a batch; they do not attend to each other, and
@@ -197,7 +197,7 @@ class Output(Model):
     """Also write a model with the adapter merged into the base weights. Full fine-tuning always
     writes a whole model."""
     deletion_policy: Literal["Retain", "Delete"] = "Retain"
-    """What to do with the output when the job is deleted: keep it or delete it."""
+    """Treatment of the output when the job is deleted. Retain: keep it. Delete: delete it."""
     credentials: SecretRef | None = None
     """Credentials of an s3:// or gs:// folder, as environment variables. None: the credentials of
     the environment, e.g. of the service account."""

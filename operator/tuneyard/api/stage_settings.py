@@ -49,9 +49,9 @@ class PrepareSettings(Model):
     max_length: int | Literal["auto"]
     """Longest sequence, in tokens. auto: min(1024, the model's context length)."""
     on_overlength: Literal["error", "drop", "truncate", "split"]
-    """What to do with longer rows."""
+    """Treatment of longer rows."""
     on_invalid_row: Literal["error", "skip"]
-    """What to do with invalid rows."""
+    """Treatment of invalid rows."""
     train_on: Literal["assistant", "last-assistant", "all"]
     """Tokens of chat data with loss."""
     system_prompt: str | None
@@ -63,12 +63,12 @@ class PrepareSettings(Model):
 
 
 class LoopSettings(Model):
-    """A training loop; `auto` is resolved, except for what depends on the machine."""
+    """A training loop. `auto` is resolved, except where its value depends on the machine."""
 
     freeze: Freeze | None
     """Parts of the base model to freeze. None: none."""
     dropout: float | None
-    """Dropout probability in the base model's layers. None: the one of the model's config."""
+    """Dropout probability in the base model's layers. None: the value of the model's config."""
     epochs: float | None
     """Epochs over the data. None: `max_steps` decides."""
     max_steps: int | None
@@ -172,9 +172,9 @@ class PairsSettings(Model):
     """Longest prompt with one completion, in tokens. auto: min(1024, the model's context
     length)."""
     on_overlength: Literal["error", "drop"]
-    """What to do with longer rows."""
+    """Treatment of longer rows."""
     on_invalid_row: Literal["error", "skip"]
-    """What to do with invalid rows."""
+    """Treatment of invalid rows."""
     chat: ChatSettings
     """How messages are formatted as text."""
     seed: int
@@ -260,13 +260,13 @@ class PpoSettings(Model):
     missing_eos_penalty: float
     """Penalty subtracted from the reward of a completion without an end token."""
     stop_on: StopConditions | None
-    """Bounds that end the run early. None: it runs to the end."""
+    """Bounds that end the run early. None: no bounds."""
     training: LoopSettings
     """The training loop; an epoch is one pass over the prompts."""
 
 
 class GrpoSettings(Model):
-    """Optimize a policy by GRPO or RLOO. Inputs: the same as of ppo."""
+    """Optimize a policy by GRPO or RLOO. Inputs: the same as for ppo."""
 
     kind: Literal["grpo"] = "grpo"
     estimator: Literal["grpo", "rloo"]
@@ -288,7 +288,7 @@ class GrpoSettings(Model):
     clip_range: float
     """Epsilon of the clipped policy loss."""
     stop_on: StopConditions | None
-    """Bounds that end the run early. None: it runs to the end."""
+    """Bounds that end the run early. None: no bounds."""
     training: LoopSettings
     """The training loop; an epoch is one pass over the prompts."""
 
@@ -318,14 +318,14 @@ class FeedbackSettings(Model):
     max_new_tokens: int
     """Longest completion, in tokens."""
     disagreement: Literal["drop", "tie", "average"]
-    """What to do with a pair whose label changes when its completions are swapped."""
+    """Treatment of a pair whose label changes when its completions are swapped."""
     seed: int
     """Seed of the completions and of the drawn principles."""
 
 
 class CritiqueSettings(Model):
     """Sample, criticize and revise completions; writes `revisions.jsonl`, chat rows for a prepare
-    stage. Inputs: the same as of feedback."""
+    stage. Inputs: the same as for feedback."""
 
     kind: Literal["critique"] = "critique"
     prompts: PromptSettings
@@ -380,18 +380,18 @@ class WinRateSettings(Model):
 class AssessSettings(Model):
     """Measure an aligned model, or a reward model alone.
 
-    Inputs: `model`, and those of these that the job has: `tuned` (the aligned model; without it the
-    reward model alone is measured), `start` (the weights before alignment), `data` (a pairs stage),
-    `prompts`, `judge` (of `win_rate`, if the judge is a model run by the job), and the reward
-    models that `reward` names.
+    Inputs: `model`, and each of these that the job has: `tuned` (the aligned model; if it is
+    absent, the reward model alone is measured), `start` (the weights before alignment), `data` (a
+    pairs stage), `prompts`, `judge` (of `win_rate`, if the judge is a model run by the job), and
+    the reward models that `reward` names.
     """
 
     kind: Literal["assess"] = "assess"
     chat: ChatSettings
     """How messages are formatted as text."""
     prompts: PromptSettings | None
-    """How the prompts are read that completions are sampled for if no pairs are held out. None:
-    there are none."""
+    """How the prompts for sampling are read if no pairs are held out. None: the job has no
+    prompts."""
     sampling: Sampling
     """How completions are sampled."""
     reward: list[RewardTerm]

@@ -64,8 +64,8 @@ class AttemptStatus(Report):
     running_at: str | None = None
     """Time at which the driver started (RFC 3339). None: not yet."""
     stopping_at: str | None = None
-    """Time at which the driver was told to write a checkpoint and stop (RFC 3339). None: it was
-    not."""
+    """Time at which the operator asked the driver to write a checkpoint and stop (RFC 3339). None:
+    no stop was requested."""
     finished_at: str | None = None
     """Time at which the attempt ended (RFC 3339). None: it has not ended."""
     reason: str | None = None
@@ -73,7 +73,8 @@ class AttemptStatus(Report):
     message: str | None = None
     """Why the attempt ended, as a sentence. None: it has not ended."""
     stage: str | None = None
-    """Stage that was running when the attempt ended. None: none, or it has not ended."""
+    """Stage that was running when the attempt ended. None: no stage was running, or the attempt has
+    not ended."""
     last_step: int | None = Field(default=None, ge=0)
     """Last reported step of that stage. None: no step was reported."""
     steps_lost: int | None = Field(default=None, ge=0)

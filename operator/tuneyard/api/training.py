@@ -78,7 +78,7 @@ class Training(Model):
     optimizer: Optimizer = Optimizer()
     """Settings of the AdamW optimizer."""
     dropout: Probability | None = None
-    """Dropout probability in the base model's own layers. None: the one of the model's config."""
+    """Dropout probability in the base model's own layers. None: the value of the model's config."""
     freeze: Freeze | None = None
     """Parts of the base model to freeze, in full fine-tuning only. None: everything is trained."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -36,7 +36,7 @@ MERGE_PATCH = "application/merge-patch+json"
 
 
 def connect(kubeconfig: str | None, context: str | None, namespace: str | None) -> Cluster:
-    """Return the cluster of a kubeconfig, or the one that this process runs in, without a request.
+    """Return the cluster of a kubeconfig, or of the pod that this process runs in. Send no request.
 
     `kubeconfig` None: KUBECONFIG, else the one in the home folder; `context` None: the current one;
     `namespace` None: the context's. Raises RemoteError.
@@ -76,7 +76,8 @@ def _context(contexts: Sequence[Any], name: str) -> Any:
     if name in names:
         return contexts[names.index(name)]
     match = closest(name, names)
-    remedy = f"did you mean '{match}'?" if match else f"it has {_first_five(names) or 'none'}"
+    known = f"its contexts are {_first_five(names)}" if names else "it has no contexts"
+    remedy = f"did you mean '{match}'?" if match else known
     raise RemoteError(f"the kubeconfig has no context '{name}': {remedy}")
 
 
@@ -153,7 +154,7 @@ class Cluster:
             return None
 
     def _hint(self, name: str, kinds: Sequence[Kind]) -> str:
-        """Return what the user can write instead. "": the jobs cannot be listed."""
+        """Return the end of the message: a name to use instead. "": the jobs cannot be listed."""
         try:
             names = list(dict.fromkeys(job.name for job in self.list_jobs(kinds)))
         except RemoteError:
@@ -161,7 +162,7 @@ class Cluster:
         if not names:
             return ", and no other job: add -n NAMESPACE, or list all with `tuneyard status -A`"
         match = closest(name, names)
-        return f": did you mean '{match}'?" if match else f": it has {_first_five(names)}"
+        return f": did you mean '{match}'?" if match else f": its jobs are {_first_five(names)}"
 
     # ---- objects of a job -----------------------------------------------------------------------
 
@@ -234,7 +235,7 @@ class Cluster:
         stream: bool = False,
         endless: bool = False,
     ) -> urllib3.BaseHTTPResponse:
-        """Return the response, its body unread. `endless`: do not limit the wait for its data."""
+        """Return the response with its body unread. `endless`: wait for data without a limit."""
         headers = {"Accept": "*/*" if stream else "application/json"}
         if body is not None:
             headers["Content-Type"] = MERGE_PATCH if method == "PATCH" else "application/json"
@@ -276,7 +277,7 @@ class Cluster:
         if code == 401:
             return RemoteError(f"{self.host} does not accept your credentials: log in again")
         if code == 403:
-            return RemoteError(f"permission denied: {message}: ask your platform team for it")
+            return RemoteError(f"permission denied: {message}: ask your platform team for access")
         if code == 404 and not (status.get("details") or {}).get("name") and GROUP in path:
             return RemoteError(
                 f"{self.host} does not have Tuneyard's CRDs: install the chart, or the CRDs alone "

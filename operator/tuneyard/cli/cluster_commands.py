@@ -39,7 +39,7 @@ STUCK_SECONDS = 30.0
     "-A", "--all-namespaces", "everywhere", is_flag=True, help="Show the jobs of all namespaces."
 )
 @click.option(
-    "-w", "--watch", is_flag=True, help="Show changes until the job ends; exit with 0 or 1."
+    "-w", "--watch", is_flag=True, help="Show changes until the job ends; exit with 1 if it failed."
 )
 @click.option(
     "--json", "as_json", is_flag=True, help="Print JSON; with --watch, a line for each change."
@@ -252,7 +252,7 @@ def resume(name: str, options: ClusterOptions, kinds: Sequence[Kind]) -> int:
 def cancel(name: str, options: ClusterOptions, kinds: Sequence[Kind], yes: bool) -> int:
     """End a job for good, with phase Failed and reason Canceled.
 
-    This cannot be undone. The job and the output of its finished stages are kept.
+    A cancellation cannot be undone. The job and the output of its finished stages are kept.
     """
     cluster = options.connect()
     job = cluster.find(name, kinds)
@@ -272,7 +272,7 @@ def cancel(name: str, options: ClusterOptions, kinds: Sequence[Kind], yes: bool)
 
 
 def _require_open(job: JobView, action: str) -> None:
-    """Raise RemoteError if a job is deleted or finished, so that it cannot be, e.g., suspended."""
+    """Raise RemoteError if a job is being deleted or has ended. `action`: e.g. "suspended"."""
     if job.deleting:
         raise RemoteError(f"{job.name} is being deleted and cannot be {action}")
     if job.is_finished:
@@ -284,7 +284,7 @@ def _confirm(question: str, *, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise RemoteError(
-            "this cannot be undone, and there is no terminal for a confirmation: add --yes"
+            "a cancellation cannot be undone, and there is no terminal to confirm it: add --yes"
         )
     if not click.confirm(question, err=True):
         raise RemoteError("not confirmed: nothing was changed")
@@ -330,7 +330,7 @@ def _wait_until_deleted(cluster: Cluster, job: JobView) -> None:
         except UnreachableError as error:
             _note(f"{error.message}; retrying")
         if time.monotonic() > deadline:
-            _note(f"{job.name} is not deleted yet: check that the operator runs, which cleans up")
+            _note(f"{job.name} waits for the operator's cleanup: check that the operator runs")
             deadline = float("inf")
         time.sleep(pod_logs.POLL_SECONDS / 4)
 

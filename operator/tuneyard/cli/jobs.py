@@ -49,7 +49,8 @@ class JobView:
     deletes_output: bool
     """Whether the output is deleted with the job."""
     status: JobStatus | None
-    """The status. None: this version cannot read it; another version of the operator wrote it."""
+    """The status. None: another version of the operator wrote it, and this version cannot read
+    it."""
     raw_status: Object
     """The status as JSON."""
 
@@ -65,7 +66,7 @@ class JobView:
         """Whether no attempt will run any more.
 
         A job that could not be planned is planned again when its spec changes: it is finished only
-        if the operator has seen the newest spec.
+        if the operator has observed the newest spec.
         """
         if self.phase not in ("Succeeded", "Failed"):
             return False
@@ -146,7 +147,7 @@ class Pod(NamedTuple):
     attempt: int
     """Number of the attempt. 0: the pod belongs to no attempt."""
     role: str
-    """head, worker, driver or erase."""
+    """head, worker, driver (KubeRay's submitter, whose log is the driver's) or erase."""
     container: str
     """Name of the container whose log is shown."""
     created: str

@@ -31,7 +31,7 @@ def refreshed(cluster: Cluster, job: JobView) -> JobView:
 
 
 class Reader:
-    """Print the log of one job: `write` gets its lines, `note` the remarks about it."""
+    """Print the log of one job: `write` prints its lines, `note` prints remarks about the log."""
 
     def __init__(
         self, cluster: Cluster, role: str, attempt: int | None, *, write: Print, note: Print
@@ -100,7 +100,7 @@ class Reader:
         return f"{state}: {views.plain(reason)}" if reason else state
 
     def _no_log(self, job: JobView, pods: Sequence[Pod]) -> str:
-        """Return why there is no log, with what the status keeps of the attempts."""
+        """Return why there is no log, with the outcomes of the attempts in the status."""
         attempts = job.status.attempts if job.status else []
         if self._attempt is not None and self._attempt > len(attempts):
             return f"{job.name} has no attempt {self._attempt}: the last one is {len(attempts)}"
@@ -108,7 +108,7 @@ class Reader:
         if not attempts or (current and attempts[-1].finished_at is None):
             return f"there is no log of {job.name}: {self._not_started(job, pods)}"
         lines = [f"attempt {one.number}: {views.outcome(one)}" for one in attempts]
-        deleted = f"the pods of {job.name} were deleted with their logs; the status keeps:"
+        deleted = f"the pods of {job.name} were deleted with their logs; the status records:"
         return "\n  ".join([deleted, *lines])
 
     # ---- reading --------------------------------------------------------------------------------

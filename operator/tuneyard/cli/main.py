@@ -185,8 +185,8 @@ def operator(namespaces: str, profiles: Path | None, **settings: Any) -> int:
         from tuneyard.controller import app
         from tuneyard.controller.settings import Settings, read_profiles
     names = tuple(namespaces.replace(",", " ").split())
-    presets = read_profiles(profiles) if profiles else {}
-    return app.main(Settings(namespaces=names, profiles=presets, **settings))
+    compute_profiles = read_profiles(profiles) if profiles else {}
+    return app.main(Settings(namespaces=names, profiles=compute_profiles, **settings))
 
 
 def _rendered(job: Job, attempt: int) -> rayjob.Rendered:

@@ -338,7 +338,7 @@ def _elapsed(start: str | None, end: str | None, now: datetime) -> str:
 def duration(seconds: float) -> str:
     """Return a duration in its two largest units: "12 s", "1 min 12 s", "2 h 5 min", "3 d 4 h".
 
-    A negative one, which clocks of two machines can cause, is shown as "0 s".
+    A negative duration is shown as "0 s": the clocks of two machines can differ.
     """
     whole = max(0, round(seconds))
     units = (("d", whole // 86400), ("h", whole // 3600 % 24), ("min", whole // 60 % 60))

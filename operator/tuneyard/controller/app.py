@@ -104,7 +104,7 @@ def _stop_on_signal(stop: asyncio.Event) -> None:
 
 
 async def _wait_for_first(*waits: Coroutine[Any, Any, object]) -> None:
-    """Wait for the first to end and cancel the others. Raises what the first one raised."""
+    """Wait until one coroutine ends and cancel the others. Raises the exception of the first."""
     tasks = [asyncio.ensure_future(item) for item in waits]
     done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in others:
@@ -116,8 +116,8 @@ async def _wait_for_first(*waits: Coroutine[Any, Any, object]) -> None:
 
 @asynccontextmanager
 async def _web_server(port: int) -> AsyncIterator[None]:
-    """Serve /metrics, /healthz and /readyz. Both probes tell that the event loop runs; a standby
-    replica is as ready as the active one."""
+    """Serve /metrics, /healthz and /readyz. Both probes succeed while the event loop runs; a
+    standby replica is ready too."""
 
     async def expose(_: web.Request) -> web.Response:
         text = generate_latest(metrics.REGISTRY)

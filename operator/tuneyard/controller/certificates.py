@@ -49,8 +49,8 @@ class Certificates:
 
 
 async def ensure(cluster: Cluster, namespace: str, name: str, url: str) -> Certificates:
-    """Return the certificates in the Secret; issue them if they are missing, about to expire or for
-    another host name. Raises ApiError."""
+    """Return the certificates in the Secret. Issue new ones if the Secret's are missing, expire
+    within 30 days or name another host. Raises ApiError."""
     host = urlsplit(url).hostname or "localhost"
     secret = await cluster.secret(namespace, name)
     stored = _read(secret) if secret else None
@@ -149,7 +149,7 @@ def _name(host: str) -> x509.GeneralName:
 
 
 def _is_valid(pem: str, host: str | None) -> bool:
-    """Tell whether a certificate is valid for another 30 days, and for the host. None: any host."""
+    """Return whether a certificate is valid for 30 more days and for the host. None: any host."""
     certificate = x509.load_pem_x509_certificate(pem.encode())
     if certificate.not_valid_after_utc - datetime.now(UTC) < timedelta(days=RENEWAL_DAYS):
         return False

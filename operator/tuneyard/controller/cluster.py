@@ -87,7 +87,8 @@ async def connect() -> Cluster:
             await config.load_kube_config(client_configuration=configuration)
         except config.ConfigException as error:
             message = (
-                f"no cluster was found: this is no pod, and the kubeconfig cannot be used: {error}"
+                "there is no cluster: this process does not run in a pod, and the kubeconfig "
+                f"cannot be used: {error}"
             )
             raise TuneyardError(message) from error
     configuration.connection_pool_maxsize = 64
@@ -125,8 +126,8 @@ class Cluster:
         return await self._patch(key.path, job, {"metadata": metadata})
 
     async def write_status(self, job: Object, key: Key, patch: Object, status: Object) -> Object:
-        """Merge `patch` into the status; return the job with `status`, the result of the merge. An
-        ApiError 409 tells that the job has changed since."""
+        """Merge `patch` into the status; return the job with `status`, the result of the merge.
+        Raises ApiError 409 if the job has changed since."""
         version = {"resourceVersion": job["metadata"]["resourceVersion"]}
         body = {"metadata": version, "status": patch}
         return {**await self._patch(f"{key.path}/status", job, body), "status": status}
@@ -210,7 +211,7 @@ class Cluster:
         return await self._find(f"{_LEASES.format(namespace)}/{name}")
 
     async def put_lease(self, namespace: str, name: str, lease: Object) -> Object:
-        """Create the Lease or replace the given version of it. An ApiError 409 tells that it has
+        """Create the Lease or replace the given version of it. Raises ApiError 409 if the Lease has
         changed since."""
         path = _LEASES.format(namespace)
         if "resourceVersion" in lease["metadata"]:

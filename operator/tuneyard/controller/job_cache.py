@@ -1,7 +1,7 @@
 """A cache of jobs and their objects, fed by the watches and reduced to what decisions need.
 
-Only jobs with work left keep their body here. A finished job costs its phase alone, so that ten
-thousand of them need little memory.
+The cache keeps the body of a job only while the job has work left. Of a finished job it keeps the
+phase alone, so that ten thousand finished jobs need little memory.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class CachedJob:
     create_error: CreateError | None = None
     post: Post | None = None
     missing_since: float | None = None
-    """Since when the current attempt's RayJob is missing (monotonic); None: it is not."""
+    """Since when the current attempt's RayJob is missing (monotonic); None: it is not missing."""
     read_at: float = 0.0
     """When the job's objects were last read from the API server (monotonic); 0.0: never."""
     written_at: float = 0.0
@@ -50,8 +50,8 @@ class CachedJob:
         number = attempt.number if attempt else None
         ray_jobs = tuple(item for _, item in self.ray_jobs.values())
         current = next((item for item in ray_jobs if item.attempt == number), None)
-        was_there = attempt and attempt.ray_job_uid and not attempt.finished_at
-        missing = bool(was_there) and current is None
+        existed = attempt and attempt.ray_job_uid and not attempt.finished_at
+        missing = bool(existed) and current is None
         if not missing:
             self.missing_since = None
         elif self.missing_since is None:
@@ -174,7 +174,7 @@ def _update(
 
 
 def version(item: Mapping[str, Any]) -> int:
-    """Return the resource version as a number, which versions are compared by. Kubernetes
+    """Return the resource version as a number, so that versions can be compared. Kubernetes
     guarantees this order since 1.35 (KEP-5504); earlier versions have it too."""
     text = item["metadata"].get("resourceVersion") or ""
     return int(text) if text.isdecimal() else 0

@@ -21,7 +21,7 @@ log = logging.getLogger("tuneyard")
 
 
 class Lease:
-    """This replica's side of the Lease."""
+    """The Lease as this replica acquires, renews and releases it."""
 
     def __init__(self, cluster: Cluster, namespace: str, name: str, identity: str) -> None:
         self._cluster, self._namespace, self._name = cluster, namespace, name

@@ -22,7 +22,7 @@ TRANSITIONS = Counter(
 )
 QUEUE_SECONDS = Histogram(
     "tuneyard_job_queue_seconds",
-    "From an attempt's creation until its driver started.",
+    "Time from an attempt's creation to the start of its driver.",
     ["kind"],
     buckets=_SECONDS,
     registry=REGISTRY,

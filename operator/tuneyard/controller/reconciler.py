@@ -75,8 +75,8 @@ class Reconciler:
                 tasks.create_task(self._post_events())
 
     def accept_post(self, key: Key, post: Post) -> None:
-        """Store a post of the newest attempt. An outcome is reconciled at once, progress when it is
-        due."""
+        """Store a post of the newest attempt. A post with an outcome is reconciled at once, any
+        other post when the next status write is due."""
         cached = self.cache.job(key)
         cached.post = post
         report = post.tuneyard
@@ -211,8 +211,8 @@ class Reconciler:
 
     async def _recorded_plan(self, key: Key, job: Job) -> Plan:
         """Return the plan that the status records by its digest. If this version of the operator
-        plans the job differently, the plan is read from its ConfigMap. Raises ManifestError if that
-        is lost."""
+        plans the job differently, the plan is read from its ConfigMap. Raises ManifestError if
+        the ConfigMap is lost."""
         digest = (job.status.plan_digest if job.status else None) or ""
         planned = await self._planned(key, job)
         if isinstance(planned, Plan) and names.plan_digest(planned) == digest:
@@ -348,7 +348,7 @@ class Reconciler:
         cached.body = await self.cluster.remove_finalizer(body, key)
 
     async def _erase(self, key: Key, body: Object, job: Job) -> bool:
-        """Remove the output; return whether it is removed, or cannot be."""
+        """Remove the output. Return True if the output is removed or cannot be removed."""
         found = await self.cluster.batch_job(key.namespace, names.erasure_name(job))
         if found is None:
             try:
@@ -450,7 +450,7 @@ def _difference(before: Object, after: Object) -> Object:
 
 
 def _closes_without_success(attempt: AttemptStatus, after: JobStatus) -> bool:
-    """Tell whether the open attempt is closed in `after` without success."""
+    """Return whether the open attempt is closed in `after` without success."""
     last = after.attempts[-1]
     return not attempt.finished_at and bool(last.finished_at) and last.reason != "Succeeded"
 
@@ -459,8 +459,8 @@ def _write_delay(before: JobStatus | None, after: JobStatus) -> float:
     """Return how many seconds after the last write the change may be written."""
     if before is None or before == after or _without_numbers(before) != _without_numbers(after):
         return 0.0
-    # The UID of a new RayJob waits for the next change: a write of its own would be one in seven
-    # of the writes for a burst of new jobs.
+    # The UID of a new RayJob is written with the next change: in a burst of new jobs, separate
+    # writes of the UID would be one in seven writes.
     is_uid_alone = _without_ray_job_uid(before) == _without_ray_job_uid(after)
     return READ_SECONDS if is_uid_alone else PROGRESS_SECONDS
 

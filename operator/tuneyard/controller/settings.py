@@ -23,7 +23,7 @@ class Settings:
     image: str = DEFAULT_IMAGE
     """The trainer image of jobs that set no image."""
     profiles: Mapping[str, Compute] = field(default_factory=dict)
-    """The platform team's presets, by name."""
+    """The platform team's compute profiles, by name."""
     progress_url: str | None = None
     """URL of the status server for training pods; None: no progress is posted."""
     progress_port: int = 8443
@@ -43,7 +43,7 @@ class Settings:
 
 
 def read_profiles(path: Path) -> dict[str, Compute]:
-    """Read presets from a YAML mapping of names to fields of `compute`. Raises ManifestError."""
+    """Read profiles from a YAML mapping of names to fields of `compute`. Raises ManifestError."""
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         profiles = TypeAdapter(dict[str, Compute]).validate_python(value)

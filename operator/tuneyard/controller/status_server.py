@@ -60,7 +60,7 @@ class StatusServer:
     def __init__(
         self, cluster: Cluster, reconciler: Reconciler, is_active: Callable[[], bool]
     ) -> None:
-        """Make a server. `is_active` tells whether this replica is the active one."""
+        """Make a server. `is_active` returns whether this replica is the active one."""
         self._cluster, self._reconciler, self._is_active = cluster, reconciler, is_active
         self._authenticated_pods: dict[tuple[str, Key], AuthenticatedPod] = {}
         self._runner: web.AppRunner | None = None
@@ -80,14 +80,14 @@ class StatusServer:
 
     async def _post(self, request: web.Request) -> web.Response:
         try:
-            answer = await self._accept(request)
+            response = await self._accept(request)
         except Refused as refused:
             metrics.POSTS.labels(refused.outcome).inc()
             headers = {"Retry-After": str(refused.retry_after)} if refused.retry_after else {}
             body = {"message": refused.message}
             return web.json_response(body, status=refused.status, headers=headers)
         metrics.POSTS.labels("accepted").inc()
-        return web.json_response(answer.model_dump(mode="json", by_alias=True))
+        return web.json_response(response.model_dump(mode="json", by_alias=True))
 
     async def _accept(self, request: web.Request) -> PostResponse:
         """Return the response to a valid post. Raises Refused."""

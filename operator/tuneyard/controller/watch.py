@@ -121,7 +121,7 @@ def settings(*, clusterwide: bool) -> kopf.OperatorSettings:
 
 
 def _is_idle(body: Object) -> bool:
-    """Tell from a job's own content whether no work can be left for it."""
+    """Return whether a job's own content shows that no work is left for it."""
     status = body.get("status") or {}
     ended = status.get("phase") in ("Succeeded", "Failed") and "planDigest" in status
     return ended and "deletionTimestamp" not in body["metadata"]

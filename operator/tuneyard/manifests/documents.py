@@ -72,8 +72,8 @@ def load(text: str, source: str | None = None) -> tuple[list[Document], list[Fau
     size = len(text.encode(errors="replace"))
     if size > MAX_BYTES:
         message = (
-            f"the manifest has {size} bytes, the limit is {MAX_BYTES}: put data in files and name "
-            "them by uri"
+            f"the manifest has {size} bytes, and the limit is {MAX_BYTES}: put data in files and "
+            "name them by uri"
         )
         return [], [Fault("", message, None, source)]
     documents: list[Document] = []
@@ -129,7 +129,7 @@ def _nodes(text: str) -> Iterator[yaml.Node]:
 
 
 class _Refusal(Exception):  # noqa: N818 - it carries a fault and is not an error itself
-    """A document whose reading must be stopped."""
+    """Raised to stop reading a document."""
 
     def __init__(self, fault: Fault) -> None:
         super().__init__(str(fault))

@@ -186,8 +186,8 @@ def _uri(value: str, schemes: list[str]) -> str:
 
 
 def _with_scheme(value: str, schemes: list[str]) -> str:
-    """Return what a value without `://` probably means: `s3:bucket/key`, a model ORG/NAME of the
-    hub, or else a file."""
+    """Return the URI that a value without `://` probably stands for: `s3:bucket/key`, a model
+    ORG/NAME of the hub, or else a file."""
     scheme, colon, rest = value.partition(":")
     if colon and scheme in schemes:
         return f"{scheme}://{rest.lstrip('/')}"

@@ -96,11 +96,11 @@ class _Builder:
     drafts: list[Draft] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     tuned: StageInput | None = None
-    """The stage that trained the policy last. None: none did."""
+    """The last stage that trained the policy. None: no stage did."""
     start: StageInput | None = None
-    """The stage that trained the policy last before the first round. None: none did."""
+    """The last stage that trained the policy before the first round. None: no stage did."""
     rows: StageInput | None = None
-    """The stage that prepared the last data set of fine-tuning. None: none did."""
+    """The stage that prepared the last data set of fine-tuning. None: no stage did."""
     pairs: StageInput | None = None
     """The last pairs stage. None: there are no preferences."""
     reward: StageInput | None = None
@@ -173,8 +173,8 @@ class _Builder:
         )
 
     def _revisions(self) -> PrepareSettings:
-        """The rows are the model's own completions: long ones are truncated, and an empty one does
-        not fail the job."""
+        """Return the settings of the stage that prepares revisions. Its rows are the model's own
+        completions: long rows are truncated, and an empty row does not fail the job."""
         return PrepareSettings(
             method="sft",
             train=[_generated()],
@@ -254,8 +254,8 @@ class _Builder:
     def _pairs(
         self, preferences: Preferences, datasets: Sequence[DatasetSettings]
     ) -> PairsSettings:
-        """Rows that a judge labeled hold a model's completions: an invalid or a long one is left
-        out and counted."""
+        """Return the settings of a pairs stage. Rows that a judge labeled hold the model's own
+        completions: an invalid or a long row is left out and counted."""
         judged = preferences.ai_feedback is not None
         optimize = self.spec.optimize
         return PairsSettings(
@@ -465,7 +465,7 @@ def _judge_input(judge: Judge | None, path: str) -> tuple[dict[str, Input], Trai
 
 
 def _generated() -> DatasetSettings:
-    """Return how a file of an earlier stage is read."""
+    """Return the settings for reading a file of an earlier stage."""
     return DatasetSettings(format="auto", fields=FieldMap(), weight=1.0, limit=None)
 
 

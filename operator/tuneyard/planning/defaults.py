@@ -133,8 +133,7 @@ class AlignmentRule(NamedTuple):
 
     method: AlignmentMethod
     share: float
-    """Peak learning rate as a share of the one of supervised fine-tuning, for every way of
-    tuning."""
+    """Peak learning rate as a share of that of supervised fine-tuning, for every way of tuning."""
     batch_size: int
     """Sequences per optimizer step, over all workers."""
     source: str

@@ -81,7 +81,7 @@ def data_inputs(data: FineTuneData, path: str) -> dict[str, SourceInput]:
 
 
 def dataset_settings(datasets: Sequence[Dataset]) -> list[DatasetSettings]:
-    """Return how each of the data sets is read."""
+    """Return the settings of each data set."""
     return [
         DatasetSettings(
             format=dataset.format,

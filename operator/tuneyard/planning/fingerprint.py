@@ -26,7 +26,8 @@ STAGE_VERSIONS: Mapping[StageKind, int] = {
     "export": 1,
 }
 """Version of each kind of stage. Increase it when the stage's code produces another output from the
-same settings and inputs: records of the version before then no longer match."""
+same settings and inputs: records of the previous version then no longer
+match."""
 
 
 def fingerprint(

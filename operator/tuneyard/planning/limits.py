@@ -192,7 +192,7 @@ def _unknown_metric(gate: Gate, known: Sequence[str]) -> str | None:
 
 
 def _unmeasured_fine_tuning(gate: Gate, spec: FineTuneSpec) -> str | None:
-    """Return the message for a gate that a fine-tuning does not measure. None: it measures it."""
+    """Return the message for a metric that a fine-tuning does not measure. None: it does."""
     if (
         gate.metric in ("lossReduction", "answerAccuracyGain")
         and not spec.evaluate.compare_with_base
@@ -210,12 +210,12 @@ def _unmeasured_fine_tuning(gate: Gate, spec: FineTuneSpec) -> str | None:
 
 
 def _unmeasured_alignment(gate: Gate, spec: AlignmentSpec) -> str | None:
-    """Return the message for a gate that an alignment does not measure. None: it measures it."""
+    """Return the message for a metric that an alignment does not measure. None: it does."""
     preferences, reward = spec.preferences, spec.reward_model
     if gate.metric.startswith("preference") and not (spec.optimize and preferences):
         return f"{gate.metric} is measured on held-out preferences: set preferences and optimize"
     if gate.metric in ("reward", "rewardGain") and not (reward and spec.optimize):
-        return f"{gate.metric} is measured by the reward: set rewardModel and optimize"
+        return f"{gate.metric} needs a reward and an aligned model: set rewardModel and optimize"
     on_reward = gate.metric in ("rewardAccuracy", "rewardMargin")
     if on_reward and not (preferences and reward and not reward.rule):
         return (

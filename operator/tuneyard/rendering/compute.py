@@ -37,7 +37,7 @@ def compute_faults(compute: Compute, profiles: Mapping[str, Compute]) -> Iterato
     if group.min_workers > group.num_workers:
         yield Fault(
             "spec.compute.minWorkers",
-            f"minWorkers is {group.min_workers} and the number of workers {group.num_workers}: "
+            f"minWorkers is {group.min_workers}, above the {group.num_workers} workers: "
             "lower minWorkers or raise workers",
         )
 

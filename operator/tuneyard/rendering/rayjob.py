@@ -1,8 +1,8 @@
 """Render the Kubernetes objects of one attempt: an immutable ConfigMap and a RayJob.
 
-Each pod gets what it needs and no more. The head runs the driver: it gets the plan, the progress
-token and the output, which it claims and whose records it reads. The workers get the models, the
-data, the output and the Secrets. No pod has Kubernetes permissions.
+Each pod gets what it needs and no more. The head runs the driver, which claims the output and reads
+its records: the head gets the plan, the progress token and the output. The workers get the models,
+the data, the output and the Secrets. No pod has Kubernetes permissions.
 """
 
 from __future__ import annotations
@@ -277,8 +277,8 @@ def _worker_group(pods: _Pods, store: Storage, group: Workers, compute: Compute)
     mounts = [_shared_memory(group.shared_memory), *_claims(store.claims)]
     template = _template(pods, container, mounts)
     # KubeRay's init container is a shell. As the pod's first process it would ignore SIGTERM for
-    # the whole grace period: after a lost worker the next attempt waited for its replacement to
-    # end.
+    # the whole grace period: after the loss of a worker, the next attempt waited until the
+    # replacement worker ended.
     template["spec"]["shareProcessNamespace"] = True
     template["spec"] |= _placement(compute)
     return {
@@ -347,8 +347,8 @@ def _guaranteed_resources(resources: Mapping[str, str]) -> Object:
 
 
 def _drain_hook() -> Object:
-    """Return a preStop hook. It runs before SIGTERM, on which `ray start` would end driver or
-    worker at once."""
+    """Return a preStop hook. The hook runs before SIGTERM, which makes `ray start` end the driver
+    or the worker at once."""
     return {"preStop": {"exec": {"command": [*_MODULE, "tuneyard_trainer.drain"]}}}
 
 
@@ -381,7 +381,7 @@ def _shared_memory(size: str) -> _Mount:
 
 
 def _claims(claims: Mapping[str, bool]) -> list[_Mount]:
-    """Return the mount of each claim; a claim's value tells whether it is written to."""
+    """Return the mount of each claim. The value of a claim is whether it is written to."""
     return [
         _Mount(
             f"pvc-{index}",
@@ -417,7 +417,7 @@ def _reporting(
 
 
 def _environment() -> list[Object]:
-    """Return the variables that stand in for a home folder and an entry in /etc/passwd."""
+    """Return the variables that replace a home folder and an entry in /etc/passwd."""
     return [
         {"name": "HOME", "value": "/tmp"},  # noqa: S108
         {"name": "USER", "value": "tuneyard"},

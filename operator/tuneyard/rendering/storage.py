@@ -21,7 +21,7 @@ class Storage(NamedTuple):
     """The volumes and Secrets of the workers and, as `output_*`, of the head."""
 
     claims: dict[str, bool]
-    """Every claim; the value tells whether it is written to."""
+    """Every claim; the value is whether the claim is written to."""
     output_claims: dict[str, bool]
     """The output's claim alone."""
     tokens: dict[str, SecretKeyRef]
@@ -101,8 +101,8 @@ def _place_faults(place: SourceInput) -> Iterator[Fault]:
 
 
 def _credential_faults(places: list[SourceInput]) -> Iterator[Fault]:
-    """Yield conflicting credentials: they are environment variables, so that a pod has one set for
-    each scheme."""
+    """Yield conflicting credentials: a pod reads credentials from environment variables, so it has
+    one set for each scheme."""
     first: dict[str, SourceInput] = {}
     for place in places:
         if place.credentials is None:

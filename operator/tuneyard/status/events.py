@@ -20,10 +20,10 @@ KEY_METRICS = (
     "pairs",
     "rows",
 )
-"""Candidates for the metric in the event of a finished stage: the first that the stage has."""
+"""The event of a finished stage names the first of these metrics that the stage has."""
 
 _WITHOUT_EVENT = ("Starting", "Queued", "Retrying", "Suspended", "Preempted")
-"""Reasons of Running=False without an event: no problem, or reported by another event."""
+"""Reasons of Running=False without an event: they are no problem, or another event reports them."""
 
 
 class Event(NamedTuple):

@@ -1,8 +1,8 @@
 """Decide a job's next status and the actions that follow from it. Pure.
 
 An attempt enters the status before any of its objects is created, and the status closes the attempt
-before any of them is deleted. An operator that is killed between two writes therefore leaves
-nothing that its successor cannot find in the status or repeat.
+before any of them is deleted. If an operator is killed between two writes, the next operator
+therefore finds every object in the status and can repeat the second write.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tuneyard.status.times import moment_of, rfc3339
 Job = FineTuneJob | AlignmentJob
 
 UNCOUNTED = ("Suspended", "Preempted")
-"""Reasons of attempts that do not count towards maxAttempts."""
+"""Reasons of attempts that do not count toward maxAttempts."""
 MISSING_SECONDS = 10.0
 """How long a known RayJob must be missing before its attempt is closed. The cache may lag behind,
 and two clusters at a time would be worse than the wait."""
@@ -82,8 +82,8 @@ def observe(job: Job, planned: Planned, observed: ObservedState, now: datetime) 
 
 
 def is_finished(job: Job) -> bool:
-    """Tell whether the job has ended for good. A job whose plan was rejected is planned again when
-    its spec changes."""
+    """Return whether the job has ended for good. A job whose plan was rejected is planned again
+    when its spec changes."""
     status = job.status
     if status is None or status.phase not in ("Succeeded", "Failed"):
         return False
@@ -93,7 +93,7 @@ def is_finished(job: Job) -> bool:
 
 
 def should_stop(job: Job) -> bool:
-    """Tell whether the newest attempt, if it still runs, must write a checkpoint and end."""
+    """Return whether the newest attempt, if it still runs, must write a checkpoint and end."""
     policy, attempts = job.spec.run_policy, job.status.attempts if job.status else []
     last = attempts[-1] if attempts else None
     return policy.suspend or policy.cancel or bool(last and (last.stopping_at or last.finished_at))
@@ -189,8 +189,8 @@ class _Observer:
         return reasons.of_killed_pods(self.observed, last.number)
 
     def _wait_for_pods(self) -> None:
-        """Wait until the objects of earlier attempts are removed: nothing else may happen
-        before."""
+        """Wait until the objects of earlier attempts are removed: no other action may come
+        first."""
         self.wake_times.append(RECHECK_SECONDS)
         if self.policy.suspend:
             self._condition("Suspended", None, "Stopping", "waiting for the pods to end")
@@ -279,7 +279,8 @@ class _Observer:
     def _why_ended(
         self, attempt: AttemptStatus, ray: RayJob | None, outcome: Outcome | None
     ) -> Cause:
-        """Return the request to end the attempt, unless the attempt failed for good on its own."""
+        """Return the cause of a requested end if there is one, or else the attempt's own cause. A
+        final failure always keeps its own cause."""
         cause = reasons.of_end(ray, self.observed, outcome)
         is_final = outcome is not None and outcome.state == "Failed" and not cause.retryable
         return cause if is_final else self._stop_request(attempt) or cause
@@ -461,7 +462,7 @@ class _Observer:
             reason=cause.reason,
             message=cause.message[:_ATTEMPT_TEXT],
         )
-        # Kubernetes may report why a process ended as long as pods are left.
+        # As long as pods are left, Kubernetes may still report why a process ended.
         may_learn_more = cause.reason in reasons.UNEXPLAINED and bool(self.observed.pods)
         may_retry = len(self._counted()) < self.policy.max_attempts or may_learn_more
         if cause.reason in UNCOUNTED:
@@ -603,7 +604,7 @@ class _Observer:
         )
 
     def _is_being_evicted(self, ray: RayJob) -> bool:
-        """Tell whether KubeRay is removing the RayJob's cluster for a queue. The pods save a
+        """Return whether KubeRay is removing the RayJob's cluster for a queue. The pods save a
         checkpoint meanwhile; if the RayJob were deleted, KubeRay would kill the driver."""
         last = self._attempt
         if last is None or last.finished_at is None or not ray.evicted_by_queue:

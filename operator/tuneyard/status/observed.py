@@ -24,11 +24,11 @@ class RayJob(NamedTuple):
     uid: str
     attempt: int
     deleting: bool
-    """It is marked for deletion and still exists."""
+    """Whether the RayJob is marked for deletion."""
     owner: str | None
-    """UID of its controller; None: it has none."""
+    """UID of the controller; None: the RayJob has none."""
     suspended: bool
-    """`spec.suspend`: a queue holds it back or evicted it, so its cluster must not exist."""
+    """`spec.suspend`: a queue evicted or has not admitted the RayJob, which then has no cluster."""
     job_status: str
     """PENDING, RUNNING, STOPPED, SUCCEEDED, FAILED; "": not set yet."""
     deployment_status: str
@@ -36,11 +36,11 @@ class RayJob(NamedTuple):
     reason: str
     message: str
     cluster: str
-    """The RayCluster's name; "": it does not exist yet."""
+    """Name of the RayCluster; "": the cluster does not exist yet."""
     start_time: str | None
     """When KubeRay started the job (RFC 3339); None: not yet."""
     cluster_failure: str
-    """Why the RayCluster could not create pods; "": it created them."""
+    """Why the RayCluster could not create pods; "": no problem."""
 
     @property
     def ended(self) -> bool:
@@ -56,7 +56,7 @@ class RayJob(NamedTuple):
 
     @property
     def evicted_by_queue(self) -> bool:
-        """Whether a queue removed its cluster, or is about to."""
+        """Whether a queue has removed the RayJob's cluster, or is removing it."""
         return self.suspended or self.deployment_status in ("Suspending", "Suspended")
 
 
@@ -87,7 +87,7 @@ class Workload(NamedTuple):
 
     admitted: bool
     message: str
-    """Why it waits or was evicted; "": neither."""
+    """Why the attempt waits or was evicted; "": neither."""
 
 
 class CreateError(NamedTuple):

@@ -20,7 +20,7 @@ from tuneyard.api.status import Failure
 from tuneyard.status.observed import CreateError, ObservedState, Pod, PodProblem, RayJob
 
 UNEXPLAINED = ("WorkerDied", "HeadLost")
-"""Reasons which tell only that a process is lost: Kubernetes may report why."""
+"""Reasons that state only the loss of a process: Kubernetes may report the cause later."""
 
 
 class Cause(NamedTuple):
@@ -40,7 +40,7 @@ _REASON = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,127}\Z")
 """The reasons that a condition may carry."""
 _WORST = ("OutOfMemory", "Evicted", "Preempted")
 
-PREEMPTED = Cause("Preempted", "its pods were preempted", retryable=True)
+PREEMPTED = Cause("Preempted", "the attempt's pods were preempted", retryable=True)
 _MEMORY_ADVICE = (
     "Raise compute.memory, or lower training.microBatchTokens or data.maxLength; "
     "training.gradientCheckpointing: true saves memory too."
@@ -87,7 +87,7 @@ def of_end(ray_job: RayJob | None, observed: ObservedState, outcome: Outcome | N
 def of_missing_ray_job(observed: ObservedState, attempt: int) -> Cause:
     """Return why an attempt's RayJob does not exist any more."""
     return of_killed_pods(observed, attempt) or Cause(
-        "RayJobDeleted", "its RayJob was deleted by another client", retryable=True
+        "RayJobDeleted", "the attempt's RayJob was deleted by another client", retryable=True
     )
 
 
@@ -97,7 +97,7 @@ def of_killed_pods(observed: ObservedState, attempt: int) -> Cause | None:
     return min(_killed(pods), key=lambda c: (_WORST.index(c.reason), c.message), default=None)
 
 
-_NODE_GONE = ("Terminated", "Shutdown", "NodeShutdown", "NodeLost")
+_NODE_LOST = ("Terminated", "Shutdown", "NodeShutdown", "NodeLost")
 
 
 def _killed(pods: Iterable[Pod]) -> Iterator[Cause]:
@@ -118,7 +118,7 @@ def _of_killing(pod: Pod, problem: PodProblem) -> Cause | None:
         else:
             advice = _MEMORY_ADVICE
         return Cause("OutOfMemory", f"{where} was killed: out of memory", advice, retryable=False)
-    if problem.reason in ("DisruptionTarget", "Preempting", *_NODE_GONE):
+    if problem.reason in ("DisruptionTarget", "Preempting", *_NODE_LOST):
         return PREEMPTED._replace(message=f"pod {pod.name} was preempted: {problem.message}")
     if problem.reason == "Evicted":
         return Cause(
@@ -140,7 +140,7 @@ def _by_kuberay(ray_job: RayJob, observed: ObservedState) -> Cause:
     if ray_job.deployment_status == "ValidationFailed" or reason == "ValidationFailed":
         return Cause("RayJobRefused", f"KubeRay refused the RayJob: {line}")
     if reason in _HEAD_LOST or "Ray job not found" in line:
-        return Cause("HeadLost", f"the head pod does not answer: {line}", retryable=True)
+        return Cause("HeadLost", f"the head pod does not respond: {line}", retryable=True)
     if reason == "SubmissionFailed" and ray_job.job_status == "RUNNING":
         return Cause("HeadLost", f"the driver was lost: {line}", retryable=True)
     if reason == "SubmissionFailed":
@@ -187,7 +187,7 @@ def of_create_error(create_error: CreateError) -> Cause:
         return Cause(
             "Forbidden",
             f"the cluster refused the attempt's objects: {text}",
-            "Ask the platform team: a policy or the operator's permissions forbid them.",
+            "Ask the platform team: a policy or the operator's permissions forbid these objects.",
         )
     return Cause("RayJobRefused", f"the cluster refused the attempt's objects: {text}")
 
@@ -212,7 +212,7 @@ def of_waiting(ray_job: RayJob | None, observed: ObservedState) -> Cause:
         return Cause(
             "PodsRefused",
             f"the cluster refused the job's pods: {text[:500]}",
-            "Ask the platform team: a policy of the namespace forbids them.",
+            "Ask the platform team: a policy of the namespace forbids these pods.",
         )
     return Cause("StartTimeout", "the job's pods did not start in time")
 
@@ -243,13 +243,13 @@ def _of_waiting_pod(pod: Pod, problem: PodProblem) -> Cause | None:
         return Cause(
             "VolumeMissing",
             f"the namespace has no PersistentVolumeClaim {claim[1]}",
-            f"Create it, or change the pvc://{claim[1]}/ paths of the manifest.",
+            f"Create the claim, or change the pvc://{claim[1]}/ paths of the manifest.",
         )
     if secret := _SECRET.search(text):
         return Cause(
             "SecretMissing",
             f"the namespace has no Secret {secret[1]}",
-            "Create it, or change tokenSecret or credentials.",
+            "Create the Secret, or change tokenSecret or credentials.",
         )
     if problem.reason == "CreateContainerConfigError":
         return Cause(

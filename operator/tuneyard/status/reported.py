@@ -40,7 +40,7 @@ def progress_of(post: Post, before: Progress | None, now: datetime) -> Progress:
 
 def _number(value: float | str) -> float | None:
     """Return the number with six digits, so that `kubectl get` shows all of it. None: the value is
-    no finite number, which a status cannot hold."""
+    not finite, and a status cannot hold it."""
     try:
         number = float(f"{float(value):.6g}")
     except ValueError:
