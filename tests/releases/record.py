@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from tests.status.simulation import PLAN, SUCCESS, Simulation, new_job, post
+from tests.status.simulation import INTERRUPTED, PLAN, SUCCESS, Simulation, new_job, post
 from tuneyard import __version__
 from tuneyard.manifests.manifest import read
 from tuneyard.planning.plan import plan_job
@@ -56,6 +56,8 @@ def jobs() -> dict[str, BaseModel]:
         one.post = post(1, 40)
         one.reconcile()
     suspended.edit(suspend=True)
+    suspended.reconcile()
+    suspended.end(INTERRUPTED, step=41)
     suspended.settle()
     succeeded.end(SUCCESS, step=100)
     succeeded.settle()

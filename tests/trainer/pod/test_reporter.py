@@ -135,6 +135,18 @@ def test_the_outcome_is_posted_until_it_is_taken(server: StatusServer, played: P
     assert played.logged == ["post-failed"] * 4
 
 
+def test_the_outcome_is_posted_after_ten_hours_without_the_operator(
+    server: StatusServer, played: Played
+) -> None:
+    """1,100 failed posts: a wait that doubles without end raises OverflowError at the 1,024th."""
+    ours = played.start()
+    server.wait_for(1)
+    for _ in range(1100):
+        ours._back_off(OSError("the operator is away"), False, None)
+    assert ours.finish(FINAL)
+    assert server.posts[-1]["tuneyard"]["outcome"]["state"] == "Succeeded"
+
+
 def test_retry_after_is_obeyed(server: StatusServer, played: Played) -> None:
     ours = played.start()
     server.wait_for(1)

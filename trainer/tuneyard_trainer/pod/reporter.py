@@ -163,7 +163,8 @@ class Reporter:
         return final
 
     def _back_off(self, error: Exception, final: bool, retry_after: float | None) -> None:
-        wait = min(LAST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2**self._failures)
+        doublings = min(self._failures, 10)  # a float has no 2**1024
+        wait = min(LAST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2**doublings)
         if retry_after is not None:
             wait = min(MOST_RETRY_AFTER_SECONDS, max(0.0, retry_after))
         wait *= random.uniform(1.0, 1.5)
