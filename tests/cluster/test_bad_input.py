@@ -43,17 +43,17 @@ def _compute(**more: str | int) -> Object:
     return {**quickstart("any", steps=1)["spec"]["compute"], "cpusPerWorker": "100m", **more}
 
 
-# On a node with two cores the jobs whose heads must be scheduled come first, so that only their
-# workers are pending.
+# The node must have room for the heads of all impatient jobs, 4 GiB each. Their workers are small,
+# and the patient jobs, which wait for room, start after them.
 BAD: Mapping[str, Bad] = {
     "gpu": Bad(
-        {"compute": _compute(gpusPerWorker=1)},
+        {"compute": _compute(gpusPerWorker=1, memory="1Gi")},
         "Unschedulable",
         ("worker", "Insufficient nvidia.com/gpu"),
         "compute.gpusPerWorker",
     ),
     "image": Bad(
-        {"compute": _compute(image="registry.invalid/trainer:1")},
+        {"compute": _compute(image="registry.invalid/trainer:1", memory="1Gi")},
         "ImagePullFailed",
         ("registry.invalid/trainer:1",),
         "compute.image",
@@ -67,7 +67,7 @@ BAD: Mapping[str, Bad] = {
     "secret": Bad(
         {
             "output": {"uri": "s3://bucket/secret", "credentials": {"name": "store"}},
-            "compute": _compute(),
+            "compute": _compute(memory="1Gi"),
         },
         "SecretMissing",
         ("Secret store",),
@@ -108,7 +108,7 @@ BAD: Mapping[str, Bad] = {
 
 @pytest.fixture(scope="module")
 def ended(platform: Platform) -> Iterator[Mapping[str, Platform]]:
-    """Return the platform of each job; all jobs are applied at once."""
+    """Return the platform of each job: the impatient jobs have failed, the patient ones started."""
     cluster = platform.cluster
     cluster.kubectl("create", "namespace", STRICT)
     strict = replace(platform, namespace=STRICT)
@@ -121,10 +121,16 @@ def ended(platform: Platform) -> Iterator[Mapping[str, Platform]]:
             "spec": {"hard": hard},
         }
     )
+    impatient = [name for name, bad in BAD.items() if not bad.is_patient]
+    patient = [name for name in BAD if name not in impatient]
     places = {name: strict if name == "quota" else platform for name in BAD}
-    for name, bad in BAD.items():
-        policy = {} if bad.is_patient else {"runPolicy": {"startDeadlineSeconds": START_SECONDS}}
-        places[name].apply(quickstart(name, steps=1, **{**policy, **bad.spec}))
+    policy = {"runPolicy": {"startDeadlineSeconds": START_SECONDS}}
+    for name in impatient:
+        places[name].apply(quickstart(name, steps=1, **policy, **BAD[name].spec))
+    for name in impatient:
+        places[name].wait(name, "Failed", 240)
+    for name in patient:
+        places[name].apply(quickstart(name, steps=1, **BAD[name].spec))
     yield places
     for name, place in places.items():
         place.kubectl("delete", "ftj", name, "--wait=false")
