@@ -146,6 +146,10 @@ ONE_FAULT = {
         text(kind="kind: Secret"),
         "2: kind: 'Secret' is not a kind of job: write FineTuneJob or AlignmentJob",
     ),
+    "a kind that is no text": (
+        text(kind="kind: []"),
+        "2: kind: a list is not a kind of job: write FineTuneJob or AlignmentJob",
+    ),
     "no metadata": (
         text(metadata=""),
         "1: metadata: required and missing: add it. Name, namespace and labels.",

@@ -147,7 +147,7 @@ def _kind_problems(value: Mapping[str, Any]) -> Iterator[_Problem]:
     found = value.get("kind")
     if found is None:
         yield _Problem(("kind",), f"required and missing: add kind: {' or '.join(KINDS)}")
-    elif found not in KINDS:
+    elif not isinstance(found, str) or found not in KINDS:
         match = closest(str(found), list(KINDS))
         remedy = f"did you mean '{match}'?" if match else f"write {' or '.join(KINDS)}"
         yield _Problem(("kind",), f"{shown(found)} is not a kind of job: {remedy}")

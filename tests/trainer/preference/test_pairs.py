@@ -278,6 +278,23 @@ def test_unusable_preferences_raise_a_reason(
     assert caught.value.reason == reason
 
 
+def test_a_split_that_leaves_one_label_to_train_on_is_refused_before_training(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """KTO divides by the share of each label: it would fail after the model was loaded."""
+    rows = [{"prompt": "Bad?", "completion": "no", "label": 0}]
+    rows += [{"prompt": "Good?", "completion": f"yes {i}", "label": 1} for i in range(4)]
+    reasons = set()
+    for held_out in (0.5, 0.0):
+        folder = tmp_path / str(held_out)
+        folder.mkdir()
+        try:
+            run(folder, tiny_model_dir, rows, labeled=True, held_out=held_out)
+        except StageError as error:
+            reasons.add((held_out, error.reason))
+    assert reasons == {(0.5, "OneSided")}
+
+
 @pytest.mark.shared_data
 @pytest.mark.skipif(not HH.exists(), reason="needs hh-rlhf beside the checkout")
 def test_hh_rlhf_is_read_without_conversion(tmp_path: Path, tiny_model_dir: Path) -> None:

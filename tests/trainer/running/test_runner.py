@@ -132,6 +132,18 @@ def test_the_result_holds_what_a_user_loads_and_reads(finished: Path) -> None:
     assert metrics["mergedLogitDifference"] < 1e-3
 
 
+def test_the_manifest_beside_the_result_holds_no_credentials(
+    copy: Path, tiny_model_dir: Path
+) -> None:
+    plan = planned(manifest(tiny_model_dir))
+    secret = {"model": {"uri": "https://me:hidden@host/model?signature=hidden"}}
+    (copy / "out" / "result" / "record.json").unlink()
+    walk(plan.model_copy(update={"manifest": plan.manifest | {"spec": secret}}), copy)
+    text = (copy / "out" / "result" / "job.yaml").read_text()
+    assert "uri: https://host/model" in text
+    assert "hidden" not in text
+
+
 # ---- kill -9 ------------------------------------------------------------------------------
 
 

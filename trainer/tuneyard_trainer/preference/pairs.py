@@ -25,8 +25,9 @@ from tuneyard.api.stage_settings import DatasetSettings, PairsSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.example import Example
 from tuneyard_trainer.data.prepared import SPLITS, Rows, RowWriter
-from tuneyard_trainer.data.rows import Row, data_files, read_rows
+from tuneyard_trainer.data.rows import Row, read_data
 from tuneyard_trainer.data.splits import held_out
+from tuneyard_trainer.data.stream import FAULTS_SHOWN
 from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit
 from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import sequence_limit
@@ -35,7 +36,6 @@ from tuneyard_trainer.preference.rows import Preference, PreferenceError, parse_
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome
 
 BATCH_ROWS = 256
-FAULTS_SHOWN = 3
 MAX_SKIPPED = 0.5
 """The largest fraction of rows that `onInvalidRow: skip` may skip. If more rows are invalid, the
 format is probably misread."""
@@ -115,7 +115,7 @@ class _Reader:
 
     def _batches(self, index: int, dataset: DatasetSettings) -> Iterator[list[Preference]]:
         """Yield the preferences of one data set, BATCH_ROWS rows at a time."""
-        rows = islice(_rows(self.context.inputs[f"preferences.{index}"]), dataset.limit)
+        rows = islice(read_data(self.context.inputs[f"preferences.{index}"]), dataset.limit)
         while chunk := list(islice(rows, BATCH_ROWS)):
             if self.context.worker.stop():
                 raise Interrupted(self.context.stage.name, self.num_rows)
@@ -213,14 +213,8 @@ class _Reader:
                 f"{len(self.too_long)} are longer than {self.limit} tokens.",
                 advice="Add rows to spec.preferences, or raise spec.preferences.maxLength.",
             )
-        if self.settings.labeled and len(set(self.labels)) < 2:
-            raise StageError(
-                "OneSided",
-                f"all {len(self.labels)} completions are labeled "
-                f"{'good' if self.labels[0] else 'bad'}, and kto needs both labels.",
-                advice="Add completions with the other label, or set another "
-                "spec.optimize.dpo.loss.",
-            )
+        if self.settings.labeled:
+            _require_both_labels(np.array(self.labels), "completions")
 
     def _invalid(self, rejected: int) -> StageError:
         counts = ", ".join(f"{count} {fault}" for fault, count in self.faults.most_common())
@@ -237,6 +231,9 @@ class _Reader:
     def _assign_splits(self, spool: Path) -> dict[str, int]:
         """Write the splits. Returns the number of groups of each."""
         held = self._held_out()
+        labels = np.array(self.labels, dtype=np.float32)
+        if self.settings.labeled:
+            _require_both_labels(labels[~held], "training completions")
         spooled = Rows.open(spool, "all")
         if spooled is None:
             raise TypeError("no rows were spooled")
@@ -253,7 +250,7 @@ class _Reader:
                     writer.append(spooled.ids(row), spooled.mask(row), int(spooled.source[row]))
                 if held[group]:
                     texts.write(line)
-        sizes, labels = np.array(self.sizes), np.array(self.labels, dtype=np.float32)
+        sizes = np.array(self.sizes)
         write_groups(self.context.workdir, "train", sizes[~held], labels[~held])
         write_groups(self.context.workdir, "validation", sizes[held], labels[held])
         return {"train": int((~held).sum()), "validation": int(held.sum())}
@@ -313,10 +310,15 @@ def _clear(workdir: Path) -> None:
         shutil.rmtree(workdir / folder, ignore_errors=True)
 
 
-def _rows(path: Path) -> Iterator[Row]:
-    for name, file in data_files(path):
-        for row in read_rows(file):
-            yield Row(row.number, row.value, name)
+def _require_both_labels(labels: NDArray[np.floating[Any]], what: str) -> None:
+    """Raise StageError OneSided if all labels are good or all are bad: KTO weighs both kinds."""
+    if labels.size and len(np.unique(labels)) < 2:
+        raise StageError(
+            "OneSided",
+            f"all {len(labels)} {what} are labeled {'good' if labels[0] else 'bad'}, and kto needs "
+            "both labels.",
+            advice="Add completions with the other label, or set another spec.optimize.dpo.loss.",
+        )
 
 
 def _location(file: str, row: int) -> str:

@@ -22,6 +22,7 @@ from tuneyard_trainer.data.prepared import Prepared
 from tuneyard_trainer.models import adapters, base, files, reward_models
 from tuneyard_trainer.models.base import read_back_mismatch
 from tuneyard_trainer.reporting import report
+from tuneyard_trainer.reporting.summary import shareable
 from tuneyard_trainer.worker import StageContext, StageOutcome
 
 PROBE_TOKENS = 64
@@ -49,7 +50,7 @@ def run(context: StageContext) -> StageOutcome:
         base_license=files.license_of(context.inputs["model"]),
     )
     (context.workdir / "job.yaml").write_text(
-        yaml.safe_dump(dict(context.worker.manifest), sort_keys=False)
+        yaml.safe_dump(shareable(context.worker.manifest), sort_keys=False)
     )
     written = tuple(name for name in (ADAPTER, MODEL) if (context.workdir / name).exists())
     size = sum(

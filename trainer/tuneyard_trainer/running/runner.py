@@ -31,11 +31,6 @@ MODEL_ROLES = ("model", "judge", "reward")
 """The roles of inputs that are models if they come from outside the plan; `reward.0` is one too."""
 
 
-def is_model(role: str) -> bool:
-    """Return whether an input from outside the plan is a model and not a data set."""
-    return role.partition(".")[0] in MODEL_ROLES
-
-
 VERSIONED = ("tuneyard", "torch", "transformers", "peft")
 """The packages whose versions a record keeps."""
 
@@ -45,6 +40,11 @@ totalSteps, metrics, message, resumedStep)."""
 
 StageFunction = Callable[[StageContext], StageOutcome]
 """A stage's `run`."""
+
+
+def is_model(role: str) -> bool:
+    """Return whether an input from outside the plan is a model and not a data set."""
+    return role.partition(".")[0] in MODEL_ROLES
 
 
 @dataclass

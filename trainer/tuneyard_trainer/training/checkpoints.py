@@ -174,8 +174,8 @@ def assign(tensors: Mapping[str, Tensor], parameters: Parameters) -> None:
     if missing:
         raise StageError(
             "CheckpointMismatch",
-            f"a checkpoint does not match the model: {missing[0]} and {len(missing) - 1} other "
-            "tensors are in only one of them.",
+            f"a checkpoint does not match the model: {len(missing)} tensors are in only one of "
+            f"them, the first is {missing[0]}.",
             advice="Delete the output folder to start from the beginning.",
         )
     with torch.no_grad():
