@@ -12,6 +12,8 @@ from tests.cluster.jobs import quickstart
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1200)]
 
+STEPS = 120
+"""Steps of the job whose pods are killed: fast cores do 40 of them between two status writes."""
 LOADS = """
 import json
 from peft import PeftModel
@@ -92,7 +94,7 @@ def _event_reasons(platform: Platform, job: str) -> list[str]:
 def test_after_a_killed_worker_and_a_killed_head_few_steps_are_repeated(
     platform: Platform,
 ) -> None:
-    platform.apply(quickstart("survivor", steps=40))
+    platform.apply(quickstart("survivor", steps=STEPS))
 
     platform.until_step("survivor", attempt=1, step=7)
     _kill(platform, "worker", attempt=1)
@@ -110,7 +112,7 @@ def test_after_a_killed_worker_and_a_killed_head_few_steps_are_repeated(
         assert attempt["stepsLost"] <= 5, "no more than what lies behind the last checkpoint"
     assert second["lastStep"] > first["lastStep"] - 5, "it went on, it did not start over"
     (record,) = [s for s in platform.status("survivor")["stages"] if s["kind"] == "sft"]
-    assert record["metrics"]["steps"] == 40
+    assert record["metrics"]["steps"] == STEPS
 
 
 def _kill(platform: Platform, role: str, *, attempt: int) -> None:

@@ -455,6 +455,12 @@ class Attempt:
         return self.job.scene.api.find(self.path) is not None
 
     @property
+    def uid(self) -> str | None:
+        """The RayJob's uid, in one read, since it may be deleted meanwhile. None: none exists."""
+        found = self.job.scene.api.find(self.path)
+        return found["metadata"]["uid"] if found else None
+
+    @property
     def head(self) -> str:
         return f"{self.name}-head"
 
