@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -29,10 +30,17 @@ def run(plans: Sequence[Plan], base_dir: Path) -> int:
     manifest that needs a cluster.
     """
     plans = localized(plans)
-    for plan in plans:
-        code = _run(plan, base_dir)
-        if code != OK:
-            return code
+    try:
+        for plan in plans:
+            code = _run(plan, base_dir)
+            if code != OK:
+                return code
+    except KeyboardInterrupt:
+        # The training thread still uses Ray: Ray's exit handlers would abort the process with
+        # another exit code. Ray's processes end when they notice that this one has ended.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
     return OK
 
 
@@ -86,7 +94,10 @@ def _cluster_only(plan: Plan) -> Iterator[Fault]:
 def _run(plan: Plan, base_dir: Path) -> int:
     output = _located(plan.output.uri, base_dir)
     cache_dir = _cache_dir()
-    with Console() as console, tempfile.TemporaryDirectory(prefix="tuneyard-") as scratch:
+    with (
+        Console() as console,
+        tempfile.TemporaryDirectory(prefix="tuneyard-", ignore_cleanup_errors=True) as scratch,
+    ):
         try:
             store = Store(output, Path(scratch) / "store")
             with store.lock():

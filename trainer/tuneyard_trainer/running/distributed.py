@@ -292,7 +292,11 @@ def pods_resources(compute: Compute) -> Resources:
 
 @contextmanager
 def local_cluster(resources: Resources) -> Iterator[None]:
-    """While active, Ray runs on this machine alone, with no more resources than needed."""
+    """While active, Ray runs on this machine alone, with no more resources than needed.
+
+    After a KeyboardInterrupt Ray still runs, and the caller must end the process at once: the
+    training thread uses Ray, and a shutdown under it would abort the process.
+    """
     for name, value in _LOCAL_RAY.items():
         os.environ.setdefault(name, value)
     ray.init(
@@ -306,7 +310,12 @@ def local_cluster(resources: Resources) -> Iterator[None]:
     )
     try:
         yield
-    finally:
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        ray.shutdown()
+        raise
+    else:
         ray.shutdown()
 
 
