@@ -1,13 +1,13 @@
 # syntax=docker/dockerfile:1
 # Two images: `operator` (the control plane, no torch) and `trainer` (the data plane).
 #
-#   docker build --target operator --tag tuneyard-operator:0.2.0 .
-#   docker build --target trainer  --tag tuneyard-trainer:0.2.0 .
+#   docker build --target operator --tag tuneyard-operator:0.3.0 .
+#   docker build --target trainer  --tag tuneyard-trainer:0.3.0 .
 #
 # With vLLM, which compiles code when it starts and therefore needs a base with a C compiler:
 #
 #   docker build --target trainer --build-arg REQUIREMENTS=image-vllm.txt \
-#     --build-arg BASE=python:3.12 --tag tuneyard-trainer-vllm:0.2.0 .
+#     --build-arg BASE=python:3.12 --tag tuneyard-trainer-vllm:0.3.0 .
 #
 # BASE can be any Linux with glibc, bash, and Python 3.11 or newer as `python3` with the venv module.
 ARG BASE=python:3.12-slim

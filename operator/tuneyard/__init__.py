@@ -7,4 +7,4 @@ plane is the sibling package `tuneyard_trainer`, which reads a Plan and imports 
 `errors`.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
