@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from tuneyard.api.meta import Condition, Report
+from tuneyard.api.meta import Condition, ConditionType, Report
 
 Phase = Literal["Pending", "Queued", "Running", "Suspended", "Succeeded", "Failed"]
 StageState = Literal["Pending", "Running", "Succeeded", "Failed", "Skipped"]
@@ -128,3 +128,16 @@ class JobStatus(Report):
     """Result of the job. None: the job has not succeeded."""
     failure: Failure | None = None
     """Why the job failed. None: the job has not failed."""
+
+    @field_validator("conditions", mode="before")
+    @classmethod
+    def _known_conditions(cls, conditions: Any) -> Any:
+        """Leave out the conditions whose types only a newer version knows."""
+        if not isinstance(conditions, list):
+            return conditions
+        return [item for item in conditions if not _is_of_unknown_type(item)]
+
+
+def _is_of_unknown_type(condition: Any) -> bool:
+    type_ = condition.get("type") if isinstance(condition, dict) else None
+    return isinstance(type_, str) and type_ not in get_args(ConditionType)

@@ -31,6 +31,7 @@ from tuneyard.rendering.placement import awaited_jobs, placed
 from tuneyard.status.events import Event, transition_events
 from tuneyard.status.observe import Decision, Job, Planned, Waiting, is_finished, observe
 from tuneyard.status.observed import CreateError
+from tuneyard.status.patches import status_patch
 from tuneyard.status.times import rfc3339
 
 PROGRESS_SECONDS = 10.0
@@ -228,8 +229,8 @@ class Reconciler:
 
     async def _write(self, key: Key, cached: CachedJob, job: Job, status: JobStatus) -> Job:
         """Write the changes of the status; return the job with the new status."""
-        before, written = job.status, _dump(status)
-        patch = _difference(_dump(before), written)
+        before, stored = job.status, (cached.body or {}).get("status") or {}
+        patch, written = status_patch(stored, before, status)
         if not patch:
             return job
         cached.body = await self.cluster.write_status(cached.body or {}, key, patch, written)
@@ -429,24 +430,7 @@ def _output_left(job: Job, why: str) -> Event:
     return Event("Warning", "OutputLeft", text)
 
 
-# ---- statuses as JSON ---------------------------------------------------------------------------
-
-
-def _dump(status: JobStatus | None) -> Object:
-    return status.model_dump(mode="json", by_alias=True, exclude_none=True) if status else {}
-
-
-def _difference(before: Object, after: Object) -> Object:
-    """Return the merge patch (RFC 7386) from one to the other."""
-    patch: Object = {name: None for name in before if name not in after}
-    for name, value in after.items():
-        old = before.get(name)
-        if isinstance(old, dict) and isinstance(value, dict):
-            if inner := _difference(old, value):
-                patch[name] = inner
-        elif name not in before or old != value:
-            patch[name] = value
-    return patch
+# ---- changes of a status -------------------------------------------------------------------------
 
 
 def _closes_without_success(attempt: AttemptStatus, after: JobStatus) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -58,13 +58,14 @@ def read(text: str, source: str | None = None) -> list[Job]:
 def parse(value: Mapping[str, Any]) -> Job:
     """Return the job of an object from the API server, with its status.
 
+    Unknown fields are ignored: after a rollback, the object may have fields of a newer version.
     Raises ManifestError with every fault; their lines are None.
     """
     kind = KINDS.get(str(value.get("kind")))
     if kind is not None:
         # Plain validation takes a quarter of the time of the reading that explains faults.
         with suppress(ValidationError):
-            return kind.model_validate(value, by_alias=True, by_name=False)
+            return kind.model_validate(value, extra="ignore", by_alias=True, by_name=False)
     document = Document(dict(value))
     job, found = _validate(document, from_server=True)
     if job is None:
@@ -123,7 +124,8 @@ def _validate(document: Document, *, from_server: bool) -> tuple[Job | None, lis
         problems += _metadata_problems(value.get("metadata"))
     _drop_nulls(model, value)
     try:
-        job = model.model_validate(value, by_alias=True, by_name=False)
+        extra: Literal["ignore"] | None = "ignore" if from_server else None
+        job = model.model_validate(value, extra=extra, by_alias=True, by_name=False)
     except ValidationError as error:
         document = Document(value, document.line, document.lines, document.texts)
         problems += _field_problems(error.errors(), model, document)
