@@ -21,8 +21,22 @@ class Reply:
 
     status: int = 200
     stop: bool = False
+    superseded: bool = False
+    """Of a refusal: the operator says that the attempt is not the newest."""
+    body: bytes | None = None
+    """None: the operator's."""
     headers: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+
+    @property
+    def data(self) -> bytes:
+        if self.body is not None:
+            return self.body
+        refusal = {"message": "no", "superseded": self.superseded}
+        return json.dumps({"stop": self.stop} if self.status == 200 else refusal).encode()
+
+
+SUPERSEDED = Reply(409, superseded=True)
 
 
 class StatusServer:
@@ -66,12 +80,12 @@ def serving(folder: Path) -> Iterator[StatusServer]:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             reply = status.take(body, self.headers["Authorization"])
             time.sleep(reply.seconds)
-            data = json.dumps({"stop": reply.stop}).encode() if reply.status == 200 else b"no"
             self.send_response(reply.status)
-            for name, value in {**reply.headers, "Content-Length": str(len(data))}.items():
+            length = str(len(reply.data))
+            for name, value in {**reply.headers, "Content-Length": length}.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(data)
+            self.wfile.write(reply.data)
 
         def log_message(self, *_: object) -> None:
             pass

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from tuneyard.api.alignment import JudgeEndpoint
 from tuneyard.api.compute import Compute
-from tuneyard.api.meta import Model
+from tuneyard.api.meta import Model, Report
 from tuneyard.api.sources import Output, SecretKeyRef, SecretRef
 from tuneyard.api.stage_settings import Settings, StageKind
 
@@ -136,8 +136,9 @@ class Plan(Model):
         return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-class StageRecord(Model):
-    """The record of a finished stage; it is written last, beside the stage's output."""
+class StageRecord(Report):
+    """The record of a finished stage; it is written last, beside the stage's output. A record of a
+    newer version is read too: the identity decides whether the stage is done."""
 
     stage: str
     """Name of the stage."""

@@ -89,5 +89,15 @@ class Post(Report):
 class PostResponse(Report):
     """The response to a post."""
 
-    stop: bool = False
+    stop: bool
     """True: write a checkpoint and stop, because the job was suspended, canceled or deleted."""
+
+
+class Refusal(Report):
+    """The response to a refused post."""
+
+    message: str
+    """Why the post was refused."""
+    superseded: bool = False
+    """True: the attempt must end, because a newer attempt exists or the job does not exist any
+    more. Any other refusal does not concern the attempt, which continues."""

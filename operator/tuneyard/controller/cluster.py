@@ -221,10 +221,12 @@ class Cluster:
     # ---- requests -------------------------------------------------------------------------------
 
     async def _find(self, path: str) -> Object | None:
+        """Return an object; None: the API server says that it does not exist. Another 404, of a
+        proxy or of an API server that does not serve the kind yet, is an error."""
         try:
             return await self._call("GET", path)
         except ApiError as error:
-            if error.code == 404:
+            if error.code == 404 and error.reason == "NotFound":
                 return None
             raise
 

@@ -87,13 +87,11 @@ class Reconciler:
             self.queue.add_after(key, cached.written_at + PROGRESS_SECONDS - time.monotonic())
 
     async def current(self, key: Key) -> Job | None:
-        """Return the job, from the cache if possible; None: it does not exist. Raises ApiError."""
+        """Return the job, from the cache if possible; None: it does not exist. Raises ApiError,
+        ManifestError."""
         cached = self.cache.jobs.get(key)
         body = cached.body if cached and cached.body else await self.cluster.job(key)
-        try:
-            return parse(body) if body is not None else None
-        except ManifestError:
-            return None
+        return parse(body) if body is not None else None
 
     # ---- one reconcile ----------------------------------------------------------------------
 

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 from aiohttp import web
 from pydantic import ValidationError
 
-from tuneyard.api.meta import GROUP
-from tuneyard.api.progress import MAX_POST_BYTES, PROGRESS_ROUTE, Post, PostResponse
+from tuneyard.api.meta import GROUP, Report
+from tuneyard.api.progress import MAX_POST_BYTES, PROGRESS_ROUTE, Post, PostResponse, Refusal
 from tuneyard.controller import metrics
 from tuneyard.controller.cluster import ApiError, Cluster, Key
 from tuneyard.controller.job_cache import key_from_labels
 from tuneyard.controller.reconciler import Reconciler
+from tuneyard.errors import ManifestError
 from tuneyard.rendering.names import audience
 from tuneyard.status.observe import is_finished, should_stop
 from tuneyard.status.observed import attempt_of
@@ -32,11 +33,13 @@ REVIEW_SECONDS = 60.0
 """How long the review of a token is cached."""
 STORED_SECONDS = 20.0
 """How long the response to an attempt's last post waits for the status write."""
+MALFORMED_RETRY_SECONDS = 30
+"""When a driver posts again whose job cannot be read: the job or the operator must change first."""
 _POD = "authentication.kubernetes.io/pod-name"
 
 
 class Refused(Exception):  # noqa: N818 - a response, not a defect
-    """The response to a refused post."""
+    """The response to a refused post. Status 409 ends the sender's attempt."""
 
     def __init__(
         self, status: int, outcome: str, message: str, retry_after: int | None = None
@@ -84,10 +87,10 @@ class StatusServer:
         except Refused as refused:
             metrics.POSTS.labels(refused.outcome).inc()
             headers = {"Retry-After": str(refused.retry_after)} if refused.retry_after else {}
-            body = {"message": refused.message}
-            return web.json_response(body, status=refused.status, headers=headers)
+            body = Refusal(message=refused.message, superseded=refused.status == 409)
+            return _json(body, status=refused.status, headers=headers)
         metrics.POSTS.labels("accepted").inc()
-        return web.json_response(response.model_dump(mode="json", by_alias=True))
+        return _json(response)
 
     async def _accept(self, request: web.Request) -> PostResponse:
         """Return the response to a valid post. Raises Refused."""
@@ -112,6 +115,10 @@ class StatusServer:
             job = await self._reconciler.current(key)
         except ApiError as error:
             raise Refused(503, "unavailable", str(error), retry_after=2) from error
+        except ManifestError as error:
+            # Another version of the operator may have written the job: the attempt goes on.
+            message = f"this version of the operator cannot read the job: {error}"
+            raise Refused(503, "unavailable", message, MALFORMED_RETRY_SECONDS) from error
         if job is None:
             raise Refused(409, "stale", "the job does not exist any more")
         newest = job.status.attempts[-1] if job.status and job.status.attempts else None
@@ -138,7 +145,7 @@ class StatusServer:
             await asyncio.sleep(0.05)
             try:
                 job = await self._reconciler.current(key)
-            except ApiError:
+            except (ApiError, ManifestError):
                 continue
             attempts = job.status.attempts if job and job.status else []
             if not attempts or attempts[-1].number != attempt or attempts[-1].finished_at:
@@ -187,6 +194,10 @@ class StatusServer:
         self._authenticated_pods = {
             known: pod for known, pod in self._authenticated_pods.items() if pod.expires_at >= now
         }
+
+
+def _json(body: Report, **more: Any) -> web.Response:
+    return web.json_response(body.model_dump(mode="json", by_alias=True), **more)
 
 
 async def _read(request: web.Request) -> Post:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -15,13 +16,14 @@ import psutil
 import pytest
 
 from tests.trainer.jobs import manifest, planned, write_data
-from tests.trainer.status_server import Reply, StatusServer, serving
+from tests.trainer.status_server import SUPERSEDED, Reply, StatusServer, serving
 from tuneyard.api.plan import JobRef, Plan
 from tuneyard.api.pods import OUTCOME_PREFIX
 from tuneyard.api.progress import Outcome
 from tuneyard.errors import StageError
 from tuneyard_trainer import drain, erase
-from tuneyard_trainer.pod.driver import located, outcome_of
+from tuneyard_trainer.pod.driver import Driver, located, outcome_of
+from tuneyard_trainer.pod.log import Log
 from tuneyard_trainer.running.distributed import Resources, pods_resources
 from tuneyard_trainer.storage import sources
 from tuneyard_trainer.storage.records import Store
@@ -87,6 +89,63 @@ def test_an_older_attempt_is_stale(tmp_path: Path) -> None:
     outcome = last_words(err)
     assert outcome.failure
     assert outcome.failure.reason == "StaleAttempt"
+
+
+class Exited(BaseException):
+    """Raised in place of an end of the process."""
+
+
+def superseded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *, claim: tuple[str, int] | None
+) -> Driver:
+    """Return attempt 1 of a driver after the operator's answer that it is superseded. `claim`: the
+    output's last claim; None: the driver has not claimed it yet. Raises Exited."""
+
+    def exit_(code: int) -> None:
+        raise Exited(code)
+
+    monkeypatch.setattr(os, "_exit", exit_)
+    plan = cluster_plan(folder, folder)
+    driver = Driver(plan, 1, UID, Log(sys.stdout))
+    if claim is not None:
+        driver._store = Store(str(folder / "out"), folder, UID)
+        driver._store.claim(plan.job, 1)
+        Store(str(folder / "out"), folder, claim[0]).claim(plan.job, claim[1])
+    driver._superseded()
+    return driver
+
+
+def test_a_superseded_attempt_lets_its_workers_save_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = superseded(tmp_path, monkeypatch, claim=(UID, 1))
+    assert driver._stop.is_set()
+
+
+@pytest.mark.parametrize("claim", [(UID, 2), ("of-a-new-job", 1), None])
+def test_a_superseded_attempt_without_the_output_ends_at_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    claim: tuple[str, int] | None,
+) -> None:
+    with pytest.raises(Exited) as exited:
+        superseded(tmp_path, monkeypatch, claim=claim)
+    assert exited.value.args == (4,)
+    outcome = last_words(capsys.readouterr().err)
+    assert (outcome.failure and outcome.failure.reason) == "StaleAttempt"
+
+
+def test_a_superseded_attempt_whose_output_cannot_be_read_lets_its_workers_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They check the claim again before each write."""
+
+    def unreadable(*_: object) -> None:
+        raise OSError(errno.EIO, "the disk does not answer")
+
+    monkeypatch.setattr(Store, "refuse_stale", unreadable)
+    assert superseded(tmp_path, monkeypatch, claim=(UID, 1))._stop.is_set()
 
 
 def test_a_plan_of_another_version_ends_in_one_line(tmp_path: Path) -> None:
@@ -280,20 +339,25 @@ def test_an_attempt_is_stopped_superseded_drained_and_in_the_end_succeeds(
     assert "event=stage-running stage=sft" in out
     assert (tmp_path / "out/stages/sft/checkpoints").is_dir()
 
-    # The next attempt says where it took up, and is superseded: exit 4, at once.
+    # The next attempt says where it took up. A 409 that is not the operator's own changes nothing;
+    # then it is superseded, and its output is still its own: a checkpoint, exit 4.
     server.reply, server.posts = Reply(), []
     process = launched(tmp_path, long, env, attempt=2)
     wait_until(process, lambda: any("resumedStep" in p for p in pictures(server)))
     resumed = next(p["resumedStep"] for p in pictures(server) if "resumedStep" in p)
     assert reached <= resumed <= reached + 60  # told up to 5 s earlier than it stopped
-    server.reply = Reply(409)
+    server.reply, refused = Reply(409), len(server.posts) + 2
+    wait_until(process, lambda: len(server.posts) >= refused)
+    server.reply = SUPERSEDED
     out, err = process.communicate(timeout=300)
     assert process.returncode == 4, err
     outcome = last_words(err)
     assert outcome.failure
-    assert outcome.failure.reason == "StaleAttempt"
+    assert (outcome.state, outcome.failure.reason) == ("Interrupted", "StaleAttempt")
     assert not [p for p in pictures(server) if p.get("outcome")]
     wait_for_no_workers()
+    stopped = int(outcome.failure.message.rpartition(" ")[2])
+    assert (tmp_path / f"out/stages/sft/checkpoints/step-{stopped:08d}").is_dir()
 
     # A pod's preStop hook: everybody checkpoints and leaves, and the hook returns after that. The
     # attempt goes on from the checkpoint that its killed predecessor left.

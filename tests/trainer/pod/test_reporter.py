@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.trainer.status_server import Reply, StatusServer, serving
+from tests.trainer.status_server import SUPERSEDED, Reply, StatusServer, serving
 from tuneyard.api.progress import MAX_POST_BYTES, Outcome, Post, ProgressReport, TrainerStatus
 from tuneyard.api.status import StageStatus
 from tuneyard_trainer.pod import reporter
@@ -65,7 +65,7 @@ def played(
     monkeypatch.setattr(reporter, "LAST_RETRY_SECONDS", 0.1)
     played = Played(server, tmp_path)
     yield played
-    server.replies, server.reply = [], Reply(409)  # ends what still posts
+    server.replies, server.reply = [], SUPERSEDED  # ends what still posts
     for started in played.started:
         started.update(post(1), urgent=True)
 
@@ -188,13 +188,43 @@ def test_an_outcome_that_the_server_calls_malformed_is_not_posted_again(
 def test_a_stale_attempt_ends_at_once_and_never_posts_again(
     server: StatusServer, played: Played
 ) -> None:
-    server.reply = Reply(409)
+    server.reply = SUPERSEDED
     ours = played.start()
     assert played.stale.wait(5)
     ours.update(post(5), urgent=True)
     assert not ours.finish(FINAL)
     assert ours.stale
     assert len(server.posts) == 1
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(409),
+        Reply(409, body=b"<html>conflict</html>"),
+        Reply(409, body=b'{"message": "the job does not exist any more"}'),
+        Reply(409, body=b"\xff"),
+        Reply(200, body=b"<html>welcome</html>"),
+        Reply(200, body=b"{}"),
+        Reply(204, body=b""),
+        *(Reply(status) for status in (301, 400, 401, 403, 404, 410, 413, 422, 429, 500, 502, 503)),
+        Reply(503, headers={"Retry-After": "soon"}),
+    ],
+    ids=lambda reply: f"{reply.status} {(reply.body or b'')[:12]!r}",
+)
+def test_an_answer_that_is_not_about_the_attempt_neither_ends_nor_stops_it(
+    server: StatusServer, played: Played, reply: Reply
+) -> None:
+    """A proxy answers it, or an operator of another version that cannot read the job."""
+    server.reply = reply
+    ours = played.start()
+    server.wait_for(3)
+    server.reply = Reply()
+    ours.update(post(5), urgent=True)
+    assert ours.finish(FINAL)
+    assert not played.stale.is_set()
+    assert not played.stopped.is_set()
+    assert not ours.stale
 
 
 def test_a_renewed_token_is_used(server: StatusServer, played: Played) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import uuid
 from pathlib import Path
@@ -33,6 +34,16 @@ def record(attempt: int = 1, **changes: object) -> StageRecord:
         "metrics": {"validationLoss": 1.5},
     }
     return StageRecord.model_validate(values | changes)
+
+
+def test_a_record_with_a_field_of_a_newer_version_is_still_valid(tmp_path: Path) -> None:
+    """After a rollback, a finished stage does not run again."""
+    store = Store(str(tmp_path / "out"), tmp_path, "uid")
+    store.claim(JOB, 1)
+    store.write_record(record())
+    path = tmp_path / "out/stages/sft/record.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ofANewerVersion": 1}))
+    assert store.done(STAGE, DIGESTS) == record()
 
 
 @pytest.fixture(params=["file", "memory"])

@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -43,6 +43,8 @@ from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted
 
 SUCCEEDED, FAILED, INTERRUPTED, STALE = 0, 1, 3, 4
+STALE_ATTEMPT = "StaleAttempt"
+"""The reason of an attempt that ended because of a newer one."""
 LOG_SECONDS = 10.0
 """The least time between two log lines of progress without a message."""
 FOLDER = Path(tempfile.gettempdir(), "tuneyard")
@@ -75,6 +77,8 @@ class Driver:
         self._stop = threading.Event()
         self._stop_cause = ("Preempted", "the driver was asked to end")
         self._logged_at = 0.0
+        self._store: Store | None = None
+        """The output's store. None: the output is not claimed yet."""
         log("driver", job=plan.job.name, attempt=attempt, stages=[s.name for s in plan.stages])
         self._reporter = self._start_reporter(os.environ)
 
@@ -92,11 +96,10 @@ class Driver:
 
     def _carry_out(self) -> None:
         output = located(self._plan.output.uri)
-        with sources.as_stage_errors(
-            SourceInput(uri=self._plan.output.uri, path="spec.output.uri")
-        ):
+        with self._storage_errors():
             store = Store(output, FOLDER / "store", self._uid)
             store.claim(self._plan.job, self._attempt)
+        self._store = store
         self._log("output-claimed", uri=self._plan.output.uri)
 
         # torch and Ray take half a minute to import on a small head pod.
@@ -158,9 +161,35 @@ class Driver:
         self._log("stopping", why=self._stop_cause[1])
 
     def _superseded(self) -> None:
-        """Exit at once without a clean end: Ray ends the workers of a driver that has exited."""
-        _leave(_stale_outcome(self._plan.job.name, self._attempt), self._log)
-        os._exit(STALE)
+        """Stop, because the operator knows a newer attempt or knows the job no more.
+
+        The workers save a checkpoint if the output still belongs to this attempt. Otherwise the
+        driver exits at once: Ray ends the workers of a driver that has exited.
+        """
+        cause = (STALE_ATTEMPT, _not_newest(self._plan.job.name, self._attempt))
+        self._ask_to_stop(*cause)
+        self._log("stopping", why=cause[1])
+        if not self._owns_output():
+            failure = Failure(reason=cause[0], message=cause[1])
+            _leave(Outcome(state="Interrupted", failure=failure, retryable=True), self._log)
+            os._exit(STALE)
+
+    def _owns_output(self) -> bool:
+        """Return whether this attempt made the output's last claim, as far as can be read now. The
+        workers check the claim again before each write."""
+        if self._store is None:
+            return False
+        try:
+            with self._storage_errors():
+                self._store.refuse_stale(self._attempt)
+        except StageError as error:
+            return error.reason != STALE_ATTEMPT
+        return True
+
+    def _storage_errors(self) -> AbstractContextManager[None]:
+        """Convert the output's errors to StageErrors."""
+        source = SourceInput(uri=self._plan.output.uri, path="spec.output.uri")
+        return sources.as_stage_errors(source)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -217,14 +246,12 @@ def outcome_of(error: BaseException, why: tuple[str, str] = ("Stopped", "")) -> 
     )
 
 
-def _stale_outcome(job: str, attempt: int) -> Outcome:
-    return outcome_of(
-        StageError("StaleAttempt", f"attempt {attempt} of {job} is not the operator's newest.")
-    )
+def _not_newest(job: str, attempt: int) -> str:
+    return f"attempt {attempt} of {job} is not the operator's newest"
 
 
 def _is_stale(outcome: Outcome) -> bool:
-    return outcome.failure is not None and outcome.failure.reason == "StaleAttempt"
+    return outcome.failure is not None and outcome.failure.reason == STALE_ATTEMPT
 
 
 def _leave(outcome: Outcome, log: Log) -> int:
@@ -245,9 +272,9 @@ def _leave(outcome: Outcome, log: Log) -> int:
     text = outcome.model_dump_json(by_alias=True, exclude_none=True)
     sys.stderr.write(f"\n{OUTCOME_PREFIX}{text}\n")
     sys.stderr.flush()
-    if outcome.state == "Interrupted":
-        return INTERRUPTED
-    return STALE if _is_stale(outcome) else FAILED
+    if _is_stale(outcome):
+        return STALE
+    return INTERRUPTED if outcome.state == "Interrupted" else FAILED
 
 
 # ---- the output----------------------------------------------------------------------------------

@@ -14,10 +14,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
-from tuneyard.api.progress import MAX_POST_BYTES, POST_SECONDS, Post, PostResponse
+from pydantic import ValidationError
+
+from tuneyard.api.progress import MAX_POST_BYTES, POST_SECONDS, Post, PostResponse, Refusal
 
 IDLE_SECONDS = 15.0
 """The time between posts without news. Only the response to a post carries a stop request."""
@@ -32,7 +35,6 @@ FINAL_SECONDS = 600.0
 PERMANENT = (400, 413)
 """HTTP statuses that the same post would get again. 401 and 403 are not
 permanent: tokens are renewed."""
-STALE = 409
 
 LogEvent = Callable[..., None]
 """Writes a log line: the event's name and its fields."""
@@ -42,8 +44,14 @@ class Refused(Exception):  # noqa: N818
     """A response other than 200."""
 
     def __init__(self, status: int, text: str, retry_after: float | None) -> None:
+        """`text`: the body. `superseded` is true only if the operator itself says so: a proxy, or
+        an operator that cannot read the job, may also answer 409."""
         self.status, self.retry_after = status, retry_after
-        super().__init__(f"HTTP {status}: {text}" if text else f"HTTP {status}")
+        message, self.superseded = text, False
+        with suppress(ValidationError):
+            refusal = Refusal.model_validate_json(text)
+            message, self.superseded = refusal.message, refusal.superseded
+        super().__init__(f"HTTP {status}: {message[:300]}" if message else f"HTTP {status}")
 
 
 class StatusClient:
@@ -79,7 +87,7 @@ class StatusClient:
                 return PostResponse.model_validate_json(response.read(MAX_POST_BYTES))
         except urllib.error.HTTPError as error:
             with error:
-                text = error.read(300).decode(errors="replace").strip()
+                text = error.read(MAX_POST_BYTES).decode(errors="replace").strip()
             raise Refused(error.code, text, _seconds(error.headers.get("Retry-After"))) from None
 
 
@@ -95,8 +103,9 @@ class Reporter:
         on_stale: Callable[[], None],
         log: LogEvent,
     ) -> None:
-        """`on_stop`: the operator asks the attempt to stop. `on_stale`: a newer attempt exists.
-        Both run in the reporter's thread, and nothing is posted after `on_stale`."""
+        """`on_stop`: the operator asks the attempt to stop. `on_stale`: a newer attempt
+        exists, or the job does not exist any more. Both run in the reporter's thread, and nothing
+        is posted after `on_stale`."""
         self._send, self._on_stop, self._on_stale, self._log = send, on_stop, on_stale, log
         self._changed = threading.Condition()
         self._newest = first
@@ -146,7 +155,7 @@ class Reporter:
         try:
             response = self._send(post)
         except Refused as refusal:
-            if refusal.status == STALE:
+            if refusal.superseded:
                 self.stale = True
                 self._log("attempt-is-stale", error=str(refusal))
                 self._on_stale()
