@@ -9,6 +9,7 @@ import pytest
 
 from tests.status.simulation import (
     INTERRUPTED,
+    PLAN,
     SUCCESS,
     UID,
     KilledError,
@@ -19,10 +20,12 @@ from tests.status.simulation import (
     post,
     ray_job,
 )
+from tuneyard.api.compute import Compute
 from tuneyard.api.pods import GRACE_SECONDS
 from tuneyard.api.progress import Outcome, Post
 from tuneyard.api.status import Result, StageStatus
 from tuneyard.errors import Fault, PlanError
+from tuneyard.rendering.names import plan_digest
 from tuneyard.status.observe import (
     MAX_ATTEMPTS,
     POD_REMOVAL_SECONDS,
@@ -145,6 +148,69 @@ class TestPlanning:
         assert sim.created == []
         assert sim.status.plan_digest is not None
         unchanged(sim)
+
+    def test_a_job_created_suspended_is_planned_again_when_it_is_resumed(self) -> None:
+        """A profile may have changed meanwhile, and no attempt has stored the first plan."""
+        sim = simulation(suspend=True)
+        sim.settle()
+        first = sim.status.plan_digest
+        sim.planned = PLAN.model_copy(
+            update={"stages": PLAN.stages[:2], "compute": Compute(workers=2)}
+        )
+        sim.settle()
+        assert sim.status.plan_digest == first, "nothing is written while it is suspended"
+        sim.edit(suspend=False)
+        assert sim.reconcile().start == 1
+        assert sim.status.plan_digest == plan_digest(sim.planned) != first
+        assert [stage.name for stage in sim.status.stages] == ["prepare", "sft"]
+        assert sim.why("Suspended") == "False Resumed"
+
+    def test_a_plan_stays_as_it_is_once_an_attempt_has_begun(self) -> None:
+        sim = simulation()
+        sim.run()
+        first = sim.status.plan_digest
+        sim.planned = PLAN.model_copy(update={"compute": Compute(workers=2)})
+        sim.end(failed("Flaky", retryable=True))
+        sim.next_attempt()
+        assert (sim.status.plan_digest, sim.attempt.number) == (first, 2)
+
+    def test_a_resumed_job_whose_plan_is_rejected_now_may_be_corrected(self) -> None:
+        sim = simulation(suspend=True)
+        sim.settle()
+        sim.planned = PlanError([Fault("spec.compute.profile", "no profile a100")])
+        sim.edit(suspend=False)
+        sim.reconcile()
+        assert (sim.phase, sim.why("Planned")) == ("Failed", "False PlanRejected")
+        assert (sim.status.plan_digest, sim.status.stages) == (None, [])
+        sim.planned = None
+        sim.edit()
+        assert not is_finished(sim.job)
+        assert sim.reconcile().start == 1
+
+    def test_a_resumed_job_whose_model_is_made_again_waits_for_it(self) -> None:
+        sim = simulation(suspend=True)
+        sim.settle()
+        sim.planned = Waiting("WaitingForModel", "the namespace has no job base yet")
+        sim.edit(suspend=False)
+        assert sim.reconcile().start is None
+        assert (sim.phase, sim.why("Planned")) == ("Pending", "False WaitingForModel")
+        assert sim.why("Suspended") == "False Resumed"
+        unchanged(sim)
+
+    def test_an_attempt_whose_plan_another_version_wrote_waits_and_then_fails(self) -> None:
+        sim = simulation(startDeadlineSeconds=600)
+        sim.reconcile()
+        sim.ray_jobs.clear()
+        sim.create_error = CreateError(0, "PlanUnreadable", "stages.1: unknown kind 'distill'")
+        sim.reconcile()
+        assert (sim.phase, sim.why()) == ("Pending", "False PlanUnreadable")
+        assert sim.event_reasons().count("PlanUnreadable") == 1
+        sim.wait(601)
+        sim.reconcile()
+        assert sim.phase == "Failed"
+        assert sim.status.failure
+        assert sim.status.failure.reason == "PlanUnreadable"
+        assert "version" in sim.status.failure.advice
 
     def test_objects_of_a_deleted_job_of_the_same_name_are_removed_first(self) -> None:
         sim = simulation()

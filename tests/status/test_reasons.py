@@ -219,6 +219,10 @@ class TestEnds:
         cause = reasons.of_end(FAILED, ObservedState(pods=(OOM, PREEMPTED)), outcome)
         assert cause == Cause("LossNotFinite", "it was LossNotFinite", advice, retryable=False)
 
+    def test_a_newest_attempt_that_was_called_stale_is_retried(self) -> None:
+        """An operator before 0.3 that cannot read the job tells its driver so."""
+        assert reasons.of_outcome(failed("StaleAttempt")).retryable
+
     def test_an_interrupted_driver_was_preempted(self) -> None:
         assert reasons.of_outcome(INTERRUPTED).reason == "Preempted"
         interrupted = failed("Preempted").model_copy(update={"state": "Interrupted"})

@@ -28,8 +28,17 @@ from tuneyard.manifests.manifest import parse
 from tuneyard.planning.plan import plan_job
 from tuneyard.rendering import names, rayjob
 from tuneyard.rendering.placement import awaited_jobs, placed
+from tuneyard.rendering.stored_plan import PlanLostError, PlanUnreadableError, stored_plan
 from tuneyard.status.events import Event, transition_events
-from tuneyard.status.observe import Decision, Job, Planned, Waiting, is_finished, observe
+from tuneyard.status.observe import (
+    Decision,
+    Job,
+    Planned,
+    Waiting,
+    has_fixed_plan,
+    is_finished,
+    observe,
+)
 from tuneyard.status.observed import CreateError
 from tuneyard.status.patches import status_patch
 from tuneyard.status.times import rfc3339
@@ -141,8 +150,7 @@ class Reconciler:
 
     async def _decide(self, key: Key, cached: CachedJob, job: Job) -> None:
         attempt = job.status.attempts[-1] if job.status and job.status.attempts else None
-        is_planned = job.status is not None and job.status.plan_digest is not None
-        planned = _ALREADY_PLANNED if is_planned else await self._planned(key, job)
+        planned = _ALREADY_PLANNED if has_fixed_plan(job) else await self._planned(key, job)
         decision = observe(job, planned, cached.observed_state(attempt), self.clock())
         if attempt is not None and _closes_without_success(attempt, decision.status):
             # Each kind has its own watch: the pods' watch may not have reported the reason yet.
@@ -210,18 +218,14 @@ class Reconciler:
 
     async def _recorded_plan(self, key: Key, job: Job) -> Plan:
         """Return the plan that the status records by its digest. If this version of the operator
-        plans the job differently, the plan is read from its ConfigMap. Raises ManifestError if
-        the ConfigMap is lost."""
+        plans the job differently, the plan is read from its ConfigMap. Raises PlanLostError,
+        PlanUnreadableError."""
         digest = (job.status.plan_digest if job.status else None) or ""
         planned = await self._planned(key, job)
         if isinstance(planned, Plan) and names.plan_digest(planned) == digest:
             return planned
         name = names.config_map_name(key.name, digest)
-        stored = await self.cluster.config_map(key.namespace, name)
-        if stored is None:
-            message = f"ConfigMap {name}, which held the plan, does not exist any more"
-            raise ManifestError([Fault("status.planDigest", message)])
-        return Plan.model_validate_json(stored["data"]["plan.json"])
+        return stored_plan(await self.cluster.config_map(key.namespace, name), name, digest)
 
     # ---- writing --------------------------------------------------------------------------------
 
@@ -272,18 +276,24 @@ class Reconciler:
             )
             await self.cluster.apply(rendered.config_map)
             created = await self.cluster.apply(rendered.ray_job)
-        except ManifestError as error:
-            cached.create_error = CreateError(422, "PlanLost", str(error))
-            self.queue.add(key)
+        except PlanLostError as error:
+            self._store_create_error(key, cached, CreateError(422, "PlanLost", str(error)))
+        except PlanUnreadableError as error:
+            self._store_create_error(key, cached, CreateError(0, "PlanUnreadable", str(error)))
         except ApiError as error:
             if not error.is_refusal:
                 raise
-            if cached.create_error is None or cached.create_error.message != error.message:
-                cached.create_error = CreateError(error.code, error.reason, error.message)
-                self.queue.add(key)
+            refusal = CreateError(error.code, error.reason, error.message)
+            self._store_create_error(key, cached, refusal)
         else:
             cached.create_error = None
             self.cache.add_created_ray_job(key, {**rendered.ray_job, **created})
+
+    def _store_create_error(self, key: Key, cached: CachedJob, error: CreateError) -> None:
+        """Reconcile again if the error is new; otherwise the attempt is tried again later."""
+        if cached.create_error is None or cached.create_error.message != error.message:
+            cached.create_error = error
+            self.queue.add(key)
 
     async def _read_warnings(self, key: Key, cached: CachedJob, job: Job) -> None:
         """Read the RayCluster's warnings while an attempt does not start: only these events report

@@ -92,6 +92,14 @@ def is_finished(job: Job) -> bool:
     return status.observed_generation == job.metadata.generation
 
 
+def has_fixed_plan(job: Job) -> bool:
+    """Return whether the job's plan stays as it is. A job that was suspended before its first
+    attempt is planned again when it is resumed: profiles may have changed since."""
+    status = job.status
+    is_planned = status is not None and status.plan_digest is not None
+    return is_planned and (bool(status and status.attempts) or job.spec.run_policy.suspend)
+
+
 def should_stop(job: Job) -> bool:
     """Return whether the newest attempt, if it still runs, must write a checkpoint and end."""
     policy, attempts = job.spec.run_policy, job.status.attempts if job.status else []
@@ -127,27 +135,37 @@ class _Observer:
     # ---- planning -------------------------------------------------------------------------------
 
     def _plan(self) -> bool:
-        """Plan the job unless it is planned; return whether it has a plan."""
-        if self.status.plan_digest is not None:
+        """Plan the job unless its plan is fixed; return whether it has a plan."""
+        if has_fixed_plan(self.job):
             return True
         self._set(observed_generation=self.job.metadata.generation)
         if self.policy.cancel:
             self._fail_job(_CANCELED)
             return False
         if isinstance(self.planned, Waiting):
+            self._clear_plan()
             self._clear_rejection()
+            self._describe_resumption()
             self._condition("Planned", False, self.planned.reason, self.planned.message)
             self.wake_times.append(RECHECK_SECONDS)
             return False
         if isinstance(self.planned, PlanError):
+            self._clear_plan()
             self._condition("Planned", False, "PlanRejected", str(self.planned))
             self._fail_job(Cause("PlanRejected", str(self.planned), "Correct the manifest."))
             return False
+        digest = plan_digest(self.planned)
+        if digest == self.status.plan_digest:
+            return True
         stages = [StageStatus(name=s.name, kind=s.kind) for s in self.planned.stages]
         self._clear_rejection()
-        self._set(plan_digest=plan_digest(self.planned), stages=stages)
+        self._set(plan_digest=digest, stages=stages)
         self._condition("Planned", True, "Planned", f"{len(stages)} stages")
         return True
+
+    def _clear_plan(self) -> None:
+        """Remove the plan of a job without attempts from the status: its spec may change again."""
+        self._set(plan_digest=None, stages=[])
 
     def _clear_rejection(self) -> None:
         """Remove the rejection of an earlier spec from the status."""
@@ -236,10 +254,14 @@ class _Observer:
             self._condition("Admitted", False, "Queued", text)
         else:
             self._condition("Admitted", True, *_NO_QUEUE)
-        if "Suspended" in self._conditions():
-            self._condition("Suspended", False, "Resumed", "runPolicy.suspend is not set")
+        self._describe_resumption()
         self._condition("Running", False, *_STARTING)
         return number
+
+    def _describe_resumption(self) -> None:
+        """Report that a job that was suspended is not any more."""
+        if "Suspended" in self._conditions() and not self.policy.suspend:
+            self._condition("Suspended", False, "Resumed", "runPolicy.suspend is not set")
 
     # ---- during an attempt ----------------------------------------------------------------------
 

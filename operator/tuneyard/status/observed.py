@@ -91,12 +91,12 @@ class Workload(NamedTuple):
 
 
 class CreateError(NamedTuple):
-    """The API server's refusal to create an attempt's objects."""
+    """Why an attempt's objects could not be created."""
 
     code: int
-    """HTTP status."""
+    """HTTP status. 0: the operator did not send them."""
     reason: str
-    """Kubernetes' reason: Forbidden, NotFound, Invalid, ..."""
+    """Kubernetes' reason: Forbidden, NotFound, Invalid, ...; or PlanLost, PlanUnreadable."""
     message: str
 
 

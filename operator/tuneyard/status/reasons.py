@@ -73,7 +73,10 @@ def of_outcome(outcome: Outcome) -> Cause:
     if not _REASON.match(failure.reason):
         message = f"{failure.reason}: {failure.message}"
         return Cause("DriverError", message, failure.advice, outcome.retryable)
-    return Cause(failure.reason, failure.message, failure.advice, outcome.retryable)
+    # An attempt is judged while it is the newest, so only a mistake can have made it stale: an
+    # operator before 0.3 that could not read the job told its driver so.
+    retryable = outcome.retryable or failure.reason == "StaleAttempt"
+    return Cause(failure.reason, failure.message, failure.advice, retryable)
 
 
 def of_end(ray_job: RayJob | None, observed: ObservedState, outcome: Outcome | None) -> Cause:
@@ -165,6 +168,13 @@ def of_create_error(create_error: CreateError) -> Cause:
     if create_error.reason == "PlanLost":
         return Cause(
             "PlanLost", text, "Create the job again with the same name: it resumes from its output."
+        )
+    if create_error.reason == "PlanUnreadable":
+        return Cause(
+            "PlanUnreadable",
+            text,
+            "Ask the platform team to run that version of the operator again, or create the job "
+            "again with the same name: it resumes from its output.",
         )
     if (create_error.code == 404 and "namespace" in text.lower()) or "being terminated" in text:
         return Cause("NamespaceGone", f"the namespace is being deleted: {text}")
