@@ -78,7 +78,7 @@ def goes_on(job: Job, attempt: Attempt) -> None:
     for step in (20, 30):
         answer = driver.post(step)
         assert (answer.status, answer.body) == (200, {"stop": False})
-    job.until(lambda job: job.status["progress"]["step"] == 30)
+    job.until(lambda job: job.status.get("progress", {}).get("step") == 30)
     job.set(suspend=True)
     job.until(lambda _: driver.post(31).body == {"stop": True})
     assert driver.end(INTERRUPTED, step=31).status == 200
