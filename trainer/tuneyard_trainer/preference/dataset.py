@@ -53,6 +53,11 @@ class Comparisons:
         """(G,) tokens of each group."""
         return np.add.reduceat(self.rows.lengths, self.groups[:-1])
 
+    @cached_property
+    def longest(self) -> NDArray[np.int64]:
+        """(G,) tokens of each group's longest row."""
+        return np.maximum.reduceat(self.rows.lengths, self.groups[:-1])
+
     def members(self, groups: Indices) -> Indices:
         """Return the rows of the groups, group by group (R,)."""
         return np.concatenate(

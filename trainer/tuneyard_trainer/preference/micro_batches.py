@@ -61,28 +61,40 @@ def scores(model: nn.Module, rows: Rows, chosen: Indices, forward: Forward) -> T
 
 def _as_micro_batch(rows: Rows, chosen: Indices, forward: Forward) -> tuple[MicroBatch, Indices]:
     """Return the rows as one micro-batch, and the positions in `chosen` of its rows. A row may be
-    chosen twice."""
-    (local,) = micro_batches(
-        np.arange(len(chosen)),
-        rows.lengths[chosen],
-        capacity=forward.capacity,
-        max_tokens=UNLIMITED,
-        pack=forward.pack,
-    )
+    chosen twice.
+
+    The rows share bins only where that needs no more tokens, padding included, than one bin for
+    each row, which is what the caller has limited.
+    """
+    lengths = rows.lengths[chosen]
+    local = _laid_out(lengths, forward, pack=forward.pack)
+    if len(local.bins) * local.width > len(chosen) * int(lengths.max()):
+        local = _laid_out(lengths, forward, pack=False)
     bins = tuple(tuple(int(chosen[i]) for i in members) for members in local.bins)
     return MicroBatch(bins, local.width), local.rows
+
+
+def _laid_out(lengths: NDArray[np.int64], forward: Forward, *, pack: bool) -> MicroBatch:
+    (local,) = micro_batches(
+        np.arange(len(lengths)),
+        lengths,
+        capacity=forward.capacity,
+        max_tokens=UNLIMITED,
+        pack=pack,
+    )
+    return local
 
 
 def group_micro_batches(
     comparisons: Comparisons, groups: Indices, max_tokens: int
 ) -> Iterator[Indices]:
     """Yield micro-batches of whole groups, the groups with the longest rows first: at most
-    `max_tokens` tokens each, padding included, but always at least one group."""
-    rows = comparisons.rows
-    longest = np.maximum.reduceat(rows.lengths, comparisons.groups[:-1])
+    `max_tokens` tokens each, padding included. A group that is larger is a micro-batch of its own,
+    since its rows are compared with each other."""
+    longest = comparisons.longest
     micro_batch: list[int] = []
     num_rows = width = 0
-    for group in sorted((int(g) for g in groups), key=lambda g: (-longest[g], g)):
+    for group in groups[np.lexsort((groups, -longest[groups]))].tolist():
         size = int(comparisons.sizes[group])
         if micro_batch and (num_rows + size) * width > max_tokens:
             yield np.array(micro_batch, dtype=np.int64)

@@ -111,36 +111,58 @@ def micro_batches(
     With `pack`, rows share bins of `capacity` tokens (or of the longest row's length if that is
     more), first fit in descending length, which needs at most 11/9 of the fewest possible bins
     (Johnson 1973). Without `pack`, each row is its own bin. A micro-batch holds at most
-    `max_tokens` tokens, padding included, but always at least one bin.
+    `max_tokens` tokens, padding included; a row that is longer is a micro-batch of its own.
     """
-    longest_first = sorted((int(row) for row in rows), key=lambda row: (-lengths[row], row))
-    bins: list[list[int]] = []
-    used: list[int] = []
-    for row in longest_first:
-        length = int(lengths[row])
-        space = max(capacity, int(lengths[longest_first[0]])) if pack else 0
-        fit = next((i for i, tokens in enumerate(used) if tokens + length <= space), None)
-        if fit is None:
-            bins.append([row])
-            used.append(length)
+    longest_first = rows[np.lexsort((rows, -lengths[rows]))]
+    sorted_lengths = lengths[longest_first]
+    if not pack or not len(rows):
+        return _group([(row,) for row in longest_first.tolist()], sorted_lengths, max_tokens)
+    space = min(max(capacity, int(sorted_lengths[0])), max_tokens)
+    placed = _first_fit(sorted_lengths.tolist(), space)
+    bins: list[list[int]] = [[] for _ in range(max(placed) + 1)]
+    for row, index in zip(longest_first.tolist(), placed, strict=True):
+        bins[index].append(row)
+    used = np.bincount(placed, weights=sorted_lengths).astype(np.int64)
+    return _group([tuple(members) for members in bins], used, max_tokens)
+
+
+def _first_fit(lengths: Sequence[int], space: int) -> list[int]:
+    """Return the bin of each row: the first bin with room for it, in O(N log N).
+
+    A row longer than `space` has a bin of its own. The search descends a binary tree over the
+    bins, whose nodes hold the most room of any bin below them; node 1 is the root.
+    """
+    leaves = 1 << (len(lengths) - 1).bit_length()
+    room = [space] * (2 * leaves)
+    placed = []
+    full = 0
+    for length in lengths:
+        if length > space:  # these rows come first, since the rows are sorted
+            node = leaves + full
+            full += 1
+            room[node] = -1
         else:
-            bins[fit].append(row)
-            used[fit] += length
-    return _group(bins, used, max_tokens)
+            node = 1
+            while node < leaves:
+                node = 2 * node if room[2 * node] >= length else 2 * node + 1
+            room[node] -= length
+        placed.append(node - leaves)
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
+    return placed
 
 
-def _group(bins: list[list[int]], used: list[int], max_tokens: int) -> list[MicroBatch]:
+def _group(bins: Sequence[tuple[int, ...]], used: Indices, max_tokens: int) -> list[MicroBatch]:
     """Group bins of similar width into micro-batches, the widest bins first."""
+    order = np.argsort(-used, kind="stable").tolist()
+    widths = used.tolist()
     groups: list[MicroBatch] = []
-    current: list[tuple[int, ...]] = []
-    width = 0
-    for index in sorted(range(len(bins)), key=lambda i: -used[i]):
-        if current and (len(current) + 1) * width > max_tokens:
-            groups.append(MicroBatch(tuple(current), width))
-            current = []
-        if not current:
-            width = used[index]
-        current.append(tuple(bins[index]))
-    if current:
-        groups.append(MicroBatch(tuple(current), width))
+    start = 0
+    for end in range(1, len(order) + 1):
+        width = widths[order[start]]
+        if end == len(order) or (end - start + 1) * width > max_tokens:
+            members = tuple(bins[index] for index in order[start:end])
+            groups.append(MicroBatch(members, width))
+            start = end
     return groups

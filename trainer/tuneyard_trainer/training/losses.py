@@ -23,7 +23,8 @@ from tuneyard_trainer.training.seeds import derive_seed
 from tuneyard_trainer.worker import Worker
 
 EVALUATION_ROWS = 256
-"""Rows packed at a time: the cost of first fit is quadratic in the number of bins."""
+"""Rows packed at a time. Another number would change the rounding of held-out losses, which a
+resumed run compares with those before it."""
 MAX_LOGITS = 1 << 29
 """Logits of one micro-batch, in elements: 2 GiB in float32."""
 CPU_CAPACITY = 256
