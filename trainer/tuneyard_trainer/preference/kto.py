@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tuneyard_trainer.preference.losses import kto_loss
 from tuneyard_trainer.preference.objective import ReferencedObjective
-from tuneyard_trainer.training.batches import Indices
+from tuneyard_trainer.training.batches import Indices, micro_batches, share
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class UnpairedPreferences(ReferencedObjective):
 
     def backward(self, groups: Indices, step: int) -> Tensor:
         """Add the gradient. `accuracy`: the share of completions on the right side of `kl`."""
-        kl = self._reference_point(groups)
+        kl = self.reference_point(groups)
         self.model.train()
 
         def sums_of(chosen: Indices) -> Tensor:
@@ -37,7 +37,7 @@ class UnpairedPreferences(ReferencedObjective):
         return torch.cat([means_K, kl[None] / self.worker.world_size])
 
     @torch.no_grad()
-    def _reference_point(self, groups: Indices) -> Tensor:
+    def reference_point(self, groups: Indices) -> Tensor:
         """Return the KL of the policy from the reference, on a batch's prompts with completions of
         other prompts; the same on every worker."""
         mismatched = self.references.mismatched
@@ -45,8 +45,16 @@ class UnpairedPreferences(ReferencedObjective):
             raise ValueError("KTO needs mismatched rows")
         self.model.eval()
         kl = torch.zeros((), device=self.worker.device)
-        for chosen in self.micro_batches(groups):  # a group is one row here
-            ratios_N = mismatched.log_ratios(self.model, chosen, self.forward)
+        # A group is one row here, and the workers share a batch by its matched rows.
+        mine = share(groups, self.data.train.tokens, self.worker.rank, self.worker.world_size)
+        for micro_batch in micro_batches(
+            mine,
+            mismatched.rows.lengths,
+            capacity=0,
+            max_tokens=self.forward.max_tokens,
+            pack=False,
+        ):
+            ratios_N = mismatched.log_ratios(self.model, micro_batch.rows, self.forward)
             kl += ratios_N.sum() / len(groups)
         if self.worker.world_size > 1:
             dist.all_reduce(kl)

@@ -11,6 +11,7 @@ Shapes: R rows.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tuneyard.errors import StageError
 from tuneyard_trainer.data.prepared import Rows, RowWriter
 from tuneyard_trainer.preference.dataset import Preferences
 from tuneyard_trainer.preference.micro_batches import evaluate_rows, logprobs
@@ -140,7 +142,7 @@ class ReferencedPreferences(NamedTuple):
     validation: ReferencedRows | None
     """None: nothing is held out."""
     mismatched: ReferencedRows | None
-    """For KTO: each training row's prompt with another row's completion."""
+    """For KTO: each training row's prompt with a completion of another prompt."""
 
     @classmethod
     def of(
@@ -170,19 +172,21 @@ class ReferencedPreferences(NamedTuple):
 
 
 def _mismatched(data: Preferences, workdir: Path, worker: Worker) -> Rows:
-    """Write each training row's prompt with the next row's completion, as TRL pairs them.
+    """Write each training row's prompt with the completion of a row with another prompt.
 
     The completion is truncated so that no row is longer than the longest one of `data`. The KL on
-    these rows measures the policy on completions that do not belong to their prompts.
+    these rows measures the policy on completions that do not belong to their prompts. TRL pairs the
+    rows of a batch instead, also two rows of one prompt.
     """
     rows = data.train.rows
     folder = workdir / MISMATCHED / str(worker.rank)
     folder.mkdir(parents=True, exist_ok=True)
+    starts = [_completion_start(rows, row) for row in range(len(rows))]
+    prompts = [rows.ids(row)[:start] for row, start in enumerate(starts)]
+    others = rows_of_other_prompts([prompt.tobytes() for prompt in prompts])
     with RowWriter(folder, "train") as writer:
-        for row in range(len(rows)):
-            other = (row + 1) % len(rows)
-            prompt = rows.ids(row)[: _completion_start(rows, row)]
-            completion = rows.ids(other)[_completion_start(rows, other) :]
+        for prompt, other in zip(prompts, others, strict=True):
+            completion = rows.ids(other)[starts[other] :]
             completion = completion[: max(1, data.max_length - len(prompt))]
             mask = np.concatenate([np.zeros(len(prompt)), np.ones(len(completion))])
             writer.append(np.concatenate([prompt, completion]), mask.astype(np.uint8), 0)
@@ -190,6 +194,34 @@ def _mismatched(data: Preferences, workdir: Path, worker: Worker) -> Rows:
     if mismatched is None:
         raise TypeError("no rows to mismatch")
     return mismatched
+
+
+def rows_of_other_prompts(prompts: Sequence[bytes]) -> list[int]:
+    """Return for each row the index of a row with another prompt (N,).
+
+    The rows are ordered by the first occurrence of their prompt. A prompt's rows take the rows
+    after its last one in turn, and the first row follows the last one: where all prompts have
+    equally many rows, every row is taken once. Raises StageError TooFewRows if there is one prompt
+    only.
+    """
+    by_prompt: dict[bytes, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        by_prompt.setdefault(prompt, []).append(row)
+    if len(by_prompt) < 2:
+        raise StageError(
+            "TooFewRows",
+            f"KTO compares each prompt with completions of other prompts, and all {len(prompts)} "
+            "training rows have the same prompt.",
+            advice="Add rows with other prompts to spec.preferences.",
+        )
+    order = [row for rows in by_prompt.values() for row in rows]
+    others = [0] * len(order)
+    end = 0
+    for rows in by_prompt.values():
+        end += len(rows)
+        for place, row in enumerate(rows):
+            others[row] = order[(end + place % (len(order) - len(rows))) % len(order)]
+    return others
 
 
 def _completion_start(rows: Rows, row: int) -> int:
