@@ -29,7 +29,8 @@ class EarlyStopping(Model):
     patience: int = Field(default=3, ge=1, le=1000)
     """Number of evaluations in a row without improvement before training stops."""
     min_delta: float = Field(default=0.0, ge=0, le=100)
-    """Smallest decrease of the held-out loss that counts as an improvement, in nats per token."""
+    """Smallest decrease of the held-out loss that counts as an improvement, in nats per token. The
+    kept checkpoint is the one with the lowest held-out loss, whatever the decrease."""
 
 
 class Schedule(Model):
@@ -69,8 +70,9 @@ class Training(Model):
     batch_size: AutoInt = "auto"
     """Sequences per optimizer step, over all workers. auto: by method (docs/defaults.md)."""
     micro_batch_tokens: AutoInt = "auto"
-    """Most tokens of a micro-batch on one worker; gradients accumulate over as many micro-batches
-    as a step needs. auto: 2048 on CPU, 16384 on GPU."""
+    """Most tokens of a micro-batch on one worker, padding included; gradients accumulate over as
+    many micro-batches as a step needs. A longer row, or preference, is a micro-batch of its own.
+    auto: 2048 on CPU, 16384 on GPU."""
     learning_rate: LearningRate = "auto"
     """Peak learning rate. auto: by method (docs/defaults.md)."""
     schedule: Schedule = Schedule()

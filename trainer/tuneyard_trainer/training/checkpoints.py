@@ -47,7 +47,10 @@ class LoopState:
     best_loss: float | None = None
     """Its held-out loss."""
     stale: int = 0
-    """Evaluations in a row without improvement."""
+    """Evaluations in a row without an improvement that early stopping counts."""
+    patience_loss: float | None = None
+    """The held-out loss of the last improvement that early stopping counted; None: no evaluation
+    yet, or a checkpoint of version 0.2, whose `best_loss` it was."""
 
     def optimizer_age(self) -> int:
         """Return the number of optimizer steps, which AdamW's bias correction needs."""

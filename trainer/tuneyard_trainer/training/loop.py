@@ -231,18 +231,27 @@ class Loop:
         self.worker.report(total_steps=total, metrics=metrics)
 
     def _evaluate(self, state: LoopState, total: int) -> LoopState:
-        """Measure the held-out metrics and update the best step. Raises StageError."""
+        """Measure the held-out metrics and update the best step and the patience. Raises
+        StageError."""
         metrics = self.objective.held_out()
         loss = metrics["validationLoss"]
         if not math.isfinite(loss):
             raise not_finite(f"the held-out loss became {loss} after step {state.step}")
-        delta = self.settings.early_stopping.min_delta if self.settings.early_stopping else 0.0
-        improved = state.best_loss is None or loss < state.best_loss - delta
         self.history.write({"step": state.step, **metrics})
         self.worker.report(step=state.step, total_steps=total, metrics=metrics)
-        if improved:
-            return replace(state, best_step=state.step, best_loss=loss, stale=0)
-        return replace(state, stale=state.stale + 1)
+        state = self._count_patience(state, loss)
+        if state.best_loss is None or loss < state.best_loss:
+            return replace(state, best_step=state.step, best_loss=loss)
+        return state
+
+    def _count_patience(self, state: LoopState, loss: float) -> LoopState:
+        """Return the state with the evaluations since the held-out loss last fell by more than
+        `minDelta`, which decides early stopping and not which checkpoint is kept."""
+        delta = self.settings.early_stopping.min_delta if self.settings.early_stopping else 0.0
+        reference = state.best_loss if state.patience_loss is None else state.patience_loss
+        if reference is None or loss < reference - delta:
+            return replace(state, patience_loss=loss, stale=0)
+        return replace(state, patience_loss=reference, stale=state.stale + 1)
 
     def _should_stop_early(self, state: LoopState) -> bool:
         rule = self.settings.early_stopping
