@@ -256,6 +256,24 @@ def test_a_new_job_waits_for_the_objects_of_a_deleted_job_of_its_name() -> None:
     assert asyncio.run(reused())[0] == [], "the name of its first RayJob is taken"
 
 
+def test_a_deleted_job_is_dropped_from_the_cache_although_a_watch_missed_its_last_pod(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "READ_SECONDS", 0.2)
+
+    async def missed() -> None:
+        cluster = EarlyWatches()
+        cache, body = cluster.reconciler.cache, cluster.body
+        cache.update_job(KEY, body)
+        cache.update_pod(KEY, pod(0), deleted=False)
+        cluster.body = cast("Any", None)
+        Watches(cluster.reconciler).job(body, deleted=True)
+        assert KEY in cache.jobs, "a new job of its name waits for the pod"
+        await cluster.reconcile_until(lambda: KEY not in cache.jobs, add=False)
+
+    asyncio.run(missed())
+
+
 # ---- a deletion that waits ----------------------------------------------------------------------
 
 

@@ -97,7 +97,9 @@ class JobCache:
         removed: a new job of the same name waits for them."""
         cached = self.jobs.pop(key, None)
         if cached is not None and not cached.is_empty:
-            self.jobs[key] = CachedJob(ray_jobs=cached.ray_jobs, pods=cached.pods)
+            self.jobs[key] = CachedJob(
+                ray_jobs=cached.ray_jobs, pods=cached.pods, read_at=cached.read_at
+            )
         self.count_phase(key, None)
         metrics.drop_progress((key.namespace, key.kind, key.name))
 

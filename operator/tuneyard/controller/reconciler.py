@@ -127,8 +127,7 @@ class Reconciler:
         cached = self.cache.job(key)
         body = cached.body or await self.cluster.job(key)
         if body is None:
-            self.cache.forget(key)
-            self.queue.forget(key)
+            await self._forget(key, cached)
             return
         cached.body = body
         try:
@@ -173,6 +172,15 @@ class Reconciler:
             self.queue.add_after(key, READ_SECONDS)
         if decision.wake_after is not None:
             self.queue.add_after(key, decision.wake_after)
+
+    async def _forget(self, key: Key, cached: CachedJob) -> None:
+        """Drop a job that does not exist any more, as soon as its RayJobs and pods do not exist
+        either. They are read from time to time, in case a watch missed their deletion."""
+        await self._read_if_due(key, cached)
+        self.cache.forget(key)
+        self.queue.forget(key)
+        if key in self.cache.jobs:
+            self.queue.add_after(key, READ_SECONDS)
 
     async def _read_if_due(self, key: Key, cached: CachedJob) -> None:
         if cached.read_at == 0.0:  # the watches have just listed everything

@@ -55,6 +55,8 @@ class Watches:
         if deleted:
             self._cache.forget(key)
             self._queue.forget(key)
+            if key in self._cache.jobs:  # its objects are still to be removed
+                self._queue.add(key)
         elif _is_idle(body):
             self._cache.evict(key)
             self._cache.count_phase(key, body["status"]["phase"])
