@@ -155,7 +155,10 @@ class Cluster:
         left = tuple(name for name in job.finalizers if name not in (FINALIZER, FOREGROUND))
         # The list cannot have grown since it was read: a job that is being deleted gets no new one.
         body = {"metadata": {"uid": job.uid, "finalizers": list(left)}}
-        self._json("PATCH", path, body=body)
+        try:
+            self._json("PATCH", path, body=body)
+        except NotFoundError:  # the operator was faster
+            return ()
         return left
 
     def _get(self, kind: Kind, name: str, namespace: str | None = None) -> JobView | None:
