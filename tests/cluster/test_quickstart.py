@@ -48,7 +48,7 @@ def test_an_applied_manifest_becomes_a_tuned_model(platform: Platform) -> None:
     platform.until("its RayJob too", lambda: not platform.items("rayjobs"), 30)
     platform.until("the pods are removed", lambda: not platform.pods("whole"), 120)
     assert _event_reasons(platform, "whole") == [
-        *("Planned", "AttemptStarted", "Running"),
+        *("AttemptStarted", "Running"),
         *("StageSucceeded", "StageSucceeded", "StageSucceeded", "StageSucceeded"),
         "Succeeded",
     ]
@@ -82,7 +82,7 @@ def _progress(text: str) -> int:
 
 def _event_reasons(platform: Platform, job: str) -> list[str]:
     """Return the reasons of the job's events in order of time; within a second they are sorted."""
-    order = ["Planned", "AttemptStarted", "Running", "StageSucceeded", "Succeeded"]
+    order = ["AttemptStarted", "Running", "StageSucceeded", "Succeeded"]
     events = [
         (event["firstTimestamp"], event["reason"])
         for event in platform.items("events")

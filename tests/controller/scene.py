@@ -393,6 +393,10 @@ class Job:
         items = self._objects("api/v1", "pods", labelSelector=self._selector)
         return sorted(item["metadata"]["name"] for item in items)
 
+    def config_maps(self) -> list[str]:
+        items = self._objects("api/v1", "configmaps", labelSelector=self._selector)
+        return sorted(item["metadata"]["name"] for item in items)
+
     @property
     def _selector(self) -> str:
         return f"tuneyard.io/kind={self.kind},tuneyard.io/job={self.name}"

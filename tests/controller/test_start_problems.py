@@ -274,7 +274,8 @@ def is_active(job: Job) -> bool:
 
 
 def test_a_removed_finalizer_is_added_again(scene: OperatedScene) -> None:
-    job = scene.create("unguarded")
+    output = {"uri": "pvc://models/unguarded", "deletionPolicy": "Delete"}
+    job = scene.create("unguarded", output=output)
     job.attempt(1).run()
     scene.api.merge(job.path, {"metadata": {"finalizers": None}})
     job.until(lambda job: job.body["metadata"].get("finalizers"))

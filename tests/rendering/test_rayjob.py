@@ -376,6 +376,13 @@ def test_the_erasing_pod_mounts_the_output_alone() -> None:
     assert "TUNEYARD_SECRET_HF_TOKEN" not in environment(pod)
 
 
+def test_an_erasure_ends_even_if_no_node_takes_its_pod() -> None:
+    given = job("support-bot")
+    spec = render_erasure(placed(plan_job(given), profiles={}), given)["spec"]
+    limits = ("activeDeadlineSeconds", "backoffLimit", "ttlSecondsAfterFinished")
+    assert [spec[name] for name in limits] == [1800, 3, 3600]
+
+
 def test_another_job_s_model_has_to_be_resolved_first() -> None:
     (fault,) = faults(job(model__uri="job://earlier"))
     assert fault.path == "spec.model.uri"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -34,7 +35,8 @@ from tuneyard.status.observe import (
     is_finished,
     should_stop,
 )
-from tuneyard.status.observed import CreateError, PodProblem, Workload
+from tuneyard.status.observed import LOST_SECONDS, CreateError, PodProblem, Workload
+from tuneyard.status.times import rfc3339
 
 
 def simulation(**policy: Any) -> Simulation:
@@ -647,6 +649,56 @@ class TestFailure:
         unchanged(sim)
         sim.pods.clear()
         assert sim.reconcile().start == 2
+
+    def test_the_message_names_the_node_and_the_time_since_when_a_pod_is_waited_for(self) -> None:
+        sim = running()
+        sim.end(failed("DiskFull", retryable=True))
+        sim.ray_jobs.clear()
+        sim.pods = {"w": pod(1, node="node-7", deletion_time=rfc3339(sim.now))}
+        sim.wait(POD_REMOVAL_SECONDS + 1)
+        sim.reconcile()
+        condition = sim.condition("Running")
+        assert condition
+        assert condition.message.startswith(
+            "waiting since 2030-01-01T00:00:00Z for minimal-1-worker on node node-7 of the last "
+            "attempt to be removed: check whether a node was lost"
+        )
+
+    def test_the_next_attempt_starts_although_the_pods_of_a_lost_node_stay(self) -> None:
+        sim = running()
+        sim.end(failed("DiskFull", retryable=True))
+        ends = rfc3339(sim.now + timedelta(seconds=GRACE_SECONDS))
+        sim.ray(deleting=True, deletion_time=rfc3339(sim.now))
+        sim.pods = {name: one._replace(deletion_time=ends) for name, one in sim.pods.items()}
+        sim.wait(GRACE_SECONDS + LOST_SECONDS)
+        assert sim.reconcile().start is None, "a kubelet may still end them"
+        sim.wait(1)
+        assert sim.reconcile().start == 2
+        sim.reconcile()
+        assert sim.created == ["minimal-1", "minimal-2"]
+        assert sim.why() == "False Starting"
+
+    def test_a_pod_that_nobody_deletes_is_waited_for_without_end(self) -> None:
+        sim = running()
+        sim.end(failed("DiskFull", retryable=True))
+        sim.ray_jobs.clear()
+        sim.wait(100 * LOST_SECONDS)
+        assert sim.reconcile().start is None
+        assert sim.why() == "False PodsLeft"
+
+    def test_the_first_attempt_waits_for_a_lost_rayjob_that_has_its_name(self) -> None:
+        sim = simulation()
+        since = rfc3339(sim.now)
+        sim.ray_jobs["minimal-1"] = ray_job(
+            1, owner="another-uid", deleting=True, deletion_time=since
+        )
+        sim.wait(10 * LOST_SECONDS)
+        assert sim.reconcile().start is None
+        condition = sim.condition("Running")
+        assert condition
+        assert f"since {since} for minimal-1 of a deleted job of this name" in condition.message
+        sim.ray_jobs.clear()
+        assert sim.reconcile().start == 1
 
     def test_the_back_off_doubles(self) -> None:
         sim = running(backoffSeconds=30, maxAttempts=4)

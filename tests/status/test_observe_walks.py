@@ -231,7 +231,7 @@ def _assert_events(sim: Simulation) -> None:
     assert counts["AttemptEnded"] == len(ended)
     assert counts["Succeeded"] == (sim.phase == "Succeeded")
     assert counts["Failed"] == (sim.phase == "Failed")
-    assert counts["Planned"] == 1
+    assert counts["Planned"] <= 1, "an attempt that begins at once names the plan in its own event"
     assert all(len(event.message.encode()) <= 1024 for event in sim.events)
 
 

@@ -12,6 +12,8 @@ from pydantic.fields import FieldInfo
 GROUP: Final = "tuneyard.io"
 VERSION: Final = "v1alpha1"
 API_VERSION: Final = "tuneyard.io/v1alpha1"
+FINALIZER: Final = "tuneyard.io/cluster"
+"""Finalizer of a job whose output is erased with it: it keeps the deleted job until then."""
 
 
 def yaml_fields(model: type[BaseModel]) -> dict[str, FieldInfo]:

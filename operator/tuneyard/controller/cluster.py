@@ -17,7 +17,7 @@ import aiohttp
 from kubernetes.aio import config
 from kubernetes.aio.client import ApiClient, Configuration
 
-from tuneyard.api.meta import GROUP, VERSION
+from tuneyard.api.meta import FINALIZER, GROUP, VERSION
 from tuneyard.controller import metrics
 from tuneyard.errors import TuneyardError
 
@@ -25,8 +25,6 @@ Object = dict[str, Any]
 
 MANAGER = "tuneyard"
 """The operator's name as a field manager and as the source of events."""
-FINALIZER = f"{GROUP}/cluster"
-"""Keeps a deleted job until its cluster is removed."""
 REQUEST_SECONDS = 30.0
 
 _LEASES = "/apis/coordination.k8s.io/v1/namespaces/{}/leases"
@@ -302,6 +300,18 @@ def _seconds(text: str | None) -> float | None:
 
 def _finalizers(job: Object) -> list[str]:
     return list(job["metadata"].get("finalizers") or [])
+
+
+def has_finalizer(job: Object) -> bool:
+    """Return whether a job has the operator's finalizer."""
+    return FINALIZER in _finalizers(job)
+
+
+def needs_finalizer(job: Object) -> bool:
+    """Return whether a job's output is erased with it. All other objects of a job are removed by
+    Kubernetes' garbage collector, for which a job needs no finalizer."""
+    output = job["spec"].get("output") or {}
+    return bool(output.get("deletionPolicy") == "Delete")
 
 
 _PLURALS = {"ConfigMap": "configmaps", "RayJob": "rayjobs", "Job": "jobs"}

@@ -71,6 +71,12 @@ class CachedJob:
         )
 
     @property
+    def objects(self) -> list[RayJob | Pod]:
+        """The job's RayJobs and pods."""
+        ray_jobs = [item for _, item in self.ray_jobs.values()]
+        return [*ray_jobs, *(item for _, item in self.pods.values())]
+
+    @property
     def is_empty(self) -> bool:
         return not (self.ray_jobs or self.pods)
 
@@ -87,8 +93,13 @@ class JobCache:
         return self.jobs.setdefault(key, CachedJob())
 
     def forget(self, key: Key) -> None:
-        """Drop a job that does not exist any more."""
-        self.jobs.pop(key, None)
+        """Drop a job that does not exist any more. Its RayJobs and pods are kept until they are
+        removed: a new job of the same name waits for them."""
+        cached = self.jobs.pop(key, None)
+        if cached is not None and not cached.is_empty:
+            self.jobs[key] = CachedJob(
+                ray_jobs=cached.ray_jobs, pods=cached.pods, read_at=cached.read_at
+            )
         self.count_phase(key, None)
         metrics.drop_progress((key.namespace, key.kind, key.name))
 

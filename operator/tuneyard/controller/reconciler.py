@@ -19,7 +19,15 @@ from tuneyard.api.pods import model_uri
 from tuneyard.api.progress import Post
 from tuneyard.api.status import AttemptStatus, JobStatus, Progress
 from tuneyard.controller import metrics
-from tuneyard.controller.cluster import FINALIZER, MANAGER, ApiError, Cluster, Key, Object
+from tuneyard.controller.cluster import (
+    MANAGER,
+    ApiError,
+    Cluster,
+    Key,
+    Object,
+    has_finalizer,
+    needs_finalizer,
+)
 from tuneyard.controller.job_cache import CachedJob, JobCache
 from tuneyard.controller.queue import Queue, Requeue
 from tuneyard.controller.settings import Settings
@@ -39,7 +47,7 @@ from tuneyard.status.observe import (
     is_finished,
     observe,
 )
-from tuneyard.status.observed import CreateError
+from tuneyard.status.observed import CreateError, is_erasing, is_lost, names_of
 from tuneyard.status.patches import status_patch
 from tuneyard.status.times import rfc3339
 
@@ -127,8 +135,7 @@ class Reconciler:
         cached = self.cache.job(key)
         body = cached.body or await self.cluster.job(key)
         if body is None:
-            self.cache.forget(key)
-            self.queue.forget(key)
+            await self._forget(key, cached)
             return
         cached.body = body
         try:
@@ -144,8 +151,10 @@ class Reconciler:
             return
         if not is_finished(job):
             await self._read_if_due(key, cached)
-            if FINALIZER not in (body["metadata"].get("finalizers") or ()):
+            if needs_finalizer(body) and not has_finalizer(body):
                 cached.body = await self.cluster.add_finalizer(body, key)
+        if has_finalizer(body) and not needs_finalizer(body):  # set by 0.2
+            cached.body = await self.cluster.remove_finalizer(body, key)
         await self._decide(key, cached, job)
 
     async def _decide(self, key: Key, cached: CachedJob, job: Job) -> None:
@@ -170,6 +179,15 @@ class Reconciler:
             self.queue.add_after(key, READ_SECONDS)
         if decision.wake_after is not None:
             self.queue.add_after(key, decision.wake_after)
+
+    async def _forget(self, key: Key, cached: CachedJob) -> None:
+        """Drop a job that does not exist any more, as soon as its RayJobs and pods do not exist
+        either. They are read from time to time, in case a watch missed their deletion."""
+        await self._read_if_due(key, cached)
+        self.cache.forget(key)
+        self.queue.forget(key)
+        if key in self.cache.jobs:
+            self.queue.add_after(key, READ_SECONDS)
 
     async def _read_if_due(self, key: Key, cached: CachedJob) -> None:
         if cached.read_at == 0.0:  # the watches have just listed everything
@@ -261,9 +279,8 @@ class Reconciler:
         """Create an attempt's objects, once no object of another attempt is left."""
         if number > 1:
             await self._read(key)
-            attempts = {item.attempt for _, item in cached.ray_jobs.values()}
-            attempts |= {item.attempt for _, item in cached.pods.values()}
-            if attempts - {number}:
+            now = self.clock()
+            if {item.attempt for item in cached.objects if not is_lost(item, now)} - {number}:
                 self.queue.add_after(key, PODS_RECHECK_SECONDS)
                 return
         try:
@@ -338,23 +355,64 @@ class Reconciler:
     # ---- deletion -------------------------------------------------------------------------------
 
     async def _delete(self, key: Key, cached: CachedJob, job: Job | None) -> None:
-        """Delete the cluster, then the output if the deletion policy asks for it, then the job.
-        `job` None: the manifest is malformed, and the output stays."""
-        body = cached.body or {}
-        if FINALIZER not in (body["metadata"].get("finalizers") or ()):
+        """Let a deleted job go; first erase its output if the deletion policy asks for it. `job`
+        None: the manifest is malformed, and the output stays. Kubernetes' garbage collector removes
+        the objects of every deleted job."""
+        if not has_finalizer(cached.body or {}):
             return
+        if job is None and needs_finalizer(cached.body or {}):
+            uri = str((cached.body or {})["spec"]["output"].get("uri"))
+            self._queue_event(
+                key, cached.body or {}, _output_left(uri, "the manifest is malformed")
+            )
+        if job and _should_erase(job) and (text := await self._next_step(key, cached, job)):
+            await self._report_waiting(key, cached, text)
+            self.queue.add_after(key, PODS_RECHECK_SECONDS)
+            return
+        cached.body = await self.cluster.remove_finalizer(cached.body or {}, key)
+
+    async def _next_step(self, key: Key, cached: CachedJob, job: Job) -> str:
+        """Take the next step to erase a deleted job's output; return what it waits for, "" at the
+        end."""
+        since = (cached.body or {})["metadata"]["deletionTimestamp"]
         await self._read(key)
         existing = [item.name for _, item in cached.ray_jobs.values() if not item.deleting]
         for name in existing:  # a copy: a watch may change the cache during each request
             await self.cluster.delete_ray_job(key.namespace, name)
-        training = [pod for _, pod in cached.pods.values() if pod.role != "erase"]
-        if cached.ray_jobs or training:
-            self.queue.add_after(key, PODS_RECHECK_SECONDS)
+        now = self.clock()
+        left = [item for item in cached.objects if not (is_erasing(item) or is_lost(item, now))]
+        if left:
+            return f"waiting since {since} for {names_of(left)} to be removed"
+        try:
+            is_erased = await self._erase(key, cached.body or {}, job)
+        except ApiError as error:
+            text = f"waiting since {since} for Job {names.erasure_name(job)}: {error}"
+            await self._report_waiting(key, cached, text)
+            raise
+        name, limit = names.erasure_name(job), rayjob.ERASE_SECONDS
+        text = f"waiting since {since} for Job {name} to erase the output, which may take {limit} s"
+        return "" if is_erased else text
+
+    async def _report_waiting(self, key: Key, cached: CachedJob, text: str) -> None:
+        """Write into the status, and into an event, what the deletion of a job waits for."""
+        body = cached.body or {}
+        old = body.get("status") or {}
+        conditions = {each["type"]: each for each in old.get("conditions") or ()}
+        running = conditions.get("Running", {})
+        if (running.get("reason"), running.get("message")) == ("Deleting", text):
             return
-        if job and _should_erase(job) and not await self._erase(key, body, job):
-            self.queue.add_after(key, PODS_RECHECK_SECONDS)
-            return
-        cached.body = await self.cluster.remove_finalizer(body, key)
+        is_new = running.get("status") != "False"
+        since = rfc3339(self.clock()) if is_new else running["lastTransitionTime"]
+        conditions["Running"] = {
+            "type": "Running",
+            "status": "False",
+            "reason": "Deleting",
+            "message": text,
+            "lastTransitionTime": since,
+        }
+        patch = {"conditions": list(conditions.values())}
+        cached.body = await self.cluster.write_status(body, key, patch, old | patch)
+        self._queue_event(key, cached.body, Event("Normal", "Deleting", text))
 
     async def _erase(self, key: Key, body: Object, job: Job) -> bool:
         """Remove the output. Return True if the output is removed or cannot be removed."""
@@ -368,15 +426,18 @@ class Reconciler:
             except (ManifestError, ApiError) as error:
                 if isinstance(error, ApiError) and not error.is_refusal:
                     raise
-                self._queue_event(key, body, _output_left(job, str(error)))
+                self._queue_event(key, body, _output_left(job.spec.output.uri, str(error)))
                 return True
             return False
         conditions = (found.get("status") or {}).get("conditions") or ()
         results = {c["type"]: c for c in conditions if c.get("status") == "True"}
-        if "Failed" in results:
-            why = results["Failed"].get("message") or "its pods failed"
-            self._queue_event(key, body, _output_left(job, why))
-        return bool({"Complete", "Failed"} & set(results))
+        # A Job with a pod on a lost node has FailureTarget and never Failed.
+        failed = results.get("Failed") or results.get("FailureTarget")
+        if failed:
+            self._queue_event(
+                key, body, _output_left(job.spec.output.uri, failed.get("message") or "it failed")
+            )
+        return bool(failed) or "Complete" in results
 
     # ---- events ---------------------------------------------------------------------------------
 
@@ -433,8 +494,8 @@ def _should_erase(job: Job) -> bool:
     return has_begun and job.spec.output.deletion_policy == "Delete"
 
 
-def _output_left(job: Job, why: str) -> Event:
-    text = f"the output at {job.spec.output.uri} was not removed: {why}"
+def _output_left(uri: str, why: str) -> Event:
+    text = f"the output at {uri} was not removed: {why}"
     return Event("Warning", "OutputLeft", text)
 
 

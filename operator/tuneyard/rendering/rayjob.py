@@ -49,6 +49,11 @@ TTL_SECONDS = 60
 OBJECT_STORE_BYTES = 256 << 20
 """Size of Ray's object store, which batches never pass through. The default, 30% of memory, would
 not fit into /dev/shm, and Ray would then use the disk."""
+ERASE_SECONDS = 1800
+"""Limit of the erasure of an output, from the creation of its Job. Deleting a million objects takes
+minutes; a pod that no node takes would wait without end."""
+ERASE_TTL_SECONDS = 3600
+"""How long a finished erasure stays, for the operator to read its state."""
 USER = 1000
 """The pods' user and group; volumes are made writable for it."""
 
@@ -143,7 +148,12 @@ def render_erasure(
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": _metadata(job, erasure_name(job), labels),
-        "spec": {"backoffLimit": 3, "template": template},
+        "spec": {
+            "backoffLimit": 3,
+            "activeDeadlineSeconds": ERASE_SECONDS,
+            "ttlSecondsAfterFinished": ERASE_TTL_SECONDS,
+            "template": template,
+        },
     }
 
 

@@ -29,7 +29,7 @@ from tuneyard.api.status import (
 from tuneyard.errors import PlanError
 from tuneyard.rendering.names import plan_digest, ray_job_name
 from tuneyard.status import reasons
-from tuneyard.status.observed import ObservedState, RayJob
+from tuneyard.status.observed import LOST_SECONDS, ObservedState, Pod, RayJob, is_lost, names_of
 from tuneyard.status.reasons import Cause
 from tuneyard.status.reported import DONE, merge_stages, progress_of, with_lost_steps
 from tuneyard.status.times import moment_of, rfc3339
@@ -181,8 +181,8 @@ class _Observer:
             self._fail_job(_CANCELED)
         elif cause := self._late_explanation():
             return self._close_attempt(cause)
-        elif self.observed.ray_jobs or self.observed.pods:
-            self._wait_for_pods()
+        elif left := self._objects_left():
+            self._wait_for_pods(left)
         elif self._is_exhausted():
             last = self.status.attempts[-1]
             self._fail_job(Cause(last.reason or "", last.message or ""))
@@ -206,19 +206,29 @@ class _Observer:
             return None
         return reasons.of_killed_pods(self.observed, last.number)
 
-    def _wait_for_pods(self) -> None:
+    def _objects_left(self) -> list[RayJob | Pod]:
+        """Return the objects that the next attempt waits for: all that are not lost, and the
+        RayJobs of a deleted job of this name, which take the names of this job's RayJobs."""
+        foreign = [ray for ray in self.observed.ray_jobs if ray.owner != self.job.metadata.uid]
+        objects: list[RayJob | Pod] = [*self.observed.ray_jobs, *self.observed.pods]
+        return [item for item in objects if item in foreign or not is_lost(item, self.now)]
+
+    def _wait_for_pods(self, left: list[RayJob | Pod]) -> None:
         """Wait until the objects of earlier attempts are removed: no other action may come
         first."""
         self.wake_times.append(RECHECK_SECONDS)
         if self.policy.suspend:
             self._condition("Suspended", None, "Stopping", "waiting for the pods to end")
         last = self._attempt
-        since = moment_of(last.finished_at) if last and last.finished_at else self.now
+        times = [last.finished_at] if last else [item.deletion_time for item in left]
+        since = min((moment_of(text) for text in times if text), default=self.now)
         if (self.now - since).total_seconds() > POD_REMOVAL_SECONDS:
-            left = {ray.name for ray in self.observed.ray_jobs}
-            left |= {pod.name for pod in self.observed.pods}
-            names = ", ".join(sorted(left)[:3])
-            text = f"{names} of the last attempt still exist: check whether a node was lost"
+            owner = "the last attempt" if last else "a deleted job of this name"
+            text = (
+                f"waiting since {rfc3339(since)} for {names_of(left)} of {owner} to be removed: "
+                f"check whether a node was lost; a pod is waited for until {LOST_SECONDS:.0f} s "
+                "after its grace period"
+            )
             self._condition("Running", False, "PodsLeft", text)
 
     def _is_exhausted(self) -> bool:
@@ -329,7 +339,7 @@ class _Observer:
             ):
                 return self._close_attempt(cause._replace(retryable=False))
             self._condition("Running", False, cause.reason, cause.message)
-        if self.observed.ray_jobs or self.observed.pods:
+        if self._objects_left():
             self.wake_times.append(RECHECK_SECONDS)
             return self._decision()
         return self._decision(start=attempt.number)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from tuneyard.api.meta import GROUP
 from tuneyard.api.progress import Post
+from tuneyard.status.times import moment_of
 
 Object = Mapping[str, Any]
 
@@ -15,6 +17,10 @@ ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 """KubeRay's job states that are final."""
 _MESSAGE = 4096
 """Characters kept of a message, from its end: KubeRay's messages carry the tail of a log."""
+LOST_SECONDS = 300.0
+"""How long after its deletion time an object may still exist before it counts as lost. The deletion
+time of a pod includes its grace period: a pod that exists 5 minutes later is on a node that does
+not respond."""
 
 
 class RayJob(NamedTuple):
@@ -41,6 +47,8 @@ class RayJob(NamedTuple):
     """When KubeRay started the job (RFC 3339); None: not yet."""
     cluster_failure: str
     """Why the RayCluster could not create pods; "": no problem."""
+    deletion_time: str | None = None
+    """When Kubernetes may remove it (RFC 3339); None: it is not marked for deletion."""
 
     @property
     def ended(self) -> bool:
@@ -80,6 +88,33 @@ class Pod(NamedTuple):
     phase: str
     deleting: bool
     problems: tuple[PodProblem, ...]
+    deletion_time: str | None = None
+    """When its grace period ends (RFC 3339); None: the pod is not marked for deletion."""
+    node: str = ""
+    """"": the pod has no node yet."""
+
+
+def is_lost(item: RayJob | Pod, now: datetime) -> bool:
+    """Return whether an object has existed for too long after its deletion time to be waited for.
+    Whatever still runs in a lost pod cannot write to the output: a newer attempt claims it."""
+    if item.deletion_time is None:
+        return False
+    return (now - moment_of(item.deletion_time)).total_seconds() > LOST_SECONDS
+
+
+def is_erasing(item: RayJob | Pod) -> bool:
+    """Return whether an object is a pod that erases the output."""
+    return isinstance(item, Pod) and item.role == "erase"
+
+
+def names_of(items: Iterable[RayJob | Pod]) -> str:
+    """Return the names of at most three objects, with the nodes of pods, for a message."""
+    names = sorted(
+        f"{item.name} on node {item.node}" if isinstance(item, Pod) and item.node else item.name
+        for item in items
+    )
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 class Workload(NamedTuple):
@@ -151,6 +186,7 @@ def ray_job(item: Object) -> RayJob:
         cluster=status.get("rayClusterName") or "",
         start_time=status.get("startTime"),
         cluster_failure=_cluster_failure(status.get("rayClusterStatus") or {}),
+        deletion_time=metadata.get("deletionTimestamp"),
     )
 
 
@@ -173,6 +209,8 @@ def pod(item: Object) -> Pod:
         phase=status.get("phase") or "Pending",
         deleting="deletionTimestamp" in metadata,
         problems=tuple(_problems(status)),
+        deletion_time=metadata.get("deletionTimestamp"),
+        node=(item.get("spec") or {}).get("nodeName") or "",
     )
 
 
