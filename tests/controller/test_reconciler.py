@@ -24,7 +24,7 @@ SPEC = {
 class EarlyWatches:
     """A cluster of one job whose watch events arrive before the responses to its writes."""
 
-    def __init__(self, **metadata: Any) -> None:
+    def __init__(self, settings: Settings | None = None, **metadata: Any) -> None:
         self.body: dict[str, Any] = {
             "apiVersion": "tuneyard.io/v1alpha1",
             "kind": KEY.kind,
@@ -39,7 +39,7 @@ class EarlyWatches:
         }
         self.created: dict[str, dict[str, Any]] = {}
         self.statuses: list[dict[str, Any]] = []
-        self.reconciler = Reconciler(cast("Cluster", self), Settings())
+        self.reconciler = Reconciler(cast("Cluster", self), settings or Settings())
 
     async def reconcile_until(
         self, condition: Callable[[], bool], *, then_seconds: float = 0.0
@@ -132,3 +132,17 @@ def test_the_uid_of_a_new_rayjob_waits_for_the_next_status_write(
     (status,) = asyncio.run(begun())
     assert [attempt["number"] for attempt in status["attempts"]] == [1]
     assert status["phase"] == "Pending"
+
+
+def test_a_new_attempt_s_pods_trust_the_authorities_of_that_moment() -> None:
+    """The authorities change while the operator runs."""
+
+    async def begun() -> dict[str, Any]:
+        cluster = EarlyWatches(Settings(progress_url="https://operator:8443"))
+        cluster.reconciler.trust("the old and the new authority")
+        await cluster.reconcile_until(lambda: bool(cluster.created))
+        return cluster.created["job-1"]
+
+    template = asyncio.run(begun())["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
+    env = {each["name"]: each.get("value") for each in template["spec"]["containers"][0]["env"]}
+    assert env["TUNEYARD_CA"] == "the old and the new authority"

@@ -58,7 +58,7 @@ class Reconciler:
         ca: str = "",
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        """Make a reconciler. `ca`: the certificate authority of the status server, in PEM."""
+        """Make a reconciler. `ca`: the certificate authorities of the status server, in PEM."""
         self.cluster, self.settings, self.clock = cluster, settings, clock
         self.cache = JobCache()
         self.queue: Queue[Key] = Queue(self._process, settings.concurrency)
@@ -73,6 +73,10 @@ class Reconciler:
             tasks.create_task(self.queue.run())
             for _ in range(2):
                 tasks.create_task(self._post_events())
+
+    def trust(self, ca: str) -> None:
+        """Give pods of new attempts these certificate authorities, in PEM."""
+        self._reporting = self._reporting and self._reporting._replace(ca=ca)
 
     def accept_post(self, key: Key, post: Post) -> None:
         """Store a post of the newest attempt. A post with an outcome is reconciled at once, any

@@ -69,7 +69,7 @@ class Reporting(NamedTuple):
     url: str
     """The operator's status server, without a path."""
     ca: str
-    """The authority of the server's certificate, in PEM; it is public."""
+    """The authorities of the server's certificate, in PEM; they are public."""
 
 
 class Rendered(NamedTuple):
