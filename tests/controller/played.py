@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -121,6 +122,10 @@ class Served:
         return f"https://127.0.0.1:{self.port}{self.path}"
 
     path = f"/v1alpha1/namespaces/{KEY.namespace}/finetunejobs/{KEY.name}/progress"
+
+    def client_context(self) -> ssl.SSLContext:
+        """Return a TLS context that trusts today's authorities."""
+        return ssl.create_default_context(cadata=self.certificates.ca)
 
     def client(self, folder: Path, token: str = GOOD) -> StatusClient:
         """Return the client of a pod that was started now: it trusts today's authorities."""
