@@ -49,6 +49,9 @@ TTL_SECONDS = 60
 OBJECT_STORE_BYTES = 256 << 20
 """Size of Ray's object store, which batches never pass through. The default, 30% of memory, would
 not fit into /dev/shm, and Ray would then use the disk."""
+SMALL_TMP = "10Gi"
+"""Limit on /tmp in pods that hold neither a model nor data: Ray's logs, and records of the output.
+Without a limit, a pod could fill its node's disk, and the kubelet would evict other pods too."""
 USER = 1000
 """The pods' user and group; volumes are made writable for it."""
 
@@ -275,7 +278,7 @@ def _worker_group(pods: _Pods, store: Storage, group: Workers, compute: Compute)
         "envFrom": _env_from(store.credentials),
     }
     mounts = [_shared_memory(group.shared_memory), *_claims(store.claims)]
-    template = _template(pods, container, mounts)
+    template = _template(pods, container, mounts, tmp=group.temporary_storage)
     # KubeRay's init container is a shell. As the pod's first process it would ignore SIGTERM for
     # the whole grace period: after the loss of a worker, the next attempt waited until the
     # replacement worker ended.
@@ -301,11 +304,13 @@ def _submitter(pods: _Pods) -> Object:
     return _template(pods, container, [])
 
 
-def _template(pods: _Pods, container: Object, mounts: Iterable[_Mount]) -> Object:
+def _template(
+    pods: _Pods, container: Object, mounts: Iterable[_Mount], *, tmp: str = SMALL_TMP
+) -> Object:
     """Return a pod template that satisfies the restricted Pod Security Standard. Its root file
-    system is read-only; /tmp is writable."""
-    tmp = _Mount("tmp", "/tmp", {"emptyDir": {}}, read_only=False)  # noqa: S108  the pod's own
-    mounts = [tmp, *mounts]
+    system is read-only; /tmp is writable. `tmp`: the limit on its size."""
+    source = {"emptyDir": {"sizeLimit": tmp}}
+    mounts = [_Mount("tmp", "/tmp", source, read_only=False), *mounts]  # noqa: S108  the pod's own
     container = {
         "image": pods.image,
         **{key: value for key, value in container.items() if value},
