@@ -7,7 +7,6 @@ the data, the output and the Secrets. No pod has Kubernetes permissions.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from tuneyard.api.alignmentjob import AlignmentJob
 from tuneyard.api.compute import Compute
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.meta import GROUP
-from tuneyard.api.plan import Plan, digest
+from tuneyard.api.plan import Plan
 from tuneyard.api.pods import (
     CA_VARIABLE,
     CLAIMS_FOLDER,
@@ -33,6 +32,7 @@ from tuneyard.rendering.names import (
     progress_path,
     ray_job_name,
 )
+from tuneyard.rendering.plan_file import plan_text
 from tuneyard.rendering.storage import Storage, storage
 
 Object = dict[str, Any]
@@ -167,14 +167,13 @@ def _plan_mount(config_map: str) -> _Mount:
 
 
 def _config_map(plan: Plan, job: FineTuneJob | AlignmentJob) -> Object:
-    value = plan.model_dump(mode="json", by_alias=True)
-    name = config_map_name(plan.job.name, digest(value))
+    name = config_map_name(plan.job.name, plan_digest(plan))
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": _metadata(job, name, _labels(job, attempt=None)),
         "immutable": True,
-        "data": {"plan.json": json.dumps(value, sort_keys=True, ensure_ascii=False)},
+        "data": {"plan.json": plan_text(plan)},
     }
 
 
