@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from typing import Any
 
 import pytest
+from kubernetes.aio import config
+from kubernetes.aio.client import ApiClient, Configuration
 
 from tests.controller.scene import Scene
 from tests.controller.test_job_cache import ray_job as cached_ray_job
@@ -168,10 +169,11 @@ def test_jobs_are_listed_by_name_page_by_page(
     monkeypatch.setattr(requests, "LIST_CHUNK", 2)
     scene: Scene = new_scene("listed")
     names = {scene.create(f"job-{number}").name for number in range(5)}
-    monkeypatch.setitem(os.environ, "KUBECONFIG", str(scene.kubeconfig))
 
     async def listed() -> set[Key]:
-        cluster = await requests.connect()
+        configuration = Configuration()
+        await config.load_kube_config(str(scene.kubeconfig), client_configuration=configuration)
+        cluster = requests.Cluster(ApiClient(configuration))
         try:
             return await cluster.jobs("FineTuneJob", scene.namespace)
         finally:
