@@ -145,13 +145,16 @@ async def test_replicas_that_renew_at_the_same_time_agree() -> None:
 
 
 @runs
-async def test_a_deleted_secret_is_written_again_with_the_authority_that_pods_trust(
+async def test_a_deleted_or_emptied_secret_is_written_again_with_the_authority_that_pods_trust(
     tmp_path: Path,
 ) -> None:
     cluster = PlayedCluster()
     async with served(cluster) as running:
         client, ca = running.client(tmp_path), running.certificates.ca
         del cluster.secrets["tls"]
+        await running.certificates.refresh()
+        assert stored(cluster, "ca.crt") == ca
+        cluster.secrets["tls"]["data"] = {}
         await running.certificates.refresh()
         assert stored(cluster, "ca.crt") == ca
         assert await send(client) is False
@@ -257,6 +260,6 @@ async def test_a_deleted_secret_of_somebody_else_is_not_replaced() -> None:
     certificates = certificates_of(cluster)
     await certificates.refresh()
     del cluster.secrets["tls"]
-    with pytest.raises(TuneyardError, match="does not exist any more"):
+    with pytest.raises(TuneyardError, match="has no certificates any more"):
         await certificates.refresh()
     assert not cluster.secrets

@@ -111,14 +111,14 @@ class ServerCertificates:
         """Return the certificates in the Secret, renewed where that is due."""
         while True:
             secret = await self._cluster.secret(self._namespace, self._name)
-            if secret is None and self._current and not self._current.ca_key:
-                raise self._unusable("does not exist any more")
-            # Own certificates in use replace a deleted Secret: running pods trust their authority.
-            stored = self._read(secret, now) if secret else self._current
+            stored = self._read(secret, now) if secret else None
             if stored and not stored.ca_key:
                 return stored
-            issued = renewed(stored, self._host, now)
-            if secret and issued == stored:
+            if stored is None and self._current and not self._current.ca_key:
+                raise self._unusable("has no certificates any more")
+            # Where the Secret was deleted, running pods trust the authority that is in use.
+            issued = renewed(stored or self._current, self._host, now)
+            if issued == stored:
                 return issued
             try:
                 await self._write(secret, issued)
