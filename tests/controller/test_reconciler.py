@@ -37,7 +37,12 @@ class EarlyWatches:
     """A cluster of one job whose watch events arrive before the responses to its writes."""
 
     def __init__(
-        self, spec: dict[str, Any] | None = None, status: Any = None, **metadata: Any
+        self,
+        spec: dict[str, Any] | None = None,
+        status: Any = None,
+        *,
+        settings: Settings | None = None,
+        **metadata: Any,
     ) -> None:
         self.body: dict[str, Any] = {
             "apiVersion": "tuneyard.io/v1alpha1",
@@ -58,7 +63,7 @@ class EarlyWatches:
         self.created: dict[str, dict[str, Any]] = {}
         self.statuses: list[dict[str, Any]] = []
         self.finalizer_writes: list[list[str]] = []
-        self.reconciler = Reconciler(cast("Cluster", self), Settings())
+        self.reconciler = Reconciler(cast("Cluster", self), settings or Settings())
 
     async def reconcile_until(
         self, condition: Callable[[], bool], *, then_seconds: float = 0.0, add: bool = True
@@ -349,3 +354,15 @@ def test_an_erasure_that_takes_too_long_ends_and_the_event_says_that_the_output_
         "the output at pvc://models/tuned was not removed: Job was active longer than specified "
         "deadline"
     ]
+def test_a_new_attempt_s_pods_trust_the_authorities_of_that_moment() -> None:
+    """The authorities change while the operator runs."""
+
+    async def begun() -> dict[str, Any]:
+        cluster = EarlyWatches(Settings(progress_url="https://operator:8443"))
+        cluster.reconciler.trust("the old and the new authority")
+        await cluster.reconcile_until(lambda: bool(cluster.created))
+        return cluster.created["job-1"]
+
+    template = asyncio.run(begun())["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
+    env = {each["name"]: each.get("value") for each in template["spec"]["containers"][0]["env"]}
+    assert env["TUNEYARD_CA"] == "the old and the new authority"

@@ -134,6 +134,7 @@ LORA = job(
       cpusPerWorker: "8"
       memory: 64Gi
       sharedMemory: 8Gi
+      temporaryStorage: 500Gi
       gpuResource: nvidia.com/gpu
       nodeSelector: {accelerator: a100}
       tolerations:

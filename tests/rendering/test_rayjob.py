@@ -195,6 +195,20 @@ def test_every_pod_satisfies_the_restricted_security_standard() -> None:
         assert "hostPath" not in json.dumps(pod)
 
 
+def test_no_pod_can_fill_the_disk_of_its_node() -> None:
+    def limit(pod: Any) -> str:
+        (tmp,) = [volume for volume in pod["volumes"] if volume["name"] == "tmp"]
+        size: str = tmp["emptyDir"]["sizeLimit"]
+        return size
+
+    result = rendered(job(compute={"temporaryStorage": "1Ti"}))
+    assert limit(worker(result)) == "1Ti"
+    assert limit(worker(rendered(job()))) == "200Gi"
+    for template in templates(result):
+        if template["spec"] != worker(result):
+            assert limit(template["spec"]) == "10Gi"
+
+
 def test_a_worker_that_waits_for_its_head_ends_at_once_on_sigterm() -> None:
     assert worker(rendered(job("support-bot")))["shareProcessNamespace"] is True
 

@@ -160,8 +160,8 @@ def _cluster(level: Level, kuberay: KubeRay) -> Iterator[Cluster]:
 
 def _image_root() -> Path:
     root = Path(os.environ.get("TUNEYARD_TEST_IMAGE_ROOT", "/"))
-    if missing := images.invisible_folder(root):
-        _skip_or_fail(f"needs {missing} on the filesystem of {root}, the only one that pods see")
+    if reason := images.invisible_to_pods(root):
+        _skip_or_fail(reason)
     return root
 
 

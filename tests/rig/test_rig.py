@@ -95,6 +95,16 @@ def own_rig(apiserver: Cluster) -> Iterator[Rig]:
     take_down(rig.state.root)
 
 
+def test_a_checkout_below_tmp_is_named_at_once_with_a_remedy() -> None:
+    """Pods mount an empty /tmp: they failed after two silent minutes, for want of the program."""
+    below = Path("/tmp/checkout")
+    reason = images.invisible_to_pods(Path("/"), needed=[Path(sys.base_prefix), below])
+    assert reason is not None
+    assert reason.startswith("/tmp/checkout is below /tmp, where pods have a volume of their own")
+    assert "move the checkout" in reason
+    assert images.invisible_to_pods(Path("/"), needed=[Path("/usr")]) is None
+
+
 @pytest.mark.apiserver
 def test_the_api_server_is_ready_and_knows_its_version(apiserver: Cluster) -> None:
     assert apiserver.kubectl("get", "--raw", "/readyz").stdout == "ok"

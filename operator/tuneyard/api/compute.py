@@ -46,6 +46,10 @@ class Compute(Model):
     """Memory per worker. None: the profile's, else 16Gi."""
     shared_memory: Quantity | None = None
     """Size of /dev/shm, a part of `memory`. None: the profile's, else 2Gi."""
+    temporary_storage: Quantity | None = Field(default=None, exclude_if=lambda size: size is None)
+    """Limit on the size of /tmp, which holds downloads, and checkpoints on their way to an object
+    store. A worker that exceeds it is evicted. None: the profile's, else 200Gi."""
+    # Left out of a plan where it is None: plans of 0.2.0 keep their bytes, and so their digests.
     gpu_resource: str = Field(default="nvidia.com/gpu", max_length=317)
     """Name of the extended resource that represents a GPU."""
     node_selector: dict[str, Annotated[str, Field(max_length=63)]] = Field(

@@ -14,7 +14,8 @@ import kopf
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from tuneyard.controller import certificates, metrics, watch
+from tuneyard.controller import metrics, watch
+from tuneyard.controller.certificates import ServerCertificates
 from tuneyard.controller.cluster import Cluster, connect
 from tuneyard.controller.lease import Lease
 from tuneyard.controller.reconciler import Reconciler
@@ -31,21 +32,19 @@ async def run(settings: Settings) -> int:
     stop, active = asyncio.Event(), asyncio.Event()
     _stop_on_signal(stop)
     try:
-        issued = None
+        served = None
         if settings.progress_url:
-            issued = await certificates.ensure(
+            served = ServerCertificates(
                 cluster, settings.own_namespace, settings.tls_secret, settings.progress_url
             )
-        reconciler = Reconciler(cluster, settings, ca=issued.ca if issued else "")
-        async with _web_server(settings.metrics_port):
-            server = StatusServer(cluster, reconciler, active.is_set)
-            if issued:
-                port = await server.start(settings.progress_port, issued.context())
-                log.info("the status server listens on port %d", port)
-            try:
-                return await _run_as_leader(cluster, settings, reconciler, stop, active)
-            finally:
-                await server.close()
+            await served.refresh()
+        reconciler = Reconciler(cluster, settings, ca=served.ca if served else "")
+        server = StatusServer(cluster, reconciler, active.is_set)
+        async with (
+            _web_server(settings.metrics_port),
+            _status_server(server, settings.progress_port, served, reconciler),
+        ):
+            return await _run_as_leader(cluster, settings, reconciler, stop, active)
     finally:
         await cluster.close()
 
@@ -112,6 +111,24 @@ async def _wait_for_first(*waits: Coroutine[Any, Any, object]) -> None:
     await asyncio.gather(*others, return_exceptions=True)
     for task in done:
         task.result()
+
+
+@asynccontextmanager
+async def _status_server(
+    server: StatusServer, port: int, served: ServerCertificates | None, reconciler: Reconciler
+) -> AsyncIterator[None]:
+    """Listen for posts, with certificates that are renewed meanwhile. `served` None: no posts."""
+    if served is None:
+        yield
+        return
+    port = await server.start(port, served.context)
+    log.info("the status server listens on port %d", port)
+    following = asyncio.create_task(served.follow(reconciler.trust))
+    try:
+        yield
+    finally:
+        following.cancel()
+        await server.close()
 
 
 @asynccontextmanager

@@ -30,6 +30,9 @@ REQUEST_SECONDS = 30.0
 _LEASES = "/apis/coordination.k8s.io/v1/namespaces/{}/leases"
 _MERGE = "application/merge-patch+json"
 _APPLY = "application/apply-patch+yaml"
+_METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+LIST_CHUNK = 500
+"""Jobs per page of a list of names."""
 _METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 
 
@@ -109,6 +112,20 @@ class Cluster:
     async def job(self, key: Key) -> Object | None:
         """Return the job; None: it does not exist."""
         return await self._find(key.path)
+
+    async def jobs(self, kind: str, namespace: str | None) -> set[Key]:
+        """Return all jobs of a kind in a namespace. None: in all namespaces."""
+        scope = f"/namespaces/{namespace}" if namespace else ""
+        path = f"/apis/{GROUP}/{VERSION}{scope}/{kind.lower()}s"
+        query, found = {"limit": str(LIST_CHUNK)}, set[Key]()
+        while True:
+            page = await self._call("GET", path, query=query, accept=_METADATA_LIST)
+            for item in page.get("items") or []:
+                found.add(Key(kind, item["metadata"]["namespace"], item["metadata"]["name"]))
+            token = (page.get("metadata") or {}).get("continue")
+            if not token:
+                return found
+            query["continue"] = token
 
     async def add_finalizer(self, job: Object, key: Key) -> Object:
         """Add the operator's finalizer; return the job with it."""

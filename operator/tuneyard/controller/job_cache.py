@@ -21,6 +21,9 @@ from tuneyard.status.observed import CreateError, ObservedState, Pod, RayJob, Wo
 
 Object = dict[str, Any]
 
+MOST_DELETED_PODS = 64
+"""Deleted pods of one attempt that are kept as evidence, the newest ones."""
+
 
 @dataclass
 class CachedJob:
@@ -108,6 +111,11 @@ class JobCache:
         cached = self.jobs.get(key)
         if cached is not None and cached.is_empty:
             del self.jobs[key]
+            metrics.drop_progress((key.namespace, key.kind, key.name))
+
+    def known_jobs(self) -> set[Key]:
+        """Return the jobs that are cached or counted."""
+        return {*self.jobs, *self._phases}
 
     def count_phase(self, key: Key, phase: str | None) -> None:
         """Update the gauge of jobs by phase. None: the job does not exist any more."""
@@ -146,7 +154,7 @@ class JobCache:
         cached, pod = self.job(key), observed.pod(item)
         is_evidence = deleted and bool(pod.problems)
         if is_evidence:
-            cached.deleted_pods[pod.name] = pod
+            _keep_evidence(cached.deleted_pods, pod)
         return _update(cached.pods, item, pod, deleted=deleted) or is_evidence
 
     def update_workload(self, key: Key, ray_job: str, item: Object, *, deleted: bool) -> None:
@@ -165,9 +173,21 @@ class JobCache:
         known = {item["metadata"]["name"]: (version(item), observed.pod(item)) for item in pods}
         for name, (_, pod) in cached.pods.items():
             if name not in known and pod.problems:
-                cached.deleted_pods[name] = pod
+                _keep_evidence(cached.deleted_pods, pod)
         cached.pods = known
+        current = {item.name for _, item in cached.ray_jobs.values()}
+        cached.workloads = {n: item for n, item in cached.workloads.items() if n in current}
         cached.read_at = time.monotonic()
+
+
+def _keep_evidence(deleted: dict[str, Pod], pod: Pod) -> None:
+    """Store a deleted pod. Only pods of the newest attempt explain anything, and a few suffice:
+    KubeRay replaces a worker that cannot start again and again."""
+    for name in [name for name, other in deleted.items() if other.attempt != pod.attempt]:
+        del deleted[name]
+    deleted[pod.name] = pod
+    while len(deleted) > MOST_DELETED_PODS:
+        del deleted[next(iter(deleted))]
 
 
 def _update(

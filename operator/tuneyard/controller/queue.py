@@ -35,6 +35,11 @@ class Queue(Generic[K]):
         self._failures: dict[K, int] = {}
         self._earlier = asyncio.Event()
 
+    @property
+    def num_delays(self) -> int:
+        """The number of delays in memory, superseded ones included."""
+        return len(self._heap)
+
     def add(self, key: K) -> None:
         """Process the key as soon as possible."""
         self._due.pop(key, None)
@@ -55,6 +60,10 @@ class Queue(Generic[K]):
         self._due[key] = due
         self._count += 1
         heapq.heappush(self._heap, (due, self._count, key))
+        if len(self._heap) > 2 * len(self._due) + 64:
+            # An entry that was superseded would stay until its time: for a week, with a TTL.
+            self._heap = [entry for entry in self._heap if self._due.get(entry[2]) == entry[0]]
+            heapq.heapify(self._heap)
         self._earlier.set()
 
     def forget(self, key: K) -> None:

@@ -32,7 +32,7 @@ from tuneyard.controller.job_cache import CachedJob, JobCache
 from tuneyard.controller.queue import Queue, Requeue
 from tuneyard.controller.settings import Settings
 from tuneyard.errors import Fault, ManifestError, PlanError
-from tuneyard.manifests.manifest import parse
+from tuneyard.manifests.manifest import KINDS, parse
 from tuneyard.planning.plan import plan_job
 from tuneyard.rendering import names, rayjob
 from tuneyard.rendering.placement import awaited_jobs, placed
@@ -56,6 +56,8 @@ PROGRESS_SECONDS = 10.0
 READ_SECONDS = 60.0
 """How often an active job's objects are read from the API server, in case a watch missed an
 event."""
+RESYNC_SECONDS = 600.0
+"""How often the jobs are listed, in case a watch missed that one was deleted."""
 PODS_RECHECK_SECONDS = 5.0
 """Interval of the checks for pods that are to be removed."""
 
@@ -76,7 +78,7 @@ class Reconciler:
         ca: str = "",
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        """Make a reconciler. `ca`: the certificate authority of the status server, in PEM."""
+        """Make a reconciler. `ca`: the certificate authorities of the status server, in PEM."""
         self.cluster, self.settings, self.clock = cluster, settings, clock
         self.cache = JobCache()
         self.queue: Queue[Key] = Queue(self._process, settings.concurrency)
@@ -89,8 +91,13 @@ class Reconciler:
         """Work until canceled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.queue.run())
+            tasks.create_task(self._resync())
             for _ in range(2):
                 tasks.create_task(self._post_events())
+
+    def trust(self, ca: str) -> None:
+        """Give pods of new attempts these certificate authorities, in PEM."""
+        self._reporting = self._reporting and self._reporting._replace(ca=ca)
 
     def accept_post(self, key: Key, post: Post) -> None:
         """Store a post of the newest attempt. A post with an outcome is reconciled at once, any
@@ -110,6 +117,26 @@ class Reconciler:
         body = cached.body if cached and cached.body else await self.cluster.job(key)
         return parse(body) if body is not None else None
 
+    async def _resync(self) -> None:
+        """Look for deleted jobs until canceled."""
+        while True:
+            await asyncio.sleep(RESYNC_SECONDS)
+            try:
+                await self.check_existence()
+            except ApiError as error:
+                log.warning("the jobs could not be listed: %s", error)
+
+    async def check_existence(self) -> None:
+        """Read each known job that no list contains: kopf does not report what was deleted while
+        it reconnected. Raises ApiError."""
+        known, listed = self.cache.known_jobs(), set[Key]()
+        for namespace in self.settings.namespaces or (None,):
+            for kind in KINDS:
+                listed |= await self.cluster.jobs(kind, namespace)
+        for key in known - listed:
+            self.cache.job(key).body = None
+            self.queue.add(key)
+
     # ---- one reconcile ----------------------------------------------------------------------
 
     async def _process(self, key: Key) -> None:
@@ -117,7 +144,7 @@ class Reconciler:
         try:
             await self._reconcile(key)
         except ApiError as error:
-            if error.code == 409:  # the cached version is old: read the job again
+            if error.code in (404, 409):  # the cached version is old: read the job again
                 self.cache.job(key).body = None
             metrics.RECONCILE_ERRORS.labels(error.reason).inc()
             level = logging.DEBUG if error.code == 409 else logging.WARNING
@@ -149,10 +176,10 @@ class Reconciler:
         if "deletionTimestamp" in body["metadata"]:
             await self._delete(key, cached, job)
             return
-        if not is_finished(job):
+        if not is_finished(job) or not cached.is_empty:
             await self._read_if_due(key, cached)
-            if needs_finalizer(body) and not has_finalizer(body):
-                cached.body = await self.cluster.add_finalizer(body, key)
+        if not is_finished(job) and needs_finalizer(body) and not has_finalizer(body):
+            cached.body = await self.cluster.add_finalizer(body, key)
         if has_finalizer(body) and not needs_finalizer(body):  # set by 0.2
             cached.body = await self.cluster.remove_finalizer(body, key)
         await self._decide(key, cached, job)
@@ -175,7 +202,7 @@ class Reconciler:
         metrics.set_progress((key.namespace, key.kind, key.name), decision.status)
         if is_finished(job) and cached.is_empty:
             self.cache.evict(key)
-        elif not is_finished(job):
+        else:  # a finished one too: its last objects may go without an event
             self.queue.add_after(key, READ_SECONDS)
         if decision.wake_after is not None:
             self.queue.add_after(key, decision.wake_after)

@@ -22,6 +22,7 @@ from tuneyard.controller import metrics
 from tuneyard.controller.cluster import ApiError, Cluster, Key
 from tuneyard.controller.job_cache import key_from_labels
 from tuneyard.controller.reconciler import Reconciler
+from tuneyard.controller.review_limits import RETRY_SECONDS, Recent, ReviewLimits, TooManyReviews
 from tuneyard.errors import ManifestError
 from tuneyard.rendering.names import audience
 from tuneyard.status.observe import is_finished, should_stop
@@ -29,12 +30,21 @@ from tuneyard.status.observed import attempt_of
 
 _KINDS = {"finetunejobs": "FineTuneJob", "alignmentjobs": "AlignmentJob"}
 
-REVIEW_SECONDS = 60.0
-"""How long the review of a token is cached."""
+REVIEW_SECONDS, REFUSAL_SECONDS = 60.0, 10.0
+"""How long the review of a token is cached: of a valid one, and of one that was refused."""
+MOST_PODS, MOST_REFUSALS = 20_000, 1_000
+"""Most cached reviews of valid tokens and of refused ones."""
+READ_SECONDS = 10.0
+"""How long a post may take to arrive."""
+CONNECTION_SECONDS = 60.0
+"""A connection is closed when it is between one and two times as old. aiohttp waits without a limit
+for a first request, and a pod opens a connection for each post."""
 STORED_SECONDS = 20.0
 """How long the response to an attempt's last post waits for the status write."""
 MALFORMED_RETRY_SECONDS = 30
 """When a driver posts again whose job cannot be read: the job or the operator must change first."""
+_Token = tuple[str, Key]
+"""The hash of a token, and the job that it was sent for."""
 _POD = "authentication.kubernetes.io/pod-name"
 
 
@@ -53,8 +63,6 @@ class AuthenticatedPod(NamedTuple):
     """The pod that a token was issued to."""
 
     attempt: int
-    expires_at: float
-    """When the token must be reviewed again (monotonic)."""
 
 
 class StatusServer:
@@ -65,19 +73,34 @@ class StatusServer:
     ) -> None:
         """Make a server. `is_active` returns whether this replica is the active one."""
         self._cluster, self._reconciler, self._is_active = cluster, reconciler, is_active
-        self._authenticated_pods: dict[tuple[str, Key], AuthenticatedPod] = {}
+        self._authenticated_pods: Recent[_Token, AuthenticatedPod] = Recent(
+            MOST_PODS, REVIEW_SECONDS
+        )
+        self._refusals: Recent[_Token, tuple[int, str, str]] = Recent(
+            MOST_REFUSALS, REFUSAL_SECONDS
+        )
+        self._limits = ReviewLimits()
         self._runner: web.AppRunner | None = None
+        self._closing: asyncio.Task[None] | None = None
 
     async def start(self, port: int, context: ssl.SSLContext) -> int:
         """Start to listen and return the port. Raises OSError."""
         app = web.Application(client_max_size=MAX_POST_BYTES)
         app.router.add_post(PROGRESS_ROUTE, self._post)
-        self._runner = web.AppRunner(app, access_log=None)
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            auto_decompress=False,  # a decompressed body can be a thousand times as long
+            lingering_time=1.0,  # for the rest of a refused post; the process's end waits for it
+        )
         await self._runner.setup()
         await web.TCPSite(self._runner, port=port, ssl_context=context).start()
+        self._closing = asyncio.create_task(_close_old_connections(self._runner))
         return int(self._runner.addresses[0][1])
 
     async def close(self) -> None:
+        if self._closing:
+            self._closing.cancel()
         if self._runner:
             await self._runner.cleanup()
 
@@ -161,16 +184,32 @@ class StatusServer:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise Refused(401, "unauthorized", "a bearer token is required")
+        if not token.isascii():
+            raise Refused(401, "unauthorized", "the token contains a character that no token has")
         known = (hashlib.sha256(token.encode()).hexdigest(), key)
+        if refusal := self._refusals.get(known):
+            raise Refused(*refusal)
         pod = self._authenticated_pods.get(known)
-        if pod is None or pod.expires_at < time.monotonic():
-            try:
-                pod = await self._review(token, key)
-            except ApiError as error:
-                raise Refused(503, "unavailable", str(error), retry_after=2) from error
-            self._drop_expired()
-            self._authenticated_pods[known] = pod
+        if pod is None:
+            pod = await self._review_within_limits(token, key, request.remote or "", known)
+            self._authenticated_pods.put(known, pod)
         return pod.attempt
+
+    async def _review_within_limits(
+        self, token: str, key: Key, address: str, known: _Token
+    ) -> AuthenticatedPod:
+        """Review a token that is not cached. Raises Refused."""
+        try:
+            async with self._limits.review(address):
+                return await self._review(token, key)
+        except TooManyReviews as error:
+            raise Refused(429, "limited", str(error), retry_after=RETRY_SECONDS) from error
+        except ApiError as error:
+            raise Refused(503, "unavailable", str(error), retry_after=2) from error
+        except Refused as refused:
+            self._limits.count_refusal(address)
+            self._refusals.put(known, (refused.status, refused.outcome, refused.message))
+            raise
 
     async def _review(self, token: str, key: Key) -> AuthenticatedPod:
         """Return the pod of a token that is valid for the job. Raises Refused, ApiError."""
@@ -189,13 +228,18 @@ class StatusServer:
             raise Refused(
                 403, "forbidden", f"the token belongs to no pod with label {GROUP}/job={key.name}"
             )
-        return AuthenticatedPod(attempt_of(pod), time.monotonic() + REVIEW_SECONDS)
+        return AuthenticatedPod(attempt_of(pod))
 
-    def _drop_expired(self) -> None:
-        now = time.monotonic()
-        self._authenticated_pods = {
-            known: pod for known, pod in self._authenticated_pods.items() if pod.expires_at >= now
-        }
+
+async def _close_old_connections(runner: web.AppRunner) -> None:
+    """Close connections by their age until canceled."""
+    known: set[web.RequestHandler] = set()
+    while runner.server:
+        await asyncio.sleep(CONNECTION_SECONDS)
+        open_ = set(runner.server.connections)
+        for connection in known & open_:
+            connection.force_close()
+        known = open_
 
 
 def _json(body: Report, **more: Any) -> web.Response:
@@ -205,7 +249,11 @@ def _json(body: Report, **more: Any) -> web.Response:
 async def _read(request: web.Request) -> Post:
     """Return the post in a request. Raises Refused."""
     try:
-        text = await request.read()
+        async with asyncio.timeout(READ_SECONDS):
+            text = await request.read()
+    except TimeoutError:
+        message = f"the post did not arrive within {READ_SECONDS:.0f} s"
+        raise Refused(408, "malformed", message) from None
     except web.HTTPRequestEntityTooLarge:
         message = f"the post is longer than {MAX_POST_BYTES} bytes"
         raise Refused(413, "malformed", message) from None

@@ -8,6 +8,7 @@ from tuneyard.api.compute import Compute
 from tuneyard.api.plan import Plan, SourceInput
 from tuneyard.errors import PlanError
 from tuneyard.rendering.compute import compute_faults, with_profile
+from tuneyard.rendering.plan_file import size_faults
 from tuneyard.rendering.storage import storage_faults
 
 JOB = "job://"
@@ -25,7 +26,10 @@ def placed(
     faults = [*storage_faults(found), *compute_faults(plan.compute, profiles)]
     if faults:
         raise PlanError(faults)
-    return found.model_copy(update={"compute": with_profile(plan.compute, profiles)})
+    result = found.model_copy(update={"compute": with_profile(plan.compute, profiles)})
+    if too_large := [*size_faults(result)]:
+        raise PlanError(too_large)
+    return result
 
 
 def awaited_jobs(plan: Plan) -> list[str]:

@@ -7,7 +7,6 @@ the data, the output and the Secrets. No pod has Kubernetes permissions.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from tuneyard.api.alignmentjob import AlignmentJob
 from tuneyard.api.compute import Compute
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.meta import GROUP
-from tuneyard.api.plan import Plan, digest
+from tuneyard.api.plan import Plan
 from tuneyard.api.pods import (
     CA_VARIABLE,
     CLAIMS_FOLDER,
@@ -33,6 +32,7 @@ from tuneyard.rendering.names import (
     progress_path,
     ray_job_name,
 )
+from tuneyard.rendering.plan_file import plan_text
 from tuneyard.rendering.storage import Storage, storage
 
 Object = dict[str, Any]
@@ -54,6 +54,9 @@ ERASE_SECONDS = 1800
 minutes; a pod that no node takes would wait without end."""
 ERASE_TTL_SECONDS = 3600
 """How long a finished erasure stays, for the operator to read its state."""
+SMALL_TMP = "10Gi"
+"""Limit on /tmp in pods that hold neither a model nor data: Ray's logs, and records of the output.
+Without a limit, a pod could fill its node's disk, and the kubelet would evict other pods too."""
 USER = 1000
 """The pods' user and group; volumes are made writable for it."""
 
@@ -74,7 +77,7 @@ class Reporting(NamedTuple):
     url: str
     """The operator's status server, without a path."""
     ca: str
-    """The authority of the server's certificate, in PEM; it is public."""
+    """The authorities of the server's certificate, in PEM; they are public."""
 
 
 class Rendered(NamedTuple):
@@ -174,14 +177,13 @@ def _plan_mount(config_map: str) -> _Mount:
 
 
 def _config_map(plan: Plan, job: FineTuneJob | AlignmentJob) -> Object:
-    value = plan.model_dump(mode="json", by_alias=True)
-    name = config_map_name(plan.job.name, digest(value))
+    name = config_map_name(plan.job.name, plan_digest(plan))
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": _metadata(job, name, _labels(job, attempt=None)),
         "immutable": True,
-        "data": {"plan.json": json.dumps(value, sort_keys=True, ensure_ascii=False)},
+        "data": {"plan.json": plan_text(plan)},
     }
 
 
@@ -285,7 +287,7 @@ def _worker_group(pods: _Pods, store: Storage, group: Workers, compute: Compute)
         "envFrom": _env_from(store.credentials),
     }
     mounts = [_shared_memory(group.shared_memory), *_claims(store.claims)]
-    template = _template(pods, container, mounts)
+    template = _template(pods, container, mounts, tmp=group.temporary_storage)
     # KubeRay's init container is a shell. As the pod's first process it would ignore SIGTERM for
     # the whole grace period: after the loss of a worker, the next attempt waited until the
     # replacement worker ended.
@@ -311,11 +313,13 @@ def _submitter(pods: _Pods) -> Object:
     return _template(pods, container, [])
 
 
-def _template(pods: _Pods, container: Object, mounts: Iterable[_Mount]) -> Object:
+def _template(
+    pods: _Pods, container: Object, mounts: Iterable[_Mount], *, tmp: str = SMALL_TMP
+) -> Object:
     """Return a pod template that satisfies the restricted Pod Security Standard. Its root file
-    system is read-only; /tmp is writable."""
-    tmp = _Mount("tmp", "/tmp", {"emptyDir": {}}, read_only=False)  # noqa: S108  the pod's own
-    mounts = [tmp, *mounts]
+    system is read-only; /tmp is writable. `tmp`: the limit on its size."""
+    source = {"emptyDir": {"sizeLimit": tmp}}
+    mounts = [_Mount("tmp", "/tmp", source, read_only=False), *mounts]  # noqa: S108  the pod's own
     container = {
         "image": pods.image,
         **{key: value for key, value in container.items() if value},

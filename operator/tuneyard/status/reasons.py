@@ -127,7 +127,8 @@ def _of_killing(pod: Pod, problem: PodProblem) -> Cause | None:
         return Cause(
             "Evicted",
             f"pod {pod.name} was evicted: {problem.message}",
-            "If the node ran out of memory or disk, raise compute.memory or choose other nodes.",
+            'If the volume "tmp" exceeded its limit, raise compute.temporaryStorage. If the node '
+            "ran out of memory or disk, raise compute.memory or choose other nodes.",
             retryable=True,
         )
     return None
