@@ -16,7 +16,7 @@ from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.plan import Plan
 from tuneyard.errors import Fault, PlanError
 from tuneyard.planning.plan import plan_job
-from tuneyard.rendering.names import plan_digest, ray_job_name
+from tuneyard.rendering.names import network_policy_name, plan_digest, ray_job_name
 from tuneyard.rendering.placement import awaited_jobs, placed
 from tuneyard.rendering.rayjob import Rendered, Reporting, render, render_erasure
 
@@ -126,6 +126,32 @@ def test_ray_never_retries_and_its_cluster_is_removed() -> None:
     assert value["shutdownAfterJobFinishes"] is True
     assert "deletionStrategy" not in value, "excludes shutdownAfterJobFinishes"
     assert "runtimeEnvYAML" not in value, "code is in the image"
+
+
+def test_ray_answers_only_to_the_token_of_its_cluster() -> None:
+    """KubeRay creates the Secret of the token and gives it to the head, workers and submitter."""
+    cluster = spec(rendered(job()))["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    major, minor, _ = (int(part) for part in cluster["rayVersion"].split("."))
+    assert (major, minor) >= (2, 52), "KubeRay refuses token authentication with an older Ray"
+
+
+def test_only_pods_of_the_same_job_and_kuberay_s_dashboard_client_reach_the_pods() -> None:
+    result = rendered(job())
+    policy = result.network_policy["spec"]
+    same_job = {"matchLabels": {"tuneyard.io/kind": "FineTuneJob", "tuneyard.io/job": "minimal"}}
+    assert policy["podSelector"] == same_job
+    assert policy["policyTypes"] == ["Ingress"], "what pods may reach stays as it is"
+    pods, kuberay = policy["ingress"]
+    assert pods == {"from": [{"podSelector": same_job}]}, "of the same namespace"
+    assert kuberay["ports"] == [{"port": 8265, "protocol": "TCP"}], "the dashboard, no other port"
+    for labels in pod_labels(result):
+        assert labels.items() >= same_job["matchLabels"].items()
+
+
+def test_the_network_policies_of_a_finetunejob_and_an_alignmentjob_do_not_share_a_name() -> None:
+    names = [network_policy_name(kind, "x") for kind in ("FineTuneJob", "AlignmentJob")]
+    assert len(set(names)) == 2
 
 
 def test_objects_belong_to_the_job_once_it_has_a_uid() -> None:

@@ -302,7 +302,12 @@ def _finalizers(job: Object) -> list[str]:
     return list(job["metadata"].get("finalizers") or [])
 
 
-_PLURALS = {"ConfigMap": "configmaps", "RayJob": "rayjobs", "Job": "jobs"}
+_PLURALS = {
+    "ConfigMap": "configmaps",
+    "NetworkPolicy": "networkpolicies",
+    "RayJob": "rayjobs",
+    "Job": "jobs",
+}
 
 
 def _path_of(item: Object) -> str:

@@ -272,6 +272,8 @@ class Reconciler:
                 plan, job, attempt=number, image=self.settings.image, reporting=self._reporting
             )
             await self.cluster.apply(rendered.config_map)
+            if self.settings.job_network_policies:
+                await self.cluster.apply(rendered.network_policy)
             created = await self.cluster.apply(rendered.ray_job)
         except ManifestError as error:
             cached.create_error = CreateError(422, "PlanLost", str(error))

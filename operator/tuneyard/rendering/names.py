@@ -20,6 +20,11 @@ def config_map_name(name: str, plan_digest: str) -> str:
     return f"{name}-plan-{plan_digest.removeprefix('sha256:')[:10]}"
 
 
+def network_policy_name(kind: str, name: str) -> str:
+    """Return the name of the NetworkPolicy of a job's pods, which all attempts share."""
+    return f"{name}-{'a' if kind == 'AlignmentJob' else ''}pods"
+
+
 def erasure_name(job: FineTuneJob | AlignmentJob) -> str:
     """Return the name of the Job that removes the output."""
     return f"{job.metadata.name}-{'a' if job.kind == 'AlignmentJob' else ''}erase"

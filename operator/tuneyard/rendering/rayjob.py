@@ -1,4 +1,4 @@
-"""Render the Kubernetes objects of one attempt: an immutable ConfigMap and a RayJob.
+"""Render the Kubernetes objects of one attempt: an immutable ConfigMap, a NetworkPolicy, a RayJob.
 
 Each pod gets what it needs and no more. The head runs the driver, which claims the output and reads
 its records: the head gets the plan, the progress token and the output. The workers get the models,
@@ -7,6 +7,7 @@ the data, the output and the Secrets. No pod has Kubernetes permissions.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from tuneyard.rendering.names import (
     audience,
     config_map_name,
     erasure_name,
+    network_policy_name,
     plan_digest,
     progress_path,
     ray_job_name,
@@ -46,6 +48,10 @@ TOKEN_SECONDS = 3600
 """Lifetime of the token; the kubelet renews it at 80%."""
 TTL_SECONDS = 60
 """How long the cluster of a finished RayJob stays, for the operator to read its state."""
+DASHBOARD_PORT = 8265
+"""Port of Ray's dashboard and job API on the head."""
+_KUBERAY = {"app.kubernetes.io/component": "kuberay-operator"}
+"""The label of KubeRay's operator in its Helm chart and in its kustomize manifests."""
 OBJECT_STORE_BYTES = 256 << 20
 """Size of Ray's object store, which batches never pass through. The default, 30% of memory, would
 not fit into /dev/shm, and Ray would then use the disk."""
@@ -77,6 +83,8 @@ class Rendered(NamedTuple):
 
     config_map: Object
     """Named by its content, so that attempts with one plan share it."""
+    network_policy: Object
+    """Named by the job: all attempts share it."""
     ray_job: Object
     """`<job>-<attempt>`."""
 
@@ -115,11 +123,13 @@ def render(
         "submitterPodTemplate": _submitter(pods),
         "rayClusterSpec": {
             "rayVersion": RAY_VERSION,
+            # KubeRay creates the token's Secret and gives it to the head, workers and submitter.
+            "authOptions": {"mode": "token"},
             "headGroupSpec": head,
             "workerGroupSpecs": [_worker_group(pods, store, group, compute)],
         },
     }
-    return Rendered(config_map, _ray_job(plan, job, attempt, spec))
+    return Rendered(config_map, _network_policy(job), _ray_job(plan, job, attempt, spec))
 
 
 def render_erasure(
@@ -187,6 +197,28 @@ def _ray_job(plan: Plan, job: FineTuneJob | AlignmentJob, attempt: int, spec: Ob
         "kind": "RayJob",
         "metadata": _metadata(job, ray_job_name(job.kind, plan.job.name, attempt), labels),
         "spec": spec,
+    }
+
+
+def _network_policy(job: FineTuneJob | AlignmentJob) -> Object:
+    """Return the policy that only pods of the same job reach the job's pods. KubeRay's operator
+    asks the dashboard for the state of the Ray job."""
+    labels = _labels(job, attempt=None)
+    pods = {"matchLabels": {key: labels[key] for key in (f"{GROUP}/kind", f"{GROUP}/job")}}
+    kuberay = {"namespaceSelector": {}, "podSelector": {"matchLabels": dict(_KUBERAY)}}
+    dashboard = {"port": DASHBOARD_PORT, "protocol": "TCP"}
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": _metadata(job, network_policy_name(job.kind, job.metadata.name), labels),
+        "spec": {
+            "podSelector": pods,
+            "policyTypes": ["Ingress"],
+            "ingress": [
+                {"from": [{"podSelector": copy.deepcopy(pods)}]},
+                {"from": [kuberay], "ports": [dashboard]},
+            ],
+        },
     }
 
 
