@@ -249,6 +249,14 @@ def test_workers_get_what_the_job_asks_for() -> None:
     assert shared["emptyDir"] == {"medium": "Memory", "sizeLimit": "8Gi"}
 
 
+def test_an_elastic_attempt_asks_for_the_workers_that_it_can_have() -> None:
+    result = rendered(job("support-bot"), reduced_to=3)
+    assert (group(result)["replicas"], group(result)["minReplicas"]) == (3, 2)
+    assert environment(head(result))["TUNEYARD_WORKERS"]["value"] == "3"
+    assert "TUNEYARD_WORKERS" not in environment(head(rendered(job("support-bot"))))
+    assert result.config_map == rendered(job("support-bot")).config_map, "the plan stays"
+
+
 def test_a_job_without_compute_gets_one_small_worker_without_gpus() -> None:
     result = rendered(job())
     (container,) = worker(result)["containers"]

@@ -17,6 +17,8 @@ from tuneyard.status.observe import Decision, Planned, observe
 from tuneyard.status.observed import CreateError, ObservedState, Pod, PodProblem, RayJob, Workload
 
 UID = "job-uid"
+PLACED = "2030-01-01T00:00:00Z"
+"""When the scheduler gives a pod a node, unless a test says otherwise."""
 PLAN = plan_job(golden_job())
 """The plan of every job: the run policy is no part of a plan."""
 
@@ -44,12 +46,14 @@ def ray_job(attempt: int, **changes: Any) -> RayJob:
         cluster="",
         start_time=None,
         cluster_failure="",
+        workers=1,
+        min_workers=1,
     )
     return fresh._replace(**changes)
 
 
 def pod(attempt: int, role: str = "worker", *problems: PodProblem, **changes: Any) -> Pod:
-    fresh = Pod(f"minimal-{attempt}-{role}", attempt, role, "Running", False, problems)
+    fresh = Pod(f"minimal-{attempt}-{role}", attempt, role, "Running", False, problems, PLACED)
     return fresh._replace(**changes)
 
 
@@ -101,6 +105,8 @@ class Simulation:
     create_error: CreateError | None = None
     post: Post | None = None
     missing_since: datetime | None = None
+    workers: int = 1
+    min_workers: int = 1
     hidden: bool = False
     """The controller's cache shows no RayJob."""
     is_deleted: bool = False
@@ -200,7 +206,11 @@ class Simulation:
             name = f"minimal-{attempt}"
             uid = f"ray-{attempt}-{len(self.created)}"
             is_queued = self.job.spec.run_policy.queue is not None
-            self.ray_jobs[name] = ray_job(attempt, uid=uid, suspended=is_queued)
+            workers = {
+                "workers": self.attempt.workers or self.workers,
+                "min_workers": self.min_workers,
+            }
+            self.ray_jobs[name] = ray_job(attempt, uid=uid, suspended=is_queued, **workers)
             self.created.append(name)
 
     # ---- the cluster ----------------------------------------------------------------------------

@@ -59,6 +59,9 @@ class AttemptStatus(Report):
     """Name of the RayJob."""
     ray_job_uid: str | None = None
     """UID of the RayJob. None: not created yet."""
+    workers: int | None = Field(default=None, ge=1)
+    """Number of workers of an elastic attempt that had to do with fewer than compute.workers. If
+    its reason is FewerWorkers: how many could start. None: all of compute.workers."""
     started_at: str
     """Time at which the operator began the attempt (RFC 3339)."""
     running_at: str | None = None

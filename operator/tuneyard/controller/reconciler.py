@@ -269,7 +269,12 @@ class Reconciler:
             else:
                 plan = await self._recorded_plan(key, job)
             rendered = rayjob.render(
-                plan, job, attempt=number, image=self.settings.image, reporting=self._reporting
+                plan,
+                job,
+                attempt=number,
+                image=self.settings.image,
+                reporting=self._reporting,
+                reduced_to=job.status.attempts[-1].workers if job.status else None,
             )
             await self.cluster.apply(rendered.config_map)
             if self.settings.job_network_policies:

@@ -24,6 +24,7 @@ from tuneyard.api.pods import (
     GRACE_SECONDS,
     PROGRESS_URL_VARIABLE,
     TOKEN_FILE_VARIABLE,
+    WORKERS_VARIABLE,
 )
 from tuneyard.rendering.compute import Workers, workers
 from tuneyard.rendering.names import (
@@ -96,9 +97,11 @@ def render(
     attempt: int,
     image: str = DEFAULT_IMAGE,
     reporting: Reporting | None = None,
+    reduced_to: int | None = None,
 ) -> Rendered:
     """Return the objects of an attempt of a plan that `placement.placed` returned. `reporting`
-    None: no progress is posted."""
+    None: no progress is posted. `reduced_to`: the workers of an elastic attempt that cannot have
+    all."""
     compute, policy = plan.compute, job.spec.run_policy
     config_map = _config_map(plan, job)
     mount = _plan_mount(config_map["metadata"]["name"])
@@ -109,6 +112,9 @@ def render(
     )
     store, group = storage(plan), workers(compute)
     token, env = _reporting(job, reporting)
+    if reduced_to is not None:
+        group = group._replace(num_workers=reduced_to)
+        env = [*env, {"name": WORKERS_VARIABLE, "value": str(reduced_to)}]
     head = _head(pods, store, [mount, *token], env)
     spec = {
         "submissionMode": "K8sJobMode",

@@ -36,7 +36,7 @@ from tuneyard.status.times import moment_of, rfc3339
 
 Job = FineTuneJob | AlignmentJob
 
-UNCOUNTED = ("Suspended", "Preempted")
+UNCOUNTED = ("Suspended", "Preempted", "FewerWorkers")
 """Reasons of attempts that do not count toward maxAttempts."""
 MISSING_SECONDS = 10.0
 """How long a known RayJob must be missing before its attempt is closed. The cache may lag behind,
@@ -45,6 +45,9 @@ RECHECK_SECONDS = 15.0
 """Interval of the checks for a change that a watch should have reported."""
 POD_REMOVAL_SECONDS = GRACE_SECONDS + 60.0
 """How long the removal of an ended attempt's pods may take before the status reports PodsLeft."""
+ELASTIC_SHARE = 6
+"""An elastic attempt waits the start deadline divided by this for workers without a node: 300 s of
+the default 1800 s, in which a cluster can add nodes."""
 MAX_BACKOFF_SECONDS = 3600
 MAX_ATTEMPTS = 100
 """Limit of all attempts, uncounted ones included: a status holds no more."""
@@ -228,7 +231,12 @@ class _Observer:
         last, queue = self._attempt, self.policy.queue
         number = last.number + 1 if last else 1
         name = ray_job_name(self.job.kind, self.job.metadata.name, number)
-        attempt = AttemptStatus(number=number, ray_job=name, started_at=rfc3339(self.now))
+        attempt = AttemptStatus(
+            number=number,
+            ray_job=name,
+            started_at=rfc3339(self.now),
+            workers=last.workers if last and last.reason == "FewerWorkers" else None,
+        )
         self._set(attempts=[*self.status.attempts, attempt])
         self._phase("Queued" if queue else "Pending")
         if queue:
@@ -358,6 +366,8 @@ class _Observer:
             return self._decision()
         is_starting = attempt.running_at is None and not ray.suspended
         if is_starting:
+            if fewer := self._shrink(attempt, ray):
+                return self._close_attempt(fewer)
             cause = reasons.of_waiting(ray, self.observed)
             is_final = cause.reason == "OutOfMemory"  # a replacement pod would need as much
             if self._start_deadline_passed(self._start_allowed_at(attempt, ray)) or is_final:
@@ -375,6 +385,26 @@ class _Observer:
         if self.policy.deadline_seconds and self._spent() >= self.policy.deadline_seconds:
             return self._deadline_exceeded()
         return _SUSPENDED if attempt.stopping_at else None
+
+    def _shrink(self, attempt: AttemptStatus, ray: RayJob) -> Cause | None:
+        """Return why an elastic attempt ends, to continue with the workers that have a node; None:
+        it has all workers or waits. KubeRay would wait for all of them."""
+        placed = [
+            moment_of(pod.placed_at)
+            for pod in self.observed.pods
+            if (pod.attempt, pod.role) == (attempt.number, "worker")
+            and pod.placed_at
+            and not pod.has_ended
+        ]
+        if not 0 < ray.min_workers <= len(placed) < ray.workers:
+            return None
+        patience = self.policy.start_deadline_seconds // ELASTIC_SHARE
+        left = patience - (self.now - max(placed)).total_seconds()
+        if left > 0:
+            self.wake_times.append(left)
+            return None
+        self._update(workers=len(placed))
+        return reasons.of_missing_workers(ray, self.observed, len(placed), patience)
 
     def _start_allowed_at(self, attempt: AttemptStatus, ray: RayJob) -> datetime:
         """Return when the pods of the attempt could start: after their time in the queue."""

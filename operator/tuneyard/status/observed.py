@@ -41,6 +41,10 @@ class RayJob(NamedTuple):
     """When KubeRay started the job (RFC 3339); None: not yet."""
     cluster_failure: str
     """Why the RayCluster could not create pods; "": no problem."""
+    workers: int
+    """Workers that it asks for; KubeRay starts the driver once all of them run."""
+    min_workers: int
+    """Fewest workers that the job continues with; `workers` unless the job is elastic."""
 
     @property
     def ended(self) -> bool:
@@ -80,6 +84,12 @@ class Pod(NamedTuple):
     phase: str
     deleting: bool
     problems: tuple[PodProblem, ...]
+    placed_at: str | None
+    """When the pod got a node (RFC 3339); None: it has none."""
+
+    @property
+    def has_ended(self) -> bool:
+        return self.deleting or self.phase in ("Succeeded", "Failed")
 
 
 class Workload(NamedTuple):
@@ -136,6 +146,7 @@ def attempt_of(item: Object) -> int:
 def ray_job(item: Object) -> RayJob:
     """Return the reduced form of a RayJob."""
     metadata, status = item["metadata"], item.get("status") or {}
+    workers, min_workers = _group_size(item.get("spec") or {})
     owners = (o["uid"] for o in metadata.get("ownerReferences") or () if o.get("controller"))
     return RayJob(
         name=metadata["name"],
@@ -151,7 +162,17 @@ def ray_job(item: Object) -> RayJob:
         cluster=status.get("rayClusterName") or "",
         start_time=status.get("startTime"),
         cluster_failure=_cluster_failure(status.get("rayClusterStatus") or {}),
+        workers=workers,
+        min_workers=min_workers,
     )
+
+
+def _group_size(spec: Object) -> tuple[int, int]:
+    """Return the workers that a RayJob asks for, and the fewest. 0, 0: another client's RayJob has
+    no such group."""
+    groups: list[Object] = (spec.get("rayClusterSpec") or {}).get("workerGroupSpecs") or [{}]
+    workers = int(groups[0].get("replicas") or 0)
+    return workers, int(groups[0].get("minReplicas", workers))
 
 
 def _cluster_failure(status: Object) -> str:
@@ -173,7 +194,16 @@ def pod(item: Object) -> Pod:
         phase=status.get("phase") or "Pending",
         deleting="deletionTimestamp" in metadata,
         problems=tuple(_problems(status)),
+        placed_at=_placed_at(status),
     )
+
+
+def _placed_at(status: Object) -> str | None:
+    for condition in status.get("conditions") or ():
+        if condition.get("type") == "PodScheduled" and condition.get("status") == "True":
+            time: str | None = condition.get("lastTransitionTime")
+            return time
+    return None
 
 
 def _role(labels: Object) -> str:
