@@ -114,7 +114,7 @@ def test_the_attempt_is_in_the_name_the_entrypoint_and_the_labels() -> None:
 def test_the_longest_name_and_attempt_fit_into_kuberay_s_47_characters() -> None:
     value = manifest("minimal")
     value["metadata"]["name"] = "a" * 40
-    result = rendered(FineTuneJob.model_validate(value), attempt=100)
+    result = rendered(FineTuneJob.model_validate(value), attempt=99_999)
     assert len(result.ray_job["metadata"]["name"]) <= 47
 
 
@@ -167,7 +167,7 @@ def test_labels_are_copied_except_those_that_another_controller_would_act_on() -
     value = manifest("minimal")
     value["metadata"]["labels"] = {
         "team": "a",
-        "kueue.x-k8s.io/queue-name": "sneaky",
+        "kueue.x-k8s.io/pod-group-name": "sneaky",
         "app.kubernetes.io/instance": "argo-app",
         "tuneyard.io/job": "forged",
     }
@@ -175,7 +175,7 @@ def test_labels_are_copied_except_those_that_another_controller_would_act_on() -
     for labels in [result.ray_job["metadata"]["labels"], *pod_labels(result)]:
         assert labels["team"] == "a"
         assert labels["tuneyard.io/job"] == "minimal"
-        assert not {"kueue.x-k8s.io/queue-name", "app.kubernetes.io/instance"} & set(labels)
+        assert not {"kueue.x-k8s.io/pod-group-name", "app.kubernetes.io/instance"} & set(labels)
 
 
 def pod_labels(result: Rendered) -> list[dict[str, str]]:
@@ -188,6 +188,18 @@ def test_the_queue_is_named_on_the_rayjob_and_nowhere_else() -> None:
     assert labels["kueue.x-k8s.io/queue-name"] == "team-a"
     assert labels["kueue.x-k8s.io/priority-class"] == "high"
     assert not any("kueue" in key for labels in pod_labels(result) for key in labels)
+
+
+def test_kueue_s_labels_of_the_job_are_honored_unless_the_run_policy_names_others() -> None:
+    label = {"kueue.x-k8s.io/queue-name": "team-b", "kueue.x-k8s.io/priority-class": "low"}
+    for name, expected in (("minimal", ("team-b", "low")), ("support-bot", ("team-a", "high"))):
+        value = manifest(name)
+        value["metadata"]["labels"] = label
+        result = rendered(FineTuneJob.model_validate(value))
+        labels = result.ray_job["metadata"]["labels"]
+        assert tuple(labels[key] for key in label) == expected
+        assert not any("kueue" in key for labels in pod_labels(result) for key in labels)
+        assert not any("kueue" in key for key in result.config_map["metadata"]["labels"])
 
 
 def test_no_two_places_share_a_mutable_value() -> None:

@@ -24,7 +24,7 @@ from tuneyard.api.progress import Outcome, Post
 from tuneyard.api.status import Result, StageStatus
 from tuneyard.errors import Fault, PlanError
 from tuneyard.status.observe import (
-    MAX_ATTEMPTS,
+    KEPT_ATTEMPTS,
     POD_REMOVAL_SECONDS,
     Decision,
     Waiting,
@@ -459,6 +459,53 @@ class TestProgress:
         assert sim.status.attempts[0].steps_lost is None
 
 
+class TestQueueOfTheJobsLabel:
+    def test_the_label_of_the_job_names_its_queue_unless_the_run_policy_does(self) -> None:
+        for policy, queue in (({}, "labeled"), ({"queue": "team-a"}, "team-a")):
+            sim = simulation(**policy)
+            labels = {"kueue.x-k8s.io/queue-name": "labeled"}
+            metadata = sim.job.metadata.model_copy(update={"labels": labels})
+            sim.job = sim.job.model_copy(update={"metadata": metadata})
+            sim.reconcile()
+            assert sim.phase == "Queued"
+            admitted = sim.condition("Admitted")
+            assert admitted
+            assert admitted.message == f"attempt 1 waits for queue {queue}"
+            sim.run()
+            admitted = sim.condition("Admitted")
+            assert admitted
+            assert (admitted.status, admitted.message) == ("True", f"admitted by queue {queue}")
+
+    def test_a_job_in_the_default_queue_of_its_namespace_waits_for_admission(self) -> None:
+        sim = simulation()
+        sim.default_queue = "default"
+        sim.reconcile()
+        sim.reconcile()
+        sim.workload = Workload(False, "insufficient quota")
+        sim.reconcile()
+        assert (sim.phase, sim.why("Admitted")) == ("Queued", "False Queued")
+        admitted = sim.condition("Admitted")
+        assert admitted
+        assert admitted.message == "insufficient quota"
+        unchanged(sim)
+        sim.run()
+        assert sim.why("Admitted") == "True Admitted"
+
+
+RUN_SECONDS = 7
+
+
+def preempted_often(**policy: Any) -> Simulation:
+    """Return a job with one failure and more preemptions than a status lists attempts."""
+    sim = simulation(backoffSeconds=0, **policy)
+    for number in range(KEPT_ATTEMPTS + 4):
+        sim.run()
+        sim.wait(RUN_SECONDS)
+        sim.end(failed("DiskFull", retryable=True) if number == 0 else INTERRUPTED)
+        sim.settle(4)
+    return sim
+
+
 # ---- elastic jobs -------------------------------------------------------------------------------
 
 
@@ -841,20 +888,29 @@ class TestFailure:
         assert sim.attempt == closed
         assert should_stop(sim.job), "its driver shall end"
 
-    def test_the_number_of_uncounted_attempts_is_bounded(self) -> None:
-        sim = running()
-        attempts = [
-            sim.attempt.model_copy(
-                update={"number": n, "reason": "Preempted", "finished_at": "2030-01-01T00:00:00Z"}
-            )
-            for n in range(1, MAX_ATTEMPTS + 1)
-        ]
-        status = sim.status.model_copy(update={"attempts": attempts})
-        sim = Simulation(sim.job.model_copy(update={"status": status}))
-        sim.settle()
-        assert sim.why("Failed") == "True TooManyAttempts"
-        assert len(sim.status.attempts) == MAX_ATTEMPTS
-        assert sim.created == []
+    def test_a_job_that_is_preempted_again_and_again_goes_on_and_its_status_stays_small(
+        self,
+    ) -> None:
+        sim = preempted_often(maxAttempts=2)
+        assert sim.phase != "Failed"
+        numbers = [a.number for a in sim.status.attempts]
+        assert len(numbers) == KEPT_ATTEMPTS
+        assert numbers[0] == 1, "the attempt that counts is kept"
+        assert numbers[-1] == len(sim.created) == KEPT_ATTEMPTS + 5
+        sim.run()
+        sim.end(failed("DiskFull", retryable=True))
+        assert sim.phase == "Failed", "it is the second failure"
+
+    def test_the_run_time_of_attempts_that_are_not_listed_counts_toward_the_deadline(self) -> None:
+        sim = preempted_often()
+        sim.run()
+        total = sum(RUN_SECONDS for _ in sim.created[:-1])
+        sim.edit(deadline_seconds=total + 60)
+        sim.reconcile()
+        assert sim.phase == "Running"
+        sim.wait(60)
+        sim.reconcile()
+        assert sim.attempt.stopping_at, "the attempt is asked to stop"
 
     def test_a_status_with_the_longest_texts_stays_small(self) -> None:
         sim = running(maxAttempts=100)

@@ -100,9 +100,11 @@ class RunPolicy(Model):
     ttl_seconds_after_finished: int | None = Field(default=None, ge=0)
     """Delete the job this many seconds after it finished. None: never."""
     queue: ObjectName | None = None
-    """Name of the Kueue LocalQueue that admits the job. None: no queue."""
+    """Name of the Kueue LocalQueue that admits the job. None: the job's label
+    kueue.x-k8s.io/queue-name, else the namespace's default queue if Kueue has one."""
     workload_priority: ObjectName | None = None
-    """Name of the Kueue WorkloadPriorityClass. None: the queue's default."""
+    """Name of the Kueue WorkloadPriorityClass. None: the job's label
+    kueue.x-k8s.io/priority-class, else the queue's default."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(

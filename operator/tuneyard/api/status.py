@@ -126,7 +126,9 @@ class JobStatus(Report):
     progress: Progress | None = None
     """Progress of the running stage. None: no stage is running."""
     attempts: list[AttemptStatus] = Field(default=[], max_length=100)
-    """All attempts so far."""
+    """The attempts. From the 101st on, the oldest that counts toward no limit is dropped."""
+    dropped_seconds: float | None = Field(default=None, ge=0)
+    """Run time of the attempts that are not listed any more, in seconds. None: all are listed."""
     result: Result | None = None
     """Result of the job. None: the job has not succeeded."""
     failure: Failure | None = None

@@ -28,13 +28,17 @@ from tuneyard.api.pods import (
 )
 from tuneyard.rendering.compute import Workers, workers
 from tuneyard.rendering.names import (
+    PRIORITY_LABEL,
+    QUEUE_LABEL,
     audience,
     config_map_name,
     erasure_name,
     network_policy_name,
     plan_digest,
     progress_path,
+    queue,
     ray_job_name,
+    workload_priority,
 )
 from tuneyard.rendering.storage import Storage, storage
 
@@ -67,7 +71,8 @@ _FOREIGN_LABELS = (
     "ray.io/",
     f"{GROUP}/",
 )
-"""Prefixes of labels that other controllers act on. Labels with these prefixes are not copied."""
+"""Prefixes of labels that other controllers act on. Labels with these prefixes are not copied; the
+RayJob alone gets Kueue's labels."""
 
 
 class Reporting(NamedTuple):
@@ -193,11 +198,10 @@ def _config_map(plan: Plan, job: FineTuneJob | AlignmentJob) -> Object:
 
 def _ray_job(plan: Plan, job: FineTuneJob | AlignmentJob, attempt: int, spec: Object) -> Object:
     labels = _labels(job, attempt)
-    policy = job.spec.run_policy
-    if policy.queue:
-        labels["kueue.x-k8s.io/queue-name"] = policy.queue
-    if policy.workload_priority:
-        labels["kueue.x-k8s.io/priority-class"] = policy.workload_priority
+    if name := queue(job):
+        labels[QUEUE_LABEL] = name
+    if priority := workload_priority(job):
+        labels[PRIORITY_LABEL] = priority
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",

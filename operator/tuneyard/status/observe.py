@@ -28,6 +28,7 @@ from tuneyard.api.status import (
 )
 from tuneyard.errors import PlanError
 from tuneyard.rendering.names import plan_digest, ray_job_name
+from tuneyard.rendering.names import queue as queue_of
 from tuneyard.status import reasons
 from tuneyard.status.observed import ObservedState, RayJob
 from tuneyard.status.reasons import Cause
@@ -49,8 +50,9 @@ ELASTIC_SHARE = 6
 """An elastic attempt waits the start deadline divided by this for workers without a node: 300 s of
 the default 1800 s, in which a cluster can add nodes."""
 MAX_BACKOFF_SECONDS = 3600
-MAX_ATTEMPTS = 100
-"""Limit of all attempts, uncounted ones included: a status holds no more."""
+KEPT_ATTEMPTS = 100
+"""Attempts that a status holds, to fit into one object. The oldest uncounted one is dropped first:
+at most `maxAttempts` count, and that is at most 100."""
 _ATTEMPT_TEXT, _FAILURE_TEXT = 1024, 4096
 """Characters kept of a message: a hundred attempts must fit into one object."""
 
@@ -177,8 +179,6 @@ class _Observer:
             pass
         elif (wait := self._backoff()) > 0:
             self.wake_times.append(wait)
-        elif len(self.status.attempts) >= MAX_ATTEMPTS:
-            self._fail_job(_TOO_MANY)
         else:
             return self._decision(start=self._open_attempt())
         return self._decision()
@@ -228,7 +228,7 @@ class _Observer:
 
     def _open_attempt(self) -> int:
         """Add the next attempt to the status; return its number."""
-        last, queue = self._attempt, self.policy.queue
+        last, queue = self._attempt, queue_of(self.job)
         number = last.number + 1 if last else 1
         name = ray_job_name(self.job.kind, self.job.metadata.name, number)
         attempt = AttemptStatus(
@@ -237,6 +237,8 @@ class _Observer:
             started_at=rfc3339(self.now),
             workers=last.workers if last and last.reason == "FewerWorkers" else None,
         )
+        if len(self.status.attempts) >= KEPT_ATTEMPTS:
+            self._drop_attempt()
         self._set(attempts=[*self.status.attempts, attempt])
         self._phase("Queued" if queue else "Pending")
         if queue:
@@ -248,6 +250,13 @@ class _Observer:
             self._condition("Suspended", False, "Resumed", "runPolicy.suspend is not set")
         self._condition("Running", False, *_STARTING)
         return number
+
+    def _drop_attempt(self) -> None:
+        """Drop the oldest attempt that counts toward no limit. Its run time still counts."""
+        attempts = self.status.attempts
+        oldest = next((a for a in attempts if a.reason in UNCOUNTED), attempts[0])
+        seconds = (self.status.dropped_seconds or 0.0) + self._seconds_of(oldest)
+        self._set(attempts=[a for a in attempts if a != oldest], dropped_seconds=seconds)
 
     # ---- during an attempt ----------------------------------------------------------------------
 
@@ -323,7 +332,7 @@ class _Observer:
     def _describe(self, attempt: AttemptStatus, ray: RayJob) -> None:
         """Set phase and conditions of an attempt that continues."""
         waits = ray.suspended and not attempt.running_at
-        self._describe_admission(waits)
+        self._describe_admission(ray.queue, waits)
         if ray.running or attempt.running_at:
             if attempt.running_at is None:
                 self._update(running_at=rfc3339(self.now))
@@ -339,8 +348,7 @@ class _Observer:
             why = (cause.reason, cause.message) if is_known else _STARTING
             self._condition("Running", False, *why)
 
-    def _describe_admission(self, waits: bool) -> None:
-        queue = self.policy.queue
+    def _describe_admission(self, queue: str | None, waits: bool) -> None:
         if queue is None:
             self._condition("Admitted", True, *_NO_QUEUE)
         elif waits:
@@ -569,12 +577,14 @@ class _Observer:
 
     def _spent(self) -> float:
         """Return the seconds that all attempts took, each from the start of its driver."""
-        total = 0.0
-        for attempt in self.status.attempts:
-            if attempt.running_at:
-                end = moment_of(attempt.finished_at) if attempt.finished_at else self.now
-                total += (end - moment_of(attempt.running_at)).total_seconds()
-        return total
+        listed = sum(self._seconds_of(attempt) for attempt in self.status.attempts)
+        return (self.status.dropped_seconds or 0.0) + listed
+
+    def _seconds_of(self, attempt: AttemptStatus) -> float:
+        if attempt.running_at is None:
+            return 0.0
+        end = moment_of(attempt.finished_at) if attempt.finished_at else self.now
+        return (end - moment_of(attempt.running_at)).total_seconds()
 
     def _set(self, **values: object) -> None:
         self.status = self.status.model_copy(update=values)
@@ -646,12 +656,6 @@ class _Observer:
 
 _CANCELED = Cause("Canceled", "runPolicy.cancel was set")
 _SUSPENDED = Cause("Suspended", "runPolicy.suspend was set", retryable=True)
-_TOO_MANY = Cause(
-    "TooManyAttempts",
-    f"the job was suspended or preempted too often: it had {MAX_ATTEMPTS} attempts",
-    "Create the job again with the same name and the same output: it resumes from its last "
-    "checkpoint.",
-)
 
 
 def _with_state(stage: StageStatus, state: StageState) -> StageStatus:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from tuneyard.api.meta import GROUP
 from tuneyard.api.progress import Post
+from tuneyard.rendering.names import QUEUE_LABEL
 
 Object = Mapping[str, Any]
 
@@ -45,6 +46,9 @@ class RayJob(NamedTuple):
     """Workers that it asks for; KubeRay starts the driver once all of them run."""
     min_workers: int
     """Fewest workers that the job continues with; `workers` unless the job is elastic."""
+    queue: str | None
+    """The Kueue LocalQueue of its label, which Kueue sets if the namespace has a default queue.
+    None: no queue."""
 
     @property
     def ended(self) -> bool:
@@ -164,6 +168,7 @@ def ray_job(item: Object) -> RayJob:
         cluster_failure=_cluster_failure(status.get("rayClusterStatus") or {}),
         workers=workers,
         min_workers=min_workers,
+        queue=(metadata.get("labels") or {}).get(QUEUE_LABEL) or None,
     )
 
 
