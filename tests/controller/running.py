@@ -29,6 +29,7 @@ class Operator:
     """One replica: a context manager that starts it and ends it.
 
     `options` are the command's, with `_` for `-`: `Operator(kubeconfig, tmp_path, lease="mine")`.
+    A flag has the value "".
     """
 
     def __init__(self, kubeconfig: Path, folder: Path, **options: str) -> None:
@@ -39,6 +40,7 @@ class Operator:
             argument
             for name, value in options.items()
             for argument in (f"--{name.replace('_', '-')}", value)
+            if argument
         ]
         self._kubeconfig = kubeconfig
         self._log = folder / f"operator-{options['identity']}.log"

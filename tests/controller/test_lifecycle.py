@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
@@ -12,8 +14,10 @@ from tests.controller.scene import (
     SUCCEEDED,
     Job,
     OperatedScene,
+    Scene,
     consistently,
     eventually,
+    operated,
     outcome,
 )
 from tuneyard.api.meta import FINALIZER
@@ -60,6 +64,32 @@ def test_a_job_succeeds_and_its_status_and_events_show_each_step(
         "StageSucceeded": len(status["stages"]),
         "Succeeded": 1,
     }
+
+
+def test_a_job_gets_one_network_policy_which_its_attempts_share_and_which_is_deleted_with_it(
+    new_scene: Callable[[str], Scene], tmp_path: Path
+) -> None:
+    quiet = new_scene("policies")
+    path = f"/apis/networking.k8s.io/v1/namespaces/{quiet.namespace}/networkpolicies"
+    with operated(quiet, tmp_path, job_network_policies="") as scene:
+        job = scene.create("fenced", policy={"backoffSeconds": 0})
+        first = job.attempt(1)
+        (policy,) = scene.api.list(path)
+        first.run().end(RETRYABLE)
+        job.attempt(2)
+        (shared,) = scene.api.list(path)
+        assert shared["metadata"]["uid"] == policy["metadata"]["uid"], "it was not created again"
+        (owner,) = shared["metadata"]["ownerReferences"]
+        assert (owner["kind"], owner["name"]) == ("FineTuneJob", "fenced")
+        job.delete()
+        job.until_gone()
+        eventually(lambda: not scene.api.list(path))
+
+
+def test_an_operator_without_the_setting_writes_no_network_policy(scene: OperatedScene) -> None:
+    scene.create("open").attempt(1)
+    path = f"/apis/networking.k8s.io/v1/namespaces/{scene.namespace}/networkpolicies"
+    assert scene.api.list(path) == []
 
 
 def test_every_status_write_changes_something(scene: OperatedScene) -> None:

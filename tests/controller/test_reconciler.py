@@ -354,6 +354,8 @@ def test_an_erasure_that_takes_too_long_ends_and_the_event_says_that_the_output_
         "the output at pvc://models/tuned was not removed: Job was active longer than specified "
         "deadline"
     ]
+
+
 def test_a_new_attempt_s_pods_trust_the_authorities_of_that_moment() -> None:
     """The authorities change while the operator runs."""
 

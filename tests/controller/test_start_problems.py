@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 
 import pytest
 
@@ -18,6 +19,7 @@ from tests.controller.scene import (
     RefusedError,
     consistently,
     eventually,
+    outcome,
 )
 
 pytestmark = pytest.mark.apiserver
@@ -85,6 +87,34 @@ PROBLEMS = {
     "QuotaExceeded": (refused_by_policy, "compute.workers"),
     "StartTimeout": (lambda _: None, ""),
 }
+
+
+def test_an_elastic_job_goes_on_with_the_workers_that_have_a_node_and_grows_again(
+    scene: OperatedScene,
+) -> None:
+    compute = {"workers": 2, "minWorkers": 1}
+    policy = {"startDeadlineSeconds": 60, "maxAttempts": 2, "backoffSeconds": 0}
+    job = scene.create("elastic", policy=policy, compute=compute)
+    first = job.attempt(1)
+    first.start()  # one worker's pod exists, as if a quota refused the other
+    assert first.body["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == 2
+    scheduled = {"type": "PodScheduled", "status": "True", "lastTransitionTime": now()}
+    first.set_pod(first.worker, conditions=[scheduled])
+    job.until(lambda job: job.reasons == ["FewerWorkers", None])
+    second = job.attempt(2)
+    assert second.body["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == 1
+    second.run()
+    assert second.environment["TUNEYARD_WORKERS"] == "1"
+    assert [attempt["workers"] for attempt in job.attempts] == [1, 1]
+    second.driver().end(outcome("Failed", "DiskFull", retryable=True))
+    third = job.attempt(3)
+    assert third.body["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == 2
+    assert "TUNEYARD_WORKERS" not in third.environment
+    job.delete()
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def test_pods_that_do_not_start_are_explained_at_once_and_fail_the_job_in_time(

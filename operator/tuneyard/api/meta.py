@@ -137,7 +137,8 @@ class ObjectMeta(BaseModel):
     namespace: str | None = None
     """Namespace of the job. None: the namespace of the kubeconfig's context."""
     labels: dict[str, str] = {}
-    """Labels, copied to the objects that are created for the job."""
+    """Labels, copied to the objects that are created for the job. Labels of other controllers are
+    not copied, apart from Kueue's queue and priority class."""
     annotations: dict[str, str] = {}
     """Annotations; Tuneyard does not read them."""
     generation: int | None = None

@@ -17,6 +17,9 @@ TOKEN_FILE_VARIABLE: Final = "TUNEYARD_TOKEN_FILE"  # noqa: S105  a name
 """Environment variable: the path of the bearer token for these posts."""
 CA_VARIABLE: Final = "TUNEYARD_CA"
 """Environment variable: the status server's certificate authority, in PEM."""
+WORKERS_VARIABLE: Final = "TUNEYARD_WORKERS"
+"""Environment variable: the number of workers of an elastic attempt that has fewer than
+`compute.workers`. Unset: all of them."""
 
 CLAIMS_FOLDER: Final = "/mnt/pvc"
 """A pod mounts each PersistentVolumeClaim at `CLAIMS_FOLDER/<claim>`."""

@@ -331,7 +331,12 @@ def needs_finalizer(job: Object) -> bool:
     return bool(output.get("deletionPolicy") == "Delete")
 
 
-_PLURALS = {"ConfigMap": "configmaps", "RayJob": "rayjobs", "Job": "jobs"}
+_PLURALS = {
+    "ConfigMap": "configmaps",
+    "NetworkPolicy": "networkpolicies",
+    "RayJob": "rayjobs",
+    "Job": "jobs",
+}
 
 
 def _path_of(item: Object) -> str:

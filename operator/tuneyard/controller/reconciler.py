@@ -316,9 +316,16 @@ class Reconciler:
             else:
                 plan = await self._recorded_plan(key, job)
             rendered = rayjob.render(
-                plan, job, attempt=number, image=self.settings.image, reporting=self._reporting
+                plan,
+                job,
+                attempt=number,
+                image=self.settings.image,
+                reporting=self._reporting,
+                reduced_to=job.status.attempts[-1].workers if job.status else None,
             )
             await self.cluster.apply(rendered.config_map)
+            if self.settings.job_network_policies:
+                await self.cluster.apply(rendered.network_policy)
             created = await self.cluster.apply(rendered.ray_job)
         except PlanLostError as error:
             self._store_create_error(key, cached, CreateError(422, "PlanLost", str(error)))

@@ -1,4 +1,4 @@
-"""Render the Kubernetes objects of one attempt: an immutable ConfigMap and a RayJob.
+"""Render the Kubernetes objects of one attempt: an immutable ConfigMap, a NetworkPolicy, a RayJob.
 
 Each pod gets what it needs and no more. The head runs the driver, which claims the output and reads
 its records: the head gets the plan, the progress token and the output. The workers get the models,
@@ -7,6 +7,7 @@ the data, the output and the Secrets. No pod has Kubernetes permissions.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,15 +23,21 @@ from tuneyard.api.pods import (
     GRACE_SECONDS,
     PROGRESS_URL_VARIABLE,
     TOKEN_FILE_VARIABLE,
+    WORKERS_VARIABLE,
 )
 from tuneyard.rendering.compute import Workers, workers
 from tuneyard.rendering.names import (
+    PRIORITY_LABEL,
+    QUEUE_LABEL,
     audience,
     config_map_name,
     erasure_name,
+    network_policy_name,
     plan_digest,
     progress_path,
+    queue,
     ray_job_name,
+    workload_priority,
 )
 from tuneyard.rendering.plan_file import plan_text
 from tuneyard.rendering.storage import Storage, storage
@@ -46,6 +53,10 @@ TOKEN_SECONDS = 3600
 """Lifetime of the token; the kubelet renews it at 80%."""
 TTL_SECONDS = 60
 """How long the cluster of a finished RayJob stays, for the operator to read its state."""
+DASHBOARD_PORT = 8265
+"""Port of Ray's dashboard and job API on the head."""
+_KUBERAY = {"app.kubernetes.io/component": "kuberay-operator"}
+"""The label of KubeRay's operator in its Helm chart and in its kustomize manifests."""
 OBJECT_STORE_BYTES = 256 << 20
 """Size of Ray's object store, which batches never pass through. The default, 30% of memory, would
 not fit into /dev/shm, and Ray would then use the disk."""
@@ -68,7 +79,8 @@ _FOREIGN_LABELS = (
     "ray.io/",
     f"{GROUP}/",
 )
-"""Prefixes of labels that other controllers act on. Labels with these prefixes are not copied."""
+"""Prefixes of labels that other controllers act on. Labels with these prefixes are not copied; the
+RayJob alone gets Kueue's labels."""
 
 
 class Reporting(NamedTuple):
@@ -85,6 +97,8 @@ class Rendered(NamedTuple):
 
     config_map: Object
     """Named by its content, so that attempts with one plan share it."""
+    network_policy: Object
+    """Named by the job: all attempts share it."""
     ray_job: Object
     """`<job>-<attempt>`."""
 
@@ -96,9 +110,11 @@ def render(
     attempt: int,
     image: str = DEFAULT_IMAGE,
     reporting: Reporting | None = None,
+    reduced_to: int | None = None,
 ) -> Rendered:
     """Return the objects of an attempt of a plan that `placement.placed` returned. `reporting`
-    None: no progress is posted."""
+    None: no progress is posted. `reduced_to`: the workers of an elastic attempt that cannot have
+    all."""
     compute, policy = plan.compute, job.spec.run_policy
     config_map = _config_map(plan, job)
     mount = _plan_mount(config_map["metadata"]["name"])
@@ -109,6 +125,9 @@ def render(
     )
     store, group = storage(plan), workers(compute)
     token, env = _reporting(job, reporting)
+    if reduced_to is not None:
+        group = group._replace(num_workers=reduced_to)
+        env = [*env, {"name": WORKERS_VARIABLE, "value": str(reduced_to)}]
     head = _head(pods, store, [mount, *token], env)
     spec = {
         "submissionMode": "K8sJobMode",
@@ -123,11 +142,13 @@ def render(
         "submitterPodTemplate": _submitter(pods),
         "rayClusterSpec": {
             "rayVersion": RAY_VERSION,
+            # KubeRay creates the token's Secret and gives it to the head, workers and submitter.
+            "authOptions": {"mode": "token"},
             "headGroupSpec": head,
             "workerGroupSpecs": [_worker_group(pods, store, group, compute)],
         },
     }
-    return Rendered(config_map, _ray_job(plan, job, attempt, spec))
+    return Rendered(config_map, _network_policy(job), _ray_job(plan, job, attempt, spec))
 
 
 def render_erasure(
@@ -189,16 +210,37 @@ def _config_map(plan: Plan, job: FineTuneJob | AlignmentJob) -> Object:
 
 def _ray_job(plan: Plan, job: FineTuneJob | AlignmentJob, attempt: int, spec: Object) -> Object:
     labels = _labels(job, attempt)
-    policy = job.spec.run_policy
-    if policy.queue:
-        labels["kueue.x-k8s.io/queue-name"] = policy.queue
-    if policy.workload_priority:
-        labels["kueue.x-k8s.io/priority-class"] = policy.workload_priority
+    if name := queue(job):
+        labels[QUEUE_LABEL] = name
+    if priority := workload_priority(job):
+        labels[PRIORITY_LABEL] = priority
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
         "metadata": _metadata(job, ray_job_name(job.kind, plan.job.name, attempt), labels),
         "spec": spec,
+    }
+
+
+def _network_policy(job: FineTuneJob | AlignmentJob) -> Object:
+    """Return the policy that only pods of the same job reach the job's pods. KubeRay's operator
+    asks the dashboard for the state of the Ray job."""
+    labels = _labels(job, attempt=None)
+    pods = {"matchLabels": {key: labels[key] for key in (f"{GROUP}/kind", f"{GROUP}/job")}}
+    kuberay = {"namespaceSelector": {}, "podSelector": {"matchLabels": dict(_KUBERAY)}}
+    dashboard = {"port": DASHBOARD_PORT, "protocol": "TCP"}
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": _metadata(job, network_policy_name(job.kind, job.metadata.name), labels),
+        "spec": {
+            "podSelector": pods,
+            "policyTypes": ["Ingress"],
+            "ingress": [
+                {"from": [{"podSelector": copy.deepcopy(pods)}]},
+                {"from": [kuberay], "ports": [dashboard]},
+            ],
+        },
     }
 
 

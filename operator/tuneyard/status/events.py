@@ -22,7 +22,7 @@ KEY_METRICS = (
 )
 """The event of a finished stage names the first of these metrics that the stage has."""
 
-_WITHOUT_EVENT = ("Starting", "Queued", "Retrying", "Suspended", "Preempted")
+_WITHOUT_EVENT = ("Starting", "Queued", "Retrying", "Suspended", "Preempted", "FewerWorkers")
 """Reasons of Running=False without an event: they are no problem, or another event reports them."""
 
 

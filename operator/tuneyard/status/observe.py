@@ -28,6 +28,7 @@ from tuneyard.api.status import (
 )
 from tuneyard.errors import PlanError
 from tuneyard.rendering.names import plan_digest, ray_job_name
+from tuneyard.rendering.names import queue as queue_of
 from tuneyard.status import reasons
 from tuneyard.status.observed import LOST_SECONDS, ObservedState, Pod, RayJob, is_lost, names_of
 from tuneyard.status.reasons import Cause
@@ -36,7 +37,7 @@ from tuneyard.status.times import moment_of, rfc3339
 
 Job = FineTuneJob | AlignmentJob
 
-UNCOUNTED = ("Suspended", "Preempted")
+UNCOUNTED = ("Suspended", "Preempted", "FewerWorkers")
 """Reasons of attempts that do not count toward maxAttempts."""
 MISSING_SECONDS = 10.0
 """How long a known RayJob must be missing before its attempt is closed. The cache may lag behind,
@@ -45,9 +46,13 @@ RECHECK_SECONDS = 15.0
 """Interval of the checks for a change that a watch should have reported."""
 POD_REMOVAL_SECONDS = GRACE_SECONDS + 60.0
 """How long the removal of an ended attempt's pods may take before the status reports PodsLeft."""
+ELASTIC_SHARE = 6
+"""An elastic attempt waits the start deadline divided by this for workers without a node: 300 s of
+the default 1800 s, in which a cluster can add nodes."""
 MAX_BACKOFF_SECONDS = 3600
-MAX_ATTEMPTS = 100
-"""Limit of all attempts, uncounted ones included: a status holds no more."""
+KEPT_ATTEMPTS = 100
+"""Attempts that a status holds, to fit into one object. The oldest uncounted one is dropped first:
+at most `maxAttempts` count, and that is at most 100."""
 _ATTEMPT_TEXT, _FAILURE_TEXT = 1024, 4096
 """Characters kept of a message: a hundred attempts must fit into one object."""
 
@@ -192,8 +197,6 @@ class _Observer:
             pass
         elif (wait := self._backoff()) > 0:
             self.wake_times.append(wait)
-        elif len(self.status.attempts) >= MAX_ATTEMPTS:
-            self._fail_job(_TOO_MANY)
         else:
             return self._decision(start=self._open_attempt())
         return self._decision()
@@ -253,10 +256,17 @@ class _Observer:
 
     def _open_attempt(self) -> int:
         """Add the next attempt to the status; return its number."""
-        last, queue = self._attempt, self.policy.queue
+        last, queue = self._attempt, queue_of(self.job)
         number = last.number + 1 if last else 1
         name = ray_job_name(self.job.kind, self.job.metadata.name, number)
-        attempt = AttemptStatus(number=number, ray_job=name, started_at=rfc3339(self.now))
+        attempt = AttemptStatus(
+            number=number,
+            ray_job=name,
+            started_at=rfc3339(self.now),
+            workers=last.workers if last and last.reason == "FewerWorkers" else None,
+        )
+        if len(self.status.attempts) >= KEPT_ATTEMPTS:
+            self._drop_attempt()
         self._set(attempts=[*self.status.attempts, attempt])
         self._phase("Queued" if queue else "Pending")
         if queue:
@@ -272,6 +282,13 @@ class _Observer:
         """Report that a job that was suspended is not any more."""
         if "Suspended" in self._conditions() and not self.policy.suspend:
             self._condition("Suspended", False, "Resumed", "runPolicy.suspend is not set")
+
+    def _drop_attempt(self) -> None:
+        """Drop the oldest attempt that counts toward no limit. Its run time still counts."""
+        attempts = self.status.attempts
+        oldest = next((a for a in attempts if a.reason in UNCOUNTED), attempts[0])
+        seconds = (self.status.dropped_seconds or 0.0) + self._seconds_of(oldest)
+        self._set(attempts=[a for a in attempts if a != oldest], dropped_seconds=seconds)
 
     # ---- during an attempt ----------------------------------------------------------------------
 
@@ -347,7 +364,7 @@ class _Observer:
     def _describe(self, attempt: AttemptStatus, ray: RayJob) -> None:
         """Set phase and conditions of an attempt that continues."""
         waits = ray.suspended and not attempt.running_at
-        self._describe_admission(waits)
+        self._describe_admission(ray.queue, waits)
         if ray.running or attempt.running_at:
             if attempt.running_at is None:
                 self._update(running_at=rfc3339(self.now))
@@ -363,8 +380,7 @@ class _Observer:
             why = (cause.reason, cause.message) if is_known else _STARTING
             self._condition("Running", False, *why)
 
-    def _describe_admission(self, waits: bool) -> None:
-        queue = self.policy.queue
+    def _describe_admission(self, queue: str | None, waits: bool) -> None:
         if queue is None:
             self._condition("Admitted", True, *_NO_QUEUE)
         elif waits:
@@ -390,6 +406,8 @@ class _Observer:
             return self._decision()
         is_starting = attempt.running_at is None and not ray.suspended
         if is_starting:
+            if fewer := self._shrink(attempt, ray):
+                return self._close_attempt(fewer)
             cause = reasons.of_waiting(ray, self.observed)
             is_final = cause.reason == "OutOfMemory"  # a replacement pod would need as much
             if self._start_deadline_passed(self._start_allowed_at(attempt, ray)) or is_final:
@@ -407,6 +425,26 @@ class _Observer:
         if self.policy.deadline_seconds and self._spent() >= self.policy.deadline_seconds:
             return self._deadline_exceeded()
         return _SUSPENDED if attempt.stopping_at else None
+
+    def _shrink(self, attempt: AttemptStatus, ray: RayJob) -> Cause | None:
+        """Return why an elastic attempt ends, to continue with the workers that have a node; None:
+        it has all workers or waits. KubeRay would wait for all of them."""
+        placed = [
+            moment_of(pod.placed_at)
+            for pod in self.observed.pods
+            if (pod.attempt, pod.role) == (attempt.number, "worker")
+            and pod.placed_at
+            and not pod.has_ended
+        ]
+        if not 0 < ray.min_workers <= len(placed) < ray.workers:
+            return None
+        patience = self.policy.start_deadline_seconds // ELASTIC_SHARE
+        left = patience - (self.now - max(placed)).total_seconds()
+        if left > 0:
+            self.wake_times.append(left)
+            return None
+        self._update(workers=len(placed))
+        return reasons.of_missing_workers(ray, self.observed, len(placed), patience)
 
     def _start_allowed_at(self, attempt: AttemptStatus, ray: RayJob) -> datetime:
         """Return when the pods of the attempt could start: after their time in the queue."""
@@ -571,12 +609,14 @@ class _Observer:
 
     def _spent(self) -> float:
         """Return the seconds that all attempts took, each from the start of its driver."""
-        total = 0.0
-        for attempt in self.status.attempts:
-            if attempt.running_at:
-                end = moment_of(attempt.finished_at) if attempt.finished_at else self.now
-                total += (end - moment_of(attempt.running_at)).total_seconds()
-        return total
+        listed = sum(self._seconds_of(attempt) for attempt in self.status.attempts)
+        return (self.status.dropped_seconds or 0.0) + listed
+
+    def _seconds_of(self, attempt: AttemptStatus) -> float:
+        if attempt.running_at is None:
+            return 0.0
+        end = moment_of(attempt.finished_at) if attempt.finished_at else self.now
+        return (end - moment_of(attempt.running_at)).total_seconds()
 
     def _set(self, **values: object) -> None:
         self.status = self.status.model_copy(update=values)
@@ -648,12 +688,6 @@ class _Observer:
 
 _CANCELED = Cause("Canceled", "runPolicy.cancel was set")
 _SUSPENDED = Cause("Suspended", "runPolicy.suspend was set", retryable=True)
-_TOO_MANY = Cause(
-    "TooManyAttempts",
-    f"the job was suspended or preempted too often: it had {MAX_ATTEMPTS} attempts",
-    "Create the job again with the same name and the same output: it resumes from its last "
-    "checkpoint.",
-)
 
 
 def _with_state(stage: StageStatus, state: StageState) -> StageStatus:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from tuneyard.api.meta import GROUP
 from tuneyard.api.progress import Post
+from tuneyard.rendering.names import QUEUE_LABEL
 from tuneyard.status.times import moment_of
 
 Object = Mapping[str, Any]
@@ -47,6 +48,13 @@ class RayJob(NamedTuple):
     """When KubeRay started the job (RFC 3339); None: not yet."""
     cluster_failure: str
     """Why the RayCluster could not create pods; "": no problem."""
+    workers: int
+    """Workers that it asks for; KubeRay starts the driver once all of them run."""
+    min_workers: int
+    """Fewest workers that the job continues with; `workers` unless the job is elastic."""
+    queue: str | None
+    """The Kueue LocalQueue of its label, which Kueue sets if the namespace has a default queue.
+    None: no queue."""
     deletion_time: str | None = None
     """When Kubernetes may remove it (RFC 3339); None: it is not marked for deletion."""
 
@@ -88,6 +96,13 @@ class Pod(NamedTuple):
     phase: str
     deleting: bool
     problems: tuple[PodProblem, ...]
+    placed_at: str | None
+    """When the pod got a node (RFC 3339); None: it has none."""
+
+    @property
+    def has_ended(self) -> bool:
+        return self.deleting or self.phase in ("Succeeded", "Failed")
+
     deletion_time: str | None = None
     """When its grace period ends (RFC 3339); None: the pod is not marked for deletion."""
     node: str = ""
@@ -171,6 +186,7 @@ def attempt_of(item: Object) -> int:
 def ray_job(item: Object) -> RayJob:
     """Return the reduced form of a RayJob."""
     metadata, status = item["metadata"], item.get("status") or {}
+    workers, min_workers = _group_size(item.get("spec") or {})
     owners = (o["uid"] for o in metadata.get("ownerReferences") or () if o.get("controller"))
     return RayJob(
         name=metadata["name"],
@@ -186,8 +202,19 @@ def ray_job(item: Object) -> RayJob:
         cluster=status.get("rayClusterName") or "",
         start_time=status.get("startTime"),
         cluster_failure=_cluster_failure(status.get("rayClusterStatus") or {}),
+        workers=workers,
+        min_workers=min_workers,
+        queue=(metadata.get("labels") or {}).get(QUEUE_LABEL) or None,
         deletion_time=metadata.get("deletionTimestamp"),
     )
+
+
+def _group_size(spec: Object) -> tuple[int, int]:
+    """Return the workers that a RayJob asks for, and the fewest. 0, 0: another client's RayJob has
+    no such group."""
+    groups: list[Object] = (spec.get("rayClusterSpec") or {}).get("workerGroupSpecs") or [{}]
+    workers = int(groups[0].get("replicas") or 0)
+    return workers, int(groups[0].get("minReplicas", workers))
 
 
 def _cluster_failure(status: Object) -> str:
@@ -209,9 +236,18 @@ def pod(item: Object) -> Pod:
         phase=status.get("phase") or "Pending",
         deleting="deletionTimestamp" in metadata,
         problems=tuple(_problems(status)),
+        placed_at=_placed_at(status),
         deletion_time=metadata.get("deletionTimestamp"),
         node=(item.get("spec") or {}).get("nodeName") or "",
     )
+
+
+def _placed_at(status: Object) -> str | None:
+    for condition in status.get("conditions") or ():
+        if condition.get("type") == "PodScheduled" and condition.get("status") == "True":
+            time: str | None = condition.get("lastTransitionTime")
+            return time
+    return None
 
 
 def _role(labels: Object) -> str:

@@ -228,6 +228,18 @@ def of_waiting(ray_job: RayJob | None, observed: ObservedState) -> Cause:
     return Cause("StartTimeout", "the job's pods did not start in time")
 
 
+def of_missing_workers(ray_job: RayJob, observed: ObservedState, placed: int, waited: int) -> Cause:
+    """Return why an elastic attempt gives way to one with the workers that have a node."""
+    why = of_waiting(ray_job, observed)
+    text = f": {why.message}" if why.reason != "StartTimeout" else ""
+    return Cause(
+        "FewerWorkers",
+        f"{placed} of {ray_job.workers} workers have a node, and no other got one for "
+        f"{waited} s{text}",
+        retryable=True,
+    )
+
+
 def _quota(text: str) -> Cause:
     return Cause(
         "QuotaExceeded",

@@ -18,7 +18,7 @@ import pytest
 from tests.trainer.jobs import manifest, planned, write_data
 from tests.trainer.status_server import SUPERSEDED, Reply, StatusServer, serving
 from tuneyard.api.plan import JobRef, Plan
-from tuneyard.api.pods import OUTCOME_PREFIX
+from tuneyard.api.pods import OUTCOME_PREFIX, WORKERS_VARIABLE
 from tuneyard.api.progress import Outcome
 from tuneyard.errors import StageError
 from tuneyard_trainer import drain, erase
@@ -225,7 +225,13 @@ def test_pods_hold_one_process_for_each_gpu(
     compute: dict[str, Any], resources: Resources, tmp_path: Path
 ) -> None:
     plan = planned(manifest(tmp_path, compute=compute))
-    assert pods_resources(plan.compute) == resources
+    assert pods_resources(plan.compute, {}) == resources
+
+
+def test_an_attempt_with_fewer_workers_waits_for_no_others(tmp_path: Path) -> None:
+    compute = {"workers": 4, "minWorkers": 2, "cpusPerWorker": "2"}
+    plan = planned(manifest(tmp_path, compute=compute))
+    assert pods_resources(plan.compute, {WORKERS_VARIABLE: "3"}) == Resources(3, 2, 0, 2.0)
 
 
 # ---- on Ray -----------------------------------------------------------------------------------

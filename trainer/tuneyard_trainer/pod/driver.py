@@ -105,7 +105,7 @@ class Driver:
         # torch and Ray take half a minute to import on a small head pod.
         from tuneyard_trainer.running import distributed
 
-        resources = distributed.pods_resources(self._plan.compute)
+        resources = distributed.pods_resources(self._plan.compute, os.environ)
         places = distributed.Places(
             output=output,
             scratch=str(FOLDER / "scratch"),

@@ -12,7 +12,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from ray.train.torch import TorchTrainer
 
 from tuneyard.api.compute import Compute
 from tuneyard.api.plan import Plan
+from tuneyard.api.pods import WORKERS_VARIABLE
 from tuneyard.api.quantity import quantity_value
 from tuneyard.errors import StageError
 from tuneyard_trainer import drain
@@ -279,12 +280,13 @@ def pods_cluster() -> Iterator[None]:
         ray.shutdown()
 
 
-def pods_resources(compute: Compute) -> Resources:
+def pods_resources(compute: Compute, environment: Mapping[str, str]) -> Resources:
     """Return the resources of the worker pods. Ray rounds a pod's CPUs up."""
-    workers = compute.workers or 1
+    planned = compute.workers or 1
+    workers = int(environment.get(WORKERS_VARIABLE, planned))
     return Resources.divided(
         workers,
-        compute.min_workers or workers,
+        min(compute.min_workers or planned, workers),
         compute.gpus_per_worker or 0,
         math.ceil(quantity_value(compute.cpus_per_worker or "4")),
     )
