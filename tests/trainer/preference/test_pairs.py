@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,23 @@ def test_the_system_prompt_of_the_job_is_part_of_every_row(
     chat = ChatSettings(system_prompt="Be brief.", chat_template=None)
     found, _ = run(tmp_path, tiny_model_dir, PAIRS, chat=chat)
     assert "system\nBe brief." in tiny_tokenizer.decode(found.train.rows.ids(0))
+
+
+def test_without_a_chat_template_a_row_holds_every_turn_and_the_jobs_system_prompt(
+    tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: Any
+) -> None:
+    """In the format in which the policy continues prompts and the reward model scores them."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    (base / "chat_template.jinja").unlink()
+    chat = ChatSettings(system_prompt="Be brief.", chat_template=None)
+    turns = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
+    rows = [row | {"prompt": turns} for row in PAIRS]
+    found, _ = run(tmp_path, base, rows, chat=chat, held_out=0.0)
+    assert tiny_tokenizer.decode(found.train.rows.ids(0)) == (
+        "\n\nSystem: Be brief.\n\nHuman: user\n\nAssistant: assistant\n\nHuman: user"
+        "\n\nAssistant: Good answer 0.<|im_end|>"
+    )
 
 
 def test_one_invalid_row_fails_the_stage_and_is_shown(tmp_path: Path, tiny_model_dir: Path) -> None:

@@ -69,7 +69,6 @@ class Preference:
                 self.row,
                 "chat",
                 (*self.prompt, Message("assistant", completion)),
-                prompt=as_transcript(self.prompt),
                 completion=completion,
                 file=self.file,
             )
@@ -102,16 +101,6 @@ def parse_preferences(row: Row, fields: FieldMap, *, labeled: bool) -> list[Pref
     for preference in found:
         _check(preference)
     return found
-
-
-def as_transcript(prompt: Sequence[Message]) -> str:
-    """Return a prompt for tokenizers without a chat template: a single turn as it is, several turns
-    in the format of hh-rlhf."""
-    if len(prompt) == 1:
-        return prompt[0].content
-    names = {"user": "Human", "assistant": "Assistant"}
-    turns = [f"\n\n{names.get(turn.role, turn.role.title())}: {turn.content}" for turn in prompt]
-    return "".join(turns) + "\n\nAssistant: "
 
 
 # ---- shapes -----------------------------------------------------------------------------------

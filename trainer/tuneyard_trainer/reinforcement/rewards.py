@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from tuneyard.api.alignment import RuleReward
 from tuneyard.api.stage_settings import ChatSettings, RewardTerm
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.chat import ChatFormat, MisfitError, rendered
+from tuneyard_trainer.data.chat import ChatFormat, MisfitError, rendered, transcript
 from tuneyard_trainer.data.prompts import Prompt
 from tuneyard_trainer.generation.batches import length_batches
 from tuneyard_trainer.models import base, reward_models
@@ -303,24 +303,18 @@ def _chat_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Attempt], lis
 def _text_encoder(
     tokenizer: PreTrainedTokenizerBase, *, with_stop: bool
 ) -> Callable[[Attempt], list[int]]:
-    """Encode prompt and completion for a tokenizer without a chat template.
+    """Encode prompt and completion for a tokenizer without a chat template, with the prompt as a
+    transcript.
 
     `with_stop`: each on its own with a stop token, as `data.tokenization` does for a reward stage;
     else both as one text, as other classifiers are trained.
     """
 
     def encode(attempt: Attempt) -> list[int]:
-        *before, last = attempt.prompt.messages
-        if any(turn["role"] != "system" for turn in before):
-            raise StageError(
-                "RewardTokenizerMismatch",
-                "the reward model's tokenizer has no chat template, and prompt "
-                f"{attempt.prompt.where} is a conversation of {len(before) + 1} turns.",
-                advice="Choose a reward model with a chat template.",
-            )
+        text = transcript(attempt.prompt.messages)
         if not with_stop:
-            return list(tokenizer(last["content"] + attempt.completion)["input_ids"])
-        prompt = tokenizer(last["content"])["input_ids"]
+            return list(tokenizer(text + attempt.completion)["input_ids"])
+        prompt = tokenizer(text)["input_ids"]
         completion = tokenizer(attempt.completion, add_special_tokens=False)["input_ids"]
         return [*prompt, *completion, tokenizer.eos_token_id]
 
