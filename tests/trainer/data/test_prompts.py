@@ -22,9 +22,11 @@ TURNS = [
 ]
 
 
-def read(path: Path, *rows: dict[str, Any], system: str | None = None) -> list[Prompt]:
+def read(
+    path: Path, *rows: dict[str, Any], system: str | None = None, **fields: str
+) -> list[Prompt]:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = PromptSettings(format="auto", fields=FieldMap(), limit=None)
+    settings = PromptSettings(format="auto", fields=FieldMap(**fields), limit=None)
     chat = ChatSettings(system_prompt=system, chat_template=None)
     return read_prompts(path, settings, chat, name="spec.optimize.ppo.prompts")
 
@@ -59,6 +61,22 @@ def test_without_a_chat_template_a_single_turn_is_continued_as_it_is(
 ) -> None:
     (prompt,) = read(tmp_path / "p.jsonl", {"prompt": "Which lamp?"})
     assert text(prompt, without_template(tiny_tokenizer)) == "Which lamp?"
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        ({"instruction": "i", "input": "x"}, {}),
+        ({"instruction": "i", "context": "x"}, {"input": "context"}),
+        ({"question": "i", "context": "x"}, {"prompt": "question", "input": "context"}),
+        ({"text": "i", "context": "x"}, {"prompt": "text", "input": "context"}),
+    ],
+)
+def test_the_input_of_a_row_follows_its_prompt(
+    tmp_path: Path, row: dict[str, Any], fields: dict[str, str]
+) -> None:
+    (prompt,) = read(tmp_path / "p.jsonl", row, **fields)
+    assert prompt.question == "i\n\nx"
 
 
 @pytest.mark.parametrize(

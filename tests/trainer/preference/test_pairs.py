@@ -119,6 +119,20 @@ def test_a_ranking_is_sorted_by_its_ranks() -> None:
     assert parsed(value).completions == ("a", "b", "c")
 
 
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        ({"instruction": "i", "input": "x"}, FieldMap()),
+        ({"prompt": "i", "context": "x"}, FieldMap(input="context")),
+        ({"task": "i", "context": "x"}, FieldMap(prompt="task", input="context")),
+    ],
+)
+def test_the_input_of_a_row_follows_its_prompt(row: dict[str, Any], fields: FieldMap) -> None:
+    value = row | {"chosen": "c", "rejected": "r"}
+    (found,) = parse_preferences(Row(1, value), fields, labeled=False)
+    assert found.prompt == (Message("user", "i\n\nx"),)
+
+
 def test_the_probability_of_an_order_becomes_the_label() -> None:
     value = {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No.", "probability": 0.75}
     assert parsed(value).label == 0.75

@@ -19,7 +19,7 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import Message, MisfitError, rendered, transcript
 from tuneyard_trainer.data.example import ROLES, RowError, check_turns
 from tuneyard_trainer.data.example import Message as Turn
-from tuneyard_trainer.data.formats import detect
+from tuneyard_trainer.data.formats import detect, row_input, with_input
 from tuneyard_trainer.data.rows import BrokenRow, Row, read_data
 from tuneyard_trainer.data.stream import DETECTED_FROM, FAULTS_SHOWN, examples
 
@@ -170,9 +170,7 @@ def _row_turns(value: Mapping[str, Any], settings: PromptSettings) -> list[Turn]
         if isinstance(found, list):
             return before + [_turn(turn, number) for number, turn in enumerate(found, start=1)]
         if isinstance(found, str):
-            given = value.get("input") if name == "instruction" else None
-            suffix = f"\n\n{given}" if isinstance(given, str) and given.strip() else ""
-            return [*before, Turn("user", found + suffix)]
+            return [*before, Turn("user", with_input(found, row_input(value, name, fields)))]
     text = value.get(fields.text or "text")
     return [*before, Turn("user", text)] if isinstance(text, str) else []
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from tuneyard.api.sources import FieldMap
 from tuneyard_trainer.data.example import ROLES, Example, Message, RowError, check
+from tuneyard_trainer.data.formats import row_input, with_input
 from tuneyard_trainer.data.rows import BrokenRow, Row
 
 Fault = Literal[
@@ -175,7 +176,8 @@ def _prompt(value: Mapping[str, Any], fields: FieldMap) -> tuple[Message, ...] |
     if given is None:
         return None
     if isinstance(given, str):
-        return _transcript(given) or (Message("user", given),)
+        text = with_input(given, row_input(value, name or "", fields))
+        return _transcript(text) or (Message("user", text),)
     return _turns(given, name or PROMPTS[0])
 
 
