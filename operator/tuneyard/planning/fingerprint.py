@@ -21,7 +21,7 @@ STAGE_VERSIONS: Mapping[StageKind, int] = {
     "dpo": 1,
     "ppo": 2,
     "grpo": 2,
-    "evaluate": 2,
+    "evaluate": 3,
     "assess": 3,
     "export": 1,
 }

@@ -24,7 +24,8 @@ from tuneyard_trainer.generation.greedy import continuations
 from tuneyard_trainer.models import adapters
 from tuneyard_trainer.models.base import load_base, load_tokenizer
 from tuneyard_trainer.models.probes import isolates_documents
-from tuneyard_trainer.reporting.results import Sample, is_right
+from tuneyard_trainer.reporting.answers import is_right
+from tuneyard_trainer.reporting.results import Sample
 from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.worker import StageContext, StageOutcome
 
@@ -45,7 +46,8 @@ class Question:
     """The prompt without the chat template's markup."""
     reference: str
     expected: tuple[str, ...]
-    """Any of these texts in an answer makes it right; empty: the answer is not checked."""
+    """Any of these texts in an answer makes it right, by the rule of `reporting.answers`; empty:
+    the answer is not checked."""
     templated: bool = False
     """Whether a chat template rendered the prompt, special tokens included."""
 
