@@ -124,13 +124,14 @@ def _measure(
         max_tokens="auto",
     )
     return Measured(
-        loss=forward.mean_loss(model, rows, 0, 1),
+        loss=forward.mean_loss(model, rows, context.worker.alone),
         answers=continuations(
             model,
             tokenizer,
             [q.prompt for q in questions],
             max_new_tokens=max_new_tokens,
             add_special_tokens=not any(q.templated for q in questions),
+            before_batch=context.worker.check_stop,
         ),
     )
 

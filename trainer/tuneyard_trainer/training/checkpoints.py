@@ -48,6 +48,9 @@ class LoopState:
     """Its held-out loss."""
     stale: int = 0
     """Evaluations in a row without improvement."""
+    unmeasured: bool = False
+    """Whether the evaluation after `step` is due and was left out for a stop request: a resumed run
+    begins with it."""
 
     def optimizer_age(self) -> int:
         """Return the number of optimizer steps, which AdamW's bias correction needs."""
