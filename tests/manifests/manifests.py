@@ -77,7 +77,7 @@ LORA = job(
       train:
       - uri: file://train.jsonl
         format: alpaca
-        fields: {messages: m, system: s, prompt: p, completion: c, text: t}
+        fields: {messages: m, system: s, prompt: p, input: i, completion: c, text: t}
         weight: 2.0
         limit: 100
         tokenSecret: {name: hub, key: token}

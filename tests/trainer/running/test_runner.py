@@ -207,9 +207,15 @@ def test_the_checkpoint_of_a_run_with_other_settings_is_not_used(
     assert record["metrics"]["steps"] == 3
 
 
+@pytest.mark.parametrize(
+    ("check", "step", "saved"),
+    [("1", 0, []), ("2", 1, ["step-00000001"])],
+    ids=["baseline", "step"],
+)
 def test_a_stop_request_to_one_rank_stops_all_and_no_rank_returns_before_the_checkpoint(
-    tmp_path: Path, tiny_model_dir: Path
+    tmp_path: Path, tiny_model_dir: Path, check: str, step: int, saved: list[str]
 ) -> None:
+    """In the evaluation of the baseline, before which there is nothing to save, and in a step."""
     write_data(tmp_path)
     (tmp_path / "plan.json").write_text(planned(manifest(tiny_model_dir)).to_json())
     ranks = [
@@ -219,6 +225,7 @@ def test_a_stop_request_to_one_rank_stops_all_and_no_rank_returns_before_the_che
                 STOPPING,
                 str(rank),
                 *(tmp_path / n for n in ("meet", "plan.json", "")),
+                check,
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -231,6 +238,6 @@ def test_a_stop_request_to_one_rank_stops_all_and_no_rank_returns_before_the_che
         assert out, err
         assert json.loads(out.splitlines()[-1]) == {
             "stage": "sft",
-            "step": 1,
-            "saved": ["step-00000001"],
+            "step": step,
+            "saved": saved,
         }

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.trainer.rows import random_rows, train_stage, write_prepared
-from tests.trainer.stop_after import StopAfter
+from tests.trainer.stop_after import NEVER, StopAfter, StopAtCheck, without_times
 from tuneyard.errors import StageError
 from tuneyard_trainer.training import sft
 from tuneyard_trainer.worker import Interrupted, StageContext, Worker
@@ -75,6 +75,54 @@ def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(
         return [(line["step"], line.get("loss")) for line in lines(folder)]
 
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_stop_at_any_moment_is_seen_within_a_batch_and_resumed_exactly(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    """Before the first step nothing is saved; in an evaluation the step before it is, and the
+    resumed run begins with that evaluation. Weights, curves, baseline and metrics are those of an
+    undisturbed run."""
+    settings: dict[str, Any] = {
+        "evaluation_steps": 2,
+        "early_stopping": {"patience": 1},
+        "learning_rate": 1e-2,
+        "packing": "never",  # a held-out row is a batch
+        "runtime": {"microBatchTokens": 32},
+    }
+    undisturbed = StopAtCheck(NEVER)
+    whole, expected = run(tmp_path / "whole", inputs, undisturbed.worker(), **settings)
+    evaluations = sum("validationLoss" in line for line in lines(tmp_path / "whole"))
+    steps = int(expected.metrics["steps"])
+    batches, rest = divmod(undisturbed.checks - steps, evaluations + 1)  # and the baseline
+    assert batches > 2
+    assert rest == 0
+    for check in range(1, undisturbed.checks + 1):
+        folder, stop = tmp_path / str(check), StopAtCheck(check)
+        with pytest.raises(Interrupted) as stopped:
+            run(folder, inputs, stop.worker(), **settings)
+        assert stop.checks == check
+        assert (stopped.value.step == 0) == (check <= batches)
+        assert (folder / "checkpoints").exists() == (stopped.value.step > 0)
+        resumed, outcome = run(folder, inputs, **settings)
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+        assert without_times(outcome.metrics) == without_times(expected.metrics)
+        for found, line in zip(lines(folder), lines(tmp_path / "whole"), strict=True):
+            assert without_times(found) == without_times(line)
+
+
+def test_an_evaluation_that_was_left_out_may_be_stopped_again(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    settings = {"evaluation_steps": 2}
+    whole, _ = run(tmp_path / "whole", inputs, **settings)
+    for stop in (StopAfter(1), StopAtCheck(1), StopAtCheck(1)):
+        with pytest.raises(Interrupted) as stopped:
+            run(tmp_path / "parts", inputs, stop.worker(), **settings)
+        assert stopped.value.step == 2
+    resumed, _ = run(tmp_path / "parts", inputs, **settings)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert [line["step"] for line in lines(tmp_path / "parts")].count(2) == 2
 
 
 def test_other_seeds_give_other_weights(tmp_path: Path, inputs: dict[str, Path]) -> None:

@@ -215,9 +215,10 @@ class PlanRunner:
 
     def _worker(self, stage: PlannedStage, digests: Mapping[str, str]) -> Worker:
         if not self.worker.is_main:
-            return self.worker
+            return replace(self.worker, stage=stage.name)
         return replace(
             self.worker,
+            stage=stage.name,
             report=partial(_report, self.emit, stage.name, self.worker.device),
             persist=self._persist,
             identity=stage.identity(digests),

@@ -51,6 +51,9 @@ class LoopState:
     patience_loss: float | None = None
     """The held-out loss of the last improvement that early stopping counted; None: no evaluation
     yet, or a checkpoint of version 0.2, whose `best_loss` it was."""
+    unmeasured: bool = False
+    """Whether the evaluation after `step` is due and was left out for a stop request: a resumed run
+    begins with it."""
 
     def optimizer_age(self) -> int:
         """Return the number of optimizer steps, which AdamW's bias correction needs."""
