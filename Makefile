@@ -50,6 +50,14 @@ test-apiserver: $(VENV)/.dev ## The tests on a real API server, without nodes; n
 test-cluster: $(VENV)/.dev ## Run the tests on a real Kubernetes node with KubeRay; no test is skipped
 	TUNEYARD_REQUIRE_CLUSTER=1 $(BIN)/pytest -m cluster
 
+.PHONY: chaos
+chaos: LEVEL ?= apiserver
+chaos: RUNS ?= 20
+chaos: SEED ?= 11
+chaos: $(VENV)/.dev ## Play jobs under random faults: LEVEL=apiserver or cluster, RUNS=20, SEED=11
+	TUNEYARD_REQUIRE_CLUSTER=1 TUNEYARD_CHAOS_RUNS=$(RUNS) TUNEYARD_CHAOS_SEED=$(SEED) \
+	$(BIN)/pytest tests/chaos -m $(LEVEL)
+
 .PHONY: test-kind
 test-kind: $(VENV)/.dev ## Run the same tests on kind, which needs Docker
 	scripts/kind.sh test

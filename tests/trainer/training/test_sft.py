@@ -262,12 +262,42 @@ def test_frozen_parts_do_not_change(
     assert all("layers.1." in name or name == "model.norm.weight" for name in changed)
 
 
-def test_checkpoints_keep_only_the_newest_and_the_best(
+def test_checkpoints_keep_only_the_two_newest_and_their_best(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     run(tmp_path / "a", inputs, epochs=6.0, runtime={"checkpoint_steps": 1})
     left = sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir())
-    assert len(left) <= 2
+    assert len(left) <= 4
+
+
+@pytest.mark.parametrize("cut", [0, 9, -1], ids=["empty", "in the header", "in the last byte"])
+@pytest.mark.parametrize("name", ["weights", "optimizer", "state"])
+def test_a_damaged_checkpoint_costs_one_interval_and_changes_nothing(
+    name: str, cut: int, tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    whole, _ = run(tmp_path / "whole", inputs)
+    folder, runtime = tmp_path / "parts", {"checkpoint_steps": 2}
+    with pytest.raises(Interrupted):
+        run(folder, inputs, StopAfter(4).worker(), runtime=runtime)
+    newest, before = sorted((folder / "checkpoints").iterdir(), reverse=True)[:2]
+    (damaged,) = newest.glob(f"{name}.*")
+    damaged.write_bytes(damaged.read_bytes()[:cut])
+    resumed, outcome = run(folder, inputs, runtime=runtime)
+    assert outcome.details["resumedAtStep"] == int(before.name.removeprefix("step-"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_without_an_undamaged_checkpoint_the_run_starts_again(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    whole, _ = run(tmp_path / "whole", inputs)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", inputs, StopAfter(4).worker())
+    for path in (tmp_path / "parts" / "checkpoints").glob("*/weights.safetensors"):
+        path.unlink()
+    resumed, outcome = run(tmp_path / "parts", inputs)
+    assert outcome.details["resumedAtStep"] is None
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
 def test_a_partial_checkpoint_and_a_partial_metrics_line_are_ignored(

@@ -198,8 +198,9 @@ def _follow(
     server.close()
     while not server.events.empty():
         relay(server.events.get())
-    if not last_events and failures:
-        last_events.append(failure_event(unexplained(failures[0])))
+    if not last_events and (failures or not stop.is_set()):
+        silent = RuntimeError("the group ended without an error")
+        last_events.append(failure_event(unexplained([*failures, silent][0])))
     return last_events
 
 

@@ -3,7 +3,8 @@
 A checkpoint is a folder `step-00000120`, written atomically. It holds `weights.safetensors`
 (trained parameters by name), `optimizer.safetensors` (`name/exp_avg` and `name/exp_avg_sq`) and
 `state.json`; no pickle. There is no random state to save, since the data order and dropout are
-functions of seed and step.
+functions of seed and step. The newest checkpoint and the one before it are kept, so that a damaged
+one costs an interval of training and no more.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
-from safetensors import SafetensorError
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -78,6 +80,8 @@ class Checkpoints(Generic[State]):
         self._state_type, self._parameters, self._optimizer = state_type, parameters, optimizer
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._saved: State | None = None
+        """The state of the newest complete checkpoint."""
         self._saved_at = time.monotonic()
 
     def due(self, step: int, total: int) -> bool:
@@ -118,14 +122,14 @@ class Checkpoints(Generic[State]):
             raise disk_error(error, self.folder) from error
 
     def resume(self) -> State | None:
-        """Load the newest complete checkpoint into the parameters and the optimizer, in place.
+        """Load the newest undamaged checkpoint into the parameters and the optimizer, in place.
 
         Returns its state; None: there is no checkpoint.
         """
-        steps = sorted(self.folder.glob("step-????????/state.json"))
-        if not steps:
+        step = self._newest()
+        if not step:
             return None
-        state = self._state_type(**json.loads(steps[-1].read_text()))
+        state = self._saved = self._state(step)
         assign(self._weights(state.step), self._parameters)
         moments = load_file(self._at(state.step) / "optimizer.safetensors")
         for name, parameter in self._parameters.items():
@@ -138,6 +142,39 @@ class Checkpoints(Generic[State]):
             }
         self._saved_at = time.monotonic()
         return state
+
+    def _newest(self) -> int:
+        """Return the step of the newest undamaged checkpoint, the same on every rank; 0: none."""
+        step = torch.zeros(1, dtype=torch.int64, device=self._worker.device)
+        if self._worker.is_main:
+            folders = sorted(self.folder.glob("step-????????"), reverse=True)
+            steps = (int(folder.name.removeprefix("step-")) for folder in folders)
+            step[0] = next((each for each in steps if self._is_whole(each)), 0)
+        if self._worker.world_size > 1:
+            dist.broadcast(step, src=0)
+        return int(step)
+
+    def _is_whole(self, step: int) -> bool:
+        """Return whether the checkpoint and its best weights can be read; report one that cannot.
+
+        The size of a safetensors file must be the one in its header, which is all that is read.
+        """
+        try:
+            best = self._state(step).best_step
+            for path in (
+                self._at(step) / "weights.safetensors",
+                self._at(step) / "optimizer.safetensors",
+                self._at(step if best is None else best) / "weights.safetensors",
+            ):
+                with safe_open(path, framework="pt"):
+                    pass
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            self._worker.report(message=f"the checkpoint of step {step} is damaged: {error}")
+            return False
+        return True
+
+    def _state(self, step: int) -> State:
+        return self._state_type(**json.loads((self._at(step) / "state.json").read_text()))
 
     def restore_best(self, state: State) -> None:
         """Load the weights of the best step unless `state` is at that step. Only on rank 0, which
@@ -163,11 +200,13 @@ class Checkpoints(Generic[State]):
         _flush(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        self._prune(keep={state.step, state.best_step})
+        kept = [each for each in (self._saved, state) if each is not None]
+        self._prune(keep={step for each in kept for step in (each.step, each.best_step)})
+        self._saved = state
         self._worker.persist(self.folder)
 
     def _prune(self, keep: set[int | None]) -> None:
-        """Delete all checkpoints but the newest and the best, which alone are read again."""
+        """Delete every other checkpoint: none of them is read again."""
         for folder in self.folder.glob("step-*"):
             if folder.suffix == ".partial" or int(folder.name.removeprefix("step-")) not in keep:
                 shutil.rmtree(folder)

@@ -1,0 +1,193 @@
+"""KubeRay and the kubelet for the RayJobs of one namespace: pods whose processes are real."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+from tests.chaos.machine import Machine, Pod
+from tests.controller.scene import Attempt, Job, Object, RefusedError, Scene
+from tuneyard.api.pods import TOKEN_FILE_VARIABLE
+from tuneyard_trainer import drain
+
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 20.0
+"""The grace period of a pod."""
+ORPHAN_SECONDS = 1.0
+"""The longest time that a worker outlives its driver."""
+
+
+@dataclass
+class Played:
+    """An attempt whose pods run on this machine."""
+
+    attempt: Attempt
+    uid: str
+    """The RayJob's uid."""
+    pod: Pod
+    driver: psutil.Process
+    ended: bool = False
+    """Whether the RayJob's end has been written."""
+    draining: threading.Thread | None = None
+
+    @property
+    def workers(self) -> list[psutil.Process]:
+        with suppress(OSError, ValueError, psutil.NoSuchProcess):
+            return [psutil.Process(int(self.pod.worker_id.read_text()))]
+        return []
+
+    @property
+    def processes(self) -> list[psutil.Process]:
+        return [p for p in (self.driver, *self.workers) if _is_alive(p)]
+
+    def kill(self) -> None:
+        """SIGKILL every process, as on a node that lost its power."""
+        for process in self.processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+@dataclass
+class Kubelet:
+    """A thread that starts, watches and ends the pods of all RayJobs."""
+
+    scene: Scene
+    machine: Machine
+    folder: Path
+    volumes: Path
+    played: list[Played] = field(default_factory=list)
+    """Every attempt so far, in the order of their starts."""
+    overlaps: list[str] = field(default_factory=list)
+    """Attempts that began while another of the same job still ran: must stay empty."""
+    failures: list[str] = field(default_factory=list)
+    """Unexpected errors of this thread: must stay empty."""
+    _done: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._loop, daemon=True, name="kubelet")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        assert self._thread
+        self._thread.join(30)
+        for played in self.played:
+            played.kill()
+
+    def of(self, job: Job) -> list[Played]:
+        """Return the attempts of a job, under any uid, in the order of their starts."""
+        return [each for each in self.played if each.attempt.job.name == job.name]
+
+    def _loop(self) -> None:
+        while not self._done.wait(POLL_SECONDS):
+            try:
+                self._round()
+            except Exception:
+                self.failures.append(traceback.format_exc())
+
+    def _round(self) -> None:
+        base = f"/namespaces/{self.scene.namespace}"
+        found = self.scene.api.list(f"/apis/ray.io/v1{base}/rayjobs")
+        known = {each.uid: each for each in self.played}
+        for body in found:
+            played = known.get(body["metadata"]["uid"])
+            if played is None and "deletionTimestamp" not in body["metadata"]:
+                _unless_gone(lambda body=body: self._begin(body))
+            elif played and not played.ended and not _is_alive(played.driver):
+                _unless_gone(lambda played=played: self._end(played))
+        for pod in self.scene.api.list(f"/api/v1{base}/pods"):
+            if "deletionTimestamp" in pod["metadata"] and pod["metadata"].get("finalizers"):
+                _unless_gone(lambda pod=pod: self._delete(pod))
+
+    # ---- an attempt's pods ----------------------------------------------------------------------
+
+    def _begin(self, body: Object) -> None:
+        labels, name = body["metadata"]["labels"], body["metadata"]["name"]
+        job = Job(self.scene, labels["tuneyard.io/kind"], labels["tuneyard.io/job"])
+        attempt = Attempt(job, int(labels["tuneyard.io/attempt"]))
+        for other in self.of(job):
+            if other.processes:
+                self.overlaps.append(f"{name} began while {other.attempt.name} still ran")
+        attempt.start()
+        for pod in (attempt.head, attempt.worker):
+            attempt.hold(pod)
+        pod = Pod(self.folder / f"{name}-{body['metadata']['uid'][:8]}", self.volumes)
+        driver = self.machine.start_driver(pod, *self._driver_of(attempt, body, pod))
+        self.played.append(Played(attempt, body["metadata"]["uid"], pod, driver))
+        attempt.set(jobDeploymentStatus="Running", jobStatus="RUNNING")
+
+    def _driver_of(
+        self, attempt: Attempt, body: Object, pod: Pod
+    ) -> tuple[list[str], dict[str, str]]:
+        """Return the driver's arguments and environment; its plan and token lie in files beside
+        the pod's folder."""
+        template = body["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+        volumes = {v["name"]: v for v in template["volumes"]}
+        source = next(v["configMap"]["name"] for v in volumes.values() if "configMap" in v)
+        maps = f"/api/v1/namespaces/{self.scene.namespace}/configmaps/{source}"
+        (plan,) = self.scene.api("GET", maps)["data"].values()
+        pod.folder.parent.mkdir(exist_ok=True)
+        plan_file, token_file = (pod.folder.with_suffix(end) for end in (".plan", ".token"))
+        plan_file.write_text(plan)
+        token_file.write_text(self.scene.token_of(attempt.head, attempt.audience))
+        environment = {**attempt.environment, TOKEN_FILE_VARIABLE: str(token_file)}
+        arguments = body["spec"]["entrypoint"].split()[3:]  # python -m tuneyard_trainer
+        arguments[arguments.index("--plan") + 1] = str(plan_file)
+        return arguments, {k: v for k, v in environment.items() if v and k.startswith("TUNEYARD")}
+
+    def _end(self, played: Played) -> None:
+        """Report the driver's end, as KubeRay reports the submitter's."""
+        time.sleep(random.random() * ORPHAN_SECONDS)
+        for process in played.workers:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        played.ended = True
+        code = played.pod.exit_code.read_text() if played.pod.exit_code.exists() else "137"
+        tail = played.pod.log.read_text(errors="replace")[-4000:]
+        if code == "0":
+            played.attempt.set(jobDeploymentStatus="Complete", jobStatus="SUCCEEDED", message=tail)
+        else:
+            ending = {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED"}
+            played.attempt.set(**ending, reason="AppFailed", message=tail)
+
+    def _delete(self, pod: Object) -> None:
+        """End the attempt's processes as a kubelet does: preStop hook, SIGTERM, SIGKILL."""
+        owner = pod["metadata"]["ownerReferences"][0]["uid"]
+        played = next((each for each in self.played if each.uid == owner), None)
+        if played is not None and played.processes:
+            if played.draining is None:
+                played.draining = threading.Thread(target=_drained, args=[played], daemon=True)
+                played.draining.start()
+            return
+        path = f"/api/v1/namespaces/{self.scene.namespace}/pods/{pod['metadata']['name']}"
+        self.scene.api.merge(path, {"metadata": {"finalizers": None}})
+
+
+def _drained(played: Played) -> None:
+    drain.drain(played.pod.drain, GRACE_SECONDS)
+    played.kill()
+
+
+def _unless_gone(step: Callable[[], None]) -> None:
+    try:
+        step()
+    except RefusedError as refused:
+        if refused.status not in (404, 409):
+            raise

@@ -1,0 +1,68 @@
+"""Jobs under random faults keep every invariant.
+
+`make chaos LEVEL=apiserver RUNS=200 SEED=7` plays more runs than the handful of `make test`; run
+number n of a seed always has the same faults.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.chaos.faults import KINDS, draw
+from tests.chaos.run import Verdict, ground, play_all
+from tests.controller.scene import CRDS
+
+if TYPE_CHECKING:
+    from rig.plugin import Cluster
+
+RUNS = int(os.environ.get("TUNEYARD_CHAOS_RUNS", "6"))
+SEED = int(os.environ.get("TUNEYARD_CHAOS_SEED", "11"))
+FIRST = int(os.environ.get("TUNEYARD_CHAOS_FIRST", "0"))
+LOGS = os.environ.get("TUNEYARD_CHAOS_LOGS")
+"""A new folder that keeps the logs of all processes."""
+
+
+@pytest.mark.apiserver
+@pytest.mark.slow
+@pytest.mark.timeout(120 + 60 * RUNS)
+def test_jobs_under_random_faults_end_as_if_undisturbed(
+    apiserver: Cluster, helm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    apiserver.define(CRDS)
+    verdicts = []
+    with ground(apiserver, helm, tmp_path) as prepared:
+        try:
+            for verdict in play_all(prepared, SEED, range(FIRST, FIRST + RUNS), parallel=3):
+                verdicts.append(verdict)
+                with capsys.disabled():
+                    print(f"\n{verdict}", end="", flush=True)
+        finally:
+            if LOGS:
+                shutil.copytree(tmp_path, LOGS, ignore=shutil.ignore_patterns("*.socket"))
+    with capsys.disabled():
+        print(f"\n\n{table(verdicts)}")
+    assert [str(verdict) for verdict in verdicts if verdict.broken] == []
+
+
+def test_a_seed_always_draws_the_same_faults_and_in_time_every_kind() -> None:
+    assert draw(3, 5) == draw(3, 5) != draw(3, 6)
+    assert {fault.name for index in range(100) for fault in draw(3, index)} == set(KINDS)
+
+
+def table(verdicts: Iterable[Verdict]) -> str:
+    """Return a Markdown table: the runs that each fault struck, and the broken ones among them."""
+    struck: Counter[str] = Counter()
+    broken: defaultdict[str, int] = defaultdict(int)
+    for verdict in verdicts:
+        for name in {fault.name for fault in verdict.struck}:
+            struck[name] += 1
+            broken[name] += bool(verdict.broken)
+    rows = [f"| {name} | {struck[name]} | {broken[name]} |" for name in sorted(struck)]
+    return "\n".join(["| fault | runs | broken |", "|---|---:|---:|", *rows])
