@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -47,7 +48,7 @@ def never_stop() -> bool:
     return False
 
 
-def persist_nothing(folder: Path) -> None:
+def persist_nothing(path: Path) -> None:
     """A `persist` for a work folder that is itself durable."""
 
 
@@ -63,7 +64,10 @@ class Worker:
     """True once an orderly end is requested: save a checkpoint at the next step and raise
     `Interrupted`."""
     persist: Callable[[Path], None] = persist_nothing
-    """Copies a folder inside the stage's work folder to durable storage."""
+    """Copies a file or a folder inside the stage's work folder to durable storage."""
+    owned: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Returns a context for changes of files that a newer attempt may use. It raises StageError
+    StaleAttempt if there is a newer attempt; on a file system, none can start before its end."""
     attempt: int = 1
     stage: str = ""
     """The name of the stage that runs."""

@@ -41,7 +41,7 @@ from tuneyard_trainer.reinforcement.stop_conditions import (
 )
 from tuneyard_trainer.reinforcement.update import PolicyOptimizer
 from tuneyard_trainer.training.batches import Order
-from tuneyard_trainer.training.checkpoints import Checkpoints
+from tuneyard_trainer.training.checkpoints import METRICS, Checkpoints
 from tuneyard_trainer.training.history import History
 from tuneyard_trainer.training.schedules import rate
 from tuneyard_trainer.training.seeds import COMPLETION, derive_seed
@@ -109,7 +109,7 @@ class Loop:
             order=order,
             total_steps=order.total_steps(training.epochs, training.max_steps),
             checkpoints=Checkpoints(context, RlState, optimizer.parameters, optimizer.optimizer),
-            history=History(context.workdir / "metrics.jsonl", enabled=worker.is_main),
+            history=History(context.workdir / METRICS, enabled=worker.is_main),
         )
 
     # ---- the run ------------------------------------------------------------------------------

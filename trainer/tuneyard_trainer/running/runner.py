@@ -148,7 +148,7 @@ class PlanRunner:
         if record is None:
             stages = self.stage_inputs.plan.stages
             extras.require(stages[stages.index(stage) :])
-            store.begin(stage.name, stage.identity(digests))
+            store.begin(stage.name, stage.identity(digests), self.worker.attempt)
         else:
             self.emit(_stage_event(stage, "Skipped", record))
         store.pull(stage.name)
@@ -216,18 +216,16 @@ class PlanRunner:
     def _worker(self, stage: PlannedStage, digests: Mapping[str, str]) -> Worker:
         if not self.worker.is_main:
             return replace(self.worker, stage=stage.name)
+        store = self.stage_inputs.store
         return replace(
             self.worker,
             stage=stage.name,
             report=partial(_report, self.emit, stage.name, self.worker.device),
-            persist=self._persist,
+            persist=partial(store.persist, attempt=self.worker.attempt),
+            owned=partial(store.owned, self.worker.attempt),
             identity=stage.identity(digests),
             manifest=self.stage_inputs.plan.manifest,
         )
-
-    def _persist(self, folder: Path) -> None:
-        self.stage_inputs.store.refuse_stale(self.worker.attempt)
-        self.stage_inputs.store.persist(folder)
 
 
 class Control:

@@ -71,11 +71,11 @@ class _Hashes:
     def of(self, path: Path) -> str:
         status = path.stat()
         if status.st_size < _CACHED_BYTES:
-            return _sha256(path)
+            return sha256_of(path)
         key = str(path.absolute())
         stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_ino} "
         if not self.known.get(key, "").startswith(stamp):
-            self.known[key] = stamp + _sha256(path)
+            self.known[key] = stamp + sha256_of(path)
             self.changed = True
         return self.known[key].removeprefix(stamp)
 
@@ -84,7 +84,8 @@ class _Hashes:
             write_atomically(self.file, json.dumps(self.known).encode())
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Return the hash of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

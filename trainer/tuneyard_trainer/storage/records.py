@@ -3,15 +3,24 @@
 Layout: `owner.json`, `stages/NAME/` with each stage's files and its `record.json`, and `result/`,
 which is the export stage's folder. A record is written last and atomically (rename on a file
 system, one put on an object store), so a readable record means that the stage's files are complete.
+
+Only the newest attempt writes. On a file system, the claim and each guarded change hold one lock,
+so that no attempt claims the location between the check of the claim and the change. On an object
+store, each write checks the claim first, and replaces only the object that it was checked for
+(`storage.objects`).
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,9 +31,15 @@ from tuneyard.api.plan import JobRef, PlannedStage, StageRecord
 from tuneyard.api.pods import stage_folder
 from tuneyard.errors import StageError
 from tuneyard_trainer.storage.files import disk_error, write_atomically
+from tuneyard_trainer.storage.objects import Objects, protocols
 
 LAST = ("state.json", "record.json")
 """Files whose presence means that the others are complete; they are copied last."""
+CLAIM_LOCK = ".claim.lock"
+LOCK_SECONDS = 60.0
+"""The longest wait for the lock of the claim. Its holder removes old checkpoints meanwhile, which
+takes seconds."""
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class Store:
@@ -35,8 +50,10 @@ class Store:
         """`uri`: `/a/path`, `file:///a/path` or any fsspec URL. `scratch`: a local folder.
         `job_uid`: the uid of the Kubernetes object; None outside a cluster."""
         self.uri, self._job_uid = uri, job_uid
-        self._fs, self._root = fsspec.core.url_to_fs(uri)
-        self.is_local = "file" in _protocols(self._fs)
+        # Cached listings would hide what another attempt writes.
+        self._fs, self._root = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+        self._objects = Objects(self._fs)
+        self.is_local = "file" in protocols(self._fs)
         self._scratch = Path(self._root) if self.is_local else scratch
 
     # ---- ownership ----------------------------------------------------------------------------
@@ -48,11 +65,20 @@ class Store:
         Raises StageError OutputOwned if the location belongs to another job or holds files of
         unknown origin, StaleAttempt if a newer attempt already works there.
         """
+        if self._read_json("owner.json") is None:
+            self._refuse_foreign_files()
+        claimed = partial(self._claimed, job, attempt)
+        if self.is_local:
+            with self._locked(os.O_CREAT):
+                write_atomically(self._scratch / "owner.json", claimed())
+        else:
+            self._objects.replace(self._at("owner.json"), claimed)
+
+    def _claimed(self, job: JobRef, attempt: int) -> bytes:
+        """Return the next content of `owner.json`. Raises StageError as `claim` does."""
         owner = self._read_json("owner.json")
         former: list[str] = []
-        if owner is None:
-            self._refuse_foreign_files()
-        else:
+        if owner is not None:
             self._refuse_other_job(job, JobRef.model_validate(owner["job"]))
             former = owner.get("formerUids", [])
             if owner.get("uid") == self._job_uid:
@@ -61,15 +87,67 @@ class Store:
                 raise _stale(f"another job named {job.name} has taken over")
             elif owner.get("uid"):
                 former = [*former, owner["uid"]]
-        self._write_json(
-            "owner.json",
+        return _json(
             {
                 "job": job.model_dump(mode="json"),
                 "uid": self._job_uid,
                 "attempt": attempt,
                 "formerUids": former,
-            },
+            }
         )
+
+    @contextmanager
+    def owned(self, attempt: int) -> Iterator[None]:
+        """Raise StageError StaleAttempt unless this attempt owns the location. On a file system, no
+        other attempt can claim it before the end."""
+        if not self.is_local:
+            self.refuse_stale(attempt)
+            yield
+            return
+        with self._locked():
+            self.refuse_stale(attempt)
+            yield
+
+    @contextmanager
+    def _locked(self, flags: int = 0) -> Iterator[None]:
+        """Hold the lock of the claim. `flags`: O_CREAT creates its file; without it, a missing file
+        means that the location was erased."""
+        if flags:
+            self._make(self._scratch)
+        try:
+            lock = os.open(self._scratch / CLAIM_LOCK, os.O_RDWR | flags, 0o666)
+        except FileNotFoundError:
+            raise _stale(f"{self.uri} was erased") from None
+        except OSError as error:
+            raise disk_error(error, self._scratch) from error
+        try:
+            self._wait_for(lock)
+            yield
+        finally:
+            os.close(lock)
+
+    def _wait_for(self, lock: int) -> None:
+        """Lock a file. The kernel releases a killed process's lock. On a file system without locks,
+        the check of the claim alone protects the files."""
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise StageError(
+                        "OutputBusy",
+                        f"another attempt has locked {self.uri} for {LOCK_SECONDS:.0f} s.",
+                        advice="Stop the process that holds its .claim.lock.",
+                        retryable=True,
+                    ) from None
+                time.sleep(0.05)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise disk_error(error, self._scratch) from error
+                return
+            else:
+                return
 
     def refuse_stale(self, attempt: int) -> None:
         """Raise StageError StaleAttempt unless this job, in this attempt or an older one, made the
@@ -92,7 +170,7 @@ class Store:
             return False
         if JobRef.model_validate(owner["job"]) != job:
             return False
-        for name in ("stages", stage_folder("export"), ".lock", "owner.json"):
+        for name in ("stages", stage_folder("export"), ".lock", CLAIM_LOCK, "owner.json"):
             self._remove(name)
         with suppress(OSError):  # not empty, or the root of a volume
             if self.is_local:
@@ -165,30 +243,33 @@ class Store:
 
         Raises StageError StaleAttempt if a newer attempt or job has taken over.
         """
-        self.refuse_stale(record.attempt)
         folder = self.workdir(record.stage)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        self.persist(folder)
-        self._write_json(
-            f"{stage_folder(record.stage)}/record.json",
-            record.model_dump(mode="json", by_alias=True),
-        )
-        self._remove(f"stages/{record.stage}.begun.json")
+        with self.owned(record.attempt):
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        self.persist(folder, record.attempt)
+        with self.owned(record.attempt):
+            self._write(
+                f"{stage_folder(record.stage)}/record.json",
+                record.model_dump(mode="json", by_alias=True),
+                record.attempt,
+            )
+            self._remove(f"stages/{record.stage}.begun.json")
 
-    def begin(self, stage: str, identity: str) -> None:
+    def begin(self, stage: str, identity: str, attempt: int) -> None:
         """Prepare the stage's folder for a run.
 
         Files of an unfinished run with the same identity stay, so the stage can resume from them.
         Files of another identity belong to other settings or data and are removed, the record
-        first.
+        first. Raises StageError StaleAttempt.
         """
         begun = f"stages/{stage}.begun.json"
-        self._remove(f"{stage_folder(stage)}/record.json")
-        if self._read_json(begun) == {"identity": identity}:
-            return
-        self._remove(stage_folder(stage))
-        shutil.rmtree(self._scratch / stage_folder(stage), ignore_errors=True)
-        self._write_json(begun, {"identity": identity})
+        with self.owned(attempt):
+            self._remove(f"{stage_folder(stage)}/record.json")
+            if self._read_json(begun) == {"identity": identity}:
+                return
+            self._remove(stage_folder(stage))
+            shutil.rmtree(self._scratch / stage_folder(stage), ignore_errors=True)
+            self._write(begun, {"identity": identity}, attempt)
 
     def _remove(self, relative: str) -> None:
         path = self._at(relative)
@@ -213,30 +294,30 @@ class Store:
             return
         for path in self._fs.find(remote):
             target = self.workdir(stage) / PurePosixPath(path).relative_to(remote)
-            if not target.exists() or target.stat().st_size != self._fs.size(path):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                self._fs.get_file(path, str(target))
+            self._objects.download(path, target)
 
-    def persist(self, folder: Path) -> None:
-        """Make the store hold exactly the files of a local folder inside the root."""
+    def persist(self, path: Path, attempt: int) -> None:
+        """Make an object store hold exactly a local file, or the files of a folder, inside the
+        root.
+
+        Raises StageError StaleAttempt before the first object that a newer attempt or job owns.
+        """
         if self.is_local:
             return
-        remote = self._at(str(folder.relative_to(self._scratch)))
-        files = [path for path in folder.rglob("*") if path.is_file()]
-        wanted = {f"{remote}/{path.relative_to(folder).as_posix()}": path for path in files}
-        for target, path in sorted(wanted.items(), key=lambda item: item[1].name in LAST):
-            if path.name in LAST or self._size(target) != path.stat().st_size:
-                self._fs.put_file(str(path), target)
-        stale = [
-            path
-            for path in (self._fs.find(remote) if self._fs.exists(remote) else [])
-            if path not in wanted and not path.endswith("/record.json")
-        ]
-        for path in stale:
-            self._fs.rm_file(path)
+        allow = partial(self.refuse_stale, attempt)
+        remote = self._remote(path)
+        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        for file in sorted(files, key=lambda file: file.name in LAST):
+            self._objects.upload(file, self._remote(file), allow)
+        present = self._fs.find(remote) if self._fs.exists(remote) else []
+        wanted = {self._remote(file) for file in files}
+        for found in present:  # listed before the check: a newer attempt has not written these
+            if found not in wanted and not found.endswith("/record.json"):
+                allow()
+                self._fs.rm_file(found)
 
-    def _size(self, path: str) -> int | None:
-        return self._fs.size(path) if self._fs.exists(path) else None
+    def _remote(self, path: Path) -> str:
+        return self._at(path.relative_to(self._scratch).as_posix())
 
     def _at(self, relative: str) -> str:
         return f"{self._root.rstrip('/')}/{relative}"
@@ -254,17 +335,23 @@ class Store:
         except (FileNotFoundError, json.JSONDecodeError):
             return None
 
-    def _write_json(self, relative: str, value: Any) -> None:
-        data = (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+    def _write(self, relative: str, value: Any, attempt: int) -> None:
+        """Write a JSON file; the caller holds the claim (`owned`)."""
+        data = _json(value)
         if self.is_local:
             write_atomically(self._scratch / relative, data)
-        else:
-            self._fs.pipe_file(self._at(relative), data)
+            return
+
+        def allowed() -> bytes:
+            self.refuse_stale(attempt)
+            return data
+
+        self._objects.replace(self._at(relative), allowed)
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _stale(why: str) -> StageError:
     return StageError("StaleAttempt", f"{why}.")
-
-
-def _protocols(fs: Any) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)

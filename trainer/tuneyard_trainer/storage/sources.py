@@ -22,6 +22,7 @@ from tuneyard.api.plan import SourceInput, digest
 from tuneyard.api.pods import CLAIMS_FOLDER
 from tuneyard.errors import StageError
 from tuneyard_trainer.storage.digests import WILDCARDS, digest_of, files_under, hidden, split_glob
+from tuneyard_trainer.storage.objects import version_of
 
 __all__ = ["digest_of", "fetch", "files_under"]
 
@@ -172,7 +173,7 @@ def _downloaded(source: SourceInput, cache_dir: Path, kind: Kind) -> Path:
     listing, is_file = _listing(fs, root, kind)
     if not listing:
         raise FileNotFoundError("there are no files to read")
-    versions = {name: _version(info) for name, info in listing.items()}
+    versions = {name: version_of(info) for name, info in listing.items()}
     known = None not in versions.values()
     key = hashlib.sha256(source.uri.encode()).hexdigest()[:24]
     target = cache_dir / "sources" / key / (digest(versions)[7:31] if known else "unversioned")
@@ -220,17 +221,6 @@ def _listing(fs: Any, root: str, kind: Kind) -> tuple[dict[str, Mapping[str, Any
         if info["type"] == "file" and not key.endswith("/") and wanted and not hidden(path):
             listing[str(path)] = info
     return listing, False
-
-
-def _version(info: Mapping[str, Any]) -> str | None:
-    """Return a value that changes when the remote file changes; None if the store reports none."""
-    for field in ("ETag", "etag", "blob_id", "generation", "Content-MD5", "md5Hash", "Digest"):
-        if info.get(field):
-            return f"{info[field]}"
-    for field in ("mtime", "LastModified", "Last-Modified", "last_modified", "created"):
-        if info.get(field):
-            return f"{info[field]} {info.get('size')}"
-    return None
 
 
 def _download(fs: Any, listing: Mapping[str, Mapping[str, Any]], target: Path) -> None:

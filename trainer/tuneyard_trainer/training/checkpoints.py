@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -31,6 +32,9 @@ from tuneyard_trainer.worker import StageContext
 
 CHECKPOINT_SECONDS = 600.0
 """Time between two checkpoints if the job sets no interval in steps."""
+
+METRICS = "metrics.jsonl"
+"""The file of a run's `History`, in the stage's work folder."""
 
 Parameters = Mapping[str, torch.nn.Parameter]
 
@@ -76,6 +80,7 @@ class Checkpoints(Generic[State]):
         optimizer: torch.optim.Optimizer,
     ) -> None:
         self.folder = context.workdir / "checkpoints"
+        self._history = context.workdir / METRICS
         self._worker, self._every = context.worker, context.stage.runtime.checkpoint_steps
         self._state_type, self._parameters, self._optimizer = state_type, parameters, optimizer
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -112,7 +117,11 @@ class Checkpoints(Generic[State]):
         self._saved_at = time.monotonic()
 
     def wait(self) -> None:
-        """Wait until everything saved is on disk. Raises StageError as `save` does."""
+        """Wait until everything saved is on disk. Raises StageError as `save` does, and
+        StaleAttempt if a newer attempt has taken over, even if nothing was saved."""
+        if self._worker.is_main:
+            with self._worker.owned():
+                pass
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -127,7 +136,7 @@ class Checkpoints(Generic[State]):
         Returns its state; None: there is no checkpoint.
         """
         step = self._newest()
-        if not step:
+        if step is None:
             return None
         state = self._saved = self._state(step)
         assign(self._weights(state.step), self._parameters)
@@ -143,16 +152,17 @@ class Checkpoints(Generic[State]):
         self._saved_at = time.monotonic()
         return state
 
-    def _newest(self) -> int:
-        """Return the step of the newest undamaged checkpoint, the same on every rank; 0: none."""
+    def _newest(self) -> int | None:
+        """Return the step of the newest undamaged checkpoint, the same on every rank; None: there
+        is none."""
         step = torch.zeros(1, dtype=torch.int64, device=self._worker.device)
         if self._worker.is_main:
             folders = sorted(self.folder.glob("step-????????"), reverse=True)
             steps = (int(folder.name.removeprefix("step-")) for folder in folders)
-            step[0] = next((each for each in steps if self._is_whole(each)), 0)
+            step[0] = next((each for each in steps if self._is_whole(each)), -1)
         if self._worker.world_size > 1:
             dist.broadcast(step, src=0)
-        return int(step)
+        return int(step) if step >= 0 else None
 
     def _is_whole(self, step: int) -> bool:
         """Return whether the checkpoint and its best weights can be read; report one that cannot.
@@ -191,18 +201,21 @@ class Checkpoints(Generic[State]):
 
     def _write(self, state: State, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
         final = self._at(state.step)
-        partial = final.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        # Not the same name as in another attempt, which may be writing the same step.
+        partial = final.with_suffix(f".{uuid.uuid4().hex}.partial")
         partial.mkdir(parents=True)
         save_file(weights, partial / "weights.safetensors")
         save_file(moments, partial / "optimizer.safetensors")
         (partial / "state.json").write_text(json.dumps(asdict(state), indent=2))
         _flush(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
         kept = [each for each in (self._saved, state) if each is not None]
-        self._prune(keep={step for each in kept for step in (each.step, each.best_step)})
+        with self._worker.owned():
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            self._prune(keep={step for each in kept for step in (each.step, each.best_step)})
         self._saved = state
+        if self._history.exists():  # first: a resumed run reads the metrics up to its checkpoint
+            self._worker.persist(self._history)
         self._worker.persist(self.folder)
 
     def _prune(self, keep: set[int | None]) -> None:

@@ -24,7 +24,7 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.models import base, layers
 from tuneyard_trainer.models.base import precision_of
 from tuneyard_trainer.training.batches import Indices, Order
-from tuneyard_trainer.training.checkpoints import Checkpoints, LoopState
+from tuneyard_trainer.training.checkpoints import METRICS, Checkpoints, LoopState
 from tuneyard_trainer.training.history import History
 from tuneyard_trainer.training.schedules import rate
 from tuneyard_trainer.worker import Interrupted, StageContext, Worker
@@ -103,7 +103,7 @@ class Loop:
             objective=objective,
             order=order,
             checkpoints=Checkpoints(context, LoopState, parameters, optimizer),
-            history=History(context.workdir / "metrics.jsonl", enabled=context.worker.is_main),
+            history=History(context.workdir / METRICS, enabled=context.worker.is_main),
         )
 
     # ---- the run ------------------------------------------------------------------------------
