@@ -38,6 +38,11 @@ PROGRESS_SECONDS = 10.0
 READ_SECONDS = 60.0
 """How often an active job's objects are read from the API server, in case a watch missed an
 event."""
+CREATE_TRIES = 3
+"""Failed tries to create an attempt's objects before the status reports an error that may pass."""
+CREATE_SECONDS = 10.0
+"""Time between two tries to create an attempt's objects once the status reports the error. Each try
+may change the message, which may contain the port of a connection, and so cause a reconcile."""
 PODS_RECHECK_SECONDS = 5.0
 """Interval of the checks for pods that are to be removed."""
 
@@ -256,6 +261,9 @@ class Reconciler:
         self, key: Key, cached: CachedJob, job: Job, number: int, planned: Planned
     ) -> None:
         """Create an attempt's objects, once no object of another attempt is left."""
+        if cached.create_error and (wait := cached.create_after - time.monotonic()) > 0:
+            self.queue.add_after(key, wait)
+            return
         if number > 1:
             await self._read(key)
             attempts = {item.attempt for _, item in cached.ray_jobs.values()}
@@ -277,14 +285,22 @@ class Reconciler:
             cached.create_error = CreateError(422, "PlanLost", str(error))
             self.queue.add(key)
         except ApiError as error:
-            if not error.is_refusal:
-                raise
-            if cached.create_error is None or cached.create_error.message != error.message:
-                cached.create_error = CreateError(error.code, error.reason, error.message)
-                self.queue.add(key)
+            self._keep_create_error(key, cached, error)
         else:
-            cached.create_error = None
+            cached.create_error, cached.create_failures = None, 0
             self.cache.add_created_ray_job(key, {**rendered.ray_job, **created})
+
+    def _keep_create_error(self, key: Key, cached: CachedJob, error: ApiError) -> None:
+        """Keep the error for the status. Raises an error that may pass, so that it is retried, up
+        to CREATE_TRIES times in a row."""
+        cached.create_failures += 1
+        if not error.is_refusal and cached.create_failures < CREATE_TRIES:
+            raise error
+        before = cached.create_error
+        cached.create_error = CreateError(error.code, error.reason, error.message)
+        cached.create_after = time.monotonic() + CREATE_SECONDS
+        if cached.create_error != before:
+            self.queue.add(key)
 
     async def _read_warnings(self, key: Key, cached: CachedJob, job: Job) -> None:
         """Read the RayCluster's warnings while an attempt does not start: only these events report

@@ -17,7 +17,7 @@ LIST_CHUNK = 250
 
 def registry(reconciler: Reconciler) -> kopf.OperatorRegistry:
     """Return kopf's registry with a handler for each watched resource."""
-    handlers, watches = kopf.OperatorRegistry(), _Watches(reconciler)
+    handlers, watches = kopf.OperatorRegistry(), Watches(reconciler)
     kopf.on.login(registry=handlers)(_login)
     for plural in ("finetunejobs", "alignmentjobs"):
         _on_event(handlers, watches.job, GROUP, VERSION, plural)
@@ -43,7 +43,7 @@ def _on_event(
     kopf.on.event(*resource, registry=handlers, id=f"{resource[-1]}-event")(handler)
 
 
-class _Watches:
+class Watches:
     """The handlers, one for each kind of object."""
 
     def __init__(self, reconciler: Reconciler) -> None:
