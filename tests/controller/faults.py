@@ -228,7 +228,7 @@ class FaultProxy:
             self._loop.close()
 
     async def _serve(self) -> None:
-        certificate = _write_certificate(self._folder)
+        certificate = write_certificate(self._folder)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate)
         async with self._upstream.opened():
@@ -469,7 +469,7 @@ def _named(entries: list[dict[str, Any]], name: str) -> dict[str, Any]:
     return next(entry for entry in entries if entry["name"] == name)
 
 
-def _write_certificate(folder: Path) -> Path:
+def write_certificate(folder: Path) -> Path:
     """Write a self-signed certificate and its key into one file."""
     path = folder / "fault-proxy.pem"
     command = ["openssl", "req", "-x509", "-nodes", "-days", "2", "-subj", "/CN=fault-proxy"]

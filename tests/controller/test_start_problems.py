@@ -7,6 +7,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,7 @@ from tests.controller.scene import (
     eventually,
     outcome,
 )
+from tests.controller.webhook import failing_webhook
 
 pytestmark = pytest.mark.apiserver
 
@@ -184,6 +186,36 @@ def test_a_job_reports_missing_kuberay_and_continues_once_it_is_installed(
     early.attempt(1).run().end(SUCCEEDED)
     early.until_phase("Succeeded")
     assert len(early.attempts) == 1
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["answers 500", "answers nothing"])
+def test_a_failing_webhook_is_named_ends_the_job_in_time_and_is_waited_for(
+    scene: OperatedScene, tmp_path: Path, silent: bool
+) -> None:
+    name = f"unreviewed-{'silent' if silent else 'broken'}"
+    with failing_webhook(scene, name, tmp_path, silent=silent) as webhook:
+        # The API server needs a moment to call a new webhook.
+        job = scene.create(name)
+        job.until(lambda job: job.why("Running") == "False ClusterUnavailable")
+        assert f'failed calling webhook "{webhook}"' in str(job.status["conditions"])
+        assert "Ask the platform team" in str(job.status["conditions"])
+        is_served(scene, f"reviewed-{silent}".lower())
+        assert job.phase == "Pending"
+        job.set(startDeadlineSeconds=START_SECONDS)
+        job.until_phase("Failed")
+        assert job.failure == "ClusterUnavailable"
+        assert webhook in job.status["failure"]["message"]
+        assert job.ray_jobs() == []
+        job.delete()
+        job.until_gone()
+        job = scene.create(name)
+        job.until(lambda job: job.why("Running") == "False ClusterUnavailable")
+    job.attempt(1).run().end(SUCCEEDED)
+    job.until_phase("Succeeded")
+    assert (job.reasons, job.event_reasons()["ClusterUnavailable"]) == (
+        ["Succeeded"],
+        2,
+    )
 
 
 def test_a_fault_that_the_schema_cannot_refuse_fails_with_the_remedy_and_may_be_corrected(

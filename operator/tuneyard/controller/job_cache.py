@@ -40,6 +40,10 @@ class CachedJob:
     """By the RayJob's name."""
     warnings: tuple[str, ...] = ()
     create_error: CreateError | None = None
+    create_failures: int = 0
+    """Failed tries in a row to create the attempt's objects."""
+    create_after: float = 0.0
+    """When a reported create error may be tried again (monotonic)."""
     post: Post | None = None
     missing_since: float | None = None
     """Since when the current attempt's RayJob is missing (monotonic); None: it is not missing."""

@@ -58,6 +58,11 @@ READ_SECONDS = 60.0
 event."""
 RESYNC_SECONDS = 600.0
 """How often the jobs are listed, in case a watch missed that one was deleted."""
+CREATE_TRIES = 3
+"""Failed tries to create an attempt's objects before the status reports an error that may pass."""
+CREATE_SECONDS = 10.0
+"""Time between two tries to create an attempt's objects once the status reports the error. Each try
+may change the message, which may contain the port of a connection, and so cause a reconcile."""
 PODS_RECHECK_SECONDS = 5.0
 """Interval of the checks for pods that are to be removed."""
 
@@ -304,6 +309,9 @@ class Reconciler:
         self, key: Key, cached: CachedJob, job: Job, number: int, planned: Planned
     ) -> None:
         """Create an attempt's objects, once no object of another attempt is left."""
+        if cached.create_error and (wait := cached.create_after - time.monotonic()) > 0:
+            self.queue.add_after(key, wait)
+            return
         if number > 1:
             await self._read(key)
             now = self.clock()
@@ -332,19 +340,26 @@ class Reconciler:
         except PlanUnreadableError as error:
             self._store_create_error(key, cached, CreateError(0, "PlanUnreadable", str(error)))
         except ApiError as error:
-            if not error.is_refusal:
-                raise
-            refusal = CreateError(error.code, error.reason, error.message)
-            self._store_create_error(key, cached, refusal)
+            self._keep_create_error(key, cached, error)
         else:
-            cached.create_error = None
+            cached.create_error, cached.create_failures = None, 0
             self.cache.add_created_ray_job(key, {**rendered.ray_job, **created})
 
     def _store_create_error(self, key: Key, cached: CachedJob, error: CreateError) -> None:
         """Reconcile again if the error is new; otherwise the attempt is tried again later."""
-        if cached.create_error is None or cached.create_error.message != error.message:
-            cached.create_error = error
+        before, cached.create_error = cached.create_error, error
+        cached.create_after = time.monotonic() + CREATE_SECONDS
+        if before != error:
             self.queue.add(key)
+
+    def _keep_create_error(self, key: Key, cached: CachedJob, error: ApiError) -> None:
+        """Keep the error for the status. Raises an error that may pass, so that it is retried, up
+        to CREATE_TRIES times in a row."""
+        cached.create_failures += 1
+        if not error.is_refusal and cached.create_failures < CREATE_TRIES:
+            raise error
+        found = CreateError(error.code, error.reason, error.message)
+        self._store_create_error(key, cached, found)
 
     async def _read_warnings(self, key: Key, cached: CachedJob, job: Job) -> None:
         """Read the RayCluster's warnings while an attempt does not start: only these events report

@@ -355,7 +355,7 @@ class _Observer:
                 moment_of(attempt.started_at)
             ):
                 return self._close_attempt(cause._replace(retryable=False))
-            self._condition("Running", False, cause.reason, cause.message)
+            self._condition("Running", False, cause.reason, cause.text)
         if self._objects_left():
             self.wake_times.append(RECHECK_SECONDS)
             return self._decision()
@@ -578,9 +578,7 @@ class _Observer:
         self._set(stages=[_with_state(s, to) if s.state == "Running" else s for s in stages])
         self._phase("Failed")
         self._condition("Running", False, cause.reason, cause.message)
-        end = "" if cause.message.endswith((".", "!", "?")) or not cause.advice else "."
-        text = f"{cause.message}{end} {cause.advice}".strip()
-        self._condition("Failed", True, cause.reason, text)
+        self._condition("Failed", True, cause.reason, cause.text)
         self._drop_condition("Suspended")
 
     def _finished(self) -> Decision:

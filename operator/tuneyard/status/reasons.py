@@ -35,6 +35,12 @@ class Cause(NamedTuple):
     def failure(self) -> Failure:
         return Failure(reason=self.reason, message=self.message, advice=self.advice)
 
+    @property
+    def text(self) -> str:
+        """The message and the advice."""
+        end = "" if self.message.endswith((".", "!", "?")) or not self.advice else "."
+        return f"{self.message}{end} {self.advice}".strip()
+
 
 _REASON = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,127}\Z")
 """The reasons that a condition may carry."""
@@ -187,11 +193,12 @@ def of_create_error(create_error: CreateError) -> Cause:
         )
     if "exceeded quota" in text:
         return _quota(text)
-    if create_error.code == 429 or create_error.code >= 500:
+    if create_error.code in (0, 429) or create_error.code >= 500:
         return Cause(
             "ClusterUnavailable",
             f"the cluster could not create the attempt's objects: {text}",
-            "Ask the platform team: the API server or an admission webhook does not respond.",
+            "Ask the platform team: the API server or an admission webhook fails or does not "
+            "respond.",
             retryable=True,
         )
     if create_error.code == 403:
