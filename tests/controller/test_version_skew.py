@@ -10,7 +10,6 @@ import asyncio
 import copy
 import json
 import ssl
-import subprocess
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -18,7 +17,8 @@ from typing import Any, NamedTuple, cast
 import pytest
 from rig.ports import Reservation
 
-from tests.status.test_patches import merged
+from tests.status.test_patches import THROTTLED, merged
+from tests.tls import write_certificate
 from tuneyard.api.meta import GROUP
 from tuneyard.api.plan import digest
 from tuneyard.api.progress import Post, PostResponse
@@ -54,9 +54,7 @@ def newer(job: Object) -> Object:
     spec, status = job["spec"], job["status"]
     for mapping in (spec, spec["training"], status, *status["attempts"], *status["stages"]):
         mapping["ofANewerVersion"] = {"a": 1}
-    since = "2026-11-26T12:00:00Z"
-    throttled = {"type": "Throttled", "status": "True", "reason": "R", "lastTransitionTime": since}
-    status["conditions"].append(throttled)
+    status["conditions"].append(THROTTLED)
     status["stages"].append({"name": "distill", "kind": "distill", "state": "Pending"})
     return job
 
@@ -155,14 +153,10 @@ class Certificate(NamedTuple):
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
     folder = tmp_path_factory.mktemp("tls")
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
-    command += " -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1"
-    files = [f"{folder}/tls.crt", f"{folder}/tls.key"]
-    arguments = [*command.split(), "-out", files[0], "-keyout", files[1]]
-    subprocess.run(arguments, check=True, capture_output=True)
+    certificate, key = write_certificate(folder)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(*files)
-    return Certificate(context, Path(files[0]).read_text())
+    context.load_cert_chain(certificate, key)
+    return Certificate(context, certificate.read_text())
 
 
 class Operated:

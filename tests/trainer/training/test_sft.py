@@ -128,19 +128,22 @@ def test_early_stopping_ends_the_run_after_the_patience_also_when_resumed(
     assert again.metrics["steps"] == steps
 
 
+NO_DECREASE_COUNTS: dict[str, Any] = {
+    "epochs": 100.0,
+    "learning_rate": 1e-3,
+    "evaluation_steps": 2,
+    "early_stopping": {"patience": 3, "minDelta": 1.0},
+}
+"""Settings under which the held-out loss never falls by minDelta."""
+
+
 def test_min_delta_decides_the_patience_and_not_the_kept_checkpoint_also_when_resumed(
     tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: Any
 ) -> None:
     """No decrease reaches minDelta, and the held-out loss still falls at every evaluation."""
     write_prepared(tmp_path / "data", tiny_tokenizer, ROWS, ROWS[:4])
     inputs = {"model": tiny_model_dir, "data": tmp_path / "data"}
-    settings: dict[str, Any] = {
-        "epochs": 100.0,
-        "learning_rate": 1e-3,
-        "evaluation_steps": 2,
-        "early_stopping": {"patience": 3, "minDelta": 1.0},
-    }
-    whole, outcome = run(tmp_path / "a", inputs, **settings)
+    whole, outcome = run(tmp_path / "a", inputs, **NO_DECREASE_COUNTS)
     measured = {
         line["step"]: line["validationLoss"]
         for line in lines(tmp_path / "a")
@@ -151,8 +154,8 @@ def test_min_delta_decides_the_patience_and_not_the_kept_checkpoint_also_when_re
     assert best == outcome.details["bestStep"] == 8, "the first evaluation is not kept"
     assert outcome.metrics["validationLoss"] == measured[best]
     with pytest.raises(Interrupted):
-        run(tmp_path / "b", inputs, StopAfter(5).worker(), **settings)
-    resumed, again = run(tmp_path / "b", inputs, **settings)
+        run(tmp_path / "b", inputs, StopAfter(5).worker(), **NO_DECREASE_COUNTS)
+    resumed, again = run(tmp_path / "b", inputs, **NO_DECREASE_COUNTS)
     assert again.metrics["steps"] == 8
     assert again.details["bestStep"] == best
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -162,19 +165,13 @@ def test_a_checkpoint_of_0_2_goes_on_with_the_loss_that_its_patience_compared_wi
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     """Version 0.2 had one loss for both: the last one that fell by more than minDelta."""
-    settings: dict[str, Any] = {
-        "epochs": 100.0,
-        "learning_rate": 1e-3,
-        "evaluation_steps": 2,
-        "early_stopping": {"patience": 3, "minDelta": 1.0},
-    }
     with pytest.raises(Interrupted):
-        run(tmp_path / "a", inputs, StopAfter(2).worker(), **settings)
+        run(tmp_path / "a", inputs, StopAfter(2).worker(), **NO_DECREASE_COUNTS)
     (file,) = (tmp_path / "a" / "checkpoints").glob("step-00000003/state.json")
     state = json.loads(file.read_text())
     del state["patience_loss"]
     file.write_text(json.dumps(state))
-    _, outcome = run(tmp_path / "a", inputs, **settings)
+    _, outcome = run(tmp_path / "a", inputs, **NO_DECREASE_COUNTS)
     assert outcome.metrics["steps"] == 8
 
 

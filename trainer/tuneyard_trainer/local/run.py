@@ -96,6 +96,7 @@ def _run(plan: Plan, base_dir: Path) -> int:
     cache_dir = _cache_dir()
     with (
         Console() as console,
+        # After a second Ctrl-C the workers still write there.
         tempfile.TemporaryDirectory(prefix="tuneyard-", ignore_cleanup_errors=True) as scratch,
     ):
         try:

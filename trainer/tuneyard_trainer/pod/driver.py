@@ -28,6 +28,7 @@ from tuneyard.api.pods import (
     CA_VARIABLE,
     OUTCOME_PREFIX,
     PROGRESS_URL_VARIABLE,
+    STALE_ATTEMPT,
     TOKEN_FILE_VARIABLE,
 )
 from tuneyard.api.progress import Outcome
@@ -43,8 +44,6 @@ from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted
 
 SUCCEEDED, FAILED, INTERRUPTED, STALE = 0, 1, 3, 4
-STALE_ATTEMPT = "StaleAttempt"
-"""The reason of an attempt that ended because of a newer one."""
 LOG_SECONDS = 10.0
 """The least time between two log lines of progress without a message."""
 FOLDER = Path(tempfile.gettempdir(), "tuneyard")

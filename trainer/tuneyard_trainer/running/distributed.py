@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -310,13 +311,9 @@ def local_cluster(resources: Resources) -> Iterator[None]:
     )
     try:
         yield
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
-        ray.shutdown()
-        raise
-    else:
-        ray.shutdown()
+    finally:
+        if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+            ray.shutdown()
 
 
 def local_resources(compute: Compute) -> Resources:

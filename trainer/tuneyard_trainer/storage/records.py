@@ -19,7 +19,7 @@ import fsspec
 from pydantic import ValidationError
 
 from tuneyard.api.plan import JobRef, PlannedStage, StageRecord
-from tuneyard.api.pods import stage_folder
+from tuneyard.api.pods import STALE_ATTEMPT, stage_folder
 from tuneyard.errors import StageError
 from tuneyard_trainer.storage.files import disk_error, write_atomically
 
@@ -263,7 +263,7 @@ class Store:
 
 
 def _stale(why: str) -> StageError:
-    return StageError("StaleAttempt", f"{why}.")
+    return StageError(STALE_ATTEMPT, f"{why}.")
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:
