@@ -268,6 +268,34 @@ def test_the_driver_of_a_job_that_cannot_be_read_goes_on_and_its_outcome_is_stor
     assert cluster.status["phase"] == "Succeeded"
 
 
+def test_a_job_that_waits_and_cannot_be_read_keeps_its_status(play: Play) -> None:
+    """Closed as Failed for this generation, it would never run, even if it can be read again."""
+    job = running_job()
+    since = "2026-11-26T12:00:00Z"
+    waits = {"type": "Planned", "status": "False", "reason": "WaitingForModel", "message": "m"}
+    job["status"] = {
+        "phase": "Pending",
+        "observedGeneration": job["metadata"]["generation"],
+        "conditions": [{**waits, "lastTransitionTime": since}],
+    }
+    job["spec"]["method"] = "distill"
+    cluster = PlayedCluster(job)
+    before = copy.deepcopy(cluster.body)
+
+    async def act(_: Operated) -> None:
+        await asyncio.sleep(0.3)
+        assert cluster.body == before
+        cluster.stored["metadata"]["generation"] += 1  # the user edits the job
+
+    play(cluster, act)
+
+    async def act_later(operated: Operated) -> None:
+        await operated.until(lambda: cluster.status["phase"] == "Failed")
+
+    play(cluster, act_later)
+    assert cluster.status["failure"]["reason"] == "Malformed"
+
+
 def test_an_attempt_is_superseded_by_a_newer_attempt_and_by_the_end_of_its_job(play: Play) -> None:
     job = running_job()
     first = job["status"]["attempts"][0]
