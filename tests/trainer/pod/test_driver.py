@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import queue
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from tuneyard.api.pods import OUTCOME_PREFIX
 from tuneyard.api.progress import Outcome
 from tuneyard.errors import StageError
 from tuneyard_trainer import drain, erase
+from tuneyard_trainer.pod import driver as driver_module
 from tuneyard_trainer.pod.driver import Driver, located, outcome_of
 from tuneyard_trainer.pod.log import Log
 from tuneyard_trainer.running.distributed import Resources, pods_resources
@@ -105,6 +107,7 @@ def superseded(
         raise Exited(code)
 
     monkeypatch.setattr(os, "_exit", exit_)
+    monkeypatch.setattr(driver_module, "GRACE_SECONDS", 1e6)
     plan = cluster_plan(folder, folder)
     driver = Driver(plan, 1, UID, Log(sys.stdout))
     if claim is not None:
@@ -120,6 +123,21 @@ def test_a_superseded_attempt_lets_its_workers_save_a_checkpoint(
 ) -> None:
     driver = superseded(tmp_path, monkeypatch, claim=(UID, 1))
     assert driver._stop.is_set()
+
+
+def test_a_superseded_attempt_whose_workers_hang_ends_after_the_grace_period(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes: queue.Queue[int] = queue.Queue()
+    monkeypatch.setattr(os, "_exit", codes.put)
+    monkeypatch.setattr(driver_module, "GRACE_SECONDS", 0.2)
+    plan = cluster_plan(tmp_path, tmp_path)
+    driver = Driver(plan, 1, UID, Log(sys.stdout))
+    driver._store = Store(str(tmp_path / "out"), tmp_path, UID)
+    driver._store.claim(plan.job, 1)
+    driver._superseded()
+    assert codes.empty()
+    assert codes.get(timeout=10) == 4
 
 
 @pytest.mark.parametrize("claim", [(UID, 2), ("of-a-new-job", 1), None])

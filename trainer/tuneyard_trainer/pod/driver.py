@@ -26,6 +26,7 @@ from typing import Any
 from tuneyard.api.plan import Plan, SourceInput
 from tuneyard.api.pods import (
     CA_VARIABLE,
+    GRACE_SECONDS,
     OUTCOME_PREFIX,
     PROGRESS_URL_VARIABLE,
     STALE_ATTEMPT,
@@ -162,16 +163,24 @@ class Driver:
     def _superseded(self) -> None:
         """Stop, because the operator knows a newer attempt or knows the job no more.
 
-        The workers save a checkpoint if the output still belongs to this attempt. Otherwise the
-        driver exits at once: Ray ends the workers of a driver that has exited.
+        The workers have GRACE_SECONDS to save a checkpoint if the output still belongs to this
+        attempt. Otherwise the driver exits at once: Ray ends the workers of a driver that has
+        exited.
         """
         cause = (STALE_ATTEMPT, _not_newest(self._plan.job.name, self._attempt))
         self._ask_to_stop(*cause)
         self._log("stopping", why=cause[1])
+        # Nothing is posted any more, so no later answer would end workers that hang.
+        deadline = threading.Timer(GRACE_SECONDS, self._leave_at_once, cause)
+        deadline.daemon = True
+        deadline.start()
         if not self._owns_output():
-            failure = Failure(reason=cause[0], message=cause[1])
-            _leave(Outcome(state="Interrupted", failure=failure, retryable=True), self._log)
-            os._exit(STALE)
+            self._leave_at_once(*cause)
+
+    def _leave_at_once(self, reason: str, message: str) -> None:
+        failure = Failure(reason=reason, message=message)
+        _leave(Outcome(state="Interrupted", failure=failure, retryable=True), self._log)
+        os._exit(STALE)
 
     def _owns_output(self) -> bool:
         """Return whether this attempt made the output's last claim, as far as can be read now. The
