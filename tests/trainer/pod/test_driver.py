@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import time
@@ -332,6 +333,26 @@ def steps_told(server: StatusServer) -> int:
 
 LONG = {"maxSteps": 50_000, "batchSize": 2, "learningRate": 1e-4, "checkpointSteps": 20}
 """Minutes of training: fast cores do 2,000 such steps between two posts."""
+
+
+@pytest.mark.slow
+def test_sigterm_while_the_workers_start_is_an_interruption_with_an_outcome(
+    tmp_path: Path, tiny_model_dir: Path, server: StatusServer, ray_address: str
+) -> None:
+    write_data(tmp_path)
+    env = environment(tmp_path, server, ray_address)
+    process = launched(tmp_path, cluster_plan(tmp_path, tiny_model_dir, training=LONG), env)
+    assert process.stdout
+    for line in process.stdout:
+        if "event=ray-connected" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 3, err
+    found = last_words(err)
+    assert (found.failure and found.failure.reason) == "Preempted"
+    assert pictures(server)[-1]["outcome"]["failure"]["reason"] == "Preempted"
+    wait_for_no_workers()
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ class Driver:
             job_uid=self._uid,
             drain=str(drain.FOLDER),
         )
-        with distributed.pods_cluster():
+        with distributed.pods_cluster(), self._signals():  # ray.init sets a handler of its own
             self._log("ray-connected", workers=resources.workers, least=resources.min_workers)
             distributed.run(
                 self._plan,
