@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -49,8 +49,8 @@ class LoopState:
     stale: int = 0
     """Evaluations in a row without an improvement that early stopping counts."""
     patience_loss: float | None = None
-    """The held-out loss of the last improvement that early stopping counted; None: no evaluation
-    yet, or a checkpoint of version 0.2, whose `best_loss` it was."""
+    """The held-out loss of the last improvement that early stopping counted; None: it is
+    `best_loss`, as it always is without `minDelta`."""
 
     def optimizer_age(self) -> int:
         """Return the number of optimizer steps, which AdamW's bias correction needs."""
@@ -156,7 +156,7 @@ class Checkpoints(Generic[State]):
         partial.mkdir(parents=True)
         save_file(weights, partial / "weights.safetensors")
         save_file(moments, partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(json.dumps(asdict(state), indent=2))
+        (partial / "state.json").write_text(json.dumps(_written(state), indent=2))
         _flush(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -184,6 +184,14 @@ def assign(tensors: Mapping[str, Tensor], parameters: Parameters) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
+
+
+def _written(state: LoopState) -> dict[str, Any]:
+    """Return the fields of a state without those that have their default: a version that does not
+    know a field can resume until the field has another value."""
+    values = asdict(state)
+    default = asdict(type(state)())
+    return {name: value for name, value in values.items() if value != default[name]}
 
 
 def _snapshot(tensor: Tensor) -> Tensor:

@@ -241,7 +241,9 @@ class Loop:
         self.worker.report(step=state.step, total_steps=total, metrics=metrics)
         state = self._count_patience(state, loss)
         if state.best_loss is None or loss < state.best_loss:
-            return replace(state, best_step=state.step, best_loss=loss)
+            state = replace(state, best_step=state.step, best_loss=loss)
+        if state.patience_loss == state.best_loss:
+            state = replace(state, patience_loss=None)
         return state
 
     def _count_patience(self, state: LoopState, loss: float) -> LoopState:
