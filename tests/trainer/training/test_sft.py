@@ -109,6 +109,17 @@ def test_the_weights_with_the_best_held_out_loss_are_kept(
     assert again.objective.held_out()["validationLoss"] == pytest.approx(evaluated[best], abs=1e-6)
 
 
+def test_without_keep_best_the_record_has_the_held_out_loss_of_the_last_weights(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    """The learning rate is so high that the held-out loss rises again."""
+    settings = {"epochs": 30.0, "learning_rate": 3e-2, "evaluation_steps": 5}
+    _, outcome = run(tmp_path / "a", inputs, keep_best=False, **settings)
+    *_, last = (line for line in lines(tmp_path / "a") if "validationLoss" in line)
+    assert outcome.details["bestStep"] < last["step"] == outcome.metrics["steps"]
+    assert outcome.metrics["validationLoss"] == last["validationLoss"]
+
+
 def test_early_stopping_ends_the_run_after_the_patience_also_when_resumed(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:

@@ -285,8 +285,9 @@ class Loop:
             "peakMemoryBytes": float(base.peak_memory_bytes(self.worker.device)),
             "finalLoss": self.history.last("loss"),
         }
-        if state.best_loss is not None:
-            metrics["validationLoss"] = state.best_loss
+        if state.best_loss is not None:  # the last step has an evaluation too
+            last = self.history.last("validationLoss")
+            metrics["validationLoss"] = state.best_loss if self.settings.keep_best else last
         if self.base_loss is not None:
             metrics["baseValidationLoss"] = self.base_loss
         return metrics
