@@ -19,7 +19,6 @@ import base64
 import json
 import re
 import ssl
-import subprocess
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -31,6 +30,8 @@ import aiohttp
 import yaml
 from aiohttp import web
 from yarl import URL
+
+from tests.tls import write_certificate
 
 START_SECONDS = 20
 LINE_BYTES = 16 << 20
@@ -228,9 +229,9 @@ class FaultProxy:
             self._loop.close()
 
     async def _serve(self) -> None:
-        certificate = write_certificate(self._folder)
+        certificate, key = write_certificate(self._folder)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate)
+        context.load_cert_chain(certificate, key)
         async with self._upstream.opened():
             server = web.Server(self._handle, handler_cancellation=True)
             runner = web.ServerRunner(server, shutdown_timeout=0.1)
@@ -467,19 +468,6 @@ class _Upstream:
 
 def _named(entries: list[dict[str, Any]], name: str) -> dict[str, Any]:
     return next(entry for entry in entries if entry["name"] == name)
-
-
-def write_certificate(folder: Path) -> Path:
-    """Write a self-signed certificate and its key into one file."""
-    path = folder / "fault-proxy.pem"
-    command = ["openssl", "req", "-x509", "-nodes", "-days", "2", "-subj", "/CN=fault-proxy"]
-    command += ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
-    command += ["-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
-    command += ["-keyout", str(path), "-out", f"{path}.crt"]
-    subprocess.run(command, check=True, capture_output=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(Path(f"{path}.crt").read_text(encoding="utf-8"))
-    return path
 
 
 # ---- answers ------------------------------------------------------------------------------------

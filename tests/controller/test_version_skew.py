@@ -10,7 +10,6 @@ import asyncio
 import copy
 import json
 import ssl
-import subprocess
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -18,7 +17,8 @@ from typing import Any, NamedTuple, cast
 import pytest
 from rig.ports import Reservation
 
-from tests.status.test_patches import merged
+from tests.status.test_patches import THROTTLED, merged
+from tests.tls import write_certificate
 from tuneyard.api.meta import GROUP
 from tuneyard.api.plan import digest
 from tuneyard.api.progress import Post, PostResponse
@@ -54,9 +54,7 @@ def newer(job: Object) -> Object:
     spec, status = job["spec"], job["status"]
     for mapping in (spec, spec["training"], status, *status["attempts"], *status["stages"]):
         mapping["ofANewerVersion"] = {"a": 1}
-    since = "2026-11-26T12:00:00Z"
-    throttled = {"type": "Throttled", "status": "True", "reason": "R", "lastTransitionTime": since}
-    status["conditions"].append(throttled)
+    status["conditions"].append(THROTTLED)
     status["stages"].append({"name": "distill", "kind": "distill", "state": "Pending"})
     return job
 
@@ -155,14 +153,10 @@ class Certificate(NamedTuple):
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
     folder = tmp_path_factory.mktemp("tls")
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
-    command += " -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1"
-    files = [f"{folder}/tls.crt", f"{folder}/tls.key"]
-    arguments = [*command.split(), "-out", files[0], "-keyout", files[1]]
-    subprocess.run(arguments, check=True, capture_output=True)
+    certificate, key = write_certificate(folder)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(*files)
-    return Certificate(context, Path(files[0]).read_text())
+    context.load_cert_chain(certificate, key)
+    return Certificate(context, certificate.read_text())
 
 
 class Operated:
@@ -272,6 +266,34 @@ def test_the_driver_of_a_job_that_cannot_be_read_goes_on_and_its_outcome_is_stor
     cluster.body = readable  # the operator of the newer version runs again
     play(cluster, act_later)
     assert cluster.status["phase"] == "Succeeded"
+
+
+def test_a_job_that_waits_and_cannot_be_read_keeps_its_status(play: Play) -> None:
+    """Closed as Failed for this generation, it would never run, even if it can be read again."""
+    job = running_job()
+    since = "2026-11-26T12:00:00Z"
+    waits = {"type": "Planned", "status": "False", "reason": "WaitingForModel", "message": "m"}
+    job["status"] = {
+        "phase": "Pending",
+        "observedGeneration": job["metadata"]["generation"],
+        "conditions": [{**waits, "lastTransitionTime": since}],
+    }
+    job["spec"]["method"] = "distill"
+    cluster = PlayedCluster(job)
+    before = copy.deepcopy(cluster.body)
+
+    async def act(_: Operated) -> None:
+        await asyncio.sleep(0.3)
+        assert cluster.body == before
+        cluster.stored["metadata"]["generation"] += 1  # the user edits the job
+
+    play(cluster, act)
+
+    async def act_later(operated: Operated) -> None:
+        await operated.until(lambda: cluster.status["phase"] == "Failed")
+
+    play(cluster, act_later)
+    assert cluster.status["failure"]["reason"] == "Malformed"
 
 
 def test_an_attempt_is_superseded_by_a_newer_attempt_and_by_the_end_of_its_job(play: Play) -> None:

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from tests.controller.faults import write_certificate
 from tests.controller.scene import Scene
+from tests.tls import write_certificate
 
 WEBHOOKS = "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations"
 TIMEOUT_SECONDS = 1
@@ -35,9 +35,9 @@ class _Silent(_Handler):
 def failing_webhook(scene: Scene, job: str, folder: Path, *, silent: bool) -> Iterator[str]:
     """Let a webhook that answers 500, or `silent` nothing, decide on the RayJobs of a job; yield
     its name."""
-    certificate = write_certificate(folder)
+    certificate, key = write_certificate(folder)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
+    context.load_cert_chain(certificate, key)
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Silent if silent else _Handler)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -46,7 +46,7 @@ def failing_webhook(scene: Scene, job: str, folder: Path, *, silent: bool) -> It
         "name": name,
         "clientConfig": {
             "url": f"https://127.0.0.1:{server.server_address[1]}/",
-            "caBundle": base64.b64encode(Path(f"{certificate}.crt").read_bytes()).decode(),
+            "caBundle": base64.b64encode(certificate.read_bytes()).decode(),
         },
         "rules": [
             {

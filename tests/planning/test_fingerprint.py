@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +16,13 @@ from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.meta import yaml_fields
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, TrainRuntime
 from tuneyard.api.sources import FineTuneData
-from tuneyard.api.stage_settings import Settings, StageKind
+from tuneyard.api.stage_settings import DpoSettings, Settings, StageKind
 from tuneyard.api.training import Training
 from tuneyard.planning import fingerprint as module
 from tuneyard.planning.fingerprint import fingerprint
 from tuneyard.planning.plan import plan_job
+
+GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 def fingerprints(planned: Plan) -> dict[str, str]:
@@ -85,6 +88,24 @@ def test_a_new_version_of_a_stage_changes_its_fingerprint_only(
     monkeypatch.setattr(module, "STAGE_VERSIONS", {**module.STAGE_VERSIONS, "sft": 2})
     after = fingerprints(planned())
     assert {name for name in before if before[name] != after[name]} == {"sft"}
+
+
+def test_a_new_version_of_kto_keeps_the_records_of_the_other_losses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Version 0.2 estimated KTO's reference point from a prompt's own completions."""
+    plan = Plan.model_validate_json((GOLDEN / "alignment" / "dpo.json").read_text())
+    (stage,) = (stage for stage in plan.stages if isinstance(stage.settings, DpoSettings))
+    kinds = {stage.name: stage.kind for stage in plan.stages}
+
+    def found(loss: str) -> str:
+        settings = stage.settings.model_copy(update={"loss": loss})
+        return fingerprint(settings, stage.inputs, kinds)
+
+    now = found("kto"), found("sigmoid")
+    monkeypatch.setattr(module, "KTO_VERSION", module.STAGE_VERSIONS["dpo"])
+    assert found("kto") != now[0], "a record of 0.2 does not match"
+    assert found("sigmoid") == now[1]
 
 
 def test_the_kinds_of_inputs_are_identity_and_a_stages_name_is_not() -> None:

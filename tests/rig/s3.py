@@ -50,8 +50,8 @@ def _served(program: Path, folder: Path, port: int) -> Iterator[S3Server]:
     (objects / server.bucket).mkdir(parents=True)
     metadata.mkdir()
     # A sidecar folder keeps the ETags: not every file system has extended attributes.
-    command = [program, "--port", f"127.0.0.1:{port}", "--quiet"]
-    command += ["posix", "--sidecar", metadata, objects]
+    command = [str(program), "--port", f"127.0.0.1:{port}", "--quiet"]
+    command += ["posix", "--sidecar", str(metadata), str(objects)]
     environment = {
         **os.environ,
         "ROOT_ACCESS_KEY": server.key,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
+
 from tests.status.simulation import SUCCESS, Simulation, post
 from tuneyard.api.status import JobStatus
 from tuneyard.status.patches import dump, status_patch
@@ -91,3 +93,15 @@ def test_a_known_field_that_is_dropped_is_removed() -> None:
     assert merged(stored, patch) == written
     types = [item["type"] for item in written["conditions"]]
     assert before.conditions[0].type not in types
+
+
+@pytest.mark.parametrize("name", ["conditions", "stages", "attempts"])
+def test_a_metric_may_have_the_name_of_a_list_of_the_status(name: str) -> None:
+    job = running()
+    assert job.status.progress
+    progress = job.status.progress.model_copy(update={"metrics": {name: 3.0}})
+    before = job.status.model_copy(update={"progress": progress})
+    after = before.model_copy(update={"progress": progress.model_copy(update={"step": 41})})
+    patch, written = status_patch(dump(before), before, after)
+    assert patch == {"progress": {"step": 41}}
+    assert written == dump(after)

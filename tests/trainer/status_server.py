@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import ssl
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +12,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+from tests.tls import write_certificate
 
 
 @dataclass
@@ -69,10 +70,7 @@ class StatusServer:
 @contextmanager
 def serving(folder: Path) -> Iterator[StatusServer]:
     """Run a server on a free port, with a new certificate in `folder`."""
-    certificate, key = folder / "tls.crt", folder / "tls.key"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
-    command += f" -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1 -out {certificate}"
-    subprocess.run([*command.split(), "-keyout", str(key)], check=True, capture_output=True)
+    certificate, key = write_certificate(folder)
     status = StatusServer()
 
     class Handler(BaseHTTPRequestHandler):

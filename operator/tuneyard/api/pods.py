@@ -11,6 +11,9 @@ OUTCOME_PREFIX: Final = "TUNEYARD-OUTCOME "
 """Starts the log line that holds the driver's `Outcome` as JSON. KubeRay copies the tail of the log
 into the RayJob, where the operator finds the line."""
 
+STALE_ATTEMPT: Final = "StaleAttempt"
+"""The reason of an attempt that ended because of a newer one."""
+
 PROGRESS_URL_VARIABLE: Final = "TUNEYARD_PROGRESS_URL"
 """Environment variable: the URL that the driver posts progress to. Unset: no progress is posted."""
 TOKEN_FILE_VARIABLE: Final = "TUNEYARD_TOKEN_FILE"  # noqa: S105  a name

@@ -380,10 +380,12 @@ class Reconciler:
 
     async def _report_malformed(self, key: Key, body: Object, error: ManifestError) -> None:
         """Report the error of a malformed job in its status. The status of a job that was planned
-        before stays unchanged until its manifest is valid again."""
+        before, or whose very spec another version of the operator read, stays unchanged until its
+        manifest is valid again."""
         old, text = body.get("status") or {}, str(error)[:4096]
         self.cache.count_phase(key, old.get("phase") or "Failed")
-        if old.get("planDigest"):
+        was_read = old.get("observedGeneration") == body["metadata"].get("generation")
+        if old.get("planDigest") or was_read:
             log.error("%s %s/%s is malformed: %s", key.kind, key.namespace, key.name, text)
             self.queue.add_after(key, READ_SECONDS)
             return

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tuneyard.api.plan import Input, StageInput, digest
-from tuneyard.api.stage_settings import Settings, StageKind
+from tuneyard.api.stage_settings import DpoSettings, Settings, StageKind
 
 STAGE_VERSIONS: Mapping[StageKind, int] = {
     "prepare": 1,
@@ -28,6 +28,8 @@ STAGE_VERSIONS: Mapping[StageKind, int] = {
 """Version of each kind of stage. Increase it when the stage's code produces another output from the
 same settings and inputs: records of the previous version then no longer
 match."""
+KTO_VERSION = 2
+"""Version of the stage `dpo` with the loss kto: the other losses keep their records."""
 
 
 def fingerprint(
@@ -45,7 +47,13 @@ def fingerprint(
     return digest(
         {
             "settings": settings.model_dump(mode="json", by_alias=True, exclude_none=True),
-            "version": STAGE_VERSIONS[settings.kind],
+            "version": _version(settings),
             "inputs": wiring,
         }
     )
+
+
+def _version(settings: Settings) -> int:
+    if isinstance(settings, DpoSettings) and settings.loss == "kto":
+        return KTO_VERSION
+    return STAGE_VERSIONS[settings.kind]

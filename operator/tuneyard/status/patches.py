@@ -61,7 +61,7 @@ def _with_unknown(written: Object, stored: Object, known: Object) -> Object:
             continue
         elif isinstance(value, dict):
             result[name] = _with_unknown(written[name], value, known[name])
-        elif name in _ITEM_KEYS:
+        elif isinstance(value, list) and name in _ITEM_KEYS:  # a metric may have such a name
             result[name] = _with_unknown_items(written[name], value, known[name], _ITEM_KEYS[name])
     return result
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from tuneyard.api.pods import OUTCOME_PREFIX
+from tuneyard.api.pods import OUTCOME_PREFIX, STALE_ATTEMPT
 from tuneyard.api.progress import Outcome
 from tuneyard.api.status import Failure
 from tuneyard.status.observed import CreateError, ObservedState, Pod, PodProblem, RayJob
@@ -81,7 +81,7 @@ def of_outcome(outcome: Outcome) -> Cause:
         return Cause("DriverError", message, failure.advice, outcome.retryable)
     # An attempt is judged while it is the newest, so only a mistake can have made it stale: an
     # operator before 0.3 that could not read the job told its driver so.
-    retryable = outcome.retryable or failure.reason == "StaleAttempt"
+    retryable = outcome.retryable or failure.reason == STALE_ATTEMPT
     return Cause(failure.reason, failure.message, failure.advice, retryable)
 
 

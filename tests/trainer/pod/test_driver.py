@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import queue
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +24,7 @@ from tuneyard.api.pods import OUTCOME_PREFIX, WORKERS_VARIABLE
 from tuneyard.api.progress import Outcome
 from tuneyard.errors import StageError
 from tuneyard_trainer import drain, erase
+from tuneyard_trainer.pod import driver as driver_module
 from tuneyard_trainer.pod.driver import Driver, located, outcome_of
 from tuneyard_trainer.pod.log import Log
 from tuneyard_trainer.running.distributed import Resources, pods_resources
@@ -105,6 +108,7 @@ def superseded(
         raise Exited(code)
 
     monkeypatch.setattr(os, "_exit", exit_)
+    monkeypatch.setattr(driver_module, "GRACE_SECONDS", 1e6)
     plan = cluster_plan(folder, folder)
     driver = Driver(plan, 1, UID, Log(sys.stdout))
     if claim is not None:
@@ -120,6 +124,21 @@ def test_a_superseded_attempt_lets_its_workers_save_a_checkpoint(
 ) -> None:
     driver = superseded(tmp_path, monkeypatch, claim=(UID, 1))
     assert driver._stop.is_set()
+
+
+def test_a_superseded_attempt_whose_workers_hang_ends_after_the_grace_period(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes: queue.Queue[int] = queue.Queue()
+    monkeypatch.setattr(os, "_exit", codes.put)
+    monkeypatch.setattr(driver_module, "GRACE_SECONDS", 0.2)
+    plan = cluster_plan(tmp_path, tmp_path)
+    driver = Driver(plan, 1, UID, Log(sys.stdout))
+    driver._store = Store(str(tmp_path / "out"), tmp_path, UID)
+    driver._store.claim(plan.job, 1)
+    driver._superseded()
+    assert codes.empty()
+    assert codes.get(timeout=10) == 4
 
 
 @pytest.mark.parametrize("claim", [(UID, 2), ("of-a-new-job", 1), None])
@@ -320,6 +339,26 @@ def steps_told(server: StatusServer) -> int:
 
 LONG = {"maxSteps": 50_000, "batchSize": 2, "learningRate": 1e-4, "checkpointSteps": 20}
 """Minutes of training: fast cores do 2,000 such steps between two posts."""
+
+
+@pytest.mark.slow
+def test_sigterm_while_the_workers_start_is_an_interruption_with_an_outcome(
+    tmp_path: Path, tiny_model_dir: Path, server: StatusServer, ray_address: str
+) -> None:
+    write_data(tmp_path)
+    env = environment(tmp_path, server, ray_address)
+    process = launched(tmp_path, cluster_plan(tmp_path, tiny_model_dir, training=LONG), env)
+    assert process.stdout
+    for line in process.stdout:
+        if "event=ray-connected" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 3, err
+    found = last_words(err)
+    assert (found.failure and found.failure.reason) == "Preempted"
+    assert pictures(server)[-1]["outcome"]["failure"]["reason"] == "Preempted"
+    wait_for_no_workers()
 
 
 @pytest.mark.slow

@@ -156,6 +156,25 @@ def test_retry_after_is_obeyed(server: StatusServer, played: Played) -> None:
     assert server.times[2] - server.times[1] >= 1.0
 
 
+def test_a_retry_after_of_zero_is_no_busy_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reporter, "FIRST_RETRY_SECONDS", 0.05)
+    tries = 0
+    status = 503
+
+    def send(_: Post) -> Any:
+        nonlocal tries
+        tries += 1
+        raise reporter.Refused(status, "", 0.0)
+
+    ours = Reporter(send, FINAL, on_stop=str, on_stale=str, log=lambda *_, **__: None)
+    ended = threading.Thread(target=ours.finish, args=(FINAL,))
+    ended.start()
+    time.sleep(1.0)
+    status = 400
+    ended.join(10)
+    assert 2 <= tries <= 22
+
+
 @pytest.mark.parametrize(
     ("value", "least", "most"),
     [("7", 7, 7), ("Wed, 21 Oct 2065 07:28:00 GMT", 1e9, 2e9), ("soon", None, None)],

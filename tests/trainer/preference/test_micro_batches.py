@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.trainer.preferring import CPU
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prepared import Rows, RowWriter
 from tuneyard_trainer.preference import micro_batches as layouts
+from tuneyard_trainer.preference import reference
 from tuneyard_trainer.preference.dataset import Comparisons, Preferences
 from tuneyard_trainer.preference.kto import UnpairedPreferences
 from tuneyard_trainer.preference.reference import (
@@ -104,3 +106,46 @@ def test_the_mismatched_rows_of_kto_keep_to_the_limit_though_they_are_longer_tha
     monkeypatch.setattr(ReferencedRows, "log_ratios", log_ratios)
     assert float(objective.reference_point(np.arange(8))) == 2.0
     assert seen == [2, 2, 2, 2]
+
+
+def test_one_prompt_is_refused_before_the_reference_scores_any_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An output of 0.2 may hold such rows. On a large data set the reference takes hours."""
+    rows = written(tmp_path / "rows", [9] * 4)
+    groups = Comparisons(rows, np.arange(5), np.array([0, 1] * 2, dtype=np.float32))
+
+    def scored(*_: Any) -> Any:
+        raise AssertionError("the reference scored rows")
+
+    monkeypatch.setattr(reference, "evaluate_rows", scored)
+    with pytest.raises(StageError, match="have the same prompt"):
+        ReferencedPreferences.of(
+            Preferences(groups, None, {"maxLength": 64}),
+            torch.nn.Linear(1, 1),
+            Forward(CPU, torch.float32, 3, pack=False, capacity=64, max_tokens=180),
+            tmp_path,
+            Worker(0, 1, CPU),
+            mismatched=True,
+        )
+
+
+def test_mismatching_does_not_keep_the_prompts_in_memory(tmp_path: Path) -> None:
+    """Prompts of 40 MB in all: every worker would hold those of the whole data set."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    with RowWriter(folder, "train") as writer:
+        for row in range(1000):
+            mask = np.zeros(10_000, dtype=np.uint8)
+            mask[-1] = 1
+            writer.append(np.full(10_000, row, dtype=np.int32), mask, 0)
+    rows = Rows.open(folder, "train")
+    assert rows is not None
+    data = Preferences(
+        Comparisons(rows, np.arange(1001), np.ones(1000)), None, {"maxLength": 10_000}
+    )
+    tracemalloc.start()
+    reference.mismatched_rows(data, tmp_path, Worker(0, 1, CPU))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20

@@ -327,6 +327,25 @@ def test_a_split_that_leaves_one_label_to_train_on_is_refused_before_training(
     assert reasons == {(0.5, "OneSided")}
 
 
+@pytest.mark.parametrize("held_out", [0.5, 0.0])
+def test_labeled_rows_that_leave_one_prompt_to_train_on_are_refused_before_training(
+    tmp_path: Path, tiny_model_dir: Path, held_out: float
+) -> None:
+    """KTO would fail when the model is loaded, after every stage before it has trained."""
+    rows = [
+        {"prompt": f"{i if held_out else 0}?", "completion": f"{word} {j}", "label": word == "yes"}
+        for i in range(2)
+        for j in range(2)
+        for word in ("yes", "no")
+    ]
+    if not held_out:
+        rows = rows[:4]
+    with pytest.raises(StageError, match="training completions have the same prompt") as caught:
+        run(tmp_path, tiny_model_dir, rows, labeled=True, held_out=held_out)
+    assert caught.value.reason == "TooFewRows"
+    assert ("heldOut: 0" in caught.value.advice) == bool(held_out)
+
+
 @pytest.mark.shared_data
 @pytest.mark.skipif(not HH.exists(), reason="needs hh-rlhf beside the checkout")
 def test_hh_rlhf_is_read_without_conversion(tmp_path: Path, tiny_model_dir: Path) -> None:

@@ -157,6 +157,17 @@ def test_the_weights_with_the_best_held_out_loss_are_kept(
     assert again.objective.held_out()["validationLoss"] == pytest.approx(evaluated[best], abs=1e-6)
 
 
+def test_without_keep_best_the_record_has_the_held_out_loss_of_the_last_weights(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    """The learning rate is so high that the held-out loss rises again."""
+    settings = {"epochs": 30.0, "learning_rate": 3e-2, "evaluation_steps": 5}
+    _, outcome = run(tmp_path / "a", inputs, keep_best=False, **settings)
+    *_, last = (line for line in lines(tmp_path / "a") if "validationLoss" in line)
+    assert outcome.details["bestStep"] < last["step"] == outcome.metrics["steps"]
+    assert outcome.metrics["validationLoss"] == last["validationLoss"]
+
+
 def test_early_stopping_ends_the_run_after_the_patience_also_when_resumed(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
@@ -176,19 +187,22 @@ def test_early_stopping_ends_the_run_after_the_patience_also_when_resumed(
     assert again.metrics["steps"] == steps
 
 
+NO_DECREASE_COUNTS: dict[str, Any] = {
+    "epochs": 100.0,
+    "learning_rate": 1e-3,
+    "evaluation_steps": 2,
+    "early_stopping": {"patience": 3, "minDelta": 1.0},
+}
+"""Settings under which the held-out loss never falls by minDelta."""
+
+
 def test_min_delta_decides_the_patience_and_not_the_kept_checkpoint_also_when_resumed(
     tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: Any
 ) -> None:
     """No decrease reaches minDelta, and the held-out loss still falls at every evaluation."""
     write_prepared(tmp_path / "data", tiny_tokenizer, ROWS, ROWS[:4])
     inputs = {"model": tiny_model_dir, "data": tmp_path / "data"}
-    settings: dict[str, Any] = {
-        "epochs": 100.0,
-        "learning_rate": 1e-3,
-        "evaluation_steps": 2,
-        "early_stopping": {"patience": 3, "minDelta": 1.0},
-    }
-    whole, outcome = run(tmp_path / "a", inputs, **settings)
+    whole, outcome = run(tmp_path / "a", inputs, **NO_DECREASE_COUNTS)
     measured = {
         line["step"]: line["validationLoss"]
         for line in lines(tmp_path / "a")
@@ -199,30 +213,37 @@ def test_min_delta_decides_the_patience_and_not_the_kept_checkpoint_also_when_re
     assert best == outcome.details["bestStep"] == 8, "the first evaluation is not kept"
     assert outcome.metrics["validationLoss"] == measured[best]
     with pytest.raises(Interrupted):
-        run(tmp_path / "b", inputs, StopAfter(5).worker(), **settings)
-    resumed, again = run(tmp_path / "b", inputs, **settings)
+        run(tmp_path / "b", inputs, StopAfter(5).worker(), **NO_DECREASE_COUNTS)
+    resumed, again = run(tmp_path / "b", inputs, **NO_DECREASE_COUNTS)
     assert again.metrics["steps"] == 8
     assert again.details["bestStep"] == best
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+FIELDS_OF_0_2 = {"step", "tokens", "seconds", "best_step", "best_loss", "stale"}
+
+
+@pytest.mark.parametrize("rule", [None, {"patience": 9}], ids=["no rule", "no minDelta"])
+def test_version_0_2_can_resume_a_checkpoint_of_a_job_without_min_delta(
+    tmp_path: Path, inputs: dict[str, Path], rule: Any
+) -> None:
+    """After a rollback an attempt starts with the trainer of 0.2, which refuses other fields."""
+    settings = {"epochs": 20.0, "evaluation_steps": 1, "early_stopping": rule}
+    with pytest.raises(Interrupted):
+        run(tmp_path / "a", inputs, StopAfter(5).worker(), learning_rate=3e-2, **settings)
+    for file in (tmp_path / "a" / "checkpoints").glob("*/state.json"):
+        assert json.loads(file.read_text()).keys() <= FIELDS_OF_0_2
 
 
 def test_a_checkpoint_of_0_2_goes_on_with_the_loss_that_its_patience_compared_with(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     """Version 0.2 had one loss for both: the last one that fell by more than minDelta."""
-    settings: dict[str, Any] = {
-        "epochs": 100.0,
-        "learning_rate": 1e-3,
-        "evaluation_steps": 2,
-        "early_stopping": {"patience": 3, "minDelta": 1.0},
-    }
     with pytest.raises(Interrupted):
-        run(tmp_path / "a", inputs, StopAfter(2).worker(), **settings)
+        run(tmp_path / "a", inputs, StopAfter(2).worker(), **NO_DECREASE_COUNTS)
     (file,) = (tmp_path / "a" / "checkpoints").glob("step-00000003/state.json")
-    state = json.loads(file.read_text())
-    del state["patience_loss"]
-    file.write_text(json.dumps(state))
-    _, outcome = run(tmp_path / "a", inputs, **settings)
+    assert json.loads(file.read_text()).keys() == FIELDS_OF_0_2 - {"stale"}, "stale is 0"
+    _, outcome = run(tmp_path / "a", inputs, **NO_DECREASE_COUNTS)
     assert outcome.metrics["steps"] == 8
 
 

@@ -30,18 +30,21 @@ def run(plans: Sequence[Plan], base_dir: Path) -> int:
     manifest that needs a cluster.
     """
     plans = localized(plans)
+    code = OK
     try:
         for plan in plans:
             code = _run(plan, base_dir)
             if code != OK:
-                return code
+                break
     except KeyboardInterrupt:
-        # The training thread still uses Ray: Ray's exit handlers would abort the process with
-        # another exit code. Ray's processes end when they notice that this one has ended.
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        # The training thread may still use Ray, whose exit handlers would then change the exit
+        # code. Ray's processes end when they notice that this one has ended.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(INTERRUPTED)
-    return OK
+        os._exit(code)
+    return code
 
 
 def localized(plans: Sequence[Plan]) -> list[Plan]:
@@ -96,6 +99,7 @@ def _run(plan: Plan, base_dir: Path) -> int:
     cache_dir = _cache_dir()
     with (
         Console() as console,
+        # After a second Ctrl-C the workers still write there.
         tempfile.TemporaryDirectory(prefix="tuneyard-", ignore_cleanup_errors=True) as scratch,
     ):
         try:

@@ -26,8 +26,10 @@ from typing import Any
 from tuneyard.api.plan import Plan, SourceInput
 from tuneyard.api.pods import (
     CA_VARIABLE,
+    GRACE_SECONDS,
     OUTCOME_PREFIX,
     PROGRESS_URL_VARIABLE,
+    STALE_ATTEMPT,
     TOKEN_FILE_VARIABLE,
 )
 from tuneyard.api.progress import Outcome
@@ -43,8 +45,6 @@ from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted
 
 SUCCEEDED, FAILED, INTERRUPTED, STALE = 0, 1, 3, 4
-STALE_ATTEMPT = "StaleAttempt"
-"""The reason of an attempt that ended because of a newer one."""
 LOG_SECONDS = 10.0
 """The least time between two log lines of progress without a message."""
 FOLDER = Path(tempfile.gettempdir(), "tuneyard")
@@ -114,7 +114,7 @@ class Driver:
             job_uid=self._uid,
             drain=str(drain.FOLDER),
         )
-        with distributed.pods_cluster():
+        with distributed.pods_cluster(), self._signals():  # ray.init sets a handler of its own
             self._log("ray-connected", workers=resources.workers, least=resources.min_workers)
             distributed.run(
                 self._plan,
@@ -163,16 +163,24 @@ class Driver:
     def _superseded(self) -> None:
         """Stop, because the operator knows a newer attempt or knows the job no more.
 
-        The workers save a checkpoint if the output still belongs to this attempt. Otherwise the
-        driver exits at once: Ray ends the workers of a driver that has exited.
+        The workers have GRACE_SECONDS to save a checkpoint if the output still belongs to this
+        attempt. Otherwise the driver exits at once: Ray ends the workers of a driver that has
+        exited.
         """
         cause = (STALE_ATTEMPT, _not_newest(self._plan.job.name, self._attempt))
         self._ask_to_stop(*cause)
         self._log("stopping", why=cause[1])
+        # Nothing is posted any more, so no later answer would end workers that hang.
+        deadline = threading.Timer(GRACE_SECONDS, self._leave_at_once, cause)
+        deadline.daemon = True
+        deadline.start()
         if not self._owns_output():
-            failure = Failure(reason=cause[0], message=cause[1])
-            _leave(Outcome(state="Interrupted", failure=failure, retryable=True), self._log)
-            os._exit(STALE)
+            self._leave_at_once(*cause)
+
+    def _leave_at_once(self, reason: str, message: str) -> None:
+        failure = Failure(reason=reason, message=message)
+        _leave(Outcome(state="Interrupted", failure=failure, retryable=True), self._log)
+        os._exit(STALE)
 
     def _owns_output(self) -> bool:
         """Return whether this attempt made the output's last claim, as far as can be read now. The

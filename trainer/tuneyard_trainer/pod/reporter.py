@@ -175,7 +175,7 @@ class Reporter:
         doublings = min(self._failures, 10)  # a float has no 2**1024
         wait = min(LAST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2**doublings)
         if retry_after is not None:
-            wait = min(MOST_RETRY_AFTER_SECONDS, max(0.0, retry_after))
+            wait = min(MOST_RETRY_AFTER_SECONDS, max(FIRST_RETRY_SECONDS, retry_after))
         wait *= random.uniform(1.0, 1.5)
         self._failures += 1
         text = f"{type(error).__name__}: {error}"[:300]

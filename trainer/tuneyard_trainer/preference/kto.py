@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tuneyard_trainer.preference.losses import kto_loss
 from tuneyard_trainer.preference.objective import ReferencedObjective
-from tuneyard_trainer.training.batches import Indices, micro_batches, share
+from tuneyard_trainer.training.batches import Indices, micro_batches
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,8 @@ class UnpairedPreferences(ReferencedObjective):
             raise ValueError("KTO needs mismatched rows")
         self.model.eval()
         kl = torch.zeros((), device=self.worker.device)
-        # A group is one row here, and the workers share a batch by its matched rows.
-        mine = share(groups, self.data.train.tokens, self.worker.rank, self.worker.world_size)
         for micro_batch in micro_batches(
-            mine,
+            self.share(groups),  # a group is one row here
             mismatched.rows.lengths,
             capacity=0,
             max_tokens=self.forward.max_tokens,

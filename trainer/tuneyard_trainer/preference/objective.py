@@ -46,9 +46,12 @@ class GroupObjective:
 
     def micro_batches(self, groups: Indices) -> list[Indices]:
         """Return the micro-batches of this worker's share of a batch."""
-        train, worker = self.data.train, self.worker
-        mine = share(groups, train.tokens, worker.rank, worker.world_size)
-        return list(group_micro_batches(train, mine, self.forward.max_tokens))
+        mine = self.share(groups)
+        return list(group_micro_batches(self.data.train, mine, self.forward.max_tokens))
+
+    def share(self, groups: Indices) -> Indices:
+        """Return this worker's share of a batch."""
+        return share(groups, self.data.train.tokens, self.worker.rank, self.worker.world_size)
 
     def accumulate(
         self, sums_of: Callable[[Indices], Tensor], groups: Indices, step: int, num_metrics: int

@@ -235,6 +235,7 @@ class _Reader:
         labels = np.array(self.labels, dtype=np.float32)
         if self.settings.labeled:
             _require_both_labels(labels[~held], "training completions")
+            _require_two_prompts(self.prompts, held)
         spooled = Rows.open(spool, "all")
         if spooled is None:
             raise TypeError("no rows were spooled")
@@ -319,6 +320,20 @@ def _require_both_labels(labels: NDArray[np.floating[Any]], what: str) -> None:
             f"all {len(labels)} {what} are labeled {'good' if labels[0] else 'bad'}, and kto needs "
             "both labels.",
             advice="Add completions with the other label, or set another spec.optimize.dpo.loss.",
+        )
+
+
+def _require_two_prompts(prompts: Sequence[int], held: NDArray[np.bool_]) -> None:
+    """Raise StageError TooFewRows if the rows that are not `held` out have one prompt only: KTO
+    compares each prompt with completions of other prompts."""
+    trained = np.array(prompts, dtype=np.uint64)[~held]
+    if len(np.unique(trained)) < 2:
+        raise StageError(
+            "TooFewRows",
+            f"all {len(trained)} training completions have the same prompt, and kto compares each "
+            "prompt with completions of other prompts.",
+            advice="Add rows with other prompts to spec.preferences"
+            + (", or set spec.preferences.heldOut: 0." if held.any() else "."),
         )
 
 

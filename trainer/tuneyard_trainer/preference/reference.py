@@ -70,7 +70,7 @@ def reference_logprobs(
 def _key(model_key: str, rows: Rows, forward: Forward) -> str:
     content = hashlib.blake2b(f"{model_key} {forward.precision}".encode(), digest_size=16)
     for array in (rows.tokens, rows.flat_mask, rows.offsets):
-        content.update(np.ascontiguousarray(array).tobytes())
+        content.update(np.ascontiguousarray(array).data)
     return content.hexdigest()
 
 
@@ -156,6 +156,7 @@ class ReferencedPreferences(NamedTuple):
         mismatched: bool,
     ) -> ReferencedPreferences:
         """Return the rows with their log-probabilities under the present weights of `model`."""
+        others = mismatched_rows(data, workdir, worker) if mismatched else None
         key = model_digest(model)
 
         def referenced(rows: Rows) -> ReferencedRows:
@@ -167,11 +168,11 @@ class ReferencedPreferences(NamedTuple):
         return cls(
             referenced(data.train.rows),
             referenced(held_out.rows) if held_out else None,
-            referenced(_mismatched(data, workdir, worker)) if mismatched else None,
+            referenced(others) if others else None,
         )
 
 
-def _mismatched(data: Preferences, workdir: Path, worker: Worker) -> Rows:
+def mismatched_rows(data: Preferences, workdir: Path, worker: Worker) -> Rows:
     """Write each training row's prompt with the completion of a row with another prompt.
 
     The completion is truncated so that no row is longer than the longest one of `data`. The KL on
@@ -182,10 +183,12 @@ def _mismatched(data: Preferences, workdir: Path, worker: Worker) -> Rows:
     folder = workdir / MISMATCHED / str(worker.rank)
     folder.mkdir(parents=True, exist_ok=True)
     starts = [_completion_start(rows, row) for row in range(len(rows))]
-    prompts = [rows.ids(row)[:start] for row, start in enumerate(starts)]
-    others = rows_of_other_prompts([prompt.tobytes() for prompt in prompts])
+    others = rows_of_other_prompts(
+        [_prompt_digest(rows, row, starts[row]) for row in range(len(rows))]
+    )
     with RowWriter(folder, "train") as writer:
-        for prompt, other in zip(prompts, others, strict=True):
+        for row, other in enumerate(others):
+            prompt = rows.ids(row)[: starts[row]]
             completion = rows.ids(other)[starts[other] :]
             completion = completion[: max(1, data.max_length - len(prompt))]
             mask = np.concatenate([np.zeros(len(prompt)), np.ones(len(completion))])
@@ -197,7 +200,8 @@ def _mismatched(data: Preferences, workdir: Path, worker: Worker) -> Rows:
 
 
 def rows_of_other_prompts(prompts: Sequence[bytes]) -> list[int]:
-    """Return for each row the index of a row with another prompt (N,).
+    """Return for each row the index of a row with another prompt (N,). `prompts`: a digest of each
+    row's prompt.
 
     The rows are ordered by the first occurrence of their prompt. A prompt's rows take the rows
     after its last one in turn, and the first row follows the last one: where all prompts have
@@ -222,6 +226,12 @@ def rows_of_other_prompts(prompts: Sequence[bytes]) -> list[int]:
         for place, row in enumerate(rows):
             others[row] = order[(end + place % (len(order) - len(rows))) % len(order)]
     return others
+
+
+def _prompt_digest(rows: Rows, row: int, start: int) -> bytes:
+    """Return a digest of a row's tokens before `start`: the prompts of a large data set do not fit
+    in memory, once on every worker."""
+    return hashlib.blake2b(rows.ids(row)[:start].tobytes(), digest_size=16).digest()
 
 
 def _completion_start(rows: Rows, row: int) -> int:

@@ -42,6 +42,8 @@ GATHER_SECONDS = 60.0
 NEVER_SECONDS = 1e9
 """The interval of resizing, so long that a running group never grows: Ray would restart it, and it
 would repeat steps. The next attempt grows instead."""
+TRAINING_THREAD = "ray-train"
+"""The thread in which Ray Train runs."""
 _LOCAL_RAY = {
     "RAY_worker_niceness": "0",  # with Ray's default of 15 any other process comes first
     "RAY_USAGE_STATS_ENABLED": "0",  # no usage statistics leave the machine
@@ -184,7 +186,7 @@ def _follow(
         else:
             on_event(event)
 
-    thread = threading.Thread(target=fit, daemon=True, name="ray-train")
+    thread = threading.Thread(target=fit, daemon=True, name=TRAINING_THREAD)
     thread.start()
     stop_requested = False
     while thread.is_alive():
@@ -278,6 +280,13 @@ def pods_cluster() -> Iterator[None]:
     try:
         yield
     finally:
+        _disconnect()
+
+
+def _disconnect() -> None:
+    """Disconnect from Ray unless the training thread still uses it, whose next call would end the
+    process with exit code 1. The caller must then end the process with `os._exit`."""
+    if not any(thread.name == TRAINING_THREAD for thread in threading.enumerate()):
         ray.shutdown()
 
 
@@ -295,11 +304,7 @@ def pods_resources(compute: Compute, environment: Mapping[str, str]) -> Resource
 
 @contextmanager
 def local_cluster(resources: Resources) -> Iterator[None]:
-    """While active, Ray runs on this machine alone, with no more resources than needed.
-
-    After a KeyboardInterrupt Ray still runs, and the caller must end the process at once: the
-    training thread uses Ray, and a shutdown under it would abort the process.
-    """
+    """While active, Ray runs on this machine alone, with no more resources than needed."""
     for name, value in _LOCAL_RAY.items():
         os.environ.setdefault(name, value)
     ray.init(
@@ -313,13 +318,8 @@ def local_cluster(resources: Resources) -> Iterator[None]:
     )
     try:
         yield
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
-        ray.shutdown()
-        raise
-    else:
-        ray.shutdown()
+    finally:
+        _disconnect()
 
 
 def local_resources(compute: Compute) -> Resources:

@@ -28,7 +28,7 @@ import fsspec
 from pydantic import ValidationError
 
 from tuneyard.api.plan import JobRef, PlannedStage, StageRecord
-from tuneyard.api.pods import stage_folder
+from tuneyard.api.pods import STALE_ATTEMPT, stage_folder
 from tuneyard.errors import StageError
 from tuneyard_trainer.storage.files import disk_error, write_atomically
 from tuneyard_trainer.storage.objects import Objects, protocols
@@ -354,4 +354,4 @@ def _json(value: Any) -> bytes:
 
 
 def _stale(why: str) -> StageError:
-    return StageError("StaleAttempt", f"{why}.")
+    return StageError(STALE_ATTEMPT, f"{why}.")

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -55,8 +55,8 @@ class LoopState:
     stale: int = 0
     """Evaluations in a row without an improvement that early stopping counts."""
     patience_loss: float | None = None
-    """The held-out loss of the last improvement that early stopping counted; None: no evaluation
-    yet, or a checkpoint of version 0.2, whose `best_loss` it was."""
+    """The held-out loss of the last improvement that early stopping counted; None: it is
+    `best_loss`, as it always is without `minDelta`."""
     unmeasured: bool = False
     """Whether the evaluation after `step` is due and was left out for a stop request: a resumed run
     begins with it."""
@@ -206,7 +206,7 @@ class Checkpoints(Generic[State]):
         partial.mkdir(parents=True)
         save_file(weights, partial / "weights.safetensors")
         save_file(moments, partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(json.dumps(asdict(state), indent=2))
+        (partial / "state.json").write_text(json.dumps(_written(state), indent=2))
         _flush(partial)
         kept = [each for each in (self._saved, state) if each is not None]
         with self._worker.owned():
@@ -239,6 +239,14 @@ def assign(tensors: Mapping[str, Tensor], parameters: Parameters) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
+
+
+def _written(state: LoopState) -> dict[str, Any]:
+    """Return the fields of a state without those that have their default: a version that does not
+    know a field can resume until the field has another value."""
+    values = asdict(state)
+    default = asdict(type(state)())
+    return {name: value for name, value in values.items() if value != default[name]}
 
 
 def _snapshot(tensor: Tensor) -> Tensor:

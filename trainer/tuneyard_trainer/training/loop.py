@@ -259,7 +259,9 @@ class Loop:
         self.worker.report(step=state.step, total_steps=total, metrics=metrics)
         state = self._count_patience(state, loss)
         if state.best_loss is None or loss < state.best_loss:
-            return replace(state, best_step=state.step, best_loss=loss)
+            state = replace(state, best_step=state.step, best_loss=loss)
+        if state.patience_loss == state.best_loss:
+            state = replace(state, patience_loss=None)
         return state
 
     def _count_patience(self, state: LoopState, loss: float) -> LoopState:
@@ -301,8 +303,9 @@ class Loop:
             "peakMemoryBytes": float(base.peak_memory_bytes(self.worker.device)),
             "finalLoss": self.history.last("loss"),
         }
-        if state.best_loss is not None:
-            metrics["validationLoss"] = state.best_loss
+        if state.best_loss is not None:  # the last step has an evaluation too
+            last = self.history.last("validationLoss")
+            metrics["validationLoss"] = state.best_loss if self.settings.keep_best else last
         if self.base_loss is not None:
             metrics["baseValidationLoss"] = self.base_loss
         return metrics
