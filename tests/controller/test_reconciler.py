@@ -18,6 +18,7 @@ from tuneyard.controller.settings import Settings
 from tuneyard.controller.watch import Watches
 from tuneyard.manifests.manifest import parse
 from tuneyard.planning.plan import plan_job
+from tuneyard.rendering.names import plan_digest
 from tuneyard.rendering.placement import placed
 from tuneyard.status.observed import LOST_SECONDS
 
@@ -149,7 +150,9 @@ def deleted_job(*, attempts: int = 1, spec: dict[str, Any] = ERASED) -> EarlyWat
         {"number": number + 1, "rayJob": f"job-{number + 1}", "startedAt": NOW}
         for number in range(attempts)
     ]
-    return EarlyWatches(spec, status, deletionTimestamp=NOW, finalizers=[FINALIZER])
+    cluster = EarlyWatches(spec, status, deletionTimestamp=NOW, finalizers=[FINALIZER])
+    status["planDigest"] = plan_digest(placed(plan_job(parse(cluster.body)), profiles={}))
+    return cluster
 
 
 def test_a_job_s_rayjobs_may_disappear_while_they_are_deleted_one_after_the_other(
@@ -360,7 +363,7 @@ def test_a_new_attempt_s_pods_trust_the_authorities_of_that_moment() -> None:
     """The authorities change while the operator runs."""
 
     async def begun() -> dict[str, Any]:
-        cluster = EarlyWatches(Settings(progress_url="https://operator:8443"))
+        cluster = EarlyWatches(settings=Settings(progress_url="https://operator:8443"))
         cluster.reconciler.trust("the old and the new authority")
         await cluster.reconcile_until(lambda: bool(cluster.created))
         return cluster.created["job-1"]

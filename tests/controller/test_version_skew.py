@@ -110,6 +110,11 @@ class PlayedCluster:
         kept[metadata["name"]] = stored
         return stored
 
+    async def remove_finalizer(self, job: Object, _: Key) -> Object:
+        metadata = {**self.stored["metadata"], "finalizers": []}
+        self.body = {**self.stored, "metadata": metadata}
+        return {**job, "metadata": metadata}
+
     async def delete_ray_job(self, _: str, name: str, *__: Any, **___: Any) -> bool:
         return self.rayjobs.pop(name, None) is not None
 
@@ -296,7 +301,7 @@ def test_a_job_that_waits_and_cannot_be_read_keeps_its_status(play: Play) -> Non
     assert cluster.status["failure"]["reason"] == "Malformed"
 
 
-def test_an_attempt_is_superseded_by_a_newer_attempt_and_by_the_end_of_its_job(play: Play) -> None:
+def test_an_attempt_is_superseded_by_a_newer_attempt(play: Play) -> None:
     job = running_job()
     first = job["status"]["attempts"][0]
     ended = {"finishedAt": "2030-01-01T00:01:00Z", "reason": "WorkerDied", "message": "m"}
@@ -309,7 +314,16 @@ def test_an_attempt_is_superseded_by_a_newer_attempt_and_by_the_end_of_its_job(p
         assert (refused.status, refused.superseded) == (409, True)
 
     play(cluster, act)
+
+
+def test_the_attempt_of_a_deleted_job_is_asked_to_stop(play: Play) -> None:
+    """It may save a checkpoint: a new job of this name starts no attempt while its pods exist."""
+    cluster = PlayedCluster(running_job())
     cluster.body = None
+
+    async def act(operated: Operated) -> None:
+        assert (await operated.post(step=41)).stop is True
+
     play(cluster, act)
 
 
