@@ -233,6 +233,27 @@ def test_a_stop_at_any_moment_is_seen_within_a_batch_and_resumed_exactly(
         assert without_times(folder) == without_times(tmp_path / "whole")
 
 
+FIELDS_OF_0_2 = {
+    *("step", "tokens", "seconds", "best_step", "best_loss", "stale", "optimizer_steps"),
+    *("kl_coefficient", "first_length", "truncated", "alike", "stopped", "base", "best", "last"),
+}
+
+
+@pytest.mark.usefixtures("reward")
+@pytest.mark.parametrize("evaluation_steps", [1, 2], ids=["measured", "not measured"])
+def test_version_0_2_can_resume_a_checkpoint(
+    evaluation_steps: int, tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    """After a rollback an attempt starts with the trainer of 0.2, which refuses other fields."""
+    stage = grpo_stage({"max_steps": 4, "evaluation_steps": evaluation_steps})
+    with pytest.raises(Interrupted):
+        run(stage, tmp_path / "a", inputs, StopAfter(1).worker())
+    files = list((tmp_path / "a" / "checkpoints").glob("*/state.json"))
+    assert files
+    for file in files:
+        assert json.loads(file.read_text()).keys() <= FIELDS_OF_0_2
+
+
 def test_a_run_killed_in_its_first_update_resumes_with_the_measurement_before_it(
     tmp_path: Path, inputs: dict[str, Path], reward: Callable[[Any], None]
 ) -> None:

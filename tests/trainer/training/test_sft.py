@@ -223,15 +223,18 @@ def test_min_delta_decides_the_patience_and_not_the_kept_checkpoint_also_when_re
 FIELDS_OF_0_2 = {"step", "tokens", "seconds", "best_step", "best_loss", "stale"}
 
 
-@pytest.mark.parametrize("rule", [None, {"patience": 9}], ids=["no rule", "no minDelta"])
-def test_version_0_2_can_resume_a_checkpoint_of_a_job_without_min_delta(
-    tmp_path: Path, inputs: dict[str, Path], rule: Any
+@pytest.mark.parametrize("rule", [None, {"patience": 9}, {"patience": 9, "minDelta": 0.5}])
+@pytest.mark.parametrize("evaluation_steps", [1, 2], ids=["measured", "not measured"])
+def test_version_0_2_can_resume_a_checkpoint(
+    tmp_path: Path, inputs: dict[str, Path], rule: Any, evaluation_steps: int
 ) -> None:
     """After a rollback an attempt starts with the trainer of 0.2, which refuses other fields."""
-    settings = {"epochs": 20.0, "evaluation_steps": 1, "early_stopping": rule}
+    settings = {"epochs": 20.0, "evaluation_steps": evaluation_steps, "early_stopping": rule}
     with pytest.raises(Interrupted):
         run(tmp_path / "a", inputs, StopAfter(5).worker(), learning_rate=3e-2, **settings)
-    for file in (tmp_path / "a" / "checkpoints").glob("*/state.json"):
+    files = list((tmp_path / "a" / "checkpoints").glob("*/state.json"))
+    assert files
+    for file in files:
         assert json.loads(file.read_text()).keys() <= FIELDS_OF_0_2
 
 
@@ -239,12 +242,16 @@ def test_a_checkpoint_of_0_2_goes_on_with_the_loss_that_its_patience_compared_wi
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     """Version 0.2 had one loss for both: the last one that fell by more than minDelta."""
+    settings = NO_DECREASE_COUNTS | {"evaluation_steps": 3}
     with pytest.raises(Interrupted):
-        run(tmp_path / "a", inputs, StopAfter(2).worker(), **NO_DECREASE_COUNTS)
-    (file,) = (tmp_path / "a" / "checkpoints").glob("step-00000003/state.json")
-    assert json.loads(file.read_text()).keys() == FIELDS_OF_0_2 - {"stale"}, "stale is 0"
-    _, outcome = run(tmp_path / "a", inputs, **NO_DECREASE_COUNTS)
-    assert outcome.metrics["steps"] == 8
+        run(tmp_path / "a", inputs, StopAfter(4).worker(), **settings)
+    (file,) = (tmp_path / "a" / "checkpoints").glob("step-00000005/state.json")
+    assert json.loads(file.read_text()).keys() == FIELDS_OF_0_2
+    for other in ("added.json", "digests.json"):
+        (file.parent / other).unlink()
+    _, outcome = run(tmp_path / "a", inputs, **settings)
+    assert outcome.metrics["steps"] == 12
+    assert outcome.details["resumedAtStep"] == 5
 
 
 def test_without_held_out_rows_nothing_is_evaluated_and_the_last_weights_are_kept(
@@ -308,7 +315,28 @@ def test_a_damaged_checkpoint_costs_one_interval_and_changes_nothing(
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
-def test_without_an_undamaged_checkpoint_the_run_starts_again(
+@pytest.mark.parametrize(
+    "name",
+    ["weights.safetensors", "optimizer.safetensors", "state.json", "added.json", "digests.json"],
+)
+def test_a_flipped_bit_in_a_checkpoint_costs_one_interval_and_changes_nothing(
+    name: str, tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    """The file is as long as before, and readable."""
+    whole, _ = run(tmp_path / "whole", inputs)
+    folder, runtime = tmp_path / "parts", {"checkpoint_steps": 2}
+    with pytest.raises(Interrupted):
+        run(folder, inputs, StopAfter(4).worker(), runtime=runtime)
+    newest, before = sorted((folder / "checkpoints").iterdir(), reverse=True)[:2]
+    content = bytearray((newest / name).read_bytes())
+    content[-6] ^= 1
+    (newest / name).write_bytes(content)
+    resumed, outcome = run(folder, inputs, runtime=runtime)
+    assert outcome.details["resumedAtStep"] == int(before.name.removeprefix("step-"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_without_an_undamaged_checkpoint_the_run_starts_again_and_says_so(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     whole, _ = run(tmp_path / "whole", inputs)
@@ -316,8 +344,14 @@ def test_without_an_undamaged_checkpoint_the_run_starts_again(
         run(tmp_path / "parts", inputs, StopAfter(4).worker())
     for path in (tmp_path / "parts" / "checkpoints").glob("*/weights.safetensors"):
         path.unlink()
-    resumed, outcome = run(tmp_path / "parts", inputs)
+    messages: list[str] = []
+
+    def report(*, message: str | None = None, **_: Any) -> None:
+        messages.append(message or "")
+
+    resumed, outcome = run(tmp_path / "parts", inputs, Worker(0, 1, CPU, report=report))
     assert outcome.details["resumedAtStep"] is None
+    assert any("training starts again" in message for message in messages)
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tuneyard_trainer.training.checkpoints import LoopState
+from tuneyard_trainer.training.checkpoints import ADDED, LoopState
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class RlState(LoopState):
     """Held-out metrics at `best_step`."""
     last: dict[str, float] = field(default_factory=dict)
     """Held-out metrics of the last measurement."""
-    first_samples: list[dict[str, Any]] = field(default_factory=list)
+    first_samples: list[dict[str, Any]] = field(default_factory=list, metadata=ADDED)
     """Completions of the first measurement, for the record."""
-    last_samples: list[dict[str, Any]] = field(default_factory=list)
+    last_samples: list[dict[str, Any]] = field(default_factory=list, metadata=ADDED)
     """Completions of the last measurement; empty after the first."""
 
     def optimizer_age(self) -> int:

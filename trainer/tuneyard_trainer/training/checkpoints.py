@@ -1,10 +1,11 @@
 """Training checkpoints: the trained tensors, the optimizer's moments and the loop's position.
 
 A checkpoint is a folder `step-00000120`, written atomically. It holds `weights.safetensors`
-(trained parameters by name), `optimizer.safetensors` (`name/exp_avg` and `name/exp_avg_sq`) and
-`state.json`; no pickle. There is no random state to save, since the data order and dropout are
-functions of seed and step. The newest checkpoint and the one before it are kept, so that a damaged
-one costs an interval of training and no more.
+(trained parameters by name), `optimizer.safetensors` (`name/exp_avg` and `name/exp_avg_sq`), the
+state in `state.json` and `added.json` (fields that trainers of 0.2 refuse), and the other files'
+hashes in `digests.json`; no pickle. There is no random state to save, since the data order and
+dropout are functions of seed and step. The newest checkpoint and the one before it are kept, so
+that a damaged one costs an interval of training and no more.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -27,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tuneyard.errors import StageError
+from tuneyard_trainer.storage.digests import sha256_of
 from tuneyard_trainer.storage.files import disk_error
 from tuneyard_trainer.worker import StageContext
 
@@ -35,6 +38,11 @@ CHECKPOINT_SECONDS = 600.0
 
 METRICS = "metrics.jsonl"
 """The file of a run's `History`, in the stage's work folder."""
+
+STATE = ("state.json", "added.json")
+DIGESTS = "digests.json"
+ADDED = MappingProxyType({"since": "0.3"})
+"""The metadata of a field that is in `added.json`, which trainers of 0.2 do not read."""
 
 Parameters = Mapping[str, torch.nn.Parameter]
 
@@ -54,10 +62,10 @@ class LoopState:
     """Its held-out loss."""
     stale: int = 0
     """Evaluations in a row without an improvement that early stopping counts."""
-    patience_loss: float | None = None
+    patience_loss: float | None = field(default=None, metadata=ADDED)
     """The held-out loss of the last improvement that early stopping counted; None: it is
     `best_loss`, as it always is without `minDelta`."""
-    unmeasured: bool = False
+    unmeasured: bool = field(default=False, metadata=ADDED)
     """Whether the evaluation after `step` is due and was left out for a stop request: a resumed run
     begins with it."""
 
@@ -160,31 +168,35 @@ class Checkpoints(Generic[State]):
             folders = sorted(self.folder.glob("step-????????"), reverse=True)
             steps = (int(folder.name.removeprefix("step-")) for folder in folders)
             step[0] = next((each for each in steps if self._is_whole(each)), -1)
+            if folders and step < 0:
+                message = "no checkpoint is undamaged; training starts again"
+                self._worker.report(message=message)
         if self._worker.world_size > 1:
             dist.broadcast(step, src=0)
         return int(step) if step >= 0 else None
 
     def _is_whole(self, step: int) -> bool:
-        """Return whether the checkpoint and its best weights can be read; report one that cannot.
+        """Return whether the checkpoint and its best weights are undamaged; report one that is not.
 
-        The size of a safetensors file must be the one in its header, which is all that is read.
+        Of a checkpoint of 0.2, which has no hashes, only the sizes in the tensors' headers are
+        compared.
         """
         try:
             best = self._state(step).best_step
-            for path in (
-                self._at(step) / "weights.safetensors",
-                self._at(step) / "optimizer.safetensors",
-                self._at(step if best is None else best) / "weights.safetensors",
-            ):
-                with safe_open(path, framework="pt"):
-                    pass
+            _check(self._at(step), ("weights.safetensors", "optimizer.safetensors", *STATE))
+            if best not in (None, step):
+                _check(self._at(best), ("weights.safetensors",))
         except (OSError, ValueError, TypeError, SafetensorError) as error:
             self._worker.report(message=f"the checkpoint of step {step} is damaged: {error}")
             return False
         return True
 
     def _state(self, step: int) -> State:
-        return self._state_type(**json.loads((self._at(step) / "state.json").read_text()))
+        values: dict[str, Any] = {}
+        for name in STATE:
+            path = self._at(step) / name
+            values |= json.loads(path.read_text()) if path.exists() else {}
+        return self._state_type(**values)
 
     def restore_best(self, state: State) -> None:
         """Load the weights of the best step unless `state` is at that step. Only on rank 0, which
@@ -206,7 +218,9 @@ class Checkpoints(Generic[State]):
         partial.mkdir(parents=True)
         save_file(weights, partial / "weights.safetensors")
         save_file(moments, partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(json.dumps(_written(state), indent=2))
+        _write_state(state, partial)
+        digests = {path.name: sha256_of(path) for path in partial.iterdir()}
+        (partial / DIGESTS).write_text(json.dumps(digests, indent=2))
         _flush(partial)
         kept = [each for each in (self._saved, state) if each is not None]
         with self._worker.owned():
@@ -241,12 +255,27 @@ def assign(tensors: Mapping[str, Tensor], parameters: Parameters) -> None:
             parameter.copy_(tensors[name])
 
 
-def _written(state: LoopState) -> dict[str, Any]:
-    """Return the fields of a state without those that have their default: a version that does not
-    know a field can resume until the field has another value."""
+def _write_state(state: LoopState, folder: Path) -> None:
+    """Write the files of a state."""
     values = asdict(state)
-    default = asdict(type(state)())
-    return {name: value for name, value in values.items() if value != default[name]}
+    added = {each.name: values.pop(each.name) for each in fields(state) if each.metadata == ADDED}
+    for name, part in zip(STATE, (values, added), strict=True):
+        (folder / name).write_text(json.dumps(part, indent=2))
+
+
+def _check(folder: Path, names: Sequence[str]) -> None:
+    """Raise OSError, ValueError or SafetensorError if a file of a checkpoint is damaged."""
+    digests = folder / DIGESTS
+    if digests.exists():
+        expected = json.loads(digests.read_text())
+        damaged = [name for name in names if sha256_of(folder / name) != expected.get(name)]
+        if damaged:
+            raise ValueError(f"the content of {damaged[0]} has changed")
+        return
+    for name in names:
+        if name.endswith(".safetensors"):
+            with safe_open(folder / name, framework="pt"):
+                pass
 
 
 def _snapshot(tensor: Tensor) -> Tensor:
