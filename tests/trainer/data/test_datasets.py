@@ -403,6 +403,18 @@ class TestFormats:
         assert len(list(stream)) == 1
         assert stream.summary.unread == unread
 
+    def test_the_list_of_unread_columns_is_bounded_and_the_same_in_every_run(
+        self, tmp_path: Path
+    ) -> None:
+        rows = [ROWS[0] | {f"{n:05}{'x' * 5000}": 1} for n in range(1000)]
+        stream = open_data(put(tmp_path / "rows.jsonl", lines(rows)))
+        assert len(list(stream)) == 1000
+        row = ROWS[0] | {f"{n:02}": 1 for n in range(40)}
+        wide = open_data(put(tmp_path / "wide.jsonl", lines([row])))
+        assert len(list(wide)) == 1
+        assert stream.summary.unread == tuple(f"{n:05}{'x' * 55}" for n in range(20))
+        assert wide.summary.unread == tuple(f"{n:02}" for n in range(20))
+
     def test_a_field_map_with_fields_of_another_format_is_refused(self, tmp_path: Path) -> None:
         error = refusal(
             lambda: load(tmp_path, {"text": "t"}, format="text", fields={"prompt": "q"})

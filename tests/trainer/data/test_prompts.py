@@ -80,6 +80,22 @@ def test_the_input_of_a_row_follows_its_prompt(
 
 
 @pytest.mark.parametrize(
+    ("row", "fields", "problem"),
+    [
+        ({"prompt": TURNS, "context": "x"}, {"input": "context"}, "context cannot follow a prompt"),
+        ({"prompt": "i", "context": ["x"]}, {"input": "context"}, "context must be a string"),
+        ({"instruction": "i", "input": {"x": 1}}, {}, "input must be a string, not dict"),
+    ],
+)
+def test_an_input_that_cannot_follow_its_prompt_is_refused(
+    tmp_path: Path, row: dict[str, Any], fields: dict[str, str], problem: str
+) -> None:
+    with pytest.raises(StageError, match=problem) as caught:
+        read(tmp_path / "p.jsonl", row, **fields)
+    assert caught.value.reason == "InvalidData"
+
+
+@pytest.mark.parametrize(
     ("roles", "problem"),
     [
         (["user", "user"], "turn 2 is by user and follows user; expected assistant"),

@@ -133,6 +133,21 @@ def test_the_input_of_a_row_follows_its_prompt(row: dict[str, Any], fields: Fiel
     assert found.prompt == (Message("user", "i\n\nx"),)
 
 
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"prompt": [{"role": "user", "content": "i"}], "context": "x"}, "cannot follow a prompt"),
+        ({"prompt": "i", "context": ["x"]}, "must be a string, not list"),
+    ],
+)
+def test_an_input_that_cannot_follow_its_prompt_is_refused(
+    row: dict[str, Any], problem: str
+) -> None:
+    value = row | {"chosen": "c", "rejected": "r"}
+    with pytest.raises(PreferenceError, match=problem):
+        parse_preferences(Row(1, value), FieldMap(input="context"), labeled=False)
+
+
 def test_the_probability_of_an_order_becomes_the_label() -> None:
     value = {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No.", "probability": 0.75}
     assert parsed(value).label == 0.75

@@ -7,6 +7,7 @@ from typing import Any
 
 from tuneyard.api.sources import DataFormat, FieldMap
 from tuneyard.errors import StageError
+from tuneyard_trainer.data.example import RowError
 from tuneyard_trainer.data.rows import BrokenRow, Row
 
 FIELDS: dict[DataFormat, dict[str, str]] = {
@@ -84,10 +85,24 @@ def with_input(prompt: str, given: str) -> str:
 
 def row_input(value: Mapping[str, Any], prompt: str, fields: FieldMap) -> str:
     """Return the input of a row without a format; "": there is none. `prompt`: the prompt's field,
-    beside which `input` is Alpaca's if it is `instruction`."""
+    beside which `input` is Alpaca's if it is `instruction`.
+
+    Raises RowError if the input cannot follow the prompt.
+    """
     name = fields.input or ("input" if prompt == "instruction" else "")
-    given = value.get(name)
-    return given if isinstance(given, str) else ""
+    given = input_text(value, name)
+    if given and isinstance(value.get(prompt), list):
+        raise RowError(f"{name} cannot follow a prompt that is a list of turns")
+    return given
+
+
+def input_text(value: Mapping[str, Any], field: str) -> str:
+    """Return the text of an input field; "": the field is absent, null or empty. Raises RowError
+    for another type."""
+    given = value.get(field) or ""
+    if not isinstance(given, str):
+        raise RowError(f"{field} must be a string, not {type(given).__name__}")
+    return given
 
 
 def detect(rows: Sequence[Row], fields: FieldMap) -> DataFormat:

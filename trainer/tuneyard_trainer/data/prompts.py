@@ -167,10 +167,11 @@ def _row_turns(value: Mapping[str, Any], settings: PromptSettings) -> list[Turn]
             ]
     for name in [fields.prompt] if fields.prompt else _PROMPT_FIELDS:
         found = value.get(name)
+        given = row_input(value, name, fields) if found is not None else ""
         if isinstance(found, list):
             return before + [_turn(turn, number) for number, turn in enumerate(found, start=1)]
         if isinstance(found, str):
-            return [*before, Turn("user", with_input(found, row_input(value, name, fields)))]
+            return [*before, Turn("user", with_input(found, given))]
     text = value.get(fields.text or "text")
     return [*before, Turn("user", text)] if isinstance(text, str) else []
 

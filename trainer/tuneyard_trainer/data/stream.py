@@ -22,6 +22,8 @@ FAULTS_SHOWN = 3
 """The number of invalid rows that a message quotes."""
 MAX_UNREAD = 20
 """The most columns that are listed as unread: rows of free form may have any number."""
+MAX_NAME = 60
+"""Characters of a column's name that are listed."""
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 
@@ -126,9 +128,11 @@ class Examples:
     def _note_unread(self, row: Row) -> None:
         if self._columns is None or isinstance(row.value, BrokenRow):
             return
-        for name in row.value.keys() - self._columns - self._unread:
-            if row.value[name] not in _EMPTY and len(self._unread) < MAX_UNREAD:
-                self._unread.add(name)
+        for name, value in row.value.items():
+            if len(self._unread) == MAX_UNREAD:
+                return
+            if name not in self._columns and value not in _EMPTY:
+                self._unread.add(name[:MAX_NAME])
 
     def _counted(self, rows: Iterator[Row]) -> Iterator[Row]:
         for row in rows:

@@ -175,8 +175,12 @@ def _prompt(value: Mapping[str, Any], fields: FieldMap) -> tuple[Message, ...] |
     given = value.get(name) if name else None
     if given is None:
         return None
+    try:
+        following = row_input(value, name or "", fields)
+    except RowError as error:
+        raise PreferenceError("UnknownShape", str(error)) from error
     if isinstance(given, str):
-        text = with_input(given, row_input(value, name or "", fields))
+        text = with_input(given, following)
         return _transcript(text) or (Message("user", text),)
     return _turns(given, name or PROMPTS[0])
 
