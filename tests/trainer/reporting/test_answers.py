@@ -25,6 +25,11 @@ from tuneyard_trainer.reporting.answers import is_right
         ("a ≤ b", "≤"),
         ("首都是东京。", "东京"),
         ("the ﬁrst", "first"),  # a ligature
+        ("It is _four_ years", "four"),  # Markdown
+        ("It is \u22125 degrees", "-5"),
+        ("pages 3-5", "5"),
+        ("COVID-19", "19"),
+        ("राजधानी दिल्ली है", "दिल्ली"),
     ],
 )
 def test_case_punctuation_and_articles_do_not_matter(completion: str, expected: str) -> None:
@@ -48,6 +53,12 @@ def test_case_punctuation_and_articles_do_not_matter(completion: str, expected: 
         ("", "left"),
         ("a", "the"),
         ("four", "4"),
+        ("It is -5 degrees", "5"),
+        ("It is 5 degrees", "-5"),
+        ("It is (-5)", "5"),
+        ("It weighs .5 kg", "5"),
+        ("उसका नाम कमला है", "कमल"),  # the last vowel is a mark of its own
+        ("दिल्ली", "द"),
     ],
 )
 def test_a_part_of_a_word_or_number_is_no_answer(completion: str, expected: str) -> None:

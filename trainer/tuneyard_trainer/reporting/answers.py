@@ -3,8 +3,8 @@
 Texts are compared as sequences of words, as SQuAD's metric does (Rajpurkar et al. 2016,
 arXiv:1606.05250): without case, punctuation and the articles a, an and the. The answer is a
 sentence here, so the words are searched in it. Therefore punctuation separates words, where SQuAD
-removes it ("Paris—the capital"), and a number is a word of its own ("26cm"), with its decimal point
-and without thousands separators. In scripts without spaces each character is a word, as in MLQA's
+removes it ("Paris—the capital"), and a number is a word of its own ("26cm"), with its sign and its
+decimal point and without thousands separators. A hyphen after a word is no sign ("3-5"). In scripts without spaces each character is a word, as in MLQA's
 metric (Lewis et al. 2020, arXiv:1910.07475).
 
 "four" and "4" are different words: list both as expected texts.
@@ -22,7 +22,8 @@ _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
     "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # kana, Han
 )
-_WORD = re.compile(rf"\d+(?:[.,]\d+)*|[{_UNSPACED}]|(?:(?![{_UNSPACED}])\w)+")
+_NUMBER = r"(?:(?<![^ ])-)?(?:(?<![^ -])\.)?\d+(?:[.,]\d+)*"
+_WORD = re.compile(rf"{_NUMBER}|[{_UNSPACED}]|(?:(?![{_UNSPACED}])[^ .,-])+")
 
 
 def is_right(completion: str, expected: Sequence[str]) -> bool:
@@ -41,8 +42,15 @@ def _contains(completion: str, text: str) -> bool:
 
 
 def _words(text: str) -> list[str]:
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return _WORD.findall(_SEPARATOR.sub("", folded))
+    folded = unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-")
+    spaced = "".join(char if _is_kept(char) else " " for char in _SEPARATOR.sub("", folded))
+    return _WORD.findall(spaced)
+
+
+def _is_kept(char: str) -> bool:
+    """Return whether a character is part of words or numbers. Scripts such as Devanagari write
+    vowels as marks (categories Mn and Mc)."""
+    return char.isalnum() or char in ".,-" or unicodedata.category(char).startswith("M")
 
 
 def _without_articles(words: Sequence[str]) -> list[str]:
