@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -297,6 +299,68 @@ def test_two_processes_cannot_work_in_the_same_folder(tmp_path: Path) -> None:
         pass
     with second.lock():
         pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_can_hold_an_output(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    store = Store(str(tmp_path / "out"), tmp_path)
+    with store.lock():
+        store.claim(JOB, 1)
+        store.write_record(record())
+    assert store.done(STAGE, DIGESTS) == record()
+
+
+def test_a_lock_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "out"), tmp_path)
+    (tmp_path / "out/.lock").mkdir(parents=True)
+    with pytest.raises(StageError, match="cannot write to") as failure, store.lock():
+        pass
+    assert failure.value.reason == "WriteFailed"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"job": {}}'])
+def test_a_damaged_claim_is_named_with_its_remedy(store: Store, text: str) -> None:
+    store.claim(JOB, 1)
+    store._fs.pipe_file(store._at("owner.json"), text.encode())
+    for refused in (lambda: store.claim(JOB, 1), lambda: store.refuse_stale(1)):
+        with pytest.raises(StageError, match=r"owner\.json .*cannot be read") as failure:
+            refused()
+        assert failure.value.reason == "OutputOwned"
+        assert "owner.json" in failure.value.advice
+
+
+def test_no_attempt_writes_while_its_output_is_erased(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path / "out"), tmp_path, "ours")
+    store.claim(JOB, 1)
+    store.write_record(record())
+    refused: list[str] = []
+
+    def write_late() -> None:
+        try:
+            with Store(store.uri, tmp_path, "ours").owned(1):
+                store.workdir("sft")
+        except StageError as error:
+            refused.append(error.reason)
+
+    late = threading.Thread(target=write_late)
+
+    def start_late() -> None:
+        late.start()
+        late.join(timeout=0.3)
+
+    at_the_first_call(monkeypatch, store, "_remove", start_late)
+    assert store.erase(JOB)
+    late.join(timeout=60)
+    assert refused == ["StaleAttempt"]
+    assert not (tmp_path / "out").exists()
 
 
 # ---- writes of two attempts at once -------------------------------------------------------------

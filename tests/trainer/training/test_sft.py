@@ -6,6 +6,10 @@ import json
 import math
 import os
 import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -353,6 +357,24 @@ def test_without_an_undamaged_checkpoint_the_run_starts_again_and_says_so(
     assert outcome.details["resumedAtStep"] is None
     assert any("training starts again" in message for message in messages)
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_run_does_not_compete_with_itself_for_the_lock_of_the_claim(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    """A slow write of a checkpoint holds it while training goes on."""
+    lock = threading.Lock()
+
+    @contextmanager
+    def owned() -> Iterator[None]:
+        assert lock.acquire(blocking=False)
+        time.sleep(0.1)
+        yield
+        lock.release()
+
+    worker = Worker(0, 1, CPU, owned=owned)
+    _, outcome = run(tmp_path / "a", inputs, worker, runtime={"checkpoint_steps": 1})
+    assert outcome.metrics["steps"] > 2
 
 
 def test_a_partial_checkpoint_and_a_partial_metrics_line_are_ignored(

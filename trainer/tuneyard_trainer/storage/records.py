@@ -19,7 +19,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -65,7 +65,7 @@ class Store:
         Raises StageError OutputOwned if the location belongs to another job or holds files of
         unknown origin, StaleAttempt if a newer attempt already works there.
         """
-        if self._read_json("owner.json") is None:
+        if self._read_owner() is None:
             self._refuse_foreign_files()
         claimed = partial(self._claimed, job, attempt)
         if self.is_local:
@@ -76,7 +76,7 @@ class Store:
 
     def _claimed(self, job: JobRef, attempt: int) -> bytes:
         """Return the next content of `owner.json`. Raises StageError as `claim` does."""
-        owner = self._read_json("owner.json")
+        owner = self._read_owner()
         former: list[str] = []
         if owner is not None:
             self._refuse_other_job(job, JobRef.model_validate(owner["job"]))
@@ -112,47 +112,51 @@ class Store:
     def _locked(self, flags: int = 0) -> Iterator[None]:
         """Hold the lock of the claim. `flags`: O_CREAT creates its file; without it, a missing file
         means that the location was erased."""
-        if flags:
-            self._make(self._scratch)
-        try:
-            lock = os.open(self._scratch / CLAIM_LOCK, os.O_RDWR | flags, 0o666)
-        except FileNotFoundError:
-            raise _stale(f"{self.uri} was erased") from None
-        except OSError as error:
-            raise disk_error(error, self._scratch) from error
-        try:
-            self._wait_for(lock)
-            yield
-        finally:
-            os.close(lock)
-
-    def _wait_for(self, lock: int) -> None:
-        """Lock a file. The kernel releases a killed process's lock. On a file system without locks,
-        the check of the claim alone protects the files."""
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        with self._opened(CLAIM_LOCK, flags) as lock:
+            deadline = time.monotonic() + LOCK_SECONDS
+            while not self._try_lock(lock):
                 if time.monotonic() >= deadline:
                     raise StageError(
                         "OutputBusy",
                         f"another attempt has locked {self.uri} for {LOCK_SECONDS:.0f} s.",
                         advice="Stop the process that holds its .claim.lock.",
                         retryable=True,
-                    ) from None
+                    )
                 time.sleep(0.05)
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise disk_error(error, self._scratch) from error
-                return
-            else:
-                return
+            yield
+
+    @contextmanager
+    def _opened(self, name: str, flags: int) -> Iterator[int]:
+        """Open a lock's file. Closing it releases the lock, as the end of a killed process does."""
+        if flags:
+            self._make(self._scratch)
+        try:
+            lock = os.open(self._scratch / name, os.O_RDWR | flags, 0o666)
+        except FileNotFoundError:
+            raise _stale(f"{self.uri} was erased") from None
+        except OSError as error:
+            raise disk_error(error, self._scratch) from error
+        try:
+            yield lock
+        finally:
+            os.close(lock)
+
+    def _try_lock(self, lock: int) -> bool:
+        """Lock a file. Return False if it is locked already. On a file system without locks, the
+        check of the claim alone protects the files."""
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise disk_error(error, self._scratch) from error
+        return True
 
     def refuse_stale(self, attempt: int) -> None:
         """Raise StageError StaleAttempt unless this job, in this attempt or an older one, made the
-        last claim."""
-        owner = self._read_json("owner.json")
+        last claim, and OutputOwned if the claim is damaged."""
+        owner = self._read_owner()
         if owner is None:
             raise _stale(f"{self.uri} was erased")
         if owner.get("uid") != self._job_uid:
@@ -165,17 +169,27 @@ class Store:
 
         Other files stay. `owner.json` is removed last, so an interrupted call can be repeated.
         """
-        owner = self._read_json("owner.json")
-        if owner is None or owner.get("uid") != self._job_uid or self._job_uid is None:
+        if not self._is_owner(job):
             return False
-        if JobRef.model_validate(owner["job"]) != job:
-            return False
-        for name in ("stages", stage_folder("export"), ".lock", CLAIM_LOCK, "owner.json"):
-            self._remove(name)
-        with suppress(OSError):  # not empty, or the root of a volume
-            if self.is_local:
-                self._scratch.rmdir()
+        with self._locked(os.O_CREAT) if self.is_local else nullcontext():
+            if not self._is_owner(job):  # taken over meanwhile
+                return False
+            for name in ("stages", stage_folder("export"), ".lock", CLAIM_LOCK, "owner.json"):
+                self._remove(name)
+            with suppress(OSError):  # not empty, or the root of a volume
+                if self.is_local:
+                    self._scratch.rmdir()
         return True
+
+    def _is_owner(self, job: JobRef) -> bool:
+        """Return whether the last claim is this job's. A job outside a cluster has no uid."""
+        owner = self._read_owner()
+        return (
+            owner is not None
+            and self._job_uid is not None
+            and owner.get("uid") == self._job_uid
+            and JobRef.model_validate(owner["job"]) == job
+        )
 
     def _refuse_other_job(self, job: JobRef, theirs: JobRef) -> None:
         if theirs != job:
@@ -209,16 +223,13 @@ class Store:
         if not self.is_local:
             yield
             return
-        folder = self._make(self._scratch)
-        with (folder / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        with self._opened(".lock", os.O_CREAT) as lock:
+            if not self._try_lock(lock):
                 raise StageError(
                     "OutputBusy",
                     f"another process is running a job in {self.uri}.",
                     advice="Wait until that process ends, or stop it.",
-                ) from None
+                )
             yield
 
     # ---- records --------------------------------------------------------------------------------
@@ -332,8 +343,27 @@ class Store:
     def _read_json(self, relative: str) -> Any:
         try:
             return json.loads(self._fs.cat_file(self._at(relative)))
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (FileNotFoundError, ValueError):
             return None
+
+    def _read_owner(self) -> dict[str, Any] | None:
+        """Return the last claim; None: there is none. Raises StageError OutputOwned if it is
+        damaged."""
+        try:
+            owner: dict[str, Any] = json.loads(self._fs.cat_file(self._at("owner.json")))
+            JobRef.model_validate(owner["job"])
+            int(owner["attempt"])
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError) as error:
+            raise StageError(
+                "OutputOwned",
+                f"owner.json in {self.uri} is damaged and cannot be read, so the owner of the "
+                "files is unknown.",
+                advice="Restore owner.json, delete the folder, or set output.uri to another "
+                "location.",
+            ) from error
+        return owner
 
     def _write(self, relative: str, value: Any, attempt: int) -> None:
         """Write a JSON file; the caller holds the claim (`owned`)."""

@@ -127,16 +127,15 @@ class Checkpoints(Generic[State]):
     def wait(self) -> None:
         """Wait until everything saved is on disk. Raises StageError as `save` does, and
         StaleAttempt if a newer attempt has taken over, even if nothing was saved."""
-        if self._worker.is_main:
-            with self._worker.owned():
-                pass
-        if self._pending is None:
-            return
         pending, self._pending = self._pending, None
         try:
-            pending.result()
+            if pending is not None:
+                pending.result()
         except (OSError, SafetensorError) as error:
             raise disk_error(error, self.folder) from error
+        if self._worker.is_main:  # after the write, which holds the claim's lock itself
+            with self._worker.owned():
+                pass
 
     def resume(self) -> State | None:
         """Load the newest undamaged checkpoint into the parameters and the optimizer, in place.
