@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import copy
 import urllib.error
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import wraps
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.controller.played import PlayedCluster, Served, certificates_of, send, served
 from tuneyard.controller.certificates import AUTHORITY_DAYS, Certificates, renewed
@@ -54,6 +58,57 @@ def stored(cluster: PlayedCluster, file: str) -> str:
 
 def numbers(pems: str) -> list[int]:
     return [each.serial_number for each in x509.load_pem_x509_certificates(pems.encode())]
+
+
+def authority(days: int, signer: tuple[str, str] | None = None) -> tuple[str, str]:
+    """Return an authority's certificate and key. `signer`: of another authority; None: itself."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, f"authority of {signer and 1}")])
+    issuer, issuer_key = name, key
+    if signer:
+        issuer = x509.load_pem_x509_certificate(signer[0].encode()).subject
+        loaded = serialization.load_pem_private_key(signer[1].encode(), password=None)
+        assert isinstance(loaded, ec.EllipticCurvePrivateKey)
+        issuer_key = loaded
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(days_ago(1))
+        .not_valid_after(days_ago(-days))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()),
+            critical=False,
+        )
+        .add_extension(
+            x509.KeyUsage(
+                digital_signature=True,
+                key_cert_sign=True,
+                crl_sign=True,
+                content_commitment=False,
+                key_encipherment=False,
+                data_encipherment=False,
+                key_agreement=False,
+                encipher_only=False,
+                decipher_only=False,
+            ),
+            critical=True,
+        )
+        .sign(issuer_key, hashes.SHA256())
+    )
+    pem = certificate.public_bytes(serialization.Encoding.PEM).decode()
+    return pem, pem_of(key, serialization.NoEncryption())
+
+
+def pem_of(
+    key: ec.EllipticCurvePrivateKey, encryption: serialization.KeySerializationEncryption
+) -> str:
+    format_ = serialization.PrivateFormat.PKCS8
+    return key.private_bytes(serialization.Encoding.PEM, format_, encryption).decode()
 
 
 async def refusal(client: StatusClient) -> str:
@@ -216,12 +271,18 @@ async def test_a_secret_without_the_authoritys_key_is_followed_and_never_written
 @pytest.mark.parametrize(
     ("given", "without", "message"),
     [
-        (renewed(None, HOST, days_ago(91)), "", "ended at"),
+        (renewed(None, HOST, days_ago(91)), "", "valid only from"),
         (renewed(None, "other.svc", days_ago(0)), "", "does not name the status server's host"),
         (renewed(None, HOST, days_ago(0)), "ca.crt", "ca.crt missing"),
         (Certificates("x", "", "y", "z"), "", "cannot be read"),
+        (renewed(None, HOST, days_ago(-1)), "", "valid only from"),
+        (
+            replace(renewed(None, HOST, days_ago(0)), ca=renewed(None, HOST, days_ago(0)).ca),
+            "",
+            "no authority in ca.crt signed",
+        ),
     ],
-    ids=["expired", "another host", "no authority", "no certificates"],
+    ids=["expired", "another host", "no authority", "no certificates", "not yet", "another ca"],
 )
 @runs
 async def test_a_secret_of_somebody_else_that_pods_would_refuse_is_named(
@@ -263,3 +324,82 @@ async def test_a_deleted_secret_of_somebody_else_is_not_replaced() -> None:
     with pytest.raises(TuneyardError, match="has no certificates any more"):
         await certificates.refresh()
     assert not cluster.secrets
+
+
+# ---- clocks and Secrets that somebody edited ----------------------------------------------------
+
+
+@runs
+async def test_a_certificate_of_a_clock_that_was_ahead_is_replaced(tmp_path: Path) -> None:
+    cluster = PlayedCluster()
+    cluster.now = days_ago(-400)
+    async with served(cluster) as running:
+        cluster.now = None
+        assert await running.certificates.refresh()
+        assert len(numbers(running.certificates.ca)) == 1, "pods could not trust the other one yet"
+        assert await send(running.client(tmp_path)) is False
+
+
+@runs
+async def test_an_authority_of_a_clock_that_was_ahead_leaves_the_one_that_pods_trust(
+    tmp_path: Path,
+) -> None:
+    cluster = PlayedCluster()
+    async with served(cluster) as running:
+        client, ca = running.client(tmp_path), running.certificates.ca
+        cluster.now = days_ago(-AUTHORITY_DAYS * 0.7)
+        await running.certificates.refresh()
+        assert len(numbers(running.certificates.ca)) == 2
+        cluster.now = None
+        await running.certificates.refresh()
+        assert running.certificates.ca == ca
+        assert await send(client) is False
+
+
+@runs
+async def test_an_authority_that_would_end_too_early_is_joined_by_another_one(
+    tmp_path: Path,
+) -> None:
+    cluster = PlayedCluster()
+    issued, (ca, key) = renewed(None, HOST, days_ago(0)), authority(days=60)
+    store(cluster, Certificates(ca, key, issued.server, issued.server_key))
+    async with served(cluster) as running:
+        assert numbers(running.certificates.ca)[0] == numbers(ca)[0]
+        assert await send(running.client(tmp_path)) is False
+
+
+@pytest.mark.parametrize("file", ["tls.key", "ca.key"])
+@runs
+async def test_a_key_with_a_password_is_named_and_the_secret_is_followed_on(
+    file: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster = PlayedCluster()
+    locked = pem_of(
+        ec.generate_private_key(ec.SECP256R1()), serialization.BestAvailableEncryption(b"secret")
+    )
+    async with served(cluster) as running:
+        before = copy.deepcopy(cluster.secrets["tls"])
+        cluster.secrets["tls"]["data"][file] = base64.b64encode(locked.encode()).decode()
+        given: list[str] = []
+        following = asyncio.create_task(running.certificates.follow(given.append, every=0.01))
+        async with asyncio.timeout(30):
+            while "Secret system/tls cannot be read" not in caplog.text:
+                assert not following.done(), following
+                await asyncio.sleep(0.01)
+            cluster.now, cluster.secrets["tls"] = days_ago(-61), before
+            while not given:
+                await asyncio.sleep(0.01)
+        following.cancel()
+
+
+@runs
+async def test_a_certificate_with_an_intermediate_authority_is_used(tmp_path: Path) -> None:
+    cluster = PlayedCluster()
+    root = authority(days=200)
+    middle = authority(days=200, signer=root)
+    issued = renewed(None, HOST, days_ago(0))
+    leaf = renewed(Certificates(*middle, issued.server, issued.server_key), HOST, days_ago(0))
+    given = Certificates(root[0], "", leaf.server + middle[0], leaf.server_key)
+    store(cluster, given, without="ca.key")
+    async with served(cluster) as running:
+        assert await send(running.client(tmp_path)) is False

@@ -26,6 +26,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -36,6 +37,7 @@ from tuneyard.errors import TuneyardError
 AUTHORITY_DAYS, SERVER_DAYS = 3650, 90
 CHECK_SECONDS = 60.0
 """How often a replica reads the Secret."""
+_MINUTE = "%Y-%m-%d %H:%M"
 _FILES = ("ca.crt", "ca.key", "tls.crt", "tls.key")
 
 log = logging.getLogger("tuneyard")
@@ -152,7 +154,8 @@ class ServerCertificates:
                 return None
             stored = _checked(Certificates(*texts.values())) if is_own else _given(texts)
             problem = None if is_own else _problem(stored, self._host, now)
-        except ValueError as error:
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+            # TypeError: a key has a password.
             problem = f"cannot be read: {error}"
         if problem:
             raise self._unusable(problem)
@@ -168,14 +171,15 @@ class ServerCertificates:
 def renewed(stored: Certificates | None, host: str, now: datetime) -> Certificates:
     """Return the stored certificates with those replaced that are due. The oldest authority that
     outlives the server's certificate signs it, since the oldest pods trust that one alone."""
-    known = [each for each in _authorities(stored) if each.certificate.not_valid_after_utc > now]
-    if not known or _is_due(known[-1].certificate, now):
+    end = now + timedelta(days=SERVER_DAYS)
+    known = [each for each in _authorities(stored) if _is_valid(each.certificate, now)]
+    newest = known[-1].certificate if known else None
+    if newest is None or _is_due(newest, now) or newest.not_valid_after_utc < end:
         known.append(_new_authority(now))
     ca = "".join(_pem(each.certificate) for each in known)
     ca_key = "".join(_key_pem(each.key) for each in known)
     if stored and _is_in_force(stored.server, host, known, now):
         return Certificates(ca, ca_key, stored.server, stored.server_key)
-    end = now + timedelta(days=SERVER_DAYS)
     signer = next(each for each in known if each.certificate.not_valid_after_utc >= end)
     return Certificates(ca, ca_key, *_issue(host, signer, now))
 
@@ -279,6 +283,12 @@ def _name(host: str) -> x509.GeneralName:
 # ---- checks -------------------------------------------------------------------------------------
 
 
+def _is_valid(certificate: x509.Certificate, now: datetime) -> bool:
+    """Return whether pods accept the certificate now. One that was issued while a replica's clock
+    was ahead begins later."""
+    return certificate.not_valid_before_utc <= now < certificate.not_valid_after_utc
+
+
 def _is_due(certificate: x509.Certificate, now: datetime) -> bool:
     """Return whether two thirds of the validity are over."""
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
@@ -291,7 +301,8 @@ def _is_in_force(pem: str, host: str, authorities: list[_Authority], now: dateti
     certificate = x509.load_pem_x509_certificate(pem.encode())
     issuers = {_key_identifier(each.key.public_key()) for each in authorities}
     return (
-        not _is_due(certificate, now)
+        _is_valid(certificate, now)
+        and not _is_due(certificate, now)
         and _names_host(certificate, host)
         and _issuer_identifier(certificate) in issuers
     )
@@ -344,11 +355,24 @@ def _problem(given: Certificates, host: str, now: datetime) -> str | None:
     """Return why pods would refuse certificates that somebody else issued; None: they accept
     them."""
     certificate = x509.load_pem_x509_certificate(given.server.encode())
-    if certificate.not_valid_after_utc <= now:
-        return f"has a certificate that ended at {certificate.not_valid_after_utc:%Y-%m-%d %H:%M}"
+    if not _is_valid(certificate, now):
+        begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+        return f"has a certificate that is valid only from {begin:{_MINUTE}} to {end:{_MINUTE}}"
     if not _names_host(certificate, host):
         return f"has a certificate that does not name the status server's host {host}"
+    chain = x509.load_pem_x509_certificates(given.server.encode())
+    authorities = x509.load_pem_x509_certificates(given.ca.encode())
+    if not any(_is_issued_by(each, ca) for each in chain for ca in authorities):
+        return "has a certificate that no authority in ca.crt signed"
     return None
+
+
+def _is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, InvalidSignature):  # ValueError: it names another issuer
+        return False
+    return True
 
 
 # ---- PEM ----------------------------------------------------------------------------------------
