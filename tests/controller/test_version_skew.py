@@ -110,6 +110,8 @@ class PlayedCluster:
         kept[metadata["name"]] = stored
         return stored
 
+    create = apply
+
     async def delete_ray_job(self, _: str, name: str, *__: Any, **___: Any) -> bool:
         return self.rayjobs.pop(name, None) is not None
 
