@@ -74,6 +74,18 @@ def anything(request: Request) -> bool:
     return True
 
 
+def creates(plural: str, name: str) -> Predicate:
+    """Match the creation of an object: a POST, or a server-side apply, whose path has its name."""
+    pattern = re.compile(f"/{plural}(/{name})?$")
+
+    def matches(request: Request) -> bool:
+        if request.verb not in ("POST", "PATCH") or not pattern.search(request.path):
+            return False
+        return bool(request.json()["metadata"]["name"] == name)
+
+    return matches
+
+
 def on(verb: str, path: str = "") -> Predicate:
     """Match requests with this verb whose path contains the pattern."""
     pattern = re.compile(path)

@@ -126,10 +126,13 @@ class MemoryApi:
             return _answer(self.objects[path])
         if not _COLLECTION.fullmatch(path):
             return _Response(404, f"{path} not found", "NotFound")
-        wanted = dict(part.split("=") for part in query.get("labelSelector", "").split(",") if part)
+        wanted = [part.partition("=") for part in query.get("labelSelector", "").split(",") if part]
         found = [self.objects[each] for each in self._paths(path)]
-        items = [item for item in found if wanted.items() <= _labels(item).items()]
-        return _answer({"items": items})
+        items = [item for item in found if all(_has(_labels(item), *each) for each in wanted)]
+        first = int(query.get("continue") or 0)
+        end = first + int(query.get("limit") or len(items))
+        more = {"continue": str(end)} if end < len(items) else {}
+        return _answer({"metadata": more, "items": items[first:end]})
 
     def _apply(self, path: str, item: Object) -> _Response:
         """Create or replace an object: all applied fields belong to one field manager."""
@@ -208,6 +211,11 @@ async def _no_settings() -> Object:
 
 def _labels(item: Object) -> Object:
     return item["metadata"].get("labels") or {}
+
+
+def _has(labels: Object, name: str, is_given: str, value: str) -> bool:
+    """Return whether labels match one part of a selector: NAME or NAME=VALUE."""
+    return name in labels and (not is_given or labels[name] == value)
 
 
 def _finalizers(item: Object) -> list[str]:

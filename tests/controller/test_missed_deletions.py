@@ -14,8 +14,7 @@ from tests.controller.test_job_cache import ray_job as cached_ray_job
 from tests.controller.test_reconciler import KEY, EarlyWatches
 from tuneyard.api.status import JobStatus, Progress
 from tuneyard.controller import cluster as requests
-from tuneyard.controller import metrics
-from tuneyard.controller import reconciler as module
+from tuneyard.controller import metrics, resync
 from tuneyard.controller.cluster import ApiError, Key
 from tuneyard.controller.job_cache import MOST_DELETED_PODS, JobCache
 from tuneyard.controller.queue import Queue
@@ -116,7 +115,7 @@ def test_a_status_write_to_a_deleted_job_ends_its_reconciles() -> None:
 def test_a_finished_job_is_evicted_with_its_series_though_its_last_pod_went_unreported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "READ_SECONDS", 0.1)
+    monkeypatch.setattr(resync, "LAG_SECONDS", 0.0)
 
     async def scenario() -> None:
         cluster = EarlyWatches()
@@ -125,6 +124,7 @@ def test_a_finished_job_is_evicted_with_its_series_though_its_last_pod_went_unre
         cache.update_pod(KEY, cached_ray_job(1), deleted=False)
         measure()
         assert series()
+        await resync.Resync(cluster.reconciler).check_objects()
         await cluster.reconcile_until(lambda: KEY not in cache.jobs)
 
     asyncio.run(scenario())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 
 from tuneyard.controller import reconciler as module
+from tuneyard.controller import resync
 from tuneyard.controller.cluster import FINALIZER, Cluster, Key
 from tuneyard.controller.reconciler import Reconciler
 from tuneyard.controller.settings import Settings
@@ -93,6 +94,10 @@ class EarlyWatches:
     async def pods(self, _: Key) -> list[dict[str, Any]]:
         return self.stored_pods
 
+    async def list_objects(self, collection: str, _: str | None) -> AsyncIterator[dict[str, Any]]:
+        for item in self.stored_pods if collection == "pods" else self.created.values():
+            yield item
+
     async def batch_job(self, *_: str) -> dict[str, Any] | None:
         return self.erase_job
 
@@ -110,6 +115,8 @@ class EarlyWatches:
         if item["kind"] == "Job":
             self.erase_job = {**item, "metadata": {**item["metadata"], "creationTimestamp": NOW}}
         return {"metadata": item["metadata"]}
+
+    create = apply
 
     async def delete_ray_job(self, _: str, name: str) -> bool:
         self.reconciler.cache.update_ray_job(KEY, self.created.pop(name), deleted=True)
@@ -172,7 +179,7 @@ def test_the_uid_of_a_new_rayjob_waits_for_the_next_status_write(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """For a thousand new jobs, separate writes would be a thousand more."""
-    monkeypatch.setattr(module, "PROGRESS_SECONDS", 0.1)
+    monkeypatch.setattr(module, "UID_SECONDS", 0.1)
 
     async def begun() -> list[dict[str, Any]]:
         cluster = EarlyWatches()
@@ -267,7 +274,7 @@ def test_a_new_job_waits_for_the_objects_of_a_deleted_job_of_its_name() -> None:
 def test_a_deleted_job_is_dropped_from_the_cache_although_a_watch_missed_its_last_pod(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(resync, "LAG_SECONDS", 0.0)
 
     async def missed() -> None:
         cluster = EarlyWatches()
@@ -277,6 +284,7 @@ def test_a_deleted_job_is_dropped_from_the_cache_although_a_watch_missed_its_las
         cluster.body = cast("Any", None)
         Watches(cluster.reconciler).job(body, deleted=True)
         assert KEY in cache.jobs, "a new job of its name waits for the pod"
+        await resync.Resync(cluster.reconciler).check_objects()
         await cluster.reconcile_until(lambda: KEY not in cache.jobs, add=False)
 
     asyncio.run(missed())

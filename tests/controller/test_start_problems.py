@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.controller.faults import Answer, on
+from tests.controller.faults import Answer, creates
 from tests.controller.scene import (
     SUCCEEDED,
     Attempt,
@@ -173,8 +173,8 @@ def test_a_quota_that_forbids_rayjobs_is_reported_and_waited_for(scene: Operated
 def test_a_job_reports_missing_kuberay_and_continues_once_it_is_installed(
     scene: OperatedScene,
 ) -> None:
-    missing = on("PATCH", f"/namespaces/{scene.namespace}/rayjobs/early")
-    scene.proxy.add(Answer(404), missing, times=None)
+    for name in ("early-1", "early-too-1"):
+        scene.proxy.add(Answer(404), creates("rayjobs", name), times=None)
     early = scene.create("early")
     given_up = scene.create("early-too", policy=IMPATIENT)
     early.until(lambda job: job.why("Running") == "False KubeRayMissing")
@@ -240,7 +240,7 @@ def test_a_local_path_is_refused(scene: OperatedScene) -> None:
 
 
 def test_an_invalid_rayjob_fails_the_job(scene: OperatedScene) -> None:
-    scene.proxy.add(Answer(422), on("PATCH", "/rayjobs/invalid-1$"), times=None)
+    scene.proxy.add(Answer(422), creates("rayjobs", "invalid-1"), times=None)
     job = scene.create("invalid")
     job.until_phase("Failed")
     assert job.failure == "RayJobRefused"

@@ -115,6 +115,8 @@ class PlayedCluster:
         self.body = {**self.stored, "metadata": metadata}
         return {**job, "metadata": metadata}
 
+    create = apply
+
     async def delete_ray_job(self, _: str, name: str, *__: Any, **___: Any) -> bool:
         return self.rayjobs.pop(name, None) is not None
 

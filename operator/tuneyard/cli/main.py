@@ -180,6 +180,12 @@ def _setting(name: str, **options: Any) -> Callable[[_Command], _Command]:
 @_setting("tls-secret", default="tuneyard-tls", help="Secret of the certificates.")
 @_setting("job-network-policies", is_flag=True, help="Create a NetworkPolicy for each job.")
 @_setting("concurrency", type=click.IntRange(1, 256), default=16, help="Jobs reconciled at a time.")
+@_setting(
+    "progress-writes",
+    type=click.IntRange(1, 1000),
+    default=20,
+    help="Writes of progress per second, over all jobs.",
+)
 def operator(namespaces: str, profiles: Path | None, **settings: Any) -> int:
     """Run the operator in this process."""
     with needs_extra("operator", "run the operator"):

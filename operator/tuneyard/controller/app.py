@@ -19,6 +19,7 @@ from tuneyard.controller.certificates import ServerCertificates
 from tuneyard.controller.cluster import Cluster, connect
 from tuneyard.controller.lease import Lease
 from tuneyard.controller.reconciler import Reconciler
+from tuneyard.controller.resync import Resync
 from tuneyard.controller.settings import Settings
 from tuneyard.controller.status_server import StatusServer
 
@@ -78,8 +79,10 @@ async def _run_as_leader(
 
 
 async def _serve(settings: Settings, reconciler: Reconciler, stop: asyncio.Event) -> None:
-    """Run the reconciler and the watches until one of them ends: each needs the other."""
-    await _wait_for_first(reconciler.run(), _watch(settings, reconciler, stop))
+    """Run the reconciler, the watches and the resync until one of them ends: each needs the
+    others."""
+    resync = Resync(reconciler)
+    await _wait_for_first(reconciler.run(), resync.run(), _watch(settings, reconciler, stop))
 
 
 async def _watch(settings: Settings, reconciler: Reconciler, stop: asyncio.Event) -> None:

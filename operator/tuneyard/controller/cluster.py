@@ -7,7 +7,7 @@ No request is retried: the work queue retries whole decisions.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -32,7 +32,9 @@ _MERGE = "application/merge-patch+json"
 _APPLY = "application/apply-patch+yaml"
 _METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 LIST_CHUNK = 500
-"""Jobs per page of a list of names."""
+"""Objects per page of a list of metadata."""
+WATCHED_OBJECTS = {"rayjobs": "/apis/ray.io/v1", "pods": "/api/v1"}
+"""The API of each kind of object that belongs to a job and is watched, by its plural."""
 _METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 
 
@@ -111,21 +113,17 @@ class Cluster:
 
     async def job(self, key: Key) -> Object | None:
         """Return the job; None: it does not exist."""
-        return await self._find(key.path)
+        found = await self._find(key.path)
+        return found and without_managed_fields(found)
 
     async def jobs(self, kind: str, namespace: str | None) -> set[Key]:
         """Return all jobs of a kind in a namespace. None: in all namespaces."""
         scope = f"/namespaces/{namespace}" if namespace else ""
         path = f"/apis/{GROUP}/{VERSION}{scope}/{kind.lower()}s"
-        query, found = {"limit": str(LIST_CHUNK)}, set[Key]()
-        while True:
-            page = await self._call("GET", path, query=query, accept=_METADATA_LIST)
-            for item in page.get("items") or []:
-                found.add(Key(kind, item["metadata"]["namespace"], item["metadata"]["name"]))
-            token = (page.get("metadata") or {}).get("continue")
-            if not token:
-                return found
-            query["continue"] = token
+        found = set[Key]()
+        async for item in self._each_listed(path, {}):
+            found.add(Key(kind, item["metadata"]["namespace"], item["metadata"]["name"]))
+        return found
 
     async def add_finalizer(self, job: Object, key: Key) -> Object:
         """Add the operator's finalizer; return the job with it."""
@@ -151,12 +149,36 @@ class Cluster:
         """Patch the job; return it with the metadata in the response. A response with the whole job
         would be ten times as long."""
         response = await self._call("PATCH", path, patch, type_=_MERGE, accept=_METADATA)
-        return {**job, "metadata": response["metadata"]}
+        return {**job, **without_managed_fields({"metadata": response["metadata"]})}
 
     async def delete_job(self, job: Object, key: Key) -> None:
         await self._delete(key.path, uid=job["metadata"]["uid"])
 
     # ---- the objects of a job -------------------------------------------------------------------
+
+    async def list_objects(self, collection: str, namespace: str | None) -> AsyncIterator[Object]:
+        """Yield the metadata of all jobs' RayJobs or pods in a namespace, page by page. `namespace`
+        None: in all namespaces."""
+        scope = f"/namespaces/{namespace}" if namespace else ""
+        path = f"{WATCHED_OBJECTS[collection]}{scope}/{collection}"
+        try:
+            async for item in self._each_listed(path, {"labelSelector": f"{GROUP}/job"}):
+                yield item
+        except ApiError as error:
+            if error.code != 404:  # 404: KubeRay is not installed
+                raise
+
+    async def create(self, item: Object) -> Object:
+        """Create an object, or apply it if an object of this name exists; return it with its
+        metadata alone. A server-side apply that creates a RayJob takes the API server twice as
+        long."""
+        path, query = _path_of(item).rpartition("/")[0], {"fieldManager": MANAGER}
+        try:
+            return await self._call("POST", path, item, query, accept=_METADATA)
+        except ApiError as error:
+            if error.reason != "AlreadyExists":
+                raise
+            return await self.apply(item)
 
     async def apply(self, item: Object) -> Object:
         """Create or update an object by server-side apply; return it with its metadata alone."""
@@ -245,6 +267,18 @@ class Cluster:
                 return None
             raise
 
+    async def _each_listed(self, path: str, query: Mapping[str, str]) -> AsyncIterator[Object]:
+        """Yield the metadata of each object of a collection, page by page."""
+        page_query = {**query, "limit": str(LIST_CHUNK)}
+        while True:
+            page = await self._call("GET", path, query=page_query, accept=_METADATA_LIST)
+            for item in page.get("items") or []:
+                yield item
+            token = (page.get("metadata") or {}).get("continue")
+            if not token:
+                return
+            page_query["continue"] = token
+
     async def _list(self, path: str, query: Mapping[str, str]) -> list[Object]:
         items: list[Object] = (await self._call("GET", path, query=query)).get("items") or []
         return items
@@ -313,6 +347,13 @@ def _seconds(text: str | None) -> float | None:
         return float(text) if text else None
     except ValueError:
         return None
+
+
+def without_managed_fields(item: Object) -> Object:
+    """Return the object without the record of who set which field: nothing here reads it, and it is
+    a third of a job's size."""
+    kept = {name: value for name, value in item["metadata"].items() if name != "managedFields"}
+    return {**item, "metadata": kept}
 
 
 def _finalizers(job: Object) -> list[str]:

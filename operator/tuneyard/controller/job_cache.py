@@ -6,6 +6,7 @@ phase alone, so that ten thousand finished jobs need little memory.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from tuneyard.api.meta import GROUP
 from tuneyard.api.progress import Post
 from tuneyard.api.status import AttemptStatus
 from tuneyard.controller import metrics
-from tuneyard.controller.cluster import Key
+from tuneyard.controller.cluster import Key, without_managed_fields
 from tuneyard.status import observed
 from tuneyard.status.observed import CreateError, ObservedState, Pod, RayJob, Workload
 
@@ -47,10 +48,15 @@ class CachedJob:
     post: Post | None = None
     missing_since: float | None = None
     """Since when the current attempt's RayJob is missing (monotonic); None: it is not missing."""
-    read_at: float = 0.0
-    """When the job's objects were last read from the API server (monotonic); 0.0: never."""
-    written_at: float = 0.0
+    written_at: float = -math.inf
     """When the status was last written (monotonic)."""
+    write_interval: float = 0.0
+    """Least seconds from then until its progress may be written."""
+    write_turn: float | None = None
+    """When its progress may be written, as far as other jobs' writes allow it (monotonic). None:
+    the interval is not over, or nothing is to be written."""
+    warnings_due: float = 0.0
+    """When the RayCluster's warnings may be read again (monotonic)."""
 
     def observed_state(self, attempt: AttemptStatus | None) -> ObservedState:
         """Return the state that a decision is based on. `attempt`: the job's newest."""
@@ -104,9 +110,7 @@ class JobCache:
         removed: a new job of the same name waits for them."""
         cached = self.jobs.pop(key, None)
         if cached is not None and not cached.is_empty:
-            self.jobs[key] = CachedJob(
-                ray_jobs=cached.ray_jobs, pods=cached.pods, read_at=cached.read_at
-            )
+            self.jobs[key] = CachedJob(ray_jobs=cached.ray_jobs, pods=cached.pods)
         self.count_phase(key, None)
         metrics.drop_progress((key.namespace, key.kind, key.name))
 
@@ -140,7 +144,7 @@ class JobCache:
         cached = self.job(key)
         if cached.body is not None and version(cached.body) >= version(body):
             return False
-        cached.body = body
+        cached.body = without_managed_fields(body)
         return True
 
     def update_ray_job(self, key: Key, item: Object, *, deleted: bool) -> bool:
@@ -181,7 +185,6 @@ class JobCache:
         cached.pods = known
         current = {item.name for _, item in cached.ray_jobs.values()}
         cached.workloads = {n: item for n, item in cached.workloads.items() if n in current}
-        cached.read_at = time.monotonic()
 
 
 def _keep_evidence(deleted: dict[str, Pod], pod: Pod) -> None:

@@ -110,7 +110,8 @@ class Queue(Generic[K]):
                     self.add(key)
             wait = self._heap[0][0] - loop.time() if self._heap else None
             try:
-                await asyncio.wait_for(self._earlier.wait(), wait)
+                async with asyncio.timeout(wait):  # wait_for can lose a cancellation before 3.12
+                    await self._earlier.wait()
             except TimeoutError:
                 continue
 

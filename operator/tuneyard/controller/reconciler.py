@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import random
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -31,6 +32,7 @@ from tuneyard.controller.cluster import (
 from tuneyard.controller.job_cache import CachedJob, JobCache
 from tuneyard.controller.queue import Queue, Requeue
 from tuneyard.controller.settings import Settings
+from tuneyard.controller.write_budget import FIRST_SECONDS, Turns, WriteBudget, write_interval
 from tuneyard.errors import Fault, ManifestError, PlanError
 from tuneyard.manifests.manifest import KINDS, parse
 from tuneyard.planning.plan import plan_job
@@ -49,15 +51,16 @@ from tuneyard.status.observe import (
 )
 from tuneyard.status.observed import CreateError, is_erasing, is_lost, names_of
 from tuneyard.status.patches import status_patch
-from tuneyard.status.times import rfc3339
+from tuneyard.status.times import moment_of, rfc3339
 
-PROGRESS_SECONDS = 10.0
-"""Least time between two status writes of one job that change its progress alone."""
-READ_SECONDS = 60.0
-"""How often an active job's objects are read from the API server, in case a watch missed an
-event."""
-RESYNC_SECONDS = 600.0
-"""How often the jobs are listed, in case a watch missed that one was deleted."""
+UID_SECONDS = 60.0
+"""How long the UID of a new RayJob waits for another change to be written with: in a burst of new
+jobs, separate writes of the UID would be one in seven writes."""
+RECHECK_SECONDS = 600.0
+"""An active job is reconciled this often, or twice as often, though no watch reports a change. Such
+a reconcile sends no request if nothing has changed."""
+WARNING_SECONDS, WARNING_READS_PER_SECOND = 10.0, 2.0
+"""Least time between two reads of the warnings of one RayCluster, and most reads over all jobs."""
 CREATE_TRIES = 3
 """Failed tries to create an attempt's objects before the status reports an error that may pass."""
 CREATE_SECONDS = 10.0
@@ -87,6 +90,8 @@ class Reconciler:
         self.cluster, self.settings, self.clock = cluster, settings, clock
         self.cache = JobCache()
         self.queue: Queue[Key] = Queue(self._process, settings.concurrency)
+        self._write_budget = WriteBudget(settings.progress_writes)
+        self._warning_turns = Turns(WARNING_READS_PER_SECOND)
         self._reporting = (
             rayjob.Reporting(settings.progress_url, ca) if settings.progress_url else None
         )
@@ -96,7 +101,6 @@ class Reconciler:
         """Work until canceled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.queue.run())
-            tasks.create_task(self._resync())
             for _ in range(2):
                 tasks.create_task(self._post_events())
 
@@ -109,11 +113,12 @@ class Reconciler:
         other post when the next status write is due."""
         cached = self.cache.job(key)
         cached.post = post
-        report = post.tuneyard
-        if report is not None and report.outcome is not None:
+        if post.tuneyard is not None and post.tuneyard.outcome is not None:
             self.queue.add(key)
+        elif _changes_stage(post, (cached.body or {}).get("status") or {}):
+            self.queue.add_after(key, cached.written_at + FIRST_SECONDS - time.monotonic())
         else:
-            self.queue.add_after(key, cached.written_at + PROGRESS_SECONDS - time.monotonic())
+            self.queue.add_after(key, self._write_budget.wait(cached))
 
     async def current(self, key: Key) -> Job | None:
         """Return the job, from the cache if possible; None: it does not exist. Raises ApiError,
@@ -121,15 +126,6 @@ class Reconciler:
         cached = self.cache.jobs.get(key)
         body = cached.body if cached and cached.body else await self.cluster.job(key)
         return parse(body) if body is not None else None
-
-    async def _resync(self) -> None:
-        """Look for deleted jobs until canceled."""
-        while True:
-            await asyncio.sleep(RESYNC_SECONDS)
-            try:
-                await self.check_existence()
-            except ApiError as error:
-                log.warning("the jobs could not be listed: %s", error)
 
     async def check_existence(self) -> None:
         """Read each known job that no list contains: kopf does not report what was deleted while
@@ -167,7 +163,7 @@ class Reconciler:
         cached = self.cache.job(key)
         body = cached.body or await self.cluster.job(key)
         if body is None:
-            await self._forget(key, cached)
+            self._forget(key)
             return
         cached.body = body
         try:
@@ -181,8 +177,6 @@ class Reconciler:
         if "deletionTimestamp" in body["metadata"]:
             await self._delete(key, cached, job)
             return
-        if not is_finished(job) or not cached.is_empty:
-            await self._read_if_due(key, cached)
         if not is_finished(job) and needs_finalizer(body) and not has_finalizer(body):
             cached.body = await self.cluster.add_finalizer(body, key)
         if has_finalizer(body) and not needs_finalizer(body):  # set by 0.2
@@ -195,9 +189,9 @@ class Reconciler:
         decision = observe(job, planned, cached.observed_state(attempt), self.clock())
         if attempt is not None and _closes_without_success(attempt, decision.status):
             # Each kind has its own watch: the pods' watch may not have reported the reason yet.
-            await self._read(key)
+            await self.read(key)
             decision = observe(job, planned, cached.observed_state(attempt), self.clock())
-        wait = cached.written_at + _write_delay(job.status, decision.status) - time.monotonic()
+        wait = self._write_wait(cached, job.status, decision.status)
         if wait > 0:
             self.queue.add_after(key, wait)
         else:
@@ -207,27 +201,19 @@ class Reconciler:
         metrics.set_progress((key.namespace, key.kind, key.name), decision.status)
         if is_finished(job) and cached.is_empty:
             self.cache.evict(key)
-        else:  # a finished one too: its last objects may go without an event
-            self.queue.add_after(key, READ_SECONDS)
+        else:
+            self.queue.add_after(key, RECHECK_SECONDS * random.uniform(0.5, 1.0))
         if decision.wake_after is not None:
             self.queue.add_after(key, decision.wake_after)
 
-    async def _forget(self, key: Key, cached: CachedJob) -> None:
-        """Drop a job that does not exist any more, as soon as its RayJobs and pods do not exist
-        either. They are read from time to time, in case a watch missed their deletion."""
-        await self._read_if_due(key, cached)
+    def _forget(self, key: Key) -> None:
+        """Drop a job that does not exist any more. If it still has RayJobs or pods, their deletion
+        adds it to the queue once more."""
         self.cache.forget(key)
         self.queue.forget(key)
-        if key in self.cache.jobs:
-            self.queue.add_after(key, READ_SECONDS)
 
-    async def _read_if_due(self, key: Key, cached: CachedJob) -> None:
-        if cached.read_at == 0.0:  # the watches have just listed everything
-            cached.read_at = time.monotonic()
-        elif time.monotonic() - cached.read_at >= READ_SECONDS:
-            await self._read(key)
-
-    async def _read(self, key: Key) -> None:
+    async def read(self, key: Key) -> None:
+        """Read a job's RayJobs and pods from the API server."""
         ray_jobs, pods = await self.cluster.ray_jobs(key), await self.cluster.pods(key)
         self.cache.replace_objects(key, ray_jobs, pods)
 
@@ -286,11 +272,32 @@ class Reconciler:
         if not patch:
             return job
         cached.body = await self.cluster.write_status(cached.body or {}, key, patch, written)
-        cached.written_at = time.monotonic()
+        self._count_write(cached, before, status)
         metrics.count_change(job, before, status)
         for event in transition_events(before, status):
             self._queue_event(key, cached.body, event)
         return job.model_copy(update={"status": status})
+
+    def _write_wait(self, cached: CachedJob, before: JobStatus | None, after: JobStatus) -> float:
+        """Return the seconds until a change of the status may be written; 0.0: now."""
+        if before is None or not _changes_numbers_alone(before, after):
+            return 0.0
+        since = time.monotonic() - cached.written_at
+        if _states_of(before) != _states_of(after):
+            return max(0.0, FIRST_SECONDS - since)
+        is_uid_alone = _without_ray_job_uid(before) == _without_ray_job_uid(after)
+        if is_uid_alone and since < UID_SECONDS:
+            return UID_SECONDS - since
+        return self._write_budget.wait(cached)
+
+    def _count_write(self, cached: CachedJob, before: JobStatus | None, after: JobStatus) -> None:
+        """Record that the status was written."""
+        if _changes_numbers_alone(before, after):
+            metrics.PROGRESS_WRITES.inc()
+        cached.written_at, cached.write_turn = time.monotonic(), None
+        running_at = after.attempts[-1].running_at if after.attempts else None
+        running = (self.clock() - moment_of(running_at)).total_seconds() if running_at else 0.0
+        cached.write_interval = write_interval(running)
 
     async def _act(
         self, key: Key, cached: CachedJob, job: Job, decision: Decision, planned: Planned
@@ -313,7 +320,7 @@ class Reconciler:
             self.queue.add_after(key, wait)
             return
         if number > 1:
-            await self._read(key)
+            await self.read(key)
             now = self.clock()
             if {item.attempt for item in cached.objects if not is_lost(item, now)} - {number}:
                 self.queue.add_after(key, PODS_RECHECK_SECONDS)
@@ -331,10 +338,12 @@ class Reconciler:
                 reporting=self._reporting,
                 reduced_to=job.status.attempts[-1].workers if job.status else None,
             )
-            await self.cluster.apply(rendered.config_map)
+            # The attempts of a job share all objects but the RayJob.
+            store = self.cluster.create if number == 1 else self.cluster.apply
+            await store(rendered.config_map)
             if self.settings.job_network_policies:
-                await self.cluster.apply(rendered.network_policy)
-            created = await self.cluster.apply(rendered.ray_job)
+                await store(rendered.network_policy)
+            created = await self.cluster.create(rendered.ray_job)
         except PlanLostError as error:
             self._store_create_error(key, cached, CreateError(422, "PlanLost", str(error)))
         except PlanUnreadableError as error:
@@ -371,12 +380,17 @@ class Reconciler:
         ray = next((r for _, r in cached.ray_jobs.values() if r.attempt == attempt.number), None)
         if ray is None or not ray.cluster or ray.suspended or cached.pods:
             return
+        now = time.monotonic()
+        if cached.warnings_due > now:
+            self.queue.add_after(key, cached.warnings_due - now)
+            return
+        cached.warnings_due = self._warning_turns.take(now + WARNING_SECONDS)
         warnings = tuple(await self.cluster.warnings(key.namespace, ray.cluster))
         if warnings != cached.warnings:
             cached.warnings = warnings
             self.queue.add(key)
         else:
-            self.queue.add_after(key, PROGRESS_SECONDS)
+            self.queue.add_after(key, cached.warnings_due - now)
 
     async def _report_malformed(self, key: Key, body: Object, error: ManifestError) -> None:
         """Report the error of a malformed job in its status. The status of a job that was planned
@@ -387,7 +401,7 @@ class Reconciler:
         was_read = old.get("observedGeneration") == body["metadata"].get("generation")
         if old.get("planDigest") or was_read:
             log.error("%s %s/%s is malformed: %s", key.kind, key.namespace, key.name, text)
-            self.queue.add_after(key, READ_SECONDS)
+            self.queue.add_after(key, RECHECK_SECONDS)
             return
         if (old.get("failure") or {}).get("message") == text:
             return
@@ -426,7 +440,7 @@ class Reconciler:
         """Take the next step to erase a deleted job's output; return what it waits for, "" at the
         end."""
         since = (cached.body or {})["metadata"]["deletionTimestamp"]
-        await self._read(key)
+        await self.read(key)
         existing = [item.name for _, item in cached.ray_jobs.values() if not item.deleting]
         for name in existing:  # a copy: a watch may change the cache during each request
             await self.cluster.delete_ray_job(key.namespace, name)
@@ -559,14 +573,22 @@ def _closes_without_success(attempt: AttemptStatus, after: JobStatus) -> bool:
     return not attempt.finished_at and bool(last.finished_at) and last.reason != "Succeeded"
 
 
-def _write_delay(before: JobStatus | None, after: JobStatus) -> float:
-    """Return how many seconds after the last write the change may be written."""
-    if before is None or before == after or _without_numbers(before) != _without_numbers(after):
-        return 0.0
-    # The UID of a new RayJob is written with the next change: in a burst of new jobs, separate
-    # writes of the UID would be one in seven writes.
-    is_uid_alone = _without_ray_job_uid(before) == _without_ray_job_uid(after)
-    return READ_SECONDS if is_uid_alone else PROGRESS_SECONDS
+def _changes_stage(post: Post, stored: Object) -> bool:
+    """Return whether a post is the job's first or changes the state of a stage."""
+    states = {stage["name"]: stage["state"] for stage in stored.get("stages") or ()}
+    stages = post.tuneyard.stages if post.tuneyard else []
+    return "progress" not in stored or any(states.get(s.name) != s.state for s in stages)
+
+
+def _states_of(status: JobStatus) -> list[tuple[str, str]]:
+    return [(stage.name, stage.state) for stage in status.stages]
+
+
+def _changes_numbers_alone(before: JobStatus | None, after: JobStatus) -> bool:
+    """Return whether a change may wait. Without a change there is nothing to wait for."""
+    if before is None or before == after:
+        return False
+    return _without_numbers(before) == _without_numbers(after)
 
 
 def _without_ray_job_uid(status: JobStatus) -> JobStatus:

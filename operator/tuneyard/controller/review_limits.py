@@ -1,13 +1,14 @@
 """Limits on the reviews of tokens, so that nobody can flood the API server through a status server.
 
-A valid token costs one review a minute. An invalid one is refused without a review for a while. An
-address whose tokens were refused too often gets no review at all until some time has passed, and
-never do more than a few reviews run at the same time.
+A valid token costs one review a minute, or fewer with many pods. An invalid one is refused without
+a review for a while. An address whose tokens were refused too often gets no review at all until
+some time has passed, and never do more than a few reviews run at the same time.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Hashable
@@ -25,6 +26,15 @@ REFUSALS_AT_ONCE, REFUSALS_PER_SECOND = 60, 1.0
 share an address, and a node runs up to 110 pods."""
 MOST_ADDRESSES = 4096
 RETRY_SECONDS = 5
+FIRST_REVIEW_SECONDS, REVIEWS_PER_SECOND = 60.0, 10.0
+"""How long the review of a valid token is kept, and the reviews of known tokens per second that it
+is kept longer for. With ten thousand pods, it is kept for 17 minutes."""
+
+
+def review_seconds(num_tokens: int) -> float:
+    """Return how long to keep a review while so many tokens are known. The times differ at random,
+    because the pods of a restarted operator post all at once."""
+    return max(FIRST_REVIEW_SECONDS, num_tokens / REVIEWS_PER_SECOND * random.uniform(0.5, 1.5))
 
 
 class TooManyReviews(Exception):  # noqa: N818 - a response, not a defect
@@ -48,11 +58,12 @@ class Recent(Generic[K, V]):
         entry = self._entries.get(key)
         return entry[1] if entry and entry[0] > self._clock() else None
 
-    def put(self, key: K, value: V) -> None:
-        """Store a value, and drop what has expired or what is too much."""
+    def put(self, key: K, value: V, seconds: float | None = None) -> None:
+        """Store a value, and drop what has expired or what is too much. `seconds` None: the time
+        that holds for all entries."""
         now = self._clock()
         self._entries.pop(key, None)
-        self._entries[key] = (now + self._seconds, value)
+        self._entries[key] = (now + (self._seconds if seconds is None else seconds), value)
         while len(self._entries) > self._most or next(iter(self._entries.values()))[0] <= now:
             self._entries.popitem(last=False)
 

@@ -42,6 +42,8 @@ class Settings:
     """Whether each job gets a NetworkPolicy, at the cost of one more write per attempt."""
     concurrency: int = 16
     """Number of jobs that are reconciled at the same time."""
+    progress_writes: int = 20
+    """Status writes per second, over all jobs, that change progress alone."""
 
 
 def read_profiles(path: Path) -> dict[str, Compute]:

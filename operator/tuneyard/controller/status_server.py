@@ -22,7 +22,14 @@ from tuneyard.controller import metrics
 from tuneyard.controller.cluster import ApiError, Cluster, Key
 from tuneyard.controller.job_cache import key_from_labels
 from tuneyard.controller.reconciler import Reconciler
-from tuneyard.controller.review_limits import RETRY_SECONDS, Recent, ReviewLimits, TooManyReviews
+from tuneyard.controller.review_limits import (
+    FIRST_REVIEW_SECONDS,
+    RETRY_SECONDS,
+    Recent,
+    ReviewLimits,
+    TooManyReviews,
+    review_seconds,
+)
 from tuneyard.errors import ManifestError
 from tuneyard.rendering.names import audience
 from tuneyard.status.observe import is_finished, should_stop
@@ -30,8 +37,8 @@ from tuneyard.status.observed import attempt_of
 
 _KINDS = {"finetunejobs": "FineTuneJob", "alignmentjobs": "AlignmentJob"}
 
-REVIEW_SECONDS, REFUSAL_SECONDS = 60.0, 10.0
-"""How long the review of a token is cached: of a valid one, and of one that was refused."""
+REFUSAL_SECONDS = 10.0
+"""How long the review of a token that was refused is cached."""
 MOST_PODS, MOST_REFUSALS = 20_000, 1_000
 """Most cached reviews of valid tokens and of refused ones."""
 READ_SECONDS = 10.0
@@ -74,7 +81,7 @@ class StatusServer:
         """Make a server. `is_active` returns whether this replica is the active one."""
         self._cluster, self._reconciler, self._is_active = cluster, reconciler, is_active
         self._authenticated_pods: Recent[_Token, AuthenticatedPod] = Recent(
-            MOST_PODS, REVIEW_SECONDS
+            MOST_PODS, FIRST_REVIEW_SECONDS
         )
         self._refusals: Recent[_Token, tuple[int, str, str]] = Recent(
             MOST_REFUSALS, REFUSAL_SECONDS
@@ -192,7 +199,8 @@ class StatusServer:
         pod = self._authenticated_pods.get(known)
         if pod is None:
             pod = await self._review_within_limits(token, key, request.remote or "", known)
-            self._authenticated_pods.put(known, pod)
+            seconds = review_seconds(len(self._authenticated_pods))
+            self._authenticated_pods.put(known, pod, seconds)
         return pod.attempt
 
     async def _review_within_limits(
