@@ -43,26 +43,34 @@ while newest() < step and time.monotonic() < deadline:
 KILL = "\nimport os, signal\nos.kill(-1, signal.SIGKILL)  # every process of the pod\n"
 MEASURE = """
 import hashlib, json, pathlib
-found = {}
-for output in pathlib.Path("/models").glob("chaos-*"):
-    weights = output / "result" / "adapter" / "adapter_model.safetensors"
-    lines = (output / "stages" / "sft" / "metrics.jsonl").read_text().splitlines()
-    steps = [line["step"] for line in map(json.loads, lines) if "loss" in line]
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else ""
-    found[output.name] = {"weights": digest, "steps": steps}
-print(json.dumps(found))
+output = pathlib.Path("/models/{name}")
+weights = output / "result" / "adapter" / "adapter_model.safetensors"
+digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else ""
+lines = map(json.loads, (output / "stages" / "sft" / "metrics.jsonl").read_text().splitlines())
+print(json.dumps(dict(weights=digest, steps=[line["step"] for line in lines if "loss" in line])))
 """
-"""Print the digest of the weights and the steps of the training curve of every output."""
+
+
+def measure(name: str) -> str:
+    """Return a script that prints the digest of an output's weights and the steps of its training
+    curve."""
+    return MEASURE.format(name=name)
 
 
 @dataclass(frozen=True)
 class Run:
     """A job and the fault that strikes it."""
 
-    name: str
+    seed: int
+    index: int
     fault: str
     step: int
     """The fault strikes when a checkpoint of this step is complete."""
+
+    @property
+    def name(self) -> str:
+        """The name of its job."""
+        return f"chaos-{self.seed}-{self.index}"
 
 
 def draw(seed: int, index: int) -> Run:
@@ -71,12 +79,11 @@ def draw(seed: int, index: int) -> Run:
     random.Random(f"{seed}/{index // len(names)}").shuffle(names)
     steps = range(CHECKPOINT_STEPS, LAST_CHECKPOINT + 1, CHECKPOINT_STEPS)
     step = random.Random(f"{seed}/{index}").choice(steps)
-    return Run(f"chaos-{seed}-{index}", names[index % len(names)], step)
+    return Run(seed, index, names[index % len(names)], step)
 
 
-def play(platform: Platform, run: Run) -> list[str]:
-    """Run the job under its fault; return the reasons of its attempts. AssertionError: the job did
-    not end."""
+def play(platform: Platform, run: Run) -> Object:
+    """Run the job under its fault and return its status at the end."""
     platform.apply(tiny(run.name, steps=STEPS, checkpoint_steps=CHECKPOINT_STEPS))
     kind = KINDS[run.fault]
     worker = running_pod(platform, run.name, "worker")
@@ -85,10 +92,10 @@ def play(platform: Platform, run: Run) -> list[str]:
     execute(platform, worker, script, folder, str(run.step))
     if kind.strike is not None:
         kind.strike(platform, run)
-    status = platform.until(
+    status: Object = platform.until(
         f"{run.name} ends", lambda: _ended(platform, run.name), PATIENCE_SECONDS, every=3.0
     )
-    return [attempt["reason"] for attempt in status["attempts"]]
+    return status
 
 
 def _ended(platform: Platform, name: str) -> Object | None:
@@ -240,14 +247,12 @@ def watched(platform: Platform) -> Iterator[list[str]]:
         thread.join()
 
 
-def violations(
-    status: Object, found: Object, calm: Object, run: Run, ends: frozenset[str]
-) -> Iterator[str]:
+def violations(status: Object, found: Object, calm: Object, run: Run) -> Iterator[str]:
     """Yield each broken invariant of a job that has ended.
 
     `found`, `calm`: the weights and the training curve of this job and of an undisturbed one.
-    `ends`: the reasons for which its attempts may have ended, apart from success.
     """
+    ends = KINDS[run.fault].ends
     if status.get("phase") != "Succeeded":
         yield f"it ended {status.get('phase')}: {status.get('failure')}"
         return
@@ -255,7 +260,7 @@ def violations(
     *others, last = [attempt["reason"] for attempt in attempts]
     if last != "Succeeded" or not {*others} <= ends or len(others) > 1:
         yield f"its attempts ended {others}, {last}; {run.fault} struck"
-    if KINDS[run.fault].ends and not others:
+    if ends and not others:
         yield f"{run.fault} struck and no attempt ended"
     lost = sum(attempt.get("stepsLost") or 0 for attempt in attempts)
     if lost > CHECKPOINT_STEPS:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from tests.chaos.api import PatientApi
 from tests.chaos.faults import KINDS, Fault, World
 from tests.chaos.invariants import Reference
 from tests.chaos.kubelet import Kubelet
+from tests.chaos.results import Verdict
 from tests.chaos.wire import Wire
 from tests.chart.rendering import Chart
 from tests.controller.newer import newer_crds
@@ -40,38 +41,6 @@ POLL_SECONDS = 0.3
 DISK = "4m"
 """The size of a file system that is filled; an output takes a tenth of it."""
 ENDED = ("Succeeded", "Failed")
-
-
-@dataclass
-class Verdict:
-    """The outcome of one run."""
-
-    seed: int
-    index: int
-    began: str
-    """The time of its start (RFC 3339)."""
-    struck: list[str] = field(default_factory=list)
-    """The faults that struck, in order, with their moments."""
-    missed: list[str] = field(default_factory=list)
-    """The faults for which the job ended too early, or which this machine cannot carry out."""
-    shared: list[str] = field(default_factory=list)
-    """The faults of other runs that struck this one too."""
-    attempts: list[str] = field(default_factory=list)
-    """The reasons of the ends of its attempts; a job that was created anew has only the newest."""
-    started: int = 0
-    """Number of attempts that started, of every job of this name."""
-    seconds: float = 0.0
-    broken: list[str] = field(default_factory=list)
-    """The broken invariants."""
-
-    def __str__(self) -> str:
-        words = " ".join(self.struck) or "undisturbed"
-        ended = "broken: " + "; ".join(self.broken) if self.broken else "ok"
-        return f"run {self.seed}/{self.index}: {words} -> {' '.join(self.attempts)} {ended}"
-
-    def to_json(self) -> str:
-        """Return one line of JSON."""
-        return json.dumps(asdict(self))
 
 
 @dataclass

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.chaos.faults import KINDS, draw
+from tests.chaos.results import append, table
 from tests.chaos.run import ground, play_all
-from tests.chaos.table import table
 from tests.controller.scene import CRDS
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ def test_jobs_under_random_faults_end_as_if_undisturbed(
                 with capsys.disabled():
                     print(f"\n{verdict}", end="", flush=True)
                 if RESULTS:
-                    with Path(RESULTS).open("a", encoding="utf-8") as results:
-                        results.write(verdict.to_json() + "\n")
+                    append(Path(RESULTS), verdict)
     finally:
         if LOGS:
             shutil.copytree(tmp_path, LOGS, ignore=shutil.ignore_patterns("*.socket"))

@@ -1,6 +1,6 @@
-"""The table of runs: how often each fault struck, and what it broke.
+"""What runs under faults found: one line of JSON for each, and a table of all.
 
-    python -m tests.chaos.table RESULTS...
+    python -m tests.chaos.results RESULTS...
 
 Each file has one line of JSON for each run, as TUNEYARD_CHAOS_RESULTS names it.
 """
@@ -10,11 +10,44 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tests.chaos.run import Verdict
-
 HEADER = "| fault | runs | strikes | attempts | broken |\n|---|---:|---:|---:|---:|"
+
+
+@dataclass
+class Verdict:
+    """The outcome of one run."""
+
+    seed: int
+    index: int
+    began: str
+    """The time of its start (RFC 3339)."""
+    struck: list[str] = field(default_factory=list)
+    """The faults that struck, in order, with their moments."""
+    missed: list[str] = field(default_factory=list)
+    """The faults for which the job ended too early, or which this machine cannot carry out."""
+    shared: list[str] = field(default_factory=list)
+    """The faults of other runs that struck this one too."""
+    attempts: list[str] = field(default_factory=list)
+    """The reasons of the ends of its attempts; a job that was created anew has only the newest."""
+    started: int = 0
+    """Number of attempts that started, of every job of this name."""
+    seconds: float = 0.0
+    broken: list[str] = field(default_factory=list)
+    """The broken invariants."""
+
+    def __str__(self) -> str:
+        words = " ".join(self.struck) or "undisturbed"
+        ended = "broken: " + "; ".join(self.broken) if self.broken else "ok"
+        return f"run {self.seed}/{self.index}: {words} -> {' '.join(self.attempts)} {ended}"
+
+
+def append(file: Path, verdict: Verdict) -> None:
+    """Append one line of JSON to the file."""
+    with file.open("a", encoding="utf-8") as results:
+        results.write(json.dumps(asdict(verdict)) + "\n")
 
 
 def table(verdicts: Sequence[Verdict]) -> str:
