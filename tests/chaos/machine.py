@@ -145,15 +145,14 @@ def _serve(socket: str) -> None:
     roles = {"driver": _driver, "worker": _worker}
     listener = Listener(socket, "AF_UNIX", authkey=KEY, backlog=64)
     while True:
-        connection = listener.accept()
-        role, pod, work = connection.recv()
-        pid = os.fork()
-        if pid == 0:
-            listener.close()
-            connection.close()
-            _become(roles[role], pod, work)
-        connection.send(pid)
-        connection.close()
+        with suppress(OSError, EOFError), listener.accept() as connection:  # a client may be killed
+            role, pod, work = connection.recv()
+            pid = os.fork()
+            if pid == 0:
+                listener.close()
+                connection.close()
+                _become(roles[role], pod, work)
+            connection.send(pid)
 
 
 def _become(role: Callable[[Pod, Any], int], pod: Pod, work: Any) -> None:

@@ -165,7 +165,9 @@ class Ground:
                     return
 
     def _follow(self, job: Job, verdict: Verdict) -> None:
-        _until(lambda: job.phase in ENDED, PATIENCE_SECONDS, lambda: job.status)
+        failures = self.world.kubelet.failures
+        _until(lambda: job.phase in ENDED or failures, PATIENCE_SECONDS, lambda: job.status)
+        assert not failures, failures[0]
         assert self.reference
         body = job.body
         status, kubelet = body["status"], self.world.kubelet
