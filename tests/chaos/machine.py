@@ -196,7 +196,6 @@ def _driver(pod: Pod, work: Any) -> int:
 
         def fit(self) -> None:
             pid = _ask(socket, "worker", pod, self._config)
-            pod.worker_id.write_text(str(pid))
             while psutil.pid_exists(pid):
                 time.sleep(0.02)
             if not pod.worker_done.exists():
@@ -221,6 +220,7 @@ class _Rank:
 
 
 def _worker(pod: Pod, config: Any) -> int:
+    pod.worker_id.write_text(str(os.getpid()))  # not by the driver, which may be killed before
     import ray.train.torch
     import torch
 
