@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -36,12 +36,10 @@ def test_jobs_in_pods_under_random_faults_end_as_if_undisturbed(
     platform: Platform, capsys: pytest.CaptureFixture[str]
 ) -> None:
     platform.run("tiny", (Path(__file__).parent / "tiny_model.py").read_text())
-    platform.apply(tiny(CALM, steps=node.STEPS, checkpoint_steps=node.CHECKPOINT_STEPS))
-    platform.wait(CALM, "Succeeded")
-    calm = _measured(platform, CALM)
     verdicts = []
     runs = [node.draw(SEED, index) for index in range(FIRST, FIRST + RUNS)]
     with node.watched(platform) as doubled, ThreadPoolExecutor(PARALLEL) as pool:
+        calm = pool.submit(_reference, platform)
         for verdict in pool.map(lambda run: _played(platform, run, calm, doubled), runs):
             verdicts.append(verdict)
             with capsys.disabled():
@@ -54,7 +52,14 @@ def test_jobs_in_pods_under_random_faults_end_as_if_undisturbed(
     assert [str(verdict) for verdict in verdicts if verdict.broken] == []
 
 
-def _played(platform: Platform, run: node.Run, calm: Object, doubled: list[str]) -> Verdict:
+def _reference(platform: Platform) -> Object:
+    """Return the weights and the training curve of an undisturbed run."""
+    platform.apply(tiny(CALM, steps=node.STEPS, checkpoint_steps=node.CHECKPOINT_STEPS))
+    platform.wait(CALM, "Succeeded", node.PATIENCE_SECONDS)
+    return _measured(platform, CALM)
+
+
+def _played(platform: Platform, run: node.Run, calm: Future[Object], doubled: list[str]) -> Verdict:
     began, at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     verdict = Verdict(run.seed, run.index, at, [f"{run.fault}@{run.step}"])
     try:
@@ -66,11 +71,13 @@ def _played(platform: Platform, run: node.Run, calm: Object, doubled: list[str])
     return verdict
 
 
-def _broken(platform: Platform, run: node.Run, calm: Object, verdict: Verdict) -> Iterator[str]:
+def _broken(
+    platform: Platform, run: node.Run, calm: Future[Object], verdict: Verdict
+) -> Iterator[str]:
     status = node.play(platform, run)
     verdict.attempts = [attempt["reason"] for attempt in status["attempts"]]
     verdict.started = len(verdict.attempts)
-    yield from node.violations(status, _measured(platform, run.name), calm, run)
+    yield from node.violations(status, _measured(platform, run.name), calm.result(), run)
     yield from node.remove(platform, run.name)
 
 
