@@ -56,7 +56,7 @@ chaos: RUNS ?= 20
 chaos: SEED ?= 11
 chaos: $(VENV)/.dev ## Play jobs under random faults: LEVEL=apiserver or cluster, RUNS=20, SEED=11
 	TUNEYARD_REQUIRE_CLUSTER=1 TUNEYARD_CHAOS_RUNS=$(RUNS) TUNEYARD_CHAOS_SEED=$(SEED) \
-	$(BIN)/pytest tests/chaos -m $(LEVEL)
+	$(BIN)/pytest tests/chaos tests/cluster/test_chaos.py -m $(LEVEL)
 
 .PHONY: test-kind
 test-kind: $(VENV)/.dev ## Run the same tests on kind, which needs Docker

@@ -7,10 +7,11 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import psutil
 
@@ -19,7 +20,7 @@ from tests.controller.scene import Attempt, Job, Object, RefusedError, Scene
 from tuneyard.api.pods import TOKEN_FILE_VARIABLE
 from tuneyard_trainer import drain
 
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.2
 GRACE_SECONDS = 20.0
 """The grace period of a pod."""
 ORPHAN_SECONDS = 1.0
@@ -31,12 +32,13 @@ class Played:
     """An attempt whose pods run on this machine."""
 
     attempt: Attempt
+    job_uid: str
     uid: str
     """The RayJob's uid."""
     pod: Pod
     driver: psutil.Process
     ended: bool = False
-    """Whether the RayJob's end has been written."""
+    """Whether the RayJob's end is written or being written."""
     draining: threading.Thread | None = None
 
     @property
@@ -72,11 +74,15 @@ class Kubelet:
     volumes: Path
     played: list[Played] = field(default_factory=list)
     """Every attempt so far, in the order of their starts."""
-    overlaps: list[str] = field(default_factory=list)
-    """Attempts that began while another of the same job still ran: must stay empty."""
+    overlaps: set[tuple[str, str]] = field(default_factory=set)
+    """The name of a job that had two RayJobs, or processes of two attempts, at a time, and what was
+    seen: must stay empty."""
     failures: list[str] = field(default_factory=list)
     """Unexpected errors of this thread: must stay empty."""
+    _begun: dict[str, Future[None]] = field(default_factory=dict)
+    """A RayJob's uid to the start of its pods."""
     _done: threading.Event = field(default_factory=threading.Event)
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(16))
     _thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
@@ -88,6 +94,7 @@ class Kubelet:
         self._done.set()
         assert self._thread
         self._thread.join(30)
+        self._pool.shutdown()
         for played in self.played:
             played.kill()
 
@@ -97,24 +104,39 @@ class Kubelet:
 
     def _loop(self) -> None:
         while not self._done.wait(POLL_SECONDS):
-            try:
-                self._round()
-            except Exception:
-                self.failures.append(traceback.format_exc())
+            self._guarded(self._round)
 
     def _round(self) -> None:
         base = f"/namespaces/{self.scene.namespace}"
         found = self.scene.api.list(f"/apis/ray.io/v1{base}/rayjobs")
+        self._check_overlaps(found)
         known = {each.uid: each for each in self.played}
         for body in found:
-            played = known.get(body["metadata"]["uid"])
-            if played is None and "deletionTimestamp" not in body["metadata"]:
-                _unless_gone(lambda body=body: self._begin(body))
+            uid = body["metadata"]["uid"]
+            played = known.get(uid)
+            if uid not in self._begun and "deletionTimestamp" not in body["metadata"]:
+                self._begun[uid] = self._pool.submit(self._guarded, self._begin, body)
             elif played and not played.ended and not _is_alive(played.driver):
-                _unless_gone(lambda played=played: self._end(played))
+                played.ended = True
+                self._pool.submit(self._guarded, self._end, played)
         for pod in self.scene.api.list(f"/api/v1{base}/pods"):
             if "deletionTimestamp" in pod["metadata"] and pod["metadata"].get("finalizers"):
-                _unless_gone(lambda pod=pod: self._delete(pod))
+                self._guarded(self._delete, pod)
+
+    def _guarded(self, step: Callable[..., None], *arguments: Any) -> None:
+        """Carry out a step. An object that is gone or has changed meanwhile is not an error."""
+        try:
+            step(*arguments)
+        except RefusedError as refused:
+            if refused.status not in (404, 409):
+                self.failures.append(traceback.format_exc())
+        except Exception:
+            self.failures.append(traceback.format_exc())
+
+    def _check_overlaps(self, found: list[Object]) -> None:
+        names = [body["metadata"]["labels"]["tuneyard.io/job"] for body in found]
+        for name in {name for name in names if names.count(name) > 1}:
+            self.overlaps.add((name, "it has two RayJobs at a time"))
 
     # ---- an attempt's pods ----------------------------------------------------------------------
 
@@ -124,13 +146,16 @@ class Kubelet:
         attempt = Attempt(job, int(labels["tuneyard.io/attempt"]))
         for other in self.of(job):
             if other.processes:
-                self.overlaps.append(f"{name} began while {other.attempt.name} still ran")
+                text = f"{name} began while {other.attempt.name} still ran"
+                self.overlaps.add((job.name, text))
         attempt.start()
         for pod in (attempt.head, attempt.worker):
             attempt.hold(pod)
         pod = Pod(self.folder / f"{name}-{body['metadata']['uid'][:8]}", self.volumes)
         driver = self.machine.start_driver(pod, *self._driver_of(attempt, body, pod))
-        self.played.append(Played(attempt, body["metadata"]["uid"], pod, driver))
+        (owner,) = body["metadata"]["ownerReferences"]
+        uids = owner["uid"], body["metadata"]["uid"]
+        self.played.append(Played(attempt, *uids, pod, driver))
         attempt.set(jobDeploymentStatus="Running", jobStatus="RUNNING")
 
     def _driver_of(
@@ -158,7 +183,6 @@ class Kubelet:
         for process in played.workers:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        played.ended = True
         code = played.pod.exit_code.read_text() if played.pod.exit_code.exists() else "137"
         tail = played.pod.log.read_text(errors="replace")[-4000:]
         if code == "0":
@@ -170,6 +194,8 @@ class Kubelet:
     def _delete(self, pod: Object) -> None:
         """End the attempt's processes as a kubelet does: preStop hook, SIGTERM, SIGKILL."""
         owner = pod["metadata"]["ownerReferences"][0]["uid"]
+        if owner in self._begun and not self._begun[owner].done():
+            return
         played = next((each for each in self.played if each.uid == owner), None)
         if played is not None and played.processes:
             if played.draining is None:
@@ -183,11 +209,3 @@ class Kubelet:
 def _drained(played: Played) -> None:
     drain.drain(played.pod.drain, GRACE_SECONDS)
     played.kill()
-
-
-def _unless_gone(step: Callable[[], None]) -> None:
-    try:
-        step()
-    except RefusedError as refused:
-        if refused.status not in (404, 409):
-            raise

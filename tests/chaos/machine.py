@@ -7,6 +7,8 @@ group is one forked process that calls the same training function.
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 import signal
 import subprocess
@@ -20,9 +22,22 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from rig import linux
 
 KEY = b"chaos"
 READY_SECONDS = 120
+PRELOADED = (
+    "fsspec.implementations.local",
+    "matplotlib.backends.backend_agg",
+    "peft",
+    "transformers.models.llama.modeling_llama",
+    "tuneyard_trainer.evaluation.evaluate",
+    "tuneyard_trainer.pod.driver",
+    "tuneyard_trainer.reporting.export",
+    "tuneyard_trainer.running.distributed",
+    "tuneyard_trainer.training.sft",
+)
+"""The modules that the fork server imports: an attempt would spend half of its time on them."""
 _ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -98,9 +113,10 @@ def running(folder: Path) -> Iterator[Machine]:
     with (folder / "machine.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.chaos.machine", str(socket)],
-            env={**os.environ, **_ONE_THREAD},
+            env={**os.environ, **_ONE_THREAD, "PYTHONPATH": os.pathsep.join(sys.path)},
             stdout=log,
             stderr=log,
+            preexec_fn=linux.end_with_parent,
         )
     try:
         deadline = time.monotonic() + READY_SECONDS
@@ -122,27 +138,26 @@ def running(folder: Path) -> Iterator[Machine]:
 
 
 def _serve(socket: str) -> None:
-    import tuneyard_trainer.evaluation.evaluate
-    import tuneyard_trainer.running.distributed
-    import tuneyard_trainer.training.sft  # noqa: F401
-
+    for module in PRELOADED:
+        importlib.import_module(module)
+    gc.freeze()  # a collection in a forked process would copy the pages of all modules
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps ended children
     roles = {"driver": _driver, "worker": _worker}
     listener = Listener(socket, "AF_UNIX", authkey=KEY, backlog=64)
     while True:
-        connection = listener.accept()
-        role, pod, work = connection.recv()
-        pid = os.fork()
-        if pid == 0:
-            listener.close()
-            connection.close()
-            _become(roles[role], pod, work)
-        connection.send(pid)
-        connection.close()
+        with suppress(OSError, EOFError), listener.accept() as connection:  # a client may be killed
+            role, pod, work = connection.recv()
+            pid = os.fork()
+            if pid == 0:
+                listener.close()
+                connection.close()
+                _become(roles[role], pod, work)
+            connection.send(pid)
 
 
 def _become(role: Callable[[Pod, Any], int], pod: Pod, work: Any) -> None:
     """Be that process of the pod; never return."""
+    linux.end_with_parent()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     log = os.open(pod.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -181,7 +196,6 @@ def _driver(pod: Pod, work: Any) -> int:
 
         def fit(self) -> None:
             pid = _ask(socket, "worker", pod, self._config)
-            pod.worker_id.write_text(str(pid))
             while psutil.pid_exists(pid):
                 time.sleep(0.02)
             if not pod.worker_done.exists():
@@ -206,6 +220,7 @@ class _Rank:
 
 
 def _worker(pod: Pod, config: Any) -> int:
+    pod.worker_id.write_text(str(os.getpid()))  # not by the driver, which may be killed before
     import ray.train.torch
     import torch
 

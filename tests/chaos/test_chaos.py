@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import Counter, defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.chaos.faults import KINDS, draw
-from tests.chaos.run import Verdict, ground, play_all
+from tests.chaos.results import append, table
+from tests.chaos.run import ground, play_all
 from tests.controller.scene import CRDS
 
 if TYPE_CHECKING:
@@ -25,6 +24,9 @@ if TYPE_CHECKING:
 RUNS = int(os.environ.get("TUNEYARD_CHAOS_RUNS", "6"))
 SEED = int(os.environ.get("TUNEYARD_CHAOS_SEED", "11"))
 FIRST = int(os.environ.get("TUNEYARD_CHAOS_FIRST", "0"))
+PARALLEL = int(os.environ.get("TUNEYARD_CHAOS_PARALLEL", "3"))
+RESULTS = os.environ.get("TUNEYARD_CHAOS_RESULTS")
+"""A file to which each run appends a line of JSON."""
 LOGS = os.environ.get("TUNEYARD_CHAOS_LOGS")
 """A new folder that keeps the logs of all processes."""
 
@@ -37,15 +39,17 @@ def test_jobs_under_random_faults_end_as_if_undisturbed(
 ) -> None:
     apiserver.define(CRDS)
     verdicts = []
-    with ground(apiserver, helm, tmp_path) as prepared:
-        try:
-            for verdict in play_all(prepared, SEED, range(FIRST, FIRST + RUNS), parallel=3):
+    try:
+        with ground(apiserver, helm, tmp_path) as prepared:
+            for verdict in play_all(prepared, SEED, range(FIRST, FIRST + RUNS), PARALLEL):
                 verdicts.append(verdict)
                 with capsys.disabled():
                     print(f"\n{verdict}", end="", flush=True)
-        finally:
-            if LOGS:
-                shutil.copytree(tmp_path, LOGS, ignore=shutil.ignore_patterns("*.socket"))
+                if RESULTS:
+                    append(Path(RESULTS), verdict)
+    finally:
+        if LOGS:
+            shutil.copytree(tmp_path, LOGS, ignore=shutil.ignore_patterns("*.socket"))
     with capsys.disabled():
         print(f"\n\n{table(verdicts)}")
     assert [str(verdict) for verdict in verdicts if verdict.broken] == []
@@ -53,16 +57,4 @@ def test_jobs_under_random_faults_end_as_if_undisturbed(
 
 def test_a_seed_always_draws_the_same_faults_and_in_time_every_kind() -> None:
     assert draw(3, 5) == draw(3, 5) != draw(3, 6)
-    assert {fault.name for index in range(100) for fault in draw(3, index)} == set(KINDS)
-
-
-def table(verdicts: Iterable[Verdict]) -> str:
-    """Return a Markdown table: the runs that each fault struck, and the broken ones among them."""
-    struck: Counter[str] = Counter()
-    broken: defaultdict[str, int] = defaultdict(int)
-    for verdict in verdicts:
-        for name in {fault.name for fault in verdict.struck}:
-            struck[name] += 1
-            broken[name] += bool(verdict.broken)
-    rows = [f"| {name} | {struck[name]} | {broken[name]} |" for name in sorted(struck)]
-    return "\n".join(["| fault | runs | broken |", "|---|---:|---:|", *rows])
+    assert {fault.name for index in range(200) for fault in draw(3, index)} == set(KINDS)

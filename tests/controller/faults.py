@@ -275,6 +275,15 @@ class FaultProxy:
                 return web.Response(body=old, content_type="application/json")
             case Delay() if verb != "WATCH":
                 await asyncio.sleep(fault.seconds)
+        try:
+            return await self._pass_on(incoming, request, fault, body)
+        except aiohttp.ClientError:  # the API server is down: its clients lose their connections
+            return _cut(incoming)
+
+    async def _pass_on(
+        self, incoming: web.BaseRequest, request: Request, fault: Fault | None, body: bytes
+    ) -> web.StreamResponse:
+        verb = request.verb
         async with self._upstream.send(incoming, body) as answer:
             if verb == "WATCH" and answer.status == 200:
                 lag = fault.seconds if isinstance(fault, Delay) else 0.0

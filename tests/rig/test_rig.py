@@ -175,6 +175,18 @@ def test_the_servers_end_when_the_keeper_is_killed_and_down_removes_the_files(ow
 
 
 @pytest.mark.apiserver
+def test_a_server_that_is_killed_starts_again_with_its_data(own_rig: Rig) -> None:
+    own = Cluster(own_rig.kubeconfig, own_rig.url, own_rig.programs / "kubectl")
+    own.kubectl("create", "namespace", "kept")
+    for name in ("kube-apiserver", "etcd"):
+        first = own_rig.server(name)
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda name=name, first=first: own_rig.server(name) not in (None, first))
+    wait_until(lambda: own.kubectl("get", "namespace", "kept", check=False).returncode == 0)
+
+
+@pytest.mark.apiserver
 def test_a_rig_that_cannot_start_gives_the_reason_and_leaves_nothing(
     own_rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
