@@ -396,7 +396,7 @@ def test_delete_with_force_does_not_wait(capsys: pytest.CaptureFixture[str]) -> 
     ],
     ids=["gone", "follow", "earlier", "never", "waiting", "planned"],
 )
-def test_without_pods_the_message_shows_the_outcomes_in_the_status(
+def test_without_a_log_the_message_shows_the_outcomes_in_the_status(
     status: Object, arguments: list[str], words: str, namespace: JobNamespace, call: Call
 ) -> None:
     namespace.create("one", status)

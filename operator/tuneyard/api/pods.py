@@ -40,6 +40,23 @@ def stage_folder(stage: str) -> str:
     return "result" if stage == "export" else f"stages/{stage}"
 
 
+LOGS_FOLDER: Final = "logs"
+"""The folder of the kept logs, relative to the output."""
+DRIVER_LOG: Final = "driver"
+WORKER_LOG: Final = "worker-"
+"""The name of the driver's log, and how the name of a worker's log begins: its rank follows."""
+
+
+def log_folder(attempt: int) -> str:
+    """Return the folder of an attempt's logs, relative to the output: `logs/attempt-3`."""
+    return f"{LOGS_FOLDER}/attempt-{attempt}"
+
+
+def log_file(attempt: int, name: str) -> str:
+    """Return the file of a log, relative to the output. `name`: `driver` or `worker-RANK`."""
+    return f"{log_folder(attempt)}/{name}.log"
+
+
 def model_uri(output: str) -> str:
     """Return the URI of the model that a job with this output URI exports."""
     return f"{output.rstrip('/')}/{stage_folder('export')}/model"

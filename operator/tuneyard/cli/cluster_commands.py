@@ -160,6 +160,11 @@ def _events(cluster: Cluster, job: JobView) -> list[Event]:
     "--attempt", type=click.IntRange(min=1), help="Attempt. Default: the newest one with pods."
 )
 @click.option("--worker", is_flag=True, help="Print the workers' logs instead of the driver's.")
+@click.option(
+    "--kept",
+    is_flag=True,
+    help="Print the log in the output, also while pods run. Default: only if there are none.",
+)
 @for_cluster
 def logs(
     name: str,
@@ -168,17 +173,22 @@ def logs(
     follow: bool,
     attempt: int | None,
     worker: bool,
+    kept: bool,
 ) -> int:
     """Print the log of a job's driver, or of its workers.
 
-    Pods are deleted about a minute after an attempt ends, and their logs with them. The status
-    keeps the reason why the attempt ended.
+    Pods are deleted about a minute after an attempt ends. Their logs stay in the job's output, in
+    logs/attempt-N, and are then read from there.
     """
+    if kept and follow:
+        raise click.UsageError("--kept cannot be combined with --follow: remove one of them")
     cluster = options.connect()
     job = cluster.find(name, kinds)
     role = "worker" if worker else "driver"
     reader = pod_logs.Reader(cluster, role, attempt, write=click.echo, note=_note)
-    if follow:
+    if kept:
+        reader.show_kept(job)
+    elif follow:
         reader.follow(job)
     else:
         reader.show(job)

@@ -95,9 +95,16 @@ def test_two_ray_workers_train_the_same_weights_as_one_process(
     for key, tensor in load_file(tmp_path / "one" / name).items():
         torch.testing.assert_close(two_workers[key], tensor, atol=1e-5, rtol=1e-4)
 
+    logs = {path.stem: path.read_text() for path in tmp_path.glob("out/logs/attempt-1/*.log")}
+    assert logs.keys() == {"driver", "worker-0", "worker-1"}
+    assert "info run message=" in logs["driver"]
+    assert "info export state=Succeeded" in logs["driver"]
+    assert "worker 1 of 2 on" in logs["worker-1"]
+
     code, out, err = finish(start(tmp_path, value))
     assert code == 0, err
     assert "Nothing to do" in out + err
+    assert (tmp_path / "out/logs/attempt-1/driver.log").read_text() == logs["driver"]
 
 
 def _kill_worker(driver: psutil.Process) -> None:

@@ -7,15 +7,17 @@ import signal
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
 from tuneyard.api.plan import Plan, SourceInput
-from tuneyard.api.pods import model_uri, stage_folder
+from tuneyard.api.pods import DRIVER_LOG, model_uri, stage_folder
 from tuneyard.errors import Fault, PlanError, StageError
 from tuneyard_trainer.local.console import Console
+from tuneyard_trainer.logs.keep import LogPlace, kept
 from tuneyard_trainer.running.runner import StageInputs
 from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted
@@ -101,11 +103,12 @@ def _run(plan: Plan, base_dir: Path) -> int:
         Console() as console,
         # After a second Ctrl-C the workers still write there.
         tempfile.TemporaryDirectory(prefix="tuneyard-", ignore_cleanup_errors=True) as scratch,
+        ExitStack() as logs,
     ):
         try:
             store = Store(output, Path(scratch) / "store")
             with store.lock():
-                _carry_out(plan, store, output, base_dir, cache_dir, Path(scratch), console)
+                _carry_out(plan, store, output, base_dir, cache_dir, Path(scratch), console, logs)
         except StageError as error:
             console.failure(error)
             return FAILED
@@ -123,11 +126,13 @@ def _carry_out(
     cache_dir: Path,
     scratch: Path,
     console: Console,
+    logs: ExitStack,
 ) -> None:
     store.claim(plan.job, attempt=1)
     console.start(plan)
     pending = StageInputs(plan, store, base_dir, cache_dir).pending()
     if pending:
+        logs.enter_context(_log(output, scratch, console))
         # torch and Ray are imported only if a stage has to run.
         from tuneyard_trainer.running import distributed
 
@@ -149,6 +154,20 @@ def _carry_out(
         store.root / stage_folder("export"),
         skipped_all=not pending,
     )
+
+
+@contextmanager
+def _log(output: str, scratch: Path, console: Console) -> Iterator[None]:
+    """Keep the lines of the run in the output. The lines of an earlier run stay before them."""
+    with ExitStack() as stack:
+        file = stack.enter_context((scratch / "driver.log").open("w", 1, encoding="utf-8"))
+        stack.enter_context(kept(LogPlace(output, 1), DRIVER_LOG, [Path(file.name)], console.warn))
+        console.record(file)
+        try:
+            yield
+        except BaseException:
+            traceback.print_exc(file=file)
+            raise
 
 
 @contextmanager

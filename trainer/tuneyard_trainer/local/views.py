@@ -197,6 +197,33 @@ def _value(value: object) -> str:
     return text if _BARE.fullmatch(text) else json.dumps(text, ensure_ascii=False)
 
 
+class RecordedView:
+    """Shows events in one view, and writes them as log lines."""
+
+    def __init__(self, shown: View, log: LineView) -> None:
+        self._views: tuple[View, View] = (shown, log)
+
+    def note(self, level: str, text: str) -> None:
+        for view in self._views:
+            view.note(level, text)
+
+    def failed(self, error: StageError) -> None:
+        for view in self._views:
+            view.failed(error)
+
+    def stage(self, name: str, state: str, record: StageRecord | None) -> None:
+        for view in self._views:
+            view.stage(name, state, record)
+
+    def progress(self, event: Mapping[str, Any]) -> None:
+        for view in self._views:
+            view.progress(event)
+
+    def close(self) -> None:
+        for view in self._views:
+            view.close()
+
+
 # ---- terminal -----------------------------------------------------------------------------------
 
 

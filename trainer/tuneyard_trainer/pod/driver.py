@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 from tuneyard.api.plan import Plan, SourceInput
 from tuneyard.api.pods import (
     CA_VARIABLE,
+    DRIVER_LOG,
     GRACE_SECONDS,
     OUTCOME_PREFIX,
     PROGRESS_URL_VARIABLE,
@@ -36,6 +37,7 @@ from tuneyard.api.progress import Outcome
 from tuneyard.api.status import Failure
 from tuneyard.errors import StageError
 from tuneyard_trainer import drain
+from tuneyard_trainer.logs.keep import LogPlace, kept, own_files
 from tuneyard_trainer.pod.log import Log
 from tuneyard_trainer.pod.progress import AttemptProgress, finite
 from tuneyard_trainer.pod.reporter import Reporter, StatusClient
@@ -84,23 +86,31 @@ class Driver:
 
     def run(self) -> int:
         """Carry the plan out, report the outcome and return the exit code."""
+        with ExitStack() as logs:
+            outcome = self._outcome(logs)
+            return _leave(outcome, self._log)  # the kept log ends with the outcome
+
+    def _outcome(self, logs: ExitStack) -> Outcome:
+        """Carry the plan out; return the outcome that was reported."""
         with self._signals():
             try:
-                self._carry_out()
+                self._carry_out(logs)
                 outcome = self._progress.success()
             except Exception as error:
                 outcome = outcome_of(error, self._stop_cause)
             if not _is_stale(outcome) and self._reporter:
                 self._reporter.finish(self._progress.end(outcome, time.time()))
-        return _leave(outcome, self._log)
+        return outcome
 
-    def _carry_out(self) -> None:
+    def _carry_out(self, logs: ExitStack) -> None:
         output = located(self._plan.output.uri)
         with self._storage_errors():
             store = Store(output, FOLDER / "store", self._uid)
             store.claim(self._plan.job, self._attempt)
         self._store = store
         self._log("output-claimed", uri=self._plan.output.uri)
+        place = LogPlace(output, self._attempt, self._uid, str(drain.FOLDER))
+        logs.enter_context(kept(place, DRIVER_LOG, own_files(), warn=self._log_not_kept))
 
         # torch and Ray take half a minute to import on a small head pod.
         from tuneyard_trainer.running import distributed
@@ -124,6 +134,9 @@ class Driver:
                 on_event=self._event,
                 stop=self._stop,
             )
+
+    def _log_not_kept(self, why: str) -> None:
+        self._log("log-not-kept", why=why)
 
     # ---- events of the workers -----------------------------------------------------------------
 

@@ -10,8 +10,11 @@ import logging
 import math
 import os
 import queue
+import socket
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -25,10 +28,11 @@ from ray.train.torch import TorchTrainer
 
 from tuneyard.api.compute import Compute
 from tuneyard.api.plan import Plan
-from tuneyard.api.pods import WORKERS_VARIABLE
+from tuneyard.api.pods import WORKER_LOG, WORKERS_VARIABLE
 from tuneyard.api.quantity import quantity_value
 from tuneyard.errors import StageError
 from tuneyard_trainer import drain
+from tuneyard_trainer.logs.keep import LogPlace, kept, own_files
 from tuneyard_trainer.running.channel import EventClient, EventServer
 from tuneyard_trainer.running.failures import unexpected, unexplained
 from tuneyard_trainer.running.runner import PlanRunner, StageInputs, failure_event
@@ -253,6 +257,7 @@ def _run_rank(config: dict[str, Any]) -> None:
         emit=client.emit,
     )
     with ExitStack() as stack:
+        stack.enter_context(_log(places, context, config["attempt"]))
         if places.drain:
             stack.enter_context(drain.registered(Path(places.drain), client.ask_to_stop))
         try:
@@ -260,12 +265,28 @@ def _run_rank(config: dict[str, Any]) -> None:
         except Interrupted as stopped:
             client.emit(failure_event(stopped))
         except Exception as error:
+            traceback.print_exc()
             named = error if isinstance(error, StageError) else unexpected(error)
             client.emit(failure_event(named))
             if context.get_world_size() > 1 or named is not error:
-                raise  # the traceback of a defect must be in the worker's log
+                raise
         else:
             client.emit({"type": "finished"})
+
+
+@contextmanager
+def _log(places: Places, context: Any, attempt: int) -> Iterator[None]:
+    """Keep this worker's log, which begins with the worker's place."""
+    rank = context.get_world_rank()
+    place = LogPlace(places.output, attempt, places.job_uid, places.drain)
+    _note(f"worker {rank} of {context.get_world_size()} on {socket.gethostname()}")
+    with kept(place, f"{WORKER_LOG}{rank}", own_files(), warn=_note):
+        yield
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 # ---- Ray clusters -----------------------------------------------------------------------------

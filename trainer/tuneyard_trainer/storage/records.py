@@ -1,8 +1,9 @@
 """A job's output location, with the files and the record of each stage. Any fsspec location.
 
-Layout: `owner.json`, `stages/NAME/` with each stage's files and its `record.json`, and `result/`,
-which is the export stage's folder. A record is written last and atomically (rename on a file
-system, one put on an object store), so a readable record means that the stage's files are complete.
+Layout: `owner.json`, `stages/NAME/` with each stage's files and its `record.json`, `result/`, which
+is the export stage's folder, and `logs/attempt-N/`. A record is written last and atomically (rename
+on a file system, one put on an object store), so a readable record means that the stage's files are
+complete.
 
 Only the newest attempt writes. On a file system, the claim and each guarded change hold one lock,
 so that no attempt claims the location between the check of the claim and the change. On an object
@@ -28,7 +29,7 @@ import fsspec
 from pydantic import ValidationError
 
 from tuneyard.api.plan import JobRef, PlannedStage, StageRecord
-from tuneyard.api.pods import STALE_ATTEMPT, stage_folder
+from tuneyard.api.pods import LOGS_FOLDER, STALE_ATTEMPT, log_file, log_folder, stage_folder
 from tuneyard.errors import StageError
 from tuneyard_trainer.storage.files import disk_error, write_atomically
 from tuneyard_trainer.storage.objects import Objects, protocols
@@ -39,6 +40,10 @@ CLAIM_LOCK = ".claim.lock"
 LOCK_SECONDS = 60.0
 """The longest wait for the lock of the claim. Its holder removes old checkpoints meanwhile, which
 takes seconds."""
+_OWN_FILES = ("stages", stage_folder("export"), LOGS_FOLDER, ".lock", CLAIM_LOCK, "owner.json")
+"""Everything that a job writes, in the order of its erasure."""
+KEPT_ATTEMPTS = 20
+"""The newest attempts whose logs are kept: preemption does not bound the attempts of a job."""
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -87,6 +92,7 @@ class Store:
                 raise _stale(f"another job named {job.name} has taken over")
             elif owner.get("uid"):
                 former = [*former, owner["uid"]]
+                self._remove(LOGS_FOLDER)  # attempts of the former job, whose numbers come again
         return _json(
             {
                 "job": job.model_dump(mode="json"),
@@ -174,7 +180,7 @@ class Store:
         with self._locked(os.O_CREAT) if self.is_local else nullcontext():
             if not self._is_owner(job):  # taken over meanwhile
                 return False
-            for name in ("stages", stage_folder("export"), ".lock", CLAIM_LOCK, "owner.json"):
+            for name in _OWN_FILES:
                 self._remove(name)
             with suppress(OSError):  # not empty, or the root of a volume
                 if self.is_local:
@@ -287,6 +293,31 @@ class Store:
         if self._fs.exists(path):
             self._fs.rm(path, recursive=True)
 
+    # ---- logs -----------------------------------------------------------------------------------
+
+    def log(self, name: str, attempt: int) -> bytes:
+        """Return a kept log; b"": there is none. `name`: `driver` or `worker-RANK`."""
+        try:
+            data: bytes = self._fs.cat_file(self._at(log_file(attempt, name)))
+        except FileNotFoundError:
+            return b""
+        return data
+
+    def write_log(self, name: str, data: bytes, attempt: int) -> None:
+        """Replace a kept log. Raises StageError StaleAttempt."""
+        with self.owned(attempt):
+            self._write_bytes(log_file(attempt, name), data, attempt)
+
+    def remove_old_logs(self, attempt: int) -> None:
+        """Remove the logs of all attempts before the KEPT_ATTEMPTS newest. Raises StageError
+        StaleAttempt."""
+        newest = {log_folder(number) for number in range(attempt - KEPT_ATTEMPTS + 1, attempt + 1)}
+        with self.owned(attempt):
+            for path in self._fs.ls(self._at(LOGS_FOLDER), detail=False):
+                folder = f"{LOGS_FOLDER}/{PurePosixPath(path).name}"
+                if folder not in newest:
+                    self._remove(folder)
+
     # ---- files ----------------------------------------------------------------------------------
 
     def workdir(self, stage: str) -> Path:
@@ -367,7 +398,9 @@ class Store:
 
     def _write(self, relative: str, value: Any, attempt: int) -> None:
         """Write a JSON file; the caller holds the claim (`owned`)."""
-        data = _json(value)
+        self._write_bytes(relative, _json(value), attempt)
+
+    def _write_bytes(self, relative: str, data: bytes, attempt: int) -> None:
         if self.is_local:
             write_atomically(self._scratch / relative, data)
             return
