@@ -13,7 +13,7 @@ from tests.golden.compare import assert_golden
 from tests.planning.jobs import job, manifest
 from tuneyard.api.compute import Compute
 from tuneyard.api.finetunejob import FineTuneJob
-from tuneyard.api.plan import Plan
+from tuneyard.api.plan import Plan, SourceInput
 from tuneyard.errors import Fault, PlanError
 from tuneyard.planning.plan import plan_job
 from tuneyard.rendering.names import network_policy_name, plan_digest, ray_job_name
@@ -398,9 +398,13 @@ def test_every_local_path_is_refused_at_once_with_the_remedy() -> None:
 
 def test_another_job_s_model_is_read_from_that_job_s_output() -> None:
     given = plan_job(job(model__uri="job://earlier"))
-    assert awaited_jobs(given) == ["earlier"]
-    found = placed(given, profiles={}, models={"earlier": "pvc://models/earlier/result/model"})
-    assert awaited_jobs(found) == []
+    assert list(awaited_jobs(given)) == ["earlier"]
+    earlier = plan_job(job(output__uri="pvc://models/earlier", output__merge=True))
+    found = placed(given, profiles={}, jobs={"earlier": earlier})
+    assert not awaited_jobs(found)
+    model = found.stages[0].inputs["model"]
+    assert isinstance(model, SourceInput)
+    assert model.uri == "pvc://models/earlier/result/model"
     assert "job://" not in found.to_json().partition('"manifest"')[0]
 
 

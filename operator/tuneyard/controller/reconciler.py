@@ -15,8 +15,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from tuneyard.api.meta import API_VERSION
-from tuneyard.api.plan import Plan
-from tuneyard.api.pods import model_uri
+from tuneyard.api.plan import Plan, SourceInput
 from tuneyard.api.progress import Post
 from tuneyard.api.status import AttemptStatus, JobStatus, Progress
 from tuneyard.controller import metrics
@@ -222,20 +221,25 @@ class Reconciler:
     async def _planned(self, key: Key, job: Job) -> Planned:
         """Return the plan, or why there is none."""
         try:
-            plan = plan_job(job)
-            models: dict[str, str] = {}
-            for name in awaited_jobs(plan):
-                found = await self._model_uri(key, name)
+            plan, jobs, waiting = plan_job(job), dict[str, Plan](), None
+            for name, source in awaited_jobs(plan).items():
+                found = await self._awaited_job(key, name, source)
                 if isinstance(found, Waiting):
                     return found
-                models[name] = found
-            return placed(plan, profiles=self.settings.profiles, models=models)
+                jobs[name], phase = found
+                if phase != "Succeeded":
+                    waiting = Waiting("WaitingForModel", f"job {name} is not done yet: {phase}")
+            # Before the other job is done too: a fault does not wait for it.
+            result = placed(plan, profiles=self.settings.profiles, jobs=jobs)
         except PlanError as error:
             return error
+        return waiting or result
 
-    async def _model_uri(self, key: Key, name: str) -> str | Waiting:
-        """Return the URI of another job's model, or why the model is not ready. Raises
-        PlanError."""
+    async def _awaited_job(
+        self, key: Key, name: str, source: SourceInput
+    ) -> tuple[Plan, str] | Waiting:
+        """Return the plan and the phase of another job, or why there is none. `source`: the source
+        that names the job. Raises PlanError for a failed job."""
         found = [
             body
             for kind in ("FineTuneJob", "AlignmentJob")
@@ -243,14 +247,17 @@ class Reconciler:
             and (kind, name) != (key.kind, key.name)
         ]
         if not found:
-            return Waiting("WaitingForModel", f"the namespace has no job {name} yet")
-        phase = (found[0].get("status") or {}).get("phase")
-        if phase == "Succeeded":
-            return model_uri(found[0]["spec"]["output"]["uri"])
+            message = f"the namespace has no job {name}: create it, or change {source.path}"
+            return Waiting("WaitingForModel", message)
+        phase = (found[0].get("status") or {}).get("phase") or "Pending"
         if phase == "Failed":
             message = f"job {name} failed and has no model: name another job or another model"
-            raise PlanError([Fault("spec.model.uri", message)])
-        return Waiting("WaitingForModel", f"job {name} is not done yet: {phase or 'Pending'}")
+            raise PlanError([Fault(source.path, message)])
+        try:
+            return plan_job(parse(found[0])), phase
+        except ManifestError as error:
+            message = f"this version of the operator cannot read job {name}: {error}"
+            return Waiting("WaitingForModel", message)
 
     async def _recorded_plan(self, key: Key, job: Job) -> Plan:
         """Return the plan that the status records by its digest. If this version of the operator

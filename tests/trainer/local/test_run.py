@@ -235,6 +235,16 @@ def test_a_job_uri_refers_to_a_job_of_the_same_manifest_by_name(tmp_path: Path) 
         localized([second])
 
 
+def test_a_job_of_the_same_manifest_that_exports_only_an_adapter_is_refused(tmp_path: Path) -> None:
+    value = manifest(tmp_path, model={"uri": "job://lamps"})
+    second = planned(value | {"metadata": {"name": "brighter"}})
+    value = manifest(tmp_path, output="first")
+    value["spec"]["output"]["merge"] = False
+    first = planned(value)
+    with pytest.raises(PlanError, match=r"spec\.model\.uri: job://lamps: .*output\.merge: true"):
+        localized([first, second])
+
+
 @pytest.mark.slow
 def test_the_quickstart_teaches_smollm2_product_facts_that_the_base_does_not_know(
     tmp_path: Path,

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
+from tuneyard.api.exports import named_job, with_models
 from tuneyard.api.plan import Plan, SourceInput
 from tuneyard.api.pods import DRIVER_LOG, model_uri, stage_folder
 from tuneyard.errors import Fault, PlanError, StageError
@@ -55,42 +56,36 @@ def localized(plans: Sequence[Plan]) -> list[Plan]:
     Raises PlanError with every source and output that exists on a cluster only.
     """
     faults = [fault for plan in plans for fault in _cluster_only(plan)]
-    outputs = {plan.job.name: plan.output.uri for plan in plans}
+    jobs = {plan.job.name: plan for plan in plans}
     resolved = []
     for plan in plans:
-        stages = []
-        for stage in plan.stages:
-            inputs = dict(stage.inputs)
-            for role, source in inputs.items():
-                if isinstance(source, SourceInput) and source.uri.startswith("job://"):
-                    name = source.uri.removeprefix("job://")
-                    if name not in outputs:
-                        faults.append(_unknown_job(source, name))
-                        continue
-                    inputs[role] = source.model_copy(update={"uri": model_uri(outputs[name])})
-            stages.append(stage.model_copy(update={"inputs": inputs}))
-        resolved.append(plan.model_copy(update={"stages": stages}))
+        try:
+            resolved.append(with_models(plan, jobs))
+        except PlanError as error:
+            faults += error.faults
+    faults += [fault for plan in resolved for fault in _unknown_jobs(plan)]
     if faults:
         raise PlanError(list(dict.fromkeys(faults)))
     return resolved
 
 
-def _unknown_job(source: SourceInput, name: str) -> Fault:
-    return Fault(
-        source.path,
-        f"on one machine {source.uri} names a job of the same manifest file, which has no job "
-        f"{name!r}: add it, or write its model folder, {model_uri('file://OUTPUT')}",
-    )
+def _unknown_jobs(plan: Plan) -> Iterator[Fault]:
+    for source in _sources(plan):
+        if name := named_job(source):
+            yield Fault(
+                source.path,
+                f"on one machine {source.uri} names a job of the same manifest file, which has no "
+                f"job {name!r}: add it, or write its model folder, {model_uri('file://OUTPUT')}",
+            )
+
+
+def _sources(plan: Plan) -> list[SourceInput]:
+    inputs = (source for stage in plan.stages for source in stage.inputs.values())
+    return [source for source in inputs if isinstance(source, SourceInput)]
 
 
 def _cluster_only(plan: Plan) -> Iterator[Fault]:
-    sources = [
-        source
-        for stage in plan.stages
-        for source in stage.inputs.values()
-        if isinstance(source, SourceInput)
-    ]
-    places = [(source.path, source.uri) for source in sources]
+    places = [(source.path, source.uri) for source in _sources(plan)]
     for path, uri in [*places, ("spec.output.uri", plan.output.uri)]:
         if uri.startswith("pvc://"):
             yield Fault(path, f"{uri} exists on a cluster only: on one machine write file://PATH")

@@ -47,6 +47,10 @@ def is_model(role: str) -> bool:
     return role.partition(".")[0] in MODEL_ROLES
 
 
+def _kind(role: str) -> sources.Kind:
+    return "model" if is_model(role) else "data"
+
+
 @dataclass
 class StageInputs:
     """The inputs of a plan's stages: their local paths and digests, and which stages are done.
@@ -62,6 +66,8 @@ class StageInputs:
     """The folder of fetched sources and their digests."""
     records: dict[str, StageRecord] = field(default_factory=dict)
     """The records of the stages that are done, by name."""
+    source_digests: dict[str, str] | None = None
+    """`Store.source_digests` and those of new folders. None: not read yet."""
     _fetched: dict[tuple[str, str | None], Path] = field(default_factory=dict)
 
     def pending(self) -> list[str]:
@@ -79,9 +85,22 @@ class StageInputs:
         return {
             role: self.records[source.stage].digest
             if isinstance(source, StageInput)
-            else sources.digest_of(self._fetch(role, source), cache_dir=self.cache_dir)
+            else self._source_digest(role, source)
             for role, source in stage.inputs.items()
         }
+
+    def _source_digest(self, role: str, source: SourceInput) -> str:
+        """Return the digest that a source's decisive files had in this output at first. It covers
+        every file of a folder, as in 0.2: either version continues an output of the other."""
+        path = self._fetch(role, source)
+        if not path.is_dir():
+            return sources.digest_of(path, cache_dir=self.cache_dir)
+        decisive = sources.decisive_digest(path, _kind(role), self.cache_dir)
+        if self.source_digests is None:
+            self.source_digests = self.store.source_digests()
+        if decisive not in self.source_digests:
+            self.source_digests[decisive] = sources.digest_of(path, cache_dir=self.cache_dir)
+        return self.source_digests[decisive]
 
     def inputs(self, stage: PlannedStage) -> dict[str, Path]:
         """Return the local path of each input."""
@@ -108,7 +127,7 @@ class StageInputs:
                 source,
                 base_dir=self.base_dir,
                 cache_dir=self.cache_dir,
-                kind="model" if is_model(role) else "data",
+                kind=_kind(role),
             )
         return self._fetched[key]
 
@@ -144,6 +163,8 @@ class PlanRunner:
         Raises StageError if a package is missing that this stage or a later one needs.
         """
         store = self.stage_inputs.store
+        if found := self.stage_inputs.source_digests:
+            store.keep_source_digests(found, self.worker.attempt)
         record = store.done(stage, digests)
         if record is None:
             stages = self.stage_inputs.plan.stages

@@ -36,6 +36,7 @@ from tuneyard_trainer.storage.objects import Objects, protocols
 
 LAST = ("state.json", "record.json")
 """Files whose presence means that the others are complete; they are copied last."""
+SOURCES = "stages/sources.json"
 CLAIM_LOCK = ".claim.lock"
 LOCK_SECONDS = 60.0
 """The longest wait for the lock of the claim. Its holder removes old checkpoints meanwhile, which
@@ -254,6 +255,18 @@ class Store:
         if record is not None and record.identity == stage.identity(input_digests):
             return record
         return None
+
+    def source_digests(self) -> dict[str, str]:
+        """Return the digest that identities in this output contain for a folder of a source, by the
+        digest of its files that decide a result."""
+        value = self._read_json(SOURCES)
+        return dict(value) if isinstance(value, dict) else {}
+
+    def keep_source_digests(self, digests: Mapping[str, str], attempt: int) -> None:
+        """Store the digests of sources unless they are stored. Raises StageError StaleAttempt."""
+        if digests != self.source_digests():
+            with self.owned(attempt):
+                self._write(SOURCES, dict(digests), attempt)
 
     def write_record(self, record: StageRecord) -> None:
         """Persist the stage's files, then write the record, which completes the stage.

@@ -21,24 +21,29 @@ from urllib.parse import unquote, urlsplit
 from tuneyard.api.plan import SourceInput, digest
 from tuneyard.api.pods import CLAIMS_FOLDER
 from tuneyard.errors import StageError
-from tuneyard_trainer.storage.digests import WILDCARDS, digest_of, files_under, hidden, split_glob
+from tuneyard_trainer.storage.digests import (
+    WILDCARDS,
+    digest_of,
+    files_under,
+    hidden,
+    is_documentation,
+    split_glob,
+)
 from tuneyard_trainer.storage.objects import version_of
 
 __all__ = ["digest_of", "fetch", "files_under"]
 
 PVC_ROOT = Path(CLAIMS_FOLDER)
 """The folder that the operator mounts each claim in, under the claim's name."""
-MODEL_FILES = (
-    "*.json",
-    "*.safetensors",
-    "*.model",
-    "*.txt",
-    "*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-    "README*",
-)
-"""Files that are fetched from a model folder: no pickles (*.bin, *.pt) and no code (*.py)."""
+LOADED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+"""Files of a model folder that a model or a tokenizer can be loaded from: no pickles (*.bin, *.pt)
+and no code (*.py)."""
+MODEL_FILES = (*LOADED_FILES, "LICENSE*", "NOTICE*", "README*")
+"""Files that are fetched from a model folder; the last three name the license."""
+REPEATED_FILES = ("*/*", "consolidated*")
+"""Files in subfolders and consolidated.* repeat the weights of a model in other layouts."""
+
+_CHAT_TEMPLATES = PurePosixPath("additional_chat_templates")  # transformers' name
 
 Kind = Literal["model", "data"]
 
@@ -64,6 +69,26 @@ def fetch(source: SourceInput, *, base_dir: Path, cache_dir: Path, kind: Kind) -
         if scheme == "hf" and not rest.startswith("datasets/"):
             return _hub_model(source, rest, kind)
         return _downloaded(source, cache_dir, kind)
+
+
+def decisive_digest(path: Path, kind: Kind, cache_dir: Path) -> str:
+    """Return the digest of a fetched source without files of its folder that decide no result: of a
+    model, files that no model is loaded from; of data, its README, LICENSE and NOTICE."""
+    counts = _is_loaded if kind == "model" else _is_data
+    return digest_of(path, cache_dir=cache_dir, counts=counts)
+
+
+def _is_loaded(name: PurePosixPath) -> bool:
+    if name.parent == _CHAT_TEMPLATES:
+        return name.suffix == ".jinja"
+    repeated = any(fnmatch(str(name), pattern) for pattern in REPEATED_FILES)
+    index_of_pickles = name.match("*.bin.index.json")
+    loaded = any(name.match(pattern) for pattern in LOADED_FILES)
+    return loaded and not (repeated or index_of_pickles or is_documentation(name))
+
+
+def _is_data(name: PurePosixPath) -> bool:
+    return not is_documentation(name)
 
 
 # ---- local schemes ------------------------------------------------------------------------------
@@ -130,8 +155,7 @@ def _hub_model(source: SourceInput, rest: str, kind: Kind) -> Path:
         revision=source.revision,
         token=_token(source),
         allow_patterns=[parts[2]] if one_file else list(MODEL_FILES),
-        # Subfolders and consolidated.* repeat the weights in other layouts.
-        ignore_patterns=["*/*", "consolidated*"],
+        ignore_patterns=list(REPEATED_FILES),
     )
     if one_file:
         return _local(Path(folder) / parts[2], kind)
