@@ -111,7 +111,7 @@ class EarlyWatches:
             self.erase_job = {**item, "metadata": {**item["metadata"], "creationTimestamp": NOW}}
         return {"metadata": item["metadata"]}
 
-    async def delete_ray_job(self, _: str, name: str) -> bool:
+    async def delete_ray_job(self, _: str, name: str, **__: str) -> bool:
         self.reconciler.cache.update_ray_job(KEY, self.created.pop(name), deleted=True)
         return True
 
