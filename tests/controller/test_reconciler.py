@@ -118,7 +118,7 @@ class EarlyWatches:
 
     create = apply
 
-    async def delete_ray_job(self, _: str, name: str) -> bool:
+    async def delete_ray_job(self, _: str, name: str, **__: str) -> bool:
         self.reconciler.cache.update_ray_job(KEY, self.created.pop(name), deleted=True)
         return True
 

@@ -64,18 +64,25 @@ async def _run_as_leader(
     if stop.is_set():
         await lease.release()
         return 0
-    active.set()
-    metrics.LEADER.set(1)
     log.info("%s is the active replica", settings.identity)
-    await _wait_for_first(lease.renew(), stop.wait(), _serve(settings, reconciler, stop))
-    active.clear()
-    metrics.LEADER.set(0)
+    await _wait_for_first(_hold(lease, active), stop.wait(), _serve(settings, reconciler, stop))
     if not stop.is_set():
         # Another replica may hold the Lease: exit at once; a restart recovers the state.
         log.error("the Lease is lost, or the watches have ended: the operator exits")
         return 1
     await lease.release()
     return 0
+
+
+async def _hold(lease: Lease, active: asyncio.Event) -> None:
+    """Be the active replica until the Lease is lost or the caller cancels."""
+    active.set()
+    metrics.LEADER.set(1)
+    try:
+        await lease.renew()
+    finally:
+        active.clear()
+        metrics.LEADER.set(0)
 
 
 async def _serve(settings: Settings, reconciler: Reconciler, stop: asyncio.Event) -> None:
@@ -106,12 +113,15 @@ def _stop_on_signal(stop: asyncio.Event) -> None:
 
 
 async def _wait_for_first(*waits: Coroutine[Any, Any, object]) -> None:
-    """Wait until one coroutine ends and cancel the others. Raises the exception of the first."""
+    """Wait until one coroutine ends; cancel the others, and return when they have ended, even if
+    the caller is canceled: nothing may write after that. Raises the exception of the first."""
     tasks = [asyncio.ensure_future(item) for item in waits]
-    done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
     for task in done:
         task.result()
 

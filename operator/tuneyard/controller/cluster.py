@@ -152,7 +152,9 @@ class Cluster:
         return {**job, **without_managed_fields({"metadata": response["metadata"]})}
 
     async def delete_job(self, job: Object, key: Key) -> None:
-        await self._delete(key.path, uid=job["metadata"]["uid"])
+        """Delete this version of the job, if it exists. Raises ApiError 409 if it has changed."""
+        metadata = job["metadata"]
+        await self._delete(key.path, uid=metadata["uid"], version=metadata["resourceVersion"])
 
     # ---- the objects of a job -------------------------------------------------------------------
 
@@ -195,10 +197,11 @@ class Cluster:
                 return []
             raise
 
-    async def delete_ray_job(self, namespace: str, name: str) -> bool:
-        """Delete a RayJob after all objects that it owns; return whether it existed."""
+    async def delete_ray_job(self, namespace: str, name: str, *, uid: str, version: str) -> bool:
+        """Delete this version of a RayJob after all objects that it owns; return whether it
+        existed. Raises ApiError 409 if it has changed, or is another RayJob of this name."""
         path = f"/apis/ray.io/v1/namespaces/{namespace}/rayjobs/{name}"
-        return await self._delete(path, propagation="Foreground")
+        return await self._delete(path, uid=uid, version=version, propagation="Foreground")
 
     async def pods(self, key: Key) -> list[Object]:
         path = f"/api/v1/namespaces/{key.namespace}/pods"
@@ -284,18 +287,18 @@ class Cluster:
         return items
 
     async def _delete(
-        self, path: str, *, uid: str | None = None, propagation: str = "Background"
+        self, path: str, *, uid: str, version: str, propagation: str = "Background"
     ) -> bool:
-        """Delete an object, if it exists and has the UID; return whether an object existed."""
-        body: Object = {"propagationPolicy": propagation}
-        if uid:
-            body["preconditions"] = {"uid": uid}
+        """Delete an object as it was observed; return whether it existed. The preconditions keep a
+        replica that has lost the Lease from deleting what its successor created."""
+        preconditions = {"uid": uid, "resourceVersion": version}
+        body = {"propagationPolicy": propagation, "preconditions": preconditions}
         try:
             await self._call("DELETE", path, body)
         except ApiError as error:
-            if error.code not in (404, 409):
+            if error.code != 404:
                 raise
-            return error.code != 404
+            return False
         return True
 
     async def _call(

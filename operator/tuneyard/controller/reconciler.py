@@ -310,14 +310,30 @@ class Reconciler:
         self, key: Key, cached: CachedJob, job: Job, decision: Decision, planned: Planned
     ) -> None:
         for name in decision.stop:
-            if not await self.cluster.delete_ray_job(key.namespace, name):
-                cached.ray_jobs.pop(name, None)  # the cache was stale
-                self.queue.add(key)
+            await self._delete_ray_job(key, cached, name)
         if decision.start is not None:
             await self._start(key, cached, job, decision.start, planned)
         if decision.delete:
             await self.cluster.delete_job(cached.body or {}, key)
         await self._read_warnings(key, cached, job)
+
+    async def _delete_ray_job(self, key: Key, cached: CachedJob, name: str) -> None:
+        """Delete a RayJob as it was observed. Raises ApiError 409 if it has changed since, so that
+        everything is read again before the next decision."""
+        if name not in cached.ray_jobs:  # a watch has reported its deletion
+            return
+        version, ray_job = cached.ray_jobs[name]
+        try:
+            existed = await self.cluster.delete_ray_job(
+                key.namespace, name, uid=ray_job.uid, version=str(version)
+            )
+        except ApiError as error:
+            if error.code == 409:
+                await self._read(key)
+            raise
+        if not existed:
+            cached.ray_jobs.pop(name, None)  # the cache was stale
+            self.queue.add(key)
 
     async def _start(
         self, key: Key, cached: CachedJob, job: Job, number: int, planned: Planned
@@ -450,7 +466,7 @@ class Reconciler:
         await self.read(key)
         existing = [item.name for _, item in cached.ray_jobs.values() if not item.deleting]
         for name in existing:  # a copy: a watch may change the cache during each request
-            await self.cluster.delete_ray_job(key.namespace, name)
+            await self._delete_ray_job(key, cached, name)
         now = self.clock()
         left = [item for item in cached.objects if not (is_erasing(item) or is_lost(item, now))]
         if left:
