@@ -329,7 +329,7 @@ class Reconciler:
             )
         except ApiError as error:
             if error.code == 409:
-                await self._read(key)
+                await self.read(key)
             raise
         if not existed:
             cached.ray_jobs.pop(name, None)  # the cache was stale
