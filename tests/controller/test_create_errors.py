@@ -144,3 +144,30 @@ def test_an_answer_that_differs_each_time_is_not_asked_for_without_pause() -> No
             assert len(api.requests) <= num_requests + 5
 
     asyncio.run(run())
+
+
+def test_an_outage_longer_than_the_start_deadline_fails_no_job() -> None:
+    """The error of a try before the outage is not the API server's answer after it."""
+
+    async def run() -> None:
+        api = MemoryApi()
+        api.add(job("tuned", startDeadlineSeconds=600))
+        fault = on_create("/rayjobs/", 500)
+
+        def outage(request: Request) -> tuple[int, str] | None:
+            num_tries = sum("/rayjobs/" in each.path for each in api.requests)
+            return (500, "etcd") if num_tries >= reconciler.CREATE_TRIES else fault(request)
+
+        api.fault = outage
+        async with operated(api) as operator:
+            cached = operator.reconciler.cache.job(key("tuned"))
+            await eventually(lambda: cached.create_error)
+            api.fault = lambda _: None
+            cached.create_after = 0.0  # the last try is long ago
+            wake(operator, 700)
+            await eventually(
+                lambda: api.status("tuned")["phase"] == "Failed" or api.names(RAY_JOBS)
+            )
+        assert (api.status("tuned")["phase"], api.names(RAY_JOBS)) == ("Pending", ["tuned-1"])
+
+    asyncio.run(run())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tuneyard.controller import metrics, resync
 from tuneyard.controller.cluster import ApiError, Key
 from tuneyard.controller.job_cache import MOST_DELETED_PODS, JobCache
 from tuneyard.controller.queue import Queue
+from tuneyard.controller.watch import Watches
 
 LABELS = (KEY.namespace, KEY.kind, KEY.name)
 SUCCEEDED = {
@@ -131,6 +133,21 @@ def test_a_finished_job_is_evicted_with_its_series_though_its_last_pod_went_unre
     assert series() == []
 
 
+def test_a_change_of_a_finished_job_whose_pods_still_exist_is_seen() -> None:
+    cluster = EarlyWatches()
+    cache, watches = cluster.reconciler.cache, Watches(cluster.reconciler)
+    cluster.body |= {"kind": KEY.kind, "status": SUCCEEDED}
+    cache.update_job(KEY, cluster.body)
+    cache.update_pod(KEY, cached_ray_job(1), deleted=False)
+    version = str(int(cluster.body["metadata"]["resourceVersion"]) + 1)
+    changed = copy.deepcopy(cluster.body)
+    changed["metadata"]["resourceVersion"] = version
+    changed["spec"]["runPolicy"] = {"ttlSecondsAfterFinished": 0}
+    watches.job(changed, deleted=False)
+    body = cache.job(KEY).body or {}
+    assert body["metadata"]["resourceVersion"] == version
+
+
 def test_deleted_pods_are_kept_of_one_attempt_and_up_to_a_number() -> None:
     cache = JobCache()
     ended = {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
@@ -160,6 +177,26 @@ def test_delays_that_were_superseded_take_no_memory() -> None:
         return queue.num_delays
 
     assert asyncio.run(scenario()) < 200
+
+
+def test_a_queue_ends_although_a_key_was_added_at_the_moment_of_its_cancellation() -> None:
+    """A replica that lost the Lease must not hang."""
+
+    async def scenario() -> None:
+        async def work(_: str) -> None: ...
+
+        queue: Queue[str] = Queue(work, workers=1)
+        running = asyncio.create_task(queue.run())
+        queue.add_after("job", 100)
+        await asyncio.sleep(0.05)
+        queue.add_after("job", 50)
+        await asyncio.sleep(0)
+        running.cancel()
+        done, _ = await asyncio.wait([running], timeout=5)
+        running.cancel()
+        assert done
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.apiserver

@@ -51,14 +51,15 @@ def test_a_refused_token_is_not_reviewed_again_at_once(tmp_path: Path) -> None:
 
 
 def test_a_pod_whose_token_is_known_posts_during_a_flood_from_its_address(tmp_path: Path) -> None:
-    async def flood() -> list[int]:
+    async def flood() -> int:
         async with served(PlayedCluster()) as running:
             await status_of(running, tmp_path, GOOD)
-            for number in range(REFUSALS_AT_ONCE + 1):
-                await status_of(running, tmp_path, f"bad.token.{number}")
-            return [await status_of(running, tmp_path, token) for token in (GOOD, "bad.token.x")]
+            number = 0  # a slow machine forgives some refusals meanwhile
+            while await status_of(running, tmp_path, f"bad.token.{number}") != 429:
+                number += 1
+            return await status_of(running, tmp_path, GOOD)
 
-    assert asyncio.run(flood()) == [200, 429]
+    assert asyncio.run(flood()) == 200
 
 
 def test_valid_tokens_are_never_counted_as_a_flood(tmp_path: Path) -> None:

@@ -19,11 +19,11 @@ from rig.ports import Reservation
 
 from tests.status.test_patches import THROTTLED, merged
 from tests.tls import write_certificate
-from tuneyard.api.meta import GROUP
+from tuneyard.api.meta import FINALIZER, GROUP
 from tuneyard.api.plan import digest
 from tuneyard.api.progress import Post, PostResponse
 from tuneyard.controller import status_server
-from tuneyard.controller.cluster import FINALIZER, Cluster, Key
+from tuneyard.controller.cluster import Cluster, Key
 from tuneyard.controller.reconciler import Reconciler
 from tuneyard.controller.settings import Settings
 from tuneyard.controller.status_server import StatusServer
@@ -325,6 +325,21 @@ def test_the_attempt_of_a_deleted_job_is_asked_to_stop(play: Play) -> None:
 
     async def act(operated: Operated) -> None:
         assert (await operated.post(step=41)).stop is True
+
+    play(cluster, act)
+
+
+@pytest.mark.parametrize("report", [{"step": 41}, {"step": 100, "outcome": SUCCEEDED}])
+def test_the_attempt_of_a_job_that_waits_for_its_deletion_is_asked_to_stop_at_once(
+    play: Play, report: Object
+) -> None:
+    """No status write follows the post, which the response could wait for."""
+    cluster = PlayedCluster(running_job())
+    metadata = cluster.stored["metadata"]
+    metadata |= {"deletionTimestamp": "2030-01-01T00:00:00Z", "finalizers": ["foregroundDeletion"]}
+
+    async def act(operated: Operated) -> None:
+        assert (await operated.post(**report)).stop is True
 
     play(cluster, act)
 

@@ -10,6 +10,7 @@ import asyncio
 import heapq
 import random
 from collections.abc import Awaitable, Callable, Hashable
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -109,11 +110,10 @@ class Queue(Generic[K]):
                 if self._due.get(key) == due:
                     self.add(key)
             wait = self._heap[0][0] - loop.time() if self._heap else None
-            try:
-                async with asyncio.timeout(wait):  # wait_for can lose a cancellation before 3.12
+            # wait_for of Python 3.11 ignores a cancellation at the moment when the event is set.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait):
                     await self._earlier.wait()
-            except TimeoutError:
-                continue
 
 
 class Requeue(Exception):  # noqa: N818 - a request, not an error

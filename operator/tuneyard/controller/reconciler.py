@@ -63,8 +63,9 @@ WARNING_SECONDS, WARNING_READS_PER_SECOND = 10.0, 2.0
 CREATE_TRIES = 3
 """Failed tries to create an attempt's objects before the status reports an error that may pass."""
 CREATE_SECONDS = 10.0
-"""Time between two tries to create an attempt's objects once the status reports the error. Each try
-may change the message, which may contain the port of a connection, and so cause a reconcile."""
+"""Time between two tries to create an attempt's objects once the status reports the error, and how
+long the error counts: after an outage, the objects are tried again before the start deadline can
+end the job."""
 PODS_RECHECK_SECONDS = 5.0
 """Interval of the checks for pods that are to be removed."""
 
@@ -120,11 +121,13 @@ class Reconciler:
             self.queue.add_after(key, self._write_budget.wait(cached))
 
     async def current(self, key: Key) -> Job | None:
-        """Return the job, from the cache if possible; None: it does not exist. Raises ApiError,
-        ManifestError."""
+        """Return the job, from the cache if possible; None: it does not exist, or it is being
+        deleted. Raises ApiError, ManifestError."""
         cached = self.cache.jobs.get(key)
         body = cached.body if cached and cached.body else await self.cluster.job(key)
-        return parse(body) if body is not None else None
+        if body is None or "deletionTimestamp" in body["metadata"]:
+            return None
+        return parse(body)
 
     async def check_existence(self) -> None:
         """Read each known job that no list contains: kopf does not report what was deleted while
@@ -185,6 +188,8 @@ class Reconciler:
     async def _decide(self, key: Key, cached: CachedJob, job: Job) -> None:
         attempt = job.status.attempts[-1] if job.status and job.status.attempts else None
         planned = _ALREADY_PLANNED if has_fixed_plan(job) else await self._planned(key, job)
+        if time.monotonic() >= cached.create_after:
+            cached.create_error = None
         decision = observe(job, planned, cached.observed_state(attempt), self.clock())
         if attempt is not None and _closes_without_success(attempt, decision.status):
             # Each kind has its own watch: the pods' watch may not have reported the reason yet.
@@ -339,8 +344,8 @@ class Reconciler:
         self, key: Key, cached: CachedJob, job: Job, number: int, planned: Planned
     ) -> None:
         """Create an attempt's objects, once no object of another attempt is left."""
-        if cached.create_error and (wait := cached.create_after - time.monotonic()) > 0:
-            self.queue.add_after(key, wait)
+        if cached.create_error:
+            self.queue.add_after(key, cached.create_after - time.monotonic())
             return
         if number > 1:
             await self.read(key)
@@ -378,11 +383,10 @@ class Reconciler:
             self.cache.add_created_ray_job(key, {**rendered.ray_job, **created})
 
     def _store_create_error(self, key: Key, cached: CachedJob, error: CreateError) -> None:
-        """Reconcile again if the error is new; otherwise the attempt is tried again later."""
-        before, cached.create_error = cached.create_error, error
+        """Reconcile again with the error, which counts until the next try is due."""
+        cached.create_error = error
         cached.create_after = time.monotonic() + CREATE_SECONDS
-        if before != error:
-            self.queue.add(key)
+        self.queue.add(key)
 
     def _keep_create_error(self, key: Key, cached: CachedJob, error: ApiError) -> None:
         """Keep the error for the status. Raises an error that may pass, so that it is retried, up

@@ -150,8 +150,8 @@ class StatusServer:
             message = f"this version of the operator cannot read the job: {error}"
             raise Refused(503, "unavailable", message, MALFORMED_RETRY_SECONDS) from error
         if job is None:
-            # The garbage collector removes the pod next. It may save a checkpoint, because a new
-            # job of this name starts no attempt while this pod exists.
+            # The pod is removed next. It may save a checkpoint, because a new job of this name
+            # starts no attempt while this pod exists.
             return PostResponse(stop=True)
         newest = job.status.attempts[-1] if job.status and job.status.attempts else None
         if newest is None or newest.number < attempt:

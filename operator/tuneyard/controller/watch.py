@@ -59,6 +59,8 @@ class Watches:
                 self._queue.add(key)
         elif _is_idle(body):
             self._cache.evict(key)
+            if key in self._cache.jobs:  # objects of the job still exist
+                self._cache.update_job(key, body)
             self._cache.count_phase(key, body["status"]["phase"])
             if (body["spec"].get("runPolicy") or {}).get("ttlSecondsAfterFinished") is not None:
                 self._queue.add(key)

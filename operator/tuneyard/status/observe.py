@@ -447,8 +447,9 @@ class _Observer:
         return reasons.of_missing_workers(ray, self.observed, len(placed), patience)
 
     def _start_allowed_at(self, attempt: AttemptStatus, ray: RayJob) -> datetime:
-        """Return when the pods of the attempt could start: after their time in the queue."""
-        texts = [attempt.started_at, ray.start_time]
+        """Return when the pods of the attempt could start: after their time in the queue. The
+        RayJob of an attempt can be created late, and KubeRay sees it later still."""
+        texts = [attempt.started_at, ray.creation_time, ray.start_time]
         admitted = self._conditions().get("Admitted")
         if admitted and admitted.status == "True":
             texts.append(admitted.last_transition_time)

@@ -57,6 +57,8 @@ class RayJob(NamedTuple):
     None: no queue."""
     deletion_time: str | None = None
     """When Kubernetes may remove it (RFC 3339); None: it is not marked for deletion."""
+    creation_time: str | None = None
+    """When it was created (RFC 3339)."""
 
     @property
     def ended(self) -> bool:
@@ -206,6 +208,7 @@ def ray_job(item: Object) -> RayJob:
         min_workers=min_workers,
         queue=(metadata.get("labels") or {}).get(QUEUE_LABEL) or None,
         deletion_time=metadata.get("deletionTimestamp"),
+        creation_time=metadata.get("creationTimestamp"),
     )
 
 
