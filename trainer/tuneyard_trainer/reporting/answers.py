@@ -4,8 +4,8 @@ Texts are compared as sequences of words, as SQuAD's metric does (Rajpurkar et a
 arXiv:1606.05250): without case, punctuation and the articles a, an and the. The answer is a
 sentence here, so the words are searched in it. Therefore punctuation separates words, where SQuAD
 removes it ("Paris—the capital"), and a number is a word of its own ("26cm"), with its sign and its
-decimal point and without thousands separators. A hyphen after a word is no sign ("3-5"). In scripts without spaces each character is a word, as in MLQA's
-metric (Lewis et al. 2020, arXiv:1910.07475).
+decimal point and without thousands separators. A hyphen after a word is no sign ("3-5"). In scripts
+without spaces each character is a word, as in MLQA's metric (Lewis et al. 2020, arXiv:1910.07475).
 
 "four" and "4" are different words: list both as expected texts.
 """
