@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import pytest
@@ -22,6 +23,7 @@ from tuneyard.api.plan import JobRef, StageRecord
 from tuneyard.errors import StageError
 from tuneyard_trainer.storage.files import write_atomically
 from tuneyard_trainer.storage.journal import Journal
+from tuneyard_trainer.storage.objects import Objects
 from tuneyard_trainer.storage.records import Store
 
 JOB = JobRef(kind="FineTuneJob", name="support-bot")
@@ -397,6 +399,27 @@ def test_a_claim_on_s3_never_replaces_a_newer_attempts_claim(
         s3_store.claim(JOB, 1)
     assert failure.value.reason == "StaleAttempt"
     other.refuse_stale(2)
+
+
+def test_a_store_without_conditional_writes_is_refused_with_the_remedy() -> None:
+    class RefusedError(Exception):
+        response: ClassVar = {"ResponseMetadata": {"HTTPStatusCode": 501}}
+
+    class Unconditional:
+        protocol = "s3"
+
+        def info(self, path: str) -> None:
+            raise FileNotFoundError(path)
+
+        def pipe_file(self, *_: object, **condition: str) -> None:
+            assert condition
+            raise OSError(errno.ENOSYS, "not implemented") from RefusedError()
+
+    with pytest.raises(StageError, match="conditional writes") as failure:
+        Objects(Unconditional()).replace("bucket/owner.json", lambda: b"{}")
+    assert failure.value.reason == "WriteFailed"
+    assert not failure.value.retryable
+    assert "output.uri" in failure.value.advice
 
 
 def test_a_record_on_s3_never_replaces_a_newer_attempts_record(

@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tuneyard.errors import StageError
 from tuneyard_trainer.storage.digests import sha256_of
 
 TRIES = 5
 """Writes of one object if other writers keep changing it."""
+_NOT_IMPLEMENTED = 501
 _CONFLICTS = (409, 412)  # another conditional write is going on; the object has another version
 
 
@@ -44,6 +46,8 @@ class Objects:
                     self._fs.put_file(str(value), path, **condition)
                 return
             except OSError as error:
+                if condition and _status(error) == _NOT_IMPLEMENTED:
+                    raise _unconditional(path) from error
                 if not (tries_left and condition and _is_conflict(error)):
                     raise
 
@@ -112,6 +116,21 @@ def protocols(fs: Any) -> tuple[str, ...]:
 
 def _is_conflict(error: OSError) -> bool:
     """Return whether S3 refused a write because the object has changed, or is gone (404)."""
+    missing = isinstance(error, FileExistsError | FileNotFoundError)
+    return missing or _status(error) in _CONFLICTS
+
+
+def _status(error: OSError) -> int | None:
+    """Return the HTTP status of S3's answer; None if there is none."""
     response = getattr(error.__cause__, "response", None) or {}
-    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    return status in _CONFLICTS or isinstance(error, FileExistsError | FileNotFoundError)
+    status: int | None = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status
+
+
+def _unconditional(path: str) -> StageError:
+    return StageError(
+        "WriteFailed",
+        f"the store does not support conditional writes (If-Match, If-None-Match) of {path}, "
+        "without which a superseded attempt could replace the files of a newer one.",
+        advice="Set output.uri to a store that supports them, or upgrade the store.",
+    )
