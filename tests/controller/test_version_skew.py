@@ -110,6 +110,8 @@ class PlayedCluster:
         kept[metadata["name"]] = stored
         return stored
 
+    create = apply
+
     async def remove_finalizer(self, job: Object, _: Key) -> Object:
         metadata = {**self.stored["metadata"], "finalizers": []}
         self.body = {**self.stored, "metadata": metadata}

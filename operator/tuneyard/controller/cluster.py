@@ -166,6 +166,13 @@ class Cluster:
         path = _path_of(item)
         return await self._call("PATCH", path, item, query, type_=_APPLY, accept=_METADATA)
 
+    async def create(self, item: Object) -> Object:
+        """Create an object; return it with its metadata alone. Raises ApiError 409 if the name is
+        taken: an apply would make an object of a deleted job this job's own."""
+        query = {"fieldManager": MANAGER, "fieldValidation": "Strict"}
+        path = _path_of(item).rpartition("/")[0]
+        return await self._call("POST", path, item, query, accept=_METADATA)
+
     async def ray_jobs(self, key: Key) -> list[Object]:
         path = f"/apis/ray.io/v1/namespaces/{key.namespace}/rayjobs"
         try:

@@ -10,6 +10,7 @@ import asyncio
 import heapq
 import random
 from collections.abc import Awaitable, Callable, Hashable
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -109,10 +110,10 @@ class Queue(Generic[K]):
                 if self._due.get(key) == due:
                     self.add(key)
             wait = self._heap[0][0] - loop.time() if self._heap else None
-            try:
-                await asyncio.wait_for(self._earlier.wait(), wait)
-            except TimeoutError:
-                continue
+            # Until Python 3.12, wait_for loses a cancellation that comes with the event.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._earlier.wait()
 
 
 class Requeue(Exception):  # noqa: N818 - a request, not an error

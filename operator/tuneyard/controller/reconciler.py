@@ -47,7 +47,7 @@ from tuneyard.status.observe import (
     is_finished,
     observe,
 )
-from tuneyard.status.observed import CreateError, is_erasing, is_lost, names_of
+from tuneyard.status.observed import CreateError, Pod, is_erasing, is_lost, names_of
 from tuneyard.status.patches import status_patch
 from tuneyard.status.times import rfc3339
 
@@ -104,23 +104,27 @@ class Reconciler:
         """Give pods of new attempts these certificate authorities, in PEM."""
         self._reporting = self._reporting and self._reporting._replace(ca=ca)
 
-    def accept_post(self, key: Key, post: Post) -> None:
-        """Store a post of the newest attempt. A post with an outcome is reconciled at once, any
-        other post when the next status write is due."""
+    def accept_post(self, key: Key, uid: str, post: Post) -> None:
+        """Store a post of the newest attempt of the job with this UID. A post with an outcome is
+        reconciled at once, any other post when the next status write is due."""
         cached = self.cache.job(key)
-        cached.post = post
+        if cached.uid not in ("", uid):
+            return
+        cached.uid, cached.post = uid, post
         report = post.tuneyard
         if report is not None and report.outcome is not None:
             self.queue.add(key)
         else:
             self.queue.add_after(key, cached.written_at + PROGRESS_SECONDS - time.monotonic())
 
-    async def current(self, key: Key) -> Job | None:
-        """Return the job, from the cache if possible; None: it does not exist. Raises ApiError,
-        ManifestError."""
+    async def current(self, key: Key, pod: Pod) -> Job | None:
+        """Return the job that a pod belongs to, from the cache if possible; None: it does not exist
+        any more, although a new job may have its name. Raises ApiError, ManifestError."""
         cached = self.cache.jobs.get(key)
-        body = cached.body if cached and cached.body else await self.cluster.job(key)
-        return parse(body) if body is not None else None
+        body = cached.body if cached else None
+        if body is None or not _is_of(pod, body):  # the cache may be old
+            body = await self.cluster.job(key)
+        return parse(body) if body is not None and _is_of(pod, body) else None
 
     async def _resync(self) -> None:
         """Look for deleted jobs until canceled."""
@@ -169,7 +173,7 @@ class Reconciler:
         if body is None:
             await self._forget(key, cached)
             return
-        cached.body = body
+        cached = self.cache.store_job(key, body)
         try:
             job = parse(body)
         except ManifestError as error:
@@ -331,7 +335,7 @@ class Reconciler:
         if number > 1:
             await self._read(key)
             now = self.clock()
-            if {item.attempt for item in cached.objects if not is_lost(item, now)} - {number}:
+            if any(not is_lost(item, now) for item in cached.other_objects(number)):
                 self.queue.add_after(key, PODS_RECHECK_SECONDS)
                 return
         try:
@@ -350,12 +354,14 @@ class Reconciler:
             await self.cluster.apply(rendered.config_map)
             if self.settings.job_network_policies:
                 await self.cluster.apply(rendered.network_policy)
-            created = await self.cluster.apply(rendered.ray_job)
+            created = await self.cluster.create(rendered.ray_job)
         except PlanLostError as error:
             self._store_create_error(key, cached, CreateError(422, "PlanLost", str(error)))
         except PlanUnreadableError as error:
             self._store_create_error(key, cached, CreateError(0, "PlanUnreadable", str(error)))
         except ApiError as error:
+            if error.code == 409:  # the cache does not know the RayJob that has the name
+                await self._read(key)
             self._keep_create_error(key, cached, error)
         else:
             cached.create_error, cached.create_failures = None, 0
@@ -384,8 +390,9 @@ class Reconciler:
         if attempt is None or attempt.running_at or attempt.finished_at:
             cached.warnings = ()
             return
-        ray = next((r for _, r in cached.ray_jobs.values() if r.attempt == attempt.number), None)
-        if ray is None or not ray.cluster or ray.suspended or cached.pods:
+        state = cached.observed_state(attempt)
+        ray = state.ray_job(attempt.number)
+        if ray is None or not ray.cluster or ray.suspended or state.pods:
             return
         warnings = tuple(await self.cluster.warnings(key.namespace, ray.cluster))
         if warnings != cached.warnings:
@@ -484,6 +491,8 @@ class Reconciler:
     async def _erase(self, key: Key, body: Object, job: Job) -> bool:
         """Remove the output. Return True if the output is removed or cannot be removed."""
         found = await self.cluster.batch_job(key.namespace, names.erasure_name(job))
+        if found is not None and not _is_owned(found, job):
+            return False  # the garbage collector removes the Job of a deleted job of this name
         if found is None:
             try:
                 plan = await self._recorded_plan(key, job)
@@ -554,6 +563,16 @@ def _event(key: Key, metadata: Object, event: Event) -> Object:
         "lastTimestamp": now,
         "count": 1,
     }
+
+
+def _is_of(pod: Pod, body: Object) -> bool:
+    metadata = body["metadata"]
+    return pod.belongs_to(metadata["uid"], metadata.get("creationTimestamp") or "")
+
+
+def _is_owned(item: Object, job: Job) -> bool:
+    owners = item["metadata"].get("ownerReferences") or ()
+    return any(owner["uid"] == job.metadata.uid for owner in owners)
 
 
 def _should_erase(job: Job) -> bool:
