@@ -10,7 +10,7 @@ JOBS: dict[tuple[str, str], str] = {
     ("tuneyard.io", "alignmentjobs/status"): "patch",
     ("tuneyard.io", "finetunejobs/finalizers"): "update",
     ("tuneyard.io", "alignmentjobs/finalizers"): "update",
-    ("ray.io", "rayjobs"): "list watch create patch delete",
+    ("ray.io", "rayjobs"): "list watch create delete",
     ("", "pods"): "get list watch",
     ("", "configmaps"): "get create patch",
     ("networking.k8s.io", "networkpolicies"): "create patch",

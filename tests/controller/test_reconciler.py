@@ -106,17 +106,18 @@ class EarlyWatches:
         return {"data": {"plan.json": plan.to_json()}}
 
     async def apply(self, item: dict[str, Any]) -> dict[str, Any]:
-        if item["kind"] == "RayJob":
-            stored = {**item, "metadata": {**item["metadata"], "uid": "r", "resourceVersion": "1"}}
-            self.created[item["metadata"]["name"]] = stored
-            self.reconciler.cache.update_ray_job(KEY, stored, deleted=False)
-            self.reconciler.queue.add(KEY)
-            return {"metadata": stored["metadata"]}
         if item["kind"] == "Job":
             self.erase_job = {**item, "metadata": {**item["metadata"], "creationTimestamp": NOW}}
         return {"metadata": item["metadata"]}
 
-    create = apply
+    ensure = apply
+
+    async def create(self, item: dict[str, Any]) -> dict[str, Any]:
+        stored = {**item, "metadata": {**item["metadata"], "uid": "r", "resourceVersion": "1"}}
+        self.created[item["metadata"]["name"]] = stored
+        self.reconciler.cache.update_ray_job(KEY, stored, deleted=False)
+        self.reconciler.queue.add(KEY)
+        return {"metadata": stored["metadata"]}
 
     async def delete_ray_job(self, _: str, name: str, **__: str) -> bool:
         self.reconciler.cache.update_ray_job(KEY, self.created.pop(name), deleted=True)

@@ -110,12 +110,12 @@ class PlayedCluster:
         kept[metadata["name"]] = stored
         return stored
 
+    create = ensure = apply
+
     async def remove_finalizer(self, job: Object, _: Key) -> Object:
         metadata = {**self.stored["metadata"], "finalizers": []}
         self.body = {**self.stored, "metadata": metadata}
         return {**job, "metadata": metadata}
-
-    create = apply
 
     async def delete_ray_job(self, _: str, name: str, *__: Any, **___: Any) -> bool:
         return self.rayjobs.pop(name, None) is not None

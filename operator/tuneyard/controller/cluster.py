@@ -170,23 +170,28 @@ class Cluster:
             if error.code != 404:  # 404: KubeRay is not installed
                 raise
 
-    async def create(self, item: Object) -> Object:
-        """Create an object, or apply it if an object of this name exists; return it with its
-        metadata alone. A server-side apply that creates a RayJob takes the API server twice as
-        long."""
-        path, query = _path_of(item).rpartition("/")[0], {"fieldManager": MANAGER}
-        try:
-            return await self._call("POST", path, item, query, accept=_METADATA)
-        except ApiError as error:
-            if error.reason != "AlreadyExists":
-                raise
-            return await self.apply(item)
-
     async def apply(self, item: Object) -> Object:
         """Create or update an object by server-side apply; return it with its metadata alone."""
         query = {"fieldManager": MANAGER, "force": "true"}
         path = _path_of(item)
         return await self._call("PATCH", path, item, query, type_=_APPLY, accept=_METADATA)
+
+    async def create(self, item: Object) -> Object:
+        """Create an object; return it with its metadata alone. Raises ApiError 409 if the name is
+        taken: an apply would make an object of a deleted job this job's own."""
+        query = {"fieldManager": MANAGER, "fieldValidation": "Strict"}
+        path = _path_of(item).rpartition("/")[0]
+        return await self._call("POST", path, item, query, accept=_METADATA)
+
+    async def ensure(self, item: Object) -> Object:
+        """Create an object that most often does not exist yet, else apply it: a server-side apply
+        that creates an object takes the API server twice as long."""
+        try:
+            return await self.create(item)
+        except ApiError as error:
+            if error.reason != "AlreadyExists":
+                raise
+            return await self.apply(item)
 
     async def ray_jobs(self, key: Key) -> list[Object]:
         path = f"/apis/ray.io/v1/namespaces/{key.namespace}/rayjobs"

@@ -30,15 +30,23 @@ MOST_DELETED_PODS = 64
 class CachedJob:
     """One job with work left."""
 
+    uid: str = ""
+    """UID of the job; "": no version of it is known yet."""
+    created: str = ""
+    """When the job was created (RFC 3339)."""
+    version: int = 0
+    """The newest resource version of the job that was read; the body may be a newer one, which the
+    operator wrote."""
     body: Object | None = None
     """The newest known version of the job; None: read it from the API server."""
     ray_jobs: dict[str, tuple[int, RayJob]] = field(default_factory=dict)
-    """By name, each with its resource version."""
+    """By name, each with its resource version. RayJobs and pods may be those of a deleted job with
+    the same name."""
     pods: dict[str, tuple[int, Pod]] = field(default_factory=dict)
     deleted_pods: dict[str, Pod] = field(default_factory=dict)
     """Deleted pods that had a problem, in their last state."""
     workloads: dict[str, Workload] = field(default_factory=dict)
-    """By the RayJob's name."""
+    """By the RayJob's UID."""
     warnings: tuple[str, ...] = ()
     create_error: CreateError | None = None
     create_failures: int = 0
@@ -46,6 +54,7 @@ class CachedJob:
     create_after: float = 0.0
     """When a reported create error may be tried again (monotonic)."""
     post: Post | None = None
+    """The newest post of the job with this UID."""
     missing_since: float | None = None
     """Since when the current attempt's RayJob is missing (monotonic); None: it is not missing."""
     written_at: float = -math.inf
@@ -62,7 +71,7 @@ class CachedJob:
         """Return the state that a decision is based on. `attempt`: the job's newest."""
         number = attempt.number if attempt else None
         ray_jobs = tuple(item for _, item in self.ray_jobs.values())
-        current = next((item for item in ray_jobs if item.attempt == number), None)
+        current = next((item for item in ray_jobs if self._is_of(item, number)), None)
         existed = attempt and attempt.ray_job_uid and not attempt.finished_at
         missing = bool(existed) and current is None
         if not missing:
@@ -72,16 +81,29 @@ class CachedJob:
         since = self.missing_since
         return ObservedState(
             ray_jobs=ray_jobs,
-            pods=tuple(item for _, item in self.pods.values()),
+            pods=tuple(item for _, item in self.pods.values() if self._owns(item)),
+            foreign_pods=tuple(item for _, item in self.pods.values() if not self._owns(item)),
             deleted_pods=tuple(
-                item for item in self.deleted_pods.values() if item.attempt == number
+                item for item in self.deleted_pods.values() if self._is_of(item, number)
             ),
-            workload=self.workloads.get(current.name) if current else None,
+            workload=self.workloads.get(current.uid) if current else None,
             warnings=self.warnings,
             create_error=self.create_error,
             post=self.post,
             missing_seconds=0.0 if since is None else time.monotonic() - since,
         )
+
+    def _owns(self, item: RayJob | Pod) -> bool:
+        if isinstance(item, RayJob):
+            return item.owner == self.uid
+        return item.belongs_to(self.uid, self.created)
+
+    def _is_of(self, item: RayJob | Pod, attempt: int | None) -> bool:
+        return item.attempt == attempt and self._owns(item)
+
+    def other_objects(self, attempt: int) -> list[RayJob | Pod]:
+        """Return the RayJobs and pods that do not belong to this attempt of this job."""
+        return [item for item in self.objects if not self._is_of(item, attempt)]
 
     @property
     def objects(self) -> list[RayJob | Pod]:
@@ -105,13 +127,22 @@ class JobCache:
         """Return the cached job; a new one if there is none."""
         return self.jobs.setdefault(key, CachedJob())
 
-    def forget(self, key: Key) -> None:
-        """Drop a job that does not exist any more. Its RayJobs and pods are kept until they are
+    def forget(self, key: Key, uid: str | None = None) -> bool:
+        """Drop a job that does not exist any more, but not a new job of its name; return whether it
+        was dropped. `uid` None: no job has the name. Its RayJobs and pods are kept until they are
         removed: a new job of the same name waits for them."""
+        cached = self.jobs.get(key)
+        if cached is not None and uid and cached.uid not in ("", uid):
+            return False
+        self._drop(key)
+        self.count_phase(key, None)
+        return True
+
+    def _drop(self, key: Key) -> None:
+        """Drop what is known of a job, except its RayJobs and pods."""
         cached = self.jobs.pop(key, None)
         if cached is not None and not cached.is_empty:
             self.jobs[key] = CachedJob(ray_jobs=cached.ray_jobs, pods=cached.pods)
-        self.count_phase(key, None)
         metrics.drop_progress((key.namespace, key.kind, key.name))
 
     def evict(self, key: Key) -> None:
@@ -142,10 +173,22 @@ class JobCache:
         """Store a job's version if it is newer; return whether it was. The operator's own writes
         come back as watch events, which are not newer."""
         cached = self.job(key)
-        if cached.body is not None and version(cached.body) >= version(body):
+        written = version(cached.body) if cached.body else 0
+        if max(cached.version, written) >= version(body):
             return False
-        cached.body = without_managed_fields(body)
+        self.store_job(key, body)
         return True
+
+    def store_job(self, key: Key, body: Object) -> CachedJob:
+        """Store a job's version and return the cached job. Of a deleted job with the same name only
+        the RayJobs and pods are kept."""
+        metadata = body["metadata"]
+        if self.job(key).uid not in ("", metadata["uid"]):
+            self._drop(key)
+        cached = self.job(key)
+        cached.uid, cached.created = metadata["uid"], metadata.get("creationTimestamp") or ""
+        cached.body, cached.version = without_managed_fields(body), version(body)
+        return cached
 
     def update_ray_job(self, key: Key, item: Object, *, deleted: bool) -> bool:
         """Store the object; return whether anything changed that decisions depend on."""
@@ -154,8 +197,9 @@ class JobCache:
     def add_created_ray_job(self, key: Key, item: Object) -> None:
         """Store a RayJob that was just created, without a status. A status that a watch reported
         earlier is kept."""
-        known = self.job(key).ray_jobs
-        known.setdefault(item["metadata"]["name"], (version(item), observed.ray_job(item)))
+        known, created = self.job(key).ray_jobs, observed.ray_job(item)
+        if created.name not in known or known[created.name][1].uid != created.uid:
+            known[created.name] = (version(item), created)
 
     def update_pod(self, key: Key, item: Object, *, deleted: bool) -> bool:
         """Store the object; return whether anything changed that decisions depend on."""
@@ -166,6 +210,7 @@ class JobCache:
         return _update(cached.pods, item, pod, deleted=deleted) or is_evidence
 
     def update_workload(self, key: Key, ray_job: str, item: Object, *, deleted: bool) -> None:
+        """Store the Workload of the RayJob with this UID."""
         workloads = self.job(key).workloads
         workloads.pop(ray_job, None)
         if not deleted:
@@ -183,7 +228,7 @@ class JobCache:
             if name not in known and pod.problems:
                 _keep_evidence(cached.deleted_pods, pod)
         cached.pods = known
-        current = {item.name for _, item in cached.ray_jobs.values()}
+        current = {item.uid for _, item in cached.ray_jobs.values()}
         cached.workloads = {n: item for n, item in cached.workloads.items() if n in current}
 
 

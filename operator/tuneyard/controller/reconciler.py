@@ -48,7 +48,7 @@ from tuneyard.status.observe import (
     is_finished,
     observe,
 )
-from tuneyard.status.observed import CreateError, is_erasing, is_lost, names_of
+from tuneyard.status.observed import CreateError, Pod, is_erasing, is_lost, names_of
 from tuneyard.status.patches import status_patch
 from tuneyard.status.times import moment_of, rfc3339
 
@@ -108,11 +108,13 @@ class Reconciler:
         """Give pods of new attempts these certificate authorities, in PEM."""
         self._reporting = self._reporting and self._reporting._replace(ca=ca)
 
-    def accept_post(self, key: Key, post: Post) -> None:
-        """Store a post of the newest attempt. A post with an outcome is reconciled at once, any
-        other post when the next status write is due."""
+    def accept_post(self, key: Key, uid: str, post: Post) -> None:
+        """Store a post of the newest attempt of the job with this UID. A post with an outcome is
+        reconciled at once, any other post when the next status write is due."""
         cached = self.cache.job(key)
-        cached.post = post
+        if cached.uid not in ("", uid):
+            return
+        cached.uid, cached.post = uid, post
         if post.tuneyard is not None and post.tuneyard.outcome is not None:
             self.queue.add(key)
         elif _changes_stage(post, (cached.body or {}).get("status") or {}):
@@ -120,12 +122,15 @@ class Reconciler:
         else:
             self.queue.add_after(key, self._write_budget.wait(cached))
 
-    async def current(self, key: Key) -> Job | None:
-        """Return the job, from the cache if possible; None: it does not exist, or it is being
-        deleted. Raises ApiError, ManifestError."""
+    async def current(self, key: Key, pod: Pod) -> Job | None:
+        """Return the job that a pod belongs to, from the cache if possible; None: it does not exist
+        any more, although a new job may have its name, or it is being deleted. Raises ApiError,
+        ManifestError."""
         cached = self.cache.jobs.get(key)
-        body = cached.body if cached and cached.body else await self.cluster.job(key)
-        if body is None or "deletionTimestamp" in body["metadata"]:
+        body = cached.body if cached else None
+        if body is None or not _is_of(pod, body):  # the cache may be old
+            body = await self.cluster.job(key)
+        if body is None or not _is_of(pod, body) or "deletionTimestamp" in body["metadata"]:
             return None
         return parse(body)
 
@@ -167,7 +172,7 @@ class Reconciler:
         if body is None:
             self._forget(key)
             return
-        cached.body = body
+        cached = self.cache.store_job(key, body)
         try:
             job = parse(body)
         except ManifestError as error:
@@ -350,7 +355,7 @@ class Reconciler:
         if number > 1:
             await self.read(key)
             now = self.clock()
-            if {item.attempt for item in cached.objects if not is_lost(item, now)} - {number}:
+            if any(not is_lost(item, now) for item in cached.other_objects(number)):
                 self.queue.add_after(key, PODS_RECHECK_SECONDS)
                 return
         try:
@@ -367,16 +372,17 @@ class Reconciler:
                 reduced_to=job.status.attempts[-1].workers if job.status else None,
             )
             # The attempts of a job share all objects but the RayJob.
-            store = self.cluster.create if number == 1 else self.cluster.apply
-            await store(rendered.config_map)
+            await self.cluster.ensure(rendered.config_map)
             if self.settings.job_network_policies:
-                await store(rendered.network_policy)
+                await self.cluster.ensure(rendered.network_policy)
             created = await self.cluster.create(rendered.ray_job)
         except PlanLostError as error:
             self._store_create_error(key, cached, CreateError(422, "PlanLost", str(error)))
         except PlanUnreadableError as error:
             self._store_create_error(key, cached, CreateError(0, "PlanUnreadable", str(error)))
         except ApiError as error:
+            if error.code == 409:  # the cache does not know the RayJob that has the name
+                await self.read(key)
             self._keep_create_error(key, cached, error)
         else:
             cached.create_error, cached.create_failures = None, 0
@@ -404,8 +410,9 @@ class Reconciler:
         if attempt is None or attempt.running_at or attempt.finished_at:
             cached.warnings = ()
             return
-        ray = next((r for _, r in cached.ray_jobs.values() if r.attempt == attempt.number), None)
-        if ray is None or not ray.cluster or ray.suspended or cached.pods:
+        state = cached.observed_state(attempt)
+        ray = state.ray_job(attempt.number)
+        if ray is None or not ray.cluster or ray.suspended or state.pods:
             return
         now = time.monotonic()
         if cached.warnings_due > now:
@@ -509,6 +516,8 @@ class Reconciler:
     async def _erase(self, key: Key, body: Object, job: Job) -> bool:
         """Remove the output. Return True if the output is removed or cannot be removed."""
         found = await self.cluster.batch_job(key.namespace, names.erasure_name(job))
+        if found is not None and not _is_owned(found, job):
+            return False  # the garbage collector removes the Job of a deleted job of this name
         if found is None:
             try:
                 plan = await self._recorded_plan(key, job)
@@ -579,6 +588,16 @@ def _event(key: Key, metadata: Object, event: Event) -> Object:
         "lastTimestamp": now,
         "count": 1,
     }
+
+
+def _is_of(pod: Pod, body: Object) -> bool:
+    metadata = body["metadata"]
+    return pod.belongs_to(metadata["uid"], metadata.get("creationTimestamp") or "")
+
+
+def _is_owned(item: Object, job: Job) -> bool:
+    owners = item["metadata"].get("ownerReferences") or ()
+    return any(owner["uid"] == job.metadata.uid for owner in owners)
 
 
 def _should_erase(job: Job) -> bool:

@@ -11,7 +11,7 @@ import hashlib
 import ssl
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from aiohttp import web
 from pydantic import ValidationError
@@ -32,8 +32,9 @@ from tuneyard.controller.review_limits import (
 )
 from tuneyard.errors import ManifestError
 from tuneyard.rendering.names import audience
+from tuneyard.status import observed
 from tuneyard.status.observe import is_finished, should_stop
-from tuneyard.status.observed import attempt_of
+from tuneyard.status.observed import Pod
 
 _KINDS = {"finetunejobs": "FineTuneJob", "alignmentjobs": "AlignmentJob"}
 
@@ -66,12 +67,6 @@ class Refused(Exception):  # noqa: N818 - a response, not a defect
         super().__init__(message)
 
 
-class AuthenticatedPod(NamedTuple):
-    """The pod that a token was issued to."""
-
-    attempt: int
-
-
 class StatusServer:
     """Check posts and hand them to the reconciler."""
 
@@ -80,9 +75,7 @@ class StatusServer:
     ) -> None:
         """Make a server. `is_active` returns whether this replica is the active one."""
         self._cluster, self._reconciler, self._is_active = cluster, reconciler, is_active
-        self._authenticated_pods: Recent[_Token, AuthenticatedPod] = Recent(
-            MOST_PODS, FIRST_REVIEW_SECONDS
-        )
+        self._authenticated_pods: Recent[_Token, Pod] = Recent(MOST_PODS, FIRST_REVIEW_SECONDS)
         self._refusals: Recent[_Token, tuple[int, str, str]] = Recent(
             MOST_REFUSALS, REFUSAL_SECONDS
         )
@@ -132,17 +125,17 @@ class StatusServer:
                 404, "malformed", "the path names no kind of job: use finetunejobs or alignmentjobs"
             )
         key = Key(kind, request.match_info["namespace"], request.match_info["name"])
-        attempt = await self._attempt_of(request, key)
+        pod = await self._pod_of(request, key)
         post = await _read(request)
-        if post.tuneyard is not None and post.tuneyard.attempt != attempt:
-            raise Refused(409, "stale", f"the pod belongs to attempt {attempt}")
-        return await self._deliver(key, attempt, post)
+        if post.tuneyard is not None and post.tuneyard.attempt != pod.attempt:
+            raise Refused(409, "stale", f"the pod belongs to attempt {pod.attempt}")
+        return await self._deliver(key, pod, post)
 
-    async def _deliver(self, key: Key, attempt: int, post: Post) -> PostResponse:
+    async def _deliver(self, key: Key, pod: Pod, post: Post) -> PostResponse:
         """Hand a post to the reconciler; wait until its outcome, if any, is stored. Raises
         Refused."""
         try:
-            job = await self._reconciler.current(key)
+            job = await self._reconciler.current(key, pod)
         except ApiError as error:
             raise Refused(503, "unavailable", str(error), retry_after=2) from error
         except ManifestError as error:
@@ -150,9 +143,10 @@ class StatusServer:
             message = f"this version of the operator cannot read the job: {error}"
             raise Refused(503, "unavailable", message, MALFORMED_RETRY_SECONDS) from error
         if job is None:
-            # The pod is removed next. It may save a checkpoint, because a new job of this name
-            # starts no attempt while this pod exists.
+            # The pod is removed next, and a new job may have the name already. The pod may save a
+            # checkpoint, because that job starts no attempt while it exists.
             return PostResponse(stop=True)
+        attempt = pod.attempt
         newest = job.status.attempts[-1] if job.status and job.status.attempts else None
         if newest is None or newest.number < attempt:
             raise Refused(
@@ -165,29 +159,29 @@ class StatusServer:
             # attempt starts while its pods exist. A driver that ended on its own has already posted
             # its outcome.
             return PostResponse(stop=True)
-        self._reconciler.accept_post(key, post)
+        self._reconciler.accept_post(key, job.metadata.uid or "", post)
         if post.tuneyard is not None and post.tuneyard.outcome is not None:
-            await self._until_stored(key, attempt)
+            await self._until_stored(key, pod)
         return PostResponse(stop=should_stop(job) or is_finished(job))
 
-    async def _until_stored(self, key: Key, attempt: int) -> None:
+    async def _until_stored(self, key: Key, pod: Pod) -> None:
         """Wait until the attempt is closed in the status. Raises Refused after STORED_SECONDS."""
         deadline = time.monotonic() + STORED_SECONDS
         while time.monotonic() < deadline:
             await asyncio.sleep(0.05)
             try:
-                job = await self._reconciler.current(key)
+                job = await self._reconciler.current(key, pod)
             except (ApiError, ManifestError):
                 continue
             attempts = job.status.attempts if job and job.status else []
-            if not attempts or attempts[-1].number != attempt or attempts[-1].finished_at:
+            if not attempts or attempts[-1].number != pod.attempt or attempts[-1].finished_at:
                 return
         raise Refused(503, "unavailable", "the status could not be written yet", retry_after=2)
 
     # ---- authentication ---------------------------------------------------------------------
 
-    async def _attempt_of(self, request: web.Request, key: Key) -> int:
-        """Return the attempt that the sender's pod belongs to. Raises Refused."""
+    async def _pod_of(self, request: web.Request, key: Key) -> Pod:
+        """Return the sender's pod. Raises Refused."""
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise Refused(401, "unauthorized", "a bearer token is required")
@@ -201,11 +195,9 @@ class StatusServer:
             pod = await self._review_within_limits(token, key, request.remote or "", known)
             seconds = review_seconds(len(self._authenticated_pods))
             self._authenticated_pods.put(known, pod, seconds)
-        return pod.attempt
+        return pod
 
-    async def _review_within_limits(
-        self, token: str, key: Key, address: str, known: _Token
-    ) -> AuthenticatedPod:
+    async def _review_within_limits(self, token: str, key: Key, address: str, known: _Token) -> Pod:
         """Review a token that is not cached. Raises Refused."""
         try:
             async with self._limits.review(address):
@@ -219,7 +211,7 @@ class StatusServer:
             self._refusals.put(known, (refused.status, refused.outcome, refused.message))
             raise
 
-    async def _review(self, token: str, key: Key) -> AuthenticatedPod:
+    async def _review(self, token: str, key: Key) -> Pod:
         """Return the pod of a token that is valid for the job. Raises Refused, ApiError."""
         expected = audience(key.kind, key.namespace, key.name)
         status = await self._cluster.review_token(token, expected)
@@ -236,7 +228,7 @@ class StatusServer:
             raise Refused(
                 403, "forbidden", f"the token belongs to no pod with label {GROUP}/job={key.name}"
             )
-        return AuthenticatedPod(attempt_of(pod))
+        return observed.pod(pod)
 
 
 async def _close_old_connections(runner: web.AppRunner) -> None:

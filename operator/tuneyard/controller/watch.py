@@ -53,8 +53,8 @@ class Watches:
     def job(self, body: Object, deleted: bool) -> None:
         key = key_of_job(body)
         if deleted:
-            self._cache.forget(key)
-            self._queue.forget(key)
+            if self._cache.forget(key, body["metadata"]["uid"]):
+                self._queue.forget(key)
             if key in self._cache.jobs:  # its objects are still to be removed
                 self._queue.add(key)
         elif _is_idle(body):
@@ -81,7 +81,7 @@ class Watches:
         for owner in body["metadata"].get("ownerReferences") or ():
             key = key_of_ray_job(body["metadata"]["namespace"], owner["name"])
             if owner.get("kind") == "RayJob" and key in self._cache.jobs:
-                self._cache.update_workload(key, owner["name"], body, deleted=deleted)
+                self._cache.update_workload(key, owner["uid"], body, deleted=deleted)
                 self._queue.add(key)
 
 

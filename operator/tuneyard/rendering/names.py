@@ -8,6 +8,8 @@ from tuneyard.api.meta import GROUP
 from tuneyard.api.plan import Plan, digest
 from tuneyard.api.progress import PROGRESS_ROUTE
 
+UID_LABEL = f"{GROUP}/job-uid"
+"""The UID of the job that an object belongs to: a deleted job may have had the same name."""
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 

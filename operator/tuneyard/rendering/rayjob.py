@@ -29,6 +29,7 @@ from tuneyard.rendering.compute import Workers, workers
 from tuneyard.rendering.names import (
     PRIORITY_LABEL,
     QUEUE_LABEL,
+    UID_LABEL,
     audience,
     config_map_name,
     erasure_name,
@@ -271,6 +272,8 @@ def _labels(job: FineTuneJob | AlignmentJob, attempt: int | None) -> dict[str, s
     labels["app.kubernetes.io/managed-by"] = "tuneyard"
     labels[f"{GROUP}/kind"] = job.kind
     labels[f"{GROUP}/job"] = job.metadata.name
+    if job.metadata.uid:
+        labels[UID_LABEL] = job.metadata.uid
     if attempt is not None:
         labels[f"{GROUP}/attempt"] = str(attempt)
     return labels

@@ -212,8 +212,9 @@ class _Observer:
     def _objects_left(self) -> list[RayJob | Pod]:
         """Return the objects that the next attempt waits for: all that are not lost, and the
         RayJobs of a deleted job of this name, which take the names of this job's RayJobs."""
+        pods = (*self.observed.pods, *self.observed.foreign_pods)
         foreign = [ray for ray in self.observed.ray_jobs if ray.owner != self.job.metadata.uid]
-        objects: list[RayJob | Pod] = [*self.observed.ray_jobs, *self.observed.pods]
+        objects: list[RayJob | Pod] = [*self.observed.ray_jobs, *pods]
         return [item for item in objects if item in foreign or not is_lost(item, self.now)]
 
     def _wait_for_pods(self, left: list[RayJob | Pod]) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from tuneyard.api.meta import GROUP
 from tuneyard.api.progress import Post
-from tuneyard.rendering.names import QUEUE_LABEL
+from tuneyard.rendering.names import QUEUE_LABEL, UID_LABEL
 from tuneyard.status.times import moment_of
 
 Object = Mapping[str, Any]
@@ -109,6 +109,17 @@ class Pod(NamedTuple):
     """When its grace period ends (RFC 3339); None: the pod is not marked for deletion."""
     node: str = ""
     """"": the pod has no node yet."""
+    job_uid: str = ""
+    """UID of the job; "": release 0.2 started the pod."""
+    created: str = ""
+    """When the pod was created (RFC 3339)."""
+
+    def belongs_to(self, job_uid: str, job_created: str) -> bool:
+        """Return whether the pod, which names a job with this name, belongs to the job with this
+        UID. A pod without a UID does, unless it is older than the job."""
+        if self.job_uid:
+            return self.job_uid == job_uid
+        return not self.created or self.created >= job_created
 
 
 def is_lost(item: RayJob | Pod, now: datetime) -> bool:
@@ -158,6 +169,8 @@ class ObservedState:
 
     ray_jobs: tuple[RayJob, ...] = ()
     pods: tuple[Pod, ...] = ()
+    foreign_pods: tuple[Pod, ...] = ()
+    """Pods of a deleted job with the same name."""
     deleted_pods: tuple[Pod, ...] = ()
     """Deleted pods of the current attempt, in their last state."""
     workload: Workload | None = None
@@ -242,6 +255,8 @@ def pod(item: Object) -> Pod:
         placed_at=_placed_at(status),
         deletion_time=metadata.get("deletionTimestamp"),
         node=(item.get("spec") or {}).get("nodeName") or "",
+        job_uid=labels.get(UID_LABEL) or "",
+        created=metadata.get("creationTimestamp") or "",
     )
 
 

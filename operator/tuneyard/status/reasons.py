@@ -201,6 +201,13 @@ def of_create_error(create_error: CreateError) -> Cause:
             "respond.",
             retryable=True,
         )
+    if create_error.reason == "AlreadyExists":
+        return Cause(
+            "RayJobRefused",
+            f"another object has the name of the attempt's RayJob: {text}",
+            "Delete that object, or create the job under another name.",
+            retryable=True,
+        )
     if create_error.code == 403:
         return Cause(
             "Forbidden",
