@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tuneyard.api.plan import Input, StageInput, digest
-from tuneyard.api.stage_settings import DpoSettings, Settings, StageKind
+from tuneyard.api.stage_settings import DpoSettings, LoopSettings, Settings, StageKind
+from tuneyard.api.training import EarlyStopping
 
 STAGE_VERSIONS: Mapping[StageKind, int] = {
     "prepare": 1,
@@ -54,6 +55,13 @@ def fingerprint(
 
 
 def _version(settings: Settings) -> int:
-    if isinstance(settings, DpoSettings) and settings.loss == "kto":
-        return KTO_VERSION
-    return STAGE_VERSIONS[settings.kind]
+    is_kto = isinstance(settings, DpoSettings) and settings.loss == "kto"
+    version = KTO_VERSION if is_kto else STAGE_VERSIONS[settings.kind]
+    # With minDelta, 0.2 could keep another checkpoint than the one of the lowest held-out loss.
+    return version + 1 if _min_delta(settings) else version
+
+
+def _min_delta(settings: Settings) -> float:
+    loop = settings if isinstance(settings, LoopSettings) else getattr(settings, "training", None)
+    stopping = loop.early_stopping if isinstance(loop, LoopSettings) else None
+    return stopping.min_delta if isinstance(stopping, EarlyStopping) else 0.0
