@@ -133,8 +133,8 @@ def _evict(world: World, job: Job, amount: float) -> None:
 
 
 def output_of(world: World, job: Job) -> Path:
-    """Return the folder of a job's output."""
-    return world.kubelet.volumes / "models" / job.name
+    """Return the folder of a job's output, in a folder of the job's own."""
+    return world.kubelet.volumes / "models" / job.name / "out"
 
 
 def _break_checkpoint(world: World, job: Job, amount: float) -> None:
@@ -157,7 +157,7 @@ def _break_checkpoint(world: World, job: Job, amount: float) -> None:
 def _fill_disk(world: World, job: Job, amount: float) -> None:
     """Fill the file system of the output until the job has failed; the user frees it again, reads
     the status and creates the job anew."""
-    ballast = output_of(world, job) / "ballast"
+    ballast = output_of(world, job).parent / "ballast"  # no job takes a folder with foreign files
     try:
         with suppress(OSError), ballast.open("wb", buffering=0) as file:
             while True:

@@ -106,7 +106,7 @@ class Ground:
             },
             evaluate={"maxNewTokens": 4, "samples": 2},
             compute={"workers": 1, "cpusPerWorker": "1"},
-            output={"uri": f"pvc://models/{name}"},
+            output={"uri": f"pvc://models/{name}/out"},
         )
 
     @contextmanager
