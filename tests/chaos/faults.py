@@ -29,7 +29,7 @@ LONGEST_DELAY_SECONDS = 4.0
 MOST_FAULTS = 3
 IN_TRAINING = 0.6
 """The share of faults that strike in training, which is a fraction of an attempt's time."""
-WAIT_SECONDS = 240.0
+WAIT_SECONDS = 300.0
 """The longest wait for the effect of a fault."""
 
 
@@ -211,7 +211,7 @@ def _operator_down(world: World) -> Iterator[None]:
             yield
         finally:
             world.operator.start()
-            world.operator.wait_until_active()
+            world.operator.wait_until_active(WAIT_SECONDS)
 
 
 def _kill_operator(world: World, _: Job, amount: float) -> None:

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 OPERATOR = ("-m", "tests.chaos.operator")
 STEPS, BATCH, CHECKPOINT_STEPS = 40, 4, 5
-PATIENCE_SECONDS = 300.0
-GATHER_SECONDS = 120.0
+PATIENCE_SECONDS = 600.0
+GATHER_SECONDS = 300.0
 POLL_SECONDS = 0.3
 DISK = "4m"
 """The size of a file system that is filled; an output takes a tenth of it."""
