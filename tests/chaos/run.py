@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -220,12 +221,34 @@ def ground(cluster: Cluster, helm: Path, folder: Path) -> Iterator[Ground]:
         processes = stack.enter_context(machine.running(folder))
         kubelet = stack.enter_context(Kubelet(scene, processes, folder / "pods", volumes))
         world = World(kubelet, running.operator, running.proxy, wire, cluster.rig)
+        stack.enter_context(_deployed(world))
         found = Ground(running, world, volumes)
         before = invariants.inventory(scene)
         found.measure()
         yield found
         assert not kubelet.failures, kubelet.failures
         assert invariants.inventory(scene) == before
+
+
+@contextmanager
+def _deployed(world: World) -> Iterator[None]:
+    """While active, an operator that exits is started again, as by its Deployment: it exits when it
+    cannot renew its Lease."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(1.0):
+            with world.restarting:
+                if not world.operator.is_alive:
+                    world.operator.start()
+
+    thread = threading.Thread(target=watch, daemon=True, name="deployment")
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def play_all(played: Ground, seed: int, runs: Sequence[int], parallel: int) -> Iterator[Verdict]:
