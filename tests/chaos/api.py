@@ -9,7 +9,7 @@ import urllib3.exceptions
 
 from tests.controller.scene import Api, RefusedError
 
-DOWN_SECONDS = 90.0
+DOWN_SECONDS = 300.0
 """The longest time that an API server may be down."""
 RETRY_SECONDS = 0.3
 STARTING = (429, 500, 503, 504)

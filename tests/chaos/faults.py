@@ -29,7 +29,7 @@ LONGEST_DELAY_SECONDS = 4.0
 MOST_FAULTS = 3
 IN_TRAINING = 0.6
 """The share of faults that strike in training, which is a fraction of an attempt's time."""
-WAIT_SECONDS = 240.0
+WAIT_SECONDS = 300.0
 """The longest wait for the effect of a fault."""
 
 
@@ -133,8 +133,8 @@ def _evict(world: World, job: Job, amount: float) -> None:
 
 
 def output_of(world: World, job: Job) -> Path:
-    """Return the folder of a job's output."""
-    return world.kubelet.volumes / "models" / job.name
+    """Return the folder of a job's output, in a folder of the job's own."""
+    return world.kubelet.volumes / "models" / job.name / "out"
 
 
 def _break_checkpoint(world: World, job: Job, amount: float) -> None:
@@ -157,7 +157,7 @@ def _break_checkpoint(world: World, job: Job, amount: float) -> None:
 def _fill_disk(world: World, job: Job, amount: float) -> None:
     """Fill the file system of the output until the job has failed; the user frees it again, reads
     the status and creates the job anew."""
-    ballast = output_of(world, job) / "ballast"
+    ballast = output_of(world, job).parent / "ballast"  # no job takes a folder with foreign files
     try:
         with suppress(OSError), ballast.open("wb", buffering=0) as file:
             while True:
@@ -211,7 +211,7 @@ def _operator_down(world: World) -> Iterator[None]:
             yield
         finally:
             world.operator.start()
-            world.operator.wait_until_active()
+            world.operator.wait_until_active(WAIT_SECONDS)
 
 
 def _kill_operator(world: World, _: Job, amount: float) -> None:

@@ -23,10 +23,10 @@ from tests.chart.rendering import NAMESPACE as OPERATOR_NAMESPACE
 from tests.cluster.conftest import Object, Platform
 from tests.cluster.jobs import tiny
 
-STEPS, CHECKPOINT_STEPS = 300, 25
-LAST_CHECKPOINT = 200
+STEPS, CHECKPOINT_STEPS = 120, 10
+LAST_CHECKPOINT = 80
 """A fault strikes when a checkpoint is complete, at the latest this one."""
-PATIENCE_SECONDS = 900
+PATIENCE_SECONDS = 1200
 ENDED = ("Succeeded", "Failed")
 
 WAIT = """
@@ -128,7 +128,7 @@ def running_pod(platform: Platform, job: str, role: str) -> str:
         ]
         return names[0] if names else None
 
-    name: str = platform.until(f"the {role} of {job} runs", found, 600)
+    name: str = platform.until(f"the {role} of {job} runs", found, PATIENCE_SECONDS)
     return name
 
 

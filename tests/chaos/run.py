@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 
 OPERATOR = ("-m", "tests.chaos.operator")
 STEPS, BATCH, CHECKPOINT_STEPS = 40, 4, 5
-PATIENCE_SECONDS = 300.0
-GATHER_SECONDS = 120.0
+PATIENCE_SECONDS = 600.0
+GATHER_SECONDS = 300.0
 POLL_SECONDS = 0.3
 DISK = "4m"
 """The size of a file system that is filled; an output takes a tenth of it."""
@@ -106,7 +107,7 @@ class Ground:
             },
             evaluate={"maxNewTokens": 4, "samples": 2},
             compute={"workers": 1, "cpusPerWorker": "1"},
-            output={"uri": f"pvc://models/{name}"},
+            output={"uri": f"pvc://models/{name}/out"},
         )
 
     @contextmanager
@@ -220,12 +221,34 @@ def ground(cluster: Cluster, helm: Path, folder: Path) -> Iterator[Ground]:
         processes = stack.enter_context(machine.running(folder))
         kubelet = stack.enter_context(Kubelet(scene, processes, folder / "pods", volumes))
         world = World(kubelet, running.operator, running.proxy, wire, cluster.rig)
+        stack.enter_context(_deployed(world))
         found = Ground(running, world, volumes)
         before = invariants.inventory(scene)
         found.measure()
         yield found
         assert not kubelet.failures, kubelet.failures
         assert invariants.inventory(scene) == before
+
+
+@contextmanager
+def _deployed(world: World) -> Iterator[None]:
+    """While active, an operator that exits is started again, as by its Deployment: it exits when it
+    cannot renew its Lease."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(1.0):
+            with world.restarting:
+                if not world.operator.is_alive:
+                    world.operator.start()
+
+    thread = threading.Thread(target=watch, daemon=True, name="deployment")
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def play_all(played: Ground, seed: int, runs: Sequence[int], parallel: int) -> Iterator[Verdict]:

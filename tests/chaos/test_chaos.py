@@ -33,7 +33,7 @@ LOGS = os.environ.get("TUNEYARD_CHAOS_LOGS")
 
 @pytest.mark.apiserver
 @pytest.mark.slow
-@pytest.mark.timeout(120 + 60 * RUNS)
+@pytest.mark.timeout(600 + 60 * RUNS)
 def test_jobs_under_random_faults_end_as_if_undisturbed(
     apiserver: Cluster, helm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,14 +24,14 @@ from tests.cluster.jobs import tiny
 RUNS = int(os.environ.get("TUNEYARD_CHAOS_RUNS", "2"))
 SEED = int(os.environ.get("TUNEYARD_CHAOS_SEED", "11"))
 FIRST = int(os.environ.get("TUNEYARD_CHAOS_FIRST", "0"))
-PARALLEL = int(os.environ.get("TUNEYARD_CHAOS_PARALLEL", "3"))
+PARALLEL = int(os.environ.get("TUNEYARD_CHAOS_PARALLEL", "2"))
 RESULTS = os.environ.get("TUNEYARD_CHAOS_RESULTS")
 CALM = "chaos-calm"
 
 
 @pytest.mark.cluster
 @pytest.mark.slow
-@pytest.mark.timeout(900 + 300 * RUNS)
+@pytest.mark.timeout(1200 + 300 * RUNS)
 def test_jobs_in_pods_under_random_faults_end_as_if_undisturbed(
     platform: Platform, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,8 +77,10 @@ class Operator:
                 stderr=log,
             )
 
-    def wait_until_active(self) -> None:
-        wait_until(lambda: self.metric("tuneyard_leader") == 1.0 or not self.is_alive)
+    def wait_until_active(self, timeout_seconds: float = 60) -> None:
+        wait_until(
+            lambda: self.metric("tuneyard_leader") == 1.0 or not self.is_alive, timeout_seconds
+        )
         assert self.is_alive, self.log
 
     def kill(self) -> None:
