@@ -165,7 +165,7 @@ def _driver(pod: Pod, work: Any) -> int:
 
     from tuneyard_trainer import drain
     from tuneyard_trainer.pod import driver
-    from tuneyard_trainer.running import distributed
+    from tuneyard_trainer.running import distributed, worker_group
     from tuneyard_trainer.storage import sources
 
     socket, arguments, environment = work
@@ -174,7 +174,7 @@ def _driver(pod: Pod, work: Any) -> int:
     sources.PVC_ROOT = pod.volumes
 
     class ForkedGroup:
-        """In place of TorchTrainer: one worker, forked by the server."""
+        """In place of Ray Train: one worker, forked by the server."""
 
         def __init__(self, _: Any, *, train_loop_config: dict[str, Any], **__: Any) -> None:
             self._config = train_loop_config
@@ -187,7 +187,7 @@ def _driver(pod: Pod, work: Any) -> int:
             if not pod.worker_done.exists():
                 raise RuntimeError("the worker died")  # as Ray Train raises
 
-    distributed.TorchTrainer = ForkedGroup
+    worker_group.DataParallelTrainer = ForkedGroup
     distributed.pods_cluster = nullcontext
     ray.util.get_node_ip_address = lambda: "127.0.0.1"
     code = driver.main(arguments)

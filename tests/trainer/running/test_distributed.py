@@ -11,11 +11,11 @@ import ray.util
 
 from tests.trainer.jobs import manifest, planned
 from tuneyard.errors import StageError
-from tuneyard_trainer.running import distributed
+from tuneyard_trainer.running import distributed, worker_group
 
 
 class SilentGroup:
-    """In place of TorchTrainer: its workers end at once."""
+    """In place of Ray Train: its workers end at once."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -27,7 +27,7 @@ class SilentGroup:
 def test_a_group_that_ends_without_a_report_has_not_succeeded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distributed, "TorchTrainer", SilentGroup)
+    monkeypatch.setattr(worker_group, "DataParallelTrainer", SilentGroup)
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     folder = str(tmp_path)
     with pytest.raises(StageError) as failure:

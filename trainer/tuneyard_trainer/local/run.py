@@ -17,6 +17,7 @@ from tuneyard.api.pods import model_uri, stage_folder
 from tuneyard.errors import Fault, PlanError, StageError
 from tuneyard_trainer.local.console import Console
 from tuneyard_trainer.running.runner import StageInputs
+from tuneyard_trainer.running.waits import wait_event
 from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted
 
@@ -103,6 +104,7 @@ def _run(plan: Plan, base_dir: Path) -> int:
         tempfile.TemporaryDirectory(prefix="tuneyard-", ignore_cleanup_errors=True) as scratch,
     ):
         try:
+            console.start(plan)
             store = Store(output, Path(scratch) / "store")
             with store.lock():
                 _carry_out(plan, store, output, base_dir, cache_dir, Path(scratch), console)
@@ -125,14 +127,14 @@ def _carry_out(
     console: Console,
 ) -> None:
     store.claim(plan.job, attempt=1)
-    console.start(plan)
-    pending = StageInputs(plan, store, base_dir, cache_dir).pending()
+    pending = StageInputs(plan, store, base_dir, cache_dir, console.event).pending()
     if pending:
-        # torch and Ray are imported only if a stage has to run.
+        console.event(wait_event("importing Ray"))  # only if a stage has to run
         from tuneyard_trainer.running import distributed
 
         resources = distributed.local_resources(plan.compute)
         places = distributed.Places(output, str(scratch), str(base_dir.absolute()), str(cache_dir))
+        console.event(wait_event("starting Ray"))
         with _orderly_stop(console) as stop, distributed.local_cluster(resources):
             distributed.run(
                 plan,

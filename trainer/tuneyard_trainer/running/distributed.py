@@ -1,4 +1,4 @@
-"""A Ray Train worker group in which every rank runs the plan. No other module imports Ray.
+"""A Ray Train worker group in which every rank runs the plan.
 
 The group starts once per attempt and runs all stages, so a job pays for process start-up and
 imports once. Workers send their events to the driver over `channel`.
@@ -12,16 +12,15 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
 from tuneyard.api.compute import Compute
 from tuneyard.api.plan import Plan
@@ -29,21 +28,27 @@ from tuneyard.api.pods import WORKERS_VARIABLE
 from tuneyard.api.quantity import quantity_value
 from tuneyard.errors import StageError
 from tuneyard_trainer import drain
+from tuneyard_trainer.running import watchdog
 from tuneyard_trainer.running.channel import EventClient, EventServer
 from tuneyard_trainer.running.failures import unexpected, unexplained
 from tuneyard_trainer.running.runner import PlanRunner, StageInputs, failure_event
+from tuneyard_trainer.running.waits import wait_event
 from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted, Worker
+
+if TYPE_CHECKING:
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 POLL_SECONDS = 0.5
 """How often the driver checks whether it was asked to stop and whether the group still runs."""
 GATHER_SECONDS = 60.0
 """How long an elastic job waits for all its workers before it starts with fewer."""
-NEVER_SECONDS = 1e9
-"""The interval of resizing, so long that a running group never grows: Ray would restart it, and it
-would repeat steps. The next attempt grows instead."""
 TRAINING_THREAD = "ray-train"
 """The thread in which Ray Train runs."""
+_IMPORTED_BY_RAY_TRAIN = ("pandas", "pyarrow")
+"""The packages that take most of the import of ray.train, 2 of 3 s of processor time."""
+_GPU_FILES = ("nvidia[0-9]*", "kfd", "dxg")
+"""The files in /dev of GPUs: NVIDIA, AMD, and any GPU in WSL."""
 _LOCAL_RAY = {
     "RAY_worker_niceness": "0",  # with Ray's default of 15 any other process comes first
     "RAY_USAGE_STATS_ENABLED": "0",  # no usage statistics leave the machine
@@ -107,27 +112,27 @@ def run(
     checkpoint and end. Raises the StageError or Interrupted that the workers raised, and StageError
     WorkerDied (retryable) if the group ended without an event that says why.
     """
+    on_event(wait_event("importing Ray Train"))
+    from tuneyard_trainer.running import worker_group
+
+    on_event(wait_event("starting the workers"))
     _gather(resources, stop)
     server = EventServer(ray.util.get_node_ip_address())
-    failures: dict[str, Any] = {
-        "max_failures": max_worker_failures,
-        "max_preemption_failures": 0,
-    }
-    trainer = TorchTrainer(
+    least, most = resources.min_workers, resources.workers
+    trainer = worker_group.trainer(
         _run_rank,
-        train_loop_config={
+        {
             "plan": plan.to_json(),
             "places": places,
             "attempt": attempt,
             "event_server": (server.address, server.key),
             "threads": max(1, int(resources.cpus_per_worker)),
         },
-        scaling_config=ScalingConfig(**_scaling(resources)),
-        run_config=RunConfig(
-            name=f"{plan.job.name}-{attempt}",
-            storage_path=places.scratch,
-            failure_config=FailureConfig(**failures),
-        ),
+        workers=most if least == most else (least, most),
+        each=_per_worker(resources),
+        name=f"{plan.job.name}-{attempt}",
+        storage=places.scratch,
+        max_failures=max_worker_failures,
     )
     last_events = _follow(trainer, server, on_event, stop)
     if not last_events and stop.is_set():
@@ -147,16 +152,6 @@ def _gather(resources: Resources, stop: threading.Event) -> None:
         time.sleep(1.0)
 
 
-def _scaling(resources: Resources) -> dict[str, Any]:
-    least, most = resources.min_workers, resources.workers
-    return {
-        "num_workers": most if least == most else (least, most),
-        "use_gpu": resources.gpus_per_worker > 0,
-        "resources_per_worker": _per_worker(resources),
-        "elastic_resize_monitor_interval_s": NEVER_SECONDS,
-    }
-
-
 def _per_worker(resources: Resources) -> dict[str, float]:
     wanted = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
@@ -165,7 +160,7 @@ def _per_worker(resources: Resources) -> dict[str, float]:
 
 
 def _follow(
-    trainer: TorchTrainer,
+    trainer: DataParallelTrainer,
     server: EventServer,
     on_event: Callable[[dict[str, Any]], None],
     stop: threading.Event,
@@ -230,19 +225,27 @@ def _run_rank(config: dict[str, Any]) -> None:
     A failure is sent as an event. With several ranks the failure is also raised, so that Ray ends
     the group. A single rank raises only unexpected errors, since Ray would wrap a StageError.
     """
+    # A worker without its driver would train on until Ray notices.
+    address, key = config["event_server"]
+    client = EventClient(address, key, on_lost=partial(os._exit, 1))
+    client.emit(wait_event("importing torch"))
     import ray.train.torch
+    import torch
 
-    client = EventClient(*config["event_server"])
     context = ray.train.get_context()
     places: Places = config["places"]
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(config["threads"])
+    else:
+        torch.cuda.set_device(device)
     plan = Plan.model_validate_json(config["plan"])
     scratch = Path(places.scratch) / f"rank-{context.get_world_rank()}"
     store = Store(places.output, scratch, places.job_uid)
     runner = PlanRunner(
-        stage_inputs=StageInputs(plan, store, Path(places.base_dir), Path(places.cache_dir)),
+        stage_inputs=StageInputs(
+            plan, store, Path(places.base_dir), Path(places.cache_dir), client.emit
+        ),
         worker=Worker(
             rank=context.get_world_rank(),
             world_size=context.get_world_size(),
@@ -307,6 +310,8 @@ def local_cluster(resources: Resources) -> Iterator[None]:
     """While active, Ray runs on this machine alone, with no more resources than needed."""
     for name, value in _LOCAL_RAY.items():
         os.environ.setdefault(name, value)
+    # Ray's processes take seconds to start. Neither package imports Ray.
+    threading.Thread(target=_import_all, args=(_IMPORTED_BY_RAY_TRAIN,), daemon=True).start()
     ray.init(
         address="local",
         num_cpus=math.ceil(resources.workers * resources.cpus_per_worker),
@@ -316,16 +321,22 @@ def local_cluster(resources: Resources) -> Iterator[None]:
         # Ray Train would write a warning about the missing dashboard to a log file every second.
         logging_config=ray.LoggingConfig(log_level="ERROR"),
     )
-    try:
-        yield
-    finally:
-        _disconnect()
+    with watchdog.guarded():
+        try:
+            yield
+        finally:
+            _disconnect()
+
+
+def _import_all(names: Iterable[str]) -> None:
+    for name in names:
+        import_module(name)
 
 
 def local_resources(compute: Compute) -> Resources:
     """Divide this machine evenly among the workers. Raises StageError NotEnoughGpus."""
     workers = compute.workers or 1
-    present = torch.cuda.device_count()
+    present = _num_gpus()
     gpus = compute.gpus_per_worker if compute.gpus_per_worker is not None else present // workers
     if gpus * workers > present:
         raise StageError(
@@ -335,3 +346,13 @@ def local_resources(compute: Compute) -> Resources:
         )
     cpus = len(os.sched_getaffinity(0))
     return Resources.divided(workers, workers, gpus, max(1, cpus // workers))
+
+
+def _num_gpus() -> int:
+    """Return the number of GPUs that torch can use. Its import takes 3 s of processor time, so it
+    is not imported on a machine without the device file of a GPU."""
+    if not any(any(Path("/dev").glob(name)) for name in _GPU_FILES):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
