@@ -176,6 +176,7 @@ def _become(role: Callable[[Pod, Any], int], pod: Pod, work: Any) -> None:
 
 
 def _driver(pod: Pod, work: Any) -> int:
+    import ray.train.torch
     import ray.util
 
     from tuneyard_trainer import drain
@@ -201,7 +202,7 @@ def _driver(pod: Pod, work: Any) -> int:
             if not pod.worker_done.exists():
                 raise RuntimeError("the worker died")  # as Ray Train raises
 
-    distributed.TorchTrainer = ForkedGroup
+    ray.train.torch.TorchTrainer = ForkedGroup
     distributed.pods_cluster = nullcontext
     ray.util.get_node_ip_address = lambda: "127.0.0.1"
     code = driver.main(arguments)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray.train.torch
 import ray.util
 
 from tests.trainer.jobs import manifest, planned
@@ -27,7 +28,7 @@ class SilentGroup:
 def test_a_group_that_ends_without_a_report_has_not_succeeded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distributed, "TorchTrainer", SilentGroup)
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", SilentGroup)
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     folder = str(tmp_path)
     with pytest.raises(StageError) as failure:

@@ -104,6 +104,8 @@ class Console:
             self._view.stage(event["stage"], event["state"], record)
         elif event["type"] == "progress":
             self._view.progress(event)
+        elif event["type"] == "wait":
+            self._view.wait(event)
 
     # ---- the result -----------------------------------------------------------------------------
 

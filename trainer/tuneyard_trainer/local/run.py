@@ -20,6 +20,7 @@ from tuneyard.errors import Fault, PlanError, StageError
 from tuneyard_trainer.local.console import Console
 from tuneyard_trainer.logs.keep import LogPlace, kept
 from tuneyard_trainer.running.runner import StageInputs
+from tuneyard_trainer.running.waits import wait_event
 from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted
 
@@ -101,6 +102,7 @@ def _run(plan: Plan, base_dir: Path) -> int:
         ExitStack() as logs,
     ):
         try:
+            console.start(plan)
             store = Store(output, Path(scratch) / "store")
             with store.lock():
                 _carry_out(plan, store, output, base_dir, cache_dir, Path(scratch), console, logs)
@@ -124,15 +126,15 @@ def _carry_out(
     logs: ExitStack,
 ) -> None:
     store.claim(plan.job, attempt=1)
-    console.start(plan)
-    pending = StageInputs(plan, store, base_dir, cache_dir).pending()
+    pending = StageInputs(plan, store, base_dir, cache_dir, console.event).pending()
     if pending:
         logs.enter_context(_log(output, scratch, console))
-        # torch and Ray are imported only if a stage has to run.
+        console.event(wait_event("importing Ray"))  # only if a stage has to run
         from tuneyard_trainer.running import distributed
 
         resources = distributed.local_resources(plan.compute)
         places = distributed.Places(output, str(scratch), str(base_dir.absolute()), str(cache_dir))
+        console.event(wait_event("starting Ray"))
         with _orderly_stop(console) as stop, distributed.local_cluster(resources):
             distributed.run(
                 plan,

@@ -19,6 +19,7 @@ from tuneyard.api.stage_settings import TRAINING_KINDS, StageKind
 from tuneyard.errors import StageError
 from tuneyard_trainer import extras
 from tuneyard_trainer.running.failures import out_of_memory
+from tuneyard_trainer.running.waits import wait_event
 from tuneyard_trainer.storage import sources
 from tuneyard_trainer.storage.files import disk_error
 from tuneyard_trainer.storage.records import Store
@@ -35,11 +36,15 @@ VERSIONED = ("tuneyard", "torch", "transformers", "peft")
 """The packages whose versions a record keeps."""
 
 Emit = Callable[[dict[str, Any]], None]
-"""Receives events as JSON values: `stage` (stage, state, record) and `progress` (stage, step,
-totalSteps, metrics, message, resumedStep)."""
+"""Receives events as JSON values: `stage` (stage, state, record), `progress` (stage, step,
+totalSteps, metrics, message, resumedStep) and `wait` (message)."""
 
 StageFunction = Callable[[StageContext], StageOutcome]
 """A stage's `run`."""
+
+
+def emit_nothing(event: dict[str, Any]) -> None:
+    """The `Emit` of a run that nobody watches."""
 
 
 def is_model(role: str) -> bool:
@@ -64,6 +69,8 @@ class StageInputs:
     """The manifest's folder, which relative file:// sources are relative to."""
     cache_dir: Path
     """The folder of fetched sources and their digests."""
+    emit: Emit = emit_nothing
+    """Receives the waits for the sources."""
     records: dict[str, StageRecord] = field(default_factory=dict)
     """The records of the stages that are done, by name."""
     source_digests: dict[str, str] | None = None
@@ -93,6 +100,7 @@ class StageInputs:
         """Return the digest that a source's decisive files had in this output at first. It covers
         every file of a folder, as in 0.2: either version continues an output of the other."""
         path = self._fetch(role, source)
+        self.emit(wait_event(f"reading {source.uri}"))
         if not path.is_dir():
             return sources.digest_of(path, cache_dir=self.cache_dir)
         decisive = sources.decisive_digest(path, _kind(role), self.cache_dir)
@@ -116,6 +124,7 @@ class StageInputs:
         path = self._fetch(role, source)
         if not is_model(role) or path.suffix.lower() != ".gguf":
             return path
+        self.emit(wait_event(f"unpacking {path.name}"))
         from tuneyard_trainer.models.gguf_unpack import unpacked
 
         return unpacked(path, self.cache_dir)
@@ -123,6 +132,7 @@ class StageInputs:
     def _fetch(self, role: str, source: SourceInput) -> Path:
         key = (source.uri, source.revision)
         if key not in self._fetched:
+            self.emit(wait_event(f"fetching {source.uri}"))
             self._fetched[key] = sources.fetch(
                 source,
                 base_dir=self.base_dir,
@@ -200,6 +210,7 @@ class PlanRunner:
         started = now()
         try:
             inputs = self.stage_inputs.inputs(stage)
+            self.emit(wait_event(f"importing the libraries of {stage.name}"))
             run = _stage_function(stage.kind)
             outcome = run(StageContext(stage, inputs, workdir, self._worker(stage, digests)))
         except OSError as error:
