@@ -272,10 +272,10 @@ def pod(ray_job: Object, role: str, **status: Any) -> Object:
 class Operator:
     """A running reconciler, its clock and its watches."""
 
-    def __init__(self, api: MemoryApi) -> None:
+    def __init__(self, api: MemoryApi, settings: Settings) -> None:
         self.late = timedelta()
         """How far its clock is ahead."""
-        self.reconciler = Reconciler(api.cluster, Settings(), clock=self._now)
+        self.reconciler = Reconciler(api.cluster, settings, clock=self._now)
         self._watches = Watches(self.reconciler)
 
     def _now(self) -> datetime:
@@ -293,9 +293,9 @@ class Operator:
 
 
 @asynccontextmanager
-async def operated(api: MemoryApi) -> AsyncIterator[Operator]:
+async def operated(api: MemoryApi, settings: Settings | None = None) -> AsyncIterator[Operator]:
     """Run a reconciler whose watches see each change at once."""
-    operator = Operator(api)
+    operator = Operator(api, settings or Settings())
     for item in list(api.objects.values()):
         operator.see(copy.deepcopy(item))
     api.on_change = operator.see
@@ -305,6 +305,7 @@ async def operated(api: MemoryApi) -> AsyncIterator[Operator]:
         assert not running.done()
     finally:
         running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
 
 
 async def eventually(condition: Callable[[], object], context: object = "") -> None:

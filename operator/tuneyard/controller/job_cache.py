@@ -18,7 +18,7 @@ from tuneyard.api.status import AttemptStatus
 from tuneyard.controller import metrics
 from tuneyard.controller.cluster import Key, without_managed_fields
 from tuneyard.status import observed
-from tuneyard.status.observed import CreateError, ObservedState, Pod, RayJob, Workload
+from tuneyard.status.observed import NOT_STORED, CreateError, ObservedState, Pod, RayJob, Workload
 
 Object = dict[str, Any]
 
@@ -66,6 +66,12 @@ class CachedJob:
     the interval is not over, or nothing is to be written."""
     warnings_due: float = 0.0
     """When the RayCluster's warnings may be read again (monotonic)."""
+
+    @property
+    def waits_for_next_try(self) -> bool:
+        """Whether the attempt's objects were refused, until `create_after`. A plan that was not
+        stored is made again at once."""
+        return self.create_error is not None and self.create_error.reason != NOT_STORED
 
     def observed_state(self, attempt: AttemptStatus | None) -> ObservedState:
         """Return the state that a decision is based on. `attempt`: the job's newest."""

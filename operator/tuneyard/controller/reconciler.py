@@ -37,7 +37,12 @@ from tuneyard.manifests.manifest import KINDS, parse
 from tuneyard.planning.plan import plan_job
 from tuneyard.rendering import names, rayjob
 from tuneyard.rendering.placement import awaited_jobs, placed
-from tuneyard.rendering.stored_plan import PlanLostError, PlanUnreadableError, stored_plan
+from tuneyard.rendering.stored_plan import (
+    PlanLostError,
+    PlanMissingError,
+    PlanUnreadableError,
+    stored_plan,
+)
 from tuneyard.status.events import Event, transition_events
 from tuneyard.status.observe import (
     Decision,
@@ -48,7 +53,7 @@ from tuneyard.status.observe import (
     is_finished,
     observe,
 )
-from tuneyard.status.observed import CreateError, Pod, is_erasing, is_lost, names_of
+from tuneyard.status.observed import NOT_STORED, CreateError, Pod, is_erasing, is_lost, names_of
 from tuneyard.status.patches import status_patch
 from tuneyard.status.times import moment_of, rfc3339
 
@@ -192,8 +197,9 @@ class Reconciler:
 
     async def _decide(self, key: Key, cached: CachedJob, job: Job) -> None:
         attempt = job.status.attempts[-1] if job.status and job.status.attempts else None
-        planned = _ALREADY_PLANNED if has_fixed_plan(job) else await self._planned(key, job)
-        if time.monotonic() >= cached.create_after:
+        is_fixed = has_fixed_plan(job, cached.create_error)
+        planned = _ALREADY_PLANNED if is_fixed else await self._planned(key, job)
+        if cached.waits_for_next_try and time.monotonic() >= cached.create_after:
             cached.create_error = None
         decision = observe(job, planned, cached.observed_state(attempt), self.clock())
         if attempt is not None and _closes_without_success(attempt, decision.status):
@@ -280,6 +286,17 @@ class Reconciler:
         name = names.config_map_name(key.name, digest)
         return stored_plan(await self.cluster.config_map(key.namespace, name), name, digest)
 
+    async def _plan_to_erase(self, key: Key, job: Job) -> Plan:
+        """Return the recorded plan, or another plan of the job: all of them have its output. Raises
+        ManifestError if there is none."""
+        try:
+            return await self._recorded_plan(key, job)
+        except ManifestError:
+            planned = await self._planned(key, job)
+            if isinstance(planned, Plan):
+                return planned
+            raise
+
     # ---- writing --------------------------------------------------------------------------------
 
     async def _write(self, key: Key, cached: CachedJob, job: Job, status: JobStatus) -> Job:
@@ -349,7 +366,7 @@ class Reconciler:
         self, key: Key, cached: CachedJob, job: Job, number: int, planned: Planned
     ) -> None:
         """Create an attempt's objects, once no object of another attempt is left."""
-        if cached.create_error:
+        if cached.waits_for_next_try:
             self.queue.add_after(key, cached.create_after - time.monotonic())
             return
         if number > 1:
@@ -377,6 +394,10 @@ class Reconciler:
                 await self.cluster.ensure(rendered.network_policy)
             created = await self.cluster.create(rendered.ray_job)
         except PlanLostError as error:
+            if isinstance(error, PlanMissingError) and not _has_begun(job):
+                cached.create_error = CreateError(0, NOT_STORED, str(error))
+                self.queue.add(key)
+                return
             self._store_create_error(key, cached, CreateError(422, "PlanLost", str(error)))
         except PlanUnreadableError as error:
             self._store_create_error(key, cached, CreateError(0, "PlanUnreadable", str(error)))
@@ -520,7 +541,7 @@ class Reconciler:
             return False  # the garbage collector removes the Job of a deleted job of this name
         if found is None:
             try:
-                plan = await self._recorded_plan(key, job)
+                plan = await self._plan_to_erase(key, job)
                 await self.cluster.apply(rayjob.render(plan, job, attempt=1).config_map)
                 image = self.settings.image
                 await self.cluster.apply(rayjob.render_erasure(plan, job, image=image))
@@ -590,6 +611,11 @@ def _event(key: Key, metadata: Object, event: Event) -> Object:
     }
 
 
+def _has_begun(job: Job) -> bool:
+    """Return whether an attempt has had a RayJob, which is created after the stored plan."""
+    return any(attempt.ray_job_uid for attempt in (job.status.attempts if job.status else ()))
+
+
 def _is_of(pod: Pod, body: Object) -> bool:
     metadata = body["metadata"]
     return pod.belongs_to(metadata["uid"], metadata.get("creationTimestamp") or "")
@@ -615,7 +641,7 @@ def _output_left(uri: str, why: str) -> Event:
 
 def _closes_without_success(attempt: AttemptStatus, after: JobStatus) -> bool:
     """Return whether the open attempt is closed in `after` without success."""
-    last = after.attempts[-1]
+    last = next((each for each in after.attempts if each.number == attempt.number), attempt)
     return not attempt.finished_at and bool(last.finished_at) and last.reason != "Succeeded"
 
 

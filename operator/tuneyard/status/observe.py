@@ -30,7 +30,16 @@ from tuneyard.errors import PlanError
 from tuneyard.rendering.names import plan_digest, ray_job_name
 from tuneyard.rendering.names import queue as queue_of
 from tuneyard.status import reasons
-from tuneyard.status.observed import LOST_SECONDS, ObservedState, Pod, RayJob, is_lost, names_of
+from tuneyard.status.observed import (
+    LOST_SECONDS,
+    NOT_STORED,
+    CreateError,
+    ObservedState,
+    Pod,
+    RayJob,
+    is_lost,
+    names_of,
+)
 from tuneyard.status.reasons import Cause
 from tuneyard.status.reported import DONE, merge_stages, progress_of, with_lost_steps
 from tuneyard.status.times import moment_of, rfc3339
@@ -97,9 +106,13 @@ def is_finished(job: Job) -> bool:
     return status.observed_generation == job.metadata.generation
 
 
-def has_fixed_plan(job: Job) -> bool:
+def has_fixed_plan(job: Job, create_error: CreateError | None = None) -> bool:
     """Return whether the job's plan stays as it is. A job that was suspended before its first
-    attempt is planned again when it is resumed: profiles may have changed since."""
+    attempt is planned again when it is resumed: profiles may have changed since. So is a job whose
+    operator ended between the status of its first attempt and the ConfigMap of its plan.
+    `create_error`: why the attempt's objects could not be created."""
+    if create_error is not None and create_error.reason == NOT_STORED:
+        return False
     status = job.status
     is_planned = status is not None and status.plan_digest is not None
     return is_planned and (bool(status and status.attempts) or job.spec.run_policy.suspend)
@@ -141,7 +154,7 @@ class _Observer:
 
     def _plan(self) -> bool:
         """Plan the job unless its plan is fixed; return whether it has a plan."""
-        if has_fixed_plan(self.job):
+        if has_fixed_plan(self.job, self.observed.create_error):
             return True
         self._set(observed_generation=self.job.metadata.generation)
         if self.policy.cancel:
@@ -169,8 +182,10 @@ class _Observer:
         return True
 
     def _clear_plan(self) -> None:
-        """Remove the plan of a job without attempts from the status: its spec may change again."""
-        self._set(plan_digest=None, stages=[])
+        """Remove the plan from the status, and an attempt that has not begun with it: the spec may
+        change again."""
+        closed = [attempt for attempt in self.status.attempts if attempt.finished_at]
+        self._set(plan_digest=None, stages=[], attempts=closed)
 
     def _clear_rejection(self) -> None:
         """Remove the rejection of an earlier spec from the status."""
@@ -350,7 +365,8 @@ class _Observer:
             return self._close_attempt(self._why_missing(attempt))
         if request := self._stop_request(attempt):
             return self._close_attempt(request)
-        if create_error := self.observed.create_error:
+        create_error = self.observed.create_error
+        if create_error and create_error.reason != NOT_STORED:
             cause = reasons.of_create_error(create_error)
             if create_error.code == 422 or self._start_deadline_passed(
                 moment_of(attempt.started_at)

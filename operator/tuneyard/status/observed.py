@@ -153,13 +153,19 @@ class Workload(NamedTuple):
     """Why the attempt waits or was evicted; "": neither."""
 
 
+NOT_STORED = "PlanNotStored"
+"""The reason of a CreateError: no attempt has begun with the recorded plan, which is not
+stored."""
+
+
 class CreateError(NamedTuple):
     """Why an attempt's objects could not be created."""
 
     code: int
     """HTTP status. 0: the operator did not send them."""
     reason: str
-    """Kubernetes' reason: Forbidden, NotFound, Invalid, ...; or PlanLost, PlanUnreadable."""
+    """Kubernetes' reason: Forbidden, NotFound, Invalid, ...; or PlanLost, PlanUnreadable,
+    NOT_STORED."""
     message: str
 
 
