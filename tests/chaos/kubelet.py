@@ -184,7 +184,8 @@ class Kubelet:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         code = played.pod.exit_code.read_text() if played.pod.exit_code.exists() else "137"
-        tail = played.pod.log.read_text(errors="replace")[-4000:]
+        log = played.pod.log  # a driver that was killed at once has none
+        tail = log.read_text(errors="replace")[-4000:] if log.exists() else ""
         if code == "0":
             played.attempt.set(jobDeploymentStatus="Complete", jobStatus="SUCCEEDED", message=tail)
         else:

@@ -29,10 +29,7 @@ def quickstart(name: str, *, steps: int, **more: Any) -> dict[str, Any]:
 
 
 def tiny(name: str, *, steps: int, checkpoint_steps: int) -> dict[str, Any]:
-    """Return a FineTuneJob on the tiny model, of which two fit on a node with two cores.
-
-    Dropout makes each step depend on its seed.
-    """
+    """Return a FineTuneJob on the tiny model; dropout makes each step depend on its seed."""
     spec = {
         "model": {"uri": "pvc://data/tiny"},
         "data": {
@@ -48,7 +45,6 @@ def tiny(name: str, *, steps: int, checkpoint_steps: int) -> dict[str, Any]:
             "evaluationSteps": 1000,
         },
         "evaluate": {"maxNewTokens": 4, "samples": 1},
-        "compute": {"cpusPerWorker": "500m", "memory": "3Gi", "sharedMemory": "512Mi"},
         "output": {"uri": f"pvc://models/{name}"},
     }
     return _job("FineTuneJob", name, spec)

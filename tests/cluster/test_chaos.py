@@ -24,7 +24,8 @@ from tests.cluster.jobs import tiny
 RUNS = int(os.environ.get("TUNEYARD_CHAOS_RUNS", "2"))
 SEED = int(os.environ.get("TUNEYARD_CHAOS_SEED", "11"))
 FIRST = int(os.environ.get("TUNEYARD_CHAOS_FIRST", "0"))
-PARALLEL = int(os.environ.get("TUNEYARD_CHAOS_PARALLEL", "2"))
+PARALLEL = int(os.environ.get("TUNEYARD_CHAOS_PARALLEL", "1"))
+"""A node with two cores has room for one worker: with less than a core, Ray's probes fail."""
 RESULTS = os.environ.get("TUNEYARD_CHAOS_RESULTS")
 CALM = "chaos-calm"
 
