@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,11 @@ def test_the_servers_end_when_the_keeper_is_killed_and_down_removes_the_files(ow
     assert not root.exists()
 
 
+def _is_another(rig: Rig, name: str, first: int) -> bool:
+    """Return whether the server runs in another process."""
+    return rig.server(name) not in (None, first)
+
+
 @pytest.mark.apiserver
 def test_a_server_that_is_killed_starts_again_with_its_data(own_rig: Rig) -> None:
     own = Cluster(own_rig.kubeconfig, own_rig.url, own_rig.programs / "kubectl")
@@ -182,7 +188,7 @@ def test_a_server_that_is_killed_starts_again_with_its_data(own_rig: Rig) -> Non
         first = own_rig.server(name)
         assert first is not None
         os.kill(first, signal.SIGKILL)
-        wait_until(lambda name=name, first=first: own_rig.server(name) not in (None, first))
+        wait_until(partial(_is_another, own_rig, name, first))
     wait_until(lambda: own.kubectl("get", "namespace", "kept", check=False).returncode == 0)
 
 
