@@ -13,7 +13,6 @@ import pytest
 from tuneyard.controller import app
 from tuneyard.controller.cluster import ApiError, Cluster
 from tuneyard.controller.lease import LEASE_SECONDS, RENEW_SECONDS, RETRY_SECONDS, Lease
-from tuneyard.controller.queue import Queue
 from tuneyard.controller.reconciler import Reconciler
 from tuneyard.controller.settings import Settings
 
@@ -201,6 +200,7 @@ def test_nothing_is_written_after_the_active_replica_has_ended(
         await watching.wait()
 
     monkeypatch.setattr(app, "_watch", watch)
+    monkeypatch.setattr(app, "Resync", lambda writer: writer)
 
     async def scenario() -> None:
         leases, stop, active = Leases(), asyncio.Event(), asyncio.Event()
@@ -226,20 +226,3 @@ def test_nothing_is_written_after_the_active_replica_has_ended(
         assert writer.num_writes == num_writes
 
     run(scenario)
-
-
-def test_a_queue_ends_when_it_is_canceled_although_a_key_is_added_at_that_moment() -> None:
-    async def scenario() -> None:
-        async def work(_: str) -> None: ...
-
-        queue: Queue[str] = Queue(work, workers=1)
-        running = asyncio.create_task(queue.run())
-        queue.add_after("later", 7200)
-        await asyncio.sleep(0.1)
-        queue.add_after("job", 3600)
-        running.cancel()
-        done, _ = await asyncio.wait([running], timeout=5)
-        assert done
-        running.cancel()
-
-    asyncio.run(scenario())

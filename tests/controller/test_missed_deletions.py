@@ -179,26 +179,6 @@ def test_delays_that_were_superseded_take_no_memory() -> None:
     assert asyncio.run(scenario()) < 200
 
 
-def test_a_queue_ends_although_a_key_was_added_at_the_moment_of_its_cancellation() -> None:
-    """A replica that lost the Lease must not hang."""
-
-    async def scenario() -> None:
-        async def work(_: str) -> None: ...
-
-        queue: Queue[str] = Queue(work, workers=1)
-        running = asyncio.create_task(queue.run())
-        queue.add_after("job", 100)
-        await asyncio.sleep(0.05)
-        queue.add_after("job", 50)
-        await asyncio.sleep(0)
-        running.cancel()
-        done, _ = await asyncio.wait([running], timeout=5)
-        running.cancel()
-        assert done
-
-    asyncio.run(scenario())
-
-
 @pytest.mark.apiserver
 def test_jobs_are_listed_by_name_page_by_page(
     new_scene: Any, monkeypatch: pytest.MonkeyPatch

@@ -38,7 +38,11 @@ def test_ever_new_invalid_tokens_cause_a_bounded_number_of_reviews(tmp_path: Pat
     assert REFUSALS_AT_ONCE <= num_reviews < 100
 
 
-def test_a_refused_token_is_not_reviewed_again_at_once(tmp_path: Path) -> None:
+def test_a_refused_token_is_not_reviewed_again_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status_server, "REFUSAL_SECONDS", 600.0)
+
     async def repeat() -> tuple[int, set[int]]:
         cluster = PlayedCluster()
         async with served(cluster) as running:

@@ -59,6 +59,12 @@ async def start(api: MemoryApi, name: str) -> None:
     api.add(pod(ray_job, "head"))
 
 
+def deliver(operator: Any, name: str, report: Post) -> None:
+    """Hand a post to the operator as a pod of the job's attempt does."""
+    cached = operator.reconciler.cache.job(key(name))
+    operator.reconciler.accept_post(key(name), cached.uid, report)
+
+
 # ---- reads --------------------------------------------------------------------------------------
 
 
@@ -72,7 +78,7 @@ def test_an_active_job_is_reconciled_again_without_any_request(
         async with operated(api) as operator:
             for name in ("one", "two", "three"):
                 await start(api, name)
-                operator.reconciler.accept_post(key(name), progress(1))
+                deliver(operator, name, progress(1))
                 await eventually(lambda n=name: api.status(n).get("progress"))
             api.add(job("held", suspend=True))
             await eventually(lambda: api.status("held").get("phase") == "Suspended")
@@ -211,10 +217,10 @@ def test_a_job_s_first_progress_waits_for_no_turn_and_its_next_one_does() -> Non
         async with operated(api) as operator:
             await start(api, "one")
             operator.reconciler.cache.job(key("one")).written_at = 0.0
-            operator.reconciler.accept_post(key("one"), progress(1))
+            deliver(operator, "one", progress(1))
             await eventually(lambda: api.status("one").get("progress"))
             operator.reconciler.cache.job(key("one")).written_at = 0.0
-            operator.reconciler.accept_post(key("one"), progress(2))
+            deliver(operator, "one", progress(2))
             await asyncio.sleep(0.3)
         return api
 
@@ -231,20 +237,20 @@ def test_what_is_not_progress_is_written_while_all_turns_are_taken(moment: str) 
         async with operated(api) as operator:
             await start(api, "one")
             cached = operator.reconciler.cache.job(key("one"))
-            operator.reconciler.accept_post(key("one"), progress(1))
+            deliver(operator, "one", progress(1))
             await eventually(lambda: api.status("one").get("progress"))
             cached.written_at = 0.0  # long ago
-            operator.reconciler.accept_post(key("one"), progress(2))
+            deliver(operator, "one", progress(2))
             match moment:
                 case "a stage":
-                    operator.reconciler.accept_post(key("one"), progress(2, stages=[done]))
+                    deliver(operator, "one", progress(2, stages=[done]))
                     await eventually(lambda: "Succeeded" in str(api.status("one")["stages"]))
                 case "a failure":
                     api.change(f"{RAY_JOBS}/one-1", status={"jobStatus": "FAILED"})
                     await eventually(lambda: api.status("one")["attempts"][0].get("finishedAt"))
                 case "an outcome":
                     ended = progress(2, outcome=outcome("Failed", "BadRow"))
-                    operator.reconciler.accept_post(key("one"), ended)
+                    deliver(operator, "one", ended)
                     await eventually(lambda: api.status("one")["phase"] == "Failed")
                 case _:
                     spec = api.objects[f"{JOBS}/one"]["spec"]
