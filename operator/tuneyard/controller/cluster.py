@@ -184,8 +184,8 @@ class Cluster:
         return await self._call("POST", path, item, query, accept=_METADATA)
 
     async def ensure(self, item: Object) -> Object:
-        """Create an object that most often does not exist yet, else apply it: a server-side apply
-        that creates an object takes the API server twice as long."""
+        """Create an object that most often does not exist yet, else apply it: the API server does
+        more work for a server-side apply."""
         try:
             return await self.create(item)
         except ApiError as error:
@@ -359,7 +359,7 @@ def _seconds(text: str | None) -> float | None:
 
 def without_managed_fields(item: Object) -> Object:
     """Return the object without the record of who set which field: nothing here reads it, and it is
-    a third of a job's size."""
+    a large part of a job."""
     kept = {name: value for name, value in item["metadata"].items() if name != "managedFields"}
     return {**item, "metadata": kept}
 
