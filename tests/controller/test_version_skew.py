@@ -275,6 +275,22 @@ def test_the_driver_of_a_job_that_cannot_be_read_goes_on_and_its_outcome_is_stor
     assert cluster.status["phase"] == "Succeeded"
 
 
+def test_a_new_job_is_planned_without_unknown_fields_and_says_so(play: Play) -> None:
+    """After a rollback, the CRDs may set a default of the newer version in every job."""
+    job = newer(running_job())
+    job["status"] = {}
+    cluster = PlayedCluster(job)
+
+    async def act(operated: Operated) -> None:
+        await operated.until(lambda: cluster.rayjobs)
+
+    play(cluster, act)
+    planned = next(c for c in cluster.status["conditions"] if c["type"] == "Planned")
+    left_out = "without spec.training.ofANewerVersion, spec.ofANewerVersion, which this version"
+    assert planned["status"] == "True"
+    assert left_out in planned["message"]
+
+
 def test_a_job_that_waits_and_cannot_be_read_keeps_its_status(play: Play) -> None:
     """Closed as Failed for this generation, it would never run, even if it can be read again."""
     job = running_job()

@@ -55,6 +55,8 @@ class CachedJob:
     """When a reported create error may be tried again (monotonic)."""
     post: Post | None = None
     """The newest post of the job with this UID."""
+    unknown_fields: tuple[str, ...] = ()
+    """The spec fields that were left out when the job was last planned."""
     missing_since: float | None = None
     """Since when the current attempt's RayJob is missing (monotonic); None: it is not missing."""
     written_at: float = -math.inf
@@ -96,6 +98,7 @@ class CachedJob:
             warnings=self.warnings,
             create_error=self.create_error,
             post=self.post,
+            unknown_fields=self.unknown_fields,
             missing_seconds=0.0 if since is None else time.monotonic() - since,
         )
 

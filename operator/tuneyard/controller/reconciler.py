@@ -33,7 +33,7 @@ from tuneyard.controller.queue import Queue, Requeue
 from tuneyard.controller.settings import Settings
 from tuneyard.controller.write_budget import FIRST_SECONDS, Turns, WriteBudget, write_interval
 from tuneyard.errors import Fault, ManifestError, PlanError
-from tuneyard.manifests.manifest import KINDS, parse
+from tuneyard.manifests.manifest import KINDS, parse, unknown_fields
 from tuneyard.planning.plan import plan_job
 from tuneyard.rendering import names, rayjob
 from tuneyard.rendering.placement import awaited_jobs, placed
@@ -199,6 +199,8 @@ class Reconciler:
         attempt = job.status.attempts[-1] if job.status and job.status.attempts else None
         is_fixed = has_fixed_plan(job, cached.create_error)
         planned = _ALREADY_PLANNED if is_fixed else await self._planned(key, job)
+        if not is_fixed:
+            cached.unknown_fields = tuple(unknown_fields(cached.body or {}))
         if cached.waits_for_next_try and time.monotonic() >= cached.create_after:
             cached.create_error = None
         decision = observe(job, planned, cached.observed_state(attempt), self.clock())

@@ -178,7 +178,13 @@ class _Observer:
         stages = [StageStatus(name=s.name, kind=s.kind) for s in self.planned.stages]
         self._clear_rejection()
         self._set(plan_digest=digest, stages=stages)
-        self._condition("Planned", True, "Planned", f"{len(stages)} stages")
+        message = f"{len(stages)} stages"
+        if unknown := self.observed.unknown_fields:
+            message += (
+                f", without {', '.join(unknown)[:1024]}, which this version of the operator does "
+                "not know: upgrade the operator, or remove the fields"
+            )
+        self._condition("Planned", True, "Planned", message)
         return True
 
     def _clear_plan(self) -> None:

@@ -187,6 +187,9 @@ class ObservedState:
     """None: the API server refused nothing."""
     post: Post | None = None
     """The newest post of the current attempt."""
+    unknown_fields: tuple[str, ...] = ()
+    """The spec fields that this version does not know and plans without: after a rollback, the job
+    may be of a newer one."""
     missing_seconds: float = 0.0
     """For how long the current attempt's RayJob, which existed, has been missing."""
 
