@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -132,17 +131,12 @@ def _evict(world: World, job: Job, amount: float) -> None:
 # ---- faults of the output -----------------------------------------------------------------------
 
 
-def output_of(world: World, job: Job) -> Path:
-    """Return the folder of a job's output, in a folder of the job's own."""
-    return world.kubelet.volumes / "models" / job.name / "out"
-
-
 def _break_checkpoint(world: World, job: Job, amount: float) -> None:
     """Cut a file of the newest checkpoint short or remove it, then kill the worker."""
     with suppress(OSError, ValueError):
         newest = max(
             path
-            for path in output_of(world, job).glob("stages/*/checkpoints/step-*")
+            for path in world.kubelet.output_of(job).glob("stages/*/checkpoints/step-*")
             if not path.suffix
         )
         files = sorted(newest.iterdir())
@@ -157,7 +151,9 @@ def _break_checkpoint(world: World, job: Job, amount: float) -> None:
 def _fill_disk(world: World, job: Job, amount: float) -> None:
     """Fill the file system of the output until the job has failed; the user frees it again, reads
     the status and creates the job anew."""
-    ballast = output_of(world, job).parent / "ballast"  # no job takes a folder with foreign files
+    ballast = (
+        world.kubelet.output_of(job).parent / "ballast"
+    )  # no job takes a folder with foreign files
     try:
         with suppress(OSError), ballast.open("wb", buffering=0) as file:
             while True:

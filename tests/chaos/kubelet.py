@@ -40,6 +40,9 @@ class Played:
     ended: bool = False
     """Whether the RayJob's end is written or being written."""
     draining: threading.Thread | None = None
+    checkpoint: int | None = None
+    """The step of the newest complete checkpoint when the driver had ended, 0 if there was none.
+    None: unknown."""
 
     @property
     def workers(self) -> list[psutil.Process]:
@@ -191,6 +194,14 @@ class Kubelet:
         else:
             ending = {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED"}
             played.attempt.set(**ending, reason="AppFailed", message=tail)
+
+    def _newest_checkpoint(self, played: Played) -> int:
+        steps = self.output_of(played.attempt.job).glob("stages/*/checkpoints/step-????????")
+        return max((int(path.name.removeprefix("step-")) for path in steps), default=0)
+
+    def output_of(self, job: Job) -> Path:
+        """Return the folder of a job's output, in a folder of the job's own."""
+        return self.volumes / "models" / job.name / "out"
 
     def _delete(self, pod: Object) -> None:
         """End the attempt's processes as a kubelet does: preStop hook, SIGTERM, SIGKILL."""

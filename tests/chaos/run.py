@@ -82,7 +82,7 @@ class Ground:
         _until(lambda: job.phase in ENDED or kubelet.failures, PATIENCE_SECONDS)
         assert job.phase == "Succeeded", (job.status, kubelet.failures)
         (played,) = kubelet.of(job)
-        output = faults.output_of(self.world, job)
+        output = self.world.kubelet.output_of(job)
         self.reference = reference = invariants.reference_of(job.status, played, output)
         assert len(set(reference.rows)) == len(reference.rows) == STEPS * BATCH
         assert len(set(reference.steps)) == len(reference.steps) == STEPS
@@ -181,14 +181,15 @@ class Ground:
             verdict.broken += invariants.of_output(
                 status,
                 played,
-                faults.output_of(self.world, job),
+                self.world.kubelet.output_of(job),
                 self.reference,
                 redone_rows=(CHECKPOINT_STEPS + 1) * BATCH * (1 + unwritten),
+                batch=BATCH,
             )
         verdict.broken += [text for name, text in kubelet.overlaps if name == job.name]
         self._remove(job)
         if not verdict.broken:  # hundreds of outputs would fill the disk
-            shutil.rmtree(faults.output_of(self.world, job), ignore_errors=True)
+            shutil.rmtree(self.world.kubelet.output_of(job), ignore_errors=True)
 
     def _remove(self, job: Job) -> None:
         job.delete()

@@ -59,8 +59,22 @@ def test_a_lost_or_repeated_row_is_noticed(
     tmp_path: Path, reference: Reference, logs: Sequence[Sequence[int]], broken: str
 ) -> None:
     played = [attempt(tmp_path / str(i), rows) for i, rows in enumerate(logs)]
-    found = [*of_output(STATUS, played, output(tmp_path / "out"), reference, redone_rows=2)]
+    found = [
+        *of_output(STATUS, played, output(tmp_path / "out"), reference, redone_rows=2, batch=1)
+    ]
     assert found[:1] == ([broken] if broken else [])
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "is_broken"), [(None, True), (0, False), (1, False), (2, True)]
+)
+def test_more_rows_are_repeated_only_where_no_newer_checkpoint_was_complete(
+    tmp_path: Path, reference: Reference, checkpoint: int | None, is_broken: bool
+) -> None:
+    played = [attempt(tmp_path / "0", ROWS[:4]), attempt(tmp_path / "1", ROWS[1:])]
+    played[0].checkpoint = checkpoint
+    made = output(tmp_path / "out")
+    assert bool([*of_output(STATUS, played, made, reference, redone_rows=2, batch=1)]) is is_broken
 
 
 @pytest.mark.parametrize(
@@ -76,7 +90,7 @@ def test_other_weights_and_another_training_curve_are_noticed(
 ) -> None:
     played = [attempt(tmp_path / "0", ROWS)]
     made = output(tmp_path / "out", **change)
-    assert [*of_output(STATUS, played, made, reference, redone_rows=2)] == [broken]
+    assert [*of_output(STATUS, played, made, reference, redone_rows=2, batch=1)] == [broken]
 
 
 def ended(*reasons: str, **changes: Any) -> dict[str, Any]:

@@ -78,6 +78,8 @@ def _broken(
     status = node.play(platform, run)
     verdict.attempts = [attempt["reason"] for attempt in status["attempts"]]
     verdict.started = len(verdict.attempts)
+    if node.KINDS[run.fault].ends and verdict.started == 1:  # the attempt ended before the pod
+        verdict.missed, verdict.struck = verdict.struck, []
     yield from node.violations(status, _measured(platform, run.name), calm.result(), run)
     yield from node.remove(platform, run.name)
 
