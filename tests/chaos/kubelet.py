@@ -151,6 +151,11 @@ class Kubelet:
             if other.processes:
                 text = f"{name} began while {other.attempt.name} still ran"
                 self.overlaps.add((job.name, text))
+        if any(
+            self._is_foreign(pod, body["metadata"]["uid"]) for pod in (attempt.head, attempt.worker)
+        ):
+            del self._begun[body["metadata"]["uid"]]  # again in the next round
+            return
         attempt.start()
         for pod in (attempt.head, attempt.worker):
             attempt.hold(pod)
@@ -160,6 +165,11 @@ class Kubelet:
         uids = owner["uid"], body["metadata"]["uid"]
         self.played.append(Played(attempt, *uids, pod, driver))
         attempt.set(jobDeploymentStatus="Running", jobStatus="RUNNING")
+
+    def _is_foreign(self, pod: str, uid: str) -> bool:
+        """Return whether the pod exists and is one of a deleted RayJob of the same name."""
+        found = self.scene.api.find(f"/api/v1/namespaces/{self.scene.namespace}/pods/{pod}")
+        return found is not None and found["metadata"]["ownerReferences"][0]["uid"] != uid
 
     def _driver_of(
         self, attempt: Attempt, body: Object, pod: Pod
@@ -189,11 +199,12 @@ class Kubelet:
         code = played.pod.exit_code.read_text() if played.pod.exit_code.exists() else "137"
         log = played.pod.log  # a driver that was killed at once has none
         tail = log.read_text(errors="replace")[-4000:] if log.exists() else ""
+        ending = {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "reason": "AppFailed"}
         if code == "0":
-            played.attempt.set(jobDeploymentStatus="Complete", jobStatus="SUCCEEDED", message=tail)
-        else:
-            ending = {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED"}
-            played.attempt.set(**ending, reason="AppFailed", message=tail)
+            ending = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
+        # Refused with 409 if a new job of the same name has a RayJob of the same name by now.
+        patch = {"metadata": {"uid": played.uid}, "status": {**ending, "message": tail}}
+        self.scene.api.merge(f"{played.attempt.path}/status", patch)
 
     def _newest_checkpoint(self, played: Played) -> int:
         steps = self.output_of(played.attempt.job).glob("stages/*/checkpoints/step-????????")
