@@ -217,7 +217,8 @@ class Kubelet:
     def _delete(self, pod: Object) -> None:
         """End the attempt's processes as a kubelet does: preStop hook, SIGTERM, SIGKILL."""
         owner = pod["metadata"]["ownerReferences"][0]["uid"]
-        if owner in self._begun and not self._begun[owner].done():
+        begun = self._begun.get(owner)
+        if begun is not None and not begun.done():
             return
         played = next((each for each in self.played if each.uid == owner), None)
         if played is not None and played.processes:
