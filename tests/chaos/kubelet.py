@@ -202,9 +202,24 @@ class Kubelet:
         ending = {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "reason": "AppFailed"}
         if code == "0":
             ending = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
-        # Refused with 409 if a new job of the same name has a RayJob of the same name by now.
-        patch = {"metadata": {"uid": played.uid}, "status": {**ending, "message": tail}}
-        self.scene.api.merge(f"{played.attempt.path}/status", patch)
+        while not self._write_end(played, {**ending, "message": tail}):
+            pass
+
+    def _write_end(self, played: Played, status: Object) -> bool:
+        """Write the status of the attempt's RayJob; return False if the RayJob has just changed.
+        A new job of the same name may have a RayJob of the same name by now."""
+        found = self.scene.api.find(played.attempt.path)
+        if found is None or found["metadata"]["uid"] != played.uid:
+            return True
+        version = {"resourceVersion": found["metadata"]["resourceVersion"]}
+        try:
+            patch = {"metadata": version, "status": status}
+            self.scene.api.merge(f"{played.attempt.path}/status", patch)
+        except RefusedError as refused:
+            if refused.status != 409:
+                raise
+            return False
+        return True
 
     def _newest_checkpoint(self, played: Played) -> int:
         steps = self.output_of(played.attempt.job).glob("stages/*/checkpoints/step-????????")
