@@ -151,6 +151,11 @@ class Kubelet:
             if other.processes:
                 text = f"{name} began while {other.attempt.name} still ran"
                 self.overlaps.add((job.name, text))
+        if any(
+            self._is_foreign(pod, body["metadata"]["uid"]) for pod in (attempt.head, attempt.worker)
+        ):
+            del self._begun[body["metadata"]["uid"]]  # again in the next round
+            return
         attempt.start()
         for pod in (attempt.head, attempt.worker):
             attempt.hold(pod)
@@ -160,6 +165,11 @@ class Kubelet:
         uids = owner["uid"], body["metadata"]["uid"]
         self.played.append(Played(attempt, *uids, pod, driver))
         attempt.set(jobDeploymentStatus="Running", jobStatus="RUNNING")
+
+    def _is_foreign(self, pod: str, uid: str) -> bool:
+        """Return whether the pod exists and is one of a deleted RayJob of the same name."""
+        found = self.scene.api.find(f"/api/v1/namespaces/{self.scene.namespace}/pods/{pod}")
+        return found is not None and found["metadata"]["ownerReferences"][0]["uid"] != uid
 
     def _driver_of(
         self, attempt: Attempt, body: Object, pod: Pod
@@ -189,11 +199,27 @@ class Kubelet:
         code = played.pod.exit_code.read_text() if played.pod.exit_code.exists() else "137"
         log = played.pod.log  # a driver that was killed at once has none
         tail = log.read_text(errors="replace")[-4000:] if log.exists() else ""
+        ending = {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "reason": "AppFailed"}
         if code == "0":
-            played.attempt.set(jobDeploymentStatus="Complete", jobStatus="SUCCEEDED", message=tail)
-        else:
-            ending = {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED"}
-            played.attempt.set(**ending, reason="AppFailed", message=tail)
+            ending = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
+        while not self._write_end(played, {**ending, "message": tail}):
+            pass
+
+    def _write_end(self, played: Played, status: Object) -> bool:
+        """Write the status of the attempt's RayJob; return False if the RayJob has just changed.
+        A new job of the same name may have a RayJob of the same name by now."""
+        found = self.scene.api.find(played.attempt.path)
+        if found is None or found["metadata"]["uid"] != played.uid:
+            return True
+        version = {"resourceVersion": found["metadata"]["resourceVersion"]}
+        try:
+            patch = {"metadata": version, "status": status}
+            self.scene.api.merge(f"{played.attempt.path}/status", patch)
+        except RefusedError as refused:
+            if refused.status != 409:
+                raise
+            return False
+        return True
 
     def _newest_checkpoint(self, played: Played) -> int:
         steps = self.output_of(played.attempt.job).glob("stages/*/checkpoints/step-????????")
@@ -206,7 +232,8 @@ class Kubelet:
     def _delete(self, pod: Object) -> None:
         """End the attempt's processes as a kubelet does: preStop hook, SIGTERM, SIGKILL."""
         owner = pod["metadata"]["ownerReferences"][0]["uid"]
-        if owner in self._begun and not self._begun[owner].done():
+        begun = self._begun.get(owner)
+        if begun is not None and not begun.done():
             return
         played = next((each for each in self.played if each.uid == owner), None)
         if played is not None and played.processes:
