@@ -55,7 +55,7 @@ after its RayJob is removed."""
 def kind_of(verb: str, path: str, job: Job) -> str | None:
     """Return the kind of a write; None: it does not concern the job, or it is an event."""
     plural, _, rest = path.partition(f"/namespaces/{job.scene.namespace}/")[2].partition("/")
-    if plural == "events":
+    if plural in ("events", "secrets"):  # the Secret holds the operator's certificates
         return None
     if verb == "POST" and not rest:  # a creation, whose path has no name: one job runs at a time
         return f"post {plural}"

@@ -128,8 +128,8 @@ def test_pods_that_do_not_start_are_explained_at_once_and_fail_the_job_in_time(
         attempt.start()
         PROBLEMS[reason][0](attempt)
     for reason, job in jobs.items():
-        known = "Starting" if reason == "StartTimeout" else reason
-        job.until(lambda job, known=known: known in (job.why("Running").split()[-1], job.failure))
+        known = {reason, "Starting"} if reason == "StartTimeout" else {reason}
+        job.until(lambda job, known=known: known & {job.why("Running").split()[-1], job.failure})
     is_served(scene, "unimpressed")
     for reason, job in jobs.items():
         job.until_phase("Failed")

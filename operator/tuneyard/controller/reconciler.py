@@ -53,7 +53,15 @@ from tuneyard.status.observe import (
     is_finished,
     observe,
 )
-from tuneyard.status.observed import NOT_STORED, CreateError, Pod, is_erasing, is_lost, names_of
+from tuneyard.status.observed import (
+    NOT_STORED,
+    CreateError,
+    ObservedState,
+    Pod,
+    is_erasing,
+    is_lost,
+    names_of,
+)
 from tuneyard.status.patches import status_patch
 from tuneyard.status.times import moment_of, rfc3339
 
@@ -63,7 +71,7 @@ jobs, separate writes of the UID would be one in seven writes."""
 RECHECK_SECONDS = 600.0
 """An active job is reconciled this often, or twice as often, though no watch reports a change. Such
 a reconcile sends no request if nothing has changed."""
-WARNING_SECONDS, WARNING_READS_PER_SECOND = 10.0, 2.0
+WARNING_SECONDS, WARNING_READS_PER_SECOND = 3.0, 2.0
 """Least time between two reads of the warnings of one RayCluster, and most reads over all jobs."""
 CREATE_TRIES = 3
 """Failed tries to create an attempt's objects before the status reports an error that may pass."""
@@ -207,6 +215,8 @@ class Reconciler:
         if attempt is not None and _closes_without_success(attempt, decision.status):
             # Each kind has its own watch: the pods' watch may not have reported the reason yet.
             await self.read(key)
+            if cluster := _cluster_without_pods(cached.observed_state(attempt), attempt):
+                cached.warnings = tuple(await self.cluster.warnings(key.namespace, cluster))
             decision = observe(job, planned, cached.observed_state(attempt), self.clock())
         wait = self._write_wait(cached, job.status, decision.status)
         if wait > 0:
@@ -391,9 +401,10 @@ class Reconciler:
                 reduced_to=job.status.attempts[-1].workers if job.status else None,
             )
             # The attempts of a job share all objects but the RayJob.
-            await self.cluster.ensure(rendered.config_map)
+            store = self.cluster.ensure if number == 1 else self.cluster.apply
+            await store(rendered.config_map)
             if self.settings.job_network_policies:
-                await self.cluster.ensure(rendered.network_policy)
+                await store(rendered.network_policy)
             created = await self.cluster.create(rendered.ray_job)
         except PlanLostError as error:
             if isinstance(error, PlanMissingError) and not _has_begun(job):
@@ -433,16 +444,15 @@ class Reconciler:
         if attempt is None or attempt.running_at or attempt.finished_at:
             cached.warnings = ()
             return
-        state = cached.observed_state(attempt)
-        ray = state.ray_job(attempt.number)
-        if ray is None or not ray.cluster or ray.suspended or state.pods:
+        cluster = _cluster_without_pods(cached.observed_state(attempt), attempt)
+        if not cluster:
             return
         now = time.monotonic()
         if cached.warnings_due > now:
             self.queue.add_after(key, cached.warnings_due - now)
             return
         cached.warnings_due = self._warning_turns.take(now + WARNING_SECONDS)
-        warnings = tuple(await self.cluster.warnings(key.namespace, ray.cluster))
+        warnings = tuple(await self.cluster.warnings(key.namespace, cluster))
         if warnings != cached.warnings:
             cached.warnings = warnings
             self.queue.add(key)
@@ -639,6 +649,15 @@ def _output_left(uri: str, why: str) -> Event:
 
 
 # ---- changes of a status -------------------------------------------------------------------------
+
+
+def _cluster_without_pods(state: ObservedState, attempt: AttemptStatus) -> str:
+    """Return the RayCluster of an attempt that has not run, if it should have pods and has none;
+    "": otherwise."""
+    ray = state.ray_job(attempt.number)
+    if ray is None or ray.suspended or state.pods or attempt.running_at:
+        return ""
+    return ray.cluster
 
 
 def _closes_without_success(attempt: AttemptStatus, after: JobStatus) -> bool:
