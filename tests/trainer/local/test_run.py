@@ -184,7 +184,10 @@ def test_a_stage_that_rejects_its_data_prints_one_message_and_leaves_no_result(
     assert "onInvalidRow" in err
     assert "Traceback" not in err
     remaining = [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert set(remaining) <= {"owner.json", ".lock", "prepare.begun.json"}
+    assert set(remaining) <= {
+        *("owner.json", ".lock", ".claim.lock", "sources.json", "prepare.begun.json"),
+        *("driver.log", "worker-0.log"),
+    }
 
 
 @pytest.mark.parametrize(
