@@ -50,6 +50,14 @@ test-apiserver: $(VENV)/.dev ## The tests on a real API server, without nodes; n
 test-cluster: $(VENV)/.dev ## Run the tests on a real Kubernetes node with KubeRay; no test is skipped
 	TUNEYARD_REQUIRE_CLUSTER=1 $(BIN)/pytest -m cluster
 
+.PHONY: chaos
+chaos: LEVEL ?= apiserver
+chaos: RUNS ?= 20
+chaos: SEED ?= 11
+chaos: $(VENV)/.dev ## Play jobs under random faults: LEVEL=apiserver or cluster, RUNS=20, SEED=11
+	TUNEYARD_REQUIRE_CLUSTER=1 TUNEYARD_CHAOS_RUNS=$(RUNS) TUNEYARD_CHAOS_SEED=$(SEED) \
+	$(BIN)/pytest tests/chaos tests/cluster/test_chaos.py -m $(LEVEL)
+
 .PHONY: test-kind
 test-kind: $(VENV)/.dev ## Run the same tests on kind, which needs Docker
 	scripts/kind.sh test
@@ -59,6 +67,19 @@ test-kind: $(VENV)/.dev ## Run the same tests on kind, which needs Docker
 .PHONY: test-vllm
 test-vllm: .venv-vllm/.installed ## Run the tests of sampling with vLLM on CPU; installs 6 GB separately
 	.venv-vllm/bin/python -m pytest tests/trainer/generation/test_vllm.py
+
+# The inputs depend on SEED alone. A case that fails is kept in tests/fuzz/corpus.
+RUNS ?= 10000
+SEED ?= 1
+.PHONY: fuzz
+fuzz: $(VENV)/.dev ## Random manifests and posts: make fuzz RUNS=10000 SEED=1
+	PYTHONPATH=tests $(BIN)/python -m tests.fuzz manifests $(RUNS) $(SEED)
+	PYTHONPATH=tests $(BIN)/python -m tests.fuzz posts $(RUNS) $(SEED)
+
+.PHONY: fuzz-admission
+fuzz-admission: $(VENV)/.dev ## The same manifests for a real API server: make fuzz-admission RUNS=1000 SEED=1
+	TUNEYARD_REQUIRE_CLUSTER=1 TUNEYARD_FUZZ_RUNS=$(RUNS) TUNEYARD_FUZZ_SEED=$(SEED) \
+	  $(BIN)/pytest -m apiserver tests/fuzz
 
 .PHONY: lint
 lint: $(VENV)/.dev ## Check format, lint, types, layers and generated files

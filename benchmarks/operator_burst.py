@@ -297,7 +297,7 @@ async def warm_up(api: Api, observed: Observations, operator: Operator) -> None:
 async def delete_job(api: Api, observed: Observations, name: str) -> None:
     """Delete a job and wait until the job and its RayJob no longer exist.
 
-    The operator must run, because it removes its finalizer from the job.
+    An operator that puts a finalizer on the job must run.
     """
     await api.call("DELETE", f"{JOBS}/{name}")
     deadline = time.monotonic() + 120

@@ -99,15 +99,22 @@ class Api:
 
         Keys are a verb and a resource, for example "PATCH finetunejobs/status".
         """
-        async with self._session.get(f"{self._url}/metrics") as response:
-            text = await response.text()
         count: Counter[str] = Counter()
-        for labels, value in re.findall(r"^apiserver_request_total\{(.*)\} (\S+)$", text, re.M):
-            label = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+        for label, value in await self.request_counts():
             if label["verb"] in ("POST", "PUT", "PATCH", "APPLY", "DELETE"):
                 resource = "/".join(filter(None, (label["resource"], label["subresource"])))
-                count[f"{label['verb']} {resource}"] += int(float(value))
+                count[f"{label['verb']} {resource}"] += value
         return count
+
+    async def request_counts(self) -> list[tuple[dict[str, str], int]]:
+        """Return the labels and the value of each count of requests since the server started."""
+        async with self._session.get(f"{self._url}/metrics") as response:
+            text = await response.text()
+        found = re.findall(r"^apiserver_request_total\{(.*)\} (\S+)$", text, re.M)
+        return [
+            (dict(re.findall(r'(\w+)="([^"]*)"', labels)), int(float(value)))
+            for labels, value in found
+        ]
 
 
 @asynccontextmanager

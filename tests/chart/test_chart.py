@@ -73,6 +73,16 @@ def test_the_operator_is_granted_these_permissions_and_no_others(chart: Chart) -
     assert set(grants(one(objects, "Role"))) == rights.each_own()
 
 
+def test_without_policies_of_jobs_the_operator_neither_creates_nor_may_create_any(
+    chart: Chart,
+) -> None:
+    objects = chart.render({"networkPolicy": {"jobs": False}})
+    assert "--job-network-policies" not in _container(objects)["args"]
+    granted = grants(one(objects, "ClusterRole", f"{NAMESPACE}-tuneyard"))
+    assert not any(resource == "networkpolicies" for _, resource, _, _ in granted)
+    assert one(objects, "NetworkPolicy"), "the operator's own stays"
+
+
 def test_with_named_namespaces_it_has_no_permissions_on_jobs_elsewhere(chart: Chart) -> None:
     objects = chart.render(VARIANTS["namespaced"])
     everywhere = one(objects, "ClusterRole", f"{NAMESPACE}-tuneyard")
@@ -175,6 +185,7 @@ def test_the_operators_command_accepts_its_arguments(chart: Chart) -> None:
     assert given["image"] == f"tuneyard-trainer:{__version__}"
     assert given["progress_url"] == f"https://tuneyard.{NAMESPACE}.svc:8443"
     assert given["concurrency"] == 4
+    assert given["job_network_policies"] is True
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {"progress": given["progress_port"], "metrics": given["metrics_port"]}
     service = one(objects, "Service")["spec"]

@@ -199,6 +199,11 @@ class JobNamespace:
         patch = self._jobs.patch_namespaced_custom_object
         patch(*self._at("FineTuneJob"), name, body, _content_type="application/json-patch+json")
 
+    def remove_pod(self, name: str) -> None:
+        """Delete a pod together with its finalizers."""
+        self.core.patch_namespaced_pod(name, self.name, {"metadata": {"finalizers": None}})
+        self.core.delete_namespaced_pod(name, self.name, grace_period_seconds=0)
+
     def policy(self, name: str) -> Any:
         return self.get(name)["spec"]["runPolicy"]
 

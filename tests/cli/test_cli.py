@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 import types
 from pathlib import Path
 from typing import Any
@@ -265,7 +266,7 @@ def test_render_prints_objects_that_a_cluster_accepts(
 ) -> None:
     assert main.call(["render", SUPPORT_BOT, "--attempt", "3"]) == 0
     text = capsys.readouterr().out
-    config_map, ray_job = yaml.safe_load_all(text)
+    config_map, _, ray_job = yaml.safe_load_all(text)
     golden = (GOLDEN / "plans" / "support-bot.json").read_text(encoding="utf-8")
     assert json.loads(config_map["data"]["plan.json"]) == json.loads(golden)
     assert ray_job["metadata"]["name"] == "support-bot-3"
@@ -409,3 +410,21 @@ def test_a_closed_pipe_causes_no_traceback() -> None:
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert done.stdout == "{\n"
     assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_while_the_command_line_is_imported_ends_without_a_traceback() -> None:
+    path = Path(__file__).parents[2] / "pyproject.toml"
+    project = tomllib.loads(path.read_text(encoding="utf-8"))
+    module, _, function = project["project"]["scripts"]["tuneyard"].partition(":")
+    program = f"""
+import sys
+class CtrlC:
+    def find_spec(self, name, *_):
+        if name == "click":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, CtrlC())
+from {module} import {function}
+{function}()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (130, b"interrupted\n")

@@ -28,6 +28,7 @@ from tests.cli.cluster_jobs import (
     JobNamespace,
     Object,
 )
+from tuneyard.api.meta import FINALIZER
 from tuneyard.cli import cluster_commands, logs, main
 from tuneyard.cli.errors import UnreachableError
 from tuneyard.cli.jobs import JobView
@@ -305,6 +306,78 @@ def test_delete_with_wait_returns_once_the_operator_has_cleaned_up(
     code, out, err = call("delete", "one", "--wait")
     assert (code, out) == (0, "one is already being deleted\none was deleted\n")
     assert "check that the operator runs" in err
+    assert "`tuneyard delete --force one` does not wait" in err
+
+
+POD = {
+    "metadata": {
+        "name": "one-1-worker",
+        "labels": {
+            "tuneyard.io/kind": "FineTuneJob",
+            "tuneyard.io/job": "one",
+            "tuneyard.io/attempt": "1",
+            "ray.io/node-type": "worker",
+        },
+        "finalizers": ["tests.tuneyard.io/hold"],
+    },
+    "spec": {"schedulerName": "nobody", "containers": [{"name": "ray-worker", "image": "i"}]},
+}
+
+
+@apiserver_test
+def test_delete_with_wait_waits_for_the_pods_of_a_job_that_is_gone(
+    namespace: JobNamespace, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_commands, "STUCK_SECONDS", 0)
+    namespace.create("one", RUNNING)
+    namespace.core.create_namespaced_pod(namespace.name, POD)
+    between_polls(monkeypatch, lambda: namespace.remove_pod("one-1-worker"))
+    code, out, err = call("delete", "one", "--wait")
+    assert (code, out.splitlines()[-1]) == (0, "one was deleted")
+    assert "pods one-1-worker of one still exist: check whether a node was lost" in err
+
+
+@apiserver_test
+def test_delete_with_force_says_what_stays_behind_and_removes_the_job(
+    namespace: JobNamespace, call: Call
+) -> None:
+    held = [FINALIZER, "foregroundDeletion"]
+    erased = {"spec__output__deletionPolicy": "Delete", "metadata__finalizers": held}
+    namespace.create("one", RUNNING, **erased)
+    namespace.core.create_namespaced_pod(namespace.name, POD)
+    assert call("delete", "one")[0] == 0
+    code, out, err = call("delete", "one", "--force")
+    assert (code, "add --yes" in err) == (2, True)
+    assert namespace.get("one"), "nothing is deleted without a confirmation"
+    code, out, _ = call("delete", "one", "--force", "--yes")
+    assert (code, out.splitlines()) == (
+        0,
+        [
+            "one is deleted without waiting; this stays behind:",
+            "- the output at file://out is not erased: remove it by hand",
+            "- RayJob support-bot-2, until its pods are removed",
+            "- pods one-1-worker: Kubernetes removes them when their nodes respond or are deleted",
+            "one was deleted",
+        ],
+    )
+    assert call("status", "one")[0] == 2
+    namespace.remove_pod("one-1-worker")
+
+
+@apiserver_test
+def test_delete_with_force_keeps_the_finalizers_of_other_controllers(
+    namespace: JobNamespace, call: Call
+) -> None:
+    namespace.create("one", RUNNING, metadata__finalizers=[FINALIZER, "example.com/audit"])
+    code, _, err = call("delete", "one", "--force", "--yes")
+    assert (code, "example.com/audit" in err) == (2, True)
+    assert namespace.get("one")["metadata"]["finalizers"] == ["example.com/audit"]
+    namespace.remove_finalizers("one")
+
+
+def test_delete_with_force_does_not_wait(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.call(["delete", "one", "--force", "--wait"]) == 2
+    assert "--wait cannot be combined with --force" in capsys.readouterr().err
 
 
 # ---- logs ---------------------------------------------------------------------------------------
@@ -323,7 +396,7 @@ def test_delete_with_wait_returns_once_the_operator_has_cleaned_up(
     ],
     ids=["gone", "follow", "earlier", "never", "waiting", "planned"],
 )
-def test_without_pods_the_message_shows_the_outcomes_in_the_status(
+def test_without_a_log_the_message_shows_the_outcomes_in_the_status(
     status: Object, arguments: list[str], words: str, namespace: JobNamespace, call: Call
 ) -> None:
     namespace.create("one", status)

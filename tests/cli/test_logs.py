@@ -1,10 +1,13 @@
-"""`tuneyard logs`: attempts and lost connections, each line once; a real pod's log too."""
+"""`tuneyard logs`: attempts, lost connections and kept logs; a real pod's log too."""
 
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -19,8 +22,9 @@ if TYPE_CHECKING:
     from rig.plugin import Cluster
 
 
-def job(status: dict[str, Any]) -> JobView:
-    return jobs.read_job(KINDS["finetune"], item("FineTuneJob", "one", status))
+def job(status: dict[str, Any], output: str = "pvc://models/team/one") -> JobView:
+    changes = {"spec__output": {"uri": output}}
+    return jobs.read_job(KINDS["finetune"], item("FineTuneJob", "one", status, **changes))
 
 
 def pod(name: str, number: int = 1, role: str = "driver", *, running: bool = False) -> Pod:
@@ -35,9 +39,13 @@ class Snapshot:
     """The state of a cluster between two polls."""
 
     def __init__(
-        self, status: dict[str, Any], pods: Sequence[Pod], log: dict[str, Any] | None = None
+        self,
+        status: dict[str, Any],
+        pods: Sequence[Pod],
+        log: dict[str, Any] | None = None,
+        output: str = "pvc://models/team/one",
     ) -> None:
-        self.job, self.pods, self.log = job(status), list(pods), log or {}
+        self.job, self.pods, self.log = job(status, output), list(pods), log or {}
 
 
 class FakeCluster:
@@ -178,6 +186,107 @@ def test_an_error_while_reading_ends_following() -> None:
     shown, _, _ = reader(cluster)
     with pytest.raises(RemoteError, match="permission denied"):
         shown.follow(cluster.now.job)
+
+
+# ---- kept logs ----------------------------------------------------------------------------------
+
+ENDED = {**SUCCEEDED, "attempts": [attempt(1, 9, 8, reason="WorkerDied"), attempt(2, 7, 5)]}
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """An output with logs of two attempts, the second of which had eleven workers."""
+    for number, name, text in (
+        (1, "driver", "d1"),
+        (1, "worker-0", "w1"),
+        (2, "driver", "d2\nend"),
+        *((2, f"worker-{rank}", f"of {rank}") for rank in range(11)),
+    ):
+        file = tmp_path / f"out/logs/attempt-{number}/{name}.log"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n")
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("follow", [False, True])
+@pytest.mark.parametrize(
+    ("role", "number", "folder", "expected"),
+    [
+        ("driver", None, 2, ["d2", "end"]),
+        ("driver", 1, 1, ["d1"]),
+        ("worker", None, 2, [f"worker-{rank}: of {rank}" for rank in range(11)]),
+        ("worker", 1, 1, ["worker-0: w1"]),
+    ],
+)
+def test_after_the_pods_are_gone_the_log_comes_from_the_output(
+    output: Path, role: str, number: int | None, folder: int, expected: list[str], *, follow: bool
+) -> None:
+    cluster = FakeCluster(Snapshot(ENDED, [], output=f"file://{output}"))
+    shown, written, notes = reader(cluster, role, number)
+    if follow:
+        shown.follow(cluster.now.job)
+    else:
+        shown.show(cluster.now.job)
+    assert written == expected
+    assert notes == [f"from file://{output}/logs/attempt-{folder}"]
+
+
+def test_an_earlier_attempt_is_read_while_the_pods_of_the_newest_run(output: Path) -> None:
+    running = {**RUNNING, "attempts": [attempt(1, 9, 8, reason="WorkerDied"), attempt(2, 7)]}
+    pods = [pod("b", 2, running=True)]
+    cluster = FakeCluster(Snapshot(running, pods, {"b": lines(1, 1)}, f"file://{output}"))
+    for number, expected in ((1, ["d1"]), (2, ["line 1"])):
+        shown, written, _ = reader(cluster, number=number)
+        shown.show(cluster.now.job)
+        assert written == expected
+    shown, written, _ = reader(cluster)
+    shown.show_kept(cluster.now.job)
+    assert written == ["d2", "end"]
+
+
+def test_a_log_that_was_not_kept_names_the_attempts_with_logs_and_the_outcomes(
+    output: Path,
+) -> None:
+    status = {**ENDED, "attempts": [*ENDED["attempts"], attempt(3, 4, 3, reason="WorkerDied")]}
+    cluster = FakeCluster(Snapshot(status, [], output=f"file://{output}"))
+    with pytest.raises(RemoteError) as failure:
+        reader(cluster, number=3)[0].show(cluster.now.job)
+    assert "holds no log of the driver of attempt 3 of one" in failure.value.message
+    assert "choose --attempt 1 or 2" in failure.value.message
+    assert "attempt 3: WorkerDied" in failure.value.message
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [("nosuch://bucket/out", "Protocol not known"), ("file:///absent/out", "holds no log")],
+)
+def test_an_output_that_cannot_be_read_is_an_error_with_the_location(uri: str, words: str) -> None:
+    cluster = FakeCluster(Snapshot(ENDED, [], output=uri))
+    with pytest.raises(RemoteError) as failure:
+        reader(cluster)[0].show(cluster.now.job)
+    assert words in failure.value.message
+    assert f"{uri}/logs" in failure.value.message
+
+
+@pytest.mark.parametrize("role", ["driver", "worker"])
+def test_the_logs_in_a_volume_come_with_the_command_that_reads_them(
+    output: Path, role: str
+) -> None:
+    cluster = FakeCluster(Snapshot(ENDED, [], output="pvc://models/team/one"))
+    with pytest.raises(RemoteError) as failure:
+        reader(cluster, role)[0].show(cluster.now.job)
+    message = failure.value.message
+    assert "pvc://models/team/one/logs/attempt-2/" in message
+    words = shlex.split(next(line for line in message.splitlines() if line.startswith("kubectl")))
+    assert words[:5] == ["kubectl", "run", "one-logs", "-n", "team-a"]
+    overrides = words[-1].removeprefix("--overrides=")
+    spec = json.loads(overrides)["spec"]
+    assert spec["volumes"][0]["persistentVolumeClaim"] == {"claimName": "models", "readOnly": True}
+    (container,) = spec["containers"]
+    assert container["name"] == "one-logs"
+    script = container["command"][2].replace("/output/team/one", str(output))
+    printed = subprocess.run(["sh", "-c", script], check=True, capture_output=True, text=True)
+    assert ("d2\nend\n" if role == "driver" else "of 10\n") in printed.stdout
 
 
 # ---- a real pod ---------------------------------------------------------------------------------

@@ -28,6 +28,28 @@ def quickstart(name: str, *, steps: int, **more: Any) -> dict[str, Any]:
     return _job("FineTuneJob", name, {**spec, **more})
 
 
+def tiny(name: str, *, steps: int, checkpoint_steps: int) -> dict[str, Any]:
+    """Return a FineTuneJob on the tiny model; dropout makes each step depend on its seed."""
+    spec = {
+        "model": {"uri": "pvc://data/tiny"},
+        "data": {
+            "train": [{"uri": "pvc://data/train.jsonl"}],
+            "validation": {"data": [{"uri": "pvc://data/validation.jsonl"}]},
+        },
+        "adapter": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.1}},
+        "training": {
+            "maxSteps": steps,
+            "batchSize": 4,
+            "learningRate": 0.001,
+            "checkpointSteps": checkpoint_steps,
+            "evaluationSteps": 1000,
+        },
+        "evaluate": {"maxNewTokens": 4, "samples": 1},
+        "output": {"uri": f"pvc://models/{name}"},
+    }
+    return _job("FineTuneJob", name, spec)
+
+
 def pipeline(name: str) -> dict[str, Any]:
     """Return an AlignmentJob with SFT, a reward model and PPO: a few steps each on the tiny
     model."""

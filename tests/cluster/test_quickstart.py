@@ -25,12 +25,33 @@ ids = tokenizer("Hello", return_tensors="pt")
 print(json.dumps({"logits": list(base(**ids).logits.shape), "ids": ids["input_ids"].shape[1]}))
 """
 
+STRANGER = """
+import json, os, sys, urllib.error, urllib.request
+def code(path, body=None, token=None):
+    headers = {"Content-Type": "application/json"}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    data = json.dumps(body).encode() if body else None
+    url = f"http://HEAD:8265{path}"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=30) as got:
+            return got.status
+    except urllib.error.HTTPError as error:
+        return error.code
+print(code("/api/jobs/"), code("/api/jobs/", {"entrypoint": "id"}), code("/api/jobs/", token="x"))
+"""
+"""List and submit Ray jobs without a token, and list them with a wrong one."""
+
 
 def test_an_applied_manifest_becomes_a_tuned_model(platform: Platform) -> None:
     job = quickstart("whole", steps=60, output={"uri": "pvc://models/whole", "merge": True})
     platform.apply(job)
 
     shown = [_shown_beyond(platform, 0)]
+    (cluster,) = platform.items("rayclusters")
+    head = cluster["status"]["head"]["serviceName"]
+    codes = platform.run("stranger", STRANGER.replace("HEAD", head)).split()
+    assert codes == ["401", "401", "403"], "another pod of the namespace can submit nothing"
     while len(shown) < 3:
         shown.append(_shown_beyond(platform, _progress(shown[-1])))
     platform.wait("whole", "Succeeded")
@@ -48,7 +69,7 @@ def test_an_applied_manifest_becomes_a_tuned_model(platform: Platform) -> None:
     platform.until("its RayJob too", lambda: not platform.items("rayjobs"), 30)
     platform.until("the pods are removed", lambda: not platform.pods("whole"), 120)
     assert _event_reasons(platform, "whole") == [
-        *("Planned", "AttemptStarted", "Running"),
+        *("AttemptStarted", "Running"),
         *("StageSucceeded", "StageSucceeded", "StageSucceeded", "StageSucceeded"),
         "Succeeded",
     ]
@@ -82,7 +103,7 @@ def _progress(text: str) -> int:
 
 def _event_reasons(platform: Platform, job: str) -> list[str]:
     """Return the reasons of the job's events in order of time; within a second they are sorted."""
-    order = ["Planned", "AttemptStarted", "Running", "StageSucceeded", "Succeeded"]
+    order = ["AttemptStarted", "Running", "StageSucceeded", "Succeeded"]
     events = [
         (event["firstTimestamp"], event["reason"])
         for event in platform.items("events")

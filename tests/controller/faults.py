@@ -74,6 +74,18 @@ def anything(request: Request) -> bool:
     return True
 
 
+def creates(plural: str, name: str) -> Predicate:
+    """Match the creation of an object: a POST, or a server-side apply, whose path has its name."""
+    pattern = re.compile(f"/{plural}(/{name})?$")
+
+    def matches(request: Request) -> bool:
+        if request.verb not in ("POST", "PATCH") or not pattern.search(request.path):
+            return False
+        return bool(request.json()["metadata"]["name"] == name)
+
+    return matches
+
+
 def on(verb: str, path: str = "") -> Predicate:
     """Match requests with this verb whose path contains the pattern."""
     pattern = re.compile(path)
@@ -263,6 +275,15 @@ class FaultProxy:
                 return web.Response(body=old, content_type="application/json")
             case Delay() if verb != "WATCH":
                 await asyncio.sleep(fault.seconds)
+        try:
+            return await self._pass_on(incoming, request, fault, body)
+        except aiohttp.ClientError:  # the API server is down: its clients lose their connections
+            return _cut(incoming)
+
+    async def _pass_on(
+        self, incoming: web.BaseRequest, request: Request, fault: Fault | None, body: bytes
+    ) -> web.StreamResponse:
+        verb = request.verb
         async with self._upstream.send(incoming, body) as answer:
             if verb == "WATCH" and answer.status == 200:
                 lag = fault.seconds if isinstance(fault, Delay) else 0.0

@@ -11,6 +11,8 @@ NAMES = {
     "tuneyard_kubernetes_requests_total",
     "tuneyard_leader",
     "tuneyard_progress_posts_total",
+    "tuneyard_progress_write_wait_seconds",
+    "tuneyard_progress_writes_total",
     "tuneyard_reconcile_duration_seconds",
     "tuneyard_reconcile_errors_total",
     "tuneyard_stage_duration_seconds",

@@ -8,14 +8,15 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
 from prometheus_client.parser import text_string_to_metric_families
 from rig.ports import Reservation
 
-COMMAND = "from tuneyard.cli.main import main; main()"
+COMMAND = ("-c", "from tuneyard.cli.main import main; main()")
+"""Python's arguments that start the command line."""
 
 
 def wait_until(condition: Callable[[], object], timeout_seconds: float = 60) -> None:
@@ -29,9 +30,12 @@ class Operator:
     """One replica: a context manager that starts it and ends it.
 
     `options` are the command's, with `_` for `-`: `Operator(kubeconfig, tmp_path, lease="mine")`.
+    A flag has the value "". `command`: Python's arguments that start the command line.
     """
 
-    def __init__(self, kubeconfig: Path, folder: Path, **options: str) -> None:
+    def __init__(
+        self, kubeconfig: Path, folder: Path, command: Sequence[str] = COMMAND, **options: str
+    ) -> None:
         self._ports = Reservation()
         self.metrics_port = self._ports.take()
         options = {"identity": "one", "metrics_port": str(self.metrics_port), **options}
@@ -39,8 +43,9 @@ class Operator:
             argument
             for name, value in options.items()
             for argument in (f"--{name.replace('_', '-')}", value)
+            if argument
         ]
-        self._kubeconfig = kubeconfig
+        self._kubeconfig, self._command = kubeconfig, command
         self._log = folder / f"operator-{options['identity']}.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -66,14 +71,16 @@ class Operator:
         environment = {**os.environ, "KUBECONFIG": str(self._kubeconfig)}
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", COMMAND, "operator", *self._arguments],
+                [sys.executable, *self._command, "operator", *self._arguments],
                 env=environment,
                 stdout=log,
                 stderr=log,
             )
 
-    def wait_until_active(self) -> None:
-        wait_until(lambda: self.metric("tuneyard_leader") == 1.0 or not self.is_alive)
+    def wait_until_active(self, timeout_seconds: float = 60) -> None:
+        wait_until(
+            lambda: self.metric("tuneyard_leader") == 1.0 or not self.is_alive, timeout_seconds
+        )
         assert self.is_alive, self.log
 
     def kill(self) -> None:

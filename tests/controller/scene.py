@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ from rig.ports import Reservation
 
 from tests.chart.rendering import Chart
 from tests.controller.faults import FaultProxy, on
-from tests.controller.running import Operator
+from tests.controller.running import COMMAND, Operator
 from tuneyard.api.pods import CA_VARIABLE, OUTCOME_PREFIX, PROGRESS_URL_VARIABLE
 
 if TYPE_CHECKING:
@@ -256,11 +256,13 @@ def namespace(cluster: Cluster, chart: Chart, name: str, folder: Path) -> Iterat
 
 
 @contextmanager
-def operated(scene: Scene, folder: Path, **options: str) -> Iterator[OperatedScene]:
+def operated(
+    scene: Scene, folder: Path, command: Sequence[str] = COMMAND, **options: str
+) -> Iterator[OperatedScene]:
     """Run an operator behind a proxy in the scene; its log is in the folder."""
     with (
         FaultProxy(scene.kubeconfig, folder) as proxy,
-        operator_of(scene, proxy.kubeconfig, folder, **options) as operator,
+        operator_of(scene, proxy.kubeconfig, folder, command, **options) as operator,
     ):
         operator.wait_until_active()
         yield OperatedScene(
@@ -269,13 +271,20 @@ def operated(scene: Scene, folder: Path, **options: str) -> Iterator[OperatedSce
 
 
 @contextmanager
-def operator_of(scene: Scene, kubeconfig: Path, folder: Path, **options: str) -> Iterator[Operator]:
+def operator_of(
+    scene: Scene,
+    kubeconfig: Path,
+    folder: Path,
+    command: Sequence[str] = COMMAND,
+    **options: str,
+) -> Iterator[Operator]:
     """Start an operator that serves the namespace alone."""
     with Reservation() as ports:
         port = str(ports.take())
         place = {"namespaces": scene.namespace, "own_namespace": scene.namespace}
         progress = {"progress_port": port, "progress_url": f"https://127.0.0.1:{port}"}
-        with Operator(kubeconfig, folder, **{**place, **progress, **options}) as operator:
+        options = {**place, **progress, **options}
+        with Operator(kubeconfig, folder, command, **options) as operator:
             yield operator
 
 
@@ -391,6 +400,10 @@ class Job:
 
     def pods(self) -> list[str]:
         items = self._objects("api/v1", "pods", labelSelector=self._selector)
+        return sorted(item["metadata"]["name"] for item in items)
+
+    def config_maps(self) -> list[str]:
+        items = self._objects("api/v1", "configmaps", labelSelector=self._selector)
         return sorted(item["metadata"]["name"] for item in items)
 
     @property

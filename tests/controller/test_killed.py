@@ -34,22 +34,32 @@ class Step(NamedTuple):
 
 
 WRITES = {
-    "patch job": ["finalizer on", "finalizer off"],
     "patch status": ["attempt 1", "runs", "ended", "attempt 2", "runs", "succeeded"],
-    "patch configmaps": ["attempt 1", "attempt 2"],
-    "patch rayjobs": ["attempt 1", "attempt 2"],
+    "post configmaps": ["attempt 1"],
+    "patch configmaps": ["attempt 2"],
+    "post rayjobs": ["attempt 1", "attempt 2"],
     "delete rayjobs": ["attempt 1", "attempt 2"],
 }
-"""Every write, by its kind, with its purpose."""
+"""Every write of a job whose output stays, by its kind, with its purpose."""
 STEPS = [Step(kind, i + 1) for kind, purposes in WRITES.items() for i in range(len(purposes))]
-ERASURE = [Step("patch configmaps", 2), Step("patch jobs", 1), Step("patch job", 2)]
-"""The writes of a deletion with its output, after the RayJob is removed."""
+ERASURE = [
+    Step("patch job", 1),
+    Step("patch configmaps", 1),
+    Step("patch jobs", 1),
+    Step("patch job", 2),
+]
+"""The writes that only a job has whose output is erased: its finalizer, and those of its deletion
+after its RayJob is removed."""
 
 
 def kind_of(verb: str, path: str, job: Job) -> str | None:
     """Return the kind of a write; None: it does not concern the job, or it is an event."""
     plural, _, rest = path.partition(f"/namespaces/{job.scene.namespace}/")[2].partition("/")
-    if plural == "events" or not rest.startswith(job.name):
+    if plural in ("events", "secrets"):  # the Secret holds the operator's certificates
+        return None
+    if verb == "POST" and not rest:  # a creation, whose path has no name: one job runs at a time
+        return f"post {plural}"
+    if not rest.startswith(job.name):
         return None
     if path.startswith(job.path):
         return f"{verb.lower()} {'status' if rest.endswith('/status') else 'job'}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
@@ -12,10 +14,13 @@ from tests.controller.scene import (
     SUCCEEDED,
     Job,
     OperatedScene,
+    Scene,
     consistently,
     eventually,
+    operated,
     outcome,
 )
+from tuneyard.api.meta import FINALIZER
 
 pytestmark = pytest.mark.apiserver
 
@@ -54,12 +59,37 @@ def test_a_job_succeeds_and_its_status_and_events_show_each_step(
     is_left_alone(job)
     job.until(lambda job: "Succeeded" in job.event_reasons())
     assert job.event_reasons() == {
-        "Planned": 1,
         "AttemptStarted": 1,
         "Running": 1,
         "StageSucceeded": len(status["stages"]),
         "Succeeded": 1,
     }
+
+
+def test_a_job_gets_one_network_policy_which_its_attempts_share_and_which_is_deleted_with_it(
+    new_scene: Callable[[str], Scene], tmp_path: Path
+) -> None:
+    quiet = new_scene("policies")
+    path = f"/apis/networking.k8s.io/v1/namespaces/{quiet.namespace}/networkpolicies"
+    with operated(quiet, tmp_path, job_network_policies="") as scene:
+        job = scene.create("fenced", policy={"backoffSeconds": 0})
+        first = job.attempt(1)
+        (policy,) = scene.api.list(path)
+        first.run().end(RETRYABLE)
+        job.attempt(2)
+        (shared,) = scene.api.list(path)
+        assert shared["metadata"]["uid"] == policy["metadata"]["uid"], "it was not created again"
+        (owner,) = shared["metadata"]["ownerReferences"]
+        assert (owner["kind"], owner["name"]) == ("FineTuneJob", "fenced")
+        job.delete()
+        job.until_gone()
+        eventually(lambda: not scene.api.list(path))
+
+
+def test_an_operator_without_the_setting_writes_no_network_policy(scene: OperatedScene) -> None:
+    scene.create("open").attempt(1)
+    path = f"/apis/networking.k8s.io/v1/namespaces/{scene.namespace}/networkpolicies"
+    assert scene.api.list(path) == []
 
 
 def test_every_status_write_changes_something(scene: OperatedScene) -> None:
@@ -245,19 +275,58 @@ def test_a_job_that_takes_too_long_is_asked_to_stop_and_fails(scene: OperatedSce
 # ---- deletion -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("propagation", ["Background", "Foreground"])
-def test_deleting_a_job_deletes_its_cluster_first_and_keeps_its_output(
-    scene: OperatedScene, propagation: str
+def test_a_deleted_job_goes_at_once_and_its_objects_follow_but_not_its_output(
+    scene: OperatedScene,
 ) -> None:
-    job = scene.create(f"left-{propagation.lower()}")
+    job = scene.create("left")
     attempt = job.attempt(1).run()
     attempt.hold(attempt.worker)
-    job.delete(propagation)
+    job.delete()
+    job.until_gone()
+    job.until(lambda job: job.pods() == [attempt.worker])
+    job.until(lambda job: not job.ray_jobs())
+    attempt.let_go(attempt.worker)
+    job.until(lambda job: not job.pods() and not job.config_maps())
+    assert scene.proxy.requests(on("PATCH", f"/jobs/{job.name}-erase$")) == []
+
+
+def test_a_foreground_deletion_waits_for_the_pods_without_the_operator(
+    scene: OperatedScene,
+) -> None:
+    job = scene.create("watched")
+    attempt = job.attempt(1).run()
+    attempt.hold(attempt.worker)
+    scene.operator.kill()
+    job.delete("Foreground")
     job.until(lambda job: job.pods() == [attempt.worker])
     consistently(lambda: job.exists)
     attempt.let_go(attempt.worker)
     job.until_gone()
-    assert scene.proxy.requests(on("PATCH", f"/jobs/{job.name}-erase$")) == []
+
+
+def test_a_finished_job_can_be_deleted_without_the_operator(scene: OperatedScene) -> None:
+    """Otherwise nobody could delete a namespace once the operator is uninstalled."""
+    job = scene.create("orphan")
+    job.attempt(1).run().end(SUCCEEDED)
+    job.until_phase("Succeeded")
+    job.until(lambda job: not job.ray_jobs())
+    scene.operator.kill()
+    job.delete()
+    job.until_gone()
+
+
+def test_the_finalizer_of_an_earlier_release_is_removed_from_a_finished_job(
+    scene: OperatedScene,
+) -> None:
+    job = scene.create("upgraded")
+    job.attempt(1).run().end(SUCCEEDED)
+    job.until_phase("Succeeded")
+    job.until(lambda job: not job.ray_jobs())
+    scene.operator.kill()
+    scene.api.merge(job.path, {"metadata": {"finalizers": [FINALIZER]}})
+    scene.operator.start()
+    job.until(lambda job: "finalizers" not in job.body["metadata"])
+    is_left_alone(job)
 
 
 @pytest.mark.parametrize("propagation", ["Background", "Foreground"])
@@ -274,6 +343,7 @@ def test_deleting_a_job_erases_its_output_if_its_policy_says_so(
     path = f"/apis/batch/v1/namespaces/{scene.namespace}/jobs/{name}-erase"
     job.until(lambda job: job.pods() == [attempt.head])
     consistently(lambda: scene.api.find(path) is None)
+    assert job.why("Running") == "False Deleting"
     attempt.let_go(attempt.head)
     job.until(lambda _: scene.api.find(path))
     consistently(lambda: job.exists)
@@ -314,7 +384,7 @@ def test_a_job_created_again_with_a_deleted_jobs_name_starts_with_attempt_one(
     first.until_gone()
     second = scene.create("phoenix")
     attempt = second.attempt(1)
-    assert attempt.body["metadata"]["uid"] != old
+    second.until(lambda _: attempt.uid not in (None, old))
     attempt.run().end(SUCCEEDED)
     second.until_phase("Succeeded")
     assert second.reasons == ["Succeeded"]
@@ -395,7 +465,7 @@ def test_an_operator_that_is_killed_repeatedly_loses_nothing_and_repeats_nothing
     scene.restart()
     job.until(lambda job: not job.ray_jobs())
     is_left_alone(job)
-    assert max(job.event_reasons()[name] for name in ("Planned", "AttemptEnded", "Succeeded")) == 1
+    assert max(job.event_reasons()[name] for name in ("AttemptEnded", "Succeeded")) == 1
     assert max(job.event_reasons()[name] for name in ("AttemptStarted", "Running")) <= 2
 
 
@@ -410,5 +480,6 @@ def test_a_restarted_operator_handles_what_happened_while_it_was_down(scene: Ope
     scene.operator.start()
     running.until_phase("Succeeded")
     doomed.until_gone()
+    doomed.until(lambda job: not job.ray_jobs() and not job.pods())
     late.attempt(1)
     assert "ERROR" not in scene.operator.log

@@ -92,7 +92,6 @@ def operator(apiserver: Cluster, tmp_path_factory: pytest.TempPathFactory) -> It
     with Operator(apiserver.kubeconfig, folder, lease="metrics", namespaces=NAMESPACE) as operator:
         wait_until(lambda: operator.metric("tuneyard_jobs", kind="FineTuneJob") == 1.0)
         yield operator
-        # The operator must run to remove the finalizer.
         apiserver.kubectl("delete", "--namespace", NAMESPACE, "finetunejob", "--all")
 
 

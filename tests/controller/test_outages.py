@@ -20,7 +20,7 @@ from tests.controller.scene import SUCCEEDED, OperatedScene, eventually, outcome
 pytestmark = pytest.mark.apiserver
 
 RETRYABLE = outcome("Failed", "Flaky", retryable=True)
-PARTS = "/(finetunejobs|rayjobs|configmaps)/"
+PARTS = "/(finetunejobs|rayjobs|configmaps)(/|$)"
 
 
 def is_work(request: Request) -> bool:

@@ -6,10 +6,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
-from tests.controller.faults import Answer, on
+from tests.controller.faults import Answer, creates
 from tests.controller.scene import (
     SUCCEEDED,
     Attempt,
@@ -18,7 +20,9 @@ from tests.controller.scene import (
     RefusedError,
     consistently,
     eventually,
+    outcome,
 )
+from tests.controller.webhook import failing_webhook
 
 pytestmark = pytest.mark.apiserver
 
@@ -87,6 +91,34 @@ PROBLEMS = {
 }
 
 
+def test_an_elastic_job_goes_on_with_the_workers_that_have_a_node_and_grows_again(
+    scene: OperatedScene,
+) -> None:
+    compute = {"workers": 2, "minWorkers": 1}
+    policy = {"startDeadlineSeconds": 60, "maxAttempts": 2, "backoffSeconds": 0}
+    job = scene.create("elastic", policy=policy, compute=compute)
+    first = job.attempt(1)
+    first.start()  # one worker's pod exists, as if a quota refused the other
+    assert first.body["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == 2
+    scheduled = {"type": "PodScheduled", "status": "True", "lastTransitionTime": now()}
+    first.set_pod(first.worker, conditions=[scheduled])
+    job.until(lambda job: job.reasons == ["FewerWorkers", None])
+    second = job.attempt(2)
+    assert second.body["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == 1
+    second.run()
+    assert second.environment["TUNEYARD_WORKERS"] == "1"
+    assert [attempt["workers"] for attempt in job.attempts] == [1, 1]
+    second.driver().end(outcome("Failed", "DiskFull", retryable=True))
+    third = job.attempt(3)
+    assert third.body["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == 2
+    assert "TUNEYARD_WORKERS" not in third.environment
+    job.delete()
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 def test_pods_that_do_not_start_are_explained_at_once_and_fail_the_job_in_time(
     scene: OperatedScene,
 ) -> None:
@@ -96,8 +128,8 @@ def test_pods_that_do_not_start_are_explained_at_once_and_fail_the_job_in_time(
         attempt.start()
         PROBLEMS[reason][0](attempt)
     for reason, job in jobs.items():
-        known = "Starting" if reason == "StartTimeout" else reason
-        job.until(lambda job, known=known: known in (job.why("Running").split()[-1], job.failure))
+        known = {reason, "Starting"} if reason == "StartTimeout" else {reason}
+        job.until(lambda job, known=known: known & {job.why("Running").split()[-1], job.failure})
     is_served(scene, "unimpressed")
     for reason, job in jobs.items():
         job.until_phase("Failed")
@@ -141,8 +173,8 @@ def test_a_quota_that_forbids_rayjobs_is_reported_and_waited_for(scene: Operated
 def test_a_job_reports_missing_kuberay_and_continues_once_it_is_installed(
     scene: OperatedScene,
 ) -> None:
-    missing = on("PATCH", f"/namespaces/{scene.namespace}/rayjobs/early")
-    scene.proxy.add(Answer(404), missing, times=None)
+    for name in ("early-1", "early-too-1"):
+        scene.proxy.add(Answer(404), creates("rayjobs", name), times=None)
     early = scene.create("early")
     given_up = scene.create("early-too", policy=IMPATIENT)
     early.until(lambda job: job.why("Running") == "False KubeRayMissing")
@@ -154,6 +186,36 @@ def test_a_job_reports_missing_kuberay_and_continues_once_it_is_installed(
     early.attempt(1).run().end(SUCCEEDED)
     early.until_phase("Succeeded")
     assert len(early.attempts) == 1
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["answers 500", "answers nothing"])
+def test_a_failing_webhook_is_named_ends_the_job_in_time_and_is_waited_for(
+    scene: OperatedScene, tmp_path: Path, silent: bool
+) -> None:
+    name = f"unreviewed-{'silent' if silent else 'broken'}"
+    with failing_webhook(scene, name, tmp_path, silent=silent) as webhook:
+        # The API server needs a moment to call a new webhook.
+        job = scene.create(name)
+        job.until(lambda job: job.why("Running") == "False ClusterUnavailable")
+        assert f'failed calling webhook "{webhook}"' in str(job.status["conditions"])
+        assert "Ask the platform team" in str(job.status["conditions"])
+        is_served(scene, f"reviewed-{silent}".lower())
+        assert job.phase == "Pending"
+        job.set(startDeadlineSeconds=START_SECONDS)
+        job.until_phase("Failed")
+        assert job.failure == "ClusterUnavailable"
+        assert webhook in job.status["failure"]["message"]
+        assert job.ray_jobs() == []
+        job.delete()
+        job.until_gone()
+        job = scene.create(name)
+        job.until(lambda job: job.why("Running") == "False ClusterUnavailable")
+    job.attempt(1).run().end(SUCCEEDED)
+    job.until_phase("Succeeded")
+    assert (job.reasons, job.event_reasons()["ClusterUnavailable"]) == (
+        ["Succeeded"],
+        2,
+    )
 
 
 def test_a_fault_that_the_schema_cannot_refuse_fails_with_the_remedy_and_may_be_corrected(
@@ -178,7 +240,7 @@ def test_a_local_path_is_refused(scene: OperatedScene) -> None:
 
 
 def test_an_invalid_rayjob_fails_the_job(scene: OperatedScene) -> None:
-    scene.proxy.add(Answer(422), on("PATCH", "/rayjobs/invalid-1$"), times=None)
+    scene.proxy.add(Answer(422), creates("rayjobs", "invalid-1"), times=None)
     job = scene.create("invalid")
     job.until_phase("Failed")
     assert job.failure == "RayJobRefused"
@@ -274,7 +336,8 @@ def is_active(job: Job) -> bool:
 
 
 def test_a_removed_finalizer_is_added_again(scene: OperatedScene) -> None:
-    job = scene.create("unguarded")
+    output = {"uri": "pvc://models/unguarded", "deletionPolicy": "Delete"}
+    job = scene.create("unguarded", output=output)
     job.attempt(1).run()
     scene.api.merge(job.path, {"metadata": {"finalizers": None}})
     job.until(lambda job: job.body["metadata"].get("finalizers"))

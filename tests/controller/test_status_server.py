@@ -240,6 +240,20 @@ def test_a_closed_attempt_may_save_a_checkpoint_while_its_pod_exists(
     attempt.let_go(attempt.head)
 
 
+def test_a_driver_whose_job_was_deleted_is_asked_to_stop_in_order(scene: OperatedScene) -> None:
+    """It may save a checkpoint for a new job of this name until its pod is removed."""
+    job = scene.create("removed")
+    attempt = job.attempt(1).run()
+    attempt.hold(attempt.head)
+    driver = attempt.driver()
+    assert driver.post(8).body == {"stop": False}
+    job.delete()
+    job.until_gone()
+    assert driver.post(9).body == {"stop": True}
+    assert driver.end(INTERRUPTED, step=9).status == 200
+    attempt.let_go(attempt.head)
+
+
 def test_an_outcome_is_acknowledged_once_it_is_stored(scene: OperatedScene) -> None:
     """It is stored at once, even if progress was written a moment ago."""
     job = scene.create("stored")

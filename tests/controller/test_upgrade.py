@@ -5,70 +5,24 @@ Other CRDs take effect, the operator is killed and started again, and the driver
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.controller.newer import newer_crds, of_a_newer_version
 from tests.controller.scene import (
     CRDS,
     INTERRUPTED,
     SUCCEEDED,
     Attempt,
     Job,
-    Object,
     OperatedScene,
     consistently,
-    eventually,
 )
-from tests.status.test_patches import THROTTLED
 
 pytestmark = pytest.mark.apiserver
 
 RELEASE_CRDS = Path(__file__).parents[1] / "releases" / "0.2.0" / "crds"
-DEFINITION = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/finetunejobs.tuneyard.io"
-
-
-@contextmanager
-def newer_crds(scene: OperatedScene, takes_effect: Callable[[], bool]) -> Iterator[None]:
-    """While active, the CRD is a newer version's: it has one more field, with a default, in the
-    spec, and one more in the status; enums have one more value; a planned job may be changed."""
-    original = scene.api("GET", DEFINITION)
-    newer = copy.deepcopy(original)
-    schema = newer["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
-    schema.pop("x-kubernetes-validations")
-    spec = schema["properties"]["spec"]["properties"]
-    status = schema["properties"]["status"]["properties"]
-    for fields in (spec, spec["training"]["properties"]):
-        fields["ofANewerVersion"] = {"type": "integer", "default": 3}
-    for fields in (status, status["attempts"]["items"]["properties"]):
-        fields["ofANewerVersion"] = {"type": "string"}
-    spec["method"]["enum"].append("distill")
-    status["conditions"]["items"]["properties"]["type"]["enum"].append("Throttled")
-    scene.api("PUT", DEFINITION, newer)
-    try:
-        eventually(takes_effect)  # a changed schema takes effect after a moment
-        yield
-    finally:
-        version = scene.api("GET", DEFINITION)["metadata"]["resourceVersion"]
-        original["metadata"]["resourceVersion"] = version
-        scene.api("PUT", DEFINITION, original)
-        eventually(lambda: not takes_effect())
-
-
-def of_a_newer_version(job: Job) -> Object:
-    """Write what only a newer operator writes into the status; return the status."""
-    status = job.status
-    attempts = [attempt | {"ofANewerVersion": "node-7"} for attempt in status["attempts"]]
-    patch = {
-        "ofANewerVersion": "x",
-        "attempts": attempts,
-        "conditions": [*status["conditions"], THROTTLED],
-    }
-    job.scene.api.merge(f"{job.path}/status", {"status": patch})
-    return job.status
 
 
 def goes_on(job: Job, attempt: Attempt) -> None:

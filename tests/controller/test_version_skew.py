@@ -19,11 +19,11 @@ from rig.ports import Reservation
 
 from tests.status.test_patches import THROTTLED, merged
 from tests.tls import write_certificate
-from tuneyard.api.meta import GROUP
+from tuneyard.api.meta import FINALIZER, GROUP
 from tuneyard.api.plan import digest
 from tuneyard.api.progress import Post, PostResponse
 from tuneyard.controller import status_server
-from tuneyard.controller.cluster import FINALIZER, Cluster, Key
+from tuneyard.controller.cluster import Cluster, Key
 from tuneyard.controller.reconciler import Reconciler
 from tuneyard.controller.settings import Settings
 from tuneyard.controller.status_server import StatusServer
@@ -109,6 +109,13 @@ class PlayedCluster:
         kept = self.rayjobs if item["kind"] == "RayJob" else self.config_maps
         kept[metadata["name"]] = stored
         return stored
+
+    create = ensure = apply
+
+    async def remove_finalizer(self, job: Object, _: Key) -> Object:
+        metadata = {**self.stored["metadata"], "finalizers": []}
+        self.body = {**self.stored, "metadata": metadata}
+        return {**job, "metadata": metadata}
 
     async def delete_ray_job(self, _: str, name: str, *__: Any, **___: Any) -> bool:
         return self.rayjobs.pop(name, None) is not None
@@ -268,6 +275,22 @@ def test_the_driver_of_a_job_that_cannot_be_read_goes_on_and_its_outcome_is_stor
     assert cluster.status["phase"] == "Succeeded"
 
 
+def test_a_new_job_is_planned_without_unknown_fields_and_says_so(play: Play) -> None:
+    """After a rollback, the CRDs may set a default of the newer version in every job."""
+    job = newer(running_job())
+    job["status"] = {}
+    cluster = PlayedCluster(job)
+
+    async def act(operated: Operated) -> None:
+        await operated.until(lambda: cluster.rayjobs)
+
+    play(cluster, act)
+    planned = next(c for c in cluster.status["conditions"] if c["type"] == "Planned")
+    left_out = "without spec.training.ofANewerVersion, spec.ofANewerVersion, which this version"
+    assert planned["status"] == "True"
+    assert left_out in planned["message"]
+
+
 def test_a_job_that_waits_and_cannot_be_read_keeps_its_status(play: Play) -> None:
     """Closed as Failed for this generation, it would never run, even if it can be read again."""
     job = running_job()
@@ -296,7 +319,7 @@ def test_a_job_that_waits_and_cannot_be_read_keeps_its_status(play: Play) -> Non
     assert cluster.status["failure"]["reason"] == "Malformed"
 
 
-def test_an_attempt_is_superseded_by_a_newer_attempt_and_by_the_end_of_its_job(play: Play) -> None:
+def test_an_attempt_is_superseded_by_a_newer_attempt(play: Play) -> None:
     job = running_job()
     first = job["status"]["attempts"][0]
     ended = {"finishedAt": "2030-01-01T00:01:00Z", "reason": "WorkerDied", "message": "m"}
@@ -309,7 +332,31 @@ def test_an_attempt_is_superseded_by_a_newer_attempt_and_by_the_end_of_its_job(p
         assert (refused.status, refused.superseded) == (409, True)
 
     play(cluster, act)
+
+
+def test_the_attempt_of_a_deleted_job_is_asked_to_stop(play: Play) -> None:
+    """It may save a checkpoint: a new job of this name starts no attempt while its pods exist."""
+    cluster = PlayedCluster(running_job())
     cluster.body = None
+
+    async def act(operated: Operated) -> None:
+        assert (await operated.post(step=41)).stop is True
+
+    play(cluster, act)
+
+
+@pytest.mark.parametrize("report", [{"step": 41}, {"step": 100, "outcome": SUCCEEDED}])
+def test_the_attempt_of_a_job_that_waits_for_its_deletion_is_asked_to_stop_at_once(
+    play: Play, report: Object
+) -> None:
+    """No status write follows the post, which the response could wait for."""
+    cluster = PlayedCluster(running_job())
+    metadata = cluster.stored["metadata"]
+    metadata |= {"deletionTimestamp": "2030-01-01T00:00:00Z", "finalizers": ["foregroundDeletion"]}
+
+    async def act(operated: Operated) -> None:
+        assert (await operated.post(**report)).stop is True
+
     play(cluster, act)
 
 

@@ -77,7 +77,7 @@ LORA = job(
       train:
       - uri: file://train.jsonl
         format: alpaca
-        fields: {messages: m, system: s, prompt: p, completion: c, text: t}
+        fields: {messages: m, system: s, prompt: p, input: i, completion: c, text: t}
         weight: 2.0
         limit: 100
         tokenSecret: {name: hub, key: token}
@@ -134,6 +134,7 @@ LORA = job(
       cpusPerWorker: "8"
       memory: 64Gi
       sharedMemory: 8Gi
+      temporaryStorage: 500Gi
       gpuResource: nvidia.com/gpu
       nodeSelector: {accelerator: a100}
       tolerations:

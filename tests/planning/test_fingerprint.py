@@ -14,10 +14,17 @@ from tests.planning.jobs import changed, job, manifest
 from tuneyard.api.evaluation import Evaluate
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.meta import yaml_fields
-from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, TrainRuntime
+from tuneyard.api.plan import (
+    Plan,
+    PlannedStage,
+    SourceInput,
+    StageInput,
+    TrainRuntime,
+    digest,
+)
 from tuneyard.api.sources import FineTuneData
 from tuneyard.api.stage_settings import DpoSettings, Settings, StageKind
-from tuneyard.api.training import Training
+from tuneyard.api.training import EarlyStopping, Training
 from tuneyard.planning import fingerprint as module
 from tuneyard.planning.fingerprint import fingerprint
 from tuneyard.planning.plan import plan_job
@@ -106,6 +113,39 @@ def test_a_new_version_of_kto_keeps_the_records_of_the_other_losses(
     monkeypatch.setattr(module, "KTO_VERSION", module.STAGE_VERSIONS["dpo"])
     assert found("kto") != now[0], "a record of 0.2 does not match"
     assert found("sigmoid") == now[1]
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_stage_with_min_delta_has_another_version_than_in_0_2(kind: StageKind) -> None:
+    """Version 0.2 could keep another checkpoint than the one of the lowest held-out loss."""
+    if kind == "sft":
+        plan = planned()
+    else:
+        plan = Plan.model_validate_json((GOLDEN / "alignment" / "dpo.json").read_text())
+    stage = next(stage for stage in plan.stages if stage.kind == kind)
+    kinds = {each.name: each.kind for each in plan.stages}
+
+    def found(min_delta: float) -> tuple[str, str]:
+        """Return the fingerprint of this version and that of 0.2."""
+        stopping = EarlyStopping(min_delta=min_delta)
+        changes: dict[str, Any] = {"early_stopping": stopping}
+        if kind != "sft":
+            changes = {"training": stage.settings.training.model_copy(update=changes)}  # type: ignore[union-attr]
+        settings = stage.settings.model_copy(update=changes)
+        value = {
+            "settings": settings.model_dump(mode="json", by_alias=True, exclude_none=True),
+            "version": module.STAGE_VERSIONS[kind],
+            "inputs": {
+                role: kinds[source.stage] if isinstance(source, StageInput) else "source"
+                for role, source in stage.inputs.items()
+            },
+        }
+        return fingerprint(settings, stage.inputs, kinds), digest(value)
+
+    now, before = found(0.0)
+    assert now == before
+    now, before = found(0.1)
+    assert now != before
 
 
 def test_the_kinds_of_inputs_are_identity_and_a_stages_name_is_not() -> None:

@@ -13,10 +13,10 @@ from tests.golden.compare import assert_golden
 from tests.planning.jobs import job, manifest
 from tuneyard.api.compute import Compute
 from tuneyard.api.finetunejob import FineTuneJob
-from tuneyard.api.plan import Plan
+from tuneyard.api.plan import Plan, SourceInput
 from tuneyard.errors import Fault, PlanError
 from tuneyard.planning.plan import plan_job
-from tuneyard.rendering.names import plan_digest, ray_job_name
+from tuneyard.rendering.names import network_policy_name, plan_digest, ray_job_name
 from tuneyard.rendering.placement import awaited_jobs, placed
 from tuneyard.rendering.rayjob import Rendered, Reporting, render, render_erasure
 
@@ -114,7 +114,7 @@ def test_the_attempt_is_in_the_name_the_entrypoint_and_the_labels() -> None:
 def test_the_longest_name_and_attempt_fit_into_kuberay_s_47_characters() -> None:
     value = manifest("minimal")
     value["metadata"]["name"] = "a" * 40
-    result = rendered(FineTuneJob.model_validate(value), attempt=100)
+    result = rendered(FineTuneJob.model_validate(value), attempt=99_999)
     assert len(result.ray_job["metadata"]["name"]) <= 47
 
 
@@ -126,6 +126,32 @@ def test_ray_never_retries_and_its_cluster_is_removed() -> None:
     assert value["shutdownAfterJobFinishes"] is True
     assert "deletionStrategy" not in value, "excludes shutdownAfterJobFinishes"
     assert "runtimeEnvYAML" not in value, "code is in the image"
+
+
+def test_ray_answers_only_to_the_token_of_its_cluster() -> None:
+    """KubeRay creates the Secret of the token and gives it to the head, workers and submitter."""
+    cluster = spec(rendered(job()))["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    major, minor, _ = (int(part) for part in cluster["rayVersion"].split("."))
+    assert (major, minor) >= (2, 52), "KubeRay refuses token authentication with an older Ray"
+
+
+def test_only_pods_of_the_same_job_and_kuberay_s_dashboard_client_reach_the_pods() -> None:
+    result = rendered(job())
+    policy = result.network_policy["spec"]
+    same_job = {"matchLabels": {"tuneyard.io/kind": "FineTuneJob", "tuneyard.io/job": "minimal"}}
+    assert policy["podSelector"] == same_job
+    assert policy["policyTypes"] == ["Ingress"], "what pods may reach stays as it is"
+    pods, kuberay = policy["ingress"]
+    assert pods == {"from": [{"podSelector": same_job}]}, "of the same namespace"
+    assert kuberay["ports"] == [{"port": 8265, "protocol": "TCP"}], "the dashboard, no other port"
+    for labels in pod_labels(result):
+        assert labels.items() >= same_job["matchLabels"].items()
+
+
+def test_the_network_policies_of_a_finetunejob_and_an_alignmentjob_do_not_share_a_name() -> None:
+    names = [network_policy_name(kind, "x") for kind in ("FineTuneJob", "AlignmentJob")]
+    assert len(set(names)) == 2
 
 
 def test_objects_belong_to_the_job_once_it_has_a_uid() -> None:
@@ -141,7 +167,7 @@ def test_labels_are_copied_except_those_that_another_controller_would_act_on() -
     value = manifest("minimal")
     value["metadata"]["labels"] = {
         "team": "a",
-        "kueue.x-k8s.io/queue-name": "sneaky",
+        "kueue.x-k8s.io/pod-group-name": "sneaky",
         "app.kubernetes.io/instance": "argo-app",
         "tuneyard.io/job": "forged",
     }
@@ -149,7 +175,7 @@ def test_labels_are_copied_except_those_that_another_controller_would_act_on() -
     for labels in [result.ray_job["metadata"]["labels"], *pod_labels(result)]:
         assert labels["team"] == "a"
         assert labels["tuneyard.io/job"] == "minimal"
-        assert not {"kueue.x-k8s.io/queue-name", "app.kubernetes.io/instance"} & set(labels)
+        assert not {"kueue.x-k8s.io/pod-group-name", "app.kubernetes.io/instance"} & set(labels)
 
 
 def pod_labels(result: Rendered) -> list[dict[str, str]]:
@@ -162,6 +188,18 @@ def test_the_queue_is_named_on_the_rayjob_and_nowhere_else() -> None:
     assert labels["kueue.x-k8s.io/queue-name"] == "team-a"
     assert labels["kueue.x-k8s.io/priority-class"] == "high"
     assert not any("kueue" in key for labels in pod_labels(result) for key in labels)
+
+
+def test_kueue_s_labels_of_the_job_are_honored_unless_the_run_policy_names_others() -> None:
+    label = {"kueue.x-k8s.io/queue-name": "team-b", "kueue.x-k8s.io/priority-class": "low"}
+    for name, expected in (("minimal", ("team-b", "low")), ("support-bot", ("team-a", "high"))):
+        value = manifest(name)
+        value["metadata"]["labels"] = label
+        result = rendered(FineTuneJob.model_validate(value))
+        labels = result.ray_job["metadata"]["labels"]
+        assert tuple(labels[key] for key in label) == expected
+        assert not any("kueue" in key for labels in pod_labels(result) for key in labels)
+        assert not any("kueue" in key for key in result.config_map["metadata"]["labels"])
 
 
 def test_no_two_places_share_a_mutable_value() -> None:
@@ -195,6 +233,20 @@ def test_every_pod_satisfies_the_restricted_security_standard() -> None:
         assert "hostPath" not in json.dumps(pod)
 
 
+def test_no_pod_can_fill_the_disk_of_its_node() -> None:
+    def limit(pod: Any) -> str:
+        (tmp,) = [volume for volume in pod["volumes"] if volume["name"] == "tmp"]
+        size: str = tmp["emptyDir"]["sizeLimit"]
+        return size
+
+    result = rendered(job(compute={"temporaryStorage": "1Ti"}))
+    assert limit(worker(result)) == "1Ti"
+    assert limit(worker(rendered(job()))) == "200Gi"
+    for template in templates(result):
+        if template["spec"] != worker(result):
+            assert limit(template["spec"]) == "10Gi"
+
+
 def test_a_worker_that_waits_for_its_head_ends_at_once_on_sigterm() -> None:
     assert worker(rendered(job("support-bot")))["shareProcessNamespace"] is True
 
@@ -221,6 +273,14 @@ def test_workers_get_what_the_job_asks_for() -> None:
     assert worker(result)["priorityClassName"] == "batch"
     (shared,) = [v for v in worker(result)["volumes"] if v["name"] == "shared-memory"]
     assert shared["emptyDir"] == {"medium": "Memory", "sizeLimit": "8Gi"}
+
+
+def test_an_elastic_attempt_asks_for_the_workers_that_it_can_have() -> None:
+    result = rendered(job("support-bot"), reduced_to=3)
+    assert (group(result)["replicas"], group(result)["minReplicas"]) == (3, 2)
+    assert environment(head(result))["TUNEYARD_WORKERS"]["value"] == "3"
+    assert "TUNEYARD_WORKERS" not in environment(head(rendered(job("support-bot"))))
+    assert result.config_map == rendered(job("support-bot")).config_map, "the plan stays"
 
 
 def test_a_job_without_compute_gets_one_small_worker_without_gpus() -> None:
@@ -338,9 +398,13 @@ def test_every_local_path_is_refused_at_once_with_the_remedy() -> None:
 
 def test_another_job_s_model_is_read_from_that_job_s_output() -> None:
     given = plan_job(job(model__uri="job://earlier"))
-    assert awaited_jobs(given) == ["earlier"]
-    found = placed(given, profiles={}, models={"earlier": "pvc://models/earlier/result/model"})
-    assert awaited_jobs(found) == []
+    assert list(awaited_jobs(given)) == ["earlier"]
+    earlier = plan_job(job(output__uri="pvc://models/earlier", output__merge=True))
+    found = placed(given, profiles={}, jobs={"earlier": earlier})
+    assert not awaited_jobs(found)
+    model = found.stages[0].inputs["model"]
+    assert isinstance(model, SourceInput)
+    assert model.uri == "pvc://models/earlier/result/model"
     assert "job://" not in found.to_json().partition('"manifest"')[0]
 
 
@@ -374,6 +438,13 @@ def test_the_erasing_pod_mounts_the_output_alone() -> None:
     assert {path for path in mounts(pod) if "pvc" in path} == {"/mnt/pvc/models"}
     assert pod["automountServiceAccountToken"] is False
     assert "TUNEYARD_SECRET_HF_TOKEN" not in environment(pod)
+
+
+def test_an_erasure_ends_even_if_no_node_takes_its_pod() -> None:
+    given = job("support-bot")
+    spec = render_erasure(placed(plan_job(given), profiles={}), given)["spec"]
+    limits = ("activeDeadlineSeconds", "backoffLimit", "ttlSecondsAfterFinished")
+    assert [spec[name] for name in limits] == [1800, 3, 3600]
 
 
 def test_another_job_s_model_has_to_be_resolved_first() -> None:

@@ -91,6 +91,12 @@ TARGETS = {
         ),
         Target("kueue", "kueue", package="sigs.k8s.io/kueue/cmd/kueue", program="kueue"),
         Target("helm", "helm", package="helm.sh/helm/v4/cmd/helm", program="helm"),
+        Target(
+            "versitygw",
+            "versitygw",
+            package="github.com/versity/versitygw/cmd/versitygw",
+            program="versitygw",
+        ),
     )
 }
 

@@ -96,13 +96,23 @@ def write_folder_image(path: Path, name: str, root: Path, search_path: str) -> s
     return write(path, name, [marker, _hiding_layer(root)], config)
 
 
-def invisible_folder(root: Path) -> Path | None:
-    """Return a folder that tests need but pods would not see in an image of `root`, or None.
+def invisible_to_pods(root: Path, needed: Iterable[Path] = NEEDED) -> str | None:
+    """Return which folder tests need but pods would not see in an image of `root`, why, and what to
+    do. None: pods see them all.
 
-    An image shows one filesystem, without the mounts below `root`.
+    An image shows one filesystem, without the mounts below `root`, and pods mount an empty /tmp.
     """
-    inside = [path for path in NEEDED if path.is_relative_to(root)]
-    return next((path for path in inside if path.stat().st_dev != root.stat().st_dev), None)
+    for path in needed:
+        if not path.is_relative_to(root):
+            continue
+        if path.is_relative_to(root / "tmp"):
+            return (
+                f"{path} is below {root / 'tmp'}, where pods have a volume of their own and would "
+                "not find it: move the checkout and its .venv elsewhere, for example to your home"
+            )
+        if path.stat().st_dev != root.stat().st_dev:
+            return f"needs {path} on the filesystem of {root}, the only one that pods see"
+    return None
 
 
 def _hiding_layer(root: Path) -> Layer:

@@ -28,6 +28,7 @@ import pytest
 from rig import build, images, machine
 from rig.errors import RigError
 from rig.rig import KubeRay, Rig, bring_up, take_down, targets
+from rig.s3 import S3Server, s3_server
 from rig.state import Level
 
 IMAGE = "rig.local/machine:1"
@@ -89,7 +90,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if session.config.option.collectonly:
         return
     used = {name for item in session.items for name in getattr(item, "fixturenames", ())}
-    names = ["helm"] if "helm" in used and build.find_go() else []
+    programs = {"helm": "helm", "s3": "versitygw"}
+    names = [name for fixture, name in programs.items() if fixture in used and build.find_go()]
     if not os.environ.get("TUNEYARD_TEST_KUBECONFIG"):
         for fixture, (level, kuberay) in RIGS.items():
             kueue = level == "node"
@@ -118,9 +120,14 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def helm() -> Path:
     """The path of helm, which renders the chart and needs no cluster."""
-    if build.missing(["helm"]) and build.find_go() is None:
-        _skip_or_fail("needs Go 1.26 to build helm")
-    return build.ensure(["helm"])["helm"] / "helm"
+    return _built("helm")
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """An S3 server with one empty bucket; it evaluates conditional writes as AWS does."""
+    with s3_server(_built("versitygw"), tmp_path_factory.mktemp("s3")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
@@ -133,6 +140,15 @@ def promtool() -> Path:
 def prometheus() -> Path:
     """The path of the Prometheus server."""
     return _tool("prometheus")
+
+
+def _built(name: str) -> Path:
+    if build.missing([name]) and build.find_go() is None:
+        _skip_or_fail(f"needs Go 1.26 to build {name}")
+    try:
+        return build.ensure([name])[name] / name
+    except RigError as error:
+        _skip_or_fail(str(error))
 
 
 def _tool(name: str) -> Path:
@@ -160,8 +176,8 @@ def _cluster(level: Level, kuberay: KubeRay) -> Iterator[Cluster]:
 
 def _image_root() -> Path:
     root = Path(os.environ.get("TUNEYARD_TEST_IMAGE_ROOT", "/"))
-    if missing := images.invisible_folder(root):
-        _skip_or_fail(f"needs {missing} on the filesystem of {root}, the only one that pods see")
+    if reason := images.invisible_to_pods(root):
+        _skip_or_fail(reason)
     return root
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Never
 
@@ -14,6 +15,8 @@ from rig.errors import RigError
 from rig.state import State
 
 POLL_SECONDS = 0.1
+RESTART_SECONDS = 1.0
+"""The wait before a server that ended is started again."""
 
 
 def run(*command: str | Path) -> str:
@@ -39,26 +42,39 @@ def report(message: str) -> None:
     print(f"[{time.monotonic():.2f}] {message}", flush=True)
 
 
+@dataclass(frozen=True)
+class Server:
+    """A server and how to start it again."""
+
+    name: str
+    command: list[str]
+    env: Mapping[str, str]
+    process: subprocess.Popen[bytes]
+
+
 class Servers:
     """The servers of a rig. The kernel ends each of them with this process."""
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._started: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
+        self._started: dict[int, Server] = {}
 
     def start(self, name: str, *command: str | Path, env: Mapping[str, str] | None = None) -> None:
         """Start a server that logs to `NAME.log`; `env` adds to the environment."""
+        self._start(name, [str(part) for part in command], {**os.environ, **(env or {})})
+
+    def _start(self, name: str, command: list[str], env: Mapping[str, str]) -> None:
         with (self._state.logs / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                [str(part) for part in command],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd=self._state.root,
-                env={**os.environ, **(env or {})},
+                env=env,
                 preexec_fn=linux.end_with_parent,
             )
-        self._started[process.pid] = (name, process)
+        self._started[process.pid] = Server(name, command, env, process)
 
     def wait_for(self, condition: str, probe: Callable[[], object], timeout_seconds: float) -> None:
         """Poll until the probe returns a true value.
@@ -83,20 +99,23 @@ class Servers:
         )
 
     def reap_forever(self) -> Never:
-        """Reap ended children. As pid 1, this process also inherits the orphans of every pod."""
+        """Reap ended children and start a server that ended again, as systemd does.
+
+        As pid 1, this process also inherits the orphans of every pod.
+        """
         while True:
             try:
-                self._report_end(*os.wait())
+                pid, status = os.wait()
             except ChildProcessError:
-                time.sleep(1)
+                time.sleep(RESTART_SECONDS)
+                continue
+            if server := self._started.pop(pid, None):
+                code = os.waitstatus_to_exitcode(status)
+                report(f"{server.name} ended with exit code {code} and is started again")
+                time.sleep(RESTART_SECONDS)
+                self._start(server.name, server.command, server.env)
 
     def _raise_if_server_ended(self, condition: str) -> None:
-        for name, process in self._started.values():
-            if process.poll() is not None:
-                raise RigError(f"{name} ended while waiting for: {condition}")
-
-    def _report_end(self, pid: int, status: int) -> None:
-        if pid in self._started:
-            report(
-                f"{self._started[pid][0]} ended with exit code {os.waitstatus_to_exitcode(status)}"
-            )
+        for server in self._started.values():
+            if server.process.poll() is not None:
+                raise RigError(f"{server.name} ended while waiting for: {condition}")

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -62,10 +62,27 @@ class Rig:
         namespaces = ("--mount", "--net", "--pid", "--ipc", "--uts")
         return ["nsenter", "--target", str(supervisor.pid), *namespaces, "--", *command]
 
+    def server(self, name: str) -> int | None:
+        """Return the process id of a server, such as "etcd"; None: it does not run just now. A
+        server that is killed starts again after a second."""
+        supervisor = self.state.process("supervisor")
+        if supervisor is None or not supervisor.alive:
+            raise RigError(f"no rig runs in {self.state.root}")
+        children = Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children").read_text()
+        return next((pid for pid in map(int, children.split()) if _program(pid) == name), None)
+
     def environment(self) -> dict[str, str]:
         """Return this process's environment with kubectl on PATH and the rig as its cluster."""
         path = f"{self.programs}:{os.environ.get('PATH', SYSTEM_PATH)}"
         return {**os.environ, "PATH": path, "KUBECONFIG": str(self.kubeconfig)}
+
+
+def _program(pid: int) -> str:
+    """Return the name of the program that a process runs; "": it has ended."""
+    with suppress(OSError):
+        command, _, _ = Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")
+        return Path(command.decode()).name
+    return ""
 
 
 def targets(level: Level, kuberay: KubeRay, kueue: bool) -> list[str]:

@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,16 @@ def own_rig(apiserver: Cluster) -> Iterator[Rig]:
     take_down(rig.state.root)
 
 
+def test_a_checkout_below_tmp_is_named_at_once_with_a_remedy() -> None:
+    """Pods mount an empty /tmp: they failed after two silent minutes, for want of the program."""
+    below = Path("/tmp/checkout")
+    reason = images.invisible_to_pods(Path("/"), needed=[Path(sys.base_prefix), below])
+    assert reason is not None
+    assert reason.startswith("/tmp/checkout is below /tmp, where pods have a volume of their own")
+    assert "move the checkout" in reason
+    assert images.invisible_to_pods(Path("/"), needed=[Path("/usr")]) is None
+
+
 @pytest.mark.apiserver
 def test_the_api_server_is_ready_and_knows_its_version(apiserver: Cluster) -> None:
     assert apiserver.kubectl("get", "--raw", "/readyz").stdout == "ok"
@@ -162,6 +173,23 @@ def test_the_servers_end_when_the_keeper_is_killed_and_down_removes_the_files(ow
     wait_until(lambda: processes_of(root) == [])
     assert take_down(root)
     assert not root.exists()
+
+
+def _is_another(rig: Rig, name: str, first: int) -> bool:
+    """Return whether the server runs in another process."""
+    return rig.server(name) not in (None, first)
+
+
+@pytest.mark.apiserver
+def test_a_server_that_is_killed_starts_again_with_its_data(own_rig: Rig) -> None:
+    own = Cluster(own_rig.kubeconfig, own_rig.url, own_rig.programs / "kubectl")
+    own.kubectl("create", "namespace", "kept")
+    for name in ("kube-apiserver", "etcd"):
+        first = own_rig.server(name)
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        wait_until(partial(_is_another, own_rig, name, first))
+    wait_until(lambda: own.kubectl("get", "namespace", "kept", check=False).returncode == 0)
 
 
 @pytest.mark.apiserver

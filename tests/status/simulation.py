@@ -12,11 +12,14 @@ from tuneyard.api.meta import Condition
 from tuneyard.api.progress import Outcome, Post
 from tuneyard.api.status import AttemptStatus, Failure, JobStatus, Result
 from tuneyard.planning.plan import plan_job
+from tuneyard.rendering.names import queue as queue_of
 from tuneyard.status.events import Event, transition_events
 from tuneyard.status.observe import Decision, Planned, observe
 from tuneyard.status.observed import CreateError, ObservedState, Pod, PodProblem, RayJob, Workload
 
 UID = "job-uid"
+PLACED = "2030-01-01T00:00:00Z"
+"""When the scheduler gives a pod a node, unless a test says otherwise."""
 PLAN = plan_job(golden_job())
 """The plan of every job: the run policy is no part of a plan."""
 
@@ -44,12 +47,15 @@ def ray_job(attempt: int, **changes: Any) -> RayJob:
         cluster="",
         start_time=None,
         cluster_failure="",
+        workers=1,
+        min_workers=1,
+        queue=None,
     )
     return fresh._replace(**changes)
 
 
 def pod(attempt: int, role: str = "worker", *problems: PodProblem, **changes: Any) -> Pod:
-    fresh = Pod(f"minimal-{attempt}-{role}", attempt, role, "Running", False, problems)
+    fresh = Pod(f"minimal-{attempt}-{role}", attempt, role, "Running", False, problems, PLACED)
     return fresh._replace(**changes)
 
 
@@ -101,6 +107,10 @@ class Simulation:
     create_error: CreateError | None = None
     post: Post | None = None
     missing_since: datetime | None = None
+    workers: int = 1
+    min_workers: int = 1
+    default_queue: str | None = None
+    """The queue that Kueue sets on a RayJob without one."""
     hidden: bool = False
     """The controller's cache shows no RayJob."""
     is_deleted: bool = False
@@ -199,8 +209,14 @@ class Simulation:
         if self.create_error is None and f"minimal-{attempt}" not in self.ray_jobs:
             name = f"minimal-{attempt}"
             uid = f"ray-{attempt}-{len(self.created)}"
-            is_queued = self.job.spec.run_policy.queue is not None
-            self.ray_jobs[name] = ray_job(attempt, uid=uid, suspended=is_queued)
+            queue = queue_of(self.job) or self.default_queue
+            rendered = {
+                "suspended": queue is not None,
+                "queue": queue,
+                "workers": self.attempt.workers or self.workers,
+                "min_workers": self.min_workers,
+            }
+            self.ray_jobs[name] = ray_job(attempt, uid=uid, **rendered)
             self.created.append(name)
 
     # ---- the cluster ----------------------------------------------------------------------------

@@ -40,14 +40,22 @@ def test_a_job_from_the_manifest_to_the_model() -> None:
     sim.end(SUCCESS)
     sim.settle()
     assert [tuple(event) for event in sim.events] == [
-        ("Normal", "Planned", "3 stages"),
-        ("Normal", "AttemptStarted", "attempt 1: RayJob minimal-1"),
+        ("Normal", "AttemptStarted", "attempt 1: RayJob minimal-1, 3 stages"),
         ("Normal", "Running", "attempt 1 runs"),
         ("Normal", "StageSucceeded", "prepare is done: rows 500"),
         ("Normal", "StageSucceeded", "sft is done: validationLoss 1.23456"),
         ("Normal", "StageSucceeded", "export is done"),
         ("Normal", "Succeeded", "the result is at s3://models/minimal/result"),
     ]
+
+
+def test_a_plan_whose_first_attempt_waits_has_an_event_of_its_own() -> None:
+    sim = simulation(suspend=True)
+    sim.reconcile()
+    assert descriptions(sim) == ["Normal Planned", "Normal Suspended"]
+    sim.edit(suspend=False)
+    sim.reconcile()
+    assert descriptions(sim)[2:] == ["Normal Resumed", "Normal AttemptStarted"]
 
 
 def test_progress_alone_is_no_event() -> None:
@@ -67,7 +75,7 @@ def test_an_unchanged_status_has_no_events() -> None:
     assert transition_events(None, JobStatus()) == []
 
 
-def test_a_rejected_plan_is_one_warning_and_its_correction_is_planned() -> None:
+def test_a_rejected_plan_is_one_warning_and_its_correction_starts_the_first_attempt() -> None:
     sim = simulation()
     for text in ("no", "still no"):
         sim.planned = PlanError([Fault("spec.model.uri", text)])
@@ -79,7 +87,6 @@ def test_a_rejected_plan_is_one_warning_and_its_correction_is_planned() -> None:
     assert descriptions(sim) == [
         "Warning PlanRejected",
         "Warning PlanRejected",
-        "Normal Planned",
         "Normal AttemptStarted",
     ]
     assert "still no" in sim.events[1].message
@@ -103,7 +110,6 @@ def test_the_queue() -> None:
     sim.reconcile()
     sim.settle(3)
     assert descriptions(sim) == [
-        "Normal Planned",
         "Normal AttemptStarted",
         "Normal Queued",
         "Normal Admitted",
@@ -112,7 +118,7 @@ def test_the_queue() -> None:
         "Normal Queued",
         "Normal AttemptStarted",
     ]
-    assert sim.events[5].message.startswith("attempt 1: Preempted: the queue evicted the attempt")
+    assert sim.events[4].message.startswith("attempt 1: Preempted: the queue evicted the attempt")
 
 
 def test_why_an_attempt_does_not_start_is_one_warning_for_each_reason() -> None:
@@ -128,7 +134,7 @@ def test_why_an_attempt_does_not_start_is_one_warning_for_each_reason() -> None:
     ):
         sim.add_pods(pod(1, "worker", trouble, phase="Pending"))
         sim.reconcile()
-    assert descriptions(sim)[2:] == ["Warning Unschedulable", "Warning ImagePullFailed"]
+    assert descriptions(sim)[1:] == ["Warning Unschedulable", "Warning ImagePullFailed"]
 
 
 def test_failure_and_retry() -> None:
@@ -139,14 +145,14 @@ def test_failure_and_retry() -> None:
     sim.run()
     sim.end(failed("LossNotFinite", advice="Lower training.learningRate."))
     sim.settle()
-    assert descriptions(sim)[3:] == [
+    assert descriptions(sim)[2:] == [
         "Warning AttemptEnded",
         "Normal AttemptStarted",
         "Normal Running",
         "Warning AttemptEnded",
         "Warning Failed",
     ]
-    assert sim.events[3].message == "attempt 1: DiskFull: it was DiskFull"
+    assert sim.events[2].message == "attempt 1: DiskFull: it was DiskFull"
     assert sim.events[-1].message == (
         "LossNotFinite: it was LossNotFinite. Lower training.learningRate."
     )
@@ -161,7 +167,7 @@ def test_suspend_and_resume() -> None:
     sim.settle()
     sim.edit(suspend=False)
     sim.reconcile()
-    assert descriptions(sim)[3:] == [
+    assert descriptions(sim)[2:] == [
         "Normal Suspending",
         "Normal AttemptEnded",
         "Normal Suspended",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -27,14 +28,15 @@ from tuneyard.api.status import Result, StageStatus
 from tuneyard.errors import Fault, PlanError
 from tuneyard.rendering.names import plan_digest
 from tuneyard.status.observe import (
-    MAX_ATTEMPTS,
+    KEPT_ATTEMPTS,
     POD_REMOVAL_SECONDS,
     Decision,
     Waiting,
     is_finished,
     should_stop,
 )
-from tuneyard.status.observed import CreateError, PodProblem, Workload
+from tuneyard.status.observed import LOST_SECONDS, CreateError, PodProblem, Workload
+from tuneyard.status.times import rfc3339
 
 
 def simulation(**policy: Any) -> Simulation:
@@ -525,6 +527,189 @@ class TestProgress:
         assert sim.status.attempts[0].steps_lost is None
 
 
+class TestQueueOfTheJobsLabel:
+    def test_the_label_of_the_job_names_its_queue_unless_the_run_policy_does(self) -> None:
+        for policy, queue in (({}, "labeled"), ({"queue": "team-a"}, "team-a")):
+            sim = simulation(**policy)
+            labels = {"kueue.x-k8s.io/queue-name": "labeled"}
+            metadata = sim.job.metadata.model_copy(update={"labels": labels})
+            sim.job = sim.job.model_copy(update={"metadata": metadata})
+            sim.reconcile()
+            assert sim.phase == "Queued"
+            admitted = sim.condition("Admitted")
+            assert admitted
+            assert admitted.message == f"attempt 1 waits for queue {queue}"
+            sim.run()
+            admitted = sim.condition("Admitted")
+            assert admitted
+            assert (admitted.status, admitted.message) == ("True", f"admitted by queue {queue}")
+
+    def test_a_job_in_the_default_queue_of_its_namespace_waits_for_admission(self) -> None:
+        sim = simulation()
+        sim.default_queue = "default"
+        sim.reconcile()
+        sim.reconcile()
+        sim.workload = Workload(False, "insufficient quota")
+        sim.reconcile()
+        assert (sim.phase, sim.why("Admitted")) == ("Queued", "False Queued")
+        admitted = sim.condition("Admitted")
+        assert admitted
+        assert admitted.message == "insufficient quota"
+        unchanged(sim)
+        sim.run()
+        assert sim.why("Admitted") == "True Admitted"
+
+
+RUN_SECONDS = 7
+
+
+def preempted_often(**policy: Any) -> Simulation:
+    """Return a job with one failure and more preemptions than a status lists attempts."""
+    sim = simulation(backoffSeconds=0, **policy)
+    for number in range(KEPT_ATTEMPTS + 4):
+        sim.run()
+        sim.wait(RUN_SECONDS)
+        sim.end(failed("DiskFull", retryable=True) if number == 0 else INTERRUPTED)
+        sim.settle(4)
+    return sim
+
+
+# ---- elastic jobs -------------------------------------------------------------------------------
+
+
+PATIENCE = 300
+"""A sixth of the start deadline: how long an elastic attempt waits for workers without a node."""
+
+
+def elastic(placed: int, **policy: Any) -> Simulation:
+    """Return a job of 2 to 4 workers whose first attempt starts and has nodes for `placed`."""
+    sim = simulation(startDeadlineSeconds=6 * PATIENCE, **policy)
+    sim.workers, sim.min_workers = 4, 2
+    start_with(sim, placed)
+    return sim
+
+
+def start_with(sim: Simulation, placed: int) -> None:
+    """Proceed to an attempt that starts and has nodes for `placed` of its workers."""
+    sim.start()
+    sim.pods = {name: item for name, item in sim.pods.items() if item.role == "head"}
+    place(sim, *range(placed))
+    number = sim.attempt.number
+    full = PodProblem("Unschedulable", "0/3 nodes are available")
+    for index in range(placed, sim.attempt.workers or sim.workers):
+        name = f"minimal-{number}-worker-{index}"
+        sim.add_pods(pod(number, "worker", full, name=name, phase="Pending", placed_at=None))
+    sim.reconcile()
+
+
+def place(sim: Simulation, *indices: int) -> None:
+    """Give these workers of the newest attempt a node."""
+    number, at = sim.attempt.number, sim.now.strftime("%Y-%m-%dT%H:%M:%SZ")
+    for index in indices:
+        sim.add_pods(pod(number, name=f"minimal-{number}-worker-{index}", placed_at=at))
+
+
+class TestElastic:
+    def test_an_attempt_without_all_its_workers_gives_way_to_one_with_those_that_fit(self) -> None:
+        sim = elastic(placed=3)
+        sim.wait(PATIENCE - 1)
+        decision = sim.reconcile()
+        assert (sim.why(), decision.wake_after) == ("False Unschedulable", 1)
+        sim.wait(1)
+        sim.reconcile()
+        first = sim.attempt
+        assert (first.reason, first.workers) == ("FewerWorkers", 3)
+        assert first.message == (
+            "3 of 4 workers have a node, and no other got one for 300 s: "
+            "no node can take the worker pod: 0/3 nodes are available"
+        )
+        sim.settle()
+        assert sim.created == ["minimal-1", "minimal-2"], "without a back-off"
+        assert (sim.attempt.number, sim.attempt.workers) == (2, 3)
+        start_with(sim, placed=3)
+        sim.wait(2 * PATIENCE)
+        sim.ray(job_status="RUNNING", deployment_status="Running")
+        sim.reconcile()
+        assert sim.phase == "Running"
+
+    def test_a_quota_that_takes_workers_away_shrinks_the_job_too(self) -> None:
+        sim = elastic(placed=3)
+        sim.pods = {name: item for name, item in sim.pods.items() if item.placed_at}
+        sim.ray(cluster_failure="pods is forbidden: exceeded quota: team")
+        sim.wait(PATIENCE)
+        sim.reconcile()
+        assert (sim.attempt.reason, sim.attempt.workers) == ("FewerWorkers", 3)
+        assert "exceeded quota: team" in (sim.attempt.message or "")
+
+    def test_a_shrunk_job_grows_again_with_the_next_attempt(self) -> None:
+        sim = elastic(placed=2)
+        sim.wait(PATIENCE)
+        sim.settle()
+        start_with(sim, placed=2)
+        sim.ray(job_status="RUNNING", deployment_status="Running")
+        sim.reconcile()
+        sim.end(failed("WorkerDied", retryable=True))
+        sim.next_attempt()
+        assert (sim.attempt.number, sim.attempt.workers) == (3, None)
+
+    def test_a_shrunk_attempt_shrinks_again_but_never_below_min_workers(self) -> None:
+        sim = elastic(placed=3)
+        sim.wait(PATIENCE)
+        sim.settle()
+        start_with(sim, placed=2)
+        sim.wait(PATIENCE)
+        sim.settle()
+        assert [a.workers for a in sim.status.attempts] == [3, 2, 2]
+        start_with(sim, placed=1)
+        sim.wait(6 * PATIENCE)
+        sim.reconcile()
+        assert sim.phase == "Failed"
+        assert sim.status.failure
+        assert sim.status.failure.reason == "Unschedulable"
+
+    def test_an_attempt_for_fewer_workers_counts_toward_no_limit(self) -> None:
+        sim = elastic(placed=3, maxAttempts=1, deadlineSeconds=60)
+        sim.wait(PATIENCE)
+        sim.settle()
+        assert (sim.phase, sim.attempt.number) == ("Pending", 2)
+        start_with(sim, placed=3)
+        sim.ray(job_status="RUNNING", deployment_status="Running")
+        sim.reconcile()
+        sim.end(failed("DiskFull", retryable=True))
+        assert sim.phase == "Failed", "the failure counts"
+
+    def test_the_wait_begins_again_with_each_worker_that_gets_a_node(self) -> None:
+        """A cluster that adds nodes adds them one after another."""
+        sim = elastic(placed=1)
+        sim.wait(PATIENCE + 5)
+        sim.reconcile()
+        place(sim, 1)
+        assert sim.reconcile().wake_after == PATIENCE
+        place(sim, 2, 3)
+        sim.wait(PATIENCE)
+        sim.reconcile()
+        assert sim.attempt.finished_at is None, "all are placed: their images may take long"
+
+    def test_workers_that_end_or_are_removed_do_not_count(self) -> None:
+        for change in ({"deleting": True}, {"phase": "Failed"}):
+            sim = elastic(placed=3)
+            sim.add_pods(sim.pods["minimal-1-worker-0"]._replace(**change))
+            sim.wait(PATIENCE)
+            sim.reconcile()
+            assert sim.attempt.workers == 2
+
+    def test_a_job_that_needs_all_its_workers_never_shrinks(self) -> None:
+        sim = simulation(startDeadlineSeconds=6 * PATIENCE)
+        sim.workers = sim.min_workers = 4
+        start_with(sim, placed=3)
+        sim.wait(6 * PATIENCE - 1)
+        sim.reconcile()
+        assert sim.attempt.finished_at is None
+        sim.wait(1)
+        sim.reconcile()
+        assert sim.phase == "Failed"
+
+
 # ---- success ------------------------------------------------------------------------------------
 
 
@@ -647,6 +832,56 @@ class TestFailure:
         unchanged(sim)
         sim.pods.clear()
         assert sim.reconcile().start == 2
+
+    def test_the_message_names_the_node_and_the_time_since_when_a_pod_is_waited_for(self) -> None:
+        sim = running()
+        sim.end(failed("DiskFull", retryable=True))
+        sim.ray_jobs.clear()
+        sim.pods = {"w": pod(1, node="node-7", deletion_time=rfc3339(sim.now))}
+        sim.wait(POD_REMOVAL_SECONDS + 1)
+        sim.reconcile()
+        condition = sim.condition("Running")
+        assert condition
+        assert condition.message.startswith(
+            "waiting since 2030-01-01T00:00:00Z for minimal-1-worker on node node-7 of the last "
+            "attempt to be removed: check whether a node was lost"
+        )
+
+    def test_the_next_attempt_starts_although_the_pods_of_a_lost_node_stay(self) -> None:
+        sim = running()
+        sim.end(failed("DiskFull", retryable=True))
+        ends = rfc3339(sim.now + timedelta(seconds=GRACE_SECONDS))
+        sim.ray(deleting=True, deletion_time=rfc3339(sim.now))
+        sim.pods = {name: one._replace(deletion_time=ends) for name, one in sim.pods.items()}
+        sim.wait(GRACE_SECONDS + LOST_SECONDS)
+        assert sim.reconcile().start is None, "a kubelet may still end them"
+        sim.wait(1)
+        assert sim.reconcile().start == 2
+        sim.reconcile()
+        assert sim.created == ["minimal-1", "minimal-2"]
+        assert sim.why() == "False Starting"
+
+    def test_a_pod_that_nobody_deletes_is_waited_for_without_end(self) -> None:
+        sim = running()
+        sim.end(failed("DiskFull", retryable=True))
+        sim.ray_jobs.clear()
+        sim.wait(100 * LOST_SECONDS)
+        assert sim.reconcile().start is None
+        assert sim.why() == "False PodsLeft"
+
+    def test_the_first_attempt_waits_for_a_lost_rayjob_that_has_its_name(self) -> None:
+        sim = simulation()
+        since = rfc3339(sim.now)
+        sim.ray_jobs["minimal-1"] = ray_job(
+            1, owner="another-uid", deleting=True, deletion_time=since
+        )
+        sim.wait(10 * LOST_SECONDS)
+        assert sim.reconcile().start is None
+        condition = sim.condition("Running")
+        assert condition
+        assert f"since {since} for minimal-1 of a deleted job of this name" in condition.message
+        sim.ray_jobs.clear()
+        assert sim.reconcile().start == 1
 
     def test_the_back_off_doubles(self) -> None:
         sim = running(backoffSeconds=30, maxAttempts=4)
@@ -771,20 +1006,29 @@ class TestFailure:
         assert sim.attempt == closed
         assert should_stop(sim.job), "its driver shall end"
 
-    def test_the_number_of_uncounted_attempts_is_bounded(self) -> None:
-        sim = running()
-        attempts = [
-            sim.attempt.model_copy(
-                update={"number": n, "reason": "Preempted", "finished_at": "2030-01-01T00:00:00Z"}
-            )
-            for n in range(1, MAX_ATTEMPTS + 1)
-        ]
-        status = sim.status.model_copy(update={"attempts": attempts})
-        sim = Simulation(sim.job.model_copy(update={"status": status}))
-        sim.settle()
-        assert sim.why("Failed") == "True TooManyAttempts"
-        assert len(sim.status.attempts) == MAX_ATTEMPTS
-        assert sim.created == []
+    def test_a_job_that_is_preempted_again_and_again_goes_on_and_its_status_stays_small(
+        self,
+    ) -> None:
+        sim = preempted_often(maxAttempts=2)
+        assert sim.phase != "Failed"
+        numbers = [a.number for a in sim.status.attempts]
+        assert len(numbers) == KEPT_ATTEMPTS
+        assert numbers[0] == 1, "the attempt that counts is kept"
+        assert numbers[-1] == len(sim.created) == KEPT_ATTEMPTS + 5
+        sim.run()
+        sim.end(failed("DiskFull", retryable=True))
+        assert sim.phase == "Failed", "it is the second failure"
+
+    def test_the_run_time_of_attempts_that_are_not_listed_counts_toward_the_deadline(self) -> None:
+        sim = preempted_often()
+        sim.run()
+        total = sum(RUN_SECONDS for _ in sim.created[:-1])
+        sim.edit(deadline_seconds=total + 60)
+        sim.reconcile()
+        assert sim.phase == "Running"
+        sim.wait(60)
+        sim.reconcile()
+        assert sim.attempt.stopping_at, "the attempt is asked to stop"
 
     def test_a_status_with_the_longest_texts_stays_small(self) -> None:
         sim = running(maxAttempts=100)

@@ -209,7 +209,8 @@ def test_invariants_hold_on_random_walks(seed: int) -> None:
         "runPolicy__deadlineSeconds": rng.choice([None, 900]),
         "runPolicy__startDeadlineSeconds": rng.choice([60, 1800]),
     }
-    sim = Simulation(new_job(**{k: v for k, v in policy.items() if v is not None}))
+    job = new_job(**{k: v for k, v in policy.items() if v is not None})
+    sim = Simulation(job, workers=2, min_workers=1)
     weights = [weight for weight, _ in MOVES]
     for _ in range(120):
         ((_, move),) = rng.choices(MOVES, weights)
@@ -231,7 +232,7 @@ def _assert_events(sim: Simulation) -> None:
     assert counts["AttemptEnded"] == len(ended)
     assert counts["Succeeded"] == (sim.phase == "Succeeded")
     assert counts["Failed"] == (sim.phase == "Failed")
-    assert counts["Planned"] == 1
+    assert counts["Planned"] <= 1, "an attempt that begins at once names the plan in its own event"
     assert all(len(event.message.encode()) <= 1024 for event in sim.events)
 
 
@@ -254,7 +255,7 @@ def test_the_walks_reach_every_phase_and_reason() -> None:
     reasons: Counter[str] = Counter()
     for seed in range(40):
         rng = random.Random(seed)
-        sim = Simulation(new_job())
+        sim = Simulation(new_job(), workers=2, min_workers=1)
         for _ in range(120):
             ((_, move),) = rng.choices(MOVES, [weight for weight, _ in MOVES])
             move(sim, rng)
@@ -262,7 +263,7 @@ def test_the_walks_reach_every_phase_and_reason() -> None:
                 sim.reconcile()
         reasons.update(a.reason or "open" for a in sim.status.attempts)
     expected = {"Succeeded", "Suspended", "RayJobDeleted", "LossNotFinite", "Preempted"}
-    assert expected <= set(reasons)
+    assert {*expected, "FewerWorkers"} <= set(reasons)
 
 
 # ---- a killed controller ------------------------------------------------------------------------

@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 
+from tests.planning.jobs import job as golden_job
 from tests.status.simulation import INTERRUPTED, failed
 from tuneyard.api.progress import Outcome
+from tuneyard.planning.plan import plan_job
+from tuneyard.rendering.placement import placed
+from tuneyard.rendering.rayjob import render
 from tuneyard.status import observed, reasons
 from tuneyard.status.observed import CreateError, ObservedState, Pod, Workload
 from tuneyard.status.reasons import Cause
@@ -141,6 +145,22 @@ class TestReading:
         erase = observed.pod({"metadata": {"name": "eraser-erase-x", "labels": shared}})
         assert [pod("head").role, pod().role] == ["head", "worker"]
         assert [submitter.role, erase.role] == ["submitter", "erase"]
+
+    def test_when_a_pod_got_a_node(self) -> None:
+        waits = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}
+        scheduled = {"type": "PodScheduled", "status": "True", "lastTransitionTime": START}
+        assert pod(conditions=[waits]).placed_at is None
+        assert pod().placed_at is None, "no scheduler has seen it"
+        assert pod(conditions=[scheduled]).placed_at == START
+
+    def test_the_workers_of_a_ray_job_are_those_that_were_rendered(self) -> None:
+        job = golden_job("support-bot")
+        plan = placed(plan_job(job), profiles={})
+        for reduced_to, workers in ((None, (4, 2)), (3, (3, 2))):
+            item = render(plan, job, attempt=1, reduced_to=reduced_to).ray_job
+            item["metadata"]["uid"] = "u"
+            read = observed.ray_job(item)
+            assert (read.workers, read.min_workers) == workers
 
     def test_a_healthy_pod_has_no_problem(self) -> None:
         starting = pod(phase="Pending", **container(waiting={"reason": "ContainerCreating"}))

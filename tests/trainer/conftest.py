@@ -29,9 +29,8 @@ CORPUS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def tiny_tokenizer() -> Any:
-    """A byte-level BPE tokenizer of about 400 tokens with a ChatML template."""
+def tokenizer_of_bytes() -> Any:
+    """Return a byte-level BPE tokenizer of about 400 tokens with a ChatML template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -51,6 +50,12 @@ def tiny_tokenizer() -> Any:
     )
     fast.chat_template = CHATML
     return fast
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """The tokenizer of the tiny models."""
+    return tokenizer_of_bytes()
 
 
 def tiny_llama(vocabulary: int, **changes: Any) -> LlamaForCausalLM:

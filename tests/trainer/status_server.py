@@ -28,6 +28,8 @@ class Reply:
     """None: the operator's."""
     headers: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    pause: float = 0.0
+    """Seconds before each byte of the response."""
 
     @property
     def data(self) -> bytes:
@@ -78,6 +80,11 @@ def serving(folder: Path) -> Iterator[StatusServer]:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             reply = status.take(body, self.headers["Authorization"])
             time.sleep(reply.seconds)
+            if reply.pause:
+                for byte in b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}":
+                    time.sleep(reply.pause)
+                    self.wfile.write(bytes([byte]))
+                return
             self.send_response(reply.status)
             length = str(len(reply.data))
             for name, value in {**reply.headers, "Content-Length": length}.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,3 +24,29 @@ class StopAfter:
 
     def worker(self) -> Worker:
         return Worker(0, 1, torch.device("cpu"), report=self.report, stop=self)
+
+
+class StopAtCheck:
+    """Requests a stop from a numbered check on, whatever the stage does at that moment."""
+
+    def __init__(self, check: int) -> None:
+        self.check, self.checks = check, 0
+
+    def __call__(self) -> bool:
+        self.checks += 1
+        return self.checks >= self.check
+
+    def worker(self) -> Worker:
+        return Worker(0, 1, torch.device("cpu"), stop=self)
+
+
+NEVER = 1 << 60
+TIMES = {
+    *("tokensPerSecond", "trainingSeconds", "peakMemoryBytes"),
+    *("generationSeconds", "scoringSeconds"),
+}
+"""Metrics that differ between two runs of the same stage."""
+
+
+def without_times(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metrics.items() if name not in TIMES}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -47,7 +48,7 @@ def never_stop() -> bool:
     return False
 
 
-def persist_nothing(folder: Path) -> None:
+def persist_nothing(path: Path) -> None:
     """A `persist` for a work folder that is itself durable."""
 
 
@@ -63,8 +64,13 @@ class Worker:
     """True once an orderly end is requested: save a checkpoint at the next step and raise
     `Interrupted`."""
     persist: Callable[[Path], None] = persist_nothing
-    """Copies a folder inside the stage's work folder to durable storage."""
+    """Copies a file or a folder inside the stage's work folder to durable storage."""
+    owned: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Returns a context for changes of files that a newer attempt may use. It raises StageError
+    StaleAttempt if there is a newer attempt; on a file system, none can start before its end."""
     attempt: int = 1
+    stage: str = ""
+    """The name of the stage that runs."""
     identity: str = ""
     """The stage's identity, on rank 0. Files left in the work folder are reused only if they carry
     the same identity."""
@@ -75,6 +81,17 @@ class Worker:
     def is_main(self) -> bool:
         """Whether this process writes the results of all processes."""
         return self.rank == 0
+
+    @property
+    def alone(self) -> Worker:
+        """This worker as the only one, for a part that the other ranks do not take part in."""
+        return replace(self, rank=0, world_size=1)
+
+    def check_stop(self) -> None:
+        """Raise Interrupted if a stop is requested. Only for a part that no other rank waits for:
+        elsewhere the ranks must agree on the request first."""
+        if self.stop():
+            raise Interrupted(self.stage, 0)
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ class Compute(Model):
     workers: int | None = Field(default=None, ge=1, le=1024)
     """Number of data-parallel workers. None: the profile's, else 1."""
     min_workers: int | None = Field(default=None, ge=1, le=1024)
-    """Fewest workers to continue with when workers are lost (elastic training). None: all
-    `workers` are needed."""
+    """Fewest workers to continue with when workers are lost or cannot start (elastic training).
+    None: all `workers` are needed."""
     gpus_per_worker: int | None = Field(default=None, ge=0, le=16)
     """GPUs per worker. None: the profile's number, else 0 on a cluster, and an equal share of the
     machine's GPUs in `tuneyard run`."""
@@ -46,6 +46,10 @@ class Compute(Model):
     """Memory per worker. None: the profile's, else 16Gi."""
     shared_memory: Quantity | None = None
     """Size of /dev/shm, a part of `memory`. None: the profile's, else 2Gi."""
+    temporary_storage: Quantity | None = Field(default=None, exclude_if=lambda size: size is None)
+    """Limit on the size of /tmp, which holds downloads, and checkpoints on their way to an object
+    store. A worker that exceeds it is evicted. None: the profile's, else 200Gi."""
+    # Left out of a plan where it is None: plans of 0.2.0 keep their bytes, and so their digests.
     gpu_resource: str = Field(default="nvidia.com/gpu", max_length=317)
     """Name of the extended resource that represents a GPU."""
     node_selector: dict[str, Annotated[str, Field(max_length=63)]] = Field(
@@ -86,20 +90,25 @@ class RunPolicy(Model):
     stages is kept."""
     max_attempts: int = Field(default=3, ge=1, le=100)
     """Most attempts, the first one included, before a retryable failure becomes final. Attempts
-    that ended because the job was suspended or its pods were preempted do not count."""
+    that ended because the job was suspended, its pods were preempted or an elastic job continued
+    with fewer workers do not count."""
     backoff_seconds: int = Field(default=10, ge=0, le=3600)
     """Delay before the second attempt, in seconds. It doubles with each further attempt, up to an
     hour."""
     deadline_seconds: int | None = Field(default=None, ge=1)
     """Limit on the total run time of all attempts, in seconds. None: no limit."""
     start_deadline_seconds: int = Field(default=1800, ge=10, le=604800)
-    """How long the pods of an admitted attempt may take to start, in seconds."""
+    """How long the pods of an admitted attempt may take to start, in seconds. An elastic job with a
+    node for at least minWorkers continues with these once no other worker got a node for a sixth
+    of this time."""
     ttl_seconds_after_finished: int | None = Field(default=None, ge=0)
     """Delete the job this many seconds after it finished. None: never."""
     queue: ObjectName | None = None
-    """Name of the Kueue LocalQueue that admits the job. None: no queue."""
+    """Name of the Kueue LocalQueue that admits the job. None: the job's label
+    kueue.x-k8s.io/queue-name, else the namespace's default queue if Kueue has one."""
     workload_priority: ObjectName | None = None
-    """Name of the Kueue WorkloadPriorityClass. None: the queue's default."""
+    """Name of the Kueue WorkloadPriorityClass. None: the job's label
+    kueue.x-k8s.io/priority-class, else the queue's default."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(

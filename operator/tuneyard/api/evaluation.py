@@ -18,8 +18,9 @@ Metric = Literal[
 """The metrics of a fine-tuning that a gate can bound.
 
 - lossReduction: 1 - (held-out loss of the tuned model) / (held-out loss of the base model).
-- answerAccuracy: share of the held-out rows with an `expected` field whose sampled completion
-  contains the field's value; answerAccuracyGain: the difference from the base model.
+- answerAccuracy: share of the held-out rows with an `expected` field whose completion contains the
+  words of the field's value, or of one of its values; case, punctuation and the articles a, an and
+  the do not matter. answerAccuracyGain: the difference from the base model.
 """
 
 AlignmentMetric = Literal[

@@ -12,6 +12,8 @@ from pydantic.fields import FieldInfo
 GROUP: Final = "tuneyard.io"
 VERSION: Final = "v1alpha1"
 API_VERSION: Final = "tuneyard.io/v1alpha1"
+FINALIZER: Final = "tuneyard.io/cluster"
+"""Finalizer of a job whose output is erased with it: it keeps the deleted job until then."""
 
 
 def yaml_fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
@@ -135,7 +137,8 @@ class ObjectMeta(BaseModel):
     namespace: str | None = None
     """Namespace of the job. None: the namespace of the kubeconfig's context."""
     labels: dict[str, str] = {}
-    """Labels, copied to the objects that are created for the job."""
+    """Labels, copied to the objects that are created for the job. Labels of other controllers are
+    not copied, apart from Kueue's queue and priority class."""
     annotations: dict[str, str] = {}
     """Annotations; Tuneyard does not read them."""
     generation: int | None = None

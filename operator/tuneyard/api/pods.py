@@ -20,6 +20,9 @@ TOKEN_FILE_VARIABLE: Final = "TUNEYARD_TOKEN_FILE"  # noqa: S105  a name
 """Environment variable: the path of the bearer token for these posts."""
 CA_VARIABLE: Final = "TUNEYARD_CA"
 """Environment variable: the status server's certificate authority, in PEM."""
+WORKERS_VARIABLE: Final = "TUNEYARD_WORKERS"
+"""Environment variable: the number of workers of an elastic attempt that has fewer than
+`compute.workers`. Unset: all of them."""
 
 CLAIMS_FOLDER: Final = "/mnt/pvc"
 """A pod mounts each PersistentVolumeClaim at `CLAIMS_FOLDER/<claim>`."""
@@ -35,6 +38,23 @@ def stage_folder(stage: str) -> str:
     """Return the folder of a stage's files, relative to the output: `result` for the export stage,
     whose files users load."""
     return "result" if stage == "export" else f"stages/{stage}"
+
+
+LOGS_FOLDER: Final = "logs"
+"""The folder of the kept logs, relative to the output."""
+DRIVER_LOG: Final = "driver"
+WORKER_LOG: Final = "worker-"
+"""The name of the driver's log, and how the name of a worker's log begins: its rank follows."""
+
+
+def log_folder(attempt: int) -> str:
+    """Return the folder of an attempt's logs, relative to the output: `logs/attempt-3`."""
+    return f"{LOGS_FOLDER}/attempt-{attempt}"
+
+
+def log_file(attempt: int, name: str) -> str:
+    """Return the file of a log, relative to the output. `name`: `driver` or `worker-RANK`."""
+    return f"{log_folder(attempt)}/{name}.log"
 
 
 def model_uri(output: str) -> str:

@@ -100,6 +100,12 @@ class FieldMap(Model):
     prompt: str | None = Field(default=None, min_length=1, max_length=128)
     """Field of the prompt (`prompt`; `instruction` in alpaca, `inputs` in flan). None: the
     format's own name."""
+    # Left out of plans where it is None, so that a plan of 0.2.0 keeps its bytes and its digest.
+    input: str | None = Field(
+        default=None, min_length=1, max_length=128, exclude_if=lambda value: value is None
+    )
+    """Field of a text that follows the prompt after an empty line, such as Dolly's `context`. None:
+    `input` beside an `instruction`, and no text beside any other prompt."""
     completion: str | None = Field(default=None, min_length=1, max_length=128)
     """Field of the completion (`completion`; `output` in alpaca, `targets` in flan). None:
     the format's own name."""

@@ -59,6 +59,9 @@ class AttemptStatus(Report):
     """Name of the RayJob."""
     ray_job_uid: str | None = None
     """UID of the RayJob. None: not created yet."""
+    workers: int | None = Field(default=None, ge=1)
+    """Number of workers of an elastic attempt that had to do with fewer than compute.workers. If
+    its reason is FewerWorkers: how many could start. None: all of compute.workers."""
     started_at: str
     """Time at which the operator began the attempt (RFC 3339)."""
     running_at: str | None = None
@@ -123,7 +126,9 @@ class JobStatus(Report):
     progress: Progress | None = None
     """Progress of the running stage. None: no stage is running."""
     attempts: list[AttemptStatus] = Field(default=[], max_length=100)
-    """All attempts so far."""
+    """The attempts. From the 101st on, the oldest that counts toward no limit is dropped."""
+    dropped_seconds: float | None = Field(default=None, ge=0)
+    """Run time of the attempts that are not listed any more, in seconds. None: all are listed."""
     result: Result | None = None
     """Result of the job. None: the job has not succeeded."""
     failure: Failure | None = None

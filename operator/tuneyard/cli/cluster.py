@@ -21,7 +21,7 @@ from kubernetes.config import (
     load_kube_config,
 )
 
-from tuneyard.api.meta import GROUP, VERSION
+from tuneyard.api.meta import FINALIZER, GROUP, VERSION
 from tuneyard.cli import jobs
 from tuneyard.cli.errors import NotFoundError, RemoteError, UnreachableError
 from tuneyard.cli.jobs import KINDS, Event, JobView, Kind, Object, Pod
@@ -33,6 +33,8 @@ CONNECT_SECONDS, READ_SECONDS = 10, 60
 PAGE = 500
 """Objects of one list response, the same as kubectl's."""
 MERGE_PATCH = "application/merge-patch+json"
+FOREGROUND = "foregroundDeletion"
+"""Finalizer of Kubernetes' garbage collector, for `kubectl delete --cascade=foreground`."""
 
 
 def connect(kubeconfig: str | None, context: str | None, namespace: str | None) -> Cluster:
@@ -145,6 +147,19 @@ class Cluster:
         """Delete a job, but not a new job with its name."""
         path = f"{_jobs_path(job.kind, job.namespace)}/{quote(job.name, safe='')}"
         self._json("DELETE", path, body={"preconditions": {"uid": job.uid}})
+
+    def release(self, job: JobView) -> tuple[str, ...]:
+        """Remove the operator's and the garbage collector's finalizers from a job that is being
+        deleted; return the finalizers that are left."""
+        path = f"{_jobs_path(job.kind, job.namespace)}/{quote(job.name, safe='')}"
+        left = tuple(name for name in job.finalizers if name not in (FINALIZER, FOREGROUND))
+        # The list cannot have grown since it was read: a job that is being deleted gets no new one.
+        body = {"metadata": {"uid": job.uid, "finalizers": list(left)}}
+        try:
+            self._json("PATCH", path, body=body)
+        except NotFoundError:  # the operator was faster
+            return ()
+        return left
 
     def _get(self, kind: Kind, name: str, namespace: str | None = None) -> JobView | None:
         path = f"{_jobs_path(kind, namespace or self.namespace)}/{quote(name, safe='')}"

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -160,6 +160,11 @@ def _events(cluster: Cluster, job: JobView) -> list[Event]:
     "--attempt", type=click.IntRange(min=1), help="Attempt. Default: the newest one with pods."
 )
 @click.option("--worker", is_flag=True, help="Print the workers' logs instead of the driver's.")
+@click.option(
+    "--kept",
+    is_flag=True,
+    help="Print the log in the output, also while pods run. Default: only if there are none.",
+)
 @for_cluster
 def logs(
     name: str,
@@ -168,17 +173,22 @@ def logs(
     follow: bool,
     attempt: int | None,
     worker: bool,
+    kept: bool,
 ) -> int:
     """Print the log of a job's driver, or of its workers.
 
-    Pods are deleted about a minute after an attempt ends, and their logs with them. The status
-    keeps the reason why the attempt ended.
+    Pods are deleted about a minute after an attempt ends. Their logs stay in the job's output, in
+    logs/attempt-N, and are then read from there.
     """
+    if kept and follow:
+        raise click.UsageError("--kept cannot be combined with --follow: remove one of them")
     cluster = options.connect()
     job = cluster.find(name, kinds)
     role = "worker" if worker else "driver"
     reader = pod_logs.Reader(cluster, role, attempt, write=click.echo, note=_note)
-    if follow:
+    if kept:
+        reader.show_kept(job)
+    elif follow:
         reader.follow(job)
     else:
         reader.show(job)
@@ -279,12 +289,12 @@ def _require_open(job: JobView, action: str) -> None:
         raise RemoteError(f"{job.name} has ended with phase {job.phase} and cannot be {action}")
 
 
-def _confirm(question: str, *, yes: bool) -> None:
+def _confirm(question: str, *, action: str = "a cancellation", yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
         raise RemoteError(
-            "a cancellation cannot be undone, and there is no terminal to confirm it: add --yes"
+            f"{action} cannot be undone, and there is no terminal to confirm it: add --yes"
         )
     if not click.confirm(question, err=True):
         raise RemoteError("not confirmed: nothing was changed")
@@ -296,14 +306,32 @@ def _confirm(question: str, *, yes: bool) -> None:
 @click.command()
 @job_name
 @click.option("--wait", is_flag=True, help="Wait until the job and its pods are deleted.")
+@click.option("--force", is_flag=True, help="Wait neither for pods nor for the output's erasure.")
+@click.option("-y", "--yes", is_flag=True, help="With --force: do not ask for confirmation.")
 @for_cluster
-def delete(name: str, options: ClusterOptions, kinds: Sequence[Kind], wait: bool) -> int:
+def delete(
+    name: str,
+    options: ClusterOptions,
+    kinds: Sequence[Kind],
+    wait: bool,
+    force: bool,
+    yes: bool,
+) -> int:
     """Delete a job and its pods.
 
     The output is kept, unless the manifest's output.deletionPolicy is Delete.
+
+    --force is for a deletion that hangs, for example because a node is lost. It prints what stays
+    behind.
     """
+    if wait and force:
+        raise click.UsageError(
+            "--wait cannot be combined with --force, whose pods may stay for good: remove --wait"
+        )
     cluster = options.connect()
     job = cluster.find(name, kinds)
+    if force:
+        return _delete_now(cluster, job, yes=yes)
     if job.deleting:
         click.echo(f"{job.name} is already being deleted")
     else:
@@ -321,18 +349,63 @@ def delete(name: str, options: ClusterOptions, kinds: Sequence[Kind], wait: bool
     return 0
 
 
+def _delete_now(cluster: Cluster, job: JobView, *, yes: bool) -> int:
+    """Delete a job without its finalizers, after a message about what stays behind."""
+    click.echo(f"{job.name} is deleted without waiting; this stays behind:")
+    for line in _left_behind(job, [pod.name for pod in cluster.pods(job)]):
+        click.echo(f"- {line}")
+    _confirm(f"Delete {job.kind.name} {job.name} now?", action="this deletion", yes=yes)
+    if not job.deleting:
+        cluster.delete(job)
+    current = cluster.refresh(job)
+    left = cluster.release(current) if current else ()
+    if left:
+        raise RemoteError(
+            f"{job.name} is being deleted but still has finalizers of other controllers, "
+            f"{', '.join(left)}: ask the owners of these controllers"
+        )
+    click.echo(f"{job.name} was deleted")
+    return 0
+
+
+def _left_behind(job: JobView, pods: Sequence[str]) -> Iterator[str]:
+    """Yield what stays after a deletion that does not wait."""
+    if job.deletes_output and job.has_begun:
+        yield f"the output at {job.output_uri} is not erased: remove it by hand"
+    else:
+        yield f"the output at {job.output_uri}, if there is one: this job does not erase it"
+    attempts = job.raw_status.get("attempts") or []
+    if pods and attempts:
+        yield f"RayJob {attempts[-1]['rayJob']}, until its pods are removed"
+    if pods:
+        names = ", ".join(sorted(pods))
+        yield f"pods {names}: Kubernetes removes them when their nodes respond or are deleted"
+
+
 def _wait_until_deleted(cluster: Cluster, job: JobView) -> None:
+    own = {pod.uid for pod in cluster.pods(job)}  # a new job of this name has others
     deadline = time.monotonic() + STUCK_SECONDS
     while True:
         try:
-            if cluster.refresh(job) is None:
-                return
+            waits_for = _waits_for(cluster, job, own)
         except UnreachableError as error:
+            waits_for = ""
             _note(f"{error.message}; retrying")
-        if time.monotonic() > deadline:
-            _note(f"{job.name} waits for the operator's cleanup: check that the operator runs")
+        else:
+            if not waits_for:
+                return
+        if waits_for and time.monotonic() > deadline:
+            _note(f"{waits_for}; `tuneyard delete --force {job.name}` does not wait")
             deadline = float("inf")
         time.sleep(pod_logs.POLL_SECONDS / 4)
+
+
+def _waits_for(cluster: Cluster, job: JobView, own: Collection[str]) -> str:
+    """Return what the deletion of a job with these pods waits for; "": it is done."""
+    if cluster.refresh(job) is not None:
+        return f"{job.name} waits for the operator's cleanup: check that the operator runs"
+    pods = ", ".join(sorted(pod.name for pod in cluster.pods(job) if pod.uid in own))
+    return f"pods {pods} of {job.name} still exist: check whether a node was lost" if pods else ""
 
 
 # ---- the terminal -------------------------------------------------------------------------------

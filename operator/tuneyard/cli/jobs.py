@@ -48,6 +48,8 @@ class JobView:
     output_uri: str
     deletes_output: bool
     """Whether the output is deleted with the job."""
+    finalizers: tuple[str, ...]
+    """What the job waits for when it is deleted."""
     status: JobStatus | None
     """The status. None: another version of the operator wrote it, and this version cannot read
     it."""
@@ -77,6 +79,11 @@ class JobView:
     def was_canceled(self) -> bool:
         failure = self.status.failure if self.status else None
         return failure is not None and failure.reason == "Canceled"
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the job has had an attempt; only then it has an output."""
+        return bool(self.raw_status.get("attempts"))
 
     @property
     def has_open_attempt(self) -> bool:
@@ -113,6 +120,7 @@ def read_job(kind: Kind, item: Object) -> JobView:
         cancel=bool(policy.get("cancel")),
         output_uri=str(output.get("uri") or ""),
         deletes_output=output.get("deletionPolicy") == "Delete",
+        finalizers=tuple(metadata.get("finalizers") or ()),
         status=_status(status),
         raw_status=status,
     )

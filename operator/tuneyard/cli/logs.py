@@ -1,4 +1,7 @@
-"""Print the log of a job's driver or of its workers, once or until the job ends."""
+"""Print the log of a job's driver or of its workers, once or until the job ends.
+
+While the pods exist, the log comes from them; after that, from the job's output.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from queue import Empty, Queue
 from threading import Thread
 from typing import TYPE_CHECKING
 
-from tuneyard.cli import views
+from tuneyard.cli import kept_logs, views
 from tuneyard.cli.errors import NotFoundError, RemoteError, UnreachableError
 from tuneyard.cli.jobs import JobView, Pod, pods_of
 
@@ -45,7 +48,7 @@ class Reader:
         pods = self._pods(job)
         started = [pod for pod in pods if pod.started]
         if not started:
-            raise RemoteError(self._no_log(job, pods))
+            self._show_kept(job, pods)
         for pod in started:
             for _, line in self._lines(job, pod):
                 self._write(line)
@@ -74,7 +77,23 @@ class Reader:
                 job, pods = refreshed(self._cluster, job), self._pods(job)
         self._write_for(0.0)
         if not threads:
-            raise RemoteError(self._no_log(job, pods))
+            self._show_kept(job, pods)
+
+    def show_kept(self, job: JobView) -> None:
+        """Write the log in the job's output. Raises RemoteError."""
+        where, lines = kept_logs.read(job, self._role, self._attempt)
+        self._note(f"from {where}")
+        for line in lines:
+            self._write(line)
+
+    def _show_kept(self, job: JobView, pods: Sequence[Pod]) -> None:
+        """Write the kept log of an attempt whose pods are gone. Raises RemoteError."""
+        if reason := self._no_log(job, pods):
+            raise RemoteError(reason)
+        try:
+            self.show_kept(job)
+        except RemoteError as error:
+            raise RemoteError("\n".join([error.message, *self._outcomes(job)])) from error
 
     # ---- pods -----------------------------------------------------------------------------------
 
@@ -100,16 +119,19 @@ class Reader:
         return f"{state}: {views.plain(reason)}" if reason else state
 
     def _no_log(self, job: JobView, pods: Sequence[Pod]) -> str:
-        """Return why there is no log, with the outcomes of the attempts in the status."""
+        """Return why there can be no log; "": the attempt has ended, and its log may be kept."""
         attempts = job.status.attempts if job.status else []
         if self._attempt is not None and self._attempt > len(attempts):
             return f"{job.name} has no attempt {self._attempt}: the last one is {len(attempts)}"
         current = self._attempt is None or self._attempt == len(attempts)
         if not attempts or (current and attempts[-1].finished_at is None):
             return f"there is no log of {job.name}: {self._not_started(job, pods)}"
-        lines = [f"attempt {one.number}: {views.outcome(one)}" for one in attempts]
-        deleted = f"the pods of {job.name} were deleted with their logs; the status records:"
-        return "\n  ".join([deleted, *lines])
+        return ""
+
+    def _outcomes(self, job: JobView) -> list[str]:
+        attempts = job.status.attempts if job.status else []
+        lines = [f"  attempt {one.number}: {views.outcome(one)}" for one in attempts]
+        return [f"the status of {job.name} records:", *lines]
 
     # ---- reading --------------------------------------------------------------------------------
 

@@ -117,7 +117,7 @@ def show_plan(file: Path, as_json: bool) -> None:
     help="Number of the attempt of the RayJob.",
 )
 def render(file: Path, attempt: int) -> None:
-    """Print the ConfigMap and the RayJob of a job."""
+    """Print the ConfigMap, the NetworkPolicy and the RayJob of a job."""
     rendered = _each(_read(file), lambda job: _rendered(job, attempt))
     objects = [item for one in rendered for item in one]
     text = yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=4096)
@@ -178,7 +178,14 @@ def _setting(name: str, **options: Any) -> Callable[[_Command], _Command]:
 @_setting("identity", default=platform.node, help="Name of this replica. [default: the host's]")
 @_setting("lease", default="tuneyard-operator", help="Lease that the active replica holds.")
 @_setting("tls-secret", default="tuneyard-tls", help="Secret of the certificates.")
+@_setting("job-network-policies", is_flag=True, help="Create a NetworkPolicy for each job.")
 @_setting("concurrency", type=click.IntRange(1, 256), default=16, help="Jobs reconciled at a time.")
+@_setting(
+    "progress-writes",
+    type=click.IntRange(1, 1000),
+    default=20,
+    help="Writes of progress per second, over all jobs.",
+)
 def operator(namespaces: str, profiles: Path | None, **settings: Any) -> int:
     """Run the operator in this process."""
     with needs_extra("operator", "run the operator"):

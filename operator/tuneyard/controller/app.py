@@ -14,10 +14,12 @@ import kopf
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from tuneyard.controller import certificates, metrics, watch
+from tuneyard.controller import metrics, watch
+from tuneyard.controller.certificates import ServerCertificates
 from tuneyard.controller.cluster import Cluster, connect
 from tuneyard.controller.lease import Lease
 from tuneyard.controller.reconciler import Reconciler
+from tuneyard.controller.resync import Resync
 from tuneyard.controller.settings import Settings
 from tuneyard.controller.status_server import StatusServer
 
@@ -31,21 +33,19 @@ async def run(settings: Settings) -> int:
     stop, active = asyncio.Event(), asyncio.Event()
     _stop_on_signal(stop)
     try:
-        issued = None
+        served = None
         if settings.progress_url:
-            issued = await certificates.ensure(
+            served = ServerCertificates(
                 cluster, settings.own_namespace, settings.tls_secret, settings.progress_url
             )
-        reconciler = Reconciler(cluster, settings, ca=issued.ca if issued else "")
-        async with _web_server(settings.metrics_port):
-            server = StatusServer(cluster, reconciler, active.is_set)
-            if issued:
-                port = await server.start(settings.progress_port, issued.context())
-                log.info("the status server listens on port %d", port)
-            try:
-                return await _run_as_leader(cluster, settings, reconciler, stop, active)
-            finally:
-                await server.close()
+            await served.refresh()
+        reconciler = Reconciler(cluster, settings, ca=served.ca if served else "")
+        server = StatusServer(cluster, reconciler, active.is_set)
+        async with (
+            _web_server(settings.metrics_port),
+            _status_server(server, settings.progress_port, served, reconciler),
+        ):
+            return await _run_as_leader(cluster, settings, reconciler, stop, active)
     finally:
         await cluster.close()
 
@@ -64,12 +64,8 @@ async def _run_as_leader(
     if stop.is_set():
         await lease.release()
         return 0
-    active.set()
-    metrics.LEADER.set(1)
     log.info("%s is the active replica", settings.identity)
-    await _wait_for_first(lease.renew(), stop.wait(), _serve(settings, reconciler, stop))
-    active.clear()
-    metrics.LEADER.set(0)
+    await _wait_for_first(_hold(lease, active), stop.wait(), _serve(settings, reconciler, stop))
     if not stop.is_set():
         # Another replica may hold the Lease: exit at once; a restart recovers the state.
         log.error("the Lease is lost, or the watches have ended: the operator exits")
@@ -78,9 +74,22 @@ async def _run_as_leader(
     return 0
 
 
+async def _hold(lease: Lease, active: asyncio.Event) -> None:
+    """Be the active replica until the Lease is lost or the caller cancels."""
+    active.set()
+    metrics.LEADER.set(1)
+    try:
+        await lease.renew()
+    finally:
+        active.clear()
+        metrics.LEADER.set(0)
+
+
 async def _serve(settings: Settings, reconciler: Reconciler, stop: asyncio.Event) -> None:
-    """Run the reconciler and the watches until one of them ends: each needs the other."""
-    await _wait_for_first(reconciler.run(), _watch(settings, reconciler, stop))
+    """Run the reconciler, the watches and the resync until one of them ends: each needs the
+    others."""
+    resync = Resync(reconciler)
+    await _wait_for_first(reconciler.run(), resync.run(), _watch(settings, reconciler, stop))
 
 
 async def _watch(settings: Settings, reconciler: Reconciler, stop: asyncio.Event) -> None:
@@ -104,14 +113,35 @@ def _stop_on_signal(stop: asyncio.Event) -> None:
 
 
 async def _wait_for_first(*waits: Coroutine[Any, Any, object]) -> None:
-    """Wait until one coroutine ends and cancel the others. Raises the exception of the first."""
+    """Wait until one coroutine ends; cancel the others, and return when they have ended, even if
+    the caller is canceled: nothing may write after that. Raises the exception of the first."""
     tasks = [asyncio.ensure_future(item) for item in waits]
-    done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
     for task in done:
         task.result()
+
+
+@asynccontextmanager
+async def _status_server(
+    server: StatusServer, port: int, served: ServerCertificates | None, reconciler: Reconciler
+) -> AsyncIterator[None]:
+    """Listen for posts, with certificates that are renewed meanwhile. `served` None: no posts."""
+    if served is None:
+        yield
+        return
+    port = await server.start(port, served.context)
+    log.info("the status server listens on port %d", port)
+    following = asyncio.create_task(served.follow(reconciler.trust))
+    try:
+        yield
+    finally:
+        following.cancel()
+        await server.close()
 
 
 @asynccontextmanager

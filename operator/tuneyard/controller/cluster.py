@@ -7,7 +7,7 @@ No request is retried: the work queue retries whole decisions.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -17,7 +17,7 @@ import aiohttp
 from kubernetes.aio import config
 from kubernetes.aio.client import ApiClient, Configuration
 
-from tuneyard.api.meta import GROUP, VERSION
+from tuneyard.api.meta import FINALIZER, GROUP, VERSION
 from tuneyard.controller import metrics
 from tuneyard.errors import TuneyardError
 
@@ -25,13 +25,16 @@ Object = dict[str, Any]
 
 MANAGER = "tuneyard"
 """The operator's name as a field manager and as the source of events."""
-FINALIZER = f"{GROUP}/cluster"
-"""Keeps a deleted job until its cluster is removed."""
 REQUEST_SECONDS = 30.0
 
 _LEASES = "/apis/coordination.k8s.io/v1/namespaces/{}/leases"
 _MERGE = "application/merge-patch+json"
 _APPLY = "application/apply-patch+yaml"
+_METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+LIST_CHUNK = 500
+"""Objects per page of a list of metadata."""
+WATCHED_OBJECTS = {"rayjobs": "/apis/ray.io/v1", "pods": "/api/v1"}
+"""The API of each kind of object that belongs to a job and is watched, by its plural."""
 _METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 
 
@@ -110,7 +113,17 @@ class Cluster:
 
     async def job(self, key: Key) -> Object | None:
         """Return the job; None: it does not exist."""
-        return await self._find(key.path)
+        found = await self._find(key.path)
+        return found and without_managed_fields(found)
+
+    async def jobs(self, kind: str, namespace: str | None) -> set[Key]:
+        """Return all jobs of a kind in a namespace. None: in all namespaces."""
+        scope = f"/namespaces/{namespace}" if namespace else ""
+        path = f"/apis/{GROUP}/{VERSION}{scope}/{kind.lower()}s"
+        found = set[Key]()
+        async for item in self._each_listed(path, {}):
+            found.add(Key(kind, item["metadata"]["namespace"], item["metadata"]["name"]))
+        return found
 
     async def add_finalizer(self, job: Object, key: Key) -> Object:
         """Add the operator's finalizer; return the job with it."""
@@ -136,18 +149,49 @@ class Cluster:
         """Patch the job; return it with the metadata in the response. A response with the whole job
         would be ten times as long."""
         response = await self._call("PATCH", path, patch, type_=_MERGE, accept=_METADATA)
-        return {**job, "metadata": response["metadata"]}
+        return {**job, **without_managed_fields({"metadata": response["metadata"]})}
 
     async def delete_job(self, job: Object, key: Key) -> None:
-        await self._delete(key.path, uid=job["metadata"]["uid"])
+        """Delete this version of the job, if it exists. Raises ApiError 409 if it has changed."""
+        metadata = job["metadata"]
+        await self._delete(key.path, uid=metadata["uid"], version=metadata["resourceVersion"])
 
     # ---- the objects of a job -------------------------------------------------------------------
+
+    async def list_objects(self, collection: str, namespace: str | None) -> AsyncIterator[Object]:
+        """Yield the metadata of all jobs' RayJobs or pods in a namespace, page by page. `namespace`
+        None: in all namespaces."""
+        scope = f"/namespaces/{namespace}" if namespace else ""
+        path = f"{WATCHED_OBJECTS[collection]}{scope}/{collection}"
+        try:
+            async for item in self._each_listed(path, {"labelSelector": f"{GROUP}/job"}):
+                yield item
+        except ApiError as error:
+            if error.code != 404:  # 404: KubeRay is not installed
+                raise
 
     async def apply(self, item: Object) -> Object:
         """Create or update an object by server-side apply; return it with its metadata alone."""
         query = {"fieldManager": MANAGER, "force": "true"}
         path = _path_of(item)
         return await self._call("PATCH", path, item, query, type_=_APPLY, accept=_METADATA)
+
+    async def create(self, item: Object) -> Object:
+        """Create an object; return it with its metadata alone. Raises ApiError 409 if the name is
+        taken: an apply would make an object of a deleted job this job's own."""
+        query = {"fieldManager": MANAGER, "fieldValidation": "Strict"}
+        path = _path_of(item).rpartition("/")[0]
+        return await self._call("POST", path, item, query, accept=_METADATA)
+
+    async def ensure(self, item: Object) -> Object:
+        """Create an object that most often does not exist yet, else apply it: the API server does
+        more work for a server-side apply."""
+        try:
+            return await self.create(item)
+        except ApiError as error:
+            if error.reason != "AlreadyExists":
+                raise
+            return await self.apply(item)
 
     async def ray_jobs(self, key: Key) -> list[Object]:
         path = f"/apis/ray.io/v1/namespaces/{key.namespace}/rayjobs"
@@ -158,10 +202,11 @@ class Cluster:
                 return []
             raise
 
-    async def delete_ray_job(self, namespace: str, name: str) -> bool:
-        """Delete a RayJob after all objects that it owns; return whether it existed."""
+    async def delete_ray_job(self, namespace: str, name: str, *, uid: str, version: str) -> bool:
+        """Delete this version of a RayJob after all objects that it owns; return whether it
+        existed. Raises ApiError 409 if it has changed, or is another RayJob of this name."""
         path = f"/apis/ray.io/v1/namespaces/{namespace}/rayjobs/{name}"
-        return await self._delete(path, propagation="Foreground")
+        return await self._delete(path, uid=uid, version=version, propagation="Foreground")
 
     async def pods(self, key: Key) -> list[Object]:
         path = f"/api/v1/namespaces/{key.namespace}/pods"
@@ -230,23 +275,35 @@ class Cluster:
                 return None
             raise
 
+    async def _each_listed(self, path: str, query: Mapping[str, str]) -> AsyncIterator[Object]:
+        """Yield the metadata of each object of a collection, page by page."""
+        page_query = {**query, "limit": str(LIST_CHUNK)}
+        while True:
+            page = await self._call("GET", path, query=page_query, accept=_METADATA_LIST)
+            for item in page.get("items") or []:
+                yield item
+            token = (page.get("metadata") or {}).get("continue")
+            if not token:
+                return
+            page_query["continue"] = token
+
     async def _list(self, path: str, query: Mapping[str, str]) -> list[Object]:
         items: list[Object] = (await self._call("GET", path, query=query)).get("items") or []
         return items
 
     async def _delete(
-        self, path: str, *, uid: str | None = None, propagation: str = "Background"
+        self, path: str, *, uid: str, version: str, propagation: str = "Background"
     ) -> bool:
-        """Delete an object, if it exists and has the UID; return whether an object existed."""
-        body: Object = {"propagationPolicy": propagation}
-        if uid:
-            body["preconditions"] = {"uid": uid}
+        """Delete an object as it was observed; return whether it existed. The preconditions keep a
+        replica that has lost the Lease from deleting what its successor created."""
+        preconditions = {"uid": uid, "resourceVersion": version}
+        body = {"propagationPolicy": propagation, "preconditions": preconditions}
         try:
             await self._call("DELETE", path, body)
         except ApiError as error:
-            if error.code not in (404, 409):
+            if error.code != 404:
                 raise
-            return error.code != 404
+            return False
         return True
 
     async def _call(
@@ -300,11 +357,35 @@ def _seconds(text: str | None) -> float | None:
         return None
 
 
+def without_managed_fields(item: Object) -> Object:
+    """Return the object without the record of who set which field: nothing here reads it, and it is
+    a large part of a job."""
+    kept = {name: value for name, value in item["metadata"].items() if name != "managedFields"}
+    return {**item, "metadata": kept}
+
+
 def _finalizers(job: Object) -> list[str]:
     return list(job["metadata"].get("finalizers") or [])
 
 
-_PLURALS = {"ConfigMap": "configmaps", "RayJob": "rayjobs", "Job": "jobs"}
+def has_finalizer(job: Object) -> bool:
+    """Return whether a job has the operator's finalizer."""
+    return FINALIZER in _finalizers(job)
+
+
+def needs_finalizer(job: Object) -> bool:
+    """Return whether a job's output is erased with it. All other objects of a job are removed by
+    Kubernetes' garbage collector, for which a job needs no finalizer."""
+    output = job["spec"].get("output") or {}
+    return bool(output.get("deletionPolicy") == "Delete")
+
+
+_PLURALS = {
+    "ConfigMap": "configmaps",
+    "NetworkPolicy": "networkpolicies",
+    "RayJob": "rayjobs",
+    "Job": "jobs",
+}
 
 
 def _path_of(item: Object) -> str:

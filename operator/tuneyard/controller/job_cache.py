@@ -6,6 +6,7 @@ phase alone, so that ten thousand finished jobs need little memory.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,41 +16,70 @@ from tuneyard.api.meta import GROUP
 from tuneyard.api.progress import Post
 from tuneyard.api.status import AttemptStatus
 from tuneyard.controller import metrics
-from tuneyard.controller.cluster import Key
+from tuneyard.controller.cluster import Key, without_managed_fields
 from tuneyard.status import observed
-from tuneyard.status.observed import CreateError, ObservedState, Pod, RayJob, Workload
+from tuneyard.status.observed import NOT_STORED, CreateError, ObservedState, Pod, RayJob, Workload
 
 Object = dict[str, Any]
+
+MOST_DELETED_PODS = 64
+"""Deleted pods of one attempt that are kept as evidence, the newest ones."""
 
 
 @dataclass
 class CachedJob:
     """One job with work left."""
 
+    uid: str = ""
+    """UID of the job; "": no version of it is known yet."""
+    created: str = ""
+    """When the job was created (RFC 3339)."""
+    version: int = 0
+    """The newest resource version of the job that was read; the body may be a newer one, which the
+    operator wrote."""
     body: Object | None = None
     """The newest known version of the job; None: read it from the API server."""
     ray_jobs: dict[str, tuple[int, RayJob]] = field(default_factory=dict)
-    """By name, each with its resource version."""
+    """By name, each with its resource version. RayJobs and pods may be those of a deleted job with
+    the same name."""
     pods: dict[str, tuple[int, Pod]] = field(default_factory=dict)
     deleted_pods: dict[str, Pod] = field(default_factory=dict)
     """Deleted pods that had a problem, in their last state."""
     workloads: dict[str, Workload] = field(default_factory=dict)
-    """By the RayJob's name."""
+    """By the RayJob's UID."""
     warnings: tuple[str, ...] = ()
     create_error: CreateError | None = None
+    create_failures: int = 0
+    """Failed tries in a row to create the attempt's objects."""
+    create_after: float = 0.0
+    """When a reported create error may be tried again (monotonic)."""
     post: Post | None = None
+    """The newest post of the job with this UID."""
+    unknown_fields: tuple[str, ...] = ()
+    """The spec fields that were left out when the job was last planned."""
     missing_since: float | None = None
     """Since when the current attempt's RayJob is missing (monotonic); None: it is not missing."""
-    read_at: float = 0.0
-    """When the job's objects were last read from the API server (monotonic); 0.0: never."""
-    written_at: float = 0.0
+    written_at: float = -math.inf
     """When the status was last written (monotonic)."""
+    write_interval: float = 0.0
+    """Least seconds from then until its progress may be written."""
+    write_turn: float | None = None
+    """When its progress may be written, as far as other jobs' writes allow it (monotonic). None:
+    the interval is not over, or nothing is to be written."""
+    warnings_due: float = 0.0
+    """When the RayCluster's warnings may be read again (monotonic)."""
+
+    @property
+    def waits_for_next_try(self) -> bool:
+        """Whether the attempt's objects were refused, until `create_after`. A plan that was not
+        stored is made again at once."""
+        return self.create_error is not None and self.create_error.reason != NOT_STORED
 
     def observed_state(self, attempt: AttemptStatus | None) -> ObservedState:
         """Return the state that a decision is based on. `attempt`: the job's newest."""
         number = attempt.number if attempt else None
         ray_jobs = tuple(item for _, item in self.ray_jobs.values())
-        current = next((item for item in ray_jobs if item.attempt == number), None)
+        current = next((item for item in ray_jobs if self._is_of(item, number)), None)
         existed = attempt and attempt.ray_job_uid and not attempt.finished_at
         missing = bool(existed) and current is None
         if not missing:
@@ -59,16 +89,36 @@ class CachedJob:
         since = self.missing_since
         return ObservedState(
             ray_jobs=ray_jobs,
-            pods=tuple(item for _, item in self.pods.values()),
+            pods=tuple(item for _, item in self.pods.values() if self._owns(item)),
+            foreign_pods=tuple(item for _, item in self.pods.values() if not self._owns(item)),
             deleted_pods=tuple(
-                item for item in self.deleted_pods.values() if item.attempt == number
+                item for item in self.deleted_pods.values() if self._is_of(item, number)
             ),
-            workload=self.workloads.get(current.name) if current else None,
+            workload=self.workloads.get(current.uid) if current else None,
             warnings=self.warnings,
             create_error=self.create_error,
             post=self.post,
+            unknown_fields=self.unknown_fields,
             missing_seconds=0.0 if since is None else time.monotonic() - since,
         )
+
+    def _owns(self, item: RayJob | Pod) -> bool:
+        if isinstance(item, RayJob):
+            return item.owner == self.uid
+        return item.belongs_to(self.uid, self.created)
+
+    def _is_of(self, item: RayJob | Pod, attempt: int | None) -> bool:
+        return item.attempt == attempt and self._owns(item)
+
+    def other_objects(self, attempt: int) -> list[RayJob | Pod]:
+        """Return the RayJobs and pods that do not belong to this attempt of this job."""
+        return [item for item in self.objects if not self._is_of(item, attempt)]
+
+    @property
+    def objects(self) -> list[RayJob | Pod]:
+        """The job's RayJobs and pods."""
+        ray_jobs = [item for _, item in self.ray_jobs.values()]
+        return [*ray_jobs, *(item for _, item in self.pods.values())]
 
     @property
     def is_empty(self) -> bool:
@@ -86,10 +136,22 @@ class JobCache:
         """Return the cached job; a new one if there is none."""
         return self.jobs.setdefault(key, CachedJob())
 
-    def forget(self, key: Key) -> None:
-        """Drop a job that does not exist any more."""
-        self.jobs.pop(key, None)
+    def forget(self, key: Key, uid: str | None = None) -> bool:
+        """Drop a job that does not exist any more, but not a new job of its name; return whether it
+        was dropped. `uid` None: no job has the name. Its RayJobs and pods are kept until they are
+        removed: a new job of the same name waits for them."""
+        cached = self.jobs.get(key)
+        if cached is not None and uid and cached.uid not in ("", uid):
+            return False
+        self._drop(key)
         self.count_phase(key, None)
+        return True
+
+    def _drop(self, key: Key) -> None:
+        """Drop what is known of a job, except its RayJobs and pods."""
+        cached = self.jobs.pop(key, None)
+        if cached is not None and not cached.is_empty:
+            self.jobs[key] = CachedJob(ray_jobs=cached.ray_jobs, pods=cached.pods)
         metrics.drop_progress((key.namespace, key.kind, key.name))
 
     def evict(self, key: Key) -> None:
@@ -97,6 +159,11 @@ class JobCache:
         cached = self.jobs.get(key)
         if cached is not None and cached.is_empty:
             del self.jobs[key]
+            metrics.drop_progress((key.namespace, key.kind, key.name))
+
+    def known_jobs(self) -> set[Key]:
+        """Return the jobs that are cached or counted."""
+        return {*self.jobs, *self._phases}
 
     def count_phase(self, key: Key, phase: str | None) -> None:
         """Update the gauge of jobs by phase. None: the job does not exist any more."""
@@ -115,10 +182,22 @@ class JobCache:
         """Store a job's version if it is newer; return whether it was. The operator's own writes
         come back as watch events, which are not newer."""
         cached = self.job(key)
-        if cached.body is not None and version(cached.body) >= version(body):
+        written = version(cached.body) if cached.body else 0
+        if max(cached.version, written) >= version(body):
             return False
-        cached.body = body
+        self.store_job(key, body)
         return True
+
+    def store_job(self, key: Key, body: Object) -> CachedJob:
+        """Store a job's version and return the cached job. Of a deleted job with the same name only
+        the RayJobs and pods are kept."""
+        metadata = body["metadata"]
+        if self.job(key).uid not in ("", metadata["uid"]):
+            self._drop(key)
+        cached = self.job(key)
+        cached.uid, cached.created = metadata["uid"], metadata.get("creationTimestamp") or ""
+        cached.body, cached.version = without_managed_fields(body), version(body)
+        return cached
 
     def update_ray_job(self, key: Key, item: Object, *, deleted: bool) -> bool:
         """Store the object; return whether anything changed that decisions depend on."""
@@ -127,18 +206,20 @@ class JobCache:
     def add_created_ray_job(self, key: Key, item: Object) -> None:
         """Store a RayJob that was just created, without a status. A status that a watch reported
         earlier is kept."""
-        known = self.job(key).ray_jobs
-        known.setdefault(item["metadata"]["name"], (version(item), observed.ray_job(item)))
+        known, created = self.job(key).ray_jobs, observed.ray_job(item)
+        if created.name not in known or known[created.name][1].uid != created.uid:
+            known[created.name] = (version(item), created)
 
     def update_pod(self, key: Key, item: Object, *, deleted: bool) -> bool:
         """Store the object; return whether anything changed that decisions depend on."""
         cached, pod = self.job(key), observed.pod(item)
         is_evidence = deleted and bool(pod.problems)
         if is_evidence:
-            cached.deleted_pods[pod.name] = pod
+            _keep_evidence(cached.deleted_pods, pod)
         return _update(cached.pods, item, pod, deleted=deleted) or is_evidence
 
     def update_workload(self, key: Key, ray_job: str, item: Object, *, deleted: bool) -> None:
+        """Store the Workload of the RayJob with this UID."""
         workloads = self.job(key).workloads
         workloads.pop(ray_job, None)
         if not deleted:
@@ -154,9 +235,20 @@ class JobCache:
         known = {item["metadata"]["name"]: (version(item), observed.pod(item)) for item in pods}
         for name, (_, pod) in cached.pods.items():
             if name not in known and pod.problems:
-                cached.deleted_pods[name] = pod
+                _keep_evidence(cached.deleted_pods, pod)
         cached.pods = known
-        cached.read_at = time.monotonic()
+        current = {item.uid for _, item in cached.ray_jobs.values()}
+        cached.workloads = {n: item for n, item in cached.workloads.items() if n in current}
+
+
+def _keep_evidence(deleted: dict[str, Pod], pod: Pod) -> None:
+    """Store a deleted pod. Only pods of the newest attempt explain anything, and a few suffice:
+    KubeRay replaces a worker that cannot start again and again."""
+    for name in [name for name, other in deleted.items() if other.attempt != pod.attempt]:
+        del deleted[name]
+    deleted[pod.name] = pod
+    while len(deleted) > MOST_DELETED_PODS:
+        del deleted[next(iter(deleted))]
 
 
 def _update(

@@ -68,6 +68,16 @@ POSTS = Counter(
     ["outcome"],
     registry=REGISTRY,
 )
+PROGRESS_WRITES = Counter(
+    "tuneyard_progress_writes_total",
+    "Status writes that changed numbers alone: progress, metrics and stages.",
+    registry=REGISTRY,
+)
+PROGRESS_WAIT = Gauge(
+    "tuneyard_progress_write_wait_seconds",
+    "How long the newest progress write waits for its turn among all jobs.",
+    registry=REGISTRY,
+)
 LEADER = Gauge("tuneyard_leader", "1 while this replica is the active one.", registry=REGISTRY)
 
 _JOB = ("namespace", "kind", "name")

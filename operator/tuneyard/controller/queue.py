@@ -10,6 +10,7 @@ import asyncio
 import heapq
 import random
 from collections.abc import Awaitable, Callable, Hashable
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -35,6 +36,11 @@ class Queue(Generic[K]):
         self._failures: dict[K, int] = {}
         self._earlier = asyncio.Event()
 
+    @property
+    def num_delays(self) -> int:
+        """The number of delays in memory, superseded ones included."""
+        return len(self._heap)
+
     def add(self, key: K) -> None:
         """Process the key as soon as possible."""
         self._due.pop(key, None)
@@ -55,6 +61,10 @@ class Queue(Generic[K]):
         self._due[key] = due
         self._count += 1
         heapq.heappush(self._heap, (due, self._count, key))
+        if len(self._heap) > 2 * len(self._due) + 64:
+            # An entry that was superseded would stay until its time: for a week, with a TTL.
+            self._heap = [entry for entry in self._heap if self._due.get(entry[2]) == entry[0]]
+            heapq.heapify(self._heap)
         self._earlier.set()
 
     def forget(self, key: K) -> None:
@@ -100,10 +110,10 @@ class Queue(Generic[K]):
                 if self._due.get(key) == due:
                     self.add(key)
             wait = self._heap[0][0] - loop.time() if self._heap else None
-            try:
-                await asyncio.wait_for(self._earlier.wait(), wait)
-            except TimeoutError:
-                continue
+            # wait_for of Python 3.11 ignores a cancellation at the moment when the event is set.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._earlier.wait()
 
 
 class Requeue(Exception):  # noqa: N818 - a request, not an error

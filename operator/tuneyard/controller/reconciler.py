@@ -9,26 +9,40 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import random
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 
 from tuneyard.api.meta import API_VERSION
-from tuneyard.api.plan import Plan
-from tuneyard.api.pods import model_uri
+from tuneyard.api.plan import Plan, SourceInput
 from tuneyard.api.progress import Post
 from tuneyard.api.status import AttemptStatus, JobStatus, Progress
 from tuneyard.controller import metrics
-from tuneyard.controller.cluster import FINALIZER, MANAGER, ApiError, Cluster, Key, Object
+from tuneyard.controller.cluster import (
+    MANAGER,
+    ApiError,
+    Cluster,
+    Key,
+    Object,
+    has_finalizer,
+    needs_finalizer,
+)
 from tuneyard.controller.job_cache import CachedJob, JobCache
 from tuneyard.controller.queue import Queue, Requeue
 from tuneyard.controller.settings import Settings
+from tuneyard.controller.write_budget import FIRST_SECONDS, Turns, WriteBudget, write_interval
 from tuneyard.errors import Fault, ManifestError, PlanError
-from tuneyard.manifests.manifest import parse
+from tuneyard.manifests.manifest import KINDS, parse, unknown_fields
 from tuneyard.planning.plan import plan_job
 from tuneyard.rendering import names, rayjob
 from tuneyard.rendering.placement import awaited_jobs, placed
-from tuneyard.rendering.stored_plan import PlanLostError, PlanUnreadableError, stored_plan
+from tuneyard.rendering.stored_plan import (
+    PlanLostError,
+    PlanMissingError,
+    PlanUnreadableError,
+    stored_plan,
+)
 from tuneyard.status.events import Event, transition_events
 from tuneyard.status.observe import (
     Decision,
@@ -39,15 +53,32 @@ from tuneyard.status.observe import (
     is_finished,
     observe,
 )
-from tuneyard.status.observed import CreateError
+from tuneyard.status.observed import (
+    NOT_STORED,
+    CreateError,
+    ObservedState,
+    Pod,
+    is_erasing,
+    is_lost,
+    names_of,
+)
 from tuneyard.status.patches import status_patch
-from tuneyard.status.times import rfc3339
+from tuneyard.status.times import moment_of, rfc3339
 
-PROGRESS_SECONDS = 10.0
-"""Least time between two status writes of one job that change its progress alone."""
-READ_SECONDS = 60.0
-"""How often an active job's objects are read from the API server, in case a watch missed an
-event."""
+UID_SECONDS = 60.0
+"""How long the UID of a new RayJob waits for another change to be written with: in a burst of new
+jobs, separate writes of the UID would be one in seven writes."""
+RECHECK_SECONDS = 600.0
+"""An active job is reconciled this often, or twice as often, though no watch reports a change. Such
+a reconcile sends no request if nothing has changed."""
+WARNING_SECONDS, WARNING_READS_PER_SECOND = 3.0, 2.0
+"""Least time between two reads of the warnings of one RayCluster, and most reads over all jobs."""
+CREATE_TRIES = 3
+"""Failed tries to create an attempt's objects before the status reports an error that may pass."""
+CREATE_SECONDS = 10.0
+"""Time between two tries to create an attempt's objects once the status reports the error, and how
+long the error counts: after an outage, the objects are tried again before the start deadline can
+end the job."""
 PODS_RECHECK_SECONDS = 5.0
 """Interval of the checks for pods that are to be removed."""
 
@@ -68,10 +99,12 @@ class Reconciler:
         ca: str = "",
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        """Make a reconciler. `ca`: the certificate authority of the status server, in PEM."""
+        """Make a reconciler. `ca`: the certificate authorities of the status server, in PEM."""
         self.cluster, self.settings, self.clock = cluster, settings, clock
         self.cache = JobCache()
         self.queue: Queue[Key] = Queue(self._process, settings.concurrency)
+        self._write_budget = WriteBudget(settings.progress_writes)
+        self._warning_turns = Turns(WARNING_READS_PER_SECOND)
         self._reporting = (
             rayjob.Reporting(settings.progress_url, ca) if settings.progress_url else None
         )
@@ -84,23 +117,46 @@ class Reconciler:
             for _ in range(2):
                 tasks.create_task(self._post_events())
 
-    def accept_post(self, key: Key, post: Post) -> None:
-        """Store a post of the newest attempt. A post with an outcome is reconciled at once, any
-        other post when the next status write is due."""
-        cached = self.cache.job(key)
-        cached.post = post
-        report = post.tuneyard
-        if report is not None and report.outcome is not None:
-            self.queue.add(key)
-        else:
-            self.queue.add_after(key, cached.written_at + PROGRESS_SECONDS - time.monotonic())
+    def trust(self, ca: str) -> None:
+        """Give pods of new attempts these certificate authorities, in PEM."""
+        self._reporting = self._reporting and self._reporting._replace(ca=ca)
 
-    async def current(self, key: Key) -> Job | None:
-        """Return the job, from the cache if possible; None: it does not exist. Raises ApiError,
+    def accept_post(self, key: Key, uid: str, post: Post) -> None:
+        """Store a post of the newest attempt of the job with this UID. A post with an outcome is
+        reconciled at once, any other post when the next status write is due."""
+        cached = self.cache.job(key)
+        if cached.uid not in ("", uid):
+            return
+        cached.uid, cached.post = uid, post
+        if post.tuneyard is not None and post.tuneyard.outcome is not None:
+            self.queue.add(key)
+        elif _changes_stage(post, (cached.body or {}).get("status") or {}):
+            self.queue.add_after(key, cached.written_at + FIRST_SECONDS - time.monotonic())
+        else:
+            self.queue.add_after(key, self._write_budget.wait(cached))
+
+    async def current(self, key: Key, pod: Pod) -> Job | None:
+        """Return the job that a pod belongs to, from the cache if possible; None: it does not exist
+        any more, although a new job may have its name, or it is being deleted. Raises ApiError,
         ManifestError."""
         cached = self.cache.jobs.get(key)
-        body = cached.body if cached and cached.body else await self.cluster.job(key)
-        return parse(body) if body is not None else None
+        body = cached.body if cached else None
+        if body is None or not _is_of(pod, body):  # the cache may be old
+            body = await self.cluster.job(key)
+        if body is None or not _is_of(pod, body) or "deletionTimestamp" in body["metadata"]:
+            return None
+        return parse(body)
+
+    async def check_existence(self) -> None:
+        """Read each known job that no list contains: kopf does not report what was deleted while
+        it reconnected. Raises ApiError."""
+        known, listed = self.cache.known_jobs(), set[Key]()
+        for namespace in self.settings.namespaces or (None,):
+            for kind in KINDS:
+                listed |= await self.cluster.jobs(kind, namespace)
+        for key in known - listed:
+            self.cache.job(key).body = None
+            self.queue.add(key)
 
     # ---- one reconcile ----------------------------------------------------------------------
 
@@ -109,7 +165,7 @@ class Reconciler:
         try:
             await self._reconcile(key)
         except ApiError as error:
-            if error.code == 409:  # the cached version is old: read the job again
+            if error.code in (404, 409):  # the cached version is old: read the job again
                 self.cache.job(key).body = None
             metrics.RECONCILE_ERRORS.labels(error.reason).inc()
             level = logging.DEBUG if error.code == 409 else logging.WARNING
@@ -127,10 +183,9 @@ class Reconciler:
         cached = self.cache.job(key)
         body = cached.body or await self.cluster.job(key)
         if body is None:
-            self.cache.forget(key)
-            self.queue.forget(key)
+            self._forget(key)
             return
-        cached.body = body
+        cached = self.cache.store_job(key, body)
         try:
             job = parse(body)
         except ManifestError as error:
@@ -142,21 +197,28 @@ class Reconciler:
         if "deletionTimestamp" in body["metadata"]:
             await self._delete(key, cached, job)
             return
-        if not is_finished(job):
-            await self._read_if_due(key, cached)
-            if FINALIZER not in (body["metadata"].get("finalizers") or ()):
-                cached.body = await self.cluster.add_finalizer(body, key)
+        if not is_finished(job) and needs_finalizer(body) and not has_finalizer(body):
+            cached.body = await self.cluster.add_finalizer(body, key)
+        if has_finalizer(body) and not needs_finalizer(body):  # set by 0.2
+            cached.body = await self.cluster.remove_finalizer(body, key)
         await self._decide(key, cached, job)
 
     async def _decide(self, key: Key, cached: CachedJob, job: Job) -> None:
         attempt = job.status.attempts[-1] if job.status and job.status.attempts else None
-        planned = _ALREADY_PLANNED if has_fixed_plan(job) else await self._planned(key, job)
+        is_fixed = has_fixed_plan(job, cached.create_error)
+        planned = _ALREADY_PLANNED if is_fixed else await self._planned(key, job)
+        if not is_fixed:
+            cached.unknown_fields = tuple(unknown_fields(cached.body or {}))
+        if cached.waits_for_next_try and time.monotonic() >= cached.create_after:
+            cached.create_error = None
         decision = observe(job, planned, cached.observed_state(attempt), self.clock())
         if attempt is not None and _closes_without_success(attempt, decision.status):
             # Each kind has its own watch: the pods' watch may not have reported the reason yet.
-            await self._read(key)
+            await self.read(key)
+            if cluster := _cluster_without_pods(cached.observed_state(attempt), attempt):
+                cached.warnings = tuple(await self.cluster.warnings(key.namespace, cluster))
             decision = observe(job, planned, cached.observed_state(attempt), self.clock())
-        wait = cached.written_at + _write_delay(job.status, decision.status) - time.monotonic()
+        wait = self._write_wait(cached, job.status, decision.status)
         if wait > 0:
             self.queue.add_after(key, wait)
         else:
@@ -166,18 +228,19 @@ class Reconciler:
         metrics.set_progress((key.namespace, key.kind, key.name), decision.status)
         if is_finished(job) and cached.is_empty:
             self.cache.evict(key)
-        elif not is_finished(job):
-            self.queue.add_after(key, READ_SECONDS)
+        else:
+            self.queue.add_after(key, RECHECK_SECONDS * random.uniform(0.5, 1.0))
         if decision.wake_after is not None:
             self.queue.add_after(key, decision.wake_after)
 
-    async def _read_if_due(self, key: Key, cached: CachedJob) -> None:
-        if cached.read_at == 0.0:  # the watches have just listed everything
-            cached.read_at = time.monotonic()
-        elif time.monotonic() - cached.read_at >= READ_SECONDS:
-            await self._read(key)
+    def _forget(self, key: Key) -> None:
+        """Drop a job that does not exist any more. If it still has RayJobs or pods, their deletion
+        adds it to the queue once more."""
+        self.cache.forget(key)
+        self.queue.forget(key)
 
-    async def _read(self, key: Key) -> None:
+    async def read(self, key: Key) -> None:
+        """Read a job's RayJobs and pods from the API server."""
         ray_jobs, pods = await self.cluster.ray_jobs(key), await self.cluster.pods(key)
         self.cache.replace_objects(key, ray_jobs, pods)
 
@@ -186,20 +249,25 @@ class Reconciler:
     async def _planned(self, key: Key, job: Job) -> Planned:
         """Return the plan, or why there is none."""
         try:
-            plan = plan_job(job)
-            models: dict[str, str] = {}
-            for name in awaited_jobs(plan):
-                found = await self._model_uri(key, name)
+            plan, jobs, waiting = plan_job(job), dict[str, Plan](), None
+            for name, source in awaited_jobs(plan).items():
+                found = await self._awaited_job(key, name, source)
                 if isinstance(found, Waiting):
                     return found
-                models[name] = found
-            return placed(plan, profiles=self.settings.profiles, models=models)
+                jobs[name], phase = found
+                if phase != "Succeeded":
+                    waiting = Waiting("WaitingForModel", f"job {name} is not done yet: {phase}")
+            # Before the other job is done too: a fault does not wait for it.
+            result = placed(plan, profiles=self.settings.profiles, jobs=jobs)
         except PlanError as error:
             return error
+        return waiting or result
 
-    async def _model_uri(self, key: Key, name: str) -> str | Waiting:
-        """Return the URI of another job's model, or why the model is not ready. Raises
-        PlanError."""
+    async def _awaited_job(
+        self, key: Key, name: str, source: SourceInput
+    ) -> tuple[Plan, str] | Waiting:
+        """Return the plan and the phase of another job, or why there is none. `source`: the source
+        that names the job. Raises PlanError for a failed job."""
         found = [
             body
             for kind in ("FineTuneJob", "AlignmentJob")
@@ -207,14 +275,17 @@ class Reconciler:
             and (kind, name) != (key.kind, key.name)
         ]
         if not found:
-            return Waiting("WaitingForModel", f"the namespace has no job {name} yet")
-        phase = (found[0].get("status") or {}).get("phase")
-        if phase == "Succeeded":
-            return model_uri(found[0]["spec"]["output"]["uri"])
+            message = f"the namespace has no job {name}: create it, or change {source.path}"
+            return Waiting("WaitingForModel", message)
+        phase = (found[0].get("status") or {}).get("phase") or "Pending"
         if phase == "Failed":
             message = f"job {name} failed and has no model: name another job or another model"
-            raise PlanError([Fault("spec.model.uri", message)])
-        return Waiting("WaitingForModel", f"job {name} is not done yet: {phase or 'Pending'}")
+            raise PlanError([Fault(source.path, message)])
+        try:
+            return plan_job(parse(found[0])), phase
+        except ManifestError as error:
+            message = f"this version of the operator cannot read job {name}: {error}"
+            return Waiting("WaitingForModel", message)
 
     async def _recorded_plan(self, key: Key, job: Job) -> Plan:
         """Return the plan that the status records by its digest. If this version of the operator
@@ -227,6 +298,17 @@ class Reconciler:
         name = names.config_map_name(key.name, digest)
         return stored_plan(await self.cluster.config_map(key.namespace, name), name, digest)
 
+    async def _plan_to_erase(self, key: Key, job: Job) -> Plan:
+        """Return the recorded plan, or another plan of the job: all of them have its output. Raises
+        ManifestError if there is none."""
+        try:
+            return await self._recorded_plan(key, job)
+        except ManifestError:
+            planned = await self._planned(key, job)
+            if isinstance(planned, Plan):
+                return planned
+            raise
+
     # ---- writing --------------------------------------------------------------------------------
 
     async def _write(self, key: Key, cached: CachedJob, job: Job, status: JobStatus) -> Job:
@@ -236,34 +318,73 @@ class Reconciler:
         if not patch:
             return job
         cached.body = await self.cluster.write_status(cached.body or {}, key, patch, written)
-        cached.written_at = time.monotonic()
+        self._count_write(cached, before, status)
         metrics.count_change(job, before, status)
         for event in transition_events(before, status):
             self._queue_event(key, cached.body, event)
         return job.model_copy(update={"status": status})
 
+    def _write_wait(self, cached: CachedJob, before: JobStatus | None, after: JobStatus) -> float:
+        """Return the seconds until a change of the status may be written; 0.0: now."""
+        if before is None or not _changes_numbers_alone(before, after):
+            return 0.0
+        since = time.monotonic() - cached.written_at
+        if _states_of(before) != _states_of(after):
+            return max(0.0, FIRST_SECONDS - since)
+        is_uid_alone = _without_ray_job_uid(before) == _without_ray_job_uid(after)
+        if is_uid_alone and since < UID_SECONDS:
+            return UID_SECONDS - since
+        return self._write_budget.wait(cached)
+
+    def _count_write(self, cached: CachedJob, before: JobStatus | None, after: JobStatus) -> None:
+        """Record that the status was written."""
+        if _changes_numbers_alone(before, after):
+            metrics.PROGRESS_WRITES.inc()
+        cached.written_at, cached.write_turn = time.monotonic(), None
+        running_at = after.attempts[-1].running_at if after.attempts else None
+        running = (self.clock() - moment_of(running_at)).total_seconds() if running_at else 0.0
+        cached.write_interval = write_interval(running)
+
     async def _act(
         self, key: Key, cached: CachedJob, job: Job, decision: Decision, planned: Planned
     ) -> None:
         for name in decision.stop:
-            if not await self.cluster.delete_ray_job(key.namespace, name):
-                cached.ray_jobs.pop(name, None)  # the cache was stale
-                self.queue.add(key)
+            await self._delete_ray_job(key, cached, name)
         if decision.start is not None:
             await self._start(key, cached, job, decision.start, planned)
         if decision.delete:
             await self.cluster.delete_job(cached.body or {}, key)
         await self._read_warnings(key, cached, job)
 
+    async def _delete_ray_job(self, key: Key, cached: CachedJob, name: str) -> None:
+        """Delete a RayJob as it was observed. Raises ApiError 409 if it has changed since, so that
+        everything is read again before the next decision."""
+        if name not in cached.ray_jobs:  # a watch has reported its deletion
+            return
+        version, ray_job = cached.ray_jobs[name]
+        try:
+            existed = await self.cluster.delete_ray_job(
+                key.namespace, name, uid=ray_job.uid, version=str(version)
+            )
+        except ApiError as error:
+            if error.code == 409:
+                await self.read(key)
+            raise
+        if not existed:
+            cached.ray_jobs.pop(name, None)  # the cache was stale
+            self.queue.add(key)
+
     async def _start(
         self, key: Key, cached: CachedJob, job: Job, number: int, planned: Planned
     ) -> None:
         """Create an attempt's objects, once no object of another attempt is left."""
+        if cached.waits_for_next_try:
+            self.queue.add_after(key, cached.create_after - time.monotonic())
+            return
         if number > 1:
-            await self._read(key)
-            attempts = {item.attempt for _, item in cached.ray_jobs.values()}
-            attempts |= {item.attempt for _, item in cached.pods.values()}
-            if attempts - {number}:
+            await self.read(key)
+            now = self.clock()
+            if any(not is_lost(item, now) for item in cached.other_objects(number)):
                 self.queue.add_after(key, PODS_RECHECK_SECONDS)
                 return
         try:
@@ -272,28 +393,49 @@ class Reconciler:
             else:
                 plan = await self._recorded_plan(key, job)
             rendered = rayjob.render(
-                plan, job, attempt=number, image=self.settings.image, reporting=self._reporting
+                plan,
+                job,
+                attempt=number,
+                image=self.settings.image,
+                reporting=self._reporting,
+                reduced_to=job.status.attempts[-1].workers if job.status else None,
             )
-            await self.cluster.apply(rendered.config_map)
-            created = await self.cluster.apply(rendered.ray_job)
+            # The attempts of a job share all objects but the RayJob.
+            store = self.cluster.ensure if number == 1 else self.cluster.apply
+            await store(rendered.config_map)
+            if self.settings.job_network_policies:
+                await store(rendered.network_policy)
+            created = await self.cluster.create(rendered.ray_job)
         except PlanLostError as error:
+            if isinstance(error, PlanMissingError) and not _has_begun(job):
+                cached.create_error = CreateError(0, NOT_STORED, str(error))
+                self.queue.add(key)
+                return
             self._store_create_error(key, cached, CreateError(422, "PlanLost", str(error)))
         except PlanUnreadableError as error:
             self._store_create_error(key, cached, CreateError(0, "PlanUnreadable", str(error)))
         except ApiError as error:
-            if not error.is_refusal:
-                raise
-            refusal = CreateError(error.code, error.reason, error.message)
-            self._store_create_error(key, cached, refusal)
+            if error.code == 409:  # the cache does not know the RayJob that has the name
+                await self.read(key)
+            self._keep_create_error(key, cached, error)
         else:
-            cached.create_error = None
+            cached.create_error, cached.create_failures = None, 0
             self.cache.add_created_ray_job(key, {**rendered.ray_job, **created})
 
     def _store_create_error(self, key: Key, cached: CachedJob, error: CreateError) -> None:
-        """Reconcile again if the error is new; otherwise the attempt is tried again later."""
-        if cached.create_error is None or cached.create_error.message != error.message:
-            cached.create_error = error
-            self.queue.add(key)
+        """Reconcile again with the error, which counts until the next try is due."""
+        cached.create_error = error
+        cached.create_after = time.monotonic() + CREATE_SECONDS
+        self.queue.add(key)
+
+    def _keep_create_error(self, key: Key, cached: CachedJob, error: ApiError) -> None:
+        """Keep the error for the status. Raises an error that may pass, so that it is retried, up
+        to CREATE_TRIES times in a row."""
+        cached.create_failures += 1
+        if not error.is_refusal and cached.create_failures < CREATE_TRIES:
+            raise error
+        found = CreateError(error.code, error.reason, error.message)
+        self._store_create_error(key, cached, found)
 
     async def _read_warnings(self, key: Key, cached: CachedJob, job: Job) -> None:
         """Read the RayCluster's warnings while an attempt does not start: only these events report
@@ -302,15 +444,20 @@ class Reconciler:
         if attempt is None or attempt.running_at or attempt.finished_at:
             cached.warnings = ()
             return
-        ray = next((r for _, r in cached.ray_jobs.values() if r.attempt == attempt.number), None)
-        if ray is None or not ray.cluster or ray.suspended or cached.pods:
+        cluster = _cluster_without_pods(cached.observed_state(attempt), attempt)
+        if not cluster:
             return
-        warnings = tuple(await self.cluster.warnings(key.namespace, ray.cluster))
+        now = time.monotonic()
+        if cached.warnings_due > now:
+            self.queue.add_after(key, cached.warnings_due - now)
+            return
+        cached.warnings_due = self._warning_turns.take(now + WARNING_SECONDS)
+        warnings = tuple(await self.cluster.warnings(key.namespace, cluster))
         if warnings != cached.warnings:
             cached.warnings = warnings
             self.queue.add(key)
         else:
-            self.queue.add_after(key, PROGRESS_SECONDS)
+            self.queue.add_after(key, cached.warnings_due - now)
 
     async def _report_malformed(self, key: Key, body: Object, error: ManifestError) -> None:
         """Report the error of a malformed job in its status. The status of a job that was planned
@@ -321,7 +468,7 @@ class Reconciler:
         was_read = old.get("observedGeneration") == body["metadata"].get("generation")
         if old.get("planDigest") or was_read:
             log.error("%s %s/%s is malformed: %s", key.kind, key.namespace, key.name, text)
-            self.queue.add_after(key, READ_SECONDS)
+            self.queue.add_after(key, RECHECK_SECONDS)
             return
         if (old.get("failure") or {}).get("message") == text:
             return
@@ -340,45 +487,91 @@ class Reconciler:
     # ---- deletion -------------------------------------------------------------------------------
 
     async def _delete(self, key: Key, cached: CachedJob, job: Job | None) -> None:
-        """Delete the cluster, then the output if the deletion policy asks for it, then the job.
-        `job` None: the manifest is malformed, and the output stays."""
-        body = cached.body or {}
-        if FINALIZER not in (body["metadata"].get("finalizers") or ()):
+        """Let a deleted job go; first erase its output if the deletion policy asks for it. `job`
+        None: the manifest is malformed, and the output stays. Kubernetes' garbage collector removes
+        the objects of every deleted job."""
+        if not has_finalizer(cached.body or {}):
             return
-        await self._read(key)
+        if job is None and needs_finalizer(cached.body or {}):
+            uri = str((cached.body or {})["spec"]["output"].get("uri"))
+            self._queue_event(
+                key, cached.body or {}, _output_left(uri, "the manifest is malformed")
+            )
+        if job and _should_erase(job) and (text := await self._next_step(key, cached, job)):
+            await self._report_waiting(key, cached, text)
+            self.queue.add_after(key, PODS_RECHECK_SECONDS)
+            return
+        cached.body = await self.cluster.remove_finalizer(cached.body or {}, key)
+
+    async def _next_step(self, key: Key, cached: CachedJob, job: Job) -> str:
+        """Take the next step to erase a deleted job's output; return what it waits for, "" at the
+        end."""
+        since = (cached.body or {})["metadata"]["deletionTimestamp"]
+        await self.read(key)
         existing = [item.name for _, item in cached.ray_jobs.values() if not item.deleting]
         for name in existing:  # a copy: a watch may change the cache during each request
-            await self.cluster.delete_ray_job(key.namespace, name)
-        training = [pod for _, pod in cached.pods.values() if pod.role != "erase"]
-        if cached.ray_jobs or training:
-            self.queue.add_after(key, PODS_RECHECK_SECONDS)
+            await self._delete_ray_job(key, cached, name)
+        now = self.clock()
+        left = [item for item in cached.objects if not (is_erasing(item) or is_lost(item, now))]
+        if left:
+            return f"waiting since {since} for {names_of(left)} to be removed"
+        try:
+            is_erased = await self._erase(key, cached.body or {}, job)
+        except ApiError as error:
+            text = f"waiting since {since} for Job {names.erasure_name(job)}: {error}"
+            await self._report_waiting(key, cached, text)
+            raise
+        name, limit = names.erasure_name(job), rayjob.ERASE_SECONDS
+        text = f"waiting since {since} for Job {name} to erase the output, which may take {limit} s"
+        return "" if is_erased else text
+
+    async def _report_waiting(self, key: Key, cached: CachedJob, text: str) -> None:
+        """Write into the status, and into an event, what the deletion of a job waits for."""
+        body = cached.body or {}
+        old = body.get("status") or {}
+        conditions = {each["type"]: each for each in old.get("conditions") or ()}
+        running = conditions.get("Running", {})
+        if (running.get("reason"), running.get("message")) == ("Deleting", text):
             return
-        if job and _should_erase(job) and not await self._erase(key, body, job):
-            self.queue.add_after(key, PODS_RECHECK_SECONDS)
-            return
-        cached.body = await self.cluster.remove_finalizer(body, key)
+        is_new = running.get("status") != "False"
+        since = rfc3339(self.clock()) if is_new else running["lastTransitionTime"]
+        conditions["Running"] = {
+            "type": "Running",
+            "status": "False",
+            "reason": "Deleting",
+            "message": text,
+            "lastTransitionTime": since,
+        }
+        patch = {"conditions": list(conditions.values())}
+        cached.body = await self.cluster.write_status(body, key, patch, old | patch)
+        self._queue_event(key, cached.body, Event("Normal", "Deleting", text))
 
     async def _erase(self, key: Key, body: Object, job: Job) -> bool:
         """Remove the output. Return True if the output is removed or cannot be removed."""
         found = await self.cluster.batch_job(key.namespace, names.erasure_name(job))
+        if found is not None and not _is_owned(found, job):
+            return False  # the garbage collector removes the Job of a deleted job of this name
         if found is None:
             try:
-                plan = await self._recorded_plan(key, job)
+                plan = await self._plan_to_erase(key, job)
                 await self.cluster.apply(rayjob.render(plan, job, attempt=1).config_map)
                 image = self.settings.image
                 await self.cluster.apply(rayjob.render_erasure(plan, job, image=image))
             except (ManifestError, ApiError) as error:
                 if isinstance(error, ApiError) and not error.is_refusal:
                     raise
-                self._queue_event(key, body, _output_left(job, str(error)))
+                self._queue_event(key, body, _output_left(job.spec.output.uri, str(error)))
                 return True
             return False
         conditions = (found.get("status") or {}).get("conditions") or ()
         results = {c["type"]: c for c in conditions if c.get("status") == "True"}
-        if "Failed" in results:
-            why = results["Failed"].get("message") or "its pods failed"
-            self._queue_event(key, body, _output_left(job, why))
-        return bool({"Complete", "Failed"} & set(results))
+        # A Job with a pod on a lost node has FailureTarget and never Failed.
+        failed = results.get("Failed") or results.get("FailureTarget")
+        if failed:
+            self._queue_event(
+                key, body, _output_left(job.spec.output.uri, failed.get("message") or "it failed")
+            )
+        return bool(failed) or "Complete" in results
 
     # ---- events ---------------------------------------------------------------------------------
 
@@ -430,33 +623,65 @@ def _event(key: Key, metadata: Object, event: Event) -> Object:
     }
 
 
+def _has_begun(job: Job) -> bool:
+    """Return whether an attempt has had a RayJob, which is created after the stored plan."""
+    return any(attempt.ray_job_uid for attempt in (job.status.attempts if job.status else ()))
+
+
+def _is_of(pod: Pod, body: Object) -> bool:
+    metadata = body["metadata"]
+    return pod.belongs_to(metadata["uid"], metadata.get("creationTimestamp") or "")
+
+
+def _is_owned(item: Object, job: Job) -> bool:
+    owners = item["metadata"].get("ownerReferences") or ()
+    return any(owner["uid"] == job.metadata.uid for owner in owners)
+
+
 def _should_erase(job: Job) -> bool:
     has_begun = job.status is not None and bool(job.status.attempts)
     return has_begun and job.spec.output.deletion_policy == "Delete"
 
 
-def _output_left(job: Job, why: str) -> Event:
-    text = f"the output at {job.spec.output.uri} was not removed: {why}"
+def _output_left(uri: str, why: str) -> Event:
+    text = f"the output at {uri} was not removed: {why}"
     return Event("Warning", "OutputLeft", text)
 
 
 # ---- changes of a status -------------------------------------------------------------------------
 
 
+def _cluster_without_pods(state: ObservedState, attempt: AttemptStatus) -> str:
+    """Return the RayCluster of an attempt that has not run, if it should have pods and has none;
+    "": otherwise."""
+    ray = state.ray_job(attempt.number)
+    if ray is None or ray.suspended or state.pods or attempt.running_at:
+        return ""
+    return ray.cluster
+
+
 def _closes_without_success(attempt: AttemptStatus, after: JobStatus) -> bool:
     """Return whether the open attempt is closed in `after` without success."""
-    last = after.attempts[-1]
+    last = next((each for each in after.attempts if each.number == attempt.number), attempt)
     return not attempt.finished_at and bool(last.finished_at) and last.reason != "Succeeded"
 
 
-def _write_delay(before: JobStatus | None, after: JobStatus) -> float:
-    """Return how many seconds after the last write the change may be written."""
-    if before is None or before == after or _without_numbers(before) != _without_numbers(after):
-        return 0.0
-    # The UID of a new RayJob is written with the next change: in a burst of new jobs, separate
-    # writes of the UID would be one in seven writes.
-    is_uid_alone = _without_ray_job_uid(before) == _without_ray_job_uid(after)
-    return READ_SECONDS if is_uid_alone else PROGRESS_SECONDS
+def _changes_stage(post: Post, stored: Object) -> bool:
+    """Return whether a post is the job's first or changes the state of a stage."""
+    states = {stage["name"]: stage["state"] for stage in stored.get("stages") or ()}
+    stages = post.tuneyard.stages if post.tuneyard else []
+    return "progress" not in stored or any(states.get(s.name) != s.state for s in stages)
+
+
+def _states_of(status: JobStatus) -> list[tuple[str, str]]:
+    return [(stage.name, stage.state) for stage in status.stages]
+
+
+def _changes_numbers_alone(before: JobStatus | None, after: JobStatus) -> bool:
+    """Return whether a change may wait. Without a change there is nothing to wait for."""
+    if before is None or before == after:
+        return False
+    return _without_numbers(before) == _without_numbers(after)
 
 
 def _without_ray_job_uid(status: JobStatus) -> JobStatus:

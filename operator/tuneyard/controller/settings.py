@@ -38,8 +38,12 @@ class Settings:
     """The Lease's name."""
     tls_secret: str = "tuneyard-tls"  # noqa: S105  a name
     """The Secret of the status server's certificates."""
+    job_network_policies: bool = False
+    """Whether each job gets a NetworkPolicy, at the cost of one more write per attempt."""
     concurrency: int = 16
     """Number of jobs that are reconciled at the same time."""
+    progress_writes: int = 20
+    """Status writes per second, over all jobs, that change progress alone."""
 
 
 def read_profiles(path: Path) -> dict[str, Compute]:

@@ -11,7 +11,7 @@ import hashlib
 import ssl
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from aiohttp import web
 from pydantic import ValidationError
@@ -22,19 +22,37 @@ from tuneyard.controller import metrics
 from tuneyard.controller.cluster import ApiError, Cluster, Key
 from tuneyard.controller.job_cache import key_from_labels
 from tuneyard.controller.reconciler import Reconciler
+from tuneyard.controller.review_limits import (
+    FIRST_REVIEW_SECONDS,
+    RETRY_SECONDS,
+    Recent,
+    ReviewLimits,
+    TooManyReviews,
+    review_seconds,
+)
 from tuneyard.errors import ManifestError
 from tuneyard.rendering.names import audience
+from tuneyard.status import observed
 from tuneyard.status.observe import is_finished, should_stop
-from tuneyard.status.observed import attempt_of
+from tuneyard.status.observed import Pod
 
 _KINDS = {"finetunejobs": "FineTuneJob", "alignmentjobs": "AlignmentJob"}
 
-REVIEW_SECONDS = 60.0
-"""How long the review of a token is cached."""
+REFUSAL_SECONDS = 10.0
+"""How long the review of a token that was refused is cached."""
+MOST_PODS, MOST_REFUSALS = 20_000, 1_000
+"""Most cached reviews of valid tokens and of refused ones."""
+READ_SECONDS = 10.0
+"""How long a post may take to arrive."""
+CONNECTION_SECONDS = 60.0
+"""A connection is closed when it is between one and two times as old. aiohttp waits without a limit
+for a first request, and a pod opens a connection for each post."""
 STORED_SECONDS = 20.0
 """How long the response to an attempt's last post waits for the status write."""
 MALFORMED_RETRY_SECONDS = 30
 """When a driver posts again whose job cannot be read: the job or the operator must change first."""
+_Token = tuple[str, Key]
+"""The hash of a token, and the job that it was sent for."""
 _POD = "authentication.kubernetes.io/pod-name"
 
 
@@ -49,14 +67,6 @@ class Refused(Exception):  # noqa: N818 - a response, not a defect
         super().__init__(message)
 
 
-class AuthenticatedPod(NamedTuple):
-    """The pod that a token was issued to."""
-
-    attempt: int
-    expires_at: float
-    """When the token must be reviewed again (monotonic)."""
-
-
 class StatusServer:
     """Check posts and hand them to the reconciler."""
 
@@ -65,19 +75,32 @@ class StatusServer:
     ) -> None:
         """Make a server. `is_active` returns whether this replica is the active one."""
         self._cluster, self._reconciler, self._is_active = cluster, reconciler, is_active
-        self._authenticated_pods: dict[tuple[str, Key], AuthenticatedPod] = {}
+        self._authenticated_pods: Recent[_Token, Pod] = Recent(MOST_PODS, FIRST_REVIEW_SECONDS)
+        self._refusals: Recent[_Token, tuple[int, str, str]] = Recent(
+            MOST_REFUSALS, REFUSAL_SECONDS
+        )
+        self._limits = ReviewLimits()
         self._runner: web.AppRunner | None = None
+        self._closing: asyncio.Task[None] | None = None
 
     async def start(self, port: int, context: ssl.SSLContext) -> int:
         """Start to listen and return the port. Raises OSError."""
         app = web.Application(client_max_size=MAX_POST_BYTES)
         app.router.add_post(PROGRESS_ROUTE, self._post)
-        self._runner = web.AppRunner(app, access_log=None)
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            auto_decompress=False,  # a decompressed body can be a thousand times as long
+            lingering_time=1.0,  # for the rest of a refused post; the process's end waits for it
+        )
         await self._runner.setup()
         await web.TCPSite(self._runner, port=port, ssl_context=context).start()
+        self._closing = asyncio.create_task(_close_old_connections(self._runner))
         return int(self._runner.addresses[0][1])
 
     async def close(self) -> None:
+        if self._closing:
+            self._closing.cancel()
         if self._runner:
             await self._runner.cleanup()
 
@@ -102,17 +125,17 @@ class StatusServer:
                 404, "malformed", "the path names no kind of job: use finetunejobs or alignmentjobs"
             )
         key = Key(kind, request.match_info["namespace"], request.match_info["name"])
-        attempt = await self._attempt_of(request, key)
+        pod = await self._pod_of(request, key)
         post = await _read(request)
-        if post.tuneyard is not None and post.tuneyard.attempt != attempt:
-            raise Refused(409, "stale", f"the pod belongs to attempt {attempt}")
-        return await self._deliver(key, attempt, post)
+        if post.tuneyard is not None and post.tuneyard.attempt != pod.attempt:
+            raise Refused(409, "stale", f"the pod belongs to attempt {pod.attempt}")
+        return await self._deliver(key, pod, post)
 
-    async def _deliver(self, key: Key, attempt: int, post: Post) -> PostResponse:
+    async def _deliver(self, key: Key, pod: Pod, post: Post) -> PostResponse:
         """Hand a post to the reconciler; wait until its outcome, if any, is stored. Raises
         Refused."""
         try:
-            job = await self._reconciler.current(key)
+            job = await self._reconciler.current(key, pod)
         except ApiError as error:
             raise Refused(503, "unavailable", str(error), retry_after=2) from error
         except ManifestError as error:
@@ -120,7 +143,10 @@ class StatusServer:
             message = f"this version of the operator cannot read the job: {error}"
             raise Refused(503, "unavailable", message, MALFORMED_RETRY_SECONDS) from error
         if job is None:
-            raise Refused(409, "stale", "the job does not exist any more")
+            # The pod is removed next, and a new job may have the name already. The pod may save a
+            # checkpoint, because that job starts no attempt while it exists.
+            return PostResponse(stop=True)
+        attempt = pod.attempt
         newest = job.status.attempts[-1] if job.status and job.status.attempts else None
         if newest is None or newest.number < attempt:
             raise Refused(
@@ -133,44 +159,59 @@ class StatusServer:
             # attempt starts while its pods exist. A driver that ended on its own has already posted
             # its outcome.
             return PostResponse(stop=True)
-        self._reconciler.accept_post(key, post)
+        self._reconciler.accept_post(key, job.metadata.uid or "", post)
         if post.tuneyard is not None and post.tuneyard.outcome is not None:
-            await self._until_stored(key, attempt)
+            await self._until_stored(key, pod)
         return PostResponse(stop=should_stop(job) or is_finished(job))
 
-    async def _until_stored(self, key: Key, attempt: int) -> None:
+    async def _until_stored(self, key: Key, pod: Pod) -> None:
         """Wait until the attempt is closed in the status. Raises Refused after STORED_SECONDS."""
         deadline = time.monotonic() + STORED_SECONDS
         while time.monotonic() < deadline:
             await asyncio.sleep(0.05)
             try:
-                job = await self._reconciler.current(key)
+                job = await self._reconciler.current(key, pod)
             except (ApiError, ManifestError):
                 continue
             attempts = job.status.attempts if job and job.status else []
-            if not attempts or attempts[-1].number != attempt or attempts[-1].finished_at:
+            if not attempts or attempts[-1].number != pod.attempt or attempts[-1].finished_at:
                 return
         raise Refused(503, "unavailable", "the status could not be written yet", retry_after=2)
 
     # ---- authentication ---------------------------------------------------------------------
 
-    async def _attempt_of(self, request: web.Request, key: Key) -> int:
-        """Return the attempt that the sender's pod belongs to. Raises Refused."""
+    async def _pod_of(self, request: web.Request, key: Key) -> Pod:
+        """Return the sender's pod. Raises Refused."""
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise Refused(401, "unauthorized", "a bearer token is required")
+        if not token.isascii():
+            raise Refused(401, "unauthorized", "the token contains a character that no token has")
         known = (hashlib.sha256(token.encode()).hexdigest(), key)
+        if refusal := self._refusals.get(known):
+            raise Refused(*refusal)
         pod = self._authenticated_pods.get(known)
-        if pod is None or pod.expires_at < time.monotonic():
-            try:
-                pod = await self._review(token, key)
-            except ApiError as error:
-                raise Refused(503, "unavailable", str(error), retry_after=2) from error
-            self._drop_expired()
-            self._authenticated_pods[known] = pod
-        return pod.attempt
+        if pod is None:
+            pod = await self._review_within_limits(token, key, request.remote or "", known)
+            seconds = review_seconds(len(self._authenticated_pods))
+            self._authenticated_pods.put(known, pod, seconds)
+        return pod
 
-    async def _review(self, token: str, key: Key) -> AuthenticatedPod:
+    async def _review_within_limits(self, token: str, key: Key, address: str, known: _Token) -> Pod:
+        """Review a token that is not cached. Raises Refused."""
+        try:
+            async with self._limits.review(address):
+                return await self._review(token, key)
+        except TooManyReviews as error:
+            raise Refused(429, "limited", str(error), retry_after=RETRY_SECONDS) from error
+        except ApiError as error:
+            raise Refused(503, "unavailable", str(error), retry_after=2) from error
+        except Refused as refused:
+            self._limits.count_refusal(address)
+            self._refusals.put(known, (refused.status, refused.outcome, refused.message))
+            raise
+
+    async def _review(self, token: str, key: Key) -> Pod:
         """Return the pod of a token that is valid for the job. Raises Refused, ApiError."""
         expected = audience(key.kind, key.namespace, key.name)
         status = await self._cluster.review_token(token, expected)
@@ -187,13 +228,18 @@ class StatusServer:
             raise Refused(
                 403, "forbidden", f"the token belongs to no pod with label {GROUP}/job={key.name}"
             )
-        return AuthenticatedPod(attempt_of(pod), time.monotonic() + REVIEW_SECONDS)
+        return observed.pod(pod)
 
-    def _drop_expired(self) -> None:
-        now = time.monotonic()
-        self._authenticated_pods = {
-            known: pod for known, pod in self._authenticated_pods.items() if pod.expires_at >= now
-        }
+
+async def _close_old_connections(runner: web.AppRunner) -> None:
+    """Close connections by their age until canceled."""
+    known: set[web.RequestHandler] = set()
+    while runner.server:
+        await asyncio.sleep(CONNECTION_SECONDS)
+        open_ = set(runner.server.connections)
+        for connection in known & open_:
+            connection.force_close()
+        known = open_
 
 
 def _json(body: Report, **more: Any) -> web.Response:
@@ -203,7 +249,11 @@ def _json(body: Report, **more: Any) -> web.Response:
 async def _read(request: web.Request) -> Post:
     """Return the post in a request. Raises Refused."""
     try:
-        text = await request.read()
+        async with asyncio.timeout(READ_SECONDS):
+            text = await request.read()
+    except TimeoutError:
+        message = f"the post did not arrive within {READ_SECONDS:.0f} s"
+        raise Refused(408, "malformed", message) from None
     except web.HTTPRequestEntityTooLarge:
         message = f"the post is longer than {MAX_POST_BYTES} bytes"
         raise Refused(413, "malformed", message) from None

@@ -8,6 +8,7 @@ from typing import Any
 import kopf
 
 from tuneyard.api.meta import GROUP, VERSION
+from tuneyard.controller.cluster import has_finalizer, needs_finalizer
 from tuneyard.controller.job_cache import Object, key_from_labels, key_of_job, key_of_ray_job
 from tuneyard.controller.reconciler import Reconciler
 
@@ -17,7 +18,7 @@ LIST_CHUNK = 250
 
 def registry(reconciler: Reconciler) -> kopf.OperatorRegistry:
     """Return kopf's registry with a handler for each watched resource."""
-    handlers, watches = kopf.OperatorRegistry(), _Watches(reconciler)
+    handlers, watches = kopf.OperatorRegistry(), Watches(reconciler)
     kopf.on.login(registry=handlers)(_login)
     for plural in ("finetunejobs", "alignmentjobs"):
         _on_event(handlers, watches.job, GROUP, VERSION, plural)
@@ -43,7 +44,7 @@ def _on_event(
     kopf.on.event(*resource, registry=handlers, id=f"{resource[-1]}-event")(handler)
 
 
-class _Watches:
+class Watches:
     """The handlers, one for each kind of object."""
 
     def __init__(self, reconciler: Reconciler) -> None:
@@ -52,10 +53,14 @@ class _Watches:
     def job(self, body: Object, deleted: bool) -> None:
         key = key_of_job(body)
         if deleted:
-            self._cache.forget(key)
-            self._queue.forget(key)
+            if self._cache.forget(key, body["metadata"]["uid"]):
+                self._queue.forget(key)
+            if key in self._cache.jobs:  # its objects are still to be removed
+                self._queue.add(key)
         elif _is_idle(body):
             self._cache.evict(key)
+            if key in self._cache.jobs:  # objects of the job still exist
+                self._cache.update_job(key, body)
             self._cache.count_phase(key, body["status"]["phase"])
             if (body["spec"].get("runPolicy") or {}).get("ttlSecondsAfterFinished") is not None:
                 self._queue.add(key)
@@ -76,7 +81,7 @@ class _Watches:
         for owner in body["metadata"].get("ownerReferences") or ():
             key = key_of_ray_job(body["metadata"]["namespace"], owner["name"])
             if owner.get("kind") == "RayJob" and key in self._cache.jobs:
-                self._cache.update_workload(key, owner["name"], body, deleted=deleted)
+                self._cache.update_workload(key, owner["uid"], body, deleted=deleted)
                 self._queue.add(key)
 
 
@@ -124,4 +129,5 @@ def _is_idle(body: Object) -> bool:
     """Return whether a job's own content shows that no work is left for it."""
     status = body.get("status") or {}
     ended = status.get("phase") in ("Succeeded", "Failed") and "planDigest" in status
-    return ended and "deletionTimestamp" not in body["metadata"]
+    is_needless = has_finalizer(body) and not needs_finalizer(body)  # set by 0.2
+    return ended and not is_needless and "deletionTimestamp" not in body["metadata"]

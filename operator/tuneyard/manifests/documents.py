@@ -208,7 +208,7 @@ class _Reading:
         if node.tag == _TAG + "merge":
             return None
         if isinstance(node, yaml.ScalarNode) and node.tag == _TAG + "str":
-            return str(node.value)
+            return self._whole(node, path)
         if isinstance(node, yaml.ScalarNode):
             message = f"the key {node.value or 'null'} is not a string: write '{node.value}'"
         else:
@@ -216,9 +216,21 @@ class _Reading:
         self.faults.append(self._fault(path, message, node))
         return None
 
+    def _whole(self, node: yaml.ScalarNode, path: Path) -> str:
+        """Return a text without halves of characters, which escapes can write: no file, terminal or
+        API server takes them."""
+        text = str(node.value)
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            message = "an escape between \\uD800 and \\uDFFF is not a character: remove it"
+            self.faults.append(self._fault(path, message, node))
+        return whole
+
     def _scalar(self, node: yaml.ScalarNode, path: Path) -> Any:
         if node.style is None:
             self.texts[path] = node.value
+        if node.tag == _TAG + "str":
+            return self._whole(node, path)
         try:
             return _SCALAR_VALUES[node.tag.removeprefix(_TAG)](node.value)
         except KeyError:
@@ -248,7 +260,6 @@ def _real(text: str) -> int | float:
 
 
 _SCALAR_VALUES: Mapping[str, Callable[[str], Any]] = {
-    "str": str,
     "null": lambda _: None,
     "bool": lambda text: text.lower() in ("y", "yes", "true", "on"),
     "int": _integer,

@@ -73,6 +73,18 @@ def parse(value: Mapping[str, Any]) -> Job:
     return job
 
 
+def unknown_fields(value: Mapping[str, Any]) -> list[str]:
+    """Return the paths of a valid object's spec fields that `parse` ignores."""
+    spec = {name: part for name, part in value.items() if name != "status"}
+    try:
+        KINDS[value["kind"]].model_validate(spec, by_alias=True, by_name=False)
+    except ValidationError as error:
+        ignored = [each for each in error.errors() if each["type"] == "extra_forbidden"]
+        paths = dict.fromkeys(dotted(_written_path(each, spec)) for each in ignored)
+        return [path for path in paths if path.startswith("spec.")]
+    return []
+
+
 @dataclass(frozen=True)
 class _Problem:
     """A fault without its line."""

@@ -8,21 +8,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tuneyard.api.plan import Input, StageInput, digest
-from tuneyard.api.stage_settings import DpoSettings, Settings, StageKind
+from tuneyard.api.stage_settings import DpoSettings, LoopSettings, Settings, StageKind
+from tuneyard.api.training import EarlyStopping
 
 STAGE_VERSIONS: Mapping[StageKind, int] = {
     "prepare": 1,
     "sft": 1,
     "pretrain": 1,
-    "critique": 2,
-    "feedback": 2,
-    "pairs": 1,
+    "critique": 3,
+    "feedback": 3,
+    "pairs": 2,
     "reward": 1,
     "dpo": 1,
-    "ppo": 1,
-    "grpo": 1,
-    "evaluate": 2,
-    "assess": 2,
+    "ppo": 2,
+    "grpo": 2,
+    "evaluate": 3,
+    "assess": 3,
     "export": 1,
 }
 """Version of each kind of stage. Increase it when the stage's code produces another output from the
@@ -54,6 +55,13 @@ def fingerprint(
 
 
 def _version(settings: Settings) -> int:
-    if isinstance(settings, DpoSettings) and settings.loss == "kto":
-        return KTO_VERSION
-    return STAGE_VERSIONS[settings.kind]
+    is_kto = isinstance(settings, DpoSettings) and settings.loss == "kto"
+    version = KTO_VERSION if is_kto else STAGE_VERSIONS[settings.kind]
+    # With minDelta, 0.2 could keep another checkpoint than the one of the lowest held-out loss.
+    return version + 1 if _min_delta(settings) else version
+
+
+def _min_delta(settings: Settings) -> float:
+    loop = settings if isinstance(settings, LoopSettings) else getattr(settings, "training", None)
+    stopping = loop.early_stopping if isinstance(loop, LoopSettings) else None
+    return stopping.min_delta if isinstance(stopping, EarlyStopping) else 0.0

@@ -26,6 +26,8 @@ class Workers(NamedTuple):
     """Memory of each worker, a Kubernetes quantity."""
     shared_memory: str
     """Size of /dev/shm, a Kubernetes quantity."""
+    temporary_storage: str
+    """Limit on the size of /tmp, a Kubernetes quantity."""
 
 
 def compute_faults(compute: Compute, profiles: Mapping[str, Compute]) -> Iterator[Fault]:
@@ -66,6 +68,7 @@ def workers(compute: Compute) -> Workers:
         cpus=compute.cpus_per_worker or "4",
         memory=compute.memory or "16Gi",
         shared_memory=compute.shared_memory or "2Gi",
+        temporary_storage=compute.temporary_storage or "200Gi",
     )
 
 

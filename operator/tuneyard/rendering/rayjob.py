@@ -1,4 +1,4 @@
-"""Render the Kubernetes objects of one attempt: an immutable ConfigMap and a RayJob.
+"""Render the Kubernetes objects of one attempt: an immutable ConfigMap, a NetworkPolicy, a RayJob.
 
 Each pod gets what it needs and no more. The head runs the driver, which claims the output and reads
 its records: the head gets the plan, the progress token and the output. The workers get the models,
@@ -7,7 +7,7 @@ the data, the output and the Secrets. No pod has Kubernetes permissions.
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,23 +16,31 @@ from tuneyard.api.alignmentjob import AlignmentJob
 from tuneyard.api.compute import Compute
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.meta import GROUP
-from tuneyard.api.plan import Plan, digest
+from tuneyard.api.plan import Plan
 from tuneyard.api.pods import (
     CA_VARIABLE,
     CLAIMS_FOLDER,
     GRACE_SECONDS,
     PROGRESS_URL_VARIABLE,
     TOKEN_FILE_VARIABLE,
+    WORKERS_VARIABLE,
 )
 from tuneyard.rendering.compute import Workers, workers
 from tuneyard.rendering.names import (
+    PRIORITY_LABEL,
+    QUEUE_LABEL,
+    UID_LABEL,
     audience,
     config_map_name,
     erasure_name,
+    network_policy_name,
     plan_digest,
     progress_path,
+    queue,
     ray_job_name,
+    workload_priority,
 )
+from tuneyard.rendering.plan_file import plan_text
 from tuneyard.rendering.storage import Storage, storage
 
 Object = dict[str, Any]
@@ -46,9 +54,21 @@ TOKEN_SECONDS = 3600
 """Lifetime of the token; the kubelet renews it at 80%."""
 TTL_SECONDS = 60
 """How long the cluster of a finished RayJob stays, for the operator to read its state."""
+DASHBOARD_PORT = 8265
+"""Port of Ray's dashboard and job API on the head."""
+_KUBERAY = {"app.kubernetes.io/component": "kuberay-operator"}
+"""The label of KubeRay's operator in its Helm chart and in its kustomize manifests."""
 OBJECT_STORE_BYTES = 256 << 20
 """Size of Ray's object store, which batches never pass through. The default, 30% of memory, would
 not fit into /dev/shm, and Ray would then use the disk."""
+ERASE_SECONDS = 1800
+"""Limit of the erasure of an output, from the creation of its Job. Deleting a million objects takes
+minutes; a pod that no node takes would wait without end."""
+ERASE_TTL_SECONDS = 3600
+"""How long a finished erasure stays, for the operator to read its state."""
+SMALL_TMP = "10Gi"
+"""Limit on /tmp in pods that hold neither a model nor data: Ray's logs, and records of the output.
+Without a limit, a pod could fill its node's disk, and the kubelet would evict other pods too."""
 USER = 1000
 """The pods' user and group; volumes are made writable for it."""
 
@@ -60,7 +80,8 @@ _FOREIGN_LABELS = (
     "ray.io/",
     f"{GROUP}/",
 )
-"""Prefixes of labels that other controllers act on. Labels with these prefixes are not copied."""
+"""Prefixes of labels that other controllers act on. Labels with these prefixes are not copied; the
+RayJob alone gets Kueue's labels."""
 
 
 class Reporting(NamedTuple):
@@ -69,7 +90,7 @@ class Reporting(NamedTuple):
     url: str
     """The operator's status server, without a path."""
     ca: str
-    """The authority of the server's certificate, in PEM; it is public."""
+    """The authorities of the server's certificate, in PEM; they are public."""
 
 
 class Rendered(NamedTuple):
@@ -77,6 +98,8 @@ class Rendered(NamedTuple):
 
     config_map: Object
     """Named by its content, so that attempts with one plan share it."""
+    network_policy: Object
+    """Named by the job: all attempts share it."""
     ray_job: Object
     """`<job>-<attempt>`."""
 
@@ -88,9 +111,11 @@ def render(
     attempt: int,
     image: str = DEFAULT_IMAGE,
     reporting: Reporting | None = None,
+    reduced_to: int | None = None,
 ) -> Rendered:
     """Return the objects of an attempt of a plan that `placement.placed` returned. `reporting`
-    None: no progress is posted."""
+    None: no progress is posted. `reduced_to`: the workers of an elastic attempt that cannot have
+    all."""
     compute, policy = plan.compute, job.spec.run_policy
     config_map = _config_map(plan, job)
     mount = _plan_mount(config_map["metadata"]["name"])
@@ -101,6 +126,9 @@ def render(
     )
     store, group = storage(plan), workers(compute)
     token, env = _reporting(job, reporting)
+    if reduced_to is not None:
+        group = group._replace(num_workers=reduced_to)
+        env = [*env, {"name": WORKERS_VARIABLE, "value": str(reduced_to)}]
     head = _head(pods, store, [mount, *token], env)
     spec = {
         "submissionMode": "K8sJobMode",
@@ -115,11 +143,13 @@ def render(
         "submitterPodTemplate": _submitter(pods),
         "rayClusterSpec": {
             "rayVersion": RAY_VERSION,
+            # KubeRay creates the token's Secret and gives it to the head, workers and submitter.
+            "authOptions": {"mode": "token"},
             "headGroupSpec": head,
             "workerGroupSpecs": [_worker_group(pods, store, group, compute)],
         },
     }
-    return Rendered(config_map, _ray_job(plan, job, attempt, spec))
+    return Rendered(config_map, _network_policy(job), _ray_job(plan, job, attempt, spec))
 
 
 def render_erasure(
@@ -143,7 +173,12 @@ def render_erasure(
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": _metadata(job, erasure_name(job), labels),
-        "spec": {"backoffLimit": 3, "template": template},
+        "spec": {
+            "backoffLimit": 3,
+            "activeDeadlineSeconds": ERASE_SECONDS,
+            "ttlSecondsAfterFinished": ERASE_TTL_SECONDS,
+            "template": template,
+        },
     }
 
 
@@ -164,29 +199,49 @@ def _plan_mount(config_map: str) -> _Mount:
 
 
 def _config_map(plan: Plan, job: FineTuneJob | AlignmentJob) -> Object:
-    value = plan.model_dump(mode="json", by_alias=True)
-    name = config_map_name(plan.job.name, digest(value))
+    name = config_map_name(plan.job.name, plan_digest(plan))
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": _metadata(job, name, _labels(job, attempt=None)),
         "immutable": True,
-        "data": {"plan.json": json.dumps(value, sort_keys=True, ensure_ascii=False)},
+        "data": {"plan.json": plan_text(plan)},
     }
 
 
 def _ray_job(plan: Plan, job: FineTuneJob | AlignmentJob, attempt: int, spec: Object) -> Object:
     labels = _labels(job, attempt)
-    policy = job.spec.run_policy
-    if policy.queue:
-        labels["kueue.x-k8s.io/queue-name"] = policy.queue
-    if policy.workload_priority:
-        labels["kueue.x-k8s.io/priority-class"] = policy.workload_priority
+    if name := queue(job):
+        labels[QUEUE_LABEL] = name
+    if priority := workload_priority(job):
+        labels[PRIORITY_LABEL] = priority
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
         "metadata": _metadata(job, ray_job_name(job.kind, plan.job.name, attempt), labels),
         "spec": spec,
+    }
+
+
+def _network_policy(job: FineTuneJob | AlignmentJob) -> Object:
+    """Return the policy that only pods of the same job reach the job's pods. KubeRay's operator
+    asks the dashboard for the state of the Ray job."""
+    labels = _labels(job, attempt=None)
+    pods = {"matchLabels": {key: labels[key] for key in (f"{GROUP}/kind", f"{GROUP}/job")}}
+    kuberay = {"namespaceSelector": {}, "podSelector": {"matchLabels": dict(_KUBERAY)}}
+    dashboard = {"port": DASHBOARD_PORT, "protocol": "TCP"}
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": _metadata(job, network_policy_name(job.kind, job.metadata.name), labels),
+        "spec": {
+            "podSelector": pods,
+            "policyTypes": ["Ingress"],
+            "ingress": [
+                {"from": [{"podSelector": copy.deepcopy(pods)}]},
+                {"from": [kuberay], "ports": [dashboard]},
+            ],
+        },
     }
 
 
@@ -217,6 +272,8 @@ def _labels(job: FineTuneJob | AlignmentJob, attempt: int | None) -> dict[str, s
     labels["app.kubernetes.io/managed-by"] = "tuneyard"
     labels[f"{GROUP}/kind"] = job.kind
     labels[f"{GROUP}/job"] = job.metadata.name
+    if job.metadata.uid:
+        labels[UID_LABEL] = job.metadata.uid
     if attempt is not None:
         labels[f"{GROUP}/attempt"] = str(attempt)
     return labels
@@ -275,7 +332,7 @@ def _worker_group(pods: _Pods, store: Storage, group: Workers, compute: Compute)
         "envFrom": _env_from(store.credentials),
     }
     mounts = [_shared_memory(group.shared_memory), *_claims(store.claims)]
-    template = _template(pods, container, mounts)
+    template = _template(pods, container, mounts, tmp=group.temporary_storage)
     # KubeRay's init container is a shell. As the pod's first process it would ignore SIGTERM for
     # the whole grace period: after the loss of a worker, the next attempt waited until the
     # replacement worker ended.
@@ -301,11 +358,13 @@ def _submitter(pods: _Pods) -> Object:
     return _template(pods, container, [])
 
 
-def _template(pods: _Pods, container: Object, mounts: Iterable[_Mount]) -> Object:
+def _template(
+    pods: _Pods, container: Object, mounts: Iterable[_Mount], *, tmp: str = SMALL_TMP
+) -> Object:
     """Return a pod template that satisfies the restricted Pod Security Standard. Its root file
-    system is read-only; /tmp is writable."""
-    tmp = _Mount("tmp", "/tmp", {"emptyDir": {}}, read_only=False)  # noqa: S108  the pod's own
-    mounts = [tmp, *mounts]
+    system is read-only; /tmp is writable. `tmp`: the limit on its size."""
+    source = {"emptyDir": {"sizeLimit": tmp}}
+    mounts = [_Mount("tmp", "/tmp", source, read_only=False), *mounts]  # noqa: S108  the pod's own
     container = {
         "image": pods.image,
         **{key: value for key, value in container.items() if value},

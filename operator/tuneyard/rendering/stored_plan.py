@@ -16,15 +16,20 @@ class PlanLostError(ManifestError):
     """A stored plan that does not exist any more, or that another client replaced."""
 
 
+class PlanMissingError(PlanLostError):
+    """A plan without a ConfigMap: it was removed, or an operator ended before it wrote it."""
+
+
 class PlanUnreadableError(ManifestError):
     """A stored plan that only another version of the operator can read."""
 
 
 def stored_plan(config_map: Mapping[str, Any] | None, name: str, plan_digest: str) -> Plan:
     """Return the plan that a ConfigMap holds. `config_map` None: it does not exist. `name`: its
-    name. Raises PlanLostError unless the plan has the digest, PlanUnreadableError if it has."""
+    name. Raises PlanMissingError if it does not exist, PlanLostError if its plan has another
+    digest, PlanUnreadableError if the plan cannot be read."""
     if config_map is None:
-        raise PlanLostError([_fault(f"ConfigMap {name}, which held the plan, does not exist")])
+        raise PlanMissingError([_fault(f"ConfigMap {name}, which held the plan, does not exist")])
     value = _json((config_map.get("data") or {}).get("plan.json"))
     if digest(value) != plan_digest:
         message = f"ConfigMap {name} was replaced: it does not hold the plan with this digest"

@@ -22,7 +22,7 @@ KEY_METRICS = (
 )
 """The event of a finished stage names the first of these metrics that the stage has."""
 
-_WITHOUT_EVENT = ("Starting", "Queued", "Retrying", "Suspended", "Preempted")
+_WITHOUT_EVENT = ("Starting", "Queued", "Retrying", "Suspended", "Preempted", "FewerWorkers")
 """Reasons of Running=False without an event: they are no problem, or another event reports them."""
 
 
@@ -58,7 +58,7 @@ def _planning(before: JobStatus, after: JobStatus) -> Iterator[Event]:
     if new is None:
         return
     if new.status == "True":
-        if old is None or old.status != "True":
+        if (old is None or old.status != "True") and len(before.attempts) == len(after.attempts):
             yield Event("Normal", "Planned", new.message)
     elif new.reason == "PlanRejected":
         if old is None or (old.reason, old.message) != (new.reason, new.message):
@@ -105,6 +105,10 @@ def _attempt_starts(before: JobStatus, after: JobStatus) -> Iterator[Event]:
     for attempt in after.attempts:
         if attempt.number not in known:
             text = f"attempt {attempt.number}: RayJob {attempt.ray_job}"
+            plan = _condition(after, "Planned")
+            if attempt.number == 1 and plan is not None:
+                # One event, not two: events are a quarter of the writes of a new job.
+                text = f"{text}, {plan.message}"
             yield Event("Normal", "AttemptStarted", text)
 
 

@@ -28,15 +28,25 @@ from tuneyard.api.status import (
 )
 from tuneyard.errors import PlanError
 from tuneyard.rendering.names import plan_digest, ray_job_name
+from tuneyard.rendering.names import queue as queue_of
 from tuneyard.status import reasons
-from tuneyard.status.observed import ObservedState, RayJob
+from tuneyard.status.observed import (
+    LOST_SECONDS,
+    NOT_STORED,
+    CreateError,
+    ObservedState,
+    Pod,
+    RayJob,
+    is_lost,
+    names_of,
+)
 from tuneyard.status.reasons import Cause
 from tuneyard.status.reported import DONE, merge_stages, progress_of, with_lost_steps
 from tuneyard.status.times import moment_of, rfc3339
 
 Job = FineTuneJob | AlignmentJob
 
-UNCOUNTED = ("Suspended", "Preempted")
+UNCOUNTED = ("Suspended", "Preempted", "FewerWorkers")
 """Reasons of attempts that do not count toward maxAttempts."""
 MISSING_SECONDS = 10.0
 """How long a known RayJob must be missing before its attempt is closed. The cache may lag behind,
@@ -45,9 +55,13 @@ RECHECK_SECONDS = 15.0
 """Interval of the checks for a change that a watch should have reported."""
 POD_REMOVAL_SECONDS = GRACE_SECONDS + 60.0
 """How long the removal of an ended attempt's pods may take before the status reports PodsLeft."""
+ELASTIC_SHARE = 6
+"""An elastic attempt waits the start deadline divided by this for workers without a node: 300 s of
+the default 1800 s, in which a cluster can add nodes."""
 MAX_BACKOFF_SECONDS = 3600
-MAX_ATTEMPTS = 100
-"""Limit of all attempts, uncounted ones included: a status holds no more."""
+KEPT_ATTEMPTS = 100
+"""Attempts that a status holds, to fit into one object. The oldest uncounted one is dropped first:
+at most `maxAttempts` count, and that is at most 100."""
 _ATTEMPT_TEXT, _FAILURE_TEXT = 1024, 4096
 """Characters kept of a message: a hundred attempts must fit into one object."""
 
@@ -92,9 +106,13 @@ def is_finished(job: Job) -> bool:
     return status.observed_generation == job.metadata.generation
 
 
-def has_fixed_plan(job: Job) -> bool:
+def has_fixed_plan(job: Job, create_error: CreateError | None = None) -> bool:
     """Return whether the job's plan stays as it is. A job that was suspended before its first
-    attempt is planned again when it is resumed: profiles may have changed since."""
+    attempt is planned again when it is resumed: profiles may have changed since. So is a job whose
+    operator ended between the status of its first attempt and the ConfigMap of its plan.
+    `create_error`: why the attempt's objects could not be created."""
+    if create_error is not None and create_error.reason == NOT_STORED:
+        return False
     status = job.status
     is_planned = status is not None and status.plan_digest is not None
     return is_planned and (bool(status and status.attempts) or job.spec.run_policy.suspend)
@@ -136,7 +154,7 @@ class _Observer:
 
     def _plan(self) -> bool:
         """Plan the job unless its plan is fixed; return whether it has a plan."""
-        if has_fixed_plan(self.job):
+        if has_fixed_plan(self.job, self.observed.create_error):
             return True
         self._set(observed_generation=self.job.metadata.generation)
         if self.policy.cancel:
@@ -160,12 +178,20 @@ class _Observer:
         stages = [StageStatus(name=s.name, kind=s.kind) for s in self.planned.stages]
         self._clear_rejection()
         self._set(plan_digest=digest, stages=stages)
-        self._condition("Planned", True, "Planned", f"{len(stages)} stages")
+        message = f"{len(stages)} stages"
+        if unknown := self.observed.unknown_fields:
+            message += (
+                f", without {', '.join(unknown)[:1024]}, which this version of the operator does "
+                "not know: upgrade the operator, or remove the fields"
+            )
+        self._condition("Planned", True, "Planned", message)
         return True
 
     def _clear_plan(self) -> None:
-        """Remove the plan of a job without attempts from the status: its spec may change again."""
-        self._set(plan_digest=None, stages=[])
+        """Remove the plan from the status, and an attempt that has not begun with it: the spec may
+        change again."""
+        closed = [attempt for attempt in self.status.attempts if attempt.finished_at]
+        self._set(plan_digest=None, stages=[], attempts=closed)
 
     def _clear_rejection(self) -> None:
         """Remove the rejection of an earlier spec from the status."""
@@ -181,8 +207,8 @@ class _Observer:
             self._fail_job(_CANCELED)
         elif cause := self._late_explanation():
             return self._close_attempt(cause)
-        elif self.observed.ray_jobs or self.observed.pods:
-            self._wait_for_pods()
+        elif left := self._objects_left():
+            self._wait_for_pods(left)
         elif self._is_exhausted():
             last = self.status.attempts[-1]
             self._fail_job(Cause(last.reason or "", last.message or ""))
@@ -192,8 +218,6 @@ class _Observer:
             pass
         elif (wait := self._backoff()) > 0:
             self.wake_times.append(wait)
-        elif len(self.status.attempts) >= MAX_ATTEMPTS:
-            self._fail_job(_TOO_MANY)
         else:
             return self._decision(start=self._open_attempt())
         return self._decision()
@@ -206,19 +230,30 @@ class _Observer:
             return None
         return reasons.of_killed_pods(self.observed, last.number)
 
-    def _wait_for_pods(self) -> None:
+    def _objects_left(self) -> list[RayJob | Pod]:
+        """Return the objects that the next attempt waits for: all that are not lost, and the
+        RayJobs of a deleted job of this name, which take the names of this job's RayJobs."""
+        pods = (*self.observed.pods, *self.observed.foreign_pods)
+        foreign = [ray for ray in self.observed.ray_jobs if ray.owner != self.job.metadata.uid]
+        objects: list[RayJob | Pod] = [*self.observed.ray_jobs, *pods]
+        return [item for item in objects if item in foreign or not is_lost(item, self.now)]
+
+    def _wait_for_pods(self, left: list[RayJob | Pod]) -> None:
         """Wait until the objects of earlier attempts are removed: no other action may come
         first."""
         self.wake_times.append(RECHECK_SECONDS)
         if self.policy.suspend:
             self._condition("Suspended", None, "Stopping", "waiting for the pods to end")
         last = self._attempt
-        since = moment_of(last.finished_at) if last and last.finished_at else self.now
+        times = [last.finished_at] if last else [item.deletion_time for item in left]
+        since = min((moment_of(text) for text in times if text), default=self.now)
         if (self.now - since).total_seconds() > POD_REMOVAL_SECONDS:
-            left = {ray.name for ray in self.observed.ray_jobs}
-            left |= {pod.name for pod in self.observed.pods}
-            names = ", ".join(sorted(left)[:3])
-            text = f"{names} of the last attempt still exist: check whether a node was lost"
+            owner = "the last attempt" if last else "a deleted job of this name"
+            text = (
+                f"waiting since {rfc3339(since)} for {names_of(left)} of {owner} to be removed: "
+                f"check whether a node was lost; a pod is waited for until {LOST_SECONDS:.0f} s "
+                "after its grace period"
+            )
             self._condition("Running", False, "PodsLeft", text)
 
     def _is_exhausted(self) -> bool:
@@ -243,10 +278,17 @@ class _Observer:
 
     def _open_attempt(self) -> int:
         """Add the next attempt to the status; return its number."""
-        last, queue = self._attempt, self.policy.queue
+        last, queue = self._attempt, queue_of(self.job)
         number = last.number + 1 if last else 1
         name = ray_job_name(self.job.kind, self.job.metadata.name, number)
-        attempt = AttemptStatus(number=number, ray_job=name, started_at=rfc3339(self.now))
+        attempt = AttemptStatus(
+            number=number,
+            ray_job=name,
+            started_at=rfc3339(self.now),
+            workers=last.workers if last and last.reason == "FewerWorkers" else None,
+        )
+        if len(self.status.attempts) >= KEPT_ATTEMPTS:
+            self._drop_attempt()
         self._set(attempts=[*self.status.attempts, attempt])
         self._phase("Queued" if queue else "Pending")
         if queue:
@@ -262,6 +304,13 @@ class _Observer:
         """Report that a job that was suspended is not any more."""
         if "Suspended" in self._conditions() and not self.policy.suspend:
             self._condition("Suspended", False, "Resumed", "runPolicy.suspend is not set")
+
+    def _drop_attempt(self) -> None:
+        """Drop the oldest attempt that counts toward no limit. Its run time still counts."""
+        attempts = self.status.attempts
+        oldest = next((a for a in attempts if a.reason in UNCOUNTED), attempts[0])
+        seconds = (self.status.dropped_seconds or 0.0) + self._seconds_of(oldest)
+        self._set(attempts=[a for a in attempts if a != oldest], dropped_seconds=seconds)
 
     # ---- during an attempt ----------------------------------------------------------------------
 
@@ -322,14 +371,15 @@ class _Observer:
             return self._close_attempt(self._why_missing(attempt))
         if request := self._stop_request(attempt):
             return self._close_attempt(request)
-        if create_error := self.observed.create_error:
+        create_error = self.observed.create_error
+        if create_error and create_error.reason != NOT_STORED:
             cause = reasons.of_create_error(create_error)
             if create_error.code == 422 or self._start_deadline_passed(
                 moment_of(attempt.started_at)
             ):
                 return self._close_attempt(cause._replace(retryable=False))
-            self._condition("Running", False, cause.reason, cause.message)
-        if self.observed.ray_jobs or self.observed.pods:
+            self._condition("Running", False, cause.reason, cause.text)
+        if self._objects_left():
             self.wake_times.append(RECHECK_SECONDS)
             return self._decision()
         return self._decision(start=attempt.number)
@@ -337,7 +387,7 @@ class _Observer:
     def _describe(self, attempt: AttemptStatus, ray: RayJob) -> None:
         """Set phase and conditions of an attempt that continues."""
         waits = ray.suspended and not attempt.running_at
-        self._describe_admission(waits)
+        self._describe_admission(ray.queue, waits)
         if ray.running or attempt.running_at:
             if attempt.running_at is None:
                 self._update(running_at=rfc3339(self.now))
@@ -353,8 +403,7 @@ class _Observer:
             why = (cause.reason, cause.message) if is_known else _STARTING
             self._condition("Running", False, *why)
 
-    def _describe_admission(self, waits: bool) -> None:
-        queue = self.policy.queue
+    def _describe_admission(self, queue: str | None, waits: bool) -> None:
         if queue is None:
             self._condition("Admitted", True, *_NO_QUEUE)
         elif waits:
@@ -380,6 +429,8 @@ class _Observer:
             return self._decision()
         is_starting = attempt.running_at is None and not ray.suspended
         if is_starting:
+            if fewer := self._shrink(attempt, ray):
+                return self._close_attempt(fewer)
             cause = reasons.of_waiting(ray, self.observed)
             is_final = cause.reason == "OutOfMemory"  # a replacement pod would need as much
             if self._start_deadline_passed(self._start_allowed_at(attempt, ray)) or is_final:
@@ -398,9 +449,30 @@ class _Observer:
             return self._deadline_exceeded()
         return _SUSPENDED if attempt.stopping_at else None
 
+    def _shrink(self, attempt: AttemptStatus, ray: RayJob) -> Cause | None:
+        """Return why an elastic attempt ends, to continue with the workers that have a node; None:
+        it has all workers or waits. KubeRay would wait for all of them."""
+        placed = [
+            moment_of(pod.placed_at)
+            for pod in self.observed.pods
+            if (pod.attempt, pod.role) == (attempt.number, "worker")
+            and pod.placed_at
+            and not pod.has_ended
+        ]
+        if not 0 < ray.min_workers <= len(placed) < ray.workers:
+            return None
+        patience = self.policy.start_deadline_seconds // ELASTIC_SHARE
+        left = patience - (self.now - max(placed)).total_seconds()
+        if left > 0:
+            self.wake_times.append(left)
+            return None
+        self._update(workers=len(placed))
+        return reasons.of_missing_workers(ray, self.observed, len(placed), patience)
+
     def _start_allowed_at(self, attempt: AttemptStatus, ray: RayJob) -> datetime:
-        """Return when the pods of the attempt could start: after their time in the queue."""
-        texts = [attempt.started_at, ray.start_time]
+        """Return when the pods of the attempt could start: after their time in the queue. The
+        RayJob of an attempt can be created late, and KubeRay sees it later still."""
+        texts = [attempt.started_at, ray.creation_time, ray.start_time]
         admitted = self._conditions().get("Admitted")
         if admitted and admitted.status == "True":
             texts.append(admitted.last_transition_time)
@@ -530,9 +602,7 @@ class _Observer:
         self._set(stages=[_with_state(s, to) if s.state == "Running" else s for s in stages])
         self._phase("Failed")
         self._condition("Running", False, cause.reason, cause.message)
-        end = "" if cause.message.endswith((".", "!", "?")) or not cause.advice else "."
-        text = f"{cause.message}{end} {cause.advice}".strip()
-        self._condition("Failed", True, cause.reason, text)
+        self._condition("Failed", True, cause.reason, cause.text)
         self._drop_condition("Suspended")
 
     def _finished(self) -> Decision:
@@ -561,12 +631,14 @@ class _Observer:
 
     def _spent(self) -> float:
         """Return the seconds that all attempts took, each from the start of its driver."""
-        total = 0.0
-        for attempt in self.status.attempts:
-            if attempt.running_at:
-                end = moment_of(attempt.finished_at) if attempt.finished_at else self.now
-                total += (end - moment_of(attempt.running_at)).total_seconds()
-        return total
+        listed = sum(self._seconds_of(attempt) for attempt in self.status.attempts)
+        return (self.status.dropped_seconds or 0.0) + listed
+
+    def _seconds_of(self, attempt: AttemptStatus) -> float:
+        if attempt.running_at is None:
+            return 0.0
+        end = moment_of(attempt.finished_at) if attempt.finished_at else self.now
+        return (end - moment_of(attempt.running_at)).total_seconds()
 
     def _set(self, **values: object) -> None:
         self.status = self.status.model_copy(update=values)
@@ -638,12 +710,6 @@ class _Observer:
 
 _CANCELED = Cause("Canceled", "runPolicy.cancel was set")
 _SUSPENDED = Cause("Suspended", "runPolicy.suspend was set", retryable=True)
-_TOO_MANY = Cause(
-    "TooManyAttempts",
-    f"the job was suspended or preempted too often: it had {MAX_ATTEMPTS} attempts",
-    "Create the job again with the same name and the same output: it resumes from its last "
-    "checkpoint.",
-)
 
 
 def _with_state(stage: StageStatus, state: StageState) -> StageStatus:

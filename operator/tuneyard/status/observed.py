@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from tuneyard.api.meta import GROUP
 from tuneyard.api.progress import Post
+from tuneyard.rendering.names import QUEUE_LABEL, UID_LABEL
+from tuneyard.status.times import moment_of
 
 Object = Mapping[str, Any]
 
@@ -15,6 +18,10 @@ ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 """KubeRay's job states that are final."""
 _MESSAGE = 4096
 """Characters kept of a message, from its end: KubeRay's messages carry the tail of a log."""
+LOST_SECONDS = 300.0
+"""How long after its deletion time an object may still exist before it counts as lost. The deletion
+time of a pod includes its grace period: a pod that exists 5 minutes later is on a node that does
+not respond."""
 
 
 class RayJob(NamedTuple):
@@ -41,6 +48,17 @@ class RayJob(NamedTuple):
     """When KubeRay started the job (RFC 3339); None: not yet."""
     cluster_failure: str
     """Why the RayCluster could not create pods; "": no problem."""
+    workers: int
+    """Workers that it asks for; KubeRay starts the driver once all of them run."""
+    min_workers: int
+    """Fewest workers that the job continues with; `workers` unless the job is elastic."""
+    queue: str | None
+    """The Kueue LocalQueue of its label, which Kueue sets if the namespace has a default queue.
+    None: no queue."""
+    deletion_time: str | None = None
+    """When Kubernetes may remove it (RFC 3339); None: it is not marked for deletion."""
+    creation_time: str | None = None
+    """When it was created (RFC 3339)."""
 
     @property
     def ended(self) -> bool:
@@ -80,6 +98,51 @@ class Pod(NamedTuple):
     phase: str
     deleting: bool
     problems: tuple[PodProblem, ...]
+    placed_at: str | None
+    """When the pod got a node (RFC 3339); None: it has none."""
+
+    @property
+    def has_ended(self) -> bool:
+        return self.deleting or self.phase in ("Succeeded", "Failed")
+
+    deletion_time: str | None = None
+    """When its grace period ends (RFC 3339); None: the pod is not marked for deletion."""
+    node: str = ""
+    """"": the pod has no node yet."""
+    job_uid: str = ""
+    """UID of the job; "": release 0.2 started the pod."""
+    created: str = ""
+    """When the pod was created (RFC 3339)."""
+
+    def belongs_to(self, job_uid: str, job_created: str) -> bool:
+        """Return whether the pod, which names a job with this name, belongs to the job with this
+        UID. A pod without a UID does, unless it is older than the job."""
+        if self.job_uid:
+            return self.job_uid == job_uid
+        return not self.created or self.created >= job_created
+
+
+def is_lost(item: RayJob | Pod, now: datetime) -> bool:
+    """Return whether an object has existed for too long after its deletion time to be waited for.
+    Whatever still runs in a lost pod cannot write to the output: a newer attempt claims it."""
+    if item.deletion_time is None:
+        return False
+    return (now - moment_of(item.deletion_time)).total_seconds() > LOST_SECONDS
+
+
+def is_erasing(item: RayJob | Pod) -> bool:
+    """Return whether an object is a pod that erases the output."""
+    return isinstance(item, Pod) and item.role == "erase"
+
+
+def names_of(items: Iterable[RayJob | Pod]) -> str:
+    """Return the names of at most three objects, with the nodes of pods, for a message."""
+    names = sorted(
+        f"{item.name} on node {item.node}" if isinstance(item, Pod) and item.node else item.name
+        for item in items
+    )
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 class Workload(NamedTuple):
@@ -90,13 +153,19 @@ class Workload(NamedTuple):
     """Why the attempt waits or was evicted; "": neither."""
 
 
+NOT_STORED = "PlanNotStored"
+"""The reason of a CreateError: no attempt has begun with the recorded plan, which is not
+stored."""
+
+
 class CreateError(NamedTuple):
     """Why an attempt's objects could not be created."""
 
     code: int
     """HTTP status. 0: the operator did not send them."""
     reason: str
-    """Kubernetes' reason: Forbidden, NotFound, Invalid, ...; or PlanLost, PlanUnreadable."""
+    """Kubernetes' reason: Forbidden, NotFound, Invalid, ...; or PlanLost, PlanUnreadable,
+    NOT_STORED."""
     message: str
 
 
@@ -106,6 +175,8 @@ class ObservedState:
 
     ray_jobs: tuple[RayJob, ...] = ()
     pods: tuple[Pod, ...] = ()
+    foreign_pods: tuple[Pod, ...] = ()
+    """Pods of a deleted job with the same name."""
     deleted_pods: tuple[Pod, ...] = ()
     """Deleted pods of the current attempt, in their last state."""
     workload: Workload | None = None
@@ -116,6 +187,9 @@ class ObservedState:
     """None: the API server refused nothing."""
     post: Post | None = None
     """The newest post of the current attempt."""
+    unknown_fields: tuple[str, ...] = ()
+    """The spec fields that this version does not know and plans without: after a rollback, the job
+    may be of a newer one."""
     missing_seconds: float = 0.0
     """For how long the current attempt's RayJob, which existed, has been missing."""
 
@@ -136,6 +210,7 @@ def attempt_of(item: Object) -> int:
 def ray_job(item: Object) -> RayJob:
     """Return the reduced form of a RayJob."""
     metadata, status = item["metadata"], item.get("status") or {}
+    workers, min_workers = _group_size(item.get("spec") or {})
     owners = (o["uid"] for o in metadata.get("ownerReferences") or () if o.get("controller"))
     return RayJob(
         name=metadata["name"],
@@ -151,7 +226,20 @@ def ray_job(item: Object) -> RayJob:
         cluster=status.get("rayClusterName") or "",
         start_time=status.get("startTime"),
         cluster_failure=_cluster_failure(status.get("rayClusterStatus") or {}),
+        workers=workers,
+        min_workers=min_workers,
+        queue=(metadata.get("labels") or {}).get(QUEUE_LABEL) or None,
+        deletion_time=metadata.get("deletionTimestamp"),
+        creation_time=metadata.get("creationTimestamp"),
     )
+
+
+def _group_size(spec: Object) -> tuple[int, int]:
+    """Return the workers that a RayJob asks for, and the fewest. 0, 0: another client's RayJob has
+    no such group."""
+    groups: list[Object] = (spec.get("rayClusterSpec") or {}).get("workerGroupSpecs") or [{}]
+    workers = int(groups[0].get("replicas") or 0)
+    return workers, int(groups[0].get("minReplicas", workers))
 
 
 def _cluster_failure(status: Object) -> str:
@@ -173,7 +261,20 @@ def pod(item: Object) -> Pod:
         phase=status.get("phase") or "Pending",
         deleting="deletionTimestamp" in metadata,
         problems=tuple(_problems(status)),
+        placed_at=_placed_at(status),
+        deletion_time=metadata.get("deletionTimestamp"),
+        node=(item.get("spec") or {}).get("nodeName") or "",
+        job_uid=labels.get(UID_LABEL) or "",
+        created=metadata.get("creationTimestamp") or "",
     )
+
+
+def _placed_at(status: Object) -> str | None:
+    for condition in status.get("conditions") or ():
+        if condition.get("type") == "PodScheduled" and condition.get("status") == "True":
+            time: str | None = condition.get("lastTransitionTime")
+            return time
+    return None
 
 
 def _role(labels: Object) -> str:

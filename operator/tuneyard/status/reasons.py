@@ -35,6 +35,12 @@ class Cause(NamedTuple):
     def failure(self) -> Failure:
         return Failure(reason=self.reason, message=self.message, advice=self.advice)
 
+    @property
+    def text(self) -> str:
+        """The message and the advice."""
+        end = "" if self.message.endswith((".", "!", "?")) or not self.advice else "."
+        return f"{self.message}{end} {self.advice}".strip()
+
 
 _REASON = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,127}\Z")
 """The reasons that a condition may carry."""
@@ -127,7 +133,8 @@ def _of_killing(pod: Pod, problem: PodProblem) -> Cause | None:
         return Cause(
             "Evicted",
             f"pod {pod.name} was evicted: {problem.message}",
-            "If the node ran out of memory or disk, raise compute.memory or choose other nodes.",
+            'If the volume "tmp" exceeded its limit, raise compute.temporaryStorage. If the node '
+            "ran out of memory or disk, raise compute.memory or choose other nodes.",
             retryable=True,
         )
     return None
@@ -186,11 +193,19 @@ def of_create_error(create_error: CreateError) -> Cause:
         )
     if "exceeded quota" in text:
         return _quota(text)
-    if create_error.code == 429 or create_error.code >= 500:
+    if create_error.code in (0, 429) or create_error.code >= 500:
         return Cause(
             "ClusterUnavailable",
             f"the cluster could not create the attempt's objects: {text}",
-            "Ask the platform team: the API server or an admission webhook does not respond.",
+            "Ask the platform team: the API server or an admission webhook fails or does not "
+            "respond.",
+            retryable=True,
+        )
+    if create_error.reason == "AlreadyExists":
+        return Cause(
+            "RayJobRefused",
+            f"another object has the name of the attempt's RayJob: {text}",
+            "Delete that object, or create the job under another name.",
             retryable=True,
         )
     if create_error.code == 403:
@@ -225,6 +240,18 @@ def of_waiting(ray_job: RayJob | None, observed: ObservedState) -> Cause:
             "Ask the platform team: a policy of the namespace forbids these pods.",
         )
     return Cause("StartTimeout", "the job's pods did not start in time")
+
+
+def of_missing_workers(ray_job: RayJob, observed: ObservedState, placed: int, waited: int) -> Cause:
+    """Return why an elastic attempt gives way to one with the workers that have a node."""
+    why = of_waiting(ray_job, observed)
+    text = f": {why.message}" if why.reason != "StartTimeout" else ""
+    return Cause(
+        "FewerWorkers",
+        f"{placed} of {ray_job.workers} workers have a node, and no other got one for "
+        f"{waited} s{text}",
+        retryable=True,
+    )
 
 
 def _quota(text: str) -> Cause:

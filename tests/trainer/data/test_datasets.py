@@ -297,6 +297,14 @@ FORMATS: list[tuple[DataFormat, dict[str, Any], list[tuple[str, str]]]] = [
 ]
 
 
+def post(key: str, parent: str | None, role: str, **more: Any) -> dict[str, Any]:
+    return {"message_id": key, "parent_id": parent, "role": role, "text": key, **more}
+
+
+def nested(row: dict[str, Any], *replies: dict[str, Any]) -> dict[str, Any]:
+    return row | {"replies": list(replies)}
+
+
 class TestFormats:
     @pytest.mark.parametrize(("name", "row", "expected"), FORMATS)
     def test_each_format_is_detected_and_read(
@@ -343,6 +351,70 @@ class TestFormats:
         (example,) = load(tmp_path, row, fields={"messages": "conversation"})
         assert example.kind == "chat"
 
+    @pytest.mark.parametrize("prompt", [{}, {"prompt": "instruction"}])
+    def test_a_mapped_input_follows_the_prompt_as_in_alpaca(
+        self, tmp_path: Path, prompt: dict[str, str]
+    ) -> None:
+        """In both formats that Dolly's fields can be mapped to; an empty input adds nothing."""
+        fields = {"input": "context", "completion": "response", **prompt}
+        row = {"instruction": "i", "context": "x", "response": "a", "category": "qa"}
+        (example,) = load(tmp_path, row, fields=fields)
+        assert turns(example) == [("user", "i\n\nx"), ("assistant", "a")]
+        (example,) = load(tmp_path, row | {"context": " "}, fields=fields)
+        assert turns(example) == [("user", "i"), ("assistant", "a")]
+        error = refusal(lambda: load(tmp_path, row | {"context": 1}, fields=fields))
+        assert "context must be a string, not int" in error.message
+
+    def test_prompt_and_completion_have_no_input_unless_it_is_mapped(self, tmp_path: Path) -> None:
+        row = ROWS[0] | {"input": "x"}
+        assert load(tmp_path, row)[0].prompt == "q0"
+        assert load(tmp_path, row, fields={"input": "input"})[0].prompt == "q0\n\nx"
+
+    def test_an_input_beside_a_list_of_turns_is_refused(self, tmp_path: Path) -> None:
+        """It has no place there, and must not vanish."""
+        row = {"prompt": chat("q", "a", "r"), "completion": "b", "context": "x"}
+        error = refusal(lambda: load(tmp_path, row, fields={"input": "context"}))
+        assert "context cannot follow a prompt that is a list of turns" in error.message
+
+    @pytest.mark.parametrize(
+        ("row", "fields", "unread"),
+        [
+            (
+                {"instruction": "i", "context": "x", "response": "a", "category": "qa"},
+                {"prompt": "instruction", "completion": "response"},
+                ("category", "context"),
+            ),
+            ({"instruction": "i", "input": "x", "output": "a", "text": "t"}, {}, ("text",)),
+            ({"instruction": "i", "instances": [{"input": "x", "output": "a"}]}, {}, ()),
+            (ROWS[0] | {"expected": "a0", "system": "s"}, {}, ()),
+            (ROWS[0] | {"note": "", "source": None, "tags": []}, {}, ()),
+            ({"messages": chat("q", "a"), "prompt_id": "1"}, {}, ("prompt_id",)),
+            ({"inputs": "q", "targets": "a", "task": "t"}, {}, ("task",)),
+            (post("q", None, "prompter", lang="en") | {"replies": []}, {}, ()),
+        ],
+    )
+    def test_columns_that_nothing_reads_are_listed(
+        self, tmp_path: Path, row: dict[str, Any], fields: dict[str, str], unread: tuple[str, ...]
+    ) -> None:
+        """A column without a value is not listed; neither are the many of an OpenAssistant tree."""
+        answer = post("a", "q", "assistant")
+        rows = [row] if "replies" not in row else [nested(row, answer)]
+        stream = open_data(put(tmp_path / "rows.jsonl", lines(rows)), fields=fields)
+        assert len(list(stream)) == 1
+        assert stream.summary.unread == unread
+
+    def test_the_list_of_unread_columns_is_bounded_and_the_same_in_every_run(
+        self, tmp_path: Path
+    ) -> None:
+        rows = [ROWS[0] | {f"{n:05}{'x' * 5000}": 1} for n in range(1000)]
+        stream = open_data(put(tmp_path / "rows.jsonl", lines(rows)))
+        assert len(list(stream)) == 1000
+        row = ROWS[0] | {f"{n:02}": 1 for n in range(40)}
+        wide = open_data(put(tmp_path / "wide.jsonl", lines([row])))
+        assert len(list(wide)) == 1
+        assert stream.summary.unread == tuple(f"{n:05}{'x' * 55}" for n in range(20))
+        assert wide.summary.unread == tuple(f"{n:02}" for n in range(20))
+
     def test_a_field_map_with_fields_of_another_format_is_refused(self, tmp_path: Path) -> None:
         error = refusal(
             lambda: load(tmp_path, {"text": "t"}, format="text", fields={"prompt": "q"})
@@ -387,14 +459,6 @@ class TestFormats:
     def test_broken_rows_do_not_decide_the_format(self) -> None:
         rows = [Row(1, BrokenRow("x")), Row(2, ROWS[0])]
         assert detect(rows, FieldMap()) == "prompt-completion"
-
-
-def post(key: str, parent: str | None, role: str, **more: Any) -> dict[str, Any]:
-    return {"message_id": key, "parent_id": parent, "role": role, "text": key, **more}
-
-
-def nested(row: dict[str, Any], *replies: dict[str, Any]) -> dict[str, Any]:
-    return row | {"replies": list(replies)}
 
 
 BEST = [("user", "q"), ("assistant", "best"), ("user", "again"), ("assistant", "last")]

@@ -122,6 +122,25 @@ def all_ids(rows: Rows) -> list[tuple[int, ...]]:
     return [tuple(rows.ids(row).tolist()) for row in range(len(rows))]
 
 
+# ---- columns ------------------------------------------------------------------------------------
+
+
+def test_columns_that_nothing_reads_are_named_once_and_recorded(job: Job) -> None:
+    rows = [row | {"source": "web", "note": ""} for row in chats(5)]
+    outcome = job.train(rows)
+    assert outcome.details["datasets"][0]["unreadColumns"] == ["source"]
+    messages = [str(report.get("message")) for report in job.reports]
+    (named,) = [message for message in messages if "source" in message]
+    assert named.startswith("spec.data.train.0: nothing reads the column source")
+    assert "note" not in named
+
+
+def test_rows_whose_columns_are_all_read_have_no_such_note(job: Job) -> None:
+    outcome = job.train(chats(5))
+    assert outcome.details["datasets"][0]["unreadColumns"] == []
+    assert not [report for report in job.reports if "column" in str(report.get("message"))]
+
+
 # ---- files ------------------------------------------------------------------------------------
 
 

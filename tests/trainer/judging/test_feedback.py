@@ -372,9 +372,9 @@ def test_a_prompt_longer_than_the_judges_context_is_not_truncated(
     assert caught.value.reason == "JudgeUnavailable"
 
 
-def test_a_policy_without_a_chat_template_gives_rows_of_plain_text(
-    inputs: dict[str, Path], workdir: Path, tmp_path: Path
-) -> None:
+@pytest.fixture
+def base_model(inputs: dict[str, Path], tmp_path: Path) -> Path:
+    """The policy without its chat template."""
     base = tmp_path / "base"
     base.mkdir()
     for path in inputs["model"].iterdir():
@@ -382,9 +382,34 @@ def test_a_policy_without_a_chat_template_gives_rows_of_plain_text(
             (base / path.name).write_bytes(path.read_bytes())
     tokenizer = AutoTokenizer.from_pretrained(base)
     assert tokenizer.chat_template is None
+    return base
+
+
+def conversations(path: Path) -> Path:
+    """Write prompts of three turns each."""
+    turns = [{"role": role, "content": f"{role}?"} for role in ("user", "assistant", "user")]
+    path.write_text(json.dumps({"messages": turns}) + "\n")
+    return path
+
+
+def test_a_policy_without_a_chat_template_gives_completions_of_plain_text(
+    inputs: dict[str, Path], workdir: Path, base_model: Path
+) -> None:
     with JudgeServer(unbiased) as server:
-        run_feedback(server, inputs | {"model": base}, workdir)
+        run_feedback(server, inputs | {"model": base_model}, workdir)
     assert isinstance(rows_of(workdir / "preferences.jsonl")[0]["chosen"], str)
+
+
+def test_a_policy_without_a_chat_template_is_labeled_on_all_turns_of_a_prompt(
+    inputs: dict[str, Path], workdir: Path, base_model: Path
+) -> None:
+    """The labels hold the turns that the completions were sampled for."""
+    prompts = conversations(workdir.parent / "prompts.jsonl")
+    with JudgeServer(unbiased) as server:
+        run_feedback(server, inputs | {"model": base_model, "prompts": prompts}, workdir)
+    (row,) = rows_of(workdir / "preferences.jsonl")
+    (found,) = parse_preferences(Row(1, row), FieldMap(), labeled=False)
+    assert [turn.content for turn in found.prompt] == ["user?", "assistant?", "user?"]
 
 
 def test_prompts_without_room_for_a_completion_fail_the_stage(
@@ -453,6 +478,20 @@ def test_the_stage_prepare_reads_the_revisions(inputs: dict[str, Path], workdir:
     )
     assert len(found) == LAMPS
     assert [turn.content for turn in found[0].messages] == ["Which port has lamp 0?", "Revise 5"]
+
+
+def test_the_revisions_of_a_model_without_a_chat_template_keep_all_turns(
+    inputs: dict[str, Path], workdir: Path, base_model: Path
+) -> None:
+    prompts = conversations(workdir.parent / "prompts.jsonl")
+    with JudgeServer(critic) as server:
+        stage = critique_stage(server.settings())
+        given = inputs | {"model": base_model, "prompts": prompts}
+        critique.run(StageContext(stage, given, workdir, WORKER))
+    (row,) = rows_of(workdir / "revisions.jsonl")
+    assert row["prompt"] == (
+        "\n\nHuman: user?\n\nAssistant: assistant?\n\nHuman: user?\n\nAssistant: "
+    )
 
 
 def test_a_killed_critique_repeats_no_request(inputs: dict[str, Path], workdir: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.local.console import Console
 from tuneyard_trainer.reporting.formatting import duration, harmless, number, size
 from tuneyard_trainer.reporting.results import headline
+from tuneyard_trainer.running import waits
+from tuneyard_trainer.running.waits import wait_event
 from tuneyard_trainer.worker import Interrupted
 
 MINIMAL = Path(__file__).parents[2] / "golden" / "plans" / "minimal.json"
@@ -282,6 +285,43 @@ def test_a_reinforcement_stage_shows_rewards_and_kl_divergence(
         clock.now += 1
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
     assert "reward 0.250 · held out 0.500 · KL 1.500" in shown
+
+
+def test_a_terminal_shows_what_is_waited_for_and_how_long_already(
+    clock: Clock, terminal: Terminal
+) -> None:
+    with Console(out=io.StringIO(), err=terminal, clock=clock) as console:
+        console.event(wait_event("importing Ray"))
+        clock.now += 2
+        console.event(wait_event("starting Ray"))
+        clock.now += 7
+        console.event(staged("prepare", "Running"))
+        console.event(wait_event("importing the libraries of prepare"))
+        clock.now += 4
+        console.event(staged("prepare", "Succeeded", record("prepare", {})))
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
+    assert re.search(r"starting +9 s\n +starting Ray · 7 s", shown)
+    assert re.search(r"prepare +4 s\n +importing the libraries of prepare · 4 s", shown)
+
+
+def test_a_log_tells_a_wait_that_lasts_and_repeats_it(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = threading.Event()
+
+    class Log(io.StringIO):
+        def write(self, text: str) -> int:
+            count = super().write(text)
+            if "seconds=" in text:
+                told.set()
+            return count
+
+    monkeypatch.setattr(waits, "FIRST_SECONDS", 0.01)
+    log = Log()
+    with Console(out=io.StringIO(), err=log, clock=clock) as console:
+        console.event(wait_event("starting Ray"))
+        assert told.wait(60)
+    assert 'info run waiting="starting Ray" seconds=0' in log.getvalue()
 
 
 def test_markup_and_control_characters_in_messages_are_shown_as_text(

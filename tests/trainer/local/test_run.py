@@ -95,9 +95,16 @@ def test_two_ray_workers_train_the_same_weights_as_one_process(
     for key, tensor in load_file(tmp_path / "one" / name).items():
         torch.testing.assert_close(two_workers[key], tensor, atol=1e-5, rtol=1e-4)
 
+    logs = {path.stem: path.read_text() for path in tmp_path.glob("out/logs/attempt-1/*.log")}
+    assert logs.keys() == {"driver", "worker-0", "worker-1"}
+    assert "info run message=" in logs["driver"]
+    assert "info export state=Succeeded" in logs["driver"]
+    assert "worker 1 of 2 on" in logs["worker-1"]
+
     code, out, err = finish(start(tmp_path, value))
     assert code == 0, err
     assert "Nothing to do" in out + err
+    assert (tmp_path / "out/logs/attempt-1/driver.log").read_text() == logs["driver"]
 
 
 def _kill_worker(driver: psutil.Process) -> None:
@@ -146,17 +153,13 @@ def test_an_interrupted_run_reports_it_and_the_same_command_continues(
     value = long_job(tiny_model_dir)
     process = start(tmp_path, value)
     wait_for_steps(process, tmp_path, 60)
-    children = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if "Agent" not in child.name()  # Ray's agents notice the end of their parent after minutes
-    ]
+    children = psutil.Process(process.pid).children(recursive=True)
     interrupt(psutil.Process(process.pid))
     exit_code, _, err = finish(process)
     assert exit_code == code, err
     assert message in err
     assert "Traceback" not in err
-    ended, alive = psutil.wait_procs(children, timeout=180)
+    ended, alive = psutil.wait_procs(children, timeout=60)
     assert alive == [], f"{len(ended)} processes ended, these did not"
     assert not (tmp_path / "out" / "stages" / "sft" / "record.json").exists()
 
@@ -181,7 +184,10 @@ def test_a_stage_that_rejects_its_data_prints_one_message_and_leaves_no_result(
     assert "onInvalidRow" in err
     assert "Traceback" not in err
     remaining = [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert set(remaining) <= {"owner.json", ".lock", "prepare.begun.json"}
+    assert set(remaining) <= {
+        *("owner.json", ".lock", ".claim.lock", "sources.json", "prepare.begun.json"),
+        *("driver.log", "worker-0.log"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -226,6 +232,16 @@ def test_a_job_uri_refers_to_a_job_of_the_same_manifest_by_name(tmp_path: Path) 
     assert {stage.inputs["model"].uri for stage in stages} == {"file://out/result/model"}  # type: ignore[union-attr]
     with pytest.raises(PlanError, match="which has no job 'lamps'"):
         localized([second])
+
+
+def test_a_job_of_the_same_manifest_that_exports_only_an_adapter_is_refused(tmp_path: Path) -> None:
+    value = manifest(tmp_path, model={"uri": "job://lamps"})
+    second = planned(value | {"metadata": {"name": "brighter"}})
+    value = manifest(tmp_path, output="first")
+    value["spec"]["output"]["merge"] = False
+    first = planned(value)
+    with pytest.raises(PlanError, match=r"spec\.model\.uri: job://lamps: .*output\.merge: true"):
+        localized([first, second])
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ import pytest
 from tests.trainer.jobs import manifest, planned, write_data
 from tests.trainer.status_server import SUPERSEDED, Reply, StatusServer, serving
 from tuneyard.api.plan import JobRef, Plan
-from tuneyard.api.pods import OUTCOME_PREFIX
+from tuneyard.api.pods import OUTCOME_PREFIX, WORKERS_VARIABLE
 from tuneyard.api.progress import Outcome
 from tuneyard.errors import StageError
 from tuneyard_trainer import drain, erase
@@ -92,6 +92,42 @@ def test_an_older_attempt_is_stale(tmp_path: Path) -> None:
     outcome = last_words(err)
     assert outcome.failure
     assert outcome.failure.reason == "StaleAttempt"
+
+
+FAILING = """
+import sys
+from tuneyard.errors import StageError
+from tuneyard_trainer.pod.driver import main
+from tuneyard_trainer.running import distributed
+def fail(*_):
+    raise StageError("WorkerDied", "no worker has hf_0123456789abcdefghij0123", retryable=True)
+distributed.pods_resources = fail
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_the_driver_s_log_is_kept_with_the_outcome_as_its_last_line(tmp_path: Path) -> None:
+    """Ray gives a driver one file as standard output and standard error."""
+    plan = cluster_plan(tmp_path, tmp_path)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    arguments = ["--plan", str(tmp_path / "plan.json"), "--attempt", "3", "--job-uid", UID]
+    log = tmp_path / "job-driver.log"
+    with log.open("w") as file:
+        done = subprocess.run(
+            [sys.executable, "-c", FAILING, *arguments],
+            env={**os.environ, "TMPDIR": str(tmp_path)},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            timeout=300,
+        )
+    assert done.returncode == 1, log.read_text()
+    kept = (tmp_path / "out/logs/attempt-3/driver.log").read_text()
+    assert kept == log.read_text().replace("hf_0123456789abcdefghij0123", "[redacted]")
+    assert "event=driver job=lamps attempt=3" in kept
+    assert "event=output-claimed" in kept
+    failure = last_words(log.read_text()).failure
+    assert (failure and failure.reason) == "WorkerDied"
+    assert last_words(kept).state == "Failed"
 
 
 class Exited(BaseException):
@@ -244,7 +280,13 @@ def test_pods_hold_one_process_for_each_gpu(
     compute: dict[str, Any], resources: Resources, tmp_path: Path
 ) -> None:
     plan = planned(manifest(tmp_path, compute=compute))
-    assert pods_resources(plan.compute) == resources
+    assert pods_resources(plan.compute, {}) == resources
+
+
+def test_an_attempt_with_fewer_workers_waits_for_no_others(tmp_path: Path) -> None:
+    compute = {"workers": 4, "minWorkers": 2, "cpusPerWorker": "2"}
+    plan = planned(manifest(tmp_path, compute=compute))
+    assert pods_resources(plan.compute, {WORKERS_VARIABLE: "3"}) == Resources(3, 2, 0, 2.0)
 
 
 # ---- on Ray -----------------------------------------------------------------------------------
@@ -434,6 +476,7 @@ def test_an_attempt_is_stopped_superseded_drained_and_in_the_end_succeeds(
     trained = json.loads((tmp_path / "out/stages/sft/record.json").read_text())
     assert (trained["attempt"], trained["metrics"]["steps"]) == (4, 9)
     assert json.loads((tmp_path / "out/owner.json").read_text())["attempt"] == 4
+    assert "worker 0 of 1" in (tmp_path / "out/logs/attempt-4/worker-0.log").read_text()
 
     # Broken data: the row and the field to change, in the post and in the last line.
     server.posts = []
@@ -451,6 +494,7 @@ def test_an_attempt_is_stopped_superseded_drained_and_in_the_end_succeeds(
     assert last["outcome"]["failure"]["reason"] == "InvalidData"
     assert {s["state"] for s in last["stages"] if s["name"] == "prepare"} == {"Failed"}
     assert "Traceback" not in out
+    assert "InvalidData" in (tmp_path / "out/logs/attempt-5/worker-0.log").read_text()
 
 
 def wait_for_no_workers() -> None:

@@ -276,3 +276,14 @@ def test_a_post_keeps_below_the_servers_limit() -> None:
     body = reporter._body(long)
     assert len(body) <= MAX_POST_BYTES
     assert len(Post.model_validate_json(body).tuneyard.stages) == 100  # type: ignore[union-attr]
+
+
+def test_a_response_that_arrives_byte_by_byte_is_given_up_at_the_timeout(
+    server: StatusServer, played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each byte comes before a timeout of one read: 41 bytes in 8 s."""
+    monkeypatch.setattr(reporter, "TIMEOUT_SECONDS", 1.0)
+    server.replies = [Reply(pause=0.2)]
+    with pytest.raises(TimeoutError, match="no complete response within 1 s"):
+        played.client.send(post(1))
+    assert played.client.send(post(2)).stop is False

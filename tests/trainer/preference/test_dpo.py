@@ -18,7 +18,7 @@ from tests.trainer.preferring import (
     separable,
     write_pairs,
 )
-from tests.trainer.stop_after import StopAfter
+from tests.trainer.stop_after import NEVER, StopAfter, StopAtCheck, without_times
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.stage_settings import DpoSettings
 from tuneyard.errors import StageError
@@ -133,6 +133,26 @@ def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(
     resumed, outcome = run(tmp_path / "b", data, chosen)
     assert outcome.details["resumedAtStep"] == stop + 1
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "kto"])
+def test_a_stop_at_any_moment_is_seen_within_a_batch_and_resumed_exactly(
+    tmp_path: Path, inputs: dict[str, Path], labeled_inputs: dict[str, Path], loss: str
+) -> None:
+    """In the passes of the reference, which are not repeated once complete, and in evaluations."""
+    chosen = settings(loss, {"lora": {"rank": 4}}, max_steps=3, epochs=None, evaluation_steps=2)
+    data = labeled_inputs if loss == "kto" else inputs
+    undisturbed = StopAtCheck(NEVER)
+    whole, expected = run(tmp_path / "whole", data, chosen, undisturbed.worker())
+    assert undisturbed.checks > 3 + 4  # the steps, reference passes and evaluations
+    for check in range(1, undisturbed.checks + 1):
+        stop = StopAtCheck(check)
+        with pytest.raises(Interrupted):
+            run(tmp_path / str(check), data, chosen, stop.worker())
+        assert stop.checks == check
+        resumed, outcome = run(tmp_path / str(check), data, chosen)
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+        assert without_times(outcome.metrics) == without_times(expected.metrics)
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "kto"])

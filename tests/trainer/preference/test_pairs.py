@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,35 @@ def test_a_ranking_is_sorted_by_its_ranks() -> None:
     assert parsed(value).completions == ("a", "b", "c")
 
 
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        ({"instruction": "i", "input": "x"}, FieldMap()),
+        ({"prompt": "i", "context": "x"}, FieldMap(input="context")),
+        ({"task": "i", "context": "x"}, FieldMap(prompt="task", input="context")),
+    ],
+)
+def test_the_input_of_a_row_follows_its_prompt(row: dict[str, Any], fields: FieldMap) -> None:
+    value = row | {"chosen": "c", "rejected": "r"}
+    (found,) = parse_preferences(Row(1, value), fields, labeled=False)
+    assert found.prompt == (Message("user", "i\n\nx"),)
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"prompt": [{"role": "user", "content": "i"}], "context": "x"}, "cannot follow a prompt"),
+        ({"prompt": "i", "context": ["x"]}, "must be a string, not list"),
+    ],
+)
+def test_an_input_that_cannot_follow_its_prompt_is_refused(
+    row: dict[str, Any], problem: str
+) -> None:
+    value = row | {"chosen": "c", "rejected": "r"}
+    with pytest.raises(PreferenceError, match=problem):
+        parse_preferences(Row(1, value), FieldMap(input="context"), labeled=False)
+
+
 def test_the_probability_of_an_order_becomes_the_label() -> None:
     value = {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No.", "probability": 0.75}
     assert parsed(value).label == 0.75
@@ -215,6 +245,23 @@ def test_the_system_prompt_of_the_job_is_part_of_every_row(
     chat = ChatSettings(system_prompt="Be brief.", chat_template=None)
     found, _ = run(tmp_path, tiny_model_dir, PAIRS, chat=chat)
     assert "system\nBe brief." in tiny_tokenizer.decode(found.train.rows.ids(0))
+
+
+def test_without_a_chat_template_a_row_holds_every_turn_and_the_jobs_system_prompt(
+    tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: Any
+) -> None:
+    """In the format in which the policy continues prompts and the reward model scores them."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    (base / "chat_template.jinja").unlink()
+    chat = ChatSettings(system_prompt="Be brief.", chat_template=None)
+    turns = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
+    rows = [row | {"prompt": turns} for row in PAIRS]
+    found, _ = run(tmp_path, base, rows, chat=chat, held_out=0.0)
+    assert tiny_tokenizer.decode(found.train.rows.ids(0)) == (
+        "\n\nSystem: Be brief.\n\nHuman: user\n\nAssistant: assistant\n\nHuman: user"
+        "\n\nAssistant: Good answer 0.<|im_end|>"
+    )
 
 
 def test_one_invalid_row_fails_the_stage_and_is_shown(tmp_path: Path, tiny_model_dir: Path) -> None:

@@ -29,9 +29,12 @@ from tests.trainer.speaking import (
     share_of,
     write_prompts,
 )
+from tests.trainer.stop_after import NEVER, StopAtCheck
+from tests.trainer.stop_after import without_times as not_timed
 from tuneyard.api.alignment import StopConditions
 from tuneyard.api.plan import PlannedStage, TrainRuntime
 from tuneyard.errors import StageError
+from tuneyard_trainer.generation import sampling
 from tuneyard_trainer.generation.sampling import Sampled, TransformersSampler
 from tuneyard_trainer.reinforcement import grpo, loading, ppo, rewards, stop_conditions
 from tuneyard_trainer.reinforcement.rewards import Attempt
@@ -198,12 +201,57 @@ def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(
     whole, _ = run(stage, tmp_path / "whole", inputs)
     with pytest.raises(Interrupted) as stopped:
         run(stage, tmp_path / "parts", inputs, StopAfter(1).worker())
-    assert stopped.value.step == 2
     resumed, outcome = run(stage, tmp_path / "parts", inputs)
-    assert outcome.details["resumedAtStep"] == 2
+    assert outcome.details["resumedAtStep"] == stopped.value.step > 0
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert without_times(tmp_path / "whole") == without_times(tmp_path / "parts")
+
+
+@pytest.mark.usefixtures("reward")
+def test_a_stop_at_any_moment_is_seen_within_a_batch_and_resumed_exactly(
+    tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, curves, baseline, metrics and samples are those of an undisturbed run."""
+    monkeypatch.setattr(sampling, "CPU_BATCH", 12)  # a measurement is several batches
+    stage = grpo_stage({"max_steps": 3, "evaluation_steps": 2})
+    undisturbed = StopAtCheck(NEVER)
+    whole, expected = run(stage, tmp_path / "whole", inputs, undisturbed.worker())
+    batches, rest = divmod(undisturbed.checks - 3, 3)  # measured at 0, 2 and 3
+    assert batches > 1
+    assert rest == 0
+    for check in range(1, undisturbed.checks + 1):
+        folder, stop = tmp_path / str(check), StopAtCheck(check)
+        with pytest.raises(Interrupted) as stopped:
+            run(stage, folder, inputs, stop.worker())
+        assert stop.checks == check
+        assert (stopped.value.step == 0) == (check <= batches)
+        resumed, outcome = run(stage, folder, inputs)
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+        assert not_timed(outcome.metrics) == not_timed(expected.metrics)
+        assert outcome.details["samples"] == expected.details["samples"]
+        assert without_times(folder) == without_times(tmp_path / "whole")
+
+
+FIELDS_OF_0_2 = {
+    *("step", "tokens", "seconds", "best_step", "best_loss", "stale", "optimizer_steps"),
+    *("kl_coefficient", "first_length", "truncated", "alike", "stopped", "base", "best", "last"),
+}
+
+
+@pytest.mark.usefixtures("reward")
+@pytest.mark.parametrize("evaluation_steps", [1, 2], ids=["measured", "not measured"])
+def test_version_0_2_can_resume_a_checkpoint(
+    evaluation_steps: int, tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    """After a rollback an attempt starts with the trainer of 0.2, which refuses other fields."""
+    stage = grpo_stage({"max_steps": 4, "evaluation_steps": evaluation_steps})
+    with pytest.raises(Interrupted):
+        run(stage, tmp_path / "a", inputs, StopAfter(1).worker())
+    files = list((tmp_path / "a" / "checkpoints").glob("*/state.json"))
+    assert files
+    for file in files:
+        assert json.loads(file.read_text()).keys() <= FIELDS_OF_0_2
 
 
 def test_a_run_killed_in_its_first_update_resumes_with_the_measurement_before_it(
@@ -507,7 +555,7 @@ class OtherEngine:
         self._own = TransformersSampler(actor.model, actor.pad, stop, sampling)
         self._actor, self._off, self.closed = actor, off, False
 
-    def __call__(self, prompts: Any, keys: Any) -> list[Sampled]:
+    def __call__(self, prompts: Any, keys: Any, *_: Any) -> list[Sampled]:
         own = self._own(prompts, keys)
         return [self._shifted(p, sampled) for p, sampled in zip(prompts, own, strict=True)]
 

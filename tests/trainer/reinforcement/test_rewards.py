@@ -163,10 +163,24 @@ def test_without_a_chat_template_only_a_reward_stages_output_gets_a_stop_token(
     attempt = Attempt(prompt(), "Left.")
     assert plain.decode(learned(tmp_path).encode(attempt)) == "Which port?Left.<|im_end|>"
     assert plain.decode(learned(tmp_path / "weights").encode(attempt)) == "Which port?Left."
-    turns = tuple({"role": role, "content": "?"} for role in ("user", "assistant", "user"))
-    with pytest.raises(StageError, match="3 turns") as found:
-        learned(tmp_path)([Attempt(Prompt(turns, "p.jsonl row 2", {}), "Left.")])
-    assert found.value.reason == "RewardTokenizerMismatch"
+
+
+def test_without_a_chat_template_a_conversation_is_scored_with_all_its_turns(
+    tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    """In the format in which the rows of a reward stage are written, and without its stop token for
+    any other classifier."""
+    plain = copy.copy(tiny_tokenizer)
+    plain.chat_template = None
+    classifier(tmp_path / "weights", plain)
+    plain.save_pretrained(tmp_path / "tokenizer")
+    roles = ("system", "user", "assistant", "user")
+    turns = tuple({"role": role, "content": f"{i}?"} for i, role in enumerate(roles))
+    attempt = Attempt(Prompt(turns, "p.jsonl row 2", {}), "Left.")
+    text = "\n\nSystem: 0?\n\nHuman: 1?\n\nAssistant: 2?\n\nHuman: 3?\n\nAssistant: Left."
+    assert plain.decode(learned(tmp_path).encode(attempt)) == f"{text}<|im_end|>"
+    assert plain.decode(learned(tmp_path / "weights").encode(attempt)) == text
+    assert learned(tmp_path)([attempt]).isfinite().all()
 
 
 def test_an_encoder_classifier_scores_too(tmp_path: Path, tiny_tokenizer: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -111,3 +113,13 @@ def test_a_client_without_the_key_is_refused_and_blocks_no_worker(server: EventS
     ours = client(server)
     ours.emit({"type": "finished"})
     assert received(server, 1) == [{"type": "finished"}]
+
+
+def test_a_worker_learns_that_its_driver_has_ended(server: EventServer) -> None:
+    lost = threading.Event()
+    EventClient(server.address, server.key, on_lost=lost.set)
+    assert eventually(lambda: server.has_clients)
+    assert not lost.is_set()
+    with socket.socket(fileno=os.dup(server._connections[0].fileno())) as connection:
+        connection.shutdown(socket.SHUT_RDWR)  # as the kernel does for a process that was killed
+    assert lost.wait(10)

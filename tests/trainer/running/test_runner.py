@@ -17,6 +17,9 @@ from tests.trainer.jobs import manifest, planned, write_data
 from tuneyard.api.plan import Plan
 from tuneyard.errors import StageError
 from tuneyard_trainer.running import torchrun
+from tuneyard_trainer.running.runner import StageInputs
+from tuneyard_trainer.storage.digests import digest_of
+from tuneyard_trainer.storage.records import Store
 
 RECORDING = Path(__file__).parents[1].joinpath("recording.py")
 STOPPING = Path(__file__).parents[1].joinpath("stopping.py")
@@ -207,9 +210,15 @@ def test_the_checkpoint_of_a_run_with_other_settings_is_not_used(
     assert record["metrics"]["steps"] == 3
 
 
+@pytest.mark.parametrize(
+    ("check", "step", "saved"),
+    [("1", 0, []), ("2", 1, ["step-00000001"])],
+    ids=["baseline", "step"],
+)
 def test_a_stop_request_to_one_rank_stops_all_and_no_rank_returns_before_the_checkpoint(
-    tmp_path: Path, tiny_model_dir: Path
+    tmp_path: Path, tiny_model_dir: Path, check: str, step: int, saved: list[str]
 ) -> None:
+    """In the evaluation of the baseline, before which there is nothing to save, and in a step."""
     write_data(tmp_path)
     (tmp_path / "plan.json").write_text(planned(manifest(tiny_model_dir)).to_json())
     ranks = [
@@ -219,6 +228,7 @@ def test_a_stop_request_to_one_rank_stops_all_and_no_rank_returns_before_the_che
                 STOPPING,
                 str(rank),
                 *(tmp_path / n for n in ("meet", "plan.json", "")),
+                check,
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -231,6 +241,97 @@ def test_a_stop_request_to_one_rank_stops_all_and_no_rank_returns_before_the_che
         assert out, err
         assert json.loads(out.splitlines()[-1]) == {
             "stage": "sft",
-            "step": 1,
-            "saved": ["step-00000001"],
+            "step": step,
+            "saved": saved,
         }
+
+
+# ---- what decides a result ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def documented(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """A finished job of a model and a data set that are folders with a README each."""
+    folder = tmp_path_factory.mktemp("documented")
+    shutil.copytree(tiny_model_dir, folder / "model")
+    write_data(folder)
+    (folder / "rows").mkdir()
+    (folder / "train.jsonl").rename(folder / "rows" / "train.jsonl")
+    for name in ("model/README.md", "model/pytorch_model.bin", "rows/README.md"):
+        (folder / name).write_text("first")
+    assert walk(documented_plan(), folder) == ALL_RUN
+    return folder
+
+
+def documented_plan() -> Plan:
+    data = {
+        "train": [{"uri": "file://rows"}],
+        "validation": {"data": [{"uri": "file://validation.jsonl"}]},
+    }
+    return planned(manifest(Path("model"), data=data))
+
+
+def test_files_that_no_stage_reads_redo_nothing(documented: Path, tmp_path: Path) -> None:
+    shutil.copytree(documented, tmp_path, dirs_exist_ok=True)
+    for name in ("README.md", "LICENSE", "pytorch_model.bin", "logo.png", "onnx/model.json"):
+        (tmp_path / "model" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "model" / name).write_text("edited upstream")
+    (tmp_path / "rows" / "README.md").write_text("edited upstream")
+    assert walk(documented_plan(), tmp_path) == ALL_SKIPPED
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model/model.safetensors",
+        "model/config.json",
+        "model/generation_config.json",
+        "model/tokenizer.json",
+        "model/chat_template.jinja",
+        "model/additional_chat_templates/tools.jinja",
+        "rows/more.jsonl",
+    ],
+)
+def test_a_changed_file_that_a_stage_reads_redoes_everything(
+    documented: Path, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(documented, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    with (tmp_path / name).open("a") as file:
+        file.write("\n")
+    plan = documented_plan()
+    store = Store(str(tmp_path / "out"), tmp_path)
+    pending = StageInputs(plan, store, tmp_path, tmp_path / "cache").pending()
+    assert pending == [stage.name for stage in plan.stages]
+
+
+def test_an_output_of_0_2_is_continued_and_0_2_continues_one_of_this_version(
+    documented: Path, tmp_path: Path
+) -> None:
+    """0.2's digest of a folder covers each file, and it compares a file of begun work exactly."""
+    shutil.copytree(documented, tmp_path, dirs_exist_ok=True)
+    plan, stages = documented_plan(), tmp_path / "out" / "stages"
+    every_file = digest_of(tmp_path / "model")
+    identity = plan.stages[0].identity(
+        {
+            "model": every_file,
+            "train.0": digest_of(tmp_path / "rows"),
+            "validation.0": digest_of(tmp_path / "validation.jsonl"),
+        }
+    )
+    record = json.loads((stages / "prepare" / "record.json").read_text())
+    assert record["identity"] == identity
+    (stages / "sources.json").unlink()
+    assert walk(plan, tmp_path) == ALL_SKIPPED
+    assert (stages / "sources.json").exists()
+
+
+def test_a_readme_edited_upstream_leaves_the_checkpoints_of_a_killed_run(
+    documented: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(documented, tmp_path, dirs_exist_ok=True)
+    assert launch(tmp_path, documented_plan(), "killed", kill_after=5) == -signal.SIGKILL
+    (tmp_path / "model" / "README.md").write_text("edited upstream")
+    assert walk(documented_plan(), tmp_path, "killed") == ALL_RUN | {"prepare": "Skipped"}
+    record = json.loads((tmp_path / "killed" / "stages" / "sft" / "record.json").read_text())
+    assert record["details"]["resumedAtStep"] == 4

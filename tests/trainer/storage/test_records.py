@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import multiprocessing
+import os
+import threading
 import uuid
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import pytest
+from rig.s3 import S3Server
 
 from tests.trainer.rows import train_stage
 from tuneyard.api.plan import JobRef, StageRecord
 from tuneyard.errors import StageError
 from tuneyard_trainer.storage.files import write_atomically
+from tuneyard_trainer.storage.journal import Journal
+from tuneyard_trainer.storage.objects import Objects
 from tuneyard_trainer.storage.records import Store
 
 JOB = JobRef(kind="FineTuneJob", name="support-bot")
@@ -46,8 +56,19 @@ def test_a_record_with_a_field_of_a_newer_version_is_still_valid(tmp_path: Path)
     assert store.done(STAGE, DIGESTS) == record()
 
 
-@pytest.fixture(params=["file", "memory"])
+@pytest.fixture
+def s3_store(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A store on a real S3 server."""
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    return Store(f"s3://{s3.bucket}/{uuid.uuid4().hex}/out", tmp_path / "scratch")
+
+
+@pytest.fixture(params=["file", "memory", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "s3":
+        found: Store = request.getfixturevalue("s3_store")
+        return found
     if request.param == "file":
         return Store(str(tmp_path / "out"), tmp_path / "scratch")
     return Store(f"memory://bucket-{uuid.uuid4().hex}/out", tmp_path / "scratch")
@@ -77,7 +98,7 @@ def test_another_machine_gets_the_files_of_a_finished_stage(store: Store, tmp_pa
     store.claim(JOB, 1)
     write(store, "weights/a.bin", "first")
     write(store, "stale.txt", "old")
-    store.persist(store.workdir("sft"))
+    store.persist(store.workdir("sft"), 1)
     write(store, "weights/a.bin", "other")
     (store.workdir("sft") / "stale.txt").unlink()
     write(store, "checkpoints/step-00000001/state.json", "{}")
@@ -96,6 +117,7 @@ def test_an_object_store_gets_the_file_that_completes_a_folder_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store("memory://ordered/out", tmp_path / "scratch")
+    store.claim(JOB, 1)
     folder = write(store, "checkpoints/step-00000001/state.json", "{}").parent
     (folder / "weights.safetensors").write_text("w")
     (folder / "zz.safetensors").write_text("z")
@@ -108,7 +130,7 @@ def test_an_object_store_gets_the_file_that_completes_a_folder_last(
         original(self, lpath, rpath, **rest)
 
     monkeypatch.setattr(type(fs), "put_file", recorded)
-    store.persist(folder)
+    store.persist(folder, 1)
     assert put[-1] == "state.json"
     assert len(put) == 3
 
@@ -124,12 +146,12 @@ def test_files_of_an_unfinished_run_are_kept_only_for_the_same_identity(
     store: Store, tmp_path: Path
 ) -> None:
     store.claim(JOB, 1)
-    store.begin("sft", "sha256:one")
+    store.begin("sft", "sha256:one", 1)
     write(store, "checkpoints/step-00000001/state.json", "{}")
-    store.persist(store.workdir("sft"))
-    store.begin("sft", "sha256:one")
+    store.persist(store.workdir("sft"), 1)
+    store.begin("sft", "sha256:one", 1)
     assert names(store, tmp_path) == {"state.json"}
-    store.begin("sft", "sha256:two")
+    store.begin("sft", "sha256:two", 1)
     assert names(store, tmp_path / "again") == set()
     assert not list(store.workdir("sft").iterdir())
 
@@ -138,11 +160,11 @@ def test_a_finished_stage_that_must_run_again_starts_with_an_empty_folder(
     store: Store, tmp_path: Path
 ) -> None:
     store.claim(JOB, 1)
-    store.begin("sft", STAGE.identity(DIGESTS))
+    store.begin("sft", STAGE.identity(DIGESTS), 1)
     write(store, "weights/a.bin", "first")
     store.write_record(record())
     assert store.done(STAGE, DIGESTS) == record()
-    store.begin("sft", "sha256:changed")
+    store.begin("sft", "sha256:changed", 1)
     assert store.record("sft") is None
     assert names(store, tmp_path) == set()
 
@@ -245,7 +267,7 @@ def test_an_erased_folder_is_removed_if_it_holds_no_other_files(tmp_path: Path) 
 
 def test_a_record_of_another_version_is_ignored(store: Store) -> None:
     store.claim(JOB, 1)
-    store._write_json("stages/sft/record.json", {"schema": "unknown"})
+    store._write("stages/sft/record.json", {"schema": "unknown"}, 1)
     assert store.record("sft") is None
 
 
@@ -279,3 +301,273 @@ def test_two_processes_cannot_work_in_the_same_folder(tmp_path: Path) -> None:
         pass
     with second.lock():
         pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_can_hold_an_output(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    store = Store(str(tmp_path / "out"), tmp_path)
+    with store.lock():
+        store.claim(JOB, 1)
+        store.write_record(record())
+    assert store.done(STAGE, DIGESTS) == record()
+
+
+def test_a_lock_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "out"), tmp_path)
+    (tmp_path / "out/.lock").mkdir(parents=True)
+    with pytest.raises(StageError, match="cannot write to") as failure, store.lock():
+        pass
+    assert failure.value.reason == "WriteFailed"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"job": {}}'])
+def test_a_damaged_claim_is_named_with_its_remedy(store: Store, text: str) -> None:
+    store.claim(JOB, 1)
+    store._fs.pipe_file(store._at("owner.json"), text.encode())
+    for refused in (lambda: store.claim(JOB, 1), lambda: store.refuse_stale(1)):
+        with pytest.raises(StageError, match=r"owner\.json .*cannot be read") as failure:
+            refused()
+        assert failure.value.reason == "OutputOwned"
+        assert "owner.json" in failure.value.advice
+
+
+def test_no_attempt_writes_while_its_output_is_erased(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path / "out"), tmp_path, "ours")
+    store.claim(JOB, 1)
+    store.write_record(record())
+    refused: list[str] = []
+
+    def write_late() -> None:
+        try:
+            with Store(store.uri, tmp_path, "ours").owned(1):
+                store.workdir("sft")
+        except StageError as error:
+            refused.append(error.reason)
+
+    late = threading.Thread(target=write_late)
+
+    def start_late() -> None:
+        late.start()
+        late.join(timeout=0.3)
+
+    at_the_first_call(monkeypatch, store, "_remove", start_late)
+    assert store.erase(JOB)
+    late.join(timeout=60)
+    assert refused == ["StaleAttempt"]
+    assert not (tmp_path / "out").exists()
+
+
+# ---- writes of two attempts at once -------------------------------------------------------------
+
+
+def newer(store: Store, tmp_path: Path) -> Store:
+    """Return a store of the same location for attempt 2, which has not claimed it yet."""
+    return Store(store.uri, tmp_path / "newer")
+
+
+def at_the_first_call(
+    monkeypatch: pytest.MonkeyPatch, store: Store, method: str, act: Callable[[], None]
+) -> None:
+    """Call `act` after the first call of a method of the store has returned."""
+    original = getattr(store, method)
+    acted = []
+
+    def watched(*arguments: object) -> object:
+        value = original(*arguments)
+        if not acted:
+            acted.append(True)
+            act()
+        return value
+
+    monkeypatch.setattr(store, method, watched)
+
+
+def test_a_claim_on_s3_never_replaces_a_newer_attempts_claim(
+    s3_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = newer(s3_store, tmp_path)
+    at_the_first_call(monkeypatch, s3_store, "_claimed", lambda: other.claim(JOB, 2))
+    with pytest.raises(StageError, match="attempt 2 has taken over") as failure:
+        s3_store.claim(JOB, 1)
+    assert failure.value.reason == "StaleAttempt"
+    other.refuse_stale(2)
+
+
+def test_a_store_without_conditional_writes_is_refused_with_the_remedy() -> None:
+    class RefusedError(Exception):
+        response: ClassVar = {"ResponseMetadata": {"HTTPStatusCode": 501}}
+
+    class Unconditional:
+        protocol = "s3"
+
+        def info(self, path: str) -> None:
+            raise FileNotFoundError(path)
+
+        def pipe_file(self, *_: object, **condition: str) -> None:
+            assert condition
+            raise OSError(errno.ENOSYS, "not implemented") from RefusedError()
+
+    with pytest.raises(StageError, match="conditional writes") as failure:
+        Objects(Unconditional()).replace("bucket/owner.json", lambda: b"{}")
+    assert failure.value.reason == "WriteFailed"
+    assert not failure.value.retryable
+    assert "output.uri" in failure.value.advice
+
+
+def test_a_record_on_s3_never_replaces_a_newer_attempts_record(
+    s3_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3_store.claim(JOB, 1)
+    other = newer(s3_store, tmp_path)
+
+    def taken_over() -> None:
+        other.claim(JOB, 2)
+        other.write_record(record(attempt=2))
+
+    at_the_last_check(monkeypatch, s3_store, taken_over)
+    with pytest.raises(StageError) as failure:
+        s3_store.write_record(record(attempt=1))
+    assert failure.value.reason == "StaleAttempt"
+    assert s3_store.record("sft") == record(attempt=2)
+
+
+def at_the_last_check(
+    monkeypatch: pytest.MonkeyPatch, store: Store, act: Callable[[], None]
+) -> None:
+    """Call `act` after the check of the claim that directly precedes the write of a record."""
+    original, writing = store._objects.replace, []
+    check = store.refuse_stale
+
+    def replace(path: str, content: Callable[[], bytes | Path]) -> None:
+        writing.append(path.endswith("/record.json"))
+        original(path, content)
+
+    def refuse_stale(attempt: int) -> None:
+        check(attempt)
+        if writing and writing.pop():
+            act()
+
+    monkeypatch.setattr(store._objects, "replace", replace)
+    monkeypatch.setattr(store, "refuse_stale", refuse_stale)
+
+
+def test_no_file_on_s3_replaces_one_that_a_newer_attempt_wrote(
+    s3_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3_store.claim(JOB, 1)
+    write(s3_store, "checkpoints/step-00000002/weights.safetensors", "stale")
+    other = newer(s3_store, tmp_path)
+
+    def taken_over() -> None:
+        other.claim(JOB, 2)
+        write(other, "checkpoints/step-00000002/weights.safetensors", "newer")
+        other.persist(other.workdir("sft"), 2)
+
+    at_the_first_call(monkeypatch, s3_store, "refuse_stale", taken_over)
+    with pytest.raises(StageError, match="attempt 2 has taken over"):
+        s3_store.persist(s3_store.workdir("sft"), 1)
+    elsewhere = on_another_machine(s3_store, tmp_path)
+    elsewhere.pull("sft")
+    path = elsewhere.workdir("sft") / "checkpoints/step-00000002/weights.safetensors"
+    assert path.read_text() == "newer"
+
+
+def test_a_stale_attempt_neither_empties_a_stage_nor_removes_its_files(
+    store: Store, tmp_path: Path
+) -> None:
+    store.claim(JOB, 1)
+    store.begin("sft", "sha256:one", 1)
+    write(store, "checkpoints/step-00000001/state.json", "{}")
+    store.persist(store.workdir("sft"), 1)
+    store.claim(JOB, 2)
+    for refused in (
+        lambda: store.begin("sft", "sha256:two", 1),
+        lambda: store.write_record(record(attempt=1)),
+    ):
+        with pytest.raises(StageError) as failure:
+            refused()
+        assert failure.value.reason == "StaleAttempt"
+    assert names(store, tmp_path) == {"state.json"}
+
+
+def test_no_attempt_claims_a_folder_while_another_one_changes_it(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "out"), tmp_path)
+    store.claim(JOB, 1)
+    claiming = threading.Thread(target=newer(store, tmp_path).claim, args=(JOB, 2))
+    with store.owned(1):
+        claiming.start()
+        claiming.join(timeout=0.3)
+        store.refuse_stale(1)
+    claiming.join(timeout=60)
+    with pytest.raises(StageError, match="attempt 2 has taken over"), store.owned(1):
+        pass
+
+
+# ---- content ------------------------------------------------------------------------------------
+
+
+def test_a_rewritten_file_of_equal_size_is_copied_in_both_directions(
+    store: Store, tmp_path: Path
+) -> None:
+    store.claim(JOB, 1)
+    other = on_another_machine(store, tmp_path)
+    for text in ("first", "other"):
+        path = write(store, "weights/a.bin", text)
+        os.utime(path, (0, 0))
+        store.persist(store.workdir("sft"), 1)
+        other.pull("sft")
+        assert (other.workdir("sft") / "weights/a.bin").read_text() == text
+
+
+def test_files_with_equal_content_are_not_copied_again(
+    s3_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3_store.claim(JOB, 1)
+    path = write(s3_store, "weights/a.bin", "first")
+    s3_store.persist(s3_store.workdir("sft"), 1)
+    path.unlink()
+    write(s3_store, "weights/a.bin", "first")
+    for method in ("_put_file", "_get_file"):
+        monkeypatch.setattr(type(s3_store._fs), method, None)
+    s3_store.persist(s3_store.workdir("sft"), 1)
+    s3_store.pull("sft")
+
+
+def test_one_file_can_be_copied_alone(store: Store, tmp_path: Path) -> None:
+    store.claim(JOB, 1)
+    write(store, "weights/a.bin", "a")
+    store.persist(write(store, "metrics.jsonl", "{}"), 1)
+    if not store.is_local:
+        assert names(store, tmp_path) == {"metrics.jsonl"}
+
+
+# ---- journals -----------------------------------------------------------------------------------
+
+
+def test_a_stale_attempt_does_not_change_the_newer_attempts_journal(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "out"), tmp_path)
+    store.claim(JOB, 1)
+    folder = store.workdir("judge") / "checkpoints"
+
+    def journal(attempt: int) -> Journal:
+        persist = partial(store.persist, attempt=attempt)
+        return Journal(folder, "sha256:one", persist, partial(store.owned, attempt))
+
+    stale = journal(1)
+    stale.append([{"reply": 1}])
+    store.claim(JOB, 2)
+    with journal(2) as current:
+        current.append([{"reply": 2}])
+        for refused in (lambda: stale.append([{"reply": 3}]), lambda: journal(1)):
+            with pytest.raises(StageError, match="attempt 2 has taken over"):
+                refused()
+        current.append([{"reply": 4}])
+    assert journal(2).entries == [{"reply": 1}, {"reply": 2}, {"reply": 4}]

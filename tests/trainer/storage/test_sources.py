@@ -573,8 +573,10 @@ class TestDigests:
     ) -> None:
         monkeypatch.setattr(digests, "_CACHED_BYTES", 1)
         hashed: list[Path] = []
-        original = digests._sha256
-        monkeypatch.setattr(digests, "_sha256", lambda path: hashed.append(path) or original(path))
+        original = digests.sha256_of
+        monkeypatch.setattr(
+            digests, "sha256_of", lambda path: hashed.append(path) or original(path)
+        )
         file, cache = put(here / "x.bin", "one"), here / "cache"
         first = digest_of(file, cache_dir=cache)
         assert digest_of(file, cache_dir=cache) == first

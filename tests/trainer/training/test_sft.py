@@ -6,6 +6,10 @@ import json
 import math
 import os
 import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.trainer.rows import random_rows, train_stage, write_prepared
-from tests.trainer.stop_after import StopAfter
+from tests.trainer.stop_after import NEVER, StopAfter, StopAtCheck, without_times
 from tuneyard.errors import StageError
 from tuneyard_trainer.training import sft
 from tuneyard_trainer.worker import Interrupted, StageContext, Worker
@@ -75,6 +79,54 @@ def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(
         return [(line["step"], line.get("loss")) for line in lines(folder)]
 
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_stop_at_any_moment_is_seen_within_a_batch_and_resumed_exactly(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    """Before the first step nothing is saved; in an evaluation the step before it is, and the
+    resumed run begins with that evaluation. Weights, curves, baseline and metrics are those of an
+    undisturbed run."""
+    settings: dict[str, Any] = {
+        "evaluation_steps": 2,
+        "early_stopping": {"patience": 1},
+        "learning_rate": 1e-2,
+        "packing": "never",  # a held-out row is a batch
+        "runtime": {"microBatchTokens": 32},
+    }
+    undisturbed = StopAtCheck(NEVER)
+    whole, expected = run(tmp_path / "whole", inputs, undisturbed.worker(), **settings)
+    evaluations = sum("validationLoss" in line for line in lines(tmp_path / "whole"))
+    steps = int(expected.metrics["steps"])
+    batches, rest = divmod(undisturbed.checks - steps, evaluations + 1)  # and the baseline
+    assert batches > 2
+    assert rest == 0
+    for check in range(1, undisturbed.checks + 1):
+        folder, stop = tmp_path / str(check), StopAtCheck(check)
+        with pytest.raises(Interrupted) as stopped:
+            run(folder, inputs, stop.worker(), **settings)
+        assert stop.checks == check
+        assert (stopped.value.step == 0) == (check <= batches)
+        assert (folder / "checkpoints").exists() == (stopped.value.step > 0)
+        resumed, outcome = run(folder, inputs, **settings)
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+        assert without_times(outcome.metrics) == without_times(expected.metrics)
+        for found, line in zip(lines(folder), lines(tmp_path / "whole"), strict=True):
+            assert without_times(found) == without_times(line)
+
+
+def test_an_evaluation_that_was_left_out_may_be_stopped_again(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    settings = {"evaluation_steps": 2}
+    whole, _ = run(tmp_path / "whole", inputs, **settings)
+    for stop in (StopAfter(1), StopAtCheck(1), StopAtCheck(1)):
+        with pytest.raises(Interrupted) as stopped:
+            run(tmp_path / "parts", inputs, stop.worker(), **settings)
+        assert stopped.value.step == 2
+    resumed, _ = run(tmp_path / "parts", inputs, **settings)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert [line["step"] for line in lines(tmp_path / "parts")].count(2) == 2
 
 
 def test_other_seeds_give_other_weights(tmp_path: Path, inputs: dict[str, Path]) -> None:
@@ -175,15 +227,18 @@ def test_min_delta_decides_the_patience_and_not_the_kept_checkpoint_also_when_re
 FIELDS_OF_0_2 = {"step", "tokens", "seconds", "best_step", "best_loss", "stale"}
 
 
-@pytest.mark.parametrize("rule", [None, {"patience": 9}], ids=["no rule", "no minDelta"])
-def test_version_0_2_can_resume_a_checkpoint_of_a_job_without_min_delta(
-    tmp_path: Path, inputs: dict[str, Path], rule: Any
+@pytest.mark.parametrize("rule", [None, {"patience": 9}, {"patience": 9, "minDelta": 0.5}])
+@pytest.mark.parametrize("evaluation_steps", [1, 2], ids=["measured", "not measured"])
+def test_version_0_2_can_resume_a_checkpoint(
+    tmp_path: Path, inputs: dict[str, Path], rule: Any, evaluation_steps: int
 ) -> None:
     """After a rollback an attempt starts with the trainer of 0.2, which refuses other fields."""
-    settings = {"epochs": 20.0, "evaluation_steps": 1, "early_stopping": rule}
+    settings = {"epochs": 20.0, "evaluation_steps": evaluation_steps, "early_stopping": rule}
     with pytest.raises(Interrupted):
         run(tmp_path / "a", inputs, StopAfter(5).worker(), learning_rate=3e-2, **settings)
-    for file in (tmp_path / "a" / "checkpoints").glob("*/state.json"):
+    files = list((tmp_path / "a" / "checkpoints").glob("*/state.json"))
+    assert files
+    for file in files:
         assert json.loads(file.read_text()).keys() <= FIELDS_OF_0_2
 
 
@@ -191,12 +246,16 @@ def test_a_checkpoint_of_0_2_goes_on_with_the_loss_that_its_patience_compared_wi
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     """Version 0.2 had one loss for both: the last one that fell by more than minDelta."""
+    settings = NO_DECREASE_COUNTS | {"evaluation_steps": 3}
     with pytest.raises(Interrupted):
-        run(tmp_path / "a", inputs, StopAfter(2).worker(), **NO_DECREASE_COUNTS)
-    (file,) = (tmp_path / "a" / "checkpoints").glob("step-00000003/state.json")
-    assert json.loads(file.read_text()).keys() == FIELDS_OF_0_2 - {"stale"}, "stale is 0"
-    _, outcome = run(tmp_path / "a", inputs, **NO_DECREASE_COUNTS)
-    assert outcome.metrics["steps"] == 8
+        run(tmp_path / "a", inputs, StopAfter(4).worker(), **settings)
+    (file,) = (tmp_path / "a" / "checkpoints").glob("step-00000005/state.json")
+    assert json.loads(file.read_text()).keys() == FIELDS_OF_0_2
+    for other in ("added.json", "digests.json"):
+        (file.parent / other).unlink()
+    _, outcome = run(tmp_path / "a", inputs, **settings)
+    assert outcome.metrics["steps"] == 12
+    assert outcome.details["resumedAtStep"] == 5
 
 
 def test_without_held_out_rows_nothing_is_evaluated_and_the_last_weights_are_kept(
@@ -235,12 +294,87 @@ def test_frozen_parts_do_not_change(
     assert all("layers.1." in name or name == "model.norm.weight" for name in changed)
 
 
-def test_checkpoints_keep_only_the_newest_and_the_best(
+def test_checkpoints_keep_only_the_two_newest_and_their_best(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     run(tmp_path / "a", inputs, epochs=6.0, runtime={"checkpoint_steps": 1})
     left = sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir())
-    assert len(left) <= 2
+    assert len(left) <= 4
+
+
+@pytest.mark.parametrize("cut", [0, 9, -1], ids=["empty", "in the header", "in the last byte"])
+@pytest.mark.parametrize("name", ["weights", "optimizer", "state"])
+def test_a_damaged_checkpoint_costs_one_interval_and_changes_nothing(
+    name: str, cut: int, tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    whole, _ = run(tmp_path / "whole", inputs)
+    folder, runtime = tmp_path / "parts", {"checkpoint_steps": 2}
+    with pytest.raises(Interrupted):
+        run(folder, inputs, StopAfter(4).worker(), runtime=runtime)
+    newest, before = sorted((folder / "checkpoints").iterdir(), reverse=True)[:2]
+    (damaged,) = newest.glob(f"{name}.*")
+    damaged.write_bytes(damaged.read_bytes()[:cut])
+    resumed, outcome = run(folder, inputs, runtime=runtime)
+    assert outcome.details["resumedAtStep"] == int(before.name.removeprefix("step-"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["weights.safetensors", "optimizer.safetensors", "state.json", "added.json", "digests.json"],
+)
+def test_a_flipped_bit_in_a_checkpoint_costs_one_interval_and_changes_nothing(
+    name: str, tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    """The file is as long as before, and readable."""
+    whole, _ = run(tmp_path / "whole", inputs)
+    folder, runtime = tmp_path / "parts", {"checkpoint_steps": 2}
+    with pytest.raises(Interrupted):
+        run(folder, inputs, StopAfter(4).worker(), runtime=runtime)
+    newest, before = sorted((folder / "checkpoints").iterdir(), reverse=True)[:2]
+    content = bytearray((newest / name).read_bytes())
+    content[-6] ^= 1
+    (newest / name).write_bytes(content)
+    resumed, outcome = run(folder, inputs, runtime=runtime)
+    assert outcome.details["resumedAtStep"] == int(before.name.removeprefix("step-"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_without_an_undamaged_checkpoint_the_run_starts_again_and_says_so(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    whole, _ = run(tmp_path / "whole", inputs)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", inputs, StopAfter(4).worker())
+    for path in (tmp_path / "parts" / "checkpoints").glob("*/weights.safetensors"):
+        path.unlink()
+    messages: list[str] = []
+
+    def report(*, message: str | None = None, **_: Any) -> None:
+        messages.append(message or "")
+
+    resumed, outcome = run(tmp_path / "parts", inputs, Worker(0, 1, CPU, report=report))
+    assert outcome.details["resumedAtStep"] is None
+    assert any("training starts again" in message for message in messages)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_run_does_not_compete_with_itself_for_the_lock_of_the_claim(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    """A slow write of a checkpoint holds it while training goes on."""
+    lock = threading.Lock()
+
+    @contextmanager
+    def owned() -> Iterator[None]:
+        assert lock.acquire(blocking=False)
+        time.sleep(0.1)
+        yield
+        lock.release()
+
+    worker = Worker(0, 1, CPU, owned=owned)
+    _, outcome = run(tmp_path / "a", inputs, worker, runtime={"checkpoint_steps": 1})
+    assert outcome.metrics["steps"] > 2
 
 
 def test_a_partial_checkpoint_and_a_partial_metrics_line_are_ignored(

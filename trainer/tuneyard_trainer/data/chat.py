@@ -22,6 +22,7 @@ from tuneyard.errors import StageError
 TrainOn = Literal["assistant", "last-assistant", "all"]
 Message = dict[str, str]
 """One turn in the shape that chat templates take: {"role": ..., "content": ...}."""
+_TRANSCRIPT_ROLES = {"user": "Human", "assistant": "Assistant"}
 Span = tuple[int, int]
 """Start and end of a range of characters in a rendering."""
 
@@ -200,6 +201,18 @@ def rendered(
     """
     chosen = template or tokenizer.get_chat_template()
     return _render(tokenizer, chosen, messages, prompt=True)
+
+
+def transcript(messages: Sequence[Message]) -> str:
+    """Return a prompt for tokenizers without a chat template: a single turn as it is, several turns
+    in the format of hh-rlhf, where each begins with its role and the answer follows."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    turns = [
+        f"\n\n{_TRANSCRIPT_ROLES.get(turn['role'], turn['role'].title())}: {turn['content']}"
+        for turn in messages
+    ]
+    return "".join(turns) + "\n\nAssistant: "
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,8 +68,18 @@ _MAY_FOLLOW: dict[Role | None, tuple[Role, ...]] = {
 def check(example: Example) -> None:
     """Raise RowError for empty turns, roles out of order and text that no tokenizer can encode."""
     _check_encodable(example.prompt, example.completion, example.text)
+    check_turns(example.messages)
+    if example.messages and example.messages[-1].role != "assistant":
+        raise RowError(
+            f"the last turn is by {example.messages[-1].role}; expected assistant, whose turn is "
+            "the target"
+        )
+
+
+def check_turns(messages: Sequence[Message]) -> None:
+    """Raise RowError as `check` does, for a conversation that may end with any turn."""
     previous: Role | None = None
-    for number, message in enumerate(example.messages, start=1):
+    for number, message in enumerate(messages, start=1):
         if not message.content.strip():
             raise RowError(f"turn {number} ({message.role}) is empty")
         _check_encodable(message.content)
@@ -77,10 +88,6 @@ def check(example: Example) -> None:
             wanted = " or ".join(_MAY_FOLLOW[previous])
             raise RowError(f"turn {number} is by {message.role} and {after}; expected {wanted}")
         previous = message.role
-    if example.messages and previous != "assistant":
-        raise RowError(
-            f"the last turn is by {previous}; expected assistant, whose turn is the target"
-        )
 
 
 def _check_encodable(*texts: str) -> None:

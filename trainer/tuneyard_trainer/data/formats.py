@@ -7,19 +7,37 @@ from typing import Any
 
 from tuneyard.api.sources import DataFormat, FieldMap
 from tuneyard.errors import StageError
+from tuneyard_trainer.data.example import RowError
 from tuneyard_trainer.data.rows import BrokenRow, Row
 
 FIELDS: dict[DataFormat, dict[str, str]] = {
     "messages": {"messages": "messages"},
-    "alpaca": {"prompt": "instruction", "completion": "output", "system": "system"},
+    "alpaca": {
+        "prompt": "instruction",
+        "input": "input",
+        "completion": "output",
+        "system": "system",
+    },
     "flan": {"prompt": "inputs", "completion": "targets"},
     "sharegpt": {"messages": "conversations", "system": "system"},
     "openassistant": {},
     "ultrachat": {"messages": "data"},
-    "prompt-completion": {"prompt": "prompt", "completion": "completion", "system": "system"},
+    "prompt-completion": {
+        "prompt": "prompt",
+        "input": "",
+        "completion": "completion",
+        "system": "system",
+    },
     "text": {"text": "text"},
 }
-"""The fields that a `FieldMap` may rename in each format, and their names in the format."""
+"""The fields that a `FieldMap` may rename in each format, and their names in the format. "": the
+format has no such field unless the map names one."""
+
+_UNMAPPED: dict[DataFormat, tuple[str, ...]] = {
+    "alpaca": ("instances",),
+    "ultrachat": ("messages",),
+}
+"""Further columns that a format reads."""
 
 _SHAPES = {
     "messages": "messages: [{role, content}]",
@@ -46,10 +64,45 @@ class Names:
                 f"field. It has: {', '.join(FIELDS[chosen]) or 'none that can be renamed'}.",
                 advice=f"Remove fields.{unused[0]}, or set format.",
             )
-        self._names = FIELDS[chosen] | given
+        self._chosen, self._names = chosen, FIELDS[chosen] | given
 
     def __getitem__(self, field: str) -> str:
         return self._names[field]
+
+    @property
+    def columns(self) -> frozenset[str] | None:
+        """The columns that are read. None: those of OpenAssistant's trees, most of which describe a
+        message and are not meant to be read."""
+        if self._chosen == "openassistant":
+            return None
+        return frozenset((*self._names.values(), *_UNMAPPED.get(self._chosen, ()), "expected"))
+
+
+def with_input(prompt: str, given: str) -> str:
+    """Return the prompt followed by a row's input, as Alpaca renders them; "": there is none."""
+    return f"{prompt}\n\n{given}" if given.strip() else prompt
+
+
+def row_input(value: Mapping[str, Any], prompt: str, fields: FieldMap) -> str:
+    """Return the input of a row without a format; "": there is none. `prompt`: the prompt's field,
+    beside which `input` is Alpaca's if it is `instruction`.
+
+    Raises RowError if the input cannot follow the prompt.
+    """
+    name = fields.input or ("input" if prompt == "instruction" else "")
+    given = input_text(value, name)
+    if given and isinstance(value.get(prompt), list):
+        raise RowError(f"{name} cannot follow a prompt that is a list of turns")
+    return given
+
+
+def input_text(value: Mapping[str, Any], field: str) -> str:
+    """Return the text of an input field; "": the field is absent, null or empty. Raises RowError
+    for another type."""
+    given = value.get(field) or ""
+    if not isinstance(given, str):
+        raise RowError(f"{field} must be a string, not {type(given).__name__}")
+    return given
 
 
 def detect(rows: Sequence[Row], fields: FieldMap) -> DataFormat:

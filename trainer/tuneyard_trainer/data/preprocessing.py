@@ -78,6 +78,8 @@ class Tally:
     """Rows by length in tokens, rounded up to a power of two."""
     faults: dict[str, list[str]] = field(default_factory=dict)
     """The first three rows refused for each reason."""
+    unread: tuple[str, ...] = ()
+    """The columns that nothing reads."""
 
     def refuse(self, reason: str, where: str, problem: str) -> None:
         """Count a refused row."""
@@ -107,6 +109,7 @@ class Tally:
             "skipped": self.skipped,
             **{name: self.counts[name] for name in (*OVERLENGTH_OUTCOMES, "contextOnlyPieces")},
             "longest": self.longest,
+            "unreadColumns": list(self.unread),
             "lengths": {str(bound): self.lengths[bound] for bound in sorted(self.lengths)},
         }
 
@@ -159,6 +162,18 @@ class Preprocessor:
         tally.counts["InvalidData"] = summary.skipped
         if summary.faults:
             tally.faults["InvalidData"] = [str(fault) for fault in summary.faults]
+        tally.unread = summary.unread
+        self._name_unread(tally)
+
+    def _name_unread(self, tally: Tally) -> None:
+        """Report the columns that nothing reads, which may be a text that was meant to be read."""
+        if not tally.unread:
+            return
+        columns = "column" if len(tally.unread) == 1 else "columns"
+        message = f"{tally.name}: nothing reads the {columns} {', '.join(tally.unread)}"
+        if tally.format in ("alpaca", "prompt-completion"):
+            message += f"; {tally.name}.fields.input can name one that follows the prompt"
+        self.worker.report(step=self._num_rows, message=message)
 
     def _name(self, role: str) -> str:
         source = self.stage.inputs[role]

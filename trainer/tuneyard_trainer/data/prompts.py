@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.stage_settings import ChatSettings, DatasetSettings, PromptSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.chat import Message, MisfitError, rendered
-from tuneyard_trainer.data.example import ROLES, RowError
-from tuneyard_trainer.data.formats import detect
+from tuneyard_trainer.data.chat import Message, MisfitError, rendered, transcript
+from tuneyard_trainer.data.example import ROLES, RowError, check_turns
+from tuneyard_trainer.data.example import Message as Turn
+from tuneyard_trainer.data.formats import detect, row_input, with_input
 from tuneyard_trainer.data.rows import BrokenRow, Row, read_data
 from tuneyard_trainer.data.stream import DETECTED_FROM, FAULTS_SHOWN, examples
 
@@ -72,11 +73,11 @@ def read_prompts(
 
 
 def _render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat: ChatSettings) -> str | None:
-    """Return the prompt rendered by the chat template, or the last turn if there is no template.
+    """Return the prompt rendered by the chat template, or its `transcript` if there is no template.
     None: the chat template refuses the conversation."""
     template = chat.chat_template or tokenizer.chat_template
     if not template:
-        return prompt.question
+        return transcript(prompt.messages)
     try:
         return rendered(tokenizer, prompt.messages, template=chat.chat_template)
     except MisfitError:
@@ -132,7 +133,7 @@ def _of_rows(path: Path, settings: PromptSettings, name: str) -> list[Prompt]:
     if faults:
         raise StageError(
             "InvalidData",
-            f"{name}: {len(faults)} of {len(faults) + len(prompts)} rows hold no prompt. "
+            f"{name}: {len(faults)} of {len(faults) + len(prompts)} rows hold no valid prompt. "
             f"{'; '.join(faults[:FAULTS_SHOWN])}.",
             advice=f"Repair these rows, or name the field beside {name}: fields: {{prompt: ...}}.",
         )
@@ -147,24 +148,18 @@ def _turns(row: Row, settings: PromptSettings) -> tuple[Message, ...]:
     if isinstance(row.value, BrokenRow):
         raise RowError(row.value.reason)
     turns = _row_turns(row.value, settings)
-    while turns and turns[-1]["role"] != "user":
+    while turns and turns[-1].role != "user":
         turns.pop()
     if not turns:
         raise RowError(f"no turn is by a user; the row has {', '.join(row.value) or 'no fields'}")
-    for number, turn in enumerate(turns, start=1):
-        if not turn["content"].strip():
-            raise RowError(f"turn {number} ({turn['role']}) is empty")
-        try:
-            turn["content"].encode()
-        except UnicodeEncodeError as error:
-            raise RowError(f"turn {number} holds half of a surrogate pair") from error
-    return tuple(turns)
+    check_turns(turns)
+    return tuple(_message(turn.role, turn.content) for turn in turns)
 
 
-def _row_turns(value: Mapping[str, Any], settings: PromptSettings) -> list[Message]:
+def _row_turns(value: Mapping[str, Any], settings: PromptSettings) -> list[Turn]:
     fields = settings.fields
     system = value.get(fields.system or "system")
-    before = [_message("system", system)] if isinstance(system, str) and system.strip() else []
+    before = [Turn("system", system)] if isinstance(system, str) and system.strip() else []
     for name in [fields.messages] if fields.messages else _TURN_FIELDS:
         if isinstance(value.get(name), list):
             return before + [
@@ -172,26 +167,25 @@ def _row_turns(value: Mapping[str, Any], settings: PromptSettings) -> list[Messa
             ]
     for name in [fields.prompt] if fields.prompt else _PROMPT_FIELDS:
         found = value.get(name)
+        given = row_input(value, name, fields) if found is not None else ""
         if isinstance(found, list):
             return before + [_turn(turn, number) for number, turn in enumerate(found, start=1)]
         if isinstance(found, str):
-            given = value.get("input") if name == "instruction" else None
-            suffix = f"\n\n{given}" if isinstance(given, str) and given.strip() else ""
-            return [*before, _message("user", found + suffix)]
+            return [*before, Turn("user", with_input(found, given))]
     text = value.get(fields.text or "text")
-    return [*before, _message("user", text)] if isinstance(text, str) else []
+    return [*before, Turn("user", text)] if isinstance(text, str) else []
 
 
-def _turn(turn: Any, number: int) -> Message:
+def _turn(turn: Any, number: int) -> Turn:
     if isinstance(turn, str):  # UltraChat: question, answer, question, ...
-        return _message("user" if number % 2 else "assistant", turn)
+        return Turn("user" if number % 2 else "assistant", turn)
     if not isinstance(turn, dict):
         raise RowError(f"turn {number} must be an object {{role, content}}")
     role = ROLES.get(str(turn.get("role", turn.get("from"))).lower())
     content = turn.get("content", turn.get("value"))
     if role is None or not isinstance(content, str):
         raise RowError(f"turn {number} must hold a known role and text")
-    return _message(role, content)
+    return Turn(role, content)
 
 
 def _message(role: str, content: str) -> Message:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tuneyard.api.sources import DataFormat
 from tuneyard_trainer.data.example import ROLES, Example, Message, Role, RowError, check
-from tuneyard_trainer.data.formats import Names, is_flat_message
+from tuneyard_trainer.data.formats import Names, input_text, is_flat_message, with_input
 from tuneyard_trainer.data.rows import BrokenRow, Row
 
 
@@ -47,10 +47,7 @@ def _alpaca(row: Row, value: dict[str, Any], names: Names) -> Iterator[Example]:
     """Yield one example, or one for each of the `instances` that Self-instruct's seeds hold."""
     instruction = _string(value, names["prompt"])
     for instance in _instances(value, names["completion"]):
-        given = instance.get("input") or ""
-        if not isinstance(given, str):
-            raise RowError(f"input must be a string, not {type(given).__name__}")
-        question = f"{instruction}\n\n{given}" if given.strip() else instruction
+        question = with_input(instruction, input_text(instance, names["input"]))
         answer = _string(instance, names["completion"])
         turns = [Message("user", question), Message("assistant", answer)]
         yield _chat(row, [*_system(value, names), *turns])
@@ -75,11 +72,14 @@ def _flan(row: Row, value: dict[str, Any], names: Names) -> Iterator[Example]:
 def _prompt_completion(row: Row, value: dict[str, Any], names: Names) -> Iterator[Example]:
     prompt, completion = value.get(names["prompt"]), value.get(names["completion"])
     if isinstance(prompt, list) or isinstance(completion, list):
+        if input_text(value, names["input"]):
+            raise RowError(f"{names['input']} cannot follow a prompt that is a list of turns")
         before = _messages(prompt, names["prompt"], text_role="user")
         after = _messages(completion, names["completion"], text_role="assistant")
         yield _chat(row, [*_system(value, names), *before, *after])
         return
     prompt, completion = _string(value, names["prompt"]), _string(value, names["completion"])
+    prompt = with_input(prompt, input_text(value, names["input"]))
     yield _completion(row, _system(value, names), prompt, completion)
 
 

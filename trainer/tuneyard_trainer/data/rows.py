@@ -17,11 +17,11 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal
 
 from tuneyard.errors import StageError
-from tuneyard_trainer.storage.digests import files_under
+from tuneyard_trainer.storage.digests import files_under, is_documentation
 
 FileKind = Literal["jsonl", "json", "csv", "tsv", "parquet", "text"]
 KINDS: dict[str, FileKind] = {
@@ -35,7 +35,6 @@ KINDS: dict[str, FileKind] = {
     ".md": "text",
 }
 """File kinds by suffix. The suffix of a compression may follow."""
-_NOT_DATA = ("readme", "license", "licence", "notice")  # other files in data folders
 _CELL_LIMIT = 64 << 20  # characters; the csv module's default of 128 Ki is too short for documents
 _UNREADABLE = (EOFError, OSError, zlib.error, lzma.LZMAError)  # broken compression raises these
 
@@ -66,7 +65,7 @@ def data_files(path: Path) -> list[tuple[str, Path]]:
     """
     files = files_under(path)
     if path.is_dir():
-        files = [(name, file) for name, file in files if not _is_no_data(file)]
+        files = [each for each in files if not is_documentation(PurePosixPath(each[0]))]
     if not files:
         raise StageError("EmptyData", f"{path} holds no files.", advice="Correct the data's uri.")
     kinds = {_kind(file): name for name, file in reversed(files)}
@@ -107,10 +106,6 @@ def read_data(path: Path) -> Iterator[Row]:
     for name, file in data_files(path):
         for row in read_rows(file):
             yield Row(row.number, row.value, name)
-
-
-def _is_no_data(file: Path) -> bool:
-    return file.name.lower().startswith(_NOT_DATA) and file.suffix.lower() in ("", ".md", ".txt")
 
 
 def _kind(path: Path) -> FileKind:

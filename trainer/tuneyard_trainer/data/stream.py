@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tuneyard.api.sources import DataFormat
 from tuneyard.api.stage_settings import DatasetSettings
@@ -20,6 +20,11 @@ DETECTED_FROM = 20
 """The number of readable rows from which a format is detected."""
 FAULTS_SHOWN = 3
 """The number of invalid rows that a message quotes."""
+MAX_UNREAD = 20
+"""The most columns that are listed as unread: rows of free form may have any number."""
+MAX_NAME = 60
+"""Characters of a column's name that are listed."""
+_EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class Summary:
     """Conversation trees without a reviewed answer."""
     faults: tuple[RowFault, ...]
     """The first invalid rows, FAULTS_SHOWN at most."""
+    unread: tuple[str, ...] = ()
+    """The columns with a value in any row that nothing reads, sorted; MAX_UNREAD at most."""
 
 
 class Examples:
@@ -66,9 +73,11 @@ class Examples:
         self._settings, self._on_invalid, self._name = settings, on_invalid, name
         self._rows = self._examples = self._skipped = self._filtered = 0
         self._faults: list[RowFault] = []
+        self._unread: set[str] = set()
         source = islice(read_data(path), settings.limit)
         self._format, self._source = self._detected(source)
         self._names = Names(self._format, settings.fields)
+        self._columns = self._names.columns
         self._stream = self._read()
 
     def __iter__(self) -> Iterator[Example]:
@@ -81,7 +90,7 @@ class Examples:
     def summary(self) -> Summary:
         """The counts so far. They are final when the iterator is exhausted."""
         counts = (self._rows, self._examples, self._skipped, self._filtered)
-        return Summary(self._format, *counts, tuple(self._faults))
+        return Summary(self._format, *counts, tuple(self._faults), tuple(sorted(self._unread)))
 
     def _detected(self, rows: Iterator[Row]) -> tuple[DataFormat, Iterator[Row]]:
         """Return the format, and an iterator over all rows."""
@@ -109,11 +118,21 @@ class Examples:
                 self._refuse(row, str(error))
                 continue
             self._filtered += not found
+            self._note_unread(row)
             if self._on_invalid == "error" and self._skipped:
                 continue  # count the remaining rows only
             self._examples += len(found)
             yield from found
         self._check_end()
+
+    def _note_unread(self, row: Row) -> None:
+        if self._columns is None or isinstance(row.value, BrokenRow):
+            return
+        for name, value in row.value.items():
+            if len(self._unread) == MAX_UNREAD:
+                return
+            if name not in self._columns and value not in _EMPTY:
+                self._unread.add(name[:MAX_NAME])
 
     def _counted(self, rows: Iterator[Row]) -> Iterator[Row]:
         for row in rows:

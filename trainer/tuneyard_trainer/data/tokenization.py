@@ -71,6 +71,10 @@ class Encoder:
             example.kind == "completion" and not self.tokenizer.chat_template
         ):
             return None
+        return self.turns(example)
+
+    def turns(self, example: Example) -> list[Message]:
+        """Return the example's turns, with the job's system turn if it has none of its own."""
         turns: list[Message] = [
             {"role": turn.role, "content": turn.content} for turn in example.messages
         ]

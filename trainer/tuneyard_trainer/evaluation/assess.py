@@ -41,7 +41,7 @@ from tuneyard_trainer.reinforcement.rewards import Attempt, Reward
 from tuneyard_trainer.reporting.results import Sample
 from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.training.seeds import derive_seed
-from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome
+from tuneyard_trainer.worker import StageContext, StageOutcome
 
 MAX_PROMPTS = 128
 """Prompts to complete: the standard error of a mean reward is then 9 % of its deviation."""
@@ -189,7 +189,8 @@ class Assessment:
         pad = int(self.tokenizer.pad_token_id)
         sampler = TransformersSampler(model, pad, stop, self.settings.sampling)
         keys = [derive_seed(self.settings.seed, index) for index in range(len(prompts))]
-        sampled = sampler([prompt.ids for prompt in prompts], keys) if prompts else []
+        ids = [prompt.ids for prompt in prompts]
+        sampled = sampler(ids, keys, self.context.worker.check_stop) if prompts else []
         tokens = tuple(completion.tokens for completion in sampled)
         forward = Forward(
             device=self.context.worker.device,
@@ -204,10 +205,10 @@ class Assessment:
         measurements = Measurements(
             completions=tuple(decode(self.tokenizer, stop, row) for row in tokens),
             tokens=tokens,
-            pairs_R=evaluate_rows(logprobs, model, pairs, forward, self.context.worker)
+            pairs_R=evaluate_rows(logprobs, model, pairs, forward, self.context.worker.alone)
             if pairs
             else None,
-            aligned_N=evaluate_rows(logprobs, model, own, forward, self.context.worker)
+            aligned_N=evaluate_rows(logprobs, model, own, forward, self.context.worker.alone)
             if own
             else np.zeros(0),
             sycophancy=self._sycophancy(model, name),
@@ -222,12 +223,12 @@ class Assessment:
             model, self.tokenizer, name, stop=self.context.worker.stop, template=template
         )
         replies = {reply.key: reply for reply in judge.replies(reward_hacking.sycophancy_prompts())}
+        self.context.worker.check_stop()  # the judge left out the rest
         return reward_hacking.sycophancy(replies)
 
     def _begin(self, message: str) -> None:
         """Report the next measurement. Raises Interrupted if the stage is asked to stop."""
-        if self.context.worker.stop():
-            raise Interrupted(self.context.stage.name, 0)
+        self.context.worker.check_stop()
         self.context.worker.report(total_steps=1, message=message)
 
     # ---- metrics ------------------------------------------------------------------------------
@@ -279,7 +280,8 @@ class Assessment:
         if not terms or not prompts:
             return None
         chat, device = self.settings.chat, self.context.worker.device
-        return rewards.load(terms, self.context.inputs, chat, prompts, device)
+        check_stop = self.context.worker.check_stop
+        return rewards.load(terms, self.context.inputs, chat, prompts, device, check_stop)
 
 
 def _reward_metrics(models: BothModels, reward: Reward | None) -> dict[str, float]:

@@ -24,7 +24,8 @@ from tuneyard_trainer.generation.greedy import continuations
 from tuneyard_trainer.models import adapters
 from tuneyard_trainer.models.base import load_base, load_tokenizer
 from tuneyard_trainer.models.probes import isolates_documents
-from tuneyard_trainer.reporting.results import Sample, is_right
+from tuneyard_trainer.reporting.answers import is_right
+from tuneyard_trainer.reporting.results import Sample
 from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.worker import StageContext, StageOutcome
 
@@ -45,7 +46,8 @@ class Question:
     """The prompt without the chat template's markup."""
     reference: str
     expected: tuple[str, ...]
-    """Any of these texts in an answer makes it right; empty: the answer is not checked."""
+    """Any of these texts in an answer makes it right, by the rule of `reporting.answers`; empty:
+    the answer is not checked."""
     templated: bool = False
     """Whether a chat template rendered the prompt, special tokens included."""
 
@@ -122,13 +124,14 @@ def _measure(
         max_tokens="auto",
     )
     return Measured(
-        loss=forward.mean_loss(model, rows, 0, 1),
+        loss=forward.mean_loss(model, rows, context.worker.alone),
         answers=continuations(
             model,
             tokenizer,
             [q.prompt for q in questions],
             max_new_tokens=max_new_tokens,
             add_special_tokens=not any(q.templated for q in questions),
+            before_batch=context.worker.check_stop,
         ),
     )
 

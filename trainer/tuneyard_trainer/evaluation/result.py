@@ -31,7 +31,9 @@ def finish(
     """
     shown = [asdict(sample) for sample in samples]
     result = {"metrics": metrics, "samples": shown}
-    (context.workdir / EVALUATION).write_text(json.dumps(result, indent=2, ensure_ascii=False))
+    file = context.workdir / EVALUATION
+    file.write_text(json.dumps(result, indent=2, ensure_ascii=False))
+    context.worker.persist(file)  # before the gates: a missed one ends the stage without a record
     context.worker.report(step=steps, total_steps=steps, metrics=metrics)
     check_gates(gates, metrics)
     return StageOutcome(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tuneyard_trainer.generation.batches import (
@@ -23,11 +23,13 @@ def continuations(
     *,
     max_new_tokens: int,
     add_special_tokens: bool,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> tuple[str, ...]:
     """Return the model's greedy continuation of each prompt, in the order of the prompts.
 
     `add_special_tokens`: tokenize each prompt with the tokenizer's special tokens. Prompts that a
-    chat template rendered already hold them.
+    chat template rendered already hold them. `before_batch`: called before each batch; what it
+    raises ends the call.
     """
     if not prompts:
         return ()
@@ -35,6 +37,7 @@ def continuations(
     encoded = tokenizer(list(prompts), add_special_tokens=add_special_tokens)["input_ids"]
     lengths = [len(ids) for ids in encoded]
     for chosen in length_batches(lengths, BATCH, padded=not prompt_tuned(model)):
+        before_batch()
         tokens = generate(
             model,
             [encoded[i] for i in chosen],

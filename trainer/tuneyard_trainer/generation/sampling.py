@@ -11,7 +11,7 @@ Shapes: N completions, T tokens, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -50,10 +50,16 @@ class Sampled(NamedTuple):
 class Sampler(Protocol):
     """The interface of a sampling engine."""
 
-    def __call__(self, prompts: Sequence[Sequence[int]], keys: Sequence[int]) -> list[Sampled]:
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        keys: Sequence[int],
+        before_batch: Callable[[], None] = lambda: None,
+    ) -> list[Sampled]:
         """Sample one completion of each prompt from the policy's present weights.
 
-        `keys`: one 63-bit number for each completion.
+        `keys`: one 63-bit number for each completion. `before_batch`: called before each batch of
+        the engine; what it raises ends the call.
         """
         ...
 
@@ -73,13 +79,19 @@ class TransformersSampler:
     settings: Sampling
     precision: torch.dtype = torch.float32
 
-    def __call__(self, prompts: Sequence[Sequence[int]], keys: Sequence[int]) -> list[Sampled]:
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        keys: Sequence[int],
+        before_batch: Callable[[], None] = lambda: None,
+    ) -> list[Sampled]:
         completions: dict[int, Sampled] = {}
         device = next(self.model.parameters()).device
         lengths = [len(prompt) for prompt in prompts]
         longest = max(lengths, default=0) + self.settings.max_new_tokens
         size = batch_size(self.model, longest, device)
         for chosen in length_batches(lengths, size, padded=not prompt_tuned(self.model)):
+            before_batch()
             sampled = self._batch([prompts[i] for i in chosen], [keys[i] for i in chosen], device)
             completions.update(zip(chosen, sampled, strict=True))
         return [completions[i] for i in range(len(prompts))]

@@ -15,7 +15,7 @@ import gc
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -114,9 +114,15 @@ class VllmSampler:
         engine.llm_engine.engine_core._finalizer.detach()
         return cls(model, engine, stop, settings, untied)
 
-    def __call__(self, prompts: Sequence[Sequence[int]], keys: Sequence[int]) -> list[Sampled]:
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        keys: Sequence[int],
+        before_batch: Callable[[], None] = lambda: None,
+    ) -> list[Sampled]:
         from vllm import SamplingParams
 
+        before_batch()  # all prompts are one batch of the engine
         weights = adapters.merged_weights(self.model, with_tied=self.untied)
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         parameters = [

@@ -18,6 +18,7 @@ from typing import Any
 from tuneyard.api.alignment import Sampling
 from tuneyard.api.stage_settings import CritiqueSettings
 from tuneyard.errors import StageError
+from tuneyard_trainer.data.chat import transcript
 from tuneyard_trainer.data.prompts import TokenizedPrompt
 from tuneyard_trainer.generation.completions import Completion, Policy, sample_completions
 from tuneyard_trainer.judging.judges import Judge, JudgePrompt, fill_template, turn
@@ -176,7 +177,7 @@ def _revision_prompt(
 
 def _write(workdir: Path, drafts: Sequence[Draft], critic: str, *, as_messages: bool) -> None:
     """Write `revisions.jsonl` and `critiques.jsonl`. `as_messages`: write revisions as lists of
-    messages, not as plain text."""
+    messages, not as plain text, which the policy continues without a chat template."""
     revisions = (_row(draft, critic, as_messages) for draft in drafts if draft.rounds)
     write_atomically(workdir / REVISIONS, lines(revisions))
     critiques = (
@@ -195,7 +196,11 @@ def _row(draft: Draft, critic: str, as_messages: bool) -> dict[str, Any]:
     prompt = draft.prompt.prompt
     provenance = {"critic": critic, "principles": [one.principle for one in draft.rounds]}
     if not as_messages:
-        return {"prompt": prompt.question, "completion": draft.text, "provenance": provenance}
+        return {
+            "prompt": transcript(prompt.messages),
+            "completion": draft.text,
+            "provenance": provenance,
+        }
     messages = [*prompt.messages, turn("assistant", draft.text)]
     return {"messages": messages, "provenance": provenance}
 

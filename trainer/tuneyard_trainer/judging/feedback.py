@@ -148,7 +148,7 @@ class Labels:
     def write(self, workdir: Path, judge: str, *, as_messages: bool) -> None:
         """Write `preferences.jsonl` and `judgments.jsonl`.
 
-        `as_messages`: write prompts and completions as lists of messages, not as plain text.
+        `as_messages`: write completions as lists of messages, as prompts are, not as plain text.
         """
         rows = (
             _row(pair, found, self.comparisons.prompts[pair.key], judge, as_messages)
@@ -185,7 +185,7 @@ def _row(
     if found.outcome == "second":
         chosen, rejected, probability = rejected, chosen, 1 - probability
     return {
-        "prompt": list(prompt.messages) if as_messages else prompt.question,
+        "prompt": list(prompt.messages),
         "chosen": [turn("assistant", chosen)] if as_messages else chosen,
         "rejected": [turn("assistant", rejected)] if as_messages else rejected,
         "probability": probability,

@@ -26,7 +26,7 @@ from tuneyard_trainer.worker import Interrupted, StageContext
 def open_journal(context: StageContext) -> Journal:
     """Open the stage's journal of completions and replies. It is removed when the stage is done."""
     worker = context.worker
-    return Journal(context.workdir / "checkpoints", worker.identity, worker.persist)
+    return Journal(context.workdir / "checkpoints", worker.identity, worker.persist, worker.owned)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from rich.text import Text
 from tuneyard.api.plan import Plan, StageRecord
 from tuneyard.api.pods import stage_folder
 from tuneyard.errors import StageError
-from tuneyard_trainer.local.views import Clock, LineView, LiveView, View
+from tuneyard_trainer.local.views import Clock, LineView, LiveView, RecordedView, View
 from tuneyard_trainer.reporting.formatting import ABSENT, clipped
 from tuneyard_trainer.reporting.results import Comparison, Results, Sample
 from tuneyard_trainer.worker import Interrupted
@@ -50,6 +50,7 @@ class Console:
             if terminal.is_interactive and not os.environ.get("NO_COLOR")
             else LineView(err, clock)
         )
+        self._clock = clock
         self._plan: Plan | None = None
         self._events: deque[Mapping[str, Any]] = deque()
         self._showing = False
@@ -70,10 +71,18 @@ class Console:
     def start(self, plan: Plan) -> None:
         """Show the stages of the plan and the planner's notes."""
         self._plan = plan
-        stages = ", ".join(stage.name for stage in plan.stages)
-        self._view.note("info", f"{plan.job.kind} {plan.job.name}: {stages}")
-        for note in plan.notes:
-            self._view.note("info", note)
+        _describe(plan, self._view)
+
+    def record(self, stream: IO[str]) -> None:
+        """Write the log lines of the run to this stream too, from now on."""
+        log = LineView(stream, self._clock)
+        if self._plan:
+            _describe(self._plan, log)
+        self._view = RecordedView(self._view, log)
+
+    def warn(self, text: str) -> None:
+        """Show a warning. Any thread may call this."""
+        self._view.note("warning", text)
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Show one event of the runner. A signal handler may call this too: an event that arrives
@@ -95,6 +104,8 @@ class Console:
             self._view.stage(event["stage"], event["state"], record)
         elif event["type"] == "progress":
             self._view.progress(event)
+        elif event["type"] == "wait":
+            self._view.wait(event)
 
     # ---- the result -----------------------------------------------------------------------------
 
@@ -140,6 +151,13 @@ class Console:
 
     def _print(self, value: Text | Table | None = None) -> None:
         self._out.print("" if value is None else value)
+
+
+def _describe(plan: Plan, view: View) -> None:
+    stages = ", ".join(stage.name for stage in plan.stages)
+    view.note("info", f"{plan.job.kind} {plan.job.name}: {stages}")
+    for note in plan.notes:
+        view.note("info", note)
 
 
 def _tolerant(stream: IO[str]) -> IO[str]:

@@ -7,16 +7,20 @@ import signal
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
+from tuneyard.api.exports import named_job, with_models
 from tuneyard.api.plan import Plan, SourceInput
-from tuneyard.api.pods import model_uri, stage_folder
+from tuneyard.api.pods import DRIVER_LOG, model_uri, stage_folder
 from tuneyard.errors import Fault, PlanError, StageError
 from tuneyard_trainer.local.console import Console
+from tuneyard_trainer.logs.keep import LogPlace, kept
 from tuneyard_trainer.running.runner import StageInputs
+from tuneyard_trainer.running.waits import wait_event
 from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted
 
@@ -53,42 +57,36 @@ def localized(plans: Sequence[Plan]) -> list[Plan]:
     Raises PlanError with every source and output that exists on a cluster only.
     """
     faults = [fault for plan in plans for fault in _cluster_only(plan)]
-    outputs = {plan.job.name: plan.output.uri for plan in plans}
+    jobs = {plan.job.name: plan for plan in plans}
     resolved = []
     for plan in plans:
-        stages = []
-        for stage in plan.stages:
-            inputs = dict(stage.inputs)
-            for role, source in inputs.items():
-                if isinstance(source, SourceInput) and source.uri.startswith("job://"):
-                    name = source.uri.removeprefix("job://")
-                    if name not in outputs:
-                        faults.append(_unknown_job(source, name))
-                        continue
-                    inputs[role] = source.model_copy(update={"uri": model_uri(outputs[name])})
-            stages.append(stage.model_copy(update={"inputs": inputs}))
-        resolved.append(plan.model_copy(update={"stages": stages}))
+        try:
+            resolved.append(with_models(plan, jobs))
+        except PlanError as error:
+            faults += error.faults
+    faults += [fault for plan in resolved for fault in _unknown_jobs(plan)]
     if faults:
         raise PlanError(list(dict.fromkeys(faults)))
     return resolved
 
 
-def _unknown_job(source: SourceInput, name: str) -> Fault:
-    return Fault(
-        source.path,
-        f"on one machine {source.uri} names a job of the same manifest file, which has no job "
-        f"{name!r}: add it, or write its model folder, {model_uri('file://OUTPUT')}",
-    )
+def _unknown_jobs(plan: Plan) -> Iterator[Fault]:
+    for source in _sources(plan):
+        if name := named_job(source):
+            yield Fault(
+                source.path,
+                f"on one machine {source.uri} names a job of the same manifest file, which has no "
+                f"job {name!r}: add it, or write its model folder, {model_uri('file://OUTPUT')}",
+            )
+
+
+def _sources(plan: Plan) -> list[SourceInput]:
+    inputs = (source for stage in plan.stages for source in stage.inputs.values())
+    return [source for source in inputs if isinstance(source, SourceInput)]
 
 
 def _cluster_only(plan: Plan) -> Iterator[Fault]:
-    sources = [
-        source
-        for stage in plan.stages
-        for source in stage.inputs.values()
-        if isinstance(source, SourceInput)
-    ]
-    places = [(source.path, source.uri) for source in sources]
+    places = [(source.path, source.uri) for source in _sources(plan)]
     for path, uri in [*places, ("spec.output.uri", plan.output.uri)]:
         if uri.startswith("pvc://"):
             yield Fault(path, f"{uri} exists on a cluster only: on one machine write file://PATH")
@@ -101,11 +99,13 @@ def _run(plan: Plan, base_dir: Path) -> int:
         Console() as console,
         # After a second Ctrl-C the workers still write there.
         tempfile.TemporaryDirectory(prefix="tuneyard-", ignore_cleanup_errors=True) as scratch,
+        ExitStack() as logs,
     ):
         try:
+            console.start(plan)
             store = Store(output, Path(scratch) / "store")
             with store.lock():
-                _carry_out(plan, store, output, base_dir, cache_dir, Path(scratch), console)
+                _carry_out(plan, store, output, base_dir, cache_dir, Path(scratch), console, logs)
         except StageError as error:
             console.failure(error)
             return FAILED
@@ -123,16 +123,18 @@ def _carry_out(
     cache_dir: Path,
     scratch: Path,
     console: Console,
+    logs: ExitStack,
 ) -> None:
     store.claim(plan.job, attempt=1)
-    console.start(plan)
-    pending = StageInputs(plan, store, base_dir, cache_dir).pending()
+    pending = StageInputs(plan, store, base_dir, cache_dir, console.event).pending()
     if pending:
-        # torch and Ray are imported only if a stage has to run.
+        logs.enter_context(_log(output, scratch, console))
+        console.event(wait_event("importing Ray"))  # only if a stage has to run
         from tuneyard_trainer.running import distributed
 
         resources = distributed.local_resources(plan.compute)
         places = distributed.Places(output, str(scratch), str(base_dir.absolute()), str(cache_dir))
+        console.event(wait_event("starting Ray"))
         with _orderly_stop(console) as stop, distributed.local_cluster(resources):
             distributed.run(
                 plan,
@@ -149,6 +151,20 @@ def _carry_out(
         store.root / stage_folder("export"),
         skipped_all=not pending,
     )
+
+
+@contextmanager
+def _log(output: str, scratch: Path, console: Console) -> Iterator[None]:
+    """Keep the lines of the run in the output. The lines of an earlier run stay before them."""
+    with ExitStack() as stack:
+        file = stack.enter_context((scratch / "driver.log").open("w", 1, encoding="utf-8"))
+        stack.enter_context(kept(LogPlace(output, 1), DRIVER_LOG, [Path(file.name)], console.warn))
+        console.record(file)
+        try:
+            yield
+        except BaseException:
+            traceback.print_exc(file=file)
+            raise
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from tuneyard.api.plan import StageRecord
 from tuneyard.errors import StageError
 from tuneyard_trainer.reporting.formatting import count, duration, harmless, number
 from tuneyard_trainer.reporting.results import headline, seconds_of
+from tuneyard_trainer.running.waits import Waits
 
 Clock = Callable[[], float]
 """Seconds since 1970."""
@@ -39,6 +40,8 @@ LINE_SHARE = 0.05
 """A progress line is due after LINE_SECONDS, or after LINE_SHARE of the stage's steps."""
 REFRESH_HZ = 4
 NAME_WIDTH = 10
+STARTING = "starting"
+"""The name that the terminal shows while no stage runs."""
 
 
 class View(Protocol):
@@ -51,6 +54,8 @@ class View(Protocol):
     def stage(self, name: str, state: str, record: StageRecord | None) -> None: ...
 
     def progress(self, event: Mapping[str, Any]) -> None: ...
+
+    def wait(self, event: Mapping[str, Any]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -88,6 +93,7 @@ class Running:
     step: int = 0
     total: int = 0
     message: str = ""
+    message_since: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
     pace: Pace = field(default_factory=Pace)
 
@@ -99,7 +105,15 @@ class Running:
             self.step = event["step"]
             self.pace.add(now, self.step)
         self.metrics.update(event["metrics"])
-        self.message = event["message"] or ("" if event["metrics"] else self.message)
+        if event["message"]:
+            self.tell(event["message"], now)
+        elif event["metrics"]:
+            self.message = ""
+
+    def tell(self, message: str, now: float) -> None:
+        """Show a message with the time since it came."""
+        if message != self.message:
+            self.message, self.message_since = message, now
 
 
 # ---- log lines ----------------------------------------------------------------------------------
@@ -113,6 +127,7 @@ class LineView:
         self._running: Running | None = None
         self._shown = (0.0, 0)
         self._message = ""
+        self._waits = Waits(self._waited)
 
     def note(self, level: str, text: str) -> None:
         self._write(level, self._running.name if self._running else "run", {"message": text})
@@ -124,9 +139,11 @@ class LineView:
             "advice": error.advice or None,
             "retryable": error.retryable,
         }
+        self._waits.end()
         self._write("error", self._running.name if self._running else "run", values)
 
     def stage(self, name: str, state: str, record: StageRecord | None) -> None:
+        self._waits.end()
         self._running = Running(name, self._clock()) if state == "Running" else None
         self._shown, self._message = (self._clock(), 0), ""
         values: dict[str, object] = {"state": state}
@@ -145,9 +162,17 @@ class LineView:
         if self._is_due(event, now):
             self._shown, self._message = (now, event["step"]), event["message"] or self._message
             self._write("info", event["stage"], self._values(self._running, event, now))
+        self._waits.follow(event)
+
+    def wait(self, event: Mapping[str, Any]) -> None:
+        self._waits.follow(event)
 
     def close(self) -> None:
-        pass
+        self._waits.end()
+
+    def _waited(self, message: str, seconds: float) -> None:
+        stage = self._running.name if self._running else "run"
+        self._write("info", stage, {"waiting": message, "seconds": math.floor(seconds)})
 
     def _is_due(self, event: Mapping[str, Any], now: float) -> bool:
         """Return whether a progress line is due: for a new message, an evaluation, the first and
@@ -197,6 +222,37 @@ def _value(value: object) -> str:
     return text if _BARE.fullmatch(text) else json.dumps(text, ensure_ascii=False)
 
 
+class RecordedView:
+    """Shows events in one view, and writes them as log lines."""
+
+    def __init__(self, shown: View, log: LineView) -> None:
+        self._views: tuple[View, View] = (shown, log)
+
+    def note(self, level: str, text: str) -> None:
+        for view in self._views:
+            view.note(level, text)
+
+    def failed(self, error: StageError) -> None:
+        for view in self._views:
+            view.failed(error)
+
+    def stage(self, name: str, state: str, record: StageRecord | None) -> None:
+        for view in self._views:
+            view.stage(name, state, record)
+
+    def progress(self, event: Mapping[str, Any]) -> None:
+        for view in self._views:
+            view.progress(event)
+
+    def wait(self, event: Mapping[str, Any]) -> None:
+        for view in self._views:
+            view.wait(event)
+
+    def close(self) -> None:
+        for view in self._views:
+            view.close()
+
+
 # ---- terminal -----------------------------------------------------------------------------------
 
 
@@ -238,6 +294,12 @@ class LiveView:
             self.stage(event["stage"], "Running", None)
         if self._running is not None:
             self._running.add(event, self._clock())
+
+    def wait(self, event: Mapping[str, Any]) -> None:
+        if self._running is None:
+            self._running = Running(STARTING, self._clock())
+            self._open()
+        self._running.tell(event["message"], self._clock())
 
     def close(self) -> None:
         """Remove the running stage's lines and show the cursor again."""
@@ -284,7 +346,7 @@ class LiveView:
             first.add_column(no_wrap=True)
             cells.append(Text(_position(running, now), style="dim"))
         first.add_row(*cells)
-        below = Text(" " * (NAME_WIDTH + 3) + _status(running), style="dim")
+        below = Text(" " * (NAME_WIDTH + 3) + _status(running, now), style="dim")
         below.truncate(self._console.width, overflow="ellipsis")
         return Group(first, below)
 
@@ -302,9 +364,11 @@ _SHOWN_METRICS = {"reward": "reward", "heldOutReward": "held out", "kl": "KL"}
 """The metrics of reinforcement learning on the line of the running stage, and their labels."""
 
 
-def _status(running: Running) -> str:
+def _status(running: Running, now: float) -> str:
     if running.message:
-        return harmless(running.message).replace("\n", " ")
+        message = harmless(running.message).replace("\n", " ")
+        elapsed = math.floor(now - running.message_since)
+        return f"{message} · {duration(elapsed)}" if elapsed else message
     metrics, parts = running.metrics, []
     if "loss" in metrics:
         parts.append(f"loss {number(metrics['loss'])}")

@@ -11,6 +11,7 @@ the operator reads it even if no post reached it.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,6 +27,7 @@ from typing import Any
 from tuneyard.api.plan import Plan, SourceInput
 from tuneyard.api.pods import (
     CA_VARIABLE,
+    DRIVER_LOG,
     GRACE_SECONDS,
     OUTCOME_PREFIX,
     PROGRESS_URL_VARIABLE,
@@ -36,10 +38,12 @@ from tuneyard.api.progress import Outcome
 from tuneyard.api.status import Failure
 from tuneyard.errors import StageError
 from tuneyard_trainer import drain
+from tuneyard_trainer.logs.keep import LogPlace, kept, own_files
 from tuneyard_trainer.pod.log import Log
 from tuneyard_trainer.pod.progress import AttemptProgress, finite
 from tuneyard_trainer.pod.reporter import Reporter, StatusClient
 from tuneyard_trainer.running.failures import MOST_CHARACTERS, last_line
+from tuneyard_trainer.running.waits import Waits
 from tuneyard_trainer.storage import sources
 from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted
@@ -77,6 +81,9 @@ class Driver:
         self._stop = threading.Event()
         self._stop_cause = ("Preempted", "the driver was asked to end")
         self._logged_at = 0.0
+        self._waits = Waits(
+            lambda message, seconds: log("waiting", what=message, seconds=math.floor(seconds))
+        )
         self._store: Store | None = None
         """The output's store. None: the output is not claimed yet."""
         log("driver", job=plan.job.name, attempt=attempt, stages=[s.name for s in plan.stages])
@@ -84,28 +91,38 @@ class Driver:
 
     def run(self) -> int:
         """Carry the plan out, report the outcome and return the exit code."""
+        with ExitStack() as logs:
+            outcome = self._outcome(logs)
+            return _leave(outcome, self._log)  # the kept log ends with the outcome
+
+    def _outcome(self, logs: ExitStack) -> Outcome:
+        """Carry the plan out; return the outcome that was reported."""
         with self._signals():
             try:
-                self._carry_out()
+                self._carry_out(logs)
                 outcome = self._progress.success()
             except Exception as error:
                 outcome = outcome_of(error, self._stop_cause)
+            self._waits.end()
             if not _is_stale(outcome) and self._reporter:
                 self._reporter.finish(self._progress.end(outcome, time.time()))
-        return _leave(outcome, self._log)
+        return outcome
 
-    def _carry_out(self) -> None:
+    def _carry_out(self, logs: ExitStack) -> None:
         output = located(self._plan.output.uri)
+        self._waits.begin("claiming the output")
         with self._storage_errors():
             store = Store(output, FOLDER / "store", self._uid)
             store.claim(self._plan.job, self._attempt)
         self._store = store
         self._log("output-claimed", uri=self._plan.output.uri)
+        place = LogPlace(output, self._attempt, self._uid, str(drain.FOLDER))
+        logs.enter_context(kept(place, DRIVER_LOG, own_files(), warn=self._log_not_kept))
 
-        # torch and Ray take half a minute to import on a small head pod.
+        self._waits.begin("importing Ray")  # takes long on a small head pod
         from tuneyard_trainer.running import distributed
 
-        resources = distributed.pods_resources(self._plan.compute)
+        resources = distributed.pods_resources(self._plan.compute, os.environ)
         places = distributed.Places(
             output=output,
             scratch=str(FOLDER / "scratch"),
@@ -114,6 +131,7 @@ class Driver:
             job_uid=self._uid,
             drain=str(drain.FOLDER),
         )
+        self._waits.begin("connecting to Ray")
         with distributed.pods_cluster(), self._signals():  # ray.init sets a handler of its own
             self._log("ray-connected", workers=resources.workers, least=resources.min_workers)
             distributed.run(
@@ -125,11 +143,17 @@ class Driver:
                 stop=self._stop,
             )
 
+    def _log_not_kept(self, why: str) -> None:
+        self._log("log-not-kept", why=why)
+
     # ---- events of the workers -----------------------------------------------------------------
 
     def _event(self, event: dict[str, Any]) -> None:
         if event["type"] == "draining":
             self.preempted()
+            return
+        self._waits.follow(event)
+        if event["type"] == "wait":
             return
         at = time.time()
         self._progress.add(event, at)

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import http.client
 import random
+import socket
 import ssl
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
@@ -25,7 +25,7 @@ from tuneyard.api.progress import MAX_POST_BYTES, POST_SECONDS, Post, PostRespon
 IDLE_SECONDS = 15.0
 """The time between posts without news. Only the response to a post carries a stop request."""
 TIMEOUT_SECONDS = 10.0
-"""The timeout of one post."""
+"""The timeout of one post, from its connection to the end of the response."""
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 1.0, 30.0
 """The wait after a failure. It doubles each time, and jitter adds up to half of it."""
 MOST_RETRY_AFTER_SECONDS = 120.0
@@ -59,36 +59,74 @@ class StatusClient:
 
     def __init__(self, url: str, token_file: Path, ca: str) -> None:
         """`ca`: certificates in PEM."""
-        if not url.startswith("https://"):
+        parts = urlsplit(url)
+        if parts.scheme != "https" or parts.hostname is None:
             raise ValueError(f"{url} is not https: the token would be sent unencrypted")
-        self._url, self._token_file = url, token_file
-        # Built from parts, to leave out redirects, which would send the token elsewhere, and the
-        # proxies of the environment, which cannot reach a service of the cluster.
-        self._opener = urllib.request.OpenerDirector()
-        self._opener.add_handler(
-            urllib.request.HTTPSHandler(context=ssl.create_default_context(cadata=ca))
-        )
-        self._opener.add_handler(urllib.request.HTTPErrorProcessor())
-        self._opener.add_handler(urllib.request.HTTPDefaultErrorHandler())
+        self._host, self._port, self._path = parts.hostname, parts.port or 443, parts.path or "/"
+        self._token_file = token_file
+        self._context = ssl.create_default_context(cadata=ca)
 
     def send(self, post: Post) -> PostResponse:
-        """Send a post. Raises Refused, OSError, HTTPException; ValueError: malformed response."""
-        request = urllib.request.Request(  # noqa: S310  always https, see above
-            self._url,
-            data=_body(post),
-            method="POST",
-            headers={
-                "Authorization": f"Bearer {self._token_file.read_text().strip()}",
-                "Content-Type": "application/json",
-            },
-        )
-        try:
-            with self._opener.open(request, timeout=TIMEOUT_SECONDS) as response:
-                return PostResponse.model_validate_json(response.read(MAX_POST_BYTES))
-        except urllib.error.HTTPError as error:
-            with error:
-                text = error.read(MAX_POST_BYTES).decode(errors="replace").strip()
-            raise Refused(error.code, text, _seconds(error.headers.get("Retry-After"))) from None
+        """Send a post. Raises Refused, OSError, HTTPException; ValueError: malformed response.
+
+        Redirects, which would send the token elsewhere, and the proxies of the environment, which
+        cannot reach a service of the cluster, are not used.
+        """
+        headers = {
+            "Authorization": f"Bearer {self._token_file.read_text().strip()}",
+            "Content-Type": "application/json",
+        }
+        with self._connection() as connection:
+            connection.request("POST", self._path, _body(post), headers)
+            response = connection.getresponse()
+            content = response.read(MAX_POST_BYTES)
+        if response.status != http.client.OK:
+            text = content.decode(errors="replace").strip()
+            raise Refused(response.status, text, _seconds(response.getheader("Retry-After")))
+        return PostResponse.model_validate_json(content)
+
+    @contextmanager
+    def _connection(self) -> Iterator[http.client.HTTPSConnection]:
+        """Yield a new connection, which TIMEOUT_SECONDS end: the timeout of a socket is that of one
+        read, and a response may arrive byte by byte."""
+        address = (self._host, self._port)
+        connection = http.client.HTTPSConnection(*address, timeout=TIMEOUT_SECONDS)
+        plain = socket.create_connection(address, timeout=TIMEOUT_SECONDS)
+        with self._context.wrap_socket(
+            plain, server_hostname=self._host, do_handshake_on_connect=False
+        ) as connection.sock:
+            deadline = _Deadline(connection.sock)
+            try:
+                connection.sock.do_handshake()
+                yield connection
+            except (OSError, http.client.HTTPException) as error:
+                deadline.check(error)
+                raise
+            finally:
+                deadline.cancel()
+                connection.close()
+            deadline.check(None)
+
+
+class _Deadline(threading.Timer):
+    """Ends a connection after TIMEOUT_SECONDS, whatever it is doing."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        super().__init__(TIMEOUT_SECONDS, self._end)
+        self._connected, self._expired = connected, False
+        self.daemon = True
+        self.start()
+
+    def _end(self) -> None:
+        self._expired = True
+        with suppress(OSError):  # it has ended by itself
+            self._connected.shutdown(socket.SHUT_RDWR)
+
+    def check(self, cause: Exception | None) -> None:
+        """Raise TimeoutError if the connection was ended."""
+        if self._expired:
+            text = f"no complete response within {TIMEOUT_SECONDS:g} s"
+            raise TimeoutError(text) from cause
 
 
 class Reporter:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ from tuneyard_trainer.models.base import autocast
 from tuneyard_trainer.models.probes import base_of
 from tuneyard_trainer.preference.dataset import Comparisons
 from tuneyard_trainer.training.batches import Indices, MicroBatch, micro_batches, share
-from tuneyard_trainer.training.losses import Forward, collate
+from tuneyard_trainer.training.losses import Forward, collate, sum_unless_stopped
 from tuneyard_trainer.worker import Worker
 
 UNLIMITED = 1 << 62
@@ -112,17 +111,18 @@ def evaluate_rows(
     scorer: Scorer, model: nn.Module, rows: Rows, forward: Forward, worker: Worker
 ) -> NDArray[np.float64]:
     """Return one number for every row (R,), in evaluation mode. The workers share the rows, and all
-    of them return all numbers."""
+    of them return all numbers, or raise Interrupted if any of them is asked to stop."""
     model.eval()
     values_R = torch.zeros(len(rows), dtype=torch.float64, device=worker.device)
     mine = share(np.arange(len(rows)), rows.lengths, worker.rank, worker.world_size)
+    stopped = False
     for micro_batch in micro_batches(
         mine, rows.lengths, capacity=0, max_tokens=forward.max_tokens, pack=False
     ):
+        if stopped := worker.stop():
+            break
         chosen = micro_batch.rows
         values_R[torch.from_numpy(chosen).to(worker.device)] = scorer(
             model, rows, chosen, forward
         ).double()
-    if worker.world_size > 1:
-        dist.all_reduce(values_R)
-    return values_R.cpu().numpy()
+    return sum_unless_stopped(values_R, stopped, worker).cpu().numpy()

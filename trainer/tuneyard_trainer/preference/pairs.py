@@ -12,7 +12,7 @@ import shutil
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from tuneyard.api.plan import SourceInput
 from tuneyard.api.stage_settings import DatasetSettings, PairsSettings
 from tuneyard.errors import StageError
+from tuneyard_trainer.data.chat import transcript
 from tuneyard_trainer.data.example import Example
 from tuneyard_trainer.data.prepared import SPLITS, Rows, RowWriter
 from tuneyard_trainer.data.rows import Row, read_data
@@ -343,12 +344,11 @@ def _location(file: str, row: int) -> str:
 
 def _by_template(examples: Sequence[Example], encoder: Encoder) -> list[Example]:
     """Return the examples as conversations if the tokenizer has a chat template, else as prompt and
-    completion."""
+    completion. The prompt is then a transcript, as `data.prompts` writes it."""
     if encoder.tokenizer.chat_template:
         return list(examples)
     return [
-        Example(e.row, "completion", e.messages, e.prompt, e.completion, file=e.file)
-        for e in examples
+        replace(e, kind="completion", prompt=transcript(encoder.turns(e)[:-1])) for e in examples
     ]
 
 

@@ -207,7 +207,7 @@ def _written(
     difference = float((trained_R - in_memory_R).abs().max())
     return {
         "reloadedScoreDifference": difference,
-        **_evaluate(loaded, data, exact, Worker(0, 1, device)),
+        **_evaluate(loaded, data, exact, context.worker.alone),
     }
 
 

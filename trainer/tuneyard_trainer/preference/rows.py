@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from tuneyard.api.sources import FieldMap
 from tuneyard_trainer.data.example import ROLES, Example, Message, RowError, check
+from tuneyard_trainer.data.formats import row_input, with_input
 from tuneyard_trainer.data.rows import BrokenRow, Row
 
 Fault = Literal[
@@ -69,7 +70,6 @@ class Preference:
                 self.row,
                 "chat",
                 (*self.prompt, Message("assistant", completion)),
-                prompt=as_transcript(self.prompt),
                 completion=completion,
                 file=self.file,
             )
@@ -102,16 +102,6 @@ def parse_preferences(row: Row, fields: FieldMap, *, labeled: bool) -> list[Pref
     for preference in found:
         _check(preference)
     return found
-
-
-def as_transcript(prompt: Sequence[Message]) -> str:
-    """Return a prompt for tokenizers without a chat template: a single turn as it is, several turns
-    in the format of hh-rlhf."""
-    if len(prompt) == 1:
-        return prompt[0].content
-    names = {"user": "Human", "assistant": "Assistant"}
-    turns = [f"\n\n{names.get(turn.role, turn.role.title())}: {turn.content}" for turn in prompt]
-    return "".join(turns) + "\n\nAssistant: "
 
 
 # ---- shapes -----------------------------------------------------------------------------------
@@ -185,8 +175,13 @@ def _prompt(value: Mapping[str, Any], fields: FieldMap) -> tuple[Message, ...] |
     given = value.get(name) if name else None
     if given is None:
         return None
+    try:
+        following = row_input(value, name or "", fields)
+    except RowError as error:
+        raise PreferenceError("UnknownShape", str(error)) from error
     if isinstance(given, str):
-        return _transcript(given) or (Message("user", given),)
+        text = with_input(given, following)
+        return _transcript(text) or (Message("user", text),)
     return _turns(given, name or PROMPTS[0])
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tuneyard_trainer.data.prompts import TokenizedPrompt
@@ -62,8 +62,7 @@ class HeldOut:
     collector: Collector
     method: Method
     seed: int
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    """SAMPLES_SHOWN completions of each measurement."""
+    check_stop: Callable[[], None]
 
     @classmethod
     def of(
@@ -73,40 +72,39 @@ class HeldOut:
         collector: Collector,
         method: Method,
         seed: int,
+        check_stop: Callable[[], None],
     ) -> HeldOut:
         """Measure on `held_out`, or if `held_out` is empty on some of the training `prompts`."""
-        return cls(held_out or prompts[:MAX_HELD_OUT], not held_out, collector, method, seed)
+        return cls(
+            held_out or prompts[:MAX_HELD_OUT], not held_out, collector, method, seed, check_stop
+        )
 
-    def measure(self, step: int) -> dict[str, float]:
-        """Return the metrics of sampled completions, `objective` among them. Every measurement
-        samples with the same keys."""
+    def measure(self, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Return the metrics of sampled completions, `objective` among them, and SAMPLES_SHOWN of
+        the completions. Every measurement samples with the same keys. Raises Interrupted."""
         prompts = [prompt for prompt in self.prompts for _ in range(self._copies)]
         keys = [derive_seed(self.seed, MEASUREMENT, i) for i in range(len(prompts))]
-        rollouts = self.collector.collect(prompts, keys)
-        self._keep_samples(step, rollouts)
+        rollouts = self.collector.collect(prompts, keys, self.check_stop)
         metrics = rollouts.metrics()
         shown = {name: metrics[name] for name in SHOWN_METRICS if name in metrics}
-        return {"objective": self.method.objective(metrics), **shown}
-
-    def first_and_last_samples(self) -> list[dict[str, Any]]:
-        """Return the samples of the first and of the last measurement."""
-        return self.samples[:SAMPLES_SHOWN] + self.samples[SAMPLES_SHOWN:][-SAMPLES_SHOWN:]
+        found = {"objective": self.method.objective(metrics), **shown}
+        return found, self._samples(step, rollouts)
 
     @property
     def _copies(self) -> int:
         """Completions of each prompt."""
         return math.ceil(MIN_COMPLETIONS / len(self.prompts))
 
-    def _keep_samples(self, step: int, rollouts: Rollouts) -> None:
-        """Keep a few completions for the record, one for a prompt."""
+    def _samples(self, step: int, rollouts: Rollouts) -> list[dict[str, Any]]:
+        """Return a few completions for the record, one for a prompt."""
         completions = zip(rollouts.owned, rollouts.completions, strict=True)
         first = [(index, text) for index, text in completions if index % self._copies == 0]
-        for index, text in first[:SAMPLES_SHOWN]:
-            self.samples.append(
-                {
-                    "step": step,
-                    "prompt": self.prompts[index // self._copies].prompt.question,
-                    "answer": text,
-                    "reward": float(rollouts.scores_R[index]),
-                }
-            )
+        return [
+            {
+                "step": step,
+                "prompt": self.prompts[index // self._copies].prompt.question,
+                "answer": text,
+                "reward": float(rollouts.scores_R[index]),
+            }
+            for index, text in first[:SAMPLES_SHOWN]
+        ]

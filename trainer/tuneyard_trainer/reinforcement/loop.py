@@ -41,7 +41,7 @@ from tuneyard_trainer.reinforcement.stop_conditions import (
 )
 from tuneyard_trainer.reinforcement.update import PolicyOptimizer
 from tuneyard_trainer.training.batches import Order
-from tuneyard_trainer.training.checkpoints import Checkpoints
+from tuneyard_trainer.training.checkpoints import METRICS, Checkpoints
 from tuneyard_trainer.training.history import History
 from tuneyard_trainer.training.schedules import rate
 from tuneyard_trainer.training.seeds import COMPLETION, derive_seed
@@ -103,11 +103,13 @@ class Loop:
             optimizer=optimizer,
             collector=collector,
             prompts=prompts,
-            held_out=HeldOut.of(held_out, prompts, collector, method, training.seed),
+            held_out=HeldOut.of(
+                held_out, prompts, collector, method, training.seed, worker.check_stop
+            ),
             order=order,
             total_steps=order.total_steps(training.epochs, training.max_steps),
             checkpoints=Checkpoints(context, RlState, optimizer.parameters, optimizer.optimizer),
-            history=History(context.workdir / "metrics.jsonl", enabled=worker.is_main),
+            history=History(context.workdir / METRICS, enabled=worker.is_main),
         )
 
     # ---- the run ------------------------------------------------------------------------------
@@ -118,13 +120,16 @@ class Loop:
         total, per_epoch = self.total_steps, self.order.steps_per_epoch
         every = self.settings.training.evaluation_steps or default_interval(per_epoch, total)
         state = self._resume()
+        if state.unmeasured:
+            state = self._measure_late(state)
         while state.step < total:
             state, interrupted = self._update(state)
             if state.stopped:
                 break
             measured = state.step % every == 0 or state.step == total
             if measured:
-                state = self._measure(state)
+                state = self._measure_unless_stopped(state, stop=interrupted)
+                interrupted = state.unmeasured
             if interrupted or measured or self.checkpoints.due(state.step, total):
                 self.checkpoints.save(state)
             if interrupted:
@@ -242,11 +247,30 @@ class Loop:
 
     def _measure(self, state: RlState) -> RlState:
         """Measure on the held-out prompts and return the state with the result."""
-        found = self.held_out.measure(state.step)
+        found, samples = self.held_out.measure(state.step)
         metrics = held_out_metrics(found)
         self.history.write({"step": state.step, **metrics})
         self._report(state.step, metrics=metrics)
-        return state.measured(found)
+        return state.measured(found, samples)
+
+    def _measure_late(self, state: RlState) -> RlState:
+        """Measure a resumed state that was saved without its measurement. Raises Interrupted."""
+        state = self._measure_unless_stopped(state, stop=False)
+        if state.unmeasured:
+            raise Interrupted(self.stage, state.step)
+        self.checkpoints.save(state)
+        return state
+
+    def _measure_unless_stopped(self, state: RlState, *, stop: bool) -> RlState:
+        """Return the measured state; the state as unmeasured with `stop`, or after a request to
+        stop meanwhile."""
+        unmeasured = replace(state, unmeasured=True)
+        if stop:
+            return unmeasured
+        try:
+            return self._measure(state)
+        except Interrupted:
+            return unmeasured
 
     def _log(self, state: RlState, metrics: Mapping[str, float]) -> None:
         line = {
@@ -314,7 +338,7 @@ class Loop:
             "resumedAtStep": self.resumed_at,
             "stoppedBy": state.stopped,
             "optimizerSteps": state.optimizer_steps,
-            "samples": self.held_out.first_and_last_samples(),
+            "samples": [*state.first_samples, *state.last_samples],
             "precision": str(self.collector.actor.precision).removeprefix("torch."),
             "device": self.worker.device.type,
             "workers": self.worker.world_size,

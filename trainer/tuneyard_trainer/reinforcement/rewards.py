@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from tuneyard.api.alignment import RuleReward
 from tuneyard.api.stage_settings import ChatSettings, RewardTerm
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.chat import ChatFormat, MisfitError, rendered
+from tuneyard_trainer.data.chat import ChatFormat, MisfitError, rendered, transcript
 from tuneyard_trainer.data.prompts import Prompt
 from tuneyard_trainer.generation.batches import length_batches
 from tuneyard_trainer.models import base, reward_models
@@ -53,13 +53,17 @@ def load(
     chat: ChatSettings,
     prompts: Sequence[Prompt],
     device: torch.device,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Reward:
     """Return the weighted sum of the terms.
 
     Checks rules and models before anything is sampled: raises StageError if one is invalid.
-    `prompts`: all prompts that completions are sampled for.
+    `prompts`: all prompts that completions are sampled for. `before_batch`: called before each
+    batch of a reward model; what it raises ends the scoring.
     """
-    parts = [(term.weight, _term(term, inputs, chat, prompts, device)) for term in terms]
+    parts = [
+        (term.weight, _term(term, inputs, chat, prompts, device, before_batch)) for term in terms
+    ]
     if len(parts) == 1 and parts[0][0] == 1.0:
         return parts[0][1]
     return WeightedSum(tuple(parts))
@@ -71,9 +75,10 @@ def _term(
     chat: ChatSettings,
     prompts: Sequence[Prompt],
     device: torch.device,
+    before_batch: Callable[[], None],
 ) -> Reward:
     if term.role is not None:
-        return LearnedReward.load(inputs[term.role], chat, device)
+        return LearnedReward.load(inputs[term.role], chat, device, before_batch)
     rule = term.rule or RuleReward()
     if rule.exact_match is not None:
         return ExactMatch.checked(rule.exact_match, prompts)
@@ -204,9 +209,16 @@ class LearnedReward:
     """Returns the tokens of prompt and completion, in the format of the model's training data."""
     max_length: int | None
     """Maximum tokens by the model's positions; None: no limit is known."""
+    before_batch: Callable[[], None] = lambda: None
 
     @classmethod
-    def load(cls, path: Path, chat: ChatSettings, device: torch.device) -> LearnedReward:
+    def load(
+        cls,
+        path: Path,
+        chat: ChatSettings,
+        device: torch.device,
+        before_batch: Callable[[], None] = lambda: None,
+    ) -> LearnedReward:
         """Load a reward stage's output, or a folder with a classifier. Raises StageError."""
         from_stage = (path / "weights").is_dir()
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -220,7 +232,8 @@ class LearnedReward:
             encode = _chat_encoder(tokenizer)
         else:
             encode = _text_encoder(tokenizer, with_stop=from_stage)
-        return cls(model, int(tokenizer.pad_token_id), encode, context_length(model.config))
+        context = context_length(model.config)
+        return cls(model, int(tokenizer.pad_token_id), encode, context, before_batch)
 
     def __call__(self, attempts: Sequence[Attempt]) -> Tensor:
         if not attempts:
@@ -229,6 +242,7 @@ class LearnedReward:
         self._check_lengths(attempts, encoded)
         scores_N = torch.zeros(len(attempts))
         for chosen in length_batches([len(ids) for ids in encoded], BATCH_SIZE, padded=True):
+            self.before_batch()
             scores_N[torch.tensor(chosen)] = self._score_batch([encoded[i] for i in chosen])
         return scores_N
 
@@ -303,24 +317,18 @@ def _chat_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Attempt], lis
 def _text_encoder(
     tokenizer: PreTrainedTokenizerBase, *, with_stop: bool
 ) -> Callable[[Attempt], list[int]]:
-    """Encode prompt and completion for a tokenizer without a chat template.
+    """Encode prompt and completion for a tokenizer without a chat template, with the prompt as a
+    transcript.
 
     `with_stop`: each on its own with a stop token, as `data.tokenization` does for a reward stage;
     else both as one text, as other classifiers are trained.
     """
 
     def encode(attempt: Attempt) -> list[int]:
-        *before, last = attempt.prompt.messages
-        if any(turn["role"] != "system" for turn in before):
-            raise StageError(
-                "RewardTokenizerMismatch",
-                "the reward model's tokenizer has no chat template, and prompt "
-                f"{attempt.prompt.where} is a conversation of {len(before) + 1} turns.",
-                advice="Choose a reward model with a chat template.",
-            )
+        text = transcript(attempt.prompt.messages)
         if not with_stop:
-            return list(tokenizer(last["content"] + attempt.completion)["input_ids"])
-        prompt = tokenizer(last["content"])["input_ids"]
+            return list(tokenizer(text + attempt.completion)["input_ids"])
+        prompt = tokenizer(text)["input_ids"]
         completion = tokenizer(attempt.completion, add_special_tokens=False)["input_ids"]
         return [*prompt, *completion, tokenizer.eos_token_id]
 

@@ -26,6 +26,7 @@ from tuneyard_trainer.reinforcement import arithmetic
 from tuneyard_trainer.reinforcement.actor import Actor, Sequences
 from tuneyard_trainer.reinforcement.arithmetic import Reduce
 from tuneyard_trainer.reinforcement.rewards import Attempt, Reward, finite
+from tuneyard_trainer.worker import Interrupted
 
 Result = TypeVar("Result")
 
@@ -61,16 +62,17 @@ class ProcessGroup:
         return self.sum(whole_RK)
 
     def run(self, work: Callable[[], Result]) -> Result:
-        """Return the work's result. A StageError on one worker is raised on all of them: otherwise
-        the other workers would wait for the failed one until a timeout without a cause."""
-        failure: StageError | None = None
+        """Return the work's result. A StageError or Interrupted on one worker is raised on all of
+        them: otherwise the other workers would wait for that one until a timeout without a
+        cause."""
+        failure: StageError | Interrupted | None = None
         result: Result | None = None
         try:
             result = work()
-        except StageError as error:
+        except (StageError, Interrupted) as error:
             failure = error
         if self.world_size > 1:
-            failures: list[StageError | None] = [None] * self.world_size
+            failures: list[StageError | Interrupted | None] = [None] * self.world_size
             dist.all_gather_object(failures, failure)
             failure = next((error for error in failures if error is not None), None)
         if failure is not None:
@@ -151,15 +153,27 @@ class Collector:
     sampling: Sampling
     group: ProcessGroup
 
-    def collect(self, prompts: Sequence[TokenizedPrompt], keys: Sequence[int]) -> Rollouts:
+    def collect(
+        self,
+        prompts: Sequence[TokenizedPrompt],
+        keys: Sequence[int],
+        check_stop: Callable[[], None] = lambda: None,
+    ) -> Rollouts:
         """Return one completion of each prompt. `keys`: one sampling seed for each completion.
 
+        `check_stop`: called before each batch; raises Interrupted to end the call on every worker.
         Raises StageError, on every worker, if any completion cannot be scored, and SamplerMismatch.
         """
         owned = self.group.share(len(prompts))
         began = time.perf_counter()
         own = [prompts[i] for i in owned]
-        sampled = self.sampler([p.ids for p in own], [keys[i] for i in owned]) if own else []
+        sampled = self.group.run(
+            lambda: (
+                self.sampler([p.ids for p in own], [keys[i] for i in owned], check_stop)
+                if own
+                else []
+            )
+        )
         generated = time.perf_counter()
         tokens = [completion.tokens for completion in sampled]
         completions = [self._text(ids) for ids in tokens]

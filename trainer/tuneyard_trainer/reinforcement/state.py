@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from tuneyard_trainer.training.checkpoints import LoopState
+from tuneyard_trainer.training.checkpoints import ADDED, LoopState
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,24 @@ class RlState(LoopState):
     """Held-out metrics at `best_step`."""
     last: dict[str, float] = field(default_factory=dict)
     """Held-out metrics of the last measurement."""
+    first_samples: list[dict[str, Any]] = field(default_factory=list, metadata=ADDED)
+    """Completions of the first measurement, for the record."""
+    last_samples: list[dict[str, Any]] = field(default_factory=list, metadata=ADDED)
+    """Completions of the last measurement; empty after the first."""
 
     def optimizer_age(self) -> int:
         return self.optimizer_steps
 
-    def measured(self, found: Mapping[str, float]) -> RlState:
+    def measured(
+        self, found: Mapping[str, float], samples: Sequence[dict[str, Any]] = ()
+    ) -> RlState:
         """Return the state after a measurement with the metrics `found`; the best measurement has
         the highest `objective`."""
-        state, objective = replace(self, last=dict(found)), found["objective"]
+        state, objective = replace(self, last=dict(found), unmeasured=False), found["objective"]
+        if state.first_samples:
+            state = replace(state, last_samples=list(samples))
+        else:
+            state = replace(state, first_samples=list(samples))
         if state.best_loss is None or -objective < state.best_loss:
             best = dict(found)
             return replace(state, best_step=state.step, best_loss=-objective, best=best, stale=0)

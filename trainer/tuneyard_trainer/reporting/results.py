@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from tuneyard.api.plan import StageRecord
 from tuneyard.api.stage_settings import SUPERVISED_KINDS, TRAINING_KINDS
+from tuneyard_trainer.reporting.answers import is_right
 from tuneyard_trainer.reporting.formatting import (
     count,
     duration,
@@ -53,7 +54,7 @@ class Sample:
     """None: the base model was not measured."""
     tuned: str
     expected: tuple[str, ...] = ()
-    """Any of these texts in a completion makes it right."""
+    """Any of these texts in a completion makes it right, by the rule of `answers`."""
 
     @classmethod
     def of(cls, value: Mapping[str, Any]) -> Sample:
@@ -72,11 +73,6 @@ class Sample:
         if completion is None or not self.expected:
             return None
         return is_right(completion, self.expected)
-
-
-def is_right(completion: str, expected: Sequence[str]) -> bool:
-    """Return whether a completion contains any of the expected texts, ignoring case."""
-    return any(text.casefold() in completion.casefold() for text in expected)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,11 @@ class EventClient:
     Sending waits for the driver only when the kernel's buffers, some megabytes, are full.
     """
 
-    def __init__(self, address: tuple[str, int], key: bytes) -> None:
+    def __init__(
+        self, address: tuple[str, int], key: bytes, on_lost: Callable[[], None] | None = None
+    ) -> None:
+        """`on_lost` is called in a thread of its own when the driver has ended."""
+        self._on_lost = on_lost
         self._connection = Client(address, authkey=key)
         self._stop = threading.Event()
         self._sending = threading.Lock()
@@ -62,8 +66,11 @@ class EventClient:
 
     def _listen(self) -> None:
         with suppress(EOFError, OSError):
-            self._connection.recv_bytes()  # the driver sends no other message
-            self._stop.set()
+            while True:
+                self._connection.recv_bytes()  # the driver sends one message: stop
+                self._stop.set()
+        if self._on_lost is not None:
+            self._on_lost()
 
 
 class EventServer:

@@ -10,29 +10,38 @@ import logging
 import math
 import os
 import queue
+import socket
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
 from tuneyard.api.compute import Compute
 from tuneyard.api.plan import Plan
+from tuneyard.api.pods import WORKER_LOG, WORKERS_VARIABLE
 from tuneyard.api.quantity import quantity_value
 from tuneyard.errors import StageError
 from tuneyard_trainer import drain
+from tuneyard_trainer.logs.keep import LogPlace, kept, own_files
+from tuneyard_trainer.running import watchdog
 from tuneyard_trainer.running.channel import EventClient, EventServer
 from tuneyard_trainer.running.failures import unexpected, unexplained
 from tuneyard_trainer.running.runner import PlanRunner, StageInputs, failure_event
+from tuneyard_trainer.running.waits import wait_event
 from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted, Worker
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
 
 POLL_SECONDS = 0.5
 """How often the driver checks whether it was asked to stop and whether the group still runs."""
@@ -43,6 +52,10 @@ NEVER_SECONDS = 1e9
 would repeat steps. The next attempt grows instead."""
 TRAINING_THREAD = "ray-train"
 """The thread in which Ray Train runs."""
+_IMPORTED_BY_RAY_TRAIN = ("torch", "pandas", "pyarrow")
+"""The packages that take most of the import of ray.train.torch, 5 of 7 s of processor time."""
+_GPU_FILES = ("nvidia[0-9]*", "kfd", "dxg")
+"""The files in /dev of GPUs: NVIDIA, AMD, and any GPU in WSL."""
 _LOCAL_RAY = {
     "RAY_worker_niceness": "0",  # with Ray's default of 15 any other process comes first
     "RAY_USAGE_STATS_ENABLED": "0",  # no usage statistics leave the machine
@@ -106,6 +119,11 @@ def run(
     checkpoint and end. Raises the StageError or Interrupted that the workers raised, and StageError
     WorkerDied (retryable) if the group ended without an event that says why.
     """
+    on_event(wait_event("importing Ray Train"))
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    on_event(wait_event("starting the workers"))
     _gather(resources, stop)
     server = EventServer(ray.util.get_node_ip_address())
     failures: dict[str, Any] = {
@@ -199,8 +217,9 @@ def _follow(
     server.close()
     while not server.events.empty():
         relay(server.events.get())
-    if not last_events and failures:
-        last_events.append(failure_event(unexplained(failures[0])))
+    if not last_events and (failures or not stop.is_set()):
+        silent = RuntimeError("the group ended without an error")
+        last_events.append(failure_event(unexplained([*failures, silent][0])))
     return last_events
 
 
@@ -228,9 +247,13 @@ def _run_rank(config: dict[str, Any]) -> None:
     A failure is sent as an event. With several ranks the failure is also raised, so that Ray ends
     the group. A single rank raises only unexpected errors, since Ray would wrap a StageError.
     """
+    # A worker without its driver would train on until Ray notices.
+    address, key = config["event_server"]
+    client = EventClient(address, key, on_lost=partial(os._exit, 1))
+    client.emit(wait_event("importing torch"))
     import ray.train.torch
+    import torch
 
-    client = EventClient(*config["event_server"])
     context = ray.train.get_context()
     places: Places = config["places"]
     device = ray.train.torch.get_device()
@@ -240,7 +263,9 @@ def _run_rank(config: dict[str, Any]) -> None:
     scratch = Path(places.scratch) / f"rank-{context.get_world_rank()}"
     store = Store(places.output, scratch, places.job_uid)
     runner = PlanRunner(
-        stage_inputs=StageInputs(plan, store, Path(places.base_dir), Path(places.cache_dir)),
+        stage_inputs=StageInputs(
+            plan, store, Path(places.base_dir), Path(places.cache_dir), client.emit
+        ),
         worker=Worker(
             rank=context.get_world_rank(),
             world_size=context.get_world_size(),
@@ -251,6 +276,7 @@ def _run_rank(config: dict[str, Any]) -> None:
         emit=client.emit,
     )
     with ExitStack() as stack:
+        stack.enter_context(_log(places, context, config["attempt"]))
         if places.drain:
             stack.enter_context(drain.registered(Path(places.drain), client.ask_to_stop))
         try:
@@ -258,12 +284,28 @@ def _run_rank(config: dict[str, Any]) -> None:
         except Interrupted as stopped:
             client.emit(failure_event(stopped))
         except Exception as error:
+            traceback.print_exc()
             named = error if isinstance(error, StageError) else unexpected(error)
             client.emit(failure_event(named))
             if context.get_world_size() > 1 or named is not error:
-                raise  # the traceback of a defect must be in the worker's log
+                raise
         else:
             client.emit({"type": "finished"})
+
+
+@contextmanager
+def _log(places: Places, context: Any, attempt: int) -> Iterator[None]:
+    """Keep this worker's log, which begins with the worker's place."""
+    rank = context.get_world_rank()
+    place = LogPlace(places.output, attempt, places.job_uid, places.drain)
+    _note(f"worker {rank} of {context.get_world_size()} on {socket.gethostname()}")
+    with kept(place, f"{WORKER_LOG}{rank}", own_files(), warn=_note):
+        yield
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 # ---- Ray clusters -----------------------------------------------------------------------------
@@ -288,12 +330,13 @@ def _disconnect() -> None:
         ray.shutdown()
 
 
-def pods_resources(compute: Compute) -> Resources:
+def pods_resources(compute: Compute, environment: Mapping[str, str]) -> Resources:
     """Return the resources of the worker pods. Ray rounds a pod's CPUs up."""
-    workers = compute.workers or 1
+    planned = compute.workers or 1
+    workers = int(environment.get(WORKERS_VARIABLE, planned))
     return Resources.divided(
         workers,
-        compute.min_workers or workers,
+        min(compute.min_workers or planned, workers),
         compute.gpus_per_worker or 0,
         math.ceil(quantity_value(compute.cpus_per_worker or "4")),
     )
@@ -304,6 +347,8 @@ def local_cluster(resources: Resources) -> Iterator[None]:
     """While active, Ray runs on this machine alone, with no more resources than needed."""
     for name, value in _LOCAL_RAY.items():
         os.environ.setdefault(name, value)
+    # Ray's processes take seconds to start. None of the packages imports Ray.
+    threading.Thread(target=_import_all, args=(_IMPORTED_BY_RAY_TRAIN,), daemon=True).start()
     ray.init(
         address="local",
         num_cpus=math.ceil(resources.workers * resources.cpus_per_worker),
@@ -313,16 +358,22 @@ def local_cluster(resources: Resources) -> Iterator[None]:
         # Ray Train would write a warning about the missing dashboard to a log file every second.
         logging_config=ray.LoggingConfig(log_level="ERROR"),
     )
-    try:
-        yield
-    finally:
-        _disconnect()
+    with watchdog.guarded():
+        try:
+            yield
+        finally:
+            _disconnect()
+
+
+def _import_all(names: Iterable[str]) -> None:
+    for name in names:
+        import_module(name)
 
 
 def local_resources(compute: Compute) -> Resources:
     """Divide this machine evenly among the workers. Raises StageError NotEnoughGpus."""
     workers = compute.workers or 1
-    present = torch.cuda.device_count()
+    present = _num_gpus()
     gpus = compute.gpus_per_worker if compute.gpus_per_worker is not None else present // workers
     if gpus * workers > present:
         raise StageError(
@@ -332,3 +383,13 @@ def local_resources(compute: Compute) -> Resources:
         )
     cpus = len(os.sched_getaffinity(0))
     return Resources.divided(workers, workers, gpus, max(1, cpus // workers))
+
+
+def _num_gpus() -> int:
+    """Return the number of GPUs that torch can use. Its import takes 3 s of processor time, so it
+    is not imported on a machine without the device file of a GPU."""
+    if not any(any(Path("/dev").glob(name)) for name in _GPU_FILES):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()

@@ -58,7 +58,8 @@ def unexpected(error: BaseException) -> StageError:
     return StageError(
         "TrainerError",
         f"the trainer failed unexpectedly: {last_line(error)}",
-        advice="Read the worker's log in /tmp/ray/session_latest/logs.",
+        advice="Read the workers' logs: `tuneyard logs NAME --worker`, or the folder logs of the "
+        "output.",
     )
 
 

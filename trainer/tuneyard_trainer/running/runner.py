@@ -19,6 +19,7 @@ from tuneyard.api.stage_settings import TRAINING_KINDS, StageKind
 from tuneyard.errors import StageError
 from tuneyard_trainer import extras
 from tuneyard_trainer.running.failures import out_of_memory
+from tuneyard_trainer.running.waits import wait_event
 from tuneyard_trainer.storage import sources
 from tuneyard_trainer.storage.files import disk_error
 from tuneyard_trainer.storage.records import Store
@@ -35,16 +36,24 @@ VERSIONED = ("tuneyard", "torch", "transformers", "peft")
 """The packages whose versions a record keeps."""
 
 Emit = Callable[[dict[str, Any]], None]
-"""Receives events as JSON values: `stage` (stage, state, record) and `progress` (stage, step,
-totalSteps, metrics, message, resumedStep)."""
+"""Receives events as JSON values: `stage` (stage, state, record), `progress` (stage, step,
+totalSteps, metrics, message, resumedStep) and `wait` (message)."""
 
 StageFunction = Callable[[StageContext], StageOutcome]
 """A stage's `run`."""
 
 
+def emit_nothing(event: dict[str, Any]) -> None:
+    """The `Emit` of a run that nobody watches."""
+
+
 def is_model(role: str) -> bool:
     """Return whether an input from outside the plan is a model and not a data set."""
     return role.partition(".")[0] in MODEL_ROLES
+
+
+def _kind(role: str) -> sources.Kind:
+    return "model" if is_model(role) else "data"
 
 
 @dataclass
@@ -60,8 +69,12 @@ class StageInputs:
     """The manifest's folder, which relative file:// sources are relative to."""
     cache_dir: Path
     """The folder of fetched sources and their digests."""
+    emit: Emit = emit_nothing
+    """Receives the waits for the sources."""
     records: dict[str, StageRecord] = field(default_factory=dict)
     """The records of the stages that are done, by name."""
+    source_digests: dict[str, str] | None = None
+    """`Store.source_digests` and those of new folders. None: not read yet."""
     _fetched: dict[tuple[str, str | None], Path] = field(default_factory=dict)
 
     def pending(self) -> list[str]:
@@ -79,9 +92,23 @@ class StageInputs:
         return {
             role: self.records[source.stage].digest
             if isinstance(source, StageInput)
-            else sources.digest_of(self._fetch(role, source), cache_dir=self.cache_dir)
+            else self._source_digest(role, source)
             for role, source in stage.inputs.items()
         }
+
+    def _source_digest(self, role: str, source: SourceInput) -> str:
+        """Return the digest that a source's decisive files had in this output at first. It covers
+        every file of a folder, as in 0.2: either version continues an output of the other."""
+        path = self._fetch(role, source)
+        self.emit(wait_event(f"reading {source.uri}"))
+        if not path.is_dir():
+            return sources.digest_of(path, cache_dir=self.cache_dir)
+        decisive = sources.decisive_digest(path, _kind(role), self.cache_dir)
+        if self.source_digests is None:
+            self.source_digests = self.store.source_digests()
+        if decisive not in self.source_digests:
+            self.source_digests[decisive] = sources.digest_of(path, cache_dir=self.cache_dir)
+        return self.source_digests[decisive]
 
     def inputs(self, stage: PlannedStage) -> dict[str, Path]:
         """Return the local path of each input."""
@@ -97,6 +124,7 @@ class StageInputs:
         path = self._fetch(role, source)
         if not is_model(role) or path.suffix.lower() != ".gguf":
             return path
+        self.emit(wait_event(f"unpacking {path.name}"))
         from tuneyard_trainer.models.gguf_unpack import unpacked
 
         return unpacked(path, self.cache_dir)
@@ -104,11 +132,12 @@ class StageInputs:
     def _fetch(self, role: str, source: SourceInput) -> Path:
         key = (source.uri, source.revision)
         if key not in self._fetched:
+            self.emit(wait_event(f"fetching {source.uri}"))
             self._fetched[key] = sources.fetch(
                 source,
                 base_dir=self.base_dir,
                 cache_dir=self.cache_dir,
-                kind="model" if is_model(role) else "data",
+                kind=_kind(role),
             )
         return self._fetched[key]
 
@@ -144,11 +173,13 @@ class PlanRunner:
         Raises StageError if a package is missing that this stage or a later one needs.
         """
         store = self.stage_inputs.store
+        if found := self.stage_inputs.source_digests:
+            store.keep_source_digests(found, self.worker.attempt)
         record = store.done(stage, digests)
         if record is None:
             stages = self.stage_inputs.plan.stages
             extras.require(stages[stages.index(stage) :])
-            store.begin(stage.name, stage.identity(digests))
+            store.begin(stage.name, stage.identity(digests), self.worker.attempt)
         else:
             self.emit(_stage_event(stage, "Skipped", record))
         store.pull(stage.name)
@@ -179,6 +210,7 @@ class PlanRunner:
         started = now()
         try:
             inputs = self.stage_inputs.inputs(stage)
+            self.emit(wait_event(f"importing the libraries of {stage.name}"))
             run = _stage_function(stage.kind)
             outcome = run(StageContext(stage, inputs, workdir, self._worker(stage, digests)))
         except OSError as error:
@@ -215,18 +247,17 @@ class PlanRunner:
 
     def _worker(self, stage: PlannedStage, digests: Mapping[str, str]) -> Worker:
         if not self.worker.is_main:
-            return self.worker
+            return replace(self.worker, stage=stage.name)
+        store = self.stage_inputs.store
         return replace(
             self.worker,
+            stage=stage.name,
             report=partial(_report, self.emit, stage.name, self.worker.device),
-            persist=self._persist,
+            persist=partial(store.persist, attempt=self.worker.attempt),
+            owned=partial(store.owned, self.worker.attempt),
             identity=stage.identity(digests),
             manifest=self.stage_inputs.plan.manifest,
         )
-
-    def _persist(self, folder: Path) -> None:
-        self.stage_inputs.store.refuse_stale(self.worker.attempt)
-        self.stage_inputs.store.persist(folder)
 
 
 class Control:

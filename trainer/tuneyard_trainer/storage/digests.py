@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
@@ -31,28 +31,36 @@ def files_under(path: Path) -> list[tuple[str, Path]]:
     return sorted((name.as_posix(), file) for name, file in found if not hidden(name))
 
 
-def digest_of(paths: Path | Sequence[Path], *, cache_dir: Path | None = None) -> str:
+def digest_of(
+    paths: Path | Sequence[Path],
+    *,
+    cache_dir: Path | None = None,
+    counts: Callable[[PurePosixPath], bool] = lambda _: True,
+) -> str:
     """Return `sha256:` and a hash of content. Copies have equal digests; file times do not count.
 
     The digest of a file covers its content and its last suffix (the suffix decides how the file is
-    read); that of a folder or glob covers its files' relative names and contents. With `cache_dir`,
-    hashes of files from 16 MiB up are cached there by path, size, mtime and inode. Raises
-    StageError SourceNotFound.
+    read); that of a folder or glob covers its files' relative names and contents. `counts`: whether
+    a file of a folder enters the digest, by its relative name. With `cache_dir`, hashes of files
+    from 16 MiB up are cached there by path, size, mtime and inode. Raises StageError
+    SourceNotFound.
     """
     hashes = _Hashes(cache_dir)
     if isinstance(paths, Path):
-        result = _digest(paths, hashes)
+        result = _digest(paths, hashes, counts)
     else:
-        result = digest([_digest(path, hashes) for path in paths])
+        result = digest([_digest(path, hashes, counts) for path in paths])
     hashes.save()
     return result
 
 
-def _digest(path: Path, hashes: _Hashes) -> str:
+def _digest(path: Path, hashes: _Hashes, counts: Callable[[PurePosixPath], bool]) -> str:
     if path.is_file():
         return digest([[path.suffix, hashes.of(path)]])
     files = files_under(path)
-    if not files and not path.is_dir():
+    if path.is_dir():
+        files = [(name, file) for name, file in files if counts(PurePosixPath(name))]
+    elif not files:
         raise StageError("SourceNotFound", f"{path} does not exist or matches no file.")
     return digest([[name, hashes.of(file)] for name, file in files])
 
@@ -71,11 +79,11 @@ class _Hashes:
     def of(self, path: Path) -> str:
         status = path.stat()
         if status.st_size < _CACHED_BYTES:
-            return _sha256(path)
+            return sha256_of(path)
         key = str(path.absolute())
         stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_ino} "
         if not self.known.get(key, "").startswith(stamp):
-            self.known[key] = stamp + _sha256(path)
+            self.known[key] = stamp + sha256_of(path)
             self.changed = True
         return self.known[key].removeprefix(stamp)
 
@@ -84,9 +92,16 @@ class _Hashes:
             write_atomically(self.file, json.dumps(self.known).encode())
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Return the hash of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_documentation(name: PurePosixPath) -> bool:
+    """Return whether a file of a folder describes the folder: its README, LICENSE or NOTICE."""
+    is_named_so = name.name.lower().startswith(("readme", "license", "licence", "notice"))
+    return is_named_so and name.suffix.lower() in ("", ".md", ".txt")
 
 
 def hidden(name: PurePosixPath | Path) -> bool:

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -19,32 +20,41 @@ this time."""
 class Journal:
     """The entries that earlier attempts of a stage wrote, and a file for new ones. One writer."""
 
-    def __init__(self, folder: Path, identity: str, persist: Callable[[Path], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        identity: str,
+        persist: Callable[[Path], None],
+        owned: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         """`identity`: the stage's; a journal of another identity is discarded. An incomplete last
-        line is dropped. `persist`: copies a folder to durable storage.
+        line is dropped. `persist` and `owned`: as in `Worker`; no newer attempt may use the file
+        while this one writes.
 
-        Raises StageError DiskFull or WriteFailed.
+        Raises StageError DiskFull or WriteFailed, and StaleAttempt if there is a newer attempt.
         """
         self.entries: list[dict[str, Any]] = []
         """The entries of earlier attempts, in order."""
-        self._folder, self._persist = folder, persist
+        self._folder, self._persist, self._owned = folder, persist, owned
         self._path = folder / "journal.jsonl"
         self._persisted = time.monotonic()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = self._open(identity)
+            with owned():
+                folder.mkdir(parents=True, exist_ok=True)
+                self._file = self._open(identity)
         except OSError as error:
             raise disk_error(error, folder) from error
 
     def append(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Write entries; they are on disk when this returns.
 
-        Raises StageError DiskFull or WriteFailed.
+        Raises StageError DiskFull, WriteFailed or StaleAttempt.
         """
         try:
-            self._file.write(lines(entries))
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with self._owned():
+                self._file.write(lines(entries))
+                self._file.flush()
+                os.fsync(self._file.fileno())
         except OSError as error:
             raise disk_error(error, self._folder) from error
         if time.monotonic() - self._persisted > PERSIST_SECONDS:

@@ -1,17 +1,27 @@
 """A job's output location, with the files and the record of each stage. Any fsspec location.
 
-Layout: `owner.json`, `stages/NAME/` with each stage's files and its `record.json`, and `result/`,
-which is the export stage's folder. A record is written last and atomically (rename on a file
-system, one put on an object store), so a readable record means that the stage's files are complete.
+Layout: `owner.json`, `stages/NAME/` with each stage's files and its `record.json`, `result/`, which
+is the export stage's folder, and `logs/attempt-N/`. A record is written last and atomically (rename
+on a file system, one put on an object store), so a readable record means that the stage's files are
+complete.
+
+Only the newest attempt writes. On a file system, the claim and each guarded change hold one lock,
+so that no attempt claims the location between the check of the claim and the change. On an object
+store, each write checks the claim first, and replaces only the object that it was checked for
+(`storage.objects`).
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,12 +29,23 @@ import fsspec
 from pydantic import ValidationError
 
 from tuneyard.api.plan import JobRef, PlannedStage, StageRecord
-from tuneyard.api.pods import STALE_ATTEMPT, stage_folder
+from tuneyard.api.pods import LOGS_FOLDER, STALE_ATTEMPT, log_file, log_folder, stage_folder
 from tuneyard.errors import StageError
 from tuneyard_trainer.storage.files import disk_error, write_atomically
+from tuneyard_trainer.storage.objects import Objects, protocols
 
 LAST = ("state.json", "record.json")
 """Files whose presence means that the others are complete; they are copied last."""
+SOURCES = "stages/sources.json"
+CLAIM_LOCK = ".claim.lock"
+LOCK_SECONDS = 60.0
+"""The longest wait for the lock of the claim. Its holder removes old checkpoints meanwhile, which
+takes seconds."""
+_OWN_FILES = ("stages", stage_folder("export"), LOGS_FOLDER, ".lock", CLAIM_LOCK, "owner.json")
+"""Everything that a job writes, in the order of its erasure."""
+KEPT_ATTEMPTS = 20
+"""The newest attempts whose logs are kept: preemption does not bound the attempts of a job."""
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class Store:
@@ -35,8 +56,10 @@ class Store:
         """`uri`: `/a/path`, `file:///a/path` or any fsspec URL. `scratch`: a local folder.
         `job_uid`: the uid of the Kubernetes object; None outside a cluster."""
         self.uri, self._job_uid = uri, job_uid
-        self._fs, self._root = fsspec.core.url_to_fs(uri)
-        self.is_local = "file" in _protocols(self._fs)
+        # Cached listings would hide what another attempt writes.
+        self._fs, self._root = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+        self._objects = Objects(self._fs)
+        self.is_local = "file" in protocols(self._fs)
         self._scratch = Path(self._root) if self.is_local else scratch
 
     # ---- ownership ----------------------------------------------------------------------------
@@ -48,11 +71,20 @@ class Store:
         Raises StageError OutputOwned if the location belongs to another job or holds files of
         unknown origin, StaleAttempt if a newer attempt already works there.
         """
-        owner = self._read_json("owner.json")
-        former: list[str] = []
-        if owner is None:
+        if self._read_owner() is None:
             self._refuse_foreign_files()
+        claimed = partial(self._claimed, job, attempt)
+        if self.is_local:
+            with self._locked(os.O_CREAT):
+                write_atomically(self._scratch / "owner.json", claimed())
         else:
+            self._objects.replace(self._at("owner.json"), claimed)
+
+    def _claimed(self, job: JobRef, attempt: int) -> bytes:
+        """Return the next content of `owner.json`. Raises StageError as `claim` does."""
+        owner = self._read_owner()
+        former: list[str] = []
+        if owner is not None:
             self._refuse_other_job(job, JobRef.model_validate(owner["job"]))
             former = owner.get("formerUids", [])
             if owner.get("uid") == self._job_uid:
@@ -61,20 +93,77 @@ class Store:
                 raise _stale(f"another job named {job.name} has taken over")
             elif owner.get("uid"):
                 former = [*former, owner["uid"]]
-        self._write_json(
-            "owner.json",
+                self._remove(LOGS_FOLDER)  # attempts of the former job, whose numbers come again
+        return _json(
             {
                 "job": job.model_dump(mode="json"),
                 "uid": self._job_uid,
                 "attempt": attempt,
                 "formerUids": former,
-            },
+            }
         )
+
+    @contextmanager
+    def owned(self, attempt: int) -> Iterator[None]:
+        """Raise StageError StaleAttempt unless this attempt owns the location. On a file system, no
+        other attempt can claim it before the end."""
+        if not self.is_local:
+            self.refuse_stale(attempt)
+            yield
+            return
+        with self._locked():
+            self.refuse_stale(attempt)
+            yield
+
+    @contextmanager
+    def _locked(self, flags: int = 0) -> Iterator[None]:
+        """Hold the lock of the claim. `flags`: O_CREAT creates its file; without it, a missing file
+        means that the location was erased."""
+        with self._opened(CLAIM_LOCK, flags) as lock:
+            deadline = time.monotonic() + LOCK_SECONDS
+            while not self._try_lock(lock):
+                if time.monotonic() >= deadline:
+                    raise StageError(
+                        "OutputBusy",
+                        f"another attempt has locked {self.uri} for {LOCK_SECONDS:.0f} s.",
+                        advice="Stop the process that holds its .claim.lock.",
+                        retryable=True,
+                    )
+                time.sleep(0.05)
+            yield
+
+    @contextmanager
+    def _opened(self, name: str, flags: int) -> Iterator[int]:
+        """Open a lock's file. Closing it releases the lock, as the end of a killed process does."""
+        if flags:
+            self._make(self._scratch)
+        try:
+            lock = os.open(self._scratch / name, os.O_RDWR | flags, 0o666)
+        except FileNotFoundError:
+            raise _stale(f"{self.uri} was erased") from None
+        except OSError as error:
+            raise disk_error(error, self._scratch) from error
+        try:
+            yield lock
+        finally:
+            os.close(lock)
+
+    def _try_lock(self, lock: int) -> bool:
+        """Lock a file. Return False if it is locked already. On a file system without locks, the
+        check of the claim alone protects the files."""
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise disk_error(error, self._scratch) from error
+        return True
 
     def refuse_stale(self, attempt: int) -> None:
         """Raise StageError StaleAttempt unless this job, in this attempt or an older one, made the
-        last claim."""
-        owner = self._read_json("owner.json")
+        last claim, and OutputOwned if the claim is damaged."""
+        owner = self._read_owner()
         if owner is None:
             raise _stale(f"{self.uri} was erased")
         if owner.get("uid") != self._job_uid:
@@ -87,17 +176,27 @@ class Store:
 
         Other files stay. `owner.json` is removed last, so an interrupted call can be repeated.
         """
-        owner = self._read_json("owner.json")
-        if owner is None or owner.get("uid") != self._job_uid or self._job_uid is None:
+        if not self._is_owner(job):
             return False
-        if JobRef.model_validate(owner["job"]) != job:
-            return False
-        for name in ("stages", stage_folder("export"), ".lock", "owner.json"):
-            self._remove(name)
-        with suppress(OSError):  # not empty, or the root of a volume
-            if self.is_local:
-                self._scratch.rmdir()
+        with self._locked(os.O_CREAT) if self.is_local else nullcontext():
+            if not self._is_owner(job):  # taken over meanwhile
+                return False
+            for name in _OWN_FILES:
+                self._remove(name)
+            with suppress(OSError):  # not empty, or the root of a volume
+                if self.is_local:
+                    self._scratch.rmdir()
         return True
+
+    def _is_owner(self, job: JobRef) -> bool:
+        """Return whether the last claim is this job's. A job outside a cluster has no uid."""
+        owner = self._read_owner()
+        return (
+            owner is not None
+            and self._job_uid is not None
+            and owner.get("uid") == self._job_uid
+            and JobRef.model_validate(owner["job"]) == job
+        )
 
     def _refuse_other_job(self, job: JobRef, theirs: JobRef) -> None:
         if theirs != job:
@@ -131,16 +230,13 @@ class Store:
         if not self.is_local:
             yield
             return
-        folder = self._make(self._scratch)
-        with (folder / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        with self._opened(".lock", os.O_CREAT) as lock:
+            if not self._try_lock(lock):
                 raise StageError(
                     "OutputBusy",
                     f"another process is running a job in {self.uri}.",
                     advice="Wait until that process ends, or stop it.",
-                ) from None
+                )
             yield
 
     # ---- records --------------------------------------------------------------------------------
@@ -160,40 +256,80 @@ class Store:
             return record
         return None
 
+    def source_digests(self) -> dict[str, str]:
+        """Return the digest that identities in this output contain for a folder of a source, by the
+        digest of its files that decide a result."""
+        value = self._read_json(SOURCES)
+        return dict(value) if isinstance(value, dict) else {}
+
+    def keep_source_digests(self, digests: Mapping[str, str], attempt: int) -> None:
+        """Store the digests of sources unless they are stored. Raises StageError StaleAttempt."""
+        if digests != self.source_digests():
+            with self.owned(attempt):
+                self._write(SOURCES, dict(digests), attempt)
+
     def write_record(self, record: StageRecord) -> None:
         """Persist the stage's files, then write the record, which completes the stage.
 
         Raises StageError StaleAttempt if a newer attempt or job has taken over.
         """
-        self.refuse_stale(record.attempt)
         folder = self.workdir(record.stage)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        self.persist(folder)
-        self._write_json(
-            f"{stage_folder(record.stage)}/record.json",
-            record.model_dump(mode="json", by_alias=True),
-        )
-        self._remove(f"stages/{record.stage}.begun.json")
+        with self.owned(record.attempt):
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        self.persist(folder, record.attempt)
+        with self.owned(record.attempt):
+            self._write(
+                f"{stage_folder(record.stage)}/record.json",
+                record.model_dump(mode="json", by_alias=True),
+                record.attempt,
+            )
+            self._remove(f"stages/{record.stage}.begun.json")
 
-    def begin(self, stage: str, identity: str) -> None:
+    def begin(self, stage: str, identity: str, attempt: int) -> None:
         """Prepare the stage's folder for a run.
 
         Files of an unfinished run with the same identity stay, so the stage can resume from them.
         Files of another identity belong to other settings or data and are removed, the record
-        first.
+        first. Raises StageError StaleAttempt.
         """
         begun = f"stages/{stage}.begun.json"
-        self._remove(f"{stage_folder(stage)}/record.json")
-        if self._read_json(begun) == {"identity": identity}:
-            return
-        self._remove(stage_folder(stage))
-        shutil.rmtree(self._scratch / stage_folder(stage), ignore_errors=True)
-        self._write_json(begun, {"identity": identity})
+        with self.owned(attempt):
+            self._remove(f"{stage_folder(stage)}/record.json")
+            if self._read_json(begun) == {"identity": identity}:
+                return
+            self._remove(stage_folder(stage))
+            shutil.rmtree(self._scratch / stage_folder(stage), ignore_errors=True)
+            self._write(begun, {"identity": identity}, attempt)
 
     def _remove(self, relative: str) -> None:
         path = self._at(relative)
         if self._fs.exists(path):
             self._fs.rm(path, recursive=True)
+
+    # ---- logs -----------------------------------------------------------------------------------
+
+    def log(self, name: str, attempt: int) -> bytes:
+        """Return a kept log; b"": there is none. `name`: `driver` or `worker-RANK`."""
+        try:
+            data: bytes = self._fs.cat_file(self._at(log_file(attempt, name)))
+        except FileNotFoundError:
+            return b""
+        return data
+
+    def write_log(self, name: str, data: bytes, attempt: int) -> None:
+        """Replace a kept log. Raises StageError StaleAttempt."""
+        with self.owned(attempt):
+            self._write_bytes(log_file(attempt, name), data, attempt)
+
+    def remove_old_logs(self, attempt: int) -> None:
+        """Remove the logs of all attempts before the KEPT_ATTEMPTS newest. Raises StageError
+        StaleAttempt."""
+        newest = {log_folder(number) for number in range(attempt - KEPT_ATTEMPTS + 1, attempt + 1)}
+        with self.owned(attempt):
+            for path in self._fs.ls(self._at(LOGS_FOLDER), detail=False):
+                folder = f"{LOGS_FOLDER}/{PurePosixPath(path).name}"
+                if folder not in newest:
+                    self._remove(folder)
 
     # ---- files ----------------------------------------------------------------------------------
 
@@ -213,30 +349,30 @@ class Store:
             return
         for path in self._fs.find(remote):
             target = self.workdir(stage) / PurePosixPath(path).relative_to(remote)
-            if not target.exists() or target.stat().st_size != self._fs.size(path):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                self._fs.get_file(path, str(target))
+            self._objects.download(path, target)
 
-    def persist(self, folder: Path) -> None:
-        """Make the store hold exactly the files of a local folder inside the root."""
+    def persist(self, path: Path, attempt: int) -> None:
+        """Make an object store hold exactly a local file, or the files of a folder, inside the
+        root.
+
+        Raises StageError StaleAttempt before the first object that a newer attempt or job owns.
+        """
         if self.is_local:
             return
-        remote = self._at(str(folder.relative_to(self._scratch)))
-        files = [path for path in folder.rglob("*") if path.is_file()]
-        wanted = {f"{remote}/{path.relative_to(folder).as_posix()}": path for path in files}
-        for target, path in sorted(wanted.items(), key=lambda item: item[1].name in LAST):
-            if path.name in LAST or self._size(target) != path.stat().st_size:
-                self._fs.put_file(str(path), target)
-        stale = [
-            path
-            for path in (self._fs.find(remote) if self._fs.exists(remote) else [])
-            if path not in wanted and not path.endswith("/record.json")
-        ]
-        for path in stale:
-            self._fs.rm_file(path)
+        allow = partial(self.refuse_stale, attempt)
+        remote = self._remote(path)
+        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        for file in sorted(files, key=lambda file: file.name in LAST):
+            self._objects.upload(file, self._remote(file), allow)
+        present = self._fs.find(remote) if self._fs.exists(remote) else []
+        wanted = {self._remote(file) for file in files}
+        for found in present:  # listed before the check: a newer attempt has not written these
+            if found not in wanted and not found.endswith("/record.json"):
+                allow()
+                self._fs.rm_file(found)
 
-    def _size(self, path: str) -> int | None:
-        return self._fs.size(path) if self._fs.exists(path) else None
+    def _remote(self, path: Path) -> str:
+        return self._at(path.relative_to(self._scratch).as_posix())
 
     def _at(self, relative: str) -> str:
         return f"{self._root.rstrip('/')}/{relative}"
@@ -251,20 +387,47 @@ class Store:
     def _read_json(self, relative: str) -> Any:
         try:
             return json.loads(self._fs.cat_file(self._at(relative)))
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (FileNotFoundError, ValueError):
             return None
 
-    def _write_json(self, relative: str, value: Any) -> None:
-        data = (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+    def _read_owner(self) -> dict[str, Any] | None:
+        """Return the last claim; None: there is none. Raises StageError OutputOwned if it is
+        damaged."""
+        try:
+            owner: dict[str, Any] = json.loads(self._fs.cat_file(self._at("owner.json")))
+            JobRef.model_validate(owner["job"])
+            int(owner["attempt"])
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError) as error:
+            raise StageError(
+                "OutputOwned",
+                f"owner.json in {self.uri} is damaged and cannot be read, so the owner of the "
+                "files is unknown.",
+                advice="Restore owner.json, delete the folder, or set output.uri to another "
+                "location.",
+            ) from error
+        return owner
+
+    def _write(self, relative: str, value: Any, attempt: int) -> None:
+        """Write a JSON file; the caller holds the claim (`owned`)."""
+        self._write_bytes(relative, _json(value), attempt)
+
+    def _write_bytes(self, relative: str, data: bytes, attempt: int) -> None:
         if self.is_local:
             write_atomically(self._scratch / relative, data)
-        else:
-            self._fs.pipe_file(self._at(relative), data)
+            return
+
+        def allowed() -> bytes:
+            self.refuse_stale(attempt)
+            return data
+
+        self._objects.replace(self._at(relative), allowed)
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _stale(why: str) -> StageError:
     return StageError(STALE_ATTEMPT, f"{why}.")
-
-
-def _protocols(fs: Any) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)

@@ -21,23 +21,29 @@ from urllib.parse import unquote, urlsplit
 from tuneyard.api.plan import SourceInput, digest
 from tuneyard.api.pods import CLAIMS_FOLDER
 from tuneyard.errors import StageError
-from tuneyard_trainer.storage.digests import WILDCARDS, digest_of, files_under, hidden, split_glob
+from tuneyard_trainer.storage.digests import (
+    WILDCARDS,
+    digest_of,
+    files_under,
+    hidden,
+    is_documentation,
+    split_glob,
+)
+from tuneyard_trainer.storage.objects import version_of
 
 __all__ = ["digest_of", "fetch", "files_under"]
 
 PVC_ROOT = Path(CLAIMS_FOLDER)
 """The folder that the operator mounts each claim in, under the claim's name."""
-MODEL_FILES = (
-    "*.json",
-    "*.safetensors",
-    "*.model",
-    "*.txt",
-    "*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-    "README*",
-)
-"""Files that are fetched from a model folder: no pickles (*.bin, *.pt) and no code (*.py)."""
+LOADED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+"""Files of a model folder that a model or a tokenizer can be loaded from: no pickles (*.bin, *.pt)
+and no code (*.py)."""
+MODEL_FILES = (*LOADED_FILES, "LICENSE*", "NOTICE*", "README*")
+"""Files that are fetched from a model folder; the last three name the license."""
+REPEATED_FILES = ("*/*", "consolidated*")
+"""Files in subfolders and consolidated.* repeat the weights of a model in other layouts."""
+
+_CHAT_TEMPLATES = PurePosixPath("additional_chat_templates")  # transformers' name
 
 Kind = Literal["model", "data"]
 
@@ -63,6 +69,26 @@ def fetch(source: SourceInput, *, base_dir: Path, cache_dir: Path, kind: Kind) -
         if scheme == "hf" and not rest.startswith("datasets/"):
             return _hub_model(source, rest, kind)
         return _downloaded(source, cache_dir, kind)
+
+
+def decisive_digest(path: Path, kind: Kind, cache_dir: Path) -> str:
+    """Return the digest of a fetched source without files of its folder that decide no result: of a
+    model, files that no model is loaded from; of data, its README, LICENSE and NOTICE."""
+    counts = _is_loaded if kind == "model" else _is_data
+    return digest_of(path, cache_dir=cache_dir, counts=counts)
+
+
+def _is_loaded(name: PurePosixPath) -> bool:
+    if name.parent == _CHAT_TEMPLATES:
+        return name.suffix == ".jinja"
+    repeated = any(fnmatch(str(name), pattern) for pattern in REPEATED_FILES)
+    index_of_pickles = name.match("*.bin.index.json")
+    loaded = any(name.match(pattern) for pattern in LOADED_FILES)
+    return loaded and not (repeated or index_of_pickles or is_documentation(name))
+
+
+def _is_data(name: PurePosixPath) -> bool:
+    return not is_documentation(name)
 
 
 # ---- local schemes ------------------------------------------------------------------------------
@@ -129,8 +155,7 @@ def _hub_model(source: SourceInput, rest: str, kind: Kind) -> Path:
         revision=source.revision,
         token=_token(source),
         allow_patterns=[parts[2]] if one_file else list(MODEL_FILES),
-        # Subfolders and consolidated.* repeat the weights in other layouts.
-        ignore_patterns=["*/*", "consolidated*"],
+        ignore_patterns=list(REPEATED_FILES),
     )
     if one_file:
         return _local(Path(folder) / parts[2], kind)
@@ -172,7 +197,7 @@ def _downloaded(source: SourceInput, cache_dir: Path, kind: Kind) -> Path:
     listing, is_file = _listing(fs, root, kind)
     if not listing:
         raise FileNotFoundError("there are no files to read")
-    versions = {name: _version(info) for name, info in listing.items()}
+    versions = {name: version_of(info) for name, info in listing.items()}
     known = None not in versions.values()
     key = hashlib.sha256(source.uri.encode()).hexdigest()[:24]
     target = cache_dir / "sources" / key / (digest(versions)[7:31] if known else "unversioned")
@@ -220,17 +245,6 @@ def _listing(fs: Any, root: str, kind: Kind) -> tuple[dict[str, Mapping[str, Any
         if info["type"] == "file" and not key.endswith("/") and wanted and not hidden(path):
             listing[str(path)] = info
     return listing, False
-
-
-def _version(info: Mapping[str, Any]) -> str | None:
-    """Return a value that changes when the remote file changes; None if the store reports none."""
-    for field in ("ETag", "etag", "blob_id", "generation", "Content-MD5", "md5Hash", "Digest"):
-        if info.get(field):
-            return f"{info[field]}"
-    for field in ("mtime", "LastModified", "Last-Modified", "last_modified", "created"):
-        if info.get(field):
-            return f"{info[field]} {info.get('size')}"
-    return None
 
 
 def _download(fs: Any, listing: Mapping[str, Mapping[str, Any]], target: Path) -> None:

@@ -1,9 +1,11 @@
 """Training checkpoints: the trained tensors, the optimizer's moments and the loop's position.
 
 A checkpoint is a folder `step-00000120`, written atomically. It holds `weights.safetensors`
-(trained parameters by name), `optimizer.safetensors` (`name/exp_avg` and `name/exp_avg_sq`) and
-`state.json`; no pickle. There is no random state to save, since the data order and dropout are
-functions of seed and step.
+(trained parameters by name), `optimizer.safetensors` (`name/exp_avg` and `name/exp_avg_sq`), the
+state in `state.json` and `added.json` (fields that trainers of 0.2 refuse), and the other files'
+hashes in `digests.json`; no pickle. There is no random state to save, since the data order and
+dropout are functions of seed and step. The newest checkpoint and the one before it are kept, so
+that a damaged one costs an interval of training and no more.
 """
 
 from __future__ import annotations
@@ -12,23 +14,35 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 import torch
-from safetensors import SafetensorError
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tuneyard.errors import StageError
+from tuneyard_trainer.storage.digests import sha256_of
 from tuneyard_trainer.storage.files import disk_error
 from tuneyard_trainer.worker import StageContext
 
 CHECKPOINT_SECONDS = 600.0
 """Time between two checkpoints if the job sets no interval in steps."""
+
+METRICS = "metrics.jsonl"
+"""The file of a run's `History`, in the stage's work folder."""
+
+STATE = ("state.json", "added.json")
+DIGESTS = "digests.json"
+ADDED = MappingProxyType({"since": "0.3"})
+"""The metadata of a field that is in `added.json`, which trainers of 0.2 do not read."""
 
 Parameters = Mapping[str, torch.nn.Parameter]
 
@@ -48,9 +62,12 @@ class LoopState:
     """Its held-out loss."""
     stale: int = 0
     """Evaluations in a row without an improvement that early stopping counts."""
-    patience_loss: float | None = None
+    patience_loss: float | None = field(default=None, metadata=ADDED)
     """The held-out loss of the last improvement that early stopping counted; None: it is
     `best_loss`, as it always is without `minDelta`."""
+    unmeasured: bool = field(default=False, metadata=ADDED)
+    """Whether the evaluation after `step` is due and was left out for a stop request: a resumed run
+    begins with it."""
 
     def optimizer_age(self) -> int:
         """Return the number of optimizer steps, which AdamW's bias correction needs."""
@@ -71,10 +88,13 @@ class Checkpoints(Generic[State]):
         optimizer: torch.optim.Optimizer,
     ) -> None:
         self.folder = context.workdir / "checkpoints"
+        self._history = context.workdir / METRICS
         self._worker, self._every = context.worker, context.stage.runtime.checkpoint_steps
         self._state_type, self._parameters, self._optimizer = state_type, parameters, optimizer
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._saved: State | None = None
+        """The state of the newest complete checkpoint."""
         self._saved_at = time.monotonic()
 
     def due(self, step: int, total: int) -> bool:
@@ -105,24 +125,27 @@ class Checkpoints(Generic[State]):
         self._saved_at = time.monotonic()
 
     def wait(self) -> None:
-        """Wait until everything saved is on disk. Raises StageError as `save` does."""
-        if self._pending is None:
-            return
+        """Wait until everything saved is on disk. Raises StageError as `save` does, and
+        StaleAttempt if a newer attempt has taken over, even if nothing was saved."""
         pending, self._pending = self._pending, None
         try:
-            pending.result()
+            if pending is not None:
+                pending.result()
         except (OSError, SafetensorError) as error:
             raise disk_error(error, self.folder) from error
+        if self._worker.is_main:  # after the write, which holds the claim's lock itself
+            with self._worker.owned():
+                pass
 
     def resume(self) -> State | None:
-        """Load the newest complete checkpoint into the parameters and the optimizer, in place.
+        """Load the newest undamaged checkpoint into the parameters and the optimizer, in place.
 
         Returns its state; None: there is no checkpoint.
         """
-        steps = sorted(self.folder.glob("step-????????/state.json"))
-        if not steps:
+        step = self._newest()
+        if step is None:
             return None
-        state = self._state_type(**json.loads(steps[-1].read_text()))
+        state = self._saved = self._state(step)
         assign(self._weights(state.step), self._parameters)
         moments = load_file(self._at(state.step) / "optimizer.safetensors")
         for name, parameter in self._parameters.items():
@@ -135,6 +158,44 @@ class Checkpoints(Generic[State]):
             }
         self._saved_at = time.monotonic()
         return state
+
+    def _newest(self) -> int | None:
+        """Return the step of the newest undamaged checkpoint, the same on every rank; None: there
+        is none."""
+        step = torch.zeros(1, dtype=torch.int64, device=self._worker.device)
+        if self._worker.is_main:
+            folders = sorted(self.folder.glob("step-????????"), reverse=True)
+            steps = (int(folder.name.removeprefix("step-")) for folder in folders)
+            step[0] = next((each for each in steps if self._is_whole(each)), -1)
+            if folders and step < 0:
+                message = "no checkpoint is undamaged; training starts again"
+                self._worker.report(message=message)
+        if self._worker.world_size > 1:
+            dist.broadcast(step, src=0)
+        return int(step) if step >= 0 else None
+
+    def _is_whole(self, step: int) -> bool:
+        """Return whether the checkpoint and its best weights are undamaged; report one that is not.
+
+        Of a checkpoint of 0.2, which has no hashes, only the sizes in the tensors' headers are
+        compared.
+        """
+        try:
+            best = self._state(step).best_step
+            _check(self._at(step), ("weights.safetensors", "optimizer.safetensors", *STATE))
+            if best not in (None, step):
+                _check(self._at(best), ("weights.safetensors",))
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            self._worker.report(message=f"the checkpoint of step {step} is damaged: {error}")
+            return False
+        return True
+
+    def _state(self, step: int) -> State:
+        values: dict[str, Any] = {}
+        for name in STATE:
+            path = self._at(step) / name
+            values |= json.loads(path.read_text()) if path.exists() else {}
+        return self._state_type(**values)
 
     def restore_best(self, state: State) -> None:
         """Load the weights of the best step unless `state` is at that step. Only on rank 0, which
@@ -151,20 +212,27 @@ class Checkpoints(Generic[State]):
 
     def _write(self, state: State, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
         final = self._at(state.step)
-        partial = final.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        # Not the same name as in another attempt, which may be writing the same step.
+        partial = final.with_suffix(f".{uuid.uuid4().hex}.partial")
         partial.mkdir(parents=True)
         save_file(weights, partial / "weights.safetensors")
         save_file(moments, partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(json.dumps(_written(state), indent=2))
+        _write_state(state, partial)
+        digests = {path.name: sha256_of(path) for path in partial.iterdir()}
+        (partial / DIGESTS).write_text(json.dumps(digests, indent=2))
         _flush(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        self._prune(keep={state.step, state.best_step})
+        kept = [each for each in (self._saved, state) if each is not None]
+        with self._worker.owned():
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            self._prune(keep={step for each in kept for step in (each.step, each.best_step)})
+        self._saved = state
+        if self._history.exists():  # first: a resumed run reads the metrics up to its checkpoint
+            self._worker.persist(self._history)
         self._worker.persist(self.folder)
 
     def _prune(self, keep: set[int | None]) -> None:
-        """Delete all checkpoints but the newest and the best, which alone are read again."""
+        """Delete every other checkpoint: none of them is read again."""
         for folder in self.folder.glob("step-*"):
             if folder.suffix == ".partial" or int(folder.name.removeprefix("step-")) not in keep:
                 shutil.rmtree(folder)
@@ -186,12 +254,27 @@ def assign(tensors: Mapping[str, Tensor], parameters: Parameters) -> None:
             parameter.copy_(tensors[name])
 
 
-def _written(state: LoopState) -> dict[str, Any]:
-    """Return the fields of a state without those that have their default: a version that does not
-    know a field can resume until the field has another value."""
+def _write_state(state: LoopState, folder: Path) -> None:
+    """Write the files of a state."""
     values = asdict(state)
-    default = asdict(type(state)())
-    return {name: value for name, value in values.items() if value != default[name]}
+    added = {each.name: values.pop(each.name) for each in fields(state) if each.metadata == ADDED}
+    for name, part in zip(STATE, (values, added), strict=True):
+        (folder / name).write_text(json.dumps(part, indent=2))
+
+
+def _check(folder: Path, names: Sequence[str]) -> None:
+    """Raise OSError, ValueError or SafetensorError if a file of a checkpoint is damaged."""
+    digests = folder / DIGESTS
+    if digests.exists():
+        expected = json.loads(digests.read_text())
+        damaged = [name for name in names if sha256_of(folder / name) != expected.get(name)]
+        if damaged:
+            raise ValueError(f"the content of {damaged[0]} has changed")
+        return
+    for name in names:
+        if name.endswith(".safetensors"):
+            with safe_open(folder / name, framework="pt"):
+                pass
 
 
 def _snapshot(tensor: Tensor) -> Tensor:

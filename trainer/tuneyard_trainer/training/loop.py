@@ -24,7 +24,7 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.models import base, layers
 from tuneyard_trainer.models.base import precision_of
 from tuneyard_trainer.training.batches import Indices, Order
-from tuneyard_trainer.training.checkpoints import Checkpoints, LoopState
+from tuneyard_trainer.training.checkpoints import METRICS, Checkpoints, LoopState
 from tuneyard_trainer.training.history import History
 from tuneyard_trainer.training.schedules import rate
 from tuneyard_trainer.worker import Interrupted, StageContext, Worker
@@ -103,7 +103,7 @@ class Loop:
             objective=objective,
             order=order,
             checkpoints=Checkpoints(context, LoopState, parameters, optimizer),
-            history=History(context.workdir / "metrics.jsonl", enabled=context.worker.is_main),
+            history=History(context.workdir / METRICS, enabled=context.worker.is_main),
         )
 
     # ---- the run ------------------------------------------------------------------------------
@@ -115,6 +115,8 @@ class Loop:
         """
         total = self.order.total_steps(self.settings.epochs, self.settings.max_steps)
         state = self._resume(total)
+        if state.unmeasured:
+            state = self._evaluate_late(state, total)
         mark = time.monotonic()
         for rows in self.order.batches(state.step, total):
             if self._should_stop_early(state):
@@ -131,7 +133,8 @@ class Loop:
             self._log(state, total, metrics)
             evaluated = self._evaluation_due(state.step, total)
             if evaluated:
-                state = self._evaluate(state, total)
+                state = self._evaluate(state, total, stop=stop)
+                stop = state.unmeasured
             if stop or evaluated or self.checkpoints.due(state.step, total):
                 self.checkpoints.save(state)
                 mark = time.monotonic()
@@ -230,10 +233,25 @@ class Loop:
         self.history.write({"step": 0, **metrics})
         self.worker.report(total_steps=total, metrics=metrics)
 
-    def _evaluate(self, state: LoopState, total: int) -> LoopState:
-        """Measure the held-out metrics and update the best step and the patience. Raises
-        StageError."""
-        metrics = self.objective.held_out()
+    def _evaluate_late(self, state: LoopState, total: int) -> LoopState:
+        """Evaluate a resumed state that was saved without its evaluation. Raises Interrupted."""
+        state = self._evaluate(state, total, stop=False)
+        if state.unmeasured:
+            raise Interrupted(self.stage, state.step)
+        self.checkpoints.save(state)
+        return state
+
+    def _evaluate(self, state: LoopState, total: int, *, stop: bool) -> LoopState:
+        """Measure the held-out metrics and update the best step and the patience. With `stop`, or
+        after a request to stop meanwhile, return the state as unmeasured. Raises StageError."""
+        unmeasured = replace(state, unmeasured=True)
+        if stop:
+            return unmeasured
+        try:
+            metrics = self.objective.held_out()
+        except Interrupted:
+            return unmeasured
+        state = replace(state, unmeasured=False)
         loss = metrics["validationLoss"]
         if not math.isfinite(loss):
             raise not_finite(f"the held-out loss became {loss} after step {state.step}")

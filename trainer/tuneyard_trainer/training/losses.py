@@ -5,7 +5,7 @@ Shapes: B bins of a micro-batch, L their width in tokens, N targets, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -20,7 +20,7 @@ from tuneyard_trainer.models.base import autocast
 from tuneyard_trainer.models.layers import head_at, head_of
 from tuneyard_trainer.training.batches import IGNORE, Indices, MicroBatch, micro_batches, share
 from tuneyard_trainer.training.seeds import derive_seed
-from tuneyard_trainer.worker import Worker
+from tuneyard_trainer.worker import Interrupted, Worker
 
 EVALUATION_ROWS = 256
 """Rows packed at a time. Another number would change the rounding of held-out losses, which a
@@ -120,19 +120,38 @@ class Forward:
         with autocast(self.device, self.precision):
             return _target_loss(model, batch, reduction)
 
-    def mean_loss(self, model: nn.Module, rows: Rows, rank: int, world_size: int) -> float:
+    def mean_loss(self, model: nn.Module, rows: Rows, worker: Worker) -> float:
         """Return the mean loss over all targets of all rows, in nats. The workers share the rows,
-        and all of them return the mean."""
-        mine = share(np.arange(len(rows)), rows.lengths, rank, world_size)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        and all of them return the mean, or raise Interrupted if any of them is asked to stop."""
+        mine = share(np.arange(len(rows)), rows.lengths, worker.rank, worker.world_size)
+        total = torch.zeros(1, dtype=torch.float64, device=self.device)
         model.eval()
         with torch.no_grad():
-            for start in range(0, len(mine), EVALUATION_ROWS):
-                for micro_batch in self.micro_batches(rows, mine[start : start + EVALUATION_ROWS]):
-                    total += self.loss(model, rows, micro_batch).double()
-        if world_size > 1:
-            dist.all_reduce(total)
-        return float(total) / int(rows.targets.sum())
+            stopped = False
+            for micro_batch in self._evaluation_batches(rows, mine):
+                if stopped := worker.stop():
+                    break
+                total += self.loss(model, rows, micro_batch).double()
+        return float(sum_unless_stopped(total, stopped, worker)) / int(rows.targets.sum())
+
+    def _evaluation_batches(self, rows: Rows, mine: Indices) -> Iterator[MicroBatch]:
+        for start in range(0, len(mine), EVALUATION_ROWS):
+            yield from self.micro_batches(rows, mine[start : start + EVALUATION_ROWS])
+
+
+def sum_unless_stopped(values_N: Tensor, stopped: bool, worker: Worker) -> Tensor:
+    """Return the sum over the workers (N,). Raises Interrupted on all of them if any has `stopped`,
+    and left its values incomplete.
+
+    The request travels with the sum, because the workers have unequal numbers of batches and must
+    take part in equally many collective calls.
+    """
+    flagged = torch.cat([values_N, torch.tensor([float(stopped)]).to(values_N)])
+    if worker.world_size > 1:
+        dist.all_reduce(flagged)
+    if flagged[-1] > 0:
+        raise Interrupted(worker.stage, 0)
+    return flagged[:-1]
 
 
 def collate(

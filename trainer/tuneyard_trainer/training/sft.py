@@ -79,8 +79,7 @@ class CrossEntropy:
         rows = self.data.validation
         if rows is None:
             raise ValueError("no held-out rows")
-        rank, world_size = self.worker.rank, self.worker.world_size
-        return {"validationLoss": self.forward.mean_loss(self.model, rows, rank, world_size)}
+        return {"validationLoss": self.forward.mean_loss(self.model, rows, self.worker)}
 
     def baseline(self) -> dict[str, float]:
         """Return the held-out metrics of the base: the adapter is disabled."""

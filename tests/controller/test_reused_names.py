@@ -1,0 +1,294 @@
+"""A job with the name of a deleted job gets nothing of it: RayJob, pods, posts or series."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.controller.memory import (
+    JOBS,
+    PODS,
+    RAY_JOBS,
+    MemoryApi,
+    Object,
+    Operator,
+    eventually,
+    job,
+    key,
+    operated,
+    pod,
+)
+from tuneyard.api.progress import Post
+from tuneyard.controller import metrics
+from tuneyard.controller.job_cache import JobCache
+from tuneyard.rendering.names import UID_LABEL
+from tuneyard.status import observed
+
+ROOT = Path(__file__).resolve().parents[2]
+PATH, RAY_JOB = f"{JOBS}/tuned", f"{RAY_JOBS}/tuned-1"
+RUNNING = {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING", "rayClusterName": "c"}
+SUCCEEDED = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
+KILLED = {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
+
+
+def success(step: int = 100) -> Post:
+    outcome = {"state": "Succeeded", "result": {"uri": "pvc://models/tuned/result"}}
+    report = {"attempt": 1, "stage": "sft", "step": step, "totalSteps": 100, "outcome": outcome}
+    status = {"progressPercentage": step, "metrics": [{"name": "loss", "value": 0.5}]}
+    return Post.model_validate({"trainerStatus": status, "tuneyard": report})
+
+
+def phase(api: MemoryApi) -> Any:
+    return api.status("tuned").get("phase")
+
+
+def attempts(api: MemoryApi) -> list[Object]:
+    return api.status("tuned").get("attempts") or []
+
+
+async def running(api: MemoryApi, operator: Operator) -> None:
+    """Proceed to a first attempt that runs."""
+    await eventually(lambda: RAY_JOB in api.objects)
+    api.change(RAY_JOB, status=RUNNING)
+    api.add(pod(api.objects[RAY_JOB], "head"))
+    await eventually(lambda: attempts(api)[-1].get("runningAt"))
+
+
+def replace_job(api: MemoryApi, operator: Operator, *, seen: bool) -> None:
+    """Remove the job with force and create another with its name; its objects stay for a while.
+    `seen`: the watches report the deletion."""
+    api.on_change = operator.see if seen else lambda _, __: None
+    api.remove(PATH)
+    api.on_change = operator.see
+    api.add(job("tuned"))
+
+
+async def settled(api: MemoryApi, operator: Operator) -> None:
+    """Let the operator handle the job several times."""
+    for _ in range(5):
+        operator.reconciler.queue.add(key("tuned"))
+        await asyncio.sleep(0.05)
+
+
+def test_an_outcome_of_the_deleted_job_does_not_end_the_new_one() -> None:
+    async def run() -> None:
+        api = MemoryApi()
+        api.add(job("tuned"))
+        async with operated(api) as operator:
+            await running(api, operator)
+            old = api.uid(PATH) or ""
+            operator.reconciler.accept_post(key("tuned"), old, success(7))
+            api.remove(f"{PODS}/tuned-1-head")
+            api.remove(RAY_JOB)
+            replace_job(api, operator, seen=False)
+            await eventually(lambda: RAY_JOB in api.objects)
+            api.change(RAY_JOB, status=RUNNING)
+            operator.reconciler.accept_post(key("tuned"), old, success())
+            await eventually(lambda: phase(api) == "Running")
+            await settled(api, operator)
+            assert (phase(api), api.status("tuned").get("progress")) == ("Running", None)
+            operator.reconciler.accept_post(key("tuned"), api.uid(PATH) or "", success())
+            await eventually(lambda: phase(api) == "Succeeded")
+
+    asyncio.run(run())
+
+
+def test_a_rayjob_of_the_deleted_job_is_neither_adopted_nor_counted() -> None:
+    """The watch has not reported it yet, so the operator does not know it."""
+
+    async def run() -> None:
+        api = MemoryApi()
+        api.add(job("tuned"))
+        async with operated(api) as operator:
+            await running(api, operator)
+            old = api.uid(RAY_JOB)
+            api.remove(f"{PODS}/tuned-1-head")
+            api.on_change = lambda _, __: None
+            api.change(RAY_JOB, status=SUCCEEDED)
+            api.remove(PATH)
+            operator.reconciler.cache.jobs.clear()
+            api.on_change = operator.see
+            api.add(job("tuned"))
+            await eventually(lambda: api.uid(RAY_JOB) not in (None, old))
+            await settled(api, operator)
+            (owner,) = api.objects[RAY_JOB]["metadata"]["ownerReferences"]
+            assert owner["uid"] == api.uid(PATH)
+            assert (phase(api), len(attempts(api))) == ("Pending", 1)
+
+    asyncio.run(run())
+
+
+def test_the_pods_of_the_deleted_job_are_waited_for_and_explain_nothing() -> None:
+    async def run() -> None:
+        api = MemoryApi()
+        api.add(job("tuned"))
+        async with operated(api) as operator:
+            await running(api, operator)
+            states = [{"name": "ray-worker", "state": KILLED}]
+            old = api.add(pod(api.objects[RAY_JOB], "worker", containerStatuses=states))
+            replace_job(api, operator, seen=True)
+            api.remove(RAY_JOB)
+            await settled(api, operator)
+            assert RAY_JOB not in api.objects, "the old pods still exist"
+            for role in ("head", "worker"):
+                api.remove(f"{PODS}/tuned-1-{role}")
+            await eventually(lambda: RAY_JOB in api.objects)
+            await running(api, operator)
+            operator.see(old)
+            operator.see(old, True)
+            await settled(api, operator)
+            assert (phase(api), [each.get("reason") for each in attempts(api)]) == (
+                "Running",
+                [None],
+            )
+
+    asyncio.run(run())
+
+
+def test_a_late_deletion_of_the_old_job_does_not_remove_the_new_one_from_the_cache() -> None:
+    """kopf handles objects with different UIDs side by side."""
+    api, cache = MemoryApi(), JobCache()
+    old = api.add(job("tuned"))
+    api.remove(PATH)
+    new = api.add(job("tuned"))
+    cache.update_job(key("tuned"), new)
+    assert not cache.forget(key("tuned"), old["metadata"]["uid"])
+    assert cache.job(key("tuned")).body == new
+    assert cache.forget(key("tuned"), new["metadata"]["uid"])
+
+
+def test_the_series_of_the_deleted_job_end_when_a_new_one_has_its_name() -> None:
+    async def run() -> None:
+        api = MemoryApi()
+        api.add(job("tuned"))
+        async with operated(api) as operator:
+            await running(api, operator)
+            operator.reconciler.accept_post(key("tuned"), api.uid(PATH) or "", success(7))
+            await eventually(lambda: _has_series())
+            replace_job(api, operator, seen=False)
+            await eventually(lambda: not _has_series())
+            await settled(api, operator)
+            assert not _has_series()
+
+    asyncio.run(run())
+
+
+def _has_series() -> bool:
+    return any(
+        sample.labels.get("name") == "tuned"
+        for family in metrics.LOSS.collect()
+        for sample in family.samples
+    )
+
+
+def test_the_objects_of_a_job_that_release_0_2_started_are_still_its_own() -> None:
+    """Its RayJob names the job's UID as its owner; its pods do not name it."""
+
+    async def run() -> None:
+        api = MemoryApi()
+        ray_job = json.loads((ROOT / "tests/releases/0.2.0/ray-job.json").read_text())
+        ray_job["metadata"]["namespace"] = "team"
+        body = json.loads((ROOT / "tests/releases/0.2.0/job-running.json").read_text())
+        body["metadata"]["namespace"] = "team"
+        body["status"]["attempts"][0]["rayJobUid"] = ray_job["metadata"]["uid"] = "ray-1"
+        api.add(body)
+        api.add({**ray_job, "status": RUNNING})
+        api.add(pod(ray_job, "head"))
+        async with operated(api) as operator:
+            (post,) = [success()]
+            operator.reconciler.accept_post(key("minimal"), "job-uid", post)
+            await eventually(lambda: api.status("minimal")["phase"] == "Succeeded")
+        assert [each["reason"] for each in api.status("minimal")["attempts"]] == ["Succeeded"]
+
+    asyncio.run(run())
+
+
+def test_a_pod_without_a_uid_is_its_jobs_unless_it_is_older_than_the_job() -> None:
+    def created(time: str, **labels: str) -> Object:
+        return {"metadata": {"name": "p", "creationTimestamp": time, "labels": labels}}
+
+    def belongs(pod: Object, uid: str) -> bool:
+        return observed.pod(pod).belongs_to(uid, "2030-01-01T00:00:01Z")
+
+    early, late = created("2030-01-01T00:00:00Z"), created("2030-01-01T00:00:02Z")
+    assert not belongs(early, "u")
+    assert belongs(late, "u")
+    labeled = created("2030-01-01T00:00:02Z", **{"tuneyard.io/job-uid": "other"})
+    assert not belongs(labeled, "u")
+    assert belongs(labeled, "other")
+
+
+def test_a_rayjob_of_another_client_with_the_attempts_name_is_reported_and_left_alone() -> None:
+    async def run() -> None:
+        api = MemoryApi()
+        foreign = {"name": "tuned-1", "namespace": "team"}
+        api.add({"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": foreign, "spec": {}})
+        api.add(job("tuned"))
+        before = api.uid(RAY_JOB)
+        async with operated(api):
+            await eventually(lambda: "already exists" in str(api.status("tuned")))
+            assert "create the job under another name" in str(api.status("tuned"))
+        assert api.uid(RAY_JOB) == before
+        assert "ownerReferences" not in api.objects[RAY_JOB]["metadata"]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("watch", ["late", "early"])
+def test_a_driver_of_the_deleted_job_stops_and_its_outcome_is_not_the_new_jobs(watch: str) -> None:
+    """`watch`: whether the operator knows the new job when the driver posts."""
+
+    async def run() -> None:
+        api = MemoryApi()
+        api.add(job("tuned"))
+        async with operated(api) as operator:
+            await running(api, operator)
+            head = observed.pod(api.objects[f"{PODS}/tuned-1-head"])
+            api.remove(f"{PODS}/tuned-1-head")
+            api.remove(RAY_JOB)
+            current = operator.reconciler.current
+            found = await current(key("tuned"), head)
+            assert found
+            assert found.metadata.uid == api.uid(PATH)
+            api.on_change = operator.see if watch == "early" else lambda _, __: None
+            api.remove(PATH)
+            api.add(job("tuned"))
+            new = observed.pod({"metadata": {"name": "new", "labels": {UID_LABEL: api.uid(PATH)}}})
+            if watch == "early":
+                assert await current(key("tuned"), head) is None
+            found = await current(key("tuned"), new)
+            assert found
+            assert found.metadata.uid == api.uid(PATH), "a pod of the new job never stops for it"
+
+    asyncio.run(run())
+
+
+def test_an_erasure_of_the_deleted_job_does_not_count_for_the_new_one() -> None:
+    async def run() -> None:
+        api = MemoryApi()
+        erased = job("tuned")
+        erased["spec"]["output"]["deletionPolicy"] = "Delete"
+        api.add(erased)
+        path = "/apis/batch/v1/namespaces/team/jobs/tuned-erase"
+        owner = {"kind": "FineTuneJob", "name": "tuned", "uid": "an earlier job"}
+        metadata = {"name": "tuned-erase", "ownerReferences": [owner], "resourceVersion": "1"}
+        done = {"conditions": [{"type": "Complete", "status": "True"}]}
+        async with operated(api) as operator:
+            await running(api, operator)
+            api.objects[path] = {"metadata": {**metadata, "uid": "x"}, "status": done}
+            api.remove(f"{PODS}/tuned-1-head")
+            stamp = {"deletionTimestamp": "2030-01-01T00:00:00Z"}
+            api.change(PATH, metadata={**api.objects[PATH]["metadata"], **stamp})
+            await eventually(lambda: "waiting since" in str(api.status("tuned")))
+            await settled(api, operator)
+            assert PATH in api.objects
+            del api.objects[path]
+            operator.reconciler.queue.add(key("tuned"))
+            await eventually(lambda: path in api.objects)
+            assert api.objects[path]["metadata"]["ownerReferences"][0]["uid"] == api.uid(PATH)
+
+    asyncio.run(run())
