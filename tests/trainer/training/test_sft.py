@@ -8,7 +8,7 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -302,21 +302,32 @@ def test_checkpoints_keep_only_the_two_newest_and_their_best(
     assert len(left) <= 4
 
 
+def resume_before_a_damaged_checkpoint(
+    folder: Path, inputs: dict[str, Path], damage: Callable[[Path], None]
+) -> None:
+    """Stop a run, damage its newest checkpoint and resume: the checkpoint before it decides, and
+    the weights are those of an undisturbed run."""
+    whole, _ = run(folder / "whole", inputs)
+    parts, runtime = folder / "parts", {"checkpoint_steps": 2}
+    with pytest.raises(Interrupted):
+        run(parts, inputs, StopAfter(4).worker(), runtime=runtime)
+    newest, before = sorted((parts / "checkpoints").iterdir(), reverse=True)[:2]
+    damage(newest)
+    resumed, outcome = run(parts, inputs, runtime=runtime)
+    assert outcome.details["resumedAtStep"] == int(before.name.removeprefix("step-"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
 @pytest.mark.parametrize("cut", [0, 9, -1], ids=["empty", "in the header", "in the last byte"])
 @pytest.mark.parametrize("name", ["weights", "optimizer", "state"])
 def test_a_damaged_checkpoint_costs_one_interval_and_changes_nothing(
     name: str, cut: int, tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
-    whole, _ = run(tmp_path / "whole", inputs)
-    folder, runtime = tmp_path / "parts", {"checkpoint_steps": 2}
-    with pytest.raises(Interrupted):
-        run(folder, inputs, StopAfter(4).worker(), runtime=runtime)
-    newest, before = sorted((folder / "checkpoints").iterdir(), reverse=True)[:2]
-    (damaged,) = newest.glob(f"{name}.*")
-    damaged.write_bytes(damaged.read_bytes()[:cut])
-    resumed, outcome = run(folder, inputs, runtime=runtime)
-    assert outcome.details["resumedAtStep"] == int(before.name.removeprefix("step-"))
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    def cut_short(newest: Path) -> None:
+        (damaged,) = newest.glob(f"{name}.*")
+        damaged.write_bytes(damaged.read_bytes()[:cut])
+
+    resume_before_a_damaged_checkpoint(tmp_path, inputs, cut_short)
 
 
 @pytest.mark.parametrize(
@@ -327,17 +338,13 @@ def test_a_flipped_bit_in_a_checkpoint_costs_one_interval_and_changes_nothing(
     name: str, tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     """The file is as long as before, and readable."""
-    whole, _ = run(tmp_path / "whole", inputs)
-    folder, runtime = tmp_path / "parts", {"checkpoint_steps": 2}
-    with pytest.raises(Interrupted):
-        run(folder, inputs, StopAfter(4).worker(), runtime=runtime)
-    newest, before = sorted((folder / "checkpoints").iterdir(), reverse=True)[:2]
-    content = bytearray((newest / name).read_bytes())
-    content[-6] ^= 1
-    (newest / name).write_bytes(content)
-    resumed, outcome = run(folder, inputs, runtime=runtime)
-    assert outcome.details["resumedAtStep"] == int(before.name.removeprefix("step-"))
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+    def flip(newest: Path) -> None:
+        content = bytearray((newest / name).read_bytes())
+        content[-6] ^= 1
+        (newest / name).write_bytes(content)
+
+    resume_before_a_damaged_checkpoint(tmp_path, inputs, flip)
 
 
 def test_without_an_undamaged_checkpoint_the_run_starts_again_and_says_so(
