@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from tuneyard.api.pods import DRAIN_SECONDS
 
 FOLDER = Path(tempfile.gettempdir(), "tuneyard-drain")
@@ -70,12 +72,11 @@ def _any_running(folder: Path) -> bool:
 
 def _is_running(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        # `ray start` is the first process of a pod and does not wait for the processes that it
+        # inherits, so each of them stays as a zombie when Ray ends a job.
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
-        return True
-    return True
 
 
 if __name__ == "__main__":

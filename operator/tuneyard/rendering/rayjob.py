@@ -476,16 +476,18 @@ def _reporting(
 
 
 def _environment() -> list[Object]:
-    """Return the variables that replace a home folder and an entry in /etc/passwd."""
-    return [
-        {"name": "HOME", "value": "/tmp"},  # noqa: S108
-        {"name": "USER", "value": "tuneyard"},
-        {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"},
-        {
-            "name": "RAY_worker_niceness",
-            "value": "0",
-        },  # Ray's default, 15, yields to any other process
-    ]
+    values = {
+        # HOME and USER replace a home folder and an entry in /etc/passwd.
+        "HOME": "/tmp",  # noqa: S108
+        "USER": "tuneyard",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray's default, 15, yields to any other process.
+        "RAY_worker_niceness": "0",
+        # After the preStop hook nothing is left to wait for. Ray's default, 30 s, exceeds the rest
+        # of the grace period.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    }
+    return [{"name": name, "value": value} for name, value in values.items()]
 
 
 def _secret_env(store: Storage) -> list[Object]:

@@ -198,7 +198,8 @@ from pathlib import Path
 from tuneyard_trainer.logs.keep import LogPlace, kept, own_files
 faulthandler.enable()
 how, output, marks = sys.argv[1:]
-with kept(LogPlace(output, 1, "uid-1"), "worker-0", own_files(), warn=print):
+place = LogPlace(output, 1, "uid-1", drain=marks + "/drain")
+with kept(place, "worker-0", own_files(), warn=print):
     print("on standard output", flush=True)
     print("on standard error", file=sys.stderr, flush=True)
     Path(marks, "ready").touch()
@@ -269,6 +270,20 @@ def test_the_log_of_a_killed_process_is_kept_and_its_helper_ends(
     log = output / "logs/attempt-1/worker-0.log"
     wait_until(lambda: log.exists() and "on standard output" in log.read_text())
     wait_until(lambda: not _helpers(output))
+
+
+def test_a_helper_that_is_asked_to_end_with_its_process_writes_the_rest_first(
+    output: Path, tmp_path: Path
+) -> None:
+    process = launched("hang", output, tmp_path)
+    wait_until(lambda: (tmp_path / "ready").exists() and any(tmp_path.glob("drain/*")))
+    (marker,) = (tmp_path / "drain").iterdir()
+    os.kill(int(marker.name), signal.SIGTERM)  # as Ray ends a job: every process of it
+    time.sleep(2)
+    process.kill()
+    process.wait(60)
+    wait_until(lambda: not marker.exists())
+    assert "on standard output" in (output / "logs/attempt-1/worker-0.log").read_text()
 
 
 def _helpers(output: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -51,6 +52,16 @@ def test_the_hook_does_not_wait_for_a_killed_process(tmp_path: Path) -> None:
     ended.wait()
     (tmp_path / str(ended.pid)).touch()
     assert drain.drain(tmp_path, seconds=0)
+
+
+def test_the_hook_does_not_wait_for_a_killed_process_that_its_parent_never_reaps(
+    tmp_path: Path,
+) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", "pass"])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    (tmp_path / str(ended.pid)).touch()
+    assert drain.drain(tmp_path, seconds=0)
+    ended.wait()
 
 
 def test_a_process_gets_one_request_and_none_without_a_hook(tmp_path: Path) -> None:

@@ -494,7 +494,7 @@ def test_an_attempt_is_stopped_superseded_drained_and_in_the_end_succeeds(
     assert last["outcome"]["failure"]["reason"] == "InvalidData"
     assert {s["state"] for s in last["stages"] if s["name"] == "prepare"} == {"Failed"}
     assert "Traceback" not in out
-    assert "InvalidData" in (tmp_path / "out/logs/attempt-5/worker-0.log").read_text()
+    assert "row 11: not JSON" in (tmp_path / "out/logs/attempt-5/worker-0.log").read_text()
 
 
 def wait_for_no_workers() -> None:

@@ -138,6 +138,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--drain", type=Path, help="the folder of the pod's preStop hook")
     parser.add_argument("files", nargs="*", type=Path, help="what the process writes its log to")
     options = parser.parse_args(arguments)
+    # Ray ends a job with SIGTERM to all its processes, 3 s before SIGKILL: time for the rest
+    # of the log. The end of the parent process ends this one.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         _keep(options)
     except Exception as error:
