@@ -11,8 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from tuneyard.controller import reconciler as module
-from tuneyard.controller import resync
+from tuneyard.controller import resync, write_budget
 from tuneyard.controller.cluster import FINALIZER, Cluster, Key
 from tuneyard.controller.reconciler import Reconciler
 from tuneyard.controller.settings import Settings
@@ -180,7 +179,7 @@ def test_the_uid_of_a_new_rayjob_waits_for_the_next_status_write(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """For a thousand new jobs, separate writes would be a thousand more."""
-    monkeypatch.setattr(module, "UID_SECONDS", 0.1)
+    monkeypatch.setattr(write_budget, "UID_SECONDS", 0.1)
 
     async def begun() -> list[dict[str, Any]]:
         cluster = EarlyWatches()

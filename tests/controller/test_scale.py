@@ -176,11 +176,12 @@ def test_many_jobs_share_the_writes_of_a_second_and_each_gets_its_turn(
 ) -> None:
     clock = Clock()
     monkeypatch.setattr(write_budget, "time", clock)
-    budget, jobs = WriteBudget(2), [CachedJob() for _ in range(200)]
+    running: dict[str, Any] = {"status": {"progress": {}, "stages": []}}
+    budget, jobs = WriteBudget(2), [CachedJob(body=running) for _ in range(200)]
     written: list[tuple[float, int]] = []
     for _ in range(600):  # 300 s
         for number, cached in enumerate(jobs):
-            if budget.wait(cached) == 0:
+            if budget.wait_of_post(cached, progress(1)) == 0:
                 written.append((clock.now, number))
                 cached.written_at, cached.write_turn = clock.now, None
                 cached.write_interval = 10.0

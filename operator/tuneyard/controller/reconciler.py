@@ -7,20 +7,17 @@ after any step: the next reconcile starts from the objects that exist.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import random
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from tuneyard.api.meta import API_VERSION
 from tuneyard.api.plan import Plan, SourceInput
 from tuneyard.api.progress import Post
-from tuneyard.api.status import AttemptStatus, JobStatus, Progress
+from tuneyard.api.status import AttemptStatus, JobStatus
 from tuneyard.controller import metrics
 from tuneyard.controller.cluster import (
-    MANAGER,
     ApiError,
     Cluster,
     Key,
@@ -28,10 +25,11 @@ from tuneyard.controller.cluster import (
     has_finalizer,
     needs_finalizer,
 )
+from tuneyard.controller.event_poster import EventPoster
 from tuneyard.controller.job_cache import CachedJob, JobCache
 from tuneyard.controller.queue import Queue, Requeue
 from tuneyard.controller.settings import Settings
-from tuneyard.controller.write_budget import FIRST_SECONDS, Turns, WriteBudget, write_interval
+from tuneyard.controller.write_budget import Turns, WriteBudget
 from tuneyard.errors import Fault, ManifestError, PlanError
 from tuneyard.manifests.manifest import KINDS, parse, unknown_fields
 from tuneyard.planning.plan import plan_job
@@ -63,11 +61,8 @@ from tuneyard.status.observed import (
     names_of,
 )
 from tuneyard.status.patches import status_patch
-from tuneyard.status.times import moment_of, rfc3339
+from tuneyard.status.times import rfc3339
 
-UID_SECONDS = 60.0
-"""How long the UID of a new RayJob waits for another change to be written with: in a burst of new
-jobs, separate writes of the UID would be one in seven writes."""
 RECHECK_SECONDS = 600.0
 """An active job is reconciled this often, or twice as often, though no watch reports a change. Such
 a reconcile sends no request if nothing has changed."""
@@ -108,14 +103,13 @@ class Reconciler:
         self._reporting = (
             rayjob.Reporting(settings.progress_url, ca) if settings.progress_url else None
         )
-        self._events: asyncio.Queue[tuple[Key, Object, Event]] = asyncio.Queue(maxsize=10_000)
+        self._events = EventPoster(cluster)
 
     async def run(self) -> None:
         """Work until canceled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.queue.run())
-            for _ in range(2):
-                tasks.create_task(self._post_events())
+            tasks.create_task(self._events.run())
 
     def trust(self, ca: str) -> None:
         """Give pods of new attempts these certificate authorities, in PEM."""
@@ -130,10 +124,8 @@ class Reconciler:
         cached.uid, cached.post = uid, post
         if post.tuneyard is not None and post.tuneyard.outcome is not None:
             self.queue.add(key)
-        elif _changes_stage(post, (cached.body or {}).get("status") or {}):
-            self.queue.add_after(key, cached.written_at + FIRST_SECONDS - time.monotonic())
         else:
-            self.queue.add_after(key, self._write_budget.wait(cached))
+            self.queue.add_after(key, self._write_budget.wait_of_post(cached, post))
 
     async def current(self, key: Key, pod: Pod) -> Job | None:
         """Return the job that a pod belongs to, from the cache if possible; None: it does not exist
@@ -218,7 +210,7 @@ class Reconciler:
             if cluster := _cluster_without_pods(cached.observed_state(attempt), attempt):
                 cached.warnings = tuple(await self.cluster.warnings(key.namespace, cluster))
             decision = observe(job, planned, cached.observed_state(attempt), self.clock())
-        wait = self._write_wait(cached, job.status, decision.status)
+        wait = self._write_budget.wait(cached, job.status, decision.status)
         if wait > 0:
             self.queue.add_after(key, wait)
         else:
@@ -318,32 +310,11 @@ class Reconciler:
         if not patch:
             return job
         cached.body = await self.cluster.write_status(cached.body or {}, key, patch, written)
-        self._count_write(cached, before, status)
+        self._write_budget.count(cached, before, status, self.clock())
         metrics.count_change(job, before, status)
         for event in transition_events(before, status):
-            self._queue_event(key, cached.body, event)
+            self._events.add(key, cached.body, event)
         return job.model_copy(update={"status": status})
-
-    def _write_wait(self, cached: CachedJob, before: JobStatus | None, after: JobStatus) -> float:
-        """Return the seconds until a change of the status may be written; 0.0: now."""
-        if before is None or not _changes_numbers_alone(before, after):
-            return 0.0
-        since = time.monotonic() - cached.written_at
-        if _states_of(before) != _states_of(after):
-            return max(0.0, FIRST_SECONDS - since)
-        is_uid_alone = _without_ray_job_uid(before) == _without_ray_job_uid(after)
-        if is_uid_alone and since < UID_SECONDS:
-            return UID_SECONDS - since
-        return self._write_budget.wait(cached)
-
-    def _count_write(self, cached: CachedJob, before: JobStatus | None, after: JobStatus) -> None:
-        """Record that the status was written."""
-        if _changes_numbers_alone(before, after):
-            metrics.PROGRESS_WRITES.inc()
-        cached.written_at, cached.write_turn = time.monotonic(), None
-        running_at = after.attempts[-1].running_at if after.attempts else None
-        running = (self.clock() - moment_of(running_at)).total_seconds() if running_at else 0.0
-        cached.write_interval = write_interval(running)
 
     async def _act(
         self, key: Key, cached: CachedJob, job: Job, decision: Decision, planned: Planned
@@ -494,9 +465,7 @@ class Reconciler:
             return
         if job is None and needs_finalizer(cached.body or {}):
             uri = str((cached.body or {})["spec"]["output"].get("uri"))
-            self._queue_event(
-                key, cached.body or {}, _output_left(uri, "the manifest is malformed")
-            )
+            self._events.add(key, cached.body or {}, _output_left(uri, "the manifest is malformed"))
         if job and _should_erase(job) and (text := await self._next_step(key, cached, job)):
             await self._report_waiting(key, cached, text)
             self.queue.add_after(key, PODS_RECHECK_SECONDS)
@@ -544,7 +513,7 @@ class Reconciler:
         }
         patch = {"conditions": list(conditions.values())}
         cached.body = await self.cluster.write_status(body, key, patch, old | patch)
-        self._queue_event(key, cached.body, Event("Normal", "Deleting", text))
+        self._events.add(key, cached.body, Event("Normal", "Deleting", text))
 
     async def _erase(self, key: Key, body: Object, job: Job) -> bool:
         """Remove the output. Return True if the output is removed or cannot be removed."""
@@ -560,7 +529,7 @@ class Reconciler:
             except (ManifestError, ApiError) as error:
                 if isinstance(error, ApiError) and not error.is_refusal:
                     raise
-                self._queue_event(key, body, _output_left(job.spec.output.uri, str(error)))
+                self._events.add(key, body, _output_left(job.spec.output.uri, str(error)))
                 return True
             return False
         conditions = (found.get("status") or {}).get("conditions") or ()
@@ -568,59 +537,10 @@ class Reconciler:
         # A Job with a pod on a lost node has FailureTarget and never Failed.
         failed = results.get("Failed") or results.get("FailureTarget")
         if failed:
-            self._queue_event(
+            self._events.add(
                 key, body, _output_left(job.spec.output.uri, failed.get("message") or "it failed")
             )
         return bool(failed) or "Complete" in results
-
-    # ---- events ---------------------------------------------------------------------------------
-
-    def _queue_event(self, key: Key, body: Object, event: Event) -> None:
-        if self._events.full():
-            log.warning("the event queue is full: dropped event %s of %s", event.reason, key.name)
-            return
-        self._events.put_nowait((key, body["metadata"], event))
-
-    async def _post_events(self) -> None:
-        """Post queued events until canceled. No reconcile waits for an event."""
-        while True:
-            key, metadata, event = await self._events.get()
-            try:
-                await self.cluster.post_event(key.namespace, _event(key, metadata, event))
-            except ApiError as error:
-                if error.code not in (404, 409):
-                    log.warning("event %s of %s was refused: %s", event.reason, key.name, error)
-
-
-def _event(key: Key, metadata: Object, event: Event) -> Object:
-    """Return the Event object. Its name is a hash of content and job version, so that a repeated
-    post creates no second event."""
-    now = rfc3339(datetime.now(UTC))
-    content = f"{metadata['uid']} {metadata['resourceVersion']} {event.reason} {event.message}"
-    regarding = {
-        "apiVersion": API_VERSION,
-        "kind": key.kind,
-        "namespace": key.namespace,
-        "name": key.name,
-        "uid": metadata["uid"],
-    }
-    return {
-        "apiVersion": "v1",
-        "kind": "Event",
-        "metadata": {
-            "name": f"{key.name}.{hashlib.sha256(content.encode()).hexdigest()[:16]}",
-            "namespace": key.namespace,
-        },
-        "involvedObject": regarding,
-        "type": event.type,
-        "reason": event.reason,
-        "message": event.message[:1024],
-        "source": {"component": MANAGER},
-        "reportingComponent": MANAGER,
-        "firstTimestamp": now,
-        "lastTimestamp": now,
-        "count": 1,
-    }
 
 
 def _has_begun(job: Job) -> bool:
@@ -664,40 +584,3 @@ def _closes_without_success(attempt: AttemptStatus, after: JobStatus) -> bool:
     """Return whether the open attempt is closed in `after` without success."""
     last = next((each for each in after.attempts if each.number == attempt.number), attempt)
     return not attempt.finished_at and bool(last.finished_at) and last.reason != "Succeeded"
-
-
-def _changes_stage(post: Post, stored: Object) -> bool:
-    """Return whether a post is the job's first or changes the state of a stage."""
-    states = {stage["name"]: stage["state"] for stage in stored.get("stages") or ()}
-    stages = post.tuneyard.stages if post.tuneyard else []
-    return "progress" not in stored or any(states.get(s.name) != s.state for s in stages)
-
-
-def _states_of(status: JobStatus) -> list[tuple[str, str]]:
-    return [(stage.name, stage.state) for stage in status.stages]
-
-
-def _changes_numbers_alone(before: JobStatus | None, after: JobStatus) -> bool:
-    """Return whether a change may wait. Without a change there is nothing to wait for."""
-    if before is None or before == after:
-        return False
-    return _without_numbers(before) == _without_numbers(after)
-
-
-def _without_ray_job_uid(status: JobStatus) -> JobStatus:
-    attempts = [attempt.model_copy(update={"ray_job_uid": None}) for attempt in status.attempts]
-    return status.model_copy(update={"attempts": attempts})
-
-
-def _without_numbers(status: JobStatus) -> JobStatus:
-    quiet = {"stage": None, "last_step": None, "ray_job_uid": None}
-    attempts = [attempt.model_copy(update=quiet) for attempt in status.attempts]
-    rest: Object = {"stages": [], "attempts": attempts}
-    if status.progress is not None:
-        rest["progress"] = _FIXED_PROGRESS
-    return status.model_copy(update=rest)
-
-
-_FIXED_PROGRESS = Progress(
-    stage="", step=0, total_steps=0, percentage=0, last_updated_time="1970-01-01T00:00:00Z"
-)

@@ -1,0 +1,80 @@
+"""Post the events of jobs. No reconcile waits for an event."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from datetime import UTC, datetime
+
+from tuneyard.api.meta import API_VERSION
+from tuneyard.controller.cluster import MANAGER, ApiError, Cluster, Key, Object
+from tuneyard.status.events import Event
+from tuneyard.status.times import rfc3339
+
+MOST_WAITING = 10_000
+"""Events beyond this number are dropped, so that a slow API server does not fill the memory."""
+NUM_POSTED_AT_ONCE = 2
+
+log = logging.getLogger("tuneyard")
+
+
+class EventPoster:
+    """The events that wait to be posted."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._waiting = asyncio.Queue[tuple[Key, Object, Event]](MOST_WAITING)
+
+    def add(self, key: Key, job: Object, event: Event) -> None:
+        """Post an event as soon as possible. `job`: the version of the job that it is about."""
+        if self._waiting.full():
+            log.warning("the event queue is full: dropped event %s of %s", event.reason, key.name)
+            return
+        self._waiting.put_nowait((key, job["metadata"], event))
+
+    async def run(self) -> None:
+        """Post events until canceled."""
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(NUM_POSTED_AT_ONCE):
+                tasks.create_task(self._post())
+
+    async def _post(self) -> None:
+        while True:
+            key, metadata, event = await self._waiting.get()
+            try:
+                await self._cluster.post_event(key.namespace, _event(key, metadata, event))
+            except ApiError as error:
+                if error.code not in (404, 409):
+                    log.warning("event %s of %s was refused: %s", event.reason, key.name, error)
+
+
+def _event(key: Key, metadata: Object, event: Event) -> Object:
+    """Return the Event object. Its name is a hash of content and job version, so that a repeated
+    post creates no second event."""
+    now = rfc3339(datetime.now(UTC))
+    content = f"{metadata['uid']} {metadata['resourceVersion']} {event.reason} {event.message}"
+    regarding = {
+        "apiVersion": API_VERSION,
+        "kind": key.kind,
+        "namespace": key.namespace,
+        "name": key.name,
+        "uid": metadata["uid"],
+    }
+    return {
+        "apiVersion": "v1",
+        "kind": "Event",
+        "metadata": {
+            "name": f"{key.name}.{hashlib.sha256(content.encode()).hexdigest()[:16]}",
+            "namespace": key.namespace,
+        },
+        "involvedObject": regarding,
+        "type": event.type,
+        "reason": event.reason,
+        "message": event.message[:1024],
+        "source": {"component": MANAGER},
+        "reportingComponent": MANAGER,
+        "firstTimestamp": now,
+        "lastTimestamp": now,
+        "count": 1,
+    }
