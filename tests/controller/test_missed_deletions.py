@@ -100,7 +100,7 @@ def test_a_job_that_exists_is_not_read_again_by_the_listing() -> None:
         cluster.exists = True
         cluster.reconciler.cache.job(KEY).body = cluster.body
         await cluster.reconciler.check_existence()
-        assert cluster.reconciler.cache.job(KEY).body is cluster.body
+        assert cluster.reconciler.cache.job(KEY).body == cluster.body
 
     asyncio.run(scenario())
 

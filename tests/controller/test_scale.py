@@ -177,7 +177,9 @@ def test_many_jobs_share_the_writes_of_a_second_and_each_gets_its_turn(
     clock = Clock()
     monkeypatch.setattr(write_budget, "time", clock)
     running: dict[str, Any] = {"status": {"progress": {}, "stages": []}}
-    budget, jobs = WriteBudget(2), [CachedJob(body=running) for _ in range(200)]
+    budget, jobs = WriteBudget(2), [CachedJob() for _ in range(200)]
+    for cached in jobs:
+        cached.body = running
     written: list[tuple[float, int]] = []
     for _ in range(600):  # 300 s
         for number, cached in enumerate(jobs):

