@@ -1,10 +1,12 @@
 """Compare Tuneyard's operator under load with a plain kopf operator, on a real API server.
 
     .venv/bin/python benchmarks/operator_burst.py
+    .venv/bin/python benchmarks/operator_burst.py --idle 0 --pairs 3
 
 The burst: clients create 1,000 FineTuneJobs at once.
 The benchmark measures how soon each job has its RayJob and its first status.
 Each operator gets a new API server.
+Afterwards as many jobs are created evenly, at half of the rate that the operator reached.
 
 The idle cluster: 10,000 finished jobs exist.
 The benchmark measures the memory of an idle operator and how soon it acts after a restart.
@@ -179,16 +181,20 @@ class Idle:
     restart_writes: int
 
 
-async def measure_burst(candidate: Candidate, rig: Rig, logs: Path, num_jobs: int) -> Burst:
-    """Create `num_jobs` jobs at once while the operator runs."""
+async def measure_burst(
+    candidate: Candidate, rig: Rig, logs: Path, num_jobs: int, rate: float = math.inf
+) -> Burst:
+    """Create `num_jobs` jobs while the operator runs, at `rate` jobs per second; infinite: at
+    once."""
     names = [f"job-{number:05}" for number in range(num_jobs)]
     async with connect(rig.kubeconfig) as api, observe(api) as observed:
         with candidate.running(rig, logs) as operator:
             await warm_up(api, observed, operator)
             spent_before, writes_before = operator.processor_seconds(), await api.writes()
-            report(f"{candidate.name}: creating {num_jobs} jobs with {NUM_CLIENTS} clients")
+            pace = "at once" if rate == math.inf else f"at {rate:.1f} jobs/s"
+            report(f"{candidate.name}: creating {num_jobs} jobs {pace}")
             started = time.monotonic()
-            created = await create_all(api, names)
+            created = await create_all(api, names, rate=rate)
             all_created = time.monotonic()
             await wait_until_handled(names, observed, operator, 120 + num_jobs / 5)
             ended = max(*observed.rayjobs.values(), *observed.statuses.values())
@@ -312,17 +318,19 @@ async def delete_job(api: Api, observed: Observations, name: str) -> None:
 
 
 async def create_all(
-    api: Api, names: Sequence[str], status: Object | None = None
+    api: Api, names: Sequence[str], status: Object | None = None, rate: float = math.inf
 ) -> dict[str, float]:
-    """Create every job as fast as possible; return the monotonic time of each response.
+    """Create every job; return the monotonic time of each response.
 
-    `status`: the status that every job gets; None: no status.
+    `status`: the status that every job gets; None: no status. `rate`: jobs per second; infinite:
+    as fast as possible.
     """
     created: dict[str, float] = {}
-    waiting = iter(names)
+    began, waiting = time.monotonic(), iter(enumerate(names))
 
     async def client() -> None:
-        for name in waiting:
+        for number, name in waiting:
+            await asyncio.sleep(max(0.0, began + number / rate - time.monotonic()))
             await api.create(JOBS, job_manifest(name))
             created[name] = time.monotonic()
             if status is not None:
@@ -408,14 +416,16 @@ def mib(num_bytes: int) -> str:
     return f"{num_bytes / (1 << 20):.0f} MiB"
 
 
-def burst_rows(result: Burst) -> dict[str, str]:
-    rows = {
-        "jobs/s": f"{result.jobs_per_second:.0f}",
-        "  created by the clients, jobs/s": f"{result.created_per_second:.0f}",
-    }
+def time_rows(result: Burst) -> dict[str, str]:
+    rows = {"created by the clients, jobs/s": f"{result.created_per_second:.1f}"}
     for target, values in (("RayJob", result.to_rayjob), ("first status", result.to_status)):
         rows[f"creation to {target}, p50"] = f"{statistics.median(values):.2f} s"
         rows[f"creation to {target}, p99"] = f"{percentile(values, 0.99):.2f} s"
+    return rows
+
+
+def burst_rows(result: Burst) -> dict[str, str]:
+    rows = {"jobs/s": f"{result.jobs_per_second:.1f}"} | time_rows(result)
     rows["memory, peak"] = mib(result.peak_bytes)
     rows["memory, after"] = mib(result.after_bytes)
     rows["processor time per job"] = f"{result.processor_seconds_per_job * 1000:.1f} ms"
@@ -447,6 +457,25 @@ def print_table(title: str, columns: Mapping[str, Mapping[str, str]]) -> None:
         print(f"{label:{width}}" + "".join(f"{value:>14}" for value in values), flush=True)
 
 
+def print_burst(candidates: Sequence[Candidate], logs: Path, num_jobs: int) -> dict[str, float]:
+    """Measure and print one burst of each operator; return their rates in jobs per second."""
+    bursts: dict[str, Burst] = {}
+    paced: dict[str, Burst] = {}
+    for candidate in candidates:
+        with api_server() as rig:
+            burst = asyncio.run(measure_burst(candidate, rig, logs, num_jobs))
+        rate = burst.jobs_per_second / 2
+        with api_server() as rig:
+            paced[candidate.name] = asyncio.run(measure_burst(candidate, rig, logs, num_jobs, rate))
+        bursts[candidate.name] = burst
+    with api_server() as rig:
+        alone = asyncio.run(measure_api_server(rig, num_jobs))
+    print_table(f"{num_jobs:,} jobs at once", {n: burst_rows(each) for n, each in bursts.items()})
+    print_table("at half of that rate", {n: time_rows(each) for n, each in paced.items()})
+    print(f"\nthe API server without any operator takes {alone:.0f} jobs/s", flush=True)
+    return {name: burst.jobs_per_second for name, burst in bursts.items()}
+
+
 def main() -> None:
     arguments = parse()
     candidates = [
@@ -456,16 +485,15 @@ def main() -> None:
     selected = [each for each in candidates if arguments.only in (None, each.name)]
     with tempfile.TemporaryDirectory() as folder:
         logs = arguments.logs or Path(folder)
-        if arguments.jobs:
-            bursts: dict[str, Mapping[str, str]] = {}
-            for candidate in selected:
-                with api_server() as rig:
-                    measured = asyncio.run(measure_burst(candidate, rig, logs, arguments.jobs))
-                bursts[candidate.name] = burst_rows(measured)
-            with api_server() as rig:
-                rate = asyncio.run(measure_api_server(rig, arguments.jobs))
-            print_table(f"{arguments.jobs:,} jobs at once", bursts)
-            print(f"\nthe API server without any operator takes {rate:.0f} jobs/s", flush=True)
+        ratios: list[float] = []
+        for _ in range(arguments.pairs if arguments.jobs else 0):
+            rates = print_burst(selected, logs, arguments.jobs)
+            if len(rates) > 1:
+                ratios.append(rates["tuneyard"] / rates["plain-kopf"])
+        if ratios:
+            each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+            median = statistics.median(ratios)
+            print(f"\njobs/s, tuneyard / plain-kopf: {each}; median {median:.2f}", flush=True)
         if arguments.idle:
             with api_server() as rig:
                 measured_idle = asyncio.run(measure_idle(selected, rig, logs, arguments.idle))
@@ -479,6 +507,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--jobs", type=int, default=1000, help="number of jobs created at once; 0 skips the burst"
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=1, help="bursts of each operator; their rates are compared"
     )
     parser.add_argument(
         "--idle", type=int, default=10_000, help="number of finished jobs; 0 skips the idle cluster"
