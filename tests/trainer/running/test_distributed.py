@@ -13,6 +13,7 @@ import ray.util
 from tests.trainer.jobs import manifest, planned
 from tuneyard.errors import StageError
 from tuneyard_trainer.running import distributed
+from tuneyard_trainer.running.group import Places, Resources
 
 
 class SilentGroup:
@@ -34,8 +35,8 @@ def test_a_group_that_ends_without_a_report_has_not_succeeded(
     with pytest.raises(StageError) as failure:
         distributed.run(
             planned(manifest(tmp_path)),
-            places=distributed.Places(folder, folder, folder, folder),
-            resources=distributed.Resources(1, 1, 0, 1.0),
+            places=Places(folder, folder, folder, folder),
+            resources=Resources(1, 1, 0, 1.0),
             attempt=1,
             on_event=lambda _: None,
             stop=threading.Event(),

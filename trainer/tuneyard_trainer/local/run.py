@@ -1,10 +1,9 @@
-"""`tuneyard run`: run plans on this machine, in a Ray cluster of its own."""
+"""`tuneyard run`: run plans on this machine, in processes of its own."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 import tempfile
 import threading
 import traceback
@@ -19,8 +18,9 @@ from tuneyard.api.pods import DRIVER_LOG, model_uri, stage_folder
 from tuneyard.errors import Fault, PlanError, StageError
 from tuneyard_trainer.local.console import Console
 from tuneyard_trainer.logs.keep import LogPlace, kept
+from tuneyard_trainer.running import processes
+from tuneyard_trainer.running.group import Places
 from tuneyard_trainer.running.runner import StageInputs
-from tuneyard_trainer.running.waits import wait_event
 from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted
 
@@ -42,12 +42,6 @@ def run(plans: Sequence[Plan], base_dir: Path) -> int:
                 break
     except KeyboardInterrupt:
         code = INTERRUPTED
-    if code == INTERRUPTED:
-        # The training thread may still use Ray, whose exit handlers would then change the exit
-        # code. Ray's processes end when they notice that this one has ended.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
     return code
 
 
@@ -97,7 +91,7 @@ def _run(plan: Plan, base_dir: Path) -> int:
     cache_dir = _cache_dir()
     with (
         Console() as console,
-        # After a second Ctrl-C the workers still write there.
+        # After a second Ctrl-C the helpers that keep the logs still read there.
         tempfile.TemporaryDirectory(prefix="tuneyard-", ignore_cleanup_errors=True) as scratch,
         ExitStack() as logs,
     ):
@@ -129,20 +123,11 @@ def _carry_out(
     pending = StageInputs(plan, store, base_dir, cache_dir, console.event).pending()
     if pending:
         logs.enter_context(_log(output, scratch, console))
-        console.event(wait_event("importing Ray"))  # only if a stage has to run
-        from tuneyard_trainer.running import distributed
-
-        resources = distributed.local_resources(plan.compute)
-        places = distributed.Places(output, str(scratch), str(base_dir.absolute()), str(cache_dir))
-        console.event(wait_event("starting Ray"))
-        with _orderly_stop(console) as stop, distributed.local_cluster(resources):
-            distributed.run(
-                plan,
-                places=places,
-                resources=resources,
-                attempt=1,
-                on_event=console.event,
-                stop=stop,
+        places = Places(output, str(scratch), str(base_dir.absolute()), str(cache_dir))
+        resources = processes.local_resources(plan.compute)
+        with _orderly_stop(console) as stop:
+            processes.run(
+                plan, places=places, resources=resources, on_event=console.event, stop=stop
             )
     records = {stage.name: store.record(stage.name) for stage in plan.stages}
     console.summary(

@@ -43,6 +43,7 @@ from tuneyard_trainer.pod.log import Log
 from tuneyard_trainer.pod.progress import AttemptProgress, finite
 from tuneyard_trainer.pod.reporter import Reporter, StatusClient
 from tuneyard_trainer.running.failures import MOST_CHARACTERS, last_line
+from tuneyard_trainer.running.group import Places
 from tuneyard_trainer.running.waits import Waits
 from tuneyard_trainer.storage import sources
 from tuneyard_trainer.storage.records import Store
@@ -123,7 +124,7 @@ class Driver:
         from tuneyard_trainer.running import distributed
 
         resources = distributed.pods_resources(self._plan.compute, os.environ)
-        places = distributed.Places(
+        places = Places(
             output=output,
             scratch=str(FOLDER / "scratch"),
             base_dir="/",
