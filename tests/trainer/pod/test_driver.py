@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.trainer.jobs import manifest, planned, write_data
 from tests.trainer.status_server import SUPERSEDED, Reply, StatusServer, serving
@@ -27,6 +29,7 @@ from tuneyard_trainer import drain, erase
 from tuneyard_trainer.pod import driver as driver_module
 from tuneyard_trainer.pod.driver import Driver, located, outcome_of
 from tuneyard_trainer.pod.log import Log
+from tuneyard_trainer.running import torchrun
 from tuneyard_trainer.running.distributed import pods_resources
 from tuneyard_trainer.running.group import Resources
 from tuneyard_trainer.storage import sources
@@ -60,10 +63,10 @@ def last_words(err: str) -> Outcome:
     return Outcome.model_validate_json(line.removeprefix(OUTCOME_PREFIX))
 
 
-def cluster_plan(folder: Path, model: Path, **spec: Any) -> Plan:
-    """The plan of a job with absolute paths and one CPU."""
+def cluster_plan(folder: Path, model: Path, workers: int = 1, **spec: Any) -> Plan:
+    """The plan of a job with absolute paths and one CPU per worker."""
     output = spec.pop("output", None) or str(folder / "out")
-    value = manifest(model, output, compute={"workers": 1, "cpusPerWorker": "900m"}, **spec)
+    value = manifest(model, output, compute={"workers": workers, "cpusPerWorker": "900m"}, **spec)
     data = value["spec"]["data"]
     data["train"][0]["uri"] = f"file://{folder}/train.jsonl"
     data["validation"]["data"][0]["uri"] = f"file://{folder}/validation.jsonl"
@@ -302,7 +305,7 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Ray cluster in a process of its own, like the head pod's; it ends with the test."""
     script = (
         "import ray, sys\n"
-        "ray.init(address='local', num_cpus=1, include_dashboard=False, log_to_driver=False)\n"
+        "ray.init(address='local', num_cpus=2, include_dashboard=False, log_to_driver=False)\n"
         "print(ray.get_runtime_context().gcs_address, flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen(
@@ -436,9 +439,10 @@ def test_an_attempt_is_stopped_superseded_drained_and_in_the_end_succeeds(
     assert process.returncode == 3, err
     assert pictures(server)[-1]["outcome"]["failure"]["reason"] == "Preempted"
 
-    # Another plan of the same job begins anew and succeeds; its result is told.
+    # Another plan of the same job begins anew with two workers, which train what one process does,
+    # and succeeds; its result is told.
     server.posts = []
-    short = cluster_plan(tmp_path, tiny_model_dir)
+    short = cluster_plan(tmp_path, tiny_model_dir, workers=2, adapter={"lora": {}})
     process = launched(tmp_path, short, env, attempt=4)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
@@ -458,7 +462,15 @@ def test_an_attempt_is_stopped_superseded_drained_and_in_the_end_succeeds(
     trained = json.loads((tmp_path / "out/stages/sft/record.json").read_text())
     assert (trained["attempt"], trained["metrics"]["steps"]) == (4, 9)
     assert json.loads((tmp_path / "out/owner.json").read_text())["attempt"] == 4
-    assert "worker 0 of 1" in (tmp_path / "out/logs/attempt-4/worker-0.log").read_text()
+    for rank in (0, 1):
+        log = (tmp_path / f"out/logs/attempt-4/worker-{rank}.log").read_text()
+        assert f"worker {rank} of 2" in log
+    one, cache = tmp_path / "one", tmp_path / "cache"
+    torchrun.run(short, str(one), base_dir=tmp_path, cache_dir=cache, emit=lambda _: None)
+    weights = "result/adapter/adapter_model.safetensors"
+    two_workers = load_file(tmp_path / "out" / weights)
+    for name, tensor in load_file(one / weights).items():
+        torch.testing.assert_close(two_workers[name], tensor, atol=1e-5, rtol=1e-4)
 
     # Broken data: the row and the field to change, in the post and in the last line.
     server.posts = []
