@@ -149,8 +149,17 @@ class Platform:
         return log
 
 
+@pytest.fixture(scope="module")
+def platform(installed: Platform) -> Iterator[Platform]:
+    """The cluster, whose node has no room for the jobs of two modules."""
+    yield installed
+    installed.kubectl("delete", "ftj,aj", "--all", "--wait=false")
+    jobs = "tuneyard.io/job"
+    installed.until("the node is empty", lambda: not installed.items("pods", jobs), 200)
+
+
 @pytest.fixture(scope="session")
-def platform(cluster: Cluster, helm: Path) -> Iterator[Platform]:
+def installed(cluster: Cluster, helm: Path) -> Iterator[Platform]:
     """The operator runs from the shipped chart with its own ServiceAccount; pods of jobs must
     satisfy the restricted standard."""
     if cluster.rig is not None:  # a given cluster has the images: scripts/kind.sh

@@ -1,7 +1,7 @@
 """Jobs in real pods keep every invariant under random faults.
 
-`make chaos LEVEL=cluster RUNS=14 SEED=7` plays more runs than the two of `make test`; seven runs in
-a row, from a multiple of seven on, have every kind of fault once.
+The two runs of `make test` kill a worker and a head. `make chaos LEVEL=cluster RUNS=14 SEED=7`
+plays more; seven runs in a row, from a multiple of seven on, have every kind of fault once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.cluster.conftest import Object, Platform
 from tests.cluster.jobs import tiny
 
 RUNS = int(os.environ.get("TUNEYARD_CHAOS_RUNS", "2"))
-SEED = int(os.environ.get("TUNEYARD_CHAOS_SEED", "11"))
+SEED = int(os.environ.get("TUNEYARD_CHAOS_SEED", "4"))
 FIRST = int(os.environ.get("TUNEYARD_CHAOS_FIRST", "0"))
 PARALLEL = int(os.environ.get("TUNEYARD_CHAOS_PARALLEL", "1"))
 """A node with two cores has room for one worker: with less than a core, Ray's probes fail."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
 
 import pytest
 
@@ -13,8 +12,6 @@ from tests.cluster.jobs import quickstart
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1200)]
 
-STEPS = 120
-"""Steps of the job whose pods are killed: fast cores do 40 of them between two status writes."""
 LOADS = """
 import json
 from peft import PeftModel
@@ -111,40 +108,3 @@ def _event_reasons(platform: Platform, job: str) -> list[str]:
         and event["involvedObject"]["kind"] == "FineTuneJob"
     ]
     return [reason for _, reason in sorted(events, key=lambda e: (e[0], order.index(e[1])))]
-
-
-def test_after_a_killed_worker_and_a_killed_head_few_steps_are_repeated(
-    platform: Platform,
-) -> None:
-    platform.apply(quickstart("survivor", steps=STEPS))
-
-    platform.until_step("survivor", attempt=1, step=7)
-    _kill(platform, "worker", attempt=1)
-    platform.until("attempt 2 exists", lambda: len(_attempts(platform)) == 2)
-    # The status shows attempt 1's step until attempt 2 reports: a fixed step could be its.
-    platform.until_step("survivor", attempt=2, step=_attempts(platform)[0]["lastStep"] + 7)
-    _kill(platform, "head", attempt=2)
-    platform.wait("survivor", "Succeeded")
-
-    first, second, third = _attempts(platform)
-    sys.stdout.write(json.dumps([first, second, third], indent=2))
-    assert first["reason"] != "Succeeded"
-    assert second["reason"] != "Succeeded"
-    assert third["reason"] == "Succeeded"
-    for attempt in (first, second):
-        assert attempt["stage"] == "sft"
-        assert attempt["stepsLost"] <= 5, "no more than what lies behind the last checkpoint"
-    assert second["lastStep"] > first["lastStep"] - 5, "it went on, it did not start over"
-    (record,) = [s for s in platform.status("survivor")["stages"] if s["kind"] == "sft"]
-    assert record["metrics"]["steps"] == STEPS
-
-
-def _attempts(platform: Platform) -> list[dict[str, Any]]:
-    return platform.status("survivor").get("attempts") or []
-
-
-def _kill(platform: Platform, role: str, *, attempt: int) -> None:
-    pods = platform.pods("survivor", role=role, attempt=attempt)
-    assert pods, f"attempt {attempt} has no {role}"
-    for pod in pods:
-        platform.kubectl("delete", "pod", pod, "--grace-period=0", "--force", "--wait=false")
