@@ -13,7 +13,7 @@ JOBS: dict[tuple[str, str], str] = {
     ("ray.io", "rayjobs"): "list watch create delete",
     ("", "pods"): "get list watch",
     ("", "configmaps"): "get create patch",
-    ("networking.k8s.io", "networkpolicies"): "create patch",
+    ("networking.k8s.io", "networkpolicies"): "get create patch",
     ("batch", "jobs"): "get create patch",
     ("", "events"): "list create",
     ("kueue.x-k8s.io", "workloads"): "list watch",

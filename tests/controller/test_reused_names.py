@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from tests.controller.memory import (
+    CONFIG_MAPS,
     JOBS,
     PODS,
+    POLICIES,
     RAY_JOBS,
     MemoryApi,
     Object,
@@ -25,6 +27,7 @@ from tests.controller.memory import (
 from tuneyard.api.progress import Post
 from tuneyard.controller import metrics
 from tuneyard.controller.job_cache import JobCache
+from tuneyard.controller.settings import Settings
 from tuneyard.rendering.names import UID_LABEL
 from tuneyard.status import observed
 
@@ -67,6 +70,13 @@ def replace_job(api: MemoryApi, operator: Operator, *, seen: bool) -> None:
     api.add(job("tuned"))
 
 
+def collect(api: MemoryApi, *collections: str) -> None:
+    """Remove the objects of collections, as the garbage collector does."""
+    for collection in collections:
+        for name in api.names(collection):
+            api.remove(f"{collection}/{name}")
+
+
 async def settled(api: MemoryApi, operator: Operator) -> None:
     """Let the operator handle the job several times."""
     for _ in range(5):
@@ -82,8 +92,7 @@ def test_an_outcome_of_the_deleted_job_does_not_end_the_new_one() -> None:
             await running(api, operator)
             old = api.uid(PATH) or ""
             operator.reconciler.accept_post(key("tuned"), old, success(7))
-            api.remove(f"{PODS}/tuned-1-head")
-            api.remove(RAY_JOB)
+            collect(api, PODS, RAY_JOBS, CONFIG_MAPS)
             replace_job(api, operator, seen=False)
             await eventually(lambda: RAY_JOB in api.objects)
             api.change(RAY_JOB, status=RUNNING)
@@ -106,7 +115,7 @@ def test_a_rayjob_of_the_deleted_job_is_neither_adopted_nor_counted() -> None:
         async with operated(api) as operator:
             await running(api, operator)
             old = api.uid(RAY_JOB)
-            api.remove(f"{PODS}/tuned-1-head")
+            collect(api, PODS, CONFIG_MAPS)
             api.on_change = lambda _, __: None
             api.change(RAY_JOB, status=SUCCEEDED)
             api.remove(PATH)
@@ -131,7 +140,7 @@ def test_the_pods_of_the_deleted_job_are_waited_for_and_explain_nothing() -> Non
             states = [{"name": "ray-worker", "state": KILLED}]
             old = api.add(pod(api.objects[RAY_JOB], "worker", containerStatuses=states))
             replace_job(api, operator, seen=True)
-            api.remove(RAY_JOB)
+            collect(api, RAY_JOBS, CONFIG_MAPS)
             await settled(api, operator)
             assert RAY_JOB not in api.objects, "the old pods still exist"
             for role in ("head", "worker"):
@@ -234,6 +243,62 @@ def test_a_rayjob_of_another_client_with_the_attempts_name_is_reported_and_left_
             assert "create the job under another name" in str(api.status("tuned"))
         assert api.uid(RAY_JOB) == before
         assert "ownerReferences" not in api.objects[RAY_JOB]["metadata"]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("collection", [CONFIG_MAPS, POLICIES])
+def test_a_new_job_waits_until_the_garbage_collector_has_removed_the_objects_of_the_deleted_one(
+    collection: str,
+) -> None:
+    """It would be their second controller, which Kubernetes refuses for good (422)."""
+
+    async def run() -> None:
+        api = MemoryApi()
+        api.add(job("tuned"))
+        async with operated(api, Settings(job_network_policies=True)) as operator:
+            await running(api, operator)
+            (name,) = api.names(collection)
+            path = f"{collection}/{name}"
+            old = api.objects[path]
+            collect(api, *{PODS, RAY_JOBS, CONFIG_MAPS, POLICIES} - {collection})
+            replace_job(api, operator, seen=True)
+            await eventually(lambda: "already exists" in str(api.status("tuned")))
+            assert (phase(api), api.objects[path]) == ("Pending", old)
+            api.remove(path)
+            operator.reconciler.cache.job(key("tuned")).create_after = 0.0
+            operator.reconciler.queue.add(key("tuned"))
+            await running(api, operator)
+            (owner,) = api.objects[path]["metadata"]["ownerReferences"]
+            assert owner["uid"] == api.uid(PATH)
+
+    asyncio.run(run())
+
+
+def test_a_network_policy_of_another_client_with_the_jobs_name_is_reported_and_left_alone() -> None:
+    async def run() -> None:
+        api = MemoryApi()
+        metadata = {"name": "tuned-pods", "namespace": "team"}
+        own = {"podSelector": {"matchLabels": {"app": "bank"}}}
+        foreign = api.add({"kind": "NetworkPolicy", "metadata": metadata, "spec": own})
+        api.add(job("tuned"))
+        async with operated(api, Settings(job_network_policies=True)):
+            await eventually(lambda: "already exists" in str(api.status("tuned")))
+        assert api.objects[f"{POLICIES}/tuned-pods"] == foreign
+        assert "create the job under another name" in str(api.status("tuned"))
+
+    asyncio.run(run())
+
+
+def test_the_objects_that_an_operator_created_before_it_was_killed_are_used() -> None:
+    async def run() -> None:
+        api = MemoryApi()
+        api.add(job("tuned"))
+        refused = iter([(500, "")] * 2)
+        api.fault = lambda asked: next(refused, None) if asked.path == RAY_JOB else None
+        async with operated(api, Settings(job_network_policies=True)) as operator:
+            await running(api, operator)
+        assert (len(api.names(CONFIG_MAPS)), api.names(POLICIES)) == (1, ["tuned-pods"])
 
     asyncio.run(run())
 

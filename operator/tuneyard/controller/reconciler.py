@@ -372,10 +372,9 @@ class Reconciler:
                 reduced_to=job.status.attempts[-1].workers if job.status else None,
             )
             # The attempts of a job share all objects but the RayJob.
-            store = self.cluster.ensure if number == 1 else self.cluster.apply
-            await store(rendered.config_map)
+            await self.cluster.ensure(rendered.config_map)
             if self.settings.job_network_policies:
-                await store(rendered.network_policy)
+                await self.cluster.ensure(rendered.network_policy)
             created = await self.cluster.create(rendered.ray_job)
         except PlanLostError as error:
             if isinstance(error, PlanMissingError) and not _has_begun(job):
