@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -205,6 +206,29 @@ def test_turns_are_apart_and_do_not_add_up_while_nobody_takes_them() -> None:
     turns = Turns(2)
     assert [turns.take(10.0) for _ in range(3)] == [10.0, 10.5, 11.0]
     assert [turns.take(20.0) for _ in range(2)] == [20.0, 20.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "is_news"),
+    [
+        ("prepare", "Skipped", False),
+        ("prepare", "Pending", False),
+        ("prepare", "Running", True),
+        ("sft", "Running", False),
+        ("sft", "Succeeded", True),
+        ("unknown", "Running", False),
+    ],
+)
+def test_a_post_waits_for_no_turn_only_if_it_changes_a_stage_of_the_status(
+    name: str, state: str, *, is_news: bool
+) -> None:
+    """A later attempt reports the stages that an earlier one finished as skipped, in every post."""
+    done = {"name": "prepare", "kind": "prepare", "state": "Succeeded"}
+    trained = {"name": "sft", "kind": "sft", "state": "Running"}
+    cached = CachedJob(write_interval=60.0, written_at=time.monotonic() - 20.0)
+    cached.body = {"status": {"progress": {}, "stages": [done, trained]}}
+    reported = progress(1, stages=[{"name": name, "kind": name, "state": state}])
+    assert (WriteBudget(1).wait_of_post(cached, reported) == 0) == is_news
 
 
 @pytest.fixture
