@@ -17,8 +17,9 @@ from rig.ports import Reservation
 
 from tests.controller.metric_names import NAMES
 from tests.controller.running import Operator, wait_until
-from tuneyard.api.status import JobStatus, Progress
+from tuneyard.api.status import JobStatus, Progress, StageStatus
 from tuneyard.controller import metrics
+from tuneyard.manifests.manifest import parse
 
 if TYPE_CHECKING:
     from rig.plugin import Cluster
@@ -147,3 +148,12 @@ def test_prometheus_scrapes_the_operator(
         wait_until(lambda: server.values("up") == {"": 1.0})
         wait_until(lambda: server.values("tuneyard_leader") == {"": 1.0})
         wait_until(lambda: sum(server.values("tuneyard_jobs").values()) == 1.0)
+
+
+def test_times_of_stages_that_are_no_times_count_as_unknown() -> None:
+    """A driver reports them, and its image may be anybody's."""
+    job = parse(JOB)
+    reported = {"startedAt": "soon", "finishedAt": "2026-11-26T10:00:00Z", "state": "Succeeded"}
+    stage = StageStatus.model_validate({"name": "sft", "kind": "sft", **reported})
+    naive = stage.model_copy(update={"name": "next", "started_at": "2026-11-26T09:00:00"})
+    metrics.count_change(job, JobStatus(), JobStatus(stages=[stage, naive]))

@@ -181,7 +181,11 @@ def _reason(status: JobStatus) -> str:
 
 
 def _between(start: str | None, end: str | None) -> float:
-    """Return the seconds between two times; 0: one of them is unknown."""
+    """Return the seconds between two times; 0: one of them is unknown, or no time in UTC: a driver
+    reports those of its stages."""
     if not start or not end:
         return 0.0
-    return (moment_of(end) - moment_of(start)).total_seconds()
+    try:
+        return (moment_of(end) - moment_of(start)).total_seconds()
+    except (ValueError, TypeError):  # TypeError: one of them has no time zone
+        return 0.0
