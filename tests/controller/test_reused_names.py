@@ -332,6 +332,33 @@ def test_a_driver_of_the_deleted_job_stops_and_its_outcome_is_not_the_new_jobs(w
     asyncio.run(run())
 
 
+def test_an_erasure_waits_for_the_config_map_of_a_deleted_job_and_does_not_give_up() -> None:
+    """An apply would be refused for good, and the output would stay."""
+
+    async def run() -> None:
+        api = MemoryApi()
+        erased = job("tuned")
+        erased["spec"]["output"]["deletionPolicy"] = "Delete"
+        api.add(erased)
+        async with operated(api) as operator:
+            await running(api, operator)
+            (name,) = api.names(CONFIG_MAPS)
+            old = api.objects[f"{CONFIG_MAPS}/{name}"]
+            owner = {"uid": "an earlier job", "controller": True}
+            metadata = {**old["metadata"], "ownerReferences": [owner]}
+            api.objects[f"{CONFIG_MAPS}/{name}"] = {**old, "metadata": metadata}
+            collect(api, PODS)
+            stamp = {"deletionTimestamp": "2030-01-01T00:00:00Z"}
+            api.change(PATH, metadata={**api.objects[PATH]["metadata"], **stamp})
+            await eventually(lambda: "already exists" in str(api.status("tuned")))
+            assert PATH in api.objects
+            collect(api, CONFIG_MAPS)
+            path = "/apis/batch/v1/namespaces/team/jobs/tuned-erase"
+            await eventually(lambda: path in api.objects)
+
+    asyncio.run(run())
+
+
 def test_an_erasure_of_the_deleted_job_does_not_count_for_the_new_one() -> None:
     async def run() -> None:
         api = MemoryApi()
@@ -348,7 +375,7 @@ def test_an_erasure_of_the_deleted_job_does_not_count_for_the_new_one() -> None:
             api.remove(f"{PODS}/tuned-1-head")
             stamp = {"deletionTimestamp": "2030-01-01T00:00:00Z"}
             api.change(PATH, metadata={**api.objects[PATH]["metadata"], **stamp})
-            await eventually(lambda: "waiting since" in str(api.status("tuned")))
+            await eventually(lambda: "belongs to another owner" in str(api.status("tuned")))
             await settled(api, operator)
             assert PATH in api.objects
             del api.objects[path]

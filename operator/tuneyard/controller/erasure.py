@@ -30,7 +30,7 @@ class Erasure:
             return _to_erase(name) if is_created else ""
         if controller_of(found) != job.metadata.uid:
             # The garbage collector removes the Job of a deleted job of this name.
-            return _to_erase(name)
+            return f"Job {name}, which belongs to another owner, to be removed: its name is needed"
         conditions = (found.get("status") or {}).get("conditions") or ()
         results = {c["type"]: c for c in conditions if c.get("status") == "True"}
         # A Job with a pod on a lost node has FailureTarget and never Failed.
@@ -43,8 +43,8 @@ class Erasure:
         """Create the Job that erases the output; return whether that was possible."""
         try:
             plan = await self._planner.for_erasure(key, job)
-            await self._cluster.apply(rayjob.render(plan, job, attempt=1).config_map)
-            await self._cluster.apply(rayjob.render_erasure(plan, job, image=self._image))
+            await self._cluster.ensure(rayjob.render(plan, job, attempt=1).config_map)
+            await self._cluster.ensure(rayjob.render_erasure(plan, job, image=self._image))
         except (ManifestError, ApiError) as error:
             if isinstance(error, ApiError) and not error.is_refusal:
                 raise
