@@ -28,7 +28,7 @@ DISCOVERY = {
 """For the cluster, if all namespaces are served."""
 OWN: dict[tuple[str, str, str], str] = {
     ("coordination.k8s.io", "leases", ""): "create",
-    ("coordination.k8s.io", "leases", "tuneyard-operator"): "get update patch",
+    ("coordination.k8s.io", "leases", "tuneyard-operator"): "get update",
     ("", "secrets", ""): "create",
     ("", "secrets", "tuneyard-tls"): "get update",
 }

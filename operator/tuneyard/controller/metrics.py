@@ -143,7 +143,8 @@ def count_change(job: Job, before: JobStatus | None, after: JobStatus) -> None:
         TRANSITIONS.labels(job.kind, after.phase).inc()
         if after.phase in ("Succeeded", "Failed"):
             outcome = "Succeeded" if after.phase == "Succeeded" else _reason(after)
-            seconds = sum(_between(a.running_at, a.finished_at) for a in after.attempts)
+            listed = sum(_between(a.running_at, a.finished_at) for a in after.attempts)
+            seconds = (after.dropped_seconds or 0.0) + listed
             JOB_SECONDS.labels(job.kind, method_of(job), outcome).observe(seconds)
     _count_attempts(job, before, after)
     _count_stages(job, before, after)
