@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -89,6 +90,28 @@ def test_an_active_job_is_reconciled_again_without_any_request(
         return api
 
     assert asyncio.run(run()).requests == []
+
+
+def test_finished_jobs_that_are_to_be_deleted_later_are_not_read_when_the_operator_starts() -> None:
+    ended = {"type": "Succeeded", "status": "True", "reason": "Succeeded", "message": ""}
+    condition = {**ended, "lastTransitionTime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
+
+    async def run() -> MemoryApi:
+        api = MemoryApi()
+        for name in ("one", "two"):
+            done = job(name, ttlSecondsAfterFinished=1)
+            api.add({**done, "status": {"phase": "Succeeded", "planDigest": "sha256:0"}})
+            status = {**api.status(name), "conditions": [condition]}
+            api.change(f"{JOBS}/{name}", status=status)
+        async with operated(api) as operator:
+            await asyncio.sleep(0.1)
+            assert api.requests == []
+            assert operator.reconciler.cache.jobs == {}, "they need no memory"
+            operator.late = timedelta(seconds=60)
+            await eventually(lambda: not api.names(JOBS))
+        return api
+
+    asyncio.run(run())
 
 
 def test_the_resync_lists_each_kind_once_page_by_page_and_reads_no_job(
