@@ -13,7 +13,7 @@ JOBS: dict[tuple[str, str], str] = {
     ("ray.io", "rayjobs"): "list watch create delete",
     ("", "pods"): "get list watch",
     ("", "configmaps"): "get create patch",
-    ("networking.k8s.io", "networkpolicies"): "create patch",
+    ("networking.k8s.io", "networkpolicies"): "get create patch",
     ("batch", "jobs"): "get create patch",
     ("", "events"): "list create",
     ("kueue.x-k8s.io", "workloads"): "list watch",
@@ -28,7 +28,7 @@ DISCOVERY = {
 """For the cluster, if all namespaces are served."""
 OWN: dict[tuple[str, str, str], str] = {
     ("coordination.k8s.io", "leases", ""): "create",
-    ("coordination.k8s.io", "leases", "tuneyard-operator"): "get update patch",
+    ("coordination.k8s.io", "leases", "tuneyard-operator"): "get update",
     ("", "secrets", ""): "create",
     ("", "secrets", "tuneyard-tls"): "get update",
 }

@@ -73,6 +73,17 @@ def test_the_operator_is_granted_these_permissions_and_no_others(chart: Chart) -
     assert set(grants(one(objects, "Role"))) == rights.each_own()
 
 
+@pytest.mark.parametrize(
+    "resource",
+    ["rayjobs", "pods", "configmaps", "networkpolicies", "jobs", "events", "workloads"],
+)
+def test_the_readme_lists_the_verbs_of_a_job_s_objects(resource: str) -> None:
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|[^|]*\| (\w+)[^|]*\| ([\w, ]+) \|$", text, re.MULTILINE)
+    (granted,) = (verbs for (_, name), verbs in rights.JOBS.items() if name == resource)
+    assert dict(rows)[resource].replace(",", "") == granted
+
+
 def test_without_policies_of_jobs_the_operator_neither_creates_nor_may_create_any(
     chart: Chart,
 ) -> None:

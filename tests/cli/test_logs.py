@@ -268,6 +268,23 @@ def test_an_output_that_cannot_be_read_is_an_error_with_the_location(uri: str, w
     assert f"{uri}/logs" in failure.value.message
 
 
+DROPPED = {**SUCCEEDED, "attempts": [attempt(1, 9, 8, reason="WorkerDied"), attempt(7, 7, 5)]}
+"""The status of a job whose attempts 2 to 6 were dropped, since a status lists a hundred."""
+
+
+def test_an_attempt_is_found_by_its_number_after_others_were_dropped(output: Path) -> None:
+    (output / "logs/attempt-2").rename(output / "logs/attempt-7")
+    cluster = FakeCluster(Snapshot(DROPPED, [], output=f"file://{output}"))
+    shown, written, _ = reader(cluster, number=7)
+    shown.show(cluster.now.job)
+    assert written == ["d2", "end"]
+    with pytest.raises(RemoteError, match="no attempt 8: the last one is 7"):
+        reader(cluster, number=8)[0].show(cluster.now.job)
+    in_volume = FakeCluster(Snapshot(DROPPED, []))
+    with pytest.raises(RemoteError, match=r"logs/attempt-7/driver\.log"):
+        reader(in_volume)[0].show(in_volume.now.job)
+
+
 @pytest.mark.parametrize("role", ["driver", "worker"])
 def test_the_logs_in_a_volume_come_with_the_command_that_reads_them(
     output: Path, role: str

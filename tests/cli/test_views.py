@@ -52,6 +52,12 @@ def test_the_table_of_all_jobs_is_frozen() -> None:
     assert_golden("status/jobs.txt", text(table))
 
 
+def test_the_line_names_the_number_of_the_newest_attempt_although_others_were_dropped() -> None:
+    first, second = RUNNING["attempts"]
+    dropped = {**RUNNING, "attempts": [first, {**second, "number": 102}]}
+    assert "attempt 102" in views.line(job(dropped))
+
+
 def test_a_job_that_was_never_reconciled_has_a_hint() -> None:
     assert "The operator has not reconciled the job yet" in text(views.job_view(job({}), [], NOW))
 

@@ -34,8 +34,16 @@ NAMESPACE = "team"
 JOBS = f"/apis/tuneyard.io/v1alpha1/namespaces/{NAMESPACE}/finetunejobs"
 RAY_JOBS = f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayjobs"
 PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
+CONFIG_MAPS = f"/api/v1/namespaces/{NAMESPACE}/configmaps"
+POLICIES = f"/apis/networking.k8s.io/v1/namespaces/{NAMESPACE}/networkpolicies"
 _COLLECTION = re.compile(r"(/api/v1|/apis/[^/]+/[^/]+)(/namespaces/[^/]+)?/[a-z]+")
-_PLURALS = {"FineTuneJob": JOBS, "RayJob": RAY_JOBS, "Pod": PODS}
+_PLURALS = {
+    "FineTuneJob": JOBS,
+    "RayJob": RAY_JOBS,
+    "Pod": PODS,
+    "ConfigMap": CONFIG_MAPS,
+    "NetworkPolicy": POLICIES,
+}
 
 
 class Request(NamedTuple):
@@ -135,11 +143,17 @@ class MemoryApi:
         return _answer({"metadata": more, "items": items[first:end]})
 
     def _apply(self, path: str, item: Object) -> _Response:
-        """Create or replace an object: all applied fields belong to one field manager."""
+        """Create or replace an object. The owners that another request set stay: a POST and an
+        apply of one client are two field managers, and owners are a map by their UID."""
         known = self.objects.get(path)
         if known is None:
             return _answer(self._store(path, item, new=True))
         metadata = {**known["metadata"], **item["metadata"]}
+        owners = {o["uid"]: o for one in (known, item) for o in _owners(one)}
+        metadata["ownerReferences"] = list(owners.values())
+        if sum(bool(owner.get("controller")) for owner in owners.values()) > 1:
+            message = "Only one reference can have Controller set to true"
+            return _Response(422, message, "Invalid")
         return _answer(self._store(path, {**known, **item, "metadata": metadata}))
 
     def _patch(self, path: str, patch: Object) -> _Response:
@@ -216,6 +230,10 @@ def _labels(item: Object) -> Object:
 def _has(labels: Object, name: str, is_given: str, value: str) -> bool:
     """Return whether labels match one part of a selector: NAME or NAME=VALUE."""
     return name in labels and (not is_given or labels[name] == value)
+
+
+def _owners(item: Object) -> list[Object]:
+    return item["metadata"].get("ownerReferences") or []
 
 
 def _finalizers(item: Object) -> list[str]:

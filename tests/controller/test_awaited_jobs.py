@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.controller.memory import JOBS, MemoryApi, eventually, job, operated
 from tests.controller.test_reconciler import SPEC, EarlyWatches
 from tuneyard.controller.cluster import Key
 
@@ -148,3 +149,36 @@ def test_a_job_waits_for_a_model_that_may_still_come(
     reason, message = condition(TwoJobs(LATER, earlier, phase).planned())
     assert reason == "WaitingForModel"
     assert message.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../other/finetunejobs/victim",
+        "../../../../../../api/v1/namespaces/team/configmaps/x",
+        "..",
+        ".",
+        "earlier/status",
+        "earlier\x00",
+        "e" * 41,
+    ],
+)
+def test_a_source_cannot_lead_the_operator_to_anything_but_a_job_of_its_namespace(
+    name: str,
+) -> None:
+    """The operator may read the jobs of other namespaces, and a client resolves `..` in a path."""
+
+    async def run() -> MemoryApi:
+        api = MemoryApi()
+        body = job("tuned")
+        body["spec"]["model"]["uri"] = f"job://{name}"
+        api.add(body)
+        async with operated(api):
+            await eventually(lambda: api.status("tuned").get("phase"))
+        return api
+
+    api = asyncio.run(run())
+    read = {each.path for each in api.requests if each.method == "GET"}
+    assert read <= {f"{JOBS}/tuned"}
+    assert api.status("tuned")["failure"]["reason"] == "PlanRejected"
+    assert "spec.model.uri" in api.status("tuned")["failure"]["message"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tuneyard.controller.cluster import Key
-from tuneyard.controller.job_cache import JobCache
+from tuneyard.controller.job_cache import JobCache, key_from_labels
 
 KEY = Key("FineTuneJob", "team", "job")
 
@@ -44,3 +44,14 @@ def test_a_failed_pod_that_is_first_observed_at_its_deletion_is_kept_and_reporte
     pod = ray_job(9, containerStatuses=[{"name": "ray-worker", "state": ended}])
     assert cache.update_pod(KEY, pod, deleted=True)
     assert [each.reason for each in cache.job(KEY).deleted_pods["job-1"].problems] == ["OOMKilled"]
+
+
+def test_labels_that_name_no_kind_of_job_name_no_job() -> None:
+    """The operator would look for a resource that does not exist, again and again."""
+
+    def labeled(kind: str) -> dict[str, Any]:
+        labels = {"tuneyard.io/kind": kind, "tuneyard.io/job": "job"}
+        return {"metadata": {"name": "pod", "namespace": "team", "labels": labels}}
+
+    assert key_from_labels(labeled("FineTuneJob")) == KEY
+    assert key_from_labels(labeled("Secret")) is None

@@ -17,8 +17,9 @@ from rig.ports import Reservation
 
 from tests.controller.metric_names import NAMES
 from tests.controller.running import Operator, wait_until
-from tuneyard.api.status import JobStatus, Progress
+from tuneyard.api.status import JobStatus, Progress, StageStatus
 from tuneyard.controller import metrics
+from tuneyard.manifests.manifest import parse
 
 if TYPE_CHECKING:
     from rig.plugin import Cluster
@@ -147,3 +148,29 @@ def test_prometheus_scrapes_the_operator(
         wait_until(lambda: server.values("up") == {"": 1.0})
         wait_until(lambda: server.values("tuneyard_leader") == {"": 1.0})
         wait_until(lambda: sum(server.values("tuneyard_jobs").values()) == 1.0)
+
+
+def test_times_of_stages_that_are_no_times_count_as_unknown() -> None:
+    """A driver reports them, and its image may be anybody's."""
+    job = parse(JOB)
+    reported = {"startedAt": "soon", "finishedAt": "2026-11-26T10:00:00Z", "state": "Succeeded"}
+    stage = StageStatus.model_validate({"name": "sft", "kind": "sft", **reported})
+    naive = stage.model_copy(update={"name": "next", "started_at": "2026-11-26T09:00:00"})
+    metrics.count_change(job, JobStatus(), JobStatus(stages=[stage, naive]))
+
+
+def test_the_duration_of_a_job_includes_the_attempts_that_its_status_does_not_list() -> None:
+    job = parse(JOB)
+    attempt = {"number": 102, "rayJob": "scraped-102", "startedAt": "2026-11-26T10:00:00Z"}
+    times = {"runningAt": "2026-11-26T10:00:00Z", "finishedAt": "2026-11-26T10:01:00Z"}
+    listed = {"attempts": [{**attempt, **times}], "droppedSeconds": 3600.0}
+    before = duration_seconds()
+    metrics.count_change(
+        job, JobStatus(), JobStatus.model_validate({**listed, "phase": "Succeeded"})
+    )
+    assert duration_seconds() - before == 3660.0
+
+
+def duration_seconds() -> float:
+    labels = {"kind": "FineTuneJob", "method": "sft", "outcome": "Succeeded"}
+    return metrics.REGISTRY.get_sample_value("tuneyard_job_duration_seconds_sum", labels) or 0.0

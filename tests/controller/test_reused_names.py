@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from tests.controller.memory import (
+    CONFIG_MAPS,
     JOBS,
     PODS,
+    POLICIES,
     RAY_JOBS,
     MemoryApi,
     Object,
@@ -25,6 +27,7 @@ from tests.controller.memory import (
 from tuneyard.api.progress import Post
 from tuneyard.controller import metrics
 from tuneyard.controller.job_cache import JobCache
+from tuneyard.controller.settings import Settings
 from tuneyard.rendering.names import UID_LABEL
 from tuneyard.status import observed
 
@@ -67,6 +70,13 @@ def replace_job(api: MemoryApi, operator: Operator, *, seen: bool) -> None:
     api.add(job("tuned"))
 
 
+def collect(api: MemoryApi, *collections: str) -> None:
+    """Remove the objects of collections, as the garbage collector does."""
+    for collection in collections:
+        for name in api.names(collection):
+            api.remove(f"{collection}/{name}")
+
+
 async def settled(api: MemoryApi, operator: Operator) -> None:
     """Let the operator handle the job several times."""
     for _ in range(5):
@@ -82,8 +92,7 @@ def test_an_outcome_of_the_deleted_job_does_not_end_the_new_one() -> None:
             await running(api, operator)
             old = api.uid(PATH) or ""
             operator.reconciler.accept_post(key("tuned"), old, success(7))
-            api.remove(f"{PODS}/tuned-1-head")
-            api.remove(RAY_JOB)
+            collect(api, PODS, RAY_JOBS, CONFIG_MAPS)
             replace_job(api, operator, seen=False)
             await eventually(lambda: RAY_JOB in api.objects)
             api.change(RAY_JOB, status=RUNNING)
@@ -106,7 +115,7 @@ def test_a_rayjob_of_the_deleted_job_is_neither_adopted_nor_counted() -> None:
         async with operated(api) as operator:
             await running(api, operator)
             old = api.uid(RAY_JOB)
-            api.remove(f"{PODS}/tuned-1-head")
+            collect(api, PODS, CONFIG_MAPS)
             api.on_change = lambda _, __: None
             api.change(RAY_JOB, status=SUCCEEDED)
             api.remove(PATH)
@@ -131,7 +140,7 @@ def test_the_pods_of_the_deleted_job_are_waited_for_and_explain_nothing() -> Non
             states = [{"name": "ray-worker", "state": KILLED}]
             old = api.add(pod(api.objects[RAY_JOB], "worker", containerStatuses=states))
             replace_job(api, operator, seen=True)
-            api.remove(RAY_JOB)
+            collect(api, RAY_JOBS, CONFIG_MAPS)
             await settled(api, operator)
             assert RAY_JOB not in api.objects, "the old pods still exist"
             for role in ("head", "worker"):
@@ -238,6 +247,62 @@ def test_a_rayjob_of_another_client_with_the_attempts_name_is_reported_and_left_
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("collection", [CONFIG_MAPS, POLICIES])
+def test_a_new_job_waits_until_the_garbage_collector_has_removed_the_objects_of_the_deleted_one(
+    collection: str,
+) -> None:
+    """It would be their second controller, which Kubernetes refuses for good (422)."""
+
+    async def run() -> None:
+        api = MemoryApi()
+        api.add(job("tuned"))
+        async with operated(api, Settings(job_network_policies=True)) as operator:
+            await running(api, operator)
+            (name,) = api.names(collection)
+            path = f"{collection}/{name}"
+            old = api.objects[path]
+            collect(api, *{PODS, RAY_JOBS, CONFIG_MAPS, POLICIES} - {collection})
+            replace_job(api, operator, seen=True)
+            await eventually(lambda: "already exists" in str(api.status("tuned")))
+            assert (phase(api), api.objects[path]) == ("Pending", old)
+            api.remove(path)
+            operator.reconciler.cache.job(key("tuned")).create_after = 0.0
+            operator.reconciler.queue.add(key("tuned"))
+            await running(api, operator)
+            (owner,) = api.objects[path]["metadata"]["ownerReferences"]
+            assert owner["uid"] == api.uid(PATH)
+
+    asyncio.run(run())
+
+
+def test_a_network_policy_of_another_client_with_the_jobs_name_is_reported_and_left_alone() -> None:
+    async def run() -> None:
+        api = MemoryApi()
+        metadata = {"name": "tuned-pods", "namespace": "team"}
+        own = {"podSelector": {"matchLabels": {"app": "bank"}}}
+        foreign = api.add({"kind": "NetworkPolicy", "metadata": metadata, "spec": own})
+        api.add(job("tuned"))
+        async with operated(api, Settings(job_network_policies=True)):
+            await eventually(lambda: "already exists" in str(api.status("tuned")))
+        assert api.objects[f"{POLICIES}/tuned-pods"] == foreign
+        assert "create the job under another name" in str(api.status("tuned"))
+
+    asyncio.run(run())
+
+
+def test_the_objects_that_an_operator_created_before_it_was_killed_are_used() -> None:
+    async def run() -> None:
+        api = MemoryApi()
+        api.add(job("tuned"))
+        refused = iter([(500, "")] * 2)
+        api.fault = lambda asked: next(refused, None) if asked.path == RAY_JOB else None
+        async with operated(api, Settings(job_network_policies=True)) as operator:
+            await running(api, operator)
+        assert (len(api.names(CONFIG_MAPS)), api.names(POLICIES)) == (1, ["tuned-pods"])
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("watch", ["late", "early"])
 def test_a_driver_of_the_deleted_job_stops_and_its_outcome_is_not_the_new_jobs(watch: str) -> None:
     """`watch`: whether the operator knows the new job when the driver posts."""
@@ -267,6 +332,33 @@ def test_a_driver_of_the_deleted_job_stops_and_its_outcome_is_not_the_new_jobs(w
     asyncio.run(run())
 
 
+def test_an_erasure_waits_for_the_config_map_of_a_deleted_job_and_does_not_give_up() -> None:
+    """An apply would be refused for good, and the output would stay."""
+
+    async def run() -> None:
+        api = MemoryApi()
+        erased = job("tuned")
+        erased["spec"]["output"]["deletionPolicy"] = "Delete"
+        api.add(erased)
+        async with operated(api) as operator:
+            await running(api, operator)
+            (name,) = api.names(CONFIG_MAPS)
+            old = api.objects[f"{CONFIG_MAPS}/{name}"]
+            owner = {"uid": "an earlier job", "controller": True}
+            metadata = {**old["metadata"], "ownerReferences": [owner]}
+            api.objects[f"{CONFIG_MAPS}/{name}"] = {**old, "metadata": metadata}
+            collect(api, PODS)
+            stamp = {"deletionTimestamp": "2030-01-01T00:00:00Z"}
+            api.change(PATH, metadata={**api.objects[PATH]["metadata"], **stamp})
+            await eventually(lambda: "already exists" in str(api.status("tuned")))
+            assert PATH in api.objects
+            collect(api, CONFIG_MAPS)
+            path = "/apis/batch/v1/namespaces/team/jobs/tuned-erase"
+            await eventually(lambda: path in api.objects)
+
+    asyncio.run(run())
+
+
 def test_an_erasure_of_the_deleted_job_does_not_count_for_the_new_one() -> None:
     async def run() -> None:
         api = MemoryApi()
@@ -283,7 +375,7 @@ def test_an_erasure_of_the_deleted_job_does_not_count_for_the_new_one() -> None:
             api.remove(f"{PODS}/tuned-1-head")
             stamp = {"deletionTimestamp": "2030-01-01T00:00:00Z"}
             api.change(PATH, metadata={**api.objects[PATH]["metadata"], **stamp})
-            await eventually(lambda: "waiting since" in str(api.status("tuned")))
+            await eventually(lambda: "belongs to another owner" in str(api.status("tuned")))
             await settled(api, operator)
             assert PATH in api.objects
             del api.objects[path]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -88,6 +90,28 @@ def test_an_active_job_is_reconciled_again_without_any_request(
         return api
 
     assert asyncio.run(run()).requests == []
+
+
+def test_finished_jobs_that_are_to_be_deleted_later_are_not_read_when_the_operator_starts() -> None:
+    ended = {"type": "Succeeded", "status": "True", "reason": "Succeeded", "message": ""}
+    condition = {**ended, "lastTransitionTime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
+
+    async def run() -> MemoryApi:
+        api = MemoryApi()
+        for name in ("one", "two"):
+            done = job(name, ttlSecondsAfterFinished=1)
+            api.add({**done, "status": {"phase": "Succeeded", "planDigest": "sha256:0"}})
+            status = {**api.status(name), "conditions": [condition]}
+            api.change(f"{JOBS}/{name}", status=status)
+        async with operated(api) as operator:
+            await asyncio.sleep(0.1)
+            assert api.requests == []
+            assert operator.reconciler.cache.jobs == {}, "they need no memory"
+            operator.late = timedelta(seconds=60)
+            await eventually(lambda: not api.names(JOBS))
+        return api
+
+    asyncio.run(run())
 
 
 def test_the_resync_lists_each_kind_once_page_by_page_and_reads_no_job(
@@ -205,6 +229,29 @@ def test_turns_are_apart_and_do_not_add_up_while_nobody_takes_them() -> None:
     turns = Turns(2)
     assert [turns.take(10.0) for _ in range(3)] == [10.0, 10.5, 11.0]
     assert [turns.take(20.0) for _ in range(2)] == [20.0, 20.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "is_news"),
+    [
+        ("prepare", "Skipped", False),
+        ("prepare", "Pending", False),
+        ("prepare", "Running", True),
+        ("sft", "Running", False),
+        ("sft", "Succeeded", True),
+        ("unknown", "Running", False),
+    ],
+)
+def test_a_post_waits_for_no_turn_only_if_it_changes_a_stage_of_the_status(
+    name: str, state: str, *, is_news: bool
+) -> None:
+    """A later attempt reports the stages that an earlier one finished as skipped, in every post."""
+    done = {"name": "prepare", "kind": "prepare", "state": "Succeeded"}
+    trained = {"name": "sft", "kind": "sft", "state": "Running"}
+    cached = CachedJob(write_interval=60.0, written_at=time.monotonic() - 20.0)
+    cached.body = {"status": {"progress": {}, "stages": [done, trained]}}
+    reported = progress(1, stages=[{"name": name, "kind": name, "state": state}])
+    assert (WriteBudget(1).wait_of_post(cached, reported) == 0) == is_news
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ enough and a lost post does no harm.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -20,6 +20,10 @@ MAX_POST_BYTES = 64 << 10
 """Longest body that is accepted, the same as in Kubeflow."""
 POST_SECONDS = 5.0
 """Shortest interval between two posts of one pod; the end of a stage is posted at once."""
+
+
+Count = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
+"""A count that a status can hold: an int64 of the CRD."""
 
 
 class MetricValue(Report):
@@ -36,7 +40,7 @@ class TrainerStatus(Report):
 
     progress_percentage: int | None = Field(default=None, ge=0, le=100)
     """Share of the whole job that is done, in percent. None: unknown."""
-    estimated_remaining_seconds: int | None = Field(default=None, ge=0)
+    estimated_remaining_seconds: Count | None = None
     """Time to the end of the running stage, in seconds. None: unknown."""
     metrics: list[MetricValue] = Field(default=[], max_length=256)
     """Newest training metrics."""
@@ -65,11 +69,11 @@ class ProgressReport(Report):
     """Number of the attempt that posts; posts of earlier attempts are refused."""
     stage: str = ""
     """Name of the running stage. "": no stage is running."""
-    step: int = Field(default=0, ge=0)
+    step: Count = 0
     """Number of steps of the stage that are done."""
-    total_steps: int = Field(default=0, ge=0)
+    total_steps: Count = 0
     """Number of steps of the stage. 0: unknown."""
-    resumed_step: int | None = Field(default=None, ge=0)
+    resumed_step: Count | None = None
     """Step at which this attempt resumed the stage. None: unknown yet."""
     stages: list[StageStatus] = Field(default=[], max_length=256)
     """State of every stage of the plan."""

@@ -249,9 +249,9 @@ def resume(name: str, options: ClusterOptions, kinds: Sequence[Kind]) -> int:
     if job.has_open_attempt:
         click.echo(f"{job.name} will continue; if its pods are already stopping, in a new attempt")
         return 0
-    attempts = len(job.status.attempts) if job.status else 0
-    start = "continue from its last checkpoint" if attempts else "start with its first stage"
-    click.echo(f"{job.name} will {start}, as attempt {attempts + 1}")
+    newest = job.newest_attempt
+    start = "continue from its last checkpoint" if newest else "start with its first stage"
+    click.echo(f"{job.name} will {start}, as attempt {newest + 1}")
     return 0
 
 

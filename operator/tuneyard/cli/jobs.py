@@ -86,6 +86,13 @@ class JobView:
         return bool(self.raw_status.get("attempts"))
 
     @property
+    def newest_attempt(self) -> int:
+        """The number of the newest attempt; 0: there is none. A status does not list all of more
+        than a hundred attempts."""
+        attempts = self.raw_status.get("attempts") or []
+        return int(attempts[-1]["number"]) if attempts else 0
+
+    @property
     def has_open_attempt(self) -> bool:
         """Whether an attempt has pods, or is about to have them."""
         return self._open_attempt is not None

@@ -90,7 +90,7 @@ def _none(job: JobView, role: str, attempt: int | None, kept: Sequence[int]) -> 
 def _in_volume(job: JobView, rest: str, role: str, attempt: int | None) -> str:
     """Return the command that reads a log in a volume, which only pods can reach."""
     claim, _, path = rest.partition("/")
-    number = attempt if attempt is not None else len(job.raw_status.get("attempts") or [])
+    number = attempt if attempt is not None else job.newest_attempt
     file = log_file(number, DRIVER_LOG if role == "driver" else f"{WORKER_LOG}*")
     name = f"{job.name}-logs"[:63].rstrip("-")
     # tail begins each of several files with its name.

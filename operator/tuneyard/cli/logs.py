@@ -120,10 +120,10 @@ class Reader:
 
     def _no_log(self, job: JobView, pods: Sequence[Pod]) -> str:
         """Return why there can be no log; "": the attempt has ended, and its log may be kept."""
-        attempts = job.status.attempts if job.status else []
-        if self._attempt is not None and self._attempt > len(attempts):
-            return f"{job.name} has no attempt {self._attempt}: the last one is {len(attempts)}"
-        current = self._attempt is None or self._attempt == len(attempts)
+        attempts, newest = job.status.attempts if job.status else [], job.newest_attempt
+        if self._attempt is not None and self._attempt > newest:
+            return f"{job.name} has no attempt {self._attempt}: the last one is {newest}"
+        current = self._attempt in (None, newest)
         if not attempts or (current and attempts[-1].finished_at is None):
             return f"there is no log of {job.name}: {self._not_started(job, pods)}"
         return ""

@@ -267,8 +267,8 @@ def line(job: JobView) -> str:
     """Return a job's state in one line. It changes only if the job's state does."""
     status = job.status or JobStatus()
     parts = [f"{job.name}: {phase(job)}"]
-    if len(status.attempts) > 1:
-        parts.append(f"attempt {len(status.attempts)}")
+    if job.newest_attempt > 1:
+        parts.append(f"attempt {job.newest_attempt}")
     if waits := waits_for(job):
         parts.append(waits)
     if progress := _open_progress(job):

@@ -184,12 +184,17 @@ class Cluster:
         return await self._call("POST", path, item, query, accept=_METADATA)
 
     async def ensure(self, item: Object) -> Object:
-        """Create an object that most often does not exist yet, else apply it: the API server does
-        more work for a server-side apply."""
+        """Create an object, or update the one that the same job created before. Raises ApiError 409
+        if the name is taken by another: by that of a deleted job until the garbage collector has
+        removed it, or by another client's. An apply would take it over, or be refused for good,
+        because an object has one controller."""
         try:
             return await self.create(item)
         except ApiError as error:
             if error.reason != "AlreadyExists":
+                raise
+            found = await self._find(_path_of(item))
+            if found is not None and controller_of(found) != controller_of(item):
                 raise
             return await self.apply(item)
 
@@ -378,6 +383,12 @@ def needs_finalizer(job: Object) -> bool:
     Kubernetes' garbage collector, for which a job needs no finalizer."""
     output = job["spec"].get("output") or {}
     return bool(output.get("deletionPolicy") == "Delete")
+
+
+def controller_of(item: Mapping[str, Any]) -> str | None:
+    """Return the UID of an object's controller; None: the object has none."""
+    owners = item["metadata"].get("ownerReferences") or ()
+    return next((owner["uid"] for owner in owners if owner.get("controller")), None)
 
 
 _PLURALS = {

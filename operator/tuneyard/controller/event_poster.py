@@ -24,14 +24,15 @@ class EventPoster:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        self._waiting = asyncio.Queue[tuple[Key, Object, Event]](MOST_WAITING)
+        self._waiting = asyncio.Queue[Object](MOST_WAITING)
 
     def add(self, key: Key, job: Object, event: Event) -> None:
-        """Post an event as soon as possible. `job`: the version of the job that it is about."""
+        """Post an event as soon as possible. `job`: the version of the job that it is about, of
+        which nothing large is kept."""
         if self._waiting.full():
             log.warning("the event queue is full: dropped event %s of %s", event.reason, key.name)
             return
-        self._waiting.put_nowait((key, job["metadata"], event))
+        self._waiting.put_nowait(_event(key, job["metadata"], event))
 
     async def run(self) -> None:
         """Post events until canceled."""
@@ -41,17 +42,19 @@ class EventPoster:
 
     async def _post(self) -> None:
         while True:
-            key, metadata, event = await self._waiting.get()
+            event = await self._waiting.get()
+            regarding = event["involvedObject"]
             try:
-                await self._cluster.post_event(key.namespace, _event(key, metadata, event))
+                await self._cluster.post_event(regarding["namespace"], event)
             except ApiError as error:
                 if error.code not in (404, 409):
-                    log.warning("event %s of %s was refused: %s", event.reason, key.name, error)
+                    name = regarding["name"]
+                    log.warning("event %s of %s was refused: %s", event["reason"], name, error)
 
 
 def _event(key: Key, metadata: Object, event: Event) -> Object:
-    """Return the Event object. Its name is a hash of content and job version, so that a repeated
-    post creates no second event."""
+    """Return the Event object of a change that was made now. Its name is a hash of content and job
+    version, so that a repeated post creates no second event."""
     now = rfc3339(datetime.now(UTC))
     content = f"{metadata['uid']} {metadata['resourceVersion']} {event.reason} {event.message}"
     regarding = {

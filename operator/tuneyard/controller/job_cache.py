@@ -18,6 +18,7 @@ from tuneyard.api.progress import Post
 from tuneyard.api.status import AttemptStatus
 from tuneyard.controller import metrics
 from tuneyard.controller.cluster import Key, without_managed_fields
+from tuneyard.manifests.manifest import KINDS
 from tuneyard.status import observed
 from tuneyard.status.observed import NOT_STORED, CreateError, ObservedState, Pod, RayJob, Workload
 
@@ -290,11 +291,12 @@ def key_of_job(item: Mapping[str, Any]) -> Key:
 
 
 def key_from_labels(item: Mapping[str, Any]) -> Key | None:
-    """Return the job that the labels of a RayJob or a pod name; None: they name none."""
+    """Return the job that the labels of a RayJob or a pod name; None: they name none. Everybody who
+    may create pods can write such labels."""
     metadata = item["metadata"]
     labels = metadata.get("labels") or {}
-    kind, name = labels.get(f"{GROUP}/kind"), labels.get(f"{GROUP}/job")
-    return Key(kind, metadata["namespace"], name) if kind and name else None
+    kind, name = labels.get(f"{GROUP}/kind", ""), labels.get(f"{GROUP}/job")
+    return Key(kind, metadata["namespace"], name) if kind in KINDS and name else None
 
 
 def key_of_ray_job(namespace: str, name: str) -> Key:

@@ -143,7 +143,8 @@ def count_change(job: Job, before: JobStatus | None, after: JobStatus) -> None:
         TRANSITIONS.labels(job.kind, after.phase).inc()
         if after.phase in ("Succeeded", "Failed"):
             outcome = "Succeeded" if after.phase == "Succeeded" else _reason(after)
-            seconds = sum(_between(a.running_at, a.finished_at) for a in after.attempts)
+            listed = sum(_between(a.running_at, a.finished_at) for a in after.attempts)
+            seconds = (after.dropped_seconds or 0.0) + listed
             JOB_SECONDS.labels(job.kind, method_of(job), outcome).observe(seconds)
     _count_attempts(job, before, after)
     _count_stages(job, before, after)
@@ -181,7 +182,11 @@ def _reason(status: JobStatus) -> str:
 
 
 def _between(start: str | None, end: str | None) -> float:
-    """Return the seconds between two times; 0: one of them is unknown."""
+    """Return the seconds between two times; 0: one of them is unknown, or no time in UTC: a driver
+    reports those of its stages."""
     if not start or not end:
         return 0.0
-    return (moment_of(end) - moment_of(start)).total_seconds()
+    try:
+        return (moment_of(end) - moment_of(start)).total_seconds()
+    except (ValueError, TypeError):  # TypeError: one of them has no time zone
+        return 0.0

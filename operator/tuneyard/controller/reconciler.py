@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from tuneyard.api.plan import Plan, SourceInput
+from tuneyard.api.plan import Plan
 from tuneyard.api.progress import Post
 from tuneyard.api.status import AttemptStatus, JobStatus
 from tuneyard.controller import metrics
@@ -25,22 +25,17 @@ from tuneyard.controller.cluster import (
     has_finalizer,
     needs_finalizer,
 )
+from tuneyard.controller.erasure import Erasure, output_left
 from tuneyard.controller.event_poster import EventPoster
 from tuneyard.controller.job_cache import CachedJob, JobCache
+from tuneyard.controller.planner import Planner
 from tuneyard.controller.queue import Queue, Requeue
 from tuneyard.controller.settings import Settings
 from tuneyard.controller.write_budget import Turns, WriteBudget
-from tuneyard.errors import Fault, ManifestError, PlanError
+from tuneyard.errors import ManifestError
 from tuneyard.manifests.manifest import KINDS, parse, unknown_fields
-from tuneyard.planning.plan import plan_job
 from tuneyard.rendering import names, rayjob
-from tuneyard.rendering.placement import awaited_jobs, placed
-from tuneyard.rendering.stored_plan import (
-    PlanLostError,
-    PlanMissingError,
-    PlanUnreadableError,
-    stored_plan,
-)
+from tuneyard.rendering.stored_plan import PlanLostError, PlanMissingError, PlanUnreadableError
 from tuneyard.status.events import Event, transition_events
 from tuneyard.status.observe import (
     Decision,
@@ -104,6 +99,8 @@ class Reconciler:
             rayjob.Reporting(settings.progress_url, ca) if settings.progress_url else None
         )
         self._events = EventPoster(cluster)
+        self._planner = Planner(cluster, settings.profiles)
+        self._erasure = Erasure(cluster, self._planner, settings.image, self._events)
 
     async def run(self) -> None:
         """Work until canceled."""
@@ -198,7 +195,7 @@ class Reconciler:
     async def _decide(self, key: Key, cached: CachedJob, job: Job) -> None:
         attempt = job.status.attempts[-1] if job.status and job.status.attempts else None
         is_fixed = has_fixed_plan(job, cached.create_error)
-        planned = _ALREADY_PLANNED if is_fixed else await self._planned(key, job)
+        planned = _ALREADY_PLANNED if is_fixed else await self._planner.plan(key, job)
         if not is_fixed:
             cached.unknown_fields = tuple(unknown_fields(cached.body or {}))
         if cached.waits_for_next_try and time.monotonic() >= cached.create_after:
@@ -235,71 +232,6 @@ class Reconciler:
         """Read a job's RayJobs and pods from the API server."""
         ray_jobs, pods = await self.cluster.ray_jobs(key), await self.cluster.pods(key)
         self.cache.replace_objects(key, ray_jobs, pods)
-
-    # ---- planning -----------------------------------------------------------------------------
-
-    async def _planned(self, key: Key, job: Job) -> Planned:
-        """Return the plan, or why there is none."""
-        try:
-            plan, jobs, waiting = plan_job(job), dict[str, Plan](), None
-            for name, source in awaited_jobs(plan).items():
-                found = await self._awaited_job(key, name, source)
-                if isinstance(found, Waiting):
-                    return found
-                jobs[name], phase = found
-                if phase != "Succeeded":
-                    waiting = Waiting("WaitingForModel", f"job {name} is not done yet: {phase}")
-            # Before the other job is done too: a fault does not wait for it.
-            result = placed(plan, profiles=self.settings.profiles, jobs=jobs)
-        except PlanError as error:
-            return error
-        return waiting or result
-
-    async def _awaited_job(
-        self, key: Key, name: str, source: SourceInput
-    ) -> tuple[Plan, str] | Waiting:
-        """Return the plan and the phase of another job, or why there is none. `source`: the source
-        that names the job. Raises PlanError for a failed job."""
-        found = [
-            body
-            for kind in ("FineTuneJob", "AlignmentJob")
-            if (body := await self.cluster.job(Key(kind, key.namespace, name)))
-            and (kind, name) != (key.kind, key.name)
-        ]
-        if not found:
-            message = f"the namespace has no job {name}: create it, or change {source.path}"
-            return Waiting("WaitingForModel", message)
-        phase = (found[0].get("status") or {}).get("phase") or "Pending"
-        if phase == "Failed":
-            message = f"job {name} failed and has no model: name another job or another model"
-            raise PlanError([Fault(source.path, message)])
-        try:
-            return plan_job(parse(found[0])), phase
-        except ManifestError as error:
-            message = f"this version of the operator cannot read job {name}: {error}"
-            return Waiting("WaitingForModel", message)
-
-    async def _recorded_plan(self, key: Key, job: Job) -> Plan:
-        """Return the plan that the status records by its digest. If this version of the operator
-        plans the job differently, the plan is read from its ConfigMap. Raises PlanLostError,
-        PlanUnreadableError."""
-        digest = (job.status.plan_digest if job.status else None) or ""
-        planned = await self._planned(key, job)
-        if isinstance(planned, Plan) and names.plan_digest(planned) == digest:
-            return planned
-        name = names.config_map_name(key.name, digest)
-        return stored_plan(await self.cluster.config_map(key.namespace, name), name, digest)
-
-    async def _plan_to_erase(self, key: Key, job: Job) -> Plan:
-        """Return the recorded plan, or another plan of the job: all of them have its output. Raises
-        ManifestError if there is none."""
-        try:
-            return await self._recorded_plan(key, job)
-        except ManifestError:
-            planned = await self._planned(key, job)
-            if isinstance(planned, Plan):
-                return planned
-            raise
 
     # ---- writing --------------------------------------------------------------------------------
 
@@ -362,7 +294,7 @@ class Reconciler:
             if isinstance(planned, Plan):
                 plan = planned
             else:
-                plan = await self._recorded_plan(key, job)
+                plan = await self._planner.recorded(key, job)
             rendered = rayjob.render(
                 plan,
                 job,
@@ -372,10 +304,9 @@ class Reconciler:
                 reduced_to=job.status.attempts[-1].workers if job.status else None,
             )
             # The attempts of a job share all objects but the RayJob.
-            store = self.cluster.ensure if number == 1 else self.cluster.apply
-            await store(rendered.config_map)
+            await self.cluster.ensure(rendered.config_map)
             if self.settings.job_network_policies:
-                await store(rendered.network_policy)
+                await self.cluster.ensure(rendered.network_policy)
             created = await self.cluster.create(rendered.ray_job)
         except PlanLostError as error:
             if isinstance(error, PlanMissingError) and not _has_begun(job):
@@ -465,7 +396,7 @@ class Reconciler:
             return
         if job is None and needs_finalizer(cached.body or {}):
             uri = str((cached.body or {})["spec"]["output"].get("uri"))
-            self._events.add(key, cached.body or {}, _output_left(uri, "the manifest is malformed"))
+            self._events.add(key, cached.body or {}, output_left(uri, "the manifest is malformed"))
         if job and _should_erase(job) and (text := await self._next_step(key, cached, job)):
             await self._report_waiting(key, cached, text)
             self.queue.add_after(key, PODS_RECHECK_SECONDS)
@@ -485,14 +416,12 @@ class Reconciler:
         if left:
             return f"waiting since {since} for {names_of(left)} to be removed"
         try:
-            is_erased = await self._erase(key, cached.body or {}, job)
+            awaited = await self._erasure.step(key, cached.body or {}, job)
         except ApiError as error:
             text = f"waiting since {since} for Job {names.erasure_name(job)}: {error}"
             await self._report_waiting(key, cached, text)
             raise
-        name, limit = names.erasure_name(job), rayjob.ERASE_SECONDS
-        text = f"waiting since {since} for Job {name} to erase the output, which may take {limit} s"
-        return "" if is_erased else text
+        return f"waiting since {since} for {awaited}" if awaited else ""
 
     async def _report_waiting(self, key: Key, cached: CachedJob, text: str) -> None:
         """Write into the status, and into an event, what the deletion of a job waits for."""
@@ -515,33 +444,6 @@ class Reconciler:
         cached.body = await self.cluster.write_status(body, key, patch, old | patch)
         self._events.add(key, cached.body, Event("Normal", "Deleting", text))
 
-    async def _erase(self, key: Key, body: Object, job: Job) -> bool:
-        """Remove the output. Return True if the output is removed or cannot be removed."""
-        found = await self.cluster.batch_job(key.namespace, names.erasure_name(job))
-        if found is not None and not _is_owned(found, job):
-            return False  # the garbage collector removes the Job of a deleted job of this name
-        if found is None:
-            try:
-                plan = await self._plan_to_erase(key, job)
-                await self.cluster.apply(rayjob.render(plan, job, attempt=1).config_map)
-                image = self.settings.image
-                await self.cluster.apply(rayjob.render_erasure(plan, job, image=image))
-            except (ManifestError, ApiError) as error:
-                if isinstance(error, ApiError) and not error.is_refusal:
-                    raise
-                self._events.add(key, body, _output_left(job.spec.output.uri, str(error)))
-                return True
-            return False
-        conditions = (found.get("status") or {}).get("conditions") or ()
-        results = {c["type"]: c for c in conditions if c.get("status") == "True"}
-        # A Job with a pod on a lost node has FailureTarget and never Failed.
-        failed = results.get("Failed") or results.get("FailureTarget")
-        if failed:
-            self._events.add(
-                key, body, _output_left(job.spec.output.uri, failed.get("message") or "it failed")
-            )
-        return bool(failed) or "Complete" in results
-
 
 def _has_begun(job: Job) -> bool:
     """Return whether an attempt has had a RayJob, which is created after the stored plan."""
@@ -553,19 +455,9 @@ def _is_of(pod: Pod, body: Object) -> bool:
     return pod.belongs_to(metadata["uid"], metadata.get("creationTimestamp") or "")
 
 
-def _is_owned(item: Object, job: Job) -> bool:
-    owners = item["metadata"].get("ownerReferences") or ()
-    return any(owner["uid"] == job.metadata.uid for owner in owners)
-
-
 def _should_erase(job: Job) -> bool:
     has_begun = job.status is not None and bool(job.status.attempts)
     return has_begun and job.spec.output.deletion_policy == "Delete"
-
-
-def _output_left(uri: str, why: str) -> Event:
-    text = f"the output at {uri} was not removed: {why}"
-    return Event("Warning", "OutputLeft", text)
 
 
 # ---- changes of a status -------------------------------------------------------------------------

@@ -59,10 +59,12 @@ class Watches:
                 self._queue.add(key)
         elif _is_idle(body):
             self._cache.evict(key)
-            if key in self._cache.jobs:  # objects of the job still exist
+            policy = body["spec"].get("runPolicy") or {}
+            expires = policy.get("ttlSecondsAfterFinished") is not None
+            if expires or key in self._cache.jobs:  # or objects of the job still exist
                 self._cache.update_job(key, body)
             self._cache.count_phase(key, body["status"]["phase"])
-            if (body["spec"].get("runPolicy") or {}).get("ttlSecondsAfterFinished") is not None:
+            if expires:
                 self._queue.add(key)
         elif self._cache.update_job(key, body):
             self._queue.add(key)

@@ -18,14 +18,13 @@ from tuneyard.api.progress import Post
 from tuneyard.api.status import JobStatus, Progress
 from tuneyard.controller import metrics
 from tuneyard.controller.job_cache import CachedJob
+from tuneyard.status.reported import was_done
 from tuneyard.status.times import moment_of
 
 FIRST_SECONDS, LAST_SECONDS = 10.0, 60.0
 """Least time between two writes of one job's progress: at first, and of a long attempt."""
 SHARE = 1 / 30
 """The time between two writes as a share of the time that the attempt has run."""
-
-
 UID_SECONDS = 60.0
 """How long the UID of a new RayJob waits for another change to be written with: in a burst of new
 jobs, separate writes of the UID would be one in seven writes."""
@@ -104,10 +103,14 @@ class WriteBudget:
 
 
 def _changes_stage(post: Post, stored: Mapping[str, Any]) -> bool:
-    """Return whether a post is the job's first or changes the state of a stage."""
-    states = {stage["name"]: stage["state"] for stage in stored.get("stages") or ()}
-    stages = post.tuneyard.stages if post.tuneyard else []
-    return "progress" not in stored or any(states.get(s.name) != s.state for s in stages)
+    """Return whether a post is the job's first or changes the state of a stage in the status."""
+    reported = {s.name: s.state for s in (post.tuneyard.stages if post.tuneyard else ())}
+    known = {stage["name"]: stage["state"] for stage in stored.get("stages") or ()}
+    return "progress" not in stored or any(
+        state != reported[name] and not was_done(state, reported[name])
+        for name, state in known.items()
+        if name in reported
+    )
 
 
 def _states_of(status: JobStatus) -> list[tuple[str, str]]:

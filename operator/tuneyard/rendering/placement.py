@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from tuneyard.api.compute import Compute
 from tuneyard.api.exports import named_job, with_models
+from tuneyard.api.meta import NAME_LENGTH, NAME_PATTERN
 from tuneyard.api.plan import Plan, SourceInput
-from tuneyard.errors import PlanError
+from tuneyard.errors import Fault, PlanError
 from tuneyard.rendering.compute import compute_faults, with_profile
 from tuneyard.rendering.plan_file import size_faults
 from tuneyard.rendering.storage import storage_faults
@@ -32,7 +34,16 @@ def placed(
 
 
 def awaited_jobs(plan: Plan) -> dict[str, SourceInput]:
-    """Return the jobs whose models the plan needs: by name, a source that names the job."""
+    """Return the jobs whose models the plan needs: by name, a source that names the job. Raises
+    PlanError if a source names none: `..` would lead a request for it to another namespace."""
     inputs = (source for stage in plan.stages for source in stage.inputs.values())
     sources = (source for source in inputs if isinstance(source, SourceInput))
-    return {name: source for source in sources if (name := named_job(source))}
+    found = {name: source for source in sources if (name := named_job(source)) is not None}
+    faults = [
+        Fault(source.path, f"{source.uri} names no job: write job://NAME of a job's metadata.name")
+        for name, source in found.items()
+        if len(name) > NAME_LENGTH or not re.fullmatch(NAME_PATTERN, name)
+    ]
+    if faults:
+        raise PlanError(faults)
+    return found

@@ -204,7 +204,7 @@ def of_create_error(create_error: CreateError) -> Cause:
     if create_error.reason == "AlreadyExists":
         return Cause(
             "RayJobRefused",
-            f"another object has the name of the attempt's RayJob: {text}",
+            f"another object has the name of one of the attempt's objects: {text}",
             "Delete that object, or create the job under another name.",
             retryable=True,
         )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from tuneyard.api.progress import Post
-from tuneyard.api.status import AttemptStatus, Progress, StageStatus
+from tuneyard.api.status import AttemptStatus, Progress, StageState, StageStatus
 from tuneyard.status.times import rfc3339
 
 DONE = ("Succeeded", "Skipped")
@@ -58,8 +58,12 @@ def merge_stages(
 
 
 def _newer(stage: StageStatus, reported: StageStatus) -> StageStatus:
-    was_done = stage.state in DONE and reported.state in ("Pending", "Skipped")
-    return stage if was_done else reported
+    return stage if was_done(stage.state, reported.state) else reported
+
+
+def was_done(state: str, reported: StageState) -> bool:
+    """Return whether a stage in this state keeps it although a driver reports another one."""
+    return state in DONE and reported in ("Pending", "Skipped")
 
 
 def with_lost_steps(attempt: AttemptStatus, stage: str, resumed_step: int) -> AttemptStatus:
