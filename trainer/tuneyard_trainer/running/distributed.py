@@ -349,6 +349,7 @@ def local_cluster(resources: Resources) -> Iterator[None]:
         os.environ.setdefault(name, value)
     # Ray's processes take seconds to start. None of the packages imports Ray.
     threading.Thread(target=_import_all, args=(_IMPORTED_BY_RAY_TRAIN,), daemon=True).start()
+    before = watchdog.descendants()
     ray.init(
         address="local",
         num_cpus=math.ceil(resources.workers * resources.cpus_per_worker),
@@ -358,7 +359,7 @@ def local_cluster(resources: Resources) -> Iterator[None]:
         # Ray Train would write a warning about the missing dashboard to a log file every second.
         logging_config=ray.LoggingConfig(log_level="ERROR"),
     )
-    with watchdog.guarded():
+    with watchdog.guarded(spare=before):
         try:
             yield
         finally:

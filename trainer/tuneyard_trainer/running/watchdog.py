@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 
 import psutil
@@ -19,12 +19,18 @@ GRACE_SECONDS = 5.0
 """How long Ray's processes have to end on their own."""
 
 
+def descendants() -> list[psutil.Process]:
+    """Return the present descendants of this process."""
+    return psutil.Process().children(recursive=True)
+
+
 @contextmanager
-def guarded() -> Iterator[None]:
-    """While active, the present descendants of this process end soon after it.
+def guarded(*, spare: Collection[psutil.Process]) -> Iterator[None]:
+    """While active, the present descendants of this process end soon after it, except `spare`,
+    which end by themselves, such as the helper that writes the rest of a log.
 
     The end of the context counts as the end of this process."""
-    found = psutil.Process().children(recursive=True)
+    found = [process for process in descendants() if process not in spare]
     watchdog = subprocess.Popen(  # noqa: S603 - our own module
         [sys.executable, "-m", __name__],
         stdin=subprocess.PIPE,

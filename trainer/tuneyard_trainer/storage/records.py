@@ -142,7 +142,7 @@ class Store:
     def _is_present(self, lock: int) -> bool:
         """Return whether the lock's file is still in its place: an erasure removes it."""
         try:
-            present = os.stat(self._scratch / CLAIM_LOCK)
+            present = (self._scratch / CLAIM_LOCK).stat()
         except FileNotFoundError:
             return False
         return os.path.samestat(os.fstat(lock), present)
