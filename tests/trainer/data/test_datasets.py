@@ -370,6 +370,11 @@ class TestFormats:
         assert load(tmp_path, row)[0].prompt == "q0"
         assert load(tmp_path, row, fields={"input": "input"})[0].prompt == "q0\n\nx"
 
+    def test_a_column_without_a_name_is_no_input(self, tmp_path: Path) -> None:
+        """A converted table may hold its index in one."""
+        row = ROWS[0] | {"": "17"}
+        assert load(tmp_path, row)[0].prompt == "q0"
+
     def test_an_input_beside_a_list_of_turns_is_refused(self, tmp_path: Path) -> None:
         """It has no place there, and must not vanish."""
         row = {"prompt": chat("q", "a", "r"), "completion": "b", "context": "x"}

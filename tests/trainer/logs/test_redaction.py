@@ -98,3 +98,20 @@ def test_the_beginning_of_a_secret_at_the_end_of_an_unfinished_line_is_replaced(
     assert redact.unfinished("the token is abcdefg") == f"the token is {REDACTED}"
     assert redact.unfinished("the token is abc") == "the token is abc"
     assert redact.unfinished("abcdefghij abcdefghij") == f"{REDACTED} {REDACTED}"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('{"password": "abc def, ghi", "step": 1}', '{"password": "[redacted]", "step": 1}'),
+        ("password='it is \"this\"' step=1", "password='[redacted]' step=1"),
+        (
+            r'"{\"api_key\": \"abc def\", \"step\": 1}"',
+            r'"{\"api_key\": \"[redacted]\", \"step\": 1}"',
+        ),
+        (r'"{\"api_key\": \"abcdef\"}"', r'"{\"api_key\": \"[redacted]\"}"'),
+    ],
+)
+def test_a_quoted_value_is_replaced_to_its_last_character(line: str, expected: str) -> None:
+    """Also in a JSON string that holds JSON."""
+    assert Redactor({})(line) == expected

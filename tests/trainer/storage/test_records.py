@@ -365,6 +365,41 @@ def test_no_attempt_writes_while_its_output_is_erased(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_claim_that_waits_for_an_erasure_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The erasure removes the file whose lock the new job waits for."""
+    store = Store(str(tmp_path / "out"), tmp_path, "ours")
+    store.claim(JOB, 1)
+    store.write_record(record())
+    theirs = Store(store.uri, tmp_path, "theirs")
+    late = threading.Thread(target=theirs.claim, args=(JOB, 1))
+
+    def start_late() -> None:
+        late.start()
+        late.join(timeout=0.3)
+
+    at_the_first_call(monkeypatch, store, "_remove", start_late)
+    assert store.erase(JOB)
+    late.join(timeout=60)
+    with theirs.owned(1):
+        pass
+
+
+def test_two_first_claims_at_once_do_not_take_each_other_for_foreign_files(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def claim_and_write() -> None:
+        second = newer(store, tmp_path)
+        second.claim(JOB, 2)
+        second.write_record(record(attempt=2))
+
+    at_the_first_call(monkeypatch, store, "_read_owner", claim_and_write)
+    with pytest.raises(StageError) as failure:
+        store.claim(JOB, 1)
+    assert failure.value.reason == "StaleAttempt"
+
+
 # ---- writes of two attempts at once -------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ from tuneyard.api.plan import SourceInput
 from tuneyard.api.sources import SecretKeyRef
 from tuneyard.errors import StageError
 from tuneyard_trainer.storage import digests, sources
-from tuneyard_trainer.storage.sources import digest_of, fetch
+from tuneyard_trainer.storage.sources import decisive_digest, digest_of, fetch
 
 
 @pytest.fixture
@@ -597,3 +597,14 @@ class TestDigests:
     def test_the_digest_of_a_missing_path_is_an_error(self, here: Path) -> None:
         with pytest.raises(StageError, match="does not exist"):
             digest_of(here / "nothing")
+
+
+def test_the_weights_of_a_stages_folder_decide_its_digest(tmp_path: Path) -> None:
+    """A reward model may be the folder of the stage that trained it."""
+    for name, text in (("a", "one"), ("b", "two")):
+        put(tmp_path / name / "weights/model.safetensors", text)
+        put(tmp_path / name / "weights/README.md", text)
+    first, second = (decisive_digest(tmp_path / name, "model", tmp_path) for name in "ab")
+    assert first != second
+    put(tmp_path / "b/weights/model.safetensors", "one")
+    assert decisive_digest(tmp_path / "b", "model", tmp_path) == first

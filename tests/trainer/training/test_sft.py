@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.trainer.rows import random_rows, train_stage, write_prepared
 from tests.trainer.stop_after import NEVER, StopAfter, StopAtCheck, without_times
 from tuneyard.errors import StageError
-from tuneyard_trainer.training import sft
+from tuneyard_trainer.training import checkpoints, sft
 from tuneyard_trainer.worker import Interrupted, StageContext, Worker
 
 CPU = torch.device("cpu")
@@ -398,6 +398,25 @@ def test_a_partial_checkpoint_and_a_partial_metrics_line_are_ignored(
     resumed, _ = run(tmp_path / "parts", inputs)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert all("step" in line for line in lines(tmp_path / "parts"))
+
+
+def test_what_a_killed_run_wrote_of_a_checkpoint_does_not_take_the_space_of_the_next_one(
+    tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Interrupted):
+        run(tmp_path, inputs, StopAfter(2).worker())
+    left = tmp_path / "checkpoints" / f"step-00000004.{'0' * 32}.partial"
+    left.mkdir()
+    present: list[bool] = []
+
+    def watched(tensors: Any, path: Path) -> None:
+        present.append(left.exists())
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoints, "save_file", watched)
+    run(tmp_path, inputs, runtime={"checkpoint_steps": 2})
+    assert present
+    assert not any(present)
 
 
 def test_a_full_disk_is_one_message_and_the_last_checkpoint_stays_complete(

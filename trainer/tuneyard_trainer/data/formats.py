@@ -97,9 +97,9 @@ def row_input(value: Mapping[str, Any], prompt: str, fields: FieldMap) -> str:
 
 
 def input_text(value: Mapping[str, Any], field: str) -> str:
-    """Return the text of an input field; "": the field is absent, null or empty. Raises RowError
-    for another type."""
-    given = value.get(field) or ""
+    """Return the text of an input field; "": the field is absent, null or empty, or there is none
+    (`field` is ""). Raises RowError for another type."""
+    given = (value.get(field) if field else None) or ""
     if not isinstance(given, str):
         raise RowError(f"{field} must be a string, not {type(given).__name__}")
     return given

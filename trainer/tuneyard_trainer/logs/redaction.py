@@ -64,6 +64,12 @@ _PATTERNS = (
         ),
         rf"\1{REDACTED}",
     ),
+    (  # quoted, perhaps inside a JSON string, where \ precedes the quotes
+        re.compile(
+            rf"((?:{_NAMES})\\?[\"']?\s*[:=]\s*\\?([\"']))(?:(?!\\?\2).){{4,}}", re.IGNORECASE
+        ),
+        rf"\1{REDACTED}",
+    ),
     (
         re.compile(rf"((?:{_NAMES})[\"']?\s*[:=]\s*[\"']?)[^\s\"',;&]{{4,}}", re.IGNORECASE),
         rf"\1{REDACTED}",

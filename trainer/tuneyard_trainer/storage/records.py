@@ -41,8 +41,9 @@ CLAIM_LOCK = ".claim.lock"
 LOCK_SECONDS = 60.0
 """The longest wait for the lock of the claim. Its holder removes old checkpoints meanwhile, which
 takes seconds."""
-_OWN_FILES = ("stages", stage_folder("export"), LOGS_FOLDER, ".lock", CLAIM_LOCK, "owner.json")
-"""Everything that a job writes, in the order of its erasure."""
+_OWN_FILES = ("stages", stage_folder("export"), LOGS_FOLDER, ".lock", "owner.json", CLAIM_LOCK)
+"""Everything that a job writes, in the order of its erasure. The lock is last: a claim that waits
+for it must not be erased."""
 KEPT_ATTEMPTS = 20
 """The newest attempts whose logs are kept: preemption does not bound the attempts of a job."""
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -119,18 +120,32 @@ class Store:
     def _locked(self, flags: int = 0) -> Iterator[None]:
         """Hold the lock of the claim. `flags`: O_CREAT creates its file; without it, a missing file
         means that the location was erased."""
-        with self._opened(CLAIM_LOCK, flags) as lock:
-            deadline = time.monotonic() + LOCK_SECONDS
-            while not self._try_lock(lock):
-                if time.monotonic() >= deadline:
-                    raise StageError(
-                        "OutputBusy",
-                        f"another attempt has locked {self.uri} for {LOCK_SECONDS:.0f} s.",
-                        advice="Stop the process that holds its .claim.lock.",
-                        retryable=True,
-                    )
-                time.sleep(0.05)
-            yield
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            with self._opened(CLAIM_LOCK, flags) as lock:
+                self._wait_for(lock, deadline)
+                if self._is_present(lock):
+                    yield
+                    return
+
+    def _wait_for(self, lock: int, deadline: float) -> None:
+        while not self._try_lock(lock):
+            if time.monotonic() >= deadline:
+                raise StageError(
+                    "OutputBusy",
+                    f"another attempt has locked {self.uri} for {LOCK_SECONDS:.0f} s.",
+                    advice="Stop the process that holds its .claim.lock.",
+                    retryable=True,
+                )
+            time.sleep(0.05)
+
+    def _is_present(self, lock: int) -> bool:
+        """Return whether the lock's file is still in its place: an erasure removes it."""
+        try:
+            present = (self._scratch / CLAIM_LOCK).stat()
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(os.fstat(lock), present)
 
     @contextmanager
     def _opened(self, name: str, flags: int) -> Iterator[int]:
@@ -174,7 +189,8 @@ class Store:
         """Remove the files that this job wrote. Return False, and change nothing, if the location
         does not belong to this job.
 
-        Other files stay. `owner.json` is removed last, so an interrupted call can be repeated.
+        Other files stay. `owner.json` is removed after them all but the lock, so an interrupted
+        call can be repeated.
         """
         if not self._is_owner(job):
             return False
@@ -216,7 +232,7 @@ class Store:
             return
         names = [PurePosixPath(path).name for path in self._fs.ls(self._root, detail=False)]
         foreign = sorted(name for name in names if not name.startswith("."))
-        if foreign:
+        if foreign and self._read_owner() is None:  # not claimed meanwhile
             raise StageError(
                 "OutputOwned",
                 f"{self.uri} holds files that Tuneyard did not write, such as {foreign[0]!r}.",

@@ -44,6 +44,8 @@ REPEATED_FILES = ("*/*", "consolidated*")
 """Files in subfolders and consolidated.* repeat the weights of a model in other layouts."""
 
 _CHAT_TEMPLATES = PurePosixPath("additional_chat_templates")  # transformers' name
+_STAGE_WEIGHTS = PurePosixPath("weights")
+"""The model in the folder of a stage, which a reward may be loaded from."""
 
 Kind = Literal["model", "data"]
 
@@ -81,6 +83,8 @@ def decisive_digest(path: Path, kind: Kind, cache_dir: Path) -> str:
 def _is_loaded(name: PurePosixPath) -> bool:
     if name.parent == _CHAT_TEMPLATES:
         return name.suffix == ".jinja"
+    if name.parent == _STAGE_WEIGHTS:
+        name = name.relative_to(_STAGE_WEIGHTS)
     repeated = any(fnmatch(str(name), pattern) for pattern in REPEATED_FILES)
     index_of_pickles = name.match("*.bin.index.json")
     loaded = any(name.match(pattern) for pattern in LOADED_FILES)

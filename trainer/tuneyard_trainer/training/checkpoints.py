@@ -164,9 +164,8 @@ class Checkpoints(Generic[State]):
         is none."""
         step = torch.zeros(1, dtype=torch.int64, device=self._worker.device)
         if self._worker.is_main:
-            folders = sorted(self.folder.glob("step-????????"), reverse=True)
-            steps = (int(folder.name.removeprefix("step-")) for folder in folders)
-            step[0] = next((each for each in steps if self._is_whole(each)), -1)
+            folders = self._complete()
+            step[0] = next((each for each in map(_step_of, folders) if self._is_whole(each)), -1)
             if folders and step < 0:
                 message = "no checkpoint is undamaged; training starts again"
                 self._worker.report(message=message)
@@ -212,6 +211,8 @@ class Checkpoints(Generic[State]):
 
     def _write(self, state: State, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
         final = self._at(state.step)
+        with self._worker.owned():  # what a killed run left needs space
+            self._remove_partial()
         # Not the same name as in another attempt, which may be writing the same step.
         partial = final.with_suffix(f".{uuid.uuid4().hex}.partial")
         partial.mkdir(parents=True)
@@ -231,11 +232,25 @@ class Checkpoints(Generic[State]):
             self._worker.persist(self._history)
         self._worker.persist(self.folder)
 
+    def _remove_partial(self) -> None:
+        """Delete what unfinished writes left."""
+        for folder in self.folder.glob("step-*.partial"):
+            shutil.rmtree(folder, ignore_errors=True)
+
     def _prune(self, keep: set[int | None]) -> None:
         """Delete every other checkpoint: none of them is read again."""
-        for folder in self.folder.glob("step-*"):
-            if folder.suffix == ".partial" or int(folder.name.removeprefix("step-")) not in keep:
+        self._remove_partial()
+        for folder in self._complete():
+            if _step_of(folder) not in keep:
                 shutil.rmtree(folder)
+
+    def _complete(self) -> list[Path]:
+        """Return the folders of the checkpoints, the newest first."""
+        return sorted(self.folder.glob("step-????????"), reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def assign(tensors: Mapping[str, Tensor], parameters: Parameters) -> None:
