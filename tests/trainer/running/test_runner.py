@@ -70,6 +70,15 @@ def test_a_second_run_does_nothing_and_touches_nothing(copy: Path, tiny_model_di
     assert snapshot(copy / "out") == before
 
 
+def test_checkpoints_that_a_kill_left_beside_a_record_go_when_the_stage_is_skipped(
+    copy: Path, tiny_model_dir: Path
+) -> None:
+    left = copy / "out/stages/sft/checkpoints/step-00000003"
+    left.mkdir(parents=True)
+    assert walk(planned(manifest(tiny_model_dir)), copy) == ALL_SKIPPED
+    assert not left.parent.exists()
+
+
 def test_a_moved_model_moved_data_and_a_moved_output_retrain_nothing(
     copy: Path, tmp_path: Path, tiny_model_dir: Path
 ) -> None:

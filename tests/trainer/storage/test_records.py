@@ -94,6 +94,24 @@ def test_a_record_is_found_only_by_the_identity_it_was_written_for(store: Store)
     assert store.done(STAGE, DIGESTS | {"data": "sha256:changed"}) is None
 
 
+def test_checkpoints_stay_until_the_record_is_written(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.claim(JOB, 1)
+    path = write(store, "checkpoints/step-00000001/state.json", "{}")
+    with monkeypatch.context() as killed:
+        killed.setattr(Store, "_write", _kill)
+        with pytest.raises(KeyboardInterrupt):
+            store.write_record(record())
+    assert path.exists()
+    store.write_record(record())
+    assert not path.exists()
+
+
+def _kill(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_another_machine_gets_the_files_of_a_finished_stage(store: Store, tmp_path: Path) -> None:
     store.claim(JOB, 1)
     write(store, "weights/a.bin", "first")

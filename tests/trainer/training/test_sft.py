@@ -21,6 +21,7 @@ from tests.trainer.rows import random_rows, train_stage, write_prepared
 from tests.trainer.stop_after import NEVER, StopAfter, StopAtCheck, without_times
 from tuneyard.errors import StageError
 from tuneyard_trainer.training import checkpoints, sft
+from tuneyard_trainer.training.checkpoints import LoopState
 from tuneyard_trainer.worker import Interrupted, StageContext, Worker
 
 CPU = torch.device("cpu")
@@ -300,6 +301,34 @@ def test_checkpoints_keep_only_the_two_newest_and_their_best(
     run(tmp_path / "a", inputs, epochs=6.0, runtime={"checkpoint_steps": 1})
     left = sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir())
     assert len(left) <= 4
+
+
+def test_a_checkpoint_that_is_written_again_does_not_replace_the_one_before_it(
+    tmp_path: Path,
+) -> None:
+    """A late evaluation belongs to the newest checkpoint."""
+    layer = torch.nn.Linear(2, 2)
+    context = StageContext(train_stage(), {}, tmp_path, Worker(0, 1, CPU))
+
+    def opened() -> checkpoints.Checkpoints[LoopState]:
+        optimizer = torch.optim.AdamW(layer.parameters())
+        return checkpoints.Checkpoints(
+            context, LoopState, dict(layer.named_parameters()), optimizer
+        )
+
+    def save(into: checkpoints.Checkpoints[LoopState], step: int) -> list[str]:
+        into.save(LoopState(step=step))
+        into.wait()
+        return sorted(path.name for path in into.folder.iterdir())
+
+    first = opened()
+    save(first, 2)
+    both = save(first, 4)
+    assert save(first, 4) == both == ["step-00000002", "step-00000004"]
+    resumed = opened()
+    assert (resumed.resume() or LoopState()).step == 4
+    assert save(resumed, 4) == both
+    assert save(resumed, 6) == ["step-00000004", "step-00000006"]
 
 
 def resume_before_a_damaged_checkpoint(

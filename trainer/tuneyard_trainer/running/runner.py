@@ -181,6 +181,7 @@ class PlanRunner:
             extras.require(stages[stages.index(stage) :])
             store.begin(stage.name, stage.identity(digests), self.worker.attempt)
         else:
+            store.drop_checkpoints(stage.name, self.worker.attempt)  # a kill may have left them
             self.emit(_stage_event(stage, "Skipped", record))
         store.pull(stage.name)
         return record

@@ -285,14 +285,12 @@ class Store:
                 self._write(SOURCES, dict(digests), attempt)
 
     def write_record(self, record: StageRecord) -> None:
-        """Persist the stage's files, then write the record, which completes the stage.
+        """Persist the stage's files, then write the record, which completes the stage, and delete
+        its checkpoints.
 
         Raises StageError StaleAttempt if a newer attempt or job has taken over.
         """
-        folder = self.workdir(record.stage)
-        with self.owned(record.attempt):
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        self.persist(folder, record.attempt)
+        self.persist(self.workdir(record.stage), record.attempt)
         with self.owned(record.attempt):
             self._write(
                 f"{stage_folder(record.stage)}/record.json",
@@ -300,6 +298,15 @@ class Store:
                 record.attempt,
             )
             self._remove(f"stages/{record.stage}.begun.json")
+        self.drop_checkpoints(record.stage, record.attempt)
+
+    def drop_checkpoints(self, stage: str, attempt: int) -> None:
+        """Delete the checkpoints of a stage that has its record: nothing resumes from them. Raises
+        StageError StaleAttempt."""
+        folder = self.workdir(stage) / "checkpoints"
+        with self.owned(attempt):
+            shutil.rmtree(folder, ignore_errors=True)
+        self.persist(folder, attempt)
 
     def begin(self, stage: str, identity: str, attempt: int) -> None:
         """Prepare the stage's folder for a run.

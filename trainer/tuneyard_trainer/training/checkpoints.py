@@ -95,6 +95,8 @@ class Checkpoints(Generic[State]):
         self._pending: Future[None] | None = None
         self._saved: State | None = None
         """The state of the newest complete checkpoint."""
+        self._former: State | None = None
+        """The state of the one before it, on rank 0."""
         self._saved_at = time.monotonic()
 
     def due(self, step: int, total: int) -> bool:
@@ -165,7 +167,9 @@ class Checkpoints(Generic[State]):
         step = torch.zeros(1, dtype=torch.int64, device=self._worker.device)
         if self._worker.is_main:
             folders = self._complete()
-            step[0] = next((each for each in map(_step_of, folders) if self._is_whole(each)), -1)
+            steps = map(_step_of, folders)
+            step[0] = next((each for each in steps if self._is_whole(each)), -1)
+            self._former = self._readable(next(steps, None))
             if folders and step < 0:
                 message = "no checkpoint is undamaged; training starts again"
                 self._worker.report(message=message)
@@ -188,6 +192,13 @@ class Checkpoints(Generic[State]):
             self._worker.report(message=f"the checkpoint of step {step} is damaged: {error}")
             return False
         return True
+
+    def _readable(self, step: int | None) -> State | None:
+        """Return the state of a checkpoint; None: there is none, or it cannot be read."""
+        try:
+            return None if step is None else self._state(step)
+        except (OSError, ValueError, TypeError):
+            return None
 
     def _state(self, step: int) -> State:
         values: dict[str, Any] = {}
@@ -222,12 +233,15 @@ class Checkpoints(Generic[State]):
         digests = {path.name: sha256_of(path) for path in partial.iterdir()}
         (partial / DIGESTS).write_text(json.dumps(digests, indent=2))
         _flush(partial)
-        kept = [each for each in (self._saved, state) if each is not None]
+        # A late evaluation writes the newest checkpoint again.
+        is_again = self._saved is not None and self._saved.step == state.step
+        former = self._former if is_again else self._saved
+        kept = [each for each in (former, state) if each is not None]
         with self._worker.owned():
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             self._prune(keep={step for each in kept for step in (each.step, each.best_step)})
-        self._saved = state
+        self._former, self._saved = former, state
         if self._history.exists():  # first: a resumed run reads the metrics up to its checkpoint
             self._worker.persist(self._history)
         self._worker.persist(self.folder)
