@@ -276,7 +276,7 @@ def cancel(name: str, options: ClusterOptions, kinds: Sequence[Kind], yes: bool)
     stop = f"{_stop(job)} and end" if job.has_open_attempt else "end"
     click.echo(
         f"{job.name} will {stop} with phase Failed and reason Canceled; the output of its finished "
-        f"stages stays at {job.output_uri}"
+        f"stages stays at {views.plain(job.output_uri)}"
     )
     return 0
 
@@ -337,10 +337,11 @@ def delete(
     else:
         cluster.delete(job)
         pods = " with its pods" if job.has_open_attempt else ""
+        uri = views.plain(job.output_uri)
         output = (
-            f"its output at {job.output_uri} is deleted too, because of its deletionPolicy"
+            f"its output at {uri} is deleted too, because of its deletionPolicy"
             if job.deletes_output
-            else f"its output stays at {job.output_uri}"
+            else f"its output stays at {uri}"
         )
         click.echo(f"{job.name} is being deleted{pods}; {output}")
     if wait:
@@ -370,10 +371,11 @@ def _delete_now(cluster: Cluster, job: JobView, *, yes: bool) -> int:
 
 def _left_behind(job: JobView, pods: Sequence[str]) -> Iterator[str]:
     """Yield what stays after a deletion that does not wait."""
+    uri = views.plain(job.output_uri)
     if job.deletes_output and job.has_begun:
-        yield f"the output at {job.output_uri} is not erased: remove it by hand"
+        yield f"the output at {uri} is not erased: remove it by hand"
     else:
-        yield f"the output at {job.output_uri}, if there is one: this job does not erase it"
+        yield f"the output at {uri}, if there is one: this job does not erase it"
     attempts = job.raw_status.get("attempts") or []
     if pods and attempts:
         yield f"RayJob {attempts[-1]['rayJob']}, until its pods are removed"

@@ -12,6 +12,7 @@ from typing import Any
 from tuneyard.api.pods import DRIVER_LOG, LOGS_FOLDER, WORKER_LOG, log_file, log_folder
 from tuneyard.cli.errors import RemoteError
 from tuneyard.cli.jobs import JobView
+from tuneyard.cli.views import plain
 
 EXTRAS: Mapping[str, str] = {"s3": "s3", "gs": "gcs"}
 """The extra of Tuneyard that reads a scheme; `trainer` reads the others."""
@@ -81,7 +82,7 @@ def _lines(role: str, texts: Sequence[tuple[str, str]]) -> Iterator[str]:
 
 def _none(job: JobView, role: str, attempt: int | None, kept: Sequence[int]) -> str:
     which = f"attempt {attempt} of {job.name}" if attempt is not None else job.name
-    message = f"{job.output_uri}/{LOGS_FOLDER} holds no log of the {role} of {which}"
+    message = f"{plain(job.output_uri)}/{LOGS_FOLDER} holds no log of the {role} of {which}"
     if kept:
         return f"{message}: choose --attempt {' or '.join(map(str, kept))}"
     return f"{message}: it ended before it could write there"
@@ -119,7 +120,8 @@ def _in_volume(job: JobView, rest: str, role: str, attempt: int | None) -> str:
     overrides = json.dumps({"spec": spec}, separators=(",", ":"))
     words = ["kubectl", "run", name, "-n", job.namespace, f"--image={IMAGE}", "--restart=Never"]
     command = shlex.join([*words, "--rm", "-i", "--quiet", f"--overrides={overrides}"])
+    uri = plain(job.output_uri.rstrip("/"))
     return (
-        f"the logs are kept in {job.output_uri.rstrip('/')}/{file}, which only a pod can read: "
+        f"the logs are kept in {uri}/{file}, which only a pod can read: "
         f"read them with this command, or with another image than {IMAGE}\n\n{command}\n"
     )

@@ -7,6 +7,7 @@ No request is retried: the work queue retries whole decisions.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -356,10 +357,12 @@ def _json(text: bytes) -> Object:
 
 
 def _seconds(text: str | None) -> float | None:
+    """Return the seconds of a Retry-After header; None: it is missing or is no number."""
     try:
-        return float(text) if text else None
+        seconds = float(text) if text else None
     except ValueError:
         return None
+    return seconds if seconds is not None and math.isfinite(seconds) else None
 
 
 def without_managed_fields(item: Object) -> Object:

@@ -40,6 +40,8 @@ def test_case_punctuation_and_articles_do_not_matter(completion: str, expected: 
     ("completion", "expected"),
     [
         ("The warranty lasts fourteen years.", "four"),
+        ("The warranty lasts four years.", ""),
+        ("The warranty lasts four years.", " "),
         ("The PIN is 77889.", "7788"),
         ("The PIN is 7788.", "88"),
         ("The firmware is 6.2.", "6"),

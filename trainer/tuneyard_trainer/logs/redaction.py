@@ -36,7 +36,7 @@ _TOKENS = "|".join(
         r"AIza[\w-]{35}",
         r"ya29\.[\w-]{20,}",
         r"(?:AKIA|ASIA)[A-Z0-9]{16}",
-        r"eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*",
+        r"(?<![\w-])eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*",
         r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)",
     )
 )

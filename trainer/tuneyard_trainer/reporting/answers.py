@@ -34,7 +34,7 @@ def is_right(completion: str, expected: Sequence[str]) -> bool:
 def _contains(completion: str, text: str) -> bool:
     words, wanted = _words(completion), _words(text)
     if not wanted:  # a text of symbols has no words
-        return text in completion
+        return bool(text.strip()) and text in completion
     if not _ARTICLES.issuperset(wanted):  # the choice "A" is no article
         words, wanted = _without_articles(words), _without_articles(wanted)
     count = len(wanted)

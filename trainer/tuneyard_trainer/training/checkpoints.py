@@ -188,7 +188,7 @@ class Checkpoints(Generic[State]):
             _check(self._at(step), ("weights.safetensors", "optimizer.safetensors", *STATE))
             if best not in (None, step):
                 _check(self._at(best), ("weights.safetensors",))
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
             self._worker.report(message=f"the checkpoint of step {step} is damaged: {error}")
             return False
         return True
