@@ -104,12 +104,9 @@ class EarlyWatches:
         plan = placed(plan_job(parse(self.body)), profiles={})
         return {"data": {"plan.json": plan.to_json()}}
 
-    async def apply(self, item: dict[str, Any]) -> dict[str, Any]:
+    async def ensure(self, item: dict[str, Any], **_: Any) -> None:
         if item["kind"] == "Job":
             self.erase_job = {**item, "metadata": {**item["metadata"], "creationTimestamp": NOW}}
-        return {"metadata": item["metadata"]}
-
-    ensure = apply
 
     async def create(self, item: dict[str, Any]) -> dict[str, Any]:
         stored = {**item, "metadata": {**item["metadata"], "uid": "r", "resourceVersion": "1"}}

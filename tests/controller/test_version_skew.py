@@ -103,14 +103,15 @@ class PlayedCluster:
     async def config_map(self, _: str, name: str) -> Object | None:
         return self.config_maps.get(name)
 
-    async def apply(self, item: Object) -> Object:
+    async def ensure(self, item: Object, **_: Any) -> None:
+        await self.create(item)
+
+    async def create(self, item: Object) -> Object:
         metadata = {**item["metadata"], "uid": "new", "resourceVersion": "9"}
         stored = {**item, "metadata": metadata}
         kept = self.rayjobs if item["kind"] == "RayJob" else self.config_maps
         kept[metadata["name"]] = stored
         return stored
-
-    create = ensure = apply
 
     async def remove_finalizer(self, job: Object, _: Key) -> Object:
         metadata = {**self.stored["metadata"], "finalizers": []}

@@ -184,20 +184,28 @@ class Cluster:
         path = _path_of(item).rpartition("/")[0]
         return await self._call("POST", path, item, query, accept=_METADATA)
 
-    async def ensure(self, item: Object) -> Object:
-        """Create an object, or update the one that the same job created before. Raises ApiError 409
-        if the name is taken by another: by that of a deleted job until the garbage collector has
-        removed it, or by another client's. An apply would take it over, or be refused for good,
-        because an object has one controller."""
-        try:
-            return await self.create(item)
-        except ApiError as error:
-            if error.reason != "AlreadyExists":
-                raise
-            found = await self._find(_path_of(item))
-            if found is not None and controller_of(found) != controller_of(item):
-                raise
-            return await self.apply(item)
+    async def ensure(self, item: Object, *, is_new: bool) -> None:
+        """Create an object, or update the one that the same job created before.
+
+        `is_new`: it most likely does not exist yet. Raises ApiError 409 if the name is taken by
+        another: by that of a deleted job until the garbage collector has removed it, or by another
+        client's. An apply would take it over, or be refused for good, because an object has one
+        controller.
+        """
+        if is_new:
+            try:
+                await self.create(item)
+            except ApiError as error:
+                if error.reason != "AlreadyExists":
+                    raise
+            else:
+                return
+        found = await self._find(_path_of(item))
+        if found is not None and controller_of(found) != controller_of(item):
+            name = f"{item['kind']} {item['metadata']['name']}"
+            message = f"{name} already exists and belongs to another owner"
+            raise ApiError(409, "AlreadyExists", message)
+        await self.apply(item)
 
     async def ray_jobs(self, key: Key) -> list[Object]:
         path = f"/apis/ray.io/v1/namespaces/{key.namespace}/rayjobs"

@@ -43,8 +43,10 @@ class Erasure:
         """Create the Job that erases the output; return whether that was possible."""
         try:
             plan = await self._planner.for_erasure(key, job)
-            await self._cluster.ensure(rayjob.render(plan, job, attempt=1).config_map)
-            await self._cluster.ensure(rayjob.render_erasure(plan, job, image=self._image))
+            config_map = rayjob.render(plan, job, attempt=1).config_map
+            await self._cluster.ensure(config_map, is_new=False)
+            erasure = rayjob.render_erasure(plan, job, image=self._image)
+            await self._cluster.ensure(erasure, is_new=True)
         except (ManifestError, ApiError) as error:
             if isinstance(error, ApiError) and not error.is_refusal:
                 raise

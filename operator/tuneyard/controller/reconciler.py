@@ -304,9 +304,10 @@ class Reconciler:
                 reduced_to=job.status.attempts[-1].workers if job.status else None,
             )
             # The attempts of a job share all objects but the RayJob.
-            await self.cluster.ensure(rendered.config_map)
+            is_new = number == 1
+            await self.cluster.ensure(rendered.config_map, is_new=is_new)
             if self.settings.job_network_policies:
-                await self.cluster.ensure(rendered.network_policy)
+                await self.cluster.ensure(rendered.network_policy, is_new=is_new)
             created = await self.cluster.create(rendered.ray_job)
         except PlanLostError as error:
             if isinstance(error, PlanMissingError) and not _has_begun(job):
