@@ -45,7 +45,7 @@ STEPS = [Step(kind, i + 1) for kind, purposes in WRITES.items() for i in range(l
 ERASURE = [
     Step("patch job", 1),
     Step("patch configmaps", 1),
-    Step("patch jobs", 1),
+    Step("post jobs", 1),
     Step("patch job", 2),
 ]
 """The writes that only a job has whose output is erased: its finalizer, and those of its deletion
