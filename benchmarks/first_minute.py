@@ -35,7 +35,7 @@ COMMAND = [sys.executable, "-c", "from tuneyard.cli.main import main; main()", "
 KINDS = ("cold", "warm", "resumed")
 MARKS = {
     "line": "",
-    "prepare": " prepare state=Running",
+    "prepare": " prepare state=",
     "train": " sft state=Running",
     "step": " sft step=",
 }
