@@ -53,9 +53,9 @@ class Platform:
         items: list[Object] = json.loads(self.kubectl(*arguments))["items"]
         return items
 
-    def pods(self, job: str, *, role: str | None = None, attempt: int | None = None) -> list[str]:
+    def pods(self, job: str, *, role: str | None = None) -> list[str]:
         """Return the names of a job's pods. `role`: head or worker."""
-        labels = {"tuneyard.io/job": job, "ray.io/node-type": role, "tuneyard.io/attempt": attempt}
+        labels = {"tuneyard.io/job": job, "ray.io/node-type": role}
         selector = ",".join(f"{key}={value}" for key, value in labels.items() if value is not None)
         return [pod["metadata"]["name"] for pod in self.items("pods", selector)]
 

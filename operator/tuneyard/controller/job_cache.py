@@ -78,8 +78,10 @@ class CachedJob:
 
     @body.setter
     def body(self, value: Object | None) -> None:
-        text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-        self._json = None if value is None else text.encode()
+        if value is None:
+            self._json = None
+        else:
+            self._json = json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
 
     @property
     def waits_for_next_try(self) -> bool:

@@ -355,6 +355,19 @@ def test_a_damaged_claim_is_named_with_its_remedy(store: Store, text: str) -> No
         assert "owner.json" in failure.value.advice
 
 
+def erase_beside(store: Store, monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> None:
+    """Erase the output, while another thread does this work after the first removal."""
+    late = threading.Thread(target=work)
+
+    def start_late() -> None:
+        late.start()
+        late.join(timeout=0.3)
+
+    at_the_first_call(monkeypatch, store, "_remove", start_late)
+    assert store.erase(JOB)
+    late.join(timeout=60)
+
+
 def test_no_attempt_writes_while_its_output_is_erased(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -370,15 +383,7 @@ def test_no_attempt_writes_while_its_output_is_erased(
         except StageError as error:
             refused.append(error.reason)
 
-    late = threading.Thread(target=write_late)
-
-    def start_late() -> None:
-        late.start()
-        late.join(timeout=0.3)
-
-    at_the_first_call(monkeypatch, store, "_remove", start_late)
-    assert store.erase(JOB)
-    late.join(timeout=60)
+    erase_beside(store, monkeypatch, write_late)
     assert refused == ["StaleAttempt"]
     assert not (tmp_path / "out").exists()
 
@@ -391,15 +396,7 @@ def test_a_claim_that_waits_for_an_erasure_holds(
     store.claim(JOB, 1)
     store.write_record(record())
     theirs = Store(store.uri, tmp_path, "theirs")
-    late = threading.Thread(target=theirs.claim, args=(JOB, 1))
-
-    def start_late() -> None:
-        late.start()
-        late.join(timeout=0.3)
-
-    at_the_first_call(monkeypatch, store, "_remove", start_late)
-    assert store.erase(JOB)
-    late.join(timeout=60)
+    erase_beside(store, monkeypatch, lambda: theirs.claim(JOB, 1))
     with theirs.owned(1):
         pass
 

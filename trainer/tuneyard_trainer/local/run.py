@@ -34,15 +34,14 @@ def run(plans: Sequence[Plan], base_dir: Path) -> int:
     manifest that needs a cluster.
     """
     plans = localized(plans)
-    code = OK
     try:
         for plan in plans:
             code = _run(plan, base_dir)
             if code != OK:
-                break
+                return code
     except KeyboardInterrupt:
-        code = INTERRUPTED
-    return code
+        return INTERRUPTED
+    return OK
 
 
 def localized(plans: Sequence[Plan]) -> list[Plan]:

@@ -102,7 +102,7 @@ def _ranks(
         ranks = []
         for rank in range(resources.workers):
             environment = {**os.environ, _VISIBLE: gpus[rank]}
-            with _log_file(scratch, rank).open("wb") as log:
+            with (scratch / f"worker-{rank}.log").open("wb") as log:
                 process = subprocess.Popen(  # noqa: S603  our own module
                     command,
                     env=environment,
@@ -129,10 +129,6 @@ def _gpus(visible: str | None, resources: Resources) -> list[str]:
         return [""] * resources.workers
     names = visible.split(",") if visible else map(str, range(resources.workers))
     return list(names)[: resources.workers]
-
-
-def _log_file(scratch: Path, rank: int) -> Path:
-    return scratch / f"worker-{rank}.log"
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
