@@ -92,26 +92,33 @@ def test_an_active_job_is_reconciled_again_without_any_request(
     assert asyncio.run(run()).requests == []
 
 
-def test_finished_jobs_that_are_to_be_deleted_later_are_not_read_when_the_operator_starts() -> None:
+def test_finished_jobs_that_are_to_be_deleted_later_are_not_read_when_the_operator_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     ended = {"type": "Succeeded", "status": "True", "reason": "Succeeded", "message": ""}
     condition = {**ended, "lastTransitionTime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
+    waits: dict[Any, float] = {}
 
-    async def run() -> MemoryApi:
+    async def run() -> None:
         api = MemoryApi()
         for name in ("one", "two"):
-            done = job(name, ttlSecondsAfterFinished=1)
+            done = job(name, ttlSecondsAfterFinished=600)
             api.add({**done, "status": {"phase": "Succeeded", "planDigest": "sha256:0"}})
             status = {**api.status(name), "conditions": [condition]}
             api.change(f"{JOBS}/{name}", status=status)
         async with operated(api) as operator:
-            await asyncio.sleep(0.1)
+            queue = operator.reconciler.queue
+            monkeypatch.setattr(queue, "add_after", waits.__setitem__)
+            await eventually(lambda: len(waits) == 2)
             assert api.requests == []
             assert operator.reconciler.cache.jobs == {}, "they need no memory"
-            operator.late = timedelta(seconds=60)
+            operator.late = timedelta(seconds=600)
+            for name in waits:
+                queue.add(name)
             await eventually(lambda: not api.names(JOBS))
-        return api
 
     asyncio.run(run())
+    assert all(0 < seconds <= 600 for seconds in waits.values())
 
 
 def test_the_resync_lists_each_kind_once_page_by_page_and_reads_no_job(
