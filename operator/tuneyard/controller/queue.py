@@ -41,6 +41,11 @@ class Queue(Generic[K]):
         """The number of delays in memory, superseded ones included."""
         return len(self._heap)
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether a key waits for a worker."""
+        return bool(self._waiting)
+
     def add(self, key: K) -> None:
         """Process the key as soon as possible."""
         self._due.pop(key, None)

@@ -98,7 +98,7 @@ class Reconciler:
         self._reporting = (
             rayjob.Reporting(settings.progress_url, ca) if settings.progress_url else None
         )
-        self._events = EventPoster(cluster)
+        self._events = EventPoster(cluster, is_busy=lambda: self.queue.is_behind)
         self._planner = Planner(cluster, settings.profiles)
         self._erasure = Erasure(cluster, self._planner, settings.image, self._events)
 
