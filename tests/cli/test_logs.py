@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from tests.cli.cluster_jobs import CRDS, FAILED, RUNNING, SUCCEEDED, JobNamespace, attempt, item
-from tuneyard.cli import jobs, logs, main
+from tuneyard.cli import jobs, kept_logs, logs, main
 from tuneyard.cli.errors import RemoteError, UnreachableError
 from tuneyard.cli.jobs import KINDS, JobView, Pod
 from tuneyard.cli.logs import Reader
@@ -266,6 +266,16 @@ def test_an_output_that_cannot_be_read_is_an_error_with_the_location(uri: str, w
         reader(cluster)[0].show(cluster.now.job)
     assert words in failure.value.message
     assert f"{uri}/logs" in failure.value.message
+
+
+def test_logs_are_read_one_after_the_other_and_one_that_is_gone_is_an_error(output: Path) -> None:
+    """All logs of a job with hundreds of workers would be hundreds of MiB."""
+    cluster = FakeCluster(Snapshot(ENDED, [], output=f"file://{output}"))
+    _, read = kept_logs.read(cluster.now.job, "worker", None)
+    assert next(read) == "worker-0: of 0"
+    (output / "logs/attempt-2/worker-1.log").unlink()
+    with pytest.raises(RemoteError, match=f"{output}/logs/attempt-2 cannot be read"):
+        next(read)
 
 
 DROPPED = {**SUCCEEDED, "attempts": [attempt(1, 9, 8, reason="WorkerDied"), attempt(7, 7, 5)]}

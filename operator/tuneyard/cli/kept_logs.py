@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -25,35 +26,49 @@ def read(job: JobView, role: str, attempt: int | None) -> tuple[str, Iterator[st
     """Return where the kept logs of an attempt are, and their lines. `role`: driver or worker;
     `attempt` None: the newest one with such a log.
 
-    Raises RemoteError if there is none, or if this machine cannot reach the output.
+    Raises RemoteError if there is none, or if this machine cannot reach the output; the iterator
+    raises it too.
     """
     scheme, _, rest = job.output_uri.partition("://")
     if scheme == "pvc":
         raise RemoteError(_in_volume(job, rest, role, attempt))
     output = job.output_uri.rstrip("/")
-    try:
+    with _as_remote_errors(f"{output}/{LOGS_FOLDER}", scheme):
         import fsspec
 
         fs, root = fsspec.core.url_to_fs(output, use_listings_cache=False)
         kept = _kept(fs, root, role)
-        chosen = attempt if attempt is not None else max(kept, default=0)
-        texts = [
-            (path, fs.cat_file(path).decode(errors="replace")) for path in kept.get(chosen, ())
-        ]
+    chosen = attempt if attempt is not None else max(kept, default=0)
+    if not kept.get(chosen):
+        raise RemoteError(_none(job, role, attempt, sorted(kept)))
+    folder = f"{output}/{log_folder(chosen)}"
+
+    def lines() -> Iterator[str]:
+        for path in kept[chosen]:  # one log at a time: a job may have hundreds of workers
+            with _as_remote_errors(folder, scheme):
+                text = fs.cat_file(path).decode(errors="replace")
+            prefix = f"{PurePosixPath(path).stem}: " if role == "worker" else ""
+            yield from (prefix + line for line in text.splitlines())
+
+    return folder, lines()
+
+
+@contextmanager
+def _as_remote_errors(folder: str, scheme: str) -> Iterator[None]:
+    """Turn the errors of a store into RemoteErrors."""
+    try:
+        yield
     except ImportError as error:
         extra = EXTRAS.get(scheme, "trainer")
         raise RemoteError(
-            f"the logs in {output}/{LOGS_FOLDER} cannot be read: {error}: install tuneyard[{extra}]"
+            f"the logs in {folder} cannot be read: {error}: install tuneyard[{extra}]"
         ) from error
     except Exception as error:  # each kind of store has errors of its own
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RemoteError(
-            f"the logs in {output}/{LOGS_FOLDER} cannot be read: {reason}: give this command "
-            f"access to the store by the environment, as the store's own tools expect it"
+            f"the logs in {folder} cannot be read: {reason}: give this command access to the store "
+            f"by the environment, as the store's own tools expect it"
         ) from error
-    if not texts:
-        raise RemoteError(_none(job, role, attempt, sorted(kept)))
-    return f"{output}/{log_folder(chosen)}", _lines(role, texts)
 
 
 def _kept(fs: Any, root: str, role: str) -> dict[int, list[str]]:
@@ -71,13 +86,6 @@ def _kept(fs: Any, root: str, role: str) -> dict[int, list[str]]:
 def _rank(path: str) -> int:
     rank = PurePosixPath(path).stem.removeprefix(WORKER_LOG)
     return int(rank) if rank.isdecimal() else 0
-
-
-def _lines(role: str, texts: Sequence[tuple[str, str]]) -> Iterator[str]:
-    for path, text in texts:
-        prefix = f"{PurePosixPath(path).stem}: " if role == "worker" else ""
-        for line in text.splitlines():
-            yield prefix + line
 
 
 def _none(job: JobView, role: str, attempt: int | None, kept: Sequence[int]) -> str:
