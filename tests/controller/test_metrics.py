@@ -174,3 +174,45 @@ def test_the_duration_of_a_job_includes_the_attempts_that_its_status_does_not_li
 def duration_seconds() -> float:
     labels = {"kind": "FineTuneJob", "method": "sft", "outcome": "Succeeded"}
     return metrics.REGISTRY.get_sample_value("tuneyard_job_duration_seconds_sum", labels) or 0.0
+
+
+def test_reasons_that_a_driver_makes_up_are_one_series() -> None:
+    """A series stays until the operator ends."""
+    job = parse({**JOB, "metadata": {**JOB["metadata"], "uid": "u"}})
+
+    def labels() -> set[str]:
+        counted = (metrics.ATTEMPTS, metrics.JOB_SECONDS)
+        samples = (sample for metric in counted for sample in metric.collect()[0].samples)
+        return {sample.labels.get("reason") or sample.labels["outcome"] for sample in samples}
+
+    before = labels()
+    times = {"startedAt": "2030-01-01T00:00:00Z", "finishedAt": "2030-01-01T00:02:00Z"}
+    for reason in ("Mine1", "Mine2", "OutOfMemory"):
+        ended = {"number": 1, "rayJob": "scraped-1", "reason": reason, **times}
+        failure = {"reason": reason, "message": ""}
+        status = {"phase": "Failed", "failure": failure, "attempts": [ended]}
+        metrics.count_change(job, None, JobStatus.model_validate(status))
+    assert labels() - before == {"Other", "OutOfMemory"} - before
+
+
+@pytest.mark.parametrize(
+    ("started", "finished"),
+    [
+        ("9999-01-01T00:00:00Z", "0001-01-01T00:00:00Z"),
+        ("0001-01-01T00:00:00Z", "9999-01-01T00:00:00Z"),
+    ],
+)
+def test_times_that_a_driver_makes_up_change_the_sums_by_no_more_than_a_year(
+    started: str, finished: str
+) -> None:
+    job = parse({**JOB, "metadata": {**JOB["metadata"], "uid": "u"}})
+
+    def total() -> float:
+        samples = metrics.STAGE_SECONDS.collect()[0].samples
+        return sum(sample.value for sample in samples if sample.name.endswith("_sum"))
+
+    before = total()
+    stage = {"name": "sft", "kind": "sft", "state": "Succeeded"}
+    stages = [{**stage, "startedAt": started, "finishedAt": finished}]
+    metrics.count_change(job, None, JobStatus.model_validate({"stages": stages}))
+    assert 0 <= total() - before <= 366 * 24 * 3600

@@ -9,6 +9,7 @@ import pytest
 
 from tests.controller.played import GOOD, POST, PlayedCluster, Served, send, served
 from tuneyard.controller import review_limits, status_server
+from tuneyard.controller.cluster import Key
 from tuneyard.controller.review_limits import MOST_AT_ONCE, REFUSALS_AT_ONCE, Recent, ReviewLimits
 from tuneyard_trainer.pod.reporter import Refused
 
@@ -185,3 +186,24 @@ def test_a_post_that_does_not_arrive_is_refused(monkeypatch: pytest.MonkeyPatch)
             return line
 
     assert asyncio.run(slow()).startswith(b"HTTP/1.1 408 ")
+
+
+def test_posts_for_a_job_that_is_gone_are_one_read_of_the_api_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pod whose token is valid may post as often as it likes."""
+    cluster = PlayedCluster()
+    reads: list[Key] = []
+
+    async def gone(key: Key) -> None:
+        reads.append(key)
+
+    monkeypatch.setattr(cluster, "job", gone)
+
+    async def flood() -> set[bool]:
+        async with served(cluster) as running:
+            client = running.client(tmp_path, GOOD)
+            return {await send(client, POST) for _ in range(20)}
+
+    assert asyncio.run(flood()) == {True}, "each post is answered with the request to stop"
+    assert len(reads) == 1

@@ -1030,6 +1030,17 @@ class TestFailure:
         sim.reconcile()
         assert sim.attempt.stopping_at, "the attempt is asked to stop"
 
+    def test_clocks_that_differ_make_no_run_time_negative(self) -> None:
+        """The CRD refuses a negative number, and with it every later status."""
+        sim = simulation(backoffSeconds=0)
+        for _ in range(KEPT_ATTEMPTS + 2):
+            sim.run()
+            sim.wait(-60)  # another replica, whose clock is a minute behind, closes the attempt
+            sim.end(INTERRUPTED)
+            sim.settle(4)
+        assert sim.status.attempts[0].number > 1, "attempts were dropped"
+        assert sim.status.dropped_seconds == 0.0
+
     def test_a_status_with_the_longest_texts_stays_small(self) -> None:
         sim = running(maxAttempts=100)
         long = "x" * 60_000

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from tests.planning.jobs import job as golden_job
 from tests.status.simulation import INTERRUPTED, failed
+from tuneyard.api.pods import OUTCOME_PREFIX
 from tuneyard.api.progress import Outcome
 from tuneyard.planning.plan import plan_job
 from tuneyard.rendering.placement import placed
 from tuneyard.rendering.rayjob import render
 from tuneyard.status import observed, reasons
-from tuneyard.status.observed import CreateError, ObservedState, Pod, Workload
+from tuneyard.status.observed import CreateError, ObservedState, Pod, RayJob, Workload
 from tuneyard.status.reasons import Cause
 
 Object = dict[str, Any]
@@ -527,3 +529,8 @@ def test_a_create_error_has_a_reason_and_advice(
     cause = reasons.of_create_error(create_error)
     assert cause.reason == reason
     assert advice in cause.advice
+
+
+def test_an_outcome_that_is_nested_deeply_counts_as_none() -> None:
+    ray_job = SimpleNamespace(message=OUTCOME_PREFIX + "[" * 100_000)
+    assert reasons.logged_outcome(cast("RayJob", ray_job)) is None

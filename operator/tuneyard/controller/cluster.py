@@ -345,6 +345,8 @@ class Cluster:
             raise ApiError(0, "NoAnswer", str(error) or type(error).__name__) from error
         metrics.REQUESTS.labels(method, str(response.status)).inc()
         value = _json(text)
+        if response.status < 400 and not value:  # an empty list would mean that no pod exists
+            raise ApiError(0, "BadAnswer", f"{method} {path}: the answer was cut or is not JSON")
         if response.status >= 400:
             raise ApiError(
                 response.status,
@@ -359,7 +361,7 @@ def _json(text: bytes) -> Object:
     """Return a JSON object; {} for any other text, such as the error page of a proxy."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from tuneyard.api.finetunejob import FineTuneJob
+from tuneyard.api.reasons import REASONS
 from tuneyard.api.status import JobStatus
 from tuneyard.status.observe import Job
 from tuneyard.status.times import moment_of
 
 REGISTRY = CollectorRegistry(auto_describe=True)
 
+_MOST_SECONDS = 366 * 24 * 3600.0
+"""The longest time that is counted: a driver may report any."""
 _SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 24 * 3600, 3 * 24 * 3600)
 
 JOBS = Gauge("tuneyard_jobs", "Jobs by phase.", ["kind", "phase"], registry=REGISTRY)
@@ -142,7 +145,8 @@ def count_change(job: Job, before: JobStatus | None, after: JobStatus) -> None:
     if after.phase and after.phase != before.phase:
         TRANSITIONS.labels(job.kind, after.phase).inc()
         if after.phase in ("Succeeded", "Failed"):
-            outcome = "Succeeded" if after.phase == "Succeeded" else _reason(after)
+            reason = after.failure.reason if after.failure else None
+            outcome = "Succeeded" if after.phase == "Succeeded" else _label(reason)
             listed = sum(_between(a.running_at, a.finished_at) for a in after.attempts)
             seconds = (after.dropped_seconds or 0.0) + listed
             JOB_SECONDS.labels(job.kind, method_of(job), outcome).observe(seconds)
@@ -155,7 +159,7 @@ def _count_attempts(job: Job, before: JobStatus, after: JobStatus) -> None:
     for attempt in after.attempts:
         old = known.get(attempt.number)
         if attempt.finished_at and not (old and old.finished_at):
-            ATTEMPTS.labels(job.kind, attempt.reason or "Unknown").inc()
+            ATTEMPTS.labels(job.kind, _label(attempt.reason)).inc()
         if attempt.running_at and not (old and old.running_at):
             waited = _between(attempt.started_at, attempt.running_at)
             QUEUE_SECONDS.labels(job.kind).observe(waited)
@@ -177,16 +181,19 @@ def method_of(job: Job) -> str:
     return job.spec.optimize.kind if job.spec.optimize else "none"
 
 
-def _reason(status: JobStatus) -> str:
-    return status.failure.reason if status.failure else "Unknown"
+def _label(reason: str | None) -> str:
+    """Return a reason as a label: drivers may post any word, and a series stays for ever."""
+    if reason is None:
+        return "Unknown"
+    return reason if reason in (*REASONS, "Succeeded") else "Other"
 
 
 def _between(start: str | None, end: str | None) -> float:
-    """Return the seconds between two times; 0: one of them is unknown, or no time in UTC: a driver
-    reports those of its stages."""
+    """Return the seconds between two times; 0: one of them is unknown, no time in UTC, or they are
+    in the wrong order: a driver reports those of its stages, and clocks differ."""
     if not start or not end:
         return 0.0
     try:
-        return (moment_of(end) - moment_of(start)).total_seconds()
+        return min(max(0.0, (moment_of(end) - moment_of(start)).total_seconds()), _MOST_SECONDS)
     except (ValueError, TypeError):  # TypeError: one of them has no time zone
         return 0.0

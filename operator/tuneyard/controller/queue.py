@@ -17,6 +17,8 @@ K = TypeVar("K", bound=Hashable)
 
 FIRST_BACKOFF, LAST_BACKOFF = 0.2, 60.0
 """Seconds before a failed key is retried, doubled each time, with a jitter of half."""
+MOST_AFTER = 120.0
+"""The longest delay, in seconds, that a server may ask for: a day would stop a job for a day."""
 
 
 class Queue(Generic[K]):
@@ -103,7 +105,7 @@ class Queue(Generic[K]):
     def _retry(self, key: K, after: float | None) -> None:
         failures = self._failures[key] = self._failures.get(key, 0) + 1
         wait = min(FIRST_BACKOFF * 2 ** min(failures - 1, 10), LAST_BACKOFF)
-        self.add_after(key, max(after or 0.0, wait * random.uniform(0.5, 1.0)))
+        self.add_after(key, max(min(after or 0.0, MOST_AFTER), wait * random.uniform(0.5, 1.0)))
 
     async def _release_due(self) -> None:
         """Add the keys whose delay is over, until canceled."""

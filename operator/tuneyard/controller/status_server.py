@@ -42,6 +42,9 @@ REFUSAL_SECONDS = 10.0
 """How long the review of a token that was refused is cached."""
 MOST_PODS, MOST_REFUSALS = 20_000, 1_000
 """Most cached reviews of valid tokens and of refused ones."""
+ENDED_SECONDS = 10.0
+"""How long it is remembered that a pod's job or attempt has ended, which is read from the API
+server: that job is in no cache."""
 READ_SECONDS = 10.0
 """How long a post may take to arrive."""
 CONNECTION_SECONDS = 60.0
@@ -79,6 +82,7 @@ class StatusServer:
         self._refusals: Recent[_Token, tuple[int, str, str]] = Recent(
             MOST_REFUSALS, REFUSAL_SECONDS
         )
+        self._ended: Recent[tuple[Key, str, str], bool] = Recent(MOST_REFUSALS, ENDED_SECONDS)
         self._limits = ReviewLimits()
         self._runner: web.AppRunner | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -134,6 +138,9 @@ class StatusServer:
     async def _deliver(self, key: Key, pod: Pod, post: Post) -> PostResponse:
         """Hand a post to the reconciler; wait until its outcome, if any, is stored. Raises
         Refused."""
+        sender = (key, pod.name, pod.job_uid)
+        if self._ended.get(sender):
+            return PostResponse(stop=True)
         try:
             job = await self._reconciler.current(key, pod)
         except ApiError as error:
@@ -145,6 +152,7 @@ class StatusServer:
         if job is None:
             # The pod is removed next, and a new job may have the name already. The pod may save a
             # checkpoint, because that job starts no attempt while it exists.
+            self._ended.put(sender, True)
             return PostResponse(stop=True)
         attempt = pod.attempt
         newest = job.status.attempts[-1] if job.status and job.status.attempts else None
@@ -158,6 +166,7 @@ class StatusServer:
             # For example, a queue evicted the attempt. It may save a checkpoint, because no other
             # attempt starts while its pods exist. A driver that ended on its own has already posted
             # its outcome.
+            self._ended.put(sender, True)
             return PostResponse(stop=True)
         self._reconciler.accept_post(key, job.metadata.uid or "", post)
         if post.tuneyard is not None and post.tuneyard.outcome is not None:

@@ -46,7 +46,7 @@ def stored_plan(config_map: Mapping[str, Any] | None, name: str, plan_digest: st
 def _json(text: Any) -> Any:
     try:
         return json.loads(text)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return None
 
 

@@ -635,10 +635,12 @@ class _Observer:
         return (self.status.dropped_seconds or 0.0) + listed
 
     def _seconds_of(self, attempt: AttemptStatus) -> float:
+        """Return how long an attempt ran. Replicas' clocks differ, so its times may be out of
+        order."""
         if attempt.running_at is None:
             return 0.0
         end = moment_of(attempt.finished_at) if attempt.finished_at else self.now
-        return (end - moment_of(attempt.running_at)).total_seconds()
+        return max(0.0, (end - moment_of(attempt.running_at)).total_seconds())
 
     def _set(self, **values: object) -> None:
         self.status = self.status.model_copy(update=values)

@@ -63,7 +63,7 @@ def logged_outcome(ray_job: RayJob | None) -> Outcome | None:
     try:
         value, _ = json.JSONDecoder().raw_decode(rest)
         return Outcome.model_validate(value)
-    except (json.JSONDecodeError, ValidationError):
+    except (json.JSONDecodeError, RecursionError, ValidationError):
         return None
 
 

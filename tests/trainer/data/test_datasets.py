@@ -395,6 +395,7 @@ class TestFormats:
             (ROWS[0] | {"note": "", "source": None, "tags": []}, {}, ()),
             ({"messages": chat("q", "a"), "prompt_id": "1"}, {}, ("prompt_id",)),
             ({"inputs": "q", "targets": "a", "task": "t"}, {}, ("task",)),
+            (ROWS[0] | {"half\ud800": "x"}, {}, ("half?",)),  # no log or record could hold it
             (post("q", None, "prompter", lang="en") | {"replies": []}, {}, ()),
         ],
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +118,11 @@ def _kill_worker(driver: psutil.Process) -> None:
     workers[0].kill()
 
 
+def _terminate_all(driver: psutil.Process) -> None:
+    for process in [*driver.children(recursive=True), driver]:
+        process.terminate()
+
+
 def _kill_driver(driver: psutil.Process) -> None:
     driver.kill()
 
@@ -139,8 +145,9 @@ def _interrupt_twice(driver: psutil.Process) -> None:
         (_kill_driver, -signal.SIGKILL, ""),
         (_interrupt, 130, "Run the same command to continue"),
         (_interrupt_twice, 130, "press Ctrl-C again to stop at once"),
+        (_terminate_all, 130, "Run the same command to continue"),
     ],
-    ids=["worker killed", "driver killed", "Ctrl-C", "Ctrl-C twice"],
+    ids=["worker killed", "driver killed", "Ctrl-C", "Ctrl-C twice", "all get SIGTERM"],
 )
 def test_an_interrupted_run_reports_it_and_the_same_command_continues(
     interrupt: Callable[[psutil.Process], None],
@@ -171,6 +178,40 @@ def test_an_interrupted_run_reports_it_and_the_same_command_continues(
 
 
 @pytest.mark.slow
+def test_sigterm_while_a_source_is_read_leaves_nothing_behind(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the workers start, the sources are read or fetched, which can take minutes."""
+    write_data(tmp_path)
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    os.truncate(model / "model.safetensors", 64 << 30)  # a file without content, read for a minute
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    process = start(tmp_path, manifest(model))
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out/owner.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.terminate()
+    code, _, err = finish(process)
+    assert code == 130, err
+    assert "Traceback" not in err
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_module_in_the_working_directory_is_not_imported(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """`python -m` looks there first: a downloaded data set could bring its own `random.py`."""
+    write_data(tmp_path)
+    (tmp_path / "random.py").write_text("open('was-run', 'w').write('yes'); raise SystemExit(9)")
+    code, _, err = finish(start(tmp_path, manifest(tiny_model_dir)))
+    assert code == 0, err
+    assert not (tmp_path / "was-run").exists()
+
+
 def test_a_stage_that_rejects_its_data_prints_one_message_and_leaves_no_result(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from urllib.parse import quote
 
 import pytest
@@ -42,8 +43,9 @@ def test_the_value_of_a_secret_variable_is_replaced(secret: str, form: object) -
     assert line.count(REDACTED) == 2
 
 
-def test_a_secret_in_base64_is_replaced() -> None:
-    encoded = base64.b64encode(AWS_KEY.encode()).decode()
+@pytest.mark.parametrize("encode", [base64.b64encode, base64.urlsafe_b64encode])
+def test_a_secret_in_base64_is_replaced(encode: Callable[[bytes], bytes]) -> None:
+    encoded = encode(AWS_KEY.encode()).decode()
     assert Redactor(ENVIRONMENT)(f"sent {encoded}") == f"sent {REDACTED}"
 
 

@@ -20,3 +20,10 @@ def test_an_event_is_one_line_for_any_content_of_its_fields() -> None:
         first,
     )
     assert "step=3 loss=1.23457 stages=prepare,sft" in second
+
+
+def test_half_of_a_character_from_a_file_can_be_logged() -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    Log(stream)("progress", message="nothing reads the column note\ud800")
+    stream.seek(0)
+    assert r"column note\ud800" in stream.read()

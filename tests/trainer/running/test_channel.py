@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import AuthenticationError
 from typing import Any
 
 import pytest
@@ -123,3 +124,29 @@ def test_a_worker_learns_that_its_driver_has_ended(server: EventServer) -> None:
     with socket.socket(fileno=os.dup(server._connections[0].fileno())) as connection:
         connection.shutdown(socket.SHUT_RDWR)  # as the kernel does for a process that was killed
     assert lost.wait(10)
+
+
+def test_silent_strangers_keep_no_worker_from_its_driver(
+    server: EventServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any user of the machine can open a connection, and so can pods that reach the head."""
+    monkeypatch.setattr(channel, "AUTHENTICATION_SECONDS", 0.5)
+    silent = [socket.create_connection(server.address) for _ in range(20)]
+    try:
+        client(server).emit(progress(1))
+        assert server.events.get(timeout=20)["step"] == 1
+        for connection in silent:
+            connection.settimeout(20)
+            while connection.recv(1024):  # the challenge, then the end
+                pass
+    finally:
+        for connection in silent:
+            connection.close()
+
+
+def test_a_stranger_without_the_key_sends_no_event(server: EventServer) -> None:
+    with pytest.raises(AuthenticationError):
+        EventClient(server.address, b"a guess")
+    client(server).emit(progress(2))
+    assert server.events.get(timeout=20)["step"] == 2
+    assert server.events.empty()

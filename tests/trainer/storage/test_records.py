@@ -275,6 +275,25 @@ def test_output_written_without_a_cluster_is_never_erased(store: Store) -> None:
     assert store.record("sft") == record()
 
 
+def test_an_erasure_removes_what_a_killed_claim_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path / "out"), tmp_path / "scratch", "u")
+
+    def killed(*_: object) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", killed)
+        with pytest.raises(SystemExit):
+            store.claim(JOB, 1)
+    killed_file = next(tmp_path.glob("out/.owner.json.*"))
+    killed_file.rename(killed_file.with_name(".owner.json.99999"))  # of another process
+    store.claim(JOB, 2)
+    assert store.erase(JOB)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_erased_folder_is_removed_if_it_holds_no_other_files(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "out"), tmp_path, "ours")
     store.claim(JOB, 1)

@@ -132,7 +132,8 @@ class Examples:
             if len(self._unread) == MAX_UNREAD:
                 return
             if name not in self._columns and value not in _EMPTY:
-                self._unread.add(name[:MAX_NAME])
+                # A file may hold half of a character, as "\ud800", which no log can.
+                self._unread.add(name[:MAX_NAME].encode("utf-8", "replace").decode())
 
     def _counted(self, rows: Iterator[Row]) -> Iterator[Row]:
         for row in rows:

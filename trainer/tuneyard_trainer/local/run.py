@@ -34,6 +34,7 @@ def run(plans: Sequence[Plan], base_dir: Path) -> int:
     manifest that needs a cluster.
     """
     plans = localized(plans)
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         for plan in plans:
             code = _run(plan, base_dir)
@@ -41,6 +42,8 @@ def run(plans: Sequence[Plan], base_dir: Path) -> int:
                 return code
     except KeyboardInterrupt:
         return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, former)
     return OK
 
 

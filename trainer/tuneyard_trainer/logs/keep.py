@@ -48,7 +48,9 @@ def kept(
         warn("the log cannot be kept: standard output and standard error are not files")
         yield
         return
-    command = [sys.executable, "-m", "tuneyard_trainer.logs.keeper", "--output", place.output]
+    # -P: no module of the working directory, which a user may have downloaded, is imported.
+    command = [sys.executable, "-P", "-m", "tuneyard_trainer.logs.keeper"]
+    command += ["--output", place.output]
     command += ["--attempt", str(place.attempt), "--name", name, "--parent", str(os.getpid())]
     if place.job_uid is not None:
         command += ["--job-uid", place.job_uid]

@@ -144,7 +144,9 @@ def _forms(value: str) -> Iterator[str]:
     if "\n" not in value:
         yield value
     yield from (quote(value), quote(value, safe=""), quote_plus(value), json.dumps(value)[1:-1])
-    yield base64.b64encode(value.encode()).decode()
+    for encoded in (base64.b64encode(value.encode()), base64.urlsafe_b64encode(value.encode())):
+        yield encoded.decode()
+        yield encoded.decode().rstrip("=")
 
 
 def _overlap(line: str, value: str) -> int:

@@ -25,7 +25,8 @@ class Log:
             f"{key}={_formatted(value)}" for key, value in pairs.items() if value not in (None, "")
         )
         with self._lock:
-            self._stream.write(text + "\n")
+            # A message may quote half of a character from a file, which the stream would refuse.
+            self._stream.write(text.encode("utf-8", "backslashreplace").decode() + "\n")
             self._stream.flush()
 
 

@@ -7,20 +7,30 @@ over sockets that a key of this run authenticates. A Ray actor would have to be 
 from __future__ import annotations
 
 import json
+import os
 import queue
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Listener
+from multiprocessing.connection import (
+    Client,
+    Connection,
+    Listener,
+    answer_challenge,
+    deliver_challenge,
+)
 from typing import Any
 
 POST_SECONDS = 1.0
 """The least time between two progress events of a worker. Stage events are never delayed."""
 DRAIN_SECONDS = 10.0
 """How long the server waits for the last events of a group that has ended."""
+AUTHENTICATION_SECONDS = 10.0
+"""How long a connection may take to prove that it knows the key."""
 
 
 class EventClient:
@@ -79,7 +89,9 @@ class EventServer:
     def __init__(self, host: str) -> None:
         """`host`: this machine's address, as the workers reach it."""
         self.key = secrets.token_bytes(32)
-        self._listener = Listener((host, 0), authkey=self.key)
+        # Without a key of its own: it would authenticate one connection at a time, and wait for a
+        # silent one without end.
+        self._listener = Listener((host, 0))
         self.events: queue.Queue[dict[str, Any]] = queue.Queue()
         self._connections: list[Any] = []
         self._readers: list[threading.Thread] = []
@@ -114,18 +126,37 @@ class EventServer:
         while not self._closed:
             try:
                 connection = self._listener.accept()
-            except (AuthenticationError, EOFError, OSError):
-                time.sleep(0.1)  # not a worker of this run, or it disconnected
+            except OSError:
+                time.sleep(0.1)  # it disconnected at once
                 continue
-            self._connections.append(connection)
-            self._readers.append(self._start(self._read, connection))
-            if self._stop_requested:
-                self._send_stop(connection)
+            self._start(self._serve, connection)
 
-    def _read(self, connection: Any) -> None:
+    def _serve(self, connection: Connection) -> None:
+        """Read the events of a connection, if it is a worker's."""
+        if not self._is_worker(connection):
+            connection.close()
+            return
+        self._readers.append(threading.current_thread())
+        self._connections.append(connection)
+        if self._stop_requested:
+            self._send_stop(connection)
         with suppress(EOFError, OSError):
             while True:
                 self.events.put(json.loads(connection.recv_bytes()))
+
+    def _is_worker(self, connection: Connection) -> bool:
+        """Return whether the other end proves in time that it knows the key."""
+        limit = threading.Timer(AUTHENTICATION_SECONDS, _shut_down, [connection])
+        limit.daemon = True
+        limit.start()
+        try:
+            deliver_challenge(connection, self.key)
+            answer_challenge(connection, self.key)
+        except (AuthenticationError, EOFError, OSError):
+            return False
+        finally:
+            limit.cancel()
+        return True
 
     def _send_stop(self, connection: Any) -> None:
         with suppress(OSError):
@@ -135,6 +166,12 @@ class EventServer:
         thread = threading.Thread(target=target, args=arguments, daemon=True, name="event-server")
         thread.start()
         return thread
+
+
+def _shut_down(connection: Connection) -> None:
+    """End a connection for the thread that reads from it, which `close` would not do."""
+    with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as ended:
+        ended.shutdown(socket.SHUT_RDWR)
 
 
 def _urgent(event: dict[str, Any]) -> bool:

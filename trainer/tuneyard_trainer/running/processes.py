@@ -96,7 +96,8 @@ def _ranks(
     task: dict[str, Any], resources: Resources, scratch: Path
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
     """While active, the ranks run, each with a log file in `scratch`."""
-    command = [sys.executable, "-m", __name__]
+    # -P: no module of the working directory, which a user may have downloaded, is imported.
+    command = [sys.executable, "-P", "-m", __name__]
     gpus = _gpus(os.environ.get(_VISIBLE), resources)
     with ExitStack() as stack:
         ranks = []
@@ -169,6 +170,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def main() -> None:
     """Run one rank, as standard input says."""
+    # Slurm and systemd send it to every process of a job: the driver asks the ranks to stop.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     task = json.load(sys.stdin)
     client = group.connect(tuple(task["address"]), bytes.fromhex(task["key"]))
     client.emit(wait_event("importing torch"))
@@ -178,10 +181,15 @@ def main() -> None:
     rank, world_size = task["rank"], task["worldSize"]
     device = torch.device("cuda", 0) if os.environ[_VISIBLE] else torch.device("cpu")
     if world_size > 1:
+        client.emit(wait_event("connecting the workers"))
+        limit = timedelta(seconds=COLLECTIVE_SECONDS)
+        # Not a file:// URL: torch would cut the path at a "#" or "?".
+        store = dist.FileStore(task["rendezvous"], world_size)  # type: ignore[attr-defined]
+        store.set_timeout(limit)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"file://{task['rendezvous']}",
-            timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+            store=store,
+            timeout=limit,
             rank=rank,
             world_size=world_size,
         )

@@ -199,8 +199,10 @@ class Store:
                 return False
             for name in _OWN_FILES:
                 self._remove(name)
-            with suppress(OSError):  # not empty, or the root of a volume
-                if self.is_local:
+            if self.is_local:
+                for partial in self._scratch.glob(".owner.json.*"):  # of a claim that was killed
+                    partial.unlink(missing_ok=True)
+                with suppress(OSError):  # not empty, or the root of a volume
                     self._scratch.rmdir()
         return True
 
