@@ -23,6 +23,8 @@ from tuneyard_trainer import drain
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 20.0
 """The grace period of a pod."""
+CLOCK_SECONDS = 2.0
+"""How exactly the start of a process is known: the time of the boot is given in whole seconds."""
 ORPHAN_SECONDS = 1.0
 """The longest time that a worker outlives its driver."""
 
@@ -46,8 +48,12 @@ class Played:
 
     @property
     def workers(self) -> list[psutil.Process]:
+        file = self.pod.worker_id
         with suppress(OSError, ValueError, psutil.NoSuchProcess):
-            return [psutil.Process(int(self.pod.worker_id.read_text()))]
+            process = psutil.Process(int(file.read_text()))
+            # Numbers of processes come again within minutes.
+            if process.create_time() < file.stat().st_mtime + CLOCK_SECONDS:
+                return [process]
         return []
 
     @property
@@ -120,7 +126,7 @@ class Kubelet:
             if uid not in self._begun and "deletionTimestamp" not in body["metadata"]:
                 self._begun[uid] = self._pool.submit(self._guarded, self._begin, body)
             elif played and not played.ended and not _is_alive(played.driver):
-                played.ended = True
+                played.ended, played.checkpoint = True, self._newest_checkpoint(played)
                 self._pool.submit(self._guarded, self._end, played)
         for pod in self.scene.api.list(f"/api/v1{base}/pods"):
             if "deletionTimestamp" in pod["metadata"] and pod["metadata"].get("finalizers"):

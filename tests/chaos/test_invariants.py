@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
+import psutil
 import pytest
 
 from tests.chaos.invariants import Reference, of_output, of_status, reference_of
-from tests.chaos.kubelet import Played
-from tests.chaos.machine import Pod
-from tests.controller.scene import Attempt
+from tests.chaos.kubelet import Kubelet, Played
+from tests.chaos.machine import Machine, Pod
+from tests.controller.scene import Attempt, Scene
 
 ROWS = (4, 2, 0, 3, 1, 5)
 STATUS = {"result": {"digest": "sha256:d"}}
@@ -75,6 +79,37 @@ def test_more_rows_are_repeated_only_where_no_newer_checkpoint_was_complete(
     played[0].checkpoint = checkpoint
     made = output(tmp_path / "out")
     assert bool([*of_output(STATUS, played, made, reference, redone_rows=2, batch=1)]) is is_broken
+
+
+def test_the_newest_checkpoint_is_noted_when_a_driver_has_ended(tmp_path: Path) -> None:
+    body = {"metadata": {"uid": "r1", "labels": {"tuneyard.io/job": "one"}}}
+    listed = {"/apis/ray.io/v1/namespaces/n/rayjobs": [body], "/api/v1/namespaces/n/pods": []}
+    api = SimpleNamespace(list=listed.__getitem__)
+    scene = cast("Scene", SimpleNamespace(namespace="n", api=api))
+    kubelet = Kubelet(scene, cast("Machine", None), tmp_path, tmp_path)
+    played = attempt(tmp_path / "0", ROWS)
+    played.attempt = cast("Attempt", SimpleNamespace(job=SimpleNamespace(name="one")))
+    played.driver = psutil.Process()
+    kubelet.played.append(played)
+    kubelet._begun["r1"] = Future()
+    kubelet._guarded = lambda *_: None  # type: ignore[method-assign]
+    (tmp_path / "models/one/out/stages/sft/checkpoints/step-00000010").mkdir(parents=True)
+    kubelet._round()
+    assert not played.ended
+    played.driver = cast("psutil.Process", SimpleNamespace(is_running=lambda: False))
+    kubelet._round()
+    assert (played.ended, played.checkpoint) == (True, 10)
+
+
+def test_a_later_process_with_the_number_of_an_ended_worker_is_not_the_worker(
+    tmp_path: Path,
+) -> None:
+    played = attempt(tmp_path / "0", ROWS)
+    played.pod.worker_id.write_text(str(os.getpid()))
+    assert [each.pid for each in played.workers] == [os.getpid()]
+    before = psutil.Process().create_time() - 60
+    os.utime(played.pod.worker_id, (before, before))
+    assert played.workers == []
 
 
 @pytest.mark.parametrize(
