@@ -136,7 +136,7 @@ FORBIDDEN: list[rights.Right] = [
     ("", "pods/log", "get", ""),
     ("", "pods/portforward", "create", ""),
     ("", "configmaps", "list", ""),
-    ("", "configmaps", "delete", ""),
+    ("", "configmaps", "deletecollection", ""),
     ("", "serviceaccounts/token", "create", ""),
     ("", "persistentvolumeclaims", "get", ""),
     ("tuneyard.io", "finetunejobs", "create", ""),

@@ -187,10 +187,10 @@ class Cluster:
     async def ensure(self, item: Object, *, is_new: bool) -> None:
         """Create an object, or update the one that the same job created before.
 
-        `is_new`: it most likely does not exist yet. Raises ApiError 409 if the name is taken by
-        another: by that of a deleted job until the garbage collector has removed it, or by another
-        client's. An apply would take it over, or be refused for good, because an object has one
-        controller.
+        `is_new`: it most likely does not exist yet. An object of a deleted job of the same name is
+        deleted first: the garbage collector may take long, and after an outage of the API server it
+        may never notice. Raises ApiError 409 if the object is another client's. An apply would take
+        it over, or be refused for good, because an object has one controller.
         """
         if is_new:
             try:
@@ -200,12 +200,30 @@ class Cluster:
                     raise
             else:
                 return
-        found = await self._find(_path_of(item))
+        path = _path_of(item)
+        found = await self._find(path)
         if found is not None and controller_of(found) != controller_of(item):
-            name = f"{item['kind']} {item['metadata']['name']}"
-            message = f"{name} already exists and belongs to another owner"
-            raise ApiError(409, "AlreadyExists", message)
+            if not await self._is_of_deleted_job(found, item):
+                name = f"{item['kind']} {item['metadata']['name']}"
+                message = f"{name} already exists and belongs to another owner"
+                raise ApiError(409, "AlreadyExists", message)
+            metadata = found["metadata"]
+            await self._delete(path, uid=metadata["uid"], version=metadata["resourceVersion"])
+            await self.create(item)
+            return
         await self.apply(item)
+
+    async def _is_of_deleted_job(self, found: Object, item: Object) -> bool:
+        """Return whether an object belongs to a former job of the name that the job of `item` has.
+        The job is read: a replica that has lost the Lease may take a new job for the former one."""
+        former, owner = _controller(found), _controller(item)
+        if former is None or owner is None:
+            return False
+        named = ("apiVersion", "kind", "name")
+        if any(former.get(field) != owner.get(field) for field in named):
+            return False
+        job = await self.job(Key(owner["kind"], item["metadata"]["namespace"], owner["name"]))
+        return job is not None and job["metadata"]["uid"] == owner["uid"]
 
     async def ray_jobs(self, key: Key) -> list[Object]:
         path = f"/apis/ray.io/v1/namespaces/{key.namespace}/rayjobs"
@@ -400,8 +418,13 @@ def needs_finalizer(job: Object) -> bool:
 
 def controller_of(item: Mapping[str, Any]) -> str | None:
     """Return the UID of an object's controller; None: the object has none."""
+    owner = _controller(item)
+    return None if owner is None else str(owner["uid"])
+
+
+def _controller(item: Mapping[str, Any]) -> Object | None:
     owners = item["metadata"].get("ownerReferences") or ()
-    return next((owner["uid"] for owner in owners if owner.get("controller")), None)
+    return next((owner for owner in owners if owner.get("controller")), None)
 
 
 _PLURALS = {
