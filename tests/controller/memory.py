@@ -36,6 +36,8 @@ RAY_JOBS = f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayjobs"
 PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
 CONFIG_MAPS = f"/api/v1/namespaces/{NAMESPACE}/configmaps"
 POLICIES = f"/apis/networking.k8s.io/v1/namespaces/{NAMESPACE}/networkpolicies"
+LISTED_AT_START = frozenset(("/apis/ray.io/v1/rayjobs", "/api/v1/pods"))
+"""What an operator lists when it starts, if it watches all namespaces."""
 _COLLECTION = re.compile(r"(/api/v1|/apis/[^/]+/[^/]+)(/namespaces/[^/]+)?/[a-z]+")
 _PLURALS = {
     "FineTuneJob": JOBS,

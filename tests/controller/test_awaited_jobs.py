@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.controller.memory import JOBS, MemoryApi, eventually, job, operated
+from tests.controller.memory import JOBS, LISTED_AT_START, MemoryApi, eventually, job, operated
 from tests.controller.test_reconciler import SPEC, EarlyWatches
 from tuneyard.controller.cluster import Key
 
@@ -179,6 +179,6 @@ def test_a_source_cannot_lead_the_operator_to_anything_but_a_job_of_its_namespac
 
     api = asyncio.run(run())
     read = {each.path for each in api.requests if each.method == "GET"}
-    assert read <= {f"{JOBS}/tuned"}
+    assert read <= {f"{JOBS}/tuned", *LISTED_AT_START}
     assert api.status("tuned")["failure"]["reason"] == "PlanRejected"
     assert "spec.model.uri" in api.status("tuned")["failure"]["message"]

@@ -29,6 +29,7 @@ from tuneyard.api.progress import Post
 from tuneyard.controller import metrics
 from tuneyard.controller.cluster import ApiError
 from tuneyard.controller.job_cache import JobCache
+from tuneyard.controller.reconciler import Reconciler, Versions
 from tuneyard.controller.settings import Settings
 from tuneyard.rendering.names import UID_LABEL
 from tuneyard.status import observed
@@ -129,6 +130,39 @@ def test_a_rayjob_of_the_deleted_job_is_neither_adopted_nor_counted() -> None:
             (owner,) = api.objects[RAY_JOB]["metadata"]["ownerReferences"]
             assert owner["uid"] == api.uid(PATH)
             assert (phase(api), len(attempts(api))) == ("Pending", 1)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_pods_of_a_deleted_job_that_no_watch_has_reported_yet_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch, *, is_listed: bool
+) -> None:
+    """After a restart of the operator, the jobs' watch may be quicker than the pods' watch."""
+
+    async def unavailable(_: Reconciler) -> Versions:
+        raise ApiError(500, "InternalError", "slow")
+
+    async def run() -> None:
+        api = MemoryApi()
+        api.add(job("tuned"))
+        async with operated(api) as operator:
+            await running(api, operator)
+        collect(api, RAY_JOBS)
+        (head,) = api.names(PODS)
+        replaced = {**job("tuned"), "spec": api.objects[PATH]["spec"]}
+        api.remove(PATH)
+        unseen = api.objects.pop(f"{PODS}/{head}")
+        if not is_listed:
+            monkeypatch.setattr(Reconciler, "list_objects", unavailable)
+        async with operated(api, Settings(namespaces=("team",))) as operator:
+            api.objects[f"{PODS}/{head}"] = unseen
+            api.add(replaced)
+            await asyncio.sleep(0.5)
+            assert RAY_JOB not in api.objects
+            api.remove(f"{PODS}/{head}")
+            operator.reconciler.queue.add(key("tuned"))
+            await eventually(lambda: RAY_JOB in api.objects)
 
     asyncio.run(run())
 

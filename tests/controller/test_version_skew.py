@@ -10,7 +10,7 @@ import asyncio
 import copy
 import json
 import ssl
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -96,6 +96,10 @@ class PlayedCluster:
 
     async def pods(self, *_: Any) -> list[Object]:
         return []
+
+    async def list_objects(self, collection: str, _: str | None) -> AsyncIterator[Object]:
+        for item in self.rayjobs.values() if collection.endswith("rayjobs") else ():
+            yield item
 
     async def warnings(self, *_: Any) -> list[str]:
         return []

@@ -43,6 +43,8 @@ class CachedJob:
     """By name, each with its resource version. RayJobs and pods may be those of a deleted job with
     the same name."""
     pods: dict[str, tuple[int, Pod]] = field(default_factory=dict)
+    has_former: bool = False
+    """Whether a deleted job with the same name was known and had RayJobs or pods."""
     deleted_pods: dict[str, Pod] = field(default_factory=dict)
     """Deleted pods that had a problem, in their last state."""
     workloads: dict[str, Workload] = field(default_factory=dict)
@@ -165,7 +167,7 @@ class JobCache:
         """Drop what is known of a job, except its RayJobs and pods."""
         cached = self.jobs.pop(key, None)
         if cached is not None and not cached.is_empty:
-            self.jobs[key] = CachedJob(ray_jobs=cached.ray_jobs, pods=cached.pods)
+            self.jobs[key] = CachedJob(ray_jobs=cached.ray_jobs, pods=cached.pods, has_former=True)
         metrics.drop_progress((key.namespace, key.kind, key.name))
 
     def evict(self, key: Key) -> None:

@@ -18,6 +18,7 @@ from tuneyard.api.progress import Post
 from tuneyard.api.status import AttemptStatus, JobStatus
 from tuneyard.controller import metrics
 from tuneyard.controller.cluster import (
+    WATCHED_OBJECTS,
     ApiError,
     Cluster,
     Key,
@@ -27,7 +28,7 @@ from tuneyard.controller.cluster import (
 )
 from tuneyard.controller.erasure import Erasure, output_left
 from tuneyard.controller.event_poster import EventPoster
-from tuneyard.controller.job_cache import CachedJob, JobCache
+from tuneyard.controller.job_cache import CachedJob, JobCache, key_from_labels, version
 from tuneyard.controller.planner import Planner
 from tuneyard.controller.queue import Queue, Requeue
 from tuneyard.controller.settings import Settings
@@ -72,6 +73,14 @@ end the job."""
 PODS_RECHECK_SECONDS = 5.0
 """Interval of the checks for pods that are to be removed."""
 
+LISTING_SECONDS = 2.0
+"""Time between two tries to list the objects that exist when the operator starts."""
+
+ObjectId = tuple[Key, str, str]
+"""A RayJob or a pod by its job, its collection and its name."""
+Versions = dict[ObjectId, int]
+"""Resource versions."""
+
 _ALREADY_PLANNED = Waiting("Planned", "the plan is in force")
 """Given to `observe` for a job that has been planned, which needs no plan."""
 
@@ -98,6 +107,8 @@ class Reconciler:
         self._reporting = (
             rayjob.Reporting(settings.progress_url, ca) if settings.progress_url else None
         )
+        self._existed: frozenset[Key] | None = None
+        """The jobs that had RayJobs or pods when the operator started; None: not listed yet."""
         self._events = EventPoster(cluster, is_busy=lambda: self.queue.is_behind)
         self._planner = Planner(cluster, settings.profiles)
         self._erasure = Erasure(cluster, self._planner, settings.image, self._events)
@@ -105,6 +116,7 @@ class Reconciler:
     async def run(self) -> None:
         """Work until canceled."""
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._list_existing())
             tasks.create_task(self.queue.run())
             tasks.create_task(self._events.run())
 
@@ -135,6 +147,26 @@ class Reconciler:
         if body is None or not _is_of(pod, body) or "deletionTimestamp" in body["metadata"]:
             return None
         return parse(body)
+
+    async def list_objects(self) -> Versions:
+        """List the metadata of all RayJobs and pods. Raises ApiError."""
+        found = Versions()
+        for namespace in self.settings.namespaces or (None,):
+            for collection in WATCHED_OBJECTS:
+                async for item in self.cluster.list_objects(collection, namespace):
+                    if key := key_from_labels(item):
+                        found[key, collection, item["metadata"]["name"]] = version(item)
+        return found
+
+    async def _list_existing(self) -> None:
+        """Note the jobs that have objects: each kind has its own watch, and that of pods may report
+        them after a new job with the name of a deleted one."""
+        while self._existed is None:
+            try:
+                self._existed = frozenset(key for key, _, _ in await self.list_objects())
+            except ApiError as error:
+                log.warning("the objects of the jobs could not be listed: %s", error)
+                await asyncio.sleep(LISTING_SECONDS)
 
     async def check_existence(self) -> None:
         """Read each known job that no list contains: kopf does not report what was deleted while
@@ -284,7 +316,7 @@ class Reconciler:
         if cached.waits_for_next_try:
             self.queue.add_after(key, cached.create_after - time.monotonic())
             return
-        if number > 1:
+        if number > 1 or cached.has_former or self._existed is None or key in self._existed:
             await self.read(key)
             now = self.clock()
             if any(not is_lost(item, now) for item in cached.other_objects(number)):

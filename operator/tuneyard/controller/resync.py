@@ -12,9 +12,8 @@ import logging
 import time
 from collections.abc import Iterator
 
-from tuneyard.controller.cluster import WATCHED_OBJECTS, ApiError, Key
-from tuneyard.controller.job_cache import key_from_labels, version
-from tuneyard.controller.reconciler import Reconciler
+from tuneyard.controller.cluster import ApiError
+from tuneyard.controller.reconciler import ObjectId, Reconciler, Versions
 
 OBJECTS_SECONDS = 60.0
 """How often RayJobs and pods are listed."""
@@ -24,11 +23,6 @@ LEAST_PAUSE = 20
 """A pause between two listings is at least so many times as long as the listing itself."""
 LAG_SECONDS = 5.0
 """How late a watch event may come before the resync counts it as missed."""
-
-_Object = tuple[Key, str, str]
-"""An object by its job, its collection and its name."""
-_Versions = dict[_Object, int]
-"""Resource versions."""
 
 log = logging.getLogger("tuneyard")
 
@@ -58,7 +52,7 @@ class Resync:
 
     async def check_objects(self) -> None:
         """Read the objects of each job that a watch has missed an event of. Raises ApiError."""
-        before, listed = self._cached(), await self._listed()
+        before, listed = self._cached(), await self._reconciler.list_objects()
         suspects = _missed(before, listed)
         if not suspects:
             return
@@ -72,26 +66,17 @@ class Resync:
             await self._reconciler.read(key)
             self._reconciler.queue.add(key)
 
-    def _cached(self) -> _Versions:
+    def _cached(self) -> Versions:
         return dict(self._each_cached())
 
-    def _each_cached(self) -> Iterator[tuple[_Object, int]]:
+    def _each_cached(self) -> Iterator[tuple[ObjectId, int]]:
         for key, cached in self._reconciler.cache.jobs.items():
             for collection, items in (("rayjobs", cached.ray_jobs), ("pods", cached.pods)):
                 for name, (number, _) in items.items():
                     yield (key, collection, name), number
 
-    async def _listed(self) -> _Versions:
-        cluster, found = self._reconciler.cluster, _Versions()
-        for namespace in self._reconciler.settings.namespaces or (None,):
-            for collection in WATCHED_OBJECTS:
-                async for item in cluster.list_objects(collection, namespace):
-                    if key := key_from_labels(item):
-                        found[key, collection, item["metadata"]["name"]] = version(item)
-        return found
 
-
-def _missed(cached: _Versions, listed: _Versions) -> set[_Object]:
+def _missed(cached: Versions, listed: Versions) -> set[ObjectId]:
     """Return the objects that are newer in the listing, or in one of the two alone."""
     newer = {what for what, number in listed.items() if number > cached.get(what, -1)}
     return newer | (cached.keys() - listed.keys())
