@@ -137,7 +137,8 @@ class Kubelet:
         try:
             step(*arguments)
         except RefusedError as refused:
-            if refused.status not in (404, 409):
+            is_ending = "object is being deleted" in str(refused)  # a 422
+            if refused.status not in (404, 409) and not is_ending:
                 self.failures.append(traceback.format_exc())
         except Exception:
             self.failures.append(traceback.format_exc())
