@@ -194,6 +194,27 @@ def test_the_pods_of_the_deleted_job_are_waited_for_and_explain_nothing() -> Non
     asyncio.run(run())
 
 
+def test_pods_of_a_deleted_job_are_looked_for_if_only_its_ray_job_was_known() -> None:
+    """The pods' watch may be late while the operator runs, too."""
+
+    async def run() -> None:
+        api = MemoryApi()
+        api.add(job("tuned"))
+        async with operated(api, Settings(namespaces=("team",))) as operator:
+            await eventually(lambda: RAY_JOB in api.objects)
+            api.on_change = lambda _, __: None
+            head = api.add(pod(api.objects[RAY_JOB], "head"))["metadata"]["name"]
+            replace_job(api, operator, seen=True)
+            collect(api, RAY_JOBS, CONFIG_MAPS)
+            await settled(api, operator)
+            assert RAY_JOB not in api.objects
+            api.remove(f"{PODS}/{head}")
+            operator.reconciler.queue.add(key("tuned"))
+            await eventually(lambda: RAY_JOB in api.objects)
+
+    asyncio.run(run())
+
+
 def test_a_late_deletion_of_the_old_job_does_not_remove_the_new_one_from_the_cache() -> None:
     """kopf handles objects with different UIDs side by side."""
     api, cache = MemoryApi(), JobCache()
@@ -385,7 +406,7 @@ def test_a_driver_of_the_deleted_job_stops_and_its_outcome_is_not_the_new_jobs(w
     asyncio.run(run())
 
 
-def test_an_erasure_waits_for_the_config_map_of_a_deleted_job_and_does_not_give_up() -> None:
+def test_an_erasure_waits_for_a_config_map_of_another_owner_and_does_not_give_up() -> None:
     """An apply would be refused for good, and the output would stay."""
 
     async def run() -> None:
@@ -397,7 +418,7 @@ def test_an_erasure_waits_for_the_config_map_of_a_deleted_job_and_does_not_give_
             await running(api, operator)
             (name,) = api.names(CONFIG_MAPS)
             old = api.objects[f"{CONFIG_MAPS}/{name}"]
-            owner = {"uid": "an earlier job", "controller": True}
+            owner = {"uid": "another owner", "controller": True}
             metadata = {**old["metadata"], "ownerReferences": [owner]}
             api.objects[f"{CONFIG_MAPS}/{name}"] = {**old, "metadata": metadata}
             collect(api, PODS)

@@ -185,7 +185,7 @@ def _label(reason: str | None) -> str:
     """Return a reason as a label: drivers may post any word, and a series stays for ever."""
     if reason is None:
         return "Unknown"
-    return reason if reason in (*REASONS, "Succeeded") else "Other"
+    return reason if reason in REASONS or reason == "Succeeded" else "Other"
 
 
 def _between(start: str | None, end: str | None) -> float:

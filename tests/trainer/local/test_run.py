@@ -201,6 +201,7 @@ def test_sigterm_while_a_source_is_read_leaves_nothing_behind(
     assert list(temporary.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_module_in_the_working_directory_is_not_imported(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:
@@ -212,6 +213,7 @@ def test_a_module_in_the_working_directory_is_not_imported(
     assert not (tmp_path / "was-run").exists()
 
 
+@pytest.mark.slow
 def test_a_stage_that_rejects_its_data_prints_one_message_and_leaves_no_result(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:
