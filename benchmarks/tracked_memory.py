@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -72,9 +73,32 @@ class Tracked:
         return self.parameters + self.gradients + self.activations
 
 
+DEPTHS = 4, 8
+"""Layers of the two models from which the memory of a deeper one follows."""
+
+
+def extrapolated(step: Step) -> Tracked:
+    """Return the memory of a step from two models with fewer layers: it is a straight line in the
+    number of layers, because all of them are alike. Ten times as fast for 80 layers."""
+    depth = int(step.config["num_hidden_layers"])
+    if depth <= 2 * DEPTHS[1]:
+        return tracked(step)
+    low, high = (
+        tracked(replace(step, config={**step.config, "num_hidden_layers": layers}))
+        for layers in DEPTHS
+    )
+    share = (depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+    return Tracked(
+        *(round(a + share * (b - a)) for a, b in zip(astuple(low), astuple(high), strict=True))
+    )
+
+
 def tracked(step: Step) -> Tracked:
     """Return the memory at the peak of a step whose gradients exist from an earlier micro-batch."""
-    with _mesh(step.gpus) as mesh, FakeTensorMode():
+    # transformers reads the positions to see whether rows are packed, and masks attention if it
+    # cannot read them, as on fake tensors. A packed micro-batch has `masked` instead.
+    packed = mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda _: None)
+    with _mesh(step.gpus) as mesh, packed, FakeTensorMode():
         return _measured(_model(step, mesh), step)
 
 
