@@ -18,8 +18,8 @@ from tuneyard.planning.memory.parameters import Trained
 from tuneyard.planning.memory.parts import Sharding
 
 Loss = Literal["crossEntropy", "tokenLogprobs", "score"]
-"""crossEntropy: of logits cast to float32. tokenLogprobs: PPO's and GRPO's, of logits divided by the
-temperature. score: a reward model's, without logits."""
+"""crossEntropy: of logits cast to float32. tokenLogprobs: PPO's and GRPO's, of logits divided by
+the temperature. score: a reward model's, without logits."""
 
 
 class MicroBatch(NamedTuple):
@@ -28,10 +28,17 @@ class MicroBatch(NamedTuple):
     rows: int
     width: int
     """Tokens of a row or of a bin of packed rows."""
+    row_targets: int | None = None
+    """Positions of a row whose logits are computed. None: all."""
 
     @property
     def tokens(self) -> int:
         return self.rows * self.width
+
+    @property
+    def targets(self) -> int:
+        """Positions whose logits are computed."""
+        return self.rows * (self.width if self.row_targets is None else self.row_targets)
 
 
 @dataclass(frozen=True)
@@ -60,9 +67,7 @@ class Computation:
 # ---- a decoder layer ----------------------------------------------------------------------------
 
 
-def layer_bytes(
-    facts: ModelFacts, trained: Trained, batch: MicroBatch, how: Computation
-) -> int:
+def layer_bytes(facts: ModelFacts, trained: Trained, batch: MicroBatch, how: Computation) -> int:
     """Return the bytes that the backward pass of one decoder layer needs of its forward pass."""
     per_token = (
         _norms(facts, trained, how)
@@ -75,8 +80,8 @@ def layer_bytes(
 
 
 def _norms(facts: ModelFacts, trained: Trained, how: Computation) -> int:
-    """Return the bytes per token: norms keep their input in float32, and trained ones the normalized
-    values too."""
+    """Return the bytes per token: norms keep their input in float32, and trained ones the
+    normalized values too."""
     if facts.norm == "layer":
         return facts.norms * (4 * facts.hidden_size + 8)
     normalized = 4 if facts.norm == "rmsFloat32" else how.stream
@@ -100,8 +105,8 @@ def _attention(facts: ModelFacts, batch: MicroBatch, how: Computation) -> int:
 
 
 def _linear_inputs(facts: ModelFacts, trained: Trained, how: Computation) -> int:
-    """Return the bytes per token of the inputs of linear layers, apart from those that attention and
-    MLP keep anyway."""
+    """Return the bytes per token of the inputs of linear layers, apart from those that attention
+    and MLP keep anyway."""
     needed = [linear for linear in facts.linears if linear.name in trained.keeps_input]
     shared: dict[LinearInput, int] = {linear.reads: linear.inputs for linear in needed}
     if how.casts and trained.adapter:  # each adapted layer casts its input to float32 and back
@@ -172,25 +177,39 @@ def _kept_reads(facts: ModelFacts, trained: Trained) -> set[LinearInput]:
 def head_input_bytes(
     facts: ModelFacts, trained: Trained, batch: MicroBatch, how: Computation
 ) -> int:
-    """Return the bytes of the last norm and of the head's input, all positions being targets."""
+    """Return the bytes of the last norm and of the head's input."""
     norm = (4 + (how.stream if trained.norms else 0)) * facts.hidden_size if facts.final_norm else 0
     states = how.stream * facts.hidden_size
     cast = how.precision * facts.hidden_size if how.casts and trained.head else 0
-    return (norm + states + cast) * batch.tokens
+    return norm * batch.tokens + (states + cast) * batch.targets
 
 
 def logits_bytes(facts: ModelFacts, loss: Loss, batch: MicroBatch) -> int:
-    """Return the bytes of logits and of their gradients, all positions being targets.
+    """Return the bytes of logits and of their gradients.
 
     crossEntropy: the log-probabilities and two gradients, each in float32. tokenLogprobs: the
     logits, the softmax and two products of the gradient.
     """
     per_logit = {"crossEntropy": 12, "tokenLogprobs": 16, "score": 0}[loss]
-    return per_logit * facts.vocabulary_size * batch.tokens
+    return per_logit * facts.vocabulary_size * batch.targets
 
 
 def forward_logits_bytes(facts: ModelFacts, loss: Loss, batch: MicroBatch, how: Computation) -> int:
     """Return the bytes of the logits at the end of the forward pass, with gradients to come: those
     of the head, and two tensors in float32."""
     per_logit = 0 if loss == "score" else how.precision + 8
-    return per_logit * facts.vocabulary_size * batch.tokens
+    return per_logit * facts.vocabulary_size * batch.targets
+
+
+# ---- without gradients --------------------------------------------------------------------------
+
+
+def inference_bytes(facts: ModelFacts, batch: MicroBatch, how: Computation) -> int:
+    """Return the bytes of a forward pass without gradients, apart from the logits: the tensors of
+    one layer, in its MLP, and the mask with its bias."""
+    width = facts.intermediate_size
+    if facts.experts:
+        width = facts.experts.intermediate_size * facts.experts.per_token
+    tensors = 3 * how.precision * width + 4 * how.stream * facts.hidden_size
+    mask = (1 + how.precision) * batch.width if how.masked else 0
+    return (tensors + mask) * batch.tokens

@@ -44,6 +44,9 @@ class Step:
     added_parameters: int = 0
     """Trained parameters beside the model's: a value head, or the head of a reward model."""
 
+    in_place_updates: bool = False
+    """Whether AdamW updates one parameter after another, as it does on a CPU."""
+
     # ---- what is in memory all the time ---------------------------------------------------------
 
     @property
@@ -110,7 +113,7 @@ class Step:
         if self.devices > 1 and self.sharding == "none":
             size = TRAINED_BYTES * self.trained_parameters
             yield Moment.of("sum of the gradients", *kept, ("buffer of the gradients", size))
-        update = UPDATE_BYTES * self.trained_parameters
+        update = 0 if self.in_place_updates else UPDATE_BYTES * self.trained_parameters
         yield Moment.of("optimizer step", *kept, ("temporary tensors", update))
 
     @property
@@ -145,6 +148,11 @@ class Step:
         return self.how.precision * head if trained else 0
 
     @property
+    def copies_while_sampling(self) -> int:
+        """The bfloat16 copies that autocast keeps while completions are sampled."""
+        return self._copies
+
+    @property
     def _copies(self) -> int:
         """The bfloat16 copies that autocast keeps of all trained weights."""
         layers = self.trained.layers * self._layer_copies
@@ -162,11 +170,11 @@ class Gathered:
     """The parameters and gradients that FSDP2 holds whole, beside the shards."""
 
     loss: int
-    """At the gradient of the loss: the parameters outside of the layers, which stay gathered, and the
-    last layer's."""
+    """At the gradient of the loss: the parameters outside of the layers, which stay gathered, and
+    those of the last layer."""
     layer: int
-    """In the backward pass of a layer: its parameters and the next layer's, its gradients, and those
-    of the layer before while they are reduced in float32."""
+    """In the backward pass of a layer: its parameters and those of the next one, its gradients, and
+    the gradients of the layer before, which are reduced in float32."""
     end: int
     """When the gradients of the parameters outside of the layers are reduced."""
 
