@@ -13,7 +13,7 @@ from tuneyard.api.adapters import Adapter, Lora, Qlora
 from tuneyard.api.model_facts import ModelFacts
 from tuneyard.api.plan import Plan, PlannedStage
 from tuneyard.api.stage_settings import EvaluateSettings, RewardSettings
-from tuneyard.planning.hardware import Gpu, smallest
+from tuneyard.planning.hardware import GPUS, Gpu
 from tuneyard.planning.memory.lengths import FEWEST_TOKENS, Lengths
 from tuneyard.planning.memory.parts import Settings, Sharding, StageMemory
 from tuneyard.planning.memory.stages import Machine, job_memory, loop_of, settings_of
@@ -27,8 +27,8 @@ class Remedy(NamedTuple):
 
     change: str
     """The fields and their values, as an instruction."""
-    peak: int
-    """The most bytes on a GPU after it."""
+    peak: int | None
+    """The most bytes on a GPU after it. None: it was not calculated."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Fit:
     """A job on its GPUs."""
 
     memory: list[StageMemory]
-    """The memory with the settings of the manifest, or with those chosen for `auto`."""
+    """The memory of the stages that load a model, as the manifest is written."""
     limit: int
     """Bytes that a GPU offers."""
     chosen: Mapping[str, Settings]
-    """What `auto` chooses for each stage that trains."""
+    """What `auto` would choose for each stage that trains."""
     remedies: tuple[Remedy, ...] = ()
     """Ways to make a job fit that does not."""
 
@@ -96,10 +96,10 @@ class Job:
 def fit(job: Job) -> Fit:
     """Return how a job fits its GPUs, with ways to make it fit if it does not."""
     chosen = {stage.name: choose(job, stage) for stage in job.training}
-    found = Fit(job.memory(chosen), job.gpu.usable, chosen)
+    found = Fit(job.memory({}), job.gpu.usable, chosen)
     if found.fits:
         return found
-    return replace(found, remedies=tuple(_remedies(job, found)))
+    return replace(found, remedies=_all_remedies(job, found))
 
 
 # ---- what `auto` chooses ------------------------------------------------------------------------
@@ -121,9 +121,10 @@ def choose(job: Job, stage: PlannedStage) -> Settings:
 
 def _candidates(job: Job, stage: PlannedStage) -> Iterator[Settings]:
     given = settings_of(stage, job.facts, job.machine)
+    yield given
     auto = stage.runtime.micro_batch_tokens == "auto"
     most = given.micro_batch_tokens
-    sizes = list(_halved(most)) if auto else [most]
+    sizes = [most, *_sizes(most)] if auto else [most]
     large = [size for size in sizes if 4 * size >= most]
     for sharding in job.shardings:
         if not given.gradient_checkpointing:
@@ -133,7 +134,9 @@ def _candidates(job: Job, stage: PlannedStage) -> Iterator[Settings]:
             yield Settings(size, True, sharding)
 
 
-def _halved(size: int) -> Iterator[int]:
+def _sizes(most: int) -> Iterator[int]:
+    """Yield the sizes of micro-batches to try after `most`: powers of two, the largest first."""
+    size = 1 << (most - 1).bit_length() - 1
     while size >= FEWEST_TOKENS:
         yield size
         size //= 2
@@ -142,66 +145,65 @@ def _halved(size: int) -> Iterator[int]:
 # ---- what would make it fit ---------------------------------------------------------------------
 
 
+def _all_remedies(job: Job, found: Fit) -> tuple[Remedy, ...]:
+    """Return at least two ways: if fewer are known, the others are hints without a number."""
+    hints = (
+        Remedy("set spec.model.uri to a smaller model", None),
+        Remedy("run it on GPUs with more memory than any that is described", None),
+    )
+    found_ways = tuple(_remedies(job, found))
+    return found_ways + hints[: max(0, 2 - len(found_ways))]
+
+
 def _remedies(job: Job, found: Fit) -> Iterator[Remedy]:
     """Yield changes after which every stage fits, as far as they exist."""
-    yield from _other_settings(job)
-    yield from _shorter_rows(job, found)
+    settings = list(_if_it_fits(job, []))
+    yield from settings or _shorter_rows(job)
     yield from _other_adapter(job)
     yield from _without_evaluation(job, found)
-    gpu = smallest(found.peak)
-    if gpu:
-        yield Remedy(f"run it on GPUs with more memory, such as {gpu.name}", found.peak)
-    else:
-        yield Remedy(
-            "set spec.model.uri to a smaller model: no described GPU holds this job", found.peak
-        )
+    if not settings:
+        yield from _larger_gpu(job)
 
 
-def _other_settings(job: Job) -> Iterator[Remedy]:
-    """Yield smaller micro-batches, where the manifest sets large ones."""
-    changed, chosen = [], {}
-    for stage in job.training:
-        best = choose(job, stage)
-        if stage.runtime.micro_batch_tokens != "auto":
-            open_stage = _opened(stage)
-            best = choose(job, open_stage)
-            if best.micro_batch_tokens != stage.runtime.micro_batch_tokens:
-                path = training_path(job.plan, stage)
-                changed.append(f"{path}.microBatchTokens to {best.micro_batch_tokens}")
-                if best.gradient_checkpointing and not stage.runtime.gradient_checkpointing:
-                    changed.append(f"{path}.gradientCheckpointing to true")
-        chosen[stage.name] = best
-    yield from _if_it_fits(job, chosen, changed)
+def _if_it_fits(job: Job, changes: list[str]) -> Iterator[Remedy]:
+    """Yield the remedy of some changes of the manifest, if the job fits after them and after the
+    settings that they need. `job`: with the changes."""
+    chosen = {stage.name: choose(job, _opened(stage)) for stage in job.training}
+    tried = Fit(job.memory(chosen), job.gpu.usable, chosen)
+    needed = [*changes, *_settings_changes(job, chosen)]
+    if needed and tried.fits:
+        yield Remedy(", ".join(needed), tried.peak)
 
 
 def _opened(stage: PlannedStage) -> PlannedStage:
+    """Return a stage whose micro-batches the manifest leaves open."""
     runtime = stage.runtime.model_copy(update={"micro_batch_tokens": "auto"})
     return stage.model_copy(update={"runtime": runtime})
 
 
-def _if_it_fits(job: Job, chosen: Mapping[str, Settings], changed: list[str]) -> Iterator[Remedy]:
-    tried = Fit(job.memory(chosen), job.gpu.usable, chosen)
-    if changed and tried.fits:
-        yield Remedy(f"set {' and '.join(changed)}", tried.peak)
+def _settings_changes(job: Job, chosen: Mapping[str, Settings]) -> Iterator[str]:
+    """Yield the fields that give a job the settings, where the manifest has others."""
+    for stage in job.training:
+        given, wanted = settings_of(stage, job.facts, job.machine), chosen[stage.name]
+        path = training_path(job.plan, stage)
+        if given.micro_batch_tokens != wanted.micro_batch_tokens:
+            yield f"set {path}.microBatchTokens to {wanted.micro_batch_tokens}"
+        if given.gradient_checkpointing != wanted.gradient_checkpointing:
+            yield f"set {path}.gradientCheckpointing to true"
 
 
-def _shorter_rows(job: Job, found: Fit) -> Iterator[Remedy]:
+def _shorter_rows(job: Job) -> Iterator[Remedy]:
     """Yield the longest rows with which the job fits."""
-    longest = max(job.lengths.rows, job.lengths.pairs)
-    shorter = longest_row(job, below=longest)
-    if shorter is None:
-        return
-    tried = _with_rows(job, shorter)
-    chosen = {stage.name: choose(tried, stage) for stage in tried.training}
-    kinds = {stage.name.partition("-")[0] for stage in job.plan.stages}
-    fields = []
-    if "prepare" in kinds:
-        spec = "spec.data" if job.plan.job.kind == "FineTuneJob" else "spec.sft.data"
-        fields.append(f"{spec}.maxLength to {shorter}")
-    if "pairs" in kinds:
-        fields.append(f"spec.preferences.maxLength to {shorter}")
-    yield from _if_it_fits(tried, chosen, fields)
-    del found
+    shorter = longest_row(job, below=max(job.lengths.rows, job.lengths.pairs))
+    if shorter is not None:
+        yield from _if_it_fits(_with_rows(job, shorter), _length_fields(job.plan, shorter))
+
+
+def _length_fields(plan: Plan, length: int) -> list[str]:
+    names = {stage.settings.kind for stage in plan.stages}
+    of = "spec.data" if plan.job.kind == "FineTuneJob" else "spec.sft.data"
+    rows = [f"set {of}.maxLength to {length}"] if "prepare" in names else []
+    return rows + ([f"set spec.preferences.maxLength to {length}"] if "pairs" in names else [])
 
 
 def _with_rows(job: Job, length: int) -> Job:
@@ -220,7 +222,7 @@ def longest_row(job: Job, *, below: int) -> int | None:
     while low < high:
         middle = (low + high + 1) // 2
         tried = _with_rows(job, middle * LENGTH_STEP)
-        chosen = {stage.name: choose(tried, stage) for stage in tried.training}
+        chosen = {stage.name: choose(tried, _opened(stage)) for stage in tried.training}
         if Fit(tried.memory(chosen), job.gpu.usable, chosen).fits:
             low = middle
         else:
@@ -229,44 +231,54 @@ def longest_row(job: Job, *, below: int) -> int | None:
 
 
 def _other_adapter(job: Job) -> Iterator[Remedy]:
-    """Yield LoRA in the place of full fine-tuning, or QLoRA in the place of LoRA."""
-    adapters = {
-        stage.name: getattr(stage.settings, "adapter", None)
-        for stage in job.training
-        if not isinstance(stage.settings, RewardSettings)
-    }
-    given = next(iter(adapters.values()), None)
-    lora = given.lora if given else None
-    options = [Adapter(lora=Lora()), Adapter(qlora=Qlora())] if given is None else []
-    if lora:
-        options = [Adapter(qlora=Qlora.model_validate(lora.model_dump()))]
-    for adapter in options if adapters else []:
-        stages = [
-            stage.model_copy(
-                update={"settings": stage.settings.model_copy(update={"adapter": adapter})}
-            )
-            if stage.name in adapters
-            else stage
-            for stage in job.plan.stages
-        ]
+    """Yield LoRA in the place of full fine-tuning, or else QLoRA."""
+    for adapter in (Adapter(lora=Lora()), Adapter(qlora=Qlora())):
+        replaced = [stage for stage in job.training if _is_lighter(adapter, stage)]
+        if not replaced:
+            continue
+        stages = [_with_adapter(s, adapter) if s in replaced else s for s in job.plan.stages]
         tried = replace(job, plan=job.plan.model_copy(update={"stages": stages}))
-        chosen = {stage.name: choose(tried, stage) for stage in tried.training}
-        change = (
-            f"spec.adapter to {adapter.kind}: {{}}" if lora is None else "spec.adapter to qlora"
-        )
-        yield from _if_it_fits(tried, chosen, [change])
+        rewards = [isinstance(stage.settings, RewardSettings) for stage in replaced]
+        fields = [] if all(rewards) else [f"set spec.adapter to {adapter.kind}"]
+        if any(rewards):
+            fields.append(f"set spec.rewardModel.train.adapter to {adapter.kind}")
+        remedy = next(_if_it_fits(tried, fields), None)
+        if remedy:
+            yield remedy
+            return
+
+
+def _is_lighter(adapter: Adapter, stage: PlannedStage) -> bool:
+    """Return whether an adapter takes less memory than what the stage trains."""
+    given: Adapter | None = getattr(stage.settings, "adapter", None)
+    return given is None or (given.kind == "lora" and adapter.kind == "qlora")
+
+
+def _with_adapter(stage: PlannedStage, adapter: Adapter) -> PlannedStage:
+    given: Adapter | None = getattr(stage.settings, "adapter", None)
+    if given and given.lora:  # the manifest's rank and targets
+        adapter = Adapter(qlora=Qlora.model_validate(given.lora.model_dump()))
+    settings = stage.settings.model_copy(update={"adapter": adapter})
+    return stage.model_copy(update={"settings": settings})
 
 
 def _without_evaluation(job: Job, found: Fit) -> Iterator[Remedy]:
-    """Yield a job without held-out rows, if only their measurement does not fit."""
-    measuring = {
-        stage.name for stage in job.plan.stages if isinstance(stage.settings, EvaluateSettings)
-    }
-    if {stage.stage for stage in found.too_large} != measuring:
-        return
-    rest = [stage for stage in found.memory if stage.stage not in measuring]
-    peak = max((stage.peak.total for stage in rest), default=0)
-    yield Remedy("remove spec.data.validation, and with it the stage evaluate", peak)
+    """Yield a job without held-out rows, if their measurement does not fit."""
+    measuring = [stage for stage in job.plan.stages if isinstance(stage.settings, EvaluateSettings)]
+    if {stage.name for stage in measuring} & {stage.stage for stage in found.too_large}:
+        rest = [stage for stage in job.plan.stages if stage not in measuring]
+        tried = replace(job, plan=job.plan.model_copy(update={"stages": rest}))
+        yield from _if_it_fits(tried, ["remove spec.data.validation, and so the stage evaluate"])
+
+
+def _larger_gpu(job: Job) -> Iterator[Remedy]:
+    """Yield the smallest described GPU that the job fits."""
+    for gpu in GPUS:
+        if gpu.memory > job.gpu.memory:
+            remedy = next(_if_it_fits(replace(job, gpu=gpu), [f"run it on {gpu.name} GPUs"]), None)
+            if remedy:
+                yield remedy
+                break
 
 
 def training_path(plan: Plan, stage: PlannedStage) -> str:

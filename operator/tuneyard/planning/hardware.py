@@ -79,9 +79,3 @@ def gpu_of(name: str) -> Gpu:
 
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
-
-
-def smallest(size: int) -> Gpu | None:
-    """Return the described GPU with the least memory that can hold `size` bytes; None: no GPU
-    can."""
-    return next((gpu for gpu in GPUS if gpu.usable >= size), None)
