@@ -81,7 +81,10 @@ def extrapolated(step: Step) -> Tracked:
     """Return the memory of a step from two models with fewer layers: it is a straight line in the
     number of layers, because all of them are alike. Ten times as fast for 80 layers."""
     depth = int(step.config["num_hidden_layers"])
-    if depth <= 2 * DEPTHS[1]:
+    kept_copies = (
+        step.tuning == "full" and step.gpus == 1
+    )  # autocast's: another moment may be the peak
+    if depth <= 2 * DEPTHS[1] or kept_copies:
         return tracked(step)
     low, high = (
         tracked(replace(step, config={**step.config, "num_hidden_layers": layers}))

@@ -88,7 +88,10 @@ def _norms(facts: ModelFacts, trained: Trained, how: Computation) -> int:
     kept = 4 + (normalized if trained.norms else 0)
     total = facts.norms * (kept * facts.hidden_size + 4)
     if facts.query_key_norm != "none":
+        of_head = 4 if facts.norm == "rmsFloat32" else how.precision
+        kept = 4 + (of_head if trained.norms else 0)
         total += kept * (facts.query_size + facts.key_value_size)
+        total += 4 * (facts.attention_heads + facts.key_value_heads)
     return total
 
 

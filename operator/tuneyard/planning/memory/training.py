@@ -162,7 +162,9 @@ class Step:
     def _gathered(self) -> Gathered:
         if self.sharding == "none":
             return Gathered(0, 0, 0)
-        return Gathered.of(self.facts, self.trained, self.how.precision)
+        return Gathered.of(
+            self.facts, self.trained, self.how.precision, checkpointing=self.checkpointing
+        )
 
 
 @dataclass(frozen=True)
@@ -170,25 +172,31 @@ class Gathered:
     """The parameters and gradients that FSDP2 holds whole, beside the shards."""
 
     loss: int
-    """At the gradient of the loss: the parameters outside of the layers, which stay gathered, and
-    those of the last layer."""
+    """At the gradient of the loss: the parameters outside of the layers, which stay gathered."""
     layer: int
-    """In the backward pass of a layer: its parameters and those of the next one, its gradients, and
-    the gradients of the layer before, which are reduced in float32."""
+    """In the backward pass of a layer: also its parameters and those of the next one, its gradients
+    and those of the head."""
     end: int
-    """When the gradients of the parameters outside of the layers are reduced."""
+    """When the gradients of the parameters outside of the layers are reduced, in float32."""
 
     @classmethod
-    def of(cls, facts: ModelFacts, trained: Trained, precision: int) -> Gathered:
-        """Return the bytes of a model. `precision`: bytes of a gathered parameter."""
+    def of(
+        cls, facts: ModelFacts, trained: Trained, precision: int, *, checkpointing: bool
+    ) -> Gathered:
+        """Return the bytes of a model. `precision`: bytes of a gathered parameter.
+
+        With `checkpointing` all layers take the same. Without it the last layer takes the most,
+        since it is the first whose activations are freed, and no other layer's gradients are being
+        reduced by then.
+        """
         outside = facts.parameters - facts.layers * facts.layer_parameters
         adapter_layer = trained.per_layer if trained.adapter else 0
         layer = precision * (facts.layer_parameters + adapter_layer)
         whole = precision * outside
         head = facts.vocabulary_size * facts.embedding_size if trained.head else 0
-        gradients = precision * trained.per_layer + 4 * trained.per_layer
+        gradients = (precision + (4 if checkpointing else 0)) * trained.per_layer
         return cls(
-            loss=whole + layer + precision * head,
+            loss=whole,
             layer=whole + 2 * layer + gradients + precision * head,
             end=whole + (precision + 4) * trained.outside,
         )
