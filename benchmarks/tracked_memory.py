@@ -1,8 +1,8 @@
 """The memory of one training step, as torch's own trackers see it, without a GPU and without
 storage: tensors are fake, and so is the process group.
 
-The model is transformers', the adapter PEFT's, and head, loss and activation checkpointing are those
-of the trainer. A 4-bit layer is simulated: bitsandbytes does not run on fake tensors.
+The model is transformers', the adapter PEFT's, and head, loss and activation checkpointing are
+those of the trainer. A 4-bit layer is simulated: bitsandbytes does not run on fake tensors.
 `torch.distributed._tools` is private to torch, so that only benchmarks and tests use it.
 """
 
@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,6 +23,7 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn import functional
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -35,6 +35,7 @@ from tuneyard_trainer.reinforcement.actor import ValueHead
 from tuneyard_trainer.reinforcement.arithmetic import token_logprobs
 
 BF16 = torch.bfloat16
+DETECTION = "transformers.masking_utils.find_packed_sequence_indices"
 
 
 @dataclass(frozen=True)
@@ -73,34 +74,11 @@ class Tracked:
         return self.parameters + self.gradients + self.activations
 
 
-DEPTHS = 4, 8
-"""Layers of the two models from which the memory of a deeper one follows."""
-
-
-def extrapolated(step: Step) -> Tracked:
-    """Return the memory of a step from two models with fewer layers: it is a straight line in the
-    number of layers, because all of them are alike. Ten times as fast for 80 layers."""
-    depth = int(step.config["num_hidden_layers"])
-    kept_copies = (
-        step.tuning == "full" and step.gpus == 1
-    )  # autocast's: another moment may be the peak
-    if depth <= 2 * DEPTHS[1] or kept_copies:
-        return tracked(step)
-    low, high = (
-        tracked(replace(step, config={**step.config, "num_hidden_layers": layers}))
-        for layers in DEPTHS
-    )
-    share = (depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
-    return Tracked(
-        *(round(a + share * (b - a)) for a, b in zip(astuple(low), astuple(high), strict=True))
-    )
-
-
 def tracked(step: Step) -> Tracked:
     """Return the memory at the peak of a step whose gradients exist from an earlier micro-batch."""
     # transformers reads the positions to see whether rows are packed, and masks attention if it
     # cannot read them, as on fake tensors. A packed micro-batch has `masked` instead.
-    packed = mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda _: None)
+    packed = mock.patch(DETECTION, return_value=None)
     with _mesh(step.gpus) as mesh, packed, FakeTensorMode():
         return _measured(_model(step, mesh), step)
 
@@ -194,7 +172,7 @@ class _FourBitProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, outputs: int) -> Tensor:
         ctx.shape = outputs, x.shape[-1]
-        return F.linear(x, torch.empty(ctx.shape, dtype=BF16))
+        return functional.linear(x, torch.empty(ctx.shape, dtype=BF16))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -216,7 +194,7 @@ def _measured(model: nn.Module, step: Step) -> Tracked:
     for parameter in [*trainable(model).values(), *(head.parameters() if head else ())]:
         parameter.grad = torch.zeros_like(parameter)
     inputs = _inputs(step)
-    tracker: Any = FSDPMemTracker(model) if step.gpus > 1 else MemTracker()
+    tracker: Any = FSDPMemTracker(model) if step.gpus > 1 else _fast(MemTracker())
     if step.gpus > 1:
         tracker.track_inputs(tuple(inputs.values()))
     else:
@@ -232,6 +210,16 @@ def _measured(model: nn.Module, step: Step) -> Tracked:
     ]
     parameters, gradients = _bytes(_tensors(model)), _bytes(p.grad for p in model.parameters())
     return Tracked(parameters, gradients, peak["Total"] - parameters - gradients)
+
+
+def _fast(tracker: Any) -> Any:
+    """Return torch's tracker without its statistics of modules: only the total is read, and they
+    cost a pass over all modules for each operation."""
+    modules = mock.MagicMock()
+    modules.is_bw = False
+    modules.parents = set()
+    tracker._mod_tracker = modules
+    return tracker
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -276,6 +264,6 @@ def _loss(
     labels = ids.flatten()
     if head is None:
         reduction = "sum" if step.method == "sft" else "none"
-        return F.cross_entropy(output.logits[0].float(), labels, reduction=reduction).sum()
+        return functional.cross_entropy(output.logits[0].float(), labels, reduction=reduction).sum()
     logits = output.logits[0].float() / 1.0
     return (token_logprobs(logits, labels) + head(hidden[-1])).sum()
