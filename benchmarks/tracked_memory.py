@@ -256,14 +256,15 @@ def _loss(
     """Return the loss of a micro-batch in which every position is a target."""
     ids = inputs["input_ids"]
     positions = torch.zeros(ids.numel(), dtype=torch.long)
+    labels = ids.flatten()
     with (
         torch.autocast("cpu", dtype=BF16),
         head_at(model, positions, positions, step.width) as hidden,
     ):
         output = model(use_cache=False, **inputs)
-    labels = ids.flatten()
-    if head is None:
-        reduction = "sum" if step.method == "sft" else "none"
-        return functional.cross_entropy(output.logits[0].float(), labels, reduction=reduction).sum()
+        if head is None:  # under autocast, as in training.losses
+            reduction = "sum" if step.method == "sft" else "none"
+            logits = output.logits[0].float()
+            return functional.cross_entropy(logits, labels, reduction=reduction).sum()
     logits = output.logits[0].float() / 1.0
     return (token_logprobs(logits, labels) + head(hidden[-1])).sum()

@@ -198,10 +198,10 @@ def logits_bytes(facts: ModelFacts, loss: Loss, batch: MicroBatch) -> int:
 
 
 def forward_logits_bytes(facts: ModelFacts, loss: Loss, batch: MicroBatch, how: Computation) -> int:
-    """Return the bytes of the logits at the end of the forward pass, with gradients to come: those
-    of the head, and two tensors in float32."""
-    per_logit = 0 if loss == "score" else how.precision + 8
-    return per_logit * facts.vocabulary_size * batch.targets
+    """Return the bytes of the logits while autocast still keeps its copies of the weights: those of
+    the head and, if the loss is computed there too, two tensors in float32."""
+    per_logit = {"crossEntropy": how.precision + 8, "tokenLogprobs": how.precision, "score": 0}
+    return per_logit[loss] * facts.vocabulary_size * batch.targets
 
 
 # ---- without gradients --------------------------------------------------------------------------
