@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Literal
 from unittest import mock
 
@@ -72,6 +72,31 @@ class Tracked:
     @property
     def total(self) -> int:
         return self.parameters + self.gradients + self.activations
+
+
+DEPTHS = 4, 8
+"""Layers of the two models from which the memory of a deeper one follows."""
+
+
+def extrapolated(step: Step) -> Tracked:
+    """Return the memory of a step; of a deep model, from two models with fewer layers.
+
+    All layers are alike, so that each part is a straight line in their number, as long as the peak
+    is at the same moment. With autocast's copies of trained weights it is not: such a step is
+    tracked at its own depth.
+    """
+    depth = int(step.config["num_hidden_layers"])
+    has_copies = step.tuning == "full" and step.gpus == 1 and step.checkpointing
+    if depth <= 2 * DEPTHS[1] or has_copies:
+        return tracked(step)
+    low, high = (
+        tracked(replace(step, config={**step.config, "num_hidden_layers": layers}))
+        for layers in DEPTHS
+    )
+    share = (depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+    return Tracked(
+        *(round(a + share * (b - a)) for a, b in zip(astuple(low), astuple(high), strict=True))
+    )
 
 
 def tracked(step: Step) -> Tracked:
