@@ -1,4 +1,4 @@
-"""What `auto` would choose for a job, and what would make a job fit that does not."""
+"""The choice of `auto` for a job, and the changes that make a job fit that does not."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ SECONDS_PER_HOUR = 3600.0
 
 
 class Duration(NamedTuple):
-    """What is left of a stage, and the whole of it."""
+    """The time and the price of a stage."""
 
     remaining_seconds: float
     total_seconds: float

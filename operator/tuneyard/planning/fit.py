@@ -40,7 +40,7 @@ class Fit:
     limit: int
     """Bytes that a GPU offers."""
     chosen: Mapping[str, Settings]
-    """What `auto` would choose for each stage that trains."""
+    """The settings that `auto` would choose for each stage that trains."""
     remedies: tuple[Remedy, ...] = ()
     """Ways to make a job fit that does not."""
 
@@ -70,7 +70,7 @@ class Job:
     """GPUs that train together."""
     lengths: Lengths
     shardings: Sequence[Sharding] = ("none",)
-    """What the engine can do, the cheapest first."""
+    """The kinds of sharding that the engine has, the cheapest first."""
 
     @property
     def machine(self) -> Machine:

@@ -1,4 +1,4 @@
-"""What a micro-batch takes: the activations of a decoder layer, of the head and of the loss.
+"""The memory of a micro-batch: activations of a decoder layer, of the head and of the loss.
 
 A layer's activations are the tensors that autograd keeps for the backward pass, counted per token
 and operation as transformers computes them; tests/trainer/models compares them with autograd.

@@ -1,4 +1,4 @@
-"""What is trained, and the bytes of weights."""
+"""The parameters that are trained, and the bytes of weights."""
 
 from __future__ import annotations
 

@@ -16,17 +16,17 @@ class Part(NamedTuple):
     """A part of memory."""
 
     name: str
-    """What takes it, in the words of the view."""
+    """Name of the part in the view."""
     size: int
     """Bytes."""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What is in memory at one moment of a stage."""
+    """The content of the memory at one moment of a stage."""
 
     name: str
-    """When it is, e.g. `backward pass`."""
+    """Name of the moment, e.g. `backward pass of a layer`."""
     parts: tuple[Part, ...]
 
     @classmethod
@@ -51,7 +51,7 @@ class StageMemory:
     host: tuple[Moment, ...]
     """Moments in the memory of the worker's pod, apart from the process itself."""
     assumptions: tuple[str, ...] = ()
-    """What was assumed because the plan does not say it, as sentences."""
+    """Assumptions about values that the plan does not hold, as sentences."""
 
     @property
     def peak(self) -> Moment:
@@ -65,7 +65,7 @@ class StageMemory:
 
 
 class Settings(NamedTuple):
-    """What an attempt may choose: it changes memory and time, and no result beyond rounding."""
+    """The settings that an attempt may choose: they change no result beyond rounding."""
 
     micro_batch_tokens: int
     """Most tokens of a micro-batch, padding included; a longer row is a micro-batch of its own."""

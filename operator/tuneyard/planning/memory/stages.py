@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tuneyard.api.adapters import Adapter
@@ -42,7 +42,7 @@ SAME_SIZE = "{what} is assumed to be as large as the model"
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a worker runs."""
+    """The hardware of a worker."""
 
     memory: int | None
     """Bytes of its GPU. None: it has none, and computes in float32 on the CPU."""
@@ -363,7 +363,3 @@ class _Job:
     @property
     def _assumed_prompts(self) -> str:
         return f"prompts are assumed to have up to {self.lengths.prompts} tokens"
-
-
-Calculation = Callable[[Mapping[str, Settings]], list[StageMemory]]
-"""The memory of a job's stages for some settings of its training stages."""

@@ -177,7 +177,7 @@ class Gathered:
     """In the backward pass of a layer: also its parameters and those of the next one, its gradients
     and those of the head."""
     end: int
-    """When the gradients of the parameters outside of the layers are reduced, in float32."""
+    """At the end, when the gradients of the parameters outside of the layers are reduced."""
 
     @classmethod
     def of(
