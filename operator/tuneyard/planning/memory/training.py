@@ -174,8 +174,9 @@ class Gathered:
     loss: int
     """At the gradient of the loss: the parameters outside of the layers, which stay gathered."""
     layer: int
-    """In the backward pass of a layer: also its parameters and those of the next one, its gradients
-    and those of the head."""
+    """In the backward pass of a layer: also its parameters and those of the next one, the gradients
+    of the layer before while they are reduced, and those of the head. Its own gradients come as its
+    temporary tensors go."""
     end: int
     """At the end, when the gradients of the parameters outside of the layers are reduced."""
 
@@ -194,9 +195,9 @@ class Gathered:
         layer = precision * (facts.layer_parameters + adapter_layer)
         whole = precision * outside
         head = facts.vocabulary_size * facts.embedding_size if trained.head else 0
-        gradients = (precision + (4 if checkpointing else 0)) * trained.per_layer
+        reduced = 4 * trained.per_layer if checkpointing else 0
         return cls(
             loss=whole,
-            layer=whole + 2 * layer + gradients + precision * head,
+            layer=whole + 2 * layer + reduced + precision * head,
             end=whole + (precision + 4) * trained.outside,
         )
