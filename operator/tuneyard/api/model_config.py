@@ -134,7 +134,9 @@ def _qwen3(config: Config) -> ModelFacts:
 
 def _olmo2(config: Config) -> ModelFacts:
     bias = bool(_value(config, "attention_bias", False))
-    return _llama(config, query_bias=bias, output_bias=bias, query_key_norm="whole")
+    return _llama(
+        config, query_bias=bias, output_bias=bias, norm="rmsFloat32", query_key_norm="whole"
+    )
 
 
 def _gemma(config: Config) -> ModelFacts:

@@ -88,8 +88,8 @@ class ModelFacts(Model):
     experts: Experts | None = None
     """The mixture in the place of the MLP's linear layers. None: the MLP is dense."""
     norm: Literal["rms", "rmsFloat32", "layer"]
-    """rms: scaled in the precision of the stream. rmsFloat32: scaled in float32 (Gemma). layer:
-    LayerNorm, which has a bias."""
+    """rms: scaled in the precision of the stream. rmsFloat32: scaled in float32 (Gemma, OLMo 2).
+    layer: LayerNorm, which has a bias."""
     norms: Positive
     """Norms of a decoder layer that are as wide as the stream."""
     query_key_norm: Literal["none", "head", "whole"] = "none"
