@@ -177,6 +177,13 @@ class JobCache:
             del self.jobs[key]
             metrics.drop_progress((key.namespace, key.kind, key.name))
 
+    def has_object(self, key: Key, collection: str, name: str) -> bool:
+        """Return whether a RayJob or a pod is known; `collection`: rayjobs or pods."""
+        cached = self.jobs.get(key)
+        if cached is None:
+            return False
+        return name in (cached.ray_jobs if collection == "rayjobs" else cached.pods)
+
     def known_jobs(self) -> set[Key]:
         """Return the jobs that are cached or counted."""
         return {*self.jobs, *self._phases}

@@ -75,6 +75,8 @@ PODS_RECHECK_SECONDS = 5.0
 
 LISTING_SECONDS = 2.0
 """Time between two tries to list the objects that exist when the operator starts."""
+QUIET_SECONDS = 2.0
+"""How long an operator that starts waits for the next of these objects from its watches."""
 
 ObjectId = tuple[Key, str, str]
 """A RayJob or a pod by its job, its collection and its name."""
@@ -116,9 +118,9 @@ class Reconciler:
     async def run(self) -> None:
         """Work until canceled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._list_existing())
-            tasks.create_task(self.queue.run())
             tasks.create_task(self._events.run())
+            await self._await_watches(tasks)
+            tasks.create_task(self.queue.run())
 
     def trust(self, ca: str) -> None:
         """Give pods of new attempts these certificate authorities, in PEM."""
@@ -158,15 +160,39 @@ class Reconciler:
                         found[key, collection, item["metadata"]["name"]] = version(item)
         return found
 
-    async def _list_existing(self) -> None:
-        """Note the jobs that have objects: each kind has its own watch, and that of pods may report
-        them after a new job with the name of a deleted one."""
+    async def _await_watches(self, tasks: asyncio.TaskGroup) -> None:
+        """Wait until the watches have reported the objects that exist, or none for QUIET_SECONDS:
+        each job is then reconciled once, and not again for each of its objects. If the objects
+        cannot be listed, do not wait, and list them meanwhile."""
+        try:
+            left = await self._list_existing()
+        except ApiError as error:
+            log.warning("the objects of the jobs could not be listed: %s", error)
+            tasks.create_task(self._retry_listing())
+            return
+        quiet_at = time.monotonic() + QUIET_SECONDS
+        while left and time.monotonic() < quiet_at:
+            await asyncio.sleep(QUIET_SECONDS / 20)
+            reported = {item for item in left if self.cache.has_object(*item)}
+            if reported:
+                left -= reported
+                quiet_at = time.monotonic() + QUIET_SECONDS
+
+    async def _list_existing(self) -> set[ObjectId]:
+        """List the RayJobs and pods that exist, and note their jobs: each kind has its own watch,
+        and that of pods may report them after a new job with the name of a deleted one. Raises
+        ApiError."""
+        found = set(await self.list_objects())
+        self._existed = frozenset(key for key, _, _ in found)
+        return found
+
+    async def _retry_listing(self) -> None:
         while self._existed is None:
+            await asyncio.sleep(LISTING_SECONDS)
             try:
-                self._existed = frozenset(key for key, _, _ in await self.list_objects())
+                await self._list_existing()
             except ApiError as error:
                 log.warning("the objects of the jobs could not be listed: %s", error)
-                await asyncio.sleep(LISTING_SECONDS)
 
     async def check_existence(self) -> None:
         """Read each known job that no list contains: kopf does not report what was deleted while
