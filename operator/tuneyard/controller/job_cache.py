@@ -27,6 +27,10 @@ Object = dict[str, Any]
 MOST_DELETED_PODS = 64
 """Deleted pods of one attempt that are kept as evidence, the newest ones."""
 
+FORMER_SECONDS = 600.0
+"""How long a deleted job is remembered: ten times as long as until the next resync, which finds
+objects that the watches have missed."""
+
 
 @dataclass
 class CachedJob:
@@ -43,8 +47,6 @@ class CachedJob:
     """By name, each with its resource version. RayJobs and pods may be those of a deleted job with
     the same name."""
     pods: dict[str, tuple[int, Pod]] = field(default_factory=dict)
-    has_former: bool = False
-    """Whether a deleted job with the same name was known and had RayJobs or pods."""
     deleted_pods: dict[str, Pod] = field(default_factory=dict)
     """Deleted pods that had a problem, in their last state."""
     workloads: dict[str, Workload] = field(default_factory=dict)
@@ -147,6 +149,8 @@ class JobCache:
     def __init__(self) -> None:
         self.jobs: dict[Key, CachedJob] = {}
         self._phases: dict[Key, str] = {}
+        self._deleted: dict[Key, float] = {}
+        """When each job was dropped (monotonic), in this order, for FORMER_SECONDS."""
 
     def job(self, key: Key) -> CachedJob:
         """Return the cached job; a new one if there is none."""
@@ -165,10 +169,22 @@ class JobCache:
 
     def _drop(self, key: Key) -> None:
         """Drop what is known of a job, except its RayJobs and pods."""
+        now = time.monotonic()
+        self._deleted.pop(key, None)
+        self._deleted[key] = now
+        while (oldest := next(iter(self._deleted))) and self._deleted[
+            oldest
+        ] < now - FORMER_SECONDS:
+            del self._deleted[oldest]
         cached = self.jobs.pop(key, None)
         if cached is not None and not cached.is_empty:
-            self.jobs[key] = CachedJob(ray_jobs=cached.ray_jobs, pods=cached.pods, has_former=True)
+            self.jobs[key] = CachedJob(ray_jobs=cached.ray_jobs, pods=cached.pods)
         metrics.drop_progress((key.namespace, key.kind, key.name))
+
+    def had_former(self, key: Key) -> bool:
+        """Return whether a job of this name was deleted recently: its objects may still exist, even
+        if no watch has reported them yet."""
+        return time.monotonic() - self._deleted.get(key, -math.inf) < FORMER_SECONDS
 
     def evict(self, key: Key) -> None:
         """Drop a job without work left, unless it still has RayJobs or pods."""
