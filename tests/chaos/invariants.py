@@ -60,15 +60,15 @@ def of_output(
     output: Path,
     reference: Reference,
     *,
-    redone_rows: int,
-    batch: int,
+    interval_rows: int,
+    num_unwritten: int = 0,
 ) -> Iterator[str]:
     """Yield each broken invariant of the training of a job that has succeeded.
 
-    `redone_rows`: the most rows that an attempt may read again: one checkpoint interval, and two
-    after a checkpoint that was broken or could not be written. Training goes on while a checkpoint
-    is written, so it may be twice as many if that write was not complete when the process was
-    killed. `batch`: rows of a step.
+    `interval_rows`: the rows of a checkpoint interval. An attempt may read so many again, and as
+    many for each of the `num_unwritten` checkpoints that were broken or could not be written.
+    Training goes on while a checkpoint is written, so as many again may be repeated if an attempt
+    was killed during a write.
     """
     digest = (status.get("result") or {}).get("digest")
     if digest != reference.digest:
@@ -77,25 +77,20 @@ def of_output(
         yield "its weights differ from those of an undisturbed run"
     if (steps := _steps(output)) != [*reference.steps]:
         yield f"its training curve has the steps {steps}"
-    steps = [each.checkpoint for each in played]
-    complete = [None if step is None else step * batch for step in steps]
-    yield from _of_rows([rows_of(each) for each in played], complete, reference.rows, redone_rows)
+    logs = [rows_of(each) for each in played]
+    allowed = [(1 + num_unwritten + each.was_writing) * interval_rows for each in played]
+    yield from _of_rows(logs, allowed, reference.rows)
 
 
 def _of_rows(
-    logs: Sequence[Sequence[int]],
-    complete: Sequence[int | None],
-    reference: Sequence[int],
-    redone_rows: int,
+    logs: Sequence[Sequence[int]], allowed: Sequence[int], reference: Sequence[int]
 ) -> Iterator[str]:
     """Check that no training row was lost, and none repeated but after the last checkpoint.
 
-    `complete`: the rows up to the newest checkpoint that was complete when each attempt had ended;
-    None: unknown.
+    `allowed`: the most rows of each attempt that the next one may read again.
     """
     position = {row: i for i, row in enumerate(reference)}
-    done = 0
-    kept: int | None = None
+    done = redone = 0
     for number, log in enumerate(logs):
         if not log:
             continue
@@ -104,10 +99,9 @@ def _of_rows(
             yield f"attempt {number + 1} read rows in another order from row {start}"
         if start > done:
             yield f"attempt {number + 1} lost {start - done} rows"
-        allowed = 2 * redone_rows if kept is not None and start >= kept else redone_rows
-        if done - start > allowed:
-            yield f"attempt {number + 1} repeated {done - start} rows of {allowed} allowed"
-        done, kept = max(done, start + len(log)), complete[number]
+        if done - start > redone:
+            yield f"attempt {number + 1} repeated {done - start} rows of {redone} allowed"
+        done, redone = max(done, start + len(log)), allowed[number]
     if done != len(reference):
         yield f"{len(reference) - done} rows were never read"
 

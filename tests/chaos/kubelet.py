@@ -42,9 +42,8 @@ class Played:
     ended: bool = False
     """Whether the RayJob's end is written or being written."""
     draining: threading.Thread | None = None
-    checkpoint: int | None = None
-    """The step of the newest complete checkpoint when the driver had ended, 0 if there was none.
-    None: unknown."""
+    was_writing: bool = False
+    """Whether a checkpoint was left unfinished when the driver had ended."""
 
     @property
     def workers(self) -> list[psutil.Process]:
@@ -126,7 +125,7 @@ class Kubelet:
             if uid not in self._begun and "deletionTimestamp" not in body["metadata"]:
                 self._begun[uid] = self._pool.submit(self._guarded, self._begin, body)
             elif played and not played.ended and not _is_alive(played.driver):
-                played.ended, played.checkpoint = True, self._newest_checkpoint(played)
+                played.ended, played.was_writing = True, self._has_unfinished(played)
                 self._pool.submit(self._guarded, self._end, played)
         for pod in self.scene.api.list(f"/api/v1{base}/pods"):
             if "deletionTimestamp" in pod["metadata"] and pod["metadata"].get("finalizers"):
@@ -228,9 +227,10 @@ class Kubelet:
             return False
         return True
 
-    def _newest_checkpoint(self, played: Played) -> int:
-        steps = self.output_of(played.attempt.job).glob("stages/*/checkpoints/step-????????")
-        return max((int(path.name.removeprefix("step-")) for path in steps), default=0)
+    def _has_unfinished(self, played: Played) -> bool:
+        """Return whether the folder of a write exists that did not become a checkpoint."""
+        folder = self.output_of(played.attempt.job)
+        return any(folder.glob("stages/*/checkpoints/step-*.partial"))
 
     def output_of(self, job: Job) -> Path:
         """Return the folder of a job's output, in a folder of the job's own."""

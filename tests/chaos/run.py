@@ -183,8 +183,8 @@ class Ground:
                 played,
                 self.world.kubelet.output_of(job),
                 self.reference,
-                redone_rows=(CHECKPOINT_STEPS + 1) * BATCH * (1 + unwritten),
-                batch=BATCH,
+                interval_rows=(CHECKPOINT_STEPS + 1) * BATCH,
+                num_unwritten=unwritten,
             )
         verdict.broken += [text for name, text in kubelet.overlaps if name == job.name]
         self._remove(job)

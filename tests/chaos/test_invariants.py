@@ -16,6 +16,7 @@ import pytest
 from tests.chaos.invariants import Reference, of_output, of_status, reference_of
 from tests.chaos.kubelet import Kubelet, Played
 from tests.chaos.machine import Machine, Pod
+from tests.chaos.run import BATCH, CHECKPOINT_STEPS, STEPS
 from tests.controller.scene import Attempt, Scene
 
 ROWS = (4, 2, 0, 3, 1, 5)
@@ -63,25 +64,34 @@ def test_a_lost_or_repeated_row_is_noticed(
     tmp_path: Path, reference: Reference, logs: Sequence[Sequence[int]], broken: str
 ) -> None:
     played = [attempt(tmp_path / str(i), rows) for i, rows in enumerate(logs)]
-    found = [
-        *of_output(STATUS, played, output(tmp_path / "out"), reference, redone_rows=2, batch=1)
-    ]
+    found = [*of_output(STATUS, played, output(tmp_path / "out"), reference, interval_rows=2)]
     assert found[:1] == ([broken] if broken else [])
 
 
-@pytest.mark.parametrize(
-    ("checkpoint", "is_broken"), [(None, True), (0, False), (1, False), (2, True)]
-)
-def test_more_rows_are_repeated_only_where_no_newer_checkpoint_was_complete(
-    tmp_path: Path, reference: Reference, checkpoint: int | None, is_broken: bool
+@pytest.mark.parametrize("was_writing", [True, False])
+def test_two_intervals_are_repeated_only_after_a_write_that_was_not_complete(
+    tmp_path: Path, *, was_writing: bool
 ) -> None:
-    played = [attempt(tmp_path / "0", ROWS[:4]), attempt(tmp_path / "1", ROWS[1:])]
-    played[0].checkpoint = checkpoint
-    made = output(tmp_path / "out")
-    assert bool([*of_output(STATUS, played, made, reference, redone_rows=2, batch=1)]) is is_broken
+    rows, killed_at = range(STEPS * BATCH), 2 * CHECKPOINT_STEPS + 2
+    calm = reference_of(STATUS, attempt(tmp_path / "calm", rows), output(tmp_path / "calm-output"))
+    played = [attempt(tmp_path / "0", rows[: killed_at * BATCH]), attempt(tmp_path / "1", rows)]
+    played[0].was_writing = was_writing
+    interval = (CHECKPOINT_STEPS + 1) * BATCH
+    found = [*of_output(STATUS, played, output(tmp_path / "out"), calm, interval_rows=interval)]
+    assert found == ([] if was_writing else ["attempt 2 repeated 48 rows of 24 allowed"])
 
 
-def test_the_newest_checkpoint_is_noted_when_a_driver_has_ended(tmp_path: Path) -> None:
+def test_as_many_rows_again_are_repeated_after_a_checkpoint_that_could_not_be_read(
+    tmp_path: Path, reference: Reference
+) -> None:
+    made, played = output(tmp_path / "out"), [attempt(tmp_path / "0", ROWS[:4])]
+    played.append(attempt(tmp_path / "1", ROWS))
+    for unwritten, is_broken in ((0, True), (1, False)):
+        found = of_output(STATUS, played, made, reference, interval_rows=2, num_unwritten=unwritten)
+        assert bool([*found]) is is_broken
+
+
+def test_an_unfinished_checkpoint_is_noted_when_a_driver_has_ended(tmp_path: Path) -> None:
     body = {"metadata": {"uid": "r1", "labels": {"tuneyard.io/job": "one"}}}
     listed = {"/apis/ray.io/v1/namespaces/n/rayjobs": [body], "/api/v1/namespaces/n/pods": []}
     api = SimpleNamespace(list=listed.__getitem__)
@@ -93,12 +103,13 @@ def test_the_newest_checkpoint_is_noted_when_a_driver_has_ended(tmp_path: Path) 
     kubelet.played.append(played)
     kubelet._begun["r1"] = Future()
     kubelet._guarded = lambda *_: None  # type: ignore[method-assign]
-    (tmp_path / "models/one/out/stages/sft/checkpoints/step-00000010").mkdir(parents=True)
+    checkpoints = tmp_path / "models/one/out/stages/sft/checkpoints"
+    (checkpoints / "step-00000010.abc.partial").mkdir(parents=True)
     kubelet._round()
     assert not played.ended
     played.driver = cast("psutil.Process", SimpleNamespace(is_running=lambda: False))
     kubelet._round()
-    assert (played.ended, played.checkpoint) == (True, 10)
+    assert (played.ended, played.was_writing) == (True, True)
 
 
 def test_a_later_process_with_the_number_of_an_ended_worker_is_not_the_worker(
@@ -125,7 +136,7 @@ def test_other_weights_and_another_training_curve_are_noticed(
 ) -> None:
     played = [attempt(tmp_path / "0", ROWS)]
     made = output(tmp_path / "out", **change)
-    assert [*of_output(STATUS, played, made, reference, redone_rows=2, batch=1)] == [broken]
+    assert [*of_output(STATUS, played, made, reference, interval_rows=2)] == [broken]
 
 
 def ended(*reasons: str, **changes: Any) -> dict[str, Any]:

@@ -313,10 +313,13 @@ class Operator:
 
 
 @asynccontextmanager
-async def operated(api: MemoryApi, settings: Settings | None = None) -> AsyncIterator[Operator]:
-    """Run a reconciler whose watches see each change at once."""
+async def operated(
+    api: MemoryApi, settings: Settings | None = None, *, seen: bool = True
+) -> AsyncIterator[Operator]:
+    """Run a reconciler whose watches see each change at once. `seen`: they have reported the
+    objects that exist."""
     operator = Operator(api, settings or Settings())
-    for item in list(api.objects.values()):
+    for item in list(api.objects.values()) if seen else ():
         operator.see(copy.deepcopy(item))
     api.on_change = operator.see
     running = asyncio.create_task(operator.reconciler.run())

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from tests.controller.memory import RAY_JOBS, MemoryApi, eventually, job, key, operated, pod
-from tuneyard.controller import resync
+from tuneyard.controller import reconciler, resync
 from tuneyard.controller.cluster import ApiError
 from tuneyard.controller.lease import Lease
 from tuneyard.controller.queue import LAST_BACKOFF, MOST_AFTER, Queue, Requeue
@@ -98,3 +98,23 @@ def test_a_retry_after_of_a_day_does_not_stop_a_job_for_a_day(
 
     asyncio.run(run())
     assert LAST_BACKOFF <= delays[0] <= MOST_AFTER
+
+
+def test_the_listing_at_start_waits_as_long_as_a_busy_server_asks_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each listing is of all pods of the cluster, page by page, while the API server is behind."""
+    tries = []
+
+    async def busy(_: reconciler.Reconciler) -> reconciler.Versions:
+        tries.append(429)
+        raise ApiError(429, "TooManyRequests", "retry later", retry_after=30.0)
+
+    monkeypatch.setattr(reconciler.Reconciler, "list_objects", busy)
+
+    async def run() -> None:
+        async with operated(MemoryApi()):
+            await asyncio.sleep(0.5)
+
+    asyncio.run(run())
+    assert tries == [429]

@@ -10,10 +10,20 @@ from typing import Any, cast
 
 import pytest
 
-from tests.controller.memory import RAY_JOBS, MemoryApi, Object, eventually, job, key, operated
+from tests.controller.memory import (
+    JOBS,
+    RAY_JOBS,
+    MemoryApi,
+    Object,
+    eventually,
+    job,
+    key,
+    operated,
+)
 from tuneyard.controller import event_poster
 from tuneyard.controller.cluster import Cluster
 from tuneyard.controller.event_poster import EventPoster
+from tuneyard.controller.queue import Queue
 from tuneyard.controller.settings import Settings
 from tuneyard.status.events import Event
 
@@ -96,6 +106,39 @@ def test_in_a_burst_of_jobs_the_events_follow_the_last_ray_job() -> None:
     ray_jobs = [number for number, path in enumerate(paths) if path.startswith(RAY_JOBS)]
     events = [number for number, path in enumerate(paths) if "/events/" in path]
     assert sum(number < ray_jobs[-3] for number in events) == 0
+
+
+@pytest.mark.parametrize("why", ["the output stays", "an attempt starts"])
+def test_an_operator_that_stops_while_jobs_wait_for_a_worker_has_posted_the_events(
+    monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """What an event reports is stored, or the job is gone: no later operator posts the event."""
+    monkeypatch.setattr(Queue, "is_behind", property(lambda _: True))
+    path = f"{JOBS}/tuned"
+
+    async def run() -> MemoryApi:
+        api, body = MemoryApi(), job("tuned")
+        if why == "the output stays":
+            body["spec"]["output"]["deletionPolicy"] = "Delete"
+            api.fault = lambda asked: (
+                (422, "no Job is admitted")
+                if asked.method == "POST" and asked.path.endswith("/tuned-erase")
+                else None
+            )
+        api.add(body)
+        async with operated(api) as operator:
+            await eventually(lambda: f"{RAY_JOBS}/tuned-1" in api.objects)
+            if why == "the output stays":
+                stamp = {"deletionTimestamp": "2030-01-01T00:00:00Z"}
+                api.change(path, metadata={**api.objects[path]["metadata"], **stamp})
+                await eventually(lambda: path not in api.objects)
+            await asyncio.sleep(0.2)
+            assert operator.reconciler.queue.is_behind
+        return api
+
+    api = asyncio.run(run())
+    posted = {each.body["reason"] for each in api.requests if "/events/" in each.path}
+    assert posted >= {"OutputLeft" if why == "the output stays" else "AttemptStarted"}
 
 
 def starts(api: MemoryApi) -> list[Object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from tests.controller.memory import (
     pod,
 )
 from tuneyard.api.progress import Post
-from tuneyard.controller import metrics
+from tuneyard.controller import job_cache, metrics
 from tuneyard.controller.cluster import ApiError
 from tuneyard.controller.job_cache import JobCache
 from tuneyard.controller.reconciler import Reconciler, Versions
@@ -215,6 +216,84 @@ def test_pods_of_a_deleted_job_are_looked_for_if_only_its_ray_job_was_known() ->
     asyncio.run(run())
 
 
+def test_pods_of_a_deleted_job_are_looked_for_after_its_ray_job_is_gone_too() -> None:
+    """The pods' watch is late, and the others have reported both deletions before the new job."""
+
+    async def run() -> None:
+        api = MemoryApi()
+        api.add(job("tuned"))
+        async with operated(api, Settings(namespaces=("team",))) as operator:
+            await eventually(lambda: RAY_JOB in api.objects)
+            await settled(api, operator)
+            api.on_change = lambda _, __: None
+            head = api.add(pod(api.objects[RAY_JOB], "head"))["metadata"]["name"]
+            api.on_change = operator.see
+            api.remove(PATH)
+            await settled(api, operator)
+            collect(api, RAY_JOBS, CONFIG_MAPS)
+            await settled(api, operator)
+            api.add(job("tuned"))
+            await settled(api, operator)
+            is_started = RAY_JOB in api.objects
+            assert not is_started, "an attempt began beside a pod of the deleted job"
+            api.remove(f"{PODS}/{head}")
+            operator.reconciler.queue.add(key("tuned"))
+            await eventually(lambda: RAY_JOB in api.objects)
+
+    asyncio.run(run())
+
+
+def test_a_listing_at_start_that_a_proxy_answers_by_404_does_not_count_as_no_pods() -> None:
+    """`Cluster` takes such a 404 of an object for an error; only that of RayJobs has a meaning."""
+
+    async def run() -> None:
+        api = MemoryApi()
+        api.add(job("tuned"))
+        async with operated(api) as operator:
+            await running(api, operator)
+        collect(api, RAY_JOBS)
+        (head,) = api.names(PODS)
+        api.remove(PATH)
+        unseen = api.objects.pop(f"{PODS}/{head}")
+        api.fault = lambda asked: (404, "404 page not found") if asked.path == PODS else None
+        async with operated(api, Settings(namespaces=("team",))) as operator:
+            await asyncio.sleep(0.5)
+            api.objects[f"{PODS}/{head}"] = unseen
+            api.fault = lambda _: None
+            api.add(job("tuned"))
+            await settled(api, operator)
+            is_started = RAY_JOB in api.objects
+            assert not is_started, "an attempt began beside a pod of the deleted job"
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("found", ["by the watch", "at the start"])
+def test_a_job_that_waits_for_pods_that_nobody_deletes_says_so(found: str) -> None:
+    """After an outage of the API server the garbage collector may miss the end of a RayCluster: its
+    pods run on, and nothing marks them for deletion."""
+
+    async def run() -> None:
+        api = MemoryApi()
+        api.add(job("tuned"))
+        async with operated(api) as operator:
+            await eventually(lambda: RAY_JOB in api.objects)
+            await settled(api, operator)
+            api.on_change = operator.see if found == "by the watch" else lambda _, __: None
+            api.add(pod(api.objects[RAY_JOB], "head"))
+            replace_job(api, operator, seen=True)
+            collect(api, RAY_JOBS, CONFIG_MAPS)
+            await settled(api, operator)
+            for hours in (1, 24):
+                operator.late = timedelta(hours=hours)
+                await settled(api, operator)
+            assert RAY_JOB not in api.objects
+            shown = [each["message"] for each in api.status("tuned")["conditions"]]
+            assert "tuned-1-head" in str(shown), "nothing says what it has waited for since a day"
+
+    asyncio.run(run())
+
+
 def test_a_late_deletion_of_the_old_job_does_not_remove_the_new_one_from_the_cache() -> None:
     """kopf handles objects with different UIDs side by side."""
     api, cache = MemoryApi(), JobCache()
@@ -225,6 +304,19 @@ def test_a_late_deletion_of_the_old_job_does_not_remove_the_new_one_from_the_cac
     assert not cache.forget(key("tuned"), old["metadata"]["uid"])
     assert cache.job(key("tuned")).body == new
     assert cache.forget(key("tuned"), new["metadata"]["uid"])
+
+
+def test_deleted_jobs_are_remembered_for_a_while_and_then_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = JobCache()
+    for name in ("a", "b"):
+        cache.forget(key(name))
+    assert [cache.had_former(key(name)) for name in ("a", "b", "c")] == [True, True, False]
+    monkeypatch.setattr(job_cache, "FORMER_SECONDS", 0.0)
+    cache.forget(key("c"))
+    assert [cache.had_former(key(name)) for name in ("a", "b", "c")] == [False, False, False]
+    assert len(cache._deleted) <= 1
 
 
 def test_the_series_of_the_deleted_job_end_when_a_new_one_has_its_name() -> None:
@@ -345,6 +437,29 @@ def test_a_replica_with_an_old_cache_does_not_delete_the_objects_of_the_new_job(
         with pytest.raises(ApiError, match="belongs to another owner"):
             await api.cluster.ensure(stale, is_new=False)
         assert api.objects[f"{CONFIG_MAPS}/{name}"] == present
+
+    asyncio.run(run())
+
+
+def test_an_object_that_another_object_owns_too_is_not_deleted_with_what_a_job_left() -> None:
+    """The garbage collector deletes nothing that still has an owner."""
+
+    async def run() -> None:
+        api = MemoryApi()
+        api.add(job("tuned"))
+        async with operated(api) as operator:
+            await running(api, operator)
+            (name,) = api.names(CONFIG_MAPS)
+            path = f"{CONFIG_MAPS}/{name}"
+            before = api.objects[path]
+            other = {"apiVersion": "apps/v1", "kind": "Deployment", "name": "viewer", "uid": "v"}
+            owners = [*before["metadata"]["ownerReferences"], other]
+            kept = {**before["metadata"], "ownerReferences": owners}
+            former = api.change(path, metadata=kept)["metadata"]["uid"]
+            collect(api, PODS, RAY_JOBS)
+            replace_job(api, operator, seen=True)
+            await eventually(lambda: RAY_JOB in api.objects or "exists" in str(api.status("tuned")))
+            assert api.uid(path) == former, "it was deleted"
 
     asyncio.run(run())
 

@@ -27,11 +27,14 @@ from tests.controller.memory import (
 from tests.controller.scene import outcome, post
 from tuneyard.api.progress import Post
 from tuneyard.controller import cluster as requests
-from tuneyard.controller import reconciler, resync, write_budget
+from tuneyard.controller import metrics, reconciler, resync, watch, write_budget
 from tuneyard.controller.job_cache import CachedJob, JobCache
 from tuneyard.controller.review_limits import REVIEWS_PER_SECOND, review_seconds
+from tuneyard.controller.settings import Settings
 from tuneyard.controller.write_budget import Turns, WriteBudget, write_interval
 
+TEAM = Settings(namespaces=(NAMESPACE,))
+KINDS_READ = (JOBS, RAY_JOBS, PODS)
 RUNNING = {"jobStatus": "RUNNING", "jobDeploymentStatus": "Running"}
 MANAGED = [{"manager": "kubectl", "operation": "Update", "fieldsV1": {"f:spec": {}}}]
 
@@ -42,11 +45,12 @@ def progress(step: int, stage: str = "sft", **report: Any) -> Post:
 
 def collections_read(api: MemoryApi) -> list[str]:
     """Return the collections that were listed."""
-    return [
-        each.path
-        for each in api.requests
-        if each.method == "GET" and each.path in (JOBS, RAY_JOBS, PODS)
-    ]
+    return [each.path for each in api.requests if each.method == "GET" and each.path in KINDS_READ]
+
+
+def num_reconciles() -> float:
+    samples = next(iter(metrics.RECONCILE_SECONDS.collect())).samples
+    return next(each.value for each in samples if each.name.endswith("_count"))
 
 
 def status_writes(api: MemoryApi, name: str) -> list[Any]:
@@ -120,6 +124,64 @@ def test_finished_jobs_that_are_to_be_deleted_later_are_not_read_when_the_operat
 
     asyncio.run(run())
     assert all(0 < seconds <= 600 for seconds in waits.values())
+
+
+def test_a_restarted_operator_reconciles_each_job_once_whatever_its_watches_report_first() -> None:
+    async def run() -> list[float]:
+        api = MemoryApi()
+        async with operated(api):
+            for name in ("a", "b", "c"):
+                await start(api, name)
+            await eventually(lambda: all(api.status(n).get("phase") == "Running" for n in "abc"))
+        kinds = [[o for p, o in api.objects.items() if p.startswith(each)] for each in KINDS_READ]
+        counts = []
+        for order in itertools.permutations(kinds):
+            api.requests.clear()
+            before = num_reconciles()
+            async with operated(api, TEAM, seen=False) as operator:
+                for objects in order:
+                    await asyncio.sleep(0.1)
+                    for item in objects:
+                        operator.see(item)
+                await asyncio.sleep(0.4)
+            counts.append(num_reconciles() - before)
+            assert {each.path for each in api.requests} == {RAY_JOBS, PODS}
+        return counts
+
+    assert asyncio.run(run()) == [3.0] * 6
+
+
+def test_an_operator_that_starts_waits_for_no_object_that_has_gone_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reconciler, "QUIET_SECONDS", 0.1)
+
+    async def run() -> None:
+        api = MemoryApi()
+        async with operated(api):
+            await start(api, "a")
+        async with operated(api, TEAM, seen=False) as operator:
+            await eventually(lambda: api.requests)
+            operator.see(api.add(job("b")))
+            await eventually(lambda: "b-1" in api.names(RAY_JOBS))
+
+    asyncio.run(run())
+
+
+def test_a_rayjob_whose_job_no_watch_reports_is_reconciled_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watch, "UNKNOWN_SECONDS", 0.1)
+
+    async def run() -> None:
+        api = MemoryApi()
+        async with operated(api):
+            await start(api, "a")
+        async with operated(api, TEAM, seen=False) as operator:
+            operator.see(api.change(f"{RAY_JOBS}/a-1", status={**RUNNING, "jobStatus": "FAILED"}))
+            await eventually(lambda: api.status("a")["attempts"][0].get("finishedAt"))
+
+    asyncio.run(run())
 
 
 def test_the_resync_lists_each_kind_once_page_by_page_and_reads_no_job(

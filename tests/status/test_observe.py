@@ -843,8 +843,8 @@ class TestFailure:
         condition = sim.condition("Running")
         assert condition
         assert condition.message.startswith(
-            "waiting since 2030-01-01T00:00:00Z for minimal-1-worker on node node-7 of the last "
-            "attempt to be removed: check whether a node was lost"
+            "waiting since 2030-01-01T00:00:00Z for minimal-1-worker on node node-7 of an "
+            "earlier attempt to be removed. Check whether a node was lost"
         )
 
     def test_the_next_attempt_starts_although_the_pods_of_a_lost_node_stay(self) -> None:

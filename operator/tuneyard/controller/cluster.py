@@ -168,7 +168,8 @@ class Cluster:
             async for item in self._each_listed(path, {"labelSelector": f"{GROUP}/job"}):
                 yield item
         except ApiError as error:
-            if error.code != 404:  # 404: KubeRay is not installed
+            # Without KubeRay there is no such kind; pods have no such excuse.
+            if error.code != 404 or collection == "pods":
                 raise
 
     async def apply(self, item: Object) -> Object:
@@ -218,6 +219,8 @@ class Cluster:
         The job is read: a replica that has lost the Lease may take a new job for the former one."""
         former, owner = _controller(found), _controller(item)
         if former is None or owner is None:
+            return False
+        if len(found["metadata"]["ownerReferences"]) > 1:  # the collector would leave it, too
             return False
         named = ("apiVersion", "kind", "name")
         if any(former.get(field) != owner.get(field) for field in named):

@@ -35,7 +35,7 @@ class Erasure:
         results = {c["type"]: c for c in conditions if c.get("status") == "True"}
         # A Job with a pod on a lost node has FailureTarget and never Failed.
         if failed := results.get("Failed") or results.get("FailureTarget"):
-            self._report(key, body, job, failed.get("message") or "it failed")
+            await self._report(key, body, job, failed.get("message") or "it failed")
             return ""
         return "" if "Complete" in results else _to_erase(name)
 
@@ -50,12 +50,13 @@ class Erasure:
         except (ManifestError, ApiError) as error:
             if isinstance(error, ApiError) and not error.is_refusal:
                 raise
-            self._report(key, body, job, str(error))
+            await self._report(key, body, job, str(error))
             return False
         return True
 
-    def _report(self, key: Key, body: Object, job: Job, why: str) -> None:
-        self._events.add(key, body, output_left(job.spec.output.uri, why))
+    async def _report(self, key: Key, body: Object, job: Job, why: str) -> None:
+        """Post the event before the job goes: nothing else tells that its output stays."""
+        await self._events.post(key, body, output_left(job.spec.output.uri, why))
 
 
 def _to_erase(name: str) -> str:

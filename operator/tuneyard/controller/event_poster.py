@@ -7,6 +7,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 
 from tuneyard.api.meta import API_VERSION
@@ -21,6 +22,8 @@ LONGEST_WAIT_SECONDS = 10.0
 """How long an event waits while jobs wait for a worker: in a burst of new jobs, their RayJobs come
 first, and events would be one write in four."""
 POLL_SECONDS = 0.1
+CLOSING_SECONDS = 5.0
+"""How long an operator that stops may post events; another replica gets the Lease after that."""
 
 log = logging.getLogger("tuneyard")
 
@@ -31,35 +34,64 @@ class EventPoster:
     def __init__(self, cluster: Cluster, is_busy: Callable[[], bool]) -> None:
         """Make a poster without events. `is_busy`: whether jobs wait for a worker."""
         self._cluster, self._is_busy = cluster, is_busy
-        self._waiting = asyncio.Queue[tuple[float, Object]](MOST_WAITING)
+        self._waiting = asyncio.Queue[tuple[float, Object]]()
 
     def add(self, key: Key, job: Object, event: Event) -> None:
         """Post an event once no job waits for a worker, or after LONGEST_WAIT_SECONDS. `job`: the
         version of the job that it is about, of which nothing large is kept."""
-        if self._waiting.full():
+        if self._waiting.qsize() >= MOST_WAITING:
             log.warning("the event queue is full: dropped event %s of %s", event.reason, key.name)
             return
         due = time.monotonic() + LONGEST_WAIT_SECONDS
         self._waiting.put_nowait((due, _event(key, job["metadata"], event)))
 
     async def run(self) -> None:
-        """Post events until canceled."""
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(NUM_POSTED_AT_ONCE):
-                tasks.create_task(self._post())
+        """Post events until canceled; then post those that wait, for CLOSING_SECONDS at most: no
+        later operator knows of them."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(NUM_POSTED_AT_ONCE):
+                    tasks.create_task(self._post_waiting())
+        finally:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CLOSING_SECONDS):
+                    await asyncio.gather(*(self._post_rest() for _ in range(NUM_POSTED_AT_ONCE)))
 
-    async def _post(self) -> None:
+    async def post(self, key: Key, job: Object, event: Event) -> None:
+        """Post an event at once: nothing else tells what it reports. An event that the API server
+        refuses is logged. Raises ApiError if it may be accepted later."""
+        await self._post(_event(key, job["metadata"], event), is_tried_again=True)
+
+    async def _post_waiting(self) -> None:
         while True:
             due, event = await self._waiting.get()
-            while self._is_busy() and time.monotonic() < due:
-                await asyncio.sleep(POLL_SECONDS)
-            regarding = event["involvedObject"]
             try:
-                await self._cluster.post_event(regarding["namespace"], event)
-            except ApiError as error:
-                if error.code not in (404, 409):
-                    name = regarding["name"]
-                    log.warning("event %s of %s was refused: %s", event["reason"], name, error)
+                while self._is_busy() and time.monotonic() < due:
+                    await asyncio.sleep(POLL_SECONDS)
+                await self._post(event)
+            except asyncio.CancelledError:
+                self._waiting.put_nowait((due, event))
+                raise
+
+    async def _post_rest(self) -> None:
+        while not self._waiting.empty():
+            _, event = self._waiting.get_nowait()
+            await self._post(event)
+
+    async def _post(self, event: Object, *, is_tried_again: bool = False) -> None:
+        """Post an event; log why it was refused. Raises ApiError if it `is_tried_again` and may be
+        accepted then."""
+        regarding = event["involvedObject"]
+        try:
+            await self._cluster.post_event(regarding["namespace"], event)
+        except ApiError as error:
+            if error.code == 409:  # it was posted before
+                return
+            if is_tried_again and not error.is_refusal:
+                raise
+            if error.code != 404:
+                name = regarding["name"]
+                log.warning("event %s of %s was refused: %s", event["reason"], name, error)
 
 
 def _event(key: Key, metadata: Object, event: Event) -> Object:

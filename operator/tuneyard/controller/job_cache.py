@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from tuneyard.api.meta import GROUP
@@ -26,6 +27,10 @@ Object = dict[str, Any]
 
 MOST_DELETED_PODS = 64
 """Deleted pods of one attempt that are kept as evidence, the newest ones."""
+
+FORMER_SECONDS = 600.0
+"""How long a deleted job is remembered: ten times as long as until the next resync, which finds
+objects that the watches have missed."""
 
 
 @dataclass
@@ -43,8 +48,6 @@ class CachedJob:
     """By name, each with its resource version. RayJobs and pods may be those of a deleted job with
     the same name."""
     pods: dict[str, tuple[int, Pod]] = field(default_factory=dict)
-    has_former: bool = False
-    """Whether a deleted job with the same name was known and had RayJobs or pods."""
     deleted_pods: dict[str, Pod] = field(default_factory=dict)
     """Deleted pods that had a problem, in their last state."""
     workloads: dict[str, Workload] = field(default_factory=dict)
@@ -147,6 +150,8 @@ class JobCache:
     def __init__(self) -> None:
         self.jobs: dict[Key, CachedJob] = {}
         self._phases: dict[Key, str] = {}
+        self._deleted: dict[Key, float] = {}
+        """When each job was dropped (monotonic), in this order, for FORMER_SECONDS."""
 
     def job(self, key: Key) -> CachedJob:
         """Return the cached job; a new one if there is none."""
@@ -165,10 +170,24 @@ class JobCache:
 
     def _drop(self, key: Key) -> None:
         """Drop what is known of a job, except its RayJobs and pods."""
+        self._remember_deletion(key)
         cached = self.jobs.pop(key, None)
         if cached is not None and not cached.is_empty:
-            self.jobs[key] = CachedJob(ray_jobs=cached.ray_jobs, pods=cached.pods, has_former=True)
+            self.jobs[key] = CachedJob(ray_jobs=cached.ray_jobs, pods=cached.pods)
         metrics.drop_progress((key.namespace, key.kind, key.name))
+
+    def _remember_deletion(self, key: Key) -> None:
+        now = time.monotonic()
+        self._deleted.pop(key, None)
+        self._deleted[key] = now
+        expired = takewhile(lambda item: item[1] <= now - FORMER_SECONDS, self._deleted.items())
+        for each, _ in list(expired):
+            del self._deleted[each]
+
+    def had_former(self, key: Key) -> bool:
+        """Return whether a job of this name was deleted recently: its objects may still exist, even
+        if no watch has reported them yet."""
+        return time.monotonic() - self._deleted.get(key, -math.inf) < FORMER_SECONDS
 
     def evict(self, key: Key) -> None:
         """Drop a job without work left, unless it still has RayJobs or pods."""
@@ -176,6 +195,13 @@ class JobCache:
         if cached is not None and cached.is_empty:
             del self.jobs[key]
             metrics.drop_progress((key.namespace, key.kind, key.name))
+
+    def has_object(self, key: Key, collection: str, name: str) -> bool:
+        """Return whether a RayJob or a pod is known; `collection`: rayjobs or pods."""
+        cached = self.jobs.get(key)
+        if cached is None:
+            return False
+        return name in (cached.ray_jobs if collection == "rayjobs" else cached.pods)
 
     def known_jobs(self) -> set[Key]:
         """Return the jobs that are cached or counted."""

@@ -21,6 +21,13 @@ MOST_AFTER = 120.0
 """The longest delay, in seconds, that a server may ask for: a day would stop a job for a day."""
 
 
+def backoff(failures: int, after: float | None) -> float:
+    """Return the seconds before the next try, after so many failures in a row. `after`: the least
+    delay that a server asks for; None: none."""
+    wait = min(FIRST_BACKOFF * 2 ** min(failures - 1, 10), LAST_BACKOFF)
+    return max(min(after or 0.0, MOST_AFTER), wait * random.uniform(0.5, 1.0))
+
+
 class Queue(Generic[K]):
     """A work queue and its workers."""
 
@@ -104,8 +111,7 @@ class Queue(Generic[K]):
 
     def _retry(self, key: K, after: float | None) -> None:
         failures = self._failures[key] = self._failures.get(key, 0) + 1
-        wait = min(FIRST_BACKOFF * 2 ** min(failures - 1, 10), LAST_BACKOFF)
-        self.add_after(key, max(min(after or 0.0, MOST_AFTER), wait * random.uniform(0.5, 1.0)))
+        self.add_after(key, backoff(failures, after))
 
     async def _release_due(self) -> None:
         """Add the keys whose delay is over, until canceled."""

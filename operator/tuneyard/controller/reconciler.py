@@ -7,6 +7,7 @@ after any step: the next reconcile starts from the objects that exist.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import random
 import time
@@ -15,7 +16,7 @@ from datetime import UTC, datetime
 
 from tuneyard.api.plan import Plan
 from tuneyard.api.progress import Post
-from tuneyard.api.status import AttemptStatus, JobStatus
+from tuneyard.api.status import AttemptStatus, Failure, JobStatus
 from tuneyard.controller import metrics
 from tuneyard.controller.cluster import (
     WATCHED_OBJECTS,
@@ -30,7 +31,7 @@ from tuneyard.controller.erasure import Erasure, output_left
 from tuneyard.controller.event_poster import EventPoster
 from tuneyard.controller.job_cache import CachedJob, JobCache, key_from_labels, version
 from tuneyard.controller.planner import Planner
-from tuneyard.controller.queue import Queue, Requeue
+from tuneyard.controller.queue import Queue, Requeue, backoff
 from tuneyard.controller.settings import Settings
 from tuneyard.controller.write_budget import Turns, WriteBudget
 from tuneyard.errors import ManifestError
@@ -73,8 +74,8 @@ end the job."""
 PODS_RECHECK_SECONDS = 5.0
 """Interval of the checks for pods that are to be removed."""
 
-LISTING_SECONDS = 2.0
-"""Time between two tries to list the objects that exist when the operator starts."""
+QUIET_SECONDS = 2.0
+"""How long an operator that starts waits for the next of these objects from its watches."""
 
 ObjectId = tuple[Key, str, str]
 """A RayJob or a pod by its job, its collection and its name."""
@@ -116,9 +117,9 @@ class Reconciler:
     async def run(self) -> None:
         """Work until canceled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._list_existing())
-            tasks.create_task(self.queue.run())
             tasks.create_task(self._events.run())
+            await self._await_watches(tasks)
+            tasks.create_task(self.queue.run())
 
     def trust(self, ca: str) -> None:
         """Give pods of new attempts these certificate authorities, in PEM."""
@@ -158,15 +159,42 @@ class Reconciler:
                         found[key, collection, item["metadata"]["name"]] = version(item)
         return found
 
-    async def _list_existing(self) -> None:
-        """Note the jobs that have objects: each kind has its own watch, and that of pods may report
-        them after a new job with the name of a deleted one."""
-        while self._existed is None:
+    async def _await_watches(self, tasks: asyncio.TaskGroup) -> None:
+        """Wait until the watches have reported the objects that exist, or none for QUIET_SECONDS:
+        each job is then reconciled once, and not again for each of its objects. If the objects
+        cannot be listed, do not wait, and list them meanwhile."""
+        try:
+            left = await self._list_existing()
+        except ApiError as error:
+            log.warning("the objects of the jobs could not be listed: %s", error)
+            tasks.create_task(self._retry_listing(error))
+            return
+        quiet_at = time.monotonic() + QUIET_SECONDS
+        while left and time.monotonic() < quiet_at:
+            await asyncio.sleep(QUIET_SECONDS / 20)
+            reported = {item for item in left if self.cache.has_object(*item)}
+            if reported:
+                left -= reported
+                quiet_at = time.monotonic() + QUIET_SECONDS
+
+    async def _list_existing(self) -> set[ObjectId]:
+        """List the RayJobs and pods that exist, and note their jobs: each kind has its own watch,
+        and that of pods may report them after a new job with the name of a deleted one. Raises
+        ApiError."""
+        found = set(await self.list_objects())
+        self._existed = frozenset(key for key, _, _ in found)
+        return found
+
+    async def _retry_listing(self, error: ApiError) -> None:
+        for failures in itertools.count(1):
+            await asyncio.sleep(backoff(failures, error.retry_after))
             try:
-                self._existed = frozenset(key for key, _, _ in await self.list_objects())
-            except ApiError as error:
+                await self._list_existing()
+            except ApiError as next_error:
+                error = next_error
                 log.warning("the objects of the jobs could not be listed: %s", error)
-                await asyncio.sleep(LISTING_SECONDS)
+            else:
+                return
 
     async def check_existence(self) -> None:
         """Read each known job that no list contains: kopf does not report what was deleted while
@@ -309,6 +337,11 @@ class Reconciler:
             cached.ray_jobs.pop(name, None)  # the cache was stale
             self.queue.add(key)
 
+    def _may_have_objects(self, key: Key) -> bool:
+        """Return whether a deleted job of this name may have objects that no watch has reported."""
+        existed = self._existed is None or key in self._existed
+        return existed or self.cache.had_former(key)
+
     async def _start(
         self, key: Key, cached: CachedJob, job: Job, number: int, planned: Planned
     ) -> None:
@@ -316,7 +349,7 @@ class Reconciler:
         if cached.waits_for_next_try:
             self.queue.add_after(key, cached.create_after - time.monotonic())
             return
-        if number > 1 or cached.has_former or self._existed is None or key in self._existed:
+        if number > 1 or self._may_have_objects(key):
             await self.read(key)
             now = self.clock()
             if any(not is_lost(item, now) for item in cached.other_objects(number)):
@@ -408,15 +441,16 @@ class Reconciler:
         if (old.get("failure") or {}).get("message") == text:
             return
         now = rfc3339(self.clock())
-        failure = {"reason": "Malformed", "message": text, "advice": "Correct the manifest."}
+        failure = Failure(reason="Malformed", message=text, advice="Correct the manifest.")
         condition = {
             "type": "Failed",
             "status": "True",
-            "reason": "Malformed",
+            "reason": failure.reason,
             "message": text,
             "lastTransitionTime": now,
         }
-        patch = {"phase": "Failed", "failure": failure, "conditions": [condition]}
+        found = failure.model_dump(mode="json", by_alias=True)
+        patch = {"phase": "Failed", "failure": found, "conditions": [condition]}
         await self.cluster.write_status(body, key, patch, old | patch)
 
     # ---- deletion -------------------------------------------------------------------------------
@@ -429,7 +463,8 @@ class Reconciler:
             return
         if job is None and needs_finalizer(cached.body or {}):
             uri = str((cached.body or {})["spec"]["output"].get("uri"))
-            self._events.add(key, cached.body or {}, output_left(uri, "the manifest is malformed"))
+            why = "the manifest is malformed"
+            await self._events.post(key, cached.body or {}, output_left(uri, why))
         if job and _should_erase(job) and (text := await self._next_step(key, cached, job)):
             await self._report_waiting(key, cached, text)
             self.queue.add_after(key, PODS_RECHECK_SECONDS)

@@ -8,12 +8,15 @@ from typing import Any
 import kopf
 
 from tuneyard.api.meta import GROUP, VERSION
-from tuneyard.controller.cluster import has_finalizer, needs_finalizer
+from tuneyard.controller.cluster import Key, has_finalizer, needs_finalizer
 from tuneyard.controller.job_cache import Object, key_from_labels, key_of_job, key_of_ray_job
 from tuneyard.controller.reconciler import Reconciler
 
 LIST_CHUNK = 250
 """Objects per page of a first listing: a page of jobs is about 2 MB of JSON."""
+UNKNOWN_SECONDS = 5.0
+"""How long a RayJob or a pod waits for the watch of jobs to report its job: after a start, the
+watches report thousands of objects in any order."""
 
 
 def registry(reconciler: Reconciler) -> kopf.OperatorRegistry:
@@ -72,12 +75,17 @@ class Watches:
     def ray_job(self, body: Object, deleted: bool) -> None:
         key = key_from_labels(body)
         if key and self._cache.update_ray_job(key, body, deleted=deleted):
-            self._queue.add(key)
+            self._add(key)
 
     def pod(self, body: Object, deleted: bool) -> None:
         key = key_from_labels(body)
         if key and self._cache.update_pod(key, body, deleted=deleted):
-            self._queue.add(key)
+            self._add(key)
+
+    def _add(self, key: Key) -> None:
+        """Add a job whose object has changed. A job that no watch has reported yet is read from the
+        API server, unless its watch reports it within UNKNOWN_SECONDS."""
+        self._queue.add_after(key, 0.0 if self._cache.job(key).uid else UNKNOWN_SECONDS)
 
     def workload(self, body: Object, deleted: bool) -> None:
         for owner in body["metadata"].get("ownerReferences") or ():

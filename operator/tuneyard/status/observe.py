@@ -234,7 +234,7 @@ class _Observer:
         """Return the objects that the next attempt waits for: all that are not lost, and the
         RayJobs of a deleted job of this name, which take the names of this job's RayJobs."""
         pods = (*self.observed.pods, *self.observed.foreign_pods)
-        foreign = [ray for ray in self.observed.ray_jobs if ray.owner != self.job.metadata.uid]
+        foreign = [ray for ray in self.observed.ray_jobs if self._is_foreign(ray)]
         objects: list[RayJob | Pod] = [*self.observed.ray_jobs, *pods]
         return [item for item in objects if item in foreign or not is_lost(item, self.now)]
 
@@ -244,17 +244,34 @@ class _Observer:
         self.wake_times.append(RECHECK_SECONDS)
         if self.policy.suspend:
             self._condition("Suspended", None, "Stopping", "waiting for the pods to end")
-        last = self._attempt
-        times = [last.finished_at] if last else [item.deletion_time for item in left]
-        since = min((moment_of(text) for text in times if text), default=self.now)
+        since = self._waiting_since(left)
         if (self.now - since).total_seconds() > POD_REMOVAL_SECONDS:
-            owner = "the last attempt" if last else "a deleted job of this name"
-            text = (
-                f"waiting since {rfc3339(since)} for {names_of(left)} of {owner} to be removed: "
-                f"check whether a node was lost; a pod is waited for until {LOST_SECONDS:.0f} s "
-                "after its grace period"
+            is_own = not any(self._is_foreign(item) for item in left)
+            owner = "an earlier attempt" if is_own else "a deleted job of this name"
+            cause = Cause(
+                "PodsLeft",
+                f"waiting since {rfc3339(since)} for {names_of(left)} of {owner} to be removed",
+                "Check whether a node was lost: a deleted pod is waited for until "
+                f"{LOST_SECONDS:.0f} s after its grace period. Delete what nobody has deleted.",
             )
-            self._condition("Running", False, "PodsLeft", text)
+            self._condition("Running", False, cause.reason, cause.text)
+
+    def _waiting_since(self, left: list[RayJob | Pod]) -> datetime:
+        """Return since when the next attempt waits for these objects: since the last one ended, or
+        has waited for its start; for a first one since the objects were deleted, or since the job
+        was planned if nobody has deleted them."""
+        if last := self._attempt:
+            return moment_of(last.finished_at or last.started_at)
+        planned = self._conditions().get("Planned")
+        first = planned.last_transition_time if planned else None
+        times = [item.deletion_time or first for item in left]
+        return min((moment_of(text) for text in times if text), default=self.now)
+
+    def _is_foreign(self, item: RayJob | Pod) -> bool:
+        """Return whether an object belongs to a deleted job of this name."""
+        if isinstance(item, RayJob):
+            return item.owner != self.job.metadata.uid
+        return item in self.observed.foreign_pods
 
     def _is_exhausted(self) -> bool:
         last = self._attempt
@@ -379,8 +396,8 @@ class _Observer:
             ):
                 return self._close_attempt(cause._replace(retryable=False))
             self._condition("Running", False, cause.reason, cause.text)
-        if self._objects_left():
-            self.wake_times.append(RECHECK_SECONDS)
+        if objects := self._objects_left():
+            self._wait_for_pods(objects)
             return self._decision()
         return self._decision(start=attempt.number)
 
