@@ -58,6 +58,22 @@ def test_a_row_for_each_stage_shows_its_bar_its_memory_and_its_parts(
     assert "set spec.compute.memory to 34Gi" in "\n".join(shown)
 
 
+def test_each_gpu_of_a_worker_is_a_device_with_a_process_of_its_own(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pods = []
+    for compute in ("{}", "{workers: 2, gpusPerWorker: 4}"):
+        manifest = folder / "job.yaml"
+        text = MANIFEST.format(uri="file://model", adapter="lora")
+        manifest.write_text(f"{text}  compute: {compute}\n")
+        assert main.call(["plan", str(manifest), "--gpu", "H100"]) == 0
+        shown = capsys.readouterr().out
+        row = next(line for line in shown.splitlines() if line.startswith("sft  ") and "#" in line)
+        pods.append(float(row.split()[3]))
+    assert "each of 8 workers" in shown
+    assert pods[1] == pytest.approx(pods[0] + 3 * 3.0)
+
+
 def test_a_job_that_does_not_fit_is_told_what_would_make_it_fit(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

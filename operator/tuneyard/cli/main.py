@@ -143,7 +143,9 @@ def _print_memory(
     except UnknownModelError as error:
         console.print(Text(f"\nThe memory is not known: {error}.", overflow="fold"))
         return
-    job = fitting.Job(plan, facts, gpu, plan.compute.workers or 1, Lengths.of(plan, facts))
+    compute = plan.compute
+    devices = (compute.workers or 1) * (compute.gpus_per_worker or 1)
+    job = fitting.Job(plan, facts, gpu, devices, Lengths.of(plan, facts))
     print_memory(console, job, fitting.fit(job))
 
 

@@ -28,7 +28,7 @@ def print_memory(console: Console, job: Job, found: Fit) -> None:
     table.add_column("Pod", justify="right", no_wrap=True)
     table.add_column("Most, in GiB", overflow="fold")
     for stage in found.memory:
-        table.add_row(*_row(stage, found.limit))
+        table.add_row(*_row(job, stage, found.limit))
     console.print(table)
     for line in notes(job, found):
         console.print(Text(line, overflow="fold"))
@@ -40,8 +40,8 @@ def _title(job: Job) -> str:
     return f"Memory of {workers} with {gpu}: {_gib(job.gpu.usable)} GiB can be used"
 
 
-def _row(stage: StageMemory, limit: int) -> Iterable[str]:
-    peak, host = stage.peak, stage.host_peak.total + PROCESS_BYTES
+def _row(job: Job, stage: StageMemory, limit: int) -> Iterable[str]:
+    peak, host = stage.peak, _pod_bytes(job, stage)
     if not peak.parts:
         return stage.stage, "", "", _gib(host), f"{stage.host_peak.name}, on the CPU"
     return stage.stage, _bar(peak.total, limit), _gib(peak.total), _gib(host), _parts(peak)
@@ -88,7 +88,7 @@ def _pod_memory(job: Job, found: Fit) -> Iterator[str]:
     most = max(found.memory, key=lambda stage: stage.host_peak.total, default=None)
     if most is None:
         return
-    needed = most.host_peak.total + PROCESS_BYTES
+    needed = _pod_bytes(job, most)
     given = job.plan.compute.memory or DEFAULT_MEMORY
     if needed > quantity_value(given):
         wanted = -(-needed // GIB)
@@ -96,6 +96,12 @@ def _pod_memory(job: Job, found: Fit) -> Iterator[str]:
             f"{most.stage} takes {_gib(needed)} GiB of the pod's memory ({most.host_peak.name}), "
             f"and compute.memory is {given}: set spec.compute.memory to {wanted}Gi."
         )
+
+
+def _pod_bytes(job: Job, stage: StageMemory) -> int:
+    """Return the memory of a pod beside its GPUs: one process for each of them, of which one writes
+    checkpoints and the result."""
+    return stage.host_peak.total + PROCESS_BYTES * (job.plan.compute.gpus_per_worker or 1)
 
 
 def _gib(size: int) -> str:
