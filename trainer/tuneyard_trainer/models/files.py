@@ -180,7 +180,7 @@ def _require_safetensors(path: Path) -> None:
 def _shards(path: Path) -> set[str]:
     try:
         return set(json.loads((path / INDEX).read_text())["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise StageError(
             "ModelBroken",
             f"{path / INDEX} is not an index of weights: {error}.",

@@ -31,9 +31,9 @@ from tuneyard_trainer.models.files import stored_dtype
 from tuneyard_trainer.models.probes import base_of
 from tuneyard_trainer.models.weight_files import StoredTensor, stored_tensors, tensors_in
 
-BLOCK_WEIGHTS = 1 << 22
-"""Weights of a layer that are merged at a time: PEFT and the check hold a dozen copies of a block,
-about 300 MiB, and smaller blocks slow the products of matrices down."""
+BLOCK_WEIGHTS = 1 << 20
+"""Weights of a layer that are merged at a time. PEFT and the check hold a dozen copies of a block in
+float32 and float64: about 100 MiB."""
 
 TOLERANCE = 1e-5
 """Largest difference of a weight from float64 arithmetic, relative to the sum of the absolute terms
@@ -63,7 +63,8 @@ def write_merged(model: Path, adapter: Path, folder: Path) -> float:
     WeightsNotFinite, or an error of the base or of the adapter.
     """
     adapters.require_mergeable(adapter)
-    skeleton = base.load_base(model, dtype=stored_dtype(model), device=base.META)
+    dtype = stored_dtype(model)
+    skeleton = base.load_base(model, dtype=dtype, device=base.META)
     base.save_configs(skeleton, folder)
     tensors = stored_tensors(model)
     changed = {
@@ -82,7 +83,7 @@ def write_merged(model: Path, adapter: Path, folder: Path) -> float:
         return merged
 
     weight_files.write_checked(folder, {n: t.spec for n, t in tensors.items()}, tensor_of)
-    base.load_base(folder, dtype=skeleton.dtype, device=base.META)
+    base.load_base(folder, dtype=dtype, device=base.META)
     return max(differences)
 
 
@@ -177,10 +178,15 @@ class _Layer:
         stored = self.base[part]
         result = torch.empty(stored.spec.shape, dtype=stored.spec.dtype)
         differences = []
+        names = (*self.base, *self.adapter)
+        shared = {name: self._read(name) for name in names if self._outputs_dim(name) is None}
         for start, stop in self._blocks():
-            block = {name: self._read(name, start, stop) for name in (*self.base, *self.adapter)}
+            own = {name: self._read(name, start, stop) for name in names if name not in shared}
+            block = {**shared, **own}
+            expected, terms = self._expected(part, block)
             merged = self._merge(block)[part]
-            differences.append(self._difference(part, merged, block))
+            found = merged.T if self._outputs_dim(part) == 1 else merged.reshape(expected.shape)
+            differences.append(_largest_relative(found, expected, terms))
             result.narrow(self._outputs_dim(part), start, stop - start).copy_(merged)
         weight_files.require_finite(stored.name, result)
         largest = max(differences)
@@ -212,15 +218,16 @@ class _Layer:
         for start in range(0, outputs, step):
             yield start, min(start + step, outputs)
 
-    def _read(self, part: str, start: int, stop: int) -> Tensor:
-        """Read a tensor's share in the outputs from `start` to `stop`, in float32 or better."""
+    def _read(self, part: str, start: int = 0, stop: int = 0) -> Tensor:
+        """Read a tensor's share in the outputs from `start` to `stop`, or a tensor without outputs,
+        in float32 or better."""
         stored = self.base[part] if part in self.base else self.adapter[part]
         dim = self._outputs_dim(part)
         tensor = stored.read() if dim is None else stored.read_part(start, stop, dim)
         return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
     def _merge(self, block: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weight and the bias that PEFT's layer merges from the tensors."""
+        """Return the weight and the bias that PEFT's layer merges from the tensors, in place."""
         layer = self.module.get_base_layer()
         owners = {
             part: (layer, part) if part in self.base else _owner(self.module, PEFT_NAMES[part][0])
@@ -230,27 +237,27 @@ class _Layer:
         for part, (owner, name) in owners.items():
             setattr(owner, name, nn.Parameter(block[part], requires_grad=False))
         try:
-            self.module.merge(safe_merge=True)
+            self.module.merge()
             return {part: getattr(layer, part).data for part in self.base}
         finally:
             self.module.merged_adapters.clear()
             for part, (owner, name) in owners.items():
                 setattr(owner, name, without_memory[part])
 
-    def _difference(self, part: str, merged: Tensor, block: Mapping[str, Tensor]) -> float:
-        """Return the largest difference from float64 arithmetic, relative to the weight's terms."""
+    def _expected(self, part: str, block: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the merged weight (O, I) or bias (O, 1) in float64, and the sum of the absolute
+        terms of each number."""
         exact = {name: tensor.double() for name, tensor in block.items()}
         weight_OI = exact["weight"].T if self._transposed else exact["weight"]
         if "ia3_l" in exact:
-            original = weight_OI if part == "weight" else exact["bias"][:, None]
-            expected = original * exact["ia3_l"]
-            terms = expected.abs()
-        else:
-            scaling = _scaling(self.config, self.name, len(exact["lora_A.weight"]))
-            expected, terms = _low_rank(weight_OI, exact, scaling)
-        found = merged.T if self._transposed else merged.reshape(expected.shape)
-        relative = (found.double() - expected).abs() / terms.clamp_min(TINY)
-        return float(relative.max())
+            rescaled = (weight_OI if part == "weight" else exact["bias"][:, None]) * exact["ia3_l"]
+            return rescaled, rescaled.abs()
+        scaling = _scaling(self.config, self.name, len(exact["lora_A.weight"]))
+        return _low_rank(weight_OI, exact, scaling)
+
+
+def _largest_relative(found: Tensor, expected: Tensor, terms: Tensor) -> float:
+    return float(((found - expected).abs_() / terms.clamp_min(TINY)).max())
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

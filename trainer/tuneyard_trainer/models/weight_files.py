@@ -51,7 +51,7 @@ CODES: Mapping[torch.dtype, str] = {
 DTYPES: Mapping[str, torch.dtype] = {code: dtype for dtype, code in CODES.items()}
 
 
-_AT_A_TIME = 1 << 24  # values that are cast or checked at a time: 64 MiB in float32
+_AT_A_TIME = 1 << 22  # values that are cast or checked at a time: 16 MiB in float32
 
 
 @dataclass(frozen=True)

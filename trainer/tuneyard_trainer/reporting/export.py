@@ -12,12 +12,13 @@ is missing and that every shape is right.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
+import torch
 import yaml
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tuneyard.api.stage_settings import ExportSettings
 from tuneyard_trainer.models import adapters, base, files, merging, reward_models
@@ -111,8 +112,21 @@ def _export_whole(inputs: Mapping[str, Path], target: Path) -> float:
     """Write a fully tuned model or a reward model in the base model's precision, and return the
     number of its tensors. Full tuning trains in float32."""
     source = inputs["tuned"] / "weights"
-    load: Any = reward_models.load if reward_models.is_reward_model(source) else base.load_base
-    dtype = files.stored_dtype(inputs["model"])
+    load = reward_models.load if reward_models.is_reward_model(source) else base.load_base
+    num_tensors = write_cast(source, target, files.stored_dtype(inputs["model"]), load)
+    _add_tokenizer(inputs, target)
+    return float(num_tensors)
+
+
+def write_cast(
+    source: Path, target: Path, dtype: torch.dtype, load: Callable[..., PreTrainedModel]
+) -> int:
+    """Write the model in `source` with its floating-point tensors in `dtype`, and its configs.
+    Return the number of its tensors.
+
+    `load`: the function that loads a model of this kind. Raises StageError ExportMismatch or
+    WeightsNotFinite.
+    """
     base.save_configs(load(source, dtype=dtype, device=base.META), target)
     tensors = stored_tensors(source)
     specs = {name: tensor.spec.cast(dtype) for name, tensor in tensors.items()}
@@ -124,8 +138,7 @@ def _export_whole(inputs: Mapping[str, Path], target: Path) -> float:
 
     write_checked(target, specs, tensor_of)
     load(target, dtype=dtype, device=base.META)
-    _add_tokenizer(inputs, target)
-    return float(len(tensors))
+    return len(tensors)
 
 
 def _add_tokenizer(inputs: Mapping[str, Path], target: Path) -> None:
