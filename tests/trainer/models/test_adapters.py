@@ -395,9 +395,7 @@ def test_merged_weights_hold_the_buffers_that_a_saved_model_holds() -> None:
 # ---- QLoRA --------------------------------------------------------------------------------------
 
 
-def test_qlora_trains_over_a_4_bit_base(
-    base: Base, attach: Any, tmp_path: Path
-) -> None:
+def test_qlora_trains_over_a_4_bit_base(base: Base, attach: Any, tmp_path: Path) -> None:
     qlora = Qlora(rank=4, alpha=8)
     quantized = base(quantize=qlora)
     assert count_parameters(quantized) == count_parameters(base())

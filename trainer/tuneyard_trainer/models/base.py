@@ -91,8 +91,8 @@ def load_base(
     """Load a causal language model in evaluation mode, with every weight from its files.
 
     `quantize`: the linear layers become 4-bit NormalFloat, computing in `dtype`. `dropout`: the
-    probability of all of the architecture's own dropout (`dropout_fields`). `device` META: the files
-    are checked by their headers, and no weight is read. Raises StageError.
+    probability of all of the architecture's own dropout (`dropout_fields`). `device` META: no
+    weight is read, and the files are checked by their headers. Raises StageError.
     """
     config = config_of(path)
     if dropout is not None:

@@ -32,8 +32,8 @@ from tuneyard_trainer.models.probes import base_of
 from tuneyard_trainer.models.weight_files import StoredTensor, stored_tensors, tensors_in
 
 BLOCK_WEIGHTS = 1 << 20
-"""Weights of a layer that are merged at a time. PEFT and the check hold a dozen copies of a block in
-float32 and float64: about 100 MiB."""
+"""Weights of a layer that are merged at a time. PEFT and the check hold a dozen copies of a block
+in float32 and float64: about 100 MiB."""
 
 TOLERANCE = 1e-5
 """Largest difference of a weight from float64 arithmetic, relative to the sum of the absolute terms
@@ -48,8 +48,8 @@ PEFT_NAMES: Mapping[str, tuple[str, int | None]] = {
     "lora_magnitude_vector": ("lora_magnitude_vector.default.weight", 0),
     "ia3_l": ("ia3_l.default", 0),
 }
-"""The tensors of an adapter's layer by their names in the file: their names in PEFT's layer, and the
-dimension of the layer's outputs (None: there is none)
+"""The tensors of an adapter's layer by their names in the file: their names in PEFT's layer, and
+the dimension of the layer's outputs (None: there is none)
 (https://huggingface.co/docs/peft/developer_guides/checkpoint)."""
 
 

@@ -103,27 +103,23 @@ class StoredTensor:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Return all tensors of a model's weight files by name, from the files' headers alone.
-
-    Raises StageError ModelBroken for files that cannot be read, for a tensor that two files hold
-    and for an index that does not match its files.
-    """
-    found: dict[str, StoredTensor] = {}
-    for path in weight_files(folder):
-        for tensor in tensors_in(path):
-            if tensor.name in found:
-                raise _broken(path, f"{tensor.name} is also in {found[tensor.name].file.name}")
-            found[tensor.name] = tensor
-    if not (folder / SINGLE).exists():
-        _require_index(folder, found)
-    return found
+    """Return all tensors of a model's weight files by name, from the files' headers alone. If two
+    files hold a tensor, the index decides. Raises StageError ModelBroken."""
+    places = _places(folder)
+    return {
+        tensor.name: tensor
+        for path in weight_files(folder)
+        for tensor in tensors_in(path)
+        if places.get(tensor.name, path.name) == path.name
+    }
 
 
-def _require_index(folder: Path, found: Mapping[str, StoredTensor]) -> None:
-    index = json.loads((folder / INDEX).read_text())["weight_map"]
-    wrong = {name for name, tensor in found.items() if index.get(name) != tensor.file.name}
-    if odd := sorted(wrong | (index.keys() - found.keys())):
-        raise _broken(folder / INDEX, f"its place for {', '.join(odd[:3])} is wrong")
+def _places(folder: Path) -> dict[str, str]:
+    """Return the file of each tensor according to the index; {}: there is no index."""
+    if (folder / SINGLE).exists():
+        return {}
+    places: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+    return places
 
 
 def tensors_in(path: Path) -> list[StoredTensor]:
@@ -282,6 +278,8 @@ def written_mismatch(
                 return f"{name} has another shape or type: {tensor.spec}, not {specs[name]}"
             if hashlib.sha256(_bytes(tensor.read())).hexdigest() != digests[name]:
                 return f"{name} differs"
+        if (places := _places(folder)) and places.keys() != specs.keys():
+            return "the index names other tensors"
     except StageError as error:
         return str(error)
     return None

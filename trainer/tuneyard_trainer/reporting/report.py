@@ -29,8 +29,8 @@ def write(
     """Write `loss.png`, `report.html` and `README.md` into the export folder.
 
     `inputs`: the export stage's inputs; those of `data`, `tuned` and `evaluation` that exist are
-    read. `manifest`: the job's manifest with its defaults. `measured`: what the export's checks of the
-    written files measured, by metric. `base_license`: the base model's; None: unknown.
+    read. `manifest`: the job's manifest with its defaults. `measured`: what the checks of
+    the written files measured, by metric. `base_license`: the base model's; None: unknown.
 
     The same inputs give the same bytes: all times come from the records.
     """
