@@ -123,8 +123,15 @@ def adapted_names(adapter: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ADAPTERS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (name, kind)
+        for name in MODELS
+        for kind in ADAPTERS
+        if (name, kind) != ("mixtral with experts", "ia3")  # it has no linear layer in its MLP
+    ],
+)
 def test_the_merged_files_equal_those_of_a_merge_of_the_whole_model(
     name: str, kind: str, dtype: torch.dtype, adapted: Any, tmp_path: Path
 ) -> None:
@@ -172,7 +179,7 @@ def test_a_layer_that_is_merged_in_blocks_has_the_same_weights(
         torch.testing.assert_close(found, expected[tensor_name], rtol=1e-6, atol=1e-7)
 
 
-def test_ranks_and_scales_of_single_layers_are_respected(adapted: Any, tmp_path: Path) -> None:
+def test_ranks_and_scales_of_single_layers_are_respected(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", "llama with its own head", torch.float32)
     config = LoraConfig(
         r=4,
@@ -283,9 +290,7 @@ def test_an_adapter_of_a_base_of_another_shape_is_refused(adapted: Any, tmp_path
         assert refusal(other, adapter, tmp_path / "merged").reason == "AdapterBroken"
 
 
-def test_a_tensor_of_the_adapter_that_would_not_be_merged_is_refused(
-    adapted: Any, tmp_path: Path
-) -> None:
+def test_a_tensor_of_the_adapter_that_would_not_be_merged_is_refused(tmp_path: Path) -> None:
     """`modules_to_save`: PEFT trains a whole copy of these layers."""
     base = write_base(tmp_path / "base", "llama with its own head", torch.float32)
     config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])

@@ -162,6 +162,15 @@ def test_an_index_that_names_the_wrong_file_or_tensor_is_found(tmp_path: Path) -
         assert written_mismatch(tmp_path, specs_of(tensors), digests)
 
 
+def test_a_tensor_in_two_files_is_read_from_the_one_that_the_index_names(tmp_path: Path) -> None:
+    for value, file in enumerate(("one.safetensors", "two.safetensors")):
+        save_file({"a": torch.full((2,), float(value))}, tmp_path / file)
+    for value, file in enumerate(("one.safetensors", "two.safetensors")):
+        places = {"a": file, "b": "one.safetensors", "c": "two.safetensors"}
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": places}))
+        assert torch.equal(stored_tensors(tmp_path)["a"].read(), torch.full((2,), float(value)))
+
+
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_are_refused(wrong: float) -> None:
     with pytest.raises(StageError, match=f"the trained w holds {wrong} in bfloat16") as caught:

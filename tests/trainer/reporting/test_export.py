@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -175,7 +176,7 @@ def test_an_adapter_that_is_copied_wrongly_is_noticed(
     inputs: dict[str, Path], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_adapter(inputs, ADAPTERS[0], tiny_tokenizer)
-    copy = export.shutil.copytree
+    copy = shutil.copytree
 
     def damaged(source: Path, target: Path) -> None:
         copy(source, target)
@@ -183,7 +184,7 @@ def test_an_adapter_that_is_copied_wrongly_is_noticed(
             file.seek(-1, 2)
             file.write(b"\x01")
 
-    monkeypatch.setattr(export.shutil, "copytree", damaged)
+    monkeypatch.setattr(shutil, "copytree", damaged)
     error = refusal(inputs)
     assert error.reason == "ExportMismatch"
     assert adapters.WEIGHTS in str(error)

@@ -176,6 +176,7 @@ class _Layer:
         Raises StageError ExportMismatch above the tolerance, WeightsNotFinite.
         """
         stored = self.base[part]
+        outputs_dim = 1 if part == "weight" and self._transposed else 0
         result = torch.empty(stored.spec.shape, dtype=stored.spec.dtype)
         differences = []
         names = (*self.base, *self.adapter)
@@ -185,9 +186,9 @@ class _Layer:
             block = {**shared, **own}
             expected, terms = self._expected(part, block)
             merged = self._merge(block)[part]
-            found = merged.T if self._outputs_dim(part) == 1 else merged.reshape(expected.shape)
+            found = merged.T if outputs_dim else merged.reshape(expected.shape)
             differences.append(_largest_relative(found, expected, terms))
-            result.narrow(self._outputs_dim(part), start, stop - start).copy_(merged)
+            result.narrow(outputs_dim, start, stop - start).copy_(merged)
         weight_files.require_finite(stored.name, result)
         largest = max(differences)
         if not largest <= TOLERANCE:
@@ -213,7 +214,7 @@ class _Layer:
     def _blocks(self) -> Iterator[tuple[int, int]]:
         """Yield the ranges of outputs that are merged at a time."""
         shape = self.base["weight"].spec.shape
-        outputs, inputs = reversed(shape) if self._transposed else shape
+        outputs, inputs = shape[::-1] if self._transposed else shape
         step = max(1, BLOCK_WEIGHTS // inputs)
         for start in range(0, outputs, step):
             yield start, min(start + step, outputs)
