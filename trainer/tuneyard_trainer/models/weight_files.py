@@ -90,7 +90,8 @@ class StoredTensor:
             result = torch.empty(self.spec.shape, dtype=dtype)
             step = max(1, _AT_A_TIME * rows // max(1, result.numel()))
             for start in range(0, rows, step):
-                result[start : start + step] = parts[start : start + step]
+                stop = min(start + step, rows)
+                result[start:stop] = parts[start:stop]
             return result
 
     def read_part(self, start: int, stop: int, dim: int = 0) -> Tensor:
@@ -105,10 +106,10 @@ class StoredTensor:
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Return all tensors of a model's weight files by name, from the files' headers alone. If two
     files hold a tensor, the index decides. Raises StageError ModelBroken."""
-    places = _places(folder)
+    paths, places = weight_files(folder), _places(folder)
     return {
         tensor.name: tensor
-        for path in weight_files(folder)
+        for path in paths
         for tensor in tensors_in(path)
         if places.get(tensor.name, path.name) == path.name
     }
