@@ -30,6 +30,8 @@ PRELOADED = (
     "fsspec.implementations.local",
     "matplotlib.backends.backend_agg",
     "peft",
+    "ray.train.torch",
+    "ray.util",
     "transformers.models.llama.modeling_llama",
     "tuneyard_trainer.evaluation.evaluate",
     "tuneyard_trainer.pod.driver",
