@@ -241,7 +241,8 @@ def _header(specs: Mapping[str, TensorSpec]) -> bytes:
 
 def _bytes(tensor: Tensor) -> memoryview:
     """Return the tensor's bytes in row-major order; a contiguous tensor is not copied."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    data: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return data
 
 
 def write_checked(
