@@ -135,6 +135,7 @@ LORA = job(
       memory: 64Gi
       sharedMemory: 8Gi
       temporaryStorage: 500Gi
+      gpu: A100-80GB
       gpuResource: nvidia.com/gpu
       nodeSelector: {accelerator: a100}
       tolerations:

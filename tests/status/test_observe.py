@@ -24,7 +24,7 @@ from tests.status.simulation import (
 from tuneyard.api.compute import Compute
 from tuneyard.api.pods import GRACE_SECONDS
 from tuneyard.api.progress import Outcome, Post
-from tuneyard.api.status import Result, StageStatus
+from tuneyard.api.status import MemoryEstimate, Result, StageStatus
 from tuneyard.errors import Fault, PlanError
 from tuneyard.rendering.names import plan_digest
 from tuneyard.status.observe import (
@@ -525,6 +525,30 @@ class TestProgress:
         sim.post = post(2, 5, stage="export", resumedStep=0)
         sim.reconcile()
         assert sim.status.attempts[0].steps_lost is None
+
+
+class TestMemory:
+    def test_the_estimate_is_in_the_status_once_the_facts_are_posted_and_stays(self) -> None:
+        sim = running()
+        sim.memory = MemoryEstimate(device="NVIDIA H100", capacity_bytes=80)
+        sim.post = post(1, 1)
+        assert sim.reconcile().status.memory is None
+        sim.post = post(1, 1, facts={})
+        assert sim.reconcile().status.memory == sim.memory
+        unchanged(sim)
+        sim.memory = None  # another operator, before the next post with facts
+        sim.post = post(1, 2)
+        assert sim.reconcile().status.memory is not None
+
+    def test_a_job_that_does_not_fit_ends_without_another_attempt(self) -> None:
+        sim = running()
+        sim.post = post(1, 0, stage="", outcome=failed("DoesNotFit", advice="Set this; or that."))
+        sim.reconcile()
+        assert sim.phase == "Failed"
+        assert sim.status.failure is not None
+        assert sim.status.failure.reason == "DoesNotFit"
+        assert sim.status.failure.advice == "Set this; or that."
+        assert [attempt.number for attempt in sim.status.attempts] == [1]
 
 
 class TestQueueOfTheJobsLabel:

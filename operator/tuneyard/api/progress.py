@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from tuneyard.api.job_facts import FitAnswer, JobFacts
 from tuneyard.api.meta import VERSION, Report
 from tuneyard.api.status import Failure, Result, StageStatus
 
@@ -77,6 +78,9 @@ class ProgressReport(Report):
     """Step at which this attempt resumed the stage. None: unknown yet."""
     stages: list[StageStatus] = Field(default=[], max_length=256)
     """State of every stage of the plan."""
+    facts: JobFacts | None = None
+    """Facts about the model, the rows and the device. None: not yet, or the attempt has no training
+    stage left."""
     outcome: Outcome | None = None
     """How the attempt's driver ended. None: it is running."""
 
@@ -95,6 +99,8 @@ class PostResponse(Report):
 
     stop: bool
     """True: write a checkpoint and stop, because the job was suspended, canceled or deleted."""
+    fit: FitAnswer | None = None
+    """Whether the job may train, and how. None: the post has no facts, or they do not suffice."""
 
 
 class Refusal(Report):

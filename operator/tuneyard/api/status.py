@@ -31,6 +31,40 @@ class StageStatus(Report):
     """Key metrics of the stage, from its record."""
 
 
+class MemoryPart(Report):
+    """A part of a worker's memory."""
+
+    name: str = Field(max_length=64)
+    """Content of the part: weights, gradients, optimizer, activations, logits, reference, ..."""
+    bytes: int = Field(ge=0)
+    """Size of the part, in bytes."""
+
+
+class StageEstimate(Report):
+    """The memory that a stage takes on one worker, at the moment when it takes most."""
+
+    name: str = Field(max_length=64)
+    """Name of the stage in the plan."""
+    moment: str = Field(max_length=64)
+    """Moment of the stage at which it takes most."""
+    total_bytes: int = Field(ge=0)
+    """Sum of the parts, in bytes."""
+    parts: list[MemoryPart] = Field(default=[], max_length=32)
+    """Parts of the memory at that moment."""
+
+
+class MemoryEstimate(Report):
+    """The memory of one worker, calculated before the training stages begin."""
+
+    device: str = Field(max_length=128)
+    """Name of each worker's GPU, or CPU. unknown: the hardware is not described, and the job is
+    not refused."""
+    capacity_bytes: int | None = Field(default=None, ge=0)
+    """Memory that the job can use on each worker, in bytes. None: unknown."""
+    stages: list[StageEstimate] = Field(default=[], max_length=256)
+    """Stages that load a model."""
+
+
 class Progress(Report):
     """The progress of the running stage."""
 
@@ -123,6 +157,9 @@ class JobStatus(Report):
     """Digest of the plan. None: not planned yet. Once it is set, only spec.runPolicy may change."""
     stages: list[StageStatus] = Field(default=[], max_length=256)
     """Stages of the plan."""
+    memory: MemoryEstimate | None = None
+    """Estimated memory of a worker of the newest attempt that reported its model. None: unknown
+    yet, or the model is not described."""
     progress: Progress | None = None
     """Progress of the running stage. None: no stage is running."""
     attempts: list[AttemptStatus] = Field(default=[], max_length=100)

@@ -525,6 +525,8 @@ class _Observer:
             attempt = self._update(running_at=rfc3339(self.now))
         self._set(progress=progress_of(post, self.status.progress, self.now))
         if report is not None:
+            if self.observed.memory is not None and report.facts is not None:
+                self._set(memory=self.observed.memory)
             self._set(stages=merge_stages(self.status.stages, report.stages))
             if report.stage:
                 attempt = self._update(stage=report.stage, last_step=report.step)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from tuneyard.api.job_facts import JobFacts
 from tuneyard.api.plan import Plan, StageRecord
 from tuneyard.api.pods import stage_folder
 from tuneyard.api.progress import MetricValue, Outcome, Post, ProgressReport, TrainerStatus
@@ -43,6 +44,11 @@ class AttemptProgress:
         self._pace: tuple[int, float] | None = None
         """The step and the time from which this stage's pace is measured."""
         self._percentage = 0
+        self._facts: JobFacts | None = None
+
+    def set_facts(self, facts: JobFacts | None) -> None:
+        """Post these facts from now on. None: none, since the operator does not accept them."""
+        self._facts = facts
 
     def add(self, event: Mapping[str, Any], at: float) -> None:
         """Add one event of the runner."""
@@ -72,6 +78,7 @@ class AttemptProgress:
                 total_steps=self._total,
                 resumed_step=self._resumed,
                 stages=list(self._stages.values()),
+                facts=self._facts,
             ),
         )
 
