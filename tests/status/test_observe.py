@@ -24,7 +24,7 @@ from tests.status.simulation import (
 from tuneyard.api.compute import Compute
 from tuneyard.api.pods import GRACE_SECONDS
 from tuneyard.api.progress import Outcome, Post
-from tuneyard.api.status import MemoryEstimate, Result, StageStatus
+from tuneyard.api.status import MemoryEstimate, Result, StageEstimate, StageStatus
 from tuneyard.errors import Fault, PlanError
 from tuneyard.rendering.names import plan_digest
 from tuneyard.status.observe import (
@@ -539,6 +539,20 @@ class TestMemory:
         sim.memory = None  # another operator, before the next post with facts
         sim.post = post(1, 2)
         assert sim.reconcile().status.memory is not None
+
+    def test_the_measured_peak_of_a_finished_stage_stands_beside_its_estimate(self) -> None:
+        sim = running()
+        stages = [StageEstimate(name=name, moment="m", total_bytes=9) for name in ("sft", "dpo")]
+        sim.memory = MemoryEstimate(device="CPU", stages=stages)
+        sim.post = post(1, 1, facts={})
+        sim.reconcile()
+        done = {"name": "sft", "kind": "sft", "state": "Succeeded"}
+        for peak, expected in ((7.0, 7), (-1.0, None), (1e300, None)):
+            stage = {**done, "metrics": {"peakMemoryBytes": peak}}
+            sim.post = post(1, 2, stages=[stage], facts={})
+            memory = sim.reconcile().status.memory
+            assert memory is not None
+            assert [stage.measured_bytes for stage in memory.stages] == [expected, None]
 
     def test_a_job_that_does_not_fit_ends_without_another_attempt(self) -> None:
         sim = running()

@@ -51,6 +51,9 @@ class StageEstimate(Report):
     """Sum of the parts, in bytes."""
     parts: list[MemoryPart] = Field(default=[], max_length=32)
     """Parts of the memory at that moment."""
+    measured_bytes: int | None = Field(default=None, ge=0)
+    """Measured peak of the first worker, in bytes: allocated on its GPU, or without one resident in
+    its process. None: the stage is not done, or it does not train."""
 
 
 class MemoryEstimate(Report):

@@ -10,7 +10,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tuneyard.api.status import AttemptStatus, JobStatus, Progress, StageStatus
+from tuneyard.api.status import (
+    AttemptStatus,
+    JobStatus,
+    MemoryEstimate,
+    Progress,
+    StageEstimate,
+    StageStatus,
+)
 from tuneyard.cli.jobs import Event, JobView, time_of
 
 ABSENT = "\N{EN DASH}"
@@ -21,6 +28,7 @@ STYLES = {
     "Suspended": "yellow",
     "Queued": "yellow",
 }
+GIB = 1 << 30
 MAX_EVENTS = 8
 STAGE_METRICS = (
     *("validationLoss", "loss", "validationPerplexity", "lossReduction", "answerAccuracy"),
@@ -136,6 +144,7 @@ def _status_parts(job: JobView, status: JobStatus, now: datetime) -> Iterator[Re
         yield from _progress_lines(progress, _seconds_left(job), now)
     for table in (
         _stages_table(status.stages, now),
+        _memory_table(status.memory),
         _attempts_table(status.attempts, now),
         _conditions_table(status, now),
     ):
@@ -199,6 +208,31 @@ def _stages_table(stages: Sequence[StageStatus], now: datetime) -> Table:
             metrics_line(_key_metrics(stage.metrics)),
         )
     return table
+
+
+def _memory_table(memory: MemoryEstimate | None) -> Table:
+    """Return the memory of one worker in GiB: estimated before the training, measured after it."""
+    device = plain(memory.device) if memory else ""
+    table = _table(f"Memory ({device})", "Estimated", "Measured", "Can be used", "Parts")
+    for stage in memory.stages if memory else ():
+        capacity = memory.capacity_bytes if memory else None
+        table.add_row(
+            plain(stage.name),
+            _gib(stage.total_bytes),
+            _gib(stage.measured_bytes),
+            _gib(capacity),
+            _largest_parts(stage),
+        )
+    return table
+
+
+def _largest_parts(stage: StageEstimate) -> str:
+    largest = sorted(stage.parts, key=lambda part: -part.bytes)[:4]
+    return ", ".join(f"{plain(part.name)} {part.bytes / GIB:.1f}" for part in largest)
+
+
+def _gib(size: int | None) -> str:
+    return ABSENT if size is None else f"{size / GIB:.1f} GiB"
 
 
 def _key_metrics(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -10,9 +10,9 @@ from tuneyard.api.plan import Plan
 from tuneyard.api.status import Failure, MemoryEstimate, MemoryPart, StageEstimate
 from tuneyard.planning import fit as fitting
 from tuneyard.planning.fit import Fit, Job
-from tuneyard.planning.hardware import UNKNOWN, Cpu, Gpu, declared_gpu
+from tuneyard.planning.hardware import CPU_PROCESS_BYTES, UNKNOWN, Cpu, Gpu, declared_gpu
 from tuneyard.planning.memory.lengths import CPU_BIN_TOKENS, Lengths
-from tuneyard.planning.memory.parts import GIB, StageMemory, gib
+from tuneyard.planning.memory.parts import GIB, Part, StageMemory, gib
 from tuneyard.planning.memory.stages import settings_of
 
 MOST_BYTES = (1 << 63) - 1
@@ -109,20 +109,22 @@ def refusal(job: Job, found: Fit) -> Failure:
 
 
 def _estimate(job: Job, found: Fit) -> MemoryEstimate:
-    known = job.device != UNKNOWN
+    """Return the estimate. On the CPU the process's own memory is a part, as it is measured too."""
+    process = CPU_PROCESS_BYTES if isinstance(job.device, Cpu) else 0
     return MemoryEstimate(
         device=job.device.name,
-        capacity_bytes=_clipped(found.limit) if known else None,
-        stages=[_stage(stage) for stage in found.memory if stage.peak.parts],
+        capacity_bytes=None if job.device == UNKNOWN else _clipped(found.limit + process),
+        stages=[_stage(stage, process) for stage in found.memory if stage.peak.parts],
     )
 
 
-def _stage(stage: StageMemory) -> StageEstimate:
+def _stage(stage: StageMemory, process: int) -> StageEstimate:
+    parts = [*stage.peak.parts, *([Part("process", process)] if process else [])]
     return StageEstimate(
         name=stage.stage,
         moment=stage.peak.name,
-        total_bytes=_clipped(stage.peak.total),
-        parts=[MemoryPart(name=name, bytes=_clipped(size)) for name, size in stage.peak.parts],
+        total_bytes=_clipped(sum(size for _, size in parts)),
+        parts=[MemoryPart(name=name, bytes=_clipped(size)) for name, size in parts],
     )
 
 

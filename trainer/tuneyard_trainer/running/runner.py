@@ -261,6 +261,8 @@ class PlanRunner:
             inputs = self.stage_inputs.inputs(stage)
             self.emit(wait_event(f"importing the libraries of {stage.name}"))
             run = _stage_function(stage.kind)
+            if stage.kind in TRAINING_KINDS:
+                _reset_peak_memory(self.worker.device)
             worker = self._worker(stage, digests)
             outcome = run(StageContext(self._with_settings(stage), inputs, workdir, worker))
         except OSError as error:
@@ -308,6 +310,13 @@ class PlanRunner:
             identity=stage.identity(digests),
             manifest=self.stage_inputs.plan.manifest,
         )
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    """Make the peak that a training stage reports its own: one process runs all stages."""
+    from tuneyard_trainer.models.base import reset_peak_memory
+
+    reset_peak_memory(device)
 
 
 class Control:
