@@ -124,6 +124,7 @@ RUNNING: Object = {
         "totalSteps": 1200,
         "percentage": 41,
         "estimatedRemainingSeconds": 2040,
+        "cost": {"totalSeconds": 4080, "gpuHours": 9.07, "price": 27.4},
         "metrics": {"loss": 1.2345678, "learningRate": 0.000187, "tokensPerSecond": 12345.6},
         "lastUpdatedTime": before(0.2),
     },

@@ -136,6 +136,7 @@ LORA = job(
       sharedMemory: 8Gi
       temporaryStorage: 500Gi
       gpu: A100-80GB
+      pricePerHour: 3.5
       gpuResource: nvidia.com/gpu
       nodeSelector: {accelerator: a100}
       tolerations:

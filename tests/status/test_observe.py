@@ -24,7 +24,7 @@ from tests.status.simulation import (
 from tuneyard.api.compute import Compute
 from tuneyard.api.pods import GRACE_SECONDS
 from tuneyard.api.progress import Outcome, Post
-from tuneyard.api.status import MemoryEstimate, Result, StageEstimate, StageStatus
+from tuneyard.api.status import MemoryEstimate, Result, StageCost, StageEstimate, StageStatus
 from tuneyard.errors import Fault, PlanError
 from tuneyard.rendering.names import plan_digest
 from tuneyard.status.observe import (
@@ -525,6 +525,19 @@ class TestProgress:
         sim.post = post(2, 5, stage="export", resumedStep=0)
         sim.reconcile()
         assert sim.status.attempts[0].steps_lost is None
+
+
+class TestCost:
+    def test_time_and_price_of_the_running_stage_are_those_of_the_newest_post(self) -> None:
+        sim = running()
+        sim.post = post(1, 5, cost={"totalSeconds": 7200, "gpuHours": 16.0, "price": 40.0})
+        progress = sim.reconcile().status.progress
+        assert progress is not None
+        assert progress.cost == StageCost(total_seconds=7200, gpu_hours=16.0, price=40.0)
+        sim.post = post(1, 0, stage="export")
+        progress = sim.reconcile().status.progress
+        assert progress is not None
+        assert progress.cost is None
 
 
 class TestMemory:

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from tuneyard.api.job_facts import FitAnswer, JobFacts
 from tuneyard.api.meta import VERSION, Report
-from tuneyard.api.status import Failure, Result, StageStatus
+from tuneyard.api.status import Failure, Result, StageCost, StageStatus
 
 PROGRESS_ROUTE = f"/{VERSION}/namespaces/{{namespace}}/{{plural}}/{{name}}/progress"
 """Path of a job on the status server; `plural` is `finetunejobs` or `alignmentjobs`."""
@@ -76,6 +76,8 @@ class ProgressReport(Report):
     """Number of steps of the stage. 0: unknown."""
     resumed_step: Count | None = None
     """Step at which this attempt resumed the stage. None: unknown yet."""
+    cost: StageCost | None = None
+    """Time and price of the running stage. None: unknown."""
     stages: list[StageStatus] = Field(default=[], max_length=256)
     """State of every stage of the plan."""
     facts: JobFacts | None = None

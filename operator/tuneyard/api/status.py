@@ -68,6 +68,17 @@ class MemoryEstimate(Report):
     """Stages that load a model."""
 
 
+class StageCost(Report):
+    """The time and the price of a stage in one attempt, as its measured steps predict them."""
+
+    total_seconds: int = Field(ge=0, lt=1 << 63)
+    """Time from the start of the stage to its end, in seconds."""
+    gpu_hours: float | None = Field(default=None, ge=0)
+    """That time in hours, times the GPUs of all workers. None: the job has no GPUs."""
+    price: float | None = Field(default=None, ge=0)
+    """That time in hours, times the workers, times pricePerHour. None: no price is set."""
+
+
 class Progress(Report):
     """The progress of the running stage."""
 
@@ -81,6 +92,8 @@ class Progress(Report):
     """Share of the whole job that is done, in percent."""
     estimated_remaining_seconds: int | None = Field(default=None, ge=0)
     """Time to the end of the stage, in seconds. None: unknown."""
+    cost: StageCost | None = None
+    """Time and price of the whole stage. None: unknown before the first measured steps."""
     metrics: dict[str, float] = Field(default={})
     """Newest training metrics."""
     last_updated_time: str

@@ -15,6 +15,7 @@ from tuneyard.api.status import (
     JobStatus,
     MemoryEstimate,
     Progress,
+    StageCost,
     StageEstimate,
     StageStatus,
 )
@@ -172,8 +173,20 @@ def _progress_lines(progress: Progress, left: int | None, now: datetime) -> Iter
     if left is not None:
         text += f", about {duration(left)} left"
     yield Text(f"{text} (reported {ago(progress.last_updated_time, now)})", style="bold")
+    if progress.cost:
+        yield Text(f"{plain(progress.stage)} as a whole: {_cost(progress.cost)}")
     if progress.metrics:
         yield Text(metrics_line(progress.metrics))
+
+
+def _cost(cost: StageCost) -> str:
+    """Return the time and the price of a stage: "about 1 h 8 min, 9.07 GPU-hours, price 27.4"."""
+    parts = [f"about {duration(cost.total_seconds)}"]
+    if cost.gpu_hours is not None:
+        parts.append(f"{number(cost.gpu_hours)} GPU-hours")
+    if cost.price is not None:
+        parts.append(f"price {number(cost.price)}")
+    return ", ".join(parts)
 
 
 def _steps(progress: Progress) -> str:

@@ -32,6 +32,7 @@ def progress_of(post: Post, before: Progress | None, now: datetime) -> Progress:
         total_steps=report.total_steps if report else 0,
         percentage=percentage,
         estimated_remaining_seconds=trainer.estimated_remaining_seconds,
+        cost=report.cost if report else None,
         metrics=known if len(known) <= MAX_METRICS else metrics,
         last_updated_time=trainer.last_updated_time or (before.last_updated_time if before else ""),
     )

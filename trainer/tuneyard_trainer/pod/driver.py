@@ -34,6 +34,7 @@ from tuneyard.api.pods import (
     PROGRESS_URL_VARIABLE,
     STALE_ATTEMPT,
     TOKEN_FILE_VARIABLE,
+    WORKERS_VARIABLE,
 )
 from tuneyard.api.progress import Outcome
 from tuneyard.api.status import Failure
@@ -82,7 +83,10 @@ class Driver:
 
     def __init__(self, plan: Plan, attempt: int, uid: str | None, log: Log) -> None:
         self._plan, self._attempt, self._uid, self._log = plan, attempt, uid, log
-        self._progress = AttemptProgress(plan, attempt, time.time())
+        fewer = os.environ.get(WORKERS_VARIABLE)
+        self._progress = AttemptProgress(
+            plan, attempt, time.time(), workers=int(fewer) if fewer else None
+        )
         self._stop = threading.Event()
         self._stop_cause = ("Preempted", "the driver was asked to end")
         self._logged_at = 0.0
