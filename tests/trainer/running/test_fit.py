@@ -174,14 +174,26 @@ def test_a_model_that_is_not_described_gives_the_reason_and_ends_nothing(
     assert facts.rows is None
 
 
+@pytest.mark.parametrize(
+    ("groups", "file"),
+    [
+        ("0::/jobs/one", "jobs/memory.max"),
+        ("0::/jobs/one", "jobs/one/memory.max"),
+        ("4:cpu:/a\n9:memory:/jobs/one\n0::/", "memory/jobs/one/memory.limit_in_bytes"),
+        ("9:cpu,memory:/of/the/host", "memory/memory.limit_in_bytes"),
+    ],
+    ids=["around its own", "version 2", "version 1", "a container's root"],
+)
 def test_the_limit_of_the_cgroup_is_shared_by_the_workers_of_the_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, file: str
 ) -> None:
+    monkeypatch.setattr(facts_module, "MOUNT", tmp_path)
+    monkeypatch.setattr(facts_module, "OWN_GROUPS", tmp_path / "own")
     machine = memory_limit()
-    (tmp_path / "unlimited").write_text("max\n")
-    (tmp_path / "limit").write_text(f"{64 << 20}\n")
-    limits = (tmp_path / "absent", tmp_path / "unlimited", tmp_path / "limit")
-    monkeypatch.setattr(facts_module, "CGROUP_LIMITS", limits[:2])
-    assert memory_limit() >= machine
-    monkeypatch.setattr(facts_module, "CGROUP_LIMITS", limits)
+    (tmp_path / "own").write_text(groups)
+    limit = tmp_path / file
+    limit.parent.mkdir(parents=True, exist_ok=True)
+    limit.write_text("max\n")
+    assert memory_limit() == machine
+    limit.write_text(f"{64 << 20}\n")
     assert device_of(CPU, 4).memory == 16 << 20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,9 @@ from tuneyard.api.model_config import UnknownModelError, facts_of
 from tuneyard.api.model_facts import ModelFacts
 from tuneyard.api.plan import StageRecord
 
-CGROUP_LIMITS = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
-"""The limit of this process's cgroup, in version 2 and in version 1."""
+OWN_GROUPS = Path("/proc/self/cgroup")
+"""The cgroups of this process, one a line: ID:CONTROLLERS:PATH."""
+MOUNT = Path("/sys/fs/cgroup")
 
 
 def job_facts(
@@ -78,7 +76,25 @@ def device_of(device: torch.device, neighbors: int) -> Device:
 def memory_limit() -> int:
     """Return the most bytes that the processes of this machine or pod may take together."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min([pages, *filter(None, map(_limit, CGROUP_LIMITS))])
+    return min([pages, *filter(None, map(_limit, _limit_files()))])
+
+
+def _limit_files() -> Iterator[Path]:
+    """Yield the files with the limits of this process's cgroups and of those around them. A
+    container may see its own group as the root."""
+    try:
+        lines = OWN_GROUPS.read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mount = MOUNT / "memory" if controllers else MOUNT
+        file = "memory.limit_in_bytes" if controllers else "memory.max"  # version 1, version 2
+        group = Path(path)
+        for each in (group, *group.parents):
+            yield mount / each.relative_to("/") / file
 
 
 def _limit(path: Path) -> int | None:
