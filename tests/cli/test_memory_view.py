@@ -77,12 +77,32 @@ def test_each_gpu_of_a_worker_is_a_device_with_a_process_of_its_own(
 def test_a_job_that_does_not_fit_is_told_what_would_make_it_fit(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert plan(folder, "--gpu", "L4") == 0
+    assert plan(folder, "--gpu", "T4") == 0
     shown = capsys.readouterr().out
-    assert "sft does not fit: it takes 49.8 GiB (gradient of the loss)" in shown
+    assert "sft does not fit: it takes 17.3 GiB (gradient of the loss)" in shown
     ways = shown.split("To make the job fit:")[1].strip().splitlines()
     assert len(ways) >= 2
-    assert any("spec.training.microBatchTokens" in way for way in ways)
+    assert any("spec." in way for way in ways)
+
+
+def test_what_auto_will_choose_to_fit_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(folder, "--gpu", "A100-40GB") == 0
+    shown = capsys.readouterr().out
+    assert "sft will use micro-batches of " in shown
+    assert "does not fit" not in shown
+
+
+def test_the_gpu_of_the_manifest_needs_no_option(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = folder / "job.yaml"
+    for gpu, shown in (("H100", True), ("a card of the future", False)):
+        text = MANIFEST.format(uri="file://model", adapter="lora")
+        manifest.write_text(f"{text}  compute: {{gpu: {gpu}}}\n")
+        assert main.call(["plan", str(manifest)]) == 0
+        assert ("Memory of one worker with H100" in capsys.readouterr().out) is shown
 
 
 def test_a_gpu_that_nobody_described_is_estimated_and_said_so(

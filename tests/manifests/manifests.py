@@ -135,6 +135,8 @@ LORA = job(
       memory: 64Gi
       sharedMemory: 8Gi
       temporaryStorage: 500Gi
+      gpu: A100-80GB
+      pricePerHour: 3.5
       gpuResource: nvidia.com/gpu
       nodeSelector: {accelerator: a100}
       tolerations:

@@ -30,7 +30,7 @@ def test_smaller_micro_batches_come_before_recomputation() -> None:
 def test_activations_are_recomputed_where_small_micro_batches_are_not_enough() -> None:
     job = planned("8B", "L4", adapter={"lora": {}})
     assert chosen(job).gradient_checkpointing
-    assert job.peak(job.training[0], chosen(job)) <= job.gpu.usable
+    assert job.peak(job.training[0], chosen(job)) <= job.device.usable
 
 
 def test_micro_batches_that_the_manifest_sets_are_kept() -> None:
@@ -88,7 +88,7 @@ def test_the_longest_row_fits_and_the_next_one_does_not() -> None:
     for length, fits in [(longest, True), (longest + 128, False)]:
         tried = replace(job, lengths=replace(job.lengths, rows=length, pairs=length))
         settings = choose(tried, tried.training[0])
-        assert (tried.peak(tried.training[0], settings) <= job.gpu.usable) is fits
+        assert (tried.peak(tried.training[0], settings) <= job.device.usable) is fits
 
 
 # ---- hardware -----------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def test_evaluation_loads_the_base_of_a_qlora_job_in_bfloat16() -> None:
     evaluate = stages(job)["evaluate"]
     weights = parts(evaluate, "loss of held-out rows")["weights in bfloat16"]
     assert weights > 2 * facts("70B").parameters
-    assert evaluate.peak.total > job.gpu.usable
+    assert evaluate.peak.total > job.device.usable
 
 
 def test_evaluation_of_full_fine_tuning_holds_both_models_if_the_base_is_compared() -> None:

@@ -52,6 +52,15 @@ class Compute(Model):
     # Left out of a plan where it is None: plans of 0.2.0 keep their bytes, and so their digests.
     gpu_resource: str = Field(default="nvidia.com/gpu", max_length=317)
     """Name of the extended resource that represents a GPU."""
+    gpu: str | None = Field(default=None, max_length=64, exclude_if=lambda name: name is None)
+    """Name of each GPU, such as H100 or A100-80GB, or its memory, such as 48Gi, to calculate the
+    job's memory. It chooses no node, and what the workers report takes precedence. None: the
+    profile's, else that of the node label nvidia.com/gpu.product in nodeSelector."""
+    price_per_hour: float | None = Field(
+        default=None, ge=0, le=1e9, exclude_if=lambda price: price is None
+    )
+    """Price of one worker for an hour, GPUs included, in any currency. None: the profile's, else no
+    price is shown."""
     node_selector: dict[str, Annotated[str, Field(max_length=63)]] = Field(
         default={}, max_length=32
     )

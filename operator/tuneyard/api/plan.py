@@ -62,7 +62,8 @@ class TrainRuntime(Model):
     """
 
     micro_batch_tokens: int | Literal["auto"] = "auto"
-    """Most tokens of a micro-batch on one worker. auto: 2048 on CPU, 16384 on GPU."""
+    """Most tokens of a micro-batch on one worker. auto: 2048 on CPU, 16384 on GPU, or
+    fewer: `running.runner` applies the choice of an attempt."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     checkpoint_steps: int | None = None

@@ -22,6 +22,7 @@ REASONS = frozenset(
         "ContainerBroken",
         "DeadlineExceeded",
         "DiskFull",
+        "DoesNotFit",
         "DriverError",
         "EmptyData",
         "EngineUnsupported",

@@ -72,7 +72,7 @@ class Training(Model):
     micro_batch_tokens: AutoInt = "auto"
     """Most tokens of a micro-batch on one worker, padding included; gradients accumulate over as
     many micro-batches as a step needs. A longer row, or preference, is a micro-batch of its own.
-    auto: 2048 on CPU, 16384 on GPU."""
+    auto: 2048 on CPU, 16384 on GPU, or fewer if the job would not fit its memory otherwise."""
     learning_rate: LearningRate = "auto"
     """Peak learning rate. auto: by method (docs/defaults.md)."""
     schedule: Schedule = Schedule()
@@ -86,8 +86,8 @@ class Training(Model):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of the forward and backward pass. auto: bfloat16 on GPU, float32 on CPU."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass; this saves memory and takes about a third more
-    time."""
+    """True: recompute activations in the backward pass, which saves memory and takes about a third
+    more time. False: only if the job would not fit its memory otherwise."""
     evaluation_steps: int | None = Field(default=None, ge=1)
     """Steps between evaluations on the held-out rows. None: at the end of each epoch."""
     early_stopping: EarlyStopping | None = None

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
+from tuneyard.api.job_facts import JobFacts
 from tuneyard.api.meta import GROUP
 from tuneyard.api.progress import Post
 from tuneyard.api.status import AttemptStatus
 from tuneyard.controller import metrics
 from tuneyard.controller.cluster import Key, without_managed_fields
 from tuneyard.manifests.manifest import KINDS
+from tuneyard.planning.decision import Decision
 from tuneyard.status import observed
 from tuneyard.status.observed import NOT_STORED, CreateError, ObservedState, Pod, RayJob, Workload
 
@@ -60,6 +62,10 @@ class CachedJob:
     """When a reported create error may be tried again (monotonic)."""
     post: Post | None = None
     """The newest post of the job with this UID."""
+    facts: JobFacts | None = None
+    """The newest facts that were posted. None: no post had facts."""
+    fit: Decision | None = None
+    """What was decided from them. None: nothing."""
     unknown_fields: tuple[str, ...] = ()
     """The spec fields that were left out when the job was last planned."""
     missing_since: float | None = None
@@ -117,6 +123,7 @@ class CachedJob:
             warnings=self.warnings,
             create_error=self.create_error,
             post=self.post,
+            memory=self.fit.estimate if self.fit else None,
             unknown_fields=self.unknown_fields,
             missing_seconds=0.0 if since is None else time.monotonic() - since,
         )

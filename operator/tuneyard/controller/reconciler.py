@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 
+from tuneyard.api.job_facts import FitAnswer, JobFacts
 from tuneyard.api.plan import Plan
 from tuneyard.api.progress import Post
 from tuneyard.api.status import AttemptStatus, Failure, JobStatus
@@ -136,6 +137,18 @@ class Reconciler:
             self.queue.add(key)
         else:
             self.queue.add_after(key, self._write_budget.wait_of_post(cached, post))
+
+    async def fit_of(self, key: Key, job: Job, facts: JobFacts) -> FitAnswer | None:
+        """Return whether a job that posted these facts fits its workers; keep the estimate for its
+        status. None: it cannot be said. Raises ApiError."""
+        cached = self.cache.job(key)
+        uid = job.metadata.uid or ""
+        if cached.uid not in ("", uid):
+            return None
+        if cached.facts != facts:
+            decision = await self._planner.decide(key, job, facts)
+            cached.uid, cached.facts, cached.fit = uid, facts, decision
+        return cached.fit.answer if cached.fit else None
 
     async def current(self, key: Key, pod: Pod) -> Job | None:
         """Return the job that a pod belongs to, from the cache if possible; None: it does not exist

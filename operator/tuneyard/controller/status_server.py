@@ -168,10 +168,15 @@ class StatusServer:
             # its outcome.
             self._ended.put(sender, True)
             return PostResponse(stop=True)
+        facts = post.tuneyard.facts if post.tuneyard is not None else None
+        try:
+            fit = await self._reconciler.fit_of(key, job, facts) if facts else None
+        except ApiError as error:
+            raise Refused(503, "unavailable", str(error), retry_after=2) from error
         self._reconciler.accept_post(key, job.metadata.uid or "", post)
         if post.tuneyard is not None and post.tuneyard.outcome is not None:
             await self._until_stored(key, pod)
-        return PostResponse(stop=should_stop(job) or is_finished(job))
+        return PostResponse(stop=should_stop(job) or is_finished(job), fit=fit)
 
     async def _until_stored(self, key: Key, pod: Pod) -> None:
         """Wait until the attempt is closed in the status. Raises Refused after STORED_SECONDS."""

@@ -13,9 +13,9 @@ from tuneyard.api.adapters import Adapter, Lora, Qlora
 from tuneyard.api.model_facts import ModelFacts
 from tuneyard.api.plan import Plan, PlannedStage
 from tuneyard.api.stage_settings import EvaluateSettings, RewardSettings
-from tuneyard.planning.hardware import GPUS, Gpu
+from tuneyard.planning.hardware import CPU_PROCESS_BYTES, GPUS, Cpu, Gpu
 from tuneyard.planning.memory.lengths import FEWEST_TOKENS, Lengths
-from tuneyard.planning.memory.parts import Settings, Sharding, StageMemory
+from tuneyard.planning.memory.parts import GIB, Settings, Sharding, StageMemory
 from tuneyard.planning.memory.stages import Machine, job_memory, loop_of, settings_of
 
 LENGTH_STEP = 128
@@ -33,20 +33,20 @@ class Remedy(NamedTuple):
 
 @dataclass(frozen=True)
 class Fit:
-    """A job on its GPUs."""
+    """A job on its devices."""
 
     memory: list[StageMemory]
-    """The memory of the stages that load a model, as the manifest is written."""
+    """The memory of the stages that load a model, with the chosen settings."""
     limit: int
-    """Bytes that a GPU offers."""
+    """Bytes that a device offers."""
     chosen: Mapping[str, Settings]
-    """The settings that `auto` would choose for each stage that trains."""
+    """The settings that are chosen for each stage that trains."""
     remedies: tuple[Remedy, ...] = ()
     """Ways to make a job fit that does not."""
 
     @property
     def peak(self) -> int:
-        """The most bytes on a GPU."""
+        """The most bytes on a device."""
         return max((stage.peak.total for stage in self.memory), default=0)
 
     @property
@@ -61,20 +61,22 @@ class Fit:
 
 @dataclass(frozen=True)
 class Job:
-    """A job, its model and its GPUs."""
+    """A job, its model and its devices."""
 
     plan: Plan
     facts: ModelFacts
-    gpu: Gpu
+    device: Gpu | Cpu
+    """The GPU of each worker process, or the memory that the process may take."""
     devices: int
-    """GPUs that train together."""
+    """Devices that train together."""
     lengths: Lengths
     shardings: Sequence[Sharding] = ("none",)
     """The kinds of sharding that the engine has, the cheapest first."""
 
     @property
     def machine(self) -> Machine:
-        return Machine(self.gpu.memory, self.devices)
+        gpu = None if isinstance(self.device, Cpu) else self.device.memory
+        return Machine(gpu, self.devices)
 
     @property
     def training(self) -> list[PlannedStage]:
@@ -94,9 +96,9 @@ class Job:
 
 
 def fit(job: Job) -> Fit:
-    """Return how a job fits its GPUs, with ways to make it fit if it does not."""
+    """Return how a job fits its devices, with ways to make it fit if it does not."""
     chosen = {stage.name: choose(job, stage) for stage in job.training}
-    found = Fit(job.memory({}), job.gpu.usable, chosen)
+    found = Fit(job.memory(chosen), job.device.usable, chosen)
     if found.fits:
         return found
     return replace(found, remedies=_all_remedies(job, found))
@@ -114,7 +116,7 @@ def choose(job: Job, stage: PlannedStage) -> Settings:
     """
     candidates = list(_candidates(job, stage))
     for settings in candidates:
-        if job.peak(stage, settings) <= job.gpu.usable:
+        if job.peak(stage, settings) <= job.device.usable:
             return settings
     return min(candidates, key=lambda settings: job.peak(stage, settings))
 
@@ -161,15 +163,17 @@ def _remedies(job: Job, found: Fit) -> Iterator[Remedy]:
     yield from settings or _shorter_rows(job)
     yield from _other_adapter(job)
     yield from _without_evaluation(job, found)
-    if not settings:
-        yield from _larger_gpu(job)
+    if isinstance(job.device, Cpu):
+        yield _more_memory(job, found)
+    elif not settings:
+        yield from _larger_gpu(job, job.device)
 
 
 def _if_it_fits(job: Job, changes: list[str]) -> Iterator[Remedy]:
     """Yield the remedy of some changes of the manifest, if the job fits after them and after the
     settings that they need. `job`: with the changes."""
     chosen = {stage.name: choose(job, _opened(stage)) for stage in job.training}
-    tried = Fit(job.memory(chosen), job.gpu.usable, chosen)
+    tried = Fit(job.memory(chosen), job.device.usable, chosen)
     needed = [*changes, *_settings_changes(job, chosen)]
     if needed and tried.fits:
         yield Remedy(", ".join(needed), tried.peak)
@@ -182,14 +186,12 @@ def _opened(stage: PlannedStage) -> PlannedStage:
 
 
 def _settings_changes(job: Job, chosen: Mapping[str, Settings]) -> Iterator[str]:
-    """Yield the fields that give a job the settings, where the manifest has others."""
+    """Yield the fields that give a job the settings, where the manifest keeps it from choosing
+    them."""
     for stage in job.training:
-        given, wanted = settings_of(stage, job.facts, job.machine), chosen[stage.name]
-        path = training_path(job.plan, stage)
-        if given.micro_batch_tokens != wanted.micro_batch_tokens:
-            yield f"set {path}.microBatchTokens to {wanted.micro_batch_tokens}"
-        if given.gradient_checkpointing != wanted.gradient_checkpointing:
-            yield f"set {path}.gradientCheckpointing to true"
+        given, wanted = stage.runtime.micro_batch_tokens, chosen[stage.name].micro_batch_tokens
+        if given not in ("auto", wanted):
+            yield f"set {training_path(job.plan, stage)}.microBatchTokens to {wanted}"
 
 
 def _shorter_rows(job: Job) -> Iterator[Remedy]:
@@ -223,7 +225,7 @@ def longest_row(job: Job, *, below: int) -> int | None:
         middle = (low + high + 1) // 2
         tried = _with_rows(job, middle * LENGTH_STEP)
         chosen = {stage.name: choose(tried, _opened(stage)) for stage in tried.training}
-        if Fit(tried.memory(chosen), job.gpu.usable, chosen).fits:
+        if Fit(tried.memory(chosen), job.device.usable, chosen).fits:
             low = middle
         else:
             high = middle - 1
@@ -271,11 +273,22 @@ def _without_evaluation(job: Job, found: Fit) -> Iterator[Remedy]:
         yield from _if_it_fits(tried, ["remove spec.data.validation, and so the stage evaluate"])
 
 
-def _larger_gpu(job: Job) -> Iterator[Remedy]:
+def _more_memory(job: Job, found: Fit) -> Remedy:
+    """Return the memory with which the process fits."""
+    wanted = -(-(found.peak + CPU_PROCESS_BYTES) // GIB)
+    if job.plan.job.namespace is None:
+        change = f"run it on a machine with {wanted * job.devices} GiB of memory"
+    else:
+        change = f"set spec.compute.memory to {wanted}Gi"
+    return Remedy(change, found.peak)
+
+
+def _larger_gpu(job: Job, given: Gpu) -> Iterator[Remedy]:
     """Yield the smallest described GPU that the job fits."""
     for gpu in GPUS:
-        if gpu.memory > job.gpu.memory:
-            remedy = next(_if_it_fits(replace(job, gpu=gpu), [f"run it on {gpu.name} GPUs"]), None)
+        if gpu.memory > given.memory:
+            larger = replace(job, device=gpu)
+            remedy = next(_if_it_fits(larger, [f"run it on {gpu.name} GPUs"]), None)
             if remedy:
                 yield remedy
                 break

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
+from tuneyard.api.compute import Compute
 from tuneyard.api.quantity import QUANTITY_PATTERN, quantity_value
 
 GIB = 1 << 30
 CONTEXT_BYTES = 1 << 30
 """Memory of CUDA's context, its libraries' workspaces and NCCL. An estimate."""
+CPU_PROCESS_BYTES = 840 << 20
+"""Resident memory of Python with torch, transformers and PEFT before a model is loaded, as measured
+with torch 2.15 on Linux."""
+PRODUCT_LABEL = "nvidia.com/gpu.product"
+"""The node label of NVIDIA's GPU feature discovery."""
 FRAGMENTS = 0.04
 """Share of a GPU's memory that the allocator's gaps may take. An estimate."""
 
@@ -35,6 +42,21 @@ class Gpu:
         return int(self.memory * (1 - FRAGMENTS)) - CONTEXT_BYTES
 
 
+@dataclass(frozen=True)
+class Cpu:
+    """The memory of a worker without a GPU, which computes in its own process."""
+
+    memory: int
+    """Bytes that the process may take."""
+    name: str = "CPU"
+    estimated: bool = False
+
+    @property
+    def usable(self) -> int:
+        """Bytes that a job can use."""
+        return self.memory - CPU_PROCESS_BYTES
+
+
 GPUS: Final = (
     Gpu("T4", 14 * GIB, 65, 320),  # float16: it has no bfloat16
     Gpu("A10G", 22 * GIB, 70, 600),
@@ -52,6 +74,10 @@ GPUS: Final = (
 """The described GPUs, by memory."""
 
 _SPELLINGS = {"A100": "A100-80GB", "RTX-4090": "RTX4090", "GEFORCERTX4090": "RTX4090"}
+
+
+UNKNOWN = Gpu("unknown", 79 * GIB, None, None, estimated=True)
+"""The GPU of a job whose hardware is not described: nothing is refused on it."""
 
 
 class UnknownGpuError(ValueError):
@@ -75,6 +101,16 @@ def gpu_of(name: str) -> Gpu:
     raise UnknownGpuError(
         f"{name!r} is not described: name one of {known}, or its memory, such as 48Gi"
     )
+
+
+def declared_gpu(compute: Compute) -> Gpu | None:
+    """Return the GPU that `compute.gpu` names, or the product label of the nodes. None: neither
+    names one that is described."""
+    for name in (compute.gpu, compute.node_selector.get(PRODUCT_LABEL)):
+        with suppress(UnknownGpuError):
+            if name is not None:
+                return gpu_of(name)
+    return None
 
 
 def _plain(name: str) -> str:

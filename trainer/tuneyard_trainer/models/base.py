@@ -9,7 +9,7 @@ import re
 import resource
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -286,10 +286,27 @@ def differing_weight(written: nn.Module, read: nn.Module) -> str | None:
     return None
 
 
+PROC = Path("/proc/self")
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Measure the peak memory from now on. Where Linux does not allow it for the memory on the CPU,
+    the peak stays that of the whole process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            (PROC / "clear_refs").write_text("5")  # proc(5): the peak of the resident memory
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory of this process: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        peak = re.search(r"^VmHWM:\s*(\d+) kB", (PROC / "status").read_text(), re.MULTILINE)
+        if peak is not None:
+            return 1024 * int(peak[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
+from tuneyard.api.job_facts import FitAnswer
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, StageRecord
 from tuneyard.api.stage_settings import TRAINING_KINDS, StageKind
 from tuneyard.errors import StageError
@@ -38,6 +40,10 @@ VERSIONED = ("tuneyard", "torch", "transformers", "peft")
 Emit = Callable[[dict[str, Any]], None]
 """Receives events as JSON values: `stage` (stage, state, record), `progress` (stage, step,
 totalSteps, metrics, message, resumedStep) and `wait` (message)."""
+
+Ask = Callable[[dict[str, Any]], dict[str, Any] | None]
+"""Sends an event of type `facts` and returns the answer, a `FitAnswer` as JSON. None: a stop was
+requested meanwhile."""
 
 StageFunction = Callable[[StageContext], StageOutcome]
 """A stage's `run`."""
@@ -149,6 +155,13 @@ class PlanRunner:
     stage_inputs: StageInputs
     worker: Worker
     emit: Emit
+    ask: Ask | None = None
+    """Asks whether and how the job trains, on rank 0, before the first stage that trains. None:
+    nobody decides, and it trains as planned."""
+    neighbors: int = 1
+    """Workers that share the memory of this machine or pod."""
+    _answer: FitAnswer | None = None
+    """The answer. None: not asked yet."""
 
     def run(self) -> dict[str, StageRecord]:
         """Skip or run every stage; return the records by name. Raises StageError or Interrupted."""
@@ -160,12 +173,47 @@ class PlanRunner:
             if not self.worker.is_main:
                 store.pull(stage.name)
             if record is None:
+                if stage.kind in TRAINING_KINDS and self._answer is None:
+                    asked = self._ask(stage) if self.worker.is_main else None
+                    self._answer = control.agree(asked)
+                    self._refuse_misfit()
                 record = control.agree(self._execute_or_stop(stage, digests))
                 if isinstance(record, Interrupted):
                     raise record
                 store.pull(stage.name)
             known.records[stage.name] = record
         return known.records
+
+    def _ask(self, stage: PlannedStage) -> FitAnswer:
+        """Return the answer to the job's facts. The model's folder is that of `stage`."""
+        if self.ask is None:
+            return FitAnswer()
+        from tuneyard_trainer.running.facts import facts_event, job_facts
+
+        facts = job_facts(
+            self.stage_inputs.inputs(stage)["model"],
+            self.stage_inputs.records,
+            self.worker.device,
+            devices=self.worker.world_size,
+            neighbors=self.neighbors,
+        )
+        return FitAnswer.model_validate_json(json.dumps(self.ask(facts_event(facts)) or {}))
+
+    def _refuse_misfit(self) -> None:
+        """Raise StageError DoesNotFit if the answer is that the job does not fit."""
+        failure = self._answer.refusal if self._answer else None
+        if failure is not None:
+            raise StageError(failure.reason, failure.message, advice=failure.advice)
+
+    def _with_settings(self, stage: PlannedStage) -> PlannedStage:
+        """Return the stage with the settings that were chosen for this attempt; its identity does
+        not cover them."""
+        chosen = self._answer.settings.get(stage.name) if self._answer else None
+        if chosen is None:
+            return stage
+        return stage.model_copy(
+            update={"runtime": stage.runtime.model_copy(update=chosen.model_dump())}
+        )
 
     def _done(self, stage: PlannedStage, digests: Mapping[str, str]) -> StageRecord | None:
         """Return the record of a stage that is done. None: it must run, and its folder is ready.
@@ -213,7 +261,10 @@ class PlanRunner:
             inputs = self.stage_inputs.inputs(stage)
             self.emit(wait_event(f"importing the libraries of {stage.name}"))
             run = _stage_function(stage.kind)
-            outcome = run(StageContext(stage, inputs, workdir, self._worker(stage, digests)))
+            if stage.kind in TRAINING_KINDS:
+                _reset_peak_memory(self.worker.device)
+            worker = self._worker(stage, digests)
+            outcome = run(StageContext(self._with_settings(stage), inputs, workdir, worker))
         except OSError as error:
             raise disk_error(error, workdir) from error
         except (MemoryError, RuntimeError) as error:
@@ -259,6 +310,13 @@ class PlanRunner:
             identity=stage.identity(digests),
             manifest=self.stage_inputs.plan.manifest,
         )
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    """Make the peak that a training stage reports its own: one process runs all stages."""
+    from tuneyard_trainer.models.base import reset_peak_memory
+
+    reset_peak_memory(device)
 
 
 class Control:

@@ -15,6 +15,8 @@ GPU_TOKENS, CPU_TOKENS = 16384, 2048
 """Tokens of a micro-batch under `microBatchTokens: auto`."""
 MAX_LOGITS, FEWEST_TOKENS = 1 << 29, 256
 """Logits that such a micro-batch of a causal model may have, and tokens that it always may."""
+CPU_BIN_TOKENS = 256
+"""Most tokens of a bin of packed rows on the CPU, unless a row is longer."""
 PROMPT_TOKENS = 512
 """Tokens assumed for a prompt of which nothing is known before the data is read."""
 
@@ -29,11 +31,15 @@ class Lengths:
     """A prompt with one of its completions, in preferences."""
     prompts: int
     """Prompts for which completions are sampled."""
+    row_bins: int = 0
+    """Most tokens of the bin that packed rows share. 0: as long as the longest row."""
+    pair_bins: int = 0
+    """The same for the completions of preferences."""
 
     @classmethod
     def of(cls, plan: Plan, facts: ModelFacts, *, longest: int | None = None) -> Lengths:
-        """Return the lengths that a plan allows. `longest`: the length of all rows and prompts, if
-        it is known. None: the rows are as long as the plan allows."""
+        """Return the lengths that a plan allows. `longest`: the length of all rows and prompts.
+        None: they are as long as the plan allows."""
         limit = min(AUTO_LENGTH, facts.context_length or AUTO_LENGTH)
         if longest is not None:
             return cls(longest, longest, longest)
@@ -57,6 +63,16 @@ def default_tokens(facts: ModelFacts, *, gpu: bool, logits: bool = True) -> int:
     if not logits:
         return most
     return min(most, max(FEWEST_TOKENS, MAX_LOGITS // facts.vocabulary_size))
+
+
+def packed_bins(longest: int, capacity: int, tokens: int, rows: int) -> tuple[int, int]:
+    """Return the width and the number of the bins that `rows` rows share, each `longest` tokens.
+
+    `capacity`: most tokens of a bin. `tokens`: most tokens of a micro-batch.
+    """
+    width = min(max(capacity, longest), max(tokens, longest))
+    bins = -(-rows // (width // longest))
+    return (width if bins > 1 else min(width, rows * longest)), bins
 
 
 def micro_batch(

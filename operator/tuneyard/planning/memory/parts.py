@@ -12,6 +12,11 @@ Sharding = Literal["none", "fsdp"]
 state over all devices, layer by layer. The native trainer has `none` only."""
 
 
+def gib(size: int) -> str:
+    """Return bytes as GiB with one decimal."""
+    return f"{size / GIB:.1f}"
+
+
 class Part(NamedTuple):
     """A part of memory."""
 

@@ -30,7 +30,7 @@ from tuneyard.planning.memory.inference import (
     measured_parts,
     sampled_batch,
 )
-from tuneyard.planning.memory.lengths import Lengths, default_tokens, micro_batch
+from tuneyard.planning.memory.lengths import Lengths, default_tokens, micro_batch, packed_bins
 from tuneyard.planning.memory.parameters import TRAINED_BYTES, classifier, trained
 from tuneyard.planning.memory.parts import Moment, Settings, StageMemory
 from tuneyard.planning.memory.training import Step
@@ -131,12 +131,17 @@ class _Job:
         reward = isinstance(settings, RewardSettings)
         unpaired = isinstance(settings, DpoSettings) and settings.loss == "kto"
         group = 1 if isinstance(settings, TrainSettings) or unpaired else 2
-        length = self.lengths.rows if isinstance(settings, TrainSettings) else self.lengths.pairs
-        tokens = self._settings(stage).micro_batch_tokens
-        batch = micro_batch(length, tokens, share=self._share(loop.batch_size), group=group)
+        rows = isinstance(settings, TrainSettings)
+        length = self.lengths.rows if rows else self.lengths.pairs
+        capacity = self.lengths.row_bins if rows else self.lengths.pair_bins
+        tokens, share = self._settings(stage).micro_batch_tokens, self._share(loop.batch_size)
         packed = not reward and not (
             isinstance(settings, TrainSettings) and settings.packing == "never"
         )
+        if packed and length < capacity:
+            length, share = packed_bins(length, capacity, tokens, share * group)
+            group = 1
+        batch = micro_batch(length, tokens, share=share, group=group)
         step = self._step(stage, loop, settings.adapter, batch, masked=packed or batch.rows > 1)
         moments = tuple(step.moments())
         hosts = [host.checkpoint(step.trained)]
