@@ -64,7 +64,7 @@ def build(context: StageContext, settings: DpoSettings) -> Loop:
     objective_type = UnpairedPreferences if unpaired else Paired
     objective = objective_type(model, data, forward, worker, training.seed, settings, references)
     order = Order.of(data.train.source, data.weights, training.batch_size, training.seed)
-    return Loop.of(context, training, objective, order, model)
+    return Loop(context, training, objective, order, model)
 
 
 def _require_shape(settings: DpoSettings, data: Preferences) -> None:

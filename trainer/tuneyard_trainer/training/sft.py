@@ -40,7 +40,7 @@ def build(context: StageContext, settings: TrainSettings) -> Loop:
     )
     order = Order.of(data.train.source, data.weights, settings.batch_size, settings.seed)
     objective = CrossEntropy(model, data, forward, settings, context.worker)
-    return Loop.of(context, settings, objective, order, model)
+    return Loop(context, settings, objective, order, model)
 
 
 @dataclass(frozen=True)
