@@ -1,0 +1,77 @@
+"""TRL's SFTTrainer and the native loop train the same model on the same rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.trainer.rows import random_rows, train_stage, write_prepared
+from tests.trainer.stop_after import StopAfter
+from tuneyard_trainer.training import sft as native
+from tuneyard_trainer.trl_engine import sft as trl
+from tuneyard_trainer.worker import Interrupted, StageContext, Worker
+
+CPU = torch.device("cpu")
+ROWS = random_rows(10)
+HELD_OUT = random_rows(4, seed=9)
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: Any) -> dict[str, Path]:
+    write_prepared(tmp_path / "data", tiny_tokenizer, ROWS, HELD_OUT)
+    return {"model": tiny_model_dir, "data": tmp_path / "data"}
+
+
+def run(
+    engine: Any,
+    folder: Path,
+    inputs: dict[str, Path],
+    worker: Worker | None = None,
+    **settings: Any,
+) -> tuple[dict[str, torch.Tensor], Any]:
+    folder.mkdir(exist_ok=True)
+    stage = train_stage(**settings)
+    outcome = engine.run(StageContext(stage, inputs, folder, worker or Worker(0, 1, CPU)))
+    return load_file(next((folder / "weights").glob("*.safetensors"))), outcome
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("adapter", [None, {"lora": {"dropout": 0.0}}], ids=["full", "lora"])
+def test_both_engines_reach_the_same_weights_by_the_same_losses(
+    adapter: Any, tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    settings = {"adapter": adapter, "learning_rate": 1e-2, "runtime": {"microBatchTokens": 64}}
+    ours, expected = run(native, tmp_path / "native", inputs, packing="never", **settings)
+    theirs, found = run(trl, tmp_path / "trl", inputs, packing="never", **settings)
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        torch.testing.assert_close(theirs[name], weight, rtol=1e-4, atol=1e-5)
+    for one, other in zip(lines(tmp_path / "native"), lines(tmp_path / "trl"), strict=True):
+        assert one.keys() == other.keys()
+        for name in one.keys() - {"tokensPerSecond"}:
+            assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+    assert found.metrics.keys() == expected.metrics.keys()
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+def test_a_stopped_run_goes_on_with_the_next_row_and_reaches_the_same_weights(
+    stop: int, tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    whole, _ = run(trl, tmp_path / "whole", inputs)
+    with pytest.raises(Interrupted) as stopped:
+        run(trl, tmp_path / "parts", inputs, StopAfter(stop).worker())
+    assert stopped.value.step == stop + 1
+    resumed, outcome = run(trl, tmp_path / "parts", inputs)
+    assert outcome.details["resumedAtStep"] == stop + 1
+    for name, weight in whole.items():
+        torch.testing.assert_close(resumed[name], weight, rtol=1e-5, atol=1e-6)
+    steps = [line["step"] for line in lines(tmp_path / "parts") if "loss" in line]
+    assert steps == [*range(1, len(steps) + 1)]

@@ -1,0 +1,48 @@
+"""The platform's part of a trainer's config: what no job may set another way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tuneyard.api.stage_settings import LoopSettings
+from tuneyard_trainer.models.base import precision_of
+from tuneyard_trainer.trl_engine.batches import Layout
+from tuneyard_trainer.worker import StageContext
+
+
+def platform_arguments(
+    context: StageContext, settings: LoopSettings, layout: Layout, *, steps: int
+) -> dict[str, Any]:
+    """Return the arguments of transformers' TrainingArguments that the platform decides.
+
+    `steps`: the steps of this attempt. The trainer writes nothing: checkpoints, curves and reports
+    are ours. Its filter of NaN losses is off, since it would hide what ends a run here.
+    """
+    worker, optimizer = context.worker, settings.optimizer
+    precision = precision_of(settings, worker)
+    return {
+        "output_dir": str(context.workdir / "unused"),
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": "none",
+        "push_to_hub": False,
+        "disable_tqdm": True,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "max_steps": steps,
+        "per_device_train_batch_size": layout.rows,
+        "gradient_accumulation_steps": layout.accumulated,
+        "max_grad_norm": optimizer.max_gradient_norm or 0.0,
+        "learning_rate": settings.learning_rate,
+        "activation_checkpointing": context.stage.runtime.gradient_checkpointing,
+        "bf16": precision is torch.bfloat16,
+        "fp16": False,
+        "use_cpu": worker.device.type == "cpu",
+        "seed": settings.seed,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+        "dataloader_num_workers": 0,
+    }

@@ -1,0 +1,96 @@
+"""sft and pretrain by TRL's SFTTrainer: the mean cross-entropy of a step's targets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from tuneyard.api.stage_settings import TrainSettings
+from tuneyard_trainer.data.prepared import Prepared
+from tuneyard_trainer.models import policies
+from tuneyard_trainer.models.base import load_tokenizer
+from tuneyard_trainer.training.batches import Order
+from tuneyard_trainer.training.course import Course
+from tuneyard_trainer.training.policy import load_policy
+from tuneyard_trainer.training.sft import CrossEntropy
+from tuneyard_trainer.trl_engine.arguments import platform_arguments
+from tuneyard_trainer.trl_engine.batches import Inputs, Layout, StepBatches
+from tuneyard_trainer.trl_engine.environment import described
+from tuneyard_trainer.trl_engine.following import Following
+from tuneyard_trainer.trl_engine.schedule import scheduler
+from tuneyard_trainer.worker import StageContext, StageOutcome
+
+
+class _Trainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer on micro-batches that are made elsewhere."""
+
+    def __init__(self, batches: StepBatches, **arguments: Any) -> None:
+        self._batches = batches
+        super().__init__(**arguments)
+
+    def get_train_dataloader(self) -> DataLoader[Inputs]:
+        return self._batches.loader()
+
+
+def run(context: StageContext) -> StageOutcome:
+    """Train, and write `weights/` (an adapter or a whole model) and `metrics.jsonl`."""
+    settings, worker = context.settings(TrainSettings), context.worker
+    data = Prepared.open(context.inputs["data"])
+    model, forward = load_policy(
+        context, settings, settings.adapter, max_length=data.max_length, packs=lambda _: False
+    )
+    order = Order.of(data.train.source, data.weights, settings.batch_size, settings.seed)
+    measure = CrossEntropy(model, data, forward, settings, worker)
+    course = Course(context, settings, measure, order, model)
+    state = course.begin()
+    longest = int(data.train.lengths[order.rows].max())
+    layout = Layout.of(order, longest, forward.max_tokens, worker.world_size)
+    tokenizer = load_tokenizer(context.inputs["data"] / "tokenizer")
+    batches = StepBatches(
+        data.train,
+        order,
+        layout,
+        worker,
+        first_step=state.step,
+        total=course.total,
+        pad=forward.pad,
+    )
+    following = Following(course, state, batches)
+    if state.step < course.total and not course.should_stop_early(state):
+        with described(worker):
+            trainer(context, course, batches, layout, following, tokenizer).train()
+    state = course.finish(following.state)
+    if worker.is_main:
+        policies.save(course.model, settings.adapter, context.workdir / policies.WEIGHTS)
+    details = {**course.details(state), "packed": False, "engine": "trl"}
+    return StageOutcome(
+        metrics=course.summary(state), details=details, contents=(policies.WEIGHTS,)
+    )
+
+
+def trainer(
+    context: StageContext,
+    course: Course,
+    batches: StepBatches,
+    layout: Layout,
+    following: TrainerCallback,
+    tokenizer: Any,
+) -> SFTTrainer:
+    """Return TRL's trainer of the course's remaining steps."""
+    first = following.state.step  # type: ignore[attr-defined]
+    arguments = platform_arguments(context, course.settings, layout, steps=course.total - first)
+    one_row = Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]})
+    return _Trainer(
+        batches,
+        model=course.model,
+        args=SFTConfig(**arguments, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),
+        train_dataset=one_row,
+        processing_class=tokenizer,
+        callbacks=[following],
+        optimizers=(course.optimizer, scheduler(course, first)),
+    )
