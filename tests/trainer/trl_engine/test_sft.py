@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
+from tests.trainer.ports import free_port
 from tests.trainer.rows import random_rows, train_stage, write_prepared
 from tests.trainer.stop_after import StopAfter
+from tuneyard_trainer.models import sharding
 from tuneyard_trainer.training import sft as native
 from tuneyard_trainer.trl_engine import sft as trl
 from tuneyard_trainer.worker import Interrupted, StageContext, Worker
@@ -75,3 +80,69 @@ def test_a_stopped_run_goes_on_with_the_next_row_and_reaches_the_same_weights(
         torch.testing.assert_close(resumed[name], weight, rtol=1e-5, atol=1e-6)
     steps = [line["step"] for line in lines(tmp_path / "parts") if "loss" in line]
     assert steps == [*range(1, len(steps) + 1)]
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"adapter": {"lora": {"rank": 4, "dropout": 0.0}}},
+    "full, sharded": {"runtime": {"sharding": "fsdp"}},
+    "lora, sharded": {
+        "adapter": {"lora": {"rank": 4, "dropout": 0.0}},
+        "runtime": {"sharding": "fsdp"},
+    },
+}
+
+
+def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path], held: Any) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    loaded = sharding.require_sharded
+
+    def noted(model: Any, world_size: int) -> None:
+        loaded(model, world_size)
+        held[rank] = sharding.local_bytes(model)
+
+    sharding.require_sharded = noted
+    for name, settings in CASES.items():
+        (folder / name).mkdir(exist_ok=True)
+        stage = train_stage(learning_rate=1e-2, **settings)
+        trl.run(StageContext(stage, inputs, folder / name, Worker(rank, 2, CPU)))
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def by_two(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, tiny_tokenizer: Any
+) -> tuple[Path, dict[int, tuple[int, int]]]:
+    folder = tmp_path_factory.mktemp("together")
+    write_prepared(folder / "data", tiny_tokenizer, ROWS, HELD_OUT)
+    inputs = {"model": tiny_model_dir, "data": folder / "data"}
+    with mp.Manager() as manager:
+        held = manager.dict()
+        mp.spawn(_worker, args=(free_port(), folder, inputs, held), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
+        return folder, dict(held)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_workers_sharded_or_not_reach_the_weights_of_one(
+    case: str,
+    by_two: tuple[Path, dict[int, tuple[int, int]]],
+    tmp_path: Path,
+    inputs: dict[str, Path],
+) -> None:
+    settings = {name: value for name, value in CASES[case].items() if name != "runtime"}
+    one, _ = run(trl, tmp_path / "one", inputs, learning_rate=1e-2, **settings)
+    two = load_file(next((by_two[0] / case / "weights").glob("*.safetensors")))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=0)
+
+
+def test_each_worker_of_a_sharded_model_holds_half_of_its_bytes(
+    by_two: tuple[Path, dict[int, tuple[int, int]]],
+) -> None:
+    assert by_two[1].keys() == {0, 1}
+    for held, total in by_two[1].values():
+        assert held / total == pytest.approx(0.5, abs=0.01)

@@ -30,6 +30,7 @@ from tuneyard.api.adapters import Qlora
 from tuneyard.api.stage_settings import LoopSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer import extras
+from tuneyard_trainer.models import sharding
 from tuneyard_trainer.models.files import (
     TOKENIZER_FILES,
     config_of,
@@ -85,17 +86,21 @@ def load_base(
     device: torch.device,
     quantize: Qlora | None = None,
     dropout: float | None = None,
+    shards: int = 1,
 ) -> PreTrainedModel:
     """Load a causal language model in evaluation mode, with every weight from its files.
 
     `quantize`: the linear layers become 4-bit NormalFloat, computing in `dtype`. `dropout`: the
-    probability of all of the architecture's own dropout (`dropout_fields`). Raises StageError.
+    probability of all of the architecture's own dropout (`dropout_fields`). `shards`: the workers
+    that each keep a part of the model; 1: this one keeps all of it. Raises StageError.
     """
     config = config_of(path)
     if dropout is not None:
         set_dropout(path, config, dropout)
     settings: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
-    if device.type != "cpu":
+    if shards > 1:
+        settings["distributed_config"] = sharding.over(shards)
+    elif device.type != "cpu":
         settings["device_map"] = {"": device}
     if quantize:
         settings["quantization_config"] = nf4(quantize, dtype)
@@ -109,6 +114,8 @@ def load_base(
             **settings,
         )
         require_complete(path, info)
+    if shards > 1:
+        sharding.require_sharded(model, shards)
     if quantize:
         keep_nf4_layout(model)
     # Some architectures can be encoders or decoders (BERT, RoBERTa): running the model decides.

@@ -34,6 +34,7 @@ def load(
     precision: torch.dtype,
     tokenizer: PreTrainedTokenizerBase,
     gradient_checkpointing: bool = False,
+    shards: int = 1,
 ) -> nn.Module:
     """Load the policy for training: the input `model` with the weights of the input `tuned`.
 
@@ -46,6 +47,7 @@ def load(
         device=device,
         quantize=adapter.qlora if adapter else None,
         dropout=loop.dropout,
+        shards=shards,
     )
     model: nn.Module = base
     if adapter and trained and _is_adapter(trained):

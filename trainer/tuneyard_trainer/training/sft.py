@@ -53,6 +53,8 @@ class CrossEntropy:
     settings: TrainSettings
     worker: Worker
     metrics: tuple[str, ...] = ("loss",)
+    is_sharded: bool = False
+    """Whether each worker has a part of the model alone."""
 
     @property
     def holds_out(self) -> bool:
@@ -79,7 +81,8 @@ class CrossEntropy:
         rows = self.data.validation
         if rows is None:
             raise ValueError("no held-out rows")
-        return {"validationLoss": self.forward.mean_loss(self.model, rows, self.worker)}
+        mean = self.forward.mean_loss_of_shards if self.is_sharded else self.forward.mean_loss
+        return {"validationLoss": mean(self.model, rows, self.worker)}
 
     def baseline(self) -> dict[str, float]:
         """Return the held-out metrics of the base: the adapter is disabled."""

@@ -111,5 +111,3 @@ def collate(rows: Rows, chosen: Indices, pad: int) -> Inputs:
         attention_BL[b, : len(ids)] = 1
     arrays = {"input_ids": ids_BL, "attention_mask": attention_BL, "labels": labels_BL}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-

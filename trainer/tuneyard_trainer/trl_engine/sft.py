@@ -41,11 +41,18 @@ def run(context: StageContext) -> StageOutcome:
     """Train, and write `weights/` (an adapter or a whole model) and `metrics.jsonl`."""
     settings, worker = context.settings(TrainSettings), context.worker
     data = Prepared.open(context.inputs["data"])
-    model, forward = load_policy(
-        context, settings, settings.adapter, max_length=data.max_length, packs=lambda _: False
-    )
+    shards = worker.world_size if context.stage.runtime.sharding == "fsdp" else 1
+    with described(worker):
+        model, forward = load_policy(
+            context,
+            settings,
+            settings.adapter,
+            max_length=data.max_length,
+            packs=lambda _: False,
+            shards=shards,
+        )
     order = Order.of(data.train.source, data.weights, settings.batch_size, settings.seed)
-    measure = CrossEntropy(model, data, forward, settings, worker)
+    measure = CrossEntropy(model, data, forward, settings, worker, is_sharded=shards > 1)
     course = Course(context, settings, measure, order, model)
     state = course.begin()
     longest = int(data.train.lengths[order.rows].max())
@@ -65,7 +72,7 @@ def run(context: StageContext) -> StageOutcome:
         with described(worker):
             trainer(context, course, batches, layout, following, tokenizer).train()
     state = course.finish(following.state)
-    if worker.is_main:
+    if worker.is_main or shards > 1:
         policies.save(course.model, settings.adapter, context.workdir / policies.WEIGHTS)
     details = {**course.details(state), "packed": False, "engine": "trl"}
     return StageOutcome(
