@@ -27,7 +27,7 @@ from tests.controller.memory import (
     pod,
 )
 from tuneyard.api.progress import Post
-from tuneyard.controller import metrics
+from tuneyard.controller import job_cache, metrics
 from tuneyard.controller.cluster import ApiError
 from tuneyard.controller.job_cache import JobCache
 from tuneyard.controller.reconciler import Reconciler, Versions
@@ -304,6 +304,19 @@ def test_a_late_deletion_of_the_old_job_does_not_remove_the_new_one_from_the_cac
     assert not cache.forget(key("tuned"), old["metadata"]["uid"])
     assert cache.job(key("tuned")).body == new
     assert cache.forget(key("tuned"), new["metadata"]["uid"])
+
+
+def test_deleted_jobs_are_remembered_for_a_while_and_then_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = JobCache()
+    for name in ("a", "b"):
+        cache.forget(key(name))
+    assert [cache.had_former(key(name)) for name in ("a", "b", "c")] == [True, True, False]
+    monkeypatch.setattr(job_cache, "FORMER_SECONDS", 0.0)
+    cache.forget(key("c"))
+    assert [cache.had_former(key(name)) for name in ("a", "b", "c")] == [False, False, False]
+    assert len(cache._deleted) <= 1
 
 
 def test_the_series_of_the_deleted_job_end_when_a_new_one_has_its_name() -> None:

@@ -18,6 +18,7 @@ from tests.controller.scene import (
     Job,
     OperatedScene,
     consistently,
+    eventually,
     outcome,
     post,
 )
@@ -249,7 +250,7 @@ def test_a_driver_whose_job_was_deleted_is_asked_to_stop_in_order(scene: Operate
     assert driver.post(8).body == {"stop": False}
     job.delete()
     job.until_gone()
-    assert driver.post(9).body == {"stop": True}
+    eventually(lambda: driver.post(9).body == {"stop": True}, context="the watch has reported it")
     assert driver.end(INTERRUPTED, step=9).status == 200
     attempt.let_go(attempt.head)
 

@@ -17,14 +17,22 @@ from typing import Any, NamedTuple, TypeVar
 import click
 import yaml
 from rich.console import Console
+from rich.text import Text
 
 from tuneyard import __version__
+from tuneyard.api.model_config import UnknownModelError
+from tuneyard.api.plan import Plan
 from tuneyard.cli import cluster_commands
 from tuneyard.cli.errors import needs_extra
+from tuneyard.cli.memory_view import print_memory
+from tuneyard.cli.model_files import model_facts
 from tuneyard.cli.plan_view import print_plan
 from tuneyard.errors import Fault, ManifestError, PlanError, TuneyardError
 from tuneyard.manifests import crd, documents, manifest, starter
 from tuneyard.manifests.manifest import Job
+from tuneyard.planning import fit as fitting
+from tuneyard.planning.hardware import Gpu, UnknownGpuError, gpu_of
+from tuneyard.planning.memory.lengths import Lengths
 from tuneyard.planning.plan import plan_job
 from tuneyard.rendering import rayjob
 from tuneyard.rendering.placement import placed
@@ -92,19 +100,58 @@ def validate(files: Sequence[Path]) -> None:
         raise ManifestError(faults)
 
 
+def _gpu(_: click.Context, __: click.Parameter, value: str | None) -> Gpu | None:
+    try:
+        return None if value is None else gpu_of(value)
+    except UnknownGpuError as error:
+        raise click.BadParameter(str(error)) from error
+
+
 @tuneyard.command("plan")
 @click.argument("file", type=FILE)
 @click.option(
     "--json", "as_json", is_flag=True, help="Print the plan as JSON, as the trainer reads it."
 )
-def show_plan(file: Path, as_json: bool) -> None:
-    """Show the stages of a job and the defaults that were chosen."""
+@click.option(
+    "--gpu", metavar="NAME", callback=_gpu, help="Show the memory on this GPU, e.g. H100."
+)
+@click.option(
+    "--model-config", type=FILE, help="Read the model's shape from this config.json, not its URI."
+)
+def show_plan(file: Path, as_json: bool, gpu: Gpu | None, model_config: Path | None) -> None:
+    """Show the stages of a job and the defaults that were chosen.
+
+    With --gpu, also show what each stage takes on each GPU, whether the job fits, and what would
+    make it fit. NAME is a GPU such as H100, A100-80GB or L40S, or its memory, such as 48Gi.
+    """
     console = Console(highlight=False, markup=False, emoji=False)
     for plan in _each(_read(file), plan_job):
         if as_json:
             click.echo(plan.to_json(), nl=False)
-        else:
-            print_plan(console, plan)
+            continue
+        print_plan(console, plan)
+        if gpu is not None:
+            _print_memory(console, plan, gpu, _folder(file), model_config)
+
+
+def _print_memory(
+    console: Console, plan: Plan, gpu: Gpu, base_dir: Path, config: Path | None
+) -> None:
+    """Print the memory of a job, or one line that says why it is not known."""
+    try:
+        facts = model_facts(plan, base_dir, config)
+    except UnknownModelError as error:
+        console.print(Text(f"\nThe memory is not known: {error}.", overflow="fold"))
+        return
+    compute = plan.compute
+    devices = (compute.workers or 1) * (compute.gpus_per_worker or 1)
+    job = fitting.Job(plan, facts, gpu, devices, Lengths.of(plan, facts))
+    print_memory(console, job, fitting.fit(job))
+
+
+def _folder(file: Path) -> Path:
+    """Return the folder that a manifest's relative paths start from."""
+    return Path.cwd() if file == STDIN else file.resolve().parent
 
 
 @tuneyard.command()
@@ -135,8 +182,7 @@ def run(file: Path) -> int:
     plans = _each(_read(file), plan_job)
     with needs_extra("trainer", "run jobs on this machine"):
         from tuneyard_trainer.local.run import run as run_locally
-    base_dir = Path.cwd() if file == STDIN else file.resolve().parent
-    return run_locally(plans, base_dir)
+    return run_locally(plans, _folder(file))
 
 
 @tuneyard.command()

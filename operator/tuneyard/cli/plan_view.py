@@ -130,6 +130,7 @@ def _settings(plan: Plan) -> Iterable[tuple[str, str]]:
         yield f"precision{of}", loop.precision
         yield f"seed{of}", str(loop.seed)
     yield "workers", str(plan.compute.workers or 1)
+    yield "memory", "add --gpu NAME to see whether the job fits its GPUs"
 
 
 _LATER_ROUNDS = tuple(f"-{number}" for number in range(2, 33))

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from tuneyard.api.meta import GROUP
@@ -169,17 +170,19 @@ class JobCache:
 
     def _drop(self, key: Key) -> None:
         """Drop what is known of a job, except its RayJobs and pods."""
-        now = time.monotonic()
-        self._deleted.pop(key, None)
-        self._deleted[key] = now
-        while (oldest := next(iter(self._deleted))) and self._deleted[
-            oldest
-        ] < now - FORMER_SECONDS:
-            del self._deleted[oldest]
+        self._remember_deletion(key)
         cached = self.jobs.pop(key, None)
         if cached is not None and not cached.is_empty:
             self.jobs[key] = CachedJob(ray_jobs=cached.ray_jobs, pods=cached.pods)
         metrics.drop_progress((key.namespace, key.kind, key.name))
+
+    def _remember_deletion(self, key: Key) -> None:
+        now = time.monotonic()
+        self._deleted.pop(key, None)
+        self._deleted[key] = now
+        expired = takewhile(lambda item: item[1] <= now - FORMER_SECONDS, self._deleted.items())
+        for each, _ in list(expired):
+            del self._deleted[each]
 
     def had_former(self, key: Key) -> bool:
         """Return whether a job of this name was deleted recently: its objects may still exist, even

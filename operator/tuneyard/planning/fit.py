@@ -1,0 +1,294 @@
+"""Whether a job fits its GPUs, what `auto` would choose to make it fit, and what else would.
+
+The choice is runtime of an attempt: it is no part of a plan's bytes or of an identity (ADR 0003).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from tuneyard.api.adapters import Adapter, Lora, Qlora
+from tuneyard.api.model_facts import ModelFacts
+from tuneyard.api.plan import Plan, PlannedStage
+from tuneyard.api.stage_settings import EvaluateSettings, RewardSettings
+from tuneyard.planning.hardware import GPUS, Gpu
+from tuneyard.planning.memory.lengths import FEWEST_TOKENS, Lengths
+from tuneyard.planning.memory.parts import Settings, Sharding, StageMemory
+from tuneyard.planning.memory.stages import Machine, job_memory, loop_of, settings_of
+
+LENGTH_STEP = 128
+"""Row lengths are searched in steps of this many tokens."""
+
+
+class Remedy(NamedTuple):
+    """A change of the manifest after which the job fits."""
+
+    change: str
+    """The fields and their values, as an instruction."""
+    peak: int | None
+    """The most bytes on a GPU after it. None: it was not calculated."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A job on its GPUs."""
+
+    memory: list[StageMemory]
+    """The memory of the stages that load a model, as the manifest is written."""
+    limit: int
+    """Bytes that a GPU offers."""
+    chosen: Mapping[str, Settings]
+    """The settings that `auto` would choose for each stage that trains."""
+    remedies: tuple[Remedy, ...] = ()
+    """Ways to make a job fit that does not."""
+
+    @property
+    def peak(self) -> int:
+        """The most bytes on a GPU."""
+        return max((stage.peak.total for stage in self.memory), default=0)
+
+    @property
+    def too_large(self) -> list[StageMemory]:
+        """The stages that do not fit."""
+        return [stage for stage in self.memory if stage.peak.total > self.limit]
+
+    @property
+    def fits(self) -> bool:
+        return not self.too_large
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job, its model and its GPUs."""
+
+    plan: Plan
+    facts: ModelFacts
+    gpu: Gpu
+    devices: int
+    """GPUs that train together."""
+    lengths: Lengths
+    shardings: Sequence[Sharding] = ("none",)
+    """The kinds of sharding that the engine has, the cheapest first."""
+
+    @property
+    def machine(self) -> Machine:
+        return Machine(self.gpu.memory, self.devices)
+
+    @property
+    def training(self) -> list[PlannedStage]:
+        """The stages that train."""
+        return [stage for stage in self.plan.stages if loop_of(stage)]
+
+    def memory(self, chosen: Mapping[str, Settings]) -> list[StageMemory]:
+        """Return the memory of all stages with some settings."""
+        return job_memory(self.plan, self.facts, self.machine, self.lengths, chosen)
+
+    def peak(self, stage: PlannedStage, settings: Settings) -> int:
+        """Return the most bytes on a GPU in one stage with some settings."""
+        alone = self.plan.model_copy(update={"stages": [stage]})
+        chosen = {stage.name: settings}
+        found = job_memory(alone, self.facts, self.machine, self.lengths, chosen)
+        return max(memory.peak.total for memory in found)
+
+
+def fit(job: Job) -> Fit:
+    """Return how a job fits its GPUs, with ways to make it fit if it does not."""
+    chosen = {stage.name: choose(job, stage) for stage in job.training}
+    found = Fit(job.memory({}), job.gpu.usable, chosen)
+    if found.fits:
+        return found
+    return replace(found, remedies=_all_remedies(job, found))
+
+
+# ---- what `auto` chooses ------------------------------------------------------------------------
+
+
+def choose(job: Job, stage: PlannedStage) -> Settings:
+    """Return the settings of a stage: the first that fit, of those that the manifest leaves open.
+
+    Smaller micro-batches come first, down to a quarter: they hardly cost time. Then activations are
+    recomputed, which costs a third of the time, and at last the model is sharded. If nothing fits,
+    the settings that take least are returned.
+    """
+    candidates = list(_candidates(job, stage))
+    for settings in candidates:
+        if job.peak(stage, settings) <= job.gpu.usable:
+            return settings
+    return min(candidates, key=lambda settings: job.peak(stage, settings))
+
+
+def _candidates(job: Job, stage: PlannedStage) -> Iterator[Settings]:
+    given = settings_of(stage, job.facts, job.machine)
+    yield given
+    auto = stage.runtime.micro_batch_tokens == "auto"
+    most = given.micro_batch_tokens
+    sizes = [most, *_sizes(most)] if auto else [most]
+    large = [size for size in sizes if 4 * size >= most]
+    for sharding in job.shardings:
+        if not given.gradient_checkpointing:
+            for size in large:
+                yield Settings(size, False, sharding)
+        for size in sizes:
+            yield Settings(size, True, sharding)
+
+
+def _sizes(most: int) -> Iterator[int]:
+    """Yield the sizes of micro-batches to try after `most`: powers of two, the largest first."""
+    size = 1 << (most - 1).bit_length() - 1
+    while size >= FEWEST_TOKENS:
+        yield size
+        size //= 2
+
+
+# ---- what would make it fit ---------------------------------------------------------------------
+
+
+def _all_remedies(job: Job, found: Fit) -> tuple[Remedy, ...]:
+    """Return at least two ways: if fewer are known, the others are hints without a number."""
+    hints = (
+        Remedy("set spec.model.uri to a smaller model", None),
+        Remedy("run it on GPUs with more memory than any that is described", None),
+    )
+    found_ways = tuple(_remedies(job, found))
+    return found_ways + hints[: max(0, 2 - len(found_ways))]
+
+
+def _remedies(job: Job, found: Fit) -> Iterator[Remedy]:
+    """Yield changes after which every stage fits, as far as they exist."""
+    settings = list(_if_it_fits(job, []))
+    yield from settings or _shorter_rows(job)
+    yield from _other_adapter(job)
+    yield from _without_evaluation(job, found)
+    if not settings:
+        yield from _larger_gpu(job)
+
+
+def _if_it_fits(job: Job, changes: list[str]) -> Iterator[Remedy]:
+    """Yield the remedy of some changes of the manifest, if the job fits after them and after the
+    settings that they need. `job`: with the changes."""
+    chosen = {stage.name: choose(job, _opened(stage)) for stage in job.training}
+    tried = Fit(job.memory(chosen), job.gpu.usable, chosen)
+    needed = [*changes, *_settings_changes(job, chosen)]
+    if needed and tried.fits:
+        yield Remedy(", ".join(needed), tried.peak)
+
+
+def _opened(stage: PlannedStage) -> PlannedStage:
+    """Return a stage whose micro-batches the manifest leaves open."""
+    runtime = stage.runtime.model_copy(update={"micro_batch_tokens": "auto"})
+    return stage.model_copy(update={"runtime": runtime})
+
+
+def _settings_changes(job: Job, chosen: Mapping[str, Settings]) -> Iterator[str]:
+    """Yield the fields that give a job the settings, where the manifest has others."""
+    for stage in job.training:
+        given, wanted = settings_of(stage, job.facts, job.machine), chosen[stage.name]
+        path = training_path(job.plan, stage)
+        if given.micro_batch_tokens != wanted.micro_batch_tokens:
+            yield f"set {path}.microBatchTokens to {wanted.micro_batch_tokens}"
+        if given.gradient_checkpointing != wanted.gradient_checkpointing:
+            yield f"set {path}.gradientCheckpointing to true"
+
+
+def _shorter_rows(job: Job) -> Iterator[Remedy]:
+    """Yield the longest rows with which the job fits."""
+    shorter = longest_row(job, below=max(job.lengths.rows, job.lengths.pairs))
+    if shorter is not None:
+        yield from _if_it_fits(_with_rows(job, shorter), _length_fields(job.plan, shorter))
+
+
+def _length_fields(plan: Plan, length: int) -> list[str]:
+    names = {stage.settings.kind for stage in plan.stages}
+    of = "spec.data" if plan.job.kind == "FineTuneJob" else "spec.sft.data"
+    rows = [f"set {of}.maxLength to {length}"] if "prepare" in names else []
+    return rows + ([f"set spec.preferences.maxLength to {length}"] if "pairs" in names else [])
+
+
+def _with_rows(job: Job, length: int) -> Job:
+    lengths = replace(
+        job.lengths, rows=min(job.lengths.rows, length), pairs=min(job.lengths.pairs, length)
+    )
+    return replace(job, lengths=lengths)
+
+
+def longest_row(job: Job, *, below: int) -> int | None:
+    """Return the longest rows with which a job fits, in steps of 128 tokens; None: none do.
+
+    `below`: a length that need not be tried.
+    """
+    low, high = 0, (below - 1) // LENGTH_STEP
+    while low < high:
+        middle = (low + high + 1) // 2
+        tried = _with_rows(job, middle * LENGTH_STEP)
+        chosen = {stage.name: choose(tried, _opened(stage)) for stage in tried.training}
+        if Fit(tried.memory(chosen), job.gpu.usable, chosen).fits:
+            low = middle
+        else:
+            high = middle - 1
+    return low * LENGTH_STEP or None
+
+
+def _other_adapter(job: Job) -> Iterator[Remedy]:
+    """Yield LoRA in the place of full fine-tuning, or else QLoRA."""
+    for adapter in (Adapter(lora=Lora()), Adapter(qlora=Qlora())):
+        replaced = [stage for stage in job.training if _is_lighter(adapter, stage)]
+        if not replaced:
+            continue
+        stages = [_with_adapter(s, adapter) if s in replaced else s for s in job.plan.stages]
+        tried = replace(job, plan=job.plan.model_copy(update={"stages": stages}))
+        rewards = [isinstance(stage.settings, RewardSettings) for stage in replaced]
+        fields = [] if all(rewards) else [f"set spec.adapter to {adapter.kind}"]
+        if any(rewards):
+            fields.append(f"set spec.rewardModel.train.adapter to {adapter.kind}")
+        remedy = next(_if_it_fits(tried, fields), None)
+        if remedy:
+            yield remedy
+            return
+
+
+def _is_lighter(adapter: Adapter, stage: PlannedStage) -> bool:
+    """Return whether an adapter takes less memory than what the stage trains."""
+    given: Adapter | None = getattr(stage.settings, "adapter", None)
+    return given is None or (given.kind == "lora" and adapter.kind == "qlora")
+
+
+def _with_adapter(stage: PlannedStage, adapter: Adapter) -> PlannedStage:
+    given: Adapter | None = getattr(stage.settings, "adapter", None)
+    if given and given.lora:  # the manifest's rank and targets
+        adapter = Adapter(qlora=Qlora.model_validate(given.lora.model_dump()))
+    settings = stage.settings.model_copy(update={"adapter": adapter})
+    return stage.model_copy(update={"settings": settings})
+
+
+def _without_evaluation(job: Job, found: Fit) -> Iterator[Remedy]:
+    """Yield a job without held-out rows, if their measurement does not fit."""
+    measuring = [stage for stage in job.plan.stages if isinstance(stage.settings, EvaluateSettings)]
+    if {stage.name for stage in measuring} & {stage.stage for stage in found.too_large}:
+        rest = [stage for stage in job.plan.stages if stage not in measuring]
+        tried = replace(job, plan=job.plan.model_copy(update={"stages": rest}))
+        yield from _if_it_fits(tried, ["remove spec.data.validation, and so the stage evaluate"])
+
+
+def _larger_gpu(job: Job) -> Iterator[Remedy]:
+    """Yield the smallest described GPU that the job fits."""
+    for gpu in GPUS:
+        if gpu.memory > job.gpu.memory:
+            remedy = next(_if_it_fits(replace(job, gpu=gpu), [f"run it on {gpu.name} GPUs"]), None)
+            if remedy:
+                yield remedy
+                break
+
+
+def training_path(plan: Plan, stage: PlannedStage) -> str:
+    """Return the field of a stage's training loop in the manifest."""
+    if plan.job.kind == "FineTuneJob":
+        return "spec.training"
+    kind = stage.name.partition("-")[0]
+    places = {
+        "sft": "spec.sft.training",
+        "revise": "spec.constitution.training",
+        "reward": "spec.rewardModel.train.training",
+    }
+    return places.get(kind, f"spec.optimize.{kind}.training")
