@@ -74,7 +74,7 @@ SAMPLES = [
         "tuned": "It is 30 MONTHS.",
     }
 ]
-EXPORT_METRICS = {"adapterLogitDifference": 0.0, "bytes": 2.0**20}
+EXPORT_METRICS = {"adapterTensors": 28.0, "bytes": 2.0**20}
 LINES: list[dict[str, Any]] = [
     {"step": 0, "baseValidationLoss": 2.0},
     *(

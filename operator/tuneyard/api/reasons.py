@@ -118,6 +118,7 @@ REASONS = frozenset(
         "VolumeMissing",
         "VolumePending",
         "WeightsMissing",
+        "WeightsNotFinite",
         "WorkerDied",
         "WriteFailed",
         "WrongPreferences",

@@ -24,7 +24,7 @@ STAGE_VERSIONS: Mapping[StageKind, int] = {
     "grpo": 2,
     "evaluate": 3,
     "assess": 3,
-    "export": 1,
+    "export": 2,
 }
 """Version of each kind of stage. Increase it when the stage's code produces another output from the
 same settings and inputs: records of the previous version then no longer

@@ -1,4 +1,4 @@
-"""Every kind of adapter: its initial weights, training, saving, merging and its errors."""
+"""Every kind of adapter: its initial weights, training, saving and its errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.trainer.conftest import VOCABULARY, tiny_llama
 from tuneyard.api.adapters import Adapter, Bottleneck, Ia3, Lora, PrefixTuning, PromptTuning, Qlora
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import adapters
-from tuneyard_trainer.models.base import load_base, save_model
+from tuneyard_trainer.models.base import load_base
 from tuneyard_trainer.models.layers import count_parameters, trainable
 
 CPU = torch.device("cpu")
@@ -352,25 +352,6 @@ def test_the_common_decoder_families_support_every_kind(
 
 
 @pytest.mark.parametrize("kind", MERGEABLE)
-def test_a_merged_model_has_no_adapter_and_the_same_logits(
-    kind: str, base: Base, attach: Any, tmp_path: Path
-) -> None:
-    model = attach(ADAPTERS[kind])
-    train_step(model)
-    adapters.save(model, tmp_path / "adapter")
-    plain = base()
-    merged = adapters.merge(plain, tmp_path / "adapter")
-    assert merged is plain
-    assert (logits(merged) - logits(model)).abs().max() < 1e-5
-    assert (logits(merged) - logits(base())).abs().max() > 1e-4
-    assert merged.state_dict().keys() == base().state_dict().keys()
-    assert not hasattr(merged, "peft_config")
-    save_model(merged, tmp_path / "merged")
-    read = load_base(tmp_path / "merged", dtype=torch.float32, device=CPU)
-    assert torch.equal(logits(read), logits(merged))
-
-
-@pytest.mark.parametrize("kind", MERGEABLE)
 def test_merged_weights_equal_those_of_the_merged_model(
     kind: str, base: Base, attach: Any, tmp_path: Path
 ) -> None:
@@ -379,7 +360,8 @@ def test_merged_weights_equal_those_of_the_merged_model(
     train_step(model)
     adapters.save(model, tmp_path)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    expected = adapters.merge(base(), tmp_path)
+    adapted: Any = adapters.load(base(), tmp_path)
+    expected = adapted.merge_and_unload()
     plain = dict(adapters.merged_weights(model, with_tied=True))
     assert plain.keys() == expected.state_dict().keys()
     for name, tensor in expected.state_dict().items():
@@ -410,24 +392,10 @@ def test_merged_weights_hold_the_buffers_that_a_saved_model_holds() -> None:
     assert "model.saved" in names
 
 
-@pytest.mark.parametrize("kind", ["prefix", "prompt", "bottleneck"])
-def test_an_adapter_that_no_weight_can_express_is_not_merged(
-    kind: str, base: Base, attach: Any, tmp_path: Path
-) -> None:
-    adapters.save(attach(ADAPTERS[kind]), tmp_path)
-    plain = base()
-    with pytest.raises(StageError, match="cannot be merged") as caught:
-        adapters.merge(plain, tmp_path)
-    assert caught.value.reason == "NotMergeable"
-    assert torch.equal(logits(plain), logits(base()))
-
-
 # ---- QLoRA --------------------------------------------------------------------------------------
 
 
-def test_qlora_trains_over_a_4_bit_base_and_merges_into_the_original(
-    base: Base, attach: Any, tmp_path: Path
-) -> None:
+def test_qlora_trains_over_a_4_bit_base(base: Base, attach: Any, tmp_path: Path) -> None:
     qlora = Qlora(rank=4, alpha=8)
     quantized = base(quantize=qlora)
     assert count_parameters(quantized) == count_parameters(base())
@@ -438,8 +406,6 @@ def test_qlora_trains_over_a_4_bit_base_and_merges_into_the_original(
     assert all(torch.equal(p, packed[n]) for n, p in model.named_parameters() if n in packed)
     adapters.save(model, tmp_path)
     assert torch.equal(logits(adapters.load(base(quantize=qlora), tmp_path)), logits(model))
-    merged, expected = adapters.merge(base(), tmp_path), adapters.load(base(), tmp_path)
-    assert (logits(merged) - logits(expected)).abs().max() < 1e-5
 
 
 def test_measuring_a_4_bit_model_changes_neither_its_weights_nor_their_scales(base: Base) -> None:
@@ -459,14 +425,9 @@ def test_measuring_a_4_bit_model_changes_neither_its_weights_nor_their_scales(ba
     assert not any(m.support_avx512bf16_for_cpu for m in layers)
 
 
-def test_qlora_needs_a_4_bit_base_and_merging_an_unquantized_one(
-    attach: Any, base: Base, tmp_path: Path
-) -> None:
+def test_qlora_needs_a_4_bit_base(attach: Any) -> None:
     with pytest.raises(ValueError, match="4-bit"):
         attach(Adapter(qlora=Qlora()))
-    adapters.save(attach(ADAPTERS["lora"]), tmp_path)
-    with pytest.raises(ValueError, match="original precision"):
-        adapters.merge(base(quantize=Qlora()), tmp_path)
 
 
 # ---- initial weights of virtual tokens ----------------------------------------------------------

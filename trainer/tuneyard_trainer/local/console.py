@@ -236,9 +236,9 @@ def _places(records: Mapping[str, StageRecord], at: str) -> tuple[tuple[str, str
     if record is None:
         return ()
     places = []
-    if "adapterLogitDifference" in record.metrics:
+    if "adapterTensors" in record.metrics:
         places.append(("Adapter", f"{at}/adapter"))
-    if {"mergedLogitDifference", "modelLogitDifference"} & set(record.metrics):
+    if "modelTensors" in record.metrics:
         places.append(("Model", f"{at}/model"))
     return (
         *places,

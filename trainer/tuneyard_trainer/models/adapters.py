@@ -1,4 +1,4 @@
-"""Adapters of every kind: attach, save, load, disable and merge.
+"""Adapters of every kind: attach, save, load and disable; `merging` merges saved ones.
 
 LoRA, QLoRA, (IA)^3, prefix and prompt tuning come from PEFT; `bottleneck` adds bottleneck adapters.
 An adapter is saved as `adapter_model.safetensors` and `adapter_config.json` in PEFT's layout, so
@@ -242,6 +242,11 @@ def _check_width(base: PreTrainedModel, config: Any) -> None:
         raise ValueError(f"its virtual tokens have the shape {found}, and the base needs {needed}")
 
 
+def config_of(folder: Path) -> dict[str, Any]:
+    """Return the config of a saved adapter. Raises StageError AdapterIncomplete, AdapterBroken."""
+    return _read(folder)[0]
+
+
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
@@ -291,27 +296,15 @@ def disabled(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Merge a saved adapter into the weights of `base`, in place, and return `base` without PEFT's
-    layers.
-
-    `base` must be in its original precision, also for QLoRA: merging into a 4-bit copy would lose
-    precision. Raises StageError NotMergeable for kinds other than LoRA and (IA)^3.
-    """
-    config, _ = _read(folder)
-    if config["peft_type"] not in MERGEABLE:
+def require_mergeable(folder: Path) -> None:
+    """Raise StageError NotMergeable for a saved adapter of a kind other than LoRA and (IA)^3."""
+    kind = config_of(folder)["peft_type"]
+    if kind not in MERGEABLE:
         raise StageError(
             "NotMergeable",
-            f"a {config['peft_type'].lower()} adapter cannot be merged: the base's weights cannot "
-            "express it.",
+            f"a {kind.lower()} adapter cannot be merged: the base's weights cannot express it.",
             advice="Set output.merge to false, or use adapter.lora, adapter.qlora or adapter.ia3.",
         )
-    if getattr(base, "is_quantized", False):
-        raise ValueError("merge needs the base in its original precision, not a quantized copy")
-    adapted: Any = load(base, folder)
-    with _adapter_errors(folder):  # safe_merge raises ValueError for weights that are not finite
-        merged = adapted.merge_and_unload(safe_merge=True)
-    return merged.requires_grad_(True)
 
 
 def merged_weights(model: nn.Module, *, with_tied: bool) -> Iterator[tuple[str, Tensor]]:

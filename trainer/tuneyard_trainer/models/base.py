@@ -42,6 +42,8 @@ from tuneyard_trainer.worker import Worker
 
 DROPOUT = re.compile(r"(^|_)(dropout|pdrop)(_|$)")
 NOT_IN_A_CAUSAL_MODEL = re.compile(r"classifier|summary")
+META = torch.device("meta")
+"""torch's device without memory: a model that is loaded there has shapes and no weights."""
 FETCH_AGAIN = "Fetch the model again; its config.json and its weights do not match."
 
 
@@ -91,8 +93,9 @@ def load_base(
     """Load a causal language model in evaluation mode, with every weight from its files.
 
     `quantize`: the linear layers become 4-bit NormalFloat, computing in `dtype`. `dropout`: the
-    probability of all of the architecture's own dropout (`dropout_fields`). `shards`: the workers
-    that each keep a part of the model; 1: this one keeps all of it. Raises StageError.
+    probability of all of the architecture's own dropout (`dropout_fields`). `device` META: no
+    weight is read, and the files are checked by their headers. `shards`: the workers that each keep
+    a part of the model; 1: this one keeps all of it. Raises StageError.
     """
     config = config_of(path)
     if dropout is not None:
@@ -119,7 +122,8 @@ def load_base(
     if quantize:
         keep_nf4_layout(model)
     # Some architectures can be encoders or decoders (BERT, RoBERTa): running the model decides.
-    if getattr(config, "is_decoder", None) is False and not is_causal(model):
+    may_be_encoder = getattr(config, "is_decoder", None) is False and device != META
+    if may_be_encoder and not is_causal(model):
         raise not_causal(path, f"{type(model).__name__}, whose tokens attend to later tokens")
     return model
 
@@ -261,6 +265,16 @@ def save_model(model: nn.Module, folder: Path) -> None:
         raise TypeError(f"{type(model).__name__} has an adapter: save the adapter, or merge it")
     with quiet():
         model.save_pretrained(folder)
+
+
+def save_configs(model: PreTrainedModel, folder: Path) -> None:
+    """Write the config and the generation config as `save_model` does, without weights."""
+    config: Any = model.config
+    config.dtype, config.architectures = model.dtype, [type(model).__name__]
+    with quiet():
+        config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
 
 
 # ---- checks and precision -----------------------------------------------------------------------

@@ -180,7 +180,7 @@ def _require_safetensors(path: Path) -> None:
 def _shards(path: Path) -> set[str]:
     try:
         return set(json.loads((path / INDEX).read_text())["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise StageError(
             "ModelBroken",
             f"{path / INDEX} is not an index of weights: {error}.",
@@ -188,10 +188,17 @@ def _shards(path: Path) -> set[str]:
         ) from error
 
 
+def weight_files(path: Path) -> list[Path]:
+    """Return the safetensors files of the model at `path`, sorted. Raises StageError ModelBroken
+    for an index that cannot be read."""
+    single = path / SINGLE
+    return [single] if single.exists() else [path / name for name in sorted(_shards(path))]
+
+
 def stored_dtype(path: Path) -> torch.dtype:
     """Return the float type of the model's stored weights: that of the largest tensor in the first
     file. Raises StageError ModelBroken."""
-    first = path / SINGLE if (path / SINGLE).exists() else path / min(_shards(path))
+    first = weight_files(path)[0]
     try:
         with safe_open(first, framework="pt") as file:
             slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118 - not a mapping

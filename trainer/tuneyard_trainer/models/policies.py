@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.stage_settings import LoopSettings
@@ -81,13 +81,6 @@ def load_for_inference(inputs: Mapping[str, Path], device: torch.device) -> nn.M
     if trained and _is_adapter(trained):
         return adapters.load(base, trained)
     return base.eval()
-
-
-def merged(inputs: Mapping[str, Path], dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Load the policy as one model, its adapter merged."""
-    base = load_base(_base(inputs), dtype=dtype, device=device)
-    trained = _trained(inputs)
-    return adapters.merge(base, trained) if trained and _is_adapter(trained) else base
 
 
 def _trained(inputs: Mapping[str, Path]) -> Path | None:

@@ -36,8 +36,9 @@ from tuneyard_trainer.models.base import (
     set_dropout,
     weights_missing,
 )
-from tuneyard_trainer.models.files import config_of, first_line, stored_dtype
+from tuneyard_trainer.models.files import config_of, first_line
 from tuneyard_trainer.models.layers import freeze
+from tuneyard_trainer.models.merging import write_merged
 from tuneyard_trainer.storage.files import disk_error
 
 HEAD = "score.weight"
@@ -57,9 +58,7 @@ def base_weights(inputs: Mapping[str, Path], spare: Path) -> Path:
     if not (tuned / adapters.CONFIG).exists():
         return tuned
     shutil.rmtree(spare, ignore_errors=True)
-    merged = policies.merged(inputs, torch.float32, torch.device("cpu"))
-    nn.Module.to(merged, stored_dtype(inputs["model"]))  # in place
-    save_model(merged, spare)
+    write_merged(inputs["model"], tuned, spare)
     return spare
 
 

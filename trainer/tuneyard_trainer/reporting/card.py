@@ -115,12 +115,8 @@ def _provenance(summary: RunSummary) -> list[str]:
     if not summary.digests:
         return []
     parts = ["## Provenance", _table(("Content", "Digest"), _coded(summary.digests))]
-    if summary.reloaded:
-        compared = "; ".join(f"{name} {value}" for name, value in summary.reloaded)
-        parts.append(
-            "The written files were loaded again and compared with the trained model. "
-            f"Largest difference of a logit: {_text(compared)}."
-        )
+    if summary.checked:
+        parts.append(_text(summary.checked))
     versions = ", ".join(f"{name} {version}" for name, version in summary.versions.items())
     return [*parts, f"Versions: {_text(versions)}. The manifest is `job.yaml`."]
 

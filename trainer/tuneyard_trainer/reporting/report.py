@@ -23,18 +23,18 @@ def write(
     inputs: Mapping[str, Path],
     *,
     manifest: Mapping[str, Any],
-    compared: Mapping[str, float],
+    measured: Mapping[str, float],
     base_license: str | None,
 ) -> None:
     """Write `loss.png`, `report.html` and `README.md` into the export folder.
 
     `inputs`: the export stage's inputs; those of `data`, `tuned` and `evaluation` that exist are
-    read. `manifest`: the job's manifest with its defaults. `compared`: largest logit differences
-    that the export measured, by metric. `base_license`: the base model's; None: unknown.
+    read. `manifest`: the job's manifest with its defaults. `measured`: what the checks of
+    the written files measured, by metric. `base_license`: the base model's; None: unknown.
 
     The same inputs give the same bytes: all times come from the records.
     """
-    summary = RunSummary.of(folder, inputs, manifest, compared, base_license)
+    summary = RunSummary.of(folder, inputs, manifest, measured, base_license)
     light = plots.draw(summary.curves, _title(summary))
     (folder / "loss.png").write_bytes(light)
     dark = plots.draw(summary.curves, _title(summary), "dark")

@@ -69,8 +69,8 @@ class RunSummary:
     """By stage name, in the order of the stages; without the export stage, which is running."""
     results: Results
     curves: Curves
-    compared: Mapping[str, float]
-    """Largest logit differences after reloading the written files, by metric."""
+    measured: Mapping[str, float]
+    """What the checks of the written files measured, by metric."""
     base_license: str | None
     """The base model's license. None: unknown."""
     has_adapter: bool
@@ -83,7 +83,7 @@ class RunSummary:
         folder: Path,
         inputs: Mapping[str, Path],
         manifest: Mapping[str, Any],
-        compared: Mapping[str, float],
+        measured: Mapping[str, float],
         base_license: str | None,
     ) -> RunSummary:
         """Return the facts from the export stage's inputs; records may be missing."""
@@ -99,7 +99,7 @@ class RunSummary:
             curves=Curves.read(
                 inputs["tuned"] / "metrics.jsonl", trained.kind if trained else "sft"
             ),
-            compared=compared,
+            measured=measured,
             base_license=base_license,
             has_adapter=(folder / "adapter").is_dir(),
             has_model=(folder / "model").is_dir(),
@@ -279,18 +279,24 @@ class RunSummary:
         ]
 
     @property
-    def reloaded(self) -> list[tuple[str, str]]:
-        """Each written model that was loaded again, and its largest logit difference."""
-        names = {
-            "adapterLogitDifference": "adapter",
-            "mergedLogitDifference": "merged model",
-            "modelLogitDifference": "model",
-            "rewardDifference": "reward model",
-        }
-        return [
-            (names.get(key, key), "identical" if value == 0 else f"{value:.2g}")
-            for key, value in self.compared.items()
+    def checked(self) -> str:
+        """A sentence about the checks of the written files; "": there are none."""
+        phrases = [
+            f"{count(self.measured[metric])} tensors of the {name}"
+            for metric, name in (("adapterTensors", "adapter"), ("modelTensors", "model"))
+            if metric in self.measured
         ]
+        if not phrases:
+            return ""
+        sentence = f"The written files were read back and are bit for bit right: {phrases[0]}"
+        sentence += "".join(f", {phrase}" for phrase in phrases[1:])
+        difference = self.measured.get("mergedWeightDifference")
+        if difference is None:
+            return f"{sentence}."
+        return (
+            f"{sentence}. Before rounding to the base's precision, a merged weight differs from "
+            f"float64 arithmetic by at most {difference:.2g} of its terms."
+        )
 
     @property
     def versions(self) -> Mapping[str, str]:
