@@ -65,6 +65,7 @@ REASONS = frozenset(
         "NotCausal",
         "NotEnoughGpus",
         "NotMergeable",
+        "NotSharded",
         "NotPrepared",
         "NothingToTrain",
         "OneSided",

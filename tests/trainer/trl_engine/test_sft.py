@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from tests.trainer.stop_after import StopAfter
 from tuneyard_trainer.models import sharding
 from tuneyard_trainer.training import sft as native
 from tuneyard_trainer.trl_engine import sft as trl
-from tuneyard_trainer.worker import Interrupted, StageContext, Worker
+from tuneyard_trainer.worker import Interrupted, StageContext, Worker, never_stop
 
 CPU = torch.device("cpu")
 ROWS = random_rows(10)
@@ -82,6 +84,37 @@ def test_a_stopped_run_goes_on_with_the_next_row_and_reaches_the_same_weights(
     assert steps == [*range(1, len(steps) + 1)]
 
 
+def test_a_resumed_run_repeats_the_dropout_of_its_steps(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    settings = {"adapter": {"lora": {"dropout": 0.5}}, "learning_rate": 1e-2}
+    whole, _ = run(trl, tmp_path / "whole", inputs, **settings)
+    with pytest.raises(Interrupted):
+        run(trl, tmp_path / "parts", inputs, StopAfter(2).worker(), **settings)
+    resumed, _ = run(trl, tmp_path / "parts", inputs, **settings)
+    for name, weight in whole.items():
+        torch.testing.assert_close(resumed[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_limit_on_the_gradient_norm_nothing_is_clipped(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    settings = {"learning_rate": 1e-2, "optimizer": {"maxGradientNorm": None}, "packing": "never"}
+    ours, _ = run(native, tmp_path / "native", inputs, **settings)
+    theirs, _ = run(trl, tmp_path / "trl", inputs, **settings)
+    for name, weight in ours.items():
+        torch.testing.assert_close(theirs[name], weight, rtol=1e-3, atol=1e-4)
+    norms = [[line.get("gradientNorm") for line in lines(tmp_path / e)] for e in ("native", "trl")]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
+def test_a_trainer_prints_nothing(
+    tmp_path: Path, inputs: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(trl, tmp_path / "trl", inputs)
+    assert "grad_norm" not in capfd.readouterr().out
+
+
 CASES: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"adapter": {"lora": {"rank": 4, "dropout": 0.0}}},
@@ -109,6 +142,14 @@ def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path], held: A
         stage = train_stage(learning_rate=1e-2, **settings)
         trl.run(StageContext(stage, inputs, folder / name, Worker(rank, 2, CPU)))
         dist.barrier()
+    stopper = StopAfter(2)
+    with contextlib.suppress(Interrupted):
+        stage = train_stage(learning_rate=1e-2, runtime={"sharding": "fsdp"})
+        worker = Worker(rank, 2, CPU, report=stopper.report)
+        worker = replace(worker, stop=stopper if rank == 1 else never_stop)
+        (folder / "stopped").mkdir(exist_ok=True)
+        trl.run(StageContext(stage, inputs, folder / "stopped", worker))
+    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -138,6 +179,25 @@ def test_two_workers_sharded_or_not_reach_the_weights_of_one(
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=0)
+
+
+def test_a_sharded_run_that_one_worker_was_asked_to_stop_goes_on_with_a_whole_model(
+    by_two: tuple[Path, dict[int, tuple[int, int]]], tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    one, _ = run(trl, tmp_path / "one", inputs, learning_rate=1e-2)
+    resumed, outcome = run(trl, by_two[0] / "stopped", inputs, learning_rate=1e-2)
+    assert outcome.details["resumedAtStep"] == 3
+    for name, tensor in one.items():
+        torch.testing.assert_close(resumed[name], tensor, atol=2e-4, rtol=0)
+
+
+def test_the_files_of_a_sharded_model_are_those_of_a_whole_one(
+    by_two: tuple[Path, dict[int, tuple[int, int]]], tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    run(trl, tmp_path / "one", inputs, learning_rate=1e-2)
+    for name in ("config.json", "generation_config.json"):
+        sharded = json.loads((by_two[0] / "full, sharded" / "weights" / name).read_text())
+        assert sharded == json.loads((tmp_path / "one" / "weights" / name).read_text())
 
 
 def test_each_worker_of_a_sharded_model_holds_half_of_its_bytes(

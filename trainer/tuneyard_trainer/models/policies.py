@@ -19,7 +19,10 @@ from tuneyard.api.adapters import Adapter
 from tuneyard.api.stage_settings import LoopSettings
 from tuneyard_trainer.models import adapters
 from tuneyard_trainer.models.base import load_base, save_model
+from tuneyard_trainer.models.gathering import require_same_names, write_model
 from tuneyard_trainer.models.layers import freeze
+from tuneyard_trainer.models.probes import base_of
+from tuneyard_trainer.models.sharding import is_sharded
 from tuneyard_trainer.storage.files import disk_error
 
 WEIGHTS = "weights"
@@ -49,6 +52,8 @@ def load(
         dropout=loop.dropout,
         shards=shards,
     )
+    if shards > 1 and not adapter:
+        require_same_names(base)
     model: nn.Module = base
     if adapter and trained and _is_adapter(trained):
         model = adapters.load(base, trained, trainable=True)
@@ -61,13 +66,16 @@ def load(
     return model
 
 
-def save(model: nn.Module, adapter: Adapter | None, folder: Path) -> None:
-    """Write the adapter, or the whole model if there is no adapter. Raises StageError DiskFull or
+def save(model: nn.Module, adapter: Adapter | None, folder: Path, *, is_main: bool = True) -> None:
+    """Write the adapter, or the whole model if there is no adapter. All workers that share a
+    sharded model call it; one of them, `is_main`, writes. Raises StageError DiskFull or
     WriteFailed."""
     try:
-        if adapter:
+        if any(map(is_sharded, model.parameters())) and not adapter:
+            write_model(folder if is_main else None, base_of(model))
+        elif is_main and adapter:
             adapters.save(model, folder)
-        else:
+        elif is_main:
             save_model(model, folder)
     except OSError as error:
         raise disk_error(error, folder) from error

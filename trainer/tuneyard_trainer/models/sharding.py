@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from tuneyard.errors import StageError
 
@@ -75,8 +75,8 @@ def like(tensor: Tensor, reference: Tensor) -> Tensor:
 
 
 def from_main(tensor: Tensor, reference: Tensor) -> Tensor:
-    """Return this worker's part of rank 0's whole tensor, placed as `reference` is. All workers call
-    it; on others than rank 0, `tensor` gives the shape and the data type alone."""
+    """Return this worker's part of rank 0's whole tensor, placed as `reference` is. All workers
+    call it; on others than rank 0, `tensor` gives the shape and the data type alone."""
     data = reference.detach()
     if isinstance(data, DTensor):
         moved = tensor.to(data.device_mesh.device_type)

@@ -31,8 +31,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tuneyard.errors import StageError
+from tuneyard_trainer.models.gathering import write_tensors
 from tuneyard_trainer.models.sharding import from_main, is_sharded, like, whole
-from tuneyard_trainer.models.tensor_stream import TensorStream
 from tuneyard_trainer.storage.digests import sha256_of
 from tuneyard_trainer.storage.files import disk_error
 from tuneyard_trainer.worker import StageContext
@@ -130,13 +130,13 @@ class Checkpoints(Generic[State]):
         self._saved_at = time.monotonic()
 
     def _save_sharded(self, state: State) -> None:
-        weights, moments = list(self._parameters.items()), list(self._moments())
+        moments = dict(self._moments())
         if not self._worker.is_main:
-            for _, tensor in (*weights, *moments):
-                whole(tensor)
+            write_tensors(None, self._parameters)
+            write_tensors(None, moments)
             return
         try:
-            self._write(state, partial(_stream_files, weights, moments))
+            self._write(state, partial(_gather_files, self._parameters, moments))
         except OSError as error:
             raise disk_error(error, self.folder) from error
 
@@ -308,7 +308,8 @@ def assign(file: Path, parameters: Parameters) -> None:
 
 
 def scatter(file: Path | None, parameters: Parameters) -> None:
-    """Copy the tensors of rank 0's file into the parameters of all ranks. `file`: None on others."""
+    """Copy the tensors of rank 0's file into the parameters of all ranks. `file`: None on other
+    ranks."""
     with ExitStack() as stack, torch.no_grad():
         tensors = stack.enter_context(safe_open(file, framework="pt")) if file else None
         for name, parameter in parameters.items():
@@ -321,15 +322,9 @@ def _save_files(weights: dict[str, Tensor], moments: dict[str, Tensor], folder: 
     save_file(moments, folder / "optimizer.safetensors")
 
 
-def _stream_files(
-    weights: Sequence[tuple[str, Tensor]], moments: Sequence[tuple[str, Tensor]], folder: Path
-) -> None:
-    """Write the tensors of all ranks, each one gathered when its turn comes."""
-    for name, tensors in (("weights", weights), ("optimizer", moments)):
-        shapes = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors}
-        with TensorStream(folder / f"{name}.safetensors", shapes) as stream:
-            for key, tensor in tensors:
-                stream.write(key, whole(tensor))
+def _gather_files(weights: Parameters, moments: Mapping[str, Tensor], folder: Path) -> None:
+    write_tensors(folder / "weights.safetensors", weights)
+    write_tensors(folder / "optimizer.safetensors", moments)
 
 
 def _write_state(state: LoopState, folder: Path) -> None:

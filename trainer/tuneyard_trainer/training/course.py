@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -23,11 +23,11 @@ from tuneyard_trainer.training.batches import Indices, Order
 from tuneyard_trainer.training.checkpoints import METRICS, Checkpoints, LoopState
 from tuneyard_trainer.training.history import History
 from tuneyard_trainer.training.schedules import rate
-from tuneyard_trainer.worker import Interrupted, StageContext, Worker
+from tuneyard_trainer.worker import Interrupted, StageContext
 
 
 class Measure(Protocol):
-    """What is measured on a data set: its held-out rows, and the size of its batches."""
+    """The measurements on a data set: its held-out rows, and the size of its batches."""
 
     @property
     def holds_out(self) -> bool:
@@ -63,6 +63,8 @@ class Course:
         self.stage, self.settings, self.worker = context.stage.name, settings, context.worker
         self.measure, self.order, self.model = measure, order, model
         self.parameters = layers.trainable(model)
+        # Counted now: after an evaluation, FSDP2 keeps tied weights as two.
+        self.num_parameters = layers.count_parameters(model)
         self.optimizer: torch.optim.Optimizer = adamw(self.parameters, settings)
         self.checkpoints = Checkpoints(context, LoopState, self.parameters, self.optimizer)
         self.history = History(context.workdir / METRICS, enabled=context.worker.is_main)
@@ -229,7 +231,7 @@ class Course:
             "trainingSeconds": state.seconds,
             "tokensPerSecond": _tokens_per_second(state),
             "trainedParameters": float(sum(p.numel() for p in self.parameters.values())),
-            "parameters": float(layers.count_parameters(self.model)),
+            "parameters": float(self.num_parameters),
             "peakMemoryBytes": float(base.peak_memory_bytes(self.worker.device)),
             "finalLoss": self.history.last("loss"),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ def platform_arguments(
     """
     worker, optimizer = context.worker, settings.optimizer
     precision = precision_of(settings, worker)
+    limit = optimizer.max_gradient_norm
     return {
         "output_dir": str(context.workdir / "unused"),
         "save_strategy": "no",
@@ -35,7 +37,8 @@ def platform_arguments(
         "max_steps": steps,
         "per_device_train_batch_size": layout.rows,
         "gradient_accumulation_steps": layout.accumulated,
-        "max_grad_norm": optimizer.max_gradient_norm or 0.0,
+        # 0, the trainer's way to say none, would also leave the norm out of its logs.
+        "max_grad_norm": math.inf if limit is None else limit,
         "learning_rate": settings.learning_rate,
         "activation_checkpointing": context.stage.runtime.gradient_checkpointing,
         "bf16": precision is torch.bfloat16,

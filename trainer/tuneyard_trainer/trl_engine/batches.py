@@ -41,8 +41,8 @@ class Layout:
         return cls(rows, -(-each // rows))
 
     def cut(self, rows: Indices, lengths: Indices) -> list[Indices]:
-        """Return the micro-batches of a worker's share: rows of similar length together, the longest
-        first. The last ones may be empty."""
+        """Return the micro-batches of a worker's share: rows of similar length together, the
+        longest first. The last ones may be empty."""
         longest_first = rows[np.lexsort((rows, -lengths[rows]))]
         starts = range(0, self.rows * self.accumulated, self.rows)
         return [longest_first[start : start + self.rows] for start in starts]

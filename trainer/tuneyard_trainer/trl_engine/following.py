@@ -1,4 +1,4 @@
-"""What follows each step of a trainer: the `Course` of the attempt."""
+"""Following the steps of a trainer with the `Course` of the attempt."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tuneyard_trainer.training.checkpoints import LoopState
 from tuneyard_trainer.training.course import Course, require_finite
+from tuneyard_trainer.training.seeds import derive_seed
 from tuneyard_trainer.trl_engine.batches import StepBatches
 from tuneyard_trainer.worker import Worker
 
@@ -21,10 +22,22 @@ class Following(TrainerCallback):
     def __init__(self, course: Course, state: LoopState, batches: StepBatches) -> None:
         self.course, self.state, self._batches = course, state, batches
 
+    def on_step_begin(
+        self,
+        args: TrainingArguments,  # noqa: ARG002  the signature of a callback
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,
+        **_: Any,
+    ) -> TrainerControl:
+        """Make the step's dropout a function of seed, step and worker: a resumed run repeats it."""
+        seed, rank = self.course.settings.seed, self.course.worker.rank
+        torch.manual_seed(derive_seed(seed, self.state.step, rank))
+        return control
+
     def on_log(
         self,
-        args: TrainingArguments,
-        state: TrainerState,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,  # noqa: ARG002
         control: TrainerControl,
         logs: dict[str, Any] | None = None,
         **_: Any,

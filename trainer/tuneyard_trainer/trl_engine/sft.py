@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from datasets import Dataset
-from torch import nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from transformers import PrinterCallback
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from tuneyard.api.stage_settings import TrainSettings
 from tuneyard_trainer.data.prepared import Prepared
@@ -16,8 +16,8 @@ from tuneyard_trainer.models import policies
 from tuneyard_trainer.models.base import load_tokenizer
 from tuneyard_trainer.training.batches import Order
 from tuneyard_trainer.training.course import Course
+from tuneyard_trainer.training.cross_entropy import CrossEntropy
 from tuneyard_trainer.training.policy import load_policy
-from tuneyard_trainer.training.sft import CrossEntropy
 from tuneyard_trainer.trl_engine.arguments import platform_arguments
 from tuneyard_trainer.trl_engine.batches import Inputs, Layout, StepBatches
 from tuneyard_trainer.trl_engine.environment import described
@@ -26,7 +26,7 @@ from tuneyard_trainer.trl_engine.schedule import scheduler
 from tuneyard_trainer.worker import StageContext, StageOutcome
 
 
-class _Trainer(SFTTrainer):  # type: ignore[misc]
+class _Trainer(SFTTrainer):
     """SFTTrainer on micro-batches that are made elsewhere."""
 
     def __init__(self, batches: StepBatches, **arguments: Any) -> None:
@@ -72,8 +72,9 @@ def run(context: StageContext) -> StageOutcome:
         with described(worker):
             trainer(context, course, batches, layout, following, tokenizer).train()
     state = course.finish(following.state)
+    weights = context.workdir / policies.WEIGHTS
     if worker.is_main or shards > 1:
-        policies.save(course.model, settings.adapter, context.workdir / policies.WEIGHTS)
+        policies.save(model, settings.adapter, weights, is_main=worker.is_main)
     details = {**course.details(state), "packed": False, "engine": "trl"}
     return StageOutcome(
         metrics=course.summary(state), details=details, contents=(policies.WEIGHTS,)
@@ -85,14 +86,14 @@ def trainer(
     course: Course,
     batches: StepBatches,
     layout: Layout,
-    following: TrainerCallback,
+    following: Following,
     tokenizer: Any,
 ) -> SFTTrainer:
     """Return TRL's trainer of the course's remaining steps."""
-    first = following.state.step  # type: ignore[attr-defined]
+    first = following.state.step
     arguments = platform_arguments(context, course.settings, layout, steps=course.total - first)
     one_row = Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]})
-    return _Trainer(
+    made = _Trainer(
         batches,
         model=course.model,
         args=SFTConfig(**arguments, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),
@@ -101,3 +102,5 @@ def trainer(
         callbacks=[following],
         optimizers=(course.optimizer, scheduler(course, first)),
     )
+    made.remove_callback(PrinterCallback)  # the course reports each step
+    return made
