@@ -120,7 +120,8 @@ requirements: $(UV) ## Resolve requirements/*.txt again
 	  --constraints requirements/dev.txt --output-file requirements/trainer.txt
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-header pyproject.toml --extra trainer --extra cluster --extra s3 \
-	  --extra qlora --constraints requirements/dev.txt --output-file requirements/image.txt
+	  --extra qlora --extra trl --constraints requirements/dev.txt \
+	  --output-file requirements/image.txt
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-header pyproject.toml --extra trainer --extra cluster --extra s3 \
 	  --extra qlora --extra vllm --output-file requirements/image-vllm.txt

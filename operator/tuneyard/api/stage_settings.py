@@ -65,6 +65,8 @@ class PrepareSettings(Model):
 class LoopSettings(Model):
     """A training loop. `auto` is resolved, except where its value depends on the machine."""
 
+    engine: Literal["trl"] | None = Field(default=None, exclude_if=lambda engine: engine is None)
+    """The program that takes the steps. None: the native loop."""
     freeze: Freeze | None
     """Parts of the base model to freeze. None: none."""
     dropout: float | None

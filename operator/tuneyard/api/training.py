@@ -62,6 +62,12 @@ class Optimizer(Model):
 class Training(Model):
     """The training loop."""
 
+    engine: Literal["native", "trl"] = Field(
+        default="native", exclude_if=lambda engine: engine == "native"
+    )
+    """The program that takes the optimizer steps. native: Tuneyard's own loop. trl: the trainers of
+    TRL (docs/engines.md)."""
+    # Left out of a plan where it is native: plans of 0.2.0 keep their bytes, and so their digests.
     epochs: float | None = Field(default=None, gt=0, le=10000)
     """Epochs over the data. None: 3 for fine-tuning, 1 for a reward model or an alignment, unless
     `maxSteps` is set."""

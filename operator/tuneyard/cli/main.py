@@ -138,6 +138,10 @@ def _print_memory(
     console: Console, plan: Plan, gpu: Gpu, base_dir: Path, config: Path | None
 ) -> None:
     """Print the memory of a job, or one line that says why it is not known."""
+    if any(getattr(stage.settings, "engine", None) == "trl" for stage in plan.stages):
+        text = "\nThe memory is not known: training.engine is trl, and only native is estimated."
+        console.print(Text(text, overflow="fold"))
+        return
     try:
         facts = model_facts(plan, base_dir, config)
     except UnknownModelError as error:

@@ -31,6 +31,7 @@ from tuneyard.api.stage_settings import LoopSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer import extras
 from tuneyard_trainer.models import sharding
+from tuneyard_trainer.models.environment import described
 from tuneyard_trainer.models.files import (
     TOKENIZER_FILES,
     config_of,
@@ -107,7 +108,7 @@ def load_base(
         settings["device_map"] = {"": device}
     if quantize:
         settings["quantization_config"] = nf4(quantize, dtype)
-    with explained(path), quiet():
+    with explained(path), quiet(), described(device):
         model, info = _from_pretrained(
             path,
             local_files_only=True,

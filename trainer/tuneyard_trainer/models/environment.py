@@ -1,4 +1,5 @@
-"""How accelerate learns of the process group: by environment variables, as torchrun sets them."""
+"""How accelerate and transformers learn of the process group: by variables, as torchrun sets
+them."""
 
 from __future__ import annotations
 
@@ -6,24 +7,27 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tuneyard_trainer.worker import Worker
+import torch
+import torch.distributed as dist
 
 
 @contextmanager
-def described(worker: Worker) -> Iterator[None]:
-    """While active, the environment describes the process group to accelerate. The group exists, so
-    that nobody connects to the address."""
+def described(device: torch.device) -> Iterator[None]:
+    """While active, the environment describes this process's group, if there is one. The group
+    exists, so that nobody connects to the address."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        yield
+        return
     values = {
-        "RANK": str(worker.rank),
-        "WORLD_SIZE": str(worker.world_size),
-        "LOCAL_RANK": str(worker.device.index or 0),
-        "LOCAL_WORLD_SIZE": str(worker.world_size),
+        "RANK": str(dist.get_rank()),
+        "WORLD_SIZE": str(dist.get_world_size()),
+        "LOCAL_RANK": str(device.index or 0),
+        "LOCAL_WORLD_SIZE": str(dist.get_world_size()),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "1",
     }
     before = {name: os.environ.get(name) for name in values}
-    if worker.world_size > 1:
-        os.environ.update(values)
+    os.environ.update(values)
     try:
         yield
     finally:

@@ -12,20 +12,60 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.stage_settings import LoopSettings
+from tuneyard.errors import StageError
 from tuneyard_trainer.models import adapters
-from tuneyard_trainer.models.base import load_base, save_model
+from tuneyard_trainer.models.base import load_base, precision_of, save_model
 from tuneyard_trainer.models.gathering import require_same_names, write_model
 from tuneyard_trainer.models.layers import freeze
 from tuneyard_trainer.models.probes import base_of
 from tuneyard_trainer.models.sharding import is_sharded
+from tuneyard_trainer.models.weight_files import stored_tensors
 from tuneyard_trainer.storage.files import disk_error
+from tuneyard_trainer.worker import StageContext, Worker
 
 WEIGHTS = "weights"
+GPU_SHARE = 0.5
+"""The share of a GPU's memory above which `sharding: auto` shards a model. The rest is left for
+activations, logits and an adapter's training state."""
+FULL_TUNING_BYTES = 16
+"""Bytes for each parameter that is trained in float32: itself, its gradient and AdamW's moments."""
+
+
+def shards(context: StageContext, bytes_per_parameter: int) -> int:
+    """Return the number of workers that share the model of a stage, the same on all of them; 1:
+    each worker holds all of it.
+
+    `bytes_per_parameter`: the memory of a whole model and its training state. Raises StageError
+    NotSharded if the job asks for sharding, and the attempt has one worker.
+    """
+    worker, wanted = context.worker, context.stage.runtime.sharding
+    if wanted == "fsdp" and worker.world_size == 1:
+        raise StageError(
+            "NotSharded",
+            "compute.sharding is fsdp, and this attempt has one worker.",
+            advice="Raise compute.workers to 2 or more, or set compute.sharding to none.",
+        )
+    if wanted == "fsdp":
+        return worker.world_size
+    if wanted == "none" or worker.world_size == 1 or worker.device.type != "cuda":
+        return 1
+    tensors = stored_tensors(_base(context.inputs)).values()
+    needed = bytes_per_parameter * sum(torch.Size(each.spec.shape).numel() for each in tensors)
+    memory = torch.cuda.get_device_properties(worker.device).total_memory
+    exceeds = torch.tensor(float(needed > GPU_SHARE * memory), device=worker.device)
+    dist.all_reduce(exceeds, op=dist.ReduceOp.MAX)  # the GPUs may differ
+    return worker.world_size if exceeds else 1
+
+
+def bytes_per_parameter(settings: LoopSettings, adapter: Adapter | None, worker: Worker) -> int:
+    """Return the bytes that training takes for each parameter of a whole base."""
+    return precision_of(settings, worker).itemsize if adapter else FULL_TUNING_BYTES
 
 
 def load(

@@ -176,6 +176,11 @@ def sum_unless_stopped(values_N: Tensor, stopped: bool, worker: Worker) -> Tenso
     return flagged[:-1]
 
 
+def stop_together(worker: Worker) -> None:
+    """Raise Interrupted on all workers if any of them is asked to stop."""
+    sum_unless_stopped(torch.zeros(1, device=worker.device), worker.stop(), worker)
+
+
 def collate(
     rows: Rows, micro_batch: MicroBatch, *, pad: int, packed: bool, device: torch.device
 ) -> Batch:

@@ -14,13 +14,13 @@ from tuneyard.api.stage_settings import TrainSettings
 from tuneyard_trainer.data.prepared import Prepared
 from tuneyard_trainer.models import policies
 from tuneyard_trainer.models.base import load_tokenizer
+from tuneyard_trainer.models.environment import described
 from tuneyard_trainer.training.batches import Order
 from tuneyard_trainer.training.course import Course
 from tuneyard_trainer.training.cross_entropy import CrossEntropy
 from tuneyard_trainer.training.policy import load_policy
 from tuneyard_trainer.trl_engine.arguments import platform_arguments
 from tuneyard_trainer.trl_engine.batches import Inputs, Layout, StepBatches
-from tuneyard_trainer.trl_engine.environment import described
 from tuneyard_trainer.trl_engine.following import Following
 from tuneyard_trainer.trl_engine.schedule import scheduler
 from tuneyard_trainer.worker import StageContext, StageOutcome
@@ -41,16 +41,17 @@ def run(context: StageContext) -> StageOutcome:
     """Train, and write `weights/` (an adapter or a whole model) and `metrics.jsonl`."""
     settings, worker = context.settings(TrainSettings), context.worker
     data = Prepared.open(context.inputs["data"])
-    shards = worker.world_size if context.stage.runtime.sharding == "fsdp" else 1
-    with described(worker):
-        model, forward = load_policy(
-            context,
-            settings,
-            settings.adapter,
-            max_length=data.max_length,
-            packs=lambda _: False,
-            shards=shards,
-        )
+    shards = policies.shards(
+        context, policies.bytes_per_parameter(settings, settings.adapter, worker)
+    )
+    model, forward = load_policy(
+        context,
+        settings,
+        settings.adapter,
+        max_length=data.max_length,
+        packs=lambda _: False,
+        shards=shards,
+    )
     order = Order.of(data.train.source, data.weights, settings.batch_size, settings.seed)
     measure = CrossEntropy(model, data, forward, settings, worker, is_sharded=shards > 1)
     course = Course(context, settings, measure, order, model)
@@ -69,13 +70,18 @@ def run(context: StageContext) -> StageOutcome:
     )
     following = Following(course, state, batches)
     if state.step < course.total and not course.should_stop_early(state):
-        with described(worker):
+        with described(worker.device):
             trainer(context, course, batches, layout, following, tokenizer).train()
     state = course.finish(following.state)
     weights = context.workdir / policies.WEIGHTS
     if worker.is_main or shards > 1:
         policies.save(model, settings.adapter, weights, is_main=worker.is_main)
-    details = {**course.details(state), "packed": False, "engine": "trl"}
+    details = {
+        **course.details(state),
+        "packed": False,
+        "engine": "trl",
+        "sharding": "fsdp" if shards > 1 else "none",
+    }
     return StageOutcome(
         metrics=course.summary(state), details=details, contents=(policies.WEIGHTS,)
     )
@@ -93,6 +99,7 @@ def trainer(
     first = following.state.step
     arguments = platform_arguments(context, course.settings, layout, steps=course.total - first)
     one_row = Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]})
+    trained = {parameter: parameter.data for parameter in course.parameters.values()}
     made = _Trainer(
         batches,
         model=course.model,
@@ -102,5 +109,7 @@ def trainer(
         callbacks=[following],
         optimizers=(course.optimizer, scheduler(course, first)),
     )
+    for parameter, tensor in trained.items():  # TRL rounds an adapter over a 4-bit base to bfloat16
+        parameter.data = tensor
     made.remove_callback(PrinterCallback)  # the course reports each step
     return made
