@@ -14,6 +14,8 @@ from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.plan import Plan
 from tuneyard.errors import Fault, PlanError
 from tuneyard.planning.plan import plan_job
+from tuneyard.planning.trl_arguments import OWNED
+from tuneyard.planning.trl_fields import SFT
 
 VALIDATION = {"fraction": 0.1}
 TRL = {"training__engine": "trl"}
@@ -118,3 +120,64 @@ def test_an_alignment_refuses_the_engine_and_the_sharding_of_fine_tuning() -> No
         "spec.rewardModel.train.training.engine",
         "spec.optimize.dpo.training.engine",
     ]
+
+
+# ---- arguments of TRL ---------------------------------------------------------------------------
+
+
+def test_arguments_of_trl_reach_the_stage_and_are_a_part_of_its_identity() -> None:
+    given = {"use_liger_kernel": True, "neftune_noise_alpha": 5}
+    planned = plan_job(job(**TRL, training__trl=given))
+    stage = planned.stages[1]
+    assert getattr(stage.settings, "trl", None) == given
+    assert stage.fingerprint != plan_job(job(**TRL)).stages[1].fingerprint
+    assert Plan.model_validate_json(planned.to_json()) == planned
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("use_liger_kernal", True, "did you mean 'use_liger_kernel'?"),
+        ("qwertz", 1, "see TRL's SFTConfig"),
+        ("use_liger_kernel", "yes", "'yes' is not of the type bool"),
+        ("use_liger_kernel", 1, "1 is not of the type bool"),
+        ("neftune_noise_alpha", True, "True is not of the type float | null"),
+        ("neftune_noise_alpha", float("inf"), "inf is not of the type float | null"),
+        ("activation_checkpointing_kwargs", "/etc/file.json", "is not of the type dict | null"),
+        ("learning_rate", 1e-3, "training.learningRate sets it"),
+        ("output_dir", "/tmp", "Tuneyard writes checkpoints"),
+        ("push_to_hub", True, "Tuneyard writes checkpoints"),
+        ("report_to", "wandb", "Tuneyard writes checkpoints"),
+        ("resume_from_checkpoint", "/tmp", "no code and no file from elsewhere"),
+        ("trust_remote_code", True, "no code and no file from elsewhere"),
+        ("fsdp", "full_shard", "set spec.compute.sharding"),
+        ("max_length", 5, "data.maxLength sets it"),
+    ],
+)
+def test_an_argument_that_a_job_may_not_set_is_refused_with_the_reason(
+    name: str, value: Any, message: str
+) -> None:
+    (fault,) = faults(job(**TRL, training__trl={name: value}))
+    assert fault.path == f"spec.training.trl.{name}"
+    assert message in fault.message
+
+
+def test_all_wrong_arguments_are_named_at_once() -> None:
+    assert len(faults(job(**TRL, training__trl={"a": 1, "b": 2, "seed": 3}))) == 3
+
+
+def test_arguments_of_trl_need_trl() -> None:
+    (fault,) = faults(job(training__trl={"use_liger_kernel": True}))
+    assert (fault.path, "set engine to trl" in fault.message) == ("spec.training.trl", True)
+
+
+def test_the_arguments_that_jobs_may_set_are_those_that_somebody_looked_at() -> None:
+    """A new version of TRL may add arguments: decide for each of them."""
+    assert SFT.keys() - OWNED.keys() == {
+        *("use_liger_kernel", "liger_kernel_config", "neftune_noise_alpha", "loss_type", "tf32"),
+        *("torch_compile", "torch_compile_backend", "torch_compile_mode", "full_determinism"),
+        *("activation_checkpointing_kwargs", "activation_offloading", "torch_empty_cache_steps"),
+        *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"),
+        *("ddp_static_graph", "router_aux_loss_coef", "label_smoothing_factor"),
+    }
+    assert OWNED.keys() <= SFT.keys()

@@ -208,7 +208,8 @@ def test_every_training_field_is_identity_or_declared_runtime() -> None:
         "keepBest": False,
         "seed": 9,
     }
-    elsewhere = {"maxSteps", "freeze"}  # they exclude epochs and the adapter: tested in test_plan
+    # They exclude epochs and the adapter, or need an engine: tested in test_plan and test_engines.
+    elsewhere = {"maxSteps", "freeze", "trl"}
     runtime = set(yaml_fields(TrainRuntime)) - {"endpoint", "sharding"}  # of spec.compute
     assert set(values) | elsewhere | runtime == set(yaml_fields(Training))
     for field, value in values.items():

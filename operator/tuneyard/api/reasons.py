@@ -111,6 +111,7 @@ REASONS = frozenset(
         "TokenizerMissing",
         "TooFewRows",
         "TrainerError",
+        "TrlRefused",
         "UnknownArchitecture",
         "UnknownFileType",
         "UnknownFormat",

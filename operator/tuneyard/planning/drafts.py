@@ -143,6 +143,7 @@ def loop(training: Training, rule: defaults.Rule, *, epochs: float) -> LoopSetti
     """Return a training loop with `auto` resolved by `rule`. `epochs`: the default."""
     return LoopSettings(
         engine="trl" if training.engine == "trl" else None,
+        trl=training.trl or None,
         freeze=training.freeze,
         dropout=training.dropout,
         epochs=epochs if _has_default_epochs(training) else training.epochs,

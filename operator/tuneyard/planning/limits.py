@@ -13,6 +13,7 @@ from tuneyard.api.evaluation import AlignmentMetric, Evaluate, Gate, Metric
 from tuneyard.api.finetunejob import FineTuneSpec
 from tuneyard.api.training import Training
 from tuneyard.errors import Fault
+from tuneyard.planning.trl_arguments import argument_faults
 
 IN_VLLM = ("lora", "ia3", None)
 """Adapters with which vLLM can sample, None for full fine-tuning: they can be written as plain
@@ -171,7 +172,9 @@ def _reinforcement_faults(spec: AlignmentSpec) -> Iterator[Fault]:
 def _engine_faults(spec: FineTuneSpec) -> Iterator[Fault]:
     """Yield a fault for what TRL's trainer does not do."""
     if spec.training.engine == "native":
+        yield from _unused_trl("spec.training", spec.training)
         return
+    yield from argument_faults("spec.training.trl", spec.training.trl or {})
     if spec.data.packing == "always":
         yield Fault(
             "spec.data.packing",
@@ -217,6 +220,7 @@ def _alignment_engine_faults(spec: AlignmentSpec) -> Iterator[Fault]:
             "whole models: remove sharding",
         )
     for path, training in _trainings(spec):
+        yield from _unused_trl(path, training)
         if training.engine == "trl":
             reason = (
                 "TRL has no PPO any more"
@@ -224,6 +228,15 @@ def _alignment_engine_faults(spec: AlignmentSpec) -> Iterator[Fault]:
                 else "trl is for FineTuneJobs in this version"
             )
             yield Fault(f"{path}.engine", f"{reason}: remove engine")
+
+
+def _unused_trl(path: str, training: Training) -> Iterator[Fault]:
+    if training.trl and training.engine == "native":
+        yield Fault(
+            f"{path}.trl",
+            f"holds arguments of TRL ({', '.join(sorted(training.trl)[:3])}), and engine is "
+            "native: set engine to trl, or remove trl",
+        )
 
 
 def _trainings(spec: AlignmentSpec) -> Iterator[tuple[str, Training]]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from tuneyard.api.stage_settings import LoopSettings
+from tuneyard.errors import StageError
 from tuneyard_trainer.models.base import precision_of
+from tuneyard_trainer.models.files import first_line
 from tuneyard_trainer.trl_engine.batches import Layout
 from tuneyard_trainer.worker import StageContext
 
@@ -49,3 +53,19 @@ def platform_arguments(
         "dataloader_pin_memory": False,
         "dataloader_num_workers": 0,
     }
+
+
+@contextmanager
+def explained(given: Mapping[str, Any] | None) -> Iterator[None]:
+    """Convert TRL's errors about arguments of the job to StageErrors. `given`: None: there are
+    none."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        if not given:
+            raise
+        raise StageError(
+            "TrlRefused",
+            f"TRL refuses the job's arguments ({', '.join(sorted(given))}): {first_line(error)}.",
+            advice="Change or remove the argument in training.trl.",
+        ) from error

@@ -19,7 +19,7 @@ from tuneyard_trainer.training.batches import Order
 from tuneyard_trainer.training.course import Course
 from tuneyard_trainer.training.cross_entropy import CrossEntropy
 from tuneyard_trainer.training.policy import load_policy
-from tuneyard_trainer.trl_engine.arguments import platform_arguments
+from tuneyard_trainer.trl_engine.arguments import explained, platform_arguments
 from tuneyard_trainer.trl_engine.batches import Inputs, Layout, StepBatches
 from tuneyard_trainer.trl_engine.following import Following
 from tuneyard_trainer.trl_engine.schedule import scheduler
@@ -100,15 +100,17 @@ def trainer(
     arguments = platform_arguments(context, course.settings, layout, steps=course.total - first)
     one_row = Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]})
     trained = {parameter: parameter.data for parameter in course.parameters.values()}
-    made = _Trainer(
-        batches,
-        model=course.model,
-        args=SFTConfig(**arguments, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),
-        train_dataset=one_row,
-        processing_class=tokenizer,
-        callbacks=[following],
-        optimizers=(course.optimizer, scheduler(course, first)),
-    )
+    arguments |= {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    with explained(course.settings.trl):
+        made = _Trainer(
+            batches,
+            model=course.model,
+            args=SFTConfig(**arguments, **(course.settings.trl or {})),
+            train_dataset=one_row,
+            processing_class=tokenizer,
+            callbacks=[following],
+            optimizers=(course.optimizer, scheduler(course, first)),
+        )
     for parameter, tensor in trained.items():  # TRL rounds an adapter over a 4-bit base to bfloat16
         parameter.data = tensor
     made.remove_callback(PrinterCallback)  # the course reports each step
