@@ -15,10 +15,11 @@ import types
 import typing
 from pathlib import Path
 
+from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
 FILE = Path(__file__).resolve().parents[1] / "operator/tuneyard/planning/trl_fields.py"
-CONFIGS = {"SFT": SFTConfig}
+CONFIGS = {"SFT": SFTConfig, "DPO": DPOConfig}
 NAMES = {bool: "bool", int: "int", float: "float", str: "str", list: "list", dict: "dict"}
 """The types of values that a manifest can hold."""
 

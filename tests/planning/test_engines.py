@@ -14,8 +14,7 @@ from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.plan import Plan
 from tuneyard.errors import Fault, PlanError
 from tuneyard.planning.plan import plan_job
-from tuneyard.planning.trl_arguments import OWNED
-from tuneyard.planning.trl_fields import SFT
+from tuneyard.planning.trl_arguments import DPO_CONFIG, OWNED, SFT_CONFIG
 
 VALIDATION = {"fraction": 0.1}
 TRL = {"training__engine": "trl"}
@@ -111,15 +110,59 @@ def alignment(**changes: Any) -> AlignmentJob:
 
 def test_an_alignment_refuses_the_engine_and_the_sharding_of_fine_tuning() -> None:
     wrong = alignment(
-        optimize__dpo={"training": {"engine": "trl"}},
+        sft={
+            "data": {"train": [{"uri": "file://rows.jsonl"}]},
+            "training": {"engine": "trl"},
+        },
         rewardModel={"train": {"training": {"engine": "trl"}}},
         compute={"sharding": "fsdp", "workers": 2},
     )
     assert [fault.path for fault in faults(wrong)] == [
         "spec.compute.sharding",
+        "spec.sft.training.engine",
         "spec.rewardModel.train.training.engine",
-        "spec.optimize.dpo.training.engine",
     ]
+
+
+def test_dpo_is_trained_by_trl_and_the_stages_around_it_are_not() -> None:
+    planned = plan_job(alignment(optimize__dpo={"training": {"engine": "trl"}}))
+    engines = {stage.name: getattr(stage.settings, "training", None) for stage in planned.stages}
+    assert engines["dpo"] is not None
+    assert engines["dpo"].engine == "trl"
+    assert set(shardings(planned).values()) == {"none"}
+
+
+@pytest.mark.parametrize(
+    ("dpo", "path", "remedy"),
+    [
+        ({"loss": "kto"}, "training.engine", "remove engine"),
+        ({"labelSmoothing": 0.1}, "labelSmoothing", "loss to robust"),
+        ({"training": {"trl": {"beta": 1}}}, "training.trl.beta", "optimize.dpo.beta sets it"),
+        ({"training": {"trl": {"ld_alpha": 0.5}}}, "training.trl.ld_alpha", "held-out loss"),
+        (
+            {"training": {"trl": {"packing": True}}},
+            "training.trl.packing",
+            "no argument of TRL's DPOConfig",
+        ),
+    ],
+)
+def test_trls_dpo_is_not_asked_for_what_it_does_not_do(
+    dpo: dict[str, Any], path: str, remedy: str
+) -> None:
+    training = {"engine": "trl", **dpo.get("training", {})}
+    (fault,) = faults(alignment(optimize__dpo={**dpo, "training": training}))
+    assert fault.path == f"spec.optimize.dpo.{path}"
+    assert remedy in fault.message
+
+
+def test_trls_reinforcement_is_refused_by_name() -> None:
+    training = {"training": {"engine": "trl"}, "prompts": {"uri": "file://prompts.jsonl"}}
+    reward = {"rule": {"exactMatch": "answer"}}
+    for kind, reason in (("ppo", "no PPO any more"), ("grpo", "does not train this step")):
+        wrong = alignment(preferences=None, optimize={kind: training}, rewardModel=reward)
+        (fault,) = faults(wrong)
+        assert fault.path == f"spec.optimize.{kind}.training.engine"
+        assert reason in fault.message
 
 
 # ---- arguments of TRL ---------------------------------------------------------------------------
@@ -138,7 +181,7 @@ def test_arguments_of_trl_reach_the_stage_and_are_a_part_of_its_identity() -> No
     ("name", "value", "message"),
     [
         ("use_liger_kernal", True, "did you mean 'use_liger_kernel'?"),
-        ("qwertz", 1, "see TRL's SFTConfig"),
+        ("qwertz", 1, "see TRL's documentation"),
         ("use_liger_kernel", "yes", "'yes' is not of the type bool"),
         ("use_liger_kernel", 1, "1 is not of the type bool"),
         ("neftune_noise_alpha", True, "True is not of the type float | null"),
@@ -173,11 +216,13 @@ def test_arguments_of_trl_need_trl() -> None:
 
 def test_the_arguments_that_jobs_may_set_are_those_that_somebody_looked_at() -> None:
     """A new version of TRL may add arguments: decide for each of them."""
-    assert SFT.keys() - OWNED.keys() == {
+    of_all = {
         *("use_liger_kernel", "liger_kernel_config", "neftune_noise_alpha", "loss_type", "tf32"),
         *("torch_compile", "torch_compile_backend", "torch_compile_mode", "full_determinism"),
         *("activation_checkpointing_kwargs", "activation_offloading", "torch_empty_cache_steps"),
         *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"),
-        *("ddp_static_graph", "router_aux_loss_coef", "label_smoothing_factor"),
+        *("ddp_static_graph", "router_aux_loss_coef"),
     }
-    assert OWNED.keys() <= SFT.keys()
+    assert set(SFT_CONFIG.free) == of_all | {"label_smoothing_factor"}
+    assert set(DPO_CONFIG.free) == of_all - {"loss_type"}
+    assert OWNED.keys() <= SFT_CONFIG.fields.keys()

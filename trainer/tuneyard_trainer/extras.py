@@ -19,7 +19,8 @@ def require(stages: Iterable[PlannedStage]) -> None:
         adapter = getattr(stage.settings, "adapter", None)
         if adapter and adapter.qlora:
             require_bitsandbytes()
-        if getattr(stage.settings, "engine", None) == "trl":
+        loop = getattr(stage.settings, "training", stage.settings)
+        if getattr(loop, "engine", None) == "trl":
             require_trl()
         sampling = getattr(stage.settings, "sampling", None)
         if sampling and sampling.engine == "vllm":

@@ -138,7 +138,8 @@ def _print_memory(
     console: Console, plan: Plan, gpu: Gpu, base_dir: Path, config: Path | None
 ) -> None:
     """Print the memory of a job, or one line that says why it is not known."""
-    if any(getattr(stage.settings, "engine", None) == "trl" for stage in plan.stages):
+    loops = (getattr(stage.settings, "training", stage.settings) for stage in plan.stages)
+    if any(getattr(loop, "engine", None) == "trl" for loop in loops):
         text = "\nThe memory is not known: training.engine is trl, and only native is estimated."
         console.print(Text(text, overflow="fold"))
         return

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from typing import get_args
 
 from tuneyard.api.adapters import Adapter
-from tuneyard.api.alignment import GroupRelative
+from tuneyard.api.alignment import Dpo, GroupRelative
 from tuneyard.api.alignmentjob import AlignmentSpec
 from tuneyard.api.evaluation import AlignmentMetric, Evaluate, Gate, Metric
 from tuneyard.api.finetunejob import FineTuneSpec
 from tuneyard.api.training import Training
 from tuneyard.errors import Fault
-from tuneyard.planning.trl_arguments import argument_faults
+from tuneyard.planning.trl_arguments import DPO_CONFIG, SFT_CONFIG, argument_faults
 
 IN_VLLM = ("lora", "ia3", None)
 """Adapters with which vLLM can sample, None for full fine-tuning: they can be written as plain
@@ -174,7 +174,7 @@ def _engine_faults(spec: FineTuneSpec) -> Iterator[Fault]:
     if spec.training.engine == "native":
         yield from _unused_trl("spec.training", spec.training)
         return
-    yield from argument_faults("spec.training.trl", spec.training.trl or {})
+    yield from argument_faults("spec.training.trl", SFT_CONFIG, spec.training.trl)
     if spec.data.packing == "always":
         yield Fault(
             "spec.data.packing",
@@ -212,22 +212,37 @@ def _sharding_faults(spec: FineTuneSpec) -> Iterator[Fault]:
 
 
 def _alignment_engine_faults(spec: AlignmentSpec) -> Iterator[Fault]:
-    """Yield a fault for each step of an alignment that asks for TRL's trainer or for sharding."""
+    """Yield a fault for what an alignment asks of TRL's trainers, and for sharding."""
     if spec.compute.sharding == "fsdp":
         yield Fault(
             "spec.compute.sharding",
-            "fsdp is for FineTuneJobs in this version, as the later stages of an alignment run on "
-            "whole models: remove sharding",
+            "fsdp is for FineTuneJobs in this version, as the stages of an alignment run on whole "
+            "models: remove sharding",
         )
     for path, training in _trainings(spec):
         yield from _unused_trl(path, training)
-        if training.engine == "trl":
+        if training.engine == "trl" and not path.startswith("spec.optimize.dpo."):
             reason = (
-                "TRL has no PPO any more"
-                if ".ppo." in path
-                else "trl is for FineTuneJobs in this version"
+                "TRL has no PPO any more" if ".ppo." in path else "trl does not train this step"
             )
-            yield Fault(f"{path}.engine", f"{reason}: remove engine")
+            yield Fault(f"{path}.engine", f"{reason} in this version: remove engine")
+    dpo = spec.optimize and spec.optimize.dpo
+    if dpo and dpo.training.engine == "trl":
+        yield from _trl_dpo_faults("spec.optimize.dpo", dpo)
+
+
+def _trl_dpo_faults(path: str, dpo: Dpo) -> Iterator[Fault]:
+    yield from argument_faults(f"{path}.training.trl", DPO_CONFIG, dpo.training.trl)
+    if dpo.loss == "kto":
+        yield Fault(
+            f"{path}.training.engine", "trl does not train kto in this version: remove engine"
+        )
+    if dpo.loss == "sigmoid" and dpo.label_smoothing:
+        yield Fault(
+            f"{path}.labelSmoothing",
+            "TRL smooths labels in the loss robust alone: set loss to robust or training.engine to "
+            "native, or remove labelSmoothing",
+        )
 
 
 def _unused_trl(path: str, training: Training) -> Iterator[Fault]:

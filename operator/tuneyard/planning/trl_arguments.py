@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from tuneyard.errors import Fault
-from tuneyard.planning.trl_fields import SFT
+from tuneyard.planning.trl_fields import DPO, SFT
 
 OUTPUT = "Tuneyard writes checkpoints, curves, logs and the result: remove it"
 DATA = "Tuneyard tokenizes, orders and batches the rows: remove it and see spec.data"
@@ -112,19 +112,58 @@ _KINDS: Mapping[str, type | tuple[type, ...]] = {
 }
 
 
-def argument_faults(path: str, arguments: Mapping[str, Any]) -> Iterator[Fault]:
-    """Yield a fault for each argument of TRL's SFTTrainer that is unknown, that Tuneyard sets, or
-    whose value has the wrong type. `path`: the field that holds the arguments."""
-    for name, value in sorted(arguments.items()):
-        if name in OWNED:
-            yield Fault(f"{path}.{name}", OWNED[name])
-        elif name not in SFT:
-            free = SFT.keys() - OWNED.keys()
-            close = difflib.get_close_matches(name, sorted(free), n=1)
-            hint = f"did you mean '{close[0]}'?" if close else "see TRL's SFTConfig"
-            yield Fault(f"{path}.{name}", f"is no argument of TRL's SFTConfig: {hint}")
-        elif not _is_of(SFT[name].split(" | "), value):
-            yield Fault(f"{path}.{name}", f"{value!r} is not of the type {SFT[name]}")
+LOSS = "the held-out loss, which decides which checkpoint is kept, would be another one: remove it"
+REFERENCE = "Tuneyard computes the reference before the first step: remove it"
+
+DPO_OWNED: Mapping[str, str] = {
+    **OWNED,
+    "beta": "optimize.dpo.beta sets it: set that field, and remove it here",
+    "loss_type": "optimize.dpo.loss sets it: set that field, and remove it here",
+    "label_smoothing": "optimize.dpo.labelSmoothing sets it: set that field, and remove it here",
+    "label_smoothing_factor": "DPO's loss does not use it: remove it",
+    "disable_dropout": "training.dropout sets it: set that field, and remove it here",
+    **dict.fromkeys(
+        ("loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef"), LOSS
+    ),
+    **dict.fromkeys(("use_weighting", "discopop_tau"), LOSS),
+    **dict.fromkeys(("precompute_ref_log_probs", "precompute_ref_batch_size"), REFERENCE),
+    **dict.fromkeys(("sync_ref_model", "ref_model_sync_steps", "ref_model_mixup_alpha"), REFERENCE),
+}
+
+
+class Config(NamedTuple):
+    """The config of one of TRL's trainers."""
+
+    name: str
+    fields: Mapping[str, str]
+    """The types of its arguments, by name."""
+    owned: Mapping[str, str]
+    """The reasons why a job may not set some arguments, by name."""
+
+    @property
+    def free(self) -> list[str]:
+        """The arguments that a job may set, sorted."""
+        return sorted(self.fields.keys() - self.owned.keys())
+
+
+SFT_CONFIG = Config("SFTConfig", SFT, OWNED)
+DPO_CONFIG = Config("DPOConfig", DPO, DPO_OWNED)
+
+
+def argument_faults(
+    path: str, config: Config, arguments: Mapping[str, Any] | None
+) -> Iterator[Fault]:
+    """Yield a fault for each argument that is unknown, that Tuneyard sets, or whose value has the
+    wrong type. `path`: the field that holds the arguments. `arguments`: None: there are none."""
+    for name, value in sorted((arguments or {}).items()):
+        if name not in config.fields:
+            close = difflib.get_close_matches(name, config.free, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else "see TRL's documentation"
+            yield Fault(f"{path}.{name}", f"is no argument of TRL's {config.name}: {hint}")
+        elif name in config.owned:
+            yield Fault(f"{path}.{name}", config.owned[name])
+        elif not _is_of(config.fields[name].split(" | "), value):
+            yield Fault(f"{path}.{name}", f"{value!r} is not of the type {config.fields[name]}")
 
 
 def _is_of(kinds: list[str], value: Any) -> bool:

@@ -293,18 +293,26 @@ def _is_shared(stage: PlannedStage) -> bool:
     return stage.kind in TRAINING_KINDS or stage.runtime.sharding != "none"
 
 
+def _engine(stage: PlannedStage) -> str | None:
+    """Return the engine of a stage's training loop; None: the native one, or no loop."""
+    loop = getattr(stage.settings, "training", stage.settings)
+    return getattr(loop, "engine", None)
+
+
 def _stage_function(stage: PlannedStage) -> StageFunction:  # noqa: C901  one case for each kind
     """Return a stage's `run`. Imported here, so that reading records costs no torch."""
     kind: StageKind = stage.kind
     match kind:
         case "prepare":
             from tuneyard_trainer.data.prepare import run
-        case "sft" | "pretrain" if getattr(stage.settings, "engine", None) == "trl":
+        case "sft" | "pretrain" if _engine(stage) == "trl":
             from tuneyard_trainer.trl_engine.sft import run
         case "sft" | "pretrain":
             from tuneyard_trainer.training.sft import run
         case "pairs":
             from tuneyard_trainer.preference.pairs import run
+        case "dpo" if _engine(stage) == "trl":
+            from tuneyard_trainer.trl_engine.dpo import run
         case "reward":
             from tuneyard_trainer.preference.reward import run
         case "dpo":

@@ -7,7 +7,7 @@ have no target.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,8 @@ from tuneyard_trainer.training.batches import IGNORE, Indices, Order, share
 from tuneyard_trainer.worker import Worker
 
 Inputs = dict[str, Tensor]
+Collate = Callable[[Indices, int], Inputs]
+"""Returns a micro-batch of some rows (or pairs), of a global batch of so many."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +55,18 @@ class StepBatches(Dataset[Inputs]):
 
     def __init__(
         self,
-        rows: Rows,
+        lengths: Indices,
+        collate: Collate,
         order: Order,
         layout: Layout,
         worker: Worker,
         *,
         first_step: int,
         total: int,
-        pad: int,
     ) -> None:
-        """`pad`: the token that fills rows of unequal length."""
-        self._rows, self._layout, self._worker, self._pad = rows, layout, worker, pad
+        """`lengths`: the tokens of each row of the data, or of the longest row of each pair."""
+        self._lengths, self._layout, self._worker = lengths, layout, worker
+        self._collate, self._count = collate, 0
         self._length = (total - first_step) * layout.accumulated
         self._steps = order.batches(first_step, total)
         self._pending: list[Indices] = []
@@ -83,11 +86,11 @@ class StepBatches(Dataset[Inputs]):
         if not self._pending:
             rows = next(self._steps)
             self.taken.append(rows)
-            lengths = self._rows.lengths
-            mine = share(rows, lengths, self._worker.rank, self._worker.world_size)
-            self._pending = self._layout.cut(mine, lengths)
+            self._count = len(rows)
+            mine = share(rows, self._lengths, self._worker.rank, self._worker.world_size)
+            self._pending = self._layout.cut(mine, self._lengths)
         self._next += 1
-        return collate(self._rows, self._pending.pop(0), self._pad)
+        return self._collate(self._pending.pop(0), self._count)
 
     def loader(self) -> DataLoader[Inputs]:
         """Return a loader of the micro-batches as they are."""

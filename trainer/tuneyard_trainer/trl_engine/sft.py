@@ -20,7 +20,7 @@ from tuneyard_trainer.training.course import Course
 from tuneyard_trainer.training.cross_entropy import CrossEntropy
 from tuneyard_trainer.training.policy import load_policy
 from tuneyard_trainer.trl_engine.arguments import explained, platform_arguments
-from tuneyard_trainer.trl_engine.batches import Inputs, Layout, StepBatches
+from tuneyard_trainer.trl_engine.batches import Inputs, Layout, StepBatches, collate
 from tuneyard_trainer.trl_engine.following import Following
 from tuneyard_trainer.trl_engine.schedule import scheduler
 from tuneyard_trainer.worker import StageContext, StageOutcome
@@ -60,13 +60,13 @@ def run(context: StageContext) -> StageOutcome:
     layout = Layout.of(order, longest, forward.max_tokens, worker.world_size)
     tokenizer = load_tokenizer(context.inputs["data"] / "tokenizer")
     batches = StepBatches(
-        data.train,
+        data.train.lengths,
+        lambda rows, _: collate(data.train, rows, forward.pad),
         order,
         layout,
         worker,
         first_step=state.step,
         total=course.total,
-        pad=forward.pad,
     )
     following = Following(course, state, batches)
     if state.step < course.total and not course.should_stop_early(state):
