@@ -22,7 +22,7 @@ from tuneyard.api.plan import PlannedStage, StageInput, TrainRuntime
 from tuneyard.api.stage_settings import EvaluateSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.evaluation import evaluate
-from tuneyard_trainer.models import sharding
+from tuneyard_trainer.models import policies, sharding
 from tuneyard_trainer.training import sft as native
 from tuneyard_trainer.trl_engine import sft as trl
 from tuneyard_trainer.worker import Interrupted, StageContext, Worker, never_stop
@@ -285,6 +285,14 @@ def test_without_a_second_worker_a_job_that_asks_for_sharding_ends(
 def test_auto_keeps_a_model_whole_on_a_cpu(tmp_path: Path, inputs: dict[str, Path]) -> None:
     _, outcome = run(trl, tmp_path / "trl", inputs, runtime={"sharding": "auto"})
     assert outcome.details["sharding"] == "none"
+
+
+def test_auto_shards_what_takes_more_than_half_of_a_gpu(tiny_model_dir: Path) -> None:
+    (file,) = tiny_model_dir.glob("*.safetensors")
+    parameters = sum(tensor.numel() for tensor in load_file(file).values())
+    for each in (2, 16):
+        assert not policies.exceeds_share(tiny_model_dir, each, 2 * each * parameters)
+        assert policies.exceeds_share(tiny_model_dir, each, 2 * each * parameters - 1)
 
 
 def test_the_files_of_a_sharded_model_are_those_of_a_whole_one(

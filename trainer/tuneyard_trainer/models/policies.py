@@ -55,12 +55,18 @@ def shards(context: StageContext, bytes_per_parameter: int) -> int:
         return worker.world_size
     if wanted == "none" or worker.world_size == 1 or worker.device.type != "cuda":
         return 1
-    tensors = stored_tensors(_base(context.inputs)).values()
-    needed = bytes_per_parameter * sum(torch.Size(each.spec.shape).numel() for each in tensors)
     memory = torch.cuda.get_device_properties(worker.device).total_memory
-    exceeds = torch.tensor(float(needed > GPU_SHARE * memory), device=worker.device)
+    is_large = exceeds_share(_base(context.inputs), bytes_per_parameter, memory)
+    exceeds = torch.tensor(float(is_large), device=worker.device)
     dist.all_reduce(exceeds, op=dist.ReduceOp.MAX)  # the GPUs may differ
     return worker.world_size if exceeds else 1
+
+
+def exceeds_share(folder: Path, bytes_per_parameter: int, memory: int) -> bool:
+    """Return whether a whole model takes more than its share of a GPU with `memory` bytes."""
+    tensors = stored_tensors(folder).values()
+    parameters = sum(torch.Size(tensor.spec.shape).numel() for tensor in tensors)
+    return bytes_per_parameter * parameters > GPU_SHARE * memory
 
 
 def bytes_per_parameter(settings: LoopSettings, adapter: Adapter | None, worker: Worker) -> int:
