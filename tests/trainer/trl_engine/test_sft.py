@@ -202,6 +202,9 @@ def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path], held: A
         measure(folder / "x", folder / name, inputs, Worker(rank, 2, CPU, stop=stop), "fsdp")
     except Interrupted:
         held[f"stopped {rank}"] = True
+    grown = train_stage(learning_rate=1e-2, runtime={"sharding": "fsdp"})
+    trl.run(StageContext(grown, inputs, folder / "grown", Worker(rank, 2, CPU)))
+    dist.barrier()
     stopper = StopAfter(2)
     with contextlib.suppress(Interrupted):
         stage = train_stage(learning_rate=1e-2, runtime={"sharding": "fsdp"})
@@ -220,6 +223,8 @@ def by_two(
     folder = tmp_path_factory.mktemp("together")
     write_prepared(folder / "data", tiny_tokenizer, ROWS, HELD_OUT)
     inputs = {"model": tiny_model_dir, "data": folder / "data"}
+    with pytest.raises(Interrupted):
+        run(trl, folder / "grown", inputs, StopAfter(2).worker(), learning_rate=1e-2)
     with mp.Manager() as manager:
         held = manager.dict()
         mp.spawn(_worker, args=(free_port(), folder, inputs, held), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
@@ -249,6 +254,17 @@ def test_a_sharded_run_that_one_worker_was_asked_to_stop_goes_on_with_a_whole_mo
     assert outcome.details["resumedAtStep"] == 3
     for name, tensor in one.items():
         torch.testing.assert_close(resumed[name], tensor, atol=2e-4, rtol=0)
+
+
+def test_two_workers_that_share_the_model_go_on_from_the_checkpoint_of_one(
+    by_two: tuple[Path, dict[Any, Any]], tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    one, _ = run(trl, tmp_path / "one", inputs, learning_rate=1e-2)
+    grown = load_file(by_two[0] / "grown" / "weights" / "model.safetensors")
+    steps = [line["step"] for line in lines(by_two[0] / "grown") if "loss" in line]
+    assert steps == [*range(1, len(steps) + 1)]
+    for name, tensor in one.items():
+        torch.testing.assert_close(grown[name], tensor, atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("case", MEASURED)
