@@ -110,6 +110,10 @@ crds: $(VENV)/.dev ## Generate crds/ and the chart's copy of it from the models
 	$(BIN)/tuneyard crds
 	$(BIN)/tuneyard crds charts/tuneyard/crds
 
+.PHONY: trl-fields
+trl-fields: $(VENV)/.dev ## Write the arguments of TRL's configs for the planner
+	$(BIN)/python scripts/trl_fields.py
+
 .PHONY: requirements
 requirements: $(UV) ## Resolve requirements/*.txt again
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
@@ -120,7 +124,8 @@ requirements: $(UV) ## Resolve requirements/*.txt again
 	  --constraints requirements/dev.txt --output-file requirements/trainer.txt
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-header pyproject.toml --extra trainer --extra cluster --extra s3 \
-	  --extra qlora --constraints requirements/dev.txt --output-file requirements/image.txt
+	  --extra qlora --extra trl --constraints requirements/dev.txt \
+	  --output-file requirements/image.txt
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-header pyproject.toml --extra trainer --extra cluster --extra s3 \
 	  --extra qlora --extra vllm --output-file requirements/image-vllm.txt

@@ -165,11 +165,14 @@ FULL_TUNING = job(
       train: [{uri: "s3://bucket/text.parquet"}]
       validation: {data: [{uri: "pvc://data/held-out.jsonl"}]}
     training:
+      engine: trl
+      trl: {use_liger_kernel: true, loss_type: dft}
       maxSteps: 100
       learningRate: auto
       freeze: {layers: "0-11", embeddings: true, head: true}
       optimizer: {maxGradientNorm: null}
     output: {uri: "gs://bucket/job"}
+    compute: {workers: 2, sharding: fsdp}
     """,
 )
 

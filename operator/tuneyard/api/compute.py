@@ -50,6 +50,13 @@ class Compute(Model):
     """Limit on the size of /tmp, which holds downloads, and checkpoints on their way to an object
     store. A worker that exceeds it is evicted. None: the profile's, else 200Gi."""
     # Left out of a plan where it is None: plans of 0.2.0 keep their bytes, and so their digests.
+    sharding: Literal["auto", "none", "fsdp"] = Field(
+        default="auto", exclude_if=lambda sharding: sharding == "auto"
+    )
+    """How a model is laid out over the workers under `training.engine: trl` (docs/engines.md).
+    none: each worker holds all of it. fsdp: each worker holds a part of it (FSDP2). auto: fsdp if
+    an attempt has several GPUs and the model would take more than half of one; else none."""
+    # Left out of a plan where it is auto, for the same reason.
     gpu_resource: str = Field(default="nvidia.com/gpu", max_length=317)
     """Name of the extended resource that represents a GPU."""
     gpu: str | None = Field(default=None, max_length=64, exclude_if=lambda name: name is None)

@@ -6,7 +6,7 @@ stage of that kind.
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
@@ -65,6 +65,10 @@ class PrepareSettings(Model):
 class LoopSettings(Model):
     """A training loop. `auto` is resolved, except where its value depends on the machine."""
 
+    engine: Literal["trl"] | None = Field(default=None, exclude_if=lambda engine: engine is None)
+    """The program that takes the steps. None: the native loop."""
+    trl: dict[str, Any] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Further arguments of TRL's trainer config. None: none."""
     freeze: Freeze | None
     """Parts of the base model to freeze. None: none."""
     dropout: float | None

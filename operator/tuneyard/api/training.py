@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -62,6 +62,17 @@ class Optimizer(Model):
 class Training(Model):
     """The training loop."""
 
+    engine: Literal["native", "trl"] = Field(
+        default="native", exclude_if=lambda engine: engine == "native"
+    )
+    """The program that takes the optimizer steps. native: Tuneyard's own loop. trl: the trainers of
+    TRL (docs/engines.md)."""
+    # Left out of a plan where it is native: plans of 0.2.0 keep their bytes, and so their digests.
+    trl: dict[str, Any] | None = Field(
+        default=None, max_length=64, exclude_if=lambda arguments: arguments is None
+    )
+    """Further arguments of TRL's trainer config, by their names in TRL, e.g. `use_liger_kernel:
+    true`; only with `engine: trl` (docs/engines.md). None: TRL's defaults."""
     epochs: float | None = Field(default=None, gt=0, le=10000)
     """Epochs over the data. None: 3 for fine-tuning, 1 for a reward model or an alignment, unless
     `maxSteps` is set."""

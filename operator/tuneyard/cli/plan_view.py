@@ -125,11 +125,15 @@ def _settings(plan: Plan) -> Iterable[tuple[str, str]]:
     }
     for name, loop in loops.items():
         of = f", {name}" if len(loops) > 1 else ""
+        if loop.engine:
+            yield f"engine{of}", loop.engine
         yield f"learning rate{of}", f"{loop.learning_rate:g}, {loop.schedule.type}"
         yield f"batch size{of}", f"{loop.batch_size} sequences a step, over all workers"
         yield f"precision{of}", loop.precision
         yield f"seed{of}", str(loop.seed)
     yield "workers", str(plan.compute.workers or 1)
+    if sharding := {stage.runtime.sharding for stage in plan.stages} - {"none"}:
+        yield "sharding", ", ".join(sharding)
     yield "memory", "add --gpu NAME to see whether the job fits its GPUs"
 
 

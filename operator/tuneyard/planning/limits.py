@@ -6,25 +6,36 @@ import difflib
 from collections.abc import Iterator, Sequence
 from typing import get_args
 
-from tuneyard.api.alignment import GroupRelative
+from tuneyard.api.adapters import Adapter
+from tuneyard.api.alignment import Dpo, GroupRelative
 from tuneyard.api.alignmentjob import AlignmentSpec
 from tuneyard.api.evaluation import AlignmentMetric, Evaluate, Gate, Metric
 from tuneyard.api.finetunejob import FineTuneSpec
+from tuneyard.api.training import Training
 from tuneyard.errors import Fault
+from tuneyard.planning.trl_arguments import DPO_CONFIG, SFT_CONFIG, argument_faults
 
 IN_VLLM = ("lora", "ia3", None)
 """Adapters with which vLLM can sample, None for full fine-tuning: they can be written as plain
 weights, unlike a 4-bit base model, virtual tokens and bottlenecks."""
 
+MIN_SHARDS = 2
+"""Fewest workers that can share a model."""
+
 
 def fine_tuning_faults(spec: FineTuneSpec) -> list[Fault]:
     """Return the faults of a fine-tuning."""
-    faults = list(_suite_faults(spec.evaluate))
+    faults = [*_engine_faults(spec), *_sharding_faults(spec), *_suite_faults(spec.evaluate)]
     for path, gate in _gates(spec.evaluate):
         problem = _unknown_metric(gate, get_args(Metric)) or _unmeasured_fine_tuning(gate, spec)
         if problem:
             faults.append(Fault(path, problem))
     return faults
+
+
+def can_shard(adapter: Adapter | None) -> bool:
+    """Return whether a model can be sharded while this is trained: None, all of its weights."""
+    return adapter is None or (adapter.lora is not None and not adapter.lora.decomposed)
 
 
 def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
@@ -35,6 +46,7 @@ def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
         *_stopping_faults(spec),
         *_reinforcement_faults(spec),
         *_suite_faults(spec.evaluate),
+        *_alignment_engine_faults(spec),
     ]
     aligned = spec.optimize or (spec.reward_model and spec.reward_model.train)
     known = get_args(AlignmentMetric) if aligned else get_args(Metric)
@@ -155,6 +167,105 @@ def _reinforcement_faults(spec: AlignmentSpec) -> Iterator[Fault]:
             f"{size} completions cannot be divided into groups of {group}: set a multiple of "
             "groupSize",
         )
+
+
+def _engine_faults(spec: FineTuneSpec) -> Iterator[Fault]:
+    """Yield a fault for what TRL's trainer does not do."""
+    if spec.training.engine == "native":
+        yield from _unused_trl("spec.training", spec.training)
+        return
+    yield from argument_faults("spec.training.trl", SFT_CONFIG, spec.training.trl)
+    if spec.data.packing == "always":
+        yield Fault(
+            "spec.data.packing",
+            "always needs the native engine, as the rows of a batch are padded under "
+            "training.engine trl: set packing to auto or never, or engine to native",
+        )
+
+
+def _sharding_faults(spec: FineTuneSpec) -> Iterator[Fault]:
+    """Yield a fault for each reason why the job cannot be sharded as it asks."""
+    compute, path = spec.compute, "spec.compute.sharding"
+    if compute.sharding != "fsdp":
+        return
+    if spec.training.engine == "native":
+        yield Fault(
+            path,
+            "fsdp needs TRL's trainer, as each worker of the native engine holds the whole model: "
+            "set training.engine to trl, or remove sharding",
+        )
+    elif not can_shard(spec.adapter):
+        yield Fault(
+            path,
+            f"fsdp shards a model under adapter.lora (not decomposed) or without an adapter, and "
+            f"adapter.{spec.adapter.kind if spec.adapter else ''} is set: use one of these, or "
+            "remove sharding",
+        )
+    if compute.profile is None and (compute.workers or 1) < MIN_SHARDS:
+        yield Fault(path, f"fsdp needs at least {MIN_SHARDS} workers: set compute.workers")
+    if compute.min_workers is not None and compute.min_workers < MIN_SHARDS:
+        yield Fault(
+            "spec.compute.minWorkers",
+            f"fsdp needs at least {MIN_SHARDS} workers, and the job may continue with "
+            f"{compute.min_workers}: raise minWorkers, or remove sharding",
+        )
+
+
+def _alignment_engine_faults(spec: AlignmentSpec) -> Iterator[Fault]:
+    """Yield a fault for what an alignment asks of TRL's trainers, and for sharding."""
+    if spec.compute.sharding == "fsdp":
+        yield Fault(
+            "spec.compute.sharding",
+            "fsdp is for FineTuneJobs in this version, as the stages of an alignment run on whole "
+            "models: remove sharding",
+        )
+    for path, training in _trainings(spec):
+        yield from _unused_trl(path, training)
+        if training.engine == "trl" and not path.startswith("spec.optimize.dpo."):
+            reason = (
+                "TRL has no PPO any more" if ".ppo." in path else "trl does not train this step"
+            )
+            yield Fault(f"{path}.engine", f"{reason} in this version: remove engine")
+    dpo = spec.optimize and spec.optimize.dpo
+    if dpo and dpo.training.engine == "trl":
+        yield from _trl_dpo_faults("spec.optimize.dpo", dpo)
+
+
+def _trl_dpo_faults(path: str, dpo: Dpo) -> Iterator[Fault]:
+    yield from argument_faults(f"{path}.training.trl", DPO_CONFIG, dpo.training.trl)
+    if dpo.loss == "kto":
+        yield Fault(
+            f"{path}.training.engine", "trl does not train kto in this version: remove engine"
+        )
+    if dpo.loss == "sigmoid" and dpo.label_smoothing:
+        yield Fault(
+            f"{path}.labelSmoothing",
+            "TRL smooths labels in the loss robust alone: set loss to robust or training.engine to "
+            "native, or remove labelSmoothing",
+        )
+
+
+def _unused_trl(path: str, training: Training) -> Iterator[Fault]:
+    if training.trl and training.engine == "native":
+        yield Fault(
+            f"{path}.trl",
+            f"holds arguments of TRL ({', '.join(sorted(training.trl)[:3])}), and engine is "
+            "native: set engine to trl, or remove trl",
+        )
+
+
+def _trainings(spec: AlignmentSpec) -> Iterator[tuple[str, Training]]:
+    """Yield the training loops of an alignment with their paths."""
+    if spec.sft:
+        yield "spec.sft.training", spec.sft.training
+    if spec.constitution:
+        yield "spec.constitution.training", spec.constitution.training
+    if spec.reward_model and spec.reward_model.train:
+        yield "spec.rewardModel.train.training", spec.reward_model.train.training
+    if spec.optimize:
+        method = spec.optimize.dpo or spec.optimize.reinforcement
+        if method:
+            yield f"spec.optimize.{spec.optimize.kind}.training", method.training
 
 
 def _suite_faults(evaluate: Evaluate) -> Iterator[Fault]:

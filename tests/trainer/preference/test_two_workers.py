@@ -17,11 +17,12 @@ from tests.trainer.preferring import CPU, loop_settings, planned, separable, wri
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.stage_settings import DpoSettings, RewardSettings
 from tuneyard_trainer.preference import dpo, reward
+from tuneyard_trainer.trl_engine import dpo as trl_dpo
 from tuneyard_trainer.worker import StageContext, Worker
 
 LOOP = loop_settings(max_steps=3, epochs=None, learning_rate=1e-3, batch_size=5)
 LORA = Adapter.model_validate({"lora": {"rank": 4}})
-STAGES = ("sigmoid", "kto", "reward")
+STAGES = ("sigmoid", "sigmoid by trl", "kto", "reward")
 
 
 def run(kind: str, folder: Path, model: Path, worker: Worker) -> None:
@@ -34,12 +35,13 @@ def run(kind: str, folder: Path, model: Path, worker: Worker) -> None:
         return
     chosen = DpoSettings(
         adapter=LORA,
-        loss=kind,  # type: ignore[arg-type]
+        loss=kind.removesuffix(" by trl"),  # type: ignore[arg-type]
         beta=0.1,
         label_smoothing=0.0,
         training=LOOP,
     )
-    dpo.run(StageContext(planned(chosen), inputs, folder, worker))
+    engine = trl_dpo if kind.endswith("trl") else dpo
+    engine.run(StageContext(planned(chosen), inputs, folder, worker))
 
 
 def _worker(rank: int, port: int, folder: Path, model: Path) -> None:

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.data.prepared import Prepared
 from tuneyard_trainer.evaluation.result import finish, spread
 from tuneyard_trainer.generation.greedy import continuations
-from tuneyard_trainer.models import adapters
+from tuneyard_trainer.models import adapters, policies
 from tuneyard_trainer.models.base import load_base, load_tokenizer
 from tuneyard_trainer.models.probes import isolates_documents
 from tuneyard_trainer.reporting.answers import is_right
 from tuneyard_trainer.reporting.results import Sample
-from tuneyard_trainer.training.losses import Forward
+from tuneyard_trainer.training.losses import Forward, stop_together
 from tuneyard_trainer.worker import StageContext, StageOutcome
 
 STEPS = 2
@@ -55,39 +56,49 @@ class Question:
 def run(context: StageContext) -> StageOutcome:
     """Measure both models, write `evaluation.json` and check the gates.
 
-    Raises StageError NoHeldOutRows and GateFailed.
+    All workers take part if the model is sharded; otherwise rank 0 measures it alone. Raises
+    StageError NoHeldOutRows and GateFailed.
     """
-    settings = context.settings(EvaluateSettings)
+    settings, worker = context.settings(EvaluateSettings), context.worker
+    shards = policies.shards(context, _dtype(worker.device).itemsize)
+    if shards == 1 and not worker.is_main:
+        return StageOutcome()
     data = Prepared.open(context.inputs["data"])
     questions = _questions(context.inputs["data"], settings.samples)
-    models = _models(context.inputs, context.worker.device, with_base=settings.compare_with_base)
+    models = _models(context, shards, with_base=settings.compare_with_base)
     measured = {}
     for step, (name, model) in enumerate(models):
-        context.worker.report(step=step, total_steps=STEPS, message=f"measuring the {name} model")
-        measured[name] = _measure(context, model, data, questions, settings.max_new_tokens)
+        worker.report(step=step, total_steps=STEPS, message=f"measuring the {name} model")
+        measured[name] = _measure(context, model, data, questions, shards)
+    if not worker.is_main:
+        return StageOutcome()
     metrics = _metrics(measured, questions)
     samples = _samples(questions, measured, settings.samples)
     return finish(context, settings.gates, metrics, samples, steps=STEPS)
 
 
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def _models(
-    inputs: Mapping[str, Path], device: torch.device, *, with_base: bool
+    context: StageContext, shards: int, *, with_base: bool
 ) -> Iterator[tuple[str, nn.Module]]:
     """Yield "tuned" and its model, then "base" and its model: the same model with its adapter off,
-    or, after full fine-tuning, the loaded base model."""
+    or, after full fine-tuning, the loaded base model. `shards`: the workers that share it."""
+    device, inputs = context.worker.device, context.inputs
     weights = inputs["tuned"] / "weights"
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    load = partial(load_base, dtype=_dtype(device), device=device, shards=shards)
     if (weights / "adapter_config.json").exists():
-        base = load_base(inputs["model"], dtype=dtype, device=device)
-        model = adapters.load(base, weights)
+        model = adapters.load(load(inputs["model"]), weights)
         yield "tuned", model
         if with_base:
             with adapters.disabled(model):
                 yield "base", model
     else:
-        yield "tuned", load_base(weights, dtype=dtype, device=device)
+        yield "tuned", load(weights)
         if with_base:
-            yield "base", load_base(inputs["model"], dtype=dtype, device=device)
+            yield "base", load(inputs["model"])
 
 
 @dataclass(frozen=True)
@@ -104,9 +115,10 @@ def _measure(
     model: nn.Module,
     data: Prepared,
     questions: Sequence[Question],
-    max_new_tokens: int,
+    shards: int,
 ) -> Measured:
-    rows = data.validation
+    rows, worker = data.validation, context.worker
+    settings = context.settings(EvaluateSettings)
     if rows is None:
         raise StageError(
             "NoHeldOutRows",
@@ -116,22 +128,27 @@ def _measure(
     tokenizer = load_tokenizer(context.inputs["data"] / "tokenizer")
     forward = Forward.of(
         model,
-        device=context.worker.device,
+        device=worker.device,
         precision=torch.float32,
         pad=tokenizer.pad_token_id,
-        pack=isolates_documents(model),
+        # The workers of a sharded model must agree, and the probe measures.
+        pack=shards == 1 and isolates_documents(model),
         max_length=data.max_length,
         max_tokens="auto",
     )
+    if shards > 1:
+        loss = forward.mean_loss_of_shards(model, rows, worker)
+    else:
+        loss = forward.mean_loss(model, rows, worker.alone)
     return Measured(
-        loss=forward.mean_loss(model, rows, context.worker.alone),
+        loss=loss,
         answers=continuations(
             model,
             tokenizer,
             [q.prompt for q in questions],
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=settings.max_new_tokens,
             add_special_tokens=not any(q.templated for q in questions),
-            before_batch=context.worker.check_stop,
+            before_batch=partial(stop_together, worker) if shards > 1 else worker.check_stop,
         ),
     )
 

@@ -12,17 +12,66 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.stage_settings import LoopSettings
+from tuneyard.errors import StageError
 from tuneyard_trainer.models import adapters
-from tuneyard_trainer.models.base import load_base, save_model
+from tuneyard_trainer.models.base import load_base, precision_of, save_model
+from tuneyard_trainer.models.gathering import require_same_names, write_model
 from tuneyard_trainer.models.layers import freeze
+from tuneyard_trainer.models.probes import base_of
+from tuneyard_trainer.models.sharding import is_sharded
+from tuneyard_trainer.models.weight_files import stored_tensors
 from tuneyard_trainer.storage.files import disk_error
+from tuneyard_trainer.worker import StageContext, Worker
 
 WEIGHTS = "weights"
+GPU_SHARE = 0.5
+"""The share of a GPU's memory above which `sharding: auto` shards a model. The rest is left for
+activations, logits and an adapter's training state."""
+FULL_TUNING_BYTES = 16
+"""Bytes for each parameter that is trained in float32: itself, its gradient and AdamW's moments."""
+
+
+def shards(context: StageContext, bytes_per_parameter: int) -> int:
+    """Return the number of workers that share the model of a stage, the same on all of them; 1:
+    each worker holds all of it.
+
+    `bytes_per_parameter`: the memory of a whole model and its training state. Raises StageError
+    NotSharded if the job asks for sharding, and the attempt has one worker.
+    """
+    worker, wanted = context.worker, context.stage.runtime.sharding
+    if wanted == "fsdp" and worker.world_size == 1:
+        raise StageError(
+            "NotSharded",
+            "compute.sharding is fsdp, and this attempt has one worker.",
+            advice="Raise compute.workers to 2 or more, or set compute.sharding to none.",
+        )
+    if wanted == "fsdp":
+        return worker.world_size
+    if wanted == "none" or worker.world_size == 1 or worker.device.type != "cuda":
+        return 1
+    memory = torch.cuda.get_device_properties(worker.device).total_memory
+    is_large = exceeds_share(_base(context.inputs), bytes_per_parameter, memory)
+    exceeds = torch.tensor(float(is_large), device=worker.device)
+    dist.all_reduce(exceeds, op=dist.ReduceOp.MAX)  # the GPUs may differ
+    return worker.world_size if exceeds else 1
+
+
+def exceeds_share(folder: Path, bytes_per_parameter: int, memory: int) -> bool:
+    """Return whether a whole model takes more than its share of a GPU with `memory` bytes."""
+    tensors = stored_tensors(folder).values()
+    parameters = sum(torch.Size(tensor.spec.shape).numel() for tensor in tensors)
+    return bytes_per_parameter * parameters > GPU_SHARE * memory
+
+
+def bytes_per_parameter(settings: LoopSettings, adapter: Adapter | None, worker: Worker) -> int:
+    """Return the bytes that training takes for each parameter of a whole base."""
+    return precision_of(settings, worker).itemsize if adapter else FULL_TUNING_BYTES
 
 
 def load(
@@ -34,6 +83,7 @@ def load(
     precision: torch.dtype,
     tokenizer: PreTrainedTokenizerBase,
     gradient_checkpointing: bool = False,
+    shards: int = 1,
 ) -> nn.Module:
     """Load the policy for training: the input `model` with the weights of the input `tuned`.
 
@@ -46,7 +96,10 @@ def load(
         device=device,
         quantize=adapter.qlora if adapter else None,
         dropout=loop.dropout,
+        shards=shards,
     )
+    if shards > 1 and not adapter:
+        require_same_names(base)
     model: nn.Module = base
     if adapter and trained and _is_adapter(trained):
         model = adapters.load(base, trained, trainable=True)
@@ -59,13 +112,16 @@ def load(
     return model
 
 
-def save(model: nn.Module, adapter: Adapter | None, folder: Path) -> None:
-    """Write the adapter, or the whole model if there is no adapter. Raises StageError DiskFull or
+def save(model: nn.Module, adapter: Adapter | None, folder: Path, *, is_main: bool = True) -> None:
+    """Write the adapter, or the whole model if there is no adapter. All workers that share a
+    sharded model call it; one of them, `is_main`, writes. Raises StageError DiskFull or
     WriteFailed."""
     try:
-        if adapter:
+        if any(map(is_sharded, model.parameters())) and not adapter:
+            write_model(folder if is_main else None, base_of(model))
+        elif is_main and adapter:
             adapters.save(model, folder)
-        else:
+        elif is_main:
             save_model(model, folder)
     except OSError as error:
         raise disk_error(error, folder) from error

@@ -97,7 +97,7 @@ def build(
     forward = _forward(tokenizer, data, context.stage.runtime, precision, context.worker)
     order = Order.of(data.train.source, data.weights, training.batch_size, training.seed)
     objective = Ranked(model, data, forward, context.worker, training.seed, settings)
-    return Loop.of(context, training, objective, order, model)
+    return Loop(context, training, objective, order, model)
 
 
 def _forward(

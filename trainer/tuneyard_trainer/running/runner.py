@@ -242,7 +242,7 @@ class PlanRunner:
         No rank returns until rank 0 has saved its checkpoint: an early exit would end the group.
         """
         try:
-            if self.worker.is_main and self.worker.stop() and stage.kind not in TRAINING_KINDS:
+            if self.worker.is_main and self.worker.stop() and not _is_shared(stage):
                 return Interrupted(stage.name, 0)
             return self._execute(stage, digests)
         except Interrupted as stopped:
@@ -250,7 +250,7 @@ class PlanRunner:
 
     def _execute(self, stage: PlannedStage, digests: Mapping[str, str]) -> StageRecord | None:
         """Run the stage on the ranks that it needs. Return the record on rank 0, None elsewhere."""
-        if stage.kind not in TRAINING_KINDS and not self.worker.is_main:
+        if not self.worker.is_main and not _is_shared(stage):
             return None
         store = self.stage_inputs.store
         workdir = store.workdir(stage.name)
@@ -260,7 +260,7 @@ class PlanRunner:
         try:
             inputs = self.stage_inputs.inputs(stage)
             self.emit(wait_event(f"importing the libraries of {stage.name}"))
-            run = _stage_function(stage.kind)
+            run = _stage_function(stage)
             if stage.kind in TRAINING_KINDS:
                 _reset_peak_memory(self.worker.device)
             worker = self._worker(stage, digests)
@@ -345,15 +345,32 @@ class Control:
         return box[0]
 
 
-def _stage_function(kind: StageKind) -> StageFunction:  # noqa: C901  one case for each kind
+def _is_shared(stage: PlannedStage) -> bool:
+    """Return whether all workers run a stage: those that train, and those whose model may be
+    sharded."""
+    return stage.kind in TRAINING_KINDS or stage.runtime.sharding != "none"
+
+
+def _engine(stage: PlannedStage) -> str | None:
+    """Return the engine of a stage's training loop; None: the native one, or no loop."""
+    loop = getattr(stage.settings, "training", stage.settings)
+    return getattr(loop, "engine", None)
+
+
+def _stage_function(stage: PlannedStage) -> StageFunction:  # noqa: C901  one case for each kind
     """Return a stage's `run`. Imported here, so that reading records costs no torch."""
+    kind: StageKind = stage.kind
     match kind:
         case "prepare":
             from tuneyard_trainer.data.prepare import run
+        case "sft" | "pretrain" if _engine(stage) == "trl":
+            from tuneyard_trainer.trl_engine.sft import run
         case "sft" | "pretrain":
             from tuneyard_trainer.training.sft import run
         case "pairs":
             from tuneyard_trainer.preference.pairs import run
+        case "dpo" if _engine(stage) == "trl":
+            from tuneyard_trainer.trl_engine.dpo import run
         case "reward":
             from tuneyard_trainer.preference.reward import run
         case "dpo":

@@ -1,0 +1,327 @@
+"""TRL's SFTTrainer and the native loop train the same model on the same rows."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+
+from tests.trainer.ports import free_port
+from tests.trainer.rows import random_rows, train_stage, write_prepared
+from tests.trainer.stop_after import StopAfter, StopAtCheck
+from tuneyard.api.plan import PlannedStage, StageInput, TrainRuntime
+from tuneyard.api.stage_settings import EvaluateSettings
+from tuneyard.errors import StageError
+from tuneyard_trainer.evaluation import evaluate
+from tuneyard_trainer.models import policies, sharding
+from tuneyard_trainer.training import sft as native
+from tuneyard_trainer.trl_engine import sft as trl
+from tuneyard_trainer.worker import Interrupted, StageContext, Worker, never_stop
+
+CPU = torch.device("cpu")
+ROWS = random_rows(10)
+HELD_OUT = random_rows(4, seed=9)
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: Any) -> dict[str, Path]:
+    write_prepared(tmp_path / "data", tiny_tokenizer, ROWS, HELD_OUT)
+    return {"model": tiny_model_dir, "data": tmp_path / "data"}
+
+
+def run(
+    engine: Any,
+    folder: Path,
+    inputs: dict[str, Path],
+    worker: Worker | None = None,
+    **settings: Any,
+) -> tuple[dict[str, torch.Tensor], Any]:
+    folder.mkdir(exist_ok=True)
+    stage = train_stage(**settings)
+    outcome = engine.run(StageContext(stage, inputs, folder, worker or Worker(0, 1, CPU)))
+    return load_file(next((folder / "weights").glob("*.safetensors"))), outcome
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+JOBS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "pretrain": {"kind": "pretrain"},
+    "frozen": {"freeze": {"layers": "0", "embeddings": True}},
+    "recomputed": {"runtime": {"gradientCheckpointing": True}},
+    "stopped early": {
+        "early_stopping": {"patience": 1},
+        "evaluation_steps": 1,
+        "learning_rate": 0.1,
+    },
+    "lora": {"adapter": {"lora": {}}},
+    "lora, recomputed": {"adapter": {"lora": {}}, "runtime": {"gradientCheckpointing": True}},
+    "dora": {"adapter": {"lora": {"decomposed": True}}},
+    "qlora": {"adapter": {"qlora": {}}},
+    "ia3": {"adapter": {"ia3": {}}},
+    "bottleneck": {"adapter": {"bottleneck": {}}},
+    "prompt": {"adapter": {"prompt": {}}},
+    "prefix": {"adapter": {"prefix": {}}},
+}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_both_engines_reach_the_same_weights_by_the_same_losses(
+    name: str, tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    settings = {"learning_rate": 1e-2, "runtime": {"microBatchTokens": 64}, **JOBS[name]}
+    ours, expected = run(native, tmp_path / "native", inputs, packing="never", **settings)
+    theirs, found = run(trl, tmp_path / "trl", inputs, packing="never", **settings)
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        torch.testing.assert_close(theirs[name], weight, rtol=1e-3, atol=1e-4)
+    for one, other in zip(lines(tmp_path / "native"), lines(tmp_path / "trl"), strict=True):
+        assert one.keys() == other.keys()
+        for name in one.keys() - {"tokensPerSecond"}:
+            assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+    assert found.metrics.keys() == expected.metrics.keys()
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+def test_a_stopped_run_goes_on_with_the_next_row_and_reaches_the_same_weights(
+    stop: int, tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    whole, _ = run(trl, tmp_path / "whole", inputs)
+    with pytest.raises(Interrupted) as stopped:
+        run(trl, tmp_path / "parts", inputs, StopAfter(stop).worker())
+    assert stopped.value.step == stop + 1
+    resumed, outcome = run(trl, tmp_path / "parts", inputs)
+    assert outcome.details["resumedAtStep"] == stop + 1
+    for name, weight in whole.items():
+        torch.testing.assert_close(resumed[name], weight, rtol=1e-5, atol=1e-6)
+    steps = [line["step"] for line in lines(tmp_path / "parts") if "loss" in line]
+    assert steps == [*range(1, len(steps) + 1)]
+
+
+def test_a_resumed_run_repeats_the_dropout_of_its_steps(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    settings = {"adapter": {"lora": {"dropout": 0.5}}, "learning_rate": 1e-2}
+    whole, _ = run(trl, tmp_path / "whole", inputs, **settings)
+    with pytest.raises(Interrupted):
+        run(trl, tmp_path / "parts", inputs, StopAfter(2).worker(), **settings)
+    resumed, _ = run(trl, tmp_path / "parts", inputs, **settings)
+    for name, weight in whole.items():
+        torch.testing.assert_close(resumed[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_limit_on_the_gradient_norm_nothing_is_clipped(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    settings = {"learning_rate": 1e-2, "optimizer": {"maxGradientNorm": None}, "packing": "never"}
+    ours, _ = run(native, tmp_path / "native", inputs, **settings)
+    theirs, _ = run(trl, tmp_path / "trl", inputs, **settings)
+    for name, weight in ours.items():
+        torch.testing.assert_close(theirs[name], weight, rtol=1e-3, atol=1e-4)
+    norms = [
+        [line["gradientNorm"] for line in lines(tmp_path / engine) if "loss" in line]
+        for engine in ("native", "trl")
+    ]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
+def test_a_trainer_prints_nothing(
+    tmp_path: Path, inputs: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(trl, tmp_path / "trl", inputs)
+    assert "grad_norm" not in capfd.readouterr().out
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"adapter": {"lora": {"rank": 4, "dropout": 0.0}}},
+    "full, sharded": {"runtime": {"sharding": "fsdp"}},
+    "frozen, recomputed, sharded": {
+        "freeze": {"layers": "0"},
+        "runtime": {"sharding": "fsdp", "gradientCheckpointing": True},
+    },
+    "lora, sharded": {
+        "adapter": {"lora": {"rank": 4, "dropout": 0.0}},
+        "runtime": {"sharding": "fsdp"},
+    },
+}
+
+
+MEASURED = ("full, sharded", "lora, sharded")
+
+
+def measure(
+    folder: Path, tuned: Path, inputs: dict[str, Path], worker: Worker, sharding: str
+) -> dict[str, float]:
+    """Evaluate the weights in `tuned`; return the metrics, which only rank 0 has."""
+    settings = {"compareWithBase": True, "samples": 2, "maxNewTokens": 6, "gates": []}
+    stage = PlannedStage(
+        name="evaluate",
+        settings=EvaluateSettings.model_validate(settings),
+        inputs={role: StageInput(stage=role) for role in ("model", "data", "tuned")},
+        runtime=TrainRuntime(sharding=sharding),
+        fingerprint="sha256:test",
+    )
+    folder.mkdir(exist_ok=True)
+    outcome = evaluate.run(StageContext(stage, {**inputs, "tuned": tuned}, folder, worker))
+    return dict(outcome.metrics)
+
+
+def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path], held: Any) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    loaded = sharding.require_sharded
+
+    def noted(model: Any, world_size: int) -> None:
+        loaded(model, world_size)
+        held[rank] = sharding.local_bytes(model)
+
+    sharding.require_sharded = noted
+    for name, settings in CASES.items():
+        (folder / name).mkdir(exist_ok=True)
+        stage = train_stage(learning_rate=1e-2, **settings)
+        trl.run(StageContext(stage, inputs, folder / name, Worker(rank, 2, CPU)))
+        dist.barrier()
+    for name in MEASURED:
+        worker = Worker(rank, 2, CPU)
+        measure(folder / f"{name}, measured", folder / name, inputs, worker, "fsdp")
+    stop = StopAtCheck(3) if rank == 1 else never_stop  # while it generates
+    try:
+        measure(folder / "x", folder / name, inputs, Worker(rank, 2, CPU, stop=stop), "fsdp")
+    except Interrupted:
+        held[f"stopped {rank}"] = True
+    grown = train_stage(learning_rate=1e-2, runtime={"sharding": "fsdp"})
+    trl.run(StageContext(grown, inputs, folder / "grown", Worker(rank, 2, CPU)))
+    dist.barrier()
+    stopper = StopAfter(2)
+    with contextlib.suppress(Interrupted):
+        stage = train_stage(learning_rate=1e-2, runtime={"sharding": "fsdp"})
+        worker = Worker(rank, 2, CPU, report=stopper.report)
+        worker = replace(worker, stop=stopper if rank == 1 else never_stop)
+        (folder / "stopped").mkdir(exist_ok=True)
+        trl.run(StageContext(stage, inputs, folder / "stopped", worker))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def by_two(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, tiny_tokenizer: Any
+) -> tuple[Path, dict[Any, Any]]:
+    folder = tmp_path_factory.mktemp("together")
+    write_prepared(folder / "data", tiny_tokenizer, ROWS, HELD_OUT)
+    inputs = {"model": tiny_model_dir, "data": folder / "data"}
+    with pytest.raises(Interrupted):
+        run(trl, folder / "grown", inputs, StopAfter(2).worker(), learning_rate=1e-2)
+    with mp.Manager() as manager:
+        held = manager.dict()
+        mp.spawn(_worker, args=(free_port(), folder, inputs, held), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
+        return folder, dict(held)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_workers_sharded_or_not_reach_the_weights_of_one(
+    case: str,
+    by_two: tuple[Path, dict[Any, Any]],
+    tmp_path: Path,
+    inputs: dict[str, Path],
+) -> None:
+    settings = {name: value for name, value in CASES[case].items() if name != "runtime"}
+    one, _ = run(trl, tmp_path / "one", inputs, learning_rate=1e-2, **settings)
+    two = load_file(next((by_two[0] / case / "weights").glob("*.safetensors")))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=0)
+
+
+def test_a_sharded_run_that_one_worker_was_asked_to_stop_goes_on_with_a_whole_model(
+    by_two: tuple[Path, dict[Any, Any]], tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    one, _ = run(trl, tmp_path / "one", inputs, learning_rate=1e-2)
+    resumed, outcome = run(trl, by_two[0] / "stopped", inputs, learning_rate=1e-2)
+    assert outcome.details["resumedAtStep"] == 3
+    for name, tensor in one.items():
+        torch.testing.assert_close(resumed[name], tensor, atol=2e-4, rtol=0)
+
+
+def test_two_workers_that_share_the_model_go_on_from_the_checkpoint_of_one(
+    by_two: tuple[Path, dict[Any, Any]], tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    one, _ = run(trl, tmp_path / "one", inputs, learning_rate=1e-2)
+    grown = load_file(by_two[0] / "grown" / "weights" / "model.safetensors")
+    steps = [line["step"] for line in lines(by_two[0] / "grown") if "loss" in line]
+    assert steps == [*range(1, len(steps) + 1)]
+    for name, tensor in one.items():
+        torch.testing.assert_close(grown[name], tensor, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", MEASURED)
+def test_the_evaluation_of_a_sharded_model_measures_what_one_worker_measures(
+    case: str,
+    by_two: tuple[Path, dict[Any, Any]],
+    tmp_path: Path,
+    inputs: dict[str, Path],
+) -> None:
+    alone = Worker(0, 1, CPU)
+    one = measure(tmp_path / "one", by_two[0] / case, inputs, alone, "none")
+    assert {"validationLoss", "baseValidationLoss"} <= one.keys()
+    files = [by_two[0] / f"{case}, measured", tmp_path / "one"]
+    two, expected = (json.loads((file / "evaluation.json").read_text()) for file in files)
+    assert two["metrics"] == pytest.approx(expected["metrics"], rel=1e-5, abs=1e-6)
+    assert two["samples"] == expected["samples"]
+
+
+def test_a_request_to_stop_one_worker_ends_a_sharded_evaluation_on_all(
+    by_two: tuple[Path, dict[Any, Any]],
+) -> None:
+    assert {"stopped 0", "stopped 1"} <= by_two[1].keys()
+
+
+def test_without_a_second_worker_a_job_that_asks_for_sharding_ends(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    with pytest.raises(StageError) as ended:
+        run(trl, tmp_path / "trl", inputs, runtime={"sharding": "fsdp"})
+    assert ended.value.reason == "NotSharded"
+    assert "compute.workers" in ended.value.advice
+
+
+def test_auto_keeps_a_model_whole_on_a_cpu(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    _, outcome = run(trl, tmp_path / "trl", inputs, runtime={"sharding": "auto"})
+    assert outcome.details["sharding"] == "none"
+
+
+def test_auto_shards_what_takes_more_than_half_of_a_gpu(tiny_model_dir: Path) -> None:
+    (file,) = tiny_model_dir.glob("*.safetensors")
+    parameters = sum(tensor.numel() for tensor in load_file(file).values())
+    for each in (2, 16):
+        assert not policies.exceeds_share(tiny_model_dir, each, 2 * each * parameters)
+        assert policies.exceeds_share(tiny_model_dir, each, 2 * each * parameters - 1)
+
+
+def test_the_files_of_a_sharded_model_are_those_of_a_whole_one(
+    by_two: tuple[Path, dict[Any, Any]], tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    run(trl, tmp_path / "one", inputs, learning_rate=1e-2)
+    for name in ("config.json", "generation_config.json"):
+        sharded = json.loads((by_two[0] / "full, sharded" / "weights" / name).read_text())
+        assert sharded == json.loads((tmp_path / "one" / "weights" / name).read_text())
+
+
+def test_each_worker_of_a_sharded_model_holds_half_of_its_bytes(
+    by_two: tuple[Path, dict[Any, Any]],
+) -> None:
+    for held, total in (by_two[1][rank] for rank in (0, 1)):
+        assert held / total == pytest.approx(0.5, abs=0.01)

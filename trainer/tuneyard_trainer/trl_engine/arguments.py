@@ -1,0 +1,71 @@
+"""The platform's part of a trainer's config: what no job may set another way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from tuneyard.api.stage_settings import LoopSettings
+from tuneyard.errors import StageError
+from tuneyard_trainer.models.base import precision_of
+from tuneyard_trainer.models.files import first_line
+from tuneyard_trainer.trl_engine.batches import Layout
+from tuneyard_trainer.worker import StageContext
+
+
+def platform_arguments(
+    context: StageContext, settings: LoopSettings, layout: Layout, *, steps: int
+) -> dict[str, Any]:
+    """Return the arguments of transformers' TrainingArguments that the platform decides.
+
+    `steps`: the steps of this attempt. The trainer writes nothing: checkpoints, curves and reports
+    are ours. Its filter of NaN losses is off, since it would hide what ends a run here.
+    """
+    worker, optimizer = context.worker, settings.optimizer
+    precision = precision_of(settings, worker)
+    limit = optimizer.max_gradient_norm
+    return {
+        "output_dir": str(context.workdir / "unused"),
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": "none",
+        "push_to_hub": False,
+        "disable_tqdm": True,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "max_steps": steps,
+        "per_device_train_batch_size": layout.rows,
+        "gradient_accumulation_steps": layout.accumulated,
+        # 0, the trainer's way to say none, would also leave the norm out of its logs.
+        "max_grad_norm": math.inf if limit is None else limit,
+        "learning_rate": settings.learning_rate,
+        "activation_checkpointing": context.stage.runtime.gradient_checkpointing,
+        "bf16": precision is torch.bfloat16,
+        "fp16": False,
+        "use_cpu": worker.device.type == "cpu",
+        "seed": settings.seed,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+        "dataloader_num_workers": 0,
+    }
+
+
+@contextmanager
+def explained(given: Mapping[str, Any] | None) -> Iterator[None]:
+    """Convert TRL's errors about arguments of the job to StageErrors. `given`: None: there are
+    none."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        if not given:
+            raise
+        raise StageError(
+            "TrlRefused",
+            f"TRL refuses the job's arguments ({', '.join(sorted(given))}): {first_line(error)}.",
+            advice="Change or remove the argument in training.trl.",
+        ) from error
