@@ -200,3 +200,12 @@ def any_facts(draw: random.Random) -> JobFacts:
         ),
         devices=number(),
     )
+
+
+def test_a_job_under_trl_is_neither_refused_nor_given_settings() -> None:
+    """The sizes are those of the native engine."""
+    tight = posted("70B", gib=22, gpu="NVIDIA L4")
+    assert decided(plan_job(job()), tight).answer.refusal is not None
+    assert decide(plan_job(job(training__engine="trl")), tight) is None
+    sharded = job(training__engine="trl", compute__sharding="fsdp", compute__workers=2)
+    assert decide(plan_job(sharded), tight) is None

@@ -45,7 +45,6 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 FILE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
 STDIN = Path("-")
-
 ONLY_NATIVE = "training.engine is trl, and only native is estimated"
 
 
