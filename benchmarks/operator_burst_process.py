@@ -32,10 +32,12 @@ class Operator:
     def __init__(self, name: str, command: Sequence[str], rig: Rig, log: Path) -> None:
         self.name, self._log = name, log
         self.started = time.monotonic()
+        # The image contains the bytecode of all modules; without it, each start takes 2 s more.
+        env = {name: v for name, v in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         with log.open("ab") as file:
             self._process = subprocess.Popen(
                 command,
-                env={**os.environ, "KUBECONFIG": str(rig.kubeconfig)},
+                env={**env, "KUBECONFIG": str(rig.kubeconfig)},
                 stdout=file,
                 stderr=file,
             )

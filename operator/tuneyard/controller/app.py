@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -22,6 +23,10 @@ from tuneyard.controller.reconciler import Reconciler
 from tuneyard.controller.resync import Resync
 from tuneyard.controller.settings import Settings
 from tuneyard.controller.status_server import StatusServer
+
+COLLECT_AFTER = 50_000
+"""How many objects are created before Python looks for cycles among them. Its default, 700, is
+reached by the JSON of a few jobs: a start with 3,000 jobs took a fifth longer."""
 
 log = logging.getLogger("tuneyard")
 
@@ -178,4 +183,5 @@ def main(settings: Settings) -> int:
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )
     logging.getLogger("kopf").setLevel(logging.WARNING)
+    gc.set_threshold(COLLECT_AFTER)
     return asyncio.run(run(settings))

@@ -243,11 +243,13 @@ class Reconciler:
 
     async def _reconcile(self, key: Key) -> None:
         cached = self.cache.job(key)
-        body = cached.body or await self.cluster.job(key)
+        body = cached.body
         if body is None:
-            self._forget(key)
-            return
-        cached = self.cache.store_job(key, body)
+            body = await self.cluster.job(key)
+            if body is None:
+                self._forget(key)
+                return
+            cached = self.cache.store_job(key, body)
         try:
             job = parse(body)
         except ManifestError as error:
