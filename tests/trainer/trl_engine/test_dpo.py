@@ -35,7 +35,9 @@ def settings(loss: str = "sigmoid", adapter: Any = None, **loop: Any) -> DpoSett
         beta=0.5,
         label_smoothing=0.1 if loss == "robust" else 0.0,
         # 21 pairs in batches of 8: the last batch of an epoch is smaller.
-        training=loop_settings(**{"learning_rate": 1e-3, "epochs": 2.0, **loop}),
+        training=loop_settings(
+            **{"learning_rate": 1e-3, "epochs": 2.0, "keep_best": False, **loop}
+        ),
     )
 
 

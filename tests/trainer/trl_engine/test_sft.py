@@ -28,6 +28,8 @@ from tuneyard_trainer.trl_engine import sft as trl
 from tuneyard_trainer.worker import Interrupted, StageContext, Worker, never_stop
 
 CPU = torch.device("cpu")
+LAST = {"keep_best": False}
+"""Keep the last weights: the best ones may be older than what a test is about."""
 ROWS = random_rows(10)
 HELD_OUT = random_rows(4, seed=9)
 
@@ -46,7 +48,7 @@ def run(
     **settings: Any,
 ) -> tuple[dict[str, torch.Tensor], Any]:
     folder.mkdir(exist_ok=True)
-    stage = train_stage(**settings)
+    stage = train_stage(**(LAST | settings))
     outcome = engine.run(StageContext(stage, inputs, folder, worker or Worker(0, 1, CPU)))
     return load_file(next((folder / "weights").glob("*.safetensors"))), outcome
 
@@ -148,6 +150,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lora": {"adapter": {"lora": {"rank": 4, "dropout": 0.0}}},
     "full, sharded": {"runtime": {"sharding": "fsdp"}},
     "frozen, recomputed, sharded": {
+        "keep_best": True,
         "freeze": {"layers": "0"},
         "runtime": {"sharding": "fsdp", "gradientCheckpointing": True},
     },
@@ -191,7 +194,7 @@ def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path], held: A
     sharding.require_sharded = noted
     for name, settings in CASES.items():
         (folder / name).mkdir(exist_ok=True)
-        stage = train_stage(learning_rate=1e-2, **settings)
+        stage = train_stage(**(LAST | {"learning_rate": 1e-2} | settings))
         trl.run(StageContext(stage, inputs, folder / name, Worker(rank, 2, CPU)))
         dist.barrier()
     for name in MEASURED:
@@ -202,12 +205,12 @@ def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path], held: A
         measure(folder / "x", folder / name, inputs, Worker(rank, 2, CPU, stop=stop), "fsdp")
     except Interrupted:
         held[f"stopped {rank}"] = True
-    grown = train_stage(learning_rate=1e-2, runtime={"sharding": "fsdp"})
+    grown = train_stage(**LAST, learning_rate=1e-2, runtime={"sharding": "fsdp"})
     trl.run(StageContext(grown, inputs, folder / "grown", Worker(rank, 2, CPU)))
     dist.barrier()
     stopper = StopAfter(2)
     with contextlib.suppress(Interrupted):
-        stage = train_stage(learning_rate=1e-2, runtime={"sharding": "fsdp"})
+        stage = train_stage(**LAST, learning_rate=1e-2, runtime={"sharding": "fsdp"})
         worker = Worker(rank, 2, CPU, report=stopper.report)
         worker = replace(worker, stop=stopper if rank == 1 else never_stop)
         (folder / "stopped").mkdir(exist_ok=True)
