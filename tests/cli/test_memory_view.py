@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.planning.models import CONFIGS
+from tests.planning.models import CONFIGS, facts
+from tuneyard.api.job_facts import Device, FitAnswer, JobFacts
+from tuneyard.api.plan import Plan
 from tuneyard.cli import gguf_header, main
 
 MANIFEST = """
@@ -160,6 +164,37 @@ def test_the_plan_as_json_does_not_depend_on_the_gpu(
     plain = capsys.readouterr().out
     assert plan(folder, "--json", "--gpu", "L4") == 0
     assert capsys.readouterr().out == plain
+
+
+# ---- `tuneyard run` -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("gib", "fits"), [(64, True), (16, False)])
+def test_a_run_prints_the_same_plan_and_decides_by_the_machines_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, gib: int, fits: bool
+) -> None:
+    """`decide` is called by the trainer, with what it found before the training."""
+    given: list[tuple[FitAnswer, list[str]]] = []
+    known = JobFacts(model=facts("8B"), rows=900, device=Device(memory=gib << 30))
+
+    def run(plans: list[Plan], _: Path, decide: Any) -> int:
+        given.extend(decide(plan, known) for plan in plans)
+        given.extend(decide(plan, JobFacts(unknown_model="it is new")) for plan in plans)
+        return 0
+
+    module = types.ModuleType("tuneyard_trainer.local.run")
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tuneyard_trainer.local.run", module)
+    manifest = folder / "job.yaml"
+    manifest.write_text(MANIFEST.format(uri="file://model", adapter="lora"))
+    assert main.call(["run", str(manifest)]) == 0
+    (answer, lines), unknown = given
+    assert lines[0].startswith("Memory of one worker with CPU: ")
+    assert [line.split(":")[0] for line in lines[1:3]] == ["sft", "evaluate"]
+    assert (answer.refusal is None) is fits
+    if answer.refusal is not None:
+        assert "run it on a machine with " in answer.refusal.advice
+    assert unknown == (FitAnswer(), ["The memory of the job is not known: it is new."])
 
 
 # ---- GGUF ---------------------------------------------------------------------------------------
