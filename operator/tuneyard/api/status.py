@@ -10,6 +10,9 @@ from tuneyard.api.meta import Condition, ConditionType, Report
 
 Phase = Literal["Pending", "Queued", "Running", "Suspended", "Succeeded", "Failed"]
 StageState = Literal["Pending", "Running", "Succeeded", "Failed", "Skipped"]
+MOST_SECONDS = 1 << 40
+"""The longest predicted time, 35,000 years. The API server computes with limits as floating-point
+numbers: one near the largest int64 overflows there, and every status is refused."""
 
 
 class StageStatus(Report):
@@ -71,7 +74,7 @@ class MemoryEstimate(Report):
 class StageCost(Report):
     """The time and the price of a stage in one attempt, as its measured steps predict them."""
 
-    total_seconds: int = Field(ge=0, lt=1 << 63)
+    total_seconds: int = Field(ge=0, le=MOST_SECONDS)
     """Time from the start of the stage to its end, in seconds."""
     gpu_hours: float | None = Field(default=None, ge=0)
     """That time in hours, times the GPUs of all workers. None: the job has no GPUs."""

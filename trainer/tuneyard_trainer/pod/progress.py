@@ -14,7 +14,7 @@ from tuneyard.api.job_facts import JobFacts
 from tuneyard.api.plan import Plan, StageRecord
 from tuneyard.api.pods import stage_folder
 from tuneyard.api.progress import MetricValue, Outcome, Post, ProgressReport, TrainerStatus
-from tuneyard.api.status import Result, StageCost, StageState, StageStatus
+from tuneyard.api.status import MOST_SECONDS, Result, StageCost, StageState, StageStatus
 
 WEIGHTS = {"prepare": 1.0, "pairs": 1.0, "evaluate": 1.0, "assess": 1.0, "export": 1.0}
 """The weight of a short stage in the job's percentage, by kind. The quickstart on two cores spends
@@ -171,7 +171,7 @@ class AttemptProgress:
         remaining, compute = self._remaining(), self._plan.compute
         if remaining is None:
             return None
-        seconds = max(0.0, self._updated_at - self._started_at) + remaining
+        seconds = min(max(0.0, self._updated_at - self._started_at) + remaining, MOST_SECONDS)
         hours = seconds / SECONDS_PER_HOUR
         gpus, price = self._workers * (compute.gpus_per_worker or 0), compute.price_per_hour
         return StageCost(
