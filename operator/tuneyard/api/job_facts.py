@@ -38,6 +38,8 @@ class JobFacts(Report):
     """The model that the stages start from. None: its config is not described."""
     unknown_model: str = Field(default="", max_length=1024)
     """Why the model is None."""
+    done: list[Annotated[str, Field(max_length=64)]] = Field(default=[], max_length=256)
+    """Names of the stages that are done: their memory is not needed any more."""
     rows: Length | None = None
     """Tokens of the longest prepared row. None: no stage has prepared rows."""
     pairs: Length | None = None

@@ -64,7 +64,7 @@ def job_of(plan: Plan, facts: JobFacts) -> Job | None:
         row_bins=min(allowed.rows, most),
         pair_bins=min(allowed.pairs, most),
     )
-    return Job(plan, model, device, facts.devices, lengths)
+    return Job(plan, model, device, facts.devices, lengths, done=frozenset(facts.done))
 
 
 def device_of(plan: Plan, reported: Device | None) -> Gpu | Cpu:
@@ -78,16 +78,17 @@ def device_of(plan: Plan, reported: Device | None) -> Gpu | Cpu:
 
 
 def answer_of(job: Job, found: Fit) -> FitAnswer:
-    """Return the answer to the driver of a job."""
-    if not found.fits and job.device != UNKNOWN:
+    """Return the answer to the driver of a job. One that is a little too large is not refused: the
+    bytes that a GPU keeps for itself are an estimate."""
+    if job.device == UNKNOWN:
+        return FitAnswer()
+    if found.peak > job.device.most:
         return FitAnswer(refusal=refusal(job, found))
     changed = {
         stage.name: found.chosen[stage.name]
         for stage in job.training
         if found.chosen[stage.name] != settings_of(stage, job.facts, job.machine)
     }
-    if job.device == UNKNOWN:
-        return FitAnswer()
     return FitAnswer(
         settings={
             name: ChosenSettings(

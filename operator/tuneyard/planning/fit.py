@@ -72,6 +72,8 @@ class Job:
     lengths: Lengths
     shardings: Sequence[Sharding] = ("none",)
     """The kinds of sharding that the engine has, the cheapest first."""
+    done: frozenset[str] = frozenset()
+    """Names of the stages that are done, and take no memory any more."""
 
     @property
     def machine(self) -> Machine:
@@ -81,11 +83,13 @@ class Job:
     @property
     def training(self) -> list[PlannedStage]:
         """The stages that train."""
-        return [stage for stage in self.plan.stages if loop_of(stage)]
+        stages = self.plan.stages
+        return [stage for stage in stages if loop_of(stage) and stage.name not in self.done]
 
     def memory(self, chosen: Mapping[str, Settings]) -> list[StageMemory]:
-        """Return the memory of all stages with some settings."""
-        return job_memory(self.plan, self.facts, self.machine, self.lengths, chosen)
+        """Return the memory of all stages that are left, with some settings."""
+        found = job_memory(self.plan, self.facts, self.machine, self.lengths, chosen)
+        return [memory for memory in found if memory.stage not in self.done]
 
     def peak(self, stage: PlannedStage, settings: Settings) -> int:
         """Return the most bytes on a GPU in one stage with some settings."""

@@ -41,6 +41,11 @@ class Gpu:
         """Bytes that a job can use."""
         return int(self.memory * (1 - FRAGMENTS)) - CONTEXT_BYTES
 
+    @property
+    def most(self) -> int:
+        """Bytes beyond which no job can run, whatever the estimates of `usable` are worth."""
+        return self.memory
+
 
 @dataclass(frozen=True)
 class Cpu:
@@ -55,6 +60,11 @@ class Cpu:
     def usable(self) -> int:
         """Bytes that a job can use."""
         return self.memory - CPU_PROCESS_BYTES
+
+    @property
+    def most(self) -> int:
+        """Bytes beyond which no job can run."""
+        return self.usable
 
 
 GPUS: Final = (

@@ -88,6 +88,7 @@ def test_the_question_comes_once_after_the_data_is_prepared_and_before_the_train
     assert facts.model is not None
     assert facts.model.architecture == "llama"
     assert facts.rows == records["prepare"].metrics["longestRow"]
+    assert facts.done == ["prepare"]
     assert facts.device is not None
     assert facts.device.gpu is None
     again = start()

@@ -38,6 +38,7 @@ def job_facts(
     return JobFacts(
         model=known,
         unknown_model=why,
+        done=list(records),
         rows=_longest(records, "prepare"),
         pairs=_longest(records, "pairs"),
         device=device_of(device, neighbors),
