@@ -109,6 +109,7 @@ def test_a_gpu_that_nobody_described_is_estimated_and_said_so(
         ("hf://org/model", "hf://org/model is not on this machine: pass its config.json with"),
         ("file://absent", "file://absent has no file absent on this machine: pass"),
         ("pkg://not_installed/x.gguf", "the package not_installed is not installed: pass"),
+        ("pkg://json/../os.py", "the package json has no file '../os.py': pass"),
     ],
 )
 def test_without_the_models_files_one_line_says_so_and_how_to_get_them(
