@@ -56,10 +56,21 @@ def test_a_row_for_each_stage_shows_its_bar_its_memory_and_its_parts(
     assert bar.count("#") == round(16 * float(gib) / 74.8)
     assert float(pod) > 3.0
     assert "weights 15.1," in " ".join(rows["sft"])
-    assert rows["export"][1] == "33.1"
+    assert rows["export"][1] == "3.3"
     assert "does not fit" not in "\n".join(shown)
-    assert "export takes 33.1 GiB of the pod's memory" in "\n".join(shown)
-    assert "set spec.compute.memory to 34Gi" in "\n".join(shown)
+    assert "of the pod's memory" not in "\n".join(shown)
+
+
+def test_too_little_memory_of_the_pod_is_said_with_the_field(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = folder / "job.yaml"
+    text = MANIFEST.format(uri="file://model", adapter="lora")
+    manifest.write_text(f"{text}  compute: {{memory: 3Gi}}\n")
+    assert main.call(["plan", str(manifest), "--gpu", "H100"]) == 0
+    shown = capsys.readouterr().out
+    assert "sft takes 3.5 GiB of the pod's memory (writing a checkpoint)" in shown
+    assert "and compute.memory is 3Gi: set spec.compute.memory to 4Gi" in shown
 
 
 def test_each_gpu_of_a_worker_is_a_device_with_a_process_of_its_own(
@@ -122,6 +133,7 @@ def test_a_gpu_that_nobody_described_is_estimated_and_said_so(
         ("hf://org/model", "hf://org/model is not on this machine: pass its config.json with"),
         ("file://absent", "file://absent has no file absent on this machine: pass"),
         ("pkg://not_installed/x.gguf", "the package not_installed is not installed: pass"),
+        ("pkg://json/../os.py", "the package json has no file '../os.py': pass"),
     ],
 )
 def test_without_the_models_files_one_line_says_so_and_how_to_get_them(

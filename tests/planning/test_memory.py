@@ -157,10 +157,16 @@ def test_evaluation_of_full_fine_tuning_holds_both_models_if_the_base_is_compare
     assert parts(alone["evaluate"], "loss of held-out rows")["weights in bfloat16"] == 2 * P
 
 
-def test_the_export_compares_the_model_in_float32_on_the_cpu() -> None:
-    export = stages(planned("8B", "H100", adapter={"lora": {}}))["export"]
-    assert not export.device
-    assert export.host_peak.total == 4 * P + 4 * 41_943_040
+def test_the_export_holds_one_tensor_of_the_model_on_the_cpu_and_the_adapter() -> None:
+    tensor, adapter, blocks = 2 * 128_256 * 4096, 4 * 41_943_040, 128 << 20
+    lora: dict[str, Any] = {"adapter": {"lora": {}}}
+    merged = stages(planned("8B", "H100", output__merge=True, **lora))["export"]
+    apart = stages(planned("8B", "H100", output__merge=False, **lora))["export"]
+    whole = stages(planned("8B", "H100"))["export"]
+    assert not merged.device
+    assert merged.host_peak.total == tensor + adapter + blocks
+    assert apart.host_peak.total == adapter + blocks
+    assert whole.host_peak.total == tensor + blocks
 
 
 def test_a_checkpoint_copies_weights_and_moments_to_the_pods_memory() -> None:

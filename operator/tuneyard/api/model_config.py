@@ -113,50 +113,21 @@ def _llama(
     return ModelFacts(**{**facts, **differences})
 
 
-def _biased_llama(config: Config) -> ModelFacts:
+def _biased(config: Config, **differences: Any) -> ModelFacts:
+    """Return the facts of a model whose config says whether its attention has biases."""
+    bias = bool(_value(config, "attention_bias", False))
+    return _llama(config, query_bias=bias, output_bias=bias, **differences)
+
+
+def _biased_llama(config: Config, **differences: Any) -> ModelFacts:
     """Return the facts of Llama and of models that have its config with the same biases."""
-    bias = bool(_value(config, "attention_bias", False))
     mlp_bias = bool(_value(config, "mlp_bias", False))
-    return _llama(config, query_bias=bias, output_bias=bias, mlp_bias=mlp_bias)
+    return _biased(config, mlp_bias=mlp_bias, **differences)
 
 
-def _smollm3(config: Config) -> ModelFacts:
-    bias = bool(_value(config, "attention_bias", False))
-    mlp_bias = bool(_value(config, "mlp_bias", False))
-    return _llama(config, query_bias=bias, output_bias=bias, mlp_bias=mlp_bias, tied=True)
-
-
-def _qwen3(config: Config) -> ModelFacts:
-    bias = bool(_value(config, "attention_bias", False))
-    config = {"head_dim": 128, **config}
-    return _llama(config, query_bias=bias, output_bias=bias, query_key_norm="head")
-
-
-def _olmo2(config: Config) -> ModelFacts:
-    bias = bool(_value(config, "attention_bias", False))
-    return _llama(
-        config, query_bias=bias, output_bias=bias, norm="rmsFloat32", query_key_norm="whole"
-    )
-
-
-def _gemma(config: Config) -> ModelFacts:
-    bias = bool(_value(config, "attention_bias", False))
+def _gemma(config: Config, **differences: Any) -> ModelFacts:
     config = {"head_dim": 256, **config}
-    return _llama(config, query_bias=bias, output_bias=bias, tied=True, norm="rmsFloat32")
-
-
-def _gemma3(config: Config) -> ModelFacts:
-    bias = bool(_value(config, "attention_bias", False))
-    config = {"head_dim": 256, **config}
-    return _llama(
-        config,
-        query_bias=bias,
-        output_bias=bias,
-        tied=True,
-        norm="rmsFloat32",
-        norms=4,
-        query_key_norm="head",
-    )
+    return _biased(config, tied=True, norm="rmsFloat32", **differences)
 
 
 def _phi3(config: Config) -> ModelFacts:
@@ -173,11 +144,10 @@ def _phi3(config: Config) -> ModelFacts:
     return facts.model_copy(update={"linears": linears})
 
 
-def _mixture(config: Config, experts: Experts, **differences: Any) -> ModelFacts:
-    facts = _llama({"intermediate_size": experts.intermediate_size, **config}, **differences)
+def _mixture(facts: ModelFacts, experts: Experts) -> ModelFacts:
+    """Return the facts with experts in the place of the MLP."""
     attention = [linear for linear in facts.linears if linear.in_attention]
-    update = {"linears": attention, "experts": experts}
-    return facts.model_copy(update=update)
+    return facts.model_copy(update={"linears": attention, "experts": experts})
 
 
 def _mixtral(config: Config) -> ModelFacts:
@@ -186,7 +156,7 @@ def _mixtral(config: Config) -> ModelFacts:
         per_token=int(config["num_experts_per_tok"]),
         intermediate_size=int(config["intermediate_size"]),
     )
-    return _mixture(config, experts)
+    return _mixture(_llama(config), experts)
 
 
 def _qwen3_moe(config: Config) -> ModelFacts:
@@ -200,8 +170,8 @@ def _qwen3_moe(config: Config) -> ModelFacts:
         per_token=int(config["num_experts_per_tok"]),
         intermediate_size=int(config["moe_intermediate_size"]),
     )
-    bias = bool(_value(config, "attention_bias", False))
-    return _mixture(config, experts, query_bias=bias, output_bias=bias, query_key_norm="head")
+    config = {"intermediate_size": experts.intermediate_size, **config}
+    return _mixture(_biased(config, query_key_norm="head"), experts)
 
 
 # ---- models with LayerNorm and a plain MLP --------------------------------------------------
@@ -317,13 +287,13 @@ READERS: Final[Mapping[str, Callable[[Config], ModelFacts]]] = {
     "mistral": lambda config: _llama(config),
     "ministral3": lambda config: _llama(config),
     "qwen2": lambda config: _llama(config, query_bias=True),
-    "qwen3": _qwen3,
+    "qwen3": lambda config: _biased({"head_dim": 128, **config}, query_key_norm="head"),
     "granite": _biased_llama,
-    "smollm3": _smollm3,
-    "olmo2": _olmo2,
+    "smollm3": lambda config: _biased_llama(config, tied=True),
+    "olmo2": lambda config: _biased(config, norm="rmsFloat32", query_key_norm="whole"),
     "phi3": _phi3,
     "gemma": _gemma,
-    "gemma3_text": _gemma3,
+    "gemma3_text": lambda config: _gemma(config, norms=4, query_key_norm="head"),
     "mixtral": _mixtral,
     "qwen3_moe": _qwen3_moe,
     "gpt2": _gpt2,

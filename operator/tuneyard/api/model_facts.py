@@ -164,6 +164,13 @@ class ModelFacts(Report):
         return outside + self.layers * self.layer_parameters
 
     @property
+    def largest_tensor(self) -> int:
+        """Parameters of the largest tensor. All matrices of a layer's experts count as one, since
+        some files join them."""
+        embedding = self.vocabulary_size * self.embedding_size
+        return max(embedding, self.expert_parameters, *(linear.weights for linear in self.linears))
+
+    @property
     def query_size(self) -> int:
         """Width of all query heads together."""
         return self.attention_heads * self.head_dim

@@ -13,11 +13,10 @@ from tuneyard.planning.fit import Fit, Job
 from tuneyard.planning.memory.host import PROCESS_BYTES
 from tuneyard.planning.memory.parts import GIB, Moment, StageMemory, gib
 from tuneyard.planning.memory.stages import settings_of
+from tuneyard.rendering.compute import workers
 
 BAR = 16
 """Characters of a bar, which stands for all of a GPU's memory that a job can use."""
-DEFAULT_MEMORY = "16Gi"
-"""A worker's memory if `compute.memory` is not set."""
 
 
 def print_memory(console: Console, job: Job, found: Fit) -> None:
@@ -113,7 +112,7 @@ def _pod_memory(job: Job, found: Fit) -> Iterator[str]:
     if most is None:
         return
     needed = _pod_bytes(job, most)
-    given = job.plan.compute.memory or DEFAULT_MEMORY
+    given = workers(job.plan.compute).memory
     if needed > quantity_value(given):
         wanted = -(-needed // GIB)
         yield (

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 from tuneyard.api.model_config import UnknownModelError, facts_of
 from tuneyard.api.model_facts import ModelFacts
+from tuneyard.api.packages import packaged_file
 from tuneyard.api.plan import Plan, SourceInput
 from tuneyard.cli import gguf_header
 
@@ -35,7 +35,10 @@ def model_facts(plan: Plan, base_dir: Path, config: Path | None) -> ModelFacts:
     if scheme == "file":
         path = base_dir / rest
     elif scheme == "pkg":
-        path = _packaged(rest)
+        try:
+            path = packaged_file(rest)
+        except (ModuleNotFoundError, FileNotFoundError) as error:
+            raise UnknownModelError(f"{error}: {HOW}") from error
     else:
         raise UnknownModelError(f"{uri} is not on this machine: {HOW}")
     if path.is_dir():
@@ -43,17 +46,6 @@ def model_facts(plan: Plan, base_dir: Path, config: Path | None) -> ModelFacts:
     if not path.is_file():
         raise UnknownModelError(f"{uri} has no file {path.name} on this machine: {HOW}")
     return _read(path)
-
-
-def _packaged(rest: str) -> Path:
-    """Return the path of a file in an installed package, which is not imported."""
-    package, _, name = rest.partition("/")
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        file = (Path(folder) / name).resolve()
-        if file.is_relative_to(Path(folder).resolve()):
-            return file
-    raise UnknownModelError(f"the package {package} is not installed: {HOW}")
 
 
 def _read(path: Path) -> ModelFacts:

@@ -73,7 +73,7 @@ def device_of(plan: Plan, reported: Device | None) -> Gpu | Cpu:
         return Cpu(reported.memory)
     if reported is not None:
         memory = reported.memory // GIB * GIB  # as the described GPUs are rounded
-        return Gpu(reported.gpu or "", memory, None, None)
+        return Gpu(reported.gpu or "", memory)
     return declared_gpu(plan.compute) or UNKNOWN
 
 

@@ -176,11 +176,16 @@ def _remedies(job: Job, found: Fit) -> Iterator[Remedy]:
 def _if_it_fits(job: Job, changes: list[str]) -> Iterator[Remedy]:
     """Yield the remedy of some changes of the manifest, if the job fits after them and after the
     settings that they need. `job`: with the changes."""
-    chosen = {stage.name: choose(job, _opened(stage)) for stage in job.training}
-    tried = Fit(job.memory(chosen), job.device.usable, chosen)
-    needed = [*changes, *_settings_changes(job, chosen)]
+    tried = _with_free_settings(job)
+    needed = [*changes, *_settings_changes(job, tried.chosen)]
     if needed and tried.fits:
         yield Remedy(", ".join(needed), tried.peak)
+
+
+def _with_free_settings(job: Job) -> Fit:
+    """Return how a job fits with the settings that `auto` would choose for each stage."""
+    chosen = {stage.name: choose(job, _opened(stage)) for stage in job.training}
+    return Fit(job.memory(chosen), job.device.usable, chosen)
 
 
 def _opened(stage: PlannedStage) -> PlannedStage:
@@ -227,9 +232,7 @@ def longest_row(job: Job, *, below: int) -> int | None:
     low, high = 0, (below - 1) // LENGTH_STEP
     while low < high:
         middle = (low + high + 1) // 2
-        tried = _with_rows(job, middle * LENGTH_STEP)
-        chosen = {stage.name: choose(tried, _opened(stage)) for stage in tried.training}
-        if Fit(tried.memory(chosen), job.device.usable, chosen).fits:
+        if _with_free_settings(_with_rows(job, middle * LENGTH_STEP)).fits:
             low = middle
         else:
             high = middle - 1

@@ -1,4 +1,4 @@
-"""GPUs with the memory, the speed and the bandwidth that the plan calculates with."""
+"""GPUs with the memory that the plan calculates with."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Final
 
 from tuneyard.api.compute import Compute
 from tuneyard.api.quantity import QUANTITY_PATTERN, quantity_value
+from tuneyard.planning.memory.parts import GIB
 
-GIB = 1 << 30
 CONTEXT_BYTES = 1 << 30
 """Memory of CUDA's context, its libraries' workspaces and NCCL. An estimate."""
 CPU_PROCESS_BYTES = 840 << 20
@@ -29,10 +29,6 @@ class Gpu:
     name: str
     memory: int
     """Bytes that CUDA or ROCm reports, rounded down to GiB."""
-    teraflops: float | None
-    """Dense bfloat16 operations per second, in 1e12, by the maker's data sheet. None: unknown."""
-    bandwidth: float | None
-    """Bytes per second between GPU and its memory, in 1e9. None: unknown."""
     estimated: bool = False
     """Whether only the memory is known, and not what the GPU is."""
 
@@ -68,25 +64,25 @@ class Cpu:
 
 
 GPUS: Final = (
-    Gpu("T4", 14 * GIB, 65, 320),  # float16: it has no bfloat16
-    Gpu("A10G", 22 * GIB, 70, 600),
-    Gpu("L4", 22 * GIB, 121, 300),
-    Gpu("RTX4090", 23 * GIB, 165, 1008),
-    Gpu("A100-40GB", 39 * GIB, 312, 1555),
-    Gpu("L40S", 44 * GIB, 362, 864),
-    Gpu("A6000", 47 * GIB, 155, 768),
-    Gpu("A100-80GB", 79 * GIB, 312, 2039),
-    Gpu("H100", 79 * GIB, 989, 3350),
-    Gpu("H200", 139 * GIB, 989, 4800),
-    Gpu("B200", 178 * GIB, 2250, 8000),
-    Gpu("MI300X", 191 * GIB, 1307, 5300),
+    Gpu("T4", 14 * GIB),
+    Gpu("A10G", 22 * GIB),
+    Gpu("L4", 22 * GIB),
+    Gpu("RTX4090", 23 * GIB),
+    Gpu("A100-40GB", 39 * GIB),
+    Gpu("L40S", 44 * GIB),
+    Gpu("A6000", 47 * GIB),
+    Gpu("A100-80GB", 79 * GIB),
+    Gpu("H100", 79 * GIB),
+    Gpu("H200", 139 * GIB),
+    Gpu("B200", 178 * GIB),
+    Gpu("MI300X", 191 * GIB),
 )
 """The described GPUs, by memory."""
 
 _SPELLINGS = {"A100": "A100-80GB", "RTX-4090": "RTX4090", "GEFORCERTX4090": "RTX4090"}
 
 
-UNKNOWN = Gpu("unknown", 79 * GIB, None, None, estimated=True)
+UNKNOWN = Gpu("unknown", 79 * GIB, estimated=True)
 """The GPU of a job whose hardware is not described: nothing is refused on it."""
 
 
@@ -98,7 +94,7 @@ def gpu_of(name: str) -> Gpu:
     """Return the GPU of a name such as `H100`, of a product label such as `NVIDIA-H100-80GB-HBM3`,
     or with a memory such as `48Gi`, of which nothing else is known. Raises UnknownGpuError."""
     if re.fullmatch(QUANTITY_PATTERN, name) and quantity_value(name) >= GIB:
-        return Gpu(name, int(quantity_value(name)), None, None, estimated=True)
+        return Gpu(name, int(quantity_value(name)), estimated=True)
     plain = _plain(name)
     spelled = _plain(_SPELLINGS.get(name.upper(), name))
     for gpu in sorted(GPUS, key=lambda gpu: -len(gpu.name)):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import importlib.util
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from tuneyard.api.packages import packaged_file
 from tuneyard.api.plan import SourceInput, digest
 from tuneyard.api.pods import CLAIMS_FOLDER
 from tuneyard.errors import StageError
@@ -126,21 +126,14 @@ def _mounted(source: SourceInput, rest: str, kind: Kind) -> Path:
 
 
 def _packaged(source: SourceInput, rest: str) -> Path:
-    """Return a file of an installed package, without importing it (its code is not run)."""
-    package, _, name = rest.partition("/")
-    # find_spec of a dotted name would import the parent.
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None:
+    try:
+        return packaged_file(rest)
+    except ModuleNotFoundError as error:
         raise StageError(
             "SourceNotFound",
-            f"{source.uri}: the Python package {package!r} is not installed.",
+            f"{source.uri}: the Python package {error.name!r} is not installed.",
             advice=f"Install it where the job runs, or correct {_field(source, 'uri')}.",
-        )
-    for folder in spec.submodule_search_locations or ():
-        file = (Path(folder) / name).resolve()
-        if name and file.exists() and file.is_relative_to(Path(folder).resolve()):
-            return file
-    raise FileNotFoundError(f"the package {package} has no file {name!r}")
+        ) from error
 
 
 # ---- the model hub ------------------------------------------------------------------------------

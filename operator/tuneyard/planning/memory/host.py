@@ -10,6 +10,9 @@ PROCESS_BYTES = 3 << 30
 """Python with torch, transformers, Ray and CUDA's own memory on the host. An estimate."""
 CHECKPOINT_BYTES = 12
 """A parameter and its two moments in float32, copied before they are written."""
+EXPORT_BYTES = 128 << 20
+"""What an export takes beside the tensor at hand: the blocks that it merges and checks, in float32
+and float64. The test of the export's memory has the same bound."""
 
 
 def checkpoint(trained: Trained) -> Moment:
@@ -18,18 +21,19 @@ def checkpoint(trained: Trained) -> Moment:
     return Moment.of("writing a checkpoint", ("copy of the trained parameters", size))
 
 
-def export(facts: ModelFacts, trained: Trained | None, *, merge: bool) -> Moment:
+def export(facts: ModelFacts, adapter: int, *, merge: bool) -> Moment:
     """Return the moment of the export that takes the most.
 
-    The export compares what it wrote with the model in float32 on the CPU, whole and unsharded.
-    Writing a whole model loads it a second time in the base's own type. `trained`: of the adapter.
-    None: the model was fully tuned.
+    The export reads, writes and checks one tensor of the model at a time, in the type of the base's
+    files. `adapter`: its bytes. 0: the model was fully tuned.
     """
-    whole = TRAINED_BYTES * facts.parameters
-    twice = 2 * facts.stored_bytes * facts.parameters if trained is None or merge else 0
-    adapter = TRAINED_BYTES * trained.parameters if trained else 0
-    size = max(whole + adapter, twice)
-    return Moment.of("comparing the written files", ("model in float32", size))
+    tensor = facts.stored_bytes * facts.largest_tensor if merge or not adapter else 0
+    return Moment.of(
+        "writing the files",
+        ("largest tensor", tensor),
+        ("adapter", adapter),
+        ("blocks", EXPORT_BYTES),
+    )
 
 
 def merged_model(facts: ModelFacts) -> Moment:

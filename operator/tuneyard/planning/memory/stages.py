@@ -276,8 +276,12 @@ class _Job:
     def _loaded(self, adapter: Adapter | None) -> int:
         """Return the bytes of the policy that is loaded to sample or to measure. QLoRA's base is
         not quantized here."""
-        added = TRAINED_BYTES * trained(self.facts, adapter, None).parameters if adapter else 0
-        return self.machine.inference_precision * self.facts.parameters + added
+        base = self.machine.inference_precision * self.facts.parameters
+        return base + self._added_bytes(adapter)
+
+    def _added_bytes(self, adapter: Adapter | None) -> int:
+        """Return the bytes of an adapter. None: there is none."""
+        return TRAINED_BYTES * trained(self.facts, adapter, None).parameters if adapter else 0
 
     @property
     def _plainly(self) -> Computation:
@@ -332,9 +336,8 @@ class _Job:
         )
 
     def _export(self, stage: PlannedStage, settings: ExportSettings) -> StageMemory:
-        adapter = self._adapter()
-        learned = trained(self.facts, adapter, None) if adapter else None
-        moment = host.export(self.facts, learned, merge=settings.merge)
+        size = self._added_bytes(self._adapter())
+        moment = host.export(self.facts, size, merge=settings.merge)
         return StageMemory(stage.name, (), (moment,))
 
     # ---- other models ---------------------------------------------------------------------------
