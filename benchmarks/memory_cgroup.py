@@ -4,9 +4,9 @@
     .venv/bin/python benchmarks/memory_cgroup.py full lora     runs whose name starts so
 
 Each run trains a Llama of random weights for two steps, each of two micro-batches, in a process of
-its own. The cgroup's limit is the planned memory and 15%: a run that needs more is killed. With
---below each run is repeated under 15% less than planned, where it should be killed. Whether it fits
-is not decided there. Prints a table as Markdown.
+its own with the environment of a pod. The cgroup's limit is the planned memory and 15%: a run that
+needs more is killed. With --below each run is repeated under 15% less than planned, where it should
+be killed. Whether it fits is not decided there. Prints a table as Markdown.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tuneyard.rendering.rayjob import CPU_ENVIRONMENT
 
 GIB = 1 << 30
 TOLERANCE = 0.15
@@ -191,6 +193,7 @@ def trained(folder: Path, limit: int) -> tuple[int, dict[str, Any]]:
             command,
             stdout=subprocess.PIPE,
             text=True,
+            env={**os.environ, **CPU_ENVIRONMENT},
             preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())),
         )
     printed: dict[str, Any] = {}
