@@ -50,6 +50,10 @@ test-apiserver: $(VENV)/.dev ## The tests on a real API server, without nodes; n
 test-cluster: $(VENV)/.dev ## Run the tests on a real Kubernetes node with KubeRay; no test is skipped
 	TUNEYARD_REQUIRE_CLUSTER=1 $(BIN)/pytest -m cluster
 
+.PHONY: test-sharded
+test-sharded: $(VENV)/.dev ## A model that only several pods can hold, on a node: 10 minutes, 12 GiB
+	TUNEYARD_REQUIRE_CLUSTER=1 TUNEYARD_SHARDED=1 $(BIN)/pytest tests/cluster/test_sharded.py -s
+
 .PHONY: chaos
 chaos: LEVEL ?= apiserver
 chaos: RUNS ?= 20

@@ -56,6 +56,8 @@ class Run:
     adapter: dict[str, Any] | None = None
     model: dict[str, Any] = field(default_factory=dict)
     dpo: bool = False
+    prompt: float = 0.5
+    """The prompt's share of a row of DPO. The plan counts all tokens as such with a loss."""
 
 
 LORA: dict[str, Any] = {"lora": {}}
@@ -70,7 +72,8 @@ RUNS = (
     Run("lora, recomputed", adapter=LORA, training=RECOMPUTED),
     Run("lora, rows of 2048", length=2048, rows=2, adapter=LORA),
     Run("lora, 128,256 words", rows=4, adapter=LORA, model={"vocab_size": 128256}),
-    Run("lora, dpo", rows=4, adapter=LORA, dpo=True),
+    Run("lora, dpo", rows=4, adapter=LORA, dpo=True, prompt=0.05),
+    Run("lora, dpo, half of each row a prompt", rows=4, adapter=LORA, dpo=True),
 )
 
 
@@ -120,9 +123,10 @@ def write_files(run: Run, folder: Path) -> None:
     def text(length: int) -> str:
         return " ".join(draw.choices(WORDS, k=length))
 
-    half = run.length // 2
+    prompt = int(run.prompt * run.length)
+    answer = run.length - prompt - 1
     rows = [
-        {"prompt": text(half), "chosen": text(half - 1), "rejected": text(half - 1)}
+        {"prompt": text(prompt), "chosen": text(answer), "rejected": text(answer)}
         if run.dpo
         else {"text": text(run.length - 1)}
         for _ in range(2 * run.rows)
