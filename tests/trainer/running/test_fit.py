@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from tests.trainer.jobs import manifest, planned, write_data
-from tuneyard.api.job_facts import JobFacts
+from tests.trainer.rows import Row, write_prepared
+from tuneyard.api.job_facts import JobFacts, PromptFacts, RowFacts
 from tuneyard.api.plan import Plan, StageRecord
 from tuneyard.errors import StageError
 from tuneyard_trainer.running import facts as facts_module
@@ -87,7 +90,7 @@ def test_the_question_comes_once_after_the_data_is_prepared_and_before_the_train
     (facts,) = run.asked
     assert facts.model is not None
     assert facts.model.architecture == "llama"
-    assert facts.rows == records["prepare"].metrics["longestRow"]
+    assert facts.rows["prepare"].longest == records["prepare"].metrics["longestRow"]
     assert facts.done == ["prepare"]
     assert facts.device is not None
     assert facts.device.gpu is None
@@ -137,30 +140,118 @@ def test_without_an_answer_the_job_trains_as_planned(
 CPU = torch.device("cpu")
 
 
-def record(kind: str, longest: float, **details: Any) -> StageRecord:
-    return StageRecord.model_validate(
+Hands = dict[tuple[str, str], Path]
+"""The inputs that are at hand, by stage and role."""
+
+
+def known(plan: Plan, model: Path, hands: Hands, devices: int = 1) -> JobFacts:
+    return job_facts(
+        plan,
+        model,
+        {},
+        lambda stage, role: hands.get((stage.name, role)),
+        CPU,
+        devices=devices,
+        neighbors=1,
+    )
+
+
+def row(length: int, prompt: int) -> Row:
+    """Return a row of `length` tokens whose first `prompt` are no targets."""
+    return [7] * length, [int(position >= prompt) for position in range(length)]
+
+
+def alignment(model: Path, **spec: Any) -> Plan:
+    return planned(
         {
-            "stage": kind,
-            "kind": kind,
-            "identity": "i",
-            "inputDigests": {},
-            "digest": "d",
-            "attempt": 1,
-            "startedAt": "",
-            "finishedAt": "",
-            "metrics": {"longestRow": longest},
-            "details": details,
+            "apiVersion": "tuneyard.io/v1alpha1",
+            "kind": "AlignmentJob",
+            "metadata": {"name": "job"},
+            "spec": {
+                "model": {"uri": f"file://{model}"},
+                "output": {"uri": "file://out"},
+                "adapter": {"lora": {}},
+                **spec,
+            },
         }
     )
 
 
-def test_a_row_is_no_longer_than_it_was_cut(tmp_path: Path) -> None:
-    records = {
-        "prepare": record("prepare", 5000.0, maxLength=1024),
-        "pairs": record("pairs", 300.0, maxLength=1024),
+def test_the_rows_that_are_trained_on_count_and_not_those_that_are_held_out(
+    tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: Any
+) -> None:
+    pairs = {"data": [{"uri": "file://pairs.jsonl"}]}
+    plan = alignment(tiny_model_dir, preferences=pairs, optimize={"dpo": {}})
+    held_out = [row(64, 9), row(22, 17), row(30, 2)]
+    write_prepared(tmp_path, tiny_tokenizer, [row(20, 5), row(31, 5)], held_out)
+    facts = known(plan, tiny_model_dir, {("dpo", "data"): tmp_path}, devices=4)
+    assert facts.rows == {"pairs": RowFacts(longest=31, held_out=64)}
+    assert not facts.prompts, "the evaluation's own input is not at hand"
+    both = {("dpo", "data"): tmp_path, ("evaluate", "data"): tmp_path}
+    facts = known(plan, tiny_model_dir, both, devices=4)
+    assert facts.prompts == {"evaluate": PromptFacts(longest=17, count=3)}
+    assert facts.devices == 4
+
+
+def test_prompts_and_models_that_are_at_hand_are_measured_and_others_left_out(
+    tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: Any
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": "why " * n}) + "\n" for n in (3, 40, 7)))
+    grpo = {"prompts": {"uri": "file://prompts.jsonl"}, "sampling": {"maxNewTokens": 4}}
+    terms = [{"model": {"uri": "hf://org/other"}, "weight": 1.0}]
+    plan = alignment(
+        tiny_model_dir,
+        optimize={"grpo": grpo},
+        rewardModel={"model": {"uri": "file://reward"}},
+        rewardTerms=terms,
+    )
+    hands = {
+        (stage, role): path
+        for stage in ("grpo", "evaluate")
+        for role, path in (("prompts", prompts), ("reward", tiny_model_dir))
     }
-    facts = job_facts(tmp_path, records, CPU, devices=4, neighbors=1)
-    assert (facts.rows, facts.pairs, facts.devices) == (1024, 300, 4)
+    facts = known(plan, tiny_model_dir, hands)
+    assert facts.prompts.keys() == {"grpo", "evaluate"}
+    assert facts.prompts["grpo"].count == 3
+    messages = [{"role": "user", "content": "why " * 40}]
+    text = tiny_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    expected = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert facts.prompts["grpo"].longest == len(expected)
+    assert facts.models.keys() == {"grpo/reward", "evaluate/reward"}
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=1)
+    size = sum(p.numel() for p in model.parameters()) - model.score.weight.numel()
+    assert facts.models["grpo/reward"] == size
+
+
+@pytest.mark.parametrize("text", ["", "no json", '{"answer": 1}\n'])
+def test_prompts_that_cannot_be_read_end_nothing_here(
+    tmp_path: Path, tiny_model_dir: Path, text: str
+) -> None:
+    """The stage that completes them reports what is wrong."""
+    (tmp_path / "prompts.jsonl").write_text(text)
+    grpo = {"prompts": {"uri": "file://prompts.jsonl"}}
+    rule = {"rule": {"exactMatch": "answer"}}
+    plan = alignment(tiny_model_dir, optimize={"grpo": grpo}, rewardModel=rule)
+    hands = {("grpo", "prompts"): tmp_path / "prompts.jsonl"}
+    assert known(plan, tiny_model_dir, hands).prompts == {}
+
+
+def test_an_input_is_at_hand_if_nothing_has_to_be_downloaded(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    plan = alignment(
+        tiny_model_dir,
+        optimize={"grpo": {"prompts": {"uri": "file://missing.jsonl"}}},
+        rewardModel={"model": {"uri": "hf://org/reward"}},
+    )
+    store = Store(str(tmp_path / "out"), tmp_path / "scratch")
+    inputs = StageInputs(plan, store, tmp_path, tmp_path / "cache")
+    grpo = plan.stages[0]
+    assert inputs.at_hand(grpo, "model") == tiny_model_dir
+    assert inputs.at_hand(grpo, "prompts") is None
+    assert inputs.at_hand(grpo, "reward") is None
+    assert inputs.at_hand(plan.stages[1], "tuned") is None, "no stage has trained it"
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"model_type": "mamba"}', "\xff"])
@@ -169,10 +260,10 @@ def test_a_model_that_is_not_described_gives_the_reason_and_ends_nothing(
 ) -> None:
     if text is not None:
         (tmp_path / "config.json").write_text(text, encoding="latin-1")
-    facts = job_facts(tmp_path, {}, CPU, devices=1, neighbors=1)
+    facts = known(planned(manifest(tmp_path)), tmp_path, {})
     assert facts.model is None
     assert facts.unknown_model
-    assert facts.rows is None
+    assert facts.rows == {}
 
 
 @pytest.mark.parametrize(

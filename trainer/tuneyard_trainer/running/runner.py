@@ -116,6 +116,21 @@ class StageInputs:
             self.source_digests[decisive] = sources.digest_of(path, cache_dir=self.cache_dir)
         return self.source_digests[decisive]
 
+    def at_hand(self, stage: PlannedStage, role: str) -> Path | None:
+        """Return the path of an input that needs neither a download nor a stage that is not done.
+        None: it does, or it cannot be read."""
+        source = stage.inputs[role]
+        if isinstance(source, StageInput):
+            done = source.stage in self.records
+            return self.store.workdir(source.stage) / (source.file or "") if done else None
+        fetched = self._fetched.get((source.uri, source.revision))
+        if fetched is not None or not sources.is_local(source.uri):
+            return fetched
+        try:
+            return self._fetch(role, source)
+        except StageError:  # the stage that reads it reports what is wrong
+            return None
+
     def inputs(self, stage: PlannedStage) -> dict[str, Path]:
         """Return the local path of each input."""
         return {
@@ -191,8 +206,10 @@ class PlanRunner:
         from tuneyard_trainer.running.facts import facts_event, job_facts
 
         facts = job_facts(
+            self.stage_inputs.plan,
             self.stage_inputs.inputs(stage)["model"],
             self.stage_inputs.records,
+            self.stage_inputs.at_hand,
             self.worker.device,
             devices=self.worker.world_size,
             neighbors=self.neighbors,
