@@ -90,7 +90,8 @@ def test_the_question_comes_once_after_the_data_is_prepared_and_before_the_train
     (facts,) = run.asked
     assert facts.model is not None
     assert facts.model.architecture == "llama"
-    assert facts.rows["prepare"].longest == records["prepare"].metrics["longestRow"]
+    assert facts.rows == {"prepare": RowFacts(longest=49, held_out=54)}
+    assert records["prepare"].metrics["longestRow"] == 54
     assert facts.done == ["prepare"]
     assert facts.device is not None
     assert facts.device.gpu is None

@@ -189,8 +189,8 @@ class Driver:
         self._progress.set_facts(facts)
         response = self._reporter.ask(self._progress.post(), FIT_SECONDS, self._stop.is_set)
         self._waits.end()
-        if response is None:
-            self._progress.set_facts(None)
+        self._progress.set_facts(None)
+        self._reporter.update(self._progress.post())  # the question is not repeated
         if response is None or response.fit is None:
             self._log("fit-unknown", answered=response is not None)
             return FitAnswer()

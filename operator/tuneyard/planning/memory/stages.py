@@ -102,7 +102,7 @@ def loop_of(stage: PlannedStage) -> LoopSettings | None:
 
 
 class Shape(NamedTuple):
-    """What is sampled at a time."""
+    """The completions that are sampled at a time."""
 
     completions: int
     """Most completions."""
