@@ -9,15 +9,18 @@ from typing import Any
 import pytest
 
 from tests.planning.jobs import job
-from tests.planning.models import HELD_OUT, LLAMA, aligned, facts
+from tests.planning.models import CONFIGS, HELD_OUT, LLAMA, aligned, facts
 from tuneyard.api.job_facts import Device, FitAnswer, JobFacts, PromptFacts, RowFacts
 from tuneyard.api.model_config import facts_of
 from tuneyard.api.model_facts import Experts, LinearShape, ModelFacts
 from tuneyard.api.plan import Plan
 from tuneyard.api.status import MemoryEstimate
 from tuneyard.manifests.manifest import read
-from tuneyard.planning.decision import Decision, decide
+from tuneyard.planning.decision import Decision, decide, job_of
+from tuneyard.planning.fit import fit
+from tuneyard.planning.hardware import gpu_of
 from tuneyard.planning.memory.lengths import packed_bins
+from tuneyard.planning.memory.parts import StageMemory
 from tuneyard.planning.plan import plan_job
 
 GIB = 1 << 30
@@ -188,6 +191,47 @@ def test_a_job_that_exceeds_only_what_is_estimated_trains_with_the_least() -> No
     assert answer.refusal is None
     assert answer.settings["sft"].gradient_checkpointing
     assert decided(plan, posted(gib=15)).answer.refusal is not None, "the weights are certain"
+
+
+def test_a_job_is_refused_by_the_bytes_of_a_gpu_and_not_by_whole_gib() -> None:
+    plan = plan_job(job(**LORA))
+    known = posted(gib=0)
+    takes = max(stage.peak.total for stage in certain(plan, known))
+    for size, refused in ((takes, False), (takes - 1, True)):
+        here = known.model_copy(update={"device": Device(gpu="H100", memory=size)})
+        assert (decided(plan, here).answer.refusal is not None) is refused
+    # A described GPU that no worker has reported has up to a GiB more than its description says.
+    described = gpu_of("H100")
+    assert described.most == described.memory + GIB
+
+
+def certain(plan: Plan, known: JobFacts) -> list[StageMemory]:
+    found = job_of(plan, known)
+    assert found is not None
+    return fit(found).certain
+
+
+def test_on_the_cpu_only_all_of_its_memory_is_a_bound() -> None:
+    """Pages of libraries and of files can be dropped, workers share them, and memory is swapped."""
+    plan = plan_job(job())
+    known = posted(gpu=None, gib=1)
+    takes = max(stage.peak.total for stage in certain(plan, known))
+    for most, refused in ((takes, False), (takes - 1, True)):
+        here = Device(memory=GIB, most=most)  # the share of one of many workers
+        answer = decided(plan, known.model_copy(update={"device": here})).answer
+        assert (answer.refusal is not None) is refused
+
+
+@pytest.mark.parametrize(("dtype", "refused"), [("float32", False), ("bfloat16", True)])
+def test_weights_that_stay_in_their_file_refuse_no_job_on_the_cpu(
+    dtype: str, refused: bool
+) -> None:
+    """They take no memory of their own if they are used in the type of the file."""
+    model = facts_of(CONFIGS["8B"] | {"dtype": dtype})
+    lora, full = plan_job(job(**LORA)), plan_job(job())
+    known = JobFacts(model=model, device=Device(memory=16 * GIB))
+    assert (decided(lora, known).answer.refusal is not None) is refused
+    assert decided(full, known).answer.refusal is not None, "what is trained is changed"
 
 
 # ---- what is assumed refuses nothing ------------------------------------------------------------

@@ -35,7 +35,10 @@ class Device(Report):
     gpu: str | None = Field(default=None, max_length=128)
     """Name that CUDA or ROCm gives to the worker's GPU. None: the worker computes on the CPU."""
     memory: int = Field(ge=0, le=1 << 50)
-    """Bytes of the GPU; without a GPU, the most bytes that the worker's process may take."""
+    """Bytes of the GPU; without a GPU, the worker's share of the memory of its machine or pod."""
+    most: int | None = Field(default=None, ge=0, le=1 << 50)
+    """Without a GPU, all bytes that the processes of that machine or pod may take, swap included.
+    None: those of `memory`."""
 
 
 class RowFacts(Report):

@@ -12,7 +12,7 @@ from tuneyard.planning import fit as fitting
 from tuneyard.planning.fit import Fit, Job
 from tuneyard.planning.hardware import CPU_PROCESS_BYTES, UNKNOWN, Cpu, Gpu, declared_gpu
 from tuneyard.planning.memory.lengths import CPU_BIN_TOKENS, Lengths
-from tuneyard.planning.memory.parts import GIB, Part, StageMemory, gib
+from tuneyard.planning.memory.parts import Part, StageMemory, gib
 from tuneyard.planning.memory.stages import settings_of
 
 MOST_BYTES = (1 << 63) - 1
@@ -70,10 +70,9 @@ def job_of(plan: Plan, facts: JobFacts) -> Job | None:
 def device_of(plan: Plan, reported: Device | None) -> Gpu | Cpu:
     """Return a worker's device: as it reports it, else as the manifest or its profile names it."""
     if reported is not None and reported.gpu is None:
-        return Cpu(reported.memory)
+        return Cpu(reported.memory, max(reported.memory, reported.most or 0))
     if reported is not None:
-        memory = reported.memory // GIB * GIB  # as the described GPUs are rounded
-        return Gpu(reported.gpu or "", memory)
+        return Gpu(reported.gpu or "", reported.memory, exact=True)
     return declared_gpu(plan.compute) or UNKNOWN
 
 

@@ -290,3 +290,23 @@ def test_the_limit_of_the_cgroup_is_shared_by_the_workers_of_the_machine(
     assert memory_limit() == machine
     limit.write_text(f"{64 << 20}\n")
     assert device_of(CPU, 4).memory == 16 << 20
+
+
+@pytest.mark.parametrize(
+    ("limit", "swap"),
+    [(None, 256 << 20), ("max", 256 << 20), (f"{96 << 20}", 96 << 20), ("0", 0)],
+    ids=["no file", "no limit", "a limit", "a pod of Kubernetes"],
+)
+def test_no_process_can_go_beyond_the_memory_of_all_with_the_swap_that_they_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None, swap: int
+) -> None:
+    for name in ("MOUNT", "OWN_GROUPS", "MEMORY"):
+        monkeypatch.setattr(facts_module, name, tmp_path / name)
+    (tmp_path / "OWN_GROUPS").write_text("0::/jobs/one")
+    (tmp_path / "MEMORY").write_text(f"MemTotal: 99 kB\nSwapTotal:   {256 << 10} kB\n")
+    group = tmp_path / "MOUNT/jobs/one"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text(f"{64 << 20}")
+    if limit is not None:
+        (group / "memory.swap.max").write_text(limit)
+    assert device_of(CPU, 4).most == (64 << 20) + swap

@@ -28,6 +28,7 @@ from tuneyard_trainer.models.base import load_tokenizer
 OWN_GROUPS = Path("/proc/self/cgroup")
 """The cgroups of this process, one a line: ID:CONTROLLERS:PATH."""
 MOUNT = Path("/sys/fs/cgroup")
+MEMORY = Path("/proc/meminfo")
 MOST_PROMPTS = 10_000
 """Prompts of a set that are measured: 2 seconds at most."""
 
@@ -190,18 +191,36 @@ def device_of(device: torch.device, neighbors: int) -> Device:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return Device(gpu=properties.name, memory=properties.total_memory)
-    return Device(memory=memory_limit() // neighbors)
+    memory = memory_limit()
+    return Device(memory=memory // neighbors, most=memory + swap_limit())
 
 
 def memory_limit() -> int:
     """Return the most bytes that the processes of this machine or pod may take together."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min([pages, *filter(None, map(_limit, _limit_files()))])
+    files = _limit_files("memory.max", "memory.limit_in_bytes")
+    return min([pages, *filter(None, map(_limit, files))])
 
 
-def _limit_files() -> Iterator[Path]:
+def swap_limit() -> int:
+    """Return the most bytes that they may have swapped out beside these."""
+    limits = [_limit(path) for path in _limit_files("memory.swap.max", None)]
+    return min([_swap(), *(limit for limit in limits if limit is not None)])
+
+
+def _swap() -> int:
+    """Return the bytes of this machine's swap space."""
+    try:
+        lines = MEMORY.read_text().splitlines()
+    except OSError:  # not Linux
+        return 0
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("SwapTotal:"))
+
+
+def _limit_files(second: str, first: str | None) -> Iterator[Path]:
     """Yield the files with the limits of this process's cgroups and of those around them. A
-    container may see its own group as the root."""
+    container may see its own group as the root. `second`, `first`: the file's name in version 2 and
+    in version 1 of cgroups; None: it has none."""
     try:
         lines = OWN_GROUPS.read_text().splitlines()
     except OSError:  # not Linux
@@ -211,10 +230,10 @@ def _limit_files() -> Iterator[Path]:
         if controllers and "memory" not in controllers.split(","):
             continue
         mount = MOUNT / "memory" if controllers else MOUNT
-        file = "memory.limit_in_bytes" if controllers else "memory.max"  # version 1, version 2
+        file = first if controllers else second
         group = Path(path)
-        for each in (group, *group.parents):
-            yield mount / each.relative_to("/") / file
+        for each in (group, *group.parents) if file else ():
+            yield mount / each.relative_to("/") / str(file)
 
 
 def _limit(path: Path) -> int | None:
