@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -10,19 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from tests.trainer.jobs import manifest, planned, write_data
 from tests.trainer.rows import Row, write_prepared
 from tuneyard.api.job_facts import JobFacts, PromptFacts, RowFacts
-from tuneyard.api.plan import Plan, StageRecord
+from tuneyard.api.plan import Plan, StageRecord, TrainRuntime
 from tuneyard.errors import StageError
 from tuneyard_trainer.running import facts as facts_module
-from tuneyard_trainer.running import runner
+from tuneyard_trainer.running import kept_settings, runner
 from tuneyard_trainer.running.facts import device_of, job_facts, memory_limit
 from tuneyard_trainer.running.runner import PlanRunner, StageInputs
 from tuneyard_trainer.storage.records import Store
-from tuneyard_trainer.worker import StageContext, StageOutcome, Worker
+from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
 
 REFUSAL = {"refusal": {"reason": "DoesNotFit", "message": "too large", "advice": "Set this."}}
 SMALLER = {"settings": {"sft": {"microBatchTokens": 64, "gradientCheckpointing": True}}}
@@ -35,6 +37,8 @@ class Run:
         self.plan, self.folder, self._answer = plan, folder, answer
         self.asked: list[JobFacts] = []
         self.log: list[str] = []
+        self.step = -1
+        """The newest step of the stage sft. -1: it has not begun."""
 
     def ask(self, event: dict[str, Any]) -> Any:
         assert event["type"] == "facts"
@@ -43,15 +47,23 @@ class Run:
         return self._answer
 
     def emit(self, event: dict[str, Any]) -> None:
+        if event["type"] == "progress" and event["stage"] == "sft":
+            self.step = max(self.step, event["step"])
         if event["type"] == "stage" and event["state"] != "Running":
             self.log.append(event["stage"])
 
-    def go(self) -> dict[str, StageRecord]:
+    def go(self, stop_at: int | None = None) -> dict[str, StageRecord]:
+        """Run the plan. `stop_at`: the step after which it is asked to stop."""
         store = Store(str(self.folder / "out"), self.folder / "scratch")
         store.claim(self.plan.job, attempt=1)
         return PlanRunner(
             stage_inputs=StageInputs(self.plan, store, self.folder, self.folder / "cache"),
-            worker=Worker(rank=0, world_size=1, device=torch.device("cpu")),
+            worker=Worker(
+                rank=0,
+                world_size=1,
+                device=torch.device("cpu"),
+                stop=lambda: stop_at is not None and self.step >= stop_at,
+            ),
             emit=self.emit,
             ask=self.ask,
         ).run()
@@ -60,7 +72,8 @@ class Run:
 @pytest.fixture
 def start(tmp_path: Path, tiny_model_dir: Path) -> Callable[..., Run]:
     write_data(tmp_path)
-    plan = planned(manifest(tiny_model_dir, training={"maxSteps": 1}, evaluate={"samples": 0}))
+    training = {"maxSteps": 5, "checkpointSteps": 1, "learningRate": 0.01}
+    plan = planned(manifest(tiny_model_dir, training=training, evaluate={"samples": 0}))
     return lambda answer=None: Run(plan, tmp_path, answer)
 
 
@@ -127,6 +140,83 @@ def test_the_chosen_settings_run_the_stage_and_change_neither_identity_nor_other
     assert runtimes["sft"].checkpoint_steps is None
     assert runtimes["evaluate"].micro_batch_tokens == "auto"
     assert chosen["sft"].identity == plain["sft"].identity
+
+
+def interrupted(run: Run) -> None:
+    """Run a plan until its first checkpoint."""
+    with pytest.raises(Interrupted):
+        run.go(stop_at=2)
+
+
+def test_a_resumed_stage_keeps_the_settings_of_its_checkpoint_and_reaches_the_same_weights(
+    start: Callable[..., Run], settings: list[Any]
+) -> None:
+    """The first attempt asks before more is known, or its question is lost."""
+    start(None).go()
+    whole = load_file(next((start().folder / "out/stages/sft/weights").glob("*.safetensors")))
+    shutil.rmtree(start().folder / "out")
+    interrupted(start(None))
+    settings.clear()
+    start(SMALLER).go()
+    runtimes = dict(settings)
+    assert runtimes["sft"].micro_batch_tokens == "auto"
+    assert not runtimes["sft"].gradient_checkpointing
+    file = next((start().folder / "out/stages/sft/weights").glob("*.safetensors"))
+    for name, weight in load_file(file).items():
+        assert torch.equal(weight, whole[name]), name
+    assert not (start().folder / "out/stages/sft/checkpoints").exists()
+
+
+@pytest.mark.parametrize("change", ["device", "manifest", "no checkpoint"])
+def test_new_settings_are_chosen_on_another_device_for_another_manifest_and_at_the_start(
+    start: Callable[..., Run], settings: list[Any], monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    run = start(SMALLER)
+    if change == "no checkpoint":
+        with pytest.raises(Interrupted):
+            run.go(stop_at=0)
+    else:
+        interrupted(run)
+    again = start({"settings": {"sft": {"microBatchTokens": 32}}})
+    if change == "device":
+        limit = facts_module.memory_limit()
+        monkeypatch.setattr(facts_module, "memory_limit", lambda: limit // 2)
+    if change == "manifest":
+        stages = [
+            stage.model_copy(update={"runtime": TrainRuntime(micro_batch_tokens=128)})
+            if stage.name == "sft"
+            else stage
+            for stage in again.plan.stages
+        ]
+        again.plan = again.plan.model_copy(update={"stages": stages})
+    settings.clear()
+    again.go()
+    assert dict(settings)["sft"].micro_batch_tokens == 32
+    assert not dict(settings)["sft"].gradient_checkpointing
+
+
+def test_settings_that_cannot_be_kept_end_the_attempt_with_the_disks_reason(
+    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(kept_settings, "write_atomically", full)
+    with pytest.raises(StageError) as error:
+        start().go()
+    assert error.value.reason == "DiskFull"
+
+
+def test_facts_that_cannot_be_read_end_the_attempt_with_the_disks_reason(
+    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(facts_module, "job_facts", broken)
+    with pytest.raises(StageError) as error:
+        start().go()
+    assert error.value.reason == "WriteFailed"
 
 
 def test_without_an_answer_the_job_trains_as_planned(
