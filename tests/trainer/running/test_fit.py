@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 from tests.trainer.jobs import manifest, planned, write_data
 from tests.trainer.rows import Row, write_prepared
-from tuneyard.api.job_facts import JobFacts, PromptFacts, RowFacts
+from tuneyard.api.job_facts import ChosenSettings, Device, JobFacts, PromptFacts, RowFacts
 from tuneyard.api.plan import Plan, StageRecord, TrainRuntime
 from tuneyard.errors import StageError
 from tuneyard_trainer.running import facts as facts_module
@@ -193,6 +193,32 @@ def test_new_settings_are_chosen_on_another_device_for_another_manifest_and_at_t
     again.go()
     assert dict(settings)["sft"].micro_batch_tokens == 32
     assert not dict(settings)["sft"].gradient_checkpointing
+
+
+def test_settings_count_once_a_checkpoint_was_made_with_them(
+    start: Callable[..., Run], tmp_path: Path
+) -> None:
+    """An attempt whose question was lost, and that came to nothing, decides for no later one."""
+    stage = start().plan.stages[1]
+    small = ChosenSettings(micro_batch_tokens=64)
+    first, second = Device(gpu="A", memory=80), Device(gpu="B", memory=24)
+
+    def tokens(device: Device, chosen: ChosenSettings | None) -> int | str:
+        settled = kept_settings.settle(stage, chosen, tmp_path, device, 1)
+        assert settled.identity({}) == stage.identity({})
+        return settled.runtime.micro_batch_tokens
+
+    assert tokens(first, None) == "auto"
+    assert tokens(first, small) == 64, "no checkpoint was made"
+    (tmp_path / "checkpoints/step-00000002").mkdir()
+    assert tokens(first, None) == 64
+    assert tokens(second, None) == "auto"
+    assert tokens(second, small) == 64, "no checkpoint was made on this device"
+    (tmp_path / "checkpoints/step-00000004").mkdir()
+    assert tokens(second, None) == 64
+    assert tokens(first, None) == 64
+    (tmp_path / "checkpoints/settings.json").write_text("[{")
+    assert tokens(first, None) == "auto"
 
 
 def test_settings_that_cannot_be_kept_end_the_attempt_with_the_disks_reason(

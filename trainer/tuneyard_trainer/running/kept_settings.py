@@ -49,10 +49,13 @@ class Entry(Report):
     """The settings of the manifest."""
     used: Settings
     """The settings with which the stage runs."""
+    since: int
+    """The newest checkpoint when they were chosen, by its step. -1: there was none. Until a later
+    one exists nothing was computed with them that a resumed stage goes on from."""
 
     def is_like(self, other: Entry) -> bool:
         """Return whether devices and manifest are the same."""
-        return self.model_copy(update={"used": other.used}) == other
+        return self.model_copy(update={"used": other.used, "since": other.since}) == other
 
 
 _ENTRIES = TypeAdapter(list[Entry])
@@ -68,7 +71,7 @@ def settle(
     """Return a stage with the settings that its checkpoints were made with, else with the chosen
     ones; keep them. `chosen`: None: those of the plan. Raises StageError, and OSError if the kept
     ones cannot be read."""
-    runtime = stage.runtime
+    runtime, newest = stage.runtime, _newest(workdir / FILE)
     if chosen is not None:
         runtime = runtime.model_copy(update=chosen.model_dump())
     entry = Entry(
@@ -77,8 +80,9 @@ def settle(
         devices=devices,
         planned=Settings.of(stage.runtime),
         used=Settings.of(runtime),
+        since=newest,
     )
-    kept = _kept(workdir)
+    kept = [each for each in _kept(workdir / FILE) if each.since < newest]
     found = next((each for each in kept if each.is_like(entry)), None)
     if found is None:
         write_atomically(workdir / FILE, _ENTRIES.dump_json([*kept, entry], by_alias=True))
@@ -87,12 +91,14 @@ def settle(
     return stage.model_copy(update={"runtime": runtime})
 
 
-def _kept(workdir: Path) -> list[Entry]:
-    """Return the entries of a stage's checkpoints; none if there is no checkpoint, or the file is
-    damaged."""
-    file = workdir / FILE
-    if not any(file.parent.glob("step-????????")):
-        return []
+def _newest(file: Path) -> int:
+    """Return the step of the newest checkpoint beside a file. -1: there is none."""
+    steps = (folder.name.removeprefix("step-") for folder in file.parent.glob("step-????????"))
+    return max((int(step) for step in steps if step.isdecimal()), default=-1)
+
+
+def _kept(file: Path) -> list[Entry]:
+    """Return the entries of a file; none if it is absent or damaged."""
     try:
         return _ENTRIES.validate_json(file.read_bytes())
     except (FileNotFoundError, ValidationError):

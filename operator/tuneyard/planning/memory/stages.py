@@ -157,7 +157,7 @@ class _Job:
         step = self._step(stage, loop, settings.adapter, batch, masked=masked)
         moments = tuple(step.moments())
         hosts = [host.checkpoint(step.trained)]
-        if isinstance(settings, RewardSettings):
+        if isinstance(settings, RewardSettings) and not self.least:
             moments += (self._written_reward_model(step),)
             hosts.append(host.merged_model(step.facts))
         return StageMemory(stage.name, moments, tuple(hosts), self._assumed_rows(stage))
@@ -374,7 +374,8 @@ class _Job:
         )
         tokens = default_tokens(self.facts, gpu=self.machine.gpu)
         measured = self.lengths.measured(stage)
-        held_out = (measured and measured.held_out) or self.lengths.rows
+        longest = measured and measured.held_out
+        held_out = min(self.lengths.rows, longest or self.lengths.rows)
         batch = micro_batch(held_out, tokens, share=tokens)
         known = self.lengths.measured_prompts.get(stage.name)
         count = min(GREEDY_BATCH, known.count) if known else GREEDY_BATCH
@@ -392,7 +393,7 @@ class _Job:
             ),
         )
         assumed = f"held-out rows are assumed to have up to {held_out} tokens"
-        return StageMemory(stage.name, moments, (), () if measured else (assumed,))
+        return StageMemory(stage.name, moments, (), () if longest else (assumed,))
 
     def _assess(self, stage: PlannedStage, settings: AssessSettings) -> StageMemory | None:
         if "tuned" not in stage.inputs:
