@@ -210,7 +210,7 @@ def planned(run: Run, folder: Path) -> tuple[int, str]:
     """Return the planned bytes of a run's training stage, and the moment that takes them."""
     import yaml
 
-    from tuneyard.api.job_facts import Device, JobFacts
+    from tuneyard.api.job_facts import Device, JobFacts, RowFacts
     from tuneyard.api.model_config import facts_of
     from tuneyard.manifests.manifest import read
     from tuneyard.planning.decision import decide
@@ -219,7 +219,8 @@ def planned(run: Run, folder: Path) -> tuple[int, str]:
     plan = plan_job(read(yaml.safe_dump(manifest(run, folder)))[0])
     model = facts_of(json.loads((folder / "model/config.json").read_text()))
     device = Device(memory=64 * GIB)
-    decision = decide(plan, JobFacts(model=model, rows=run.length, pairs=run.length, device=device))
+    rows = {stage: RowFacts(longest=run.length) for stage in ("prepare", "pairs")}
+    decision = decide(plan, JobFacts(model=model, rows=rows, device=device))
     if decision is None:
         raise RuntimeError(f"the model of {run.name} is not described")
     stage = decision.estimate.stages[0]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.planning.models import CONFIGS, facts
-from tuneyard.api.job_facts import Device, FitAnswer, JobFacts
+from tuneyard.api.job_facts import Device, FitAnswer, JobFacts, RowFacts
 from tuneyard.api.plan import Plan
 from tuneyard.cli import gguf_header, main
 
@@ -187,7 +187,9 @@ def test_a_run_prints_the_same_plan_and_decides_by_the_machines_memory(
 ) -> None:
     """`decide` is called by the trainer, with what it found before the training."""
     given: list[tuple[FitAnswer, list[str]]] = []
-    known = JobFacts(model=facts("8B"), rows=900, device=Device(memory=gib << 30))
+    known = JobFacts(
+        model=facts("8B"), rows={"prepare": RowFacts(longest=900)}, device=Device(memory=gib << 30)
+    )
 
     def run(plans: list[Plan], _: Path, decide: Any) -> int:
         given.extend(decide(plan, known) for plan in plans)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ import pytest
 from tests.controller.played import KEY, POST, STATUS, Object, PlayedCluster, Served, served
 from tests.planning.models import facts
 from tuneyard.api.job_facts import Device, FitAnswer, JobFacts
+from tuneyard.api.plan import Plan
 from tuneyard.api.progress import Post, PostResponse
+from tuneyard.api.status import AttemptStatus
 from tuneyard.controller import planner
+from tuneyard.planning.decision import Decision, decide
 from tuneyard_trainer.pod.reporter import Refused
 
 GIB = 1 << 30
@@ -49,7 +54,8 @@ def test_a_job_that_fits_is_told_so_and_its_estimate_is_kept_for_the_status(
     async def act(running: Served) -> None:
         response = await answered(running, tmp_path, known(200))
         assert response == PostResponse(stop=False, fit=FitAnswer())
-        memory = running.reconciler.cache.job(KEY).observed_state(None).memory
+        attempt = AttemptStatus(number=1, ray_job="job-1", started_at="")
+        memory = running.reconciler.cache.job(KEY).observed_state(attempt).memory
         assert memory is not None
         assert [stage.name for stage in memory.stages] == ["sft"]
 
@@ -77,21 +83,111 @@ def test_a_post_without_facts_or_with_an_unknown_model_gets_no_decision(tmp_path
     play(PlayedCluster(), act)
 
 
-def test_the_same_facts_are_decided_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every post of an attempt has them."""
-    decided = []
+class Deciding:
+    """The decisions that are made, each of which waits until it may go on."""
 
-    def decide(plan: Any, posted: JobFacts) -> None:
-        decided.append(posted)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[JobFacts] = []
+        self.threads: set[threading.Thread] = set()
+        self.go_on = threading.Event()
+        monkeypatch.setattr(planner, "decide", self._decide)
 
-    monkeypatch.setattr(planner, "decide", decide)
+    def _decide(self, plan: Plan, posted: JobFacts) -> Decision | None:
+        self.asked.append(posted)
+        self.threads.add(threading.current_thread())
+        assert self.go_on.wait(20)
+        return decide(plan, posted)
+
+
+@pytest.fixture
+def deciding(monkeypatch: pytest.MonkeyPatch) -> Deciding:
+    return Deciding(monkeypatch)
+
+
+def test_an_attempt_is_decided_once_whatever_it_posts_afterwards(
+    tmp_path: Path, deciding: Deciding
+) -> None:
+    """A driver that posts other facts each time keeps no operator busy."""
+    deciding.go_on.set()
 
     async def act(running: Served) -> None:
-        for gib in (80, 80, 81, 81):
-            await answered(running, tmp_path, known(gib))
+        first, *others = [await answered(running, tmp_path, known(gib)) for gib in (79, 79, 200)]
+        assert first.fit is not None
+        assert first.fit.refusal is not None
+        assert all(other.fit == first.fit for other in others)
 
     play(PlayedCluster(), act)
-    assert decided == [known(80), known(81)]
+    assert deciding.asked == [known(79)]
+
+
+def test_a_decision_holds_up_no_other_post_and_a_repeated_question_waits_for_it(
+    tmp_path: Path, deciding: Deciding
+) -> None:
+    async def act(running: Served) -> None:
+        asking = [asyncio.create_task(answered(running, tmp_path, known(200))) for _ in range(2)]
+        while not deciding.asked:
+            await asyncio.sleep(0.01)
+        response = await answered(running, tmp_path, None)
+        assert response == PostResponse(stop=False, fit=None)
+        assert not any(task.done() for task in asking)
+        deciding.go_on.set()
+        assert {str((await task).fit) for task in asking} == {str(FitAnswer())}
+
+    play(PlayedCluster(), act)
+    assert len(deciding.asked) == 1
+    assert threading.main_thread() not in deciding.threads
+
+
+def test_a_decision_about_a_job_that_was_replaced_meanwhile_is_dropped(
+    tmp_path: Path, deciding: Deciding
+) -> None:
+    async def act(running: Served) -> None:
+        cache = running.reconciler.cache
+        asking = asyncio.create_task(answered(running, tmp_path, known(79)))
+        while not deciding.asked:
+            await asyncio.sleep(0.01)
+        body = copy.deepcopy(running.cluster.body)
+        body["metadata"] |= {"uid": "another", "resourceVersion": "9"}
+        cache.store_job(KEY, body)
+        deciding.go_on.set()
+        assert (await asking).fit is None
+        assert cache.job(KEY).uid == "another"
+        assert cache.job(KEY).fit is None
+
+    play(PlayedCluster(), act)
+
+
+def test_the_estimate_is_that_of_the_newest_attempt(tmp_path: Path) -> None:
+    async def act(running: Served) -> None:
+        await answered(running, tmp_path, known(200))
+        cached = running.reconciler.cache.job(KEY)
+        attempts = [AttemptStatus(number=n, ray_job="r", started_at="") for n in (1, 2)]
+        memory = [cached.observed_state(attempt).memory for attempt in attempts]
+        assert memory[0] is not None
+        assert memory[1] is None, "the second attempt has not asked yet"
+
+    play(PlayedCluster(), act)
+
+
+def test_an_outcome_is_taken_although_the_plan_cannot_be_fetched(tmp_path: Path) -> None:
+    """Nobody waits for the answer any more, and the driver may not end before it is told."""
+    cluster = PlayedCluster()
+    cluster.body["status"], cluster.is_down = STATUS, True
+    facts = known(79).model_dump(mode="json", by_alias=True)
+    outcome = {"state": "Failed", "failure": {"reason": "Broken", "message": "it broke"}}
+
+    async def act(running: Served) -> None:
+        value = with_facts(facts)
+        value["tuneyard"]["outcome"] = outcome
+        sending = asyncio.to_thread(running.client(tmp_path).send, Post.model_validate(value))
+        task = asyncio.create_task(sending)
+        while running.reconciler.cache.job(KEY).post is None and not task.done():
+            await asyncio.sleep(0.01)
+        attempt = {**STATUS["attempts"][0], "finishedAt": "2026-11-21T13:00:00Z"}
+        cluster.body["status"] = {**STATUS, "attempts": [attempt]}
+        assert (await task).fit is None
+
+    play(cluster, act)
 
 
 def test_a_plan_that_cannot_be_read_refuses_nothing(tmp_path: Path) -> None:
@@ -121,9 +217,11 @@ def test_while_the_plan_cannot_be_fetched_the_driver_posts_again(tmp_path: Path)
     "malformed",
     [
         {"model": {"layers": 3}},
+        {"model": facts("8B").model_dump(mode="json", by_alias=True) | {"layers": 4097}},
         {"model": "8B"},
-        {"rows": -1},
-        {"rows": "many"},
+        {"rows": {"prepare": {"longest": -1}}},
+        {"rows": 900},
+        {"prompts": {str(n): {"longest": 1, "count": 1} for n in range(257)}},
         {"device": {"memory": 1 << 60}},
         [],
     ],

@@ -49,7 +49,9 @@ FULL: Object = {
         ],
         "facts": {
             "model": facts("8B").model_dump(mode="json", by_alias=True),
-            "rows": 900,
+            "rows": {"prepare": {"longest": 900, "heldOut": 120}},
+            "prompts": {"evaluate": {"longest": 40, "count": 12}},
+            "models": {"evaluate/judge": 8_030_261_248},
             "device": {"gpu": "NVIDIA H100", "memory": 79 << 30},
             "devices": 2,
         },

@@ -126,7 +126,8 @@ def test_a_reward_model_beside_ppo_takes_two_bytes_a_parameter_of_its_layers() -
     assert parts(stage, "gradient of the loss")["reward models"] == 2 * (P - head)
     assert stage.assumptions == (
         "prompts are assumed to have up to 512 tokens",
-        "each reward model is assumed to be as large as the model",
+        "completions are assumed to reach maxNewTokens: 256 tokens",
+        "each reward model of which nothing is known is assumed to be as large as the model",
     )
 
 

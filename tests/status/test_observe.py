@@ -541,28 +541,27 @@ class TestCost:
 
 
 class TestMemory:
-    def test_the_estimate_is_in_the_status_once_the_facts_are_posted_and_stays(self) -> None:
+    def test_the_estimate_stays_in_the_status_though_later_posts_ask_nothing(self) -> None:
         sim = running()
         sim.memory = MemoryEstimate(device="NVIDIA H100", capacity_bytes=80)
         sim.post = post(1, 1)
-        assert sim.reconcile().status.memory is None
-        sim.post = post(1, 1, facts={})
         assert sim.reconcile().status.memory == sim.memory
         unchanged(sim)
-        sim.memory = None  # another operator, before the next post with facts
+        sim.memory = None  # the operator has restarted
         sim.post = post(1, 2)
         assert sim.reconcile().status.memory is not None
+        unchanged(sim)
 
     def test_the_measured_peak_of_a_finished_stage_stands_beside_its_estimate(self) -> None:
         sim = running()
         stages = [StageEstimate(name=name, moment="m", total_bytes=9) for name in ("sft", "dpo")]
         sim.memory = MemoryEstimate(device="CPU", stages=stages)
-        sim.post = post(1, 1, facts={})
+        sim.post = post(1, 1)
         sim.reconcile()
         done = {"name": "sft", "kind": "sft", "state": "Succeeded"}
         for peak, expected in ((7.0, 7), (-1.0, None), (1e300, None)):
             stage = {**done, "metrics": {"peakMemoryBytes": peak}}
-            sim.post = post(1, 2, stages=[stage], facts={})
+            sim.post = post(1, 2, stages=[stage])
             memory = sim.reconcile().status.memory
             assert memory is not None
             assert [stage.measured_bytes for stage in memory.stages] == [expected, None]

@@ -20,6 +20,13 @@ int64."""
 
 Length = Annotated[int, Field(ge=1, le=1 << 24)]
 """Tokens of a row."""
+StageName = Annotated[str, Field(max_length=64)]
+ModelName = Annotated[str, Field(max_length=128)]
+Parameters = Annotated[int, Field(ge=0, le=MOST_PARAMETERS)]
+
+
+MOST_STAGES = 256
+"""Stages of a plan."""
 
 
 class Device(Report):
@@ -28,7 +35,28 @@ class Device(Report):
     gpu: str | None = Field(default=None, max_length=128)
     """Name that CUDA or ROCm gives to the worker's GPU. None: the worker computes on the CPU."""
     memory: int = Field(ge=0, le=1 << 50)
-    """Bytes of the GPU; without a GPU, the most bytes that the worker's process may take."""
+    """Bytes of the GPU; without a GPU, the worker's share of the memory of its machine or pod."""
+    most: int | None = Field(default=None, ge=0, le=1 << 50)
+    """Without a GPU, all bytes that the processes of that machine or pod may take, swap included.
+    None: those of `memory`."""
+
+
+class RowFacts(Report):
+    """The lengths of the rows that a stage has prepared."""
+
+    longest: Length
+    """Tokens of the longest row to train on; of preferences, a prompt with one completion."""
+    held_out: Length | None = None
+    """Tokens of the longest held-out row. None: no rows are held out."""
+
+
+class PromptFacts(Report):
+    """The prompts that a stage completes."""
+
+    longest: Length
+    """Tokens of the longest prompt."""
+    count: int = Field(ge=1, le=1 << 32)
+    """Number of prompts."""
 
 
 class JobFacts(Report):
@@ -38,15 +66,16 @@ class JobFacts(Report):
     """The model that the stages start from. None: its config is not described."""
     unknown_model: str = Field(default="", max_length=1024)
     """Why the model is None."""
-    done: list[Annotated[str, Field(max_length=64)]] = Field(default=[], max_length=256)
+    done: list[StageName] = Field(default=[], max_length=MOST_STAGES)
     """Names of the stages that are done: their memory is not needed any more."""
-    rows: Length | None = None
-    """Tokens of the longest prepared row. None: no stage has prepared rows."""
-    pairs: Length | None = None
-    """Tokens of the longest prepared preference, a prompt with one of its completions. None: no
-    stage has prepared preferences."""
-    prompts: Length | None = None
-    """Tokens of the longest prompt that is completed. None: unknown."""
+    rows: dict[StageName, RowFacts] = Field(default={}, max_length=MOST_STAGES)
+    """Prepared rows, by the names of the stages that prepared them. Stages that are not done are
+    absent."""
+    prompts: dict[StageName, PromptFacts] = Field(default={}, max_length=MOST_STAGES)
+    """Prompts by the names of the stages that complete them, as far as they can be read."""
+    models: dict[ModelName, Parameters] = Field(default={}, max_length=MOST_STAGES)
+    """Parameters of reward models and judges from outside the job, as far as their config.json is
+    at hand and described, by `STAGE/ROLE`. A reward model is counted without a vocabulary head."""
     device: Device | None = None
     """The device of the first worker. None: unknown."""
     devices: int = Field(default=1, ge=1, le=1 << 20)

@@ -14,6 +14,9 @@ from tuneyard.api.meta import Report
 Count = Annotated[int, Field(ge=0, le=1 << 32)]
 Positive = Annotated[int, Field(ge=1, le=1 << 32)]
 
+MOST_LAYERS = 4096
+"""Layers of a model; a few hundred is the most that exists. It bounds the time of a decision."""
+
 LinearInput = Literal["attentionInput", "attentionOutput", "mlpInput", "mlpHidden"]
 """The tensor that a linear layer reads. Layers that read the same tensor can share it."""
 
@@ -61,7 +64,7 @@ class ModelFacts(Report):
 
     architecture: str = Field(max_length=64)
     """The `model_type` of config.json."""
-    layers: Positive
+    layers: int = Field(ge=1, le=MOST_LAYERS)
     """Number of decoder layers."""
     hidden_size: Positive
     """Width of the residual stream."""

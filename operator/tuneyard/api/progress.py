@@ -81,8 +81,8 @@ class ProgressReport(Report):
     stages: list[StageStatus] = Field(default=[], max_length=256)
     """State of every stage of the plan."""
     facts: JobFacts | None = None
-    """Facts about the model, the rows and the device. None: not yet, or the attempt has no training
-    stage left."""
+    """Facts about the model, the rows and the device: the question whether the job fits. None: the
+    post asks nothing."""
     outcome: Outcome | None = None
     """How the attempt's driver ended. None: it is running."""
 
@@ -102,7 +102,8 @@ class PostResponse(Report):
     stop: bool
     """True: write a checkpoint and stop, because the job was suspended, canceled or deleted."""
     fit: FitAnswer | None = None
-    """Whether the job may train, and how. None: the post has no facts, or they do not suffice."""
+    """Whether the job may train, and how; the first answer to an attempt is repeated. None: the
+    post has no facts, or they do not suffice."""
 
 
 class Refusal(Report):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator
 
@@ -54,6 +54,8 @@ class StageEstimate(Report):
     """Sum of the parts, in bytes."""
     parts: list[MemoryPart] = Field(default=[], max_length=32)
     """Parts of the memory at that moment."""
+    assumptions: list[Annotated[str, Field(max_length=256)]] = Field(default=[], max_length=8)
+    """What is assumed, since it was not known. Such parts of the memory refuse no job."""
     measured_bytes: int | None = Field(default=None, ge=0)
     """Measured peak of the first worker, in bytes: allocated on its GPU, or without one resident in
     its process. None: the stage is not done, or it does not train."""

@@ -40,6 +40,7 @@ def memory_lines(job: Job, found: Fit) -> Iterator[str]:
     for stage in found.memory:
         if stage.peak.parts:
             yield f"{stage.stage}: {gib(stage.peak.total)} GiB: {_parts(stage.peak)}"
+    yield from _assumed(found)
     yield from _chosen(job, found)
 
 
@@ -73,9 +74,7 @@ def _bar(size: int, limit: int) -> str:
 
 def notes(job: Job, found: Fit) -> Iterator[str]:
     """Yield the lines below the table: assumptions, and what does not fit with its remedies."""
-    yield f"Rows are assumed to be as long as the manifest allows: {job.lengths.rows} tokens."
-    for text in dict.fromkeys(text for stage in found.memory for text in stage.assumptions):
-        yield f"{text[0].upper()}{text[1:]}."
+    yield from _assumed(found)
     if job.device.estimated:
         yield f"Nothing but the memory of this GPU is known, which was given as {job.device.name}."
     yield from _chosen(job, found)
@@ -91,6 +90,12 @@ def notes(job: Job, found: Fit) -> Iterator[str]:
     for remedy in found.remedies:
         size = "" if remedy.peak is None else f" ({gib(remedy.peak)} GiB)"
         yield f"  - {remedy.change}{size}"
+
+
+def _assumed(found: Fit) -> Iterator[str]:
+    """Yield what is assumed, each once."""
+    for text in dict.fromkeys(text for stage in found.memory for text in stage.assumptions):
+        yield f"{text[0].upper()}{text[1:]}."
 
 
 def _chosen(job: Job, found: Fit) -> Iterator[str]:

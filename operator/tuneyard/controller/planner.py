@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
 from tuneyard.api.compute import Compute
@@ -78,13 +79,14 @@ class Planner:
         return stored_plan(await self._cluster.config_map(key.namespace, name), name, digest)
 
     async def decide(self, key: Key, job: Job, facts: JobFacts) -> Decision | None:
-        """Return whether the job fits its workers. None: its model is not described, or its plan
-        cannot be read, which another part reports."""
+        """Return whether the job fits its workers, decided in a thread: it takes up to a tenth of a
+        second. None: its model is not described, or its plan cannot be read, which another part
+        reports."""
         try:
             plan = await self.recorded(key, job)
         except ManifestError:
             return None
-        return decide(plan, facts)
+        return await asyncio.to_thread(decide, plan, facts)
 
     async def for_erasure(self, key: Key, job: Job) -> Plan:
         """Return the recorded plan, or another plan of the job: all of them have its output. Raises

@@ -12,7 +12,7 @@ from tuneyard.planning import fit as fitting
 from tuneyard.planning.fit import Fit, Job
 from tuneyard.planning.hardware import CPU_PROCESS_BYTES, UNKNOWN, Cpu, Gpu, declared_gpu
 from tuneyard.planning.memory.lengths import CPU_BIN_TOKENS, Lengths
-from tuneyard.planning.memory.parts import GIB, Part, StageMemory, gib
+from tuneyard.planning.memory.parts import Part, StageMemory, gib
 from tuneyard.planning.memory.stages import settings_of
 
 MOST_BYTES = (1 << 63) - 1
@@ -58,31 +58,33 @@ def job_of(plan: Plan, facts: JobFacts) -> Job | None:
     most = CPU_BIN_TOKENS if isinstance(device, Cpu) else allowed.rows + allowed.pairs
     lengths = replace(
         allowed,
-        rows=facts.rows or allowed.rows,
-        pairs=facts.pairs or allowed.pairs,
-        prompts=facts.prompts or allowed.prompts,
         row_bins=min(allowed.rows, most),
         pair_bins=min(allowed.pairs, most),
+        measured_rows=facts.rows,
+        measured_prompts=facts.prompts,
     )
-    return Job(plan, model, device, facts.devices, lengths, done=frozenset(facts.done))
+    done = frozenset(facts.done)
+    return Job(plan, model, device, facts.devices, lengths, done=done, models=facts.models)
 
 
 def device_of(plan: Plan, reported: Device | None) -> Gpu | Cpu:
     """Return a worker's device: as it reports it, else as the manifest or its profile names it."""
     if reported is not None and reported.gpu is None:
-        return Cpu(reported.memory)
+        return Cpu(reported.memory, max(reported.memory, reported.most or 0))
     if reported is not None:
-        memory = reported.memory // GIB * GIB  # as the described GPUs are rounded
-        return Gpu(reported.gpu or "", memory)
+        return Gpu(reported.gpu or "", reported.memory, exact=True)
     return declared_gpu(plan.compute) or UNKNOWN
 
 
 def answer_of(job: Job, found: Fit) -> FitAnswer:
-    """Return the answer to the driver of a job. One that is a little too large is not refused: the
-    bytes that a GPU keeps for itself are an estimate."""
+    """Return the answer to the driver of a job.
+
+    It is refused only if it takes more than all of its device for certain: what is assumed, and the
+    bytes that a device keeps for itself, are estimates.
+    """
     if job.device == UNKNOWN:
         return FitAnswer()
-    if found.peak > job.device.most:
+    if found.impossible(job.device.most):
         return FitAnswer(refusal=refusal(job, found))
     changed = {
         stage.name: found.chosen[stage.name]
@@ -103,15 +105,15 @@ def answer_of(job: Job, found: Fit) -> FitAnswer:
 def refusal(job: Job, found: Fit) -> Failure:
     """Return why a job does not fit, with the changes that would make it fit."""
     needs = " ".join(
-        f"{stage.stage} takes {gib(stage.peak.total)} GiB ({stage.peak.name})."
-        for stage in found.too_large
+        f"{stage.stage} takes at least {gib(stage.peak.total)} GiB ({stage.peak.name})."
+        for stage in found.impossible(job.device.most)
     )
     ways = [
         change if peak is None else f"{change} ({gib(peak)} GiB)" for change, peak in found.remedies
     ]
     return Failure(
         reason="DoesNotFit",
-        message=f"the job does not fit: each worker can use {gib(max(0, found.limit))} GiB of "
+        message=f"the job does not fit: each worker has {gib(job.device.most)} GiB of "
         f"{job.device.name}. {needs}",
         advice=f"Do one of these: {'; '.join(ways)}.",
     )
@@ -134,6 +136,7 @@ def _stage(stage: StageMemory, process: int) -> StageEstimate:
         moment=stage.peak.name,
         total_bytes=_clipped(sum(size for _, size in parts)),
         parts=[MemoryPart(name=name, bytes=_clipped(size)) for name, size in parts],
+        assumptions=list(stage.assumptions),
     )
 
 

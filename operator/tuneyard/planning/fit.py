@@ -6,7 +6,7 @@ The choice is runtime of an attempt: it is no part of a plan's bytes or of an id
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from tuneyard.api.adapters import Adapter, Lora, Qlora
@@ -41,6 +41,8 @@ class Fit:
     """Bytes that a device offers."""
     chosen: Mapping[str, Settings]
     """The settings that are chosen for each stage that trains."""
+    certain: list[StageMemory]
+    """The part of that memory that rests on no assumption, with the settings that take least."""
     remedies: tuple[Remedy, ...] = ()
     """Ways to make a job fit that does not."""
 
@@ -53,6 +55,10 @@ class Fit:
     def too_large(self) -> list[StageMemory]:
         """The stages that do not fit."""
         return [stage for stage in self.memory if stage.peak.total > self.limit]
+
+    def impossible(self, most: int) -> list[StageMemory]:
+        """Return the certain memory of the stages that take more than `most` bytes for certain."""
+        return [stage for stage in self.certain if stage.peak.total > most]
 
     @property
     def fits(self) -> bool:
@@ -74,6 +80,8 @@ class Job:
     """The kinds of sharding that the engine has, the cheapest first."""
     done: frozenset[str] = frozenset()
     """Names of the stages that are done, and take no memory any more."""
+    models: Mapping[str, int] = field(default_factory=dict)
+    """Parameters of models from outside the job, by STAGE/ROLE, as far as they are known."""
 
     @property
     def machine(self) -> Machine:
@@ -88,24 +96,40 @@ class Job:
 
     def memory(self, chosen: Mapping[str, Settings]) -> list[StageMemory]:
         """Return the memory of all stages that are left, with some settings."""
-        found = job_memory(self.plan, self.facts, self.machine, self.lengths, chosen)
+        found = job_memory(self.plan, self.facts, self.machine, self.lengths, chosen, self.models)
+        return [memory for memory in found if memory.stage not in self.done]
+
+    def certain(self, chosen: Mapping[str, Settings]) -> list[StageMemory]:
+        """Return the memory that the stages which are left take whatever is assumed, where their
+        activations are recomputed."""
+        recomputed = {
+            name: settings._replace(gradient_checkpointing=True)
+            for name, settings in chosen.items()
+        }
+        found = job_memory(
+            self.plan, self.facts, self.machine, self.lengths, recomputed, self.models, least=True
+        )
         return [memory for memory in found if memory.stage not in self.done]
 
     def peak(self, stage: PlannedStage, settings: Settings) -> int:
         """Return the most bytes on a GPU in one stage with some settings."""
         alone = self.plan.model_copy(update={"stages": [stage]})
         chosen = {stage.name: settings}
-        found = job_memory(alone, self.facts, self.machine, self.lengths, chosen)
+        found = job_memory(alone, self.facts, self.machine, self.lengths, chosen, self.models)
         return max(memory.peak.total for memory in found)
 
 
 def fit(job: Job) -> Fit:
     """Return how a job fits its devices, with ways to make it fit if it does not."""
     chosen = {stage.name: choose(job, stage) for stage in job.training}
-    found = Fit(job.memory(chosen), job.device.usable, chosen)
+    found = _fit_with(job, chosen)
     if found.fits:
         return found
     return replace(found, remedies=_all_remedies(job, found))
+
+
+def _fit_with(job: Job, chosen: Mapping[str, Settings]) -> Fit:
+    return Fit(job.memory(chosen), job.device.usable, chosen, job.certain(chosen))
 
 
 # ---- what `auto` chooses ------------------------------------------------------------------------
@@ -185,7 +209,7 @@ def _if_it_fits(job: Job, changes: list[str]) -> Iterator[Remedy]:
 def _with_free_settings(job: Job) -> Fit:
     """Return how a job fits with the settings that `auto` would choose for each stage."""
     chosen = {stage.name: choose(job, _opened(stage)) for stage in job.training}
-    return Fit(job.memory(chosen), job.device.usable, chosen)
+    return _fit_with(job, chosen)
 
 
 def _opened(stage: PlannedStage) -> PlannedStage:

@@ -28,9 +28,11 @@ class Gpu:
 
     name: str
     memory: int
-    """Bytes that CUDA or ROCm reports, rounded down to GiB."""
+    """Bytes that CUDA or ROCm reports; of a described GPU rounded down to GiB."""
     estimated: bool = False
     """Whether only the memory is known, and not what the GPU is."""
+    exact: bool = False
+    """Whether a worker has reported the memory."""
 
     @property
     def usable(self) -> int:
@@ -40,7 +42,7 @@ class Gpu:
     @property
     def most(self) -> int:
         """Bytes beyond which no job can run, whatever the estimates of `usable` are worth."""
-        return self.memory
+        return self.memory if self.exact else self.memory + GIB
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,11 @@ class Cpu:
     """The memory of a worker without a GPU, which computes in its own process."""
 
     memory: int
-    """Bytes that the process may take."""
+    """The process's share of the memory of its machine or pod, in bytes."""
+    most: int
+    """Bytes beyond which no process can run: all memory of the machine or pod, with swap. Neither
+    libraries nor the files of weights are taken off: their pages can be dropped, and processes
+    share them."""
     name: str = "CPU"
     estimated: bool = False
 
@@ -56,11 +62,6 @@ class Cpu:
     def usable(self) -> int:
         """Bytes that a job can use."""
         return self.memory - CPU_PROCESS_BYTES
-
-    @property
-    def most(self) -> int:
-        """Bytes beyond which no job can run."""
-        return self.usable
 
 
 GPUS: Final = (

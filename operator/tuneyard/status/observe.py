@@ -525,7 +525,7 @@ class _Observer:
             attempt = self._update(running_at=rfc3339(self.now))
         self._set(progress=progress_of(post, self.status.progress, self.now))
         if report is not None:
-            if self.observed.memory is not None and report.facts is not None:
+            if self.observed.memory is not None:
                 self._set(memory=self.observed.memory)
             self._set(stages=merge_stages(self.status.stages, report.stages))
             if self.status.memory is not None:

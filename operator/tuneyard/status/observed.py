@@ -189,7 +189,8 @@ class ObservedState:
     post: Post | None = None
     """The newest post of the current attempt."""
     memory: MemoryEstimate | None = None
-    """The memory that was estimated from the facts of a post. None: no post had facts."""
+    """The memory that was estimated for the newest attempt. None: its driver has not asked since
+    the operator started, and the status keeps the estimate that it has."""
     unknown_fields: tuple[str, ...] = ()
     """The spec fields that this version does not know and plans without: after a rollback, the job
     may be of a newer one."""

@@ -353,3 +353,23 @@ def test_a_question_ends_with_a_request_to_stop_and_with_a_newer_attempt(
     assert played.start().ask(post(9), 1e6, lambda: True) is None
     server.reply = SUPERSEDED
     assert ask(played.start(), seconds=1e6) is None
+
+
+def test_the_outcome_is_the_last_post_though_a_question_is_still_open(
+    server: StatusServer, played: Played
+) -> None:
+    """A group may end while its question is being answered in another thread."""
+    server.reply = Reply(503)
+    ours, answers = played.start(), list[PostResponse | None]()
+    asking = threading.Thread(target=lambda: answers.append(ask(ours, seconds=1e6)))
+    asking.start()
+    server.wait_for(2)
+    ending = threading.Thread(target=lambda: ours.finish(FINAL))
+    ending.start()
+    asking.join(10)
+    assert answers == [None]
+    ours.update(post(2))  # as a driver does once its question is over
+    server.reply = Reply()
+    ending.join(10)
+    assert ours.delivered
+    assert steps(server)[-1] == 100

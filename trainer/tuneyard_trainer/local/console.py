@@ -81,7 +81,7 @@ class Console:
         self._view = RecordedView(self._view, log)
 
     def note(self, text: str) -> None:
-        """Show a line of information."""
+        """Show a line of information. Any thread may call this."""
         self._view.note("info", text)
 
     def warn(self, text: str) -> None:

@@ -90,6 +90,8 @@ class Driver:
         self._stop = threading.Event()
         self._stop_cause = ("Preempted", "the driver was asked to end")
         self._logged_at = 0.0
+        self._progressing = threading.Lock()
+        """Held while the progress is changed or read: a question is asked in a thread."""
         self._waits = Waits(
             lambda message, seconds: log("waiting", what=message, seconds=math.floor(seconds))
         )
@@ -162,6 +164,11 @@ class Driver:
         if event["type"] == "draining":
             self.preempted()
             return
+        with self._progressing:
+            self._follow(event)
+
+    def _follow(self, event: dict[str, Any]) -> None:
+        """Add an event to the progress, and log it."""
         self._waits.follow(event)
         if event["type"] == "wait":
             return
@@ -185,12 +192,15 @@ class Driver:
             self._log("memory-unknown", why=facts.unknown_model)
         if self._reporter is None:
             return FitAnswer()
-        self._waits.begin("asking the operator whether the job fits")
-        self._progress.set_facts(facts)
-        response = self._reporter.ask(self._progress.post(), FIT_SECONDS, self._stop.is_set)
-        self._waits.end()
-        if response is None:
+        with self._progressing:
+            self._waits.begin("asking the operator whether the job fits")
+            self._progress.set_facts(facts)
+            question = self._progress.post()
+        response = self._reporter.ask(question, FIT_SECONDS, self._stop.is_set)
+        with self._progressing:
+            self._waits.end()
             self._progress.set_facts(None)
+            self._reporter.update(self._progress.post())  # the question is not repeated
         if response is None or response.fit is None:
             self._log("fit-unknown", answered=response is not None)
             return FitAnswer()

@@ -52,7 +52,7 @@ class AttemptProgress:
         self._facts: JobFacts | None = None
 
     def set_facts(self, facts: JobFacts | None) -> None:
-        """Post these facts from now on. None: none, since the operator does not accept them."""
+        """Ask with these facts in each post from now on. None: ask nothing."""
         self._facts = facts
 
     def add(self, event: Mapping[str, Any], at: float) -> None:

@@ -162,8 +162,10 @@ class Reporter:
         self._thread.start()
 
     def update(self, post: Post, *, urgent: bool = False) -> None:
-        """Replace the newest post. An urgent one is sent at once."""
+        """Replace the newest post, unless the last one was given. An urgent one is sent at once."""
         with self._changed:
+            if self._ended:
+                return
             self._newest, self._news = post, True
             self._version += 1
             self._urgent = self._urgent or urgent
@@ -171,12 +173,13 @@ class Reporter:
 
     def ask(self, post: Post, seconds: float, canceled: Callable[[], bool]) -> PostResponse | None:
         """Send a post at once and return the response. None: the operator did not respond within
-        `seconds`, it does not accept the post, or `canceled` became true."""
+        `seconds`, it does not accept the post, `canceled` became true, or the last post was
+        given."""
         self.update(post, urgent=True)
         deadline = time.monotonic() + seconds
         with self._changed:
             version = self._version
-            while time.monotonic() < deadline and not canceled() and not self.stale:
+            while time.monotonic() < deadline and not (canceled() or self.stale or self._ended):
                 if self._answered[0] >= version:
                     return self._answered[1]
                 self._changed.wait(ASK_POLL_SECONDS)

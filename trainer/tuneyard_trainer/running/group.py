@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     import torch
 
 Review = Callable[[JobFacts], FitAnswer]
-"""Decides from the facts of a job whether and how it trains."""
+"""Decides from the facts of a job whether and how it trains. It is called in a thread of its own,
+while events are relayed."""
 POLL_SECONDS = 0.5
 """How often the driver checks whether it was asked to stop and whether the group still runs."""
 TRAINING_THREAD = "training"
@@ -129,7 +130,8 @@ def _last_events(
     stop: threading.Event,
     review: Review | None,
 ) -> list[dict[str, Any]]:
-    """Relay events until the ranks have ended. Return each rank's last event."""
+    """Relay events until the ranks have ended. Return each rank's last event. Raises what `review`
+    raises."""
     last_events: list[dict[str, Any]] = []
     failures: list[Exception] = []
 
@@ -143,9 +145,11 @@ def _last_events(
         if event["type"] in ("failed", "interrupted", "finished"):
             last_events.append(event)
         elif event["type"] == "facts":
-            facts = JobFacts.model_validate_json(json.dumps(event["facts"]))
-            answer = review(facts) if review else FitAnswer()
-            server.answer(answer.model_dump(mode="json", by_alias=True, exclude_none=True))
+            # In a thread: the operator may take a minute, and other ranks have events meanwhile.
+            arguments = (event["facts"], server, review)
+            threading.Thread(target=_answer, args=arguments, daemon=True).start()
+        elif event["type"] == "unanswered":
+            raise event["error"]
         else:
             on_event(event)
 
@@ -167,6 +171,16 @@ def _last_events(
         silent = RuntimeError("the group ended without an error")
         last_events.append(failure_event(unexplained([*failures, silent][0])))
     return last_events
+
+
+def _answer(facts: dict[str, Any], server: EventServer, review: Review | None) -> None:
+    """Answer the rank that asks. An error becomes an event, which the relay raises."""
+    try:
+        known = JobFacts.model_validate_json(json.dumps(facts))
+        found = review(known) if review else FitAnswer()
+        server.answer(found.model_dump(mode="json", by_alias=True, exclude_none=True))
+    except Exception as error:
+        server.events.put({"type": "unanswered", "error": error})
 
 
 def _raise_failure(last_events: list[dict[str, Any]]) -> None:

@@ -116,6 +116,21 @@ class StageInputs:
             self.source_digests[decisive] = sources.digest_of(path, cache_dir=self.cache_dir)
         return self.source_digests[decisive]
 
+    def at_hand(self, stage: PlannedStage, role: str) -> Path | None:
+        """Return the path of an input that needs neither a download nor a stage that is not done.
+        None: it does, or it cannot be read."""
+        source = stage.inputs[role]
+        if isinstance(source, StageInput):
+            done = source.stage in self.records
+            return self.store.workdir(source.stage) / (source.file or "") if done else None
+        fetched = self._fetched.get((source.uri, source.revision))
+        if fetched is not None or not sources.is_local(source.uri):
+            return fetched
+        try:
+            return self._fetch(role, source)
+        except StageError:  # the stage that reads it reports what is wrong
+            return None
+
     def inputs(self, stage: PlannedStage) -> dict[str, Path]:
         """Return the local path of each input."""
         return {
@@ -177,7 +192,10 @@ class PlanRunner:
                     asked = self._ask(stage) if self.worker.is_main else None
                     self._answer = control.agree(asked)
                     self._refuse_misfit()
-                record = control.agree(self._execute_or_stop(stage, digests))
+                running = stage
+                if stage.kind in TRAINING_KINDS:
+                    running = control.agree(self._settled(stage) if self.worker.is_main else None)
+                record = control.agree(self._execute_or_stop(running, digests))
                 if isinstance(record, Interrupted):
                     raise record
                 store.pull(stage.name)
@@ -185,18 +203,24 @@ class PlanRunner:
         return known.records
 
     def _ask(self, stage: PlannedStage) -> FitAnswer:
-        """Return the answer to the job's facts. The model's folder is that of `stage`."""
+        """Return the answer to the job's facts. The model's folder is that of `stage`. Raises
+        StageError."""
         if self.ask is None:
             return FitAnswer()
         from tuneyard_trainer.running.facts import facts_event, job_facts
 
-        facts = job_facts(
-            self.stage_inputs.inputs(stage)["model"],
-            self.stage_inputs.records,
-            self.worker.device,
-            devices=self.worker.world_size,
-            neighbors=self.neighbors,
-        )
+        try:
+            facts = job_facts(
+                self.stage_inputs.plan,
+                self.stage_inputs.inputs(stage)["model"],
+                self.stage_inputs.records,
+                self.stage_inputs.at_hand,
+                self.worker.device,
+                devices=self.worker.world_size,
+                neighbors=self.neighbors,
+            )
+        except OSError as error:
+            raise disk_error(error, self.stage_inputs.store.workdir(stage.name)) from error
         return FitAnswer.model_validate_json(json.dumps(self.ask(facts_event(facts)) or {}))
 
     def _refuse_misfit(self) -> None:
@@ -205,15 +229,21 @@ class PlanRunner:
         if failure is not None:
             raise StageError(failure.reason, failure.message, advice=failure.advice)
 
-    def _with_settings(self, stage: PlannedStage) -> PlannedStage:
-        """Return the stage with the settings that were chosen for this attempt; its identity does
-        not cover them."""
+    def _settled(self, stage: PlannedStage) -> PlannedStage:
+        """Return a stage that trains with the settings of its checkpoints, else with those that
+        were chosen for this attempt; its identity does not cover them. Raises StageError."""
+        from tuneyard_trainer.running.facts import device_of
+        from tuneyard_trainer.running.kept_settings import settle
+
+        store = self.stage_inputs.store
         chosen = self._answer.settings.get(stage.name) if self._answer else None
-        if chosen is None:
-            return stage
-        return stage.model_copy(
-            update={"runtime": stage.runtime.model_copy(update=chosen.model_dump())}
-        )
+        workdir = store.workdir(stage.name)
+        device = device_of(self.worker.device, self.neighbors)
+        try:
+            with store.owned(self.worker.attempt):
+                return settle(stage, chosen, workdir, device, self.worker.world_size)
+        except OSError as error:
+            raise disk_error(error, workdir) from error
 
     def _done(self, stage: PlannedStage, digests: Mapping[str, str]) -> StageRecord | None:
         """Return the record of a stage that is done. None: it must run, and its folder is ready.
@@ -264,7 +294,7 @@ class PlanRunner:
             if stage.kind in TRAINING_KINDS:
                 _reset_peak_memory(self.worker.device)
             worker = self._worker(stage, digests)
-            outcome = run(StageContext(self._with_settings(stage), inputs, workdir, worker))
+            outcome = run(StageContext(stage, inputs, workdir, worker))
         except OSError as error:
             raise disk_error(error, workdir) from error
         except (MemoryError, RuntimeError) as error:

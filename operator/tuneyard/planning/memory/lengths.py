@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from tuneyard.api.job_facts import PromptFacts, RowFacts
 from tuneyard.api.model_facts import ModelFacts
-from tuneyard.api.plan import Plan
+from tuneyard.api.plan import Plan, PlannedStage, StageInput
 from tuneyard.api.stage_settings import PairsSettings, PrepareSettings
 from tuneyard.planning.memory.activations import MicroBatch
 
@@ -26,15 +28,19 @@ class Lengths:
     """The longest rows of a job, in tokens."""
 
     rows: int
-    """Rows of fine-tuning data."""
+    """Most tokens of a row of fine-tuning data."""
     pairs: int
-    """A prompt with one of its completions, in preferences."""
+    """Most tokens of a prompt with one of its completions, in preferences."""
     prompts: int
-    """Prompts for which completions are sampled."""
+    """Tokens of a prompt for which completions are sampled, unless the prompts were measured."""
     row_bins: int = 0
     """Most tokens of the bin that packed rows share. 0: as long as the longest row."""
     pair_bins: int = 0
     """The same for the completions of preferences."""
+    measured_rows: Mapping[str, RowFacts] = field(default_factory=dict)
+    """What was measured of prepared rows, by the stage that prepared them."""
+    measured_prompts: Mapping[str, PromptFacts] = field(default_factory=dict)
+    """What was measured of prompts, by the stage that completes them."""
 
     @classmethod
     def of(cls, plan: Plan, facts: ModelFacts, *, longest: int | None = None) -> Lengths:
@@ -54,6 +60,11 @@ class Lengths:
             pairs=most([settings.max_length for settings in pairs]),
             prompts=min(PROMPT_TOKENS, limit),
         )
+
+    def measured(self, stage: PlannedStage) -> RowFacts | None:
+        """Return what was measured of the rows that a stage reads. None: nothing."""
+        data = stage.inputs.get("data")
+        return self.measured_rows.get(data.stage) if isinstance(data, StageInput) else None
 
 
 def default_tokens(facts: ModelFacts, *, gpu: bool, logits: bool = True) -> int:

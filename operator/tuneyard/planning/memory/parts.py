@@ -56,7 +56,8 @@ class StageMemory:
     host: tuple[Moment, ...]
     """Moments in the memory of the worker's pod, apart from the process itself."""
     assumptions: tuple[str, ...] = ()
-    """Assumptions about values that the plan does not hold, as sentences."""
+    """Assumptions about values that neither the plan holds nor a worker has reported, as clauses.
+    What rests on them refuses no job."""
 
     @property
     def peak(self) -> Moment:

@@ -46,6 +46,8 @@ class Step:
 
     in_place_updates: bool = False
     """Whether AdamW updates one parameter after another, as it does on a CPU."""
+    file_backed: bool = False
+    """Whether a base that is not trained takes no memory of its own."""
 
     # ---- what is in memory all the time ---------------------------------------------------------
 
@@ -64,6 +66,8 @@ class Step:
         """The parts that stay from step to step."""
         count, trained = self.trained_parameters, self.trained
         base = base_bytes(self.facts, trained.adapter, self.how.precision) // self.shards
+        if self.file_backed and trained.adapter:
+            base = 0
         adapter = TRAINED_BYTES * (count if trained.adapter else self.added_parameters)
         return (
             ("weights", base + adapter),
