@@ -317,7 +317,7 @@ class _Job:
         weights = ("weights", self._loaded(self._adapter()))
         others = ("reward models", self._reward_models(settings.reward))
         new = settings.sampling.max_new_tokens
-        parts = self._generation(JUDGED_PROMPTS, new, self._plainly)
+        parts = self._generation(self._share(JUDGED_PROMPTS), new, self._plainly)
         moments = [Moment.of("sampling", weights, others, *parts)]
         if judge:
             moments.append(Moment.of("judging", others, ("judge", judge)))
