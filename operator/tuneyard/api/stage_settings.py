@@ -465,3 +465,11 @@ TRAINING_KINDS: Final[tuple[StageKind, ...]] = (
     *REINFORCEMENT_KINDS,
 )
 """The kinds of stages that train, in the order in which one job runs them."""
+SHARED_KINDS: Final[tuple[StageKind, ...]] = (
+    *TRAINING_KINDS,
+    "critique",
+    "feedback",
+    "evaluate",
+    "assess",
+)
+"""The kinds of stages that run a model, and that all workers therefore run together."""

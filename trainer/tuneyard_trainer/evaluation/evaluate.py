@@ -19,7 +19,8 @@ from torch import nn
 
 from tuneyard.api.stage_settings import EvaluateSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.prepared import Prepared
+from tuneyard_trainer.data.prepared import Prepared, Rows
+from tuneyard_trainer.data.sharing import SharedStage
 from tuneyard_trainer.evaluation.result import finish, spread
 from tuneyard_trainer.generation.greedy import continuations
 from tuneyard_trainer.models import adapters, policies
@@ -56,20 +57,26 @@ class Question:
 def run(context: StageContext) -> StageOutcome:
     """Measure both models, write `evaluation.json` and check the gates.
 
-    All workers take part if the model is sharded; otherwise rank 0 measures it alone. Raises
-    StageError NoHeldOutRows and GateFailed.
+    The workers share a sharded model, or each of them has the whole model and they share the rows.
+    Raises StageError NoHeldOutRows and GateFailed.
     """
+    shards = policies.shards(context, _dtype(context.worker.device).itemsize)
+    if shards > 1:
+        return _run(context, shards, None)
+    with SharedStage(context.worker) as shared:
+        return _run(context, shards, shared)
+
+
+def _run(context: StageContext, shards: int, shared: SharedStage | None) -> StageOutcome:
+    """Run the stage. `shared`: None if the model is sharded."""
     settings, worker = context.settings(EvaluateSettings), context.worker
-    shards = policies.shards(context, _dtype(worker.device).itemsize)
-    if shards == 1 and not worker.is_main:
-        return StageOutcome()
     data = Prepared.open(context.inputs["data"])
     questions = _questions(context.inputs["data"], settings.samples)
     models = _models(context, shards, with_base=settings.compare_with_base)
     measured = {}
     for step, (name, model) in enumerate(models):
         worker.report(step=step, total_steps=STEPS, message=f"measuring the {name} model")
-        measured[name] = _measure(context, model, data, questions, shards)
+        measured[name] = _measure(context, model, data, questions, shared)
     if not worker.is_main:
         return StageOutcome()
     metrics = _metrics(measured, questions)
@@ -115,7 +122,7 @@ def _measure(
     model: nn.Module,
     data: Prepared,
     questions: Sequence[Question],
-    shards: int,
+    shared: SharedStage | None,
 ) -> Measured:
     rows, worker = data.validation, context.worker
     settings = context.settings(EvaluateSettings)
@@ -132,25 +139,37 @@ def _measure(
         precision=torch.float32,
         pad=tokenizer.pad_token_id,
         # The workers of a sharded model must agree, and the probe measures.
-        pack=shards == 1 and isolates_documents(model),
+        pack=shared is not None and isolates_documents(model),
         max_length=data.max_length,
         max_tokens="auto",
     )
-    if shards > 1:
-        loss = forward.mean_loss_of_shards(model, rows, worker)
-    else:
-        loss = forward.mean_loss(model, rows, worker.alone)
-    return Measured(
-        loss=loss,
-        answers=continuations(
-            model,
-            tokenizer,
-            [q.prompt for q in questions],
-            max_new_tokens=settings.max_new_tokens,
-            add_special_tokens=not any(q.templated for q in questions),
-            before_batch=partial(stop_together, worker) if shards > 1 else worker.check_stop,
-        ),
+    answer = partial(
+        continuations,
+        model,
+        tokenizer,
+        max_new_tokens=settings.max_new_tokens,
+        add_special_tokens=not any(q.templated for q in questions),
     )
+    prompts = [q.prompt for q in questions]
+    if shared is None:
+        loss = forward.mean_loss_of_shards(model, rows, worker)
+        return Measured(loss, answer(prompts, before_batch=partial(stop_together, worker)))
+    losses = shared.gather(_share_loss(forward, model, rows, shared))
+    answers = shared.results(
+        [len(prompt) for prompt in prompts],
+        lambda own: answer([prompts[i] for i in own], before_batch=shared.check_stop),
+    )
+    return Measured(math.fsum(losses) / int(rows.targets.sum()), tuple(answers))
+
+
+def _share_loss(forward: Forward, model: nn.Module, rows: Rows, shared: SharedStage) -> float:
+    """Return the summed loss of this worker's share of the rows, in nats."""
+    total = 0.0
+    shared.check_stop()
+    for loss in forward.share_losses(model, rows, shared.worker):
+        total += loss
+        shared.check_stop()
+    return total
 
 
 # ---- questions ----------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The runner: skips each stage whose record matches, runs the others, writes their records last.
 
 Every rank of a worker group runs the same plan. Rank 0 decides which stages to run, runs the stages
-that need one worker, and writes the records. The other ranks wait for its decisions meanwhile.
+that need no model alone, and writes the records. The other ranks wait for its decisions meanwhile.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 
 from tuneyard.api.job_facts import FitAnswer
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, StageRecord
-from tuneyard.api.stage_settings import TRAINING_KINDS, StageKind
+from tuneyard.api.stage_settings import SHARED_KINDS, TRAINING_KINDS, StageKind
 from tuneyard.errors import StageError
 from tuneyard_trainer import extras
 from tuneyard_trainer.running.failures import out_of_memory
@@ -376,9 +376,9 @@ class Control:
 
 
 def _is_shared(stage: PlannedStage) -> bool:
-    """Return whether all workers run a stage: those that train, and those whose model may be
-    sharded."""
-    return stage.kind in TRAINING_KINDS or stage.runtime.sharding != "none"
+    """Return whether all workers run a stage: those that train, and those that measure or judge.
+    Those that read data or write files are rank 0's alone."""
+    return stage.kind in SHARED_KINDS
 
 
 def _engine(stage: PlannedStage) -> str | None:

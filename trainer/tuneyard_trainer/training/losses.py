@@ -150,6 +150,14 @@ class Forward:
                 total += self.loss(model, rows, micro_batch).double()
         return float(sum_unless_stopped(total, stopped, worker)) / int(rows.targets.sum())
 
+    @torch.no_grad()
+    def share_losses(self, model: nn.Module, rows: Rows, worker: Worker) -> Iterator[float]:
+        """Yield the summed loss, in nats, of each micro-batch of this worker's share of the rows.
+        The other workers are not needed, so the caller adds the losses of all workers."""
+        model.eval()
+        for micro_batch in self._evaluation_batches(rows, worker):
+            yield float(self.loss(model, rows, micro_batch))
+
     def _evaluation_batches(self, rows: Rows, worker: Worker) -> Iterator[MicroBatch]:
         mine = share(np.arange(len(rows)), rows.lengths, worker.rank, worker.world_size)
         for start in range(0, len(mine), EVALUATION_ROWS):

@@ -323,10 +323,11 @@ class _Job:
         return Shape(completions, min(measured.longest, room), new)
 
     def _judged_shape(self, stage: PlannedStage, each: int, new: int) -> Shape:
-        """Return what a stage samples, `each` completions of a prompt, to judge them."""
+        """Return what a worker samples, `each` completions of its share of the prompts, to judge
+        them."""
         measured = self.lengths.measured_prompts.get(stage.name)
         prompts = min(JUDGED_PROMPTS, measured.count) if measured else JUDGED_PROMPTS
-        return self._shape(stage, prompts * each, new)
+        return self._shape(stage, self._share(prompts * each), new)
 
     def _sampled(self, shape: Shape) -> int:
         return sampled_batch(
