@@ -23,6 +23,7 @@ from tuneyard.api.stage_settings import EvaluateSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.evaluation import evaluate
 from tuneyard_trainer.models import policies, sharding
+from tuneyard_trainer.models.base import load_base
 from tuneyard_trainer.training import sft as native
 from tuneyard_trainer.trl_engine import sft as trl
 from tuneyard_trainer.worker import Interrupted, StageContext, Worker, never_stop
@@ -216,7 +217,25 @@ def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path], held: A
         (folder / "stopped").mkdir(exist_ok=True)
         trl.run(StageContext(stage, inputs, folder / "stopped", worker))
     dist.barrier()
+    held[f"types {rank}"] = types_in_bfloat16(inputs["model"])
     dist.destroy_process_group()
+
+
+def types_in_bfloat16(folder: Path) -> set[tuple[str, torch.dtype]]:
+    """Return the types of a layer's weights while a sharded model computes in bfloat16, and those
+    of the weights and gradients that the workers keep."""
+    model = load_base(folder, dtype=torch.float32, device=CPU, shards=2, computes=torch.bfloat16)
+    layer = next(module for name, module in model.named_modules() if name.endswith("q_proj"))
+    types = set()
+    layer.register_forward_hook(lambda module, *_: types.add(("gathered", module.weight.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=torch.arange(4)[None], labels=torch.arange(4)[None]).loss
+    loss.backward()
+    for parameter in model.parameters():
+        types |= {("kept", parameter.dtype)}
+        if parameter.grad is not None:
+            types.add(("gradient", parameter.grad.dtype))
+    return types
 
 
 @pytest.fixture(scope="module")
@@ -284,6 +303,17 @@ def test_the_evaluation_of_a_sharded_model_measures_what_one_worker_measures(
     two, expected = (json.loads((file / "evaluation.json").read_text()) for file in files)
     assert two["metrics"] == pytest.approx(expected["metrics"], rel=1e-5, abs=1e-6)
     assert two["samples"] == expected["samples"]
+
+
+def test_sharded_workers_gather_bfloat16_and_keep_float32(
+    by_two: tuple[Path, dict[Any, Any]],
+) -> None:
+    expected = {
+        ("gathered", torch.bfloat16),
+        ("kept", torch.float32),
+        ("gradient", torch.float32),
+    }
+    assert by_two[1]["types 0"] == by_two[1]["types 1"] == expected
 
 
 def test_a_request_to_stop_one_worker_ends_a_sharded_evaluation_on_all(

@@ -90,20 +90,23 @@ def load_base(
     quantize: Qlora | None = None,
     dropout: float | None = None,
     shards: int = 1,
+    computes: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model in evaluation mode, with every weight from its files.
 
     `quantize`: the linear layers become 4-bit NormalFloat, computing in `dtype`. `dropout`: the
     probability of all of the architecture's own dropout (`dropout_fields`). `device` META: no
     weight is read, and the files are checked by their headers. `shards`: the workers that each keep
-    a part of the model; 1: this one keeps all of it. Raises StageError.
+    a part of the model; 1: this one keeps all of it. `computes`: the type in which a sharded model
+    computes; None: `dtype`. Raises StageError.
     """
     config = config_of(path)
     if dropout is not None:
         set_dropout(path, config, dropout)
     settings: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
     if shards > 1:
-        settings["distributed_config"] = sharding.over(shards)
+        bfloat16 = (computes or dtype) is torch.bfloat16
+        settings["distributed_config"] = sharding.over(shards, bfloat16=bfloat16)
     elif device.type != "cpu":
         settings["device_map"] = {"": device}
     if quantize:

@@ -97,6 +97,7 @@ def load(
         quantize=adapter.qlora if adapter else None,
         dropout=loop.dropout,
         shards=shards,
+        computes=precision,
     )
     if shards > 1 and not adapter:
         require_same_names(base)

@@ -20,9 +20,14 @@ WHOLE_SHARE = 0.01
 buffers that no plan shards."""
 
 
-def over(world_size: int) -> DistributedConfig:
-    """Return the config for `from_pretrained` that shards a model over all workers."""
-    return DistributedConfig(fsdp_size=world_size)
+def over(world_size: int, *, bfloat16: bool) -> DistributedConfig:
+    """Return the config for `from_pretrained` that shards a model over all workers.
+
+    `bfloat16`: the workers gather weights that are stored in float32 as bfloat16, and compute with
+    them. Autocast would keep a bfloat16 copy of each gathered weight until the end of the forward
+    pass: a whole model on each worker.
+    """
+    return DistributedConfig(fsdp_size=world_size, fsdp_mixed_precision=bfloat16)
 
 
 def local_bytes(model: nn.Module) -> tuple[int, int]:
