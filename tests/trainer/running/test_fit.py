@@ -137,7 +137,7 @@ def test_the_chosen_settings_run_the_stage_and_change_neither_identity_nor_other
     runtimes = dict(settings)
     assert runtimes["sft"].micro_batch_tokens == 64
     assert runtimes["sft"].gradient_checkpointing
-    assert runtimes["sft"].checkpoint_steps is None
+    assert runtimes["sft"].checkpoint_steps == 1, "as the manifest says"
     assert runtimes["evaluate"].micro_batch_tokens == "auto"
     assert chosen["sft"].identity == plain["sft"].identity
 
