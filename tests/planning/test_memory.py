@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -172,3 +173,12 @@ def test_the_export_holds_one_tensor_of_the_model_on_the_cpu_and_the_adapter() -
 
 def test_a_checkpoint_copies_weights_and_moments_to_the_pods_memory() -> None:
     assert stages(planned("8B", "H100"))["sft"].host_peak.total == 12 * P
+
+
+def test_each_worker_of_an_alignment_samples_its_share_of_the_prompts_of_the_evaluation() -> None:
+    job = aligned("8B", "H200", {"dpo": {}}, preferences=PAIRS, adapter={"lora": {}})
+    one, four = (
+        parts(stages(replace(job, devices=devices))["evaluate"], "sampling") for devices in (1, 4)
+    )
+    assert one["key-value cache"] == 4 * four["key-value cache"]
+    assert one["weights"] == four["weights"] > 2 * P

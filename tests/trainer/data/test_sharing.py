@@ -76,17 +76,25 @@ def journal(rank: int, folder: Path) -> list[Any]:
     with SharedStage(Worker(rank, WORKERS, CPU, identity="one" if rank == 0 else "")) as shared:
         with shared.journal(folder) as kept:
             entries = list(kept.entries)
-            kept.append([{"by": shared.from_main(rank)}])
+            kept.append([{"by": shared.from_main(lambda: rank)}])
         return entries
 
 
 def race(rank: int) -> None:
     """Worker 0 was asked to stop, and worker 2 failed before the same exchange."""
-    with SharedStage(Worker(rank, WORKERS, CPU, stop=lambda: rank == 0)) as shared:
+    asked = False
+    with SharedStage(Worker(rank, WORKERS, CPU, stop=lambda: asked)) as shared:
+        asked = rank == 0
         shared.check_stop()
         if rank == 2:
             raise StageError("Broken", "row 3 is broken.")
         shout(shared)
+
+
+def early(rank: int, notes: Notes) -> None:
+    """Worker 1 was asked to stop before the stage began."""
+    with SharedStage(Worker(rank, WORKERS, CPU, stop=lambda: rank == 1)):
+        notes["early work", rank] = True
 
 
 def late(rank: int) -> str:
@@ -109,11 +117,12 @@ def work(rank: int, notes: Notes, folder: Path) -> None:
     for where in ("first", "last"):
         note(where, lambda where=where: fail(rank, FAILURES["StageError"], where, []))  # type: ignore[misc]
     note("rounds", lambda: rounds(rank, lambda: False))
-    asked = iter((False, False, True, True, True, True, True, True))
+    asked = iter((False, False, False, True, True, True, True, True))
     note("stopped", lambda: rounds(rank, lambda: rank == 1 and next(asked, True)))
     note("journal", lambda: journal(rank, folder))
     note("journal again", lambda: journal(rank, folder))
     note("race", lambda: race(rank))
+    note("early", lambda: early(rank, notes))
     note("late", lambda: late(rank))
 
 
@@ -185,6 +194,13 @@ def test_a_request_to_stop_one_worker_stops_all_and_keeps_the_results_of_all(
 
 def test_a_failure_is_told_before_a_stop_request(notes: dict[Any, Any]) -> None:
     assert each(notes, "race") == ["Broken"] * WORKERS
+
+
+def test_a_stage_that_one_worker_was_asked_to_stop_before_begins_on_none(
+    notes: dict[Any, Any],
+) -> None:
+    assert each(notes, "early") == ["interrupted"] * WORKERS
+    assert not [name for name in notes if name[0] == "early work"]
 
 
 def test_a_stop_request_after_the_work_does_not_undo_it(notes: dict[Any, Any]) -> None:

@@ -47,6 +47,9 @@ class SharedStage:
             self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def __enter__(self) -> Self:
+        """Raises Interrupted if any worker was asked to stop, before a model is loaded."""
+        self.gather(None)
+        self.raise_if_stopped(0)
         return self
 
     def __exit__(
@@ -93,19 +96,21 @@ class SharedStage:
         the error of a worker that failed meanwhile."""
         return self._exchange(value, None)
 
-    def from_main(self, value: T) -> T:
-        """Return rank 0's value on all workers. The values of the others are ignored."""
-        return self.gather(value if self.worker.is_main else None)[0]  # type: ignore[return-value]
+    def from_main(self, work: Callable[[], T]) -> T:
+        """Return the result of `work` on all workers. Rank 0 alone does it."""
+        results: list[Any] = self.gather(work() if self.worker.is_main else None)
+        found: T = results[0]
+        return found
 
     @contextmanager
     def journal(self, folder: Path) -> Iterator[SharedJournal]:
         """Open the stage's journal, which is removed when the stage is done. Raises StageError."""
         worker = self.worker
         if not worker.is_main:
-            yield SharedJournal(self.from_main([]), None)
+            yield SharedJournal(self.from_main(list), None)
             return
         with Journal(folder, worker.identity, worker.persist, worker.owned) as journal:
-            yield SharedJournal(self.from_main(journal.entries), journal)
+            yield SharedJournal(self.from_main(lambda: journal.entries), journal)
 
     # ---- stop requests --------------------------------------------------------------------------
 

@@ -66,7 +66,7 @@ def _run(context: StageContext, shared: SharedStage) -> StageOutcome:
     metrics: dict[str, float] = {}
     samples: list[Sample] = []
     if "tuned" in context.inputs:
-        prompts = assessment.prompts()
+        prompts = shared.from_main(assessment.prompts)
         reward = assessment.load_reward(settings.reward, [prompt.prompt for prompt in prompts])
         models = assessment.measure_both(prompts)
         metrics |= assessment.metrics(models, reward)

@@ -48,7 +48,9 @@ def _run(context: StageContext, shared: SharedStage) -> StageOutcome:
     settings = context.settings(CritiqueSettings)
     policy = Policy.of(context.inputs, settings.chat, context.worker)
     limit = settings.max_new_tokens
-    prompts = policy.prompts(settings.prompts, limit, "constitution.prompts")
+    prompts = shared.from_main(
+        lambda: policy.prompts(settings.prompts, limit, "constitution.prompts")
+    )
     with open_journal(context, shared) as journal:
         completions = sample_completions(
             shared,

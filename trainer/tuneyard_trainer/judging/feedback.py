@@ -46,7 +46,9 @@ def run(context: StageContext) -> StageOutcome:
 def _run(context: StageContext, shared: SharedStage) -> StageOutcome:
     settings = context.settings(FeedbackSettings)
     policy = Policy.of(context.inputs, settings.chat, context.worker)
-    prompts = policy.prompts(settings.prompts, settings.max_new_tokens, "aiFeedback.prompts")
+    prompts = shared.from_main(
+        lambda: policy.prompts(settings.prompts, settings.max_new_tokens, "aiFeedback.prompts")
+    )
     with open_journal(context, shared) as journal:
         completions = sample_completions(
             shared,
