@@ -17,10 +17,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.adapters import Adapter
-from tuneyard.api.stage_settings import LoopSettings
+from tuneyard.api.plan import PlannedStage
+from tuneyard.api.stage_settings import TRAINING_KINDS, LoopSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.models import adapters
-from tuneyard_trainer.models.base import load_base, precision_of, save_model
+from tuneyard_trainer.models import adapters, sharding
+from tuneyard_trainer.models.base import META, load_base, precision_of, save_model
 from tuneyard_trainer.models.gathering import require_same_names, write_model
 from tuneyard_trainer.models.layers import freeze
 from tuneyard_trainer.models.probes import base_of
@@ -59,7 +60,32 @@ def shards(context: StageContext, bytes_per_parameter: int) -> int:
     is_large = exceeds_share(_base(context.inputs), bytes_per_parameter, memory)
     exceeds = torch.tensor(float(is_large), device=worker.device)
     dist.all_reduce(exceeds, op=dist.ReduceOp.MAX)  # the GPUs may differ
-    return worker.world_size if exceeds else 1
+    if not exceeds:
+        return 1
+    obstacle = sharding_obstacle(
+        _base(context.inputs), worker.world_size, is_trained=_trains_whole_weights(context.stage)
+    )
+    if obstacle:
+        worker.report(message=f"each worker holds the whole model, since {obstacle}")
+        return 1
+    return worker.world_size
+
+
+def sharding_obstacle(folder: Path, world_size: int, *, is_trained: bool) -> str | None:
+    """Return why a model cannot be sharded over so many workers; None: nothing is known against it.
+    No weight is read.
+
+    `is_trained`: whether the weights of the model itself are trained.
+    """
+    model = load_base(folder, dtype=torch.float32, device=META)
+    if is_trained:
+        return sharding.tied_obstacle(model, world_size)
+    return None
+
+
+def _trains_whole_weights(stage: PlannedStage) -> bool:
+    """Return whether a stage trains the weights of the model itself."""
+    return stage.kind in TRAINING_KINDS and getattr(stage.settings, "adapter", None) is None
 
 
 def exceeds_share(folder: Path, bytes_per_parameter: int, memory: int) -> bool:
@@ -107,6 +133,8 @@ def load(
         model = adapters.attach(base, adapter, seed=loop.seed, tokenizer=tokenizer)
     elif loop.freeze:
         freeze(base, loop.freeze)
+    if shards > 1 and not adapter:
+        sharding.require_one_copy(base, shards)
     if gradient_checkpointing:
         adapters.enable_gradient_checkpointing(model)
     return model

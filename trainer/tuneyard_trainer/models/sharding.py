@@ -8,6 +8,8 @@ the trainer averages their gradients.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -50,6 +52,37 @@ def require_sharded(model: nn.Module, world_size: int) -> None:
             advice="Set compute.sharding to none, or model.uri to an architecture with an FSDP "
             "plan in transformers.",
         )
+
+
+def require_one_copy(model: nn.Module, world_size: int) -> None:
+    """Raise StageError NotSharded if a tied weight that is trained would become two weights."""
+    obstacle = tied_obstacle(model, world_size)
+    if obstacle:
+        raise StageError(
+            "NotSharded",
+            f"compute.sharding is fsdp, and {obstacle}.",
+            advice="Set compute.workers to a number that divides these rows, set "
+            "training.freeze.embeddings or adapter.lora, or set compute.sharding to none.",
+        )
+
+
+def tied_obstacle(model: nn.Module, world_size: int) -> str | None:
+    """Return why the trained weights that several modules share cannot be sharded over so many
+    workers; None: they can.
+
+    FSDP2 has one group for the embeddings and another for the head. Parts of equal size are the
+    same memory in both. Smaller ones are padded, in a copy for each group, and the optimizer would
+    update one copy alone.
+    """
+    modules = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for name, parameter in model.named_parameters():
+        rows = parameter.shape[0] if parameter.ndim else 1
+        if parameter.requires_grad and modules[id(parameter)] > 1 and rows % world_size:
+            return (
+                f"the {rows:,} rows of {name}, a weight that several modules share, cannot be "
+                f"divided evenly among {world_size} workers"
+            )
+    return None
 
 
 def is_sharded(tensor: Tensor) -> bool:

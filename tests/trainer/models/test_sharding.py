@@ -1,0 +1,100 @@
+"""What sharding requires of a model, under a process group that is played: each worker loads its
+part, and no worker answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from tests.trainer.conftest import tiny_llama
+from tests.trainer.rows import train_stage
+from tuneyard.api.adapters import Adapter
+from tuneyard.api.stage_settings import TrainSettings
+from tuneyard.errors import StageError
+from tuneyard_trainer.models import policies
+
+CPU = torch.device("cpu")
+
+
+@contextmanager
+def workers(count: int) -> Iterator[None]:
+    """While active, this process is rank 0 of so many."""
+    dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Saves a model and returns its folder."""
+
+    def save(model: Any) -> Path:
+        folder = tmp_path_factory.mktemp("model")
+        model.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+def load(folder: Path, tokenizer: Any, count: int, **settings: Any) -> nn.Module:
+    """Load a policy as rank 0 of `count` workers that share it."""
+    chosen = train_stage(**settings).settings
+    assert isinstance(chosen, TrainSettings)
+    with workers(count):
+        return policies.load(
+            {"model": folder},
+            chosen.adapter,
+            chosen,
+            device=CPU,
+            precision=torch.float32,
+            tokenizer=tokenizer,
+            shards=count,
+        )
+
+
+# ---- tied weights -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("vocabulary", "count"), [(401, 2), (400, 3)])
+def test_full_fine_tuning_refuses_tied_weights_that_the_workers_cannot_divide_evenly(
+    vocabulary: int, count: int, saved: Callable[..., Path], tiny_tokenizer: Any
+) -> None:
+    folder = saved(tiny_llama(vocabulary))
+    with pytest.raises(StageError) as refused:
+        load(folder, tiny_tokenizer, count)
+    assert refused.value.reason == "NotSharded"
+    assert f"the {vocabulary} rows of model.embed_tokens.weight" in refused.value.message
+    assert "compute.workers" in refused.value.advice
+    assert policies.sharding_obstacle(folder, count, is_trained=True)  # so that auto does not shard
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "tied", "settings"),
+    [
+        (400, True, {}),
+        (401, False, {}),
+        (401, True, {"adapter": Adapter.model_validate({"lora": {}})}),
+        (401, True, {"freeze": {"embeddings": True}}),
+    ],
+)
+def test_tied_weights_that_stay_the_same_memory_or_are_not_trained_are_sharded(
+    vocabulary: int,
+    tied: bool,
+    settings: dict[str, Any],
+    saved: Callable[..., Path],
+    tiny_tokenizer: Any,
+) -> None:
+    folder = saved(tiny_llama(vocabulary, tie_word_embeddings=tied))
+    load(folder, tiny_tokenizer, 2, **settings)
+    is_trained = not settings
+    assert policies.sharding_obstacle(folder, 2, is_trained=is_trained) is None
