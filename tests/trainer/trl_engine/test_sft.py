@@ -191,6 +191,17 @@ def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path], held: A
         loaded(model, world_size)
         held[rank] = sharding.local_bytes(model)
 
+    def misses_one(model: Any, world_size: int) -> None:
+        if rank == 1:
+            model.whole = torch.nn.Parameter(torch.zeros(3))
+        loaded(model, world_size)
+
+    sharding.require_sharded = misses_one
+    try:
+        stage = train_stage(**LAST, runtime={"sharding": "fsdp"})
+        trl.run(StageContext(stage, inputs, folder, Worker(rank, 2, CPU)))
+    except StageError as error:
+        held[f"refused {rank}"] = error.message
     sharding.require_sharded = noted
     for name, settings in CASES.items():
         (folder / name).mkdir(exist_ok=True)
@@ -290,6 +301,13 @@ def test_a_request_to_stop_one_worker_ends_a_sharded_evaluation_on_all(
     by_two: tuple[Path, dict[Any, Any]],
 ) -> None:
     assert {"stopped 0", "stopped 1"} <= by_two[1].keys()
+
+
+def test_what_one_worker_holds_whole_ends_the_job_on_all(
+    by_two: tuple[Path, dict[Any, Any]],
+) -> None:
+    assert "another worker holds more than its part" in by_two[1]["refused 0"]
+    assert "not sharded over 2 workers: whole" in by_two[1]["refused 1"]
 
 
 def test_without_a_second_worker_a_job_that_asks_for_sharding_ends(

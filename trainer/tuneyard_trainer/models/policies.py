@@ -25,7 +25,6 @@ from tuneyard_trainer.models.base import META, load_base, precision_of, save_mod
 from tuneyard_trainer.models.gathering import require_same_names, write_model
 from tuneyard_trainer.models.layers import freeze
 from tuneyard_trainer.models.probes import base_of
-from tuneyard_trainer.models.sharding import is_sharded
 from tuneyard_trainer.models.weight_files import stored_tensors
 from tuneyard_trainer.storage.files import disk_error
 from tuneyard_trainer.worker import StageContext, Worker
@@ -78,9 +77,8 @@ def sharding_obstacle(folder: Path, world_size: int, *, is_trained: bool) -> str
     `is_trained`: whether the weights of the model itself are trained.
     """
     model = load_base(folder, dtype=torch.float32, device=META)
-    if is_trained:
-        return sharding.tied_obstacle(model, world_size)
-    return None
+    tied = sharding.tied_obstacle(model, world_size) if is_trained else None
+    return tied or sharding.plan_obstacle(model)
 
 
 def _trains_whole_weights(stage: PlannedStage) -> bool:
@@ -140,12 +138,21 @@ def load(
     return model
 
 
-def save(model: nn.Module, adapter: Adapter | None, folder: Path, *, is_main: bool = True) -> None:
-    """Write the adapter, or the whole model if there is no adapter. All workers that share a
-    sharded model call it; one of them, `is_main`, writes. Raises StageError DiskFull or
-    WriteFailed."""
+def save(
+    model: nn.Module,
+    adapter: Adapter | None,
+    folder: Path,
+    *,
+    is_main: bool = True,
+    shards: int = 1,
+) -> None:
+    """Write the adapter, or the whole model if there is no adapter.
+
+    `shards`: the workers that share the model; 1: this one has all of it. All of them call it with
+    the same number; one of them, `is_main`, writes. Raises StageError DiskFull or WriteFailed.
+    """
     try:
-        if any(map(is_sharded, model.parameters())) and not adapter:
+        if shards > 1 and not adapter:  # after an evaluation, FSDP2 may keep any weight whole
             write_model(folder if is_main else None, base_of(model))
         elif is_main and adapter:
             adapters.save(model, folder)

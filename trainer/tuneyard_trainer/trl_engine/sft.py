@@ -75,7 +75,7 @@ def run(context: StageContext) -> StageOutcome:
     state = course.finish(following.state)
     weights = context.workdir / policies.WEIGHTS
     if worker.is_main or shards > 1:
-        policies.save(model, settings.adapter, weights, is_main=worker.is_main)
+        policies.save(model, settings.adapter, weights, is_main=worker.is_main, shards=shards)
     details = {
         **course.details(state),
         "packed": False,
