@@ -9,6 +9,7 @@ from typing import get_args
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.alignment import Dpo, GroupRelative
 from tuneyard.api.alignmentjob import AlignmentSpec
+from tuneyard.api.compute import MIN_SHARDS
 from tuneyard.api.evaluation import AlignmentMetric, Evaluate, Gate, Metric
 from tuneyard.api.finetunejob import FineTuneSpec
 from tuneyard.api.training import Training
@@ -18,9 +19,6 @@ from tuneyard.planning.trl_arguments import DPO_CONFIG, SFT_CONFIG, argument_fau
 IN_VLLM = ("lora", "ia3", None)
 """Adapters with which vLLM can sample, None for full fine-tuning: they can be written as plain
 weights, unlike a 4-bit base model, virtual tokens and bottlenecks."""
-
-MIN_SHARDS = 2
-"""Fewest workers that can share a model."""
 
 
 def fine_tuning_faults(spec: FineTuneSpec) -> list[Fault]:
