@@ -22,7 +22,9 @@ from tuneyard.api.plan import PlannedStage, StageInput, TrainRuntime
 from tuneyard.api.stage_settings import EvaluateSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.evaluation import evaluate
+from tuneyard_trainer.generation.batches import generate
 from tuneyard_trainer.models import policies, sharding
+from tuneyard_trainer.models.base import load_base
 from tuneyard_trainer.training import sft as native
 from tuneyard_trainer.trl_engine import sft as trl
 from tuneyard_trainer.worker import Interrupted, StageContext, Worker, never_stop
@@ -184,7 +186,8 @@ def measure(
 def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path], held: Any) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+    os.environ.pop("OMP_NUM_THREADS", None)
+    torch.set_num_threads(3)
     loaded = sharding.require_sharded
 
     def noted(model: Any, world_size: int) -> None:
@@ -207,7 +210,12 @@ def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path], held: A
         (folder / name).mkdir(exist_ok=True)
         stage = train_stage(**(LAST | {"learning_rate": 1e-2} | settings))
         trl.run(StageContext(stage, inputs, folder / name, Worker(rank, 2, CPU)))
+        held.setdefault(f"threads {rank}", torch.get_num_threads())  # after the first one
         dist.barrier()
+        torch.set_num_threads(1)
+    model = load_base(inputs["model"], dtype=torch.float32, device=CPU, shards=2)
+    stop = range(400) if rank == 0 else ()  # rank 0's first token is its last
+    held[f"completed {rank}"] = generate(model, [[5, 6]], pad=3, stop=[*stop], max_new_tokens=5)
     for name in MEASURED:
         worker = Worker(rank, 2, CPU)
         measure(folder / f"{name}, measured", folder / name, inputs, worker, "fsdp")
@@ -308,6 +316,20 @@ def test_what_one_worker_holds_whole_ends_the_job_on_all(
 ) -> None:
     assert "another worker holds more than its part" in by_two[1]["refused 0"]
     assert "not sharded over 2 workers: whole" in by_two[1]["refused 1"]
+
+
+def test_a_worker_whose_completion_has_ended_takes_part_in_those_of_the_others(
+    by_two: tuple[Path, dict[Any, Any]],
+) -> None:
+    (ended,), (others,) = by_two[1]["completed 0"], by_two[1]["completed 1"]
+    assert (len(ended), len(others)) == (1, 5)
+    assert others[:1] == ended
+
+
+def test_a_trainer_leaves_the_number_of_threads_as_it_is(
+    by_two: tuple[Path, dict[Any, Any]],
+) -> None:
+    assert [by_two[1][f"threads {rank}"] for rank in (0, 1)] == [3, 3]
 
 
 def test_without_a_second_worker_a_job_that_asks_for_sharding_ends(
