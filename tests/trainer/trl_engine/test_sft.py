@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.trainer.ports import free_port
 from tests.trainer.rows import random_rows, train_stage, write_prepared
@@ -144,7 +145,44 @@ def test_a_trainer_prints_nothing(
     tmp_path: Path, inputs: dict[str, Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     run(trl, tmp_path / "trl", inputs)
-    assert "grad_norm" not in capfd.readouterr().out
+    out, err = capfd.readouterr()
+    assert "grad_norm" not in out
+    assert "%|" not in err  # a progress bar
+
+
+def test_a_mixture_of_experts_is_trained_on_its_targets_and_keeps_its_own_configs(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    config = Qwen3MoeConfig(
+        vocab_size=400,
+        hidden_size=32,
+        head_dim=8,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        router_aux_loss_coef=1.0,
+        bos_token_id=5,
+        eos_token_id=6,
+        pad_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(config)
+    model.generation_config.eos_token_id = [6, 7]
+    model.save_pretrained(tmp_path / "experts")
+    given = {**inputs, "model": tmp_path / "experts"}
+    run(native, tmp_path / "native", given, packing="never", learning_rate=1e-2)
+    run(trl, tmp_path / "trl", given, packing="never", learning_rate=1e-2)
+    losses = [
+        [line["loss"] for line in lines(tmp_path / engine) if "loss" in line]
+        for engine in ("native", "trl")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    for name in ("config.json", "generation_config.json"):
+        ours, theirs = (tmp_path / engine / "weights" / name for engine in ("native", "trl"))
+        assert json.loads(theirs.read_text()) == json.loads(ours.read_text())
 
 
 CASES: dict[str, dict[str, Any]] = {
