@@ -9,18 +9,21 @@ from typing import get_args
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.alignment import Dpo, GroupRelative
 from tuneyard.api.alignmentjob import AlignmentSpec
+from tuneyard.api.compute import MIN_SHARDS, Compute
 from tuneyard.api.evaluation import AlignmentMetric, Evaluate, Gate, Metric
 from tuneyard.api.finetunejob import FineTuneSpec
 from tuneyard.api.training import Training
 from tuneyard.errors import Fault
-from tuneyard.planning.trl_arguments import DPO_CONFIG, SFT_CONFIG, argument_faults
+from tuneyard.planning.trl_arguments import (
+    DPO_CONFIG,
+    SFT_CONFIG,
+    argument_faults,
+    effect_faults,
+)
 
 IN_VLLM = ("lora", "ia3", None)
 """Adapters with which vLLM can sample, None for full fine-tuning: they can be written as plain
 weights, unlike a 4-bit base model, virtual tokens and bottlenecks."""
-
-MIN_SHARDS = 2
-"""Fewest workers that can share a model."""
 
 
 def fine_tuning_faults(spec: FineTuneSpec) -> list[Fault]:
@@ -175,6 +178,7 @@ def _engine_faults(spec: FineTuneSpec) -> Iterator[Fault]:
         yield from _unused_trl("spec.training", spec.training)
         return
     yield from argument_faults("spec.training.trl", SFT_CONFIG, spec.training.trl)
+    yield from effect_faults("spec.training", spec.training, spec.compute)
     if spec.data.packing == "always":
         yield Fault(
             "spec.data.packing",
@@ -228,11 +232,12 @@ def _alignment_engine_faults(spec: AlignmentSpec) -> Iterator[Fault]:
             yield Fault(f"{path}.engine", f"{reason} in this version: remove engine")
     dpo = spec.optimize and spec.optimize.dpo
     if dpo and dpo.training.engine == "trl":
-        yield from _trl_dpo_faults("spec.optimize.dpo", dpo)
+        yield from _trl_dpo_faults("spec.optimize.dpo", dpo, spec.compute)
 
 
-def _trl_dpo_faults(path: str, dpo: Dpo) -> Iterator[Fault]:
+def _trl_dpo_faults(path: str, dpo: Dpo, compute: Compute) -> Iterator[Fault]:
     yield from argument_faults(f"{path}.training.trl", DPO_CONFIG, dpo.training.trl)
+    yield from effect_faults(f"{path}.training", dpo.training, compute)
     if dpo.loss == "kto":
         yield Fault(
             f"{path}.training.engine", "trl does not train kto in this version: remove engine"
