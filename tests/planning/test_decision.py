@@ -389,10 +389,12 @@ def any_facts(draw: random.Random) -> JobFacts:
     )
 
 
-def test_a_job_under_trl_is_neither_refused_nor_given_settings() -> None:
-    """The sizes are those of the native engine."""
-    tight = posted("70B", gib=22, gpu="NVIDIA L4")
-    assert decided(plan_job(job()), tight).answer.refusal is not None
-    assert decide(plan_job(job(training__engine="trl")), tight) is None
-    sharded = job(training__engine="trl", compute__sharding="fsdp", compute__workers=2)
-    assert decide(plan_job(sharded), tight) is None
+def test_a_job_under_trl_is_refused_too_unless_its_workers_share_the_model() -> None:
+    trl = {"training__engine": "trl", "compute__workers": 8, "adapter": {"lora": {}}}
+    posts = posted("70B", devices=8)
+    whole = job(**trl, compute__sharding="none")
+    refusal = decided(plan_job(whole), posts).answer.refusal
+    assert refusal is not None
+    assert "spec.compute.sharding to fsdp" in refusal.advice
+    shared = job(**trl, compute__sharding="fsdp")
+    assert decided(plan_job(shared), posts).answer.refusal is None

@@ -45,7 +45,6 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 FILE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
 STDIN = Path("-")
-ONLY_NATIVE = "training.engine is trl, and only native is estimated"
 
 
 def main() -> None:
@@ -143,9 +142,6 @@ def _print_memory(
     console: Console, plan: Plan, gpu: Gpu, base_dir: Path, config: Path | None
 ) -> None:
     """Print the memory of a job, or one line that says why it is not known."""
-    if not decision.is_estimated(plan):
-        console.print(Text(f"\nThe memory is not known: {ONLY_NATIVE}.", overflow="fold"))
-        return
     try:
         facts = model_facts(plan, base_dir, config)
     except UnknownModelError as error:
@@ -197,8 +193,7 @@ def _decide(plan: Plan, facts: JobFacts) -> tuple[FitAnswer, list[str]]:
     """Return whether and how a job trains on this machine, and lines that say what it takes."""
     job = decision.job_of(plan, facts)
     if job is None:
-        why = facts.unknown_model if decision.is_estimated(plan) else ONLY_NATIVE
-        return FitAnswer(), [f"The memory of the job is not known: {why}."]
+        return FitAnswer(), [f"The memory of the job is not known: {facts.unknown_model}."]
     found = fitting.fit(job)
     return decision.answer_of(job, found), list(memory_lines(job, found))
 

@@ -40,18 +40,10 @@ def decide(plan: Plan, facts: JobFacts) -> Decision | None:
     return Decision(_estimate(job, found), answer_of(job, found))
 
 
-def is_estimated(plan: Plan) -> bool:
-    """Return whether the memory of a plan's stages can be calculated: the sizes are those of the
-    native engine, and TRL's trainers hold other tensors."""
-    loops = (getattr(stage.settings, "training", stage.settings) for stage in plan.stages)
-    return all(getattr(loop, "engine", None) is None for loop in loops)
-
-
 def job_of(plan: Plan, facts: JobFacts) -> Job | None:
-    """Return the job of a plan and its facts. None: its model is not described, or its memory
-    cannot be calculated."""
+    """Return the job of a plan and its facts. None: its model is not described."""
     model = facts.model
-    if model is None or not is_estimated(plan):
+    if model is None:
         return None
     allowed = Lengths.of(plan, model)
     device = device_of(plan, facts.device)

@@ -5,21 +5,24 @@ The choice is runtime of an attempt: it is no part of a plan's bytes or of an id
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tuneyard.api.adapters import Adapter, Lora, Qlora
 from tuneyard.api.model_facts import ModelFacts
 from tuneyard.api.plan import Plan, PlannedStage
-from tuneyard.api.stage_settings import EvaluateSettings, RewardSettings
+from tuneyard.api.stage_settings import EvaluateSettings, RewardSettings, TrainSettings
 from tuneyard.planning.hardware import CPU_PROCESS_BYTES, GPUS, Cpu, Gpu
+from tuneyard.planning.limits import can_shard
 from tuneyard.planning.memory.lengths import FEWEST_TOKENS, Lengths
-from tuneyard.planning.memory.parts import GIB, Settings, Sharding, StageMemory
+from tuneyard.planning.memory.parts import GIB, Settings, StageMemory
 from tuneyard.planning.memory.stages import Machine, job_memory, loop_of, settings_of
 
 LENGTH_STEP = 128
 """Row lengths are searched in steps of this many tokens."""
+WORKERS = (2, 4, 8, 16, 32, 64)
+"""Numbers of devices that are tried to share a model."""
 
 
 class Remedy(NamedTuple):
@@ -76,8 +79,6 @@ class Job:
     devices: int
     """Devices that train together."""
     lengths: Lengths
-    shardings: Sequence[Sharding] = ("none",)
-    """The kinds of sharding that the engine has, the cheapest first."""
     done: frozenset[str] = frozenset()
     """Names of the stages that are done, and take no memory any more."""
     models: Mapping[str, int] = field(default_factory=dict)
@@ -139,8 +140,8 @@ def choose(job: Job, stage: PlannedStage) -> Settings:
     """Return the settings of a stage: the first that fit, of those that the manifest leaves open.
 
     Smaller micro-batches come first, down to a quarter: they hardly cost time. Then activations are
-    recomputed, which costs a third of the time, and at last the model is sharded. If nothing fits,
-    the settings that take least are returned.
+    recomputed, which costs a third of the time. If nothing fits, the settings that take least are
+    returned.
     """
     candidates = list(_candidates(job, stage))
     for settings in candidates:
@@ -156,12 +157,11 @@ def _candidates(job: Job, stage: PlannedStage) -> Iterator[Settings]:
     most = given.micro_batch_tokens
     sizes = [most, *_sizes(most)] if auto else [most]
     large = [size for size in sizes if 4 * size >= most]
-    for sharding in job.shardings:
-        if not given.gradient_checkpointing:
-            for size in large:
-                yield Settings(size, False, sharding)
-        for size in sizes:
-            yield Settings(size, True, sharding)
+    if not given.gradient_checkpointing:
+        for size in large:
+            yield Settings(size, False, given.sharding)
+    for size in sizes:
+        yield Settings(size, True, given.sharding)
 
 
 def _sizes(most: int) -> Iterator[int]:
@@ -189,6 +189,7 @@ def _remedies(job: Job, found: Fit) -> Iterator[Remedy]:
     """Yield changes after which every stage fits, as far as they exist."""
     settings = list(_if_it_fits(job, []))
     yield from settings or _shorter_rows(job)
+    yield from _sharded(job)
     yield from _other_adapter(job)
     yield from _without_evaluation(job, found)
     if isinstance(job.device, Cpu):
@@ -279,6 +280,43 @@ def _other_adapter(job: Job) -> Iterator[Remedy]:
         if remedy:
             yield remedy
             return
+
+
+def _sharded(job: Job) -> Iterator[Remedy]:
+    """Yield the fewest workers that can share the model of a fine-tuning, under the engine trl."""
+    shared = [_shared(stage) for stage in job.plan.stages]
+    stages = [stage for stage in shared if stage is not None]
+    on_one_machine = isinstance(job.device, Cpu) and job.plan.job.namespace is None
+    if job.plan.job.kind != "FineTuneJob" or on_one_machine or len(stages) < len(shared):
+        return
+    plan = job.plan.model_copy(update={"stages": stages})
+    engines = [loop.engine for stage in job.training if (loop := loop_of(stage))]
+    for devices in sorted({max(2, job.devices), *WORKERS}):
+        if devices < job.devices:
+            continue
+        fields = [] if "trl" in engines else ["set spec.training.engine to trl"]
+        fields.append("spec.compute.sharding to fsdp")
+        if devices > job.devices:
+            each = job.plan.compute.gpus_per_worker or 1
+            fields.append(f"spec.compute.workers to {devices // each}")
+        changes = [" and ".join([", ".join(fields[:-1]), fields[-1]]) if fields[1:] else fields[0]]
+        remedy = next(_if_it_fits(replace(job, plan=plan, devices=devices), changes), None)
+        if remedy:
+            yield remedy
+            return
+
+
+def _shared(stage: PlannedStage) -> PlannedStage | None:
+    """Return a stage whose model the workers share, under the engine trl. None: it cannot be."""
+    settings: Any = stage.settings
+    if isinstance(settings, TrainSettings):
+        if not can_shard(settings.adapter):
+            return None
+        settings = settings.model_copy(update={"engine": "trl", "packing": "never"})
+    elif not isinstance(settings, EvaluateSettings):
+        return stage
+    runtime = stage.runtime.model_copy(update={"sharding": "fsdp"})
+    return stage.model_copy(update={"settings": settings, "runtime": runtime})
 
 
 def _is_lighter(adapter: Adapter, stage: PlannedStage) -> bool:

@@ -24,7 +24,7 @@ from tuneyard.api.stage_settings import (
     TrainSettings,
 )
 from tuneyard.planning.memory import host
-from tuneyard.planning.memory.activations import Computation, MicroBatch
+from tuneyard.planning.memory.activations import Computation, Loss, MicroBatch
 from tuneyard.planning.memory.inference import (
     GREEDY_BATCH,
     generation_parts,
@@ -33,11 +33,14 @@ from tuneyard.planning.memory.inference import (
 )
 from tuneyard.planning.memory.lengths import Lengths, default_tokens, micro_batch, packed_bins
 from tuneyard.planning.memory.parameters import TRAINED_BYTES, classifier, trained
-from tuneyard.planning.memory.parts import Moment, Settings, StageMemory
-from tuneyard.planning.memory.training import Step
+from tuneyard.planning.memory.parts import Moment, Settings, Sharding, StageMemory
+from tuneyard.planning.memory.training import Step, gathered_for_inference
 
 JUDGED_PROMPTS = 128
 """Prompts that `assess` completes at most."""
+GPU_SHARE, FULL_TUNING_BYTES = 0.5, 16
+"""`compute.sharding: auto` shards what would take more than this share of a GPU, full fine-tuning
+counted with these bytes for each parameter; as in the trainer's `models.policies`."""
 SAME_SIZE = "{what} is assumed to be as large as the model"
 
 
@@ -58,6 +61,12 @@ class Machine:
     def inference_precision(self) -> int:
         """Bytes of a weight that is loaded to sample or to measure."""
         return 2 if self.gpu else 4
+
+    def precision(self, loop: LoopSettings) -> int:
+        """Return the bytes of the type of a loop's forward pass."""
+        if loop.precision == "auto":
+            return self.inference_precision
+        return 4 if loop.precision == "float32" else 2
 
 
 def job_memory(
@@ -88,7 +97,25 @@ def settings_of(stage: PlannedStage, facts: ModelFacts, machine: Machine) -> Set
     if tokens == "auto":
         logits = not isinstance(stage.settings, RewardSettings)
         tokens = default_tokens(facts, gpu=machine.gpu, logits=logits)
-    return Settings(tokens, stage.runtime.gradient_checkpointing)
+    loop = loop_of(stage)
+    precision = machine.precision(loop) if loop else machine.inference_precision
+    whole = loop is not None and getattr(stage.settings, "adapter", None) is None
+    sharding = sharding_of(stage, facts, machine, FULL_TUNING_BYTES if whole else precision)
+    return Settings(tokens, stage.runtime.gradient_checkpointing, sharding)
+
+
+def sharding_of(
+    stage: PlannedStage, facts: ModelFacts, machine: Machine, bytes_per_parameter: int
+) -> Sharding:
+    """Return whether the workers share the model of a stage, as the trainer's `policies.shards`
+    decides. `bytes_per_parameter`: what a whole model takes."""
+    asked = stage.runtime.sharding
+    if machine.devices < 2 or asked == "none":
+        return "none"
+    if asked == "auto":
+        size = bytes_per_parameter * facts.parameters
+        return "fsdp" if machine.memory and size > GPU_SHARE * machine.memory else "none"
+    return "fsdp"
 
 
 def loop_of(stage: PlannedStage) -> LoopSettings | None:
@@ -99,6 +126,18 @@ def loop_of(stage: PlannedStage) -> LoopSettings | None:
     if isinstance(settings, RewardSettings | DpoSettings | PpoSettings | GrpoSettings):
         return settings.training
     return None
+
+
+def _loss(stage: PlannedStage, loop: LoopSettings) -> Loss:
+    if isinstance(stage.settings, RewardSettings):
+        return "score"
+    if loop.engine == "trl":
+        return "tiled"
+    return (
+        "tokenLogprobs"
+        if isinstance(stage.settings, PpoSettings | GrpoSettings)
+        else ("crossEntropy")
+    )
 
 
 class Shape(NamedTuple):
@@ -156,7 +195,8 @@ class _Job:
         batch, masked = self._rows_at_once(stage, settings, loop)
         step = self._step(stage, loop, settings.adapter, batch, masked=masked)
         moments = tuple(step.moments())
-        hosts = [host.checkpoint(step.trained)]
+        gathers = step.sharding == "fsdp" and step.trained.adapter is None
+        hosts = [host.gathered_checkpoint(step.facts) if gathers else host.checkpoint(step.trained)]
         if isinstance(settings, RewardSettings) and not self.least:
             moments += (self._written_reward_model(step),)
             hosts.append(host.merged_model(step.facts))
@@ -177,7 +217,7 @@ class _Job:
         group = 1 if rows or unpaired else 2
         capacity = self.lengths.row_bins if rows else self.lengths.pair_bins
         tokens, share = self._settings(stage).micro_batch_tokens, self._share(loop.batch_size)
-        packed = not reward and not (
+        packed = not (reward or loop.engine) and not (
             isinstance(settings, TrainSettings) and settings.packing == "never"
         )
         if packed and length < capacity:
@@ -276,24 +316,23 @@ class _Job:
         added_parameters: int = 0,
     ) -> Step:
         reward = isinstance(stage.settings, RewardSettings)
-        sampled = isinstance(stage.settings, PpoSettings | GrpoSettings)
         facts = classifier(self.facts) if reward else self.facts
         chosen = self._settings(stage)
         learned = trained(facts, adapter, loop.freeze)
-        precision = self._precision(loop)
+        precision = self.machine.precision(loop)
         return Step(
             facts=facts,
             trained=learned,
             batch=batch,
             how=Computation.of(learned, precision, chosen.sharding, masked=masked),
-            loss="score" if reward else "tokenLogprobs" if sampled else "crossEntropy",
+            loss=_loss(stage, loop),
             devices=self.machine.devices,
             sharding=chosen.sharding,
             checkpointing=chosen.gradient_checkpointing,
             reference=reference,
             added_parameters=facts.hidden_size if reward else added_parameters,
             in_place_updates=not self.machine.gpu,
-            file_backed=self._is_file_backed(precision),
+            file_backed=chosen.sharding == "none" and self._is_file_backed(precision),
         )
 
     def _settings(self, stage: PlannedStage) -> Settings:
@@ -302,12 +341,6 @@ class _Job:
     def _share(self, count: int) -> int:
         """Return one worker's share of rows or completions."""
         return -(-count // self.machine.devices)
-
-    def _precision(self, loop: LoopSettings) -> int:
-        """Return the bytes of the type of the forward pass."""
-        if loop.precision == "auto":
-            return self.machine.inference_precision
-        return 4 if loop.precision == "float32" else 2
 
     # ---- sampling and measuring -----------------------------------------------------------------
 
@@ -369,10 +402,14 @@ class _Job:
 
     def _evaluate(self, stage: PlannedStage, settings: EvaluateSettings) -> StageMemory:
         models = 2 if self._adapter() is None and settings.compare_with_base else 1
-        weights = (
-            "weights in bfloat16" if self.machine.gpu else "weights",
-            models * self._loaded(stage),
-        )
+        name = "weights in bfloat16" if self.machine.gpu else "weights"
+        weights = [(name, models * self._loaded(stage))]
+        precision = self.machine.inference_precision
+        if sharding_of(stage, self.facts, self.machine, precision) == "fsdp":
+            share = precision * self.facts.parameters // self.machine.devices
+            adapter = self._added_bytes(self._adapter())
+            gathered = gathered_for_inference(self.facts, precision)
+            weights = [(name, models * share + adapter), ("gathered weights", gathered)]
         tokens = default_tokens(self.facts, gpu=self.machine.gpu)
         measured = self.lengths.measured(stage)
         longest = measured and measured.held_out
@@ -386,10 +423,10 @@ class _Job:
             new = 1
         how = self._plainly
         moments = (
-            Moment.of("loss of held-out rows", weights, *measured_parts(self.facts, batch, how)),
+            Moment.of("loss of held-out rows", *weights, *measured_parts(self.facts, batch, how)),
             Moment.of(
                 "answers to held-out prompts",
-                weights,
+                *weights,
                 *generation_parts(self.facts, prompts, new, how),
             ),
         )
