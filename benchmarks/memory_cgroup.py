@@ -72,6 +72,8 @@ RUNS = (
     Run("lora, recomputed", adapter=LORA, training=RECOMPUTED),
     Run("lora, rows of 2048", length=2048, rows=2, adapter=LORA),
     Run("lora, 128,256 words", rows=4, adapter=LORA, model={"vocab_size": 128256}),
+    Run("full, trl", training={"engine": "trl"}),
+    Run("lora, trl", training={"engine": "trl"}, adapter=LORA),
     Run("lora, dpo", rows=4, adapter=LORA, dpo=True, prompt=0.05),
     Run("lora, dpo, half of each row a prompt", rows=4, adapter=LORA, dpo=True),
 )

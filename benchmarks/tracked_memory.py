@@ -165,11 +165,14 @@ def _materialize(model: nn.Module, *, frozen_as_buffers: bool) -> None:
 
 
 def _shard(model: Any, mesh: DeviceMesh) -> None:
+    """Shard a model as the trainer does: an adapter stays whole on each device."""
     policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=torch.float32)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    adapted = hasattr(model, "get_base_model")
+    base = model.get_base_model() if adapted else model
+    whole = {p for p in model.parameters() if adapted and p.requires_grad}
     for layer in decoder_layers(base)[1]:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=whole)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
 
 
 class FourBitLinear(nn.Linear):
