@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -12,9 +13,14 @@ import torch
 from tuneyard.api.stage_settings import LoopSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.models.base import precision_of
+from tuneyard_trainer.models.environment import described
 from tuneyard_trainer.models.files import first_line
+from tuneyard_trainer.models.probes import base_of
 from tuneyard_trainer.trl_engine.batches import Layout
+from tuneyard_trainer.trl_engine.following import Following
 from tuneyard_trainer.worker import StageContext
+
+CONFIGS = ("config", "generation_config")
 
 
 def platform_arguments(
@@ -53,6 +59,23 @@ def platform_arguments(
         "dataloader_pin_memory": False,
         "dataloader_num_workers": 0,
     }
+
+
+@contextmanager
+def training(following: Following, device: torch.device) -> Iterator[None]:
+    """While active, TRL's trainer is made and trains the model of `following`. Its errors about
+    arguments of the job become StageErrors. Afterwards the model has the configs that it had
+    before: TRL and transformers write the tokenizer's special tokens and their own settings into
+    them."""
+    course = following.course
+    model = base_of(course.model)
+    kept = {name: deepcopy(getattr(model, name)) for name in CONFIGS if hasattr(model, name)}
+    try:
+        with described(device), explained(course.settings.trl):
+            yield
+    finally:
+        for name, config in kept.items():
+            setattr(model, name, config)
 
 
 @contextmanager

@@ -47,15 +47,25 @@ class Following(TrainerCallback):
             return control
         loss, norm = float(logs["loss"]), float(logs["grad_norm"])
         require_finite(loss, norm, self.state.step + 1)
+        rows = self._batches.taken.pop(0)
         self.state = self.course.follow(
             self.state,
-            self._batches.taken.pop(0),
-            {"loss": loss, "gradientNorm": norm},
+            rows,
+            {"loss": loss, **self.other_metrics(logs, len(rows)), "gradientNorm": norm},
             stop=any_stops(self.course.worker),
         )
         if self.course.should_stop_early(self.state):
             control.should_training_stop = True
         return control
+
+    def other_metrics(
+        self,
+        logs: dict[str, Any],  # noqa: ARG002  of the step
+        count: int,  # noqa: ARG002
+    ) -> dict[str, float]:
+        """Return the means of a step's metrics over its `count` rows, beside its loss and gradient
+        norm."""
+        return {}
 
 
 def any_stops(worker: Worker) -> bool:
