@@ -166,7 +166,7 @@ FULL_TUNING = job(
       validation: {data: [{uri: "pvc://data/held-out.jsonl"}]}
     training:
       engine: trl
-      trl: {use_liger_kernel: true, loss_type: dft}
+      trl: {torch_compile: true, neftune_noise_alpha: 5}
       maxSteps: 100
       learningRate: auto
       freeze: {layers: "0-11", embeddings: true, head: true}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from typing import Any
 
 import pytest
@@ -246,7 +247,7 @@ def test_trls_reinforcement_is_refused_by_name() -> None:
 
 
 def test_arguments_of_trl_reach_the_stage_and_are_a_part_of_its_identity() -> None:
-    given = {"use_liger_kernel": True, "neftune_noise_alpha": 5}
+    given = {"torch_compile": True, "neftune_noise_alpha": 5}
     planned = plan_job(job(**TRL, training__trl=given))
     stage = planned.stages[1]
     assert getattr(stage.settings, "trl", None) == given
@@ -257,12 +258,12 @@ def test_arguments_of_trl_reach_the_stage_and_are_a_part_of_its_identity() -> No
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("use_liger_kernal", True, "did you mean 'use_liger_kernel'?"),
+        ("torch_compil", True, "did you mean 'torch_compile'?"),
         ("qwertz", 1, "see TRL's documentation"),
-        ("use_liger_kernel", "yes", "'yes' is not of the type bool"),
-        ("use_liger_kernel", 1, "1 is not of the type bool"),
+        ("torch_compile", "yes", "'yes' is not of the type bool"),
+        ("torch_compile", 1, "1 is not of the type bool"),
         ("neftune_noise_alpha", True, "True is not of the type float | null"),
-        ("neftune_noise_alpha", float("inf"), "inf is not of the type float | null"),
+        ("neftune_noise_alpha", float("inf"), "inf is not finite"),
         ("activation_checkpointing_kwargs", "/etc/file.json", "is not of the type dict | null"),
         ("learning_rate", 1e-3, "training.learningRate sets it"),
         ("output_dir", "/tmp", "Tuneyard writes checkpoints"),
@@ -272,14 +273,69 @@ def test_arguments_of_trl_reach_the_stage_and_are_a_part_of_its_identity() -> No
         ("trust_remote_code", True, "no code and no file from elsewhere"),
         ("fsdp", "full_shard", "set spec.compute.sharding"),
         ("max_length", 5, "data.maxLength sets it"),
+        ("loss_type", "dft", "the held-out loss"),
+        ("label_smoothing_factor", 0.1, "the held-out loss"),
+        ("router_aux_loss_coef", 0.01, "the held-out loss"),
+        ("use_liger_kernel", True, "liger-kernel is in no image"),
+        ("liger_kernel_config", {}, "liger-kernel is in no image"),
+        ("ddp_static_graph", True, "how the workers share their gradients"),
     ],
 )
 def test_an_argument_that_a_job_may_not_set_is_refused_with_the_reason(
     name: str, value: Any, message: str
 ) -> None:
-    (fault,) = faults(job(**TRL, training__trl={name: value}))
+    recomputed = {"training__gradientCheckpointing": True}
+    (fault,) = faults(job(**TRL, **recomputed, training__trl={name: value}))
     assert fault.path == f"spec.training.trl.{name}"
     assert message in fault.message
+
+
+def nested(levels: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(levels):
+        value = {"inner": value}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"a": [1.0, float("nan")]}, "nan is not finite"),
+        ({"a": float("-inf")}, "-inf is not finite"),
+        ({"a": date(2026, 1, 1)}, "of the type date, which JSON does not have"),
+        ({"a": b"x"}, "of the type bytes, which JSON does not have"),
+        ({"a": {1: 2}}, "the key 1, which is no string"),
+        ({"a": 1 << 63}, "is no 64-bit integer"),
+        ({"a": "x" * 2_000_000}, "more than 4096 characters"),
+        ({"a": [0] * 5000}, "more than 4096 characters"),
+        (nested(5000), "nested deeper than 4 levels"),
+    ],
+)
+def test_a_value_that_a_plan_cannot_hold_is_refused_however_deep_it_lies(
+    value: dict[str, Any], message: str
+) -> None:
+    changes = {"training__gradientCheckpointing": True}
+    (fault,) = faults(
+        job(**TRL, **changes, training__trl={"activation_checkpointing_kwargs": value})
+    )
+    assert fault.path == "spec.training.trl.activation_checkpointing_kwargs"
+    assert message in fault.message
+    assert len(fault.message) < 200
+
+
+def test_an_argument_that_trl_would_not_use_is_refused() -> None:
+    recomputed = {"training__gradientCheckpointing": True}
+    given = {"activation_checkpointing_kwargs": {"use_reentrant": False}}
+    (fault,) = faults(job(**TRL, training__trl=given))
+    assert "set training.gradientCheckpointing to true" in fault.message
+    plan_job(job(**TRL, **recomputed, training__trl=given))
+    on_cpu = {"compute__gpusPerWorker": 0, "training__trl": {"tf32": True}}
+    (fault,) = faults(job(**TRL, **on_cpu))
+    assert "raise gpusPerWorker" in fault.message
+    plan_job(job(**TRL, training__trl={"tf32": True}))
+    dpo = {"training": {"engine": "trl", "trl": given}}
+    (fault,) = faults(alignment(optimize__dpo=dpo))
+    assert fault.path.startswith("spec.optimize.dpo.training.trl.")
 
 
 def test_all_wrong_arguments_are_named_at_once() -> None:
@@ -287,21 +343,17 @@ def test_all_wrong_arguments_are_named_at_once() -> None:
 
 
 def test_arguments_of_trl_need_trl() -> None:
-    (fault,) = faults(job(training__trl={"use_liger_kernel": True}))
+    (fault,) = faults(job(training__trl={"torch_compile": True}))
     assert (fault.path, "set engine to trl" in fault.message) == ("spec.training.trl", True)
 
 
 def test_the_arguments_that_jobs_may_set_are_those_that_somebody_looked_at() -> None:
     """A new version of TRL may add arguments: decide for each of them."""
     of_all = {
-        *("use_liger_kernel", "liger_kernel_config", "neftune_noise_alpha", "loss_type", "tf32"),
-        *("torch_compile", "torch_compile_backend", "torch_compile_mode", "full_determinism"),
-        *("activation_checkpointing_kwargs", "activation_offloading", "torch_empty_cache_steps"),
-        *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"),
-        *("ddp_static_graph", "router_aux_loss_coef"),
+        *("neftune_noise_alpha", "tf32", "full_determinism", "torch_empty_cache_steps"),
+        *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+        *("activation_checkpointing_kwargs", "activation_offloading"),
     }
-    assert set(SFT_CONFIG.free) == of_all | {"label_smoothing_factor"}
-    assert set(DPO_CONFIG.free) == of_all - {"loss_type"}
-    assert set(KTO_CONFIG.free) == of_all - {"loss_type", "router_aux_loss_coef"}
-    assert set(REWARD_CONFIG.free) == of_all - {"loss_type", "router_aux_loss_coef"}
+    for config in (SFT_CONFIG, DPO_CONFIG, KTO_CONFIG, REWARD_CONFIG):
+        assert set(config.free) == of_all, config.name
     assert OWNED.keys() <= SFT_CONFIG.fields.keys()

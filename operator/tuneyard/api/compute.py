@@ -9,6 +9,9 @@ from pydantic import Field
 from tuneyard.api.meta import Model, ObjectName, Rule
 from tuneyard.api.quantity import Quantity
 
+MIN_SHARDS = 2
+"""Fewest workers that can share a model."""
+
 
 class Toleration(Model):
     """A Kubernetes toleration."""

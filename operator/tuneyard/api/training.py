@@ -71,8 +71,8 @@ class Training(Model):
     trl: dict[str, Any] | None = Field(
         default=None, max_length=64, exclude_if=lambda arguments: arguments is None
     )
-    """Further arguments of TRL's trainer config, by their names in TRL, e.g. `use_liger_kernel:
-    true`; only with `engine: trl` (docs/engines.md). None: TRL's defaults."""
+    """Further arguments of TRL's trainer config, by their names in TRL, e.g. `neftune_noise_alpha:
+    5`; only with `engine: trl` (docs/engines.md). None: TRL's defaults."""
     epochs: float | None = Field(default=None, gt=0, le=10000)
     """Epochs over the data. None: 3 for fine-tuning, 1 for a reward model or an alignment, unless
     `maxSteps` is set."""

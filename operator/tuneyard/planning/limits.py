@@ -9,6 +9,7 @@ from typing import get_args
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.alignment import Dpo, GroupRelative
 from tuneyard.api.alignmentjob import AlignmentSpec
+from tuneyard.api.compute import MIN_SHARDS, Compute
 from tuneyard.api.evaluation import AlignmentMetric, Evaluate, Gate, Metric
 from tuneyard.api.finetunejob import FineTuneSpec
 from tuneyard.api.training import Training
@@ -19,14 +20,12 @@ from tuneyard.planning.trl_arguments import (
     REWARD_CONFIG,
     SFT_CONFIG,
     argument_faults,
+    effect_faults,
 )
 
 IN_VLLM = ("lora", "ia3", None)
 """Adapters with which vLLM can sample, None for full fine-tuning: they can be written as plain
 weights, unlike a 4-bit base model, virtual tokens and bottlenecks."""
-
-MIN_SHARDS = 2
-"""Fewest workers that can share a model."""
 
 BY_TRL = ("spec.optimize.dpo.training", "spec.rewardModel.train.training")
 """The training loops of an alignment that TRL's trainers can take."""
@@ -184,6 +183,7 @@ def _engine_faults(spec: FineTuneSpec) -> Iterator[Fault]:
         yield from _unused_trl("spec.training", spec.training)
         return
     yield from argument_faults("spec.training.trl", SFT_CONFIG, spec.training.trl)
+    yield from effect_faults("spec.training", spec.training, spec.compute)
     if spec.data.packing == "always":
         yield Fault(
             "spec.data.packing",
@@ -237,13 +237,14 @@ def _alignment_engine_faults(spec: AlignmentSpec) -> Iterator[Fault]:
             yield Fault(f"{path}.engine", f"{reason} in this version: remove engine")
     dpo = spec.optimize and spec.optimize.dpo
     if dpo and dpo.training.engine == "trl":
-        yield from _trl_dpo_faults("spec.optimize.dpo", dpo)
+        yield from _trl_dpo_faults("spec.optimize.dpo", dpo, spec.compute)
         if dpo.loss != "kto":
             yield from _uncertain_label_faults("spec.optimize.dpo.training", "DPOTrainer", spec)
     train = spec.reward_model and spec.reward_model.train
     if train and train.training.engine == "trl":
         path = "spec.rewardModel.train.training"
         yield from argument_faults(f"{path}.trl", REWARD_CONFIG, train.training.trl)
+        yield from effect_faults(path, train.training, spec.compute)
         yield from _uncertain_label_faults(path, "RewardTrainer", spec)
 
 
@@ -259,9 +260,10 @@ def _uncertain_label_faults(path: str, trainer: str, spec: AlignmentSpec) -> Ite
         )
 
 
-def _trl_dpo_faults(path: str, dpo: Dpo) -> Iterator[Fault]:
+def _trl_dpo_faults(path: str, dpo: Dpo, compute: Compute) -> Iterator[Fault]:
     config = KTO_CONFIG if dpo.loss == "kto" else DPO_CONFIG
     yield from argument_faults(f"{path}.training.trl", config, dpo.training.trl)
+    yield from effect_faults(f"{path}.training", dpo.training, compute)
     if dpo.loss == "sigmoid" and dpo.label_smoothing:
         yield Fault(
             f"{path}.labelSmoothing",

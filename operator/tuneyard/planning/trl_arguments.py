@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from tuneyard.api.compute import Compute
+from tuneyard.api.training import Training
 from tuneyard.errors import Fault
 from tuneyard.planning.trl_fields import DPO, KTO, REWARD, SFT
 
@@ -16,6 +19,10 @@ EVALUATION = "Tuneyard measures the held-out rows: remove it and set training.ev
 LAYOUT = "Tuneyard lays models out over the workers: remove it and set spec.compute.sharding"
 SAFETY = "no code and no file from elsewhere is loaded into a job: remove it"
 MODEL = "Tuneyard loads the model: remove it and see spec.model and spec.adapter"
+GRADIENTS = "Tuneyard decides how the workers share their gradients: remove it"
+LIGER = "liger-kernel is in no image of Tuneyard, and TRL 2 drops this argument: remove it"
+LOSS = "the held-out loss, which decides which checkpoint is kept, would be another one: remove it"
+REFERENCE = "Tuneyard computes the reference before the first step: remove it"
 
 FIELDS: Mapping[str, str] = {
     "per_device_train_batch_size": "training.microBatchTokens",
@@ -91,6 +98,11 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "restore_callback_states_from_checkpoint",
     ),
     MODEL: ("model_init_kwargs", "use_cache"),
+    GRADIENTS: (
+        *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"),
+        "ddp_static_graph",
+    ),
+    LIGER: ("use_liger_kernel", "liger_kernel_config"),
 }
 """Arguments that a job may not set, by the reason."""
 
@@ -112,8 +124,10 @@ _KINDS: Mapping[str, type | tuple[type, ...]] = {
 }
 
 
-LOSS = "the held-out loss, which decides which checkpoint is kept, would be another one: remove it"
-REFERENCE = "Tuneyard computes the reference before the first step: remove it"
+SFT_OWNED: Mapping[str, str] = {
+    **OWNED,
+    **dict.fromkeys(("loss_type", "label_smoothing_factor", "router_aux_loss_coef"), LOSS),
+}
 
 DPO_OWNED: Mapping[str, str] = {
     **OWNED,
@@ -125,7 +139,7 @@ DPO_OWNED: Mapping[str, str] = {
     **dict.fromkeys(
         ("loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef"), LOSS
     ),
-    **dict.fromkeys(("use_weighting", "discopop_tau"), LOSS),
+    **dict.fromkeys(("use_weighting", "discopop_tau", "router_aux_loss_coef"), LOSS),
     **dict.fromkeys(("precompute_ref_log_probs", "precompute_ref_batch_size"), REFERENCE),
     **dict.fromkeys(("sync_ref_model", "ref_model_sync_steps", "ref_model_mixup_alpha"), REFERENCE),
 }
@@ -169,7 +183,7 @@ class Config(NamedTuple):
         return sorted(self.fields.keys() - self.owned.keys())
 
 
-SFT_CONFIG = Config("SFTConfig", SFT, OWNED)
+SFT_CONFIG = Config("SFTConfig", SFT, SFT_OWNED)
 DPO_CONFIG = Config("DPOConfig", DPO, DPO_OWNED)
 KTO_CONFIG = Config("KTOConfig", KTO, KTO_OWNED)
 REWARD_CONFIG = Config("RewardConfig", REWARD, REWARD_OWNED)
@@ -187,8 +201,74 @@ def argument_faults(
             yield Fault(f"{path}.{name}", f"is no argument of TRL's {config.name}: {hint}")
         elif name in config.owned:
             yield Fault(f"{path}.{name}", config.owned[name])
+        elif problem := _value_problem(value):
+            yield Fault(f"{path}.{name}", problem)
         elif not _is_of(config.fields[name].split(" | "), value):
-            yield Fault(f"{path}.{name}", f"{value!r} is not of the type {config.fields[name]}")
+            shown = reprlib.repr(value)
+            yield Fault(f"{path}.{name}", f"{shown} is not of the type {config.fields[name]}")
+
+
+ON_GPUS = ("tf32", "torch_empty_cache_steps", "activation_offloading")
+"""Arguments that concern GPUs."""
+
+
+def effect_faults(path: str, training: Training, compute: Compute) -> Iterator[Fault]:
+    """Yield a fault for each argument that TRL would accept and not use. `path`: the field
+    `training`."""
+    given = training.trl or {}
+    if "activation_checkpointing_kwargs" in given and not training.gradient_checkpointing:
+        yield Fault(
+            f"{path}.trl.activation_checkpointing_kwargs",
+            "has no effect without activation checkpointing: set training.gradientCheckpointing to "
+            "true, or remove it",
+        )
+    if compute.gpus_per_worker == 0:
+        for name in sorted(given.keys() & set(ON_GPUS)):
+            yield Fault(
+                f"{path}.trl.{name}",
+                "has no effect on a CPU, and compute.gpusPerWorker is 0: raise gpusPerWorker, or "
+                "remove it",
+            )
+
+
+MOST_LEVELS = 4
+"""The deepest nesting of a value."""
+MOST_SIZE = 4096
+"""The most characters and elements of a value. The configs take a handful of options."""
+MOST_INTEGER = 1 << 63
+
+
+def _value_problem(value: Any) -> str | None:
+    """Return why a plan cannot hold a value; None: it can. No recursion: a value may be nested
+    deeper than Python's stack."""
+    pending, size = [(value, 0)], 0
+    while pending:
+        each, level = pending.pop()
+        size += 1 + (len(each) if isinstance(each, str | list | Mapping) else 0)
+        if level > MOST_LEVELS:
+            return f"is nested deeper than {MOST_LEVELS} levels: shorten it"
+        if size > MOST_SIZE:
+            return f"has more than {MOST_SIZE} characters and elements: shorten it"
+        if isinstance(each, Mapping):
+            pending += [(part, level + 1) for pair in each.items() for part in pair]
+            if odd := [key for key in each if not isinstance(key, str)]:
+                return f"has the key {reprlib.repr(odd[0])}, which is no string: quote it"
+        elif isinstance(each, list):
+            pending += [(part, level + 1) for part in each]
+        elif problem := _scalar_problem(each):
+            return problem
+    return None
+
+
+def _scalar_problem(value: Any) -> str | None:
+    shown = reprlib.repr(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{shown} is not finite: use a number"
+    if isinstance(value, int) and abs(value) >= MOST_INTEGER:
+        return f"{shown} is no 64-bit integer: use a smaller number"
+    if value is None or isinstance(value, bool | int | float | str):
+        return None
+    return f"{shown} is of the type {type(value).__name__}, which JSON does not have: quote it"
 
 
 def _is_of(kinds: list[str], value: Any) -> bool:
@@ -196,6 +276,4 @@ def _is_of(kinds: list[str], value: Any) -> bool:
         return "null" in kinds
     if isinstance(value, bool):
         return "bool" in kinds
-    if isinstance(value, float) and not math.isfinite(value):
-        return False
     return any(kind in kinds and isinstance(value, of) for kind, of in _KINDS.items())

@@ -71,9 +71,17 @@ def test_both_engines_reach_the_same_weights_by_the_same_losses(
     for name, weight in ours.items():
         torch.testing.assert_close(theirs[name], weight, rtol=1e-3, atol=1e-4)
     shared = ("step", "loss", "gradientNorm", "learningRate", "validationLoss", "tokens")
+    rewards = ("chosenReward", "rejectedReward")
     for one, other in zip(lines(tmp_path / "native"), lines(tmp_path / "trl"), strict=True):
+        assert one.keys() == other.keys()
         for name in one.keys() & set(shared):
             assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
+        for name in one.keys() & set(rewards):
+            assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), name
+        if one["step"] > 1 and "accuracy" in one:  # before, the policy is the reference
+            assert other["accuracy"] == pytest.approx(one["accuracy"], abs=1e-6)
+    for file in (tmp_path / "native" / "weights").glob("*.json"):
+        assert (tmp_path / "trl" / "weights" / file.name).read_text() == file.read_text()
     assert found.metrics.keys() == expected.metrics.keys()
     start = lines(tmp_path / "trl")[0]["baseValidationLoss"]
     assert found.metrics["validationLoss"] < start
@@ -104,6 +112,15 @@ def test_a_second_stage_trains_the_adapter_of_the_first_one(
         torch.testing.assert_close(theirs[name], weight, rtol=1e-3, atol=1e-4)
     start = lines(tmp_path / "trl")[0]["baseValidationLoss"]
     assert start == pytest.approx(lines(tmp_path / "native")[0]["baseValidationLoss"])
+
+
+def test_a_trainer_prints_nothing(
+    tmp_path: Path, inputs: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(trl, tmp_path / "trl", inputs, settings())
+    out, err = capfd.readouterr()
+    assert "grad_norm" not in out
+    assert "%|" not in err  # a progress bar
 
 
 def test_rankings_are_refused(tmp_path: Path, tiny_model_dir: Path) -> None:

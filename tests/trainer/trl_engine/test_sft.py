@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.trainer.ports import free_port
 from tests.trainer.rows import random_rows, train_stage, write_prepared
@@ -22,7 +23,9 @@ from tuneyard.api.plan import PlannedStage, StageInput, TrainRuntime
 from tuneyard.api.stage_settings import EvaluateSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.evaluation import evaluate
+from tuneyard_trainer.generation.batches import generate
 from tuneyard_trainer.models import policies, sharding
+from tuneyard_trainer.models.base import load_base
 from tuneyard_trainer.training import sft as native
 from tuneyard_trainer.trl_engine import sft as trl
 from tuneyard_trainer.worker import Interrupted, StageContext, Worker, never_stop
@@ -142,7 +145,44 @@ def test_a_trainer_prints_nothing(
     tmp_path: Path, inputs: dict[str, Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     run(trl, tmp_path / "trl", inputs)
-    assert "grad_norm" not in capfd.readouterr().out
+    out, err = capfd.readouterr()
+    assert "grad_norm" not in out
+    assert "%|" not in err  # a progress bar
+
+
+def test_a_mixture_of_experts_is_trained_on_its_targets_and_keeps_its_own_configs(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    config = Qwen3MoeConfig(
+        vocab_size=400,
+        hidden_size=32,
+        head_dim=8,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        router_aux_loss_coef=1.0,
+        bos_token_id=5,
+        eos_token_id=6,
+        pad_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(config)
+    model.generation_config.eos_token_id = [6, 7]
+    model.save_pretrained(tmp_path / "experts")
+    given = {**inputs, "model": tmp_path / "experts"}
+    run(native, tmp_path / "native", given, packing="never", learning_rate=1e-2)
+    run(trl, tmp_path / "trl", given, packing="never", learning_rate=1e-2)
+    losses = [
+        [line["loss"] for line in lines(tmp_path / engine) if "loss" in line]
+        for engine in ("native", "trl")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    for name in ("config.json", "generation_config.json"):
+        ours, theirs = (tmp_path / engine / "weights" / name for engine in ("native", "trl"))
+        assert json.loads(theirs.read_text()) == json.loads(ours.read_text())
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -184,19 +224,36 @@ def measure(
 def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path], held: Any) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+    os.environ.pop("OMP_NUM_THREADS", None)
+    torch.set_num_threads(3)
     loaded = sharding.require_sharded
 
     def noted(model: Any, world_size: int) -> None:
         loaded(model, world_size)
         held[rank] = sharding.local_bytes(model)
 
+    def misses_one(model: Any, world_size: int) -> None:
+        if rank == 1:
+            model.whole = torch.nn.Parameter(torch.zeros(3))
+        loaded(model, world_size)
+
+    sharding.require_sharded = misses_one
+    try:
+        stage = train_stage(**LAST, runtime={"sharding": "fsdp"})
+        trl.run(StageContext(stage, inputs, folder, Worker(rank, 2, CPU)))
+    except StageError as error:
+        held[f"refused {rank}"] = error.message
     sharding.require_sharded = noted
     for name, settings in CASES.items():
         (folder / name).mkdir(exist_ok=True)
         stage = train_stage(**(LAST | {"learning_rate": 1e-2} | settings))
         trl.run(StageContext(stage, inputs, folder / name, Worker(rank, 2, CPU)))
+        held.setdefault(f"threads {rank}", torch.get_num_threads())  # after the first one
         dist.barrier()
+        torch.set_num_threads(1)
+    model = load_base(inputs["model"], dtype=torch.float32, device=CPU, shards=2)
+    stop = range(400) if rank == 0 else ()  # rank 0's first token is its last
+    held[f"completed {rank}"] = generate(model, [[5, 6]], pad=3, stop=[*stop], max_new_tokens=5)
     for name in MEASURED:
         worker = Worker(rank, 2, CPU)
         measure(folder / f"{name}, measured", folder / name, inputs, worker, "fsdp")
@@ -290,6 +347,27 @@ def test_a_request_to_stop_one_worker_ends_a_sharded_evaluation_on_all(
     by_two: tuple[Path, dict[Any, Any]],
 ) -> None:
     assert {"stopped 0", "stopped 1"} <= by_two[1].keys()
+
+
+def test_what_one_worker_holds_whole_ends_the_job_on_all(
+    by_two: tuple[Path, dict[Any, Any]],
+) -> None:
+    assert "another worker holds more than its part" in by_two[1]["refused 0"]
+    assert "not sharded over 2 workers: whole" in by_two[1]["refused 1"]
+
+
+def test_a_worker_whose_completion_has_ended_takes_part_in_those_of_the_others(
+    by_two: tuple[Path, dict[Any, Any]],
+) -> None:
+    (ended,), (others,) = by_two[1]["completed 0"], by_two[1]["completed 1"]
+    assert (len(ended), len(others)) == (1, 5)
+    assert others[:1] == ended
+
+
+def test_a_trainer_leaves_the_number_of_threads_as_it_is(
+    by_two: tuple[Path, dict[Any, Any]],
+) -> None:
+    assert [by_two[1][f"threads {rank}"] for rank in (0, 1)] == [3, 3]
 
 
 def test_without_a_second_worker_a_job_that_asks_for_sharding_ends(

@@ -18,11 +18,15 @@ def described(device: torch.device) -> Iterator[None]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield
         return
+    size = str(dist.get_world_size())
     values = {
         "RANK": str(dist.get_rank()),
-        "WORLD_SIZE": str(dist.get_world_size()),
+        "WORLD_SIZE": size,
         "LOCAL_RANK": str(device.index or 0),
-        "LOCAL_WORLD_SIZE": str(dist.get_world_size()),
+        # Ray Train and torchrun set it; without them, all workers are on this machine.
+        "LOCAL_WORLD_SIZE": os.environ.get("LOCAL_WORLD_SIZE", size),
+        # Without it, accelerate sets torch's threads to a share of the machine's cores.
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "1",
     }

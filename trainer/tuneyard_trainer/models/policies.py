@@ -17,14 +17,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.adapters import Adapter
-from tuneyard.api.stage_settings import LoopSettings
+from tuneyard.api.plan import PlannedStage
+from tuneyard.api.stage_settings import TRAINING_KINDS, LoopSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.models import adapters
-from tuneyard_trainer.models.base import load_base, precision_of, save_model
+from tuneyard_trainer.models import adapters, sharding
+from tuneyard_trainer.models.base import META, load_base, precision_of, save_model
 from tuneyard_trainer.models.gathering import require_same_names, write_model
 from tuneyard_trainer.models.layers import freeze
 from tuneyard_trainer.models.probes import base_of
-from tuneyard_trainer.models.sharding import is_sharded
 from tuneyard_trainer.models.weight_files import stored_tensors
 from tuneyard_trainer.storage.files import disk_error
 from tuneyard_trainer.worker import StageContext, Worker
@@ -59,7 +59,31 @@ def shards(context: StageContext, bytes_per_parameter: int) -> int:
     is_large = exceeds_share(_base(context.inputs), bytes_per_parameter, memory)
     exceeds = torch.tensor(float(is_large), device=worker.device)
     dist.all_reduce(exceeds, op=dist.ReduceOp.MAX)  # the GPUs may differ
-    return worker.world_size if exceeds else 1
+    if not exceeds:
+        return 1
+    obstacle = sharding_obstacle(
+        _base(context.inputs), worker.world_size, is_trained=_trains_whole_weights(context.stage)
+    )
+    if obstacle:
+        worker.report(message=f"each worker holds the whole model, since {obstacle}")
+        return 1
+    return worker.world_size
+
+
+def sharding_obstacle(folder: Path, world_size: int, *, is_trained: bool) -> str | None:
+    """Return why a model cannot be sharded over so many workers; None: nothing is known against it.
+    No weight is read.
+
+    `is_trained`: whether the weights of the model itself are trained.
+    """
+    model = load_base(folder, dtype=torch.float32, device=META)
+    tied = sharding.tied_obstacle(model, world_size) if is_trained else None
+    return tied or sharding.plan_obstacle(model)
+
+
+def _trains_whole_weights(stage: PlannedStage) -> bool:
+    """Return whether a stage trains the weights of the model itself."""
+    return stage.kind in TRAINING_KINDS and getattr(stage.settings, "adapter", None) is None
 
 
 def exceeds_share(folder: Path, bytes_per_parameter: int, memory: int) -> bool:
@@ -107,17 +131,28 @@ def load(
         model = adapters.attach(base, adapter, seed=loop.seed, tokenizer=tokenizer)
     elif loop.freeze:
         freeze(base, loop.freeze)
+    if shards > 1 and not adapter:
+        sharding.require_one_copy(base, shards)
     if gradient_checkpointing:
         adapters.enable_gradient_checkpointing(model)
     return model
 
 
-def save(model: nn.Module, adapter: Adapter | None, folder: Path, *, is_main: bool = True) -> None:
-    """Write the adapter, or the whole model if there is no adapter. All workers that share a
-    sharded model call it; one of them, `is_main`, writes. Raises StageError DiskFull or
-    WriteFailed."""
+def save(
+    model: nn.Module,
+    adapter: Adapter | None,
+    folder: Path,
+    *,
+    is_main: bool = True,
+    shards: int = 1,
+) -> None:
+    """Write the adapter, or the whole model if there is no adapter.
+
+    `shards`: the workers that share the model; 1: this one has all of it. All of them call it with
+    the same number; one of them, `is_main`, writes. Raises StageError DiskFull or WriteFailed.
+    """
     try:
-        if any(map(is_sharded, model.parameters())) and not adapter:
+        if shards > 1 and not adapter:  # after an evaluation, FSDP2 may keep any weight whole
             write_model(folder if is_main else None, base_of(model))
         elif is_main and adapter:
             adapters.save(model, folder)

@@ -8,9 +8,10 @@ Shapes: P pairs of a micro-batch, L their width in tokens; 2: the chosen and the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,15 +26,15 @@ from tuneyard.api.stage_settings import DpoSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import policies
 from tuneyard_trainer.models.base import load_tokenizer
-from tuneyard_trainer.models.environment import described
 from tuneyard_trainer.preference.dataset import Preferences
 from tuneyard_trainer.preference.losses import PairLoss, pair_loss
 from tuneyard_trainer.preference.paired import Paired, require_shape
 from tuneyard_trainer.preference.reference import ReferencedPreferences, ReferencedRows
 from tuneyard_trainer.training.batches import Indices, Order
+from tuneyard_trainer.training.checkpoints import LoopState
 from tuneyard_trainer.training.course import Course
 from tuneyard_trainer.training.policy import load_policy
-from tuneyard_trainer.trl_engine.arguments import explained, platform_arguments
+from tuneyard_trainer.trl_engine import arguments as engine
 from tuneyard_trainer.trl_engine.batches import Inputs, Layout, StepBatches
 from tuneyard_trainer.trl_engine.following import Following
 from tuneyard_trainer.trl_engine.schedule import scheduler
@@ -56,6 +57,27 @@ class _Trainer(DPOTrainer):
         factor, constant = inputs.pop(FACTOR), inputs.pop(CONSTANT)
         loss: Tensor = super().compute_loss(model, inputs, *args, **kwargs)
         return loss * factor - constant
+
+
+class _Following(Following):
+    """Follow each step with the implicit rewards of its pairs (Rafailov et al. 2023, section 4)."""
+
+    METRICS: ClassVar[Mapping[str, str]] = {
+        "rewards/accuracies": "accuracy",
+        "rewards/chosen": "chosenReward",
+        "rewards/rejected": "rejectedReward",
+    }
+
+    def __init__(
+        self, course: Course, state: LoopState, batches: StepBatches, layout: Layout
+    ) -> None:
+        super().__init__(course, state, batches)
+        self._places = layout.rows * layout.accumulated * course.worker.world_size
+
+    def other_metrics(self, logs: dict[str, Any], count: int) -> dict[str, float]:
+        """Return the means over the pairs. TRL's are over all places of the micro-batches, and a
+        place without completions adds 0."""
+        return {ours: logs[name] * self._places / count for name, ours in self.METRICS.items()}
 
 
 def run(context: StageContext) -> StageOutcome:
@@ -89,10 +111,10 @@ def run(context: StageContext) -> StageOutcome:
         first_step=state.step,
         total=course.total,
     )
-    following = Following(course, state, batches)
+    following = _Following(course, state, batches, layout)
     if state.step < course.total and not course.should_stop_early(state):
         tokenizer = load_tokenizer(context.inputs["data"] / "tokenizer")
-        with described(worker.device):
+        with engine.training(following, worker.device):
             trainer(context, settings, batches, layout, following, tokenizer).train()
     state = course.finish(following.state)
     if worker.is_main:
@@ -181,27 +203,28 @@ def trainer(
     """Return TRL's trainer of the course's remaining steps."""
     course = following.course
     first = following.state.step
-    arguments = platform_arguments(context, course.settings, layout, steps=course.total - first)
+    steps = course.total - first
+    arguments = engine.platform_arguments(context, course.settings, layout, steps=steps)
     arguments |= {
         "max_length": None,
         "disable_dropout": False,
+        "router_aux_loss_coef": 0.0,  # the loss of a step is that of its pairs alone
         "loss_type": settings.loss,
         "beta": settings.beta,
         "label_smoothing": settings.label_smoothing,
     }
     one_pair = Dataset.from_dict({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]})
     trained = {parameter: parameter.data for parameter in course.parameters.values()}
-    with explained(course.settings.trl):
-        made = _Trainer(
-            batches,
-            model=course.model,
-            ref_model=copy(course.model),  # without it, TRL would load one or add an adapter
-            args=DPOConfig(**arguments, **(course.settings.trl or {})),
-            train_dataset=one_pair,
-            processing_class=tokenizer,
-            callbacks=[following],
-            optimizers=(course.optimizer, scheduler(course, first)),
-        )
+    made = _Trainer(
+        batches,
+        model=course.model,
+        ref_model=copy(course.model),  # without it, TRL would load one or add an adapter
+        args=DPOConfig(**arguments, **(course.settings.trl or {})),
+        train_dataset=one_pair,
+        processing_class=tokenizer,
+        callbacks=[following],
+        optimizers=(course.optimizer, scheduler(course, first)),
+    )
     # The copy has the policy's own tensors. The micro-batches bring the reference's numbers.
     made.ref_model, made.precompute_ref_logps = None, True
     for parameter, tensor in trained.items():  # TRL rounds an adapter over a 4-bit base to bfloat16

@@ -14,12 +14,11 @@ from tuneyard.api.stage_settings import TrainSettings
 from tuneyard_trainer.data.prepared import Prepared
 from tuneyard_trainer.models import policies
 from tuneyard_trainer.models.base import load_tokenizer
-from tuneyard_trainer.models.environment import described
 from tuneyard_trainer.training.batches import Order
 from tuneyard_trainer.training.course import Course
 from tuneyard_trainer.training.cross_entropy import CrossEntropy
 from tuneyard_trainer.training.policy import load_policy
-from tuneyard_trainer.trl_engine.arguments import explained, platform_arguments
+from tuneyard_trainer.trl_engine.arguments import platform_arguments, training
 from tuneyard_trainer.trl_engine.batches import Inputs, Layout, StepBatches, collate
 from tuneyard_trainer.trl_engine.following import Following
 from tuneyard_trainer.trl_engine.schedule import scheduler
@@ -70,12 +69,12 @@ def run(context: StageContext) -> StageOutcome:
     )
     following = Following(course, state, batches)
     if state.step < course.total and not course.should_stop_early(state):
-        with described(worker.device):
+        with training(following, worker.device):
             trainer(context, course, batches, layout, following, tokenizer).train()
     state = course.finish(following.state)
     weights = context.workdir / policies.WEIGHTS
     if worker.is_main or shards > 1:
-        policies.save(model, settings.adapter, weights, is_main=worker.is_main)
+        policies.save(model, settings.adapter, weights, is_main=worker.is_main, shards=shards)
     details = {
         **course.details(state),
         "packed": False,
@@ -100,17 +99,21 @@ def trainer(
     arguments = platform_arguments(context, course.settings, layout, steps=course.total - first)
     one_row = Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]})
     trained = {parameter: parameter.data for parameter in course.parameters.values()}
-    arguments |= {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    with explained(course.settings.trl):
-        made = _Trainer(
-            batches,
-            model=course.model,
-            args=SFTConfig(**arguments, **(course.settings.trl or {})),
-            train_dataset=one_row,
-            processing_class=tokenizer,
-            callbacks=[following],
-            optimizers=(course.optimizer, scheduler(course, first)),
-        )
+    arguments |= {
+        "max_length": None,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "loss_type": "nll",
+        "router_aux_loss_coef": 0.0,  # the loss of a step is that of its targets alone
+    }
+    made = _Trainer(
+        batches,
+        model=course.model,
+        args=SFTConfig(**arguments, **(course.settings.trl or {})),
+        train_dataset=one_row,
+        processing_class=tokenizer,
+        callbacks=[following],
+        optimizers=(course.optimizer, scheduler(course, first)),
+    )
     for parameter, tensor in trained.items():  # TRL rounds an adapter over a 4-bit base to bfloat16
         parameter.data = tensor
     made.remove_callback(PrinterCallback)  # the course reports each step
