@@ -15,7 +15,13 @@ from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.plan import Plan
 from tuneyard.errors import Fault, PlanError
 from tuneyard.planning.plan import plan_job
-from tuneyard.planning.trl_arguments import DPO_CONFIG, OWNED, SFT_CONFIG
+from tuneyard.planning.trl_arguments import (
+    DPO_CONFIG,
+    KTO_CONFIG,
+    OWNED,
+    REWARD_CONFIG,
+    SFT_CONFIG,
+)
 
 VALIDATION = {"fraction": 0.1}
 TRL = {"training__engine": "trl"}
@@ -121,22 +127,93 @@ def test_an_alignment_refuses_the_engine_and_the_sharding_of_fine_tuning() -> No
     assert [fault.path for fault in faults(wrong)] == [
         "spec.compute.sharding",
         "spec.sft.training.engine",
-        "spec.rewardModel.train.training.engine",
     ]
 
 
-def test_dpo_is_trained_by_trl_and_the_stages_around_it_are_not() -> None:
-    planned = plan_job(alignment(optimize__dpo={"training": {"engine": "trl"}}))
+@pytest.mark.parametrize("loss", ["sigmoid", "kto"])
+def test_dpo_is_trained_by_trl_and_the_stages_around_it_are_not(loss: str) -> None:
+    planned = plan_job(alignment(optimize__dpo={"loss": loss, "training": {"engine": "trl"}}))
     engines = {stage.name: getattr(stage.settings, "training", None) for stage in planned.stages}
     assert engines["dpo"] is not None
     assert engines["dpo"].engine == "trl"
     assert set(shardings(planned).values()) == {"none"}
 
 
+def test_a_reward_model_is_trained_by_trl_with_its_arguments() -> None:
+    training = {"engine": "trl", "trl": {"neftune_noise_alpha": 5}}
+    planned = plan_job(alignment(rewardModel={"train": {"training": training}}))
+    settings = next(stage.settings for stage in planned.stages if stage.name == "reward")
+    loop = getattr(settings, "training", None)
+    assert loop is not None
+    assert (loop.engine, loop.trl) == ("trl", {"neftune_noise_alpha": 5})
+    native = plan_job(alignment(rewardModel={"train": {}}))
+    prints = [{s.name: s.fingerprint for s in plan.stages} for plan in (planned, native)]
+    assert prints[0]["reward"] != prints[1]["reward"]
+    assert prints[0]["pairs"] == prints[1]["pairs"]
+    assert set(shardings(planned).values()) == {"none"}
+
+
+@pytest.mark.parametrize(
+    ("given", "path", "remedy"),
+    [
+        ({"center_rewards_coefficient": 0.1}, "center_rewards_coefficient", "train.centering sets"),
+        ({"pad_token": "x"}, "pad_token", "Tuneyard tokenizes"),
+        ({"beta": 0.1}, "beta", "no argument of TRL's RewardConfig"),
+    ],
+)
+def test_trls_reward_trainer_is_not_asked_for_what_it_does_not_do(
+    given: dict[str, Any], path: str, remedy: str
+) -> None:
+    training = {"engine": "trl", "trl": given}
+    (fault,) = faults(alignment(rewardModel={"train": {"training": training}}))
+    assert fault.path == f"spec.rewardModel.train.training.trl.{path}"
+    assert remedy in fault.message
+
+
+FEEDBACK = {"judge": {"model": {"uri": "file://judge"}}, "prompts": {"uri": "file://p.jsonl"}}
+ENDPOINT = {**FEEDBACK, "judge": {"endpoint": {"url": "https://judge.example/v1", "model": "j"}}}
+
+
+@pytest.mark.parametrize("feedback", [FEEDBACK, {**ENDPOINT, "disagreement": "tie"}])
+def test_trl_is_not_asked_to_train_on_the_probabilities_of_a_judge(
+    feedback: dict[str, Any],
+) -> None:
+    wrong = alignment(
+        preferences={"aiFeedback": feedback},
+        rewardModel={"train": {"training": {"engine": "trl"}}},
+        optimize__dpo={"training": {"engine": "trl"}},
+    )
+    found = faults(wrong)
+    assert [fault.path for fault in found] == [
+        "spec.optimize.dpo.training.engine",
+        "spec.rewardModel.train.training.engine",
+    ]
+    assert all("set engine to native" in fault.message for fault in found)
+
+
+@pytest.mark.parametrize(("loss", "feedback"), [("kto", FEEDBACK), ("sigmoid", ENDPOINT)])
+def test_a_judges_certain_labels_are_left_to_trl(loss: str, feedback: dict[str, Any]) -> None:
+    plan_job(
+        alignment(
+            preferences={"aiFeedback": feedback},
+            optimize__dpo={"loss": loss, "training": {"engine": "trl"}},
+        )
+    )
+
+
 @pytest.mark.parametrize(
     ("dpo", "path", "remedy"),
     [
-        ({"loss": "kto"}, "training.engine", "remove engine"),
+        (
+            {"loss": "kto", "training": {"trl": {"desirable_weight": 2}}},
+            "training.trl.desirable_weight",
+            "equal total weight",
+        ),
+        (
+            {"loss": "kto", "training": {"trl": {"ld_alpha": 0.5}}},
+            "training.trl.ld_alpha",
+            "no argument of TRL's KTOConfig",
+        ),
         ({"labelSmoothing": 0.1}, "labelSmoothing", "loss to robust"),
         ({"training": {"trl": {"beta": 1}}}, "training.trl.beta", "optimize.dpo.beta sets it"),
         ({"training": {"trl": {"ld_alpha": 0.5}}}, "training.trl.ld_alpha", "held-out loss"),
@@ -277,6 +354,6 @@ def test_the_arguments_that_jobs_may_set_are_those_that_somebody_looked_at() -> 
         *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
         *("activation_checkpointing_kwargs", "activation_offloading"),
     }
-    assert set(SFT_CONFIG.free) == of_all
-    assert set(DPO_CONFIG.free) == of_all
+    for config in (SFT_CONFIG, DPO_CONFIG, KTO_CONFIG, REWARD_CONFIG):
+        assert set(config.free) == of_all, config.name
     assert OWNED.keys() <= SFT_CONFIG.fields.keys()

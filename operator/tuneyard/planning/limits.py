@@ -16,6 +16,8 @@ from tuneyard.api.training import Training
 from tuneyard.errors import Fault
 from tuneyard.planning.trl_arguments import (
     DPO_CONFIG,
+    KTO_CONFIG,
+    REWARD_CONFIG,
     SFT_CONFIG,
     argument_faults,
     effect_faults,
@@ -24,6 +26,9 @@ from tuneyard.planning.trl_arguments import (
 IN_VLLM = ("lora", "ia3", None)
 """Adapters with which vLLM can sample, None for full fine-tuning: they can be written as plain
 weights, unlike a 4-bit base model, virtual tokens and bottlenecks."""
+
+BY_TRL = ("spec.optimize.dpo.training", "spec.rewardModel.train.training")
+"""The training loops of an alignment that TRL's trainers can take."""
 
 
 def fine_tuning_faults(spec: FineTuneSpec) -> list[Fault]:
@@ -225,7 +230,7 @@ def _alignment_engine_faults(spec: AlignmentSpec) -> Iterator[Fault]:
         )
     for path, training in _trainings(spec):
         yield from _unused_trl(path, training)
-        if training.engine == "trl" and not path.startswith("spec.optimize.dpo."):
+        if training.engine == "trl" and path not in BY_TRL:
             reason = (
                 "TRL has no PPO any more" if ".ppo." in path else "trl does not train this step"
             )
@@ -233,15 +238,32 @@ def _alignment_engine_faults(spec: AlignmentSpec) -> Iterator[Fault]:
     dpo = spec.optimize and spec.optimize.dpo
     if dpo and dpo.training.engine == "trl":
         yield from _trl_dpo_faults("spec.optimize.dpo", dpo, spec.compute)
+        if dpo.loss != "kto":
+            yield from _uncertain_label_faults("spec.optimize.dpo.training", "DPOTrainer", spec)
+    train = spec.reward_model and spec.reward_model.train
+    if train and train.training.engine == "trl":
+        path = "spec.rewardModel.train.training"
+        yield from argument_faults(f"{path}.trl", REWARD_CONFIG, train.training.trl)
+        yield from effect_faults(path, train.training, spec.compute)
+        yield from _uncertain_label_faults(path, "RewardTrainer", spec)
+
+
+def _uncertain_label_faults(path: str, trainer: str, spec: AlignmentSpec) -> Iterator[Fault]:
+    """Yield a fault for pairs with the probabilities of a judge, which a trainer of TRL does not
+    take. An endpoint may give none: the stage then looks at its labels."""
+    feedback = spec.preferences and spec.preferences.ai_feedback
+    if feedback and (feedback.judge.model or feedback.disagreement == "tie"):
+        yield Fault(
+            f"{path}.engine",
+            f"TRL's {trainer} takes pairs whose order is certain, and preferences.aiFeedback gives "
+            "probabilities: set engine to native, or give pairs in preferences.data",
+        )
 
 
 def _trl_dpo_faults(path: str, dpo: Dpo, compute: Compute) -> Iterator[Fault]:
-    yield from argument_faults(f"{path}.training.trl", DPO_CONFIG, dpo.training.trl)
+    config = KTO_CONFIG if dpo.loss == "kto" else DPO_CONFIG
+    yield from argument_faults(f"{path}.training.trl", config, dpo.training.trl)
     yield from effect_faults(f"{path}.training", dpo.training, compute)
-    if dpo.loss == "kto":
-        yield Fault(
-            f"{path}.training.engine", "trl does not train kto in this version: remove engine"
-        )
     if dpo.loss == "sigmoid" and dpo.label_smoothing:
         yield Fault(
             f"{path}.labelSmoothing",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from tuneyard.api.compute import Compute
 from tuneyard.api.training import Training
 from tuneyard.errors import Fault
-from tuneyard.planning.trl_fields import DPO, SFT
+from tuneyard.planning.trl_fields import DPO, KTO, REWARD, SFT
 
 OUTPUT = "Tuneyard writes checkpoints, curves, logs and the result: remove it"
 DATA = "Tuneyard tokenizes, orders and batches the rows: remove it and see spec.data"
@@ -144,6 +144,29 @@ DPO_OWNED: Mapping[str, str] = {
     **dict.fromkeys(("sync_ref_model", "ref_model_sync_steps", "ref_model_mixup_alpha"), REFERENCE),
 }
 
+KTO_OWNED: Mapping[str, str] = {
+    **OWNED,
+    "beta": "optimize.dpo.beta sets it: set that field, and remove it here",
+    "loss_type": "optimize.dpo.loss sets it: set that field, and remove it here",
+    "label_smoothing_factor": "KTO's loss does not use it: remove it",
+    "disable_dropout": "training.dropout sets it: set that field, and remove it here",
+    **dict.fromkeys(
+        ("desirable_weight", "undesirable_weight"),
+        "good and bad completions have equal total weight, and so in the held-out loss: remove it",
+    ),
+    "router_aux_loss_coef": LOSS,
+    **dict.fromkeys(("precompute_ref_log_probs", "precompute_ref_batch_size"), REFERENCE),
+    **dict.fromkeys(("sync_ref_model", "ref_model_sync_steps", "ref_model_mixup_alpha"), REFERENCE),
+}
+
+REWARD_OWNED: Mapping[str, str] = {
+    **OWNED,
+    "center_rewards_coefficient": "rewardModel.train.centering sets it: set that field, and remove "
+    "it here",
+    "label_smoothing_factor": "the loss of a reward model does not use it: remove it",
+    "disable_dropout": "training.dropout sets it: set that field, and remove it here",
+}
+
 
 class Config(NamedTuple):
     """The config of one of TRL's trainers."""
@@ -162,6 +185,8 @@ class Config(NamedTuple):
 
 SFT_CONFIG = Config("SFTConfig", SFT, SFT_OWNED)
 DPO_CONFIG = Config("DPOConfig", DPO, DPO_OWNED)
+KTO_CONFIG = Config("KTOConfig", KTO, KTO_OWNED)
+REWARD_CONFIG = Config("RewardConfig", REWARD, REWARD_OWNED)
 
 
 def argument_faults(

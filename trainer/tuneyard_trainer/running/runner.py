@@ -399,8 +399,12 @@ def _stage_function(stage: PlannedStage) -> StageFunction:  # noqa: C901  one ca
             from tuneyard_trainer.training.sft import run
         case "pairs":
             from tuneyard_trainer.preference.pairs import run
+        case "dpo" if _engine(stage) == "trl" and getattr(stage.settings, "loss", None) == "kto":
+            from tuneyard_trainer.trl_engine.kto import run
         case "dpo" if _engine(stage) == "trl":
             from tuneyard_trainer.trl_engine.dpo import run
+        case "reward" if _engine(stage) == "trl":
+            from tuneyard_trainer.trl_engine.reward import run
         case "reward":
             from tuneyard_trainer.preference.reward import run
         case "dpo":

@@ -42,6 +42,11 @@ class Layout:
         rows = min(each, max(1, max_tokens // longest))
         return cls(rows, -(-each // rows))
 
+    def share_of_mean(self, count: int, world_size: int) -> float:
+        """Return the factor that makes a trainer's mean over the rows of a micro-batch, the
+        micro-batches and the workers the mean over the `count` rows of a global batch."""
+        return self.rows * self.accumulated * world_size / count
+
     def cut(self, rows: Indices, lengths: Indices) -> list[Indices]:
         """Return the micro-batches of a worker's share: rows of similar length together, the
         longest first. The last ones may be empty."""
@@ -113,4 +118,30 @@ def collate(rows: Rows, chosen: Indices, pad: int) -> Inputs:
         labels_BL[b, : len(ids)] = np.where(mask, ids, IGNORE)
         attention_BL[b, : len(ids)] = 1
     arrays = {"input_ids": ids_BL, "attention_mask": attention_BL, "labels": labels_BL}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+EMPTY = -1
+"""In place of a row: a row without a completion, which fills a micro-batch."""
+
+
+def padded(rows: Rows, chosen: Indices, pad: int) -> Inputs:
+    """Return `input_ids`, `attention_mask` and `completion_mask` (B, L) of the chosen rows, padded
+    on the right. An EMPTY row is padding whose first token has attention: no row may be without."""
+    width = max([2, *rows.lengths[chosen[chosen != EMPTY]].tolist()])
+    ids_BL = np.full((len(chosen), width), pad, dtype=np.int64)
+    completion_BL, attention_BL = np.zeros_like(ids_BL), np.zeros_like(ids_BL)
+    attention_BL[:, 0] = 1
+    for b, row in enumerate(chosen.tolist()):
+        if row == EMPTY:
+            continue
+        length = int(rows.lengths[row])
+        ids_BL[b, :length] = rows.ids(row)
+        completion_BL[b, :length] = rows.mask(row)
+        attention_BL[b, :length] = 1
+    arrays = {
+        "input_ids": ids_BL,
+        "attention_mask": attention_BL,
+        "completion_mask": completion_BL,
+    }
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
