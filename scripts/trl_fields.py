@@ -16,12 +16,21 @@ import typing
 from pathlib import Path
 
 from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.reward_config import RewardConfig
+from trl.trainer.rloo_config import RLOOConfig
 from trl.trainer.sft_config import SFTConfig
 
 FILE = Path(__file__).resolve().parents[1] / "operator/tuneyard/planning/trl_fields.py"
-CONFIGS = {"SFT": SFTConfig, "DPO": DPOConfig, "KTO": KTOConfig, "REWARD": RewardConfig}
+CONFIGS = {
+    "SFT": SFTConfig,
+    "DPO": DPOConfig,
+    "KTO": KTOConfig,
+    "REWARD": RewardConfig,
+    "GRPO": GRPOConfig,
+    "RLOO": RLOOConfig,
+}
 NAMES = {bool: "bool", int: "int", float: "float", str: "str", list: "list", dict: "dict"}
 """The types of values that a manifest can hold."""
 

@@ -18,6 +18,7 @@ from tuneyard.planning.plan import plan_job
 from tuneyard.planning.trl_arguments import (
     DPO_CONFIG,
     KTO_CONFIG,
+    ONLINE_CONFIGS,
     OWNED,
     REWARD_CONFIG,
     SFT_CONFIG,
@@ -233,14 +234,81 @@ def test_trls_dpo_is_not_asked_for_what_it_does_not_do(
     assert remedy in fault.message
 
 
-def test_trls_reinforcement_is_refused_by_name() -> None:
-    training = {"training": {"engine": "trl"}, "prompts": {"uri": "file://prompts.jsonl"}}
+def online(kind: str, training: dict[str, Any] | None = None, **changes: Any) -> AlignmentJob:
+    method = {
+        "training": {"engine": "trl", **(training or {})},
+        "prompts": {"uri": "file://prompts.jsonl"},
+        **changes.pop("method", {}),
+    }
     reward = {"rule": {"exactMatch": "answer"}}
-    for kind, reason in (("ppo", "no PPO any more"), ("grpo", "does not train this step")):
-        wrong = alignment(preferences=None, optimize={kind: training}, rewardModel=reward)
-        (fault,) = faults(wrong)
-        assert fault.path == f"spec.optimize.{kind}.training.engine"
-        assert reason in fault.message
+    return alignment(preferences=None, optimize={kind: method}, rewardModel=reward, **changes)
+
+
+def test_ppo_stays_native() -> None:
+    (fault,) = faults(online("ppo"))
+    assert fault.path == "spec.optimize.ppo.training.engine"
+    assert "PPO stays native" in fault.message
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_grpo_and_rloo_are_trained_by_trl_and_never_sharded(kind: str) -> None:
+    given = {"epsilon_high": 0.28, "num_iterations": 2}
+    planned = plan_job(online(kind, {"trl": given}, compute={"workers": 2}))
+    stage = next(stage for stage in planned.stages if stage.name == kind)
+    training = getattr(stage.settings, "training", None)
+    assert training is not None
+    assert (training.engine, training.trl) == ("trl", given)
+    assert set(shardings(planned).values()) == {"none"}
+    assert stage.fingerprint != plan_job(online(kind)).stages[0].fingerprint
+    (fault,) = faults(online(kind, compute={"workers": 2, "sharding": "fsdp"}))
+    assert fault.path == "spec.compute.sharding"
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+@pytest.mark.parametrize(
+    ("changes", "path", "remedy"),
+    [
+        ({"method": {"sampling": {"engine": "vllm"}}}, "optimize.{}.sampling.engine", "pins 0.32"),
+        ({"adapter": {"prompt": {}}}, "adapter.prompt", "another adapter"),
+        ({"adapter": {"prefix": {}}}, "adapter.prefix", "engine to native"),
+        (
+            {"training": {"batchSize": 32}, "compute": {"workers": 3}},
+            "optimize.{}.training.batchSize",
+            "32 cannot be divided among the 3 of 3 workers",
+        ),
+        (
+            {"compute": {"workers": 4, "minWorkers": 2, "gpusPerWorker": 2}},
+            "optimize.{}.training.batchSize",
+            "among the 6 of 3 workers",
+        ),
+        *(
+            ({"training": {"trl": {name: value}}}, f"optimize.{{}}.training.trl.{name}", remedy)
+            for name, value, remedy in (
+                ("use_vllm", True, "TRL 1.16 takes vLLM 0.22 to 0.31"),
+                ("vllm_mode", "server", "pins 0.32"),
+                ("beta", 0.1, "klCoefficient sets it"),
+                ("num_generations", 4, "groupSize sets it"),
+                ("steps_per_generation", 4, "training.batchSize sets it"),
+                ("reward_weights", [1.0], "spec.rewardTerms"),
+                ("top_k", 5, "held-out reward"),
+                ("log_completions", True, "Tuneyard writes"),
+                ("sync_ref_model", True, "as the stage began"),
+                ("epsilon_high", "wide", "is not of the type float | null"),
+                ("epsilon_hihg", 0.3, "did you mean 'epsilon_high'?"),
+            )
+        ),
+    ],
+)
+def test_trls_grpo_and_rloo_are_not_asked_for_what_they_do_not_do(
+    kind: str, changes: dict[str, Any], path: str, remedy: str
+) -> None:
+    (fault,) = faults(online(kind, **changes))
+    assert fault.path == f"spec.{path.format(kind)}"
+    assert remedy in fault.message
+
+
+def test_a_batch_that_workers_cannot_share_is_for_the_native_engine_alone() -> None:
+    plan_job(online("grpo", {"engine": "native", "batchSize": 32}, compute={"workers": 3}))
 
 
 # ---- arguments of TRL ---------------------------------------------------------------------------
@@ -356,4 +424,16 @@ def test_the_arguments_that_jobs_may_set_are_those_that_somebody_looked_at() -> 
     }
     for config in (SFT_CONFIG, DPO_CONFIG, KTO_CONFIG, REWARD_CONFIG):
         assert set(config.free) == of_all, config.name
+    shared = {"num_iterations", "epsilon_high", "mask_truncated_completions"}
+    online = (of_all - {"neftune_noise_alpha", "activation_offloading"}) | shared
+    assert set(ONLINE_CONFIGS["rloo"].free) == online | {
+        "normalize_advantages",
+        "reward_clip_range",
+    }
+    assert set(ONLINE_CONFIGS["grpo"].free) == online | {
+        *("loss_type", "delta", "sapo_temperature_neg", "sapo_temperature_pos", "scale_rewards"),
+        *("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+        *("importance_sampling_level", "top_entropy_quantile", "entropy_coef"),
+        *("off_policy_mask_threshold", "use_bias_correction_kl"),
+    }
     assert OWNED.keys() <= SFT_CONFIG.fields.keys()

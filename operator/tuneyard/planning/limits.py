@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from typing import get_args
+from typing import Literal, get_args
 
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.alignment import Dpo, GroupRelative
@@ -14,11 +14,14 @@ from tuneyard.api.evaluation import AlignmentMetric, Evaluate, Gate, Metric
 from tuneyard.api.finetunejob import FineTuneSpec
 from tuneyard.api.training import Training
 from tuneyard.errors import Fault
+from tuneyard.planning.defaults import alignment_rule
 from tuneyard.planning.trl_arguments import (
     DPO_CONFIG,
     KTO_CONFIG,
+    ONLINE_CONFIGS,
     REWARD_CONFIG,
     SFT_CONFIG,
+    VLLM,
     argument_faults,
     effect_faults,
 )
@@ -27,8 +30,16 @@ IN_VLLM = ("lora", "ia3", None)
 """Adapters with which vLLM can sample, None for full fine-tuning: they can be written as plain
 weights, unlike a 4-bit base model, virtual tokens and bottlenecks."""
 
-BY_TRL = ("spec.optimize.dpo.training", "spec.rewardModel.train.training")
+BY_TRL = (
+    "spec.rewardModel.train.training",
+    "spec.optimize.dpo.training",
+    "spec.optimize.grpo.training",
+    "spec.optimize.rloo.training",
+)
 """The training loops of an alignment that TRL's trainers can take."""
+
+WITH_VIRTUAL_TOKENS = ("prompt", "prefix")
+"""Adapters that put trained tokens before the input."""
 
 
 def fine_tuning_faults(spec: FineTuneSpec) -> list[Fault]:
@@ -232,9 +243,16 @@ def _alignment_engine_faults(spec: AlignmentSpec) -> Iterator[Fault]:
         yield from _unused_trl(path, training)
         if training.engine == "trl" and path not in BY_TRL:
             reason = (
-                "TRL has no PPO any more" if ".ppo." in path else "trl does not train this step"
+                "PPO stays native, as TRL has no PPO any more"
+                if ".ppo." in path
+                else "trl does not train this step in this version"
             )
-            yield Fault(f"{path}.engine", f"{reason} in this version: remove engine")
+            yield Fault(f"{path}.engine", f"{reason}: remove engine")
+    grpo, rloo = spec.optimize and spec.optimize.grpo, spec.optimize and spec.optimize.rloo
+    if grpo and grpo.training.engine == "trl":
+        yield from _trl_online_faults(spec, "grpo", grpo)
+    if rloo and rloo.training.engine == "trl":
+        yield from _trl_online_faults(spec, "rloo", rloo)
     dpo = spec.optimize and spec.optimize.dpo
     if dpo and dpo.training.engine == "trl":
         yield from _trl_dpo_faults("spec.optimize.dpo", dpo, spec.compute)
@@ -246,6 +264,37 @@ def _alignment_engine_faults(spec: AlignmentSpec) -> Iterator[Fault]:
         yield from argument_faults(f"{path}.trl", REWARD_CONFIG, train.training.trl)
         yield from effect_faults(path, train.training, spec.compute)
         yield from _uncertain_label_faults(path, "RewardTrainer", spec)
+
+
+def _trl_online_faults(
+    spec: AlignmentSpec, kind: Literal["grpo", "rloo"], method: GroupRelative
+) -> Iterator[Fault]:
+    """Yield a fault for what TRL's GRPOTrainer and RLOOTrainer do not do."""
+    path, training, compute = f"spec.optimize.{kind}", method.training, spec.compute
+    yield from argument_faults(f"{path}.training.trl", ONLINE_CONFIGS[kind], training.trl)
+    yield from effect_faults(f"{path}.training", training, compute)
+    if method.sampling.engine == "vllm":
+        yield Fault(f"{path}.sampling.engine", f"vllm is not for training.engine trl: {VLLM}")
+    adapter = spec.adapter.kind if spec.adapter else "full"
+    if adapter in WITH_VIRTUAL_TOKENS:
+        yield Fault(
+            f"spec.adapter.{adapter}",
+            "its virtual tokens come before the padding, and TRL pads prompts on the left: use "
+            f"another adapter, or set optimize.{kind}.training.engine to native",
+        )
+    size = training.batch_size
+    if size == "auto":
+        size = alignment_rule(kind, adapter).batch_size
+    most, each = compute.workers or 1, max(1, compute.gpus_per_worker or 0)
+    least = min(compute.min_workers or most, most)
+    uneven = [workers for workers in range(least, most + 1) if size % (workers * each)]
+    if uneven and compute.profile is None:
+        yield Fault(
+            f"{path}.training.batchSize",
+            f"TRL needs equally many completions on each process, and {size} cannot be divided "
+            f"among the {uneven[0] * each} of {uneven[0]} workers: set a multiple, or change "
+            "compute.workers or compute.minWorkers",
+        )
 
 
 def _uncertain_label_faults(path: str, trainer: str, spec: AlignmentSpec) -> Iterator[Fault]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from tuneyard.api.compute import Compute
 from tuneyard.api.training import Training
 from tuneyard.errors import Fault
-from tuneyard.planning.trl_fields import DPO, KTO, REWARD, SFT
+from tuneyard.planning.trl_fields import DPO, GRPO, KTO, REWARD, RLOO, SFT
 
 OUTPUT = "Tuneyard writes checkpoints, curves, logs and the result: remove it"
 DATA = "Tuneyard tokenizes, orders and batches the rows: remove it and see spec.data"
@@ -168,6 +168,78 @@ REWARD_OWNED: Mapping[str, str] = {
 }
 
 
+SAMPLING = (
+    "the held-out reward is that of completions sampled as spec.optimize.{method}.sampling says: "
+    "remove it and set sampling"
+)
+VLLM = (
+    "TRL 1.16 takes vLLM 0.22 to 0.31, and Tuneyard pins 0.32: remove it, or set training.engine "
+    "to native and sampling.engine to vllm"
+)
+ONLINE_REFERENCE = "the KL is measured from the model as the stage began: remove it"
+ADAPTIVE = (
+    "its coefficient would begin again with each attempt: remove it and set entropy_coef, which is "
+    "constant"
+)
+TOOLS = "jobs have no tools: remove it"
+
+
+def _online_owned(method: str) -> Mapping[str, str]:
+    """Return the reasons why a job may not set some arguments of GRPOConfig or RLOOConfig.
+    `method`: grpo or rloo."""
+    fields = {
+        "beta": "klCoefficient",
+        "epsilon": "clipRange",
+        "num_generations": "groupSize",
+        "temperature": "sampling.temperature",
+        "top_p": "sampling.topP",
+        "max_completion_length": "sampling.maxNewTokens",
+        "generation_batch_size": "training.batchSize",
+        "steps_per_generation": "training.batchSize",
+        "cast_lm_head_to_fp32": "training.precision",
+    }
+    groups: Mapping[str, tuple[str, ...]] = {
+        SAMPLING.format(method=method): (
+            *("top_k", "min_p", "repetition_penalty", "generation_kwargs", "cache_implementation"),
+            *("use_transformers_continuous_batching", "use_transformers_paged"),
+            "transformers_continuous_batching_config",
+        ),
+        DATA: ("chat_template_kwargs", "pad_to_multiple_of"),
+        EVALUATION: ("num_generations_eval",),
+        OUTPUT: (
+            *("log_completions", "log_multimodal", "log_unique_prompts"),
+            *("num_completions_to_print", "log_completions_hub_repo"),
+        ),
+        LAYOUT: ("ds3_gather_for_generation",),
+        ONLINE_REFERENCE: ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
+        ADAPTIVE: (
+            *("use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max"),
+            *("entropy_coef_delta", "entropy_target"),
+        ),
+        TOOLS: ("max_tool_calling_iterations",),
+        "Tuneyard adds the rewards: remove it and set spec.rewardTerms": (
+            *("reward_weights", "multi_objective_aggregation"),
+        ),
+        "dropout is off in this stage: remove it": ("disable_dropout",),
+        f"{method}'s loss does not use it: remove it": ("label_smoothing_factor",),
+        "it changes the completions, and not the held-out ones: remove it": (
+            "neftune_noise_alpha",
+        ),
+        VLLM: tuple(
+            name for name in (*GRPO, *RLOO) if name == "use_vllm" or name.startswith("vllm_")
+        ),
+    }
+    return {
+        **OWNED,
+        "router_aux_loss_coef": LOSS,
+        **{
+            name: f"optimize.{method}.{field} sets it: set that field, and remove it here"
+            for name, field in fields.items()
+        },
+        **{name: reason for reason, names in groups.items() for name in names},
+    }
+
+
 class Config(NamedTuple):
     """The config of one of TRL's trainers."""
 
@@ -187,6 +259,11 @@ SFT_CONFIG = Config("SFTConfig", SFT, SFT_OWNED)
 DPO_CONFIG = Config("DPOConfig", DPO, DPO_OWNED)
 KTO_CONFIG = Config("KTOConfig", KTO, KTO_OWNED)
 REWARD_CONFIG = Config("RewardConfig", REWARD, REWARD_OWNED)
+ONLINE_CONFIGS: Mapping[str, Config] = {
+    "grpo": Config("GRPOConfig", GRPO, _online_owned("grpo")),
+    "rloo": Config("RLOOConfig", RLOO, _online_owned("rloo")),
+}
+"""The configs of the methods that sample completions."""
 
 
 def argument_faults(

@@ -387,6 +387,11 @@ def _engine(stage: PlannedStage) -> str | None:
     return getattr(loop, "engine", None)
 
 
+def _estimator(stage: PlannedStage) -> str | None:
+    """Return how a stage of kind grpo estimates advantages; None: another kind."""
+    return getattr(stage.settings, "estimator", None)
+
+
 def _stage_function(stage: PlannedStage) -> StageFunction:  # noqa: C901  one case for each kind
     """Return a stage's `run`. Imported here, so that reading records costs no torch."""
     kind: StageKind = stage.kind
@@ -411,6 +416,10 @@ def _stage_function(stage: PlannedStage) -> StageFunction:  # noqa: C901  one ca
             from tuneyard_trainer.preference.dpo import run
         case "ppo":
             from tuneyard_trainer.reinforcement.ppo import run
+        case "grpo" if _engine(stage) == "trl" and _estimator(stage) == "rloo":
+            from tuneyard_trainer.trl_engine.rloo import run
+        case "grpo" if _engine(stage) == "trl":
+            from tuneyard_trainer.trl_engine.grpo import run
         case "grpo":
             from tuneyard_trainer.reinforcement.grpo import run
         case "feedback":
