@@ -15,11 +15,12 @@ import types
 import typing
 from pathlib import Path
 
+from trl.trainer.distillation_config import DistillationConfig
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
 FILE = Path(__file__).resolve().parents[1] / "operator/tuneyard/planning/trl_fields.py"
-CONFIGS = {"SFT": SFTConfig, "DPO": DPOConfig}
+CONFIGS = {"SFT": SFTConfig, "DPO": DPOConfig, "DISTILL": DistillationConfig}
 NAMES = {bool: "bool", int: "int", float: "float", str: "str", list: "list", dict: "dict"}
 """The types of values that a manifest can hold."""
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from tuneyard.errors import Fault
-from tuneyard.planning.trl_fields import DPO, SFT
+from tuneyard.planning.trl_fields import DISTILL, DPO, SFT
 
 OUTPUT = "Tuneyard writes checkpoints, curves, logs and the result: remove it"
 DATA = "Tuneyard tokenizes, orders and batches the rows: remove it and see spec.data"
@@ -131,6 +131,32 @@ DPO_OWNED: Mapping[str, str] = {
 }
 
 
+SAMPLED = "optimize.distill.sampling sets it: set that field, and remove it here"
+TEACHER = "Tuneyard loads the teacher: remove it and see optimize.distill.teacher"
+OLD_VLLM = "TRL 1.16 takes vLLM 0.22 to 0.31, and the trainer image has a newer one: remove it"
+NO_TOOLS = "no code of a job is run: remove it"
+
+DISTILL_OWNED: Mapping[str, str] = {
+    **OWNED,
+    "beta": "optimize.distill.beta sets it: set that field, and remove it here",
+    "label_smoothing_factor": "the loss of distillation does not use it: remove it",
+    "disable_dropout": "training.dropout sets it: set that field, and remove it here",
+    "use_cache": MODEL,
+    "chat_template_kwargs": "prompts are rendered as in the other stages: remove it",
+    "generation_kwargs": "its values would replace those of optimize.distill.sampling: set top_k, "
+    "min_p or repetition_penalty in its place",
+    "ds3_gather_for_generation": LAYOUT,
+    "max_tool_calling_iterations": NO_TOOLS,
+    **dict.fromkeys(("temperature", "top_p", "max_completion_length"), SAMPLED),
+    **dict.fromkeys(
+        ("teacher_model_init_kwargs", "teacher_model_name_or_path", "teacher_model_revision"),
+        TEACHER,
+    ),
+    **dict.fromkeys(("log_completions", "log_unique_prompts", "num_completions_to_print"), OUTPUT),
+    **{name: OLD_VLLM for name in DISTILL if "vllm" in name},
+}
+
+
 class Config(NamedTuple):
     """The config of one of TRL's trainers."""
 
@@ -148,6 +174,7 @@ class Config(NamedTuple):
 
 SFT_CONFIG = Config("SFTConfig", SFT, OWNED)
 DPO_CONFIG = Config("DPOConfig", DPO, DPO_OWNED)
+DISTILL_CONFIG = Config("DistillationConfig", DISTILL, DISTILL_OWNED)
 
 
 def argument_faults(

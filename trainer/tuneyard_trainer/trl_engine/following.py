@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,12 +51,16 @@ class Following(TrainerCallback):
         self.state = self.course.follow(
             self.state,
             self._batches.taken.pop(0),
-            {"loss": loss, "gradientNorm": norm},
+            {"loss": loss, **self.named(logs), "gradientNorm": norm},
             stop=any_stops(self.course.worker),
         )
         if self.course.should_stop_early(self.state):
             control.should_training_stop = True
         return control
+
+    def named(self, logs: Mapping[str, Any]) -> dict[str, float]:  # noqa: ARG002
+        """Return further metrics of a step, from what the trainer logs of it."""
+        return {}
 
 
 def any_stops(worker: Worker) -> bool:
