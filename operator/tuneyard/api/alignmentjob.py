@@ -99,7 +99,8 @@ class AlignmentSpec(Model):
             "has(self.rewardModel)",
             holds=lambda spec: (
                 spec.optimize is None
-                or spec.optimize.reinforcement is None
+                or spec.optimize.dpo is not None
+                or spec.optimize.distill is not None
                 or spec.reward_model is not None
             ),
             message="ppo, grpo and rloo need a reward: add rewardModel, or optimize by dpo or "

@@ -1,4 +1,4 @@
-"""TRL's DistillationTrainer brings a student nearer to its teacher, on the student's completions."""
+"""TRL's DistillationTrainer brings a student nearer to its teacher, on its own completions."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from tuneyard.api.plan import PlannedStage, StageInput
 from tuneyard.api.stage_settings import ChatSettings, DistillSettings, PromptSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.generation.completions import Policy
+from tuneyard_trainer.models import policies
 from tuneyard_trainer.models.vocabulary import require_same_vocabulary
 from tuneyard_trainer.reinforcement.held_out import split
 from tuneyard_trainer.trl_engine import distill
@@ -212,8 +213,9 @@ def test_the_divergence_of_equal_models_is_zero_and_no_token_of_certain_models_i
     other = torch.tensor([[1.0, 1.0, 0.0], [-50.0, 50.0, 0.0]])
     same = divergence(logits, logits, beta=beta, temperature=2.0)
     torch.testing.assert_close(same, torch.zeros(2), atol=1e-6, rtol=0)
+    pairs = zip(logits, other, strict=True)
     expected = torch.stack(
-        [token_divergence(s.double() / 2, t.double() / 2, beta) for s, t in zip(logits, other)]
+        [token_divergence(s.double() / 2, t.double() / 2, beta) for s, t in pairs]
     )
     torch.testing.assert_close(
         divergence(logits, other, beta=beta, temperature=2.0).double(), expected
@@ -231,10 +233,11 @@ def test_the_student_comes_nearer_to_the_teacher_on_prompts_that_are_held_out(
     adapter: Any, tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     before = (inputs["model"] / "config.json").read_text()
-    planned = stage(adapter, max_steps=12, evaluation_steps=4)
+    rate = 5e-2 if adapter else 1e-2
+    planned = stage(adapter, max_steps=12, evaluation_steps=4, learning_rate=rate)
     _, outcome = run(tmp_path / "run", inputs, planned)
     metrics = outcome.metrics
-    share = 0.9 if adapter == {"ia3": {}} else 0.3
+    share = 0.9 if adapter else 0.1
     assert metrics["validationLoss"] < share * metrics["baseValidationLoss"]
     assert (outcome.details["prompts"], outcome.details["heldOutPrompts"]) == (22, 2)
     if adapter is None:
@@ -253,7 +256,7 @@ def test_recomputed_activations_change_nothing(tmp_path: Path, inputs: dict[str,
 def test_arguments_of_trl_reach_its_sampling(tmp_path: Path, inputs: dict[str, Path]) -> None:
     run(tmp_path / "run", inputs, stage(max_steps=1, trl={"top_k": 1}))
     (line,) = (line for line in lines(tmp_path / "run") if "loss" in line)
-    free, _ = run(tmp_path / "free", inputs, stage(max_steps=1))
+    run(tmp_path / "free", inputs, stage(max_steps=1))
     assert line["loss"] != next(x for x in lines(tmp_path / "free") if "loss" in x)["loss"]
 
 
@@ -328,12 +331,13 @@ def test_every_batch_has_equally_many_prompts_and_an_epoch_has_each_prompt_once(
 # ---- refusals -----------------------------------------------------------------------------------
 
 
-def test_a_teacher_with_other_tokens_is_refused_before_its_weights_are_read(
-    tmp_path: Path, inputs: dict[str, Path]
+def test_a_teacher_with_other_tokens_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(distill, "load_base", None)
+    monkeypatch.setattr(policies, "load", None)
     other = tmp_path / "other"
     shutil.copytree(inputs["teacher"], other)
-    (other / "model.safetensors").unlink()
     tokenizer = tokenizer_of_bytes()
     tokenizer.add_tokens(["hedgehog"])
     tokenizer.save_pretrained(other)
@@ -376,17 +380,20 @@ def test_rows_that_trl_tokenizes_otherwise_are_named(
     assert seen == []
 
 
-@pytest.mark.parametrize("template", [None, "{{ messages[0].content }}{{ eos_token }}"])
+@pytest.mark.parametrize(
+    "template", [None, "{% for turn in messages %}{{ turn.content }}<|im_end|>{% endfor %}"]
+)
 def test_trl_continues_the_tokens_that_are_ours(
     template: str | None, tmp_path: Path, inputs: dict[str, Path], seen: list[Micro]
 ) -> None:
-    run(tmp_path / "run", inputs, stage(max_steps=3, chat_template=template))
+    run(tmp_path / "run", inputs, stage(max_steps=2, chat_template=template))
     chat = ChatSettings(system_prompt=None, chat_template=template)
     policy = Policy.of(inputs, chat, Worker(0, 1, CPU))
     known = PromptSettings.model_validate({"format": "auto", "fields": {}, "limit": None})
     ours = split(policy.prompts(known, 8, "prompts"))[0]
-    first = [ids for prompts, _ in seen for ids in prompts][:22]
-    assert sorted(first) == sorted(list(prompt.ids) for prompt in ours)
+    first = {tuple(ids) for prompts, _ in seen for ids in prompts}
+    assert len(first) == 16, "two steps of one epoch"
+    assert first < {prompt.ids for prompt in ours}
 
 
 def test_a_batch_that_the_workers_cannot_share_equally_is_refused() -> None:
@@ -430,5 +437,5 @@ def test_two_workers_share_a_steps_prompts_and_take_the_mean_over_all_tokens(
     assert (first["loss"], first["gradientNorm"]) == pytest.approx(expected, rel=1e-4)
     start = lines(folder)[0]["baseValidationLoss"]
     assert lines(folder)[-1]["validationLoss"] < start
-    alone, _ = run(tmp_path / "one", inputs, stage(max_steps=1))
+    run(tmp_path / "one", inputs, stage(max_steps=1))
     assert lines(tmp_path / "one")[0]["baseValidationLoss"] == pytest.approx(start, rel=1e-5)

@@ -16,7 +16,7 @@ import numpy as np
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import GenerationConfig, PrinterCallback, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, PrinterCallback
 from trl.trainer.distillation_config import DistillationConfig
 from trl.trainer.distillation_trainer import DistillationTrainer
 
@@ -42,7 +42,8 @@ from tuneyard_trainer.trl_engine.schedule import scheduler
 from tuneyard_trainer.trl_engine.teacher import HeldOutDivergence, held_out_rows
 from tuneyard_trainer.worker import StageContext, StageOutcome
 
-SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+WRITTEN_BY_TRL = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
+"""The fields of the model's config that TRL or transformers' Trainer sets."""
 
 
 class _Trainer(DistillationTrainer):
@@ -167,7 +168,7 @@ def ends_at(model: nn.Module, stop: Sequence[int]) -> Iterator[None]:
     applies. TRL writes into the model's configs, which are the result's too: they are restored."""
     base: Any = base_of(model)
     own, config = base.generation_config, base.config.get_text_config()
-    before = {name: getattr(config, name) for name in SPECIAL_TOKENS}
+    before = {name: getattr(config, name) for name in WRITTEN_BY_TRL}
     base.generation_config = GenerationConfig(eos_token_id=list(stop))
     try:
         yield
