@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.trainer import speaking
 from tests.trainer.conftest import tokenizer_of_bytes
+from tests.trainer.jobs import planned as planned_job
 from tests.trainer.ports import free_port
 from tests.trainer.speaking import loop_settings, speaking_model
 from tests.trainer.stop_after import StopAfter
@@ -30,6 +31,7 @@ from tuneyard_trainer.generation.completions import Policy
 from tuneyard_trainer.models import policies
 from tuneyard_trainer.models.vocabulary import require_same_vocabulary
 from tuneyard_trainer.reinforcement.held_out import split
+from tuneyard_trainer.running import torchrun
 from tuneyard_trainer.trl_engine import distill
 from tuneyard_trainer.trl_engine.teacher import divergence
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
@@ -360,6 +362,47 @@ def test_a_teacher_with_more_logits_for_the_same_tokens_is_refused(
     with pytest.raises(StageError, match="400 logits and the teacher 512") as refused:
         require_same_vocabulary(inputs["model"], wider)
     assert refused.value.reason == "VocabularyMismatch"
+
+
+def test_a_wrong_teacher_is_refused_before_the_fine_tuning_that_comes_first(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    wider = tmp_path / "wider"
+    shutil.copytree(inputs["teacher"], wider)
+    config = json.loads((wider / "config.json").read_text())
+    (wider / "config.json").write_text(json.dumps({**config, "vocab_size": 512}))
+    turns = [{"role": "user", "content": "Say one."}, {"role": "assistant", "content": "a"}]
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 4)
+    plan = planned_job(
+        {
+            "apiVersion": "tuneyard.io/v1alpha1",
+            "kind": "AlignmentJob",
+            "metadata": {"name": "distilled"},
+            "spec": {
+                "model": {"uri": f"file://{inputs['model']}"},
+                "sft": {"data": {"train": [{"uri": f"file://{tmp_path}/rows.jsonl"}]}},
+                "optimize": {
+                    "distill": {
+                        "teacher": {"uri": f"file://{wider}"},
+                        "prompts": {"uri": f"file://{inputs['prompts']}"},
+                    }
+                },
+                "output": {"uri": "file://out"},
+            },
+        }
+    )
+    states: dict[str, str] = {}
+
+    def emit(event: dict[str, Any]) -> None:
+        if event["type"] == "stage":
+            states[event["stage"]] = event["state"]
+
+    with pytest.raises(StageError) as refused:
+        torchrun.run(
+            plan, str(tmp_path / "out"), base_dir=tmp_path, cache_dir=tmp_path / "cache", emit=emit
+        )
+    assert refused.value.reason == "VocabularyMismatch"
+    assert states == {"prepare": "Succeeded"}
 
 
 def test_rows_that_trl_tokenizes_otherwise_are_named(
