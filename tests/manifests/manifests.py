@@ -342,10 +342,28 @@ DISTILL = job(
         prompts: {uri: "file://prompts.jsonl"}
         sampling: {temperature: 0.7}
         beta: 0.5
-        training: {engine: trl, maxSteps: 10, trl: {top_k: 50}}
+        training:
+          engine: trl
+          trl: {top_k: 50}
+          epochs: 2
+          batchSize: 16
+          microBatchTokens: 4096
+          learningRate: 0.0001
+          schedule: {type: linear}
+          optimizer: {weightDecay: 0.1}
+          dropout: 0.1
+          freeze: {layers: "0-3"}
+          precision: float32
+          gradientCheckpointing: true
+          evaluationSteps: 10
+          earlyStopping: {patience: 2}
+          keepBest: false
+          checkpointSteps: 10
+          seed: 1
     output: {uri: "file://out"}
     """,
 )
+DISTILL_STEPS = changed(DISTILL, {"spec.optimize.distill.training": {"maxSteps": 10}})
 RULE_REWARD = changed(RLOO, {"spec.rewardModel.rule": {"jsonSchema": "{}"}})
 
 VALID = {
@@ -362,6 +380,7 @@ VALID = {
     "grpo": GRPO,
     "rloo": RLOO,
     "distill": DISTILL,
+    "distill-steps": DISTILL_STEPS,
     "rule-reward": RULE_REWARD,
 }
 

@@ -190,7 +190,7 @@ def _require_same_tokens(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[TokenizedPrompt]
 ) -> None:
     """Raise StageError TokensDiffer if TRL's tokens of a prompt are not ours."""
-    given = [_as_trl_takes_it(tokenizer, prompt) for prompt in prompts]
+    given: Any = [_as_trl_takes_it(tokenizer, prompt) for prompt in prompts]
     if tokenizer.chat_template:  # the calls of the trainer
         encoded: Any = tokenizer.apply_chat_template(
             given, add_generation_prompt=True, tokenize=True, return_dict=True
