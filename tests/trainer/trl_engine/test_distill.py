@@ -262,6 +262,25 @@ def test_arguments_of_trl_reach_its_sampling(tmp_path: Path, inputs: dict[str, P
     assert line["loss"] != next(x for x in lines(tmp_path / "free") if "loss" in x)["loss"]
 
 
+def test_the_models_own_generation_settings_do_not_apply_and_are_in_the_result(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    greedy = tmp_path / "greedy"
+    shutil.copytree(inputs["model"], greedy)
+    config = json.loads((greedy / "generation_config.json").read_text())
+    config |= {"do_sample": True, "top_k": 1, "repetition_penalty": 1.5, "min_new_tokens": 8}
+    (greedy / "generation_config.json").write_text(json.dumps(config))
+    run(tmp_path / "own", {**inputs, "model": greedy}, stage(max_steps=1))
+    run(tmp_path / "plain", inputs, stage(max_steps=1))
+    one, other = (
+        [(line["loss"], line["tokens"]) for line in lines(tmp_path / name) if "loss" in line]
+        for name in ("own", "plain")
+    )
+    assert one == other
+    written = json.loads((tmp_path / "own" / "weights" / "generation_config.json").read_text())
+    assert {name: written[name] for name in config.keys() & written.keys()} == config
+
+
 def test_a_student_without_finite_numbers_ends_the_job_by_name(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
@@ -299,7 +318,7 @@ class Killed(BaseException):
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint_and_measures_the_same_held_out_rows(
-    tmp_path: Path, inputs: dict[str, Path]
+    tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime = {"microBatchTokens": 64, "checkpointSteps": 2}
     planned = stage(runtime=runtime, keep_best=False)
@@ -313,6 +332,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_measures_the_same_held_out
         run(tmp_path / "parts", inputs, planned, Worker(0, 1, CPU, report=report))
     journal = tmp_path / "parts" / "held-out" / "journal.jsonl"
     before = journal.read_text()
+    monkeypatch.setattr(distill, "TransformersSampler", lambda *_: None)  # samples nothing again
     resumed, outcome = run(tmp_path / "parts", inputs, planned)
     assert outcome.details["resumedAtStep"] in (2, 3), "after step 3 the epoch's evaluation saves"
     assert journal.read_text() == before
