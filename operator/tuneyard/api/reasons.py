@@ -108,6 +108,7 @@ REASONS = frozenset(
         "SubmissionFailed",
         "Suspended",
         "TargetNotFound",
+        "TeacherContextTooShort",
         "TiedHead",
         "TokenizerBroken",
         "TokenizerMissing",

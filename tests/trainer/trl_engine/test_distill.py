@@ -227,7 +227,7 @@ def test_the_divergence_of_equal_models_is_zero_and_no_token_of_certain_models_i
 # ---- learning -----------------------------------------------------------------------------------
 
 
-ADAPTERS: list[Any] = [None, {"lora": {}}, {"ia3": {}}, {"bottleneck": {}}]
+ADAPTERS: list[Any] = [None, {"lora": {}}, {"qlora": {}}, {"ia3": {}}, {"bottleneck": {}}]
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -423,6 +423,19 @@ def test_a_wrong_teacher_is_refused_before_the_fine_tuning_that_comes_first(
         )
     assert refused.value.reason == "VocabularyMismatch"
     assert states == {"prepare": "Succeeded"}
+
+
+def test_a_teacher_that_cannot_read_the_longest_completion_is_refused(
+    tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policies, "load", None)
+    short = tmp_path / "short"
+    shutil.copytree(inputs["teacher"], short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 20}))
+    with pytest.raises(StageError, match="the context of the teacher has 20") as refused:
+        run(tmp_path / "run", {**inputs, "teacher": short}, stage())
+    assert refused.value.reason == "TeacherContextTooShort"
 
 
 def test_rows_that_trl_tokenizes_otherwise_are_named(

@@ -39,7 +39,11 @@ from tuneyard_trainer.trl_engine.arguments import explained, platform_arguments
 from tuneyard_trainer.trl_engine.batches import Inputs, Layout, StepBatches
 from tuneyard_trainer.trl_engine.following import Following
 from tuneyard_trainer.trl_engine.schedule import scheduler
-from tuneyard_trainer.trl_engine.teacher import HeldOutDivergence, held_out_rows
+from tuneyard_trainer.trl_engine.teacher import (
+    HeldOutDivergence,
+    held_out_rows,
+    require_context,
+)
 from tuneyard_trainer.worker import StageContext, StageOutcome
 
 WRITTEN_BY_TRL = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
@@ -69,6 +73,8 @@ def run(context: StageContext) -> StageOutcome:
         policy.prompts(settings.prompts, sampling.max_new_tokens, "spec.optimize.distill.prompts")
     )
     _require_same_tokens(tokenizer, prompts)
+    longest = max(len(prompt.ids) for prompt in [*prompts, *held_out]) + sampling.max_new_tokens
+    require_context(inputs["teacher"], longest)
     precision, runtime = precision_of(training, worker), context.stage.runtime
     worker.report(message="loading the model")
     model = policies.load(
@@ -80,10 +86,6 @@ def run(context: StageContext) -> StageOutcome:
         tokenizer=tokenizer,
         gradient_checkpointing=runtime.gradient_checkpointing,
     )
-    worker.report(message="loading the teacher")
-    teacher = load_base(inputs["teacher"], dtype=precision, device=worker.device)
-    teacher.requires_grad_(False)
-    longest = max(len(prompt.ids) for prompt in prompts) + sampling.max_new_tokens
     forward = Forward.of(
         model,
         device=worker.device,
@@ -93,6 +95,10 @@ def run(context: StageContext) -> StageOutcome:
         max_length=longest,
         max_tokens=runtime.micro_batch_tokens,
     )
+    layout = equal_layout(training.batch_size, longest, forward.max_tokens, worker.world_size)
+    worker.report(message="loading the teacher")
+    teacher = load_base(inputs["teacher"], dtype=precision, device=worker.device)
+    teacher.requires_grad_(False)
     stop = stop_tokens(model, tokenizer)
     sampler = TransformersSampler(teacher, forward.pad, stop, sampling, precision)
     measured = held_out or prompts[:MAX_HELD_OUT]
@@ -101,7 +107,6 @@ def run(context: StageContext) -> StageOutcome:
     order = EqualBatches(np.arange(len(prompts)), training.batch_size, training.seed)
     course = Course(context, training, measure, order, model)
     state = course.begin()
-    layout = equal_layout(training.batch_size, longest, forward.max_tokens, worker.world_size)
     batches = StepBatches(
         np.array([len(prompt.ids) for prompt in prompts]),
         lambda rows, _: [{"prompt": _as_trl_takes_it(tokenizer, prompts[row])} for row in rows],

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tuneyard.api.stage_settings import DistillSettings
+from tuneyard.errors import StageError
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.data.prompts import TokenizedPrompt
 from tuneyard_trainer.generation.sampling import Sampler
 from tuneyard_trainer.models.base import autocast
+from tuneyard_trainer.models.files import config_of, context_length
 from tuneyard_trainer.models.layers import head_at, head_of
 from tuneyard_trainer.preference.micro_batches import evaluate_rows
 from tuneyard_trainer.reinforcement.rollouts import ProcessGroup
@@ -38,6 +41,20 @@ HELD_OUT = "held-out"
 """The folder of the held-out completions in the work folder."""
 MAX_LOGITS = 1 << 27
 """Logits of each model in one pass, in elements: half a GiB, and about eight copies of it."""
+
+
+def require_context(teacher: Path, longest: int) -> None:
+    """Raise StageError TeacherContextTooShort unless the teacher reads prompts with completions of
+    `longest` tokens."""
+    context = context_length(config_of(teacher))
+    if context is not None and longest > context:
+        raise StageError(
+            "TeacherContextTooShort",
+            f"the longest prompt with a completion may have {longest} tokens, and the context of "
+            f"the teacher has {context}.",
+            advice="Lower optimize.distill.sampling.maxNewTokens, leave out long prompts, or "
+            "choose another optimize.distill.teacher.",
+        )
 
 
 def divergence(
