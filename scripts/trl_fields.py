@@ -15,6 +15,7 @@ import types
 import typing
 from pathlib import Path
 
+from trl.trainer.distillation_config import DistillationConfig
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.kto_config import KTOConfig
@@ -30,6 +31,7 @@ CONFIGS = {
     "REWARD": RewardConfig,
     "GRPO": GRPOConfig,
     "RLOO": RLOOConfig,
+    "DISTILL": DistillationConfig,
 }
 NAMES = {bool: "bool", int: "int", float: "float", str: "str", list: "list", dict: "dict"}
 """The types of values that a manifest can hold."""

@@ -329,6 +329,41 @@ RLOO = job(
     output: {uri: "file://out"}
     """,
 )
+DISTILL = job(
+    "AlignmentJob",
+    """
+    model: {uri: "hf://org/small"}
+    optimize:
+      distill:
+        teacher:
+          uri: "hf://org/large"
+          revision: main
+          tokenSecret: {name: hf, key: token}
+        prompts: {uri: "file://prompts.jsonl"}
+        sampling: {temperature: 0.7}
+        beta: 0.5
+        training:
+          engine: trl
+          trl: {top_k: 50}
+          epochs: 2
+          batchSize: 16
+          microBatchTokens: 4096
+          learningRate: 0.0001
+          schedule: {type: linear}
+          optimizer: {weightDecay: 0.1}
+          dropout: 0.1
+          freeze: {layers: "0-3"}
+          precision: float32
+          gradientCheckpointing: true
+          evaluationSteps: 10
+          earlyStopping: {patience: 2}
+          keepBest: false
+          checkpointSteps: 10
+          seed: 1
+    output: {uri: "file://out"}
+    """,
+)
+DISTILL_STEPS = changed(DISTILL, {"spec.optimize.distill.training": {"maxSteps": 10}})
 RULE_REWARD = changed(RLOO, {"spec.rewardModel.rule": {"jsonSchema": "{}"}})
 
 VALID = {
@@ -344,6 +379,8 @@ VALID = {
     "ppo": PPO,
     "grpo": GRPO,
     "rloo": RLOO,
+    "distill": DISTILL,
+    "distill-steps": DISTILL_STEPS,
     "rule-reward": RULE_REWARD,
 }
 
@@ -364,7 +401,7 @@ def _one_of(name: str, base: Manifest, path: str, value: Any, members: str) -> B
 
 
 _ADAPTERS = "lora, qlora, prefix, prompt, ia3, bottleneck"
-_OPTIMIZE = "dpo, ppo, grpo, rloo"
+_OPTIMIZE = "dpo, ppo, grpo, rloo, distill"
 _PROMPTS = {"prompts": {"uri": "file://prompts.jsonl"}}
 _NEEDS_PREFERENCES = "needs preferences: add preferences.data or preferences.aiFeedback"
 
@@ -507,7 +544,7 @@ BROKEN_RULES = [
         "grpo-without-a-reward",
         changed(GRPO, {"spec.rewardModel": ABSENT, "spec.rewardTerms": ABSENT}),
         "spec.optimize",
-        "ppo, grpo and rloo need a reward: add rewardModel, or optimize by dpo",
+        "ppo, grpo and rloo need a reward: add rewardModel, or optimize by dpo or distill",
     ),
     BrokenRule(
         "rounds-without-optimize",

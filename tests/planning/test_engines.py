@@ -16,6 +16,7 @@ from tuneyard.api.plan import Plan
 from tuneyard.errors import Fault, PlanError
 from tuneyard.planning.plan import plan_job
 from tuneyard.planning.trl_arguments import (
+    DISTILL_CONFIG,
     DPO_CONFIG,
     KTO_CONFIG,
     ONLINE_CONFIGS,
@@ -311,6 +312,106 @@ def test_a_batch_that_workers_cannot_share_is_for_the_native_engine_alone() -> N
     plan_job(online("grpo", {"engine": "native", "batchSize": 32}, compute={"workers": 3}))
 
 
+def distillation(**changes: Any) -> AlignmentJob:
+    """Return a job with this in `optimize.distill`; `spec__NAME` is a field of the job."""
+    distill = {"teacher": {"uri": "file://teacher"}, "prompts": {"uri": "file://prompts.jsonl"}}
+    of_job = {name.removeprefix("spec__"): changes.pop(name) for name in set(changes) - FIELDS}
+    return alignment(preferences=None, optimize={"distill": distill | changes}, **of_job)
+
+
+FIELDS = {"teacher", "sampling", "beta", "training"}
+
+
+def test_a_distillation_is_trained_by_trl_without_asking_for_it() -> None:
+    planned = plan_job(distillation())
+    assert [stage.kind for stage in planned.stages] == ["distill", "assess", "export"]
+    training = getattr(planned.stages[0].settings, "training", None)
+    assert training is not None
+    assert (training.engine, training.batch_size) == ("trl", 64)
+    written = plan_job(distillation(training={"engine": "trl"}))
+    assert written.to_json() == planned.to_json()
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "remedy"),
+    [
+        ({"training": {"engine": "native"}}, "distill.training.engine", "remove engine"),
+        ({"sampling": {"engine": "vllm"}}, "distill.sampling.engine", "vLLM 0.22 to 0.31"),
+        ({"teacher": {"uri": "file://model"}}, "distill.teacher.uri", "name another model"),
+        ({"training": {"trl": {"top_q": 1}}}, "distill.training.trl.top_q", "'top_k'"),
+        ({"training": {"trl": {"beta": 0.1}}}, "distill.training.trl.beta", "distill.beta sets"),
+        (
+            {"training": {"trl": {"use_vllm": True}}},
+            "distill.training.trl.use_vllm",
+            "pins 0.32: remove it",
+        ),
+        (
+            {"training": {"trl": {"teacher_model_name_or_path": "org/x"}}},
+            "distill.training.trl.teacher_model_name_or_path",
+            "distill.teacher",
+        ),
+        (
+            {"training": {"batchSize": 6}, "spec__compute": {"workers": 4}},
+            "distill.training.batchSize",
+            "a multiple of 4",
+        ),
+        (
+            {"spec__compute": {"workers": 4, "minWorkers": 2}},
+            "distill.training.batchSize",
+            "64 prompts cannot be divided among 3 workers",
+        ),
+    ],
+)
+def test_a_distillation_is_not_asked_for_what_trl_does_not_do(
+    changes: dict[str, Any], path: str, remedy: str
+) -> None:
+    (fault,) = faults(distillation(**changes))
+    assert fault.path == f"spec.optimize.{path}"
+    assert remedy in fault.message
+
+
+@pytest.mark.parametrize(
+    ("adapter", "path"),
+    [
+        ({"prefix": {}}, "prefix"),
+        ({"prompt": {}}, "prompt"),
+        ({"lora": {"targets": ["q_proj", "lm_head"]}}, "lora.targets"),
+        ({"qlora": {"targets": ["lm_head"]}}, "qlora.targets"),
+    ],
+)
+def test_an_adapter_that_a_distillation_would_not_train_is_refused(adapter: Any, path: str) -> None:
+    (fault,) = faults(distillation(spec__adapter=adapter))
+    assert fault.path == f"spec.adapter.{path}"
+
+
+@pytest.mark.parametrize("adapter", [None, {"lora": {}}, {"qlora": {}}, {"ia3": {}}])
+def test_other_adapters_distill(adapter: Any) -> None:
+    assert plan_job(distillation(spec__adapter=adapter)).stages
+
+
+def test_all_faults_of_a_distillation_are_named_at_once() -> None:
+    wrong = distillation(
+        training={"engine": "native", "batchSize": 3, "trl": {"top_p": 0.5}},
+        sampling={"engine": "vllm"},
+        spec__adapter={"prompt": {}},
+        spec__compute={"workers": 2, "sharding": "fsdp"},
+    )
+    assert {fault.path for fault in faults(wrong)} == {
+        "spec.compute.sharding",
+        "spec.adapter.prompt",
+        "spec.optimize.distill.sampling.engine",
+        "spec.optimize.distill.training.batchSize",
+        "spec.optimize.distill.training.engine",
+        "spec.optimize.distill.training.trl",
+        "spec.optimize.distill.training.trl.top_p",
+    }
+
+
+def test_a_model_may_learn_from_what_it_was_before_fine_tuning() -> None:
+    sft = {"data": {"train": [{"uri": "file://rows.jsonl"}]}}
+    assert plan_job(distillation(teacher={"uri": "file://model"}, spec__sft=sft)).stages
+
+
 # ---- arguments of TRL ---------------------------------------------------------------------------
 
 
@@ -436,4 +537,6 @@ def test_the_arguments_that_jobs_may_set_are_those_that_somebody_looked_at() -> 
         *("importance_sampling_level", "top_entropy_quantile", "entropy_coef"),
         *("off_policy_mask_threshold", "use_bias_correction_kl"),
     }
+    sampling = {"top_k", "min_p", "repetition_penalty", "cache_implementation"}
+    assert set(DISTILL_CONFIG.free) == of_all - {"activation_offloading"} | sampling
     assert OWNED.keys() <= SFT_CONFIG.fields.keys()

@@ -94,6 +94,15 @@ def test_a_model_that_no_gpu_holds_is_shared_by_the_fewest_workers() -> None:
     )
 
 
+def test_the_teacher_of_a_distillation_is_counted_beside_the_policy() -> None:
+    teacher = {"uri": "file://teacher"}
+    prompts = {"uri": "file://prompts.jsonl"}
+    job = aligned("8B", "H200", {"distill": {"teacher": teacher, "prompts": prompts}})
+    (memory,) = [found for found in fit(job).memory if found.stage == "distill"]
+    assert dict(memory.peak.parts)["teacher"] == 2 * job.facts.parameters
+    assert any("the teacher is assumed" in text for text in memory.assumptions)
+
+
 def test_trl_computes_the_logits_of_a_large_vocabulary_in_tiles() -> None:
     lora = {"adapter": {"lora": {}}, "training__microBatchTokens": 16384}
     native, trl = planned("8B", "H200", **lora), planned("8B", "H200", **TRL, **lora)

@@ -79,7 +79,7 @@ class LoopSettings(Model):
     """Number of optimizer steps (ppo: updates). None: `epochs` decides."""
     batch_size: int
     """Sequences per optimizer step, over all workers. dpo, reward: pairs or labeled completions.
-    ppo: completions of a minibatch. grpo: completions of an update."""
+    ppo: completions of a minibatch. grpo: completions of an update. distill: prompts."""
     learning_rate: float
     """Peak learning rate."""
     schedule: Schedule
@@ -297,6 +297,28 @@ class GrpoSettings(Model):
     """The training loop; an epoch is one pass over the prompts."""
 
 
+class DistillSettings(Model):
+    """Distill a teacher into the policy, on the policy's own completions.
+
+    Inputs: `model`, `tuned` (if an earlier stage trained the model), `teacher`, `prompts`.
+    """
+
+    kind: Literal["distill"] = "distill"
+    adapter: Adapter | None
+    """Parameter-efficient method. None: full fine-tuning."""
+    prompts: PromptSettings
+    """How the prompts are read."""
+    chat: ChatSettings
+    """How messages are formatted as text."""
+    sampling: Sampling
+    """How completions are sampled; the temperature is that of the loss too."""
+    beta: float
+    """Weight of the teacher in the mixture of the generalized Jensen-Shannon divergence. 0: forward
+    KL. 1: reverse KL."""
+    training: LoopSettings
+    """The training loop; an epoch is one pass over the prompts."""
+
+
 class FeedbackSettings(Model):
     """Sample completions and let a judge label pairs of them; writes `preferences.jsonl`.
 
@@ -433,6 +455,7 @@ Settings = Annotated[
     | DpoSettings
     | PpoSettings
     | GrpoSettings
+    | DistillSettings
     | EvaluateSettings
     | AssessSettings
     | ExportSettings,
@@ -451,6 +474,7 @@ StageKind = Literal[
     "dpo",
     "ppo",
     "grpo",
+    "distill",
     "evaluate",
     "assess",
     "export",
@@ -463,6 +487,7 @@ TRAINING_KINDS: Final[tuple[StageKind, ...]] = (
     "reward",
     "dpo",
     *REINFORCEMENT_KINDS,
+    "distill",
 )
 """The kinds of stages that train, in the order in which one job runs them."""
 SHARED_KINDS: Final[tuple[StageKind, ...]] = (

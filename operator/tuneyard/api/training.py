@@ -123,6 +123,16 @@ class Training(Model):
     )
 
 
+class TrlTraining(Training):
+    """The training loop of a method that only TRL has."""
+
+    engine: Literal["native", "trl"] = Field(
+        default="trl", exclude_if=lambda engine: engine == "trl"
+    )
+    """The program that takes the optimizer steps; native does not have this method
+    (docs/engines.md)."""
+
+
 FREEZE_WITHOUT_ADAPTER = Rule(
     cel="!has(self.adapter) || !has(self.training.freeze)",
     holds=lambda spec: spec.adapter is None or spec.training.freeze is None,

@@ -13,6 +13,7 @@ from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput
 from tuneyard.api.stage_settings import (
     AssessSettings,
     CritiqueSettings,
+    DistillSettings,
     DpoSettings,
     FeedbackSettings,
     GrpoSettings,
@@ -83,6 +84,8 @@ def _describe_training(settings: Settings) -> str:
     if isinstance(settings, PpoSettings | GrpoSettings):
         method = settings.estimator if isinstance(settings, GrpoSettings) else "ppo"
         return f"align by {method}: {scope}"
+    if isinstance(settings, DistillSettings):
+        return f"distill the teacher: {scope}"
     return f"train {scope}"
 
 
@@ -144,6 +147,8 @@ _LATER_ROUNDS = tuple(f"-{number}" for number in range(2, 33))
 def _loop(settings: Settings) -> LoopSettings | None:
     if isinstance(settings, TrainSettings):
         return settings
-    if isinstance(settings, RewardSettings | DpoSettings | PpoSettings | GrpoSettings):
+    if isinstance(
+        settings, RewardSettings | DpoSettings | PpoSettings | GrpoSettings | DistillSettings
+    ):
         return settings.training
     return None

@@ -7,15 +7,16 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 from tuneyard.api.adapters import Adapter
-from tuneyard.api.alignment import Dpo, GroupRelative
+from tuneyard.api.alignment import Distill, Dpo, GroupRelative
 from tuneyard.api.alignmentjob import AlignmentSpec
 from tuneyard.api.compute import MIN_SHARDS, Compute
 from tuneyard.api.evaluation import AlignmentMetric, Evaluate, Gate, Metric
 from tuneyard.api.finetunejob import FineTuneSpec
 from tuneyard.api.training import Training
 from tuneyard.errors import Fault
-from tuneyard.planning.defaults import alignment_rule
+from tuneyard.planning import defaults
 from tuneyard.planning.trl_arguments import (
+    DISTILL_CONFIG,
     DPO_CONFIG,
     KTO_CONFIG,
     ONLINE_CONFIGS,
@@ -35,6 +36,7 @@ BY_TRL = (
     "spec.optimize.dpo.training",
     "spec.optimize.grpo.training",
     "spec.optimize.rloo.training",
+    "spec.optimize.distill.training",
 )
 """The training loops of an alignment that TRL's trainers can take."""
 
@@ -64,6 +66,7 @@ def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
         *_unused_step_faults(spec),
         *_stopping_faults(spec),
         *_reinforcement_faults(spec),
+        *_distillation_faults(spec),
         *_suite_faults(spec.evaluate),
         *_alignment_engine_faults(spec),
     ]
@@ -132,9 +135,9 @@ def _unused_step_faults(spec: AlignmentSpec) -> Iterator[Fault]:
 def _has_evaluation_prompts(spec: AlignmentSpec) -> bool:
     """Return whether the evaluation has prompts to sample completions for."""
     preferences = spec.preferences
-    reinforcement = spec.optimize and spec.optimize.reinforcement
+    on_policy = spec.optimize and spec.optimize.on_policy
     held_out = preferences and (preferences.ai_feedback or preferences.held_out > 0)
-    return bool(reinforcement or held_out)
+    return bool(on_policy or held_out)
 
 
 def _stopping_faults(spec: AlignmentSpec) -> Iterator[Fault]:
@@ -185,6 +188,71 @@ def _reinforcement_faults(spec: AlignmentSpec) -> Iterator[Fault]:
             f"{path}.training.batchSize",
             f"{size} completions cannot be divided into groups of {group}: set a multiple of "
             "groupSize",
+        )
+
+
+def _distillation_faults(spec: AlignmentSpec) -> Iterator[Fault]:
+    """Yield the faults of a distillation."""
+    distill = spec.optimize and spec.optimize.distill
+    if not distill:
+        return
+    path = "spec.optimize.distill"
+    yield from argument_faults(f"{path}.training.trl", DISTILL_CONFIG, distill.training.trl)
+    if distill.training.engine == "native":
+        yield Fault(
+            f"{path}.training.engine",
+            "native does not distill, as only TRL has a trainer for it: remove engine",
+        )
+    if distill.sampling.engine == "vllm":
+        yield Fault(
+            f"{path}.sampling.engine",
+            "vllm does not sample for TRL's trainers, as TRL 1.16 takes vLLM 0.22 to 0.31 and the "
+            "trainer image has a newer one: remove engine",
+        )
+    same = (distill.teacher.uri, distill.teacher.revision) == (spec.model.uri, spec.model.revision)
+    if same and spec.sft is None and spec.constitution is None:
+        yield Fault(
+            f"{path}.teacher.uri",
+            f"{distill.teacher.uri} is the model itself, which has nothing to learn from its own "
+            "distribution: name another model",
+        )
+    yield from _head_faults(spec)
+    yield from _division_faults(path, spec, distill)
+
+
+def _head_faults(spec: AlignmentSpec) -> Iterator[Fault]:
+    """Yield a fault for an adapter that TRL's distillation would not train: its loss takes the
+    hidden states and the weights of the head."""
+    adapter = spec.adapter
+    if adapter is None:
+        return
+    if adapter.kind in ("prefix", "prompt"):
+        yield Fault(
+            f"spec.adapter.{adapter.kind}",
+            "adds virtual tokens, which TRL's distillation does not see: use adapter.lora, or no "
+            "adapter",
+        )
+    low_rank = adapter.lora or adapter.qlora
+    if low_rank and "lm_head" in low_rank.targets:
+        yield Fault(
+            f"spec.adapter.{adapter.kind}.targets",
+            "holds lm_head, and TRL's distillation does not train an adapter on the head: remove "
+            "lm_head",
+        )
+
+
+def _division_faults(path: str, spec: AlignmentSpec, distill: Distill) -> Iterator[Fault]:
+    """Yield a fault for a batch that some number of workers cannot share equally."""
+    compute, size = spec.compute, distill.training.batch_size
+    if size == "auto":
+        size = defaults.alignment_rule("distill", "full").batch_size
+    most = compute.workers or 1
+    odd = [n for n in range(compute.min_workers or most, most + 1) if size % n]
+    if odd:
+        yield Fault(
+            f"{path}.training.batchSize",
+            f"{size} prompts cannot be divided among {odd[0]} workers equally, which TRL's "
+            f"distillation needs: set a multiple of {odd[0]}, or other compute.workers",
         )
 
 
@@ -284,7 +352,7 @@ def _trl_online_faults(
         )
     size = training.batch_size
     if size == "auto":
-        size = alignment_rule(kind, adapter).batch_size
+        size = defaults.alignment_rule(kind, adapter).batch_size
     most, each = compute.workers or 1, max(1, compute.gpus_per_worker or 0)
     least = min(compute.min_workers or most, most)
     uneven = [workers for workers in range(least, most + 1) if size % (workers * each)]
@@ -339,7 +407,7 @@ def _trainings(spec: AlignmentSpec) -> Iterator[tuple[str, Training]]:
     if spec.reward_model and spec.reward_model.train:
         yield "spec.rewardModel.train.training", spec.reward_model.train.training
     if spec.optimize:
-        method = spec.optimize.dpo or spec.optimize.reinforcement
+        method = spec.optimize.dpo or spec.optimize.on_policy
         if method:
             yield f"spec.optimize.{spec.optimize.kind}.training", method.training
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from tuneyard.api.compute import Compute
 from tuneyard.api.training import Training
 from tuneyard.errors import Fault
-from tuneyard.planning.trl_fields import DPO, GRPO, KTO, REWARD, RLOO, SFT
+from tuneyard.planning.trl_fields import DISTILL, DPO, GRPO, KTO, REWARD, RLOO, SFT
 
 OUTPUT = "Tuneyard writes checkpoints, curves, logs and the result: remove it"
 DATA = "Tuneyard tokenizes, orders and batches the rows: remove it and see spec.data"
@@ -172,10 +172,8 @@ SAMPLING = (
     "the held-out reward is that of completions sampled as spec.optimize.{method}.sampling says: "
     "remove it and set sampling"
 )
-VLLM = (
-    "TRL 1.16 takes vLLM 0.22 to 0.31, and Tuneyard pins 0.32: remove it, or set training.engine "
-    "to native and sampling.engine to vllm"
-)
+VLLM_VERSIONS = "TRL 1.16 takes vLLM 0.22 to 0.31, and Tuneyard pins 0.32"
+VLLM = f"{VLLM_VERSIONS}: remove it, or set training.engine to native and sampling.engine to vllm"
 ONLINE_REFERENCE = "the KL is measured from the model as the stage began: remove it"
 ADAPTIVE = (
     "its coefficient would begin again with each attempt: remove it and set entropy_coef, which is "
@@ -240,6 +238,31 @@ def _online_owned(method: str) -> Mapping[str, str]:
     }
 
 
+SAMPLED = "optimize.distill.sampling sets it: set that field, and remove it here"
+TEACHER = "Tuneyard loads the teacher: remove it and see optimize.distill.teacher"
+
+DISTILL_OWNED: Mapping[str, str] = {
+    **OWNED,
+    "router_aux_loss_coef": LOSS,
+    "beta": "optimize.distill.beta sets it: set that field, and remove it here",
+    "label_smoothing_factor": "the loss of distillation does not use it: remove it",
+    "disable_dropout": "training.dropout sets it: set that field, and remove it here",
+    "use_cache": MODEL,
+    "chat_template_kwargs": "prompts are rendered as in the other stages: remove it",
+    "generation_kwargs": "its values would replace those of optimize.distill.sampling: set top_k, "
+    "min_p or repetition_penalty in its place",
+    "ds3_gather_for_generation": LAYOUT,
+    "max_tool_calling_iterations": TOOLS,
+    **dict.fromkeys(("temperature", "top_p", "max_completion_length"), SAMPLED),
+    **dict.fromkeys(
+        ("teacher_model_init_kwargs", "teacher_model_name_or_path", "teacher_model_revision"),
+        TEACHER,
+    ),
+    **dict.fromkeys(("log_completions", "log_unique_prompts", "num_completions_to_print"), OUTPUT),
+    **{name: f"{VLLM_VERSIONS}: remove it" for name in DISTILL if "vllm" in name},
+}
+
+
 class Config(NamedTuple):
     """The config of one of TRL's trainers."""
 
@@ -264,6 +287,7 @@ ONLINE_CONFIGS: Mapping[str, Config] = {
     "rloo": Config("RLOOConfig", RLOO, _online_owned("rloo")),
 }
 """The configs of the methods that sample completions."""
+DISTILL_CONFIG = Config("DistillationConfig", DISTILL, DISTILL_OWNED)
 
 
 def argument_faults(

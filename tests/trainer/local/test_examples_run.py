@@ -107,6 +107,8 @@ def shortened_alignment(path: Path, model: Path) -> dict[str, Any]:
         step["training"]["maxSteps"] = 2
         if "sampling" in step:
             step["sampling"]["maxNewTokens"] = 4
+        if "teacher" in step:
+            step["teacher"] = {"uri": f"file://{model}"}
     if feedback := (spec.get("preferences") or {}).get("aiFeedback"):
         feedback |= {"judge": {"model": {"uri": f"file://{model}"}}, "maxNewTokens": 4}
         feedback["disagreement"] = "average"  # random weights prefer a position

@@ -30,7 +30,7 @@ from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Wor
 if TYPE_CHECKING:
     import torch
 
-MODEL_ROLES = ("model", "judge", "reward")
+MODEL_ROLES = ("model", "judge", "reward", "teacher")
 """The roles of inputs that are models if they come from outside the plan; `reward.0` is one too."""
 
 
@@ -205,6 +205,7 @@ class PlanRunner:
     def _ask(self, stage: PlannedStage) -> FitAnswer:
         """Return the answer to the job's facts. The model's folder is that of `stage`. Raises
         StageError."""
+        self._require_same_vocabularies()
         if self.ask is None:
             return FitAnswer()
         from tuneyard_trainer.running.facts import facts_event, job_facts
@@ -222,6 +223,16 @@ class PlanRunner:
         except OSError as error:
             raise disk_error(error, self.stage_inputs.store.workdir(stage.name)) from error
         return FitAnswer.model_validate_json(json.dumps(self.ask(facts_event(facts)) or {}))
+
+    def _require_same_vocabularies(self) -> None:
+        """Raise StageError VocabularyMismatch before the first stage that trains: the one with the
+        teacher may begin hours later."""
+        for stage in self.stage_inputs.plan.stages:
+            if "teacher" in stage.inputs:
+                from tuneyard_trainer.models.vocabulary import require_same_vocabulary
+
+                inputs = self.stage_inputs.inputs(stage)
+                require_same_vocabulary(inputs["model"], inputs["teacher"])
 
     def _refuse_misfit(self) -> None:
         """Raise StageError DoesNotFit if the answer is that the job does not fit."""
@@ -422,6 +433,8 @@ def _stage_function(stage: PlannedStage) -> StageFunction:  # noqa: C901  one ca
             from tuneyard_trainer.trl_engine.grpo import run
         case "grpo":
             from tuneyard_trainer.reinforcement.grpo import run
+        case "distill":
+            from tuneyard_trainer.trl_engine.distill import run
         case "feedback":
             from tuneyard_trainer.judging.feedback import run
         case "critique":

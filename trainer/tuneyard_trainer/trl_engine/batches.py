@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +21,9 @@ from tuneyard_trainer.training.batches import IGNORE, Indices, Order, share
 from tuneyard_trainer.worker import Worker
 
 Inputs = dict[str, Tensor]
-Collate = Callable[[Indices, int], Inputs]
-"""Returns a micro-batch of some rows (or pairs), of a global batch of so many."""
+Collate = Callable[[Indices, int], Any]
+"""Returns a micro-batch of some rows (or pairs), of a global batch of so many: `Inputs`, or what
+else the trainer takes."""
 
 
 @dataclass(frozen=True)

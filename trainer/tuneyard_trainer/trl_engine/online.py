@@ -1,4 +1,4 @@
-"""What GRPO and RLOO by TRL share: TRL samples completions and takes the optimizer steps.
+"""The parts that GRPO and RLOO by TRL share: TRL samples completions and takes the optimizer steps.
 
 TRL gets the prompts of each update in our order, and one reward function, which scores completions
 as the native loop does and checks the stop conditions before they are trained on. The course of the
@@ -33,8 +33,6 @@ from transformers import (
 
 from tuneyard.api.stage_settings import GrpoSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.chat import transcript
-from tuneyard_trainer.data.prompts import TokenizedPrompt
 from tuneyard_trainer.generation.sampling import Sampled
 from tuneyard_trainer.models import layers, policies, probes
 from tuneyard_trainer.models.environment import described
@@ -51,6 +49,7 @@ from tuneyard_trainer.training.seeds import COMPLETION, derive_seed
 from tuneyard_trainer.trl_engine.arguments import explained, platform_arguments
 from tuneyard_trainer.trl_engine.batches import Layout
 from tuneyard_trainer.trl_engine.following import any_stops
+from tuneyard_trainer.trl_engine.prompts import for_trl, own_share, require_same_tokens
 from tuneyard_trainer.worker import StageContext, StageOutcome
 
 Row = dict[str, Any]
@@ -74,7 +73,7 @@ def run(
     `make`: makes the trainer of `UpdatePrompts` and TRL's arguments. `config`: makes its config.
     """
     worker, training = context.worker, settings.training
-    layout_rows = _own_completions(method.completions, worker.world_size)
+    layout_rows = own_share(method.completions, worker.world_size)
     collector, tokenized = load_collector(context, settings, method)
     model = collector.actor.model
     _require_trainable(model)
@@ -93,19 +92,28 @@ def run(
         steps = (course.total_steps - state.step) * iterations
         arguments = platform_arguments(context, training, layout, steps=steps)
         arguments |= _sampling_arguments(settings)
-        with described(worker.device), _ending(model, collector.stop), suppress(_DivergedError):
+        first = state.step
+
+        def has_begun() -> bool:
+            return following.state.step > first or bool(following.state.stopped)
+
+        with (
+            described(worker.device),
+            _ending(model, collector.stop),
+            suppress(_DivergedError),
+            explained(training.trl, has_begun),
+        ):
             trained = {parameter: parameter.data for parameter in parameters.values()}
-            with explained(training.trl):
-                trainer = make(
-                    prompts,
-                    model=model,
-                    reward_funcs=following.rewards,
-                    args=config(**arguments, **(training.trl or {})),
-                    train_dataset=Table.from_dict({"prompt": ["a"]}),
-                    processing_class=tokenizer,
-                    callbacks=[following],
-                    optimizers=(optimizer, following.scheduler(optimizer)),
-                )
+            trainer = make(
+                prompts,
+                model=model,
+                reward_funcs=following.rewards,
+                args=config(**arguments, **(training.trl or {})),
+                train_dataset=Table.from_dict({"prompt": ["a"]}),
+                processing_class=tokenizer,
+                callbacks=[following],
+                optimizers=(optimizer, following.scheduler(optimizer)),
+            )
             for parameter, tensor in trained.items():  # TRL rounds those over a 4-bit base
                 parameter.data = tensor
             _prepare(trainer, course, settings)
@@ -193,7 +201,7 @@ class UpdatePrompts(Dataset[list[Row]]):
         prompts = self._course.prompts_of(self._first + index // self._repeats)
         start = self._course.worker.rank * self._size
         return [
-            {"prompt": _for_trl(prompts[place], self._tokenizer), "place": place}
+            {"prompt": for_trl(prompts[place], self._tokenizer), "place": place}
             for place in range(start, start + self._size)
         ]
 
@@ -206,12 +214,6 @@ def _same(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def _for_trl(prompt: TokenizedPrompt, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return a prompt as TRL takes it: a conversation for the chat template, or a text."""
-    messages = prompt.prompt.messages
-    return [dict(turn) for turn in messages] if tokenizer.chat_template else transcript(messages)
-
-
 def _templated(tokenizer: PreTrainedTokenizerBase, template: str | None) -> PreTrainedTokenizerBase:
     """Return the tokenizer with the job's chat template, if the job has one."""
     templated = copy.copy(tokenizer)
@@ -220,29 +222,6 @@ def _templated(tokenizer: PreTrainedTokenizerBase, template: str | None) -> PreT
 
 
 # ---- what must hold -----------------------------------------------------------------------------
-
-
-def require_same_tokens(
-    prompts: Sequence[TokenizedPrompt], tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Raise StageError TokensDiffer if the tokens that TRL makes of a prompt are not ours. The
-    calls of the tokenizer are TRL's."""
-    given = [_for_trl(prompt, tokenizer) for prompt in prompts]
-    if tokenizer.chat_template:
-        encoded: Any = tokenizer.apply_chat_template(
-            conversation=given, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-    else:
-        encoded = tokenizer(text=given)
-    pairs = zip(prompts, encoded["input_ids"], strict=True)
-    differing = [prompt.prompt.where for prompt, ids in pairs if list(prompt.ids) != list(ids)]
-    if differing:
-        raise StageError(
-            "TokensDiffer",
-            f"TRL makes other tokens than Tuneyard of {len(differing)} of {len(prompts)} prompts: "
-            f"{', '.join(differing[:3])}{', ...' if len(differing) > 3 else ''}.",
-            advice="Leave these prompts out, or set training.engine to native.",
-        )
 
 
 def _require_trainable(model: Any) -> None:
@@ -259,19 +238,6 @@ def _require_trainable(model: Any) -> None:
             f"TRL cannot train {type(base_of(model)).__name__} here: {problem}.",
             advice="Set training.engine to native, or change the adapter or its targets.",
         )
-
-
-def _own_completions(completions: int, world_size: int) -> int:
-    """Return B. Raises StageError UnevenBatch."""
-    if completions % world_size:
-        raise StageError(
-            "UnevenBatch",
-            f"an update has {completions} completions, which {world_size} workers cannot share "
-            "equally, as TRL needs it.",
-            advice=f"Set training.batchSize to a multiple of {world_size}, or compute.workers to a "
-            f"divisor of {completions}.",
-        )
-    return completions // world_size
 
 
 def layout_of(count: int, longest: int, max_tokens: int) -> Layout:
@@ -352,7 +318,8 @@ class Following(TrainerCallback):
         self.state = course.check(self.state, rollouts)
         if self.state.stopped:
             raise _DivergedError
-        _, self._advantages = course.method.experience(rollouts, self.state.kl_coefficient)
+        experienced = course.method.experience(rollouts, self.state.kl_coefficient)
+        self._advantages = experienced[1]
         self.state = course.count_alike(self.state, rollouts, self._advantages)
         self._rollouts = rollouts
         return [float(score) for score in rollouts.own(rollouts.scores_R)]

@@ -12,6 +12,7 @@ from tuneyard.api.plan import Plan, PlannedStage, SourceInput
 from tuneyard.api.stage_settings import (
     AssessSettings,
     CritiqueSettings,
+    DistillSettings,
     DpoSettings,
     EvaluateSettings,
     ExportSettings,
@@ -123,7 +124,9 @@ def loop_of(stage: PlannedStage) -> LoopSettings | None:
     settings = stage.settings
     if isinstance(settings, TrainSettings):
         return settings
-    if isinstance(settings, RewardSettings | DpoSettings | PpoSettings | GrpoSettings):
+    if isinstance(
+        settings, RewardSettings | DpoSettings | PpoSettings | GrpoSettings | DistillSettings
+    ):
         return settings.training
     return None
 
@@ -175,6 +178,8 @@ class _Job:
             return self._supervised(stage, settings)
         if isinstance(settings, PpoSettings | GrpoSettings):
             return self._reinforcement(stage, settings)
+        if isinstance(settings, DistillSettings):
+            return self._distill(stage, settings)
         if isinstance(settings, EvaluateSettings):
             return self._evaluate(stage, settings)
         if isinstance(settings, AssessSettings):
@@ -275,7 +280,7 @@ class _Job:
         rewards = self._reward_models(stage, settings.reward)
         moments = [
             *step.moments(("reward models", rewards)),
-            self._sampling(step, shape, rewards),
+            self._sampling(step, shape, ("reward models", rewards)),
         ]
         if settings.sampling.engine == "vllm":
             moments = [self._with_engine(moment, shape) for moment in moments]
@@ -286,14 +291,30 @@ class _Job:
             (*self._assumed_shape(stage, shape), *self._assumed_models(stage, settings.reward)),
         )
 
-    def _sampling(self, step: Step, shape: Shape, rewards: int) -> Moment:
-        """Return the moment at which completions are sampled. Gradients are freed before."""
+    def _distill(self, stage: PlannedStage, settings: DistillSettings) -> StageMemory:
+        """Return the memory of distillation: the teacher is beside the policy all the time."""
+        loop, new = settings.training, settings.sampling.max_new_tokens
+        shape = self._shape(stage, self._share(loop.batch_size), new)
+        batch = MicroBatch(1, shape.length, shape.new)
+        if not self.least:
+            tokens, share = self._settings(stage).micro_batch_tokens, self._share(loop.batch_size)
+            batch = micro_batch(shape.length, tokens, share=share, row_targets=shape.new)
+        step = self._step(stage, loop, settings.adapter, batch, masked=True)
+        teacher = self._base_bytes(self._size(stage, "teacher", self.facts.parameters))
+        beside = ("teacher", teacher)
+        moments = [*step.moments(beside), self._sampling(step, shape, beside)]
+        assumed = self._assumed_shape(stage, shape)
+        if self._is_unknown(stage, "teacher"):
+            assumed += (SAME_SIZE.format(what="the teacher"),)
+        return StageMemory(stage.name, tuple(moments), (host.checkpoint(step.trained),), assumed)
+
+    def _sampling(self, step: Step, shape: Shape, beside: tuple[str, int]) -> Moment:
+        """Return the moment at which completions are sampled, with models beside the policy.
+        Gradients are freed before."""
         kept = [part for part in step.state if part[0] != "gradients"]
         copies = step.copies_while_sampling
         parts = self._generation(shape, step.how)
-        return Moment.of(
-            "sampling", *kept, ("reward models", rewards), ("bfloat16 copies", copies), *parts
-        )
+        return Moment.of("sampling", *kept, beside, ("bfloat16 copies", copies), *parts)
 
     def _with_engine(self, moment: Moment, shape: Shape) -> Moment:
         """Return a moment with vLLM's own copy of the weights and its cache."""
@@ -473,7 +494,10 @@ class _Job:
         adapters: list[Adapter | None] = [
             stage.settings.adapter
             for stage in self.plan.stages
-            if isinstance(stage.settings, TrainSettings | DpoSettings | PpoSettings | GrpoSettings)
+            if isinstance(
+                stage.settings,
+                TrainSettings | DpoSettings | PpoSettings | GrpoSettings | DistillSettings,
+            )
         ]
         return adapters[-1] if adapters else None
 
