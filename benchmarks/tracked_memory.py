@@ -23,6 +23,7 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -237,7 +238,10 @@ def _measured(model: nn.Module, step: Step) -> Tracked:
         if torch.device(device).type == "cpu"
     ]
     parameters, gradients = _bytes(_tensors(model)), _bytes(p.grad for p in model.parameters())
-    return Tracked(parameters, gradients, peak["Total"] - parameters - gradients)
+    # torch's tracker of sharded models takes what FSDP2 manages, and not an adapter.
+    adapter = [p for p in model.parameters() if step.gpus > 1 and not isinstance(p, DTensor)]
+    total = peak["Total"] + _bytes(adapter) + _bytes(p.grad for p in adapter)
+    return Tracked(parameters, gradients, total - parameters - gradients)
 
 
 def _fast(tracker: Any) -> Any:

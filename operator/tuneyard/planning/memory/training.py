@@ -211,8 +211,8 @@ class Gathered:
         outside = facts.parameters - facts.layers * facts.layer_parameters
         layer = precision * facts.layer_parameters
         whole = precision * outside
-        if trained.adapter:  # the workers sum its gradients after the backward pass
-            return cls(loss=whole, layer=whole + 2 * layer, end=0)
+        if trained.adapter:  # frozen layers are gathered one by one, and have no gradients
+            return cls(loss=whole, layer=whole + layer, end=0)
         head = facts.vocabulary_size * facts.embedding_size if trained.head else 0
         reduced = 4 * trained.per_layer if checkpointing else 0
         return cls(
