@@ -1,4 +1,4 @@
-"""What GRPO and RLOO by TRL share: TRL samples completions and takes the optimizer steps.
+"""The parts that GRPO and RLOO by TRL share: TRL samples completions and takes the optimizer steps.
 
 TRL gets the prompts of each update in our order, and one reward function, which scores completions
 as the native loop does and checks the stop conditions before they are trained on. The course of the
@@ -74,7 +74,7 @@ def run(
     `make`: makes the trainer of `UpdatePrompts` and TRL's arguments. `config`: makes its config.
     """
     worker, training = context.worker, settings.training
-    layout_rows = _own_completions(method.completions, worker.world_size)
+    own = _own_completions(method.completions, worker.world_size)
     collector, tokenized = load_collector(context, settings, method)
     model = collector.actor.model
     _require_trainable(model)
@@ -84,7 +84,7 @@ def run(
     tokenizer = _templated(collector.tokenizer, settings.chat.chat_template)
     require_same_tokens(course.prompts, tokenizer)
     longest = max(len(prompt.ids) for prompt in course.prompts) + settings.sampling.max_new_tokens
-    layout = layout_of(layout_rows, longest, collector.actor.max_tokens)
+    layout = layout_of(own, longest, collector.actor.max_tokens)
     iterations = int((training.trl or {}).get("num_iterations", 1))
     state = course.begin()
     following = Following(course, state, iterations)
@@ -351,7 +351,8 @@ class Following(TrainerCallback):
         self.state = course.check(self.state, rollouts)
         if self.state.stopped:
             raise _DivergedError
-        _, self._advantages = course.method.experience(rollouts, self.state.kl_coefficient)
+        experienced = course.method.experience(rollouts, self.state.kl_coefficient)
+        self._advantages = experienced[1]
         self.state = course.count_alike(self.state, rollouts, self._advantages)
         self._rollouts = rollouts
         return [float(score) for score in rollouts.own(rollouts.scores_R)]
