@@ -150,6 +150,7 @@ def test_both_engines_make_the_same_updates_of_the_same_completions(
         if estimator == "grpo":  # the native loop's policyLoss of RLOO is weighted by length
             loss = one["policyLoss"] + 0.1 * one["tokenKl"]
             assert other["loss"] == pytest.approx(loss, rel=1e-3, abs=1e-5)
+        assert one.keys() - other.keys() <= {"policyLoss", "tokenKl"}
         same = one.keys() & other.keys() - {"tokensPerSecond"}
         for name in {name for name in same if not name.endswith("Seconds")}:
             assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
@@ -162,6 +163,23 @@ def test_both_engines_make_the_same_updates_of_the_same_completions(
     ]
     if adapter is None:
         assert configs[0].read_text() == configs[1].read_text()
+
+
+@pytest.mark.parametrize("adapter", [None, LORA], ids=str)
+def test_updates_in_bfloat16_stay_near_those_of_the_native_engine(
+    adapter: Any, tmp_path: Path, inputs: dict[str, Path], replayed: Callable[[], None]
+) -> None:
+    """Mixed precision, as on a GPU. The native loop computes logits in float32, TRL does not."""
+    training = {"precision": "bfloat16", "optimizer": {"epsilon": 1e-3}, "learning_rate": 2e-2}
+    chosen = stage("grpo", training, adapter=adapter)
+    weights, outcome = run(chosen, tmp_path / "trl", inputs)
+    replayed()
+    run(chosen, tmp_path / "native", inputs, engine=native)
+    assert outcome.details["precision"] == "bfloat16"
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    for one, other in zip(updates(tmp_path / "native"), updates(tmp_path / "trl"), strict=True):
+        assert other["gradientNorm"] == pytest.approx(one["gradientNorm"], rel=0.1)
+        assert other["entropy"] == pytest.approx(one["entropy"], rel=0.05)
 
 
 def test_trl_trains_on_our_tokens_of_the_prompts(
@@ -193,6 +211,22 @@ def test_trl_trains_on_our_tokens_of_the_prompts(
     ours = [prompt.ids for prompts in asked if len(prompts) == 32 for prompt in prompts]
     assert sorted(trained) == sorted(ours)
     assert len(set(ours[:8])) == 1 < len(set(ours))
+
+
+def test_the_stop_token_of_the_jobs_template_ends_what_trl_samples(
+    tmp_path: Path, inputs: dict[str, Path], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model that is written has its own stop token, as before."""
+    ends: list[Any] = []
+    monkeypatch.setattr(
+        rloo.RLOOTrainer, "train", lambda self: ends.append(self.generation_config.eos_token_id)
+    )
+    template = tiny_tokenizer.chat_template.replace("<|im_end|>", "<|endoftext|>")
+    chat = {"system_prompt": None, "chat_template": template}
+    run(stage("rloo", chat=chat), tmp_path / "a", inputs)
+    assert ends == [[0, 2]]
+    written = json.loads((tmp_path / "a" / "weights" / "generation_config.json").read_text())
+    assert written["eos_token_id"] == 2
 
 
 def test_several_steps_of_an_update_clip_its_ratios(
@@ -239,8 +273,10 @@ def test_a_held_out_reward_rises_while_the_kl_stays_bounded(
 def test_a_stopped_run_goes_on_with_the_next_update(
     estimator: str, tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
-    """The prompts, the completions, the optimizer and the reference are those of a whole run."""
-    chosen = stage(estimator, {"max_steps": 4, "trl": {"num_iterations": 2}})
+    """The prompts, the completions, the optimizer, its learning rate and the reference are those of
+    a whole run."""
+    linear = {"schedule": {"type": "linear", "warmup": 0.0, "finalFraction": 0.0}}
+    chosen = stage(estimator, {"max_steps": 4, "trl": {"num_iterations": 2}, **linear})
     whole, _ = run(chosen, tmp_path / "whole", inputs)
     with pytest.raises(Interrupted) as stopped:
         run(chosen, tmp_path / "parts", inputs, StopAfter(2).worker())

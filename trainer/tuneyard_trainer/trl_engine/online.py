@@ -73,7 +73,7 @@ def run(
     `make`: makes the trainer of `UpdatePrompts` and TRL's arguments. `config`: makes its config.
     """
     worker, training = context.worker, settings.training
-    layout_rows = own_share(method.completions, worker.world_size)
+    own = own_share(method.completions, worker.world_size)
     collector, tokenized = load_collector(context, settings, method)
     model = collector.actor.model
     _require_trainable(model)
@@ -83,7 +83,7 @@ def run(
     tokenizer = _templated(collector.tokenizer, settings.chat.chat_template)
     require_same_tokens(course.prompts, tokenizer)
     longest = max(len(prompt.ids) for prompt in course.prompts) + settings.sampling.max_new_tokens
-    layout = layout_of(layout_rows, longest, collector.actor.max_tokens)
+    layout = layout_of(own, longest, collector.actor.max_tokens)
     iterations = int((training.trl or {}).get("num_iterations", 1))
     state = course.begin()
     following = Following(course, state, iterations)
