@@ -475,7 +475,7 @@ def test_trl_continues_the_tokens_that_are_ours(
 def test_a_batch_that_the_workers_cannot_share_equally_is_refused() -> None:
     with pytest.raises(StageError) as refused:
         distill.equal_layout(8, 20, 100, 3)
-    assert refused.value.reason == "BatchIndivisible"
+    assert refused.value.reason == "UnevenBatch"
     assert "a multiple of 3" in refused.value.advice
     for longest, expected in ((20, (4, 1)), (30, (2, 2)), (1000, (1, 4))):
         layout = distill.equal_layout(8, longest, 100, 2)

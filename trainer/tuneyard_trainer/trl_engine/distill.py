@@ -152,11 +152,11 @@ class EqualBatches(Order):
 def equal_layout(batch_size: int, longest: int, max_tokens: int, world_size: int) -> Layout:
     """Return the layout of equally large micro-batches within `max_tokens`, padding included, on
     all workers. `longest`: tokens of the longest prompt with a completion. Raises StageError
-    BatchIndivisible."""
+    UnevenBatch."""
     each, rest = divmod(batch_size, world_size)
     if rest:
         raise StageError(
-            "BatchIndivisible",
+            "UnevenBatch",
             f"{batch_size} prompts cannot be divided among {world_size} workers equally, which "
             "TRL's distillation needs.",
             advice=f"Set optimize.distill.training.batchSize to a multiple of {world_size}, or "
