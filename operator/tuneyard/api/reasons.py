@@ -116,6 +116,7 @@ REASONS = frozenset(
         "TooFewRows",
         "TrainerError",
         "TrlRefused",
+        "UnevenBatch",
         "UnknownArchitecture",
         "UnknownFileType",
         "UnknownFormat",
