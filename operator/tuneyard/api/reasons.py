@@ -121,7 +121,6 @@ REASONS = frozenset(
         "UnknownFileType",
         "UnknownFormat",
         "UnknownLayout",
-        "UnevenBatch",
         "Unschedulable",
         "VocabularyMismatch",
         "VolumeMissing",
