@@ -101,7 +101,7 @@ class PostResponse(Report):
 
     stop: bool
     """True: write a checkpoint and stop, because the job was suspended, canceled or deleted."""
-    fit: FitAnswer | None = None
+    fit: FitAnswer | None = Field(default=None, exclude_if=lambda fit: fit is None)
     """Whether the job may train, and how; the first answer to an attempt is repeated. None: the
     post has no facts, or they do not suffice."""
 
