@@ -33,6 +33,7 @@ from tuneyard_trainer.models.vocabulary import require_same_vocabulary
 from tuneyard_trainer.reinforcement.held_out import split
 from tuneyard_trainer.running import torchrun
 from tuneyard_trainer.trl_engine import distill
+from tuneyard_trainer.trl_engine import prompts as prompts_of_trl
 from tuneyard_trainer.trl_engine.teacher import divergence
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
 
@@ -441,13 +442,13 @@ def test_a_teacher_that_cannot_read_the_longest_completion_is_refused(
 def test_rows_that_trl_tokenizes_otherwise_are_named(
     tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, seen: list[Micro]
 ) -> None:
-    ours = distill._as_trl_takes_it
+    ours = prompts_of_trl.for_trl
 
-    def other(tokenizer: Any, prompt: Any) -> Any:
-        given = ours(tokenizer, prompt)
+    def other(prompt: Any, tokenizer: Any) -> Any:
+        given = ours(prompt, tokenizer)
         return given * 2 if prompt.prompt.question == "Say 3." else given
 
-    monkeypatch.setattr(distill, "_as_trl_takes_it", other)
+    monkeypatch.setattr(prompts_of_trl, "for_trl", other)
     with pytest.raises(StageError) as refused:
         run(tmp_path / "run", inputs, stage())
     assert refused.value.reason == "TokensDiffer"
