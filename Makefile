@@ -95,6 +95,10 @@ lint: $(VENV)/.dev ## Check format, lint, types, layers and generated files
 	$(BIN)/tuneyard crds --check
 	$(BIN)/tuneyard crds --check charts/tuneyard/crds
 
+.PHONY: matrix
+matrix: $(VENV)/.dev ## Every method, engine and number of workers learns, with three seeds: an hour
+	$(BIN)/python benchmarks/matrix.py
+
 .PHONY: benchmark
 benchmark: $(VENV)/.dev ## Compare training speed with a plain TRL script
 	$(BIN)/python benchmarks/sft_cpu.py
