@@ -50,6 +50,10 @@ test-apiserver: $(VENV)/.dev ## The tests on a real API server, without nodes; n
 test-cluster: $(VENV)/.dev ## Run the tests on a real Kubernetes node with KubeRay; no test is skipped
 	TUNEYARD_REQUIRE_CLUSTER=1 $(BIN)/pytest -m cluster
 
+.PHONY: test-sharded
+test-sharded: $(VENV)/.dev ## A model that only several pods can hold, on a node: 10 minutes, 12 GiB
+	TUNEYARD_REQUIRE_CLUSTER=1 TUNEYARD_SHARDED=1 $(BIN)/pytest tests/cluster/test_sharded.py -s
+
 .PHONY: chaos
 chaos: LEVEL ?= apiserver
 chaos: RUNS ?= 20
@@ -91,6 +95,10 @@ lint: $(VENV)/.dev ## Check format, lint, types, layers and generated files
 	$(BIN)/tuneyard crds --check
 	$(BIN)/tuneyard crds --check charts/tuneyard/crds
 
+.PHONY: matrix
+matrix: $(VENV)/.dev ## Every method, engine and number of workers learns, with three seeds: an hour
+	$(BIN)/python benchmarks/matrix.py
+
 .PHONY: benchmark
 benchmark: $(VENV)/.dev ## Compare training speed with a plain TRL script
 	$(BIN)/python benchmarks/sft_cpu.py
@@ -110,6 +118,10 @@ crds: $(VENV)/.dev ## Generate crds/ and the chart's copy of it from the models
 	$(BIN)/tuneyard crds
 	$(BIN)/tuneyard crds charts/tuneyard/crds
 
+.PHONY: trl-fields
+trl-fields: $(VENV)/.dev ## Write the arguments of TRL's configs for the planner
+	$(BIN)/python scripts/trl_fields.py
+
 .PHONY: requirements
 requirements: $(UV) ## Resolve requirements/*.txt again
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
@@ -120,7 +132,8 @@ requirements: $(UV) ## Resolve requirements/*.txt again
 	  --constraints requirements/dev.txt --output-file requirements/trainer.txt
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-header pyproject.toml --extra trainer --extra cluster --extra s3 \
-	  --extra qlora --constraints requirements/dev.txt --output-file requirements/image.txt
+	  --extra qlora --extra trl --constraints requirements/dev.txt \
+	  --output-file requirements/image.txt
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-header pyproject.toml --extra trainer --extra cluster --extra s3 \
 	  --extra qlora --extra vllm --output-file requirements/image-vllm.txt

@@ -23,6 +23,7 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -165,11 +166,14 @@ def _materialize(model: nn.Module, *, frozen_as_buffers: bool) -> None:
 
 
 def _shard(model: Any, mesh: DeviceMesh) -> None:
+    """Shard a model as the trainer does: an adapter stays whole on each device."""
     policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=torch.float32)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    adapted = hasattr(model, "get_base_model")
+    base = model.get_base_model() if adapted else model
+    whole = {p for p in model.parameters() if adapted and p.requires_grad}
     for layer in decoder_layers(base)[1]:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=whole)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
 
 
 class FourBitLinear(nn.Linear):
@@ -234,7 +238,10 @@ def _measured(model: nn.Module, step: Step) -> Tracked:
         if torch.device(device).type == "cpu"
     ]
     parameters, gradients = _bytes(_tensors(model)), _bytes(p.grad for p in model.parameters())
-    return Tracked(parameters, gradients, peak["Total"] - parameters - gradients)
+    # torch's tracker of sharded models takes what FSDP2 manages, and not an adapter.
+    adapter = [p for p in model.parameters() if step.gpus > 1 and not isinstance(p, DTensor)]
+    total = peak["Total"] + _bytes(adapter) + _bytes(p.grad for p in adapter)
+    return Tracked(parameters, gradients, total - parameters - gradients)
 
 
 def _fast(tracker: Any) -> Any:

@@ -79,8 +79,27 @@ LOST = attempt(
     lastStep=400,
     stepsLost=40,
 )
+MEMORY: Object = {
+    "device": "NVIDIA L40S",
+    "capacityBytes": 44_276_056_883,
+    "stages": [
+        {
+            "name": "sft",
+            "moment": "gradient of the loss",
+            "totalBytes": 40_000_000_000,
+            "parts": [
+                {"name": "weights", "bytes": 16_200_000_000},
+                {"name": "gradients", "bytes": 160_000_000},
+                {"name": "optimizer", "bytes": 320_000_000},
+                {"name": "activations", "bytes": 17_000_000_000},
+                {"name": "logits", "bytes": 6_320_000_000},
+            ],
+        },
+    ],
+}
 RUNNING: Object = {
     **PLANNED,
+    "memory": MEMORY,
     "phase": "Running",
     "conditions": [
         IS_PLANNED,
@@ -105,6 +124,7 @@ RUNNING: Object = {
         "totalSteps": 1200,
         "percentage": 41,
         "estimatedRemainingSeconds": 2040,
+        "cost": {"totalSeconds": 4080, "gpuHours": 9.07, "price": 27.4},
         "metrics": {"loss": 1.2345678, "learningRate": 0.000187, "tokensPerSecond": 12345.6},
         "lastUpdatedTime": before(0.2),
     },

@@ -302,7 +302,7 @@ def test_run_passes_the_plans_and_the_manifests_folder_to_the_trainer(
 ) -> None:
     calls: list[tuple[list[Plan], Path]] = []
 
-    def run(plans: list[Plan], base_dir: Path) -> int:
+    def run(plans: list[Plan], base_dir: Path, _: Any) -> int:
         calls.append((plans, base_dir))
         return code
 
@@ -323,7 +323,7 @@ def test_a_manifest_from_standard_input_is_relative_to_the_current_folder(
 ) -> None:
     folders: list[Path] = []
 
-    def run(plans: list[Plan], base_dir: Path) -> int:
+    def run(plans: list[Plan], base_dir: Path, _: Any) -> int:
         folders.append(base_dir)
         return 0
 
@@ -348,7 +348,7 @@ def test_a_failed_run_prints_a_message_without_a_traceback(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def run(plans: list[Plan], base_dir: Path) -> int:
+    def run(plans: list[Plan], base_dir: Path, _: Any) -> int:
         raise error
 
     trainer(monkeypatch, run)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.planning.models import CONFIGS
+from tests.planning.models import CONFIGS, facts
+from tuneyard.api.job_facts import Device, FitAnswer, JobFacts, RowFacts
+from tuneyard.api.plan import Plan
 from tuneyard.cli import gguf_header, main
 
 MANIFEST = """
@@ -88,12 +92,32 @@ def test_each_gpu_of_a_worker_is_a_device_with_a_process_of_its_own(
 def test_a_job_that_does_not_fit_is_told_what_would_make_it_fit(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert plan(folder, "--gpu", "L4") == 0
+    assert plan(folder, "--gpu", "T4") == 0
     shown = capsys.readouterr().out
-    assert "sft does not fit: it takes 49.8 GiB (gradient of the loss)" in shown
+    assert "sft does not fit: it takes 17.3 GiB (gradient of the loss)" in shown
     ways = shown.split("To make the job fit:")[1].strip().splitlines()
     assert len(ways) >= 2
-    assert any("spec.training.microBatchTokens" in way for way in ways)
+    assert any("spec." in way for way in ways)
+
+
+def test_what_auto_will_choose_to_fit_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(folder, "--gpu", "A100-40GB") == 0
+    shown = capsys.readouterr().out
+    assert "sft will use micro-batches of " in shown
+    assert "does not fit" not in shown
+
+
+def test_the_gpu_of_the_manifest_needs_no_option(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = folder / "job.yaml"
+    for gpu, shown in (("H100", True), ("a card of the future", False)):
+        text = MANIFEST.format(uri="file://model", adapter="lora")
+        manifest.write_text(f"{text}  compute: {{gpu: {gpu}}}\n")
+        assert main.call(["plan", str(manifest)]) == 0
+        assert ("Memory of one worker with H100" in capsys.readouterr().out) is shown
 
 
 def test_a_gpu_that_nobody_described_is_estimated_and_said_so(
@@ -154,6 +178,39 @@ def test_the_plan_as_json_does_not_depend_on_the_gpu(
     assert capsys.readouterr().out == plain
 
 
+# ---- `tuneyard run` -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("gib", "fits"), [(64, True), (16, False)])
+def test_a_run_prints_the_same_plan_and_decides_by_the_machines_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, gib: int, fits: bool
+) -> None:
+    """`decide` is called by the trainer, with what it found before the training."""
+    given: list[tuple[FitAnswer, list[str]]] = []
+    known = JobFacts(
+        model=facts("8B"), rows={"prepare": RowFacts(longest=900)}, device=Device(memory=gib << 30)
+    )
+
+    def run(plans: list[Plan], _: Path, decide: Any) -> int:
+        given.extend(decide(plan, known) for plan in plans)
+        given.extend(decide(plan, JobFacts(unknown_model="it is new")) for plan in plans)
+        return 0
+
+    module = types.ModuleType("tuneyard_trainer.local.run")
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tuneyard_trainer.local.run", module)
+    manifest = folder / "job.yaml"
+    manifest.write_text(MANIFEST.format(uri="file://model", adapter="lora"))
+    assert main.call(["run", str(manifest)]) == 0
+    (answer, lines), unknown = given
+    assert lines[0].startswith("Memory of one worker with CPU: ")
+    assert [line.split(":")[0] for line in lines[1:3]] == ["sft", "evaluate"]
+    assert (answer.refusal is None) is fits
+    if answer.refusal is not None:
+        assert "run it on a machine with " in answer.refusal.advice
+    assert unknown == (FitAnswer(), ["The memory of the job is not known: it is new."])
+
+
 # ---- GGUF ---------------------------------------------------------------------------------------
 
 
@@ -206,3 +263,14 @@ def test_a_truncated_gguf_file_is_named_in_one_line(
     (folder / "cut.gguf").write_bytes(gguf(FIELDS, ["token_embd.weight"])[:size])
     assert plan(folder, "--gpu", "H100", uri="file://cut.gguf") == 0
     assert "cut.gguf is no GGUF file that can be read" in capsys.readouterr().out
+
+
+def test_the_memory_of_a_job_under_trl_is_shown(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = MANIFEST.format(uri="file://model", adapter="lora") + "  training: {engine: trl}\n"
+    (folder / "job.yaml").write_text(text)
+    assert main.call(["plan", str(folder / "job.yaml"), "--gpu", "H100"]) == 0
+    shown = capsys.readouterr().out
+    assert "Memory of" in shown
+    assert "is not known" not in shown

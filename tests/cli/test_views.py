@@ -10,6 +10,7 @@ from rich.console import Console, RenderableType
 
 from tests.cli.cluster_jobs import (
     FAILED,
+    MEMORY,
     NOW,
     PLANNED,
     RUNNING,
@@ -50,6 +51,18 @@ def test_the_table_of_all_jobs_is_frozen() -> None:
     given = [job(status) for status in STATUSES.values()] + [job({})]
     table = views.jobs_table(given, NOW, with_namespace=True)
     assert_golden("status/jobs.txt", text(table))
+
+
+def test_the_measured_peak_stands_beside_the_estimate_and_an_unknown_capacity_is_a_dash() -> None:
+    (stage,) = MEMORY["stages"]
+    done = {**MEMORY, "stages": [{**stage, "measuredBytes": 39_000_000_000}]}
+    shown = text(views.job_view(job({**RUNNING, "memory": done}), [], NOW))
+    row = next(line for line in shown.splitlines() if "weights" in line)
+    assert row.split()[:7] == ["sft", "37.3", "GiB", "36.3", "GiB", "41.2", "GiB"]
+    unknown = {key: value for key, value in MEMORY.items() if key != "capacityBytes"}
+    shown = text(views.job_view(job({**RUNNING, "memory": unknown}), [], NOW))
+    row = next(line for line in shown.splitlines() if "weights" in line)
+    assert row.split()[:5] == ["sft", "37.3", "GiB", views.ABSENT, views.ABSENT]
 
 
 def test_the_line_names_the_number_of_the_newest_attempt_although_others_were_dropped() -> None:

@@ -97,6 +97,23 @@ class Platform:
 
     def run(self, name: str, script: str, files: dict[str, str] | None = None) -> str:
         """Run a Python script in a pod with the volumes at /data and /models; return its output."""
+        phase, log = self.ended(name, script, files)
+        self.kubectl("delete", "pod", name, "--wait=false")
+        assert phase == "Succeeded", log
+        return log
+
+    def ended(
+        self,
+        name: str,
+        script: str,
+        files: dict[str, str] | None = None,
+        *,
+        memory: int | None = None,
+    ) -> tuple[str, str]:
+        """Run a Python script in a pod; return the phase in which the pod ended, and its output.
+
+        `memory`: the pod's limit in bytes. None: it has none.
+        """
         config = {"script.py": script, **(files or {})}
         mounts = [{"name": volume, "mountPath": f"/{volume}"} for volume in VOLUMES]
         claims = [
@@ -122,6 +139,7 @@ class Platform:
                         "imagePullPolicy": "IfNotPresent",
                         "command": ["python", "/config/script.py"],
                         "env": [{"name": "HOME", "value": "/tmp"}],
+                        "resources": {"limits": {"memory": str(memory)}} if memory else {},
                         "securityContext": {
                             "allowPrivilegeEscalation": False,
                             "capabilities": {"drop": ["ALL"]},
@@ -137,16 +155,13 @@ class Platform:
             pod,
         )
 
-        def ended() -> str:
+        def phase() -> str:
             return self.kubectl("get", "pod", name, "-o", "jsonpath={.status.phase}")
 
-        phase = self.until(
-            f"pod {name} ends", lambda: (p := ended()) in ("Succeeded", "Failed") and p, 180
+        found = self.until(
+            f"pod {name} ends", lambda: (p := phase()) in ("Succeeded", "Failed") and p, 180
         )
-        log = self.kubectl("logs", name)
-        self.kubectl("delete", "pod", name, "--wait=false")
-        assert phase == "Succeeded", log
-        return log
+        return found, self.kubectl("logs", name)
 
 
 @pytest.fixture(scope="module")

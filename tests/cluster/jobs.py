@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+LAYERS, TRAINED = 64, 4
+"""Layers of the wide model (wide_model.py), and how many of them its job trains."""
+
 
 def quickstart(name: str, *, steps: int, **more: Any) -> dict[str, Any]:
     """Return the quickstart's job with `steps` steps."""
@@ -46,6 +49,41 @@ def tiny(name: str, *, steps: int, checkpoint_steps: int) -> dict[str, Any]:
         },
         "evaluate": {"maxNewTokens": 4, "samples": 1},
         "output": {"uri": f"pvc://models/{name}"},
+    }
+    return _job("FineTuneJob", name, spec)
+
+
+def wide(name: str, *, workers: int, steps: int, memory: int) -> dict[str, Any]:
+    """Return a job that trains the last layers of the wide model under TRL, which `workers` share
+    if they are several. `memory`: bytes of each pod."""
+    spec = {
+        "model": {"uri": "pvc://data/wide"},
+        "data": {
+            "train": [{"uri": "pvc://data/sums.jsonl"}],
+            "validation": {"fraction": 0.1},
+            "maxLength": 64,
+        },
+        "training": {
+            "engine": "trl",
+            "maxSteps": steps,
+            "batchSize": workers,
+            "microBatchTokens": 64,
+            "learningRate": 0.0001,
+            # AdamW's state of all layers would not fit either: 16 bytes for each parameter.
+            "freeze": {"layers": f"0-{LAYERS - TRAINED - 1}", "embeddings": True},
+            "checkpointSteps": 2,
+            "evaluationSteps": 1000,
+            "keepBest": False,
+        },
+        "evaluate": {"maxNewTokens": 2, "samples": 1},
+        "output": {"uri": f"pvc://models/{name}"},
+        "compute": {
+            "workers": workers,
+            "sharding": "fsdp" if workers > 1 else "none",
+            "cpusPerWorker": "800m",
+            "memory": str(memory),
+            "sharedMemory": "512Mi",
+        },
     }
     return _job("FineTuneJob", name, spec)
 

@@ -19,7 +19,9 @@ from tuneyard.controller.cluster import ApiError, Cluster, Key
 from tuneyard.controller.reconciler import Reconciler
 from tuneyard.controller.settings import Settings
 from tuneyard.controller.status_server import StatusServer
-from tuneyard.rendering.names import audience
+from tuneyard.manifests.manifest import parse
+from tuneyard.planning.plan import plan_job
+from tuneyard.rendering.names import audience, plan_digest
 from tuneyard_trainer.pod.reporter import StatusClient
 
 Object = dict[str, Any]
@@ -45,6 +47,8 @@ class PlayedCluster:
         self.secrets: dict[str, Object] = {}
         self.now: datetime | None = None
         """The time for the operator's certificates; None: now."""
+        self.is_down = False
+        """Whether the plan cannot be read."""
         self.num_reviews = self.num_reviewing = self.most_reviewing = 0
         self.review_seconds = 0.0
         self.body: Object = {
@@ -61,8 +65,9 @@ class PlayedCluster:
                 "data": {"train": [{"uri": "pvc://data/train.jsonl"}]},
                 "output": {"uri": "pvc://models/tuned"},
             },
-            "status": STATUS,
         }
+        digest = plan_digest(plan_job(parse(self.body)))
+        self.body["status"] = {**STATUS, "planDigest": digest}
 
     async def secret(self, _: str, name: str) -> Object | None:
         return copy.deepcopy(self.secrets.get(name))
@@ -106,6 +111,11 @@ class PlayedCluster:
 
     async def job(self, key: Key) -> Object | None:
         return self.body if key == KEY else None
+
+    async def config_map(self, *_: str) -> Object | None:
+        if self.is_down:
+            raise ApiError(500, "InternalError", "the API server is down")
+        return None
 
 
 class Served:

@@ -22,6 +22,7 @@ from tests.controller.scene import (
     outcome,
     post,
 )
+from tests.planning.models import facts as model_facts
 from tuneyard.api.progress import MAX_POST_BYTES
 
 pytestmark = pytest.mark.apiserver
@@ -203,6 +204,23 @@ def test_a_post_in_kubeflows_protocol_is_accepted(scene: OperatedScene) -> None:
     job.until(lambda job: job.status.get("progress", {}).get("percentage") == 45)
     progress = job.status["progress"]
     assert (progress["metrics"], progress["estimatedRemainingSeconds"]) == ({"loss": 0.75}, 789)
+
+
+def test_the_estimate_of_a_job_that_posts_its_facts_is_stored(scene: OperatedScene) -> None:
+    job = scene.create("estimated")
+    driver = job.attempt(1).run().driver()
+    facts = {
+        "model": model_facts("8B").model_dump(mode="json", by_alias=True),
+        "device": {"gpu": "NVIDIA H100", "memory": 79 << 30},
+    }
+    cost = {"totalSeconds": 7200, "gpuHours": 2.0, "price": 7.5}
+    answer = driver.send(post(1, 1, facts=facts, cost=cost))
+    assert answer.status == 200
+    assert answer.body["fit"] is not None
+    job.until(lambda job: job.status.get("memory"))
+    assert job.status["memory"]["device"] == "NVIDIA H100"
+    assert job.status["memory"]["stages"][0]["parts"]
+    assert job.status["progress"]["cost"] == cost
 
 
 # ---- attempts -----------------------------------------------------------------------------------

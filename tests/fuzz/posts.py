@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 from tests.controller.played import GOOD, KEY, POST, PlayedCluster, Served, served
 from tests.fuzz.mutations import mutated_text, mutated_value
+from tests.planning.models import facts
 from tuneyard.api.progress import MAX_POST_BYTES
 from tuneyard.controller import status_server
 from tuneyard.manifests.manifest import parse
@@ -46,6 +47,14 @@ FULL: Object = {
             },
             {"name": "sft", "kind": "sft", "state": "Running"},
         ],
+        "facts": {
+            "model": facts("8B").model_dump(mode="json", by_alias=True),
+            "rows": {"prepare": {"longest": 900, "heldOut": 120}},
+            "prompts": {"evaluate": {"longest": 40, "count": 12}},
+            "models": {"evaluate/judge": 8_030_261_248},
+            "device": {"gpu": "NVIDIA H100", "memory": 79 << 30},
+            "devices": 2,
+        },
     },
 }
 OUTCOMES: tuple[Object, ...] = (

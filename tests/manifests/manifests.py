@@ -135,6 +135,8 @@ LORA = job(
       memory: 64Gi
       sharedMemory: 8Gi
       temporaryStorage: 500Gi
+      gpu: A100-80GB
+      pricePerHour: 3.5
       gpuResource: nvidia.com/gpu
       nodeSelector: {accelerator: a100}
       tolerations:
@@ -163,11 +165,14 @@ FULL_TUNING = job(
       train: [{uri: "s3://bucket/text.parquet"}]
       validation: {data: [{uri: "pvc://data/held-out.jsonl"}]}
     training:
+      engine: trl
+      trl: {torch_compile: true, neftune_noise_alpha: 5}
       maxSteps: 100
       learningRate: auto
       freeze: {layers: "0-11", embeddings: true, head: true}
       optimizer: {maxGradientNorm: null}
     output: {uri: "gs://bucket/job"}
+    compute: {workers: 2, sharding: fsdp}
     """,
 )
 
@@ -324,6 +329,41 @@ RLOO = job(
     output: {uri: "file://out"}
     """,
 )
+DISTILL = job(
+    "AlignmentJob",
+    """
+    model: {uri: "hf://org/small"}
+    optimize:
+      distill:
+        teacher:
+          uri: "hf://org/large"
+          revision: main
+          tokenSecret: {name: hf, key: token}
+        prompts: {uri: "file://prompts.jsonl"}
+        sampling: {temperature: 0.7}
+        beta: 0.5
+        training:
+          engine: trl
+          trl: {top_k: 50}
+          epochs: 2
+          batchSize: 16
+          microBatchTokens: 4096
+          learningRate: 0.0001
+          schedule: {type: linear}
+          optimizer: {weightDecay: 0.1}
+          dropout: 0.1
+          freeze: {layers: "0-3"}
+          precision: float32
+          gradientCheckpointing: true
+          evaluationSteps: 10
+          earlyStopping: {patience: 2}
+          keepBest: false
+          checkpointSteps: 10
+          seed: 1
+    output: {uri: "file://out"}
+    """,
+)
+DISTILL_STEPS = changed(DISTILL, {"spec.optimize.distill.training": {"maxSteps": 10}})
 RULE_REWARD = changed(RLOO, {"spec.rewardModel.rule": {"jsonSchema": "{}"}})
 
 VALID = {
@@ -339,6 +379,8 @@ VALID = {
     "ppo": PPO,
     "grpo": GRPO,
     "rloo": RLOO,
+    "distill": DISTILL,
+    "distill-steps": DISTILL_STEPS,
     "rule-reward": RULE_REWARD,
 }
 
@@ -359,7 +401,7 @@ def _one_of(name: str, base: Manifest, path: str, value: Any, members: str) -> B
 
 
 _ADAPTERS = "lora, qlora, prefix, prompt, ia3, bottleneck"
-_OPTIMIZE = "dpo, ppo, grpo, rloo"
+_OPTIMIZE = "dpo, ppo, grpo, rloo, distill"
 _PROMPTS = {"prompts": {"uri": "file://prompts.jsonl"}}
 _NEEDS_PREFERENCES = "needs preferences: add preferences.data or preferences.aiFeedback"
 
@@ -502,7 +544,7 @@ BROKEN_RULES = [
         "grpo-without-a-reward",
         changed(GRPO, {"spec.rewardModel": ABSENT, "spec.rewardTerms": ABSENT}),
         "spec.optimize",
-        "ppo, grpo and rloo need a reward: add rewardModel, or optimize by dpo",
+        "ppo, grpo and rloo need a reward: add rewardModel, or optimize by dpo or distill",
     ),
     BrokenRule(
         "rounds-without-optimize",

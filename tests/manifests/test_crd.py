@@ -125,6 +125,15 @@ def test_no_bound_has_a_fraction_that_the_api_server_would_truncate(name: str) -
             assert float(schema.get(key, 0)).is_integer(), path
 
 
+@pytest.mark.parametrize("name", CRDS)
+def test_no_bound_overflows_in_the_api_server(name: str) -> None:
+    """It computes with bounds as floating-point numbers, and refuses every status if one near the
+    largest int64 overflows."""
+    for path, schema in nodes(root(CRDS[name])):
+        for bound in ("minimum", "maximum"):
+            assert abs(schema.get(bound, 0)) <= 1 << 53, path
+
+
 @pytest.mark.parametrize("crd", CRDS.values(), ids=lambda crd: crd["metadata"]["name"])
 def test_everything_but_the_run_policy_is_immutable_once_planned(crd: dict[str, Any]) -> None:
     rules = root(crd)["x-kubernetes-validations"]

@@ -15,6 +15,7 @@ from tuneyard.api.alignmentjob import AlignmentJob
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput
 from tuneyard.api.stage_settings import (
     AssessSettings,
+    DistillSettings,
     DpoSettings,
     FeedbackSettings,
     GrpoSettings,
@@ -28,7 +29,7 @@ from tuneyard.planning.plan import plan_job
 from tuneyard.rendering.storage import storage, storage_faults
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "alignment"
-NAMES = ("ai-feedback", "constitutional", "dpo", "grpo", "ppo", "rloo")
+NAMES = ("ai-feedback", "constitutional", "distill", "dpo", "grpo", "ppo", "rloo")
 
 
 def job(name: str = "dpo", **changes: Any) -> AlignmentJob:
@@ -80,6 +81,39 @@ def test_the_four_steps_come_in_order_and_each_starts_from_the_model_before() ->
     measured = stage(planned, "evaluate").inputs
     assert measured["tuned"] == StageInput(stage="ppo")
     assert measured["start"] == StageInput(stage="sft")
+
+
+def test_a_distillation_follows_fine_tuning_and_is_measured_on_its_prompts() -> None:
+    planned = plan_job(job("distill"))
+    assert names(planned) == ["prepare", "sft", "distill", "evaluate", "export"]
+    distill = stage(planned, "distill")
+    assert distill.inputs["tuned"] == StageInput(stage="sft")
+    teacher = distill.inputs["teacher"]
+    assert isinstance(teacher, SourceInput)
+    assert (teacher.uri, teacher.path) == ("job://quickstart", "spec.optimize.distill.teacher.uri")
+    assert isinstance(distill.settings, DistillSettings)
+    assert distill.settings.chat.system_prompt == "Hedgo help."
+    assert distill.settings.training.engine == "trl"
+    measured = stage(planned, "evaluate")
+    assert measured.inputs["tuned"] == StageInput(stage="distill")
+    assert measured.inputs["start"] == StageInput(stage="sft")
+    assert measured.inputs["prompts"] == distill.inputs["prompts"]
+    assert "teacher" not in measured.inputs
+
+
+def test_the_rounds_of_a_distillation_continue_each_other() -> None:
+    planned = plan_job(job("distill", rounds=2))
+    assert names(planned)[2:4] == ["distill", "distill-2"]
+    assert stage(planned, "distill-2").inputs["tuned"] == StageInput(stage="distill")
+
+
+def test_another_teacher_elsewhere_is_no_other_plan_and_another_beta_is() -> None:
+    path = "optimize__distill__"
+    moved = plan_job(job("distill", **{f"{path}teacher__uri": "file://model"}))
+    other = plan_job(job("distill", **{f"{path}beta": 0.5}))
+    known = stage(plan_job(job("distill")), "distill").fingerprint
+    assert stage(moved, "distill").fingerprint == known, "its digest is part of the identity"
+    assert stage(other, "distill").fingerprint != known
 
 
 def test_later_steps_use_the_system_prompt_of_fine_tuning() -> None:

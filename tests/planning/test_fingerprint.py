@@ -195,6 +195,7 @@ def test_moving_data_and_rotating_secrets_changes_no_fingerprint() -> None:
 def test_every_training_field_is_identity_or_declared_runtime() -> None:
     """A field that the planner does not pass on would have no effect."""
     values: dict[str, Any] = {
+        "engine": "trl",
         "epochs": 5,
         "batchSize": 8,
         "learningRate": 1e-3,
@@ -207,8 +208,9 @@ def test_every_training_field_is_identity_or_declared_runtime() -> None:
         "keepBest": False,
         "seed": 9,
     }
-    elsewhere = {"maxSteps", "freeze"}  # they exclude epochs and the adapter: tested in test_plan
-    runtime = set(yaml_fields(TrainRuntime)) - {"endpoint"}
+    # They exclude epochs and the adapter, or need an engine: tested in test_plan and test_engines.
+    elsewhere = {"maxSteps", "freeze", "trl"}
+    runtime = set(yaml_fields(TrainRuntime)) - {"endpoint", "sharding"}  # of spec.compute
     assert set(values) | elsewhere | runtime == set(yaml_fields(Training))
     for field, value in values.items():
         after = fingerprints(planned(**{f"training__{field}": value}))

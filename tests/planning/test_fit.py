@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ def test_smaller_micro_batches_come_before_recomputation() -> None:
 def test_activations_are_recomputed_where_small_micro_batches_are_not_enough() -> None:
     job = planned("8B", "L4", adapter={"lora": {}})
     assert chosen(job).gradient_checkpointing
-    assert job.peak(job.training[0], chosen(job)) <= job.gpu.usable
+    assert job.peak(job.training[0], chosen(job)) <= job.device.usable
 
 
 def test_micro_batches_that_the_manifest_sets_are_kept() -> None:
@@ -38,11 +39,75 @@ def test_micro_batches_that_the_manifest_sets_are_kept() -> None:
     assert chosen(job).micro_batch_tokens == 8192
 
 
-def test_the_model_is_sharded_only_where_the_engine_can_and_nothing_else_fits() -> None:
-    job = replace(planned("8B", "H100", devices=8), shardings=("none", "fsdp"))
-    assert choose(job, job.training[0]).sharding == "fsdp"
-    small = replace(planned("8B", "H100", 8, adapter={"lora": {}}), shardings=("none", "fsdp"))
-    assert choose(small, small.training[0]).sharding == "none"
+TRL: dict[str, Any] = {"training__engine": "trl"}
+WHOLE: dict[str, Any] = {**TRL, "compute": {"workers": 8, "sharding": "none"}}
+SHARED: dict[str, Any] = {**TRL, "compute": {"workers": 8, "sharding": "fsdp"}}
+
+
+def test_sharding_is_never_chosen_to_fit_as_the_manifest_decides_it() -> None:
+    job = planned("8B", "H100", devices=8)
+    assert {settings.sharding for settings in fit(job).chosen.values()} == {"none"}
+
+
+def test_workers_that_share_a_model_hold_a_part_of_its_weights_and_of_their_state() -> None:
+    alone, shared = planned("8B", "H100", 8, **WHOLE), planned("8B", "H100", 8, **SHARED)
+    parts = {
+        name: dict(fit(job).memory[0].peak.parts) for name, job in (("1", alone), ("8", shared))
+    }
+    for part in ("weights", "gradients", "optimizer"):
+        assert parts["8"][part] == pytest.approx(parts["1"][part] / 8, rel=1e-6)
+    assert fit(shared).fits
+    assert not fit(alone).fits
+
+
+def test_an_adapter_is_whole_on_each_worker() -> None:
+    lora = {"adapter": {"lora": {}}}
+    alone, shared = (
+        planned("8B", "H100", 8, **WHOLE, **lora),
+        planned("8B", "H100", 8, **SHARED, **lora),
+    )
+    for part in ("gradients", "optimizer"):
+        sizes = [dict(fit(job).memory[0].peak.parts)[part] for job in (alone, shared)]
+        assert sizes[0] == sizes[1] > 0
+
+
+@pytest.mark.parametrize(("devices", "expected"), [(1, "none"), (8, "fsdp")])
+def test_auto_shards_on_several_gpus_what_takes_more_than_half_of_one(
+    devices: int, expected: str
+) -> None:
+    auto = {**TRL, "compute": {"workers": 8}}
+    assert chosen(planned("8B", "H100", devices, **auto)).sharding == expected
+    lora = {"adapter": {"lora": {}}}
+    assert chosen(planned("8B", "H100", devices, **auto, **lora)).sharding == "none"
+
+
+def test_a_model_that_no_gpu_holds_is_shared_by_the_fewest_workers() -> None:
+    found = fit(planned("8B", "H100"))
+    assert found.remedies[0].change == (
+        "set spec.training.engine to trl, spec.compute.sharding to fsdp and spec.compute.workers "
+        "to 2"
+    )
+    assert fit(planned("8B", "H100", 2, **SHARED)).fits
+    assert all(
+        "fsdp" not in way.change
+        for way in fit(planned("70B", "L4", adapter={"qlora": {}})).remedies
+    )
+
+
+def test_the_teacher_of_a_distillation_is_counted_beside_the_policy() -> None:
+    teacher = {"uri": "file://teacher"}
+    prompts = {"uri": "file://prompts.jsonl"}
+    job = aligned("8B", "H200", {"distill": {"teacher": teacher, "prompts": prompts}})
+    (memory,) = [found for found in fit(job).memory if found.stage == "distill"]
+    assert dict(memory.peak.parts)["teacher"] == 2 * job.facts.parameters
+    assert any("the teacher is assumed" in text for text in memory.assumptions)
+
+
+def test_trl_computes_the_logits_of_a_large_vocabulary_in_tiles() -> None:
+    lora = {"adapter": {"lora": {}}, "training__microBatchTokens": 16384}
+    native, trl = planned("8B", "H200", **lora), planned("8B", "H200", **TRL, **lora)
+    logits = [dict(fit(job).memory[0].device[0].parts)["logits"] for job in (native, trl)]
+    assert logits[1] < logits[0] / 8
 
 
 def test_the_choice_changes_no_byte_of_the_plan() -> None:
@@ -88,7 +153,7 @@ def test_the_longest_row_fits_and_the_next_one_does_not() -> None:
     for length, fits in [(longest, True), (longest + 128, False)]:
         tried = replace(job, lengths=replace(job.lengths, rows=length, pairs=length))
         settings = choose(tried, tried.training[0])
-        assert (tried.peak(tried.training[0], settings) <= job.gpu.usable) is fits
+        assert (tried.peak(tried.training[0], settings) <= job.device.usable) is fits
 
 
 # ---- hardware -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -126,7 +127,8 @@ def test_a_reward_model_beside_ppo_takes_two_bytes_a_parameter_of_its_layers() -
     assert parts(stage, "gradient of the loss")["reward models"] == 2 * (P - head)
     assert stage.assumptions == (
         "prompts are assumed to have up to 512 tokens",
-        "each reward model is assumed to be as large as the model",
+        "completions are assumed to reach maxNewTokens: 256 tokens",
+        "each reward model of which nothing is known is assumed to be as large as the model",
     )
 
 
@@ -147,7 +149,7 @@ def test_evaluation_loads_the_base_of_a_qlora_job_in_bfloat16() -> None:
     evaluate = stages(job)["evaluate"]
     weights = parts(evaluate, "loss of held-out rows")["weights in bfloat16"]
     assert weights > 2 * facts("70B").parameters
-    assert evaluate.peak.total > job.gpu.usable
+    assert evaluate.peak.total > job.device.usable
 
 
 def test_evaluation_of_full_fine_tuning_holds_both_models_if_the_base_is_compared() -> None:
@@ -171,3 +173,12 @@ def test_the_export_holds_one_tensor_of_the_model_on_the_cpu_and_the_adapter() -
 
 def test_a_checkpoint_copies_weights_and_moments_to_the_pods_memory() -> None:
     assert stages(planned("8B", "H100"))["sft"].host_peak.total == 12 * P
+
+
+def test_each_worker_of_an_alignment_samples_its_share_of_the_prompts_of_the_evaluation() -> None:
+    job = aligned("8B", "H200", {"dpo": {}}, preferences=PAIRS, adapter={"lora": {}})
+    one, four = (
+        parts(stages(replace(job, devices=devices))["evaluate"], "sampling") for devices in (1, 4)
+    )
+    assert one["key-value cache"] == 4 * four["key-value cache"]
+    assert one["weights"] == four["weights"] > 2 * P

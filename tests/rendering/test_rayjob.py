@@ -326,6 +326,59 @@ def test_more_elastic_workers_than_there_are_is_refused() -> None:
     assert fault.path == "spec.compute.minWorkers"
 
 
+SHARED = {
+    "shared": Compute(workers=2, sharding="fsdp"),
+    "whole": Compute(workers=2, sharding="none"),
+    "alone": Compute(workers=1, sharding="fsdp"),
+}
+HELD_OUT = {"train": [{"uri": "pvc://data/rows.jsonl"}], "validation": {"fraction": 0.1}}
+
+
+def shardings(profile: str, **compute: Any) -> list[str]:
+    """Return the sharding of prepare, sft, evaluate and export."""
+    given = job(training={"engine": "trl"}, data=HELD_OUT, compute={"profile": profile, **compute})
+    return [stage.runtime.sharding for stage in placed(plan_job(given), profiles=SHARED).stages]
+
+
+def test_the_sharding_of_a_profile_holds_for_the_stages_that_run_the_model() -> None:
+    assert shardings("shared") == ["none", "fsdp", "fsdp", "none"]
+    assert shardings("whole") == ["none"] * 4
+    assert shardings("shared", sharding="none") == ["none"] * 4
+    assert shardings("whole", sharding="fsdp") == ["none", "fsdp", "fsdp", "none"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training": {"engine": "native"}},
+        {"training": {"engine": "trl"}, "adapter": {"qlora": {}}},
+    ],
+)
+def test_a_profile_that_shards_refuses_a_job_that_cannot_be_sharded(
+    changes: dict[str, Any],
+) -> None:
+    (fault,) = faults(job(compute={"profile": "shared"}, **changes), profiles=SHARED)
+    assert fault.path == "spec.compute.profile"
+    assert "set compute.sharding to none" in fault.message
+    whole = {"profile": "shared", "sharding": "none"}
+    rendered(job(compute=whole, **changes), profiles=SHARED)
+
+
+@pytest.mark.parametrize(
+    ("compute", "path"),
+    [
+        ({"profile": "alone"}, "workers"),
+        ({"profile": "alone", "sharding": "fsdp"}, "workers"),
+        ({"profile": "shared", "workers": 1}, "workers"),
+        ({"profile": "shared", "minWorkers": 1}, "minWorkers"),
+    ],
+)
+def test_a_profile_that_shards_needs_two_workers(compute: dict[str, Any], path: str) -> None:
+    (fault,) = faults(job(training={"engine": "trl"}, compute=compute), profiles=SHARED)
+    assert fault.path == f"spec.compute.{path}"
+    assert "at least 2 workers" in fault.message
+
+
 # ---- volumes and secrets --------------------------------------------------------------------
 
 

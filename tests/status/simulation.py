@@ -10,7 +10,7 @@ from tests.planning.jobs import job as golden_job
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.meta import Condition
 from tuneyard.api.progress import Outcome, Post
-from tuneyard.api.status import AttemptStatus, Failure, JobStatus, Result
+from tuneyard.api.status import AttemptStatus, Failure, JobStatus, MemoryEstimate, Result
 from tuneyard.planning.plan import plan_job
 from tuneyard.rendering.names import queue as queue_of
 from tuneyard.status.events import Event, transition_events
@@ -106,6 +106,7 @@ class Simulation:
     warnings: tuple[str, ...] = ()
     create_error: CreateError | None = None
     post: Post | None = None
+    memory: MemoryEstimate | None = None
     missing_since: datetime | None = None
     workers: int = 1
     min_workers: int = 1
@@ -172,6 +173,7 @@ class Simulation:
             warnings=self.warnings,
             create_error=self.create_error,
             post=self.post,
+            memory=self.memory,
             missing_seconds=(self.now - since).total_seconds() if since else 0.0,
         )
 

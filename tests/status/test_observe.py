@@ -24,7 +24,7 @@ from tests.status.simulation import (
 from tuneyard.api.compute import Compute
 from tuneyard.api.pods import GRACE_SECONDS
 from tuneyard.api.progress import Outcome, Post
-from tuneyard.api.status import Result, StageStatus
+from tuneyard.api.status import MemoryEstimate, Result, StageCost, StageEstimate, StageStatus
 from tuneyard.errors import Fault, PlanError
 from tuneyard.rendering.names import plan_digest
 from tuneyard.status.observe import (
@@ -525,6 +525,56 @@ class TestProgress:
         sim.post = post(2, 5, stage="export", resumedStep=0)
         sim.reconcile()
         assert sim.status.attempts[0].steps_lost is None
+
+
+class TestCost:
+    def test_time_and_price_of_the_running_stage_are_those_of_the_newest_post(self) -> None:
+        sim = running()
+        sim.post = post(1, 5, cost={"totalSeconds": 7200, "gpuHours": 16.0, "price": 40.0})
+        progress = sim.reconcile().status.progress
+        assert progress is not None
+        assert progress.cost == StageCost(total_seconds=7200, gpu_hours=16.0, price=40.0)
+        sim.post = post(1, 0, stage="export")
+        progress = sim.reconcile().status.progress
+        assert progress is not None
+        assert progress.cost is None
+
+
+class TestMemory:
+    def test_the_estimate_stays_in_the_status_though_later_posts_ask_nothing(self) -> None:
+        sim = running()
+        sim.memory = MemoryEstimate(device="NVIDIA H100", capacity_bytes=80)
+        sim.post = post(1, 1)
+        assert sim.reconcile().status.memory == sim.memory
+        unchanged(sim)
+        sim.memory = None  # the operator has restarted
+        sim.post = post(1, 2)
+        assert sim.reconcile().status.memory is not None
+        unchanged(sim)
+
+    def test_the_measured_peak_of_a_finished_stage_stands_beside_its_estimate(self) -> None:
+        sim = running()
+        stages = [StageEstimate(name=name, moment="m", total_bytes=9) for name in ("sft", "dpo")]
+        sim.memory = MemoryEstimate(device="CPU", stages=stages)
+        sim.post = post(1, 1)
+        sim.reconcile()
+        done = {"name": "sft", "kind": "sft", "state": "Succeeded"}
+        for peak, expected in ((7.0, 7), (-1.0, None), (1e300, None)):
+            stage = {**done, "metrics": {"peakMemoryBytes": peak}}
+            sim.post = post(1, 2, stages=[stage])
+            memory = sim.reconcile().status.memory
+            assert memory is not None
+            assert [stage.measured_bytes for stage in memory.stages] == [expected, None]
+
+    def test_a_job_that_does_not_fit_ends_without_another_attempt(self) -> None:
+        sim = running()
+        sim.post = post(1, 0, stage="", outcome=failed("DoesNotFit", advice="Set this; or that."))
+        sim.reconcile()
+        assert sim.phase == "Failed"
+        assert sim.status.failure is not None
+        assert sim.status.failure.reason == "DoesNotFit"
+        assert sim.status.failure.advice == "Set this; or that."
+        assert [attempt.number for attempt in sim.status.attempts] == [1]
 
 
 class TestQueueOfTheJobsLabel:

@@ -116,9 +116,10 @@ def test_ppo_after_fine_tuning_optimizes_a_reward_model_and_a_rule(
     assert {"reward", "startReward", "rewardGain", "rewardGainError"} <= metrics.keys()
 
 
+@pytest.mark.parametrize("engine", ["native", "trl"])
 @pytest.mark.parametrize("method", ["grpo", "rloo"])
 def test_a_rule_as_reward_needs_no_preferences(
-    folder: Path, tmp_path: Path, tiny_model_dir: Path, method: str
+    folder: Path, tmp_path: Path, tiny_model_dir: Path, method: str, engine: str
 ) -> None:
     planned = aligned(
         tiny_model_dir,
@@ -129,12 +130,19 @@ def test_a_rule_as_reward_needs_no_preferences(
                 "prompts": {"uri": "file://prompts.jsonl"},
                 "sampling": {"maxNewTokens": 4},
                 "groupSize": 2,
-                "training": {"maxSteps": 2, "batchSize": 4, "learningRate": 0.001},
+                "training": {
+                    "engine": engine,
+                    "maxSteps": 2,
+                    "batchSize": 4,
+                    "learningRate": 0.001,
+                },
             }
         },
     )
     records = run(planned, folder, tmp_path)
     assert list(records) == [method, "evaluate", "export"]
+    details = records[method]["details"]
+    assert details.get("engine", "native") == engine
     assert records["evaluate"]["metrics"]["startReward"] >= 0
     assert not records["evaluate"]["details"]["promptsHeldOut"]
     card = (tmp_path / "result" / "README.md").read_text()

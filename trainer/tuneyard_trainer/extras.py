@@ -19,6 +19,9 @@ def require(stages: Iterable[PlannedStage]) -> None:
         adapter = getattr(stage.settings, "adapter", None)
         if adapter and adapter.qlora:
             require_bitsandbytes()
+        loop = getattr(stage.settings, "training", stage.settings)
+        if getattr(loop, "engine", None) == "trl":
+            require_trl()
         sampling = getattr(stage.settings, "sampling", None)
         if sampling and sampling.engine == "vllm":
             require_vllm()
@@ -31,6 +34,16 @@ def require_bitsandbytes() -> None:
             "MissingExtra",
             "adapter.qlora needs bitsandbytes, which is not installed.",
             advice='Install it with `pip install "tuneyard[qlora]"`, or use adapter.lora.',
+        )
+
+
+def require_trl() -> None:
+    """Raise StageError MissingExtra unless TRL is installed."""
+    if importlib.util.find_spec("trl") is None:
+        raise StageError(
+            "MissingExtra",
+            "training.engine is trl, and TRL is not installed.",
+            advice='Install it with `pip install "tuneyard[trl]"`, or remove training.engine.',
         )
 
 

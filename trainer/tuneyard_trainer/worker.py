@@ -32,6 +32,20 @@ class Report(Protocol):
         start."""
 
 
+LOST_PEER = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe")
+"""Texts in the errors of a worker whose peer was lost."""
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Return whether an error says that another worker was lost: torch has no class for it."""
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in LOST_PEER)
+
+
+def is_host_memory(error: BaseException) -> bool:
+    """Return whether the host's memory ran out: torch raises RuntimeError for it."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
 def report_nothing(
     *,
     step: int = 0,

@@ -1,4 +1,5 @@
-"""The alignment steps of an AlignmentJob: preferences, reward models, DPO, PPO, GRPO and RLOO."""
+"""The alignment steps of an AlignmentJob: preferences, reward models, and the methods DPO, PPO,
+GRPO, RLOO and distillation."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from tuneyard.api.adapters import Adapter
 from tuneyard.api.evaluation import Evaluate
 from tuneyard.api.meta import Model, OneOf, Rule
 from tuneyard.api.sources import Dataset, ModelSource, PromptSet, SecretKeyRef
-from tuneyard.api.training import FREEZE_WITHOUT_ADAPTER, Training
+from tuneyard.api.training import FREEZE_WITHOUT_ADAPTER, Training, TrlTraining
 
 
 class RuleReward(OneOf):
@@ -351,6 +352,25 @@ class Rloo(GroupRelative):
     """REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv:2402.14740)."""
 
 
+class Distill(Model):
+    """On-policy distillation: the model completes prompts, and learns the distribution of a teacher
+    at each token of its own completions (Agarwal et al. 2024, arXiv:2306.13649)."""
+
+    teacher: ModelSource
+    """The model to learn from. Its tokenizer must have the same tokens with the same ids."""
+    prompts: PromptSet
+    """The prompts that completions are sampled for."""
+    sampling: Sampling = Sampling()
+    """How completions are sampled. The temperature also divides the logits of both models in the
+    loss."""
+    beta: float = Field(default=1.0, ge=0, le=1)
+    """Divergence to minimize. 0: forward KL, which covers all that the teacher may say. 1: reverse
+    KL, which avoids what the teacher would not say. Between: the generalized Jensen-Shannon
+    divergence, with the teacher's weight `beta` in the mixture."""
+    training: TrlTraining = TrlTraining()
+    """The training loop, which TRL's trainer runs."""
+
+
 class Optimize(OneOf):
     """The alignment method. Set exactly one field."""
 
@@ -362,11 +382,19 @@ class Optimize(OneOf):
     """Group relative policy optimization of the reward."""
     rloo: Rloo | None = None
     """REINFORCE leave-one-out optimization of the reward."""
+    distill: Distill | None = None
+    """Distillation: learns from a teacher's distribution, without preferences and without a
+    reward."""
 
     @property
     def reinforcement(self) -> Ppo | GroupRelative | None:
-        """The settings of PPO, GRPO or RLOO. None: the method is DPO."""
+        """The settings of PPO, GRPO or RLOO. None: the method has no reward."""
         return self.ppo or self.grpo or self.rloo
+
+    @property
+    def on_policy(self) -> Ppo | GroupRelative | Distill | None:
+        """The settings of a method that samples completions of prompts. None: the method is DPO."""
+        return self.reinforcement or self.distill
 
 
 Judge.model_rebuild()

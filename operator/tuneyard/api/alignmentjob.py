@@ -1,4 +1,5 @@
-"""AlignmentJob: reward models, DPO, PPO, GRPO, RLOO, AI feedback and constitutional AI."""
+"""AlignmentJob: reward models, DPO, PPO, GRPO, RLOO, distillation, AI feedback and constitutional
+AI."""
 
 from __future__ import annotations
 
@@ -94,15 +95,18 @@ class AlignmentSpec(Model):
             reads=("rewardModel", "rewardModel.train", "preferences"),
         ),
         Rule(
-            cel="!has(self.optimize) || has(self.optimize.dpo) || has(self.rewardModel)",
+            cel="!has(self.optimize) || has(self.optimize.dpo) || has(self.optimize.distill) || "
+            "has(self.rewardModel)",
             holds=lambda spec: (
                 spec.optimize is None
                 or spec.optimize.dpo is not None
+                or spec.optimize.distill is not None
                 or spec.reward_model is not None
             ),
-            message="ppo, grpo and rloo need a reward: add rewardModel, or optimize by dpo",
+            message="ppo, grpo and rloo need a reward: add rewardModel, or optimize by dpo or "
+            "distill",
             path="optimize",
-            reads=("optimize", "optimize.dpo", "rewardModel"),
+            reads=("optimize", "optimize.dpo", "optimize.distill", "rewardModel"),
         ),
         Rule(
             cel="!has(self.rewardTerms) || self.rewardTerms.size() == 0 || has(self.rewardModel)",

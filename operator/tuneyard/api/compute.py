@@ -9,6 +9,9 @@ from pydantic import Field
 from tuneyard.api.meta import Model, ObjectName, Rule
 from tuneyard.api.quantity import Quantity
 
+MIN_SHARDS = 2
+"""Fewest workers that can share a model."""
+
 
 class Toleration(Model):
     """A Kubernetes toleration."""
@@ -50,8 +53,24 @@ class Compute(Model):
     """Limit on the size of /tmp, which holds downloads, and checkpoints on their way to an object
     store. A worker that exceeds it is evicted. None: the profile's, else 200Gi."""
     # Left out of a plan where it is None: plans of 0.2.0 keep their bytes, and so their digests.
+    sharding: Literal["auto", "none", "fsdp"] = Field(
+        default="auto", exclude_if=lambda sharding: sharding == "auto"
+    )
+    """How a model is laid out over the workers under `training.engine: trl` (docs/engines.md).
+    none: each worker holds all of it. fsdp: each worker holds a part of it (FSDP2). auto: fsdp if
+    an attempt has several GPUs and the model would take more than half of one; else none."""
+    # Left out of a plan where it is auto, for the same reason.
     gpu_resource: str = Field(default="nvidia.com/gpu", max_length=317)
     """Name of the extended resource that represents a GPU."""
+    gpu: str | None = Field(default=None, max_length=64, exclude_if=lambda name: name is None)
+    """Name of each GPU, such as H100 or A100-80GB, or its memory, such as 48Gi, to calculate the
+    job's memory. It chooses no node, and what the workers report takes precedence. None: the
+    profile's, else that of the node label nvidia.com/gpu.product in nodeSelector."""
+    price_per_hour: float | None = Field(
+        default=None, ge=0, le=1e9, exclude_if=lambda price: price is None
+    )
+    """Price of one worker for an hour, GPUs included, in any currency. None: the profile's, else no
+    price is shown."""
     node_selector: dict[str, Annotated[str, Field(max_length=63)]] = Field(
         default={}, max_length=32
     )

@@ -9,19 +9,22 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tuneyard.api.meta import Model
+from tuneyard.api.meta import Report
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0, le=1 << 32)]
+Positive = Annotated[int, Field(ge=1, le=1 << 32)]
+
+MOST_LAYERS = 4096
+"""Layers of a model; a few hundred is the most that exists. It bounds the time of a decision."""
 
 LinearInput = Literal["attentionInput", "attentionOutput", "mlpInput", "mlpHidden"]
 """The tensor that a linear layer reads. Layers that read the same tensor can share it."""
 
 
-class LinearShape(Model):
+class LinearShape(Report):
     """One linear layer of a decoder layer."""
 
-    name: str
+    name: str = Field(max_length=64)
     """Name of the module, e.g. `q_proj`."""
     inputs: Positive
     """Width of its input."""
@@ -43,7 +46,7 @@ class LinearShape(Model):
         return self.reads.startswith("attention")
 
 
-class Experts(Model):
+class Experts(Report):
     """The experts of a layer whose MLP is a mixture. They are not linear layers: each matrix of all
     experts is one tensor, which LoRA with `all-linear` does not adapt and QLoRA does not quantize.
     """
@@ -56,12 +59,12 @@ class Experts(Model):
     """Width of an expert's hidden layer."""
 
 
-class ModelFacts(Model):
+class ModelFacts(Report):
     """A causal language model, as far as its memory depends on it. All layers are alike."""
 
-    architecture: str
+    architecture: str = Field(max_length=64)
     """The `model_type` of config.json."""
-    layers: Positive
+    layers: int = Field(ge=1, le=MOST_LAYERS)
     """Number of decoder layers."""
     hidden_size: Positive
     """Width of the residual stream."""
@@ -83,7 +86,7 @@ class ModelFacts(Model):
     """Most positions of a sequence. None: the config names no limit."""
     tied_embeddings: bool
     """Whether the head is the embedding matrix."""
-    linears: list[LinearShape]
+    linears: list[LinearShape] = Field(max_length=64)
     """Linear layers of one decoder layer."""
     experts: Experts | None = None
     """The mixture in the place of the MLP's linear layers. None: the MLP is dense."""

@@ -11,8 +11,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from tuneyard.api.job_facts import FitAnswer, JobFacts
 from tuneyard.api.meta import VERSION, Report
-from tuneyard.api.status import Failure, Result, StageStatus
+from tuneyard.api.status import Failure, Result, StageCost, StageStatus
 
 PROGRESS_ROUTE = f"/{VERSION}/namespaces/{{namespace}}/{{plural}}/{{name}}/progress"
 """Path of a job on the status server; `plural` is `finetunejobs` or `alignmentjobs`."""
@@ -75,8 +76,13 @@ class ProgressReport(Report):
     """Number of steps of the stage. 0: unknown."""
     resumed_step: Count | None = None
     """Step at which this attempt resumed the stage. None: unknown yet."""
+    cost: StageCost | None = None
+    """Time and price of the running stage. None: unknown."""
     stages: list[StageStatus] = Field(default=[], max_length=256)
     """State of every stage of the plan."""
+    facts: JobFacts | None = None
+    """Facts about the model, the rows and the device: the question whether the job fits. None: the
+    post asks nothing."""
     outcome: Outcome | None = None
     """How the attempt's driver ended. None: it is running."""
 
@@ -95,6 +101,9 @@ class PostResponse(Report):
 
     stop: bool
     """True: write a checkpoint and stop, because the job was suspended, canceled or deleted."""
+    fit: FitAnswer | None = Field(default=None, exclude_if=lambda fit: fit is None)
+    """Whether the job may train, and how; the first answer to an attempt is repeated. None: the
+    post has no facts, or they do not suffice."""
 
 
 class Refusal(Report):

@@ -6,7 +6,7 @@ stage of that kind.
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
@@ -65,6 +65,10 @@ class PrepareSettings(Model):
 class LoopSettings(Model):
     """A training loop. `auto` is resolved, except where its value depends on the machine."""
 
+    engine: Literal["trl"] | None = Field(default=None, exclude_if=lambda engine: engine is None)
+    """The program that takes the steps. None: the native loop."""
+    trl: dict[str, Any] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Further arguments of TRL's trainer config. None: none."""
     freeze: Freeze | None
     """Parts of the base model to freeze. None: none."""
     dropout: float | None
@@ -75,7 +79,7 @@ class LoopSettings(Model):
     """Number of optimizer steps (ppo: updates). None: `epochs` decides."""
     batch_size: int
     """Sequences per optimizer step, over all workers. dpo, reward: pairs or labeled completions.
-    ppo: completions of a minibatch. grpo: completions of an update."""
+    ppo: completions of a minibatch. grpo: completions of an update. distill: prompts."""
     learning_rate: float
     """Peak learning rate."""
     schedule: Schedule
@@ -293,6 +297,28 @@ class GrpoSettings(Model):
     """The training loop; an epoch is one pass over the prompts."""
 
 
+class DistillSettings(Model):
+    """Distill a teacher into the policy, on the policy's own completions.
+
+    Inputs: `model`, `tuned` (if an earlier stage trained the model), `teacher`, `prompts`.
+    """
+
+    kind: Literal["distill"] = "distill"
+    adapter: Adapter | None
+    """Parameter-efficient method. None: full fine-tuning."""
+    prompts: PromptSettings
+    """How the prompts are read."""
+    chat: ChatSettings
+    """How messages are formatted as text."""
+    sampling: Sampling
+    """How completions are sampled; the temperature is that of the loss too."""
+    beta: float
+    """Weight of the teacher in the mixture of the generalized Jensen-Shannon divergence. 0: forward
+    KL. 1: reverse KL."""
+    training: LoopSettings
+    """The training loop; an epoch is one pass over the prompts."""
+
+
 class FeedbackSettings(Model):
     """Sample completions and let a judge label pairs of them; writes `preferences.jsonl`.
 
@@ -429,6 +455,7 @@ Settings = Annotated[
     | DpoSettings
     | PpoSettings
     | GrpoSettings
+    | DistillSettings
     | EvaluateSettings
     | AssessSettings
     | ExportSettings,
@@ -447,6 +474,7 @@ StageKind = Literal[
     "dpo",
     "ppo",
     "grpo",
+    "distill",
     "evaluate",
     "assess",
     "export",
@@ -459,5 +487,14 @@ TRAINING_KINDS: Final[tuple[StageKind, ...]] = (
     "reward",
     "dpo",
     *REINFORCEMENT_KINDS,
+    "distill",
 )
 """The kinds of stages that train, in the order in which one job runs them."""
+SHARED_KINDS: Final[tuple[StageKind, ...]] = (
+    *TRAINING_KINDS,
+    "critique",
+    "feedback",
+    "evaluate",
+    "assess",
+)
+"""The kinds of stages that run a model, and that all workers therefore run together."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator
 
@@ -10,6 +10,9 @@ from tuneyard.api.meta import Condition, ConditionType, Report
 
 Phase = Literal["Pending", "Queued", "Running", "Suspended", "Succeeded", "Failed"]
 StageState = Literal["Pending", "Running", "Succeeded", "Failed", "Skipped"]
+MOST_SECONDS = 1 << 40
+"""The longest predicted time, 35,000 years. The API server computes with limits as floating-point
+numbers: one near the largest int64 overflows there, and every status is refused."""
 
 
 class StageStatus(Report):
@@ -31,6 +34,56 @@ class StageStatus(Report):
     """Key metrics of the stage, from its record."""
 
 
+class MemoryPart(Report):
+    """A part of a worker's memory."""
+
+    name: str = Field(max_length=64)
+    """Content of the part: weights, gradients, optimizer, activations, logits, reference, ..."""
+    bytes: int = Field(ge=0)
+    """Size of the part, in bytes."""
+
+
+class StageEstimate(Report):
+    """The memory that a stage takes on one worker, at the moment when it takes most."""
+
+    name: str = Field(max_length=64)
+    """Name of the stage in the plan."""
+    moment: str = Field(max_length=64)
+    """Moment of the stage at which it takes most."""
+    total_bytes: int = Field(ge=0)
+    """Sum of the parts, in bytes."""
+    parts: list[MemoryPart] = Field(default=[], max_length=32)
+    """Parts of the memory at that moment."""
+    assumptions: list[Annotated[str, Field(max_length=256)]] = Field(default=[], max_length=8)
+    """What is assumed, since it was not known. Such parts of the memory refuse no job."""
+    measured_bytes: int | None = Field(default=None, ge=0)
+    """Measured peak of the first worker, in bytes: allocated on its GPU, or without one resident in
+    its process. None: the stage is not done, or it does not train."""
+
+
+class MemoryEstimate(Report):
+    """The memory of one worker, calculated before the training stages begin."""
+
+    device: str = Field(max_length=128)
+    """Name of each worker's GPU, or CPU. unknown: the hardware is not described, and the job is
+    not refused."""
+    capacity_bytes: int | None = Field(default=None, ge=0)
+    """Memory that the job can use on each worker, in bytes. None: unknown."""
+    stages: list[StageEstimate] = Field(default=[], max_length=256)
+    """Stages that load a model."""
+
+
+class StageCost(Report):
+    """The time and the price of a stage in one attempt, as its measured steps predict them."""
+
+    total_seconds: int = Field(ge=0, le=MOST_SECONDS)
+    """Time from the start of the stage to its end, in seconds."""
+    gpu_hours: float | None = Field(default=None, ge=0)
+    """That time in hours, times the GPUs of all workers. None: the job has no GPUs."""
+    price: float | None = Field(default=None, ge=0)
+    """That time in hours, times the workers, times pricePerHour. None: no price is set."""
+
+
 class Progress(Report):
     """The progress of the running stage."""
 
@@ -44,6 +97,8 @@ class Progress(Report):
     """Share of the whole job that is done, in percent."""
     estimated_remaining_seconds: int | None = Field(default=None, ge=0)
     """Time to the end of the stage, in seconds. None: unknown."""
+    cost: StageCost | None = None
+    """Time and price of the whole stage. None: unknown before the first measured steps."""
     metrics: dict[str, float] = Field(default={})
     """Newest training metrics."""
     last_updated_time: str
@@ -123,6 +178,9 @@ class JobStatus(Report):
     """Digest of the plan. None: not planned yet. Once it is set, only spec.runPolicy may change."""
     stages: list[StageStatus] = Field(default=[], max_length=256)
     """Stages of the plan."""
+    memory: MemoryEstimate | None = None
+    """Estimated memory of a worker of the newest attempt that reported its model. None: unknown
+    yet, or the model is not described."""
     progress: Progress | None = None
     """Progress of the running stage. None: no stage is running."""
     attempts: list[AttemptStatus] = Field(default=[], max_length=100)

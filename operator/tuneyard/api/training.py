@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -62,6 +62,17 @@ class Optimizer(Model):
 class Training(Model):
     """The training loop."""
 
+    engine: Literal["native", "trl"] = Field(
+        default="native", exclude_if=lambda engine: engine == "native"
+    )
+    """The program that takes the optimizer steps. native: Tuneyard's own loop. trl: the trainers of
+    TRL (docs/engines.md)."""
+    # Left out of a plan where it is native: plans of 0.2.0 keep their bytes, and so their digests.
+    trl: dict[str, Any] | None = Field(
+        default=None, max_length=64, exclude_if=lambda arguments: arguments is None
+    )
+    """Further arguments of TRL's trainer config, by their names in TRL, e.g. `neftune_noise_alpha:
+    5`; only with `engine: trl` (docs/engines.md). None: TRL's defaults."""
     epochs: float | None = Field(default=None, gt=0, le=10000)
     """Epochs over the data. None: 3 for fine-tuning, 1 for a reward model or an alignment, unless
     `maxSteps` is set."""
@@ -72,7 +83,7 @@ class Training(Model):
     micro_batch_tokens: AutoInt = "auto"
     """Most tokens of a micro-batch on one worker, padding included; gradients accumulate over as
     many micro-batches as a step needs. A longer row, or preference, is a micro-batch of its own.
-    auto: 2048 on CPU, 16384 on GPU."""
+    auto: 2048 on CPU, 16384 on GPU, or fewer if the job would not fit its memory otherwise."""
     learning_rate: LearningRate = "auto"
     """Peak learning rate. auto: by method (docs/defaults.md)."""
     schedule: Schedule = Schedule()
@@ -86,8 +97,8 @@ class Training(Model):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of the forward and backward pass. auto: bfloat16 on GPU, float32 on CPU."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass; this saves memory and takes about a third more
-    time."""
+    """True: recompute activations in the backward pass, which saves memory and takes about a third
+    more time. False: only if the job would not fit its memory otherwise."""
     evaluation_steps: int | None = Field(default=None, ge=1)
     """Steps between evaluations on the held-out rows. None: at the end of each epoch."""
     early_stopping: EarlyStopping | None = None
@@ -110,6 +121,16 @@ class Training(Model):
             reads=("epochs", "maxSteps"),
         ),
     )
+
+
+class TrlTraining(Training):
+    """The training loop of a method that only TRL has."""
+
+    engine: Literal["native", "trl"] = Field(
+        default="trl", exclude_if=lambda engine: engine == "trl"
+    )
+    """The program that takes the optimizer steps; native does not have this method
+    (docs/engines.md)."""
 
 
 FREEZE_WITHOUT_ADAPTER = Rule(

@@ -20,18 +20,20 @@ from rich.console import Console
 from rich.text import Text
 
 from tuneyard import __version__
+from tuneyard.api.job_facts import FitAnswer, JobFacts
 from tuneyard.api.model_config import UnknownModelError
 from tuneyard.api.plan import Plan
 from tuneyard.cli import cluster_commands
 from tuneyard.cli.errors import needs_extra
-from tuneyard.cli.memory_view import print_memory
+from tuneyard.cli.memory_view import memory_lines, print_memory
 from tuneyard.cli.model_files import model_facts
 from tuneyard.cli.plan_view import print_plan
 from tuneyard.errors import Fault, ManifestError, PlanError, TuneyardError
 from tuneyard.manifests import crd, documents, manifest, starter
 from tuneyard.manifests.manifest import Job
+from tuneyard.planning import decision
 from tuneyard.planning import fit as fitting
-from tuneyard.planning.hardware import Gpu, UnknownGpuError, gpu_of
+from tuneyard.planning.hardware import Gpu, UnknownGpuError, declared_gpu, gpu_of
 from tuneyard.planning.memory.lengths import Lengths
 from tuneyard.planning.plan import plan_job
 from tuneyard.rendering import rayjob
@@ -121,8 +123,9 @@ def _gpu(_: click.Context, __: click.Parameter, value: str | None) -> Gpu | None
 def show_plan(file: Path, as_json: bool, gpu: Gpu | None, model_config: Path | None) -> None:
     """Show the stages of a job and the defaults that were chosen.
 
-    With --gpu, also show what each stage takes on each GPU, whether the job fits, and what would
-    make it fit. NAME is a GPU such as H100, A100-80GB or L40S, or its memory, such as 48Gi.
+    With --gpu, or if compute.gpu is set, also show what each stage takes on each GPU, whether the
+    job fits, and what would make it fit. NAME is a GPU such as H100, A100-80GB or L40S, or its
+    memory, such as 48Gi.
     """
     console = Console(highlight=False, markup=False, emoji=False)
     for plan in _each(_read(file), plan_job):
@@ -130,8 +133,9 @@ def show_plan(file: Path, as_json: bool, gpu: Gpu | None, model_config: Path | N
             click.echo(plan.to_json(), nl=False)
             continue
         print_plan(console, plan)
-        if gpu is not None:
-            _print_memory(console, plan, gpu, _folder(file), model_config)
+        device = gpu or declared_gpu(plan.compute)
+        if device is not None:
+            _print_memory(console, plan, device, _folder(file), model_config)
 
 
 def _print_memory(
@@ -182,7 +186,16 @@ def run(file: Path) -> int:
     plans = _each(_read(file), plan_job)
     with needs_extra("trainer", "run jobs on this machine"):
         from tuneyard_trainer.local.run import run as run_locally
-    return run_locally(plans, _folder(file))
+    return run_locally(plans, _folder(file), _decide)
+
+
+def _decide(plan: Plan, facts: JobFacts) -> tuple[FitAnswer, list[str]]:
+    """Return whether and how a job trains on this machine, and lines that say what it takes."""
+    job = decision.job_of(plan, facts)
+    if job is None:
+        return FitAnswer(), [f"The memory of the job is not known: {facts.unknown_model}."]
+    found = fitting.fit(job)
+    return decision.answer_of(job, found), list(memory_lines(job, found))
 
 
 @tuneyard.command()

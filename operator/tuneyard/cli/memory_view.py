@@ -11,7 +11,8 @@ from rich.text import Text
 from tuneyard.api.quantity import quantity_value
 from tuneyard.planning.fit import Fit, Job
 from tuneyard.planning.memory.host import PROCESS_BYTES
-from tuneyard.planning.memory.parts import GIB, Moment, StageMemory
+from tuneyard.planning.memory.parts import GIB, Moment, StageMemory, gib
+from tuneyard.planning.memory.stages import settings_of
 from tuneyard.rendering.compute import workers
 
 BAR = 16
@@ -33,23 +34,33 @@ def print_memory(console: Console, job: Job, found: Fit) -> None:
         console.print(Text(line, overflow="fold"))
 
 
+def memory_lines(job: Job, found: Fit) -> Iterator[str]:
+    """Yield the memory of a job that is about to train, in lines of text."""
+    yield _title(job)
+    for stage in found.memory:
+        if stage.peak.parts:
+            yield f"{stage.stage}: {gib(stage.peak.total)} GiB: {_parts(stage.peak)}"
+    yield from _assumed(found)
+    yield from _chosen(job, found)
+
+
 def _title(job: Job) -> str:
-    gpu = f"a GPU with {job.gpu.name}" if job.gpu.estimated else job.gpu.name
+    device = f"a GPU with {job.device.name}" if job.device.estimated else job.device.name
     workers = "one worker" if job.devices == 1 else f"each of {job.devices} workers"
-    return f"Memory of {workers} with {gpu}: {_gib(job.gpu.usable)} GiB can be used"
+    return f"Memory of {workers} with {device}: {gib(job.device.usable)} GiB can be used"
 
 
 def _row(job: Job, stage: StageMemory, limit: int) -> Iterable[str]:
     peak, host = stage.peak, _pod_bytes(job, stage)
     if not peak.parts:
-        return stage.stage, "", "", _gib(host), f"{stage.host_peak.name}, on the CPU"
-    return stage.stage, _bar(peak.total, limit), _gib(peak.total), _gib(host), _parts(peak)
+        return stage.stage, "", "", gib(host), f"{stage.host_peak.name}, on the CPU"
+    return stage.stage, _bar(peak.total, limit), gib(peak.total), gib(host), _parts(peak)
 
 
 def _parts(moment: Moment) -> str:
     """Return the parts of a moment, without those that would be shown as 0.0."""
     shown = [part for part in moment.parts if part.size >= GIB // 20]
-    sizes = ", ".join(f"{part.name} {_gib(part.size)}" for part in shown)
+    sizes = ", ".join(f"{part.name} {gib(part.size)}" for part in shown)
     return f"{sizes} ({moment.name})" if sizes else moment.name
 
 
@@ -63,23 +74,41 @@ def _bar(size: int, limit: int) -> str:
 
 def notes(job: Job, found: Fit) -> Iterator[str]:
     """Yield the lines below the table: assumptions, and what does not fit with its remedies."""
-    yield f"Rows are assumed to be as long as the manifest allows: {job.lengths.rows} tokens."
-    for text in dict.fromkeys(text for stage in found.memory for text in stage.assumptions):
-        yield f"{text[0].upper()}{text[1:]}."
-    if job.gpu.estimated:
-        yield f"Nothing but the memory of this GPU is known, which was given as {job.gpu.name}."
+    yield from _assumed(found)
+    if job.device.estimated:
+        yield f"Nothing but the memory of this GPU is known, which was given as {job.device.name}."
+    yield from _chosen(job, found)
     yield from _pod_memory(job, found)
     if found.fits:
         return
     for stage in found.too_large:
         yield (
-            f"{stage.stage} does not fit: it takes {_gib(stage.peak.total)} GiB "
-            f"({stage.peak.name}), and {_gib(found.limit)} GiB can be used."
+            f"{stage.stage} does not fit: it takes {gib(stage.peak.total)} GiB "
+            f"({stage.peak.name}), and {gib(found.limit)} GiB can be used."
         )
     yield "To make the job fit:"
     for remedy in found.remedies:
-        size = "" if remedy.peak is None else f" ({_gib(remedy.peak)} GiB)"
+        size = "" if remedy.peak is None else f" ({gib(remedy.peak)} GiB)"
         yield f"  - {remedy.change}{size}"
+
+
+def _assumed(found: Fit) -> Iterator[str]:
+    """Yield what is assumed, each once."""
+    for text in dict.fromkeys(text for stage in found.memory for text in stage.assumptions):
+        yield f"{text[0].upper()}{text[1:]}."
+
+
+def _chosen(job: Job, found: Fit) -> Iterator[str]:
+    """Yield a line for each stage whose settings are others than the defaults."""
+    for stage in job.training:
+        given, settings = settings_of(stage, job.facts, job.machine), found.chosen[stage.name]
+        if settings == given:
+            continue
+        recomputed = settings.gradient_checkpointing and not given.gradient_checkpointing
+        yield (
+            f"{stage.name} will use micro-batches of {settings.micro_batch_tokens} tokens"
+            f"{' and recompute activations' if recomputed else ''}, to fit."
+        )
 
 
 def _pod_memory(job: Job, found: Fit) -> Iterator[str]:
@@ -92,7 +121,7 @@ def _pod_memory(job: Job, found: Fit) -> Iterator[str]:
     if needed > quantity_value(given):
         wanted = -(-needed // GIB)
         yield (
-            f"{most.stage} takes {_gib(needed)} GiB of the pod's memory ({most.host_peak.name}), "
+            f"{most.stage} takes {gib(needed)} GiB of the pod's memory ({most.host_peak.name}), "
             f"and compute.memory is {given}: set spec.compute.memory to {wanted}Gi."
         )
 
@@ -101,7 +130,3 @@ def _pod_bytes(job: Job, stage: StageMemory) -> int:
     """Return the memory of a pod beside its GPUs: one process for each of them, of which one writes
     checkpoints and the result."""
     return stage.host_peak.total + PROCESS_BYTES * (job.plan.compute.gpus_per_worker or 1)
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.1f}"

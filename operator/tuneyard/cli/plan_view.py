@@ -13,6 +13,7 @@ from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput
 from tuneyard.api.stage_settings import (
     AssessSettings,
     CritiqueSettings,
+    DistillSettings,
     DpoSettings,
     FeedbackSettings,
     GrpoSettings,
@@ -83,6 +84,8 @@ def _describe_training(settings: Settings) -> str:
     if isinstance(settings, PpoSettings | GrpoSettings):
         method = settings.estimator if isinstance(settings, GrpoSettings) else "ppo"
         return f"align by {method}: {scope}"
+    if isinstance(settings, DistillSettings):
+        return f"distill the teacher: {scope}"
     return f"train {scope}"
 
 
@@ -125,11 +128,15 @@ def _settings(plan: Plan) -> Iterable[tuple[str, str]]:
     }
     for name, loop in loops.items():
         of = f", {name}" if len(loops) > 1 else ""
+        if loop.engine:
+            yield f"engine{of}", loop.engine
         yield f"learning rate{of}", f"{loop.learning_rate:g}, {loop.schedule.type}"
         yield f"batch size{of}", f"{loop.batch_size} sequences a step, over all workers"
         yield f"precision{of}", loop.precision
         yield f"seed{of}", str(loop.seed)
     yield "workers", str(plan.compute.workers or 1)
+    if sharding := {stage.runtime.sharding for stage in plan.stages} - {"none"}:
+        yield "sharding", ", ".join(sharding)
     yield "memory", "add --gpu NAME to see whether the job fits its GPUs"
 
 
@@ -140,6 +147,8 @@ _LATER_ROUNDS = tuple(f"-{number}" for number in range(2, 33))
 def _loop(settings: Settings) -> LoopSettings | None:
     if isinstance(settings, TrainSettings):
         return settings
-    if isinstance(settings, RewardSettings | DpoSettings | PpoSettings | GrpoSettings):
+    if isinstance(
+        settings, RewardSettings | DpoSettings | PpoSettings | GrpoSettings | DistillSettings
+    ):
         return settings.training
     return None

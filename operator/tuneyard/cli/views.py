@@ -10,7 +10,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tuneyard.api.status import AttemptStatus, JobStatus, Progress, StageStatus
+from tuneyard.api.status import (
+    AttemptStatus,
+    JobStatus,
+    MemoryEstimate,
+    Progress,
+    StageCost,
+    StageEstimate,
+    StageStatus,
+)
 from tuneyard.cli.jobs import Event, JobView, time_of
 
 ABSENT = "\N{EN DASH}"
@@ -21,6 +29,7 @@ STYLES = {
     "Suspended": "yellow",
     "Queued": "yellow",
 }
+GIB = 1 << 30
 MAX_EVENTS = 8
 STAGE_METRICS = (
     *("validationLoss", "loss", "validationPerplexity", "lossReduction", "answerAccuracy"),
@@ -136,6 +145,7 @@ def _status_parts(job: JobView, status: JobStatus, now: datetime) -> Iterator[Re
         yield from _progress_lines(progress, _seconds_left(job), now)
     for table in (
         _stages_table(status.stages, now),
+        _memory_table(status.memory),
         _attempts_table(status.attempts, now),
         _conditions_table(status, now),
     ):
@@ -163,8 +173,20 @@ def _progress_lines(progress: Progress, left: int | None, now: datetime) -> Iter
     if left is not None:
         text += f", about {duration(left)} left"
     yield Text(f"{text} (reported {ago(progress.last_updated_time, now)})", style="bold")
+    if progress.cost:
+        yield Text(f"{plain(progress.stage)} as a whole: {_cost(progress.cost)}")
     if progress.metrics:
         yield Text(metrics_line(progress.metrics))
+
+
+def _cost(cost: StageCost) -> str:
+    """Return the time and the price of a stage: "about 1 h 8 min, 9.07 GPU-hours, price 27.4"."""
+    parts = [f"about {duration(cost.total_seconds)}"]
+    if cost.gpu_hours is not None:
+        parts.append(f"{number(cost.gpu_hours)} GPU-hours")
+    if cost.price is not None:
+        parts.append(f"price {number(cost.price)}")
+    return ", ".join(parts)
 
 
 def _steps(progress: Progress) -> str:
@@ -199,6 +221,31 @@ def _stages_table(stages: Sequence[StageStatus], now: datetime) -> Table:
             metrics_line(_key_metrics(stage.metrics)),
         )
     return table
+
+
+def _memory_table(memory: MemoryEstimate | None) -> Table:
+    """Return the memory of one worker in GiB: estimated before the training, measured after it."""
+    device = plain(memory.device) if memory else ""
+    table = _table(f"Memory ({device})", "Estimated", "Measured", "Can be used", "Parts")
+    for stage in memory.stages if memory else ():
+        capacity = memory.capacity_bytes if memory else None
+        table.add_row(
+            plain(stage.name),
+            _gib(stage.total_bytes),
+            _gib(stage.measured_bytes),
+            _gib(capacity),
+            _largest_parts(stage),
+        )
+    return table
+
+
+def _largest_parts(stage: StageEstimate) -> str:
+    largest = sorted(stage.parts, key=lambda part: -part.bytes)[:4]
+    return ", ".join(f"{plain(part.name)} {part.bytes / GIB:.1f}" for part in largest)
+
+
+def _gib(size: int | None) -> str:
+    return ABSENT if size is None else f"{size / GIB:.1f} GiB"
 
 
 def _key_metrics(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -12,14 +12,16 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
+from tuneyard.api.job_facts import FitAnswer
 from tuneyard.api.meta import GROUP
 from tuneyard.api.progress import Post
-from tuneyard.api.status import AttemptStatus
+from tuneyard.api.status import AttemptStatus, MemoryEstimate
 from tuneyard.controller import metrics
 from tuneyard.controller.cluster import Key, without_managed_fields
 from tuneyard.manifests.manifest import KINDS
+from tuneyard.planning.decision import Decision
 from tuneyard.status import observed
 from tuneyard.status.observed import NOT_STORED, CreateError, ObservedState, Pod, RayJob, Workload
 
@@ -31,6 +33,25 @@ MOST_DELETED_PODS = 64
 FORMER_SECONDS = 600.0
 """How long a deleted job is remembered: ten times as long as until the next resync, which finds
 objects that the watches have missed."""
+
+
+class AttemptFit(NamedTuple):
+    """The decision whether an attempt of a job trains."""
+
+    attempt: int
+    """Number of the attempt."""
+    decision: Decision | None
+    """None: it could not be decided."""
+
+    @property
+    def estimate(self) -> MemoryEstimate | None:
+        """The estimate for the status. None: there is none."""
+        return self.decision.estimate if self.decision else None
+
+    @property
+    def answer(self) -> FitAnswer | None:
+        """The answer to the driver. None: there is none."""
+        return self.decision.answer if self.decision else None
 
 
 @dataclass
@@ -60,6 +81,9 @@ class CachedJob:
     """When a reported create error may be tried again (monotonic)."""
     post: Post | None = None
     """The newest post of the job with this UID."""
+    fit: AttemptFit | None = None
+    """What was decided of the newest attempt that asked. None: none has asked since the operator
+    started."""
     unknown_fields: tuple[str, ...] = ()
     """The spec fields that were left out when the job was last planned."""
     missing_since: float | None = None
@@ -117,6 +141,7 @@ class CachedJob:
             warnings=self.warnings,
             create_error=self.create_error,
             post=self.post,
+            memory=self.fit.estimate if self.fit and self.fit.attempt == number else None,
             unknown_fields=self.unknown_fields,
             missing_seconds=0.0 if since is None else time.monotonic() - since,
         )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
 from tuneyard.api.compute import Compute
+from tuneyard.api.job_facts import JobFacts
 from tuneyard.api.plan import Plan, SourceInput
 from tuneyard.controller.cluster import Cluster, Key
 from tuneyard.errors import Fault, ManifestError, PlanError
 from tuneyard.manifests.manifest import parse
+from tuneyard.planning.decision import Decision, decide
 from tuneyard.planning.plan import plan_job
 from tuneyard.rendering import names
 from tuneyard.rendering.placement import awaited_jobs, placed
@@ -74,6 +77,16 @@ class Planner:
             return planned
         name = names.config_map_name(key.name, digest)
         return stored_plan(await self._cluster.config_map(key.namespace, name), name, digest)
+
+    async def decide(self, key: Key, job: Job, facts: JobFacts) -> Decision | None:
+        """Return whether the job fits its workers, decided in a thread: it takes up to a tenth of a
+        second. None: its model is not described, or its plan cannot be read, which another part
+        reports."""
+        try:
+            plan = await self.recorded(key, job)
+        except ManifestError:
+            return None
+        return await asyncio.to_thread(decide, plan, facts)
 
     async def for_erasure(self, key: Key, job: Job) -> Plan:
         """Return the recorded plan, or another plan of the job: all of them have its output. Raises

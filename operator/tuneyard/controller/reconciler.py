@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 
+from tuneyard.api.job_facts import FitAnswer, JobFacts
 from tuneyard.api.plan import Plan
 from tuneyard.api.progress import Post
 from tuneyard.api.status import AttemptStatus, Failure, JobStatus
@@ -29,13 +30,14 @@ from tuneyard.controller.cluster import (
 )
 from tuneyard.controller.erasure import Erasure, output_left
 from tuneyard.controller.event_poster import EventPoster
-from tuneyard.controller.job_cache import CachedJob, JobCache, key_from_labels, version
+from tuneyard.controller.job_cache import AttemptFit, CachedJob, JobCache, key_from_labels, version
 from tuneyard.controller.planner import Planner
 from tuneyard.controller.queue import Queue, Requeue, backoff
 from tuneyard.controller.settings import Settings
 from tuneyard.controller.write_budget import Turns, WriteBudget
 from tuneyard.errors import ManifestError
 from tuneyard.manifests.manifest import KINDS, parse, unknown_fields
+from tuneyard.planning.decision import Decision as FitDecision
 from tuneyard.rendering import names, rayjob
 from tuneyard.rendering.stored_plan import PlanLostError, PlanMissingError, PlanUnreadableError
 from tuneyard.status.events import Event, transition_events
@@ -112,6 +114,8 @@ class Reconciler:
         """The jobs that had RayJobs or pods when the operator started; None: not listed yet."""
         self._events = EventPoster(cluster, is_busy=lambda: self.queue.is_behind)
         self._planner = Planner(cluster, settings.profiles)
+        self._deciding: dict[tuple[Key, str, int], asyncio.Task[FitDecision | None]] = {}
+        """The decisions that are being made, by job, its UID and its attempt."""
         self._erasure = Erasure(cluster, self._planner, settings.image, self._events)
 
     async def run(self) -> None:
@@ -136,6 +140,36 @@ class Reconciler:
             self.queue.add(key)
         else:
             self.queue.add_after(key, self._write_budget.wait_of_post(cached, post))
+
+    async def fit_of(self, key: Key, job: Job, attempt: int, facts: JobFacts) -> FitAnswer | None:
+        """Return whether a job whose attempt asks with these facts fits its workers; keep the
+        estimate for its status. None: it cannot be said. Raises ApiError.
+
+        It is decided once for an attempt: a question that is repeated gets the same answer, also
+        while the first one is being decided.
+        """
+        uid = job.metadata.uid or ""
+        cached = self.cache.job(key)
+        if cached.uid not in ("", uid):
+            return None
+        if cached.fit is None or cached.fit.attempt != attempt:
+            decision = await self._decision(key, job, attempt, facts)
+            cached = self.cache.job(key)
+            if cached.uid not in ("", uid):  # meanwhile a new job has the name
+                return None
+            cached.uid, cached.fit = uid, AttemptFit(attempt, decision)
+        return cached.fit.answer
+
+    async def _decision(
+        self, key: Key, job: Job, attempt: int, facts: JobFacts
+    ) -> FitDecision | None:
+        """Return the decision about an attempt, of which one is made at a time."""
+        asked = (key, job.metadata.uid or "", attempt)
+        if asked not in self._deciding:
+            task = asyncio.create_task(self._planner.decide(key, job, facts))
+            self._deciding[asked] = task
+            task.add_done_callback(lambda _: self._deciding.pop(asked))
+        return await asyncio.shield(self._deciding[asked])
 
     async def current(self, key: Key, pod: Pod) -> Job | None:
         """Return the job that a pod belongs to, from the cache if possible; None: it does not exist

@@ -16,6 +16,7 @@ from typing import Any
 from aiohttp import web
 from pydantic import ValidationError
 
+from tuneyard.api.job_facts import FitAnswer
 from tuneyard.api.meta import GROUP, Report
 from tuneyard.api.progress import MAX_POST_BYTES, PROGRESS_ROUTE, Post, PostResponse, Refusal
 from tuneyard.controller import metrics
@@ -33,7 +34,7 @@ from tuneyard.controller.review_limits import (
 from tuneyard.errors import ManifestError
 from tuneyard.rendering.names import audience
 from tuneyard.status import observed
-from tuneyard.status.observe import is_finished, should_stop
+from tuneyard.status.observe import Job, is_finished, should_stop
 from tuneyard.status.observed import Pod
 
 _KINDS = {"finetunejobs": "FineTuneJob", "alignmentjobs": "AlignmentJob"}
@@ -168,10 +169,22 @@ class StatusServer:
             # its outcome.
             self._ended.put(sender, True)
             return PostResponse(stop=True)
+        fit = await self._fit(key, job, attempt, post)
         self._reconciler.accept_post(key, job.metadata.uid or "", post)
         if post.tuneyard is not None and post.tuneyard.outcome is not None:
             await self._until_stored(key, pod)
-        return PostResponse(stop=should_stop(job) or is_finished(job))
+        return PostResponse(stop=should_stop(job) or is_finished(job), fit=fit)
+
+    async def _fit(self, key: Key, job: Job, attempt: int, post: Post) -> FitAnswer | None:
+        """Return the answer to a post that asks whether the job fits. None: it does not ask, or
+        the attempt has ended. Raises Refused."""
+        report = post.tuneyard
+        if report is None or report.facts is None or report.outcome is not None:
+            return None
+        try:
+            return await self._reconciler.fit_of(key, job, attempt, report.facts)
+        except ApiError as error:
+            raise Refused(503, "unavailable", str(error), retry_after=2) from error
 
     async def _until_stored(self, key: Key, pod: Pod) -> None:
         """Wait until the attempt is closed in the status. Raises Refused after STORED_SECONDS."""

@@ -232,6 +232,8 @@ def _structural(schema: Schema, definitions: Mapping[str, Schema]) -> Schema:
         result["items"] = _structural(schema["items"], definitions)
     if isinstance(schema.get("additionalProperties"), dict):
         result["additionalProperties"] = _structural(schema["additionalProperties"], definitions)
+    if schema.get("additionalProperties") is True:
+        result["x-kubernetes-preserve-unknown-fields"] = True
     if "properties" in schema:
         result["properties"] = {
             name: _structural(field, definitions) for name, field in schema["properties"].items()

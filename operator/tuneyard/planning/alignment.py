@@ -14,6 +14,7 @@ from tuneyard.api.adapters import MERGEABLE
 from tuneyard.api.alignment import (
     AiFeedback,
     Constitution,
+    Distill,
     Dpo,
     GroupRelative,
     Judge,
@@ -31,6 +32,7 @@ from tuneyard.api.stage_settings import (
     ChatSettings,
     CritiqueSettings,
     DatasetSettings,
+    DistillSettings,
     DpoSettings,
     ExportSettings,
     FeedbackSettings,
@@ -211,6 +213,8 @@ class _Builder:
             self._ppo(optimize.ppo, suffix)
         elif optimize and (grouped := optimize.grpo or optimize.rloo):
             self._group_relative(grouped, "grpo" if optimize.grpo else "rloo", suffix)
+        elif optimize and optimize.distill:
+            self._distill(optimize.distill, suffix)
 
     def _collect(self, preferences: Preferences, suffix: str) -> None:
         if preferences.ai_feedback:
@@ -344,6 +348,26 @@ class _Builder:
         self.drafts.append(Draft(name, settings, inputs, runtime(step.training)))
         self.tuned = StageInput(stage=name)
 
+    def _distill(self, step: Distill, suffix: str) -> None:
+        path = "optimize.distill"
+        settings = DistillSettings(
+            adapter=self.spec.adapter,
+            prompts=_prompts(step.prompts),
+            chat=self.chat,
+            sampling=step.sampling,
+            beta=step.beta,
+            training=self._loop(path, step.training, "distill", self.tuning, suffix),
+        )
+        sources: dict[str, Input] = {
+            "teacher": source_input(step.teacher, f"spec.{path}.teacher"),
+            "prompts": source_input(step.prompts, f"spec.{path}.prompts"),
+        }
+        name = f"distill{suffix}"
+        self.drafts.append(
+            Draft(name, settings, {**self.policy, **sources}, runtime(step.training))
+        )
+        self.tuned = StageInput(stage=name)
+
     # ---- evaluation and export ----------------------------------------------------------------
 
     def add_evaluation_and_export(self) -> None:
@@ -387,7 +411,7 @@ class _Builder:
     def _assess(self) -> AssessSettings:
         spec, prompts = self.spec, self._evaluation_prompts()
         optimize = spec.optimize
-        method = optimize and optimize.reinforcement
+        method = optimize and optimize.on_policy
         sampling = method.sampling if method else Sampling()
         beta = optimize.dpo.beta if optimize and optimize.dpo else Dpo().beta
         return AssessSettings(
@@ -410,7 +434,7 @@ class _Builder:
         optimize, preferences = self.spec.optimize, self.spec.preferences
         if optimize is None:
             return None
-        if method := optimize.reinforcement:
+        if method := optimize.on_policy:
             return method.prompts, f"spec.optimize.{optimize.kind}.prompts"
         if preferences and preferences.ai_feedback:
             return preferences.ai_feedback.prompts, "spec.preferences.aiFeedback.prompts"

@@ -21,6 +21,8 @@ from tuneyard.api.training import Training
 from tuneyard.planning import defaults
 from tuneyard.planning.fingerprint import fingerprint
 
+Sharding = Literal["auto", "none", "fsdp"]
+
 
 class Draft(NamedTuple):
     """A planned stage without its fingerprint."""
@@ -93,12 +95,13 @@ def dataset_settings(datasets: Sequence[Dataset]) -> list[DatasetSettings]:
     ]
 
 
-def runtime(training: Training) -> TrainRuntime:
+def runtime(training: Training, sharding: Sharding = "none") -> TrainRuntime:
     """Return the settings of a training stage that do not change its result."""
     return TrainRuntime(
         micro_batch_tokens=training.micro_batch_tokens,
         gradient_checkpointing=training.gradient_checkpointing,
         checkpoint_steps=training.checkpoint_steps,
+        sharding=sharding,
     )
 
 
@@ -139,6 +142,8 @@ def train(
 def loop(training: Training, rule: defaults.Rule, *, epochs: float) -> LoopSettings:
     """Return a training loop with `auto` resolved by `rule`. `epochs`: the default."""
     return LoopSettings(
+        engine="trl" if training.engine == "trl" else None,
+        trl=training.trl or None,
         freeze=training.freeze,
         dropout=training.dropout,
         epochs=epochs if _has_default_epochs(training) else training.epochs,

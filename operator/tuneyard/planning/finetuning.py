@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from tuneyard.api.finetunejob import FineTuneSpec
-from tuneyard.api.plan import Input, StageInput
+from tuneyard.api.plan import Input, StageInput, TrainRuntime
 from tuneyard.api.stage_settings import ExportSettings
 from tuneyard.errors import PlanError
 from tuneyard.planning import defaults
 from tuneyard.planning.drafts import (
     Draft,
+    Sharding,
     data_inputs,
     default_notes,
     evaluate,
@@ -17,7 +18,7 @@ from tuneyard.planning.drafts import (
     source_input,
     train,
 )
-from tuneyard.planning.limits import fine_tuning_faults
+from tuneyard.planning.limits import can_shard, fine_tuning_faults
 
 
 def fine_tuning_stages(spec: FineTuneSpec) -> tuple[list[Draft], list[str]]:
@@ -44,13 +45,21 @@ def _drafts(spec: FineTuneSpec, rule: defaults.Rule) -> list[Draft]:
             spec.method,
             train(spec.method, spec.adapter, spec.data.packing, spec.training, rule),
             {"model": model, "data": data},
-            runtime(spec.training),
+            runtime(spec.training, _sharding(spec)),
         ),
     ]
     if spec.data.validation is not None:
-        drafts.append(Draft("evaluate", evaluate(spec.evaluate), inputs))
+        measured = TrainRuntime(sharding=_sharding(spec))
+        drafts.append(Draft("evaluate", evaluate(spec.evaluate), inputs, measured))
         inputs = {**inputs, "evaluation": StageInput(stage="evaluate")}
     return [*drafts, Draft("export", ExportSettings(merge=spec.output.merge), inputs)]
+
+
+def _sharding(spec: FineTuneSpec) -> Sharding:
+    """Return the sharding of the stages that run the model. The native loop shards nothing."""
+    if spec.training.engine == "native" or not can_shard(spec.adapter):
+        return "none"
+    return spec.compute.sharding
 
 
 def _notes(spec: FineTuneSpec, rule: defaults.Rule) -> list[str]:

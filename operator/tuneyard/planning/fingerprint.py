@@ -22,6 +22,7 @@ STAGE_VERSIONS: Mapping[StageKind, int] = {
     "dpo": 1,
     "ppo": 2,
     "grpo": 2,
+    "distill": 1,
     "evaluate": 3,
     "assess": 3,
     "export": 2,

@@ -5,21 +5,24 @@ The choice is runtime of an attempt: it is no part of a plan's bytes or of an id
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from tuneyard.api.adapters import Adapter, Lora, Qlora
 from tuneyard.api.model_facts import ModelFacts
 from tuneyard.api.plan import Plan, PlannedStage
-from tuneyard.api.stage_settings import EvaluateSettings, RewardSettings
-from tuneyard.planning.hardware import GPUS, Gpu
+from tuneyard.api.stage_settings import EvaluateSettings, RewardSettings, TrainSettings
+from tuneyard.planning.hardware import CPU_PROCESS_BYTES, GPUS, Cpu, Gpu
+from tuneyard.planning.limits import can_shard
 from tuneyard.planning.memory.lengths import FEWEST_TOKENS, Lengths
-from tuneyard.planning.memory.parts import Settings, Sharding, StageMemory
+from tuneyard.planning.memory.parts import GIB, Settings, StageMemory
 from tuneyard.planning.memory.stages import Machine, job_memory, loop_of, settings_of
 
 LENGTH_STEP = 128
 """Row lengths are searched in steps of this many tokens."""
+WORKERS = (2, 4, 8, 16, 32, 64)
+"""Numbers of devices that are tried to share a model."""
 
 
 class Remedy(NamedTuple):
@@ -33,26 +36,32 @@ class Remedy(NamedTuple):
 
 @dataclass(frozen=True)
 class Fit:
-    """A job on its GPUs."""
+    """A job on its devices."""
 
     memory: list[StageMemory]
-    """The memory of the stages that load a model, as the manifest is written."""
+    """The memory of the stages that load a model, with the chosen settings."""
     limit: int
-    """Bytes that a GPU offers."""
+    """Bytes that a device offers."""
     chosen: Mapping[str, Settings]
-    """The settings that `auto` would choose for each stage that trains."""
+    """The settings that are chosen for each stage that trains."""
+    certain: list[StageMemory]
+    """The part of that memory that rests on no assumption, with the settings that take least."""
     remedies: tuple[Remedy, ...] = ()
     """Ways to make a job fit that does not."""
 
     @property
     def peak(self) -> int:
-        """The most bytes on a GPU."""
+        """The most bytes on a device."""
         return max((stage.peak.total for stage in self.memory), default=0)
 
     @property
     def too_large(self) -> list[StageMemory]:
         """The stages that do not fit."""
         return [stage for stage in self.memory if stage.peak.total > self.limit]
+
+    def impossible(self, most: int) -> list[StageMemory]:
+        """Return the certain memory of the stages that take more than `most` bytes for certain."""
+        return [stage for stage in self.certain if stage.peak.total > most]
 
     @property
     def fits(self) -> bool:
@@ -61,45 +70,67 @@ class Fit:
 
 @dataclass(frozen=True)
 class Job:
-    """A job, its model and its GPUs."""
+    """A job, its model and its devices."""
 
     plan: Plan
     facts: ModelFacts
-    gpu: Gpu
+    device: Gpu | Cpu
+    """The GPU of each worker process, or the memory that the process may take."""
     devices: int
-    """GPUs that train together."""
+    """Devices that train together."""
     lengths: Lengths
-    shardings: Sequence[Sharding] = ("none",)
-    """The kinds of sharding that the engine has, the cheapest first."""
+    done: frozenset[str] = frozenset()
+    """Names of the stages that are done, and take no memory any more."""
+    models: Mapping[str, int] = field(default_factory=dict)
+    """Parameters of models from outside the job, by STAGE/ROLE, as far as they are known."""
 
     @property
     def machine(self) -> Machine:
-        return Machine(self.gpu.memory, self.devices)
+        gpu = None if isinstance(self.device, Cpu) else self.device.memory
+        return Machine(gpu, self.devices)
 
     @property
     def training(self) -> list[PlannedStage]:
         """The stages that train."""
-        return [stage for stage in self.plan.stages if loop_of(stage)]
+        stages = self.plan.stages
+        return [stage for stage in stages if loop_of(stage) and stage.name not in self.done]
 
     def memory(self, chosen: Mapping[str, Settings]) -> list[StageMemory]:
-        """Return the memory of all stages with some settings."""
-        return job_memory(self.plan, self.facts, self.machine, self.lengths, chosen)
+        """Return the memory of all stages that are left, with some settings."""
+        found = job_memory(self.plan, self.facts, self.machine, self.lengths, chosen, self.models)
+        return [memory for memory in found if memory.stage not in self.done]
+
+    def certain(self, chosen: Mapping[str, Settings]) -> list[StageMemory]:
+        """Return the memory that the stages which are left take whatever is assumed, where their
+        activations are recomputed."""
+        recomputed = {
+            name: settings._replace(gradient_checkpointing=True)
+            for name, settings in chosen.items()
+        }
+        found = job_memory(
+            self.plan, self.facts, self.machine, self.lengths, recomputed, self.models, least=True
+        )
+        return [memory for memory in found if memory.stage not in self.done]
 
     def peak(self, stage: PlannedStage, settings: Settings) -> int:
         """Return the most bytes on a GPU in one stage with some settings."""
         alone = self.plan.model_copy(update={"stages": [stage]})
         chosen = {stage.name: settings}
-        found = job_memory(alone, self.facts, self.machine, self.lengths, chosen)
+        found = job_memory(alone, self.facts, self.machine, self.lengths, chosen, self.models)
         return max(memory.peak.total for memory in found)
 
 
 def fit(job: Job) -> Fit:
-    """Return how a job fits its GPUs, with ways to make it fit if it does not."""
+    """Return how a job fits its devices, with ways to make it fit if it does not."""
     chosen = {stage.name: choose(job, stage) for stage in job.training}
-    found = Fit(job.memory({}), job.gpu.usable, chosen)
+    found = _fit_with(job, chosen)
     if found.fits:
         return found
     return replace(found, remedies=_all_remedies(job, found))
+
+
+def _fit_with(job: Job, chosen: Mapping[str, Settings]) -> Fit:
+    return Fit(job.memory(chosen), job.device.usable, chosen, job.certain(chosen))
 
 
 # ---- what `auto` chooses ------------------------------------------------------------------------
@@ -109,12 +140,12 @@ def choose(job: Job, stage: PlannedStage) -> Settings:
     """Return the settings of a stage: the first that fit, of those that the manifest leaves open.
 
     Smaller micro-batches come first, down to a quarter: they hardly cost time. Then activations are
-    recomputed, which costs a third of the time, and at last the model is sharded. If nothing fits,
-    the settings that take least are returned.
+    recomputed, which costs a third of the time. If nothing fits, the settings that take least are
+    returned.
     """
     candidates = list(_candidates(job, stage))
     for settings in candidates:
-        if job.peak(stage, settings) <= job.gpu.usable:
+        if job.peak(stage, settings) <= job.device.usable:
             return settings
     return min(candidates, key=lambda settings: job.peak(stage, settings))
 
@@ -126,12 +157,11 @@ def _candidates(job: Job, stage: PlannedStage) -> Iterator[Settings]:
     most = given.micro_batch_tokens
     sizes = [most, *_sizes(most)] if auto else [most]
     large = [size for size in sizes if 4 * size >= most]
-    for sharding in job.shardings:
-        if not given.gradient_checkpointing:
-            for size in large:
-                yield Settings(size, False, sharding)
-        for size in sizes:
-            yield Settings(size, True, sharding)
+    if not given.gradient_checkpointing:
+        for size in large:
+            yield Settings(size, False, given.sharding)
+    for size in sizes:
+        yield Settings(size, True, given.sharding)
 
 
 def _sizes(most: int) -> Iterator[int]:
@@ -159,10 +189,13 @@ def _remedies(job: Job, found: Fit) -> Iterator[Remedy]:
     """Yield changes after which every stage fits, as far as they exist."""
     settings = list(_if_it_fits(job, []))
     yield from settings or _shorter_rows(job)
+    yield from _sharded(job)
     yield from _other_adapter(job)
     yield from _without_evaluation(job, found)
-    if not settings:
-        yield from _larger_gpu(job)
+    if isinstance(job.device, Cpu):
+        yield _more_memory(job, found)
+    elif not settings:
+        yield from _larger_gpu(job, job.device)
 
 
 def _if_it_fits(job: Job, changes: list[str]) -> Iterator[Remedy]:
@@ -177,7 +210,7 @@ def _if_it_fits(job: Job, changes: list[str]) -> Iterator[Remedy]:
 def _with_free_settings(job: Job) -> Fit:
     """Return how a job fits with the settings that `auto` would choose for each stage."""
     chosen = {stage.name: choose(job, _opened(stage)) for stage in job.training}
-    return Fit(job.memory(chosen), job.gpu.usable, chosen)
+    return _fit_with(job, chosen)
 
 
 def _opened(stage: PlannedStage) -> PlannedStage:
@@ -187,14 +220,12 @@ def _opened(stage: PlannedStage) -> PlannedStage:
 
 
 def _settings_changes(job: Job, chosen: Mapping[str, Settings]) -> Iterator[str]:
-    """Yield the fields that give a job the settings, where the manifest has others."""
+    """Yield the fields that give a job the settings, where the manifest keeps it from choosing
+    them."""
     for stage in job.training:
-        given, wanted = settings_of(stage, job.facts, job.machine), chosen[stage.name]
-        path = training_path(job.plan, stage)
-        if given.micro_batch_tokens != wanted.micro_batch_tokens:
-            yield f"set {path}.microBatchTokens to {wanted.micro_batch_tokens}"
-        if given.gradient_checkpointing != wanted.gradient_checkpointing:
-            yield f"set {path}.gradientCheckpointing to true"
+        given, wanted = stage.runtime.micro_batch_tokens, chosen[stage.name].micro_batch_tokens
+        if given not in ("auto", wanted):
+            yield f"set {training_path(job.plan, stage)}.microBatchTokens to {wanted}"
 
 
 def _shorter_rows(job: Job) -> Iterator[Remedy]:
@@ -251,6 +282,43 @@ def _other_adapter(job: Job) -> Iterator[Remedy]:
             return
 
 
+def _sharded(job: Job) -> Iterator[Remedy]:
+    """Yield the fewest workers that can share the model of a fine-tuning, under the engine trl."""
+    shared = [_shared(stage) for stage in job.plan.stages]
+    stages = [stage for stage in shared if stage is not None]
+    on_one_machine = isinstance(job.device, Cpu) and job.plan.job.namespace is None
+    if job.plan.job.kind != "FineTuneJob" or on_one_machine or len(stages) < len(shared):
+        return
+    plan = job.plan.model_copy(update={"stages": stages})
+    engines = [loop.engine for stage in job.training if (loop := loop_of(stage))]
+    for devices in sorted({max(2, job.devices), *WORKERS}):
+        if devices < job.devices:
+            continue
+        fields = [] if "trl" in engines else ["set spec.training.engine to trl"]
+        fields.append("spec.compute.sharding to fsdp")
+        if devices > job.devices:
+            each = job.plan.compute.gpus_per_worker or 1
+            fields.append(f"spec.compute.workers to {devices // each}")
+        changes = [" and ".join([", ".join(fields[:-1]), fields[-1]]) if fields[1:] else fields[0]]
+        remedy = next(_if_it_fits(replace(job, plan=plan, devices=devices), changes), None)
+        if remedy:
+            yield remedy
+            return
+
+
+def _shared(stage: PlannedStage) -> PlannedStage | None:
+    """Return a stage whose model the workers share, under the engine trl. None: it cannot be."""
+    settings: Any = stage.settings
+    if isinstance(settings, TrainSettings):
+        if not can_shard(settings.adapter):
+            return None
+        settings = settings.model_copy(update={"engine": "trl", "packing": "never"})
+    elif not isinstance(settings, EvaluateSettings):
+        return stage
+    runtime = stage.runtime.model_copy(update={"sharding": "fsdp"})
+    return stage.model_copy(update={"settings": settings, "runtime": runtime})
+
+
 def _is_lighter(adapter: Adapter, stage: PlannedStage) -> bool:
     """Return whether an adapter takes less memory than what the stage trains."""
     given: Adapter | None = getattr(stage.settings, "adapter", None)
@@ -274,11 +342,22 @@ def _without_evaluation(job: Job, found: Fit) -> Iterator[Remedy]:
         yield from _if_it_fits(tried, ["remove spec.data.validation, and so the stage evaluate"])
 
 
-def _larger_gpu(job: Job) -> Iterator[Remedy]:
+def _more_memory(job: Job, found: Fit) -> Remedy:
+    """Return the memory with which the process fits."""
+    wanted = -(-(found.peak + CPU_PROCESS_BYTES) // GIB)
+    if job.plan.job.namespace is None:
+        change = f"run it on a machine with {wanted * job.devices} GiB of memory"
+    else:
+        change = f"set spec.compute.memory to {wanted}Gi"
+    return Remedy(change, found.peak)
+
+
+def _larger_gpu(job: Job, given: Gpu) -> Iterator[Remedy]:
     """Yield the smallest described GPU that the job fits."""
     for gpu in GPUS:
-        if gpu.memory > job.gpu.memory:
-            remedy = next(_if_it_fits(replace(job, gpu=gpu), [f"run it on {gpu.name} GPUs"]), None)
+        if gpu.memory > given.memory:
+            larger = replace(job, device=gpu)
+            remedy = next(_if_it_fits(larger, [f"run it on {gpu.name} GPUs"]), None)
             if remedy:
                 yield remedy
                 break

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
+from tuneyard.api.compute import Compute
 from tuneyard.api.quantity import QUANTITY_PATTERN, quantity_value
 from tuneyard.planning.memory.parts import GIB
 
 CONTEXT_BYTES = 1 << 30
 """Memory of CUDA's context, its libraries' workspaces and NCCL. An estimate."""
+CPU_PROCESS_BYTES = 840 << 20
+"""Resident memory of Python with torch, transformers and PEFT before a model is loaded, as measured
+with torch 2.15 on Linux."""
+PRODUCT_LABEL = "nvidia.com/gpu.product"
+"""The node label of NVIDIA's GPU feature discovery."""
 FRAGMENTS = 0.04
 """Share of a GPU's memory that the allocator's gaps may take. An estimate."""
 
@@ -21,14 +28,40 @@ class Gpu:
 
     name: str
     memory: int
-    """Bytes that CUDA or ROCm reports, rounded down to GiB."""
+    """Bytes that CUDA or ROCm reports; of a described GPU rounded down to GiB."""
     estimated: bool = False
     """Whether only the memory is known, and not what the GPU is."""
+    exact: bool = False
+    """Whether a worker has reported the memory."""
 
     @property
     def usable(self) -> int:
         """Bytes that a job can use."""
         return int(self.memory * (1 - FRAGMENTS)) - CONTEXT_BYTES
+
+    @property
+    def most(self) -> int:
+        """Bytes beyond which no job can run, whatever the estimates of `usable` are worth."""
+        return self.memory if self.exact else self.memory + GIB
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """The memory of a worker without a GPU, which computes in its own process."""
+
+    memory: int
+    """The process's share of the memory of its machine or pod, in bytes."""
+    most: int
+    """Bytes beyond which no process can run: all memory of the machine or pod, with swap. Neither
+    libraries nor the files of weights are taken off: their pages can be dropped, and processes
+    share them."""
+    name: str = "CPU"
+    estimated: bool = False
+
+    @property
+    def usable(self) -> int:
+        """Bytes that a job can use."""
+        return self.memory - CPU_PROCESS_BYTES
 
 
 GPUS: Final = (
@@ -48,6 +81,10 @@ GPUS: Final = (
 """The described GPUs, by memory."""
 
 _SPELLINGS = {"A100": "A100-80GB", "RTX-4090": "RTX4090", "GEFORCERTX4090": "RTX4090"}
+
+
+UNKNOWN = Gpu("unknown", 79 * GIB, estimated=True)
+"""The GPU of a job whose hardware is not described: nothing is refused on it."""
 
 
 class UnknownGpuError(ValueError):
@@ -71,6 +108,16 @@ def gpu_of(name: str) -> Gpu:
     raise UnknownGpuError(
         f"{name!r} is not described: name one of {known}, or its memory, such as 48Gi"
     )
+
+
+def declared_gpu(compute: Compute) -> Gpu | None:
+    """Return the GPU that `compute.gpu` names, or the product label of the nodes. None: neither
+    names one that is described."""
+    for name in (compute.gpu, compute.node_selector.get(PRODUCT_LABEL)):
+        with suppress(UnknownGpuError):
+            if name is not None:
+                return gpu_of(name)
+    return None
 
 
 def _plain(name: str) -> str:

@@ -4,27 +4,59 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from typing import get_args
+from typing import Literal, get_args
 
-from tuneyard.api.alignment import GroupRelative
+from tuneyard.api.adapters import Adapter
+from tuneyard.api.alignment import Distill, Dpo, GroupRelative
 from tuneyard.api.alignmentjob import AlignmentSpec
+from tuneyard.api.compute import MIN_SHARDS, Compute
 from tuneyard.api.evaluation import AlignmentMetric, Evaluate, Gate, Metric
 from tuneyard.api.finetunejob import FineTuneSpec
+from tuneyard.api.training import Training
 from tuneyard.errors import Fault
+from tuneyard.planning import defaults
+from tuneyard.planning.trl_arguments import (
+    DISTILL_CONFIG,
+    DPO_CONFIG,
+    KTO_CONFIG,
+    ONLINE_CONFIGS,
+    REWARD_CONFIG,
+    SFT_CONFIG,
+    VLLM,
+    argument_faults,
+    effect_faults,
+)
 
 IN_VLLM = ("lora", "ia3", None)
 """Adapters with which vLLM can sample, None for full fine-tuning: they can be written as plain
 weights, unlike a 4-bit base model, virtual tokens and bottlenecks."""
 
+BY_TRL = (
+    "spec.rewardModel.train.training",
+    "spec.optimize.dpo.training",
+    "spec.optimize.grpo.training",
+    "spec.optimize.rloo.training",
+    "spec.optimize.distill.training",
+)
+"""The training loops of an alignment that TRL's trainers can take."""
+
+WITH_VIRTUAL_TOKENS = ("prompt", "prefix")
+"""Adapters that put trained tokens before the input."""
+
 
 def fine_tuning_faults(spec: FineTuneSpec) -> list[Fault]:
     """Return the faults of a fine-tuning."""
-    faults = list(_suite_faults(spec.evaluate))
+    faults = [*_engine_faults(spec), *_sharding_faults(spec), *_suite_faults(spec.evaluate)]
     for path, gate in _gates(spec.evaluate):
         problem = _unknown_metric(gate, get_args(Metric)) or _unmeasured_fine_tuning(gate, spec)
         if problem:
             faults.append(Fault(path, problem))
     return faults
+
+
+def can_shard(adapter: Adapter | None) -> bool:
+    """Return whether a model can be sharded while this is trained: None, all of its weights."""
+    return adapter is None or (adapter.lora is not None and not adapter.lora.decomposed)
 
 
 def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
@@ -34,7 +66,9 @@ def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
         *_unused_step_faults(spec),
         *_stopping_faults(spec),
         *_reinforcement_faults(spec),
+        *_distillation_faults(spec),
         *_suite_faults(spec.evaluate),
+        *_alignment_engine_faults(spec),
     ]
     aligned = spec.optimize or (spec.reward_model and spec.reward_model.train)
     known = get_args(AlignmentMetric) if aligned else get_args(Metric)
@@ -101,9 +135,9 @@ def _unused_step_faults(spec: AlignmentSpec) -> Iterator[Fault]:
 def _has_evaluation_prompts(spec: AlignmentSpec) -> bool:
     """Return whether the evaluation has prompts to sample completions for."""
     preferences = spec.preferences
-    reinforcement = spec.optimize and spec.optimize.reinforcement
+    on_policy = spec.optimize and spec.optimize.on_policy
     held_out = preferences and (preferences.ai_feedback or preferences.held_out > 0)
-    return bool(reinforcement or held_out)
+    return bool(on_policy or held_out)
 
 
 def _stopping_faults(spec: AlignmentSpec) -> Iterator[Fault]:
@@ -155,6 +189,227 @@ def _reinforcement_faults(spec: AlignmentSpec) -> Iterator[Fault]:
             f"{size} completions cannot be divided into groups of {group}: set a multiple of "
             "groupSize",
         )
+
+
+def _distillation_faults(spec: AlignmentSpec) -> Iterator[Fault]:
+    """Yield the faults of a distillation."""
+    distill = spec.optimize and spec.optimize.distill
+    if not distill:
+        return
+    path = "spec.optimize.distill"
+    yield from argument_faults(f"{path}.training.trl", DISTILL_CONFIG, distill.training.trl)
+    if distill.training.engine == "native":
+        yield Fault(
+            f"{path}.training.engine",
+            "native does not distill, as only TRL has a trainer for it: remove engine",
+        )
+    if distill.sampling.engine == "vllm":
+        yield Fault(
+            f"{path}.sampling.engine",
+            "vllm does not sample for TRL's trainers, as TRL 1.16 takes vLLM 0.22 to 0.31 and the "
+            "trainer image has a newer one: remove engine",
+        )
+    same = (distill.teacher.uri, distill.teacher.revision) == (spec.model.uri, spec.model.revision)
+    if same and spec.sft is None and spec.constitution is None:
+        yield Fault(
+            f"{path}.teacher.uri",
+            f"{distill.teacher.uri} is the model itself, which has nothing to learn from its own "
+            "distribution: name another model",
+        )
+    yield from _head_faults(spec)
+    yield from _division_faults(path, spec, distill)
+
+
+def _head_faults(spec: AlignmentSpec) -> Iterator[Fault]:
+    """Yield a fault for an adapter that TRL's distillation would not train: its loss takes the
+    hidden states and the weights of the head."""
+    adapter = spec.adapter
+    if adapter is None:
+        return
+    if adapter.kind in ("prefix", "prompt"):
+        yield Fault(
+            f"spec.adapter.{adapter.kind}",
+            "adds virtual tokens, which TRL's distillation does not see: use adapter.lora, or no "
+            "adapter",
+        )
+    low_rank = adapter.lora or adapter.qlora
+    if low_rank and "lm_head" in low_rank.targets:
+        yield Fault(
+            f"spec.adapter.{adapter.kind}.targets",
+            "holds lm_head, and TRL's distillation does not train an adapter on the head: remove "
+            "lm_head",
+        )
+
+
+def _division_faults(path: str, spec: AlignmentSpec, distill: Distill) -> Iterator[Fault]:
+    """Yield a fault for a batch that some number of workers cannot share equally."""
+    compute, size = spec.compute, distill.training.batch_size
+    if size == "auto":
+        size = defaults.alignment_rule("distill", "full").batch_size
+    most = compute.workers or 1
+    odd = [n for n in range(compute.min_workers or most, most + 1) if size % n]
+    if odd:
+        yield Fault(
+            f"{path}.training.batchSize",
+            f"{size} prompts cannot be divided among {odd[0]} workers equally, which TRL's "
+            f"distillation needs: set a multiple of {odd[0]}, or other compute.workers",
+        )
+
+
+def _engine_faults(spec: FineTuneSpec) -> Iterator[Fault]:
+    """Yield a fault for what TRL's trainer does not do."""
+    if spec.training.engine == "native":
+        yield from _unused_trl("spec.training", spec.training)
+        return
+    yield from argument_faults("spec.training.trl", SFT_CONFIG, spec.training.trl)
+    yield from effect_faults("spec.training", spec.training, spec.compute)
+    if spec.data.packing == "always":
+        yield Fault(
+            "spec.data.packing",
+            "always needs the native engine, as the rows of a batch are padded under "
+            "training.engine trl: set packing to auto or never, or engine to native",
+        )
+
+
+def _sharding_faults(spec: FineTuneSpec) -> Iterator[Fault]:
+    """Yield a fault for each reason why the job cannot be sharded as it asks."""
+    compute, path = spec.compute, "spec.compute.sharding"
+    if compute.sharding != "fsdp":
+        return
+    if spec.training.engine == "native":
+        yield Fault(
+            path,
+            "fsdp needs TRL's trainer, as each worker of the native engine holds the whole model: "
+            "set training.engine to trl, or remove sharding",
+        )
+    elif not can_shard(spec.adapter):
+        yield Fault(
+            path,
+            f"fsdp shards a model under adapter.lora (not decomposed) or without an adapter, and "
+            f"adapter.{spec.adapter.kind if spec.adapter else ''} is set: use one of these, or "
+            "remove sharding",
+        )
+    if compute.profile is None and (compute.workers or 1) < MIN_SHARDS:
+        yield Fault(path, f"fsdp needs at least {MIN_SHARDS} workers: set compute.workers")
+    if compute.min_workers is not None and compute.min_workers < MIN_SHARDS:
+        yield Fault(
+            "spec.compute.minWorkers",
+            f"fsdp needs at least {MIN_SHARDS} workers, and the job may continue with "
+            f"{compute.min_workers}: raise minWorkers, or remove sharding",
+        )
+
+
+def _alignment_engine_faults(spec: AlignmentSpec) -> Iterator[Fault]:
+    """Yield a fault for what an alignment asks of TRL's trainers, and for sharding."""
+    if spec.compute.sharding == "fsdp":
+        yield Fault(
+            "spec.compute.sharding",
+            "fsdp is for FineTuneJobs in this version, as the stages of an alignment run on whole "
+            "models: remove sharding",
+        )
+    for path, training in _trainings(spec):
+        yield from _unused_trl(path, training)
+        if training.engine == "trl" and path not in BY_TRL:
+            reason = (
+                "PPO stays native, as TRL has no PPO any more"
+                if ".ppo." in path
+                else "trl does not train this step in this version"
+            )
+            yield Fault(f"{path}.engine", f"{reason}: remove engine")
+    grpo, rloo = spec.optimize and spec.optimize.grpo, spec.optimize and spec.optimize.rloo
+    if grpo and grpo.training.engine == "trl":
+        yield from _trl_online_faults(spec, "grpo", grpo)
+    if rloo and rloo.training.engine == "trl":
+        yield from _trl_online_faults(spec, "rloo", rloo)
+    dpo = spec.optimize and spec.optimize.dpo
+    if dpo and dpo.training.engine == "trl":
+        yield from _trl_dpo_faults("spec.optimize.dpo", dpo, spec.compute)
+        if dpo.loss != "kto":
+            yield from _uncertain_label_faults("spec.optimize.dpo.training", "DPOTrainer", spec)
+    train = spec.reward_model and spec.reward_model.train
+    if train and train.training.engine == "trl":
+        path = "spec.rewardModel.train.training"
+        yield from argument_faults(f"{path}.trl", REWARD_CONFIG, train.training.trl)
+        yield from effect_faults(path, train.training, spec.compute)
+        yield from _uncertain_label_faults(path, "RewardTrainer", spec)
+
+
+def _trl_online_faults(
+    spec: AlignmentSpec, kind: Literal["grpo", "rloo"], method: GroupRelative
+) -> Iterator[Fault]:
+    """Yield a fault for what TRL's GRPOTrainer and RLOOTrainer do not do."""
+    path, training, compute = f"spec.optimize.{kind}", method.training, spec.compute
+    yield from argument_faults(f"{path}.training.trl", ONLINE_CONFIGS[kind], training.trl)
+    yield from effect_faults(f"{path}.training", training, compute)
+    if method.sampling.engine == "vllm":
+        yield Fault(f"{path}.sampling.engine", f"vllm is not for training.engine trl: {VLLM}")
+    adapter = spec.adapter.kind if spec.adapter else "full"
+    if adapter in WITH_VIRTUAL_TOKENS:
+        yield Fault(
+            f"spec.adapter.{adapter}",
+            "its virtual tokens come before the padding, and TRL pads prompts on the left: use "
+            f"another adapter, or set optimize.{kind}.training.engine to native",
+        )
+    size = training.batch_size
+    if size == "auto":
+        size = defaults.alignment_rule(kind, adapter).batch_size
+    most, each = compute.workers or 1, max(1, compute.gpus_per_worker or 0)
+    least = min(compute.min_workers or most, most)
+    uneven = [workers for workers in range(least, most + 1) if size % (workers * each)]
+    if uneven and compute.profile is None:
+        yield Fault(
+            f"{path}.training.batchSize",
+            f"TRL needs equally many completions on each process, and {size} cannot be divided "
+            f"among the {uneven[0] * each} of {uneven[0]} workers: set a multiple, or change "
+            "compute.workers or compute.minWorkers",
+        )
+
+
+def _uncertain_label_faults(path: str, trainer: str, spec: AlignmentSpec) -> Iterator[Fault]:
+    """Yield a fault for pairs with the probabilities of a judge, which a trainer of TRL does not
+    take. An endpoint may give none: the stage then looks at its labels."""
+    feedback = spec.preferences and spec.preferences.ai_feedback
+    if feedback and (feedback.judge.model or feedback.disagreement == "tie"):
+        yield Fault(
+            f"{path}.engine",
+            f"TRL's {trainer} takes pairs whose order is certain, and preferences.aiFeedback gives "
+            "probabilities: set engine to native, or give pairs in preferences.data",
+        )
+
+
+def _trl_dpo_faults(path: str, dpo: Dpo, compute: Compute) -> Iterator[Fault]:
+    config = KTO_CONFIG if dpo.loss == "kto" else DPO_CONFIG
+    yield from argument_faults(f"{path}.training.trl", config, dpo.training.trl)
+    yield from effect_faults(f"{path}.training", dpo.training, compute)
+    if dpo.loss == "sigmoid" and dpo.label_smoothing:
+        yield Fault(
+            f"{path}.labelSmoothing",
+            "TRL smooths labels in the loss robust alone: set loss to robust or training.engine to "
+            "native, or remove labelSmoothing",
+        )
+
+
+def _unused_trl(path: str, training: Training) -> Iterator[Fault]:
+    if training.trl and training.engine == "native":
+        yield Fault(
+            f"{path}.trl",
+            f"holds arguments of TRL ({', '.join(sorted(training.trl)[:3])}), and engine is "
+            "native: set engine to trl, or remove trl",
+        )
+
+
+def _trainings(spec: AlignmentSpec) -> Iterator[tuple[str, Training]]:
+    """Yield the training loops of an alignment with their paths."""
+    if spec.sft:
+        yield "spec.sft.training", spec.sft.training
+    if spec.constitution:
+        yield "spec.constitution.training", spec.constitution.training
+    if spec.reward_model and spec.reward_model.train:
+        yield "spec.rewardModel.train.training", spec.reward_model.train.training
+    if spec.optimize:
+        method = spec.optimize.dpo or spec.optimize.on_policy
+        if method:
+            yield f"spec.optimize.{spec.optimize.kind}.training", method.training
 
 
 def _suite_faults(evaluate: Evaluate) -> Iterator[Fault]:

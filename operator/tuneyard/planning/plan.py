@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from tuneyard.api.alignmentjob import AlignmentJob
 from tuneyard.api.finetunejob import FineTuneJob
@@ -49,7 +50,8 @@ def _manifest(job: FineTuneJob | AlignmentJob) -> dict[str, Any]:
 
 
 def _dump(value: Any) -> Any:
-    """Return a model's fields by YAML names, except those that are None by default.
+    """Return a model's fields by YAML names, except those that are None by default, and those that
+    a plan leaves out at their default.
 
     `model_dump(exclude_none=True)` would also drop a None that overrides a default, as
     `maxGradientNorm: null` does.
@@ -59,8 +61,14 @@ def _dump(value: Any) -> Any:
         return {
             alias: _dump(getattr(value, name))
             for (alias, info), name in names
-            if getattr(value, name) is not None or info.default is not None
+            if not _is_left_out(info, getattr(value, name))
         }
     if isinstance(value, list):
         return [_dump(item) for item in value]
     return value
+
+
+def _is_left_out(info: FieldInfo, value: Any) -> bool:
+    if info.exclude_if is not None and info.exclude_if(value):
+        return True
+    return value is None and info.default is None

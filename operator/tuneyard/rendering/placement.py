@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from tuneyard.api.compute import Compute
+from tuneyard.api.compute import MIN_SHARDS, Compute
 from tuneyard.api.exports import named_job, with_models
 from tuneyard.api.meta import NAME_LENGTH, NAME_PATTERN
-from tuneyard.api.plan import Plan, SourceInput
+from tuneyard.api.plan import Plan, PlannedStage, SourceInput
 from tuneyard.errors import Fault, PlanError
-from tuneyard.rendering.compute import compute_faults, with_profile
+from tuneyard.rendering.compute import compute_faults, with_profile, workers
 from tuneyard.rendering.plan_file import size_faults
 from tuneyard.rendering.storage import storage_faults
 
@@ -24,13 +24,60 @@ def placed(
     keeps the plan from running on a cluster.
     """
     found = with_models(plan, jobs or {})
-    faults = [*storage_faults(found), *compute_faults(plan.compute, profiles)]
+    faults = [
+        *storage_faults(found),
+        *compute_faults(plan.compute, profiles),
+        *_sharding_faults(plan, profiles),
+    ]
     if faults:
         raise PlanError(faults)
-    result = found.model_copy(update={"compute": with_profile(plan.compute, profiles)})
+    compute = with_profile(plan.compute, profiles)
+    stages = [_with_sharding(stage, compute) for stage in found.stages]
+    result = found.model_copy(update={"compute": compute, "stages": stages})
     if too_large := [*size_faults(result)]:
         raise PlanError(too_large)
     return result
+
+
+def _with_sharding(stage: PlannedStage, compute: Compute) -> PlannedStage:
+    """Return the stage with the sharding of its job's profile, if it can be sharded and the job
+    leaves it open. `compute`: with the profile applied."""
+    if stage.runtime.sharding != "auto":
+        return stage
+    runtime = stage.runtime.model_copy(update={"sharding": compute.sharding})
+    return stage.model_copy(update={"runtime": runtime})
+
+
+def _sharding_faults(plan: Plan, profiles: Mapping[str, Compute]) -> Iterator[Fault]:
+    """Yield a fault for each reason why the job cannot be sharded as its profile asks, and for a
+    profile with too few workers. A job without a profile was checked when it was planned."""
+    name = plan.compute.profile
+    if name is None or name not in profiles:
+        return
+    compute = with_profile(plan.compute, profiles)
+    if compute.sharding != "fsdp":
+        return
+    if all(stage.runtime.sharding == "none" for stage in plan.stages):
+        yield Fault(
+            "spec.compute.profile",
+            f"profile {name} shares a model among the workers (sharding fsdp), which needs a "
+            "FineTuneJob with training.engine trl, and adapter.lora (not decomposed) or no "
+            "adapter: set these, set compute.sharding to none, or choose another profile",
+        )
+        return
+    group = workers(compute)
+    if group.num_workers < MIN_SHARDS:
+        yield Fault(
+            "spec.compute.workers",
+            f"fsdp needs at least {MIN_SHARDS} workers, and with profile {name} the job has "
+            f"{group.num_workers}: set compute.workers, or compute.sharding to none",
+        )
+    elif group.min_workers < MIN_SHARDS:
+        yield Fault(
+            "spec.compute.minWorkers",
+            f"fsdp needs at least {MIN_SHARDS} workers, and the job may continue with "
+            f"{group.min_workers}: raise minWorkers, or set compute.sharding to none",
+        )
 
 
 def awaited_jobs(plan: Plan) -> dict[str, SourceInput]:

@@ -69,6 +69,10 @@ ERASE_TTL_SECONDS = 3600
 SMALL_TMP = "10Gi"
 """Limit on /tmp in pods that hold neither a model nor data: Ray's logs, and records of the output.
 Without a limit, a pod could fill its node's disk, and the kubelet would evict other pods too."""
+CPU_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+"""For workers without a GPU: the C library gives tensors of over 1 MiB back to the system when they
+are freed. By default it keeps up to a third of the peak for later (LoRA: 3.5 in place of 2.4 GiB),
+for which a pod is killed. The page faults make training about 12% slower (2 cores, glibc 2.36)."""
 USER = 1000
 """The pods' user and group; volumes are made writable for it."""
 
@@ -324,11 +328,12 @@ def _worker_group(pods: _Pods, store: Storage, group: Workers, compute: Compute)
     if group.gpus:
         # Ray counts nvidia.com/gpu by default, but not the resource of a MIG slice.
         resources[group.gpu_resource] = start["num-gpus"] = str(group.gpus)
+    computing = [] if group.gpus else _variables(CPU_ENVIRONMENT)
     container = {
         "name": "ray-worker",
         "lifecycle": _drain_hook(),
         "resources": _guaranteed_resources(resources),
-        "env": [*_environment(), *_secret_env(store)],
+        "env": [*_environment(), *computing, *_secret_env(store)],
         "envFrom": _env_from(store.credentials),
     }
     mounts = [_shared_memory(group.shared_memory), *_claims(store.claims)]
@@ -487,6 +492,10 @@ def _environment() -> list[Object]:
         # of the grace period.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
+    return _variables(values)
+
+
+def _variables(values: Mapping[str, str]) -> list[Object]:
     return [{"name": name, "value": value} for name, value in values.items()]
 
 

@@ -41,7 +41,7 @@ from tuneyard.status.observed import (
     names_of,
 )
 from tuneyard.status.reasons import Cause
-from tuneyard.status.reported import DONE, merge_stages, progress_of, with_lost_steps
+from tuneyard.status.reported import DONE, merge_stages, progress_of, with_lost_steps, with_measured
 from tuneyard.status.times import moment_of, rfc3339
 
 Job = FineTuneJob | AlignmentJob
@@ -525,7 +525,11 @@ class _Observer:
             attempt = self._update(running_at=rfc3339(self.now))
         self._set(progress=progress_of(post, self.status.progress, self.now))
         if report is not None:
+            if self.observed.memory is not None:
+                self._set(memory=self.observed.memory)
             self._set(stages=merge_stages(self.status.stages, report.stages))
+            if self.status.memory is not None:
+                self._set(memory=with_measured(self.status.memory, self.status.stages))
             if report.stage:
                 attempt = self._update(stage=report.stage, last_step=report.step)
             self._count_lost_steps(report)

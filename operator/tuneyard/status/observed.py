@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from tuneyard.api.meta import GROUP
 from tuneyard.api.progress import Post
+from tuneyard.api.status import MemoryEstimate
 from tuneyard.rendering.names import QUEUE_LABEL, UID_LABEL
 from tuneyard.status.times import moment_of
 
@@ -187,6 +188,9 @@ class ObservedState:
     """None: the API server refused nothing."""
     post: Post | None = None
     """The newest post of the current attempt."""
+    memory: MemoryEstimate | None = None
+    """The memory that was estimated for the newest attempt. None: its driver has not asked since
+    the operator started, and the status keeps the estimate that it has."""
     unknown_fields: tuple[str, ...] = ()
     """The spec fields that this version does not know and plans without: after a rollback, the job
     may be of a newer one."""

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from tuneyard.api.progress import Post
-from tuneyard.api.status import AttemptStatus, Progress, StageState, StageStatus
+from tuneyard.api.status import AttemptStatus, MemoryEstimate, Progress, StageState, StageStatus
 from tuneyard.status.times import rfc3339
 
 DONE = ("Succeeded", "Skipped")
 """States of a stage whose record exists."""
+PEAK_METRIC = "peakMemoryBytes"
+"""The metric of a finished stage that is its measured peak."""
 MAX_METRICS = 256
 """Most metrics that a status holds: as many as one post may carry."""
 
@@ -30,6 +32,7 @@ def progress_of(post: Post, before: Progress | None, now: datetime) -> Progress:
         total_steps=report.total_steps if report else 0,
         percentage=percentage,
         estimated_remaining_seconds=trainer.estimated_remaining_seconds,
+        cost=report.cost if report else None,
         metrics=known if len(known) <= MAX_METRICS else metrics,
         last_updated_time=trainer.last_updated_time or (before.last_updated_time if before else ""),
     )
@@ -55,6 +58,25 @@ def merge_stages(
     are ignored; a stage that is done keeps its state until it runs again."""
     newest = {(stage.name, stage.kind): stage for stage in reported}
     return [_newer(stage, newest.get((stage.name, stage.kind), stage)) for stage in stages]
+
+
+def with_measured(memory: MemoryEstimate, stages: Sequence[StageStatus]) -> MemoryEstimate:
+    """Return the estimate with the measured peaks of the stages that are done."""
+    peaks = {
+        stage.name: stage.metrics[PEAK_METRIC] for stage in stages if PEAK_METRIC in stage.metrics
+    }
+    measured = [
+        stage.model_copy(update={"measured_bytes": peak})
+        if (peak := _size(peaks.get(stage.name))) is not None
+        else stage
+        for stage in memory.stages
+    ]
+    return memory.model_copy(update={"stages": measured})
+
+
+def _size(value: float | None) -> int | None:
+    """Return a posted size that a status can hold. None: it is no such size."""
+    return int(value) if value is not None and 0 <= value < 1 << 63 else None
 
 
 def _newer(stage: StageStatus, reported: StageStatus) -> StageStatus:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ import yaml
 
 from tests.trainer.conftest import VOCABULARY, tiny_llama
 from tests.trainer.jobs import planned
-from tuneyard_trainer.running import torchrun
+from tuneyard.api.plan import Plan
+from tuneyard_trainer.running import processes, torchrun
+from tuneyard_trainer.running.group import Places
+from tuneyard_trainer.running.runner import Emit
+from tuneyard_trainer.storage.records import Store
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 
@@ -55,6 +60,25 @@ def long_context_model_dir(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPat
     return folder
 
 
+def run(plan: Plan, base_dir: Path, folder: Path, emit: Emit) -> None:
+    """Run a plan in this process, or with several workers in processes as `tuneyard run` does: one
+    worker refuses to share a model with nobody."""
+    output, cache_dir = str(folder / "out"), folder / "cache"
+    if (plan.compute.workers or 1) == 1:
+        torchrun.run(plan, output, base_dir=base_dir, cache_dir=cache_dir, emit=emit)
+        return
+    scratch = folder / "scratch"
+    scratch.mkdir()
+    Store(output, scratch).claim(plan.job, attempt=1)
+    processes.run(
+        plan,
+        places=Places(output, str(scratch), str(base_dir), str(cache_dir)),
+        resources=processes.local_resources(plan.compute),
+        on_event=emit,
+        stop=threading.Event(),
+    )
+
+
 @pytest.mark.parametrize("path", fine_tune_jobs(), ids=lambda path: path.stem)
 def test_an_example_runs_to_its_result(
     path: Path, tmp_path: Path, long_context_model_dir: Path
@@ -65,14 +89,7 @@ def test_an_example_runs_to_its_result(
         if event["type"] == "stage":
             states[event["stage"]] = event["state"]
 
-    plan = planned(shortened(path, long_context_model_dir))
-    torchrun.run(
-        plan,
-        str(tmp_path / "out"),
-        base_dir=path.parent,
-        cache_dir=tmp_path / "cache",
-        emit=emit,
-    )
+    run(planned(shortened(path, long_context_model_dir)), path.parent, tmp_path, emit)
     assert set(states.values()) == {"Succeeded"}
     assert (tmp_path / "out" / "result" / "README.md").exists()
 
@@ -90,6 +107,8 @@ def shortened_alignment(path: Path, model: Path) -> dict[str, Any]:
         step["training"]["maxSteps"] = 2
         if "sampling" in step:
             step["sampling"]["maxNewTokens"] = 4
+        if "teacher" in step:
+            step["teacher"] = {"uri": f"file://{model}"}
     if feedback := (spec.get("preferences") or {}).get("aiFeedback"):
         feedback |= {"judge": {"model": {"uri": f"file://{model}"}}, "maxNewTokens": 4}
         feedback["disagreement"] = "average"  # random weights prefer a position

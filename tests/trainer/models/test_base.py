@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -522,6 +524,31 @@ def test_tied_parameters_are_counted_once(tiny_model_dir: Path) -> None:
 
 
 def test_peak_memory_is_in_bytes() -> None:
+    assert 50 << 20 < base.peak_memory_bytes(CPU) < 1 << 40
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset the peak of a process")
+def test_the_peak_of_a_stage_is_not_that_of_an_earlier_one() -> None:
+    """In a process of its own: the peak of other tests is none of ours."""
+    code = """
+import torch
+from tuneyard_trainer.models.base import peak_memory_bytes, reset_peak_memory
+cpu = torch.device("cpu")
+large = torch.ones(100 << 20)  # 400 MiB
+before = peak_memory_bytes(cpu)
+del large
+reset_peak_memory(cpu)
+print(before - peak_memory_bytes(cpu))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 300 << 20
+
+
+def test_where_the_peak_cannot_be_reset_that_of_the_process_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "PROC", tmp_path / "absent")
+    base.reset_peak_memory(CPU)
     assert 50 << 20 < base.peak_memory_bytes(CPU) < 1 << 40
 
 

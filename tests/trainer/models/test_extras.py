@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from tests.trainer.jobs import manifest, planned, write_data
+from tests.trainer.preferring import planned as planned_preferences
+from tests.trainer.rows import train_stage
 from tests.trainer.speaking import grpo_stage, ppo_stage
+from tests.trainer.trl_engine.test_dpo import settings
 from tuneyard.errors import StageError
 from tuneyard_trainer import extras
 from tuneyard_trainer.running import torchrun
@@ -59,4 +62,20 @@ def test_only_stages_that_sample_with_vllm_need_it(make: Any, without: Any) -> N
     extras.require([make()])
     with pytest.raises(StageError, match=r"compute\.image") as caught:
         extras.require([make(), make(sampling={"engine": "vllm"})])
+    assert caught.value.reason == "MissingExtra"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda engine: train_stage(engine=engine),
+        lambda engine: planned_preferences(settings(engine=engine)),
+    ],
+    ids=["sft", "dpo"],
+)
+def test_only_stages_that_trl_trains_need_it(make: Any, without: Any) -> None:
+    without("trl")
+    extras.require([make(None)])
+    with pytest.raises(StageError, match=r"training\.engine") as caught:
+        extras.require([make(None), make("trl")])
     assert caught.value.reason == "MissingExtra"

@@ -19,11 +19,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.planning.models import facts
 from tests.trainer.jobs import manifest, planned, write_data
 from tests.trainer.status_server import SUPERSEDED, Reply, StatusServer, serving
+from tuneyard.api.job_facts import FitAnswer, JobFacts
 from tuneyard.api.plan import JobRef, Plan
 from tuneyard.api.pods import OUTCOME_PREFIX, WORKERS_VARIABLE
-from tuneyard.api.progress import Outcome
+from tuneyard.api.progress import Outcome, PostResponse
+from tuneyard.api.status import Failure
 from tuneyard.errors import StageError
 from tuneyard_trainer import drain, erase
 from tuneyard_trainer.pod import driver as driver_module
@@ -205,6 +208,75 @@ def test_a_superseded_attempt_whose_output_cannot_be_read_lets_its_workers_try(
 
     monkeypatch.setattr(Store, "refuse_stale", unreadable)
     assert superseded(tmp_path, monkeypatch, claim=(UID, 1))._stop.is_set()
+
+
+# ---- whether the job fits -----------------------------------------------------------------------
+
+FACTS = JobFacts(model=facts("8B"), done=["prepare"])
+REFUSAL = Failure(reason="DoesNotFit", message="it does not", advice="Set this; or that.")
+
+
+@pytest.fixture
+def operated(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[StatusServer, Driver]]:
+    """A driver whose posts a server receives; it waits half a second for an answer."""
+    monkeypatch.setattr(driver_module, "FIT_SECONDS", 0.5)
+    with serving(tmp_path_factory.mktemp("tls")) as server:
+        (tmp_path / "token").write_text("secret")
+        monkeypatch.setenv("TUNEYARD_PROGRESS_URL", server.url)
+        monkeypatch.setenv("TUNEYARD_TOKEN_FILE", str(tmp_path / "token"))
+        monkeypatch.setenv("TUNEYARD_CA", server.ca)
+        yield server, Driver(cluster_plan(tmp_path, tmp_path), 1, UID, Log(sys.stdout))
+        server.reply = SUPERSEDED
+
+
+def fit_reply(answer: FitAnswer) -> Reply:
+    return Reply(body=PostResponse(stop=False, fit=answer).model_dump_json(by_alias=True).encode())
+
+
+def test_the_operators_decision_is_the_answer_and_later_posts_ask_nothing(
+    operated: tuple[StatusServer, Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver_module, "FIT_SECONDS", 60.0)
+    server, driver = operated
+    server.reply = fit_reply(FitAnswer(refusal=REFUSAL))
+    assert driver._review(FACTS).refusal == REFUSAL
+    assert JobFacts.model_validate_json(json.dumps(server.posts[-1]["tuneyard"]["facts"])) == FACTS
+    for later in (driver._progress.post(), driver._reporter and driver._reporter._newest):
+        assert later
+        assert later.tuneyard
+        assert later.tuneyard.facts is None
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [Reply(), Reply(503), Reply(400), Reply(500, body=b"nonsense"), Reply(body=b"{")],
+    ids=["an older operator", "busy", "refused", "broken", "malformed"],
+)
+def test_without_a_decision_the_job_trains_as_planned(
+    operated: tuple[StatusServer, Driver], reply: Reply
+) -> None:
+    server, driver = operated
+    server.reply = reply
+    assert driver._review(FACTS) == FitAnswer()
+
+
+def test_facts_that_an_operator_does_not_accept_are_not_posted_again(
+    operated: tuple[StatusServer, Driver],
+) -> None:
+    """It would refuse every later post too, also that of the outcome."""
+    server, driver = operated
+    server.reply = Reply(400)
+    driver._review(FACTS)
+    later = driver._progress.post().tuneyard
+    assert later is not None
+    assert later.facts is None
+
+
+def test_a_driver_that_posts_nothing_asks_nobody(tmp_path: Path) -> None:
+    driver = Driver(cluster_plan(tmp_path, tmp_path), 1, UID, Log(sys.stdout))
+    assert driver._review(FACTS) == FitAnswer()
 
 
 def test_a_plan_of_another_version_ends_in_one_line(tmp_path: Path) -> None:

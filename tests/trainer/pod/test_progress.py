@@ -11,7 +11,7 @@ import pytest
 from tests.trainer.finished import record
 from tests.trainer.jobs import manifest, planned
 from tuneyard.api.progress import Outcome, Post, ProgressReport
-from tuneyard.api.status import Failure
+from tuneyard.api.status import Failure, StageCost
 from tuneyard_trainer.pod.progress import AttemptProgress
 
 START = 1_800_000_000.0
@@ -142,3 +142,45 @@ def test_the_last_stage_shows_how_the_attempt_ended(
     assert last.stages[1].state == left
     assert last.outcome == outcome
     assert (last.stage, last.step) == ("sft", 5)
+
+
+# ---- time and price -----------------------------------------------------------------------------
+
+
+def costing(folder: Path, *, present: int | None = None, **compute: Any) -> AttemptProgress:
+    """Return an attempt whose stage of 110 steps began an hour before step 10, and which then took
+    36 s a step."""
+    plan = planned(manifest(folder, compute=compute))
+    attempt = AttemptProgress(plan, attempt=1, at=START - 999, workers=present)
+    attempt.add(stage("sft", "Running"), START)
+    attempt.add(progress(10, 110), START + 3600)
+    assert picture(attempt.post()).cost is None
+    attempt.add(progress(20, 110), START + 3960)
+    return attempt
+
+
+def test_the_whole_stage_is_the_time_so_far_and_the_steps_that_are_left(tmp_path: Path) -> None:
+    cost = picture(costing(tmp_path).post()).cost
+    assert cost == StageCost(total_seconds=3960 + 90 * 36)
+
+
+def test_gpu_hours_count_all_gpus_and_the_price_all_workers(tmp_path: Path) -> None:
+    compute = {"workers": 2, "gpusPerWorker": 4, "pricePerHour": 10.0}
+    assert picture(costing(tmp_path, **compute).post()).cost == StageCost(
+        total_seconds=7200, gpu_hours=16.0, price=40.0
+    )
+
+
+def test_an_attempt_with_fewer_workers_costs_less(tmp_path: Path) -> None:
+    compute = {"workers": 2, "minWorkers": 1, "gpusPerWorker": 4, "pricePerHour": 10.0}
+    assert picture(costing(tmp_path, present=1, **compute).post()).cost == StageCost(
+        total_seconds=7200, gpu_hours=8.0, price=20.0
+    )
+
+
+def test_a_stage_that_begins_has_no_cost_of_the_one_before(tmp_path: Path) -> None:
+    attempt = costing(tmp_path)
+    attempt.add(stage("sft", "Succeeded"), START + 8000)
+    assert picture(attempt.post()).cost is None
+    attempt.add(stage("evaluate", "Running"), START + 8000)
+    assert picture(attempt.post()).cost is None

@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from tests.trainer.status_server import SUPERSEDED, Reply, StatusServer, serving
-from tuneyard.api.progress import MAX_POST_BYTES, Outcome, Post, ProgressReport, TrainerStatus
+from tuneyard.api.progress import (
+    MAX_POST_BYTES,
+    Outcome,
+    Post,
+    PostResponse,
+    ProgressReport,
+    TrainerStatus,
+)
 from tuneyard.api.status import StageStatus
 from tuneyard_trainer.pod import reporter
 from tuneyard_trainer.pod.reporter import Reporter, StatusClient
@@ -287,3 +294,82 @@ def test_a_response_that_arrives_byte_by_byte_is_given_up_at_the_timeout(
     with pytest.raises(TimeoutError, match="no complete response within 1 s"):
         played.client.send(post(1))
     assert played.client.send(post(2)).stop is False
+
+
+# ---- questions ----------------------------------------------------------------------------------
+
+FITS = Reply(body=b'{"stop": false, "fit": {"settings": {"sft": {"microBatchTokens": 512}}}}')
+
+
+def ask(ours: Reporter, seconds: float = 20.0) -> PostResponse | None:
+    return ours.ask(post(9), seconds, lambda: False)
+
+
+def test_a_question_is_posted_at_once_and_its_own_response_is_returned(
+    server: StatusServer, played: Played
+) -> None:
+    server.replies = [Reply(seconds=0.3), FITS]  # the first post is on its way meanwhile
+    ours = played.start()
+    server.wait_for(1)
+    response = ask(ours)
+    assert steps(server)[:2] == [0, 9]
+    assert response is not None
+    assert response.fit is not None
+    assert response.fit.settings["sft"].micro_batch_tokens == 512
+
+
+def test_a_question_is_posted_again_until_the_operator_responds(
+    server: StatusServer, played: Played
+) -> None:
+    ours = played.start()
+    server.wait_for(1)
+    server.replies = [Reply(503), Reply(503), FITS]
+    response = ask(ours)
+    assert response is not None
+    assert response.fit is not None
+
+
+def test_an_operator_that_is_down_is_waited_for_no_longer_than_the_limit(
+    server: StatusServer, played: Played
+) -> None:
+    server.reply = Reply(503)
+    assert ask(played.start(), seconds=0.5) is None
+
+
+@pytest.mark.parametrize("status", [400, 413])
+def test_an_operator_that_does_not_accept_the_question_is_not_waited_for(
+    server: StatusServer, played: Played, status: int
+) -> None:
+    ours = played.start()
+    server.wait_for(1)
+    server.reply = Reply(status)
+    assert ask(ours, seconds=1e6) is None
+
+
+def test_a_question_ends_with_a_request_to_stop_and_with_a_newer_attempt(
+    server: StatusServer, played: Played
+) -> None:
+    server.reply = Reply(503)
+    assert played.start().ask(post(9), 1e6, lambda: True) is None
+    server.reply = SUPERSEDED
+    assert ask(played.start(), seconds=1e6) is None
+
+
+def test_the_outcome_is_the_last_post_though_a_question_is_still_open(
+    server: StatusServer, played: Played
+) -> None:
+    """A group may end while its question is being answered in another thread."""
+    server.reply = Reply(503)
+    ours, answers = played.start(), list[PostResponse | None]()
+    asking = threading.Thread(target=lambda: answers.append(ask(ours, seconds=1e6)))
+    asking.start()
+    server.wait_for(2)
+    ending = threading.Thread(target=lambda: ours.finish(FINAL))
+    ending.start()
+    asking.join(10)
+    assert answers == [None]
+    ours.update(post(2))  # as a driver does once its question is over
+    server.reply = Reply()
+    ending.join(10)
+    assert ours.delivered
+    assert steps(server)[-1] == 100

@@ -13,7 +13,7 @@ from tests.trainer.speaking import grpo_stage, ppo_stage
 from tuneyard.api.stage_settings import GrpoSettings, PpoSettings
 from tuneyard_trainer.reinforcement import arithmetic
 from tuneyard_trainer.reinforcement.actor import Scored, Sequences
-from tuneyard_trainer.reinforcement.grpo import Grpo, Rloo
+from tuneyard_trainer.reinforcement.group_methods import Grpo, Rloo
 from tuneyard_trainer.reinforcement.method import Experience
 from tuneyard_trainer.reinforcement.ppo import Ppo
 from tuneyard_trainer.reinforcement.rollouts import Rollouts

@@ -366,7 +366,13 @@ def test_reinforcement_learning_has_curves_of_reward_and_kl_divergence(
 
 
 @pytest.mark.parametrize(
-    ("kind", "label"), [("pretrain", "Loss (nats per token)"), ("dpo", "Loss"), ("reward", "Loss")]
+    ("kind", "label"),
+    [
+        ("pretrain", "Loss (nats per token)"),
+        ("distill", "Loss (nats per token)"),
+        ("dpo", "Loss"),
+        ("reward", "Loss"),
+    ],
 )
 def test_a_loss_per_token_has_a_unit(kind: str, label: str, tmp_path: Path) -> None:
     (panel,) = plots.Curves.read(tmp_path / "none", kind).panels

@@ -150,3 +150,33 @@ def test_a_stranger_without_the_key_sends_no_event(server: EventServer) -> None:
     client(server).emit(progress(2))
     assert server.events.get(timeout=20)["step"] == 2
     assert server.events.empty()
+
+
+# ---- questions ----------------------------------------------------------------------------------
+
+
+def test_a_worker_waits_for_the_drivers_answer_which_is_no_request_to_stop(
+    server: EventServer,
+) -> None:
+    ours, other = client(server), client(server)
+    answers: list[Any] = []
+    asking = threading.Thread(target=lambda: answers.append(ours.ask({"type": "facts"})))
+    asking.start()
+    assert received(server, 1) == [{"type": "facts"}]
+    assert not answers
+    server.answer({"settings": {}})
+    asking.join(10)
+    assert answers == [{"settings": {}}]
+    assert not ours.stopped()
+    assert not other.stopped()
+
+
+def test_a_worker_that_is_asked_to_stop_waits_for_no_answer(server: EventServer) -> None:
+    ours = client(server)
+    answers: list[Any] = []
+    asking = threading.Thread(target=lambda: answers.append(ours.ask({"type": "facts"})))
+    asking.start()
+    received(server, 1)
+    server.ask_to_stop()
+    asking.join(10)
+    assert answers == [None]

@@ -8,18 +8,22 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.trainer.jobs import manifest, planned, write_data
+from tests.trainer.several_workers import Notes, spawn
 from tuneyard.api.plan import Plan
 from tuneyard.errors import StageError
 from tuneyard_trainer.running import torchrun
-from tuneyard_trainer.running.runner import StageInputs
+from tuneyard_trainer.running.runner import PlanRunner, StageInputs, emit_nothing
 from tuneyard_trainer.storage.digests import digest_of
 from tuneyard_trainer.storage.records import Store
+from tuneyard_trainer.worker import StageContext, StageOutcome, Worker
 
 RECORDING = Path(__file__).parents[1].joinpath("recording.py")
 STOPPING = Path(__file__).parents[1].joinpath("stopping.py")
@@ -254,6 +258,43 @@ def test_a_stop_request_to_one_rank_stops_all_and_no_rank_returns_before_the_che
             "step": step,
             "saved": saved,
         }
+
+
+# ---- stages that all workers run ----------------------------------------------------------
+
+
+def _measured_together(rank: int, notes: Notes, plan: str, folder: Path) -> None:
+    from tuneyard_trainer.evaluation import evaluate
+    from tuneyard_trainer.reporting import export
+
+    def noted(name: str, run: Callable[..., StageOutcome]) -> Callable[..., StageOutcome]:
+        def noting(context: StageContext) -> StageOutcome:
+            notes[name, rank] = context.worker.stage
+            return run(context)
+
+        return noting
+
+    evaluate.run, export.run = noted("evaluate", evaluate.run), noted("export", export.run)
+    store = Store(str(folder / "out"), folder / f"scratch-{rank}")
+    inputs = StageInputs(Plan.model_validate_json(plan), store, folder, folder / "cache")
+    records = PlanRunner(inputs, Worker(rank, 2, torch.device("cpu")), emit_nothing).run()
+    notes["metrics", rank] = records["evaluate"].metrics
+
+
+def test_two_workers_evaluate_together_and_rank_0_exports_alone(
+    copy: Path, tiny_model_dir: Path
+) -> None:
+    path = copy / "out" / "stages" / "evaluate" / "record.json"
+    before = json.loads(path.read_text())
+    path.unlink()
+    notes = spawn(2, _measured_together, planned(manifest(tiny_model_dir)).to_json(), copy)
+    assert notes["evaluate", 0] == notes["evaluate", 1] == "evaluate"
+    assert ("export", 1) not in notes
+    after = json.loads(path.read_text())
+    for metrics in (after["metrics"], notes["metrics", 0], notes["metrics", 1]):
+        assert metrics == pytest.approx(before["metrics"], rel=1e-5)
+    assert after["details"] == before["details"]
+    assert after["identity"] == before["identity"]
 
 
 # ---- what decides a result ----------------------------------------------------------------

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from tuneyard.api.stage_settings import AssessSettings, RewardTerm
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.data.prompts import Prompt, TokenizedPrompt, as_text, read_prompts, tokenize
+from tuneyard_trainer.data.sharing import SharedStage
 from tuneyard_trainer.evaluation import reward_hacking, win_rate
 from tuneyard_trainer.evaluation.result import finish, spread
 from tuneyard_trainer.generation.completions import Completion, decode
@@ -35,7 +36,7 @@ from tuneyard_trainer.judging.session import JudgeSession, judge_name, open_jour
 from tuneyard_trainer.models import base, policies, probes
 from tuneyard_trainer.preference.dataset import Preferences
 from tuneyard_trainer.preference.metrics import correlation, pair_metrics, unpaired_metrics
-from tuneyard_trainer.preference.micro_batches import evaluate_rows, logprobs
+from tuneyard_trainer.preference.micro_batches import logprobs, row_values
 from tuneyard_trainer.reinforcement import rewards
 from tuneyard_trainer.reinforcement.rewards import Attempt, Reward
 from tuneyard_trainer.reporting.results import Sample
@@ -50,21 +51,29 @@ MAX_ROW_TOKENS = 4096
 
 
 def run(context: StageContext) -> StageOutcome:
-    """Measure both models, write `evaluation.json` and check the gates.
+    """Measure both models, write `evaluation.json` and check the gates. All workers share the work,
+    and rank 0 writes.
 
     Raises StageError GateFailed and the errors of the judge.
     """
+    with SharedStage(context.worker) as shared:
+        return _run(context, shared)
+
+
+def _run(context: StageContext, shared: SharedStage) -> StageOutcome:
     settings = context.settings(AssessSettings)
-    assessment = Assessment.of(context, settings)
+    assessment = Assessment.of(context, shared, settings)
     metrics: dict[str, float] = {}
     samples: list[Sample] = []
     if "tuned" in context.inputs:
-        prompts = assessment.prompts()
+        prompts = shared.from_main(assessment.prompts)
         reward = assessment.load_reward(settings.reward, [prompt.prompt for prompt in prompts])
         models = assessment.measure_both(prompts)
         metrics |= assessment.metrics(models, reward)
         samples = _samples(models, settings.samples)
     metrics |= assessment.reward_on_pairs()
+    if not context.worker.is_main:
+        return StageOutcome()
     details: dict[str, Any] = {"promptsHeldOut": assessment.prompts_held_out}
     if settings.win_rate:
         details["judge"] = judge_name(context.stage, settings.win_rate.judge)
@@ -109,6 +118,7 @@ class Assessment:
     """The inputs of the stage."""
 
     context: StageContext
+    shared: SharedStage
     settings: AssessSettings
     tokenizer: PreTrainedTokenizerBase
     data: Preferences | None
@@ -116,21 +126,21 @@ class Assessment:
     """The held-out prompts with their completions, as text; empty: no preferences are held out."""
 
     @classmethod
-    def of(cls, context: StageContext, settings: AssessSettings) -> Assessment:
+    def of(cls, context: StageContext, shared: SharedStage, settings: AssessSettings) -> Assessment:
         """Load the tokenizer and the preferences."""
         tokenizer = base.load_tokenizer(context.inputs["model"])
         if settings.chat.chat_template is not None:
             tokenizer.chat_template = settings.chat.chat_template
         data = Preferences.open(context.inputs["data"]) if "data" in context.inputs else None
         held_out = _held_out(context.inputs["data"], settings) if data and data.validation else ()
-        return cls(context, settings, tokenizer, data, held_out)
+        return cls(context, shared, settings, tokenizer, data, held_out)
 
     def metrics(self, models: BothModels, reward: Reward | None) -> dict[str, float]:
         """Return all metrics that compare the two models."""
         return {
             **_reward_hacking_metrics(models),
             **self._preference_metrics(models),
-            **_reward_metrics(models, reward),
+            **self._reward_metrics(models, reward),
             **self._win_rate_metrics(models),
         }
 
@@ -188,10 +198,7 @@ class Assessment:
         stop = stop_tokens(model, self.tokenizer, self.settings.chat.chat_template)
         pad = int(self.tokenizer.pad_token_id)
         sampler = TransformersSampler(model, pad, stop, self.settings.sampling)
-        keys = [derive_seed(self.settings.seed, index) for index in range(len(prompts))]
-        ids = [prompt.ids for prompt in prompts]
-        sampled = sampler(ids, keys, self.context.worker.check_stop) if prompts else []
-        tokens = tuple(completion.tokens for completion in sampled)
+        tokens = self._sample(sampler, prompts)
         forward = Forward(
             device=self.context.worker.device,
             precision=torch.float32,
@@ -205,30 +212,49 @@ class Assessment:
         measurements = Measurements(
             completions=tuple(decode(self.tokenizer, stop, row) for row in tokens),
             tokens=tokens,
-            pairs_R=evaluate_rows(logprobs, model, pairs, forward, self.context.worker.alone)
-            if pairs
-            else None,
-            aligned_N=evaluate_rows(logprobs, model, own, forward, self.context.worker.alone)
-            if own
-            else np.zeros(0),
+            pairs_R=self._logprobs(model, pairs, forward) if pairs else None,
+            aligned_N=self._logprobs(model, own, forward) if own else np.zeros(0),
             sycophancy=self._sycophancy(model, name),
         )
         del model, sampler
         gc.collect()
         return measurements
 
+    def _sample(
+        self, sampler: TransformersSampler, prompts: Sequence[TokenizedPrompt]
+    ) -> tuple[tuple[int, ...], ...]:
+        """Return the tokens of one completion of each prompt."""
+
+        def of(own: list[int]) -> list[tuple[int, ...]]:
+            ids = [prompts[index].ids for index in own]
+            keys = [derive_seed(self.settings.seed, index) for index in own]
+            return [sampled.tokens for sampled in sampler(ids, keys, self.shared.check_stop)]
+
+        return tuple(self.shared.results([len(prompt.ids) for prompt in prompts], of))
+
+    def _logprobs(self, model: Any, rows: Rows, forward: Forward) -> NDArray[np.float64]:
+        """Return (R,) the log-probability of each row's targets."""
+
+        def of(own: list[int]) -> list[float]:
+            chosen = np.array(own, dtype=np.int64)
+            check_stop = self.shared.check_stop
+            return row_values(logprobs, model, rows, chosen, forward, check_stop).tolist()
+
+        return np.array(self.shared.results(rows.lengths.tolist(), of))
+
     def _sycophancy(self, model: Any, name: str) -> reward_hacking.Sycophancy:
         template = self.settings.chat.chat_template
-        judge = ModelJudge(
-            model, self.tokenizer, name, stop=self.context.worker.stop, template=template
-        )
-        replies = {reply.key: reply for reply in judge.replies(reward_hacking.sycophancy_prompts())}
-        self.context.worker.check_stop()  # the judge left out the rest
-        return reward_hacking.sycophancy(replies)
+        judge = ModelJudge(model, self.tokenizer, name, stop=self.shared.stop, template=template)
+        prompts = reward_hacking.sycophancy_prompts()
+        own = self.shared.share([len(prompt.messages[-1]["content"]) for prompt in prompts])
+        found = list(judge.replies([prompts[i] for i in own]))
+        self.shared.check_stop()  # the judge left out the rest
+        every = [reply for replies in self.shared.gather(found) for reply in replies]
+        return reward_hacking.sycophancy({reply.key: reply for reply in every})
 
     def _begin(self, message: str) -> None:
         """Report the next measurement. Raises Interrupted if the stage is asked to stop."""
-        self.context.worker.check_stop()
+        self.shared.check_stop()
         self.context.worker.report(total_steps=1, message=message)
 
     # ---- metrics ------------------------------------------------------------------------------
@@ -253,8 +279,8 @@ class Assessment:
         conversations = [as_text(prompt.prompt.messages) for prompt in models.prompts]
         completed = zip(conversations, models.after.texts, models.before.texts, strict=True)
         pairs = win_rate.make_pairs(list(completed), settings.principles, self.settings.seed)
-        with open_journal(self.context) as journal:
-            session = JudgeSession.of(self.context, settings.judge, journal)
+        with open_journal(self.context, self.shared) as journal:
+            session = JudgeSession.of(self.context, self.shared, settings.judge, journal)
             replies = session.compare(pairs, settings.question, "requesting the second judge")
         verdicts = [verdict(straight, swapped, "drop") for straight, swapped in replies]
         identical = len(models.prompts) - len(pairs)
@@ -273,42 +299,44 @@ class Assessment:
             return {}
         prompts = [prompt for prompt, completions in self.held_out for _ in completions]
         completions = [one for _, completions in self.held_out for one in completions]
-        return pair_metrics("reward", _scores(reward, prompts, completions), groups)
+        return pair_metrics("reward", self._scores(reward, prompts, completions), groups)
 
     def load_reward(self, terms: Sequence[RewardTerm], prompts: Sequence[Prompt]) -> Reward | None:
         """Load the reward. None: there are no terms, or no prompts."""
         if not terms or not prompts:
             return None
         chat, device = self.settings.chat, self.context.worker.device
-        check_stop = self.context.worker.check_stop
+        check_stop = self.shared.check_stop
         return rewards.load(terms, self.context.inputs, chat, prompts, device, check_stop)
 
+    def _reward_metrics(self, models: BothModels, reward: Reward | None) -> dict[str, float]:
+        """Return metrics of the reward of both models' completions. {}: there is no reward."""
+        if reward is None:
+            return {}
+        prompts = [prompt.prompt for prompt in models.prompts]
+        before_N = self._scores(reward, prompts, models.before.texts)
+        after_N = self._scores(reward, prompts, models.after.texts)
+        gains_N = after_N - before_N
+        lengths_N = np.array([float(len(tokens)) for tokens in models.after.tokens])
+        return {
+            "reward": float(np.mean(after_N)),
+            "startReward": float(np.mean(before_N)),
+            "rewardGain": float(np.mean(gains_N)),
+            "rewardGainError": float(np.std(gains_N) / np.sqrt(len(gains_N))),
+            "rewardLengthCorrelation": correlation(after_N, lengths_N),
+        }
 
-def _reward_metrics(models: BothModels, reward: Reward | None) -> dict[str, float]:
-    """Return metrics of the reward of both models' completions. {}: there is no reward."""
-    if reward is None:
-        return {}
-    prompts = [prompt.prompt for prompt in models.prompts]
-    before_N = _scores(reward, prompts, models.before.texts)
-    after_N = _scores(reward, prompts, models.after.texts)
-    gains_N = after_N - before_N
-    lengths_N = np.array([float(len(tokens)) for tokens in models.after.tokens])
-    return {
-        "reward": float(np.mean(after_N)),
-        "startReward": float(np.mean(before_N)),
-        "rewardGain": float(np.mean(gains_N)),
-        "rewardGainError": float(np.std(gains_N) / np.sqrt(len(gains_N))),
-        "rewardLengthCorrelation": correlation(after_N, lengths_N),
-    }
-
-
-def _scores(
-    reward: Reward, prompts: Sequence[Prompt], completions: Sequence[str]
-) -> NDArray[np.float64]:
-    """Return (N,) the reward of each completion. Raises StageError if one is not finite."""
-    attempts = [Attempt(*pair) for pair in zip(prompts, completions, strict=True)]
-    scores_N: NDArray[np.float64] = rewards.finite(reward(attempts), prompts).double().numpy()
-    return scores_N
+    def _scores(
+        self, reward: Reward, prompts: Sequence[Prompt], completions: Sequence[str]
+    ) -> NDArray[np.float64]:
+        """Return (N,) the reward of each completion. Raises StageError if one is not finite."""
+        attempts = [Attempt(*pair) for pair in zip(prompts, completions, strict=True)]
+        scores = self.shared.results(
+            [len(attempt.completion) for attempt in attempts],
+            lambda own: reward([attempts[i] for i in own]).tolist(),
+        )
+        scores_N = rewards.finite(torch.tensor(scores), prompts)
+        return np.array(scores_N.tolist())
 
 
 def _reward_hacking_metrics(models: BothModels) -> dict[str, float]:

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,16 @@ from torch import nn
 
 from tuneyard.api.stage_settings import EvaluateSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.prepared import Prepared
+from tuneyard_trainer.data.prepared import Prepared, Rows
+from tuneyard_trainer.data.sharing import SharedStage
 from tuneyard_trainer.evaluation.result import finish, spread
 from tuneyard_trainer.generation.greedy import continuations
-from tuneyard_trainer.models import adapters
+from tuneyard_trainer.models import adapters, policies
 from tuneyard_trainer.models.base import load_base, load_tokenizer
 from tuneyard_trainer.models.probes import isolates_documents
 from tuneyard_trainer.reporting.answers import is_right
 from tuneyard_trainer.reporting.results import Sample
-from tuneyard_trainer.training.losses import Forward
+from tuneyard_trainer.training.losses import Forward, stop_together
 from tuneyard_trainer.worker import StageContext, StageOutcome
 
 STEPS = 2
@@ -55,39 +57,55 @@ class Question:
 def run(context: StageContext) -> StageOutcome:
     """Measure both models, write `evaluation.json` and check the gates.
 
+    The workers share a sharded model, or each of them has the whole model and they share the rows.
     Raises StageError NoHeldOutRows and GateFailed.
     """
-    settings = context.settings(EvaluateSettings)
+    shards = policies.shards(context, _dtype(context.worker.device).itemsize)
+    if shards > 1:
+        return _run(context, shards, None)
+    with SharedStage(context.worker) as shared:
+        return _run(context, shards, shared)
+
+
+def _run(context: StageContext, shards: int, shared: SharedStage | None) -> StageOutcome:
+    """Run the stage. `shared`: None if the model is sharded."""
+    settings, worker = context.settings(EvaluateSettings), context.worker
     data = Prepared.open(context.inputs["data"])
     questions = _questions(context.inputs["data"], settings.samples)
-    models = _models(context.inputs, context.worker.device, with_base=settings.compare_with_base)
+    models = _models(context, shards, with_base=settings.compare_with_base)
     measured = {}
     for step, (name, model) in enumerate(models):
-        context.worker.report(step=step, total_steps=STEPS, message=f"measuring the {name} model")
-        measured[name] = _measure(context, model, data, questions, settings.max_new_tokens)
+        worker.report(step=step, total_steps=STEPS, message=f"measuring the {name} model")
+        measured[name] = _measure(context, model, data, questions, shared)
+    if not worker.is_main:
+        return StageOutcome()
     metrics = _metrics(measured, questions)
     samples = _samples(questions, measured, settings.samples)
     return finish(context, settings.gates, metrics, samples, steps=STEPS)
 
 
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def _models(
-    inputs: Mapping[str, Path], device: torch.device, *, with_base: bool
+    context: StageContext, shards: int, *, with_base: bool
 ) -> Iterator[tuple[str, nn.Module]]:
     """Yield "tuned" and its model, then "base" and its model: the same model with its adapter off,
-    or, after full fine-tuning, the loaded base model."""
+    or, after full fine-tuning, the loaded base model. `shards`: the workers that share it."""
+    device, inputs = context.worker.device, context.inputs
     weights = inputs["tuned"] / "weights"
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    load = partial(load_base, dtype=_dtype(device), device=device, shards=shards)
     if (weights / "adapter_config.json").exists():
-        base = load_base(inputs["model"], dtype=dtype, device=device)
-        model = adapters.load(base, weights)
+        model = adapters.load(load(inputs["model"]), weights)
         yield "tuned", model
         if with_base:
             with adapters.disabled(model):
                 yield "base", model
     else:
-        yield "tuned", load_base(weights, dtype=dtype, device=device)
+        yield "tuned", load(weights)
         if with_base:
-            yield "base", load_base(inputs["model"], dtype=dtype, device=device)
+            yield "base", load(inputs["model"])
 
 
 @dataclass(frozen=True)
@@ -104,9 +122,10 @@ def _measure(
     model: nn.Module,
     data: Prepared,
     questions: Sequence[Question],
-    max_new_tokens: int,
+    shared: SharedStage | None,
 ) -> Measured:
-    rows = data.validation
+    rows, worker = data.validation, context.worker
+    settings = context.settings(EvaluateSettings)
     if rows is None:
         raise StageError(
             "NoHeldOutRows",
@@ -116,24 +135,41 @@ def _measure(
     tokenizer = load_tokenizer(context.inputs["data"] / "tokenizer")
     forward = Forward.of(
         model,
-        device=context.worker.device,
+        device=worker.device,
         precision=torch.float32,
         pad=tokenizer.pad_token_id,
-        pack=isolates_documents(model),
+        # The workers of a sharded model must agree, and the probe measures.
+        pack=shared is not None and isolates_documents(model),
         max_length=data.max_length,
         max_tokens="auto",
     )
-    return Measured(
-        loss=forward.mean_loss(model, rows, context.worker.alone),
-        answers=continuations(
-            model,
-            tokenizer,
-            [q.prompt for q in questions],
-            max_new_tokens=max_new_tokens,
-            add_special_tokens=not any(q.templated for q in questions),
-            before_batch=context.worker.check_stop,
-        ),
+    answer = partial(
+        continuations,
+        model,
+        tokenizer,
+        max_new_tokens=settings.max_new_tokens,
+        add_special_tokens=not any(q.templated for q in questions),
     )
+    prompts = [q.prompt for q in questions]
+    if shared is None:
+        loss = forward.mean_loss_of_shards(model, rows, worker)
+        return Measured(loss, answer(prompts, before_batch=partial(stop_together, worker)))
+    losses = shared.gather(_share_loss(forward, model, rows, shared))
+    answers = shared.results(
+        [len(prompt) for prompt in prompts],
+        lambda own: answer([prompts[i] for i in own], before_batch=shared.check_stop),
+    )
+    return Measured(math.fsum(losses) / int(rows.targets.sum()), tuple(answers))
+
+
+def _share_loss(forward: Forward, model: nn.Module, rows: Rows, shared: SharedStage) -> float:
+    """Return the summed loss of this worker's share of the rows, in nats."""
+    total = 0.0
+    shared.check_stop()
+    for loss in forward.share_losses(model, rows, shared.worker):
+        total += loss
+        shared.check_stop()
+    return total
 
 
 # ---- questions ----------------------------------------------------------------------------

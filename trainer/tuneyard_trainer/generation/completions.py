@@ -17,6 +17,7 @@ from tuneyard.api.alignment import Sampling
 from tuneyard.api.stage_settings import ChatSettings, PromptSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prompts import TokenizedPrompt, read_prompts, tokenize
+from tuneyard_trainer.data.sharing import SharedJournal, SharedStage
 from tuneyard_trainer.generation.sampling import (
     CPU_BATCH,
     GPU_BATCH,
@@ -25,8 +26,7 @@ from tuneyard_trainer.generation.sampling import (
 )
 from tuneyard_trainer.models import base, policies
 from tuneyard_trainer.models.files import config_of, context_length
-from tuneyard_trainer.storage.journal import Journal
-from tuneyard_trainer.worker import Interrupted, Worker
+from tuneyard_trainer.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -106,16 +106,17 @@ class Policy:
 
 
 def sample_completions(
-    stage: str,
+    shared: SharedStage,
     policy: Policy,
     prompts: Sequence[TokenizedPrompt],
-    journal: Journal,
+    journal: SharedJournal,
     *,
     count: int,
     sampling: Sampling,
     seed: int,
 ) -> list[tuple[Completion, ...]]:
-    """Return `count` completions of each prompt. Those of earlier attempts come from the journal.
+    """Return `count` completions of each prompt. Those of earlier attempts come from the journal,
+    and the workers share the others.
 
     Raises Interrupted when the stage is asked to stop.
     """
@@ -125,31 +126,34 @@ def sample_completions(
         if "completions" in entry
     }
     missing = [index for index in range(len(prompts)) if index not in known]
-    for batch in _batches(prompts, missing, count, policy.worker):
-        if policy.worker.stop():
-            raise Interrupted(stage, len(known))
-        sampled = _sample(policy, [prompts[i] for i in batch], batch, count, sampling, seed)
-        fresh = dict(zip(batch, sampled, strict=True))
-        known |= fresh
+    own = [missing[i] for i in shared.share([len(prompts[index].ids) for index in missing])]
+
+    def batches() -> Iterator[list[tuple[int, tuple[Completion, ...]]]]:
+        for batch in _batches(own, count, policy.worker):
+            if shared.stop():
+                return
+            sampled = _sample(policy, [prompts[i] for i in batch], batch, count, sampling, seed)
+            yield list(zip(batch, sampled, strict=True))
+
+    for fresh in shared.rounds(batches()):
+        known |= dict(fresh)
         journal.append(
             {"prompt": index, "completions": [vars(completion) for completion in group]}
-            for index, group in fresh.items()
+            for index, group in fresh
         )
         policy.worker.report(
             step=len(known), total_steps=len(prompts), message="sampling completions"
         )
+    shared.raise_if_stopped(len(known))
     return [known[index] for index in range(len(prompts))]
 
 
-def _batches(
-    prompts: Sequence[TokenizedPrompt], missing: Sequence[int], count: int, worker: Worker
-) -> Iterator[list[int]]:
-    """Yield batches of prompt indices, shortest prompt first, each one sampler batch in size."""
+def _batches(indices: Sequence[int], count: int, worker: Worker) -> Iterator[Sequence[int]]:
+    """Yield batches of prompt indices, each one sampler batch in size."""
     size = GPU_BATCH if worker.device.type == "cuda" else CPU_BATCH
     step = max(1, size // count)
-    ordered = sorted(missing, key=lambda index: len(prompts[index].ids))
-    for start in range(0, len(ordered), step):
-        yield ordered[start : start + step]
+    for start in range(0, len(indices), step):
+        yield indices[start : start + step]
 
 
 def _sample(

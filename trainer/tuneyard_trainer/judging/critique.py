@@ -20,6 +20,7 @@ from tuneyard.api.stage_settings import CritiqueSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import transcript
 from tuneyard_trainer.data.prompts import TokenizedPrompt
+from tuneyard_trainer.data.sharing import SharedStage
 from tuneyard_trainer.generation.completions import Completion, Policy, sample_completions
 from tuneyard_trainer.judging.judges import Judge, JudgePrompt, fill_template, turn
 from tuneyard_trainer.judging.local_model import ModelJudge
@@ -34,17 +35,25 @@ TEMPERATURE = 1.0
 
 
 def run(context: StageContext) -> StageOutcome:
-    """Sample, criticize and revise completions, and write the revisions.
+    """Sample, criticize and revise completions, and write the revisions. All workers share the
+    work, and rank 0 writes.
 
     Raises StageError NoRevisions, BudgetSpent and the errors of the judge.
     """
+    with SharedStage(context.worker) as shared:
+        return _run(context, shared)
+
+
+def _run(context: StageContext, shared: SharedStage) -> StageOutcome:
     settings = context.settings(CritiqueSettings)
     policy = Policy.of(context.inputs, settings.chat, context.worker)
     limit = settings.max_new_tokens
-    prompts = policy.prompts(settings.prompts, limit, "constitution.prompts")
-    with open_journal(context) as journal:
+    prompts = shared.from_main(
+        lambda: policy.prompts(settings.prompts, limit, "constitution.prompts")
+    )
+    with open_journal(context, shared) as journal:
         completions = sample_completions(
-            context.stage.name,
+            shared,
             policy,
             prompts,
             journal,
@@ -52,7 +61,7 @@ def run(context: StageContext) -> StageOutcome:
             sampling=Sampling(temperature=TEMPERATURE, max_new_tokens=limit),
             seed=settings.seed,
         )
-        session = JudgeSession.of(context, settings.judge, journal)
+        session = JudgeSession.of(context, shared, settings.judge, journal)
         critic = _critic(context, policy, session)
         drafts = [
             Draft(str(index), prompt, completion)
@@ -61,6 +70,8 @@ def run(context: StageContext) -> StageOutcome:
         ]
         for number in range(1, settings.revisions + 1):
             _run_round(number, drafts, settings, session, critic)
+    if not context.worker.is_main:
+        return StageOutcome()
     revised = [draft for draft in drafts if draft.rounds]
     _write(context.workdir, drafts, session.judge, as_messages=policy.has_chat_template)
     if not revised:
@@ -81,7 +92,7 @@ def _critic(context: StageContext, policy: Policy, session: JudgeSession) -> Jud
         policy.model,
         policy.tokenizer,
         session.judge,
-        stop=policy.worker.stop,
+        stop=session.shared.stop,
         template=policy.chat.chat_template,
     )
 

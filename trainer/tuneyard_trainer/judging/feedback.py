@@ -20,6 +20,7 @@ from tuneyard.api.alignment import Sampling
 from tuneyard.api.stage_settings import FeedbackSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prompts import Prompt, TokenizedPrompt, as_text
+from tuneyard_trainer.data.sharing import SharedStage
 from tuneyard_trainer.generation.completions import Completion, Policy, sample_completions
 from tuneyard_trainer.judging.judges import Pair, Reply, Verdict, turn, verdict
 from tuneyard_trainer.judging.session import JudgeSession, open_journal
@@ -33,16 +34,24 @@ MANY_TRUNCATED = 0.5
 
 
 def run(context: StageContext) -> StageOutcome:
-    """Sample completions, request judgments and write the labels.
+    """Sample completions, request judgments and write the labels. All workers share the work, and
+    rank 0 writes.
 
     Raises StageError NoPreferences, BudgetSpent and the errors of the judge.
     """
+    with SharedStage(context.worker) as shared:
+        return _run(context, shared)
+
+
+def _run(context: StageContext, shared: SharedStage) -> StageOutcome:
     settings = context.settings(FeedbackSettings)
     policy = Policy.of(context.inputs, settings.chat, context.worker)
-    prompts = policy.prompts(settings.prompts, settings.max_new_tokens, "aiFeedback.prompts")
-    with open_journal(context) as journal:
+    prompts = shared.from_main(
+        lambda: policy.prompts(settings.prompts, settings.max_new_tokens, "aiFeedback.prompts")
+    )
+    with open_journal(context, shared) as journal:
         completions = sample_completions(
-            context.stage.name,
+            shared,
             policy,
             prompts,
             journal,
@@ -54,8 +63,10 @@ def run(context: StageContext) -> StageOutcome:
         )
         policy.release()
         comparisons = Comparisons.of(prompts, completions, settings)
-        session = JudgeSession.of(context, settings.judge, journal)
+        session = JudgeSession.of(context, shared, settings.judge, journal)
         replies = session.compare(comparisons.pairs, settings.question, "requesting judgments")
+    if not context.worker.is_main:
+        return StageOutcome()
     labels = Labels.of(comparisons, replies, settings)
     labels.write(context.workdir, session.judge, as_messages=policy.has_chat_template)
     metrics = _metrics(completions, labels, session)

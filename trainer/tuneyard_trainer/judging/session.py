@@ -1,14 +1,20 @@
 """The requests of one stage to a judge. A journal keeps the replies, so that a stage that is killed
-and restarted repeats no request that had a valid reply."""
+and restarted repeats no request that had a valid reply.
+
+The workers share the prompts of a judge that runs in the stage. Rank 0 alone asks an endpoint: its
+requests run at the same time, and the limits on concurrency, requests and tokens hold for the job.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from tuneyard.api.plan import PlannedStage, SourceInput
 from tuneyard.api.stage_settings import JudgeSettings
 from tuneyard.errors import StageError
+from tuneyard_trainer.data.sharing import SharedJournal, SharedStage
 from tuneyard_trainer.judging.endpoint import Budget, Endpoint
 from tuneyard_trainer.judging.judges import (
     MODEL_LABEL_TOKENS,
@@ -19,14 +25,14 @@ from tuneyard_trainer.judging.judges import (
     Tally,
 )
 from tuneyard_trainer.judging.local_model import load_judge
-from tuneyard_trainer.storage.journal import Journal
-from tuneyard_trainer.worker import Interrupted, StageContext
+from tuneyard_trainer.worker import StageContext
 
 
-def open_journal(context: StageContext) -> Journal:
+def open_journal(
+    context: StageContext, shared: SharedStage
+) -> AbstractContextManager[SharedJournal]:
     """Open the stage's journal of completions and replies. It is removed when the stage is done."""
-    worker = context.worker
-    return Journal(context.workdir / "checkpoints", worker.identity, worker.persist, worker.owned)
+    return shared.journal(context.workdir / "checkpoints")
 
 
 @dataclass
@@ -34,9 +40,10 @@ class JudgeSession:
     """All requests of one stage, and the replies to them."""
 
     context: StageContext
+    shared: SharedStage
     settings: JudgeSettings | None
     """The endpoint's settings. None: the judge is a local model."""
-    journal: Journal
+    journal: SharedJournal
     tally: Tally
     budget: Budget
     replies: dict[str, Reply] = field(default_factory=dict)
@@ -44,7 +51,11 @@ class JudgeSession:
 
     @classmethod
     def of(
-        cls, context: StageContext, settings: JudgeSettings | None, journal: Journal
+        cls,
+        context: StageContext,
+        shared: SharedStage,
+        settings: JudgeSettings | None,
+        journal: SharedJournal,
     ) -> JudgeSession:
         """Return a session with the replies and the spent budget that the journal holds."""
         entries = [entry for entry in journal.entries if "reply" in entry]
@@ -59,6 +70,7 @@ class JudgeSession:
         name = judge_name(context.stage, settings)
         return cls(
             context=context,
+            shared=shared,
             settings=settings,
             journal=journal,
             tally=Tally(name, replies=len(valid), requests=requests, tokens=tokens),
@@ -89,19 +101,29 @@ class JudgeSession:
         """
         pending = {prompt.key: prompt for prompt in prompts if prompt.key not in self.replies}
         done = len(prompts) - len(pending)
-        for reply in judge.replies(list(pending.values())):
-            valid = reply.is_valid(pending[reply.key])
-            self.journal.append([{"reply": reply.as_json(), "valid": valid}])
-            self.tally.add(reply, valid=valid)
-            if valid:
-                self.replies[reply.key] = reply
-            done += 1
+        own = self._own(list(pending.values()))
+        for replies in self.shared.rounds([reply] for reply in judge.replies(own)):
+            judged = [(reply, reply.is_valid(pending[reply.key])) for reply in replies]
+            self.journal.append(
+                {"reply": reply.as_json(), "valid": valid} for reply, valid in judged
+            )
+            for reply, valid in judged:
+                self.tally.add(reply, valid=valid)
+                if valid:
+                    self.replies[reply.key] = reply
+            done += len(replies)
             self.context.worker.report(
                 step=done, total_steps=len(prompts), metrics=self.tally.metrics(), message=message
             )
-        if self.context.worker.stop():
-            raise Interrupted(self.context.stage.name, len(self.replies))
+        self.shared.raise_if_stopped(len(self.replies))
         self.tally.finish()
+
+    def _own(self, prompts: Sequence[JudgePrompt]) -> list[JudgePrompt]:
+        """Return the prompts that this worker requests replies to."""
+        if self.settings is not None:
+            return list(prompts) if self.context.worker.is_main else []
+        lengths = [sum(len(turn["content"]) for turn in prompt.messages) for prompt in prompts]
+        return [prompts[index] for index in self.shared.share(lengths)]
 
     def compare(
         self, pairs: Sequence[Pair], question: str, message: str
@@ -122,16 +144,17 @@ class JudgeSession:
 
     def open_judge(self) -> Judge:
         """Return the judge that the plan names. Raises StageError."""
-        stage, worker = self.context.stage, self.context.worker
+        stage, stop = self.context.stage, self.shared.stop
         if "judge" in self.context.inputs:
-            return load_judge(self.context.inputs["judge"], worker.device, self.judge, worker.stop)
+            device = self.context.worker.device
+            return load_judge(self.context.inputs["judge"], device, self.judge, stop)
         if stage.runtime.endpoint is None:
             raise StageError(
                 "JudgeNotFound",
                 f"the plan of {stage.name} names no judge.",
                 advice="Plan the job again with this version.",
             )
-        return Endpoint(stage.runtime.endpoint, self.budget, stop=worker.stop)
+        return Endpoint(stage.runtime.endpoint, self.budget, stop=stop)
 
     def budget_spent(self, missing: str) -> StageError:
         """Return the error of a stage whose budget ran out before it had any result.

@@ -80,6 +80,10 @@ class Console:
             _describe(self._plan, log)
         self._view = RecordedView(self._view, log)
 
+    def note(self, text: str) -> None:
+        """Show a line of information. Any thread may call this."""
+        self._view.note("info", text)
+
     def warn(self, text: str) -> None:
         """Show a warning. Any thread may call this."""
         self._view.note("warning", text)

@@ -7,12 +7,13 @@ import signal
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
 from tuneyard.api.exports import named_job, with_models
+from tuneyard.api.job_facts import FitAnswer, JobFacts
 from tuneyard.api.plan import Plan, SourceInput
 from tuneyard.api.pods import DRIVER_LOG, model_uri, stage_folder
 from tuneyard.errors import Fault, PlanError, StageError
@@ -27,17 +28,22 @@ from tuneyard_trainer.worker import Interrupted
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
-def run(plans: Sequence[Plan], base_dir: Path) -> int:
+Decide = Callable[[Plan, JobFacts], tuple[FitAnswer, Sequence[str]]]
+"""Returns whether and how a job trains on this machine, and lines that say what it takes."""
+
+
+def run(plans: Sequence[Plan], base_dir: Path, decide: Decide | None = None) -> int:
     """Run the plans one after another; return the exit code of the first that does not succeed.
 
-    `base_dir`: the manifest's folder, which file:// paths are relative to. Raises PlanError for a
-    manifest that needs a cluster.
+    `base_dir`: the manifest's folder, which file:// paths are relative to. `decide`: called before
+    the first stage that trains. None: every job trains as planned. Raises PlanError for a manifest
+    that needs a cluster.
     """
     plans = localized(plans)
     former = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         for plan in plans:
-            code = _run(plan, base_dir)
+            code = _run(plan, base_dir, decide)
             if code != OK:
                 return code
     except KeyboardInterrupt:
@@ -88,7 +94,7 @@ def _cluster_only(plan: Plan) -> Iterator[Fault]:
             yield Fault(path, f"{uri} exists on a cluster only: on one machine write file://PATH")
 
 
-def _run(plan: Plan, base_dir: Path) -> int:
+def _run(plan: Plan, base_dir: Path, decide: Decide | None) -> int:
     output = _located(plan.output.uri, base_dir)
     cache_dir = _cache_dir()
     with (
@@ -101,7 +107,9 @@ def _run(plan: Plan, base_dir: Path) -> int:
             console.start(plan)
             store = Store(output, Path(scratch) / "store")
             with store.lock():
-                _carry_out(plan, store, output, base_dir, cache_dir, Path(scratch), console, logs)
+                _carry_out(
+                    plan, store, output, base_dir, cache_dir, Path(scratch), console, logs, decide
+                )
         except StageError as error:
             console.failure(error)
             return FAILED
@@ -120,6 +128,7 @@ def _carry_out(
     scratch: Path,
     console: Console,
     logs: ExitStack,
+    decide: Decide | None,
 ) -> None:
     store.claim(plan.job, attempt=1)
     pending = StageInputs(plan, store, base_dir, cache_dir, console.event).pending()
@@ -127,9 +136,21 @@ def _carry_out(
         logs.enter_context(_log(output, scratch, console))
         places = Places(output, str(scratch), str(base_dir.absolute()), str(cache_dir))
         resources = processes.local_resources(plan.compute)
+
+        def review(facts: JobFacts) -> FitAnswer:
+            answer, lines = decide(plan, facts) if decide else (FitAnswer(), ())
+            for line in lines:
+                console.note(line)
+            return answer
+
         with _orderly_stop(console) as stop:
             processes.run(
-                plan, places=places, resources=resources, on_event=console.event, stop=stop
+                plan,
+                places=places,
+                resources=resources,
+                on_event=console.event,
+                stop=stop,
+                review=review,
             )
     records = {stage.name: store.record(stage.name) for stage in plan.stages}
     console.summary(

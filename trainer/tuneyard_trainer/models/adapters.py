@@ -35,6 +35,7 @@ from tuneyard_trainer.models import bottleneck
 from tuneyard_trainer.models.files import first_line
 from tuneyard_trainer.models.layers import require_names
 from tuneyard_trainer.models.probes import base_of, probing
+from tuneyard_trainer.models.sharding import is_sharded
 from tuneyard_trainer.models.targets import TASK, ia3_config, lora_config
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -179,7 +180,7 @@ def save(model: nn.Module, folder: Path, *, base: str | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
         config = model.active_peft_config.to_dict() | {"revision": None, "inference_mode": True}
-        weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+        weights = _peft_weights(model)
     elif isinstance(model, PreTrainedModel) and bottleneck.attached(model):
         config = {"peft_type": BOTTLENECK, "task_type": TASK} | bottleneck.config_of(model)
         weights = bottleneck.weights_of(model)
@@ -190,6 +191,13 @@ def save(model: nn.Module, folder: Path, *, base: str | None = None) -> None:
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # sets have no order
     (folder / CONFIG).write_text(text + "\n")
+
+
+def _peft_weights(model: PeftModel) -> dict[str, Tensor]:
+    """Return the adapter's tensors. PEFT would gather a sharded base on every worker to find them,
+    so it is shown the whole tensors alone."""
+    tensors = {name: t for name, t in model.state_dict().items() if not is_sharded(t)}
+    return get_peft_model_state_dict(model, tensors, save_embedding_layers=False)
 
 
 def load(base: PreTrainedModel, folder: Path, *, trainable: bool = False) -> nn.Module:
@@ -221,7 +229,7 @@ def _load_peft(
         model = PeftModel.from_pretrained(  # refuses is_trainable for prompt learning
             base, folder, is_trainable=trainable and not prompt_learning, local_files_only=True
         )
-    require_names(get_peft_model_state_dict(model, save_embedding_layers=False), weights)
+    require_names(_peft_weights(model), weights)
     if trainable and prompt_learning:
         model.active_peft_config.inference_mode = False
         model.prompt_encoder.requires_grad_(True)

@@ -9,7 +9,7 @@ import re
 import resource
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from tuneyard.api.adapters import Qlora
 from tuneyard.api.stage_settings import LoopSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer import extras
+from tuneyard_trainer.models import sharding
+from tuneyard_trainer.models.environment import described
 from tuneyard_trainer.models.files import (
     TOKENIZER_FILES,
     config_of,
@@ -87,22 +89,29 @@ def load_base(
     device: torch.device,
     quantize: Qlora | None = None,
     dropout: float | None = None,
+    shards: int = 1,
+    computes: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model in evaluation mode, with every weight from its files.
 
     `quantize`: the linear layers become 4-bit NormalFloat, computing in `dtype`. `dropout`: the
     probability of all of the architecture's own dropout (`dropout_fields`). `device` META: no
-    weight is read, and the files are checked by their headers. Raises StageError.
+    weight is read, and the files are checked by their headers. `shards`: the workers that each keep
+    a part of the model; 1: this one keeps all of it. `computes`: the type in which a sharded model
+    computes; None: `dtype`. Raises StageError.
     """
     config = config_of(path)
     if dropout is not None:
         set_dropout(path, config, dropout)
     settings: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
-    if device.type != "cpu":
+    if shards > 1:
+        bfloat16 = (computes or dtype) is torch.bfloat16
+        settings["distributed_config"] = sharding.over(shards, bfloat16=bfloat16)
+    elif device.type != "cpu":
         settings["device_map"] = {"": device}
     if quantize:
         settings["quantization_config"] = nf4(quantize, dtype)
-    with explained(path), quiet():
+    with explained(path), quiet(), described(device):
         model, info = _from_pretrained(
             path,
             local_files_only=True,
@@ -112,6 +121,8 @@ def load_base(
             **settings,
         )
         require_complete(path, info)
+    if shards > 1:
+        sharding.require_sharded(model, shards)
     if quantize:
         keep_nf4_layout(model)
     # Some architectures can be encoders or decoders (BERT, RoBERTa): running the model decides.
@@ -263,7 +274,8 @@ def save_model(model: nn.Module, folder: Path) -> None:
 def save_configs(model: PreTrainedModel, folder: Path) -> None:
     """Write the config and the generation config as `save_model` does, without weights."""
     config: Any = model.config
-    config.dtype, config.architectures = model.dtype, [type(model).__name__]
+    name = type(model).__name__.removeprefix("FSDP")  # FSDP2 makes a class of its own
+    config.dtype, config.architectures = model.dtype, [name]
     with quiet():
         config.save_pretrained(folder)
         if model.can_generate():
@@ -286,10 +298,27 @@ def differing_weight(written: nn.Module, read: nn.Module) -> str | None:
     return None
 
 
+PROC = Path("/proc/self")
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Measure the peak memory from now on. Where Linux does not allow it for the memory on the CPU,
+    the peak stays that of the whole process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            (PROC / "clear_refs").write_text("5")  # proc(5): the peak of the resident memory
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory of this process: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        peak = re.search(r"^VmHWM:\s*(\d+) kB", (PROC / "status").read_text(), re.MULTILINE)
+        if peak is not None:
+            return 1024 * int(peak[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

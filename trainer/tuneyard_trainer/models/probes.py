@@ -59,6 +59,24 @@ def is_causal(model: nn.Module) -> bool:
     return _within(logits, changed, 1e-5 * logits.float().abs().max())
 
 
+def ignores_left_padding(model: nn.Module) -> bool:
+    """Return whether padding before a document leaves its logits as they are, without positions
+    that say where the document starts. Learned absolute positions count the padding, and virtual
+    tokens are moved away from the document."""
+    padding, document, _ = _random_documents(model, 3)
+    mask = torch.ones_like(document)
+    with probing(model):
+        padded = model(
+            input_ids=torch.cat((padding, document), 1),
+            attention_mask=torch.cat((torch.zeros_like(mask), mask), 1),
+            use_cache=False,
+        ).logits[:, -TOKENS:]
+        alone = model(input_ids=document, attention_mask=mask, use_cache=False).logits
+    alone = alone[:, -TOKENS:]  # some adapters return the virtual tokens' logits too
+    tolerance = 1e-4 if alone.dtype is torch.float32 else 5e-2
+    return _within(padded, alone, tolerance * alone.float().abs().max())
+
+
 @contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
     """While active, the model is in evaluation mode without gradients. Then every module's mode and

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -189,27 +189,42 @@ def write(
     ValueError for a tensor that differs from its spec.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    split = split_state_dict_into_shards_factory(
-        dict(specs),
-        get_storage_size=lambda spec: spec.num_bytes,
-        filename_pattern=SINGLE.replace(".", "{suffix}."),
-        max_shard_size=shard_bytes,
-    )
+    split = _split(specs, shard_bytes)
     digests: dict[str, str] = {}
     for name, names in split.filename_to_tensors.items():
-        digests |= _write_file(folder / name, {n: specs[n] for n in names}, tensor_of)
+        digests |= write_file(folder / name, {n: specs[n] for n in names}, tensor_of)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return digests
 
 
-def _write_file(
+def _split(specs: Mapping[str, TensorSpec], shard_bytes: int) -> StateDictSplit:
+    return split_state_dict_into_shards_factory(
+        dict(specs),
+        get_storage_size=lambda spec: spec.num_bytes,
+        filename_pattern=SINGLE.replace(".", "{suffix}."),
+        max_shard_size=shard_bytes,
+    )
+
+
+def writing_order(specs: Mapping[str, TensorSpec], shard_bytes: int = SHARD_BYTES) -> list[str]:
+    """Return the names in the order in which `write` asks for the tensors."""
+    files = _split(specs, shard_bytes).filename_to_tensors.values()
+    return [name for names in files for name in order_in_file({n: specs[n] for n in names})]
+
+
+def order_in_file(specs: Mapping[str, TensorSpec]) -> list[str]:
+    """Return the names in the order in which `write_file` asks for the tensors."""
+    order = list(CODES)
+    return sorted(specs, key=lambda name: (order.index(specs[name].dtype), name))
+
+
+def write_file(
     path: Path, specs: Mapping[str, TensorSpec], tensor_of: Callable[[str], Tensor]
 ) -> dict[str, str]:
-    order = list(CODES)
-    names = sorted(specs, key=lambda name: (order.index(specs[name].dtype), name))
-    digests = {}
+    """Write the tensors into one file, as `write` does. Return each tensor's SHA-256 by name."""
+    names, digests = order_in_file(specs), {}
     with path.open("wb") as file:
         file.write(_header({name: specs[name] for name in names}))
         for name in names:

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from tuneyard.api.job_facts import FitAnswer, JobFacts
 from tuneyard.api.plan import Plan, SourceInput
 from tuneyard.api.pods import (
     CA_VARIABLE,
@@ -33,6 +34,7 @@ from tuneyard.api.pods import (
     PROGRESS_URL_VARIABLE,
     STALE_ATTEMPT,
     TOKEN_FILE_VARIABLE,
+    WORKERS_VARIABLE,
 )
 from tuneyard.api.progress import Outcome
 from tuneyard.api.status import Failure
@@ -50,6 +52,9 @@ from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted
 
 SUCCEEDED, FAILED, INTERRUPTED, STALE = 0, 1, 3, 4
+FIT_SECONDS = 60.0
+"""How long the first stage that trains waits for the operator's answer whether the job fits: longer
+than the restart of an operator."""
 LOG_SECONDS = 10.0
 """The least time between two log lines of progress without a message."""
 FOLDER = Path(tempfile.gettempdir(), "tuneyard")
@@ -78,10 +83,15 @@ class Driver:
 
     def __init__(self, plan: Plan, attempt: int, uid: str | None, log: Log) -> None:
         self._plan, self._attempt, self._uid, self._log = plan, attempt, uid, log
-        self._progress = AttemptProgress(plan, attempt, time.time())
+        fewer = os.environ.get(WORKERS_VARIABLE)
+        self._progress = AttemptProgress(
+            plan, attempt, time.time(), workers=int(fewer) if fewer else None
+        )
         self._stop = threading.Event()
         self._stop_cause = ("Preempted", "the driver was asked to end")
         self._logged_at = 0.0
+        self._progressing = threading.Lock()
+        """Held while the progress is changed or read: a question is asked in a thread."""
         self._waits = Waits(
             lambda message, seconds: log("waiting", what=message, seconds=math.floor(seconds))
         )
@@ -142,6 +152,7 @@ class Driver:
                 attempt=self._attempt,
                 on_event=self._event,
                 stop=self._stop,
+                review=self._review,
             )
 
     def _log_not_kept(self, why: str) -> None:
@@ -153,6 +164,11 @@ class Driver:
         if event["type"] == "draining":
             self.preempted()
             return
+        with self._progressing:
+            self._follow(event)
+
+    def _follow(self, event: dict[str, Any]) -> None:
+        """Add an event to the progress, and log it."""
         self._waits.follow(event)
         if event["type"] == "wait":
             return
@@ -168,6 +184,28 @@ class Driver:
             self._logged_at = at
             place = {name: event[name] for name in ("stage", "step", "totalSteps", "message")}
             self._log("progress", **{**place, **finite(event["metrics"])})
+
+    def _review(self, facts: JobFacts) -> FitAnswer:
+        """Return the operator's answer to the job's facts. Without one in time the job trains as
+        planned: an operator that is down, or older, stops no training."""
+        if facts.model is None:
+            self._log("memory-unknown", why=facts.unknown_model)
+        if self._reporter is None:
+            return FitAnswer()
+        with self._progressing:
+            self._waits.begin("asking the operator whether the job fits")
+            self._progress.set_facts(facts)
+            question = self._progress.post()
+        response = self._reporter.ask(question, FIT_SECONDS, self._stop.is_set)
+        with self._progressing:
+            self._waits.end()
+            self._progress.set_facts(None)
+            self._reporter.update(self._progress.post())  # the question is not repeated
+        if response is None or response.fit is None:
+            self._log("fit-unknown", answered=response is not None)
+            return FitAnswer()
+        self._log("fit", **response.fit.model_dump(mode="json", by_alias=True, exclude_none=True))
+        return response.fit
 
     # ---- stop requests --------------------------------------------------------------------------
 

@@ -10,10 +10,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from tuneyard.api.job_facts import JobFacts
 from tuneyard.api.plan import Plan, StageRecord
 from tuneyard.api.pods import stage_folder
 from tuneyard.api.progress import MetricValue, Outcome, Post, ProgressReport, TrainerStatus
-from tuneyard.api.status import Result, StageState, StageStatus
+from tuneyard.api.status import MOST_SECONDS, Result, StageCost, StageState, StageStatus
 
 WEIGHTS = {"prepare": 1.0, "pairs": 1.0, "evaluate": 1.0, "assess": 1.0, "export": 1.0}
 """The weight of a short stage in the job's percentage, by kind. The quickstart on two cores spends
@@ -24,13 +25,18 @@ LONG = 7.0
 EVALUATIONS = ("evaluate", "assess")
 """The kinds whose metrics become the result's metrics."""
 MOST_METRICS = 256
+SECONDS_PER_HOUR = 3600.0
 
 
 class AttemptProgress:
     """The state of an attempt after the events so far."""
 
-    def __init__(self, plan: Plan, attempt: int, at: float) -> None:
-        """`at`, here and below: seconds since the epoch."""
+    def __init__(self, plan: Plan, attempt: int, at: float, *, workers: int | None = None) -> None:
+        """`at`, here and below: seconds since the epoch. `workers`: of this attempt. None: as
+        planned."""
+        self._workers = workers or plan.compute.workers or 1
+        self._started_at = at
+        """When the running stage began."""
         self._plan, self._attempt = plan, attempt
         self._stages = {s.name: StageStatus(name=s.name, kind=s.kind) for s in plan.stages}
         self._weights = {s.name: WEIGHTS.get(s.kind, LONG) for s in plan.stages}
@@ -43,6 +49,11 @@ class AttemptProgress:
         self._pace: tuple[int, float] | None = None
         """The step and the time from which this stage's pace is measured."""
         self._percentage = 0
+        self._facts: JobFacts | None = None
+
+    def set_facts(self, facts: JobFacts | None) -> None:
+        """Ask with these facts in each post from now on. None: ask nothing."""
+        self._facts = facts
 
     def add(self, event: Mapping[str, Any], at: float) -> None:
         """Add one event of the runner."""
@@ -71,7 +82,9 @@ class AttemptProgress:
                 step=self._step,
                 total_steps=self._total,
                 resumed_step=self._resumed,
+                cost=self._cost(),
                 stages=list(self._stages.values()),
+                facts=self._facts,
             ),
         )
 
@@ -108,6 +121,7 @@ class AttemptProgress:
         if record is None:
             self._stage, self._step, self._total = name, 0, 0
             self._resumed = self._pace = None
+            self._started_at = at
             self._change(name, state=event["state"], started_at=rfc3339(at))
             return
         self._stage, self._step, self._total = "", 0, 0
@@ -151,6 +165,20 @@ class AttemptProgress:
             return None
         per_step = (self._updated_at - since) / (self._step - step)
         return max(0, round(per_step * (self._total - self._step)))
+
+    def _cost(self) -> StageCost | None:
+        """Return what the whole stage takes at this attempt's pace; None: unknown."""
+        remaining, compute = self._remaining(), self._plan.compute
+        if remaining is None:
+            return None
+        seconds = min(max(0.0, self._updated_at - self._started_at) + remaining, MOST_SECONDS)
+        hours = seconds / SECONDS_PER_HOUR
+        gpus, price = self._workers * (compute.gpus_per_worker or 0), compute.price_per_hour
+        return StageCost(
+            total_seconds=round(seconds),
+            gpu_hours=round(hours * gpus, 2) if gpus else None,
+            price=None if price is None else round(hours * self._workers * price, 2),
+        )
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -30,6 +30,8 @@ FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 1.0, 30.0
 """The wait after a failure. It doubles each time, and jitter adds up to half of it."""
 MOST_RETRY_AFTER_SECONDS = 120.0
 """The longest wait that a Retry-After header can request."""
+ASK_POLL_SECONDS = 0.5
+"""How often a question checks whether it is canceled."""
 FINAL_SECONDS = 600.0
 """The time for which the last post is retried."""
 PERMANENT = (400, 413)
@@ -149,23 +151,46 @@ class Reporter:
         self._newest = first
         self._news = self._urgent = True
         self._ended = self.delivered = self.stale = False
+        self._version = 0
+        """The number of the newest post."""
+        self._answered: tuple[int, PostResponse | None] = (-1, None)
+        """The number of the last post that was answered, and the response. None: it is malformed
+        for this operator."""
         self._posted_at = self._not_before = -1e9
         self._failures = 0
         self._thread = threading.Thread(target=self._run, daemon=True, name="reporter")
         self._thread.start()
 
     def update(self, post: Post, *, urgent: bool = False) -> None:
-        """Replace the newest post. An urgent one is sent at once."""
+        """Replace the newest post, unless the last one was given. An urgent one is sent at once."""
         with self._changed:
+            if self._ended:
+                return
             self._newest, self._news = post, True
+            self._version += 1
             self._urgent = self._urgent or urgent
-            self._changed.notify()
+            self._changed.notify_all()
+
+    def ask(self, post: Post, seconds: float, canceled: Callable[[], bool]) -> PostResponse | None:
+        """Send a post at once and return the response. None: the operator did not respond within
+        `seconds`, it does not accept the post, `canceled` became true, or the last post was
+        given."""
+        self.update(post, urgent=True)
+        deadline = time.monotonic() + seconds
+        with self._changed:
+            version = self._version
+            while time.monotonic() < deadline and not (canceled() or self.stale or self._ended):
+                if self._answered[0] >= version:
+                    return self._answered[1]
+                self._changed.wait(ASK_POLL_SECONDS)
+        return None
 
     def finish(self, post: Post) -> bool:
         """Post the outcome; return after FINAL_SECONDS at most whether the operator took it."""
         with self._changed:
             self._newest, self._news, self._urgent, self._ended = post, True, True, True
-            self._changed.notify()
+            self._version += 1
+            self._changed.notify_all()
         self._thread.join(FINAL_SECONDS)
         if not self.delivered and not self.stale:
             self._log("outcome-not-delivered", tries=self._failures)
@@ -176,8 +201,8 @@ class Reporter:
             if self._deliver(*self._due()):
                 return
 
-    def _due(self) -> tuple[Post, bool]:
-        """Wait until a post is due. Return it, and whether it is the last one."""
+    def _due(self) -> tuple[Post, int, bool]:
+        """Wait until a post is due. Return it, its number, and whether it is the last one."""
         with self._changed:
             while True:
                 pause = 0.0 if self._urgent else POST_SECONDS if self._news else IDLE_SECONDS
@@ -185,10 +210,10 @@ class Reporter:
                 if wait <= 0:
                     self._urgent = self._news = False
                     self._posted_at = time.monotonic()
-                    return self._newest, self._ended
+                    return self._newest, self._version, self._ended
                 self._changed.wait(wait)
 
-    def _deliver(self, post: Post, final: bool) -> bool:
+    def _deliver(self, post: Post, version: int, final: bool) -> bool:
         """Send a post. Return whether no other post follows."""
         try:
             response = self._send(post)
@@ -198,16 +223,24 @@ class Reporter:
                 self._log("attempt-is-stale", error=str(refusal))
                 self._on_stale()
                 return True
+            if refusal.status in PERMANENT:
+                self._note_answer(version, None)
             self._back_off(refusal, final, refusal.retry_after)
             return final and refusal.status in PERMANENT
         except (OSError, http.client.HTTPException, ValueError) as error:
             self._back_off(error, final, None)
             return False
         self._failures = 0
+        self._note_answer(version, response)
         if response.stop and not final:
             self._on_stop()
         self.delivered = final
         return final
+
+    def _note_answer(self, version: int, response: PostResponse | None) -> None:
+        with self._changed:
+            self._answered = (version, response)
+            self._changed.notify_all()
 
     def _back_off(self, error: Exception, final: bool, retry_after: float | None) -> None:
         doublings = min(self._failures, 10)  # a float has no 2**1024

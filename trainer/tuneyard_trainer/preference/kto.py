@@ -61,14 +61,14 @@ class UnpairedPreferences(ReferencedObjective):
     def _sums(self, ratios_N: Tensor, labels: NDArray[np.float32], kl: Tensor) -> Tensor:
         """Return the loss and the accuracy (2,), summed over the completions."""
         good_N = torch.from_numpy(labels > 0.5).to(ratios_N.device)
-        good_weight, bad_weight = self._weights
+        good_weight, bad_weight = self.weights
         weights_N = torch.where(good_N, good_weight, bad_weight).to(ratios_N)
         loss_N = kto_loss(ratios_N, good_N, kl.to(ratios_N), beta=self.settings.beta) * weights_N
         right_N = ((ratios_N > kl) == good_N).to(ratios_N)
         return torch.stack([loss_N.sum(), right_N.sum()])
 
     @property
-    def _weights(self) -> tuple[float, float]:
+    def weights(self) -> tuple[float, float]:
         """The weights of good and of bad completions: each kind weighs half of the data."""
         good = float(np.mean(self.data.train.labels > 0.5))
         return 0.5 / good, 0.5 / (1 - good)

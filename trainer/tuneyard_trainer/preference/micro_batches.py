@@ -18,7 +18,7 @@ from tuneyard_trainer.models.probes import base_of
 from tuneyard_trainer.preference.dataset import Comparisons
 from tuneyard_trainer.training.batches import Indices, MicroBatch, micro_batches, share
 from tuneyard_trainer.training.losses import Forward, collate, sum_unless_stopped
-from tuneyard_trainer.worker import Worker
+from tuneyard_trainer.worker import Interrupted, Worker
 
 UNLIMITED = 1 << 62
 """Tokens of a micro-batch whose rows the caller has chosen."""
@@ -106,23 +106,41 @@ def group_micro_batches(
         yield np.array(micro_batch, dtype=np.int64)
 
 
-@torch.no_grad()
 def evaluate_rows(
     scorer: Scorer, model: nn.Module, rows: Rows, forward: Forward, worker: Worker
 ) -> NDArray[np.float64]:
     """Return one number for every row (R,), in evaluation mode. The workers share the rows, and all
     of them return all numbers, or raise Interrupted if any of them is asked to stop."""
-    model.eval()
-    values_R = torch.zeros(len(rows), dtype=torch.float64, device=worker.device)
+    values_R = np.zeros(len(rows))
     mine = share(np.arange(len(rows)), rows.lengths, worker.rank, worker.world_size)
     stopped = False
+    try:
+        values_R[mine] = row_values(scorer, model, rows, mine, forward, worker.check_stop)
+    except Interrupted:
+        stopped = True
+    total_R = torch.from_numpy(values_R).to(worker.device)
+    return sum_unless_stopped(total_R, stopped, worker).cpu().numpy()
+
+
+@torch.no_grad()
+def row_values(
+    scorer: Scorer,
+    model: nn.Module,
+    rows: Rows,
+    chosen: Indices,
+    forward: Forward,
+    before_batch: Callable[[], None],
+) -> NDArray[np.float64]:
+    """Return one number for each chosen row (R,), in evaluation mode, without other workers.
+
+    `before_batch`: called before each micro-batch; what it raises ends the call.
+    """
+    model.eval()
+    values = np.zeros(len(rows))
     for micro_batch in micro_batches(
-        mine, rows.lengths, capacity=0, max_tokens=forward.max_tokens, pack=False
+        chosen, rows.lengths, capacity=0, max_tokens=forward.max_tokens, pack=False
     ):
-        if stopped := worker.stop():
-            break
-        chosen = micro_batch.rows
-        values_R[torch.from_numpy(chosen).to(worker.device)] = scorer(
-            model, rows, chosen, forward
-        ).double()
-    return sum_unless_stopped(values_R, stopped, worker).cpu().numpy()
+        before_batch()
+        values_R = scorer(model, rows, micro_batch.rows, forward)
+        values[micro_batch.rows] = values_R.double().cpu().numpy()
+    return values[chosen]

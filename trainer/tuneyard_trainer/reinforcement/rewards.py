@@ -102,6 +102,17 @@ def finite(scores_N: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     )
 
 
+def reward_failed(error: Exception, attempts: Sequence[Attempt]) -> StageError:
+    """Return the error of a reward that raised `error` on these completions."""
+    rows = f"{attempts[0].prompt.where} to {attempts[-1].prompt.where}" if attempts else "none"
+    return StageError(
+        "RewardFailed",
+        f"the reward raised {type(error).__name__} on {len(attempts)} completions (prompts "
+        f"{rows}): {first_line(error)}.",
+        advice="Correct rewardModel or rewardTerms, or the rows of the prompts.",
+    )
+
+
 # ---- sums and rules -----------------------------------------------------------------------------
 
 

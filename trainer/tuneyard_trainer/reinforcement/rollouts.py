@@ -25,7 +25,7 @@ from tuneyard_trainer.generation.sampling import Sampled, Sampler
 from tuneyard_trainer.reinforcement import arithmetic
 from tuneyard_trainer.reinforcement.actor import Actor, Sequences
 from tuneyard_trainer.reinforcement.arithmetic import Reduce
-from tuneyard_trainer.reinforcement.rewards import Attempt, Reward, finite
+from tuneyard_trainer.reinforcement.rewards import Attempt, Reward, finite, reward_failed
 from tuneyard_trainer.worker import Interrupted
 
 Result = TypeVar("Result")
@@ -174,7 +174,22 @@ class Collector:
                 else []
             )
         )
-        generated = time.perf_counter()
+        return self.score(prompts, owned, sampled, time.perf_counter() - began)
+
+    def score(
+        self,
+        prompts: Sequence[TokenizedPrompt],
+        owned: Sequence[int],
+        sampled: Sequence[Sampled],
+        generation_seconds: float,
+    ) -> Rollouts:
+        """Return one completion of each prompt, scored. `owned`: this worker's indices among the
+        prompts; `sampled`: their completions.
+
+        Raises StageError, on every worker, if any completion cannot be scored, and SamplerMismatch.
+        """
+        began = time.perf_counter()
+        own = [prompts[i] for i in owned]
         tokens = [completion.tokens for completion in sampled]
         completions = [self._text(ids) for ids in tokens]
         sequences = Sequences(
@@ -211,8 +226,8 @@ class Collector:
             entropy_R=entropy_R,
             gap_R=gap_R,
             seconds={
-                "generationSeconds": generated - began,
-                "scoringSeconds": time.perf_counter() - generated,
+                "generationSeconds": generation_seconds,
+                "scoringSeconds": time.perf_counter() - began,
             },
             completions=completions,
             reduce=self.group.sum,
@@ -235,10 +250,16 @@ class Collector:
             )
 
     def _score(self, prompts: Sequence[TokenizedPrompt], completions: Sequence[str]) -> Tensor:
-        """Return the rewards (B,)."""
+        """Return the rewards (B,). Raises StageError, RewardFailed for a defect of the reward."""
         pairs = zip(prompts, completions, strict=True)
         attempts = [Attempt(prompt.prompt, completion) for prompt, completion in pairs]
-        return self.reward(attempts).to(self.actor.device, torch.float32)
+        try:
+            scores_B = self.reward(attempts)
+        except (StageError, Interrupted, MemoryError, OSError, torch.OutOfMemoryError):
+            raise  # these have reasons of their own
+        except Exception as error:
+            raise reward_failed(error, attempts) from error
+        return scores_B.to(self.actor.device, torch.float32)
 
     def _ended(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Return 1 for each completion that ends with a stop token, else 0 (B,)."""

@@ -20,7 +20,7 @@ from tuneyard_trainer.models import layers
 from tuneyard_trainer.reinforcement.actor import Actor, Sequences
 from tuneyard_trainer.reinforcement.method import Experience, Method
 from tuneyard_trainer.reinforcement.rollouts import ProcessGroup, Rollouts
-from tuneyard_trainer.training.loop import adamw, not_finite
+from tuneyard_trainer.training.course import adamw, not_finite
 from tuneyard_trainer.training.seeds import MINIBATCHES, generator
 
 VALUE_HEAD_RATE = 10.0

@@ -95,7 +95,7 @@ class Curves:
             )
         else:
             base = next((line[_BASE] for line in lines if _BASE in line), None)
-            unit = " (nats per token)" if kind in SUPERVISED_KINDS else ""
+            unit = " (nats per token)" if kind in (*SUPERVISED_KINDS, "distill") else ""
             training, held_out = series("loss"), series("validationLoss")
             panels = (Panel(f"Loss{unit}", "loss", training, held_out, base),)
         return cls(panels, series("learningRate"))

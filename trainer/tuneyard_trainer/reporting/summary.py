@@ -31,6 +31,7 @@ METHODS = {
     "pretrain": "continued pre-training",
     "rewardModel": "reward model",
     "constitution": "constitutional AI",
+    "distill": "distillation",
 }
 """Names of methods. Other methods are abbreviations, shown in capitals."""
 TRAINED_BY = {
@@ -41,6 +42,7 @@ TRAINED_BY = {
     "ppo": "aligned with PPO against a reward",
     "grpo": "aligned with GRPO against a reward",
     "rloo": "aligned with RLOO against a reward",
+    "distill": "distilled from a teacher",
 }
 """How the base model was trained, by method."""
 
@@ -220,6 +222,7 @@ class RunSummary:
         rates = [rate for _, rate in self.curves.learning_rate]
         rows = [
             ("Method", METHODS.get(self.method, self.method.upper())),
+            ("Teacher", self._teacher),
             ("Adapter", self._adapter_settings()),
             ("Epochs", _rounded(_first(metrics.get("epochs"), training.get("epochs")))),
             ("Steps", _rounded(_first(metrics.get("steps"), training.get("maxSteps")))),
@@ -250,6 +253,12 @@ class RunSummary:
         )
         found: Mapping[str, Any] = next((s["training"] for s in sections if s.get("training")), {})
         return found
+
+    @property
+    def _teacher(self) -> str | None:
+        """The URI of the model that a distillation learns from. None: it is another method."""
+        distill = (self.spec.get("optimize") or {}).get("distill")
+        return str(distill["teacher"]["uri"]) if distill else None
 
     def _adapter_settings(self) -> str:
         if self.adapter is None:

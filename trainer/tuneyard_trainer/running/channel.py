@@ -1,7 +1,8 @@
 """The event channel between the workers and the driver.
 
-Workers send events; the driver sends one message back, the request to stop. The events are JSON
-over sockets that a key of this run authenticates. A Ray actor would have to be polled instead.
+Workers send events; the driver sends the request to stop, and the answer to a worker's question.
+The events are JSON over sockets that a key of this run authenticates. A Ray actor would have to be
+polled instead.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import (
@@ -29,6 +30,10 @@ POST_SECONDS = 1.0
 """The least time between two progress events of a worker. Stage events are never delayed."""
 DRAIN_SECONDS = 10.0
 """How long the server waits for the last events of a group that has ended."""
+STOP = b"stop"
+"""The request to stop; any other message of the driver is an answer, in JSON."""
+ASK_POLL_SECONDS = 0.5
+"""How often a worker that waits for an answer checks whether it was asked to stop."""
 AUTHENTICATION_SECONDS = 10.0
 """How long a connection may take to prove that it knows the key."""
 
@@ -46,6 +51,7 @@ class EventClient:
         self._on_lost = on_lost
         self._connection = Client(address, authkey=key)
         self._stop = threading.Event()
+        self._answers: queue.Queue[dict[str, Any]] = queue.Queue()
         self._sending = threading.Lock()
         self._sent_at = 0.0
         self._unsent: dict[str, float] = {}
@@ -64,6 +70,14 @@ class EventClient:
         with self._sending, suppress(OSError):  # Ray kills a worker whose driver is gone
             self._connection.send_bytes(json.dumps(event).encode())
 
+    def ask(self, event: dict[str, Any]) -> dict[str, Any] | None:
+        """Send an event and return the driver's answer. None: the driver asked to stop instead."""
+        self.emit(event)
+        while not self.stopped():
+            with suppress(queue.Empty):
+                return self._answers.get(timeout=ASK_POLL_SECONDS)
+        return None
+
     def stopped(self) -> bool:
         """Return whether the driver has asked this worker to stop."""
         return self._stop.is_set()
@@ -77,8 +91,11 @@ class EventClient:
     def _listen(self) -> None:
         with suppress(EOFError, OSError):
             while True:
-                self._connection.recv_bytes()  # the driver sends one message: stop
-                self._stop.set()
+                message = self._connection.recv_bytes()
+                if message == STOP:
+                    self._stop.set()
+                else:
+                    self._answers.put(json.loads(message))
         if self._on_lost is not None:
             self._on_lost()
 
@@ -113,7 +130,12 @@ class EventServer:
         """Ask all workers to stop, also those that connect later."""
         self._stop_requested = True
         for connection in self._connections:
-            self._send_stop(connection)
+            self._send(connection, STOP)
+
+    def answer(self, value: Mapping[str, Any]) -> None:
+        """Answer the worker that asks. All workers receive it, and the others do not read it."""
+        for connection in self._connections:
+            self._send(connection, json.dumps(value).encode())
 
     def close(self) -> None:
         """Close the channel after the events that were sent have been read."""
@@ -139,7 +161,7 @@ class EventServer:
         self._readers.append(threading.current_thread())
         self._connections.append(connection)
         if self._stop_requested:
-            self._send_stop(connection)
+            self._send(connection, STOP)
         with suppress(EOFError, OSError):
             while True:
                 self.events.put(json.loads(connection.recv_bytes()))
@@ -158,9 +180,9 @@ class EventServer:
             limit.cancel()
         return True
 
-    def _send_stop(self, connection: Any) -> None:
+    def _send(self, connection: Any, message: bytes) -> None:
         with suppress(OSError):
-            connection.send_bytes(b"stop")
+            connection.send_bytes(message)
 
     def _start(self, target: Callable[..., None], *arguments: Any) -> threading.Thread:
         thread = threading.Thread(target=target, args=arguments, daemon=True, name="event-server")

@@ -41,12 +41,14 @@ def run(
     attempt: int,
     on_event: Callable[[dict[str, Any]], None],
     stop: threading.Event,
+    review: group.Review | None = None,
 ) -> None:
     """Run the plan in a worker group on the connected Ray cluster; return when it is done.
 
     `on_event` is called in this thread for every event. Setting `stop` makes the workers save a
-    checkpoint and end. Raises the StageError or Interrupted that the workers raised, and StageError
-    WorkerDied (retryable) if the group ended without an event that says why.
+    checkpoint and end. `review` decides before the first stage that trains whether and how the job
+    trains. None: it trains as planned. Raises the StageError or Interrupted that the workers
+    raised, and StageError WorkerDied (retryable) if the group ended without an event that says why.
     """
     on_event(wait_event("importing Ray Train"))
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -72,7 +74,7 @@ def run(
             failure_config=FailureConfig(**failures),
         ),
     )
-    group.follow(plan, trainer.fit, server, on_event, stop)
+    group.follow(plan, trainer.fit, server, on_event, stop, review)
 
 
 def _gather(resources: Resources, stop: threading.Event) -> None:

@@ -7,11 +7,11 @@ import re
 import traceback
 
 from tuneyard.errors import StageError
+from tuneyard_trainer.worker import is_host_memory, is_lost_peer
 
 MOST_CHARACTERS = 1000
 """The longest message; the pod's log has the whole message."""
 
-_LOST_PEER = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe")
 MEMORY_ADVICE = (
     "Lower training.microBatchTokens or data.maxLength, set training.gradientCheckpointing: true, "
     "use adapter.qlora, or give each worker more memory: on a cluster, raise compute.memory."
@@ -34,7 +34,7 @@ def out_of_memory(error: BaseException, stage: str) -> StageError | None:
     """
     name = type(error).__name__
     on_gpu = name == "OutOfMemoryError" and type(error).__module__.partition(".")[0] == "torch"
-    on_host = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    on_host = is_host_memory(error)
     if not (on_gpu or on_host):
         return None
     lines = str(error).strip().splitlines()
@@ -51,7 +51,7 @@ def unexpected(error: BaseException) -> StageError:
 
     The error of the lost worker takes precedence over the errors of the workers that lost it.
     """
-    if isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _LOST_PEER):
+    if is_lost_peer(error):
         return StageError(
             "WorkerDied", f"another worker was lost: {last_line(error)}", retryable=True
         )

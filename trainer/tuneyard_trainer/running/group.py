@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import queue
@@ -19,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tuneyard.api.job_facts import FitAnswer, JobFacts
 from tuneyard.api.plan import Plan
 from tuneyard.api.pods import WORKER_LOG
 from tuneyard.errors import StageError
@@ -33,6 +35,9 @@ from tuneyard_trainer.worker import Interrupted, Worker
 if TYPE_CHECKING:
     import torch
 
+Review = Callable[[JobFacts], FitAnswer]
+"""Decides from the facts of a job whether and how it trains. It is called in a thread of its own,
+while events are relayed."""
 POLL_SECONDS = 0.5
 """How often the driver checks whether it was asked to stop and whether the group still runs."""
 TRAINING_THREAD = "training"
@@ -93,6 +98,8 @@ class Task:
     attempt: int
     threads: int
     """Threads of a rank without a GPU."""
+    neighbors: int = 1
+    """Ranks that share the memory of the machine or of the pod."""
 
 
 def follow(
@@ -101,14 +108,16 @@ def follow(
     server: EventServer,
     on_event: Callable[[dict[str, Any]], None],
     stop: threading.Event,
+    review: Review | None,
 ) -> None:
     """Call `train`, which waits for the ranks, in a thread and relay their events meanwhile.
 
+    `review` answers rank 0 before the first stage that trains. None: the job trains as planned.
     Setting `stop` makes the ranks save a checkpoint and end. Raises the StageError or Interrupted
     that the ranks raised, and StageError WorkerDied (retryable) if the group ended without an event
     that says why.
     """
-    last_events = _last_events(train, server, on_event, stop)
+    last_events = _last_events(train, server, on_event, stop, review)
     if not last_events and stop.is_set():
         raise Interrupted(plan.stages[0].name, 0)
     _raise_failure(last_events)
@@ -119,8 +128,10 @@ def _last_events(
     server: EventServer,
     on_event: Callable[[dict[str, Any]], None],
     stop: threading.Event,
+    review: Review | None,
 ) -> list[dict[str, Any]]:
-    """Relay events until the ranks have ended. Return each rank's last event."""
+    """Relay events until the ranks have ended. Return each rank's last event. Raises what `review`
+    raises."""
     last_events: list[dict[str, Any]] = []
     failures: list[Exception] = []
 
@@ -133,6 +144,12 @@ def _last_events(
     def relay(event: dict[str, Any]) -> None:
         if event["type"] in ("failed", "interrupted", "finished"):
             last_events.append(event)
+        elif event["type"] == "facts":
+            # In a thread: the operator may take a minute, and other ranks have events meanwhile.
+            arguments = (event["facts"], server, review)
+            threading.Thread(target=_answer, args=arguments, daemon=True).start()
+        elif event["type"] == "unanswered":
+            raise event["error"]
         else:
             on_event(event)
 
@@ -154,6 +171,16 @@ def _last_events(
         silent = RuntimeError("the group ended without an error")
         last_events.append(failure_event(unexplained([*failures, silent][0])))
     return last_events
+
+
+def _answer(facts: dict[str, Any], server: EventServer, review: Review | None) -> None:
+    """Answer the rank that asks. An error becomes an event, which the relay raises."""
+    try:
+        known = JobFacts.model_validate_json(json.dumps(facts))
+        found = review(known) if review else FitAnswer()
+        server.answer(found.model_dump(mode="json", by_alias=True, exclude_none=True))
+    except Exception as error:
+        server.events.put({"type": "unanswered", "error": error})
 
 
 def _raise_failure(last_events: list[dict[str, Any]]) -> None:
@@ -203,7 +230,13 @@ def run_rank(
         if places.drain:
             stack.enter_context(drain.registered(Path(places.drain), client.ask_to_stop))
         try:
-            PlanRunner(stage_inputs=inputs, worker=worker, emit=client.emit).run()
+            PlanRunner(
+                stage_inputs=inputs,
+                worker=worker,
+                emit=client.emit,
+                ask=client.ask,
+                neighbors=task.neighbors,
+            ).run()
         except Interrupted as stopped:
             client.emit(failure_event(stopped))
         except Exception as error:

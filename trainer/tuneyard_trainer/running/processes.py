@@ -45,9 +45,10 @@ def run(
     resources: Resources,
     on_event: Callable[[dict[str, Any]], None],
     stop: threading.Event,
+    review: group.Review | None = None,
 ) -> None:
-    """Run the plan in processes of this machine; return when it is done. `stop`, `on_event` and the
-    errors are those of `distributed.run`."""
+    """Run the plan in processes of this machine; return when it is done. `stop`, `on_event`,
+    `review` and the errors are those of `distributed.run`."""
     on_event(wait_event("starting the workers"))
     server = EventServer("127.0.0.1")
     task = {
@@ -60,7 +61,7 @@ def run(
         "rendezvous": str(Path(places.scratch, "rendezvous").absolute()),
     }
     with _ranks(task, resources, Path(places.scratch)) as ranks:
-        group.follow(plan, lambda: _wait(ranks), server, on_event, stop)
+        group.follow(plan, lambda: _wait(ranks), server, on_event, stop, review)
 
 
 def local_resources(compute: Compute) -> Resources:
@@ -194,7 +195,13 @@ def main() -> None:
             world_size=world_size,
         )
     plan = Plan.model_validate_json(task["plan"])
-    work = Task(plan, Places(**task["places"]), attempt=1, threads=task["threads"])
+    work = Task(
+        plan,
+        Places(**task["places"]),
+        attempt=1,
+        threads=task["threads"],
+        neighbors=world_size,
+    )
     group.run_rank(work, client, rank, world_size, device)
 
 

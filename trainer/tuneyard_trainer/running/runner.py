@@ -1,21 +1,23 @@
 """The runner: skips each stage whose record matches, runs the others, writes their records last.
 
 Every rank of a worker group runs the same plan. Rank 0 decides which stages to run, runs the stages
-that need one worker, and writes the records. The other ranks wait for its decisions meanwhile.
+that need no model alone, and writes the records. The other ranks wait for its decisions meanwhile.
 """
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
+from tuneyard.api.job_facts import FitAnswer
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, StageRecord
-from tuneyard.api.stage_settings import TRAINING_KINDS, StageKind
+from tuneyard.api.stage_settings import SHARED_KINDS, TRAINING_KINDS, StageKind
 from tuneyard.errors import StageError
 from tuneyard_trainer import extras
 from tuneyard_trainer.running.failures import out_of_memory
@@ -28,7 +30,7 @@ from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Wor
 if TYPE_CHECKING:
     import torch
 
-MODEL_ROLES = ("model", "judge", "reward")
+MODEL_ROLES = ("model", "judge", "reward", "teacher")
 """The roles of inputs that are models if they come from outside the plan; `reward.0` is one too."""
 
 
@@ -38,6 +40,10 @@ VERSIONED = ("tuneyard", "torch", "transformers", "peft")
 Emit = Callable[[dict[str, Any]], None]
 """Receives events as JSON values: `stage` (stage, state, record), `progress` (stage, step,
 totalSteps, metrics, message, resumedStep) and `wait` (message)."""
+
+Ask = Callable[[dict[str, Any]], dict[str, Any] | None]
+"""Sends an event of type `facts` and returns the answer, a `FitAnswer` as JSON. None: a stop was
+requested meanwhile."""
 
 StageFunction = Callable[[StageContext], StageOutcome]
 """A stage's `run`."""
@@ -110,6 +116,21 @@ class StageInputs:
             self.source_digests[decisive] = sources.digest_of(path, cache_dir=self.cache_dir)
         return self.source_digests[decisive]
 
+    def at_hand(self, stage: PlannedStage, role: str) -> Path | None:
+        """Return the path of an input that needs neither a download nor a stage that is not done.
+        None: it does, or it cannot be read."""
+        source = stage.inputs[role]
+        if isinstance(source, StageInput):
+            done = source.stage in self.records
+            return self.store.workdir(source.stage) / (source.file or "") if done else None
+        fetched = self._fetched.get((source.uri, source.revision))
+        if fetched is not None or not sources.is_local(source.uri):
+            return fetched
+        try:
+            return self._fetch(role, source)
+        except StageError:  # the stage that reads it reports what is wrong
+            return None
+
     def inputs(self, stage: PlannedStage) -> dict[str, Path]:
         """Return the local path of each input."""
         return {
@@ -149,6 +170,13 @@ class PlanRunner:
     stage_inputs: StageInputs
     worker: Worker
     emit: Emit
+    ask: Ask | None = None
+    """Asks whether and how the job trains, on rank 0, before the first stage that trains. None:
+    nobody decides, and it trains as planned."""
+    neighbors: int = 1
+    """Workers that share the memory of this machine or pod."""
+    _answer: FitAnswer | None = None
+    """The answer. None: not asked yet."""
 
     def run(self) -> dict[str, StageRecord]:
         """Skip or run every stage; return the records by name. Raises StageError or Interrupted."""
@@ -160,12 +188,73 @@ class PlanRunner:
             if not self.worker.is_main:
                 store.pull(stage.name)
             if record is None:
-                record = control.agree(self._execute_or_stop(stage, digests))
+                if stage.kind in TRAINING_KINDS and self._answer is None:
+                    asked = self._ask(stage) if self.worker.is_main else None
+                    self._answer = control.agree(asked)
+                    self._refuse_misfit()
+                running = stage
+                if stage.kind in TRAINING_KINDS:
+                    running = control.agree(self._settled(stage) if self.worker.is_main else None)
+                record = control.agree(self._execute_or_stop(running, digests))
                 if isinstance(record, Interrupted):
                     raise record
                 store.pull(stage.name)
             known.records[stage.name] = record
         return known.records
+
+    def _ask(self, stage: PlannedStage) -> FitAnswer:
+        """Return the answer to the job's facts. The model's folder is that of `stage`. Raises
+        StageError."""
+        self._require_same_vocabularies()
+        if self.ask is None:
+            return FitAnswer()
+        from tuneyard_trainer.running.facts import facts_event, job_facts
+
+        try:
+            facts = job_facts(
+                self.stage_inputs.plan,
+                self.stage_inputs.inputs(stage)["model"],
+                self.stage_inputs.records,
+                self.stage_inputs.at_hand,
+                self.worker.device,
+                devices=self.worker.world_size,
+                neighbors=self.neighbors,
+            )
+        except OSError as error:
+            raise disk_error(error, self.stage_inputs.store.workdir(stage.name)) from error
+        return FitAnswer.model_validate_json(json.dumps(self.ask(facts_event(facts)) or {}))
+
+    def _require_same_vocabularies(self) -> None:
+        """Raise StageError VocabularyMismatch before the first stage that trains: the one with the
+        teacher may begin hours later."""
+        for stage in self.stage_inputs.plan.stages:
+            if "teacher" in stage.inputs:
+                from tuneyard_trainer.models.vocabulary import require_same_vocabulary
+
+                inputs = self.stage_inputs.inputs(stage)
+                require_same_vocabulary(inputs["model"], inputs["teacher"])
+
+    def _refuse_misfit(self) -> None:
+        """Raise StageError DoesNotFit if the answer is that the job does not fit."""
+        failure = self._answer.refusal if self._answer else None
+        if failure is not None:
+            raise StageError(failure.reason, failure.message, advice=failure.advice)
+
+    def _settled(self, stage: PlannedStage) -> PlannedStage:
+        """Return a stage that trains with the settings of its checkpoints, else with those that
+        were chosen for this attempt; its identity does not cover them. Raises StageError."""
+        from tuneyard_trainer.running.facts import device_of
+        from tuneyard_trainer.running.kept_settings import settle
+
+        store = self.stage_inputs.store
+        chosen = self._answer.settings.get(stage.name) if self._answer else None
+        workdir = store.workdir(stage.name)
+        device = device_of(self.worker.device, self.neighbors)
+        try:
+            with store.owned(self.worker.attempt):
+                return settle(stage, chosen, workdir, device, self.worker.world_size)
+        except OSError as error:
+            raise disk_error(error, workdir) from error
 
     def _done(self, stage: PlannedStage, digests: Mapping[str, str]) -> StageRecord | None:
         """Return the record of a stage that is done. None: it must run, and its folder is ready.
@@ -194,7 +283,7 @@ class PlanRunner:
         No rank returns until rank 0 has saved its checkpoint: an early exit would end the group.
         """
         try:
-            if self.worker.is_main and self.worker.stop() and stage.kind not in TRAINING_KINDS:
+            if self.worker.is_main and self.worker.stop() and not _is_shared(stage):
                 return Interrupted(stage.name, 0)
             return self._execute(stage, digests)
         except Interrupted as stopped:
@@ -202,7 +291,7 @@ class PlanRunner:
 
     def _execute(self, stage: PlannedStage, digests: Mapping[str, str]) -> StageRecord | None:
         """Run the stage on the ranks that it needs. Return the record on rank 0, None elsewhere."""
-        if stage.kind not in TRAINING_KINDS and not self.worker.is_main:
+        if not self.worker.is_main and not _is_shared(stage):
             return None
         store = self.stage_inputs.store
         workdir = store.workdir(stage.name)
@@ -212,8 +301,11 @@ class PlanRunner:
         try:
             inputs = self.stage_inputs.inputs(stage)
             self.emit(wait_event(f"importing the libraries of {stage.name}"))
-            run = _stage_function(stage.kind)
-            outcome = run(StageContext(stage, inputs, workdir, self._worker(stage, digests)))
+            run = _stage_function(stage)
+            if stage.kind in TRAINING_KINDS:
+                _reset_peak_memory(self.worker.device)
+            worker = self._worker(stage, digests)
+            outcome = run(StageContext(stage, inputs, workdir, worker))
         except OSError as error:
             raise disk_error(error, workdir) from error
         except (MemoryError, RuntimeError) as error:
@@ -261,6 +353,13 @@ class PlanRunner:
         )
 
 
+def _reset_peak_memory(device: torch.device) -> None:
+    """Make the peak that a training stage reports its own: one process runs all stages."""
+    from tuneyard_trainer.models.base import reset_peak_memory
+
+    reset_peak_memory(device)
+
+
 class Control:
     """Broadcasts rank 0's decisions in a gloo group of its own, with a timeout of a week.
 
@@ -287,23 +386,55 @@ class Control:
         return box[0]
 
 
-def _stage_function(kind: StageKind) -> StageFunction:  # noqa: C901  one case for each kind
+def _is_shared(stage: PlannedStage) -> bool:
+    """Return whether all workers run a stage: those that train, and those that measure or judge.
+    Those that read data or write files are rank 0's alone."""
+    return stage.kind in SHARED_KINDS
+
+
+def _engine(stage: PlannedStage) -> str | None:
+    """Return the engine of a stage's training loop; None: the native one, or no loop."""
+    loop = getattr(stage.settings, "training", stage.settings)
+    return getattr(loop, "engine", None)
+
+
+def _estimator(stage: PlannedStage) -> str | None:
+    """Return how a stage of kind grpo estimates advantages; None: another kind."""
+    return getattr(stage.settings, "estimator", None)
+
+
+def _stage_function(stage: PlannedStage) -> StageFunction:  # noqa: C901  one case for each kind
     """Return a stage's `run`. Imported here, so that reading records costs no torch."""
+    kind: StageKind = stage.kind
     match kind:
         case "prepare":
             from tuneyard_trainer.data.prepare import run
+        case "sft" | "pretrain" if _engine(stage) == "trl":
+            from tuneyard_trainer.trl_engine.sft import run
         case "sft" | "pretrain":
             from tuneyard_trainer.training.sft import run
         case "pairs":
             from tuneyard_trainer.preference.pairs import run
+        case "dpo" if _engine(stage) == "trl" and getattr(stage.settings, "loss", None) == "kto":
+            from tuneyard_trainer.trl_engine.kto import run
+        case "dpo" if _engine(stage) == "trl":
+            from tuneyard_trainer.trl_engine.dpo import run
+        case "reward" if _engine(stage) == "trl":
+            from tuneyard_trainer.trl_engine.reward import run
         case "reward":
             from tuneyard_trainer.preference.reward import run
         case "dpo":
             from tuneyard_trainer.preference.dpo import run
         case "ppo":
             from tuneyard_trainer.reinforcement.ppo import run
+        case "grpo" if _engine(stage) == "trl" and _estimator(stage) == "rloo":
+            from tuneyard_trainer.trl_engine.rloo import run
+        case "grpo" if _engine(stage) == "trl":
+            from tuneyard_trainer.trl_engine.grpo import run
         case "grpo":
             from tuneyard_trainer.reinforcement.grpo import run
+        case "distill":
+            from tuneyard_trainer.trl_engine.distill import run
         case "feedback":
             from tuneyard_trainer.judging.feedback import run
         case "critique":

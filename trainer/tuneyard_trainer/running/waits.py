@@ -15,8 +15,8 @@ REPEAT_SECONDS = 20.0
 class Waits:
     """Tells of each wait after FIRST_SECONDS, and then every REPEAT_SECONDS until it ends.
 
-    `begin` and `end` belong to one thread. `tell(message, seconds)` is called in another one;
-    `seconds`: the time that the wait has lasted.
+    `begin` and `end` are not called at the same time. `tell(message, seconds)` is called in another
+    thread; `seconds`: the time that the wait has lasted.
     """
 
     def __init__(self, tell: Callable[[str, float], None]) -> None:

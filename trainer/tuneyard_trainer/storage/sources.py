@@ -73,6 +73,11 @@ def fetch(source: SourceInput, *, base_dir: Path, cache_dir: Path, kind: Kind) -
         return _downloaded(source, cache_dir, kind)
 
 
+def is_local(uri: str) -> bool:
+    """Return whether a source is on this machine or mounted, so that `fetch` downloads nothing."""
+    return uri.startswith(("file://", "pvc://", "pkg://"))
+
+
 def decisive_digest(path: Path, kind: Kind, cache_dir: Path) -> str:
     """Return the digest of a fetched source without files of its folder that decide no result: of a
     model, files that no model is loaded from; of data, its README, LICENSE and NOTICE."""

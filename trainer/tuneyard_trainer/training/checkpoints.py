@@ -15,9 +15,11 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
@@ -25,10 +27,12 @@ from typing import Any, Generic, TypeVar
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tuneyard.errors import StageError
+from tuneyard_trainer.models.gathering import write_tensors
+from tuneyard_trainer.models.sharding import from_main, is_sharded, like, whole
 from tuneyard_trainer.storage.digests import sha256_of
 from tuneyard_trainer.storage.files import disk_error
 from tuneyard_trainer.worker import StageContext
@@ -112,19 +116,36 @@ class Checkpoints(Generic[State]):
         """Copy the tensors and write them in the background, on rank 0; other ranks do nothing.
 
         Waits for the previous write. Raises StageError DiskFull or WriteFailed if that write
-        failed.
+        failed. Tensors that are sharded are gathered one after the other, by all ranks, while rank
+        0 writes them.
         """
-        if self._worker.is_main:
+        if any(map(is_sharded, self._parameters.values())):
+            self._save_sharded(state)
+        elif self._worker.is_main:
             self.wait()
-            weights = {name: _snapshot(p) for name, p in self._parameters.items()}
-            moments = {
-                f"{name}/{key}": _snapshot(value)
-                for name, p in self._parameters.items()
-                for key, value in self._optimizer.state[p].items()
-                if key != "step"
-            }
-            self._pending = self._writer.submit(self._write, state, weights, moments)
+            weights = {name: whole(tensor) for name, tensor in self._parameters.items()}
+            moments = {name: whole(tensor) for name, tensor in self._moments()}
+            write = partial(_save_files, weights, moments)
+            self._pending = self._writer.submit(self._write, state, write)
         self._saved_at = time.monotonic()
+
+    def _save_sharded(self, state: State) -> None:
+        moments = dict(self._moments())
+        if not self._worker.is_main:
+            write_tensors(None, self._parameters)
+            write_tensors(None, moments)
+            return
+        try:
+            self._write(state, partial(_gather_files, self._parameters, moments))
+        except OSError as error:
+            raise disk_error(error, self.folder) from error
+
+    def _moments(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield AdamW's moments by `name/key`, in an order that is the same on every rank."""
+        for name, parameter in self._parameters.items():
+            for key, value in self._optimizer.state[parameter].items():
+                if key != "step":
+                    yield f"{name}/{key}", value
 
     def wait(self) -> None:
         """Wait until everything saved is on disk. Raises StageError as `save` does, and
@@ -148,16 +169,17 @@ class Checkpoints(Generic[State]):
         if step is None:
             return None
         state = self._saved = self._state(step)
-        assign(self._weights(state.step), self._parameters)
-        moments = load_file(self._at(state.step) / "optimizer.safetensors")
-        for name, parameter in self._parameters.items():
-            if f"{name}/exp_avg" not in moments:  # the parameter never had a gradient
-                continue
-            self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(state.optimizer_age())),
-                "exp_avg": moments[f"{name}/exp_avg"].to(parameter.device),
-                "exp_avg_sq": moments[f"{name}/exp_avg_sq"].to(parameter.device),
-            }
+        assign(self._at(state.step) / "weights.safetensors", self._parameters)
+        with safe_open(self._at(state.step) / "optimizer.safetensors", framework="pt") as moments:
+            names = set(moments.keys())
+            for name, parameter in self._parameters.items():
+                if f"{name}/exp_avg" not in names:  # the parameter never had a gradient
+                    continue
+                self._optimizer.state[parameter] = {
+                    "step": torch.tensor(float(state.optimizer_age())),
+                    "exp_avg": like(moments.get_tensor(f"{name}/exp_avg"), parameter),
+                    "exp_avg_sq": like(moments.get_tensor(f"{name}/exp_avg_sq"), parameter),
+                }
         self._saved_at = time.monotonic()
         return state
 
@@ -209,37 +231,39 @@ class Checkpoints(Generic[State]):
 
     def restore_best(self, state: State) -> None:
         """Load the weights of the best step unless `state` is at that step. Only on rank 0, which
-        writes the result."""
-        if self._worker.is_main and state.best_step not in (None, state.step):
-            assign(self._weights(state.best_step), self._parameters)
-
-    def _weights(self, step: int) -> dict[str, Tensor]:
-        """Return the trained tensors of a checkpoint, on the CPU."""
-        return load_file(self._at(step) / "weights.safetensors")
+        writes the result and may be the only one that has the file; of sharded weights, all ranks
+        get their parts from it."""
+        if state.best_step in (None, state.step):
+            return
+        file = self._at(state.best_step) / "weights.safetensors"
+        if any(map(is_sharded, self._parameters.values())):
+            scatter(file if self._worker.is_main else None, self._parameters)
+        elif self._worker.is_main:
+            assign(file, self._parameters)
 
     def _at(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
-    def _write(self, state: State, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+    def _write(self, state: State, write: Callable[[Path], None]) -> None:
+        """Write a checkpoint. `write` writes the tensors' files into a folder."""
         final = self._at(state.step)
         with self._worker.owned():  # what a killed run left needs space
             self._remove_partial()
         # Not the same name as in another attempt, which may be writing the same step.
-        partial = final.with_suffix(f".{uuid.uuid4().hex}.partial")
-        partial.mkdir(parents=True)
-        save_file(weights, partial / "weights.safetensors")
-        save_file(moments, partial / "optimizer.safetensors")
-        _write_state(state, partial)
-        digests = {path.name: sha256_of(path) for path in partial.iterdir()}
-        (partial / DIGESTS).write_text(json.dumps(digests, indent=2))
-        _flush(partial)
+        folder = final.with_suffix(f".{uuid.uuid4().hex}.partial")
+        folder.mkdir(parents=True)
+        write(folder)
+        _write_state(state, folder)
+        digests = {path.name: sha256_of(path) for path in folder.iterdir()}
+        (folder / DIGESTS).write_text(json.dumps(digests, indent=2))
+        _flush(folder)
         # A late evaluation writes the newest checkpoint again.
         is_again = self._saved is not None and self._saved.step == state.step
         former = self._former if is_again else self._saved
         kept = [each for each in (former, state) if each is not None]
         with self._worker.owned():
             shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
+            folder.rename(final)
             self._prune(keep={step for each in kept for step in (each.step, each.best_step)})
         self._former, self._saved = former, state
         if self._history.exists():  # first: a resumed run reads the metrics up to its checkpoint
@@ -267,20 +291,40 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def assign(tensors: Mapping[str, Tensor], parameters: Parameters) -> None:
-    """Copy tensors into the parameters of the same names. Raises StageError CheckpointMismatch if
-    the names differ."""
-    missing = sorted(set(parameters) ^ set(tensors))
-    if missing:
-        raise StageError(
-            "CheckpointMismatch",
-            f"a checkpoint does not match the model: {len(missing)} tensors are in only one of "
-            f"them, the first is {missing[0]}.",
-            advice="Delete the output folder to start from the beginning.",
-        )
-    with torch.no_grad():
+def assign(file: Path, parameters: Parameters) -> None:
+    """Copy the tensors of a file into the parameters of the same names, one after the other. Raises
+    StageError CheckpointMismatch if the names differ."""
+    with safe_open(file, framework="pt") as tensors, torch.no_grad():
+        missing = sorted(set(parameters) ^ set(tensors.keys()))
+        if missing:
+            raise StageError(
+                "CheckpointMismatch",
+                f"a checkpoint does not match the model: {len(missing)} tensors are in only one of "
+                f"them, the first is {missing[0]}.",
+                advice="Delete the output folder to start from the beginning.",
+            )
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(like(tensors.get_tensor(name), parameter))
+
+
+def scatter(file: Path | None, parameters: Parameters) -> None:
+    """Copy the tensors of rank 0's file into the parameters of all ranks. `file`: None on other
+    ranks."""
+    with ExitStack() as stack, torch.no_grad():
+        tensors = stack.enter_context(safe_open(file, framework="pt")) if file else None
+        for name, parameter in parameters.items():
+            tensor = tensors.get_tensor(name) if tensors else torch.empty(parameter.shape)
+            parameter.copy_(from_main(tensor.to(parameter.dtype), parameter))
+
+
+def _save_files(weights: dict[str, Tensor], moments: dict[str, Tensor], folder: Path) -> None:
+    save_file(weights, folder / "weights.safetensors")
+    save_file(moments, folder / "optimizer.safetensors")
+
+
+def _gather_files(weights: Parameters, moments: Mapping[str, Tensor], folder: Path) -> None:
+    write_tensors(folder / "weights.safetensors", weights)
+    write_tensors(folder / "optimizer.safetensors", moments)
 
 
 def _write_state(state: LoopState, folder: Path) -> None:
@@ -304,10 +348,6 @@ def _check(folder: Path, names: Sequence[str]) -> None:
         if name.endswith(".safetensors"):
             with safe_open(folder / name, framework="pt"):
                 pass
-
-
-def _snapshot(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _flush(folder: Path) -> None:

@@ -6,7 +6,7 @@ Shapes: B bins of a micro-batch, L their width in tokens, N targets, V vocabular
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -120,23 +120,53 @@ class Forward:
         with autocast(self.device, self.precision):
             return _target_loss(model, batch, reduction)
 
+    def mean_loss_of_shards(self, model: nn.Module, rows: Rows, worker: Worker) -> float:
+        """Return the same mean of a sharded model. Its workers gather its layers together, so each
+        of them makes as many forward passes as the others: one without rows of its own left repeats
+        its last one for nothing. Raises Interrupted on all of them if any is asked to stop."""
+        total = torch.zeros(1, dtype=torch.float64, device=self.device)
+        batches = list(self._evaluation_batches(rows, worker))
+        spare = batches[-1] if batches else MicroBatch(((0,),), int(rows.lengths[0]))
+        model.eval()
+        stopped = False
+        with torch.no_grad():
+            for index in range(self.num_evaluation_batches(rows, worker)):
+                stopped = stopped or worker.stop()
+                is_own = index < len(batches)
+                loss = self.loss(model, rows, batches[index] if is_own else spare).double()
+                total += loss if is_own else 0.0
+        return float(sum_unless_stopped(total, stopped, worker)) / int(rows.targets.sum())
+
     def mean_loss(self, model: nn.Module, rows: Rows, worker: Worker) -> float:
         """Return the mean loss over all targets of all rows, in nats. The workers share the rows,
         and all of them return the mean, or raise Interrupted if any of them is asked to stop."""
-        mine = share(np.arange(len(rows)), rows.lengths, worker.rank, worker.world_size)
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
         model.eval()
         with torch.no_grad():
             stopped = False
-            for micro_batch in self._evaluation_batches(rows, mine):
+            for micro_batch in self._evaluation_batches(rows, worker):
                 if stopped := worker.stop():
                     break
                 total += self.loss(model, rows, micro_batch).double()
         return float(sum_unless_stopped(total, stopped, worker)) / int(rows.targets.sum())
 
-    def _evaluation_batches(self, rows: Rows, mine: Indices) -> Iterator[MicroBatch]:
+    @torch.no_grad()
+    def share_losses(self, model: nn.Module, rows: Rows, worker: Worker) -> Iterator[float]:
+        """Yield the summed loss, in nats, of each micro-batch of this worker's share of the rows.
+        The other workers are not needed, so the caller adds the losses of all workers."""
+        model.eval()
+        for micro_batch in self._evaluation_batches(rows, worker):
+            yield float(self.loss(model, rows, micro_batch))
+
+    def _evaluation_batches(self, rows: Rows, worker: Worker) -> Iterator[MicroBatch]:
+        mine = share(np.arange(len(rows)), rows.lengths, worker.rank, worker.world_size)
         for start in range(0, len(mine), EVALUATION_ROWS):
             yield from self.micro_batches(rows, mine[start : start + EVALUATION_ROWS])
+
+    def num_evaluation_batches(self, rows: Rows, worker: Worker) -> int:
+        """Return the most micro-batches that any worker has of all rows."""
+        ranks = (replace(worker, rank=rank) for rank in range(worker.world_size))
+        return max(sum(1 for _ in self._evaluation_batches(rows, each)) for each in ranks)
 
 
 def sum_unless_stopped(values_N: Tensor, stopped: bool, worker: Worker) -> Tensor:
@@ -152,6 +182,11 @@ def sum_unless_stopped(values_N: Tensor, stopped: bool, worker: Worker) -> Tenso
     if flagged[-1] > 0:
         raise Interrupted(worker.stage, 0)
     return flagged[:-1]
+
+
+def stop_together(worker: Worker) -> None:
+    """Raise Interrupted on all workers if any of them is asked to stop."""
+    sum_unless_stopped(torch.zeros(1, device=worker.device), worker.stop(), worker)
 
 
 def collate(

@@ -21,10 +21,12 @@ def load_policy(
     *,
     max_length: int,
     packs: Callable[[nn.Module], bool],
+    shards: int = 1,
 ) -> tuple[nn.Module, Forward]:
     """Load the policy that a stage trains on its input `data`, and set up its forward passes.
 
     `max_length`: the longest row, in tokens. `packs`: whether rows may share a bin under a model.
+    `shards`: the workers that each keep a part of the base; 1: each keeps all of it.
     """
     worker, runtime = context.worker, context.stage.runtime
     precision = precision_of(settings, worker)
@@ -38,6 +40,7 @@ def load_policy(
         precision=precision,
         tokenizer=tokenizer,
         gradient_checkpointing=runtime.gradient_checkpointing,
+        shards=shards,
     )
     forward = Forward.of(
         model,

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import dataclass
 from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
 from tuneyard.api.stage_settings import TrainSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prepared import Prepared
-from tuneyard_trainer.models import adapters, policies, probes
-from tuneyard_trainer.training.batches import Indices, MicroBatch, Order, share
+from tuneyard_trainer.models import policies, probes
+from tuneyard_trainer.training.batches import Order
+from tuneyard_trainer.training.cross_entropy import CrossEntropy
 from tuneyard_trainer.training.loop import Loop
-from tuneyard_trainer.training.losses import Forward, accumulate_gradients
 from tuneyard_trainer.training.policy import load_policy
-from tuneyard_trainer.worker import StageContext, StageOutcome, Worker
+from tuneyard_trainer.worker import StageContext, StageOutcome
 
 
 def run(context: StageContext) -> StageOutcome:
@@ -40,55 +38,7 @@ def build(context: StageContext, settings: TrainSettings) -> Loop:
     )
     order = Order.of(data.train.source, data.weights, settings.batch_size, settings.seed)
     objective = CrossEntropy(model, data, forward, settings, context.worker)
-    return Loop.of(context, settings, objective, order, model)
-
-
-@dataclass(frozen=True)
-class CrossEntropy:
-    """The mean negative log-likelihood of a batch's targets, in nats."""
-
-    model: nn.Module
-    data: Prepared
-    forward: Forward
-    settings: TrainSettings
-    worker: Worker
-    metrics: tuple[str, ...] = ("loss",)
-
-    @property
-    def holds_out(self) -> bool:
-        return self.data.validation is not None
-
-    def backward(self, rows: Indices, step: int) -> Tensor:
-        train, worker = self.data.train, self.worker
-
-        def losses(micro_batch: MicroBatch) -> Tensor:
-            return self.forward.loss(self.model, train, micro_batch)[None]
-
-        return accumulate_gradients(
-            losses,
-            self.forward.micro_batches(
-                train, share(rows, train.lengths, worker.rank, worker.world_size)
-            ),
-            count=int(train.targets[rows].sum()),
-            num_metrics=len(self.metrics),
-            seed=(self.settings.seed, step),
-            worker=worker,
-        )
-
-    def held_out(self) -> dict[str, float]:
-        rows = self.data.validation
-        if rows is None:
-            raise ValueError("no held-out rows")
-        return {"validationLoss": self.forward.mean_loss(self.model, rows, self.worker)}
-
-    def baseline(self) -> dict[str, float]:
-        """Return the held-out metrics of the base: the adapter is disabled."""
-        base = adapters.disabled(self.model) if self.settings.adapter else contextlib.nullcontext()
-        with base:
-            return self.held_out()
-
-    def num_tokens(self, rows: Indices) -> int:
-        return int(self.data.train.lengths[rows].sum())
+    return Loop(context, settings, objective, order, model)
 
 
 def _packs(settings: TrainSettings, model: nn.Module) -> bool:

@@ -17,9 +17,15 @@ from tuneyard.api.model_facts import LinearInput, ModelFacts
 from tuneyard.planning.memory.parameters import Trained
 from tuneyard.planning.memory.parts import Sharding
 
-Loss = Literal["crossEntropy", "tokenLogprobs", "score"]
+Loss = Literal["crossEntropy", "tokenLogprobs", "score", "tiled"]
 """crossEntropy: of logits cast to float32. tokenLogprobs: PPO's and GRPO's, of logits divided by
-the temperature. score: a reward model's, without logits."""
+the temperature. score: a reward model's, without logits. tiled: TRL's, which computes the logits a
+tile at a time and once more in the backward pass."""
+TILE_TOKENS, TILE_WORDS = 4096, 32768
+"""The most tokens and words of a tile (TRL 1.16)."""
+TILE_LOGIT_BYTES = 33
+"""Bytes of a tile's logit without a GPU, whose kernel would need none: eight tensors in float32 and
+one of booleans."""
 
 
 class MicroBatch(NamedTuple):
@@ -193,14 +199,33 @@ def logits_bytes(facts: ModelFacts, loss: Loss, batch: MicroBatch) -> int:
     crossEntropy: the log-probabilities and two gradients, each in float32. tokenLogprobs: the
     logits, the softmax and two products of the gradient.
     """
-    per_logit = {"crossEntropy": 12, "tokenLogprobs": 16, "score": 0}[loss]
+    per_logit = {"crossEntropy": 12, "tokenLogprobs": 16, "score": 0, "tiled": 0}[loss]
     return per_logit * facts.vocabulary_size * batch.targets
+
+
+def tile_bytes(
+    facts: ModelFacts, trained: Trained, batch: MicroBatch, how: Computation, *, on_gpu: bool
+) -> int:
+    """Return the bytes of TRL's loss: a tile of logits with the weights of its words, and the
+    gradients of the head's input and of the head's weights, in float32."""
+    tokens = min(TILE_TOKENS, batch.targets)
+    tile = how.precision * tokens * TILE_WORDS
+    if not on_gpu:
+        tile += TILE_LOGIT_BYTES * tokens * min(TILE_WORDS, facts.vocabulary_size)
+    words = how.precision * TILE_WORDS if how.casts else 0
+    gradients = batch.targets + (facts.vocabulary_size if trained.head else 0)
+    return tile + (words + 4 * gradients) * facts.embedding_size
 
 
 def forward_logits_bytes(facts: ModelFacts, loss: Loss, batch: MicroBatch, how: Computation) -> int:
     """Return the bytes of the logits while autocast still keeps its copies of the weights: those of
     the head and, if the loss is computed there too, two tensors in float32."""
-    per_logit = {"crossEntropy": how.precision + 8, "tokenLogprobs": how.precision, "score": 0}
+    per_logit = {
+        "crossEntropy": how.precision + 8,
+        "tokenLogprobs": how.precision,
+        "score": 0,
+        "tiled": 0,
+    }
     return per_logit[loss] * facts.vocabulary_size * batch.targets
 
 

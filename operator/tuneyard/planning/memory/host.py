@@ -21,6 +21,12 @@ def checkpoint(trained: Trained) -> Moment:
     return Moment.of("writing a checkpoint", ("copy of the trained parameters", size))
 
 
+def gathered_checkpoint(facts: ModelFacts) -> Moment:
+    """Return the moment at which a checkpoint of a sharded model is written, a tensor at a time."""
+    size = TRAINED_BYTES * facts.largest_tensor
+    return Moment.of("writing a checkpoint", ("largest tensor", size))
+
+
 def export(facts: ModelFacts, adapter: int, *, merge: bool) -> Moment:
     """Return the moment of the export that takes the most.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tuneyard.api.adapters import Adapter, Lora, Qlora
 from tuneyard.api.model_facts import LinearShape, ModelFacts
@@ -58,17 +59,16 @@ def trained(facts: ModelFacts, adapter: Adapter | None, freeze: Freeze | None) -
 
 
 def _full(facts: ModelFacts, freeze: Freeze | None) -> Trained:
-    frozen = layer_indices(freeze.layers if freeze else None, facts.layers, absent=0)
+    frozen = LayerSpans.of(freeze.layers, facts.layers) if freeze and freeze.layers else NO_LAYERS
     embeddings = not (freeze and freeze.embeddings)
     head = embeddings if facts.tied_embeddings else not (freeze and freeze.head)
     outside = facts.final_norm_parameters
     outside += facts.embedding_parameters if embeddings else 0
     outside += facts.head_parameters if head else 0
-    kept = [index for index in range(facts.layers) if index not in frozen]
-    first = 0 if embeddings else min(kept, default=facts.layers)
+    first = 0 if embeddings else frozen.first_other
     return Trained(
         per_layer=facts.layer_parameters,
-        layers=len(kept),
+        layers=facts.layers - frozen.number,
         outside=outside,
         first_layer=first,
         keeps_input=frozenset(linear.name for linear in facts.linears),
@@ -80,14 +80,14 @@ def _full(facts: ModelFacts, freeze: Freeze | None) -> Trained:
 
 def _lora(facts: ModelFacts, adapter: Adapter, lora: Lora) -> Trained:
     adapted = tuple(linear for linear in facts.linears if _is_target(linear, lora))
-    chosen = layer_indices(lora.layers, facts.layers, absent=facts.layers)
+    chosen = LayerSpans.of(lora.layers, facts.layers)
     magnitudes = sum(linear.outputs for linear in adapted) if lora.decomposed else 0
     width = sum(linear.inputs + linear.outputs for linear in adapted)
     return Trained(
         per_layer=lora.rank * width + magnitudes,
-        layers=len(chosen),
+        layers=chosen.number,
         outside=0,
-        first_layer=min(chosen, default=facts.layers),
+        first_layer=chosen.first(facts.layers),
         keeps_input=frozenset(linear.name for linear in adapted),
         norms=False,
         head=False,
@@ -109,8 +109,8 @@ def _small_adapter(facts: ModelFacts, adapter: Adapter) -> Trained:
     per_layer = outside = 0
     layers, first = facts.layers, 0
     if adapter.bottleneck:
-        chosen = layer_indices(adapter.bottleneck.layers, facts.layers, absent=facts.layers)
-        layers, first = len(chosen), min(chosen, default=facts.layers)
+        chosen = LayerSpans.of(adapter.bottleneck.layers, facts.layers)
+        layers, first = chosen.number, chosen.first(facts.layers)
         size = adapter.bottleneck.size
         per_layer = 2 * (2 * facts.hidden_size * size + size + facts.hidden_size)
     elif adapter.prefix:
@@ -131,18 +131,47 @@ def _small_adapter(facts: ModelFacts, adapter: Adapter) -> Trained:
     )
 
 
-def layer_indices(ranges: str | None, count: int, *, absent: int) -> frozenset[int]:
-    """Return the layers that ranges such as "0-3,8" name, without those that the model lacks.
+class LayerSpans(NamedTuple):
+    """Some layers of a model, as disjoint spans in order: the first layer, and the one after the
+    last. Spans and not sets, since a driver that posts facts decides how many layers there are."""
 
-    `absent`: the number of layers that an absent range stands for.
-    """
-    if ranges is None:
-        return frozenset(range(absent))
-    chosen: set[int] = set()
-    for part in ranges.split(","):
-        first, _, last = part.partition("-")
-        chosen.update(range(int(first), min(int(last or first), count - 1) + 1))
-    return frozenset(chosen)
+    spans: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, ranges: str | None, count: int) -> LayerSpans:
+        """Return the layers that ranges such as "0-3,8" name, without those that a model of `count`
+        layers lacks. None: all layers."""
+        if ranges is None:
+            return cls(((0, count),))
+        merged: list[tuple[int, int]] = []
+        for start, end in sorted(_span(part, count) for part in ranges.split(",")):
+            if start < end and merged and start <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+            elif start < end:
+                merged.append((start, end))
+        return cls(tuple(merged))
+
+    @property
+    def number(self) -> int:
+        """Number of layers."""
+        return sum(end - start for start, end in self.spans)
+
+    def first(self, count: int) -> int:
+        """Return the first layer. `count`: returned if there is none."""
+        return self.spans[0][0] if self.spans else count
+
+    @property
+    def first_other(self) -> int:
+        """The first layer that is not one of these."""
+        return self.spans[0][1] if self.spans and self.spans[0][0] == 0 else 0
+
+
+def _span(part: str, count: int) -> tuple[int, int]:
+    first, _, last = part.partition("-")
+    return int(first), min(int(last or first), count - 1) + 1
+
+
+NO_LAYERS = LayerSpans(())
 
 
 # ---- bytes --------------------------------------------------------------------------------------

@@ -12,6 +12,11 @@ Sharding = Literal["none", "fsdp"]
 state over all devices, layer by layer. The native trainer has `none` only."""
 
 
+def gib(size: int) -> str:
+    """Return bytes as GiB with one decimal."""
+    return f"{size / GIB:.1f}"
+
+
 class Part(NamedTuple):
     """A part of memory."""
 
@@ -51,7 +56,8 @@ class StageMemory:
     host: tuple[Moment, ...]
     """Moments in the memory of the worker's pod, apart from the process itself."""
     assumptions: tuple[str, ...] = ()
-    """Assumptions about values that the plan does not hold, as sentences."""
+    """Assumptions about values that neither the plan holds nor a worker has reported, as clauses.
+    What rests on them refuses no job."""
 
     @property
     def peak(self) -> Moment:

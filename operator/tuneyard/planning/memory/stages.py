@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.model_facts import ModelFacts
@@ -11,6 +12,7 @@ from tuneyard.api.plan import Plan, PlannedStage, SourceInput
 from tuneyard.api.stage_settings import (
     AssessSettings,
     CritiqueSettings,
+    DistillSettings,
     DpoSettings,
     EvaluateSettings,
     ExportSettings,
@@ -23,20 +25,23 @@ from tuneyard.api.stage_settings import (
     TrainSettings,
 )
 from tuneyard.planning.memory import host
-from tuneyard.planning.memory.activations import Computation, MicroBatch
+from tuneyard.planning.memory.activations import Computation, Loss, MicroBatch
 from tuneyard.planning.memory.inference import (
     GREEDY_BATCH,
     generation_parts,
     measured_parts,
     sampled_batch,
 )
-from tuneyard.planning.memory.lengths import Lengths, default_tokens, micro_batch
+from tuneyard.planning.memory.lengths import Lengths, default_tokens, micro_batch, packed_bins
 from tuneyard.planning.memory.parameters import TRAINED_BYTES, classifier, trained
-from tuneyard.planning.memory.parts import Moment, Settings, StageMemory
-from tuneyard.planning.memory.training import Step
+from tuneyard.planning.memory.parts import Moment, Settings, Sharding, StageMemory
+from tuneyard.planning.memory.training import Step, gathered_for_inference
 
 JUDGED_PROMPTS = 128
 """Prompts that `assess` completes at most."""
+GPU_SHARE, FULL_TUNING_BYTES = 0.5, 16
+"""`compute.sharding: auto` shards what would take more than this share of a GPU, full fine-tuning
+counted with these bytes for each parameter; as in the trainer's `models.policies`."""
 SAME_SIZE = "{what} is assumed to be as large as the model"
 
 
@@ -58,6 +63,12 @@ class Machine:
         """Bytes of a weight that is loaded to sample or to measure."""
         return 2 if self.gpu else 4
 
+    def precision(self, loop: LoopSettings) -> int:
+        """Return the bytes of the type of a loop's forward pass."""
+        if loop.precision == "auto":
+            return self.inference_precision
+        return 4 if loop.precision == "float32" else 2
+
 
 def job_memory(
     plan: Plan,
@@ -65,12 +76,18 @@ def job_memory(
     machine: Machine,
     lengths: Lengths,
     chosen: Mapping[str, Settings] | None = None,
+    models: Mapping[str, int] | None = None,
+    *,
+    least: bool = False,
 ) -> list[StageMemory]:
     """Return the memory of a job's stages on one worker, in their order.
 
-    `chosen`: settings of training stages, by name, in the place of those of the plan.
+    `chosen`: settings of training stages, by name, in the place of those of the plan. `models`: the
+    parameters of models from outside the job, by STAGE/ROLE. `least`: count only what is certain.
+    What is assumed then takes as little as it can: a row has one token and a batch one row, unless
+    a stage trains on every row and the longest one was measured.
     """
-    job = _Job(plan, facts, machine, lengths, chosen or {})
+    job = _Job(plan, facts, machine, lengths, chosen or {}, models or {}, least)
     found = (job.memory(stage) for stage in plan.stages)
     return [memory for memory in found if memory is not None]
 
@@ -81,7 +98,25 @@ def settings_of(stage: PlannedStage, facts: ModelFacts, machine: Machine) -> Set
     if tokens == "auto":
         logits = not isinstance(stage.settings, RewardSettings)
         tokens = default_tokens(facts, gpu=machine.gpu, logits=logits)
-    return Settings(tokens, stage.runtime.gradient_checkpointing)
+    loop = loop_of(stage)
+    precision = machine.precision(loop) if loop else machine.inference_precision
+    whole = loop is not None and getattr(stage.settings, "adapter", None) is None
+    sharding = sharding_of(stage, facts, machine, FULL_TUNING_BYTES if whole else precision)
+    return Settings(tokens, stage.runtime.gradient_checkpointing, sharding)
+
+
+def sharding_of(
+    stage: PlannedStage, facts: ModelFacts, machine: Machine, bytes_per_parameter: int
+) -> Sharding:
+    """Return whether the workers share the model of a stage, as the trainer's `policies.shards`
+    decides. `bytes_per_parameter`: what a whole model takes."""
+    asked = stage.runtime.sharding
+    if machine.devices < 2 or asked == "none":
+        return "none"
+    if asked == "auto":
+        size = bytes_per_parameter * facts.parameters
+        return "fsdp" if machine.memory and size > GPU_SHARE * machine.memory else "none"
+    return "fsdp"
 
 
 def loop_of(stage: PlannedStage) -> LoopSettings | None:
@@ -89,9 +124,39 @@ def loop_of(stage: PlannedStage) -> LoopSettings | None:
     settings = stage.settings
     if isinstance(settings, TrainSettings):
         return settings
-    if isinstance(settings, RewardSettings | DpoSettings | PpoSettings | GrpoSettings):
+    if isinstance(
+        settings, RewardSettings | DpoSettings | PpoSettings | GrpoSettings | DistillSettings
+    ):
         return settings.training
     return None
+
+
+def _loss(stage: PlannedStage, loop: LoopSettings) -> Loss:
+    if isinstance(stage.settings, RewardSettings):
+        return "score"
+    if loop.engine == "trl":
+        return "tiled"
+    return (
+        "tokenLogprobs"
+        if isinstance(stage.settings, PpoSettings | GrpoSettings)
+        else ("crossEntropy")
+    )
+
+
+class Shape(NamedTuple):
+    """The completions that are sampled at a time."""
+
+    completions: int
+    """Most completions."""
+    prompt: int
+    """Tokens of each prompt."""
+    new: int
+    """Most tokens of a completion."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of a prompt with its completion."""
+        return self.prompt + self.new
 
 
 @dataclass(frozen=True)
@@ -103,6 +168,8 @@ class _Job:
     machine: Machine
     lengths: Lengths
     chosen: Mapping[str, Settings]
+    models: Mapping[str, int]
+    least: bool
 
     def memory(self, stage: PlannedStage) -> StageMemory | None:
         """Return the memory of a stage. None: it loads no model."""
@@ -111,6 +178,8 @@ class _Job:
             return self._supervised(stage, settings)
         if isinstance(settings, PpoSettings | GrpoSettings):
             return self._reinforcement(stage, settings)
+        if isinstance(settings, DistillSettings):
+            return self._distill(stage, settings)
         if isinstance(settings, EvaluateSettings):
             return self._evaluate(stage, settings)
         if isinstance(settings, AssessSettings):
@@ -128,22 +197,55 @@ class _Job:
     ) -> StageMemory:
         """Return the memory of fine-tuning, of DPO or KTO, or of a reward model."""
         loop = settings if isinstance(settings, TrainSettings) else settings.training
-        reward = isinstance(settings, RewardSettings)
-        unpaired = isinstance(settings, DpoSettings) and settings.loss == "kto"
-        group = 1 if isinstance(settings, TrainSettings) or unpaired else 2
-        length = self.lengths.rows if isinstance(settings, TrainSettings) else self.lengths.pairs
-        tokens = self._settings(stage).micro_batch_tokens
-        batch = micro_batch(length, tokens, share=self._share(loop.batch_size), group=group)
-        packed = not reward and not (
-            isinstance(settings, TrainSettings) and settings.packing == "never"
-        )
-        step = self._step(stage, loop, settings.adapter, batch, masked=packed or batch.rows > 1)
+        batch, masked = self._rows_at_once(stage, settings, loop)
+        step = self._step(stage, loop, settings.adapter, batch, masked=masked)
         moments = tuple(step.moments())
-        hosts = [host.checkpoint(step.trained)]
-        if reward:
+        gathers = step.sharding == "fsdp" and step.trained.adapter is None
+        hosts = [host.gathered_checkpoint(step.facts) if gathers else host.checkpoint(step.trained)]
+        if isinstance(settings, RewardSettings) and not self.least:
             moments += (self._written_reward_model(step),)
             hosts.append(host.merged_model(step.facts))
-        return StageMemory(stage.name, moments, tuple(hosts))
+        return StageMemory(stage.name, moments, tuple(hosts), self._assumed_rows(stage))
+
+    def _rows_at_once(
+        self,
+        stage: PlannedStage,
+        settings: TrainSettings | DpoSettings | RewardSettings,
+        loop: LoopSettings,
+    ) -> tuple[MicroBatch, bool]:
+        """Return the largest micro-batch, and whether its attention has a mask."""
+        length, reward = self._longest(stage), isinstance(settings, RewardSettings)
+        if self.least:  # the two completions of a reward model's pair are padded to one length
+            return MicroBatch(2 if reward else 1, length if _is_whole_epoch(loop) else 1), False
+        unpaired = isinstance(settings, DpoSettings) and settings.loss == "kto"
+        rows = isinstance(settings, TrainSettings)
+        group = 1 if rows or unpaired else 2
+        capacity = self.lengths.row_bins if rows else self.lengths.pair_bins
+        tokens, share = self._settings(stage).micro_batch_tokens, self._share(loop.batch_size)
+        packed = not (reward or loop.engine) and not (
+            isinstance(settings, TrainSettings) and settings.packing == "never"
+        )
+        if packed and length < capacity:
+            length, share = packed_bins(length, capacity, tokens, share * group)
+            group = 1
+        batch = micro_batch(length, tokens, share=share, group=group)
+        return batch, packed or batch.rows > 1
+
+    def _longest(self, stage: PlannedStage) -> int:
+        """Return the tokens of the longest row that a stage trains on."""
+        measured = self.lengths.measured(stage)
+        if measured is None and self.least:
+            return 1
+        fine_tuning = isinstance(stage.settings, TrainSettings)
+        most = self.lengths.rows if fine_tuning else self.lengths.pairs
+        return most if measured is None else min(most, measured.longest)
+
+    def _assumed_rows(self, stage: PlannedStage) -> tuple[str, ...]:
+        if self.lengths.measured(stage):
+            return ()
+        what = "rows" if isinstance(stage.settings, TrainSettings) else "preferences"
+        length = self._longest(stage)
+        return (f"{what} are assumed to be as long as the manifest allows: {length} tokens",)
 
     def _written_reward_model(self, step: Step) -> Moment:
         """Return the moment at which the reward model is compared with its files: the trainer still
@@ -155,16 +257,17 @@ class _Job:
         self, stage: PlannedStage, settings: PpoSettings | GrpoSettings
     ) -> StageMemory:
         """Return the memory of PPO, GRPO or RLOO: sampling and training hold one model."""
-        loop, new = settings.training, settings.sampling.max_new_tokens
-        length = self.lengths.prompts + new
-        ppo = isinstance(settings, PpoSettings)
-        completions = settings.rollouts if isinstance(settings, PpoSettings) else loop.batch_size
-        batch = micro_batch(
-            length,
-            self._settings(stage).micro_batch_tokens,
-            share=self._share(loop.batch_size),
-            row_targets=new,
-        )
+        loop, ppo = settings.training, isinstance(settings, PpoSettings)
+        rollouts = settings.rollouts if isinstance(settings, PpoSettings) else loop.batch_size
+        shape = self._shape(stage, self._share(rollouts), settings.sampling.max_new_tokens)
+        batch = MicroBatch(1, shape.length, shape.new)
+        if not self.least:
+            batch = micro_batch(
+                shape.length,
+                self._settings(stage).micro_batch_tokens,
+                share=self._share(loop.batch_size),
+                row_targets=shape.new,
+            )
         step = self._step(
             stage,
             loop,
@@ -174,34 +277,49 @@ class _Job:
             reference=ppo or settings.kl_coefficient > 0,
             added_parameters=self.facts.hidden_size + 1 if ppo else 0,
         )
-        rewards = self._reward_models(settings.reward)
+        rewards = self._reward_models(stage, settings.reward)
         moments = [
             *step.moments(("reward models", rewards)),
-            self._sampling(step, self._share(completions), new, rewards),
+            self._sampling(step, shape, ("reward models", rewards)),
         ]
         if settings.sampling.engine == "vllm":
-            moments = [self._with_engine(moment, completions, new) for moment in moments]
+            moments = [self._with_engine(moment, shape) for moment in moments]
         return StageMemory(
             stage.name,
             tuple(moments),
             (host.checkpoint(step.trained),),
-            (self._assumed_prompts, *self._assumed(stage, settings.reward)),
+            (*self._assumed_shape(stage, shape), *self._assumed_models(stage, settings.reward)),
         )
 
-    def _sampling(self, step: Step, completions: int, new: int, rewards: int) -> Moment:
-        """Return the moment at which completions are sampled. Gradients are freed before."""
+    def _distill(self, stage: PlannedStage, settings: DistillSettings) -> StageMemory:
+        """Return the memory of distillation: the teacher is beside the policy all the time."""
+        loop, new = settings.training, settings.sampling.max_new_tokens
+        shape = self._shape(stage, self._share(loop.batch_size), new)
+        batch = MicroBatch(1, shape.length, shape.new)
+        if not self.least:
+            tokens, share = self._settings(stage).micro_batch_tokens, self._share(loop.batch_size)
+            batch = micro_batch(shape.length, tokens, share=share, row_targets=shape.new)
+        step = self._step(stage, loop, settings.adapter, batch, masked=True)
+        teacher = self._base_bytes(self._size(stage, "teacher", self.facts.parameters))
+        beside = ("teacher", teacher)
+        moments = [*step.moments(beside), self._sampling(step, shape, beside)]
+        assumed = self._assumed_shape(stage, shape)
+        if self._is_unknown(stage, "teacher"):
+            assumed += (SAME_SIZE.format(what="the teacher"),)
+        return StageMemory(stage.name, tuple(moments), (host.checkpoint(step.trained),), assumed)
+
+    def _sampling(self, step: Step, shape: Shape, beside: tuple[str, int]) -> Moment:
+        """Return the moment at which completions are sampled, with models beside the policy.
+        Gradients are freed before."""
         kept = [part for part in step.state if part[0] != "gradients"]
         copies = step.copies_while_sampling
-        parts = self._generation(completions, new, step.how)
-        return Moment.of(
-            "sampling", *kept, ("reward models", rewards), ("bfloat16 copies", copies), *parts
-        )
+        parts = self._generation(shape, step.how)
+        return Moment.of("sampling", *kept, beside, ("bfloat16 copies", copies), *parts)
 
-    def _with_engine(self, moment: Moment, completions: int, new: int) -> Moment:
+    def _with_engine(self, moment: Moment, shape: Shape) -> Moment:
         """Return a moment with vLLM's own copy of the weights and its cache."""
         precision = self.machine.inference_precision
-        rows = self._sampled(self._share(completions), new)
-        cache = rows * (self.lengths.prompts + new)
+        cache = self._sampled(shape) * shape.length
         cache *= 2 * self.facts.layers * self.facts.key_value_size * precision
         size = precision * self.facts.parameters + cache
         parts = [part for part in moment.parts if part.name != "key-value cache"]
@@ -219,23 +337,23 @@ class _Job:
         added_parameters: int = 0,
     ) -> Step:
         reward = isinstance(stage.settings, RewardSettings)
-        sampled = isinstance(stage.settings, PpoSettings | GrpoSettings)
         facts = classifier(self.facts) if reward else self.facts
         chosen = self._settings(stage)
         learned = trained(facts, adapter, loop.freeze)
-        precision = self._precision(loop)
+        precision = self.machine.precision(loop)
         return Step(
             facts=facts,
             trained=learned,
             batch=batch,
             how=Computation.of(learned, precision, chosen.sharding, masked=masked),
-            loss="score" if reward else "tokenLogprobs" if sampled else "crossEntropy",
+            loss=_loss(stage, loop),
             devices=self.machine.devices,
             sharding=chosen.sharding,
             checkpointing=chosen.gradient_checkpointing,
             reference=reference,
             added_parameters=facts.hidden_size if reward else added_parameters,
             in_place_updates=not self.machine.gpu,
+            file_backed=chosen.sharding == "none" and self._is_file_backed(precision),
         )
 
     def _settings(self, stage: PlannedStage) -> Settings:
@@ -245,34 +363,54 @@ class _Job:
         """Return one worker's share of rows or completions."""
         return -(-count // self.machine.devices)
 
-    def _precision(self, loop: LoopSettings) -> int:
-        """Return the bytes of the type of the forward pass."""
-        if loop.precision == "auto":
-            return self.machine.inference_precision
-        return 4 if loop.precision == "float32" else 2
-
     # ---- sampling and measuring -----------------------------------------------------------------
 
-    def _sampled(self, completions: int, new: int) -> int:
+    def _shape(self, stage: PlannedStage, completions: int, new: int) -> Shape:
+        """Return what a stage samples. `completions`: the most that it samples at a time. `new`:
+        most tokens of one."""
+        if self.least:
+            return Shape(1, 1, 1)
+        measured, context = self.lengths.measured_prompts.get(stage.name), self.facts.context_length
+        if measured is None:
+            return Shape(completions, self.lengths.prompts, new)
+        room = max(1, (context or measured.longest + new) - new)  # longer prompts are left out
+        return Shape(completions, min(measured.longest, room), new)
+
+    def _judged_shape(self, stage: PlannedStage, each: int, new: int) -> Shape:
+        """Return what a worker samples, `each` completions of its share of the prompts, to judge
+        them."""
+        measured = self.lengths.measured_prompts.get(stage.name)
+        prompts = min(JUDGED_PROMPTS, measured.count) if measured else JUDGED_PROMPTS
+        return self._shape(stage, self._share(prompts * each), new)
+
+    def _sampled(self, shape: Shape) -> int:
         return sampled_batch(
             self.facts,
-            completions=completions,
-            length=self.lengths.prompts + new,
+            completions=shape.completions,
+            length=shape.length,
             memory=self.machine.memory,
             precision=self.machine.inference_precision,
         )
 
-    def _generation(
-        self, completions: int, new: int, how: Computation
-    ) -> tuple[tuple[str, int], ...]:
-        rows = self._sampled(completions, new)
-        return generation_parts(self.facts, MicroBatch(rows, self.lengths.prompts), new, how)
+    def _generation(self, shape: Shape, how: Computation) -> tuple[tuple[str, int], ...]:
+        batch = MicroBatch(self._sampled(shape), shape.prompt)
+        return generation_parts(self.facts, batch, shape.new, how)
 
-    def _loaded(self, adapter: Adapter | None) -> int:
-        """Return the bytes of the policy that is loaded to sample or to measure. QLoRA's base is
-        not quantized here."""
-        base = self.machine.inference_precision * self.facts.parameters
-        return base + self._added_bytes(adapter)
+    def _loaded(self, stage: PlannedStage) -> int:
+        """Return the bytes of the policy that a stage loads to sample or to measure. QLoRA's base
+        is not quantized here."""
+        adapter = self._adapter() if "tuned" in stage.inputs else None
+        return self._base_bytes(self.facts.parameters) + self._added_bytes(adapter)
+
+    def _base_bytes(self, parameters: int) -> int:
+        """Return the bytes of a model that is loaded to sample, to measure or to judge."""
+        precision = self.machine.inference_precision
+        return 0 if self._is_file_backed(precision) else precision * parameters
+
+    def _is_file_backed(self, precision: int) -> bool:
+        """Return whether weights that are not trained may be pages of their file, which is certain
+        to take no memory: on the CPU, in the type of the file. `precision`: bytes of a weight."""
+        return self.least and not self.machine.gpu and precision == self.facts.stored_bytes
 
     def _added_bytes(self, adapter: Adapter | None) -> int:
         """Return the bytes of an adapter. None: there is none."""
@@ -284,51 +422,65 @@ class _Job:
         return Computation(precision, precision, casts=False, masked=True)
 
     def _evaluate(self, stage: PlannedStage, settings: EvaluateSettings) -> StageMemory:
-        adapter = self._adapter()
-        models = 2 if adapter is None and settings.compare_with_base else 1
-        weights = (
-            "weights in bfloat16" if self.machine.gpu else "weights",
-            models * self._loaded(adapter),
-        )
+        models = 2 if self._adapter() is None and settings.compare_with_base else 1
+        name = "weights in bfloat16" if self.machine.gpu else "weights"
+        weights = [(name, models * self._loaded(stage))]
+        precision = self.machine.inference_precision
+        if sharding_of(stage, self.facts, self.machine, precision) == "fsdp":
+            share = precision * self.facts.parameters // self.machine.devices
+            adapter = self._added_bytes(self._adapter())
+            gathered = gathered_for_inference(self.facts, precision)
+            weights = [(name, models * share + adapter), ("gathered weights", gathered)]
         tokens = default_tokens(self.facts, gpu=self.machine.gpu)
-        batch = micro_batch(self.lengths.rows, tokens, share=tokens)
-        prompts = MicroBatch(GREEDY_BATCH, self.lengths.rows)
+        measured = self.lengths.measured(stage)
+        longest = measured and measured.held_out
+        held_out = min(self.lengths.rows, longest or self.lengths.rows)
+        batch = micro_batch(held_out, tokens, share=tokens)
+        known = self.lengths.measured_prompts.get(stage.name)
+        count = min(GREEDY_BATCH, known.count) if known else GREEDY_BATCH
+        prompts, new = MicroBatch(count, held_out), settings.max_new_tokens
+        if self.least:
+            batch = prompts = MicroBatch(1, 1)
+            new = 1
         how = self._plainly
-        new = settings.max_new_tokens
         moments = (
-            Moment.of("loss of held-out rows", weights, *measured_parts(self.facts, batch, how)),
+            Moment.of("loss of held-out rows", *weights, *measured_parts(self.facts, batch, how)),
             Moment.of(
                 "answers to held-out prompts",
-                weights,
+                *weights,
                 *generation_parts(self.facts, prompts, new, how),
             ),
         )
-        return StageMemory(stage.name, moments, ())
+        assumed = f"held-out rows are assumed to have up to {held_out} tokens"
+        return StageMemory(stage.name, moments, (), () if longest else (assumed,))
 
     def _assess(self, stage: PlannedStage, settings: AssessSettings) -> StageMemory | None:
         if "tuned" not in stage.inputs:
             return None
         judge = self._judge(stage)
-        weights = ("weights", self._loaded(self._adapter()))
-        others = ("reward models", self._reward_models(settings.reward))
-        new = settings.sampling.max_new_tokens
-        parts = self._generation(JUDGED_PROMPTS, new, self._plainly)
+        weights = ("weights", self._loaded(stage))
+        others = ("reward models", self._reward_models(stage, settings.reward))
+        shape = self._judged_shape(stage, 1, settings.sampling.max_new_tokens)
+        parts = self._generation(shape, self._plainly)
         moments = [Moment.of("sampling", weights, others, *parts)]
         if judge:
             moments.append(Moment.of("judging", others, ("judge", judge)))
-        assumed = (self._assumed_prompts, *self._assumed(stage, settings.reward))
+        assumed = self._assumed_shape(stage, shape)
+        assumed += self._assumed_models(stage, settings.reward)
         return StageMemory(stage.name, tuple(moments), (), assumed)
 
     def _judged(
         self, stage: PlannedStage, settings: FeedbackSettings | CritiqueSettings
     ) -> StageMemory:
-        weights = ("weights", self._loaded(self._adapter()))
-        count = JUDGED_PROMPTS * 2
-        parts = self._generation(count, settings.max_new_tokens, self._plainly)
-        moment = Moment.of("sampling", weights, ("judge", self._judge(stage)), *parts)
-        return StageMemory(
-            stage.name, (moment,), (), (self._assumed_prompts, *self._assumed(stage, []))
-        )
+        """Return the memory of sampling and judging. The policy is freed before a judge of its own
+        is loaded."""
+        shape = self._judged_shape(stage, 2, settings.max_new_tokens)
+        parts = self._generation(shape, self._plainly)
+        moments = [Moment.of("sampling", ("weights", self._loaded(stage)), *parts)]
+        if judge := self._judge(stage):
+            moments.append(Moment.of("judging", ("judge", judge), *parts))
+        assumed = self._assumed_shape(stage, shape) + self._assumed_models(stage, [])
+        return StageMemory(stage.name, tuple(moments), (), assumed)
 
     def _export(self, stage: PlannedStage, settings: ExportSettings) -> StageMemory:
         size = self._added_bytes(self._adapter())
@@ -342,27 +494,57 @@ class _Job:
         adapters: list[Adapter | None] = [
             stage.settings.adapter
             for stage in self.plan.stages
-            if isinstance(stage.settings, TrainSettings | DpoSettings | PpoSettings | GrpoSettings)
+            if isinstance(
+                stage.settings,
+                TrainSettings | DpoSettings | PpoSettings | GrpoSettings | DistillSettings,
+            )
         ]
         return adapters[-1] if adapters else None
 
-    def _reward_models(self, terms: list[RewardTerm]) -> int:
-        size = self.machine.inference_precision * classifier(self.facts).parameters
-        return size * sum(term.role is not None for term in terms)
+    def _reward_models(self, stage: PlannedStage, terms: list[RewardTerm]) -> int:
+        """Return the bytes of the reward models that a stage loads."""
+        own = classifier(self.facts).parameters
+        roles = [term.role for term in terms if term.role]
+        return sum(self._base_bytes(self._size(stage, role, own)) for role in roles)
 
     def _judge(self, stage: PlannedStage) -> int:
-        precision = self.machine.inference_precision
-        return precision * self.facts.parameters if "judge" in stage.inputs else 0
+        """Return the bytes of the judge that a stage loads. 0: it loads none of its own."""
+        if "judge" not in stage.inputs:
+            return 0
+        return self._base_bytes(self._size(stage, "judge", self.facts.parameters))
 
-    def _assumed(self, stage: PlannedStage, terms: list[RewardTerm]) -> list[str]:
+    def _size(self, stage: PlannedStage, role: str, own: int) -> int:
+        """Return the parameters of a model that a stage loads beside the policy. `own`: those of
+        such a model over the policy's base."""
+        is_foreign = isinstance(stage.inputs.get(role), SourceInput)
+        known = self.models.get(f"{stage.name}/{role}") if is_foreign else own
+        if self.least and is_foreign and not self.machine.gpu:
+            return 0  # the type of its file is not known: see _is_file_backed
+        return known if known is not None else 0 if self.least else own
+
+    def _is_unknown(self, stage: PlannedStage, role: str) -> bool:
+        """Return whether a model comes from outside the job and its facts are not known."""
+        is_foreign = isinstance(stage.inputs.get(role), SourceInput)
+        return is_foreign and f"{stage.name}/{role}" not in self.models
+
+    def _assumed_models(self, stage: PlannedStage, terms: list[RewardTerm]) -> tuple[str, ...]:
         """Return the assumptions about the models whose facts are not known."""
-        given = [term.role for term in terms if term.role]
-        foreign = [role for role in given if isinstance(stage.inputs.get(role), SourceInput)]
-        found = [SAME_SIZE.format(what="each reward model")] if foreign else []
-        if "judge" in stage.inputs:
-            found.append(SAME_SIZE.format(what="the judge"))
+        roles = [term.role for term in terms if term.role]
+        found: tuple[str, ...] = ()
+        if any(self._is_unknown(stage, role) for role in roles):
+            found = (SAME_SIZE.format(what="each reward model of which nothing is known"),)
+        if self._is_unknown(stage, "judge"):
+            found += (SAME_SIZE.format(what="the judge"),)
         return found
 
-    @property
-    def _assumed_prompts(self) -> str:
-        return f"prompts are assumed to have up to {self.lengths.prompts} tokens"
+    def _assumed_shape(self, stage: PlannedStage, shape: Shape) -> tuple[str, ...]:
+        """Return the assumptions about prompts and completions."""
+        new = f"completions are assumed to reach maxNewTokens: {shape.new} tokens"
+        if stage.name in self.lengths.measured_prompts:
+            return (new,)
+        return (f"prompts are assumed to have up to {shape.prompt} tokens", new)
+
+
+def _is_whole_epoch(loop: LoopSettings) -> bool:
+    """Return whether a stage is certain to train on every row, and so on the longest one."""
+    return loop.max_steps is None and (loop.epochs or 0) >= 1 and loop.early_stopping is None

@@ -15,6 +15,7 @@ from tuneyard.planning.memory.activations import (
     layer_bytes,
     logits_bytes,
     temporary_bytes,
+    tile_bytes,
 )
 from tuneyard.planning.memory.parameters import TRAINED_BYTES, Trained, base_bytes
 from tuneyard.planning.memory.parts import Moment, Sharding
@@ -46,6 +47,8 @@ class Step:
 
     in_place_updates: bool = False
     """Whether AdamW updates one parameter after another, as it does on a CPU."""
+    file_backed: bool = False
+    """Whether a base that is not trained takes no memory of its own."""
 
     # ---- what is in memory all the time ---------------------------------------------------------
 
@@ -56,14 +59,17 @@ class Step:
 
     @property
     def trained_parameters(self) -> int:
-        """Trained parameters on one device."""
-        return -(-self.trained.parameters // self.shards) + self.added_parameters
+        """Trained parameters on one device, which holds all of an adapter's."""
+        shards = 1 if self.trained.adapter else self.shards
+        return -(-self.trained.parameters // shards) + self.added_parameters
 
     @property
     def state(self) -> tuple[tuple[str, int], ...]:
         """The parts that stay from step to step."""
         count, trained = self.trained_parameters, self.trained
         base = base_bytes(self.facts, trained.adapter, self.how.precision) // self.shards
+        if self.file_backed and trained.adapter:
+            base = 0
         adapter = TRAINED_BYTES * (count if trained.adapter else self.added_parameters)
         return (
             ("weights", base + adapter),
@@ -79,10 +85,11 @@ class Step:
         kept = (*self.state, *others)
         copies, gathered = self._copies, self._gathered
         end = head_input_bytes(self.facts, self.trained, self.batch, self.how)
-        logits = logits_bytes(self.facts, self.loss, self.batch)
+        tile = self._tile
+        logits = tile or logits_bytes(self.facts, self.loss, self.batch)
         layers = self._kept_layers
         if self.checkpointing:
-            forward = forward_logits_bytes(self.facts, self.loss, self.batch, self.how)
+            forward = tile or forward_logits_bytes(self.facts, self.loss, self.batch, self.how)
             yield Moment.of(
                 "end of the forward pass",
                 *kept,
@@ -110,11 +117,22 @@ class Step:
         )
         if gathered.end:
             yield Moment.of("end of the backward pass", *kept, ("gathered weights", gathered.end))
-        if self.devices > 1 and self.sharding == "none":
+        if self.devices > 1 and (self.sharding == "none" or self.trained.adapter):
             size = TRAINED_BYTES * self.trained_parameters
             yield Moment.of("sum of the gradients", *kept, ("buffer of the gradients", size))
         update = 0 if self.in_place_updates else UPDATE_BYTES * self.trained_parameters
         yield Moment.of("optimizer step", *kept, ("temporary tensors", update))
+
+    @property
+    def _tile(self) -> int:
+        """TRL's loss, which gathers a sharded head once more. 0: another loss."""
+        if self.loss != "tiled":
+            return 0
+        facts, on_gpu = self.facts, not self.in_place_updates
+        stored = TRAINED_BYTES if self.trained.adapter is None else self.how.precision
+        head = stored * facts.vocabulary_size * facts.embedding_size
+        tile = tile_bytes(facts, self.trained, self.batch, self.how, on_gpu=on_gpu)
+        return tile + (head if self.sharding == "fsdp" else 0)
 
     @property
     def _layer(self) -> int:
@@ -191,9 +209,10 @@ class Gathered:
         reduced by then.
         """
         outside = facts.parameters - facts.layers * facts.layer_parameters
-        adapter_layer = trained.per_layer if trained.adapter else 0
-        layer = precision * (facts.layer_parameters + adapter_layer)
+        layer = precision * facts.layer_parameters
         whole = precision * outside
+        if trained.adapter:  # frozen layers are gathered one by one, and have no gradients
+            return cls(loss=whole, layer=whole + layer, end=0)
         head = facts.vocabulary_size * facts.embedding_size if trained.head else 0
         reduced = 4 * trained.per_layer if checkpointing else 0
         return cls(
@@ -201,3 +220,10 @@ class Gathered:
             layer=whole + 2 * layer + reduced + precision * head,
             end=whole + (precision + 4) * trained.outside,
         )
+
+
+def gathered_for_inference(facts: ModelFacts, precision: int) -> int:
+    """Return the bytes that FSDP2 holds whole in a forward pass without gradients: the parameters
+    outside of the layers, a layer, and the next one. `precision`: bytes of a parameter."""
+    outside = facts.parameters - facts.layers * facts.layer_parameters
+    return precision * (outside + 2 * facts.layer_parameters)

@@ -1,0 +1,66 @@
+"""The loss of sft and pretrain on prepared rows, and their held-out loss."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from tuneyard.api.stage_settings import TrainSettings
+from tuneyard_trainer.data.prepared import Prepared
+from tuneyard_trainer.models import adapters
+from tuneyard_trainer.training.batches import Indices, MicroBatch, share
+from tuneyard_trainer.training.losses import Forward, accumulate_gradients
+from tuneyard_trainer.worker import Worker
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The mean negative log-likelihood of a batch's targets, in nats."""
+
+    model: nn.Module
+    data: Prepared
+    forward: Forward
+    settings: TrainSettings
+    worker: Worker
+    metrics: tuple[str, ...] = ("loss",)
+    is_sharded: bool = False
+    """Whether each worker has a part of the model alone."""
+
+    @property
+    def holds_out(self) -> bool:
+        return self.data.validation is not None
+
+    def backward(self, rows: Indices, step: int) -> Tensor:
+        train, worker = self.data.train, self.worker
+
+        def losses(micro_batch: MicroBatch) -> Tensor:
+            return self.forward.loss(self.model, train, micro_batch)[None]
+
+        return accumulate_gradients(
+            losses,
+            self.forward.micro_batches(
+                train, share(rows, train.lengths, worker.rank, worker.world_size)
+            ),
+            count=int(train.targets[rows].sum()),
+            num_metrics=len(self.metrics),
+            seed=(self.settings.seed, step),
+            worker=worker,
+        )
+
+    def held_out(self) -> dict[str, float]:
+        rows = self.data.validation
+        if rows is None:
+            raise ValueError("no held-out rows")
+        mean = self.forward.mean_loss_of_shards if self.is_sharded else self.forward.mean_loss
+        return {"validationLoss": mean(self.model, rows, self.worker)}
+
+    def baseline(self) -> dict[str, float]:
+        """Return the held-out metrics of the base: the adapter is disabled."""
+        base = adapters.disabled(self.model) if self.settings.adapter else contextlib.nullcontext()
+        with base:
+            return self.held_out()
+
+    def num_tokens(self, rows: Indices) -> int:
+        return int(self.data.train.lengths[rows].sum())
