@@ -88,6 +88,10 @@ def test_a_model_that_no_gpu_holds_is_shared_by_the_fewest_workers() -> None:
         "to 2"
     )
     assert fit(planned("8B", "H100", 2, **SHARED)).fits
+    own = fit(planned("8B", "H100", 1, **TRL, training__microBatchTokens=64))
+    assert own.remedies[0].change == (
+        "set spec.compute.sharding to fsdp and spec.compute.workers to 2"
+    )
     assert all(
         "fsdp" not in way.change
         for way in fit(planned("70B", "L4", adapter={"qlora": {}})).remedies

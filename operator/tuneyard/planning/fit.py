@@ -199,8 +199,12 @@ def _remedies(job: Job, found: Fit) -> Iterator[Remedy]:
 
 
 def _if_it_fits(job: Job, changes: list[str]) -> Iterator[Remedy]:
-    """Yield the remedy of some changes of the manifest, if the job fits after them and after the
-    settings that they need. `job`: with the changes."""
+    """Yield the remedy of some changes of the manifest, if the job fits after them, or after them
+    and the settings that they need. `job`: with the changes."""
+    own = _fit_with(job, {stage.name: choose(job, stage) for stage in job.training})
+    if changes and own.fits:
+        yield Remedy(", ".join(changes), own.peak)
+        return
     tried = _with_free_settings(job)
     needed = [*changes, *_settings_changes(job, tried.chosen)]
     if needed and tried.fits:
@@ -294,13 +298,14 @@ def _sharded(job: Job) -> Iterator[Remedy]:
     for devices in sorted({max(2, job.devices), *WORKERS}):
         if devices < job.devices:
             continue
-        fields = [] if "trl" in engines else ["set spec.training.engine to trl"]
+        fields = [] if "trl" in engines else ["spec.training.engine to trl"]
         fields.append("spec.compute.sharding to fsdp")
         if devices > job.devices:
             each = job.plan.compute.gpus_per_worker or 1
             fields.append(f"spec.compute.workers to {devices // each}")
-        changes = [" and ".join([", ".join(fields[:-1]), fields[-1]]) if fields[1:] else fields[0]]
-        remedy = next(_if_it_fits(replace(job, plan=plan, devices=devices), changes), None)
+        first = ", ".join(fields[:-1])
+        change = f"set {first} and {fields[-1]}" if first else f"set {fields[-1]}"
+        remedy = next(_if_it_fits(replace(job, plan=plan, devices=devices), [change]), None)
         if remedy:
             yield remedy
             return
