@@ -80,7 +80,7 @@ def wide(name: str, *, workers: int, steps: int, memory: int) -> dict[str, Any]:
         "compute": {
             "workers": workers,
             "sharding": "fsdp" if workers > 1 else "none",
-            "cpusPerWorker": "800m",
+            "cpusPerWorker": "400m",
             "memory": str(memory),
             "sharedMemory": "512Mi",
         },
