@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -370,6 +371,24 @@ def test_sharded_workers_gather_bfloat16_and_keep_float32(
         ("gradient", torch.float32),
     }
     assert by_two[1]["types 0"] == by_two[1]["types 1"] == expected
+
+
+def test_an_evaluation_frees_the_tuned_model_before_it_loads_the_base(
+    tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def loaded(*given: Any, **named: Any) -> Any:
+        alive.append(sum(model() is not None for model in models))
+        model = load_base(*given, **named)
+        models.append(weakref.ref(model))
+        return model
+
+    run(native, tmp_path / "full", inputs)
+    monkeypatch.setattr(evaluate, "load_base", loaded)
+    measure(tmp_path / "measured", tmp_path / "full", inputs, Worker(0, 1, CPU), "none")
+    assert alive == [0, 0]
 
 
 def test_a_request_to_stop_one_worker_ends_a_sharded_evaluation_on_all(

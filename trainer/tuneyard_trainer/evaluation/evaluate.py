@@ -6,6 +6,7 @@ Measures the loss and the perplexity of both models and their answers to questio
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,9 +75,11 @@ def _run(context: StageContext, shards: int, shared: SharedStage | None) -> Stag
     questions = _questions(context.inputs["data"], settings.samples)
     models = _models(context, shards, with_base=settings.compare_with_base)
     measured = {}
-    for step, (name, model) in enumerate(models):
-        worker.report(step=step, total_steps=STEPS, message=f"measuring the {name} model")
+    for name, model in models:  # enumerate would hold a model while the next one is loaded
+        worker.report(step=len(measured), total_steps=STEPS, message=f"measuring the {name} model")
         measured[name] = _measure(context, model, data, questions, shared)
+        del model
+        gc.collect()  # modules are in cycles
     if not worker.is_main:
         return StageOutcome()
     metrics = _metrics(measured, questions)

@@ -422,15 +422,14 @@ class _Job:
         return Computation(precision, precision, casts=False, masked=True)
 
     def _evaluate(self, stage: PlannedStage, settings: EvaluateSettings) -> StageMemory:
-        models = 2 if self._adapter() is None and settings.compare_with_base else 1
         name = "weights in bfloat16" if self.machine.gpu else "weights"
-        weights = [(name, models * self._loaded(stage))]
+        weights = [(name, self._loaded(stage))]
         precision = self.machine.inference_precision
         if sharding_of(stage, self.facts, self.machine, precision) == "fsdp":
             share = precision * self.facts.parameters // self.machine.devices
             adapter = self._added_bytes(self._adapter())
             gathered = gathered_for_inference(self.facts, precision)
-            weights = [(name, models * share + adapter), ("gathered weights", gathered)]
+            weights = [(name, share + adapter), ("gathered weights", gathered)]
         tokens = default_tokens(self.facts, gpu=self.machine.gpu)
         measured = self.lengths.measured(stage)
         longest = measured and measured.held_out
