@@ -74,7 +74,7 @@ def _run(context: StageContext, shards: int, shared: SharedStage | None) -> Stag
     data = Prepared.open(context.inputs["data"])
     questions = _questions(context.inputs["data"], settings.samples)
     models = _models(context, shards, with_base=settings.compare_with_base)
-    measured = {}
+    measured: dict[str, Measured] = {}
     for name, model in models:  # enumerate would hold a model while the next one is loaded
         worker.report(step=len(measured), total_steps=STEPS, message=f"measuring the {name} model")
         measured[name] = _measure(context, model, data, questions, shared)
