@@ -154,7 +154,8 @@ def row(cell: str, workers: int, seeds: list[int], folder: Path) -> tuple[str, b
         command[1:1] = launch
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
-        raise SystemExit(f"{cell} with {workers} workers failed:\n{done.stderr[-4000:]}")
+        sys.stderr.write(f"{cell} with {workers} workers failed:\n{done.stderr[-4000:]}\n")
+        return f"| {cell} | {workers} | | failed | 0 |", False
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"seed"')]
     found = {line["seed"]: line for line in lines}  # every worker prints the same
     learned = [
