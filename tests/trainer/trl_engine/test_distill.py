@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from tests.trainer import speaking
-from tests.trainer.conftest import tokenizer_of_bytes
+from tests.trainer.conftest import VOCABULARY, tiny_llama, tokenizer_of_bytes
 from tests.trainer.jobs import planned as planned_job
 from tests.trainer.ports import free_port
 from tests.trainer.speaking import loop_settings, speaking_model
@@ -33,7 +33,7 @@ from tuneyard_trainer.models.vocabulary import require_same_vocabulary
 from tuneyard_trainer.reinforcement.held_out import split
 from tuneyard_trainer.running import torchrun
 from tuneyard_trainer.trl_engine import distill
-from tuneyard_trainer.trl_engine import prompts as prompts_of_trl
+from tuneyard_trainer.trl_engine import sampling as sampling_of_trl
 from tuneyard_trainer.trl_engine.teacher import divergence
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
 
@@ -439,16 +439,41 @@ def test_a_teacher_that_cannot_read_the_longest_completion_is_refused(
     assert refused.value.reason == "TeacherContextTooShort"
 
 
+@pytest.mark.parametrize("role", ["model", "teacher"])
+def test_models_that_count_the_padding_before_a_prompt_are_refused(
+    role: str, tmp_path: Path, inputs: dict[str, Path], tiny_tokenizer: Any
+) -> None:
+    folder = tmp_path / "gpt2"
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, n_positions=256)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    with pytest.raises(StageError, match="GPT2LMHeadModel here: it pads prompts") as refused:
+        run(tmp_path / "run", {**inputs, role: folder}, stage())
+    assert refused.value.reason == "EngineUnsupported"
+
+
+def test_an_adapter_on_the_head_is_refused(
+    tmp_path: Path, inputs: dict[str, Path], tiny_tokenizer: Any
+) -> None:
+    untied = tmp_path / "untied"
+    tiny_llama(VOCABULARY, tie_word_embeddings=False).save_pretrained(untied)
+    tiny_tokenizer.save_pretrained(untied)
+    adapter = {"lora": {"targets": ["q_proj", "lm_head"]}}
+    with pytest.raises(StageError, match="without the adapter of the head") as refused:
+        run(tmp_path / "run", {**inputs, "model": untied}, stage(adapter))
+    assert refused.value.reason == "EngineUnsupported"
+
+
 def test_rows_that_trl_tokenizes_otherwise_are_named(
     tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, seen: list[Micro]
 ) -> None:
-    ours = prompts_of_trl.for_trl
+    ours = sampling_of_trl.for_trl
 
     def other(prompt: Any, tokenizer: Any) -> Any:
         given = ours(prompt, tokenizer)
         return given * 2 if prompt.prompt.question == "Say 3." else given
 
-    monkeypatch.setattr(prompts_of_trl, "for_trl", other)
+    monkeypatch.setattr(sampling_of_trl, "for_trl", other)
     with pytest.raises(StageError) as refused:
         run(tmp_path / "run", inputs, stage())
     assert refused.value.reason == "TokensDiffer"

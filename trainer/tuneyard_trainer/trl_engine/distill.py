@@ -7,8 +7,7 @@ are compared with ours before the first step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import GenerationConfig, PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl.trainer.distillation_config import DistillationConfig
 from trl.trainer.distillation_trainer import DistillationTrainer
 
@@ -25,7 +24,6 @@ from tuneyard_trainer.generation.completions import Policy
 from tuneyard_trainer.generation.sampling import TransformersSampler, stop_tokens
 from tuneyard_trainer.models import policies
 from tuneyard_trainer.models.base import load_base, precision_of
-from tuneyard_trainer.models.probes import base_of
 from tuneyard_trainer.models.vocabulary import require_same_vocabulary
 from tuneyard_trainer.reinforcement.held_out import MAX_HELD_OUT, split
 from tuneyard_trainer.training.batches import Indices, Order
@@ -34,7 +32,13 @@ from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.trl_engine import arguments as engine
 from tuneyard_trainer.trl_engine.batches import Inputs, Layout, StepBatches
 from tuneyard_trainer.trl_engine.following import Following
-from tuneyard_trainer.trl_engine.prompts import for_trl, own_share, require_same_tokens
+from tuneyard_trainer.trl_engine.sampling import (
+    ends_at,
+    for_trl,
+    own_share,
+    require_same_tokens,
+    require_trainable,
+)
 from tuneyard_trainer.trl_engine.schedule import scheduler
 from tuneyard_trainer.trl_engine.teacher import (
     HeldOutDivergence,
@@ -42,9 +46,6 @@ from tuneyard_trainer.trl_engine.teacher import (
     require_context,
 )
 from tuneyard_trainer.worker import StageContext, StageOutcome
-
-WRITTEN_BY_TRL = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
-"""The fields of the model's config that TRL or transformers' Trainer sets."""
 
 
 class _Trainer(DistillationTrainer):
@@ -96,6 +97,10 @@ def run(context: StageContext) -> StageOutcome:
     worker.report(message="loading the teacher")
     teacher = load_base(inputs["teacher"], dtype=precision, device=worker.device)
     teacher.requires_grad_(False)
+    require_trainable(
+        [model, teacher],
+        "Change the adapter's targets, or choose models without learned absolute positions.",
+    )
     stop = stop_tokens(model, tokenizer)
     sampler = TransformersSampler(teacher, forward.pad, stop, sampling, precision)
     measured = held_out or prompts[:MAX_HELD_OUT]
@@ -154,22 +159,6 @@ def equal_layout(batch_size: int, longest: int, max_tokens: int, world_size: int
     most = max(1, max_tokens // longest)
     rows = max(rows for rows in range(1, min(each, most) + 1) if each % rows == 0)
     return Layout(rows, each // rows)
-
-
-@contextmanager
-def ends_at(model: nn.Module, stop: Sequence[int]) -> Iterator[None]:
-    """While active, completions end at these tokens, and no other generation setting of the model
-    applies. TRL writes into the model's configs, which are the result's too: they are restored."""
-    base: Any = base_of(model)
-    own, config = base.generation_config, base.config.get_text_config()
-    before = {name: getattr(config, name) for name in WRITTEN_BY_TRL}
-    base.generation_config = GenerationConfig(eos_token_id=list(stop))
-    try:
-        yield
-    finally:
-        base.generation_config = own
-        for name, token in before.items():
-            setattr(config, name, token)
 
 
 class _Following(Following):

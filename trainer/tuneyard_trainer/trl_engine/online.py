@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset as Table
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
@@ -32,13 +31,10 @@ from transformers import (
 )
 
 from tuneyard.api.stage_settings import GrpoSettings
-from tuneyard.errors import StageError
 from tuneyard_trainer.generation.sampling import Sampled
-from tuneyard_trainer.models import layers, policies, probes
+from tuneyard_trainer.models import layers, policies
 from tuneyard_trainer.models.environment import described
-from tuneyard_trainer.models.layers import head_of
 from tuneyard_trainer.models.policies import Reference
-from tuneyard_trainer.models.probes import base_of
 from tuneyard_trainer.reinforcement.course import Course
 from tuneyard_trainer.reinforcement.loading import load_collector
 from tuneyard_trainer.reinforcement.method import Method
@@ -49,14 +45,18 @@ from tuneyard_trainer.training.seeds import COMPLETION, derive_seed
 from tuneyard_trainer.trl_engine.arguments import explained, platform_arguments
 from tuneyard_trainer.trl_engine.batches import Layout
 from tuneyard_trainer.trl_engine.following import any_stops
-from tuneyard_trainer.trl_engine.prompts import for_trl, own_share, require_same_tokens
+from tuneyard_trainer.trl_engine.sampling import (
+    ends_at,
+    for_trl,
+    own_share,
+    require_same_tokens,
+    require_trainable,
+)
 from tuneyard_trainer.worker import StageContext, StageOutcome
 
 Row = dict[str, Any]
 """A completion to sample: `prompt`, a conversation or a text, and `place`, its index among R."""
 
-CHANGED = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
-"""The fields of a model's config that a trainer changes."""
 METRICS = {"clip_ratio/region_mean": "clipFraction"}
 """TRL's metrics of an update that the curves show, and their names there."""
 
@@ -76,7 +76,9 @@ def run(
     own = own_share(method.completions, worker.world_size)
     collector, tokenized = load_collector(context, settings, method)
     model = collector.actor.model
-    _require_trainable(model)
+    require_trainable(
+        [model], "Set training.engine to native, or change the adapter or its targets."
+    )
     parameters = layers.trainable(model)
     optimizer = adamw(parameters, training)
     course = Course.of(context, settings, method, collector, tokenized, parameters, optimizer)
@@ -99,7 +101,7 @@ def run(
 
         with (
             described(worker.device),
-            _ending(model, collector.stop),
+            ends_at(model, collector.stop),
             suppress(_DivergedError),
             explained(training.trl, has_begun),
         ):
@@ -224,45 +226,12 @@ def _templated(tokenizer: PreTrainedTokenizerBase, template: str | None) -> PreT
 # ---- what must hold -----------------------------------------------------------------------------
 
 
-def _require_trainable(model: Any) -> None:
-    """Raise StageError EngineUnsupported if TRL would compute other log-probabilities than the
-    policy's."""
-    problem = None
-    if isinstance(head_of(model), BaseTunerLayer):
-        problem = "it computes logits without the adapter of the head"
-    elif not probes.ignores_left_padding(model):
-        problem = "it pads prompts on the left, which this model's positions count"
-    if problem:
-        raise StageError(
-            "EngineUnsupported",
-            f"TRL cannot train {type(base_of(model)).__name__} here: {problem}.",
-            advice="Set training.engine to native, or change the adapter or its targets.",
-        )
-
-
 def layout_of(count: int, longest: int, max_tokens: int) -> Layout:
     """Return the layout of `count` completions in equal micro-batches within `max_tokens`, padding
     included. `longest`: the most tokens of a row, which may be a micro-batch of its own."""
     most = max(1, min(count, max_tokens // longest))
     rows = next(size for size in range(most, 0, -1) if count % size == 0)
     return Layout(rows, count // rows)
-
-
-@contextmanager
-def _ending(model: Any, stop: Sequence[int]) -> Iterator[None]:
-    """While active, the tokens `stop` end what the model generates: TRL reads them from its
-    configuration, and changes that. The configuration is restored afterwards."""
-    base = base_of(model)
-    generation, config = base.generation_config, base.config.get_text_config()
-    before = {name: getattr(config, name, None) for name in CHANGED}
-    base.generation_config = copy.deepcopy(generation)
-    base.generation_config.eos_token_id = list(stop)
-    try:
-        yield
-    finally:
-        base.generation_config = generation
-        for name, value in before.items():
-            setattr(config, name, value)
 
 
 # ---- what follows -------------------------------------------------------------------------------

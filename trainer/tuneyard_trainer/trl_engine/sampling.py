@@ -1,16 +1,24 @@
-"""Prompts for trainers that sample by themselves: TRL tokenizes the prompts, and must get our
-tokens."""
+"""What the trainers that sample by themselves share: TRL tokenizes the prompts, and must get our
+tokens; it generates, and must end completions as Tuneyard does."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import transcript
 from tuneyard_trainer.data.prompts import TokenizedPrompt
+from tuneyard_trainer.models.layers import head_of
+from tuneyard_trainer.models.probes import base_of, ignores_left_padding
+
+WRITTEN_BY_TRL = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
+"""The fields of the model's config that TRL or transformers' Trainer sets."""
 
 
 def for_trl(prompt: TokenizedPrompt, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -53,3 +61,36 @@ def own_share(count: int, world_size: int) -> int:
             f"divisor of {count}.",
         )
     return count // world_size
+
+
+def require_trainable(models: Sequence[nn.Module], advice: str) -> None:
+    """Raise StageError EngineUnsupported if TRL would compute other log-probabilities than those of
+    one of the models."""
+    for model in models:
+        problem = None
+        if isinstance(head_of(model), BaseTunerLayer):
+            problem = "it computes logits without the adapter of the head"
+        elif not ignores_left_padding(model):
+            problem = "it pads prompts on the left, which this model's positions count"
+        if problem:
+            raise StageError(
+                "EngineUnsupported",
+                f"TRL cannot use {type(base_of(model)).__name__} here: {problem}.",
+                advice=advice,
+            )
+
+
+@contextmanager
+def ends_at(model: nn.Module, stop: Sequence[int]) -> Iterator[None]:
+    """While active, completions end at these tokens, and no other generation setting of the model
+    applies. TRL writes into the model's configs, which are the result's too: they are restored."""
+    base: Any = base_of(model)
+    own, config = base.generation_config, base.config.get_text_config()
+    before = {name: getattr(config, name, None) for name in WRITTEN_BY_TRL}
+    base.generation_config = GenerationConfig(eos_token_id=list(stop))
+    try:
+        yield
+    finally:
+        base.generation_config = own
+        for name, value in before.items():
+            setattr(config, name, value)
