@@ -55,7 +55,7 @@ def write_files(folder: Path) -> None:
     numbers = range(64)
     rows: dict[str, list[dict[str, Any]]] = {
         "rows": [{"prompt": f"Say {n}.", "completion": LETTERS[n % 8]} for n in numbers],
-        "texts": [{"text": f"{LETTERS[n % 8] * 20}"} for n in numbers],
+        "texts": [{"text": f"Say {n}. {LETTERS[n % 8] * 20}"} for n in numbers],
         "pairs": [{"prompt": f"Say {n}.", "chosen": "abc", "rejected": "xyz"} for n in numbers],
         "prompts": [{"prompt": f"Say {n}.", "good": [*GOOD]} for n in numbers],
     }
@@ -101,8 +101,11 @@ def manifest(cell: str, folder: Path, workers: int, seed: int) -> dict[str, Any]
             spec["optimize"] = {"dpo": {"loss": loss, "training": chosen}}
     else:
         # The first answers are letters of any kind; 3 of 8 are good.
-        first = {"data": {"train": [{"uri": f"file://{folder}/rows.jsonl"}]}, "training": training}
-        spec["sft"] = first
+        rows_of_letters = [{"uri": f"file://{folder}/rows.jsonl"}]
+        spec["sft"] = {
+            "data": {"train": rows_of_letters},
+            "training": {**training, "maxSteps": 60, "learningRate": 0.01},
+        }
         sampling = {"maxNewTokens": 4}
         own: dict[str, Any] = {"prompts": prompts, "sampling": sampling, "training": chosen}
         if method == "distill":
