@@ -117,28 +117,65 @@ def alignment(**changes: Any) -> AlignmentJob:
     return AlignmentJob.model_validate(changed(value, changes))
 
 
-def test_an_alignment_refuses_the_engine_and_the_sharding_of_fine_tuning() -> None:
-    wrong = alignment(
-        sft={
-            "data": {"train": [{"uri": "file://rows.jsonl"}]},
-            "training": {"engine": "trl"},
-        },
-        rewardModel={"train": {"training": {"engine": "trl"}}},
-        compute={"sharding": "fsdp", "workers": 2},
-    )
-    assert [fault.path for fault in faults(wrong)] == [
-        "spec.compute.sharding",
-        "spec.sft.training.engine",
-    ]
+SHARED = {"compute": {"sharding": "fsdp", "workers": 2}}
+ROWS = {"data": {"train": [{"uri": "file://rows.jsonl"}]}}
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "kto"])
-def test_dpo_is_trained_by_trl_and_the_stages_around_it_are_not(loss: str) -> None:
+def test_all_stages_that_run_the_policy_of_a_sharded_dpo_are_sharded(loss: str) -> None:
+    trl = {"training": {"engine": "trl"}}
+    wanted = alignment(**SHARED, sft={**ROWS, **trl}, optimize__dpo={"loss": loss, **trl})
+    assert shardings(plan_job(wanted)) == {
+        "prepare": "none",
+        "sft": "fsdp",
+        "pairs": "none",
+        "dpo": "fsdp",
+        "evaluate": "fsdp",
+        "export": "none",
+    }
+
+
+def test_what_needs_a_whole_model_on_each_worker_is_refused_in_a_sharded_alignment() -> None:
+    judge = {"model": {"uri": "file://judge"}}
+    wrong = alignment(
+        **SHARED,
+        adapter={"qlora": {}},
+        sft=ROWS,
+        rewardModel={"train": {}},
+        evaluate={"winRate": {"judge": judge}},
+    )
+    assert [fault.path for fault in faults(wrong)] == [
+        "spec.sft.training.engine",
+        "spec.optimize.dpo.training.engine",
+        "spec.compute.sharding",
+        "spec.rewardModel",
+        "spec.evaluate.winRate.judge.model",
+    ]
+
+
+def test_a_sharded_alignment_optimizes_by_dpo_alone_and_has_two_workers() -> None:
+    trl = {"sft": {**ROWS, "training": {"engine": "trl"}}, "preferences": None, "optimize": None}
+    grpo = {"prompts": {"uri": "file://p.jsonl"}, "training": {"engine": "trl"}}
+    rule = {"rule": {"exactMatch": "answer"}}
+    wrong = alignment(**{**trl, "optimize": {"grpo": grpo}}, rewardModel=rule, **SHARED)
+    assert [fault.path for fault in faults(wrong)] == ["spec.compute.sharding"]
+    one = alignment(compute__sharding="fsdp", optimize__dpo={"training": {"engine": "trl"}})
+    assert "at least 2 workers" in faults(one)[0].message
+
+
+def test_auto_shards_no_alignment_with_a_part_that_needs_whole_models() -> None:
+    trl = {"training": {"engine": "trl"}}
+    assert shardings(plan_job(alignment(optimize__dpo=trl)))["dpo"] == "auto"
+    whole = plan_job(alignment(optimize__dpo=trl, rewardModel={"train": {}}))
+    assert set(shardings(whole).values()) == {"none"}
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "kto"])
+def test_dpo_is_trained_by_trl(loss: str) -> None:
     planned = plan_job(alignment(optimize__dpo={"loss": loss, "training": {"engine": "trl"}}))
     engines = {stage.name: getattr(stage.settings, "training", None) for stage in planned.stages}
     assert engines["dpo"] is not None
     assert engines["dpo"].engine == "trl"
-    assert set(shardings(planned).values()) == {"none"}
 
 
 def test_a_reward_model_is_trained_by_trl_with_its_arguments() -> None:

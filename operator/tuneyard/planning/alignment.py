@@ -52,6 +52,7 @@ from tuneyard.errors import PlanError
 from tuneyard.planning import defaults
 from tuneyard.planning.drafts import (
     Draft,
+    Sharding,
     data_inputs,
     dataset_inputs,
     dataset_settings,
@@ -63,7 +64,7 @@ from tuneyard.planning.drafts import (
     source_input,
     train,
 )
-from tuneyard.planning.limits import alignment_faults
+from tuneyard.planning.limits import alignment_faults, alignment_sharding
 from tuneyard.planning.principles import COMPARISON, CRITIQUE, PRINCIPLES, REVISION
 
 Packing = Literal["auto", "always", "never"]
@@ -123,6 +124,11 @@ class _Builder:
         """The inputs that describe the policy after the stages so far."""
         return {"model": self.model, **({"tuned": self.tuned} if self.tuned else {})}
 
+    @property
+    def sharding(self) -> Sharding:
+        """The sharding of the stages that run the policy."""
+        return alignment_sharding(self.spec)
+
     # ---- fine-tuning --------------------------------------------------------------------------
 
     def add_sft(self) -> None:
@@ -158,7 +164,8 @@ class _Builder:
         rule = defaults.rule("sft", self.tuning)
         self.notes += default_notes(f"{field}.training", training, rule, defaults.EPOCHS)
         settings = train("sft", self.spec.adapter, packing, training, rule)
-        self.drafts.append(Draft(name, settings, {**self.policy, "data": data}, runtime(training)))
+        inputs = {**self.policy, "data": data}
+        self.drafts.append(Draft(name, settings, inputs, runtime(training, self.sharding)))
         self.tuned, self.rows = StageInput(stage=name), data
 
     def _critique(self, step: Constitution) -> CritiqueSettings:
@@ -304,7 +311,7 @@ class _Builder:
         )
         name = f"dpo{suffix}"
         inputs = {**self.policy, "data": self.pairs}
-        self.drafts.append(Draft(name, settings, inputs, runtime(step.training)))
+        self.drafts.append(Draft(name, settings, inputs, runtime(step.training, self.sharding)))
         self.tuned = StageInput(stage=name)
 
     def _ppo(self, step: Ppo, suffix: str) -> None:
@@ -385,7 +392,8 @@ class _Builder:
                 win_rate.judge if win_rate else None, "spec.evaluate.winRate.judge"
             )
             measured = {**self._assess_inputs(), **judge}
-            self.drafts.append(Draft("evaluate", self._assess(), measured, judge_runtime))
+            shared = judge_runtime.model_copy(update={"sharding": self.sharding})
+            self.drafts.append(Draft("evaluate", self._assess(), measured, shared))
             inputs["evaluation"] = StageInput(stage="evaluate")
         elif self._has_held_out_rows():
             self.drafts.append(Draft("evaluate", evaluate(self.spec.evaluate), dict(inputs)))

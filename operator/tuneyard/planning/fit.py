@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 from tuneyard.api.adapters import Adapter, Lora, Qlora
 from tuneyard.api.model_facts import ModelFacts
 from tuneyard.api.plan import Plan, PlannedStage
-from tuneyard.api.stage_settings import EvaluateSettings, RewardSettings, TrainSettings
+from tuneyard.api.stage_settings import (
+    AssessSettings,
+    DpoSettings,
+    EvaluateSettings,
+    ExportSettings,
+    PairsSettings,
+    PrepareSettings,
+    RewardSettings,
+    TrainSettings,
+)
 from tuneyard.planning.hardware import CPU_PROCESS_BYTES, GPUS, Cpu, Gpu
 from tuneyard.planning.limits import can_shard
 from tuneyard.planning.memory.lengths import FEWEST_TOKENS, Lengths
@@ -287,19 +296,26 @@ def _other_adapter(job: Job) -> Iterator[Remedy]:
 
 
 def _sharded(job: Job) -> Iterator[Remedy]:
-    """Yield the fewest workers that can share the model of a fine-tuning, under the engine trl."""
+    """Yield the fewest workers that can share the model of a fine-tuning, or of DPO and KTO, under
+    the engine trl."""
     shared = [_shared(stage) for stage in job.plan.stages]
     stages = [stage for stage in shared if stage is not None]
     on_one_machine = isinstance(job.device, Cpu) and job.plan.job.namespace is None
-    if job.plan.job.kind != "FineTuneJob" or on_one_machine or len(stages) < len(shared):
+    if on_one_machine or len(stages) < len(shared):
         return
     plan = job.plan.model_copy(update={"stages": stages})
-    engines = [loop.engine for stage in job.training if (loop := loop_of(stage))]
+    loops = [(stage, loop) for stage in job.training if (loop := loop_of(stage))]
+    engines = sorted(
+        {
+            f"{training_path(job.plan, stage)}.engine to trl"
+            for stage, loop in loops
+            if not loop.engine
+        }
+    )
     for devices in sorted({max(2, job.devices), *WORKERS}):
         if devices < job.devices:
             continue
-        fields = [] if "trl" in engines else ["spec.training.engine to trl"]
-        fields.append("spec.compute.sharding to fsdp")
+        fields = [*engines, "spec.compute.sharding to fsdp"]
         if devices > job.devices:
             each = job.plan.compute.gpus_per_worker or 1
             fields.append(f"spec.compute.workers to {devices // each}")
@@ -314,12 +330,20 @@ def _sharded(job: Job) -> Iterator[Remedy]:
 def _shared(stage: PlannedStage) -> PlannedStage | None:
     """Return a stage whose model the workers share, under the engine trl. None: it cannot be."""
     settings: Any = stage.settings
-    if isinstance(settings, TrainSettings):
-        if not can_shard(settings.adapter):
-            return None
-        settings = settings.model_copy(update={"engine": "trl", "packing": "never"})
-    elif not isinstance(settings, EvaluateSettings):
+    if isinstance(settings, PrepareSettings | PairsSettings | ExportSettings):
         return stage
+    if isinstance(settings, TrainSettings) and can_shard(settings.adapter):
+        settings = settings.model_copy(update={"engine": "trl", "packing": "never"})
+    elif isinstance(settings, DpoSettings) and can_shard(settings.adapter):
+        if settings.loss == "sigmoid" and settings.label_smoothing:
+            return None  # TRL does not smooth these labels
+        loop = settings.training.model_copy(update={"engine": "trl"})
+        settings = settings.model_copy(update={"training": loop})
+    elif isinstance(settings, AssessSettings):
+        if "judge" in stage.inputs or any(term.role for term in settings.reward):
+            return None
+    elif not isinstance(settings, EvaluateSettings):
+        return None
     runtime = stage.runtime.model_copy(update={"sharding": "fsdp"})
     return stage.model_copy(update={"settings": settings, "runtime": runtime})
 

@@ -12,9 +12,11 @@ from tuneyard.api.alignmentjob import AlignmentSpec
 from tuneyard.api.compute import MIN_SHARDS, Compute
 from tuneyard.api.evaluation import AlignmentMetric, Evaluate, Gate, Metric
 from tuneyard.api.finetunejob import FineTuneSpec
+from tuneyard.api.sources import FineTuneData
 from tuneyard.api.training import Training
 from tuneyard.errors import Fault
 from tuneyard.planning import defaults
+from tuneyard.planning.drafts import Sharding
 from tuneyard.planning.trl_arguments import (
     DISTILL_CONFIG,
     DPO_CONFIG,
@@ -32,6 +34,7 @@ IN_VLLM = ("lora", "ia3", None)
 weights, unlike a 4-bit base model, virtual tokens and bottlenecks."""
 
 BY_TRL = (
+    "spec.sft.training",
     "spec.rewardModel.train.training",
     "spec.optimize.dpo.training",
     "spec.optimize.grpo.training",
@@ -261,11 +264,19 @@ def _engine_faults(spec: FineTuneSpec) -> Iterator[Fault]:
     if spec.training.engine == "native":
         yield from _unused_trl("spec.training", spec.training)
         return
-    yield from argument_faults("spec.training.trl", SFT_CONFIG, spec.training.trl)
-    yield from effect_faults("spec.training", spec.training, spec.compute)
-    if spec.data.packing == "always":
+    yield from _trl_sft_faults("spec", spec.training, spec.data, spec.compute)
+
+
+def _trl_sft_faults(
+    path: str, training: Training, data: FineTuneData, compute: Compute
+) -> Iterator[Fault]:
+    """Yield a fault for what TRL's SFTTrainer does not do. `path`: of the step with `training` and
+    `data`."""
+    yield from argument_faults(f"{path}.training.trl", SFT_CONFIG, training.trl)
+    yield from effect_faults(f"{path}.training", training, compute)
+    if data.packing == "always":
         yield Fault(
-            "spec.data.packing",
+            f"{path}.data.packing",
             "always needs the native engine, as the rows of a batch are padded under "
             "training.engine trl: set packing to auto or never, or engine to native",
         )
@@ -273,22 +284,83 @@ def _engine_faults(spec: FineTuneSpec) -> Iterator[Fault]:
 
 def _sharding_faults(spec: FineTuneSpec) -> Iterator[Fault]:
     """Yield a fault for each reason why the job cannot be sharded as it asks."""
-    compute, path = spec.compute, "spec.compute.sharding"
-    if compute.sharding != "fsdp":
+    if spec.compute.sharding != "fsdp":
         return
     if spec.training.engine == "native":
         yield Fault(
-            path,
+            "spec.compute.sharding",
             "fsdp needs TRL's trainer, as each worker of the native engine holds the whole model: "
             "set training.engine to trl, or remove sharding",
         )
     elif not can_shard(spec.adapter):
+        yield _unshardable(spec.adapter)
+    yield from _too_few_shards(spec.compute)
+
+
+def alignment_sharding(spec: AlignmentSpec) -> Sharding:
+    """Return the sharding of the stages of an alignment that run the policy."""
+    return spec.compute.sharding if next(_whole_models(spec), None) is None else "none"
+
+
+def _alignment_sharding_faults(spec: AlignmentSpec) -> Iterator[Fault]:
+    """Yield a fault for each reason why the job cannot be sharded as it asks."""
+    if spec.compute.sharding == "fsdp":
+        yield from _whole_models(spec)
+        yield from _too_few_shards(spec.compute)
+
+
+def _whole_models(spec: AlignmentSpec) -> Iterator[Fault]:
+    """Yield a fault for each part of an alignment that needs whole models on each worker."""
+    path = "spec.compute.sharding"
+    if spec.optimize is None or spec.optimize.dpo is None:
         yield Fault(
             path,
-            f"fsdp shards a model under adapter.lora (not decomposed) or without an adapter, and "
-            f"adapter.{spec.adapter.kind if spec.adapter else ''} is set: use one of these, or "
-            "remove sharding",
+            "fsdp in an alignment is for optimize.dpo, KTO included, in this version: remove "
+            "sharding",
         )
+    for where, training in _trainings(spec):
+        if where in ("spec.sft.training", "spec.optimize.dpo.training") and (
+            training.engine == "native"
+        ):
+            yield Fault(
+                f"{where}.engine",
+                "native holds the whole model on each worker, and compute.sharding is fsdp: set "
+                "engine to trl, or remove sharding",
+            )
+    if not can_shard(spec.adapter):
+        yield _unshardable(spec.adapter)
+    judge = spec.evaluate.win_rate and spec.evaluate.win_rate.judge
+    reward, preferences = spec.reward_model, spec.preferences
+    whole = {
+        "spec.constitution": spec.constitution is not None,
+        "spec.preferences.aiFeedback": bool(preferences and preferences.ai_feedback),
+        "spec.rewardModel": reward is not None and reward.rule is None,
+        "spec.evaluate.winRate.judge.model": bool(judge and judge.model),
+        **{
+            f"spec.rewardTerms[{index}].model": term.model is not None
+            for index, term in enumerate(spec.reward_terms)
+        },
+    }
+    for where, is_set in whole.items():
+        if is_set:
+            yield Fault(
+                where,
+                "needs a whole model on each worker, and compute.sharding is fsdp: remove it, or "
+                "remove sharding",
+            )
+
+
+def _unshardable(adapter: Adapter | None) -> Fault:
+    return Fault(
+        "spec.compute.sharding",
+        f"fsdp shards a model under adapter.lora (not decomposed) or without an adapter, and "
+        f"adapter.{adapter.kind if adapter else ''} is set: use one of these, or remove sharding",
+    )
+
+
+def _too_few_shards(compute: Compute) -> Iterator[Fault]:
+    """Yield a fault for a number of workers that cannot share a model."""
+    path = "spec.compute.sharding"
     if compute.profile is None and (compute.workers or 1) < MIN_SHARDS:
         yield Fault(path, f"fsdp needs at least {MIN_SHARDS} workers: set compute.workers")
     if compute.min_workers is not None and compute.min_workers < MIN_SHARDS:
@@ -301,12 +373,7 @@ def _sharding_faults(spec: FineTuneSpec) -> Iterator[Fault]:
 
 def _alignment_engine_faults(spec: AlignmentSpec) -> Iterator[Fault]:
     """Yield a fault for what an alignment asks of TRL's trainers, and for sharding."""
-    if spec.compute.sharding == "fsdp":
-        yield Fault(
-            "spec.compute.sharding",
-            "fsdp is for FineTuneJobs in this version, as the stages of an alignment run on whole "
-            "models: remove sharding",
-        )
+    yield from _alignment_sharding_faults(spec)
     for path, training in _trainings(spec):
         yield from _unused_trl(path, training)
         if training.engine == "trl" and path not in BY_TRL:
@@ -316,6 +383,8 @@ def _alignment_engine_faults(spec: AlignmentSpec) -> Iterator[Fault]:
                 else "trl does not train this step in this version"
             )
             yield Fault(f"{path}.engine", f"{reason}: remove engine")
+    if spec.sft and spec.sft.training.engine == "trl":
+        yield from _trl_sft_faults("spec.sft", spec.sft.training, spec.sft.data, spec.compute)
     grpo, rloo = spec.optimize and spec.optimize.grpo, spec.optimize and spec.optimize.rloo
     if grpo and grpo.training.engine == "trl":
         yield from _trl_online_faults(spec, "grpo", grpo)

@@ -112,6 +112,16 @@ class SharedStage:
         with Journal(folder, worker.identity, worker.persist, worker.owned) as journal:
             yield SharedJournal(self.from_main(lambda: journal.entries), journal)
 
+    @contextmanager
+    def in_step(self) -> Iterator[InStep]:
+        """While active, all workers do the same work, on a model that they share. An error is not
+        exchanged: the other workers wait for the model's layers, and end as for a lost worker."""
+        try:
+            yield InStep(self.worker)
+        except BaseException:
+            self._is_awaited = False
+            raise
+
     # ---- stop requests --------------------------------------------------------------------------
 
     def stop(self) -> bool:
@@ -148,6 +158,30 @@ class SharedStage:
             return []  # its own error, which is on its way
         self._is_awaited = True
         return [value for value, _, _ in found]
+
+
+@dataclass(frozen=True)
+class InStep:
+    """The rows of a stage whose workers share its model: each of them works on all rows, since each
+    forward pass is one of all workers. Has those methods of SharedStage that such work needs."""
+
+    worker: Worker
+
+    def results(self, lengths: Sequence[int], work: Callable[[list[int]], Sequence[T]]) -> list[T]:
+        """Return the result of each row. `lengths`: of all rows. `work`: returns the results of the
+        rows with these indices, and calls `check_stop` meanwhile."""
+        return list(work([*range(len(lengths))]))
+
+    def stop(self) -> bool:
+        """Return whether any worker was asked to stop. All workers call it."""
+        asked = torch.tensor(float(self.worker.stop()), device=self.worker.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked)
+
+    def check_stop(self) -> None:
+        """Raise Interrupted on all workers if any was asked to stop. All workers call it."""
+        if self.stop():
+            raise Interrupted(self.worker.stage, 0)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import gc
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,12 @@ from transformers import PreTrainedTokenizerBase
 from tuneyard.api.stage_settings import AssessSettings, RewardTerm
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.data.prompts import Prompt, TokenizedPrompt, as_text, read_prompts, tokenize
-from tuneyard_trainer.data.sharing import SharedStage
+from tuneyard_trainer.data.sharing import InStep, SharedStage
 from tuneyard_trainer.evaluation import reward_hacking, win_rate
 from tuneyard_trainer.evaluation.result import finish, spread
 from tuneyard_trainer.generation.completions import Completion, decode
 from tuneyard_trainer.generation.sampling import TransformersSampler, stop_tokens
-from tuneyard_trainer.judging.judges import turn, verdict
+from tuneyard_trainer.judging.judges import Reply, turn, verdict
 from tuneyard_trainer.judging.local_model import ModelJudge
 from tuneyard_trainer.judging.session import JudgeSession, judge_name, open_journal
 from tuneyard_trainer.models import base, policies, probes
@@ -52,7 +53,7 @@ MAX_ROW_TOKENS = 4096
 
 def run(context: StageContext) -> StageOutcome:
     """Measure both models, write `evaluation.json` and check the gates. All workers share the work,
-    and rank 0 writes.
+    or the models, and rank 0 writes.
 
     Raises StageError GateFailed and the errors of the judge.
     """
@@ -176,10 +177,12 @@ class Assessment:
         """Measure the aligned model, then the model before alignment. Only one is in memory."""
         inputs = self.context.inputs
         after = self._measure(prompts, inputs, None, "the aligned model")
+        gc.collect()  # modules are in cycles
         start = {role: path for role, path in inputs.items() if role != "tuned"}
         if "start" in inputs:
             start["tuned"] = inputs["start"]
         before = self._measure(prompts, start, after.tokens, "the model before alignment")
+        gc.collect()
         return BothModels(prompts, before, after)
 
     def _measure(
@@ -194,63 +197,73 @@ class Assessment:
         `aligned`: the completions of the aligned model. None: this is the aligned model.
         """
         self._begin(f"measuring {name}")
-        model: Any = policies.load_for_inference(inputs, self.context.worker.device)
+        worker = self.context.worker
+        shards = policies.shards(self.context, policies.inference_type(worker.device).itemsize)
+        with self.shared.in_step() if shards > 1 else nullcontext(self.shared) as sharing:
+            model: Any = policies.load_for_inference(inputs, worker.device, shards)
+            return self._measurements(model, sharing, prompts, aligned, name)
+
+    def _measurements(
+        self,
+        model: Any,
+        sharing: SharedStage | InStep,
+        prompts: Sequence[TokenizedPrompt],
+        aligned: tuple[tuple[int, ...], ...] | None,
+        name: str,
+    ) -> Measurements:
+        """Return the measurements of a loaded model."""
         stop = stop_tokens(model, self.tokenizer, self.settings.chat.chat_template)
         pad = int(self.tokenizer.pad_token_id)
         sampler = TransformersSampler(model, pad, stop, self.settings.sampling)
-        tokens = self._sample(sampler, prompts)
+        tokens = self._sample(sharing, sampler, prompts)
         forward = Forward(
             device=self.context.worker.device,
             precision=torch.float32,
             pad=pad,
-            pack=probes.isolates_documents(model),
+            # The workers of a sharded model must agree, and the probe measures.
+            pack=sharing is self.shared and probes.isolates_documents(model),
             capacity=512,
             max_tokens=16384 if self.context.worker.device.type == "cuda" else 2048,
         )
-        own = _rows(prompts, tokens if aligned is None else aligned)
+        completed = _rows(prompts, tokens if aligned is None else aligned)
         pairs = self.data.validation.rows if self.data and self.data.validation else None
-        measurements = Measurements(
+        return Measurements(
             completions=tuple(decode(self.tokenizer, stop, row) for row in tokens),
             tokens=tokens,
-            pairs_R=self._logprobs(model, pairs, forward) if pairs else None,
-            aligned_N=self._logprobs(model, own, forward) if own else np.zeros(0),
-            sycophancy=self._sycophancy(model, name),
+            pairs_R=_logprobs(sharing, model, pairs, forward) if pairs else None,
+            aligned_N=_logprobs(sharing, model, completed, forward) if completed else np.zeros(0),
+            sycophancy=self._sycophancy(sharing, model, name),
         )
-        del model, sampler
-        gc.collect()
-        return measurements
 
     def _sample(
-        self, sampler: TransformersSampler, prompts: Sequence[TokenizedPrompt]
+        self,
+        sharing: SharedStage | InStep,
+        sampler: TransformersSampler,
+        prompts: Sequence[TokenizedPrompt],
     ) -> tuple[tuple[int, ...], ...]:
         """Return the tokens of one completion of each prompt."""
 
         def of(own: list[int]) -> list[tuple[int, ...]]:
             ids = [prompts[index].ids for index in own]
             keys = [derive_seed(self.settings.seed, index) for index in own]
-            return [sampled.tokens for sampled in sampler(ids, keys, self.shared.check_stop)]
+            return [sampled.tokens for sampled in sampler(ids, keys, sharing.check_stop)]
 
-        return tuple(self.shared.results([len(prompt.ids) for prompt in prompts], of))
+        return tuple(sharing.results([len(prompt.ids) for prompt in prompts], of))
 
-    def _logprobs(self, model: Any, rows: Rows, forward: Forward) -> NDArray[np.float64]:
-        """Return (R,) the log-probability of each row's targets."""
-
-        def of(own: list[int]) -> list[float]:
-            chosen = np.array(own, dtype=np.int64)
-            check_stop = self.shared.check_stop
-            return row_values(logprobs, model, rows, chosen, forward, check_stop).tolist()
-
-        return np.array(self.shared.results(rows.lengths.tolist(), of))
-
-    def _sycophancy(self, model: Any, name: str) -> reward_hacking.Sycophancy:
+    def _sycophancy(
+        self, sharing: SharedStage | InStep, model: Any, name: str
+    ) -> reward_hacking.Sycophancy:
         template = self.settings.chat.chat_template
-        judge = ModelJudge(model, self.tokenizer, name, stop=self.shared.stop, template=template)
+        judge = ModelJudge(model, self.tokenizer, name, stop=sharing.stop, template=template)
         prompts = reward_hacking.sycophancy_prompts()
-        own = self.shared.share([len(prompt.messages[-1]["content"]) for prompt in prompts])
-        found = list(judge.replies([prompts[i] for i in own]))
-        self.shared.check_stop()  # the judge left out the rest
-        every = [reply for replies in self.shared.gather(found) for reply in replies]
-        return reward_hacking.sycophancy({reply.key: reply for reply in every})
+
+        def of(own: list[int]) -> list[Reply]:
+            found = {reply.key: reply for reply in judge.replies([prompts[i] for i in own])}
+            sharing.check_stop()  # the judge left out the rest
+            return [found[prompts[i].key] for i in own]
+
+        replies = sharing.results([len(prompt.messages[-1]["content"]) for prompt in prompts], of)
+        return reward_hacking.sycophancy({reply.key: reply for reply in replies})
 
     def _begin(self, message: str) -> None:
         """Report the next measurement. Raises Interrupted if the stage is asked to stop."""
@@ -337,6 +350,18 @@ class Assessment:
         )
         scores_N = rewards.finite(torch.tensor(scores), prompts)
         return np.array(scores_N.tolist())
+
+
+def _logprobs(
+    sharing: SharedStage | InStep, model: Any, rows: Rows, forward: Forward
+) -> NDArray[np.float64]:
+    """Return (R,) the log-probability of each row's targets."""
+
+    def of(own: list[int]) -> list[float]:
+        chosen = np.array(own, dtype=np.int64)
+        return row_values(logprobs, model, rows, chosen, forward, sharing.check_stop).tolist()
+
+    return np.array(sharing.results(rows.lengths.tolist(), of))
 
 
 def _reward_hacking_metrics(models: BothModels) -> dict[str, float]:

@@ -10,6 +10,7 @@ import gc
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import nn
 from tuneyard.api.stage_settings import EvaluateSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prepared import Prepared, Rows
-from tuneyard_trainer.data.sharing import SharedStage
+from tuneyard_trainer.data.sharing import InStep, SharedStage
 from tuneyard_trainer.evaluation.result import finish, spread
 from tuneyard_trainer.generation.greedy import continuations
 from tuneyard_trainer.models import adapters, policies
@@ -29,7 +30,7 @@ from tuneyard_trainer.models.base import load_base, load_tokenizer
 from tuneyard_trainer.models.probes import isolates_documents
 from tuneyard_trainer.reporting.answers import is_right
 from tuneyard_trainer.reporting.results import Sample
-from tuneyard_trainer.training.losses import Forward, stop_together
+from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.worker import StageContext, StageOutcome
 
 STEPS = 2
@@ -61,23 +62,21 @@ def run(context: StageContext) -> StageOutcome:
     The workers share a sharded model, or each of them has the whole model and they share the rows.
     Raises StageError NoHeldOutRows and GateFailed.
     """
-    shards = policies.shards(context, _dtype(context.worker.device).itemsize)
-    if shards > 1:
-        return _run(context, shards, None)
     with SharedStage(context.worker) as shared:
-        return _run(context, shards, shared)
+        return _run(context, shared)
 
 
-def _run(context: StageContext, shards: int, shared: SharedStage | None) -> StageOutcome:
-    """Run the stage. `shared`: None if the model is sharded."""
+def _run(context: StageContext, shared: SharedStage) -> StageOutcome:
     settings, worker = context.settings(EvaluateSettings), context.worker
     data = Prepared.open(context.inputs["data"])
     questions = _questions(context.inputs["data"], settings.samples)
+    shards = policies.shards(context, policies.inference_type(worker.device).itemsize)
     models = _models(context, shards, with_base=settings.compare_with_base)
     measured: dict[str, Measured] = {}
     for name, model in models:  # enumerate would hold a model while the next one is loaded
         worker.report(step=len(measured), total_steps=STEPS, message=f"measuring the {name} model")
-        measured[name] = _measure(context, model, data, questions, shared)
+        with shared.in_step() if shards > 1 else nullcontext(shared) as sharing:
+            measured[name] = _measure(context, model, data, questions, sharing)
         del model
         gc.collect()  # modules are in cycles
     if not worker.is_main:
@@ -87,10 +86,6 @@ def _run(context: StageContext, shards: int, shared: SharedStage | None) -> Stag
     return finish(context, settings.gates, metrics, samples, steps=STEPS)
 
 
-def _dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
 def _models(
     context: StageContext, shards: int, *, with_base: bool
 ) -> Iterator[tuple[str, nn.Module]]:
@@ -98,7 +93,8 @@ def _models(
     or, after full fine-tuning, the loaded base model. `shards`: the workers that share it."""
     device, inputs = context.worker.device, context.inputs
     weights = inputs["tuned"] / "weights"
-    load = partial(load_base, dtype=_dtype(device), device=device, shards=shards)
+    dtype = policies.inference_type(device)
+    load = partial(load_base, dtype=dtype, device=device, shards=shards)
     if (weights / "adapter_config.json").exists():
         model = adapters.load(load(inputs["model"]), weights)
         yield "tuned", model
@@ -125,7 +121,7 @@ def _measure(
     model: nn.Module,
     data: Prepared,
     questions: Sequence[Question],
-    shared: SharedStage | None,
+    sharing: SharedStage | InStep,
 ) -> Measured:
     rows, worker = data.validation, context.worker
     settings = context.settings(EvaluateSettings)
@@ -142,7 +138,7 @@ def _measure(
         precision=torch.float32,
         pad=tokenizer.pad_token_id,
         # The workers of a sharded model must agree, and the probe measures.
-        pack=shared is not None and isolates_documents(model),
+        pack=isinstance(sharing, SharedStage) and isolates_documents(model),
         max_length=data.max_length,
         max_tokens="auto",
     )
@@ -153,16 +149,17 @@ def _measure(
         max_new_tokens=settings.max_new_tokens,
         add_special_tokens=not any(q.templated for q in questions),
     )
-    prompts = [q.prompt for q in questions]
-    if shared is None:
+    if isinstance(sharing, InStep):
         loss = forward.mean_loss_of_shards(model, rows, worker)
-        return Measured(loss, answer(prompts, before_batch=partial(stop_together, worker)))
-    losses = shared.gather(_share_loss(forward, model, rows, shared))
-    answers = shared.results(
+    else:
+        losses = sharing.gather(_share_loss(forward, model, rows, sharing))
+        loss = math.fsum(losses) / int(rows.targets.sum())
+    prompts = [q.prompt for q in questions]
+    answers = sharing.results(
         [len(prompt) for prompt in prompts],
-        lambda own: answer([prompts[i] for i in own], before_batch=shared.check_stop),
+        lambda own: answer([prompts[i] for i in own], before_batch=sharing.check_stop),
     )
-    return Measured(math.fsum(losses) / int(rows.targets.sum()), tuple(answers))
+    return Measured(loss, tuple(answers))
 
 
 def _share_loss(forward: Forward, model: nn.Module, rows: Rows, shared: SharedStage) -> float:

@@ -163,10 +163,17 @@ def save(
         raise disk_error(error, folder) from error
 
 
-def load_for_inference(inputs: Mapping[str, Path], device: torch.device) -> nn.Module:
-    """Load the policy in evaluation mode: bfloat16 on a GPU, float32 on a CPU."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    base = load_base(_base(inputs), dtype=dtype, device=device)
+def inference_type(device: torch.device) -> torch.dtype:
+    """Return the type of a policy's weights in evaluation mode."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def load_for_inference(
+    inputs: Mapping[str, Path], device: torch.device, shards: int = 1
+) -> nn.Module:
+    """Load the policy in evaluation mode: bfloat16 on a GPU, float32 on a CPU. `shards`: the
+    workers that each keep a part of it; 1: each keeps all of it."""
+    base = load_base(_base(inputs), dtype=inference_type(device), device=device, shards=shards)
     trained = _trained(inputs)
     if trained and _is_adapter(trained):
         return adapters.load(base, trained)

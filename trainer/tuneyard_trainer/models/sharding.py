@@ -140,6 +140,19 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor) or isinstance(getattr(tensor, "data", None), DTensor)
 
 
+def is_shared(model: nn.Module) -> bool:
+    """Return whether the workers share the model: each forward pass is then one of all workers."""
+    return any(map(is_sharded, model.parameters()))
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what this worker gathered of a shared model. After a forward pass without a backward one
+    FSDP2 keeps some weights whole, and parameters that are taken then are not the shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return a copy of the whole tensor on the CPU. All workers call it for the same tensor."""
     data = tensor.detach()

@@ -5,6 +5,7 @@ Shapes: N completions, K metrics.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +14,11 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tuneyard_trainer.models.sharding import is_shared
 from tuneyard_trainer.preference.losses import kto_loss
 from tuneyard_trainer.preference.objective import ReferencedObjective
-from tuneyard_trainer.training.batches import Indices, micro_batches
+from tuneyard_trainer.training.batches import Indices, MicroBatch, micro_batches
+from tuneyard_trainer.training.losses import in_step
 
 
 @dataclass(frozen=True)
@@ -45,15 +48,19 @@ class UnpairedPreferences(ReferencedObjective):
             raise ValueError("KTO needs mismatched rows")
         self.model.eval()
         kl = torch.zeros((), device=self.worker.device)
-        for micro_batch in micro_batches(
+        batches = micro_batches(
             self.share(groups),  # a group is one row here
             mismatched.rows.lengths,
             capacity=0,
             max_tokens=self.forward.max_tokens,
             pack=False,
-        ):
+        )
+        own: Iterable[tuple[MicroBatch, bool]] = ((batch, True) for batch in batches)
+        if is_shared(self.model):
+            own = in_step(batches, mismatched.rows, self.worker)
+        for micro_batch, is_own in own:
             ratios_N = mismatched.log_ratios(self.model, micro_batch.rows, self.forward)
-            kl += ratios_N.sum() / len(groups)
+            kl += ratios_N.sum() / len(groups) if is_own else 0.0
         if self.worker.world_size > 1:
             dist.all_reduce(kl)
         return kl.clamp(min=0)

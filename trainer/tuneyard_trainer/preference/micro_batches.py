@@ -15,9 +15,16 @@ from torch import Tensor, nn
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.models.base import autocast
 from tuneyard_trainer.models.probes import base_of
+from tuneyard_trainer.models.sharding import is_shared, reshard
 from tuneyard_trainer.preference.dataset import Comparisons
 from tuneyard_trainer.training.batches import Indices, MicroBatch, micro_batches, share
-from tuneyard_trainer.training.losses import Forward, collate, sum_unless_stopped
+from tuneyard_trainer.training.losses import (
+    Forward,
+    collate,
+    in_step,
+    stop_together,
+    sum_unless_stopped,
+)
 from tuneyard_trainer.worker import Interrupted, Worker
 
 UNLIMITED = 1 << 62
@@ -110,9 +117,21 @@ def evaluate_rows(
     scorer: Scorer, model: nn.Module, rows: Rows, forward: Forward, worker: Worker
 ) -> NDArray[np.float64]:
     """Return one number for every row (R,), in evaluation mode. The workers share the rows, and all
-    of them return all numbers, or raise Interrupted if any of them is asked to stop."""
+    of them return all numbers, or raise Interrupted if any of them is asked to stop. Those of a
+    sharded model make equally many forward passes."""
     values_R = np.zeros(len(rows))
     mine = share(np.arange(len(rows)), rows.lengths, worker.rank, worker.world_size)
+    if is_shared(model):
+        model.eval()
+        with torch.no_grad():
+            for batch, is_own in in_step(_row_batches(rows, mine, forward), rows, worker):
+                stop_together(worker)
+                batch_R = scorer(model, rows, batch.rows, forward)
+                if is_own:
+                    values_R[batch.rows] = batch_R.double().cpu().numpy()
+        reshard(model)
+        total_R = torch.from_numpy(values_R).to(worker.device)
+        return sum_unless_stopped(total_R, False, worker).cpu().numpy()
     stopped = False
     try:
         values_R[mine] = row_values(scorer, model, rows, mine, forward, worker.check_stop)
@@ -137,10 +156,14 @@ def row_values(
     """
     model.eval()
     values = np.zeros(len(rows))
-    for micro_batch in micro_batches(
-        chosen, rows.lengths, capacity=0, max_tokens=forward.max_tokens, pack=False
-    ):
+    for micro_batch in _row_batches(rows, chosen, forward):
         before_batch()
         values_R = scorer(model, rows, micro_batch.rows, forward)
         values[micro_batch.rows] = values_R.double().cpu().numpy()
     return values[chosen]
+
+
+def _row_batches(rows: Rows, chosen: Indices, forward: Forward) -> list[MicroBatch]:
+    return micro_batches(
+        chosen, rows.lengths, capacity=0, max_tokens=forward.max_tokens, pack=False
+    )

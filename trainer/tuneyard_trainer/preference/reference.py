@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prepared import Rows, RowWriter
+from tuneyard_trainer.models.sharding import is_sharded, whole
 from tuneyard_trainer.preference.dataset import Preferences
 from tuneyard_trainer.preference.micro_batches import evaluate_rows, logprobs
 from tuneyard_trainer.storage.files import disk_error
@@ -39,11 +40,12 @@ MISMATCHED = "mismatched"
 
 def model_digest(model: nn.Module) -> str:
     """Return the digest of every weight and buffer, by name. It takes seconds for billions of
-    parameters."""
+    parameters. Workers that share a model call it together, and gather one tensor at a time."""
     content = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        whole_tensor = whole(tensor) if is_sharded(tensor) else tensor.detach()
+        flat = whole_tensor.contiguous().reshape(-1).view(torch.uint8)
         content.update(flat.cpu().numpy().tobytes())
     return content.hexdigest()
 

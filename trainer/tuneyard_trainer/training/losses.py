@@ -5,8 +5,8 @@ Shapes: B bins of a micro-batch, L their width in tokens, N targets, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.models.base import autocast
 from tuneyard_trainer.models.layers import head_at, head_of
+from tuneyard_trainer.models.sharding import reshard
 from tuneyard_trainer.training.batches import IGNORE, Indices, MicroBatch, micro_batches, share
 from tuneyard_trainer.training.seeds import derive_seed
 from tuneyard_trainer.worker import Interrupted, Worker
@@ -122,20 +123,17 @@ class Forward:
 
     def mean_loss_of_shards(self, model: nn.Module, rows: Rows, worker: Worker) -> float:
         """Return the same mean of a sharded model. Its workers gather its layers together, so each
-        of them makes as many forward passes as the others: one without rows of its own left repeats
-        its last one for nothing. Raises Interrupted on all of them if any is asked to stop."""
+        of them makes as many forward passes as the others. Raises Interrupted on all of them if any
+        is asked to stop."""
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
-        batches = list(self._evaluation_batches(rows, worker))
-        spare = batches[-1] if batches else MicroBatch(((0,),), int(rows.lengths[0]))
         model.eval()
-        stopped = False
         with torch.no_grad():
-            for index in range(self.num_evaluation_batches(rows, worker)):
-                stopped = stopped or worker.stop()
-                is_own = index < len(batches)
-                loss = self.loss(model, rows, batches[index] if is_own else spare).double()
+            for batch, is_own in in_step([*self._evaluation_batches(rows, worker)], rows, worker):
+                stop_together(worker)
+                loss = self.loss(model, rows, batch).double()
                 total += loss if is_own else 0.0
-        return float(sum_unless_stopped(total, stopped, worker)) / int(rows.targets.sum())
+        reshard(model)
+        return float(sum_unless_stopped(total, False, worker)) / int(rows.targets.sum())
 
     def mean_loss(self, model: nn.Module, rows: Rows, worker: Worker) -> float:
         """Return the mean loss over all targets of all rows, in nats. The workers share the rows,
@@ -163,10 +161,19 @@ class Forward:
         for start in range(0, len(mine), EVALUATION_ROWS):
             yield from self.micro_batches(rows, mine[start : start + EVALUATION_ROWS])
 
-    def num_evaluation_batches(self, rows: Rows, worker: Worker) -> int:
-        """Return the most micro-batches that any worker has of all rows."""
-        ranks = (replace(worker, rank=rank) for rank in range(worker.world_size))
-        return max(sum(1 for _ in self._evaluation_batches(rows, each)) for each in ranks)
+
+def in_step(
+    batches: Sequence[MicroBatch], rows: Rows, worker: Worker
+) -> Iterator[tuple[MicroBatch, bool]]:
+    """Yield as many micro-batches on each worker as the one with the most has, and whether each is
+    the worker's own: one without any left gets its last one again, or the first of the rows. All
+    workers call it, since they share a model and gather its layers together."""
+    spare = batches[-1] if batches else MicroBatch(((0,),), int(rows.lengths[0]))
+    most = torch.tensor(float(len(batches)), device=worker.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    for index in range(int(most)):
+        is_own = index < len(batches)
+        yield (batches[index] if is_own else spare), is_own
 
 
 def sum_unless_stopped(values_N: Tensor, stopped: bool, worker: Worker) -> Tensor:

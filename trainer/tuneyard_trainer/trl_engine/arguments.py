@@ -65,6 +65,14 @@ def platform_arguments(
     }
 
 
+def another(model: Any) -> Any:
+    """Return another object that is the same model, to be given as the reference: without one, TRL
+    would load a second model or add an adapter. `copy` does not make one of a sharded model."""
+    made = object.__new__(type(model))
+    vars(made).update(vars(model))
+    return made
+
+
 CONFIGS = ("config", "generation_config")
 
 

@@ -9,7 +9,6 @@ Shapes: P pairs of a micro-batch, L their width in tokens; 2: the chosen and the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -86,8 +85,16 @@ def run(context: StageContext) -> StageOutcome:
     training, data = settings.training, Preferences.open(context.inputs["data"])
     require_shape(settings, data)
     _require_pairs(data)
+    shards = policies.shards(
+        context, policies.bytes_per_parameter(training, settings.adapter, worker)
+    )
     model, forward = load_policy(
-        context, training, settings.adapter, max_length=data.max_length, packs=lambda _: False
+        context,
+        training,
+        settings.adapter,
+        max_length=data.max_length,
+        packs=lambda _: False,
+        shards=shards,
     )
     worker.report(message="computing the reference log-probabilities")
     references = ReferencedPreferences.of(
@@ -117,14 +124,19 @@ def run(context: StageContext) -> StageOutcome:
         with engine.training(following, worker.device):
             trainer(context, settings, batches, layout, following, tokenizer).train()
     state = course.finish(following.state)
-    if worker.is_main:
-        policies.save(model, settings.adapter, context.workdir / policies.WEIGHTS)
+    weights = context.workdir / policies.WEIGHTS
+    if worker.is_main or shards > 1:
+        policies.save(model, settings.adapter, weights, is_main=worker.is_main, shards=shards)
     kept = state.best_step if training.keep_best else state.step
     metrics = {**course.summary(state), **course.history.evaluated(kept)}
-    details = {**course.details(state), "loss": settings.loss, "beta": settings.beta}
-    return StageOutcome(
-        metrics=metrics, details={**details, "engine": "trl"}, contents=(policies.WEIGHTS,)
-    )
+    details = {
+        **course.details(state),
+        "loss": settings.loss,
+        "beta": settings.beta,
+        "engine": "trl",
+        "sharding": "fsdp" if shards > 1 else "none",
+    }
+    return StageOutcome(metrics=metrics, details=details, contents=(policies.WEIGHTS,))
 
 
 def _require_pairs(data: Preferences) -> None:
@@ -218,14 +230,14 @@ def trainer(
     made = _Trainer(
         batches,
         model=course.model,
-        ref_model=copy(course.model),  # without it, TRL would load one or add an adapter
+        ref_model=engine.another(course.model),
         args=DPOConfig(**arguments, **(course.settings.trl or {})),
         train_dataset=one_pair,
         processing_class=tokenizer,
         callbacks=[following],
         optimizers=(course.optimizer, scheduler(course, first)),
     )
-    # The copy has the policy's own tensors. The micro-batches bring the reference's numbers.
+    # The micro-batches bring the reference's numbers.
     made.ref_model, made.precompute_ref_logps = None, True
     for parameter, tensor in trained.items():  # TRL rounds an adapter over a 4-bit base to bfloat16
         parameter.data = tensor

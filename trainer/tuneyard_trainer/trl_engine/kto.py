@@ -11,7 +11,6 @@ Shapes: N completions of a micro-batch, L their width in tokens.
 from __future__ import annotations
 
 import shutil
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,8 +108,16 @@ def run(context: StageContext) -> StageOutcome:
     settings, worker = context.settings(DpoSettings), context.worker
     training, data = settings.training, Preferences.open(context.inputs["data"])
     require_shape(settings, data)
+    shards = policies.shards(
+        context, policies.bytes_per_parameter(training, settings.adapter, worker)
+    )
     model, forward = load_policy(
-        context, training, settings.adapter, max_length=data.max_length, packs=lambda _: False
+        context,
+        training,
+        settings.adapter,
+        max_length=data.max_length,
+        packs=lambda _: False,
+        shards=shards,
     )
     worker.report(message="computing the reference log-probabilities")
     references = ReferencedPreferences.of(
@@ -141,14 +148,19 @@ def run(context: StageContext) -> StageOutcome:
             trainer(context, settings, batches, layout, following, measure.weights).train()
     state = course.finish(following.state)
     shutil.rmtree(context.workdir / MISMATCHED / str(worker.rank), ignore_errors=True)
-    if worker.is_main:
-        policies.save(model, settings.adapter, context.workdir / policies.WEIGHTS)
+    weights = context.workdir / policies.WEIGHTS
+    if worker.is_main or shards > 1:
+        policies.save(model, settings.adapter, weights, is_main=worker.is_main, shards=shards)
     kept = state.best_step if training.keep_best else state.step
     summary = {**course.summary(state), **course.history.evaluated(kept)}
-    details = {**course.details(state), "loss": settings.loss, "beta": settings.beta}
-    return StageOutcome(
-        metrics=summary, details={**details, "engine": "trl"}, contents=(policies.WEIGHTS,)
-    )
+    details = {
+        **course.details(state),
+        "loss": settings.loss,
+        "beta": settings.beta,
+        "engine": "trl",
+        "sharding": "fsdp" if shards > 1 else "none",
+    }
+    return StageOutcome(metrics=summary, details=details, contents=(policies.WEIGHTS,))
 
 
 @dataclass(frozen=True)
@@ -216,13 +228,13 @@ def trainer(
         batches,
         following,
         model=course.model,
-        ref_model=copy(course.model),  # without it, TRL would load one or add an adapter
+        ref_model=engine.another(course.model),
         args=KTOConfig(**arguments, **(course.settings.trl or {})),
         train_dataset=one_row,
         processing_class=load_tokenizer(context.inputs["data"] / "tokenizer"),
         optimizers=(course.optimizer, scheduler(course, first)),
     )
-    # The copy has the policy's own tensors. The micro-batches bring the reference's numbers.
+    # The micro-batches bring the reference's numbers.
     made.ref_model, made.precompute_ref_logps, made.calculate_KL = None, True, False
     for parameter, tensor in trained.items():  # TRL rounds an adapter over a 4-bit base to bfloat16
         parameter.data = tensor

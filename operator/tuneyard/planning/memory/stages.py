@@ -402,6 +402,17 @@ class _Job:
         adapter = self._adapter() if "tuned" in stage.inputs else None
         return self._base_bytes(self.facts.parameters) + self._added_bytes(adapter)
 
+    def _weights(self, stage: PlannedStage, name: str) -> list[tuple[str, int]]:
+        """Return the parts of the policy that a stage loads to measure it, with their bytes.
+        `name`: of the weights."""
+        precision = self.machine.inference_precision
+        if sharding_of(stage, self.facts, self.machine, precision) == "none":
+            return [(name, self._loaded(stage))]
+        share = precision * self.facts.parameters // self.machine.devices
+        adapter = self._added_bytes(self._adapter())
+        gathered = gathered_for_inference(self.facts, precision)
+        return [(name, share + adapter), ("gathered weights", gathered)]
+
     def _base_bytes(self, parameters: int) -> int:
         """Return the bytes of a model that is loaded to sample, to measure or to judge."""
         precision = self.machine.inference_precision
@@ -423,13 +434,7 @@ class _Job:
 
     def _evaluate(self, stage: PlannedStage, settings: EvaluateSettings) -> StageMemory:
         name = "weights in bfloat16" if self.machine.gpu else "weights"
-        weights = [(name, self._loaded(stage))]
-        precision = self.machine.inference_precision
-        if sharding_of(stage, self.facts, self.machine, precision) == "fsdp":
-            share = precision * self.facts.parameters // self.machine.devices
-            adapter = self._added_bytes(self._adapter())
-            gathered = gathered_for_inference(self.facts, precision)
-            weights = [(name, share + adapter), ("gathered weights", gathered)]
+        weights = self._weights(stage, name)
         tokens = default_tokens(self.facts, gpu=self.machine.gpu)
         measured = self.lengths.measured(stage)
         longest = measured and measured.held_out
@@ -457,11 +462,13 @@ class _Job:
         if "tuned" not in stage.inputs:
             return None
         judge = self._judge(stage)
-        weights = ("weights", self._loaded(stage))
+        weights = self._weights(stage, "weights")
         others = ("reward models", self._reward_models(stage, settings.reward))
-        shape = self._judged_shape(stage, 1, settings.sampling.max_new_tokens)
+        # The workers of a sharded model all complete all prompts.
+        each = self.machine.devices if len(weights) > 1 else 1
+        shape = self._judged_shape(stage, each, settings.sampling.max_new_tokens)
         parts = self._generation(shape, self._plainly)
-        moments = [Moment.of("sampling", weights, others, *parts)]
+        moments = [Moment.of("sampling", *weights, others, *parts)]
         if judge:
             moments.append(Moment.of("judging", others, ("judge", judge)))
         assumed = self._assumed_shape(stage, shape)
