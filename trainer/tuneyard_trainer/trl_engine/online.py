@@ -46,7 +46,7 @@ from tuneyard_trainer.reinforcement.rollouts import Rollouts
 from tuneyard_trainer.reinforcement.state import RlState
 from tuneyard_trainer.training.course import adamw, require_finite
 from tuneyard_trainer.training.seeds import COMPLETION, derive_seed
-from tuneyard_trainer.trl_engine.arguments import explained, platform_arguments
+from tuneyard_trainer.trl_engine.arguments import explained, platform_arguments, same_process
 from tuneyard_trainer.trl_engine.batches import Layout
 from tuneyard_trainer.trl_engine.following import any_stops
 from tuneyard_trainer.trl_engine.prompts import for_trl, own_share, require_same_tokens
@@ -99,6 +99,7 @@ def run(
 
         with (
             described(worker.device),
+            same_process(),
             _ending(model, collector.stop),
             suppress(_DivergedError),
             explained(training.trl, has_begun),
