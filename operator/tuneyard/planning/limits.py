@@ -244,7 +244,11 @@ def _head_faults(spec: AlignmentSpec) -> Iterator[Fault]:
 
 
 def _division_faults(
-    kind: str, training: Training, adapter: str, compute: Compute, rows: str
+    kind: Literal["grpo", "rloo", "distill"],
+    training: Training,
+    adapter: str,
+    compute: Compute,
+    rows: str,
 ) -> Iterator[Fault]:
     """Yield a fault for a batch that some number of workers cannot share equally. `adapter`: its
     kind, or full. `rows`: of the batch, in plural."""
