@@ -343,6 +343,11 @@ def test_a_distillation_is_trained_by_trl_without_asking_for_it() -> None:
         ({"training": {"trl": {"top_q": 1}}}, "distill.training.trl.top_q", "'top_k'"),
         ({"training": {"trl": {"beta": 0.1}}}, "distill.training.trl.beta", "distill.beta sets"),
         (
+            {"training": {"trl": {"neftune_noise_alpha": 5}}},
+            "distill.training.trl.neftune_noise_alpha",
+            "changes the completions",
+        ),
+        (
             {"training": {"trl": {"use_vllm": True}}},
             "distill.training.trl.use_vllm",
             "pins 0.32: remove it",
@@ -571,5 +576,6 @@ def test_the_arguments_that_jobs_may_set_are_those_that_somebody_looked_at() -> 
         *("off_policy_mask_threshold", "use_bias_correction_kl"),
     }
     sampling = {"top_k", "min_p", "repetition_penalty", "cache_implementation"}
-    assert set(DISTILL_CONFIG.free) == of_all - {"activation_offloading"} | sampling
+    noisy = {"neftune_noise_alpha", "activation_offloading"}
+    assert set(DISTILL_CONFIG.free) == of_all - noisy | sampling
     assert OWNED.keys() <= SFT_CONFIG.fields.keys()

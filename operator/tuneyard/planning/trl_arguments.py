@@ -180,6 +180,7 @@ ADAPTIVE = (
     "constant"
 )
 TOOLS = "jobs have no tools: remove it"
+NOISE = "it changes the completions, and not the held-out ones: remove it"
 
 
 def _online_owned(method: str) -> Mapping[str, str]:
@@ -220,9 +221,7 @@ def _online_owned(method: str) -> Mapping[str, str]:
         ),
         "dropout is off in this stage: remove it": ("disable_dropout",),
         f"{method}'s loss does not use it: remove it": ("label_smoothing_factor",),
-        "it changes the completions, and not the held-out ones: remove it": (
-            "neftune_noise_alpha",
-        ),
+        NOISE: ("neftune_noise_alpha",),
         VLLM: tuple(
             name for name in (*GRPO, *RLOO) if name == "use_vllm" or name.startswith("vllm_")
         ),
@@ -253,6 +252,7 @@ DISTILL_OWNED: Mapping[str, str] = {
     "min_p or repetition_penalty in its place",
     "ds3_gather_for_generation": LAYOUT,
     "max_tool_calling_iterations": TOOLS,
+    "neftune_noise_alpha": NOISE,
     **dict.fromkeys(("temperature", "top_p", "max_completion_length"), SAMPLED),
     **dict.fromkeys(
         ("teacher_model_init_kwargs", "teacher_model_name_or_path", "teacher_model_revision"),
