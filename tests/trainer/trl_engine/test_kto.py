@@ -132,6 +132,16 @@ def test_a_stopped_run_goes_on_with_the_next_row_and_the_same_reference(
     assert steps == [*range(1, len(steps) + 1)]
 
 
+def test_rows_that_an_attempt_with_more_workers_left_are_deleted(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    left = tmp_path / "trl" / "mismatched" / "3"
+    left.mkdir(parents=True)
+    (left / "train.tokens.npy").write_bytes(b"")
+    run(trl, tmp_path / "trl", inputs, settings(LORA, epochs=1.0))
+    assert not list((tmp_path / "trl" / "mismatched").iterdir())
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_nothing_is_written(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
