@@ -33,8 +33,16 @@ CONFIGS = {
     "RLOO": RLOOConfig,
     "DISTILL": DistillationConfig,
 }
-NAMES = {bool: "bool", int: "int", float: "float", str: "str", list: "list", dict: "dict"}
-"""The types of values that a manifest can hold."""
+NAMES = {
+    bool: "bool",
+    int: "int",
+    float: "float",
+    str: "str",
+    list: "list",
+    dict: "dict",
+    tuple: "list",
+}
+"""The types of values, as a manifest holds them."""
 
 
 def main() -> None:

@@ -333,6 +333,8 @@ def test_grpo_and_rloo_are_trained_by_trl_and_never_sharded(kind: str) -> None:
                 ("sync_ref_model", True, "as the stage began"),
                 ("epsilon_high", "wide", "is not of the type float | null"),
                 ("epsilon_hihg", 0.3, "did you mean 'epsilon_high'?"),
+                ("num_iterations", 0, "set 1 or more"),
+                ("num_iterations", 1.5, "is not of the type int"),
             )
         ),
     ],
@@ -378,6 +380,11 @@ def test_a_distillation_is_trained_by_trl_without_asking_for_it() -> None:
         ({"training": {"trl": {"top_q": 1}}}, "distill.training.trl.top_q", "'top_k'"),
         ({"training": {"trl": {"beta": 0.1}}}, "distill.training.trl.beta", "distill.beta sets"),
         (
+            {"training": {"trl": {"neftune_noise_alpha": 5}}},
+            "distill.training.trl.neftune_noise_alpha",
+            "changes the completions",
+        ),
+        (
             {"training": {"trl": {"use_vllm": True}}},
             "distill.training.trl.use_vllm",
             "pins 0.32: remove it",
@@ -390,12 +397,27 @@ def test_a_distillation_is_trained_by_trl_without_asking_for_it() -> None:
         (
             {"training": {"batchSize": 6}, "spec__compute": {"workers": 4}},
             "distill.training.batchSize",
-            "a multiple of 4",
+            "set a multiple",
         ),
         (
             {"spec__compute": {"workers": 4, "minWorkers": 2}},
             "distill.training.batchSize",
-            "64 prompts cannot be divided among 3 workers",
+            "64 cannot be divided among the 3 of 3 workers",
+        ),
+        (
+            {"spec__compute": {"workers": 1, "gpusPerWorker": 3}},
+            "distill.training.batchSize",
+            "equally many prompts on each process, and 64 cannot be divided among the 3",
+        ),
+        (
+            {"training": {"trl": {"tf32": True}}, "spec__compute": {"gpusPerWorker": 0}},
+            "distill.training.trl.tf32",
+            "raise gpusPerWorker",
+        ),
+        (
+            {"training": {"trl": {"activation_checkpointing_kwargs": {}}}},
+            "distill.training.trl.activation_checkpointing_kwargs",
+            "set training.gradientCheckpointing to true",
         ),
     ],
 )
@@ -544,6 +566,22 @@ def test_an_argument_that_trl_would_not_use_is_refused() -> None:
     assert fault.path.startswith("spec.optimize.dpo.training.trl.")
 
 
+def test_an_argument_of_another_loss_of_grpo_is_refused() -> None:
+    for given, loss in (
+        ({"sapo_temperature_pos": 2.0}, "sapo"),
+        ({"vespo_k_pos": 2.0, "loss_type": "grpo"}, "vespo"),
+        ({"delta": 2.0, "loss_type": "cispo"}, "dapo"),
+    ):
+        (fault,) = faults(online("grpo", {"trl": given}))
+        assert fault.path == f"spec.optimize.grpo.training.trl.{next(iter(given))}"
+        assert "has no effect with loss_type" in fault.message
+        plan_job(online("grpo", {"trl": given | {"loss_type": loss}}))
+
+
+def test_a_pair_of_numbers_is_written_as_a_list() -> None:
+    plan_job(online("rloo", {"trl": {"reward_clip_range": [-1.0, 1.0]}}))
+
+
 def test_all_wrong_arguments_are_named_at_once() -> None:
     assert len(faults(job(**TRL, training__trl={"a": 1, "b": 2, "seed": 3}))) == 3
 
@@ -575,5 +613,6 @@ def test_the_arguments_that_jobs_may_set_are_those_that_somebody_looked_at() -> 
         *("off_policy_mask_threshold", "use_bias_correction_kl"),
     }
     sampling = {"top_k", "min_p", "repetition_penalty", "cache_implementation"}
-    assert set(DISTILL_CONFIG.free) == of_all - {"activation_offloading"} | sampling
+    noisy = {"neftune_noise_alpha", "activation_offloading"}
+    assert set(DISTILL_CONFIG.free) == of_all - noisy | sampling
     assert OWNED.keys() <= SFT_CONFIG.fields.keys()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 from tuneyard.api.adapters import Adapter
-from tuneyard.api.alignment import Distill, Dpo, GroupRelative
+from tuneyard.api.alignment import Dpo, GroupRelative
 from tuneyard.api.alignmentjob import AlignmentSpec
 from tuneyard.api.compute import MIN_SHARDS, Compute
 from tuneyard.api.evaluation import AlignmentMetric, Evaluate, Gate, Metric
@@ -201,6 +201,7 @@ def _distillation_faults(spec: AlignmentSpec) -> Iterator[Fault]:
         return
     path = "spec.optimize.distill"
     yield from argument_faults(f"{path}.training.trl", DISTILL_CONFIG, distill.training.trl)
+    yield from effect_faults(f"{path}.training", distill.training, spec.compute)
     if distill.training.engine == "native":
         yield Fault(
             f"{path}.training.engine",
@@ -220,7 +221,8 @@ def _distillation_faults(spec: AlignmentSpec) -> Iterator[Fault]:
             "distribution: name another model",
         )
     yield from _head_faults(spec)
-    yield from _division_faults(path, spec, distill)
+    adapter = spec.adapter.kind if spec.adapter else "full"
+    yield from _division_faults("distill", distill.training, adapter, spec.compute, "prompts")
 
 
 def _head_faults(spec: AlignmentSpec) -> Iterator[Fault]:
@@ -244,18 +246,27 @@ def _head_faults(spec: AlignmentSpec) -> Iterator[Fault]:
         )
 
 
-def _division_faults(path: str, spec: AlignmentSpec, distill: Distill) -> Iterator[Fault]:
-    """Yield a fault for a batch that some number of workers cannot share equally."""
-    compute, size = spec.compute, distill.training.batch_size
+def _division_faults(
+    kind: Literal["grpo", "rloo", "distill"],
+    training: Training,
+    adapter: str,
+    compute: Compute,
+    rows: str,
+) -> Iterator[Fault]:
+    """Yield a fault for a batch that some number of workers cannot share equally. `adapter`: its
+    kind, or full. `rows`: of the batch, in plural."""
+    size = training.batch_size
     if size == "auto":
-        size = defaults.alignment_rule("distill", "full").batch_size
-    most = compute.workers or 1
-    odd = [n for n in range(compute.min_workers or most, most + 1) if size % n]
-    if odd:
+        size = defaults.alignment_rule(kind, adapter).batch_size
+    most, each = compute.workers or 1, max(1, compute.gpus_per_worker or 0)
+    least = min(compute.min_workers or most, most)
+    uneven = [workers for workers in range(least, most + 1) if size % (workers * each)]
+    if uneven and compute.profile is None:
         yield Fault(
-            f"{path}.training.batchSize",
-            f"{size} prompts cannot be divided among {odd[0]} workers equally, which TRL's "
-            f"distillation needs: set a multiple of {odd[0]}, or other compute.workers",
+            f"spec.optimize.{kind}.training.batchSize",
+            f"TRL needs equally many {rows} on each process, and {size} cannot be divided among "
+            f"the {uneven[0] * each} of {uneven[0]} workers: set a multiple, or change "
+            "compute.workers or compute.minWorkers",
         )
 
 
@@ -419,19 +430,7 @@ def _trl_online_faults(
             "its virtual tokens come before the padding, and TRL pads prompts on the left: use "
             f"another adapter, or set optimize.{kind}.training.engine to native",
         )
-    size = training.batch_size
-    if size == "auto":
-        size = defaults.alignment_rule(kind, adapter).batch_size
-    most, each = compute.workers or 1, max(1, compute.gpus_per_worker or 0)
-    least = min(compute.min_workers or most, most)
-    uneven = [workers for workers in range(least, most + 1) if size % (workers * each)]
-    if uneven and compute.profile is None:
-        yield Fault(
-            f"{path}.training.batchSize",
-            f"TRL needs equally many completions on each process, and {size} cannot be divided "
-            f"among the {uneven[0] * each} of {uneven[0]} workers: set a multiple, or change "
-            "compute.workers or compute.minWorkers",
-        )
+    yield from _division_faults(kind, training, adapter, compute, "completions")
 
 
 def _uncertain_label_faults(path: str, trainer: str, spec: AlignmentSpec) -> Iterator[Fault]:

@@ -180,6 +180,7 @@ ADAPTIVE = (
     "constant"
 )
 TOOLS = "jobs have no tools: remove it"
+NOISE = "it changes the completions, and not the held-out ones: remove it"
 
 
 def _online_owned(method: str) -> Mapping[str, str]:
@@ -220,9 +221,7 @@ def _online_owned(method: str) -> Mapping[str, str]:
         ),
         "dropout is off in this stage: remove it": ("disable_dropout",),
         f"{method}'s loss does not use it: remove it": ("label_smoothing_factor",),
-        "it changes the completions, and not the held-out ones: remove it": (
-            "neftune_noise_alpha",
-        ),
+        NOISE: ("neftune_noise_alpha",),
         VLLM: tuple(
             name for name in (*GRPO, *RLOO) if name == "use_vllm" or name.startswith("vllm_")
         ),
@@ -253,6 +252,7 @@ DISTILL_OWNED: Mapping[str, str] = {
     "min_p or repetition_penalty in its place",
     "ds3_gather_for_generation": LAYOUT,
     "max_tool_calling_iterations": TOOLS,
+    "neftune_noise_alpha": NOISE,
     **dict.fromkeys(("temperature", "top_p", "max_completion_length"), SAMPLED),
     **dict.fromkeys(
         ("teacher_model_init_kwargs", "teacher_model_name_or_path", "teacher_model_revision"),
@@ -307,8 +307,20 @@ def argument_faults(
         elif not _is_of(config.fields[name].split(" | "), value):
             shown = reprlib.repr(value)
             yield Fault(f"{path}.{name}", f"{shown} is not of the type {config.fields[name]}")
+        elif name in LEAST and value < LEAST[name]:
+            yield Fault(f"{path}.{name}", f"{value} is too small: set {LEAST[name]} or more")
 
 
+LEAST: Mapping[str, int] = {"num_iterations": 1}
+"""The smallest values of arguments that TRL does not check itself."""
+USED_BY: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), ("sapo",)),
+    **dict.fromkeys(
+        ("vespo_k_neg", "vespo_k_pos", "vespo_lambda_neg", "vespo_lambda_pos"), ("vespo",)
+    ),
+    "delta": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo"),
+}
+"""The losses of GRPOConfig that use an argument."""
 ON_GPUS = ("tf32", "torch_empty_cache_steps", "activation_offloading")
 """Arguments that concern GPUs."""
 
@@ -323,6 +335,14 @@ def effect_faults(path: str, training: Training, compute: Compute) -> Iterator[F
             "has no effect without activation checkpointing: set training.gradientCheckpointing to "
             "true, or remove it",
         )
+    loss = given.get("loss_type", "dapo")
+    for name in sorted(given.keys() & USED_BY.keys()):
+        if loss not in USED_BY[name]:
+            yield Fault(
+                f"{path}.trl.{name}",
+                f"has no effect with loss_type {loss}: set loss_type to "
+                f"{' or '.join(USED_BY[name])}, or remove it",
+            )
     if compute.gpus_per_worker == 0:
         for name in sorted(given.keys() & set(ON_GPUS)):
             yield Fault(

@@ -861,7 +861,7 @@ RLOO: Mapping[str, str] = {
     "report_to": "list | null | str",
     "restore_callback_states_from_checkpoint": "bool",
     "resume_from_checkpoint": "null | str",
-    "reward_clip_range": "null",
+    "reward_clip_range": "list | null",
     "reward_weights": "list | null",
     "router_aux_loss_coef": "float | null",
     "run_name": "null | str",

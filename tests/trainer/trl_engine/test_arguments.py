@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from tests.trainer.rows import random_rows, write_prepared
 from tests.trainer.trl_engine.test_sft import lines, run
 from tuneyard.errors import StageError
-from tuneyard_trainer.trl_engine import sft
+from tuneyard_trainer.trl_engine import arguments, sft
 from tuneyard_trainer.worker import Interrupted
 
 ROOT = Path(__file__).parents[3]
@@ -38,6 +39,33 @@ def test_an_argument_of_the_job_reaches_the_trainer(
     run(sft, tmp_path / "noise", inputs, trl={"neftune_noise_alpha": 500})
     plain, noise = (lines(tmp_path / name)[0]["loss"] for name in ("plain", "noise"))
     assert abs(noise - plain) > 0.01
+
+
+def process_settings() -> tuple[Any, ...]:
+    named = {name: os.environ.get(name) for name in arguments.DETERMINISM}
+    precision = torch.backends.fp32_precision
+    return torch.are_deterministic_algorithms_enabled(), precision, named
+
+
+def test_an_argument_does_not_change_the_stages_after_it(
+    tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They run in the same process, and need not have deterministic algorithms for all they do."""
+    during: list[tuple[Any, ...]] = []
+
+    class Watching(sft.Following):
+        def on_step_begin(self, *args: Any, **others: Any) -> Any:
+            during.append(process_settings())
+            torch.backends.fp32_precision = "tf32"  # what the argument tf32 sets, without a GPU
+            return super().on_step_begin(*args, **others)
+
+    monkeypatch.setattr(sft, "Following", Watching)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = process_settings()
+    run(sft, tmp_path / "trl", inputs, trl={"full_determinism": True})
+    assert during[0][0] is True
+    assert during[0][2]["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    assert process_settings() == before
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_both_engines_reach_the_same_weights_by_the_same_losses(
         for name in one.keys() - skipped:
             assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
     assert found.metrics.keys() == expected.metrics.keys()
-    assert found.details == {**expected.details, "engine": "trl"}
+    assert found.details == {**expected.details, "engine": "trl", "sharding": "none"}
     for file in (tmp_path / "native" / "weights").glob("*.json"):
         assert (tmp_path / "trl" / "weights" / file.name).read_text() == file.read_text()
     assert not list((tmp_path / "trl" / "mismatched").iterdir())
@@ -136,6 +136,16 @@ def test_a_stopped_run_goes_on_with_the_next_row_and_the_same_reference(
         torch.testing.assert_close(resumed[name], weight, rtol=1e-4, atol=1e-5)
     steps = [line["step"] for line in lines(tmp_path / "parts") if "loss" in line]
     assert steps == [*range(1, len(steps) + 1)]
+
+
+def test_rows_that_an_attempt_with_more_workers_left_are_deleted(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    left = tmp_path / "trl" / "mismatched" / "3"
+    left.mkdir(parents=True)
+    (left / "train.tokens.npy").write_bytes(b"")
+    run(trl, tmp_path / "trl", inputs, settings(LORA, epochs=1.0))
+    assert not list((tmp_path / "trl" / "mismatched").iterdir())
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_nothing_is_written(

@@ -240,6 +240,13 @@ def test_several_steps_of_an_update_clip_its_ratios(
     assert max(line["clipFraction"] for line in updates(tmp_path / "a")) > 0
 
 
+def test_deterministic_algorithms_end_with_the_stage(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    run(stage("grpo", {"trl": {"full_determinism": True}, "max_steps": 1}), tmp_path / "a", inputs)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_an_argument_of_the_job_reaches_trls_loss(tmp_path: Path, inputs: dict[str, Path]) -> None:
     """dr_grpo divides by the longest possible completion, and not by the tokens there are."""
     found = {}

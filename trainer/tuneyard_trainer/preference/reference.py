@@ -11,6 +11,7 @@ Shapes: R rows.
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -184,6 +185,10 @@ def mismatched_rows(data: Preferences, workdir: Path, worker: Worker) -> Rows:
     rows = data.train.rows
     folder = workdir / MISMATCHED / str(worker.rank)
     folder.mkdir(parents=True, exist_ok=True)
+    if worker.is_main:  # what an attempt with more workers left, which nobody reads
+        for left in folder.parent.iterdir():
+            if int(left.name) >= worker.world_size:
+                shutil.rmtree(left, ignore_errors=True)
     starts = [_completion_start(rows, row) for row in range(len(rows))]
     others = rows_of_other_prompts(
         [_prompt_digest(rows, row, starts[row]) for row in range(len(rows))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -87,11 +88,37 @@ def training(following: Following, device: torch.device) -> Iterator[None]:
     kept = {name: deepcopy(getattr(model, name)) for name in CONFIGS if hasattr(model, name)}
     refusals = explained(course.settings.trl, has_begun=lambda: following.state.step > first)
     try:
-        with described(device), quiet(), _no_bars_of_datasets(), refusals:
+        with described(device), quiet(), _no_bars_of_datasets(), same_process(), refusals:
             yield
     finally:
         for name, config in kept.items():
             setattr(model, name, config)
+
+
+DETERMINISM = (
+    *("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC"),
+    *("ASCEND_LAUNCH_BLOCKING", "HCCL_DETERMINISTIC"),
+)
+"""The variables that transformers sets for `full_determinism`."""
+
+
+@contextmanager
+def same_process() -> Iterator[None]:
+    """Restore afterwards what arguments of TRL set for the whole process, in which later stages
+    run: deterministic algorithms (`full_determinism`) and TF32 (`tf32`, `torch_compile`)."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    before = {name: os.environ.get(name) for name in DETERMINISM}
+    try:
+        with torch.backends.flags(fp32_precision=torch.backends.fp32_precision):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextmanager

@@ -42,7 +42,7 @@ from tuneyard_trainer.reinforcement.rollouts import Rollouts
 from tuneyard_trainer.reinforcement.state import RlState
 from tuneyard_trainer.training.course import adamw, require_finite
 from tuneyard_trainer.training.seeds import COMPLETION, derive_seed
-from tuneyard_trainer.trl_engine.arguments import explained, platform_arguments
+from tuneyard_trainer.trl_engine.arguments import explained, platform_arguments, same_process
 from tuneyard_trainer.trl_engine.batches import Layout
 from tuneyard_trainer.trl_engine.following import any_stops
 from tuneyard_trainer.trl_engine.sampling import (
@@ -101,6 +101,7 @@ def run(
 
         with (
             described(worker.device),
+            same_process(),
             ends_at(model, collector.stop),
             suppress(_DivergedError),
             explained(training.trl, has_begun),
