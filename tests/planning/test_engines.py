@@ -102,6 +102,11 @@ def test_an_engine_is_not_asked_for_what_it_does_not_do(
     assert remedy in fault.message
 
 
+def test_the_gpus_of_one_worker_can_share_a_model() -> None:
+    gpus = {"compute__workers": 1, "compute__gpusPerWorker": 8, "compute__minWorkers": 1}
+    assert shardings(plan_job(job(**{**FSDP, **gpus})))["sft"] == "fsdp"
+
+
 def alignment(**changes: Any) -> AlignmentJob:
     value = {
         "apiVersion": "tuneyard.io/v1alpha1",
@@ -358,7 +363,12 @@ def test_a_distillation_is_trained_by_trl_without_asking_for_it() -> None:
         (
             {"spec__compute": {"workers": 4, "minWorkers": 2}},
             "distill.training.batchSize",
-            "64 prompts cannot be divided among 3 workers",
+            "64 prompts cannot be divided equally among the 3 processes of 3 workers",
+        ),
+        (
+            {"training": {"batchSize": 12}, "spec__compute": {"workers": 1, "gpusPerWorker": 8}},
+            "distill.training.batchSize",
+            "a multiple of 8",
         ),
     ],
 )

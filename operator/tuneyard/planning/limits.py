@@ -246,14 +246,24 @@ def _division_faults(path: str, spec: AlignmentSpec, distill: Distill) -> Iterat
     compute, size = spec.compute, distill.training.batch_size
     if size == "auto":
         size = defaults.alignment_rule("distill", "full").batch_size
-    most = compute.workers or 1
-    odd = [n for n in range(compute.min_workers or most, most + 1) if size % n]
-    if odd:
+    if uneven := _uneven_workers(compute, size):
+        number = uneven * compute.processes_per_worker
         yield Fault(
             f"{path}.training.batchSize",
-            f"{size} prompts cannot be divided among {odd[0]} workers equally, which TRL's "
-            f"distillation needs: set a multiple of {odd[0]}, or other compute.workers",
+            f"{size} prompts cannot be divided equally among the {number} processes of {uneven} "
+            f"workers, which TRL's distillation needs: set a multiple of {number}, or other "
+            "compute.workers",
         )
+
+
+def _uneven_workers(compute: Compute, size: int) -> int | None:
+    """Return the fewest workers, of those that an attempt may have, whose processes cannot share a
+    batch equally. None: all can, or a profile decides how many there are."""
+    if compute.profile is not None:
+        return None
+    most, each = compute.workers or 1, compute.processes_per_worker
+    least = min(compute.min_workers or most, most)
+    return next((n for n in range(least, most + 1) if size % (n * each)), None)
 
 
 def _engine_faults(spec: FineTuneSpec) -> Iterator[Fault]:
@@ -289,12 +299,15 @@ def _sharding_faults(spec: FineTuneSpec) -> Iterator[Fault]:
             f"adapter.{spec.adapter.kind if spec.adapter else ''} is set: use one of these, or "
             "remove sharding",
         )
-    if compute.profile is None and (compute.workers or 1) < MIN_SHARDS:
-        yield Fault(path, f"fsdp needs at least {MIN_SHARDS} workers: set compute.workers")
-    if compute.min_workers is not None and compute.min_workers < MIN_SHARDS:
+    if compute.profile is not None:  # which may set the numbers: checked once it is known
+        return
+    each = compute.processes_per_worker
+    if (compute.workers or 1) * each < MIN_SHARDS:
+        yield Fault(path, f"fsdp needs at least {MIN_SHARDS} workers or GPUs: set compute.workers")
+    if compute.min_workers is not None and compute.min_workers * each < MIN_SHARDS:
         yield Fault(
             "spec.compute.minWorkers",
-            f"fsdp needs at least {MIN_SHARDS} workers, and the job may continue with "
+            f"fsdp needs at least {MIN_SHARDS} workers or GPUs, and the job may continue with "
             f"{compute.min_workers}: raise minWorkers, or remove sharding",
         )
 
@@ -353,15 +366,12 @@ def _trl_online_faults(
     size = training.batch_size
     if size == "auto":
         size = defaults.alignment_rule(kind, adapter).batch_size
-    most, each = compute.workers or 1, max(1, compute.gpus_per_worker or 0)
-    least = min(compute.min_workers or most, most)
-    uneven = [workers for workers in range(least, most + 1) if size % (workers * each)]
-    if uneven and compute.profile is None:
+    if uneven := _uneven_workers(compute, size):
         yield Fault(
             f"{path}.training.batchSize",
             f"TRL needs equally many completions on each process, and {size} cannot be divided "
-            f"among the {uneven[0] * each} of {uneven[0]} workers: set a multiple, or change "
-            "compute.workers or compute.minWorkers",
+            f"among the {uneven * compute.processes_per_worker} of {uneven} workers: set a "
+            "multiple, or change compute.workers or compute.minWorkers",
         )
 
 

@@ -78,12 +78,12 @@ def _model(config: Path) -> tuple[ModelFacts | None, str]:
 
 
 def _models(stages: Iterable[PlannedStage], at_hand: AtHand) -> dict[str, int]:
-    """Return the parameters of the reward models and judges that come from outside the job."""
+    """Return the parameters of the reward models, judges and teachers from outside the job."""
     found = {}
     for stage in stages:
         for role, source in stage.inputs.items():
             kind = role.partition(".")[0]
-            if kind not in ("reward", "judge") or isinstance(source, StageInput):
+            if kind not in ("reward", "judge", "teacher") or isinstance(source, StageInput):
                 continue
             folder = at_hand(stage, role)
             facts = folder and _model(_weights(folder) / "config.json")[0]
