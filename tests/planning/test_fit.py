@@ -14,7 +14,7 @@ from tests.planning.models import HELD_OUT, aligned, planned
 from tuneyard.api.alignmentjob import AlignmentJob
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.planning.fit import Job, choose, fit, longest_row
-from tuneyard.planning.hardware import GPUS, UnknownGpuError, gpu_of
+from tuneyard.planning.hardware import GPUS, Cpu, Gpu, UnknownGpuError, gpu_of
 from tuneyard.planning.memory.lengths import Lengths
 from tuneyard.planning.memory.parts import Settings
 from tuneyard.planning.plan import plan_job
@@ -312,6 +312,13 @@ def test_a_gpu_of_which_only_the_memory_is_known_is_estimated() -> None:
 def test_another_name_is_refused_with_those_that_are_known(name: str) -> None:
     with pytest.raises(UnknownGpuError, match=r"is not described: name one of T4, .*such as 48Gi"):
         gpu_of(name)
+
+
+@pytest.mark.parametrize("device", [gpu_of("1Gi"), Cpu(1 << 29, most=1 << 29)])
+def test_a_device_that_holds_no_process_offers_nothing_and_not_less(device: Gpu | Cpu) -> None:
+    found = fit(replace(planned("8B", "H100"), device=device))
+    assert found.limit == 0
+    assert [stage.stage for stage in found.too_large] == ["sft"], "the export uses no GPU"
 
 
 def test_the_table_is_ordered_by_memory() -> None:

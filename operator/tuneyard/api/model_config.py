@@ -39,7 +39,12 @@ def facts_of(config: Config) -> ModelFacts:
         return read(config)
     except KeyError as error:
         raise UnknownModelError(f"the config of this {kind} model lacks {error}") from error
-    except (ValidationError, TypeError, ValueError, ArithmeticError) as error:
+    except ValidationError as error:
+        found = error.errors()[0]
+        field = ".".join(str(part) for part in found["loc"])
+        first = f"{field} is {found['input']}: {found['msg']}"
+        raise UnknownModelError(f"the config of this {kind} model is invalid: {first}") from error
+    except (TypeError, ValueError, ArithmeticError) as error:
         first = str(error).splitlines()[0]
         raise UnknownModelError(f"the config of this {kind} model is invalid: {first}") from error
 

@@ -37,7 +37,7 @@ class Gpu:
     @property
     def usable(self) -> int:
         """Bytes that a job can use."""
-        return int(self.memory * (1 - FRAGMENTS)) - CONTEXT_BYTES
+        return max(0, int(self.memory * (1 - FRAGMENTS)) - CONTEXT_BYTES)
 
     @property
     def most(self) -> int:
@@ -61,7 +61,7 @@ class Cpu:
     @property
     def usable(self) -> int:
         """Bytes that a job can use."""
-        return self.memory - CPU_PROCESS_BYTES
+        return max(0, self.memory - CPU_PROCESS_BYTES)
 
 
 GPUS: Final = (
