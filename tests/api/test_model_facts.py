@@ -71,6 +71,27 @@ def test_the_text_part_of_a_model_with_several_modalities_is_read() -> None:
     assert facts_of(whole) == facts_of(LLAMA_8B)
 
 
+def test_the_text_part_is_stored_in_the_type_of_the_whole_model() -> None:
+    text = {name: value for name, value in LLAMA_8B.items() if name != "torch_dtype"}
+    whole = {"model_type": "llava", "text_config": text, "torch_dtype": "bfloat16"}
+    assert facts_of(whole).stored_bytes == 2
+
+
+def test_gemma_3_has_the_values_of_transformers_where_its_config_leaves_them_out() -> None:
+    """The config.json of gemma-3-4b-it."""
+    text = {
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "sliding_window": 1024,
+    }
+    found = facts_of({"model_type": "gemma3", "text_config": text, "torch_dtype": "bfloat16"})
+    assert (found.attention_heads, found.key_value_heads, found.head_dim) == (8, 4, 256)
+    assert found.parameters == 3_880_263_168
+    assert found.tied_embeddings
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -79,7 +100,11 @@ def test_the_text_part_of_a_model_with_several_modalities_is_read() -> None:
         ({"model_type": "llama"}, "the config of this llama model lacks 'hidden_size'"),
         (LLAMA_8B | {"hidden_size": "wide"}, "the config of this llama model is invalid"),
         (LLAMA_8B | {"num_attention_heads": 0}, "the config of this llama model is invalid"),
-        (LLAMA_8B | {"num_hidden_layers": -1}, "the config of this llama model is invalid"),
+        (
+            LLAMA_8B | {"num_hidden_layers": -1},
+            "llama model is invalid: layers is -1: Input should",
+        ),
+        (LLAMA_8B | {"vocab_size": float("inf")}, "the config of this llama model is invalid"),
     ],
 )
 def test_a_config_that_cannot_be_read_is_refused_with_the_reason(

@@ -274,3 +274,11 @@ def test_the_memory_of_a_job_under_trl_is_shown(
     shown = capsys.readouterr().out
     assert "Memory of" in shown
     assert "is not known" not in shown
+
+
+def test_a_config_that_is_nested_too_deeply_is_not_known(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "model" / "config.json").write_text("[" * 100_000)
+    assert plan(folder, "--gpu", "H100") == 0
+    assert "config.json cannot be read as JSON: pass its config.json" in capsys.readouterr().out

@@ -102,6 +102,11 @@ def test_an_engine_is_not_asked_for_what_it_does_not_do(
     assert remedy in fault.message
 
 
+def test_the_gpus_of_one_worker_can_share_a_model() -> None:
+    gpus = {"compute__workers": 1, "compute__gpusPerWorker": 8, "compute__minWorkers": 1}
+    assert shardings(plan_job(job(**{**FSDP, **gpus})))["sft"] == "fsdp"
+
+
 def alignment(**changes: Any) -> AlignmentJob:
     value = {
         "apiVersion": "tuneyard.io/v1alpha1",

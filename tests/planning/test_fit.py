@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import pytest
 
 from tests.planning.models import HELD_OUT, aligned, planned
+from tuneyard.api.alignmentjob import AlignmentJob
+from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.planning.fit import Job, choose, fit, longest_row
-from tuneyard.planning.hardware import GPUS, UnknownGpuError, gpu_of
+from tuneyard.planning.hardware import GPUS, Cpu, Gpu, UnknownGpuError, gpu_of
+from tuneyard.planning.memory.lengths import Lengths
 from tuneyard.planning.memory.parts import Settings
+from tuneyard.planning.plan import plan_job
 
 
 def chosen(job: Job, stage: str = "sft") -> Settings:
@@ -150,6 +157,107 @@ def test_a_remedy_fits_once_it_is_followed() -> None:
     assert fit(followed).peak == first.peak
 
 
+def followed(job: Job, change: str) -> Job:
+    """Return a job whose manifest was changed as a remedy says. Raises the errors of planning."""
+    value, device = copy.deepcopy(job.plan.manifest), job.device
+    for remove in re.findall(r"remove ([^,]*)", change):
+        for path in re.findall(r"spec\.[\w.]+", remove):
+            *folders, last = path.split(".")
+            del reduce(lambda place, folder: place[folder], folders, value)[last]
+    for path, text in re.findall(r"(spec\.[\w.]+) to (\w+)", change):
+        *folders, last = path.split(".")
+        new: Any = int(text) if text.isdecimal() else text
+        adapter = (value["spec"].get("adapter") or {}).get("lora", {})
+        place = reduce(lambda place, folder: place.setdefault(folder, {}), folders, value)
+        place[last] = {text: adapter} if last == "adapter" else new
+    if name := re.search(r"run it on (\S+) GPUs", change):
+        device = gpu_of(name[1])
+    kind = FineTuneJob if value["kind"] == "FineTuneJob" else AlignmentJob
+    plan = plan_job(kind.model_validate(value))
+    devices = (plan.compute.workers or 1) * plan.compute.processes_per_worker
+    return Job(plan, job.facts, device, devices, Lengths.of(plan, job.facts))
+
+
+GATES = {"evaluate__gates": [{"metric": "validationLoss", "atMost": 3}]}
+STOPPING = {**HELD_OUT, "training__earlyStopping": {}}
+PAIRS = {"data": [{"uri": "file://p.jsonl"}]}
+LONG_ROWS = {"data": {"train": [{"uri": "file://t.jsonl"}], "maxLength": 131072}}
+BY_VLLM: dict[str, Any] = {
+    "grpo": {"prompts": {"uri": "file://q.jsonl"}, "sampling": {"engine": "vllm"}}
+}
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        planned("8B", "L40S", 3, compute={"gpusPerWorker": 3}),
+        planned("8B", "H100", 8, compute={"gpusPerWorker": 8}),
+        planned("8B", "H100", data__packing="always"),
+        planned("70B", "H100", 4, compute={"workers": 4, "minWorkers": 1}, adapter={"lora": {}}),
+        planned("8B", "48Gi", training__freeze={"layers": "0-3"}),
+        planned("70B", "48Gi", adapter={"qlora": {}}, **STOPPING),
+        planned("70B", "48Gi", adapter={"qlora": {}}, **HELD_OUT, **GATES),
+        planned("70B", "48Gi", adapter={"qlora": {}}, **STOPPING, **GATES),
+        planned("8B", "A100-40GB", adapter={"lora": {}}, data__maxLength=131072),
+        aligned("8B", "H100", {"dpo": {}}, preferences=PAIRS, adapter={"lora": {}}, sft=LONG_ROWS),
+        aligned(
+            "8B",
+            "48Gi",
+            {"dpo": {}},
+            preferences={**PAIRS, "maxLength": 131072},
+            adapter={"lora": {}},
+            sft={"data": {"train": [{"uri": "file://t.jsonl"}]}},
+        ),
+        aligned(
+            "8B",
+            "56Gi",
+            BY_VLLM,
+            adapter={"lora": {}},
+            rewardModel={"model": {"uri": "file://reward"}},
+        ),
+    ],
+    ids=[
+        "three GPUs a worker",
+        "eight GPUs",
+        "packed",
+        "elastic",
+        "frozen layers",
+        "stops early",
+        "gates",
+        "stops early, gates",
+        "long rows",
+        "long rows, short pairs",
+        "long pairs",
+        "vllm",
+    ],
+)
+def test_every_calculated_remedy_is_accepted_once_it_is_followed_and_fits(job: Job) -> None:
+    for way in fit(job).remedies:
+        if way.peak is not None:
+            assert fit(followed(job, way.change)).fits, way.change
+
+
+@pytest.mark.parametrize(
+    ("of_model", "changes", "expected"),
+    [
+        ({"architecture": "gpt2"}, {}, "none"),
+        ({"architecture": "gpt2"}, {"adapter": {"lora": {}}}, "none"),
+        ({"tied_embeddings": True, "vocabulary_size": 128257}, {}, "none"),
+        ({"tied_embeddings": True, "vocabulary_size": 128257}, {"adapter": {"lora": {}}}, "fsdp"),
+        ({"tied_embeddings": True}, {}, "fsdp"),
+    ],
+)
+def test_a_model_that_cannot_be_shared_is_planned_whole_and_no_remedy_shares_it(
+    of_model: dict[str, Any], changes: dict[str, Any], expected: str
+) -> None:
+    job = planned("70B", "H100", 8, **TRL, compute={"workers": 8}, **changes)
+    job = replace(job, facts=job.facts.model_copy(update=of_model))
+    found = fit(job)
+    assert found.chosen["sft"].sharding == expected
+    if expected == "none":
+        assert all("fsdp" not in way.change for way in found.remedies)
+
+
 def test_the_longest_row_fits_and_the_next_one_does_not() -> None:
     job = planned("8B", "L40S", adapter={"lora": {}}, data__maxLength=131072)
     longest = longest_row(job, below=131072)
@@ -172,6 +280,9 @@ def test_the_longest_row_fits_and_the_next_one_does_not() -> None:
         ("A100", "A100-80GB"),
         ("NVIDIA-L40S", "L40S"),
         ("NVIDIA GeForce RTX 4090", "RTX4090"),
+        ("NVIDIA-GeForce-RTX-4090", "RTX4090"),
+        ("AMD_Instinct_MI300X_OAM", "MI300X"),
+        ("rtx-4090", "RTX4090"),
     ],
 )
 def test_a_gpu_is_found_by_its_name_or_its_product_label(name: str, found: str) -> None:
@@ -184,10 +295,30 @@ def test_a_gpu_of_which_only_the_memory_is_known_is_estimated() -> None:
     assert gpu.memory == 48 * 2**30
 
 
-@pytest.mark.parametrize("name", ["", "TPU", "12", "48"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "TPU",
+        "12",
+        "48",
+        "NVIDIA-L40",
+        "NVIDIA-T400-4GB",
+        "NVIDIA-GH200-480GB",
+        "NVIDIA-H100-80GB-HBM3-MIG-1g.10gb",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+    ],
+)
 def test_another_name_is_refused_with_those_that_are_known(name: str) -> None:
     with pytest.raises(UnknownGpuError, match=r"is not described: name one of T4, .*such as 48Gi"):
         gpu_of(name)
+
+
+@pytest.mark.parametrize("device", [gpu_of("1Gi"), Cpu(1 << 29, most=1 << 29)])
+def test_a_device_that_holds_no_process_offers_nothing_and_not_less(device: Gpu | Cpu) -> None:
+    found = fit(replace(planned("8B", "H100"), device=device))
+    assert found.limit == 0
+    assert [stage.stage for stage in found.too_large] == ["sft"], "the export uses no GPU"
 
 
 def test_the_table_is_ordered_by_memory() -> None:

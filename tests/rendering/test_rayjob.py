@@ -379,6 +379,12 @@ def test_a_profile_that_shards_needs_two_workers(compute: dict[str, Any], path: 
     assert "at least 2 workers" in fault.message
 
 
+def test_the_gpus_of_a_worker_count_where_a_profile_shards() -> None:
+    gpus = {"profile": "alone", "gpusPerWorker": 2, "minWorkers": 1}
+    given = job(training={"engine": "trl"}, compute=gpus)
+    placed(plan_job(given), profiles=SHARED)
+
+
 # ---- volumes and secrets --------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from tuneyard.api.meta import Model, ObjectName, Rule
 from tuneyard.api.quantity import Quantity
 
 MIN_SHARDS = 2
-"""Fewest workers that can share a model."""
+"""Fewest processes that can share a model: one for each GPU, or for each worker without GPUs."""
 
 
 class Toleration(Model):
@@ -96,6 +96,11 @@ class Compute(Model):
             found=lambda compute: f"{compute.min_workers} above {compute.workers}",
         ),
     )
+
+    @property
+    def processes_per_worker(self) -> int:
+        """Processes of each worker: one for each of its GPUs, or one."""
+        return max(1, self.gpus_per_worker or 0)
 
 
 class RunPolicy(Model):

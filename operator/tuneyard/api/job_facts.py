@@ -74,8 +74,9 @@ class JobFacts(Report):
     prompts: dict[StageName, PromptFacts] = Field(default={}, max_length=MOST_STAGES)
     """Prompts by the names of the stages that complete them, as far as they can be read."""
     models: dict[ModelName, Parameters] = Field(default={}, max_length=MOST_STAGES)
-    """Parameters of reward models and judges from outside the job, as far as their config.json is
-    at hand and described, by `STAGE/ROLE`. A reward model is counted without a vocabulary head."""
+    """Parameters of reward models, judges and teachers from outside the job, as far as their
+    config.json is at hand and described, by `STAGE/ROLE`. A reward model is counted without a
+    vocabulary head."""
     device: Device | None = None
     """The device of the first worker. None: unknown."""
     devices: int = Field(default=1, ge=1, le=1 << 20)

@@ -28,7 +28,8 @@ def facts_of(config: Config) -> ModelFacts:
     """
     text = config.get("text_config")
     if isinstance(text, Mapping):
-        config = {"tie_word_embeddings": config.get("tie_word_embeddings"), **text}
+        shared = ("tie_word_embeddings", "dtype", "torch_dtype")
+        config = {name: config[name] for name in shared if name in config} | dict(text)
     kind = str(config.get("model_type"))
     read = READERS.get(kind)
     if read is None:
@@ -38,7 +39,12 @@ def facts_of(config: Config) -> ModelFacts:
         return read(config)
     except KeyError as error:
         raise UnknownModelError(f"the config of this {kind} model lacks {error}") from error
-    except (ValidationError, TypeError, ValueError, ZeroDivisionError) as error:
+    except ValidationError as error:
+        found = error.errors()[0]
+        field = ".".join(str(part) for part in found["loc"])
+        first = f"{field} is {found['input']}: {found['msg']}"
+        raise UnknownModelError(f"the config of this {kind} model is invalid: {first}") from error
+    except (TypeError, ValueError, ArithmeticError) as error:
         first = str(error).splitlines()[0]
         raise UnknownModelError(f"the config of this {kind} model is invalid: {first}") from error
 
@@ -282,6 +288,9 @@ def _gpt_neox(config: Config) -> ModelFacts:
     )
 
 
+GEMMA3: Final = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208}
+"""What transformers takes where the files of Gemma 3 leave it out, as those of the 4B model do."""
+
 READERS: Final[Mapping[str, Callable[[Config], ModelFacts]]] = {
     "llama": _biased_llama,
     "mistral": lambda config: _llama(config),
@@ -293,7 +302,7 @@ READERS: Final[Mapping[str, Callable[[Config], ModelFacts]]] = {
     "olmo2": lambda config: _biased(config, norm="rmsFloat32", query_key_norm="whole"),
     "phi3": _phi3,
     "gemma": _gemma,
-    "gemma3_text": lambda config: _gemma(config, norms=4, query_key_norm="head"),
+    "gemma3_text": lambda config: _gemma({**GEMMA3, **config}, norms=4, query_key_norm="head"),
     "mixtral": _mixtral,
     "qwen3_moe": _qwen3_moe,
     "gpt2": _gpt2,

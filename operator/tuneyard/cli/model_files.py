@@ -53,7 +53,7 @@ def _read(path: Path) -> ModelFacts:
         if path.suffix == ".gguf":
             return facts_of(gguf_header.config_of(path))
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, UnknownModelError):
             raise
         raise UnknownModelError(f"{path} cannot be read as JSON: {HOW}") from error

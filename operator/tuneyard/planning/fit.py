@@ -5,11 +5,13 @@ The choice is runtime of an attempt: it is no part of a plan's bytes or of an id
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from tuneyard.api.adapters import Adapter, Lora, Qlora
+from tuneyard.api.alignment import Sampling
+from tuneyard.api.compute import MIN_SHARDS
 from tuneyard.api.model_facts import ModelFacts
 from tuneyard.api.plan import Plan, PlannedStage
 from tuneyard.api.stage_settings import (
@@ -26,12 +28,18 @@ from tuneyard.planning.hardware import CPU_PROCESS_BYTES, GPUS, Cpu, Gpu
 from tuneyard.planning.limits import can_shard
 from tuneyard.planning.memory.lengths import FEWEST_TOKENS, Lengths
 from tuneyard.planning.memory.parts import GIB, Settings, StageMemory
-from tuneyard.planning.memory.stages import Machine, job_memory, loop_of, settings_of
+from tuneyard.planning.memory.stages import (
+    Machine,
+    job_memory,
+    loop_of,
+    settings_of,
+    sharding_obstacle,
+)
 
 LENGTH_STEP = 128
 """Row lengths are searched in steps of this many tokens."""
 WORKERS = (2, 4, 8, 16, 32, 64)
-"""Numbers of devices that are tried to share a model."""
+"""Numbers of workers that are tried to share a model."""
 
 
 class Remedy(NamedTuple):
@@ -245,14 +253,19 @@ def _shorter_rows(job: Job) -> Iterator[Remedy]:
     """Yield the longest rows with which the job fits."""
     shorter = longest_row(job, below=max(job.lengths.rows, job.lengths.pairs))
     if shorter is not None:
-        yield from _if_it_fits(_with_rows(job, shorter), _length_fields(job.plan, shorter))
+        yield from _if_it_fits(_with_rows(job, shorter), _length_fields(job, shorter))
 
 
-def _length_fields(plan: Plan, length: int) -> list[str]:
-    names = {stage.settings.kind for stage in plan.stages}
-    of = "spec.data" if plan.job.kind == "FineTuneJob" else "spec.sft.data"
-    rows = [f"set {of}.maxLength to {length}"] if "prepare" in names else []
-    return rows + ([f"set spec.preferences.maxLength to {length}"] if "pairs" in names else [])
+def _length_fields(job: Job, length: int) -> list[str]:
+    """Return the fields that keep a job's rows and pairs at a length, where they are longer."""
+    names = {stage.settings.kind for stage in job.plan.stages}
+    of = _data_path(job.plan)
+    found = []
+    if "prepare" in names and job.lengths.rows > length:
+        found.append(f"set {of}.maxLength to {length}")
+    if "pairs" in names and job.lengths.pairs > length:
+        found.append(f"set spec.preferences.maxLength to {length}")
+    return found
 
 
 def _with_rows(job: Job, length: int) -> Job:
@@ -286,9 +299,13 @@ def _other_adapter(job: Job) -> Iterator[Remedy]:
         stages = [_with_adapter(s, adapter) if s in replaced else s for s in job.plan.stages]
         tried = replace(job, plan=job.plan.model_copy(update={"stages": stages}))
         rewards = [isinstance(stage.settings, RewardSettings) for stage in replaced]
+        if adapter.qlora and not all(rewards) and any(map(_samples_with_vllm, job.plan.stages)):
+            continue  # vLLM cannot run such a policy: see `limits.IN_VLLM`
         fields = [] if all(rewards) else [f"set spec.adapter to {adapter.kind}"]
         if any(rewards):
             fields.append(f"set spec.rewardModel.train.adapter to {adapter.kind}")
+        frozen = [stage for stage in replaced if (loop := loop_of(stage)) and loop.freeze]
+        fields += [f"remove {training_path(job.plan, stage)}.freeze" for stage in frozen]
         remedy = next(_if_it_fits(tried, fields), None)
         if remedy:
             yield remedy
@@ -304,27 +321,41 @@ def _sharded(job: Job) -> Iterator[Remedy]:
     if on_one_machine or len(stages) < len(shared):
         return
     plan = job.plan.model_copy(update={"stages": stages})
-    loops = [(stage, loop) for stage in job.training if (loop := loop_of(stage))]
+    compute, loops = job.plan.compute, [stage.settings for stage in job.plan.stages]
+    trained = [(stage, loop) for stage in job.training if (loop := loop_of(stage))]
     engines = sorted(
         {
             f"{training_path(job.plan, stage)}.engine to trl"
-            for stage, loop in loops
+            for stage, loop in trained
             if not loop.engine
         }
     )
-    for devices in sorted({max(2, job.devices), *WORKERS}):
-        if devices < job.devices:
+    packed = any(isinstance(loop, TrainSettings) and loop.packing == "always" for loop in loops)
+    each = compute.processes_per_worker
+    present = job.devices // each
+    for workers in sorted({present, *WORKERS}):
+        devices = workers * each
+        if workers < present or devices < MIN_SHARDS or _obstacles(job, stages, devices):
             continue
         fields = [*engines, "spec.compute.sharding to fsdp"]
-        if devices > job.devices:
-            each = job.plan.compute.gpus_per_worker or 1
-            fields.append(f"spec.compute.workers to {devices // each}")
+        if packed:
+            fields.append(f"{_data_path(job.plan)}.packing to auto")
+        if workers > present:
+            fields.append(f"spec.compute.workers to {workers}")
+        if compute.min_workers is not None and compute.min_workers * each < MIN_SHARDS:
+            fields.append(f"spec.compute.minWorkers to {MIN_SHARDS}")
         first = ", ".join(fields[:-1])
         change = f"set {first} and {fields[-1]}" if first else f"set {fields[-1]}"
         remedy = next(_if_it_fits(replace(job, plan=plan, devices=devices), [change]), None)
         if remedy:
             yield remedy
             return
+
+
+def _obstacles(job: Job, stages: Iterable[PlannedStage], devices: int) -> bool:
+    """Return whether the model of any of these stages cannot be shared by so many devices."""
+    shared = [stage for stage in stages if stage.runtime.sharding == "fsdp"]
+    return any(sharding_obstacle(stage, job.facts, devices) for stage in shared)
 
 
 def _shared(stage: PlannedStage) -> PlannedStage | None:
@@ -348,6 +379,11 @@ def _shared(stage: PlannedStage) -> PlannedStage | None:
     return stage.model_copy(update={"settings": settings, "runtime": runtime})
 
 
+def _samples_with_vllm(stage: PlannedStage) -> bool:
+    sampling: Sampling | None = getattr(stage.settings, "sampling", None)
+    return sampling is not None and sampling.engine == "vllm"
+
+
 def _is_lighter(adapter: Adapter, stage: PlannedStage) -> bool:
     """Return whether an adapter takes less memory than what the stage trains."""
     given: Adapter | None = getattr(stage.settings, "adapter", None)
@@ -368,7 +404,14 @@ def _without_evaluation(job: Job, found: Fit) -> Iterator[Remedy]:
     if {stage.name for stage in measuring} & {stage.stage for stage in found.too_large}:
         rest = [stage for stage in job.plan.stages if stage not in measuring]
         tried = replace(job, plan=job.plan.model_copy(update={"stages": rest}))
-        yield from _if_it_fits(tried, ["remove spec.data.validation, and so the stage evaluate"])
+        of = "spec" if job.plan.job.kind == "FineTuneJob" else "spec.sft"
+        needing = []  # what the API refuses without held-out rows
+        if any(loop.early_stopping for stage in rest if (loop := loop_of(stage))):
+            needing.append(f" and {of}.training.earlyStopping")
+        if any(getattr(stage.settings, "gates", None) for stage in measuring):
+            needing.append(" and spec.evaluate.gates")
+        change = f"remove {of}.data.validation{''.join(needing)}, and so the stage evaluate"
+        yield from _if_it_fits(tried, [change])
 
 
 def _more_memory(job: Job, found: Fit) -> Remedy:
@@ -390,6 +433,11 @@ def _larger_gpu(job: Job, given: Gpu) -> Iterator[Remedy]:
             if remedy:
                 yield remedy
                 break
+
+
+def _data_path(plan: Plan) -> str:
+    """Return the field of the rows of fine-tuning in the manifest."""
+    return "spec.data" if plan.job.kind == "FineTuneJob" else "spec.sft.data"
 
 
 def training_path(plan: Plan, stage: PlannedStage) -> str:

@@ -37,7 +37,7 @@ class Gpu:
     @property
     def usable(self) -> int:
         """Bytes that a job can use."""
-        return int(self.memory * (1 - FRAGMENTS)) - CONTEXT_BYTES
+        return max(0, int(self.memory * (1 - FRAGMENTS)) - CONTEXT_BYTES)
 
     @property
     def most(self) -> int:
@@ -61,7 +61,7 @@ class Cpu:
     @property
     def usable(self) -> int:
         """Bytes that a job can use."""
-        return self.memory - CPU_PROCESS_BYTES
+        return max(0, self.memory - CPU_PROCESS_BYTES)
 
 
 GPUS: Final = (
@@ -80,8 +80,10 @@ GPUS: Final = (
 )
 """The described GPUs, by memory."""
 
-_SPELLINGS = {"A100": "A100-80GB", "RTX-4090": "RTX4090", "GEFORCERTX4090": "RTX4090"}
+_SPELLINGS = {"A100": "A100-80GB", "GEFORCERTX4090": "RTX4090"}
 
+PARTIAL = frozenset({"mig", "laptop"})
+"""Words in the label of a part of a GPU (MIG), or of a smaller one of the same name."""
 
 UNKNOWN = Gpu("unknown", 79 * GIB, estimated=True)
 """The GPU of a job whose hardware is not described: nothing is refused on it."""
@@ -101,8 +103,9 @@ def gpu_of(name: str) -> Gpu:
     for gpu in sorted(GPUS, key=lambda gpu: -len(gpu.name)):
         if _plain(gpu.name) in (plain, spelled):
             return gpu
-    for gpu in sorted(GPUS, key=lambda gpu: -len(gpu.name)):
-        if all(_plain(part) in plain for part in gpu.name.split("-")):
+    words = set(re.findall(r"[a-z0-9]+", re.sub(r"rtx\W4090", "rtx4090", name.lower())))
+    for gpu in GPUS if not words & PARTIAL else ():
+        if set(gpu.name.lower().split("-")) <= words:  # whole words: an L40 is no L4
             return gpu
     known = ", ".join(gpu.name for gpu in GPUS)
     raise UnknownGpuError(

@@ -258,16 +258,23 @@ def _division_faults(
     size = training.batch_size
     if size == "auto":
         size = defaults.alignment_rule(kind, adapter).batch_size
-    most, each = compute.workers or 1, max(1, compute.gpus_per_worker or 0)
-    least = min(compute.min_workers or most, most)
-    uneven = [workers for workers in range(least, most + 1) if size % (workers * each)]
-    if uneven and compute.profile is None:
+    if uneven := _uneven_workers(compute, size):
         yield Fault(
             f"spec.optimize.{kind}.training.batchSize",
             f"TRL needs equally many {rows} on each process, and {size} cannot be divided among "
-            f"the {uneven[0] * each} of {uneven[0]} workers: set a multiple, or change "
-            "compute.workers or compute.minWorkers",
+            f"the {uneven * compute.processes_per_worker} of {uneven} workers: set a multiple, or "
+            "change compute.workers or compute.minWorkers",
         )
+
+
+def _uneven_workers(compute: Compute, size: int) -> int | None:
+    """Return the fewest workers, of those that an attempt may have, whose processes cannot share a
+    batch equally. None: all can, or a profile decides how many there are."""
+    if compute.profile is not None:
+        return None
+    most, each = compute.workers or 1, compute.processes_per_worker
+    least = min(compute.min_workers or most, most)
+    return next((n for n in range(least, most + 1) if size % (n * each)), None)
 
 
 def _engine_faults(spec: FineTuneSpec) -> Iterator[Fault]:
@@ -372,12 +379,15 @@ def _unshardable(adapter: Adapter | None) -> Fault:
 def _too_few_shards(compute: Compute) -> Iterator[Fault]:
     """Yield a fault for a number of workers that cannot share a model."""
     path = "spec.compute.sharding"
-    if compute.profile is None and (compute.workers or 1) < MIN_SHARDS:
-        yield Fault(path, f"fsdp needs at least {MIN_SHARDS} workers: set compute.workers")
-    if compute.min_workers is not None and compute.min_workers < MIN_SHARDS:
+    if compute.profile is not None:  # which may set the numbers: checked once it is known
+        return
+    each = compute.processes_per_worker
+    if (compute.workers or 1) * each < MIN_SHARDS:
+        yield Fault(path, f"fsdp needs at least {MIN_SHARDS} workers or GPUs: set compute.workers")
+    if compute.min_workers is not None and compute.min_workers * each < MIN_SHARDS:
         yield Fault(
             "spec.compute.minWorkers",
-            f"fsdp needs at least {MIN_SHARDS} workers, and the job may continue with "
+            f"fsdp needs at least {MIN_SHARDS} workers or GPUs, and the job may continue with "
             f"{compute.min_workers}: raise minWorkers, or remove sharding",
         )
 

@@ -66,17 +66,17 @@ def _sharding_faults(plan: Plan, profiles: Mapping[str, Compute]) -> Iterator[Fa
             "compute.sharding to none, or choose another profile",
         )
         return
-    group = workers(compute)
-    if group.num_workers < MIN_SHARDS:
+    group, each = workers(compute), compute.processes_per_worker
+    if group.num_workers * each < MIN_SHARDS:
         yield Fault(
             "spec.compute.workers",
-            f"fsdp needs at least {MIN_SHARDS} workers, and with profile {name} the job has "
-            f"{group.num_workers}: set compute.workers, or compute.sharding to none",
+            f"fsdp needs at least {MIN_SHARDS} workers or GPUs, and with profile {name} the job "
+            f"has {group.num_workers}: set compute.workers, or compute.sharding to none",
         )
-    elif group.min_workers < MIN_SHARDS:
+    elif group.min_workers * each < MIN_SHARDS:
         yield Fault(
             "spec.compute.minWorkers",
-            f"fsdp needs at least {MIN_SHARDS} workers, and the job may continue with "
+            f"fsdp needs at least {MIN_SHARDS} workers or GPUs, and the job may continue with "
             f"{group.min_workers}: raise minWorkers, or set compute.sharding to none",
         )
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.trainer.jobs import manifest, planned, write_data
 from tests.trainer.rows import Row, write_prepared
@@ -339,6 +339,15 @@ def test_prompts_and_models_that_are_at_hand_are_measured_and_others_left_out(
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=1)
     size = sum(p.numel() for p in model.parameters()) - model.score.weight.numel()
     assert facts.models["grpo/reward"] == size
+
+
+def test_a_teacher_that_is_at_hand_is_counted_with_its_head(tiny_model_dir: Path) -> None:
+    prompts = {"uri": "file://prompts.jsonl"}
+    distill = {"teacher": {"uri": "file://teacher"}, "prompts": prompts}
+    plan = alignment(tiny_model_dir, optimize={"distill": distill})
+    facts = known(plan, tiny_model_dir, {("distill", "teacher"): tiny_model_dir})
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    assert facts.models == {"distill/teacher": sum(p.numel() for p in model.parameters())}
 
 
 @pytest.mark.parametrize("text", ["", "no json", '{"answer": 1}\n'])

@@ -72,18 +72,22 @@ def _model(config: Path) -> tuple[ModelFacts | None, str]:
     try:
         read = json.loads(config.read_text(encoding="utf-8"))
         return facts_of(read if isinstance(read, dict) else {}), ""
-    except (OSError, ValueError) as error:  # the stage that loads the model reports what is wrong
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # the stage that loads the model reports what is wrong
         why = str(error) if isinstance(error, UnknownModelError) else "it has no readable config"
         return None, why[:1024]
 
 
 def _models(stages: Iterable[PlannedStage], at_hand: AtHand) -> dict[str, int]:
-    """Return the parameters of the reward models and judges that come from outside the job."""
+    """Return the parameters of the reward models, judges and teachers from outside the job."""
     found = {}
     for stage in stages:
         for role, source in stage.inputs.items():
             kind = role.partition(".")[0]
-            if kind not in ("reward", "judge") or isinstance(source, StageInput):
+            if kind not in ("reward", "judge", "teacher") or isinstance(source, StageInput):
                 continue
             folder = at_hand(stage, role)
             facts = folder and _model(_weights(folder) / "config.json")[0]

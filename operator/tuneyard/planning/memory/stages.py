@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tuneyard.api.adapters import Adapter
+from tuneyard.api.compute import MIN_SHARDS
 from tuneyard.api.model_facts import ModelFacts
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput
 from tuneyard.api.stage_settings import (
@@ -42,6 +43,8 @@ JUDGED_PROMPTS = 128
 GPU_SHARE, FULL_TUNING_BYTES = 0.5, 16
 """`compute.sharding: auto` shards what would take more than this share of a GPU, full fine-tuning
 counted with these bytes for each parameter; as in the trainer's `models.policies`."""
+UNPLANNED = frozenset({"gpt2"})
+"""The described architectures whose layers have no FSDP plan in transformers."""
 SAME_SIZE = "{what} is assumed to be as large as the model"
 
 
@@ -111,12 +114,22 @@ def sharding_of(
     """Return whether the workers share the model of a stage, as the trainer's `policies.shards`
     decides. `bytes_per_parameter`: what a whole model takes."""
     asked = stage.runtime.sharding
-    if machine.devices < 2 or asked == "none":
+    if machine.devices < MIN_SHARDS or asked == "none":
         return "none"
     if asked == "auto":
+        if sharding_obstacle(stage, facts, machine.devices):
+            return "none"
         size = bytes_per_parameter * facts.parameters
         return "fsdp" if machine.memory and size > GPU_SHARE * machine.memory else "none"
     return "fsdp"
+
+
+def sharding_obstacle(stage: PlannedStage, facts: ModelFacts, devices: int) -> bool:
+    """Return whether so many devices cannot share the model of a stage, as far as its facts tell:
+    the trainer's `policies.sharding_obstacle` looks at the model itself."""
+    whole = loop_of(stage) is not None and getattr(stage.settings, "adapter", None) is None
+    is_uneven = facts.tied_embeddings and facts.vocabulary_size % devices != 0
+    return facts.architecture in UNPLANNED or (whole and is_uneven)
 
 
 def loop_of(stage: PlannedStage) -> LoopSettings | None:
