@@ -158,11 +158,25 @@ def test_what_needs_a_whole_model_on_each_worker_is_refused_in_a_sharded_alignme
     ]
 
 
-def test_a_sharded_alignment_optimizes_by_dpo_alone_and_has_two_workers() -> None:
-    trl = {"sft": {**ROWS, "training": {"engine": "trl"}}, "preferences": None, "optimize": None}
-    grpo = {"prompts": {"uri": "file://p.jsonl"}, "training": {"engine": "trl"}}
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_workers_share_the_policy_of_a_job_with_a_rule_as_its_reward(method: str) -> None:
+    training = {"engine": "trl", "batchSize": 32}
+    optimize = {method: {"prompts": {"uri": "file://p.jsonl"}, "training": training}}
+    rule, model = {"rule": {"exactMatch": "answer"}}, {"model": {"uri": "file://reward"}}
+    wanted = {**SHARED, "preferences": None, "optimize": optimize}
+    planned = plan_job(alignment(**wanted, rewardModel=rule))
+    assert shardings(planned) == {method: "fsdp", "evaluate": "fsdp", "export": "none"}
+    wrong = alignment(**wanted, rewardModel=model, rewardTerms=[{**model, "weight": 1}])
+    assert [fault.path for fault in faults(wrong)] == [
+        "spec.rewardModel",
+        "spec.rewardTerms[0].model",
+    ]
+
+
+def test_a_sharded_alignment_has_a_method_of_trl_and_two_workers() -> None:
+    ppo = {"ppo": {"prompts": {"uri": "file://p.jsonl"}}}
     rule = {"rule": {"exactMatch": "answer"}}
-    wrong = alignment(**{**trl, "optimize": {"grpo": grpo}}, rewardModel=rule, **SHARED)
+    wrong = alignment(**SHARED, preferences=None, optimize=ppo, rewardModel=rule)
     assert [fault.path for fault in faults(wrong)] == ["spec.compute.sharding"]
     one = alignment(compute__sharding="fsdp", optimize__dpo={"training": {"engine": "trl"}})
     assert "at least 2 workers" in faults(one)[0].message

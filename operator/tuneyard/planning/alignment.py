@@ -352,7 +352,7 @@ class _Builder:
         prompts = {"prompts": source_input(step.prompts, f"spec.{path}.prompts")}
         inputs = {**self.policy, **prompts, **self._reward_input()}
         name = f"{method}{suffix}"
-        self.drafts.append(Draft(name, settings, inputs, runtime(step.training)))
+        self.drafts.append(Draft(name, settings, inputs, runtime(step.training, self.sharding)))
         self.tuned = StageInput(stage=name)
 
     def _distill(self, step: Distill, suffix: str) -> None:

@@ -43,6 +43,9 @@ BY_TRL = (
 )
 """The training loops of an alignment that TRL's trainers can take."""
 
+SHARDED = ("dpo", "grpo", "rloo")
+"""The methods of an alignment whose policy the workers can share."""
+
 WITH_VIRTUAL_TOKENS = ("prompt", "prefix")
 """Adapters that put trained tokens before the input."""
 
@@ -330,15 +333,16 @@ def _alignment_sharding_faults(spec: AlignmentSpec) -> Iterator[Fault]:
 def _whole_models(spec: AlignmentSpec) -> Iterator[Fault]:
     """Yield a fault for each part of an alignment that needs whole models on each worker."""
     path = "spec.compute.sharding"
-    if spec.optimize is None or spec.optimize.dpo is None:
+    if spec.optimize is None or spec.optimize.kind not in SHARDED:
         yield Fault(
             path,
-            "fsdp in an alignment is for optimize.dpo, KTO included, in this version: remove "
-            "sharding",
+            f"fsdp in an alignment is for optimize.{', '.join(SHARDED)}, KTO included, in this "
+            "version: remove sharding",
         )
     for where, training in _trainings(spec):
-        if where in ("spec.sft.training", "spec.optimize.dpo.training") and (
-            training.engine == "native"
+        if (
+            where in ("spec.sft.training", *(f"spec.optimize.{kind}.training" for kind in SHARDED))
+            and training.engine == "native"
         ):
             yield Fault(
                 f"{where}.engine",

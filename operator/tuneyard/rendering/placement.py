@@ -61,9 +61,9 @@ def _sharding_faults(plan: Plan, profiles: Mapping[str, Compute]) -> Iterator[Fa
         yield Fault(
             "spec.compute.profile",
             f"profile {name} shares a model among the workers (sharding fsdp), which needs a "
-            "FineTuneJob, or an AlignmentJob with preferences.data and optimize.dpo, with "
-            "training.engine trl and adapter.lora (not decomposed) or no adapter: set these, set "
-            "compute.sharding to none, or choose another profile",
+            "FineTuneJob, or an AlignmentJob of dpo, grpo or rloo without models beside the "
+            "policy, with training.engine trl and adapter.lora (not decomposed) or no adapter: "
+            "set these, set compute.sharding to none, or choose another profile",
         )
         return
     group, each = workers(compute), compute.processes_per_worker

@@ -253,7 +253,7 @@ def test_the_reference_replaces_the_trained_tensors_only_while_active(
         tokenizer=tiny_tokenizer,
     ).eval()
     parameters = layers.trainable(model)
-    reference = policies.Reference(parameters)
+    reference = policies.Reference(model)
     ids = torch.arange(4, 20)[None]
     with torch.no_grad():
         before = model(ids).logits

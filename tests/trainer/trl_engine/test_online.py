@@ -156,7 +156,7 @@ def test_both_engines_make_the_same_updates_of_the_same_completions(
             assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
     assert updates(tmp_path / "trl")[1]["kl"] != pytest.approx(0, abs=1e-4)
     assert found.metrics.keys() == expected.metrics.keys()
-    assert found.details.keys() == expected.details.keys() | {"engine"}
+    assert found.details.keys() == expected.details.keys() | {"engine", "sharding"}
     assert lines(tmp_path / "trl")[0] == lines(tmp_path / "native")[0]  # the same held-out reward
     configs = [
         folder / "weights" / "config.json" for folder in (tmp_path / "trl", tmp_path / "native")

@@ -11,7 +11,7 @@ Shapes: N completions, T tokens, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -30,6 +30,7 @@ from tuneyard_trainer.generation.batches import (
     prompt_tuned,
 )
 from tuneyard_trainer.models.base import autocast
+from tuneyard_trainer.models.sharding import in_step, is_shared
 
 GPU_BATCH, CPU_BATCH = 256, 64
 """The most completions in a batch: up to this size, the cost of a step hardly grows."""
@@ -72,7 +73,8 @@ class TransformersSampler:
     """A sampler on Hugging Face `generate`, in batches of prompts of similar length."""
 
     model: Any
-    """A plain model, or one with an adapter. Its weights may change between calls."""
+    """A plain model, or one with an adapter. Its weights may change between calls. Workers that
+    share it call the sampler together, each with its own prompts, or with none."""
     pad: int
     stop: tuple[int, ...]
     """The tokens that end a completion."""
@@ -90,8 +92,15 @@ class TransformersSampler:
         lengths = [len(prompt) for prompt in prompts]
         longest = max(lengths, default=0) + self.settings.max_new_tokens
         size = batch_size(self.model, longest, device)
-        for chosen in length_batches(lengths, size, padded=not prompt_tuned(self.model)):
+        own = [*length_batches(lengths, size, padded=not prompt_tuned(self.model))]
+        batches: Iterable[tuple[list[int], bool]] = ((chosen, True) for chosen in own)
+        if is_shared(self.model):
+            batches = in_step(own, [], device)
+        for chosen, is_own in batches:
             before_batch()
+            if not is_own:  # transformers generates until all workers are done
+                self._batch([[self.pad]], [0], device)
+                continue
             sampled = self._batch([prompts[i] for i in chosen], [keys[i] for i in chosen], device)
             completions.update(zip(chosen, sampled, strict=True))
         return [completions[i] for i in range(len(prompts))]

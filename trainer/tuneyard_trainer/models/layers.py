@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from tuneyard.api.training import Freeze
 from tuneyard.errors import StageError
 from tuneyard_trainer.models.probes import base_of
+from tuneyard_trainer.models.sharding import reshard
 
 
 @contextmanager
@@ -115,7 +116,8 @@ def freeze(model: PreTrainedModel, settings: Freeze) -> None:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters by name, tied ones once."""
+    """Return the trainable parameters by name, tied ones once. Of a shared model, the shards."""
+    reshard(model)
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -23,7 +23,7 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.models import adapters, sharding
 from tuneyard_trainer.models.base import META, load_base, precision_of, save_model
 from tuneyard_trainer.models.gathering import require_same_names, write_model
-from tuneyard_trainer.models.layers import freeze
+from tuneyard_trainer.models.layers import freeze, trainable
 from tuneyard_trainer.models.probes import base_of
 from tuneyard_trainer.models.weight_files import stored_tensors
 from tuneyard_trainer.storage.files import disk_error
@@ -199,13 +199,13 @@ class Reference:
     """The policy at the start of a stage, without a second model: a copy of the trainable tensors,
     which is swapped in while the reference is active.
 
-    With an adapter of any kind, only the adapter is copied. A reference that is created before a
-    checkpoint is restored is the same after a resume.
+    With an adapter of any kind, only the adapter is copied, and of a shared model each worker's
+    part. A reference that is created before a checkpoint is restored is the same after a resume.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._parameters = dict(parameters)
-        self._start = {name: p.detach().clone() for name, p in parameters.items()}
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._parameters = model, trainable(model)
+        self._start = {name: p.detach().clone() for name, p in self._parameters.items()}
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -217,7 +217,11 @@ class Reference:
             self._swap()
 
     def _swap(self) -> None:
+        sharding.reshard(self._model)  # the next forward pass gathers the other weights
         for name, parameter in self._parameters.items():
-            current = parameter.data
-            parameter.data = self._start[name]
-            self._start[name] = current
+            current, start = parameter.data, self._start[name]
+            if sharding.is_sharded(parameter):  # FSDP2 gathers from this memory
+                self._start[name] = current.clone()
+                current.copy_(start)
+            else:
+                self._start[name], parameter.data = current, start

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,8 @@ from transformers import PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from tuneyard.errors import StageError
+
+T = TypeVar("T")
 
 LAYER = re.compile(r"\.\d+$")
 """The end of the name of a layer: its place in a list of modules."""
@@ -143,6 +147,17 @@ def is_sharded(tensor: Tensor) -> bool:
 def is_shared(model: nn.Module) -> bool:
     """Return whether the workers share the model: each forward pass is then one of all workers."""
     return any(map(is_sharded, model.parameters()))
+
+
+def in_step(own: Sequence[T], spare: T, device: torch.device) -> Iterator[tuple[T, bool]]:
+    """Yield as many items on each worker as the one with the most has, and whether each is the
+    worker's own: one without any left gets `spare` for nothing. Workers that share a model call it
+    together, with the work of their forward passes, for which they gather its layers together."""
+    most = torch.tensor(float(len(own)), device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    for index in range(int(most)):
+        is_own = index < len(own)
+        yield (own[index] if is_own else spare), is_own
 
 
 def reshard(model: nn.Module) -> None:

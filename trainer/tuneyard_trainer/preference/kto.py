@@ -14,11 +14,11 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tuneyard_trainer.models.sharding import is_shared
+from tuneyard_trainer.models.sharding import in_step, is_shared
 from tuneyard_trainer.preference.losses import kto_loss
 from tuneyard_trainer.preference.objective import ReferencedObjective
 from tuneyard_trainer.training.batches import Indices, MicroBatch, micro_batches
-from tuneyard_trainer.training.losses import in_step
+from tuneyard_trainer.training.losses import spare_batch
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class UnpairedPreferences(ReferencedObjective):
         )
         own: Iterable[tuple[MicroBatch, bool]] = ((batch, True) for batch in batches)
         if is_shared(self.model):
-            own = in_step(batches, mismatched.rows, self.worker)
+            spare = spare_batch(batches, mismatched.rows)
+            own = in_step(batches, spare, self.worker.device)
         for micro_batch, is_own in own:
             ratios_N = mismatched.log_ratios(self.model, micro_batch.rows, self.forward)
             kl += ratios_N.sum() / len(groups) if is_own else 0.0

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.models.base import autocast
 from tuneyard_trainer.models.probes import base_of
-from tuneyard_trainer.models.sharding import is_shared, reshard
+from tuneyard_trainer.models.sharding import in_step, is_shared, reshard
 from tuneyard_trainer.preference.dataset import Comparisons
 from tuneyard_trainer.training.batches import Indices, MicroBatch, micro_batches, share
 from tuneyard_trainer.training.losses import (
     Forward,
     collate,
-    in_step,
+    spare_batch,
     stop_together,
     sum_unless_stopped,
 )
@@ -124,7 +124,8 @@ def evaluate_rows(
     if is_shared(model):
         model.eval()
         with torch.no_grad():
-            for batch, is_own in in_step(_row_batches(rows, mine, forward), rows, worker):
+            own = _row_batches(rows, mine, forward)
+            for batch, is_own in in_step(own, spare_batch(own, rows), worker.device):
                 stop_together(worker)
                 batch_R = scorer(model, rows, batch.rows, forward)
                 if is_own:

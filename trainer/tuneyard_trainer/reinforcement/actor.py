@@ -6,7 +6,7 @@ predict a completion's token, V vocabulary, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from tuneyard_trainer.models import base, layers, policies
 from tuneyard_trainer.models.base import autocast, precision_of
 from tuneyard_trainer.models.layers import head_at, head_of
 from tuneyard_trainer.models.policies import Reference
+from tuneyard_trainer.models.sharding import in_step, is_shared
 from tuneyard_trainer.reinforcement.arithmetic import entropy, token_logprobs
 from tuneyard_trainer.training import batches
 from tuneyard_trainer.training.losses import Forward
@@ -151,8 +152,15 @@ class Actor:
         self.model.eval()
         shape = len(sequences), max(sequences.lengths, default=1)
         whole = Scored(*(torch.zeros(shape, device=self.device) for _ in range(3)))
-        for chosen in self.micro_batches(sequences):
-            part = self._score(sequences.take(chosen), head, with_entropy=with_entropy)
+        own = self.micro_batches(sequences)
+        batches: Iterable[tuple[list[int], bool]] = ((chosen, True) for chosen in own)
+        if is_shared(self.model):
+            batches = in_step(own, [], self.device)
+        for chosen, is_own in batches:
+            scored = sequences.take(chosen) if is_own else Sequences([[self.pad] * 2], [1])
+            part = self._score(scored, head, with_entropy=with_entropy)
+            if not is_own:
+                continue
             rows = torch.tensor(chosen, device=self.device)
             for all_BT, some_BT in zip(whole, part, strict=True):
                 all_BT[rows, : some_BT.shape[1]] = some_BT
@@ -205,8 +213,10 @@ def load(
     temperature: float,
     with_values: bool,
     with_reference: bool,
+    shards: int = 1,
 ) -> Actor:
-    """Load the input `model` and, if an earlier stage trained it, `tuned`, for training."""
+    """Load the input `model` and, if an earlier stage trained it, `tuned`, for training. `shards`:
+    the workers that each keep a part of the base; 1: each keeps all of it."""
     precision, device = precision_of(training, worker), worker.device
     tokenizer = base.load_tokenizer(inputs["model"])
     model = policies.load(
@@ -217,6 +227,7 @@ def load(
         precision=precision,
         tokenizer=tokenizer,
         gradient_checkpointing=runtime.gradient_checkpointing,
+        shards=shards,
     )
     without_dropout(model)
     forward = Forward.of(
@@ -236,7 +247,7 @@ def load(
         temperature=temperature,
         max_tokens=forward.max_tokens,
         value_head=ValueHead(head_of(model).in_features, device) if with_values else None,
-        reference=policies.Reference(layers.trainable(model)) if with_reference else None,
+        reference=policies.Reference(model) if with_reference else None,
         checkpointing=runtime.gradient_checkpointing,
     )
 

@@ -9,6 +9,7 @@ from tuneyard.api.stage_settings import GrpoSettings, PpoSettings
 from tuneyard_trainer.data.prompts import TokenizedPrompt
 from tuneyard_trainer.generation.completions import Policy
 from tuneyard_trainer.generation.sampling import Sampler, TransformersSampler, stop_tokens
+from tuneyard_trainer.models import policies
 from tuneyard_trainer.reinforcement import actor as actors
 from tuneyard_trainer.reinforcement import rewards
 from tuneyard_trainer.reinforcement.actor import Actor
@@ -31,16 +32,21 @@ def load_collector(
     reward = rewards.load(
         settings.reward, context.inputs, settings.chat, untokenized(prompts), worker.device
     )
+    training = settings.training
+    shards = policies.shards(
+        context, policies.bytes_per_parameter(training, settings.adapter, worker)
+    )
     worker.report(message="loading the model")
     actor = actors.load(
         context.inputs,
         settings.adapter,
-        settings.training,
+        training,
         context.stage.runtime,
         worker,
         temperature=sampling.temperature,
         with_values=method.with_values,
         with_reference=method.with_reference,
+        shards=shards,
     )
     stop = stop_tokens(actor.model, policy.tokenizer, settings.chat.chat_template)
     sampler = _sampler(actor, stop, sampling, prompts, worker)

@@ -22,6 +22,7 @@ from tuneyard.api.alignment import Sampling
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prompts import Prompt, TokenizedPrompt
 from tuneyard_trainer.generation.sampling import Sampled, Sampler
+from tuneyard_trainer.models.sharding import is_shared
 from tuneyard_trainer.reinforcement import arithmetic
 from tuneyard_trainer.reinforcement.actor import Actor, Sequences
 from tuneyard_trainer.reinforcement.arithmetic import Reduce
@@ -170,7 +171,7 @@ class Collector:
         sampled = self.group.run(
             lambda: (
                 self.sampler([p.ids for p in own], [keys[i] for i in owned], check_stop)
-                if own
+                if own or is_shared(self.actor.model)
                 else []
             )
         )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.models.base import autocast
 from tuneyard_trainer.models.layers import head_at, head_of
-from tuneyard_trainer.models.sharding import reshard
+from tuneyard_trainer.models.sharding import in_step, reshard
 from tuneyard_trainer.training.batches import IGNORE, Indices, MicroBatch, micro_batches, share
 from tuneyard_trainer.training.seeds import derive_seed
 from tuneyard_trainer.worker import Interrupted, Worker
@@ -128,7 +128,8 @@ class Forward:
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
         model.eval()
         with torch.no_grad():
-            for batch, is_own in in_step([*self._evaluation_batches(rows, worker)], rows, worker):
+            own = [*self._evaluation_batches(rows, worker)]
+            for batch, is_own in in_step(own, spare_batch(own, rows), worker.device):
                 stop_together(worker)
                 loss = self.loss(model, rows, batch).double()
                 total += loss if is_own else 0.0
@@ -162,18 +163,9 @@ class Forward:
             yield from self.micro_batches(rows, mine[start : start + EVALUATION_ROWS])
 
 
-def in_step(
-    batches: Sequence[MicroBatch], rows: Rows, worker: Worker
-) -> Iterator[tuple[MicroBatch, bool]]:
-    """Yield as many micro-batches on each worker as the one with the most has, and whether each is
-    the worker's own: one without any left gets its last one again, or the first of the rows. All
-    workers call it, since they share a model and gather its layers together."""
-    spare = batches[-1] if batches else MicroBatch(((0,),), int(rows.lengths[0]))
-    most = torch.tensor(float(len(batches)), device=worker.device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    for index in range(int(most)):
-        is_own = index < len(batches)
-        yield (batches[index] if is_own else spare), is_own
+def spare_batch(batches: Sequence[MicroBatch], rows: Rows) -> MicroBatch:
+    """Return a micro-batch for `in_step`: the last one, or if there is none the first row."""
+    return batches[-1] if batches else MicroBatch(((0,),), int(rows.lengths[0]))
 
 
 def sum_unless_stopped(values_N: Tensor, stopped: bool, worker: Worker) -> Tensor:

@@ -110,7 +110,8 @@ def same_process() -> Iterator[None]:
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     before = {name: os.environ.get(name) for name in DETERMINISM}
     try:
-        with torch.backends.flags(fp32_precision=torch.backends.fp32_precision):
+        fp32: str = torch.backends.fp32_precision  # type: ignore[attr-defined]  # set by a class
+        with torch.backends.flags(fp32_precision=fp32):
             yield
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warns)

@@ -35,6 +35,7 @@ from tuneyard_trainer.generation.sampling import Sampled
 from tuneyard_trainer.models import layers, policies
 from tuneyard_trainer.models.environment import described
 from tuneyard_trainer.models.policies import Reference
+from tuneyard_trainer.models.sharding import is_shared
 from tuneyard_trainer.reinforcement.course import Course
 from tuneyard_trainer.reinforcement.loading import load_collector
 from tuneyard_trainer.reinforcement.method import Method
@@ -122,11 +123,14 @@ def run(
             _prepare(trainer, course, settings)
             trainer.train()
     course.finish(following.state)
-    if worker.is_main:
-        policies.save(model, settings.adapter, context.workdir / policies.WEIGHTS)
+    shards = worker.world_size if is_shared(model) else 1
+    weights = context.workdir / policies.WEIGHTS
+    if worker.is_main or shards > 1:
+        policies.save(model, settings.adapter, weights, is_main=worker.is_main, shards=shards)
+    sharding = "fsdp" if shards > 1 else "none"
     return StageOutcome(
         metrics=course.summary(following.state),
-        details={**course.details(following.state), "engine": "trl"},
+        details={**course.details(following.state), "engine": "trl", "sharding": sharding},
         contents=(policies.WEIGHTS,),
     )
 

@@ -327,7 +327,17 @@ class _Job:
         kept = [part for part in step.state if part[0] != "gradients"]
         copies = step.copies_while_sampling
         parts = self._generation(shape, step.how)
-        return Moment.of("sampling", *kept, beside, ("bfloat16 copies", copies), *parts)
+        gathered = 0
+        if step.sharding == "fsdp":
+            gathered = gathered_for_inference(self.facts, step.how.precision)
+        return Moment.of(
+            "sampling",
+            *kept,
+            beside,
+            ("bfloat16 copies", copies),
+            ("gathered weights", gathered),
+            *parts,
+        )
 
     def _with_engine(self, moment: Moment, shape: Shape) -> Moment:
         """Return a moment with vLLM's own copy of the weights and its cache."""
