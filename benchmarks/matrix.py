@@ -38,6 +38,10 @@ CELLS = (
     *(f"trl/{method}" for method in (*SUPERVISED, "grpo", "rloo", "distill")),
     "trl/sft, sharded",
     "trl/pretrain, sharded",
+    "trl/dpo, sharded",
+    "trl/kto, sharded",
+    "trl/grpo, sharded",
+    "trl/rloo, sharded",
 )
 MEASURES = (("baseValidationLoss", "validationLoss"), ("baseReward", "reward"))
 """Names of a measure before and after, in a stage's record; a loss falls, a reward rises."""
@@ -104,7 +108,7 @@ def manifest(cell: str, folder: Path, workers: int, seed: int) -> dict[str, Any]
         rows_of_letters = [{"uri": f"file://{folder}/rows.jsonl"}]
         spec["sft"] = {
             "data": {"train": rows_of_letters},
-            "training": {**training, "maxSteps": 60, "learningRate": 0.01},
+            "training": {**chosen, "maxSteps": 60, "learningRate": 0.01},
         }
         sampling = {"maxNewTokens": 4}
         own: dict[str, Any] = {"prompts": prompts, "sampling": sampling, "training": chosen}

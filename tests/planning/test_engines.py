@@ -308,17 +308,14 @@ def test_ppo_stays_native() -> None:
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
-def test_grpo_and_rloo_are_trained_by_trl_and_never_sharded(kind: str) -> None:
+def test_grpo_and_rloo_are_trained_by_trl(kind: str) -> None:
     given = {"epsilon_high": 0.28, "num_iterations": 2}
     planned = plan_job(online(kind, {"trl": given}, compute={"workers": 2}))
     stage = next(stage for stage in planned.stages if stage.name == kind)
     training = getattr(stage.settings, "training", None)
     assert training is not None
     assert (training.engine, training.trl) == ("trl", given)
-    assert set(shardings(planned).values()) == {"none"}
     assert stage.fingerprint != plan_job(online(kind)).stages[0].fingerprint
-    (fault,) = faults(online(kind, compute={"workers": 2, "sharding": "fsdp"}))
-    assert fault.path == "spec.compute.sharding"
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
