@@ -1,5 +1,5 @@
 """Train every method under every engine that has it, with 1, 2 and 4 workers and three seeds, and
-print how its own measure on held-out rows changed.
+print how its own measure on held-out rows changed, from the lowest to the highest of all runs.
 
     make matrix                                          everything: about an hour on two cores
     .venv/bin/python benchmarks/matrix.py trl/grpo       cells whose name starts so
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -152,8 +152,8 @@ def _ignore(_: dict[str, Any]) -> None:
     return
 
 
-def row(cell: str, workers: int, seeds: list[int], folder: Path) -> tuple[str, bool]:
-    """Return a cell's row of the table, and whether it learned with every seed."""
+def runs(cell: str, workers: int, seeds: list[int], folder: Path) -> list[Run]:
+    """Return a cell's runs with so many workers; none if it failed."""
     own = ["--train", str(folder), cell, "--workers", str(workers)]
     command = [sys.executable, __file__, *own, "--seeds", *map(str, seeds)]
     if workers > 1:
@@ -162,19 +162,44 @@ def row(cell: str, workers: int, seeds: list[int], folder: Path) -> tuple[str, b
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         sys.stderr.write(f"{cell} with {workers} workers failed:\n{done.stderr[-4000:]}\n")
-        return f"| {cell} | {workers} | | failed | 0 |", False
+        return []
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"seed"')]
-    found = {line["seed"]: line for line in lines}  # every worker prints the same
-    learned = [
-        line["after"] < line["before"]
-        if line["measure"] == "validationLoss"
-        else line["after"] > line["before"]
-        for line in found.values()
-    ]
-    changes = ", ".join(f"{line['before']:.3f} → {line['after']:.3f}" for line in found.values())
-    measure = {"validationLoss": "held-out loss", "reward": "held-out reward"}
-    cells = (cell, str(workers), measure[lines[0]["measure"]], changes, f"{sum(learned)}")
-    return f"| {' | '.join(cells)} |", all(learned)
+    found = {line.pop("seed"): Run(**line) for line in lines}  # every worker prints the same
+    sys.stderr.write(f"{cell} with {workers} workers: {', '.join(map(str, found.values()))}\n")
+    return list(found.values())
+
+
+class Run(NamedTuple):
+    """How the measure of a run changed."""
+
+    measure: str
+    before: float
+    after: float
+
+    @property
+    def learned(self) -> bool:
+        """Whether the loss fell, or the reward rose."""
+        fell = self.after < self.before
+        return fell if self.measure == "validationLoss" else self.after > self.before
+
+    def __str__(self) -> str:
+        return f"{self.before:.3f} → {self.after:.3f}"
+
+
+def row(cell: str, found: list[Run], expected: int) -> str:
+    """Return a cell's row of the table. `expected`: the number of its runs."""
+    measures = {"validationLoss": "held-out loss", "reward": "held-out reward"}
+    measure = measures[found[0].measure] if found else ""
+    before, after = (
+        _range([getattr(each, name) for each in found]) for name in ("before", "after")
+    )
+    learned = f"{sum(each.learned for each in found)} of {expected}"
+    return f"| {' | '.join((cell, measure, before, after, learned))} |"
+
+
+def _range(values: list[float]) -> str:
+    texts = sorted({f"{value:.3f}" for value in values}, key=float)
+    return " to ".join(dict.fromkeys((texts[0], texts[-1]))) if texts else ""
 
 
 def main() -> int:
@@ -188,20 +213,19 @@ def main() -> int:
     if options.train:
         train(options.train, options.start, options.workers[0], options.seeds)
         return 0
-    sys.stdout.write(
-        "| method | workers | measure | before → after, by seed | learned |\n"
-        "|---|---:|---|---|---:|\n"
-    )
+    sys.stdout.write("| method | measure | before | after | learned |\n|---|---|---:|---:|---:|\n")
     learned = True
     with tempfile.TemporaryDirectory(prefix="tuneyard-matrix-") as folder:
         write_files(Path(folder))
         for cell in CELLS:
-            for workers in options.workers:
-                if cell.startswith(options.start) and not ("sharded" in cell and workers == 1):
-                    text, good = row(cell, workers, options.seeds, Path(folder))
-                    learned &= good
-                    sys.stdout.write(text + "\n")
-                    sys.stdout.flush()
+            if not cell.startswith(options.start):
+                continue
+            chosen = [n for n in options.workers if n > 1 or "sharded" not in cell]
+            found = [run for n in chosen for run in runs(cell, n, options.seeds, Path(folder))]
+            expected = len(chosen) * len(options.seeds)
+            learned &= sum(run.learned for run in found) == expected
+            sys.stdout.write(row(cell, found, expected) + "\n")
+            sys.stdout.flush()
     return 0 if learned else 1
 
 

@@ -349,7 +349,8 @@ def test_grpo_and_rloo_are_trained_by_trl(kind: str) -> None:
                 ("sync_ref_model", True, "as the stage began"),
                 ("epsilon_high", "wide", "is not of the type float | null"),
                 ("epsilon_hihg", 0.3, "did you mean 'epsilon_high'?"),
-                ("num_iterations", 0, "set 1 or more"),
+                ("num_iterations", 0, "between 1 and 1000"),
+                ("num_iterations", 10**12, "between 1 and 1000"),
                 ("num_iterations", 1.5, "is not of the type int"),
             )
         ),
@@ -586,12 +587,19 @@ def test_an_argument_of_another_loss_of_grpo_is_refused() -> None:
     for given, loss in (
         ({"sapo_temperature_pos": 2.0}, "sapo"),
         ({"vespo_k_pos": 2.0, "loss_type": "grpo"}, "vespo"),
-        ({"delta": 2.0, "loss_type": "cispo"}, "dapo"),
+        ({"delta": 2.0, "loss_type": "cispo", "epsilon_high": 5.0}, "dapo"),
     ):
         (fault,) = faults(online("grpo", {"trl": given}))
         assert fault.path == f"spec.optimize.grpo.training.trl.{next(iter(given))}"
         assert "has no effect with loss_type" in fault.message
         plan_job(online("grpo", {"trl": given | {"loss_type": loss}}))
+
+
+def test_cispo_needs_its_own_limit_of_the_ratio() -> None:
+    (fault,) = faults(online("grpo", {"trl": {"loss_type": "cispo"}}))
+    assert fault.path == "spec.optimize.grpo.training.trl.loss_type"
+    assert "set epsilon_high too" in fault.message
+    plan_job(online("grpo", {"trl": {"loss_type": "cispo", "epsilon_high": 5.0}}))
 
 
 def test_a_pair_of_numbers_is_written_as_a_list() -> None:

@@ -307,12 +307,13 @@ def argument_faults(
         elif not _is_of(config.fields[name].split(" | "), value):
             shown = reprlib.repr(value)
             yield Fault(f"{path}.{name}", f"{shown} is not of the type {config.fields[name]}")
-        elif name in LEAST and value < LEAST[name]:
-            yield Fault(f"{path}.{name}", f"{value} is too small: set {LEAST[name]} or more")
+        elif name in BOUNDS and not BOUNDS[name][0] <= value <= BOUNDS[name][1]:
+            least, most = BOUNDS[name]
+            yield Fault(f"{path}.{name}", f"{value} is not between {least} and {most}")
 
 
-LEAST: Mapping[str, int] = {"num_iterations": 1}
-"""The smallest values of arguments that TRL does not check itself."""
+BOUNDS: Mapping[str, tuple[int, int]] = {"num_iterations": (1, 1000)}
+"""The least and the greatest values of arguments that TRL does not check itself."""
 USED_BY: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), ("sapo",)),
     **dict.fromkeys(
@@ -326,8 +327,8 @@ ON_GPUS = ("tf32", "torch_empty_cache_steps", "activation_offloading")
 
 
 def effect_faults(path: str, training: Training, compute: Compute) -> Iterator[Fault]:
-    """Yield a fault for each argument that TRL would accept and not use. `path`: the field
-    `training`."""
+    """Yield a fault for each argument that TRL would accept and not use, or use otherwise than the
+    job's own fields say. `path`: the field `training`."""
     given = training.trl or {}
     if "activation_checkpointing_kwargs" in given and not training.gradient_checkpointing:
         yield Fault(
@@ -343,6 +344,12 @@ def effect_faults(path: str, training: Training, compute: Compute) -> Iterator[F
                 f"has no effect with loss_type {loss}: set loss_type to "
                 f"{' or '.join(USED_BY[name])}, or remove it",
             )
+    if loss == "cispo" and given.get("epsilon_high") is None:
+        yield Fault(
+            f"{path}.trl.loss_type",
+            "cispo limits the ratio itself by epsilon_high, and not its distance from 1, so that "
+            "clipRange would make every gradient smaller: set epsilon_high too, such as 5.0",
+        )
     if compute.gpus_per_worker == 0:
         for name in sorted(given.keys() & set(ON_GPUS)):
             yield Fault(
