@@ -1,5 +1,5 @@
-"""What the trainers that sample by themselves share: TRL tokenizes the prompts, and must get our
-tokens; it generates, and must end completions as Tuneyard does."""
+"""The common needs of trainers that sample by themselves: TRL tokenizes the prompts, and must get
+our tokens; it generates, and must end completions as Tuneyard does."""
 
 from __future__ import annotations
 
