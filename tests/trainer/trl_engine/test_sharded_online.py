@@ -24,8 +24,7 @@ from tuneyard_trainer.worker import Interrupted, StageContext, Worker, never_sto
 CPU = torch.device("cpu")
 CASES: dict[str, tuple[str, Any]] = {
     "grpo, full": ("grpo", None),
-    "grpo, lora": ("grpo", LORA),
-    "rloo, full": ("rloo", None),
+    "rloo, lora": ("rloo", LORA),
 }
 STOPPED = "grpo, full"
 

@@ -28,7 +28,6 @@ LORA = {"lora": {"rank": 4}}
 CASES: dict[str, tuple[str, Any]] = {
     "dpo, full": ("sigmoid", None),
     "dpo, lora": ("sigmoid", LORA),
-    "kto, full": ("kto", None),
     "kto, lora": ("kto", LORA),
 }
 SHARED = TrainRuntime(micro_batch_tokens=100, sharding="fsdp")
