@@ -29,6 +29,20 @@ PATIENCE = datetime.timedelta(days=7)
 judge at an endpoint, which may take days."""
 
 
+def any_stops(worker: Worker) -> bool:
+    """Return whether any worker was asked to stop, on all of them. All workers call it."""
+    flag = torch.tensor(float(worker.stop()), device=worker.device)
+    if worker.world_size > 1:
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag > 0)
+
+
+def stop_together(worker: Worker) -> None:
+    """Raise Interrupted on all workers if any of them is asked to stop. All workers call it."""
+    if any_stops(worker):
+        raise Interrupted(worker.stage, 0)
+
+
 class SharedStage:
     """A stage that all workers run together, each on its share of the rows.
 
@@ -174,14 +188,11 @@ class InStep:
 
     def stop(self) -> bool:
         """Return whether any worker was asked to stop. All workers call it."""
-        asked = torch.tensor(float(self.worker.stop()), device=self.worker.device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked)
+        return any_stops(self.worker)
 
     def check_stop(self) -> None:
         """Raise Interrupted on all workers if any was asked to stop. All workers call it."""
-        if self.stop():
-            raise Interrupted(self.worker.stage, 0)
+        stop_together(self.worker)
 
 
 @dataclass(frozen=True)

@@ -73,12 +73,13 @@ def _run(context: StageContext, shared: SharedStage) -> StageOutcome:
     shards = policies.shards(context, policies.inference_type(worker.device).itemsize)
     models = _models(context, shards, with_base=settings.compare_with_base)
     measured: dict[str, Measured] = {}
-    for name, model in models:  # enumerate would hold a model while the next one is loaded
-        worker.report(step=len(measured), total_steps=STEPS, message=f"measuring the {name} model")
-        with shared.in_step() if shards > 1 else nullcontext(shared) as sharing:
+    with shared.in_step() if shards > 1 else nullcontext(shared) as sharing:
+        for name, model in models:  # enumerate would hold a model while the next one is loaded
+            message = f"measuring the {name} model"
+            worker.report(step=len(measured), total_steps=STEPS, message=message)
             measured[name] = _measure(context, model, data, questions, sharing)
-        del model
-        gc.collect()  # modules are in cycles
+            del model
+            gc.collect()  # modules are in cycles
     if not worker.is_main:
         return StageOutcome()
     metrics = _metrics(measured, questions)

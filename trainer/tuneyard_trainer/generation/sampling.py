@@ -11,7 +11,7 @@ Shapes: N completions, T tokens, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -30,7 +30,7 @@ from tuneyard_trainer.generation.batches import (
     prompt_tuned,
 )
 from tuneyard_trainer.models.base import autocast
-from tuneyard_trainer.models.sharding import in_step, is_shared
+from tuneyard_trainer.models.sharding import in_step
 
 GPU_BATCH, CPU_BATCH = 256, 64
 """The most completions in a batch: up to this size, the cost of a step hardly grows."""
@@ -93,10 +93,7 @@ class TransformersSampler:
         longest = max(lengths, default=0) + self.settings.max_new_tokens
         size = batch_size(self.model, longest, device)
         own = [*length_batches(lengths, size, padded=not prompt_tuned(self.model))]
-        batches: Iterable[tuple[list[int], bool]] = ((chosen, True) for chosen in own)
-        if is_shared(self.model):
-            batches = in_step(own, [], device)
-        for chosen, is_own in batches:
+        for chosen, is_own in in_step(self.model, own, []):
             before_batch()
             if not is_own:  # transformers generates until all workers are done
                 self._batch([[self.pad]], [0], device)

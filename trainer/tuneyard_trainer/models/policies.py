@@ -145,15 +145,14 @@ def save(
     folder: Path,
     *,
     is_main: bool = True,
-    shards: int = 1,
 ) -> None:
     """Write the adapter, or the whole model if there is no adapter.
 
-    `shards`: the workers that share the model; 1: this one has all of it. All of them call it with
-    the same number; one of them, `is_main`, writes. Raises StageError DiskFull or WriteFailed.
+    Workers that share the model call it together; one of them, `is_main`, writes. Raises StageError
+    DiskFull or WriteFailed.
     """
     try:
-        if shards > 1 and not adapter:  # after an evaluation, FSDP2 may keep any weight whole
+        if not adapter and sharding.is_shared(model):
             write_model(folder if is_main else None, base_of(model))
         elif is_main and adapter:
             adapters.save(model, folder)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -149,13 +149,24 @@ def is_shared(model: nn.Module) -> bool:
     return any(map(is_sharded, model.parameters()))
 
 
-def in_step(own: Sequence[T], spare: T, device: torch.device) -> Iterator[tuple[T, bool]]:
-    """Yield as many items on each worker as the one with the most has, and whether each is the
-    worker's own: one without any left gets `spare` for nothing. Workers that share a model call it
-    together, with the work of their forward passes, for which they gather its layers together."""
-    most = torch.tensor(float(len(own)), device=device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    for index in range(int(most)):
+def sharding_of(model: nn.Module) -> Literal["fsdp", "none"]:
+    """Return how a model is laid out over the workers, by its name in the manifest."""
+    return "fsdp" if is_shared(model) else "none"
+
+
+def in_step(model: nn.Module, own: Sequence[T], spare: T) -> Iterator[tuple[T, bool]]:
+    """Yield the work of a worker's forward passes, and whether each is its own.
+
+    Workers that share the model call it together. They gather its layers together, so each of them
+    gets as many passes as the one with the most: `spare`, for nothing, once its own are done. With
+    a whole model a worker gets its own alone.
+    """
+    most = len(own)
+    if is_shared(model):
+        count = torch.tensor(float(most), device=next(model.parameters()).device)
+        dist.all_reduce(count, op=dist.ReduceOp.MAX)
+        most = int(count)
+    for index in range(most):
         is_own = index < len(own)
         yield (own[index] if is_own else spare), is_own
 

@@ -5,7 +5,6 @@ Shapes: N completions, K metrics.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +13,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tuneyard_trainer.models.sharding import in_step, is_shared
+from tuneyard_trainer.models.sharding import in_step
 from tuneyard_trainer.preference.losses import kto_loss
 from tuneyard_trainer.preference.objective import ReferencedObjective
-from tuneyard_trainer.training.batches import Indices, MicroBatch, micro_batches
+from tuneyard_trainer.training.batches import Indices, micro_batches
 from tuneyard_trainer.training.losses import spare_batch
 
 
@@ -55,11 +54,8 @@ class UnpairedPreferences(ReferencedObjective):
             max_tokens=self.forward.max_tokens,
             pack=False,
         )
-        own: Iterable[tuple[MicroBatch, bool]] = ((batch, True) for batch in batches)
-        if is_shared(self.model):
-            spare = spare_batch(batches, mismatched.rows)
-            own = in_step(batches, spare, self.worker.device)
-        for micro_batch, is_own in own:
+        spare = spare_batch(batches, mismatched.rows)
+        for micro_batch, is_own in in_step(self.model, batches, spare):
             ratios_N = mismatched.log_ratios(self.model, micro_batch.rows, self.forward)
             kl += ratios_N.sum() / len(groups) if is_own else 0.0
         if self.worker.world_size > 1:

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.models.base import autocast
 from tuneyard_trainer.models.probes import base_of
-from tuneyard_trainer.models.sharding import in_step, is_shared, reshard
+from tuneyard_trainer.models.sharding import in_step, reshard
 from tuneyard_trainer.preference.dataset import Comparisons
 from tuneyard_trainer.training.batches import Indices, MicroBatch, micro_batches, share
 from tuneyard_trainer.training.losses import (
     Forward,
     collate,
     spare_batch,
-    stop_together,
+    stop_check,
     sum_unless_stopped,
 )
 from tuneyard_trainer.worker import Interrupted, Worker
@@ -121,21 +121,10 @@ def evaluate_rows(
     sharded model make equally many forward passes."""
     values_R = np.zeros(len(rows))
     mine = share(np.arange(len(rows)), rows.lengths, worker.rank, worker.world_size)
-    if is_shared(model):
-        model.eval()
-        with torch.no_grad():
-            own = _row_batches(rows, mine, forward)
-            for batch, is_own in in_step(own, spare_batch(own, rows), worker.device):
-                stop_together(worker)
-                batch_R = scorer(model, rows, batch.rows, forward)
-                if is_own:
-                    values_R[batch.rows] = batch_R.double().cpu().numpy()
-        reshard(model)
-        total_R = torch.from_numpy(values_R).to(worker.device)
-        return sum_unless_stopped(total_R, False, worker).cpu().numpy()
     stopped = False
     try:
-        values_R[mine] = row_values(scorer, model, rows, mine, forward, worker.check_stop)
+        check_stop = stop_check(model, worker)
+        values_R[mine] = row_values(scorer, model, rows, mine, forward, check_stop)
     except Interrupted:
         stopped = True
     total_R = torch.from_numpy(values_R).to(worker.device)
@@ -151,20 +140,20 @@ def row_values(
     forward: Forward,
     before_batch: Callable[[], None],
 ) -> NDArray[np.float64]:
-    """Return one number for each chosen row (R,), in evaluation mode, without other workers.
+    """Return one number for each chosen row (R,), in evaluation mode, without other workers unless
+    they share the model.
 
     `before_batch`: called before each micro-batch; what it raises ends the call.
     """
     model.eval()
     values = np.zeros(len(rows))
-    for micro_batch in _row_batches(rows, chosen, forward):
-        before_batch()
-        values_R = scorer(model, rows, micro_batch.rows, forward)
-        values[micro_batch.rows] = values_R.double().cpu().numpy()
-    return values[chosen]
-
-
-def _row_batches(rows: Rows, chosen: Indices, forward: Forward) -> list[MicroBatch]:
-    return micro_batches(
+    batches = micro_batches(
         chosen, rows.lengths, capacity=0, max_tokens=forward.max_tokens, pack=False
     )
+    for micro_batch, is_own in in_step(model, batches, spare_batch(batches, rows)):
+        before_batch()
+        values_R = scorer(model, rows, micro_batch.rows, forward)
+        if is_own:
+            values[micro_batch.rows] = values_R.double().cpu().numpy()
+    reshard(model)
+    return values[chosen]

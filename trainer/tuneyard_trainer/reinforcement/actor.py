@@ -6,7 +6,7 @@ predict a completion's token, V vocabulary, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from tuneyard_trainer.models import base, layers, policies
 from tuneyard_trainer.models.base import autocast, precision_of
 from tuneyard_trainer.models.layers import head_at, head_of
 from tuneyard_trainer.models.policies import Reference
-from tuneyard_trainer.models.sharding import in_step, is_shared
+from tuneyard_trainer.models.sharding import in_step
 from tuneyard_trainer.reinforcement.arithmetic import entropy, token_logprobs
 from tuneyard_trainer.training import batches
 from tuneyard_trainer.training.losses import Forward
@@ -153,10 +153,7 @@ class Actor:
         shape = len(sequences), max(sequences.lengths, default=1)
         whole = Scored(*(torch.zeros(shape, device=self.device) for _ in range(3)))
         own = self.micro_batches(sequences)
-        batches: Iterable[tuple[list[int], bool]] = ((chosen, True) for chosen in own)
-        if is_shared(self.model):
-            batches = in_step(own, [], self.device)
-        for chosen, is_own in batches:
+        for chosen, is_own in in_step(self.model, own, []):
             scored = sequences.take(chosen) if is_own else Sequences([[self.pad] * 2], [1])
             part = self._score(scored, head, with_entropy=with_entropy)
             if not is_own:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,6 @@ from tuneyard.api.stage_settings import GrpoSettings, PpoSettings
 from tuneyard_trainer.data.prompts import TokenizedPrompt
 from tuneyard_trainer.models.base import peak_memory_bytes
 from tuneyard_trainer.models.layers import count_parameters
-from tuneyard_trainer.models.sharding import is_shared
 from tuneyard_trainer.reinforcement.held_out import (
     HeldOut,
     default_interval,
@@ -39,7 +37,7 @@ from tuneyard_trainer.reinforcement.stop_conditions import (
 from tuneyard_trainer.training.batches import Order
 from tuneyard_trainer.training.checkpoints import METRICS, Checkpoints
 from tuneyard_trainer.training.history import History
-from tuneyard_trainer.training.losses import stop_together
+from tuneyard_trainer.training.losses import stop_check
 from tuneyard_trainer.training.schedules import rate
 from tuneyard_trainer.worker import Interrupted, StageContext, Worker
 
@@ -81,9 +79,7 @@ class Course:
         held out."""
         worker, training = context.worker, settings.training
         prompts, held_out = split(tokenized)
-        check_stop = worker.check_stop
-        if is_shared(collector.actor.model):  # no worker may leave the others alone with it
-            check_stop = partial(stop_together, worker)
+        check_stop = stop_check(collector.actor.model, worker)
         order = Order(
             np.arange(len(prompts), dtype=np.int64),
             max(1, method.completions // method.group_size),

@@ -72,11 +72,8 @@ def _model(config: Path) -> tuple[ModelFacts | None, str]:
     try:
         read = json.loads(config.read_text(encoding="utf-8"))
         return facts_of(read if isinstance(read, dict) else {}), ""
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-    ) as error:  # the stage that loads the model reports what is wrong
+    except (OSError, ValueError, RecursionError) as error:
+        # The stage that loads the model reports what is wrong.
         why = str(error) if isinstance(error, UnknownModelError) else "it has no readable config"
         return None, why[:1024]
 

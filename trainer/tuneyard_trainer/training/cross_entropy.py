@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tuneyard.api.stage_settings import TrainSettings
 from tuneyard_trainer.data.prepared import Prepared
 from tuneyard_trainer.models import adapters
+from tuneyard_trainer.models.sharding import is_shared
 from tuneyard_trainer.training.batches import Indices, MicroBatch, share
 from tuneyard_trainer.training.losses import Forward, accumulate_gradients
 from tuneyard_trainer.worker import Worker
@@ -25,8 +26,6 @@ class CrossEntropy:
     settings: TrainSettings
     worker: Worker
     metrics: tuple[str, ...] = ("loss",)
-    is_sharded: bool = False
-    """Whether each worker has a part of the model alone."""
 
     @property
     def holds_out(self) -> bool:
@@ -53,7 +52,8 @@ class CrossEntropy:
         rows = self.data.validation
         if rows is None:
             raise ValueError("no held-out rows")
-        mean = self.forward.mean_loss_of_shards if self.is_sharded else self.forward.mean_loss
+        shared = is_shared(self.model)
+        mean = self.forward.mean_loss_of_shards if shared else self.forward.mean_loss
         return {"validationLoss": mean(self.model, rows, self.worker)}
 
     def baseline(self) -> dict[str, float]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -16,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tuneyard_trainer.data.prepared import Rows
+from tuneyard_trainer.data.sharing import stop_together
 from tuneyard_trainer.models.base import autocast
 from tuneyard_trainer.models.layers import head_at, head_of
-from tuneyard_trainer.models.sharding import in_step, reshard
+from tuneyard_trainer.models.sharding import in_step, is_shared, reshard
 from tuneyard_trainer.training.batches import IGNORE, Indices, MicroBatch, micro_batches, share
 from tuneyard_trainer.training.seeds import derive_seed
 from tuneyard_trainer.worker import Interrupted, Worker
@@ -129,7 +131,7 @@ class Forward:
         model.eval()
         with torch.no_grad():
             own = [*self._evaluation_batches(rows, worker)]
-            for batch, is_own in in_step(own, spare_batch(own, rows), worker.device):
+            for batch, is_own in in_step(model, own, spare_batch(own, rows)):
                 stop_together(worker)
                 loss = self.loss(model, rows, batch).double()
                 total += loss if is_own else 0.0
@@ -183,9 +185,10 @@ def sum_unless_stopped(values_N: Tensor, stopped: bool, worker: Worker) -> Tenso
     return flagged[:-1]
 
 
-def stop_together(worker: Worker) -> None:
-    """Raise Interrupted on all workers if any of them is asked to stop."""
-    sum_unless_stopped(torch.zeros(1, device=worker.device), worker.stop(), worker)
+def stop_check(model: nn.Module, worker: Worker) -> Callable[[], None]:
+    """Return what a worker calls before each forward pass, to end it if a stop is requested. No
+    worker may leave the others alone with a model that they share, so these agree on it."""
+    return partial(stop_together, worker) if is_shared(model) else worker.check_stop
 
 
 def collate(

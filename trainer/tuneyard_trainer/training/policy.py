@@ -21,12 +21,11 @@ def load_policy(
     *,
     max_length: int,
     packs: Callable[[nn.Module], bool],
-    shards: int = 1,
 ) -> tuple[nn.Module, Forward]:
     """Load the policy that a stage trains on its input `data`, and set up its forward passes.
 
     `max_length`: the longest row, in tokens. `packs`: whether rows may share a bin under a model.
-    `shards`: the workers that each keep a part of the base; 1: each keeps all of it.
+    The workers share the model if the stage asks for it. Raises StageError.
     """
     worker, runtime = context.worker, context.stage.runtime
     precision = precision_of(settings, worker)
@@ -40,7 +39,7 @@ def load_policy(
         precision=precision,
         tokenizer=tokenizer,
         gradient_checkpointing=runtime.gradient_checkpointing,
-        shards=shards,
+        shards=policies.shards(context, policies.bytes_per_parameter(settings, adapter, worker)),
     )
     forward = Forward.of(
         model,

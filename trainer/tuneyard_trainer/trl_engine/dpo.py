@@ -25,6 +25,7 @@ from tuneyard.api.stage_settings import DpoSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import policies
 from tuneyard_trainer.models.base import load_tokenizer
+from tuneyard_trainer.models.sharding import sharding_of
 from tuneyard_trainer.preference.dataset import Preferences
 from tuneyard_trainer.preference.losses import PairLoss, pair_loss
 from tuneyard_trainer.preference.paired import Paired, require_shape
@@ -85,16 +86,12 @@ def run(context: StageContext) -> StageOutcome:
     training, data = settings.training, Preferences.open(context.inputs["data"])
     require_shape(settings, data)
     _require_pairs(data)
-    shards = policies.shards(
-        context, policies.bytes_per_parameter(training, settings.adapter, worker)
-    )
     model, forward = load_policy(
         context,
         training,
         settings.adapter,
         max_length=data.max_length,
         packs=lambda _: False,
-        shards=shards,
     )
     worker.report(message="computing the reference log-probabilities")
     references = ReferencedPreferences.of(
@@ -125,8 +122,7 @@ def run(context: StageContext) -> StageOutcome:
             trainer(context, settings, batches, layout, following, tokenizer).train()
     state = course.finish(following.state)
     weights = context.workdir / policies.WEIGHTS
-    if worker.is_main or shards > 1:
-        policies.save(model, settings.adapter, weights, is_main=worker.is_main, shards=shards)
+    policies.save(model, settings.adapter, weights, is_main=worker.is_main)
     kept = state.best_step if training.keep_best else state.step
     metrics = {**course.summary(state), **course.history.evaluated(kept)}
     details = {
@@ -134,7 +130,7 @@ def run(context: StageContext) -> StageOutcome:
         "loss": settings.loss,
         "beta": settings.beta,
         "engine": "trl",
-        "sharding": "fsdp" if shards > 1 else "none",
+        "sharding": sharding_of(model),
     }
     return StageOutcome(metrics=metrics, details=details, contents=(policies.WEIGHTS,))
 

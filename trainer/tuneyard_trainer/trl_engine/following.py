@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tuneyard_trainer.data.sharing import any_stops
 from tuneyard_trainer.training.checkpoints import LoopState
 from tuneyard_trainer.training.course import Course, require_finite
 from tuneyard_trainer.training.seeds import derive_seed
 from tuneyard_trainer.trl_engine.batches import StepBatches
-from tuneyard_trainer.worker import Worker
 
 
 class Following(TrainerCallback):
@@ -66,11 +65,3 @@ class Following(TrainerCallback):
         """Return the means of a step's metrics over its `count` rows, beside its loss and gradient
         norm."""
         return {}
-
-
-def any_stops(worker: Worker) -> bool:
-    """Return whether any worker was asked to stop, on all of them."""
-    flag = torch.tensor(float(worker.stop()), device=worker.device)
-    if worker.world_size > 1:
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag > 0)

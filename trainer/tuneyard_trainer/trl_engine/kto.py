@@ -27,6 +27,7 @@ from trl.trainer.kto_trainer import KTOTrainer
 from tuneyard.api.stage_settings import DpoSettings
 from tuneyard_trainer.models import policies
 from tuneyard_trainer.models.base import load_tokenizer
+from tuneyard_trainer.models.sharding import sharding_of
 from tuneyard_trainer.preference.dataset import Preferences
 from tuneyard_trainer.preference.kto import UnpairedPreferences
 from tuneyard_trainer.preference.paired import require_shape
@@ -108,16 +109,12 @@ def run(context: StageContext) -> StageOutcome:
     settings, worker = context.settings(DpoSettings), context.worker
     training, data = settings.training, Preferences.open(context.inputs["data"])
     require_shape(settings, data)
-    shards = policies.shards(
-        context, policies.bytes_per_parameter(training, settings.adapter, worker)
-    )
     model, forward = load_policy(
         context,
         training,
         settings.adapter,
         max_length=data.max_length,
         packs=lambda _: False,
-        shards=shards,
     )
     worker.report(message="computing the reference log-probabilities")
     references = ReferencedPreferences.of(
@@ -149,8 +146,7 @@ def run(context: StageContext) -> StageOutcome:
     state = course.finish(following.state)
     shutil.rmtree(context.workdir / MISMATCHED / str(worker.rank), ignore_errors=True)
     weights = context.workdir / policies.WEIGHTS
-    if worker.is_main or shards > 1:
-        policies.save(model, settings.adapter, weights, is_main=worker.is_main, shards=shards)
+    policies.save(model, settings.adapter, weights, is_main=worker.is_main)
     kept = state.best_step if training.keep_best else state.step
     summary = {**course.summary(state), **course.history.evaluated(kept)}
     details = {
@@ -158,7 +154,7 @@ def run(context: StageContext) -> StageOutcome:
         "loss": settings.loss,
         "beta": settings.beta,
         "engine": "trl",
-        "sharding": "fsdp" if shards > 1 else "none",
+        "sharding": sharding_of(model),
     }
     return StageOutcome(metrics=summary, details=details, contents=(policies.WEIGHTS,))
 

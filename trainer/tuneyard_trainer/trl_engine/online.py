@@ -31,11 +31,12 @@ from transformers import (
 )
 
 from tuneyard.api.stage_settings import GrpoSettings
+from tuneyard_trainer.data.sharing import any_stops
 from tuneyard_trainer.generation.sampling import Sampled
 from tuneyard_trainer.models import layers, policies
 from tuneyard_trainer.models.environment import described
 from tuneyard_trainer.models.policies import Reference
-from tuneyard_trainer.models.sharding import is_shared
+from tuneyard_trainer.models.sharding import sharding_of
 from tuneyard_trainer.reinforcement.course import Course
 from tuneyard_trainer.reinforcement.loading import load_collector
 from tuneyard_trainer.reinforcement.method import Method
@@ -45,7 +46,6 @@ from tuneyard_trainer.training.course import adamw, require_finite
 from tuneyard_trainer.training.seeds import COMPLETION, derive_seed
 from tuneyard_trainer.trl_engine.arguments import explained, platform_arguments, same_process
 from tuneyard_trainer.trl_engine.batches import Layout
-from tuneyard_trainer.trl_engine.following import any_stops
 from tuneyard_trainer.trl_engine.sampling import (
     ends_at,
     for_trl,
@@ -123,14 +123,12 @@ def run(
             _prepare(trainer, course, settings)
             trainer.train()
     course.finish(following.state)
-    shards = worker.world_size if is_shared(model) else 1
     weights = context.workdir / policies.WEIGHTS
-    if worker.is_main or shards > 1:
-        policies.save(model, settings.adapter, weights, is_main=worker.is_main, shards=shards)
-    sharding = "fsdp" if shards > 1 else "none"
+    policies.save(model, settings.adapter, weights, is_main=worker.is_main)
+    details = course.details(following.state)
     return StageOutcome(
         metrics=course.summary(following.state),
-        details={**course.details(following.state), "engine": "trl", "sharding": sharding},
+        details={**details, "engine": "trl", "sharding": sharding_of(model)},
         contents=(policies.WEIGHTS,),
     )
 

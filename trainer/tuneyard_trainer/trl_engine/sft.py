@@ -14,6 +14,7 @@ from tuneyard.api.stage_settings import TrainSettings
 from tuneyard_trainer.data.prepared import Prepared
 from tuneyard_trainer.models import policies
 from tuneyard_trainer.models.base import load_tokenizer
+from tuneyard_trainer.models.sharding import sharding_of
 from tuneyard_trainer.training.batches import Order
 from tuneyard_trainer.training.course import Course
 from tuneyard_trainer.training.cross_entropy import CrossEntropy
@@ -40,19 +41,15 @@ def run(context: StageContext) -> StageOutcome:
     """Train, and write `weights/` (an adapter or a whole model) and `metrics.jsonl`."""
     settings, worker = context.settings(TrainSettings), context.worker
     data = Prepared.open(context.inputs["data"])
-    shards = policies.shards(
-        context, policies.bytes_per_parameter(settings, settings.adapter, worker)
-    )
     model, forward = load_policy(
         context,
         settings,
         settings.adapter,
         max_length=data.max_length,
         packs=lambda _: False,
-        shards=shards,
     )
     order = Order.of(data.train.source, data.weights, settings.batch_size, settings.seed)
-    measure = CrossEntropy(model, data, forward, settings, worker, is_sharded=shards > 1)
+    measure = CrossEntropy(model, data, forward, settings, worker)
     course = Course(context, settings, measure, order, model)
     state = course.begin()
     longest = int(data.train.lengths[order.rows].max())
@@ -73,13 +70,12 @@ def run(context: StageContext) -> StageOutcome:
             trainer(context, course, batches, layout, following, tokenizer).train()
     state = course.finish(following.state)
     weights = context.workdir / policies.WEIGHTS
-    if worker.is_main or shards > 1:
-        policies.save(model, settings.adapter, weights, is_main=worker.is_main, shards=shards)
+    policies.save(model, settings.adapter, weights, is_main=worker.is_main)
     details = {
         **course.details(state),
         "packed": False,
         "engine": "trl",
-        "sharding": "fsdp" if shards > 1 else "none",
+        "sharding": sharding_of(model),
     }
     return StageOutcome(
         metrics=course.summary(state), details=details, contents=(policies.WEIGHTS,)
