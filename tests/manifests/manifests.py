@@ -77,7 +77,11 @@ LORA = job(
       train:
       - uri: file://train.jsonl
         format: alpaca
-        fields: {messages: m, system: s, prompt: p, input: i, completion: c, text: t}
+        fields:
+          {messages: m, system: s, prompt: p, input: i, completion: c, text: t, history: h,
+           tools: u, reasoning: r, expected: e, role: o, content: n, chosen: y, rejected: z,
+           answers: a, ranks: k, scores: q, label: l}
+        paths: all
         weight: 2.0
         limit: 100
         tokenSecret: {name: hub, key: token}
@@ -88,6 +92,7 @@ LORA = job(
       onInvalidRow: skip
       packing: never
       trainOn: all
+      reasoning: drop
       systemPrompt: Be brief.
       chatTemplate: "{{ messages }}"
     adapter:

@@ -64,7 +64,8 @@ def models(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
 ALL_MODELS = {model for kind in KINDS.values() for model in models(kind)}
 SPEC = "model, method, data, adapter, training, evaluate, output, compute, runPolicy"
 FORMATS = (
-    "auto, messages, alpaca, flan, sharegpt, openassistant, ultrachat, prompt-completion, text"
+    "auto, messages, alpaca, dolly, flan, question-answer, sharegpt, openassistant, ultrachat, "
+    "prompt-completion, text, preference, ranking, labeled"
 )
 
 ONE_FAULT = {

@@ -227,6 +227,7 @@ def test_every_training_field_is_identity_or_declared_runtime() -> None:
         ("data__onInvalidRow", "skip", "prepare"),
         ("data__packing", "never", "sft"),
         ("data__trainOn", "all", "prepare"),
+        ("data__reasoning", "drop", "prepare"),
         ("data__systemPrompt", "Be brief.", "prepare"),
         ("data__chatTemplate", "{{ messages }}", "prepare"),
         ("adapter", {"ia3": {}}, "sft"),
@@ -247,7 +248,7 @@ def test_a_field_changes_the_stage_that_it_belongs_to(field: str, value: Any, st
 def test_the_fields_above_are_all_fields_of_data_and_evaluate() -> None:
     assert set(yaml_fields(FineTuneData)) == {
         *("train", "validation", "maxLength", "onOverlength", "onInvalidRow", "packing"),
-        *("trainOn", "systemPrompt", "chatTemplate"),
+        *("trainOn", "reasoning", "systemPrompt", "chatTemplate"),
     }
     refused = {"fewShot", "suites"}
     assert set(yaml_fields(Evaluate)) - refused == {

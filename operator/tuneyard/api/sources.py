@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -79,31 +79,39 @@ DataFormat = Literal[
     "auto",
     "messages",
     "alpaca",
+    "dolly",
     "flan",
+    "question-answer",
     "sharegpt",
     "openassistant",
     "ultrachat",
     "prompt-completion",
     "text",
+    "preference",
+    "ranking",
+    "labeled",
 ]
+
+
+def _column() -> Any:
+    """Return the field of a column that plans leave out where it is None, so that the plan of a
+    manifest without it keeps its bytes and its digest."""
+    return Field(default=None, min_length=1, max_length=128, exclude_if=lambda value: value is None)
 
 
 class FieldMap(Model):
     """The names that a file uses for the fields of its format."""
 
     messages: str | None = Field(default=None, min_length=1, max_length=128)
-    """Field of the list of chat turns (formats messages, sharegpt and ultrachat). None: the
-    format's own name."""
+    """Field of the list of chat turns (formats messages, sharegpt, ultrachat, and the turns before
+    rated answers). None: the format's own name."""
     system: str | None = Field(default=None, min_length=1, max_length=128)
-    """Field of the system prompt (formats alpaca, sharegpt and prompt-completion). None: the
-    format's own name."""
+    """Field of the system prompt (every format of conversations but flan and ultrachat). None: the
+    format's own name; messages has none."""
     prompt: str | None = Field(default=None, min_length=1, max_length=128)
     """Field of the prompt (`prompt`; `instruction` in alpaca, `inputs` in flan). None: the
     format's own name."""
-    # Left out of plans where it is None, so that a plan of 0.2.0 keeps its bytes and its digest.
-    input: str | None = Field(
-        default=None, min_length=1, max_length=128, exclude_if=lambda value: value is None
-    )
+    input: str | None = _column()
     """Field of a text that follows the prompt after an empty line, such as Dolly's `context`. None:
     `input` beside an `instruction`, and no text beside any other prompt."""
     completion: str | None = Field(default=None, min_length=1, max_length=128)
@@ -111,6 +119,34 @@ class FieldMap(Model):
     the format's own name."""
     text: str | None = Field(default=None, min_length=1, max_length=128)
     """Field of the document (format text). None: `text`."""
+    history: str | None = _column()
+    """Field of the earlier turns, as pairs of question and answer (format alpaca). None:
+    `history`."""
+    tools: str | None = _column()
+    """Field of the tools that the assistant may call, as a list or as JSON text. None: `tools`."""
+    reasoning: str | None = _column()
+    """Field of the reasoning before the completion. None: no field; turns have their own."""
+    expected: str | None = _column()
+    """Field of the right answers, which an evaluation compares completions with. None:
+    `expected`."""
+    role: str | None = _column()
+    """Key of the role in a turn. None: `role`, or `from`."""
+    content: str | None = _column()
+    """Key of the text in a turn. None: `content`, or `value`."""
+    chosen: str | None = _column()
+    """Field of the better answer (format preference). None: `chosen`."""
+    rejected: str | None = _column()
+    """Field of the worse answer (format preference). None: `rejected`."""
+    answers: str | None = _column()
+    """Field of the list of answers (format ranking). None: `answers`, `responses` or
+    `completions`."""
+    ranks: str | None = _column()
+    """Field of the answers' ranks; 1 is best (format ranking). None: `ranks`."""
+    scores: str | None = _column()
+    """Field of the answers' scores; higher is better (format ranking). None: `scores`."""
+    label: str | None = _column()
+    """Field of the label of a single completion (format labeled). None: `label`, `thumbs` or
+    `kto_tag`."""
 
 
 class Dataset(Model):
@@ -129,6 +165,9 @@ class Dataset(Model):
     rows."""
     limit: int | None = Field(default=None, ge=1)
     """Number of rows to read, from the start. None: all."""
+    paths: Literal["best", "all"] = Field(default="best", exclude_if=lambda paths: paths == "best")
+    """Conversations taken from a tree of messages (format openassistant). best: the one that
+    follows the best reply at each turn. all: one for each last answer."""
     token_secret: SecretKeyRef | None = None
     """Access token of a gated hf:// data set. None: anonymous access (`tuneyard run`: HF_TOKEN)."""
     credentials: SecretRef | None = None
@@ -185,7 +224,13 @@ class FineTuneData(Model):
     no token is lost. auto: if the model's attention supports it."""
     train_on: Literal["assistant", "last-assistant", "all"] = "assistant"
     """Tokens of chat data with loss. assistant: all assistant turns. last-assistant: the last one.
-    all: every token."""
+    all: every token. A turn with `weight` or `train` decides for itself, except with all."""
+    reasoning: Literal["keep", "drop"] = Field(
+        default="keep", exclude_if=lambda reasoning: reasoning == "keep"
+    )
+    """Treatment of the assistant's reasoning (`reasoning_content` or `thinking` of a turn, and
+    <think> at the start of its text). keep: render it and train on it where the chat template
+    does. drop: leave it out."""
     system_prompt: str | None = Field(default=None, max_length=32768)
     """System prompt of rows that have none. None: no system prompt is added; the chat template's
     default, if any, applies."""

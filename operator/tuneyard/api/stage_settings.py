@@ -29,6 +29,8 @@ class DatasetSettings(Model):
     """How often an epoch contains each row."""
     limit: int | None
     """Number of rows to read, from the start. None: all."""
+    paths: Literal["all"] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Conversations taken from a tree of messages. None: the best one."""
 
 
 class PrepareSettings(Model):
@@ -54,6 +56,9 @@ class PrepareSettings(Model):
     """Treatment of invalid rows."""
     train_on: Literal["assistant", "last-assistant", "all"]
     """Tokens of chat data with loss."""
+    reasoning: Literal["drop"] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Treatment of the assistant's reasoning. None: it is kept where the chat template renders
+    it."""
     system_prompt: str | None
     """System prompt of rows that have none. None: no system prompt is added."""
     chat_template: str | None

@@ -90,6 +90,7 @@ def dataset_settings(datasets: Sequence[Dataset]) -> list[DatasetSettings]:
             fields=dataset.fields,
             weight=dataset.weight,
             limit=dataset.limit,
+            paths="all" if dataset.paths == "all" else None,
         )
         for dataset in datasets
     ]
@@ -117,6 +118,7 @@ def prepare(data: FineTuneData, method: Literal["sft", "pretrain"]) -> PrepareSe
         on_overlength=data.on_overlength,
         on_invalid_row=data.on_invalid_row,
         train_on=data.train_on,
+        reasoning="drop" if data.reasoning == "drop" else None,
         system_prompt=data.system_prompt,
         chat_template=data.chat_template,
         seed=defaults.SPLIT_SEED,

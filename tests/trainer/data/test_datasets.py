@@ -18,7 +18,7 @@ from tuneyard.api.sources import DataFormat, FieldMap
 from tuneyard.api.stage_settings import DatasetSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.example import Example
-from tuneyard_trainer.data.formats import detect
+from tuneyard_trainer.data.layouts import detect
 from tuneyard_trainer.data.rows import BrokenRow, Row, read_rows
 from tuneyard_trainer.data.stream import DETECTED_FROM, Examples, examples
 
@@ -439,7 +439,7 @@ class TestFormats:
     @pytest.mark.parametrize(
         "row",
         [
-            {"question": "q", "answer": "a"},
+            {"query": "q", "reply": "a"},
             {"messages": "hello"},
             {"messages": chat("q", "a"), "prompt": "q", "completion": "a"},
             {"instruction": "i", "output": "o", "inputs": "i", "targets": "o"},

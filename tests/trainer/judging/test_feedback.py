@@ -146,7 +146,7 @@ def test_the_stage_pairs_reads_the_labels(inputs: dict[str, Path], workdir: Path
         Row(1, rows_of(workdir / "preferences.jsonl")[0]), FieldMap(), labeled=False
     )
     assert found.prompt[0].content == "Which port has lamp 0?"
-    assert found.completions[0] > found.completions[1]
+    assert found.completions[0].content > found.completions[1].content
     assert found.label == pytest.approx(0.8)
 
 

@@ -15,11 +15,11 @@ from tuneyard.api.plan import PlannedStage, SourceInput
 from tuneyard.api.sources import FieldMap
 from tuneyard.api.stage_settings import ChatSettings, DatasetSettings, PairsSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.example import Message
+from tuneyard_trainer.data.example import Message, RowError
 from tuneyard_trainer.data.rows import Row
 from tuneyard_trainer.preference import pairs
 from tuneyard_trainer.preference.dataset import Preferences
-from tuneyard_trainer.preference.rows import Preference, PreferenceError, parse_preferences
+from tuneyard_trainer.preference.rows import Preference, parse_preferences
 from tuneyard_trainer.worker import StageContext, StageOutcome, Worker
 
 HH = Path(__file__).parents[4] / "shared" / "data" / "hh-rlhf-harmless-base.jsonl.gz"
@@ -65,6 +65,10 @@ def parsed(value: dict[str, Any], *, labeled: bool = False) -> Preference:
     return found
 
 
+def texts(preference: Preference) -> list[str]:
+    return [completion.content for completion in preference.completions]
+
+
 USER = Message("user", "Hi?")
 DIALOGUE = "\n\nHuman: Hi?\n\nAssistant: Hello.\n\nHuman: Bye?\n\nAssistant: "
 
@@ -105,18 +109,18 @@ DIALOGUE = "\n\nHuman: Hi?\n\nAssistant: Hello.\n\nHuman: Bye?\n\nAssistant: "
 )
 def test_every_shape_of_a_pair_is_the_same_preference(value: dict[str, Any]) -> None:
     found = parsed(value)
-    assert (found.prompt, found.completions, found.label) == ((USER,), ("Yes.", "No."), 1.0)
+    assert (found.prompt, texts(found), found.label) == ((USER,), ["Yes.", "No."], 1.0)
 
 
 def test_a_dialogue_keeps_its_turns() -> None:
     found = parsed({"chosen": DIALOGUE + "Good bye.", "rejected": DIALOGUE + "What?"})
     assert [turn.role for turn in found.prompt] == ["user", "assistant", "user"]
-    assert found.completions == ("Good bye.", "What?")
+    assert texts(found) == ["Good bye.", "What?"]
 
 
 def test_a_ranking_is_sorted_by_its_ranks() -> None:
     value = {"prompt": "Hi?", "answers": ["c", "a", "b"], "ranks": [3, 1, 2]}
-    assert parsed(value).completions == ("a", "b", "c")
+    assert texts(parsed(value)) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +148,7 @@ def test_an_input_that_cannot_follow_its_prompt_is_refused(
     row: dict[str, Any], problem: str
 ) -> None:
     value = row | {"chosen": "c", "rejected": "r"}
-    with pytest.raises(PreferenceError, match=problem):
+    with pytest.raises(RowError, match=problem):
         parse_preferences(Row(1, value), FieldMap(input="context"), labeled=False)
 
 
@@ -161,10 +165,7 @@ def test_a_good_label_is_recognized_in_every_spelling(label: Any) -> None:
 def test_a_pair_becomes_a_good_and_a_bad_completion_for_kto() -> None:
     value = {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."}
     found = parse_preferences(Row(1, value), FieldMap(), labeled=True)
-    assert [(single.completions, single.label) for single in found] == [
-        (("Yes.",), 1),
-        (("No.",), 0),
-    ]
+    assert [(texts(single), single.label) for single in found] == [(["Yes."], 1), (["No."], 0)]
 
 
 INVALID: list[tuple[dict[str, Any], str]] = [
@@ -193,13 +194,13 @@ INVALID: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("value", "fault"), INVALID)
 def test_a_row_without_a_preference_raises_its_fault(value: dict[str, Any], fault: str) -> None:
-    with pytest.raises(PreferenceError) as caught:
+    with pytest.raises(RowError) as caught:
         parsed(value)
     assert caught.value.fault == fault
 
 
 def test_an_unknown_label_is_an_error() -> None:
-    with pytest.raises(PreferenceError) as caught:
+    with pytest.raises(RowError) as caught:
         parsed({"prompt": "Hi?", "completion": "Yes.", "label": 5}, labeled=True)
     assert caught.value.fault == "InvalidLabel"
 

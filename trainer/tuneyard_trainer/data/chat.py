@@ -4,24 +4,42 @@ The targets are the characters that the model itself must write: from the end of
 prompt (`<|im_start|>assistant\n`) to the end of the stop token. The white space that some templates
 put after the stop token is no target. A template without a stop token is refused, because a model
 tuned on it would never learn to stop.
+
+Calls of tools and reasoning are rendered by the template too, in ways that differ between
+templates (`template_style`). They are targets like the text of an answer. Results of tools are not.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tuneyard.errors import StageError
+from tuneyard_trainer.data.example import Message as Turn
+from tuneyard_trainer.data.example import ToolCall, call_text
+from tuneyard_trainer.data.template_style import (
+    REASONING_KEYS,
+    MisfitError,
+    TemplateStyle,
+    common_prefix,
+    common_suffix,
+    guarded,
+    render,
+)
 
 TrainOn = Literal["assistant", "last-assistant", "all"]
-Message = dict[str, str]
-"""One turn in the shape that chat templates take: {"role": ..., "content": ...}."""
+Message = dict[str, Any]
+"""One turn in the shape that chat templates take: {"role": ..., "content": ...}, and `tool_calls`
+and `reasoning_content` if it has them. `template_turns` makes them."""
+Tools = Sequence[Mapping[str, Any]]
+"""The tools that the assistant may call, as JSON schemas."""
 _TRANSCRIPT_ROLES = {"user": "Human", "assistant": "Assistant"}
 Span = tuple[int, int]
 """Start and end of a range of characters in a rendering."""
@@ -29,12 +47,13 @@ Span = tuple[int, int]
 _BLOCKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PLACEHOLDER = "TuneyardAnswerGoesHere{}."
 _PLACEHOLDERS = re.compile(r"TuneyardAnswerGoesHere\d+\.")
-# Templates raise these on unsupported conversations: by raise_exception, or by wrong assumptions.
-_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
-
-
-class MisfitError(Exception):
-    """The chat template does not support this conversation."""
+_MARK = "\ue000tuneyard\ue000"
+"""A text of a private-use character, which stands in no conversation."""
+_SPECIAL = frozenset({"tool_calls", *REASONING_KEYS})
+"""The fields of turns that make targets of more than the content."""
+_OPENED = re.compile(r"<think>\s*$")
+"""The end of a generation prompt that begins the reasoning."""
+_THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -48,6 +67,8 @@ class ChatFormat:
     stop_token: str
     prompt: str
     """The generation prompt. "": the template writes none."""
+    header: str = ""
+    """The text before an answer, if the template writes no generation prompt."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
@@ -57,7 +78,7 @@ class ChatFormat:
         question = {"role": "user", "content": "?"}
         answer = {"role": "assistant", "content": _PLACEHOLDER.format(0)}
         try:
-            sample = _render(tokenizer, template, [question, answer])
+            sample = render(tokenizer, template, [question, answer])
         except MisfitError as error:
             raise _unusable(f"cannot render a question and its answer: {error}.") from error
         tail = sample.partition(answer["content"])[2]
@@ -73,38 +94,67 @@ class ChatFormat:
                 "after each answer.",
             )
         stop = tail[: tail.index(token) + len(token)]
-        return cls(tokenizer, template, stop, token, _prompt(tokenizer, template, question))
+        prompt = _prompt(tokenizer, template, question)
+        header = "" if prompt else _header(tokenizer, template, question, sample)
+        return cls(tokenizer, template, stop, token, prompt, header)
 
-    def targets(self, messages: Sequence[Message], train_on: TrainOn) -> tuple[str, list[Span]]:
+    @cached_property
+    def style(self) -> TemplateStyle:
+        """How the template renders tools and reasoning."""
+        return TemplateStyle.of(self.tokenizer, self.template)
+
+    def targets(
+        self,
+        messages: Sequence[Message],
+        train_on: TrainOn,
+        *,
+        tools: Tools = (),
+        trained: Sequence[bool | None] = (),
+    ) -> tuple[str, list[Span]]:
         """Return the rendered conversation and the spans of its targets, in order.
 
-        Raises MisfitError if the template refuses the conversation or rewrites an answer.
+        `trained`: whether each turn is trained on, if the row says so; it has precedence over
+        `train_on`, except over "all". Raises MisfitError if the template refuses the conversation,
+        omits a call or rewrites an answer.
         """
-        if _BLOCKS.search(self.template) and train_on != "all":
-            text, blocks = self._render_blocks(messages)
-            chosen = blocks if train_on == "assistant" else blocks[-1:]
-            return text, [self._with_stop(text, block) for block in chosen]
-        text = _render(self.tokenizer, self.template, messages)
+        styled = self.style.apply(messages) if _is_special(messages) else list(messages)
         if train_on == "all":
+            text = self._render(styled, tools)
             return text, [(0, len(text))]
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        turns = turns if train_on == "assistant" else turns[-1:]
-        answers = self._by_placeholder(messages, turns, text)
-        if answers is None:
-            answers = self._by_prompt(messages, turns, text)
+        turns = _chosen(messages, train_on, trained)
+        if _is_special(styled):
+            text = self._render(styled, tools)
+            return text, [self._by_difference(styled, turn, text, tools) for turn in turns]
+        if _BLOCKS.search(self.template):
+            text, blocks = self._render_blocks(styled, tools)
+            answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+            if len(blocks) == len(answers):
+                blocks = [block for i, block in zip(answers, blocks, strict=True) if i in turns]
+            elif train_on == "last-assistant":
+                blocks = blocks[-1:]
+            if len(blocks) == len(turns) or not any(flag is not None for flag in trained):
+                return text, [self._with_stop(text, block) for block in blocks]
+        text = self._render(styled, tools)
+        spans = self._by_placeholder(styled, turns, text, tools)
+        if spans is None:
+            spans = self._by_prompt(styled, turns, text, tools)
         return text, [
-            (self._start(messages[:turn], text, start), self._end(text, end))
-            for turn, (start, end) in zip(turns, answers, strict=True)
+            (self._start(styled[:turn], text, start, tools), self._end(text, end))
+            for turn, (start, end) in zip(turns, spans, strict=True)
         ]
 
     # ---- finding the answers --------------------------------------------------------------------
 
-    def _render_blocks(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+    def _render(self, messages: Sequence[Message], tools: Tools, *, prompt: bool = False) -> str:
+        return render(self.tokenizer, self.template, messages, tools, prompt=prompt)
+
+    def _render_blocks(self, messages: Sequence[Message], tools: Tools) -> tuple[str, list[Span]]:
         """Return the rendering and its answers, found by the template's {% generation %} blocks."""
         specials: dict[str, Any] = self.tokenizer.special_tokens_map
-        rendered, blocks = _guarded(
+        rendered, blocks = guarded(
             lambda: render_jinja_template(
                 [list(messages)],
+                tools=[dict(tool) for tool in tools] or None,
                 chat_template=self.template,
                 return_assistant_tokens_mask=True,
                 **specials,
@@ -122,7 +172,7 @@ class ChatFormat:
         return start, self._end(text, end)
 
     def _by_placeholder(
-        self, messages: Sequence[Message], turns: Sequence[int], text: str
+        self, messages: Sequence[Message], turns: Sequence[int], text: str, tools: Tools
     ) -> list[Span] | None:
         """Return the answers, found by a second rendering with placeholders for the answers.
 
@@ -132,7 +182,7 @@ class ChatFormat:
         marked = [dict(message) for message in messages]
         for turn in turns:
             marked[turn]["content"] = _PLACEHOLDER.format(turn)
-        pieces = _PLACEHOLDERS.split(_render(self.tokenizer, self.template, marked))
+        pieces = _PLACEHOLDERS.split(self._render(marked, tools))
         if len(pieces) != len(turns) + 1 or not text.startswith(pieces[0]):
             return None
         spans: list[Span] = []
@@ -146,13 +196,13 @@ class ChatFormat:
         return spans if position == len(text) else None
 
     def _by_prompt(
-        self, messages: Sequence[Message], turns: Sequence[int], text: str
+        self, messages: Sequence[Message], turns: Sequence[int], text: str, tools: Tools
     ) -> list[Span]:
         """Return the answers, found by rendering the turns before each answer with the generation
         prompt. Raises MisfitError if the answer does not follow unchanged."""
         spans: list[Span] = []
         for turn in turns:
-            before = _render(self.tokenizer, self.template, messages[:turn], prompt=True)
+            before = self._render(messages[:turn], tools, prompt=True)
             end = _end_of_answer(text, len(before), messages[turn]["content"], "")
             if not text.startswith(before) or end is None:
                 raise MisfitError(
@@ -162,7 +212,7 @@ class ChatFormat:
             spans.append((len(before), end))
         return spans
 
-    def _start(self, before: Sequence[Message], text: str, answer: int) -> int:
+    def _start(self, before: Sequence[Message], text: str, answer: int, tools: Tools) -> int:
         """Return the position at which the model begins to write.
 
         That is the answer's start, or before it if the template puts text between the generation
@@ -170,7 +220,7 @@ class ChatFormat:
         """
         if self.prompt and text.endswith(self.prompt, 0, answer):
             return answer
-        prompt = _render(self.tokenizer, self.template, before, prompt=True)
+        prompt = self._render(before, tools, prompt=True)
         if not text.startswith(prompt) or len(prompt) > answer:
             return answer
         # Without a generation prompt the text may be a header, which is no target.
@@ -184,8 +234,154 @@ class ChatFormat:
         spaced = re.compile(r"\s*" + re.escape(self.stop_token)).match(text, answer_end)
         return spaced.end() if spaced else answer_end
 
+    # ---- answers with calls or reasoning --------------------------------------------------------
+
+    def _by_difference(
+        self, messages: Sequence[Message], turn: int, text: str, tools: Tools
+    ) -> Span:
+        """Return the characters of a turn that the model writes.
+
+        The turn's own text is where the rendering changes with the turn's content, reasoning and
+        arguments. Around it are literals of the template (`<tool_call>`, `</think>`), which begin
+        after the generation prompt and end with the stop token.
+        """
+        first, last = self._changed(messages, turn, text, tools)
+        before = self._changed(messages, turn - 1, text, tools)[1] if turn else 0
+        limit = len(text)
+        if turn + 1 < len(messages):
+            limit = self._changed(messages, turn + 1, text, tools)[0]
+        if not before <= first <= last <= limit:
+            raise MisfitError(f"the chat template mixes turn {turn + 1} with its neighbors")
+        start = self._begin(messages, turn, text, (before, first), tools)
+        _check_complete(messages[turn], turn, text[start:last])
+        stop = text.find(self.stop_token, last, limit)
+        if stop >= 0:
+            return start, stop + len(self.stop_token)
+        return start, last + len(self.style.closing(text[last:limit]))
+
+    def _changed(self, messages: Sequence[Message], turn: int, text: str, tools: Tools) -> Span:
+        """Return the range of the rendering that changes with a turn. Raises MisfitError if nothing
+        does: the template omits the turn."""
+        marked = [*messages[:turn], _marked(messages[turn]), *messages[turn + 1 :]]
+        other = self._render(marked, tools)
+        start = common_prefix(text, other)
+        if start == len(text) == len(other):
+            raise MisfitError(f"the chat template omits turn {turn + 1}")
+        end = len(text) - common_suffix(text, other)
+        return start, max(start, end)
+
+    def _begin(
+        self, messages: Sequence[Message], turn: int, text: str, between: Span, tools: Tools
+    ) -> int:
+        """Return the position at which the model begins to write a turn. `between`: the template's
+        text between the turns."""
+        start, end = between
+        header = self.prompt or self.header
+        found = text.rfind(header, start, end) if header else -1
+        if found >= 0:
+            return found + len(header)
+        marked = [*messages[: turn - 1], _marked(messages[turn - 1])]
+        tail = self._render(marked, tools, prompt=True).rpartition(_MARK)[2]
+        for literal in (tail, _OPENED.sub("", tail)):
+            if text.startswith(literal, start, end):
+                return start + len(literal)
+        raise MisfitError(f"the chat template writes no generation prompt before turn {turn + 1}")
+
+
+def _check_complete(message: Message, turn: int, text: str) -> None:
+    """Raise MisfitError if a turn's rendering lacks a call or the text beside the calls."""
+    calls = message.get("tool_calls", ())
+    missing = [call["function"]["name"] for call in calls if call["function"]["name"] not in text]
+    if missing:
+        raise MisfitError(f"the chat template omits the call of {missing[0]} in turn {turn + 1}")
+    if calls and message["content"] and message["content"].strip() not in text:
+        raise MisfitError(
+            f"the chat template omits the text beside the calls in turn {turn + 1}: remove one of "
+            "them from the row"
+        )
+
+
+def _marked(message: Message) -> Message:
+    """Return a turn with other texts and arguments."""
+    marked = dict(message)
+    if message["content"] or "tool_calls" not in message:
+        marked["content"] = _MARK
+    for key in message.keys() & set(REASONING_KEYS):
+        marked[key] = _MARK
+    if "tool_calls" in message:
+        marked["tool_calls"] = [_marked_call(call) for call in message["tool_calls"]]
+    return marked
+
+
+def _marked_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    arguments: Any = {_MARK: _MARK}
+    if isinstance(function["arguments"], str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _is_special(messages: Sequence[Message]) -> bool:
+    """Return whether a turn has calls or reasoning."""
+    return any(not _SPECIAL.isdisjoint(turn) for turn in messages)
+
+
+def _chosen(
+    messages: Sequence[Message], train_on: TrainOn, trained: Sequence[bool | None]
+) -> list[int]:
+    """Return the turns to train on."""
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    by_job = answers if train_on == "assistant" else answers[-1:]
+    said = dict(enumerate(trained))
+    return [i for i in answers if (i in by_job if said.get(i) is None else said[i])]
+
 
 # ---- rendering --------------------------------------------------------------------------------
+
+
+def template_turns(turns: Sequence[Turn], *, reasoning: bool = True) -> list[Message]:
+    """Return the turns of a conversation in the shape that chat templates take.
+
+    A call without an id gets one, and the tool's result the id and the name of its call: some
+    templates need them. `reasoning`: False leaves the reasoning out.
+    """
+    messages: list[Message] = []
+    waiting: list[dict[str, Any]] = []  # calls without a result
+    number = 0
+    for turn in turns:
+        message: Message = {"role": turn.role, "content": turn.content}
+        if turn.role == "assistant":
+            if not reasoning:
+                message["content"] = _THOUGHT.sub("", turn.content, count=1) or turn.content
+            elif turn.reasoning:
+                message["reasoning_content"] = turn.reasoning
+            waiting = []
+            for call in turn.calls:
+                number += 1
+                function = {"name": call.name, "arguments": dict(call.arguments)}
+                key = call.id or f"call{number:05}"  # Mistral's templates require 9 characters
+                waiting.append({"type": "function", "id": key, "function": function})
+            if turn.calls:
+                message["tool_calls"] = waiting
+                waiting = list(waiting)
+        elif turn.role == "tool":
+            answered = next((c for c in waiting if c["id"] == turn.call_id), None)
+            answered = answered or (waiting[0] if waiting else None)
+            if answered is not None:
+                waiting.remove(answered)
+            name = turn.name or (answered["function"]["name"] if answered else "")
+            key = turn.call_id or (answered["id"] if answered else "")
+            message |= {"name": name} if name else {}
+            message |= {"tool_call_id": key} if key else {}
+        messages.append(message)
+    return messages
+
+
+def turn_text(turn: Message) -> str:
+    """Return the text of a turn, followed by its calls as JSON objects, one a line."""
+    calls = (call["function"] for call in turn.get("tool_calls", ()))
+    lines = (call_text(ToolCall(call["name"], call["arguments"])) for call in calls)
+    return "\n".join(filter(None, (turn["content"], *lines)))
 
 
 def rendered(
@@ -193,6 +389,7 @@ def rendered(
     messages: Sequence[Message],
     *,
     template: str | None = None,
+    tools: Tools = (),
 ) -> str:
     """Return the conversation's rendering with the generation prompt.
 
@@ -200,7 +397,9 @@ def rendered(
     conversation.
     """
     chosen = template or tokenizer.get_chat_template()
-    return _render(tokenizer, chosen, messages, prompt=True)
+    if _is_special(messages):
+        messages = TemplateStyle.of(tokenizer, chosen).apply(messages)
+    return render(tokenizer, chosen, messages, tools, prompt=True)
 
 
 def transcript(messages: Sequence[Message]) -> str:
@@ -237,32 +436,6 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
         raise _unusable(f"cannot be selected: {error}.") from error
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    messages: Sequence[Message],
-    *,
-    prompt: bool = False,
-) -> str:
-    return str(
-        _guarded(
-            lambda: tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=prompt,
-            )
-        )
-    )
-
-
-def _guarded(render: Callable[[], Any]) -> Any:
-    try:
-        return render()
-    except _TEMPLATE_ERRORS as error:
-        raise MisfitError(f"the chat template refuses the conversation: {error}") from error
-
-
 def _unusable(problem: str) -> StageError:
     return StageError(
         "ChatTemplate",
@@ -273,11 +446,23 @@ def _unusable(problem: str) -> StageError:
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, template: str, question: Message) -> str:
     try:
-        plain = _render(tokenizer, template, [question])
-        prompted = _render(tokenizer, template, [question], prompt=True)
+        plain = render(tokenizer, template, [question])
+        prompted = render(tokenizer, template, [question], prompt=True)
     except MisfitError:
         return ""
     return prompted[len(plain) :] if prompted.startswith(plain) else ""
+
+
+def _header(
+    tokenizer: PreTrainedTokenizerBase, template: str, question: Message, sample: str
+) -> str:
+    """Return the text between a question and its answer in a sample of both; "": white space."""
+    try:
+        plain = render(tokenizer, template, [question])
+    except MisfitError:
+        return ""
+    header = sample.partition(_PLACEHOLDER.format(0))[0].removeprefix(plain)
+    return header if header.strip() and sample.startswith(plain) else ""
 
 
 def _first_special(tokenizer: PreTrainedTokenizerBase, tail: str) -> str | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: dict[str, Role] = {
@@ -16,9 +17,44 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
     "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
 }
 """The role that chat templates know for each role name in files."""
+
+
+Fault = Literal[
+    "UnreadableRow",
+    "UnknownShape",
+    "InvalidTurns",
+    "EmptyCompletion",
+    "IdenticalSides",
+    "DifferingPrompts",
+    "InvalidLabel",
+]
+"""The kinds of faults by which the rows of a set are counted."""
+
+
+class RowError(ValueError):
+    """A row that cannot become an example. The message states the reason."""
+
+    def __init__(self, message: str, fault: Fault = "InvalidTurns") -> None:
+        self.fault = fault
+        super().__init__(message)
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One call of a tool by the assistant."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    id: str = ""
+    """The id that the tool's result names. "": the row has none."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +63,27 @@ class Message:
 
     role: Role
     content: str
+    """The text; of a tool, its result. "" only of an assistant that calls tools, and of a tool."""
+    calls: tuple[ToolCall, ...] = ()
+    """The tools that the assistant calls in this turn."""
+    reasoning: str = ""
+    """The assistant's text before its answer. "": there is none."""
+    name: str = ""
+    """The name of the tool whose result this is. "": the row names none."""
+    call_id: str = ""
+    """The id of the call that this is the result of. "": the row has none."""
+    train: bool | None = None
+    """Whether an assistant's turn is trained on. None: the job's `trainOn` decides."""
+
+    @property
+    def text(self) -> str:
+        """The content, followed by the calls as JSON objects, one a line; for metrics and views."""
+        return "\n".join(filter(None, (self.content, *map(call_text, self.calls))))
+
+
+def call_text(call: ToolCall) -> str:
+    """Return a call as a JSON object."""
+    return json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -50,10 +107,8 @@ class Example:
     """A right answer contains one of these: the row's field `expected`. (): the row has none."""
     file: str = ""
     """The file's name relative to the data set's folder."""
-
-
-class RowError(ValueError):
-    """A row that cannot become an example. The message states the reason."""
+    tools: tuple[Mapping[str, Any], ...] = field(default=(), compare=False)
+    """The tools that the assistant may call, as JSON schemas of OpenAI's shape."""
 
 
 _MAY_FOLLOW: dict[Role | None, tuple[Role, ...]] = {
@@ -80,9 +135,9 @@ def check_turns(messages: Sequence[Message]) -> None:
     """Raise RowError as `check` does, for a conversation that may end with any turn."""
     previous: Role | None = None
     for number, message in enumerate(messages, start=1):
-        if not message.content.strip():
+        if not (message.content.strip() or message.calls or message.role == "tool"):
             raise RowError(f"turn {number} ({message.role}) is empty")
-        _check_encodable(message.content)
+        _check_encodable(message.content, message.reasoning, *map(call_text, message.calls))
         if message.role not in _MAY_FOLLOW[previous]:
             after = f"follows {previous}" if previous else "begins the conversation"
             wanted = " or ".join(_MAY_FOLLOW[previous])

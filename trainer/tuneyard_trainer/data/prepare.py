@@ -106,7 +106,9 @@ def _tokenizer(model: Path, settings: PrepareSettings) -> PreTrainedTokenizerBas
 def _encoder(tokenizer: PreTrainedTokenizerBase, settings: PrepareSettings) -> Encoder:
     """Return the encoder. In pre-training every token is a target."""
     train_on = "all" if settings.method == "pretrain" else settings.train_on
-    return Encoder(tokenizer, train_on, settings.system_prompt)
+    return Encoder(
+        tokenizer, train_on, settings.system_prompt, reasoning=settings.reasoning != "drop"
+    )
 
 
 def _metrics(workdir: Path, tallies: Sequence[Tally], num_held_out: int) -> dict[str, float]:

@@ -221,6 +221,8 @@ class Preprocessor:
         conversation = self.encoder.conversation(example)
         if conversation:
             text["messages"] = conversation
+            if example.tools:
+                text["tools"] = list(example.tools)
         elif example.kind == "completion":
             text |= {"prompt": example.prompt, "completion": example.completion}
         else:

@@ -7,7 +7,7 @@ ignored, or a field `prompt` alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,15 @@ from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.stage_settings import ChatSettings, DatasetSettings, PromptSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.chat import Message, MisfitError, rendered, transcript
-from tuneyard_trainer.data.example import ROLES, RowError, check_turns
+from tuneyard_trainer.data import layouts, reading
+from tuneyard_trainer.data.chat import Message, rendered, template_turns, transcript
 from tuneyard_trainer.data.example import Message as Turn
-from tuneyard_trainer.data.formats import detect, row_input, with_input
+from tuneyard_trainer.data.example import RowError, check_turns
+from tuneyard_trainer.data.reading import Names
 from tuneyard_trainer.data.rows import BrokenRow, Row, read_data
 from tuneyard_trainer.data.stream import DETECTED_FROM, FAULTS_SHOWN, examples
-
-_PROMPT_FIELDS = ("prompt", "instruction", "inputs", "question")
-_TURN_FIELDS = ("messages", "conversations", "data")
+from tuneyard_trainer.data.template_style import MisfitError
+from tuneyard_trainer.data.turns import side
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Prompt:
     """File and row, for messages."""
     row: Mapping[str, Any] = field(default_factory=dict)
     """The row's fields, for rewards that compare a completion with one of them."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """The tools that the completion may call."""
 
     @property
     def question(self) -> str:
@@ -79,7 +81,7 @@ def _render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat: ChatSettin
     if not template:
         return transcript(prompt.messages)
     try:
-        return rendered(tokenizer, prompt.messages, template=chat.chat_template)
+        return rendered(tokenizer, prompt.messages, template=chat.chat_template, tools=prompt.tools)
     except MisfitError:
         return None
 
@@ -102,7 +104,7 @@ def _of_examples(path: Path, settings: PromptSettings, name: str) -> list[Prompt
     )
     return [
         Prompt(
-            tuple({"role": turn.role, "content": turn.content} for turn in example.messages[:-1]),
+            tuple(template_turns(example.messages[:-1])),
             f"{example.file} row {example.row}".strip(),
         )
         for example in examples(path, dataset, on_invalid="skip", name=name)
@@ -114,7 +116,7 @@ def _is_trees(path: Path, settings: PromptSettings) -> bool:
         return False
     try:
         head = list(islice(read_data(path), DETECTED_FROM))
-        return detect(head, settings.fields) == "openassistant"
+        return layouts.detect(head, settings.fields) == "openassistant"
     except StageError:
         return False  # the rows may hold prompts alone, which no format covers
 
@@ -122,14 +124,16 @@ def _is_trees(path: Path, settings: PromptSettings) -> bool:
 def _of_rows(path: Path, settings: PromptSettings, name: str) -> list[Prompt]:
     prompts: list[Prompt] = []
     faults: list[str] = []
+    names = Names(layouts.PROMPTS, settings.fields)
     for row in islice(read_data(path), settings.limit):
         where = f"{row.file} row {row.number}".strip()
         try:
-            turns = _turns(row, settings)
+            turns, tools = _turns(row, names)
         except RowError as error:
             faults.append(f"{where}: {error}")
         else:
-            prompts.append(Prompt(turns, where, row.value if isinstance(row.value, dict) else {}))
+            value = row.value if isinstance(row.value, dict) else {}
+            prompts.append(Prompt(turns, where, value, tools))
     if faults:
         raise StageError(
             "InvalidData",
@@ -143,49 +147,31 @@ def _of_rows(path: Path, settings: PromptSettings, name: str) -> list[Prompt]:
 # ---- one row ----------------------------------------------------------------------------------
 
 
-def _turns(row: Row, settings: PromptSettings) -> tuple[Message, ...]:
-    """Return the row's turns up to the last one of the user. Raises RowError."""
+def _turns(row: Row, names: Names) -> tuple[tuple[Message, ...], tuple[Mapping[str, Any], ...]]:
+    """Return the row's turns up to the last one of the user, and its tools. Raises RowError."""
     if isinstance(row.value, BrokenRow):
-        raise RowError(row.value.reason)
-    turns = _row_turns(row.value, settings)
-    while turns and turns[-1].role != "user":
-        turns.pop()
-    if not turns:
+        raise RowError(row.value.reason, "UnreadableRow")
+    found, tools = _row_turns(row.value, names)
+    while found and found[-1].role != "user":
+        found.pop()
+    if not found:
         raise RowError(f"no turn is by a user; the row has {', '.join(row.value) or 'no fields'}")
-    check_turns(turns)
-    return tuple(_message(turn.role, turn.content) for turn in turns)
+    check_turns(found)
+    return tuple(template_turns(found)), tools
 
 
-def _row_turns(value: Mapping[str, Any], settings: PromptSettings) -> list[Turn]:
-    fields = settings.fields
-    system = value.get(fields.system or "system")
-    before = [Turn("system", system)] if isinstance(system, str) and system.strip() else []
-    for name in [fields.messages] if fields.messages else _TURN_FIELDS:
-        if isinstance(value.get(name), list):
-            return before + [
-                _turn(turn, number) for number, turn in enumerate(value[name], start=1)
-            ]
-    for name in [fields.prompt] if fields.prompt else _PROMPT_FIELDS:
-        found = value.get(name)
-        given = row_input(value, name, fields) if found is not None else ""
-        if isinstance(found, list):
-            return before + [_turn(turn, number) for number, turn in enumerate(found, start=1)]
-        if isinstance(found, str):
-            return [*before, Turn("user", with_input(found, given))]
-    text = value.get(fields.text or "text")
-    return [*before, Turn("user", text)] if isinstance(text, str) else []
-
-
-def _turn(turn: Any, number: int) -> Turn:
-    if isinstance(turn, str):  # UltraChat: question, answer, question, ...
-        return Turn("user" if number % 2 else "assistant", turn)
-    if not isinstance(turn, dict):
-        raise RowError(f"turn {number} must be an object {{role, content}}")
-    role = ROLES.get(str(turn.get("role", turn.get("from"))).lower())
-    content = turn.get("content", turn.get("value"))
-    if role is None or not isinstance(content, str):
-        raise RowError(f"turn {number} must hold a known role and text")
-    return Turn(role, content)
+def _row_turns(
+    value: Mapping[str, Any], names: Names
+) -> tuple[list[Turn], tuple[Mapping[str, Any], ...]]:
+    found, tools = reading.prompt(value, names, turns_first=True)
+    if found:
+        return list(found), tools
+    text = names.value("text", value)
+    if isinstance(text, str):
+        given = reading.input_text(value, names.of("input", value)) if names.maps("input") else ""
+        return [Turn("user", reading.with_input(text, given))], tools
+    chosen = names.value("chosen", value)  # preferences whose sides hold the prompt
+    return (side(chosen, "chosen", "assistant") if chosen is not None else []), tools
 
 
 def _message(role: str, content: str) -> Message:
@@ -195,7 +181,7 @@ def _message(role: str, content: str) -> Message:
 def _with_system(prompt: Prompt, system: str | None) -> Prompt:
     if system is None or prompt.messages[0]["role"] == "system":
         return prompt
-    return Prompt((_message("system", system), *prompt.messages), prompt.where, prompt.row)
+    return replace(prompt, messages=(_message("system", system), *prompt.messages))
 
 
 def as_text(messages: Sequence[Message]) -> str:

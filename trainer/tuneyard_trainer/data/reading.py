@@ -1,62 +1,382 @@
-"""Reading of rows of a known format as examples."""
+"""The readers of the layouts: from a row's fields to what the row states.
+
+`layouts` has the table that names each reader. All of them parse turns by `turns`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeGuard
 
-from tuneyard.api.sources import DataFormat
-from tuneyard_trainer.data.example import ROLES, Example, Message, Role, RowError, check
-from tuneyard_trainer.data.formats import Names, input_text, is_flat_message, with_input
-from tuneyard_trainer.data.rows import BrokenRow, Row
+from tuneyard.api.sources import FieldMap
+from tuneyard_trainer.data import trees
+from tuneyard_trainer.data.example import Message, RowError
+from tuneyard_trainer.data.turns import TurnKeys, conversation, dialogue, kind_of, side, tools
 
-
-def read(row: Row, chosen: DataFormat, names: Names) -> list[Example]:
-    """Return the examples of a row: one, several for an instruction with `instances`, or none for a
-    tree without a reviewed answer. Raises RowError."""
-    if isinstance(row.value, BrokenRow):
-        raise RowError(row.value.reason)
-    examples = list(_READERS[chosen](row, row.value, names))
-    for example in examples:
-        check(example)
-    return examples
+Row = Mapping[str, Any]
+_LABEL_WORDS = {"up": 1.0, "down": 0.0, "true": 1.0, "false": 0.0}
+_ANSWER_KEYS = ("answer", "response", "text", "generation")
+_RANK_KEYS = ("rank",)
+_SCORE_KEYS = ("overall_score", "score", "rating")
 
 
-def _turns(row: Row, value: dict[str, Any], names: Names) -> Iterator[Example]:
-    field = names["messages"]
-    yield _chat(row, _messages(value.get(field), field))
+@dataclass(frozen=True)
+class Parsed:
+    """One conversation that a row states."""
+
+    turns: tuple[Message, ...] = ()
+    """The turns. Of rated answers: the turns before them."""
+    answers: tuple[Message, ...] = ()
+    """Answers that the row rates, best first; a single one is rated by `label`. (): none."""
+    label: float = 1.0
+    """Of two answers: the probability that the first one is better. Of one: 1.0 good, 0.0 bad."""
+    plain: tuple[str, str] | None = None
+    """A prompt and its completion, exactly as the row has them. None: the row holds turns."""
+    text: str = ""
+    """A document; `turns` is empty."""
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
-def _ultrachat(row: Row, value: dict[str, Any], names: Names) -> Iterator[Example]:
-    field = names["messages"]
-    turns = value.get(field, value.get("messages"))
-    if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
-        yield _chat(row, _messages(turns, field))  # ultrachat_200k: {"messages": [...]}
+class Names:
+    """The columns of a layout: those of the field map, or else the published ones."""
+
+    def __init__(self, published: Mapping[str, Sequence[str]], fields: FieldMap) -> None:
+        given = {name: value for name, value in fields if value is not None}
+        self._columns = {name: tuple(columns) for name, columns in published.items()}
+        self._columns |= {name: (value,) for name, value in given.items()}
+        self._given = given.keys()
+        self.keys = TurnKeys(fields.role or "", fields.content or "")
+
+    def of(self, field: str, row: Row) -> str:
+        """Return the column of a field: the first one with a value in the row, else the first one.
+        "": the layout has no such field."""
+        columns = self._columns.get(field, ())
+        filled = (name for name in columns if row.get(name) is not None)
+        return next(filled, columns[0] if columns else "")
+
+    def maps(self, field: str) -> bool:
+        """Return whether the manifest names the field's column."""
+        return field in self._given
+
+    def value(self, field: str, row: Row) -> Any:
+        """Return the value of a field. None: the row has none."""
+        return row.get(self.of(field, row))
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """All columns that may be read."""
+        return frozenset(
+            name
+            for field, names in self._columns.items()
+            if field not in ("role", "content")
+            for name in names
+        )
+
+
+# ---- conversations ----------------------------------------------------------------------------
+
+
+def turns(row: Row, names: Names) -> Iterator[Parsed]:
+    """Read a list of turns, after the row's system prompt if the layout has one."""
+    field = names.of("messages", row)
+    found = conversation(row.get(field), field, names.keys)
+    yield _parsed(row, names, [*_system(row, names), *found])
+
+
+def ultrachat(row: Row, names: Names) -> Iterator[Parsed]:
+    """Read a list of texts, or of turns: ultrachat_200k has `messages`."""
+    field = names.of("messages", row)
+    yield _parsed(row, names, conversation(row.get(field), field, names.keys, texts=True))
+
+
+def instruction(row: Row, names: Names) -> Iterator[Parsed]:
+    """Read an instruction and its answer, after a `history` of pairs of them; one conversation for
+    each of the `instances` that Self-instruct's seeds hold."""
+    question = _string(row, names.of("prompt", row))
+    for instance in _instances(row, names.of("completion", row)):
+        asked = with_input(question, input_text(instance, names.of("input", instance)))
+        answer = _string(instance, names.of("completion", instance))
+        thought = _reasoning(row, names)
+        turns = [Message("user", asked), Message("assistant", answer, reasoning=thought)]
+        yield _parsed(row, names, [*_system(row, names), *_history(row, names), *turns])
+
+
+def prompt_completion(row: Row, names: Names) -> Iterator[Parsed]:
+    """Read a prompt and its completion: two texts, or lists of turns."""
+    prompt_field, field = names.of("prompt", row), names.of("completion", row)
+    prompt, completion = row.get(prompt_field), row.get(field)
+    given = input_text(row, names.of("input", row))
+    if isinstance(prompt, list | dict) or isinstance(completion, list | dict):
+        if given:
+            raise _misplaced_input(names.of("input", row))
+        before = side(prompt, prompt_field, "user", names.keys)
+        after = side(completion, field, "assistant", names.keys)
+        yield _parsed(row, names, [*_system(row, names), *before, *after])
         return
-    roles: tuple[Role, Role] = ("user", "assistant")
-    yield _chat(row, [Message(roles[i % 2], turn) for i, turn in enumerate(turns)])
+    question = with_input(_string(row, prompt_field), given)
+    answer = _string(row, field)
+    system, thought = _system(row, names), _reasoning(row, names)
+    turns = [*system, Message("user", question), Message("assistant", answer, reasoning=thought)]
+    yield replace(_parsed(row, names, turns), plain=(question, answer))
 
 
-def _sharegpt(row: Row, value: dict[str, Any], names: Names) -> Iterator[Example]:
-    field = names["messages"]
-    messages = _messages(value.get(field), field, role="from", content="value")
-    yield _chat(row, [*_system(value, names), *messages])
+def text(row: Row, names: Names) -> Iterator[Parsed]:
+    """Read a document."""
+    yield Parsed(text=_string(row, names.of("text", row)))
 
 
-def _alpaca(row: Row, value: dict[str, Any], names: Names) -> Iterator[Example]:
-    """Yield one example, or one for each of the `instances` that Self-instruct's seeds hold."""
-    instruction = _string(value, names["prompt"])
-    for instance in _instances(value, names["completion"]):
-        question = with_input(instruction, input_text(instance, names["input"]))
-        answer = _string(instance, names["completion"])
-        turns = [Message("user", question), Message("assistant", answer)]
-        yield _chat(row, [*_system(value, names), *turns])
+def openassistant(row: Row, _names: Names) -> Iterator[Parsed]:
+    """Read the best conversation of a tree."""
+    if thread := trees.best(row):
+        yield Parsed(tuple(thread))
 
 
-def _instances(value: dict[str, Any], completion: str) -> Sequence[dict[str, Any]]:
-    instances = value.get("instances")
-    if completion in value or instances is None:
-        return [value]
+def openassistant_all(row: Row, _names: Names) -> Iterator[Parsed]:
+    """Read every conversation of a tree, from its root to a last answer."""
+    for thread in trees.paths(row):
+        yield Parsed(tuple(thread))
+
+
+# ---- rated answers ----------------------------------------------------------------------------
+
+
+def pair(row: Row, names: Names) -> Iterator[Parsed]:
+    """Read a chosen and a rejected answer."""
+    before, used = prompt(row, names, turns_first=False)
+    fields = names.of("chosen", row), names.of("rejected", row)
+    found = [_answer(row.get(field), field, before, names) for field in fields]
+    (asked, chosen), (other, rejected) = found
+    if asked != other:
+        raise RowError(f"{fields[0]} and {fields[1]} have different prompts", "DifferingPrompts")
+    if chosen.text.strip() == rejected.text.strip():
+        raise RowError(f"{fields[0]} and {fields[1]} are the same completion", "IdenticalSides")
+    label = _probability(row.get("probability", 1.0))
+    yield Parsed(asked, (chosen, rejected), label, tools=used)
+
+
+def ranking(row: Row, names: Names) -> Iterator[Parsed]:
+    """Read several answers: best first, or with ranks (1 is best) or scores (higher is better).
+
+    Of answers with the same score, the first one is kept: no order between them is stated.
+    """
+    before, used = prompt(row, names, turns_first=False)
+    field = names.of("answers", row)
+    given = row.get(field)
+    if not before or not isinstance(given, list) or len(given) < 2:
+        raise RowError(f"a ranking needs a prompt and at least 2 {field}", "UnknownShape")
+    answers = []
+    for index, each in enumerate(given):
+        where = f"{field}[{index}]"
+        key = next((k for k in _ANSWER_KEYS if isinstance(each, dict) and k in each), None)
+        answers.append(_answer(each[key] if key else each, where, before, names)[1])
+    ordered = _ordered(answers, _ranks(row, names, given))
+    if len({answer.text.strip() for answer in ordered}) < len(ordered):
+        raise RowError("two completions of the ranking are the same", "IdenticalSides")
+    yield Parsed(before, tuple(ordered), tools=used)
+
+
+def labeled(row: Row, names: Names) -> Iterator[Parsed]:
+    """Read a single answer with a label: good or bad. Without a field for it, the answer is the
+    last one of the row's turns."""
+    field = names.of("completion", row)
+    used = _tools(row, names)
+    if row.get(field) is None and isinstance(row.get(names.of("messages", row)), list):
+        field = names.of("messages", row)
+        before = tuple(_prompt_field(row, names))
+    else:
+        before, used = prompt(row, names, turns_first=False)
+    if not before and isinstance(row.get(field), str | None):
+        raise RowError(f"the row has no prompt; its fields are {_present(row)}", "UnknownShape")
+    before, answer = _answer(row.get(field), field, before, names)
+    name = names.of("label", row)
+    asked = tuple(_with_system(row, names, list(before)))
+    yield Parsed(asked, (answer,), _label(row.get(name), name), tools=used)
+
+
+def openassistant_ranks(row: Row, _names: Names) -> Iterator[Parsed]:
+    """Read the ranked answers to each question of a tree."""
+    for thread, answers in trees.ranked(row):
+        yield Parsed(tuple(thread), tuple(answers))
+
+
+def _answer(
+    given: Any, field: str, before: tuple[Message, ...], names: Names
+) -> tuple[tuple[Message, ...], Message]:
+    """Return the prompt and the answer of one side. `before`: the row's own prompt; () if its sides
+    hold it."""
+    if isinstance(given, str):
+        found = () if before else tuple(dialogue(given))
+        if before:
+            return before, _filled(Message("assistant", given), field)
+        if not found:
+            raise RowError(f"neither {field} nor the row holds a prompt", "UnknownShape")
+    else:
+        found = tuple(side(given, field, "assistant", names.keys))
+    *rest, last = found
+    if last.role != "assistant":
+        raise RowError(f"{field} ends with a turn by {last.role}", "EmptyCompletion")
+    asked = tuple(rest)
+    if not before and not asked:
+        raise RowError(f"neither {field} nor the row holds a prompt", "UnknownShape")
+    if before and asked and asked not in (before, _without_system(before)):
+        raise RowError(f"{field} begins with another prompt", "DifferingPrompts")
+    return before or asked, _filled(last, field)
+
+
+def _without_system(turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    return turns[1:] if turns and turns[0].role == "system" else turns
+
+
+def _filled(answer: Message, field: str) -> Message:
+    if not answer.text.strip():
+        raise RowError(f"{field} is empty", "EmptyCompletion")
+    return answer
+
+
+def _ranks(row: Row, names: Names, given: list[Any]) -> list[float]:
+    """Return a number for each answer; lower is better. Raises RowError for ranks that are no
+    order, and for scores that do not cover every answer."""
+    count = len(given)
+    ranks, field = names.value("ranks", row), names.of("ranks", row)
+    if ranks is None and all(_number(each, _RANK_KEYS) is not None for each in given):
+        ranks, field = [_number(each, _RANK_KEYS) for each in given], "rank"
+    if ranks is not None:
+        if not _are_numbers(ranks) or sorted(ranks) != list(range(1, count + 1)):
+            problem = f"{field} must hold each of 1 to {count} once, and {field} is {ranks}"
+            raise RowError(problem, "InvalidLabel")
+        return [float(rank) for rank in ranks]
+    scores = names.value("scores", row)
+    if scores is None and any(_number(each, _SCORE_KEYS) is not None for each in given):
+        scores = [_number(each, _SCORE_KEYS) for each in given]
+    if scores is None:
+        return [float(index) for index in range(count)]
+    if not _are_numbers(scores) or len(scores) != count:
+        raise RowError(f"every answer needs a score, and the scores are {scores}", "InvalidLabel")
+    return [-float(score) for score in scores]
+
+
+def _are_numbers(given: Any) -> bool:
+    return isinstance(given, list) and all(map(_is_number, given))
+
+
+def _ordered(answers: Sequence[Message], ranks: Sequence[float]) -> list[Message]:
+    best: dict[float, Message] = {}
+    for answer, rank in zip(answers, ranks, strict=True):
+        best.setdefault(rank, answer)
+    if len(best) < 2:
+        raise RowError("all answers have the same score", "InvalidLabel")
+    return [best[rank] for rank in sorted(best)]
+
+
+def _number(given: Any, keys: Sequence[str]) -> float | None:
+    values = (given.get(key) for key in keys) if isinstance(given, dict) else ()
+    return next((float(value) for value in values if _is_number(value)), None)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def _probability(given: Any) -> float:
+    if not _is_number(given) or not 0.5 <= given <= 1:
+        raise RowError(f"probability must be from 0.5 to 1, and it is {given!r}", "InvalidLabel")
+    return float(given)
+
+
+def _label(given: Any, name: str) -> float:
+    if isinstance(given, bool | int | float) and given in (0, 1):
+        return float(given)
+    if isinstance(given, str) and given.lower() in _LABEL_WORDS:
+        return _LABEL_WORDS[given.lower()]
+    raise RowError(f"{name} must be true or false, and it is {given!r}", "InvalidLabel")
+
+
+# ---- the prompt of a row ----------------------------------------------------------------------
+
+
+def prompt(
+    row: Row, names: Names, *, turns_first: bool
+) -> tuple[tuple[Message, ...], tuple[Mapping[str, Any], ...]]:
+    """Return the turns before a row's answers, and its tools; no turns if the row has no prompt.
+
+    `turns_first`: a list of turns goes before a field `prompt`, whose text is then no dialogue.
+    """
+    asked = row.get("input")
+    if isinstance(asked, dict) and "messages" in asked:  # OpenAI's preferences
+        found, used = prompt(asked, names, turns_first=True)
+        return found, used or _tools(row, names)
+    if turns_first:
+        turns = _prompt_turns(row, names) or _prompt_field(row, names, dialogues=False)
+    else:
+        turns = _prompt_field(row, names) or _prompt_turns(row, names)
+        while turns and turns[-1].role == "assistant" and not turns[-1].text.strip():
+            turns.pop()  # "\n\nAssistant:" at the end of a dialogue asks for the answer
+    return tuple(_with_system(row, names, turns)), _tools(row, names)
+
+
+def _with_system(row: Row, names: Names, turns: list[Message]) -> list[Message]:
+    """Return the turns after the row's system turn, if they have none."""
+    return [*_system(row, names), *turns] if turns and turns[0].role != "system" else turns
+
+
+def _prompt_turns(row: Row, names: Names) -> list[Message]:
+    field = names.of("messages", row)
+    if not isinstance(row.get(field), list) or not row[field]:
+        return []
+    return conversation(row[field], field, names.keys, texts=True)
+
+
+def _prompt_field(row: Row, names: Names, *, dialogues: bool = True) -> list[Message]:
+    field = names.of("prompt", row)
+    given = row.get(field)
+    if given is None:
+        return []
+    # `input` is Alpaca's beside an `instruction`, and something else beside any other prompt.
+    is_input = names.maps("input") or field == "instruction"
+    following = input_text(row, names.of("input", row)) if is_input else ""
+    if isinstance(given, str):
+        asked = with_input(given, following)
+        turns = (dialogue(asked) if dialogues else []) or [Message("user", asked)]
+        return [*_history(row, names), *turns]
+    if following:
+        raise _misplaced_input(names.of("input", row))
+    return side(given, field, "user", names.keys)
+
+
+# ---- parts of a row ---------------------------------------------------------------------------
+
+
+def with_input(prompt: str, given: str) -> str:
+    """Return the prompt followed by a row's input, as Alpaca renders them; "": there is none."""
+    return f"{prompt}\n\n{given}" if given.strip() else prompt
+
+
+def input_text(value: Row, field: str) -> str:
+    """Return the text of an input field; "": the field is absent, null or empty, or there is none
+    (`field` is ""). Raises RowError for another type."""
+    given = (value.get(field) if field else None) or ""
+    if not isinstance(given, str):
+        raise RowError(f"{field} must be a string, not {type(given).__name__}", "UnknownShape")
+    return given
+
+
+def _misplaced_input(field: str) -> RowError:
+    return RowError(f"{field} cannot follow a prompt that is a list of turns", "UnknownShape")
+
+
+def _parsed(row: Row, names: Names, turns: Sequence[Message]) -> Parsed:
+    return Parsed(tuple(turns), tools=_tools(row, names))
+
+
+def _tools(row: Row, names: Names) -> tuple[Mapping[str, Any], ...]:
+    return tools(names.value("tools", row), names.of("tools", row))
+
+
+def _instances(row: Row, completion: str) -> Sequence[Row]:
+    instances = row.get("instances")
+    if completion in row or instances is None:
+        return [row]
     if not isinstance(instances, list) or not all(isinstance(i, dict) for i in instances):
         raise RowError("instances must be a list of {input, output}")
     if not instances:
@@ -64,192 +384,51 @@ def _instances(value: dict[str, Any], completion: str) -> Sequence[dict[str, Any
     return instances
 
 
-def _flan(row: Row, value: dict[str, Any], names: Names) -> Iterator[Example]:
-    prompt, completion = _string(value, names["prompt"]), _string(value, names["completion"])
-    yield _completion(row, [], prompt, completion)
+def _history(row: Row, names: Names) -> list[Message]:
+    """Return the turns of the question-answer pairs before this one; [] if there are none."""
+    field = names.of("history", row)
+    given = (row.get(field) if field else None) or []
+    if not isinstance(given, list) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
+        for pair in given
+    ):
+        raise RowError(f"{field} must be a list of pairs [question, answer]", "UnknownShape")
+    turns = [(Message("user", asked), Message("assistant", answer)) for asked, answer in given]
+    return [turn for pair in turns for turn in pair]
 
 
-def _prompt_completion(row: Row, value: dict[str, Any], names: Names) -> Iterator[Example]:
-    prompt, completion = value.get(names["prompt"]), value.get(names["completion"])
-    if isinstance(prompt, list) or isinstance(completion, list):
-        if input_text(value, names["input"]):
-            raise RowError(f"{names['input']} cannot follow a prompt that is a list of turns")
-        before = _messages(prompt, names["prompt"], text_role="user")
-        after = _messages(completion, names["completion"], text_role="assistant")
-        yield _chat(row, [*_system(value, names), *before, *after])
-        return
-    prompt, completion = _string(value, names["prompt"]), _string(value, names["completion"])
-    prompt = with_input(prompt, input_text(value, names["input"]))
-    yield _completion(row, _system(value, names), prompt, completion)
-
-
-def _text(row: Row, value: dict[str, Any], names: Names) -> Iterator[Example]:
-    yield Example(
-        row.number,
-        "text",
-        text=_string(value, names["text"]),
-        expected=_expected(row),
-        file=row.file,
-    )
-
-
-def _openassistant(row: Row, value: dict[str, Any], _names: Names) -> Iterator[Example]:
-    """Yield a tree's best conversation, which ends with a turn of the assistant.
-
-    It follows the reply with the lowest rank at each level (unranked ones last) and leaves out
-    deleted and unreviewed messages.
-    """
-    message = value.get("prompt", value)
-    thread: list[Any] = []
-    while message is not None:
-        if not isinstance(message, dict):
-            raise RowError(f"a message must be an object, not {type(message).__name__}")
-        if not _reviewed(message):
-            break
-        thread.append(message)
-        replies = message.get("replies") or []
-        if not isinstance(replies, list):
-            raise RowError(f"replies must be a list, not {type(replies).__name__}")
-        message = min(filter(_reviewed, replies), key=_rank, default=None)
-    messages = _messages(thread, "replies", content="text") if thread else []
-    while messages and messages[-1].role != "assistant":
-        messages.pop()
-    if messages:
-        yield _chat(row, messages)
-
-
-def _reviewed(message: Any) -> bool:
-    """Return whether a message is reviewed and not deleted. `review_result` None means unreviewed;
-    exports without the field hold reviewed messages only."""
-    if not isinstance(message, dict):
-        return True  # the caller reports the wrong type
-    return not message.get("deleted") and bool(message.get("review_result", True))
-
-
-def _rank(message: Any) -> float:
-    rank = message.get("rank") if isinstance(message, dict) else None
-    return rank if isinstance(rank, int | float) else float("inf")
-
-
-_READERS: dict[DataFormat, Callable[[Row, dict[str, Any], Names], Iterator[Example]]] = {
-    "messages": _turns,
-    "alpaca": _alpaca,
-    "flan": _flan,
-    "sharegpt": _sharegpt,
-    "openassistant": _openassistant,
-    "ultrachat": _ultrachat,
-    "prompt-completion": _prompt_completion,
-    "text": _text,
-}
-
-
-def link_messages(rows: Iterable[Row]) -> Iterator[Row]:
-    """Yield rows of trees from OpenAssistant's flat files, which hold one message a row.
-
-    All flat messages are held in memory, as replies may come in any order. Trees and broken rows
-    are yielded unchanged. A message whose parent is not in the data is a broken row. A tree has the
-    number of its first message.
-    """
-    rows_by_key: dict[str, Row] = {}
-    trees: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        if isinstance(row.value, BrokenRow) or not is_flat_message(row.value):
-            yield row
-            continue
-        key = str(row.value["message_id"])
-        if key in trees:
-            yield Row(row.number, BrokenRow(f"message_id {key} appears twice"), row.file)
-            continue
-        rows_by_key[key], trees[key] = row, {**row.value, "replies": []}
-    for tree in trees.values():
-        if str(tree["parent_id"]) in trees:
-            trees[str(tree["parent_id"])]["replies"].append(tree)
-    for key, tree in trees.items():
-        row, parent = rows_by_key[key], tree["parent_id"]
-        if parent is None or parent == "":
-            yield Row(row.number, tree, row.file)
-        elif str(parent) not in trees:
-            yield Row(
-                row.number, BrokenRow(f"the parent message {parent} is not in the data"), row.file
-            )
-
-
-# ---- parts of a row ---------------------------------------------------------------------------
-
-
-def _chat(row: Row, messages: Sequence[Message]) -> Example:
-    expected = _expected(row)
-    return Example(row.number, "chat", tuple(messages), expected=expected, file=row.file)
-
-
-def _completion(row: Row, system: Sequence[Message], prompt: str, completion: str) -> Example:
-    turns = (*system, Message("user", prompt), Message("assistant", completion))
-    expected = _expected(row)
-    return Example(row.number, "completion", turns, prompt, completion, "", expected, row.file)
-
-
-def _string(value: Mapping[str, Any], field: str) -> str:
-    text = value.get(field)
-    if text is None:
-        raise RowError(f"{field} is missing; the row has {', '.join(value) or 'no fields'}")
-    if not isinstance(text, str):
-        raise RowError(f"{field} must be a string, not {type(text).__name__}")
-    if not text.strip():
+def _string(value: Row, field: str) -> str:
+    found = value.get(field)
+    if found is None:
+        raise RowError(f"{field} is missing; the row has {_present(value)}", "UnknownShape")
+    if not isinstance(found, str):
+        raise RowError(f"{field} must be a string, not {kind_of(found)}")
+    if not found.strip():
         raise RowError(f"{field} is empty")
-    return text
+    return found
 
 
-def _system(value: Mapping[str, Any], names: Names) -> list[Message]:
+def _present(row: Row) -> str:
+    return ", ".join(row) or "no fields"
+
+
+def _system(row: Row, names: Names) -> list[Message]:
     """Return the row's system turn; []: the field is absent, null or ""."""
-    field = names["system"]
-    return [Message("system", _string(value, field))] if value.get(field) else []
+    field = names.of("system", row)
+    return [Message("system", _string(row, field))] if field and row.get(field) else []
 
 
-def _expected(row: Row) -> tuple[str, ...]:
-    expected = row.value.get("expected") if isinstance(row.value, dict) else None
-    if expected is None or expected == "":
+def _reasoning(row: Row, names: Names) -> str:
+    return input_text(row, names.of("reasoning", row))
+
+
+def expected(row: Row, names: Names) -> tuple[str, ...]:
+    """Return the answers of which a right completion holds one; (): the row has none."""
+    field = names.of("expected", row)
+    given = row.get(field)
+    if given is None or given == "":
         return ()
-    answers = [expected] if isinstance(expected, str) else expected
+    answers = [given] if isinstance(given, str) else given
     if not isinstance(answers, list) or not all(isinstance(a, str) and a for a in answers):
-        raise RowError("expected must be a string or a list of strings, none of them empty")
+        raise RowError(f"{field} must be a string or a list of strings, none of them empty")
     return tuple(answers)
-
-
-def _messages(
-    turns: Any,
-    field: str,
-    *,
-    role: str = "role",
-    content: str = "content",
-    text_role: Role | None = None,
-) -> list[Message]:
-    """Return the turns of a list. With `text_role`, a string is one turn of that role."""
-    if text_role and isinstance(turns, str):
-        return [Message(text_role, turns)]
-    if not isinstance(turns, list) or not turns:
-        raise RowError(f"{field} must be a list of turns {{{role}, {content}}}")
-    return [_message(turn, f"turn {n}", role, content) for n, turn in enumerate(turns, start=1)]
-
-
-def _message(turn: Any, where: str, role: str, content: str) -> Message:
-    if not isinstance(turn, dict):
-        raise RowError(f"{where} must be an object {{{role}, {content}}}")
-    known = ROLES.get(str(turn.get(role)).lower())
-    if known is None:
-        raise RowError(f"{where} has {role} {turn.get(role)!r}; known roles are {', '.join(ROLES)}")
-    return Message(known, _content(turn.get(content), where, content))
-
-
-def _content(value: Any, where: str, content: str) -> str:
-    if isinstance(value, list):  # OpenAI's content parts
-        value = "".join(_part(part, where) for part in value)
-    if not isinstance(value, str):
-        raise RowError(f"{where}: {content} must be a string, not {type(value).__name__}")
-    return value
-
-
-def _part(part: Any, where: str) -> str:
-    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-    if not isinstance(text, str):
-        raise RowError(f"{where} holds a part that is not text; training supports text only")
-    return text

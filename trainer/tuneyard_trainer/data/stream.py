@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tuneyard.api.sources import DataFormat
 from tuneyard.api.stage_settings import DatasetSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.example import Example, RowError
-from tuneyard_trainer.data.formats import Names, detect
-from tuneyard_trainer.data.reading import link_messages, read
+from tuneyard_trainer.data import layouts
+from tuneyard_trainer.data.example import Example, RowError, check
+from tuneyard_trainer.data.layouts import Layout
+from tuneyard_trainer.data.reading import Names, Parsed, expected
 from tuneyard_trainer.data.rows import BrokenRow, Row, read_data
+from tuneyard_trainer.data.trees import link_messages
 
 DETECTED_FROM = 20
 """The number of readable rows from which a format is detected."""
@@ -24,7 +26,6 @@ MAX_UNREAD = 20
 """The most columns that are listed as unread: rows of free form may have any number."""
 MAX_NAME = 60
 """Characters of a column's name that are listed."""
-_EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,9 @@ class Examples:
         self._unread: set[str] = set()
         source = islice(read_data(path), settings.limit)
         self._format, self._source = self._detected(source)
-        self._names = Names(self._format, settings.fields)
-        self._columns = self._names.columns
+        self._layout = layouts.layout_of(self._format, "training", settings.fields)
+        self._names = self._layout.names(settings.fields)
+        self._columns = layouts.columns_of(self._layout, settings.fields)
         self._stream = self._read()
 
     def __iter__(self) -> Iterator[Example]:
@@ -107,15 +109,15 @@ class Examples:
             for row in self._counted(iter(head)):
                 self._refuse(row, getattr(row.value, "reason", ""))
             self._check_end()
-        return detect(head, self._settings.fields), chain(head, rows)
+        return layouts.detect(head, self._settings.fields), chain(head, rows)
 
     def _read(self) -> Iterator[Example]:
         rows = self._counted(self._source)
         for row in link_messages(rows) if self._format == "openassistant" else rows:
             try:
-                found = read(row, self._format, self._names)
+                found = self._examples_of(row)
             except RowError as error:
-                self._refuse(row, str(error))
+                self._refuse(row, f"{error}{self._other_layout(row, error)}")
                 continue
             self._filtered += not found
             self._note_unread(row)
@@ -125,15 +127,30 @@ class Examples:
             yield from found
         self._check_end()
 
+    def _examples_of(self, row: Row) -> list[Example]:
+        whole_trees = self._settings.paths == "all"
+        return read_examples(row, self._layout, self._names, whole_trees=whole_trees)
+
+    def _other_layout(self, row: Row, error: RowError) -> str:
+        """Return what to say of a row whose layout is not that of the set; "" of any other row."""
+        if error.fault != "UnknownShape" or isinstance(row.value, BrokenRow):
+            return ""
+        other = layouts.match(row.value, "training", self._settings.fields)
+        if other is None or other.name == self._format:
+            return ""
+        return (
+            f" (the set has the layout {self._format}, and this row {other.name}: put it into a "
+            "data set of its own)"
+        )
+
     def _note_unread(self, row: Row) -> None:
         if self._columns is None or isinstance(row.value, BrokenRow):
             return
-        for name, value in row.value.items():
+        for name in layouts.unread_columns(row.value, self._columns):
             if len(self._unread) == MAX_UNREAD:
                 return
-            if name not in self._columns and value not in _EMPTY:
-                # A file may hold half of a character, as "\ud800", which no log can.
-                self._unread.add(name[:MAX_NAME].encode("utf-8", "replace").decode())
+            # A file may hold half of a character, as "\ud800", which no log can.
+            self._unread.add(name[:MAX_NAME].encode("utf-8", "replace").decode())
 
     def _counted(self, rows: Iterator[Row]) -> Iterator[Row]:
         for row in rows:
@@ -187,3 +204,34 @@ def examples(
     `on_invalid=error` if any row is invalid, with `skip` if no row is valid.
     """
     return Examples(path, settings, on_invalid=on_invalid, name=name)
+
+
+def read_examples(
+    row: Row, layout: Layout, names: Names, *, whole_trees: bool = False
+) -> list[Example]:
+    """Return the examples of a row: one, several for an instruction with `instances` or with
+    `whole_trees`, or none for a tree without a reviewed answer. Raises RowError."""
+    if isinstance(row.value, BrokenRow):
+        raise RowError(row.value.reason, "UnreadableRow")
+    parsed = layouts.read(row.value, layout, names, whole_trees=whole_trees)
+    wanted = expected(row.value, names)
+    examples = [_example(row, each, wanted) for each in parsed]
+    for example in examples:
+        check(example)
+    return examples
+
+
+def _example(row: Row, parsed: Parsed, wanted: tuple[str, ...]) -> Example:
+    prompt, completion = parsed.plain or ("", "")
+    kind: Literal["chat", "completion", "text"] = "completion" if parsed.plain else "chat"
+    return Example(
+        row.number,
+        kind if parsed.turns else "text",
+        parsed.turns,
+        prompt,
+        completion,
+        parsed.text,
+        wanted,
+        row.file,
+        parsed.tools,
+    )

@@ -7,8 +7,9 @@ targets therefore never changes an id.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 
@@ -17,8 +18,15 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.chat import ChatFormat, Message, MisfitError, Span, TrainOn
+from tuneyard_trainer.data.chat import (
+    ChatFormat,
+    Message,
+    Span,
+    TrainOn,
+    template_turns,
+)
 from tuneyard_trainer.data.example import Example
+from tuneyard_trainer.data.template_style import MisfitError
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,10 @@ class Encoder:
     train_on: TrainOn
     system_prompt: str | None = None
     """The system turn added to conversations without one. None: none is added."""
+    reasoning: bool = True
+    """Whether reasoning is rendered, where the chat template does. False: it is left out."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Examples whose `reasoning` or `tools` the chat template does not render."""
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded | Misfit]:
         """Return one result for each example, in order.
@@ -58,9 +70,10 @@ class Encoder:
         texts = [i for i in rest if examples[i].kind == "text"]
         results: dict[int, Encoded | Misfit] = {}
         if chats:
-            encoded = _chats(self._format, list(chats.values()), self.train_on)
+            encoded = self._chats([examples[i] for i in chats], list(chats.values()))
             results.update(zip(chats, encoded, strict=True))
         results.update(zip(pairs, self._completions([examples[i] for i in pairs]), strict=True))
+        results |= {i: _NO_CALLS for i in pairs if any(t.calls for t in examples[i].messages)}
         results.update(zip(texts, self._texts([examples[i].text for i in texts]), strict=True))
         return [results[i] for i in range(len(examples))]
 
@@ -75,9 +88,7 @@ class Encoder:
 
     def turns(self, example: Example) -> list[Message]:
         """Return the example's turns, with the job's system turn if it has none of its own."""
-        turns: list[Message] = [
-            {"role": turn.role, "content": turn.content} for turn in example.messages
-        ]
+        turns = template_turns(example.messages, reasoning=self.reasoning)
         if self.system_prompt is None or turns[0]["role"] == "system":
             return turns
         return [{"role": "system", "content": self.system_prompt}, *turns]
@@ -85,6 +96,14 @@ class Encoder:
     @cached_property
     def _format(self) -> ChatFormat:
         return ChatFormat.of(self.tokenizer)
+
+    @cached_property
+    def stop_tokens(self) -> frozenset[int]:
+        """The tokens that end an answer, a completion or a document."""
+        found = {self.tokenizer.eos_token_id}
+        if self.tokenizer.chat_template:
+            found.add(self.tokenizer.convert_tokens_to_ids(self._format.stop_token))
+        return frozenset(int(token) for token in found if token is not None)
 
     @cached_property
     def _eos(self) -> int:
@@ -95,6 +114,35 @@ class Encoder:
                 advice="Choose a model whose tokenizer has an eos_token.",
             )
         return int(self.tokenizer.eos_token_id)
+
+    def _chats(
+        self, examples: Sequence[Example], conversations: Sequence[Sequence[Message]]
+    ) -> list[Encoded | Misfit]:
+        """Return one result for each conversation, in order."""
+        misfits: dict[int, Misfit] = {}
+        texts: list[str] = []
+        spans: list[list[Span]] = []
+        for index, (example, messages) in enumerate(zip(examples, conversations, strict=True)):
+            added = len(messages) - len(example.messages)  # the job's system turn
+            trained = [None] * added + [turn.train for turn in example.messages]
+            try:
+                text, targets = self._format.targets(
+                    messages, self.train_on, tools=example.tools, trained=trained
+                )
+            except MisfitError as error:
+                misfits[index] = Misfit(str(error))
+            else:
+                texts.append(text)
+                spans.append(targets)
+                self._note_left_out(example)
+        encoded = iter(_tokenized(self.tokenizer, texts, spans))
+        return [misfits.get(i) or next(encoded) for i in range(len(conversations))]
+
+    def _note_left_out(self, example: Example) -> None:
+        if example.tools:
+            self.left_out["tools"] += not self._format.style.tools
+        if self.reasoning and any(turn.reasoning for turn in example.messages):
+            self.left_out["reasoning"] += not self._format.style.reasoning
 
     def _completions(self, examples: Sequence[Example]) -> list[Encoded]:
         """Encode the prompt as inference tokenizes it, the completion, and the end of sequence."""
@@ -123,26 +171,10 @@ class Encoder:
         )["input_ids"]
 
 
+_NO_CALLS = Misfit("a model without a chat template cannot call tools: set spec.data.chatTemplate")
+
+
 # ---- conversations ----------------------------------------------------------------------------
-
-
-def _chats(
-    chat_format: ChatFormat, conversations: Sequence[Sequence[Message]], train_on: TrainOn
-) -> list[Encoded | Misfit]:
-    """Return one result for each conversation, in order."""
-    misfits: dict[int, Misfit] = {}
-    texts: list[str] = []
-    spans: list[list[Span]] = []
-    for index, messages in enumerate(conversations):
-        try:
-            text, targets = chat_format.targets(messages, train_on)
-        except MisfitError as error:
-            misfits[index] = Misfit(str(error))
-        else:
-            texts.append(text)
-            spans.append(targets)
-    encoded = iter(_tokenized(chat_format.tokenizer, texts, spans))
-    return [misfits.get(i) or next(encoded) for i in range(len(conversations))]
 
 
 def _tokenized(

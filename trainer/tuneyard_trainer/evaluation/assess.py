@@ -438,6 +438,7 @@ def _held_out(folder: Path, settings: AssessSettings) -> tuple[tuple[Prompt, tup
             system = settings.chat.system_prompt
             if system is not None and turns[0]["role"] != "system":
                 turns = [turn("system", system), *turns]
-            prompt = Prompt(tuple(turns), f"held-out row {number}", row)
+            tools = tuple(row.get("tools", ()))
+            prompt = Prompt(tuple(turns), f"held-out row {number}", row, tools)
             held_out.append((prompt, tuple(row["answers"])))
     return tuple(held_out)

@@ -21,6 +21,7 @@ from torch import nn
 
 from tuneyard.api.stage_settings import EvaluateSettings
 from tuneyard.errors import StageError
+from tuneyard_trainer.data.chat import rendered, turn_text
 from tuneyard_trainer.data.prepared import Prepared, Rows
 from tuneyard_trainer.data.sharing import InStep, SharedStage
 from tuneyard_trainer.evaluation.result import finish, spread
@@ -190,9 +191,9 @@ def _question(row: Mapping[str, Any], tokenizer: Any) -> Question:
     expected = tuple(row.get("expected", ()))
     if "messages" in row:
         *turns, answer = row["messages"]
-        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        prompt = rendered(tokenizer, turns, tools=row.get("tools", ()))
         shown = turns[-1]["content"]
-        return Question(prompt, shown, answer["content"], expected, templated=True)
+        return Question(prompt, shown, turn_text(answer), expected, templated=True)
     if "prompt" in row:
         return Question(row["prompt"], row["prompt"], row["completion"], expected)
     words = row["text"].split(" ")

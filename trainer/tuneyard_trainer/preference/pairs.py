@@ -23,17 +23,18 @@ from numpy.typing import NDArray
 from tuneyard.api.plan import SourceInput
 from tuneyard.api.stage_settings import DatasetSettings, PairsSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.chat import transcript
-from tuneyard_trainer.data.example import Example
+from tuneyard_trainer.data.chat import template_turns, transcript
+from tuneyard_trainer.data.example import Example, RowError
 from tuneyard_trainer.data.prepared import SPLITS, Rows, RowWriter
 from tuneyard_trainer.data.rows import Row, read_data
 from tuneyard_trainer.data.splits import held_out
 from tuneyard_trainer.data.stream import FAULTS_SHOWN
 from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit
+from tuneyard_trainer.data.trees import link_messages
 from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import sequence_limit
 from tuneyard_trainer.preference.dataset import remove_groups, write_groups
-from tuneyard_trainer.preference.rows import Preference, PreferenceError, parse_preferences
+from tuneyard_trainer.preference.rows import Preference, parse_preferences
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome
 
 BATCH_ROWS = 256
@@ -116,7 +117,8 @@ class _Reader:
 
     def _batches(self, index: int, dataset: DatasetSettings) -> Iterator[list[Preference]]:
         """Yield the preferences of one data set, BATCH_ROWS rows at a time."""
-        rows = islice(read_data(self.context.inputs[f"preferences.{index}"]), dataset.limit)
+        source = read_data(self.context.inputs[f"preferences.{index}"])
+        rows = link_messages(islice(source, dataset.limit))
         while chunk := list(islice(rows, BATCH_ROWS)):
             if self.context.worker.stop():
                 raise Interrupted(self.context.stage.name, self.num_rows)
@@ -126,8 +128,10 @@ class _Reader:
 
     def _parsed(self, row: Row, dataset: DatasetSettings) -> list[Preference]:
         try:
-            return parse_preferences(row, dataset.fields, labeled=self.settings.labeled)
-        except PreferenceError as error:
+            return parse_preferences(
+                row, dataset.fields, labeled=self.settings.labeled, chosen=dataset.format
+            )
+        except RowError as error:
             self._reject(error.fault, _location(row.file, row.number), str(error))
             return []
 
@@ -168,15 +172,17 @@ class _Reader:
             rows.append(row.ids, row.mask, source)
         self.sizes.append(len(encoded))
         self.labels.append(preference.label)
-        turns = [{"role": turn.role, "content": turn.content} for turn in preference.prompt]
+        turns = template_turns(preference.prompt)
         key = json.dumps(turns, ensure_ascii=False).encode("utf-8", "replace")
         content = hashlib.blake2b(key, digest_size=8, key=str(self.settings.seed).encode())
         self.prompts.append(int.from_bytes(content.digest(), "little"))
-        line = {
+        line: dict[str, Any] = {
             "prompt": turns,
-            "answers": list(preference.completions),
+            "answers": [completion.text for completion in preference.completions],
             "label": preference.label,
         }
+        if preference.tools:
+            line["tools"] = list(preference.tools)
         text.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _reject(self, fault: str, where: str, why: str) -> None:

@@ -21,8 +21,9 @@ from transformers import PreTrainedTokenizerBase
 from tuneyard.api.alignment import RuleReward
 from tuneyard.api.stage_settings import ChatSettings, RewardTerm
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.chat import ChatFormat, MisfitError, rendered, transcript
+from tuneyard_trainer.data.chat import ChatFormat, rendered, transcript
 from tuneyard_trainer.data.prompts import Prompt
+from tuneyard_trainer.data.template_style import MisfitError
 from tuneyard_trainer.generation.batches import length_batches
 from tuneyard_trainer.models import base, reward_models
 from tuneyard_trainer.models.files import context_length, first_line
