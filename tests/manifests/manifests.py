@@ -79,7 +79,7 @@ LORA = job(
         format: alpaca
         fields:
           {messages: m, system: s, prompt: p, input: i, completion: c, text: t, history: h,
-           tools: u, reasoning: r, expected: e, role: o, content: n, chosen: y, rejected: z,
+           tools: u, reasoning: r, expected: e, role: o, content: w, chosen: b, rejected: z,
            answers: a, ranks: k, scores: q, label: l}
         paths: all
         weight: 2.0
