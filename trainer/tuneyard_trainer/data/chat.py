@@ -222,7 +222,10 @@ class ChatFormat:
             return answer
         prompt = self._render(before, tools, prompt=True)
         if not text.startswith(prompt) or len(prompt) > answer:
-            return answer
+            # Mistral's templates write the system prompt in the last question, not in the first.
+            tail = self._tail(before, tools)
+            begin = len(text[:answer].rstrip())
+            return begin if tail and text.endswith(tail, 0, begin) else answer
         # Without a generation prompt the text may be a header, which is no target.
         return len(prompt) if self.prompt or text[len(prompt) : answer].isspace() else answer
 
@@ -280,12 +283,16 @@ class ChatFormat:
         found = text.rfind(header, start, end) if header else -1
         if found >= 0:
             return found + len(header)
-        marked = [*messages[: turn - 1], _marked(messages[turn - 1])]
-        tail = self._render(marked, tools, prompt=True).rpartition(_MARK)[2]
+        tail = self._tail(messages[:turn], tools)
         for literal in (tail, _OPENED.sub("", tail)):
             if text.startswith(literal, start, end):
                 return start + len(literal)
         raise MisfitError(f"the chat template writes no generation prompt before turn {turn + 1}")
+
+    def _tail(self, before: Sequence[Message], tools: Tools) -> str:
+        """Return the text between a turn and the answer to it, with the generation prompt."""
+        marked = [*before[:-1], _marked(before[-1])]
+        return self._render(marked, tools, prompt=True).rpartition(_MARK)[2]
 
 
 def _check_complete(message: Message, turn: int, text: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 Message = dict[str, Any]
 
@@ -184,11 +185,25 @@ def render(
 ) -> str:
     """Return the rendering of turns in the template's own shape. `prompt`: with the generation
     prompt. Raises MisfitError if the template refuses the conversation."""
+    schemas = [dict(tool) for tool in tools] or None
+    if any(message["content"] is None for message in messages):
+        # `apply_chat_template` removes fields that are None, and a template can test for None.
+        specials: dict[str, Any] = tokenizer.special_tokens_map
+        texts, _ = guarded(
+            lambda: render_jinja_template(
+                [list(messages)],
+                tools=schemas,
+                chat_template=template,
+                add_generation_prompt=prompt,
+                **specials,
+            )
+        )
+        return str(texts[0])
     return str(
         guarded(
             lambda: tokenizer.apply_chat_template(
                 list(messages),
-                tools=[dict(tool) for tool in tools] or None,
+                tools=schemas,
                 chat_template=template,
                 tokenize=False,
                 add_generation_prompt=prompt,
