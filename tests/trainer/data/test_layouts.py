@@ -1,0 +1,553 @@
+"""Each layout in its published shape: what it is read as for training, preferences and prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tuneyard.api.sources import FieldMap
+from tuneyard.api.stage_settings import ChatSettings, DatasetSettings, PromptSettings
+from tuneyard.errors import StageError
+from tuneyard_trainer.data.example import Example, Message, RowError, ToolCall
+from tuneyard_trainer.data.prompts import Prompt, read_prompts
+from tuneyard_trainer.data.rows import Row, read_data
+from tuneyard_trainer.data.stream import Examples, examples
+from tuneyard_trainer.preference.rows import Preference, parse_preferences
+
+SHARED = Path(__file__).parents[4] / "shared" / "data"
+WEATHER = {"name": "weather", "description": "d", "parameters": {"type": "object"}}
+TOOLS = ({"type": "function", "function": WEATHER},)
+CALL = ToolCall("weather", {"city": "Paris"})
+
+
+def stream(path: Path, *rows: Any, **settings: Any) -> Examples:
+    file = path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = FieldMap(**settings.pop("fields", {}))
+    chosen = {"format": "auto", "fields": fields, "weight": 1.0, "limit": None} | settings
+    return examples(file, DatasetSettings(**chosen), on_invalid="error", name="data")
+
+
+def read(path: Path, row: dict[str, Any], **settings: Any) -> Example:
+    (example,) = stream(path, row, **settings)
+    return example
+
+
+def preferences(row: dict[str, Any], *, labeled: bool = False, **fields: str) -> list[Preference]:
+    return parse_preferences(Row(1, row), FieldMap(**fields), labeled=labeled)
+
+
+def prompts(path: Path, *rows: Any, **fields: str) -> list[Prompt]:
+    file = path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = PromptSettings(format="auto", fields=FieldMap(**fields), limit=None)
+    chat = ChatSettings(system_prompt=None, chat_template=None)
+    return read_prompts(file, settings, chat, name="prompts")
+
+
+def turn(role: str, content: str | None, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def said(speaker: str, value: str) -> dict[str, str]:
+    return {"from": speaker, "value": value}
+
+
+def shown(turns: Any) -> list[str]:
+    return [f"{each.role}: {each.text}" for each in turns]
+
+
+QA = ["user: q", "assistant: a"]
+OPENAI_CALL = {
+    "id": "call_1",
+    "type": "function",
+    "function": {"name": "weather", "arguments": '{"city": "Paris"}'},
+}
+TRAINING: list[tuple[str, str, dict[str, Any], list[str]]] = [
+    (
+        "TRL, conversational",
+        "messages",
+        {"messages": [turn("user", "q"), turn("assistant", "a")]},
+        QA,
+    ),
+    ("TRL, prompt and completion", "prompt-completion", {"prompt": "q", "completion": "a"}, QA),
+    (
+        "TRL, conversational prompt and completion",
+        "prompt-completion",
+        {"prompt": [turn("user", "q")], "completion": [turn("assistant", "a")]},
+        QA,
+    ),
+    (
+        "LLaMA-Factory, Alpaca with history",
+        "alpaca",
+        {"instruction": "q", "input": "", "output": "a", "system": "s", "history": [["x", "y"]]},
+        ["system: s", "user: x", "assistant: y", *QA],
+    ),
+    (
+        "LLaMA-Factory, ShareGPT",
+        "sharegpt",
+        {"conversations": [said("human", "q"), said("gpt", "a")], "system": "s", "tools": "[]"},
+        ["system: s", *QA],
+    ),
+    (
+        "Axolotl, chat_template",
+        "sharegpt",
+        {"conversations": [turn("user", "q"), turn("assistant", "a")]},
+        QA,
+    ),
+    ("Axolotl, load_qa", "question-answer", {"question": "q", "answer": "a"}, QA),
+    (
+        "OpenOrca",
+        "question-answer",
+        {"system_prompt": "s", "question": "q", "response": "a"},
+        ["system: s", *QA],
+    ),
+    ("GPTeacher", "dolly", {"instruction": "q", "input": "x", "response": "a"},
+     ["user: q\n\nx", "assistant: a"]),
+    (
+        "Dolly",
+        "dolly",
+        {"instruction": "q", "context": "x", "response": "a", "category": "closed_qa"},
+        ["user: q\n\nx", "assistant: a"],
+    ),
+    ("FLAN", "flan", {"inputs": "q", "targets": "a", "task": "t"}, QA),
+    ("UltraChat", "ultrachat", {"id": "1", "data": ["q", "a"]}, QA),
+    (
+        "UltraChat 200k",
+        "messages",
+        {"prompt": "q", "prompt_id": "1", "messages": [turn("user", "q"), turn("assistant", "a")]},
+        QA,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "layout", "row", "turns"), TRAINING)
+def test_a_published_layout_of_training_rows_is_recognized(
+    tmp_path: Path, name: str, layout: str, row: dict[str, Any], turns: list[str]
+) -> None:
+    found = stream(tmp_path, row)
+    assert [shown(example.messages) for example in found] == [turns]
+    assert found.summary.format == layout
+
+
+@pytest.mark.parametrize(("name", "layout", "row", "turns"), TRAINING)
+def test_the_questions_of_training_rows_are_prompts(
+    tmp_path: Path, name: str, layout: str, row: dict[str, Any], turns: list[str]
+) -> None:
+    (prompt,) = prompts(tmp_path, {k: v for k, v in row.items() if k != "context"})
+    assert prompt.messages[-1]["role"] == "user"
+    assert prompt.question.startswith("q")
+
+
+TOOL_ROWS: list[tuple[str, dict[str, Any]]] = [
+    (
+        "OpenAI and TRL",
+        {
+            "messages": [
+                turn("user", "q"),
+                turn("assistant", None, tool_calls=[OPENAI_CALL]),
+                turn("tool", "21", tool_call_id="call_1"),
+                turn("assistant", "a"),
+            ],
+            "tools": [{"type": "function", "function": WEATHER}],
+            "parallel_tool_calls": False,
+        },
+    ),
+    (
+        "OpenAI, before tool_calls",
+        {
+            "messages": [
+                turn("user", "q"),
+                turn("assistant", None, function_call=OPENAI_CALL["function"]),
+                turn("function", "21", name="weather"),
+                turn("assistant", "a"),
+            ],
+            "functions": [WEATHER],
+        },
+    ),
+    (
+        "LLaMA-Factory, ShareGPT",
+        {
+            "conversations": [
+                said("human", "q"),
+                said("function_call", json.dumps({"name": "weather", "arguments": CALL.arguments})),
+                said("observation", "21"),
+                said("gpt", "a"),
+            ],
+            "tools": json.dumps([WEATHER]),
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "row"), TOOL_ROWS)
+def test_tools_are_read_from_every_layout_that_has_them(
+    tmp_path: Path, name: str, row: dict[str, Any]
+) -> None:
+    example = read(tmp_path, row)
+    assert [turn.role for turn in example.messages] == ["user", "assistant", "tool", "assistant"]
+    (call,) = example.messages[1].calls
+    assert (call.name, call.arguments) == (CALL.name, CALL.arguments)
+    assert example.messages[2].content == "21"
+    assert example.tools == TOOLS
+
+
+def test_a_text_and_the_call_after_it_are_one_turn(tmp_path: Path) -> None:
+    calls = [{"name": "weather", "arguments": {"city": name}} for name in ("Paris", "Rome")]
+    turns = [
+        said("human", "q"),
+        said("gpt", "Let me look."),
+        said("function_call", json.dumps(calls)),
+        said("observation", "21"),
+        said("observation", "25"),
+        said("gpt", "a"),
+    ]
+    example = read(tmp_path, {"conversations": turns})
+    assert example.messages[1].content == "Let me look."
+    assert [call.arguments["city"] for call in example.messages[1].calls] == ["Paris", "Rome"]
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("{", "turn 2 is not JSON"),
+        ("[1]", "must be {name, arguments}"),
+        ('{"name": "f", "arguments": "{"}', "the arguments of f is not JSON"),
+        ('{"name": "f", "arguments": [1]}', "the arguments of f must be an object"),
+    ],
+)
+def test_a_call_that_is_none_is_refused_by_its_turn(
+    tmp_path: Path, value: str, problem: str
+) -> None:
+    good = {"conversations": [said("human", "q"), said("gpt", "a")]}
+    turns = [said("human", "q"), said("function_call", value), said("observation", "r")]
+    with pytest.raises(StageError, match=r"rows\.jsonl row 2: turn 2") as caught:
+        list(stream(tmp_path, good, {"conversations": [*turns, said("gpt", "a")]}))
+    assert problem in caught.value.message
+
+
+def test_the_weight_of_a_turn_and_its_reasoning_are_read(tmp_path: Path) -> None:
+    messages = [
+        turn("user", "q"),
+        turn("assistant", "no", weight=0),
+        turn("user", "q"),
+        turn("assistant", "a", weight=1, reasoning_content="hm"),
+    ]
+    example = read(tmp_path, {"messages": messages})
+    assert [each.train for each in example.messages] == [None, False, None, True]
+    assert example.messages[3].reasoning == "hm"
+    parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "a"}]
+    example = read(tmp_path, {"messages": [turn("user", "q"), turn("assistant", parts)]})  # type: ignore[arg-type]
+    assert example.messages[1] == Message("assistant", "a", reasoning="hm")
+    row = {"prompt": "q", "completion": "a", "why": "hm"}
+    assert read(tmp_path, row, fields={"reasoning": "why"}).messages[1].reasoning == "hm"
+
+
+PAIRS: list[tuple[str, dict[str, Any]]] = [
+    ("TRL, explicit prompt", {"prompt": "q", "chosen": "a", "rejected": "b"}),
+    (
+        "TRL, conversational, explicit prompt",
+        {
+            "prompt": [turn("user", "q")],
+            "chosen": [turn("assistant", "a")],
+            "rejected": [turn("assistant", "b")],
+        },
+    ),
+    (
+        "TRL, conversational, implicit prompt",
+        {
+            "chosen": [turn("user", "q"), turn("assistant", "a")],
+            "rejected": [turn("user", "q"), turn("assistant", "b")],
+        },
+    ),
+    (
+        "hh-rlhf",
+        {
+            "chosen": "\n\nHuman: q\n\nAssistant: a",
+            "rejected": "\n\nHuman: q\n\nAssistant: b",
+        },
+    ),
+    (
+        "LLaMA-Factory, Alpaca",
+        {"instruction": "q", "input": "", "chosen": "a", "rejected": "b"},
+    ),
+    (
+        "LLaMA-Factory, ShareGPT",
+        {
+            "conversations": [said("human", "q")],
+            "chosen": said("gpt", "a"),
+            "rejected": said("gpt", "b"),
+        },
+    ),
+    (
+        "Axolotl, chat_template.default",
+        {
+            "messages": [turn("user", "q")],
+            "chosen": turn("assistant", "a"),
+            "rejected": turn("assistant", "b"),
+        },
+    ),
+    (
+        "Axolotl, chatml.argilla",
+        {"instruction": "q", "chosen_response": "a", "rejected_response": "b"},
+    ),
+    (
+        "OpenAI, preferences",
+        {
+            "input": {"messages": [turn("user", "q")], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [turn("assistant", "a")],
+            "non_preferred_output": [turn("assistant", "b")],
+        },
+    ),
+    (
+        "UltraFeedback, binarized",
+        {
+            "prompt": "q",
+            "prompt_id": "1",
+            "chosen": [turn("user", "q"), turn("assistant", "a")],
+            "rejected": [turn("user", "q"), turn("assistant", "b")],
+            "messages": [turn("user", "q"), turn("assistant", "a")],
+            "score_chosen": 8.0,
+            "score_rejected": 4.0,
+        },
+    ),
+    (
+        "UltraFeedback, scored",
+        {
+            "source": "x",
+            "instruction": "q",
+            "models": ["m", "n", "o"],
+            "completions": [
+                {"model": "m", "response": "b", "overall_score": 4.0},
+                {"model": "n", "response": "a", "overall_score": 8.5},
+                {"model": "o", "response": "c", "overall_score": 4.0},
+            ],
+        },
+    ),
+    (
+        "Nectar",
+        {
+            "prompt": "\n\nHuman: q\n\nAssistant: ",
+            "answers": [
+                {"answer": "b", "model": "m", "rank": 2.0},
+                {"answer": "a", "model": "n", "rank": 1.0},
+            ],
+            "turns": 1,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "row"), PAIRS)
+def test_a_published_layout_of_preferences_is_recognized(name: str, row: dict[str, Any]) -> None:
+    (found,) = preferences(row)
+    assert shown(found.prompt) == ["user: q"]
+    assert shown(found.completions) == ["assistant: a", "assistant: b"]
+
+
+@pytest.mark.parametrize(("name", "row"), PAIRS)
+def test_the_questions_of_preferences_are_prompts(
+    tmp_path: Path, name: str, row: dict[str, Any]
+) -> None:
+    (prompt,) = prompts(tmp_path, row)
+    assert "q" in prompt.question
+    assert prompt.messages[-1]["role"] == "user"
+
+
+LABELED: list[tuple[str, dict[str, Any]]] = [
+    ("TRL, unpaired", {"prompt": "q", "completion": "a", "label": False}),
+    (
+        "TRL, unpaired and conversational",
+        {"prompt": [turn("user", "q")], "completion": [turn("assistant", "a")], "label": False},
+    ),
+    (
+        "LLaMA-Factory, KTO demo",
+        {"messages": [turn("user", "q"), turn("assistant", "a")], "label": False},
+    ),
+    (
+        "LLaMA-Factory, Alpaca",
+        {"instruction": "q", "input": "", "output": "a", "kto_tag": False},
+    ),
+    (
+        "LLaMA-Factory, ShareGPT",
+        {"conversations": [said("human", "q"), said("gpt", "a")], "kto_tag": False},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "row"), LABELED)
+def test_a_published_layout_of_labeled_completions_is_recognized(
+    name: str, row: dict[str, Any]
+) -> None:
+    (found,) = preferences(row, labeled=True)
+    assert (shown(found.prompt), shown(found.completions), found.label) == (
+        ["user: q"],
+        ["assistant: a"],
+        0.0,
+    )
+
+
+def test_preferences_hold_calls_of_tools() -> None:
+    row = {
+        "prompt": [turn("user", "q")],
+        "chosen": [turn("assistant", None, tool_calls=[OPENAI_CALL])],
+        "rejected": [turn("assistant", "b")],
+        "tools": [WEATHER],
+    }
+    (found,) = preferences(row)
+    assert found.completions[0].calls[0].arguments == {"city": "Paris"}
+    assert found.examples[0].tools == TOOLS
+
+
+def test_openais_reinforcement_rows_are_prompts_with_their_fields(tmp_path: Path) -> None:
+    row = {"messages": [turn("developer", "s"), turn("user", "q")], "reference_answer": {"x": 1}}
+    (prompt,) = prompts(tmp_path, row)
+    assert [each["role"] for each in prompt.messages] == ["system", "user"]
+    assert prompt.row["reference_answer"] == {"x": 1}
+
+
+def post(key: str, parent: str | None, role: str, **more: Any) -> dict[str, Any]:
+    return {"message_id": key, "parent_id": parent, "role": role, "text": key, **more}
+
+
+TREE = post("q", None, "prompter") | {
+    "replies": [
+        post("b", "q", "assistant", rank=1) | {"replies": []},
+        post("a", "q", "assistant", rank=0)
+        | {
+            "replies": [
+                post("r", "a", "prompter")
+                | {"replies": [post("c", "r", "assistant", rank=0) | {"replies": []}]}
+            ]
+        },
+    ]
+}
+
+
+def test_a_tree_gives_its_best_conversation_or_all_of_them(tmp_path: Path) -> None:
+    best = ["user: q", "assistant: a", "user: r", "assistant: c"]
+    assert shown(read(tmp_path, TREE).messages) == best
+    every = [shown(example.messages) for example in stream(tmp_path, TREE, paths="all")]
+    assert every == [["user: q", "assistant: b"], best]
+
+
+def test_the_ranks_of_a_tree_are_preferences() -> None:
+    (found,) = preferences(TREE)
+    assert shown(found.prompt) == ["user: q"]
+    assert shown(found.completions) == ["assistant: a", "assistant: b"]
+
+
+def test_a_circle_of_replies_is_refused_with_its_row(tmp_path: Path) -> None:
+    rows = [
+        post("q", None, "prompter"),
+        post("a", "q", "assistant"),
+        post("x", "y", "prompter"),
+        post("y", "x", "assistant"),
+    ]
+    with pytest.raises(StageError, match=r"row 3: message_id x is its own ancestor") as caught:
+        list(stream(tmp_path, *rows))
+    assert "2 of 4 rows" in caught.value.message
+
+
+def test_fields_name_every_column_of_a_layout() -> None:
+    row = {"ask": "q", "good": "a", "bad": "b", "about": "s"}
+    (found,) = preferences(row, prompt="ask", chosen="good", rejected="bad", system="about")
+    assert shown(found.prompt) == ["system: s", "user: q"]
+    assert shown(found.completions) == ["assistant: a", "assistant: b"]
+    row = {"ask": "q", "tries": ["b", "a"], "points": [1, 2]}
+    (found,) = preferences(row, prompt="ask", answers="tries", scores="points")
+    assert shown(found.completions) == ["assistant: a", "assistant: b"]
+    row = {"ask": "q", "reply": "a", "liked": True}
+    (found,) = preferences(row, labeled=True, prompt="ask", completion="reply", label="liked")
+    assert found.label == 1.0
+
+
+def test_the_keys_of_turns_can_be_named(tmp_path: Path) -> None:
+    row = {"dialog": [{"who": "user", "said": "q"}, {"who": "bot", "said": "a"}]}
+    fields = {"messages": "dialog", "role": "who", "content": "said"}
+    assert shown(read(tmp_path, row, fields=fields).messages) == QA
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "q", "generation": "a"}, ["prompt-completion", "{completion: generation}"]),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, ["preference", "spec.preferences"]),
+        (
+            {"prompt": "q", "completions": ["a", "b"], "labels": [True, False]},
+            ["process reward model"],
+        ),
+        ({"segments": [{"label": True, "text": "a"}]}, ["{role, content, train}"]),
+    ],
+)
+def test_a_shape_that_is_not_read_is_named_with_the_nearest_layout(
+    tmp_path: Path, row: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(StageError) as caught:
+        list(stream(tmp_path, row))
+    assert caught.value.reason == "UnknownFormat"
+    assert all(word in f"{caught.value.message} {caught.value.advice}" for word in words)
+    assert all(column in caught.value.message for column in row)
+
+
+def test_steps_with_labels_are_no_ranking() -> None:
+    row = {"prompt": "q", "completions": ["a", "b"], "labels": [True, False]}
+    with pytest.raises(RowError, match="process reward model"):
+        preferences(row)
+
+
+def test_rows_of_several_layouts_are_refused_by_their_rows(tmp_path: Path) -> None:
+    chat = {"messages": [turn("user", "q"), turn("assistant", "a")]}
+    pair = {"prompt": "q", "completion": "a"}
+    with pytest.raises(StageError, match=r"messages \(rows.jsonl row 1\)") as caught:
+        stream(tmp_path, chat, chat, pair)
+    assert "prompt-completion (rows.jsonl row 3)" in caught.value.message
+    assert "data set of its own" in caught.value.advice
+    with pytest.raises(StageError, match=r"row 26: messages must be .* this row prompt-completion"):
+        list(stream(tmp_path, *[chat] * 25, pair))
+
+
+@pytest.mark.shared_data
+@pytest.mark.skipif(not SHARED.is_dir(), reason="shared/data is not beside the checkout")
+class TestPublicData:
+    def test_gsm8k_is_recognized(self) -> None:
+        settings = DatasetSettings(format="auto", fields=FieldMap(), weight=1.0, limit=None)
+        path = SHARED / "gsm8k-test-500.jsonl"
+        found = examples(path, settings, on_invalid="error", name="data")
+        assert len(list(found)) == 500
+        assert found.summary.format == "question-answer"
+
+    def test_every_conversation_of_openassistants_trees(self) -> None:
+        path = SHARED / "oasst-en-100-messages.jsonl.gz"
+        counts = []
+        for paths in (None, "all"):
+            settings = DatasetSettings(
+                format="auto",
+                fields=FieldMap(),
+                weight=1.0,
+                limit=None,
+                paths=paths,  # type: ignore[arg-type]
+            )
+            counts.append(len(list(examples(path, settings, on_invalid="error", name="data"))))
+        assert counts[1] > 2 * counts[0] > 0
+
+    def test_hh_rlhf_has_prompts_and_pairs(self) -> None:
+        path = SHARED / "hh-rlhf-harmless-base.jsonl.gz"
+        found, faults = [], set()
+        for row in read_data(path):
+            try:
+                found += parse_preferences(row, FieldMap(), labeled=False)
+            except RowError as error:
+                faults.add(error.fault)
+        assert len(found) > 1750
+        assert "UnknownShape" not in faults
+
+    def test_mt_benchs_questions_are_named_with_what_is_expected(self) -> None:
+        settings = DatasetSettings(format="auto", fields=FieldMap(), weight=1.0, limit=None)
+        with pytest.raises(StageError) as caught:
+            examples(SHARED / "mt-bench-questions.jsonl", settings, on_invalid="error", name="data")
+        assert caught.value.reason == "UnknownFormat"
+        assert "turns" in caught.value.message
