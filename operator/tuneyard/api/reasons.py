@@ -20,6 +20,7 @@ REASONS = frozenset(
         "CheckpointingUnsupported",
         "ClusterUnavailable",
         "ContainerBroken",
+        "ContextTrained",
         "DeadlineExceeded",
         "DiskFull",
         "DoesNotFit",

@@ -16,6 +16,7 @@ from tuneyard.api.plan import PlannedStage, SourceInput
 from tuneyard.api.stage_settings import DatasetSettings, PrepareSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.example import Example
+from tuneyard_trainer.data.masks import MaskProof
 from tuneyard_trainer.data.prepared import SPLITS
 from tuneyard_trainer.data.splits import SplitWriter
 from tuneyard_trainer.data.stream import FAULTS_SHOWN, examples
@@ -147,11 +148,13 @@ class Preprocessor:
             on_invalid=self.settings.on_invalid_row,
             name=tally.name,
         )
+        proof = MaskProof(self.encoder)
         for batch in _batches(stream):
             if self.worker.stop():
                 raise Interrupted(self.stage.name, self._num_rows)
             for example, encoded in zip(batch, self.encoder.encode(batch), strict=True):
                 pieces = self._pieces(example, encoded, tally)
+                proof.add(example, pieces)
                 if pieces:
                     tally.kept += 1
                     writer.add(pieces, index, self._text(example))
@@ -164,6 +167,8 @@ class Preprocessor:
             tally.faults["InvalidData"] = [str(fault) for fault in summary.faults]
         tally.unread = summary.unread
         self._name_unread(tally)
+        self._name_left_out(tally)
+        proof.check(tally.name)
 
     def _name_unread(self, tally: Tally) -> None:
         """Report the columns that nothing reads, which may be a text that was meant to be read."""
@@ -174,6 +179,16 @@ class Preprocessor:
         if tally.format in ("alpaca", "prompt-completion"):
             message += f"; {tally.name}.fields.input can name one that follows the prompt"
         self.worker.report(step=self._num_rows, message=message)
+
+    def _name_left_out(self, tally: Tally) -> None:
+        """Report the reasoning and the tools that the chat template does not render."""
+        for what, count in self.encoder.left_out.items():
+            if count:
+                message = (
+                    f"{tally.name}: the chat template does not render the {what} of {count} rows"
+                )
+                self.worker.report(step=self._num_rows, message=message)
+        self.encoder.left_out.clear()
 
     def _name(self, role: str) -> str:
         source = self.stage.inputs[role]

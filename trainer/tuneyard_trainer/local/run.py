@@ -96,7 +96,7 @@ def _cluster_only(plan: Plan) -> Iterator[Fault]:
 
 def _run(plan: Plan, base_dir: Path, decide: Decide | None) -> int:
     output = _located(plan.output.uri, base_dir)
-    cache_dir = _cache_dir()
+    cache_dir = cache_folder()
     with (
         Console() as console,
         # After a second Ctrl-C the helpers that keep the logs still read there.
@@ -208,7 +208,7 @@ def _orderly_stop(console: Console) -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _cache_dir() -> Path:
+def cache_folder() -> Path:
     """Return TUNEYARD_CACHE, or the user's cache folder by the XDG base directory specification."""
     if own := os.environ.get("TUNEYARD_CACHE"):
         return Path(own)

@@ -1,0 +1,69 @@
+"""`tuneyard data show` prints rows with what is trained on marked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tuneyard.cli import main
+
+CHAT = {
+    "messages": [
+        {"role": "user", "content": "Which lamp?"},
+        {"role": "assistant", "content": "Red."},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+}
+PAIR = {"prompt": "Which?", "chosen": "Red.", "rejected": "Blue."}
+
+
+def shown(capsys: pytest.CaptureFixture[str], path: Path, *rows: object, options: str = "") -> str:
+    file = path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main.call(["data", "show", str(file), *options.split()]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.fixture(autouse=True)
+def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+def test_rows_are_shown_as_turns_without_a_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = shown(capsys, tmp_path, CHAT, CHAT, options="-n 1 --train-on last-assistant")
+    assert "rows.jsonl row 1 (messages)" in text
+    assert "row 2" not in text
+    assert "assistant: Red." in text
+    assert "assistant: «Yes.\n»" in text
+
+
+def test_rows_are_shown_as_the_model_reads_them(
+    tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = shown(capsys, tmp_path, CHAT, options=f"--model {tiny_model_dir}")
+    assert (
+        "<|im_start|>user\nWhich lamp?<|im_end|>\n<|im_start|>assistant\n«Red.<|im_end|>»" in text
+    )
+    assert "tokens are trained on" in text
+
+
+def test_each_completion_of_a_preference_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = shown(capsys, tmp_path, PAIR)
+    assert "rows.jsonl row 1, completion 1 of 2" in text
+    assert "assistant: «Blue.\n»" in text
+
+
+def test_a_file_without_a_known_layout_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "q", "generation": "a"}\n')
+    assert main.call(["data", "show", str(file)]) == 1
+    assert "{completion: generation}" in capsys.readouterr().err

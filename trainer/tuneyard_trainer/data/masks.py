@@ -1,0 +1,81 @@
+"""Proof of masks: checks of a data set's targets, and a row's text with its targets marked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from tuneyard.errors import StageError
+from tuneyard_trainer.data.example import Example
+from tuneyard_trainer.data.tokenization import Encoded, Encoder
+
+
+class Run(NamedTuple):
+    """A part of a row's text."""
+
+    text: str
+    trained: bool
+    """Whether its tokens are targets."""
+
+
+def runs(tokenizer: PreTrainedTokenizerBase, row: Encoded) -> list[Run]:
+    """Return a row's text in parts that are targets and parts that are not, in order.
+
+    A part is decoded as a whole, since a token may be a piece of a character.
+    """
+    positions = range(len(row.ids))
+    parts = groupby(positions, key=lambda position: bool(row.mask[position]))
+    return [
+        Run(str(tokenizer.decode([int(row.ids[i]) for i in part])), trained)
+        for trained, part in parts
+    ]
+
+
+@dataclass
+class MaskProof:
+    """What the masks of one data set's rows have in common. Documents do not count: all of their
+    tokens are targets, and a truncated one has no end."""
+
+    encoder: Encoder
+    rows: int = 0
+    whole: int = 0
+    """Conversations of which every token is a target."""
+    ended: int = 0
+    """Rows with a stop token among their targets."""
+
+    def add(self, example: Example, pieces: Sequence[Encoded]) -> None:
+        """Count a row, after it is truncated or split. `pieces`: its sequences."""
+        if example.kind == "text" or not pieces:
+            return
+        self.rows += 1
+        chat = self.encoder.conversation(example) is not None
+        self.whole += chat and all(piece.mask[1:].all() for piece in pieces)
+        stops = list(self.encoder.stop_tokens)
+        self.ended += any(np.isin(piece.ids[piece.mask == 1], stops).any() for piece in pieces)
+
+    def check(self, name: str) -> None:
+        """Raise StageError NoStopToken if no row trains a stop token, and ContextTrained if every
+        token of every conversation is a target although the job trains on answers. `name`: the data
+        set's field in the manifest."""
+        if self.rows and not self.ended:
+            raise StageError(
+                "NoStopToken",
+                f"none of the {self.rows} rows of {name} has a stop token among its targets, so a "
+                "tuned model could not stop.",
+                advice="Raise the maxLength if it cuts the answers off, or set "
+                "spec.data.chatTemplate to a template that writes {{ eos_token }} after each "
+                "answer.",
+            )
+        if self.rows and self.whole == self.rows and self.encoder.train_on != "all":
+            raise StageError(
+                "ContextTrained",
+                f"every token of the {self.rows} conversations of {name} is a target, also those "
+                f"of the questions, although trainOn is {self.encoder.train_on}.",
+                advice="Correct the {% generation %} blocks of spec.data.chatTemplate, or set "
+                "spec.data.trainOn: all.",
+            )

@@ -1,0 +1,124 @@
+"""`tuneyard data show`: the first rows of a file as they are read, or as they are trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from tuneyard.api.plan import SourceInput
+from tuneyard.api.sources import DataFormat, FieldMap
+from tuneyard.api.stage_settings import DatasetSettings
+from tuneyard.errors import StageError
+from tuneyard_trainer.data import layouts
+from tuneyard_trainer.data.example import Example, RowError
+from tuneyard_trainer.data.masks import Run, runs
+from tuneyard_trainer.data.rows import Row, read_data
+from tuneyard_trainer.data.stream import examples
+from tuneyard_trainer.data.tokenization import Encoder, Misfit
+from tuneyard_trainer.local.run import cache_folder
+from tuneyard_trainer.models.base import load_tokenizer
+from tuneyard_trainer.models.gguf_unpack import unpacked
+from tuneyard_trainer.preference.rows import parse_preferences
+from tuneyard_trainer.storage import sources
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row."""
+
+    title: str
+    parts: list[Run]
+    """Its text, with the targets marked."""
+
+
+TrainOn = Literal["assistant", "last-assistant", "all"]
+
+
+def samples(
+    file: Path, count: int, model: str | None, chosen: DataFormat, train_on: TrainOn
+) -> Iterator[Sample]:
+    """Yield the first rows. Raises StageError.
+
+    `model`: a folder or a URI with a tokenizer, by whose chat template rows are rendered. None: the
+    turns are shown, with those of the assistant as targets.
+    """
+    encoder = None if model is None else Encoder(load_tokenizer(_folder(model)), train_on)
+    for title, example in islice(_rows(file, chosen), count):
+        if encoder is None:
+            yield Sample(title, _turns(example, train_on))
+            continue
+        (encoded,) = encoder.encode([example])
+        if isinstance(encoded, Misfit):
+            yield Sample(f"{title}: {encoded.message}", [])
+        else:
+            yield Sample(
+                f"{title}: {int(encoded.mask.sum())} of {len(encoded.ids)} tokens are trained on",
+                runs(encoder.tokenizer, encoded),
+            )
+
+
+def _folder(model: str) -> Path:
+    if "://" not in model:
+        return Path(model)
+    cache = cache_folder()
+    source = SourceInput(uri=model, path="--model")
+    path = sources.fetch(source, base_dir=Path.cwd(), cache_dir=cache, kind="model")
+    return unpacked(path, cache) if path.suffix.lower() == ".gguf" else path
+
+
+def _rows(file: Path, chosen: DataFormat) -> Iterator[tuple[str, Example]]:
+    """Yield each example with its title: of preferences, one for each completion."""
+    first = next(iter(read_data(file)), None)
+    value = first.value if first is not None and isinstance(first.value, dict) else {}
+    rated = chosen if chosen in ("preference", "ranking", "labeled") else "auto"
+    layout = layouts.match(value, "preferences", FieldMap())
+    if rated != "auto" or (chosen == "auto" and layout is not None and _only_rated(value)):
+        yield from _rated(file, rated)
+        return
+    settings = DatasetSettings(format=chosen, fields=FieldMap(), weight=1.0, limit=None)
+    stream = examples(file, settings, on_invalid="skip", name=str(file))
+    for example in stream:
+        yield f"{example.file} row {example.row} ({stream.summary.format})", example
+
+
+def _only_rated(value: dict[str, object]) -> bool:
+    return layouts.match(value, "training", FieldMap()) is None
+
+
+def _rated(file: Path, chosen: DataFormat) -> Iterator[tuple[str, Example]]:
+    for row in read_data(file):
+        try:
+            found = parse_preferences(row, FieldMap(), labeled=_rates_one(row), chosen=chosen)
+        except RowError as error:
+            where = f"{row.file} row {row.number}"
+            raise StageError("InvalidPreferences", f"{where}: {error}") from error
+        for preference in found:
+            for number, example in enumerate(preference.examples, start=1):
+                place = f"{number} of {len(preference.completions)}"
+                yield f"{row.file} row {row.number}, completion {place}", example
+
+
+def _rates_one(row: Row) -> bool:
+    """Return whether a row rates a single completion."""
+    value = row.value if isinstance(row.value, dict) else {}
+    layout = layouts.match(value, "preferences", FieldMap())
+    return layout is not None and layout.name == "labeled"
+
+
+def _turns(example: Example, train_on: TrainOn) -> list[Run]:
+    if example.kind == "text":
+        return [Run(example.text, trained=True)]
+    answers = [i for i, turn in enumerate(example.messages) if turn.role == "assistant"]
+    by_job = answers if train_on != "last-assistant" else answers[-1:]
+    parts = []
+    for index, turn in enumerate(example.messages):
+        by_row = turn.train if turn.train is not None else index in by_job
+        trained = train_on == "all" or (turn.role == "assistant" and by_row)
+        parts += [Run(f"{turn.role}: ", trained=False)]
+        if turn.reasoning:
+            parts += [Run(f"<{turn.reasoning}> ", trained)]
+        parts += [Run(turn.text + "\n", trained)]
+    return parts
