@@ -56,7 +56,7 @@ def show(file: Path, count: int, model: str | None, layout: Any, train_on: Any) 
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     for sample in samples(file, count, model, layout, train_on):
         console.print(Text(sample.title, style="bold"))
-        console.print(_marked(sample.parts, colors=console.color_system is not None))
+        console.print(_marked(sample.parts, colors=console.is_terminal and not console.no_color))
 
 
 def _marked(parts: Any, *, colors: bool) -> Text:

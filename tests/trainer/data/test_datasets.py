@@ -17,6 +17,7 @@ from pyarrow import parquet
 from tuneyard.api.sources import DataFormat, FieldMap
 from tuneyard.api.stage_settings import DatasetSettings
 from tuneyard.errors import StageError
+from tuneyard_trainer.data import rows as rows_module
 from tuneyard_trainer.data.example import Example
 from tuneyard_trainer.data.layouts import detect
 from tuneyard_trainer.data.rows import BrokenRow, Row, read_rows
@@ -200,6 +201,44 @@ class TestFiles:
         assert error.reason == "InvalidData"
         assert name in error.message
         assert any(text in error.message for text in words.split("|"))
+
+    def test_a_row_longer_than_a_row_may_be_breaks_only_itself(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(rows_module, "MAX_ROW", 1 << 20)
+        long = b'{"a": "' + b"x" * (3 << 20) + b'"}\n'
+        path = put(tmp_path / "a.jsonl", b'{"a": 1}\n' + long + b'{"a": 2}\n')
+        first, second, third = read_rows(path)
+        assert (first.value, third.value, third.number) == ({"a": 1}, {"a": 2}, 3)
+        assert broken(second) == "longer than 1 MiB: split the row"
+
+    @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+    def test_a_zip_bomb_is_refused_before_it_is_unpacked(
+        self, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(rows_module, "BOMB_BYTES", 1 << 20)
+        path = put(tmp_path / f"a.json{suffix}", COMPRESS[suffix](b" " * (8 << 20)))
+        error = refusal(lambda: list(read_rows(path)))
+        assert error.reason == "InvalidData"
+        assert "zip bomb" in error.message
+
+    def test_a_parquet_file_whose_strings_are_none_breaks_only_their_rows(
+        self, tmp_path: Path
+    ) -> None:
+        texts = pa.array([b"a", b"\xff\xfe", b"b"], pa.binary())
+        lying = pa.StringArray.from_buffers(3, *texts.buffers()[1:])
+        sink = pa.BufferOutputStream()
+        parquet.write_table(pa.table({"text": lying}), sink)
+        path = put(tmp_path / "a.parquet", bytes(sink.getvalue().to_pybytes()))
+        first, second, third = read_rows(path)
+        assert (first.value, third.value) == ({"text": "a"}, {"text": "b"})
+        assert "not UTF-8" in broken(second)
+
+    def test_null_fields_of_parquets_structures_are_absent(self, tmp_path: Path) -> None:
+        """Arrow gives the arguments of each call the names of all arguments."""
+        rows = [{"call": [{"a": {"x": 1}}, {"a": {"y": 2}}]}]
+        path = put(tmp_path / "a.parquet", as_parquet(rows))
+        assert [row.value for row in read_rows(path)] == rows
 
     @pytest.mark.parametrize("name", ["a.xlsx", "a", "a.gz"])
     def test_the_error_for_an_unknown_suffix_lists_the_known_ones(

@@ -14,7 +14,7 @@ import lzma
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -36,6 +36,11 @@ KINDS: dict[str, FileKind] = {
 }
 """File kinds by suffix. The suffix of a compression may follow."""
 _CELL_LIMIT = 64 << 20  # characters; the csv module's default of 128 Ki is too short for documents
+MAX_ROW = 64 << 20
+"""Bytes of the longest line that is read as a row."""
+BOMB_BYTES, BOMB_RATIO = 1 << 30, 200
+"""A file that unpacks to more than both, bytes and times its size, is refused. Text unpacks to 3 to
+20 times its size."""
 _UNREADABLE = (EOFError, OSError, zlib.error, lzma.LZMAError)  # broken compression raises these
 
 
@@ -123,11 +128,35 @@ def _kind(path: Path) -> FileKind:
 
 
 def _opened(path: Path) -> IO[bytes]:
-    return _OPENERS.get(path.suffix.lower(), _plain)(path)
+    opener = _OPENERS.get(path.suffix.lower())
+    if opener is None:
+        return path.open("rb")
+    return io.BufferedReader(_Unpacked(opener(path), path.stat().st_size), 1 << 20)
 
 
-def _plain(path: Path) -> IO[bytes]:
-    return path.open("rb")
+class _Unpacked(io.RawIOBase):
+    """A compressed file's content. Raises OSError where it grows like a zip bomb's."""
+
+    def __init__(self, file: IO[bytes], packed: int) -> None:
+        self._file, self._packed, self._size = file, packed, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._file.read(len(buffer))
+        self._size += len(content)
+        if self._size > max(BOMB_BYTES, BOMB_RATIO * self._packed):
+            raise OSError(
+                f"{self._packed} bytes unpack to more than {BOMB_RATIO} times as many, as those "
+                "of a zip bomb do"
+            )
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _zstd(path: Path) -> IO[bytes]:
@@ -158,8 +187,15 @@ def _invalid(path: Path, reason: str) -> StageError:
     return StageError("InvalidData", f"{path.name} {reason}.", advice="Repair or replace the file.")
 
 
-def _jsonl(file: Iterable[bytes]) -> Iterator[Row]:
-    for number, line in enumerate(file, start=1):
+def _jsonl(file: IO[bytes]) -> Iterator[Row]:
+    number = 0
+    while line := file.readline(MAX_ROW + 1):
+        number += 1
+        if len(line) > MAX_ROW:
+            while line and not line.endswith(b"\n"):
+                line = file.readline(MAX_ROW)
+            yield Row(number, BrokenRow(f"longer than {MAX_ROW >> 20} MiB: split the row"))
+            continue
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if line.strip():
@@ -265,12 +301,43 @@ def _parquet(file: IO[bytes]) -> Iterator[Row]:
 
     number = 0
     try:
-        for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
-            for value in batch.to_pylist():
+        opened = parquet.ParquetFile(file)
+        names = opened.schema_arrow.names
+        if len(set(names)) < len(names):
+            raise OSError(f"Parquet with two columns of one name: {', '.join(names)}")
+        for batch in opened.iter_batches(batch_size=1024):
+            for value in _batch_rows(batch):
                 number += 1
                 yield Row(number, value)
     except pa.ArrowException as error:
         raise OSError(f"not Parquet: {error}") from error
+
+
+def _batch_rows(batch: Any) -> Iterator[dict[str, Any] | BrokenRow]:
+    try:
+        values = batch.to_pylist()
+    except UnicodeDecodeError:  # a column of strings holds other bytes: find its rows
+        for index in range(batch.num_rows):
+            try:
+                yield from map(_row_without_nulls, batch.slice(index, 1).to_pylist())
+            except UnicodeDecodeError as error:
+                yield BrokenRow(f"a column of strings holds bytes that are not UTF-8: {error}")
+        return
+    yield from map(_row_without_nulls, values)
+
+
+def _row_without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row without the null fields of its structures. Arrow gives each structure of a
+    column the fields of all of them, such as the arguments of every tool."""
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    if isinstance(value, list) and value and isinstance(value[0], dict | list):
+        return [_without_nulls(each) for each in value]
+    return value
 
 
 def _text(file: IO[bytes]) -> Row:
