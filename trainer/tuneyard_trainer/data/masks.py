@@ -38,8 +38,8 @@ def runs(tokenizer: PreTrainedTokenizerBase, row: Encoded) -> list[Run]:
 
 @dataclass
 class MaskProof:
-    """What the masks of one data set's rows have in common. Documents do not count: all of their
-    tokens are targets, and a truncated one has no end."""
+    """Counts of the masks of one data set's rows. Documents do not count: all of their tokens are
+    targets, and a truncated one has no end."""
 
     encoder: Encoder
     rows: int = 0

@@ -25,6 +25,7 @@ from tuneyard.api.stage_settings import DatasetSettings, PairsSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.chat import template_turns, transcript
 from tuneyard_trainer.data.example import Example, RowError
+from tuneyard_trainer.data.masks import MaskProof
 from tuneyard_trainer.data.prepared import SPLITS, Rows, RowWriter
 from tuneyard_trainer.data.rows import Row, read_data
 from tuneyard_trainer.data.splits import held_out
@@ -83,6 +84,8 @@ class _Reader:
     labels: array[float] = field(default_factory=lambda: array("f"))
     prompts: array[int] = field(default_factory=lambda: array("Q"))
     """A hash of each group's prompt."""
+    proofs: dict[int, MaskProof] = field(default_factory=dict)
+    """The masks of each data set."""
 
     @classmethod
     def of(cls, context: StageContext, settings: PairsSettings) -> _Reader:
@@ -168,7 +171,9 @@ class _Reader:
             where = _location(preference.file, preference.row)
             self.too_long.append(f"{where}: {longest} tokens")
             return
-        for row in encoded:
+        proof = self.proofs.setdefault(source, MaskProof(self.encoder))
+        for example, row in zip(preference.examples, encoded, strict=True):
+            proof.add(example, [row])
             rows.append(row.ids, row.mask, source)
         self.sizes.append(len(encoded))
         self.labels.append(preference.label)
@@ -220,6 +225,8 @@ class _Reader:
                 f"{len(self.too_long)} are longer than {self.limit} tokens.",
                 advice="Add rows to spec.preferences, or raise spec.preferences.maxLength.",
             )
+        for source, proof in self.proofs.items():
+            proof.check(self._name(source))
         if self.settings.labeled:
             _require_both_labels(np.array(self.labels), "completions")
 
