@@ -38,25 +38,26 @@ def runs(tokenizer: PreTrainedTokenizerBase, row: Encoded) -> list[Run]:
 
 @dataclass
 class MaskProof:
-    """Counts of the masks of one data set's rows. Documents do not count: all of their tokens are
+    """Facts about the masks of one data set's rows. Documents do not count: all of their tokens are
     targets, and a truncated one has no end."""
 
     encoder: Encoder
     rows: int = 0
-    whole: int = 0
-    """Conversations of which every token is a target."""
-    ended: int = 0
-    """Rows with a stop token among their targets."""
+    whole: bool = True
+    """Whether every token of every row so far is a target."""
+    ended: bool = False
+    """Whether a stop token of any row so far is a target."""
 
     def add(self, example: Example, pieces: Sequence[Encoded]) -> None:
         """Count a row, after it is truncated or split. `pieces`: its sequences."""
         if example.kind == "text" or not pieces:
             return
         self.rows += 1
-        chat = self.encoder.conversation(example) is not None
-        self.whole += chat and all(piece.mask[1:].all() for piece in pieces)
-        stops = list(self.encoder.stop_tokens)
-        self.ended += any(np.isin(piece.ids[piece.mask == 1], stops).any() for piece in pieces)
+        if self.whole:
+            self.whole = all(piece.mask[1:].all() for piece in pieces)
+        if not self.ended:
+            stops = list(self.encoder.stop_tokens)
+            self.ended = any(np.isin(piece.ids[piece.mask == 1], stops).any() for piece in pieces)
 
     def check(self, name: str) -> None:
         """Raise StageError NoStopToken if no row trains a stop token, and ContextTrained if every
@@ -71,7 +72,9 @@ class MaskProof:
                 "spec.data.chatTemplate to a template that writes {{ eos_token }} after each "
                 "answer.",
             )
-        if self.rows and self.whole == self.rows and self.encoder.train_on != "all":
+        # Without a chat template, a prompt of one token leaves no token that is not a target.
+        has_context = self.encoder.tokenizer.chat_template and self.encoder.train_on != "all"
+        if self.rows and self.whole and has_context:
             raise StageError(
                 "ContextTrained",
                 f"every token of the {self.rows} conversations of {name} is a target, also those "

@@ -185,7 +185,7 @@ def render(
 ) -> str:
     """Return the rendering of turns in the template's own shape. `prompt`: with the generation
     prompt. Raises MisfitError if the template refuses the conversation."""
-    schemas = [dict(tool) for tool in tools] or None
+    schemas: list[Any] | None = [dict(tool) for tool in tools] or None
     if any(message["content"] is None for message in messages):
         # `apply_chat_template` removes fields that are None, and a template can test for None.
         specials: dict[str, Any] = tokenizer.special_tokens_map
