@@ -60,6 +60,12 @@ def test_each_completion_of_a_preference_is_shown(
     assert "assistant: «Blue.\n»" in text
 
 
+def test_a_row_cannot_control_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "\x1b" not in shown(capsys, tmp_path, PAIR | {"chosen": "\x1b[2J"})
+
+
 def test_a_file_without_a_known_layout_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.trainer.finished import HOSTILE, LINES, MANIFEST, folders
 from tuneyard.api.adapters import Adapter
+from tuneyard_trainer.data.example import Example, Message
+from tuneyard_trainer.data.prepared import RowWriter
+from tuneyard_trainer.data.tokenization import Encoded, Encoder
 from tuneyard_trainer.models import adapters
 from tuneyard_trainer.reporting import plots, report
 from tuneyard_trainer.reporting.card import fenced, write_card
@@ -400,3 +403,21 @@ def test_the_checks_of_the_written_files_are_named_with_what_they_measured(
     text = (folder / file).read_text("utf-8")
     assert "bit for bit right: 28 tensors of the adapter, 21 tensors of the model. " in text
     assert "differs from float64 arithmetic by at most 3.2e-08 of its terms." in text
+
+
+def test_the_report_marks_what_is_trained_on(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    """A row cannot add elements to the page."""
+    inputs = folders(tmp_path / "stages")
+    turns = (Message("user", "Which <b>?"), Message("assistant", "The <i> one."))
+    (row,) = Encoder(tiny_tokenizer, "assistant").encode([Example(1, "chat", turns)])
+    assert isinstance(row, Encoded)
+    with RowWriter(inputs["data"], "train") as writer:
+        writer.append(row.ids, row.mask, 0)
+    tiny_tokenizer.save_pretrained(inputs["data"] / "tokenizer")
+    (tmp_path / "result").mkdir()
+    report.write(
+        tmp_path / "result", inputs, manifest=MANIFEST, measured={}, base_license="apache-2.0"
+    )
+    page = (tmp_path / "result" / "report.html").read_text()
+    assert "<mark>The &lt;i&gt; one.&lt;|im_end|&gt;</mark>" in page
+    assert "Which &lt;b&gt;?&lt;|im_end|&gt;" in page

@@ -22,6 +22,7 @@ from tuneyard_trainer.local.run import cache_folder
 from tuneyard_trainer.models.base import load_tokenizer
 from tuneyard_trainer.models.gguf_unpack import unpacked
 from tuneyard_trainer.preference.rows import parse_preferences
+from tuneyard_trainer.reporting.formatting import harmless
 from tuneyard_trainer.storage import sources
 
 
@@ -32,6 +33,11 @@ class Sample:
     title: str
     parts: list[Run]
     """Its text, with the targets marked."""
+
+    @classmethod
+    def of(cls, title: str, parts: list[Run]) -> Sample:
+        """Return a sample whose text cannot control a terminal."""
+        return cls(harmless(title), [Run(harmless(part.text), part.trained) for part in parts])
 
 
 TrainOn = Literal["assistant", "last-assistant", "all"]
@@ -48,13 +54,13 @@ def samples(
     encoder = None if model is None else Encoder(load_tokenizer(_folder(model)), train_on)
     for title, example in islice(_rows(file, chosen), count):
         if encoder is None:
-            yield Sample(title, _turns(example, train_on))
+            yield Sample.of(title, _turns(example, train_on))
             continue
         (encoded,) = encoder.encode([example])
         if isinstance(encoded, Misfit):
-            yield Sample(f"{title}: {encoded.message}", [])
+            yield Sample.of(f"{title}: {encoded.message}", [])
         else:
-            yield Sample(
+            yield Sample.of(
                 f"{title}: {int(encoded.mask.sum())} of {len(encoded.ids)} tokens are trained on",
                 runs(encoder.tokenizer, encoded),
             )

@@ -11,11 +11,20 @@ import jinja2
 import yaml
 
 from tuneyard.api.plan import StageRecord
+from tuneyard_trainer.data.masks import Run, runs
+from tuneyard_trainer.data.prepared import Rows
+from tuneyard_trainer.data.tokenization import Encoded
+from tuneyard_trainer.models.base import load_tokenizer
 from tuneyard_trainer.reporting import plots
 from tuneyard_trainer.reporting.card import usage, write_card
 from tuneyard_trainer.reporting.formatting import ABSENT, count, duration, harmless
 from tuneyard_trainer.reporting.results import seconds_of
 from tuneyard_trainer.reporting.summary import RunSummary
+
+ROWS_SHOWN = 3
+"""Training rows in the report."""
+ROW_TOKENS = 1024
+"""Tokens of a training row in the report."""
 
 
 def write(
@@ -38,7 +47,8 @@ def write(
     light = plots.draw(summary.curves, _title(summary))
     (folder / "loss.png").write_bytes(light)
     dark = plots.draw(summary.curves, _title(summary), "dark")
-    (folder / "report.html").write_text(_page(summary, light, dark), encoding="utf-8")
+    page = _page(summary, light, dark, inputs)
+    (folder / "report.html").write_text(page, encoding="utf-8")
     (folder / "README.md").write_text(write_card(summary), encoding="utf-8")
 
 
@@ -52,7 +62,7 @@ def _title(summary: RunSummary) -> str:
     return f"{summary.name}: {metric[0].lower()}{metric[1:]} {before}{row.tuned}"
 
 
-def _page(summary: RunSummary, light: bytes, dark: bytes) -> str:
+def _page(summary: RunSummary, light: bytes, dark: bytes, inputs: Mapping[str, Path]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tuneyard_trainer.reporting"),
         autoescape=True,
@@ -68,7 +78,20 @@ def _page(summary: RunSummary, light: bytes, dark: bytes) -> str:
         manifest=yaml.safe_dump(summary.manifest, sort_keys=False, allow_unicode=True),
         files=_files(summary),
         usage=usage(summary),
+        rows=_rows(inputs.get("data")),
     )
+
+
+def _rows(folder: Path | None) -> list[list[Run]]:
+    """Return the first training rows, in parts that are targets and parts that are not; []: the job
+    has no prepared data. `folder`: the output of a prepare or pairs stage."""
+    prepared = Rows.open(folder, "train") if folder else None
+    if folder is None or prepared is None:
+        return []
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    shown = range(min(ROWS_SHOWN, len(prepared)))
+    starts = (Encoded(prepared.ids(i)[:ROW_TOKENS], prepared.mask(i)[:ROW_TOKENS]) for i in shown)
+    return [runs(tokenizer, row) for row in starts]
 
 
 def _files(summary: RunSummary) -> list[tuple[str, str]]:
