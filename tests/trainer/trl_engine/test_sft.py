@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from tests.trainer.ports import free_port
 from tests.trainer.rows import random_rows, train_stage, write_prepared
+from tests.trainer.several_workers import Notes, spawn
 from tests.trainer.stop_after import StopAfter, StopAtCheck
 from tuneyard.api.plan import PlannedStage, StageInput, TrainRuntime
 from tuneyard.api.stage_settings import EvaluateSettings
@@ -222,9 +221,7 @@ def measure(
     return dict(outcome.metrics)
 
 
-def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path], held: Any) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def _worker(rank: int, held: Notes, folder: Path, inputs: dict[str, Path]) -> None:
     os.environ.pop("OMP_NUM_THREADS", None)
     torch.set_num_threads(3)
     loaded = sharding.require_sharded
@@ -275,7 +272,6 @@ def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path], held: A
         trl.run(StageContext(stage, inputs, folder / "stopped", worker))
     dist.barrier()
     held[f"types {rank}"] = types_in_bfloat16(inputs["model"])
-    dist.destroy_process_group()
 
 
 def types_in_bfloat16(folder: Path) -> set[tuple[str, torch.dtype]]:
@@ -304,10 +300,7 @@ def by_two(
     inputs = {"model": tiny_model_dir, "data": folder / "data"}
     with pytest.raises(Interrupted):
         run(trl, folder / "grown", inputs, StopAfter(2).worker(), learning_rate=1e-2)
-    with mp.Manager() as manager:
-        held = manager.dict()
-        mp.spawn(_worker, args=(free_port(), folder, inputs, held), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
-        return folder, dict(held)
+    return folder, spawn(2, _worker, folder, inputs)
 
 
 @pytest.mark.parametrize("case", CASES)
