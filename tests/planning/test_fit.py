@@ -13,10 +13,13 @@ import pytest
 from tests.planning.models import HELD_OUT, aligned, planned
 from tuneyard.api.alignmentjob import AlignmentJob
 from tuneyard.api.finetunejob import FineTuneJob
+from tuneyard.api.plan import Plan
+from tuneyard.planning import fit as fitting
 from tuneyard.planning.fit import Job, choose, fit, longest_row
 from tuneyard.planning.hardware import GPUS, Cpu, Gpu, UnknownGpuError, gpu_of
 from tuneyard.planning.memory.lengths import Lengths
 from tuneyard.planning.memory.parts import Settings
+from tuneyard.planning.memory.stages import job_memory
 from tuneyard.planning.plan import plan_job
 
 
@@ -235,6 +238,39 @@ def test_every_calculated_remedy_is_accepted_once_it_is_followed_and_fits(job: J
     for way in fit(job).remedies:
         if way.peak is not None:
             assert fit(followed(job, way.change)).fits, way.change
+
+
+def in_rounds(number: int) -> Job:
+    """Return an alignment in rounds, whose micro-batches are too large for its GPU."""
+    judge = {"model": {"uri": "file://judge"}}
+    feedback = {"judge": judge, "prompts": {"uri": "file://q.jsonl"}}
+    dpo = {"training": {"microBatchTokens": 65536, "batchSize": 64}}
+    more: dict[str, Any] = {"adapter": {"lora": {}}, "rounds": number}
+    return aligned("8B", "40Gi", {"dpo": dpo}, preferences={"aiFeedback": feedback}, **more)
+
+
+def test_a_field_that_all_rounds_share_is_named_once() -> None:
+    once, thrice = fit(in_rounds(1)).remedies, fit(in_rounds(3)).remedies
+    assert thrice == once
+    assert once[0].change == "set spec.optimize.dpo.training.microBatchTokens to 2048"
+
+
+def test_many_rounds_take_little_longer_to_decide_than_two(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """32 rounds of PPO took 15 seconds, while a driver waits 10 for a response."""
+    calls: list[int] = []
+
+    def counted(plan: Plan, *more: Any, **named: Any) -> Any:
+        calls.append(len(plan.stages))
+        return job_memory(plan, *more, **named)
+
+    monkeypatch.setattr(fitting, "job_memory", counted)
+    fit(in_rounds(2))
+    few = sum(calls)
+    calls.clear()
+    fit(in_rounds(32))
+    assert sum(calls) < 6 * few
 
 
 @pytest.mark.parametrize(
