@@ -325,6 +325,10 @@ def _other_adapter(job: Job) -> Iterator[Remedy]:
         rewards = [isinstance(stage.settings, RewardSettings) for stage in replaced]
         if adapter.qlora and not all(rewards) and any(map(_samples_with_vllm, job.plan.stages)):
             continue  # vLLM cannot run such a policy: see `limits.IN_VLLM`
+        if not can_shard(adapter):
+            if any(stage.runtime.sharding == "fsdp" for stage in stages):
+                continue  # planning refuses it
+            tried = replace(tried, plan=_unshared(tried.plan))
         fields = [] if all(rewards) else [f"set spec.adapter to {adapter.kind}"]
         if any(rewards):
             fields.append(f"set spec.rewardModel.train.adapter to {adapter.kind}")
@@ -421,6 +425,16 @@ def _with_adapter(stage: PlannedStage, adapter: Adapter) -> PlannedStage:
         adapter = Adapter(qlora=Qlora.model_validate(given.lora.model_dump()))
     settings = stage.settings.model_copy(update={"adapter": adapter})
     return stage.model_copy(update={"settings": settings})
+
+
+def _unshared(plan: Plan) -> Plan:
+    """Return a plan whose stages hold the whole model on each worker."""
+    alone = {"sharding": "none"}
+    stages = [
+        stage.model_copy(update={"runtime": stage.runtime.model_copy(update=alone)})
+        for stage in plan.stages
+    ]
+    return plan.model_copy(update={"stages": stages})
 
 
 def _without_evaluation(job: Job, found: Fit) -> Iterator[Remedy]:
