@@ -321,6 +321,8 @@ def test_the_longest_row_fits_and_the_next_one_does_not() -> None:
         ("NVIDIA-GeForce-RTX-4090", "RTX4090"),
         ("AMD_Instinct_MI300X_OAM", "MI300X"),
         ("rtx-4090", "RTX4090"),
+        ("NVIDIA-H100-NVL", "H100-NVL"),
+        ("NVIDIA-H200-NVL", "H200"),
     ],
 )
 def test_a_gpu_is_found_by_its_name_or_its_product_label(name: str, found: str) -> None:
@@ -343,6 +345,9 @@ def test_a_gpu_of_which_only_the_memory_is_known_is_estimated() -> None:
         "NVIDIA-L40",
         "NVIDIA-T400-4GB",
         "NVIDIA-GH200-480GB",
+        "NVIDIA-H100-64GB",
+        "NVIDIA-L40S-12Q",
+        "GRID-T4-4Q",
         "NVIDIA-H100-80GB-HBM3-MIG-1g.10gb",
         "NVIDIA GeForce RTX 4090 Laptop GPU",
     ],
