@@ -376,7 +376,8 @@ class _Job:
             reference=reference,
             added_parameters=facts.hidden_size if reward else added_parameters,
             in_place_updates=not self.machine.gpu,
-            file_backed=chosen.sharding == "none" and self._is_file_backed(precision),
+            file_backed=chosen.sharding == "none"
+            and self._is_file_backed(precision if adapter else TRAINED_BYTES),
         )
 
     def _settings(self, stage: PlannedStage) -> Settings:
