@@ -280,6 +280,8 @@ def test_many_rounds_take_little_longer_to_decide_than_two(
     [
         ({"architecture": "gpt2"}, {}, "none"),
         ({"architecture": "gpt2"}, {"adapter": {"lora": {}}}, "none"),
+        ({"architecture": "mixtral"}, {}, "none"),
+        ({"architecture": "mixtral"}, {"adapter": {"lora": {}}}, "fsdp"),
         ({"tied_embeddings": True, "vocabulary_size": 128257}, {}, "none"),
         ({"tied_embeddings": True, "vocabulary_size": 128257}, {"adapter": {"lora": {}}}, "fsdp"),
         ({"tied_embeddings": True}, {}, "fsdp"),

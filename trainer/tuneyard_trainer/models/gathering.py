@@ -51,16 +51,27 @@ def write_model(folder: Path | None, model: PreTrainedModel) -> None:
 
 
 def require_same_names(model: PreTrainedModel) -> None:
-    """Raise StageError NotSharded if a model's files have other tensors than its layers, as those
-    of some mixtures of experts do: its layers cannot be written one by one."""
-    shapes = {name: torch.empty(t.shape, device=META) for name, t in _stored(model).items()}
-    if revert_weight_conversion(model, dict(shapes)).keys() != shapes.keys():
+    """Raise StageError NotSharded if a fully tuned model cannot be written one tensor at a time."""
+    obstacle = names_obstacle(model)
+    if obstacle:
         raise StageError(
             "NotSharded",
-            f"compute.sharding is fsdp, and the files of {type(model).__name__} have other tensors "
-            "than its layers, so that a fully tuned model cannot be written one tensor at a time.",
+            f"compute.sharding is fsdp, and {obstacle}.",
             advice="Add adapter.lora, or set compute.sharding to none.",
         )
+
+
+def names_obstacle(model: PreTrainedModel) -> str | None:
+    """Return why a fully tuned model cannot be written one tensor at a time; None: it can. The
+    files of GPT-NeoX and of mixtures of experts have other tensors than the layers."""
+    shapes = {name: torch.empty(t.shape, device=META) for name, t in _stored(model).items()}
+    if revert_weight_conversion(model, dict(shapes)).keys() == shapes.keys():
+        return None
+    name = type(model).__name__.removeprefix("FSDP")  # FSDP2 makes a class of its own
+    return (
+        f"the files of {name} have other tensors than its layers, so that a fully tuned model "
+        "cannot be written one tensor at a time"
+    )
 
 
 def _stored(model: nn.Module) -> dict[str, Tensor]:
