@@ -54,7 +54,7 @@ def _worker(
 ) -> None:
     os.environ.clear()  # the server's are those of its start
     os.environ.update(environment, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=workers)
+    dist.init_process_group("gloo", rank=rank, world_size=workers, timeout=HANG)
     torch.set_num_threads(1)
     sharing.PATIENCE = HANG
     work(rank, notes, *arguments)

@@ -16,7 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from tuneyard.errors import StageError
 from tuneyard_trainer.models.base import META, save_configs
-from tuneyard_trainer.models.sharding import whole
+from tuneyard_trainer.models.sharding import architecture, whole
 from tuneyard_trainer.models.weight_files import (
     TensorSpec,
     order_in_file,
@@ -63,14 +63,13 @@ def require_same_names(model: PreTrainedModel) -> None:
 
 def names_obstacle(model: PreTrainedModel) -> str | None:
     """Return why a fully tuned model cannot be written one tensor at a time; None: it can. The
-    files of GPT-NeoX and of mixtures of experts have other tensors than the layers."""
+    files of GPT-NeoX and some mixtures of experts have other tensors than the layers."""
     shapes = {name: torch.empty(t.shape, device=META) for name, t in _stored(model).items()}
     if revert_weight_conversion(model, dict(shapes)).keys() == shapes.keys():
         return None
-    name = type(model).__name__.removeprefix("FSDP")  # FSDP2 makes a class of its own
     return (
-        f"the files of {name} have other tensors than its layers, so that a fully tuned model "
-        "cannot be written one tensor at a time"
+        f"the files of {architecture(model)} have other tensors than its layers, so that a fully "
+        "tuned model cannot be written one tensor at a time"
     )
 
 

@@ -77,10 +77,8 @@ def sharding_obstacle(folder: Path, world_size: int, *, is_trained: bool) -> str
     `is_trained`: whether the weights of the model itself are trained.
     """
     model = load_base(folder, dtype=torch.float32, device=META)
-    if is_trained:
-        obstacle = sharding.tied_obstacle(model, world_size) or names_obstacle(model)
-        if obstacle:
-            return obstacle
+    if is_trained and (found := sharding.tied_obstacle(model, world_size) or names_obstacle(model)):
+        return found
     return sharding.plan_obstacle(model)
 
 
