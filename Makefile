@@ -27,16 +27,20 @@ demo: $(VENV)/.trainer ## Fine-tune a real model on this machine and show that i
 .PHONY: test
 test: lint pytest ## Run everything that CI checks: lint, types, layers, tests
 
-# Tests on an API server wait more than they compute, so they run in parallel with the other tests, and
-# their output follows afterwards. Tests on a node train in pods and need the whole machine.
+# Two processes at once, for two cores: the trainer's tests, and all others; those on an API server
+# wait more than they compute. The output of the second follows that of the first. Tests on a node
+# train in pods and need the whole machine.
 .PHONY: pytest
 pytest: $(VENV)/.dev ## Run all tests that this machine can run; each skipped test states its reason
 	@failed=0; log=$$(mktemp); \
-	$(BIN)/pytest -m apiserver > $$log 2>&1 & waiting=$$!; \
-	$(BIN)/pytest -m "not apiserver and not cluster" || failed=1; \
-	wait $$waiting || failed=1; cat $$log; rm $$log; \
-	$(BIN)/pytest -m cluster || failed=1; \
+	{ code=0; $(BIN)/pytest $(SLOWEST) -m apiserver || code=1; \
+	  $(BIN)/pytest $(SLOWEST) -m "not apiserver and not cluster" --ignore tests/trainer || code=1; \
+	  exit $$code; } > $$log 2>&1 & others=$$!; \
+	$(BIN)/pytest $(SLOWEST) -m "not apiserver and not cluster" tests/trainer || failed=1; \
+	wait $$others || failed=1; cat $$log; rm $$log; \
+	$(BIN)/pytest $(SLOWEST) -m cluster || failed=1; \
 	exit $$failed
+SLOWEST := --durations=25 --durations-min=10
 
 .PHONY: test-fast
 test-fast: $(VENV)/.dev ## Run the tests that need no cluster and take seconds

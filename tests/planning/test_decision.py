@@ -232,6 +232,9 @@ def test_weights_that_stay_in_their_file_refuse_no_job_on_the_cpu(
     known = JobFacts(model=model, device=Device(memory=16 * GIB))
     assert (decided(lora, known).answer.refusal is not None) is refused
     assert decided(full, known).answer.refusal is not None, "what is trained is changed"
+    frozen = {"layers": "0-30", "embeddings": True, "head": True}
+    partly = plan_job(job(training__freeze=frozen))
+    assert (decided(partly, known).answer.refusal is not None) is refused
 
 
 # ---- what is assumed refuses nothing ------------------------------------------------------------

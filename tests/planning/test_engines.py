@@ -11,6 +11,7 @@ import pytest
 from tests.golden.compare import GOLDEN
 from tests.planning.jobs import changed, job
 from tuneyard.api.alignmentjob import AlignmentJob
+from tuneyard.api.compute import Compute
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.plan import Plan
 from tuneyard.errors import Fault, PlanError
@@ -24,6 +25,7 @@ from tuneyard.planning.trl_arguments import (
     REWARD_CONFIG,
     SFT_CONFIG,
 )
+from tuneyard.rendering.placement import placed
 
 VALIDATION = {"fraction": 0.1}
 TRL = {"training__engine": "trl"}
@@ -316,6 +318,30 @@ def test_grpo_and_rloo_are_trained_by_trl(kind: str) -> None:
     assert training is not None
     assert (training.engine, training.trl) == ("trl", given)
     assert stage.fingerprint != plan_job(online(kind)).stages[0].fingerprint
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "distill"])
+def test_the_workers_of_a_profile_must_share_a_batch_equally(kind: str) -> None:
+    def refused(**compute: Any) -> list[Fault]:
+        job = _method(kind, batchSize=32, compute={"profile": "gpus", **compute})
+        profiles = {"gpus": Compute(workers=4, min_workers=2, gpus_per_worker=2)}
+        try:
+            placed(plan_job(job), profiles=profiles)
+        except PlanError as error:
+            return [fault for fault in error.faults if not fault.path.endswith("uri")]
+        return []
+
+    (fault,) = refused()
+    assert fault.path == f"spec.optimize.{kind}.training.batchSize"
+    assert "32 cannot be divided among the 6 of 3 workers" in fault.message
+    assert not refused(workers=2)
+    assert not refused(minWorkers=4)
+
+
+def _method(kind: str, *, compute: Any, **training: Any) -> AlignmentJob:
+    if kind == "distill":
+        return distillation(training=training, spec__compute=compute)
+    return online(kind, training, compute=compute)
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])

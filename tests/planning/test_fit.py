@@ -13,10 +13,13 @@ import pytest
 from tests.planning.models import HELD_OUT, aligned, planned
 from tuneyard.api.alignmentjob import AlignmentJob
 from tuneyard.api.finetunejob import FineTuneJob
+from tuneyard.api.plan import Plan
+from tuneyard.planning import fit as fitting
 from tuneyard.planning.fit import Job, choose, fit, longest_row
 from tuneyard.planning.hardware import GPUS, Cpu, Gpu, UnknownGpuError, gpu_of
 from tuneyard.planning.memory.lengths import Lengths
 from tuneyard.planning.memory.parts import Settings
+from tuneyard.planning.memory.stages import job_memory
 from tuneyard.planning.plan import plan_job
 
 
@@ -194,6 +197,7 @@ BY_VLLM: dict[str, Any] = {
         planned("8B", "H100", 8, compute={"gpusPerWorker": 8}),
         planned("8B", "H100", data__packing="always"),
         planned("70B", "H100", 4, compute={"workers": 4, "minWorkers": 1}, adapter={"lora": {}}),
+        planned("70B", "A100-40GB", 5, training__engine="trl", compute={"workers": 5}),
         planned("8B", "48Gi", training__freeze={"layers": "0-3"}),
         planned("70B", "48Gi", adapter={"qlora": {}}, **STOPPING),
         planned("70B", "48Gi", adapter={"qlora": {}}, **HELD_OUT, **GATES),
@@ -221,6 +225,7 @@ BY_VLLM: dict[str, Any] = {
         "eight GPUs",
         "packed",
         "elastic",
+        "shared, and not under qlora",
         "frozen layers",
         "stops early",
         "gates",
@@ -237,11 +242,46 @@ def test_every_calculated_remedy_is_accepted_once_it_is_followed_and_fits(job: J
             assert fit(followed(job, way.change)).fits, way.change
 
 
+def in_rounds(number: int) -> Job:
+    """Return an alignment in rounds, whose micro-batches are too large for its GPU."""
+    judge = {"model": {"uri": "file://judge"}}
+    feedback = {"judge": judge, "prompts": {"uri": "file://q.jsonl"}}
+    dpo = {"training": {"microBatchTokens": 65536, "batchSize": 64}}
+    more: dict[str, Any] = {"adapter": {"lora": {}}, "rounds": number}
+    return aligned("8B", "40Gi", {"dpo": dpo}, preferences={"aiFeedback": feedback}, **more)
+
+
+def test_a_field_that_all_rounds_share_is_named_once() -> None:
+    once, thrice = fit(in_rounds(1)).remedies, fit(in_rounds(3)).remedies
+    assert thrice == once
+    assert once[0].change == "set spec.optimize.dpo.training.microBatchTokens to 2048"
+
+
+def test_many_rounds_take_little_longer_to_decide_than_two(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """32 rounds of PPO took 15 seconds, while a driver waits 10 for a response."""
+    calls: list[int] = []
+
+    def counted(plan: Plan, *more: Any, **named: Any) -> Any:
+        calls.append(len(plan.stages))
+        return job_memory(plan, *more, **named)
+
+    monkeypatch.setattr(fitting, "job_memory", counted)
+    fit(in_rounds(2))
+    few = sum(calls)
+    calls.clear()
+    fit(in_rounds(32))
+    assert sum(calls) < 6 * few
+
+
 @pytest.mark.parametrize(
     ("of_model", "changes", "expected"),
     [
         ({"architecture": "gpt2"}, {}, "none"),
         ({"architecture": "gpt2"}, {"adapter": {"lora": {}}}, "none"),
+        ({"architecture": "mixtral"}, {}, "none"),
+        ({"architecture": "mixtral"}, {"adapter": {"lora": {}}}, "fsdp"),
         ({"tied_embeddings": True, "vocabulary_size": 128257}, {}, "none"),
         ({"tied_embeddings": True, "vocabulary_size": 128257}, {"adapter": {"lora": {}}}, "fsdp"),
         ({"tied_embeddings": True}, {}, "fsdp"),
@@ -283,6 +323,8 @@ def test_the_longest_row_fits_and_the_next_one_does_not() -> None:
         ("NVIDIA-GeForce-RTX-4090", "RTX4090"),
         ("AMD_Instinct_MI300X_OAM", "MI300X"),
         ("rtx-4090", "RTX4090"),
+        ("NVIDIA-H100-NVL", "H100-NVL"),
+        ("NVIDIA-H200-NVL", "H200"),
     ],
 )
 def test_a_gpu_is_found_by_its_name_or_its_product_label(name: str, found: str) -> None:
@@ -305,6 +347,9 @@ def test_a_gpu_of_which_only_the_memory_is_known_is_estimated() -> None:
         "NVIDIA-L40",
         "NVIDIA-T400-4GB",
         "NVIDIA-GH200-480GB",
+        "NVIDIA-H100-64GB",
+        "NVIDIA-L40S-12Q",
+        "GRID-T4-4Q",
         "NVIDIA-H100-80GB-HBM3-MIG-1g.10gb",
         "NVIDIA GeForce RTX 4090 Laptop GPU",
     ],

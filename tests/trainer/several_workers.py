@@ -1,9 +1,14 @@
-"""Several gloo workers in processes of their own, for tests of stages that they run together."""
+"""Several gloo workers in processes of their own, for tests of stages that they run together.
+
+The processes are forks of a server that has imported the trainer once: an import of torch,
+transformers and TRL takes 10 to 20 s of processor time, and the tests start more than 60 workers.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +21,10 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.data import sharing
 from tuneyard_trainer.worker import Interrupted
 
+multiprocessing.set_forkserver_preload(
+    ["tuneyard_trainer.running.runner", "tuneyard_trainer.trl_engine.sft"]
+)
+
 Notes = Any
 """A dictionary that all workers and the test share."""
 
@@ -27,8 +36,10 @@ def spawn(workers: int, work: Callable[..., None], *arguments: Any) -> dict[Any,
     """Call `work(rank, notes, *arguments)` on each worker and return what they noted."""
     with mp.Manager() as manager:
         notes = manager.dict()
-        inner = (workers, free_port(), work, notes, arguments)
-        mp.spawn(_worker, args=inner, nprocs=workers)  # type: ignore[attr-defined,no-untyped-call]
+        inner = (workers, free_port(), dict(os.environ), work, notes, arguments)
+        mp.start_processes(  # type: ignore[attr-defined,no-untyped-call]
+            _worker, args=inner, nprocs=workers, start_method="forkserver"
+        )
         return dict(notes)
 
 
@@ -36,12 +47,14 @@ def _worker(
     rank: int,
     workers: int,
     port: int,
+    environment: Mapping[str, str],
     work: Callable[..., None],
     notes: Notes,
     arguments: tuple[Any, ...],
 ) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=workers)
+    os.environ.clear()  # the server's are those of its start
+    os.environ.update(environment, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=workers, timeout=HANG)
     torch.set_num_threads(1)
     sharing.PATIENCE = HANG
     work(rank, notes, *arguments)

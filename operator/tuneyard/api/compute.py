@@ -102,6 +102,14 @@ class Compute(Model):
         """Processes of each worker: one for each of its GPUs, or one."""
         return max(1, self.gpus_per_worker or 0)
 
+    def uneven_workers(self, rows: int) -> int | None:
+        """Return the fewest workers, of those that an attempt may have, whose processes cannot
+        share the rows equally. None: all can. A profile is not looked at."""
+        most = self.workers or 1
+        least = min(self.min_workers or most, most)
+        attempts = range(least, most + 1)
+        return next((n for n in attempts if rows % (n * self.processes_per_worker)), None)
+
 
 class RunPolicy(Model):
     """How a job is run: the only part of a spec that may change after planning."""

@@ -33,7 +33,7 @@ from tuneyard.manifests import crd, documents, manifest, starter
 from tuneyard.manifests.manifest import Job
 from tuneyard.planning import decision
 from tuneyard.planning import fit as fitting
-from tuneyard.planning.hardware import Gpu, UnknownGpuError, declared_gpu, gpu_of
+from tuneyard.planning.hardware import Gpu, UnknownGpuError, declared_gpu, gpu_of, unknown_gpu
 from tuneyard.planning.memory.lengths import Lengths
 from tuneyard.planning.plan import plan_job
 from tuneyard.rendering import rayjob
@@ -136,6 +136,9 @@ def show_plan(file: Path, as_json: bool, gpu: Gpu | None, model_config: Path | N
         device = gpu or declared_gpu(plan.compute)
         if device is not None:
             _print_memory(console, plan, device, _folder(file), model_config)
+        elif name := plan.compute.gpu:
+            why = f"\nThe memory is not known: compute.gpu {unknown_gpu(name)}."
+            console.print(Text(why, overflow="fold"))
 
 
 def _print_memory(

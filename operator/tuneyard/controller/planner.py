@@ -79,9 +79,9 @@ class Planner:
         return stored_plan(await self._cluster.config_map(key.namespace, name), name, digest)
 
     async def decide(self, key: Key, job: Job, facts: JobFacts) -> Decision | None:
-        """Return whether the job fits its workers, decided in a thread: it takes up to a tenth of a
-        second. None: its model is not described, or its plan cannot be read, which another part
-        reports."""
+        """Return whether the job fits its workers, decided in a thread: it takes up to a second
+        (32 rounds of PPO). None: its model is not described, or its plan cannot be read, which
+        another part reports."""
         try:
             plan = await self.recorded(key, job)
         except ManifestError:

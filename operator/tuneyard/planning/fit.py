@@ -198,8 +198,28 @@ def _all_remedies(job: Job, found: Fit) -> tuple[Remedy, ...]:
         Remedy("set spec.model.uri to a smaller model", None),
         Remedy("run it on GPUs with more memory than any that is described", None),
     )
-    found_ways = tuple(_remedies(job, found))
+    found_ways = tuple(_remedies(_without_repeats(job), found))
     return found_ways + hints[: max(0, 2 - len(found_ways))]
+
+
+def _without_repeats(job: Job) -> Job:
+    """Return a job without the stages that take the same memory as one before: those of its later
+    rounds, whose settings are the fields of the first round too."""
+    first: dict[tuple[Any, ...], PlannedStage] = {}
+    for stage in job.plan.stages:
+        same = ("done", stage.name) if stage.name in job.done else _what_counts(job, stage)
+        first.setdefault(same, stage)
+    return replace(job, plan=job.plan.model_copy(update={"stages": list(first.values())}))
+
+
+def _what_counts(job: Job, stage: PlannedStage) -> tuple[Any, ...]:
+    """Return all of a stage that its memory depends on."""
+    inputs = sorted(
+        (role, type(source).__name__, job.models.get(f"{stage.name}/{role}"))
+        for role, source in stage.inputs.items()
+    )
+    measured = job.lengths.measured(stage), job.lengths.measured_prompts.get(stage.name)
+    return (repr(stage.settings), repr(stage.runtime), repr(measured), *inputs)
 
 
 def _remedies(job: Job, found: Fit) -> Iterator[Remedy]:
@@ -242,11 +262,15 @@ def _opened(stage: PlannedStage) -> PlannedStage:
 
 def _settings_changes(job: Job, chosen: Mapping[str, Settings]) -> Iterator[str]:
     """Yield the fields that give a job the settings, where the manifest keeps it from choosing
-    them."""
+    them. A field that several rounds share gets the least."""
+    least: dict[str, int] = {}
     for stage in job.training:
         given, wanted = stage.runtime.micro_batch_tokens, chosen[stage.name].micro_batch_tokens
         if given not in ("auto", wanted):
-            yield f"set {training_path(job.plan, stage)}.microBatchTokens to {wanted}"
+            path = training_path(job.plan, stage)
+            least[path] = min(wanted, least.get(path, wanted))
+    for path, wanted in least.items():
+        yield f"set {path}.microBatchTokens to {wanted}"
 
 
 def _shorter_rows(job: Job) -> Iterator[Remedy]:
@@ -301,11 +325,16 @@ def _other_adapter(job: Job) -> Iterator[Remedy]:
         rewards = [isinstance(stage.settings, RewardSettings) for stage in replaced]
         if adapter.qlora and not all(rewards) and any(map(_samples_with_vllm, job.plan.stages)):
             continue  # vLLM cannot run such a policy: see `limits.IN_VLLM`
+        if not can_shard(adapter):
+            if any(stage.runtime.sharding == "fsdp" for stage in stages):
+                continue  # planning refuses it
+            tried = replace(tried, plan=_unshared(tried.plan))
         fields = [] if all(rewards) else [f"set spec.adapter to {adapter.kind}"]
         if any(rewards):
             fields.append(f"set spec.rewardModel.train.adapter to {adapter.kind}")
         frozen = [stage for stage in replaced if (loop := loop_of(stage)) and loop.freeze]
-        fields += [f"remove {training_path(job.plan, stage)}.freeze" for stage in frozen]
+        paths = dict.fromkeys(training_path(job.plan, stage) for stage in frozen)
+        fields += [f"remove {path}.freeze" for path in paths]
         remedy = next(_if_it_fits(tried, fields), None)
         if remedy:
             yield remedy
@@ -396,6 +425,16 @@ def _with_adapter(stage: PlannedStage, adapter: Adapter) -> PlannedStage:
         adapter = Adapter(qlora=Qlora.model_validate(given.lora.model_dump()))
     settings = stage.settings.model_copy(update={"adapter": adapter})
     return stage.model_copy(update={"settings": settings})
+
+
+def _unshared(plan: Plan) -> Plan:
+    """Return a plan whose stages hold the whole model on each worker."""
+    alone = {"sharding": "none"}
+    stages = [
+        stage.model_copy(update={"runtime": stage.runtime.model_copy(update=alone)})
+        for stage in plan.stages
+    ]
+    return plan.model_copy(update={"stages": stages})
 
 
 def _without_evaluation(job: Job, found: Fit) -> Iterator[Remedy]:

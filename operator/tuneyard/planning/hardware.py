@@ -74,6 +74,7 @@ GPUS: Final = (
     Gpu("A6000", 47 * GIB),
     Gpu("A100-80GB", 79 * GIB),
     Gpu("H100", 79 * GIB),
+    Gpu("H100-NVL", 93 * GIB),
     Gpu("H200", 139 * GIB),
     Gpu("B200", 178 * GIB),
     Gpu("MI300X", 191 * GIB),
@@ -84,6 +85,10 @@ _SPELLINGS = {"A100": "A100-80GB", "GEFORCERTX4090": "RTX4090"}
 
 PARTIAL = frozenset({"mig", "laptop"})
 """Words in the label of a part of a GPU (MIG), or of a smaller one of the same name."""
+VIRTUAL = re.compile(r"\d+[abcq]")
+"""A word in the label of a virtual GPU, such as 12q: it has 12 GB of the GPU that is named."""
+ROUNDED = 0.8
+"""A described GPU has at least this share of the size that its label names: 14 GiB of 16 GB."""
 
 UNKNOWN = Gpu("unknown", 79 * GIB, estimated=True)
 """The GPU of a job whose hardware is not described: nothing is refused on it."""
@@ -104,13 +109,19 @@ def gpu_of(name: str) -> Gpu:
         if _plain(gpu.name) in (plain, spelled):
             return gpu
     words = set(re.findall(r"[a-z0-9]+", re.sub(r"rtx\W4090", "rtx4090", name.lower())))
-    for gpu in GPUS if not words & PARTIAL else ():
-        if set(gpu.name.lower().split("-")) <= words:  # whole words: an L40 is no L4
+    named = [gpu for gpu in GPUS if set(gpu.name.lower().split("-")) <= words]  # an L40 is no L4
+    if named and not words & PARTIAL and not any(map(VIRTUAL.fullmatch, words)):
+        gpu = max(named, key=lambda gpu: gpu.name.count("-"))
+        sizes = [int(word[:-2]) << 30 for word in words if re.fullmatch(r"\d{1,4}gb", word)]
+        if all(ROUNDED * size <= gpu.memory <= size for size in sizes):
             return gpu
+    raise UnknownGpuError(unknown_gpu(name))
+
+
+def unknown_gpu(name: str) -> str:
+    """Return what is wrong with the name of a GPU that is not described."""
     known = ", ".join(gpu.name for gpu in GPUS)
-    raise UnknownGpuError(
-        f"{name!r} is not described: name one of {known}, or its memory, such as 48Gi"
-    )
+    return f"{name!r} is not described: name one of {known}, or its memory, such as 48Gi"
 
 
 def declared_gpu(compute: Compute) -> Gpu | None:

@@ -258,26 +258,18 @@ def _division_faults(
 ) -> Iterator[Fault]:
     """Yield a fault for a batch that some number of workers cannot share equally. `adapter`: its
     kind, or full. `rows`: of the batch, in plural."""
+    if compute.profile is not None:  # which may set the numbers: checked once it is known
+        return
     size = training.batch_size
     if size == "auto":
         size = defaults.alignment_rule(kind, adapter).batch_size
-    if uneven := _uneven_workers(compute, size):
+    if uneven := compute.uneven_workers(size):
         yield Fault(
             f"spec.optimize.{kind}.training.batchSize",
             f"TRL needs equally many {rows} on each process, and {size} cannot be divided among "
             f"the {uneven * compute.processes_per_worker} of {uneven} workers: set a multiple, or "
             "change compute.workers or compute.minWorkers",
         )
-
-
-def _uneven_workers(compute: Compute, size: int) -> int | None:
-    """Return the fewest workers, of those that an attempt may have, whose processes cannot share a
-    batch equally. None: all can, or a profile decides how many there are."""
-    if compute.profile is not None:
-        return None
-    most, each = compute.workers or 1, compute.processes_per_worker
-    least = min(compute.min_workers or most, most)
-    return next((n for n in range(least, most + 1) if size % (n * each)), None)
 
 
 def _engine_faults(spec: FineTuneSpec) -> Iterator[Fault]:

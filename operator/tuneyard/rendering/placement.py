@@ -9,6 +9,7 @@ from tuneyard.api.compute import MIN_SHARDS, Compute
 from tuneyard.api.exports import named_job, with_models
 from tuneyard.api.meta import NAME_LENGTH, NAME_PATTERN
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput
+from tuneyard.api.stage_settings import DistillSettings, GrpoSettings
 from tuneyard.errors import Fault, PlanError
 from tuneyard.rendering.compute import compute_faults, with_profile, workers
 from tuneyard.rendering.plan_file import size_faults
@@ -28,6 +29,7 @@ def placed(
         *storage_faults(found),
         *compute_faults(plan.compute, profiles),
         *_sharding_faults(plan, profiles),
+        *_division_faults(plan, profiles),
     ]
     if faults:
         raise PlanError(faults)
@@ -79,6 +81,33 @@ def _sharding_faults(plan: Plan, profiles: Mapping[str, Compute]) -> Iterator[Fa
             f"fsdp needs at least {MIN_SHARDS} workers or GPUs, and the job may continue with "
             f"{group.min_workers}: raise minWorkers, or set compute.sharding to none",
         )
+
+
+def _division_faults(plan: Plan, profiles: Mapping[str, Compute]) -> Iterator[Fault]:
+    """Yield a fault for each batch of TRL's samplers that a profile's workers cannot share equally.
+    A job without a profile was checked when it was planned."""
+    name = plan.compute.profile
+    if name is None or name not in profiles:
+        return
+    compute = with_profile(plan.compute, profiles)
+    reported: set[str] = set()
+    for stage in plan.stages:
+        settings = stage.settings
+        if not isinstance(settings, GrpoSettings | DistillSettings):
+            continue
+        kind = settings.estimator if isinstance(settings, GrpoSettings) else "distill"
+        size = settings.training.batch_size
+        by_trl = kind == "distill" or settings.training.engine == "trl"
+        uneven = compute.uneven_workers(size) if by_trl else None
+        if uneven and kind not in reported:
+            reported.add(kind)  # once, whatever the number of rounds
+            yield Fault(
+                f"spec.optimize.{kind}.training.batchSize",
+                f"TRL needs equally many rows on each process, and {size} cannot be divided among "
+                f"the {uneven * compute.processes_per_worker} of {uneven} workers, a number that "
+                f"profile {name} allows: set a multiple, or compute.workers and "
+                "compute.minWorkers",
+            )
 
 
 def awaited_jobs(plan: Plan) -> dict[str, SourceInput]:

@@ -19,6 +19,10 @@ from transformers import (
     BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Qwen3MoeConfig,
@@ -30,6 +34,7 @@ from tests.trainer.rows import train_stage
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.stage_settings import TrainSettings
 from tuneyard.errors import StageError
+from tuneyard.planning.memory.stages import RENAMED
 from tuneyard_trainer.models import policies
 
 CPU = torch.device("cpu")
@@ -102,9 +107,10 @@ def test_opt_is_sharded(saved: Callable[..., Path], tiny_tokenizer: Any) -> None
     assert policies.sharding_obstacle(folder, 2, is_trained=False) is None
 
 
-def test_a_worker_may_hold_the_larger_part_of_experts_that_cannot_be_divided_evenly(
+def test_experts_are_shared_unevenly_under_lora_and_not_trained_themselves(
     saved: Callable[..., Path], tiny_tokenizer: Any
 ) -> None:
+    """`auto` then keeps the model whole."""
     config = Qwen3MoeConfig(
         **SMALL,
         head_dim=8,
@@ -113,10 +119,43 @@ def test_a_worker_may_hold_the_larger_part_of_experts_that_cannot_be_divided_eve
         num_experts_per_tok=2,
         moe_intermediate_size=64,
     )
-    model = load(saved(Qwen3MoeForCausalLM(config)), tiny_tokenizer, 3, **LORA)
+    folder = saved(Qwen3MoeForCausalLM(config))
+    model = load(folder, tiny_tokenizer, 3, **LORA)
     (experts, *_) = (p for name, p in model.named_parameters() if name.endswith("down_proj"))
     assert isinstance(experts.data, DTensor)
     assert experts.data.to_local().shape[0] == 3
+    assert policies.sharding_obstacle(folder, 3, is_trained=False) is None
+    with pytest.raises(StageError) as refused:
+        load(folder, tiny_tokenizer, 3)
+    assert refused.value.reason == "NotSharded"
+    obstacle = policies.sharding_obstacle(folder, 3, is_trained=True)
+    assert obstacle is not None
+    assert "the files of Qwen3MoeForCausalLM have other tensors than its layers" in obstacle
+    assert obstacle in refused.value.message
+
+
+MIXTURE = {"num_key_value_heads": 2, "num_local_experts": 2, "intermediate_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [
+        (GPTNeoXForCausalLM, GPTNeoXConfig(**SMALL, intermediate_size=64)),
+        (MixtralForCausalLM, MixtralConfig(**SMALL, **MIXTURE)),
+    ],
+)
+def test_full_fine_tuning_refuses_a_model_whose_files_have_other_tensors(
+    architecture: Any, config: Any, saved: Callable[..., Path], tiny_tokenizer: Any
+) -> None:
+    folder = saved(architecture(config))
+    with pytest.raises(StageError) as refused:
+        load(folder, tiny_tokenizer, 2)
+    assert refused.value.reason == "NotSharded"
+    assert config.model_type in RENAMED
+    obstacle = policies.sharding_obstacle(folder, 2, is_trained=True)  # so that auto does not shard
+    assert obstacle is not None
+    assert obstacle in refused.value.message
+    assert policies.sharding_obstacle(folder, 2, is_trained=False) is None
 
 
 # ---- tied weights -------------------------------------------------------------------------------

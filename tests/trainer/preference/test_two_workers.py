@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
-from tests.trainer.ports import free_port
 from tests.trainer.preferring import CPU, loop_settings, planned, separable, write_pairs
+from tests.trainer.several_workers import Notes, spawn
 from tests.trainer.stop_after import StopAfter
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.stage_settings import DpoSettings, RewardSettings
@@ -60,17 +58,13 @@ def run(kind: str, folder: Path, model: Path, worker: Worker) -> None:
     ENGINES[kind].run(StageContext(stage, inputs, folder, worker))
 
 
-def _worker(rank: int, port: int, folder: Path, model: Path) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _worker(rank: int, notes: Notes, folder: Path, model: Path) -> None:
     for kind in STAGES:
         run(kind, folder / f"{kind}-by-two", model, Worker(rank, 2, CPU))
         dist.barrier()
     for kind in RESUMED:
         run(kind, folder / f"{kind}-by-more", model, Worker(rank, 2, CPU))
         dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +76,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> 
     for kind in RESUMED:
         with pytest.raises(Interrupted):
             run(kind, folder / f"{kind}-by-more", tiny_model_dir, StopAfter(1).worker())
-    port = free_port()
-    mp.spawn(_worker, args=(port, folder, tiny_model_dir), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
+    spawn(2, _worker, folder, tiny_model_dir)
     for kind in STAGES:
         run(kind, folder / f"{kind}-by-one", tiny_model_dir, Worker(0, 1, CPU))
     return folder

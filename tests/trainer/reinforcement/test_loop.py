@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,15 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from tests.trainer.conftest import VOCABULARY
-from tests.trainer.ports import free_port
+from tests.trainer.several_workers import Notes, spawn
 from tests.trainer.speaking import (
     LETTERS,
     QUESTIONS,
@@ -290,11 +287,8 @@ def test_the_size_of_micro_batches_changes_an_update_by_rounding_alone(
         torch.testing.assert_close(large[name], pieces[name], rtol=0, atol=2e-4)
 
 
-def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path]) -> None:
+def _worker(rank: int, notes: Notes, folder: Path, inputs: dict[str, Path]) -> None:
     """Train by PPO and by RLOO, then with a reward that fails on the second worker only."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    torch.set_num_threads(1)
     rewards.load = lambda *_: share_of("a")  # type: ignore[assignment]
     for method in SHARED_BY_TWO:
         stage = stages(BRIEF)[method]
@@ -312,7 +306,6 @@ def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path]) -> None
         ppo.run(StageContext(stages(BRIEF)["ppo"], inputs, folder, Worker(rank, 2, CPU)))
     except StageError as error:
         (folder / f"reason-{rank}").write_text(error.reason)
-    dist.destroy_process_group()
 
 
 SHARED_BY_TWO = ("ppo", "rloo")
@@ -327,8 +320,7 @@ def test_two_workers_train_like_one_and_fail_together(
     on one worker, the other fails with the same reason instead of waiting."""
     two = tmp_path / "two"
     two.mkdir()
-    port = free_port()
-    mp.spawn(_worker, args=(port, two, inputs), nprocs=2)
+    spawn(2, _worker, two, inputs)
     for method in SHARED_BY_TWO:
         alone, _ = run(stages(BRIEF)[method], tmp_path / method, inputs)
         together = load_file(next((two / method / "weights").glob("*.safetensors")))

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tests.trainer.ports import free_port
 from tests.trainer.rows import Row, random_rows, train_stage, write_prepared
+from tests.trainer.several_workers import Notes, spawn
 from tuneyard.api.stage_settings import TrainSettings
 from tuneyard_trainer.training.loop import Loop
 from tuneyard_trainer.training.sft import build as build_loop
@@ -98,10 +95,7 @@ def test_a_packed_row_does_not_attend_to_the_row_before_it(
 BATCHES = {"a batch": list(range(9)), "fewer rows than workers": [4]}
 
 
-def _worker(rank: int, port: int, folder: Path, model_dir: Path) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _worker(rank: int, notes: Notes, folder: Path, model_dir: Path) -> None:
     loop = build(folder, model_dir, Worker(rank, 2, CPU), packing="always")
     found = {}
     for name, rows in BATCHES.items():
@@ -110,15 +104,13 @@ def _worker(rank: int, port: int, folder: Path, model_dir: Path) -> None:
         found[name] = {"loss": metrics["loss"], "stop": stop, "gradients": gradients}
         loop.optimizer.zero_grad(set_to_none=True)
     torch.save(found, folder / f"rank-{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_two_workers_compute_the_reference(
     tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: Any
 ) -> None:
     write_prepared(tmp_path / "data", tiny_tokenizer, ROWS)
-    port = free_port()
-    mp.spawn(_worker, args=(port, tmp_path, tiny_model_dir), nprocs=2)
+    spawn(2, _worker, tmp_path, tiny_model_dir)
     for name, rows in BATCHES.items():
         expected_loss, expected = reference(
             AutoModelForCausalLM.from_pretrained(tiny_model_dir), [ROWS[i] for i in rows]

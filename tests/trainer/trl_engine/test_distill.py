@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from tests.trainer import speaking
 from tests.trainer.conftest import VOCABULARY, tiny_llama, tokenizer_of_bytes
 from tests.trainer.jobs import planned as planned_job
-from tests.trainer.ports import free_port
+from tests.trainer.several_workers import Notes, spawn
 from tests.trainer.speaking import loop_settings, speaking_model
 from tests.trainer.stop_after import StopAfter
 from tuneyard.api.plan import PlannedStage, StageInput
@@ -511,15 +508,11 @@ def test_a_batch_that_the_workers_cannot_share_equally_is_refused() -> None:
 # ---- several workers ----------------------------------------------------------------------------
 
 
-def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path]) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _worker(rank: int, notes: Notes, folder: Path, inputs: dict[str, Path]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         found = watched(patch)
         distill.run(StageContext(stage(max_steps=3), inputs, folder, Worker(rank, 2, CPU)))
     (folder / f"seen-{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
 
 
 def test_two_workers_share_a_steps_prompts_and_take_the_mean_over_all_tokens(
@@ -527,7 +520,7 @@ def test_two_workers_share_a_steps_prompts_and_take_the_mean_over_all_tokens(
 ) -> None:
     folder = tmp_path / "two"
     folder.mkdir()
-    mp.spawn(_worker, args=(free_port(), folder, inputs), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
+    spawn(2, _worker, folder, inputs)
     seen = [json.loads((folder / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
     rows = [
         row for micros in seen for pair in micros[:2] for row in zip(*pair, strict=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.trainer.conftest import VOCABULARY, tiny_llama
-from tests.trainer.ports import free_port
+from tests.trainer.several_workers import Notes, spawn
 from tests.trainer.speaking import grpo_stage, share_of, write_prompts
 from tests.trainer.stop_after import StopAfter
 from tuneyard.api.plan import PlannedStage, TrainRuntime
@@ -457,11 +455,8 @@ def test_a_step_is_cut_into_equal_micro_batches() -> None:
 # ---- two workers --------------------------------------------------------------------------------
 
 
-def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path]) -> None:
+def _worker(rank: int, notes: Notes, folder: Path, inputs: dict[str, Path]) -> None:
     """Train by each method, then with a reward that fails on the second worker only."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    torch.set_num_threads(1)
     rewards.load = lambda *_: share_of("a")  # type: ignore[assignment]
     seen: list[Any] = []
     score = rollouts.Collector.score
@@ -493,7 +488,6 @@ def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path]) -> None
         grpo.run(StageContext(stage("grpo"), inputs, folder / "failing", Worker(rank, 2, CPU)))
     except StageError as error:
         (folder / f"reason-{rank}").write_text(error.reason)
-    dist.destroy_process_group()
 
 
 SHARED = {"optimizer": {"epsilon": 1e-3}, "learning_rate": 2e-2}
@@ -507,7 +501,7 @@ def test_two_workers_train_like_one_and_fail_together(
     two = tmp_path / "two"
     for name in ("grpo", "rloo", "failing"):
         (two / name).mkdir(parents=True)
-    mp.spawn(_worker, args=(free_port(), two, inputs), nprocs=2)
+    spawn(2, _worker, two, inputs)
     for estimator in ("grpo", "rloo"):
         recorded = json.loads((two / f"{estimator}.json").read_text())
         assert len({tuple(ids) for ids in recorded[0]}) > 8  # the workers' completions differ

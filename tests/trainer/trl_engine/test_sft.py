@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -13,21 +14,21 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from tests.trainer.ports import free_port
 from tests.trainer.rows import random_rows, train_stage, write_prepared
+from tests.trainer.several_workers import Notes, spawn
 from tests.trainer.stop_after import StopAfter, StopAtCheck
 from tuneyard.api.plan import PlannedStage, StageInput, TrainRuntime
 from tuneyard.api.stage_settings import EvaluateSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.evaluation import evaluate
 from tuneyard_trainer.generation.batches import generate
-from tuneyard_trainer.models import policies, sharding
+from tuneyard_trainer.models import layers, policies, sharding
 from tuneyard_trainer.models.base import load_base
 from tuneyard_trainer.training import sft as native
+from tuneyard_trainer.training.checkpoints import Checkpoints, LoopState
 from tuneyard_trainer.trl_engine import sft as trl
 from tuneyard_trainer.worker import Interrupted, StageContext, Worker, never_stop
 
@@ -222,9 +223,7 @@ def measure(
     return dict(outcome.metrics)
 
 
-def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path], held: Any) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def _worker(rank: int, held: Notes, folder: Path, inputs: dict[str, Path]) -> None:
     os.environ.pop("OMP_NUM_THREADS", None)
     torch.set_num_threads(3)
     loaded = sharding.require_sharded
@@ -255,6 +254,7 @@ def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path], held: A
     model = load_base(inputs["model"], dtype=torch.float32, device=CPU, shards=2)
     stop = range(400) if rank == 0 else ()  # rank 0's first token is its last
     held[f"completed {rank}"] = generate(model, [[5, 6]], pad=3, stop=[*stop], max_new_tokens=5)
+    held[f"durable {rank}"] = is_durable_after(model, folder / "slow", rank)
     for name in MEASURED:
         worker = Worker(rank, 2, CPU)
         measure(folder / f"{name}, measured", folder / name, inputs, worker, "fsdp")
@@ -275,7 +275,22 @@ def _worker(rank: int, port: int, folder: Path, inputs: dict[str, Path], held: A
         trl.run(StageContext(stage, inputs, folder / "stopped", worker))
     dist.barrier()
     held[f"types {rank}"] = types_in_bfloat16(inputs["model"])
-    dist.destroy_process_group()
+
+
+def is_durable_after(model: Any, folder: Path, rank: int) -> bool:
+    """Save a checkpoint in a place that is slow; return whether it is durable afterwards."""
+    durable = folder / "durable"
+
+    def persist(_: Path) -> None:
+        time.sleep(0.5)
+        durable.touch()
+
+    folder.mkdir(exist_ok=True)
+    parameters = layers.trainable(model)
+    context = StageContext(train_stage(), {}, folder, Worker(rank, 2, CPU, persist=persist))
+    optimizer = torch.optim.AdamW(parameters.values())
+    Checkpoints(context, LoopState, parameters, optimizer).save(LoopState(step=1))
+    return durable.exists()
 
 
 def types_in_bfloat16(folder: Path) -> set[tuple[str, torch.dtype]]:
@@ -304,10 +319,7 @@ def by_two(
     inputs = {"model": tiny_model_dir, "data": folder / "data"}
     with pytest.raises(Interrupted):
         run(trl, folder / "grown", inputs, StopAfter(2).worker(), learning_rate=1e-2)
-    with mp.Manager() as manager:
-        held = manager.dict()
-        mp.spawn(_worker, args=(free_port(), folder, inputs, held), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
-        return folder, dict(held)
+    return folder, spawn(2, _worker, folder, inputs)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -430,6 +442,13 @@ def test_without_a_second_worker_a_job_that_asks_for_sharding_ends(
 def test_auto_keeps_a_model_whole_on_a_cpu(tmp_path: Path, inputs: dict[str, Path]) -> None:
     _, outcome = run(trl, tmp_path / "trl", inputs, runtime={"sharding": "auto"})
     assert outcome.details["sharding"] == "none"
+
+
+def test_no_worker_goes_on_before_the_checkpoint_of_a_shared_model_is_durable(
+    by_two: tuple[Path, dict[Any, Any]],
+) -> None:
+    """It would wait in the next step, which has a short timeout."""
+    assert [by_two[1][f"durable {rank}"] for rank in (0, 1)] == [True, True]
 
 
 def test_auto_shards_what_takes_more_than_half_of_a_gpu(tiny_model_dir: Path) -> None:

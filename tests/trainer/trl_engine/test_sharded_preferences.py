@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ CASES: dict[str, tuple[str, Any]] = {
 SHARED = TrainRuntime(micro_batch_tokens=100, sharding="fsdp")
 WHOLE = TrainRuntime(micro_batch_tokens=100)
 ALONE = Worker(0, 1, CPU)
+STOP_CHECKS = (3, 9)
+"""Before the first model is loaded, and while it measures."""
 
 
 def stage_of(case: str, runtime: TrainRuntime) -> PlannedStage:
@@ -109,10 +112,11 @@ def _worker(rank: int, notes: Notes, folder: Path, inputs: dict[str, Path]) -> N
     for case in ("dpo, full", "kto, lora"):
         measure(case, folder / f"{case}, measured", folder / case, inputs, worker, SHARED)
         notes["measured", case, rank] = notes.pop(("held", rank))
-    asked = replace(worker, stop=StopAtCheck(9) if rank == 1 else never_stop)
-    notes["stopped", rank] = end_of(
-        lambda: measure(case, folder / "asked", folder / case, inputs, asked, SHARED)
-    )
+    for check in STOP_CHECKS:
+        asked = replace(worker, stop=StopAtCheck(check) if rank == 1 else never_stop)
+        notes["stopped", check, rank] = end_of(
+            partial(measure, case, folder / "asked", folder / case, inputs, asked, SHARED)
+        )
     for case in ("dpo, full", "kto, lora"):
         stopper = StopAfter(2)
         asked = replace(worker, report=stopper.report, stop=stopper if rank else never_stop)
@@ -177,7 +181,8 @@ def test_a_shared_model_is_measured_as_a_whole_one(
 def test_a_request_to_stop_one_worker_ends_the_measurement_on_both(
     two: tuple[Path, dict[Any, Any]],
 ) -> None:
-    assert [two[1]["stopped", rank] for rank in (0, 1)] == ["interrupted"] * 2
+    for check in STOP_CHECKS:
+        assert [two[1]["stopped", check, rank] for rank in (0, 1)] == ["interrupted"] * 2
     assert not (two[0] / "asked" / "evaluation.json").exists()
 
 

@@ -62,8 +62,7 @@ class SharedStage:
 
     def __enter__(self) -> Self:
         """Raises Interrupted if any worker was asked to stop, before a model is loaded."""
-        self.gather(None)
-        self.raise_if_stopped(0)
+        self.stop_together()
         return self
 
     def __exit__(
@@ -146,6 +145,11 @@ class SharedStage:
         """Raise Interrupted if `stop` is true. The other workers learn of it as of an error."""
         if self.stop():
             raise Interrupted(self.worker.stage, 0)
+
+    def stop_together(self) -> None:
+        """Raise Interrupted on all workers if any was asked to stop. All workers call it."""
+        self.gather(None)
+        self.raise_if_stopped(0)
 
     def raise_if_stopped(self, step: int) -> None:
         """Raise Interrupted, after `step`, if any worker was asked to stop before the last

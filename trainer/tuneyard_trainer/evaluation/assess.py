@@ -266,8 +266,9 @@ class Assessment:
         return reward_hacking.sycophancy({reply.key: reply for reply in replies})
 
     def _begin(self, message: str) -> None:
-        """Report the next measurement. Raises Interrupted if the stage is asked to stop."""
-        self.shared.check_stop()
+        """Report the next measurement. Raises Interrupted on all workers if any was asked to stop:
+        one alone would leave the others waiting for it while they load a model that they share."""
+        self.shared.stop_together()
         self.context.worker.report(total_steps=1, message=message)
 
     # ---- metrics ------------------------------------------------------------------------------

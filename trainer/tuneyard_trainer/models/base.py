@@ -274,8 +274,7 @@ def save_model(model: nn.Module, folder: Path) -> None:
 def save_configs(model: PreTrainedModel, folder: Path) -> None:
     """Write the config and the generation config as `save_model` does, without weights."""
     config: Any = model.config
-    name = type(model).__name__.removeprefix("FSDP")  # FSDP2 makes a class of its own
-    config.dtype, config.architectures = model.dtype, [name]
+    config.dtype, config.architectures = model.dtype, [sharding.architecture(model)]
     with quiet():
         config.save_pretrained(folder)
         if model.can_generate():

@@ -16,7 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from tuneyard.errors import StageError
 from tuneyard_trainer.models.base import META, save_configs
-from tuneyard_trainer.models.sharding import whole
+from tuneyard_trainer.models.sharding import architecture, whole
 from tuneyard_trainer.models.weight_files import (
     TensorSpec,
     order_in_file,
@@ -51,16 +51,26 @@ def write_model(folder: Path | None, model: PreTrainedModel) -> None:
 
 
 def require_same_names(model: PreTrainedModel) -> None:
-    """Raise StageError NotSharded if a model's files have other tensors than its layers, as those
-    of some mixtures of experts do: its layers cannot be written one by one."""
-    shapes = {name: torch.empty(t.shape, device=META) for name, t in _stored(model).items()}
-    if revert_weight_conversion(model, dict(shapes)).keys() != shapes.keys():
+    """Raise StageError NotSharded if a fully tuned model cannot be written one tensor at a time."""
+    obstacle = names_obstacle(model)
+    if obstacle:
         raise StageError(
             "NotSharded",
-            f"compute.sharding is fsdp, and the files of {type(model).__name__} have other tensors "
-            "than its layers, so that a fully tuned model cannot be written one tensor at a time.",
+            f"compute.sharding is fsdp, and {obstacle}.",
             advice="Add adapter.lora, or set compute.sharding to none.",
         )
+
+
+def names_obstacle(model: PreTrainedModel) -> str | None:
+    """Return why a fully tuned model cannot be written one tensor at a time; None: it can. The
+    files of GPT-NeoX and some mixtures of experts have other tensors than the layers."""
+    shapes = {name: torch.empty(t.shape, device=META) for name, t in _stored(model).items()}
+    if revert_weight_conversion(model, dict(shapes)).keys() == shapes.keys():
+        return None
+    return (
+        f"the files of {architecture(model)} have other tensors than its layers, so that a fully "
+        "tuned model cannot be written one tensor at a time"
+    )
 
 
 def _stored(model: nn.Module) -> dict[str, Tensor]:

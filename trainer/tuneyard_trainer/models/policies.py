@@ -22,7 +22,7 @@ from tuneyard.api.stage_settings import TRAINING_KINDS, LoopSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import adapters, sharding
 from tuneyard_trainer.models.base import META, load_base, precision_of, save_model
-from tuneyard_trainer.models.gathering import require_same_names, write_model
+from tuneyard_trainer.models.gathering import names_obstacle, require_same_names, write_model
 from tuneyard_trainer.models.layers import freeze, trainable
 from tuneyard_trainer.models.probes import base_of
 from tuneyard_trainer.models.weight_files import stored_tensors
@@ -77,8 +77,9 @@ def sharding_obstacle(folder: Path, world_size: int, *, is_trained: bool) -> str
     `is_trained`: whether the weights of the model itself are trained.
     """
     model = load_base(folder, dtype=torch.float32, device=META)
-    tied = sharding.tied_obstacle(model, world_size) if is_trained else None
-    return tied or sharding.plan_obstacle(model)
+    if is_trained and (found := sharding.tied_obstacle(model, world_size) or names_obstacle(model)):
+        return found
+    return sharding.plan_obstacle(model)
 
 
 def _trains_whole_weights(stage: PlannedStage) -> bool:

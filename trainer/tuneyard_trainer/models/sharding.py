@@ -101,11 +101,15 @@ def plan_obstacle(model: PreTrainedModel) -> str | None:
 
 
 def _no_layers(model: PreTrainedModel) -> str:
-    name = type(model).__name__.removeprefix("FSDP")  # FSDP2 makes a class of its own
     return (
-        f"transformers has no FSDP plan for the layers of {name}, so that each worker would gather "
-        "the whole model at once"
+        f"transformers has no FSDP plan for the layers of {architecture(model)}, so that each "
+        "worker would gather the whole model at once"
     )
+
+
+def architecture(model: nn.Module) -> str:
+    """Return the name of a model's class, of which FSDP2 makes one of its own."""
+    return type(model).__name__.removeprefix("FSDP")
 
 
 def require_one_copy(model: nn.Module, world_size: int) -> None:

@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tuneyard.errors import StageError
+from tuneyard_trainer.data import sharing
 from tuneyard_trainer.models.gathering import write_tensors
 from tuneyard_trainer.models.sharding import from_main, is_sharded, like, whole
 from tuneyard_trainer.storage.digests import sha256_of
@@ -102,6 +103,9 @@ class Checkpoints(Generic[State]):
         self._former: State | None = None
         """The state of the one before it, on rank 0."""
         self._saved_at = time.monotonic()
+        self._group: Any = None
+        if context.worker.world_size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=sharing.PATIENCE)
 
     def due(self, step: int, total: int) -> bool:
         """Return whether to save after `step`. Without an interval in steps, ranks may disagree;
@@ -117,7 +121,8 @@ class Checkpoints(Generic[State]):
 
         Waits for the previous write. Raises StageError DiskFull or WriteFailed if that write
         failed. Tensors that are sharded are gathered one after the other, by all ranks, while rank
-        0 writes them.
+        0 writes them, and all wait until they are durable: for a large model that takes longer than
+        a worker may wait for the others in a step.
         """
         if any(map(is_sharded, self._parameters.values())):
             self._save_sharded(state)
@@ -131,14 +136,16 @@ class Checkpoints(Generic[State]):
 
     def _save_sharded(self, state: State) -> None:
         moments = dict(self._moments())
-        if not self._worker.is_main:
+        if self._worker.is_main:
+            try:
+                self._write(state, partial(_gather_files, self._parameters, moments))
+            except OSError as error:
+                raise disk_error(error, self.folder) from error
+        else:
             write_tensors(None, self._parameters)
             write_tensors(None, moments)
-            return
-        try:
-            self._write(state, partial(_gather_files, self._parameters, moments))
-        except OSError as error:
-            raise disk_error(error, self.folder) from error
+        if self._group is not None:
+            dist.barrier(self._group)
 
     def _moments(self) -> Iterator[tuple[str, Tensor]]:
         """Yield AdamW's moments by `name/key`, in an order that is the same on every rank."""
@@ -186,8 +193,8 @@ class Checkpoints(Generic[State]):
     def _newest(self) -> int | None:
         """Return the step of the newest undamaged checkpoint, the same on every rank; None: there
         is none."""
-        step = torch.zeros(1, dtype=torch.int64, device=self._worker.device)
-        if self._worker.is_main:
+        step = torch.zeros(1, dtype=torch.int64)
+        if self._worker.is_main:  # reads all of a checkpoint, which the others wait for
             folders = self._complete()
             steps = map(_step_of, folders)
             step[0] = next((each for each in steps if self._is_whole(each)), -1)
@@ -195,8 +202,8 @@ class Checkpoints(Generic[State]):
             if folders and step < 0:
                 message = "no checkpoint is undamaged; training starts again"
                 self._worker.report(message=message)
-        if self._worker.world_size > 1:
-            dist.broadcast(step, src=0)
+        if self._group is not None:
+            dist.broadcast(step, src=0, group=self._group)
         return int(step) if step >= 0 else None
 
     def _is_whole(self, step: int) -> bool:

@@ -45,6 +45,9 @@ GPU_SHARE, FULL_TUNING_BYTES = 0.5, 16
 counted with these bytes for each parameter; as in the trainer's `models.policies`."""
 UNPLANNED = frozenset({"gpt2"})
 """The described architectures whose layers have no FSDP plan in transformers."""
+RENAMED = frozenset({"gpt_neox", "mixtral", "qwen3_moe"})
+"""Those whose files have other tensors than their layers, so that the workers cannot share them
+under full fine-tuning."""
 SAME_SIZE = "{what} is assumed to be as large as the model"
 
 
@@ -129,7 +132,8 @@ def sharding_obstacle(stage: PlannedStage, facts: ModelFacts, devices: int) -> b
     the trainer's `policies.sharding_obstacle` looks at the model itself."""
     whole = loop_of(stage) is not None and getattr(stage.settings, "adapter", None) is None
     is_uneven = facts.tied_embeddings and facts.vocabulary_size % devices != 0
-    return facts.architecture in UNPLANNED or (whole and is_uneven)
+    is_renamed = facts.architecture in RENAMED
+    return facts.architecture in UNPLANNED or (whole and (is_uneven or is_renamed))
 
 
 def loop_of(stage: PlannedStage) -> LoopSettings | None:
@@ -376,7 +380,8 @@ class _Job:
             reference=reference,
             added_parameters=facts.hidden_size if reward else added_parameters,
             in_place_updates=not self.machine.gpu,
-            file_backed=chosen.sharding == "none" and self._is_file_backed(precision),
+            file_backed=chosen.sharding == "none"
+            and self._is_file_backed(precision if adapter else TRAINED_BYTES),
         )
 
     def _settings(self, stage: PlannedStage) -> Settings:

@@ -48,7 +48,7 @@ class Step:
     in_place_updates: bool = False
     """Whether AdamW updates one parameter after another, as it does on a CPU."""
     file_backed: bool = False
-    """Whether a base that is not trained takes no memory of its own."""
+    """Whether weights that are not trained take no memory of their own."""
 
     # ---- what is in memory all the time ---------------------------------------------------------
 
@@ -68,8 +68,8 @@ class Step:
         """The parts that stay from step to step."""
         count, trained = self.trained_parameters, self.trained
         base = base_bytes(self.facts, trained.adapter, self.how.precision) // self.shards
-        if self.file_backed and trained.adapter:
-            base = 0
+        if self.file_backed:
+            base = 0 if trained.adapter else TRAINED_BYTES * trained.parameters
         adapter = TRAINED_BYTES * (count if trained.adapter else self.added_parameters)
         return (
             ("weights", base + adapter),
