@@ -81,6 +81,7 @@ REASONS = frozenset(
         "PodsLeft",
         "PodsRefused",
         "Preempted",
+        "PrepareJobDeleted",
         "PrefixUnsupported",
         "QuantizedModel",
         "QuotaExceeded",
