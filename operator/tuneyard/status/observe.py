@@ -427,13 +427,13 @@ class _Observer:
 
     def _without_object(self, attempt: AttemptStatus) -> Decision:
         """Create the RayJob of an attempt, or while it is preparing its Job, unless it existed."""
+        seen, number = self.observed, attempt.number
         if is_preparing(attempt):
-            uid, other = attempt.prepare_job_uid, self.observed.preparation(attempt.number)
+            uid, is_replaced = attempt.prepare_job_uid, seen.preparation(number) is not None
         else:
-            uid, other = attempt.ray_job_uid, self.observed.ray_job(attempt.number)
+            uid, is_replaced = attempt.ray_job_uid, seen.ray_job(number) is not None
         if uid is not None:
-            left = MISSING_SECONDS - self.observed.missing_seconds
-            is_replaced = other is not None
+            left = MISSING_SECONDS - seen.missing_seconds
             if left > 0 and not is_replaced:
                 self.wake_times.append(left)
                 return self._decision()
@@ -551,9 +551,8 @@ class _Observer:
         text = f"Job {attempt.prepare_job} prepares the data"
         if found is not None and found.suspended:
             message = self._queue_message() or "it has not processed the Job yet"
-            self._condition(
-                "Running", False, "Preparing", f"{text} once a queue admits it: {message}"
-            )
+            text = f"{text} once its queue admits it: {message}"
+            self._condition("Running", False, "Preparing", text)
             return
         cause = reasons.of_waiting(found, self.observed)
         is_known = attempt.preparing_at is None and cause.reason != "StartTimeout"
