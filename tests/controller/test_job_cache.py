@@ -13,7 +13,7 @@ KEY = Key("FineTuneJob", "team", "job")
 def ray_job(version: int, **status: Any) -> dict[str, Any]:
     labels = {"tuneyard.io/attempt": "1"}
     metadata = {"name": "job-1", "uid": "u", "resourceVersion": str(version), "labels": labels}
-    return {"metadata": metadata, "status": status}
+    return {"kind": "RayJob", "metadata": metadata, "status": status}
 
 
 def job_status(cache: JobCache) -> str:
@@ -26,13 +26,13 @@ def test_the_response_to_an_apply_does_not_replace_a_status_from_a_watch() -> No
     event."""
     cache = JobCache()
     cache.update_ray_job(KEY, ray_job(7, jobStatus="RUNNING"), deleted=False)
-    cache.add_created_ray_job(KEY, ray_job(7))
+    cache.add_created(KEY, ray_job(7))
     assert job_status(cache) == "RUNNING"
 
 
 def test_a_created_ray_job_is_known_before_its_watch_event_which_then_replaces_it() -> None:
     cache = JobCache()
-    cache.add_created_ray_job(KEY, ray_job(7))
+    cache.add_created(KEY, ray_job(7))
     assert job_status(cache) == ""
     assert cache.update_ray_job(KEY, ray_job(7, jobStatus="RUNNING"), deleted=False)
     assert job_status(cache) == "RUNNING"

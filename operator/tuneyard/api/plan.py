@@ -153,6 +153,12 @@ def leading(stages: Sequence[S]) -> list[S]:
     return list(takewhile(lambda stage: stage.kind in PREPARING_KINDS, stages))
 
 
+def prepares_first(plan: Plan) -> bool:
+    """Return whether a Job prepares the data of a plan on a cluster before it has workers: these
+    have GPUs, which would be idle meanwhile."""
+    return bool(plan.compute.gpus_per_worker) and bool(leading(plan.stages))
+
+
 class StageRecord(Report):
     """The record of a finished stage; it is written last, beside the stage's output. A record of a
     newer version is read too: the identity decides whether the stage is done."""

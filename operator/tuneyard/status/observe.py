@@ -14,7 +14,7 @@ from tuneyard.api.alignmentjob import AlignmentJob
 from tuneyard.api.compute import RunPolicy
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.meta import Condition, ConditionType
-from tuneyard.api.plan import Plan, leading
+from tuneyard.api.plan import Plan, leading, prepares_first
 from tuneyard.api.pods import GRACE_SECONDS, stage_folder
 from tuneyard.api.progress import Outcome, ProgressReport
 from tuneyard.api.status import (
@@ -339,14 +339,13 @@ class _Observer:
         return number
 
     def _prepares_first(self) -> bool:
-        """Return whether a Job prepares the data of the next attempt: the workers have GPUs, and
-        the leading stages, which need none, are not done. The plan is given until the first attempt
-        begins; from then on the attempts tell."""
+        """Return whether a Job prepares the data of the next attempt, unless they are prepared. The
+        plan is given until the first attempt begins; from then on the attempts tell."""
         if isinstance(self.planned, Plan):
-            has_gpus = bool(self.planned.compute.gpus_per_worker)
+            prepares = prepares_first(self.planned)
         else:
-            has_gpus = any(attempt.prepare_job for attempt in self.status.attempts)
-        return has_gpus and any(s.state not in DONE for s in leading(self.status.stages))
+            prepares = any(attempt.prepare_job for attempt in self.status.attempts)
+        return prepares and any(s.state not in DONE for s in leading(self.status.stages))
 
     def _describe_start(self, attempt: AttemptStatus) -> None:
         """Set phase and conditions of an attempt whose RayJob is created next."""
