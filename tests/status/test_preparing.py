@@ -315,6 +315,16 @@ class TestStart:
         sim.reconcile()
         assert (sim.phase, sim.attempt.reason) == ("Failed", "StartTimeout")
 
+    def test_a_pod_that_cannot_post_has_started_when_it_runs(self) -> None:
+        """The operator may serve no posts, or a policy of the network forbid them."""
+        sim = simulation(startDeadlineSeconds=60)
+        sim.reconcile()
+        sim.add_pods(pod(1, "prepare"))
+        sim.reconcile()
+        sim.wait(1000)
+        sim.reconcile()
+        assert (sim.phase, sim.post) == ("Preparing", None)
+
     def test_a_create_error_of_the_ray_job_has_its_whole_time_too(self) -> None:
         sim = preparing(startDeadlineSeconds=60)
         sim.wait(1000)

@@ -125,7 +125,7 @@ class AttemptStatus(Report):
     prepare_job_uid: str | None = None
     """UID of that Job. None: not created yet."""
     preparing_at: str | None = None
-    """Time at which the driver of that Job started (RFC 3339). None: not yet."""
+    """Time at which the pod of that Job was seen to run (RFC 3339). None: not yet."""
     prepared_at: str | None = None
     """Time at which that Job had succeeded (RFC 3339). None: not yet."""
     running_at: str | None = None

@@ -461,6 +461,8 @@ class _Observer:
         if found is not None and attempt.prepare_job_uid is None:
             attempt = self._update(prepare_job_uid=found.uid)
         attempt = self._apply_post(attempt)
+        if attempt.preparing_at is None and self._has_preparing_pod(attempt):
+            attempt = self._update(preparing_at=rfc3339(self.now))
         outcome = self._preparation_outcome(attempt, found)
         if found is not None and found.succeeded:
             return self._end_preparation(attempt)
@@ -496,6 +498,11 @@ class _Observer:
             if is_ours and found.attempt == attempt.number:
                 return found if attempt.prepare_job_uid in (None, found.uid) else None
         return None
+
+    def _has_preparing_pod(self, attempt: AttemptStatus) -> bool:
+        """Return whether the pod of the Job runs, perhaps without a way to post its progress."""
+        running = (attempt.number, PREPARE_ROLE, "Running")
+        return any((pod.attempt, pod.role, pod.phase) == running for pod in self.observed.pods)
 
     def _preparation_outcome(
         self, attempt: AttemptStatus, found: Preparation | None
