@@ -478,6 +478,10 @@ class _Observer:
             text = self._queue_message() or "it suspended the Job"
             message = f"the queue evicted the Job that prepares the data: {text}"
             return self._close_attempt(reasons.PREEMPTED._replace(message=message))
+        return self._stop_or_continue_preparing(attempt, found)
+
+    def _stop_or_continue_preparing(self, attempt: AttemptStatus, found: Preparation) -> Decision:
+        """End an attempt that must stop or whose Job starts too slowly; let any other continue."""
         if request := self._stop_request(attempt):
             return self._close_attempt(request)
         self._describe_preparation(attempt, found)
