@@ -14,7 +14,7 @@ JOBS: dict[tuple[str, str], str] = {
     ("", "pods"): "get list watch",
     ("", "configmaps"): "get create patch delete",
     ("networking.k8s.io", "networkpolicies"): "get create patch delete",
-    ("batch", "jobs"): "get create patch",
+    ("batch", "jobs"): "get list watch create patch delete",
     ("", "events"): "list create",
     ("kueue.x-k8s.io", "workloads"): "list watch",
 }

@@ -266,9 +266,10 @@ def test_render_prints_objects_that_a_cluster_accepts(
 ) -> None:
     assert main.call(["render", SUPPORT_BOT, "--attempt", "3"]) == 0
     text = capsys.readouterr().out
-    config_map, _, ray_job = yaml.safe_load_all(text)
+    config_map, _, preparation, ray_job = yaml.safe_load_all(text)
     golden = (GOLDEN / "plans" / "support-bot.json").read_text(encoding="utf-8")
     assert json.loads(config_map["data"]["plan.json"]) == json.loads(golden)
+    assert preparation["metadata"]["name"] == "support-bot-3-prepare"
     assert ray_job["metadata"]["name"] == "support-bot-3"
 
 

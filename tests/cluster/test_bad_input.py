@@ -47,7 +47,8 @@ def _compute(**more: str | int) -> Object:
 # and the patient jobs, which wait for room, start after them.
 BAD: Mapping[str, Bad] = {
     "gpu": Bad(
-        {"compute": _compute(gpusPerWorker=1, memory="1Gi")},
+        # A Job of this size prepares its data first.
+        {"compute": _compute(gpusPerWorker=1, cpusPerWorker="1", memory="4Gi")},
         "Unschedulable",
         ("worker", "Insufficient nvidia.com/gpu"),
         "compute.gpusPerWorker",

@@ -27,21 +27,24 @@ from tuneyard.controller.cluster import Cluster, Key
 from tuneyard.controller.reconciler import Reconciler
 from tuneyard.controller.settings import Settings
 from tuneyard.controller.watch import Watches
+from tuneyard.rendering.names import PREPARE_ROLE, ROLE_LABEL
 
 Object = dict[str, Any]
 
 NAMESPACE = "team"
 JOBS = f"/apis/tuneyard.io/v1alpha1/namespaces/{NAMESPACE}/finetunejobs"
 RAY_JOBS = f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayjobs"
+PREPARATIONS = f"/apis/batch/v1/namespaces/{NAMESPACE}/jobs"
 PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
 CONFIG_MAPS = f"/api/v1/namespaces/{NAMESPACE}/configmaps"
 POLICIES = f"/apis/networking.k8s.io/v1/namespaces/{NAMESPACE}/networkpolicies"
-LISTED_AT_START = frozenset(("/apis/ray.io/v1/rayjobs", "/api/v1/pods"))
+LISTED_AT_START = frozenset(("/apis/ray.io/v1/rayjobs", "/apis/batch/v1/jobs", "/api/v1/pods"))
 """What an operator lists when it starts, if it watches all namespaces."""
 _COLLECTION = re.compile(r"(/api/v1|/apis/[^/]+/[^/]+)(/namespaces/[^/]+)?/[a-z]+")
 _PLURALS = {
     "FineTuneJob": JOBS,
     "RayJob": RAY_JOBS,
+    "Job": PREPARATIONS,
     "Pod": PODS,
     "ConfigMap": CONFIG_MAPS,
     "NetworkPolicy": POLICIES,
@@ -276,6 +279,14 @@ def job(name: str, **policy: Any) -> Object:
     }
 
 
+def preparing_pod(preparation: Object, **status: Any) -> Object:
+    """Return the pod of a Job that prepares data, as Kubernetes creates it from its template."""
+    labels = preparation["spec"]["template"]["metadata"]["labels"]
+    name = f"{preparation['metadata']['name']}-abcde"
+    metadata = {"name": name, "namespace": NAMESPACE, "labels": labels}
+    return {"kind": "Pod", "metadata": metadata, "status": {"phase": "Running", **status}}
+
+
 def pod(ray_job: Object, role: str, **status: Any) -> Object:
     """Return a pod of a RayJob, as KubeRay creates it from the RayJob's template."""
     spec = ray_job["spec"]["rayClusterSpec"]
@@ -306,8 +317,12 @@ class Operator:
         handlers = {
             "FineTuneJob": self._watches.job,
             "RayJob": self._watches.ray_job,
+            "Job": self._watches.preparation,
             "Pod": self._watches.pod,
         }
+        is_other_job = item.get("kind") == "Job" and _labels(item).get(ROLE_LABEL) != PREPARE_ROLE
+        if is_other_job:  # the selector of the watch leaves it out
+            return
         if handler := handlers.get(item.get("kind", "")):
             handler(item, deleted)
 

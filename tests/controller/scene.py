@@ -439,6 +439,12 @@ class Job:
         self.until(lambda _: attempt.exists)
         return attempt
 
+    def preparation(self, number: int) -> Preparation:
+        """Wait until the Job exists that prepares the attempt's data."""
+        found = Preparation(self, number)
+        self.until(lambda _: found.exists)
+        return found
+
 
 # ---- KubeRay's part -----------------------------------------------------------------------------
 
@@ -564,6 +570,48 @@ class Attempt:
         """Return the driver in the head pod, with the head's environment and token."""
         given = self.environment
         token = self.job.scene.token_of(self.head, self.audience)
+        return Driver(given[PROGRESS_URL_VARIABLE], given[CA_VARIABLE], token, self.number)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """The Job that prepares an attempt's data. Kubernetes' Job controller makes its pod; the
+    methods do what the kubelet and the driver do."""
+
+    job: Job
+    number: int
+
+    @property
+    def path(self) -> str:
+        name = Attempt(self.job, self.number).name
+        return f"/apis/batch/v1/namespaces/{self.job.scene.namespace}/jobs/{name}-prepare"
+
+    @property
+    def exists(self) -> bool:
+        return self.job.scene.api.find(self.path) is not None
+
+    @property
+    def pod(self) -> Object:
+        """The pod; waits until it exists."""
+        name = self.path.rpartition("/")[2]
+        pods = f"/api/v1/namespaces/{self.job.scene.namespace}/pods"
+        chosen = f"batch.kubernetes.io/job-name={name}"
+        found: Object = eventually(lambda: self.job.scene.api.list(pods, labelSelector=chosen))[0]
+        return found
+
+    def set_pod(self, **status: Any) -> None:
+        pods = f"/api/v1/namespaces/{self.job.scene.namespace}/pods"
+        path = f"{pods}/{self.pod['metadata']['name']}/status"
+        self.job.scene.api.merge(path, {"status": status})
+
+    def driver(self) -> Driver:
+        """Return the driver in the pod, with the pod's environment and token."""
+        pod = self.pod
+        container = pod["spec"]["containers"][0]
+        given = {each["name"]: each.get("value", "") for each in container["env"]}
+        volume = next(v for v in pod["spec"]["volumes"] if v["name"] == "token")
+        audience = volume["projected"]["sources"][0]["serviceAccountToken"]["audience"]
+        token = self.job.scene.token_of(pod["metadata"]["name"], audience)
         return Driver(given[PROGRESS_URL_VARIABLE], given[CA_VARIABLE], token, self.number)
 
 

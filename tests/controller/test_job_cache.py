@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tuneyard.api.status import AttemptStatus
 from tuneyard.controller.cluster import Key
 from tuneyard.controller.job_cache import JobCache, key_from_labels
 
@@ -13,7 +14,7 @@ KEY = Key("FineTuneJob", "team", "job")
 def ray_job(version: int, **status: Any) -> dict[str, Any]:
     labels = {"tuneyard.io/attempt": "1"}
     metadata = {"name": "job-1", "uid": "u", "resourceVersion": str(version), "labels": labels}
-    return {"metadata": metadata, "status": status}
+    return {"kind": "RayJob", "metadata": metadata, "status": status}
 
 
 def job_status(cache: JobCache) -> str:
@@ -26,13 +27,13 @@ def test_the_response_to_an_apply_does_not_replace_a_status_from_a_watch() -> No
     event."""
     cache = JobCache()
     cache.update_ray_job(KEY, ray_job(7, jobStatus="RUNNING"), deleted=False)
-    cache.add_created_ray_job(KEY, ray_job(7))
+    cache.add_created(KEY, ray_job(7))
     assert job_status(cache) == "RUNNING"
 
 
 def test_a_created_ray_job_is_known_before_its_watch_event_which_then_replaces_it() -> None:
     cache = JobCache()
-    cache.add_created_ray_job(KEY, ray_job(7))
+    cache.add_created(KEY, ray_job(7))
     assert job_status(cache) == ""
     assert cache.update_ray_job(KEY, ray_job(7, jobStatus="RUNNING"), deleted=False)
     assert job_status(cache) == "RUNNING"
@@ -55,3 +56,26 @@ def test_labels_that_name_no_kind_of_job_name_no_job() -> None:
 
     assert key_from_labels(labeled("FineTuneJob")) == KEY
     assert key_from_labels(labeled("Secret")) is None
+
+
+def test_while_data_are_prepared_the_job_is_awaited_and_not_the_ray_job() -> None:
+    cache = JobCache()
+    cached = cache.job(KEY)
+    cached.uid = "j"
+    owner = {"uid": "j", "controller": True}
+    job = ray_job(7) | {"kind": "Job"}
+    job["metadata"] |= {"name": "job-1-prepare", "ownerReferences": [owner]}
+    cache.add_created(KEY, job)
+    waits = {"type": "QuotaReserved", "status": "False", "message": "no CPUs are left"}
+    cache.update_workload(KEY, "u", {"status": {"conditions": [waits]}}, deleted=False)
+    attempt = AttemptStatus(
+        number=1, ray_job="job-1", started_at="", prepare_job="job-1-prepare", prepare_job_uid="u"
+    )
+    state = cached.observed_state(attempt)
+    assert state.missing_seconds == 0.0
+    assert cached.missing_since is None
+    assert state.workload is not None
+    assert state.workload.message == "no CPUs are left"
+    cache.update_preparation(KEY, job, deleted=True)
+    cached.observed_state(attempt)
+    assert cached.missing_since is not None

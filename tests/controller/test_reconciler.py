@@ -90,11 +90,15 @@ class EarlyWatches:
     async def ray_jobs(self, _: Key) -> list[dict[str, Any]]:
         return list(self.created.values())
 
+    async def preparations(self, _: Key) -> list[dict[str, Any]]:
+        return []
+
     async def pods(self, _: Key) -> list[dict[str, Any]]:
         return self.stored_pods
 
     async def list_objects(self, collection: str, _: str | None) -> AsyncIterator[dict[str, Any]]:
-        for item in self.stored_pods if collection == "pods" else self.created.values():
+        found = {"pods": self.stored_pods, "rayjobs": list(self.created.values())}
+        for item in found.get(collection, []):
             yield item
 
     async def batch_job(self, *_: str) -> dict[str, Any] | None:

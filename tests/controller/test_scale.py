@@ -16,6 +16,7 @@ from tests.controller.memory import (
     LISTED_AT_START,
     NAMESPACE,
     PODS,
+    PREPARATIONS,
     RAY_JOBS,
     MemoryApi,
     eventually,
@@ -145,7 +146,7 @@ def test_a_restarted_operator_reconciles_each_job_once_whatever_its_watches_repo
                         operator.see(item)
                 await asyncio.sleep(0.4)
             counts.append(num_reconciles() - before)
-            assert {each.path for each in api.requests} == {RAY_JOBS, PODS}
+            assert {each.path for each in api.requests} == {RAY_JOBS, PREPARATIONS, PODS}
         return counts
 
     assert asyncio.run(run()) == [3.0] * 6

@@ -94,6 +94,9 @@ class PlayedCluster:
     async def ray_jobs(self, *_: Any) -> list[Object]:
         return list(self.rayjobs.values())
 
+    async def preparations(self, *_: Any) -> list[Object]:
+        return []
+
     async def pods(self, *_: Any) -> list[Object]:
         return []
 

@@ -157,6 +157,7 @@ LORA = job(
       startDeadlineSeconds: 600
       ttlSecondsAfterFinished: 604800
       queue: team-a
+      prepareQueue: cpus
       workloadPriority: high
     """,
 )

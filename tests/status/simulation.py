@@ -14,14 +14,26 @@ from tuneyard.api.status import AttemptStatus, Failure, JobStatus, MemoryEstimat
 from tuneyard.planning.plan import plan_job
 from tuneyard.rendering.names import queue as queue_of
 from tuneyard.status.events import Event, transition_events
-from tuneyard.status.observe import Decision, Planned, observe
-from tuneyard.status.observed import CreateError, ObservedState, Pod, PodProblem, RayJob, Workload
+from tuneyard.status.observe import Decision, Planned, is_preparing, observe
+from tuneyard.status.observed import (
+    CreateError,
+    ObservedState,
+    Pod,
+    PodProblem,
+    Preparation,
+    RayJob,
+    Workload,
+)
 
 UID = "job-uid"
 PLACED = "2030-01-01T00:00:00Z"
 """When the scheduler gives a pod a node, unless a test says otherwise."""
 PLAN = plan_job(golden_job())
 """The plan of every job: the run policy is no part of a plan."""
+GPU_PLAN = PLAN.model_copy(
+    update={"compute": PLAN.compute.model_copy(update={"gpus_per_worker": 1})}
+)
+"""The same plan on workers with a GPU: a Job prepares the data first."""
 
 
 def new_job(**changes: Any) -> FineTuneJob:
@@ -50,6 +62,22 @@ def ray_job(attempt: int, **changes: Any) -> RayJob:
         workers=1,
         min_workers=1,
         queue=None,
+    )
+    return fresh._replace(**changes)
+
+
+def preparation(attempt: int, **changes: Any) -> Preparation:
+    """A Job that prepares data and was just created."""
+    fresh = Preparation(
+        name=f"minimal-{attempt}-prepare",
+        uid=f"prepare-{attempt}",
+        attempt=attempt,
+        deleting=False,
+        owner=UID,
+        suspended=False,
+        succeeded=False,
+        failed=False,
+        message="",
     )
     return fresh._replace(**changes)
 
@@ -100,6 +128,7 @@ class Simulation:
     planned: Planned | None = None
     """None: PLAN."""
     ray_jobs: dict[str, RayJob] = field(default_factory=dict)
+    preparations: dict[str, Preparation] = field(default_factory=dict)
     pods: dict[str, Pod] = field(default_factory=dict)
     deleted_pods: dict[str, Pod] = field(default_factory=dict)
     workload: Workload | None = None
@@ -113,10 +142,10 @@ class Simulation:
     default_queue: str | None = None
     """The queue that Kueue sets on a RayJob without one."""
     hidden: bool = False
-    """The controller's cache shows no RayJob."""
+    """The controller's cache shows no RayJob and no Job."""
     is_deleted: bool = False
     created: list[str] = field(default_factory=list)
-    """Names of RayJobs in order of creation."""
+    """Names of RayJobs and Jobs in order of creation."""
     events: list[Event] = field(default_factory=list)
     actions: int = 0
     """Number of writes so far."""
@@ -153,12 +182,15 @@ class Simulation:
 
     def observed_state(self) -> ObservedState:
         ray_jobs = () if self.hidden else tuple(self.ray_jobs.values())
+        preparations = () if self.hidden else tuple(self.preparations.values())
         last = self.status.attempts[-1] if self.status.attempts else None
+        prepares = last is not None and is_preparing(last)
+        awaited: tuple[RayJob | Preparation, ...] = preparations if prepares else ray_jobs
         is_lost = (
             last is not None
             and not last.finished_at
-            and last.ray_job_uid is not None
-            and not any(item.attempt == last.number for item in ray_jobs)
+            and (last.prepare_job_uid if prepares else last.ray_job_uid) is not None
+            and not any(item.attempt == last.number for item in awaited)
         )
         if not is_lost:
             self.missing_since = None
@@ -167,6 +199,7 @@ class Simulation:
         since = self.missing_since
         return ObservedState(
             ray_jobs=ray_jobs,
+            preparations=preparations,
             pods=tuple(self.pods.values()),
             deleted_pods=tuple(self.deleted_pods.values()),
             workload=self.workload,
@@ -188,6 +221,8 @@ class Simulation:
             self._write(lambda: self._take(decision.status))
         for name in decision.stop:
             self._write(lambda name=name: self.delete(name))
+        for name in decision.stop_preparing:
+            self._write(lambda name=name: self.delete_preparation(name))
         if decision.start is not None:
             start = decision.start
             self._write(lambda: self._create(start))
@@ -208,6 +243,14 @@ class Simulation:
         self.job = self.job.model_copy(update={"status": status})
 
     def _create(self, attempt: int) -> None:
+        name = f"minimal-{attempt}-prepare"
+        if is_preparing(self.attempt):
+            if self.create_error is None and name not in self.preparations:
+                uid = f"prepare-{attempt}-{len(self.created)}"
+                queue = self.job.spec.run_policy.prepare_queue
+                self.preparations[name] = preparation(attempt, uid=uid, suspended=bool(queue))
+                self.created.append(name)
+            return
         if self.create_error is None and f"minimal-{attempt}" not in self.ray_jobs:
             name = f"minimal-{attempt}"
             uid = f"ray-{attempt}-{len(self.created)}"
@@ -230,6 +273,15 @@ class Simulation:
         if name in self.ray_jobs:
             self.change(name, deleting=True)
 
+    def delete_preparation(self, name: str) -> None:
+        if name in self.preparations:
+            self.prepare(name, deleting=True)
+
+    def prepare(self, name: str = "", **changes: Any) -> None:
+        """Change a Job that prepares data; without a name the newest."""
+        name = name or list(self.preparations)[-1]
+        self.preparations[name] = self.preparations[name]._replace(**changes)
+
     def change(self, name: str, **changes: Any) -> None:
         self.ray_jobs[name] = self.ray_jobs[name]._replace(**changes)
 
@@ -241,14 +293,21 @@ class Simulation:
         self.pods |= {item.name: item for item in pods}
 
     def collect(self) -> None:
-        """Collect garbage: RayJobs first, their pods at the next call. KubeRay deletes the pods of
-        a RayJob that a queue evicted."""
+        """Collect garbage: RayJobs and Jobs first, their pods at the next call. The pods of an
+        object that a queue evicted are deleted too."""
         owners = {item.attempt for item in self.ray_jobs.values() if not item.evicted_by_queue}
-        for item in [p for p in self.pods.values() if p.attempt not in owners]:
+        jobs = {item.attempt for item in self.preparations.values() if not item.suspended}
+        for item in [
+            pod
+            for pod in self.pods.values()
+            if pod.attempt not in (jobs if pod.role == "prepare" else owners)
+        ]:
             del self.pods[item.name]
             if item.problems:
                 self.deleted_pods[item.name] = item
         self.ray_jobs = {n: item for n, item in self.ray_jobs.items() if not item.deleting}
+        kept = {n: item for n, item in self.preparations.items() if not item.deleting}
+        self.preparations = kept
 
     def edit(self, **policy: Any) -> None:
         """Change the run policy, as the user does."""

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.status.simulation import (
+    GPU_PLAN,
     INTERRUPTED,
     PLAN,
     SUCCESS,
@@ -21,15 +22,19 @@ from tests.status.simulation import (
     pod,
     post,
 )
-from tuneyard.api.status import JobStatus
-from tuneyard.status.observe import Decision, observe
+from tuneyard.api.plan import Plan
+from tuneyard.api.status import AttemptStatus, JobStatus
+from tuneyard.status.observe import Decision, is_preparing, observe
 from tuneyard.status.observed import CreateError, ObservedState, PodProblem, Workload
 
 # ---- random walks -------------------------------------------------------------------------------
 
 
 def _advance(sim: Simulation, rng: random.Random) -> None:
-    """Let KubeRay advance the newest RayJob by one step."""
+    """Let KubeRay advance the newest RayJob, or before it the newest Job, by one step."""
+    if sim.status.attempts and is_preparing(sim.attempt):
+        _advance_preparation(sim, rng)
+        return
     if not sim.ray_jobs:
         return
     name, ray = list(sim.ray_jobs.items())[-1]
@@ -47,6 +52,23 @@ def _advance(sim: Simulation, rng: random.Random) -> None:
         sim.change(name, job_status=state)
 
 
+def _advance_preparation(sim: Simulation, rng: random.Random) -> None:
+    if not sim.preparations:
+        return
+    name, job = list(sim.preparations.items())[-1]
+    pods = [item for item in sim.pods.values() if item.role == "prepare"]
+    if job.deleting or job.ended:
+        return
+    if job.suspended:
+        sim.prepare(name, suspended=False)
+    elif not pods:
+        sim.add_pods(pod(job.attempt, "prepare"))
+    elif rng.random() < 0.5:
+        end = rng.choice(["Succeeded", "Succeeded", "Failed"])
+        sim.pods[pods[-1].name] = pods[-1]._replace(phase=end)
+        sim.prepare(name, succeeded=end == "Succeeded", failed=end == "Failed")
+
+
 def _post(sim: Simulation, rng: random.Random) -> None:
     if not sim.status.attempts:
         return
@@ -62,7 +84,8 @@ def _post(sim: Simulation, rng: random.Random) -> None:
     resumed = rng.choice([None, step // 2])
     stage = rng.choice(["prepare", "sft", ""])
     outcome = rng.choice(endings)
-    sim.post = post(attempt, step, stage=stage, outcome=outcome, resumedStep=resumed)
+    more = {"preparing": True} if is_preparing(sim.attempt) else {}
+    sim.post = post(attempt, step, stage=stage, outcome=outcome, resumedStep=resumed, **more)
 
 
 def _pod_problem(sim: Simulation, rng: random.Random) -> None:
@@ -76,11 +99,15 @@ def _queue(sim: Simulation, rng: random.Random) -> None:
     if sim.ray_jobs and sim.job.spec.run_policy.queue:
         sim.workload = Workload(False, "evicted")
         sim.ray(suspended=True)
+    if sim.preparations and sim.job.spec.run_policy.prepare_queue:
+        sim.prepare(suspended=True)
 
 
 def _delete(sim: Simulation, rng: random.Random) -> None:
     if sim.ray_jobs:
         sim.ray(deleting=True)
+    elif sim.preparations:
+        sim.prepare(deleting=True)
 
 
 def _edit(sim: Simulation, rng: random.Random) -> None:
@@ -137,12 +164,14 @@ def _reconcile(sim: Simulation) -> None:
     if decision.start is not None:
         assert after.attempts[-1].number == decision.start
         assert after.attempts[-1].finished_at is None, "only what is open is started"
-        beside = (*state.ray_jobs, *state.pods)
-        assert not beside, "nothing is started beside anything"
+        assert not _beside(state, decision.start), "nothing is started beside anything"
     _assert_conditions(before, after, sim)
     names = {ray.name for ray in state.ray_jobs}
     assert set(decision.stop) <= names
     current = after.attempts[-1] if after.attempts else None
+    if current and is_preparing(current):
+        rays = [ray for ray in sim.ray_jobs.values() if ray.attempt == current.number]
+        assert not rays, "no RayJob exists while the data are prepared"
     if current and not current.finished_at and current.ray_job_uid:
         ours = [r.name for r in state.ray_jobs if r.uid == current.ray_job_uid]
         assert not set(ours) & set(decision.stop), "the open attempt's RayJob is never stopped"
@@ -152,12 +181,20 @@ def _reconcile(sim: Simulation) -> None:
         )
 
 
+def _beside(state: ObservedState, attempt: int) -> list[Any]:
+    """Return all objects, but for a Job that has prepared this attempt's data, and its pod."""
+    jobs = (job for job in state.preparations if not (job.succeeded and job.attempt == attempt))
+    ended = (attempt, "prepare", "Succeeded")
+    pods = (item for item in state.pods if (item.attempt, item.role, item.phase) != ended)
+    return [*state.ray_jobs, *jobs, *pods]
+
+
 def _assert_settled(sim: Simulation, state: ObservedState, decision: Decision) -> None:
     """Assert that the status settles after a few reconciles of the same state: an attempt is
     closed, then its consequences are written. A decision that is not final sets `wake_after`."""
     job = sim.job
     for _ in range(3):
-        again = observe(job, PLAN, state, sim.now)
+        again = observe(job, sim.planned or PLAN, state, sim.now)
         if again.status == decision.status:
             return
         soon = decision.wake_after is not None and decision.wake_after <= 1
@@ -200,25 +237,33 @@ def _assert_conditions(before: JobStatus, after: JobStatus, sim: Simulation) -> 
         assert held["Running"].status == "False"
 
 
+@pytest.mark.parametrize("plan", [PLAN, GPU_PLAN], ids=["without GPUs", "with GPUs"])
 @pytest.mark.parametrize("seed", range(60))
-def test_invariants_hold_on_random_walks(seed: int) -> None:
+def test_invariants_hold_on_random_walks(seed: int, plan: Plan) -> None:
     rng = random.Random(seed)
     policy: dict[str, Any] = {
         "runPolicy__maxAttempts": rng.choice([1, 2, 3]),
         "runPolicy__queue": rng.choice([None, "team-a"]),
         "runPolicy__deadlineSeconds": rng.choice([None, 900]),
         "runPolicy__startDeadlineSeconds": rng.choice([60, 1800]),
+        "runPolicy__prepareQueue": rng.choice([None, "cpus"]),
     }
     job = new_job(**{k: v for k, v in policy.items() if v is not None})
-    sim = Simulation(job, workers=2, min_workers=1)
+    sim = Simulation(job, planned=plan, workers=2, min_workers=1)
     weights = [weight for weight, _ in MOVES]
     for _ in range(120):
         ((_, move),) = rng.choices(MOVES, weights)
         move(sim, rng)
-        if not sim.hidden or (sim.status.attempts and sim.attempt.ray_job_uid):
+        if not sim.hidden or (sim.status.attempts and _has_object(sim.attempt)):
             _reconcile(sim)
     _assert_events(sim)
     _assert_cancelable(sim)
+
+
+def _has_object(attempt: AttemptStatus) -> bool:
+    """Return whether it is known that the attempt's Job or RayJob was created."""
+    uid = attempt.prepare_job_uid if is_preparing(attempt) else attempt.ray_job_uid
+    return uid is not None
 
 
 def _assert_events(sim: Simulation) -> None:
@@ -247,23 +292,31 @@ def _assert_cancelable(sim: Simulation) -> None:
         sim.wait(130)
     assert sim.phase in ("Succeeded", "Failed")
     assert not sim.ray_jobs
+    assert not sim.preparations
     assert not sim.pods
 
 
-def test_the_walks_reach_every_phase_and_reason() -> None:
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        (PLAN, {"Succeeded", "Suspended", "RayJobDeleted", "LossNotFinite", "FewerWorkers"}),
+        (GPU_PLAN, {"Succeeded", "Suspended", "PrepareJobDeleted", "LossNotFinite", "Preempted"}),
+    ],
+    ids=["without GPUs", "with GPUs"],
+)
+def test_the_walks_reach_every_phase_and_reason(plan: Plan, expected: set[str]) -> None:
     """Walks that stay in a few states would prove nothing."""
     reasons: Counter[str] = Counter()
     for seed in range(40):
         rng = random.Random(seed)
-        sim = Simulation(new_job(), workers=2, min_workers=1)
+        sim = Simulation(new_job(), planned=plan, workers=2, min_workers=1)
         for _ in range(120):
             ((_, move),) = rng.choices(MOVES, [weight for weight, _ in MOVES])
             move(sim, rng)
             if not sim.hidden:
                 sim.reconcile()
         reasons.update(a.reason or "open" for a in sim.status.attempts)
-    expected = {"Succeeded", "Suspended", "RayJobDeleted", "LossNotFinite", "Preempted"}
-    assert {*expected, "FewerWorkers"} <= set(reasons)
+    assert {*expected, "Preempted"} <= set(reasons)
 
 
 # ---- a killed controller ------------------------------------------------------------------------

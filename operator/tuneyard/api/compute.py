@@ -138,6 +138,9 @@ class RunPolicy(Model):
     queue: ObjectName | None = None
     """Name of the Kueue LocalQueue that admits the job. None: the job's label
     kueue.x-k8s.io/queue-name, else the namespace's default queue if Kueue has one."""
+    prepare_queue: ObjectName | None = None
+    """Name of the Kueue LocalQueue that admits the Job which prepares the data of a job with GPUs,
+    before these are asked for. None: that Job is in no queue."""
     workload_priority: ObjectName | None = None
     """Name of the Kueue WorkloadPriorityClass. None: the job's label
     kueue.x-k8s.io/priority-class, else the queue's default."""

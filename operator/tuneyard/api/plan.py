@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -18,7 +19,8 @@ from tuneyard.api.alignment import JudgeEndpoint
 from tuneyard.api.compute import Compute
 from tuneyard.api.meta import Model, Report
 from tuneyard.api.sources import Output, SecretKeyRef, SecretRef
-from tuneyard.api.stage_settings import Settings, StageKind
+from tuneyard.api.stage_settings import PREPARING_KINDS, Settings, StageKind
+from tuneyard.api.status import StageStatus
 
 
 def digest(value: Any) -> str:
@@ -141,6 +143,20 @@ class Plan(Model):
         """Return the plan as JSON: camelCase fields, sorted keys, indented by two spaces."""
         value = self.model_dump(mode="json", by_alias=True)
         return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+S = TypeVar("S", PlannedStage, StageStatus)
+
+
+def leading(stages: Sequence[S]) -> list[S]:
+    """Return the stages at the beginning of a plan that only read data, and so need no GPU."""
+    return list(takewhile(lambda stage: stage.kind in PREPARING_KINDS, stages))
+
+
+def prepares_first(plan: Plan) -> bool:
+    """Return whether a Job prepares the data of a plan on a cluster before it has workers: these
+    have GPUs, which would be idle meanwhile."""
+    return bool(plan.compute.gpus_per_worker) and bool(leading(plan.stages))
 
 
 class StageRecord(Report):

@@ -24,6 +24,12 @@ WORKERS_VARIABLE: Final = "TUNEYARD_WORKERS"
 """Environment variable: the number of workers of an elastic attempt that has fewer than
 `compute.workers`. Unset: all of them."""
 
+PREPARE_OPTION: Final = "--prepare"
+"""Option of the driver: run only the leading stages that need no GPU, without Ray, and end."""
+UNKNOWN_OPTION: Final = 2
+"""Exit code of a driver that does not know an option: argparse's, which the driver itself never
+returns. An image of an earlier release does not know PREPARE_OPTION."""
+
 CLAIMS_FOLDER: Final = "/mnt/pvc"
 """A pod mounts each PersistentVolumeClaim at `CLAIMS_FOLDER/<claim>`."""
 

@@ -68,6 +68,8 @@ class ProgressReport(Report):
 
     attempt: int = Field(ge=1)
     """Number of the attempt that posts; posts of earlier attempts are refused."""
+    preparing: bool = Field(default=False, exclude_if=lambda preparing: not preparing)
+    """True: the post is of the Job that prepares the attempt's data, before its RayJob exists."""
     stage: str = ""
     """Name of the running stage. "": no stage is running."""
     step: Count = 0

@@ -82,6 +82,7 @@ REASONS = frozenset(
         "PodsLeft",
         "PodsRefused",
         "Preempted",
+        "PrepareJobDeleted",
         "PrefixUnsupported",
         "QuantizedModel",
         "QuotaExceeded",

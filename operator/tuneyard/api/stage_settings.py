@@ -495,6 +495,8 @@ TRAINING_KINDS: Final[tuple[StageKind, ...]] = (
     "distill",
 )
 """The kinds of stages that train, in the order in which one job runs them."""
+PREPARING_KINDS: Final[tuple[StageKind, ...]] = ("prepare", "pairs")
+"""The kinds of stages that only read data. Those at the beginning of a plan need no GPU."""
 SHARED_KINDS: Final[tuple[StageKind, ...]] = (
     *TRAINING_KINDS,
     "critique",

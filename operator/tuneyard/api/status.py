@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from tuneyard.api.meta import Condition, ConditionType, Report
 
-Phase = Literal["Pending", "Queued", "Running", "Suspended", "Succeeded", "Failed"]
+Phase = Literal["Pending", "Preparing", "Queued", "Running", "Suspended", "Succeeded", "Failed"]
 StageState = Literal["Pending", "Running", "Succeeded", "Failed", "Skipped"]
 MOST_SECONDS = 1 << 40
 """The longest predicted time, 35,000 years. The API server computes with limits as floating-point
@@ -106,7 +106,7 @@ class Progress(Report):
 
 
 class AttemptStatus(Report):
-    """One attempt to run the plan; each attempt is one RayJob."""
+    """One attempt to run the plan: a RayJob, and before it perhaps a Job that prepares the data."""
 
     number: int = Field(ge=1)
     """Number of the attempt, from 1."""
@@ -119,8 +119,17 @@ class AttemptStatus(Report):
     its reason is FewerWorkers: how many could start. None: all of compute.workers."""
     started_at: str
     """Time at which the operator began the attempt (RFC 3339)."""
+    prepare_job: str | None = None
+    """Name of the Job (batch) that prepares the data before the RayJob exists. None: the workers
+    prepare them, or they were prepared before."""
+    prepare_job_uid: str | None = None
+    """UID of that Job. None: not created yet."""
+    preparing_at: str | None = None
+    """Time at which the pod of that Job was seen to run (RFC 3339). None: not yet."""
+    prepared_at: str | None = None
+    """Time at which that Job had succeeded (RFC 3339). None: not yet."""
     running_at: str | None = None
-    """Time at which the driver started (RFC 3339). None: not yet."""
+    """Time at which the driver of the RayJob started (RFC 3339). None: not yet."""
     stopping_at: str | None = None
     """Time at which the operator asked the driver to write a checkpoint and stop (RFC 3339). None:
     no stop was requested."""

@@ -22,7 +22,7 @@ from rich.text import Text
 from tuneyard import __version__
 from tuneyard.api.job_facts import FitAnswer, JobFacts
 from tuneyard.api.model_config import UnknownModelError
-from tuneyard.api.plan import Plan
+from tuneyard.api.plan import Plan, prepares_first
 from tuneyard.cli import cluster_commands, data_commands
 from tuneyard.cli.errors import needs_extra
 from tuneyard.cli.memory_view import memory_lines, print_memory
@@ -171,7 +171,10 @@ def _folder(file: Path) -> Path:
     help="Number of the attempt of the RayJob.",
 )
 def render(file: Path, attempt: int) -> None:
-    """Print the ConfigMap, the NetworkPolicy and the RayJob of a job."""
+    """Print the ConfigMap, the NetworkPolicy and the RayJob of a job.
+
+    If its workers have GPUs, the Job that prepares the data comes before the RayJob.
+    """
     rendered = _each(_read(file), lambda job: _rendered(job, attempt))
     objects = [item for one in rendered for item in one]
     text = yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=4096)
@@ -258,9 +261,13 @@ def operator(namespaces: str, profiles: Path | None, **settings: Any) -> int:
     return app.main(Settings(namespaces=names, profiles=compute_profiles, **settings))
 
 
-def _rendered(job: Job, attempt: int) -> rayjob.Rendered:
+def _rendered(job: Job, attempt: int) -> list[rayjob.Object]:
     """Return a job's objects. Only the operator knows profiles and other jobs' models."""
-    return rayjob.render(placed(plan_job(job), profiles={}), job, attempt=attempt)
+    plan = placed(plan_job(job), profiles={})
+    *shared, ray_job = rayjob.render(plan, job, attempt=attempt)
+    if not prepares_first(plan):
+        return [*shared, ray_job]
+    return [*shared, rayjob.render_preparation(plan, job, attempt=attempt), ray_job]
 
 
 # ---- reading ----------------------------------------------------------------------------------

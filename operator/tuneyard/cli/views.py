@@ -28,6 +28,7 @@ STYLES = {
     "Failed": "red",
     "Suspended": "yellow",
     "Queued": "yellow",
+    "Preparing": "cyan",
 }
 GIB = 1 << 30
 MAX_EVENTS = 8
@@ -272,6 +273,8 @@ def outcome(attempt: AttemptStatus) -> str:
     if attempt.finished_at is None:
         if attempt.stopping_at:
             return "stopping at a checkpoint"
+        if attempt.prepare_job and not attempt.prepared_at:
+            return "preparing"
         return "running" if attempt.running_at else "starting"
     at = ""
     if attempt.stage and attempt.reason != "Succeeded":

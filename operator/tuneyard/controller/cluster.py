@@ -21,6 +21,7 @@ from kubernetes.aio.client import ApiClient, Configuration
 from tuneyard.api.meta import FINALIZER, GROUP, VERSION
 from tuneyard.controller import metrics
 from tuneyard.errors import TuneyardError
+from tuneyard.rendering.names import PREPARE_ROLE, ROLE_LABEL
 
 Object = dict[str, Any]
 
@@ -34,8 +35,14 @@ _APPLY = "application/apply-patch+yaml"
 _METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 LIST_CHUNK = 500
 """Objects per page of a list of metadata."""
-WATCHED_OBJECTS = {"rayjobs": "/apis/ray.io/v1", "pods": "/api/v1"}
+WATCHED_OBJECTS = {"rayjobs": "/apis/ray.io/v1", "jobs": "/apis/batch/v1", "pods": "/api/v1"}
 """The API of each kind of object that belongs to a job and is watched, by its plural."""
+SELECTORS = {
+    "rayjobs": f"{GROUP}/job",
+    "jobs": f"{GROUP}/job,{ROLE_LABEL}={PREPARE_ROLE}",
+    "pods": f"{GROUP}/job",
+}
+"""The label selectors of these objects: of Jobs (batch), only those that prepare data."""
 _METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 
 
@@ -160,16 +167,16 @@ class Cluster:
     # ---- the objects of a job -------------------------------------------------------------------
 
     async def list_objects(self, collection: str, namespace: str | None) -> AsyncIterator[Object]:
-        """Yield the metadata of all jobs' RayJobs or pods in a namespace, page by page. `namespace`
-        None: in all namespaces."""
+        """Yield the metadata of all jobs' RayJobs, Jobs or pods in a namespace, page by page.
+        `namespace` None: in all namespaces."""
         scope = f"/namespaces/{namespace}" if namespace else ""
         path = f"{WATCHED_OBJECTS[collection]}{scope}/{collection}"
         try:
-            async for item in self._each_listed(path, {"labelSelector": f"{GROUP}/job"}):
+            async for item in self._each_listed(path, {"labelSelector": SELECTORS[collection]}):
                 yield item
         except ApiError as error:
-            # Without KubeRay there is no such kind; pods have no such excuse.
-            if error.code != 404 or collection == "pods":
+            # Without KubeRay there is no such kind; the others have no such excuse.
+            if error.code != 404 or collection != "rayjobs":
                 raise
 
     async def apply(self, item: Object) -> Object:
@@ -243,6 +250,19 @@ class Cluster:
         path = f"/apis/ray.io/v1/namespaces/{namespace}/rayjobs/{name}"
         return await self._delete(path, uid=uid, version=version, propagation="Foreground")
 
+    async def preparations(self, key: Key) -> list[Object]:
+        path = f"/apis/batch/v1/namespaces/{key.namespace}/jobs"
+        selector = f"{key.selector},{ROLE_LABEL}={PREPARE_ROLE}"
+        return await self._list(path, {"labelSelector": selector})
+
+    async def delete_preparation(
+        self, namespace: str, name: str, *, uid: str, version: str
+    ) -> bool:
+        """Delete this version of a Job after its pods; return whether it existed. Raises ApiError
+        409 if it has changed, or is another Job of this name."""
+        path = f"/apis/batch/v1/namespaces/{namespace}/jobs/{name}"
+        return await self._delete(path, uid=uid, version=version, propagation="Foreground")
+
     async def pods(self, key: Key) -> list[Object]:
         path = f"/api/v1/namespaces/{key.namespace}/pods"
         return await self._list(path, {"labelSelector": key.selector})
@@ -257,7 +277,7 @@ class Cluster:
         return await self._find(f"/apis/batch/v1/namespaces/{namespace}/jobs/{quote(name)}")
 
     async def warnings(self, namespace: str, name: str) -> list[str]:
-        """Return the messages of the warning events of a RayCluster."""
+        """Return the messages of the warning events of a RayCluster or a Job."""
         fields = f"involvedObject.name={name},type=Warning"
         items = await self._list(
             f"/api/v1/namespaces/{namespace}/events", {"fieldSelector": fields, "limit": "20"}

@@ -22,8 +22,19 @@ from tuneyard.controller import metrics
 from tuneyard.controller.cluster import Key, without_managed_fields
 from tuneyard.manifests.manifest import KINDS
 from tuneyard.planning.decision import Decision
+from tuneyard.rendering.names import ray_job_of
 from tuneyard.status import observed
-from tuneyard.status.observed import NOT_STORED, CreateError, ObservedState, Pod, RayJob, Workload
+from tuneyard.status.observe import is_preparing
+from tuneyard.status.observed import (
+    NOT_STORED,
+    CreateError,
+    Item,
+    ObservedState,
+    Pod,
+    Preparation,
+    RayJob,
+    Workload,
+)
 
 Object = dict[str, Any]
 
@@ -40,6 +51,8 @@ class AttemptFit(NamedTuple):
 
     attempt: int
     """Number of the attempt."""
+    is_preparing: bool
+    """Whether it asked before it had workers: on these it asks again, and knows their devices."""
     decision: Decision | None
     """None: it could not be decided."""
 
@@ -66,13 +79,15 @@ class CachedJob:
     """The newest resource version of the job that was read; the body may be a newer one, which the
     operator wrote."""
     ray_jobs: dict[str, tuple[int, RayJob]] = field(default_factory=dict)
-    """By name, each with its resource version. RayJobs and pods may be those of a deleted job with
-    the same name."""
+    """By name, each with its resource version. RayJobs, Jobs and pods may be those of a deleted job
+    with the same name."""
+    preparations: dict[str, tuple[int, Preparation]] = field(default_factory=dict)
+    """The Jobs that prepare data."""
     pods: dict[str, tuple[int, Pod]] = field(default_factory=dict)
     deleted_pods: dict[str, Pod] = field(default_factory=dict)
     """Deleted pods that had a problem, in their last state."""
     workloads: dict[str, Workload] = field(default_factory=dict)
-    """By the RayJob's UID."""
+    """By the UID of the RayJob or the Job."""
     warnings: tuple[str, ...] = ()
     create_error: CreateError | None = None
     create_failures: int = 0
@@ -87,7 +102,8 @@ class CachedJob:
     unknown_fields: tuple[str, ...] = ()
     """The spec fields that were left out when the job was last planned."""
     missing_since: float | None = None
-    """Since when the current attempt's RayJob is missing (monotonic); None: it is not missing."""
+    """Since when the current attempt's RayJob, or before that its Job, is missing (monotonic).
+    None: it is not missing."""
     written_at: float = -math.inf
     """When the status was last written (monotonic)."""
     write_interval: float = 0.0
@@ -122,8 +138,12 @@ class CachedJob:
         """Return the state that a decision is based on. `attempt`: the job's newest."""
         number = attempt.number if attempt else None
         ray_jobs = tuple(item for _, item in self.ray_jobs.values())
-        current = next((item for item in ray_jobs if self._is_of(item, number)), None)
-        existed = attempt and attempt.ray_job_uid and not attempt.finished_at
+        preparations = tuple(item for _, item in self.preparations.values())
+        prepares = attempt is not None and is_preparing(attempt)
+        awaited = preparations if prepares else ray_jobs
+        current = next((item for item in awaited if self._is_of(item, number)), None)
+        uid = attempt and (attempt.prepare_job_uid if prepares else attempt.ray_job_uid)
+        existed = attempt and uid and not attempt.finished_at
         missing = bool(existed) and current is None
         if not missing:
             self.missing_since = None
@@ -132,6 +152,7 @@ class CachedJob:
         since = self.missing_since
         return ObservedState(
             ray_jobs=ray_jobs,
+            preparations=preparations,
             pods=tuple(item for _, item in self.pods.values() if self._owns(item)),
             foreign_pods=tuple(item for _, item in self.pods.values() if not self._owns(item)),
             deleted_pods=tuple(
@@ -146,27 +167,31 @@ class CachedJob:
             missing_seconds=0.0 if since is None else time.monotonic() - since,
         )
 
-    def _owns(self, item: RayJob | Pod) -> bool:
-        if isinstance(item, RayJob):
-            return item.owner == self.uid
-        return item.belongs_to(self.uid, self.created)
+    def _owns(self, item: Item) -> bool:
+        if isinstance(item, Pod):
+            return item.belongs_to(self.uid, self.created)
+        return item.owner == self.uid
 
-    def _is_of(self, item: RayJob | Pod, attempt: int | None) -> bool:
+    def _is_of(self, item: Item, attempt: int | None) -> bool:
         return item.attempt == attempt and self._owns(item)
 
-    def other_objects(self, attempt: int) -> list[RayJob | Pod]:
-        """Return the RayJobs and pods that do not belong to this attempt of this job."""
+    def other_objects(self, attempt: int) -> list[Item]:
+        """Return the RayJobs, Jobs and pods that do not belong to this attempt of this job."""
         return [item for item in self.objects if not self._is_of(item, attempt)]
 
     @property
-    def objects(self) -> list[RayJob | Pod]:
-        """The job's RayJobs and pods."""
-        ray_jobs = [item for _, item in self.ray_jobs.values()]
-        return [*ray_jobs, *(item for _, item in self.pods.values())]
+    def objects(self) -> list[Item]:
+        """The job's RayJobs, Jobs and pods."""
+        return [item for kept in self.collections.values() for _, item in kept.values()]
+
+    @property
+    def collections(self) -> Mapping[str, Mapping[str, tuple[int, Item]]]:
+        """The objects that are watched, by their plural and their name."""
+        return {"rayjobs": self.ray_jobs, "jobs": self.preparations, "pods": self.pods}
 
     @property
     def is_empty(self) -> bool:
-        return not (self.ray_jobs or self.pods)
+        return not (self.ray_jobs or self.preparations or self.pods)
 
 
 class JobCache:
@@ -184,7 +209,7 @@ class JobCache:
 
     def forget(self, key: Key, uid: str | None = None) -> bool:
         """Drop a job that does not exist any more, but not a new job of its name; return whether it
-        was dropped. `uid` None: no job has the name. Its RayJobs and pods are kept until they are
+        was dropped. `uid` None: no job has the name. Its objects are kept until they are
         removed: a new job of the same name waits for them."""
         cached = self.jobs.get(key)
         if cached is not None and uid and cached.uid not in ("", uid):
@@ -194,11 +219,13 @@ class JobCache:
         return True
 
     def _drop(self, key: Key) -> None:
-        """Drop what is known of a job, except its RayJobs and pods."""
+        """Drop what is known of a job, except its objects."""
         self._remember_deletion(key)
         cached = self.jobs.pop(key, None)
         if cached is not None and not cached.is_empty:
-            self.jobs[key] = CachedJob(ray_jobs=cached.ray_jobs, pods=cached.pods)
+            self.jobs[key] = CachedJob(
+                ray_jobs=cached.ray_jobs, preparations=cached.preparations, pods=cached.pods
+            )
         metrics.drop_progress((key.namespace, key.kind, key.name))
 
     def _remember_deletion(self, key: Key) -> None:
@@ -215,18 +242,16 @@ class JobCache:
         return time.monotonic() - self._deleted.get(key, -math.inf) < FORMER_SECONDS
 
     def evict(self, key: Key) -> None:
-        """Drop a job without work left, unless it still has RayJobs or pods."""
+        """Drop a job without work left, unless it still has objects."""
         cached = self.jobs.get(key)
         if cached is not None and cached.is_empty:
             del self.jobs[key]
             metrics.drop_progress((key.namespace, key.kind, key.name))
 
     def has_object(self, key: Key, collection: str, name: str) -> bool:
-        """Return whether a RayJob or a pod is known; `collection`: rayjobs or pods."""
+        """Return whether an object is known; `collection`: rayjobs, jobs or pods."""
         cached = self.jobs.get(key)
-        if cached is None:
-            return False
-        return name in (cached.ray_jobs if collection == "rayjobs" else cached.pods)
+        return cached is not None and name in cached.collections[collection]
 
     def known_jobs(self) -> set[Key]:
         """Return the jobs that are cached or counted."""
@@ -257,7 +282,7 @@ class JobCache:
 
     def store_job(self, key: Key, body: Object) -> CachedJob:
         """Store a job's version and return the cached job. Of a deleted job with the same name only
-        the RayJobs and pods are kept."""
+        the objects are kept."""
         metadata = body["metadata"]
         if self.job(key).uid not in ("", metadata["uid"]):
             self._drop(key)
@@ -270,12 +295,19 @@ class JobCache:
         """Store the object; return whether anything changed that decisions depend on."""
         return _update(self.job(key).ray_jobs, item, observed.ray_job(item), deleted=deleted)
 
-    def add_created_ray_job(self, key: Key, item: Object) -> None:
-        """Store a RayJob that was just created, without a status. A status that a watch reported
-        earlier is kept."""
-        known, created = self.job(key).ray_jobs, observed.ray_job(item)
-        if created.name not in known or known[created.name][1].uid != created.uid:
-            known[created.name] = (version(item), created)
+    def update_preparation(self, key: Key, item: Object, *, deleted: bool) -> bool:
+        """Store the object; return whether anything changed that decisions depend on."""
+        known = self.job(key).preparations
+        return _update(known, item, observed.preparation(item), deleted=deleted)
+
+    def add_created(self, key: Key, item: Object) -> None:
+        """Store a RayJob or a Job that was just created, without a status. A status that a watch
+        reported earlier is kept."""
+        cached = self.job(key)
+        if item["kind"] == "RayJob":
+            _add(cached.ray_jobs, item, observed.ray_job(item))
+        else:
+            _add(cached.preparations, item, observed.preparation(item))
 
     def update_pod(self, key: Key, item: Object, *, deleted: bool) -> bool:
         """Store the object; return whether anything changed that decisions depend on."""
@@ -285,19 +317,29 @@ class JobCache:
             _keep_evidence(cached.deleted_pods, pod)
         return _update(cached.pods, item, pod, deleted=deleted) or is_evidence
 
-    def update_workload(self, key: Key, ray_job: str, item: Object, *, deleted: bool) -> None:
-        """Store the Workload of the RayJob with this UID."""
+    def update_workload(self, key: Key, owner: str, item: Object, *, deleted: bool) -> None:
+        """Store the Workload of the RayJob or the Job with this UID."""
         workloads = self.job(key).workloads
-        workloads.pop(ray_job, None)
+        workloads.pop(owner, None)
         if not deleted:
-            workloads[ray_job] = observed.workload(item)
+            workloads[owner] = observed.workload(item)
 
-    def replace_objects(self, key: Key, ray_jobs: Iterable[Object], pods: Iterable[Object]) -> None:
+    def replace_objects(
+        self,
+        key: Key,
+        ray_jobs: Iterable[Object],
+        preparations: Iterable[Object],
+        pods: Iterable[Object],
+    ) -> None:
         """Replace the objects of a job by those read from the API server: a watch may have missed
         an event."""
         cached = self.job(key)
         cached.ray_jobs = {
             item["metadata"]["name"]: (version(item), observed.ray_job(item)) for item in ray_jobs
+        }
+        cached.preparations = {
+            item["metadata"]["name"]: (version(item), observed.preparation(item))
+            for item in preparations
         }
         known = {item["metadata"]["name"]: (version(item), observed.pod(item)) for item in pods}
         for name, (_, pod) in cached.pods.items():
@@ -305,6 +347,7 @@ class JobCache:
                 _keep_evidence(cached.deleted_pods, pod)
         cached.pods = known
         current = {item.uid for _, item in cached.ray_jobs.values()}
+        current |= {item.uid for _, item in cached.preparations.values()}
         cached.workloads = {n: item for n, item in cached.workloads.items() if n in current}
 
 
@@ -316,6 +359,11 @@ def _keep_evidence(deleted: dict[str, Pod], pod: Pod) -> None:
     deleted[pod.name] = pod
     while len(deleted) > MOST_DELETED_PODS:
         del deleted[next(iter(deleted))]
+
+
+def _add(known: dict[str, tuple[int, Any]], item: Object, reduced: Any) -> None:
+    if reduced.name not in known or known[reduced.name][1].uid != reduced.uid:
+        known[reduced.name] = (version(item), reduced)
 
 
 def _update(
@@ -346,12 +394,19 @@ def key_of_job(item: Mapping[str, Any]) -> Key:
 
 
 def key_from_labels(item: Mapping[str, Any]) -> Key | None:
-    """Return the job that the labels of a RayJob or a pod name; None: they name none. Everybody who
-    may create pods can write such labels."""
+    """Return the job that the labels of a RayJob, a Job or a pod name; None: they name none.
+    Everybody who may create pods can write such labels."""
     metadata = item["metadata"]
     labels = metadata.get("labels") or {}
     kind, name = labels.get(f"{GROUP}/kind", ""), labels.get(f"{GROUP}/job")
     return Key(kind, metadata["namespace"], name) if kind in KINDS and name else None
+
+
+def key_of_owner(namespace: str, kind: str, name: str) -> Key | None:
+    """Return the job that a Workload's owner of this kind and name belongs to; None: to none."""
+    if kind == "Job" and name != (ray_job := ray_job_of(name)):
+        return key_of_ray_job(namespace, ray_job)
+    return key_of_ray_job(namespace, name) if kind == "RayJob" else None
 
 
 def key_of_ray_job(namespace: str, name: str) -> Key:

@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.reasons import REASONS
-from tuneyard.api.status import JobStatus
+from tuneyard.api.status import AttemptStatus, JobStatus
 from tuneyard.status.observe import Job
 from tuneyard.status.times import moment_of
 
@@ -25,7 +25,7 @@ TRANSITIONS = Counter(
 )
 QUEUE_SECONDS = Histogram(
     "tuneyard_job_queue_seconds",
-    "Time from an attempt's creation to the start of its driver.",
+    "Time from an attempt's creation, or the end of its preparation, to the start of its driver.",
     ["kind"],
     buckets=_SECONDS,
     registry=REGISTRY,
@@ -147,7 +147,7 @@ def count_change(job: Job, before: JobStatus | None, after: JobStatus) -> None:
         if after.phase in ("Succeeded", "Failed"):
             reason = after.failure.reason if after.failure else None
             outcome = "Succeeded" if after.phase == "Succeeded" else _label(reason)
-            listed = sum(_between(a.running_at, a.finished_at) for a in after.attempts)
+            listed = sum(_run_time(attempt) for attempt in after.attempts)
             seconds = (after.dropped_seconds or 0.0) + listed
             JOB_SECONDS.labels(job.kind, method_of(job), outcome).observe(seconds)
     _count_attempts(job, before, after)
@@ -161,7 +161,7 @@ def _count_attempts(job: Job, before: JobStatus, after: JobStatus) -> None:
         if attempt.finished_at and not (old and old.finished_at):
             ATTEMPTS.labels(job.kind, _label(attempt.reason)).inc()
         if attempt.running_at and not (old and old.running_at):
-            waited = _between(attempt.started_at, attempt.running_at)
+            waited = _between(attempt.prepared_at or attempt.started_at, attempt.running_at)
             QUEUE_SECONDS.labels(job.kind).observe(waited)
 
 
@@ -172,6 +172,13 @@ def _count_stages(job: Job, before: JobStatus, after: JobStatus) -> None:
         if ended and known.get(stage.name) != stage.state:
             seconds = _between(stage.started_at, stage.finished_at)
             STAGE_SECONDS.labels(job.kind, method_of(job), stage.kind, stage.state).observe(seconds)
+
+
+def _run_time(attempt: AttemptStatus) -> float:
+    """Return the seconds that an ended attempt ran, its preparation included."""
+    end = attempt.finished_at
+    prepared = _between(attempt.preparing_at, attempt.prepared_at or end)
+    return prepared + _between(attempt.running_at, end)
 
 
 def method_of(job: Job) -> str:

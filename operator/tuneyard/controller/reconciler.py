@@ -11,8 +11,9 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
+from typing import Any
 
 from tuneyard.api.job_facts import FitAnswer, JobFacts
 from tuneyard.api.plan import Plan
@@ -48,6 +49,7 @@ from tuneyard.status.observe import (
     Waiting,
     has_fixed_plan,
     is_finished,
+    is_preparing,
     observe,
 )
 from tuneyard.status.observed import (
@@ -80,9 +82,12 @@ QUIET_SECONDS = 2.0
 """How long an operator that starts waits for the next of these objects from its watches."""
 
 ObjectId = tuple[Key, str, str]
-"""A RayJob or a pod by its job, its collection and its name."""
+"""A RayJob, a Job or a pod by its job, its collection and its name."""
 Versions = dict[ObjectId, int]
 """Resource versions."""
+DeleteObject = Callable[..., Awaitable[bool]]
+"""Deletes an object of a namespace by its name, its UID and its version, and returns whether it
+existed."""
 
 _ALREADY_PLANNED = Waiting("Planned", "the plan is in force")
 """Given to `observe` for a job that has been planned, which needs no plan."""
@@ -145,19 +150,21 @@ class Reconciler:
         """Return whether a job whose attempt asks with these facts fits its workers; keep the
         estimate for its status. None: it cannot be said. Raises ApiError.
 
-        It is decided once for an attempt: a question that is repeated gets the same answer, also
-        while the first one is being decided.
+        It is decided once for an attempt, and once before while it is preparing: a question that is
+        repeated gets the same answer, also while the first one is being decided.
         """
         uid = job.metadata.uid or ""
         cached = self.cache.job(key)
         if cached.uid not in ("", uid):
             return None
-        if cached.fit is None or cached.fit.attempt != attempt:
+        newest = _newest_attempt(job)
+        asks = (attempt, newest is not None and is_preparing(newest))
+        if cached.fit is None or (cached.fit.attempt, cached.fit.is_preparing) != asks:
             decision = await self._decision(key, job, attempt, facts)
             cached = self.cache.job(key)
             if cached.uid not in ("", uid):  # meanwhile a new job has the name
                 return None
-            cached.uid, cached.fit = uid, AttemptFit(attempt, decision)
+            cached.uid, cached.fit = uid, AttemptFit(*asks, decision)
         return cached.fit.answer
 
     async def _decision(
@@ -184,7 +191,7 @@ class Reconciler:
         return parse(body)
 
     async def list_objects(self) -> Versions:
-        """List the metadata of all RayJobs and pods. Raises ApiError."""
+        """List the metadata of all RayJobs, Jobs and pods. Raises ApiError."""
         found = Versions()
         for namespace in self.settings.namespaces or (None,):
             for collection in WATCHED_OBJECTS:
@@ -212,7 +219,7 @@ class Reconciler:
                 quiet_at = time.monotonic() + QUIET_SECONDS
 
     async def _list_existing(self) -> set[ObjectId]:
-        """List the RayJobs and pods that exist, and note their jobs: each kind has its own watch,
+        """List the objects of jobs that exist, and note their jobs: each kind has its own watch,
         and that of pods may report them after a new job with the name of a deleted one. Raises
         ApiError."""
         found = set(await self.list_objects())
@@ -275,12 +282,12 @@ class Reconciler:
             job = parse(body)
         except ManifestError as error:
             if "deletionTimestamp" in body["metadata"]:
-                await self._delete(key, cached, None)
+                await self._let_go(key, cached, None)
             else:
                 await self._report_malformed(key, body, error)
             return
         if "deletionTimestamp" in body["metadata"]:
-            await self._delete(key, cached, job)
+            await self._let_go(key, cached, job)
             return
         if not is_finished(job) and needs_finalizer(body) and not has_finalizer(body):
             cached.body = await self.cluster.add_finalizer(body, key)
@@ -289,7 +296,7 @@ class Reconciler:
         await self._decide(key, cached, job)
 
     async def _decide(self, key: Key, cached: CachedJob, job: Job) -> None:
-        attempt = job.status.attempts[-1] if job.status and job.status.attempts else None
+        attempt = _newest_attempt(job)
         is_fixed = has_fixed_plan(job, cached.create_error)
         planned = _ALREADY_PLANNED if is_fixed else await self._planner.plan(key, job)
         if not is_fixed:
@@ -300,8 +307,8 @@ class Reconciler:
         if attempt is not None and _closes_without_success(attempt, decision.status):
             # Each kind has its own watch: the pods' watch may not have reported the reason yet.
             await self.read(key)
-            if cluster := _cluster_without_pods(cached.observed_state(attempt), attempt):
-                cached.warnings = tuple(await self.cluster.warnings(key.namespace, cluster))
+            if name := _owner_without_pods(cached.observed_state(attempt), attempt):
+                cached.warnings = tuple(await self.cluster.warnings(key.namespace, name))
             decision = observe(job, planned, cached.observed_state(attempt), self.clock())
         wait = self._write_budget.wait(cached, job.status, decision.status)
         if wait > 0:
@@ -325,9 +332,13 @@ class Reconciler:
         self.queue.forget(key)
 
     async def read(self, key: Key) -> None:
-        """Read a job's RayJobs and pods from the API server."""
-        ray_jobs, pods = await self.cluster.ray_jobs(key), await self.cluster.pods(key)
-        self.cache.replace_objects(key, ray_jobs, pods)
+        """Read a job's RayJobs, Jobs and pods from the API server."""
+        self.cache.replace_objects(
+            key,
+            await self.cluster.ray_jobs(key),
+            await self.cluster.preparations(key),
+            await self.cluster.pods(key),
+        )
 
     # ---- writing --------------------------------------------------------------------------------
 
@@ -349,6 +360,8 @@ class Reconciler:
     ) -> None:
         for name in decision.stop:
             await self._delete_ray_job(key, cached, name)
+        for name in decision.stop_preparing:
+            await self._delete_preparation(key, cached, name)
         if decision.start is not None:
             await self._start(key, cached, job, decision.start, planned)
         if decision.delete:
@@ -358,19 +371,27 @@ class Reconciler:
     async def _delete_ray_job(self, key: Key, cached: CachedJob, name: str) -> None:
         """Delete a RayJob as it was observed. Raises ApiError 409 if it has changed since, so that
         everything is read again before the next decision."""
-        if name not in cached.ray_jobs:  # a watch has reported its deletion
+        await self._delete(key, cached.ray_jobs, name, self.cluster.delete_ray_job)
+
+    async def _delete_preparation(self, key: Key, cached: CachedJob, name: str) -> None:
+        """Delete a Job that prepares data as it was observed. Raises ApiError 409 as for a
+        RayJob."""
+        await self._delete(key, cached.preparations, name, self.cluster.delete_preparation)
+
+    async def _delete(
+        self, key: Key, known: dict[str, tuple[int, Any]], name: str, delete: DeleteObject
+    ) -> None:
+        if name not in known:  # a watch has reported its deletion
             return
-        version, ray_job = cached.ray_jobs[name]
+        version, item = known[name]
         try:
-            existed = await self.cluster.delete_ray_job(
-                key.namespace, name, uid=ray_job.uid, version=str(version)
-            )
+            existed = await delete(key.namespace, name, uid=item.uid, version=str(version))
         except ApiError as error:
             if error.code == 409:
                 await self.read(key)
             raise
         if not existed:
-            cached.ray_jobs.pop(name, None)  # the cache was stale
+            known.pop(name, None)  # the cache was stale
             self.queue.add(key)
 
     def _may_have_objects(self, key: Key) -> bool:
@@ -381,7 +402,8 @@ class Reconciler:
     async def _start(
         self, key: Key, cached: CachedJob, job: Job, number: int, planned: Planned
     ) -> None:
-        """Create an attempt's objects, once no object of another attempt is left."""
+        """Create an attempt's objects, once no object of another attempt is left: while it is
+        preparing its Job, then its RayJob."""
         if cached.waits_for_next_try:
             self.queue.add_after(key, cached.create_after - time.monotonic())
             return
@@ -396,20 +418,7 @@ class Reconciler:
                 plan = planned
             else:
                 plan = await self._planner.recorded(key, job)
-            rendered = rayjob.render(
-                plan,
-                job,
-                attempt=number,
-                image=self.settings.image,
-                reporting=self._reporting,
-                reduced_to=job.status.attempts[-1].workers if job.status else None,
-            )
-            # The attempts of a job share all objects but the RayJob.
-            is_new = number == 1
-            await self.cluster.ensure(rendered.config_map, is_new=is_new)
-            if self.settings.job_network_policies:
-                await self.cluster.ensure(rendered.network_policy, is_new=is_new)
-            created = await self.cluster.create(rendered.ray_job)
+            created = await self._create(plan, job, number)
         except PlanLostError as error:
             if isinstance(error, PlanMissingError) and not _has_begun(job):
                 cached.create_error = CreateError(0, NOT_STORED, str(error))
@@ -423,8 +432,32 @@ class Reconciler:
                 await self.read(key)
             self._keep_create_error(key, cached, error)
         else:
-            cached.create_error, cached.create_failures = None, 0
-            self.cache.add_created_ray_job(key, {**rendered.ray_job, **created})
+            cached.create_error, cached.create_failures, cached.warnings = None, 0, ()
+            self.cache.add_created(key, created)
+
+    async def _create(self, plan: Plan, job: Job, number: int) -> Object:
+        """Create the objects of an attempt; return its Job while it is preparing, else its RayJob.
+        Raises ApiError 409 if the name is taken."""
+        attempt, image = _newest_attempt(job), self.settings.image
+        rendered = rayjob.render(
+            plan,
+            job,
+            attempt=number,
+            image=image,
+            reporting=self._reporting,
+            reduced_to=attempt.workers if attempt else None,
+        )
+        item = rendered.ray_job
+        if attempt is not None and is_preparing(attempt):
+            item = rayjob.render_preparation(
+                plan, job, attempt=number, image=image, reporting=self._reporting
+            )
+        # The attempts of a job share all other objects, and so do the Job and the RayJob of one.
+        is_new = number == 1 and not (attempt and attempt.prepared_at)
+        await self.cluster.ensure(rendered.config_map, is_new=is_new)
+        if self.settings.job_network_policies:
+            await self.cluster.ensure(rendered.network_policy, is_new=is_new)
+        return {**item, **await self.cluster.create(item)}
 
     def _store_create_error(self, key: Key, cached: CachedJob, error: CreateError) -> None:
         """Reconcile again with the error, which counts until the next try is due."""
@@ -442,21 +475,21 @@ class Reconciler:
         self._store_create_error(key, cached, found)
 
     async def _read_warnings(self, key: Key, cached: CachedJob, job: Job) -> None:
-        """Read the RayCluster's warnings while an attempt does not start: only these events report
-        that its pods were refused."""
-        attempt = job.status.attempts[-1] if job.status and job.status.attempts else None
+        """Read the warnings of the RayCluster, or of the Job before it, while an attempt does not
+        start: only these events report that its pods were refused."""
+        attempt = _newest_attempt(job)
         if attempt is None or attempt.running_at or attempt.finished_at:
             cached.warnings = ()
             return
-        cluster = _cluster_without_pods(cached.observed_state(attempt), attempt)
-        if not cluster:
+        name = _owner_without_pods(cached.observed_state(attempt), attempt)
+        if not name:
             return
         now = time.monotonic()
         if cached.warnings_due > now:
             self.queue.add_after(key, cached.warnings_due - now)
             return
         cached.warnings_due = self._warning_turns.take(now + WARNING_SECONDS)
-        warnings = tuple(await self.cluster.warnings(key.namespace, cluster))
+        warnings = tuple(await self.cluster.warnings(key.namespace, name))
         if warnings != cached.warnings:
             cached.warnings = warnings
             self.queue.add(key)
@@ -491,7 +524,7 @@ class Reconciler:
 
     # ---- deletion -------------------------------------------------------------------------------
 
-    async def _delete(self, key: Key, cached: CachedJob, job: Job | None) -> None:
+    async def _let_go(self, key: Key, cached: CachedJob, job: Job | None) -> None:
         """Let a deleted job go; first erase its output if the deletion policy asks for it. `job`
         None: the manifest is malformed, and the output stays. Kubernetes' garbage collector removes
         the objects of every deleted job."""
@@ -515,6 +548,9 @@ class Reconciler:
         existing = [item.name for _, item in cached.ray_jobs.values() if not item.deleting]
         for name in existing:  # a copy: a watch may change the cache during each request
             await self._delete_ray_job(key, cached, name)
+        existing = [item.name for _, item in cached.preparations.values() if not item.deleting]
+        for name in existing:
+            await self._delete_preparation(key, cached, name)
         now = self.clock()
         left = [item for item in cached.objects if not (is_erasing(item) or is_lost(item, now))]
         if left:
@@ -550,8 +586,14 @@ class Reconciler:
 
 
 def _has_begun(job: Job) -> bool:
-    """Return whether an attempt has had a RayJob, which is created after the stored plan."""
-    return any(attempt.ray_job_uid for attempt in (job.status.attempts if job.status else ()))
+    """Return whether an attempt has had a RayJob or a Job, which are created after the stored
+    plan."""
+    attempts = job.status.attempts if job.status else ()
+    return any(attempt.ray_job_uid or attempt.prepare_job_uid for attempt in attempts)
+
+
+def _newest_attempt(job: Job) -> AttemptStatus | None:
+    return job.status.attempts[-1] if job.status and job.status.attempts else None
 
 
 def _is_of(pod: Pod, body: Object) -> bool:
@@ -567,9 +609,14 @@ def _should_erase(job: Job) -> bool:
 # ---- changes of a status -------------------------------------------------------------------------
 
 
-def _cluster_without_pods(state: ObservedState, attempt: AttemptStatus) -> str:
-    """Return the RayCluster of an attempt that has not run, if it should have pods and has none;
-    "": otherwise."""
+def _owner_without_pods(state: ObservedState, attempt: AttemptStatus) -> str:
+    """Return the object that should have created the pods of an attempt, its RayCluster or its Job,
+    if there are none and there have been none; "": otherwise."""
+    if is_preparing(attempt):
+        job = state.preparation(attempt.number)
+        if job is None or job.suspended or job.ended or state.pods or attempt.preparing_at:
+            return ""
+        return job.name
     ray = state.ray_job(attempt.number)
     if ray is None or ray.suspended or state.pods or attempt.running_at:
         return ""

@@ -16,7 +16,7 @@ from tuneyard.controller.cluster import ApiError
 from tuneyard.controller.reconciler import ObjectId, Reconciler, Versions
 
 OBJECTS_SECONDS = 60.0
-"""How often RayJobs and pods are listed."""
+"""How often RayJobs, Jobs and pods are listed."""
 JOBS_SECONDS = 600.0
 """How often jobs are listed."""
 LEAST_PAUSE = 20
@@ -71,7 +71,7 @@ class Resync:
 
     def _each_cached(self) -> Iterator[tuple[ObjectId, int]]:
         for key, cached in self._reconciler.cache.jobs.items():
-            for collection, items in (("rayjobs", cached.ray_jobs), ("pods", cached.pods)):
+            for collection, items in cached.collections.items():
                 for name, (number, _) in items.items():
                     yield (key, collection, name), number
 

@@ -8,15 +8,15 @@ from typing import Any
 import kopf
 
 from tuneyard.api.meta import GROUP, VERSION
-from tuneyard.controller.cluster import Key, has_finalizer, needs_finalizer
-from tuneyard.controller.job_cache import Object, key_from_labels, key_of_job, key_of_ray_job
+from tuneyard.controller.cluster import SELECTORS, Key, has_finalizer, needs_finalizer
+from tuneyard.controller.job_cache import Object, key_from_labels, key_of_job, key_of_owner
 from tuneyard.controller.reconciler import Reconciler
 
 LIST_CHUNK = 250
 """Objects per page of a first listing: a page of jobs is about 2 MB of JSON."""
 UNKNOWN_SECONDS = 5.0
-"""How long a RayJob or a pod waits for the watch of jobs to report its job: after a start, the
-watches report thousands of objects in any order."""
+"""How long a RayJob, a Job or a pod waits for the watch of jobs to report its job: after a start,
+the watches report thousands of objects in any order."""
 
 
 def registry(reconciler: Reconciler) -> kopf.OperatorRegistry:
@@ -26,6 +26,7 @@ def registry(reconciler: Reconciler) -> kopf.OperatorRegistry:
     for plural in ("finetunejobs", "alignmentjobs"):
         _on_event(handlers, watches.job, GROUP, VERSION, plural)
     _on_event(handlers, watches.ray_job, "ray.io", "v1", "rayjobs")
+    _on_event(handlers, watches.preparation, "batch", "v1", "jobs")
     _on_event(handlers, watches.pod, "v1", "pods")
     _on_event(handlers, watches.workload, "kueue.x-k8s.io", "workloads")
     return handlers
@@ -77,6 +78,11 @@ class Watches:
         if key and self._cache.update_ray_job(key, body, deleted=deleted):
             self._add(key)
 
+    def preparation(self, body: Object, deleted: bool) -> None:
+        key = key_from_labels(body)
+        if key and self._cache.update_preparation(key, body, deleted=deleted):
+            self._add(key)
+
     def pod(self, body: Object, deleted: bool) -> None:
         key = key_from_labels(body)
         if key and self._cache.update_pod(key, body, deleted=deleted):
@@ -89,8 +95,9 @@ class Watches:
 
     def workload(self, body: Object, deleted: bool) -> None:
         for owner in body["metadata"].get("ownerReferences") or ():
-            key = key_of_ray_job(body["metadata"]["namespace"], owner["name"])
-            if owner.get("kind") == "RayJob" and key in self._cache.jobs:
+            namespace = body["metadata"]["namespace"]
+            key = key_of_owner(namespace, owner.get("kind") or "", owner["name"])
+            if key is not None and key in self._cache.jobs:
                 self._cache.update_workload(key, owner["uid"], body, deleted=deleted)
                 self._queue.add(key)
 
@@ -129,9 +136,8 @@ def settings(*, clusterwide: bool) -> kopf.OperatorSettings:
     result.watching.chunk_size = LIST_CHUNK
     result.queueing.idle_timeout = 0.5
     result.persistence.diffbase_storage = result.persistence.progress_storage = _NothingKept()
-    ours = f"{GROUP}/job"
-    result.watching.label_selectors["pods"] = ours
-    result.watching.label_selectors["rayjobs"] = ours
+    for plural, selector in SELECTORS.items():
+        result.watching.label_selectors[plural] = selector
     return result
 
 

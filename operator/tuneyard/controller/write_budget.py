@@ -64,7 +64,7 @@ class WriteBudget:
         since = time.monotonic() - cached.written_at
         if _states_of(before) != _states_of(after):
             return max(0.0, FIRST_SECONDS - since)
-        is_uid_alone = _without_ray_job_uid(before) == _without_ray_job_uid(after)
+        is_uid_alone = _without_uids(before) == _without_uids(after)
         if is_uid_alone and since < UID_SECONDS:
             return UID_SECONDS - since
         return self._wait_for_turn(cached)
@@ -124,13 +124,16 @@ def _changes_numbers_alone(before: JobStatus | None, after: JobStatus) -> bool:
     return _without_numbers(before) == _without_numbers(after)
 
 
-def _without_ray_job_uid(status: JobStatus) -> JobStatus:
-    attempts = [attempt.model_copy(update={"ray_job_uid": None}) for attempt in status.attempts]
+_NO_UIDS = {"ray_job_uid": None, "prepare_job_uid": None}
+
+
+def _without_uids(status: JobStatus) -> JobStatus:
+    attempts = [attempt.model_copy(update=_NO_UIDS) for attempt in status.attempts]
     return status.model_copy(update={"attempts": attempts})
 
 
 def _without_numbers(status: JobStatus) -> JobStatus:
-    quiet = {"stage": None, "last_step": None, "ray_job_uid": None}
+    quiet = {"stage": None, "last_step": None, **_NO_UIDS}
     attempts = [attempt.model_copy(update=quiet) for attempt in status.attempts]
     rest: dict[str, Any] = {"stages": [], "attempts": attempts}
     if status.progress is not None:

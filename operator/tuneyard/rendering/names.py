@@ -10,8 +10,14 @@ from tuneyard.api.progress import PROGRESS_ROUTE
 
 UID_LABEL = f"{GROUP}/job-uid"
 """The UID of the job that an object belongs to: a deleted job may have had the same name."""
+ROLE_LABEL = f"{GROUP}/role"
+PREPARE_ROLE = "prepare"
+"""The value of ROLE_LABEL of the Job that prepares an attempt's data, and of its pod."""
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
+
+
+_PREPARE = "-prepare"
 
 
 def queue(job: FineTuneJob | AlignmentJob) -> str | None:
@@ -32,6 +38,16 @@ def ray_job_name(kind: str, name: str, attempt: int) -> str:
     The two kinds of jobs never share a name: `x-1` belongs to a FineTuneJob, `x-a1` to an
     AlignmentJob."""
     return f"{name}-{'a' if kind == 'AlignmentJob' else ''}{attempt}"
+
+
+def prepare_job_name(kind: str, name: str, attempt: int) -> str:
+    """Return the name of the Job that prepares the data of an attempt."""
+    return f"{ray_job_name(kind, name, attempt)}{_PREPARE}"
+
+
+def ray_job_of(prepare_job: str) -> str:
+    """Return the name of the RayJob of an attempt whose data this Job prepares."""
+    return prepare_job.removesuffix(_PREPARE)
 
 
 def config_map_name(name: str, plan_digest: str) -> str:

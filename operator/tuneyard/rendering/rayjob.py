@@ -1,8 +1,10 @@
-"""Render the Kubernetes objects of one attempt: an immutable ConfigMap, a NetworkPolicy, a RayJob.
+"""Render the Kubernetes objects of one attempt: an immutable ConfigMap, a NetworkPolicy, a RayJob,
+and before it perhaps a Job that prepares the data.
 
 Each pod gets what it needs and no more. The head runs the driver, which claims the output and reads
 its records: the head gets the plan, the progress token and the output. The workers get the models,
-the data, the output and the Secrets. No pod has Kubernetes permissions.
+the data, the output and the Secrets. The pod that prepares the data gets all of these, but no GPU.
+No pod has Kubernetes permissions.
 """
 
 from __future__ import annotations
@@ -21,20 +23,24 @@ from tuneyard.api.pods import (
     CA_VARIABLE,
     CLAIMS_FOLDER,
     GRACE_SECONDS,
+    PREPARE_OPTION,
     PROGRESS_URL_VARIABLE,
     TOKEN_FILE_VARIABLE,
     WORKERS_VARIABLE,
 )
 from tuneyard.rendering.compute import Workers, workers
 from tuneyard.rendering.names import (
+    PREPARE_ROLE,
     PRIORITY_LABEL,
     QUEUE_LABEL,
+    ROLE_LABEL,
     UID_LABEL,
     audience,
     config_map_name,
     erasure_name,
     network_policy_name,
     plan_digest,
+    prepare_job_name,
     progress_path,
     queue,
     ray_job_name,
@@ -85,7 +91,7 @@ _FOREIGN_LABELS = (
     f"{GROUP}/",
 )
 """Prefixes of labels that other controllers act on. Labels with these prefixes are not copied; the
-RayJob alone gets Kueue's labels."""
+RayJob gets Kueue's labels, and so does the Job that prepares the data if it has a queue."""
 
 
 class Reporting(NamedTuple):
@@ -136,7 +142,7 @@ def render(
     head = _head(pods, store, [mount, *token], env)
     spec = {
         "submissionMode": "K8sJobMode",
-        "entrypoint": _entrypoint(job, attempt),
+        "entrypoint": " ".join(_driver(job, attempt)),
         "entrypointNumCpus": 0,
         "backoffLimit": 0,
         # The submitter must not start the driver again on the replacement of a lost head.
@@ -154,6 +160,54 @@ def render(
         },
     }
     return Rendered(config_map, _network_policy(job), _ray_job(plan, job, attempt, spec))
+
+
+def render_preparation(
+    plan: Plan,
+    job: FineTuneJob | AlignmentJob,
+    *,
+    attempt: int,
+    image: str = DEFAULT_IMAGE,
+    reporting: Reporting | None = None,
+) -> Object:
+    """Return the Job whose pod runs the leading stages of an attempt, which need no GPU, before the
+    attempt's RayJob exists. `reporting` None: no progress is posted.
+
+    Its pod has the CPUs and the memory of a worker. Like the head it is not bound to the workers'
+    nodes, which have the GPUs.
+    """
+    compute, policy = plan.compute, job.spec.run_policy
+    labels = {**_labels(job, attempt), ROLE_LABEL: PREPARE_ROLE}
+    store, group = storage(plan), workers(compute)
+    token, env = _reporting(job, reporting)
+    container = {
+        "name": PREPARE_ROLE,
+        "command": [*_driver(job, attempt), PREPARE_OPTION],
+        "lifecycle": _drain_hook(),
+        # The end of the log holds the outcome, in case that no post reached the operator.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "resources": _guaranteed_resources({"cpu": group.cpus, "memory": group.memory}),
+        "env": [*_environment(), *_variables(CPU_ENVIRONMENT), *_secret_env(store), *env],
+        "envFrom": _env_from(store.credentials),
+    }
+    mounts = [
+        _plan_mount(config_map_name(plan.job.name, plan_digest(plan))),
+        *token,
+        _shared_memory(group.shared_memory),
+        *_claims(store.claims),
+    ]
+    pods = _Pods(compute.image or image, labels, compute.priority_class)
+    template = _template(pods, container, mounts, tmp=group.temporary_storage)
+    metadata = _metadata(job, prepare_job_name(job.kind, plan.job.name, attempt), labels)
+    if policy.prepare_queue:
+        metadata["labels"] |= _queue_labels(policy.prepare_queue, workload_priority(job))
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": metadata,
+        # The operator retries, not this Job: a pod that is lost ends the attempt.
+        "spec": {"backoffLimit": 0, "template": template},
+    }
 
 
 def render_erasure(
@@ -191,11 +245,10 @@ def render_erasure(
 _MODULE = ("python", "-m")
 
 
-def _entrypoint(job: FineTuneJob | AlignmentJob, attempt: int) -> str:
+def _driver(job: FineTuneJob | AlignmentJob, attempt: int) -> list[str]:
+    """Return the command of an attempt's driver."""
     command = [*_MODULE, "tuneyard_trainer", "--plan", PLAN_FILE, "--attempt", str(attempt)]
-    if job.metadata.uid:
-        command += ["--job-uid", job.metadata.uid]
-    return " ".join(command)
+    return [*command, "--job-uid", job.metadata.uid] if job.metadata.uid else command
 
 
 def _plan_mount(config_map: str) -> _Mount:
@@ -214,11 +267,7 @@ def _config_map(plan: Plan, job: FineTuneJob | AlignmentJob) -> Object:
 
 
 def _ray_job(plan: Plan, job: FineTuneJob | AlignmentJob, attempt: int, spec: Object) -> Object:
-    labels = _labels(job, attempt)
-    if name := queue(job):
-        labels[QUEUE_LABEL] = name
-    if priority := workload_priority(job):
-        labels[PRIORITY_LABEL] = priority
+    labels = _labels(job, attempt) | _queue_labels(queue(job), workload_priority(job))
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
@@ -281,6 +330,12 @@ def _labels(job: FineTuneJob | AlignmentJob, attempt: int | None) -> dict[str, s
     if attempt is not None:
         labels[f"{GROUP}/attempt"] = str(attempt)
     return labels
+
+
+def _queue_labels(queue: str | None, priority: str | None) -> dict[str, str]:
+    """Return Kueue's labels of an object. None: the object gets no such label."""
+    labels = {QUEUE_LABEL: queue, PRIORITY_LABEL: priority}
+    return {key: value for key, value in labels.items() if value}
 
 
 # ---- pods -------------------------------------------------------------------------------------

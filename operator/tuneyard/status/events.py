@@ -22,7 +22,10 @@ KEY_METRICS = (
 )
 """The event of a finished stage names the first of these metrics that the stage has."""
 
-_WITHOUT_EVENT = ("Starting", "Queued", "Retrying", "Suspended", "Preempted", "FewerWorkers")
+_WITHOUT_EVENT = (
+    *("Starting", "Preparing", "Queued", "Retrying"),
+    *("Suspended", "Preempted", "FewerWorkers"),
+)
 """Reasons of Running=False without an event: they are no problem, or another event reports them."""
 
 
@@ -104,7 +107,10 @@ def _attempt_starts(before: JobStatus, after: JobStatus) -> Iterator[Event]:
     known = {attempt.number for attempt in before.attempts}
     for attempt in after.attempts:
         if attempt.number not in known:
-            text = f"attempt {attempt.number}: RayJob {attempt.ray_job}"
+            objects = f"RayJob {attempt.ray_job}"
+            if attempt.prepare_job:
+                objects = f"Job {attempt.prepare_job}, then {objects}"
+            text = f"attempt {attempt.number}: {objects}"
             plan = _condition(after, "Planned")
             if attempt.number == 1 and plan is not None:
                 # One event, not two: events are a quarter of the writes of a new job.
@@ -114,7 +120,9 @@ def _attempt_starts(before: JobStatus, after: JobStatus) -> Iterator[Event]:
 
 def _admission(before: JobStatus, after: JobStatus) -> Iterator[Event]:
     old, new = _condition(before, "Admitted"), _condition(after, "Admitted")
-    if new is None or new.reason == "NoQueue" or (old and old.status == new.status):
+    if new is None or new.reason in ("NoQueue", "Preparing"):
+        return
+    if old and old.status == new.status and old.reason != "Preparing":
         return
     yield Event("Normal", "Admitted" if new.status == "True" else "Queued", new.message)
 

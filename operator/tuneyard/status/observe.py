@@ -14,7 +14,7 @@ from tuneyard.api.alignmentjob import AlignmentJob
 from tuneyard.api.compute import RunPolicy
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.meta import Condition, ConditionType
-from tuneyard.api.plan import Plan
+from tuneyard.api.plan import Plan, leading, prepares_first
 from tuneyard.api.pods import GRACE_SECONDS, stage_folder
 from tuneyard.api.progress import Outcome, ProgressReport
 from tuneyard.api.status import (
@@ -27,15 +27,17 @@ from tuneyard.api.status import (
     StageStatus,
 )
 from tuneyard.errors import PlanError
-from tuneyard.rendering.names import plan_digest, ray_job_name
+from tuneyard.rendering.names import PREPARE_ROLE, plan_digest, prepare_job_name, ray_job_name
 from tuneyard.rendering.names import queue as queue_of
 from tuneyard.status import reasons
 from tuneyard.status.observed import (
     LOST_SECONDS,
     NOT_STORED,
     CreateError,
+    Item,
     ObservedState,
     Pod,
+    Preparation,
     RayJob,
     is_lost,
     names_of,
@@ -81,9 +83,12 @@ class Decision(NamedTuple):
 
     status: JobStatus
     start: int | None = None
-    """Create the objects of this attempt unless they exist; None: start nothing."""
+    """Create the objects of this attempt unless they exist: while it `is_preparing` its Job, then
+    its RayJob. None: start nothing."""
     stop: tuple[str, ...] = ()
     """RayJobs to delete."""
+    stop_preparing: tuple[str, ...] = ()
+    """Jobs that prepare data, to delete."""
     delete: bool = False
     """Delete the job: its time to live has expired."""
     wake_after: float | None = None
@@ -123,6 +128,11 @@ def should_stop(job: Job) -> bool:
     policy, attempts = job.spec.run_policy, job.status.attempts if job.status else []
     last = attempts[-1] if attempts else None
     return policy.suspend or policy.cancel or bool(last and (last.stopping_at or last.finished_at))
+
+
+def is_preparing(attempt: AttemptStatus) -> bool:
+    """Return whether a Job prepares the data of an attempt, which has no RayJob yet."""
+    return attempt.prepare_job is not None and attempt.prepared_at is None
 
 
 _NO_QUEUE = ("NoQueue", "the job names no queue")
@@ -230,15 +240,28 @@ class _Observer:
             return None
         return reasons.of_killed_pods(self.observed, last.number)
 
-    def _objects_left(self) -> list[RayJob | Pod]:
-        """Return the objects that the next attempt waits for: all that are not lost, and the
-        RayJobs of a deleted job of this name, which take the names of this job's RayJobs."""
-        pods = (*self.observed.pods, *self.observed.foreign_pods)
-        foreign = [ray for ray in self.observed.ray_jobs if self._is_foreign(ray)]
-        objects: list[RayJob | Pod] = [*self.observed.ray_jobs, *pods]
-        return [item for item in objects if item in foreign or not is_lost(item, self.now)]
+    def _objects_left(self) -> list[Item]:
+        """Return the objects that the next attempt, or the next object of this one, waits for: all
+        that are not lost, and the RayJobs and Jobs of a deleted job of this name, which take the
+        names of this job's. A Job that has prepared this attempt's data is done, and so is its
+        pod."""
+        seen, last = self.observed, self._attempt
+        objects: list[Item] = [*seen.ray_jobs, *seen.preparations, *seen.pods, *seen.foreign_pods]
+        if last and not last.finished_at and last.prepared_at:
+            objects = [item for item in objects if not self._has_prepared(item, last)]
+        return [
+            item
+            for item in objects
+            if not is_lost(item, self.now) or (not isinstance(item, Pod) and self._is_foreign(item))
+        ]
 
-    def _wait_for_pods(self, left: list[RayJob | Pod]) -> None:
+    def _has_prepared(self, item: Item, attempt: AttemptStatus) -> bool:
+        is_preparation = isinstance(item, Preparation)
+        if isinstance(item, Pod):
+            is_preparation = item.role == PREPARE_ROLE and item.phase == "Succeeded"
+        return is_preparation and item.attempt == attempt.number and not self._is_foreign(item)
+
+    def _wait_for_pods(self, left: list[Item]) -> None:
         """Wait until the objects of earlier attempts are removed: no other action may come
         first."""
         self.wake_times.append(RECHECK_SECONDS)
@@ -256,7 +279,7 @@ class _Observer:
             )
             self._condition("Running", False, cause.reason, cause.text)
 
-    def _waiting_since(self, left: list[RayJob | Pod]) -> datetime:
+    def _waiting_since(self, left: list[Item]) -> datetime:
         """Return since when the next attempt waits for these objects: since the last one ended, or
         has waited for its start; for a first one since the objects were deleted, or since the job
         was planned if nobody has deleted them."""
@@ -267,11 +290,11 @@ class _Observer:
         times = [item.deletion_time or first for item in left]
         return min((moment_of(text) for text in times if text), default=self.now)
 
-    def _is_foreign(self, item: RayJob | Pod) -> bool:
+    def _is_foreign(self, item: Item) -> bool:
         """Return whether an object belongs to a deleted job of this name."""
-        if isinstance(item, RayJob):
-            return item.owner != self.job.metadata.uid
-        return item in self.observed.foreign_pods
+        if isinstance(item, Pod):
+            return item in self.observed.foreign_pods
+        return item.owner != self.job.metadata.uid
 
     def _is_exhausted(self) -> bool:
         last = self._attempt
@@ -295,27 +318,45 @@ class _Observer:
 
     def _open_attempt(self) -> int:
         """Add the next attempt to the status; return its number."""
-        last, queue = self._attempt, queue_of(self.job)
+        last, kind, name = self._attempt, self.job.kind, self.job.metadata.name
         number = last.number + 1 if last else 1
-        name = ray_job_name(self.job.kind, self.job.metadata.name, number)
+        prepares = self._prepares_first()
         attempt = AttemptStatus(
             number=number,
-            ray_job=name,
+            ray_job=ray_job_name(kind, name, number),
+            prepare_job=prepare_job_name(kind, name, number) if prepares else None,
             started_at=rfc3339(self.now),
             workers=last.workers if last and last.reason == "FewerWorkers" else None,
         )
         if len(self.status.attempts) >= KEPT_ATTEMPTS:
             self._drop_attempt()
         self._set(attempts=[*self.status.attempts, attempt])
+        self._describe_resumption()
+        if prepares:
+            self._describe_preparation(attempt, None)
+        else:
+            self._describe_start(attempt)
+        return number
+
+    def _prepares_first(self) -> bool:
+        """Return whether a Job prepares the data of the next attempt, unless they are prepared. The
+        plan is given until the first attempt begins; from then on the attempts tell."""
+        if isinstance(self.planned, Plan):
+            prepares = prepares_first(self.planned)
+        else:
+            prepares = any(attempt.prepare_job for attempt in self.status.attempts)
+        return prepares and any(s.state not in DONE for s in leading(self.status.stages))
+
+    def _describe_start(self, attempt: AttemptStatus) -> None:
+        """Set phase and conditions of an attempt whose RayJob is created next."""
+        queue = queue_of(self.job)
         self._phase("Queued" if queue else "Pending")
         if queue:
-            text = f"attempt {number} waits for queue {queue}"
+            text = f"attempt {attempt.number} waits for queue {queue}"
             self._condition("Admitted", False, "Queued", text)
         else:
             self._condition("Admitted", True, *_NO_QUEUE)
-        self._describe_resumption()
         self._condition("Running", False, *_STARTING)
-        return number
 
     def _describe_resumption(self) -> None:
         """Report that a job that was suspended is not any more."""
@@ -332,6 +373,8 @@ class _Observer:
     # ---- during an attempt ----------------------------------------------------------------------
 
     def _during_attempt(self, attempt: AttemptStatus) -> Decision:
+        if is_preparing(attempt):
+            return self._during_preparation(attempt)
         ray = self._ray_job(attempt)
         if ray is not None and attempt.ray_job_uid is None:
             attempt = self._update(ray_job_uid=ray.uid)
@@ -344,7 +387,7 @@ class _Observer:
         if outcome or (ray is not None and ray.ended):
             return self._close_attempt(self._why_ended(attempt, ray, outcome))
         if ray is None:
-            return self._without_ray_job(attempt)
+            return self._without_object(attempt)
         if ray.deleting:
             return self._close_attempt(self._why_missing(attempt))
         if attempt.running_at and ray.evicted_by_queue:
@@ -374,14 +417,22 @@ class _Observer:
         return cause if is_final else self._stop_request(attempt) or cause
 
     def _why_missing(self, attempt: AttemptStatus) -> Cause:
-        """Return why the attempt's RayJob does not exist any more."""
-        missing = reasons.of_missing_ray_job(self.observed, attempt.number)
+        """Return why the attempt's RayJob, or before it its Job, does not exist any more."""
+        if is_preparing(attempt):
+            missing = reasons.of_missing_preparation(self.observed, attempt.number)
+        else:
+            missing = reasons.of_missing_ray_job(self.observed, attempt.number)
         return self._stop_request(attempt) or missing
 
-    def _without_ray_job(self, attempt: AttemptStatus) -> Decision:
-        if attempt.ray_job_uid is not None:
-            left = MISSING_SECONDS - self.observed.missing_seconds
-            is_replaced = self.observed.ray_job(attempt.number) is not None
+    def _without_object(self, attempt: AttemptStatus) -> Decision:
+        """Create the RayJob of an attempt, or while it is preparing its Job, unless it existed."""
+        seen, number = self.observed, attempt.number
+        if is_preparing(attempt):
+            uid, is_replaced = attempt.prepare_job_uid, seen.preparation(number) is not None
+        else:
+            uid, is_replaced = attempt.ray_job_uid, seen.ray_job(number) is not None
+        if uid is not None:
+            left = MISSING_SECONDS - seen.missing_seconds
             if left > 0 and not is_replaced:
                 self.wake_times.append(left)
                 return self._decision()
@@ -392,7 +443,7 @@ class _Observer:
         if create_error and create_error.reason != NOT_STORED:
             cause = reasons.of_create_error(create_error)
             if create_error.code == 422 or self._start_deadline_passed(
-                moment_of(attempt.started_at)
+                moment_of(attempt.prepared_at or attempt.started_at)
             ):
                 return self._close_attempt(cause._replace(retryable=False))
             self._condition("Running", False, cause.reason, cause.text)
@@ -400,6 +451,130 @@ class _Observer:
             self._wait_for_pods(objects)
             return self._decision()
         return self._decision(start=attempt.number)
+
+    # ---- while its data are prepared ------------------------------------------------------------
+
+    def _during_preparation(self, attempt: AttemptStatus) -> Decision:
+        """Follow the Job that prepares the data of an attempt. It saves no checkpoints, so an
+        attempt that must stop is closed at once."""
+        found = self._preparation(attempt)
+        if found is not None and attempt.prepare_job_uid is None:
+            attempt = self._update(prepare_job_uid=found.uid)
+        attempt = self._apply_post(attempt)
+        if attempt.preparing_at is None and self._has_preparing_pod(attempt):
+            attempt = self._update(preparing_at=rfc3339(self.now))
+        outcome = self._preparation_outcome(attempt, found)
+        if found is not None and found.succeeded:
+            return self._end_preparation(attempt)
+        if outcome or (found is not None and found.ended):
+            if reasons.cannot_prepare(self.observed, attempt.number):
+                return self._give_preparation_up()
+            return self._close_attempt(self._why_not_prepared(attempt, found, outcome))
+        if found is None:
+            return self._without_object(attempt)
+        if found.deleting:
+            return self._close_attempt(self._why_missing(attempt))
+        if attempt.preparing_at and found.suspended:
+            text = self._queue_message() or "it suspended the Job"
+            message = f"the queue evicted the Job that prepares the data: {text}"
+            return self._close_attempt(reasons.PREEMPTED._replace(message=message))
+        return self._stop_or_continue_preparing(attempt, found)
+
+    def _stop_or_continue_preparing(self, attempt: AttemptStatus, found: Preparation) -> Decision:
+        """End an attempt that must stop or whose Job starts too slowly; let any other continue."""
+        if request := self._stop_request(attempt):
+            return self._close_attempt(request)
+        self._describe_preparation(attempt, found)
+        if attempt.preparing_at is None and not found.suspended:
+            cause = reasons.of_waiting(found, self.observed)
+            is_final = cause.reason == "OutOfMemory"
+            if self._start_deadline_passed(self._pod_allowed_at(attempt, found)) or is_final:
+                return self._close_attempt(cause._replace(retryable=False))
+        if self.policy.deadline_seconds is not None:
+            self.wake_times.append(max(1.0, self.policy.deadline_seconds - self._spent()))
+        return self._decision()
+
+    def _preparation(self, attempt: AttemptStatus) -> Preparation | None:
+        """Return the Job that prepares the attempt's data: neither one of a deleted job of this
+        name, nor one that another client created again."""
+        for found in self.observed.preparations:
+            is_ours = found.owner == self.job.metadata.uid
+            if is_ours and found.attempt == attempt.number:
+                return found if attempt.prepare_job_uid in (None, found.uid) else None
+        return None
+
+    def _has_preparing_pod(self, attempt: AttemptStatus) -> bool:
+        """Return whether the pod of the Job runs, perhaps without a way to post its progress."""
+        running = (attempt.number, PREPARE_ROLE, "Running")
+        return any((pod.attempt, pod.role, pod.phase) == running for pod in self.observed.pods)
+
+    def _preparation_outcome(
+        self, attempt: AttemptStatus, found: Preparation | None
+    ) -> Outcome | None:
+        """Return how the preparation failed, as its driver posted or logged; None: neither. A
+        driver that succeeds reports no outcome: that would be the outcome of the job."""
+        report = self._progress_report(attempt)
+        posted = report.outcome if report and report.preparing else None
+        if posted is None and found is not None and found.failed:
+            posted = reasons.logged_preparation(self.observed, attempt.number)
+        return posted if posted and posted.state != "Succeeded" else None
+
+    def _why_not_prepared(
+        self, attempt: AttemptStatus, found: Preparation | None, outcome: Outcome | None
+    ) -> Cause:
+        """Return the cause of a requested end if there is one, or else the attempt's own cause. A
+        final failure always keeps its own cause."""
+        cause = reasons.of_preparation(found, self.observed, attempt.number, outcome)
+        is_final = outcome is not None and outcome.state == "Failed" and not cause.retryable
+        return cause if is_final else self._stop_request(attempt) or cause
+
+    def _end_preparation(self, attempt: AttemptStatus) -> Decision:
+        """Go on with the RayJob of an attempt whose data are prepared."""
+        attempt = self._update(prepared_at=rfc3339(self.now))
+        if request := self._stop_request(attempt):
+            return self._close_attempt(request)
+        self._describe_start(attempt)
+        return self._decision(start=attempt.number)
+
+    def _give_preparation_up(self) -> Decision:
+        """Let the workers of this attempt and of all others prepare the data: the trainer image
+        is of an earlier release, which cannot do it without them."""
+        attempts = [
+            attempt.model_copy(update={"prepare_job": None, "prepare_job_uid": None})
+            for attempt in self.status.attempts
+        ]
+        self._set(attempts=attempts)
+        self._describe_start(attempts[-1])
+        self.wake_times.append(1.0)
+        return self._decision()
+
+    def _describe_preparation(self, attempt: AttemptStatus, found: Preparation | None) -> None:
+        """Set phase and conditions of an attempt whose data are prepared. `found` None: its Job is
+        created next."""
+        self._phase("Preparing")
+        queue = queue_of(self.job)
+        if queue:
+            text = f"attempt {attempt.number} asks queue {queue} when its data are prepared"
+            self._condition("Admitted", False, "Preparing", text)
+        else:
+            self._condition("Admitted", True, *_NO_QUEUE)
+        text = f"Job {attempt.prepare_job} prepares the data"
+        if found is not None and found.suspended:
+            message = self._queue_message() or "it has not processed the Job yet"
+            text = f"{text} once its queue admits it: {message}"
+            self._condition("Running", False, "Preparing", text)
+            return
+        cause = reasons.of_waiting(found, self.observed)
+        is_known = attempt.preparing_at is None and cause.reason != "StartTimeout"
+        why = (cause.reason, cause.message) if is_known else ("Preparing", text)
+        self._condition("Running", False, *why)
+
+    def _pod_allowed_at(self, attempt: AttemptStatus, found: Preparation) -> datetime:
+        """Return when the pod of the Job could start: after its time in a queue."""
+        texts = (attempt.started_at, found.creation_time, found.start_time)
+        return max(moment_of(text) for text in texts if text)
+
+    # ---- its phase and conditions ---------------------------------------------------------------
 
     def _describe(self, attempt: AttemptStatus, ray: RayJob) -> None:
         """Set phase and conditions of an attempt that continues."""
@@ -511,7 +686,7 @@ class _Observer:
     def _outcome(self, attempt: AttemptStatus, ray: RayJob | None) -> Outcome | None:
         """Return the outcome that the driver posted or logged; None: neither."""
         report = self._progress_report(attempt)
-        posted = report.outcome if report else None
+        posted = report.outcome if report and not report.preparing else None
         return posted or (reasons.logged_outcome(ray) if ray and ray.ended else None)
 
     def _apply_post(self, attempt: AttemptStatus) -> AttemptStatus:
@@ -519,7 +694,11 @@ class _Observer:
         post, report = self.observed.post, self._progress_report(attempt)
         if post is None or (report is None and post.tuneyard is not None):
             return attempt
-        if attempt.running_at is None:
+        if report is not None and report.preparing:
+            # Also after its end, when the RayJob's driver has not started yet.
+            if attempt.preparing_at is None:
+                attempt = self._update(preparing_at=rfc3339(self.now))
+        elif attempt.running_at is None:
             if report is None:  # a post in Kubeflow's protocol does not name its attempt
                 return attempt
             attempt = self._update(running_at=rfc3339(self.now))
@@ -656,12 +835,10 @@ class _Observer:
         return (self.status.dropped_seconds or 0.0) + listed
 
     def _seconds_of(self, attempt: AttemptStatus) -> float:
-        """Return how long an attempt ran. Replicas' clocks differ, so its times may be out of
-        order."""
-        if attempt.running_at is None:
-            return 0.0
+        """Return how long an attempt ran, its preparation included."""
         end = moment_of(attempt.finished_at) if attempt.finished_at else self.now
-        return max(0.0, (end - moment_of(attempt.running_at)).total_seconds())
+        prepared = moment_of(attempt.prepared_at) if attempt.prepared_at else end
+        return _between(attempt.preparing_at, prepared) + _between(attempt.running_at, end)
 
     def _set(self, **values: object) -> None:
         self.status = self.status.model_copy(update=values)
@@ -713,12 +890,18 @@ class _Observer:
         orphans = [ray for ray in others if not self._is_being_evicted(ray)]
         if orphans != others:
             self.wake_times.append(RECHECK_SECONDS)
+        preparing = self._preparation(last) if last and self._is_open_preparation(last) else None
+        left = [p for p in self.observed.preparations if p != preparing and not p.deleting]
         return Decision(
             self.status,
             start=start,
             stop=tuple(sorted(ray.name for ray in orphans)),
+            stop_preparing=tuple(sorted(preparation.name for preparation in left)),
             wake_after=min(self.wake_times, default=None),
         )
+
+    def _is_open_preparation(self, attempt: AttemptStatus) -> bool:
+        return is_preparing(attempt) and not attempt.finished_at
 
     def _is_being_evicted(self, ray: RayJob) -> bool:
         """Return whether KubeRay is removing the RayJob's cluster for a queue. The pods save a
@@ -733,6 +916,12 @@ class _Observer:
 
 _CANCELED = Cause("Canceled", "runPolicy.cancel was set")
 _SUSPENDED = Cause("Suspended", "runPolicy.suspend was set", retryable=True)
+
+
+def _between(start: str | None, end: datetime) -> float:
+    """Return the seconds between two times. 0: the first is None, or they are out of order, since
+    replicas' clocks differ."""
+    return max(0.0, (end - moment_of(start)).total_seconds()) if start else 0.0
 
 
 def _with_state(stage: StageStatus, state: StageState) -> StageStatus:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from tuneyard.api.meta import GROUP
 from tuneyard.api.progress import Post
 from tuneyard.api.status import MemoryEstimate
-from tuneyard.rendering.names import QUEUE_LABEL, UID_LABEL
+from tuneyard.rendering.names import QUEUE_LABEL, ROLE_LABEL, UID_LABEL
 from tuneyard.status.times import moment_of
 
 Object = Mapping[str, Any]
@@ -79,6 +79,35 @@ class RayJob(NamedTuple):
         return self.suspended or self.deployment_status in ("Suspending", "Suspended")
 
 
+class Preparation(NamedTuple):
+    """The Job that prepares the data of one attempt before its RayJob exists."""
+
+    name: str
+    uid: str
+    attempt: int
+    deleting: bool
+    """Whether the Job is marked for deletion."""
+    owner: str | None
+    """UID of the controller; None: the Job has none."""
+    suspended: bool
+    """`spec.suspend`: a queue evicted or has not admitted the Job, which then has no pod."""
+    succeeded: bool
+    failed: bool
+    """Whether its pod failed or was lost. Its pod may still be ending."""
+    message: str
+    """Why the Job failed; "": it did not."""
+    start_time: str | None = None
+    """When it was started, or admitted by a queue (RFC 3339). None: not yet."""
+    deletion_time: str | None = None
+    """When Kubernetes may remove it (RFC 3339); None: it is not marked for deletion."""
+    creation_time: str | None = None
+    """When it was created (RFC 3339)."""
+
+    @property
+    def ended(self) -> bool:
+        return self.succeeded or self.failed
+
+
 class PodProblem(NamedTuple):
     """A problem of a pod or one of its containers."""
 
@@ -87,6 +116,8 @@ class PodProblem(NamedTuple):
     message: str
     container: str = ""
     """The container; "" for the pod as a whole."""
+    exit_code: int = 0
+    """The exit code of a container that has ended; 0: it runs, or it succeeded."""
 
 
 class Pod(NamedTuple):
@@ -95,7 +126,7 @@ class Pod(NamedTuple):
     name: str
     attempt: int
     role: str
-    """head, worker, submitter or erase."""
+    """head, worker, submitter, prepare or erase."""
     phase: str
     deleting: bool
     problems: tuple[PodProblem, ...]
@@ -123,7 +154,11 @@ class Pod(NamedTuple):
         return not self.created or self.created >= job_created
 
 
-def is_lost(item: RayJob | Pod, now: datetime) -> bool:
+Item = RayJob | Preparation | Pod
+"""An object of a job that a next attempt waits for."""
+
+
+def is_lost(item: Item, now: datetime) -> bool:
     """Return whether an object has existed for too long after its deletion time to be waited for.
     Whatever still runs in a lost pod cannot write to the output: a newer attempt claims it."""
     if item.deletion_time is None:
@@ -131,12 +166,12 @@ def is_lost(item: RayJob | Pod, now: datetime) -> bool:
     return (now - moment_of(item.deletion_time)).total_seconds() > LOST_SECONDS
 
 
-def is_erasing(item: RayJob | Pod) -> bool:
+def is_erasing(item: Item) -> bool:
     """Return whether an object is a pod that erases the output."""
     return isinstance(item, Pod) and item.role == "erase"
 
 
-def names_of(items: Iterable[RayJob | Pod]) -> str:
+def names_of(items: Iterable[Item]) -> str:
     """Return the names of at most three objects, with the nodes of pods, for a message."""
     names = sorted(
         f"{item.name} on node {item.node}" if isinstance(item, Pod) and item.node else item.name
@@ -175,6 +210,7 @@ class ObservedState:
     """The state of one job's objects at one moment."""
 
     ray_jobs: tuple[RayJob, ...] = ()
+    preparations: tuple[Preparation, ...] = ()
     pods: tuple[Pod, ...] = ()
     foreign_pods: tuple[Pod, ...] = ()
     """Pods of a deleted job with the same name."""
@@ -183,7 +219,8 @@ class ObservedState:
     workload: Workload | None = None
     """None: no queue has processed the attempt."""
     warnings: tuple[str, ...] = ()
-    """Messages of the RayCluster's warning events; read only while an attempt does not start."""
+    """Messages of the warning events of the object that creates the pods, a RayCluster or a Job;
+    read only while an attempt does not start."""
     create_error: CreateError | None = None
     """None: the API server refused nothing."""
     post: Post | None = None
@@ -195,11 +232,16 @@ class ObservedState:
     """The spec fields that this version does not know and plans without: after a rollback, the job
     may be of a newer one."""
     missing_seconds: float = 0.0
-    """For how long the current attempt's RayJob, which existed, has been missing."""
+    """For how long the current attempt's object, which existed, has been missing: its RayJob, or
+    before that the Job that prepares its data."""
 
     def ray_job(self, attempt: int) -> RayJob | None:
         """Return the RayJob of an attempt; None: it does not exist."""
         return next((item for item in self.ray_jobs if item.attempt == attempt), None)
+
+    def preparation(self, attempt: int) -> Preparation | None:
+        """Return the Job that prepares the data of an attempt; None: it does not exist."""
+        return next((item for item in self.preparations if item.attempt == attempt), None)
 
 
 # ---- from Kubernetes' JSON ----------------------------------------------------------------------
@@ -215,13 +257,12 @@ def ray_job(item: Object) -> RayJob:
     """Return the reduced form of a RayJob."""
     metadata, status = item["metadata"], item.get("status") or {}
     workers, min_workers = _group_size(item.get("spec") or {})
-    owners = (o["uid"] for o in metadata.get("ownerReferences") or () if o.get("controller"))
     return RayJob(
         name=metadata["name"],
         uid=metadata["uid"],
         attempt=attempt_of(item),
         deleting="deletionTimestamp" in metadata,
-        owner=next(owners, None),
+        owner=_owner(metadata),
         suspended=bool((item.get("spec") or {}).get("suspend")),
         job_status=status.get("jobStatus") or "",
         deployment_status=status.get("jobDeploymentStatus") or "",
@@ -236,6 +277,34 @@ def ray_job(item: Object) -> RayJob:
         deletion_time=metadata.get("deletionTimestamp"),
         creation_time=metadata.get("creationTimestamp"),
     )
+
+
+def preparation(item: Object) -> Preparation:
+    """Return the reduced form of a Job that prepares data."""
+    metadata, status = item["metadata"], item.get("status") or {}
+    conditions = status.get("conditions") or ()
+    holds = {c["type"]: c.get("message") or "" for c in conditions if c.get("status") == "True"}
+    # A Job with a pod on a lost node has FailureTarget and never Failed.
+    failed = [type_ for type_ in ("Failed", "FailureTarget") if type_ in holds]
+    return Preparation(
+        name=metadata["name"],
+        uid=metadata["uid"],
+        attempt=attempt_of(item),
+        deleting="deletionTimestamp" in metadata,
+        owner=_owner(metadata),
+        suspended=bool((item.get("spec") or {}).get("suspend")),
+        succeeded="Complete" in holds,
+        failed=bool(failed),
+        message=holds[failed[0]] if failed else "",
+        start_time=status.get("startTime"),
+        deletion_time=metadata.get("deletionTimestamp"),
+        creation_time=metadata.get("creationTimestamp"),
+    )
+
+
+def _owner(metadata: Object) -> str | None:
+    owners = (o["uid"] for o in metadata.get("ownerReferences") or () if o.get("controller"))
+    return next(owners, None)
 
 
 def _group_size(spec: Object) -> tuple[int, int]:
@@ -282,10 +351,10 @@ def _placed_at(status: Object) -> str | None:
 
 
 def _role(labels: Object) -> str:
-    """Return the role of a pod. KubeRay labels the pods of Ray nodes; of the other pods, the one
-    with an attempt label is the submitter."""
-    node_type = labels.get("ray.io/node-type")
-    return str(node_type or ("submitter" if f"{GROUP}/attempt" in labels else "erase"))
+    """Return the role of a pod. KubeRay labels the pods of Ray nodes; of the other pods without a
+    role, the one with an attempt label is the submitter."""
+    role = labels.get(ROLE_LABEL) or labels.get("ray.io/node-type")
+    return str(role or ("submitter" if f"{GROUP}/attempt" in labels else "erase"))
 
 
 def _problems(status: Object) -> Iterator[PodProblem]:
@@ -309,7 +378,8 @@ def _problems(status: Object) -> Iterator[PodProblem]:
         last = ended or (container.get("lastState") or {}).get("terminated")
         if last and last.get("exitCode"):
             text = last.get("message") or f"exit code {last['exitCode']}"
-            yield PodProblem(last.get("reason") or "Error", text, container["name"])
+            name, code = container["name"], int(last["exitCode"])
+            yield PodProblem(last.get("reason") or "Error", text, name, code)
 
 
 def workload(item: Object) -> Workload:

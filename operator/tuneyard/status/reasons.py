@@ -14,10 +14,18 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from tuneyard.api.pods import OUTCOME_PREFIX, STALE_ATTEMPT
+from tuneyard.api.pods import OUTCOME_PREFIX, STALE_ATTEMPT, UNKNOWN_OPTION
 from tuneyard.api.progress import Outcome
 from tuneyard.api.status import Failure
-from tuneyard.status.observed import CreateError, ObservedState, Pod, PodProblem, RayJob
+from tuneyard.rendering.names import PREPARE_ROLE
+from tuneyard.status.observed import (
+    CreateError,
+    ObservedState,
+    Pod,
+    PodProblem,
+    Preparation,
+    RayJob,
+)
 
 UNEXPLAINED = ("WorkerDied", "HeadLost")
 """Reasons that state only the loss of a process: Kubernetes may report the cause later."""
@@ -56,7 +64,17 @@ _MEMORY_ADVICE = (
 def logged_outcome(ray_job: RayJob | None) -> Outcome | None:
     """Return the outcome in the driver's log, whose tail KubeRay copies into the RayJob; None: the
     tail holds none."""
-    text = ray_job.message if ray_job else ""
+    return _logged(ray_job.message if ray_job else "")
+
+
+def logged_preparation(observed: ObservedState, attempt: int) -> Outcome | None:
+    """Return the outcome in the log of a pod that prepared an attempt's data, whose tail the
+    kubelet copies into the pod's status; None: the tail holds none."""
+    found = (_logged(problem.message) for problem in _preparing_problems(observed, attempt))
+    return next(filter(None, found), None)
+
+
+def _logged(text: str) -> Outcome | None:
     _, prefix, rest = text.rpartition(OUTCOME_PREFIX)
     if not prefix:
         return None
@@ -100,10 +118,51 @@ def of_missing_ray_job(observed: ObservedState, attempt: int) -> Cause:
     )
 
 
+def of_preparation(
+    preparation: Preparation | None, observed: ObservedState, attempt: int, outcome: Outcome | None
+) -> Cause:
+    """Return why an attempt's data could not be prepared. One of `preparation` and `outcome` may be
+    None."""
+    reported = of_outcome(outcome) if outcome else None
+    if preparation is None or (reported and reported.reason not in UNEXPLAINED):
+        return reported or PREEMPTED
+    if cause := of_killed_pods(observed, attempt) or reported:
+        return cause
+    texts = [problem.message for problem in _preparing_problems(observed, attempt)]
+    line = _last_line("\n".join([preparation.message, *texts]))
+    return Cause("DriverError", line or "the driver ended and gave no reason", retryable=True)
+
+
+def of_missing_preparation(observed: ObservedState, attempt: int) -> Cause:
+    """Return why the Job that prepares an attempt's data does not exist any more."""
+    return of_killed_pods(observed, attempt) or Cause(
+        "PrepareJobDeleted",
+        "the Job that prepares the attempt's data was deleted by another client",
+        retryable=True,
+    )
+
+
+def cannot_prepare(observed: ObservedState, attempt: int) -> bool:
+    """Return whether the driver of an attempt's Job does not know how to prepare data: its image is
+    of an earlier release."""
+    codes = (problem.exit_code for problem in _preparing_problems(observed, attempt))
+    return UNKNOWN_OPTION in codes
+
+
+def _preparing_problems(observed: ObservedState, attempt: int) -> Iterator[PodProblem]:
+    for pod in _pods_of(observed, attempt):
+        if pod.role == PREPARE_ROLE:
+            yield from pod.problems
+
+
 def of_killed_pods(observed: ObservedState, attempt: int) -> Cause | None:
     """Return the worst cause that Kubernetes reports for an attempt's killed pods; None: none."""
-    pods = [pod for pod in (*observed.deleted_pods, *observed.pods) if pod.attempt == attempt]
+    pods = _pods_of(observed, attempt)
     return min(_killed(pods), key=lambda c: (_WORST.index(c.reason), c.message), default=None)
+
+
+def _pods_of(observed: ObservedState, attempt: int) -> list[Pod]:
+    return [pod for pod in (*observed.deleted_pods, *observed.pods) if pod.attempt == attempt]
 
 
 _NODE_LOST = ("Terminated", "Shutdown", "NodeShutdown", "NodeLost")
@@ -111,7 +170,7 @@ _NODE_LOST = ("Terminated", "Shutdown", "NodeShutdown", "NodeLost")
 
 def _killed(pods: Iterable[Pod]) -> Iterator[Cause]:
     for pod in pods:
-        if pod.role not in ("head", "worker"):
+        if pod.role not in ("head", "worker", PREPARE_ROLE):
             continue
         for problem in pod.problems:
             cause = _of_killing(pod, problem)
@@ -124,6 +183,8 @@ def _of_killing(pod: Pod, problem: PodProblem) -> Cause | None:
     if problem.reason == "OOMKilled":
         if pod.role == "head":
             advice = "The head pod's memory is fixed: tell the platform team."
+        elif pod.role == PREPARE_ROLE:
+            advice = "Raise compute.memory, or split the data into several jobs."
         else:
             advice = _MEMORY_ADVICE
         return Cause("OutOfMemory", f"{where} was killed: out of memory", advice, retryable=False)
@@ -217,9 +278,10 @@ def of_create_error(create_error: CreateError) -> Cause:
     return Cause("RayJobRefused", f"the cluster refused the attempt's objects: {text}")
 
 
-def of_waiting(ray_job: RayJob | None, observed: ObservedState) -> Cause:
-    """Return why an attempt does not start; reason StartTimeout: unknown."""
-    attempt = ray_job.attempt if ray_job else 0
+def of_waiting(owner: RayJob | Preparation | None, observed: ObservedState) -> Cause:
+    """Return why an attempt does not start; reason StartTimeout: unknown. `owner`: the object whose
+    pods are awaited."""
+    attempt = owner.attempt if owner else 0
     for pod in sorted(observed.pods, key=lambda pod: pod.name):
         if pod.attempt == attempt:
             for problem in pod.problems:
@@ -229,7 +291,8 @@ def of_waiting(ray_job: RayJob | None, observed: ObservedState) -> Cause:
     killed = of_killed_pods(observed, attempt)
     if killed and killed.reason == "OutOfMemory":  # KubeRay replaces the pod again and again
         return killed
-    texts = [*([ray_job.cluster_failure] if ray_job else []), *observed.warnings]
+    failures = [owner.cluster_failure] if isinstance(owner, RayJob) else []
+    texts = [*failures, *observed.warnings]
     for text in filter(None, texts):
         if "exceeded quota" in text:
             return _quota(text)

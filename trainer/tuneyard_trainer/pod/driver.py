@@ -2,6 +2,10 @@
 
 python -m tuneyard_trainer --plan plan.json --attempt 2 --job-uid UID
 
+With --prepare it runs only the leading stages, which need no GPU, in a process of this pod without
+Ray, before the attempt has a Ray cluster. It then reports no outcome unless it failed: that would
+be the outcome of the attempt.
+
 It writes one line per event to standard output and posts its progress to the operator
 (TUNEYARD_PROGRESS_URL, TUNEYARD_TOKEN_FILE, TUNEYARD_CA). An outcome other than success is also the
 last line of standard error, `TUNEYARD-OUTCOME {json}`. KubeRay copies that line into the RayJob, so
@@ -25,27 +29,30 @@ from types import FrameType
 from typing import Any
 
 from tuneyard.api.job_facts import FitAnswer, JobFacts
-from tuneyard.api.plan import Plan, SourceInput
+from tuneyard.api.plan import Plan, SourceInput, leading
 from tuneyard.api.pods import (
     CA_VARIABLE,
     DRIVER_LOG,
     GRACE_SECONDS,
     OUTCOME_PREFIX,
+    PREPARE_OPTION,
     PROGRESS_URL_VARIABLE,
     STALE_ATTEMPT,
     TOKEN_FILE_VARIABLE,
     WORKERS_VARIABLE,
 )
 from tuneyard.api.progress import Outcome
+from tuneyard.api.quantity import quantity_value
 from tuneyard.api.status import Failure
 from tuneyard.errors import StageError
 from tuneyard_trainer import drain
 from tuneyard_trainer.logs.keep import LogPlace, kept, own_files
-from tuneyard_trainer.pod.log import Log
+from tuneyard_trainer.pod.log import Log, copied_output
 from tuneyard_trainer.pod.progress import AttemptProgress, finite
 from tuneyard_trainer.pod.reporter import Reporter, StatusClient
+from tuneyard_trainer.running import processes
 from tuneyard_trainer.running.failures import MOST_CHARACTERS, last_line
-from tuneyard_trainer.running.group import Places
+from tuneyard_trainer.running.group import Places, Resources
 from tuneyard_trainer.running.waits import Waits
 from tuneyard_trainer.storage import sources
 from tuneyard_trainer.storage.records import Store
@@ -57,8 +64,13 @@ FIT_SECONDS = 60.0
 than the restart of an operator."""
 LOG_SECONDS = 10.0
 """The least time between two log lines of progress without a message."""
+PREPARED_SECONDS = 60.0
+"""How long the driver that has prepared the data tries to say so: the operator knows it from the
+end of the pod, and the driver that trains says it again."""
 FOLDER = Path(tempfile.gettempdir(), "tuneyard")
 """The folder of stores, caches and Ray's results; a pod may write to its /tmp only."""
+PREPARING_LOG = FOLDER / "driver.log"
+"""The log of a driver that prepares data, from which it is kept."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -67,11 +79,21 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--plan", type=Path, required=True, help="as `tuneyard plan --json` prints")
     parser.add_argument("--attempt", type=int, default=1)
     parser.add_argument("--job-uid", help="the uid of the job")
+    parser.add_argument(
+        PREPARE_OPTION, action="store_true", help="run the leading stages that need no GPU alone"
+    )
     options = parser.parse_args(arguments)
+    if options.prepare:
+        with copied_output(PREPARING_LOG):
+            return _drive(options)
+    return _drive(options)
+
+
+def _drive(options: argparse.Namespace) -> int:
     log = Log(sys.stdout)
     try:
         plan = Plan.model_validate_json(options.plan.read_text())
-        driver = Driver(plan, options.attempt, options.job_uid, log)
+        driver = Driver(plan, options.attempt, options.job_uid, log, preparing=options.prepare)
         with drain.registered(drain.FOLDER, driver.preempted):
             return driver.run()
     except Exception as error:
@@ -81,11 +103,19 @@ def main(arguments: Sequence[str]) -> int:
 class Driver:
     """One attempt, from claiming the output to reporting its outcome."""
 
-    def __init__(self, plan: Plan, attempt: int, uid: str | None, log: Log) -> None:
+    def __init__(
+        self, plan: Plan, attempt: int, uid: str | None, log: Log, *, preparing: bool = False
+    ) -> None:
+        """`preparing`: run only the leading stages, without Ray."""
         self._plan, self._attempt, self._uid, self._log = plan, attempt, uid, log
+        self._preparing = preparing
         fewer = os.environ.get(WORKERS_VARIABLE)
         self._progress = AttemptProgress(
-            plan, attempt, time.time(), workers=int(fewer) if fewer else None
+            plan,
+            attempt,
+            time.time(),
+            workers=int(fewer) if fewer else None,
+            preparing=preparing,
         )
         self._stop = threading.Event()
         self._stop_cause = ("Preempted", "the driver was asked to end")
@@ -104,6 +134,9 @@ class Driver:
         """Carry the plan out, report the outcome and return the exit code."""
         with ExitStack() as logs:
             outcome = self._outcome(logs)
+            if self._preparing and outcome.state == "Succeeded":
+                self._log("prepared", stages=[stage.name for stage in leading(self._plan.stages)])
+                return SUCCEEDED
             return _leave(outcome, self._log)  # the kept log ends with the outcome
 
     def _outcome(self, logs: ExitStack) -> Outcome:
@@ -116,8 +149,15 @@ class Driver:
                 outcome = outcome_of(error, self._stop_cause)
             self._waits.end()
             if not _is_stale(outcome) and self._reporter:
-                self._reporter.finish(self._progress.end(outcome, time.time()))
+                self._report_end(self._reporter, outcome)
         return outcome
+
+    def _report_end(self, reporter: Reporter, outcome: Outcome) -> None:
+        """Give the last post."""
+        if self._preparing and outcome.state == "Succeeded":
+            reporter.finish(self._progress.post(), PREPARED_SECONDS)
+        else:
+            reporter.finish(self._progress.end(outcome, time.time()))
 
     def _carry_out(self, logs: ExitStack) -> None:
         output = located(self._plan.output.uri)
@@ -128,12 +168,8 @@ class Driver:
         self._store = store
         self._log("output-claimed", uri=self._plan.output.uri)
         place = LogPlace(output, self._attempt, self._uid, str(drain.FOLDER))
-        logs.enter_context(kept(place, DRIVER_LOG, own_files(), warn=self._log_not_kept))
-
-        self._waits.begin("importing Ray")  # takes long on a small head pod
-        from tuneyard_trainer.running import distributed
-
-        resources = distributed.pods_resources(self._plan.compute, os.environ)
+        files = [PREPARING_LOG] if self._preparing else own_files()
+        logs.enter_context(kept(place, DRIVER_LOG, files, warn=self._log_not_kept))
         places = Places(
             output=output,
             scratch=str(FOLDER / "scratch"),
@@ -142,6 +178,32 @@ class Driver:
             job_uid=self._uid,
             drain=str(drain.FOLDER),
         )
+        if self._preparing:
+            self._prepare(places)
+        else:
+            self._run_on_ray(places)
+
+    def _prepare(self, places: Places) -> None:
+        """Run the leading stages in a process of this pod."""
+        Path(places.scratch).mkdir(parents=True, exist_ok=True)
+        cpus = math.ceil(quantity_value(self._plan.compute.cpus_per_worker or "4"))
+        processes.run(
+            self._plan,
+            places=places,
+            resources=Resources.divided(1, 1, 0, cpus),
+            attempt=self._attempt,
+            on_event=self._event,
+            stop=self._stop,
+            review=self._review,
+            preparing=True,
+        )
+
+    def _run_on_ray(self, places: Places) -> None:
+        """Run the plan on the workers of the Ray cluster."""
+        self._waits.begin("importing Ray")  # takes long on a small head pod
+        from tuneyard_trainer.running import distributed
+
+        resources = distributed.pods_resources(self._plan.compute, os.environ)
         self._waits.begin("connecting to Ray")
         with distributed.pods_cluster(), self._signals():  # ray.init sets a handler of its own
             self._log("ray-connected", workers=resources.workers, least=resources.min_workers)

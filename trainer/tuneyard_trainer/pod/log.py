@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import TextIO
 
 from tuneyard_trainer.pod.progress import rfc3339
@@ -28,6 +32,33 @@ class Log:
             # A message may quote half of a character from a file, which the stream would refuse.
             self._stream.write(text.encode("utf-8", "backslashreplace").decode() + "\n")
             self._stream.flush()
+
+
+class _Copied(io.TextIOBase):
+    """A text stream whose text is also written to a file."""
+
+    def __init__(self, stream: TextIO, copy: TextIO) -> None:
+        self._streams = (stream, copy)
+
+    def write(self, text: str) -> int:
+        for stream in self._streams:
+            stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        for stream in self._streams:
+            stream.flush()
+
+
+@contextmanager
+def copied_output(path: Path) -> Iterator[None]:
+    """While active, what this process writes to standard output and standard error is also in the
+    file. In a pod they are pipes, from which no log can be kept."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as copy:
+        out, err = _Copied(sys.stdout, copy), _Copied(sys.stderr, copy)
+        with redirect_stdout(out), redirect_stderr(err):
+            yield
 
 
 def _formatted(value: object) -> str:

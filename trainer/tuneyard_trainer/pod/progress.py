@@ -31,9 +31,18 @@ SECONDS_PER_HOUR = 3600.0
 class AttemptProgress:
     """The state of an attempt after the events so far."""
 
-    def __init__(self, plan: Plan, attempt: int, at: float, *, workers: int | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        attempt: int,
+        at: float,
+        *,
+        workers: int | None = None,
+        preparing: bool = False,
+    ) -> None:
         """`at`, here and below: seconds since the epoch. `workers`: of this attempt. None: as
-        planned."""
+        planned. `preparing`: only the leading stages run, before there are workers."""
+        self._preparing = preparing
         self._workers = workers or plan.compute.workers or 1
         self._started_at = at
         """When the running stage began."""
@@ -78,6 +87,7 @@ class AttemptProgress:
             ),
             tuneyard=ProgressReport(
                 attempt=self._attempt,
+                preparing=self._preparing,
                 stage=self._stage,
                 step=self._step,
                 total_steps=self._total,

@@ -185,13 +185,14 @@ class Reporter:
                 self._changed.wait(ASK_POLL_SECONDS)
         return None
 
-    def finish(self, post: Post) -> bool:
-        """Post the outcome; return after FINAL_SECONDS at most whether the operator took it."""
+    def finish(self, post: Post, seconds: float | None = None) -> bool:
+        """Give the last post; return after `seconds` at most whether the operator took it. None:
+        FINAL_SECONDS."""
         with self._changed:
             self._newest, self._news, self._urgent, self._ended = post, True, True, True
             self._version += 1
             self._changed.notify_all()
-        self._thread.join(FINAL_SECONDS)
+        self._thread.join(FINAL_SECONDS if seconds is None else seconds)
         if not self.delivered and not self.stale:
             self._log("outcome-not-delivered", tries=self._failures)
         return self.delivered

@@ -41,7 +41,7 @@ def job_facts(
     model: Path,
     records: Mapping[str, StageRecord],
     at_hand: AtHand,
-    device: torch.device,
+    device: torch.device | None,
     *,
     devices: int,
     neighbors: int,
@@ -49,8 +49,8 @@ def job_facts(
     """Return the facts of a job.
 
     `model`: the folder that the first stage which trains starts from. `records`: of the stages
-    that are done. `devices`: workers that train together. `neighbors`: workers that share the
-    memory of this machine or pod.
+    that are done. `device` None: that of the workers is not known yet. `devices`: workers that
+    train together. `neighbors`: workers that share the memory of this machine or pod.
     """
     known, why = _model(model / "config.json")
     left = [stage for stage in plan.stages if stage.name not in records]
@@ -62,7 +62,7 @@ def job_facts(
         rows=rows,
         prompts=_prompts(left, model, rows, at_hand),
         models=_models(left, at_hand),
-        device=device_of(device, neighbors),
+        device=None if device is None else device_of(device, neighbors),
         devices=devices,
     )
 

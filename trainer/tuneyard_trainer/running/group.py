@@ -100,6 +100,8 @@ class Task:
     """Threads of a rank without a GPU."""
     neighbors: int = 1
     """Ranks that share the memory of the machine or of the pod."""
+    preparing: bool = False
+    """Run only the leading stages, which need no GPU."""
 
 
 def follow(
@@ -236,6 +238,7 @@ def run_rank(
                 emit=client.emit,
                 ask=client.ask,
                 neighbors=task.neighbors,
+                preparing=task.preparing,
             ).run()
         except Interrupted as stopped:
             client.emit(failure_event(stopped))

@@ -1,5 +1,6 @@
 """A worker group of this machine: one process for each rank, without Ray.
 
+It runs local jobs, and the leading stages of a job on a cluster before its RayJob exists.
 The driver starts the ranks as `python -m tuneyard_trainer.running.processes`. Ray would start six
 processes of its own first, and import torch in two of them.
 """
@@ -46,9 +47,12 @@ def run(
     on_event: Callable[[dict[str, Any]], None],
     stop: threading.Event,
     review: group.Review | None = None,
+    attempt: int = 1,
+    preparing: bool = False,
 ) -> None:
     """Run the plan in processes of this machine; return when it is done. `stop`, `on_event`,
-    `review` and the errors are those of `distributed.run`."""
+    `review` and the errors are those of `distributed.run`. `preparing`: run only the leading
+    stages, which need no GPU, in one process."""
     on_event(wait_event("starting the workers"))
     server = EventServer("127.0.0.1")
     task = {
@@ -58,6 +62,8 @@ def run(
         "address": server.address,
         "key": server.key.hex(),
         "worldSize": resources.workers,
+        "attempt": attempt,
+        "preparing": preparing,
         "rendezvous": str(Path(places.scratch, "rendezvous").absolute()),
     }
     with _ranks(task, resources, Path(places.scratch)) as ranks:
@@ -198,9 +204,10 @@ def main() -> None:
     work = Task(
         plan,
         Places(**task["places"]),
-        attempt=1,
+        attempt=task["attempt"],
         threads=task["threads"],
         neighbors=world_size,
+        preparing=task["preparing"],
     )
     group.run_rank(work, client, rank, world_size, device)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
 from tuneyard.api.job_facts import FitAnswer
-from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, StageRecord
+from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, StageRecord, leading
 from tuneyard.api.stage_settings import SHARED_KINDS, TRAINING_KINDS, StageKind
 from tuneyard.errors import StageError
 from tuneyard_trainer import extras
@@ -175,6 +175,9 @@ class PlanRunner:
     nobody decides, and it trains as planned."""
     neighbors: int = 1
     """Workers that share the memory of this machine or pod."""
+    preparing: bool = False
+    """Run only the leading stages, which need no GPU, and ask then from their rows whether the job
+    fits workers that do not exist yet. On one worker."""
     _answer: FitAnswer | None = None
     """The answer. None: not asked yet."""
 
@@ -182,7 +185,7 @@ class PlanRunner:
         """Skip or run every stage; return the records by name. Raises StageError or Interrupted."""
         control = Control(self.worker.world_size)
         known, store = self.stage_inputs, self.stage_inputs.store
-        for stage in known.plan.stages:
+        for stage in leading(known.plan.stages) if self.preparing else known.plan.stages:
             digests = known.digests(stage) if self.worker.is_main else {}
             record = control.agree(self._done(stage, digests) if self.worker.is_main else None)
             if not self.worker.is_main:
@@ -200,12 +203,33 @@ class PlanRunner:
                     raise record
                 store.pull(stage.name)
             known.records[stage.name] = record
+        if self.preparing:
+            self._ask_ahead()
         return known.records
+
+    def _ask_ahead(self) -> None:
+        """Ask about the first stage that trains, before it has workers. Raises StageError
+        DoesNotFit if it does not fit these for certain."""
+        training = [s for s in self.stage_inputs.plan.stages if s.kind in TRAINING_KINDS]
+        # A stage with a record may be done, which only its workers find out, from its inputs.
+        if not training or self.stage_inputs.store.record(training[0].name) is not None:
+            return
+        compute = self.stage_inputs.plan.compute
+        devices = (compute.workers or 1) * compute.processes_per_worker
+        self._answer = self._answer_about(training[0], None, devices)
+        self._refuse_misfit()
 
     def _ask(self, stage: PlannedStage) -> FitAnswer:
         """Return the answer to the job's facts. The model's folder is that of `stage`. Raises
         StageError."""
         self._require_same_vocabularies()
+        return self._answer_about(stage, self.worker.device, self.worker.world_size)
+
+    def _answer_about(
+        self, stage: PlannedStage, device: torch.device | None, devices: int
+    ) -> FitAnswer:
+        """Return the answer to the job's facts. `device` None: it is not known yet. `devices`: that
+        train together. Raises StageError."""
         if self.ask is None:
             return FitAnswer()
         from tuneyard_trainer.running.facts import facts_event, job_facts
@@ -216,8 +240,8 @@ class PlanRunner:
                 self.stage_inputs.inputs(stage)["model"],
                 self.stage_inputs.records,
                 self.stage_inputs.at_hand,
-                self.worker.device,
-                devices=self.worker.world_size,
+                device,
+                devices=devices,
                 neighbors=self.neighbors,
             )
         except OSError as error:
