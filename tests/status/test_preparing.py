@@ -206,6 +206,26 @@ class TestEnds:
         assert sim.created[-1] == "minimal-2", "and so do those of the next attempts"
         assert sim.attempt.prepare_job is None
 
+    def test_the_time_of_a_pod_that_could_not_prepare_counts_toward_no_deadline(self) -> None:
+        sim = simulation(deadlineSeconds=100)
+        sim.reconcile()
+        sim.add_pods(pod(1, "prepare"))
+        sim.reconcile()
+        assert sim.attempt.preparing_at, "its pod was seen to run"
+        sim.planned = ALREADY_PLANNED
+        problem = PodProblem("Error", "unrecognized arguments: --prepare", "prepare", 2)
+        sim.pods["minimal-1-prepare"] = pod(1, "prepare", problem, phase="Failed")
+        sim.prepare(failed=True)
+        sim.settle()
+        sim.wait(500)  # the pods of the RayJob start
+        sim.run()
+        sim.wait(90)
+        sim.reconcile()
+        assert (sim.phase, sim.attempt.stopping_at) == ("Running", None)
+        sim.wait(11)
+        sim.reconcile()
+        assert sim.attempt.stopping_at
+
     def test_an_interrupted_preparation_does_not_count(self) -> None:
         sim = preparing(maxAttempts=1)
         posts(sim, INTERRUPTED)

@@ -544,7 +544,8 @@ class _Observer:
             for attempt in self.status.attempts
         ]
         self._set(attempts=attempts)
-        self._describe_start(attempts[-1])
+        # Nothing was prepared: else the time until the end of the attempt would count twice.
+        self._describe_start(self._update(preparing_at=None))
         self.wake_times.append(1.0)
         return self._decision()
 
