@@ -112,6 +112,17 @@ class TestBeforeTheRayJob:
         assert sim.reconcile().start == 1
         assert "minimal-1" in sim.ray_jobs
 
+    def test_the_time_of_a_long_preparation_is_no_wait_for_its_pod(self) -> None:
+        sim = preparing()
+        sim.wait(10_000)
+        sim.prepare(succeeded=True)
+        sim.killed_at, sim.killed_after = sim.actions, True
+        with pytest.raises(KilledError):  # its status is written, and nothing else
+            sim.reconcile()
+        assert sim.reconcile().start is None, "the watch still reports that the pod runs"
+        assert sim.why() == "False Starting"
+        assert "PodsLeft" not in sim.event_reasons()
+
     def test_an_attempt_with_a_queue_is_preparing_and_then_queued(self) -> None:
         sim = preparing(queue="team-a")
         assert (sim.phase, sim.why("Admitted")) == ("Preparing", "False Preparing")

@@ -281,10 +281,10 @@ class _Observer:
 
     def _waiting_since(self, left: list[Item]) -> datetime:
         """Return since when the next attempt waits for these objects: since the last one ended, or
-        has waited for its start; for a first one since the objects were deleted, or since the job
-        was planned if nobody has deleted them."""
+        was prepared, or has waited for its start; for a first one since the objects were deleted,
+        or since the job was planned if nobody has deleted them."""
         if last := self._attempt:
-            return moment_of(last.finished_at or last.started_at)
+            return moment_of(last.finished_at or last.prepared_at or last.started_at)
         planned = self._conditions().get("Planned")
         first = planned.last_transition_time if planned else None
         times = [item.deletion_time or first for item in left]
