@@ -305,6 +305,8 @@ def test_a_gpu_of_which_only_the_memory_is_known_is_estimated() -> None:
         "NVIDIA-L40",
         "NVIDIA-T400-4GB",
         "NVIDIA-GH200-480GB",
+        "NVIDIA-H100-NVL",
+        "NVIDIA-H100-96GB-HBM3",
         "NVIDIA-H100-80GB-HBM3-MIG-1g.10gb",
         "NVIDIA GeForce RTX 4090 Laptop GPU",
     ],

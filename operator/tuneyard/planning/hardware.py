@@ -85,6 +85,9 @@ _SPELLINGS = {"A100": "A100-80GB", "GEFORCERTX4090": "RTX4090"}
 PARTIAL = frozenset({"mig", "laptop"})
 """Words in the label of a part of a GPU (MIG), or of a smaller one of the same name."""
 
+_OTHERS = {"H100": frozenset({"nvl", "96gb"})}
+"""Words in the labels of GPUs with the same name and more memory, which are not described."""
+
 UNKNOWN = Gpu("unknown", 79 * GIB, estimated=True)
 """The GPU of a job whose hardware is not described: nothing is refused on it."""
 
@@ -105,7 +108,8 @@ def gpu_of(name: str) -> Gpu:
             return gpu
     words = set(re.findall(r"[a-z0-9]+", re.sub(r"rtx\W4090", "rtx4090", name.lower())))
     for gpu in GPUS if not words & PARTIAL else ():
-        if set(gpu.name.lower().split("-")) <= words:  # whole words: an L40 is no L4
+        is_other = bool(words & _OTHERS.get(gpu.name, frozenset()))
+        if set(gpu.name.lower().split("-")) <= words and not is_other:  # an L40 is no L4
             return gpu
     known = ", ".join(gpu.name for gpu in GPUS)
     raise UnknownGpuError(
