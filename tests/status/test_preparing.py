@@ -237,6 +237,16 @@ class TestEnds:
         sim.reconcile()
         assert sim.attempt.stopping_at
 
+    def test_the_end_of_another_container_does_not_mean_that_the_image_cannot_prepare(self) -> None:
+        sim = preparing()
+        problem = PodProblem("Error", "exit code 2", "mesh-init", 2)
+        sim.pods["minimal-1-prepare"] = pod(1, "prepare", problem, phase="Failed")
+        sim.prepare(failed=True, message="Job has reached the specified backoff limit")
+        sim.reconcile()
+        assert (sim.attempt.reason, sim.attempt.prepare_job) == ("DriverError", "minimal-1-prepare")
+        sim.settle()
+        assert sim.ray_jobs == {}
+
     def test_an_interrupted_preparation_does_not_count(self) -> None:
         sim = preparing(maxAttempts=1)
         posts(sim, INTERRUPTED)
