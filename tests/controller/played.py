@@ -51,6 +51,8 @@ class PlayedCluster:
         """Whether the plan cannot be read."""
         self.num_reviews = self.num_reviewing = self.most_reviewing = 0
         self.review_seconds = 0.0
+        self.role = ""
+        """The role that the label of the job's pod names. "": it has no such label."""
         self.body: Object = {
             "apiVersion": "tuneyard.io/v1alpha1",
             "kind": KEY.kind,
@@ -107,6 +109,8 @@ class PlayedCluster:
     async def pod(self, namespace: str, name: str) -> Object | None:
         labels = {"tuneyard.io/kind": KEY.kind, "tuneyard.io/job": KEY.name}
         labels["tuneyard.io/attempt"] = "1"
+        if self.role:
+            labels["tuneyard.io/role"] = self.role
         return {"metadata": {"name": name, "namespace": namespace, "uid": "p", "labels": labels}}
 
     async def job(self, key: Key) -> Object | None:

@@ -12,7 +12,16 @@ from typing import Any
 
 import pytest
 
-from tests.controller.played import KEY, POST, STATUS, Object, PlayedCluster, Served, served
+from tests.controller.played import (
+    KEY,
+    POST,
+    STATUS,
+    Object,
+    PlayedCluster,
+    Served,
+    send,
+    served,
+)
 from tests.planning.models import facts
 from tuneyard.api.job_facts import Device, FitAnswer, JobFacts
 from tuneyard.api.plan import Plan
@@ -73,6 +82,25 @@ def test_a_job_that_does_not_fit_is_told_why_and_is_not_asked_to_stop(tmp_path: 
         assert response.stop is False
 
     play(PlayedCluster(), act)
+
+
+@pytest.mark.parametrize(("role", "preparing"), [("prepare", True), ("", False)])
+def test_whether_a_pod_prepares_data_is_read_from_its_labels_and_not_from_its_posts(
+    tmp_path: Path, role: str, preparing: bool
+) -> None:
+    """Else the pod of the Job could report the success of a job that has not trained."""
+
+    async def act(running: Served) -> None:
+        report = {**POST["tuneyard"], "preparing": not preparing}
+        await send(running.client(tmp_path), {**POST, "tuneyard": report})
+        stored = running.reconciler.cache.job(KEY).post
+        assert stored is not None
+        assert stored.tuneyard is not None
+        assert (stored.tuneyard.preparing, stored.tuneyard.step) == (preparing, 7)
+
+    cluster = PlayedCluster()
+    cluster.role = role
+    play(cluster, act)
 
 
 def test_a_post_without_facts_or_with_an_unknown_model_gets_no_decision(tmp_path: Path) -> None:

@@ -150,6 +150,23 @@ def test_the_job_is_the_attempt_s_own_and_has_the_right_of_its_plan_and_its_netw
     play(scenario, settings=Settings(job_network_policies=True))
 
 
+def test_a_job_that_is_done_and_cannot_be_deleted_does_not_keep_the_ray_job_from_starting() -> None:
+    def refused(request: Request) -> tuple[int, str] | None:
+        is_delete = request.method == "DELETE" and request.path == PREPARATION
+        return (403, "a policy forbids to delete Jobs") if is_delete else None
+
+    async def scenario(api: MemoryApi, operator: Operator) -> None:
+        await prepare(api, operator)
+        api.fault = refused
+        api.change(PREPARATION, status=COMPLETE)
+        await eventually(lambda: api.names(RAY_JOBS) == ["tuned-1"])
+        await eventually(lambda: sum(each.method == "DELETE" for each in api.requests) > 1)
+
+    api = play(scenario)
+    created = [each.path for each in api.requests if each.method == "POST"]
+    assert created.count(f"{RAY_JOBS}/tuned-1") == 1
+
+
 def test_a_job_without_gpus_is_prepared_by_its_workers() -> None:
     async def scenario(api: MemoryApi, _: Operator) -> None:
         await eventually(lambda: api.names(RAY_JOBS))

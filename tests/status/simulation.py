@@ -221,11 +221,11 @@ class Simulation:
             self._write(lambda: self._take(decision.status))
         for name in decision.stop:
             self._write(lambda name=name: self.delete(name))
-        for name in decision.stop_preparing:
-            self._write(lambda name=name: self.delete_preparation(name))
         if decision.start is not None:
             start = decision.start
             self._write(lambda: self._create(start))
+        for name in decision.stop_preparing:
+            self._write(lambda name=name: self.delete_preparation(name))
         if decision.delete:
             self.is_deleted = True
         return decision

@@ -112,6 +112,17 @@ class TestBeforeTheRayJob:
         assert sim.reconcile().start == 1
         assert "minimal-1" in sim.ray_jobs
 
+    def test_the_time_of_a_long_preparation_is_no_wait_for_its_pod(self) -> None:
+        sim = preparing()
+        sim.wait(10_000)
+        sim.prepare(succeeded=True)
+        sim.killed_at, sim.killed_after = sim.actions, True
+        with pytest.raises(KilledError):  # its status is written, and nothing else
+            sim.reconcile()
+        assert sim.reconcile().start is None, "the watch still reports that the pod runs"
+        assert sim.why() == "False Starting"
+        assert "PodsLeft" not in sim.event_reasons()
+
     def test_an_attempt_with_a_queue_is_preparing_and_then_queued(self) -> None:
         sim = preparing(queue="team-a")
         assert (sim.phase, sim.why("Admitted")) == ("Preparing", "False Preparing")
@@ -205,6 +216,36 @@ class TestEnds:
         sim.next_attempt()
         assert sim.created[-1] == "minimal-2", "and so do those of the next attempts"
         assert sim.attempt.prepare_job is None
+
+    def test_the_time_of_a_pod_that_could_not_prepare_counts_toward_no_deadline(self) -> None:
+        sim = simulation(deadlineSeconds=100)
+        sim.reconcile()
+        sim.add_pods(pod(1, "prepare"))
+        sim.reconcile()
+        assert sim.attempt.preparing_at, "its pod was seen to run"
+        sim.planned = ALREADY_PLANNED
+        problem = PodProblem("Error", "unrecognized arguments: --prepare", "prepare", 2)
+        sim.pods["minimal-1-prepare"] = pod(1, "prepare", problem, phase="Failed")
+        sim.prepare(failed=True)
+        sim.settle()
+        sim.wait(500)  # the pods of the RayJob start
+        sim.run()
+        sim.wait(90)
+        sim.reconcile()
+        assert (sim.phase, sim.attempt.stopping_at) == ("Running", None)
+        sim.wait(11)
+        sim.reconcile()
+        assert sim.attempt.stopping_at
+
+    def test_the_end_of_another_container_does_not_mean_that_the_image_cannot_prepare(self) -> None:
+        sim = preparing()
+        problem = PodProblem("Error", "exit code 2", "mesh-init", 2)
+        sim.pods["minimal-1-prepare"] = pod(1, "prepare", problem, phase="Failed")
+        sim.prepare(failed=True, message="Job has reached the specified backoff limit")
+        sim.reconcile()
+        assert (sim.attempt.reason, sim.attempt.prepare_job) == ("DriverError", "minimal-1-prepare")
+        sim.settle()
+        assert sim.ray_jobs == {}
 
     def test_an_interrupted_preparation_does_not_count(self) -> None:
         sim = preparing(maxAttempts=1)

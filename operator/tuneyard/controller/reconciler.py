@@ -360,10 +360,11 @@ class Reconciler:
     ) -> None:
         for name in decision.stop:
             await self._delete_ray_job(key, cached, name)
-        for name in decision.stop_preparing:
-            await self._delete_preparation(key, cached, name)
         if decision.start is not None:
             await self._start(key, cached, job, decision.start, planned)
+        # After the start: a Job that is done and cannot be deleted keeps no RayJob from starting.
+        for name in decision.stop_preparing:
+            await self._delete_preparation(key, cached, name)
         if decision.delete:
             await self.cluster.delete_job(cached.body or {}, key)
         await self._read_warnings(key, cached, job)

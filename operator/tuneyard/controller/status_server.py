@@ -1,7 +1,8 @@
 """The status server: training pods post their progress here and learn whether to stop.
 
 A pod authenticates with a token that is bound to the pod and to one job's audience; the API server
-reviews the token. The attempt is read from the pod's labels, never trusted from the post.
+reviews the token. The attempt, and whether the pod only prepares data, are read from the pod's
+labels, never trusted from the post.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from tuneyard.controller.review_limits import (
     review_seconds,
 )
 from tuneyard.errors import ManifestError
-from tuneyard.rendering.names import audience
+from tuneyard.rendering.names import PREPARE_ROLE, audience
 from tuneyard.status import observed
 from tuneyard.status.observe import Job, is_finished, should_stop
 from tuneyard.status.observed import Pod
@@ -134,7 +135,7 @@ class StatusServer:
         post = await _read(request)
         if post.tuneyard is not None and post.tuneyard.attempt != pod.attempt:
             raise Refused(409, "stale", f"the pod belongs to attempt {pod.attempt}")
-        return await self._deliver(key, pod, post)
+        return await self._deliver(key, pod, _as_sent_by(pod, post))
 
     async def _deliver(self, key: Key, pod: Pod, post: Post) -> PostResponse:
         """Hand a post to the reconciler; wait until its outcome, if any, is stored. Raises
@@ -251,6 +252,15 @@ class StatusServer:
                 403, "forbidden", f"the token belongs to no pod with label {GROUP}/job={key.name}"
             )
         return observed.pod(pod)
+
+
+def _as_sent_by(pod: Pod, post: Post) -> Post:
+    """Return a post that says of its pod what the pod's labels say: a pod that prepares data cannot
+    report the success of the job, and its time counts once."""
+    if post.tuneyard is None:
+        return post
+    report = post.tuneyard.model_copy(update={"preparing": pod.role == PREPARE_ROLE})
+    return post.model_copy(update={"tuneyard": report})
 
 
 async def _close_old_connections(runner: web.AppRunner) -> None:

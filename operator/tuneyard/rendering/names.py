@@ -12,7 +12,8 @@ UID_LABEL = f"{GROUP}/job-uid"
 """The UID of the job that an object belongs to: a deleted job may have had the same name."""
 ROLE_LABEL = f"{GROUP}/role"
 PREPARE_ROLE = "prepare"
-"""The value of ROLE_LABEL of the Job that prepares an attempt's data, and of its pod."""
+"""The value of ROLE_LABEL of the Job that prepares an attempt's data, and of its pod; the name
+of the pod's container."""
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 

@@ -281,10 +281,10 @@ class _Observer:
 
     def _waiting_since(self, left: list[Item]) -> datetime:
         """Return since when the next attempt waits for these objects: since the last one ended, or
-        has waited for its start; for a first one since the objects were deleted, or since the job
-        was planned if nobody has deleted them."""
+        was prepared, or has waited for its start; for a first one since the objects were deleted,
+        or since the job was planned if nobody has deleted them."""
         if last := self._attempt:
-            return moment_of(last.finished_at or last.started_at)
+            return moment_of(last.finished_at or last.prepared_at or last.started_at)
         planned = self._conditions().get("Planned")
         first = planned.last_transition_time if planned else None
         times = [item.deletion_time or first for item in left]
@@ -544,7 +544,8 @@ class _Observer:
             for attempt in self.status.attempts
         ]
         self._set(attempts=attempts)
-        self._describe_start(attempts[-1])
+        # Nothing was prepared: else the time until the end of the attempt would count twice.
+        self._describe_start(self._update(preparing_at=None))
         self.wake_times.append(1.0)
         return self._decision()
 

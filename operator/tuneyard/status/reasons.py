@@ -145,8 +145,8 @@ def of_missing_preparation(observed: ObservedState, attempt: int) -> Cause:
 def cannot_prepare(observed: ObservedState, attempt: int) -> bool:
     """Return whether the driver of an attempt's Job does not know how to prepare data: its image is
     of an earlier release."""
-    codes = (problem.exit_code for problem in _preparing_problems(observed, attempt))
-    return UNKNOWN_OPTION in codes
+    ends = ((end.container, end.exit_code) for end in _preparing_problems(observed, attempt))
+    return (PREPARE_ROLE, UNKNOWN_OPTION) in ends  # other clients add containers to pods
 
 
 def _preparing_problems(observed: ObservedState, attempt: int) -> Iterator[PodProblem]:
