@@ -348,6 +348,7 @@ def test_a_gpu_of_which_only_the_memory_is_known_is_estimated() -> None:
         "NVIDIA-T400-4GB",
         "NVIDIA-GH200-480GB",
         "NVIDIA-H100-64GB",
+        "NVIDIA-H100-96GB-HBM3",
         "NVIDIA-L40S-12Q",
         "GRID-T4-4Q",
         "NVIDIA-H100-80GB-HBM3-MIG-1g.10gb",

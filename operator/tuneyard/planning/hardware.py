@@ -87,8 +87,9 @@ PARTIAL = frozenset({"mig", "laptop"})
 """Words in the label of a part of a GPU (MIG), or of a smaller one of the same name."""
 VIRTUAL = re.compile(r"\d+[abcq]")
 """A word in the label of a virtual GPU, such as 12q: it has 12 GB of the GPU that is named."""
-ROUNDED = 0.8
-"""A described GPU has at least this share of the size that its label names: 14 GiB of 16 GB."""
+ROUNDED = 0.85
+"""A described GPU has at least this share of the size that its label names: 14 GiB of 16 GB.
+An H100 of 96 GB is another one than that of 80."""
 
 UNKNOWN = Gpu("unknown", 79 * GIB, estimated=True)
 """The GPU of a job whose hardware is not described: nothing is refused on it."""

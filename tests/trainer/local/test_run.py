@@ -41,9 +41,13 @@ def start(folder: Path, value: dict[str, Any]) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen[str], seconds: float = 540) -> tuple[int, str, str]:
     """Wait for the process; return its exit code, stdout and stderr."""
-    out, err = process.communicate(timeout=540)
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # else it would take the processor from all later tests
+        raise
     return process.returncode, out, err
 
 
@@ -288,6 +292,7 @@ def test_a_job_of_the_same_manifest_that_exports_only_an_adapter_is_refused(tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # 3 minutes on two quiet cores, 10 beside three other processes
 def test_the_quickstart_teaches_smollm2_product_facts_that_the_base_does_not_know(
     tmp_path: Path,
 ) -> None:
@@ -296,7 +301,7 @@ def test_the_quickstart_teaches_smollm2_product_facts_that_the_base_does_not_kno
     value = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())
     (tmp_path / "data").symlink_to(ROOT / "examples" / "data")
     value["spec"]["output"]["uri"] = "file://out"
-    code, out, err = finish(start(tmp_path, value))
+    code, out, err = finish(start(tmp_path, value), seconds=1100)
     assert code == 0, err
     metrics = record(tmp_path, "evaluate")["metrics"]
     assert metrics["lossReduction"] >= 0.3
