@@ -90,17 +90,14 @@ def _division_faults(plan: Plan, profiles: Mapping[str, Compute]) -> Iterator[Fa
     if name is None or name not in profiles:
         return
     compute = with_profile(plan.compute, profiles)
-    reported: set[str] = set()
-    for stage in plan.stages:
-        settings = stage.settings
-        if not isinstance(settings, GrpoSettings | DistillSettings):
-            continue
-        kind = settings.estimator if isinstance(settings, GrpoSettings) else "distill"
-        size = settings.training.batch_size
-        by_trl = kind == "distill" or settings.training.engine == "trl"
-        uneven = compute.uneven_workers(size) if by_trl else None
-        if uneven and kind not in reported:
-            reported.add(kind)  # once, whatever the number of rounds
+    batches: dict[str, int] = {}  # one for each method, whatever the number of rounds
+    for settings in (stage.settings for stage in plan.stages):
+        if isinstance(settings, DistillSettings):
+            batches["distill"] = settings.training.batch_size
+        elif isinstance(settings, GrpoSettings) and settings.training.engine == "trl":
+            batches[settings.estimator] = settings.training.batch_size
+    for kind, size in batches.items():
+        if uneven := compute.uneven_workers(size):
             yield Fault(
                 f"spec.optimize.{kind}.training.batchSize",
                 f"TRL needs equally many rows on each process, and {size} cannot be divided among "
