@@ -7,23 +7,34 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.stage_settings import PrepareSettings
 from tuneyard.errors import StageError
+from tuneyard_trainer.data.ledger import SPLIT_OUTCOMES, Ledger, ledger_details
 from tuneyard_trainer.data.prepared import SPLITS, Rows, remove_split
 from tuneyard_trainer.data.preprocessing import OVERLENGTH_OUTCOMES, Preprocessor, Tally
-from tuneyard_trainer.data.splits import SplitWriter, assign_splits, held_out, num_contaminated
+from tuneyard_trainer.data.splits import (
+    HELD_OUT,
+    TRAIN,
+    SplitWriter,
+    assign_splits,
+    grouped,
+    held_out,
+    num_contaminated,
+)
 from tuneyard_trainer.data.tokenization import Encoder
 from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import sequence_limit
 from tuneyard_trainer.worker import StageContext, StageOutcome, Worker
 
 _SPOOL = ".spool"
+_TEXTS = "validation.jsonl"
 
 
 def run(context: StageContext) -> StageOutcome:
@@ -50,20 +61,34 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
         limit,
         context.worker,
     )
-    train, validation = _write_splits(preprocessor, context.workdir)
+    splits = _write_splits(preprocessor, context.workdir)
     tokenizer.save_pretrained(context.workdir / "tokenizer")
-    metrics = _metrics(context.workdir, preprocessor.tallies, len(validation))
-    details: dict[str, Any] = {"datasets": [tally.details() for tally in preprocessor.tallies]}
+    tallies = preprocessor.tallies
+    ledgers = {tally.role: tally.ledger for tally in tallies}
+    _settle(ledgers, splits, context.workdir)
+    metrics = _metrics(context.workdir, tallies)
+    details: dict[str, Any] = {
+        "datasets": [tally.details() for tally in tallies],
+        "ledger": ledger_details(ledgers.values()),
+    }
     if settings.validation:
-        details["contaminated"] = num_contaminated(train.hashes, validation.hashes)
-        _warn_contaminated(details["contaminated"], len(validation), context.worker)
+        contaminated = num_contaminated(splits.train.hashes, splits.validation.hashes)
+        details["contaminated"] = contaminated
+        _warn_contaminated(contaminated, len(splits.validation), context.worker)
     _write_summary(context.workdir, settings, tokenizer, limit, metrics, details)
-    faults = {tally.name: tally.faults for tally in preprocessor.tallies if tally.faults}
+    faults = {tally.name: tally.faults for tally in tallies if tally.faults}
     return StageOutcome(metrics, {**details, "maxLength": limit, "faults": faults})
 
 
-def _write_splits(preprocessor: Preprocessor, workdir: Path) -> tuple[SplitWriter, SplitWriter]:
-    """Write the splits train and validation, and return their closed writers.
+class _Splits(NamedTuple):
+    """The closed writers of the splits."""
+
+    train: SplitWriter
+    validation: SplitWriter
+
+
+def _write_splits(preprocessor: Preprocessor, workdir: Path) -> _Splits:
+    """Write the splits train and validation.
 
     A fraction can be held out only after all rows are read, so until then the training rows are
     in a spool folder.
@@ -71,16 +96,60 @@ def _write_splits(preprocessor: Preprocessor, workdir: Path) -> tuple[SplitWrite
     settings, seed = preprocessor.settings, preprocessor.settings.seed
     fraction = settings.validation_fraction
     spool = workdir / _SPOOL
-    folder = workdir if fraction is None else spool
-    with SplitWriter(folder, "train", seed, texts=fraction is not None) as train:
+    folder, texts = (workdir, None) if fraction is None else (spool, spool / "train.jsonl")
+    with SplitWriter(folder, "train", seed, texts=texts) as train:
         preprocessor.read("train", settings.train, train)
-    with SplitWriter(workdir, "validation", seed, texts=True) as validation:
+    with SplitWriter(workdir, "validation", seed, texts=workdir / _TEXTS) as validation:
         preprocessor.read("validation", settings.validation, validation)
     preprocessor.check()
-    if fraction is not None:
-        validation = assign_splits(train, held_out(train.hashes, fraction), workdir, seed)
-        shutil.rmtree(spool)
-    return train, validation
+    if fraction is None:
+        return _Splits(train, validation)
+    groups = grouped(train.hashes, train.prompts)
+    codes = np.where(held_out(groups, fraction), HELD_OUT, TRAIN).astype(np.int8)
+    with (
+        SplitWriter(workdir, "train", seed, texts=None) as kept,
+        SplitWriter(workdir, "validation", seed, texts=workdir / _TEXTS) as held,
+    ):
+        assign_splits(train, codes, {TRAIN: kept, HELD_OUT: held})
+    shutil.rmtree(spool)
+    return _Splits(kept, held)
+
+
+# ---- ledger -----------------------------------------------------------------------------------
+
+
+def _settle(ledgers: Mapping[str, Ledger], splits: _Splits, workdir: Path) -> None:
+    """Count the written rows in the ledgers of their data sets, and check that they balance.
+
+    Held-out rows come from data sets of their own, or else from the training data sets.
+    """
+    roles = {role.partition(".")[0] for role in ledgers}
+    for split, writer in zip(SPLITS, splits, strict=True):
+        rows = Rows.open(workdir, split)
+        if rows is None:
+            continue
+        origin = split if split in roles else "train"
+        first = np.zeros(len(rows), dtype=np.int64)
+        first[np.cumsum(writer.num_pieces) - np.asarray(writer.num_pieces)] = 1
+        for index, ledger in _numbered(ledgers, origin):
+            mine = np.asarray(rows.source) == index
+            ledger.settle(
+                SPLIT_OUTCOMES[split],
+                rows=int(first[mine].sum()),
+                tokens=int(rows.lengths[mine].sum()),
+                targets=int(rows.targets[mine].sum()),
+                sequences=int(mine.sum()),
+            )
+    for ledger in ledgers.values():
+        ledger.check()
+
+
+def _numbered(ledgers: Mapping[str, Ledger], split: str) -> Iterator[tuple[int, Ledger]]:
+    """Yield the ledgers of a split's data sets with the index of each."""
+    for role, ledger in ledgers.items():
+        name, _, index = role.partition(".")
+        if name == split:
+            yield int(index), ledger
 
 
 # ---- settings and files -----------------------------------------------------------------------
@@ -89,7 +158,7 @@ def _write_splits(preprocessor: Preprocessor, workdir: Path) -> tuple[SplitWrite
 def _clear(workdir: Path) -> None:
     """Remove all files of this stage: those of an earlier attempt, or of a failed one."""
     (workdir / "data.json").unlink(missing_ok=True)
-    (workdir / "validation.jsonl").unlink(missing_ok=True)
+    (workdir / _TEXTS).unlink(missing_ok=True)
     for name in SPLITS:
         remove_split(workdir, name)
     for folder in (_SPOOL, "tokenizer"):
@@ -109,24 +178,25 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, settings: PrepareSettings) -> E
     return Encoder(tokenizer, train_on, settings.system_prompt)
 
 
-def _metrics(workdir: Path, tallies: Sequence[Tally], num_held_out: int) -> dict[str, float]:
+def _metrics(workdir: Path, tallies: Sequence[Tally]) -> dict[str, float]:
     train = Rows.open(workdir, "train")
     if train is None:
         raise TypeError("prepared no training rows")
-    kept = {split: sum(t.kept for t in tallies if t.role.startswith(split)) for split in SPLITS}
-    # Held-out rows come from their own data sets, or else from the training rows.
-    rows = kept["train"] - (num_held_out if not kept["validation"] else 0)
-    outcomes = {f"{name}Rows": sum(t.counts[name] for t in tallies) for name in OVERLENGTH_OUTCOMES}
+    total = Ledger.total(tally.ledger for tally in tallies)
+    outcomes = {
+        f"{name}Rows": sum(t.outcome(name) for t in tallies) for name in OVERLENGTH_OUTCOMES
+    }
     return {
-        "rows": rows,
-        "heldOutRows": num_held_out,
+        "rows": total.num_rows("trained"),
+        "heldOutRows": total.num_rows("heldOut"),
         "sequences": len(train),
         "tokens": len(train.tokens),
         "targetTokens": int(train.targets.sum()),
         "longestRow": max(tally.longest for tally in tallies),
-        "skippedRows": sum(tally.skipped for tally in tallies),
+        "skippedRows": total.num_rows("invalid"),
         **outcomes,
-        "contextOnlyPieces": sum(tally.counts["contextOnlyPieces"] for tally in tallies),
+        "contextOnlyPieces": sum(tally.context_only_pieces for tally in tallies),
+        **total.metrics(),
     }
 
 

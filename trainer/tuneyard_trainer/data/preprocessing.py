@@ -5,6 +5,7 @@ Invalid rows end the stage only after all rows are read, so that one message cou
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +17,9 @@ from tuneyard.api.plan import PlannedStage, SourceInput
 from tuneyard.api.stage_settings import DatasetSettings, PrepareSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.example import Example
+from tuneyard_trainer.data.ledger import Entry, Ledger
 from tuneyard_trainer.data.prepared import SPLITS
-from tuneyard_trainer.data.splits import SplitWriter
+from tuneyard_trainer.data.splits import Place, SplitWriter
 from tuneyard_trainer.data.stream import FAULTS_SHOWN, examples
 from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit
 from tuneyard_trainer.worker import Interrupted, Worker
@@ -28,6 +30,8 @@ BATCH_CHARACTERS = 1 << 20
 and takes a few MB of memory."""
 OVERLENGTH_OUTCOMES = ("dropped", "truncated", "split")
 """The outcomes of rows that are longer than a sequence."""
+UNREVIEWED = "unreviewed"
+"""The rule that leaves out conversation trees without a reviewed answer."""
 
 
 class Refusal(NamedTuple):
@@ -59,19 +63,12 @@ REFUSALS = {
 
 @dataclass
 class Tally:
-    """The outcomes of one data set's rows."""
+    """The ledger of one data set, with its lengths and its first faults."""
 
-    role: str
-    name: str
-    """The field path in the manifest."""
+    ledger: Ledger
     format: str = ""
-    rows: int = 0
-    """Rows read."""
-    kept: int = 0
-    """Rows written."""
-    counts: Counter[str] = field(default_factory=Counter)
-    """Rows by overlength outcome, rows refused by reason, and contextOnlyPieces: pieces of split
-    rows without a target."""
+    context_only_pieces: int = 0
+    """Pieces of split rows without a target, which are left out."""
     longest: int = 0
     """Tokens of the longest row, before it is truncated or split."""
     lengths: Counter[int] = field(default_factory=Counter)
@@ -81,12 +78,26 @@ class Tally:
     unread: tuple[str, ...] = ()
     """The columns that nothing reads."""
 
-    def refuse(self, reason: str, where: str, problem: str) -> None:
+    @property
+    def role(self) -> str:
+        """The input of the stage."""
+        return self.ledger.role
+
+    @property
+    def name(self) -> str:
+        """The field path in the manifest."""
+        return self.ledger.name
+
+    def refuse(self, reason: str, where: str, problem: str, tokens: int = 0) -> None:
         """Count a refused row."""
-        self.counts[reason] += 1
+        self.ledger.lose("invalid", reason, tokens=tokens)
         shown = self.faults.setdefault(reason, [])
         if len(shown) < FAULTS_SHOWN:
             shown.append(f"{where}: {problem}")
+
+    def refused(self, reason: str) -> int:
+        """Return the number of rows refused for a reason."""
+        return self.ledger.rows[Entry("invalid", reason)]
 
     def measure(self, length: int) -> None:
         """Count a row's length in tokens."""
@@ -96,18 +107,26 @@ class Tally:
     @property
     def skipped(self) -> int:
         """Rows refused. In a finished stage these are the skipped rows."""
-        return sum(self.counts[reason] for reason in ("InvalidData", *REFUSALS))
+        return self.ledger.num_rows("invalid")
+
+    def outcome(self, name: str) -> int:
+        """Return the number of rows of one of OVERLENGTH_OUTCOMES."""
+        return self.ledger.num_rows("dropped") if name == "dropped" else self.ledger.changes[name]
 
     def details(self) -> dict[str, Any]:
         """Return the record of the data set for `data.json` and the stage's details."""
+        ledger = self.ledger
         return {
-            "role": self.role,
-            "name": self.name,
+            "role": ledger.role,
+            "name": ledger.name,
             "format": self.format,
-            "rows": self.rows,
-            "kept": self.kept,
+            "rows": ledger.read,
+            "kept": ledger.num_rows("trained") + ledger.num_rows("heldOut"),
             "skipped": self.skipped,
-            **{name: self.counts[name] for name in (*OVERLENGTH_OUTCOMES, "contextOnlyPieces")},
+            **{name: self.outcome(name) for name in OVERLENGTH_OUTCOMES},
+            "filtered": ledger.num_rows("filtered"),
+            "duplicates": ledger.num_rows("duplicate"),
+            "contextOnlyPieces": self.context_only_pieces,
             "longest": self.longest,
             "unreadColumns": list(self.unread),
             "lengths": {str(bound): self.lengths[bound] for bound in sorted(self.lengths)},
@@ -134,7 +153,7 @@ class Preprocessor:
         """
         for index, dataset in enumerate(datasets):
             role = f"{split}.{index}"
-            tally = Tally(role, self._name(role))
+            tally = Tally(Ledger(role, self._name(role)))
             self.tallies.append(tally)
             self._read_one(index, dataset, tally, writer)
 
@@ -153,13 +172,14 @@ class Preprocessor:
             for example, encoded in zip(batch, self.encoder.encode(batch), strict=True):
                 pieces = self._pieces(example, encoded, tally)
                 if pieces:
-                    tally.kept += 1
-                    writer.add(pieces, index, self._text(example))
+                    place = Place(index, example.file, example.row)
+                    writer.add(pieces, place, self._text(example), self._prompt(example))
             self._num_rows += len(batch)
             self.worker.report(step=self._num_rows, message=f"reading {tally.name}")
         summary = stream.summary
-        tally.format, tally.rows = summary.format, summary.rows
-        tally.counts["InvalidData"] = summary.skipped
+        tally.format, tally.ledger.read = summary.format, summary.rows
+        tally.ledger.lose("invalid", "InvalidData", rows=summary.skipped)
+        tally.ledger.lose("filtered", UNREVIEWED, rows=summary.filtered)
         if summary.faults:
             tally.faults["InvalidData"] = [str(fault) for fault in summary.faults]
         tally.unread = summary.unread
@@ -189,31 +209,41 @@ class Preprocessor:
         length = len(encoded.ids)
         tally.measure(length)
         if not encoded.mask.any():
-            tally.refuse("NoTargets", where, "no token carries loss")
+            tally.refuse("NoTargets", where, "no token carries loss", length)
             return []
         if length <= self.max_length:
+            tally.ledger.keep(length)
             return [encoded]
         return self._overlong(where, encoded, tally)
 
     def _overlong(self, where: str, encoded: Encoded, tally: Tally) -> list[Encoded]:
-        policy = self.settings.on_overlength
+        policy, length = self.settings.on_overlength, len(encoded.ids)
         if policy == "error":
-            tally.refuse("RowTooLong", where, f"{len(encoded.ids)} tokens")
+            tally.refuse("RowTooLong", where, f"{length} tokens", length)
             return []
         if policy == "drop":
-            tally.counts["dropped"] += 1
+            tally.ledger.lose("dropped", tokens=length)
             return []
-        cut = truncate if policy == "truncate" else split_evenly
-        pieces = cut(encoded, self.max_length)
+        pieces = (truncate if policy == "truncate" else split_evenly)(encoded, self.max_length)
         useful = [piece for piece in pieces if piece.mask.any()]
         if not useful:
-            tally.refuse(
-                "NoTargets", where, f"none of the first {self.max_length} tokens carries loss"
-            )
+            problem = f"none of the first {self.max_length} tokens carries loss"
+            tally.refuse("NoTargets", where, problem, length)
             return []
-        tally.counts["truncated" if policy == "truncate" else "split"] += 1
-        tally.counts["contextOnlyPieces"] += len(pieces) - len(useful)
+        cut = length - sum(len(piece.ids) for piece in pieces)
+        left_out = sum(len(piece.ids) for piece in pieces if not piece.mask.any())
+        tally.ledger.keep(length, cut=cut, context_only=left_out)
+        tally.ledger.changes["truncated" if policy == "truncate" else "split"] += 1
+        tally.context_only_pieces += len(pieces) - len(useful)
         return useful
+
+    def _prompt(self, example: Example) -> str:
+        """Return the turns before the last one, whose rows go to one split. "": the row is all
+        target, and the method pretrain has no prompts."""
+        if example.kind == "text" or self.settings.method == "pretrain":
+            return ""
+        turns = [[turn.role, turn.content] for turn in example.messages[:-1]]
+        return json.dumps(turns, ensure_ascii=False)
 
     def _text(self, example: Example) -> dict[str, Any]:
         """Return the row as text, for `validation.jsonl`."""
@@ -240,11 +270,11 @@ class Preprocessor:
             self._check_left(split)
 
     def _check_refused(self, reason: str, refusal: Refusal) -> None:
-        affected = [tally for tally in self.tallies if tally.counts[reason]]
+        affected = [tally for tally in self.tallies if tally.refused(reason)]
         if not affected:
             return
-        count = sum(tally.counts[reason] for tally in affected)
-        total = sum(tally.rows for tally in self.tallies)
+        count = sum(tally.refused(reason) for tally in affected)
+        total = sum(tally.ledger.read for tally in self.tallies)
         shown = [f"{t.name} {fault}" for t in affected for fault in t.faults[reason]]
         problem = refusal.problem.format(max_length=self.max_length)
         first = "" if count <= FAULTS_SHOWN else f"The first {FAULTS_SHOWN}: "
@@ -256,10 +286,10 @@ class Preprocessor:
 
     def _check_left(self, split: str) -> None:
         affected = [tally for tally in self.tallies if tally.role.startswith(split)]
-        if not affected or any(tally.kept for tally in affected):
+        if not affected or any(tally.ledger.kept for tally in affected):
             return
         skipped = sum(tally.skipped for tally in affected)
-        dropped = sum(tally.counts["dropped"] for tally in affected)
+        dropped = sum(tally.outcome("dropped") for tally in affected)
         shown = [fault for t in affected for faults in t.faults.values() for fault in faults]
         raise StageError(
             "EmptyData",
