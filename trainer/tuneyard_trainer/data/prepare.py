@@ -16,12 +16,19 @@ from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.stage_settings import PrepareSettings
 from tuneyard.errors import StageError
+from tuneyard_trainer.data.cleaning.cleaner import Cleaner
+from tuneyard_trainer.data.cleaning.duplicates import Duplicates
+from tuneyard_trainer.data.cleaning.findings import Finding
+from tuneyard_trainer.data.cleaning.text import written
+from tuneyard_trainer.data.leak_check import check_leaks
 from tuneyard_trainer.data.ledger import SPLIT_OUTCOMES, Ledger, ledger_details
 from tuneyard_trainer.data.prepared import SPLITS, Rows, remove_split
 from tuneyard_trainer.data.preprocessing import OVERLENGTH_OUTCOMES, Preprocessor, Tally
 from tuneyard_trainer.data.splits import (
     HELD_OUT,
+    REPEATED,
     TRAIN,
+    Codes,
     SplitWriter,
     assign_splits,
     grouped,
@@ -60,17 +67,34 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
         _encoder(tokenizer, settings),
         limit,
         context.worker,
+        Cleaner.of(settings.clean),
     )
     splits = _write_splits(preprocessor, context.workdir)
     tokenizer.save_pretrained(context.workdir / "tokenizer")
     tallies = preprocessor.tallies
     ledgers = {tally.role: tally.ledger for tally in tallies}
     _settle(ledgers, splits, context.workdir)
+    leaks = None
+    if settings.leaks != "off" and len(splits.validation):
+        leaks = check_leaks(
+            splits.validation,
+            splits.read,
+            splits.codes == TRAIN,
+            {tally.role: tally.name for tally in tallies},
+            fails=settings.leaks == "error",
+            report=context.worker.report,
+        )
+    shutil.rmtree(context.workdir / _SPOOL, ignore_errors=True)
     metrics = _metrics(context.workdir, tallies)
     details: dict[str, Any] = {
         "datasets": [tally.details() for tally in tallies],
         "ledger": ledger_details(ledgers.values()),
     }
+    if settings.clean is not None:
+        details["cleaning"] = preprocessor.findings.details()
+    if leaks is not None:
+        details["leaks"] = leaks
+        metrics["leakedRows"] = leaks["rows"]
     if settings.validation:
         contaminated = num_contaminated(splits.train.hashes, splits.validation.hashes)
         details["contaminated"] = contaminated
@@ -85,34 +109,84 @@ class _Splits(NamedTuple):
 
     train: SplitWriter
     validation: SplitWriter
+    read: SplitWriter
+    """The writer of all training rows as they were read, with their texts if anything compares
+    them."""
+    codes: Codes
+    """(R,) the outcome of each row of `read`."""
 
 
 def _write_splits(preprocessor: Preprocessor, workdir: Path) -> _Splits:
     """Write the splits train and validation.
 
-    A fraction can be held out only after all rows are read, so until then the training rows are
-    in a spool folder.
+    Rows are held out and duplicates found only after all rows are read. Until then the rows are in
+    a spool folder, if the job asks for one of the two.
     """
     settings, seed = preprocessor.settings, preprocessor.settings.seed
-    fraction = settings.validation_fraction
-    spool = workdir / _SPOOL
-    folder, texts = (workdir, None) if fraction is None else (spool, spool / "train.jsonl")
-    with SplitWriter(folder, "train", seed, texts=texts) as train:
-        preprocessor.read("train", settings.train, train)
-    with SplitWriter(workdir, "validation", seed, texts=workdir / _TEXTS) as validation:
-        preprocessor.read("validation", settings.validation, validation)
+    fraction, spool = settings.validation_fraction, workdir / _SPOOL
+    deduplicated = settings.clean is not None and settings.clean.duplicates is not None
+    spooled = fraction is not None or deduplicated
+    compared = spooled or (bool(settings.validation) and settings.leaks != "off")
+    texts = spool / "train.jsonl" if compared else None
+    seen, held_seen = _duplicates(settings), _duplicates(settings)
+    with SplitWriter(spool if spooled else workdir, "train", seed, texts=texts) as read:
+        preprocessor.read("train", settings.train, read, seen)
+    folder = spool if deduplicated else workdir
+    with SplitWriter(folder, "validation", seed, texts=folder / _TEXTS) as held_read:
+        preprocessor.read("validation", settings.validation, held_read, held_seen)
     preprocessor.check()
-    if fraction is None:
-        return _Splits(train, validation)
-    groups = grouped(train.hashes, train.prompts)
-    codes = np.where(held_out(groups, fraction), HELD_OUT, TRAIN).astype(np.int8)
+    codes = np.full(len(read), TRAIN, dtype=np.int8)
+    if not spooled:
+        return _Splits(read, held_read, read, codes)
+    _remove_duplicates(codes, read, seen, preprocessor, "train")
+    if fraction is not None:
+        left = codes == TRAIN
+        groups = grouped(read.hashes[left], read.prompts[left])
+        codes[left] = np.where(held_out(groups, fraction), HELD_OUT, TRAIN)
+    held_codes = np.full(len(held_read), HELD_OUT, dtype=np.int8)
+    _remove_duplicates(held_codes, held_read, held_seen, preprocessor, "validation")
     with (
-        SplitWriter(workdir, "train", seed, texts=None) as kept,
-        SplitWriter(workdir, "validation", seed, texts=workdir / _TEXTS) as held,
+        SplitWriter(workdir, "train", seed, texts=None) as train,
+        SplitWriter(workdir, "validation", seed, texts=workdir / _TEXTS) as validation,
     ):
-        assign_splits(train, codes, {TRAIN: kept, HELD_OUT: held})
-    shutil.rmtree(spool)
-    return _Splits(kept, held)
+        assign_splits(read, codes, {TRAIN: train, HELD_OUT: validation})
+        if settings.validation:
+            assign_splits(held_read, held_codes, {HELD_OUT: validation})
+    return _Splits(train, validation, read, codes)
+
+
+def _duplicates(settings: PrepareSettings) -> Duplicates | None:
+    """Return a new search for duplicates. None: the job does not ask for one."""
+    clean = settings.clean
+    if clean is None or clean.duplicates is None:
+        return None
+    return Duplicates(clean.duplicates, clean.similarity)
+
+
+def _remove_duplicates(
+    codes: Codes,
+    read: SplitWriter,
+    duplicates: Duplicates | None,
+    preprocessor: Preprocessor,
+    split: str,
+) -> None:
+    """Set the codes of the rows that repeat an earlier row, and count them."""
+    rows = Rows.open(read.folder, read.split)
+    if duplicates is None or rows is None or read.texts is None:
+        return
+    tallies = {tally.role: tally for tally in preprocessor.tallies}
+    ends = np.cumsum(read.num_pieces)
+    for found in duplicates.found(read.texts.__getitem__):
+        codes[found.row] = REPEATED
+        place, earlier = read.place(found.row), read.place(found.of)
+        tally, of = tallies[f"{split}.{place.source}"], tallies[f"{split}.{earlier.source}"]
+        count, end = read.num_pieces[found.row], int(ends[found.row])
+        tokens = int(rows.offsets[end] - rows.offsets[end - count])
+        tally.ledger.settle("duplicate", found.kind, rows=1, tokens=tokens)
+        note = f"{found.similarity:.0%} as in {of.name} {earlier}"
+        text = written(read.texts[found.row])[1]
+        finding = Finding(f"duplicates.{found.kind}", "removed", text, note=note)
+        preprocessor.findings.add(finding, f"{tally.name} {place}")
 
 
 # ---- ledger -----------------------------------------------------------------------------------
@@ -124,7 +198,7 @@ def _settle(ledgers: Mapping[str, Ledger], splits: _Splits, workdir: Path) -> No
     Held-out rows come from data sets of their own, or else from the training data sets.
     """
     roles = {role.partition(".")[0] for role in ledgers}
-    for split, writer in zip(SPLITS, splits, strict=True):
+    for split, writer in zip(SPLITS, (splits.train, splits.validation), strict=True):
         rows = Rows.open(workdir, split)
         if rows is None:
             continue

@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 from tuneyard.api.plan import PlannedStage, SourceInput
 from tuneyard.api.stage_settings import DatasetSettings, PrepareSettings
 from tuneyard.errors import StageError
+from tuneyard_trainer.data.cleaning.cleaner import Cleaner
+from tuneyard_trainer.data.cleaning.duplicates import Duplicates
+from tuneyard_trainer.data.cleaning.findings import Cleaned, Findings
 from tuneyard_trainer.data.example import Example
 from tuneyard_trainer.data.ledger import Entry, Ledger
 from tuneyard_trainer.data.prepared import SPLITS
@@ -143,11 +146,21 @@ class Preprocessor:
     encoder: Encoder
     max_length: int
     worker: Worker
+    cleaner: Cleaner
     tallies: list[Tally] = field(default_factory=list)
+    findings: Findings = field(default_factory=Findings)
+    """What the rules of cleaning found in all data sets."""
     _num_rows: int = 0
 
-    def read(self, split: str, datasets: Sequence[DatasetSettings], writer: SplitWriter) -> None:
-        """Read a split's data sets and add the rows to the writer.
+    def read(
+        self,
+        split: str,
+        datasets: Sequence[DatasetSettings],
+        writer: SplitWriter,
+        duplicates: Duplicates | None = None,
+    ) -> None:
+        """Read a split's data sets and add the rows to the writer, and to the search for
+        duplicates.
 
         Raises StageError, and Interrupted when the stage is asked to stop.
         """
@@ -155,11 +168,14 @@ class Preprocessor:
             role = f"{split}.{index}"
             tally = Tally(Ledger(role, self._name(role)))
             self.tallies.append(tally)
-            self._read_one(index, dataset, tally, writer)
+            for rows in self._read_one(index, dataset, tally, writer):
+                if duplicates:
+                    duplicates.add(rows)
 
     def _read_one(
         self, index: int, dataset: DatasetSettings, tally: Tally, writer: SplitWriter
-    ) -> None:
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Write a data set's rows, and yield the texts of those that were written, in batches."""
         stream = examples(
             self.inputs[tally.role],
             dataset,
@@ -169,11 +185,16 @@ class Preprocessor:
         for batch in _batches(stream):
             if self.worker.stop():
                 raise Interrupted(self.stage.name, self._num_rows)
-            for example, encoded in zip(batch, self.encoder.encode(batch), strict=True):
-                pieces = self._pieces(example, encoded, tally)
-                if pieces:
-                    place = Place(index, example.file, example.row)
-                    writer.add(pieces, place, self._text(example), self._prompt(example))
+            written = []
+            cleaned = [self.cleaner(example) for example in batch]
+            encodings = self.encoder.encode([row.example for row in cleaned])
+            for row, encoded in zip(cleaned, encodings, strict=True):
+                if pieces := self._pieces(row, encoded, tally):
+                    place = Place(index, row.example.file, row.example.row)
+                    text = self._text(row.example)
+                    writer.add(pieces, place, text, self._prompt(row.example))
+                    written.append(text)
+            yield written
             self._num_rows += len(batch)
             self.worker.report(step=self._num_rows, message=f"reading {tally.name}")
         summary = stream.summary
@@ -200,9 +221,16 @@ class Preprocessor:
         path = source.path if isinstance(source, SourceInput) else ""
         return path.removesuffix(".uri") or role
 
-    def _pieces(self, example: Example, encoded: Encoded | Misfit, tally: Tally) -> list[Encoded]:
+    def _pieces(self, row: Cleaned, encoded: Encoded | Misfit, tally: Tally) -> list[Encoded]:
         """Return the sequences to write for a row: none, the row, its start, or its pieces."""
-        where = f"{example.file} row {example.row}".strip()
+        where = f"{row.example.file} row {row.example.row}".strip()
+        for finding in row.findings:
+            self.findings.add(finding, f"{tally.name} {where}")
+        if row.removed_by is not None:
+            tokens = 0 if isinstance(encoded, Misfit) else len(encoded.ids)
+            tally.ledger.lose("filtered", row.removed_by, tokens=tokens)
+            return []
+        tally.ledger.changes.update(finding.rule for finding in row.findings)
         if isinstance(encoded, Misfit):
             tally.refuse("ChatTemplate", where, encoded.message)
             return []
@@ -290,12 +318,16 @@ class Preprocessor:
             return
         skipped = sum(tally.skipped for tally in affected)
         dropped = sum(tally.outcome("dropped") for tally in affected)
+        filtered = sum(tally.ledger.num_rows("filtered") for tally in affected)
+        by_rules = f", {filtered} removed by rules" if filtered else ""
         shown = [fault for t in affected for faults in t.faults.values() for fault in faults]
         raise StageError(
             "EmptyData",
             f"no row is left for {split}: {skipped} skipped, {dropped} "
-            f"dropped as longer than {self.max_length} tokens. {'; '.join(shown[:FAULTS_SHOWN])}",
-            advice=f"Repair the rows of {affected[0].name}, or raise spec.data.maxLength.",
+            f"dropped as longer than {self.max_length} tokens{by_rules}. "
+            f"{'; '.join(shown[:FAULTS_SHOWN])}",
+            advice=f"Repair the rows of {affected[0].name}, or raise spec.data.maxLength"
+            + (", or remove rules from spec.data.clean." if filtered else "."),
         )
 
 

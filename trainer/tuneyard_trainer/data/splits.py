@@ -6,7 +6,6 @@ Equal rows and rows with one prompt go to one split, so that no held-out prompt 
 from __future__ import annotations
 
 import hashlib
-import json
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,13 +17,14 @@ from numpy.typing import NDArray
 
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prepared import Rows, RowWriter
+from tuneyard_trainer.data.texts import Texts
 from tuneyard_trainer.data.tokenization import Encoded
 
 Hashes = NDArray[np.uint64]
 """(R,) one hash for each row. Equal token ids have equal hashes; the seed decides their order."""
 Codes = NDArray[np.int8]
-"""(R,) the split of each row: TRAIN or HELD_OUT. Any other code: the row is in no split."""
-TRAIN, HELD_OUT = 0, 1
+"""(R,) the outcome of each row: TRAIN, HELD_OUT or REPEATED, which is in no split."""
+TRAIN, HELD_OUT, REPEATED = 0, 1, 2
 
 
 class Place(NamedTuple):
@@ -50,15 +50,13 @@ class SplitWriter:
     def __init__(self, folder: Path, split: str, seed: int, *, texts: Path | None) -> None:
         """`texts`: the file of the rows' texts, one JSON object a line. None: they are not kept."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.split, self.texts = folder, split, texts
+        self.folder, self.split = folder, split
+        self.texts = None if texts is None else Texts(texts)
+        """The rows' texts. None: they are not kept."""
         self._key = str(seed).encode()
         self._writer = RowWriter(folder, split)
-        if texts is not None:
-            texts.parent.mkdir(parents=True, exist_ok=True)
-        self._lines = texts.open("wb", buffering=1 << 20) if texts else None
         self._hashes, self._prompts = array("Q"), array("Q")
         self._num_pieces = array("l")
-        self._offsets, self._end = array("q"), 0
         self._sources, self._file_numbers, self._numbers = array("h"), array("l"), array("q")
         self._files: dict[str, int] = {}
         self._names: list[str] = []
@@ -80,10 +78,8 @@ class SplitWriter:
             self._names.append(place.file)
         self._file_numbers.append(self._files[place.file])
         self._numbers.append(place.row)
-        if self._lines:
-            self._offsets.append(self._end)
-            line = json.dumps(text, ensure_ascii=False) + "\n"
-            self._end += self._lines.write(line.encode())
+        if self.texts is not None:
+            self.texts.append(text)
 
     def __len__(self) -> int:
         return len(self._hashes)
@@ -108,15 +104,6 @@ class SplitWriter:
         file = self._names[self._file_numbers[row]]
         return Place(self._sources[row], file, self._numbers[row])
 
-    def text(self, row: int) -> dict[str, Any]:
-        """Return the text of a row of a closed writer that keeps texts."""
-        if self.texts is None:
-            raise TypeError(f"the texts of {self.split} are not kept")
-        with self.texts.open("rb") as lines:
-            lines.seek(self._offsets[row])
-            found: dict[str, Any] = json.loads(lines.readline())
-        return found
-
     def __enter__(self) -> Self:
         self._writer.__enter__()
         return self
@@ -128,10 +115,10 @@ class SplitWriter:
         trace: TracebackType | None,
     ) -> None:
         self._writer.__exit__(kind, error, trace)
-        if self._lines:
-            self._lines.close()
-        if self.texts and not len(self):
-            self.texts.unlink()
+        if self.texts is not None:
+            self.texts.__exit__(kind, error, trace)
+            if not len(self):
+                self.texts.path.unlink()
 
 
 def grouped(hashes: Hashes, prompts: Hashes) -> Hashes:
@@ -191,13 +178,13 @@ def assign_splits(spool: SplitWriter, codes: Codes, writers: Mapping[int, SplitW
     if rows is None or spool.texts is None:
         raise TypeError("assign_splits needs a writer with rows and their texts")
     piece = 0
-    with spool.texts.open(encoding="utf-8") as lines:
-        for row, (line, count) in enumerate(zip(lines, spool.num_pieces, strict=True)):
-            writer = writers.get(int(codes[row]))
-            if writer is not None:
-                pieces = [Encoded(rows.ids(i), rows.mask(i)) for i in range(piece, piece + count)]
-                writer.add(pieces, spool.place(row), json.loads(line) if writer.texts else {})
-            piece += count
+    for row, (code, count) in enumerate(zip(codes.tolist(), spool.num_pieces, strict=True)):
+        writer = writers.get(code)
+        if writer is not None:
+            pieces = [Encoded(rows.ids(i), rows.mask(i)) for i in range(piece, piece + count)]
+            text = {} if writer.texts is None else spool.texts[row]
+            writer.add(pieces, spool.place(row), text)
+        piece += count
 
 
 def num_contaminated(train: Hashes, validation: Hashes) -> int:
