@@ -166,7 +166,7 @@ class _Search:
 
     def _meetings(self, numbers: NDArray[np.int64], signed: Bands) -> Iterator[tuple[int, int]]:
         """Yield each training row and held-out row that share a band, in the order of `numbers`."""
-        pairs = set()
+        pairs: set[tuple[int, int]] = set()
         for band in range(signed.shape[1]):
             ours, theirs = self._bands[:, band], signed[:, band]
             starts = np.searchsorted(ours, theirs, "left")

@@ -30,11 +30,12 @@ def changed(example: Example, change: Callable[[str], str]) -> Example:
         turn if (text := change(turn.content)) == turn.content else replace(turn, content=text)
         for turn in example.messages
     )
-    texts = {name: getattr(example, name) for name in ("prompt", "completion", "text")}
-    new = {name: change(text) if text else text for name, text in texts.items()}
-    if messages == example.messages and new == texts:
-        return example
-    return replace(example, messages=messages, **new)
+    prompt, completion, text = (
+        change(each) if each else each
+        for each in (example.prompt, example.completion, example.text)
+    )
+    new = replace(example, messages=messages, prompt=prompt, completion=completion, text=text)
+    return example if new == example else new
 
 
 def written(text: Mapping[str, Any]) -> tuple[str, str]:

@@ -87,7 +87,8 @@ class Grams(NamedTuple):
     @property
     def rows(self) -> NDArray[np.int64]:
         """(G,) the row of each sequence."""
-        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets.astype(np.int64)))
+        ends = self.offsets.astype(np.int64)
+        return np.repeat(np.arange(len(ends) - 1), ends[1:] - ends[:-1])
 
 
 def grams(rows: WordRows, size: int) -> Grams:
