@@ -26,7 +26,7 @@ MINIMAL = str(GOLDEN / "manifests" / "minimal.yaml")
 SUPPORT_BOT = str(GOLDEN / "manifests" / "support-bot.yaml")
 COMMANDS = [
     *("init", "validate", "plan", "render", "run", "crds"),
-    *("status", "logs", "suspend", "resume", "cancel", "delete", "operator"),
+    *("status", "logs", "suspend", "resume", "cancel", "delete", "operator", "data"),
 ]
 
 
@@ -54,7 +54,7 @@ def pipe(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
 # ---- help ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("command", ["", *COMMANDS, "data check", "data stats"])
 def test_the_help_of_every_command_is_frozen(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,7 +23,7 @@ from tuneyard import __version__
 from tuneyard.api.job_facts import FitAnswer, JobFacts
 from tuneyard.api.model_config import UnknownModelError
 from tuneyard.api.plan import Plan
-from tuneyard.cli import cluster_commands
+from tuneyard.cli import cluster_commands, data_commands
 from tuneyard.cli.errors import needs_extra
 from tuneyard.cli.memory_view import memory_lines, print_memory
 from tuneyard.cli.model_files import model_facts
@@ -81,7 +81,7 @@ def tuneyard() -> None:
     """
 
 
-for command in (starter.init, *cluster_commands.COMMANDS):
+for command in (starter.init, data_commands.data, *cluster_commands.COMMANDS):
     tuneyard.add_command(command)
 
 

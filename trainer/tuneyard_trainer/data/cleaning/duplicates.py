@@ -105,12 +105,17 @@ class Duplicates:
 
 def _content(text: Mapping[str, Any]) -> int:
     """Return a 64-bit hash of all that a row says. White space at the ends of turns is ignored."""
+    parts = {name: _stripped(value) for name, value in text.items() if name != "expected"}
     if "messages" in text:
-        parts = [[turn["role"], turn["content"].strip()] for turn in text["messages"]]
-    else:
-        parts = [[name, text[name].strip()] for name in sorted(text) if name != "expected"]
-    key = json.dumps(parts, ensure_ascii=False).encode("utf-8", "replace")
+        parts["messages"] = [
+            {name: _stripped(value) for name, value in turn.items()} for turn in text["messages"]
+        ]
+    key = json.dumps(parts, ensure_ascii=False, sort_keys=True).encode("utf-8", "replace")
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+
+
+def _stripped(value: Any) -> Any:
+    return value.strip() if isinstance(value, str) else value
 
 
 def _first_equal(keys: NDArray[Any]) -> NDArray[np.uint32]:

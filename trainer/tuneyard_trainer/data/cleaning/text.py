@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -38,16 +39,26 @@ def changed(example: Example, change: Callable[[str], str]) -> Example:
     return example if new == example else new
 
 
+def as_written(example: Example) -> dict[str, Any]:
+    """Return a row as `validation.jsonl` holds it, for a model with a chat template."""
+    if not example.messages:
+        return {"text": "\n".join(turns(example))}
+    messages = [{"role": turn.role, "content": turn.content} for turn in example.messages]
+    return {"messages": messages}
+
+
 def written(text: Mapping[str, Any]) -> tuple[str, str]:
     """Return the system text and the other text of a row as `validation.jsonl` holds it."""
-    if "messages" in text:
-        parts = {
-            is_system: "\n".join(
-                turn["content"]
-                for turn in text["messages"]
-                if (turn["role"] == "system") == is_system
-            )
-            for is_system in (True, False)
-        }
-        return parts[True], parts[False]
-    return "", text["text"] if "text" in text else f"{text['prompt']}\n{text['completion']}"
+    if "messages" not in text:
+        return "", text["text"] if "text" in text else f"{text['prompt']}\n{text['completion']}"
+    parts: dict[bool, list[str]] = {True: [], False: []}
+    for turn in text["messages"]:
+        parts[turn["role"] == "system"].append(_turn(turn))
+    return "\n".join(parts[True]), "\n".join(parts[False])
+
+
+def _turn(turn: Mapping[str, Any]) -> str:
+    """Return a turn's content, and whatever else it says, such as calls of tools."""
+    rest = {name: turn[name] for name in turn if name not in ("role", "content") and turn[name]}
+    content = turn.get("content") or ""
+    return f"{content}\n{json.dumps(rest, ensure_ascii=False)}" if rest else content
