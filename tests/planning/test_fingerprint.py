@@ -250,6 +250,8 @@ def test_every_training_field_is_identity_or_declared_runtime() -> None:
         ("data__trainOn", "all", "prepare"),
         ("data__systemPrompt", "Be brief.", "prepare"),
         ("data__chatTemplate", "{{ messages }}", "prepare"),
+        ("data__clean", {"minWords": 2}, "prepare"),
+        ("data__leaks", "error", "prepare"),
         ("adapter", {"ia3": {}}, "sft"),
         ("evaluate__compareWithBase", False, "evaluate"),
         ("evaluate__samples", 1, "evaluate"),
@@ -265,10 +267,16 @@ def test_a_field_changes_the_stage_that_it_belongs_to(field: str, value: Any, st
     assert {name for name in before if before[name] != after[name]} == {stage}
 
 
+def test_without_rules_the_plan_is_that_of_a_manifest_of_0_2() -> None:
+    """The API server writes the default of `leaks` into every manifest."""
+    assert plan_job(job(data__leaks="warn")).to_json() == plan_job(job()).to_json()
+    assert '"clean"' not in plan_job(job()).to_json()
+
+
 def test_the_fields_above_are_all_fields_of_data_and_evaluate() -> None:
     assert set(yaml_fields(FineTuneData)) == {
         *("train", "validation", "maxLength", "onOverlength", "onInvalidRow", "packing"),
-        *("trainOn", "systemPrompt", "chatTemplate"),
+        *("trainOn", "systemPrompt", "chatTemplate", "clean", "leaks"),
     }
     refused = {"fewShot", "suites"}
     assert set(yaml_fields(Evaluate)) - refused == {

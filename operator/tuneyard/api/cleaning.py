@@ -36,12 +36,12 @@ class Clean(Model):
     duplicates: Literal["exact", "near"] | None = None
     """Leave out rows that repeat an earlier row of any data set of the split. exact: with the same
     turns. near: also with nearly the same words. None: repeated rows stay."""
-    similarity: float | None = Field(default=None, ge=0.5, le=1)
+    similarity: float | None = Field(default=None, gt=0, le=1)
     """Share of five-word sequences that near duplicates have in common (Jaccard index). None:
     0.8."""
     repair_encoding: bool = False
     """Repair text that was decoded with a wrong character encoding, such as `Ã©` for `é`."""
-    languages: list[Annotated[str, Field(pattern=LANGUAGE_PATTERN)]] | None = Field(
+    languages: list[Annotated[str, Field(max_length=3, pattern=LANGUAGE_PATTERN)]] | None = Field(
         default=None, min_length=1, max_length=97
     )
     """Languages to keep, as ISO 639 codes. A row is left out if it is surely in another language;

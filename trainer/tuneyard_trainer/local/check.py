@@ -42,7 +42,7 @@ class Fault(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a check found."""
+    """The result of a check."""
 
     title: str
     faults: list[Fault]
