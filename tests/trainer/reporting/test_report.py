@@ -443,7 +443,10 @@ def test_the_page_shows_the_ledger_with_rules_and_leaks(tmp_path: Path) -> None:
     (tmp_path / "result").mkdir()
     report.write(tmp_path / "result", inputs, manifest=MANIFEST, measured={}, base_license=None)
     shown = " ".join(Page(page(tmp_path / "result")).text.split())
-    assert "Ledger Outcome Rows Tokens In 9 81 Invalid: InvalidData 1 0" in shown
+    html = page(tmp_path / "result")
+    assert "<h2>Ledger</h2>" in html
+    cells = ["<td>Duplicate: near</td>", '<td class="number">2</td>', '<td class="number">18</td>']
+    assert "".join(cells) in html
     assert "personalData.email: 1 removed train.jsonl row 3: write to [EMAIL]" in shown
     assert "row 4 is in row 8 with 2 of its 5 words in sequence: one two" in shown
 
