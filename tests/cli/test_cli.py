@@ -54,7 +54,7 @@ def pipe(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
 # ---- help ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS, "data show"])
+@pytest.mark.parametrize("command", ["", *COMMANDS, "data show", "data check", "data stats"])
 def test_the_help_of_every_command_is_frozen(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -95,6 +95,16 @@ LORA = job(
       reasoning: drop
       systemPrompt: Be brief.
       chatTemplate: "{{ messages }}"
+      clean:
+        duplicates: near
+        similarity: 0.9
+        repairEncoding: true
+        languages: [en, de]
+        minWords: 3
+        maxWords: 5000
+        quality: [repetition, gopher, fineweb]
+        personalData: {email: redact, phone: report, card: drop, iban: ignore, key: drop}
+      leaks: error
     adapter:
       lora:
         rank: 8
@@ -420,6 +430,18 @@ BROKEN_RULES = [
         "spec.data.validation",
         {"fraction": 0.1, "data": [{"uri": "file://v.jsonl"}]},
         "fraction, data",
+    ),
+    BrokenRule(
+        "similarity-of-exact-duplicates",
+        changed(MINIMAL, {"spec.data.clean": {"duplicates": "exact", "similarity": 0.9}}),
+        "spec.data.clean.similarity",
+        "applies to near duplicates only: set duplicates: near, or remove similarity",
+    ),
+    BrokenRule(
+        "fewest-words-above-most",
+        changed(MINIMAL, {"spec.data.clean": {"minWords": 9, "maxWords": 8}}),
+        "spec.data.clean.minWords",
+        "must be at most maxWords: lower minWords, or raise maxWords",
     ),
     _one_of("no-reward", RLOO, "spec.rewardModel", {}, "train, model, rule"),
     _one_of("no-rule", RLOO, "spec.rewardModel.rule", {}, "exactMatch, jsonSchema"),

@@ -23,7 +23,7 @@ from tuneyard.api.plan import (
     digest,
 )
 from tuneyard.api.sources import FineTuneData
-from tuneyard.api.stage_settings import DpoSettings, Settings, StageKind
+from tuneyard.api.stage_settings import DpoSettings, PrepareSettings, Settings, StageKind
 from tuneyard.api.training import EarlyStopping, Training
 from tuneyard.planning import fingerprint as module
 from tuneyard.planning.fingerprint import fingerprint
@@ -113,6 +113,27 @@ def test_a_new_version_of_kto_keeps_the_records_of_the_other_losses(
     monkeypatch.setattr(module, "KTO_VERSION", module.STAGE_VERSIONS["dpo"])
     assert found("kto") != now[0], "a record of 0.2 does not match"
     assert found("sigmoid") == now[1]
+
+
+def test_only_sft_that_holds_out_a_fraction_has_another_version_of_prepare_than_in_0_2() -> None:
+    """There, rows with one prompt go to one split since 0.3."""
+    stage = STAGES[0]
+    assert isinstance(stage.settings, PrepareSettings)
+    kinds = {each.name: each.kind for each in STAGES}
+
+    def changes(method: str, fraction: float | None) -> bool:
+        update = {"method": method, "validation_fraction": fraction}
+        settings = stage.settings.model_copy(update=update)
+        value = {
+            "settings": settings.model_dump(mode="json", by_alias=True, exclude_none=True),
+            "version": 1,
+            "inputs": dict.fromkeys(stage.inputs, "source"),
+        }
+        return fingerprint(settings, stage.inputs, kinds) != digest(value)
+
+    assert changes("sft", 0.1)
+    assert not changes("sft", None)
+    assert not changes("pretrain", 0.1)
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
@@ -230,6 +251,8 @@ def test_every_training_field_is_identity_or_declared_runtime() -> None:
         ("data__reasoning", "drop", "prepare"),
         ("data__systemPrompt", "Be brief.", "prepare"),
         ("data__chatTemplate", "{{ messages }}", "prepare"),
+        ("data__clean", {"minWords": 2}, "prepare"),
+        ("data__leaks", "error", "prepare"),
         ("adapter", {"ia3": {}}, "sft"),
         ("evaluate__compareWithBase", False, "evaluate"),
         ("evaluate__samples", 1, "evaluate"),
@@ -245,10 +268,16 @@ def test_a_field_changes_the_stage_that_it_belongs_to(field: str, value: Any, st
     assert {name for name in before if before[name] != after[name]} == {stage}
 
 
+def test_without_rules_the_plan_is_that_of_a_manifest_of_0_2() -> None:
+    """The API server writes the default of `leaks` into every manifest."""
+    assert plan_job(job(data__leaks="warn")).to_json() == plan_job(job()).to_json()
+    assert '"clean"' not in plan_job(job()).to_json()
+
+
 def test_the_fields_above_are_all_fields_of_data_and_evaluate() -> None:
     assert set(yaml_fields(FineTuneData)) == {
         *("train", "validation", "maxLength", "onOverlength", "onInvalidRow", "packing"),
-        *("trainOn", "reasoning", "systemPrompt", "chatTemplate"),
+        *("trainOn", "reasoning", "systemPrompt", "chatTemplate", "clean", "leaks"),
     }
     refused = {"fewShot", "suites"}
     assert set(yaml_fields(Evaluate)) - refused == {

@@ -22,6 +22,11 @@ def require(stages: Iterable[PlannedStage]) -> None:
         loop = getattr(stage.settings, "training", stage.settings)
         if getattr(loop, "engine", None) == "trl":
             require_trl()
+        clean = getattr(stage.settings, "clean", None)
+        if clean and clean.repair_encoding:
+            require_cleaning("ftfy")
+        if clean and clean.languages:
+            require_cleaning("py3langid")
         sampling = getattr(stage.settings, "sampling", None)
         if sampling and sampling.engine == "vllm":
             require_vllm()
@@ -34,6 +39,21 @@ def require_bitsandbytes() -> None:
             "MissingExtra",
             "adapter.qlora needs bitsandbytes, which is not installed.",
             advice='Install it with `pip install "tuneyard[qlora]"`, or use adapter.lora.',
+        )
+
+
+CLEANING = {"ftfy": "data.clean.repairEncoding", "py3langid": "data.clean.languages"}
+"""The packages of the extra `cleaning`, with the field of the manifest that needs each."""
+
+
+def require_cleaning(package: str) -> None:
+    """Raise StageError MissingExtra unless a package of CLEANING is installed."""
+    if importlib.util.find_spec(package) is None:
+        raise StageError(
+            "MissingExtra",
+            f"{CLEANING[package]} needs {package}, which is not installed.",
+            advice='Install it with `pip install "tuneyard[cleaning]"`, or remove '
+            f"{CLEANING[package]}.",
         )
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from tuneyard.api.cleaning import Clean
 from tuneyard.api.meta import Model, ObjectName, OneOf, Rule
 
 MODEL_SCHEMES = ("hf", "s3", "gs", "pvc", "file", "pkg", "job")
@@ -236,6 +237,15 @@ class FineTuneData(Model):
     default, if any, applies."""
     chat_template: str | None = Field(default=None, max_length=65536)
     """Jinja chat template in place of the tokenizer's. None: the tokenizer's own."""
+    # Both are left out of plans where they have no effect, so that a plan of 0.2.0 keeps its bytes.
+    clean: Clean | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Rules that remove or change rows before they are tokenized. None: rows stay as they are."""
+    leaks: Literal["warn", "error", "off"] = Field(
+        default="warn", exclude_if=lambda value: value == "warn"
+    )
+    """Treatment of held-out rows that are also in the training data: 13 words in sequence, or
+    nearly all words. warn: name them in the log, the record and the report. error: fail the stage.
+    off: do not search for them."""
 
 
 class Output(Model):

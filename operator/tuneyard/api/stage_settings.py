@@ -12,6 +12,7 @@ from pydantic import Field
 
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.alignment import RuleReward, Sampling, StopConditions
+from tuneyard.api.cleaning import Clean
 from tuneyard.api.evaluation import Gate
 from tuneyard.api.meta import Model
 from tuneyard.api.sources import DataFormat, FieldMap
@@ -65,6 +66,12 @@ class PrepareSettings(Model):
     """Jinja chat template in place of the tokenizer's. None: the tokenizer's own."""
     seed: int
     """Seed of the held-out split."""
+    clean: Clean | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Rules that remove or change rows. None: rows stay as they are."""
+    leaks: Literal["error", "off"] | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+    """Treatment of held-out rows that are also in training. None: name them, in a warning."""
 
 
 class LoopSettings(Model):

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tuneyard.api.sources import DataFormat
+from tuneyard.cli.data_check import check, stats
 from tuneyard.cli.errors import needs_extra
 
 _PATH = click.Path(exists=True, path_type=Path)
@@ -67,3 +68,7 @@ def _marked(parts: Any, *, colors: bool) -> Text:
         else:
             text.append(part.text, style="green" if part.trained else "dim")
     return text
+
+
+for command in (check, stats):
+    data.add_command(command)

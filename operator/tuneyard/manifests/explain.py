@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from tuneyard.api.adapters import LAYERS_PATTERN
 from tuneyard.api.alignment import URL_PATTERN
+from tuneyard.api.cleaning import LANGUAGE_PATTERN
 from tuneyard.api.meta import NAME_LENGTH, NAME_PATTERN, OBJECT_NAME_PATTERN
 from tuneyard.api.quantity import QUANTITY_PATTERN
 from tuneyard.api.sources import KEY_PATTERN
@@ -27,6 +28,7 @@ REMEDIES = {
     QUANTITY_PATTERN: 'write a Kubernetes quantity, e.g. "500m" or "16Gi"',
     LAYERS_PATTERN: 'write layer indices and ranges, e.g. "0-3,8"',
     KEY_PATTERN: "use letters, digits, dashes, dots and underscores",
+    LANGUAGE_PATTERN: "write a language as its ISO 639 code, e.g. en",
     URL_PATTERN: "write an http:// or https:// address without white space",
 }
 """The remedy for a string that does not match a pattern."""

@@ -122,6 +122,8 @@ def prepare(data: FineTuneData, method: Literal["sft", "pretrain"]) -> PrepareSe
         system_prompt=data.system_prompt,
         chat_template=data.chat_template,
         seed=defaults.SPLIT_SEED,
+        clean=data.clean,
+        leaks=None if data.leaks == "warn" else data.leaks,
     )
 
 

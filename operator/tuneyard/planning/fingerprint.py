@@ -8,7 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tuneyard.api.plan import Input, StageInput, digest
-from tuneyard.api.stage_settings import DpoSettings, LoopSettings, Settings, StageKind
+from tuneyard.api.stage_settings import (
+    DpoSettings,
+    LoopSettings,
+    PrepareSettings,
+    Settings,
+    StageKind,
+)
 from tuneyard.api.training import EarlyStopping
 
 STAGE_VERSIONS: Mapping[StageKind, int] = {
@@ -32,6 +38,9 @@ same settings and inputs: records of the previous version then no longer
 match."""
 KTO_VERSION = 2
 """Version of the stage `dpo` with the loss kto: the other losses keep their records."""
+SPLIT_BY_PROMPT_VERSION = 2
+"""Version of the stage `prepare` of sft that holds out a fraction: since 0.3, rows with one prompt
+go to one split. Other prepare stages keep their records."""
 
 
 def fingerprint(
@@ -56,10 +65,17 @@ def fingerprint(
 
 
 def _version(settings: Settings) -> int:
-    is_kto = isinstance(settings, DpoSettings) and settings.loss == "kto"
-    version = KTO_VERSION if is_kto else STAGE_VERSIONS[settings.kind]
+    version = STAGE_VERSIONS[settings.kind]
+    if isinstance(settings, DpoSettings) and settings.loss == "kto":
+        version = KTO_VERSION
+    if isinstance(settings, PrepareSettings) and _splits_by_prompt(settings):
+        version = SPLIT_BY_PROMPT_VERSION
     # With minDelta, 0.2 could keep another checkpoint than the one of the lowest held-out loss.
     return version + 1 if _min_delta(settings) else version
+
+
+def _splits_by_prompt(settings: PrepareSettings) -> bool:
+    return settings.method == "sft" and settings.validation_fraction is not None
 
 
 def _min_delta(settings: Settings) -> float:

@@ -445,6 +445,16 @@ def test_held_out_rows_in_the_training_data_cause_a_warning() -> None:
     assert "Warning: 3 of the held-out rows are also in the training data" in summarized(found)
 
 
+def test_leaks_cause_a_warning_with_the_span() -> None:
+    found = records()
+    example = {"heldOut": "held row 2", "training": "train row 9", "span": "the red lamp"}
+    leaks = {"rows": 1, "checked": 20, "examples": [example]}
+    found["prepare"] = record("prepare", {}, datasets=[], leaks=leaks)
+    shown = " ".join(summarized(found).split())
+    assert "Warning: 1 of 20 held-out rows have text that is also in the training data" in shown
+    assert "held row 2 in train row 9: the red lamp" in shown
+
+
 def test_a_job_that_is_already_done_says_so_and_shows_its_result() -> None:
     shown = summarized(records(), skipped_all=True)
     assert shown.startswith("Nothing to do: every stage of minimal is already done.\n")

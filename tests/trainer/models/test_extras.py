@@ -56,6 +56,23 @@ def test_a_missing_package_is_reported_before_the_first_stage_unless_all_stages_
     assert {event["state"] for event in events if event["type"] == "stage"} == {"Skipped"}
 
 
+@pytest.mark.parametrize(
+    ("package", "clean"),
+    [("ftfy", {"repairEncoding": True}), ("py3langid", {"languages": ["en"]})],
+)
+def test_only_rules_that_use_a_package_of_cleaning_need_it(
+    package: str, clean: Any, tiny_model_dir: Path, without: Any
+) -> None:
+    without(package)
+    value = manifest(tiny_model_dir)
+    extras.require(planned(value).stages)
+    value["spec"]["data"]["clean"] = clean
+    with pytest.raises(StageError, match=rf"data\.clean\..*{package}") as caught:
+        extras.require(planned(value).stages)
+    assert caught.value.reason == "MissingExtra"
+    assert "tuneyard[cleaning]" in caught.value.advice
+
+
 @pytest.mark.parametrize("make", [ppo_stage, grpo_stage])
 def test_only_stages_that_sample_with_vllm_need_it(make: Any, without: Any) -> None:
     without("vllm")

@@ -370,3 +370,31 @@ def test_hh_rlhf_is_read_without_conversion(tmp_path: Path, tiny_model_dir: Path
     )
     assert outcome.metrics["rows"] == 1800
     assert outcome.metrics["skippedRows"] < 36  # identical sides, empty completions
+
+
+def test_every_row_and_token_has_one_outcome_in_the_ledger(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """Of pairs too: rejected, dropped, trained on and held out add up to what came in."""
+    rows: list[Any] = [
+        *PAIRS,
+        {"prompt": "Same?", "chosen": "Yes.", "rejected": "Yes."},
+        {"prompt": "Long?", "chosen": "lamp " * 300, "rejected": "No."},
+    ]
+    preferences, outcome = run(
+        tmp_path, tiny_model_dir, rows, on_invalid_row="skip", on_overlength="drop"
+    )
+    (ledger,) = outcome.details["ledger"]["sources"]
+    assert ledger["rows"] == {
+        "in": 10,
+        "invalid": {"IdenticalSides": 1},
+        "filtered": {},
+        "duplicate": {},
+        "dropped": 1,
+        "trained": 6,
+        "heldOut": 2,
+    }
+    tokens = ledger["tokens"]
+    assert tokens["in"] == tokens["dropped"] + tokens["trained"] + tokens["heldOut"]
+    assert tokens["trained"] == outcome.metrics["tokens"]
+    assert preferences.summary["ledger"] == outcome.details["ledger"]

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from tests.trainer.finished import HOSTILE, LINES, MANIFEST, folders
 from tuneyard.api.adapters import Adapter
 from tuneyard_trainer.data.example import Example, Message
+from tuneyard_trainer.data.ledger import Ledger, ledger_details
 from tuneyard_trainer.data.prepared import RowWriter
 from tuneyard_trainer.data.tokenization import Encoded, Encoder
 from tuneyard_trainer.models import adapters
@@ -421,3 +422,56 @@ def test_the_report_marks_what_is_trained_on(tmp_path: Path, tiny_tokenizer: Any
     page = (tmp_path / "result" / "report.html").read_text()
     assert "<mark>The &lt;i&gt; one.&lt;|im_end|&gt;</mark>" in page
     assert "Which &lt;b&gt;?&lt;|im_end|&gt;" in page
+
+
+# ---- the ledger ---------------------------------------------------------------------------------
+
+
+def test_the_page_shows_the_ledger_with_rules_and_leaks(tmp_path: Path) -> None:
+    inputs = folders(tmp_path / "stages")
+    ledger = Ledger("train.0", "spec.data.train[0]", read=9)
+    ledger.lose("invalid", "InvalidData")
+    ledger.lose("filtered", "personalData.email", tokens=11)
+    for _ in range(7):
+        ledger.keep(10, cut=1)
+    ledger.settle("duplicate", "near", rows=2, tokens=18)
+    ledger.settle("trained", rows=4, tokens=36, targets=16)
+    ledger.settle("heldOut", rows=1, tokens=9, targets=4)
+    ledger.check()
+    path = inputs["data"] / "record.json"
+    value = json.loads(path.read_text())
+    text = {"where": "train.jsonl row 3", "text": "write to [EMAIL]"}
+    found = {"action": "removed", "rows": 1, "examples": [text]}
+    leak = {"heldOut": "row 4", "training": "row 8", "span": "one two", "spanWords": 2}
+    value["details"] |= {
+        "ledger": ledger_details([ledger]),
+        "cleaning": {"personalData.email": found},
+        "leaks": {"rows": 1, "checked": 1, "examples": [leak | {"rowWords": 5}]},
+    }
+    path.write_text(json.dumps(value))
+    summary = RunSummary.of(tmp_path / "result", inputs, MANIFEST, {}, None)
+    assert summary.ledger == [
+        ("In", "9", "81"),
+        ("Invalid: InvalidData", "1", "0"),
+        ("Filtered: personalData.email", "1", "11"),
+        ("Duplicate: near", "2", "18"),
+        ("Dropped as too long", "0", "0"),
+        ("Cut off", "", "7"),
+        ("Held out", "1", "9"),
+        ("Trained on", "4", "36"),
+        ("of these, context", "", "20"),
+    ]
+    (tmp_path / "result").mkdir()
+    report.write(tmp_path / "result", inputs, manifest=MANIFEST, measured={}, base_license=None)
+    shown = " ".join(Page(page(tmp_path / "result")).text.split())
+    html = page(tmp_path / "result")
+    assert "<h2>Ledger</h2>" in html
+    cells = ["<td>Duplicate: near</td>", '<td class="number">2</td>', '<td class="number">18</td>']
+    assert "".join(cells) in html
+    assert "personalData.email: 1 removed train.jsonl row 3: write to [EMAIL]" in shown
+    assert "row 4 is in row 8 with 2 of its 5 words in sequence: one two" in shown
+
+
+def test_a_record_without_a_ledger_has_none_on_the_page(folder: Path) -> None:
+    """Records of 0.2 have none."""
+    assert "Ledger" not in Page(page(folder)).text

@@ -7,23 +7,41 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.stage_settings import PrepareSettings
 from tuneyard.errors import StageError
+from tuneyard_trainer.data.cleaning.cleaner import Cleaner
+from tuneyard_trainer.data.cleaning.duplicates import Duplicates
+from tuneyard_trainer.data.cleaning.findings import Finding
+from tuneyard_trainer.data.cleaning.text import written
+from tuneyard_trainer.data.leak_check import check_leaks
+from tuneyard_trainer.data.ledger import SPLIT_OUTCOMES, Ledger, ledger_details
 from tuneyard_trainer.data.prepared import SPLITS, Rows, remove_split
 from tuneyard_trainer.data.preprocessing import OVERLENGTH_OUTCOMES, Preprocessor, Tally
-from tuneyard_trainer.data.splits import SplitWriter, assign_splits, held_out, num_contaminated
+from tuneyard_trainer.data.splits import (
+    HELD_OUT,
+    REPEATED,
+    TRAIN,
+    Codes,
+    SplitWriter,
+    assign_splits,
+    grouped,
+    held_out,
+    num_contaminated,
+)
 from tuneyard_trainer.data.tokenization import Encoder
 from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import sequence_limit
 from tuneyard_trainer.worker import StageContext, StageOutcome, Worker
 
 _SPOOL = ".spool"
+_TEXTS = "validation.jsonl"
 
 
 def run(context: StageContext) -> StageOutcome:
@@ -49,38 +67,163 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
         _encoder(tokenizer, settings),
         limit,
         context.worker,
+        Cleaner.of(settings.clean),
     )
-    train, validation = _write_splits(preprocessor, context.workdir)
+    splits = _write_splits(preprocessor, context.workdir)
     tokenizer.save_pretrained(context.workdir / "tokenizer")
-    metrics = _metrics(context.workdir, preprocessor.tallies, len(validation))
-    details: dict[str, Any] = {"datasets": [tally.details() for tally in preprocessor.tallies]}
+    tallies = preprocessor.tallies
+    ledgers = {tally.role: tally.ledger for tally in tallies}
+    _settle(ledgers, splits, context.workdir)
+    leaks = None
+    if settings.leaks != "off" and len(splits.validation):
+        leaks = check_leaks(
+            splits.validation,
+            splits.read,
+            splits.codes == TRAIN,
+            {tally.role: tally.name for tally in tallies},
+            fails=settings.leaks == "error",
+            report=context.worker.report,
+        )
+    shutil.rmtree(context.workdir / _SPOOL, ignore_errors=True)
+    metrics = _metrics(context.workdir, tallies)
+    details: dict[str, Any] = {
+        "datasets": [tally.details() for tally in tallies],
+        "ledger": ledger_details(ledgers.values()),
+    }
+    if settings.clean is not None:
+        details["cleaning"] = preprocessor.findings.details()
+    if leaks is not None:
+        details["leaks"] = leaks
+        metrics["leakedRows"] = leaks["rows"]
     if settings.validation:
-        details["contaminated"] = num_contaminated(train.hashes, validation.hashes)
-        _warn_contaminated(details["contaminated"], len(validation), context.worker)
+        contaminated = num_contaminated(splits.train.hashes, splits.validation.hashes)
+        details["contaminated"] = contaminated
+        _warn_contaminated(contaminated, len(splits.validation), context.worker)
     _write_summary(context.workdir, settings, tokenizer, limit, metrics, details)
-    faults = {tally.name: tally.faults for tally in preprocessor.tallies if tally.faults}
+    faults = {tally.name: tally.faults for tally in tallies if tally.faults}
     return StageOutcome(metrics, {**details, "maxLength": limit, "faults": faults})
 
 
-def _write_splits(preprocessor: Preprocessor, workdir: Path) -> tuple[SplitWriter, SplitWriter]:
-    """Write the splits train and validation, and return their closed writers.
+class _Splits(NamedTuple):
+    """The closed writers of the splits."""
 
-    A fraction can be held out only after all rows are read, so until then the training rows are
-    in a spool folder.
+    train: SplitWriter
+    validation: SplitWriter
+    read: SplitWriter
+    """The writer of all training rows as they were read, with their texts if anything compares
+    them."""
+    codes: Codes
+    """(R,) the outcome of each row of `read`."""
+
+
+def _write_splits(preprocessor: Preprocessor, workdir: Path) -> _Splits:
+    """Write the splits train and validation.
+
+    Rows are held out and duplicates found only after all rows are read. Until then the rows are in
+    a spool folder, if the job asks for one of the two.
     """
     settings, seed = preprocessor.settings, preprocessor.settings.seed
-    fraction = settings.validation_fraction
-    spool = workdir / _SPOOL
-    folder = workdir if fraction is None else spool
-    with SplitWriter(folder, "train", seed, texts=fraction is not None) as train:
-        preprocessor.read("train", settings.train, train)
-    with SplitWriter(workdir, "validation", seed, texts=True) as validation:
-        preprocessor.read("validation", settings.validation, validation)
+    fraction, spool = settings.validation_fraction, workdir / _SPOOL
+    deduplicated = settings.clean is not None and settings.clean.duplicates is not None
+    spooled = fraction is not None or deduplicated
+    compared = spooled or (bool(settings.validation) and settings.leaks != "off")
+    texts = spool / "train.jsonl" if compared else None
+    seen, held_seen = _duplicates(settings), _duplicates(settings)
+    with SplitWriter(spool if spooled else workdir, "train", seed, texts=texts) as read:
+        preprocessor.read("train", settings.train, read, seen)
+    folder = spool if deduplicated else workdir
+    with SplitWriter(folder, "validation", seed, texts=folder / _TEXTS) as held_read:
+        preprocessor.read("validation", settings.validation, held_read, held_seen)
     preprocessor.check()
+    codes = np.full(len(read), TRAIN, dtype=np.int8)
+    if not spooled:
+        return _Splits(read, held_read, read, codes)
+    _remove_duplicates(codes, read, seen, preprocessor, "train")
     if fraction is not None:
-        validation = assign_splits(train, held_out(train.hashes, fraction), workdir, seed)
-        shutil.rmtree(spool)
-    return train, validation
+        left = codes == TRAIN
+        groups = grouped(read.hashes[left], read.prompts[left])
+        codes[left] = np.where(held_out(groups, fraction), HELD_OUT, TRAIN)
+    held_codes = np.full(len(held_read), HELD_OUT, dtype=np.int8)
+    _remove_duplicates(held_codes, held_read, held_seen, preprocessor, "validation")
+    with (
+        SplitWriter(workdir, "train", seed, texts=None) as train,
+        SplitWriter(workdir, "validation", seed, texts=workdir / _TEXTS) as validation,
+    ):
+        assign_splits(read, codes, {TRAIN: train, HELD_OUT: validation})
+        if settings.validation:
+            assign_splits(held_read, held_codes, {HELD_OUT: validation})
+    return _Splits(train, validation, read, codes)
+
+
+def _duplicates(settings: PrepareSettings) -> Duplicates | None:
+    """Return a new search for duplicates. None: the job does not ask for one."""
+    clean = settings.clean
+    if clean is None or clean.duplicates is None:
+        return None
+    return Duplicates(clean.duplicates, clean.similarity)
+
+
+def _remove_duplicates(
+    codes: Codes,
+    read: SplitWriter,
+    duplicates: Duplicates | None,
+    preprocessor: Preprocessor,
+    split: str,
+) -> None:
+    """Set the codes of the rows that repeat an earlier row, and count them."""
+    rows = Rows.open(read.folder, read.split)
+    if duplicates is None or rows is None or read.texts is None:
+        return
+    tallies = {tally.role: tally for tally in preprocessor.tallies}
+    ends = np.cumsum(read.num_pieces)
+    for found in duplicates.found(read.texts.__getitem__):
+        codes[found.row] = REPEATED
+        place, earlier = read.place(found.row), read.place(found.of)
+        tally, of = tallies[f"{split}.{place.source}"], tallies[f"{split}.{earlier.source}"]
+        count, end = read.num_pieces[found.row], int(ends[found.row])
+        tokens = int(rows.offsets[end] - rows.offsets[end - count])
+        tally.ledger.settle("duplicate", found.kind, rows=1, tokens=tokens)
+        note = f"{found.similarity:.0%} as in {of.name} {earlier}"
+        text = written(read.texts[found.row])[1]
+        finding = Finding(f"duplicates.{found.kind}", "removed", text, note=note)
+        preprocessor.findings.add(finding, f"{tally.name} {place}")
+
+
+# ---- ledger -----------------------------------------------------------------------------------
+
+
+def _settle(ledgers: Mapping[str, Ledger], splits: _Splits, workdir: Path) -> None:
+    """Count the written rows in the ledgers of their data sets, and check that they balance.
+
+    Held-out rows come from data sets of their own, or else from the training data sets.
+    """
+    roles = {role.partition(".")[0] for role in ledgers}
+    for split, writer in zip(SPLITS, (splits.train, splits.validation), strict=True):
+        rows = Rows.open(workdir, split)
+        if rows is None:
+            continue
+        origin = split if split in roles else "train"
+        first = np.zeros(len(rows), dtype=np.int64)
+        first[np.cumsum(writer.num_pieces) - np.asarray(writer.num_pieces)] = 1
+        for index, ledger in _numbered(ledgers, origin):
+            mine = np.asarray(rows.source) == index
+            ledger.settle(
+                SPLIT_OUTCOMES[split],
+                rows=int(first[mine].sum()),
+                tokens=int(rows.lengths[mine].sum()),
+                targets=int(rows.targets[mine].sum()),
+                sequences=int(mine.sum()),
+            )
+    for ledger in ledgers.values():
+        ledger.check()
+
+
+def _numbered(ledgers: Mapping[str, Ledger], split: str) -> Iterator[tuple[int, Ledger]]:
+    """Yield the ledgers of a split's data sets with the index of each."""
+    for role, ledger in ledgers.items():
+        name, _, index = role.partition(".")
+        if name == split:
+            yield int(index), ledger
 
 
 # ---- settings and files -----------------------------------------------------------------------
@@ -89,7 +232,7 @@ def _write_splits(preprocessor: Preprocessor, workdir: Path) -> tuple[SplitWrite
 def _clear(workdir: Path) -> None:
     """Remove all files of this stage: those of an earlier attempt, or of a failed one."""
     (workdir / "data.json").unlink(missing_ok=True)
-    (workdir / "validation.jsonl").unlink(missing_ok=True)
+    (workdir / _TEXTS).unlink(missing_ok=True)
     for name in SPLITS:
         remove_split(workdir, name)
     for folder in (_SPOOL, "tokenizer"):
@@ -111,24 +254,25 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, settings: PrepareSettings) -> E
     )
 
 
-def _metrics(workdir: Path, tallies: Sequence[Tally], num_held_out: int) -> dict[str, float]:
+def _metrics(workdir: Path, tallies: Sequence[Tally]) -> dict[str, float]:
     train = Rows.open(workdir, "train")
     if train is None:
         raise TypeError("prepared no training rows")
-    kept = {split: sum(t.kept for t in tallies if t.role.startswith(split)) for split in SPLITS}
-    # Held-out rows come from their own data sets, or else from the training rows.
-    rows = kept["train"] - (num_held_out if not kept["validation"] else 0)
-    outcomes = {f"{name}Rows": sum(t.counts[name] for t in tallies) for name in OVERLENGTH_OUTCOMES}
+    total = Ledger.total(tally.ledger for tally in tallies)
+    outcomes = {
+        f"{name}Rows": sum(t.outcome(name) for t in tallies) for name in OVERLENGTH_OUTCOMES
+    }
     return {
-        "rows": rows,
-        "heldOutRows": num_held_out,
+        "rows": total.num_rows("trained"),
+        "heldOutRows": total.num_rows("heldOut"),
         "sequences": len(train),
         "tokens": len(train.tokens),
         "targetTokens": int(train.targets.sum()),
         "longestRow": max(tally.longest for tally in tallies),
-        "skippedRows": sum(tally.skipped for tally in tallies),
+        "skippedRows": total.num_rows("invalid"),
         **outcomes,
-        "contextOnlyPieces": sum(tally.counts["contextOnlyPieces"] for tally in tallies),
+        "contextOnlyPieces": sum(tally.context_only_pieces for tally in tallies),
+        **total.metrics(),
     }
 
 

@@ -5,6 +5,7 @@ Invalid rows end the stage only after all rows are read, so that one message cou
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +16,14 @@ from typing import Any, NamedTuple
 from tuneyard.api.plan import PlannedStage, SourceInput
 from tuneyard.api.stage_settings import DatasetSettings, PrepareSettings
 from tuneyard.errors import StageError
+from tuneyard_trainer.data.cleaning.cleaner import Cleaner
+from tuneyard_trainer.data.cleaning.duplicates import Duplicates
+from tuneyard_trainer.data.cleaning.findings import Cleaned, Findings
 from tuneyard_trainer.data.example import Example
+from tuneyard_trainer.data.ledger import Entry, Ledger
 from tuneyard_trainer.data.masks import MaskProof
 from tuneyard_trainer.data.prepared import SPLITS
-from tuneyard_trainer.data.splits import SplitWriter
+from tuneyard_trainer.data.splits import Place, SplitWriter
 from tuneyard_trainer.data.stream import FAULTS_SHOWN, examples
 from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit
 from tuneyard_trainer.worker import Interrupted, Worker
@@ -29,6 +34,8 @@ BATCH_CHARACTERS = 1 << 20
 and takes a few MB of memory."""
 OVERLENGTH_OUTCOMES = ("dropped", "truncated", "split")
 """The outcomes of rows that are longer than a sequence."""
+UNREVIEWED = "unreviewed"
+"""The rule that leaves out conversation trees without a reviewed answer."""
 
 
 class Refusal(NamedTuple):
@@ -60,19 +67,12 @@ REFUSALS = {
 
 @dataclass
 class Tally:
-    """The outcomes of one data set's rows."""
+    """The ledger of one data set, with its lengths and its first faults."""
 
-    role: str
-    name: str
-    """The field path in the manifest."""
+    ledger: Ledger
     format: str = ""
-    rows: int = 0
-    """Rows read."""
-    kept: int = 0
-    """Rows written."""
-    counts: Counter[str] = field(default_factory=Counter)
-    """Rows by overlength outcome, rows refused by reason, and contextOnlyPieces: pieces of split
-    rows without a target."""
+    context_only_pieces: int = 0
+    """Pieces of split rows without a target, which are left out."""
     longest: int = 0
     """Tokens of the longest row, before it is truncated or split."""
     lengths: Counter[int] = field(default_factory=Counter)
@@ -82,12 +82,26 @@ class Tally:
     unread: tuple[str, ...] = ()
     """The columns that nothing reads."""
 
-    def refuse(self, reason: str, where: str, problem: str) -> None:
+    @property
+    def role(self) -> str:
+        """The input of the stage."""
+        return self.ledger.role
+
+    @property
+    def name(self) -> str:
+        """The field path in the manifest."""
+        return self.ledger.name
+
+    def refuse(self, reason: str, where: str, problem: str, tokens: int = 0) -> None:
         """Count a refused row."""
-        self.counts[reason] += 1
+        self.ledger.lose("invalid", reason, tokens=tokens)
         shown = self.faults.setdefault(reason, [])
         if len(shown) < FAULTS_SHOWN:
             shown.append(f"{where}: {problem}")
+
+    def refused(self, reason: str) -> int:
+        """Return the number of rows refused for a reason."""
+        return self.ledger.rows[Entry("invalid", reason)]
 
     def measure(self, length: int) -> None:
         """Count a row's length in tokens."""
@@ -97,18 +111,26 @@ class Tally:
     @property
     def skipped(self) -> int:
         """Rows refused. In a finished stage these are the skipped rows."""
-        return sum(self.counts[reason] for reason in ("InvalidData", *REFUSALS))
+        return self.ledger.num_rows("invalid")
+
+    def outcome(self, name: str) -> int:
+        """Return the number of rows of one of OVERLENGTH_OUTCOMES."""
+        return self.ledger.num_rows("dropped") if name == "dropped" else self.ledger.changes[name]
 
     def details(self) -> dict[str, Any]:
         """Return the record of the data set for `data.json` and the stage's details."""
+        ledger = self.ledger
         return {
-            "role": self.role,
-            "name": self.name,
+            "role": ledger.role,
+            "name": ledger.name,
             "format": self.format,
-            "rows": self.rows,
-            "kept": self.kept,
+            "rows": ledger.read,
+            "kept": ledger.num_rows("trained") + ledger.num_rows("heldOut"),
             "skipped": self.skipped,
-            **{name: self.counts[name] for name in (*OVERLENGTH_OUTCOMES, "contextOnlyPieces")},
+            **{name: self.outcome(name) for name in OVERLENGTH_OUTCOMES},
+            "filtered": ledger.num_rows("filtered"),
+            "duplicates": ledger.num_rows("duplicate"),
+            "contextOnlyPieces": self.context_only_pieces,
             "longest": self.longest,
             "unreadColumns": list(self.unread),
             "lengths": {str(bound): self.lengths[bound] for bound in sorted(self.lengths)},
@@ -125,23 +147,36 @@ class Preprocessor:
     encoder: Encoder
     max_length: int
     worker: Worker
+    cleaner: Cleaner
     tallies: list[Tally] = field(default_factory=list)
+    findings: Findings = field(default_factory=Findings)
+    """What the rules of cleaning found in all data sets."""
     _num_rows: int = 0
 
-    def read(self, split: str, datasets: Sequence[DatasetSettings], writer: SplitWriter) -> None:
-        """Read a split's data sets and add the rows to the writer.
+    def read(
+        self,
+        split: str,
+        datasets: Sequence[DatasetSettings],
+        writer: SplitWriter,
+        duplicates: Duplicates | None = None,
+    ) -> None:
+        """Read a split's data sets and add the rows to the writer, and to the search for
+        duplicates.
 
         Raises StageError, and Interrupted when the stage is asked to stop.
         """
         for index, dataset in enumerate(datasets):
             role = f"{split}.{index}"
-            tally = Tally(role, self._name(role))
+            tally = Tally(Ledger(role, self._name(role)))
             self.tallies.append(tally)
-            self._read_one(index, dataset, tally, writer)
+            for rows in self._read_one(index, dataset, tally, writer):
+                if duplicates:
+                    duplicates.add(rows)
 
     def _read_one(
         self, index: int, dataset: DatasetSettings, tally: Tally, writer: SplitWriter
-    ) -> None:
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Write a data set's rows, and yield the texts of those that were written, in batches."""
         stream = examples(
             self.inputs[tally.role],
             dataset,
@@ -152,17 +187,24 @@ class Preprocessor:
         for batch in _batches(stream):
             if self.worker.stop():
                 raise Interrupted(self.stage.name, self._num_rows)
-            for example, encoded in zip(batch, self.encoder.encode(batch), strict=True):
-                pieces = self._pieces(example, encoded, tally)
-                proof.add(example, pieces)
+            written = []
+            cleaned = [self.cleaner(example) for example in batch]
+            encodings = self.encoder.encode([row.example for row in cleaned])
+            for row, encoded in zip(cleaned, encodings, strict=True):
+                pieces = self._pieces(row, encoded, tally)
+                proof.add(row.example, pieces)
                 if pieces:
-                    tally.kept += 1
-                    writer.add(pieces, index, self._text(example))
+                    place = Place(index, row.example.file, row.example.row)
+                    text = self._text(row.example)
+                    writer.add(pieces, place, text, self._prompt(row.example))
+                    written.append(text)
+            yield written
             self._num_rows += len(batch)
             self.worker.report(step=self._num_rows, message=f"reading {tally.name}")
         summary = stream.summary
-        tally.format, tally.rows = summary.format, summary.rows
-        tally.counts["InvalidData"] = summary.skipped
+        tally.format, tally.ledger.read = summary.format, summary.rows
+        tally.ledger.lose("invalid", "InvalidData", rows=summary.skipped)
+        tally.ledger.lose("filtered", UNREVIEWED, rows=summary.filtered)
         if summary.faults:
             tally.faults["InvalidData"] = [str(fault) for fault in summary.faults]
         tally.unread = summary.unread
@@ -195,40 +237,57 @@ class Preprocessor:
         path = source.path if isinstance(source, SourceInput) else ""
         return path.removesuffix(".uri") or role
 
-    def _pieces(self, example: Example, encoded: Encoded | Misfit, tally: Tally) -> list[Encoded]:
+    def _pieces(self, row: Cleaned, encoded: Encoded | Misfit, tally: Tally) -> list[Encoded]:
         """Return the sequences to write for a row: none, the row, its start, or its pieces."""
-        where = f"{example.file} row {example.row}".strip()
+        where = f"{row.example.file} row {row.example.row}".strip()
+        for finding in row.findings:
+            self.findings.add(finding, f"{tally.name} {where}")
+        if row.removed_by is not None:
+            tokens = 0 if isinstance(encoded, Misfit) else len(encoded.ids)
+            tally.ledger.lose("filtered", row.removed_by, tokens=tokens)
+            return []
+        tally.ledger.changes.update(finding.rule for finding in row.findings)
         if isinstance(encoded, Misfit):
             tally.refuse("ChatTemplate", where, encoded.message)
             return []
         length = len(encoded.ids)
         tally.measure(length)
         if not encoded.mask.any():
-            tally.refuse("NoTargets", where, "no token carries loss")
+            tally.refuse("NoTargets", where, "no token carries loss", length)
             return []
         if length <= self.max_length:
+            tally.ledger.keep(length)
             return [encoded]
         return self._overlong(where, encoded, tally)
 
     def _overlong(self, where: str, encoded: Encoded, tally: Tally) -> list[Encoded]:
-        policy = self.settings.on_overlength
+        policy, length = self.settings.on_overlength, len(encoded.ids)
         if policy == "error":
-            tally.refuse("RowTooLong", where, f"{len(encoded.ids)} tokens")
+            tally.refuse("RowTooLong", where, f"{length} tokens", length)
             return []
         if policy == "drop":
-            tally.counts["dropped"] += 1
+            tally.ledger.lose("dropped", tokens=length)
             return []
-        cut = truncate if policy == "truncate" else split_evenly
-        pieces = cut(encoded, self.max_length)
+        pieces = (truncate if policy == "truncate" else split_evenly)(encoded, self.max_length)
         useful = [piece for piece in pieces if piece.mask.any()]
         if not useful:
-            tally.refuse(
-                "NoTargets", where, f"none of the first {self.max_length} tokens carries loss"
-            )
+            problem = f"none of the first {self.max_length} tokens carries loss"
+            tally.refuse("NoTargets", where, problem, length)
             return []
-        tally.counts["truncated" if policy == "truncate" else "split"] += 1
-        tally.counts["contextOnlyPieces"] += len(pieces) - len(useful)
+        cut = length - sum(len(piece.ids) for piece in pieces)
+        left_out = sum(len(piece.ids) for piece in pieces if not piece.mask.any())
+        tally.ledger.keep(length, cut=cut, context_only=left_out)
+        tally.ledger.changes["truncated" if policy == "truncate" else "split"] += 1
+        tally.context_only_pieces += len(pieces) - len(useful)
         return useful
+
+    def _prompt(self, example: Example) -> str:
+        """Return the turns before the last one, whose rows go to one split. "": the row is all
+        target, and the method pretrain has no prompts."""
+        if example.kind == "text" or self.settings.method == "pretrain":
+            return ""
+        turns = [[turn.role, turn.text] for turn in example.messages[:-1]]
+        return json.dumps(turns, ensure_ascii=False)
 
     def _text(self, example: Example) -> dict[str, Any]:
         """Return the row as text, for `validation.jsonl`."""
@@ -257,11 +316,11 @@ class Preprocessor:
             self._check_left(split)
 
     def _check_refused(self, reason: str, refusal: Refusal) -> None:
-        affected = [tally for tally in self.tallies if tally.counts[reason]]
+        affected = [tally for tally in self.tallies if tally.refused(reason)]
         if not affected:
             return
-        count = sum(tally.counts[reason] for tally in affected)
-        total = sum(tally.rows for tally in self.tallies)
+        count = sum(tally.refused(reason) for tally in affected)
+        total = sum(tally.ledger.read for tally in self.tallies)
         shown = [f"{t.name} {fault}" for t in affected for fault in t.faults[reason]]
         problem = refusal.problem.format(max_length=self.max_length)
         first = "" if count <= FAULTS_SHOWN else f"The first {FAULTS_SHOWN}: "
@@ -273,16 +332,20 @@ class Preprocessor:
 
     def _check_left(self, split: str) -> None:
         affected = [tally for tally in self.tallies if tally.role.startswith(split)]
-        if not affected or any(tally.kept for tally in affected):
+        if not affected or any(tally.ledger.kept for tally in affected):
             return
         skipped = sum(tally.skipped for tally in affected)
-        dropped = sum(tally.counts["dropped"] for tally in affected)
+        dropped = sum(tally.outcome("dropped") for tally in affected)
+        filtered = sum(tally.ledger.num_rows("filtered") for tally in affected)
+        by_rules = f", {filtered} removed by rules" if filtered else ""
         shown = [fault for t in affected for faults in t.faults.values() for fault in faults]
         raise StageError(
             "EmptyData",
             f"no row is left for {split}: {skipped} skipped, {dropped} "
-            f"dropped as longer than {self.max_length} tokens. {'; '.join(shown[:FAULTS_SHOWN])}",
-            advice=f"Repair the rows of {affected[0].name}, or raise spec.data.maxLength.",
+            f"dropped as longer than {self.max_length} tokens{by_rules}. "
+            f"{'; '.join(shown[:FAULTS_SHOWN])}",
+            advice=f"Repair the rows of {affected[0].name}, or raise spec.data.maxLength"
+            + (", or remove rules from spec.data.clean." if filtered else "."),
         )
 
 

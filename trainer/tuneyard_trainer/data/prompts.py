@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from tuneyard.api.stage_settings import ChatSettings, DatasetSettings, PromptSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data import layouts, reading
-from tuneyard_trainer.data.chat import Message, rendered, template_turns, transcript
+from tuneyard_trainer.data.chat import rendered, transcript
+from tuneyard_trainer.data.conversations import Message, template_turns
 from tuneyard_trainer.data.example import Message as Turn
 from tuneyard_trainer.data.example import RowError, check_turns
 from tuneyard_trainer.data.reading import Names

@@ -1,52 +1,85 @@
 """Held-out splits: the choice of rows, and the files of each split.
 
-Equal rows go to one split, so that no held-out row is also trained on.
+Equal rows and rows with one prompt go to one split, so that no held-out prompt is also trained on.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prepared import Rows, RowWriter
+from tuneyard_trainer.data.texts import Texts
 from tuneyard_trainer.data.tokenization import Encoded
 
 Hashes = NDArray[np.uint64]
 """(R,) one hash for each row. Equal token ids have equal hashes; the seed decides their order."""
+Codes = NDArray[np.int8]
+"""(R,) the outcome of each row: TRAIN, HELD_OUT or REPEATED, which is in no split."""
+TRAIN, HELD_OUT, REPEATED = 0, 1, 2
+
+
+class Place(NamedTuple):
+    """The location of a row."""
+
+    source: int
+    """The index of its data set."""
+    file: str
+    """The file's name relative to the data set's folder."""
+    row: int
+    """The row's number in its file, from 1."""
+
+    def __str__(self) -> str:
+        return f"{self.file} row {self.row}".strip()
 
 
 class SplitWriter:
-    """Writes the rows of a split. A row is one sequence, or several pieces if it was split."""
+    """Writes the rows of a split. A row is one sequence, or several pieces if it was split.
 
-    def __init__(self, folder: Path, split: str, seed: int, *, texts: bool) -> None:
-        """`texts`: write each row's text too, as a line of `SPLIT.jsonl`."""
+    Memory holds 50 bytes a row.
+    """
+
+    def __init__(self, folder: Path, split: str, seed: int, *, texts: Path | None) -> None:
+        """`texts`: the file of the rows' texts, one JSON object a line. None: they are not kept."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.split = folder, split
-        self.texts = folder / f"{split}.jsonl" if texts else None
+        self.texts = None if texts is None else Texts(texts)
+        """The rows' texts. None: they are not kept."""
         self._key = str(seed).encode()
         self._writer = RowWriter(folder, split)
-        self._lines = self.texts.open("w", encoding="utf-8") if self.texts else None
-        self._hashes, self._num_pieces = array("Q"), array("l")
+        self._hashes, self._prompts = array("Q"), array("Q")
+        self._num_pieces = array("l")
+        self._sources, self._file_numbers, self._numbers = array("h"), array("l"), array("q")
+        self._files: dict[str, int] = {}
+        self._names: list[str] = []
 
-    def add(self, pieces: Sequence[Encoded], source: int, text: Mapping[str, Any]) -> None:
-        """Write a row. `source`: the index of the row's data set."""
+    def add(
+        self, pieces: Sequence[Encoded], place: Place, text: Mapping[str, Any], prompt: str = ""
+    ) -> None:
+        """Write a row. `prompt`: rows with the same one go to one split. "": the row has none."""
         content = hashlib.blake2b(digest_size=8, key=self._key)
         for piece in pieces:
             content.update(piece.ids.tobytes())
-            self._writer.append(piece.ids, piece.mask, source)
+            self._writer.append(piece.ids, piece.mask, place.source)
         self._hashes.append(int.from_bytes(content.digest(), "little"))
+        self._prompts.append(_prompt_hash(prompt) if prompt else self._hashes[-1])
         self._num_pieces.append(len(pieces))
-        if self._lines:
-            self._lines.write(json.dumps(text, ensure_ascii=False) + "\n")
+        self._sources.append(place.source)
+        if place.file not in self._files:
+            self._files[place.file] = len(self._names)
+            self._names.append(place.file)
+        self._file_numbers.append(self._files[place.file])
+        self._numbers.append(place.row)
+        if self.texts is not None:
+            self.texts.append(text)
 
     def __len__(self) -> int:
         return len(self._hashes)
@@ -57,9 +90,19 @@ class SplitWriter:
         return np.array(self._hashes, dtype=np.uint64)
 
     @property
+    def prompts(self) -> Hashes:
+        """(R,) hashes of the rows' prompts. A row without a prompt has its own hash."""
+        return np.array(self._prompts, dtype=np.uint64)
+
+    @property
     def num_pieces(self) -> Sequence[int]:
         """The number of pieces of each row."""
         return self._num_pieces
+
+    def place(self, row: int) -> Place:
+        """Return the location of a row."""
+        file = self._names[self._file_numbers[row]]
+        return Place(self._sources[row], file, self._numbers[row])
 
     def __enter__(self) -> Self:
         self._writer.__enter__()
@@ -72,32 +115,49 @@ class SplitWriter:
         trace: TracebackType | None,
     ) -> None:
         self._writer.__exit__(kind, error, trace)
-        if self._lines:
-            self._lines.close()
-        if self.texts and not len(self):
-            self.texts.unlink()
+        if self.texts is not None:
+            self.texts.__exit__(kind, error, trace)
+            if not len(self):
+                self.texts.path.unlink()
 
 
-def held_out(hashes: Hashes, fraction: float) -> NDArray[np.bool_]:
+def grouped(hashes: Hashes, prompts: Hashes) -> Hashes:
+    """Return (R,) the least hash of the rows that each row must share a split with: rows with the
+    same hash or the same prompt, directly or through other rows."""
+    groups = [np.unique(keys, return_inverse=True) for keys in (prompts, hashes)]
+    labels = hashes
+    while True:
+        before = labels
+        for unique, group in groups:
+            least = np.full(len(unique), np.iinfo(np.uint64).max, dtype=np.uint64)
+            np.minimum.at(least, group, labels)
+            labels = least[group]
+        if np.array_equal(labels, before):
+            return labels
+
+
+def held_out(groups: Hashes, fraction: float) -> NDArray[np.bool_]:
     """Return (R,) True for the rows to hold out: `fraction` of them, at least one and never all.
 
-    Equal rows are held out together or not at all, so repeated rows can make the count smaller.
+    `groups`: rows of one group are held out together or not at all, so repeated rows can make the
+    count smaller. The least groups are held out.
 
-    Raises StageError TooFewRows if all rows are equal.
+    Raises StageError TooFewRows if there is one group only.
     """
-    _, group, sizes = np.unique(hashes, return_inverse=True, return_counts=True)
+    _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     if len(sizes) < 2:
         raise StageError(
             "TooFewRows",
-            f"no row can be held out: all {len(hashes)} training rows are equal."
-            if len(hashes) > 1
+            f"no row can be held out: all {len(groups)} training rows are equal, or have the same "
+            "prompt."
+            if len(groups) > 1
             else "no row can be held out: there is one training row (a text file is one row).",
-            advice="Add training rows, name held-out data in spec.data.validation.data, or remove "
-            "spec.data.validation.",
+            advice="Add training rows with other prompts, name held-out data in "
+            "spec.data.validation.data, or remove spec.data.validation.",
         )
-    wanted = max(1, round(fraction * len(hashes)))
-    # At least one group of equal rows stays in training.
-    wanted = min(wanted, len(hashes) - int(np.min(sizes)))
+    wanted = max(1, round(fraction * len(groups)))
+    # At least one group stays in training.
+    wanted = min(wanted, len(groups) - int(np.min(sizes)))
     chosen = np.zeros(len(sizes), dtype=np.bool_)
     count = 0
     for index, size in enumerate(sizes):
@@ -111,30 +171,27 @@ def held_out(hashes: Hashes, fraction: float) -> NDArray[np.bool_]:
     return np.asarray(chosen[group])
 
 
-def assign_splits(
-    spool: SplitWriter, held: NDArray[np.bool_], folder: Path, seed: int
-) -> SplitWriter:
-    """Copy the rows of a closed writer into the splits train and validation in `folder`.
-
-    `held`: (R,) True for the rows of validation. Returns the closed writer of validation.
-    """
+def assign_splits(spool: SplitWriter, codes: Codes, writers: Mapping[int, SplitWriter]) -> None:
+    """Copy the rows of a closed writer with texts to the open writers of their codes. Rows whose
+    code has no writer are left out."""
     rows = Rows.open(spool.folder, spool.split)
     if rows is None or spool.texts is None:
         raise TypeError("assign_splits needs a writer with rows and their texts")
     piece = 0
-    with (
-        spool.texts.open(encoding="utf-8") as lines,
-        SplitWriter(folder, "train", seed, texts=False) as train,
-        SplitWriter(folder, "validation", seed, texts=True) as validation,
-    ):
-        for line, count, hold in zip(lines, spool.num_pieces, held, strict=True):
+    for row, (code, count) in enumerate(zip(codes.tolist(), spool.num_pieces, strict=True)):
+        writer = writers.get(code)
+        if writer is not None:
             pieces = [Encoded(rows.ids(i), rows.mask(i)) for i in range(piece, piece + count)]
-            text = json.loads(line) if hold else {}
-            (validation if hold else train).add(pieces, int(rows.source[piece]), text)
-            piece += count
-    return validation
+            text = {} if writer.texts is None else spool.texts[row]
+            writer.add(pieces, spool.place(row), text)
+        piece += count
 
 
 def num_contaminated(train: Hashes, validation: Hashes) -> int:
     """Return the number of held-out rows that are also in training."""
     return int(np.isin(validation, train).sum())
+
+
+def _prompt_hash(prompt: str) -> int:
+    content = hashlib.blake2b(prompt.encode("utf-8", "replace"), digest_size=8)
+    return int.from_bytes(content.digest(), "little")

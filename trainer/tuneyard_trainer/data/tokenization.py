@@ -18,13 +18,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.chat import (
-    ChatFormat,
-    Message,
-    Span,
-    TrainOn,
-    template_turns,
-)
+from tuneyard_trainer.data.chat import ChatFormat, Span, TrainOn
+from tuneyard_trainer.data.conversations import Message, template_turns
 from tuneyard_trainer.data.example import Example
 from tuneyard_trainer.data.template_style import MisfitError
 

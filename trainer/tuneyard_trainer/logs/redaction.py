@@ -25,22 +25,21 @@ _OWN_PREFIX = "TUNEYARD_SECRET_"
 _FOLDERS = ("PWD", "OLDPWD")
 
 _URI_PASSWORD = re.compile(r"://[^\s/?#@:]*:([^\s/?#@]+)@")
-_TOKENS = "|".join(
-    (
-        r"hf_[A-Za-z0-9]{20,}",
-        r"sk-[\w-]{20,}",
-        r"gh[pousr]_[A-Za-z0-9]{30,}",
-        r"github_pat_\w{30,}",
-        r"glpat-[\w-]{20,}",
-        r"xox[abprs]-[\w-]{10,}",
-        r"AIza[\w-]{35}",
-        r"ya29\.[\w-]{20,}",
-        r"(?:AKIA|ASIA)[A-Z0-9]{16}",
-        r"(?<![\w-])eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*",
-        r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)",
-    )
+SECRET_FORMATS = (
+    r"hf_[A-Za-z0-9]{20,}",
+    r"sk-[\w-]{20,}",
+    r"gh[pousr]_[A-Za-z0-9]{30,}",
+    r"github_pat_\w{30,}",
+    r"glpat-[\w-]{20,}",
+    r"xox[abprs]-[\w-]{10,}",
+    r"AIza[\w-]{35}",
+    r"ya29\.[\w-]{20,}",
+    r"(?:AKIA|ASIA)[A-Z0-9]{16}",
+    r"(?<![\w-])eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*",
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)",
 )
 """Formats of Hugging Face, OpenAI, GitHub, GitLab, Slack, Google, AWS, JSON web tokens and keys."""
+_TOKENS = "|".join(SECRET_FORMATS)
 _NAMES = (
     r"password|passwd|passphrase|secret|api[_-]?key|account[_-]?key|access[_-]?key(?:[_-]?id)?"
     r"|secret[_-]?key|(?:access|auth|refresh|session|security|id|hf|bearer)[_-]?token"

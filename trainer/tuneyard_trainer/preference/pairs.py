@@ -23,8 +23,10 @@ from numpy.typing import NDArray
 from tuneyard.api.plan import SourceInput
 from tuneyard.api.stage_settings import DatasetSettings, PairsSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.chat import template_turns, transcript
+from tuneyard_trainer.data.chat import transcript
+from tuneyard_trainer.data.conversations import template_turns
 from tuneyard_trainer.data.example import Example, RowError
+from tuneyard_trainer.data.ledger import Ledger, ledger_details
 from tuneyard_trainer.data.masks import MaskProof
 from tuneyard_trainer.data.prepared import SPLITS, Rows, RowWriter
 from tuneyard_trainer.data.rows import Row, read_data
@@ -73,6 +75,8 @@ class _Reader:
     num_rows: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     """Rejected rows, by reason."""
+    ledgers: list[Ledger] = field(default_factory=list)
+    """The ledger of each data set."""
     examples: dict[str, list[str]] = field(default_factory=dict)
     """The first rejected rows of each reason."""
     too_long: list[str] = field(default_factory=list)
@@ -104,15 +108,23 @@ class _Reader:
         spool.mkdir(parents=True)
         with RowWriter(spool, "all") as rows, (spool / "texts").open("w", encoding="utf-8") as text:
             for index, dataset in enumerate(self.settings.preferences):
+                self.ledgers.append(Ledger(f"preferences.{index}", self._name(index)))
                 for batch in self._batches(index, dataset):
                     for preference, encoded in self._encoded(batch):
                         self._keep(preference, encoded, index, rows, text)
         self._check()
         counts = self._assign_splits(spool)
         shutil.rmtree(spool)
+        for ledger in self.ledgers:
+            ledger.check()
         self.encoder.tokenizer.save_pretrained(self.context.workdir / "tokenizer")
         metrics = self._metrics(counts)
-        details = {"skippedBy": dict(self.faults), "faults": self.examples, "maxLength": self.limit}
+        details = {
+            "skippedBy": dict(self.faults),
+            "faults": self.examples,
+            "maxLength": self.limit,
+            "ledger": ledger_details(self.ledgers),
+        }
         self._write_summary(metrics, details)
         return StageOutcome(metrics, details)
 
@@ -126,6 +138,7 @@ class _Reader:
             if self.context.worker.stop():
                 raise Interrupted(self.context.stage.name, self.num_rows)
             self.num_rows += len(chunk)
+            self.ledgers[index].read += len(chunk)
             yield [preference for row in chunk for preference in self._parsed(row, dataset)]
             self.context.worker.report(step=self.num_rows, message=f"reading {self._name(index)}")
 
@@ -139,7 +152,8 @@ class _Reader:
             return []
 
     def _encoded(self, batch: Sequence[Preference]) -> Iterator[tuple[Preference, list[Encoded]]]:
-        """Yield each valid preference with its rows, one per completion."""
+        """Yield each valid preference with its rows, one per completion. The batch is of the data
+        set that is read."""
         examples = [example for preference in batch for example in preference.examples]
         encoded = iter(self.encoder.encode(_by_template(examples, self.encoder)))
         for preference in batch:
@@ -147,12 +161,14 @@ class _Reader:
             where = _location(preference.file, preference.row)
             misfit = next((row for row in found if isinstance(row, Misfit)), None)
             rows = [_to_stop_token(row) for row in found if isinstance(row, Encoded)]
+            tokens = sum(len(row.ids) for row in rows)
             if misfit is not None:
-                self._reject("ChatTemplate", where, misfit.message)
+                self._reject("ChatTemplate", where, misfit.message, tokens)
             elif not all(row.mask.any() for row in rows):
-                self._reject("EmptyCompletion", where, "a completion has no tokens")
+                self._reject("EmptyCompletion", where, "a completion has no tokens", tokens)
             elif len({row.ids.tobytes() for row in rows}) < len(rows):
-                self._reject("IdenticalSides", where, "two completions have the same tokens")
+                problem = "two completions have the same tokens"
+                self._reject("IdenticalSides", where, problem, tokens)
             else:
                 yield preference, rows
 
@@ -166,11 +182,14 @@ class _Reader:
     ) -> None:
         """Write a preference to the spool, unless one of its rows is too long."""
         longest = max(len(row.ids) for row in encoded)
+        tokens = sum(len(row.ids) for row in encoded)
         self.longest = max(self.longest, longest)
         if longest > self.limit:
+            self.ledgers[source].lose("dropped", tokens=tokens)
             where = _location(preference.file, preference.row)
             self.too_long.append(f"{where}: {longest} tokens")
             return
+        self.ledgers[source].keep(tokens)
         proof = self.proofs.setdefault(source, MaskProof(self.encoder))
         for example, row in zip(preference.examples, encoded, strict=True):
             proof.add(example, [row])
@@ -190,8 +209,10 @@ class _Reader:
             line["tools"] = list(preference.tools)
         text.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-    def _reject(self, fault: str, where: str, why: str) -> None:
+    def _reject(self, fault: str, where: str, why: str, tokens: int = 0) -> None:
+        """Count a row of the data set that is read."""
         self.faults[fault] += 1
+        self.ledgers[-1].lose("invalid", fault, tokens=tokens)
         examples = self.examples.setdefault(fault, [])
         if len(examples) < FAULTS_SHOWN:
             examples.append(f"{where}: {why}")
@@ -261,8 +282,16 @@ class _Reader:
         ):
             for group, line in enumerate(lines):
                 writer = validation if held[group] else train
-                for row in range(starts[group], starts[group + 1]):
+                span = slice(int(starts[group]), int(starts[group + 1]))
+                for row in range(span.start, span.stop):
                     writer.append(spooled.ids(row), spooled.mask(row), int(spooled.source[row]))
+                self.ledgers[int(spooled.source[span.start])].settle(
+                    "heldOut" if held[group] else "trained",
+                    rows=1,
+                    tokens=int(spooled.lengths[span].sum()),
+                    targets=int(spooled.targets[span].sum()),
+                    sequences=span.stop - span.start,
+                )
                 if held[group]:
                     texts.write(line)
         sizes = np.array(self.sizes)
@@ -297,6 +326,7 @@ class _Reader:
             "longestRow": float(self.longest),
             "skippedRows": float(sum(self.faults.values())),
             "droppedRows": float(len(self.too_long)),
+            **Ledger.total(self.ledgers).metrics(),
             "ties": float(sum(label == 0.5 for label in self.labels)),
         }
 

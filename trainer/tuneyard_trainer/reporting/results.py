@@ -22,6 +22,8 @@ from tuneyard_trainer.reporting.formatting import (
 
 ROW_OUTCOMES = {
     "skippedRows": "skipped",
+    "filteredRows": "filtered",
+    "duplicateRows": "duplicates",
     "droppedRows": "dropped",
     "truncatedRows": "truncated",
     "splitRows": "split",
@@ -145,13 +147,22 @@ def seconds_of(record: StageRecord) -> float:
 
 
 def _warnings(prepare: StageRecord | None) -> list[str]:
-    contaminated = prepare.details.get("contaminated") if prepare else None
-    if not contaminated:
-        return []
-    return [
-        f"{count(contaminated)} of the held-out rows are also in the training data, so the "
-        "held-out metrics look better than they are. Remove these rows from one of the two."
-    ]
+    details = prepare.details if prepare else {}
+    warnings = []
+    if contaminated := details.get("contaminated"):
+        warnings.append(
+            f"{count(contaminated)} of the held-out rows are also in the training data, so the "
+            "held-out metrics look better than they are. Remove these rows from one of the two."
+        )
+    leaks = details.get("leaks") or {}
+    if leaks.get("rows"):
+        first = leaks["examples"][0]
+        warnings.append(
+            f"{count(leaks['rows'])} of {count(leaks['checked'])} held-out rows have text that is "
+            f"also in the training data, such as {first['heldOut']} in {first['training']}: "
+            f"{first['span']}"
+        )
+    return warnings
 
 
 # ---- comparisons --------------------------------------------------------------------------------

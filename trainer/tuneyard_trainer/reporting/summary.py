@@ -205,6 +205,57 @@ class RunSummary:
         return [*facts, ("Longest sequence, tokens", str(prepare.details.get("maxLength", ABSENT)))]
 
     @property
+    def ledger(self) -> list[tuple[str, str, str]]:
+        """Each outcome of the prepared or paired rows, with its rows and tokens over all data sets.
+        []: the record is of 0.2, or no stage read rows."""
+        stage = self.record("prepare", "pairs")
+        total = stage.details.get("ledger", {}).get("total") if stage else None
+        if total is None:
+            return []
+        rows, tokens = total["rows"], total["tokens"]
+        lines: list[tuple[str, int | None, int]] = [("In", rows["in"], tokens["in"])]
+        for outcome in ("invalid", "filtered", "duplicate"):
+            lines += [
+                (f"{outcome.capitalize()}: {cause}", number, tokens[outcome].get(cause, 0))
+                for cause, number in rows[outcome].items()
+            ]
+        lines += [("Dropped as too long", rows["dropped"], tokens["dropped"])]
+        parts = {"Cut off": tokens["cut"], "Pieces without a target": tokens["contextOnly"]}
+        lines += [(label, None, part) for label, part in parts.items() if part]
+        lines += [("Held out", rows["heldOut"], tokens["heldOut"])]
+        lines += [("Trained on", rows["trained"], tokens["trained"])]
+        lines += [("of these, context", None, tokens["trained"] - total["targets"]["trained"])]
+        return [
+            (label, "" if number is None else count(number), count(part))
+            for label, number, part in lines
+        ]
+
+    @property
+    def cleaning(self) -> list[tuple[str, str, list[str]]]:
+        """Each rule of cleaning that found something, with its count and its first rows."""
+        prepare = self.record("prepare")
+        found = prepare.details.get("cleaning", {}) if prepare else {}
+        return [
+            (
+                rule,
+                f"{count(each['rows'])} {each['action']}",
+                [f"{example['where']}: {example['text']}" for example in each["examples"]],
+            )
+            for rule, each in found.items()
+        ]
+
+    @property
+    def leaks(self) -> list[str]:
+        """The first held-out rows with text that is also in the training data."""
+        prepare = self.record("prepare")
+        found = (prepare.details.get("leaks") or {}) if prepare else {}
+        return [
+            f"{leak['heldOut']} is in {leak['training']} with {leak['spanWords']} of its "
+            f"{leak['rowWords']} words in sequence: {leak['span']}"
+            for leak in found.get("examples", [])
+        ]
+
+    @property
     def faults(self) -> list[str]:
         """Messages about the first invalid rows of each data set."""
         prepare = self.record("prepare")

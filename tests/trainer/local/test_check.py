@@ -1,0 +1,97 @@
+"""`tuneyard data check` and `stats`: faults of a file are named, and clean files pass."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.trainer.data.test_cleaning import PLANTED, STORY
+from tests.trainer.data.test_leaks import noise
+from tests.trainer.data.test_prepare import Row, chat
+from tuneyard.cli import main
+
+
+def write(path: Path, rows: Sequence[Row]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def run(capsys: Any, *arguments: str) -> tuple[int, str]:
+    code = main.call(["data", *arguments])
+    return code, capsys.readouterr().out
+
+
+def test_a_clean_file_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "rows.jsonl", noise(1))
+    code, out = run(capsys, "check", file, "--held-out", write(tmp_path / "held.jsonl", noise(2)))
+    assert code == 0
+    assert out == f"{file}: 40 rows of the layout messages\nNo faults were found.\n"
+
+
+def test_each_planted_fault_is_named_with_its_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = noise(1)
+    copy = rows[2]["messages"][1]["content"].replace(".", ";") + " indeed"
+    file = write(
+        tmp_path / "rows.jsonl",
+        [
+            *rows,
+            {"messages": []},
+            rows[4],
+            chat(rows[2]["messages"][0]["content"], copy),
+            chat("Whom do I ask?", PLANTED["email"]),
+            chat("Where?", "In the cafÃ©."),
+        ],
+    )
+    held_out = write(
+        tmp_path / "held.jsonl", [*noise(2), chat("Then?", rows[9]["messages"][1]["content"])]
+    )
+    before = Path(file).read_bytes()
+    code, out = run(capsys, "check", file, "--held-out", held_out)
+    assert code == 1
+    assert Path(file).read_bytes() == before
+    lines = out.splitlines()
+    for fault, row in (
+        ("invalid rows: 1 of 45", "rows.jsonl row 41"),
+        ("duplicates.exact: 1 of 44", "rows.jsonl row 42: 100% as in rows.jsonl row 5"),
+        ("duplicates.near: 1 of 44", "rows.jsonl row 43"),
+        ("encoding.mojibake: 1 of 44", "rows.jsonl row 45"),
+        ("personalData.email: 1 of 44", "rows.jsonl row 44: write to [EMAIL] today"),
+        (
+            "held-out rows in the training data: 1 of 41",
+            "held.jsonl row 41 is in rows.jsonl row 10",
+        ),
+    ):
+        place = next(i for i, line in enumerate(lines) if line.startswith(fault))
+        assert lines[place + 1].startswith(f"  {row}"), out
+    assert "ada.lovelace" not in out
+
+
+def test_a_file_without_a_valid_row_is_a_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": ""}]}] * 3)
+    assert main.call(["data", "check", file]) == 1
+    assert "3 of 3 rows are invalid" in capsys.readouterr().err
+
+
+def test_statistics_count_rows_turns_words_and_languages(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [chat("Tell me a story.", STORY)] * 3 + [chat("What is this?", "A red lamp.")]
+    code, out = run(capsys, "stats", write(tmp_path / "rows.jsonl", rows))
+    assert code == 0
+    lines = out.splitlines()
+    for line in (
+        "Rows: 4",
+        "Layout: messages",
+        "Different prompts: 2",
+        "Turns by user: 4",
+        "Languages: en 100.0%",
+    ):
+        assert line in lines

@@ -1,0 +1,123 @@
+"""Duplicates: rows that repeat an earlier row of the same split, whichever data set it is from.
+
+Rows are compared by their content alone. Of rows that repeat each other, the first one stays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tuneyard_trainer.data.cleaning.signatures import (
+    SIMILARITY,
+    Bands,
+    bands,
+    similarity,
+    word_rows,
+)
+from tuneyard_trainer.data.cleaning.text import said, written
+from tuneyard_trainer.data.cleaning.words import WordHashes
+
+Kind = Literal["exact", "near"]
+
+
+class Duplicate(NamedTuple):
+    """A row that repeats an earlier one."""
+
+    row: int
+    """Its number among the rows that were added, from 0."""
+    of: int
+    """The number of the earlier row, which stays."""
+    kind: Kind
+    similarity: float
+    """The Jaccard index of their word sequences; 1 of exact duplicates."""
+
+
+class Duplicates:
+    """Collects what rows are compared by: 8 bytes a row, and 56 more with near duplicates."""
+
+    def __init__(self, kind: Kind, similarity: float | None) -> None:
+        """`similarity`: the least Jaccard index of near duplicates. None: SIMILARITY."""
+        self._near = kind == "near"
+        self._least = SIMILARITY if similarity is None else similarity
+        self._contents = array("Q")
+        self._bands: list[Bands] = []
+        self._known = WordHashes()
+
+    def add(self, texts: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows as `validation.jsonl` holds them."""
+        self._contents.extend(_content(text) for text in texts)
+        if self._near:
+            rows = [written(text) for text in texts]
+            systems = [system for system, _ in rows]
+            self._bands.append(bands(word_rows((text for _, text in rows), self._known), systems))
+
+    def found(self, text: Callable[[int], Mapping[str, Any]]) -> Iterator[Duplicate]:
+        """Yield the rows that repeat an earlier one, in order. To be called once. `text`: returns a
+        row by its number; it is called for candidates only."""
+        numbers = np.arange(len(self._contents), dtype=np.uint32)
+        earlier, meets = _first_equal(np.frombuffer(self._contents, np.uint64)), self._meetings()
+        repeats = earlier < numbers
+        if meets is not None:
+            repeats |= meets.min(axis=1) < numbers
+        stays = numbers.copy()
+        for row in np.flatnonzero(repeats).tolist():
+            duplicate = None
+            if earlier[row] < row:
+                duplicate = Duplicate(row, int(stays[earlier[row]]), "exact", 1.0)
+            elif meets is not None:
+                candidates = dict.fromkeys(stays[meets[row]].tolist())
+                duplicate = self._nearest(row, [each for each in candidates if each < row], text)
+            if duplicate is not None:
+                stays[row] = duplicate.of
+                yield duplicate
+
+    def _meetings(self) -> Bands | None:
+        """Return (R, BANDS) the number of the first row that shares each band; it replaces the
+        bands. None: near duplicates are not searched."""
+        if not self._bands:
+            return None
+        found = np.concatenate(self._bands)
+        self._bands = []
+        for column in found.T:
+            column[:] = _first_equal(column)
+        return found
+
+    def _nearest(
+        self, row: int, candidates: Sequence[int], text: Callable[[int], Mapping[str, Any]]
+    ) -> Duplicate | None:
+        """Return the row as a duplicate of the first candidate that is similar enough. None: of
+        none of them."""
+        mine = written(text(row))
+        for candidate in candidates:
+            systems, texts = zip(mine, written(text(candidate)), strict=True)
+            index = similarity(word_rows(texts, self._known), systems)
+            if index >= self._least:
+                return Duplicate(row, candidate, "near", index)
+        return None
+
+
+def _content(text: Mapping[str, Any]) -> int:
+    """Return a 64-bit hash of all that a row says. White space at the ends of turns is ignored, and
+    so are the ids of calls."""
+    parts = {name: _stripped(value) for name, value in text.items() if name != "expected"}
+    if "messages" in text:
+        parts["messages"] = [[turn["role"], said(turn).strip()] for turn in text["messages"]]
+    key = json.dumps(parts, ensure_ascii=False, sort_keys=True).encode("utf-8", "replace")
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+
+
+def _stripped(value: Any) -> Any:
+    return value.strip() if isinstance(value, str) else value
+
+
+def _first_equal(keys: NDArray[Any]) -> NDArray[np.uint32]:
+    """Return (R,) the number of the first row with the same key."""
+    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+    return np.asarray(first[group], np.uint32)

@@ -1,0 +1,61 @@
+"""Rows as text on disk: one JSON object a line, which can be read in any order."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+
+class Texts:
+    """The texts of rows: `messages`, `prompt` and `completion`, or `text`, of each.
+
+    A context that is entered once to append; afterwards rows are read. Memory holds 8 bytes a row.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._offsets, self._end = array("q"), 0
+        self._file: IO[bytes] = path.open("wb", buffering=1 << 20)
+
+    def append(self, text: Mapping[str, Any]) -> None:
+        """Add a row."""
+        self._offsets.append(self._end)
+        line = json.dumps(text, ensure_ascii=False) + "\n"
+        self._end += self._file.write(line.encode())
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        """Return a row by its number, from 0."""
+        if not self._file.readable():
+            raise ValueError(f"{self.path.name} is still written")
+        self._file.seek(self._offsets[row])
+        found: dict[str, Any] = json.loads(self._file.readline())
+        return found
+
+    def lines(self) -> Iterator[bytes]:
+        """Yield the rows as JSON, in order."""
+        with self.path.open("rb") as lines:
+            yield from lines
+
+    def close(self) -> None:
+        """End reading."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        self._file = self.path.open("rb", buffering=1 << 16)
