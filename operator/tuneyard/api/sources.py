@@ -203,11 +203,57 @@ class Validation(OneOf):
     """Separate data sets, which training does not read."""
 
 
+class Replay(Model):
+    """General data that is trained on beside the job's own, against forgetting."""
+
+    data: list[Dataset] = Field(min_length=1, max_length=16)
+    """The data sets. `weight` divides the share among them. No row of them is held out."""
+    share: float = Field(default=0.1, gt=0, le=0.9)
+    """Share of an epoch's sequences. The job's own rows stay as many as they were."""
+
+
+class FillMarkers(Model):
+    """The special tokens before the parts of a document: each one token of the model's tokenizer,
+    in none of the documents."""
+
+    prefix: str = Field(min_length=1, max_length=64)
+    """Token before the text that precedes the gap."""
+    suffix: str = Field(min_length=1, max_length=64)
+    """Token before the text that follows the gap."""
+    middle: str = Field(min_length=1, max_length=64)
+    """Token before the text of the gap."""
+
+
+class FillInTheMiddle(Model):
+    """Continued pre-training also learns to write what lies between two texts (Bavarian et al.
+    2022)."""
+
+    rate: float = Field(default=0.5, gt=0, le=1)
+    """Share of the training sequences of documents whose middle part comes last. The others stay as
+    they are."""
+    mode: Literal["psm", "spm", "both"] = "both"
+    """Order of the parts. psm: prefix, suffix, middle. spm: suffix, prefix, middle. both: each for
+    half of the changed sequences."""
+    markers: FillMarkers | None = None
+    """Tokens before the parts. None: the model's own, as of Qwen2.5-Coder, StarCoder,
+    DeepSeek-Coder or Code Llama."""
+
+
 class FineTuneData(Model):
     """The training and held-out data, and how rows become sequences."""
 
     train: list[Dataset] = Field(min_length=1, max_length=64)
     """The training data sets; their rows are shuffled together."""
+    temperature: float | None = Field(default=None, gt=0, le=100, exclude_if=lambda t: t is None)
+    """Evens out data sets of unequal size: the part of each in an epoch is in proportion to the
+    (1/temperature)th power of its sequences times `weight`. 1: as they are; the higher, the more
+    alike. The epoch keeps its length. None: 1."""
+    replay: Replay | None = Field(default=None, exclude_if=lambda replay: replay is None)
+    """General data against forgetting. None: none."""
+    fill_in_the_middle: FillInTheMiddle | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+    """Learn to fill gaps too (method pretrain, documents). None: documents stay as they are."""
     validation: Validation | None = None
     """The held-out rows. None: no rows are held out; there is no held-out loss, early stopping or
     gate."""

@@ -15,7 +15,7 @@ from tuneyard.api.alignment import RuleReward, Sampling, StopConditions
 from tuneyard.api.cleaning import Clean
 from tuneyard.api.evaluation import Gate
 from tuneyard.api.meta import Model
-from tuneyard.api.sources import DataFormat, FieldMap
+from tuneyard.api.sources import DataFormat, FieldMap, FillInTheMiddle
 from tuneyard.api.training import EarlyStopping, Freeze, Optimizer, Schedule
 
 
@@ -32,6 +32,15 @@ class DatasetSettings(Model):
     """Number of rows to read, from the start. None: all."""
     paths: Literal["all"] | None = Field(default=None, exclude_if=lambda value: value is None)
     """Conversations taken from a tree of messages. None: the best one."""
+
+
+class ReplaySettings(Model):
+    """General data among the training data sets."""
+
+    datasets: int
+    """How many of the last inputs `train.N` are general data."""
+    share: float
+    """Their share of an epoch's sequences."""
 
 
 class PrepareSettings(Model):
@@ -66,6 +75,14 @@ class PrepareSettings(Model):
     """Jinja chat template in place of the tokenizer's. None: the tokenizer's own."""
     seed: int
     """Seed of the held-out split."""
+    temperature: float | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Temperature of the mixture of data sets. None: 1."""
+    replay: ReplaySettings | None = Field(default=None, exclude_if=lambda value: value is None)
+    """General data among `train`. None: there is none."""
+    fill_in_the_middle: FillInTheMiddle | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+    """How documents learn to fill gaps. None: they stay as they are."""
     clean: Clean | None = Field(default=None, exclude_if=lambda value: value is None)
     """Rules that remove or change rows. None: rows stay as they are."""
     leaks: Literal["error", "off"] | None = Field(

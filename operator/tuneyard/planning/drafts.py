@@ -14,6 +14,7 @@ from tuneyard.api.stage_settings import (
     EvaluateSettings,
     LoopSettings,
     PrepareSettings,
+    ReplaySettings,
     Settings,
     TrainSettings,
 )
@@ -71,10 +72,18 @@ def dataset_inputs(role: str, path: str, datasets: Sequence[Dataset]) -> dict[st
 
 
 def data_inputs(data: FineTuneData, path: str) -> dict[str, SourceInput]:
-    """Return the inputs `train.N` and `validation.N`. `path`: the data's field in the manifest."""
+    """Return the inputs `train.N`, with the data of replay last, and `validation.N`. `path`: the
+    data's field in the manifest."""
     held_out = (data.validation and data.validation.data) or []
+    replayed = enumerate(data.replay.data if data.replay else [])
     return {
         **dataset_inputs("train", f"{path}.train", data.train),
+        **{
+            f"train.{len(data.train) + index}": source_input(
+                dataset, f"{path}.replay.data[{index}]"
+            )
+            for index, dataset in replayed
+        },
         **dataset_inputs("validation", f"{path}.validation.data", held_out),
     }
 
@@ -108,10 +117,10 @@ def runtime(training: Training, sharding: Sharding = "none") -> TrainRuntime:
 
 def prepare(data: FineTuneData, method: Literal["sft", "pretrain"]) -> PrepareSettings:
     """Return the settings of the stage that prepares training and held-out rows."""
-    validation = data.validation
+    validation, replay = data.validation, data.replay
     return PrepareSettings(
         method=method,
-        train=dataset_settings(data.train),
+        train=dataset_settings([*data.train, *(replay.data if replay else [])]),
         validation=dataset_settings((validation and validation.data) or []),
         validation_fraction=validation.fraction if validation else None,
         max_length=data.max_length,
@@ -124,6 +133,9 @@ def prepare(data: FineTuneData, method: Literal["sft", "pretrain"]) -> PrepareSe
         seed=defaults.SPLIT_SEED,
         clean=data.clean,
         leaks=None if data.leaks == "warn" else data.leaks,
+        temperature=data.temperature,
+        replay=ReplaySettings(datasets=len(replay.data), share=replay.share) if replay else None,
+        fill_in_the_middle=data.fill_in_the_middle,
     )
 
 

@@ -52,12 +52,31 @@ WITH_VIRTUAL_TOKENS = ("prompt", "prefix")
 
 def fine_tuning_faults(spec: FineTuneSpec) -> list[Fault]:
     """Return the faults of a fine-tuning."""
-    faults = [*_engine_faults(spec), *_sharding_faults(spec), *_suite_faults(spec.evaluate)]
+    faults = [
+        *_engine_faults(spec),
+        *_sharding_faults(spec),
+        *_suite_faults(spec.evaluate),
+        *_gap_faults(spec.data, "spec.data", spec.method),
+    ]
     for path, gate in _gates(spec.evaluate):
         problem = _unknown_metric(gate, get_args(Metric)) or _unmeasured_fine_tuning(gate, spec)
         if problem:
             faults.append(Fault(path, problem))
     return faults
+
+
+def _gap_faults(
+    data: FineTuneData, path: str, method: Literal["sft", "pretrain"]
+) -> Iterator[Fault]:
+    """Yield the fault of gaps in data that has no documents."""
+    if data.fill_in_the_middle and method != "pretrain":
+        remedy = "set method: pretrain, or remove it"
+        if path != "spec.data":
+            remedy = "remove it, or run a FineTuneJob with method: pretrain before"
+        yield Fault(
+            f"{path}.fillInTheMiddle",
+            f"is for documents, and this step trains on answers: {remedy}",
+        )
 
 
 def can_shard(adapter: Adapter | None) -> bool:
@@ -75,6 +94,7 @@ def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
         *_distillation_faults(spec),
         *_suite_faults(spec.evaluate),
         *_alignment_engine_faults(spec),
+        *(_gap_faults(spec.sft.data, "spec.sft.data", "sft") if spec.sft else ()),
     ]
     aligned = spec.optimize or (spec.reward_model and spec.reward_model.train)
     known = get_args(AlignmentMetric) if aligned else get_args(Metric)
@@ -530,6 +550,8 @@ def _unmeasured_fine_tuning(gate: Gate, spec: FineTuneSpec) -> str | None:
             f"{gate.metric} needs a measurement of the base model: set evaluate.compareWithBase: "
             "true"
         )
+    if gate.metric == "gapLoss" and not spec.data.fill_in_the_middle:
+        return "gapLoss is measured on the gaps of held-out documents: set data.fillInTheMiddle"
     if gate.metric.startswith("answerAccuracy") and spec.method == "pretrain":
         return (
             f"{gate.metric} needs rows with a prompt and an expected answer, but method is "

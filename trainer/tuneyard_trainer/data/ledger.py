@@ -56,6 +56,8 @@ class Ledger:
     """Tokens behind the end of truncated rows."""
     context_only_tokens: int = 0
     """Tokens of the pieces of split rows that have no target and are left out."""
+    added_tokens: int = 0
+    """Tokens that filling in the middle adds to the trained sequences."""
     changes: Counter[str] = field(default_factory=Counter)
     """Rows that stay and were truncated, split, rewritten or reported, by the name of the change.
     A row can have several."""
@@ -108,10 +110,11 @@ class Ledger:
         """Raise ArithmeticError unless the outcomes add up to the rows and tokens that came in."""
         rows = sum(self.rows.values())
         tokens = sum(self.tokens.values()) + self.cut_tokens + self.context_only_tokens
-        if (rows, tokens) != (self.rows_in, self.tokens_in):
+        tokens_in = self.tokens_in + self.added_tokens
+        if (rows, tokens) != (self.rows_in, tokens_in):
             raise ArithmeticError(
                 f"the ledger of {self.name or 'all data sets'} does not balance: {self.rows_in} "
-                f"rows and {self.tokens_in} tokens came in, and the outcomes have {rows} and "
+                f"rows and {tokens_in} tokens came in, and the outcomes have {rows} and "
                 f"{tokens}"
             )
 
@@ -126,6 +129,7 @@ class Ledger:
             total.kept += each.kept
             total.cut_tokens += each.cut_tokens
             total.context_only_tokens += each.context_only_tokens
+            total.added_tokens += each.added_tokens
             total.rows.update(each.rows)
             total.tokens.update(each.tokens)
             total.targets.update(each.targets)
@@ -146,6 +150,7 @@ class Ledger:
                 **_by_outcome(self.tokens),
                 "cut": self.cut_tokens,
                 "contextOnly": self.context_only_tokens,
+                "added": self.added_tokens,
             },
             "targets": {name: self.targets[name] for name in SPLIT_OUTCOMES.values()},
             "sequences": {name: self.sequences[name] for name in SPLIT_OUTCOMES.values()},

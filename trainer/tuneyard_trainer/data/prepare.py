@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,20 +23,23 @@ from tuneyard_trainer.data.cleaning.findings import Finding
 from tuneyard_trainer.data.cleaning.text import written
 from tuneyard_trainer.data.leak_check import check_leaks
 from tuneyard_trainer.data.ledger import SPLIT_OUTCOMES, Ledger, ledger_details
-from tuneyard_trainer.data.prepared import SPLITS, Rows, remove_split
+from tuneyard_trainer.data.middle import Markers, MiddleFiller
+from tuneyard_trainer.data.mixing import mixed_weights, mixture
+from tuneyard_trainer.data.prepared import GAPS, SPLITS, Rows, remove_split
 from tuneyard_trainer.data.preprocessing import OVERLENGTH_OUTCOMES, Preprocessor, Tally
 from tuneyard_trainer.data.splits import (
     HELD_OUT,
     REPEATED,
     TRAIN,
     Codes,
+    Place,
     SplitWriter,
     assign_splits,
     grouped,
     held_out,
     num_contaminated,
 )
-from tuneyard_trainer.data.tokenization import Encoder
+from tuneyard_trainer.data.tokenization import Encoded, Encoder
 from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import sequence_limit
 from tuneyard_trainer.worker import StageContext, StageOutcome, Worker
@@ -69,7 +73,8 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
         context.worker,
         Cleaner.of(settings.clean),
     )
-    splits = _write_splits(preprocessor, context.workdir)
+    filler = _filler(tokenizer, settings, limit)
+    splits = _write_splits(preprocessor, context.workdir, filler)
     tokenizer.save_pretrained(context.workdir / "tokenizer")
     tallies = preprocessor.tallies
     ledgers = {tally.role: tally.ledger for tally in tallies}
@@ -85,7 +90,10 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
             report=context.worker.report,
         )
     shutil.rmtree(context.workdir / _SPOOL, ignore_errors=True)
-    metrics = _metrics(context.workdir, tallies)
+    train = Rows.open(context.workdir, "train")
+    if train is None:
+        raise TypeError("prepared no training rows")
+    metrics = _metrics(train, tallies)
     details: dict[str, Any] = {
         "datasets": [tally.details() for tally in tallies],
         "ledger": ledger_details(ledgers.values()),
@@ -96,10 +104,16 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
         details["leaks"] = leaks
         metrics["leakedRows"] = leaks["rows"]
     if settings.validation:
-        contaminated = num_contaminated(splits.train.hashes, splits.validation.hashes)
+        trained = splits.read.hashes[splits.codes == TRAIN]
+        contaminated = num_contaminated(trained, splits.validation.hashes)
         details["contaminated"] = contaminated
         _warn_contaminated(contaminated, len(splits.validation), context.worker)
-    _write_summary(context.workdir, settings, tokenizer, limit, metrics, details)
+    if filler:
+        gaps = filler.write_gaps(context.workdir / _TEXTS, context.workdir)
+        details["fillInTheMiddle"] = filler.details() | {"gaps": gaps}
+    weights = _weights(settings, train)
+    details["mixture"] = mixture(train, weights, [tally.name for tally in tallies])
+    _write_summary(context.workdir, settings, tokenizer, limit, weights, metrics, details)
     faults = {tally.name: tally.faults for tally in tallies if tally.faults}
     return StageOutcome(metrics, {**details, "maxLength": limit, "faults": faults})
 
@@ -116,22 +130,24 @@ class _Splits(NamedTuple):
     """(R,) the outcome of each row of `read`."""
 
 
-def _write_splits(preprocessor: Preprocessor, workdir: Path) -> _Splits:
+def _write_splits(
+    preprocessor: Preprocessor, workdir: Path, filler: MiddleFiller | None
+) -> _Splits:
     """Write the splits train and validation.
 
-    Rows are held out and duplicates found only after all rows are read. Until then the rows are in
-    a spool folder, if the job asks for one of the two.
+    Rows are held out and duplicates found only after all rows are read, and held-out documents have
+    no gaps. Until then the rows are in a spool folder, if the job asks for one of the three.
     """
     settings, seed = preprocessor.settings, preprocessor.settings.seed
     fraction, spool = settings.validation_fraction, workdir / _SPOOL
     deduplicated = settings.clean is not None and settings.clean.duplicates is not None
-    spooled = fraction is not None or deduplicated
+    spooled = fraction is not None or deduplicated or filler is not None
     compared = spooled or (bool(settings.validation) and settings.leaks != "off")
     texts = spool / "train.jsonl" if compared else None
     seen, held_seen = _duplicates(settings), _duplicates(settings)
     with SplitWriter(spool if spooled else workdir, "train", seed, texts=texts) as read:
         preprocessor.read("train", settings.train, read, seen)
-    folder = spool if deduplicated else workdir
+    folder = spool if spooled else workdir
     with SplitWriter(folder, "validation", seed, texts=folder / _TEXTS) as held_read:
         preprocessor.read("validation", settings.validation, held_read, held_seen)
     preprocessor.check()
@@ -140,7 +156,7 @@ def _write_splits(preprocessor: Preprocessor, workdir: Path) -> _Splits:
         return _Splits(read, held_read, read, codes)
     _remove_duplicates(codes, read, seen, preprocessor, "train")
     if fraction is not None:
-        left = codes == TRAIN
+        left = (codes == TRAIN) & (read.sources < _num_own(settings))
         groups = grouped(read.hashes[left], read.prompts[left])
         codes[left] = np.where(held_out(groups, fraction), HELD_OUT, TRAIN)
     held_codes = np.full(len(held_read), HELD_OUT, dtype=np.int8)
@@ -149,10 +165,53 @@ def _write_splits(preprocessor: Preprocessor, workdir: Path) -> _Splits:
         SplitWriter(workdir, "train", seed, texts=None) as train,
         SplitWriter(workdir, "validation", seed, texts=workdir / _TEXTS) as validation,
     ):
-        assign_splits(read, codes, {TRAIN: train, HELD_OUT: validation})
+        change = None if filler is None else partial(_filled, filler, preprocessor.tallies)
+        assign_splits(read, codes, {TRAIN: train, HELD_OUT: validation}, change)
         if settings.validation:
             assign_splits(held_read, held_codes, {HELD_OUT: validation})
     return _Splits(train, validation, read, codes)
+
+
+def _num_own(settings: PrepareSettings) -> int:
+    """Return the number of training data sets that are not replayed."""
+    return len(settings.train) - (settings.replay.datasets if settings.replay else 0)
+
+
+def _filler(
+    tokenizer: PreTrainedTokenizerBase, settings: PrepareSettings, limit: int
+) -> MiddleFiller | None:
+    wanted = settings.fill_in_the_middle
+    if wanted is None:
+        return None
+    markers = Markers.of(tokenizer, wanted)
+    return MiddleFiller(tokenizer, wanted, markers, limit, settings.seed)
+
+
+def _filled(
+    filler: MiddleFiller,
+    tallies: Sequence[Tally],
+    text: Mapping[str, Any],
+    pieces: list[Encoded],
+    place: Place,
+) -> list[Encoded]:
+    """Return the sequences of a training row: of a document, some with their middle last."""
+    if "text" not in text:
+        return pieces
+    changed = filler.pieces(text["text"], pieces)
+    added = sum(len(piece.ids) for piece in changed) - sum(len(piece.ids) for piece in pieces)
+    tallies[place.source].ledger.added_tokens += added  # the training data sets come first
+    return changed
+
+
+def _weights(settings: PrepareSettings, train: Rows) -> list[float]:
+    """Return how often an epoch contains each row of each training data set."""
+    return mixed_weights(
+        np.bincount(train.source, minlength=len(settings.train)).tolist(),
+        [dataset.weight for dataset in settings.train],
+        temperature=settings.temperature,
+        replayed=settings.replay.datasets if settings.replay else 0,
+        share=settings.replay.share if settings.replay else 0.0,
+    )
 
 
 def _duplicates(settings: PrepareSettings) -> Duplicates | None:
@@ -233,7 +292,7 @@ def _clear(workdir: Path) -> None:
     """Remove all files of this stage: those of an earlier attempt, or of a failed one."""
     (workdir / "data.json").unlink(missing_ok=True)
     (workdir / _TEXTS).unlink(missing_ok=True)
-    for name in SPLITS:
+    for name in (*SPLITS, GAPS):
         remove_split(workdir, name)
     for folder in (_SPOOL, "tokenizer"):
         shutil.rmtree(workdir / folder, ignore_errors=True)
@@ -254,10 +313,7 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, settings: PrepareSettings) -> E
     )
 
 
-def _metrics(workdir: Path, tallies: Sequence[Tally]) -> dict[str, float]:
-    train = Rows.open(workdir, "train")
-    if train is None:
-        raise TypeError("prepared no training rows")
+def _metrics(train: Rows, tallies: Sequence[Tally]) -> dict[str, float]:
     total = Ledger.total(tally.ledger for tally in tallies)
     outcomes = {
         f"{name}Rows": sum(t.outcome(name) for t in tallies) for name in OVERLENGTH_OUTCOMES
@@ -289,6 +345,7 @@ def _write_summary(
     settings: PrepareSettings,
     tokenizer: PreTrainedTokenizerBase,
     limit: int,
+    weights: Sequence[float],
     metrics: Mapping[str, float],
     details: Mapping[str, Any],
 ) -> None:
@@ -298,7 +355,7 @@ def _write_summary(
         "maxLength": limit,
         "trainOn": settings.train_on,
         "onOverlength": settings.on_overlength,
-        "weights": [dataset.weight for dataset in settings.train],
+        "weights": list(weights),
         "chatTemplate": tokenizer.chat_template,
         "metrics": metrics,
         **details,

@@ -2,6 +2,7 @@
 
 A folder holds, for each split of `train` and `validation`, `SPLIT.tokens.npy` (int32, flat),
 `SPLIT.mask.npy` (uint8, flat), `SPLIT.offsets.npy` (int64, N+1) and `SPLIT.source.npy` (int16, N).
+`gaps` has the same files.
 A split without rows has no files; `train` always has rows. `data.json` is written last: its
 presence means that the other files are complete.
 """
@@ -23,6 +24,9 @@ from numpy.typing import DTypeLike, NDArray
 from tuneyard.errors import StageError
 
 SPLITS = ("train", "validation")
+GAPS = "gaps"
+"""The documents of `validation` with a gap each, whose text is the only target. Present where the
+job fills in the middle."""
 ARRAYS = ("tokens", "mask", "offsets", "source")
 
 
@@ -81,6 +85,8 @@ class Prepared:
     """None: no rows are held out."""
     summary: dict[str, Any]
     """`data.json`."""
+    gaps: Rows | None = None
+    """The held-out documents with a gap each. None: the job does not fill in the middle."""
 
     @classmethod
     def open(cls, folder: Path) -> Prepared:
@@ -88,12 +94,12 @@ class Prepared:
         folder."""
         try:
             summary = json.loads((folder / "data.json").read_text("utf-8"))
-            train, validation = (Rows.open(folder, split) for split in SPLITS)
+            train, validation, gaps = (Rows.open(folder, name) for name in (*SPLITS, GAPS))
         except (OSError, ValueError) as error:
             raise StageError("NotPrepared", f"{folder} holds no prepared data: {error}.") from error
         if train is None:
             raise StageError("NotPrepared", f"{folder} holds no training rows.")
-        return cls(train, validation, summary)
+        return cls(train, validation, summary, gaps)
 
     @property
     def weights(self) -> list[float]:

@@ -22,6 +22,7 @@ from tuneyard_trainer.data.cleaning.findings import Cleaned, Findings
 from tuneyard_trainer.data.example import Example
 from tuneyard_trainer.data.ledger import Entry, Ledger
 from tuneyard_trainer.data.masks import MaskProof
+from tuneyard_trainer.data.middle import RESERVED
 from tuneyard_trainer.data.prepared import SPLITS
 from tuneyard_trainer.data.splits import Place, SplitWriter
 from tuneyard_trainer.data.stream import FAULTS_SHOWN, examples
@@ -260,6 +261,12 @@ class Preprocessor:
             return [encoded]
         return self._overlong(where, encoded, tally)
 
+    @property
+    def split_length(self) -> int:
+        """The longest piece of a split row, in tokens. Pieces leave room for markers."""
+        reserved = RESERVED if self.settings.fill_in_the_middle else 0
+        return max(1, self.max_length - reserved)
+
     def _overlong(self, where: str, encoded: Encoded, tally: Tally) -> list[Encoded]:
         policy, length = self.settings.on_overlength, len(encoded.ids)
         if policy == "error":
@@ -268,7 +275,11 @@ class Preprocessor:
         if policy == "drop":
             tally.ledger.lose("dropped", tokens=length)
             return []
-        pieces = (truncate if policy == "truncate" else split_evenly)(encoded, self.max_length)
+        pieces = (
+            truncate(encoded, self.max_length)
+            if policy == "truncate"
+            else split_evenly(encoded, self.split_length)
+        )
         useful = [piece for piece in pieces if piece.mask.any()]
         if not useful:
             problem = f"none of the first {self.max_length} tokens carries loss"

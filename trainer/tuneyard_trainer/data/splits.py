@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -95,6 +95,11 @@ class SplitWriter:
         return np.array(self._prompts, dtype=np.uint64)
 
     @property
+    def sources(self) -> NDArray[np.int16]:
+        """(R,) the index of each row's data set."""
+        return np.array(self._sources, dtype=np.int16)
+
+    @property
     def num_pieces(self) -> Sequence[int]:
         """The number of pieces of each row."""
         return self._num_pieces
@@ -171,9 +176,18 @@ def held_out(groups: Hashes, fraction: float) -> NDArray[np.bool_]:
     return np.asarray(chosen[group])
 
 
-def assign_splits(spool: SplitWriter, codes: Codes, writers: Mapping[int, SplitWriter]) -> None:
+Change = Callable[[Mapping[str, Any], list[Encoded], Place], list[Encoded]]
+"""Returns the sequences to train on for a row with its text, its sequences and its location."""
+
+
+def assign_splits(
+    spool: SplitWriter,
+    codes: Codes,
+    writers: Mapping[int, SplitWriter],
+    change: Change | None = None,
+) -> None:
     """Copy the rows of a closed writer with texts to the open writers of their codes. Rows whose
-    code has no writer are left out."""
+    code has no writer are left out. `change`: applied to the rows to train on."""
     rows = Rows.open(spool.folder, spool.split)
     if rows is None or spool.texts is None:
         raise TypeError("assign_splits needs a writer with rows and their texts")
@@ -182,8 +196,12 @@ def assign_splits(spool: SplitWriter, codes: Codes, writers: Mapping[int, SplitW
         writer = writers.get(code)
         if writer is not None:
             pieces = [Encoded(rows.ids(i), rows.mask(i)) for i in range(piece, piece + count)]
-            text = {} if writer.texts is None else spool.texts[row]
-            writer.add(pieces, spool.place(row), text)
+            place, text = spool.place(row), {}
+            if writer.texts is not None or change:
+                text = spool.texts[row]
+            if change and code == TRAIN:
+                pieces = change(text, pieces, place)
+            writer.add(pieces, place, text)
         piece += count
 
 

@@ -116,6 +116,8 @@ class Measured:
 
     loss: float
     """Nats per target token."""
+    gap_loss: float | None
+    """Nats per token of the gaps of held-out documents. None: there are none."""
     answers: tuple[str, ...]
 
 
@@ -152,17 +154,21 @@ def _measure(
         max_new_tokens=settings.max_new_tokens,
         add_special_tokens=not any(q.templated for q in questions),
     )
-    if isinstance(sharing, InStep):
-        loss = forward.mean_loss_of_shards(model, rows, worker)
-    else:
+
+    def mean_loss(rows: Rows) -> float:
+        if isinstance(sharing, InStep):
+            return forward.mean_loss_of_shards(model, rows, worker)
         losses = sharing.gather(_share_loss(forward, model, rows, sharing))
-        loss = math.fsum(losses) / int(rows.targets.sum())
+        return math.fsum(losses) / int(rows.targets.sum())
+
+    loss = mean_loss(rows)
+    gap_loss = mean_loss(data.gaps) if data.gaps else None
     prompts = [q.prompt for q in questions]
     answers = sharing.results(
         [len(prompt) for prompt in prompts],
         lambda own: answer([prompts[i] for i in own], before_batch=sharing.check_stop),
     )
-    return Measured(loss, tuple(answers))
+    return Measured(loss, gap_loss, tuple(answers))
 
 
 def _share_loss(forward: Forward, model: nn.Module, rows: Rows, shared: SharedStage) -> float:
@@ -212,6 +218,8 @@ def _metrics(measured: Mapping[str, Measured], questions: Sequence[Question]) ->
         "validationLoss": tuned.loss,
         "validationPerplexity": math.exp(min(tuned.loss, 700.0)),
     }
+    if tuned.gap_loss is not None:
+        metrics["gapLoss"] = tuned.gap_loss
     if checked:
         metrics["questions"] = float(sum(bool(q.expected) for q in questions))
         metrics["answerAccuracy"] = _accuracy(questions, tuned.answers)
@@ -219,6 +227,8 @@ def _metrics(measured: Mapping[str, Measured], questions: Sequence[Question]) ->
         metrics["baseValidationLoss"] = base.loss
         metrics["baseValidationPerplexity"] = math.exp(min(base.loss, 700.0))
         metrics["lossReduction"] = 1 - tuned.loss / base.loss if base.loss else 0.0
+        if base.gap_loss is not None:
+            metrics["baseGapLoss"] = base.gap_loss
         if checked:
             metrics["baseAnswerAccuracy"] = _accuracy(questions, base.answers)
             metrics["answerAccuracyGain"] = (

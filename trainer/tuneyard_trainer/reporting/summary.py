@@ -222,6 +222,8 @@ class RunSummary:
         lines += [("Dropped as too long", rows["dropped"], tokens["dropped"])]
         parts = {"Cut off": tokens["cut"], "Pieces without a target": tokens["contextOnly"]}
         lines += [(label, None, part) for label, part in parts.items() if part]
+        if tokens.get("added"):
+            lines += [("Added for filling in the middle", None, tokens["added"])]
         lines += [("Held out", rows["heldOut"], tokens["heldOut"])]
         lines += [("Trained on", rows["trained"], tokens["trained"])]
         lines += [("of these, context", None, tokens["trained"] - total["targets"]["trained"])]
