@@ -253,6 +253,8 @@ def test_every_training_field_is_identity_or_declared_runtime() -> None:
         ("data__chatTemplate", "{{ messages }}", "prepare"),
         ("data__clean", {"minWords": 2}, "prepare"),
         ("data__leaks", "error", "prepare"),
+        ("data__temperature", 2.0, "prepare"),
+        ("data__replay", {"data": [{"uri": "pvc://data/general.jsonl"}]}, "prepare"),
         ("adapter", {"ia3": {}}, "sft"),
         ("evaluate__compareWithBase", False, "evaluate"),
         ("evaluate__samples", 1, "evaluate"),
@@ -278,6 +280,8 @@ def test_the_fields_above_are_all_fields_of_data_and_evaluate() -> None:
     assert set(yaml_fields(FineTuneData)) == {
         *("train", "validation", "maxLength", "onOverlength", "onInvalidRow", "packing"),
         *("trainOn", "reasoning", "systemPrompt", "chatTemplate", "clean", "leaks"),
+        *("temperature", "replay"),
+        "fillInTheMiddle",  # of the method pretrain: tested in test_plan
     }
     refused = {"fewShot", "suites"}
     assert set(yaml_fields(Evaluate)) - refused == {

@@ -14,7 +14,7 @@ from tests.golden.compare import GOLDEN, assert_golden
 from tests.planning.jobs import job, manifest
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput
-from tuneyard.api.stage_settings import TrainSettings
+from tuneyard.api.stage_settings import PrepareSettings, TrainSettings
 from tuneyard.errors import Fault, PlanError
 from tuneyard.planning.plan import plan_job
 
@@ -182,6 +182,30 @@ def test_a_gate_on_expected_answers_is_refused_for_pretraining() -> None:
     gates = [{"metric": "answerAccuracy", "atLeast": 0.1}]
     (fault,) = faults(job(method="pretrain", data__validation=VALIDATION, evaluate__gates=gates))
     assert "method is pretrain" in fault.message
+
+
+def test_gaps_are_for_documents_and_are_refused_where_answers_are_trained_on() -> None:
+    (fault,) = faults(job(data__fillInTheMiddle={}))
+    assert fault.path == "spec.data.fillInTheMiddle"
+    assert "set method: pretrain" in fault.message
+
+
+def test_a_gate_on_gaps_needs_documents_with_gaps() -> None:
+    gates = {"gates": [{"metric": "gapLoss", "atMost": 3.0}]}
+    changes = {"method": "pretrain", "data__validation": VALIDATION, "evaluate": gates}
+    (fault,) = faults(job(**changes))
+    assert "set data.fillInTheMiddle" in fault.message
+    plan_job(job(**changes, data__fillInTheMiddle={}))  # raises PlanError if there is a fault
+
+
+def test_general_data_is_the_last_of_the_training_data_sets() -> None:
+    replay = {"data": [{"uri": "pvc://data/general.jsonl", "weight": 2.0}], "share": 0.2}
+    prepare = plan_job(job(data__replay=replay)).stages[0]
+    assert isinstance(prepare.settings, PrepareSettings)
+    assert [dataset.weight for dataset in prepare.settings.train] == [1.0, 2.0]
+    source = prepare.inputs["train.1"]
+    assert isinstance(source, SourceInput)
+    assert source.path == "spec.data.replay.data[0].uri"
 
 
 # ---- the manifest in the plan ---------------------------------------------------------------
