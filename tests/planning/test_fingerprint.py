@@ -115,14 +115,20 @@ def test_a_new_version_of_kto_keeps_the_records_of_the_other_losses(
     assert found("sigmoid") == now[1]
 
 
-def test_only_sft_that_holds_out_a_fraction_has_another_version_of_prepare_than_in_0_2() -> None:
-    """There, rows with one prompt go to one split since 0.3."""
+def test_only_documents_have_the_version_of_prepare_of_0_2() -> None:
+    """Other rows are read with tools, reasoning and weights, and split by prompt, since 0.3."""
     stage = STAGES[0]
     assert isinstance(stage.settings, PrepareSettings)
     kinds = {each.name: each.kind for each in STAGES}
 
-    def changes(method: str, fraction: float | None) -> bool:
-        update = {"method": method, "validation_fraction": fraction}
+    def changes(train: str, validation: str) -> bool:
+        assert isinstance(stage.settings, PrepareSettings)
+        dataset = stage.settings.train[0]
+        update = {
+            "train": [dataset.model_copy(update={"format": train})],
+            "validation": [dataset.model_copy(update={"format": validation})],
+            "validation_fraction": None,
+        }
         settings = stage.settings.model_copy(update=update)
         value = {
             "settings": settings.model_dump(mode="json", by_alias=True, exclude_none=True),
@@ -131,9 +137,9 @@ def test_only_sft_that_holds_out_a_fraction_has_another_version_of_prepare_than_
         }
         return fingerprint(settings, stage.inputs, kinds) != digest(value)
 
-    assert changes("sft", 0.1)
-    assert not changes("sft", None)
-    assert not changes("pretrain", 0.1)
+    assert changes("auto", "text")
+    assert changes("text", "messages")
+    assert not changes("text", "text")
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
-from rich.console import Console
 from rich.text import Text
 
-from tuneyard.api.sources import DataFormat
 from tuneyard.cli.data_check import check, stats
 from tuneyard.cli.errors import needs_extra
-
-_PATH = click.Path(exists=True, path_type=Path)
+from tuneyard.cli.row_options import console, of_rows
 
 
 @click.group()
@@ -22,7 +19,7 @@ def data() -> None:
 
 
 @data.command()
-@click.argument("file", type=_PATH)
+@of_rows
 @click.option(
     "-n", "count", type=click.IntRange(min=1), default=3, show_default=True, help="Number of rows."
 )
@@ -32,32 +29,40 @@ def data() -> None:
     help="Render the rows as this model reads them: a folder or a URI such as hf://ORG/NAME.",
 )
 @click.option(
-    "--format",
-    "layout",
-    type=click.Choice(get_args(DataFormat)),
-    default="auto",
-    show_default=True,
-    help="Layout of a row.",
-)
-@click.option(
     "--train-on",
     type=click.Choice(["assistant", "last-assistant", "all"]),
     default="assistant",
     show_default=True,
     help="Tokens of chat data with loss.",
 )
-def show(file: Path, count: int, model: str | None, layout: Any, train_on: Any) -> None:
+@click.option(
+    "--reasoning",
+    type=click.Choice(["keep", "drop"]),
+    default="keep",
+    show_default=True,
+    help="Treatment of the assistant's reasoning.",
+)
+def show(
+    file: Path,
+    layout: Any,
+    fields: Any,
+    count: int,
+    model: str | None,
+    train_on: Any,
+    reasoning: str,
+) -> None:
     """Show the first rows of FILE, with what is trained on marked.
 
     Targets are green, and between « and » where there are no colors. With --model, rows are
     rendered by the model's chat template and tokenized; without it, their turns are shown.
     """
     with needs_extra("trainer", "read rows"):
-        from tuneyard_trainer.local.show import samples
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-    for sample in samples(file, count, model, layout, train_on):
-        console.print(Text(sample.title, style="bold"))
-        console.print(_marked(sample.parts, colors=console.is_terminal and not console.no_color))
+        from tuneyard_trainer.local.show import View, samples
+    out = console()
+    view = View(layout, fields, train_on, reasoning=reasoning == "keep")
+    for sample in samples(file, count, model, view):
+        out.print(Text(sample.title, style="bold"))
+        out.print(_marked(sample.parts, colors=out.is_terminal and not out.no_color))
 
 
 def _marked(parts: Any, *, colors: bool) -> Text:

@@ -18,7 +18,7 @@ from tuneyard.api.stage_settings import (
 from tuneyard.api.training import EarlyStopping
 
 STAGE_VERSIONS: Mapping[StageKind, int] = {
-    "prepare": 1,
+    "prepare": 2,
     "sft": 1,
     "pretrain": 1,
     "critique": 3,
@@ -38,9 +38,10 @@ same settings and inputs: records of the previous version then no longer
 match."""
 KTO_VERSION = 2
 """Version of the stage `dpo` with the loss kto: the other losses keep their records."""
-SPLIT_BY_PROMPT_VERSION = 2
-"""Version of the stage `prepare` of sft that holds out a fraction: since 0.3, rows with one prompt
-go to one split. Other prepare stages keep their records."""
+DOCUMENTS_VERSION = 1
+"""Version of the stage `prepare` of documents alone, which keeps its records of 0.2. Since 0.3,
+conversations are read with their tools, reasoning and weights, and rows with one prompt go to one
+split."""
 
 
 def fingerprint(
@@ -68,14 +69,14 @@ def _version(settings: Settings) -> int:
     version = STAGE_VERSIONS[settings.kind]
     if isinstance(settings, DpoSettings) and settings.loss == "kto":
         version = KTO_VERSION
-    if isinstance(settings, PrepareSettings) and _splits_by_prompt(settings):
-        version = SPLIT_BY_PROMPT_VERSION
+    if isinstance(settings, PrepareSettings) and _reads_documents(settings):
+        version = DOCUMENTS_VERSION
     # With minDelta, 0.2 could keep another checkpoint than the one of the lowest held-out loss.
     return version + 1 if _min_delta(settings) else version
 
 
-def _splits_by_prompt(settings: PrepareSettings) -> bool:
-    return settings.method == "sft" and settings.validation_fraction is not None
+def _reads_documents(settings: PrepareSettings) -> bool:
+    return all(each.format == "text" for each in (*settings.train, *settings.validation))
 
 
 def _min_delta(settings: Settings) -> float:

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
+from tests.trainer.data.chat_templates import CHATML
 from tests.trainer.data.test_prepare import DATASET, Job, Row, chat, chats
 from tuneyard.api.cleaning import Clean, PersonalData
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.cleaning.cleaner import Cleaner
 from tuneyard_trainer.data.cleaning.findings import Cleaned
 from tuneyard_trainer.data.cleaning.personal_data import is_iban, is_luhn
-from tuneyard_trainer.data.example import Example, Message
+from tuneyard_trainer.data.example import Example, Message, ToolCall
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 STORY = (
@@ -90,6 +91,60 @@ def test_redacted_data_leaves_a_placeholder_in_every_text_of_the_row() -> None:
     assert [turn.content for turn in result.example.messages] == ["Mail [EMAIL]."] * 2
     assert (result.example.prompt, result.example.completion) == ("Mail [EMAIL].",) * 2
     assert result.findings[0].action == "rewritten"
+
+
+QUESTION, ANSWER = Message("user", "Mail it."), Message("assistant", "Done.")
+EMAIL = "ada@engines.org"
+
+
+def with_call(**arguments: Any) -> tuple[Message, ...]:
+    call = Message("assistant", "", (ToolCall("send_mail", arguments, "call_1"),))
+    return QUESTION, call, Message("tool", "Sent.", call_id="call_1"), ANSWER
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        Example(1, "chat", with_call(to=EMAIL)),
+        Example(1, "chat", with_call(message={"to": [{"address": f"<{EMAIL}>"}]})),
+        Example(1, "chat", with_call(text=f"To:\n{EMAIL}")),
+        Example(1, "chat", with_call(names={EMAIL: "Ada"})),
+        Example(1, "chat", (QUESTION, Message("assistant", "Done.", reasoning=f"To {EMAIL}."))),
+        Example(1, "chat", (*with_call()[:2], Message("tool", f"Sent to {EMAIL}."), ANSWER)),
+        Example(1, "chat", (QUESTION, ANSWER), expected=("Done.", EMAIL)),
+        Example(
+            1,
+            "chat",
+            (QUESTION, ANSWER),
+            tools=({"type": "function", "function": {"name": "f", "description": EMAIL}},),
+        ),
+    ],
+    ids=["argument", "nested", "line", "name", "reasoning", "result", "expected", "tool"],
+)
+def test_personal_data_is_redacted_wherever_a_row_has_it(example: Example) -> None:
+    result = cleaned(example, personal_data=PersonalData(email="redact"))
+    assert [found.rule for found in result.findings] == ["personalData.email"]
+    assert EMAIL not in repr(result.example)
+    assert repr(example).replace(EMAIL, "[EMAIL]") == repr(result.example)
+    dropped = cleaned(example, personal_data=PersonalData(email="drop"))
+    assert dropped.removed_by == "personalData.email"
+
+
+def test_a_number_in_a_call_is_redacted_only_if_it_is_personal_data() -> None:
+    example = Example(
+        1, "chat", with_call(card=4111111111111111, amount=12.5, count=3, urgent=True)
+    )
+    result = cleaned(example, personal_data=PersonalData(card="redact"))
+    (call,) = result.example.messages[1].calls
+    assert call.arguments == {"card": "[CARD]", "amount": 12.5, "count": 3, "urgent": True}
+    assert call.arguments["urgent"] is True
+    assert (call.name, call.id) == ("send_mail", "call_1")
+
+
+def test_calls_count_as_words_of_a_row() -> None:
+    example = Example(1, "chat", with_call(subject="one two three four five six"))
+    assert rules(example, min_words=12) == []
+    assert rules(Example(1, "chat", with_call()), min_words=12) == ["length.minWords"]
 
 
 def test_rows_with_data_to_drop_are_removed() -> None:
@@ -284,6 +339,42 @@ def test_rows_with_another_system_prompt_are_no_duplicates(job: Job) -> None:
     ]
     outcome = job.train(rows, clean=Clean(duplicates="near"))
     assert outcome.details["ledger"]["total"]["rows"]["duplicate"] == {"exact": 1}
+
+
+def with_tool(name: str, call_id: str, value: str = "here") -> Row:
+    function = {"name": name, "parameters": {}}
+    call = {"name": name, "arguments": json.dumps({"place": value})}
+    return {
+        "messages": [
+            {"role": "user", "content": STORY[:40]},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"id": call_id, "type": "function", "function": call}],
+            },
+            {"role": "tool", "tool_call_id": call_id, "content": "Sunny."},
+            {"role": "assistant", "content": "It is sunny."},
+        ],
+        "tools": [{"type": "function", "function": function}],
+    }
+
+
+@pytest.mark.parametrize("kind", ["exact", "near"])
+def test_the_ids_of_calls_make_no_row_different_and_its_tools_do(job: Job, kind: str) -> None:
+    """Every log has other ids. With other tools, the same question teaches another behavior."""
+    rows = [with_tool("weather", "call_a1"), with_tool("weather", "call_b2"), with_tool("sky", "c")]
+    other = with_tool("weather", "call_d")
+    other["tools"] = with_tool("sky", "call_d")["tools"]
+    clean = Clean(duplicates="near" if kind == "near" else "exact")
+    outcome = job.train([*rows, other], clean=clean, chat_template=CHATML)
+    assert outcome.details["ledger"]["total"]["rows"]["duplicate"] == {"exact": 1}
+    assert outcome.metrics["rows"] == 3
+
+
+def test_calls_with_other_values_are_no_exact_duplicates(job: Job) -> None:
+    rows = [with_tool("weather", "call_a", "here"), with_tool("weather", "call_a", "there")]
+    outcome = job.train(rows, clean=Clean(duplicates="exact"), chat_template=CHATML)
+    assert outcome.metrics["duplicateRows"] == 0
 
 
 def test_held_out_rows_are_searched_for_duplicates_too(job: Job) -> None:

@@ -95,3 +95,32 @@ def test_statistics_count_rows_turns_words_and_languages(
         "Languages: en 100.0%",
     ):
         assert line in lines
+
+
+def test_calls_of_tools_are_searched_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = {"name": "send", "arguments": {"to": "ada@engines.org"}}
+    turns = [
+        {"role": "user", "content": "Mail it."},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": call}]},
+        {"role": "tool", "content": "Sent."},
+        {"role": "assistant", "content": "Done."},
+    ]
+    file = write(tmp_path / "rows.jsonl", [{"talk": turns}])
+    code, out = run(capsys, "check", file, "--fields", "messages=talk")
+    assert code == 1
+    assert "personalData.email: 1 of 1 rows" in out
+    assert "ada@" not in out
+    code, out = run(capsys, "stats", file, "--fields", "messages=talk")
+    assert code == 0
+    assert "Turns by tool: 1" in out
+
+
+def test_columns_that_nothing_reads_are_named_and_are_no_fault(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "rows.jsonl", [row | {"source": "web"} for row in noise(1)])
+    code, out = run(capsys, "check", file)
+    assert code == 0
+    assert "Nothing reads the columns source." in out

@@ -73,3 +73,39 @@ def test_a_file_without_a_known_layout_is_an_error(
     file.write_text('{"prompt": "q", "generation": "a"}\n')
     assert main.call(["data", "show", str(file)]) == 1
     assert "{completion: generation}" in capsys.readouterr().err
+
+
+def test_columns_are_named_as_in_a_manifest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"q": "Which lamp?", "a": "Red."}
+    text = shown(capsys, tmp_path, row, options="--fields prompt=q,completion=a")
+    assert "user: Which lamp?" in text
+    assert "assistant: «Red.\n»" in text
+    rated = {"q": "Which?", "good": "Red.", "bad": "Blue."}
+    text = shown(capsys, tmp_path, rated, options="--fields prompt=q,chosen=good,rejected=bad")
+    assert "completion 2 of 2" in text
+
+
+@pytest.mark.parametrize("given", ["prompt", "prompt=", "colour=q", "prompt=a,prompt=b"])
+def test_fields_that_a_manifest_could_not_have_are_refused(
+    given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(CHAT) + "\n")
+    assert main.call(["data", "show", str(file), "--fields", given]) == 2
+    assert given.partition("=")[0] in capsys.readouterr().err
+
+
+def test_reasoning_is_shown_unless_it_is_dropped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    question = {"role": "user", "content": "Which?"}
+    rows = [
+        {"messages": [question, {"role": "assistant", "content": "Red.", "thinking": "Hmm."}]},
+        {"messages": [question, {"role": "assistant", "content": "<think>Hmm.</think>Red."}]},
+    ]
+    assert shown(capsys, tmp_path, *rows).count("Hmm.") == 2
+    text = shown(capsys, tmp_path, *rows, options="--reasoning drop")
+    assert "Hmm." not in text
+    assert text.count("assistant: «Red.\n»") == 2

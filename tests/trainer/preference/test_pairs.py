@@ -40,7 +40,11 @@ PAIRS = [
 
 
 def run(
-    folder: Path, model: Path, rows: list[Any] | Path, **settings: Any
+    folder: Path,
+    model: Path,
+    rows: list[Any] | Path,
+    reports: list[str] | None = None,
+    **settings: Any,
 ) -> tuple[Preferences, StageOutcome]:
     path = folder / "rows.jsonl"
     if isinstance(rows, list):
@@ -56,7 +60,11 @@ def run(
     inputs = {"model": model, "preferences.0": rows if isinstance(rows, Path) else path}
     workdir = folder / "out"
     workdir.mkdir(exist_ok=True)
-    outcome = pairs.run(StageContext(stage, inputs, workdir, Worker(0, 1, torch.device("cpu"))))
+    told = [] if reports is None else reports
+    worker = Worker(
+        0, 1, torch.device("cpu"), report=lambda **report: told.append(report["message"])
+    )
+    outcome = pairs.run(StageContext(stage, inputs, workdir, worker))
     return Preferences.open(workdir), outcome
 
 
@@ -398,3 +406,33 @@ def test_every_row_and_token_has_one_outcome_in_the_ledger(
     assert tokens["in"] == tokens["dropped"] + tokens["trained"] + tokens["heldOut"]
     assert tokens["trained"] == outcome.metrics["tokens"]
     assert preferences.summary["ledger"] == outcome.details["ledger"]
+
+
+@pytest.mark.parametrize(
+    ("row", "unread"),
+    [
+        ({"score_chosen": 8.5, "empty": "", "none": None}, ["score_chosen"]),
+        ({"input": "a context that no prompt contains"}, ["input"]),
+        ({"probability": 0.9, "system": "Be brief."}, []),
+    ],
+)
+def test_columns_that_nothing_reads_are_named_once(
+    tmp_path: Path, tiny_model_dir: Path, row: dict[str, Any], unread: list[str]
+) -> None:
+    reports: list[str] = []
+    _, outcome = run(tmp_path, tiny_model_dir, [pair | row for pair in PAIRS], reports)
+    assert outcome.details["unreadColumns"] == {"spec.preferences.data[0]": unread}
+    named = [each for each in reports if "nothing reads" in each]
+    wanted = f"spec.preferences.data[0]: nothing reads the column {unread[0]}" if unread else ""
+    assert named == [wanted] * len(unread)
+
+
+def test_an_input_beside_an_instruction_is_read(tmp_path: Path, tiny_model_dir: Path) -> None:
+    rows = [
+        {"instruction": pair["prompt"], "input": f"Text {i}.", **pair}
+        for i, pair in enumerate(PAIRS)
+    ]
+    for row in rows:
+        del row["prompt"]
+    _, outcome = run(tmp_path, tiny_model_dir, rows)
+    assert outcome.details["unreadColumns"] == {"spec.preferences.data[0]": []}

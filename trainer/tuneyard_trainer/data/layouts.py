@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,6 @@ from tuneyard_trainer.data.example import RowError
 from tuneyard_trainer.data.reading import Names, Parsed
 from tuneyard_trainer.data.rows import BrokenRow, Row
 from tuneyard_trainer.data.trees import is_flat_message, is_tree
-from tuneyard_trainer.data.turns import kind_of
 
 Purpose = Literal["training", "preferences", "prompts"]
 """What rows are read for: conversations and texts, rated answers, or questions alone."""
@@ -463,10 +462,3 @@ def read(
         return list(reader(row, names))
     except RecursionError as error:
         raise RowError("the row is nested too deeply", "UnreadableRow") from error
-
-
-def unread_columns(row: Mapping[str, Any], columns: Iterable[str]) -> Iterator[str]:
-    """Yield the columns with a value that are not among `columns`."""
-    for name, value in row.items():
-        if name not in columns and kind_of(value) not in ("missing", "empty"):
-            yield name

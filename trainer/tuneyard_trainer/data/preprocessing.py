@@ -27,6 +27,7 @@ from tuneyard_trainer.data.prepared import SPLITS
 from tuneyard_trainer.data.splits import Place, SplitWriter
 from tuneyard_trainer.data.stream import FAULTS_SHOWN, examples
 from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit
+from tuneyard_trainer.data.unread import unread_message
 from tuneyard_trainer.worker import Interrupted, Worker
 
 BATCH_ROWS = 512
@@ -214,11 +215,10 @@ class Preprocessor:
         proof.check(tally.name)
 
     def _name_unread(self, tally: Tally) -> None:
-        """Report the columns that nothing reads, which may be a text that was meant to be read."""
+        """Report the columns that nothing reads."""
         if not tally.unread:
             return
-        columns = "column" if len(tally.unread) == 1 else "columns"
-        message = f"{tally.name}: nothing reads the {columns} {', '.join(tally.unread)}"
+        message = unread_message(tally.name, tally.unread)
         if tally.format in ("alpaca", "prompt-completion"):
             message += f"; {tally.name}.fields.input can name one that follows the prompt"
         self.worker.report(step=self._num_rows, message=message)

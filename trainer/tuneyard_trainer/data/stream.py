@@ -17,15 +17,12 @@ from tuneyard_trainer.data.layouts import Layout
 from tuneyard_trainer.data.reading import Names, Parsed, expected
 from tuneyard_trainer.data.rows import BrokenRow, Row, read_data
 from tuneyard_trainer.data.trees import link_messages
+from tuneyard_trainer.data.unread import Unread
 
 DETECTED_FROM = 20
 """The number of readable rows from which a format is detected."""
 FAULTS_SHOWN = 3
 """The number of invalid rows that a message quotes."""
-MAX_UNREAD = 20
-"""The most columns that are listed as unread: rows of free form may have any number."""
-MAX_NAME = 60
-"""Characters of a column's name that are listed."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ class Examples:
         self._settings, self._on_invalid, self._name = settings, on_invalid, name
         self._rows = self._examples = self._skipped = self._filtered = 0
         self._faults: list[RowFault] = []
-        self._unread: set[str] = set()
+        self._unread = Unread()
         source = islice(read_data(path), settings.limit)
         self._format, self._source = self._detected(source)
         self._layout = layouts.layout_of(self._format, "training", settings.fields)
@@ -92,7 +89,7 @@ class Examples:
     def summary(self) -> Summary:
         """The counts so far. They are final when the iterator is exhausted."""
         counts = (self._rows, self._examples, self._skipped, self._filtered)
-        return Summary(self._format, *counts, tuple(self._faults), tuple(sorted(self._unread)))
+        return Summary(self._format, *counts, tuple(self._faults), self._unread.names)
 
     def _detected(self, rows: Iterator[Row]) -> tuple[DataFormat, Iterator[Row]]:
         """Return the format, and an iterator over all rows."""
@@ -144,13 +141,8 @@ class Examples:
         )
 
     def _note_unread(self, row: Row) -> None:
-        if self._columns is None or isinstance(row.value, BrokenRow):
-            return
-        for name in layouts.unread_columns(row.value, self._columns):
-            if len(self._unread) == MAX_UNREAD:
-                return
-            # A file may hold half of a character, as "\ud800", which no log can.
-            self._unread.add(name[:MAX_NAME].encode("utf-8", "replace").decode())
+        if not isinstance(row.value, BrokenRow):
+            self._unread.note(row.value, self._columns)
 
     def _counted(self, rows: Iterator[Row]) -> Iterator[Row]:
         for row in rows:

@@ -47,7 +47,7 @@ class Report(NamedTuple):
     title: str
     faults: list[Fault]
     notes: list[str]
-    """What was not checked, and why."""
+    """What was not checked, and why, and the columns that nothing reads."""
 
 
 @dataclass
@@ -59,13 +59,14 @@ class _Rows:
     places: list[str] = field(default_factory=list)
 
 
-def check_rows(file: Path, layout: DataFormat, held_out: Path | None) -> Report:
+def check_rows(file: Path, layout: DataFormat, fields: FieldMap, held_out: Path | None) -> Report:
     """Return the faults of a file's rows. Raises StageError if no row can be read."""
+    settings = _settings(layout, fields)
     has_ftfy = importlib.util.find_spec("ftfy") is not None
     cleaner = Cleaner.of(Clean(repair_encoding=has_ftfy, personal_data=PersonalData()))
     findings, duplicates = Findings(), Duplicates("near", None)
     with tempfile.TemporaryDirectory() as folder:
-        rows = _read(file, layout, Path(folder) / "rows", cleaner, findings, duplicates)
+        rows = _read(file, settings, Path(folder) / "rows", cleaner, findings, duplicates)
         for found in duplicates.found(rows.texts.__getitem__):
             note = f"{found.similarity:.0%} as in {rows.places[found.of]}"
             text = written(rows.texts[found.row])[1]
@@ -73,23 +74,26 @@ def check_rows(file: Path, layout: DataFormat, held_out: Path | None) -> Report:
             findings.add(finding, rows.places[found.row])
         faults = [*_invalid(rows), *_found(findings, len(rows.texts))]
         if held_out is not None:
-            faults += _leaks(_read(held_out, layout, Path(folder) / "held-out"), rows)
+            faults += _leaks(_read(held_out, settings, Path(folder) / "held-out"), rows)
     summary = rows.stream.summary
     title = f"{file}: {summary.rows:,} rows of the layout {summary.format}"
     missing = "The character encoding was not checked: install tuneyard[cleaning]."
-    return Report(title, faults, [] if has_ftfy else [missing])
+    notes = [] if has_ftfy else [missing]
+    if summary.unread:
+        notes.append(f"Nothing reads the columns {', '.join(summary.unread)}.")
+    return Report(title, faults, notes)
 
 
 def _read(
     file: Path,
-    layout: DataFormat,
+    settings: DatasetSettings,
     copy: Path,
     cleaner: Cleaner | None = None,
     findings: Findings | None = None,
     duplicates: Duplicates | None = None,
 ) -> _Rows:
     """Read a file's rows into `copy`, and search them if there is something to search with."""
-    stream = _examples(file, layout)
+    stream = _examples(file, settings)
     rows = _Rows(stream, Texts(copy))
     batch: list[dict[str, object]] = []
     with rows.texts:
@@ -109,8 +113,11 @@ def _read(
     return rows
 
 
-def _examples(file: Path, layout: DataFormat) -> Examples:
-    settings = DatasetSettings(format=layout, fields=FieldMap(), weight=1.0, limit=None)
+def _settings(layout: DataFormat, fields: FieldMap) -> DatasetSettings:
+    return DatasetSettings(format=layout, fields=fields, weight=1.0, limit=None)
+
+
+def _examples(file: Path, settings: DatasetSettings) -> Examples:
     return examples(file, settings, on_invalid="skip", name=str(file))
 
 
@@ -141,11 +148,11 @@ def _leaks(held_out: _Rows, rows: _Rows) -> Iterator[Fault]:
 # ---- statistics ---------------------------------------------------------------------------------
 
 
-def row_statistics(file: Path, layout: DataFormat) -> list[tuple[str, str]]:
+def row_statistics(file: Path, layout: DataFormat, fields: FieldMap) -> list[tuple[str, str]]:
     """Return labels and values. Raises StageError if no row can be read."""
     has_languages = importlib.util.find_spec("py3langid") is not None
     languages = identifier() if has_languages else None
-    stream = _examples(file, layout)
+    stream = _examples(file, _settings(layout, fields))
     lengths: list[int] = []
     roles: Counter[str] = Counter()
     found: Counter[str] = Counter()
@@ -154,7 +161,7 @@ def row_statistics(file: Path, layout: DataFormat) -> list[tuple[str, str]]:
         text = conversation(example)
         lengths.append(len(words(text)))
         roles.update(turn.role for turn in example.messages)
-        prompts.add(hash(example.messages[:-1]) if example.messages else hash(text))
+        prompts.add(hash(tuple(turn.text for turn in example.messages[:-1]) or text))
         if languages is not None:
             found[languages.classify(prose(text))[0]] += 1
     summary = stream.summary

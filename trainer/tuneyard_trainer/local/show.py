@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tuneyard.api.plan import SourceInput
 from tuneyard.api.sources import DataFormat, FieldMap
 from tuneyard.api.stage_settings import DatasetSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data import layouts
+from tuneyard_trainer.data.conversations import template_turns, turn_text
 from tuneyard_trainer.data.example import Example, RowError
 from tuneyard_trainer.data.masks import Run, runs
 from tuneyard_trainer.data.rows import Row, read_data
@@ -43,18 +44,29 @@ class Sample:
 TrainOn = Literal["assistant", "last-assistant", "all"]
 
 
-def samples(
-    file: Path, count: int, model: str | None, chosen: DataFormat, train_on: TrainOn
-) -> Iterator[Sample]:
+class View(NamedTuple):
+    """How rows are read and shown, by the manifest's fields of the same names."""
+
+    format: DataFormat
+    fields: FieldMap
+    train_on: TrainOn
+    reasoning: bool
+    """Whether the assistant's reasoning is shown."""
+
+
+def samples(file: Path, count: int, model: str | None, view: View) -> Iterator[Sample]:
     """Yield the first rows. Raises StageError.
 
     `model`: a folder or a URI with a tokenizer, by whose chat template rows are rendered. None: the
     turns are shown, with those of the assistant as targets.
     """
-    encoder = None if model is None else Encoder(load_tokenizer(_folder(model)), train_on)
-    for title, example in islice(_rows(file, chosen), count):
+    encoder = None
+    if model is not None:
+        tokenizer = load_tokenizer(_folder(model))
+        encoder = Encoder(tokenizer, view.train_on, reasoning=view.reasoning)
+    for title, example in islice(_rows(file, view.format, view.fields), count):
         if encoder is None:
-            yield Sample.of(title, _turns(example, train_on))
+            yield Sample.of(title, _turns(example, view))
             continue
         (encoded,) = encoder.encode([example])
         if isinstance(encoded, Misfit):
@@ -75,29 +87,27 @@ def _folder(model: str) -> Path:
     return unpacked(path, cache) if path.suffix.lower() == ".gguf" else path
 
 
-def _rows(file: Path, chosen: DataFormat) -> Iterator[tuple[str, Example]]:
+def _rows(file: Path, chosen: DataFormat, fields: FieldMap) -> Iterator[tuple[str, Example]]:
     """Yield each example with its title: of preferences, one for each completion."""
     first = next(iter(read_data(file)), None)
     value = first.value if first is not None and isinstance(first.value, dict) else {}
     rated = chosen if chosen in ("preference", "ranking", "labeled") else "auto"
-    layout = layouts.match(value, "preferences", FieldMap())
-    if rated != "auto" or (chosen == "auto" and layout is not None and _only_rated(value)):
-        yield from _rated(file, rated)
+    layout = layouts.match(value, "preferences", fields)
+    only_rated = layouts.match(value, "training", fields) is None
+    if rated != "auto" or (chosen == "auto" and layout is not None and only_rated):
+        yield from _rated(file, rated, fields)
         return
-    settings = DatasetSettings(format=chosen, fields=FieldMap(), weight=1.0, limit=None)
+    settings = DatasetSettings(format=chosen, fields=fields, weight=1.0, limit=None)
     stream = examples(file, settings, on_invalid="skip", name=str(file))
     for example in stream:
         yield f"{example.file} row {example.row} ({stream.summary.format})", example
 
 
-def _only_rated(value: dict[str, object]) -> bool:
-    return layouts.match(value, "training", FieldMap()) is None
-
-
-def _rated(file: Path, chosen: DataFormat) -> Iterator[tuple[str, Example]]:
+def _rated(file: Path, chosen: DataFormat, fields: FieldMap) -> Iterator[tuple[str, Example]]:
     for row in read_data(file):
         try:
-            found = parse_preferences(row, FieldMap(), labeled=_rates_one(row), chosen=chosen)
+            labeled = _rates_one(row, fields)
+            found = parse_preferences(row, fields, labeled=labeled, chosen=chosen)
         except RowError as error:
             where = f"{row.file} row {row.number}"
             raise StageError("InvalidPreferences", f"{where}: {error}") from error
@@ -107,24 +117,25 @@ def _rated(file: Path, chosen: DataFormat) -> Iterator[tuple[str, Example]]:
                 yield f"{row.file} row {row.number}, completion {place}", example
 
 
-def _rates_one(row: Row) -> bool:
+def _rates_one(row: Row, fields: FieldMap) -> bool:
     """Return whether a row rates a single completion."""
     value = row.value if isinstance(row.value, dict) else {}
-    layout = layouts.match(value, "preferences", FieldMap())
+    layout = layouts.match(value, "preferences", fields)
     return layout is not None and layout.name == "labeled"
 
 
-def _turns(example: Example, train_on: TrainOn) -> list[Run]:
+def _turns(example: Example, view: View) -> list[Run]:
     if example.kind == "text":
         return [Run(example.text, trained=True)]
     answers = [i for i, turn in enumerate(example.messages) if turn.role == "assistant"]
-    by_job = answers if train_on != "last-assistant" else answers[-1:]
+    by_job = answers if view.train_on != "last-assistant" else answers[-1:]
     parts = []
     for index, turn in enumerate(example.messages):
         by_row = turn.train if turn.train is not None else index in by_job
-        trained = train_on == "all" or (turn.role == "assistant" and by_row)
+        trained = view.train_on == "all" or (turn.role == "assistant" and by_row)
         parts += [Run(f"{turn.role}: ", trained=False)]
-        if turn.reasoning:
+        if turn.reasoning and view.reasoning:
             parts += [Run(f"<{turn.reasoning}> ", trained)]
-        parts += [Run(turn.text + "\n", trained)]
+        (shown,) = template_turns([turn], reasoning=view.reasoning)
+        parts += [Run(turn_text(shown) + "\n", trained)]
     return parts

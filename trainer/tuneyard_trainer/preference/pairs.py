@@ -34,10 +34,11 @@ from tuneyard_trainer.data.splits import held_out
 from tuneyard_trainer.data.stream import FAULTS_SHOWN
 from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit
 from tuneyard_trainer.data.trees import link_messages
+from tuneyard_trainer.data.unread import Unread, unread_message
 from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import sequence_limit
 from tuneyard_trainer.preference.dataset import remove_groups, write_groups
-from tuneyard_trainer.preference.rows import Preference, parse_preferences
+from tuneyard_trainer.preference.rows import Preference, columns_read, parse_preferences, recognized
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome
 
 BATCH_ROWS = 256
@@ -77,6 +78,8 @@ class _Reader:
     """Rejected rows, by reason."""
     ledgers: list[Ledger] = field(default_factory=list)
     """The ledger of each data set."""
+    unread: list[Unread] = field(default_factory=list)
+    """The columns of each data set that nothing reads."""
     examples: dict[str, list[str]] = field(default_factory=dict)
     """The first rejected rows of each reason."""
     too_long: list[str] = field(default_factory=list)
@@ -109,9 +112,11 @@ class _Reader:
         with RowWriter(spool, "all") as rows, (spool / "texts").open("w", encoding="utf-8") as text:
             for index, dataset in enumerate(self.settings.preferences):
                 self.ledgers.append(Ledger(f"preferences.{index}", self._name(index)))
+                self.unread.append(Unread())
                 for batch in self._batches(index, dataset):
                     for preference, encoded in self._encoded(batch):
                         self._keep(preference, encoded, index, rows, text)
+                self._name_unread()
         self._check()
         counts = self._assign_splits(spool)
         shutil.rmtree(spool)
@@ -123,6 +128,10 @@ class _Reader:
             "skippedBy": dict(self.faults),
             "faults": self.examples,
             "maxLength": self.limit,
+            "unreadColumns": {
+                ledger.name: list(unread.names)
+                for ledger, unread in zip(self.ledgers, self.unread, strict=True)
+            },
             "ledger": ledger_details(self.ledgers),
         }
         self._write_summary(metrics, details)
@@ -144,12 +153,22 @@ class _Reader:
 
     def _parsed(self, row: Row, dataset: DatasetSettings) -> list[Preference]:
         try:
+            value, layout = recognized(row, dataset.fields, dataset.format)
+            self.unread[-1].note(value, columns_read(value, layout, dataset.fields))
             return parse_preferences(
-                row, dataset.fields, labeled=self.settings.labeled, chosen=dataset.format
+                row, dataset.fields, labeled=self.settings.labeled, chosen=layout.name
             )
         except RowError as error:
             self._reject(error.fault, _location(row.file, row.number), str(error))
             return []
+
+    def _name_unread(self) -> None:
+        """Report the columns that nothing reads of the data set that was read. A feedback stage's
+        own columns are not reported."""
+        ledger, columns = self.ledgers[-1], self.unread[-1].names
+        if columns and isinstance(self.context.stage.inputs[ledger.role], SourceInput):
+            message = unread_message(ledger.name, columns)
+            self.context.worker.report(step=self.num_rows, message=message)
 
     def _encoded(self, batch: Sequence[Preference]) -> Iterator[tuple[Preference, list[Encoded]]]:
         """Yield each valid preference with its rows, one per completion. The batch is of the data

@@ -12,6 +12,7 @@ from typing import Any
 from tuneyard.api.sources import DataFormat, FieldMap
 from tuneyard_trainer.data import layouts
 from tuneyard_trainer.data.example import Example, Message, RowError, check
+from tuneyard_trainer.data.layouts import Layout
 from tuneyard_trainer.data.rows import BrokenRow, Row
 
 
@@ -56,17 +57,10 @@ def parse_preferences(
     `labeled`: as single completions with labels; a pair becomes a good one and a bad one.
     `chosen`: the layout that the manifest names. auto, or a layout of conversations: the row's own.
     """
-    if isinstance(row.value, BrokenRow):
-        raise RowError(row.value.reason, "UnreadableRow")
-    named = [layout for layout in layouts.layouts("preferences") if layout.name == chosen]
-    layout = named[0] if named else layouts.match(row.value, "preferences", fields)
-    if layout is None:
-        said, _ = layouts.explain(row.value, "preferences", fields)
-        present = f"the row has {', '.join(row.value) or 'no fields'}"
-        raise RowError(f"{present}. {said}".rstrip(" ."), "UnknownShape")
+    value, layout = recognized(row, fields, chosen)
     found = [
         Preference(row.number, each.turns, each.answers, each.label, row.file, each.tools)
-        for each in layouts.read(row.value, layout, layout.names(fields))
+        for each in layouts.read(value, layout, layout.names(fields))
     ]
     if labeled:
         found = [single for preference in found for single in _as_singles(preference)]
@@ -76,6 +70,35 @@ def parse_preferences(
         for example in preference.examples:
             check(example)
     return found
+
+
+def recognized(
+    row: Row, fields: FieldMap, chosen: DataFormat = "auto"
+) -> tuple[Mapping[str, Any], Layout]:
+    """Return a row's columns and its layout. Raises RowError.
+
+    `chosen`: as in `parse_preferences`.
+    """
+    if isinstance(row.value, BrokenRow):
+        raise RowError(row.value.reason, "UnreadableRow")
+    named = [layout for layout in layouts.layouts("preferences") if layout.name == chosen]
+    layout = named[0] if named else layouts.match(row.value, "preferences", fields)
+    if layout is None:
+        said, _ = layouts.explain(row.value, "preferences", fields)
+        present = f"the row has {', '.join(row.value) or 'no fields'}"
+        raise RowError(f"{present}. {said}".rstrip(" ."), "UnknownShape")
+    return row.value, layout
+
+
+def columns_read(row: Mapping[str, Any], layout: Layout, fields: FieldMap) -> frozenset[str] | None:
+    """Return the columns that are read of a row. None: those of OpenAssistant's trees.
+
+    `input` is read beside an `instruction`, and where the manifest names it; OpenAI's is an object.
+    """
+    columns, names = layouts.columns_of(layout, fields), layout.names(fields)
+    if columns is None or names.maps("input") or names.of("prompt", row) == "instruction":
+        return columns
+    return columns if isinstance(row.get("input"), dict) else columns - {"input"}
 
 
 def _as_singles(preference: Preference) -> list[Preference]:
