@@ -411,7 +411,7 @@ def test_every_row_and_token_has_one_outcome_in_the_ledger(
 @pytest.mark.parametrize(
     ("row", "unread"),
     [
-        ({"score_chosen": 8.5, "empty": "", "none": None}, ["score_chosen"]),
+        ({"annotator": 8.5, "empty": "", "none": None}, ["annotator"]),
         ({"input": "a context that no prompt contains"}, ["input"]),
         ({"probability": 0.9, "system": "Be brief."}, []),
     ],

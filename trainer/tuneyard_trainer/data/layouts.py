@@ -242,7 +242,7 @@ LAYOUTS: tuple[Layout, ...] = (
         reading.pair,
         "preferences",
         looks_so=_is_pair,
-        also_read=("probability",),
+        also_read=("probability", *reading.PAIR_SCORES),
     ),
     Layout(
         "ranking",

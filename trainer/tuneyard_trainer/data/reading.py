@@ -18,6 +18,8 @@ Row = Mapping[str, Any]
 _LABEL_WORDS = {"up": 1.0, "down": 0.0, "true": 1.0, "false": 0.0}
 _ANSWER_KEYS = ("answer", "response", "text", "generation")
 _RANK_KEYS = ("rank",)
+PAIR_SCORES = ("score_chosen", "score_rejected")
+"""The columns of the scores of a pair, as in UltraFeedback's binarized form."""
 _SCORE_KEYS = ("overall_score", "score", "rating")
 
 
@@ -35,6 +37,10 @@ class Parsed:
     """A prompt and its completion, exactly as the row has them. None: the row holds turns."""
     text: str = ""
     """A document; `turns` is empty."""
+    margin: float | None = None
+    """The difference of score between the best and the worst answer. None: there are no scores."""
+    tied: int = 0
+    """Answers left out, since an earlier one has the same score."""
     tools: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -152,7 +158,9 @@ def pair(row: Row, names: Names) -> Iterator[Parsed]:
     if chosen.text.strip() == rejected.text.strip():
         raise RowError(f"{fields[0]} and {fields[1]} are the same completion", "IdenticalSides")
     label = _probability(row.get("probability", 1.0))
-    yield Parsed(asked, (chosen, rejected), label, tools=used)
+    best, worst = map(row.get, PAIR_SCORES)
+    margin = float(best - worst) if _is_number(best) and _is_number(worst) else None
+    yield Parsed(asked, (chosen, rejected), label, tools=used, margin=margin)
 
 
 def ranking(row: Row, names: Names) -> Iterator[Parsed]:
@@ -170,10 +178,13 @@ def ranking(row: Row, names: Names) -> Iterator[Parsed]:
         where = f"{field}[{index}]"
         key = next((k for k in _ANSWER_KEYS if isinstance(each, dict) and k in each), None)
         answers.append(_answer(each[key] if key else each, where, before, names)[1])
-    ordered = _ordered(answers, _ranks(row, names, given))
+    ranks, are_scores = _ranks(row, names, given)
+    ordered = _ordered(answers, ranks)
     if len({answer.text.strip() for answer in ordered}) < len(ordered):
         raise RowError("two completions of the ranking are the same", "IdenticalSides")
-    yield Parsed(before, tuple(ordered), tools=used)
+    tied = len(answers) - len(ordered)
+    margin = max(ranks) - min(ranks) if are_scores else None
+    yield Parsed(before, tuple(ordered), tools=used, margin=margin, tied=tied)
 
 
 def labeled(row: Row, names: Names) -> Iterator[Parsed]:
@@ -234,9 +245,9 @@ def _filled(answer: Message, field: str) -> Message:
     return answer
 
 
-def _ranks(row: Row, names: Names, given: list[Any]) -> list[float]:
-    """Return a number for each answer; lower is better. Raises RowError for ranks that are no
-    order, and for scores that do not cover every answer."""
+def _ranks(row: Row, names: Names, given: list[Any]) -> tuple[list[float], bool]:
+    """Return a number for each answer, lower is better, and whether it is a score. Raises RowError
+    for ranks that are no order, and for scores that do not cover every answer."""
     count = len(given)
     ranks, field = names.value("ranks", row), names.of("ranks", row)
     if ranks is None and all(_number(each, _RANK_KEYS) is not None for each in given):
@@ -245,15 +256,15 @@ def _ranks(row: Row, names: Names, given: list[Any]) -> list[float]:
         if not _are_numbers(ranks) or sorted(ranks) != list(range(1, count + 1)):
             problem = f"{field} must hold each of 1 to {count} once, and {field} is {ranks}"
             raise RowError(problem, "InvalidLabel")
-        return [float(rank) for rank in ranks]
+        return [float(rank) for rank in ranks], False
     scores = names.value("scores", row)
     if scores is None and any(_number(each, _SCORE_KEYS) is not None for each in given):
         scores = [_number(each, _SCORE_KEYS) for each in given]
     if scores is None:
-        return [float(index) for index in range(count)]
+        return [float(index) for index in range(count)], False
     if not _are_numbers(scores) or len(scores) != count:
         raise RowError(f"every answer needs a score, and the scores are {scores}", "InvalidLabel")
-    return [-float(score) for score in scores]
+    return [-float(score) for score in scores], True
 
 
 def _are_numbers(given: Any) -> bool:

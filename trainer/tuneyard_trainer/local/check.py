@@ -21,9 +21,15 @@ from tuneyard_trainer.data.cleaning.findings import Finding, Findings
 from tuneyard_trainer.data.cleaning.language import identifier, prose
 from tuneyard_trainer.data.cleaning.text import as_written, conversation, written
 from tuneyard_trainer.data.cleaning.words import words
+from tuneyard_trainer.data.example import RowError
 from tuneyard_trainer.data.leaks import find_leaks
+from tuneyard_trainer.data.rows import read_data
 from tuneyard_trainer.data.stream import FAULTS_SHOWN, Examples, examples
 from tuneyard_trainer.data.texts import Texts
+from tuneyard_trainer.data.trees import link_messages
+from tuneyard_trainer.preference.rows import are_rated, parse_preferences, rates_one
+from tuneyard_trainer.preference.statistics import PreferenceStatistics
+from tuneyard_trainer.reporting.preferences import statistic_lines
 
 BATCH_ROWS = 512
 LANGUAGES_SHOWN = 5
@@ -150,6 +156,8 @@ def _leaks(held_out: _Rows, rows: _Rows) -> Iterator[Fault]:
 
 def row_statistics(file: Path, layout: DataFormat, fields: FieldMap) -> list[tuple[str, str]]:
     """Return labels and values. Raises StageError if no row can be read."""
+    if are_rated(file, layout, fields):
+        return _preference_statistics(file, layout, fields)
     has_languages = importlib.util.find_spec("py3langid") is not None
     languages = identifier() if has_languages else None
     stream = _examples(file, _settings(layout, fields))
@@ -175,6 +183,30 @@ def row_statistics(file: Path, layout: DataFormat, fields: FieldMap) -> list[tup
         ("Words", f"{sum(lengths):,}"),
         ("Words of a row", _spread(lengths)),
         ("Languages", _shares(found) if has_languages else "install tuneyard[cleaning]"),
+    ]
+
+
+def _preference_statistics(
+    file: Path, layout: DataFormat, fields: FieldMap
+) -> list[tuple[str, str]]:
+    """Return labels and values of rated completions. Lengths are in words."""
+    statistics, faults, number = PreferenceStatistics(), Counter[str](), 0
+    for row in link_messages(read_data(file)):
+        number += 1
+        try:
+            found = parse_preferences(row, fields, labeled=rates_one(row, fields), chosen=layout)
+        except RowError as error:
+            faults[error.fault] += 1
+            continue
+        for preference in found:
+            lengths = [len(words(completion.text)) for completion in preference.completions]
+            statistics.add(preference, lengths)
+    shown = ", ".join(f"{count:,} {fault}" for fault, count in faults.most_common())
+    return [
+        ("Rows", f"{number:,}"),
+        ("Invalid rows", shown or "0"),
+        *statistic_lines(statistics.details(), "words"),
+        *[("Note", note) for note in statistics.notes()],
     ]
 
 

@@ -12,17 +12,16 @@ from tuneyard.api.plan import SourceInput
 from tuneyard.api.sources import DataFormat, FieldMap
 from tuneyard.api.stage_settings import DatasetSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data import layouts
 from tuneyard_trainer.data.conversations import template_turns, turn_text
 from tuneyard_trainer.data.example import Example, RowError
 from tuneyard_trainer.data.masks import Run, runs
-from tuneyard_trainer.data.rows import Row, read_data
+from tuneyard_trainer.data.rows import read_data
 from tuneyard_trainer.data.stream import examples
 from tuneyard_trainer.data.tokenization import Encoder, Misfit
 from tuneyard_trainer.local.run import cache_folder
 from tuneyard_trainer.models.base import load_tokenizer
 from tuneyard_trainer.models.gguf_unpack import unpacked
-from tuneyard_trainer.preference.rows import parse_preferences
+from tuneyard_trainer.preference.rows import are_rated, parse_preferences, rates_one
 from tuneyard_trainer.reporting.formatting import harmless
 from tuneyard_trainer.storage import sources
 
@@ -89,13 +88,8 @@ def _folder(model: str) -> Path:
 
 def _rows(file: Path, chosen: DataFormat, fields: FieldMap) -> Iterator[tuple[str, Example]]:
     """Yield each example with its title: of preferences, one for each completion."""
-    first = next(iter(read_data(file)), None)
-    value = first.value if first is not None and isinstance(first.value, dict) else {}
-    rated = chosen if chosen in ("preference", "ranking", "labeled") else "auto"
-    layout = layouts.match(value, "preferences", fields)
-    only_rated = layouts.match(value, "training", fields) is None
-    if rated != "auto" or (chosen == "auto" and layout is not None and only_rated):
-        yield from _rated(file, rated, fields)
+    if are_rated(file, chosen, fields):
+        yield from _rated(file, chosen, fields)
         return
     settings = DatasetSettings(format=chosen, fields=fields, weight=1.0, limit=None)
     stream = examples(file, settings, on_invalid="skip", name=str(file))
@@ -106,7 +100,7 @@ def _rows(file: Path, chosen: DataFormat, fields: FieldMap) -> Iterator[tuple[st
 def _rated(file: Path, chosen: DataFormat, fields: FieldMap) -> Iterator[tuple[str, Example]]:
     for row in read_data(file):
         try:
-            labeled = _rates_one(row, fields)
+            labeled = rates_one(row, fields)
             found = parse_preferences(row, fields, labeled=labeled, chosen=chosen)
         except RowError as error:
             where = f"{row.file} row {row.number}"
@@ -115,13 +109,6 @@ def _rated(file: Path, chosen: DataFormat, fields: FieldMap) -> Iterator[tuple[s
             for number, example in enumerate(preference.examples, start=1):
                 place = f"{number} of {len(preference.completions)}"
                 yield f"{row.file} row {row.number}, completion {place}", example
-
-
-def _rates_one(row: Row, fields: FieldMap) -> bool:
-    """Return whether a row rates a single completion."""
-    value = row.value if isinstance(row.value, dict) else {}
-    layout = layouts.match(value, "preferences", fields)
-    return layout is not None and layout.name == "labeled"
 
 
 def _turns(example: Example, view: View) -> list[Run]:

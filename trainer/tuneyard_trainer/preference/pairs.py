@@ -39,6 +39,7 @@ from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import sequence_limit
 from tuneyard_trainer.preference.dataset import remove_groups, write_groups
 from tuneyard_trainer.preference.rows import Preference, columns_read, parse_preferences, recognized
+from tuneyard_trainer.preference.statistics import PreferenceStatistics
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome
 
 BATCH_ROWS = 256
@@ -91,6 +92,8 @@ class _Reader:
     labels: array[float] = field(default_factory=lambda: array("f"))
     prompts: array[int] = field(default_factory=lambda: array("Q"))
     """A hash of each group's prompt."""
+    statistics: list[PreferenceStatistics] = field(default_factory=list)
+    """The statistics of each data set."""
     proofs: dict[int, MaskProof] = field(default_factory=dict)
     """The masks of each data set."""
 
@@ -113,10 +116,12 @@ class _Reader:
             for index, dataset in enumerate(self.settings.preferences):
                 self.ledgers.append(Ledger(f"preferences.{index}", self._name(index)))
                 self.unread.append(Unread())
+                self.statistics.append(PreferenceStatistics())
                 for batch in self._batches(index, dataset):
                     for preference, encoded in self._encoded(batch):
                         self._keep(preference, encoded, index, rows, text)
                 self._name_unread()
+                self._note_statistics()
         self._check()
         counts = self._assign_splits(spool)
         shutil.rmtree(spool)
@@ -133,6 +138,10 @@ class _Reader:
                 for ledger, unread in zip(self.ledgers, self.unread, strict=True)
             },
             "ledger": ledger_details(self.ledgers),
+            "statistics": {
+                ledger.name: statistics.details()
+                for ledger, statistics in zip(self.ledgers, self.statistics, strict=True)
+            },
         }
         self._write_summary(metrics, details)
         return StageOutcome(metrics, details)
@@ -168,6 +177,12 @@ class _Reader:
         ledger, columns = self.ledgers[-1], self.unread[-1].names
         if columns and isinstance(self.context.stage.inputs[ledger.role], SourceInput):
             message = unread_message(ledger.name, columns)
+            self.context.worker.report(step=self.num_rows, message=message)
+
+    def _note_statistics(self) -> None:
+        """Report what a policy could learn from the data set that was read beside what is meant."""
+        for note in self.statistics[-1].notes():
+            message = f"{self.ledgers[-1].name}: {note}"
             self.context.worker.report(step=self.num_rows, message=message)
 
     def _encoded(self, batch: Sequence[Preference]) -> Iterator[tuple[Preference, list[Encoded]]]:
@@ -209,6 +224,7 @@ class _Reader:
             self.too_long.append(f"{where}: {longest} tokens")
             return
         self.ledgers[source].keep(tokens)
+        self.statistics[source].add(preference, [int(row.mask.sum()) for row in encoded])
         proof = self.proofs.setdefault(source, MaskProof(self.encoder))
         for example, row in zip(preference.examples, encoded, strict=True):
             proof.add(example, [row])

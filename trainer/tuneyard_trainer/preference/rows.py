@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from tuneyard.api.sources import DataFormat, FieldMap
 from tuneyard_trainer.data import layouts
 from tuneyard_trainer.data.example import Example, Message, RowError, check
 from tuneyard_trainer.data.layouts import Layout
-from tuneyard_trainer.data.rows import BrokenRow, Row
+from tuneyard_trainer.data.rows import BrokenRow, Row, read_data
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Preference:
     file: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()
     """The tools that a completion may call."""
+    margin: float | None = None
+    """The difference of score between the best and the worst completion. None: there are no
+    scores."""
+    tied: int = 0
+    """Answers of the row that are left out, since another one has the same score."""
 
     @property
     def examples(self) -> list[Example]:
@@ -59,7 +65,16 @@ def parse_preferences(
     """
     value, layout = recognized(row, fields, chosen)
     found = [
-        Preference(row.number, each.turns, each.answers, each.label, row.file, each.tools)
+        Preference(
+            row.number,
+            each.turns,
+            each.answers,
+            each.label,
+            row.file,
+            each.tools,
+            each.margin,
+            each.tied,
+        )
         for each in layouts.read(value, layout, layout.names(fields))
     ]
     if labeled:
@@ -88,6 +103,23 @@ def recognized(
         present = f"the row has {', '.join(row.value) or 'no fields'}"
         raise RowError(f"{present}. {said}".rstrip(" ."), "UnknownShape")
     return row.value, layout
+
+
+def are_rated(file: Path, chosen: DataFormat, fields: FieldMap) -> bool:
+    """Return whether a file's rows rate completions, by `chosen` or else by its first row."""
+    if chosen != "auto":
+        return chosen in ("preference", "ranking", "labeled")
+    first = next(iter(read_data(file)), None)
+    value = first.value if first is not None and isinstance(first.value, dict) else {}
+    only_rated = layouts.match(value, "training", fields) is None
+    return only_rated and layouts.match(value, "preferences", fields) is not None
+
+
+def rates_one(row: Row, fields: FieldMap) -> bool:
+    """Return whether a row rates a single completion."""
+    value = row.value if isinstance(row.value, dict) else {}
+    layout = layouts.match(value, "preferences", fields)
+    return layout is not None and layout.name == "labeled"
 
 
 def columns_read(row: Mapping[str, Any], layout: Layout, fields: FieldMap) -> frozenset[str] | None:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from tuneyard.api.plan import StageRecord
 from tuneyard_trainer.reporting.formatting import ABSENT, count, number
 from tuneyard_trainer.reporting.plots import Curves
+from tuneyard_trainer.reporting.preferences import statistic_lines
 from tuneyard_trainer.reporting.results import ROW_OUTCOMES, Results, last_trained
 
 PEFT_KINDS = ("lora", "qlora", "prefix", "prompt", "ia3")
@@ -231,6 +232,22 @@ class RunSummary:
             (label, "" if number is None else count(number), count(part))
             for label, number, part in lines
         ]
+
+    @property
+    def mixture(self) -> list[tuple[str, str, str]]:
+        """Each training data set, how often an epoch contains its rows, and its share. []: there is
+        one data set."""
+        prepare = self.record("prepare")
+        found = prepare.details.get("mixture", []) if prepare else []
+        parts = [(each["name"], f"{each['weight']:.3g}", f"{each['share']:.1%}") for each in found]
+        return parts if len(parts) > 1 else []
+
+    @property
+    def preferences(self) -> list[tuple[str, list[tuple[str, str]]]]:
+        """The statistics of each data set of preferences."""
+        pairs = self.record("pairs")
+        found = pairs.details.get("statistics", {}) if pairs else {}
+        return [(name, statistic_lines(details, "tokens")) for name, details in found.items()]
 
     @property
     def cleaning(self) -> list[tuple[str, str, list[str]]]:
