@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from tests.cluster.conftest import Platform
 from tests.cluster.jobs import tiny
@@ -19,13 +22,20 @@ with open("/models/prepared/stages/prepare/record.json") as file:
 
 
 def test_the_data_are_prepared_before_a_gpu_is_asked_for(platform: Platform) -> None:
+    platform.run("tiny", (Path(__file__).parent / "tiny_model.py").read_text())
     job = tiny("prepared", steps=2, checkpoint_steps=2)
     compute = {"gpusPerWorker": 1, "cpusPerWorker": "1", "memory": "4Gi"}
     job["spec"]["compute"] = {**job["spec"].get("compute", {}), **compute}
     platform.apply(job)
     platform.until("the Job runs", lambda: "preparingAt" in str(platform.status("prepared")), 240)
     assert platform.items("rayjobs") == []
-    platform.until("the RayJob exists", lambda: platform.items("rayjobs"), 240)
+
+    def started() -> Any:
+        status = platform.status("prepared")
+        assert status["phase"] != "Failed", yaml.safe_dump(status)
+        return platform.items("rayjobs")
+
+    platform.until("the RayJob exists", started, 240)
     (attempt,) = platform.status("prepared")["attempts"]
     assert attempt["preparedAt"]
     stages = {stage["name"]: stage["state"] for stage in platform.status("prepared")["stages"]}
