@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from tests.status.simulation import INTERRUPTED, SUCCESS, Simulation, failed, new_job, pod, post
 from tuneyard.api.status import JobStatus
 from tuneyard.errors import Fault, PlanError
@@ -47,6 +49,31 @@ def test_a_job_from_the_manifest_to_the_model() -> None:
         ("Normal", "StageSucceeded", "export is done"),
         ("Normal", "Succeeded", "the result is at s3://models/minimal/result"),
     ]
+
+
+def test_held_out_rows_in_the_training_data_are_a_condition_and_one_warning() -> None:
+    sim = simulation()
+    sim.run()
+    prepared = PREPARED | {"metrics": {"rows": 500, "leakedRows": 3}}
+    for step in range(3):
+        sim.post = post(1, step, stages=[prepared])
+        sim.reconcile()
+    (condition,) = [c for c in sim.status.conditions if c.type == "DataLeaked"]
+    assert (condition.status, condition.reason) == ("True", "RowsInTraining")
+    assert "3 held-out rows have text" in condition.message
+    assert "spec.data.leaks: error" in condition.message
+    assert descriptions(sim).count("Warning DataLeaked") == 1
+
+
+@pytest.mark.parametrize("metrics", [{"rows": 500}, {"rows": 500, "leakedRows": 0}])
+def test_without_leaks_there_is_no_warning(metrics: dict[str, float]) -> None:
+    sim = simulation()
+    sim.run()
+    sim.post = post(1, 1, stages=[PREPARED | {"metrics": metrics}])
+    sim.reconcile()
+    leaked = [c.status for c in sim.status.conditions if c.type == "DataLeaked"]
+    assert leaked == (["False"] if "leakedRows" in metrics else [])
+    assert "Warning DataLeaked" not in descriptions(sim)
 
 
 def test_a_plan_whose_first_attempt_waits_has_an_event_of_its_own() -> None:

@@ -147,7 +147,9 @@ class ObjectMeta(BaseModel):
     """UID of the object. None: outside a cluster."""
 
 
-ConditionType = Literal["Planned", "Admitted", "Running", "Suspended", "Succeeded", "Failed"]
+ConditionType = Literal[
+    "Planned", "Admitted", "Running", "Suspended", "Succeeded", "Failed", "DataLeaked"
+]
 
 
 class Report(Model):

@@ -180,7 +180,8 @@ class JobStatus(Report):
         max_length=16,
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
-    """Conditions of the types Planned, Admitted, Running, Suspended, Succeeded and Failed."""
+    """Conditions of the types Planned, Admitted, Running, Suspended, Succeeded and Failed, and
+    DataLeaked once held-out rows were searched in the training data."""
     observed_generation: int | None = None
     """Generation of the spec that this status describes. None: not reconciled yet."""
     plan_digest: str | None = None

@@ -45,6 +45,7 @@ def transition_events(before: JobStatus | None, after: JobStatus) -> list[Event]
     events = (
         *_planning(before, after),
         *_finished_stages(before, after),
+        *_leaks(before, after),
         *_attempt_ends(before, after),
         *_suspension(before, after),
         *_attempt_starts(before, after),
@@ -75,6 +76,12 @@ def _finished_stages(before: JobStatus, after: JobStatus) -> Iterator[Event]:
     for stage in after.stages:
         if stage.state == "Succeeded" and states.get(stage.name) != "Succeeded":
             yield Event("Normal", "StageSucceeded", f"{stage.name} is done{_key_metric(stage)}")
+
+
+def _leaks(before: JobStatus, after: JobStatus) -> Iterator[Event]:
+    old, new = _condition(before, "DataLeaked"), _condition(after, "DataLeaked")
+    if new and new.status == "True" and (old is None or old.status != "True"):
+        yield Event("Warning", "DataLeaked", new.message)
 
 
 def _key_metric(stage: StageStatus) -> str:

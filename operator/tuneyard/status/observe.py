@@ -708,6 +708,7 @@ class _Observer:
             if self.observed.memory is not None:
                 self._set(memory=self.observed.memory)
             self._set(stages=merge_stages(self.status.stages, report.stages))
+            self._note_leaks()
             if self.status.memory is not None:
                 self._set(memory=with_measured(self.status.memory, self.status.stages))
             if report.stage:
@@ -876,6 +877,21 @@ class _Observer:
             }
         )
         self._set(conditions=list(conditions.values()))
+
+    def _note_leaks(self) -> None:
+        """Set the condition of held-out rows that were trained on, once a stage has looked."""
+        found = [s.metrics["leakedRows"] for s in self.status.stages if "leakedRows" in s.metrics]
+        if not found:
+            return
+        rows, leaked = int(sum(found)), sum(found) > 0
+        text = (
+            f"{rows} held-out rows have text that is also in the training data, which lowers the "
+            "held-out loss: the report names them; remove them from one of the two, or set "
+            "spec.data.leaks: error"
+            if leaked
+            else "no held-out row has text that is also in the training data"
+        )
+        self._condition("DataLeaked", leaked, "RowsInTraining" if leaked else "NoneFound", text)
 
     def _drop_condition(self, type_: ConditionType) -> None:
         self._set(conditions=[c for c in self.status.conditions if c.type != type_])
