@@ -89,6 +89,7 @@ REASONS = frozenset(
         "RayJobDeleted",
         "RayJobRefused",
         "RemoteCode",
+        "RetrievalMismatch",
         "RewardContextTooShort",
         "RewardFailed",
         "RewardFieldMissing",

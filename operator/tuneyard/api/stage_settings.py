@@ -14,7 +14,7 @@ from tuneyard.api.adapters import Adapter
 from tuneyard.api.alignment import RuleReward, Sampling, StopConditions
 from tuneyard.api.evaluation import Gate
 from tuneyard.api.meta import Model
-from tuneyard.api.sources import DataFormat, FieldMap
+from tuneyard.api.sources import DataFormat, DocumentFields, FieldMap
 from tuneyard.api.training import EarlyStopping, Freeze, Optimizer, Schedule
 
 
@@ -33,10 +33,26 @@ class DatasetSettings(Model):
     """Conversations taken from a tree of messages. None: the best one."""
 
 
+class RetrievalSettings(Model):
+    """How each row gets a context of passages from the input `documents`."""
+
+    fields: DocumentFields
+    """Names of the fields of documents."""
+    passages: int
+    """Passages of a context."""
+    gold_share: float
+    """Share of the rows whose context has the right passage."""
+    passage_words: int
+    """Longest passage, in words."""
+    cite: bool
+    """Whether the number of the right passage is appended to the answer."""
+
+
 class PrepareSettings(Model):
     """Read, check, split and tokenize training data.
 
-    Inputs: `model` (for its tokenizer), `train.N`, `validation.N`.
+    Inputs: `model` (for its tokenizer), `train.N`, `validation.N`, and `documents` with
+    `retrieval`.
     """
 
     kind: Literal["prepare"] = "prepare"
@@ -64,7 +80,11 @@ class PrepareSettings(Model):
     chat_template: str | None
     """Jinja chat template in place of the tokenizer's. None: the tokenizer's own."""
     seed: int
-    """Seed of the held-out split."""
+    """Seed of the held-out split and of the contexts."""
+    retrieval: RetrievalSettings | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+    """A context before each question. None: rows stay as they are."""
 
 
 class LoopSettings(Model):

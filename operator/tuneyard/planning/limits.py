@@ -52,7 +52,12 @@ WITH_VIRTUAL_TOKENS = ("prompt", "prefix")
 
 def fine_tuning_faults(spec: FineTuneSpec) -> list[Fault]:
     """Return the faults of a fine-tuning."""
-    faults = [*_engine_faults(spec), *_sharding_faults(spec), *_suite_faults(spec.evaluate)]
+    faults = [
+        *_engine_faults(spec),
+        *_sharding_faults(spec),
+        *_suite_faults(spec.evaluate),
+        *_document_faults(spec.data, "spec.data"),
+    ]
     for path, gate in _gates(spec.evaluate):
         problem = _unknown_metric(gate, get_args(Metric)) or _unmeasured_fine_tuning(gate, spec)
         if problem:
@@ -75,6 +80,7 @@ def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
         *_distillation_faults(spec),
         *_suite_faults(spec.evaluate),
         *_alignment_engine_faults(spec),
+        *(_document_faults(spec.sft.data, "spec.sft.data") if spec.sft else ()),
     ]
     aligned = spec.optimize or (spec.reward_model and spec.reward_model.train)
     known = get_args(AlignmentMetric) if aligned else get_args(Metric)
@@ -484,6 +490,22 @@ def _trainings(spec: AlignmentSpec) -> Iterator[tuple[str, Training]]:
         method = spec.optimize.dpo or spec.optimize.on_policy
         if method:
             yield f"spec.optimize.{spec.optimize.kind}.training", method.training
+
+
+def _document_faults(data: FineTuneData, path: str) -> Iterator[Fault]:
+    """Yield a fault for each data set that names documents without retrieval."""
+    if data.retrieval is not None:
+        return
+    held_out = (data.validation and data.validation.data) or []
+    sets = {f"{path}.train[{index}]": dataset for index, dataset in enumerate(data.train)}
+    sets |= {f"{path}.validation.data[{i}]": dataset for i, dataset in enumerate(held_out)}
+    for where, dataset in sets.items():
+        if dataset.fields.document is not None:
+            yield Fault(
+                f"{where}.fields.document",
+                f"{dataset.fields.document} names the document that answers a row, which only "
+                f"retrieval reads: set {path}.retrieval, or remove document",
+            )
 
 
 def _suite_faults(evaluate: Evaluate) -> Iterator[Fault]:

@@ -13,10 +13,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from tuneyard.api.plan import SourceInput
 from tuneyard.api.stage_settings import PrepareSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prepared import SPLITS, Rows, remove_split
 from tuneyard_trainer.data.preprocessing import OVERLENGTH_OUTCOMES, Preprocessor, Tally
+from tuneyard_trainer.data.retrieval import Contexts
 from tuneyard_trainer.data.splits import SplitWriter, assign_splits, held_out, num_contaminated
 from tuneyard_trainer.data.tokenization import Encoder
 from tuneyard_trainer.models import base
@@ -42,18 +44,24 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
     limit = sequence_limit(
         context.inputs["model"], tokenizer, settings.max_length, "spec.data.maxLength"
     )
+    encoder = _encoder(tokenizer, settings)
+    contexts = _contexts(context, settings, encoder, limit)
     preprocessor = Preprocessor(
         context.stage,
         settings,
         context.inputs,
-        _encoder(tokenizer, settings),
+        encoder,
         limit,
         context.worker,
+        contexts,
     )
     train, validation = _write_splits(preprocessor, context.workdir)
     tokenizer.save_pretrained(context.workdir / "tokenizer")
     metrics = _metrics(context.workdir, preprocessor.tallies, len(validation))
     details: dict[str, Any] = {"datasets": [tally.details() for tally in preprocessor.tallies]}
+    if contexts is not None:
+        details["retrieval"] = contexts.details()
+        context.worker.report(message=contexts.sentence)
     if settings.validation:
         details["contaminated"] = num_contaminated(train.hashes, validation.hashes)
         _warn_contaminated(details["contaminated"], len(validation), context.worker)
@@ -109,6 +117,19 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, settings: PrepareSettings) -> E
     return Encoder(
         tokenizer, train_on, settings.system_prompt, reasoning=settings.reasoning != "drop"
     )
+
+
+def _contexts(
+    context: StageContext, settings: PrepareSettings, encoder: Encoder, limit: int
+) -> Contexts | None:
+    """Return what puts a context before questions. None: the job asks for none."""
+    if settings.retrieval is None:
+        return None
+    source = context.stage.inputs["documents"]
+    name = source.path.removesuffix(".uri") if isinstance(source, SourceInput) else "documents"
+    path = context.inputs["documents"]
+    context.worker.report(message=f"reading {name}")
+    return Contexts.read(path, settings.retrieval, encoder, limit, settings.seed, name)
 
 
 def _metrics(workdir: Path, tallies: Sequence[Tally], num_held_out: int) -> dict[str, float]:

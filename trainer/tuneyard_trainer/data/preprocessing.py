@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 from tuneyard.api.plan import PlannedStage, SourceInput
 from tuneyard.api.stage_settings import DatasetSettings, PrepareSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.example import Example
+from tuneyard_trainer.data.example import Example, RowError
 from tuneyard_trainer.data.masks import MaskProof
 from tuneyard_trainer.data.prepared import SPLITS
+from tuneyard_trainer.data.retrieval import Contexts
 from tuneyard_trainer.data.splits import SplitWriter
 from tuneyard_trainer.data.stream import FAULTS_SHOWN, examples
 from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit
@@ -49,6 +50,10 @@ REFUSALS = {
         "rows have no token that carries loss",
         "Repair these rows, raise spec.data.maxLength where it cuts the answer off, or set "
         "spec.data.onInvalidRow: skip.",
+    ),
+    "RetrievalMismatch": Refusal(
+        "rows do not fit spec.data.retrieval",
+        "Repair these rows, or set spec.data.onInvalidRow: skip.",
     ),
     "RowTooLong": Refusal(
         "rows are longer than {max_length} tokens",
@@ -125,6 +130,8 @@ class Preprocessor:
     encoder: Encoder
     max_length: int
     worker: Worker
+    contexts: Contexts | None = None
+    """What puts a context before questions. None: rows have none."""
     tallies: list[Tally] = field(default_factory=list)
     _num_rows: int = 0
 
@@ -144,7 +151,7 @@ class Preprocessor:
     ) -> None:
         stream = examples(
             self.inputs[tally.role],
-            dataset,
+            dataset if self.contexts is None else _with_documents(dataset),
             on_invalid=self.settings.on_invalid_row,
             name=tally.name,
         )
@@ -152,7 +159,8 @@ class Preprocessor:
         for batch in _batches(stream):
             if self.worker.stop():
                 raise Interrupted(self.stage.name, self._num_rows)
-            for example, encoded in zip(batch, self.encoder.encode(batch), strict=True):
+            rows = self._with_contexts(batch, tally)
+            for example, encoded in zip(rows, self.encoder.encode(rows), strict=True):
                 pieces = self._pieces(example, encoded, tally)
                 proof.add(example, pieces)
                 if pieces:
@@ -169,6 +177,18 @@ class Preprocessor:
         self._name_unread(tally)
         self._name_left_out(tally)
         proof.check(tally.name)
+
+    def _with_contexts(self, batch: list[Example], tally: Tally) -> list[Example]:
+        """Return the rows of a batch with their contexts, without the rows that cannot have one."""
+        if self.contexts is None:
+            return batch
+        rows = []
+        for bare, found in zip(batch, self.contexts.add(batch), strict=True):
+            if isinstance(found, RowError):
+                tally.refuse("RetrievalMismatch", _where(bare), str(found))
+            else:
+                rows.append(found)
+        return rows
 
     def _name_unread(self, tally: Tally) -> None:
         """Report the columns that nothing reads, which may be a text that was meant to be read."""
@@ -197,7 +217,7 @@ class Preprocessor:
 
     def _pieces(self, example: Example, encoded: Encoded | Misfit, tally: Tally) -> list[Encoded]:
         """Return the sequences to write for a row: none, the row, its start, or its pieces."""
-        where = f"{example.file} row {example.row}".strip()
+        where = _where(example)
         if isinstance(encoded, Misfit):
             tally.refuse("ChatTemplate", where, encoded.message)
             return []
@@ -244,6 +264,8 @@ class Preprocessor:
             text["text"] = example.text
         if example.expected:
             text["expected"] = list(example.expected)
+        if example.without_context:
+            text["withoutContext"] = self._text(example.without_context)
         return text
 
     # ---- checks -------------------------------------------------------------------------------
@@ -284,6 +306,18 @@ class Preprocessor:
             f"dropped as longer than {self.max_length} tokens. {'; '.join(shown[:FAULTS_SHOWN])}",
             advice=f"Repair the rows of {affected[0].name}, or raise spec.data.maxLength.",
         )
+
+
+def _where(example: Example) -> str:
+    return f"{example.file} row {example.row}".strip()
+
+
+def _with_documents(dataset: DatasetSettings) -> DatasetSettings:
+    """Return the settings that also read the id of each row's document."""
+    column = dataset.fields.document or "document"
+    return dataset.model_copy(
+        update={"fields": dataset.fields.model_copy(update={"document": column})}
+    )
 
 
 def _batches(stream: Iterable[Example]) -> Iterator[list[Example]]:

@@ -1,7 +1,7 @@
 """evaluate: compare the tuned model with its base model on held-out rows.
 
 Measures the loss and the perplexity of both models and their answers to questions, writes
-`evaluation.json` and checks the gates.
+`evaluation.json` and checks the gates. Rows with a retrieved context are also measured without it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tuneyard_trainer.data.chat import rendered, turn_text
 from tuneyard_trainer.data.prepared import Prepared, Rows
 from tuneyard_trainer.data.sharing import InStep, SharedStage
 from tuneyard_trainer.evaluation.result import finish, spread
+from tuneyard_trainer.evaluation.without_context import texts_without_context, tokenized
 from tuneyard_trainer.generation.greedy import continuations
 from tuneyard_trainer.models import adapters, policies
 from tuneyard_trainer.models.base import load_base, load_tokenizer
@@ -57,6 +58,20 @@ class Question:
     """Whether a chat template rendered the prompt, special tokens included."""
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out rows, and those of them that the models answer."""
+
+    rows: Rows
+    questions: Sequence[Question]
+
+
+GIVEN = ""
+"""The suffix of the metrics of the rows as they are."""
+WITHOUT_CONTEXT = "WithoutContext"
+"""The suffix of the metrics of rows without their retrieved contexts."""
+
+
 def run(context: StageContext) -> StageOutcome:
     """Measure both models, write `evaluation.json` and check the gates.
 
@@ -70,21 +85,28 @@ def run(context: StageContext) -> StageOutcome:
 def _run(context: StageContext, shared: SharedStage) -> StageOutcome:
     settings, worker = context.settings(EvaluateSettings), context.worker
     data = Prepared.open(context.inputs["data"])
-    questions = _questions(context.inputs["data"], settings.samples)
+    held_out = _held_out(context.inputs["data"], data, settings.samples)
     shards = policies.shards(context, policies.inference_type(worker.device).itemsize)
     models = _models(context, shards, with_base=settings.compare_with_base)
-    measured: dict[str, Measured] = {}
+    measured: dict[str, dict[str, Measured]] = {}
     with shared.in_step() if shards > 1 else nullcontext(shared) as sharing:
         for name, model in models:  # enumerate would hold a model while the next one is loaded
             message = f"measuring the {name} model"
             worker.report(step=len(measured), total_steps=STEPS, message=message)
-            measured[name] = _measure(context, model, data, questions, sharing)
+            measured[name] = {
+                suffix: _measure(context, model, data.max_length, each, sharing)
+                for suffix, each in held_out.items()
+            }
             del model
             gc.collect()  # modules are in cycles
     if not worker.is_main:
         return StageOutcome()
-    metrics = _metrics(measured, questions)
-    samples = _samples(questions, measured, settings.samples)
+    metrics: dict[str, float] = {}
+    for suffix, each in held_out.items():
+        found = _metrics({name: model[suffix] for name, model in measured.items()}, each.questions)
+        metrics |= {f"{name}{suffix}": value for name, value in found.items()}
+    given = {name: model[GIVEN] for name, model in measured.items()}
+    samples = _samples(held_out[GIVEN].questions, given, settings.samples)
     return finish(context, settings.gates, metrics, samples, steps=STEPS)
 
 
@@ -121,18 +143,12 @@ class Measured:
 def _measure(
     context: StageContext,
     model: nn.Module,
-    data: Prepared,
-    questions: Sequence[Question],
+    max_length: int,
+    held_out: HeldOut,
     sharing: SharedStage | InStep,
 ) -> Measured:
-    rows, worker = data.validation, context.worker
+    rows, questions, worker = held_out.rows, held_out.questions, context.worker
     settings = context.settings(EvaluateSettings)
-    if rows is None:
-        raise StageError(
-            "NoHeldOutRows",
-            "there are no held-out rows to evaluate on.",
-            advice="Set data.validation.",
-        )
     tokenizer = load_tokenizer(context.inputs["data"] / "tokenizer")
     forward = Forward.of(
         model,
@@ -141,7 +157,7 @@ def _measure(
         pad=tokenizer.pad_token_id,
         # The workers of a sharded model must agree, and the probe measures.
         pack=isinstance(sharing, SharedStage) and isolates_documents(model),
-        max_length=data.max_length,
+        max_length=max_length,
         max_tokens="auto",
     )
     answer = partial(
@@ -177,11 +193,27 @@ def _share_loss(forward: Forward, model: nn.Module, rows: Rows, shared: SharedSt
 # ---- questions ----------------------------------------------------------------------------
 
 
-def _questions(folder: Path, samples: int) -> list[Question]:
-    """Return the rows to answer: those with `expected`, then others up to `samples` in total."""
+def _held_out(folder: Path, data: Prepared, samples: int) -> dict[str, HeldOut]:
+    """Return the held-out rows by the suffix of their metrics. Raises StageError NoHeldOutRows."""
+    if data.validation is None:
+        raise StageError(
+            "NoHeldOutRows",
+            "there are no held-out rows to evaluate on.",
+            advice="Set data.validation.",
+        )
     tokenizer = load_tokenizer(folder / "tokenizer")
-    with (folder / "validation.jsonl").open() as file:
-        questions = [_question(json.loads(line), tokenizer) for line in file]
+    with (folder / "validation.jsonl").open(encoding="utf-8") as file:
+        texts = [json.loads(line) for line in file]
+    found = {GIVEN: HeldOut(data.validation, _questions(texts, tokenizer, samples))}
+    if bare := texts_without_context(texts):
+        rows = tokenized(bare, tokenizer, data.summary["trainOn"], data.max_length)
+        found[WITHOUT_CONTEXT] = HeldOut(rows, _questions(bare, tokenizer, 0))
+    return found
+
+
+def _questions(texts: Sequence[Mapping[str, Any]], tokenizer: Any, samples: int) -> list[Question]:
+    """Return the rows to answer: those with `expected`, then others up to `samples` in total."""
+    questions = [_question(text, tokenizer) for text in texts]
     checked = [q for q in questions if q.expected][:MAX_QUESTIONS]
     others = [q for q in questions if not q.expected]
     return checked + others[: max(0, samples - len(checked))]
