@@ -80,7 +80,7 @@ LORA = job(
         fields:
           {messages: m, system: s, prompt: p, input: i, completion: c, text: t, history: h,
            tools: u, reasoning: r, expected: e, role: o, content: w, chosen: b, rejected: z,
-           answers: a, ranks: k, scores: q, label: l}
+           answers: a, ranks: k, scores: q, label: l, document: d}
         paths: all
         weight: 2.0
         limit: 100
@@ -95,6 +95,16 @@ LORA = job(
       reasoning: drop
       systemPrompt: Be brief.
       chatTemplate: "{{ messages }}"
+      retrieval:
+        documents:
+          uri: file://documents
+          fields: {id: name, text: body}
+          tokenSecret: {name: hub, key: token}
+          credentials: {name: store}
+        passages: 5
+        goldShare: 0.5
+        passageWords: 80
+        cite: false
     adapter:
       lora:
         rank: 8
@@ -420,6 +430,19 @@ BROKEN_RULES = [
         "spec.data.validation",
         {"fraction": 0.1, "data": [{"uri": "file://v.jsonl"}]},
         "fraction, data",
+    ),
+    BrokenRule(
+        "retrieval-in-pre-training",
+        changed(
+            MINIMAL,
+            {
+                "spec.method": "pretrain",
+                "spec.data.retrieval": {"documents": {"uri": "file://documents"}},
+            },
+        ),
+        "spec.data.retrieval",
+        "puts passages before questions, which method pretrain does not have: set method: sft, or "
+        "remove data.retrieval",
     ),
     _one_of("no-reward", RLOO, "spec.rewardModel", {}, "train, model, rule"),
     _one_of("no-rule", RLOO, "spec.rewardModel.rule", {}, "exactMatch, jsonSchema"),

@@ -230,6 +230,7 @@ def test_every_training_field_is_identity_or_declared_runtime() -> None:
         ("data__reasoning", "drop", "prepare"),
         ("data__systemPrompt", "Be brief.", "prepare"),
         ("data__chatTemplate", "{{ messages }}", "prepare"),
+        ("data__retrieval", {"documents": {"uri": "file://documents"}}, "prepare"),
         ("adapter", {"ia3": {}}, "sft"),
         ("evaluate__compareWithBase", False, "evaluate"),
         ("evaluate__samples", 1, "evaluate"),
@@ -245,10 +246,28 @@ def test_a_field_changes_the_stage_that_it_belongs_to(field: str, value: Any, st
     assert {name for name in before if before[name] != after[name]} == {stage}
 
 
+def test_every_setting_of_retrieval_changes_the_prepare_stage_and_its_location_does_not() -> None:
+    def found(**changes: Any) -> str:
+        retrieval = {"documents": {"uri": "file://documents"}} | changes
+        return fingerprints(planned(data__retrieval=retrieval))["prepare"]
+
+    fields = {"passages": 5, "goldShare": 0.5, "passageWords": 80, "cite": False}
+    columns = {"uri": "file://documents", "fields": {"id": "name"}}
+    every = [found(), *(found(**{name: value}) for name, value in fields.items())]
+    assert len({*every, found(documents=columns)}) == len(every) + 1
+    assert found(documents={"uri": "pvc://claim/elsewhere"}) == found()
+
+
+def test_without_retrieval_a_plan_does_not_mention_it() -> None:
+    text = plan_job(job()).to_json()
+    assert "retrieval" not in text
+    assert "document" not in text
+
+
 def test_the_fields_above_are_all_fields_of_data_and_evaluate() -> None:
     assert set(yaml_fields(FineTuneData)) == {
         *("train", "validation", "maxLength", "onOverlength", "onInvalidRow", "packing"),
-        *("trainOn", "reasoning", "systemPrompt", "chatTemplate"),
+        *("trainOn", "reasoning", "systemPrompt", "chatTemplate", "retrieval"),
     }
     refused = {"fewShot", "suites"}
     assert set(yaml_fields(Evaluate)) - refused == {

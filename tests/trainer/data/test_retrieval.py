@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.trainer.jobs import manifest, planned
 from tuneyard.api.plan import PlannedStage, SourceInput
 from tuneyard.api.sources import DocumentFields, FieldMap
 from tuneyard.api.stage_settings import DatasetSettings, PrepareSettings, RetrievalSettings
@@ -26,6 +27,8 @@ from tuneyard_trainer.data.prepared import Prepared
 from tuneyard_trainer.data.retrieval import Contexts, PassageIndex, best
 from tuneyard_trainer.data.tokenization import Encoder
 from tuneyard_trainer.evaluation.without_context import texts_without_context, tokenized
+from tuneyard_trainer.running import torchrun
+from tuneyard_trainer.running.runner import emit_nothing
 from tuneyard_trainer.worker import StageContext, StageOutcome, Worker
 
 NAMES = ["Ava", "Bolo", "Cito", "Dune", "Elko", "Fado", "Gira", "Hopi"]
@@ -437,3 +440,31 @@ def test_rows_that_do_not_fit_end_the_stage_or_are_skipped_and_counted(
     )
     assert outcome.metrics["skippedRows"] == 1
     assert outcome.metrics["rows"] == 5
+
+
+def test_a_job_measures_both_models_with_and_without_contexts(
+    tmp_path: Path, tiny_model_dir: Path, folder: Path
+) -> None:
+    held_out = [row | {"expected": [row["answer"].split()[2]]} for row in questions(6, 10)]
+    for name, rows in (("train", questions(0, 6)), ("validation", held_out)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {
+        "train": [{"uri": "file://train.jsonl"}],
+        "validation": {"data": [{"uri": "file://validation.jsonl"}]},
+        "retrieval": {"documents": {"uri": f"file://{folder}"}, "passages": 2},
+    }
+    plan = planned(manifest(tiny_model_dir, data=data))
+    places = {"base_dir": tmp_path, "cache_dir": tmp_path / "cache"}
+    torchrun.run(plan, str(tmp_path / "out"), **places, emit=emit_nothing)
+    metrics = json.loads((tmp_path / "out/stages/evaluate/evaluation.json").read_text())["metrics"]
+    measured = {
+        *("validationLoss", "validationPerplexity", "lossReduction", "questions"),
+        *("answerAccuracy", "answerAccuracyGain"),
+        *("baseValidationLoss", "baseValidationPerplexity", "baseAnswerAccuracy"),
+    }
+    assert metrics.keys() == {*measured, *(f"{name}WithoutContext" for name in measured)}
+    assert metrics["questionsWithoutContext"] == 4
+    assert metrics["validationLoss"] != metrics["validationLossWithoutContext"]
+    report = (tmp_path / "out/report.html").read_text()
+    assert "Held-out loss without context" in report
+    assert "Answers right without context" in report

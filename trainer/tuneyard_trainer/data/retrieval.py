@@ -240,7 +240,7 @@ class Contexts:
 
     @property
     def sentence(self) -> str:
-        """What was done, for the log."""
+        """A sentence about the contexts for the log."""
         counts = self.counts
         searched = counts["rows"] - counts["namedDocuments"]
         text = (
