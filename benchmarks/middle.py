@@ -36,9 +36,11 @@ def main() -> None:
         found = [measured(rate, seed) for seed in seeds]
         if index == 0:
             before = found[0]
-            print(line("the base", before["baseValidationLoss"], before["baseGapLoss"]))
+            print(
+                line("the base", before["baseValidationLoss"], before["baseValidationLossOfGaps"])
+            )
         loss = fmean(each["validationLoss"] for each in found)
-        print(line(name, loss, fmean(each["gapLoss"] for each in found)), flush=True)
+        print(line(name, loss, fmean(each["validationLossOfGaps"] for each in found)), flush=True)
     print(f"means of {len(seeds)} seeds")
 
 

@@ -80,7 +80,7 @@ LORA = job(
         fields:
           {messages: m, system: s, prompt: p, input: i, completion: c, text: t, history: h,
            tools: u, reasoning: r, expected: e, role: o, content: w, chosen: b, rejected: z,
-           answers: a, ranks: k, scores: q, label: l}
+           answers: a, ranks: k, scores: q, label: l, document: d}
         paths: all
         weight: 2.0
         limit: 100
@@ -105,6 +105,24 @@ LORA = job(
         quality: [repetition, gopher, fineweb]
         personalData: {email: redact, phone: report, card: drop, iban: ignore, key: drop}
       leaks: error
+      temperature: 2.0
+      replay:
+        data: [{uri: "pvc://data/general.jsonl", weight: 2.0}]
+        share: 0.2
+      fillInTheMiddle:
+        rate: 0.4
+        mode: psm
+        markers: {prefix: "<P>", suffix: "<S>", middle: "<M>"}
+      retrieval:
+        documents:
+          uri: file://documents
+          fields: {id: name, text: body}
+          tokenSecret: {name: hub, key: token}
+          credentials: {name: store}
+        passages: 5
+        goldShare: 0.5
+        passageWords: 80
+        cite: false
     adapter:
       lora:
         rank: 8
@@ -442,6 +460,19 @@ BROKEN_RULES = [
         changed(MINIMAL, {"spec.data.clean": {"minWords": 9, "maxWords": 8}}),
         "spec.data.clean.minWords",
         "must be at most maxWords: lower minWords, or raise maxWords",
+    ),
+    BrokenRule(
+        "retrieval-in-pre-training",
+        changed(
+            MINIMAL,
+            {
+                "spec.method": "pretrain",
+                "spec.data.retrieval": {"documents": {"uri": "file://documents"}},
+            },
+        ),
+        "spec.data.retrieval",
+        "puts passages before questions, which method pretrain does not have: set method: sft, or "
+        "remove data.retrieval",
     ),
     _one_of("no-reward", RLOO, "spec.rewardModel", {}, "train, model, rule"),
     _one_of("no-rule", RLOO, "spec.rewardModel.rule", {}, "exactMatch, jsonSchema"),

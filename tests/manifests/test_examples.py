@@ -30,6 +30,7 @@ HELD_OUT = {
     DATA / "workflow/train.jsonl": DATA / "workflow/validation.jsonl",
     DATA / "finance/ledger.csv.gz": DATA / "finance/held-out.csv.gz",
     DATA / "legal/clauses.csv": DATA / "legal/held-out.csv",
+    DATA / "catalog/train.jsonl": DATA / "catalog/validation.jsonl",
 }
 MOST_SIMILAR = 0.4
 """Upper bound of the Jaccard similarity of the content words of a held-out and a training question.
@@ -221,6 +222,15 @@ def test_every_held_out_answer_can_be_learned_from_training(folder: str) -> None
     assert {question_and_answer(row)[1] for row in rows(held_out)} <= {
         question_and_answer(row)[1] for row in rows(train)
     }
+
+
+def test_every_question_of_the_catalog_names_a_document_that_has_its_answer() -> None:
+    folder = DATA / "catalog"
+    held_out = {row["document"] for row in rows(folder / "validation.jsonl")}
+    assert not held_out & {row["document"] for row in rows(folder / "train.jsonl")}
+    for row in rows(folder / "train.jsonl") + rows(folder / "validation.jsonl"):
+        text = (folder / "documents" / row["document"]).read_text("utf-8")
+        assert content_words(question_and_answer(row)[1]) <= content_words(text)
 
 
 def support() -> tuple[list[tuple[str, str]], list[dict[str, Any]]]:

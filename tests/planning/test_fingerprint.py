@@ -261,6 +261,7 @@ def test_every_training_field_is_identity_or_declared_runtime() -> None:
         ("data__leaks", "error", "prepare"),
         ("data__temperature", 2.0, "prepare"),
         ("data__replay", {"data": [{"uri": "pvc://data/general.jsonl"}]}, "prepare"),
+        ("data__retrieval", {"documents": {"uri": "file://documents"}}, "prepare"),
         ("adapter", {"ia3": {}}, "sft"),
         ("evaluate__compareWithBase", False, "evaluate"),
         ("evaluate__samples", 1, "evaluate"),
@@ -282,12 +283,31 @@ def test_without_rules_the_plan_is_that_of_a_manifest_of_0_2() -> None:
     assert '"clean"' not in plan_job(job()).to_json()
 
 
+def test_every_setting_of_retrieval_changes_the_prepare_stage_and_its_location_does_not() -> None:
+    def found(**changes: Any) -> str:
+        retrieval = {"documents": {"uri": "file://documents"}} | changes
+        return fingerprints(planned(data__retrieval=retrieval))["prepare"]
+
+    fields = {"passages": 5, "goldShare": 0.5, "passageWords": 80, "cite": False}
+    columns = {"uri": "file://documents", "fields": {"id": "name"}}
+    every = [found(), *(found(**{name: value}) for name, value in fields.items())]
+    assert len({*every, found(documents=columns)}) == len(every) + 1
+    assert found(documents={"uri": "pvc://claim/elsewhere"}) == found()
+
+
+def test_without_retrieval_a_plan_does_not_mention_it() -> None:
+    text = plan_job(job()).to_json()
+    assert "retrieval" not in text
+    assert "document" not in text
+
+
 def test_the_fields_above_are_all_fields_of_data_and_evaluate() -> None:
     assert set(yaml_fields(FineTuneData)) == {
         *("train", "validation", "maxLength", "onOverlength", "onInvalidRow", "packing"),
         *("trainOn", "reasoning", "systemPrompt", "chatTemplate", "clean", "leaks"),
         *("temperature", "replay"),
         "fillInTheMiddle",  # of the method pretrain: tested in test_plan
+        "retrieval",
     }
     refused = {"fewShot", "suites"}
     assert set(yaml_fields(Evaluate)) - refused == {

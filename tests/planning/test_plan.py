@@ -191,7 +191,7 @@ def test_gaps_are_for_documents_and_are_refused_where_answers_are_trained_on() -
 
 
 def test_a_gate_on_gaps_needs_documents_with_gaps() -> None:
-    gates = {"gates": [{"metric": "gapLoss", "atMost": 3.0}]}
+    gates = {"gates": [{"metric": "validationLossOfGaps", "atMost": 3.0}]}
     changes = {"method": "pretrain", "data__validation": VALIDATION, "evaluate": gates}
     (fault,) = faults(job(**changes))
     assert "set data.fillInTheMiddle" in fault.message
@@ -209,6 +209,30 @@ def test_general_data_is_the_last_of_the_training_data_sets() -> None:
 
 
 # ---- the manifest in the plan ---------------------------------------------------------------
+
+
+def test_the_documents_of_retrieval_are_an_input_of_the_prepare_stage() -> None:
+    documents = {"uri": "pvc://data/documents", "credentials": {"name": "store"}}
+    prepare = plan_job(job(data__retrieval={"documents": documents})).stages[0]
+    source = prepare.inputs["documents"]
+    assert isinstance(source, SourceInput)
+    assert (source.uri, source.path) == (
+        "pvc://data/documents",
+        "spec.data.retrieval.documents.uri",
+    )
+    assert source.credentials
+    assert "documents" not in plan_job(job()).stages[0].inputs
+
+
+def test_a_column_of_documents_is_refused_without_retrieval() -> None:
+    train = [{"uri": "pvc://data/a.jsonl"}, {"uri": "pvc://d/b", "fields": {"document": "page"}}]
+    held_out = {"data": [{"uri": "pvc://data/c.jsonl", "fields": {"document": "page"}}]}
+    found = faults(job(data__train=train, data__validation=held_out))
+    paths = ["spec.data.train[1]", "spec.data.validation.data[0]"]
+    assert [fault.path for fault in found] == [f"{path}.fields.document" for path in paths]
+    assert "set spec.data.retrieval, or remove document" in found[0].message
+    retrieval = {"documents": {"uri": "pvc://data/documents"}}
+    assert plan_job(job(data__train=train, data__retrieval=retrieval))
 
 
 def test_the_manifest_in_the_plan_gives_the_same_plan_again() -> None:

@@ -14,7 +14,7 @@ Metric = Literal[
     "lossReduction",
     "answerAccuracy",
     "answerAccuracyGain",
-    "gapLoss",
+    "validationLossOfGaps",
 ]
 """The metrics of a fine-tuning that a gate can bound.
 
@@ -22,7 +22,7 @@ Metric = Literal[
 - answerAccuracy: share of the held-out rows with an `expected` field whose completion contains the
   words of the field's value, or of one of its values; case, punctuation and the articles a, an and
   the do not matter. answerAccuracyGain: the difference from the base model.
-- gapLoss: held-out loss of the tuned model on the gaps of documents (data.fillInTheMiddle).
+- validationLossOfGaps: held-out loss on the gaps of documents (data.fillInTheMiddle).
 """
 
 AlignmentMetric = Literal[

@@ -54,6 +54,14 @@ class FineTuneSpec(Model):
             path="evaluate.gates",
             reads=("evaluate.gates", "data.validation"),
         ),
+        Rule(
+            cel="self.method == 'sft' || !has(self.data.retrieval)",
+            holds=lambda spec: spec.method == "sft" or spec.data.retrieval is None,
+            message="puts passages before questions, which method pretrain does not have: set "
+            "method: sft, or remove data.retrieval",
+            path="data.retrieval",
+            reads=("method", "data.retrieval"),
+        ),
     )
 
 

@@ -92,6 +92,7 @@ REASONS = frozenset(
         "RayJobRefused",
         "RemoteCode",
         "ReplayTooSmall",
+        "RetrievalMismatch",
         "RewardContextTooShort",
         "RewardFailed",
         "RewardFieldMissing",

@@ -148,6 +148,8 @@ class FieldMap(Model):
     label: str | None = _column()
     """Field of the label of a single completion (format labeled). None: `label`, `thumbs` or
     `kto_tag`."""
+    document: str | None = _column()
+    """Field of the id of the document that answers a row (with `retrieval`). None: `document`."""
 
 
 class Dataset(Model):
@@ -194,6 +196,49 @@ class PromptSet(Model):
     the environment, e.g. of the service account."""
 
 
+class DocumentFields(Model):
+    """The names that a file of documents uses for its fields."""
+
+    id: str = Field(default="id", min_length=1, max_length=128)
+    """Field of a document's id, which rows name in their field `document`."""
+    text: str = Field(default="text", min_length=1, max_length=128)
+    """Field of a document's text."""
+
+
+class Documents(Model):
+    """The documents that answer the rows: text or Markdown files, each of them one document, or
+    rows with an id and a text."""
+
+    uri: DataUri
+    """Location, as for any data set. The id of a text file is its name relative to the folder."""
+    fields: DocumentFields = DocumentFields()
+    """Names of the fields of rows."""
+    token_secret: SecretKeyRef | None = None
+    """Access token of a gated hf:// data set. None: anonymous access (`tuneyard run`: HF_TOKEN)."""
+    credentials: SecretRef | None = None
+    """Credentials of an s3:// or gs:// source, as environment variables. None: the credentials of
+    the environment, e.g. of the service account."""
+
+
+class Retrieval(Model):
+    """A context of numbered passages before each question (RAFT, arXiv:2403.10131). The passages
+    are ranked by BM25. Each row must have one question and one answer."""
+
+    documents: Documents
+    """The documents that the passages are cut from."""
+    passages: int = Field(default=4, ge=1, le=64)
+    """Passages of a context. Those that are not the right one are distractors: the best matches to
+    the question from other documents."""
+    gold_share: float = Field(default=0.8, ge=0, le=1)
+    """Share of the rows whose context has the right passage. The others have distractors only. A
+    row's content decides, so that equal rows have equal contexts."""
+    passage_words: int = Field(default=100, ge=8, le=4096)
+    """Longest passage, in words. A longer document is cut into passages of nearly equal length."""
+    cite: bool = True
+    """Append the number of the right passage to the answer, as in `[2]`, where the context has
+    it."""
+
+
 class Validation(OneOf):
     """The held-out rows. Set exactly one field."""
 
@@ -208,7 +253,7 @@ class Replay(Model):
 
     data: list[Dataset] = Field(min_length=1, max_length=16)
     """The data sets. `weight` divides the share among them. No row of them is held out."""
-    share: float = Field(default=0.1, gt=0, le=0.9)
+    share: float = Field(default=0.1, gt=0, lt=1)
     """Share of an epoch's sequences. The job's own rows stay as many as they were."""
 
 
@@ -292,6 +337,8 @@ class FineTuneData(Model):
     """Treatment of held-out rows that are also in the training data: 13 words in sequence, or
     nearly all words. warn: name them in the log, the record and the report. error: fail the stage.
     off: do not search for them."""
+    retrieval: Retrieval | None = Field(default=None, exclude_if=lambda value: value is None)
+    """A context of retrieved passages before each question. None: rows stay as they are."""
 
 
 class Output(Model):

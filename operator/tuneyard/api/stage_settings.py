@@ -15,7 +15,7 @@ from tuneyard.api.alignment import RuleReward, Sampling, StopConditions
 from tuneyard.api.cleaning import Clean
 from tuneyard.api.evaluation import Gate
 from tuneyard.api.meta import Model
-from tuneyard.api.sources import DataFormat, FieldMap, FillInTheMiddle
+from tuneyard.api.sources import DataFormat, DocumentFields, FieldMap, FillInTheMiddle
 from tuneyard.api.training import EarlyStopping, Freeze, Optimizer, Schedule
 
 
@@ -43,10 +43,26 @@ class ReplaySettings(Model):
     """Their share of an epoch's sequences."""
 
 
+class RetrievalSettings(Model):
+    """How each row gets a context of passages from the input `documents`."""
+
+    fields: DocumentFields
+    """Names of the fields of documents."""
+    passages: int
+    """Passages of a context."""
+    gold_share: float
+    """Share of the rows whose context has the right passage."""
+    passage_words: int
+    """Longest passage, in words."""
+    cite: bool
+    """Whether the number of the right passage is appended to the answer."""
+
+
 class PrepareSettings(Model):
     """Read, check, split and tokenize training data.
 
-    Inputs: `model` (for its tokenizer), `train.N`, `validation.N`.
+    Inputs: `model` (for its tokenizer), `train.N`, `validation.N`, and `documents` with
+    `retrieval`.
     """
 
     kind: Literal["prepare"] = "prepare"
@@ -89,6 +105,10 @@ class PrepareSettings(Model):
         default=None, exclude_if=lambda value: value is None
     )
     """Treatment of held-out rows that are also in training. None: name them, in a warning."""
+    retrieval: RetrievalSettings | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+    """A context before each question. None: rows stay as they are."""
 
 
 class LoopSettings(Model):

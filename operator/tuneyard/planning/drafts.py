@@ -8,13 +8,14 @@ from typing import Literal, NamedTuple
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.evaluation import Evaluate
 from tuneyard.api.plan import Input, PlannedStage, SourceInput, TrainRuntime
-from tuneyard.api.sources import Dataset, FineTuneData, ModelSource, PromptSet
+from tuneyard.api.sources import Dataset, Documents, FineTuneData, ModelSource, PromptSet
 from tuneyard.api.stage_settings import (
     DatasetSettings,
     EvaluateSettings,
     LoopSettings,
     PrepareSettings,
     ReplaySettings,
+    RetrievalSettings,
     Settings,
     TrainSettings,
 )
@@ -52,7 +53,7 @@ def fingerprinted(drafts: Sequence[Draft]) -> list[PlannedStage]:
 # ---- inputs -----------------------------------------------------------------------------------
 
 
-def source_input(source: ModelSource | Dataset | PromptSet, path: str) -> SourceInput:
+def source_input(source: ModelSource | Dataset | PromptSet | Documents, path: str) -> SourceInput:
     """Return a source of the manifest as an input. `path`: its field in the manifest."""
     return SourceInput(
         uri=source.uri,
@@ -72,11 +73,11 @@ def dataset_inputs(role: str, path: str, datasets: Sequence[Dataset]) -> dict[st
 
 
 def data_inputs(data: FineTuneData, path: str) -> dict[str, SourceInput]:
-    """Return the inputs `train.N`, with the data of replay last, and `validation.N`. `path`: the
-    data's field in the manifest."""
+    """Return the inputs `train.N`, with the data of replay last, `validation.N` and `documents`.
+    `path`: the data's field in the manifest."""
     held_out = (data.validation and data.validation.data) or []
     replayed = enumerate(data.replay.data if data.replay else [])
-    return {
+    inputs = {
         **dataset_inputs("train", f"{path}.train", data.train),
         **{
             f"train.{len(data.train) + index}": source_input(
@@ -86,6 +87,10 @@ def data_inputs(data: FineTuneData, path: str) -> dict[str, SourceInput]:
         },
         **dataset_inputs("validation", f"{path}.validation.data", held_out),
     }
+    if data.retrieval is not None:
+        documents = source_input(data.retrieval.documents, f"{path}.retrieval.documents")
+        inputs["documents"] = documents
+    return inputs
 
 
 # ---- settings ---------------------------------------------------------------------------------
@@ -136,6 +141,20 @@ def prepare(data: FineTuneData, method: Literal["sft", "pretrain"]) -> PrepareSe
         temperature=data.temperature,
         replay=ReplaySettings(datasets=len(replay.data), share=replay.share) if replay else None,
         fill_in_the_middle=data.fill_in_the_middle,
+        retrieval=_retrieval(data),
+    )
+
+
+def _retrieval(data: FineTuneData) -> RetrievalSettings | None:
+    found = data.retrieval
+    if found is None:
+        return None
+    return RetrievalSettings(
+        fields=found.documents.fields,
+        passages=found.passages,
+        gold_share=found.gold_share,
+        passage_words=found.passage_words,
+        cite=found.cite,
     )
 
 

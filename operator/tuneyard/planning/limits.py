@@ -57,6 +57,7 @@ def fine_tuning_faults(spec: FineTuneSpec) -> list[Fault]:
         *_sharding_faults(spec),
         *_suite_faults(spec.evaluate),
         *_gap_faults(spec.data, "spec.data", spec.method),
+        *_document_faults(spec.data, "spec.data"),
     ]
     for path, gate in _gates(spec.evaluate):
         problem = _unknown_metric(gate, get_args(Metric)) or _unmeasured_fine_tuning(gate, spec)
@@ -95,6 +96,7 @@ def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
         *_suite_faults(spec.evaluate),
         *_alignment_engine_faults(spec),
         *(_gap_faults(spec.sft.data, "spec.sft.data", "sft") if spec.sft else ()),
+        *(_document_faults(spec.sft.data, "spec.sft.data") if spec.sft else ()),
     ]
     aligned = spec.optimize or (spec.reward_model and spec.reward_model.train)
     known = get_args(AlignmentMetric) if aligned else get_args(Metric)
@@ -506,6 +508,22 @@ def _trainings(spec: AlignmentSpec) -> Iterator[tuple[str, Training]]:
             yield f"spec.optimize.{spec.optimize.kind}.training", method.training
 
 
+def _document_faults(data: FineTuneData, path: str) -> Iterator[Fault]:
+    """Yield a fault for each data set that names documents without retrieval."""
+    if data.retrieval is not None:
+        return
+    held_out = (data.validation and data.validation.data) or []
+    sets = {f"{path}.train[{index}]": dataset for index, dataset in enumerate(data.train)}
+    sets |= {f"{path}.validation.data[{i}]": dataset for i, dataset in enumerate(held_out)}
+    for where, dataset in sets.items():
+        if dataset.fields.document is not None:
+            yield Fault(
+                f"{where}.fields.document",
+                f"{dataset.fields.document} names the document that answers a row, which only "
+                f"retrieval reads: set {path}.retrieval, or remove document",
+            )
+
+
 def _suite_faults(evaluate: Evaluate) -> Iterator[Fault]:
     if evaluate.few_shot:
         message = (
@@ -550,8 +568,11 @@ def _unmeasured_fine_tuning(gate: Gate, spec: FineTuneSpec) -> str | None:
             f"{gate.metric} needs a measurement of the base model: set evaluate.compareWithBase: "
             "true"
         )
-    if gate.metric == "gapLoss" and not spec.data.fill_in_the_middle:
-        return "gapLoss is measured on the gaps of held-out documents: set data.fillInTheMiddle"
+    if gate.metric == "validationLossOfGaps" and not spec.data.fill_in_the_middle:
+        return (
+            "validationLossOfGaps is measured on the gaps of held-out documents: set "
+            "data.fillInTheMiddle"
+        )
     if gate.metric.startswith("answerAccuracy") and spec.method == "pretrain":
         return (
             f"{gate.metric} needs rows with a prompt and an expected answer, but method is "

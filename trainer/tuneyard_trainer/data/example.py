@@ -109,6 +109,10 @@ class Example:
     """The file's name relative to the data set's folder."""
     tools: tuple[Mapping[str, Any], ...] = field(default=(), compare=False)
     """The tools that the assistant may call, as JSON schemas of OpenAI's shape."""
+    document: str = ""
+    """The id of the document that answers the question. "": the row names none."""
+    without_context: Example | None = field(default=None, compare=False)
+    """The row before `retrieval` put a context before its question. None: it has no context."""
 
 
 _MAY_FOLLOW: dict[Role | None, tuple[Role, ...]] = {

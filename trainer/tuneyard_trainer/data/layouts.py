@@ -103,7 +103,7 @@ def _is_pair(row: Mapping[str, Any], names: Names) -> bool:
 
 # ---- the table --------------------------------------------------------------------------------
 
-_COMMON: Fields = {"expected": ("expected",)}
+_COMMON: Fields = {"expected": ("expected",), "document": ()}
 _TURNS: Fields = {"tools": ("tools", "functions"), "role": (), "content": (), **_COMMON}
 _ASKED: Fields = {
     "messages": ("messages", "conversations"),
@@ -195,7 +195,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "openassistant",
         "message_id, parent_id, role, text; or a tree with replies",
-        {},
+        {"document": ()},
         (),
         reading.openassistant,
         looks_so=_is_message_tree,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from tuneyard.api.plan import SourceInput
 from tuneyard.api.stage_settings import PrepareSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.cleaning.cleaner import Cleaner
@@ -27,6 +28,7 @@ from tuneyard_trainer.data.middle import Markers, MiddleFiller
 from tuneyard_trainer.data.mixing import mixed_weights, mixture
 from tuneyard_trainer.data.prepared import GAPS, SPLITS, Rows, remove_split
 from tuneyard_trainer.data.preprocessing import OVERLENGTH_OUTCOMES, Preprocessor, Tally
+from tuneyard_trainer.data.retrieval import Contexts
 from tuneyard_trainer.data.splits import (
     HELD_OUT,
     REPEATED,
@@ -64,14 +66,17 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
     limit = sequence_limit(
         context.inputs["model"], tokenizer, settings.max_length, "spec.data.maxLength"
     )
+    encoder = _encoder(tokenizer, settings)
+    contexts = _contexts(context, settings, encoder, limit)
     preprocessor = Preprocessor(
         context.stage,
         settings,
         context.inputs,
-        _encoder(tokenizer, settings),
+        encoder,
         limit,
         context.worker,
         Cleaner.of(settings.clean),
+        contexts,
     )
     filler = _filler(tokenizer, settings, limit)
     splits = _write_splits(preprocessor, context.workdir, filler)
@@ -103,6 +108,9 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
     if leaks is not None:
         details["leaks"] = leaks
         metrics["leakedRows"] = leaks["rows"]
+    if contexts is not None:
+        details["retrieval"] = contexts.details()
+        context.worker.report(message=contexts.sentence)
     if settings.validation:
         trained = splits.read.hashes[splits.codes == TRAIN]
         contaminated = num_contaminated(trained, splits.validation.hashes)
@@ -311,6 +319,19 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, settings: PrepareSettings) -> E
     return Encoder(
         tokenizer, train_on, settings.system_prompt, reasoning=settings.reasoning != "drop"
     )
+
+
+def _contexts(
+    context: StageContext, settings: PrepareSettings, encoder: Encoder, limit: int
+) -> Contexts | None:
+    """Return what puts a context before questions. None: the job asks for none."""
+    if settings.retrieval is None:
+        return None
+    source = context.stage.inputs["documents"]
+    name = source.path.removesuffix(".uri") if isinstance(source, SourceInput) else "documents"
+    path = context.inputs["documents"]
+    context.worker.report(message=f"reading {name}")
+    return Contexts.read(path, settings.retrieval, encoder, limit, settings.seed, name)
 
 
 def _metrics(train: Rows, tallies: Sequence[Tally]) -> dict[str, float]:

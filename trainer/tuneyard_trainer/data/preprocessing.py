@@ -19,13 +19,15 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.data.cleaning.cleaner import Cleaner
 from tuneyard_trainer.data.cleaning.duplicates import Duplicates
 from tuneyard_trainer.data.cleaning.findings import Cleaned, Findings
-from tuneyard_trainer.data.example import Example
+from tuneyard_trainer.data.example import Example, RowError
 from tuneyard_trainer.data.ledger import Entry, Ledger
 from tuneyard_trainer.data.masks import MaskProof
 from tuneyard_trainer.data.middle import RESERVED
 from tuneyard_trainer.data.prepared import SPLITS
+from tuneyard_trainer.data.retrieval import Contexts
 from tuneyard_trainer.data.splits import Place, SplitWriter
 from tuneyard_trainer.data.stream import FAULTS_SHOWN, examples
+from tuneyard_trainer.data.texts import WITHOUT_CONTEXT
 from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit
 from tuneyard_trainer.data.unread import unread_message
 from tuneyard_trainer.worker import Interrupted, Worker
@@ -58,6 +60,10 @@ REFUSALS = {
         "rows have no token that carries loss",
         "Repair these rows, raise spec.data.maxLength where it cuts the answer off, or set "
         "spec.data.onInvalidRow: skip.",
+    ),
+    "RetrievalMismatch": Refusal(
+        "rows do not fit spec.data.retrieval",
+        "Repair these rows, or set spec.data.onInvalidRow: skip.",
     ),
     "RowTooLong": Refusal(
         "rows are longer than {max_length} tokens",
@@ -150,6 +156,8 @@ class Preprocessor:
     max_length: int
     worker: Worker
     cleaner: Cleaner
+    contexts: Contexts | None = None
+    """What puts a context before questions. None: rows have none."""
     tallies: list[Tally] = field(default_factory=list)
     findings: Findings = field(default_factory=Findings)
     """What the rules of cleaning found in all data sets."""
@@ -181,7 +189,7 @@ class Preprocessor:
         """Write a data set's rows, and yield the texts of those that were written, in batches."""
         stream = examples(
             self.inputs[tally.role],
-            dataset,
+            dataset if self.contexts is None else _with_documents(dataset),
             on_invalid=self.settings.on_invalid_row,
             name=tally.name,
         )
@@ -190,7 +198,7 @@ class Preprocessor:
             if self.worker.stop():
                 raise Interrupted(self.stage.name, self._num_rows)
             written = []
-            cleaned = [self.cleaner(example) for example in batch]
+            cleaned = self._with_contexts([self.cleaner(example) for example in batch], tally)
             encodings = self.encoder.encode([row.example for row in cleaned])
             for row, encoded in zip(cleaned, encodings, strict=True):
                 pieces = self._pieces(row, encoded, tally)
@@ -213,6 +221,21 @@ class Preprocessor:
         self._name_unread(tally)
         self._name_left_out(tally)
         proof.check(tally.name)
+
+    def _with_contexts(self, rows: list[Cleaned], tally: Tally) -> list[Cleaned]:
+        """Return the rows of a batch with their contexts, without the rows that cannot have one."""
+        if self.contexts is None:
+            return rows
+        kept = [row for row in rows if row.removed_by is None]
+        found = iter(self.contexts.add([row.example for row in kept]))
+        results = []
+        for row in rows:
+            example = row.example if row.removed_by is not None else next(found)
+            if isinstance(example, RowError):
+                tally.refuse("RetrievalMismatch", _where(row.example), str(example))
+            else:
+                results.append(row._replace(example=example))
+        return results
 
     def _name_unread(self, tally: Tally) -> None:
         """Report the columns that nothing reads."""
@@ -240,7 +263,7 @@ class Preprocessor:
 
     def _pieces(self, row: Cleaned, encoded: Encoded | Misfit, tally: Tally) -> list[Encoded]:
         """Return the sequences to write for a row: none, the row, its start, or its pieces."""
-        where = f"{row.example.file} row {row.example.row}".strip()
+        where = _where(row.example)
         for finding in row.findings:
             self.findings.add(finding, f"{tally.name} {where}")
         if row.removed_by is not None:
@@ -297,7 +320,8 @@ class Preprocessor:
         target, and the method pretrain has no prompts."""
         if example.kind == "text" or self.settings.method == "pretrain":
             return ""
-        turns = [[turn.role, turn.text] for turn in example.messages[:-1]]
+        bare = example.without_context or example
+        turns = [[turn.role, turn.text] for turn in bare.messages[:-1]]
         return json.dumps(turns, ensure_ascii=False)
 
     def _text(self, example: Example) -> dict[str, Any]:
@@ -314,6 +338,8 @@ class Preprocessor:
             text["text"] = example.text
         if example.expected:
             text["expected"] = list(example.expected)
+        if example.without_context:
+            text[WITHOUT_CONTEXT] = self._text(example.without_context)
         return text
 
     # ---- checks -------------------------------------------------------------------------------
@@ -358,6 +384,18 @@ class Preprocessor:
             advice=f"Repair the rows of {affected[0].name}, or raise spec.data.maxLength"
             + (", or remove rules from spec.data.clean." if filtered else "."),
         )
+
+
+def _where(example: Example) -> str:
+    return f"{example.file} row {example.row}".strip()
+
+
+def _with_documents(dataset: DatasetSettings) -> DatasetSettings:
+    """Return the settings that also read the id of each row's document."""
+    column = dataset.fields.document or "document"
+    return dataset.model_copy(
+        update={"fields": dataset.fields.model_copy(update={"document": column})}
+    )
 
 
 def _batches(stream: Iterable[Example]) -> Iterator[list[Example]]:

@@ -443,3 +443,15 @@ def expected(row: Row, names: Names) -> tuple[str, ...]:
     if not isinstance(answers, list) or not all(isinstance(a, str) and a for a in answers):
         raise RowError(f"{field} must be a string or a list of strings, none of them empty")
     return tuple(answers)
+
+
+def document(row: Row, names: Names) -> str:
+    """Return the id of the document that answers the row; "": the row names none, or the field is
+    not mapped."""
+    given = names.value("document", row)
+    if given is None or given == "":
+        return ""
+    if not isinstance(given, str | int) or isinstance(given, bool):
+        field = names.of("document", row)
+        raise RowError(f"{field} must be a document's id, not {kind_of(given)}", "UnknownShape")
+    return str(given).strip()

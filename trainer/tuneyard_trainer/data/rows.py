@@ -113,6 +113,11 @@ def read_data(path: Path) -> Iterator[Row]:
             yield Row(row.number, row.value, name)
 
 
+def is_text(name: str) -> bool:
+    """Return whether a file of this name is one document. Raises StageError UnknownFileType."""
+    return _kind(Path(name)) == "text"
+
+
 def _kind(path: Path) -> FileKind:
     compressed = path.suffix.lower() in _OPENERS
     suffix = Path(path.stem).suffix if compressed else path.suffix

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,7 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.data import layouts
 from tuneyard_trainer.data.example import Example, RowError, check
 from tuneyard_trainer.data.layouts import Layout
-from tuneyard_trainer.data.reading import Names, Parsed, expected
+from tuneyard_trainer.data.reading import Names, Parsed, document, expected
 from tuneyard_trainer.data.rows import BrokenRow, Row, read_data
 from tuneyard_trainer.data.trees import link_messages
 from tuneyard_trainer.data.unread import Unread
@@ -206,8 +206,8 @@ def read_examples(
     if isinstance(row.value, BrokenRow):
         raise RowError(row.value.reason, "UnreadableRow")
     parsed = layouts.read(row.value, layout, names, whole_trees=whole_trees)
-    wanted = expected(row.value, names)
-    examples = [_example(row, each, wanted) for each in parsed]
+    wanted, source = expected(row.value, names), document(row.value, names)
+    examples = [replace(_example(row, each, wanted), document=source) for each in parsed]
     for example in examples:
         check(example)
     return examples

@@ -9,6 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+WITHOUT_CONTEXT = "withoutContext"
+"""The field with the text of a row before `retrieval` put a context before its question."""
+
 
 class Texts:
     """The texts of rows: `messages`, `prompt` and `completion`, or `text`, of each.

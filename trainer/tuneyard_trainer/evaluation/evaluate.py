@@ -1,7 +1,7 @@
 """evaluate: compare the tuned model with its base model on held-out rows.
 
 Measures the loss and the perplexity of both models and their answers to questions, writes
-`evaluation.json` and checks the gates.
+`evaluation.json` and checks the gates. Rows with a retrieved context are also measured without it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tuneyard_trainer.data.conversations import turn_text
 from tuneyard_trainer.data.prepared import Prepared, Rows
 from tuneyard_trainer.data.sharing import InStep, SharedStage
 from tuneyard_trainer.evaluation.result import finish, spread
+from tuneyard_trainer.evaluation.without_context import texts_without_context, tokenized
 from tuneyard_trainer.generation.greedy import continuations
 from tuneyard_trainer.models import adapters, policies
 from tuneyard_trainer.models.base import load_base, load_tokenizer
@@ -58,6 +59,22 @@ class Question:
     """Whether a chat template rendered the prompt, special tokens included."""
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out rows, and those of them that the models answer."""
+
+    rows: Rows
+    questions: Sequence[Question]
+
+
+GIVEN = ""
+"""The suffix of the metrics of the rows as they are."""
+WITHOUT_CONTEXT = "WithoutContext"
+"""The suffix of the metrics of rows without their retrieved contexts."""
+OF_GAPS = "OfGaps"
+"""The suffix of the metrics of held-out documents with a gap, which is their only target."""
+
+
 def run(context: StageContext) -> StageOutcome:
     """Measure both models, write `evaluation.json` and check the gates.
 
@@ -71,21 +88,28 @@ def run(context: StageContext) -> StageOutcome:
 def _run(context: StageContext, shared: SharedStage) -> StageOutcome:
     settings, worker = context.settings(EvaluateSettings), context.worker
     data = Prepared.open(context.inputs["data"])
-    questions = _questions(context.inputs["data"], settings.samples)
+    held_out = _held_out(context.inputs["data"], data, settings.samples)
     shards = policies.shards(context, policies.inference_type(worker.device).itemsize)
     models = _models(context, shards, with_base=settings.compare_with_base)
-    measured: dict[str, Measured] = {}
+    measured: dict[str, dict[str, Measured]] = {}
     with shared.in_step() if shards > 1 else nullcontext(shared) as sharing:
         for name, model in models:  # enumerate would hold a model while the next one is loaded
             message = f"measuring the {name} model"
             worker.report(step=len(measured), total_steps=STEPS, message=message)
-            measured[name] = _measure(context, model, data, questions, sharing)
+            measured[name] = {
+                suffix: _measure(context, model, data.max_length, each, sharing)
+                for suffix, each in held_out.items()
+            }
             del model
             gc.collect()  # modules are in cycles
     if not worker.is_main:
         return StageOutcome()
-    metrics = _metrics(measured, questions)
-    samples = _samples(questions, measured, settings.samples)
+    metrics: dict[str, float] = {}
+    for suffix, each in held_out.items():
+        found = _metrics({name: model[suffix] for name, model in measured.items()}, each.questions)
+        metrics |= {f"{name}{suffix}": value for name, value in found.items()}
+    given = {name: model[GIVEN] for name, model in measured.items()}
+    samples = _samples(held_out[GIVEN].questions, given, settings.samples)
     return finish(context, settings.gates, metrics, samples, steps=STEPS)
 
 
@@ -116,26 +140,18 @@ class Measured:
 
     loss: float
     """Nats per target token."""
-    gap_loss: float | None
-    """Nats per token of the gaps of held-out documents. None: there are none."""
     answers: tuple[str, ...]
 
 
 def _measure(
     context: StageContext,
     model: nn.Module,
-    data: Prepared,
-    questions: Sequence[Question],
+    max_length: int,
+    held_out: HeldOut,
     sharing: SharedStage | InStep,
 ) -> Measured:
-    rows, worker = data.validation, context.worker
+    rows, questions, worker = held_out.rows, held_out.questions, context.worker
     settings = context.settings(EvaluateSettings)
-    if rows is None:
-        raise StageError(
-            "NoHeldOutRows",
-            "there are no held-out rows to evaluate on.",
-            advice="Set data.validation.",
-        )
     tokenizer = load_tokenizer(context.inputs["data"] / "tokenizer")
     forward = Forward.of(
         model,
@@ -144,7 +160,7 @@ def _measure(
         pad=tokenizer.pad_token_id,
         # The workers of a sharded model must agree, and the probe measures.
         pack=isinstance(sharing, SharedStage) and isolates_documents(model),
-        max_length=data.max_length,
+        max_length=max_length,
         max_tokens="auto",
     )
     answer = partial(
@@ -154,21 +170,17 @@ def _measure(
         max_new_tokens=settings.max_new_tokens,
         add_special_tokens=not any(q.templated for q in questions),
     )
-
-    def mean_loss(rows: Rows) -> float:
-        if isinstance(sharing, InStep):
-            return forward.mean_loss_of_shards(model, rows, worker)
+    if isinstance(sharing, InStep):
+        loss = forward.mean_loss_of_shards(model, rows, worker)
+    else:
         losses = sharing.gather(_share_loss(forward, model, rows, sharing))
-        return math.fsum(losses) / int(rows.targets.sum())
-
-    loss = mean_loss(rows)
-    gap_loss = mean_loss(data.gaps) if data.gaps else None
+        loss = math.fsum(losses) / int(rows.targets.sum())
     prompts = [q.prompt for q in questions]
     answers = sharing.results(
         [len(prompt) for prompt in prompts],
         lambda own: answer([prompts[i] for i in own], before_batch=sharing.check_stop),
     )
-    return Measured(loss, gap_loss, tuple(answers))
+    return Measured(loss, tuple(answers))
 
 
 def _share_loss(forward: Forward, model: nn.Module, rows: Rows, shared: SharedStage) -> float:
@@ -184,11 +196,29 @@ def _share_loss(forward: Forward, model: nn.Module, rows: Rows, shared: SharedSt
 # ---- questions ----------------------------------------------------------------------------
 
 
-def _questions(folder: Path, samples: int) -> list[Question]:
-    """Return the rows to answer: those with `expected`, then others up to `samples` in total."""
+def _held_out(folder: Path, data: Prepared, samples: int) -> dict[str, HeldOut]:
+    """Return the held-out rows by the suffix of their metrics. Raises StageError NoHeldOutRows."""
+    if data.validation is None:
+        raise StageError(
+            "NoHeldOutRows",
+            "there are no held-out rows to evaluate on.",
+            advice="Set data.validation.",
+        )
     tokenizer = load_tokenizer(folder / "tokenizer")
-    with (folder / "validation.jsonl").open() as file:
-        questions = [_question(json.loads(line), tokenizer) for line in file]
+    with (folder / "validation.jsonl").open(encoding="utf-8") as file:
+        texts = [json.loads(line) for line in file]
+    found = {GIVEN: HeldOut(data.validation, _questions(texts, tokenizer, samples))}
+    if bare := texts_without_context(texts):
+        rows = tokenized(bare, tokenizer, data.summary["trainOn"], data.max_length)
+        found[WITHOUT_CONTEXT] = HeldOut(rows, _questions(bare, tokenizer, 0))
+    if data.gaps is not None:
+        found[OF_GAPS] = HeldOut(data.gaps, ())
+    return found
+
+
+def _questions(texts: Sequence[Mapping[str, Any]], tokenizer: Any, samples: int) -> list[Question]:
+    """Return the rows to answer: those with `expected`, then others up to `samples` in total."""
+    questions = [_question(text, tokenizer) for text in texts]
     checked = [q for q in questions if q.expected][:MAX_QUESTIONS]
     others = [q for q in questions if not q.expected]
     return checked + others[: max(0, samples - len(checked))]
@@ -218,8 +248,6 @@ def _metrics(measured: Mapping[str, Measured], questions: Sequence[Question]) ->
         "validationLoss": tuned.loss,
         "validationPerplexity": math.exp(min(tuned.loss, 700.0)),
     }
-    if tuned.gap_loss is not None:
-        metrics["gapLoss"] = tuned.gap_loss
     if checked:
         metrics["questions"] = float(sum(bool(q.expected) for q in questions))
         metrics["answerAccuracy"] = _accuracy(questions, tuned.answers)
@@ -227,8 +255,6 @@ def _metrics(measured: Mapping[str, Measured], questions: Sequence[Question]) ->
         metrics["baseValidationLoss"] = base.loss
         metrics["baseValidationPerplexity"] = math.exp(min(base.loss, 700.0))
         metrics["lossReduction"] = 1 - tuned.loss / base.loss if base.loss else 0.0
-        if base.gap_loss is not None:
-            metrics["baseGapLoss"] = base.gap_loss
         if checked:
             metrics["baseAnswerAccuracy"] = _accuracy(questions, base.answers)
             metrics["answerAccuracyGain"] = (

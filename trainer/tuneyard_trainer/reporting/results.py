@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tuneyard.api.plan import StageRecord
@@ -183,6 +183,22 @@ def _comparisons(training: StageRecord | None, evaluation: StageRecord | None) -
         ]
     if "answerAccuracy" in metrics:
         rows.append(_right_answers(metrics))
+    return [*rows, *_without_context(metrics)]
+
+
+def _without_context(metrics: Mapping[str, float]) -> list[Comparison]:
+    """Compare the models on the questions alone; []: the rows have no retrieved context."""
+    if "validationLossWithoutContext" not in metrics:
+        return []
+    suffix = "WithoutContext"
+    alone = {
+        name.removesuffix(suffix): value for name, value in metrics.items() if name.endswith(suffix)
+    }
+    label = "Held-out loss without context"
+    rows = [_lower_is_better(label, alone.get("baseValidationLoss"), alone["validationLoss"])]
+    if "answerAccuracy" in alone:
+        answers = _right_answers(alone)
+        rows.append(replace(answers, label=f"{answers.label} without context"))
     return rows
 
 

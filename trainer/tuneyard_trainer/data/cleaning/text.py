@@ -9,6 +9,7 @@ from typing import Any
 
 from tuneyard_trainer.data.conversations import template_turns, turn_text
 from tuneyard_trainer.data.example import Example, Message, ToolCall
+from tuneyard_trainer.data.texts import WITHOUT_CONTEXT
 
 Change = Callable[[str], str]
 
@@ -130,7 +131,9 @@ def written(text: Mapping[str, Any]) -> tuple[str, str]:
     """Return the system text and the other text of a row as `validation.jsonl` holds it.
 
     The tools are part of the system text: with other tools, a row teaches another behavior.
+    Passages before the question are left out, since rows share them.
     """
+    text = text.get(WITHOUT_CONTEXT, text)
     if "messages" not in text:
         return "", text["text"] if "text" in text else f"{text['prompt']}\n{text['completion']}"
     parts: dict[bool, list[str]] = {True: [], False: []}
