@@ -465,6 +465,6 @@ def test_a_job_measures_both_models_with_and_without_contexts(
     assert metrics.keys() == {*measured, *(f"{name}WithoutContext" for name in measured)}
     assert metrics["questionsWithoutContext"] == 4
     assert metrics["validationLoss"] != metrics["validationLossWithoutContext"]
-    report = (tmp_path / "out/report.html").read_text()
+    report = (tmp_path / "out/result/report.html").read_text()
     assert "Held-out loss without context" in report
     assert "Answers right without context" in report
