@@ -27,19 +27,28 @@ demo: $(VENV)/.trainer ## Fine-tune a real model on this machine and show that i
 .PHONY: test
 test: lint pytest ## Run everything that CI checks: lint, types, layers, tests
 
-# Two processes at once, for two cores: the trainer's tests, and all others; those on an API server
-# wait more than they compute. The output of the second follows that of the first. Tests on a node
-# train in pods and need the whole machine.
+# The parts run two at a time, for two cores: one that ends gives its place to the next, and each
+# prints its output at its end. The first waits for an API server more than it computes. Tests on a
+# node train in pods and need the whole machine.
+PARTS := part-apiserver part-runs part-trainer part-others
 .PHONY: pytest
 pytest: $(VENV)/.dev ## Run all tests that this machine can run; each skipped test states its reason
-	@failed=0; log=$$(mktemp); \
-	{ code=0; $(BIN)/pytest $(SLOWEST) -m apiserver || code=1; \
-	  $(BIN)/pytest $(SLOWEST) -m "not apiserver and not cluster" --ignore tests/trainer || code=1; \
-	  exit $$code; } > $$log 2>&1 & others=$$!; \
-	$(BIN)/pytest $(SLOWEST) -m "not apiserver and not cluster" tests/trainer || failed=1; \
-	wait $$others || failed=1; cat $$log; rm $$log; \
+	@failed=0; \
+	$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target $(PARTS) || failed=1; \
 	$(BIN)/pytest $(SLOWEST) -m cluster || failed=1; \
 	exit $$failed
+
+RUNS_JOBS := $(addprefix tests/trainer/,evaluation judging local pod reinforcement running)
+.PHONY: $(PARTS)
+part-apiserver: $(VENV)/.dev
+	@$(BIN)/pytest $(SLOWEST) -m apiserver
+part-runs: $(VENV)/.dev
+	@$(BIN)/pytest $(SLOWEST) -m "not apiserver and not cluster" $(RUNS_JOBS)
+part-trainer: $(VENV)/.dev
+	@$(BIN)/pytest $(SLOWEST) -m "not apiserver and not cluster" tests/trainer \
+	  $(addprefix --ignore ,$(RUNS_JOBS))
+part-others: $(VENV)/.dev
+	@$(BIN)/pytest $(SLOWEST) -m "not apiserver and not cluster" --ignore tests/trainer
 SLOWEST := --durations=25 --durations-min=10
 
 .PHONY: test-fast

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +56,32 @@ def test_only_completions_that_differ_are_compared_the_aligned_models_first() ->
 # ---- a job ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def hacked_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def hacked_reward() -> Iterator[None]:
     """Replace the reward by the share of the letter a in a completion."""
-    monkeypatch.setattr(rewards, "load", lambda *_: share_of("a"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rewards, "load", lambda *_: share_of("a"))
+        yield
 
 
-def job(folder: Path, model: Path, win_rate: dict[str, Any], **evaluate: Any) -> Plan:
+@pytest.fixture(scope="module")
+def aligned(
+    hacked_reward: None, speaking_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a finished job without a win rate."""
+    folder = tmp_path_factory.mktemp("aligned")
+    run(job(folder, speaking_model_dir), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(aligned: Path, tmp_path: Path) -> Path:
+    """A copy of the finished job; with a win rate it repeats the evaluation and the export only."""
+    shutil.rmtree(shutil.copytree(aligned, tmp_path / "job") / "out" / "result")
+    return tmp_path / "job"
+
+
+def job(folder: Path, model: Path, **evaluate: Any) -> Plan:
     write_prompts(folder / "prompts.jsonl")
     optimize = {
         "prompts": {"uri": "file://prompts.jsonl"},
@@ -81,7 +102,7 @@ def job(folder: Path, model: Path, win_rate: dict[str, Any], **evaluate: Any) ->
             "model": {"uri": f"file://{model}"},
             "rewardModel": {"rule": {"exactMatch": "prompt"}},
             "optimize": {"grpo": optimize},
-            "evaluate": {"maxNewTokens": 12, "samples": 1, "winRate": win_rate, **evaluate},
+            "evaluate": {"maxNewTokens": 12, "samples": 1, **evaluate},
             "output": {"uri": "file://out"},
         },
     }
@@ -112,59 +133,55 @@ def at(server: JudgeServer) -> dict[str, Any]:
     return {"judge": {"endpoint": endpoint}, "question": QUESTION, "principles": ["be kind"]}
 
 
-@pytest.mark.usefixtures("hacked_reward")
 def test_a_hacked_reward_rises_while_the_win_rate_falls(
-    tmp_path: Path, speaking_model_dir: Path
+    folder: Path, speaking_model_dir: Path
 ) -> None:
     with JudgeServer(fewer_a) as server:
-        record = run(job(tmp_path, speaking_model_dir, at(server)), tmp_path)
+        record = run(job(folder, speaking_model_dir, winRate=at(server)), folder)
         requests = len(server.bodies)
     metrics = record["metrics"]
     assert metrics["rewardGain"] > 0
     assert metrics["winRate"] < 0.5
     assert requests == metrics["judgeRequests"] == 2 * metrics["judgedPairs"]
     assert record["details"]["judge"] == "judge-2"
-    card = (tmp_path / "out" / "result" / "README.md").read_text()
+    card = (folder / "out" / "result" / "README.md").read_text()
     assert "Win rate by the second judge" in card
 
 
-@pytest.mark.usefixtures("hacked_reward")
 def test_a_gate_on_the_win_rate_prevents_the_export_of_a_hacked_model(
-    tmp_path: Path, speaking_model_dir: Path
+    folder: Path, speaking_model_dir: Path
 ) -> None:
     gates = [{"metric": "winRate", "atLeast": 0.6}]
     with JudgeServer(fewer_a) as server:
-        planned = job(tmp_path, speaking_model_dir, at(server), gates=gates)
+        planned = job(folder, speaking_model_dir, winRate=at(server), gates=gates)
         with pytest.raises(StageError, match=r"winRate is .* below 0.6") as caught:
-            run(planned, tmp_path)
+            run(planned, folder)
         assert caught.value.reason == "GateFailed"
-        assert not (tmp_path / "out" / "result").exists()
+        assert not (folder / "out" / "result").exists()
 
 
-@pytest.mark.usefixtures("hacked_reward")
 def test_requests_answered_before_an_outage_are_not_repeated(
-    tmp_path: Path, speaking_model_dir: Path
+    folder: Path, speaking_model_dir: Path
 ) -> None:
     def failing(body: dict[str, Any], number: int) -> Answer:
         return fewer_a(body, number) if number < 3 else Answer(status=401)
 
     with JudgeServer(failing) as server:
-        planned = job(tmp_path, speaking_model_dir, at(server))
+        planned = job(folder, speaking_model_dir, winRate=at(server))
         with pytest.raises(StageError) as caught:
-            run(planned, tmp_path)
+            run(planned, folder)
         assert caught.value.reason == "JudgeForbidden"
         failed = len(server.bodies)
         server.respond = fewer_a
-        metrics = run(planned, tmp_path)["metrics"]
+        metrics = run(planned, folder)["metrics"]
         assert len(server.bodies) - failed == 2 * metrics["judgedPairs"] - 3
 
 
-@pytest.mark.usefixtures("hacked_reward")
 def test_a_model_can_be_the_second_judge(
-    tmp_path: Path, speaking_model_dir: Path, tiny_model_dir: Path
+    folder: Path, speaking_model_dir: Path, tiny_model_dir: Path
 ) -> None:
     judge = {"model": {"uri": f"file://{tiny_model_dir}"}}
     win_rate = {"judge": judge, "question": QUESTION, "principles": ["be kind"]}
-    record = run(job(tmp_path, speaking_model_dir, win_rate), tmp_path)
+    record = run(job(folder, speaking_model_dir, winRate=win_rate), folder)
     assert 0 <= record["metrics"]["winRate"] <= 1
     assert record["details"]["judge"] == judge["model"]["uri"]

