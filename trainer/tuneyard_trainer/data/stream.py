@@ -16,7 +16,6 @@ from tuneyard_trainer.data.example import Example, RowError, check
 from tuneyard_trainer.data.layouts import Layout
 from tuneyard_trainer.data.reading import Names, Parsed, expected
 from tuneyard_trainer.data.rows import BrokenRow, Row, read_data
-from tuneyard_trainer.data.trees import link_messages
 
 DETECTED_FROM = 20
 """The number of readable rows from which a format is detected."""
@@ -53,7 +52,8 @@ class Summary:
     skipped: int
     """Invalid rows."""
     filtered: int
-    """Conversation trees without a reviewed answer."""
+    """Conversation trees without a reviewed answer, and answers of a log that are neither edited
+    nor rated up."""
     faults: tuple[RowFault, ...]
     """The first invalid rows, FAULTS_SHOWN at most."""
     unread: tuple[str, ...] = ()
@@ -113,7 +113,9 @@ class Examples:
 
     def _read(self) -> Iterator[Example]:
         rows = self._counted(self._source)
-        for row in link_messages(rows) if self._format == "openassistant" else rows:
+        if self._format == "feedback":
+            rows = self._noted(rows)  # the rows that the join makes have one column
+        for row in layouts.joined(rows, self._format, self._settings.fields):
             try:
                 found = self._examples_of(row)
             except RowError as error:
@@ -143,6 +145,11 @@ class Examples:
             "data set of its own)"
         )
 
+    def _noted(self, rows: Iterator[Row]) -> Iterator[Row]:
+        for row in rows:
+            self._note_unread(row)
+            yield row
+
     def _note_unread(self, row: Row) -> None:
         if self._columns is None or isinstance(row.value, BrokenRow):
             return
@@ -170,6 +177,13 @@ class Examples:
                 "EmptyData",
                 f"{self._name} holds no rows.",
                 advice=f"Put rows into the file, or remove {self._name}.",
+            )
+        if not self._examples and self._format == "feedback":
+            raise StageError(
+                "EmptyData",
+                f"{self._name} is a log of {self._filtered} answers, none of which is edited or has "
+                "a thumb up.",
+                advice=f"Remove {self._name}, or add later events.",
             )
         if not self._examples:
             raise StageError(
@@ -210,9 +224,10 @@ def read_examples(
     row: Row, layout: Layout, names: Names, *, whole_trees: bool = False
 ) -> list[Example]:
     """Return the examples of a row: one, several for an instruction with `instances` or with
-    `whole_trees`, or none for a tree without a reviewed answer. Raises RowError."""
+    `whole_trees`, or none for a tree without a reviewed answer, or an answer of a log that is not
+    rated up. Raises RowError."""
     if isinstance(row.value, BrokenRow):
-        raise RowError(row.value.reason, "UnreadableRow")
+        raise RowError(row.value.reason, row.value.fault)
     parsed = layouts.read(row.value, layout, names, whole_trees=whole_trees)
     wanted = expected(row.value, names)
     examples = [_example(row, each, wanted) for each in parsed]

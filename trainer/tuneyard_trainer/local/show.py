@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -16,7 +17,12 @@ from tuneyard_trainer.data import layouts
 from tuneyard_trainer.data.example import Example, RowError
 from tuneyard_trainer.data.masks import Run, runs
 from tuneyard_trainer.data.rows import Row, read_data
-from tuneyard_trainer.data.stream import examples
+from tuneyard_trainer.data.stream import (
+    DETECTED_FROM,
+    FAULTS_SHOWN,
+    examples,
+    read_examples,
+)
 from tuneyard_trainer.data.tokenization import Encoder, Misfit
 from tuneyard_trainer.local.run import cache_folder
 from tuneyard_trainer.models.base import load_tokenizer
@@ -52,7 +58,16 @@ def samples(
     turns are shown, with those of the assistant as targets.
     """
     encoder = None if model is None else Encoder(load_tokenizer(_folder(model)), train_on)
-    for title, example in islice(_rows(file, chosen), count):
+    rows = _rows(file, chosen)
+    if _is_log(file, chosen):
+        yield Sample.of(_log_summary(file), [])
+        rows = (
+            (f"{row.file} row {row.number} (feedback), {use}", example)
+            for row, found in _log_rows(file)
+            if not isinstance(found, RowError)
+            for use, example in found
+        )
+    for title, example in islice(rows, count):
         if encoder is None:
             yield Sample.of(title, _turns(example, train_on))
             continue
@@ -112,6 +127,63 @@ def _rates_one(row: Row) -> bool:
     value = row.value if isinstance(row.value, dict) else {}
     layout = layouts.match(value, "preferences", FieldMap())
     return layout is not None and layout.name == "labeled"
+
+
+# ---- feedback logs ----------------------------------------------------------------------------
+
+
+def _is_log(file: Path, chosen: DataFormat) -> bool:
+    if chosen != "auto":
+        return chosen == "feedback"
+    head = [row.value for row in islice(read_data(file), DETECTED_FROM)]
+    values = (value for value in head if isinstance(value, dict))
+    return any(_LOG.matches(value, FieldMap()) for value in values)
+
+
+_LOG = layouts.layout_of("feedback", "training", FieldMap())
+_NAMES = _LOG.names(FieldMap())
+
+
+def _log_rows(file: Path) -> Iterator[tuple[Row, list[tuple[str, Example]] | RowError]]:
+    """Yield each answer of a log with what it becomes, and each invalid row with its fault."""
+    for row in layouts.joined(read_data(file), "feedback", FieldMap()):
+        try:
+            yield row, list(_uses(row))
+        except RowError as error:
+            yield row, error
+
+
+def _uses(row: Row) -> Iterator[tuple[str, Example]]:
+    """Yield the examples that an answer becomes, each with its use. Raises RowError."""
+    for example in read_examples(row, _LOG, _NAMES):
+        yield "conversation", example
+    for pair in parse_preferences(row, FieldMap(), labeled=False, chosen="feedback"):
+        for use, example in zip(("chosen", "rejected"), pair.examples, strict=True):
+            yield use, example
+    for single in parse_preferences(row, FieldMap(), labeled=True, chosen="feedback"):
+        yield f"label {'good' if single.label else 'bad'}", single.examples[0]
+
+
+def _log_summary(file: Path) -> str:
+    """Return what a log becomes, and its first invalid rows."""
+    answers = 0
+    uses: Counter[str] = Counter()
+    faults: list[str] = []
+    for row, found in _log_rows(file):
+        if isinstance(found, RowError):
+            faults.append(f"{row.file} row {row.number}: {found}")
+        else:
+            answers += 1
+            uses.update(use for use, _ in found)
+    labels = uses["label good"], uses["label bad"]
+    summary = (
+        f"{file.name}: {answers} answers of a feedback log become {uses['conversation']} "
+        f"conversations for sft, {uses['chosen']} pairs, and {sum(labels)} labeled completions "
+        f"({labels[0]} good, {labels[1]} bad)"
+    )
+    if not faults:
+        return summary
+    return f"{summary}; {len(faults)} rows are invalid: {'; '.join(faults[:FAULTS_SHOWN])}"
 
 
 def _turns(example: Example, train_on: TrainOn) -> list[Run]:

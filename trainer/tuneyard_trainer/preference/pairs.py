@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from tuneyard.api.plan import SourceInput
 from tuneyard.api.stage_settings import DatasetSettings, PairsSettings
 from tuneyard.errors import StageError
+from tuneyard_trainer.data import layouts
 from tuneyard_trainer.data.chat import template_turns, transcript
 from tuneyard_trainer.data.example import Example, RowError
 from tuneyard_trainer.data.masks import MaskProof
@@ -31,7 +32,6 @@ from tuneyard_trainer.data.rows import Row, read_data
 from tuneyard_trainer.data.splits import held_out
 from tuneyard_trainer.data.stream import FAULTS_SHOWN
 from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit
-from tuneyard_trainer.data.trees import link_messages
 from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import sequence_limit
 from tuneyard_trainer.preference.dataset import remove_groups, write_groups
@@ -121,7 +121,7 @@ class _Reader:
     def _batches(self, index: int, dataset: DatasetSettings) -> Iterator[list[Preference]]:
         """Yield the preferences of one data set, BATCH_ROWS rows at a time."""
         source = read_data(self.context.inputs[f"preferences.{index}"])
-        rows = link_messages(islice(source, dataset.limit))
+        rows = layouts.joined(islice(source, dataset.limit), dataset.format, dataset.fields)
         while chunk := list(islice(rows, BATCH_ROWS)):
             if self.context.worker.stop():
                 raise Interrupted(self.context.stage.name, self.num_rows)

@@ -57,7 +57,7 @@ def parse_preferences(
     `chosen`: the layout that the manifest names. auto, or a layout of conversations: the row's own.
     """
     if isinstance(row.value, BrokenRow):
-        raise RowError(row.value.reason, "UnreadableRow")
+        raise RowError(row.value.reason, row.value.fault)
     named = [layout for layout in layouts.layouts("preferences") if layout.name == chosen]
     layout = named[0] if named else layouts.match(row.value, "preferences", fields)
     if layout is None:
@@ -66,7 +66,7 @@ def parse_preferences(
         raise RowError(f"{present}. {said}".rstrip(" ."), "UnknownShape")
     found = [
         Preference(row.number, each.turns, each.answers, each.label, row.file, each.tools)
-        for each in layouts.read(row.value, layout, layout.names(fields))
+        for each in layouts.read(row.value, layout, layout.names(fields), singles=labeled)
     ]
     if labeled:
         found = [single for preference in found for single in _as_singles(preference)]
