@@ -367,9 +367,9 @@ def columns_of(layout: Layout, fields: FieldMap) -> frozenset[str] | None:
 def detect(rows: Sequence[Row], fields: FieldMap) -> DataFormat:
     """Return the layout of training rows; broken rows do not count.
 
-    `text` counts only if no other layout matches: Alpaca's own file repeats each row as text. Events
-    of a log hold the columns of other layouts too, so `feedback` has precedence. A map
-    of both prompt and completion means prompt-completion, and a map of text means text.
+    `text` counts only if no other layout matches: Alpaca's own file repeats each row as text.
+    Events of a log hold the columns of other layouts too, so `feedback` has precedence. A map of
+    both prompt and completion means prompt-completion, and a map of text means text.
     Raises StageError UnknownFormat unless exactly one layout matches.
     """
     found: dict[DataFormat, Row] = {}

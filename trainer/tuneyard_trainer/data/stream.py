@@ -181,8 +181,8 @@ class Examples:
         if not self._examples and self._format == "feedback":
             raise StageError(
                 "EmptyData",
-                f"{self._name} is a log of {self._filtered} answers, none of which is edited or has "
-                "a thumb up.",
+                f"{self._name} is a log of {self._filtered} answers, none of which is edited or "
+                "has a thumb up.",
                 advice=f"Remove {self._name}, or add later events.",
             )
         if not self._examples:

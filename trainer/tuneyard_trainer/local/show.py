@@ -183,7 +183,7 @@ def _log_summary(file: Path) -> str:
     )
     if not faults:
         return summary
-    return f"{summary}; {len(faults)} rows are invalid: {'; '.join(faults[:FAULTS_SHOWN])}"
+    return f"{summary}; invalid rows: {len(faults)}: {'; '.join(faults[:FAULTS_SHOWN])}"
 
 
 def _turns(example: Example, train_on: TrainOn) -> list[Run]:
