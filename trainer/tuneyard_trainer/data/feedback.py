@@ -411,11 +411,14 @@ class _Log:
             retried = answers[event.of]
             if not event.by:
                 rest = following[retried.session, retried.prompt] if retried.session else []
-                later = (each for each in rest if answers[each].order > event.order)
+                start = max(event.order, retried.order)
+                later = (each for each in rest if answers[each].order > start)
                 event.by = next(later, "")
             if not event.by:
                 reason = f"no later answer of its session replaces answer {event.of}"
                 yield _broken(event, reason, "UnknownId")
+            elif event.by == event.of:
+                yield _broken(event, f"answer {event.of} cannot replace itself", "Conflict")
             elif event.by not in answers:
                 yield self._unknown(event, "answer", event.by)
             elif answers[event.by].prompt != retried.prompt:
