@@ -168,6 +168,9 @@ class Preprocessor:
         tally.unread = summary.unread
         self._name_unread(tally)
         self._name_left_out(tally)
+        if summary.filtered and summary.format == "feedback":
+            message = f"{tally.name}: {summary.filtered} answers are neither edited nor rated up"
+            self.worker.report(step=self._num_rows, message=message)
         proof.check(tally.name)
 
     def _name_unread(self, tally: Tally) -> None:

@@ -77,6 +77,8 @@ class _Reader:
     """The first rejected rows of each reason."""
     too_long: list[str] = field(default_factory=list)
     """The groups with a row longer than `limit`."""
+    without_preference: int = 0
+    """Valid rows that state no preference: unrated answers, and trees without ranks."""
     longest: int = 0
     """The longest row so far, in tokens."""
     sizes: array[int] = field(default_factory=lambda: array("l"))
@@ -112,7 +114,15 @@ class _Reader:
         shutil.rmtree(spool)
         self.encoder.tokenizer.save_pretrained(self.context.workdir / "tokenizer")
         metrics = self._metrics(counts)
-        details = {"skippedBy": dict(self.faults), "faults": self.examples, "maxLength": self.limit}
+        details: dict[str, Any] = {
+            "skippedBy": dict(self.faults),
+            "faults": self.examples,
+            "maxLength": self.limit,
+        }
+        if self.without_preference:
+            details["withoutPreference"] = self.without_preference
+            message = f"{self.without_preference} of {self.num_rows} rows state no preference"
+            self.context.worker.report(step=self.num_rows, message=message)
         self._write_summary(metrics, details)
         return StageOutcome(metrics, details)
 
@@ -131,12 +141,14 @@ class _Reader:
 
     def _parsed(self, row: Row, dataset: DatasetSettings) -> list[Preference]:
         try:
-            return parse_preferences(
+            found = parse_preferences(
                 row, dataset.fields, labeled=self.settings.labeled, chosen=dataset.format
             )
         except RowError as error:
             self._reject(error.fault, _location(row.file, row.number), str(error))
             return []
+        self.without_preference += not found
+        return found
 
     def _encoded(self, batch: Sequence[Preference]) -> Iterator[tuple[Preference, list[Encoded]]]:
         """Yield each valid preference with its rows, one per completion."""
@@ -222,7 +234,8 @@ class _Reader:
             raise StageError(
                 "EmptyData",
                 f"none of {self.num_rows} rows is left: {rejected} are skipped, "
-                f"{len(self.too_long)} are longer than {self.limit} tokens.",
+                f"{self.without_preference} state no preference, {len(self.too_long)} are longer "
+                f"than {self.limit} tokens.",
                 advice="Add rows to spec.preferences, or raise spec.preferences.maxLength.",
             )
         for source, proof in self.proofs.items():
