@@ -195,8 +195,9 @@ class RunSummary:
             sets = data.get("train")
         else:
             sets = (data.get("validation") or {}).get("data")
-        known = sets and index.isdigit() and int(index) < len(sets)
-        return str(sets[int(index)]["uri"]) if known else ""
+        if not sets or not index.isdigit() or int(index) >= len(sets):
+            return ""
+        return str(sets[int(index)]["uri"])
 
     @property
     def data_facts(self) -> list[tuple[str, str]]:
