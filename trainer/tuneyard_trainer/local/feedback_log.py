@@ -1,4 +1,4 @@
-"""What a feedback log becomes, for the commands that look at files of rows."""
+"""A feedback log as the conversations, pairs and labels that it becomes, without a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tuneyard_trainer.preference.rows import Preference, parse_preferences
 
 
 class Uses(NamedTuple):
-    """What an answer of a log becomes."""
+    """The examples that an answer of a log becomes."""
 
     conversations: list[Example]
     pairs: list[Preference]
@@ -88,7 +88,7 @@ class FeedbackLog:
 
     @property
     def sentence(self) -> str:
-        """What the log becomes, and its first invalid rows."""
+        """The amounts that the log becomes, and its first invalid rows."""
         summary = (
             f"{self.file.name}: {self.answers:,} answers of a feedback log become "
             f"{self.conversations:,} conversations for sft, {self.pairs:,} pairs, and "
