@@ -80,7 +80,8 @@ LORA = job(
         fields:
           {messages: m, system: s, prompt: p, input: i, completion: c, text: t, history: h,
            tools: u, reasoning: r, expected: e, role: o, content: w, chosen: b, rejected: z,
-           answers: a, ranks: k, scores: q, label: l, document: d}
+           answers: a, ranks: k, scores: q, label: l, document: d, event: v, id: g, of: f, by: x,
+           session: j}
         paths: all
         weight: 2.0
         limit: 100

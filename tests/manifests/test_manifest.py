@@ -65,7 +65,7 @@ ALL_MODELS = {model for kind in KINDS.values() for model in models(kind)}
 SPEC = "model, method, data, adapter, training, evaluate, output, compute, runPolicy"
 FORMATS = (
     "auto, messages, alpaca, dolly, flan, question-answer, sharegpt, openassistant, ultrachat, "
-    "prompt-completion, text, preference, ranking, labeled"
+    "prompt-completion, text, preference, ranking, labeled, feedback"
 )
 
 ONE_FAULT = {

@@ -91,6 +91,7 @@ DataFormat = Literal[
     "preference",
     "ranking",
     "labeled",
+    "feedback",
 ]
 
 
@@ -144,10 +145,21 @@ class FieldMap(Model):
     ranks: str | None = _column()
     """Field of the answers' ranks; 1 is best (format ranking). None: `ranks`."""
     scores: str | None = _column()
-    """Field of the answers' scores; higher is better (format ranking). None: `scores`."""
+    """Field of the answers' scores; higher is better (format ranking), or of the score of one
+    answer (format feedback). None: `scores`; `score` in feedback."""
     label: str | None = _column()
-    """Field of the label of a single completion (format labeled). None: `label`, `thumbs` or
-    `kto_tag`."""
+    """Field of the label of a single completion (formats labeled, feedback). None: `label`,
+    `thumbs` or `kto_tag`."""
+    event: str | None = _column()
+    """Field of the kind of an event (format feedback). None: `event`."""
+    id: str | None = _column()
+    """Field of the id of a request or an answer (format feedback). None: `id`."""
+    of: str | None = _column()
+    """Field of the id that an event is about (format feedback). None: `of`."""
+    by: str | None = _column()
+    """Field of the id of the answer that replaced a retried one (format feedback). None: `by`."""
+    session: str | None = _column()
+    """Field of the session's id (format feedback). None: `session` or `session_id`."""
     document: str | None = _column()
     """Field of the id of the document that answers a row (with `retrieval`). None: `document`."""
 

@@ -145,6 +145,20 @@ def test_trees_without_a_reviewed_answer_are_counted(job: Job) -> None:
     assert (rows["in"], rows["filtered"], rows["trained"]) == (3, {"unreviewed": 1}, 2)
 
 
+def test_answers_of_a_log_that_nobody_liked_are_counted(job: Job) -> None:
+    log: list[Row] = []
+    for number in range(4):
+        prompt = f"Which lamp is {number}?"
+        log += [
+            {"event": "answer", "id": number, "prompt": prompt, "completion": "The red one."},
+            {"event": "rating", "of": number, "thumbs": "down" if number == 1 else "up"},
+        ]
+    ledger = job.train(log).details["ledger"]["total"]
+    rows = ledger["rows"]
+    assert (ledger["read"], rows["in"]) == (8, 4)
+    assert (rows["filtered"], rows["trained"]) == ({"notRatedUp": 1}, 3)
+
+
 # ---- one prompt, one split ----------------------------------------------------------------------
 
 

@@ -415,6 +415,27 @@ def test_the_held_out_rows_without_contexts_are_those_of_a_stage_without_retriev
         np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
 
 
+def test_answers_of_a_log_name_their_documents_or_their_requests_do(
+    tmp_path: Path, tiny_model_dir: Path, folder: Path
+) -> None:
+    log = []
+    for index, row in enumerate(questions(0, 6)):
+        named = {"document": row["document"]}
+        asked = {"prompt": row["question"]}
+        if index % 2:
+            log.append({"event": "request", "id": f"r{index}", **asked, **named})
+            asked, named = {"of": f"r{index}"}, {}
+        log += [
+            {"event": "answer", "id": index, "completion": row["answer"], **asked, **named},
+            {"event": "rating", "of": index, "thumbs": "up"},
+        ]
+    outcome, _ = run_stage(tmp_path, tiny_model_dir, {"train.0": log}, folder)
+    assert outcome.details["datasets"][0]["format"] == "feedback"
+    found = outcome.details["retrieval"]
+    assert (found["rows"], found["namedDocuments"], found["withRightPassage"]) == (6, 6, 6)
+    assert outcome.details["datasets"][0]["unreadColumns"] == []
+
+
 def test_without_retrieval_a_column_of_documents_is_named_as_unread(
     tmp_path: Path, tiny_model_dir: Path, folder: Path
 ) -> None:

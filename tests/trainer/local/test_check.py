@@ -124,3 +124,73 @@ def test_columns_that_nothing_reads_are_named_and_are_no_fault(
     code, out = run(capsys, "check", file)
     assert code == 0
     assert "Nothing reads the columns source." in out
+
+
+LOG: list[Row] = [
+    {"event": "answer", "id": 1, "prompt": "Which lamp?", "completion": STORY},
+    {"event": "answer", "id": 2, "prompt": "Which lamp?", "completion": "A blue one."},
+    {"event": "edit", "of": 1, "completion": STORY + " Indeed."},
+    {"event": "rating", "of": 2, "thumbs": "down"},
+    {"event": "answer", "id": 3, "prompt": "Whom do I ask?", "completion": PLANTED["email"]},
+    {"event": "rating", "of": 9, "thumbs": "up"},
+]
+
+
+def test_every_answer_and_edit_of_a_log_is_searched_and_an_edit_is_no_duplicate_of_its_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "log.jsonl", LOG)
+    code, out = run(capsys, "check", file)
+    assert code == 1
+    assert out.splitlines() == [
+        f"{file}: 6 rows of the layout feedback",
+        "invalid rows: 1 of 6 rows",
+        "  log.jsonl row 6: answer 9 is not in the data",
+        "personalData.email: 1 of 4 rows",
+        "  log.jsonl row 5: write to [EMAIL] today",
+        "The answers and edits were searched, also those that nobody rated.",
+    ]
+    copies = [event | {"id": 4} for event in LOG if event.get("id") == 1]
+    code, out = run(capsys, "check", write(tmp_path / "log.jsonl", LOG + copies))
+    assert "duplicates.exact: 1 of 5 rows" in out
+
+
+def test_a_log_that_nobody_rated_has_no_faults(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out = run(capsys, "check", write(tmp_path / "log.jsonl", LOG[1:2]))
+    assert (code, "No faults were found." in out) == (0, True)
+
+
+def test_the_statistics_of_a_log_are_those_of_what_it_becomes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "log.jsonl", LOG)
+    code, out = run(capsys, "stats", file)
+    assert code == 0
+    for line in (
+        "Rows: 6",
+        "Layout: feedback",
+        "Invalid rows: 1 UnknownId",
+        "Answers: 3",
+        "They become: 1 conversations for sft, 1 pairs, and 3 labeled completions (1 good, 2 bad)",
+        "By number of completions: 2: 1",
+        "The longer one wins: 100% of 1",
+    ):
+        assert line in out.splitlines(), out
+
+
+def test_the_columns_of_a_log_can_be_named_and_labels_are_counted_where_there_are_no_pairs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = [{"kind": "answer", "id": 1, "prompt": "Which?", "completion": "Blue."}]
+    log += [{"kind": "rating", "of": 1, "thumbs": "down"}]
+    file = write(tmp_path / "log.jsonl", log)
+    for command in ("stats", "check", "show"):
+        code, out = run(capsys, command, file, "--fields", "event=kind")
+        assert code == 0, out
+        if command == "stats":
+            assert "By number of completions: 1: 1" in out
+            assert "Labeled bad: 1" in out
+        if command == "show":
+            assert "0 pairs, and 1 labeled completions (0 good, 1 bad)" in out

@@ -60,6 +60,20 @@ def test_each_completion_of_a_preference_is_shown(
     assert "assistant: «Blue.\n»" in text
 
 
+def test_a_feedback_log_is_shown_as_what_it_becomes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = [
+        {"event": "answer", "id": 1, "prompt": "Which?", "completion": "Blue."},
+        {"event": "edit", "of": 1, "completion": "Red."},
+        {"event": "rating", "of": 2, "thumbs": "up"},
+    ]
+    text = shown(capsys, tmp_path, *log)
+    assert "1 conversations for sft, 1 pairs, and 2 labeled completions (1 good, 1 bad)" in text
+    assert "invalid rows: 1: rows.jsonl row 3: answer 2 is not in the data" in text
+    assert "rows.jsonl row 1 (feedback), rejected\nuser: Which?\nassistant: «Blue.\n»" in text
+
+
 def test_a_row_cannot_control_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -436,3 +436,48 @@ def test_an_input_beside_an_instruction_is_read(tmp_path: Path, tiny_model_dir: 
         del row["prompt"]
     _, outcome = run(tmp_path, tiny_model_dir, rows)
     assert outcome.details["unreadColumns"] == {"spec.preferences.data[0]": []}
+
+
+# ---- feedback logs ----------------------------------------------------------------------------
+
+
+def log_of(number: int, **more: Any) -> list[Any]:
+    """An answer with a thumb up, one with a thumb down, and one that nobody rated."""
+    prompt = f"Question {number}?"
+    return [
+        {"event": "answer", "id": f"{key}{number}", "prompt": prompt, "completion": text, **more}
+        for key, text in (("a", "Good."), ("b", "Bad."), ("c", "Whatever."))
+    ] + [
+        {"event": "rating", "of": f"a{number}", "thumbs": "up"},
+        {"event": "rating", "of": f"b{number}", "thumbs": "down"},
+    ]
+
+
+LOG = [event for number in range(8) for event in log_of(number, latency=0.5)]
+
+
+@pytest.mark.parametrize(("labeled", "count"), [(False, 8), (True, 16)])
+def test_unrated_answers_of_a_log_are_in_the_ledger_and_those_in_a_pair_are_not_lost(
+    tmp_path: Path, tiny_model_dir: Path, labeled: bool, count: int
+) -> None:
+    reports: list[str] = []
+    _, outcome = run(tmp_path, tiny_model_dir, LOG, reports, labeled=labeled)
+    (ledger,) = outcome.details["ledger"]["sources"]
+    assert ledger["read"] == len(LOG)
+    rows = ledger["rows"]
+    assert rows["filtered"] == {"noPreference": 8}
+    assert (rows["in"], rows["trained"] + rows["heldOut"]) == (count + 8, count)
+    assert outcome.details["withoutPreference"] == outcome.metrics["filteredRows"] == 8
+    assert outcome.details["unreadColumns"] == {"spec.preferences.data[0]": ["latency"]}
+    assert "8 rows state no preference" in reports
+    statistics = outcome.details["statistics"]["spec.preferences.data[0]"]
+    assert statistics["completions"] == {"1" if labeled else "2": count}
+
+
+def test_half_of_the_events_of_a_log_may_be_invalid(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Also if they are more than its answers: ratings of answers before the log begins."""
+    lost = [{"event": "rating", "of": f"x{i}", "thumbs": "up"} for i in range(len(LOG))]
+    _, outcome = run(tmp_path, tiny_model_dir, LOG + lost, on_invalid_row="skip")
+    assert outcome.details["skippedBy"] == {"UnknownId": len(lost)}
+    with pytest.raises(StageError, match=f"{len(LOG) + 1} of {2 * len(LOG) + 1} rows"):
+        run(tmp_path, tiny_model_dir, [*LOG, *lost, lost[0]], on_invalid_row="skip")

@@ -35,6 +35,9 @@ Fault = Literal[
     "IdenticalSides",
     "DifferingPrompts",
     "InvalidLabel",
+    "UnknownId",
+    "DuplicateId",
+    "Conflict",
 ]
 """The kinds of faults by which the rows of a set are counted."""
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from tuneyard.api.sources import DataFormat, FieldMap
 from tuneyard.errors import StageError
-from tuneyard_trainer.data import reading
+from tuneyard_trainer.data import feedback, reading
 from tuneyard_trainer.data.example import RowError
 from tuneyard_trainer.data.reading import Names, Parsed
 from tuneyard_trainer.data.rows import BrokenRow, Row
-from tuneyard_trainer.data.trees import is_flat_message, is_tree
+from tuneyard_trainer.data.trees import is_flat_message, is_tree, link_messages
 
 Purpose = Literal["training", "preferences", "prompts"]
 """What rows are read for: conversations and texts, rated answers, or questions alone."""
@@ -39,6 +39,8 @@ class Layout:
     """Fields that make a row another layout's, if the manifest names their columns."""
     also_read: tuple[str, ...] = ()
     """Columns that are read and cannot be renamed."""
+    read_singles: Callable[[Mapping[str, Any], Names], Iterator[Parsed]] | None = None
+    """The reader of preferences as single completions. None: `read`, and a pair is two of them."""
 
     def names(self, fields: FieldMap) -> Names:
         """Return the names of the columns."""
@@ -117,6 +119,7 @@ _ASKED: Fields = {
 }
 """The fields of the turns before rated answers."""
 _BOTH = frozenset({"prompt", "completion"})
+_EVENTS = "events: event, id or of, and what it says; joined by id"
 
 LAYOUTS: tuple[Layout, ...] = (
     Layout(
@@ -229,6 +232,24 @@ LAYOUTS: tuple[Layout, ...] = (
         ("text",),
         reading.text,
         looks_so=_is_string,
+    ),
+    Layout(
+        "feedback",
+        _EVENTS,
+        {**feedback.COLUMNS, "document": ()},
+        ("event",),
+        feedback.conversations,
+        looks_so=feedback.is_event,
+    ),
+    Layout(
+        "feedback",
+        _EVENTS,
+        feedback.COLUMNS,
+        ("event",),
+        feedback.pairs,
+        "preferences",
+        looks_so=feedback.is_event,
+        read_singles=feedback.labels,
     ),
     Layout(
         "preference",
@@ -345,8 +366,9 @@ def columns_of(layout: Layout, fields: FieldMap) -> frozenset[str] | None:
 def detect(rows: Sequence[Row], fields: FieldMap) -> DataFormat:
     """Return the layout of training rows; broken rows do not count.
 
-    `text` counts only if no other layout matches: Alpaca's own file repeats each row as text. A map
-    of both prompt and completion means prompt-completion, and a map of text means text.
+    `text` counts only if no other layout matches: Alpaca's own file repeats each row as text.
+    Events of a log hold the columns of other layouts too, so `feedback` has precedence. A map of
+    both prompt and completion means prompt-completion, and a map of text means text.
     Raises StageError UnknownFormat unless exactly one layout matches.
     """
     found: dict[DataFormat, Row] = {}
@@ -355,6 +377,8 @@ def detect(rows: Sequence[Row], fields: FieldMap) -> DataFormat:
         first = next((row for row in values if layout.matches(_fields_of(row), fields)), None)
         if first is not None:
             found[layout.name] = first
+    if "feedback" in found:
+        return "feedback"
     if len(found) > 1:
         found.pop("text", None)
     if len(found) == 1:
@@ -438,6 +462,8 @@ def _nearest(
     lacks. None: no layout shares one."""
     best: tuple[int, Layout | None, str] = (0, None, "")
     for layout in layouts(purpose):
+        if layout.name == "feedback":
+            continue  # its columns are those of other layouts, and `event` names it
         names = layout.names(fields)
         needed = layout.needs or tuple(f for f in ("chosen", "rejected") if f in layout.fields)
         needed = (*needed, *(f for f in ("completion",) if f in layout.fields and f not in needed))
@@ -448,14 +474,32 @@ def _nearest(
     return best[1], best[2]
 
 
+def joined(rows: Iterable[Row], chosen: DataFormat, fields: FieldMap) -> Iterator[Row]:
+    """Yield the rows of a data set, with the messages of trees and the events of logs joined.
+
+    `chosen`: the layout; auto joins what it finds. Rows of other layouts are yielded unchanged.
+    """
+    if chosen in ("auto", "openassistant"):
+        rows = link_messages(rows)
+    if chosen in ("auto", "feedback"):
+        rows = feedback.join_events(rows, Names(feedback.COLUMNS, fields))
+    yield from rows
+
+
 def read(
-    row: Mapping[str, Any], layout: Layout, names: Names, *, whole_trees: bool = False
+    row: Mapping[str, Any],
+    layout: Layout,
+    names: Names,
+    *,
+    whole_trees: bool = False,
+    singles: bool = False,
 ) -> list[Parsed]:
     """Return what a row states. `whole_trees`: every conversation of a tree, not the best one.
+    `singles`: rated answers as single completions, if the layout states them so.
 
     Raises RowError.
     """
-    reader = layout.read
+    reader = (singles and layout.read_singles) or layout.read
     if whole_trees and reader is reading.openassistant:
         reader = reading.openassistant_all
     try:

@@ -40,6 +40,8 @@ OVERLENGTH_OUTCOMES = ("dropped", "truncated", "split")
 """The outcomes of rows that are longer than a sequence."""
 UNREVIEWED = "unreviewed"
 """The rule that leaves out conversation trees without a reviewed answer."""
+NOT_RATED_UP = "notRatedUp"
+"""The rule that leaves out answers of a log that are neither edited nor rated up."""
 
 
 class Refusal(NamedTuple):
@@ -214,12 +216,16 @@ class Preprocessor:
         summary = stream.summary
         tally.format, tally.ledger.read = summary.format, summary.rows
         tally.ledger.lose("invalid", "InvalidData", rows=summary.skipped)
-        tally.ledger.lose("filtered", UNREVIEWED, rows=summary.filtered)
+        left_out = NOT_RATED_UP if summary.format == "feedback" else UNREVIEWED
+        tally.ledger.lose("filtered", left_out, rows=summary.filtered)
         if summary.faults:
             tally.faults["InvalidData"] = [str(fault) for fault in summary.faults]
         tally.unread = summary.unread
         self._name_unread(tally)
         self._name_left_out(tally)
+        if summary.filtered and summary.format == "feedback":
+            message = f"{tally.name}: {summary.filtered} answers are neither edited nor rated up"
+            self.worker.report(step=self._num_rows, message=message)
         proof.check(tally.name)
 
     def _with_contexts(self, rows: list[Cleaned], tally: Tally) -> list[Cleaned]:

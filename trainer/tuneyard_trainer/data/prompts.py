@@ -6,7 +6,7 @@ ignored, or a field `prompt` alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -14,9 +14,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from tuneyard.api.sources import DataFormat
 from tuneyard.api.stage_settings import ChatSettings, DatasetSettings, PromptSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data import layouts, reading
+from tuneyard_trainer.data import feedback, layouts, reading
 from tuneyard_trainer.data.chat import rendered, transcript
 from tuneyard_trainer.data.conversations import Message, template_turns
 from tuneyard_trainer.data.example import Message as Turn
@@ -64,10 +65,16 @@ def read_prompts(
     `name`: the set's field in the manifest. Raises StageError EmptyData, InvalidData,
     UnknownFormat, UnknownFileType.
     """
-    if settings.format == "openassistant" or _is_trees(path, settings):
+    layout = _layout(path, settings)
+    if layout == "openassistant":
         prompts = _of_examples(path, settings, name)
+    elif layout == "feedback":
+        events = feedback.prompts(
+            islice(read_data(path), settings.limit), Names(feedback.COLUMNS, settings.fields)
+        )
+        prompts = _distinct(_of_rows(events, settings, name))
     else:
-        prompts = _of_rows(path, settings, name)
+        prompts = _of_rows(islice(read_data(path), settings.limit), settings, name)
     if not prompts:
         raise StageError(
             "EmptyData", f"{name} holds no prompts.", advice=f"Put rows into it, or change {name}."
@@ -112,21 +119,30 @@ def _of_examples(path: Path, settings: PromptSettings, name: str) -> list[Prompt
     ]
 
 
-def _is_trees(path: Path, settings: PromptSettings) -> bool:
+def _layout(path: Path, settings: PromptSettings) -> DataFormat:
+    """Return the layout that is named or detected; auto: the rows may hold prompts alone, which no
+    layout covers."""
     if settings.format != "auto":
-        return False
+        return settings.format
     try:
-        head = list(islice(read_data(path), DETECTED_FROM))
-        return layouts.detect(head, settings.fields) == "openassistant"
+        return layouts.detect(list(islice(read_data(path), DETECTED_FROM)), settings.fields)
     except StageError:
-        return False  # the rows may hold prompts alone, which no format covers
+        return "auto"
 
 
-def _of_rows(path: Path, settings: PromptSettings, name: str) -> list[Prompt]:
+def _distinct(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """Return each prompt once, as it is first asked."""
+    found: dict[str, Prompt] = {}
+    for prompt in prompts:
+        found.setdefault(repr((prompt.messages, prompt.tools)), prompt)
+    return list(found.values())
+
+
+def _of_rows(rows: Iterable[Row], settings: PromptSettings, name: str) -> list[Prompt]:
     prompts: list[Prompt] = []
     faults: list[str] = []
     names = Names(layouts.PROMPTS, settings.fields)
-    for row in islice(read_data(path), settings.limit):
+    for row in rows:
         where = f"{row.file} row {row.number}".strip()
         try:
             turns, tools = _turns(row, names)
@@ -151,7 +167,7 @@ def _of_rows(path: Path, settings: PromptSettings, name: str) -> list[Prompt]:
 def _turns(row: Row, names: Names) -> tuple[tuple[Message, ...], tuple[Mapping[str, Any], ...]]:
     """Return the row's turns up to the last one of the user, and its tools. Raises RowError."""
     if isinstance(row.value, BrokenRow):
-        raise RowError(row.value.reason, "UnreadableRow")
+        raise RowError(row.value.reason, row.value.fault)
     found, tools = _row_turns(row.value, names)
     while found and found[-1].role != "user":
         found.pop()

@@ -151,7 +151,7 @@ def pair(row: Row, names: Names) -> Iterator[Parsed]:
     """Read a chosen and a rejected answer."""
     before, used = prompt(row, names, turns_first=False)
     fields = names.of("chosen", row), names.of("rejected", row)
-    found = [_answer(row.get(field), field, before, names) for field in fields]
+    found = [answer(row.get(field), field, before, names) for field in fields]
     (asked, chosen), (other, rejected) = found
     if asked != other:
         raise RowError(f"{fields[0]} and {fields[1]} have different prompts", "DifferingPrompts")
@@ -159,7 +159,7 @@ def pair(row: Row, names: Names) -> Iterator[Parsed]:
         raise RowError(f"{fields[0]} and {fields[1]} are the same completion", "IdenticalSides")
     label = _probability(row.get("probability", 1.0))
     best, worst = map(row.get, PAIR_SCORES)
-    margin = float(best - worst) if _is_number(best) and _is_number(worst) else None
+    margin = float(best - worst) if is_number(best) and is_number(worst) else None
     yield Parsed(asked, (chosen, rejected), label, tools=used, margin=margin)
 
 
@@ -177,7 +177,7 @@ def ranking(row: Row, names: Names) -> Iterator[Parsed]:
     for index, each in enumerate(given):
         where = f"{field}[{index}]"
         key = next((k for k in _ANSWER_KEYS if isinstance(each, dict) and k in each), None)
-        answers.append(_answer(each[key] if key else each, where, before, names)[1])
+        answers.append(answer(each[key] if key else each, where, before, names)[1])
     ranks, are_scores = _ranks(row, names, given)
     ordered = _ordered(answers, ranks)
     if len({answer.text.strip() for answer in ordered}) < len(ordered):
@@ -188,7 +188,13 @@ def ranking(row: Row, names: Names) -> Iterator[Parsed]:
 
 
 def labeled(row: Row, names: Names) -> Iterator[Parsed]:
-    """Read a single answer with a label: good or bad. Without a field for it, the answer is the
+    """Read a single answer with a label: good or bad."""
+    name = names.of("label", row)
+    yield replace(answered(row, names), label=label(row.get(name), name))
+
+
+def answered(row: Row, names: Names) -> Parsed:
+    """Return a prompt and its single answer, not rated. Without a field for it, the answer is the
     last one of the row's turns."""
     field = names.of("completion", row)
     used = _tools(row, names)
@@ -199,10 +205,8 @@ def labeled(row: Row, names: Names) -> Iterator[Parsed]:
         before, used = prompt(row, names, turns_first=False)
     if not before and isinstance(row.get(field), str | None):
         raise RowError(f"the row has no prompt; its fields are {_present(row)}", "UnknownShape")
-    before, answer = _answer(row.get(field), field, before, names)
-    name = names.of("label", row)
-    asked = tuple(_with_system(row, names, list(before)))
-    yield Parsed(asked, (answer,), _label(row.get(name), name), tools=used)
+    before, found = answer(row.get(field), field, before, names)
+    return Parsed(tuple(_with_system(row, names, list(before))), (found,), tools=used)
 
 
 def openassistant_ranks(row: Row, _names: Names) -> Iterator[Parsed]:
@@ -211,11 +215,11 @@ def openassistant_ranks(row: Row, _names: Names) -> Iterator[Parsed]:
         yield Parsed(tuple(thread), tuple(answers))
 
 
-def _answer(
+def answer(
     given: Any, field: str, before: tuple[Message, ...], names: Names
 ) -> tuple[tuple[Message, ...], Message]:
     """Return the prompt and the answer of one side. `before`: the row's own prompt; () if its sides
-    hold it."""
+    hold it. Raises RowError."""
     if isinstance(given, str):
         found = () if before else tuple(dialogue(given))
         if before:
@@ -268,7 +272,7 @@ def _ranks(row: Row, names: Names, given: list[Any]) -> tuple[list[float], bool]
 
 
 def _are_numbers(given: Any) -> bool:
-    return isinstance(given, list) and all(map(_is_number, given))
+    return isinstance(given, list) and all(map(is_number, given))
 
 
 def _ordered(answers: Sequence[Message], ranks: Sequence[float]) -> list[Message]:
@@ -282,20 +286,22 @@ def _ordered(answers: Sequence[Message], ranks: Sequence[float]) -> list[Message
 
 def _number(given: Any, keys: Sequence[str]) -> float | None:
     values = (given.get(key) for key in keys) if isinstance(given, dict) else ()
-    return next((float(value) for value in values if _is_number(value)), None)
+    return next((float(value) for value in values if is_number(value)), None)
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
+def is_number(value: Any) -> TypeGuard[float]:
+    """Return whether a value is a number, and neither true, false nor NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
 def _probability(given: Any) -> float:
-    if not _is_number(given) or not 0.5 <= given <= 1:
+    if not is_number(given) or not 0.5 <= given <= 1:
         raise RowError(f"probability must be from 0.5 to 1, and it is {given!r}", "InvalidLabel")
     return float(given)
 
 
-def _label(given: Any, name: str) -> float:
+def label(given: Any, name: str) -> float:
+    """Return 1.0 for good and 0.0 for bad. Raises RowError for anything else."""
     if isinstance(given, bool | int | float) and given in (0, 1):
         return float(given)
     if isinstance(given, str) and given.lower() in _LABEL_WORDS:

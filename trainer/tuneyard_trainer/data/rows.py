@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal
 
 from tuneyard.errors import StageError
+from tuneyard_trainer.data.example import Fault
 from tuneyard_trainer.storage.digests import files_under, is_documentation
 
 FileKind = Literal["jsonl", "json", "csv", "tsv", "parquet", "text"]
@@ -49,6 +50,7 @@ class BrokenRow:
     """The value of a row that cannot be read."""
 
     reason: str
+    fault: Fault = "UnreadableRow"
 
 
 @dataclass(frozen=True)

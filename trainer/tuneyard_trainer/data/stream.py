@@ -11,12 +11,11 @@ from typing import Literal
 from tuneyard.api.sources import DataFormat
 from tuneyard.api.stage_settings import DatasetSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data import layouts
+from tuneyard_trainer.data import feedback, layouts
 from tuneyard_trainer.data.example import Example, RowError, check
 from tuneyard_trainer.data.layouts import Layout
 from tuneyard_trainer.data.reading import Names, Parsed, document, expected
 from tuneyard_trainer.data.rows import BrokenRow, Row, read_data
-from tuneyard_trainer.data.trees import link_messages
 from tuneyard_trainer.data.unread import Unread
 
 DETECTED_FROM = 20
@@ -50,7 +49,8 @@ class Summary:
     skipped: int
     """Invalid rows."""
     filtered: int
-    """Conversation trees without a reviewed answer."""
+    """Conversation trees without a reviewed answer, and answers of a log that are neither edited
+    nor rated up."""
     faults: tuple[RowFault, ...]
     """The first invalid rows, FAULTS_SHOWN at most."""
     unread: tuple[str, ...] = ()
@@ -67,6 +67,7 @@ class Examples:
         *,
         on_invalid: Literal["error", "skip"],
         name: str,
+        whole_logs: bool,
     ) -> None:
         self._settings, self._on_invalid, self._name = settings, on_invalid, name
         self._rows = self._examples = self._skipped = self._filtered = 0
@@ -75,6 +76,8 @@ class Examples:
         source = islice(read_data(path), settings.limit)
         self._format, self._source = self._detected(source)
         self._layout = layouts.layout_of(self._format, "training", settings.fields)
+        if whole_logs and self._format == "feedback":
+            self._layout = replace(self._layout, read=feedback.texts)
         self._names = self._layout.names(settings.fields)
         self._columns = layouts.columns_of(self._layout, settings.fields)
         self._stream = self._read()
@@ -110,7 +113,9 @@ class Examples:
 
     def _read(self) -> Iterator[Example]:
         rows = self._counted(self._source)
-        for row in link_messages(rows) if self._format == "openassistant" else rows:
+        if self._format == "feedback":
+            rows = self._noted(rows)  # the rows that the join makes have one column
+        for row in layouts.joined(rows, self._format, self._settings.fields):
             try:
                 found = self._examples_of(row)
             except RowError as error:
@@ -140,6 +145,11 @@ class Examples:
             "data set of its own)"
         )
 
+    def _noted(self, rows: Iterator[Row]) -> Iterator[Row]:
+        for row in rows:
+            self._note_unread(row)
+            yield row
+
     def _note_unread(self, row: Row) -> None:
         if not isinstance(row.value, BrokenRow):
             self._unread.note(row.value, self._columns)
@@ -162,6 +172,13 @@ class Examples:
                 "EmptyData",
                 f"{self._name} holds no rows.",
                 advice=f"Put rows into the file, or remove {self._name}.",
+            )
+        if not self._examples and self._format == "feedback":
+            raise StageError(
+                "EmptyData",
+                f"{self._name} is a log of {self._filtered} answers, none of which is edited or "
+                "has a thumb up.",
+                advice=f"Remove {self._name}, or add later events.",
             )
         if not self._examples:
             raise StageError(
@@ -188,23 +205,26 @@ def examples(
     *,
     on_invalid: Literal["error", "skip"],
     name: str,
+    whole_logs: bool = False,
 ) -> Examples:
     """Return the examples of a data set: a file, folder or glob as `sources.fetch` returns it.
 
-    `name`: the data set's field in the manifest, for messages. Raises StageError UnknownFileType,
+    `name`: the data set's field in the manifest, for messages. `whole_logs`: every answer and edit
+    of a feedback log, not only those to train on. Raises StageError UnknownFileType,
     UnknownFormat or EmptyData at the call. The end of the stream raises InvalidData: with
     `on_invalid=error` if any row is invalid, with `skip` if no row is valid.
     """
-    return Examples(path, settings, on_invalid=on_invalid, name=name)
+    return Examples(path, settings, on_invalid=on_invalid, name=name, whole_logs=whole_logs)
 
 
 def read_examples(
     row: Row, layout: Layout, names: Names, *, whole_trees: bool = False
 ) -> list[Example]:
     """Return the examples of a row: one, several for an instruction with `instances` or with
-    `whole_trees`, or none for a tree without a reviewed answer. Raises RowError."""
+    `whole_trees`, or none for a tree without a reviewed answer, or an answer of a log that is not
+    rated up. Raises RowError."""
     if isinstance(row.value, BrokenRow):
-        raise RowError(row.value.reason, "UnreadableRow")
+        raise RowError(row.value.reason, row.value.fault)
     parsed = layouts.read(row.value, layout, names, whole_trees=whole_trees)
     wanted, source = expected(row.value, names), document(row.value, names)
     examples = [replace(_example(row, each, wanted), document=source) for each in parsed]

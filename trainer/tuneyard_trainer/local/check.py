@@ -15,6 +15,7 @@ import numpy as np
 from tuneyard.api.cleaning import Clean, PersonalData
 from tuneyard.api.sources import DataFormat, FieldMap
 from tuneyard.api.stage_settings import DatasetSettings
+from tuneyard_trainer.data import layouts
 from tuneyard_trainer.data.cleaning.cleaner import Cleaner
 from tuneyard_trainer.data.cleaning.duplicates import Duplicates
 from tuneyard_trainer.data.cleaning.findings import Finding, Findings
@@ -26,7 +27,7 @@ from tuneyard_trainer.data.leaks import find_leaks
 from tuneyard_trainer.data.rows import read_data
 from tuneyard_trainer.data.stream import FAULTS_SHOWN, Examples, examples
 from tuneyard_trainer.data.texts import Texts
-from tuneyard_trainer.data.trees import link_messages
+from tuneyard_trainer.local.feedback_log import FeedbackLog, is_log
 from tuneyard_trainer.preference.rows import are_rated, parse_preferences, rates_one
 from tuneyard_trainer.preference.statistics import PreferenceStatistics
 from tuneyard_trainer.reporting.preferences import statistic_lines
@@ -73,7 +74,10 @@ def check_rows(file: Path, layout: DataFormat, fields: FieldMap, held_out: Path 
     findings, duplicates = Findings(), Duplicates("near", None)
     with tempfile.TemporaryDirectory() as folder:
         rows = _read(file, settings, Path(folder) / "rows", cleaner, findings, duplicates)
+        is_feedback = rows.stream.summary.format == "feedback"
         for found in duplicates.found(rows.texts.__getitem__):
+            if is_feedback and rows.places[found.row] == rows.places[found.of]:
+                continue  # an edit is much like its answer
             note = f"{found.similarity:.0%} as in {rows.places[found.of]}"
             text = written(rows.texts[found.row])[1]
             finding = Finding(f"duplicates.{found.kind}", "reported", text, note=note)
@@ -85,6 +89,8 @@ def check_rows(file: Path, layout: DataFormat, fields: FieldMap, held_out: Path 
     title = f"{file}: {summary.rows:,} rows of the layout {summary.format}"
     missing = "The character encoding was not checked: install tuneyard[cleaning]."
     notes = [] if has_ftfy else [missing]
+    if is_feedback:
+        notes.append("The answers and edits were searched, also those that nobody rated.")
     if summary.unread:
         notes.append(f"Nothing reads the columns {', '.join(summary.unread)}.")
     return Report(title, faults, notes)
@@ -124,7 +130,7 @@ def _settings(layout: DataFormat, fields: FieldMap) -> DatasetSettings:
 
 
 def _examples(file: Path, settings: DatasetSettings) -> Examples:
-    return examples(file, settings, on_invalid="skip", name=str(file))
+    return examples(file, settings, on_invalid="skip", name=str(file), whole_logs=True)
 
 
 def _invalid(rows: _Rows) -> Iterator[Fault]:
@@ -156,6 +162,8 @@ def _leaks(held_out: _Rows, rows: _Rows) -> Iterator[Fault]:
 
 def row_statistics(file: Path, layout: DataFormat, fields: FieldMap) -> list[tuple[str, str]]:
     """Return labels and values. Raises StageError if no row can be read."""
+    if is_log(file, layout, fields):
+        return _log_statistics(FeedbackLog(file, fields))
     if are_rated(file, layout, fields):
         return _preference_statistics(file, layout, fields)
     has_languages = importlib.util.find_spec("py3langid") is not None
@@ -191,7 +199,7 @@ def _preference_statistics(
 ) -> list[tuple[str, str]]:
     """Return labels and values of rated completions. Lengths are in words."""
     statistics, faults, number = PreferenceStatistics(), Counter[str](), 0
-    for row in link_messages(read_data(file)):
+    for row in layouts.joined(read_data(file), layout, fields):
         number += 1
         try:
             found = parse_preferences(row, fields, labeled=rates_one(row, fields), chosen=layout)
@@ -201,13 +209,41 @@ def _preference_statistics(
         for preference in found:
             lengths = [len(words(completion.text)) for completion in preference.completions]
             statistics.add(preference, lengths)
-    shown = ", ".join(f"{count:,} {fault}" for fault, count in faults.most_common())
     return [
         ("Rows", f"{number:,}"),
-        ("Invalid rows", shown or "0"),
+        ("Invalid rows", _by_reason(faults)),
         *statistic_lines(statistics.details(), "words"),
         *[("Note", note) for note in statistics.notes()],
     ]
+
+
+def _log_statistics(log: FeedbackLog) -> list[tuple[str, str]]:
+    """Return labels and values of a feedback log: what it becomes, and the statistics of its pairs,
+    or of its labels if it has no pairs."""
+    pairs, labels = PreferenceStatistics(), PreferenceStatistics()
+    for _, uses in log.uses():
+        for statistics, found in ((pairs, uses.pairs), (labels, uses.labels)):
+            for preference in found:
+                lengths = [len(words(completion.text)) for completion in preference.completions]
+                statistics.add(preference, lengths)
+    shown = pairs if log.pairs else labels
+    return [
+        ("Rows", f"{log.rows:,}"),
+        ("Layout", "feedback"),
+        ("Invalid rows", _by_reason(log.faults)),
+        ("Answers", f"{log.answers:,}"),
+        (
+            "They become",
+            f"{log.conversations:,} conversations for sft, {log.pairs:,} pairs, and "
+            f"{log.labels_shown}",
+        ),
+        *(statistic_lines(shown.details(), "words") if shown.preferences else []),
+        *[("Note", note) for note in shown.notes()],
+    ]
+
+
+def _by_reason(faults: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {fault}" for fault, count in faults.most_common()) or "0"
 
 
 def _spread(lengths: list[int]) -> str:

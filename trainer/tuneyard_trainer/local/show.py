@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +19,7 @@ from tuneyard_trainer.data.masks import Run, runs
 from tuneyard_trainer.data.rows import read_data
 from tuneyard_trainer.data.stream import examples
 from tuneyard_trainer.data.tokenization import Encoder, Misfit
+from tuneyard_trainer.local.feedback_log import FeedbackLog, is_log
 from tuneyard_trainer.local.run import cache_folder
 from tuneyard_trainer.models.base import load_tokenizer
 from tuneyard_trainer.models.gguf_unpack import unpacked
@@ -63,7 +65,13 @@ def samples(file: Path, count: int, model: str | None, view: View) -> Iterator[S
     if model is not None:
         tokenizer = load_tokenizer(_folder(model))
         encoder = Encoder(tokenizer, view.train_on, reasoning=view.reasoning)
-    for title, example in islice(_rows(file, view.format, view.fields), count):
+    rows = _rows(file, view.format, view.fields)
+    if is_log(file, view.format, view.fields):
+        log = FeedbackLog(file, view.fields)
+        deque(log.uses(), maxlen=0)  # counts all of it
+        yield Sample.of(log.sentence, [])
+        rows = _answers(FeedbackLog(file, view.fields))
+    for title, example in islice(rows, count):
         if encoder is None:
             yield Sample.of(title, _turns(example, view))
             continue
@@ -109,6 +117,13 @@ def _rated(file: Path, chosen: DataFormat, fields: FieldMap) -> Iterator[tuple[s
             for number, example in enumerate(preference.examples, start=1):
                 place = f"{number} of {len(preference.completions)}"
                 yield f"{row.file} row {row.number}, completion {place}", example
+
+
+def _answers(log: FeedbackLog) -> Iterator[tuple[str, Example]]:
+    """Yield each text of a log with its title."""
+    for row, uses in log.uses():
+        for use, example in uses.examples():
+            yield f"{row.file} row {row.number} (feedback), {use}", example
 
 
 def _turns(example: Example, view: View) -> list[Run]:

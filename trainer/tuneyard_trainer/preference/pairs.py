@@ -11,7 +11,8 @@ import json
 import shutil
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -23,9 +24,11 @@ from numpy.typing import NDArray
 from tuneyard.api.plan import SourceInput
 from tuneyard.api.stage_settings import DatasetSettings, PairsSettings
 from tuneyard.errors import StageError
+from tuneyard_trainer.data import layouts
 from tuneyard_trainer.data.chat import transcript
 from tuneyard_trainer.data.conversations import template_turns
 from tuneyard_trainer.data.example import Example, RowError
+from tuneyard_trainer.data.feedback import is_beaten
 from tuneyard_trainer.data.ledger import Ledger, ledger_details
 from tuneyard_trainer.data.masks import MaskProof
 from tuneyard_trainer.data.prepared import SPLITS, Rows, RowWriter
@@ -33,7 +36,6 @@ from tuneyard_trainer.data.rows import Row, read_data
 from tuneyard_trainer.data.splits import held_out
 from tuneyard_trainer.data.stream import FAULTS_SHOWN
 from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit
-from tuneyard_trainer.data.trees import link_messages
 from tuneyard_trainer.data.unread import Unread, unread_message
 from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import sequence_limit
@@ -46,6 +48,8 @@ BATCH_ROWS = 256
 MAX_SKIPPED = 0.5
 """The largest fraction of rows that `onInvalidRow: skip` may skip. If more rows are invalid, the
 format is probably misread."""
+NO_PREFERENCE = "noPreference"
+"""The rule that leaves out rows without a preference."""
 _SPOOL = ".spool"
 REPAIR = "Correct these rows, or set spec.preferences.onInvalidRow: skip."
 SHAPES = (
@@ -85,6 +89,9 @@ class _Reader:
     """The first rejected rows of each reason."""
     too_long: list[str] = field(default_factory=list)
     """The groups with a row longer than `limit`."""
+    without_preference: int = 0
+    """Valid rows that state no preference: unrated answers, and trees without ranks. An answer that
+    another one beats is in a pair of that one, and is not counted."""
     longest: int = 0
     """The longest row so far, in tokens."""
     sizes: array[int] = field(default_factory=lambda: array("l"))
@@ -129,7 +136,7 @@ class _Reader:
             ledger.check()
         self.encoder.tokenizer.save_pretrained(self.context.workdir / "tokenizer")
         metrics = self._metrics(counts)
-        details = {
+        details: dict[str, Any] = {
             "skippedBy": dict(self.faults),
             "faults": self.examples,
             "maxLength": self.limit,
@@ -143,6 +150,10 @@ class _Reader:
                 for ledger, statistics in zip(self.ledgers, self.statistics, strict=True)
             },
         }
+        if self.without_preference:
+            details["withoutPreference"] = self.without_preference
+            message = f"{self.without_preference} rows state no preference"
+            self.context.worker.report(step=self.num_rows, message=message)
         self._write_summary(metrics, details)
         return StageOutcome(metrics, details)
 
@@ -151,25 +162,37 @@ class _Reader:
     def _batches(self, index: int, dataset: DatasetSettings) -> Iterator[list[Preference]]:
         """Yield the preferences of one data set, BATCH_ROWS rows at a time."""
         source = read_data(self.context.inputs[f"preferences.{index}"])
-        rows = link_messages(islice(source, dataset.limit))
+        rows = self._noted(islice(source, dataset.limit), dataset)
+        rows = layouts.joined(rows, dataset.format, dataset.fields)
         while chunk := list(islice(rows, BATCH_ROWS)):
             if self.context.worker.stop():
                 raise Interrupted(self.context.stage.name, self.num_rows)
-            self.num_rows += len(chunk)
-            self.ledgers[index].read += len(chunk)
             yield [preference for row in chunk for preference in self._parsed(row, dataset)]
             self.context.worker.report(step=self.num_rows, message=f"reading {self._name(index)}")
 
+    def _noted(self, rows: Iterable[Row], dataset: DatasetSettings) -> Iterator[Row]:
+        """Count the rows of the files and note the columns that nothing reads, before rows are
+        joined."""
+        for row in rows:
+            self.num_rows += 1
+            self.ledgers[-1].read += 1
+            with suppress(RowError):  # reported where the row is parsed
+                value, layout = recognized(row, dataset.fields, dataset.format)
+                self.unread[-1].note(value, columns_read(value, layout, dataset.fields))
+            yield row
+
     def _parsed(self, row: Row, dataset: DatasetSettings) -> list[Preference]:
         try:
-            value, layout = recognized(row, dataset.fields, dataset.format)
-            self.unread[-1].note(value, columns_read(value, layout, dataset.fields))
-            return parse_preferences(
-                row, dataset.fields, labeled=self.settings.labeled, chosen=layout.name
+            found = parse_preferences(
+                row, dataset.fields, labeled=self.settings.labeled, chosen=dataset.format
             )
         except RowError as error:
             self._reject(error.fault, _location(row.file, row.number), str(error))
             return []
+        if not found and not (is_beaten(row.value) and not self.settings.labeled):
+            self.without_preference += 1
+            self.ledgers[-1].lose("filtered", NO_PREFERENCE)
+        return found
 
     def _name_unread(self) -> None:
         """Report the columns that nothing reads of the data set that was read. A feedback stage's
@@ -278,7 +301,8 @@ class _Reader:
             raise StageError(
                 "EmptyData",
                 f"none of {self.num_rows} rows is left: {rejected} are skipped, "
-                f"{len(self.too_long)} are longer than {self.limit} tokens.",
+                f"{self.without_preference} state no preference, {len(self.too_long)} are longer "
+                f"than {self.limit} tokens.",
                 advice="Add rows to spec.preferences, or raise spec.preferences.maxLength.",
             )
         for source, proof in self.proofs.items():

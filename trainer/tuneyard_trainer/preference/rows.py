@@ -75,7 +75,7 @@ def parse_preferences(
             each.margin,
             each.tied,
         )
-        for each in layouts.read(value, layout, layout.names(fields))
+        for each in layouts.read(value, layout, layout.names(fields), singles=labeled)
     ]
     if labeled:
         found = [single for preference in found for single in _as_singles(preference)]
@@ -95,7 +95,7 @@ def recognized(
     `chosen`: as in `parse_preferences`.
     """
     if isinstance(row.value, BrokenRow):
-        raise RowError(row.value.reason, "UnreadableRow")
+        raise RowError(row.value.reason, row.value.fault)
     named = [layout for layout in layouts.layouts("preferences") if layout.name == chosen]
     layout = named[0] if named else layouts.match(row.value, "preferences", fields)
     if layout is None:

@@ -173,10 +173,8 @@ class RunSummary:
         return [self._data_row(value) for value in found]
 
     def _data_row(self, value: Mapping[str, Any]) -> DataRow:
-        split, _, index = value["role"].partition(".")
-        data = self.spec.get("data") or (self.spec.get("sft") or {}).get("data", {})
-        sets = data.get("train") if split == "train" else data.get("validation", {}).get("data")
-        uri = sets[int(index)]["uri"] if sets and int(index) < len(sets) else value["name"]
+        split = value["role"].partition(".")[0]
+        uri = self._data_uri(value["role"]) or value["name"]
         names = [name for name in ROW_OUTCOMES.values() if value.get(name)]
         return DataRow(
             split="training" if split == "train" else "held out",
@@ -186,6 +184,21 @@ class RunSummary:
             kept=value["kept"],
             outcomes=", ".join(f"{count(value[name])} {name}" for name in names) or ABSENT,
         )
+
+    def _data_uri(self, role: str) -> str:
+        """Return the URI of the data set with a role such as train.0; "": another stage wrote
+        it."""
+        split, _, index = role.partition(".")
+        data = self.spec.get("data") or (self.spec.get("sft") or {}).get("data") or {}
+        if split == "preferences":
+            sets = (self.spec.get("preferences") or {}).get("data")
+        elif split == "train":
+            sets = data.get("train")
+        else:
+            sets = (data.get("validation") or {}).get("data")
+        if not sets or not index.isdigit() or int(index) >= len(sets):
+            return ""
+        return str(sets[int(index)]["uri"])
 
     @property
     def data_facts(self) -> list[tuple[str, str]]:
@@ -338,14 +351,16 @@ class RunSummary:
 
     @property
     def digests(self) -> list[tuple[str, str]]:
-        """Labels and digests of the inputs and the outputs."""
+        """Labels and digests of the inputs, which are named by their URIs, and of the outputs."""
         prepare, training = self.record("prepare", "pairs"), last_trained(self.records.values())
         digests = []
         if training and "model" in training.input_digests:
-            digests.append(("Base model", training.input_digests["model"]))
+            label = ", ".join(filter(None, ("Base model", self.base)))
+            digests.append((label, training.input_digests["model"]))
         for role, digest in sorted(prepare.input_digests.items() if prepare else ()):
             if role != "model":
-                digests.append((f"Data, {role}", digest))
+                label = ", ".join(filter(None, ("Data", role, self._data_uri(role))))
+                digests.append((label, digest))
         names = {
             "prepare": "Prepared data",
             "pairs": "Prepared preferences",
