@@ -154,6 +154,22 @@ def test_the_gpu_of_the_manifest_decides_only_where_the_workers_report_none() ->
     assert decided(plan, posted(gpu="NVIDIA B200", gib=178)).answer.refusal is None
 
 
+@pytest.mark.parametrize(
+    "compute",
+    [
+        {"gpuResource": "nvidia.com/mig-1g.10gb"},
+        {"gpuResource": "nvidia.com/gpu.shared"},
+        {"gpu": "A100-1g.10gb"},
+    ],
+)
+def test_a_part_of_a_gpu_is_not_taken_for_the_whole_one_that_its_label_names(
+    compute: dict[str, Any],
+) -> None:
+    label = {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"}
+    plan = plan_job(job(compute={"nodeSelector": label, **compute}))
+    assert decided(plan, JobFacts(model=facts("8B"))).estimate.device == "unknown"
+
+
 def test_a_gpu_without_a_description_is_judged_by_the_memory_that_it_reports() -> None:
     plan = plan_job(job(**LORA))
     assert decided(plan, posted(gpu="Next", gib=200)).answer.refusal is None

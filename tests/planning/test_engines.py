@@ -338,6 +338,20 @@ def test_the_workers_of_a_profile_must_share_a_batch_equally(kind: str) -> None:
     assert not refused(minWorkers=4)
 
 
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "distill"])
+def test_workers_that_no_profile_changes_must_share_a_batch_where_no_profile_is_known(
+    kind: str,
+) -> None:
+    """`tuneyard plan` and `tuneyard run` know no profiles, and a job's own workers hold."""
+
+    def of(workers: int) -> AlignmentJob:
+        return _method(kind, batchSize=32, compute={"profile": "gpus", "workers": workers})
+
+    with pytest.raises(PlanError, match="32 cannot be divided among the 3 of 3 workers"):
+        plan_job(of(3))
+    assert plan_job(of(4)).compute.profile == "gpus"
+
+
 def _method(kind: str, *, compute: Any, **training: Any) -> AlignmentJob:
     if kind == "distill":
         return distillation(training=training, spec__compute=compute)

@@ -325,6 +325,8 @@ def test_the_longest_row_fits_and_the_next_one_does_not() -> None:
         ("rtx-4090", "RTX4090"),
         ("NVIDIA-H100-NVL", "H100-NVL"),
         ("NVIDIA-H200-NVL", "H200"),
+        ("A100 40 GB", "A100-40GB"),
+        ("H100 80 GB", "H100"),
     ],
 )
 def test_a_gpu_is_found_by_its_name_or_its_product_label(name: str, found: str) -> None:
@@ -349,7 +351,12 @@ def test_a_gpu_of_which_only_the_memory_is_known_is_estimated() -> None:
         "NVIDIA-GH200-480GB",
         "NVIDIA-H100-64GB",
         "NVIDIA-H100-96GB-HBM3",
+        "H100 96 GB",
+        "H100-64G",
         "NVIDIA-L40S-12Q",
+        "NVIDIA-H100-1-10CME",
+        "GRID-T4-2B4",
+        "NVIDIA-H100-80GB-HBM3-SHARED",
         "GRID-T4-4Q",
         "NVIDIA-H100-80GB-HBM3-MIG-1g.10gb",
         "NVIDIA GeForce RTX 4090 Laptop GPU",

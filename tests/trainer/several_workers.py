@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from multiprocessing.managers import ListProxy, SyncManager
 from typing import Any
 
 import torch
@@ -33,13 +35,29 @@ HANG = timedelta(seconds=120)
 
 
 def spawn(workers: int, work: Callable[..., None], *arguments: Any) -> dict[Any, Any]:
-    """Call `work(rank, notes, *arguments)` on each worker and return what they noted."""
-    with mp.Manager() as manager:
-        notes = manager.dict()
-        inner = (workers, free_port(), dict(os.environ), work, notes, arguments)
-        mp.start_processes(  # type: ignore[attr-defined,no-untyped-call]
-            _worker, args=inner, nprocs=workers, start_method="forkserver"
+    """Call `work(rank, notes, *arguments)` on each worker and return what they noted.
+
+    Raises torch's ProcessRaisedException or ProcessExitedException of the first worker that failed,
+    and RuntimeError if one ended before its work did. No worker is left, whatever is raised.
+    """
+    manager = SyncManager(ctx=multiprocessing.get_context("forkserver"))
+    manager.start(_end_with_the_tests)
+    with manager:
+        notes, done = manager.dict(), manager.list()
+        inner = (workers, free_port(), dict(os.environ), work, notes, arguments, done)
+        context = mp.start_processes(  # type: ignore[attr-defined,no-untyped-call]
+            _worker, args=inner, nprocs=workers, start_method="forkserver", join=False
         )
+        try:
+            while not context.join():
+                pass
+        finally:
+            for process in context.processes:  # those of a test that was interrupted
+                process.kill()
+                process.join()
+        if len(done) < workers:
+            missing = sorted({*range(workers)} - {*done})
+            raise RuntimeError(f"workers {missing} ended before their work was done")
         return dict(notes)
 
 
@@ -51,7 +69,9 @@ def _worker(
     work: Callable[..., None],
     notes: Notes,
     arguments: tuple[Any, ...],
+    done: ListProxy[int],
 ) -> None:
+    _end_with_the_tests()
     os.environ.clear()  # the server's are those of its start
     os.environ.update(environment, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=workers, timeout=HANG)
@@ -60,6 +80,20 @@ def _worker(
     work(rank, notes, *arguments)
     dist.barrier()
     dist.destroy_process_group()
+    done.append(rank)
+
+
+def _end_with_the_tests() -> None:
+    """End this process once the tests' process has ended, were it killed. Every worker holds the
+    pipe that the server waits for, and so they would keep each other alive."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def end_of(work: Callable[[], object]) -> Any:

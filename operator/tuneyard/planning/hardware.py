@@ -18,6 +18,8 @@ CPU_PROCESS_BYTES = 840 << 20
 with torch 2.15 on Linux."""
 PRODUCT_LABEL = "nvidia.com/gpu.product"
 """The node label of NVIDIA's GPU feature discovery."""
+WHOLE_GPU = "nvidia.com/gpu"
+"""The resource of the GPU that the label names."""
 FRAGMENTS = 0.04
 """Share of a GPU's memory that the allocator's gaps may take. An estimate."""
 
@@ -83,10 +85,14 @@ GPUS: Final = (
 
 _SPELLINGS = {"A100": "A100-80GB", "GEFORCERTX4090": "RTX4090"}
 
-PARTIAL = frozenset({"mig", "laptop"})
-"""Words in the label of a part of a GPU (MIG), or of a smaller one of the same name."""
-VIRTUAL = re.compile(r"\d+[abcq]")
-"""A word in the label of a virtual GPU, such as 12q: it has 12 GB of the GPU that is named."""
+PARTIAL = frozenset({"mig", "shared", "laptop"})
+"""Words in the label of a part of a GPU (MIG), of one that pods share (by time or MPS), or of a
+smaller one of the same name."""
+VIRTUAL = re.compile(r"\d+[abcq](\d|me)?")
+"""A word in the label of a virtual GPU, such as 12q, 2b4 or 10cme: it has 12, 2 or 10 GB of the GPU
+that is named."""
+SIZE = re.compile(r"(?<![a-z0-9])(\d{1,4})[^a-z0-9]?g(?:i?b)?(?![a-z0-9])")
+"""The memory that a label or a user names: 80GB, 80 GB, 144G or 96 GiB."""
 ROUNDED = 0.85
 """A described GPU has at least this share of the size that its label names: 14 GiB of 16 GB.
 An H100 of 96 GB is another one than that of 80."""
@@ -113,7 +119,7 @@ def gpu_of(name: str) -> Gpu:
     named = [gpu for gpu in GPUS if set(gpu.name.lower().split("-")) <= words]  # an L40 is no L4
     if named and not words & PARTIAL and not any(map(VIRTUAL.fullmatch, words)):
         gpu = max(named, key=lambda gpu: gpu.name.count("-"))
-        sizes = [int(word[:-2]) << 30 for word in words if re.fullmatch(r"\d{1,4}gb", word)]
+        sizes = [int(size) << 30 for size in SIZE.findall(name.lower())]
         if all(ROUNDED * size <= gpu.memory <= size for size in sizes):
             return gpu
     raise UnknownGpuError(unknown_gpu(name))
@@ -126,12 +132,15 @@ def unknown_gpu(name: str) -> str:
 
 
 def declared_gpu(compute: Compute) -> Gpu | None:
-    """Return the GPU that `compute.gpu` names, or the product label of the nodes. None: neither
-    names one that is described."""
-    for name in (compute.gpu, compute.node_selector.get(PRODUCT_LABEL)):
-        with suppress(UnknownGpuError):
-            if name is not None:
-                return gpu_of(name)
+    """Return the GPU that `compute.gpu` names, or else the product label of the nodes. None: it is
+    not described. The label tells nothing of another resource, such as `nvidia.com/mig-1g.10gb` or
+    `nvidia.com/gpu.shared`: it names the whole GPU that the pods have a part of."""
+    name = compute.gpu
+    if name is None and compute.gpu_resource == WHOLE_GPU:
+        name = compute.node_selector.get(PRODUCT_LABEL)
+    with suppress(UnknownGpuError):
+        if name is not None:
+            return gpu_of(name)
     return None
 
 

@@ -280,8 +280,8 @@ def _division_faults(
 ) -> Iterator[Fault]:
     """Yield a fault for a batch that some number of workers cannot share equally. `adapter`: its
     kind, or full. `rows`: of the batch, in plural."""
-    if compute.profile is not None:  # which may set the numbers: checked once it is known
-        return
+    if compute.profile is not None and compute.workers is None:
+        return  # the profile may set the number: checked once it is known
     size = training.batch_size
     if size == "auto":
         size = defaults.alignment_rule(kind, adapter).batch_size
