@@ -11,10 +11,12 @@ import pytest
 from tuneyard.api.sources import FieldMap
 from tuneyard.api.stage_settings import ChatSettings, DatasetSettings, PromptSettings
 from tuneyard.errors import StageError
+from tuneyard_trainer.data.conversations import template_turns
 from tuneyard_trainer.data.example import Example, Message, RowError, ToolCall
 from tuneyard_trainer.data.prompts import Prompt, read_prompts
 from tuneyard_trainer.data.rows import Row, read_data
 from tuneyard_trainer.data.stream import Examples, examples
+from tuneyard_trainer.data.trees import link_messages
 from tuneyard_trainer.preference.rows import Preference, parse_preferences
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
@@ -208,6 +210,25 @@ def test_a_text_and_the_call_after_it_are_one_turn(tmp_path: Path) -> None:
     example = read(tmp_path, {"conversations": turns})
     assert example.messages[1].content == "Let me look."
     assert [call.arguments["city"] for call in example.messages[1].calls] == ["Paris", "Rome"]
+
+
+@pytest.mark.parametrize("own", [{"reasoning_content": "hm"}, {"weight": 0}])
+def test_a_call_with_its_own_reasoning_or_weight_is_not_joined_to_a_text(
+    tmp_path: Path, own: dict[str, Any]
+) -> None:
+    """Joined to the text, the reasoning would be lost, and the call trained on."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    turns = [turn("user", "q"), turn("assistant", "a"), call | own, turn("tool", "r")]
+    with pytest.raises(StageError, match="turn 3 is by assistant and follows assistant"):
+        list(stream(tmp_path, {"messages": [*turns, turn("assistant", "b")]}))
+
+
+def test_marks_of_parts_of_a_turn_are_refused(tmp_path: Path) -> None:
+    """Without the refusal, Axolotl's parts that are not to be trained on would be."""
+    detail = [{"begin_offset": 0, "end_offset": 4, "train": False}]
+    turns = [turn("user", "q"), turn("assistant", "no, yes", train_detail=detail)]
+    with pytest.raises(StageError, match="train_detail marks parts of a turn"):
+        list(stream(tmp_path, {"messages": turns}))
 
 
 @pytest.mark.parametrize(
@@ -440,6 +461,32 @@ def test_the_ranks_of_a_tree_are_preferences() -> None:
     assert shown(found.completions) == ["assistant: a", "assistant: b"]
 
 
+def test_answers_of_one_rank_are_no_preference() -> None:
+    tied = [post(name, "q", "assistant", rank=0) | {"replies": []} for name in "ab"]
+    assert preferences(post("q", None, "prompter") | {"replies": tied}) == []
+    third = post("c", "q", "assistant", rank=1) | {"replies": []}
+    (found,) = preferences(post("q", None, "prompter") | {"replies": [third, *tied]})
+    assert shown(found.completions) == ["assistant: a", "assistant: c"]
+
+
+@pytest.mark.parametrize("score", [10**400, float("inf"), float("nan")])
+def test_a_score_that_is_no_finite_number_is_refused(score: float) -> None:
+    row = {"prompt": "q", "responses": ["a", "b"], "scores": [score, 1]}
+    with pytest.raises(RowError, match="every answer needs a score"):
+        preferences(row)
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": score}
+    assert preferences(pair | {"score_rejected": 1})[0].margin is None
+
+
+def test_a_circle_of_many_messages_is_found_in_their_number_of_steps() -> None:
+    """60,000 messages took minutes when each walked around the whole circle."""
+    many = 60_000
+    rows = [Row(i, post(str(i), str((i + 1) % many), "prompter")) for i in range(many)]
+    found = list(link_messages(rows))
+    assert len(found) == many
+    assert all("its own ancestor" in getattr(row.value, "reason", "") for row in found)
+
+
 def test_a_circle_of_replies_is_refused_with_its_row(tmp_path: Path) -> None:
     rows = [
         post("q", None, "prompter"),
@@ -551,3 +598,11 @@ class TestPublicData:
             examples(SHARED / "mt-bench-questions.jsonl", settings, on_invalid="error", name="data")
         assert caught.value.reason == "UnknownFormat"
         assert "turns" in caught.value.message
+
+
+def test_without_reasoning_only_a_block_at_the_start_of_a_text_is_left_out() -> None:
+    def kept(text: str) -> str:
+        return str(template_turns([Message("assistant", text)], reasoning=False)[0]["content"])
+
+    assert kept("\n<think>hm</think>\n\nWrite it.") == "Write it."
+    assert kept("Write <think>hm</think> first.") == "Write <think>hm</think> first."

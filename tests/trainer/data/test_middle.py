@@ -202,3 +202,36 @@ def test_a_marker_that_is_no_token_of_the_model_is_refused(job: Job) -> None:
     with pytest.raises(StageError, match="'<P>' is no special token") as error:
         job.run({"train.0": documents(3)}, **filled(markers=markers))
     assert error.value.reason == "MarkersMissing"
+
+
+def test_a_held_out_document_longer_than_a_sequence_has_its_gap_in_its_start(job: Job) -> None:
+    """Documents are often longer than a sequence: without this, there was nothing to measure."""
+    outcome = job.train(
+        documents(12, WORDS * 9),
+        validation_fraction=0.5,
+        max_length=64,
+        on_overlength="split",
+        **filled(),
+    )
+    assert outcome.details["fillInTheMiddle"]["gaps"] == 6
+    gaps = job.data.gaps
+    assert gaps is not None
+    assert 32 < gaps.lengths.min() <= gaps.lengths.max() <= 64
+    assert (gaps.targets > 1).all()
+
+
+def test_truncated_documents_have_room_for_a_gap(job: Job) -> None:
+    outcome = job.train(
+        documents(12, WORDS * 9), max_length=64, on_overlength="truncate", **filled(rate=1.0)
+    )
+    assert outcome.details["fillInTheMiddle"]["sequences"] == {"changed": 12}
+    assert job.data.train.lengths.max() <= 64
+    for row, document in enumerate(documents(12, WORDS * 9)):
+        start = "".join(parts_of(CODER.decode(job.data.train.ids(row))))
+        assert document["text"].startswith(start)
+
+
+def test_held_out_documents_are_not_counted_among_the_sequences(job: Job) -> None:
+    rows = [*documents(10), *({"text": "ab" + str(i)} for i in range(10))]
+    outcome = job.train(rows, validation_fraction=0.5, **filled())
+    assert sum(outcome.details["fillInTheMiddle"]["sequences"].values()) == len(job.data.train)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.trainer.data.test_prepare import DATASET, Job, Row, chat
+from tuneyard.api.cleaning import Clean
 from tuneyard.api.stage_settings import ReplaySettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.mixing import mixed_weights
@@ -99,3 +100,26 @@ def test_replay_is_its_share_of_the_epoch(own: list[int], general: list[int], sh
     parts = [weight * count for weight, count in zip(weights, counts, strict=True)]
     assert weights[: len(own)] == [1.0] * len(own)
     assert sum(parts[len(own) :]) == pytest.approx(share * sum(parts))
+
+
+@pytest.mark.parametrize("temperature", [None, 2.0])
+def test_replayed_rows_alone_are_no_training_data(job: Job, temperature: float | None) -> None:
+    """The weights were not numbers, or the stage ended with a division by zero."""
+    with pytest.raises(StageError, match=r"no row of spec\.data\.train is left") as caught:
+        job.run(
+            {"train.0": [chat("a", "b")] * 3, "train.1": lamps("blue", 9)},
+            train=[DATASET, DATASET],
+            replay=ReplaySettings(datasets=1, share=0.1),
+            clean=Clean(min_words=5),
+            temperature=temperature,
+        )
+    assert caught.value.reason == "EmptyData"
+
+
+def test_an_epoch_without_a_sequence_is_refused(job: Job) -> None:
+    with pytest.raises(StageError, match=r"an epoch has no sequence: .* are 0\.3 of 1\."):
+        job.run({"train.0": lamps("red", 1)}, train=[DATASET.model_copy(update={"weight": 0.3})])
+
+
+def test_the_lowest_temperature_leaves_the_largest_data_set() -> None:
+    assert mixed_weights([30, 10], [1.0, 1.0], temperature=1e-9) == pytest.approx([4 / 3, 0.0])

@@ -12,7 +12,7 @@ from tuneyard_trainer.data.example import ToolCall, call_text
 Message = dict[str, Any]
 """One turn in the shape that chat templates take: {"role": ..., "content": ...}, and `tool_calls`
 and `reasoning_content` if it has them. `template_turns` makes them."""
-_THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+_THOUGHT = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)
 
 
 def template_turns(turns: Sequence[Turn], *, reasoning: bool = True) -> list[Message]:

@@ -42,8 +42,8 @@ StableCode and Granite; SantaCoder; DeepSeek-Coder, whose hole stands before the
 end stands before the middle; Code Llama."""
 
 RESERVED = 8
-"""Tokens left free in each piece of a split document: three markers, the end of the document, and
-two cut words, which may become two tokens each."""
+"""Tokens left free in each piece of a split or truncated document: three markers, the end of the
+document, and two cut words, which may become two tokens each."""
 
 Order = Literal["psm", "spm"]
 
@@ -130,9 +130,10 @@ class MiddleFiller:
         return {"markers": list(self.markers), "sequences": dict(sorted(self.counts.items()))}
 
     def gap(self, text: str) -> Encoded | None:
-        """Return a held-out document with a gap, whose middle and end are the only targets. None:
-        it is too long, or unclear."""
-        return self._filled(text, self._random(text, 0), targets_all=False)
+        """Return a held-out document with a gap, whose middle and end are the only targets; the
+        start of one that is longer than a sequence. None: it is unclear."""
+        start = self._start(text)
+        return self._filled(start, self._random(text, 0), targets_all=False)
 
     def write_gaps(self, texts: Path, folder: Path) -> int:
         """Write the held-out documents of `texts` with a gap each, and return their number."""
@@ -146,13 +147,24 @@ class MiddleFiller:
                     gaps.append(gap.ids, gap.mask, 0)
         return len(gaps)
 
+    def _start(self, text: str) -> str:
+        """Return a text that is no longer than a sequence with markers, or else its start: three
+        quarters of a sequence, so that markers and cut words have room."""
+        starts = self._token_starts(text)
+        if len(starts) <= self.max_length - RESERVED:
+            return text
+        return text[: starts[max(1, self.max_length * 3 // 4)]]
+
+    def _token_starts(self, text: str) -> list[int]:
+        encoding = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
+        return [start for start, _ in encoding["offset_mapping"]]
+
     def _texts(self, text: str, pieces: Sequence[Encoded]) -> list[str]:
         """Return the text of each piece. Together they are the whole text, unless it was
         truncated."""
-        if len(pieces) == 1 and len(pieces[0].ids) < self.max_length:
+        if len(pieces) == 1 and len(pieces[0].ids) < self.max_length - RESERVED:
             return [text]
-        encoding = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
-        starts = [start for start, _ in encoding["offset_mapping"]]
+        starts = self._token_starts(text)
         position, bounds = 0, [0]
         for piece in pieces:
             position += len(piece.ids)

@@ -64,5 +64,6 @@ def _tempered(parts: Sequence[float], temperature: float | None) -> list[float]:
     if temperature is None:
         return list(parts)
     total = sum(parts)
-    flattened = [(part / total) ** (1 / temperature) if part else 0.0 for part in parts]
-    return [total * part / sum(flattened) for part in flattened]
+    largest = max(parts, default=0.0)  # its power is 1, and those of the others may vanish
+    flattened = [(part / largest) ** (1 / temperature) if part else 0.0 for part in parts]
+    return [total * part / (sum(flattened) or 1.0) for part in flattened]

@@ -117,8 +117,9 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
         details["contaminated"] = contaminated
         _warn_contaminated(contaminated, len(splits.validation), context.worker)
     if filler:
+        found = filler.details()  # before the gaps of held-out documents are counted with them
         gaps = filler.write_gaps(context.workdir / _TEXTS, context.workdir)
-        details["fillInTheMiddle"] = filler.details() | {"gaps": gaps}
+        details["fillInTheMiddle"] = found | {"gaps": gaps}
     weights = _weights(settings, train)
     details["mixture"] = mixture(train, weights, [tally.name for tally in tallies])
     _write_summary(context.workdir, settings, tokenizer, limit, weights, metrics, details)
@@ -213,13 +214,29 @@ def _filled(
 
 def _weights(settings: PrepareSettings, train: Rows) -> list[float]:
     """Return how often an epoch contains each row of each training data set."""
-    return mixed_weights(
-        np.bincount(train.source, minlength=len(settings.train)).tolist(),
+    counts = np.bincount(train.source, minlength=len(settings.train)).tolist()
+    if not any(counts[: _num_own(settings)]):
+        raise StageError(
+            "EmptyData",
+            "no row of spec.data.train is left for training: all rows to train on are those of "
+            "spec.data.replay.",
+            advice="Repair or add rows, or remove rules from spec.data.clean.",
+        )
+    weights = mixed_weights(
+        counts,
         [dataset.weight for dataset in settings.train],
         temperature=settings.temperature,
         replayed=settings.replay.datasets if settings.replay else 0,
         share=settings.replay.share if settings.replay else 0.0,
     )
+    if not any(round(weight * n) for weight, n in zip(weights, counts, strict=True)):
+        shown = ", ".join(f"{weight:g} of {n}" for weight, n in zip(weights, counts, strict=True))
+        raise StageError(
+            "EmptyData",
+            f"an epoch has no sequence: the weights and sequences of spec.data.train are {shown}.",
+            advice="Raise the weight, or add rows.",
+        )
+    return weights
 
 
 def _duplicates(settings: PrepareSettings) -> Duplicates | None:

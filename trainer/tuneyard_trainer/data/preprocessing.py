@@ -291,8 +291,8 @@ class Preprocessor:
         return self._overlong(where, encoded, tally)
 
     @property
-    def split_length(self) -> int:
-        """The longest piece of a split row, in tokens. Pieces leave room for markers."""
+    def part_length(self) -> int:
+        """The longest piece of a split or truncated row, in tokens. It leaves room for markers."""
         reserved = RESERVED if self.settings.fill_in_the_middle else 0
         return max(1, self.max_length - reserved)
 
@@ -305,13 +305,13 @@ class Preprocessor:
             tally.ledger.lose("dropped", tokens=length)
             return []
         pieces = (
-            truncate(encoded, self.max_length)
+            truncate(encoded, self.part_length)
             if policy == "truncate"
-            else split_evenly(encoded, self.split_length)
+            else split_evenly(encoded, self.part_length)
         )
         useful = [piece for piece in pieces if piece.mask.any()]
         if not useful:
-            problem = f"none of the first {self.max_length} tokens carries loss"
+            problem = f"none of the first {self.part_length} tokens carries loss"
             tally.refuse("NoTargets", where, problem, length)
             return []
         cut = length - sum(len(piece.ids) for piece in pieces)

@@ -21,6 +21,8 @@ _RANK_KEYS = ("rank",)
 PAIR_SCORES = ("score_chosen", "score_rejected")
 """The columns of the scores of a pair, as in UltraFeedback's binarized form."""
 _SCORE_KEYS = ("overall_score", "score", "rating")
+_MAX_NUMBER = 1e30
+"""The largest score. JSON can hold integers and infinities that no margin can be computed of."""
 
 
 @dataclass(frozen=True)
@@ -290,8 +292,9 @@ def _number(given: Any, keys: Sequence[str]) -> float | None:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Return whether a value is a number, and neither true, false nor NaN."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    """Return whether a value is a finite number within _MAX_NUMBER, and neither true nor false."""
+    is_given = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_given and abs(value) <= _MAX_NUMBER
 
 
 def _probability(given: Any) -> float:

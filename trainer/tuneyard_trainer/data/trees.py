@@ -49,13 +49,14 @@ def link_messages(rows: Iterable[Row]) -> Iterator[Row]:
             nodes[str(node["parent_id"])]["replies"].append(node)
     roots = [key for key, node in nodes.items() if node["parent_id"] in (None, "")]
     reached = set(_below(nodes, roots))
+    circles = set(_own_ancestors(nodes, (key for key in nodes if key not in reached)))
     for key, node in nodes.items():
         row, parent = rows_by_key[key], node["parent_id"]
         if parent is None or parent == "":
             yield Row(row.number, node, row.file)
         elif str(parent) not in nodes:
             yield _broken(row, f"the parent message {parent} is not in the data")
-        elif key not in reached and _is_own_ancestor(key, nodes):
+        elif key in circles:
             yield _broken(row, f"message_id {key} is its own ancestor: the replies form a circle")
 
 
@@ -72,13 +73,17 @@ def _below(nodes: Mapping[str, Node], keys: Iterable[str]) -> Iterator[str]:
         waiting += [str(reply["message_id"]) for reply in nodes[key]["replies"]]
 
 
-def _is_own_ancestor(key: str, nodes: Mapping[str, Node]) -> bool:
-    seen = {key}
-    parent = str(nodes[key]["parent_id"])
-    while parent in nodes and parent not in seen:
-        seen.add(parent)
-        parent = str(nodes[parent]["parent_id"])
-    return parent == key
+def _own_ancestors(nodes: Mapping[str, Node], keys: Iterable[str]) -> Iterator[str]:
+    """Yield those of the messages, and of their ancestors, that are their own ancestors."""
+    seen: set[str] = set()
+    for key in keys:
+        path: list[str] = []
+        while key in nodes and key not in seen:
+            seen.add(key)
+            path.append(key)
+            key = str(nodes[key]["parent_id"])
+        if key in path:
+            yield from path[path.index(key) :]
 
 
 # ---- conversations ----------------------------------------------------------------------------
@@ -110,15 +115,18 @@ def paths(row: Node) -> Iterator[list[Message]]:
 
 
 def ranked(row: Node) -> Iterator[tuple[list[Message], list[Message]]]:
-    """Yield each question's thread with its ranked answers, best first, if two of them differ.
-    Raises RowError."""
+    """Yield each question's thread with its ranked answers, best first, if two of them differ. Of
+    answers with the same rank, the first one is kept. Raises RowError."""
     for thread, replies in _walk(row):
         if thread[-1].role == "assistant":
             continue
         order = sorted((r for r in replies if _rank(r) != float("inf")), key=_rank)
-        answers = [_turn(reply, len(thread) + 1) for reply in order]
+        first: dict[float, Node] = {}
+        for reply in order:
+            first.setdefault(_rank(reply), reply)
         distinct: dict[str, Message] = {}
-        for answer in answers:
+        for reply in first.values():
+            answer = _turn(reply, len(thread) + 1)
             distinct.setdefault(answer.content.strip(), answer)
         if len(distinct) > 1:
             yield thread, list(distinct.values())
@@ -172,4 +180,4 @@ def _reviewed(message: Any) -> bool:
 
 def _rank(message: Any) -> float:
     rank = message.get("rank") if isinstance(message, Mapping) else None
-    return rank if isinstance(rank, int | float) else float("inf")
+    return rank if isinstance(rank, int | float) and rank == rank else float("inf")

@@ -116,12 +116,14 @@ def turn(given: Any, where: str, keys: TurnKeys = PUBLISHED) -> Message:
 
 def _joined(turns: Iterable[Message]) -> list[Message]:
     """Return the turns, with a text and the calls of the assistant that follow it as one turn:
-    ShareGPT writes each call as a turn of its own."""
+    ShareGPT writes each call as a turn of its own. A turn with its own reasoning, or trained on
+    otherwise than the one before it, stays alone."""
     joined: list[Message] = []
     for message in turns:
         before = joined[-1] if joined else None
-        calls_alone = message.role == "assistant" and message.calls and not message.content
-        if before is not None and calls_alone and before.role == "assistant":
+        calls_alone = message.calls and not message.content and not message.reasoning
+        belongs = before is not None and (before.role, before.train) == ("assistant", message.train)
+        if before is not None and belongs and calls_alone:
             joined[-1] = replace(before, calls=(*before.calls, *message.calls))
         else:
             joined.append(message)
@@ -160,7 +162,13 @@ def _reasoning(given: Mapping[str, Any], where: str) -> str:
 
 
 def _train(given: Mapping[str, Any]) -> bool | None:
-    """Return whether the turn is trained on: OpenAI's `weight`, or Axolotl's `train`."""
+    """Return whether the turn is trained on: OpenAI's `weight`, or Axolotl's `train`.
+
+    Raises RowError for Axolotl's `train_detail`, which trains on parts of a turn.
+    """
+    if given.get("train_detail"):
+        problem = "train_detail marks parts of a turn, and a turn is trained on as a whole"
+        raise RowError(f"{problem}: write train: true or false", "InvalidLabel")
     weight = given.get("weight")
     if weight is not None:
         if weight not in (0, 1):
