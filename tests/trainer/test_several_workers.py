@@ -81,8 +81,7 @@ def _runs(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_tests_that_are_killed_leave_no_process(number: signal.Signals, tmp_path: Path) -> None:
+def test_tests_that_are_killed_leave_no_process(tmp_path: Path) -> None:
     code = (
         "import pathlib, sys\n"
         "from tests.trainer import several_workers, test_several_workers\n"
@@ -99,9 +98,10 @@ def test_tests_that_are_killed_leave_no_process(number: signal.Signals, tmp_path
         time.sleep(0.1)
     left = psutil.Process(tests.pid).children(recursive=True)
     assert len(left) >= 4, "two workers, their server and the notes"
-    tests.send_signal(number)
+    tests.kill()
     tests.wait()
-    _, alive = psutil.wait_procs(left, timeout=20)
+    _, unreaped = psutil.wait_procs(left, timeout=20)  # not every container's init reaps
+    alive = [process for process in unreaped if _runs(process.pid)]
     for process in alive:
         process.kill()
     assert not alive

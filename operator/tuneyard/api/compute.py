@@ -65,7 +65,8 @@ class Compute(Model):
     gpu: str | None = Field(default=None, max_length=64, exclude_if=lambda name: name is None)
     """Name of each GPU, such as H100 or A100-80GB, or its memory, such as 48Gi, to calculate the
     job's memory. It chooses no node, and what the workers report takes precedence. None: the
-    profile's, else that of the node label nvidia.com/gpu.product in nodeSelector."""
+    profile's, else that of the node label nvidia.com/gpu.product in nodeSelector if gpuResource is
+    nvidia.com/gpu."""
     price_per_hour: float | None = Field(
         default=None, ge=0, le=1e9, exclude_if=lambda price: price is None
     )
