@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.data.cleaning.cleaner import Cleaner
 from tuneyard_trainer.data.cleaning.findings import Cleaned
 from tuneyard_trainer.data.cleaning.personal_data import is_iban, is_luhn
+from tuneyard_trainer.data.cleaning.words import words
 from tuneyard_trainer.data.example import Example, Message, ToolCall
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
@@ -169,10 +171,42 @@ def test_ignored_data_is_not_searched() -> None:
         "task-management-systems-and-risk-assessments 2, sk-learn",
         "def f(x): return x @ y  # 192.168.100.200:8080",
         "at 2024-05-06T07:08:09+02:00, 1,234,567,890.12 dollars",
+        "logo@2x.png and getty@tty1.service",
+        "order NO9386011117947ABC",
+        "the bar code 4006381334013",
     ],
 )
 def test_numbers_that_are_no_personal_data_are_left_alone(text: str) -> None:
     assert rules(row("Hi.", text), personal_data=PersonalData()) == []
+
+
+def test_digits_without_end_are_searched_in_their_number_of_steps() -> None:
+    """1,000 of them took 7 s: every way to cut the digits into groups was tried."""
+    text = ("+" + "1" * 40 + " ") * 2_000
+    start = time.process_time()
+    assert rules(row("Hi.", text), personal_data=PersonalData()) == []
+    assert time.process_time() - start < 3
+
+
+def test_no_value_of_a_call_is_lost_if_two_of_its_names_are_redacted() -> None:
+    call = ToolCall("count", {"ada@engines.org": 1, "charles@engines.org": 2})
+    turns = (QUESTION, Message("assistant", "", (call,)), Message("tool", "3"), ANSWER)
+    result = cleaned(Example(1, "chat", turns), personal_data=PersonalData(email="redact"))
+    assert result.example.messages[1].calls[0].arguments == {"[EMAIL]": 1, "[EMAIL]_": 2}
+
+
+def test_words_have_their_vowels_in_every_script() -> None:
+    """Without them, words that differ in a vowel alone are equal, and one word is many."""
+    assert words("हिन्दी में की, का") == ["हिन्दी", "में", "की", "का"]
+    assert words("مَرْحَبًا שָׁלוֹם") == ["مَرْحَبًا", "שָׁלוֹם"]
+    assert words("தமிழ் cafe\u0301") == ["தமிழ்", "cafe\u0301"]
+    assert words("漢字 and 仮名") == ["漢", "字", "and", "仮", "名"]
+
+
+@pytest.mark.parametrize("end", ["।", "؟", "።"])
+def test_lines_may_end_with_the_marks_of_their_script(end: str) -> None:
+    lines = "\n".join(f"यह एक काफी लंबा वाक्य है जो समाप्त होता है {i}{end}" for i in range(5))
+    assert rules(row(lines, f"और एक लंबा वाक्य जो कहीं समाप्त होता है{end}"), quality=["fineweb"]) == []
 
 
 def test_check_digits_are_those_of_the_standards() -> None:

@@ -106,6 +106,13 @@ def test_secrets_in_a_span_are_not_shown(tmp_path: Path) -> None:
     row = chat("Who?", "hf_" + "Ab3" * 11 + " " + " ".join(SPAN))
     (leak,) = found(tmp_path, [row], [row]).shown
     assert "ab3ab3" not in leak.span.lower()
+    shown = (
+        "Mail ada.lovelace@engines.org the key sk-proj-Zz9Zz9Zz9Zz9Zz9Zz9Zz9 or ring +49 30 901820"
+    )
+    row = chat("Who?", shown + " " + " ".join(SPAN))
+    (leak,) = found(tmp_path, [row], [row]).shown
+    for secret in ("lovelace", "zz9zz9", "901820"):
+        assert secret not in leak.span
 
 
 def test_the_batch_size_does_not_change_what_is_found(

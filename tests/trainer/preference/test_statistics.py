@@ -134,3 +134,9 @@ def test_the_command_shows_the_statistics_of_preferences(tmp_path: Path) -> None
     assert shown["Invalid rows"] == "1 IdenticalSides"
     assert shown["Preferences"] == "2"
     assert shown["Mean words, better and worse"] == "3.0 and 1.0"
+
+
+def test_one_answer_with_both_labels_is_no_repetition() -> None:
+    good, bad = (preference("Which?", "red", label=label) for label in (1.0, 0.0))
+    assert counted(good, bad).repeated == 0
+    assert counted(good, bad, good).repeated == 1

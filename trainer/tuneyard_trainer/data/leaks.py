@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tuneyard_trainer.data.cleaning.excerpts import excerpt
+from tuneyard_trainer.data.cleaning.excerpts import excerpt, harmless
 from tuneyard_trainer.data.cleaning.signatures import (
     SIMILARITY,
     Bands,
@@ -188,7 +188,8 @@ def _leak(
     held_out: Mapping[str, Any],
     trained: Mapping[str, Any],
 ) -> Leak:
-    ours, theirs = (words(written(text)[1]) for text in (held_out, trained))
+    # Without their punctuation, addresses and keys would not be found in the span.
+    ours, theirs = (words(harmless(written(text)[1])) for text in (held_out, trained))
     start, size = _common_span(ours, theirs)
     span = excerpt(" ".join(ours[start : start + size]))
     return Leak(row, training, kind, span, size, len(ours))

@@ -41,7 +41,7 @@ class PreferenceStatistics:
     tied_answers: int = 0
     """Answers left out, since another one has the same score."""
     seen: Counter[int] = field(default_factory=Counter)
-    """Preferences by their prompt and completions, in order."""
+    """Preferences by their prompt, their completions in order, and their label."""
     verdicts: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Of each two completions of a prompt: how often the first in the order of the alphabet won,
     and how often the other one."""
@@ -61,7 +61,7 @@ class PreferenceStatistics:
         prompt, texts = _hash(turns), [completion.text for completion in preference.completions]
         self.prompts.add(prompt)
         self.sizes[len(texts)] += 1
-        self.seen[_hash(turns, *texts)] += 1
+        self.seen[_hash(turns, *texts, str(preference.label))] += 1
         self.tied_answers += preference.tied
         if preference.margin is not None:
             self.margins.append(preference.margin)

@@ -15,13 +15,14 @@ _redact = Redactor({})
 def excerpt(text: str, start: int = 0, end: int = 0) -> str:
     """Return the text around a span, with placeholders for personal data and secrets."""
     first = max(0, start - LONGEST_READ)
-    around = _harmless(text[first : end + LONGEST_READ])
-    place = min(len(_harmless(text[first:start])), len(around))
+    around = harmless(text[first : end + LONGEST_READ])
+    place = min(len(harmless(text[first:start])), len(around))
     room = max(0, EXCERPT - (end - start)) // 2
     shown = around[max(0, min(place - room, len(around) - EXCERPT)) :][: 2 * EXCERPT]
     line = " ".join(shown.split())
     return line if len(line) <= EXCERPT else line[: EXCERPT - 1] + "…"
 
 
-def _harmless(text: str) -> str:
+def harmless(text: str) -> str:
+    """Return the text with placeholders for personal data and secrets."""
     return _redact(without_personal_data(text))

@@ -26,7 +26,12 @@ FINISHED_LINES = 0.12
 """The least share of lines that end with a punctuation mark."""
 REPEATED_LINE_CHARACTERS = 0.1
 SHORT_LINES, SHORT_LINE = 0.67, 30
-_ENDS = (".", "!", "?", '"', "'", "”", "…", "。", "！", "？", "：", ":", ";")  # noqa: RUF001
+_ENDS = (
+    *(".", "!", "?", '"', "'", "”", "…", "。", "！", "？", "：", ":", ";"),  # noqa: RUF001
+    *("।", "॥", "؟", "۔", "؛", "։", "።", "།", "၊", "။", "។"),  # noqa: RUF001
+)
+"""Punctuation marks, also those of the scripts of India, Arabic, Urdu, Armenian, Ethiopic, Tibetan,
+Burmese and Khmer."""
 
 
 def gopher(example: Example) -> Cleaned:

@@ -103,7 +103,13 @@ def _changed_value(value: Any, change: Change) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {change(name): _changed_value(each, change) for name, each in value.items()}
+        named: dict[str, Any] = {}
+        for name, each in value.items():
+            new = change(name)
+            while new in named:  # two addresses that are redacted are two fields still
+                new += "_"
+            named[new] = _changed_value(each, change)
+        return named
     if isinstance(value, list):
         return [_changed_value(each, change) for each in value]
     if _is_number(value):

@@ -16,7 +16,18 @@ from numpy.typing import NDArray
 
 _EACH = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 """Characters of Japanese and Chinese, which are written without spaces: each counts as a word."""
-_WORD = re.compile(rf"[{_EACH}]|[^\W{_EACH}]+")
+_MARKS = (
+    "\u0300-\u036f\u0483-\u0487\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7"
+    "\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06dc\u06df-\u06e4\u06e7\u06e8\u06ea-\u06ed"
+    "\u0900-\u0903\u093a-\u093c\u093e-\u094f\u0951-\u0957\u0962\u0963"
+    "\u0981-\u0983\u09bc\u09be-\u09cd\u09d7\u0a01-\u0a03\u0a3c-\u0a51\u0a70\u0a71"
+    "\u0a81-\u0a83\u0abc\u0abe-\u0acd\u0b01-\u0b03\u0b3c\u0b3e-\u0b57\u0b82\u0bbe-\u0bcd"
+    "\u0bd7\u0c00-\u0c04\u0c3c\u0c3e-\u0c56\u0c81-\u0c83\u0cbc\u0cbe-\u0cd6"
+    "\u0d00-\u0d03\u0d3b\u0d3c\u0d3e-\u0d4d\u0d57\u0d81-\u0d83\u0dca-\u0ddf\u200c\u200d"
+)
+"""Vowels and other marks of scripts with spaces between words, which are no word characters of
+`re`: accents, Hebrew and Arabic points, and the signs of the scripts of India and Sri Lanka."""
+_WORD = re.compile(rf"[{_EACH}]|[^\W{_EACH}]+(?:[{_MARKS}]+[^\W{_EACH}]*)*")
 _ASCII_WORD = re.compile(r"[a-z0-9_]+")
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
 _MIX = np.uint64(0xFF51AFD7ED558CCD)
