@@ -27,28 +27,29 @@ demo: $(VENV)/.trainer ## Fine-tune a real model on this machine and show that i
 .PHONY: test
 test: lint pytest ## Run everything that CI checks: lint, types, layers, tests
 
-# The parts run two at a time, for two cores: one that ends gives its place to the next, and each
-# prints its output at its end. The first waits for an API server more than it computes. Tests on a
+# The parts run two at a time, for two cores, and each line says of which part it is: one that ends
+# gives its place to the next. The first waits for an API server more than it computes. Tests on a
 # node train in pods and need the whole machine.
 PARTS := part-apiserver part-runs part-trainer part-others
 .PHONY: pytest
 pytest: $(VENV)/.dev ## Run all tests that this machine can run; each skipped test states its reason
 	@failed=0; \
-	$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target $(PARTS) || failed=1; \
+	$(MAKE) --no-print-directory --jobs=2 --keep-going $(PARTS) || failed=1; \
 	$(BIN)/pytest $(SLOWEST) -m cluster || failed=1; \
 	exit $$failed
 
 RUNS_JOBS := $(addprefix tests/trainer/,evaluation judging local pod reinforcement running)
 .PHONY: $(PARTS)
 part-apiserver: $(VENV)/.dev
-	@$(BIN)/pytest $(SLOWEST) -m apiserver
+	@$(BIN)/pytest $(SLOWEST) -m apiserver | $(NAMED)
 part-runs: $(VENV)/.dev
-	@$(BIN)/pytest $(SLOWEST) -m "not apiserver and not cluster" $(RUNS_JOBS)
+	@$(BIN)/pytest $(SLOWEST) -m "not apiserver and not cluster" $(RUNS_JOBS) | $(NAMED)
 part-trainer: $(VENV)/.dev
 	@$(BIN)/pytest $(SLOWEST) -m "not apiserver and not cluster" tests/trainer \
-	  $(addprefix --ignore ,$(RUNS_JOBS))
+	  $(addprefix --ignore ,$(RUNS_JOBS)) | $(NAMED)
 part-others: $(VENV)/.dev
-	@$(BIN)/pytest $(SLOWEST) -m "not apiserver and not cluster" --ignore tests/trainer
+	@$(BIN)/pytest $(SLOWEST) -m "not apiserver and not cluster" --ignore tests/trainer | $(NAMED)
+NAMED = awk '{ print "$(@:part-%=%): " $$0; fflush() }'
 SLOWEST := --durations=25 --durations-min=10
 
 .PHONY: test-fast
