@@ -188,7 +188,7 @@ def changes() -> dict[str, tuple[Manifest, str, dict[str, Any]]]:
     """Return by name: a manifest, the changed field of the spec, and the change."""
     return {
         "model": (LORA, "model", {"spec.model.revision": "other"}),
-        "method": (LORA, "method", {"spec.method": "pretrain"}),
+        "method": (MINIMAL, "method", {"spec.method": "pretrain"}),
         "data": (LORA, "data", {"spec.data.train[0].limit": 5}),
         "adapter": (LORA, "adapter", {"spec.adapter.lora.rank": 4}),
         "adapter-removed": (LORA, "adapter", {"spec.adapter": ABSENT}),

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from typing import Any
@@ -243,15 +243,15 @@ def _worker(pod: Pod, config: Any) -> int:
             log.write(f"{row}\n")
             return super().ids(row)
 
-    open_rows = prepared.Rows.open
+    open_prepared = prepared.Prepared.open
 
-    def opened(folder: Path, split: str) -> prepared.Rows | None:
-        rows = open_rows(folder, split)
-        if rows is None or split != "train":
-            return rows
-        return LoggedRows(rows.tokens, rows.flat_mask, rows.offsets, rows.source)
+    def opened(folder: Path) -> prepared.Prepared:
+        data = open_prepared(folder)
+        rows = data.train
+        logged = LoggedRows(rows.tokens, rows.flat_mask, rows.offsets, rows.source)
+        return replace(data, train=logged)
 
-    prepared.Rows.open = staticmethod(opened)
+    prepared.Prepared.open = staticmethod(opened)  # the report shows rows too, and trains on none
     distributed._run_rank(config)
     pod.worker_done.touch()
     return 0

@@ -127,7 +127,10 @@ class MemoryApi:
             case "POST" if path in self.objects:
                 return _Response(409, f"{path} already exists", "AlreadyExists")
             case "POST":
-                return _answer(self._store(path, asked.body, new=True))
+                stored = self._store(path, asked.body, new=True)
+                if "as=PartialObjectMetadata" in headers.get("Accept", ""):
+                    stored = {"kind": "PartialObjectMetadata", "metadata": stored["metadata"]}
+                return _answer(stored)
             case "DELETE":
                 return self._delete(path, body)
             case _ if "apply" in headers["Content-Type"]:

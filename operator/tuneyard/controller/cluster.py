@@ -186,7 +186,7 @@ class Cluster:
         return await self._call("PATCH", path, item, query, type_=_APPLY, accept=_METADATA)
 
     async def create(self, item: Object) -> Object:
-        """Create an object; return it with its metadata alone. Raises ApiError 409 if the name is
+        """Create an object; return its PartialObjectMetadata. Raises ApiError 409 if the name is
         taken: an apply would make an object of a deleted job this job's own."""
         query = {"fieldManager": MANAGER, "fieldValidation": "Strict"}
         path = _path_of(item).rpartition("/")[0]
