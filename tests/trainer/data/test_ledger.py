@@ -165,12 +165,12 @@ def test_answers_of_a_log_that_nobody_liked_are_counted(job: Job) -> None:
 def test_rows_with_one_prompt_are_on_one_side(job: Job) -> None:
     """A held-out answer to a prompt that is trained on measures memorization too."""
     rows = [
-        chat(f"Which lamp has number {i}?", f"The lamp {i} {word}.")
+        chat(f"Which lamp has number {i}?{space}", f"The lamp {i} {word}.")
         for i in range(12)
-        for word in ("is red", "is green", "is off")
+        for word, space in (("is red", ""), ("is green", " "), ("is off", "\n"))
     ]
     outcome = job.train(rows, validation_fraction=0.25)
-    held = {row["messages"][0]["content"] for row in map(_parsed, _held(job))}
+    held = {row["messages"][0]["content"].strip() for row in map(_parsed, _held(job))}
     assert outcome.metrics["heldOutRows"] == 9
     assert len(held) == 3
 

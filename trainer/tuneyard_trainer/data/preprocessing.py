@@ -322,12 +322,12 @@ class Preprocessor:
         return useful
 
     def _prompt(self, example: Example) -> str:
-        """Return the turns before the last one, whose rows go to one split. "": the row is all
-        target, and the method pretrain has no prompts."""
+        """Return the turns before the last one, whose rows go to one split, without the white space
+        around them. "": the row is all target, and the method pretrain has no prompts."""
         if example.kind == "text" or self.settings.method == "pretrain":
             return ""
         bare = example.without_context or example
-        turns = [[turn.role, turn.text] for turn in bare.messages[:-1]]
+        turns = [[turn.role, turn.text.strip()] for turn in bare.messages[:-1]]
         return json.dumps(turns, ensure_ascii=False)
 
     def _text(self, example: Example) -> dict[str, Any]:
