@@ -186,11 +186,12 @@ class Cluster:
         return await self._call("PATCH", path, item, query, type_=_APPLY, accept=_METADATA)
 
     async def create(self, item: Object) -> Object:
-        """Create an object; return its PartialObjectMetadata. Raises ApiError 409 if the name is
-        taken: an apply would make an object of a deleted job this job's own."""
+        """Create an object; return it with the metadata that it got. Raises ApiError 409 if the
+        name is taken: an apply would make an object of a deleted job this job's own."""
         query = {"fieldManager": MANAGER, "fieldValidation": "Strict"}
         path = _path_of(item).rpartition("/")[0]
-        return await self._call("POST", path, item, query, accept=_METADATA)
+        created = await self._call("POST", path, item, query, accept=_METADATA)
+        return {**item, "metadata": created["metadata"]}  # its kind is PartialObjectMetadata
 
     async def ensure(self, item: Object, *, is_new: bool) -> None:
         """Create an object, or update the one that the same job created before.

@@ -458,8 +458,7 @@ class Reconciler:
         await self.cluster.ensure(rendered.config_map, is_new=is_new)
         if self.settings.job_network_policies:
             await self.cluster.ensure(rendered.network_policy, is_new=is_new)
-        created = await self.cluster.create(item)
-        return {**item, "metadata": created["metadata"]}  # its kind is PartialObjectMetadata
+        return await self.cluster.create(item)
 
     def _store_create_error(self, key: Key, cached: CachedJob, error: CreateError) -> None:
         """Reconcile again with the error, which counts until the next try is due."""
