@@ -30,14 +30,7 @@ COLUMNS: Mapping[str, Sequence[str]] = {
     "completion": ("completion", "answer", "response"),
     "label": ("thumbs", "thumb", "label"),
     "scores": ("score",),
-    "messages": ("messages", "conversations"),
-    "prompt": ("prompt", "question", "instruction"),
-    "input": ("input",),
-    "system": ("system",),
-    "history": ("history",),
-    "tools": ("tools", "functions"),
-    "role": (),
-    "content": (),
+    **reading.ASKED,
 }
 Tools = tuple[Mapping[str, Any], ...]
 _ASKED = (Message("user", "?"),)

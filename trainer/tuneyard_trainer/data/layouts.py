@@ -10,13 +10,12 @@ from tuneyard.api.sources import DataFormat, FieldMap
 from tuneyard.errors import StageError
 from tuneyard_trainer.data import feedback, reading
 from tuneyard_trainer.data.example import RowError
-from tuneyard_trainer.data.reading import Names, Parsed
+from tuneyard_trainer.data.reading import Fields, Names, Parsed
 from tuneyard_trainer.data.rows import BrokenRow, Row
 from tuneyard_trainer.data.trees import is_flat_message, is_tree, link_messages
 
 Purpose = Literal["training", "preferences", "prompts"]
 """What rows are read for: conversations and texts, rated answers, or questions alone."""
-Fields = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -107,17 +106,6 @@ def _is_pair(row: Mapping[str, Any], names: Names) -> bool:
 
 _COMMON: Fields = {"expected": ("expected",), "document": ()}
 _TURNS: Fields = {"tools": ("tools", "functions"), "role": (), "content": (), **_COMMON}
-_ASKED: Fields = {
-    "messages": ("messages", "conversations"),
-    "prompt": ("prompt", "question", "instruction"),
-    "input": ("input",),
-    "system": ("system",),
-    "history": ("history",),
-    "tools": ("tools", "functions"),
-    "role": (),
-    "content": (),
-}
-"""The fields of the turns before rated answers."""
 _BOTH = frozenset({"prompt", "completion"})
 _EVENTS = "events: event, id or of, and what it says; joined by id"
 
@@ -255,7 +243,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "preference",
         "prompt or turns, chosen, rejected",
         {
-            **_ASKED,
+            **reading.ASKED,
             "chosen": ("chosen", "chosen_response", "preferred_output"),
             "rejected": ("rejected", "rejected_response", "non_preferred_output"),
         },
@@ -269,7 +257,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "ranking",
         "prompt, answers: [best first] or with ranks or scores",
         {
-            **_ASKED,
+            **reading.ASKED,
             "answers": ("answers", "responses", "completions"),
             "ranks": ("ranks",),
             "scores": ("scores",),
@@ -282,7 +270,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "labeled",
         "prompt and completion, or turns; label: true or false",
         {
-            **_ASKED,
+            **reading.ASKED,
             "completion": ("completion", "answer", "response", "output"),
             "label": ("label", "thumbs", "thumb", "kto_tag"),
         },

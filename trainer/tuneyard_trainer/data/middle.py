@@ -12,12 +12,12 @@ All tokens of a training sequence are targets, as in the paper.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from tuneyard.api.sources import FillInTheMiddle
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prepared import GAPS, RowWriter
+from tuneyard_trainer.data.texts import text_hash
 from tuneyard_trainer.data.tokenization import Encoded
 
 KNOWN: tuple[tuple[str, str, str], ...] = (
@@ -181,8 +182,7 @@ class MiddleFiller:
         return piece if filled is None else filled
 
     def _random(self, text: str, index: int) -> np.random.Generator:
-        digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
-        return np.random.default_rng([self.seed, index, int.from_bytes(digest, "little")])
+        return np.random.default_rng([self.seed, index, text_hash(text)])
 
     def _filled(
         self,
@@ -217,7 +217,7 @@ class MiddleFiller:
         mask[:given] = 0
         return Encoded(np.asarray(ids, dtype=np.int32), mask)
 
-    @property
+    @cached_property
     def _begin(self) -> list[int]:
         """The tokens before a document: that of its beginning, if the tokenizer has one."""
         found = self.tokenizer("", verbose=False)["input_ids"]

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.prepared import Rows
 
 MAX_WEIGHT = 1000.0
 """The most often that an epoch may contain a row. More is a set of a few rows by mistake."""
@@ -49,13 +46,15 @@ def mixed_weights(
     return mixed
 
 
-def mixture(train: Rows, weights: Sequence[float], names: Sequence[str]) -> list[dict[str, Any]]:
+def mixture(
+    counts: Sequence[int], weights: Sequence[float], names: Sequence[str]
+) -> list[dict[str, Any]]:
     """Return the part of each training data set in an epoch, for the record and the report.
-    `names`: those of the training data sets, which others may follow."""
-    parts = np.bincount(train.source, minlength=len(weights)) * np.asarray(weights)
+    `counts`: its sequences. `names`: those of the training data sets, which others may follow."""
+    parts = [weight * count for weight, count in zip(weights, counts, strict=True)]
     return [
-        {"name": name, "weight": weight, "share": part / parts.sum()}
-        for name, weight, part in zip(names, weights, parts.tolist(), strict=False)
+        {"name": name, "weight": weight, "share": part / sum(parts)}
+        for name, weight, part in zip(names, weights, parts, strict=False)
     ]
 
 

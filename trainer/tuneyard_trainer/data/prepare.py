@@ -120,8 +120,9 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
         found = filler.details()  # before the gaps of held-out documents are counted with them
         gaps = filler.write_gaps(context.workdir / _TEXTS, context.workdir)
         details["fillInTheMiddle"] = found | {"gaps": gaps}
-    weights = _weights(settings, train)
-    details["mixture"] = mixture(train, weights, [tally.name for tally in tallies])
+    counts = np.bincount(train.source, minlength=len(settings.train)).tolist()
+    weights = _weights(settings, counts)
+    details["mixture"] = mixture(counts, weights, [tally.name for tally in tallies])
     _write_summary(context.workdir, settings, tokenizer, limit, weights, metrics, details)
     faults = {tally.name: tally.faults for tally in tallies if tally.faults}
     return StageOutcome(metrics, {**details, "maxLength": limit, "faults": faults})
@@ -154,9 +155,9 @@ def _write_splits(
     compared = spooled or (bool(settings.validation) and settings.leaks != "off")
     texts = spool / "train.jsonl" if compared else None
     seen, held_seen = _duplicates(settings), _duplicates(settings)
-    with SplitWriter(spool if spooled else workdir, "train", seed, texts=texts) as read:
-        preprocessor.read("train", settings.train, read, seen)
     folder = spool if spooled else workdir
+    with SplitWriter(folder, "train", seed, texts=texts) as read:
+        preprocessor.read("train", settings.train, read, seen)
     with SplitWriter(folder, "validation", seed, texts=folder / _TEXTS) as held_read:
         preprocessor.read("validation", settings.validation, held_read, held_seen)
     preprocessor.check()
@@ -212,9 +213,9 @@ def _filled(
     return changed
 
 
-def _weights(settings: PrepareSettings, train: Rows) -> list[float]:
-    """Return how often an epoch contains each row of each training data set."""
-    counts = np.bincount(train.source, minlength=len(settings.train)).tolist()
+def _weights(settings: PrepareSettings, counts: Sequence[int]) -> list[float]:
+    """Return how often an epoch contains each row of each training data set. `counts`: its
+    sequences."""
     if not any(counts[: _num_own(settings)]):
         raise StageError(
             "EmptyData",

@@ -15,6 +15,19 @@ from tuneyard_trainer.data.example import Message, RowError
 from tuneyard_trainer.data.turns import TurnKeys, conversation, dialogue, kind_of, side, tools
 
 Row = Mapping[str, Any]
+Fields = Mapping[str, Sequence[str]]
+"""The published columns of each field of a `FieldMap`."""
+ASKED: Fields = {
+    "messages": ("messages", "conversations"),
+    "prompt": ("prompt", "question", "instruction"),
+    "input": ("input",),
+    "system": ("system",),
+    "history": ("history",),
+    "tools": ("tools", "functions"),
+    "role": (),
+    "content": (),
+}
+"""The fields of the turns before rated answers."""
 _LABEL_WORDS = {"up": 1.0, "down": 0.0, "true": 1.0, "false": 0.0}
 _ANSWER_KEYS = ("answer", "response", "text", "generation")
 _RANK_KEYS = ("rank",)

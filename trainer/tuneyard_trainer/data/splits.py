@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prepared import Rows, RowWriter
-from tuneyard_trainer.data.texts import Texts
+from tuneyard_trainer.data.texts import Texts, text_hash
 from tuneyard_trainer.data.tokenization import Encoded
 
 Hashes = NDArray[np.uint64]
@@ -70,7 +70,7 @@ class SplitWriter:
             content.update(piece.ids.tobytes())
             self._writer.append(piece.ids, piece.mask, place.source)
         self._hashes.append(int.from_bytes(content.digest(), "little"))
-        self._prompts.append(_prompt_hash(prompt) if prompt else self._hashes[-1])
+        self._prompts.append(text_hash(prompt) if prompt else self._hashes[-1])
         self._num_pieces.append(len(pieces))
         self._sources.append(place.source)
         if place.file not in self._files:
@@ -208,8 +208,3 @@ def assign_splits(
 def num_contaminated(train: Hashes, validation: Hashes) -> int:
     """Return the number of held-out rows that are also in training."""
     return int(np.isin(validation, train).sum())
-
-
-def _prompt_hash(prompt: str) -> int:
-    content = hashlib.blake2b(prompt.encode("utf-8", "replace"), digest_size=8)
-    return int.from_bytes(content.digest(), "little")

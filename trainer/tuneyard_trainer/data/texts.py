@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from array import array
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,12 @@ from typing import IO, Any, Self
 
 WITHOUT_CONTEXT = "withoutContext"
 """The field with the text of a row before `retrieval` put a context before its question."""
+
+
+def text_hash(text: str) -> int:
+    """Return a 64-bit hash of a text, the same in every process."""
+    content = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8)
+    return int.from_bytes(content.digest(), "little")
 
 
 class Texts:

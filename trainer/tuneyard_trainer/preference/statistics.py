@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from array import array
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tuneyard_trainer.data.conversations import template_turns
+from tuneyard_trainer.data.texts import text_hash
 from tuneyard_trainer.preference.rows import Preference
 
 LENGTH_BIAS = 0.65
@@ -130,12 +130,12 @@ class PreferenceStatistics:
         }
         if self.sizes[1]:
             found["rejected"] = self.rejected
-        if self.agreement:
-            found["agreement"], found["comparedAgain"] = self.agreement
+        if agreement := self.agreement:
+            found["agreement"], found["comparedAgain"] = agreement
         if self.certainty:
             found["meanProbability"] = float(np.mean(self.certainty))
-        if self.longer_wins:
-            found["longerWins"], found["unequalLengths"] = self.longer_wins
+        if longer_wins := self.longer_wins:
+            found["longerWins"], found["unequalLengths"] = longer_wins
             found["meanLengths"] = [float(np.mean(self.better)), float(np.mean(self.worse))]
         if self.margins:
             found["margins"] = np.quantile(self.margins, QUANTILES).tolist()
@@ -144,17 +144,17 @@ class PreferenceStatistics:
     def notes(self) -> list[str]:
         """Return what a user should know before training on them."""
         notes = []
-        if self.longer_wins and self.longer_wins[1] >= MIN_COMPARISONS:
-            share, number = self.longer_wins
-            if share >= LENGTH_BIAS:
+        if longer_wins := self.longer_wins:
+            share, number = longer_wins
+            if share >= LENGTH_BIAS and number >= MIN_COMPARISONS:
                 notes.append(
                     f"the longer answer wins {share:.0%} of {number:,} comparisons, so that a "
                     "policy may learn to write more"
                 )
-        if self.agreement and self.agreement[0] < 1:
+        if (agreement := self.agreement) and agreement[0] < 1:
             contradicted = sum(min(counts) > 0 for counts in self.verdicts.values())
             notes.append(
-                f"{contradicted:,} of {self.agreement[1]:,} comparisons that were made again have "
+                f"{contradicted:,} of {agreement[1]:,} comparisons that were made again have "
                 "contradicting verdicts"
             )
         if self.repeated:
@@ -163,5 +163,4 @@ class PreferenceStatistics:
 
 
 def _hash(*texts: str) -> int:
-    content = hashlib.blake2b("\0".join(texts).encode("utf-8", "replace"), digest_size=8)
-    return int.from_bytes(content.digest(), "little")
+    return text_hash("\0".join(texts))

@@ -5,7 +5,6 @@ Rows are compared by their content alone. Of rows that repeat each other, the fi
 
 from __future__ import annotations
 
-import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from tuneyard_trainer.data.cleaning.signatures import (
 )
 from tuneyard_trainer.data.cleaning.text import said, written
 from tuneyard_trainer.data.cleaning.words import WordHashes
+from tuneyard_trainer.data.texts import text_hash
 
 Kind = Literal["exact", "near"]
 
@@ -109,8 +109,7 @@ def _content(text: Mapping[str, Any]) -> int:
     parts = {name: _stripped(value) for name, value in text.items() if name != "expected"}
     if "messages" in text:
         parts["messages"] = [[turn["role"], said(turn).strip()] for turn in text["messages"]]
-    key = json.dumps(parts, ensure_ascii=False, sort_keys=True).encode("utf-8", "replace")
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+    return text_hash(json.dumps(parts, ensure_ascii=False, sort_keys=True))
 
 
 def _stripped(value: Any) -> Any:

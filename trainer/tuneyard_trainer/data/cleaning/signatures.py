@@ -19,9 +19,9 @@ from tuneyard_trainer.data.cleaning.words import (
     WordHashes,
     WordRows,
     grams,
-    text_hash,
     words,
 )
+from tuneyard_trainer.data.texts import text_hash
 
 SHINGLE = 5
 BANDS, HASHES_PER_BAND = 14, 8

@@ -5,7 +5,6 @@ Hashes do not depend on the process, so that the same rows always have the same 
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from itertools import chain
@@ -13,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tuneyard_trainer.data.texts import text_hash
 
 _EACH = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 """Characters of Japanese and Chinese, which are written without spaces: each counts as a word."""
@@ -52,12 +53,6 @@ class WordHashes(dict[str, int]):
             self.clear()
         found = self[word] = text_hash(word)
         return found
-
-
-def text_hash(text: str) -> int:
-    """Return a 64-bit hash of a text."""
-    content = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8)
-    return int.from_bytes(content.digest(), "little")
 
 
 class WordRows(NamedTuple):
