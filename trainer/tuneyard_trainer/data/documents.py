@@ -56,7 +56,7 @@ class Documents:
                 key, text = _document(row, fields)
                 if earlier := first.get(key):
                     where = f"{earlier.file} row {earlier.number}"
-                    raise ValueError(f"the id {key!r} is also that of {where}")
+                    raise ValueError(f"the id {key!r:.60} is also that of {where}")
             except ValueError as error:
                 faults.append(RowFault(row.file, row.number, str(error)))
                 continue

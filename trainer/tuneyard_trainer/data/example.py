@@ -42,12 +42,27 @@ Fault = Literal[
 """The kinds of faults by which the rows of a set are counted."""
 
 
+LONGEST_REASON = 500
+"""Characters of a reason: it may quote the row, which can hold any text."""
+
+
+def printable(text: str, most: int = LONGEST_REASON) -> str:
+    """Return a text for a message: on one line, at most `most` characters, and without characters
+    that control a terminal or that no log can hold, such as half of a surrogate pair."""
+    if not text.isprintable():
+        text = "".join(
+            character if character.isprintable() else " " if character.isspace() else "?"
+            for character in text[: most + 1]
+        )
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 class RowError(ValueError):
     """A row that cannot become an example. The message states the reason."""
 
     def __init__(self, message: str, fault: Fault = "InvalidTurns") -> None:
         self.fault = fault
-        super().__init__(message)
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True)
@@ -129,7 +144,7 @@ _MAY_FOLLOW: dict[Role | None, tuple[Role, ...]] = {
 
 def check(example: Example) -> None:
     """Raise RowError for empty turns, roles out of order and text that no tokenizer can encode."""
-    _check_encodable(example.prompt, example.completion, example.text)
+    _check_encodable(example.prompt, example.completion, example.text, *example.expected)
     check_turns(example.messages)
     if example.messages and example.messages[-1].role != "assistant":
         raise RowError(
@@ -145,6 +160,7 @@ def check_turns(messages: Sequence[Message]) -> None:
         if not (message.content.strip() or message.calls or message.role == "tool"):
             raise RowError(f"turn {number} ({message.role}) is empty")
         _check_encodable(message.content, message.reasoning, *map(call_text, message.calls))
+        _check_encodable(message.name, message.call_id, *(call.id for call in message.calls))
         if message.role not in _MAY_FOLLOW[previous]:
             after = f"follows {previous}" if previous else "begins the conversation"
             wanted = " or ".join(_MAY_FOLLOW[previous])

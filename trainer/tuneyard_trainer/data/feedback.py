@@ -140,6 +140,8 @@ def join_events(rows: Iterable[Row], names: Names) -> Iterator[Row]:
                 log.add(row, row.value)
             except RowError as error:
                 yield _broken(row, str(error), error.fault)
+            except RecursionError:
+                yield _broken(row, "the row is nested too deeply", "UnreadableRow")
         yield from log.joined()
 
 

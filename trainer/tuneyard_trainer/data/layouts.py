@@ -9,7 +9,7 @@ from typing import Any, Literal
 from tuneyard.api.sources import DataFormat, FieldMap
 from tuneyard.errors import StageError
 from tuneyard_trainer.data import feedback, reading
-from tuneyard_trainer.data.example import RowError
+from tuneyard_trainer.data.example import RowError, printable
 from tuneyard_trainer.data.reading import Fields, Names, Parsed
 from tuneyard_trainer.data.rows import BrokenRow, Row
 from tuneyard_trainer.data.trees import is_flat_message, is_tree, link_messages
@@ -395,11 +395,11 @@ def _undetected(
         fit, advice = f"several formats: {', '.join(found)}", _ADVICE
     else:
         said, advice = explain(_fields_of(rows[0]) if rows else {}, "training", fields)
-        fit = f"no known format. {said}"
+        fit = f"no known format. {said}".strip()
+    names = printable(", ".join(present)) or "(none)"
     return StageError(
         "UnknownFormat",
-        f"The rows' fields are {', '.join(present) or '(none)'}, which fit {fit.rstrip('.')}. "
-        f"Formats: {shapes}.",
+        f"The rows' fields are {names}, which fit {fit.rstrip('.')}. Formats: {shapes}.",
         advice=advice,
     )
 
@@ -432,15 +432,40 @@ def explain(row: Mapping[str, Any], purpose: Purpose, fields: FieldMap) -> tuple
                 f"The row has the layout {layout.name}, which is read for {other} only.",
                 f"Name the data set in {place}, or convert the rows.",
             )
+    if cased := _other_case(row, purpose):
+        layout, names = cased
+        named = ", ".join(f"{field}: {name}" for field, name in names.items())
+        return (
+            f"The nearest is {layout.name} ({layout.shape}), whose columns are in lower case.",
+            f"Name the fields: fields: {{{named}}}.",
+        )
     nearest, missing = _nearest(row, purpose, fields)
     if nearest is None:
         return "", _ADVICE
     unread = [name for name in row if name not in nearest.names(fields).columns]
-    column = unread[0] if unread else "COLUMN"
+    column = printable(unread[0], 60) if unread else "COLUMN"
     return (
         f"The nearest is {nearest.name} ({nearest.shape}), and the row has no {missing}.",
         f"Set format, or name the fields: fields: {{{missing}: {column}}}.",
     )
+
+
+def _other_case(row: Mapping[str, Any], purpose: Purpose) -> tuple[Layout, dict[str, str]] | None:
+    """Return the layout of a row whose columns are in another case, and the columns by field. None:
+    it has none, or a column that no field can name."""
+    columns = {name.strip().lower(): name for name in row}
+    lowered = {lower: row[name] for lower, name in columns.items()}
+    layout = match(lowered, purpose, FieldMap())
+    if layout is None:
+        return None
+    names = layout.names(FieldMap())
+    found = {field: names.of(field, lowered) for field in layout.fields}
+    named = {
+        field: printable(columns[column], 60)
+        for field, column in found.items()
+        if column in columns and columns[column] != column
+    }
+    return (layout, named) if named else None
 
 
 def _nearest(

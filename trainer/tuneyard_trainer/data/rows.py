@@ -1,6 +1,7 @@
 """Reading of data files as rows, each with its number in the file for messages.
 
 Files are streamed: memory holds one row, except for JSON (one file) and text (one document).
+`parquet_rows` reads Parquet.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 import json
 import lzma
 import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal
 
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.example import Fault
+from tuneyard_trainer.data.example import Fault, printable
 from tuneyard_trainer.storage.digests import files_under, is_documentation
 
 FileKind = Literal["jsonl", "json", "csv", "tsv", "parquet", "text"]
@@ -36,9 +38,12 @@ KINDS: dict[str, FileKind] = {
     ".md": "text",
 }
 """File kinds by suffix. The suffix of a compression may follow."""
-_CELL_LIMIT = 64 << 20  # characters; the csv module's default of 128 Ki is too short for documents
 MAX_ROW = 64 << 20
-"""Bytes of the longest line that is read as a row."""
+"""Bytes of the longest line that is read as a row, and characters of a table's longest row."""
+MAX_LEVELS = 450
+"""The deepest nesting of a row: the longest conversation of a tree has two levels a message. Deeper
+values exceed the stack of what reads them."""
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 BOMB_BYTES, BOMB_RATIO = 1 << 30, 200
 """A file that unpacks to more than both, bytes and times its size, is refused. Text unpacks to 3 to
 20 times its size."""
@@ -51,6 +56,9 @@ class BrokenRow:
 
     reason: str
     fault: Fault = "UnreadableRow"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", printable(self.reason))
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,8 @@ def read_rows(path: Path) -> Iterator[Row]:
     """
     kind = _kind(path)
     with _whole_file_faults(path), _opened(path) as file:
+        if kind != "parquet" and file.peek(2)[:2] in _UTF_16:
+            raise _invalid(path, "is UTF-16: convert it with iconv -f UTF-16 -t UTF-8")
         if kind == "jsonl":
             yield from _jsonl(file)
         elif kind == "json":
@@ -134,7 +144,7 @@ def _kind(path: Path) -> FileKind:
     return kind
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _opened(path: Path) -> io.BufferedReader:
     opener = _OPENERS.get(path.suffix.lower())
     if opener is None:
         return path.open("rb")
@@ -154,16 +164,25 @@ class _Unpacked(io.RawIOBase):
         content = self._file.read(len(buffer))
         self._size += len(content)
         if self._size > max(BOMB_BYTES, BOMB_RATIO * self._packed):
-            raise OSError(
-                f"{self._packed} bytes unpack to more than {BOMB_RATIO} times as many, as those "
-                "of a zip bomb do"
-            )
+            raise bomb(self._packed)
         buffer[: len(content)] = content
         return len(content)
 
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+def bomb(packed: int) -> OSError:
+    """Return the error for a file of `packed` bytes that unpacks to far more."""
+    return OSError(
+        f"{packed} bytes unpack to more than {BOMB_RATIO} times as many, as those of a zip bomb do"
+    )
+
+
+def too_long() -> BrokenRow:
+    """Return the value of a row that is longer than MAX_ROW."""
+    return BrokenRow(f"longer than {MAX_ROW >> 20} MiB: split the row")
 
 
 def _zstd(path: Path) -> IO[bytes]:
@@ -191,7 +210,8 @@ def _whole_file_faults(path: Path) -> Iterator[None]:
 
 
 def _invalid(path: Path, reason: str) -> StageError:
-    return StageError("InvalidData", f"{path.name} {reason}.", advice="Repair or replace the file.")
+    message = printable(f"{path.name} {reason}".rstrip("."))
+    return StageError("InvalidData", f"{message}.", advice="Repair or replace the file.")
 
 
 def _jsonl(file: IO[bytes]) -> Iterator[Row]:
@@ -201,7 +221,7 @@ def _jsonl(file: IO[bytes]) -> Iterator[Row]:
         if len(line) > MAX_ROW:
             while line and not line.endswith(b"\n"):
                 line = file.readline(MAX_ROW)
-            yield Row(number, BrokenRow(f"longer than {MAX_ROW >> 20} MiB: split the row"))
+            yield Row(number, too_long())
             continue
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
@@ -211,24 +231,61 @@ def _jsonl(file: IO[bytes]) -> Iterator[Row]:
 
 def _parsed(line: bytes) -> dict[str, Any] | BrokenRow:
     try:
-        return _row_value(json.loads(line.decode()))
+        return _row_value(json.loads(line.decode(), object_pairs_hook=_object))
     except UnicodeDecodeError as error:
         return BrokenRow(f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}")
     except json.JSONDecodeError as error:
         return BrokenRow(f"not JSON: {error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:  # a number too long, nesting too deep
-        return BrokenRow(f"not JSON: {error}")
+    except (ValueError, RecursionError) as error:
+        return BrokenRow(_refused(error))
+
+
+class _RepeatedKeyError(ValueError):
+    pass
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON. Raises ValueError for two values of one key, of which Python would
+    keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _RepeatedKeyError(f"the key {twice!r:.60} appears twice in one object: rename one")
+    return found
+
+
+def _refused(error: ValueError | RecursionError) -> str:
+    """Return what is wrong with JSON that Python can parse, in principle."""
+    if isinstance(error, _RepeatedKeyError):
+        return str(error)
+    if isinstance(error, RecursionError):
+        return f"nested deeper than {MAX_LEVELS} levels: flatten the row"
+    return f"a number has more than {sys.get_int_max_str_digits()} digits: write it as text"
 
 
 def _row_value(value: Any) -> dict[str, Any] | BrokenRow:
-    if isinstance(value, dict):
-        return value
-    return BrokenRow(f"a row must be an object with fields, not {type(value).__name__}")
+    if not isinstance(value, dict):
+        return BrokenRow(f"a row must be an object with fields, not {type(value).__name__}")
+    if _is_deep(value):
+        return BrokenRow(f"nested deeper than {MAX_LEVELS} levels: flatten the row")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Return whether a value has more than MAX_LEVELS levels, level by level."""
+    level = [value]
+    for _ in range(MAX_LEVELS):
+        parts = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [part for each in parts for part in each if isinstance(part, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _json(file: IO[bytes], path: Path) -> Iterator[Row]:
     try:
-        value = json.loads(file.read().decode("utf-8-sig"))
+        value = json.loads(file.read().decode("utf-8-sig"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise _invalid(path, f"is not UTF-8 at byte {error.start + 1}") from error
     except json.JSONDecodeError as error:
@@ -237,8 +294,8 @@ def _json(file: IO[bytes], path: Path) -> Iterator[Row]:
         )
         where = f"line {error.lineno}, column {error.colno}"
         raise _invalid(path, f"is not JSON: {error.msg} at {where}{hint}") from error
-    except (ValueError, RecursionError) as error:  # a number too long, nesting too deep
-        raise _invalid(path, f"is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise _invalid(path, f"cannot be read: {_refused(error)}") from error
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         value = value["data"]
     if not isinstance(value, list):
@@ -248,35 +305,74 @@ def _json(file: IO[bytes], path: Path) -> Iterator[Row]:
 
 
 def _table(file: IO[bytes], path: Path, delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(_CELL_LIMIT)
+    csv.field_size_limit(MAX_ROW)
     # Undecodable bytes become lone surrogates, so that reading continues after a broken row.
     text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
-    lines = csv.reader(text, delimiter=delimiter, strict=True)
-    header = next(_cells(lines), None)
+    lines = _Lines(text)
+    header = next(_cells(lines, delimiter), None)
     if header is None:
         return
     if isinstance(header, BrokenRow):
         raise _invalid(path, f"has a header that is {header.reason}")
+    if not all(map(_is_utf8, header)):
+        raise _invalid(path, "has a header that is not UTF-8")
     if len(set(header)) < len(header) or "" in header:
         raise _invalid(
             path, f"needs a header with a different name for each column; the header is {header}"
         )
-    for number, cells in enumerate(_cells(lines), start=1):
+    for number, cells in enumerate(_cells(lines, delimiter), start=1):
         yield Row(number, _table_row(header, cells))
 
 
-def _cells(lines: Iterator[list[str]]) -> Iterator[list[str] | BrokenRow]:
+class _Lines:
+    """The lines of a table. Raises csv.Error at a row of more than MAX_ROW characters, and skips
+    the rest of its line."""
+
+    def __init__(self, text: io.TextIOWrapper) -> None:
+        self._text = text
+        self.number = 0
+        """The number of the last line."""
+        self.row_length = 0
+        """The characters of the row so far. The reader of a row sets it to 0."""
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._text.readline(MAX_ROW + 1)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        self.row_length += len(line)
+        if self.row_length <= MAX_ROW:
+            return line
+        while line and not line.endswith(("\n", "\r")):
+            line = self._text.readline(MAX_ROW)
+        raise csv.Error(too_long().reason)
+
+
+def _cells(lines: _Lines, delimiter: str) -> Iterator[list[str] | BrokenRow]:
     """Yield rows of cells without blank rows."""
+    found = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
+        first, lines.row_length = lines.number + 1, 0
         try:
-            cells = next(lines)
+            cells = next(found)
         except StopIteration:
             return
         except csv.Error as error:
-            yield BrokenRow(f"not CSV: {error}")
+            yield BrokenRow(f"not CSV: {_explained(error, first, lines.number)}")
             continue
         if cells:
             yield cells
+
+
+def _explained(error: csv.Error, first: int, last: int) -> str:
+    """Return what is wrong with the row in these lines."""
+    where = f"in line {first}" if first == last else f"in lines {first} to {last}"
+    if str(error) == "unexpected end of data":
+        return f"a cell {where} begins with a quote that is never closed"
+    return f"{error} {where}" + ("; is a quote not closed?" if last > first else "")
 
 
 def _table_row(header: list[str], cells: list[str] | BrokenRow) -> dict[str, Any] | BrokenRow:
@@ -287,9 +383,13 @@ def _table_row(header: list[str], cells: list[str] | BrokenRow) -> dict[str, Any
             f"the row has {len(cells)} cells, and the header names {len(header)} columns"
         )
     for name, cell in zip(header, cells, strict=True):
-        if not cell.isascii() and any("\udc80" <= char <= "\udcff" for char in cell):
+        if not _is_utf8(cell):
             return BrokenRow(f"column {name} is not UTF-8")
     return dict(zip(header, cells, strict=True))
+
+
+def _is_utf8(cell: str) -> bool:
+    return cell.isascii() or not any("\udc80" <= char <= "\udcff" for char in cell)
 
 
 def _seekable(file: IO[bytes]) -> IO[bytes]:
@@ -303,48 +403,10 @@ def _seekable(file: IO[bytes]) -> IO[bytes]:
 
 
 def _parquet(file: IO[bytes]) -> Iterator[Row]:
-    import pyarrow as pa
-    from pyarrow import parquet
+    from tuneyard_trainer.data import parquet_rows  # pyarrow is needed for Parquet alone
 
-    number = 0
-    try:
-        opened = parquet.ParquetFile(file)
-        names = opened.schema_arrow.names
-        if len(set(names)) < len(names):
-            raise OSError(f"Parquet with two columns of one name: {', '.join(names)}")
-        for batch in opened.iter_batches(batch_size=1024):
-            for value in _batch_rows(batch):
-                number += 1
-                yield Row(number, value)
-    except pa.ArrowException as error:
-        raise OSError(f"not Parquet: {error}") from error
-
-
-def _batch_rows(batch: Any) -> Iterator[dict[str, Any] | BrokenRow]:
-    try:
-        values = batch.to_pylist()
-    except UnicodeDecodeError:  # a column of strings holds other bytes: find its rows
-        for index in range(batch.num_rows):
-            try:
-                yield from map(_row_without_nulls, batch.slice(index, 1).to_pylist())
-            except UnicodeDecodeError as error:
-                yield BrokenRow(f"a column of strings holds bytes that are not UTF-8: {error}")
-        return
-    yield from map(_row_without_nulls, values)
-
-
-def _row_without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row without the null fields of its structures. Arrow gives each structure of a
-    column the fields of all of them, such as the arguments of every tool."""
-    return {name: _without_nulls(value) for name, value in row.items()}
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
-    if isinstance(value, list) and value and isinstance(value[0], dict | list):
-        return [_without_nulls(each) for each in value]
-    return value
+    for number, value in enumerate(parquet_rows.read(file), start=1):
+        yield Row(number, value)
 
 
 def _text(file: IO[bytes]) -> Row:

@@ -30,8 +30,9 @@ def link_messages(rows: Iterable[Row]) -> Iterator[Row]:
     """Yield rows of trees from OpenAssistant's flat files, which hold one message a row.
 
     All flat messages are held in memory, as replies may come in any order. Trees and broken rows
-    are yielded unchanged. A message whose parent is not in the data, whose id appears twice, or
-    which is its own ancestor is a broken row. A tree has the number of its first message.
+    are yielded unchanged. A message whose parent is not in the data, which has no id or one that
+    appears twice, or which is its own ancestor is a broken row. A tree has the number of its first
+    message.
     """
     rows_by_key: dict[str, Row] = {}
     nodes: dict[str, dict[str, Any]] = {}
@@ -39,13 +40,16 @@ def link_messages(rows: Iterable[Row]) -> Iterator[Row]:
         if isinstance(row.value, BrokenRow) or not is_flat_message(row.value):
             yield row
             continue
+        if row.value["message_id"] in (None, ""):
+            yield _broken(row, "message_id is empty: give each message an id of its own")
+            continue
         key = str(row.value["message_id"])
         if key in nodes:
             yield _broken(row, f"message_id {key} appears twice")
             continue
         rows_by_key[key], nodes[key] = row, {**row.value, "replies": []}
     for node in nodes.values():
-        if str(node["parent_id"]) in nodes:
+        if node["parent_id"] not in (None, "") and str(node["parent_id"]) in nodes:
             nodes[str(node["parent_id"])]["replies"].append(node)
     roots = [key for key, node in nodes.items() if node["parent_id"] in (None, "")]
     reached = set(_below(nodes, roots))

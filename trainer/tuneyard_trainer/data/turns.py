@@ -8,6 +8,7 @@ or a single turn.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ from tuneyard_trainer.data.example import ROLES, Message, Role, RowError, ToolCa
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _TRAINED = ("train", "training")
+MAX_LEVELS = 100
+"""The deepest nesting of arguments and tools. Real ones have less than 20 levels."""
 _DIALOGUE_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):[ ]?")
 
 
@@ -101,6 +104,7 @@ def turn(given: Any, where: str, keys: TurnKeys = PUBLISHED) -> Message:
     if content is None and calls:
         content = ""
     if role == "tool" and isinstance(content, Mapping):
+        _check_json(content, f"{where}: {content_key}")
         content = json.dumps(content, ensure_ascii=False)
     text, thought = _content(content, where, content_key)
     return Message(
@@ -202,6 +206,7 @@ def _tool(given: Any, where: str) -> Mapping[str, Any]:
     function = given.get("function", given) if isinstance(given, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise RowError(f"{where} must be a tool {{name, description, parameters}}")
+    _check_json(given, where)
     if function is given:
         return {"type": "function", "function": dict(given)}
     return given
@@ -234,6 +239,7 @@ def _call(given: Any, where: str) -> ToolCall:
             f"{where}: the arguments of {function['name']} must be an object, not "
             f"{type(arguments).__name__}"
         )
+    _check_json(arguments, f"{where}: the arguments of {function['name']}")
     return ToolCall(function["name"], arguments, _string(given, "id"))
 
 
@@ -245,6 +251,31 @@ def _from_json(text: Any, where: str) -> Any:
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         raise RowError(f"{where} is not JSON: {reason}") from error
+
+
+def _check_json(value: Any, where: str) -> None:
+    """Raise RowError for a value that JSON cannot hold, and for one of too many levels. Parquet has
+    dates and bytes, and Python reads NaN, which no other reader of JSON does."""
+    waiting = [(value, 1)]
+    while waiting:
+        each, level = waiting.pop()
+        if level > MAX_LEVELS:
+            raise RowError(f"{where}: more than {MAX_LEVELS} levels; flatten them")
+        if isinstance(each, Mapping):
+            waiting += [(part, level + 1) for pair in each.items() for part in pair]
+        elif isinstance(each, list):
+            waiting += [(part, level + 1) for part in each]
+        elif isinstance(each, float) and not math.isfinite(each):
+            raise RowError(f"{where}: {each} is not JSON; write null or a text")
+        elif not isinstance(each, str | int | float | None):
+            kind = type(each).__name__
+            raise RowError(f"{where}: a {kind} is not JSON; write it as text")
+        elif isinstance(each, str) and not _is_encodable(each):
+            raise RowError(f"{where}: half of a surrogate pair")
+
+
+def _is_encodable(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _string(given: Mapping[str, Any], key: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tuneyard_trainer.data.example import printable
 from tuneyard_trainer.data.turns import kind_of
 
 MAX_UNREAD = 20
@@ -28,8 +29,7 @@ class Unread:
             if len(self._names) == MAX_UNREAD:
                 return
             if name not in columns and kind_of(value) not in ("missing", "empty"):
-                # A file may hold half of a character, as "\ud800", which no log can.
-                self._names.add(name[:MAX_NAME].encode("utf-8", "replace").decode())
+                self._names.add(printable(name[:MAX_NAME]))
 
     @property
     def names(self) -> tuple[str, ...]:

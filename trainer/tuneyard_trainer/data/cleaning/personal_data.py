@@ -116,7 +116,7 @@ _ISSUED = re.compile(
 """The first digits and the lengths of the large issuers' cards. Visa's old cards of 13 digits are
 left out: the bar codes of Germany and Japan have 13 digits and begin with 4, too."""
 _IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]){11,30}")
-_KEY = re.compile(rf"(?<![\w-])(?=\S*\d|-----)(?:{'|'.join(SECRET_FORMATS)})", re.DOTALL)
+_KEY = re.compile(rf"(?<![\w-])(?:{'|'.join(SECRET_FORMATS)})", re.DOTALL)
 _KEY_STARTS = (
     *("hf_", "sk-", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "xox"),
     *("AIza", "ya29.", "AKIA", "ASIA", "eyJ", "-----BEGIN "),
@@ -198,7 +198,10 @@ def is_iban(characters: str) -> bool:
 
 
 def _keys(text: str) -> Iterator[tuple[int, int]]:
-    return (match.span() for match in _KEY.finditer(text))
+    """Yield keys with a digit: words of letters alone can look like one."""
+    for match in _KEY.finditer(text):
+        if match[0].startswith("-----") or _has_digit(match[0]):
+            yield match.span()
 
 
 def _has_digit(text: str) -> bool:
