@@ -11,6 +11,8 @@ import pytest
 from tuneyard.api.sources import FieldMap
 from tuneyard.api.stage_settings import ChatSettings, DatasetSettings, PromptSettings
 from tuneyard.errors import StageError
+from tuneyard.planning.limits import PREFERENCE_FORMATS
+from tuneyard_trainer.data import layouts
 from tuneyard_trainer.data.conversations import template_turns
 from tuneyard_trainer.data.example import Example, Message, RowError, ToolCall
 from tuneyard_trainer.data.prompts import Prompt, read_prompts
@@ -409,6 +411,11 @@ def test_a_published_layout_of_labeled_completions_is_recognized(
         ["assistant: a"],
         0.0,
     )
+
+
+def test_a_manifest_can_name_the_layouts_of_preferences_that_are_read() -> None:
+    names = {layout.name for layout in layouts.layouts("preferences")}
+    assert set(PREFERENCE_FORMATS) == {"auto", *names}
 
 
 def test_preferences_hold_calls_of_tools() -> None:
