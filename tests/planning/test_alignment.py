@@ -30,7 +30,7 @@ from tuneyard.planning.plan import plan_job
 from tuneyard.rendering.storage import storage, storage_faults
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "alignment"
-NAMES = ("ai-feedback", "constitutional", "distill", "dpo", "grpo", "ppo", "rloo")
+NAMES = ("ai-feedback", "constitutional", "distill", "dpo", "feedback", "grpo", "ppo", "rloo")
 
 
 def job(name: str = "dpo", **changes: Any) -> AlignmentJob:
