@@ -298,8 +298,10 @@ PROMPTS: Fields = {
     "text": ("text",),
     "tools": ("tools", "functions"),
     "chosen": ("chosen",),
+    "rejected": ("rejected",),
 }
-"""The columns of prompts: those of every layout, without the answers."""
+"""The columns of prompts: those of every layout, and of the answers those that may begin with a
+prompt."""
 
 _REFUSED: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "steps with a label each (prompt, completions, labels), which train a process reward model; "
@@ -395,7 +397,7 @@ def _undetected(
         fit, advice = f"several formats: {', '.join(found)}", _ADVICE
     else:
         said, advice = explain(_fields_of(rows[0]) if rows else {}, "training", fields)
-        fit = f"no known format. {said}"
+        fit = f"no known format. {said}".rstrip()
     return StageError(
         "UnknownFormat",
         f"The rows' fields are {', '.join(present) or '(none)'}, which fit {fit.rstrip('.')}. "
