@@ -12,7 +12,7 @@ from tuneyard.api.alignmentjob import AlignmentSpec
 from tuneyard.api.compute import MIN_SHARDS, Compute
 from tuneyard.api.evaluation import AlignmentMetric, Evaluate, Gate, Metric
 from tuneyard.api.finetunejob import FineTuneSpec
-from tuneyard.api.sources import FineTuneData
+from tuneyard.api.sources import DataFormat, FineTuneData
 from tuneyard.api.training import Training
 from tuneyard.errors import Fault
 from tuneyard.planning import defaults
@@ -32,6 +32,16 @@ from tuneyard.planning.trl_arguments import (
 IN_VLLM = ("lora", "ia3", None)
 """Adapters with which vLLM can sample, None for full fine-tuning: they can be written as plain
 weights, unlike a 4-bit base model, virtual tokens and bottlenecks."""
+
+PREFERENCE_FORMATS: tuple[DataFormat, ...] = (
+    "auto",
+    "feedback",
+    "preference",
+    "ranking",
+    "labeled",
+    "openassistant",
+)
+"""Formats of data sets of preferences."""
 
 BY_TRL = (
     "spec.sft.training",
@@ -111,11 +121,11 @@ def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
 
 def _preference_faults(spec: AlignmentSpec) -> Iterator[Fault]:
     for index, dataset in enumerate((spec.preferences and spec.preferences.data) or []):
-        if dataset.format != "auto":
+        if dataset.format not in PREFERENCE_FORMATS:
             yield Fault(
                 f"spec.preferences.data[{index}].format",
-                f"{dataset.format} is a format of fine-tuning data; the shape of preferences is "
-                "detected from the rows: remove format",
+                f"{dataset.format} is a format of fine-tuning data: remove format, or set one of "
+                f"{', '.join(PREFERENCE_FORMATS[1:])}",
             )
     dpo, reward = spec.optimize and spec.optimize.dpo, spec.reward_model
     if dpo and dpo.loss == "kto" and reward and reward.train:

@@ -472,6 +472,35 @@ def test_the_page_shows_the_ledger_with_rules_and_leaks(tmp_path: Path) -> None:
     assert "row 4 is in row 8 with 2 of its 5 words in sequence: one two" in shown
 
 
+def test_documents_replayed_data_and_gaps_are_named_and_counted(tmp_path: Path) -> None:
+    inputs = folders(tmp_path / "stages")
+    path = inputs["data"] / "record.json"
+    value = json.loads(path.read_text())
+    contexts = {"documents": 10, "passages": 12, "rows": 30, "withRightPassage": 22}
+    value["details"] |= {
+        "retrieval": contexts | {"namedDocuments": 29},
+        "fillInTheMiddle": {"sequences": {"asItWas": 6, "changed": 4, "unclear": 1}, "gaps": 5},
+    }
+    value["inputDigests"] |= {"train.1": "sha256:replayed", "documents": "sha256:documents"}
+    path.write_text(json.dumps(value))
+    data = MANIFEST["spec"]["data"] | {
+        "replay": {"data": [{"uri": "file://data/general.jsonl"}], "share": 0.1},
+        "retrieval": {"documents": {"uri": "file://data/manuals"}},
+    }
+    manifest = MANIFEST | {"spec": MANIFEST["spec"] | {"data": data}}
+    summary = RunSummary.of(tmp_path / "result", inputs, manifest, {}, None)
+    facts = dict(summary.data_facts)
+    assert facts["Documents"] == "10, in 12 passages"
+    assert facts["Contexts with the right passage"] == "22 of 30"
+    assert facts["Rows without a document, whose passage BM25 chose"] == "1"
+    assert facts["Sequences whose middle comes last"] == "4 of 11"
+    assert facts["Held-out documents with a gap"] == "5"
+    labels = dict(summary.digests)
+    assert labels["Data, train.1, file://data/general.jsonl"] == "sha256:replayed"
+    assert labels["Data, documents, file://data/manuals"] == "sha256:documents"
+    assert "| Contexts with the right passage | 22 of 30 |" in write_card(summary)
+
+
 def test_a_record_without_a_ledger_has_none_on_the_page(folder: Path) -> None:
     """Records of 0.2 have none."""
     assert "Ledger" not in Page(page(folder)).text

@@ -298,8 +298,10 @@ PROMPTS: Fields = {
     "text": ("text",),
     "tools": ("tools", "functions"),
     "chosen": ("chosen",),
+    "rejected": ("rejected",),
 }
-"""The columns of prompts: those of every layout, without the answers."""
+"""The columns of prompts: those of every layout, and of the answers those that may begin with a
+prompt."""
 
 _REFUSED: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "steps with a label each (prompt, completions, labels), which train a process reward model; "

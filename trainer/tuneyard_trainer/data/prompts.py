@@ -26,7 +26,7 @@ from tuneyard_trainer.data.reading import Names
 from tuneyard_trainer.data.rows import BrokenRow, Row, read_data
 from tuneyard_trainer.data.stream import DETECTED_FROM, FAULTS_SHOWN, examples
 from tuneyard_trainer.data.template_style import MisfitError
-from tuneyard_trainer.data.turns import side
+from tuneyard_trainer.data.turns import dialogue, side
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,10 @@ def _row_turns(
         given = reading.input_text(value, names.of("input", value)) if names.maps("input") else ""
         return [Turn("user", reading.with_input(text, given))], tools
     chosen = names.value("chosen", value)  # preferences whose sides hold the prompt
+    sides = names.of("chosen", value), names.of("rejected", value)
+    if isinstance(chosen, str) and not dialogue(chosen):
+        asked = reading.beginning(value, sides).strip()
+        return [Turn("user", asked)] if asked else [], tools
     return (side(chosen, "chosen", "assistant") if chosen is not None else []), tools
 
 

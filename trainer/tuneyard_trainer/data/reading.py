@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
@@ -28,6 +29,7 @@ ASKED: Fields = {
     "content": (),
 }
 """The fields of the turns before rated answers."""
+_NO_PROMPTS = frozenset({*ASKED["system"], *ASKED["tools"], *ASKED["history"]})
 _LABEL_WORDS = {"up": 1.0, "down": 0.0, "true": 1.0, "false": 0.0}
 _ANSWER_KEYS = ("answer", "response", "text", "generation")
 _RANK_KEYS = ("rank",)
@@ -166,7 +168,10 @@ def pair(row: Row, names: Names) -> Iterator[Parsed]:
     """Read a chosen and a rejected answer."""
     before, used = prompt(row, names, turns_first=False)
     fields = names.of("chosen", row), names.of("rejected", row)
-    found = [answer(row.get(field), field, before, names) for field in fields]
+    sides = row.get(fields[0]), row.get(fields[1])
+    if not before and all(isinstance(each, str) and not dialogue(each) for each in sides):
+        before, sides = _without_beginning(row, fields)
+    found = [answer(each, field, before, names) for each, field in zip(sides, fields, strict=True)]
     (asked, chosen), (other, rejected) = found
     if asked != other:
         raise RowError(f"{fields[0]} and {fields[1]} have different prompts", "DifferingPrompts")
@@ -252,6 +257,42 @@ def answer(
     if before and asked and asked not in (before, _without_system(before)):
         raise RowError(f"{field} begins with another prompt", "DifferingPrompts")
     return before or asked, _filled(last, field)
+
+
+def _without_beginning(
+    row: Row, fields: tuple[str, str]
+) -> tuple[tuple[Message, ...], tuple[str, str]]:
+    """Return the prompt with which two texts begin, and the rest of both. Raises RowError."""
+    asked = beginning(row, fields)
+    if not asked:
+        others = [name for name in _columns_beside(row, fields) if name not in _NO_PROMPTS]
+        problem = (
+            f"name its column, for example fields: {{prompt: {others[0]}}}"
+            if others
+            else f"it is no column, and {fields[0]} and {fields[1]} do not begin with it"
+        )
+        raise RowError(f"the row has no prompt: {problem}", "UnknownShape")
+    chosen, rejected = (str(row[field])[len(asked) :].lstrip() for field in fields)
+    return (Message("user", asked.strip()),), (chosen, rejected)
+
+
+def beginning(row: Row, fields: tuple[str, str]) -> str:
+    """Return the words with which both texts of a pair begin, which TRL calls an implicit prompt.
+    "": there are none, or the row has other columns, one of which may be its prompt."""
+    first, second = (row.get(field) for field in fields)
+    if not (isinstance(first, str) and isinstance(second, str)) or _columns_beside(row, fields):
+        return ""
+    pairs = enumerate(zip(first, second, strict=False))
+    differ = next((at for at, (one, other) in pairs if one != other), min(len(first), len(second)))
+    found = re.search(r"\s\S*$", first[:differ])  # the texts may differ within a word
+    words = first[: found.start()] if found else ""
+    return words if words.strip() else ""
+
+
+def _columns_beside(row: Row, fields: Sequence[str]) -> list[str]:
+    """Return the filled columns that are neither a side of a pair nor a rating of it."""
+    known = {*fields, "probability", *PAIR_SCORES}
+    return [name for name, value in row.items() if name not in known and value is not None]
 
 
 def _without_system(turns: tuple[Message, ...]) -> tuple[Message, ...]:

@@ -146,6 +146,12 @@ def seconds_of(record: StageRecord) -> float:
     return max(0.0, (end - start).total_seconds())
 
 
+def _seconds_of_attempts(record: StageRecord) -> float:
+    """Return the duration of a stage. Of one that was resumed, it is at least the time that all
+    attempts trained, because its record has the start of the last attempt."""
+    return max(seconds_of(record), record.metrics.get("trainingSeconds", 0.0))
+
+
 def _warnings(prepare: StageRecord | None) -> list[str]:
     details = prepare.details if prepare else {}
     warnings = []
@@ -296,7 +302,7 @@ def _facts(
     `all_stages`: the records of the whole job, for its total time; empty while the job runs.
     """
     metrics = training.metrics if training else {}
-    total = sum(seconds_of(record) for record in all_stages)
+    total = sum(_seconds_of_attempts(record) for record in all_stages)
     facts = []
     if "trainingSeconds" in metrics:
         in_total = f", {duration(total)} in total" if total else ""

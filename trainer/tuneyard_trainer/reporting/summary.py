@@ -186,17 +186,23 @@ class RunSummary:
         )
 
     def _data_uri(self, role: str) -> str:
-        """Return the URI of the data set with a role such as train.0; "": another stage wrote
-        it."""
+        """Return the URI of the data with a role such as train.0 or documents; "": another stage
+        wrote it."""
         split, _, index = role.partition(".")
         data = self.spec.get("data") or (self.spec.get("sft") or {}).get("data") or {}
+
+        def sets_of(value: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+            return (value.get(name) or {}).get("data") or []
+
+        if split == "documents":
+            return str((data.get("retrieval") or {}).get("documents", {}).get("uri", ""))
         if split == "preferences":
-            sets = (self.spec.get("preferences") or {}).get("data")
-        elif split == "train":
-            sets = data.get("train")
+            sets = sets_of(self.spec, "preferences")
+        elif split == "train":  # the data of replay come last
+            sets = [*(data.get("train") or []), *sets_of(data, "replay")]
         else:
-            sets = (data.get("validation") or {}).get("data")
-        if not sets or not index.isdigit() or int(index) >= len(sets):
+            sets = sets_of(data, "validation")
+        if not index.isdigit() or int(index) >= len(sets):
             return ""
         return str(sets[int(index)]["uri"])
 
@@ -216,7 +222,8 @@ class RunSummary:
         }
         metrics = prepare.metrics
         facts = [(label, count(metrics[key])) for key, label in labels.items() if key in metrics]
-        return [*facts, ("Longest sequence, tokens", str(prepare.details.get("maxLength", ABSENT)))]
+        longest = ("Longest sequence, tokens", str(prepare.details.get("maxLength", ABSENT)))
+        return [*facts, longest, *_retrieved(prepare.details), *_filled(prepare.details)]
 
     @property
     def ledger(self) -> list[tuple[str, str, str]]:
@@ -397,6 +404,33 @@ class RunSummary:
         """Versions of the software that trained the model, by package."""
         record = last_trained(self.records.values())
         return record.versions if record else {}
+
+
+def _retrieved(details: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return labels and values of the contexts before the questions. []: there are none."""
+    found = details.get("retrieval")
+    if found is None:
+        return []
+    right = f"{count(found['withRightPassage'])} of {count(found['rows'])}"
+    searched = found["rows"] - found["namedDocuments"]
+    return [
+        ("Documents", f"{count(found['documents'])}, in {count(found['passages'])} passages"),
+        ("Contexts with the right passage", right),
+        ("Rows without a document, whose passage BM25 chose", count(searched)),
+    ]
+
+
+def _filled(details: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return labels and values of filling in the middle. []: the job does not do so."""
+    found = details.get("fillInTheMiddle")
+    if found is None:
+        return []
+    sequences = found["sequences"]
+    changed = f"{count(sequences.get('changed', 0))} of {count(sum(sequences.values()))}"
+    return [
+        ("Sequences whose middle comes last", changed),
+        ("Held-out documents with a gap", count(found["gaps"])),
+    ]
 
 
 def shareable(value: Any) -> Any:
