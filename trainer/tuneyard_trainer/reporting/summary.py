@@ -243,11 +243,26 @@ class RunSummary:
         lines += [("of these, context", None, tokens["trained"] - total["targets"]["trained"])]
         return [
             (label, "" if number is None else count(number), count(part))
+        lines += self._packing
             for label, number, part in lines
         ]
 
     @property
     def mixture(self) -> list[tuple[str, str, str]]:
+    @property
+    def _packing(self) -> list[tuple[str, int, int]]:
+        """The rows of batches that the sequences of the first epoch were laid out in, with their
+        tokens. []: the last training stage has no record of them."""
+        trained = last_trained(self.records.values())
+        found = trained.details.get("packing") if trained else None
+        if found is None:
+            return []
+        packed = "Packed" if trained and trained.details["packed"] else "Not packed"
+        padding = 1 - found["tokens"] / found["positions"]
+        sequences = count(found["sequences"])
+        label = f"{packed}: {sequences} sequences of the first epoch, {padding:.0%} padding"
+        return [(label, found["rows"], found["positions"])]
+
         """Each training data set, how often an epoch contains its rows, and its share. []: there is
         one data set."""
         prepare = self.record("prepare")
