@@ -186,10 +186,12 @@ class RunSummary:
         )
 
     def _data_uri(self, role: str) -> str:
-        """Return the URI of the data set with a role such as train.0; "": another stage wrote
-        it."""
+        """Return the URI of the data set with a role such as train.0, or of the classifier; "":
+        another stage wrote it."""
         split, _, index = role.partition(".")
         data = self.spec.get("data") or (self.spec.get("sft") or {}).get("data") or {}
+        if role == "toxicity":
+            return str(data["clean"]["toxicity"]["classifier"]["uri"])
         if split == "preferences":
             sets = (self.spec.get("preferences") or {}).get("data")
         elif split == "train":
@@ -241,14 +243,12 @@ class RunSummary:
         lines += [("Held out", rows["heldOut"], tokens["heldOut"])]
         lines += [("Trained on", rows["trained"], tokens["trained"])]
         lines += [("of these, context", None, tokens["trained"] - total["targets"]["trained"])]
+        lines += self._packing
         return [
             (label, "" if number is None else count(number), count(part))
-        lines += self._packing
             for label, number, part in lines
         ]
 
-    @property
-    def mixture(self) -> list[tuple[str, str, str]]:
     @property
     def _packing(self) -> list[tuple[str, int, int]]:
         """The rows of batches that the sequences of the first epoch were laid out in, with their
@@ -263,6 +263,8 @@ class RunSummary:
         label = f"{packed}: {sequences} sequences of the first epoch, {padding:.0%} padding"
         return [(label, found["rows"], found["positions"])]
 
+    @property
+    def mixture(self) -> list[tuple[str, str, str]]:
         """Each training data set, how often an epoch contains its rows, and its share. []: there is
         one data set."""
         prepare = self.record("prepare")
@@ -374,8 +376,8 @@ class RunSummary:
             digests.append((label, training.input_digests["model"]))
         for role, digest in sorted(prepare.input_digests.items() if prepare else ()):
             if role != "model":
-                label = ", ".join(filter(None, ("Data", role, self._data_uri(role))))
-                digests.append((label, digest))
+                what = "Toxicity classifier" if role == "toxicity" else f"Data, {role}"
+                digests.append((", ".join(filter(None, (what, self._data_uri(role)))), digest))
         names = {
             "prepare": "Prepared data",
             "pairs": "Prepared preferences",
