@@ -168,6 +168,7 @@ class Classifier:
                 encoded["offset_mapping"],
                 strict=True,
             )
+            if ids  # a text of white space may have none
         ]
 
     @torch.inference_mode()
