@@ -105,6 +105,15 @@ LORA = job(
         maxWords: 5000
         quality: [repetition, gopher, fineweb]
         personalData: {email: redact, phone: report, card: drop, iban: ignore, key: drop}
+        toxicity:
+          classifier:
+            uri: hf://org/classifier
+            revision: main
+            tokenSecret: {name: hub, key: token}
+            credentials: {name: store}
+          labels: [toxic, threat]
+          threshold: 0.7
+          treatment: drop
       leaks: error
       temperature: 2.0
       replay:

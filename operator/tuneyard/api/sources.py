@@ -76,6 +76,30 @@ class ModelSource(Model):
     )
 
 
+class Toxicity(Model):
+    """The treatment of rows that a classifier calls toxic. Each turn without the system prompt is
+    classified by itself, in windows if it is long; the highest probability counts."""
+
+    classifier: ModelSource
+    """Sequence classification model in safetensors, with its tokenizer. No code of it is run."""
+    labels: list[Annotated[str, Field(min_length=1, max_length=128)]] = Field(
+        min_length=1, max_length=64
+    )
+    """Labels of the classifier that are toxic, as its config names them."""
+    threshold: float = Field(default=0.5, gt=0, lt=1)
+    """Probability of any of these labels from which a row is toxic."""
+    treatment: Literal["report", "drop"] = "report"
+    """report: toxic rows are counted. drop: they are left out."""
+
+
+class Cleaning(Clean):
+    """Rules that remove or change rows. The ledger of the prepare stage counts each rule's rows and
+    shows the first three. They apply to training and held-out rows alike."""
+
+    toxicity: Toxicity | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Search for toxic rows by a classifier. None: none is searched for."""
+
+
 DataFormat = Literal[
     "auto",
     "messages",
@@ -341,7 +365,7 @@ class FineTuneData(Model):
     chat_template: str | None = Field(default=None, max_length=65536)
     """Jinja chat template in place of the tokenizer's. None: the tokenizer's own."""
     # Both are left out of plans where they have no effect, so that a plan of 0.2.0 keeps its bytes.
-    clean: Clean | None = Field(default=None, exclude_if=lambda value: value is None)
+    clean: Cleaning | None = Field(default=None, exclude_if=lambda value: value is None)
     """Rules that remove or change rows before they are tokenized. None: rows stay as they are."""
     leaks: Literal["warn", "error", "off"] = Field(
         default="warn", exclude_if=lambda value: value == "warn"

@@ -58,11 +58,22 @@ class RetrievalSettings(Model):
     """Whether the number of the right passage is appended to the answer."""
 
 
+class ToxicitySettings(Model):
+    """How rows are judged by the classifier in the input `toxicity`."""
+
+    labels: list[str]
+    """Labels that are toxic."""
+    threshold: float
+    """Probability of any of these labels from which a row is toxic."""
+    treatment: Literal["report", "drop"]
+    """Treatment of toxic rows."""
+
+
 class PrepareSettings(Model):
     """Read, check, split and tokenize training data.
 
-    Inputs: `model` (for its tokenizer), `train.N`, `validation.N`, and `documents` with
-    `retrieval`.
+    Inputs: `model` (for its tokenizer), `train.N`, `validation.N`, `documents` with `retrieval`,
+    and `toxicity` with `toxicity`.
     """
 
     kind: Literal["prepare"] = "prepare"
@@ -100,7 +111,9 @@ class PrepareSettings(Model):
     )
     """How documents learn to fill gaps. None: they stay as they are."""
     clean: Clean | None = Field(default=None, exclude_if=lambda value: value is None)
-    """Rules that remove or change rows. None: rows stay as they are."""
+    """Rules that remove or change rows by their text. None: rows stay as they are."""
+    toxicity: ToxicitySettings | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Rows that a classifier calls toxic. None: none is searched for."""
     leaks: Literal["error", "off"] | None = Field(
         default=None, exclude_if=lambda value: value is None
     )

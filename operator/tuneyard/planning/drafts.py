@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from tuneyard.api.adapters import Adapter
+from tuneyard.api.cleaning import Clean
 from tuneyard.api.evaluation import Evaluate
 from tuneyard.api.plan import Input, PlannedStage, SourceInput, TrainRuntime
 from tuneyard.api.sources import Dataset, Documents, FineTuneData, ModelSource, PromptSet
@@ -17,6 +18,7 @@ from tuneyard.api.stage_settings import (
     ReplaySettings,
     RetrievalSettings,
     Settings,
+    ToxicitySettings,
     TrainSettings,
 )
 from tuneyard.api.training import Training
@@ -73,8 +75,8 @@ def dataset_inputs(role: str, path: str, datasets: Sequence[Dataset]) -> dict[st
 
 
 def data_inputs(data: FineTuneData, path: str) -> dict[str, SourceInput]:
-    """Return the inputs `train.N`, with the data of replay last, `validation.N` and `documents`.
-    `path`: the data's field in the manifest."""
+    """Return the inputs `train.N`, with the data of replay last, `validation.N`, `documents` and
+    `toxicity`. `path`: the data's field in the manifest."""
     held_out = (data.validation and data.validation.data) or []
     replayed = enumerate(data.replay.data if data.replay else [])
     inputs = {
@@ -90,6 +92,11 @@ def data_inputs(data: FineTuneData, path: str) -> dict[str, SourceInput]:
     if data.retrieval is not None:
         documents = source_input(data.retrieval.documents, f"{path}.retrieval.documents")
         inputs["documents"] = documents
+    if data.clean is not None and data.clean.toxicity is not None:
+        classifier = source_input(
+            data.clean.toxicity.classifier, f"{path}.clean.toxicity.classifier"
+        )
+        inputs["toxicity"] = classifier
     return inputs
 
 
@@ -136,12 +143,30 @@ def prepare(data: FineTuneData, method: Literal["sft", "pretrain"]) -> PrepareSe
         system_prompt=data.system_prompt,
         chat_template=data.chat_template,
         seed=defaults.SPLIT_SEED,
-        clean=data.clean,
+        clean=_rules(data),
+        toxicity=_toxicity(data),
         leaks=None if data.leaks == "warn" else data.leaks,
         temperature=data.temperature,
         replay=ReplaySettings(datasets=len(replay.data), share=replay.share) if replay else None,
         fill_in_the_middle=data.fill_in_the_middle,
         retrieval=_retrieval(data),
+    )
+
+
+def _rules(data: FineTuneData) -> Clean | None:
+    """Return the rules of cleaning that need no model."""
+    found = data.clean
+    if found is None:
+        return None
+    return Clean(**{name: getattr(found, name) for name in Clean.model_fields})
+
+
+def _toxicity(data: FineTuneData) -> ToxicitySettings | None:
+    found = data.clean.toxicity if data.clean else None
+    if found is None:
+        return None
+    return ToxicitySettings(
+        labels=found.labels, threshold=found.threshold, treatment=found.treatment
     )
 
 

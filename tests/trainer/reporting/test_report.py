@@ -449,6 +449,11 @@ def test_the_page_shows_the_ledger_with_rules_and_leaks(tmp_path: Path) -> None:
         "leaks": {"rows": 1, "checked": 1, "examples": [leak | {"rowWords": 5}]},
     }
     path.write_text(json.dumps(value))
+    trained = inputs["tuned"] / "record.json"
+    value = json.loads(trained.read_text())
+    packing = {"sequences": 4, "rows": 2, "tokens": 36, "positions": 40}
+    value["details"] |= {"packed": True, "packing": packing}
+    trained.write_text(json.dumps(value))
     summary = RunSummary.of(tmp_path / "result", inputs, MANIFEST, {}, None)
     assert summary.ledger == [
         ("In", "9", "81"),
@@ -460,6 +465,7 @@ def test_the_page_shows_the_ledger_with_rules_and_leaks(tmp_path: Path) -> None:
         ("Held out", "1", "9"),
         ("Trained on", "4", "36"),
         ("of these, context", "", "20"),
+        ("Packed: 4 sequences of the first epoch, 10% padding", "2", "40"),
     ]
     (tmp_path / "result").mkdir()
     report.write(tmp_path / "result", inputs, manifest=MANIFEST, measured={}, base_license=None)

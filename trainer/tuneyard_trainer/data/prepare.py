@@ -42,6 +42,7 @@ from tuneyard_trainer.data.splits import (
     num_contaminated,
 )
 from tuneyard_trainer.data.tokenization import Encoded, Encoder
+from tuneyard_trainer.data.toxicity import Toxicity
 from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import sequence_limit
 from tuneyard_trainer.worker import StageContext, StageOutcome, Worker
@@ -77,6 +78,7 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
         context.worker,
         Cleaner.of(settings.clean),
         contexts,
+        Toxicity.of(context),
     )
     filler = _filler(tokenizer, settings, limit)
     splits = _write_splits(preprocessor, context.workdir, filler)

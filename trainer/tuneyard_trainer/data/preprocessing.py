@@ -29,6 +29,7 @@ from tuneyard_trainer.data.splits import Place, SplitWriter
 from tuneyard_trainer.data.stream import FAULTS_SHOWN, examples
 from tuneyard_trainer.data.texts import WITHOUT_CONTEXT
 from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit
+from tuneyard_trainer.data.toxicity import Toxicity
 from tuneyard_trainer.data.unread import unread_message
 from tuneyard_trainer.worker import Interrupted, Worker
 
@@ -160,6 +161,8 @@ class Preprocessor:
     cleaner: Cleaner
     contexts: Contexts | None = None
     """What puts a context before questions. None: rows have none."""
+    toxicity: Toxicity | None = None
+    """What judges rows by a classifier. None: the job asks for no such rule."""
     tallies: list[Tally] = field(default_factory=list)
     findings: Findings = field(default_factory=Findings)
     """What the rules of cleaning found in all data sets."""
@@ -197,10 +200,10 @@ class Preprocessor:
         )
         proof = MaskProof(self.encoder)
         for batch in _batches(stream):
-            if self.worker.stop():
-                raise Interrupted(self.stage.name, self._num_rows)
+            self._check_stop()
             written = []
-            cleaned = self._with_contexts([self.cleaner(example) for example in batch], tally)
+            cleaned = self._judged([self.cleaner(example) for example in batch])
+            cleaned = self._with_contexts(cleaned, tally)
             encodings = self.encoder.encode([row.example for row in cleaned])
             for row, encoded in zip(cleaned, encodings, strict=True):
                 pieces = self._pieces(row, encoded, tally)
@@ -227,6 +230,14 @@ class Preprocessor:
             message = f"{tally.name}: {summary.filtered} answers are neither edited nor rated up"
             self.worker.report(step=self._num_rows, message=message)
         proof.check(tally.name)
+
+    def _check_stop(self) -> None:
+        if self.worker.stop():
+            raise Interrupted(self.stage.name, self._num_rows)
+
+    def _judged(self, rows: list[Cleaned]) -> list[Cleaned]:
+        """Return the rows of a batch with what the classifier found in them."""
+        return self.toxicity(rows, self._check_stop) if self.toxicity else rows
 
     def _with_contexts(self, rows: list[Cleaned], tally: Tally) -> list[Cleaned]:
         """Return the rows of a batch with their contexts, without the rows that cannot have one."""

@@ -63,7 +63,7 @@ def samples(file: Path, count: int, model: str | None, view: View) -> Iterator[S
     """
     encoder = None
     if model is not None:
-        tokenizer = load_tokenizer(_folder(model))
+        tokenizer = load_tokenizer(model_folder(model))
         encoder = Encoder(tokenizer, view.train_on, reasoning=view.reasoning)
     rows = _rows(file, view.format, view.fields)
     if is_log(file, view.format, view.fields):
@@ -85,7 +85,9 @@ def samples(file: Path, count: int, model: str | None, view: View) -> Iterator[S
             )
 
 
-def _folder(model: str) -> Path:
+def model_folder(model: str) -> Path:
+    """Return the folder of a model. `model`: a folder or a URI, which is fetched. Raises
+    StageError."""
     if "://" not in model:
         return Path(model)
     cache = cache_folder()

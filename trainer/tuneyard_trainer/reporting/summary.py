@@ -186,16 +186,18 @@ class RunSummary:
         )
 
     def _data_uri(self, role: str) -> str:
-        """Return the URI of the data with a role such as train.0 or documents; "": another stage
-        wrote it."""
+        """Return the URI of the data with a role such as train.0, documents or toxicity; "":
+        another stage wrote it."""
         split, _, index = role.partition(".")
         data = self.spec.get("data") or (self.spec.get("sft") or {}).get("data") or {}
 
         def sets_of(value: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
             return (value.get(name) or {}).get("data") or []
 
-        if split == "documents":
+        if role == "documents":
             return str((data.get("retrieval") or {}).get("documents", {}).get("uri", ""))
+        if role == "toxicity":
+            return str(data["clean"]["toxicity"]["classifier"]["uri"])
         if split == "preferences":
             sets = sets_of(self.spec, "preferences")
         elif split == "train":  # the data of replay come last
@@ -248,10 +250,25 @@ class RunSummary:
         lines += [("Held out", rows["heldOut"], tokens["heldOut"])]
         lines += [("Trained on", rows["trained"], tokens["trained"])]
         lines += [("of these, context", None, tokens["trained"] - total["targets"]["trained"])]
+        lines += self._packing
         return [
             (label, "" if number is None else count(number), count(part))
             for label, number, part in lines
         ]
+
+    @property
+    def _packing(self) -> list[tuple[str, int, int]]:
+        """The rows of batches that the sequences of the first epoch were laid out in, with their
+        tokens. []: the last training stage has no record of them."""
+        trained = last_trained(self.records.values())
+        found = trained.details.get("packing") if trained else None
+        if found is None:
+            return []
+        packed = "Packed" if trained and trained.details["packed"] else "Not packed"
+        padding = 1 - found["tokens"] / found["positions"]
+        sequences = count(found["sequences"])
+        label = f"{packed}: {sequences} sequences of the first epoch, {padding:.0%} padding"
+        return [(label, found["rows"], found["positions"])]
 
     @property
     def mixture(self) -> list[tuple[str, str, str]]:
@@ -366,8 +383,8 @@ class RunSummary:
             digests.append((label, training.input_digests["model"]))
         for role, digest in sorted(prepare.input_digests.items() if prepare else ()):
             if role != "model":
-                label = ", ".join(filter(None, ("Data", role, self._data_uri(role))))
-                digests.append((label, digest))
+                what = "Toxicity classifier" if role == "toxicity" else f"Data, {role}"
+                digests.append((", ".join(filter(None, (what, self._data_uri(role)))), digest))
         names = {
             "prepare": "Prepared data",
             "pairs": "Prepared preferences",

@@ -30,7 +30,7 @@ from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Wor
 if TYPE_CHECKING:
     import torch
 
-MODEL_ROLES = ("model", "judge", "reward", "teacher")
+MODEL_ROLES = ("model", "judge", "reward", "teacher", "toxicity")
 """The roles of inputs that are models if they come from outside the plan; `reward.0` is one too."""
 
 
