@@ -23,7 +23,7 @@ from http.client import HTTPException
 from itertools import islice
 from typing import Any
 
-from tuneyard.api.alignment import JudgeEndpoint
+from tuneyard.api.sources import JudgeEndpoint
 from tuneyard.errors import StageError
 from tuneyard_trainer.judging.judges import LABELS, JudgePrompt, Reply, label_of, normalize
 
