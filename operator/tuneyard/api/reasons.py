@@ -71,6 +71,7 @@ REASONS = frozenset(
         "NotMergeable",
         "NotSharded",
         "NotPrepared",
+        "NothingAugmented",
         "NothingToTrain",
         "OneSided",
         "OutOfMemory",
