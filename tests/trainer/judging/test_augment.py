@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from tests.trainer.conftest import VOCABULARY, tiny_llama
+from tests.trainer.jobs import manifest, planned
 from tests.trainer.judge_server import Answer, JudgeServer, completion
 from tests.trainer.several_workers import Notes, spawn
 from tuneyard.api.cleaning import Clean, PersonalData
-from tuneyard.api.plan import PlannedStage, SourceInput, TrainRuntime
+from tuneyard.api.plan import Plan, PlannedStage, SourceInput, TrainRuntime
 from tuneyard.api.sources import FieldMap, JudgeEndpoint
 from tuneyard.api.stage_settings import (
     AugmentSettings,
@@ -27,6 +28,9 @@ from tuneyard.api.stage_settings import (
 )
 from tuneyard.errors import StageError
 from tuneyard_trainer.judging import augment, endpoint
+from tuneyard_trainer.running import torchrun
+from tuneyard_trainer.running.runner import PlanRunner, StageInputs, emit_nothing
+from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
 
 WORKER = Worker(rank=0, world_size=1, device=torch.device("cpu"), identity="sha256:one")
@@ -51,6 +55,8 @@ def chat(*texts: str) -> dict[str, Any]:
 
 
 LAMP_ROWS = [lamp(number) for number in range(LAMPS)]
+COLORS = [chat(f"Where is the {c} lamp?", f"Behind the {c} wall.") for c in ("red", "blue", "gold")]
+"""Rows without numbers, which a tiny model's replies would lose."""
 
 
 def stage_of(judge: JudgeEndpoint | None = None, **changes: Any) -> PlannedStage:
@@ -226,15 +232,14 @@ def test_each_paraphrase_of_a_row_is_asked_for_in_another_way(scene: Scene) -> N
 def test_a_share_chooses_as_many_rows_and_always_the_same(scene: Scene) -> None:
     half = ParaphraseSettings(requests=["Paraphrase: {prompt}"], share=0.5)
     found = []
-    for _ in range(2):
+    for seed in (0, 0, 1, 2):
+        worker = replace(WORKER, identity=f"sha256:{len(found)}")  # without the replies before
         with JudgeServer(writer) as server:
-            scene.run(LAMP_ROWS, server, paraphrase=half)
+            scene.run(LAMP_ROWS, server, paraphrase=half, seed=seed, worker=worker)
             assert len(server.bodies) == LAMPS // 2
         found.append(scene.rows)
     assert found[0] == found[1]
-    with JudgeServer(writer) as server:
-        scene.run(LAMP_ROWS, server, paraphrase=half, seed=4)
-    assert scene.rows != found[0]
+    assert found[2] != found[0] or found[3] != found[0]
 
 
 def test_a_model_without_a_chat_template_gets_prompts_and_completions(
@@ -287,7 +292,6 @@ def test_a_row_that_a_rule_removes_or_redacts_is_not_sent_as_it_was(scene: Scene
         ("Which one is lamp 1 on?\nIt is on port 21.", "severalLines"),
         ("Is it true that lamp 1 has port 21?", "containsAnswer"),
         ("Which port has the first lamp?", "lostNumber"),
-        ("Which port has lamp 2?", "duplicate"),
     ],
 )
 def test_a_reply_that_is_no_paraphrase_is_left_out_and_counted(
@@ -296,13 +300,12 @@ def test_a_reply_that_is_no_paraphrase_is_left_out_and_counted(
     def respond(body: dict[str, Any], number: int) -> Answer:
         return completion(reply) if "lamp 1" in asked(body)[1] else writer(body, number)
 
-    rows = [*LAMP_ROWS, chat("Which port has lamp 2?", "Lamp 1 has port 21.")]
     with JudgeServer(respond) as server:
-        outcome = scene.run(rows, server, paraphrase=PARAPHRASE)
+        outcome = scene.run(LAMP_ROWS, server, paraphrase=PARAPHRASE)
     (found,) = outcome.details["leftOut"]["paraphrase"].items()
     assert (found[0], found[1]["rows"]) == (reason, 1)
     assert found[1]["examples"][0].startswith("train.jsonl row 2")
-    assert len(scene.rows) == outcome.metrics["augmentedRows"] == LAMPS
+    assert len(scene.rows) == outcome.metrics["augmentedRows"] == LAMPS - 1
     assert outcome.metrics["leftOutRows"] == 1
 
 
@@ -311,6 +314,14 @@ def test_a_row_that_exists_already_is_not_written_again(scene: Scene) -> None:
     outcome = scene.run(rows, templates=["Q: {prompt}"])
     assert scene.questions == ["Q: Q: Which port has lamp 0?"]
     assert outcome.details["leftOut"]["template"]["duplicate"]["rows"] == 1
+
+
+def test_two_equal_paraphrases_of_a_row_are_one(scene: Scene) -> None:
+    two = ParaphraseSettings(requests=["Paraphrase: {prompt}"] * 2, share=1.0)
+    with JudgeServer(writer) as server:
+        outcome = scene.run(LAMP_ROWS[:2], server, paraphrase=two)
+    assert len(scene.rows) == 2
+    assert outcome.details["leftOut"]["paraphrase"]["duplicate"]["rows"] == 2
 
 
 def test_documents_have_no_question(scene: Scene) -> None:
@@ -403,7 +414,7 @@ def test_the_model_itself_writes_and_two_workers_write_the_same_rows(
 ) -> None:
     model = fluent_model(tmp_path / "model", tiny_tokenizer)
     scene = Scene(tmp_path, model)
-    outcome = scene.run(LAMP_ROWS, paraphrase=PARAPHRASE, inversion=INVERSION)
+    outcome = scene.run(COLORS, paraphrase=PARAPHRASE, inversion=INVERSION)
     assert outcome.details["by"] == "the model itself"
     assert {row["augmented"]["model"] for row in scene.rows} == {"the model itself"}
     notes = spawn(2, _worker, tmp_path, model)
@@ -418,10 +429,79 @@ def test_another_model_of_the_job_writes_in_the_place_of_the_model(
 ) -> None:
     judge = fluent_model(tmp_path / "judge", tiny_tokenizer)
     path = tmp_path / "train.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in LAMP_ROWS))
+    path.write_text("".join(json.dumps(row) + "\n" for row in COLORS))
     stage = stage_of(paraphrase=PARAPHRASE)
     source = SourceInput(uri="hf://org/judge")
     stage = stage.model_copy(update={"inputs": {**stage.inputs, "judge": source}})
     inputs = {"model": tiny_model_dir, "train.0": path, "judge": judge}
     outcome = augment.run(StageContext(stage, inputs, tmp_path, WORKER))
     assert outcome.details["by"] == "hf://org/judge"
+
+
+# ---- whole jobs ---------------------------------------------------------------------------------
+
+
+def job_with(folder: Path, model: Path, augment: dict[str, Any]) -> Plan:
+    """Return the plan of a job on the lamps, of which a fifth is held out."""
+    rows = "".join(json.dumps(lamp(number)) + "\n" for number in range(10))
+    (folder / "train.jsonl").write_text(rows)
+    data = {
+        "train": [{"uri": "file://train.jsonl"}],
+        "validation": {"fraction": 0.2},
+        "augment": augment,
+    }
+    training = {"maxSteps": 2, "batchSize": 4}
+    return planned(manifest(model, data=data, training=training))
+
+
+def run_plan(plan: Plan, folder: Path) -> dict[str, Any]:
+    """Run the plan and return the records of its stages, by name, in the order of completion."""
+    done: dict[str, Any] = {}
+
+    def emit(event: dict[str, Any]) -> None:
+        if event["type"] == "stage" and event["record"]:
+            done[event["stage"]] = event["record"]
+
+    output, cache = str(folder / "out"), folder / "cache"
+    torchrun.run(plan, output, base_dir=folder, cache_dir=cache, emit=emit)
+    return done
+
+
+def test_a_job_trains_on_its_augmented_rows_and_its_report_marks_them(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    with JudgeServer(writer) as server:
+        augment = {
+            "by": {"endpoint": {"url": server.url, "model": "judge-1"}},
+            "paraphrase": {"requests": ["Paraphrase: {prompt}"]},
+            "templates": ["Q: {prompt}"],
+        }
+        plan = job_with(tmp_path, tiny_model_dir, augment)
+        done = run_plan(plan, tmp_path)
+        assert run_plan(plan, tmp_path) == done
+    assert len(server.bodies) == 10
+    assert list(done) == ["augment", "prepare", "sft", "evaluate", "export"]
+    assert done["augment"]["metrics"]["augmentedRows"] == 20
+    assert done["prepare"]["metrics"]["augmentedRows"] == 2 * 8
+    assert done["prepare"]["metrics"]["heldOutRows"] == 2
+    source = done["prepare"]["details"]["ledger"]["sources"][1]
+    assert (source["name"], source["rows"]["heldOut"]) == ("spec.data.augment", 0)
+    report = (tmp_path / "out/stages/export/report.html").read_text()
+    assert "Paraphrased questions by judge-1: 8 rows" in report
+    assert "To which port does lamp" in report
+    assert "Questions in templates: 8 rows" in report
+    assert "<td>training, augmented</td>" in report
+    card = (tmp_path / "out/stages/export/README.md").read_text()
+    assert "- Paraphrased questions by judge-1: 8 rows" in card
+
+
+def test_the_leading_stages_make_the_rows_before_there_are_workers(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    plan = job_with(tmp_path, tiny_model_dir, {"templates": ["Q: {prompt}"]})
+    store = Store(str(tmp_path / "out"), tmp_path / "read", "uid")
+    store.claim(plan.job, 1)
+    inputs = StageInputs(plan, store, tmp_path, tmp_path / "cache")
+    worker = Worker(0, 1, torch.device("cpu"))
+    records = PlanRunner(inputs, worker, emit_nothing, preparing=True).run()
+    assert list(records) == ["augment", "prepare"]

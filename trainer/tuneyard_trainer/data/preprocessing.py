@@ -147,6 +147,7 @@ class Tally:
             "contextOnlyPieces": self.context_only_pieces,
             "longest": self.longest,
             "unreadColumns": list(self.unread),
+            **({"augmented": True} if self.augmented else {}),
             "lengths": {str(bound): self.lengths[bound] for bound in sorted(self.lengths)},
         }
 
