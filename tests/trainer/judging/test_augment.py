@@ -486,12 +486,12 @@ def test_a_job_trains_on_its_augmented_rows_and_its_report_marks_them(
     assert done["prepare"]["metrics"]["heldOutRows"] == 2
     source = done["prepare"]["details"]["ledger"]["sources"][1]
     assert (source["name"], source["rows"]["heldOut"]) == ("spec.data.augment", 0)
-    report = (tmp_path / "out/stages/export/report.html").read_text()
+    report = (tmp_path / "out/result/report.html").read_text()
     assert "Paraphrased questions by judge-1: 8 rows" in report
     assert "To which port does lamp" in report
     assert "Questions in templates: 8 rows" in report
     assert "<td>training, augmented</td>" in report
-    card = (tmp_path / "out/stages/export/README.md").read_text()
+    card = (tmp_path / "out/result/README.md").read_text()
     assert "- Paraphrased questions by judge-1: 8 rows" in card
 
 

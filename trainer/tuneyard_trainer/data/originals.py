@@ -101,7 +101,7 @@ class Originals:
 
     def details(self, codes: Codes, read: SplitWriter) -> list[dict[str, Any]]:
         """Return the augmented rows that are trained on as JSON: what made them, how many there
-        are, and the first ones with their originals."""
+        are, and the first ones with their originals. []: the job does not augment its data."""
         first = len(codes) - len(self._of)
         trained = np.flatnonzero(codes[first:] == TRAIN)
         kinds: NDArray[np.uint16] = np.asarray(self._kinds, dtype=np.uint16)

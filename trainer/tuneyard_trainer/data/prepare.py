@@ -94,6 +94,7 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
             fails=settings.leaks == "error",
             report=context.worker.report,
         )
+    augmented = preprocessor.originals.details(splits.codes, splits.read)
     shutil.rmtree(context.workdir / _SPOOL, ignore_errors=True)
     train = Rows.open(context.workdir, "train")
     if train is None:
@@ -121,8 +122,8 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
         gaps = filler.write_gaps(context.workdir / _TEXTS, context.workdir)
         details["fillInTheMiddle"] = found | {"gaps": gaps}
     if settings.augmented:
-        found = preprocessor.originals.details(splits.codes, splits.read)
-        details["augmented"], metrics["augmentedRows"] = found, sum(each["rows"] for each in found)
+        details["augmented"] = augmented
+        metrics["augmentedRows"] = sum(each["rows"] for each in augmented)
     counts = np.bincount(train.source, minlength=len(settings.train)).tolist()
     weights = _weights(settings, counts)
     details["mixture"] = mixture(counts, weights, [tally.name for tally in tallies])
