@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import yaml
 
+from tuneyard.errors import StageError
 from tuneyard.manifests.manifest import read
 from tuneyard.planning.plan import plan_job
 from tuneyard_trainer.data.chat import rendered
@@ -229,7 +230,11 @@ def main() -> None:
         for kind in KINDS:
             found: dict[str, list[tuple[float, int]]] = {}
             for seed in options.seeds:
-                weights = tune(folder, kind, seed, options, url)
+                try:
+                    weights = tune(folder, kind, seed, options, url)
+                except StageError as error:
+                    sys.stderr.write(f"{kind}: {error}\n")
+                    break
                 prepared = weights.parents[2] / "stages/prepare"
                 tokenizer = load_tokenizer(prepared / "tokenizer")
                 base = next(path.parent for path in (folder / "cache").rglob("config.json"))
@@ -251,6 +256,9 @@ def main() -> None:
                 model.eval()
                 for way, given in ways.items():
                     found.setdefault(way, []).append(measured(model, tokenizer, given, known))
+            if not found:
+                print(f"| {kind} | no reply could be used | | | |", flush=True)
+                continue
             summary = json.loads((prepared / "data.json").read_text())
             for each in summary.get("augmented", []):
                 sys.stderr.write(f"{kind}: {json.dumps(each, ensure_ascii=False)}\n")

@@ -35,7 +35,7 @@ PARAPHRASES = tuple(
         "in other words",
         "as short as possible, in other words",
         "in everyday language, as if to a friend",
-        "as a polite and complete request",
+        "politely, in a complete sentence",
     )
 )
 """Templates of the requests for a paraphrase: the first is used for one paraphrase of a row, the

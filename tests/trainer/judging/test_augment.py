@@ -55,8 +55,8 @@ def chat(*texts: str) -> dict[str, Any]:
 
 
 LAMP_ROWS = [lamp(number) for number in range(LAMPS)]
-COLORS = [chat(f"Where is the {c} lamp?", f"Behind the {c} wall.") for c in ("red", "blue", "gold")]
-"""Rows without numbers, which a tiny model's replies would lose."""
+COLORS = [chat(f"Find the {c} lamp.", f"Behind the {c} wall.") for c in ("red", "blue", "gold")]
+"""Rows without numbers and question marks, which the replies of a tiny model do not have."""
 
 
 def stage_of(judge: JudgeEndpoint | None = None, **changes: Any) -> PlannedStage:
@@ -291,6 +291,7 @@ def test_a_row_that_a_rule_removes_or_redacts_is_not_sent_as_it_was(scene: Scene
         ("Which port, of all the ports that there are, has lamp 1? " * 4, "tooLong"),
         ("Which one is lamp 1 on?\nIt is on port 21.", "severalLines"),
         ("Is it true that lamp 1 has port 21?", "containsAnswer"),
+        ("Lamp 1 is on the port of the harbor.", "noQuestionMark"),
         ("Which port has the first lamp?", "lostNumber"),
     ],
 )

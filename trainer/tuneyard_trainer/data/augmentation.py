@@ -88,7 +88,7 @@ def chosen(
     if share >= 1 or not len(indices):
         found[indices] = True
         return found
-    ranks = np.array([text_hash(f"{key}/{contents[i]}") for i in indices], dtype=np.uint64)
+    ranks = np.array([text_hash(f"{key}/{contents[i]}") for i in indices.tolist()], dtype=np.uint64)
     wanted = max(1, round(share * len(indices)))
     found[indices[np.argsort(ranks, kind="stable")[:wanted]]] = True
     return found
@@ -118,6 +118,8 @@ _QUOTES = (
     ("`", "`"),
     ("**", "**"),
 )
+_MARKS = ("?", "\uff1f", "\u061f")
+"""Question marks: of most scripts, of East Asia, and of Arabic."""
 _WORD = re.compile(r"\w+")
 _NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
 
@@ -154,6 +156,8 @@ def fault(new: str, example: Example, by: By) -> str:
     said = f" {_words(answer(example))} "
     if said.strip() and said in f" {_words(new)} " and said not in f" {_words(old)} ":
         return "containsAnswer"
+    if old.rstrip().endswith(_MARKS) and not any(mark in new for mark in _MARKS):
+        return "noQuestionMark"
     if by == "paraphrase" and not set(_NUMBER.findall(old)) <= set(_NUMBER.findall(new)):
         return "lostNumber"
     return ""
