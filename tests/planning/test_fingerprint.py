@@ -328,6 +328,7 @@ def test_the_fields_above_are_all_fields_of_data_and_evaluate() -> None:
         *("temperature", "replay"),
         "fillInTheMiddle",  # of the method pretrain: tested in test_plan
         "retrieval",
+        "augment",  # tested in test_augmentation
     }
     refused = {"fewShot", "suites"}
     assert set(yaml_fields(Evaluate)) - refused == {

@@ -72,6 +72,7 @@ REASONS = frozenset(
         "NotMergeable",
         "NotSharded",
         "NotPrepared",
+        "NothingAugmented",
         "NothingToTrain",
         "OneSided",
         "OutOfMemory",

@@ -122,6 +122,8 @@ class PrepareSettings(Model):
         default=None, exclude_if=lambda value: value is None
     )
     """A context before each question. None: rows stay as they are."""
+    augmented: Literal[True] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Whether the last input `train.N` has augmented rows. None: no input has."""
 
 
 class LoopSettings(Model):
@@ -217,6 +219,58 @@ class JudgeSettings(Model):
     """Budget in tokens of prompts and replies. None: no limit."""
     label_tokens: int
     """Longest reply to a comparison, in tokens."""
+
+
+class ParaphraseSettings(Model):
+    """How questions are asked in other words."""
+
+    requests: list[str]
+    """Templates of the requests; each chosen row gets one paraphrase by each of them."""
+    share: float
+    """Share of the rows to paraphrase."""
+
+
+class InversionSettings(Model):
+    """How questions are written for answers."""
+
+    request: str
+    """Template of the request."""
+    share: float
+    """Share of the rows with one question and one answer that get a new question."""
+
+
+class AugmentSettings(Model):
+    """Make new training rows from those of the job; writes `augmented.jsonl` for a prepare stage.
+
+    Inputs: `model` (for its chat template, and to write without another model), `train.N`, and
+    `judge`, if another model that the job runs writes.
+    """
+
+    kind: Literal["augment", "rewrite"]
+    """rewrite: the workers run a model. augment: they run none, and the stage needs no GPU."""
+    train: list[DatasetSettings]
+    """Settings of each input `train.N`."""
+    on_invalid_row: Literal["error", "skip"]
+    """Treatment of invalid rows."""
+    clean: Clean | None
+    """Rules that remove or change rows before a model sees them. None: rows stay as they are."""
+    documents: bool
+    """Whether rows name documents, which the new rows then name too."""
+    chat_template: str | None
+    """Jinja chat template in place of that of `model`. None: its own."""
+    judge: JudgeSettings | None
+    """The model behind an endpoint that writes. None: the model at the input `judge`; without such
+    an input, `model`."""
+    paraphrase: ParaphraseSettings | None
+    """How questions are asked in other words. None: no paraphrases."""
+    inversion: InversionSettings | None
+    """How questions are written for answers. None: none are."""
+    templates: list[str]
+    """Texts that questions are put into. Empty: none."""
+    max_new_tokens: int
+    """Longest reply, in tokens."""
+    seed: int
+    """Seed of the choice of rows."""
 
 
 class PairsSettings(Model):
@@ -509,6 +563,7 @@ class ExportSettings(Model):
 
 Settings = Annotated[
     PrepareSettings
+    | AugmentSettings
     | TrainSettings
     | CritiqueSettings
     | FeedbackSettings
@@ -526,6 +581,8 @@ Settings = Annotated[
 
 
 StageKind = Literal[
+    "augment",
+    "rewrite",
     "prepare",
     "sft",
     "pretrain",
@@ -552,10 +609,12 @@ TRAINING_KINDS: Final[tuple[StageKind, ...]] = (
     "distill",
 )
 """The kinds of stages that train, in the order in which one job runs them."""
-PREPARING_KINDS: Final[tuple[StageKind, ...]] = ("prepare", "pairs")
-"""The kinds of stages that only read data. Those at the beginning of a plan need no GPU."""
+PREPARING_KINDS: Final[tuple[StageKind, ...]] = ("augment", "prepare", "pairs")
+"""The kinds of stages that run no model: they read data. Those at the beginning of a plan need no
+GPU."""
 SHARED_KINDS: Final[tuple[StageKind, ...]] = (
     *TRAINING_KINDS,
+    "rewrite",
     "critique",
     "feedback",
     "evaluate",

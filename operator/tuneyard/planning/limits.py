@@ -16,6 +16,7 @@ from tuneyard.api.sources import DataFormat, FineTuneData
 from tuneyard.api.training import Training
 from tuneyard.errors import Fault
 from tuneyard.planning import defaults
+from tuneyard.planning.augmentation import augmentation_faults, runs_a_model
 from tuneyard.planning.drafts import Sharding
 from tuneyard.planning.trl_arguments import (
     DISTILL_CONFIG,
@@ -68,6 +69,7 @@ def fine_tuning_faults(spec: FineTuneSpec) -> list[Fault]:
         *_suite_faults(spec.evaluate),
         *_gap_faults(spec.data, "spec.data", spec.method),
         *_document_faults(spec.data, "spec.data"),
+        *augmentation_faults(spec.data, "spec.data", shared=spec.compute.sharding == "fsdp"),
     ]
     for path, gate in _gates(spec.evaluate):
         problem = _unknown_metric(gate, get_args(Metric)) or _unmeasured_fine_tuning(gate, spec)
@@ -107,6 +109,7 @@ def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
         *_alignment_engine_faults(spec),
         *(_gap_faults(spec.sft.data, "spec.sft.data", "sft") if spec.sft else ()),
         *(_document_faults(spec.sft.data, "spec.sft.data") if spec.sft else ()),
+        *(augmentation_faults(spec.sft.data, "spec.sft.data", shared=False) if spec.sft else ()),
     ]
     aligned = spec.optimize or (spec.reward_model and spec.reward_model.train)
     known = get_args(AlignmentMetric) if aligned else get_args(Metric)
@@ -377,7 +380,9 @@ def _whole_models(spec: AlignmentSpec) -> Iterator[Fault]:
         yield _unshardable(spec.adapter)
     judge = spec.evaluate.win_rate and spec.evaluate.win_rate.judge
     reward, preferences = spec.reward_model, spec.preferences
+    augment = spec.sft and spec.sft.data.augment
     whole = {
+        "spec.sft.data.augment.by": bool(augment and runs_a_model(augment)),
         "spec.constitution": spec.constitution is not None,
         "spec.preferences.aiFeedback": bool(preferences and preferences.ai_feedback),
         "spec.rewardModel": reward is not None and reward.rule is None,

@@ -21,9 +21,8 @@ from tests.trainer.judge_server import (
     completion,
     prefers_greater,
 )
-from tuneyard.api.alignment import JudgeEndpoint
 from tuneyard.api.plan import PlannedStage, SourceInput, StageInput, TrainRuntime
-from tuneyard.api.sources import FieldMap
+from tuneyard.api.sources import FieldMap, JudgeEndpoint
 from tuneyard.api.stage_settings import (
     ChatSettings,
     CritiqueSettings,

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from tests.trainer.judge_server import Answer, JudgeServer, completion
-from tuneyard.api.alignment import JudgeEndpoint
-from tuneyard.api.sources import SecretKeyRef
+from tuneyard.api.sources import JudgeEndpoint, SecretKeyRef
 from tuneyard.errors import StageError
 from tuneyard_trainer.judging import endpoint
 from tuneyard_trainer.judging.endpoint import Budget, Endpoint

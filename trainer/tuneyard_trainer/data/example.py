@@ -105,6 +105,24 @@ def call_text(call: ToolCall) -> str:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What made an augmented row, and the row that it was made from."""
+
+    by: str
+    """paraphrase, inversion or template."""
+    dataset: int
+    """The index of the original's data set among those that are trained on."""
+    file: str
+    """The original's file, relative to the data set's folder."""
+    row: int
+    """The original's number in its file, from 1."""
+    example: int
+    """`Example.number` of the original: a row may have several examples."""
+    model: str = ""
+    """The model that wrote the question. "": none did."""
+
+
+@dataclass(frozen=True)
 class Example:
     """One training example.
 
@@ -131,6 +149,11 @@ class Example:
     """The id of the document that answers the question. "": the row names none."""
     without_context: Example | None = field(default=None, compare=False)
     """The row before `retrieval` put a context before its question. None: it has no context."""
+    number: int = field(default=0, compare=False)
+    """The example's number in its data set, from 0."""
+    origin: Origin | None = field(default=None, compare=False)
+    """What the row was made from, if the job augments its data. None: it is not an augmented
+    row."""
 
 
 _MAY_FOLLOW: dict[Role | None, tuple[Role, ...]] = {

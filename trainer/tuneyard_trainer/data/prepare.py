@@ -96,6 +96,7 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
             fails=settings.leaks == "error",
             report=context.worker.report,
         )
+    augmented = preprocessor.originals.details(splits.codes, splits.read)
     shutil.rmtree(context.workdir / _SPOOL, ignore_errors=True)
     train = Rows.open(context.workdir, "train")
     if train is None:
@@ -122,6 +123,9 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
         found = filler.details()  # before the gaps of held-out documents are counted with them
         gaps = filler.write_gaps(context.workdir / _TEXTS, context.workdir)
         details["fillInTheMiddle"] = found | {"gaps": gaps}
+    if settings.augmented:
+        details["augmented"] = augmented
+        metrics["augmentedRows"] = sum(each["rows"] for each in augmented)
     counts = np.bincount(train.source, minlength=len(settings.train)).tolist()
     weights = _weights(settings, counts)
     details["mixture"] = mixture(counts, weights, [tally.name for tally in tallies])
@@ -147,13 +151,14 @@ def _write_splits(
 ) -> _Splits:
     """Write the splits train and validation.
 
-    Rows are held out and duplicates found only after all rows are read, and held-out documents have
-    no gaps. Until then the rows are in a spool folder, if the job asks for one of the three.
+    Rows are held out, duplicates found and augmented rows left out with their originals only after
+    all rows are read, and held-out documents have no gaps. Until then the rows are in a spool
+    folder, if the job asks for one of the four.
     """
     settings, seed = preprocessor.settings, preprocessor.settings.seed
     fraction, spool = settings.validation_fraction, workdir / _SPOOL
     deduplicated = settings.clean is not None and settings.clean.duplicates is not None
-    spooled = fraction is not None or deduplicated or filler is not None
+    spooled = bool(fraction is not None or deduplicated or filler or settings.augmented)
     compared = spooled or (bool(settings.validation) and settings.leaks != "off")
     texts = spool / "train.jsonl" if compared else None
     seen, held_seen = _duplicates(settings), _duplicates(settings)
@@ -171,6 +176,7 @@ def _write_splits(
         left = (codes == TRAIN) & (read.sources < _num_own(settings))
         groups = grouped(read.hashes[left], read.prompts[left])
         codes[left] = np.where(held_out(groups, fraction), HELD_OUT, TRAIN)
+    _leave_out_augmented(codes, read, held_read, preprocessor)
     held_codes = np.full(len(held_read), HELD_OUT, dtype=np.int8)
     _remove_duplicates(held_codes, held_read, held_seen, preprocessor, "validation")
     with (
@@ -184,9 +190,22 @@ def _write_splits(
     return _Splits(train, validation, read, codes)
 
 
+def _leave_out_augmented(
+    codes: Codes, read: SplitWriter, held_read: SplitWriter, preprocessor: Preprocessor
+) -> None:
+    """Set the codes of the augmented rows that must not be trained on, and count them."""
+    tally = next((tally for tally in preprocessor.tallies if tally.augmented), None)
+    if tally is None:
+        return
+    for rule, rows, tokens in preprocessor.originals.leave_out(codes, read, held_read.prompts):
+        tally.ledger.settle("filtered", rule, rows=rows, tokens=tokens)
+
+
 def _num_own(settings: PrepareSettings) -> int:
-    """Return the number of training data sets that are not replayed."""
-    return len(settings.train) - (settings.replay.datasets if settings.replay else 0)
+    """Return the number of training data sets that are the job's own: neither replayed data nor
+    augmented rows."""
+    replayed = settings.replay.datasets if settings.replay else 0
+    return len(settings.train) - replayed - bool(settings.augmented)
 
 
 def _filler(
@@ -230,6 +249,7 @@ def _weights(settings: PrepareSettings, counts: Sequence[int]) -> list[float]:
         [dataset.weight for dataset in settings.train],
         temperature=settings.temperature,
         replayed=settings.replay.datasets if settings.replay else 0,
+        augmented=bool(settings.augmented),
         share=settings.replay.share if settings.replay else 0.0,
     )
     if not any(round(weight * n) for weight, n in zip(weights, counts, strict=True)):

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tuneyard.api.plan import PlannedStage, SourceInput
+from tuneyard.api.plan import PlannedStage
 from tuneyard.api.stage_settings import DatasetSettings, PrepareSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.cleaning.cleaner import Cleaner
@@ -23,6 +23,7 @@ from tuneyard_trainer.data.example import Example, RowError
 from tuneyard_trainer.data.ledger import Entry, Ledger
 from tuneyard_trainer.data.masks import MaskProof
 from tuneyard_trainer.data.middle import RESERVED
+from tuneyard_trainer.data.originals import LEFT_OUT_WITH, Originals
 from tuneyard_trainer.data.prepared import SPLITS
 from tuneyard_trainer.data.retrieval import Contexts
 from tuneyard_trainer.data.splits import Place, SplitWriter
@@ -92,6 +93,9 @@ class Tally:
     """The first three rows refused for each reason."""
     unread: tuple[str, ...] = ()
     """The columns that nothing reads."""
+    augmented: bool = False
+    """Whether an earlier stage made the rows from other rows. A row that cannot be used is left
+    out."""
 
     @property
     def role(self) -> str:
@@ -144,6 +148,7 @@ class Tally:
             "contextOnlyPieces": self.context_only_pieces,
             "longest": self.longest,
             "unreadColumns": list(self.unread),
+            **({"augmented": True} if self.augmented else {}),
             "lengths": {str(bound): self.lengths[bound] for bound in sorted(self.lengths)},
         }
 
@@ -166,6 +171,8 @@ class Preprocessor:
     tallies: list[Tally] = field(default_factory=list)
     findings: Findings = field(default_factory=Findings)
     """What the rules of cleaning found in all data sets."""
+    originals: Originals = field(default_factory=Originals)
+    """The originals of augmented rows; empty if the job does not augment its data."""
     _num_rows: int = 0
 
     def read(
@@ -176,17 +183,22 @@ class Preprocessor:
         duplicates: Duplicates | None = None,
     ) -> None:
         """Read a split's data sets and add the rows to the writer, and to the search for
-        duplicates.
+        duplicates. Augmented rows, which are meant to be like others, are not searched.
 
         Raises StageError, and Interrupted when the stage is asked to stop.
         """
         for index, dataset in enumerate(datasets):
             role = f"{split}.{index}"
-            tally = Tally(Ledger(role, self._name(role)))
+            last = split == "train" and index == len(datasets) - 1
+            tally = Tally(Ledger(role, self._name(role)), augmented=last and self._augments)
             self.tallies.append(tally)
             for rows in self._read_one(index, dataset, tally, writer):
-                if duplicates:
+                if duplicates and not tally.augmented:
                     duplicates.add(rows)
+
+    @property
+    def _augments(self) -> bool:
+        return self.settings.augmented is True
 
     def _read_one(
         self, index: int, dataset: DatasetSettings, tally: Tally, writer: SplitWriter
@@ -195,8 +207,9 @@ class Preprocessor:
         stream = examples(
             self.inputs[tally.role],
             dataset if self.contexts is None else _with_documents(dataset),
-            on_invalid=self.settings.on_invalid_row,
+            on_invalid="skip" if tally.augmented else self.settings.on_invalid_row,
             name=tally.name,
+            augmented=tally.augmented,
         )
         proof = MaskProof(self.encoder)
         for batch in _batches(stream):
@@ -209,6 +222,7 @@ class Preprocessor:
                 pieces = self._pieces(row, encoded, tally)
                 proof.add(row.example, pieces)
                 if pieces:
+                    self._note(index, row.example, tally, len(writer))
                     place = Place(index, row.example.file, row.example.row)
                     text = self._text(row.example)
                     writer.add(pieces, place, text, self._prompt(row.example))
@@ -238,6 +252,13 @@ class Preprocessor:
     def _judged(self, rows: list[Cleaned]) -> list[Cleaned]:
         """Return the rows of a batch with what the classifier found in them."""
         return self.toxicity(rows, self._check_stop) if self.toxicity else rows
+
+    def _note(self, index: int, example: Example, tally: Tally, row: int) -> None:
+        """Note a row that is written, as an original or with its original."""
+        if example.origin is not None:
+            self.originals.add_augmented(example.origin)
+        elif self._augments and tally.role.startswith("train."):
+            self.originals.add(index, example.number, row)
 
     def _with_contexts(self, rows: list[Cleaned], tally: Tally) -> list[Cleaned]:
         """Return the rows of a batch with their contexts, without the rows that cannot have one."""
@@ -275,8 +296,7 @@ class Preprocessor:
 
     def _name(self, role: str) -> str:
         source = self.stage.inputs[role]
-        path = source.path if isinstance(source, SourceInput) else ""
-        return path.removesuffix(".uri") or role
+        return source.path.removesuffix(".uri") or role
 
     def _pieces(self, row: Cleaned, encoded: Encoded | Misfit, tally: Tally) -> list[Encoded]:
         """Return the sequences to write for a row: none, the row, its start, or its pieces."""
@@ -286,6 +306,11 @@ class Preprocessor:
         if row.removed_by is not None:
             tokens = 0 if isinstance(encoded, Misfit) else len(encoded.ids)
             tally.ledger.lose("filtered", row.removed_by, tokens=tokens)
+            return []
+        origin = row.example.origin
+        if origin is not None and not self.originals.has(origin):
+            tokens = 0 if isinstance(encoded, Misfit) else len(encoded.ids)
+            tally.ledger.lose("filtered", LEFT_OUT_WITH, tokens=tokens)
             return []
         tally.ledger.changes.update(finding.rule for finding in row.findings)
         if isinstance(encoded, Misfit):
@@ -309,10 +334,10 @@ class Preprocessor:
 
     def _overlong(self, where: str, encoded: Encoded, tally: Tally) -> list[Encoded]:
         policy, length = self.settings.on_overlength, len(encoded.ids)
-        if policy == "error":
+        if policy == "error" and not tally.augmented:
             tally.refuse("RowTooLong", where, f"{length} tokens", length)
             return []
-        if policy == "drop":
+        if policy in ("drop", "error"):
             tally.ledger.lose("dropped", tokens=length)
             return []
         pieces = (
@@ -362,7 +387,8 @@ class Preprocessor:
     # ---- checks -------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise StageError ChatTemplate, NoTargets, RowTooLong or EmptyData for the rows read."""
+        """Raise StageError ChatTemplate, NoTargets, RowTooLong or EmptyData for the rows read.
+        Augmented rows are left out without an error."""
         for reason, refusal in REFUSALS.items():
             if self.settings.on_invalid_row == "error" or not refusal.may_skip:
                 self._check_refused(reason, refusal)
@@ -370,11 +396,12 @@ class Preprocessor:
             self._check_left(split)
 
     def _check_refused(self, reason: str, refusal: Refusal) -> None:
-        affected = [tally for tally in self.tallies if tally.refused(reason)]
+        given = [tally for tally in self.tallies if not tally.augmented]
+        affected = [tally for tally in given if tally.refused(reason)]
         if not affected:
             return
         count = sum(tally.refused(reason) for tally in affected)
-        total = sum(tally.ledger.read for tally in self.tallies)
+        total = sum(tally.ledger.read for tally in given)
         shown = [f"{t.name} {fault}" for t in affected for fault in t.faults[reason]]
         problem = refusal.problem.format(max_length=self.max_length)
         first = "" if count <= FAULTS_SHOWN else f"The first {FAULTS_SHOWN}: "

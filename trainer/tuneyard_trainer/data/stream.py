@@ -11,7 +11,7 @@ from typing import Literal
 from tuneyard.api.sources import DataFormat
 from tuneyard.api.stage_settings import DatasetSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data import feedback, layouts
+from tuneyard_trainer.data import augmentation, feedback, layouts
 from tuneyard_trainer.data.example import Example, RowError, check
 from tuneyard_trainer.data.layouts import Layout
 from tuneyard_trainer.data.reading import Names, Parsed, document, expected
@@ -68,8 +68,10 @@ class Examples:
         on_invalid: Literal["error", "skip"],
         name: str,
         whole_logs: bool,
+        augmented: bool,
     ) -> None:
         self._settings, self._on_invalid, self._name = settings, on_invalid, name
+        self._augmented = augmented
         self._rows = self._examples = self._skipped = self._filtered = 0
         self._faults: list[RowFault] = []
         self._unread = Unread()
@@ -80,6 +82,8 @@ class Examples:
             self._layout = replace(self._layout, read=feedback.texts)
         self._names = self._layout.names(settings.fields)
         self._columns = layouts.columns_of(self._layout, settings.fields)
+        if self._columns is not None and augmented:
+            self._columns |= {augmentation.MARK}
         self._stream = self._read()
 
     def __iter__(self) -> Iterator[Example]:
@@ -125,13 +129,18 @@ class Examples:
             self._note_unread(row)
             if self._on_invalid == "error" and self._skipped:
                 continue  # count the remaining rows only
-            self._examples += len(found)
-            yield from found
+            for example in found:
+                yield replace(example, number=self._examples)
+                self._examples += 1
         self._check_end()
 
     def _examples_of(self, row: Row) -> list[Example]:
         whole_trees = self._settings.paths == "all"
-        return read_examples(row, self._layout, self._names, whole_trees=whole_trees)
+        found = read_examples(row, self._layout, self._names, whole_trees=whole_trees)
+        if not self._augmented or isinstance(row.value, BrokenRow):
+            return found
+        origin = augmentation.origin_of(row.value)
+        return [replace(example, origin=origin) for example in found]
 
     def _other_layout(self, row: Row, error: RowError) -> str:
         """Return what to say of a row whose layout is not that of the set; "" of any other row."""
@@ -206,15 +215,24 @@ def examples(
     on_invalid: Literal["error", "skip"],
     name: str,
     whole_logs: bool = False,
+    augmented: bool = False,
 ) -> Examples:
     """Return the examples of a data set: a file, folder or glob as `sources.fetch` returns it.
 
     `name`: the data set's field in the manifest, for messages. `whole_logs`: every answer and edit
-    of a feedback log, not only those to train on. Raises StageError UnknownFileType,
+    of a feedback log, not only those to train on. `augmented`: the rows are those of an augment
+    stage, and have its marks. Raises StageError UnknownFileType,
     UnknownFormat or EmptyData at the call. The end of the stream raises InvalidData: with
     `on_invalid=error` if any row is invalid, with `skip` if no row is valid.
     """
-    return Examples(path, settings, on_invalid=on_invalid, name=name, whole_logs=whole_logs)
+    return Examples(
+        path,
+        settings,
+        on_invalid=on_invalid,
+        name=name,
+        whole_logs=whole_logs,
+        augmented=augmented,
+    )
 
 
 def read_examples(

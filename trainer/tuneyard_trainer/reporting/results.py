@@ -352,7 +352,7 @@ def _trained_parameters(metrics: Mapping[str, float]) -> str:
 def _prepare_headline(metrics: Mapping[str, float]) -> list[str]:
     always = {"rows": "rows", "tokens": "tokens", "heldOutRows": "held out"}
     parts = [f"{count(metrics[key])} {name}" for key, name in always.items() if key in metrics]
-    return parts + _labeled(metrics, ROW_OUTCOMES)
+    return parts + _labeled(metrics, {"augmentedRows": "augmented", **ROW_OUTCOMES})
 
 
 def _training_headline(metrics: Mapping[str, float], details: Mapping[str, Any]) -> list[str]:
@@ -377,7 +377,16 @@ def _evaluate_headline(metrics: Mapping[str, float]) -> list[str]:
     return parts
 
 
+_AUGMENTED = {
+    "augmentedRows": "new rows",
+    "paraphrases": "paraphrases",
+    "inversions": "inversions",
+    "templatedRows": "in templates",
+    "leftOutRows": "left out",
+}
 _HEADLINE_METRICS: Mapping[str, Mapping[str, str]] = {
+    "augment": _AUGMENTED,
+    "rewrite": _AUGMENTED,
     "pairs": {
         "preferences": "preferences",
         "heldOutPreferences": "held out",

@@ -47,6 +47,13 @@ TRAINED_BY = {
 }
 """How the base model was trained, by method."""
 
+MADE_BY = {
+    "paraphrase": "Paraphrased questions",
+    "inversion": "New questions for answers",
+    "template": "Questions in templates",
+}
+"""Names of augmented rows, by what made them."""
+
 
 @dataclass(frozen=True)
 class DataRow:
@@ -60,6 +67,17 @@ class DataRow:
     kept: int
     outcomes: str
     """Counts of skipped, dropped, truncated and split rows."""
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """The augmented rows of one kind that were trained on."""
+
+    heading: str
+    """What made them, with the model, and how many there are."""
+    samples: list[Mapping[str, str]]
+    """The first ones: `where` the original is, its `original` question, the `question` and the
+    `answer`."""
 
 
 @dataclass(frozen=True)
@@ -176,8 +194,9 @@ class RunSummary:
         split = value["role"].partition(".")[0]
         uri = self._data_uri(value["role"]) or value["name"]
         names = [name for name in ROW_OUTCOMES.values() if value.get(name)]
+        use = "training, augmented" if value.get("augmented") else "training"
         return DataRow(
-            split="training" if split == "train" else "held out",
+            split=use if split == "train" else "held out",
             uri=uri,
             format=value["format"],
             rows=value["rows"],
@@ -278,6 +297,21 @@ class RunSummary:
         found = prepare.details.get("mixture", []) if prepare else []
         parts = [(each["name"], f"{each['weight']:.3g}", f"{each['share']:.1%}") for each in found]
         return parts if len(parts) > 1 else []
+
+    @property
+    def augmented(self) -> list[Augmented]:
+        """The augmented rows that were trained on, by what made them. []: there are none."""
+        prepare = self.record("prepare")
+        found = prepare.details.get("augmented", []) if prepare else []
+        return [
+            Augmented(
+                f"{MADE_BY.get(each['by'], each['by'])}"
+                + (f" by {each['model']}" if each.get("model") else "")
+                + f": {count(each['rows'])} rows",
+                each["samples"],
+            )
+            for each in found
+        ]
 
     @property
     def preferences(self) -> list[tuple[str, list[tuple[str, str]]]]:
