@@ -32,10 +32,10 @@ def encoded(encoder: Encoder, example: Example = EXAMPLE) -> Encoded:
 
 
 def proof(encoder: Encoder, *pieces: Encoded, example: Example = EXAMPLE) -> StageError | None:
-    found = MaskProof(encoder)
-    found.add(example, pieces)
+    found = MaskProof()
+    found.add(example, pieces, encoder)
     try:
-        found.check("spec.data.train[0]")
+        found.check("spec.data.train[0]", encoder)
     except StageError as error:
         return error
     return None

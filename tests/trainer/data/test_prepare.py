@@ -16,9 +16,9 @@ from tuneyard.api.plan import PlannedStage, SourceInput
 from tuneyard.api.sources import FieldMap
 from tuneyard.api.stage_settings import DatasetSettings, PrepareSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data import prepare, preprocessing
+from tuneyard_trainer.data import batches, prepare
+from tuneyard_trainer.data.batches import split_evenly, truncate
 from tuneyard_trainer.data.prepared import ARRAYS, Prepared, Rows, RowWriter
-from tuneyard_trainer.data.preprocessing import split_evenly, truncate
 from tuneyard_trainer.data.splits import held_out
 from tuneyard_trainer.data.tokenization import Encoded
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
@@ -226,8 +226,8 @@ def test_files_of_a_killed_run_are_removed(job: Job) -> None:
 def test_the_batch_size_does_not_change_the_rows(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     job.train(chats(7))
     whole = job.files()
-    monkeypatch.setattr(preprocessing, "BATCH_ROWS", 2)
-    monkeypatch.setattr(preprocessing, "BATCH_CHARACTERS", 50)
+    monkeypatch.setattr(batches, "BATCH_ROWS", 2)
+    monkeypatch.setattr(batches, "BATCH_CHARACTERS", 50)
     job.train(chats(7))
     assert job.files() == whole
 

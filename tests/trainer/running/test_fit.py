@@ -19,9 +19,11 @@ from tests.trainer.rows import Row, write_prepared
 from tuneyard.api.job_facts import ChosenSettings, Device, JobFacts, PromptFacts, RowFacts
 from tuneyard.api.plan import Plan, StageRecord, TrainRuntime
 from tuneyard.errors import StageError
+from tuneyard_trainer import machine as machine_module
+from tuneyard_trainer.machine import memory_limit
 from tuneyard_trainer.running import facts as facts_module
 from tuneyard_trainer.running import kept_settings, runner
-from tuneyard_trainer.running.facts import device_of, job_facts, memory_limit
+from tuneyard_trainer.running.facts import device_of, job_facts
 from tuneyard_trainer.running.runner import PlanRunner, StageInputs
 from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
@@ -405,8 +407,8 @@ def test_a_model_that_is_not_described_gives_the_reason_and_ends_nothing(
 def test_the_limit_of_the_cgroup_is_shared_by_the_workers_of_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, file: str
 ) -> None:
-    monkeypatch.setattr(facts_module, "MOUNT", tmp_path)
-    monkeypatch.setattr(facts_module, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(machine_module, "MOUNT", tmp_path)
+    monkeypatch.setattr(machine_module, "OWN_GROUPS", tmp_path / "own")
     machine = memory_limit()
     (tmp_path / "own").write_text(groups)
     limit = tmp_path / file
@@ -426,7 +428,7 @@ def test_no_process_can_go_beyond_the_memory_of_all_with_the_swap_that_they_may_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None, swap: int
 ) -> None:
     for name in ("MOUNT", "OWN_GROUPS", "MEMORY"):
-        monkeypatch.setattr(facts_module, name, tmp_path / name)
+        monkeypatch.setattr(machine_module, name, tmp_path / name)
     (tmp_path / "OWN_GROUPS").write_text("0::/jobs/one")
     (tmp_path / "MEMORY").write_text(f"MemTotal: 99 kB\nSwapTotal:   {256 << 10} kB\n")
     group = tmp_path / "MOUNT/jobs/one"

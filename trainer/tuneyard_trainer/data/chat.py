@@ -130,6 +130,9 @@ class ChatFormat:
             if len(blocks) == len(turns) or not any(flag is not None for flag in trained):
                 return text, [self._with_stop(text, block) for block in blocks]
         text = self._render(styled, tools)
+        found = self._by_search(styled, turns, text)
+        if found is not None:
+            return text, found
         spans = self._by_placeholder(styled, turns, text, tools)
         if spans is None:
             spans = self._by_prompt(styled, turns, text, tools)
@@ -165,6 +168,29 @@ class ChatFormat:
         if inside.endswith(self.stop_token):
             return start, start + len(inside)
         return start, self._end(text, end)
+
+    def _by_search(
+        self, messages: Sequence[Message], turns: Sequence[int], text: str
+    ) -> list[Span] | None:
+        """Return the answers with their stop tokens, found between generation prompt and stop.
+
+        None: the prompt is not before each answer and nowhere else, or an answer is not between
+        the two. The other ways to find the answers render the conversation again.
+        """
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not self.prompt or text.count(self.prompt) != len(answers):
+            return None
+        spans: dict[int, Span] = {}
+        position = 0
+        for turn in answers:
+            header = text.find(self.prompt, position)
+            start = header + len(self.prompt)
+            end = _end_of_answer(text, start, messages[turn]["content"], self.stop)
+            if header < 0 or end is None:
+                return None
+            position = end + len(self.stop)
+            spans[turn] = (start, position)
+        return [spans[turn] for turn in turns]
 
     def _by_placeholder(
         self, messages: Sequence[Message], turns: Sequence[int], text: str, tools: Tools

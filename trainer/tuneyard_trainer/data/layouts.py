@@ -489,6 +489,10 @@ def _nearest(
     return best[1], best[2]
 
 
+JOINED: tuple[DataFormat, ...] = ("openassistant", "feedback")
+"""The layouts of which several rows may make one example."""
+
+
 def joined(rows: Iterable[Row], chosen: DataFormat, fields: FieldMap) -> Iterator[Row]:
     """Yield the rows of a data set, with the messages of trees and the events of logs joined.
 

@@ -96,6 +96,21 @@ class Ledger:
             self.targets[outcome] += targets
             self.sequences[outcome] += sequences
 
+    def add(self, other: Ledger) -> None:
+        """Add the amounts of another ledger, such as that of a batch of rows."""
+        self.read += other.read
+        self.rows_in += other.rows_in
+        self.tokens_in += other.tokens_in
+        self.kept += other.kept
+        self.cut_tokens += other.cut_tokens
+        self.context_only_tokens += other.context_only_tokens
+        self.added_tokens += other.added_tokens
+        self.rows.update(other.rows)
+        self.tokens.update(other.tokens)
+        self.targets.update(other.targets)
+        self.sequences.update(other.sequences)
+        self.changes.update(other.changes)
+
     # ---- sums ---------------------------------------------------------------------------------
 
     def num_rows(self, outcome: Outcome) -> int:
@@ -123,18 +138,7 @@ class Ledger:
         """Return the sum of the ledgers."""
         total = cls()
         for each in ledgers:
-            total.read += each.read
-            total.rows_in += each.rows_in
-            total.tokens_in += each.tokens_in
-            total.kept += each.kept
-            total.cut_tokens += each.cut_tokens
-            total.context_only_tokens += each.context_only_tokens
-            total.added_tokens += each.added_tokens
-            total.rows.update(each.rows)
-            total.tokens.update(each.tokens)
-            total.targets.update(each.targets)
-            total.sequences.update(each.sequences)
-            total.changes.update(each.changes)
+            total.add(each)
         return total
 
     # ---- records ------------------------------------------------------------------------------

@@ -41,14 +41,13 @@ class MaskProof:
     """Facts about the masks of one data set's rows. Documents do not count: all of their tokens are
     targets, and a truncated one has no end."""
 
-    encoder: Encoder
     rows: int = 0
     whole: bool = True
     """Whether every token of every row so far is a target."""
     ended: bool = False
     """Whether a stop token of any row so far is a target."""
 
-    def add(self, example: Example, pieces: Sequence[Encoded]) -> None:
+    def add(self, example: Example, pieces: Sequence[Encoded], encoder: Encoder) -> None:
         """Count a row, after it is truncated or split. `pieces`: its sequences."""
         if example.kind == "text" or not pieces:
             return
@@ -56,10 +55,16 @@ class MaskProof:
         if self.whole:
             self.whole = all(piece.mask[1:].all() for piece in pieces)
         if not self.ended:
-            stops = list(self.encoder.stop_tokens)
+            stops = list(encoder.stop_tokens)
             self.ended = any(np.isin(piece.ids[piece.mask == 1], stops).any() for piece in pieces)
 
-    def check(self, name: str) -> None:
+    def update(self, later: MaskProof) -> None:
+        """Add the facts about rows that follow."""
+        self.rows += later.rows
+        self.whole &= later.whole
+        self.ended |= later.ended
+
+    def check(self, name: str, encoder: Encoder) -> None:
         """Raise StageError NoStopToken if no row trains a stop token, and ContextTrained if every
         token of every conversation is a target although the job trains on answers. `name`: the data
         set's field in the manifest."""
@@ -73,12 +78,12 @@ class MaskProof:
                 "answer.",
             )
         # Without a chat template, a prompt of one token leaves no token that is not a target.
-        has_context = self.encoder.tokenizer.chat_template and self.encoder.train_on != "all"
+        has_context = encoder.tokenizer.chat_template and encoder.train_on != "all"
         if self.rows and self.whole and has_context:
             raise StageError(
                 "ContextTrained",
                 f"every token of the {self.rows} conversations of {name} is a target, also those "
-                f"of the questions, although trainOn is {self.encoder.train_on}.",
+                f"of the questions, although trainOn is {encoder.train_on}.",
                 advice="Correct the {% generation %} blocks of spec.data.chatTemplate, or set "
                 "spec.data.trainOn: all.",
             )

@@ -47,7 +47,7 @@ class Originals:
     _places: list[array[int]] = field(default_factory=list)
     """For each data set: the row of the writer of each example. -1: it was not written."""
     _of: array[int] = field(default_factory=lambda: array("q"))
-    """For each augmented row, in order: the row of its original."""
+    """For each augmented row, in order: the row of its original. -1: it was not written."""
     _kinds: array[int] = field(default_factory=lambda: array("H"))
     """For each augmented row: what made it, an index of `_names`."""
     _names: list[tuple[str, str]] = field(default_factory=list)
@@ -60,10 +60,6 @@ class Originals:
         places = self._places[dataset]
         places.extend([-1] * (number + 1 - len(places)))
         places[number] = row
-
-    def has(self, origin: Origin) -> bool:
-        """Return whether the original of an augmented row was written."""
-        return self._row(origin) >= 0
 
     def add_augmented(self, origin: Origin) -> None:
         """Note that an augmented row was written. They are the last rows of their writer."""
@@ -84,7 +80,8 @@ class Originals:
         if rows is None or not self._of:
             return
         first = len(codes) - len(self._of)
-        mine, outcomes = codes[first:], codes[np.asarray(self._of)]
+        mine, of = codes[first:], np.asarray(self._of)
+        outcomes = np.where(of < 0, LEFT_OUT, codes[of])
         prompts = np.concatenate((read.prompts[codes == HELD_OUT], held_prompts))
         by_rule = {
             HELD_OUT_WITH: outcomes == HELD_OUT,

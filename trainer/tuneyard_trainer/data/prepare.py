@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from tuneyard.api.plan import SourceInput
 from tuneyard.api.stage_settings import PrepareSettings
 from tuneyard.errors import StageError
+from tuneyard_trainer.data.batches import BatchEncoder
 from tuneyard_trainer.data.cleaning.cleaner import Cleaner
 from tuneyard_trainer.data.cleaning.duplicates import Duplicates
 from tuneyard_trainer.data.cleaning.findings import Finding
@@ -26,8 +27,9 @@ from tuneyard_trainer.data.leak_check import check_leaks
 from tuneyard_trainer.data.ledger import SPLIT_OUTCOMES, Ledger, ledger_details
 from tuneyard_trainer.data.middle import Markers, MiddleFiller
 from tuneyard_trainer.data.mixing import mixed_weights, mixture
+from tuneyard_trainer.data.parallel import Pool, num_processes
 from tuneyard_trainer.data.prepared import GAPS, SPLITS, Rows, remove_split
-from tuneyard_trainer.data.preprocessing import OVERLENGTH_OUTCOMES, Preprocessor, Tally
+from tuneyard_trainer.data.preprocessing import Preprocessor
 from tuneyard_trainer.data.retrieval import Contexts
 from tuneyard_trainer.data.splits import (
     HELD_OUT,
@@ -41,6 +43,7 @@ from tuneyard_trainer.data.splits import (
     held_out,
     num_contaminated,
 )
+from tuneyard_trainer.data.tally import OVERLENGTH_OUTCOMES, Tally
 from tuneyard_trainer.data.tokenization import Encoded, Encoder
 from tuneyard_trainer.data.toxicity import Toxicity
 from tuneyard_trainer.models import base
@@ -69,18 +72,14 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
     )
     encoder = _encoder(tokenizer, settings)
     contexts = _contexts(context, settings, encoder, limit)
-    preprocessor = Preprocessor(
-        context.stage,
-        settings,
-        context.inputs,
-        encoder,
-        limit,
-        context.worker,
-        Cleaner.of(settings.clean),
-        contexts,
-        Toxicity.of(context),
-    )
+    toxicity = Toxicity.of(context)
+    batches = BatchEncoder(settings, encoder, limit, Cleaner.of(settings.clean), contexts, toxicity)
     filler = _filler(tokenizer, settings, limit)
+    # A classifier has threads of its own, and torch is in this process alone.
+    pool = Pool(batches, 1 if toxicity else num_processes())
+    preprocessor = Preprocessor(
+        context.stage, settings, context.inputs, context.worker, batches, pool
+    )
     splits = _write_splits(preprocessor, context.workdir, filler)
     tokenizer.save_pretrained(context.workdir / "tokenizer")
     tallies = preprocessor.tallies
@@ -163,10 +162,11 @@ def _write_splits(
     texts = spool / "train.jsonl" if compared else None
     seen, held_seen = _duplicates(settings), _duplicates(settings)
     folder = spool if spooled else workdir
-    with SplitWriter(folder, "train", seed, texts=texts) as read:
-        preprocessor.read("train", settings.train, read, seen)
-    with SplitWriter(folder, "validation", seed, texts=folder / _TEXTS) as held_read:
-        preprocessor.read("validation", settings.validation, held_read, held_seen)
+    with preprocessor.pool:
+        with SplitWriter(folder, "train", seed, texts=texts) as read:
+            preprocessor.read("train", settings.train, read, seen)
+        with SplitWriter(folder, "validation", seed, texts=folder / _TEXTS) as held_read:
+            preprocessor.read("validation", settings.validation, held_read, held_seen)
     preprocessor.check()
     codes = np.full(len(read), TRAIN, dtype=np.int8)
     if not spooled:

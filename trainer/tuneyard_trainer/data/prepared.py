@@ -131,6 +131,19 @@ class RowWriter:
         self._lengths.append(len(ids))
         self._source.append(source)
 
+    def extend(
+        self,
+        ids: bytes | bytearray,
+        masks: bytes | bytearray,
+        lengths: array[int],
+        sources: NDArray[np.int16],
+    ) -> None:
+        """Add rows. `ids`, `masks`: flat, int32 and uint8. `lengths`, `sources`: of each row."""
+        self._tokens.append(np.frombuffer(ids, np.int32))
+        self._mask.append(np.frombuffer(masks, np.uint8))
+        self._lengths.extend(lengths)
+        self._source.frombytes(sources.astype(np.int16, copy=False).tobytes())
+
     def __len__(self) -> int:
         return len(self._lengths)
 

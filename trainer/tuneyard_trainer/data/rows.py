@@ -72,6 +72,15 @@ class Row:
     """The file's name relative to the data set's folder."""
 
 
+@dataclass(frozen=True)
+class Line:
+    """A row of a JSONL file that is not parsed yet: `parsed` does it, in any process."""
+
+    number: int
+    text: bytes
+    file: str = ""
+
+
 def data_files(path: Path) -> list[tuple[str, Path]]:
     """Return the files of a data set (a file, folder or glob), sorted, each with its relative name.
 
@@ -101,6 +110,10 @@ def read_rows(path: Path) -> Iterator[Row]:
     suffix, SourceForbidden for a file that cannot be opened, and InvalidData for a file that cannot
     be read as a whole (broken compression, JSON that does not parse, no header).
     """
+    return map(parsed, _unparsed_rows(path))
+
+
+def _unparsed_rows(path: Path) -> Iterator[Row | Line]:
     kind = _kind(path)
     with _whole_file_faults(path), _opened(path) as file:
         if kind != "parquet" and file.peek(2)[:2] in _UTF_16:
@@ -120,9 +133,24 @@ def read_rows(path: Path) -> Iterator[Row]:
 def read_data(path: Path) -> Iterator[Row]:
     """Yield the rows of a data set, file by file, each with its file's name. Raises StageError as
     `data_files` and `read_rows` do."""
+    return map(parsed, read_unparsed(path))
+
+
+def read_unparsed(path: Path) -> Iterator[Row | Line]:
+    """Yield the rows of a data set as `read_data` does, with the lines of JSONL as they are."""
     for name, file in data_files(path):
-        for row in read_rows(file):
-            yield Row(row.number, row.value, name)
+        for row in _unparsed_rows(file):
+            if isinstance(row, Line):
+                yield Line(row.number, row.text, name)
+            else:
+                yield Row(row.number, row.value, name)
+
+
+def parsed(row: Row | Line) -> Row:
+    """Return the row of a line, which is a BrokenRow if it is not an object of JSON."""
+    if isinstance(row, Row):
+        return row
+    return Row(row.number, _value(row.text), row.file)
 
 
 def is_text(name: str) -> bool:
@@ -214,7 +242,7 @@ def _invalid(path: Path, reason: str) -> StageError:
     return StageError("InvalidData", f"{message}.", advice="Repair or replace the file.")
 
 
-def _jsonl(file: IO[bytes]) -> Iterator[Row]:
+def _jsonl(file: IO[bytes]) -> Iterator[Row | Line]:
     number = 0
     while line := file.readline(MAX_ROW + 1):
         number += 1
@@ -226,10 +254,10 @@ def _jsonl(file: IO[bytes]) -> Iterator[Row]:
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if line.strip():
-            yield Row(number, _parsed(line.rstrip(b"\r\n")))
+            yield Line(number, line.rstrip(b"\r\n"))
 
 
-def _parsed(line: bytes) -> dict[str, Any] | BrokenRow:
+def _value(line: bytes) -> dict[str, Any] | BrokenRow:
     try:
         return _row_value(json.loads(line.decode(), object_pairs_hook=_object))
     except UnicodeDecodeError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -27,6 +28,9 @@ Codes = NDArray[np.int8]
 split."""
 TRAIN, HELD_OUT, REPEATED, LEFT_OUT = 0, 1, 2, 3
 
+BLOCK_ROWS = 512
+"""Rows that are copied at a time."""
+
 
 class Place(NamedTuple):
     """The location of a row."""
@@ -42,6 +46,47 @@ class Place(NamedTuple):
         return f"{self.file} row {self.row}".strip()
 
 
+class RowBlock:
+    """Rows for `SplitWriter.extend`, made in any process. They pickle as a few arrays."""
+
+    def __init__(self, seed: int, *, keeps_texts: bool) -> None:
+        """`seed`: of the rows' hashes. `keeps_texts`: whether `lines` has the rows' texts."""
+        self._key, self._keeps_texts = str(seed).encode(), keeps_texts
+        self.ids, self.masks = bytearray(), bytearray()
+        """Flat, int32 token ids and uint8 masks of all pieces."""
+        self.lengths = array("q")
+        """Tokens of each piece."""
+        self.num_pieces, self.sources = array("l"), array("h")
+        self.hashes, self.prompts = array("Q"), array("Q")
+        self.files: dict[str, int] = {}
+        self.file_numbers, self.numbers = array("l"), array("q")
+        self.lines: list[bytes] = []
+
+    def add(
+        self, pieces: Sequence[Encoded], place: Place, line: bytes | None, prompt: str = ""
+    ) -> None:
+        """Add a row. `line`: its text, if the block keeps it. `prompt`: rows with the same one go
+        to one split. "": the row has none."""
+        content = hashlib.blake2b(digest_size=8, key=self._key)
+        for piece in pieces:
+            ids = piece.ids.tobytes()
+            content.update(ids)
+            self.ids += ids
+            self.masks += piece.mask.tobytes()
+            self.lengths.append(len(piece.ids))
+        self.hashes.append(int.from_bytes(content.digest(), "little"))
+        self.prompts.append(text_hash(prompt) if prompt else self.hashes[-1])
+        self.num_pieces.append(len(pieces))
+        self.sources.append(place.source)
+        self.file_numbers.append(self.files.setdefault(place.file, len(self.files)))
+        self.numbers.append(place.row)
+        if self._keeps_texts and line is not None:
+            self.lines.append(line)
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+
 class SplitWriter:
     """Writes the rows of a split. A row is one sequence, or several pieces if it was split.
 
@@ -54,33 +99,27 @@ class SplitWriter:
         self.folder, self.split = folder, split
         self.texts = None if texts is None else Texts(texts)
         """The rows' texts. None: they are not kept."""
-        self._key = str(seed).encode()
+        self._seed = seed
         self._writer = RowWriter(folder, split)
         self._hashes, self._prompts = array("Q"), array("Q")
         self._num_pieces = array("l")
         self._sources, self._file_numbers, self._numbers = array("h"), array("l"), array("q")
         self._files: dict[str, int] = {}
-        self._names: list[str] = []
+        """The number of each file."""
 
-    def add(
-        self, pieces: Sequence[Encoded], place: Place, text: Mapping[str, Any], prompt: str = ""
-    ) -> None:
-        """Write a row. `prompt`: rows with the same one go to one split. "": the row has none."""
-        content = hashlib.blake2b(digest_size=8, key=self._key)
-        for piece in pieces:
-            content.update(piece.ids.tobytes())
-            self._writer.append(piece.ids, piece.mask, place.source)
-        self._hashes.append(int.from_bytes(content.digest(), "little"))
-        self._prompts.append(text_hash(prompt) if prompt else self._hashes[-1])
-        self._num_pieces.append(len(pieces))
-        self._sources.append(place.source)
-        if place.file not in self._files:
-            self._files[place.file] = len(self._names)
-            self._names.append(place.file)
-        self._file_numbers.append(self._files[place.file])
-        self._numbers.append(place.row)
+    def extend(self, block: RowBlock) -> None:
+        """Write rows."""
+        sources = np.repeat(np.asarray(block.sources), np.asarray(block.num_pieces))
+        self._writer.extend(block.ids, block.masks, block.lengths, sources)
+        self._hashes.extend(block.hashes)
+        self._prompts.extend(block.prompts)
+        self._num_pieces.extend(block.num_pieces)
+        self._sources.extend(block.sources)
+        self._numbers.extend(block.numbers)
+        known = [self._files.setdefault(name, len(self._files)) for name in block.files]
+        self._file_numbers.extend(known[number] for number in block.file_numbers)
         if self.texts is not None:
-            self.texts.append(text)
+            self.texts.extend(block.lines)
 
     def __len__(self) -> int:
         return len(self._hashes)
@@ -104,6 +143,15 @@ class SplitWriter:
     def num_pieces(self) -> Sequence[int]:
         """The number of pieces of each row."""
         return self._num_pieces
+
+    @cached_property
+    def _names(self) -> list[str]:
+        """The files, of a closed writer."""
+        return list(self._files)
+
+    def block(self) -> RowBlock:
+        """Return an empty block for `extend`."""
+        return RowBlock(self._seed, keeps_texts=self.texts is not None)
 
     def place(self, row: int) -> Place:
         """Return the location of a row."""
@@ -193,17 +241,23 @@ def assign_splits(
     if rows is None or spool.texts is None:
         raise TypeError("assign_splits needs a writer with rows and their texts")
     piece = 0
+    blocks = {code: writer.block() for code, writer in writers.items()}
     for row, (code, count) in enumerate(zip(codes.tolist(), spool.num_pieces, strict=True)):
         writer = writers.get(code)
         if writer is not None:
             pieces = [Encoded(rows.ids(i), rows.mask(i)) for i in range(piece, piece + count)]
-            place, text = spool.place(row), {}
-            if writer.texts is not None or change:
-                text = spool.texts[row]
+            place, line = spool.place(row), None
+            if writer.texts is not None:
+                line = spool.texts.line(row)
             if change and code == TRAIN:
-                pieces = change(text, pieces, place)
-            writer.add(pieces, place, text)
+                pieces = change(spool.texts[row], pieces, place)
+            blocks[code].add(pieces, place, line)
+            if len(blocks[code]) == BLOCK_ROWS:
+                writer.extend(blocks[code])
+                blocks[code] = writer.block()
         piece += count
+    for code, block in blocks.items():
+        writers[code].extend(block)
 
 
 def num_contaminated(train: Hashes, validation: Hashes) -> int:

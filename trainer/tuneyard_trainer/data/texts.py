@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -18,6 +18,11 @@ def text_hash(text: str) -> int:
     """Return a 64-bit hash of a text, the same in every process."""
     content = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8)
     return int.from_bytes(content.digest(), "little")
+
+
+def text_line(text: Mapping[str, Any]) -> bytes:
+    """Return a row as its line in the file."""
+    return (json.dumps(text, ensure_ascii=False) + "\n").encode()
 
 
 class Texts:
@@ -34,20 +39,28 @@ class Texts:
 
     def append(self, text: Mapping[str, Any]) -> None:
         """Add a row."""
-        self._offsets.append(self._end)
-        line = json.dumps(text, ensure_ascii=False) + "\n"
-        self._end += self._file.write(line.encode())
+        self.extend([text_line(text)])
+
+    def extend(self, lines: Iterable[bytes]) -> None:
+        """Add rows as `text_line` returns them."""
+        for line in lines:
+            self._offsets.append(self._end)
+            self._end += self._file.write(line)
 
     def __len__(self) -> int:
         return len(self._offsets)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         """Return a row by its number, from 0."""
+        found: dict[str, Any] = json.loads(self.line(row))
+        return found
+
+    def line(self, row: int) -> bytes:
+        """Return a row as its line in the file."""
         if not self._file.readable():
             raise ValueError(f"{self.path.name} is still written")
         self._file.seek(self._offsets[row])
-        found: dict[str, Any] = json.loads(self._file.readline())
-        return found
+        return self._file.readline()
 
     def lines(self) -> Iterator[bytes]:
         """Yield the rows as JSON, in order."""

@@ -15,6 +15,7 @@ from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from tuneyard.errors import StageError
@@ -180,12 +181,12 @@ def _tokenized(
     batch = tokenizer(
         texts,
         add_special_tokens=False,
-        return_offsets_mapping=True,
         return_attention_mask=False,
+        return_token_type_ids=False,
         verbose=False,
     )
-    rows = zip(batch["input_ids"], batch["offset_mapping"], spans, strict=True)
-    return [_encoded_at(ids, offsets, targets) for ids, offsets, targets in rows]
+    rows = zip(batch["input_ids"], batch.encodings or (), spans, strict=True)
+    return [_encoded_at(ids, encoding, targets) for ids, encoding, targets in rows]
 
 
 # ---- masks ------------------------------------------------------------------------------------
@@ -198,19 +199,46 @@ def _encoded(ids: Sequence[int], masked: int = 0) -> Encoded:
     return Encoded(np.asarray(ids, dtype=np.int32), mask)
 
 
-def _encoded_at(
-    ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Iterable[Span]
-) -> Encoded:
-    """Return the row with the tokens that hold any character of a span as targets.
+def _encoded_at(ids: Sequence[int], encoding: Encoding, spans: Sequence[Span]) -> Encoded:
+    """Return the row with the tokens that hold any character of a span as targets."""
+    mask = np.zeros(len(ids), dtype=np.uint8)
+    ranges = [_tokens_of(encoding, span) for span in spans]
+    if None in ranges:
+        mask = _mask_by_offsets(encoding.offsets, spans)
+    else:
+        for first, end in filter(None, ranges):
+            mask[first:end] = 1
+    mask[:1] = 0
+    return Encoded(np.asarray(ids, dtype=np.int32), mask)
+
+
+def _tokens_of(encoding: Encoding, span: Span) -> tuple[int, int] | None:
+    """Return the first token of a span and the end of its last one. None: the span is empty, or
+    begins or ends with a character that is in no token, such as a space."""
+    start, end = span
+    if start >= end:
+        return None
+    first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
+    if first is None or last is None:
+        return None
+    last += 1
+    while last < len(encoding) and encoding.token_to_chars(last)[0] < end:
+        last += 1  # a character of several tokens
+    return first, last
+
+
+def _mask_by_offsets(
+    offsets: Sequence[tuple[int, int]], spans: Iterable[Span]
+) -> NDArray[np.uint8]:
+    """Return the mask of the tokens that hold any character of a span. All offsets take long.
 
     Byte-level tokenizers may leave a token's leading spaces out of its offsets, so that a token of
     spaces alone has an empty range at its end. The comparison below still finds such a token,
     because spans begin before their first token ends, and end with a stop token.
     """
-    flat = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(ids))
+    flat = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(offsets))
     begins, ends = flat[0::2], flat[1::2]
-    mask = np.zeros(len(ids), dtype=np.uint8)
+    mask = np.zeros(len(offsets), dtype=np.uint8)
     for start, end in spans:
         mask[(begins < end) & (ends > start)] = 1
-    mask[:1] = 0
-    return Encoded(np.asarray(ids, dtype=np.int32), mask)
+    return mask

@@ -19,7 +19,8 @@ MAX_NAME = 60
 class Unread:
     """The columns of a data set's rows that have a value and that nothing reads."""
 
-    _names: set[str] = field(default_factory=set)
+    _names: dict[str, None] = field(default_factory=dict)
+    """In the order in which they were found."""
 
     def note(self, row: Mapping[str, Any], columns: Iterable[str] | None) -> None:
         """Note the columns of a row. `columns`: those that are read. None: no row is noted."""
@@ -29,7 +30,14 @@ class Unread:
             if len(self._names) == MAX_UNREAD:
                 return
             if name not in columns and kind_of(value) not in ("missing", "empty"):
-                self._names.add(printable(name[:MAX_NAME]))
+                self._names[printable(name[:MAX_NAME])] = None
+
+    def add(self, later: Unread) -> None:
+        """Note the columns of rows that follow."""
+        for name in later._names:
+            if len(self._names) == MAX_UNREAD:
+                return
+            self._names[name] = None
 
     @property
     def names(self) -> tuple[str, ...]:

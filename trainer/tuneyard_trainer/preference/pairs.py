@@ -248,9 +248,9 @@ class _Reader:
             return
         self.ledgers[source].keep(tokens)
         self.statistics[source].add(preference, [int(row.mask.sum()) for row in encoded])
-        proof = self.proofs.setdefault(source, MaskProof(self.encoder))
+        proof = self.proofs.setdefault(source, MaskProof())
         for example, row in zip(preference.examples, encoded, strict=True):
-            proof.add(example, [row])
+            proof.add(example, [row], self.encoder)
             rows.append(row.ids, row.mask, source)
         self.sizes.append(len(encoded))
         self.labels.append(preference.label)
@@ -306,7 +306,7 @@ class _Reader:
                 advice="Add rows to spec.preferences, or raise spec.preferences.maxLength.",
             )
         for source, proof in self.proofs.items():
-            proof.check(self._name(source))
+            proof.check(self._name(source), self.encoder)
         if self.settings.labeled:
             _require_both_labels(np.array(self.labels), "completions")
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,9 @@ from tuneyard.api.stage_settings import (
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.data.prompts import read_prompts, tokenize
+from tuneyard_trainer.machine import memory_limit, swap_limit
 from tuneyard_trainer.models.base import load_tokenizer
 
-OWN_GROUPS = Path("/proc/self/cgroup")
-"""The cgroups of this process, one a line: ID:CONTROLLERS:PATH."""
-MOUNT = Path("/sys/fs/cgroup")
-MEMORY = Path("/proc/meminfo")
 MOST_PROMPTS = 10_000
 """Prompts of a set that are measured: 2 seconds at most."""
 
@@ -194,56 +190,6 @@ def device_of(device: torch.device, neighbors: int) -> Device:
         return Device(gpu=properties.name, memory=properties.total_memory)
     memory = memory_limit()
     return Device(memory=memory // neighbors, most=memory + swap_limit())
-
-
-def memory_limit() -> int:
-    """Return the most bytes that the processes of this machine or pod may take together."""
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    files = _limit_files("memory.max", "memory.limit_in_bytes")
-    return min([pages, *filter(None, map(_limit, files))])
-
-
-def swap_limit() -> int:
-    """Return the most bytes that they may have swapped out beside these."""
-    limits = [_limit(path) for path in _limit_files("memory.swap.max", None)]
-    return min([_swap(), *(limit for limit in limits if limit is not None)])
-
-
-def _swap() -> int:
-    """Return the bytes of this machine's swap space."""
-    try:
-        lines = MEMORY.read_text().splitlines()
-    except OSError:  # not Linux
-        return 0
-    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("SwapTotal:"))
-
-
-def _limit_files(second: str, first: str | None) -> Iterator[Path]:
-    """Yield the files with the limits of this process's cgroups and of those around them. A
-    container may see its own group as the root. `second`, `first`: the file's name in version 2 and
-    in version 1 of cgroups; None: it has none."""
-    try:
-        lines = OWN_GROUPS.read_text().splitlines()
-    except OSError:  # not Linux
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        mount = MOUNT / "memory" if controllers else MOUNT
-        file = first if controllers else second
-        group = Path(path)
-        for each in (group, *group.parents) if file else ():
-            yield mount / each.relative_to("/") / str(file)
-
-
-def _limit(path: Path) -> int | None:
-    """Return the limit in a cgroup's file. None: there is no limit."""
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdecimal() else None
 
 
 def facts_event(facts: JobFacts) -> dict[str, Any]:

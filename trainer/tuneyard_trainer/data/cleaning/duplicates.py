@@ -39,6 +39,26 @@ class Duplicate(NamedTuple):
     """The Jaccard index of their word sequences; 1 of exact duplicates."""
 
 
+class RowKeys(NamedTuple):
+    """What rows are compared by."""
+
+    contents: NDArray[np.uint64]
+    """(R,) a hash of all that each row says."""
+    bands: Bands | None
+    """None: near duplicates are not searched."""
+
+    @classmethod
+    def of(cls, texts: Sequence[Mapping[str, Any]], known: WordHashes | None) -> RowKeys:
+        """Return the keys of rows as `validation.jsonl` holds them. `known`: None: near duplicates
+        are not searched."""
+        contents = np.fromiter(map(_content, texts), np.uint64, len(texts))
+        if known is None:
+            return cls(contents, None)
+        rows = [written(text) for text in texts]
+        systems = [system for system, _ in rows]
+        return cls(contents, bands(word_rows((text for _, text in rows), known), systems))
+
+
 class Duplicates:
     """Collects what rows are compared by: 8 bytes a row, and 56 more with near duplicates."""
 
@@ -52,11 +72,13 @@ class Duplicates:
 
     def add(self, texts: Sequence[Mapping[str, Any]]) -> None:
         """Add rows as `validation.jsonl` holds them."""
-        self._contents.extend(_content(text) for text in texts)
-        if self._near:
-            rows = [written(text) for text in texts]
-            systems = [system for system, _ in rows]
-            self._bands.append(bands(word_rows((text for _, text in rows), self._known), systems))
+        self.add_keys(RowKeys.of(texts, self._known if self._near else None))
+
+    def add_keys(self, keys: RowKeys) -> None:
+        """Add rows by their keys."""
+        self._contents.frombytes(keys.contents.tobytes())
+        if keys.bands is not None:
+            self._bands.append(keys.bands)
 
     def found(self, text: Callable[[int], Mapping[str, Any]]) -> Iterator[Duplicate]:
         """Yield the rows that repeat an earlier one, in order. To be called once. `text`: returns a

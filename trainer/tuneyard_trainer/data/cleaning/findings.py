@@ -70,6 +70,14 @@ class Findings:
         if len(shown) < EXAMPLES_SHOWN:
             shown.append({"where": where, "text": finding.excerpt})
 
+    def update(self, later: Findings) -> None:
+        """Add the findings in rows that follow."""
+        for rule, count in later.rows.items():
+            self.rows[rule] = self.rows.get(rule, 0) + count
+            self.actions[rule] = later.actions[rule]
+            shown = self.examples.setdefault(rule, [])
+            shown += later.examples[rule][: EXAMPLES_SHOWN - len(shown)]
+
     def details(self) -> dict[str, Any]:
         """Return the findings as JSON, by rule."""
         return {

@@ -1,0 +1,192 @@
+"""Batches of rows in all processes that the machine grants, with the results in order.
+
+The processes are started afresh, since a fork of a process with threads can hang, and they do not
+import the main module of this one: it may be a worker of Ray, or a script without a guard.
+Nothing here imports numpy or transformers: a new process sets its number of threads before it
+imports them.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import chain, islice
+from multiprocessing import parent_process
+from multiprocessing.context import SpawnContext, SpawnProcess
+from types import ModuleType, TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+from tuneyard.errors import StageError
+from tuneyard_trainer.machine import cpu_limit, memory_limit
+
+Given = TypeVar("Given")
+Result = TypeVar("Result")
+
+ALONE = 16
+"""Batches that one process prepares as fast as several, which take a second to start."""
+IN_FLIGHT = 2
+"""Batches for each process that are given to it or wait for their turn. Memory is bounded by it."""
+MOST_PROCESSES = 32
+"""One process reads the files and writes the results, and feeds about as many."""
+PROCESS_BYTES = 1 << 30
+"""Bytes of the memory limit for each process. A process takes 150 MB, and more with documents to
+retrieve from."""
+_ONE_THREAD = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAYON_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
+
+
+def num_processes() -> int:
+    """Return the number of processes that the machine or pod grants, by processors and memory."""
+    return max(1, min(cpu_limit(), memory_limit() // PROCESS_BYTES, MOST_PROCESSES))
+
+
+class Pool(Generic[Given, Result]):
+    """Calls one function on many batches, in several processes.
+
+    A context, in which processes start when they are needed. After its end none is left.
+    """
+
+    def __init__(self, function: Callable[[Given], Result], processes: int) -> None:
+        """`function`: it is pickled once, and each process has its own copy of it. `processes`: 1
+        calls the function in this process."""
+        self._function = function
+        self._processes = processes
+        self._executor: ProcessPoolExecutor | None = None
+        self._context = _Context()
+
+    def map(self, batches: Iterable[Given]) -> Iterator[Result]:
+        """Yield the results of the batches, in their order. Few batches stay in this process.
+
+        Raises what the function raises, and StageError WorkerDied if a process is lost.
+        """
+        rest = iter(batches)
+        if self._executor is None:
+            if self._processes < 2:
+                yield from map(self._function, rest)
+                return
+            first = list(islice(rest, ALONE + 1))
+            if len(first) <= ALONE:
+                yield from map(self._function, first)
+                return
+            rest = chain(first, rest)
+            self._executor = ProcessPoolExecutor(
+                self._processes,
+                mp_context=self._context,
+                initializer=_begin,
+                initargs=(pickle.dumps(self._function),),
+            )
+        pending: deque[Future[Result]] = deque()
+        try:
+            for batch in rest:
+                pending.append(self._executor.submit(_call, batch))
+                if len(pending) > IN_FLIGHT * self._processes:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool as error:
+            self._end()
+            raise self._lost() from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        """End the processes, after the batch that each has."""
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)
+
+    def _lost(self) -> StageError:
+        """Return the error of a process that ended by itself; the pool ends the other ones by
+        SIGTERM."""
+        codes = [process.exitcode or 0 for process in self._context.processes]
+        code = next((code for code in codes if code not in (0, -signal.SIGTERM)), min(codes))
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        why = ", as the kernel does where memory runs out" if code == -signal.SIGKILL else ""
+        return StageError(
+            "WorkerDied",
+            f"one of the {self._processes} processes that prepare rows was ended {how}{why}.",
+            advice="If memory ran out, raise compute.memory, or shorten the longest rows.",
+            retryable=True,
+        )
+
+
+class _Process(SpawnProcess):
+    """A process that does not import the main module of the process that starts it."""
+
+    def start(self) -> None:
+        with _no_main_module():
+            super().start()
+
+
+class _Context(SpawnContext):
+    """Starts processes, and keeps them for their exit codes."""
+
+    def __init__(self) -> None:
+        self.processes: list[SpawnProcess] = []
+
+    def Process(self, *args: Any, **options: Any) -> SpawnProcess:  # type: ignore[override]  # noqa: N802
+        process = _Process(*args, **options)
+        self.processes.append(process)
+        return process
+
+
+@contextmanager
+def _no_main_module() -> Iterator[None]:
+    """While active, the main module has neither a name nor a file."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+# ---- inside a process ---------------------------------------------------------------------------
+
+
+class _Own:
+    """What a process keeps between its batches."""
+
+    function: Callable[[Any], Any]
+
+
+def _begin(function: bytes) -> None:
+    """Prepare a new process: one thread, and no reaction to Ctrl-C, which is the parent's."""
+    os.environ.update(_ONE_THREAD)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _Own.function = pickle.loads(function)  # noqa: S301 - our parent pickled it
+    gc.freeze()  # the modules stay: collections need not walk through them
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent has ended, also by SIGKILL."""
+    if parent := parent_process():
+        parent.join()
+        os._exit(1)
+
+
+def _call(batch: Any) -> Any:
+    return _Own.function(batch)
