@@ -28,6 +28,10 @@ MODULES = Path(__file__).resolve().parent / "go"
 FLAGS = ("-mod=readonly", "-trimpath", "-buildvcs=false")
 LINKER_FLAGS = "-s -w"
 
+# Without cgo the build needs no C compiler, and the programs run on any Linux. Rare garbage
+# collections of the compiler save 15% of its processor time (134 to 114 s for versitygw).
+ENVIRONMENT = {"CGO_ENABLED": "0", "GOWORK": "off", "GOGC": "400", "GOMEMLIMIT": "3GiB"}
+
 
 @dataclass(frozen=True)
 class Target:
@@ -230,8 +234,7 @@ def _go(target: Target, *arguments: str) -> str:
         raise RigError(
             f"{target.name} is not built and Go is not installed: install Go 1.26 or later"
         )
-    # Without cgo the build needs no C compiler, and the programs run on any Linux.
-    environment = {**os.environ, "CGO_ENABLED": "0", "GOWORK": "off"}
+    environment = {**os.environ, **ENVIRONMENT}
     command = ["nice", "-n", "5", go, *arguments]
     done = subprocess.run(
         command,
