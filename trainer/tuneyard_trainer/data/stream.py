@@ -103,7 +103,9 @@ class RowReader:
         whole_trees = self.settings.paths == "all"
         try:
             found = read_examples(row, self.layout, self._names, whole_trees=whole_trees)
-            origin = augmentation.origin_of(row.value) if self.augmented else None
+            origin = None
+            if self.augmented and not isinstance(row.value, BrokenRow):
+                origin = augmentation.origin_of(row.value)
         except RowError as error:
             counts.refuse(row, f"{error}{self._other_layout(row, error)}")
             return []

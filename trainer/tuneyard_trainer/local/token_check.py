@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tuneyard.errors import StageError
+from tuneyard_trainer.data.batches import truncate
 from tuneyard_trainer.data.chat import TrainOn
 from tuneyard_trainer.data.example import Example
 from tuneyard_trainer.data.masks import MaskProof
-from tuneyard_trainer.data.preprocessing import truncate
 from tuneyard_trainer.data.stream import FAULTS_SHOWN
 from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit
 from tuneyard_trainer.local.check import BATCH_ROWS, Fault, spread
@@ -43,6 +43,7 @@ class TokenCheck:
     _num_rows: int = 0
     _waiting: list[tuple[str, Sequence[Example]]] = field(default_factory=list)
     _faults: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
+    _proof: MaskProof = field(default_factory=MaskProof)
 
     @classmethod
     def of(
@@ -65,9 +66,6 @@ class TokenCheck:
         encoder = Encoder(tokenizer, "last-assistant" if rated else train_on, reasoning=reasoning)
         return cls(encoder, limit, rated)
 
-    def __post_init__(self) -> None:
-        self._proof = MaskProof(self.encoder)
-
     def add(self, place: str, examples: Sequence[Example]) -> None:
         """Search a row. Raises StageError ChatTemplate or NoStopToken if no row can be encoded."""
         self._num_rows += 1
@@ -82,7 +80,7 @@ class TokenCheck:
             Fault(name, rows, self._num_rows, shown) for name, (rows, shown) in self._faults.items()
         ]
         try:
-            self._proof.check("the file")
+            self._proof.check("the file", self.encoder)
         except StageError as error:
             name = _WHOLE_FILE[error.reason]
             found.append(Fault(name, self._proof.rows, self._num_rows, [error.message]))
@@ -129,7 +127,8 @@ class TokenCheck:
         for example, row in zip(examples, encoded, strict=True):
             if isinstance(row, Encoded):
                 kept = truncate(row, self.limit)
-                self._proof.add(example, [piece for piece in kept if piece.mask.any()])
+                pieces = [piece for piece in kept if piece.mask.any()]
+                self._proof.add(example, pieces, self.encoder)
 
     def _count(self, name: str, shown: str) -> None:
         rows, examples = self._faults.get(name, (0, []))
