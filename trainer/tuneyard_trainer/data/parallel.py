@@ -76,11 +76,11 @@ class Pool(Generic[Given, Result]):
         rest = iter(batches)
         if self._executor is None:
             if self._processes < 2:
-                yield from map(self._function, rest)
+                yield from self._alone(rest)
                 return
             first = list(islice(rest, ALONE + 1))
             if len(first) <= ALONE:
-                yield from map(self._function, first)
+                yield from self._alone(first)
                 return
             rest = chain(first, rest)
             self._executor = ProcessPoolExecutor(
@@ -100,6 +100,13 @@ class Pool(Generic[Given, Result]):
         except BrokenProcessPool as error:
             self._end()
             raise self._lost() from error
+
+    def _alone(self, batches: Iterable[Given]) -> Iterator[Result]:
+        gc.freeze()  # all that exists stays meanwhile: collections need not walk through it
+        try:
+            yield from map(self._function, batches)
+        finally:
+            gc.unfreeze()
 
     def __enter__(self) -> Self:
         return self

@@ -15,7 +15,7 @@ from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Encoding
+from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from tuneyard.errors import StageError
@@ -23,6 +23,7 @@ from tuneyard_trainer.data.chat import ChatFormat, Span, TrainOn
 from tuneyard_trainer.data.conversations import Message, template_turns
 from tuneyard_trainer.data.example import Example
 from tuneyard_trainer.data.template_style import MisfitError
+from tuneyard_trainer.data.token_bytes import TokenBytes
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,46 @@ class Encoder:
                 texts.append(text)
                 spans.append(targets)
                 self._note_left_out(example)
-        encoded = iter(_tokenized(self.tokenizer, texts, spans))
+        encoded = iter(self._tokenized(texts, spans))
         return [misfits.get(i) or next(encoded) for i in range(len(conversations))]
+
+    def _tokenized(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[Encoded]:
+        """Return renderings as rows with the tokens of their spans as targets."""
+        found: list[Encoded | None] = [None] * len(texts)
+        if texts and self._token_bytes is not None:
+            tokens = self._ids(texts, special=False)
+            for index, (text, ids) in enumerate(zip(texts, tokens, strict=True)):
+                mask = self._token_bytes.mask(text, ids, spans[index])
+                found[index] = None if mask is None else _with_mask(ids, mask)
+        rest = [index for index, row in enumerate(found) if row is None]
+        by_offsets = iter(self._with_offsets([texts[i] for i in rest], [spans[i] for i in rest]))
+        return [next(by_offsets) if row is None else row for row in found]
+
+    def _with_offsets(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[Encoded]:
+        if not texts:
+            return []
+        batch = self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        rows = zip(batch["input_ids"], batch.encodings or (), spans, strict=True)
+        return [_with_mask(ids, _mask_of(encoding, targets)) for ids, encoding, targets in rows]
+
+    @cached_property
+    def _backend(self) -> Tokenizer | None:
+        """The tokenizer of the library below, which returns ids alone. None: there is none."""
+        if not self.tokenizer.is_fast:
+            return None
+        self.tokenizer("", verbose=False)  # undoes truncation and padding that its file sets
+        return self.tokenizer.backend_tokenizer
+
+    @cached_property
+    def _token_bytes(self) -> TokenBytes | None:
+        """The bytes of the tokens. None: the tokenizer is not a byte-level one."""
+        return TokenBytes.of(self.tokenizer)
 
     def _note_left_out(self, example: Example) -> None:
         if example.tools:
@@ -162,31 +201,16 @@ class Encoder:
     def _ids(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
         if not texts:
             return []
+        backend = self._backend
+        if backend is not None and backend.truncation is None and backend.padding is None:
+            encodings = backend.encode_batch_fast(list(texts), add_special_tokens=special)
+            return [encoding.ids for encoding in encodings]
         return self.tokenizer(
             list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False
         )["input_ids"]
 
 
 _NO_CALLS = Misfit("a model without a chat template cannot call tools: set spec.data.chatTemplate")
-
-
-# ---- conversations ----------------------------------------------------------------------------
-
-
-def _tokenized(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], spans: list[list[Span]]
-) -> list[Encoded]:
-    if not texts:
-        return []
-    batch = tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    rows = zip(batch["input_ids"], batch.encodings or (), spans, strict=True)
-    return [_encoded_at(ids, encoding, targets) for ids, encoding, targets in rows]
 
 
 # ---- masks ------------------------------------------------------------------------------------
@@ -199,17 +223,20 @@ def _encoded(ids: Sequence[int], masked: int = 0) -> Encoded:
     return Encoded(np.asarray(ids, dtype=np.int32), mask)
 
 
-def _encoded_at(ids: Sequence[int], encoding: Encoding, spans: Sequence[Span]) -> Encoded:
-    """Return the row with the tokens that hold any character of a span as targets."""
-    mask = np.zeros(len(ids), dtype=np.uint8)
-    ranges = [_tokens_of(encoding, span) for span in spans]
-    if None in ranges:
-        mask = _mask_by_offsets(encoding.offsets, spans)
-    else:
-        for first, end in filter(None, ranges):
-            mask[first:end] = 1
+def _with_mask(ids: Sequence[int], mask: NDArray[np.uint8]) -> Encoded:
     mask[:1] = 0
     return Encoded(np.asarray(ids, dtype=np.int32), mask)
+
+
+def _mask_of(encoding: Encoding, spans: Sequence[Span]) -> NDArray[np.uint8]:
+    """Return the mask of the tokens that hold any character of a span."""
+    mask = np.zeros(len(encoding), dtype=np.uint8)
+    for span in spans:
+        tokens = _tokens_of(encoding, span)
+        if tokens is None:
+            return _mask_by_offsets(encoding.offsets, spans)
+        mask[tokens[0] : tokens[1]] = 1
+    return mask
 
 
 def _tokens_of(encoding: Encoding, span: Span) -> tuple[int, int] | None:
