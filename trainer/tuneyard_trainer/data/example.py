@@ -106,7 +106,7 @@ def call_text(call: ToolCall) -> str:
 
 @dataclass(frozen=True)
 class Origin:
-    """What made an augmented row, and the row that it was made from."""
+    """The row that an augmented row was made from, and what made it."""
 
     by: str
     """paraphrase, inversion or template."""
