@@ -75,8 +75,10 @@ class Names:
         """Return the column of a field: the first one with a value in the row, else the first one.
         "": the layout has no such field."""
         columns = self._columns.get(field, ())
-        filled = (name for name in columns if row.get(name) is not None)
-        return next(filled, columns[0] if columns else "")
+        for name in columns:
+            if row.get(name) is not None:
+                return name
+        return columns[0] if columns else ""
 
     def maps(self, field: str) -> bool:
         """Return whether the manifest names the field's column."""

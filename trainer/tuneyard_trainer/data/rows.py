@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, NamedTuple
 
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.example import Fault, printable
@@ -72,8 +72,7 @@ class Row:
     """The file's name relative to the data set's folder."""
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """A row of a JSONL file that is not parsed yet: `parsed` does it, in any process."""
 
     number: int

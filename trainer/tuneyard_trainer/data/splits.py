@@ -56,10 +56,10 @@ class RowBlock:
         """Flat, int32 token ids and uint8 masks of all pieces."""
         self.lengths = array("q")
         """Tokens of each piece."""
-        self.num_pieces, self.sources = array("l"), array("h")
+        self.num_pieces, self.sources = array("i"), array("h")
         self.hashes, self.prompts = array("Q"), array("Q")
         self.files: dict[str, int] = {}
-        self.file_numbers, self.numbers = array("l"), array("q")
+        self.file_numbers, self.numbers = array("i"), array("q")
         self.lines: list[bytes] = []
 
     def add(
@@ -102,8 +102,8 @@ class SplitWriter:
         self._seed = seed
         self._writer = RowWriter(folder, split)
         self._hashes, self._prompts = array("Q"), array("Q")
-        self._num_pieces = array("l")
-        self._sources, self._file_numbers, self._numbers = array("h"), array("l"), array("q")
+        self._num_pieces = array("i")
+        self._sources, self._file_numbers, self._numbers = array("h"), array("i"), array("q")
         self._files: dict[str, int] = {}
         """The number of each file."""
 

@@ -326,13 +326,13 @@ def read_examples(
         raise RowError(row.value.reason, row.value.fault)
     parsed = layouts.read(row.value, layout, names, whole_trees=whole_trees)
     wanted, source = expected(row.value, names), document(row.value, names)
-    examples = [replace(_example(row, each, wanted), document=source) for each in parsed]
+    examples = [_example(row, each, wanted, source) for each in parsed]
     for example in examples:
         check(example)
     return examples
 
 
-def _example(row: Row, parsed: Parsed, wanted: tuple[str, ...]) -> Example:
+def _example(row: Row, parsed: Parsed, wanted: tuple[str, ...], source: str) -> Example:
     prompt, completion = parsed.plain or ("", "")
     kind: Literal["chat", "completion", "text"] = "completion" if parsed.plain else "chat"
     return Example(
@@ -345,4 +345,5 @@ def _example(row: Row, parsed: Parsed, wanted: tuple[str, ...]) -> Example:
         wanted,
         row.file,
         parsed.tools,
+        source,
     )

@@ -186,30 +186,18 @@ def render(
     """Return the rendering of turns in the template's own shape. `prompt`: with the generation
     prompt. Raises MisfitError if the template refuses the conversation."""
     schemas: list[Any] | None = [dict(tool) for tool in tools] or None
-    if any(message["content"] is None for message in messages):
-        # `apply_chat_template` removes fields that are None, and a template can test for None.
-        specials: dict[str, Any] = tokenizer.special_tokens_map
-        texts, _ = guarded(
-            lambda: render_jinja_template(
-                [list(messages)],
-                tools=schemas,
-                chat_template=template,
-                add_generation_prompt=prompt,
-                **specials,
-            )
-        )
-        return str(texts[0])
-    return str(
-        guarded(
-            lambda: tokenizer.apply_chat_template(
-                list(messages),
-                tools=schemas,
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=prompt,
-            )
+    specials: dict[str, Any] = tokenizer.special_tokens_map
+    # Not `apply_chat_template`: it removes fields that are None, and a template can test for None.
+    texts, _ = guarded(
+        lambda: render_jinja_template(
+            [list(messages)],
+            tools=schemas,
+            chat_template=template,
+            add_generation_prompt=prompt,
+            **specials,
         )
     )
+    return str(texts[0])
 
 
 def guarded(act: Callable[[], Any]) -> Any:

@@ -30,8 +30,11 @@ class TokenBytes(dict[int, bytes]):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._backend: Tokenizer = tokenizer.backend_tokenizer
-        added = tokenizer.added_tokens_decoder.items()
-        self.update({token: each.content.encode() for token, each in added})
+        self._added = {
+            token: each.content.encode() for token, each in tokenizer.added_tokens_decoder.items()
+        }
+        self._sizes = np.zeros(0, np.int64)
+        """The number of bytes of each token that was seen."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Self | None:
@@ -42,7 +45,12 @@ class TokenBytes(dict[int, bytes]):
 
     def __missing__(self, token: int) -> bytes:
         text = self._backend.id_to_token(token) or ""
-        found = bytes(map(_BYTES.__getitem__, text)) if _BYTES.keys() >= set(text) else b""
+        found = self._added.get(token, b"")
+        if not found and _BYTES.keys() >= set(text):
+            found = bytes(map(_BYTES.__getitem__, text))
+        if token >= len(self._sizes):
+            self._sizes = np.pad(self._sizes, (0, token + 1))
+        self._sizes[token] = len(found)
         self[token] = found
         return found
 
@@ -54,18 +62,20 @@ class TokenBytes(dict[int, bytes]):
         None: the tokens are not the bytes of the text, or a span is empty or begins or ends with
         white space, which a tokenizer's offsets may leave out of a token.
         """
-        parts = [self[token] for token in ids]
-        if b"".join(parts) != text.encode():
+        content = text.encode()
+        if b"".join(map(self.__getitem__, ids)) != content:
             return None
-        ends = np.cumsum(np.fromiter(map(len, parts), np.int64, len(parts)))
-        mask = np.zeros(len(parts), dtype=np.uint8)
         for start, end in spans:
             if start >= end or text[start].isspace() or text[end - 1].isspace():
                 return None
-            if not text.isascii():
-                start, end = len(text[:start].encode()), len(text[:end].encode())
-            # The token that ends after the first byte, up to the one that holds the last byte.
-            first = int(np.searchsorted(ends, start, side="right"))
-            last = int(np.searchsorted(ends, end, side="left"))
+        if len(content) != len(text):
+            spans = [(len(text[:start].encode()), len(text[:end].encode())) for start, end in spans]
+        ends = self._sizes[np.asarray(ids)].cumsum()
+        bounds = np.asarray(spans, np.int64).reshape(-1, 2)
+        # The token that ends after the first byte, up to the one that holds the last byte.
+        firsts = ends.searchsorted(bounds[:, 0], side="right").tolist()
+        lasts = ends.searchsorted(bounds[:, 1], side="left").tolist()
+        mask = np.zeros(len(ids), dtype=np.uint8)
+        for first, last in zip(firsts, lasts, strict=True):
             mask[first : last + 1] = 1
         return mask

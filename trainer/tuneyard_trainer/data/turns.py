@@ -86,7 +86,7 @@ def dialogue(text: str) -> list[Message]:
 
 def turn(given: Any, where: str, keys: TurnKeys = PUBLISHED) -> Message:
     """Return one turn. `where` names it in messages. Raises RowError."""
-    if not isinstance(given, Mapping):
+    if not isinstance(given, dict):
         raise RowError(
             f"{where} must be an object {{role, content}} or {{from, value}}, not "
             f"{type(given).__name__}"
@@ -98,6 +98,8 @@ def turn(given: Any, where: str, keys: TurnKeys = PUBLISHED) -> Message:
         known = ", ".join(ROLES)
         raise RowError(f"{where} has {role_key} {given.get(role_key)!r}; known roles are {known}")
     content = given.get(content_key)
+    if len(given) == 2 and isinstance(content, str) and name != "function_call":
+        return Message(role, content)
     if name == "function_call":
         return Message(role, "", _calls(_from_json(content, where), where), train=_train(given))
     calls = _given_calls(given, where) if role == "assistant" else ()
