@@ -171,16 +171,19 @@ def test_a_row_that_another_rule_removed_is_not_judged(classifier: Path) -> None
 
 
 def test_the_probabilities_are_those_of_the_model_alone(classifier: Path) -> None:
-    """Batches of unequal lengths are padded, and the padding changes nothing."""
-    model = loaded(classifier)
-    texts = ["vile", "the red lamp is a lamp", "you are a stupid lamp and the lamp is red", ""]
-    for text, verdict in zip(texts, model.verdicts(texts), strict=True):
-        encoded = model.tokenizer(text, return_tensors="pt")
-        logits = model.model(input_ids=encoded["input_ids"]).logits
-        expected = float(logits.softmax(dim=1)[0, 1])
-        assert verdict.probability == pytest.approx(expected, abs=1e-6)
-        assert verdict.label == "toxic"
-        assert (expected > 0.5) == ("vile" in text or "stupid" in text)
+    """Batches of unequal lengths are padded, and the padding changes nothing. Of the two labels,
+    the improbable one is compared: near 1, a probability hides what changes it."""
+    texts = ["vile", "the red lamp is a lamp", "you are a stupid lamp and the lamp is red", "lamp"]
+    for column, label in enumerate(("neutral", "toxic")):
+        model = loaded(classifier, label)
+        for text, verdict in zip(texts, model.verdicts(texts), strict=True):
+            encoded = model.tokenizer(text, return_tensors="pt")
+            logits = model.model(input_ids=encoded["input_ids"]).logits
+            expected = float(logits.softmax(dim=1)[0, column])
+            assert verdict.probability == pytest.approx(expected, rel=1e-4)
+            assert verdict.label == label
+            is_rude = "vile" in text or "stupid" in text
+            assert (expected > 0.5) == (is_rude == (label == "toxic"))
 
 
 @pytest.mark.parametrize("place", [0, 27, 28, 60, 119])
