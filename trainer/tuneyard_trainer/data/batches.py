@@ -54,7 +54,7 @@ class RowBatch:
 
 @dataclass
 class PreparedBatch:
-    """What became of the rows of a batch."""
+    """The outcome of the rows of a batch."""
 
     counts: RowCounts = field(default_factory=RowCounts)
     tally: Tally = field(default_factory=Tally)
@@ -71,7 +71,7 @@ class PreparedBatch:
     block: RowBlock | None = None
     """The rows to write. None: none were prepared."""
     keys: RowKeys | None = None
-    """What these rows are compared by. None: duplicates are not searched."""
+    """The keys that these rows are compared by. None: duplicates are not searched."""
 
 
 @dataclass

@@ -174,7 +174,7 @@ def _no_main_module() -> Iterator[None]:
 
 
 class _Own:
-    """What a process keeps between its batches."""
+    """The state that a process keeps between its batches."""
 
     function: Callable[[Any], Any]
 

@@ -60,7 +60,7 @@ class Summary:
 
 @dataclass
 class RowCounts:
-    """What became of rows that were read, such as those of a batch."""
+    """The outcome of rows that were read, such as those of a batch."""
 
     examples: int = 0
     skipped: int = 0
@@ -179,7 +179,7 @@ class Examples:
         self._settings, self._on_invalid, self._name = settings, on_invalid, name
         self._rows = 0
         self.counts = RowCounts()
-        """What became of the rows so far."""
+        """The outcome of the rows so far."""
         source = islice(read_unparsed(path), settings.limit)
         chosen, self._source = self._detected(source)
         self.reader = RowReader(chosen, settings, on_invalid == "error", whole_logs, augmented)
@@ -210,7 +210,7 @@ class Examples:
         rows = self._counted(self._source)
         if self.reader.format not in layouts.JOINED:
             return rows
-        whole = map(parsed, rows)
+        whole: Iterator[Row] = map(parsed, rows)
         if self.reader.format == "feedback":
             whole = self._noted(whole)  # the rows that the join makes have one column
         return layouts.joined(whole, self.reader.format, self._settings.fields)

@@ -249,8 +249,9 @@ def _tokens_of(encoding: Encoding, span: Span) -> tuple[int, int] | None:
     if first is None or last is None:
         return None
     last += 1
-    while last < len(encoding) and encoding.token_to_chars(last)[0] < end:
-        last += 1  # a character of several tokens
+    # A character may be several tokens. A token that stands for no text ends the search.
+    while last < len(encoding) and (found := encoding.token_to_chars(last)) and found[0] < end:
+        last += 1
     return first, last
 
 

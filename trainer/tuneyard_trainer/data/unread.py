@@ -19,7 +19,7 @@ MAX_NAME = 60
 class Unread:
     """The columns of a data set's rows that have a value and that nothing reads."""
 
-    _names: dict[str, None] = field(default_factory=dict)
+    found: dict[str, None] = field(default_factory=dict)
     """In the order in which they were found."""
 
     def note(self, row: Mapping[str, Any], columns: Iterable[str] | None) -> None:
@@ -27,22 +27,22 @@ class Unread:
         if columns is None:
             return
         for name, value in row.items():
-            if len(self._names) == MAX_UNREAD:
+            if len(self.found) == MAX_UNREAD:
                 return
             if name not in columns and kind_of(value) not in ("missing", "empty"):
-                self._names[printable(name[:MAX_NAME])] = None
+                self.found[printable(name[:MAX_NAME])] = None
 
     def add(self, later: Unread) -> None:
         """Note the columns of rows that follow."""
-        for name in later._names:
-            if len(self._names) == MAX_UNREAD:
+        for name in later.found:
+            if len(self.found) == MAX_UNREAD:
                 return
-            self._names[name] = None
+            self.found[name] = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """The columns, sorted; MAX_UNREAD at most."""
-        return tuple(sorted(self._names))
+        return tuple(sorted(self.found))
 
 
 def unread_message(name: str, unread: Sequence[str]) -> str:
