@@ -147,6 +147,24 @@ def test_the_weight_is_of_the_stage_that_prepares() -> None:
     assert light.stages[1].fingerprint != heavy.stages[1].fingerprint
 
 
+def test_what_the_stage_that_prepares_alone_uses_repeats_no_request() -> None:
+    """Toxic and repeated rows are left out later, and what was made of them with them."""
+    base = planned(TEMPLATES).stages[0]
+    toxicity = {"classifier": {"uri": "hf://org/classifier"}, "labels": ["toxic"]}
+    rows = {"uri": "https://data.example/train.jsonl"}
+    changes: list[dict[str, Any]] = [
+        {"data__clean": {"toxicity": toxicity}},
+        {"data__clean": {"duplicates": "near", "similarity": 0.7}},
+        {"data__train": [rows | {"weight": 3.0}]},
+    ]
+    for change in changes:
+        changed = planned(TEMPLATES, **change).stages[0]
+        assert changed.inputs.keys() == base.inputs.keys()
+        assert changed.fingerprint == base.fingerprint
+    rule = {"data__clean": {"toxicity": toxicity, "minWords": 3}}
+    assert planned(TEMPLATES, **rule).stages[0].fingerprint != base.fingerprint
+
+
 def test_a_job_without_augmentation_keeps_its_plan() -> None:
     text = plan_job(job()).to_json()
     assert "augment" not in text

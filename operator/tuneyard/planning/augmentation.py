@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from tuneyard.api.cleaning import Clean
 from tuneyard.api.plan import Input, SourceInput, StageInput
 from tuneyard.api.sources import Augment, FineTuneData
 from tuneyard.api.stage_settings import AugmentSettings, InversionSettings, ParaphraseSettings
@@ -18,6 +19,7 @@ from tuneyard.planning.drafts import (
     dataset_settings,
     judge_input,
     judge_settings,
+    text_rules,
 )
 
 ROWS = "augmented.jsonl"
@@ -58,7 +60,8 @@ def augmentation(
         return [], {}
     judge, runtime = judge_input(augment.by, f"{path}.augment.by")
     originals = data_inputs(data.model_copy(update={"replay": None, "validation": None}), path)
-    originals.pop("documents", None)
+    for role in ("documents", "toxicity"):  # of the stage `prepare` alone
+        originals.pop(role, None)
     inputs = {"model": model, **originals, **judge}
     own = len(data.train) + len(data.replay.data if data.replay else [])
     rows = StageInput(stage="augment", file=ROWS, path=f"{path}.augment")
@@ -69,9 +72,9 @@ def _settings(data: FineTuneData, augment: Augment) -> AugmentSettings:
     paraphrase, inversion = augment.paraphrase, augment.inversion
     return AugmentSettings(
         kind="rewrite" if runs_a_model(augment) else "augment",
-        train=dataset_settings(data.train),
+        train=[each.model_copy(update={"weight": 1.0}) for each in dataset_settings(data.train)],
         on_invalid_row=data.on_invalid_row,
-        clean=data.clean,
+        clean=_rules_of_rows(data),
         documents=data.retrieval is not None,
         chat_template=data.chat_template,
         judge=judge_settings(augment.by),
@@ -88,6 +91,15 @@ def _settings(data: FineTuneData, augment: Augment) -> AugmentSettings:
         max_new_tokens=augment.max_new_tokens,
         seed=defaults.SAMPLING_SEED,
     )
+
+
+def _rules_of_rows(data: FineTuneData) -> Clean | None:
+    """Return the rules for single rows. The stage `prepare` removes duplicates and toxic rows, and
+    what was made of them."""
+    rules = text_rules(data)
+    if rules is not None:
+        rules = rules.model_copy(update={"duplicates": None, "similarity": None})
+    return None if rules == Clean() else rules
 
 
 def runs_a_model(augment: Augment) -> bool:

@@ -182,7 +182,7 @@ def prepare(data: FineTuneData, method: Literal["sft", "pretrain"]) -> PrepareSe
         system_prompt=data.system_prompt,
         chat_template=data.chat_template,
         seed=defaults.SPLIT_SEED,
-        clean=_rules(data),
+        clean=text_rules(data),
         toxicity=_toxicity(data),
         leaks=None if data.leaks == "warn" else data.leaks,
         temperature=data.temperature,
@@ -193,7 +193,7 @@ def prepare(data: FineTuneData, method: Literal["sft", "pretrain"]) -> PrepareSe
     )
 
 
-def _rules(data: FineTuneData) -> Clean | None:
+def text_rules(data: FineTuneData) -> Clean | None:
     """Return the rules of cleaning that need no model."""
     found = data.clean
     if found is None:

@@ -254,6 +254,30 @@ def test_pickled_weights_and_models_without_a_tokenizer_are_refused(
         assert f"{FIELD}.classifier.uri" in caught.value.advice
 
 
+def test_a_label_without_an_output_is_refused(classifier: Path, tmp_path: Path) -> None:
+    def gap(config: dict[str, Any]) -> None:
+        config["id2label"] = {"0": "neutral", "5": "toxic"}
+
+    with pytest.raises(StageError, match="has 2 outputs and a label 5") as caught:
+        loaded(changed(classifier, tmp_path / "gap", gap))
+    assert caught.value.reason == "ClassifierBroken"
+
+
+def test_a_config_without_a_padding_token_takes_the_tokenizers(
+    classifier: Path, tmp_path: Path
+) -> None:
+    """Windows of different lengths are padded to one pass."""
+    texts = ["vile", "the red lamp is a lamp"]
+    expected = [verdict.probability for verdict in loaded(classifier).verdicts(texts)]
+    for number, padding in enumerate((None, -1)):
+
+        def without(config: dict[str, Any], padding: int | None = padding) -> None:
+            config["pad_token_id"] = padding
+
+        found = loaded(changed(classifier, tmp_path / str(number), without)).verdicts(texts)
+        assert [verdict.probability for verdict in found] == pytest.approx(expected, abs=1e-5)
+
+
 def test_outputs_that_are_not_finite_are_no_verdict(classifier: Path, tmp_path: Path) -> None:
     shutil.copytree(classifier, tmp_path / "broken")
     file = tmp_path / "broken" / "model.safetensors"

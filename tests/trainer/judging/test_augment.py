@@ -325,6 +325,16 @@ def test_two_equal_paraphrases_of_a_row_are_one(scene: Scene) -> None:
     assert outcome.details["leftOut"]["paraphrase"]["duplicate"]["rows"] == 2
 
 
+def test_rows_with_one_answer_do_not_get_the_same_question_twice(scene: Scene) -> None:
+    """A model knows no other question for "Yes."."""
+    rows = [chat(f"Is the {color} lamp on?", "Yes.") for color in ("red", "blue", "gold")]
+    with JudgeServer(lambda _body, _number: completion("Is it on?")) as server:
+        outcome = scene.run(rows, server, inversion=INVERSION, templates=["Q: {prompt}"])
+    assert scene.questions.count("Is it on?") == 1
+    assert len(scene.rows) == 1 + 3
+    assert outcome.details["leftOut"]["inversion"]["duplicate"]["rows"] == 2
+
+
 def test_documents_have_no_question(scene: Scene) -> None:
     with pytest.raises(StageError, match=r"no row was made of 0 rows .*2 noQuestion") as caught:
         scene.run([{"text": "One."}, {"text": "Two."}], templates=["Q: {prompt}"])

@@ -272,6 +272,8 @@ class RowWriter:
     made: Counter[By] = field(default_factory=Counter)
     lost: Counter[tuple[By, str]] = field(default_factory=Counter)
     shown: dict[tuple[By, str], list[str]] = field(default_factory=dict)
+    _written: set[int] = field(default_factory=set)
+    """Hashes of the rows that a model made: short answers of several rows get one question."""
 
     def write(self, originals: Originals, path: Path) -> None:
         """Write the new rows of each original, in the order of the originals."""
@@ -286,10 +288,11 @@ class RowWriter:
         for by, text in self._questions(row, example):
             new = augmentation.with_question(example, text)
             content = augmentation.content_hash(new)
-            if content in known or self.choice.knows(content):
+            is_known = content in known or content in self._written
+            if is_known or self.choice.knows(content):
                 self._lose(by, "duplicate", example, text)
                 continue
-            known.add(content)
+            (known if by == "template" else self._written).add(content)
             self.made[by] += 1
             model = "" if by == "template" else self.model
             origin = Origin(by, dataset, example.file, example.row, example.number, model)

@@ -246,7 +246,7 @@ class Endpoint:
             if isinstance(cause, TimeoutError):
                 raise RetryLater(f"no response within {limit} s") from error
             raise RetryLater(self._redacted(str(cause) or type(cause).__name__)) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RetryLater("the response is not JSON") from error
 
     def _failure(self, error: urllib.error.HTTPError) -> Exception:

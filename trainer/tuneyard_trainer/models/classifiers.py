@@ -117,8 +117,10 @@ class Classifier:
                 f"the labels {', '.join(known[index] for index in sorted(known))}.",
                 advice=f"Name labels of the classifier in {field}.labels.",
             )
-        # As transformers' pipeline reads the outputs.
-        one_output = model.config.num_labels == 1
+        outputs = model.config.num_labels
+        if columns[-1] >= outputs:
+            raise _broken(f"{folder} has {outputs} outputs and a label {columns[-1]}", advice)
+        one_output = outputs == 1  # as transformers' pipeline reads the outputs
         return cls(
             model.eval().requires_grad_(False),
             tokenizer,
@@ -206,7 +208,8 @@ def _tokenizer(folder: Path, model: PreTrainedModel, advice: str) -> PreTrainedT
         raise _broken(error.message.rstrip("."), advice) from error
     if not tokenizer.is_fast:
         raise _broken(f"the tokenizer in {folder} has no tokenizer.json", advice)
-    if model.config.pad_token_id is None:
+    padding = model.config.pad_token_id
+    if padding is None or padding < 0:  # some configs of Llama have -1
         model.config.pad_token_id = tokenizer.pad_token_id
     embeddings: Any = model.get_input_embeddings()
     highest = max(tokenizer.get_vocab().values(), default=0)
