@@ -339,6 +339,7 @@ def test_documents_have_no_question(scene: Scene) -> None:
     with pytest.raises(StageError, match=r"no row was made of 0 rows .*2 noQuestion") as caught:
         scene.run([{"text": "One."}, {"text": "Two."}], templates=["Q: {prompt}"])
     assert caught.value.reason == "NothingAugmented"
+    assert caught.value.advice == "Add rows with other questions, or remove spec.data.augment."
 
 
 # ---- requests -----------------------------------------------------------------------------------

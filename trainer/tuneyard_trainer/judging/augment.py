@@ -358,8 +358,10 @@ def _nothing_augmented(
     reasons = {f"{by}: {reason}": count for (by, reason), count in writer.lost.items()}
     reasons |= choice.unusable
     found = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    field = _field(context)
+    remedy = f"Name another model in {field}.by" if session else "Add rows with other questions"
     return StageError(
         "NothingAugmented",
         f"no row was made of {len(choice.contents)} rows with a question ({found}).",
-        advice=f"Name another model in {_field(context)}.by, or remove {_field(context)}.",
+        advice=f"{remedy}, or remove {field}.",
     )

@@ -117,7 +117,7 @@ class Classifier:
                 f"the labels {', '.join(known[index] for index in sorted(known))}.",
                 advice=f"Name labels of the classifier in {field}.labels.",
             )
-        outputs = model.config.num_labels
+        outputs = model.config.num_labels or len(known)
         if columns[-1] >= outputs:
             raise _broken(f"{folder} has {outputs} outputs and a label {columns[-1]}", advice)
         one_output = outputs == 1  # as transformers' pipeline reads the outputs
