@@ -95,6 +95,11 @@ fuzz: $(VENV)/.dev ## Random manifests and posts: make fuzz RUNS=10000 SEED=1
 	PYTHONPATH=tests $(BIN)/python -m tests.fuzz manifests $(RUNS) $(SEED)
 	PYTHONPATH=tests $(BIN)/python -m tests.fuzz posts $(RUNS) $(SEED)
 
+.PHONY: fuzz-readers
+fuzz-readers: SECONDS ?= 600
+fuzz-readers: $(VENV)/.fuzz ## Files, rows and texts, guided by coverage: make fuzz-readers SECONDS=600
+	PYTHONPATH=tests $(BIN)/python -m tests.fuzz.guided $(SECONDS)
+
 .PHONY: fuzz-admission
 fuzz-admission: $(VENV)/.dev ## The same manifests for a real API server: make fuzz-admission RUNS=1000 SEED=1
 	TUNEYARD_REQUIRE_CLUSTER=1 TUNEYARD_FUZZ_RUNS=$(RUNS) TUNEYARD_FUZZ_SEED=$(SEED) \
@@ -159,6 +164,8 @@ requirements: $(UV) ## Resolve requirements/*.txt again
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-header pyproject.toml --extra operator \
 	  --constraints requirements/dev.txt --output-file requirements/operator.txt
+	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --no-header --group fuzz --output-file requirements/fuzz.txt
 	echo "hatchling" | $(UV) pip compile --quiet --upgrade --universal --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --no-header - \
 	  --constraints requirements/dev.txt --output-file requirements/build.txt
@@ -200,3 +207,7 @@ $(VENV)/.dev: requirements/dev.txt requirements/demo.txt pyproject.toml | $(VENV
 	$(INSTALL) --require-hashes --no-deps -r requirements/demo.txt
 	$(INSTALL) --no-deps --editable .
 	touch $@ $(VENV)/.trainer
+
+$(VENV)/.fuzz: requirements/fuzz.txt $(VENV)/.dev
+	$(INSTALL) --require-hashes --no-deps -r requirements/fuzz.txt
+	touch $@

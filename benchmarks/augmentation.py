@@ -257,7 +257,7 @@ def main() -> None:
                 for way, given in ways.items():
                     found.setdefault(way, []).append(measured(model, tokenizer, given, known))
             if not found:
-                print(f"| {kind} | no reply could be used | | | |", flush=True)
+                print(f"| {kind} | 0 | no reply could be used | | |", flush=True)
                 continue
             summary = json.loads((prepared / "data.json").read_text())
             for each in summary.get("augmented", []):

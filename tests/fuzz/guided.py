@@ -22,6 +22,8 @@ with atheris.instrument_imports(include=["tuneyard_trainer.data", "tuneyard_trai
 
 CORPUS = Path(__file__).parent / "corpus" / "readers"
 FOUND = Path(__file__).parents[2] / ".fuzz_cache" / "readers"
+PROGRAM = FOUND.parent / "readers.sh"
+"""What libFuzzer starts to merge: a program, while this is a module."""
 SMALL = 4096
 """The most bytes of an input in the corpus of the repository."""
 
@@ -43,7 +45,9 @@ def _changed(data: bytes, max_size: int, seed: int) -> bytes:
 
 
 def _fuzz(arguments: list[str]) -> None:
-    atheris.Setup([sys.argv[0], *arguments], _try, custom_mutator=_changed)
+    PROGRAM.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.fuzz.guided "$@"\n')
+    PROGRAM.chmod(0o755)
+    atheris.Setup([str(PROGRAM), *arguments], _try, custom_mutator=_changed)
     atheris.Fuzz()
 
 
@@ -81,7 +85,9 @@ def main(what: str, *rest: str) -> int:
 def _merge() -> int:
     """Keep the small inputs that reach new lines, and those that failed once."""
     with tempfile.TemporaryDirectory() as folder:
-        code = _run("-merge=1", f"-max_len={SMALL}", folder, str(CORPUS), str(FOUND))
+        code = _run(
+            "-merge=1", "-use_counters=0", f"-max_len={SMALL}", folder, str(CORPUS), str(FOUND)
+        )
         if not code:
             for path in CORPUS.iterdir():
                 if not path.name.startswith("failed-"):

@@ -167,7 +167,8 @@ _MAY_FOLLOW: dict[Role | None, tuple[Role, ...]] = {
 
 def check(example: Example) -> None:
     """Raise RowError for empty turns, roles out of order and text that no tokenizer can encode."""
-    _check_encodable(example.prompt, example.completion, example.text, *example.expected)
+    _check_encodable(example.prompt, example.completion, example.text)
+    _check_encodable(example.document, *example.expected)
     check_turns(example.messages)
     if example.messages and example.messages[-1].role != "assistant":
         raise RowError(

@@ -347,6 +347,13 @@ def _table(file: IO[bytes], path: Path, delimiter: str) -> Iterator[Row]:
         raise _invalid(
             path, f"needs a header with a different name for each column; the header is {header}"
         )
+    other = next((mark for mark in (";", "\t", ",") if mark in header[0]), None)
+    if len(header) == 1 and other is not None:
+        raise _invalid(
+            path,
+            f"has one column, {header[0]!r:.60}: separate the cells with {delimiter!r}, not with "
+            f"{other!r}",
+        )
     for number, cells in enumerate(_cells(lines, delimiter), start=1):
         yield Row(number, _table_row(header, cells))
 
