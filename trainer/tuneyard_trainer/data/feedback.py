@@ -157,7 +157,7 @@ def prompts(rows: Iterable[Row], names: Names) -> Iterator[Row]:
         kind, request = names.value("event", row.value), names.value("of", row.value)
         if kind not in EVENTS:
             yield _broken(row, f"{names.of('event', row.value)} is {kind!r}", "UnknownShape")
-        elif kind == "answer" and request is not None:
+        elif kind == "answer" and request not in (None, ""):
             answers.append((str(request), row.number, row.file))
         elif kind in ("request", "answer"):
             requests.add(str(names.value("id", row.value)))
@@ -277,8 +277,9 @@ class _Log:
     def _entry(self, row: Row, value: Mapping[str, Any], kind: str) -> _Entry:
         session = str(self._names.value("session", value) or "")
         request = self._names.value("of", value) if kind == "answer" else None
+        request = None if request == "" else request  # an empty cell of a table
         holds_prompt = any(
-            self._names.value(key, value) is not None for key in ("prompt", "messages")
+            self._names.value(key, value) not in (None, "") for key in ("prompt", "messages")
         )
         if request is not None:
             if holds_prompt:
