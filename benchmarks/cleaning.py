@@ -44,9 +44,9 @@ from tuneyard_trainer.data.cleaning.quality import fineweb, gopher
 from tuneyard_trainer.data.cleaning.repetition import repetition
 from tuneyard_trainer.data.cleaning.search import Search
 from tuneyard_trainer.data.cleaning.text import conversation
-from tuneyard_trainer.data.example import Example, Message
 from tuneyard_trainer.data.leaks import find_leaks
-from tuneyard_trainer.data.stream import examples
+from tuneyard_trainer.data.reading.example import Example, Message
+from tuneyard_trainer.data.reading.stream import examples
 from tuneyard_trainer.data.texts import Texts
 from tuneyard_trainer.local.run import cache_folder
 from tuneyard_trainer.running import torchrun

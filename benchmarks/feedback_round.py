@@ -39,9 +39,9 @@ from tuneyard.api.alignment import Sampling
 from tuneyard.api.plan import Plan
 from tuneyard.manifests.manifest import read
 from tuneyard.planning.plan import plan_job
-from tuneyard_trainer.data.chat import rendered
-from tuneyard_trainer.data.example import Example, Message
-from tuneyard_trainer.data.tokenization import Encoded, Encoder
+from tuneyard_trainer.data.encoding.chat import rendered
+from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder
+from tuneyard_trainer.data.reading.example import Example, Message
 from tuneyard_trainer.generation.completions import decode
 from tuneyard_trainer.generation.greedy import continuations
 from tuneyard_trainer.generation.sampling import TransformersSampler, stop_tokens

@@ -32,17 +32,17 @@ from tuneyard.api.cleaning import Clean, PersonalData
 from tuneyard.api.sources import DataFormat, DocumentFields, FieldMap
 from tuneyard.api.stage_settings import ChatSettings, DatasetSettings, PromptSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data import layouts
 from tuneyard_trainer.data.cleaning.cleaner import Cleaner
 from tuneyard_trainer.data.cleaning.excerpts import excerpt
 from tuneyard_trainer.data.cleaning.text import as_written, conversation
 from tuneyard_trainer.data.cleaning.words import words
 from tuneyard_trainer.data.documents import Documents
-from tuneyard_trainer.data.example import Example, Message, RowError, ToolCall, check
+from tuneyard_trainer.data.encoding.tokenization import Encoder
 from tuneyard_trainer.data.prompts import read_prompts
-from tuneyard_trainer.data.rows import BrokenRow, Row, read_data
-from tuneyard_trainer.data.stream import Examples, examples
-from tuneyard_trainer.data.tokenization import Encoder
+from tuneyard_trainer.data.reading import layouts
+from tuneyard_trainer.data.reading.example import Example, Message, RowError, ToolCall, check
+from tuneyard_trainer.data.reading.rows import BrokenRow, Row, read_data
+from tuneyard_trainer.data.reading.stream import Examples, examples
 from tuneyard_trainer.local import check as data_check
 from tuneyard_trainer.local.feedback_log import FeedbackLog
 from tuneyard_trainer.preference.rows import parse_preferences

@@ -18,13 +18,13 @@ from pyarrow import parquet
 
 from tests.trainer.data.test_datasets import ROWS, broken, chat, lines, load, put, refusal
 from tuneyard.api.sources import FieldMap
-from tuneyard_trainer.data import parquet_rows, rows
 from tuneyard_trainer.data.cleaning.personal_data import without_personal_data
-from tuneyard_trainer.data.example import RowError, printable
-from tuneyard_trainer.data.layouts import detect
-from tuneyard_trainer.data.parquet_rows import _dictionary
-from tuneyard_trainer.data.rows import Row, read_rows
-from tuneyard_trainer.data.thrift import Compact
+from tuneyard_trainer.data.reading import parquet_rows, rows
+from tuneyard_trainer.data.reading.example import RowError, printable
+from tuneyard_trainer.data.reading.layouts import detect
+from tuneyard_trainer.data.reading.parquet_rows import _dictionary
+from tuneyard_trainer.data.reading.rows import Row, read_rows
+from tuneyard_trainer.data.reading.thrift import Compact
 from tuneyard_trainer.preference.rows import parse_preferences
 
 
@@ -320,7 +320,7 @@ def test_a_footer_with_another_type_than_the_pages_does_not_end_the_process(
     path = put(tmp_path / "a.parquet", content)
     code = (
         "import sys; from pathlib import Path; from tuneyard.errors import StageError\n"
-        "from tuneyard_trainer.data.rows import read_rows\n"
+        "from tuneyard_trainer.data.reading.rows import read_rows\n"
         "try: list(read_rows(Path(sys.argv[1])))\n"
         "except StageError as error: print(error.reason, error)"
     )

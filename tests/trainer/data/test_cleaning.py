@@ -19,7 +19,7 @@ from tuneyard_trainer.data.cleaning.cleaner import Cleaner
 from tuneyard_trainer.data.cleaning.findings import Cleaned
 from tuneyard_trainer.data.cleaning.personal_data import is_iban, is_luhn
 from tuneyard_trainer.data.cleaning.words import words
-from tuneyard_trainer.data.example import Example, Message, ToolCall
+from tuneyard_trainer.data.reading.example import Example, Message, ToolCall
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 STORY = (

@@ -17,11 +17,11 @@ from pyarrow import parquet
 from tuneyard.api.sources import DataFormat, FieldMap
 from tuneyard.api.stage_settings import DatasetSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data import rows as rows_module
-from tuneyard_trainer.data.example import Example
-from tuneyard_trainer.data.layouts import detect
-from tuneyard_trainer.data.rows import BrokenRow, Row, read_rows
-from tuneyard_trainer.data.stream import DETECTED_FROM, Examples, examples
+from tuneyard_trainer.data.reading import rows as rows_module
+from tuneyard_trainer.data.reading.example import Example
+from tuneyard_trainer.data.reading.layouts import detect
+from tuneyard_trainer.data.reading.rows import BrokenRow, Row, read_rows
+from tuneyard_trainer.data.reading.stream import DETECTED_FROM, Examples, examples
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 ROWS = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(3)]

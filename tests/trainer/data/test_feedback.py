@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from tuneyard.api.sources import FieldMap
 from tuneyard.api.stage_settings import ChatSettings, DatasetSettings, PromptSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data import layouts
 from tuneyard_trainer.data.prompts import read_prompts
-from tuneyard_trainer.data.rows import BrokenRow, Row, read_data
-from tuneyard_trainer.data.stream import Examples, examples
+from tuneyard_trainer.data.reading import layouts
+from tuneyard_trainer.data.reading.rows import BrokenRow, Row, read_data
+from tuneyard_trainer.data.reading.stream import Examples, examples
 from tuneyard_trainer.preference.rows import Preference, parse_preferences
 
 Event = dict[str, Any]

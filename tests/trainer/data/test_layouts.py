@@ -12,13 +12,13 @@ from tuneyard.api.sources import FieldMap
 from tuneyard.api.stage_settings import ChatSettings, DatasetSettings, PromptSettings
 from tuneyard.errors import StageError
 from tuneyard.planning.limits import PREFERENCE_FORMATS
-from tuneyard_trainer.data import layouts
-from tuneyard_trainer.data.conversations import template_turns
-from tuneyard_trainer.data.example import Example, Message, RowError, ToolCall
 from tuneyard_trainer.data.prompts import Prompt, read_prompts
-from tuneyard_trainer.data.rows import Row, read_data
-from tuneyard_trainer.data.stream import Examples, examples
-from tuneyard_trainer.data.trees import link_messages
+from tuneyard_trainer.data.reading import layouts
+from tuneyard_trainer.data.reading.conversations import template_turns
+from tuneyard_trainer.data.reading.example import Example, Message, RowError, ToolCall
+from tuneyard_trainer.data.reading.rows import Row, read_data
+from tuneyard_trainer.data.reading.stream import Examples, examples
+from tuneyard_trainer.data.reading.trees import link_messages
 from tuneyard_trainer.preference.rows import Preference, parse_preferences
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"

@@ -18,9 +18,9 @@ from tuneyard.api.stage_settings import DatasetSettings, PrepareSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data import batches, prepare
 from tuneyard_trainer.data.batches import split_evenly, truncate
+from tuneyard_trainer.data.encoding.tokenization import Encoded
 from tuneyard_trainer.data.prepared import ARRAYS, Prepared, Rows, RowWriter
 from tuneyard_trainer.data.splits import held_out
-from tuneyard_trainer.data.tokenization import Encoded
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
 
 Row = dict[str, Any]

@@ -19,7 +19,7 @@ from tuneyard.api.stage_settings import ToxicitySettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.cleaning.findings import Cleaned, Finding
 from tuneyard_trainer.data.cleaning.text import passages
-from tuneyard_trainer.data.example import Example, Message
+from tuneyard_trainer.data.reading.example import Example, Message
 from tuneyard_trainer.data.toxicity import Toxicity
 from tuneyard_trainer.models import classifiers
 from tuneyard_trainer.models.classifiers import Classifier

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 
 from tests.trainer.finished import HOSTILE, LINES, MANIFEST, folders
 from tuneyard.api.adapters import Adapter
-from tuneyard_trainer.data.example import Example, Message
+from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder
 from tuneyard_trainer.data.ledger import Ledger, ledger_details
 from tuneyard_trainer.data.prepared import RowWriter
-from tuneyard_trainer.data.tokenization import Encoded, Encoder
+from tuneyard_trainer.data.reading.example import Example, Message
 from tuneyard_trainer.models import adapters
 from tuneyard_trainer.reporting import plots, report
 from tuneyard_trainer.reporting.card import fenced, write_card

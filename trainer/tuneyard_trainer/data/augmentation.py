@@ -18,8 +18,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tuneyard_trainer.data.conversations import template_turns
-from tuneyard_trainer.data.example import Example, Message, Origin, RowError
+from tuneyard_trainer.data.reading.conversations import template_turns
+from tuneyard_trainer.data.reading.example import Example, Message, Origin, RowError
 from tuneyard_trainer.data.texts import text_hash
 
 By = Literal["paraphrase", "inversion", "template"]

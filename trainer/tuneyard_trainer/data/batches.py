@@ -18,16 +18,16 @@ from tuneyard_trainer.data.cleaning.cleaner import Cleaner
 from tuneyard_trainer.data.cleaning.duplicates import RowKeys
 from tuneyard_trainer.data.cleaning.findings import Cleaned, Findings
 from tuneyard_trainer.data.cleaning.words import WordHashes
-from tuneyard_trainer.data.example import Example, Origin, RowError
-from tuneyard_trainer.data.masks import MaskProof
-from tuneyard_trainer.data.middle import RESERVED
+from tuneyard_trainer.data.encoding.masks import MaskProof
+from tuneyard_trainer.data.encoding.middle import RESERVED
+from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder, Misfit
+from tuneyard_trainer.data.reading.example import Example, Origin, RowError
+from tuneyard_trainer.data.reading.rows import Line, Row
+from tuneyard_trainer.data.reading.stream import RowCounts, RowReader
 from tuneyard_trainer.data.retrieval import Contexts
-from tuneyard_trainer.data.rows import Line, Row
 from tuneyard_trainer.data.splits import Place, RowBlock
-from tuneyard_trainer.data.stream import RowCounts, RowReader
 from tuneyard_trainer.data.tally import Tally
 from tuneyard_trainer.data.texts import WITHOUT_CONTEXT, text_line
-from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit
 from tuneyard_trainer.data.toxicity import Toxicity
 
 BATCH_ROWS = 512

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tuneyard.api.sources import DocumentFields
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.rows import BrokenRow, Row, is_text, read_data
-from tuneyard_trainer.data.stream import FAULTS_SHOWN, RowFault
+from tuneyard_trainer.data.reading.rows import BrokenRow, Row, is_text, read_data
+from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN, RowFault
 
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuneyard_trainer.data.cleaning.excerpts import excerpt
-from tuneyard_trainer.data.conversations import turn_text
-from tuneyard_trainer.data.example import Origin
 from tuneyard_trainer.data.prepared import Rows
+from tuneyard_trainer.data.reading.conversations import turn_text
+from tuneyard_trainer.data.reading.example import Origin
 from tuneyard_trainer.data.splits import HELD_OUT, LEFT_OUT, TRAIN, Codes, Hashes, SplitWriter
 from tuneyard_trainer.data.texts import WITHOUT_CONTEXT
 

@@ -23,9 +23,10 @@ from tuneyard_trainer.data.cleaning.cleaner import Cleaner
 from tuneyard_trainer.data.cleaning.duplicates import Duplicates
 from tuneyard_trainer.data.cleaning.findings import Finding
 from tuneyard_trainer.data.cleaning.text import written
+from tuneyard_trainer.data.encoding.middle import Markers, MiddleFiller
+from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder
 from tuneyard_trainer.data.leak_check import check_leaks
 from tuneyard_trainer.data.ledger import SPLIT_OUTCOMES, Ledger, ledger_details
-from tuneyard_trainer.data.middle import Markers, MiddleFiller
 from tuneyard_trainer.data.mixing import mixed_weights, mixture
 from tuneyard_trainer.data.parallel import Pool, num_processes
 from tuneyard_trainer.data.prepared import GAPS, SPLITS, Rows, remove_split
@@ -44,7 +45,6 @@ from tuneyard_trainer.data.splits import (
     num_contaminated,
 )
 from tuneyard_trainer.data.tally import OVERLENGTH_OUTCOMES, Tally
-from tuneyard_trainer.data.tokenization import Encoded, Encoder
 from tuneyard_trainer.data.toxicity import Toxicity
 from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import sequence_limit

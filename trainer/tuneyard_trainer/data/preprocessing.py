@@ -17,15 +17,15 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.data.batches import BatchEncoder, PreparedBatch, RowBatch, batched
 from tuneyard_trainer.data.cleaning.duplicates import Duplicates
 from tuneyard_trainer.data.cleaning.findings import Findings
+from tuneyard_trainer.data.encoding.masks import MaskProof
 from tuneyard_trainer.data.ledger import Ledger
-from tuneyard_trainer.data.masks import MaskProof
 from tuneyard_trainer.data.originals import Originals
 from tuneyard_trainer.data.parallel import Pool
 from tuneyard_trainer.data.prepared import SPLITS
+from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN, Examples, Summary, examples
+from tuneyard_trainer.data.reading.unread import unread_message
 from tuneyard_trainer.data.splits import SplitWriter
-from tuneyard_trainer.data.stream import FAULTS_SHOWN, Examples, Summary, examples
 from tuneyard_trainer.data.tally import Tally
-from tuneyard_trainer.data.unread import unread_message
 from tuneyard_trainer.worker import Interrupted, Worker
 
 UNREVIEWED = "unreviewed"

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuneyard.errors import StageError
+from tuneyard_trainer.data.encoding.tokenization import Encoded
 from tuneyard_trainer.data.prepared import Rows, RowWriter
 from tuneyard_trainer.data.texts import Texts, text_hash
-from tuneyard_trainer.data.tokenization import Encoded
 
 Hashes = NDArray[np.uint64]
 """(R,) one hash for each row. Equal token ids have equal hashes; the seed decides their order."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tuneyard_trainer.data.ledger import Entry, Ledger
-from tuneyard_trainer.data.stream import FAULTS_SHOWN
+from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN
 
 OVERLENGTH_OUTCOMES = ("dropped", "truncated", "split")
 """The outcomes of rows that are longer than a sequence."""

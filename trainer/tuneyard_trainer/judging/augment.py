@@ -27,9 +27,9 @@ from tuneyard_trainer.data import augmentation
 from tuneyard_trainer.data.augmentation import By
 from tuneyard_trainer.data.cleaning.cleaner import Cleaner
 from tuneyard_trainer.data.cleaning.excerpts import excerpt
-from tuneyard_trainer.data.example import Example, Origin
+from tuneyard_trainer.data.reading.example import Example, Origin
+from tuneyard_trainer.data.reading.stream import examples
 from tuneyard_trainer.data.sharing import SharedStage
-from tuneyard_trainer.data.stream import examples
 from tuneyard_trainer.generation.completions import Policy
 from tuneyard_trainer.judging.judges import JudgePrompt, Reply, fill_template, turn
 from tuneyard_trainer.judging.session import JudgeSession, open_journal

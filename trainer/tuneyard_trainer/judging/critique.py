@@ -18,7 +18,7 @@ from typing import Any
 from tuneyard.api.alignment import Sampling
 from tuneyard.api.stage_settings import CritiqueSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.chat import transcript
+from tuneyard_trainer.data.encoding.chat import transcript
 from tuneyard_trainer.data.prompts import TokenizedPrompt
 from tuneyard_trainer.data.sharing import SharedStage
 from tuneyard_trainer.generation.completions import Completion, Policy, sample_completions

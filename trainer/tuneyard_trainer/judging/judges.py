@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.conversations import Message
+from tuneyard_trainer.data.reading.conversations import Message
 
 LABELS = ("A", "B")
 MODEL_LABEL_TOKENS = 1

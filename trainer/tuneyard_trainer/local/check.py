@@ -15,17 +15,17 @@ import numpy as np
 from tuneyard.api.cleaning import Clean, PersonalData
 from tuneyard.api.sources import DataFormat, FieldMap
 from tuneyard.api.stage_settings import DatasetSettings
-from tuneyard_trainer.data import layouts
 from tuneyard_trainer.data.cleaning.cleaner import Cleaner
 from tuneyard_trainer.data.cleaning.duplicates import Duplicates
 from tuneyard_trainer.data.cleaning.findings import Finding, Findings
 from tuneyard_trainer.data.cleaning.language import identifier, prose
 from tuneyard_trainer.data.cleaning.text import as_written, conversation, written
 from tuneyard_trainer.data.cleaning.words import words
-from tuneyard_trainer.data.example import Example, RowError
 from tuneyard_trainer.data.leaks import find_leaks
-from tuneyard_trainer.data.rows import read_data
-from tuneyard_trainer.data.stream import FAULTS_SHOWN, Examples, RowFault, examples
+from tuneyard_trainer.data.reading import layouts
+from tuneyard_trainer.data.reading.example import Example, RowError
+from tuneyard_trainer.data.reading.rows import read_data
+from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN, Examples, RowFault, examples
 from tuneyard_trainer.data.texts import Texts
 from tuneyard_trainer.local.feedback_log import FeedbackLog, is_log
 from tuneyard_trainer.local.rated import RatedRows

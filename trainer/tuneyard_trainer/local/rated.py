@@ -8,11 +8,11 @@ from pathlib import Path
 
 from tuneyard.api.sources import DataFormat, FieldMap
 from tuneyard.errors import StageError
-from tuneyard_trainer.data import layouts
-from tuneyard_trainer.data.example import RowError
-from tuneyard_trainer.data.rows import Row, read_data
-from tuneyard_trainer.data.stream import FAULTS_SHOWN, RowFault
-from tuneyard_trainer.data.unread import Unread
+from tuneyard_trainer.data.reading import layouts
+from tuneyard_trainer.data.reading.example import RowError
+from tuneyard_trainer.data.reading.rows import Row, read_data
+from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN, RowFault
+from tuneyard_trainer.data.reading.unread import Unread
 from tuneyard_trainer.preference.rows import (
     Preference,
     columns_read,

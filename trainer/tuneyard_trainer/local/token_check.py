@@ -8,11 +8,11 @@ from typing import Literal
 
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.batches import truncate
-from tuneyard_trainer.data.chat import TrainOn
-from tuneyard_trainer.data.example import Example
-from tuneyard_trainer.data.masks import MaskProof
-from tuneyard_trainer.data.stream import FAULTS_SHOWN
-from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit
+from tuneyard_trainer.data.encoding.chat import TrainOn
+from tuneyard_trainer.data.encoding.masks import MaskProof
+from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder, Misfit
+from tuneyard_trainer.data.reading.example import Example
+from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN
 from tuneyard_trainer.local.check import BATCH_ROWS, Fault, spread
 from tuneyard_trainer.local.show import model_folder
 from tuneyard_trainer.models.base import load_tokenizer

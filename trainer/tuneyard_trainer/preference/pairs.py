@@ -24,19 +24,19 @@ from numpy.typing import NDArray
 from tuneyard.api.plan import SourceInput
 from tuneyard.api.stage_settings import DatasetSettings, PairsSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data import layouts
-from tuneyard_trainer.data.chat import transcript
-from tuneyard_trainer.data.conversations import template_turns
-from tuneyard_trainer.data.example import Example, RowError
-from tuneyard_trainer.data.feedback import is_beaten
+from tuneyard_trainer.data.encoding.chat import transcript
+from tuneyard_trainer.data.encoding.masks import MaskProof
+from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder, Misfit
 from tuneyard_trainer.data.ledger import Ledger, ledger_details
-from tuneyard_trainer.data.masks import MaskProof
 from tuneyard_trainer.data.prepared import SPLITS, Rows, RowWriter
-from tuneyard_trainer.data.rows import Row, read_data
+from tuneyard_trainer.data.reading import layouts
+from tuneyard_trainer.data.reading.conversations import template_turns
+from tuneyard_trainer.data.reading.example import Example, RowError
+from tuneyard_trainer.data.reading.feedback import is_beaten
+from tuneyard_trainer.data.reading.rows import Row, read_data
+from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN
+from tuneyard_trainer.data.reading.unread import Unread, unread_message
 from tuneyard_trainer.data.splits import held_out
-from tuneyard_trainer.data.stream import FAULTS_SHOWN
-from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit
-from tuneyard_trainer.data.unread import Unread, unread_message
 from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import sequence_limit
 from tuneyard_trainer.preference.dataset import remove_groups, write_groups

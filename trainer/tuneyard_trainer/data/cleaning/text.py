@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from tuneyard_trainer.data.conversations import template_turns, turn_text
-from tuneyard_trainer.data.example import Example, Message, ToolCall
+from tuneyard_trainer.data.reading.conversations import template_turns, turn_text
+from tuneyard_trainer.data.reading.example import Example, Message, ToolCall
 from tuneyard_trainer.data.texts import WITHOUT_CONTEXT
 
 Change = Callable[[str], str]

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import IO, Any, Final
 
-from tuneyard_trainer.data import reading
-from tuneyard_trainer.data.example import Fault, Message, RowError
-from tuneyard_trainer.data.reading import Names, Parsed
-from tuneyard_trainer.data.rows import BrokenRow, Row
+from tuneyard_trainer.data.reading import readers
+from tuneyard_trainer.data.reading.example import Fault, Message, RowError
+from tuneyard_trainer.data.reading.readers import Names, Parsed
+from tuneyard_trainer.data.reading.rows import BrokenRow, Row
 
 EVENTS: Final = ("request", "answer", "rating", "edit", "retry", "session")
 COLUMNS: Mapping[str, Sequence[str]] = {
@@ -30,7 +30,7 @@ COLUMNS: Mapping[str, Sequence[str]] = {
     "completion": ("completion", "answer", "response"),
     "label": ("thumbs", "thumb", "label"),
     "scores": ("score",),
-    **reading.ASKED,
+    **readers.ASKED,
 }
 Tools = tuple[Mapping[str, Any], ...]
 _ASKED = (Message("user", "?"),)
@@ -287,10 +287,10 @@ class _Log:
             _, answer = self._completion(value)
             prompt, text = b"", _hash(answer.text.strip())
         elif kind == "answer":
-            parsed = reading.answered(value, self._names)
+            parsed = readers.answered(value, self._names)
             prompt, text = self._prompt(parsed.turns, parsed.tools, session), _answer_hash(parsed)
         else:
-            turns, tools = reading.prompt(value, self._names, turns_first=False)
+            turns, tools = readers.prompt(value, self._names, turns_first=False)
             if not turns:
                 raise RowError("the request has no prompt", "UnknownShape")
             prompt, text = self._prompt(turns, tools, session), b""
@@ -314,9 +314,9 @@ class _Log:
                 fields = f"{names.of('label', value)} or {names.of('scores', value)}"
                 raise RowError(f"a rating needs {fields}", "InvalidLabel")
             if thumb is not None:
-                found.thumb = reading.label(thumb, names.of("label", value))
+                found.thumb = readers.label(thumb, names.of("label", value))
             if score is not None:
-                if not reading.is_number(score):
+                if not readers.is_number(score):
                     field = names.of("scores", value)
                     raise RowError(f"{field} must be a number, not {score!r}", "InvalidLabel")
                 found.score = float(score)
@@ -339,7 +339,7 @@ class _Log:
         column = self._names.of("completion", value)
         if value.get(column) is None:
             raise RowError(f"{column} is missing", "EmptyCompletion")
-        return column, reading.answer(value[column], column, _ASKED, self._names)[1]
+        return column, readers.answer(value[column], column, _ASKED, self._names)[1]
 
     def _read_columns(self, value: Mapping[str, Any]) -> dict[str, Any]:
         columns = self._names.columns
@@ -516,9 +516,9 @@ class _Log:
     def _parsed(self, answer: _Entry) -> Parsed:
         own = self._texts.read(answer.place)
         if not answer.request:
-            return reading.answered(own, self._names)
+            return readers.answered(own, self._names)
         request = self._texts.read(self._entries["request"][answer.request].place)
-        turns, tools = reading.prompt(request, self._names, turns_first=False)
+        turns, tools = readers.prompt(request, self._names, turns_first=False)
         return Parsed(turns, (self._completion(own)[1],), tools=tools)
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tuneyard_trainer.data.example import printable
-from tuneyard_trainer.data.turns import kind_of
+from tuneyard_trainer.data.reading.example import printable
+from tuneyard_trainer.data.reading.turns import kind_of
 
 MAX_UNREAD = 20
 """The most columns that are listed as unread: rows of free form may have any number."""

@@ -19,11 +19,11 @@ from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.chat import ChatFormat, Span, TrainOn
-from tuneyard_trainer.data.conversations import Message, template_turns
-from tuneyard_trainer.data.example import Example
-from tuneyard_trainer.data.template_style import MisfitError
-from tuneyard_trainer.data.token_bytes import TokenBytes
+from tuneyard_trainer.data.encoding.chat import ChatFormat, Span, TrainOn
+from tuneyard_trainer.data.encoding.template_style import MisfitError
+from tuneyard_trainer.data.encoding.token_bytes import TokenBytes
+from tuneyard_trainer.data.reading.conversations import Message, template_turns
+from tuneyard_trainer.data.reading.example import Example
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.conversations import Message
-from tuneyard_trainer.data.template_style import (
+from tuneyard_trainer.data.encoding.template_style import (
     REASONING_KEYS,
     MisfitError,
     TemplateStyle,
@@ -32,6 +31,7 @@ from tuneyard_trainer.data.template_style import (
     guarded,
     render,
 )
+from tuneyard_trainer.data.reading.conversations import Message
 
 TrainOn = Literal["assistant", "last-assistant", "all"]
 Tools = Sequence[Mapping[str, Any]]

@@ -13,9 +13,9 @@ from typing import IO, Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from tuneyard_trainer.data import rows
-from tuneyard_trainer.data.rows import BrokenRow
-from tuneyard_trainer.data.thrift import Compact, Struct
+from tuneyard_trainer.data.reading import rows
+from tuneyard_trainer.data.reading.rows import BrokenRow
+from tuneyard_trainer.data.reading.thrift import Compact, Struct
 
 BATCH_ROWS = 64
 """The most rows that are unpacked at a time. More are not faster."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from tuneyard_trainer.data.example import Message, RowError
-from tuneyard_trainer.data.rows import BrokenRow, Row
-from tuneyard_trainer.data.turns import TurnKeys, turn
+from tuneyard_trainer.data.reading.example import Message, RowError
+from tuneyard_trainer.data.reading.rows import BrokenRow, Row
+from tuneyard_trainer.data.reading.turns import TurnKeys, turn
 
 _KEYS = TurnKeys("role", "text")
 MAX_DEPTH = 200

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from tuneyard.api.sources import DataFormat, FieldMap
 from tuneyard.errors import StageError
-from tuneyard_trainer.data import feedback, reading
-from tuneyard_trainer.data.example import RowError, printable
-from tuneyard_trainer.data.reading import Fields, Names, Parsed
-from tuneyard_trainer.data.rows import BrokenRow, Row
-from tuneyard_trainer.data.trees import is_flat_message, is_tree, link_messages
+from tuneyard_trainer.data.reading import feedback, readers
+from tuneyard_trainer.data.reading.example import RowError, printable
+from tuneyard_trainer.data.reading.readers import Fields, Names, Parsed
+from tuneyard_trainer.data.reading.rows import BrokenRow, Row
+from tuneyard_trainer.data.reading.trees import is_flat_message, is_tree, link_messages
 
 Purpose = Literal["training", "preferences", "prompts"]
 """What rows are read for: conversations and texts, rated answers, or questions alone."""
@@ -115,7 +115,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "messages: [{role, content}]",
         {"messages": ("messages",), "system": (), **_TURNS},
         ("messages",),
-        reading.turns,
+        readers.turns,
         looks_so=_has_messages,
     ),
     Layout(
@@ -131,7 +131,7 @@ LAYOUTS: tuple[Layout, ...] = (
             **_TURNS,
         },
         ("prompt",),
-        reading.instruction,
+        readers.instruction,
         looks_so=_has_answer,
         unmapped=_BOTH,
         also_read=("instances",),
@@ -148,7 +148,7 @@ LAYOUTS: tuple[Layout, ...] = (
             **_COMMON,
         },
         ("prompt", "completion"),
-        reading.instruction,
+        readers.instruction,
         looks_so=lambda _row, names: not names.maps("completion"),
         unmapped=frozenset({"prompt"}),
     ),
@@ -157,7 +157,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "inputs, targets",
         {"prompt": ("inputs",), "completion": ("targets",), "reasoning": (), **_COMMON},
         ("prompt", "completion"),
-        reading.prompt_completion,
+        readers.prompt_completion,
         unmapped=_BOTH,
     ),
     Layout(
@@ -172,7 +172,7 @@ LAYOUTS: tuple[Layout, ...] = (
             **_COMMON,
         },
         ("prompt", "completion"),
-        reading.prompt_completion,
+        readers.prompt_completion,
         looks_so=lambda _row, names: not (names.maps("prompt") or names.maps("completion")),
     ),
     Layout(
@@ -180,7 +180,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "conversations: [{from, value}]",
         {"messages": ("conversations",), "system": ("system",), **_TURNS},
         ("messages",),
-        reading.turns,
+        readers.turns,
         looks_so=_has_conversations,
     ),
     Layout(
@@ -188,7 +188,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "message_id, parent_id, role, text; or a tree with replies",
         {"document": ()},
         (),
-        reading.openassistant,
+        readers.openassistant,
         looks_so=_is_message_tree,
     ),
     Layout(
@@ -196,7 +196,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "data: [question, answer, ...]",
         {"messages": ("data", "messages"), **_TURNS},
         ("messages",),
-        reading.ultrachat,
+        readers.ultrachat,
         looks_so=_has_texts,
     ),
     Layout(
@@ -211,14 +211,14 @@ LAYOUTS: tuple[Layout, ...] = (
             **_TURNS,
         },
         ("prompt", "completion"),
-        reading.prompt_completion,
+        readers.prompt_completion,
     ),
     Layout(
         "text",
         "text",
         {"text": ("text",), **_COMMON},
         ("text",),
-        reading.text,
+        readers.text,
         looks_so=_is_string,
     ),
     Layout(
@@ -243,39 +243,39 @@ LAYOUTS: tuple[Layout, ...] = (
         "preference",
         "prompt or turns, chosen, rejected",
         {
-            **reading.ASKED,
+            **readers.ASKED,
             "chosen": ("chosen", "chosen_response", "preferred_output"),
             "rejected": ("rejected", "rejected_response", "non_preferred_output"),
         },
         (),
-        reading.pair,
+        readers.pair,
         "preferences",
         looks_so=_is_pair,
-        also_read=("probability", *reading.PAIR_SCORES),
+        also_read=("probability", *readers.PAIR_SCORES),
     ),
     Layout(
         "ranking",
         "prompt, answers: [best first] or with ranks or scores",
         {
-            **reading.ASKED,
+            **readers.ASKED,
             "answers": ("answers", "responses", "completions"),
             "ranks": ("ranks",),
             "scores": ("scores",),
         },
         ("answers",),
-        reading.ranking,
+        readers.ranking,
         "preferences",
     ),
     Layout(
         "labeled",
         "prompt and completion, or turns; label: true or false",
         {
-            **reading.ASKED,
+            **readers.ASKED,
             "completion": ("completion", "answer", "response", "output"),
             "label": ("label", "thumbs", "thumb", "kto_tag"),
         },
         ("label",),
-        reading.labeled,
+        readers.labeled,
         "preferences",
     ),
     Layout(
@@ -283,7 +283,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "message_id, parent_id, role, text, rank; or a tree with replies",
         {},
         (),
-        reading.openassistant_ranks,
+        readers.openassistant_ranks,
         "preferences",
         looks_so=_is_message_tree,
     ),
@@ -519,8 +519,8 @@ def read(
     Raises RowError.
     """
     reader = (singles and layout.read_singles) or layout.read
-    if whole_trees and reader is reading.openassistant:
-        reader = reading.openassistant_all
+    if whole_trees and reader is readers.openassistant:
+        reader = readers.openassistant_all
     try:
         return list(reader(row, names))
     except RecursionError as error:

@@ -12,12 +12,13 @@ from typing import Literal
 from tuneyard.api.sources import DataFormat
 from tuneyard.api.stage_settings import DatasetSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data import augmentation, feedback, layouts
-from tuneyard_trainer.data.example import Example, RowError, check
-from tuneyard_trainer.data.layouts import Layout
-from tuneyard_trainer.data.reading import Names, Parsed, document, expected
-from tuneyard_trainer.data.rows import BrokenRow, Line, Row, parsed, read_unparsed
-from tuneyard_trainer.data.unread import Unread
+from tuneyard_trainer.data import augmentation
+from tuneyard_trainer.data.reading import feedback, layouts
+from tuneyard_trainer.data.reading.example import Example, RowError, check
+from tuneyard_trainer.data.reading.layouts import Layout
+from tuneyard_trainer.data.reading.readers import Names, Parsed, document, expected
+from tuneyard_trainer.data.reading.rows import BrokenRow, Line, Row, parsed, read_unparsed
+from tuneyard_trainer.data.reading.unread import Unread
 
 DETECTED_FROM = 20
 """The number of readable rows from which a format is detected."""

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tuneyard_trainer.data.example import ROLES, Message, Role, RowError, ToolCall
+from tuneyard_trainer.data.reading.example import ROLES, Message, Role, RowError, ToolCall
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _TRAINED = ("train", "training")

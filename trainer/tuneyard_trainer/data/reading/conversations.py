@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tuneyard_trainer.data.example import Message as Turn
-from tuneyard_trainer.data.example import ToolCall, call_text
+from tuneyard_trainer.data.reading.example import Message as Turn
+from tuneyard_trainer.data.reading.example import ToolCall, call_text
 
 Message = dict[str, Any]
 """One turn in the shape that chat templates take: {"role": ..., "content": ...}, and `tool_calls`

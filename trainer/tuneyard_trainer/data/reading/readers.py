@@ -11,9 +11,16 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 from tuneyard.api.sources import FieldMap
-from tuneyard_trainer.data import trees
-from tuneyard_trainer.data.example import Message, RowError
-from tuneyard_trainer.data.turns import TurnKeys, conversation, dialogue, kind_of, side, tools
+from tuneyard_trainer.data.reading import trees
+from tuneyard_trainer.data.reading.example import Message, RowError
+from tuneyard_trainer.data.reading.turns import (
+    TurnKeys,
+    conversation,
+    dialogue,
+    kind_of,
+    side,
+    tools,
+)
 
 Row = Mapping[str, Any]
 Fields = Mapping[str, Sequence[str]]

@@ -11,8 +11,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.example import Example
-from tuneyard_trainer.data.tokenization import Encoded, Encoder
+from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder
+from tuneyard_trainer.data.reading.example import Example
 
 
 class Run(NamedTuple):

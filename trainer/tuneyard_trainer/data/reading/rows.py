@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal, NamedTuple
 
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.example import Fault, printable
+from tuneyard_trainer.data.reading.example import Fault, printable
 from tuneyard_trainer.storage.digests import files_under, is_documentation
 
 FileKind = Literal["jsonl", "json", "csv", "tsv", "parquet", "text"]
@@ -437,7 +437,7 @@ def _seekable(file: IO[bytes]) -> IO[bytes]:
 
 
 def _parquet(file: IO[bytes]) -> Iterator[Row]:
-    from tuneyard_trainer.data import parquet_rows  # pyarrow is needed for Parquet alone
+    from tuneyard_trainer.data.reading import parquet_rows  # pyarrow is needed for Parquet alone
 
     for number, value in enumerate(parquet_rows.read(file), start=1):
         yield Row(number, value)

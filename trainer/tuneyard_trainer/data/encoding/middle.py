@@ -27,9 +27,9 @@ from transformers import PreTrainedTokenizerBase
 
 from tuneyard.api.sources import FillInTheMiddle
 from tuneyard.errors import StageError
+from tuneyard_trainer.data.encoding.tokenization import Encoded
 from tuneyard_trainer.data.prepared import GAPS, RowWriter
 from tuneyard_trainer.data.texts import text_hash
-from tuneyard_trainer.data.tokenization import Encoded
 
 KNOWN: tuple[tuple[str, str, str], ...] = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
