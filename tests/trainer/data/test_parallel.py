@@ -60,7 +60,8 @@ def test_results_are_in_the_order_of_the_batches() -> None:
 
 
 def test_few_batches_start_no_process() -> None:
-    with Pool(lambda batch: (batch, os.getpid()), 2) as pool:
+    here: Pool[int, tuple[int, int]] = Pool(lambda batch: (batch, os.getpid()), 2)
+    with here as pool:
         found = list(pool.map(range(parallel.ALONE)))
     assert found == [(batch, os.getpid()) for batch in range(parallel.ALONE)]
 
