@@ -111,6 +111,7 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
         details["leaks"] = leaks
         metrics["leakedRows"] = leaks["rows"]
     if contexts is not None:
+        contexts.counts.update(preprocessor.contexts)  # each batch leaves them empty
         details["retrieval"] = contexts.details()
         context.worker.report(message=contexts.sentence)
     if settings.validation:

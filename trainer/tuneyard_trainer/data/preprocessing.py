@@ -81,6 +81,8 @@ class Preprocessor:
     """What the rules of cleaning found in all data sets."""
     originals: Originals = field(default_factory=Originals)
     """The originals of augmented rows; empty if the job does not augment its data."""
+    contexts: Counter[str] = field(default_factory=Counter)
+    """Counts of `Contexts` in all batches."""
     _num_rows: int = 0
 
     def __post_init__(self) -> None:
@@ -120,10 +122,9 @@ class Preprocessor:
         duplicates: Duplicates | None,
     ) -> None:
         """Read a data set and write its rows, in batches."""
-        contexts = self.encoder.contexts
         stream = examples(
             self.inputs[tally.role],
-            dataset if contexts is None else _with_documents(dataset),
+            dataset if self.encoder.contexts is None else _with_documents(dataset),
             on_invalid="skip" if tally.augmented else self.settings.on_invalid_row,
             name=tally.name,
             augmented=tally.augmented,
@@ -140,8 +141,7 @@ class Preprocessor:
             self.findings.update(done.findings)
             proof.update(done.proof)
             left_out.update(done.left_out)
-            if contexts is not None:
-                contexts.counts.update(done.contexts)
+            self.contexts.update(done.contexts)
             self._note(index, done, first, tally, len(writer))
             writer.extend(done.block)
             if duplicates and done.keys is not None:

@@ -245,13 +245,21 @@ def _looks_random(text: str) -> bool:
     return changes >= RANDOM_CHANGES * sum(map(len, parts))
 
 
+def _may_have_key(text: str) -> bool:
+    return any(start in text for start in _KEY_STARTS)
+
+
+def _may_have_address(text: str) -> bool:
+    return "@" in text
+
+
 def _has_digit(text: str) -> bool:
     return _DIGIT.search(text) is not None
 
 
 KINDS = (
-    Kind("key", lambda text: any(start in text for start in _KEY_STARTS), _keys),
-    Kind("email", lambda text: "@" in text, _emails),
+    Kind("key", _may_have_key, _keys),
+    Kind("email", _may_have_address, _emails),
     Kind("iban", _has_digit, _ibans),
     Kind("card", _has_digit, _cards),
     Kind("phone", _has_digit, _phones),
