@@ -13,6 +13,7 @@ REASONS = frozenset(
         "AllCompletionsTruncated",
         "BadSchema",
         "BudgetSpent",
+        "CacheUnusable",
         "Canceled",
         "CannotPack",
         "ChatTemplate",
