@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,6 +59,12 @@ def error_of(function: Callable[[int], int], kind: type[Exception]) -> Exception
 def test_results_are_in_the_order_of_the_batches() -> None:
     with Pool(double, 2) as pool:
         assert list(pool.map(BATCHES)) == [2 * batch for batch in BATCHES]
+
+
+def test_a_process_that_prepares_batches_imports_no_torch() -> None:
+    """It would take seconds and 700 MB in each process."""
+    code = "import sys, tuneyard_trainer.data.batches; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_few_batches_start_no_process() -> None:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tuneyard.api.stage_settings import PrepareSettings
 from tuneyard_trainer.data.cleaning.cleaner import Cleaner
@@ -28,7 +28,9 @@ from tuneyard_trainer.data.retrieval import Contexts
 from tuneyard_trainer.data.splits import Place, RowBlock
 from tuneyard_trainer.data.tally import Tally
 from tuneyard_trainer.data.texts import WITHOUT_CONTEXT, text_line
-from tuneyard_trainer.data.toxicity import Toxicity
+
+if TYPE_CHECKING:  # each process imports this module: torch would take 3 s and 700 MB of each
+    from tuneyard_trainer.data.toxicity import Toxicity
 
 BATCH_ROWS = 512
 BATCH_CHARACTERS = 1 << 20
