@@ -16,7 +16,7 @@ from tuneyard.api.plan import PlannedStage, SourceInput
 from tuneyard.api.sources import FieldMap
 from tuneyard.api.stage_settings import DatasetSettings, PrepareSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data import batches, prepare
+from tuneyard_trainer.data import batches, prepare, prepared
 from tuneyard_trainer.data.batches import split_evenly, truncate
 from tuneyard_trainer.data.encoding.tokenization import Encoded
 from tuneyard_trainer.data.prepared import ARRAYS, Prepared, Rows, RowWriter
@@ -596,3 +596,15 @@ def test_appended_rows_are_read_back(tmp_path: Path) -> None:
     assert back.targets.tolist() == [int((ids % 2).sum()) for ids in rows]
     assert np.load(tmp_path / "train.tokens.npy").shape == (sum(map(len, rows)),)
     assert Rows.open(tmp_path, "validation") is None
+
+
+def test_targets_are_counted_row_by_row_over_several_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prepared, "BLOCK_ROWS", 4)
+    lengths = [1, 300, 7, 2, 5, 1, 1, 600, 3, 4]
+    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    mask = np.ones(offsets[-1], dtype=np.uint8)
+    mask[offsets[:-1]] = 0
+    rows = Rows(mask.astype(np.int32), mask, offsets, np.zeros(len(lengths), dtype=np.int16))
+    assert rows.targets.tolist() == [length - 1 for length in lengths]

@@ -28,6 +28,8 @@ GAPS = "gaps"
 """The documents of `validation` with a gap each, whose text is the only target. Present where the
 job fills in the middle."""
 ARRAYS = ("tokens", "mask", "offsets", "source")
+BLOCK_ROWS = 4096
+"""Rows that are counted at a time."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,12 @@ class Rows:
     @cached_property
     def targets(self) -> NDArray[np.int64]:
         """(N,) targets of each row. Rows are never empty, which `reduceat` relies on."""
-        return np.add.reduceat(self.flat_mask, self.offsets[:-1], dtype=np.int64)
+        found = np.empty(len(self), dtype=np.int64)
+        for start in range(0, len(self), BLOCK_ROWS):  # reduceat copies its input as int64
+            bounds = self.offsets[start : start + BLOCK_ROWS + 1]
+            mask = self.flat_mask[bounds[0] : bounds[-1]]
+            np.add.reduceat(mask, bounds[:-1] - bounds[0], out=found[start : start + BLOCK_ROWS])
+        return found
 
 
 @dataclass(frozen=True)
