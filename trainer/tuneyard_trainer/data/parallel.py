@@ -181,11 +181,13 @@ class _Own:
 
 def _begin(function: bytes) -> None:
     """Prepare a new process: one thread, and no reaction to Ctrl-C, which is the parent's."""
+    gc.disable()
     os.environ.update(_ONE_THREAD)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _Own.function = pickle.loads(function)  # noqa: S301 - our parent pickled it
     gc.freeze()  # the modules stay: collections need not walk through them
+    gc.enable()
 
 
 def _end_with_parent() -> None:
