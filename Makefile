@@ -27,14 +27,15 @@ demo: $(VENV)/.trainer ## Fine-tune a real model on this machine and show that i
 .PHONY: test
 test: lint pytest ## Run everything that CI checks: lint, types, layers, tests
 
-# The parts run two at a time, for two cores, and each line says of which part it is: one that ends
-# gives its place to the next. The first waits for an API server more than it computes. Tests on a
+# The parts run three at a time, for two cores, and each line says of which part it is: one that ends
+# gives its place to the next. The first takes the longest and computes for a third of its time;
+# until its programs are built, it computes nothing. The longest of the others comes next. Tests on a
 # node train in pods and need the whole machine.
 PARTS := part-apiserver part-runs part-trainer part-others
 .PHONY: pytest
 pytest: $(VENV)/.dev ## Run all tests that this machine can run; each skipped test states its reason
 	@failed=0; \
-	$(MAKE) --no-print-directory --jobs=2 --keep-going $(PARTS) || failed=1; \
+	$(MAKE) --no-print-directory --jobs=3 --keep-going $(PARTS) || failed=1; \
 	$(BIN)/pytest $(SLOWEST) -m cluster || failed=1; \
 	exit $$failed
 
@@ -93,6 +94,11 @@ SEED ?= 1
 fuzz: $(VENV)/.dev ## Random manifests and posts: make fuzz RUNS=10000 SEED=1
 	PYTHONPATH=tests $(BIN)/python -m tests.fuzz manifests $(RUNS) $(SEED)
 	PYTHONPATH=tests $(BIN)/python -m tests.fuzz posts $(RUNS) $(SEED)
+
+.PHONY: fuzz-readers
+fuzz-readers: SECONDS ?= 600
+fuzz-readers: $(VENV)/.fuzz ## Files, rows and texts, guided by coverage: make fuzz-readers SECONDS=600
+	PYTHONPATH=tests $(BIN)/python -m tests.fuzz.guided $(SECONDS)
 
 .PHONY: fuzz-admission
 fuzz-admission: $(VENV)/.dev ## The same manifests for a real API server: make fuzz-admission RUNS=1000 SEED=1
@@ -158,6 +164,8 @@ requirements: $(UV) ## Resolve requirements/*.txt again
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-header pyproject.toml --extra operator \
 	  --constraints requirements/dev.txt --output-file requirements/operator.txt
+	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --no-header --group fuzz --output-file requirements/fuzz.txt
 	echo "hatchling" | $(UV) pip compile --quiet --upgrade --universal --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --no-header - \
 	  --constraints requirements/dev.txt --output-file requirements/build.txt
@@ -199,3 +207,7 @@ $(VENV)/.dev: requirements/dev.txt requirements/demo.txt pyproject.toml | $(VENV
 	$(INSTALL) --require-hashes --no-deps -r requirements/demo.txt
 	$(INSTALL) --no-deps --editable .
 	touch $@ $(VENV)/.trainer
+
+$(VENV)/.fuzz: requirements/fuzz.txt $(VENV)/.dev
+	$(INSTALL) --require-hashes --no-deps -r requirements/fuzz.txt
+	touch $@

@@ -4,10 +4,10 @@
 
 Both sides read the same JSONL file of real conversations (hh-rlhf), render the chat template,
 tokenize, mark the assistant's tokens as targets, truncate to 2,048 tokens, and write the result to
-disk. Tuneyard runs its prepare stage. TRL runs `load_dataset` and the constructor of SFTTrainer with
-assistant_only_loss, which calls `datasets.map`; its model has 8 hidden units and takes 0.2 s. TRL
-needs a template that marks the answers with {% generation %}; Tuneyard is timed with the model's own
-template and with TRL's.
+disk. Tuneyard runs its prepare stage. TRL runs `load_dataset` and the constructor of SFTTrainer
+with assistant_only_loss, which calls `datasets.map`; its model has 8 hidden units and takes 0.2 s.
+TRL needs a template that marks the answers with {% generation %}; Tuneyard is timed with the
+model's own template and with TRL's.
 
 Each run is a process of its own, bound to its cores, with an empty cache; imports are not timed. In
 a round the runs follow each other, and ratios are taken within rounds. The first round checks that

@@ -35,11 +35,11 @@ from tuneyard.api.sources import DocumentFields
 from tuneyard.api.stage_settings import RetrievalSettings
 from tuneyard.manifests.manifest import read
 from tuneyard.planning.plan import plan_job
-from tuneyard_trainer.data.chat import rendered
-from tuneyard_trainer.data.example import Example, Message
+from tuneyard_trainer.data.encoding.chat import rendered
+from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder
 from tuneyard_trainer.data.prepared import Rows
+from tuneyard_trainer.data.reading.example import Example, Message
 from tuneyard_trainer.data.retrieval import Contexts
-from tuneyard_trainer.data.tokenization import Encoded, Encoder
 from tuneyard_trainer.generation.greedy import continuations
 from tuneyard_trainer.models import adapters
 from tuneyard_trainer.models.base import load_base, load_tokenizer

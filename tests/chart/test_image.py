@@ -2,12 +2,13 @@
 
 Needs root, buildah, debootstrap, a Debian mirror and a package index. `TUNEYARD_TEST_BASE` names
 another base image, for instance python:3.12-slim. The trainer's own packages, 6 GB, are left out:
-its stages are built with the operator's packages in their place.
+its stages are built with the few packages of the wheel's build in their place.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -42,15 +43,16 @@ class Buildah:
             raise RuntimeError(f"{arguments[0]}: {(done.stdout + done.stderr)[-3000:]}")
         return done
 
-    def build(self, target: str, context: Path, base: str) -> str:
+    def build(self, target: str, base: str, **arguments: str) -> str:
         """Build an image and return a container of it. The build can read this machine's
-        certificates."""
+        certificates. `arguments`: the build arguments besides the base."""
         name = f"localhost/tuneyard-{target}"
         network = ["--isolation", "chroot", "--network", "host"]
         if CERTIFICATES.is_dir():
             network += ["--volume", f"{CERTIFICATES}:{CERTIFICATES}:ro"]
-        what = ["--build-arg", f"BASE={base}", "--target", target, "--tag", name, str(context)]
-        self.run("bud", *network, *what)
+        values = {"BASE": base, **arguments}
+        given = [f"--build-arg={key}={value}" for key, value in values.items()]
+        self.run("bud", *network, *given, "--target", target, "--tag", name, str(ROOT))
         return self.start(name)
 
     def start(self, image: str) -> str:
@@ -96,7 +98,7 @@ def base(buildah: Buildah, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def operator(buildah: Buildah, base: str) -> str:
-    return buildah.build("operator", ROOT, base)
+    return buildah.build("operator", base)
 
 
 def test_the_operators_image_is_small(buildah: Buildah, operator: str) -> None:
@@ -134,20 +136,22 @@ def test_the_image_keeps_the_client_classes_that_the_lease_needs(
 
 
 def test_the_trainers_image_has_the_programs_that_kuberay_calls(
-    buildah: Buildah, base: str, tmp_path: Path
+    buildah: Buildah, base: str
 ) -> None:
     """KubeRay's commands start with bash, optionally as a login shell."""
-    for name in ("operator", "trainer", "requirements"):
-        shutil.copytree(ROOT / name, tmp_path / name)
-    for name in ("pyproject.toml", "README.md", "LICENSE", "Dockerfile", ".dockerignore"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    shutil.copy(ROOT / "requirements/operator.txt", tmp_path / "requirements/image.txt")
-    trainer = buildah.build("trainer", tmp_path, base)
+    trainer = buildah.build("trainer", base, REQUIREMENTS="build.txt")
     for shell in ("-c", "-lc"):
         said = buildah.call(trainer, "/bin/bash", shell, "command -v python; command -v tuneyard")
         assert said.split() == ["/opt/tuneyard/bin/python", "/opt/tuneyard/bin/tuneyard"]
     where = "import tuneyard_trainer; print(tuneyard_trainer.__file__)"
     assert buildah.call(trainer, "python", "-c", where).startswith("/opt/tuneyard/lib/")
+
+
+def test_the_trainers_image_has_by_default_the_packages_of_requirements_image_txt() -> None:
+    """The build above names others."""
+    text = (ROOT / "Dockerfile").read_text()
+    assert re.findall(r"^ARG REQUIREMENTS=(.*)$", text, re.MULTILINE) == ["image.txt"]
+    assert "trl==" in (ROOT / "requirements" / "image.txt").read_text()
 
 
 def _give_up(reason: str) -> None:

@@ -236,7 +236,7 @@ def test_init_prints_why_it_cannot_write(
 # ---- plan and render ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["minimal", "support-bot"])
+@pytest.mark.parametrize("name", ["minimal", "support-bot", "augmented"])
 def test_the_printed_plan_is_frozen(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.call(["plan", str(GOLDEN / "manifests" / f"{name}.yaml")]) == 0
     text = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines()) + "\n"

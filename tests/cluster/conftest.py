@@ -23,6 +23,7 @@ Object = dict[str, Any]
 ROOT = Path(__file__).parents[2]
 NAMESPACE = "tuning"
 DATA = [ROOT / "examples" / "data" / name for name in ("support", "alignment")]
+TINY_MODEL = Path(__file__).parent / "tiny_model.py"
 VOLUMES = ("data", "models")
 
 
@@ -176,7 +177,7 @@ def platform(installed: Platform) -> Iterator[Platform]:
 @pytest.fixture(scope="session")
 def installed(cluster: Cluster, helm: Path) -> Iterator[Platform]:
     """The operator runs from the shipped chart with its own ServiceAccount; pods of jobs must
-    satisfy the restricted standard."""
+    satisfy the restricted standard. The volume `data` holds the rows and the tiny model."""
     if cluster.rig is not None:  # a given cluster has the images: scripts/kind.sh
         _install(cluster, Chart(helm))
     cluster.kubectl("create", "namespace", NAMESPACE)
@@ -186,7 +187,7 @@ def installed(cluster: Cluster, helm: Path) -> Iterator[Platform]:
     for volume in VOLUMES:
         platform.apply(*_volume(cluster, volume))
     rows = {path.name: path.read_text() for folder in DATA for path in folder.glob("*.jsonl")}
-    platform.run("seed", SEED, rows)
+    platform.run("seed", TINY_MODEL.read_text() + SEED, rows)
     yield platform
     cluster.kubectl("delete", "namespace", NAMESPACE, "--wait=false", check=False)
 

@@ -31,7 +31,9 @@ def quickstart(name: str, *, steps: int, **more: Any) -> dict[str, Any]:
     return _job("FineTuneJob", name, {**spec, **more})
 
 
-def tiny(name: str, *, steps: int, checkpoint_steps: int) -> dict[str, Any]:
+def tiny(
+    name: str, *, steps: int, checkpoint_steps: int, batch_size: int = 4, **more: Any
+) -> dict[str, Any]:
     """Return a FineTuneJob on the tiny model; dropout makes each step depend on its seed."""
     spec = {
         "model": {"uri": "pvc://data/tiny"},
@@ -42,7 +44,7 @@ def tiny(name: str, *, steps: int, checkpoint_steps: int) -> dict[str, Any]:
         "adapter": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.1}},
         "training": {
             "maxSteps": steps,
-            "batchSize": 4,
+            "batchSize": batch_size,
             "learningRate": 0.001,
             "checkpointSteps": checkpoint_steps,
             "evaluationSteps": 1000,
@@ -50,7 +52,7 @@ def tiny(name: str, *, steps: int, checkpoint_steps: int) -> dict[str, Any]:
         "evaluate": {"maxNewTokens": 4, "samples": 1},
         "output": {"uri": f"pvc://models/{name}"},
     }
-    return _job("FineTuneJob", name, spec)
+    return _job("FineTuneJob", name, {**spec, **more})
 
 
 def wide(name: str, *, workers: int, steps: int, memory: int) -> dict[str, Any]:

@@ -36,7 +36,6 @@ CALM = "chaos-calm"
 def test_jobs_in_pods_under_random_faults_end_as_if_undisturbed(
     platform: Platform, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    platform.run("tiny", (Path(__file__).parent / "tiny_model.py").read_text())
     verdicts = []
     runs = [node.draw(SEED, index) for index in range(FIRST, FIRST + RUNS)]
     with node.watched(platform) as doubled, ThreadPoolExecutor(PARALLEL) as pool:

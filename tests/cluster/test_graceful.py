@@ -8,18 +8,15 @@ import sys
 import pytest
 
 from tests.cluster.conftest import Platform
-from tests.cluster.jobs import quickstart
+from tests.cluster.jobs import tiny
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def test_a_suspended_and_an_evicted_job_continue_at_the_same_step(platform: Platform) -> None:
-    steps = 60  # enough that the job still runs at both ends: it stopped at 13 and 23
-    training = {
-        **quickstart("patient", steps=steps)["spec"]["training"],
-        "checkpointSteps": 1000,  # no checkpoints but those of the two ends
-    }
-    platform.apply(quickstart("patient", steps=steps, training=training))
+    steps = 600  # enough that the job still runs at both ends: it stopped at 68 and 118
+    # No checkpoints but those of the two ends.
+    platform.apply(tiny("patient", steps=steps, checkpoint_steps=steps + 1, batch_size=64))
 
     platform.until_step("patient", attempt=1, step=6)
     platform.kubectl("patch", "ftj", "patient", "--type=merge", "-p", _suspend(True))

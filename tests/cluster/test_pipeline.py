@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,8 +40,6 @@ print(json.dumps({record["stage"]: {name: record[name] for name in kept} for rec
 def test_a_pipeline_that_is_killed_between_two_stages_continues_at_the_next_one(
     platform: Platform,
 ) -> None:
-    tiny = (Path(__file__).parent / "tiny_model.py").read_text()
-    platform.run("tiny", tiny)
     platform = replace(platform, kind="aj")
     platform.apply(pipeline(JOB))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +21,6 @@ with open("/models/prepared/stages/prepare/record.json") as file:
 
 
 def test_the_data_are_prepared_before_a_gpu_is_asked_for(platform: Platform) -> None:
-    platform.run("tiny", (Path(__file__).parent / "tiny_model.py").read_text())
     job = tiny("prepared", steps=2, checkpoint_steps=2)
     compute = {"gpusPerWorker": 1, "cpusPerWorker": "1", "memory": "4Gi"}
     job["spec"]["compute"] = {**job["spec"].get("compute", {}), **compute}

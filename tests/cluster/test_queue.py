@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.conftest import Platform
-from tests.cluster.jobs import quickstart
+from tests.cluster.jobs import tiny
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -117,11 +117,8 @@ def _waits_for_quota(platform: Platform) -> bool:
 
 def test_a_job_waits_for_its_queue_and_is_evicted_by_a_more_urgent_one(queued: Platform) -> None:
     policy = {"queue": QUEUE, "maxAttempts": 1}  # an eviction does not count
-    training = {
-        **quickstart(JOB, steps=1000)["spec"]["training"],
-        "checkpointSteps": 1000,  # no checkpoint but the one of the eviction
-    }
-    queued.apply(quickstart(JOB, steps=1000, runPolicy=policy, training=training))
+    steps = 50_000  # more than it does, and no checkpoint but the one of the eviction
+    queued.apply(tiny(JOB, steps=steps, checkpoint_steps=steps, runPolicy=policy))
 
     queued.until("it says what it waits for", lambda: _waits_for_quota(queued), 60)
     sys.stdout.write(queued.kubectl("get", "ftj", JOB))

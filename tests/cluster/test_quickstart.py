@@ -41,7 +41,7 @@ print(code("/api/jobs/"), code("/api/jobs/", {"entrypoint": "id"}), code("/api/j
 
 
 def test_an_applied_manifest_becomes_a_tuned_model(platform: Platform) -> None:
-    job = quickstart("whole", steps=60, output={"uri": "pvc://models/whole", "merge": True})
+    job = quickstart("whole", steps=40, output={"uri": "pvc://models/whole", "merge": True})
     platform.apply(job)
 
     shown = [_shown_beyond(platform, 0)]

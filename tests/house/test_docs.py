@@ -21,6 +21,8 @@ IGNORED = (".venv", ".tools", ".tuneyard-cache")
 _FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _PATH = re.compile(r"`([\w.<>-]+(?:/[\w.<>-]+)*/?)`")
 _LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[^)\s]*)?\)")
+_ANCHOR = re.compile(r"\]\(([^)#:\s]*)#([^)\s]+)\)")
+_HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 
 def _documents() -> list[Path]:
@@ -58,6 +60,22 @@ def test_every_relative_link_leads_to_a_file() -> None:
         for path in _documents()
         for target in _LINK.findall(_prose(path))
         if not (path.parent / target).exists()
+    ]
+    assert broken == []
+
+
+def _anchors(path: Path) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    headings = (heading.lower().strip() for heading in _HEADING.findall(_prose(path)))
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings}
+
+
+def test_every_link_into_a_document_leads_to_a_heading() -> None:
+    broken = [
+        f"{path.relative_to(ROOT)}: {target}#{anchor}"
+        for path in _documents()
+        for target, anchor in _ANCHOR.findall(_prose(path))
+        if anchor not in _anchors((path.parent / target) if target else path)
     ]
     assert broken == []
 

@@ -105,6 +105,15 @@ LORA = job(
         maxWords: 5000
         quality: [repetition, gopher, fineweb]
         personalData: {email: redact, phone: report, card: drop, iban: ignore, key: drop}
+        toxicity:
+          classifier:
+            uri: hf://org/classifier
+            revision: main
+            tokenSecret: {name: hub, key: token}
+            credentials: {name: store}
+          labels: [toxic, threat]
+          threshold: 0.7
+          treatment: drop
       leaks: error
       temperature: 2.0
       replay:
@@ -124,6 +133,23 @@ LORA = job(
         goldShare: 0.5
         passageWords: 80
         cite: false
+      augment:
+        by:
+          endpoint:
+            url: https://writer.example/v1
+            model: writer
+            key: {name: writer, key: token}
+            maxRequests: 1000
+            maxTokens: 100000
+            concurrency: 4
+            timeoutSeconds: 30
+            maxAttempts: 3
+            labelTokens: 16
+        paraphrase: {perRow: 2, share: 0.5, requests: ["Rewrite {prompt}", "Shorten {prompt}"]}
+        inversion: {share: 0.2, request: "What is answered by {answer}?"}
+        templates: ["Question: {prompt}"]
+        weight: 0.5
+        maxNewTokens: 64
     adapter:
       lora:
         rank: 8
@@ -474,6 +500,44 @@ BROKEN_RULES = [
         "spec.data.retrieval",
         "puts passages before questions, which method pretrain does not have: set method: sft, or "
         "remove data.retrieval",
+    ),
+    BrokenRule(
+        "augmentation-in-pre-training",
+        changed(
+            MINIMAL,
+            {"spec.method": "pretrain", "spec.data.augment": {"templates": ["Q: {prompt}"]}},
+        ),
+        "spec.data.augment",
+        "rewrites questions, which method pretrain does not have: set method: sft, or remove "
+        "data.augment",
+    ),
+    BrokenRule(
+        "an-empty-augmentation",
+        changed(MINIMAL, {"spec.data.augment": {"weight": 2.0}}),
+        "spec.data.augment",
+        "set at least one of paraphrase, inversion, templates",
+    ),
+    BrokenRule(
+        "a-writer-of-nothing",
+        changed(
+            MINIMAL,
+            {
+                "spec.data.augment": {
+                    "by": {"model": {"uri": "hf://org/writer"}},
+                    "templates": ["Q: {prompt}"],
+                }
+            },
+        ),
+        "spec.data.augment.by",
+        "writes paraphrases and questions, and neither is asked for: set paraphrase or inversion, "
+        "or remove by",
+    ),
+    _one_of(
+        "no-writer",
+        changed(MINIMAL, {"spec.data.augment": {"paraphrase": {}}}),
+        "spec.data.augment.by",
+        {},
+        "model, endpoint",
     ),
     _one_of("no-reward", RLOO, "spec.rewardModel", {}, "train, model, rule"),
     _one_of("no-rule", RLOO, "spec.rewardModel.rule", {}, "exactMatch, jsonSchema"),

@@ -25,11 +25,12 @@ from tuneyard.api.stage_settings import (
 )
 from tuneyard.errors import Fault, PlanError
 from tuneyard.manifests.manifest import read
+from tuneyard.planning.limits import PREFERENCE_FORMATS
 from tuneyard.planning.plan import plan_job
 from tuneyard.rendering.storage import storage, storage_faults
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "alignment"
-NAMES = ("ai-feedback", "constitutional", "distill", "dpo", "grpo", "ppo", "rloo")
+NAMES = ("ai-feedback", "constitutional", "distill", "dpo", "feedback", "grpo", "ppo", "rloo")
 
 
 def job(name: str = "dpo", **changes: Any) -> AlignmentJob:
@@ -58,6 +59,18 @@ def test_the_readmes_manifests_can_be_planned() -> None:
     jobs = [job for block in blocks for job in read(block)]
     assert [job.kind for job in jobs] == ["FineTuneJob", "AlignmentJob"]
     assert all(plan_job(job).stages for job in jobs)
+
+
+def test_the_manifests_of_the_docs_can_be_planned() -> None:
+    found = []
+    for path in sorted((EXAMPLES.parents[1] / "docs").glob("*.md")):
+        for block in re.findall(r"```yaml\n(.*?)```", path.read_text("utf-8"), re.DOTALL):
+            value = yaml.safe_load(block)
+            if str(value.get("kind")).endswith("Job") and "spec" in value:
+                api = {"apiVersion": "tuneyard.io/v1alpha1"}
+                found.append(f"{path.name} {value['kind']}")
+                assert [plan_job(job).stages for job in read(yaml.safe_dump(api | value))]
+    assert "data.md AlignmentJob" in found
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -318,6 +331,14 @@ def test_auto_is_resolved_by_method_and_tuning() -> None:
 def test_every_default_is_noted_once_for_all_rounds() -> None:
     notes = plan_job(job("ai-feedback", optimize__dpo={})).notes
     assert len(notes) == len(set(notes)) == 3
+
+
+@pytest.mark.parametrize("name", PREFERENCE_FORMATS)
+def test_each_format_of_preferences_can_be_named(name: str) -> None:
+    planned = plan_job(job(preferences__data=[{"uri": "file://p.jsonl", "format": name}]))
+    settings = stage(planned, "pairs").settings
+    assert isinstance(settings, PairsSettings)
+    assert [each.format for each in settings.preferences] == [name]
 
 
 @pytest.mark.parametrize(

@@ -295,6 +295,26 @@ def test_every_setting_of_retrieval_changes_the_prepare_stage_and_its_location_d
     assert found(documents={"uri": "pvc://claim/elsewhere"}) == found()
 
 
+def test_every_setting_of_toxicity_changes_the_prepare_stage_and_its_location_does_not() -> None:
+    """The digest of the classifier is a part of the identity, as of every input."""
+
+    def found(**changes: Any) -> str:
+        toxicity = {"classifier": {"uri": "hf://org/classifier"}, "labels": ["toxic"]} | changes
+        return fingerprints(planned(data__clean={"toxicity": toxicity}))["prepare"]
+
+    fields = {"labels": ["threat"], "threshold": 0.7, "treatment": "drop"}
+    every = [found(), *(found(**{name: value}) for name, value in fields.items())]
+    assert len({*every, fingerprints(planned(data__clean={}))["prepare"]}) == len(every) + 1
+    assert found(classifier={"uri": "pvc://claim/elsewhere"}) == found()
+
+
+def test_without_toxicity_the_rules_of_cleaning_are_planned_as_before() -> None:
+    text = plan_job(job(data__clean={"minWords": 2})).to_json()
+    assert "toxicity" not in text
+    prepare = planned(data__clean={"minWords": 2}).stages[0]
+    assert prepare.settings.model_dump(mode="json", by_alias=True)["clean"]["minWords"] == 2
+
+
 def test_without_retrieval_a_plan_does_not_mention_it() -> None:
     text = plan_job(job()).to_json()
     assert "retrieval" not in text
@@ -308,6 +328,7 @@ def test_the_fields_above_are_all_fields_of_data_and_evaluate() -> None:
         *("temperature", "replay"),
         "fillInTheMiddle",  # of the method pretrain: tested in test_plan
         "retrieval",
+        "augment",  # tested in test_augmentation
     }
     refused = {"fewShot", "suites"}
     assert set(yaml_fields(Evaluate)) - refused == {

@@ -17,6 +17,7 @@ from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput
 from tuneyard.api.stage_settings import PrepareSettings, TrainSettings
 from tuneyard.errors import Fault, PlanError
 from tuneyard.planning.plan import plan_job
+from tuneyard.rendering.storage import storage
 
 VALIDATION = {"fraction": 0.1}
 
@@ -224,6 +225,30 @@ def test_the_documents_of_retrieval_are_an_input_of_the_prepare_stage() -> None:
     assert "documents" not in plan_job(job()).stages[0].inputs
 
 
+def test_the_classifier_of_toxicity_is_an_input_of_the_prepare_stage_and_no_setting() -> None:
+    classifier = {
+        "uri": "hf://org/classifier",
+        "revision": "v1",
+        "tokenSecret": {"name": "hub", "key": "token"},
+    }
+    toxicity = {"classifier": classifier, "labels": ["toxic"]}
+    plan = plan_job(job(data__clean={"toxicity": toxicity, "minWords": 2}))
+    prepare = plan.stages[0]
+    source = prepare.inputs["toxicity"]
+    assert isinstance(source, SourceInput)
+    assert (source.uri, source.revision, source.path) == (
+        "hf://org/classifier",
+        "v1",
+        "spec.data.clean.toxicity.classifier.uri",
+    )
+    assert "org/classifier" not in prepare.settings.model_dump_json()
+    assert isinstance(prepare.settings, PrepareSettings)
+    assert prepare.settings.clean
+    assert prepare.settings.clean.min_words == 2
+    assert "TUNEYARD_SECRET_HUB_TOKEN" in storage(plan).tokens, "the preparing pod has the token"
+    assert "toxicity" not in plan_job(job()).stages[0].inputs
+
+
 def test_a_column_of_documents_is_refused_without_retrieval() -> None:
     train = [{"uri": "pvc://data/a.jsonl"}, {"uri": "pvc://d/b", "fields": {"document": "page"}}]
     held_out = {"data": [{"uri": "pvc://data/c.jsonl", "fields": {"document": "page"}}]}
@@ -292,12 +317,12 @@ def test_the_hash_seed_does_not_change_the_plan() -> None:
     assert plans == {plan_job(job("support-bot")).to_json()}
 
 
-@pytest.mark.parametrize("name", ["minimal", "support-bot"])
+@pytest.mark.parametrize("name", ["minimal", "support-bot", "augmented"])
 def test_the_plan_is_frozen(name: str) -> None:
     assert_golden(f"plans/{name}.json", plan_job(job(name)).to_json())
 
 
-@pytest.mark.parametrize("name", ["minimal", "support-bot"])
+@pytest.mark.parametrize("name", ["minimal", "support-bot", "augmented"])
 def test_a_plan_is_the_same_after_a_round_trip_by_json(name: str) -> None:
     planned = plan_job(job(name))
     assert Plan.model_validate_json(planned.to_json()) == planned

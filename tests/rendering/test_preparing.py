@@ -72,3 +72,10 @@ def test_only_prepare_queue_puts_it_into_a_queue() -> None:
     assert found["metadata"]["labels"][QUEUE] == "cpus"
     assert found["metadata"]["labels"][PRIORITY] == "high"
     assert QUEUE not in found["spec"]["template"]["metadata"]["labels"]
+
+
+def test_a_job_whose_rows_an_endpoint_writes_has_its_key_before_there_are_gpus() -> None:
+    (container,) = pod(job("augmented"))["containers"]
+    found = {each["name"]: each.get("valueFrom") for each in container["env"]}
+    key = {"secretKeyRef": {"name": "writer", "key": "token"}}
+    assert found["TUNEYARD_SECRET_WRITER_TOKEN"] == key

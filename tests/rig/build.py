@@ -28,6 +28,10 @@ MODULES = Path(__file__).resolve().parent / "go"
 FLAGS = ("-mod=readonly", "-trimpath", "-buildvcs=false")
 LINKER_FLAGS = "-s -w"
 
+# Without cgo the build needs no C compiler, and the programs run on any Linux. Rare garbage
+# collections of the compiler save 15% of its processor time (134 to 114 s for versitygw).
+ENVIRONMENT = {"CGO_ENABLED": "0", "GOWORK": "off", "GOGC": "400", "GOMEMLIMIT": "3GiB"}
+
 
 @dataclass(frozen=True)
 class Target:
@@ -53,6 +57,13 @@ TARGETS = {
     target.name: target
     for target in (
         Target(
+            "versitygw",
+            "versitygw",
+            package="github.com/versity/versitygw/cmd/versitygw",
+            program="versitygw",
+        ),
+        Target("helm", "helm", package="helm.sh/helm/v4/cmd/helm", program="helm"),
+        Target(
             "kubernetes",
             "kubernetes",
             package=".",
@@ -69,14 +80,14 @@ TARGETS = {
             source_module="k8s.io/kubernetes",
             version_variables=("k8s.io/component-base/version", "k8s.io/client-go/pkg/version"),
         ),
-        Target("coredns", "coredns", package=".", program="coredns"),
-        Target("pause", "pause", package=".", program="pause"),
         Target(
             "kuberay-crds",
             "kuberay",
             source_module="github.com/ray-project/kuberay/ray-operator",
             files=("config/crd/bases",),
         ),
+        Target("coredns", "coredns", package=".", program="coredns"),
+        Target("pause", "pause", package=".", program="pause"),
         Target(
             "kuberay",
             "kuberay",
@@ -90,15 +101,9 @@ TARGETS = {
             files=("config/components/crd", "config/components/webhook"),
         ),
         Target("kueue", "kueue", package="sigs.k8s.io/kueue/cmd/kueue", program="kueue"),
-        Target("helm", "helm", package="helm.sh/helm/v4/cmd/helm", program="helm"),
-        Target(
-            "versitygw",
-            "versitygw",
-            package="github.com/versity/versitygw/cmd/versitygw",
-            program="versitygw",
-        ),
     )
 }
+"""In the order in which the parts of `make test` need them: those of a node come last."""
 
 
 def cache_root() -> Path:
@@ -221,16 +226,16 @@ def _source(target: Target) -> dict[str, str]:
 def _go(target: Target, *arguments: str) -> str:
     """Run Go in the target's module and return its output.
 
-    Go runs at low priority, because a build takes minutes on all cores.
+    Go runs at a slightly lower priority: a build takes minutes on all cores, beside tests with time
+    limits in `.ci/run`, and other tests wait for it.
     """
     go = find_go()
     if go is None:
         raise RigError(
             f"{target.name} is not built and Go is not installed: install Go 1.26 or later"
         )
-    # Without cgo the build needs no C compiler, and the programs run on any Linux.
-    environment = {**os.environ, "CGO_ENABLED": "0", "GOWORK": "off"}
-    command = ["nice", "-n", "19", go, *arguments]
+    environment = {**os.environ, **ENVIRONMENT}
+    command = ["nice", "-n", "5", go, *arguments]
     done = subprocess.run(
         command,
         check=False,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
-from tuneyard.api.alignment import JudgeEndpoint
+from tuneyard.api.sources import JudgeEndpoint
 
 QUESTION = "Principle: {principle}\nPrompt: {conversation}\nA: {first}\nB: {second}\nA or B?"
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.evaluation import Evaluate
 from tuneyard.api.meta import Model, OneOf, Rule
-from tuneyard.api.sources import Dataset, ModelSource, PromptSet, SecretKeyRef
+from tuneyard.api.sources import Dataset, Judge, ModelSource, PromptSet, QuestionText
 from tuneyard.api.training import FREEZE_WITHOUT_ADAPTER, Training, TrlTraining
 
 
@@ -87,43 +87,6 @@ class WeightedReward(Model):
     )
 
 
-class Judge(OneOf):
-    """The model that compares or criticizes completions. Set exactly one field."""
-
-    model: ModelSource | None = None
-    """A causal language model that the job's workers run."""
-    endpoint: JudgeEndpoint | None = None
-    """A model behind an OpenAI-compatible endpoint."""
-
-
-URL_PATTERN = r"^https?://[^\s]+$"
-
-
-class JudgeEndpoint(Model):
-    """An OpenAI-compatible chat endpoint."""
-
-    url: str = Field(max_length=1024, pattern=URL_PATTERN)
-    """Base URL of the API, e.g. https://judge.example/v1."""
-    model: str = Field(min_length=1, max_length=256)
-    """Name of the model at the endpoint."""
-    key: SecretKeyRef | None = None
-    """The API key. None: requests carry no authorization header."""
-    max_requests: int | None = Field(default=None, ge=1)
-    """Budget in requests, retries included: no request is sent after this many. None: no limit."""
-    max_tokens: int | None = Field(default=None, ge=1)
-    """Budget in tokens of prompts and replies, as the endpoint counts them. None: no limit."""
-    concurrency: int = Field(default=8, ge=1, le=256)
-    """Most requests in flight at once."""
-    timeout_seconds: int = Field(default=120, ge=1, le=3600)
-    """Timeout of one request, in seconds."""
-    max_attempts: int = Field(default=6, ge=1, le=32)
-    """Most attempts for one question, the first one included."""
-    label_tokens: int = Field(default=16, ge=1, le=32768)
-    """Longest reply to a comparison, in tokens. Set more for a model that reasons before it
-    replies."""
-
-
-QuestionText = Annotated[str, Field(min_length=1, max_length=16384)]
 Principles = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=4096)]], Field(min_length=1, max_length=256)
 ]

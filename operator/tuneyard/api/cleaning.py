@@ -30,8 +30,7 @@ class PersonalData(Model):
 
 
 class Clean(Model):
-    """Rules that remove or change rows. The ledger of the prepare stage counts each rule's rows and
-    shows the first three. They apply to training and held-out rows alike."""
+    """Rules that remove or change rows by their text."""
 
     duplicates: Literal["exact", "near"] | None = None
     """Leave out rows that repeat an earlier row of any data set of the split. exact: with the same

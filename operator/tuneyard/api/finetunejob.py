@@ -62,6 +62,14 @@ class FineTuneSpec(Model):
             path="data.retrieval",
             reads=("method", "data.retrieval"),
         ),
+        Rule(
+            cel="self.method == 'sft' || !has(self.data.augment)",
+            holds=lambda spec: spec.method == "sft" or spec.data.augment is None,
+            message="rewrites questions, which method pretrain does not have: set method: sft, or "
+            "remove data.augment",
+            path="data.augment",
+            reads=("method", "data.augment"),
+        ),
     )
 
 

@@ -15,10 +15,9 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
-from tuneyard.api.alignment import JudgeEndpoint
 from tuneyard.api.compute import Compute
 from tuneyard.api.meta import Model, Report
-from tuneyard.api.sources import Output, SecretKeyRef, SecretRef
+from tuneyard.api.sources import JudgeEndpoint, Output, SecretKeyRef, SecretRef
 from tuneyard.api.stage_settings import PREPARING_KINDS, Settings, StageKind
 from tuneyard.api.status import StageStatus
 
@@ -37,6 +36,8 @@ class StageInput(Model):
     """Name of that stage."""
     file: str | None = None
     """One file of its output folder. None: the folder."""
+    path: str = Field(default="", exclude_if=lambda value: not value)
+    """Path of the manifest's field that asks for it, for messages. "": no single field does."""
 
 
 class SourceInput(Model):
@@ -149,7 +150,7 @@ S = TypeVar("S", PlannedStage, StageStatus)
 
 
 def leading(stages: Sequence[S]) -> list[S]:
-    """Return the stages at the beginning of a plan that only read data, and so need no GPU."""
+    """Return the stages at the beginning of a plan that run no model, and so need no GPU."""
     return list(takewhile(lambda stage: stage.kind in PREPARING_KINDS, stages))
 
 

@@ -1,4 +1,4 @@
-"""The locations of models, data and results, and how data is read."""
+"""The locations of models, data and results, and how data is read and added to."""
 
 from __future__ import annotations
 
@@ -74,6 +74,70 @@ class ModelSource(Model):
             found=lambda model: model.uri,
         ),
     )
+
+
+class Toxicity(Model):
+    """The treatment of rows that a classifier calls toxic. Each turn without the system prompt is
+    classified by itself, in windows if it is long; the highest probability counts."""
+
+    classifier: ModelSource
+    """Sequence classification model in safetensors, with its tokenizer. No code of it is run."""
+    labels: list[Annotated[str, Field(min_length=1, max_length=128)]] = Field(
+        min_length=1, max_length=64
+    )
+    """Labels of the classifier that are toxic, as its config names them."""
+    threshold: float = Field(default=0.5, gt=0, lt=1)
+    """Probability of any of these labels from which a row is toxic."""
+    treatment: Literal["report", "drop"] = "report"
+    """report: toxic rows are counted. drop: they are left out."""
+
+
+class Cleaning(Clean):
+    """Rules that remove or change rows. The ledger of the prepare stage counts each rule's rows and
+    shows the first three. They apply to training and held-out rows alike."""
+
+    toxicity: Toxicity | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Search for toxic rows by a classifier. None: none is searched for."""
+
+
+URL_PATTERN = r"^https?://[^\s]+$"
+
+
+class JudgeEndpoint(Model):
+    """An OpenAI-compatible chat endpoint."""
+
+    url: str = Field(max_length=1024, pattern=URL_PATTERN)
+    """Base URL of the API, e.g. https://judge.example/v1."""
+    model: str = Field(min_length=1, max_length=256)
+    """Name of the model at the endpoint."""
+    key: SecretKeyRef | None = None
+    """The API key. None: requests carry no authorization header."""
+    max_requests: int | None = Field(default=None, ge=1)
+    """Budget in requests, retries included: no request is sent after this many. None: no limit."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Budget in tokens of prompts and replies, as the endpoint counts them. None: no limit."""
+    concurrency: int = Field(default=8, ge=1, le=256)
+    """Most requests in flight at once."""
+    timeout_seconds: int = Field(default=120, ge=1, le=3600)
+    """Timeout of one request, in seconds."""
+    max_attempts: int = Field(default=6, ge=1, le=32)
+    """Most attempts for one question, the first one included."""
+    label_tokens: int = Field(default=16, ge=1, le=32768)
+    """Longest reply to a comparison, in tokens. Set more for a model that reasons before it
+    replies."""
+
+
+class Judge(OneOf):
+    """The model that compares or criticizes completions, or that writes training rows. Set exactly
+    one field."""
+
+    model: ModelSource | None = None
+    """A causal language model that the job's workers run."""
+    endpoint: JudgeEndpoint | None = None
+    """A model behind an OpenAI-compatible endpoint."""
+
+
+QuestionText = Annotated[str, Field(min_length=1, max_length=16384)]
 
 
 DataFormat = Literal[
@@ -269,6 +333,72 @@ class Replay(Model):
     """Share of an epoch's sequences. The job's own rows stay as many as they were."""
 
 
+class Paraphrase(Model):
+    """A model asks the question of a row in other words. The answer stays."""
+
+    per_row: int = Field(default=1, ge=1, le=16)
+    """Paraphrases of each chosen row, each by another request."""
+    share: float = Field(default=1.0, gt=0, le=1)
+    """Share of the rows to paraphrase, chosen by their content and a fixed seed."""
+    requests: list[QuestionText] | None = Field(default=None, min_length=1, max_length=16)
+    """Templates of what the model is asked; {prompt} is replaced by the question. None: Tuneyard's
+    four default requests."""
+
+
+class Inversion(Model):
+    """A model writes a question for the answer of a row, which becomes a new row with the old
+    answer (instruction backtranslation, Li et al. 2023, arXiv:2308.06259). For rows with one
+    question and one answer."""
+
+    share: float = Field(default=1.0, gt=0, le=1)
+    """Share of these rows, chosen by their content and a fixed seed."""
+    request: QuestionText | None = None
+    """Template of what the model is asked; {answer} and {prompt} are replaced by the answer and the
+    old question. None: Tuneyard's default request, which does not show the old question."""
+
+
+class Augment(Model):
+    """New training rows, made from those of `train` and marked. None of them is held out, and none
+    is made from a row that is held out or left out. Set at least one of paraphrase, inversion and
+    templates."""
+
+    by: Judge | None = None
+    """The model that writes paraphrases and questions. None: the model that is trained, before it
+    is trained."""
+    paraphrase: Paraphrase | None = None
+    """Questions in other words. None: none."""
+    inversion: Inversion | None = None
+    """New questions for the answers. None: none."""
+    templates: list[QuestionText] | None = Field(default=None, min_length=1, max_length=32)
+    """Texts with {prompt} in them. Each row is repeated with its question in each of them. None:
+    none."""
+    weight: float = Field(default=1.0, gt=0, le=100)
+    """How often an epoch contains each new row, as for any data set."""
+    max_new_tokens: int = Field(default=128, ge=1, le=32768)
+    """Longest reply of the model, in tokens."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            cel="has(self.paraphrase) || has(self.inversion) || has(self.templates)",
+            holds=lambda augment: bool(
+                augment.paraphrase or augment.inversion or augment.templates
+            ),
+            message="set at least one of paraphrase, inversion, templates",
+            reads=("paraphrase", "inversion", "templates"),
+        ),
+        Rule(
+            cel="!has(self.by) || has(self.paraphrase) || has(self.inversion)",
+            holds=lambda augment: (
+                augment.by is None or bool(augment.paraphrase or augment.inversion)
+            ),
+            message="writes paraphrases and questions, and neither is asked for: set paraphrase or "
+            "inversion, or remove by",
+            path="by",
+            reads=("by", "paraphrase", "inversion"),
+        ),
+    )
+
+
 class FillMarkers(Model):
     """The special tokens before the parts of a document: each one token of the model's tokenizer,
     in none of the documents."""
@@ -341,7 +471,7 @@ class FineTuneData(Model):
     chat_template: str | None = Field(default=None, max_length=65536)
     """Jinja chat template in place of the tokenizer's. None: the tokenizer's own."""
     # Both are left out of plans where they have no effect, so that a plan of 0.2.0 keeps its bytes.
-    clean: Clean | None = Field(default=None, exclude_if=lambda value: value is None)
+    clean: Cleaning | None = Field(default=None, exclude_if=lambda value: value is None)
     """Rules that remove or change rows before they are tokenized. None: rows stay as they are."""
     leaks: Literal["warn", "error", "off"] = Field(
         default="warn", exclude_if=lambda value: value == "warn"
@@ -351,6 +481,8 @@ class FineTuneData(Model):
     off: do not search for them."""
     retrieval: Retrieval | None = Field(default=None, exclude_if=lambda value: value is None)
     """A context of retrieved passages before each question. None: rows stay as they are."""
+    augment: Augment | None = Field(default=None, exclude_if=lambda value: value is None)
+    """New training rows made from those of `train`. None: none."""
 
 
 class Output(Model):

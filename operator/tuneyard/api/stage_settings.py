@@ -58,11 +58,22 @@ class RetrievalSettings(Model):
     """Whether the number of the right passage is appended to the answer."""
 
 
+class ToxicitySettings(Model):
+    """How rows are judged by the classifier in the input `toxicity`."""
+
+    labels: list[str]
+    """Labels that are toxic."""
+    threshold: float
+    """Probability of any of these labels from which a row is toxic."""
+    treatment: Literal["report", "drop"]
+    """Treatment of toxic rows."""
+
+
 class PrepareSettings(Model):
     """Read, check, split and tokenize training data.
 
-    Inputs: `model` (for its tokenizer), `train.N`, `validation.N`, and `documents` with
-    `retrieval`.
+    Inputs: `model` (for its tokenizer), `train.N`, `validation.N`, `documents` with `retrieval`,
+    and `toxicity` with `toxicity`.
     """
 
     kind: Literal["prepare"] = "prepare"
@@ -100,7 +111,9 @@ class PrepareSettings(Model):
     )
     """How documents learn to fill gaps. None: they stay as they are."""
     clean: Clean | None = Field(default=None, exclude_if=lambda value: value is None)
-    """Rules that remove or change rows. None: rows stay as they are."""
+    """Rules that remove or change rows by their text. None: rows stay as they are."""
+    toxicity: ToxicitySettings | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Rows that a classifier calls toxic. None: none is searched for."""
     leaks: Literal["error", "off"] | None = Field(
         default=None, exclude_if=lambda value: value is None
     )
@@ -109,6 +122,8 @@ class PrepareSettings(Model):
         default=None, exclude_if=lambda value: value is None
     )
     """A context before each question. None: rows stay as they are."""
+    augmented: Literal[True] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Whether the last input `train.N` has augmented rows. None: no input has."""
 
 
 class LoopSettings(Model):
@@ -204,6 +219,58 @@ class JudgeSettings(Model):
     """Budget in tokens of prompts and replies. None: no limit."""
     label_tokens: int
     """Longest reply to a comparison, in tokens."""
+
+
+class ParaphraseSettings(Model):
+    """How questions are asked in other words."""
+
+    requests: list[str]
+    """Templates of the requests; each chosen row gets one paraphrase by each of them."""
+    share: float
+    """Share of the rows to paraphrase."""
+
+
+class InversionSettings(Model):
+    """How questions are written for answers."""
+
+    request: str
+    """Template of the request."""
+    share: float
+    """Share of the rows with one question and one answer that get a new question."""
+
+
+class AugmentSettings(Model):
+    """Make new training rows from those of the job; writes `augmented.jsonl` for a prepare stage.
+
+    Inputs: `model` (for its chat template, and to write without another model), `train.N`, and
+    `judge`, if another model that the job runs writes.
+    """
+
+    kind: Literal["augment", "rewrite"]
+    """rewrite: the workers run a model. augment: they run none, and the stage needs no GPU."""
+    train: list[DatasetSettings]
+    """Settings of each input `train.N`."""
+    on_invalid_row: Literal["error", "skip"]
+    """Treatment of invalid rows."""
+    clean: Clean | None
+    """Rules that remove or change rows before a model sees them. None: rows stay as they are."""
+    documents: bool
+    """Whether rows name documents, which the new rows then name too."""
+    chat_template: str | None
+    """Jinja chat template in place of that of `model`. None: its own."""
+    judge: JudgeSettings | None
+    """The model behind an endpoint that writes. None: the model at the input `judge`; without such
+    an input, `model`."""
+    paraphrase: ParaphraseSettings | None
+    """How questions are asked in other words. None: no paraphrases."""
+    inversion: InversionSettings | None
+    """How questions are written for answers. None: none are."""
+    templates: list[str]
+    """Texts that questions are put into. Empty: none."""
+    max_new_tokens: int
+    """Longest reply, in tokens."""
+    seed: int
+    """Seed of the choice of rows."""
 
 
 class PairsSettings(Model):
@@ -496,6 +563,7 @@ class ExportSettings(Model):
 
 Settings = Annotated[
     PrepareSettings
+    | AugmentSettings
     | TrainSettings
     | CritiqueSettings
     | FeedbackSettings
@@ -513,6 +581,8 @@ Settings = Annotated[
 
 
 StageKind = Literal[
+    "augment",
+    "rewrite",
     "prepare",
     "sft",
     "pretrain",
@@ -539,10 +609,12 @@ TRAINING_KINDS: Final[tuple[StageKind, ...]] = (
     "distill",
 )
 """The kinds of stages that train, in the order in which one job runs them."""
-PREPARING_KINDS: Final[tuple[StageKind, ...]] = ("prepare", "pairs")
-"""The kinds of stages that only read data. Those at the beginning of a plan need no GPU."""
+PREPARING_KINDS: Final[tuple[StageKind, ...]] = ("augment", "prepare", "pairs")
+"""The kinds of stages that run no model: they read data. Those at the beginning of a plan need no
+GPU."""
 SHARED_KINDS: Final[tuple[StageKind, ...]] = (
     *TRAINING_KINDS,
+    "rewrite",
     "critique",
     "feedback",
     "evaluate",

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from tuneyard.cli.data_check import check, stats
 from tuneyard.cli.errors import needs_extra
-from tuneyard.cli.row_options import console, of_rows
+from tuneyard.cli.row_options import console, of_rows, rendered
 
 
 @click.group()
@@ -23,25 +23,7 @@ def data() -> None:
 @click.option(
     "-n", "count", type=click.IntRange(min=1), default=3, show_default=True, help="Number of rows."
 )
-@click.option(
-    "--model",
-    metavar="MODEL",
-    help="Render the rows as this model reads them: a folder or a URI such as hf://ORG/NAME.",
-)
-@click.option(
-    "--train-on",
-    type=click.Choice(["assistant", "last-assistant", "all"]),
-    default="assistant",
-    show_default=True,
-    help="Tokens of chat data with loss.",
-)
-@click.option(
-    "--reasoning",
-    type=click.Choice(["keep", "drop"]),
-    default="keep",
-    show_default=True,
-    help="Treatment of the assistant's reasoning.",
-)
+@rendered
 def show(
     file: Path,
     layout: Any,

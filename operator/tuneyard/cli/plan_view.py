@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +12,7 @@ from tuneyard.api.adapters import Adapter
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput
 from tuneyard.api.stage_settings import (
     AssessSettings,
+    AugmentSettings,
     CritiqueSettings,
     DistillSettings,
     DpoSettings,
@@ -50,6 +51,8 @@ def describe_stage(stage: PlannedStage) -> str:
     if settings.kind == "prepare":
         rows = "chats" if settings.method == "sft" else "text"
         return f"read, check, split and tokenize the {rows}"
+    if isinstance(settings, AugmentSettings):
+        return f"make new rows by {', '.join(_ways(settings))}"
     if settings.kind == "evaluate":
         models = "the base and the tuned model" if settings.compare_with_base else "the tuned model"
         return f"measure {models} on held-out rows"
@@ -57,6 +60,15 @@ def describe_stage(stage: PlannedStage) -> str:
         merged = ", also merged" if settings.merge else ""
         return f"write the model, its tokenizer and its card{merged}"
     return _describe_alignment(settings)
+
+
+def _ways(settings: AugmentSettings) -> Iterator[str]:
+    if settings.paraphrase:
+        yield "paraphrase"
+    if settings.inversion:
+        yield "inversion"
+    if settings.templates:
+        yield "templates"
 
 
 def _describe_alignment(settings: Settings) -> str:

@@ -36,6 +36,30 @@ def of_rows(command: _Command) -> _Command:
     return click.argument("file", type=PATH)(layout(fields(command)))
 
 
+def rendered(command: _Command) -> _Command:
+    """Give a command the options `model`, `train_on` and `reasoning`: how a model reads rows."""
+    model = click.option(
+        "--model",
+        metavar="MODEL",
+        help="Read the rows as this model does: a folder or a URI such as hf://ORG/NAME.",
+    )
+    train_on = click.option(
+        "--train-on",
+        type=click.Choice(["assistant", "last-assistant", "all"]),
+        default="assistant",
+        show_default=True,
+        help="Tokens of chat data with loss.",
+    )
+    reasoning = click.option(
+        "--reasoning",
+        type=click.Choice(["keep", "drop"]),
+        default="keep",
+        show_default=True,
+        help="Treatment of the assistant's reasoning.",
+    )
+    return model(train_on(reasoning(command)))
+
+
 def console() -> Console:
     """Return a console that prints rows as they are, without markup."""
     return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)

@@ -12,11 +12,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from tuneyard.api.adapters import LAYERS_PATTERN
-from tuneyard.api.alignment import URL_PATTERN
 from tuneyard.api.cleaning import LANGUAGE_PATTERN
 from tuneyard.api.meta import NAME_LENGTH, NAME_PATTERN, OBJECT_NAME_PATTERN
 from tuneyard.api.quantity import QUANTITY_PATTERN
-from tuneyard.api.sources import KEY_PATTERN
+from tuneyard.api.sources import KEY_PATTERN, URL_PATTERN
 from tuneyard.manifests.fields import user_description
 
 NAME_RULE = (

@@ -17,7 +17,6 @@ from tuneyard.api.alignment import (
     Distill,
     Dpo,
     GroupRelative,
-    Judge,
     Ppo,
     Preferences,
     RewardModel,
@@ -25,8 +24,8 @@ from tuneyard.api.alignment import (
     WinRate,
 )
 from tuneyard.api.alignmentjob import AlignmentSpec
-from tuneyard.api.plan import Input, SourceInput, StageInput, TrainRuntime
-from tuneyard.api.sources import FieldMap, PromptSet
+from tuneyard.api.plan import Input, SourceInput, StageInput
+from tuneyard.api.sources import PromptSet
 from tuneyard.api.stage_settings import (
     AssessSettings,
     ChatSettings,
@@ -37,7 +36,6 @@ from tuneyard.api.stage_settings import (
     ExportSettings,
     FeedbackSettings,
     GrpoSettings,
-    JudgeSettings,
     LoopSettings,
     PairsSettings,
     PpoSettings,
@@ -50,6 +48,7 @@ from tuneyard.api.stage_settings import (
 from tuneyard.api.training import Training
 from tuneyard.errors import PlanError
 from tuneyard.planning import defaults
+from tuneyard.planning.augmentation import augmentation
 from tuneyard.planning.drafts import (
     Draft,
     Sharding,
@@ -58,6 +57,9 @@ from tuneyard.planning.drafts import (
     dataset_settings,
     default_notes,
     evaluate,
+    generated,
+    judge_input,
+    judge_settings,
     loop,
     prepare,
     runtime,
@@ -136,8 +138,9 @@ class _Builder:
         step = self.spec.sft
         if step is None:
             return
-        inputs = {"model": self.model, **data_inputs(step.data, "spec.sft.data")}
-        self.drafts.append(Draft("prepare", prepare(step.data, "sft"), inputs))
+        augmented, rows = augmentation(step.data, "spec.sft.data", self.model)
+        inputs = {"model": self.model, **data_inputs(step.data, "spec.sft.data"), **rows}
+        self.drafts += [*augmented, Draft("prepare", prepare(step.data, "sft"), inputs)]
         self._sft("sft", StageInput(stage="prepare"), step.training, step.data.packing, "sft")
 
     def add_constitution(self) -> None:
@@ -145,7 +148,7 @@ class _Builder:
         step = self.spec.constitution
         if step is None:
             return
-        judge, judge_runtime = _judge_input(step.judge, "spec.constitution.judge")
+        judge, judge_runtime = judge_input(step.judge, "spec.constitution.judge")
         prompts = {"prompts": source_input(step.prompts, "spec.constitution.prompts")}
         self.drafts.append(
             Draft(
@@ -172,7 +175,7 @@ class _Builder:
         return CritiqueSettings(
             prompts=_prompts(step.prompts),
             chat=self.chat,
-            judge=_judge_settings(step.judge),
+            judge=judge_settings(step.judge),
             principles=list(step.principles or PRINCIPLES),
             critique_request=step.critique_request or CRITIQUE,
             revision_request=step.revision_request or REVISION,
@@ -186,7 +189,7 @@ class _Builder:
         completions: long rows are truncated, and an empty row does not fail the job."""
         return PrepareSettings(
             method="sft",
-            train=[_generated()],
+            train=[generated()],
             validation=[],
             validation_fraction=defaults.REVISIONS_HELD_OUT,
             max_length="auto",
@@ -228,7 +231,7 @@ class _Builder:
             self._feedback(preferences.ai_feedback, suffix)
             labels = StageInput(stage=f"feedback{suffix}", file=LABELS)
             inputs: dict[str, Input] = {"preferences.0": labels}
-            datasets = [_generated()]
+            datasets = [generated()]
         else:
             data = preferences.data or []
             inputs = dict(dataset_inputs("preferences", "spec.preferences.data", data))
@@ -244,11 +247,11 @@ class _Builder:
 
     def _feedback(self, step: AiFeedback, suffix: str) -> None:
         path = "spec.preferences.aiFeedback"
-        judge, judge_runtime = _judge_input(step.judge, f"{path}.judge")
+        judge, judge_runtime = judge_input(step.judge, f"{path}.judge")
         settings = FeedbackSettings(
             prompts=_prompts(step.prompts),
             chat=self.chat,
-            judge=_judge_settings(step.judge),
+            judge=judge_settings(step.judge),
             principles=list(step.principles or PRINCIPLES),
             question=step.question or COMPARISON,
             responses_per_prompt=step.responses_per_prompt,
@@ -388,7 +391,7 @@ class _Builder:
             inputs["data"] = data
         if self.spec.optimize or self.reward:
             win_rate = self.spec.evaluate.win_rate
-            judge, judge_runtime = _judge_input(
+            judge, judge_runtime = judge_input(
                 win_rate.judge if win_rate else None, "spec.evaluate.winRate.judge"
             )
             measured = {**self._assess_inputs(), **judge}
@@ -489,18 +492,6 @@ class _Builder:
         return loop(training, rule, epochs=defaults.ALIGNMENT_EPOCHS)
 
 
-def _judge_input(judge: Judge | None, path: str) -> tuple[dict[str, Input], TrainRuntime]:
-    """Return the judge as an input if the job runs it, or else as the endpoint of the runtime."""
-    if judge and judge.model:
-        return {"judge": source_input(judge.model, f"{path}.model")}, TrainRuntime()
-    return {}, TrainRuntime(endpoint=judge.endpoint if judge else None)
-
-
-def _generated() -> DatasetSettings:
-    """Return the settings for reading a file of an earlier stage."""
-    return DatasetSettings(format="auto", fields=FieldMap(), weight=1.0, limit=None)
-
-
 def _prompts(prompts: PromptSet) -> PromptSettings:
     return PromptSettings(format=prompts.format, fields=prompts.fields, limit=prompts.limit)
 
@@ -509,19 +500,7 @@ def _win_rate(win_rate: WinRate | None) -> WinRateSettings | None:
     if win_rate is None:
         return None
     return WinRateSettings(
-        judge=_judge_settings(win_rate.judge),
+        judge=judge_settings(win_rate.judge),
         principles=list(win_rate.principles or PRINCIPLES),
         question=win_rate.question or COMPARISON,
-    )
-
-
-def _judge_settings(judge: Judge | None) -> JudgeSettings | None:
-    if judge is None or judge.endpoint is None:
-        return None
-    endpoint = judge.endpoint
-    return JudgeSettings(
-        model=endpoint.model,
-        max_requests=endpoint.max_requests,
-        max_tokens=endpoint.max_tokens,
-        label_tokens=endpoint.label_tokens,
     )

@@ -6,17 +6,28 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from tuneyard.api.adapters import Adapter
+from tuneyard.api.cleaning import Clean
 from tuneyard.api.evaluation import Evaluate
 from tuneyard.api.plan import Input, PlannedStage, SourceInput, TrainRuntime
-from tuneyard.api.sources import Dataset, Documents, FineTuneData, ModelSource, PromptSet
+from tuneyard.api.sources import (
+    Dataset,
+    Documents,
+    FieldMap,
+    FineTuneData,
+    Judge,
+    ModelSource,
+    PromptSet,
+)
 from tuneyard.api.stage_settings import (
     DatasetSettings,
     EvaluateSettings,
+    JudgeSettings,
     LoopSettings,
     PrepareSettings,
     ReplaySettings,
     RetrievalSettings,
     Settings,
+    ToxicitySettings,
     TrainSettings,
 )
 from tuneyard.api.training import Training
@@ -73,8 +84,9 @@ def dataset_inputs(role: str, path: str, datasets: Sequence[Dataset]) -> dict[st
 
 
 def data_inputs(data: FineTuneData, path: str) -> dict[str, SourceInput]:
-    """Return the inputs `train.N`, with the data of replay last, `validation.N` and `documents`.
-    `path`: the data's field in the manifest."""
+    """Return the inputs `train.N`, with the data of replay last, `validation.N`, `documents` and
+    `toxicity`. `path`: the data's field in the manifest. `augmentation.augmentation` returns the
+    input of augmented rows, which follows the data of replay."""
     held_out = (data.validation and data.validation.data) or []
     replayed = enumerate(data.replay.data if data.replay else [])
     inputs = {
@@ -90,7 +102,19 @@ def data_inputs(data: FineTuneData, path: str) -> dict[str, SourceInput]:
     if data.retrieval is not None:
         documents = source_input(data.retrieval.documents, f"{path}.retrieval.documents")
         inputs["documents"] = documents
+    if data.clean is not None and data.clean.toxicity is not None:
+        classifier = source_input(
+            data.clean.toxicity.classifier, f"{path}.clean.toxicity.classifier"
+        )
+        inputs["toxicity"] = classifier
     return inputs
+
+
+def judge_input(judge: Judge | None, path: str) -> tuple[dict[str, Input], TrainRuntime]:
+    """Return the judge as an input if the job runs it, or else as the endpoint of the runtime."""
+    if judge and judge.model:
+        return {"judge": source_input(judge.model, f"{path}.model")}, TrainRuntime()
+    return {}, TrainRuntime(endpoint=judge.endpoint if judge else None)
 
 
 # ---- settings ---------------------------------------------------------------------------------
@@ -110,6 +134,25 @@ def dataset_settings(datasets: Sequence[Dataset]) -> list[DatasetSettings]:
     ]
 
 
+def generated(weight: float = 1.0) -> DatasetSettings:
+    """Return the settings for reading a file of an earlier stage."""
+    return DatasetSettings(format="auto", fields=FieldMap(), weight=weight, limit=None)
+
+
+def judge_settings(judge: Judge | None) -> JudgeSettings | None:
+    """Return the settings of a judge behind an endpoint. None: it is a model that the job runs, or
+    there is none."""
+    if judge is None or judge.endpoint is None:
+        return None
+    endpoint = judge.endpoint
+    return JudgeSettings(
+        model=endpoint.model,
+        max_requests=endpoint.max_requests,
+        max_tokens=endpoint.max_tokens,
+        label_tokens=endpoint.label_tokens,
+    )
+
+
 def runtime(training: Training, sharding: Sharding = "none") -> TrainRuntime:
     """Return the settings of a training stage that do not change its result."""
     return TrainRuntime(
@@ -122,10 +165,13 @@ def runtime(training: Training, sharding: Sharding = "none") -> TrainRuntime:
 
 def prepare(data: FineTuneData, method: Literal["sft", "pretrain"]) -> PrepareSettings:
     """Return the settings of the stage that prepares training and held-out rows."""
-    validation, replay = data.validation, data.replay
+    validation, replay, augment = data.validation, data.replay, data.augment
     return PrepareSettings(
         method=method,
-        train=dataset_settings([*data.train, *(replay.data if replay else [])]),
+        train=[
+            *dataset_settings([*data.train, *(replay.data if replay else [])]),
+            *([generated(augment.weight)] if augment else []),
+        ],
         validation=dataset_settings((validation and validation.data) or []),
         validation_fraction=validation.fraction if validation else None,
         max_length=data.max_length,
@@ -136,12 +182,31 @@ def prepare(data: FineTuneData, method: Literal["sft", "pretrain"]) -> PrepareSe
         system_prompt=data.system_prompt,
         chat_template=data.chat_template,
         seed=defaults.SPLIT_SEED,
-        clean=data.clean,
+        clean=text_rules(data),
+        toxicity=_toxicity(data),
         leaks=None if data.leaks == "warn" else data.leaks,
         temperature=data.temperature,
         replay=ReplaySettings(datasets=len(replay.data), share=replay.share) if replay else None,
         fill_in_the_middle=data.fill_in_the_middle,
         retrieval=_retrieval(data),
+        augmented=True if augment else None,
+    )
+
+
+def text_rules(data: FineTuneData) -> Clean | None:
+    """Return the rules of cleaning that need no model."""
+    found = data.clean
+    if found is None:
+        return None
+    return Clean(**{name: getattr(found, name) for name in Clean.model_fields})
+
+
+def _toxicity(data: FineTuneData) -> ToxicitySettings | None:
+    found = data.clean.toxicity if data.clean else None
+    if found is None:
+        return None
+    return ToxicitySettings(
+        labels=found.labels, threshold=found.threshold, treatment=found.treatment
     )
 
 

@@ -7,6 +7,7 @@ from tuneyard.api.plan import Input, StageInput, TrainRuntime
 from tuneyard.api.stage_settings import ExportSettings
 from tuneyard.errors import PlanError
 from tuneyard.planning import defaults
+from tuneyard.planning.augmentation import augmentation
 from tuneyard.planning.drafts import (
     Draft,
     Sharding,
@@ -31,15 +32,18 @@ def fine_tuning_stages(spec: FineTuneSpec) -> tuple[list[Draft], list[str]]:
 
 
 def _drafts(spec: FineTuneSpec, rule: defaults.Rule) -> list[Draft]:
-    """Return prepare, the training stage, evaluate (if rows are held out) and export."""
+    """Return augment (if rows are added), prepare, the training stage, evaluate (if rows are held
+    out) and export."""
     model = source_input(spec.model, "spec.model")
     data, tuned = StageInput(stage="prepare"), StageInput(stage=spec.method)
     inputs: dict[str, Input] = {"model": model, "data": data, "tuned": tuned}
+    augmented, rows = augmentation(spec.data, "spec.data", model)
     drafts = [
+        *augmented,
         Draft(
             "prepare",
             prepare(spec.data, spec.method),
-            {"model": model, **data_inputs(spec.data, "spec.data")},
+            {"model": model, **data_inputs(spec.data, "spec.data"), **rows},
         ),
         Draft(
             spec.method,

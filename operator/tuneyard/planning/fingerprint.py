@@ -18,6 +18,8 @@ from tuneyard.api.stage_settings import (
 from tuneyard.api.training import EarlyStopping
 
 STAGE_VERSIONS: Mapping[StageKind, int] = {
+    "augment": 1,
+    "rewrite": 1,
     "prepare": 2,
     "sft": 1,
     "pretrain": 1,

@@ -16,6 +16,7 @@ from tuneyard.api.model_facts import ModelFacts
 from tuneyard.api.plan import Plan, PlannedStage
 from tuneyard.api.stage_settings import (
     AssessSettings,
+    AugmentSettings,
     DpoSettings,
     EvaluateSettings,
     ExportSettings,
@@ -392,6 +393,8 @@ def _shared(stage: PlannedStage) -> PlannedStage | None:
     settings: Any = stage.settings
     if isinstance(settings, PrepareSettings | PairsSettings | ExportSettings):
         return stage
+    if isinstance(settings, AugmentSettings):
+        return stage if settings.kind == "augment" else None
     if isinstance(settings, TrainSettings) and can_shard(settings.adapter):
         settings = settings.model_copy(update={"engine": "trl", "packing": "never"})
     elif isinstance(settings, DpoSettings) and can_shard(settings.adapter):

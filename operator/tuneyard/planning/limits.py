@@ -12,10 +12,11 @@ from tuneyard.api.alignmentjob import AlignmentSpec
 from tuneyard.api.compute import MIN_SHARDS, Compute
 from tuneyard.api.evaluation import AlignmentMetric, Evaluate, Gate, Metric
 from tuneyard.api.finetunejob import FineTuneSpec
-from tuneyard.api.sources import FineTuneData
+from tuneyard.api.sources import DataFormat, FineTuneData
 from tuneyard.api.training import Training
 from tuneyard.errors import Fault
 from tuneyard.planning import defaults
+from tuneyard.planning.augmentation import augmentation_faults, runs_a_model
 from tuneyard.planning.drafts import Sharding
 from tuneyard.planning.trl_arguments import (
     DISTILL_CONFIG,
@@ -32,6 +33,16 @@ from tuneyard.planning.trl_arguments import (
 IN_VLLM = ("lora", "ia3", None)
 """Adapters with which vLLM can sample, None for full fine-tuning: they can be written as plain
 weights, unlike a 4-bit base model, virtual tokens and bottlenecks."""
+
+PREFERENCE_FORMATS: tuple[DataFormat, ...] = (
+    "auto",
+    "feedback",
+    "preference",
+    "ranking",
+    "labeled",
+    "openassistant",
+)
+"""Formats of data sets of preferences."""
 
 BY_TRL = (
     "spec.sft.training",
@@ -58,6 +69,7 @@ def fine_tuning_faults(spec: FineTuneSpec) -> list[Fault]:
         *_suite_faults(spec.evaluate),
         *_gap_faults(spec.data, "spec.data", spec.method),
         *_document_faults(spec.data, "spec.data"),
+        *augmentation_faults(spec.data, "spec.data", shared=spec.compute.sharding == "fsdp"),
     ]
     for path, gate in _gates(spec.evaluate):
         problem = _unknown_metric(gate, get_args(Metric)) or _unmeasured_fine_tuning(gate, spec)
@@ -97,6 +109,7 @@ def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
         *_alignment_engine_faults(spec),
         *(_gap_faults(spec.sft.data, "spec.sft.data", "sft") if spec.sft else ()),
         *(_document_faults(spec.sft.data, "spec.sft.data") if spec.sft else ()),
+        *(augmentation_faults(spec.sft.data, "spec.sft.data", shared=False) if spec.sft else ()),
     ]
     aligned = spec.optimize or (spec.reward_model and spec.reward_model.train)
     known = get_args(AlignmentMetric) if aligned else get_args(Metric)
@@ -111,11 +124,11 @@ def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
 
 def _preference_faults(spec: AlignmentSpec) -> Iterator[Fault]:
     for index, dataset in enumerate((spec.preferences and spec.preferences.data) or []):
-        if dataset.format != "auto":
+        if dataset.format not in PREFERENCE_FORMATS:
             yield Fault(
                 f"spec.preferences.data[{index}].format",
-                f"{dataset.format} is a format of fine-tuning data; the shape of preferences is "
-                "detected from the rows: remove format",
+                f"{dataset.format} is a format of fine-tuning data: remove format, or set one of "
+                f"{', '.join(PREFERENCE_FORMATS[1:])}",
             )
     dpo, reward = spec.optimize and spec.optimize.dpo, spec.reward_model
     if dpo and dpo.loss == "kto" and reward and reward.train:
@@ -367,7 +380,9 @@ def _whole_models(spec: AlignmentSpec) -> Iterator[Fault]:
         yield _unshardable(spec.adapter)
     judge = spec.evaluate.win_rate and spec.evaluate.win_rate.judge
     reward, preferences = spec.reward_model, spec.preferences
+    augment = spec.sft and spec.sft.data.augment
     whole = {
+        "spec.sft.data.augment.by": bool(augment and runs_a_model(augment)),
         "spec.constitution": spec.constitution is not None,
         "spec.preferences.aiFeedback": bool(preferences and preferences.ai_feedback),
         "spec.rewardModel": reward is not None and reward.rule is None,

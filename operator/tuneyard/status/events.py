@@ -19,6 +19,7 @@ KEY_METRICS = (
     "finalLoss",
     "pairs",
     "rows",
+    "augmentedRows",
 )
 """The event of a finished stage names the first of these metrics that the stage has."""
 

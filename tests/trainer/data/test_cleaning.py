@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import string
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tuneyard_trainer.data.cleaning.cleaner import Cleaner
 from tuneyard_trainer.data.cleaning.findings import Cleaned
 from tuneyard_trainer.data.cleaning.personal_data import is_iban, is_luhn
 from tuneyard_trainer.data.cleaning.words import words
-from tuneyard_trainer.data.example import Example, Message, ToolCall
+from tuneyard_trainer.data.reading.example import Example, Message, ToolCall
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 STORY = (
@@ -174,10 +175,70 @@ def test_ignored_data_is_not_searched() -> None:
         "logo@2x.png and getty@tty1.service",
         "order NO9386011117947ABC",
         "the bar code 4006381334013",
+        "y = x@self.weight + b",
+        "y = x@self.data",
+        "scores = q@k.to(device)",
+        "scores = q@k.data.to(device)",
+        "git clone git@github.com:acme/lamps.git",
+        "log in as git@github.com",
+        '<div class="sk-toggleable__label-arrow:before{margin:0.25em}">',
+        ".sk-cube-grid-animation .sk-cube-4-delayed-by-2 {margin: 3px}",
+        "sk-Button-primaryLarge2-withIcon, sk-col-12-sm-6-md-4-lg-3-xl-2",
+        "github_pat_token_environment_variable_name_2",
+        "xoxb-your-own-token-goes-here-2",
+        "hf_modelConfigurationLoader2",
+        "ASIAPACIFICREGIONSALES2024",
+        "sk-" + "x" * 40 + "1",
     ],
 )
-def test_numbers_that_are_no_personal_data_are_left_alone(text: str) -> None:
+def test_texts_that_are_no_personal_data_are_left_alone(text: str) -> None:
     assert rules(row("Hi.", text), personal_data=PersonalData()) == []
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "ada@engines.museum",
+        "ada@mail.corp",
+        "ADA@ENGINES.ORG",
+        "<ada@engines.io>(work)",
+        "gitta@engines.org",
+        "self@engines.org",
+        "ada@selfmade.data",
+    ],
+)
+def test_addresses_that_look_like_code_are_found(address: str) -> None:
+    assert rules(row("Hi.", f"Write to {address}."), personal_data=PersonalData()) == [
+        "personalData.email"
+    ]
+
+
+ALPHANUMERIC = string.ascii_letters + string.digits
+
+
+@pytest.mark.parametrize(
+    ("start", "characters", "length"),
+    [
+        ("hf_", string.ascii_letters, 34),
+        ("sk-", ALPHANUMERIC, 48),
+        ("sk-", "0123456789abcdef", 32),
+        ("sk-proj-", ALPHANUMERIC + "-_", 120),
+        ("sk-ant-api03-", ALPHANUMERIC + "-_", 95),
+        ("ghp_", ALPHANUMERIC, 36),
+        ("github_pat_", ALPHANUMERIC, 82),
+        ("glpat-", ALPHANUMERIC + "-_", 20),
+        ("AIza", ALPHANUMERIC + "-_", 35),
+        ("AKIA", string.ascii_uppercase + "234567", 16),
+        ("xoxb-123456789012-", ALPHANUMERIC, 24),
+    ],
+)
+def test_random_keys_of_each_service_are_found(start: str, characters: str, length: int) -> None:
+    """At least 90 of 100: one in fifteen of AWS and of GitLab has no digit."""
+    chance, found = random.Random(0), 0
+    for _ in range(100):
+        key = start + "".join(chance.choice(characters) for _ in range(length))
+        found += bool(rules(row("Hi.", f"export TOKEN={key}"), personal_data=PersonalData()))
+    assert found >= 90
 
 
 def test_digits_without_end_are_searched_in_their_number_of_steps() -> None:

@@ -17,11 +17,11 @@ from pyarrow import parquet
 from tuneyard.api.sources import DataFormat, FieldMap
 from tuneyard.api.stage_settings import DatasetSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data import rows as rows_module
-from tuneyard_trainer.data.example import Example
-from tuneyard_trainer.data.layouts import detect
-from tuneyard_trainer.data.rows import BrokenRow, Row, read_rows
-from tuneyard_trainer.data.stream import DETECTED_FROM, Examples, examples
+from tuneyard_trainer.data.reading import rows as rows_module
+from tuneyard_trainer.data.reading.example import Example
+from tuneyard_trainer.data.reading.layouts import detect
+from tuneyard_trainer.data.reading.rows import BrokenRow, Row, read_rows
+from tuneyard_trainer.data.reading.stream import DETECTED_FROM, Examples, examples
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 ROWS = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(3)]
@@ -150,8 +150,13 @@ class TestFiles:
             (b'{"a": ', "not JSON: Expecting value at column 7"),
             (b'{"a": "\xff"}', "not UTF-8: byte 0xff at column 8"),
             (b"[1, 2]", "a row must be an object with fields, not list"),
-            (b'{"a": ' + b"9" * 5000 + b"}", "not JSON: Exceeds the limit"),
-            (b"[" * 200_000, "not JSON: maximum recursion"),
+            (
+                b'{"a": ' + b"9" * 5000 + b"}",
+                "a number has more than 4300 digits: write it as text",
+            ),
+            (b"[" * 200_000, "nested deeper than 450 levels: flatten the row"),
+            (b'{"a": ' + b"[" * 600 + b"]" * 600 + b"}", "nested deeper than 450 levels"),
+            (b'{"a": {"b": 1, "b": 2}}', "the key 'b' appears twice in one object: rename one"),
         ],
     )
     def test_a_broken_line_breaks_only_its_row(
@@ -171,7 +176,9 @@ class TestFiles:
         assert broken(rows[2]).startswith("not CSV")
         assert broken(rows[3]) == "column a is not UTF-8"
         assert rows[4].value == {"a": "1", "b": "2"}
-        assert broken(rows[5]) == "not CSV: unexpected end of data"
+        assert (
+            broken(rows[5]) == "not CSV: a cell in line 7 begins with a quote that is never closed"
+        )
 
     @pytest.mark.parametrize("header", [b"a,a\n1,2\n", b"a,\n1,2\n"])
     def test_a_header_must_name_each_column_once(self, tmp_path: Path, header: bytes) -> None:

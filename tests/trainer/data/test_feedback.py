@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from tuneyard.api.sources import FieldMap
 from tuneyard.api.stage_settings import ChatSettings, DatasetSettings, PromptSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data import layouts
 from tuneyard_trainer.data.prompts import read_prompts
-from tuneyard_trainer.data.rows import BrokenRow, Row, read_data
-from tuneyard_trainer.data.stream import Examples, examples
+from tuneyard_trainer.data.reading import layouts
+from tuneyard_trainer.data.reading.rows import BrokenRow, Row, read_data
+from tuneyard_trainer.data.reading.stream import Examples, examples
 from tuneyard_trainer.preference.rows import Preference, parse_preferences
 
 Event = dict[str, Any]
@@ -443,3 +443,25 @@ def test_no_event_is_lost_silently_and_no_pair_has_two_equal_sides(
     refused = {number for number, _, _ in broken(*log)}
     answers = {i for i, event in enumerate(log, start=1) if event["event"] == "answer"}
     assert {row.number for row in valid} == answers - refused
+
+
+def test_empty_cells_of_a_table_are_no_request_and_no_prompt(tmp_path: Path) -> None:
+    """A table of events has every column in every row."""
+    path = tmp_path / "log.csv"
+    path.write_text(
+        "event,id,of,prompt,completion,thumbs\n"
+        "request,r,,q,,\n"
+        "answer,a,,p,x,\n"
+        "answer,b,r,,y,\n"
+        "rating,,a,,,up\n"
+        "rating,,b,,,up\n"
+    )
+    found = stream(path)
+    assert [example.messages[0].text for example in found] == ["p", "q"]
+    assert found.summary.skipped == 0
+
+
+def test_an_answer_with_neither_a_request_nor_a_prompt_is_named_by_its_row() -> None:
+    ((number, fault, reason),) = broken({**answer("a", "x"), "prompt": None, "of": ""})
+    assert (number, fault) == (1, "UnknownShape")
+    assert "the row has no prompt" in reason

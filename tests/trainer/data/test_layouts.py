@@ -11,12 +11,14 @@ import pytest
 from tuneyard.api.sources import FieldMap
 from tuneyard.api.stage_settings import ChatSettings, DatasetSettings, PromptSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.conversations import template_turns
-from tuneyard_trainer.data.example import Example, Message, RowError, ToolCall
+from tuneyard.planning.limits import PREFERENCE_FORMATS
 from tuneyard_trainer.data.prompts import Prompt, read_prompts
-from tuneyard_trainer.data.rows import Row, read_data
-from tuneyard_trainer.data.stream import Examples, examples
-from tuneyard_trainer.data.trees import link_messages
+from tuneyard_trainer.data.reading import layouts
+from tuneyard_trainer.data.reading.conversations import template_turns
+from tuneyard_trainer.data.reading.example import Example, Message, RowError, ToolCall
+from tuneyard_trainer.data.reading.rows import Row, read_data
+from tuneyard_trainer.data.reading.stream import Examples, examples
+from tuneyard_trainer.data.reading.trees import link_messages
 from tuneyard_trainer.preference.rows import Preference, parse_preferences
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
@@ -133,6 +135,48 @@ def test_a_published_layout_of_training_rows_is_recognized(
     found = stream(tmp_path, row)
     assert [shown(example.messages) for example in found] == [turns]
     assert found.summary.format == layout
+
+
+def test_documents_are_read_as_texts(tmp_path: Path) -> None:
+    """TRL's language modeling, and the rows of LLaMA-Factory and Axolotl for pre-training."""
+    found = stream(tmp_path, {"text": "The sky is blue."})
+    assert [(example.kind, example.text) for example in found] == [("text", "The sky is blue.")]
+    assert found.summary.format == "text"
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "fields"),
+    [
+        (
+            "Axolotl, oasst",
+            {"INSTRUCTION": "q", "RESPONSE": "a"},
+            {"prompt": "INSTRUCTION", "completion": "RESPONSE"},
+        ),
+        (
+            "Axolotl, summarizetldr",
+            {"article": "q", "summary": "a"},
+            {"prompt": "article", "completion": "summary"},
+        ),
+        (
+            "Axolotl, load_camel_ai",
+            {"message_1": "q", "message_2": "a"},
+            {"prompt": "message_1", "completion": "message_2"},
+        ),
+        ("Axolotl, metharme", {"prompt": "q", "generation": "a"}, {"completion": "generation"}),
+        (
+            "Axolotl, creative_acr",
+            {"instruction": "q", "revision": "a"},
+            {"prompt": "instruction", "completion": "revision"},
+        ),
+    ],
+)
+def test_a_published_layout_with_other_columns_is_refused_and_can_be_named(
+    tmp_path: Path, name: str, row: dict[str, Any], fields: dict[str, str]
+) -> None:
+    with pytest.raises(StageError) as caught:
+        stream(tmp_path, row)
+    assert caught.value.reason == "UnknownFormat"
+    assert shown(read(tmp_path, row, fields=fields).messages) == QA
 
 
 @pytest.mark.parametrize(("name", "layout", "row", "turns"), TRAINING)
@@ -263,12 +307,16 @@ def test_the_weight_of_a_turn_and_its_reasoning_are_read(tmp_path: Path) -> None
     parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "a"}]
     example = read(tmp_path, {"messages": [turn("user", "q"), turn("assistant", parts)]})  # type: ignore[arg-type]
     assert example.messages[1] == Message("assistant", "a", reasoning="hm")
+    for key in ("thinking", "reasoning"):
+        messages = [turn("user", "q"), turn("assistant", "a", **{key: "hm"})]
+        assert read(tmp_path, {"messages": messages}).messages[1].reasoning == "hm"
     row = {"prompt": "q", "completion": "a", "why": "hm"}
     assert read(tmp_path, row, fields={"reasoning": "why"}).messages[1].reasoning == "hm"
 
 
 PAIRS: list[tuple[str, dict[str, Any]]] = [
     ("TRL, explicit prompt", {"prompt": "q", "chosen": "a", "rejected": "b"}),
+    ("TRL, implicit prompt", {"chosen": "q a", "rejected": "q b"}),
     (
         "TRL, conversational, explicit prompt",
         {
@@ -322,6 +370,19 @@ PAIRS: list[tuple[str, dict[str, Any]]] = [
             "preferred_output": [turn("assistant", "a")],
             "non_preferred_output": [turn("assistant", "b")],
         },
+    ),
+    ("Axolotl, chatml.intel", {"question": "q", "chosen": "a", "rejected": "b"}),
+    (
+        "Axolotl, chatml.ultra",
+        {
+            "prompt": "q",
+            "chosen": [turn("user", "q"), turn("assistant", "a")],
+            "rejected": [turn("user", "q"), turn("assistant", "b")],
+        },
+    ),
+    (
+        "Axolotl, zephyr.nectar",
+        {"prompt": "q", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 2}]},
     ),
     (
         "UltraFeedback, binarized",
@@ -384,6 +445,12 @@ LABELED: list[tuple[str, dict[str, Any]]] = [
         "TRL, unpaired and conversational",
         {"prompt": [turn("user", "q")], "completion": [turn("assistant", "a")], "label": False},
     ),
+    ("Axolotl, KTO, chatml.argilla", {"instruction": "q", "completion": "a", "label": False}),
+    ("Axolotl, KTO, chatml.intel", {"question": "q", "completion": "a", "label": False}),
+    (
+        "Axolotl, KTO, llama3.argilla_chat",
+        {"completion": [turn("user", "q"), turn("assistant", "a")], "label": False},
+    ),
     (
         "LLaMA-Factory, KTO demo",
         {"messages": [turn("user", "q"), turn("assistant", "a")], "label": False},
@@ -411,6 +478,37 @@ def test_a_published_layout_of_labeled_completions_is_recognized(
     )
 
 
+def test_an_implicit_prompt_ends_before_the_word_that_differs() -> None:
+    row = {"chosen": "The sky is blue.", "rejected": "The sky is black."}
+    explicit = {"prompt": "The sky is", "chosen": "blue.", "rejected": "black."}
+    assert preferences(row) == preferences(explicit)
+    assert len(preferences(row, labeled=True)) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"chosen": "Yes.", "rejected": "No."}, "do not begin with it"),
+        ({"chosen": "The lamp.", "rejected": "The desk.", "query": "q"}, "{prompt: query}"),
+        ({"chosen": "a", "rejected": "b", "system": "s", "input": "q"}, "{prompt: input}"),
+    ],
+    ids=["no common beginning", "another column", "Axolotl, chatml.icr"],
+)
+def test_a_pair_whose_prompt_may_be_in_another_column_has_no_implicit_one(
+    row: dict[str, Any], problem: str
+) -> None:
+    """The first words of two answers would be taken for the question."""
+    with pytest.raises(RowError) as caught:
+        preferences(row)
+    assert problem in str(caught.value)
+    assert caught.value.fault == "UnknownShape"
+
+
+def test_a_manifest_can_name_the_layouts_of_preferences_that_are_read() -> None:
+    names = {layout.name for layout in layouts.layouts("preferences")}
+    assert set(PREFERENCE_FORMATS) == {"auto", *names}
+
+
 def test_preferences_hold_calls_of_tools() -> None:
     row = {
         "prompt": [turn("user", "q")],
@@ -421,6 +519,25 @@ def test_preferences_hold_calls_of_tools() -> None:
     (found,) = preferences(row)
     assert found.completions[0].calls[0].arguments == {"city": "Paris"}
     assert found.examples[0].tools == TOOLS
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q"},
+        {"prompt": [turn("user", "q")]},
+        {"prompt": [turn("user", "q")], "tools": [WEATHER]},
+    ],
+    ids=["TRL", "TRL, conversational", "TRL, with tools"],
+)
+def test_prompts_alone_are_prompts_and_no_training_rows(
+    tmp_path: Path, row: dict[str, Any]
+) -> None:
+    (prompt,) = prompts(tmp_path, row)
+    assert prompt.question == "q"
+    assert prompt.tools == (TOOLS if "tools" in row else ())
+    with pytest.raises(StageError, match=r"prompt-completion .* has no completion"):
+        list(stream(tmp_path, row))
 
 
 def test_openais_reinforcement_rows_are_prompts_with_their_fields(tmp_path: Path) -> None:

@@ -102,6 +102,37 @@ def test_a_shared_system_prompt_is_no_leak(tmp_path: Path) -> None:
     assert found(tmp_path, prompted(noise(1, 5)), prompted(noise(2, 5))).rows == 0
 
 
+def test_a_question_under_two_system_prompts_is_named_only_if_its_row_is_found_by_its_words(
+    tmp_path: Path,
+) -> None:
+    """Thirteen words of it, or nearly all words of the row."""
+
+    def under(system: str, question: str, answer: str) -> Row:
+        turn = {"role": "system", "content": system}
+        return {"messages": [turn, *chat(question, answer)["messages"]]}
+
+    short, long = "Which lamp hangs over the door?", " ".join(SPAN)
+    red, blue = "The red lamp hangs there.", "A blue lantern with two candles."
+    for question, answers, expected in (
+        (short, (red, blue), 0),
+        (short, (red, red), 1),
+        (long, (red, blue), 1),
+    ):
+        held_out = [*noise(1), under("Be kind.", question, answers[0])]
+        training = [*noise(2), under("Be brief.", question, answers[1])]
+        assert found(tmp_path, held_out, training).rows == expected
+
+
+def test_a_conversation_and_its_continuation_are_named_from_thirteen_words_on(
+    tmp_path: Path,
+) -> None:
+    for words_before, expected in ((8, 0), (20, 1)):
+        start = chat("Go on.", " ".join(SPAN[:words_before]))["messages"]
+        continued: Row = {"messages": [*start, *chat("And then?", STORY[::-1])["messages"]]}
+        found_rows = found(tmp_path, [*noise(1), {"messages": start}], [*noise(2), continued]).rows
+        assert found_rows == expected
+
+
 def test_secrets_in_a_span_are_not_shown(tmp_path: Path) -> None:
     row = chat("Who?", "hf_" + "Ab3" * 11 + " " + " ".join(SPAN))
     (leak,) = found(tmp_path, [row], [row]).shown

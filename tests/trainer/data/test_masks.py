@@ -9,9 +9,9 @@ import pytest
 
 from tests.trainer.conftest import CHATML
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.example import Example, Message
-from tuneyard_trainer.data.masks import MaskProof, Run, runs
-from tuneyard_trainer.data.tokenization import Encoded, Encoder
+from tuneyard_trainer.data.encoding.masks import MaskProof, Run, runs
+from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder
+from tuneyard_trainer.data.reading.example import Example, Message
 
 EXAMPLE = Example(
     1, "chat", (Message("user", "Which lamp?"), Message("assistant", "The rote Lampe: ü😀."))

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tests.trainer.conftest import tokenizer_of_bytes
 from tests.trainer.data.chat_templates import FAMILIES, Family
-from tuneyard_trainer.data.example import Example, Message, ToolCall, check
-from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit
+from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder, Misfit
+from tuneyard_trainer.data.reading.example import Example, Message, ToolCall, check
 
 TOOL = {"type": "function", "function": {"name": "find", "description": "d", "parameters": {}}}
 WORDS = (

@@ -15,10 +15,10 @@ from tests.trainer.conftest import tokenizer_of_bytes
 from tests.trainer.data.test_prepare import DATASET, Job, Row, chats
 from tuneyard.api.sources import FillInTheMiddle, FillMarkers
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.example import Example
-from tuneyard_trainer.data.middle import Markers, MiddleFiller
+from tuneyard_trainer.data.encoding.middle import Markers, MiddleFiller
+from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder
 from tuneyard_trainer.data.prepared import Rows
-from tuneyard_trainer.data.tokenization import Encoded, Encoder
+from tuneyard_trainer.data.reading.example import Example
 
 NAMES = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 WORDS = "The lamp has a red reset button behind the cover, and a warranty of two years. "

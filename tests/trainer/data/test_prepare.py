@@ -18,9 +18,9 @@ from tuneyard.api.stage_settings import DatasetSettings, PrepareSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data import batches, prepare
 from tuneyard_trainer.data.batches import split_evenly, truncate
+from tuneyard_trainer.data.encoding.tokenization import Encoded
 from tuneyard_trainer.data.prepared import ARRAYS, Prepared, Rows, RowWriter
 from tuneyard_trainer.data.splits import held_out
-from tuneyard_trainer.data.tokenization import Encoded
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
 
 Row = dict[str, Any]
@@ -58,6 +58,8 @@ def long_chat(words: int) -> Row:
 
 
 Files = dict[str, Sequence[Row]]
+FIELDS = {"toxicity": "clean.toxicity.classifier"}
+"""The field of each input that is not named like its role."""
 
 
 class Job:
@@ -71,10 +73,17 @@ class Job:
         return self.folder / "work"
 
     def run(
-        self, files: Files, *, stop: Callable[[], bool] = lambda: False, **changes: Any
+        self,
+        files: Files,
+        *,
+        stop: Callable[[], bool] = lambda: False,
+        classifier: Path | None = None,
+        **changes: Any,
     ) -> StageOutcome:
-        """`files`: rows by role."""
+        """`files`: rows by role. `classifier`: the input `toxicity`. None: there is none."""
         inputs = {"model": self.model}
+        if classifier is not None:
+            inputs["toxicity"] = classifier
         for role, rows in files.items():
             inputs[role] = self.folder / f"{role}.jsonl"
             inputs[role].write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -82,7 +91,9 @@ class Job:
             name="prepare",
             settings=settings(**changes),
             inputs={
-                role: SourceInput(uri=f"file://{path}", path=f"spec.data.{role}.uri")
+                role: SourceInput(
+                    uri=f"file://{path}", path=f"spec.data.{FIELDS.get(role, role)}.uri"
+                )
                 for role, path in inputs.items()
             },
             fingerprint="",

@@ -22,10 +22,10 @@ from tuneyard.api.stage_settings import DatasetSettings, PrepareSettings, Retrie
 from tuneyard.errors import StageError
 from tuneyard_trainer.data import prepare
 from tuneyard_trainer.data.documents import Documents, cut, words
-from tuneyard_trainer.data.example import Example, Message, RowError
+from tuneyard_trainer.data.encoding.tokenization import Encoder
 from tuneyard_trainer.data.prepared import Prepared
+from tuneyard_trainer.data.reading.example import Example, Message, RowError
 from tuneyard_trainer.data.retrieval import Contexts, PassageIndex, best
-from tuneyard_trainer.data.tokenization import Encoder
 from tuneyard_trainer.evaluation.without_context import texts_without_context, tokenized
 from tuneyard_trainer.running import torchrun
 from tuneyard_trainer.running.runner import emit_nothing

@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 
 from tests.trainer.conftest import CHATML
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.chat import ChatFormat
-from tuneyard_trainer.data.example import Example, Message
-from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit
+from tuneyard_trainer.data.encoding.chat import ChatFormat
+from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder, Misfit
+from tuneyard_trainer.data.reading.example import Example, Message
 
 USER, SYSTEM, TOOL = "user", "system", "tool"
 

@@ -21,9 +21,8 @@ from tests.trainer.judge_server import (
     completion,
     prefers_greater,
 )
-from tuneyard.api.alignment import JudgeEndpoint
 from tuneyard.api.plan import PlannedStage, SourceInput, StageInput, TrainRuntime
-from tuneyard.api.sources import FieldMap
+from tuneyard.api.sources import FieldMap, JudgeEndpoint
 from tuneyard.api.stage_settings import (
     ChatSettings,
     CritiqueSettings,
@@ -33,8 +32,8 @@ from tuneyard.api.stage_settings import (
     PromptSettings,
 )
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.rows import Row
-from tuneyard_trainer.data.stream import examples
+from tuneyard_trainer.data.reading.rows import Row
+from tuneyard_trainer.data.reading.stream import examples
 from tuneyard_trainer.judging import critique, endpoint, feedback
 from tuneyard_trainer.preference.rows import parse_preferences
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from tests.trainer.judge_server import Answer, JudgeServer, completion
-from tuneyard.api.alignment import JudgeEndpoint
-from tuneyard.api.sources import SecretKeyRef
+from tuneyard.api.sources import JudgeEndpoint, SecretKeyRef
 from tuneyard.errors import StageError
 from tuneyard_trainer.judging import endpoint
 from tuneyard_trainer.judging.endpoint import Budget, Endpoint
@@ -269,7 +268,9 @@ def test_a_request_that_times_out_is_reported() -> None:
     assert len(server.bodies) == 2
 
 
-@pytest.mark.parametrize("body", [b"<html>hello</html>", {"choices": []}, {"error": "x"}, []])
+@pytest.mark.parametrize(
+    "body", [b"<html>hello</html>", {"choices": []}, {"error": "x"}, [], b"[" * 100_000]
+)
 def test_a_response_that_is_not_a_chat_completion_gives_no_label(body: Any) -> None:
     with JudgeServer(lambda _body, _number: Answer(body)) as server:
         (found,) = replies_of(server.settings(max_attempts=2))

@@ -25,7 +25,7 @@ from tests.trainer.judging.test_feedback import (
     unbiased,
 )
 from tests.trainer.several_workers import Notes, end_of, spawn
-from tuneyard.api.alignment import JudgeEndpoint
+from tuneyard.api.sources import JudgeEndpoint
 from tuneyard_trainer.generation import completions
 from tuneyard_trainer.judging import critique, feedback, local_model
 from tuneyard_trainer.worker import StageContext, Worker, never_stop

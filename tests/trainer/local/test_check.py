@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.trainer.conftest import CHATML
 from tests.trainer.data.test_cleaning import PLANTED, STORY
 from tests.trainer.data.test_leaks import noise
 from tests.trainer.data.test_prepare import Row, chat
@@ -194,3 +196,186 @@ def test_the_columns_of_a_log_can_be_named_and_labels_are_counted_where_there_ar
             assert "Labeled bad: 1" in out
         if command == "show":
             assert "0 pairs, and 1 labeled completions (0 good, 1 bad)" in out
+
+
+# ---- preferences --------------------------------------------------------------------------------
+
+
+def pair(question: str, chosen: str, rejected: str) -> Row:
+    return {"prompt": question, "chosen": chosen, "rejected": rejected}
+
+
+def pairs(seed: int, count: int = 12) -> list[Row]:
+    """Pairs of random words."""
+    words = [row["messages"][1]["content"] for row in noise(seed, 2 * count)]
+    return [pair(f"Story {i}?", *words[2 * i : 2 * i + 2]) for i in range(count)]
+
+
+def test_preferences_without_faults_pass(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "pairs.jsonl", pairs(1))
+    code, out = run(capsys, "check", file, "--held-out", write(tmp_path / "h.jsonl", pairs(2)))
+    assert code == 0
+    assert out == f"{file}: 12 rows of the layout preference\nNo faults were found.\n"
+
+
+def test_the_prompt_and_both_answers_of_a_preference_are_searched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = pairs(1)
+    file = write(
+        tmp_path / "pairs.jsonl",
+        [
+            *rows,
+            pair(PLANTED["phone"], "Yes.", "No."),
+            pair("Whom do I ask?", PLANTED["email"], "Nobody at all."),
+            pair("Whom then?", "Somebody at last.", PLANTED["email"]),
+            pair("Where?", "In the cafÃ©.", "In the cafÃ©, or not."),
+            rows[3],
+            {"prompt": "Which?", "chosen": "This."},
+        ],
+    )
+    held_out = write(
+        tmp_path / "held.jsonl", [*pairs(2), pair("Then?", "No.", rows[5]["rejected"])]
+    )
+    code, out = run(capsys, "check", file, "--held-out", held_out)
+    assert code == 1
+    lines = out.splitlines()
+    for fault, row in (
+        ("invalid rows: 1 of 18", "pairs.jsonl row 18"),
+        ("duplicates.exact: 1 of 17", "pairs.jsonl row 17: 100% as in pairs.jsonl row 4"),
+        ("encoding.mojibake: 1 of 17", "pairs.jsonl row 16"),
+        ("personalData.email: 2 of 17", "pairs.jsonl row 14: write to [EMAIL] today"),
+        ("personalData.phone: 1 of 17", "pairs.jsonl row 13: call [PHONE]"),
+        (
+            "held-out rows in the training data: 1 of 13",
+            "held.jsonl row 13 is in pairs.jsonl row 6",
+        ),
+    ):
+        place = next(i for i, line in enumerate(lines) if line.startswith(fault))
+        assert lines[place + 1].startswith(f"  {row}"), out
+    assert "ada.lovelace" not in out
+
+
+def test_a_file_without_a_valid_preference_is_a_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "pairs.jsonl", [pair("Which?", "Yes.", "Yes.")] * 3)
+    assert main.call(["data", "check", file]) == 1
+    assert "3 of 3 rows are invalid" in capsys.readouterr().err
+
+
+# ---- as a model reads them ----------------------------------------------------------------------
+
+
+def test_rows_that_a_model_reads_without_faults_pass_with_their_lengths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model_dir: Path
+) -> None:
+    file = write(
+        tmp_path / "rows.jsonl", [chat(f"Number {i}?", f"The lamp {i}.") for i in range(9)]
+    )
+    code, out = run(capsys, "check", file, "--model", str(tiny_model_dir))
+    assert code == 0, out
+    assert out.splitlines()[0] == f"{file}: 9 rows of the layout messages"
+    assert out.splitlines()[1].startswith("Tokens of a row: half at most ")
+    assert "No faults were found." in out
+
+
+def test_rows_that_a_job_would_refuse_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model_dir: Path
+) -> None:
+    """The rows that are too long or have no target are so only as this model reads them."""
+    silent = chat("Who?", "The harbour team.")
+    silent["messages"][1]["train"] = False
+    rows = [
+        *[chat(f"Number {i}?", f"The lamp {i}.") for i in range(9)],
+        chat("Ask.", "lamp and button " * 30),
+        silent,
+    ]
+    file = write(tmp_path / "rows.jsonl", rows)
+    options = ("--model", str(tiny_model_dir), "--max-length", "60")
+    code, out = run(capsys, "check", file, *options)
+    assert code == 1
+    lines = out.splitlines()
+    for fault, row in (
+        ("rows longer than 60 tokens: 1 of 11 rows", "rows.jsonl row 10: "),
+        ("rows without a trained token: 1 of 11 rows", "rows.jsonl row 11"),
+    ):
+        place = lines.index(fault)
+        assert lines[place + 1].startswith(f"  {row}"), out
+    assert len(lines) == 6, out
+    assert run(capsys, "check", file)[0] == 0, "nothing else is wrong with them"
+
+
+def with_template(tmp_path: Path, model: Path, template: str) -> str:
+    """Return a copy of the model with another chat template."""
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return str(folder)
+
+
+def test_rows_that_the_chat_template_refuses_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model_dir: Path
+) -> None:
+    template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    )
+    model = with_template(tmp_path, tiny_model_dir, template + CHATML)
+    system = {"role": "system", "content": "Be brief."}
+    rows = [chat(f"Number {i}?", f"The lamp {i}.") for i in range(9)]
+    rows.append({"messages": [system, *chat("Who?", "The team.")["messages"]]})
+    code, out = run(capsys, "check", write(tmp_path / "rows.jsonl", rows), "--model", model)
+    assert code == 1
+    assert "rows that the chat template refuses: 1 of 10 rows\n  rows.jsonl row 10: " in out
+    assert "no system" in out
+
+
+def test_a_stop_token_that_no_row_trains_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model_dir: Path
+) -> None:
+    """A job with onOverlength: truncate would cut it off in each row."""
+    rows = [chat(f"Number {i}?", "The lamp and the button. " * 9) for i in range(9)]
+    file = write(tmp_path / "rows.jsonl", rows)
+    options = ("--model", str(tiny_model_dir), "--max-length", "60")
+    fault = "rows, none of which trains a stop token within the limit: 9 of 9 rows"
+    code, out = run(capsys, "check", file, *options)
+    assert (code, fault in out) == (1, True), out
+    write(tmp_path / "rows.jsonl", [*rows, chat("Which?", "The lamp.")])
+    assert "stop token" not in run(capsys, "check", file, *options)[1], "one row trains it"
+
+
+def test_questions_that_are_trained_on_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model_dir: Path
+) -> None:
+    template = (
+        "{% for m in messages %}{% generation %}{{ '<|im_start|>' + m['role'] + '\\n' "
+        "+ m['content'] + '<|im_end|>' }}{% endgeneration %}{% endfor %}"
+    )
+    model = with_template(tmp_path, tiny_model_dir, template)
+    rows = [chat(f"Number {i}?", f"The lamp {i}.") for i in range(9)]
+    file = write(tmp_path / "rows.jsonl", rows)
+    code, out = run(capsys, "check", file, "--model", model)
+    assert (code, "rows whose questions are trained on: 9 of 9 rows" in out) == (1, True), out
+    assert run(capsys, "check", file, "--model", model, "--train-on", "all")[0] == 0
+
+
+def test_preferences_are_tokenized_with_each_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model_dir: Path
+) -> None:
+    rows = [pair(f"Number {i}?", f"The lamp {i}.", f"A button {i}.") for i in range(9)]
+    rows.append(pair("Which?", "A lamp.", "lamp and button " * 30))
+    file = write(tmp_path / "pairs.jsonl", rows)
+    code, out = run(capsys, "check", file, "--model", str(tiny_model_dir), "--max-length", "60")
+    assert code == 1
+    assert "rows longer than 60 tokens: 1 of 10 rows\n  pairs.jsonl row 10: " in out
+    assert "Tokens of an answer with its prompt: " in out
+
+
+def test_a_length_without_a_model_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "rows.jsonl", noise(1))
+    assert main.call(["data", "check", file, "--max-length", "60"]) == 2
+    assert "add --model" in capsys.readouterr().err

@@ -381,7 +381,8 @@ def test_the_result_compares_base_and_tuned_and_shows_time_tokens_and_memory() -
     assert cells(shown, "Held-out loss") == ["2.000", "1.000", "\N{MINUS SIGN}50 %"]
     assert cells(shown, "Held-out perplexity") == ["7.389", "2.718", "\N{MINUS SIGN}63 %"]
     assert cells(shown, "Answers right") == ["1/16", "14/16", "+13"]
-    assert cells(shown, "Time") == ["2 min training, 5 min in total"]
+    # The stage was resumed: its last attempt took 75 of the 120 s of training.
+    assert cells(shown, "Time") == ["2 min training, 5 min 45 s in total"]
     assert cells(shown, "Tokens trained on") == ["18,000"]
     assert cells(shown, "Peak memory") == ["1.5 GiB"]
     assert cells(shown, "Trained parameters") == ["5,000,000 of 100,000,000 (5 %)"]

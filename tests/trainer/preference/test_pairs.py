@@ -15,8 +15,8 @@ from tuneyard.api.plan import PlannedStage, SourceInput
 from tuneyard.api.sources import FieldMap
 from tuneyard.api.stage_settings import ChatSettings, DatasetSettings, PairsSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.example import Message, RowError
-from tuneyard_trainer.data.rows import Row
+from tuneyard_trainer.data.reading.example import Message, RowError
+from tuneyard_trainer.data.reading.rows import Row
 from tuneyard_trainer.preference import pairs
 from tuneyard_trainer.preference.dataset import Preferences
 from tuneyard_trainer.preference.rows import Preference, parse_preferences

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tuneyard.api.sources import FieldMap
-from tuneyard_trainer.data.example import Message
-from tuneyard_trainer.data.rows import Row
+from tuneyard_trainer.data.reading.example import Message
+from tuneyard_trainer.data.reading.rows import Row
 from tuneyard_trainer.preference.rows import Preference, parse_preferences
 from tuneyard_trainer.preference.statistics import MIN_COMPARISONS, PreferenceStatistics
 from tuneyard_trainer.reporting.preferences import statistic_lines

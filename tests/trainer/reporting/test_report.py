@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 
 from tests.trainer.finished import HOSTILE, LINES, MANIFEST, folders
 from tuneyard.api.adapters import Adapter
-from tuneyard_trainer.data.example import Example, Message
+from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder
 from tuneyard_trainer.data.ledger import Ledger, ledger_details
 from tuneyard_trainer.data.prepared import RowWriter
-from tuneyard_trainer.data.tokenization import Encoded, Encoder
+from tuneyard_trainer.data.reading.example import Example, Message
 from tuneyard_trainer.models import adapters
 from tuneyard_trainer.reporting import plots, report
 from tuneyard_trainer.reporting.card import fenced, write_card
@@ -449,6 +449,11 @@ def test_the_page_shows_the_ledger_with_rules_and_leaks(tmp_path: Path) -> None:
         "leaks": {"rows": 1, "checked": 1, "examples": [leak | {"rowWords": 5}]},
     }
     path.write_text(json.dumps(value))
+    trained = inputs["tuned"] / "record.json"
+    value = json.loads(trained.read_text())
+    packing = {"sequences": 4, "rows": 2, "tokens": 36, "positions": 40}
+    value["details"] |= {"packed": True, "packing": packing}
+    trained.write_text(json.dumps(value))
     summary = RunSummary.of(tmp_path / "result", inputs, MANIFEST, {}, None)
     assert summary.ledger == [
         ("In", "9", "81"),
@@ -460,6 +465,7 @@ def test_the_page_shows_the_ledger_with_rules_and_leaks(tmp_path: Path) -> None:
         ("Held out", "1", "9"),
         ("Trained on", "4", "36"),
         ("of these, context", "", "20"),
+        ("Packed: 4 sequences of the first epoch, 10% padding", "2", "40"),
     ]
     (tmp_path / "result").mkdir()
     report.write(tmp_path / "result", inputs, manifest=MANIFEST, measured={}, base_license=None)
@@ -470,6 +476,35 @@ def test_the_page_shows_the_ledger_with_rules_and_leaks(tmp_path: Path) -> None:
     assert "".join(cells) in html
     assert "personalData.email: 1 removed train.jsonl row 3: write to [EMAIL]" in shown
     assert "row 4 is in row 8 with 2 of its 5 words in sequence: one two" in shown
+
+
+def test_documents_replayed_data_and_gaps_are_named_and_counted(tmp_path: Path) -> None:
+    inputs = folders(tmp_path / "stages")
+    path = inputs["data"] / "record.json"
+    value = json.loads(path.read_text())
+    contexts = {"documents": 10, "passages": 12, "rows": 30, "withRightPassage": 22}
+    value["details"] |= {
+        "retrieval": contexts | {"namedDocuments": 29},
+        "fillInTheMiddle": {"sequences": {"asItWas": 6, "changed": 4, "unclear": 1}, "gaps": 5},
+    }
+    value["inputDigests"] |= {"train.1": "sha256:replayed", "documents": "sha256:documents"}
+    path.write_text(json.dumps(value))
+    data = MANIFEST["spec"]["data"] | {
+        "replay": {"data": [{"uri": "file://data/general.jsonl"}], "share": 0.1},
+        "retrieval": {"documents": {"uri": "file://data/manuals"}},
+    }
+    manifest = MANIFEST | {"spec": MANIFEST["spec"] | {"data": data}}
+    summary = RunSummary.of(tmp_path / "result", inputs, manifest, {}, None)
+    facts = dict(summary.data_facts)
+    assert facts["Documents"] == "10, in 12 passages"
+    assert facts["Contexts with the right passage"] == "22 of 30"
+    assert facts["Rows without a document, whose passage BM25 chose"] == "1"
+    assert facts["Sequences whose middle comes last"] == "4 of 11"
+    assert facts["Held-out documents with a gap"] == "5"
+    labels = dict(summary.digests)
+    assert labels["Data, train.1, file://data/general.jsonl"] == "sha256:replayed"
+    assert labels["Data, documents, file://data/manuals"] == "sha256:documents"
+    assert "| Contexts with the right passage | 22 of 30 |" in write_card(summary)
 
 
 def test_a_record_without_a_ledger_has_none_on_the_page(folder: Path) -> None:

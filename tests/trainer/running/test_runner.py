@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.trainer.data.test_middle import CODER, documents
 from tests.trainer.jobs import manifest, planned, write_data
 from tests.trainer.several_workers import Notes, spawn
 from tuneyard.api.plan import Plan
@@ -207,6 +208,49 @@ def test_a_run_killed_during_sft_resumes_with_the_same_samples_and_ends_bit_for_
     assert record["details"]["resumedAtStep"] == 6
     redone = len((tmp_path / "killed.rows").read_text().splitlines()) - 9
     assert redone == 2  # what followed the last checkpoint, each time
+
+
+@pytest.mark.parametrize("engine", ["native", "trl"])
+def test_a_killed_job_that_fills_in_the_middle_ends_as_if_undisturbed(
+    engine: str, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """Six steps, a checkpoint every two: killed in the fifth step. The documents keep their gaps,
+    and each step its rows."""
+    model = tmp_path / "coder"
+    shutil.copytree(tiny_model_dir, model)
+    CODER.save_pretrained(model)
+    lines = [json.dumps(row) + "\n" for row in documents(14)]
+    (tmp_path / "train.jsonl").write_text("".join(lines[:12]))
+    (tmp_path / "validation.jsonl").write_text("".join(lines[12:]))
+    data = {
+        "train": [{"uri": "file://train.jsonl"}],
+        "validation": {"data": [{"uri": "file://validation.jsonl"}]},
+        "fillInTheMiddle": {"rate": 0.5},
+        "leaks": "off",
+    }
+    training = {"epochs": 2, "batchSize": 4, "learningRate": 0.01, "checkpointSteps": 2}
+    plan = planned(
+        manifest(model, method="pretrain", data=data, training=training | {"engine": engine})
+    )
+    walk(plan, tmp_path, "whole")
+    assert launch(tmp_path, plan, "killed", kill_after=4) == -signal.SIGKILL
+    assert walk(plan, tmp_path, "killed")["prepare"] == "Skipped"
+
+    def record(output: str, stage: str) -> dict[str, Any]:
+        value: dict[str, Any] = json.loads(
+            (tmp_path / output / "stages" / stage / "record.json").read_text()
+        )
+        return value
+
+    assert record("killed", "pretrain")["details"]["resumedAtStep"] == 4
+    prepared = record("killed", "prepare")
+    sequences = prepared["details"]["fillInTheMiddle"]["sequences"]
+    assert sequences["changed"] > 0 < sequences["asItWas"]
+    for stage in ("prepare", "pretrain", "evaluate"):
+        assert record("killed", stage)["digest"] == record("whole", stage)["digest"], stage
+    losses = [record(name, "evaluate")["metrics"] for name in ("whole", "killed")]
+    assert losses[0] == losses[1]
+    assert "validationLossOfGaps" in losses[0]
 
 
 def test_the_checkpoint_of_a_run_with_other_settings_is_not_used(

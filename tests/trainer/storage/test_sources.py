@@ -9,6 +9,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -283,6 +284,8 @@ def answer(cls: type[hub.HfHubHTTPError], status: int) -> hub.HfHubHTTPError:
 class FakeHubFiles:
     """The hub's file system at its boundary."""
 
+    protocol = "hf"
+
     def __init__(self, **options: Any) -> None:
         assert options == {"token": None, "skip_instance_cache": True}
 
@@ -365,6 +368,44 @@ class TestObjectStores:
         assert get(here, "s3://bucket/once/a.jsonl").read_text() == "two"
         assert len(downloads) == 2
 
+    def test_objects_with_one_content_are_downloaded_once(
+        self, here: Path, store: SimpleNamespace, downloads: list[str]
+    ) -> None:
+        for folder in ("here", "there", "other"):
+            store.client.put_object(Bucket="bucket", Key=f"{folder}/a.jsonl", Body=b"same")
+        store.client.put_object(Bucket="bucket", Key="other/a.jsonl", Body=b"else")
+        first = get(here, "s3://bucket/here/a.jsonl")
+        assert get(here, "s3://bucket/there/a.jsonl") == first
+        assert get(here, "s3://bucket/other/a.jsonl").read_text() == "else"
+        assert downloads == ["bucket/here/a.jsonl", "bucket/other/a.jsonl"]
+
+    def test_a_job_that_reads_an_old_version_keeps_it(
+        self, here: Path, store: SimpleNamespace
+    ) -> None:
+        store.client.put_object(Bucket="bucket", Key="kept/a.jsonl", Body=b"one")
+        with get(here, "s3://bucket/kept/a.jsonl").open() as reader:
+            store.client.put_object(Bucket="bucket", Key="kept/a.jsonl", Body=b"two")
+            assert get(here, "s3://bucket/kept/a.jsonl").read_text() == "two"
+            assert reader.read() == "one"
+
+    def test_processes_that_ask_at_once_download_once(
+        self, here: Path, store: SimpleNamespace, downloads: list[str]
+    ) -> None:
+        store.client.put_object(Bucket="bucket", Key="crowd/a.jsonl", Body=b"many")
+        with ThreadPoolExecutor(4) as pool:
+            paths = set(pool.map(lambda _: get(here, "s3://bucket/crowd/a.jsonl"), range(8)))
+        assert [path.read_text() for path in paths] == ["many"]
+        assert downloads == ["bucket/crowd/a.jsonl"]
+
+    def test_a_cache_that_cannot_be_written_to_is_named(
+        self, here: Path, store: SimpleNamespace
+    ) -> None:
+        store.client.put_object(Bucket="bucket", Key="once/a.jsonl", Body=b"one")
+        put(here / "cache")  # a file in the place of the folder
+        error = refusal(here, "s3://bucket/once/a.jsonl")
+        assert error.reason == "CacheUnusable"
+        assert "TUNEYARD_CACHE" in error.advice
+
     def test_a_folder_is_downloaded_with_subfolders_and_again_after_a_file_changes(
         self, here: Path, store: SimpleNamespace
     ) -> None:
@@ -427,10 +468,12 @@ class TestObjectStores:
     ) -> None:
         store.client.put_object(Bucket="bucket", Key="again/a.jsonl", Body=b"one")
         cached = get(here, "s3://bucket/again/a.jsonl").parent
-        put(cached.with_name(".partial") / "junk.jsonl")
-        store.client.put_object(Bucket="bucket", Key="again/a.jsonl", Body=b"two")
+        partial = cached.with_name(f".{cached.name}.partial")
+        cached.rename(partial)  # as a kill before the last step leaves it
+        put(partial / "junk.jsonl")
         path = get(here, "s3://bucket/again/a.jsonl")
         assert [file.name for file in path.parent.iterdir()] == ["a.jsonl"]
+        assert not partial.exists()
 
     @pytest.mark.usefixtures("store")
     def test_missing_credentials_are_forbidden_with_advice(

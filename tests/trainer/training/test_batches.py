@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
-from tuneyard_trainer.training.batches import Order, micro_batches, share
+from tuneyard_trainer.training.batches import Order, Packing, micro_batches, share
 
 LENGTHS = np.array([5, 90, 17, 40, 3, 64, 12, 12, 33, 250, 8], dtype=np.int64)
 
@@ -83,3 +85,28 @@ def test_micro_batches_hold_every_row_once_and_stay_within_the_token_limit(
 def test_packing_fills_bins_up_to_the_capacity() -> None:
     found = micro_batches(np.arange(8), np.full(8, 30), capacity=100, max_tokens=10_000, pack=True)
     assert [len(members) for micro_batch in found for members in micro_batch.bins] == [3, 3, 2]
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("pack", [True, False])
+def test_the_packing_counts_the_rows_and_the_padding_of_each_worker(
+    world_size: int, pack: bool
+) -> None:
+    lay_out = partial(micro_batches, lengths=LENGTHS, capacity=128, max_tokens=300, pack=pack)
+    found = Packing.of(order().batches(0, 3), LENGTHS, world_size, lay_out)
+    laid_out = [
+        micro_batch
+        for batch in order().batches(0, 3)
+        for rank in range(world_size)
+        for micro_batch in lay_out(share(batch, LENGTHS, rank, world_size))
+    ]
+    widths = [each.width for each in laid_out for _ in each.bins]
+    assert found == (11, len(widths), LENGTHS.sum(), sum(widths))
+    assert found.padding == pytest.approx(1 - LENGTHS.sum() / sum(widths))
+    assert (found.rows < found.sequences) == pack
+
+
+def test_equal_rows_that_fill_their_bins_have_no_padding() -> None:
+    lay_out = partial(micro_batches, lengths=np.full(8, 32), capacity=64, max_tokens=999, pack=True)
+    packing = Packing.of([np.arange(8)], np.full(8, 32), 1, lay_out)
+    assert (packing.rows, packing.padding) == (4, 0)

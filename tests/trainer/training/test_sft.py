@@ -62,6 +62,22 @@ def test_training_lowers_the_loss_and_reports_its_metrics(
     assert outcome.contents == ("weights",)
 
 
+@pytest.mark.parametrize("packing", ["always", "never"])
+def test_the_record_counts_the_rows_that_an_epoch_is_packed_into(
+    tmp_path: Path, inputs: dict[str, Path], packing: str
+) -> None:
+    """Of the first epoch, however many follow."""
+    _, outcome = run(tmp_path / "a", inputs, packing=packing, epochs=2.0)
+    found = outcome.details["packing"]
+    assert (found["sequences"], found["tokens"]) == (10, sum(len(ids) for ids, _ in ROWS))
+    assert outcome.details["packed"] == (packing == "always") == (found["rows"] < 10)
+    assert outcome.metrics["packedSequences"] == 10
+    assert outcome.metrics["packedRows"] == found["rows"]
+    share = 1 - found["tokens"] / found["positions"]
+    assert outcome.metrics["paddingShare"] == pytest.approx(share)
+    assert (share > 0) == (packing == "never")
+
+
 @pytest.mark.parametrize("adapter", [None, {"lora": {"dropout": 0.1}}], ids=["full", "lora"])
 @pytest.mark.parametrize("stop", [1, 4, 5])
 def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(

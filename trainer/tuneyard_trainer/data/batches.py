@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -18,16 +18,17 @@ from tuneyard_trainer.data.cleaning.cleaner import Cleaner
 from tuneyard_trainer.data.cleaning.duplicates import RowKeys
 from tuneyard_trainer.data.cleaning.findings import Cleaned, Findings
 from tuneyard_trainer.data.cleaning.words import WordHashes
-from tuneyard_trainer.data.example import Example, RowError
-from tuneyard_trainer.data.masks import MaskProof
-from tuneyard_trainer.data.middle import RESERVED
+from tuneyard_trainer.data.encoding.masks import MaskProof
+from tuneyard_trainer.data.encoding.middle import RESERVED
+from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder, Misfit
+from tuneyard_trainer.data.reading.example import Example, Origin, RowError
+from tuneyard_trainer.data.reading.rows import Line, Row
+from tuneyard_trainer.data.reading.stream import RowCounts, RowReader
 from tuneyard_trainer.data.retrieval import Contexts
-from tuneyard_trainer.data.rows import Line, Row
 from tuneyard_trainer.data.splits import Place, RowBlock
-from tuneyard_trainer.data.stream import RowCounts, RowReader
 from tuneyard_trainer.data.tally import Tally
 from tuneyard_trainer.data.texts import WITHOUT_CONTEXT, text_line
-from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit
+from tuneyard_trainer.data.toxicity import Toxicity
 
 BATCH_ROWS = 512
 BATCH_CHARACTERS = 1 << 20
@@ -53,7 +54,7 @@ class RowBatch:
 
 @dataclass
 class PreparedBatch:
-    """What became of the rows of a batch."""
+    """The outcome of the rows of a batch."""
 
     counts: RowCounts = field(default_factory=RowCounts)
     tally: Tally = field(default_factory=Tally)
@@ -63,10 +64,14 @@ class PreparedBatch:
     """Examples whose `reasoning` or `tools` the chat template does not render."""
     contexts: Counter[str] = field(default_factory=Counter)
     """Counts of `Contexts`."""
+    numbers: list[int] = field(default_factory=list)
+    """For each row of `block`: the number of its example, from the first one of the batch."""
+    origins: list[Origin | None] = field(default_factory=list)
+    """For each row of `block`: what it was made from."""
     block: RowBlock | None = None
     """The rows to write. None: none were prepared."""
     keys: RowKeys | None = None
-    """What these rows are compared by. None: duplicates are not searched."""
+    """The keys that these rows are compared by. None: duplicates are not searched."""
 
 
 @dataclass
@@ -79,6 +84,11 @@ class BatchEncoder:
     cleaner: Cleaner
     contexts: Contexts | None = None
     """What puts a context before questions. None: rows have none."""
+    toxicity: Toxicity | None = None
+    """What judges rows by a classifier, which stays in this process. None: the job asks for no such
+    rule."""
+    before_forward: Callable[[], None] | None = None
+    """Called before each forward pass of the classifier. None: nothing is."""
     _known: WordHashes = field(default_factory=WordHashes)
 
     def __call__(self, batch: RowBatch) -> PreparedBatch:
@@ -88,7 +98,10 @@ class BatchEncoder:
         if batch.only_counted:
             return done
         done.tally.ledger.name = batch.name
-        cleaned = self._with_contexts([self.cleaner(example) for example in examples], done.tally)
+        cleaned = [self.cleaner(example) for example in examples]
+        if self.toxicity is not None:
+            cleaned = self.toxicity(cleaned, self.before_forward or _nothing)
+        cleaned = self._with_contexts(cleaned, done.tally)
         encodings = self.encoder.encode([row.example for row in cleaned])
         block = done.block = RowBlock(self.settings.seed, keeps_texts=batch.keeps_texts)
         texts: list[dict[str, Any]] = []
@@ -103,6 +116,8 @@ class BatchEncoder:
                     texts.append(self._text(example))
                     line = text_line(texts[-1]) if batch.keeps_texts else None
                 block.add(pieces, place, line, self._prompt(example))
+                done.numbers.append(example.number)
+                done.origins.append(example.origin)
         if self._compares:
             is_near = self.settings.clean is not None and self.settings.clean.duplicates == "near"
             done.keys = RowKeys.of(texts, self._known if is_near else None)
@@ -159,7 +174,7 @@ class BatchEncoder:
         if length <= self.max_length:
             tally.ledger.keep(length)
             return [encoded]
-        return self._overlong(where, encoded, tally)
+        return self._overlong(row.example, encoded, tally)
 
     @property
     def part_length(self) -> int:
@@ -167,12 +182,12 @@ class BatchEncoder:
         reserved = RESERVED if self.settings.fill_in_the_middle else 0
         return max(1, self.max_length - reserved)
 
-    def _overlong(self, where: str, encoded: Encoded, tally: Tally) -> list[Encoded]:
-        policy, length = self.settings.on_overlength, len(encoded.ids)
-        if policy == "error":
+    def _overlong(self, example: Example, encoded: Encoded, tally: Tally) -> list[Encoded]:
+        policy, length, where = self.settings.on_overlength, len(encoded.ids), _where(example)
+        if policy == "error" and example.origin is None:
             tally.refuse("RowTooLong", where, f"{length} tokens", length)
             return []
-        if policy == "drop":
+        if policy in ("drop", "error"):
             tally.ledger.lose("dropped", tokens=length)
             return []
         pieces = (
@@ -194,11 +209,11 @@ class BatchEncoder:
 
     def _prompt(self, example: Example) -> str:
         """Return the turns before the last one, whose rows go to one split, without the white space
-        around them. "": the row is all target, the method pretrain has no prompts, and without a
-        split nothing reads them."""
+        around them. "": the row is all target, the method pretrain has no prompts, and nothing
+        reads them without a split or augmented rows."""
         if example.kind == "text" or self.settings.method == "pretrain":
             return ""
-        if self.settings.validation_fraction is None:
+        if self.settings.validation_fraction is None and not self.settings.augmented:
             return ""
         bare = example.without_context or example
         turns = [[turn.role, turn.text.strip()] for turn in bare.messages[:-1]]
@@ -244,6 +259,10 @@ def _characters(value: Any) -> int:
     if isinstance(value, dict):
         return sum(map(_characters, value.values()))
     return sum(map(_characters, value)) if isinstance(value, list) else 0
+
+
+def _nothing() -> None:
+    """Do nothing before a forward pass."""
 
 
 def _where(example: Example) -> str:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tuneyard.api.sources import DocumentFields
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.rows import BrokenRow, Row, is_text, read_data
-from tuneyard_trainer.data.stream import FAULTS_SHOWN, RowFault
+from tuneyard_trainer.data.reading.rows import BrokenRow, Row, is_text, read_data
+from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN, RowFault
 
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
@@ -56,7 +56,7 @@ class Documents:
                 key, text = _document(row, fields)
                 if earlier := first.get(key):
                     where = f"{earlier.file} row {earlier.number}"
-                    raise ValueError(f"the id {key!r} is also that of {where}")
+                    raise ValueError(f"the id {key!r:.60} is also that of {where}")
             except ValueError as error:
                 faults.append(RowFault(row.file, row.number, str(error)))
                 continue

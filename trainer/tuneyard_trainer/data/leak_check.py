@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.leaks import Leak, Leaks, find_leaks
+from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN
 from tuneyard_trainer.data.splits import SplitWriter
-from tuneyard_trainer.data.stream import FAULTS_SHOWN
 from tuneyard_trainer.worker import Report
 
 

@@ -18,15 +18,24 @@ def mixed_weights(
     temperature: float | None = None,
     replayed: int = 0,
     share: float = 0.0,
+    augmented: bool = False,
 ) -> list[float]:
     """Return how often an epoch contains each row of each data set.
 
     `counts`: sequences of each data set. `weights`: those of the manifest. `temperature` T: a data
     set's part of an epoch is in proportion to (weight x count)^(1/T), and the epoch keeps its
     length (Arivazhagan et al. 2019, arXiv:1907.05019, section 4.2); None: 1. `replayed`: the last
-    data sets, as many, are general data and are together `share` of an epoch. Raises StageError
-    ReplayTooSmall.
+    data sets, as many, are general data and are together `share` of an epoch. `augmented`: behind
+    these is one of augmented rows, which is like the job's own. Raises StageError ReplayTooSmall.
     """
+    if augmented:  # among the job's own, and back
+        order = [*range(len(counts) - 1 - replayed), len(counts) - 1]
+        order += range(len(counts) - 1 - replayed, len(counts) - 1)
+        sorted_counts, sorted_weights = ([values[i] for i in order] for values in (counts, weights))
+        mixed = mixed_weights(
+            sorted_counts, sorted_weights, temperature=temperature, replayed=replayed, share=share
+        )
+        return [mixed[order.index(i)] for i in range(len(counts))]
     own = len(counts) - replayed
     parts = _tempered(
         [w * n for w, n in zip(weights[:own], counts[:own], strict=True)], temperature

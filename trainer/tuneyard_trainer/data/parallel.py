@@ -174,9 +174,10 @@ def _no_main_module() -> Iterator[None]:
 
 
 class _Own:
-    """What a process keeps between its batches."""
+    """The state that a process keeps between its batches."""
 
-    function: Callable[[Any], Any]
+    pickled: bytes
+    function: Callable[[Any], Any] | None = None
 
 
 def _begin(function: bytes) -> None:
@@ -185,9 +186,7 @@ def _begin(function: bytes) -> None:
     os.environ.update(_ONE_THREAD)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _Own.function = pickle.loads(function)  # noqa: S301 - our parent pickled it
-    gc.freeze()  # the modules stay: collections need not walk through them
-    gc.enable()
+    _Own.pickled = function
 
 
 def _end_with_parent() -> None:
@@ -198,4 +197,23 @@ def _end_with_parent() -> None:
 
 
 def _call(batch: Any) -> Any:
-    return _Own.function(batch)
+    """Return what the function returns. An error that does not pickle, which would end the pool,
+    is raised as RuntimeError with its text."""
+    try:
+        if _Own.function is None:
+            _Own.function = pickle.loads(_Own.pickled)  # noqa: S301 - our parent pickled it
+            gc.freeze()  # the modules stay: collections need not walk through them
+            gc.enable()
+        return _Own.function(batch)
+    except Exception as error:
+        if _pickles(error):
+            raise
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
+
+
+def _pickles(error: Exception) -> bool:
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
+    except Exception:
+        return False
+    return True

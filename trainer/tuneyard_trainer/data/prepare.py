@@ -23,9 +23,10 @@ from tuneyard_trainer.data.cleaning.cleaner import Cleaner
 from tuneyard_trainer.data.cleaning.duplicates import Duplicates
 from tuneyard_trainer.data.cleaning.findings import Finding
 from tuneyard_trainer.data.cleaning.text import written
+from tuneyard_trainer.data.encoding.middle import Markers, MiddleFiller
+from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder
 from tuneyard_trainer.data.leak_check import check_leaks
 from tuneyard_trainer.data.ledger import SPLIT_OUTCOMES, Ledger, ledger_details
-from tuneyard_trainer.data.middle import Markers, MiddleFiller
 from tuneyard_trainer.data.mixing import mixed_weights, mixture
 from tuneyard_trainer.data.parallel import Pool, num_processes
 from tuneyard_trainer.data.prepared import GAPS, SPLITS, Rows, remove_split
@@ -44,7 +45,7 @@ from tuneyard_trainer.data.splits import (
     num_contaminated,
 )
 from tuneyard_trainer.data.tally import OVERLENGTH_OUTCOMES, Tally
-from tuneyard_trainer.data.tokenization import Encoded, Encoder
+from tuneyard_trainer.data.toxicity import Toxicity
 from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import sequence_limit
 from tuneyard_trainer.worker import StageContext, StageOutcome, Worker
@@ -71,9 +72,11 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
     )
     encoder = _encoder(tokenizer, settings)
     contexts = _contexts(context, settings, encoder, limit)
-    batches = BatchEncoder(settings, encoder, limit, Cleaner.of(settings.clean), contexts)
+    toxicity = Toxicity.of(context)
+    batches = BatchEncoder(settings, encoder, limit, Cleaner.of(settings.clean), contexts, toxicity)
     filler = _filler(tokenizer, settings, limit)
-    pool = Pool(batches, num_processes())
+    # A classifier has threads of its own, and torch is in this process alone.
+    pool = Pool(batches, 1 if toxicity else num_processes())
     preprocessor = Preprocessor(
         context.stage, settings, context.inputs, context.worker, batches, pool
     )
@@ -92,6 +95,7 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
             fails=settings.leaks == "error",
             report=context.worker.report,
         )
+    augmented = preprocessor.originals.details(splits.codes, splits.read)
     shutil.rmtree(context.workdir / _SPOOL, ignore_errors=True)
     train = Rows.open(context.workdir, "train")
     if train is None:
@@ -107,6 +111,7 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
         details["leaks"] = leaks
         metrics["leakedRows"] = leaks["rows"]
     if contexts is not None:
+        contexts.counts.update(preprocessor.contexts)  # each batch leaves them empty
         details["retrieval"] = contexts.details()
         context.worker.report(message=contexts.sentence)
     if settings.validation:
@@ -118,6 +123,9 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
         found = filler.details()  # before the gaps of held-out documents are counted with them
         gaps = filler.write_gaps(context.workdir / _TEXTS, context.workdir)
         details["fillInTheMiddle"] = found | {"gaps": gaps}
+    if settings.augmented:
+        details["augmented"] = augmented
+        metrics["augmentedRows"] = sum(each["rows"] for each in augmented)
     counts = np.bincount(train.source, minlength=len(settings.train)).tolist()
     weights = _weights(settings, counts)
     details["mixture"] = mixture(counts, weights, [tally.name for tally in tallies])
@@ -143,13 +151,14 @@ def _write_splits(
 ) -> _Splits:
     """Write the splits train and validation.
 
-    Rows are held out and duplicates found only after all rows are read, and held-out documents have
-    no gaps. Until then the rows are in a spool folder, if the job asks for one of the three.
+    Rows are held out, duplicates found and augmented rows left out with their originals only after
+    all rows are read, and held-out documents have no gaps. Until then the rows are in a spool
+    folder, if the job asks for one of the four.
     """
     settings, seed = preprocessor.settings, preprocessor.settings.seed
     fraction, spool = settings.validation_fraction, workdir / _SPOOL
     deduplicated = settings.clean is not None and settings.clean.duplicates is not None
-    spooled = fraction is not None or deduplicated or filler is not None
+    spooled = bool(fraction is not None or deduplicated or filler or settings.augmented)
     compared = spooled or (bool(settings.validation) and settings.leaks != "off")
     texts = spool / "train.jsonl" if compared else None
     seen, held_seen = _duplicates(settings), _duplicates(settings)
@@ -168,6 +177,7 @@ def _write_splits(
         left = (codes == TRAIN) & (read.sources < _num_own(settings))
         groups = grouped(read.hashes[left], read.prompts[left])
         codes[left] = np.where(held_out(groups, fraction), HELD_OUT, TRAIN)
+    _leave_out_augmented(codes, read, held_read, preprocessor)
     held_codes = np.full(len(held_read), HELD_OUT, dtype=np.int8)
     _remove_duplicates(held_codes, held_read, held_seen, preprocessor, "validation")
     with (
@@ -181,9 +191,22 @@ def _write_splits(
     return _Splits(train, validation, read, codes)
 
 
+def _leave_out_augmented(
+    codes: Codes, read: SplitWriter, held_read: SplitWriter, preprocessor: Preprocessor
+) -> None:
+    """Set the codes of the augmented rows that must not be trained on, and count them."""
+    tally = next((tally for tally in preprocessor.tallies if tally.augmented), None)
+    if tally is None:
+        return
+    for rule, rows, tokens in preprocessor.originals.leave_out(codes, read, held_read.prompts):
+        tally.ledger.settle("filtered", rule, rows=rows, tokens=tokens)
+
+
 def _num_own(settings: PrepareSettings) -> int:
-    """Return the number of training data sets that are not replayed."""
-    return len(settings.train) - (settings.replay.datasets if settings.replay else 0)
+    """Return the number of training data sets that are the job's own: neither replayed data nor
+    augmented rows."""
+    replayed = settings.replay.datasets if settings.replay else 0
+    return len(settings.train) - replayed - bool(settings.augmented)
 
 
 def _filler(
@@ -227,6 +250,7 @@ def _weights(settings: PrepareSettings, counts: Sequence[int]) -> list[float]:
         [dataset.weight for dataset in settings.train],
         temperature=settings.temperature,
         replayed=settings.replay.datasets if settings.replay else 0,
+        augmented=bool(settings.augmented),
         share=settings.replay.share if settings.replay else 0.0,
     )
     if not any(round(weight * n) for weight, n in zip(weights, counts, strict=True)):

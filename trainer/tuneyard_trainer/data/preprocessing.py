@@ -11,20 +11,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from tuneyard.api.plan import PlannedStage, SourceInput
+from tuneyard.api.plan import PlannedStage
 from tuneyard.api.stage_settings import DatasetSettings, PrepareSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.batches import BatchEncoder, PreparedBatch, RowBatch, batched
 from tuneyard_trainer.data.cleaning.duplicates import Duplicates
 from tuneyard_trainer.data.cleaning.findings import Findings
+from tuneyard_trainer.data.encoding.masks import MaskProof
 from tuneyard_trainer.data.ledger import Ledger
-from tuneyard_trainer.data.masks import MaskProof
+from tuneyard_trainer.data.originals import Originals
 from tuneyard_trainer.data.parallel import Pool
 from tuneyard_trainer.data.prepared import SPLITS
+from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN, Examples, Summary, examples
+from tuneyard_trainer.data.reading.unread import unread_message
 from tuneyard_trainer.data.splits import SplitWriter
-from tuneyard_trainer.data.stream import FAULTS_SHOWN, Examples, Summary, examples
 from tuneyard_trainer.data.tally import Tally
-from tuneyard_trainer.data.unread import unread_message
 from tuneyard_trainer.worker import Interrupted, Worker
 
 UNREVIEWED = "unreviewed"
@@ -78,7 +79,15 @@ class Preprocessor:
     tallies: list[Tally] = field(default_factory=list)
     findings: Findings = field(default_factory=Findings)
     """What the rules of cleaning found in all data sets."""
+    originals: Originals = field(default_factory=Originals)
+    """The originals of augmented rows; empty if the job does not augment its data."""
+    contexts: Counter[str] = field(default_factory=Counter)
+    """Counts of `Contexts` in all batches."""
     _num_rows: int = 0
+
+    def __post_init__(self) -> None:
+        if self.encoder.toxicity is not None:
+            self.encoder.before_forward = self._check_stop
 
     def read(
         self,
@@ -88,15 +97,21 @@ class Preprocessor:
         duplicates: Duplicates | None = None,
     ) -> None:
         """Read a split's data sets and add the rows to the writer, and to the search for
-        duplicates.
+        duplicates. Augmented rows, which are meant to be like others, are not searched.
 
         Raises StageError, and Interrupted when the stage is asked to stop.
         """
         for index, dataset in enumerate(datasets):
             role = f"{split}.{index}"
-            tally = Tally(Ledger(role, self._name(role)))
+            last = split == "train" and index == len(datasets) - 1
+            tally = Tally(Ledger(role, self._name(role)), augmented=last and self._augments)
             self.tallies.append(tally)
-            self._read_one(index, dataset, tally, writer, duplicates)
+            searched = None if tally.augmented else duplicates
+            self._read_one(index, dataset, tally, writer, searched)
+
+    @property
+    def _augments(self) -> bool:
+        return self.settings.augmented is True
 
     def _read_one(
         self,
@@ -107,18 +122,18 @@ class Preprocessor:
         duplicates: Duplicates | None,
     ) -> None:
         """Read a data set and write its rows, in batches."""
-        contexts = self.encoder.contexts
         stream = examples(
             self.inputs[tally.role],
-            dataset if contexts is None else _with_documents(dataset),
-            on_invalid=self.settings.on_invalid_row,
+            dataset if self.encoder.contexts is None else _with_documents(dataset),
+            on_invalid="skip" if tally.augmented else self.settings.on_invalid_row,
             name=tally.name,
+            augmented=tally.augmented,
         )
         proof, left_out = MaskProof(), Counter[str]()
         keeps_texts = writer.texts is not None
         batches = self._batches(stream, index, tally.name, keeps_texts=keeps_texts)
         for done in self.pool.map(batches):
-            is_failed = stream.fails
+            is_failed, first = stream.fails, stream.counts.examples
             stream.counts.update(done.counts)
             if is_failed or done.block is None:
                 continue
@@ -126,8 +141,8 @@ class Preprocessor:
             self.findings.update(done.findings)
             proof.update(done.proof)
             left_out.update(done.left_out)
-            if contexts is not None:
-                contexts.counts.update(done.contexts)
+            self.contexts.update(done.contexts)
+            self._note(index, done, first, tally, len(writer))
             writer.extend(done.block)
             if duplicates and done.keys is not None:
                 duplicates.add_keys(done.keys)
@@ -148,9 +163,24 @@ class Preprocessor:
     ) -> Iterator[RowBatch]:
         """Yield the batches of a data set. Raises Interrupted."""
         for rows in batched(stream.rows()):
-            if self.worker.stop():
-                raise Interrupted(self.stage.name, self._num_rows)
+            self._check_stop()
             yield RowBatch(rows, stream.reader, source, name, keeps_texts, stream.fails)
+
+    def _check_stop(self) -> None:
+        if self.worker.stop():
+            raise Interrupted(self.stage.name, self._num_rows)
+
+    def _note(self, index: int, done: PreparedBatch, first: int, tally: Tally, row: int) -> None:
+        """Note the rows that are written next, as originals or with their originals. `first`: the
+        number of the batch's first example. `row`: the number of rows written before."""
+        if not self._augments or not tally.role.startswith("train."):
+            return
+        for number, origin in zip(done.numbers, done.origins, strict=True):
+            if origin is not None:
+                self.originals.add_augmented(origin)
+            else:
+                self.originals.add(index, first + number, row)
+            row += 1
 
     @staticmethod
     def _settle(summary: Summary, tally: Tally) -> None:
@@ -183,13 +213,13 @@ class Preprocessor:
 
     def _name(self, role: str) -> str:
         source = self.stage.inputs[role]
-        path = source.path if isinstance(source, SourceInput) else ""
-        return path.removesuffix(".uri") or role
+        return source.path.removesuffix(".uri") or role
 
     # ---- checks -------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise StageError ChatTemplate, NoTargets, RowTooLong or EmptyData for the rows read."""
+        """Raise StageError ChatTemplate, NoTargets, RowTooLong or EmptyData for the rows read.
+        Augmented rows are left out without an error."""
         for reason, refusal in REFUSALS.items():
             if self.settings.on_invalid_row == "error" or not refusal.may_skip:
                 self._check_refused(reason, refusal)
@@ -197,11 +227,12 @@ class Preprocessor:
             self._check_left(split)
 
     def _check_refused(self, reason: str, refusal: Refusal) -> None:
-        affected = [tally for tally in self.tallies if tally.refused(reason)]
+        given = [tally for tally in self.tallies if not tally.augmented]
+        affected = [tally for tally in given if tally.refused(reason)]
         if not affected:
             return
         count = sum(tally.refused(reason) for tally in affected)
-        total = sum(tally.ledger.read for tally in self.tallies)
+        total = sum(tally.ledger.read for tally in given)
         shown = [f"{t.name} {fault}" for t in affected for fault in t.faults[reason]]
         problem = refusal.problem.format(max_length=self.encoder.max_length)
         first = "" if count <= FAULTS_SHOWN else f"The first {FAULTS_SHOWN}: "
@@ -212,7 +243,8 @@ class Preprocessor:
         )
 
     def _check_left(self, split: str) -> None:
-        affected = [tally for tally in self.tallies if tally.role.startswith(split)]
+        given = [tally for tally in self.tallies if not tally.augmented]
+        affected = [tally for tally in given if tally.role.startswith(split)]
         if not affected or any(tally.ledger.kept for tally in affected):
             return
         skipped = sum(tally.skipped for tally in affected)

@@ -17,16 +17,16 @@ from transformers import PreTrainedTokenizerBase
 from tuneyard.api.sources import DataFormat
 from tuneyard.api.stage_settings import ChatSettings, DatasetSettings, PromptSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data import feedback, layouts, reading
-from tuneyard_trainer.data.chat import rendered, transcript
-from tuneyard_trainer.data.conversations import Message, template_turns
-from tuneyard_trainer.data.example import Message as Turn
-from tuneyard_trainer.data.example import RowError, check_turns
-from tuneyard_trainer.data.reading import Names
-from tuneyard_trainer.data.rows import BrokenRow, Row, read_data
-from tuneyard_trainer.data.stream import DETECTED_FROM, FAULTS_SHOWN, examples
-from tuneyard_trainer.data.template_style import MisfitError
-from tuneyard_trainer.data.turns import side
+from tuneyard_trainer.data.encoding.chat import rendered, transcript
+from tuneyard_trainer.data.encoding.template_style import MisfitError
+from tuneyard_trainer.data.reading import feedback, layouts, readers
+from tuneyard_trainer.data.reading.conversations import Message, template_turns
+from tuneyard_trainer.data.reading.example import Message as Turn
+from tuneyard_trainer.data.reading.example import RowError, check_turns
+from tuneyard_trainer.data.reading.readers import Names
+from tuneyard_trainer.data.reading.rows import BrokenRow, Row, read_data
+from tuneyard_trainer.data.reading.stream import DETECTED_FROM, FAULTS_SHOWN, examples
+from tuneyard_trainer.data.reading.turns import dialogue, side
 
 
 @dataclass(frozen=True)
@@ -180,14 +180,18 @@ def _turns(row: Row, names: Names) -> tuple[tuple[Message, ...], tuple[Mapping[s
 def _row_turns(
     value: Mapping[str, Any], names: Names
 ) -> tuple[list[Turn], tuple[Mapping[str, Any], ...]]:
-    found, tools = reading.prompt(value, names, turns_first=True)
+    found, tools = readers.prompt(value, names, turns_first=True)
     if found:
         return list(found), tools
     text = names.value("text", value)
     if isinstance(text, str):
-        given = reading.input_text(value, names.of("input", value)) if names.maps("input") else ""
-        return [Turn("user", reading.with_input(text, given))], tools
+        given = readers.input_text(value, names.of("input", value)) if names.maps("input") else ""
+        return [Turn("user", readers.with_input(text, given))], tools
     chosen = names.value("chosen", value)  # preferences whose sides hold the prompt
+    sides = names.of("chosen", value), names.of("rejected", value)
+    if isinstance(chosen, str) and not dialogue(chosen):
+        asked = readers.beginning(value, sides).strip()
+        return [Turn("user", asked)] if asked else [], tools
     return (side(chosen, "chosen", "assistant") if chosen is not None else []), tools
 
 

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from tuneyard.api.stage_settings import RetrievalSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.documents import Documents, words
-from tuneyard_trainer.data.example import Example, RowError
-from tuneyard_trainer.data.stream import FAULTS_SHOWN
-from tuneyard_trainer.data.tokenization import Encoder, Misfit
+from tuneyard_trainer.data.encoding.tokenization import Encoder, Misfit
+from tuneyard_trainer.data.reading.example import Example, RowError
+from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN
 
 
 def with_context(question: str, passages: Sequence[str]) -> str:

@@ -17,15 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuneyard.errors import StageError
+from tuneyard_trainer.data.encoding.tokenization import Encoded
 from tuneyard_trainer.data.prepared import Rows, RowWriter
 from tuneyard_trainer.data.texts import Texts, text_hash
-from tuneyard_trainer.data.tokenization import Encoded
 
 Hashes = NDArray[np.uint64]
 """(R,) one hash for each row. Equal token ids have equal hashes; the seed decides their order."""
 Codes = NDArray[np.int8]
-"""(R,) the outcome of each row: TRAIN, HELD_OUT or REPEATED, which is in no split."""
-TRAIN, HELD_OUT, REPEATED = 0, 1, 2
+"""(R,) the outcome of each row: TRAIN or HELD_OUT; or REPEATED or LEFT_OUT, which are in no
+split."""
+TRAIN, HELD_OUT, REPEATED, LEFT_OUT = 0, 1, 2, 3
 
 BLOCK_ROWS = 512
 """Rows that are copied at a time."""

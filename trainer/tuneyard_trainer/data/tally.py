@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tuneyard_trainer.data.ledger import Entry, Ledger
-from tuneyard_trainer.data.stream import FAULTS_SHOWN
+from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN
 
 OVERLENGTH_OUTCOMES = ("dropped", "truncated", "split")
 """The outcomes of rows that are longer than a sequence."""
@@ -29,6 +29,9 @@ class Tally:
     """The first three rows refused for each reason."""
     unread: tuple[str, ...] = ()
     """The columns that nothing reads."""
+    augmented: bool = False
+    """Whether an earlier stage made the rows from other rows. A row that cannot be used is left
+    out."""
 
     @property
     def role(self) -> str:
@@ -91,5 +94,6 @@ class Tally:
             "contextOnlyPieces": self.context_only_pieces,
             "longest": self.longest,
             "unreadColumns": list(self.unread),
+            **({"augmented": True} if self.augmented else {}),
             "lengths": {str(bound): self.lengths[bound] for bound in sorted(self.lengths)},
         }

@@ -21,9 +21,9 @@ from torch import nn
 
 from tuneyard.api.stage_settings import EvaluateSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.chat import rendered
-from tuneyard_trainer.data.conversations import turn_text
+from tuneyard_trainer.data.encoding.chat import rendered
 from tuneyard_trainer.data.prepared import Prepared, Rows
+from tuneyard_trainer.data.reading.conversations import turn_text
 from tuneyard_trainer.data.sharing import InStep, SharedStage
 from tuneyard_trainer.evaluation.result import finish, spread
 from tuneyard_trainer.evaluation.without_context import texts_without_context, tokenized

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from tuneyard_trainer.data.chat import TrainOn
-from tuneyard_trainer.data.example import Example, Message
+from tuneyard_trainer.data.encoding.chat import TrainOn
+from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder
 from tuneyard_trainer.data.prepared import Rows
+from tuneyard_trainer.data.reading.example import Example, Message
 from tuneyard_trainer.data.texts import WITHOUT_CONTEXT
-from tuneyard_trainer.data.tokenization import Encoded, Encoder
 
 
 def texts_without_context(texts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -22,7 +22,7 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase, TopPLogitsWar
 
 from tuneyard.api.alignment import Sampling
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.chat import ChatFormat
+from tuneyard_trainer.data.encoding.chat import ChatFormat
 from tuneyard_trainer.generation.batches import (
     generate,
     length_batches,

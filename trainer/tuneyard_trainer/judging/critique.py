@@ -18,12 +18,11 @@ from typing import Any
 from tuneyard.api.alignment import Sampling
 from tuneyard.api.stage_settings import CritiqueSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.chat import transcript
+from tuneyard_trainer.data.encoding.chat import transcript
 from tuneyard_trainer.data.prompts import TokenizedPrompt
 from tuneyard_trainer.data.sharing import SharedStage
 from tuneyard_trainer.generation.completions import Completion, Policy, sample_completions
 from tuneyard_trainer.judging.judges import Judge, JudgePrompt, fill_template, turn
-from tuneyard_trainer.judging.local_model import ModelJudge
 from tuneyard_trainer.judging.session import JudgeSession, open_journal
 from tuneyard_trainer.storage.files import write_atomically
 from tuneyard_trainer.storage.journal import lines
@@ -62,7 +61,7 @@ def _run(context: StageContext, shared: SharedStage) -> StageOutcome:
             seed=settings.seed,
         )
         session = JudgeSession.of(context, shared, settings.judge, journal)
-        critic = _critic(context, policy, session)
+        critic = session.open_judge_or(policy)
         drafts = [
             Draft(str(index), prompt, completion)
             for index, (prompt, (completion,)) in enumerate(zip(prompts, completions, strict=True))
@@ -80,20 +79,6 @@ def _run(context: StageContext, shared: SharedStage) -> StageOutcome:
         _metrics(len(prompts), drafts, revised, session),
         details={"critic": session.judge, "problems": session.tally.problems},
         contents=(REVISIONS,),
-    )
-
-
-def _critic(context: StageContext, policy: Policy, session: JudgeSession) -> Judge:
-    """Return the judge that the plan names, or else the policy as its own critic."""
-    if "judge" in context.inputs or context.stage.runtime.endpoint is not None:
-        policy.release()
-        return session.open_judge()
-    return ModelJudge(
-        policy.model,
-        policy.tokenizer,
-        session.judge,
-        stop=session.shared.stop,
-        template=policy.chat.chat_template,
     )
 
 

@@ -23,9 +23,9 @@ from http.client import HTTPException
 from itertools import islice
 from typing import Any
 
-from tuneyard.api.alignment import JudgeEndpoint
+from tuneyard.api.sources import JudgeEndpoint
 from tuneyard.errors import StageError
-from tuneyard_trainer.judging.judges import LABELS, JudgePrompt, Reply, label_of, normalize
+from tuneyard_trainer.judging.judges import JUDGE, LABELS, JudgePrompt, Reply, label_of, normalize
 
 BACKOFF_SECONDS = 0.5
 """The first pause. It doubles with each failure up to `MAX_BACKOFF_SECONDS`, with up to 50 %
@@ -119,14 +119,17 @@ class Endpoint:
         budget: Budget,
         *,
         stop: Callable[[], bool],
+        path: str = JUDGE,
     ) -> None:
-        """Raises StageError JudgeForbidden if the manifest names an API key and none is set."""
+        """`path`: the judge's field in the manifest, for messages. Raises StageError JudgeForbidden
+        if the manifest names an API key and none is set."""
         self.name = settings.model
+        self._path = path
         self._settings, self._budget, self._stop = settings, budget, stop
         base = settings.url.rstrip("/")
         path = "/chat/completions"
         self._url = base if base.endswith(path) else base + path
-        self._key = _key(settings)
+        self._key = _key(settings, path)
         self._fields = RequestFields()
         self._not_before = 0.0  # monotonic; no thread sends earlier, after a Retry-After
         self._canceled = threading.Event()
@@ -243,7 +246,7 @@ class Endpoint:
             if isinstance(cause, TimeoutError):
                 raise RetryLater(f"no response within {limit} s") from error
             raise RetryLater(self._redacted(str(cause) or type(cause).__name__)) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RetryLater("the response is not JSON") from error
 
     def _failure(self, error: urllib.error.HTTPError) -> Exception:
@@ -259,13 +262,15 @@ class Endpoint:
             return StageError(
                 "JudgeForbidden",
                 f"{self._settings.url} rejects the API key: {problem}.",
-                advice="Correct judge.endpoint.key (for `tuneyard run`: its environment variable).",
+                advice=f"Correct {self._path}.endpoint.key (for `tuneyard run`: its environment "
+                "variable).",
             )
         if error.code in (404, 405) or 300 <= error.code < 400:
             return StageError(
                 "JudgeNotFound",
                 f"{self._url} is not a chat endpoint of {self._settings.model}: {problem}.",
-                advice="Correct judge.endpoint.url (https://HOST/v1) or judge.endpoint.model.",
+                advice=f"Correct {self._path}.endpoint.url (https://HOST/v1) or "
+                f"{self._path}.endpoint.model.",
             )
         return Rejected(problem)
 
@@ -344,7 +349,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _key(settings: JudgeEndpoint) -> str | None:
+def _key(settings: JudgeEndpoint, path: str) -> str | None:
     """Return the API key. None: the manifest names none. Raises StageError JudgeForbidden."""
     if settings.key is None:
         return None
@@ -354,7 +359,7 @@ def _key(settings: JudgeEndpoint) -> str | None:
             "JudgeForbidden",
             f"the environment variable {settings.key.variable}, which holds the judge's API key "
             f"{settings.key.name}/{settings.key.key}, is not set.",
-            advice=f"Set {settings.key.variable}, or remove judge.endpoint.key.",
+            advice=f"Set {settings.key.variable}, or remove {path}.endpoint.key.",
         )
     return key
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.conversations import Message
+from tuneyard_trainer.data.reading.conversations import Message
 
 LABELS = ("A", "B")
 MODEL_LABEL_TOKENS = 1
@@ -27,6 +27,8 @@ MIN_INVALID = 8
 MIN_LABEL_MASS = 1e-3
 """If the probabilities of A and B have a smaller sum, the reply is neither A nor B."""
 SHOWN_PROBLEMS = 3
+JUDGE = "judge"
+"""The field of a judge in the manifest."""
 
 Disagreement = Literal["drop", "tie", "average"]
 
@@ -208,6 +210,8 @@ class Tally:
     """Counts of replies, which fail the stage if too many are invalid."""
 
     judge: str
+    path: str = JUDGE
+    """The field of the judge in the manifest, for messages."""
     replies: int = 0
     nonsense: int = 0
     """Replies without a label to a prompt that wants one, or without any text."""
@@ -260,10 +264,16 @@ class Tally:
                 "JudgeUnavailable",
                 f"the judge {self.judge} did not reply to {self.failed} of {self.replies} prompts: "
                 f"{'; '.join(self.problems['failed'])}.",
-                advice="Check the endpoint. Raise timeoutSeconds or maxAttempts of judge.endpoint, "
-                "or lower its concurrency; if the prompts are too long, lower maxNewTokens. The "
-                "replies so far are kept.",
+                advice="Check the endpoint. Raise timeoutSeconds or maxAttempts of "
+                f"{self.path}.endpoint, or lower its concurrency; if the prompts are too long, "
+                "lower maxNewTokens. The replies so far are kept.",
                 retryable=True,
+            )
+        if self.path != JUDGE:
+            return StageError(
+                "JudgeNonsense",
+                f"{self.nonsense} of {self.replies} replies of {self.judge} are empty.",
+                advice=f"Choose another model in {self.path}, or make the requests plainer.",
             )
         return StageError(
             "JudgeNonsense",

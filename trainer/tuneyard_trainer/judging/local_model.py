@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.chat import rendered
-from tuneyard_trainer.data.template_style import MisfitError
+from tuneyard_trainer.data.encoding.chat import rendered
+from tuneyard_trainer.data.encoding.template_style import MisfitError
 from tuneyard_trainer.generation.batches import (
     generate,
     length_batches,

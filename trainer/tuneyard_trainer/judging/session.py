@@ -15,8 +15,10 @@ from tuneyard.api.plan import PlannedStage, SourceInput
 from tuneyard.api.stage_settings import JudgeSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.sharing import SharedJournal, SharedStage
+from tuneyard_trainer.generation.completions import Policy
 from tuneyard_trainer.judging.endpoint import Budget, Endpoint
 from tuneyard_trainer.judging.judges import (
+    JUDGE,
     MODEL_LABEL_TOKENS,
     Judge,
     JudgePrompt,
@@ -24,7 +26,7 @@ from tuneyard_trainer.judging.judges import (
     Reply,
     Tally,
 )
-from tuneyard_trainer.judging.local_model import load_judge
+from tuneyard_trainer.judging.local_model import ModelJudge, load_judge
 from tuneyard_trainer.worker import StageContext
 
 
@@ -56,8 +58,10 @@ class JudgeSession:
         shared: SharedStage,
         settings: JudgeSettings | None,
         journal: SharedJournal,
+        path: str = JUDGE,
     ) -> JudgeSession:
-        """Return a session with the replies and the spent budget that the journal holds."""
+        """Return a session with the replies and the spent budget that the journal holds. `path`:
+        the judge's field in the manifest, for messages."""
         entries = [entry for entry in journal.entries if "reply" in entry]
         replies = [Reply(**entry["reply"]) for entry in entries]
         valid = {
@@ -73,7 +77,7 @@ class JudgeSession:
             shared=shared,
             settings=settings,
             journal=journal,
-            tally=Tally(name, replies=len(valid), requests=requests, tokens=tokens),
+            tally=Tally(name, path, replies=len(valid), requests=requests, tokens=tokens),
             budget=Budget(
                 settings.max_requests if settings else None,
                 settings.max_tokens if settings else None,
@@ -154,7 +158,20 @@ class JudgeSession:
                 f"the plan of {stage.name} names no judge.",
                 advice="Plan the job again with this version.",
             )
-        return Endpoint(stage.runtime.endpoint, self.budget, stop=stop)
+        return Endpoint(stage.runtime.endpoint, self.budget, stop=stop, path=self.tally.path)
+
+    def open_judge_or(self, policy: Policy) -> Judge:
+        """Return the judge that the plan names, or else the policy itself. Raises StageError."""
+        if "judge" in self.context.inputs or self.context.stage.runtime.endpoint is not None:
+            policy.release()
+            return self.open_judge()
+        return ModelJudge(
+            policy.model,
+            policy.tokenizer,
+            self.judge,
+            stop=self.shared.stop,
+            template=policy.chat.chat_template,
+        )
 
     def budget_spent(self, missing: str) -> StageError:
         """Return the error of a stage whose budget ran out before it had any result.
@@ -164,7 +181,7 @@ class JudgeSession:
         return StageError(
             "BudgetSpent",
             f"the budget of the judge {self.judge} was spent before {missing}.",
-            advice="Raise judge.endpoint.maxRequests or maxTokens.",
+            advice=f"Raise {self.tally.path}.endpoint.maxRequests or maxTokens.",
         )
 
 

@@ -1,33 +1,34 @@
-"""The faults and the statistics of a file of rows, without a model."""
+"""The faults and the statistics of a file of rows. Nothing here needs a model."""
 
 from __future__ import annotations
 
 import importlib.util
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from tuneyard.api.cleaning import Clean, PersonalData
 from tuneyard.api.sources import DataFormat, FieldMap
 from tuneyard.api.stage_settings import DatasetSettings
-from tuneyard_trainer.data import layouts
 from tuneyard_trainer.data.cleaning.cleaner import Cleaner
 from tuneyard_trainer.data.cleaning.duplicates import Duplicates
 from tuneyard_trainer.data.cleaning.findings import Finding, Findings
 from tuneyard_trainer.data.cleaning.language import identifier, prose
 from tuneyard_trainer.data.cleaning.text import as_written, conversation, written
 from tuneyard_trainer.data.cleaning.words import words
-from tuneyard_trainer.data.example import RowError
 from tuneyard_trainer.data.leaks import find_leaks
-from tuneyard_trainer.data.rows import read_data
-from tuneyard_trainer.data.stream import FAULTS_SHOWN, Examples, examples
+from tuneyard_trainer.data.reading import layouts
+from tuneyard_trainer.data.reading.example import Example, RowError
+from tuneyard_trainer.data.reading.rows import read_data
+from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN, Examples, RowFault, examples
 from tuneyard_trainer.data.texts import Texts
 from tuneyard_trainer.local.feedback_log import FeedbackLog, is_log
+from tuneyard_trainer.local.rated import RatedRows
 from tuneyard_trainer.preference.rows import are_rated, parse_preferences, rates_one
 from tuneyard_trainer.preference.statistics import PreferenceStatistics
 from tuneyard_trainer.reporting.preferences import statistic_lines
@@ -57,72 +58,154 @@ class Report(NamedTuple):
     """What was not checked, and why, and the columns that nothing reads."""
 
 
+class RowProof(Protocol):
+    """A further search of each row: `local.token_check` reads it as a model does."""
+
+    def add(self, place: str, examples: Sequence[Example]) -> None:
+        """Search a row. `examples`: the row, or each completion of a preference."""
+
+    def faults(self) -> list[Fault]:
+        """Return the faults of all rows."""
+
+    def notes(self) -> list[str]:
+        """Return what else is known of them."""
+
+
 @dataclass
 class _Rows:
     """The rows of a file, written as text once they are read."""
 
-    stream: Examples
     texts: Texts
+    rated: bool = False
+    """Whether they are preferences."""
+    format: str = ""
+    read: int = 0
+    """Rows of the file."""
+    invalid: int = 0
+    faults: tuple[RowFault, ...] = ()
+    """The first invalid rows."""
+    unread: tuple[str, ...] = ()
+    """The columns that nothing reads."""
     places: list[str] = field(default_factory=list)
 
 
-def check_rows(file: Path, layout: DataFormat, fields: FieldMap, held_out: Path | None) -> Report:
-    """Return the faults of a file's rows. Raises StageError if no row can be read."""
-    settings = _settings(layout, fields)
+@dataclass
+class _Search:
+    """The searches in the rows of a file."""
+
+    cleaner: Cleaner
+    proof: RowProof | None
+    findings: Findings = field(default_factory=Findings)
+    duplicates: Duplicates = field(default_factory=lambda: Duplicates("near", None))
+
+    def add(self, place: str, row: _Row) -> None:
+        for finding in self.cleaner(row.whole).findings:
+            self.findings.add(finding, place)
+        if self.proof is not None:
+            self.proof.add(place, row.examples)
+
+
+class _Row(NamedTuple):
+    """A row to search."""
+
+    whole: Example
+    """All of its text: of a preference, the prompt and all of its answers."""
+    examples: Sequence[Example]
+    """What it is trained on: of a preference, each answer with the prompt."""
+
+
+def check_rows(
+    file: Path,
+    layout: DataFormat,
+    fields: FieldMap,
+    held_out: Path | None,
+    proof: RowProof | None = None,
+) -> Report:
+    """Return the faults of a file's rows. Raises StageError if no row can be read.
+
+    `held_out`: a file whose rows must not be in `file`. None: there is none. `proof`: what else is
+    searched for. None: nothing.
+    """
     has_ftfy = importlib.util.find_spec("ftfy") is not None
     cleaner = Cleaner.of(Clean(repair_encoding=has_ftfy, personal_data=PersonalData()))
-    findings, duplicates = Findings(), Duplicates("near", None)
+    search = _Search(cleaner, proof)
     with tempfile.TemporaryDirectory() as folder:
-        rows = _read(file, settings, Path(folder) / "rows", cleaner, findings, duplicates)
-        is_feedback = rows.stream.summary.format == "feedback"
-        for found in duplicates.found(rows.texts.__getitem__):
-            if is_feedback and rows.places[found.row] == rows.places[found.of]:
-                continue  # an edit is much like its answer
+        rows = _read(file, layout, fields, Path(folder) / "rows", search)
+        # An edit is much like its answer, and the preferences of a tree share a prompt.
+        related = rows.rated or rows.format == "feedback"
+        for found in search.duplicates.found(rows.texts.__getitem__):
+            if related and rows.places[found.row] == rows.places[found.of]:
+                continue
             note = f"{found.similarity:.0%} as in {rows.places[found.of]}"
             text = written(rows.texts[found.row])[1]
             finding = Finding(f"duplicates.{found.kind}", "reported", text, note=note)
-            findings.add(finding, rows.places[found.row])
-        faults = [*_invalid(rows), *_found(findings, len(rows.texts))]
+            search.findings.add(finding, rows.places[found.row])
+        faults = [*_invalid(rows), *_found(search.findings, len(rows.texts))]
         if held_out is not None:
-            faults += _leaks(_read(held_out, settings, Path(folder) / "held-out"), rows)
-    summary = rows.stream.summary
-    title = f"{file}: {summary.rows:,} rows of the layout {summary.format}"
+            others = _read(held_out, layout, fields, Path(folder) / "held-out")
+            faults += _leaks(others, rows)
+    title = f"{file}: {rows.read:,} rows of the layout {rows.format}"
     missing = "The character encoding was not checked: install tuneyard[cleaning]."
     notes = [] if has_ftfy else [missing]
-    if is_feedback:
+    if rows.format == "feedback":
         notes.append("The answers and edits were searched, also those that nobody rated.")
-    if summary.unread:
-        notes.append(f"Nothing reads the columns {', '.join(summary.unread)}.")
+    if rows.unread:
+        notes.append(f"Nothing reads the columns {', '.join(rows.unread)}.")
+    if proof is not None:
+        faults += proof.faults()
+        notes += proof.notes()
     return Report(title, faults, notes)
 
 
+def is_rated(file: Path, layout: DataFormat, fields: FieldMap) -> bool:
+    """Return whether a file holds preferences, and not the log from which they are made."""
+    return not is_log(file, layout, fields) and are_rated(file, layout, fields)
+
+
 def _read(
-    file: Path,
-    settings: DatasetSettings,
-    copy: Path,
-    cleaner: Cleaner | None = None,
-    findings: Findings | None = None,
-    duplicates: Duplicates | None = None,
+    file: Path, layout: DataFormat, fields: FieldMap, copy: Path, search: _Search | None = None
 ) -> _Rows:
-    """Read a file's rows into `copy`, and search them if there is something to search with."""
-    stream = _examples(file, settings)
-    rows = _Rows(stream, Texts(copy))
+    """Read a file's rows into `copy`. None: they are not searched."""
+    rows = _Rows(Texts(copy), is_rated(file, layout, fields))
+    source = (_rated if rows.rated else _plain)(rows, file, layout, fields)
     batch: list[dict[str, object]] = []
     with rows.texts:
-        for example in stream:
-            rows.places.append(f"{example.file} row {example.row}".strip())
-            if cleaner and findings is not None:
-                for finding in cleaner(example).findings:
-                    findings.add(finding, rows.places[-1])
-            text = as_written(example)
+        for row in source:
+            rows.places.append(f"{row.whole.file} row {row.whole.row}".strip())
+            text = as_written(row.whole)
             rows.texts.append(text)
+            if search is None:
+                continue
+            search.add(rows.places[-1], row)
             batch.append(text)
-            if duplicates and len(batch) == BATCH_ROWS:
-                duplicates.add(batch)
+            if len(batch) == BATCH_ROWS:
+                search.duplicates.add(batch)
                 batch = []
-        if duplicates and batch:
-            duplicates.add(batch)
+        if search is not None and batch:
+            search.duplicates.add(batch)
     return rows
+
+
+def _plain(rows: _Rows, file: Path, layout: DataFormat, fields: FieldMap) -> Iterator[_Row]:
+    """Yield rows to train on, and count them in `rows` at the end."""
+    stream = _examples(file, _settings(layout, fields))
+    for example in stream:
+        yield _Row(example, (example,))
+    found = stream.summary
+    rows.format, rows.read, rows.invalid = found.format, found.rows, found.skipped
+    rows.faults, rows.unread = found.faults, found.unread
+
+
+def _rated(rows: _Rows, file: Path, layout: DataFormat, fields: FieldMap) -> Iterator[_Row]:
+    """Yield preferences, and count them in `rows` at the end."""
+    stream = RatedRows(file, layout, fields)
+    for each in stream:
+        turns = (*each.prompt, *each.completions)
+        yield _Row(
+            Example(each.row, "chat", turns, file=each.file, tools=each.tools), each.examples
+        )
+    rows.format, rows.read, rows.invalid = stream.format, stream.rows, stream.invalid
+    rows.faults, rows.unread = tuple(stream.faults), stream.unread
 
 
 def _settings(layout: DataFormat, fields: FieldMap) -> DatasetSettings:
@@ -134,10 +217,8 @@ def _examples(file: Path, settings: DatasetSettings) -> Examples:
 
 
 def _invalid(rows: _Rows) -> Iterator[Fault]:
-    summary = rows.stream.summary
-    if summary.skipped:
-        shown = [str(fault) for fault in summary.faults]
-        yield Fault("invalid rows", summary.skipped, summary.rows, shown)
+    if rows.invalid:
+        yield Fault("invalid rows", rows.invalid, rows.read, [str(fault) for fault in rows.faults])
 
 
 def _found(findings: Findings, num_rows: int) -> Iterator[Fault]:
@@ -189,7 +270,7 @@ def row_statistics(file: Path, layout: DataFormat, fields: FieldMap) -> list[tup
         ("Different prompts", f"{len(prompts):,}"),
         *[(f"Turns by {role}", f"{count:,}") for role, count in roles.most_common()],
         ("Words", f"{sum(lengths):,}"),
-        ("Words of a row", _spread(lengths)),
+        ("Words of a row", spread(lengths)),
         ("Languages", _shares(found) if has_languages else "install tuneyard[cleaning]"),
     ]
 
@@ -246,7 +327,8 @@ def _by_reason(faults: Counter[str]) -> str:
     return ", ".join(f"{count:,} {fault}" for fault, count in faults.most_common()) or "0"
 
 
-def _spread(lengths: list[int]) -> str:
+def spread(lengths: Sequence[int]) -> str:
+    """Return quantiles of lengths."""
     middle, most, nearly = np.quantile(lengths, QUANTILES, method="lower").tolist()
     return f"half at most {middle:,}, 90% at most {most:,}, 99% at most {nearly:,}, longest " + (
         f"{max(lengths):,}"

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tuneyard.api.sources import DataFormat, FieldMap
-from tuneyard_trainer.data import layouts
-from tuneyard_trainer.data.example import Example, RowError
-from tuneyard_trainer.data.rows import Row, read_data
-from tuneyard_trainer.data.stream import DETECTED_FROM, FAULTS_SHOWN, read_examples
+from tuneyard_trainer.data.reading import layouts
+from tuneyard_trainer.data.reading.example import Example, RowError
+from tuneyard_trainer.data.reading.rows import Row, read_data
+from tuneyard_trainer.data.reading.stream import DETECTED_FROM, FAULTS_SHOWN, read_examples
 from tuneyard_trainer.preference.rows import Preference, parse_preferences
 
 

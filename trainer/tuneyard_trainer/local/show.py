@@ -13,12 +13,12 @@ from tuneyard.api.plan import SourceInput
 from tuneyard.api.sources import DataFormat, FieldMap
 from tuneyard.api.stage_settings import DatasetSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.conversations import template_turns, turn_text
-from tuneyard_trainer.data.example import Example, RowError
-from tuneyard_trainer.data.masks import Run, runs
-from tuneyard_trainer.data.rows import read_data
-from tuneyard_trainer.data.stream import examples
-from tuneyard_trainer.data.tokenization import Encoder, Misfit
+from tuneyard_trainer.data.encoding.masks import Run, runs
+from tuneyard_trainer.data.encoding.tokenization import Encoder, Misfit
+from tuneyard_trainer.data.reading.conversations import template_turns, turn_text
+from tuneyard_trainer.data.reading.example import Example, RowError
+from tuneyard_trainer.data.reading.rows import read_data
+from tuneyard_trainer.data.reading.stream import examples
 from tuneyard_trainer.local.feedback_log import FeedbackLog, is_log
 from tuneyard_trainer.local.run import cache_folder
 from tuneyard_trainer.models.base import load_tokenizer
@@ -63,7 +63,7 @@ def samples(file: Path, count: int, model: str | None, view: View) -> Iterator[S
     """
     encoder = None
     if model is not None:
-        tokenizer = load_tokenizer(_folder(model))
+        tokenizer = load_tokenizer(model_folder(model))
         encoder = Encoder(tokenizer, view.train_on, reasoning=view.reasoning)
     rows = _rows(file, view.format, view.fields)
     if is_log(file, view.format, view.fields):
@@ -85,7 +85,9 @@ def samples(file: Path, count: int, model: str | None, view: View) -> Iterator[S
             )
 
 
-def _folder(model: str) -> Path:
+def model_folder(model: str) -> Path:
+    """Return the folder of a model. `model`: a folder or a URI, which is fetched. Raises
+    StageError."""
     if "://" not in model:
         return Path(model)
     cache = cache_folder()

@@ -17,12 +17,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tuneyard.api.adapters import Adapter, Qlora
 from tuneyard.api.stage_settings import LoopSettings
@@ -31,12 +26,12 @@ from tuneyard_trainer.models import adapters, policies
 from tuneyard_trainer.models.base import (
     keep_nf4_layout,
     nf4,
-    quiet,
     save_model,
     set_dropout,
     weights_missing,
 )
-from tuneyard_trainer.models.files import config_of, first_line
+from tuneyard_trainer.models.classifiers import load_classifier
+from tuneyard_trainer.models.files import config_of
 from tuneyard_trainer.models.layers import freeze
 from tuneyard_trainer.models.merging import write_merged
 from tuneyard_trainer.storage.files import disk_error
@@ -213,23 +208,7 @@ def _load(
         settings["device_map"] = {"": device}
     if quantize:
         settings["quantization_config"] = nf4(quantize, dtype, skipped=["score"])
-    from_pretrained: Any = AutoModelForSequenceClassification.from_pretrained
-    try:
-        with quiet():
-            model, info = from_pretrained(
-                folder,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-                **settings,
-            )
-    except Exception as error:  # each architecture raises its own errors
-        raise StageError(
-            "RewardModelBroken",
-            f"{folder} cannot be loaded as a sequence classifier: {first_line(error)}.",
-            advice=advice,
-        ) from error
+    model, missing = load_classifier(folder, "RewardModelBroken", advice, **settings)
     if quantize:
         keep_nf4_layout(model)
-    return model, set(info["missing_keys"])
+    return model, missing

@@ -16,7 +16,8 @@ from tuneyard.api.pods import stage_folder
 from tuneyard.api.progress import MetricValue, Outcome, Post, ProgressReport, TrainerStatus
 from tuneyard.api.status import MOST_SECONDS, Result, StageCost, StageState, StageStatus
 
-WEIGHTS = {"prepare": 1.0, "pairs": 1.0, "evaluate": 1.0, "assess": 1.0, "export": 1.0}
+SHORT = ("augment", "prepare", "pairs", "evaluate", "assess", "export")
+WEIGHTS = dict.fromkeys(SHORT, 1.0)
 """The weight of a short stage in the job's percentage, by kind. The quickstart on two cores spends
 12% of its time in prepare, 71% in training, 11% in evaluate and 7% in export. Longer jobs spend
 more in training."""

@@ -24,19 +24,19 @@ from numpy.typing import NDArray
 from tuneyard.api.plan import SourceInput
 from tuneyard.api.stage_settings import DatasetSettings, PairsSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data import layouts
-from tuneyard_trainer.data.chat import transcript
-from tuneyard_trainer.data.conversations import template_turns
-from tuneyard_trainer.data.example import Example, RowError
-from tuneyard_trainer.data.feedback import is_beaten
+from tuneyard_trainer.data.encoding.chat import transcript
+from tuneyard_trainer.data.encoding.masks import MaskProof
+from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder, Misfit
 from tuneyard_trainer.data.ledger import Ledger, ledger_details
-from tuneyard_trainer.data.masks import MaskProof
 from tuneyard_trainer.data.prepared import SPLITS, Rows, RowWriter
-from tuneyard_trainer.data.rows import Row, read_data
+from tuneyard_trainer.data.reading import layouts
+from tuneyard_trainer.data.reading.conversations import template_turns
+from tuneyard_trainer.data.reading.example import Example, RowError
+from tuneyard_trainer.data.reading.feedback import is_beaten
+from tuneyard_trainer.data.reading.rows import Row, read_data
+from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN
+from tuneyard_trainer.data.reading.unread import Unread, unread_message
 from tuneyard_trainer.data.splits import held_out
-from tuneyard_trainer.data.stream import FAULTS_SHOWN
-from tuneyard_trainer.data.tokenization import Encoded, Encoder, Misfit
-from tuneyard_trainer.data.unread import Unread, unread_message
 from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import sequence_limit
 from tuneyard_trainer.preference.dataset import remove_groups, write_groups
@@ -212,12 +212,12 @@ class _Reader:
         """Yield each valid preference with its rows, one per completion. The batch is of the data
         set that is read."""
         examples = [example for preference in batch for example in preference.examples]
-        encoded = iter(self.encoder.encode(_by_template(examples, self.encoder)))
+        encoded = iter(encode_completions(examples, self.encoder))
         for preference in batch:
             found = [next(encoded) for _ in preference.completions]
             where = _location(preference.file, preference.row)
             misfit = next((row for row in found if isinstance(row, Misfit)), None)
-            rows = [_to_stop_token(row) for row in found if isinstance(row, Encoded)]
+            rows = [row for row in found if isinstance(row, Encoded)]
             tokens = sum(len(row.ids) for row in rows)
             if misfit is not None:
                 self._reject("ChatTemplate", where, misfit.message, tokens)
@@ -442,6 +442,13 @@ def _require_two_prompts(prompts: Sequence[int], held: NDArray[np.bool_]) -> Non
 def _location(file: str, row: int) -> str:
     """Return the name of a row for messages. `file`: "" for a data set of one file."""
     return f"{file} row {row}".strip()
+
+
+def encode_completions(examples: Sequence[Example], encoder: Encoder) -> list[Encoded | Misfit]:
+    """Return each completion with its prompt, as it is trained on. Raises StageError ChatTemplate
+    or NoStopToken if none can be encoded."""
+    found = encoder.encode(_by_template(examples, encoder))
+    return [_to_stop_token(row) if isinstance(row, Encoded) else row for row in found]
 
 
 def _by_template(examples: Sequence[Example], encoder: Encoder) -> list[Example]:

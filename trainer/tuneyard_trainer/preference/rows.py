@@ -1,6 +1,6 @@
 """Preferences: a prompt with a pair, a ranking, or a single completion with a label.
 
-`data.layouts` lists the layouts, which are recognized row by row.
+`data.reading.layouts` lists the layouts, which are recognized row by row.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from tuneyard.api.sources import DataFormat, FieldMap
-from tuneyard_trainer.data import layouts
-from tuneyard_trainer.data.example import Example, Message, RowError, check
-from tuneyard_trainer.data.layouts import Layout
-from tuneyard_trainer.data.rows import BrokenRow, Row, read_data
+from tuneyard_trainer.data.reading import layouts
+from tuneyard_trainer.data.reading.example import Example, Message, RowError, check
+from tuneyard_trainer.data.reading.layouts import Layout
+from tuneyard_trainer.data.reading.rows import BrokenRow, Row, read_data
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tuneyard_trainer.data.conversations import template_turns
+from tuneyard_trainer.data.reading.conversations import template_turns
 from tuneyard_trainer.data.texts import text_hash
 from tuneyard_trainer.preference.rows import Preference
 

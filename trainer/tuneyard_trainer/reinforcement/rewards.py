@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerBase
 from tuneyard.api.alignment import RuleReward
 from tuneyard.api.stage_settings import ChatSettings, RewardTerm
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.chat import ChatFormat, rendered, transcript
+from tuneyard_trainer.data.encoding.chat import ChatFormat, rendered, transcript
+from tuneyard_trainer.data.encoding.template_style import MisfitError
 from tuneyard_trainer.data.prompts import Prompt
-from tuneyard_trainer.data.template_style import MisfitError
 from tuneyard_trainer.generation.batches import length_batches
 from tuneyard_trainer.models import base, reward_models
 from tuneyard_trainer.models.files import context_length, first_line
@@ -332,7 +332,7 @@ def _text_encoder(
     """Encode prompt and completion for a tokenizer without a chat template, with the prompt as a
     transcript.
 
-    `with_stop`: each on its own with a stop token, as `data.tokenization` does for a reward stage;
+    `with_stop`: each on its own with a stop token, as `data.encoding` does for a reward stage;
     else both as one text, as other classifiers are trained.
     """
 

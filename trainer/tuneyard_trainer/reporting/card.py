@@ -108,7 +108,9 @@ def _data(summary: RunSummary) -> list[str]:
         (_code(row.uri), row.split, row.format, count(row.rows), count(row.kept), row.outcomes)
         for row in summary.datasets
     ]
-    return ["## Data", _table(header, rows), _table(("Total", ""), summary.data_facts)]
+    made = [f"- {_text(kind.heading)}" for kind in summary.augmented]
+    augmented = ["Augmented rows, made from the training rows:", "\n".join(made)] if made else []
+    return ["## Data", _table(header, rows), *augmented, _table(("Total", ""), summary.data_facts)]
 
 
 def _provenance(summary: RunSummary) -> list[str]:

@@ -11,9 +11,9 @@ import jinja2
 import yaml
 
 from tuneyard.api.plan import StageRecord
-from tuneyard_trainer.data.masks import Run, runs
+from tuneyard_trainer.data.encoding.masks import Run, runs
+from tuneyard_trainer.data.encoding.tokenization import Encoded
 from tuneyard_trainer.data.prepared import Rows
-from tuneyard_trainer.data.tokenization import Encoded
 from tuneyard_trainer.models.base import load_tokenizer
 from tuneyard_trainer.reporting import plots
 from tuneyard_trainer.reporting.card import usage, write_card

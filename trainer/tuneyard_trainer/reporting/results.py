@@ -146,6 +146,12 @@ def seconds_of(record: StageRecord) -> float:
     return max(0.0, (end - start).total_seconds())
 
 
+def _seconds_of_attempts(record: StageRecord) -> float:
+    """Return the duration of a stage. Of one that was resumed, it is at least the time that all
+    attempts trained, because its record has the start of the last attempt."""
+    return max(seconds_of(record), record.metrics.get("trainingSeconds", 0.0))
+
+
 def _warnings(prepare: StageRecord | None) -> list[str]:
     details = prepare.details if prepare else {}
     warnings = []
@@ -296,7 +302,7 @@ def _facts(
     `all_stages`: the records of the whole job, for its total time; empty while the job runs.
     """
     metrics = training.metrics if training else {}
-    total = sum(seconds_of(record) for record in all_stages)
+    total = sum(_seconds_of_attempts(record) for record in all_stages)
     facts = []
     if "trainingSeconds" in metrics:
         in_total = f", {duration(total)} in total" if total else ""
@@ -346,7 +352,7 @@ def _trained_parameters(metrics: Mapping[str, float]) -> str:
 def _prepare_headline(metrics: Mapping[str, float]) -> list[str]:
     always = {"rows": "rows", "tokens": "tokens", "heldOutRows": "held out"}
     parts = [f"{count(metrics[key])} {name}" for key, name in always.items() if key in metrics]
-    return parts + _labeled(metrics, ROW_OUTCOMES)
+    return parts + _labeled(metrics, {"augmentedRows": "augmented", **ROW_OUTCOMES})
 
 
 def _training_headline(metrics: Mapping[str, float], details: Mapping[str, Any]) -> list[str]:
@@ -371,7 +377,16 @@ def _evaluate_headline(metrics: Mapping[str, float]) -> list[str]:
     return parts
 
 
+_AUGMENTED = {
+    "augmentedRows": "new rows",
+    "paraphrases": "paraphrases",
+    "inversions": "inversions",
+    "templatedRows": "in templates",
+    "leftOutRows": "left out",
+}
 _HEADLINE_METRICS: Mapping[str, Mapping[str, str]] = {
+    "augment": _AUGMENTED,
+    "rewrite": _AUGMENTED,
     "pairs": {
         "preferences": "preferences",
         "heldOutPreferences": "held out",

@@ -47,6 +47,13 @@ TRAINED_BY = {
 }
 """How the base model was trained, by method."""
 
+MADE_BY = {
+    "paraphrase": "Paraphrased questions",
+    "inversion": "New questions for answers",
+    "template": "Questions in templates",
+}
+"""Names of augmented rows, by what made them."""
+
 
 @dataclass(frozen=True)
 class DataRow:
@@ -60,6 +67,17 @@ class DataRow:
     kept: int
     outcomes: str
     """Counts of skipped, dropped, truncated and split rows."""
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """The augmented rows of one kind that were trained on."""
+
+    heading: str
+    """What made them, with the model, and how many there are."""
+    samples: list[Mapping[str, str]]
+    """The first ones: `where` the original is, its `original` question, the `question` and the
+    `answer`."""
 
 
 @dataclass(frozen=True)
@@ -176,8 +194,9 @@ class RunSummary:
         split = value["role"].partition(".")[0]
         uri = self._data_uri(value["role"]) or value["name"]
         names = [name for name in ROW_OUTCOMES.values() if value.get(name)]
+        use = "training, augmented" if value.get("augmented") else "training"
         return DataRow(
-            split="training" if split == "train" else "held out",
+            split=use if split == "train" else "held out",
             uri=uri,
             format=value["format"],
             rows=value["rows"],
@@ -186,17 +205,25 @@ class RunSummary:
         )
 
     def _data_uri(self, role: str) -> str:
-        """Return the URI of the data set with a role such as train.0; "": another stage wrote
-        it."""
+        """Return the URI of the data with a role such as train.0, documents or toxicity; "":
+        another stage wrote it."""
         split, _, index = role.partition(".")
         data = self.spec.get("data") or (self.spec.get("sft") or {}).get("data") or {}
+
+        def sets_of(value: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+            return (value.get(name) or {}).get("data") or []
+
+        if role == "documents":
+            return str((data.get("retrieval") or {}).get("documents", {}).get("uri", ""))
+        if role == "toxicity":
+            return str(data["clean"]["toxicity"]["classifier"]["uri"])
         if split == "preferences":
-            sets = (self.spec.get("preferences") or {}).get("data")
-        elif split == "train":
-            sets = data.get("train")
+            sets = sets_of(self.spec, "preferences")
+        elif split == "train":  # the data of replay come last
+            sets = [*(data.get("train") or []), *sets_of(data, "replay")]
         else:
-            sets = (data.get("validation") or {}).get("data")
-        if not sets or not index.isdigit() or int(index) >= len(sets):
+            sets = sets_of(data, "validation")
+        if not index.isdigit() or int(index) >= len(sets):
             return ""
         return str(sets[int(index)]["uri"])
 
@@ -216,7 +243,8 @@ class RunSummary:
         }
         metrics = prepare.metrics
         facts = [(label, count(metrics[key])) for key, label in labels.items() if key in metrics]
-        return [*facts, ("Longest sequence, tokens", str(prepare.details.get("maxLength", ABSENT)))]
+        longest = ("Longest sequence, tokens", str(prepare.details.get("maxLength", ABSENT)))
+        return [*facts, longest, *_retrieved(prepare.details), *_filled(prepare.details)]
 
     @property
     def ledger(self) -> list[tuple[str, str, str]]:
@@ -241,10 +269,25 @@ class RunSummary:
         lines += [("Held out", rows["heldOut"], tokens["heldOut"])]
         lines += [("Trained on", rows["trained"], tokens["trained"])]
         lines += [("of these, context", None, tokens["trained"] - total["targets"]["trained"])]
+        lines += self._packing
         return [
             (label, "" if number is None else count(number), count(part))
             for label, number, part in lines
         ]
+
+    @property
+    def _packing(self) -> list[tuple[str, int, int]]:
+        """The rows of batches that the sequences of the first epoch were laid out in, with their
+        tokens. []: the last training stage has no record of them."""
+        trained = last_trained(self.records.values())
+        found = trained.details.get("packing") if trained else None
+        if found is None:
+            return []
+        packed = "Packed" if trained and trained.details["packed"] else "Not packed"
+        padding = 1 - found["tokens"] / found["positions"]
+        sequences = count(found["sequences"])
+        label = f"{packed}: {sequences} sequences of the first epoch, {padding:.0%} padding"
+        return [(label, found["rows"], found["positions"])]
 
     @property
     def mixture(self) -> list[tuple[str, str, str]]:
@@ -254,6 +297,21 @@ class RunSummary:
         found = prepare.details.get("mixture", []) if prepare else []
         parts = [(each["name"], f"{each['weight']:.3g}", f"{each['share']:.1%}") for each in found]
         return parts if len(parts) > 1 else []
+
+    @property
+    def augmented(self) -> list[Augmented]:
+        """The augmented rows that were trained on, by what made them. []: there are none."""
+        prepare = self.record("prepare")
+        found = prepare.details.get("augmented", []) if prepare else []
+        return [
+            Augmented(
+                f"{MADE_BY.get(each['by'], each['by'])}"
+                + (f" by {each['model']}" if each.get("model") else "")
+                + f": {count(each['rows'])} rows",
+                each["samples"],
+            )
+            for each in found
+        ]
 
     @property
     def preferences(self) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -359,8 +417,8 @@ class RunSummary:
             digests.append((label, training.input_digests["model"]))
         for role, digest in sorted(prepare.input_digests.items() if prepare else ()):
             if role != "model":
-                label = ", ".join(filter(None, ("Data", role, self._data_uri(role))))
-                digests.append((label, digest))
+                what = "Toxicity classifier" if role == "toxicity" else f"Data, {role}"
+                digests.append((", ".join(filter(None, (what, self._data_uri(role)))), digest))
         names = {
             "prepare": "Prepared data",
             "pairs": "Prepared preferences",
@@ -397,6 +455,33 @@ class RunSummary:
         """Versions of the software that trained the model, by package."""
         record = last_trained(self.records.values())
         return record.versions if record else {}
+
+
+def _retrieved(details: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return labels and values of the contexts before the questions. []: there are none."""
+    found = details.get("retrieval")
+    if found is None:
+        return []
+    right = f"{count(found['withRightPassage'])} of {count(found['rows'])}"
+    searched = found["rows"] - found["namedDocuments"]
+    return [
+        ("Documents", f"{count(found['documents'])}, in {count(found['passages'])} passages"),
+        ("Contexts with the right passage", right),
+        ("Rows without a document, whose passage BM25 chose", count(searched)),
+    ]
+
+
+def _filled(details: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return labels and values of filling in the middle. []: the job does not do so."""
+    found = details.get("fillInTheMiddle")
+    if found is None:
+        return []
+    sequences = found["sequences"]
+    changed = f"{count(sequences.get('changed', 0))} of {count(sum(sequences.values()))}"
+    return [
+        ("Sequences whose middle comes last", changed),
+        ("Held-out documents with a gap", count(found["gaps"])),
+    ]
 
 
 def shareable(value: Any) -> Any:

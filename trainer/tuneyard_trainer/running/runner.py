@@ -30,7 +30,7 @@ from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Wor
 if TYPE_CHECKING:
     import torch
 
-MODEL_ROLES = ("model", "judge", "reward", "teacher")
+MODEL_ROLES = ("model", "judge", "reward", "teacher", "toxicity")
 """The roles of inputs that are models if they come from outside the plan; `reward.0` is one too."""
 
 
@@ -412,7 +412,7 @@ class Control:
 
 def _is_shared(stage: PlannedStage) -> bool:
     """Return whether all workers run a stage: those that train, and those that measure or judge.
-    Those that read data or write files are rank 0's alone."""
+    Those that run no model are rank 0's alone."""
     return stage.kind in SHARED_KINDS
 
 
@@ -431,6 +431,8 @@ def _stage_function(stage: PlannedStage) -> StageFunction:  # noqa: C901  one ca
     """Return a stage's `run`. Imported here, so that reading records costs no torch."""
     kind: StageKind = stage.kind
     match kind:
+        case "augment" | "rewrite":
+            from tuneyard_trainer.judging.augment import run
         case "prepare":
             from tuneyard_trainer.data.prepare import run
         case "sft" | "pretrain" if _engine(stage) == "trl":

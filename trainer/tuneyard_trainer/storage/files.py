@@ -1,14 +1,23 @@
-"""Atomic writes, and the StageError for a failed write."""
+"""Atomic writes, the locks of the cache, and the StageErrors for a failed write."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from tuneyard.errors import StageError
+
+LOCK_POLL_SECONDS = 0.2
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+"""The errors of a file system without locks."""
 
 
 def disk_error(error: OSError | SafetensorError, folder: Path) -> StageError:
@@ -38,7 +47,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
     Raises StageError DiskFull or WriteFailed.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    # Pods that share a volume may have equal process ids.
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
@@ -54,3 +64,46 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise disk_error(error, path) from error
+
+
+@contextmanager
+def cache_lock(path: Path, wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold the lock of a place in the cache, the hidden file `.NAME.lock` beside it, against other
+    processes, also on other nodes. The kernel releases a killed process's lock.
+
+    `wait`: called again and again while another process holds the lock; it may raise. Raises
+    StageError CacheUnusable if the folder cannot be written to or its file system has no locks.
+    """
+    file = path.with_name(f".{path.name}.lock")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise _unusable(file.parent, error) from error
+    try:
+        while not _try_lock(lock, file):
+            wait()
+            time.sleep(LOCK_POLL_SECONDS)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _try_lock(lock: int, file: Path) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise _unusable(file.parent, error) from error
+    return True
+
+
+def _unusable(folder: Path, error: OSError) -> StageError:
+    why = "its file system has no locks" if error.errno in NO_LOCKS else str(error)
+    return StageError(
+        "CacheUnusable",
+        f"the cache {folder} cannot be used: {why}.",
+        advice="Give the user that the job runs as write access to a folder on a file system with "
+        "locks, such as a local disk, and name it in TUNEYARD_CACHE.",
+    )

@@ -7,6 +7,7 @@ For other stores, fsspec has no public interface for such conditions.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from tuneyard.errors import StageError
 from tuneyard_trainer.storage.digests import sha256_of
 
+_MD5 = re.compile(r'"[0-9a-fA-F]{32}(-[0-9]+)?"')
 TRIES = 5
 """Writes of one object if other writers keep changing it."""
 _NOT_IMPLEMENTED = 501
@@ -107,6 +109,18 @@ def version_of(info: Mapping[str, Any]) -> str | None:
         if info.get(field):
             return f"{info[field]} {info.get('size')}"
     return None
+
+
+def content_version_of(fs: Any, info: Mapping[str, Any]) -> str | None:
+    """Return the store's hash of a remote file's content, with its size. None: the store reports no
+    such hash; a web server's ETag may be a time.
+
+    S3's ETag is the MD5 of the content, or of the MD5s of its parts: equal ones mean equal content.
+    An encrypted object may have a random ETag instead, which equals no other.
+    """
+    etag = f"{info.get('ETag')}" if "s3" in protocols(fs) else ""
+    found = info.get("blob_id") or info.get("md5Hash") or (_MD5.fullmatch(etag) and etag)
+    return f"{found} {info['size']}" if found else None
 
 
 def protocols(fs: Any) -> tuple[str, ...]:

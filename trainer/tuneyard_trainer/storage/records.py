@@ -13,7 +13,6 @@ store, each write checks the claim first, and replaces only the object that it w
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -31,7 +30,7 @@ from pydantic import ValidationError
 from tuneyard.api.plan import JobRef, PlannedStage, StageRecord
 from tuneyard.api.pods import LOGS_FOLDER, STALE_ATTEMPT, log_file, log_folder, stage_folder
 from tuneyard.errors import StageError
-from tuneyard_trainer.storage.files import disk_error, write_atomically
+from tuneyard_trainer.storage.files import NO_LOCKS, disk_error, write_atomically
 from tuneyard_trainer.storage.objects import Objects, protocols
 
 LAST = ("state.json", "record.json")
@@ -46,7 +45,6 @@ _OWN_FILES = ("stages", stage_folder("export"), LOGS_FOLDER, ".lock", "owner.jso
 for it must not be erased."""
 KEPT_ATTEMPTS = 20
 """The newest attempts whose logs are kept: preemption does not bound the attempts of a job."""
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class Store:
@@ -171,7 +169,7 @@ class Store:
         except BlockingIOError:
             return False
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise disk_error(error, self._scratch) from error
         return True
 

@@ -1,13 +1,14 @@
 """External sources: `fetch` returns a local path for a URI.
 
-Local sources are checked and used in place. Remote sources are downloaded once per version.
+Local sources are checked and used in place. Remote sources are downloaded once per version, and
+versions lie side by side: another job may be reading an older one. The store is asked for the
+version with the job's own credentials each time, so the cache gives nobody what the store refuses.
+ADR 0012 says why fsspec's caches are not used.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -29,7 +30,8 @@ from tuneyard_trainer.storage.digests import (
     is_documentation,
     split_glob,
 )
-from tuneyard_trainer.storage.objects import version_of
+from tuneyard_trainer.storage.files import cache_lock
+from tuneyard_trainer.storage.objects import content_version_of, version_of
 
 __all__ = ["digest_of", "fetch", "files_under"]
 
@@ -58,7 +60,8 @@ def fetch(source: SourceInput, *, base_dir: Path, cache_dir: Path, kind: Kind) -
     `cache_dir`: holds the downloads from s3, gs, https, hf data sets and other fsspec schemes, one
     folder per version; a source is downloaded again only if the store reports another version.
     Models from the hub are in the hub client's own cache. Raises StageError SourceNotFound,
-    SourceForbidden, SourceUnavailable (retryable if waiting may help), NoSafetensors, DiskFull.
+    SourceForbidden, SourceUnavailable (retryable if waiting may help), NoSafetensors, DiskFull,
+    CacheUnusable.
     """
     scheme, _, rest = source.uri.partition("://")
     with as_stage_errors(source):
@@ -199,14 +202,24 @@ def _downloaded(source: SourceInput, cache_dir: Path, kind: Kind) -> Path:
     listing, is_file = _listing(fs, root, kind)
     if not listing:
         raise FileNotFoundError("there are no files to read")
-    versions = {name: version_of(info) for name, info in listing.items()}
-    known = None not in versions.values()
-    key = hashlib.sha256(source.uri.encode()).hexdigest()[:24]
-    target = cache_dir / "sources" / key / (digest(versions)[7:31] if known else "unversioned")
-    with _locked(target.parent):
-        if not (known and target.exists()):
-            _download(fs, listing, target)
+    key = _version_key(fs, source.uri, listing)
+    target = cache_dir / "sources" / (key or digest(source.uri)[7:39])
+    with cache_lock(target):
+        if key is None:
+            target = _download(fs, listing, target / "partial", None)
+        elif not target.exists():
+            _download(fs, listing, target.with_name(f".{key}.partial"), target)
     return target / next(iter(listing)) if is_file else target
+
+
+def _version_key(fs: Any, uri: str, listing: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Return a name for this version of a source; None: the store reports no versions. Where these
+    are hashes of content, all URIs of the same files have one name."""
+    contents = {name: content_version_of(fs, info) for name, info in listing.items()}
+    if None not in contents.values():
+        return digest(contents)[7:39]
+    versions = {name: version_of(info) for name, info in listing.items()}
+    return None if None in versions.values() else digest([uri, versions])[7:39]
 
 
 def _filesystem(source: SourceInput) -> tuple[Any, str]:
@@ -249,10 +262,12 @@ def _listing(fs: Any, root: str, kind: Kind) -> tuple[dict[str, Mapping[str, Any
     return listing, False
 
 
-def _download(fs: Any, listing: Mapping[str, Mapping[str, Any]], target: Path) -> None:
-    """Download into a folder beside `target`, and rename it to `target` once it is complete."""
-    partial = target.with_name(".partial")  # left by a killed run: the caller holds the lock
-    shutil.rmtree(partial, ignore_errors=True)
+def _download(
+    fs: Any, listing: Mapping[str, Mapping[str, Any]], partial: Path, target: Path | None
+) -> Path:
+    """Download into the folder `partial`, and rename it to `target` once it is complete. None: to a
+    folder beside it that is named by the content. Return the folder."""
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed run: the caller holds the lock
     # The listing has no hidden names, hence no "..".
     local = {name: partial / name for name in listing}
     for path in local.values():
@@ -261,26 +276,18 @@ def _download(fs: Any, listing: Mapping[str, Mapping[str, Any]], target: Path) -
         fs.get([info["name"] for info in listing.values()], [str(path) for path in local.values()])
         for name, path in local.items():
             _check_size(name, path, listing[name])
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        target = target or partial.with_name(digest_of(partial)[7:39])
+        if not target.exists():
+            partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    return target
 
 
 def _check_size(name: str, path: Path, info: Mapping[str, Any]) -> None:
     expected, size = info.get("size"), path.stat().st_size
     if expected is not None and size != expected:
         raise OSError(errno.EIO, f"{name}: {size} of {expected} bytes arrived")
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time download into a folder. The kernel releases a killed process's
-    lock."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 # ---- errors -------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ saves the step alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,6 +102,43 @@ class MicroBatch:
     def rows(self) -> Indices:
         """(R,) the rows, bin by bin."""
         return np.array([row for members in self.bins for row in members], dtype=np.int64)
+
+
+class Packing(NamedTuple):
+    """How the sequences of some steps are laid out in the rows of their micro-batches."""
+
+    sequences: int
+    rows: int
+    """The bins. As many as the sequences, unless these are packed."""
+    tokens: int
+    """Tokens of the sequences."""
+    positions: int
+    """Tokens of the rows, padding included."""
+
+    @property
+    def padding(self) -> float:
+        """The share of the positions that is padding."""
+        return 1 - self.tokens / self.positions
+
+    @classmethod
+    def of(
+        cls,
+        batches: Iterable[Indices],
+        lengths: Indices,
+        world_size: int,
+        lay_out: Callable[[Indices], Sequence[MicroBatch]],
+    ) -> Packing:
+        """Return the packing of at least one step. `lay_out`: the micro-batches of a worker's share
+        of a step. Nothing is trained: the layout is the same each time."""
+        sequences = rows = tokens = positions = 0
+        for batch in batches:
+            sequences += len(batch)
+            tokens += int(lengths[batch].sum())
+            for rank in range(world_size):
+                for micro_batch in lay_out(share(batch, lengths, rank, world_size)):
+                    rows += len(micro_batch.bins)
+                    positions += len(micro_batch.bins) * micro_batch.width
+        return cls(sequences, rows, tokens, positions)
 
 
 def micro_batches(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -11,7 +12,7 @@ from tuneyard.api.stage_settings import TrainSettings
 from tuneyard_trainer.data.prepared import Prepared
 from tuneyard_trainer.models import adapters
 from tuneyard_trainer.models.sharding import is_shared
-from tuneyard_trainer.training.batches import Indices, MicroBatch, share
+from tuneyard_trainer.training.batches import Indices, MicroBatch, Order, Packing, share
 from tuneyard_trainer.training.losses import Forward, accumulate_gradients
 from tuneyard_trainer.worker import Worker
 
@@ -61,6 +62,16 @@ class CrossEntropy:
         base = adapters.disabled(self.model) if self.settings.adapter else contextlib.nullcontext()
         with base:
             return self.held_out()
+
+    def packing(self, order: Order, steps: int) -> Packing:
+        """Return the packing of the first `steps` steps, of one epoch at most."""
+        train = self.data.train
+        return Packing.of(
+            order.batches(0, min(steps, order.steps_per_epoch)),
+            train.lengths,
+            self.worker.world_size,
+            partial(self.forward.micro_batches, train),
+        )
 
     def num_tokens(self, rows: Indices) -> int:
         return int(self.data.train.lengths[rows].sum())

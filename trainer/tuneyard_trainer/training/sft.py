@@ -24,9 +24,16 @@ def run(context: StageContext) -> StageOutcome:
     state = loop.train()
     if context.worker.is_main:
         policies.save(loop.model, settings.adapter, context.workdir / policies.WEIGHTS)
-    packed = isinstance(loop.objective, CrossEntropy) and loop.objective.forward.pack
-    details = {**loop.details(state), "packed": packed}
-    return StageOutcome(metrics=loop.summary(state), details=details, contents=(policies.WEIGHTS,))
+    details, metrics = loop.details(state), loop.summary(state)
+    if context.worker.is_main and isinstance(objective := loop.objective, CrossEntropy):
+        packing = objective.packing(loop.order, state.step)
+        metrics |= {
+            "packedSequences": packing.sequences,
+            "packedRows": packing.rows,
+            "paddingShare": packing.padding,
+        }
+        details |= {"packed": objective.forward.pack, "packing": packing._asdict()}
+    return StageOutcome(metrics=metrics, details=details, contents=(policies.WEIGHTS,))
 
 
 def build(context: StageContext, settings: TrainSettings) -> Loop:

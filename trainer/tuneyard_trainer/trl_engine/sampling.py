@@ -12,7 +12,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.chat import transcript
+from tuneyard_trainer.data.encoding.chat import transcript
 from tuneyard_trainer.data.prompts import TokenizedPrompt
 from tuneyard_trainer.models.layers import head_of
 from tuneyard_trainer.models.probes import base_of, ignores_left_padding

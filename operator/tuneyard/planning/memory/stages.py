@@ -12,6 +12,7 @@ from tuneyard.api.model_facts import ModelFacts
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput
 from tuneyard.api.stage_settings import (
     AssessSettings,
+    AugmentSettings,
     CritiqueSettings,
     DistillSettings,
     DpoSettings,
@@ -40,6 +41,8 @@ from tuneyard.planning.memory.training import Step, gathered_for_inference
 
 JUDGED_PROMPTS = 128
 """Prompts that `assess` completes at most."""
+GPU_REQUESTS, CPU_REQUESTS = 32, 8
+"""Requests that a model replies to at a time, as in the trainer's `judging.local_model`."""
 GPU_SHARE, FULL_TUNING_BYTES = 0.5, 16
 """`compute.sharding: auto` shards what would take more than this share of a GPU, full fine-tuning
 counted with these bytes for each parameter; as in the trainer's `models.policies`."""
@@ -203,6 +206,8 @@ class _Job:
             return self._assess(stage, settings)
         if isinstance(settings, FeedbackSettings | CritiqueSettings):
             return self._judged(stage, settings)
+        if isinstance(settings, AugmentSettings) and settings.kind == "rewrite":
+            return self._rewriting(stage, settings)
         if isinstance(settings, ExportSettings):
             return self._export(stage, settings)
         return None
@@ -515,6 +520,22 @@ class _Job:
             moments.append(Moment.of("judging", ("judge", judge), *parts))
         assumed = self._assumed_shape(stage, shape) + self._assumed_models(stage, [])
         return StageMemory(stage.name, tuple(moments), (), assumed)
+
+    def _rewriting(self, stage: PlannedStage, settings: AugmentSettings) -> StageMemory:
+        """Return the memory of a model that writes training rows. A request holds a question or an
+        answer of a row."""
+        most = GPU_REQUESTS if self.machine.gpu else CPU_REQUESTS
+        shape = Shape(most, self.lengths.rows, settings.max_new_tokens)
+        if self.least:
+            shape = Shape(1, 1, 1)
+        batch = MicroBatch(shape.completions, shape.prompt)
+        parts = generation_parts(self.facts, batch, shape.new, self._plainly)
+        model = ("judge", self._judge(stage)) if "judge" in stage.inputs else None
+        held = model or ("weights", self._loaded(stage))
+        assumed = self._assumed_models(stage, [])
+        if not self.least:
+            assumed += self._assumed_shape(stage, shape)
+        return StageMemory(stage.name, (Moment.of("rewriting", held, *parts),), (), assumed)
 
     def _export(self, stage: PlannedStage, settings: ExportSettings) -> StageMemory:
         size = self._added_bytes(self._adapter())

@@ -13,7 +13,7 @@ from tuneyard_trainer.data.cleaning.length import Length
 from tuneyard_trainer.data.cleaning.quality import fineweb, gopher
 from tuneyard_trainer.data.cleaning.repetition import repetition
 from tuneyard_trainer.data.cleaning.search import Search
-from tuneyard_trainer.data.example import Example
+from tuneyard_trainer.data.reading.example import Example
 
 _QUALITY: dict[str, Rule] = {"repetition": repetition, "gopher": gopher, "fineweb": fineweb}
 

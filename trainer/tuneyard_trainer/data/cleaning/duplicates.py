@@ -40,7 +40,7 @@ class Duplicate(NamedTuple):
 
 
 class RowKeys(NamedTuple):
-    """What rows are compared by."""
+    """The keys that rows are compared by."""
 
     contents: NDArray[np.uint64]
     """(R,) a hash of all that each row says."""

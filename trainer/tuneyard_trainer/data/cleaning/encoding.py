@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tuneyard_trainer.data.cleaning.findings import Cleaned, Finding
 from tuneyard_trainer.data.cleaning.text import changed, texts
-from tuneyard_trainer.data.example import Example
+from tuneyard_trainer.data.reading.example import Example
 from tuneyard_trainer.extras import require_cleaning
 
 

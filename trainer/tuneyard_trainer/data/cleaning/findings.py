@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 from tuneyard_trainer.data.cleaning.excerpts import excerpt
-from tuneyard_trainer.data.example import Example
+from tuneyard_trainer.data.reading.example import Example
 
 Action = Literal["reported", "rewritten", "removed"]
 EXAMPLES_SHOWN = 3

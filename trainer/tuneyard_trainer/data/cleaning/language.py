@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.cleaning.findings import Cleaned, Finding
 from tuneyard_trainer.data.cleaning.text import conversation
-from tuneyard_trainer.data.example import Example
+from tuneyard_trainer.data.reading.example import Example
 from tuneyard_trainer.extras import require_cleaning
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tuneyard_trainer.data.cleaning.findings import Cleaned, Finding
 from tuneyard_trainer.data.cleaning.text import conversation
 from tuneyard_trainer.data.cleaning.words import words
-from tuneyard_trainer.data.example import Example
+from tuneyard_trainer.data.reading.example import Example
 
 
 class Length:

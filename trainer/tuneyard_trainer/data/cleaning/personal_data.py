@@ -1,13 +1,16 @@
 """Personal data in a text: e-mail addresses, telephone numbers, cards, IBANs and access keys.
 
 The patterns prefer to miss data over false alarms: numbers need their check digits, an issuer's
-range or a country code.
+range or a country code, addresses a top-level domain, and keys the look of random characters.
 """
 
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 from tuneyard_trainer.logs.redaction import SECRET_FORMATS
@@ -94,9 +97,21 @@ IBAN_LENGTHS = {
 """Characters of an IBAN by country (ISO 13616)."""
 
 _EMAIL = re.compile(
-    r"(?<![\w.+-])[A-Za-z0-9](?:[\w.+-]{0,62}[\w+-])?@"
-    r"((?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24})(?![\w@])"
+    r"(?<![\w.+-])(?P<user>[A-Za-z0-9](?:[\w.+-]{0,62}[\w+-])?)@"
+    r"(?P<domain>(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}"
+    r"(?P<top>[A-Za-z]{2,24}))(?![\w@]|(?:\.\w+)*\()"
 )
+"""Code multiplies matrices by an @, often with the result of a method: q@k.to(device)."""
+_TOP_LEVEL = frozenset(
+    line
+    for line in Path(__file__).with_name("top_level_domains.txt").read_text("ascii").splitlines()
+    if not line.startswith("#")
+) | {"corp", "home", "internal", "intranet", "lan", "local", "private"}
+"""The top-level domains of the internet and those of private networks (RFC 6762, appendix G)."""
+_CODE = re.compile(r"(?:self|cls)\.")
+"""Starts of expressions: x@self.data."""
+_REPOSITORIES = frozenset({"git", "hg"})
+"""The users of servers of repositories: git@github.com."""
 _RESERVED = re.compile(r"(?:^|\.)(?:example(?:\.(?:com|net|org))?|test|invalid|localhost)$", re.I)
 """Domains that are reserved for documentation and tests (RFC 2606)."""
 _FILES = re.compile(r"\.(?:gif|jpe?g|png|service|socket|svg|webp)$", re.I)
@@ -116,7 +131,17 @@ _ISSUED = re.compile(
 """The first digits and the lengths of the large issuers' cards. Visa's old cards of 13 digits are
 left out: the bar codes of Germany and Japan have 13 digits and begin with 4, too."""
 _IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]){11,30}")
-_KEY = re.compile(rf"(?<![\w-])(?=\S*\d|-----)(?:{'|'.join(SECRET_FORMATS)})", re.DOTALL)
+_KEY = re.compile(rf"(?<![\w-])(?:{'|'.join(SECRET_FORMATS)})(?![A-Za-z0-9])", re.DOTALL)
+_CERTAIN = re.compile(r"(?:AKIA|ASIA)\w*\d|xox[abprs]-\d|eyJ|-----")
+"""Starts of keys whose form decides: AWS draws its capital letters and digits from 32 characters,
+and Slack's keys begin with a number."""
+RANDOM_CHANGES = 0.25
+"""Fewest changes between small letters, capitals and digits in a key, for each letter and digit.
+Random hexadecimal digits have 0.47 and random letters 0.5; names and CSS classes have a few, at the
+starts of their words."""
+_PARTS = re.compile("[A-Za-z0-9]+")
+_CLASSES = str.maketrans(string.ascii_letters + string.digits, "a" * 26 + "A" * 26 + "0" * 10)
+"""Each small letter becomes a, each capital A, and each digit 0."""
 _KEY_STARTS = (
     *("hf_", "sk-", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "xox"),
     *("AIza", "ya29.", "AKIA", "ASIA", "eyJ", "-----BEGIN "),
@@ -155,7 +180,10 @@ class Kind(NamedTuple):
 
 def _emails(text: str) -> Iterator[tuple[int, int]]:
     for match in _EMAIL.finditer(text):
-        if not (_RESERVED.search(match[1]) or _FILES.search(match[1])):
+        domain = match["domain"]
+        if match["top"].lower() not in _TOP_LEVEL or match["user"].lower() in _REPOSITORIES:
+            continue
+        if not (_RESERVED.search(domain) or _FILES.search(domain) or _CODE.match(domain)):
             yield match.span()
 
 
@@ -198,7 +226,31 @@ def is_iban(characters: str) -> bool:
 
 
 def _keys(text: str) -> Iterator[tuple[int, int]]:
-    return (match.span() for match in _KEY.finditer(text))
+    return (match.span() for match in _KEY.finditer(text) if _is_key(match[0]))
+
+
+def _is_key(text: str) -> bool:
+    """Return whether a text with the start of a key is one, and no name or CSS class."""
+    if _CERTAIN.match(text):
+        return True
+    # Those of Hugging Face have 34 letters, often without a digit.
+    complete = len(text) > 32 if text.startswith("hf_") else _has_digit(text)
+    return complete and _looks_random(text)
+
+
+def _looks_random(text: str) -> bool:
+    """Return whether the letters and digits of a text have RANDOM_CHANGES within its parts."""
+    parts = [part.translate(_CLASSES) for part in _PARTS.findall(text)]
+    changes = sum(before != after for part in parts for before, after in pairwise(part))
+    return changes >= RANDOM_CHANGES * sum(map(len, parts))
+
+
+def _may_have_key(text: str) -> bool:
+    return any(start in text for start in _KEY_STARTS)
+
+
+def _may_have_address(text: str) -> bool:
+    return "@" in text
 
 
 def _has_digit(text: str) -> bool:
@@ -206,8 +258,8 @@ def _has_digit(text: str) -> bool:
 
 
 KINDS = (
-    Kind("key", lambda text: any(start in text for start in _KEY_STARTS), _keys),
-    Kind("email", lambda text: "@" in text, _emails),
+    Kind("key", _may_have_key, _keys),
+    Kind("email", _may_have_address, _emails),
     Kind("iban", _has_digit, _ibans),
     Kind("card", _has_digit, _cards),
     Kind("phone", _has_digit, _phones),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from tuneyard_trainer.data.cleaning.findings import Cleaned, Finding
 from tuneyard_trainer.data.cleaning.repetition import repeated_parts
 from tuneyard_trainer.data.cleaning.text import conversation
-from tuneyard_trainer.data.example import Example
+from tuneyard_trainer.data.reading.example import Example
 
 WORDS = (50, 100_000)
 MEAN_WORD_LENGTH = (3, 10)

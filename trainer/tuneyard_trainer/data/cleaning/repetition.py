@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from tuneyard_trainer.data.cleaning.findings import Cleaned, Finding
 from tuneyard_trainer.data.cleaning.text import conversation
-from tuneyard_trainer.data.example import Example
+from tuneyard_trainer.data.reading.example import Example
 
 MIN_WORDS = 50
 LINES, LINE_CHARACTERS = 0.30, 0.20

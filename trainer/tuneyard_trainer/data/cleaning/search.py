@@ -6,7 +6,7 @@ from tuneyard.api.cleaning import PersonalData, Treatment
 from tuneyard_trainer.data.cleaning.findings import Action, Cleaned, Finding
 from tuneyard_trainer.data.cleaning.personal_data import KINDS
 from tuneyard_trainer.data.cleaning.text import changed, texts
-from tuneyard_trainer.data.example import Example
+from tuneyard_trainer.data.reading.example import Example
 
 _ACTIONS: dict[Treatment, Action] = {
     "report": "reported",

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from tuneyard_trainer.data.conversations import template_turns, turn_text
-from tuneyard_trainer.data.example import Example, Message, ToolCall
+from tuneyard_trainer.data.reading.conversations import template_turns, turn_text
+from tuneyard_trainer.data.reading.example import Example, Message, ToolCall
 from tuneyard_trainer.data.texts import WITHOUT_CONTEXT
 
 Change = Callable[[str], str]
@@ -30,18 +30,21 @@ def texts(example: Example) -> Iterator[str]:
         yield from _values(tool)
 
 
+def passages(example: Example) -> Iterator[str]:
+    """Yield the texts of which a row consists, without the system turns, which many rows share: of
+    each turn its reasoning, and its content with its calls as JSON."""
+    if not example.messages:
+        yield from filter(None, (example.text, example.prompt, example.completion))
+    for turn in example.messages:
+        if turn.role != "system":
+            yield from filter(None, (turn.reasoning, turn.text))
+
+
 def conversation(example: Example) -> str:
-    """Return the text without the system turns, which many rows share, one turn after another. The
-    reasoning of a turn is before its content, and its calls are behind it as JSON."""
+    """Return the `passages` as one text, one after another."""
     if not example.messages:
         return example.text or f"{example.prompt}\n{example.completion}"
-    said = (
-        part
-        for turn in example.messages
-        if turn.role != "system"
-        for part in (turn.reasoning, turn.text)
-    )
-    return "\n".join(filter(None, said))
+    return "\n".join(passages(example))
 
 
 def changed(example: Example, change: Change) -> Example:
