@@ -2,51 +2,34 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.trainer.data.pool_functions import (
+    double,
+    end_by_kill,
+    pid_of,
+    raise_two_parts,
+    refuse,
+)
 from tests.trainer.data.test_prepare import Job, chat, chats
+from tests.trainer.preferring import separable, write_pairs
 from tuneyard.api.cleaning import Clean
 from tuneyard.errors import StageError
 from tuneyard_trainer.data import batches, parallel, prepare
 from tuneyard_trainer.data.parallel import Pool
+from tuneyard_trainer.preference import pairs
+from tuneyard_trainer.worker import Interrupted
 
 BATCHES = range(40)
-
-
-class TwoPartsError(Exception):
-    """An error that pickles, and whose pickle cannot be read."""
-
-    def __init__(self, what: str, where: str) -> None:
-        super().__init__(f"{what} in {where}")
-
-
-def double(batch: int) -> int:
-    return 2 * batch
-
-
-def raise_two_parts(batch: int) -> int:
-    if batch == 20:
-        raise TwoPartsError("a fault", "row 20")
-    return batch
-
-
-def refuse(batch: int) -> int:
-    if batch == 20:
-        raise StageError("ChatTemplate", "no row fits.", advice="Repair the rows.")
-    return batch
-
-
-def end_by_kill(batch: int) -> int:
-    if batch == 20:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return batch
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 def error_of(function: Callable[[int], int], kind: type[Exception]) -> Exception:
@@ -59,12 +42,6 @@ def error_of(function: Callable[[int], int], kind: type[Exception]) -> Exception
 def test_results_are_in_the_order_of_the_batches() -> None:
     with Pool(double, 2) as pool:
         assert list(pool.map(BATCHES)) == [2 * batch for batch in BATCHES]
-
-
-def test_a_process_that_prepares_batches_imports_no_torch() -> None:
-    """It would take seconds and 700 MB in each process."""
-    code = "import sys, tuneyard_trainer.data.batches; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_few_batches_start_no_process() -> None:
@@ -131,3 +108,89 @@ def test_the_output_is_the_same_in_one_and_in_several_processes(
         )
         found.append((outcome, job.files(), job.reports))
     assert found[0] == found[1]
+
+
+# ---- processes ----------------------------------------------------------------------------------
+
+SCRIPT = """
+import os, sys, time
+from tuneyard_trainer.data.parallel import Pool
+from tuneyard_trainer.preference import pairs
+from tuneyard_trainer.worker import Interrupted
+import tests.trainer.data.pool_functions as functions
+
+print("main imported", flush=True)
+with Pool(functions.pid_of, 2) as pool:
+    for pid in pool.map(range(100)):
+        print(pid, flush=True)
+        if sys.argv[1] == "hang":
+            time.sleep(60)
+"""
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+def test_a_script_without_a_guard_is_not_imported_again(tmp_path: Path) -> None:
+    """A worker of Ray is such a main module. It would start processes of its own."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, str(tmp_path / "script.py"), "run"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    lines = done.stdout.splitlines()
+    assert lines.count("main imported") == 1
+    assert len(lines) == 101
+    assert not any(is_running(int(pid)) for pid in set(lines[1:]))
+
+
+def test_no_process_is_left_after_its_parent_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, str(tmp_path / "script.py"), "hang"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "main imported\n"
+        pid = int(parent.stdout.readline())
+        assert is_running(pid)
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(pid)
+
+
+def test_a_stop_request_ends_the_processes() -> None:
+    def batches_until_stopped() -> Iterator[int]:
+        yield from range(100)
+        raise Interrupted("prepare", 100)
+
+    pids: set[int] = set()
+    with pytest.raises(Interrupted), Pool(pid_of, 2) as pool:
+        pids.update(pool.map(batches_until_stopped()))
+    assert not multiprocessing.active_children()
+    assert not any(map(is_running, pids))
+
+
+def test_preferences_are_the_same_from_one_and_from_several_processes(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [*separable(30), {"prompt": "Which?", "chosen": "Same.", "rejected": "Same."}, {"x": 1}]
+    monkeypatch.setattr(pairs, "BATCH_ROWS", 4)
+    monkeypatch.setattr(parallel, "ALONE", 1)
+    found = []
+    for processes in (1, 2):
+        monkeypatch.setattr(pairs, "num_processes", lambda count=processes: count)
+        folder = tmp_path / str(processes)
+        out = write_pairs(folder, tiny_model_dir, rows, on_invalid_row="skip")
+        files = [path for path in sorted(out.rglob("*")) if path.is_file()]
+        found.append({str(path.relative_to(out)): path.read_bytes() for path in files})
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("module", ["data.batches", "preference.batches"])
+def test_a_process_that_prepares_batches_imports_no_torch(module: str) -> None:
+    """It would take seconds and 700 MB in each process."""
+    code = f"import sys, tuneyard_trainer.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

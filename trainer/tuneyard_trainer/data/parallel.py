@@ -182,6 +182,7 @@ class _Own:
 
 def _begin(function: bytes) -> None:
     """Prepare a new process: one thread, and no reaction to Ctrl-C, which is the parent's."""
+    gc.disable()
     os.environ.update(_ONE_THREAD)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -202,6 +203,7 @@ def _call(batch: Any) -> Any:
         if _Own.function is None:
             _Own.function = pickle.loads(_Own.pickled)  # noqa: S301 - our parent pickled it
             gc.freeze()  # the modules stay: collections need not walk through them
+            gc.enable()
         return _Own.function(batch)
     except Exception as error:
         if _pickles(error):

@@ -17,7 +17,7 @@ from tuneyard_trainer.local.check import BATCH_ROWS, Fault, spread
 from tuneyard_trainer.local.show import model_folder
 from tuneyard_trainer.models.base import load_tokenizer
 from tuneyard_trainer.models.files import sequence_limit
-from tuneyard_trainer.preference.pairs import encode_completions
+from tuneyard_trainer.preference.batches import encode_completions
 
 REFUSED = "rows that the chat template refuses"
 WITHOUT_TARGETS = "rows without a trained token"

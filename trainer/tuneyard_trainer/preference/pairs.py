@@ -13,7 +13,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -24,27 +24,34 @@ from numpy.typing import NDArray
 from tuneyard.api.plan import SourceInput
 from tuneyard.api.stage_settings import DatasetSettings, PairsSettings
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.encoding.chat import transcript
 from tuneyard_trainer.data.encoding.masks import MaskProof
-from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder, Misfit
+from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder
 from tuneyard_trainer.data.ledger import Ledger, ledger_details
+from tuneyard_trainer.data.parallel import Pool, num_processes
 from tuneyard_trainer.data.prepared import SPLITS, Rows, RowWriter
 from tuneyard_trainer.data.reading import layouts
 from tuneyard_trainer.data.reading.conversations import template_turns
-from tuneyard_trainer.data.reading.example import Example, RowError
-from tuneyard_trainer.data.reading.feedback import is_beaten
+from tuneyard_trainer.data.reading.example import RowError
 from tuneyard_trainer.data.reading.rows import Row, read_data
 from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN
 from tuneyard_trainer.data.reading.unread import Unread, unread_message
 from tuneyard_trainer.data.splits import held_out
 from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import sequence_limit
+from tuneyard_trainer.preference.batches import (
+    BATCH_ROWS,
+    EncodedPreference,
+    Outcome,
+    PreferenceEncoder,
+    RatedRows,
+    Rejected,
+    location,
+)
 from tuneyard_trainer.preference.dataset import remove_groups, write_groups
-from tuneyard_trainer.preference.rows import Preference, columns_read, parse_preferences, recognized
+from tuneyard_trainer.preference.rows import Preference, columns_read, recognized
 from tuneyard_trainer.preference.statistics import PreferenceStatistics
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome
 
-BATCH_ROWS = 256
 MAX_SKIPPED = 0.5
 """The largest fraction of rows that `onInvalidRow: skip` may skip. If more rows are invalid, the
 format is probably misread."""
@@ -119,14 +126,20 @@ class _Reader:
         """Read everything and write the splits. Raises StageError or Interrupted."""
         spool = self.context.workdir / _SPOOL
         spool.mkdir(parents=True)
-        with RowWriter(spool, "all") as rows, (spool / "texts").open("w", encoding="utf-8") as text:
+        with (
+            Pool(PreferenceEncoder(self.encoder, self.settings.labeled), num_processes()) as pool,
+            RowWriter(spool, "all") as rows,
+            (spool / "texts").open("w", encoding="utf-8") as text,
+        ):
             for index, dataset in enumerate(self.settings.preferences):
                 self.ledgers.append(Ledger(f"preferences.{index}", self._name(index)))
                 self.unread.append(Unread())
                 self.statistics.append(PreferenceStatistics())
-                for batch in self._batches(index, dataset):
-                    for preference, encoded in self._encoded(batch):
-                        self._keep(preference, encoded, index, rows, text)
+                message = f"reading {self._name(index)}"
+                for outcomes in pool.map(self._batches(index, dataset)):
+                    for outcome in outcomes:
+                        self._take(outcome, index, rows, text)
+                    self.context.worker.report(step=self.num_rows, message=message)
                 self._name_unread()
                 self._note_statistics()
         self._check()
@@ -159,16 +172,15 @@ class _Reader:
 
     # ---- rows ---------------------------------------------------------------------------------
 
-    def _batches(self, index: int, dataset: DatasetSettings) -> Iterator[list[Preference]]:
-        """Yield the preferences of one data set, BATCH_ROWS rows at a time."""
+    def _batches(self, index: int, dataset: DatasetSettings) -> Iterator[RatedRows]:
+        """Yield the rows of one data set, BATCH_ROWS at a time."""
         source = read_data(self.context.inputs[f"preferences.{index}"])
         rows = self._noted(islice(source, dataset.limit), dataset)
         rows = layouts.joined(rows, dataset.format, dataset.fields)
         while chunk := list(islice(rows, BATCH_ROWS)):
             if self.context.worker.stop():
                 raise Interrupted(self.context.stage.name, self.num_rows)
-            yield [preference for row in chunk for preference in self._parsed(row, dataset)]
-            self.context.worker.report(step=self.num_rows, message=f"reading {self._name(index)}")
+            yield RatedRows(chunk, dataset.fields, dataset.format)
 
     def _noted(self, rows: Iterable[Row], dataset: DatasetSettings) -> Iterator[Row]:
         """Count the rows of the files and note the columns that nothing reads, before rows are
@@ -180,19 +192,6 @@ class _Reader:
                 value, layout = recognized(row, dataset.fields, dataset.format)
                 self.unread[-1].note(value, columns_read(value, layout, dataset.fields))
             yield row
-
-    def _parsed(self, row: Row, dataset: DatasetSettings) -> list[Preference]:
-        try:
-            found = parse_preferences(
-                row, dataset.fields, labeled=self.settings.labeled, chosen=dataset.format
-            )
-        except RowError as error:
-            self._reject(error.fault, _location(row.file, row.number), str(error))
-            return []
-        if not found and not (is_beaten(row.value) and not self.settings.labeled):
-            self.without_preference += 1
-            self.ledgers[-1].lose("filtered", NO_PREFERENCE)
-        return found
 
     def _name_unread(self) -> None:
         """Report the columns that nothing reads of the data set that was read. A feedback stage's
@@ -208,26 +207,15 @@ class _Reader:
             message = f"{self.ledgers[-1].name}: {note}"
             self.context.worker.report(step=self.num_rows, message=message)
 
-    def _encoded(self, batch: Sequence[Preference]) -> Iterator[tuple[Preference, list[Encoded]]]:
-        """Yield each valid preference with its rows, one per completion. The batch is of the data
-        set that is read."""
-        examples = [example for preference in batch for example in preference.examples]
-        encoded = iter(encode_completions(examples, self.encoder))
-        for preference in batch:
-            found = [next(encoded) for _ in preference.completions]
-            where = _location(preference.file, preference.row)
-            misfit = next((row for row in found if isinstance(row, Misfit)), None)
-            rows = [row for row in found if isinstance(row, Encoded)]
-            tokens = sum(len(row.ids) for row in rows)
-            if misfit is not None:
-                self._reject("ChatTemplate", where, misfit.message, tokens)
-            elif not all(row.mask.any() for row in rows):
-                self._reject("EmptyCompletion", where, "a completion has no tokens", tokens)
-            elif len({row.ids.tobytes() for row in rows}) < len(rows):
-                problem = "two completions have the same tokens"
-                self._reject("IdenticalSides", where, problem, tokens)
-            else:
-                yield preference, rows
+    def _take(self, outcome: Outcome, source: int, rows: RowWriter, text: IO[str]) -> None:
+        """Count what became of a row of the data set that is read, and keep a valid preference."""
+        if isinstance(outcome, EncodedPreference):
+            self._keep(outcome.preference, outcome.rows, source, rows, text)
+        elif isinstance(outcome, Rejected):
+            self._reject(*outcome)
+        else:
+            self.without_preference += 1
+            self.ledgers[-1].lose("filtered", NO_PREFERENCE)
 
     def _keep(
         self,
@@ -243,7 +231,7 @@ class _Reader:
         self.longest = max(self.longest, longest)
         if longest > self.limit:
             self.ledgers[source].lose("dropped", tokens=tokens)
-            where = _location(preference.file, preference.row)
+            where = location(preference.file, preference.row)
             self.too_long.append(f"{where}: {longest} tokens")
             return
         self.ledgers[source].keep(tokens)
@@ -437,32 +425,3 @@ def _require_two_prompts(prompts: Sequence[int], held: NDArray[np.bool_]) -> Non
             advice="Add rows with other prompts to spec.preferences"
             + (", or set spec.preferences.heldOut: 0." if held.any() else "."),
         )
-
-
-def _location(file: str, row: int) -> str:
-    """Return the name of a row for messages. `file`: "" for a data set of one file."""
-    return f"{file} row {row}".strip()
-
-
-def encode_completions(examples: Sequence[Example], encoder: Encoder) -> list[Encoded | Misfit]:
-    """Return each completion with its prompt, as it is trained on. Raises StageError ChatTemplate
-    or NoStopToken if none can be encoded."""
-    found = encoder.encode(_by_template(examples, encoder))
-    return [_to_stop_token(row) if isinstance(row, Encoded) else row for row in found]
-
-
-def _by_template(examples: Sequence[Example], encoder: Encoder) -> list[Example]:
-    """Return the examples as conversations if the tokenizer has a chat template, else as prompt and
-    completion. The prompt is then a transcript, as `data.prompts` writes it."""
-    if encoder.tokenizer.chat_template:
-        return list(examples)
-    return [
-        replace(e, kind="completion", prompt=transcript(encoder.turns(e)[:-1])) for e in examples
-    ]
-
-
-def _to_stop_token(row: Encoded) -> Encoded:
-    """Return a row without the tokens that a template writes after the completion."""
-    targets = np.flatnonzero(row.mask)
-    end = int(targets[-1]) + 1 if len(targets) else len(row.ids)
-    return Encoded(row.ids[:end], row.mask[:end])
