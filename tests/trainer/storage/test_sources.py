@@ -379,6 +379,27 @@ class TestObjectStores:
         assert get(here, "s3://bucket/other/a.jsonl").read_text() == "else"
         assert downloads == ["bucket/here/a.jsonl", "bucket/other/a.jsonl"]
 
+    def test_an_object_that_changes_during_its_download_gets_no_other_objects_name(
+        self, here: Path, store: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import s3fs
+
+        for folder in ("changed", "copy"):
+            store.client.put_object(Bucket="bucket", Key=f"{folder}/a.jsonl", Body=b"one")
+        original = s3fs.S3FileSystem._get_file
+
+        async def late(self: Any, rpath: str, lpath: str, **options: Any) -> None:
+            store.client.put_object(Bucket="bucket", Key="changed/a.jsonl", Body=b"two")
+            await original(self, rpath, lpath, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(s3fs.S3FileSystem, "_get_file", late)
+            error = refusal(here, "s3://bucket/changed/a.jsonl")
+        assert (error.reason, error.retryable) == ("SourceUnavailable", True)
+        assert "changed while it was downloaded" in error.message
+        assert get(here, "s3://bucket/copy/a.jsonl").read_text() == "one"
+        assert get(here, "s3://bucket/changed/a.jsonl").read_text() == "two"
+
     def test_a_job_that_reads_an_old_version_keeps_it(
         self, here: Path, store: SimpleNamespace
     ) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -204,11 +204,18 @@ def _downloaded(source: SourceInput, cache_dir: Path, kind: Kind) -> Path:
         raise FileNotFoundError("there are no files to read")
     key = _version_key(fs, source.uri, listing)
     target = cache_dir / "sources" / (key or digest(source.uri)[7:39])
+
+    def check() -> None:
+        """Raise OSError if the files have changed since they were listed: other content must not
+        get the name of this one."""
+        if key is not None and _version_key(fs, source.uri, _listing(fs, root, kind)[0]) != key:
+            raise OSError(errno.EIO, "it changed while it was downloaded")
+
     with cache_lock(target):
         if key is None:
-            target = _download(fs, listing, target / "partial", None)
+            target = _download(fs, listing, target / "partial", None, check)
         elif not target.exists():
-            _download(fs, listing, target.with_name(f".{key}.partial"), target)
+            _download(fs, listing, target.with_name(f".{key}.partial"), target, check)
     return target / next(iter(listing)) if is_file else target
 
 
@@ -263,10 +270,14 @@ def _listing(fs: Any, root: str, kind: Kind) -> tuple[dict[str, Mapping[str, Any
 
 
 def _download(
-    fs: Any, listing: Mapping[str, Mapping[str, Any]], partial: Path, target: Path | None
+    fs: Any,
+    listing: Mapping[str, Mapping[str, Any]],
+    partial: Path,
+    target: Path | None,
+    check: Callable[[], None],
 ) -> Path:
-    """Download into the folder `partial`, and rename it to `target` once it is complete. None: to a
-    folder beside it that is named by the content. Return the folder."""
+    """Download into the folder `partial`, and rename it to `target` once it is complete and `check`
+    does not raise. None: to a folder beside it that is named by the content. Return the folder."""
     shutil.rmtree(partial, ignore_errors=True)  # left by a killed run: the caller holds the lock
     # The listing has no hidden names, hence no "..".
     local = {name: partial / name for name in listing}
@@ -276,6 +287,7 @@ def _download(
         fs.get([info["name"] for info in listing.values()], [str(path) for path in local.values()])
         for name, path in local.items():
             _check_size(name, path, listing[name])
+        check()
         target = target or partial.with_name(digest_of(partial)[7:39])
         if not target.exists():
             partial.rename(target)
