@@ -212,7 +212,9 @@ def _table(*titles: str) -> Table:
 def _stages_table(stages: Sequence[StageStatus], now: datetime) -> Table:
     table = _table("Stage", "State", "Started", "Duration", "Key metrics")
     for stage in stages:
-        state = "done before" if stage.state == "Skipped" else stage.state
+        state = "reused" if stage.reused else stage.state
+        if stage.state == "Skipped":
+            state = "done before"
         has_duration = stage.state == "Running" or stage.finished_at is not None
         table.add_row(
             plain(stage.name),

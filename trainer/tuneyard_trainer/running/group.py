@@ -30,6 +30,7 @@ from tuneyard_trainer.running.channel import EventClient, EventServer
 from tuneyard_trainer.running.failures import unexpected, unexplained
 from tuneyard_trainer.running.runner import PlanRunner, StageInputs, failure_event
 from tuneyard_trainer.storage.records import Store
+from tuneyard_trainer.storage.results import Results
 from tuneyard_trainer.worker import Interrupted, Worker
 
 if TYPE_CHECKING:
@@ -87,6 +88,9 @@ class Places:
     """The uid of the job that writes there; None on one machine."""
     drain: str = ""
     """The folder in which a pod's preStop hook asks its processes to end; "": there is no hook."""
+    results_bytes: int = 0
+    """The most bytes of prepared data that the cache folder keeps for other jobs. 0: none is kept
+    or used. In a pod it needs a cache folder that outlives the pod."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +243,7 @@ def run_rank(
                 ask=client.ask,
                 neighbors=task.neighbors,
                 preparing=task.preparing,
+                results=_results(places),
             ).run()
         except Interrupted as stopped:
             client.emit(failure_event(stopped))
@@ -250,6 +255,12 @@ def run_rank(
                 raise
         else:
             client.emit({"type": "finished"})
+
+
+def _results(places: Places) -> Results | None:
+    if not places.results_bytes:
+        return None
+    return Results(Path(places.cache_dir) / "results", places.results_bytes)
 
 
 def connect(address: tuple[str, int], key: bytes) -> EventClient:
