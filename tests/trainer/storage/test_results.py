@@ -13,6 +13,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,12 +43,14 @@ class Job:
         self.messages: list[str] = []
         self.stop: Callable[[], bool] = lambda: False
         self.during: Callable[[], object] = lambda: None
+        self.on_message: Callable[[], object] = lambda: None
 
     def run(self, size: int = 100) -> StageRecord:
         """Copy the output of another job, or write it and keep it. Return its record."""
 
         def report(**values: Any) -> None:
             self.messages.append(values["message"])
+            self.on_message()
 
         worker = Worker(0, 1, torch.device("cpu"), report=report, stop=self.stop, stage="prepare")
         with self.results.held(self.key, worker) as entry:
@@ -56,7 +59,7 @@ class Job:
                 return found
             record = self._prepare(size)
             if entry:
-                entry.keep(self.workdir, record, os.listdir(self.workdir))
+                entry.keep(self.workdir, record, ("tokenizer", "train.bin"))
             return record
 
     def _prepare(self, size: int) -> StageRecord:
@@ -74,7 +77,7 @@ class Job:
             attempt=1,
             started_at="2026-01-01T00:00:00Z",
             finished_at="2026-01-01T00:00:01Z",
-            metrics={"loss": float("nan")},
+            details={"mean": float("nan")},
         )
 
 
@@ -227,8 +230,7 @@ def test_what_a_killed_job_left_is_removed_by_a_job_with_other_data(tmp_path: Pa
 
 def test_a_stop_while_it_stores_leaves_no_half_of_an_entry(tmp_path: Path) -> None:
     job = Job(tmp_path)
-    job.during = lambda: setattr(job, "stop", None)  # the stop comes once the data is prepared
-    asked = iter([False, True])
+    asked = iter([False, True])  # before its second file
     job.stop = lambda: next(asked)
     with pytest.raises(Interrupted):
         job.run()
@@ -239,12 +241,11 @@ def test_a_stop_while_it_stores_leaves_no_half_of_an_entry(tmp_path: Path) -> No
 
 
 def test_of_two_jobs_that_begin_at_once_one_prepares(tmp_path: Path) -> None:
-    barrier, runs = FORK.Barrier(2), FORK.Queue()
+    waiting, runs = FORK.Event(), FORK.Queue()
 
     def work() -> None:
         job = Job(tmp_path)
-        job.during = lambda: time.sleep(0.5)
-        barrier.wait()
+        job.during, job.on_message = partial(waiting.wait, 60), waiting.set
         job.run()
         runs.put((job.runs, job.messages))
 
@@ -271,7 +272,7 @@ def test_a_job_that_waits_for_another_can_be_stopped(tmp_path: Path) -> None:
     thread = threading.Thread(target=first.run)
     thread.start()
     assert begun.wait(60)
-    threading.Timer(0.3, asked.set).start()
+    second.on_message = asked.set
     with pytest.raises(Interrupted):
         second.run()
     thread.join()
@@ -306,15 +307,82 @@ def test_a_cache_that_cannot_be_written_to_stops_no_job(tmp_path: Path) -> None:
 # ---- the limit ----------------------------------------------------------------------------------
 
 
-def test_the_entries_that_were_not_used_for_the_longest_time_make_room(tmp_path: Path) -> None:
-    limit = 3500
-    for age, key in ((30, "old"), (20, "used"), (10, "new")):
-        Job(tmp_path, key=key, limit=limit).run(1000)
+SIZE = 10_000
+"""Bytes of an entry's larger file; the others have fewer than 1,000."""
+THREE = 3 * SIZE + 5_000
+
+
+def store(folder: Path, key: str, limit: int = THREE, *, age: int = 0) -> Job:
+    """Run a job whose entry was last used `age` seconds ago."""
+    job = Job(folder, key=key, limit=limit)
+    job.run(SIZE)
+    record = folder / "cache/results" / key / "record.json"
+    if record.exists():
         moment = time.time() - age
-        record = tmp_path / "cache/results" / key / "record.json"
-        assert record.stat().st_size < 400
         os.utime(record, (moment, moment))
-    Job(tmp_path, key="old", limit=limit).run(1000)  # now the newest
-    Job(tmp_path, key="latest", limit=limit).run(1000)
-    assert entries(tmp_path) == {"old", "latest"} | ({"new"} & entries(tmp_path))
-    assert "used" not in entries(tmp_path)
+    return job
+
+
+def test_the_entry_that_was_not_used_for_the_longest_time_makes_room(tmp_path: Path) -> None:
+    for age, key in ((30, "first"), (20, "second"), (10, "third")):
+        store(tmp_path, key, age=age)
+    assert store(tmp_path, "first").runs == 0
+    store(tmp_path, "fourth")
+    assert entries(tmp_path) == {"first", "third", "fourth"}
+
+
+def test_an_entry_that_another_job_holds_stays(tmp_path: Path) -> None:
+    for age, key in ((30, "first"), (20, "second"), (10, "third")):
+        store(tmp_path, key, age=age)
+    with (tmp_path / "cache/results/.first.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        store(tmp_path, "fourth")
+    assert entries(tmp_path) == {"first", "third", "fourth"}
+
+
+def test_an_incomplete_entry_goes_first(tmp_path: Path) -> None:
+    for age, key in ((30, "first"), (20, "second"), (10, "third")):
+        store(tmp_path, key, age=age)
+    (tmp_path / "cache/results/third/record.json").unlink()
+    store(tmp_path, "fourth")
+    assert entries(tmp_path) == {"first", "second", "fourth"}
+
+
+def test_data_larger_than_the_limit_is_not_kept_and_removes_nothing(tmp_path: Path) -> None:
+    store(tmp_path, "small")
+    job = store(tmp_path, "large", limit=SIZE)
+    assert job.runs == 1
+    assert ["TUNEYARD_CACHE_RESULTS" in message for message in job.messages] == [True]
+    assert entries(tmp_path) == {"small"}
+
+
+def test_the_entries_take_a_quarter_of_the_free_space_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Free space and entries are 100,000 bytes, and two entries fit into 25,000."""
+
+    def usage(folder: Path) -> SimpleNamespace:
+        held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        return SimpleNamespace(free=100_000 - held)
+
+    monkeypatch.setattr(module.shutil, "disk_usage", usage)
+    for age, key in ((30, "first"), (20, "second"), (10, "third")):
+        store(tmp_path, key, PLENTY, age=age)
+    assert entries(tmp_path) == {"second", "third"}
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [(None, 20 << 30), ("", 20 << 30), ("0", 0), ("500M", 500_000_000), ("1.5Gi", 3 << 29)],
+)
+def test_the_limit_is_a_quantity(text: str | None, size: int) -> None:
+    assert results_limit({} if text is None else {"TUNEYARD_CACHE_RESULTS": text}) == size
+
+
+@pytest.mark.parametrize("text", ["20GB", "-1", "all", "20Gi\n", "1e9"])
+def test_a_limit_that_is_no_quantity_is_named_with_a_remedy(text: str) -> None:
+    with pytest.raises(StageError) as caught:
+        results_limit({"TUNEYARD_CACHE_RESULTS": text})
+    assert caught.value.reason == "CacheUnusable"
+    assert repr(text) in caught.value.message
+    assert "20Gi" in caught.value.advice

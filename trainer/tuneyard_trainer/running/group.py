@@ -92,6 +92,13 @@ class Places:
     """The most bytes of prepared data that the cache folder keeps for other jobs. 0: none is kept
     or used. In a pod it needs a cache folder that outlives the pod."""
 
+    @property
+    def results(self) -> Results | None:
+        """The prepared data that jobs share in the cache. None: this job shares none."""
+        if not self.results_bytes:
+            return None
+        return Results(Path(self.cache_dir) / "results", self.results_bytes)
+
 
 @dataclass(frozen=True)
 class Task:
@@ -243,7 +250,7 @@ def run_rank(
                 ask=client.ask,
                 neighbors=task.neighbors,
                 preparing=task.preparing,
-                results=_results(places),
+                results=places.results,
             ).run()
         except Interrupted as stopped:
             client.emit(failure_event(stopped))
@@ -255,12 +262,6 @@ def run_rank(
                 raise
         else:
             client.emit({"type": "finished"})
-
-
-def _results(places: Places) -> Results | None:
-    if not places.results_bytes:
-        return None
-    return Results(Path(places.cache_dir) / "results", places.results_bytes)
 
 
 def connect(address: tuple[str, int], key: bytes) -> EventClient:
