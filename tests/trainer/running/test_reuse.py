@@ -21,7 +21,7 @@ from tuneyard_trainer.running.group import Places
 from tuneyard_trainer.running.runner import PlanRunner, StageInputs
 from tuneyard_trainer.storage import results
 from tuneyard_trainer.storage.records import Store
-from tuneyard_trainer.storage.results import Results
+from tuneyard_trainer.storage.results import Results, is_reusable
 from tuneyard_trainer.worker import StageContext, StageOutcome, Worker
 
 
@@ -152,6 +152,17 @@ def test_an_attempt_after_a_reuse_skips_the_stage(folder: Path, plan: Plan, ran:
     shutil.rmtree(folder / "cache/results")
     assert StageInputs(plan, store, folder, folder / "cache").pending() == []
     assert ran == ["prepare"]
+
+
+def test_data_that_a_job_makes_itself_is_not_kept(tiny_model_dir: Path) -> None:
+    data = {"train": [{"uri": "file://train.jsonl"}]}
+    augment = {"augment": {"templates": ["Please: {prompt}"]}}
+    plain, augmented = (
+        planned(manifest(tiny_model_dir, data=each)).stages for each in (data, data | augment)
+    )
+    assert [stage.name for stage in plain if is_reusable(stage)] == ["prepare"]
+    assert [stage.kind for stage in augmented][:2] == ["augment", "prepare"]
+    assert [stage.name for stage in augmented if is_reusable(stage)] == []
 
 
 # ---- what decides -------------------------------------------------------------------------------

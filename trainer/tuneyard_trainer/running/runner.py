@@ -26,7 +26,7 @@ from tuneyard_trainer.running.waits import wait_event
 from tuneyard_trainer.storage import sources
 from tuneyard_trainer.storage.files import disk_error
 from tuneyard_trainer.storage.records import Store
-from tuneyard_trainer.storage.results import REUSED_KINDS, Results, result_key
+from tuneyard_trainer.storage.results import Results, is_reusable, result_key
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
 
 if TYPE_CHECKING:
@@ -329,7 +329,7 @@ class PlanRunner:
         with _named_errors(stage, workdir):
             inputs = self.stage_inputs.inputs(stage)
         context = StageContext(stage, inputs, workdir, self._worker(stage, digests))
-        if self.results is not None and stage.kind in REUSED_KINDS:
+        if self.results is not None and is_reusable(stage):
             return self._reuse_or_run(self.results, context, digests, started)
         outcome = self._outcome(context)
         if not self.worker.is_main:

@@ -36,7 +36,7 @@ from tuneyard_trainer.worker import Worker
 
 REUSED_KINDS: Final[tuple[StageKind, ...]] = ("prepare", "pairs")
 """The kinds of stages whose output is kept for other jobs: equal inputs give the same bytes. Not
-`augment`: its requests are paid by one job, and a model answers another job differently."""
+`augment`: one job pays for its requests, and a model answers another job differently."""
 DECISIVE: Final = (
     "tuneyard",
     "bm25s",
@@ -77,6 +77,13 @@ def results_limit(environment: Mapping[str, str]) -> int:
     return int(quantity_value(text))
 
 
+def is_reusable(stage: PlannedStage) -> bool:
+    """Return whether a stage's output is kept for other jobs. Not if it reads what a stage of its
+    job made, such as a judge's answers: another job makes its own."""
+    sources = stage.inputs.values()
+    return stage.kind in REUSED_KINDS and all(isinstance(each, SourceInput) for each in sources)
+
+
 def result_key(stage: PlannedStage, identity: str, inputs: Mapping[str, Path]) -> str:
     """Return the name of the entry for a stage's output.
 
@@ -85,10 +92,7 @@ def result_key(stage: PlannedStage, identity: str, inputs: Mapping[str, Path]) -
     trainer's own files. `inputs`: the local path of each input.
     """
     names = {
-        role: (
-            source.path if isinstance(source, SourceInput) else source.stage,
-            inputs[role].name if inputs[role].is_file() else "",
-        )
+        role: (source.path, inputs[role].name if inputs[role].is_file() else "")
         for role, source in stage.inputs.items()
     }
     return digest([identity, names, _software()])[7:39]
