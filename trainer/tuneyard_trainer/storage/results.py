@@ -6,7 +6,8 @@
 
 KEY is a digest of everything that decides the output (`result_key`). An entry is written beside its
 place and renamed once it is complete, is copied and not linked, since the owner of an output may
-change it, and its copy is compared with the digest in its record. ADR 0013 says what it is for.
+change it, and its copy is compared with the digest in its record. The lock of an entry saves work
+and guarantees nothing: other nodes may not see it. ADR 0013 says what the entries are for.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import platform
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -151,7 +153,7 @@ class Results:
         time, until `size` more bytes may be stored. Return whether they may. An entry that is being
         copied stays."""
         for partial in self.folder.glob(f".*{_PARTIAL}"):
-            self._remove(partial.name[1 : -len(_PARTIAL)], partial)
+            self._remove(partial.name.split(".")[1], partial)
         sizes = {path: _size(path) for path in self.folder.iterdir() if path.is_dir()}
         used = sum(sizes.values())
         limit = min(self.most_bytes, (shutil.disk_usage(self.folder).free + used) // FREE_SHARE)
@@ -165,7 +167,7 @@ class Results:
         return used + size <= limit
 
     def _remove(self, key: str, path: Path) -> bool:
-        """Remove a folder of an entry. Return False if another process holds the entry."""
+        """Remove a folder of an entry. Return False if a process holds the entry."""
         try:
             with self._lock(key, _refuse):
                 remove_entry(path)
@@ -227,9 +229,11 @@ class Entry:
     def keep(self, workdir: Path, record: StageRecord, names: Iterable[str]) -> None:
         """Store the output of a stage; report why it cannot be stored. `names`: of the output's
         files and folders in `workdir`. Raises Interrupted."""
-        partial = self.results.folder / f".{self.key}{_PARTIAL}"
+        folder = self.results.folder
+        partial = folder / f".{self.key}.{secrets.token_hex(4)}{_PARTIAL}"
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in folder.glob(f".{self.key}.*{_PARTIAL}"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
             paths = [workdir / name for name in names]
             size = sum(map(_size, paths))
             if not self.results.make_room(size):
@@ -241,7 +245,8 @@ class Entry:
             _copy(paths, workdir, partial / _FILES, self.worker.check_stop)
             value = record.model_dump(mode="json", by_alias=True)
             (partial / _RECORD).write_text(json.dumps(value), encoding="utf-8")
-            partial.rename(self._folder)
+            if not self._folder.exists():  # kept meanwhile by a process that does not see the lock
+                partial.rename(self._folder)
         except OSError as error:
             self.worker.report(message=f"the data is not kept for other jobs: {error}")
         finally:
