@@ -263,12 +263,12 @@ def test_of_two_jobs_that_begin_at_once_one_prepares(tmp_path: Path) -> None:
 
 def test_a_job_that_waits_for_another_can_be_stopped(tmp_path: Path) -> None:
     first, second = Job(tmp_path), Job(tmp_path)
-    begun, asked = threading.Event(), threading.Event()
+    begun, asked, ended = threading.Event(), threading.Event(), threading.Event()
     second.stop = asked.is_set
 
     def during() -> None:
         begun.set()
-        assert asked.wait(60)
+        assert ended.wait(20), "the second job did not end"
 
     first.during = during
     thread = threading.Thread(target=first.run)
@@ -277,6 +277,7 @@ def test_a_job_that_waits_for_another_can_be_stopped(tmp_path: Path) -> None:
     second.on_message = asked.set
     with pytest.raises(Interrupted):
         second.run()
+    ended.set()
     thread.join()
     assert second.runs == 0
 
@@ -351,7 +352,9 @@ def store(folder: Path, key: str, limit: int = THREE, *, age: int = 0) -> Job:
 def test_the_entry_that_was_not_used_for_the_longest_time_makes_room(tmp_path: Path) -> None:
     for age, key in ((30, "first"), (20, "second"), (10, "third")):
         store(tmp_path, key, age=age)
-    assert store(tmp_path, "first").runs == 0
+    user = Job(tmp_path, key="first")
+    user.run()
+    assert user.runs == 0
     store(tmp_path, "fourth")
     assert entries(tmp_path) == {"first", "third", "fourth"}
 
