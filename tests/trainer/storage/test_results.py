@@ -368,6 +368,17 @@ def test_an_entry_that_another_job_holds_stays(tmp_path: Path) -> None:
     assert entries(tmp_path) == {"first", "third", "fourth"}
 
 
+def test_an_entry_that_another_job_is_storing_stays(tmp_path: Path) -> None:
+    store(tmp_path, "first")
+    stored = tmp_path / "cache/results/.other.0123abcd.partial/files"
+    stored.mkdir(parents=True)
+    (stored / "half").write_bytes(bytes(2 * SIZE))
+    with (tmp_path / "cache/results/.other.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        store(tmp_path, "second")
+    assert entries(tmp_path) == {".other.0123abcd.partial", "second"}
+
+
 def test_an_incomplete_entry_goes_first(tmp_path: Path) -> None:
     for age, key in ((30, "first"), (20, "second"), (10, "third")):
         store(tmp_path, key, age=age)

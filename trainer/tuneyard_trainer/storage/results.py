@@ -151,7 +151,7 @@ class Results:
     def make_room(self, size: int) -> bool:
         """Remove what killed processes left, and the entries that were not used for the longest
         time, until `size` more bytes may be stored. Return whether they may. An entry that is being
-        copied stays."""
+        copied or stored stays."""
         for partial in self.folder.glob(f".*{_PARTIAL}"):
             self._remove(partial.name.split(".")[1], partial)
         sizes = {path: _size(path) for path in self.folder.iterdir() if path.is_dir()}
@@ -159,7 +159,8 @@ class Results:
         limit = min(self.most_bytes, (shutil.disk_usage(self.folder).free + used) // FREE_SHARE)
         if size > limit:
             return False
-        for path in sorted(sizes, key=_last_used):
+        entries = [path for path in sizes if not path.name.endswith(_PARTIAL)]
+        for path in sorted(entries, key=_last_used):
             if used + size <= limit:
                 break
             if self._remove(path.name, path):
