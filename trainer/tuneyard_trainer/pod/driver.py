@@ -240,8 +240,9 @@ class Driver:
             self._reporter.update(self._progress.post(), urgent=event["type"] == "stage")
         if event["type"] == "stage":
             record = event["record"] or {}
+            fields = {"stage": event["stage"], "reused": record.get("reused")}
             metrics = finite(record.get("metrics", {}))
-            self._log(f"stage-{event['state'].lower()}", **{"stage": event["stage"], **metrics})
+            self._log(f"stage-{event['state'].lower()}", **{**fields, **metrics})
         elif event["message"] or at - self._logged_at >= LOG_SECONDS:
             self._logged_at = at
             place = {name: event[name] for name in ("stage", "step", "totalSteps", "message")}

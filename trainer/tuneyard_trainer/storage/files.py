@@ -22,15 +22,14 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 def disk_error(error: OSError | SafetensorError, folder: Path) -> StageError:
     """Return the StageError for a failed write: DiskFull or WriteFailed."""
-    code = getattr(error, "errno", None)
-    if code in (errno.ENOSPC, errno.EDQUOT) or f"os error {errno.ENOSPC}" in str(error):
+    if is_disk_full(error):
         return StageError(
             "DiskFull",
             f"no space left while writing to {folder}.",
             advice="Free space there, or set output.uri to another location; then run the same "
             "manifest again. It resumes from the last complete checkpoint.",
         )
-    forbidden = code in (errno.EACCES, errno.EPERM, errno.EROFS)
+    forbidden = getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS)
     return StageError(
         "WriteFailed",
         f"cannot write to {folder}: {error}.",
@@ -40,6 +39,12 @@ def disk_error(error: OSError | SafetensorError, folder: Path) -> StageError:
         else "",
         retryable=not forbidden,
     )
+
+
+def is_disk_full(error: OSError | SafetensorError) -> bool:
+    """Return whether a write failed since the disk or the user's share of it is full."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return full or f"os error {errno.ENOSPC}" in str(error)  # of safetensors, without an errno
 
 
 def write_atomically(path: Path, data: bytes) -> None:
