@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-TOKEN = "hf_reader"  # noqa: S105  of this fake
+TOKEN = "hf_reader"
 COMMIT = "c" * 40
 REPOSITORIES = {
     "models/org/model": {

@@ -31,9 +31,13 @@ def test_a_complete_folder_gets_its_name(tmp_path: Path) -> None:
 
 
 def test_a_failed_one_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), partial_folder(tmp_path) as partial:
-        put(partial / "a.txt", "half")
-        raise RuntimeError
+    def download() -> None:
+        with partial_folder(tmp_path) as partial:
+            put(partial / "a.txt", "half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        download()
     assert [*tmp_path.iterdir()] == []
 
 

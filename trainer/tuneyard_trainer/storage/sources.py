@@ -154,16 +154,25 @@ def _packaged(source: SourceInput, rest: str) -> Path:
 
 
 def _hub_model(source: SourceInput, rest: str, cache_dir: Path, kind: Kind) -> Path:
+    import huggingface_hub
+
     parts = rest.strip("/").split("/")
     one_file = len(parts) == 3 and parts[2].endswith(".gguf")
     if kind == "data" or not (len(parts) <= 2 or one_file):
         wanted = "hf://datasets/ORG/NAME/FILE" if kind == "data" else "hf://ORG/NAME"
         raise FileNotFoundError(f"the URI of {kind} on the hub has the form {wanted}")
-    patterns = {
+    repo, token = "/".join(parts[:2]), _token(source)
+    files: dict[str, Any] = {
         "allow_patterns": [parts[2]] if one_file else list(MODEL_FILES),
         "ignore_patterns": list(REPEATED_FILES),
     }
-    folder = _hub_folder(source, "/".join(parts[:2]), patterns, cache_dir)
+    if on_claim(cache_dir):
+        folder = _shared_hub_folder(repo, source.revision, token, files, cache_dir)
+    else:
+        snapshot = huggingface_hub.snapshot_download(
+            repo, revision=source.revision, token=token, **files
+        )
+        folder = Path(snapshot)
     if one_file:
         return _local(folder / parts[2], kind)
     if not any(folder.glob("*.safetensors")):
@@ -177,37 +186,30 @@ def _hub_model(source: SourceInput, rest: str, cache_dir: Path, kind: Kind) -> P
     return folder
 
 
-def _hub_folder(
-    source: SourceInput, repo: str, patterns: dict[str, list[str]], cache_dir: Path
+def _shared_hub_folder(
+    repo: str, revision: str | None, token: str | None, files: dict[str, Any], cache_dir: Path
 ) -> Path:
-    """Return the folder of a model of the hub.
+    """Return the folder of a model of the hub in a cache that pods share.
 
-    The hub client's own cache is not used on a claim: if the hub refuses a token or cannot be
-    reached, the client returns what lies there; and without locks of the file system, it waits
-    without end for a process that was killed.
+    The hub client's own cache does not do: if the hub refuses the token or cannot be reached, the
+    client returns what lies there; and where the file system has no locks, it waits without end for
+    a pod that was killed.
     """
     import huggingface_hub
 
-    token = _token(source)
-    if not on_claim(cache_dir):
-        return Path(
-            huggingface_hub.snapshot_download(
-                repo, revision=source.revision, token=token, **patterns
-            )
-        )
-    commit = huggingface_hub.HfApi(token=token).model_info(repo, revision=source.revision).sha
-    target = cache_dir / "sources" / digest([repo, commit, patterns])[7:39]
+    commit = huggingface_hub.HfApi(token=token).model_info(repo, revision=revision).sha
+    target = cache_dir / "sources" / digest([repo, commit, files])[7:39]
     with cache_lock(target):
         cached = target.exists()
         if not cached:
             with partial_folder(target.parent) as partial:
                 huggingface_hub.snapshot_download(
-                    repo, revision=commit, token=token, local_dir=partial, **patterns
+                    repo, revision=commit, token=token, local_dir=partial, **files
                 )
                 keep(partial, target)
-    if cached and (files := files_under(target)):
+    if cached and (found := files_under(target)):
         # The card of a gated model may be open to all: its largest file is asked for, the weights.
-        largest, _ = max(files, key=lambda file: file[1].stat().st_size)
+        largest, _ = max(found, key=lambda file: file[1].stat().st_size)
         _require_readable_on_hub(huggingface_hub.hf_hub_url(repo, largest, revision=commit), token)
     return target
 
