@@ -28,6 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from tuneyard.api.compute import Compute
 from tuneyard.api.job_facts import FitAnswer, JobFacts
 from tuneyard.api.plan import Plan, SourceInput, leading
 from tuneyard.api.pods import (
@@ -40,6 +41,7 @@ from tuneyard.api.pods import (
     STALE_ATTEMPT,
     TOKEN_FILE_VARIABLE,
     WORKERS_VARIABLE,
+    cache_folder,
 )
 from tuneyard.api.progress import Outcome
 from tuneyard.api.quantity import quantity_value
@@ -174,7 +176,7 @@ class Driver:
             output=output,
             scratch=str(FOLDER / "scratch"),
             base_dir="/",
-            cache_dir=str(FOLDER / "cache"),
+            cache_dir=_cache_dir(self._plan.compute),
             job_uid=self._uid,
             drain=str(drain.FOLDER),
         )
@@ -411,7 +413,14 @@ def _leave(outcome: Outcome, log: Log) -> int:
     return INTERRUPTED if outcome.state == "Interrupted" else FAILED
 
 
-# ---- the output----------------------------------------------------------------------------------
+# ---- the output and the cache -------------------------------------------------------------------
+
+
+def _cache_dir(compute: Compute) -> str:
+    """Return the cache: on the claim that pods share, or in this pod's own /tmp."""
+    if compute.cache_claim is not None:
+        return cache_folder(compute.cache_claim)
+    return str(FOLDER / "cache")
 
 
 def located(uri: str) -> str:
