@@ -100,11 +100,11 @@ def test_an_error_of_a_stage_keeps_its_reason_and_advice() -> None:
 
 
 def test_an_error_comes_after_the_results_of_earlier_batches() -> None:
-    found = []
-    with Pool(refuse, 2) as pool, pytest.raises(StageError):
-        for batch in pool.map(BATCHES):
-            found.append(batch)
-    assert found == [*range(20)]
+    with Pool(refuse, 2) as pool:
+        results = pool.map(BATCHES)
+        assert [next(results) for _ in range(20)] == [*range(20)]
+        with pytest.raises(StageError):
+            next(results)
 
 
 def test_a_killed_process_is_named_and_the_stage_may_be_tried_again() -> None:
