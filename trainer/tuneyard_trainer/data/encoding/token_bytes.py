@@ -43,7 +43,7 @@ class TokenBytes:
         """Return the bytes of a tokenizer's tokens. None: it is not a byte-level tokenizer."""
         found = cls(tokenizer)
         ids = tokenizer(_SAMPLE, add_special_tokens=False, verbose=False)["input_ids"]
-        return found if b"".join(map(found._of, ids)) == _SAMPLE.encode() else None
+        return found if b"".join(map(found.bytes_of, ids)) == _SAMPLE.encode() else None
 
     def masks(
         self,
@@ -67,10 +67,11 @@ class TokenBytes:
             self._bytes = np.pad(self._bytes, (0, missing), constant_values=b"")
             self._sizes = np.pad(self._sizes, (0, missing), constant_values=-1)
         for token in np.unique(ids[self._sizes[ids] < 0]).tolist():
-            self._bytes[token] = self._of(token)
+            self._bytes[token] = self.bytes_of(token)
             self._sizes[token] = len(self._bytes[token])
 
-    def _of(self, token: int) -> bytes:
+    def bytes_of(self, token: int) -> bytes:
+        """Return the bytes of a token. b"": they are not known."""
         text = self._backend.id_to_token(token) or ""
         found = self._added.get(token, b"")
         if not found and _BYTES.keys() >= set(text):
