@@ -26,8 +26,8 @@ from tuneyard_trainer.data.reading.conversations import Message, template_turns
 from tuneyard_trainer.data.reading.example import Example
 
 _TEXTS_AT_ONCE = 64
-"""Texts of a call: enough for threads, and so few that what it allocates stays in a cache, which
-saves 5% of the time."""
+"""Texts of a call: enough for threads, and so few that what it allocates stays in a cache: in a
+measurement of the tokenizer alone, 2% to 4% less time than for 256."""
 
 
 @dataclass(frozen=True)
