@@ -310,6 +310,9 @@ def test_the_cache_is_on_the_claim_that_the_job_names(
     (cache,) = [Path(places.cache_dir) for places in used]
     assert sources.on_claim(cache) == (claim is not None)
     assert (claim is None) or cache.is_relative_to(sources.PVC_ROOT / claim)
+    assert [places.results is not None for places in used] == [claim is not None], (
+        "prepared data is shared only where the cache outlives the pod"
+    )
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ from tuneyard_trainer.running.group import Places, Resources
 from tuneyard_trainer.running.waits import Waits
 from tuneyard_trainer.storage import sources
 from tuneyard_trainer.storage.records import Store
+from tuneyard_trainer.storage.results import results_limit
 from tuneyard_trainer.worker import Interrupted
 
 SUCCEEDED, FAILED, INTERRUPTED, STALE = 0, 1, 3, 4
@@ -179,6 +180,7 @@ class Driver:
             cache_dir=_cache_dir(self._plan.compute),
             job_uid=self._uid,
             drain=str(drain.FOLDER),
+            results_bytes=_results_bytes(self._plan.compute),
         )
         if self._preparing:
             self._prepare(places)
@@ -421,6 +423,13 @@ def _cache_dir(compute: Compute) -> str:
     if compute.cache_claim is not None:
         return cache_folder(compute.cache_claim)
     return str(FOLDER / "cache")
+
+
+def _results_bytes(compute: Compute) -> int:
+    """Return the most bytes of prepared data that the cache keeps for other jobs: those of the
+    environment on a claim, and none in a cache that ends with its pod. Raises StageError
+    CacheUnusable."""
+    return results_limit(os.environ) if compute.cache_claim is not None else 0
 
 
 def located(uri: str) -> str:
