@@ -37,9 +37,7 @@ FIELD = "spec.evaluate.suites[0]"
         ),
         (
             {"question": "Consent?\n (A) No\n (B) Yes\nAnswer:", "good": " (B)", "bad": " (A)"},
-            choices.Choice(
-                "Consent?\n (A) No\n (B) Yes\nAnswer:", (" (B)", " (A)"), (True, False)
-            ),
+            choices.Choice("Consent?\n (A) No\n (B) Yes\nAnswer:", (" (B)", " (A)"), (True, False)),
         ),
         (
             {"question": "2 + 2?", "choices": ["3", "4", "5"], "answer": 1},
@@ -65,7 +63,9 @@ FIELD = "spec.evaluate.suites[0]"
         ),
         (
             {"input": "Is it kind?", "target_scores": {"Yes, very.": 1, "No.": 0}},
-            choices.Choice("Question: Is it kind?\nAnswer:", (" Yes, very.", " No."), (True, False)),
+            choices.Choice(
+                "Question: Is it kind?\nAnswer:", (" Yes, very.", " No."), (True, False)
+            ),
         ),
         (
             {
@@ -88,7 +88,10 @@ FIELD = "spec.evaluate.suites[0]"
                 "mc2_targets": {"choices": ["Here", "Near", "Far"], "labels": [1, 1, 0]},
             },
             choices.Choice(
-                "Question: Where is it?\nAnswer:", (" Here", " Near", " Far"), (True, True, False), 1
+                "Question: Where is it?\nAnswer:",
+                (" Here", " Near", " Far"),
+                (True, True, False),
+                1,
             ),
         ),
     ],
@@ -103,7 +106,10 @@ def test_each_published_layout_of_choices_is_an_item(
     ("row", "said"),
     [
         ({"text": "Hello."}, "the row has text; expected: good and bad"),
-        ({"question": "?", "choices": ["a", "b"], "answer": "c"}, "the answer 'c' is none of the 2"),
+        (
+            {"question": "?", "choices": ["a", "b"], "answer": "c"},
+            "the answer 'c' is none of the 2",
+        ),
         ({"question": "?", "choices": ["a", "b"], "answer": 2}, "the answer 2 is none of the 2"),
         ({"question": "?", "choices": ["a", "b"]}, "the answer None is none of the 2"),
         ({"question": "?", "choices": ["a"], "answer": 0}, "at least two options"),
@@ -250,7 +256,11 @@ def test_answers_that_help_are_no_refusals(answer: str) -> None:
 
 
 def test_safe_and_unsafe_prompts_are_measured_apart() -> None:
-    items = [refusals.Request("a", False), refusals.Request("b", False), refusals.Request("c", True)]
+    items = [
+        refusals.Request("a", False),
+        refusals.Request("b", False),
+        refusals.Request("c", True),
+    ]
     found = refusals.scores(items, ["I cannot help with that.", "Here it is.", "Here it is."])
     assert found["overRefusal"][:2].tolist() == [1.0, 0.0]
     assert np.isnan(found["overRefusal"][2])
@@ -373,7 +383,9 @@ def test_a_task_whose_data_lack_a_column_is_named(
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     files = task_files(tmp_path, extra="doc_to_decontamination_query: nothing\n")
-    text = (files / "lamps.yaml").read_text().replace("doc_to_choice: options", "doc_to_choice: none")
+    text = (
+        (files / "lamps.yaml").read_text().replace("doc_to_choice: options", "doc_to_choice: none")
+    )
     (files / "lamps.yaml").write_text(text)
     with pytest.raises(StageError) as refused:
         harness.run_task(task(files), *tiny, lambda: None)

@@ -89,9 +89,7 @@ def _choice(
     # A text that ends so brings its own place for the answer.
     is_open = question.rstrip().endswith(("Answer:", "A:"))
     context = question.rstrip() if is_open else QUESTION.format(question=question.strip())
-    return Choice(
-        context, tuple(f" {option.strip()}" for option in options), tuple(right), best
-    )
+    return Choice(context, tuple(f" {option.strip()}" for option in options), tuple(right), best)
 
 
 def _score(given: Any) -> bool:
@@ -117,7 +115,9 @@ def _targets(targets: Any) -> tuple[list[str], list[bool]]:
     choices = targets.get("choices") if isinstance(targets, dict) else None
     labels = targets.get("labels") if isinstance(targets, dict) else None
     if not isinstance(choices, list) or not isinstance(labels, list) or len(choices) != len(labels):
-        raise RowError("mc1_targets and mc2_targets hold choices and as many labels", "InvalidLabel")
+        raise RowError(
+            "mc1_targets and mc2_targets hold choices and as many labels", "InvalidLabel"
+        )
     return choices, [_score(label) for label in labels]
 
 
@@ -158,7 +158,7 @@ def _index(answer: Any, options: Sequence[Any], labels: Sequence[str]) -> int:
     a letter before a number, which counts from 0."""
     text = str(answer).strip()
     texts = [str(option).strip() for option in options]
-    for names in ([] if isinstance(answer, int) else [texts, list(labels[: len(options)])]):
+    for names in [] if isinstance(answer, int) else [texts, list(labels[: len(options)])]:
         if text in names:
             return names.index(text)
     if text.isdecimal() and int(text) < len(options):
@@ -186,7 +186,10 @@ def option_rows(
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     rows, masks = [], []
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    begun = {context: tokenizer(context, add_special_tokens=False)["input_ids"] for context in {*contexts}}
+    begun = {
+        context: tokenizer(context, add_special_tokens=False)["input_ids"]
+        for context in {*contexts}
+    }
     for ids, context in zip(encoded, contexts, strict=True):
         before = _common(begun[context], ids) if context else 0
         row = [first, *ids] if not before else list(ids)
@@ -211,7 +214,9 @@ def _common(context: Sequence[int], whole: Sequence[int]) -> int:
     return next((i for i in range(count) if context[i] != whole[i]), count)
 
 
-def scores(items: Sequence[Choice], logprobs_O: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+def scores(
+    items: Sequence[Choice], logprobs_O: NDArray[np.float64]
+) -> dict[str, NDArray[np.float64]]:
     """Return metrics of each item, by name (N,).
 
     - accuracy: 1.0 if the likeliest option is right. If an item has a best option, 1.0 if it is
