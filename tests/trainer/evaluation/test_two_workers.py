@@ -1,4 +1,4 @@
-"""Two workers measure what one does, in both evaluation stages."""
+"""Two workers measure what one does, in every part of an evaluation."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.trainer.rows import random_rows, write_prepared
 from tests.trainer.several_workers import Notes, end_of, spawn
 from tests.trainer.stop_after import StopAtCheck
 from tuneyard.api.plan import PlannedStage, StageInput
-from tuneyard.api.stage_settings import AssessSettings, EvaluateSettings
-from tuneyard_trainer.evaluation import assess, evaluate
+from tuneyard.api.stage_settings import EvaluateSettings
+from tuneyard_trainer.evaluation import evaluate
 from tuneyard_trainer.models import policies
 from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.worker import StageContext, Worker, never_stop
@@ -27,7 +27,7 @@ from tuneyard_trainer.worker import StageContext, Worker, never_stop
 CPU = torch.device("cpu")
 ALONE = Worker(0, 1, CPU, identity="sha256:one")
 QUESTION = "{first}\nor\n{second}? A or B?"
-STAGES = ("evaluate", "assess", "assess a reward model")
+STAGES = ("held-out rows", "an alignment", "a reward model")
 UNREACHABLE = [{"metric": "lossReduction", "atLeast": 0.999}]
 
 
@@ -41,32 +41,34 @@ def evaluate_stage(**changes: Any) -> PlannedStage:
     )
 
 
-def assess_stage() -> PlannedStage:
+def alignment_stage() -> PlannedStage:
     settings = {
         "chat": {"system_prompt": None, "chat_template": None},
-        "prompts": None,
-        "sampling": {"max_new_tokens": 8},
+        "compare_with_base": True,
+        "completions": {"prompts": None, "sampling": {"max_new_tokens": 8}},
+        "max_new_tokens": 8,
         "reward": [{"role": "reward"}],
-        "beta": 0.1,
+        "preferences": {"beta": 0.1},
         "win_rate": {"judge": None, "question": QUESTION, "principles": ["be kind"]},
         "samples": 3,
         "gates": [],
         "seed": 2,
     }
-    return planned(AssessSettings.model_validate(settings))
+    return planned(EvaluateSettings.model_validate(settings))
 
 
 def run(name: str, folder: Path, inputs: Mapping[str, Path], worker: Worker) -> None:
     folder.mkdir(exist_ok=True)
     worker = replace(worker, stage=name)
-    if name == "evaluate":
-        given = {**inputs, "data": inputs["prepared"]}
+    given = {"model": inputs["model"], "tuned": inputs["tuned"]}
+    if name == "held-out rows":
+        given["data"] = inputs["prepared"]
         evaluate.run(StageContext(evaluate_stage(), given, folder, worker))
         return
-    given = {**inputs, "data": inputs["pairs"], "judge": inputs["model"]}
-    if name != "assess":
+    given |= {"pairs": inputs["pairs"], "reward": inputs["reward"], "judge": inputs["model"]}
+    if name == "a reward model":
         del given["tuned"]
-    assess.run(StageContext(assess_stage(), given, folder, worker))
+    evaluate.run(StageContext(alignment_stage(), given, folder, worker))
 
 
 def measured(folder: Path) -> dict[str, Any]:
@@ -131,21 +133,20 @@ def _worker(rank: int, notes: Notes, folder: Path, inputs: dict[str, Path]) -> N
     (folder / "gated").mkdir(exist_ok=True)
     gated = StageContext(
         evaluate_stage(gates=UNREACHABLE),
-        {**inputs, "data": inputs["prepared"]},
+        {"model": inputs["model"], "tuned": inputs["tuned"], "data": inputs["prepared"]},
         folder / "gated",
         worker,
     )
     notes["gated", rank] = end_of(lambda: evaluate.run(gated))
-    for name in ("evaluate", "assess"):
+    for name in STAGES[:2]:
         checks = StopAtCheck(5)
         asked = replace(worker, stop=checks if rank == 1 else never_stop)
         notes["stopped", name, rank] = end_of(
             lambda name=name, asked=asked: run(name, folder / "stopped", inputs, asked)  # type: ignore[misc]
         )
     if rank == 1:
-        evaluate.load_base = broken
         policies.load_base = broken
-    for name in ("evaluate", "assess"):
+    for name in STAGES[:2]:
         notes["memory", name, rank] = end_of(
             lambda name=name: run(name, folder / "memory", inputs, worker)  # type: ignore[misc]
         )
@@ -173,18 +174,18 @@ def test_two_workers_measure_the_losses_and_sample_the_completions_of_one(
     assert by_two["metrics"] == pytest.approx(one["metrics"], rel=1e-5, abs=1e-5)
     assert by_two["samples"] == one["samples"]
     expected = {
-        "evaluate": {"validationLoss", "baseValidationLoss", "answerAccuracy"},
-        "assess": {"preferenceAccuracy", "kl", "rewardGain", "winRate", "sycophancyShift"},
-        "assess a reward model": {"rewardAccuracy"},
+        "held-out rows": {"validationLoss", "baseValidationLoss", "answerAccuracy"},
+        "an alignment": {"preferenceAccuracy", "kl", "rewardGain", "winRate", "sycophancyShift"},
+        "a reward model": {"rewardAccuracy"},
     }
     assert expected[name] <= one["metrics"].keys()
 
 
 def test_each_worker_measures_half_of_the_rows(two: tuple[Path, dict[Any, Any]]) -> None:
-    shares = each(two, "evaluate")
+    shares = each(two, "held-out rows")
     assert sorted(shares[0] + shares[1]) == sorted([*range(9), *range(9)])  # tuned and base
     assert sorted(map(len, shares)) == [8, 10]
-    shares = each(two, "assess")
+    shares = each(two, "an alignment")
     assert all(shares)
     assert abs(len(shares[0]) - len(shares[1])) <= 4
 
@@ -196,7 +197,7 @@ def test_a_missed_gate_ends_both_workers_and_rank_0_has_written_the_result(
     assert measured(two[0] / "gated")["metrics"]["validationLoss"] > 0
 
 
-@pytest.mark.parametrize("name", ["evaluate", "assess"])
+@pytest.mark.parametrize("name", STAGES[:2])
 def test_a_request_to_stop_one_worker_ends_both_and_writes_nothing(
     name: str, two: tuple[Path, dict[Any, Any]]
 ) -> None:
@@ -204,7 +205,7 @@ def test_a_request_to_stop_one_worker_ends_both_and_writes_nothing(
     assert not (two[0] / "stopped" / "evaluation.json").exists()
 
 
-@pytest.mark.parametrize("name", ["evaluate", "assess"])
+@pytest.mark.parametrize("name", STAGES[:2])
 def test_memory_that_runs_out_on_rank_1_ends_both_workers(
     name: str, two: tuple[Path, dict[Any, Any]]
 ) -> None:
