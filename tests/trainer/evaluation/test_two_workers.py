@@ -2,108 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from tests.trainer.conftest import VOCABULARY, tiny_llama
-from tests.trainer.preferring import planned, separable, write_pairs
-from tests.trainer.rows import random_rows, write_prepared
+from tests.trainer.evaluation.measuring import (
+    ALONE,
+    CPU,
+    STAGES,
+    evaluate_stage,
+    measured,
+    run,
+)
 from tests.trainer.several_workers import Notes, end_of, spawn
 from tests.trainer.stop_after import StopAtCheck
-from tuneyard.api.plan import PlannedStage, StageInput
-from tuneyard.api.stage_settings import EvaluateSettings
 from tuneyard_trainer.evaluation import evaluate
 from tuneyard_trainer.models import policies
 from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.worker import StageContext, Worker, never_stop
 
-CPU = torch.device("cpu")
-ALONE = Worker(0, 1, CPU, identity="sha256:one")
-QUESTION = "{first}\nor\n{second}? A or B?"
-STAGES = ("held-out rows", "an alignment", "a reward model")
 UNREACHABLE = [{"metric": "lossReduction", "atLeast": 0.999}]
-
-
-def evaluate_stage(**changes: Any) -> PlannedStage:
-    settings = {"compareWithBase": True, "samples": 5, "maxNewTokens": 6, "gates": []}
-    return PlannedStage(
-        name="evaluate",
-        settings=EvaluateSettings.model_validate(settings | changes),
-        inputs={role: StageInput(stage=role) for role in ("model", "data", "tuned")},
-        fingerprint="sha256:test",
-    )
-
-
-def alignment_stage() -> PlannedStage:
-    settings = {
-        "chat": {"system_prompt": None, "chat_template": None},
-        "compare_with_base": True,
-        "completions": {"prompts": None, "sampling": {"max_new_tokens": 8}},
-        "max_new_tokens": 8,
-        "reward": [{"role": "reward"}],
-        "preferences": {"beta": 0.1},
-        "win_rate": {"judge": None, "question": QUESTION, "principles": ["be kind"]},
-        "samples": 3,
-        "gates": [],
-        "seed": 2,
-    }
-    return planned(EvaluateSettings.model_validate(settings))
-
-
-def run(name: str, folder: Path, inputs: Mapping[str, Path], worker: Worker) -> None:
-    folder.mkdir(exist_ok=True)
-    worker = replace(worker, stage=name)
-    given = {"model": inputs["model"], "tuned": inputs["tuned"]}
-    if name == "held-out rows":
-        given["data"] = inputs["prepared"]
-        evaluate.run(StageContext(evaluate_stage(), given, folder, worker))
-        return
-    given |= {"pairs": inputs["pairs"], "reward": inputs["reward"], "judge": inputs["model"]}
-    if name == "a reward model":
-        del given["tuned"]
-    evaluate.run(StageContext(alignment_stage(), given, folder, worker))
-
-
-def measured(folder: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
-    return value
-
-
-@pytest.fixture(scope="module")
-def inputs(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, tiny_tokenizer: Any
-) -> dict[str, Path]:
-    """A model and one tuned from it, prepared rows, preferences and a reward model, all tiny."""
-    folder = tmp_path_factory.mktemp("inputs")
-    write_prepared(folder / "prepared", tiny_tokenizer, random_rows(2), random_rows(9, seed=9))
-    rows = [
-        json.loads(line) | {"expected": ["lamp"] if index % 2 else []}
-        for index, line in enumerate((folder / "prepared/validation.jsonl").read_text().split("\n"))
-        if line
-    ]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "prepared" / "validation.jsonl").write_text(text)
-    tuned = tiny_llama(VOCABULARY, initializer_range=0.1)
-    tuned.save_pretrained(folder / "tuned" / "weights")
-    torch.manual_seed(0)
-    shape = tiny_llama(VOCABULARY).config.to_dict()
-    classifier = LlamaForSequenceClassification(LlamaConfig(**shape | {"num_labels": 1}))
-    classifier.save_pretrained(folder / "reward")
-    tiny_tokenizer.save_pretrained(folder / "reward")
-    return {
-        "model": tiny_model_dir,
-        "tuned": folder / "tuned",
-        "prepared": folder / "prepared",
-        "pairs": write_pairs(folder / "pairs", tiny_model_dir, separable(28)),
-        "reward": folder / "reward",
-    }
 
 
 class Counted:
