@@ -267,6 +267,7 @@ def test_every_training_field_is_identity_or_declared_runtime() -> None:
         ("evaluate__samples", 1, "evaluate"),
         ("evaluate__maxNewTokens", 1, "evaluate"),
         ("evaluate__gates", [{"metric": "validationLoss", "atMost": 9.0}], "evaluate"),
+        ("evaluate__winRate", {"judge": {"model": {"uri": "hf://org/judge"}}}, "evaluate"),
         ("output__merge", False, "export"),
     ],
 )
@@ -336,6 +337,7 @@ def test_the_fields_above_are_all_fields_of_data_and_evaluate() -> None:
         "samples",
         "maxNewTokens",
         "gates",
+        "winRate",
     }
 
 

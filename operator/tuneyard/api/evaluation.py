@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from tuneyard.api.meta import Model, Rule
+from tuneyard.api.sources import Judge, QuestionText
 
 Metric = Literal[
     "validationLoss",
@@ -15,6 +16,7 @@ Metric = Literal[
     "answerAccuracy",
     "answerAccuracyGain",
     "validationLossOfGaps",
+    "winRate",
 ]
 """The metrics of a fine-tuning that a gate can bound.
 
@@ -23,6 +25,8 @@ Metric = Literal[
   words of the field's value, or of one of its values; case, punctuation and the articles a, an and
   the do not matter. answerAccuracyGain: the difference from the base model.
 - validationLossOfGaps: held-out loss on the gaps of documents (data.fillInTheMiddle).
+- winRate: share of the tuned model's answers to held-out questions that the judge of
+  `evaluate.winRate` prefers to the base model's.
 """
 
 AlignmentMetric = Literal[
@@ -80,6 +84,39 @@ class Gate(Model):
     )
 
 
+Principles = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=4096)]], Field(min_length=1, max_length=256)
+]
+
+
+QUESTION_SHOWS_BOTH = Rule(
+    cel="!has(self.question) || ['{first}', '{second}'].all(place, self.question.contains(place))",
+    holds=lambda step: (
+        step.question is None or ("{first}" in step.question and "{second}" in step.question)
+    ),
+    message="must contain {first} and {second}, where the two completions are inserted: add both",
+    path="question",
+    reads=("question",),
+)
+
+
+class WinRate(Model):
+    """Measure how often a judge prefers the tuned model's completions to those of the model before:
+    in an alignment, the one before alignment. The judge does not know the reward: if the reward
+    rises and the win rate does not, the policy exploits the reward model."""
+
+    judge: Judge
+    """The judge that compares; it sees each pair twice, once in each order."""
+    principles: Principles | None = None
+    """The criteria of the judge; one is drawn for each prompt. None: Tuneyard's default
+    principles."""
+    question: QuestionText | None = None
+    """Template of the question that asks the judge for A or B; {principle}, {conversation},
+    {first} and {second} are replaced. None: Tuneyard's default question."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (QUESTION_SHOWS_BOTH,)
+
+
 class Evaluate(Model):
     """The measurements of the tuned model."""
 
@@ -92,6 +129,8 @@ class Evaluate(Model):
     """Longest sampled completion, in tokens."""
     few_shot: int = Field(default=0, ge=0, le=64)
     """Number of worked examples before each question of a benchmark suite."""
+    win_rate: WinRate | None = None
+    """Let a judge compare completions. None: no win rate is measured."""
     suites: list[Annotated[str, Field(min_length=1, max_length=128)]] = Field(
         default=[], max_length=64
     )

@@ -491,25 +491,8 @@ class CritiqueSettings(Model):
     """Seed of the completions and of the drawn principles."""
 
 
-class EvaluateSettings(Model):
-    """Measure a fine-tuned model.
-
-    Inputs: `model`, `data` (a prepare stage), `tuned` (a training stage).
-    """
-
-    kind: Literal["evaluate"] = "evaluate"
-    compare_with_base: bool
-    """Also measure the base model."""
-    samples: int
-    """Number of prompts whose completions are shown side by side."""
-    max_new_tokens: int
-    """Longest sampled completion, in tokens."""
-    gates: list[Gate]
-    """Bounds that the result must meet."""
-
-
 class WinRateSettings(Model):
-    """A second judge's comparison of the aligned model with the model before alignment."""
+    """A judge's comparison of the tuned model with the model before."""
 
     judge: JudgeSettings | None
     """The judge behind an endpoint. None: the model at the input `judge`."""
@@ -519,35 +502,80 @@ class WinRateSettings(Model):
     """Template of the question that asks for A or B."""
 
 
-class AssessSettings(Model):
-    """Measure an aligned model, or a reward model alone.
+class CompletionsSettings(Model):
+    """Completions that both models sample, and the signs of reward hacking in them."""
 
-    Inputs: `model`, and each of these that the job has: `tuned` (the aligned model; if it is
-    absent, the reward model alone is measured), `start` (the weights before alignment), `data` (a
+    prompts: PromptSettings | None
+    """How the input `prompts` is read, for prompts if no pairs are held out. None: there is no
+    such input."""
+    sampling: Sampling
+    """How completions are sampled."""
+
+
+class PreferencesSettings(Model):
+    """The implicit rewards of the held-out preferences."""
+
+    beta: float
+    """Scale of the implicit rewards (Rafailov et al. 2023, section 4)."""
+
+
+class EvaluateSettings(Model):
+    """Measure a model, and compare it with the model before: the one that its training started
+    from. Each part is measured that has its settings and its inputs.
+
+    Inputs: `model`, and each of these that the job has: `tuned` (the weights to measure; if it is
+    absent, the reward model alone is measured), `start` (the weights of the model before; if it is
+    absent, this is `model`), `data` (a prepare stage: its held-out rows are measured), `pairs` (a
     pairs stage), `prompts`, `judge` (of `win_rate`, if the judge is a model run by the job), and
     the reward models that `reward` names.
     """
 
-    kind: Literal["assess"] = "assess"
-    chat: ChatSettings
-    """How messages are formatted as text."""
-    prompts: PromptSettings | None
-    """How the prompts for sampling are read if no pairs are held out. None: the job has no
-    prompts."""
-    sampling: Sampling
-    """How completions are sampled."""
-    reward: list[RewardTerm]
-    """Terms whose sum is the reward of a completion. Empty: no reward."""
-    beta: float
-    """Scale of the implicit rewards (Rafailov et al. 2023, section 4)."""
-    win_rate: WinRateSettings | None
-    """How a second judge compares completions. None: no win rate is measured."""
+    kind: Literal["evaluate"] = "evaluate"
+    compare_with_base: bool
+    """Also measure the model before."""
     samples: int
     """Number of prompts whose completions are shown side by side."""
+    max_new_tokens: int
+    """Longest completion, in tokens."""
     gates: list[Gate]
     """Bounds that the result must meet."""
+    # What 0.2 did not know is left out where it is None: the plans of 0.2 keep their bytes.
+    chat: ChatSettings | None = Field(default=None, exclude_if=lambda value: value is None)
+    """How messages are formatted as text. None: as in `data`."""
+    completions: CompletionsSettings | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+    """What both models sample. None: nothing; they answer held-out questions of `data`."""
+    preferences: PreferencesSettings | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+    """What is measured on the held-out preferences of `pairs`. None: nothing but the reward
+    model."""
+    reward: list[RewardTerm] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Terms whose sum is the reward of a completion. None: no reward."""
+    win_rate: WinRateSettings | None = Field(default=None, exclude_if=lambda value: value is None)
+    """How a judge compares completions. None: no win rate is measured."""
+    seed: int | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Seed of the sampled completions and of the drawn principles. None: nothing is drawn."""
+
+
+class AssessSettings(Model):
+    """The evaluation of an alignment in a plan of 0.2, which `api.earlier` turns into
+    EvaluateSettings. No plan of this version has it.
+
+    Inputs: as of EvaluateSettings, but `data` is a pairs stage.
+    """
+
+    kind: Literal["assess"] = "assess"
+    chat: ChatSettings
+    prompts: PromptSettings | None
+    sampling: Sampling
+    reward: list[RewardTerm]
+    beta: float
+    win_rate: WinRateSettings | None
+    samples: int
+    gates: list[Gate]
     seed: int
-    """Seed of the completions."""
 
 
 class ExportSettings(Model):
@@ -612,12 +640,13 @@ TRAINING_KINDS: Final[tuple[StageKind, ...]] = (
 PREPARING_KINDS: Final[tuple[StageKind, ...]] = ("augment", "prepare", "pairs")
 """The kinds of stages that run no model: they read data. Those at the beginning of a plan need no
 GPU."""
+EVALUATION_KINDS: Final[tuple[StageKind, ...]] = ("evaluate", "assess")
+"""The kinds of stages that measure the result. `assess` is that of an alignment in 0.2."""
 SHARED_KINDS: Final[tuple[StageKind, ...]] = (
     *TRAINING_KINDS,
     "rewrite",
     "critique",
     "feedback",
-    "evaluate",
-    "assess",
+    *EVALUATION_KINDS,
 )
 """The kinds of stages that run a model, and that all workers therefore run together."""

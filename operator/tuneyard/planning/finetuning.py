@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tuneyard.api.finetunejob import FineTuneSpec
-from tuneyard.api.plan import Input, StageInput, TrainRuntime
+from tuneyard.api.plan import Input, StageInput
 from tuneyard.api.stage_settings import ExportSettings
 from tuneyard.errors import PlanError
 from tuneyard.planning import defaults
@@ -14,6 +14,7 @@ from tuneyard.planning.drafts import (
     data_inputs,
     default_notes,
     evaluate,
+    judge_input,
     prepare,
     runtime,
     source_input,
@@ -53,8 +54,12 @@ def _drafts(spec: FineTuneSpec, rule: defaults.Rule) -> list[Draft]:
         ),
     ]
     if spec.data.validation is not None:
-        measured = TrainRuntime(sharding=_sharding(spec))
-        drafts.append(Draft("evaluate", evaluate(spec.evaluate), inputs, measured))
+        win_rate = spec.evaluate.win_rate
+        judge, judge_runtime = judge_input(
+            win_rate.judge if win_rate else None, "spec.evaluate.winRate.judge"
+        )
+        measured = judge_runtime.model_copy(update={"sharding": _sharding(spec)})
+        drafts.append(Draft("evaluate", evaluate(spec.evaluate), {**inputs, **judge}, measured))
         inputs = {**inputs, "evaluation": StageInput(stage="evaluate")}
     return [*drafts, Draft("export", ExportSettings(merge=spec.output.merge), inputs)]
 

@@ -57,6 +57,11 @@ BY_TRL = (
 SHARDED = ("dpo", "grpo", "rloo")
 """The methods of an alignment whose policy the workers can share."""
 
+NEEDS_WHOLE_MODEL = (
+    "needs a whole model on each worker, and compute.sharding is fsdp: remove it, or remove "
+    "sharding"
+)
+
 WITH_VIRTUAL_TOKENS = ("prompt", "prefix")
 """Adapters that put trained tokens before the input."""
 
@@ -67,6 +72,7 @@ def fine_tuning_faults(spec: FineTuneSpec) -> list[Fault]:
         *_engine_faults(spec),
         *_sharding_faults(spec),
         *_suite_faults(spec.evaluate),
+        *_win_rate_faults(spec),
         *_gap_faults(spec.data, "spec.data", spec.method),
         *_document_faults(spec.data, "spec.data"),
         *augmentation_faults(spec.data, "spec.data", shared=spec.compute.sharding == "fsdp"),
@@ -112,7 +118,7 @@ def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
         *(augmentation_faults(spec.sft.data, "spec.sft.data", shared=False) if spec.sft else ()),
     ]
     aligned = spec.optimize or (spec.reward_model and spec.reward_model.train)
-    known = get_args(AlignmentMetric) if aligned else get_args(Metric)
+    known = get_args(AlignmentMetric if aligned else Metric)
     for path, gate in _gates(spec.evaluate):
         problem = _unknown_metric(gate, known)
         if problem is None and aligned:
@@ -396,8 +402,7 @@ def _whole_models(spec: AlignmentSpec) -> Iterator[Fault]:
         if is_set:
             yield Fault(
                 where,
-                "needs a whole model on each worker, and compute.sharding is fsdp: remove it, or "
-                "remove sharding",
+                NEEDS_WHOLE_MODEL,
             )
 
 
@@ -554,6 +559,32 @@ def _suite_faults(evaluate: Evaluate) -> Iterator[Fault]:
         yield Fault("spec.evaluate.suites", message)
 
 
+def _win_rate_faults(spec: FineTuneSpec) -> Iterator[Fault]:
+    """Yield the faults of a win rate that a fine-tuning cannot measure."""
+    win_rate, path = spec.evaluate.win_rate, "spec.evaluate.winRate"
+    if win_rate is None:
+        return
+    if spec.data.validation is None:
+        yield Fault(
+            path,
+            "compares answers to held-out questions, but no rows are held out: set "
+            "data.validation, or remove winRate",
+        )
+    if spec.method == "pretrain":
+        yield Fault(
+            path,
+            "compares answers to questions, which method pretrain does not have: remove winRate",
+        )
+    if not spec.evaluate.compare_with_base:
+        yield Fault(
+            path,
+            "compares the tuned model with the base model: set evaluate.compareWithBase: true, or "
+            "remove winRate",
+        )
+    if win_rate.judge.model and spec.compute.sharding == "fsdp":
+        yield Fault(f"{path}.judge.model", NEEDS_WHOLE_MODEL)
+
+
 def _gates(evaluate: Evaluate) -> Iterator[tuple[str, Gate]]:
     for index, gate in enumerate(evaluate.gates):
         yield f"spec.evaluate.gates[{index}].metric", gate
@@ -588,6 +619,8 @@ def _unmeasured_fine_tuning(gate: Gate, spec: FineTuneSpec) -> str | None:
             "validationLossOfGaps is measured on the gaps of held-out documents: set "
             "data.fillInTheMiddle"
         )
+    if gate.metric == "winRate" and not spec.evaluate.win_rate:
+        return "winRate is measured by a judge: set evaluate.winRate"
     if gate.metric.startswith("answerAccuracy") and spec.method == "pretrain":
         return (
             f"{gate.metric} needs rows with a prompt and an expected answer, but method is "

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tuneyard.api.plan import StageRecord
-from tuneyard.api.stage_settings import SUPERVISED_KINDS, TRAINING_KINDS
+from tuneyard.api.stage_settings import EVALUATION_KINDS, SUPERVISED_KINDS, TRAINING_KINDS
 from tuneyard_trainer.reporting.answers import is_right
 from tuneyard_trainer.reporting.formatting import (
     count,
@@ -107,7 +107,7 @@ class Results:
         missing."""
         kinds = {record.kind: record for record in records.values()}
         training = last_trained(records.values())
-        evaluation = kinds.get("evaluate") or kinds.get("assess")
+        evaluation = next((kinds[kind] for kind in EVALUATION_KINDS if kind in kinds), None)
         samples = evaluation.details.get("samples", []) if evaluation else []
         return cls(
             comparisons=tuple(_comparisons(training, evaluation)),
@@ -130,7 +130,7 @@ def headline(kind: str, metrics: Mapping[str, float], details: Mapping[str, Any]
         return _prepare_headline(metrics)
     if kind in TRAINING_KINDS:
         return _training_headline(metrics, details)
-    if kind == "evaluate":
+    if kind in EVALUATION_KINDS:
         return _evaluate_headline(metrics)
     if kind in _HEADLINE_METRICS:
         return _labeled(metrics, _HEADLINE_METRICS[kind])
@@ -175,12 +175,21 @@ def _warnings(prepare: StageRecord | None) -> list[str]:
 
 
 def _comparisons(training: StageRecord | None, evaluation: StageRecord | None) -> list[Comparison]:
-    if evaluation and evaluation.kind == "assess":
-        return _alignment_comparisons(evaluation.metrics)
-    metrics = _with_training_losses(training, evaluation)
-    tuned, base = metrics.get("validationLoss"), metrics.get("baseValidationLoss")
+    if evaluation is not None:
+        found = evaluation.metrics
+        on_rows = "validationLoss" in found
+        rows = _on_held_out_rows(_with_training_losses(training, evaluation)) if on_rows else []
+        return [*rows, *_alignment_comparisons(found)]
+    metrics = _with_training_losses(training, None)
     if training and training.kind not in SUPERVISED_KINDS:
+        tuned, base = metrics.get("validationLoss"), metrics.get("baseValidationLoss")
         return [_lower_is_better("Held-out loss", base, tuned)] if tuned is not None else []
+    return _on_held_out_rows(metrics)
+
+
+def _on_held_out_rows(metrics: Mapping[str, float]) -> list[Comparison]:
+    """Compare the models on the held-out rows of fine-tuning data."""
+    tuned, base = metrics.get("validationLoss"), metrics.get("baseValidationLoss")
     rows = []
     if tuned is not None:
         rows += [
@@ -242,7 +251,7 @@ _ALIGNMENT_METRICS = {
     "Preference accuracy": "preferenceAccuracy",
     "Reward": "reward",
     "Reward model accuracy": "rewardAccuracy",
-    "Win rate by the second judge": "winRate",
+    "Win rate by the judge": "winRate",
 }
 """Metrics of which higher is better, by label."""
 _REWARD_HACKING_SIGNS = {
@@ -374,7 +383,16 @@ def _evaluate_headline(metrics: Mapping[str, float]) -> list[str]:
     parts = [f"held-out loss {_loss_change(metrics)}"] if "validationLoss" in metrics else []
     if "answerAccuracy" in metrics:
         parts.append(f"{_right_answers(metrics).tuned} answers right")
-    return parts
+    return parts + _labeled(metrics, _ALIGNED)
+
+
+_ALIGNED = {
+    "preferenceAccuracy": "preference accuracy",
+    "rewardGain": "reward gain",
+    "rewardAccuracy": "reward model accuracy",
+    "kl": "nats of KL per completion",
+}
+"""The metrics of an alignment in the headline of its evaluation, and their labels."""
 
 
 _AUGMENTED = {
@@ -392,12 +410,6 @@ _HEADLINE_METRICS: Mapping[str, Mapping[str, str]] = {
         "heldOutPreferences": "held out",
         "skippedRows": "skipped",
         "droppedRows": "dropped",
-    },
-    "assess": {
-        "preferenceAccuracy": "preference accuracy",
-        "rewardGain": "reward gain",
-        "rewardAccuracy": "reward model accuracy",
-        "kl": "nats of KL per completion",
     },
 }
 """The metrics in the headline of a stage, by kind, and their labels."""
