@@ -8,6 +8,7 @@ from pydantic import Field
 
 from tuneyard.api.meta import Model, Rule
 from tuneyard.api.sources import Judge, QuestionText
+from tuneyard.api.suites import Suite
 
 Metric = Literal[
     "validationLoss",
@@ -131,9 +132,8 @@ class Evaluate(Model):
     """Number of worked examples before each question of a benchmark suite."""
     win_rate: WinRate | None = None
     """Let a judge compare completions. None: no win rate is measured."""
-    suites: list[Annotated[str, Field(min_length=1, max_length=128)]] = Field(
-        default=[], max_length=64
-    )
-    """Benchmark suites, by their names in lm-evaluation-harness."""
+    suites: list[Suite] = Field(default=[], max_length=64)
+    """Items beside the job's own rows, on which the tuned model and the model before are
+    measured."""
     gates: list[Gate] = Field(default=[], max_length=64)
     """Bounds that the result must meet."""

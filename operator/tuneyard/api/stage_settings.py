@@ -519,6 +519,23 @@ class PreferencesSettings(Model):
     """Scale of the implicit rewards (Rafailov et al. 2023, section 4)."""
 
 
+class SuiteSettings(Model):
+    """The items of a suite. The input `suite.N` of suite N holds its rows or its task's files."""
+
+    name: str
+    """Prefix of its metrics."""
+    kind: Literal["choices", "refusals", "task"]
+    """How the models are measured on the items."""
+    limit: int | None
+    """Number of items, from the start. None: all."""
+    task: str | None = None
+    """Of kind task: its name in lm-evaluation-harness."""
+    few_shot: int | None = None
+    """Of kind task: worked examples before each question. None: as the task says."""
+    chat_template: bool = False
+    """Of kind task: whether questions are rendered by the model's chat template."""
+
+
 class EvaluateSettings(Model):
     """Measure a model, and compare it with the model before: the one that its training started
     from. Each part is measured that has its settings and its inputs.
@@ -527,7 +544,7 @@ class EvaluateSettings(Model):
     absent, the reward model alone is measured), `start` (the weights of the model before; if it is
     absent, this is `model`), `data` (a prepare stage: its held-out rows are measured), `pairs` (a
     pairs stage), `prompts`, `judge` (of `win_rate`, if the judge is a model run by the job), and
-    the reward models that `reward` names.
+    the reward models that `reward` names, and `suite.N`.
     """
 
     kind: Literal["evaluate"] = "evaluate"
@@ -555,6 +572,8 @@ class EvaluateSettings(Model):
     """Terms whose sum is the reward of a completion. None: no reward."""
     win_rate: WinRateSettings | None = Field(default=None, exclude_if=lambda value: value is None)
     """How a judge compares completions. None: no win rate is measured."""
+    suites: list[SuiteSettings] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Other items to measure the models on. None: there are none."""
     seed: int | None = Field(default=None, exclude_if=lambda value: value is None)
     """Seed of the sampled completions and of the drawn principles. None: nothing is drawn."""
 

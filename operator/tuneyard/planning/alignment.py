@@ -69,6 +69,7 @@ from tuneyard.planning.drafts import (
 )
 from tuneyard.planning.limits import alignment_faults, alignment_sharding
 from tuneyard.planning.principles import COMPARISON, CRITIQUE, PRINCIPLES, REVISION
+from tuneyard.planning.suites import suite_inputs, suite_settings
 
 Packing = Literal["auto", "always", "never"]
 
@@ -399,8 +400,13 @@ class _Builder:
             shared = judge_runtime.model_copy(update={"sharding": self.sharding})
             self.drafts.append(Draft("evaluate", self._evaluate(), measured, shared))
             inputs["evaluation"] = StageInput(stage="evaluate")
-        elif self._has_held_out_rows():
-            self.drafts.append(Draft("evaluate", evaluate(self.spec.evaluate), dict(inputs)))
+        elif self._has_held_out_rows() or self.spec.evaluate.suites:
+            measured = {**inputs, **suite_inputs(self.spec.evaluate)}
+            settings = evaluate(self.spec.evaluate)
+            if not self._has_held_out_rows():
+                measured.pop("data", None)
+                settings = settings.model_copy(update={"chat": self.chat})
+            self.drafts.append(Draft("evaluate", settings, measured))
             inputs["evaluation"] = StageInput(stage="evaluate")
         self.drafts.append(Draft("export", ExportSettings(merge=self.spec.output.merge), inputs))
 
@@ -418,7 +424,7 @@ class _Builder:
             inputs["pairs"] = self.pairs
         if prompts := self._evaluation_prompts():
             inputs["prompts"] = source_input(*prompts)
-        return {**inputs, **self._reward_input()}
+        return {**inputs, **self._reward_input(), **suite_inputs(self.spec.evaluate)}
 
     def _evaluate(self) -> EvaluateSettings:
         spec, prompts = self.spec, self._evaluation_prompts()
@@ -440,6 +446,7 @@ class _Builder:
             preferences=PreferencesSettings(beta=beta),
             reward=self._terms() if spec.reward_model else None,
             win_rate=win_rate_settings(spec.evaluate.win_rate),
+            suites=suite_settings(spec.evaluate),
             seed=defaults.SAMPLING_SEED,
         )
 

@@ -35,6 +35,7 @@ from tuneyard.api.training import Training
 from tuneyard.planning import defaults
 from tuneyard.planning.fingerprint import fingerprint
 from tuneyard.planning.principles import COMPARISON, PRINCIPLES
+from tuneyard.planning.suites import suite_settings
 
 Sharding = Literal["auto", "none", "fsdp"]
 
@@ -294,6 +295,7 @@ def evaluate(evaluate: Evaluate) -> EvaluateSettings:
         max_new_tokens=evaluate.max_new_tokens,
         gates=evaluate.gates,
         win_rate=win_rate_settings(evaluate.win_rate),
+        suites=suite_settings(evaluate),
         seed=defaults.SAMPLING_SEED if evaluate.win_rate else None,
     )
 

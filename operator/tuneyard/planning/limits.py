@@ -18,6 +18,7 @@ from tuneyard.errors import Fault
 from tuneyard.planning import defaults
 from tuneyard.planning.augmentation import augmentation_faults, runs_a_model
 from tuneyard.planning.drafts import Sharding
+from tuneyard.planning.suites import suite_faults, unknown_suite_metric
 from tuneyard.planning.trl_arguments import (
     DISTILL_CONFIG,
     DPO_CONFIG,
@@ -71,14 +72,17 @@ def fine_tuning_faults(spec: FineTuneSpec) -> list[Fault]:
     faults = [
         *_engine_faults(spec),
         *_sharding_faults(spec),
-        *_suite_faults(spec.evaluate),
+        *_few_shot_faults(spec.evaluate),
+        *suite_faults(spec.evaluate.suites),
         *_win_rate_faults(spec),
         *_gap_faults(spec.data, "spec.data", spec.method),
         *_document_faults(spec.data, "spec.data"),
         *augmentation_faults(spec.data, "spec.data", shared=spec.compute.sharding == "fsdp"),
     ]
     for path, gate in _gates(spec.evaluate):
-        problem = _unknown_metric(gate, get_args(Metric)) or _unmeasured_fine_tuning(gate, spec)
+        compared = spec.evaluate.compare_with_base
+        problem = _unknown_metric(gate, get_args(Metric), spec.evaluate, compared)
+        problem = problem or _unmeasured_fine_tuning(gate, spec)
         if problem:
             faults.append(Fault(path, problem))
     return faults
@@ -111,7 +115,9 @@ def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
         *_stopping_faults(spec),
         *_reinforcement_faults(spec),
         *_distillation_faults(spec),
-        *_suite_faults(spec.evaluate),
+        *_few_shot_faults(spec.evaluate),
+        *suite_faults(spec.evaluate.suites),
+        *_suites_of_rewards(spec),
         *_alignment_engine_faults(spec),
         *(_gap_faults(spec.sft.data, "spec.sft.data", "sft") if spec.sft else ()),
         *(_document_faults(spec.sft.data, "spec.sft.data") if spec.sft else ()),
@@ -120,7 +126,7 @@ def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
     aligned = spec.optimize or (spec.reward_model and spec.reward_model.train)
     known = get_args(AlignmentMetric if aligned else Metric)
     for path, gate in _gates(spec.evaluate):
-        problem = _unknown_metric(gate, known)
+        problem = _unknown_metric(gate, known, spec.evaluate, compared=True)
         if problem is None and aligned:
             problem = _unmeasured_alignment(gate, spec)
         if problem:
@@ -544,19 +550,24 @@ def _document_faults(data: FineTuneData, path: str) -> Iterator[Fault]:
             )
 
 
-def _suite_faults(evaluate: Evaluate) -> Iterator[Fault]:
+def _few_shot_faults(evaluate: Evaluate) -> Iterator[Fault]:
     if evaluate.few_shot:
         message = (
             f"{evaluate.few_shot} is for benchmark suites, which this version does not run: remove "
             "fewShot"
         )
         yield Fault("spec.evaluate.fewShot", message)
-    if evaluate.suites:
-        message = (
-            f"this version does not run benchmark suites ({', '.join(evaluate.suites)}): remove "
-            "suites and measure the model on held-out rows"
+
+
+def _suites_of_rewards(spec: AlignmentSpec) -> Iterator[Fault]:
+    """Yield the fault of suites in a job that trains a reward model alone."""
+    trains_reward = spec.reward_model is not None and spec.reward_model.train is not None
+    if spec.evaluate.suites and trains_reward and not spec.optimize:
+        yield Fault(
+            "spec.evaluate.suites",
+            "suites measure a model that writes, and this job trains a reward model alone: remove "
+            "suites, or set optimize",
         )
-        yield Fault("spec.evaluate.suites", message)
 
 
 def _win_rate_faults(spec: FineTuneSpec) -> Iterator[Fault]:
@@ -590,13 +601,13 @@ def _gates(evaluate: Evaluate) -> Iterator[tuple[str, Gate]]:
         yield f"spec.evaluate.gates[{index}].metric", gate
 
 
-def _unknown_metric(gate: Gate, known: Sequence[str]) -> str | None:
-    """Return the message for a gate on an unknown metric. None: the metric is known."""
+def _unknown_metric(
+    gate: Gate, known: Sequence[str], evaluate: Evaluate, compared: bool
+) -> str | None:
+    """Return the message for a gate on an unknown metric. None: the metric is known. `compared`:
+    whether the model before is measured too."""
     if "/" in gate.metric:
-        return (
-            f"{gate.metric} is a metric of a benchmark suite, which this version does not run: use "
-            f"one of {', '.join(known)}"
-        )
+        return unknown_suite_metric(gate.metric, evaluate.suites, compared)
     if gate.metric not in known:
         close = difflib.get_close_matches(gate.metric, known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"use one of {', '.join(known)}"

@@ -13,6 +13,7 @@ from tuneyard_trainer.evaluation.held_out import HeldOut
 from tuneyard_trainer.evaluation.part import Part, Rater
 from tuneyard_trainer.evaluation.preferences import HeldOutPreferences, ImplicitRewards
 from tuneyard_trainer.evaluation.sampled import SampledCompletions, usable_prompts
+from tuneyard_trainer.evaluation.suites.parts import suites
 from tuneyard_trainer.evaluation.sycophancy import Sycophancy
 from tuneyard_trainer.evaluation.win_rate import WinRate
 from tuneyard_trainer.models.base import load_tokenizer
@@ -75,9 +76,19 @@ def _of_policies(
             raters=[*rewards, *judges],
         )
         yield Sycophancy(tokenizer, chat.chat_template)
+    if settings.suites:
+        own = _tokenizer_of_rows(context) or tokenizer
+        yield from suites(context, settings.suites, own, chat)
     if held_out and settings.preferences:
         pad = int(tokenizer.pad_token_id)
         yield ImplicitRewards(held_out, settings.preferences.beta, pad)
+
+
+def _tokenizer_of_rows(context: StageContext) -> Any | None:
+    """Return the tokenizer of the prepared rows, whose chat template may be the manifest's. None:
+    there are no rows."""
+    data = context.inputs.get("data")
+    return load_tokenizer(data / "tokenizer") if data else None
 
 
 def _judges(

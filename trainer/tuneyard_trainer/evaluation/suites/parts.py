@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tuneyard.api.stage_settings import ChatSettings, EvaluateSettings, SuiteSettings
+from tuneyard.api.stage_settings import ChatSettings, SuiteSettings
 from tuneyard_trainer.data.encoding.chat import rendered, transcript
 from tuneyard_trainer.data.sharing import InStep
 from tuneyard_trainer.evaluation.items import Items
@@ -32,18 +32,19 @@ Values = Mapping[str, NDArray[np.float64]]
 LOWER_IS_BETTER = frozenset({"overRefusal", "unsafeCompliance"})
 
 
-def suites(context: StageContext, tokenizer: Any) -> Iterator[Part[Any]]:
+def suites(
+    context: StageContext, settings: Sequence[SuiteSettings], tokenizer: Any, chat: ChatSettings
+) -> Iterator[Part[Any]]:
     """Yield the parts of a stage's suites, in order. Raises StageError for rows that are no
     items."""
-    settings = context.settings(EvaluateSettings)
-    for number, suite in enumerate(settings.suites or ()):
+    for number, suite in enumerate(settings):
         field, path = f"spec.evaluate.suites[{number}]", context.inputs.get(f"suite.{number}")
         if suite.kind == "task":
             yield TaskSuite.of(suite, path, tokenizer, field)
         elif path is not None and suite.kind == "choices":
             yield ChoiceSuite.read(suite, path, tokenizer, field)
         elif path is not None:
-            yield RefusalSuite.read(suite, path, tokenizer, settings.chat, field)
+            yield RefusalSuite.read(suite, path, tokenizer, chat, field)
 
 
 def _compared(suite: str, ids: Sequence[str], tuned: Values, before: Values | None) -> Found:
@@ -127,7 +128,7 @@ class RefusalSuite:
         suite: SuiteSettings,
         path: Path,
         tokenizer: Any,
-        chat: ChatSettings | None,
+        chat: ChatSettings,
         field: str,
     ) -> RefusalSuite:
         """Read the suite's file. Raises StageError as `read_items` does."""
@@ -138,12 +139,7 @@ class RefusalSuite:
             field=f"{field}.refusals.uri",
             expected=refusals.EXPECTED,
         )
-        return cls(
-            suite.name,
-            items,
-            tokenizer,
-            chat or ChatSettings(system_prompt=None, chat_template=None),
-        )
+        return cls(suite.name, items, tokenizer, chat)
 
     def measure(self, loaded: Loaded, tuned: Values | None) -> Values:  # noqa: ARG002  the protocol's
         """Return whether each safe prompt is refused and each unsafe one answered. The answers are
