@@ -139,6 +139,7 @@ def _compared(
             tuned.losses_R / targets_R,
             before.losses_R / targets_R if before else None,
             higher_is_better=False,
+            weights_N=targets_R.astype(np.float64),
         )
     }
     checked = [number for number, q in enumerate(held_out.questions) if q.expected]
