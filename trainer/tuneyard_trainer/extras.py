@@ -27,6 +27,8 @@ def require(stages: Iterable[PlannedStage]) -> None:
             require_cleaning("ftfy")
         if clean and clean.languages:
             require_cleaning("py3langid")
+        for metric in getattr(stage.settings, "metrics", None) or ():
+            require_metric(metric)
         sampling = getattr(stage.settings, "sampling", None)
         if sampling and sampling.engine == "vllm":
             require_vllm()
@@ -54,6 +56,23 @@ def require_cleaning(package: str) -> None:
             f"{CLEANING[package]} needs {package}, which is not installed.",
             advice='Install it with `pip install "tuneyard[cleaning]"`, or remove '
             f"{CLEANING[package]}.",
+        )
+
+
+METRICS = {"rouge": "rouge_score", "bleu": "sacrebleu", "chrf": "sacrebleu"}
+"""The packages of the extra `metrics` that items of `evaluate.metrics` need."""
+
+
+def require_metric(name: str) -> None:
+    """Raise StageError MissingExtra unless the package is installed that a metric of answers
+    needs."""
+    package = METRICS.get(name)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise StageError(
+            "MissingExtra",
+            f"the metric {name} needs {package.replace('_', '-')}, which is not installed.",
+            advice='Install it with `pip install "tuneyard[metrics]"`, or remove '
+            f"{name} from evaluate.metrics.",
         )
 
 

@@ -293,6 +293,9 @@ def evaluate(evaluate: Evaluate) -> EvaluateSettings:
         samples=evaluate.samples,
         max_new_tokens=evaluate.max_new_tokens,
         gates=evaluate.gates,
+        metrics=evaluate.metrics or None,
+        answer_schema=evaluate.answer_schema,
+        answer_pattern=evaluate.answer_pattern,
         win_rate=win_rate_settings(evaluate.win_rate),
         seed=defaults.SAMPLING_SEED if evaluate.win_rate else None,
     )

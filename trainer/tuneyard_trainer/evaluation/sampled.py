@@ -47,7 +47,7 @@ def usable_prompts(
 
 @dataclass(frozen=True)
 class Measured:
-    """What one model sampled."""
+    """The completions of one model."""
 
     completions: tuple[Completion, ...]
     tokens: tuple[tuple[int, ...], ...]
