@@ -216,6 +216,33 @@ def test_a_win_rate_that_a_fine_tuning_cannot_measure_is_refused_with_the_remedy
     assert fault.path == "spec.evaluate.winRate.judge.model"
 
 
+def test_a_gate_on_a_metric_of_answers_needs_the_field_that_asks_for_it() -> None:
+    asked = {
+        "rougeL": ({"metrics": ["rouge"]}, "add rouge to evaluate.metrics"),
+        "macroF1": ({"metrics": ["classification"]}, "add classification to evaluate.metrics"),
+        "schemaValid": ({"answerSchema": "{}"}, "set evaluate.answerSchema"),
+        "patternMatch": ({"answerPattern": "x"}, "set evaluate.answerPattern"),
+    }
+    for metric, (fields, remedy) in asked.items():
+        gates = {"gates": [{"metric": metric, "atLeast": 0.1}]}
+        (fault,) = faults(job(data__validation=VALIDATION, evaluate=gates))
+        assert fault.message.endswith(remedy)
+        assert plan_job(job(data__validation=VALIDATION, evaluate=gates | fields))
+
+
+def test_metrics_of_answers_need_held_out_questions_and_a_pattern_that_can_be_read() -> None:
+    evaluate = {"metrics": ["rouge"], "answerPattern": "(", "answerSchema": "{}"}
+    found = faults(job(data__validation=VALIDATION, evaluate=evaluate))
+    assert [fault.path for fault in found] == ["spec.evaluate.answerPattern"]
+    assert "is no regular expression" in found[0].message
+    found = faults(job(evaluate=evaluate | {"answerPattern": "x"}))
+    assert len(found) == 3
+    assert all("set data.validation" in fault.message for fault in found)
+    wrong = job(data__validation=VALIDATION, method="pretrain", evaluate={"metrics": ["bleu"]})
+    (fault,) = faults(wrong)
+    assert "method pretrain does not have" in fault.message
+
+
 def test_gaps_are_for_documents_and_are_refused_where_answers_are_trained_on() -> None:
     (fault,) = faults(job(data__fillInTheMiddle={}))
     assert fault.path == "spec.data.fillInTheMiddle"
