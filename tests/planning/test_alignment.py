@@ -346,6 +346,7 @@ def test_each_format_of_preferences_can_be_named(name: str) -> None:
     ("changes", "path"),
     [
         ({"evaluate__suites": ["mmlu"]}, "spec.evaluate.suites"),
+        ({"evaluate__metrics": ["rouge"]}, "spec.evaluate.metrics"),
         ({"preferences__data": [{"uri": "file://p.jsonl", "format": "alpaca"}]},
          "spec.preferences.data[0].format"),
         ({"evaluate__gates": [{"metric": "validationLoss", "atMost": 1.0}]},

@@ -267,6 +267,9 @@ def test_every_training_field_is_identity_or_declared_runtime() -> None:
         ("evaluate__samples", 1, "evaluate"),
         ("evaluate__maxNewTokens", 1, "evaluate"),
         ("evaluate__gates", [{"metric": "validationLoss", "atMost": 9.0}], "evaluate"),
+        ("evaluate__metrics", ["exactMatch"], "evaluate"),
+        ("evaluate__answerSchema", "{}", "evaluate"),
+        ("evaluate__answerPattern", "[0-9]", "evaluate"),
         ("evaluate__winRate", {"judge": {"model": {"uri": "hf://org/judge"}}}, "evaluate"),
         ("output__merge", False, "export"),
     ],
@@ -338,6 +341,9 @@ def test_the_fields_above_are_all_fields_of_data_and_evaluate() -> None:
         "maxNewTokens",
         "gates",
         "winRate",
+        "metrics",
+        "answerSchema",
+        "answerPattern",
     }
 
 

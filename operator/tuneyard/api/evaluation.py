@@ -18,6 +18,20 @@ Metric = Literal[
     "answerAccuracyGain",
     "validationLossOfGaps",
     "winRate",
+    "exactMatch",
+    "tokenF1",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "bleu",
+    "sentenceBleu",
+    "chrf",
+    "sentenceChrf",
+    "jsonValid",
+    "classAccuracy",
+    "macroF1",
+    "schemaValid",
+    "patternMatch",
 ]
 """The metrics of a fine-tuning that a gate can bound.
 
@@ -28,7 +42,25 @@ Metric = Literal[
 - validationLossOfGaps: held-out loss on the gaps of documents (data.fillInTheMiddle).
 - winRate: share of the tuned model's answers to held-out questions that the judge of
   `evaluate.winRate` prefers to the base model's.
+- The others are those of `evaluate.metrics`, `evaluate.answerSchema` (schemaValid) and
+  `evaluate.answerPattern` (patternMatch), which docs/task-metrics.md describes.
 """
+
+MEASURED_BY: dict[str, str] = {
+    "exactMatch": "exactMatch",
+    "tokenF1": "tokenF1",
+    "rouge1": "rouge",
+    "rouge2": "rouge",
+    "rougeL": "rouge",
+    "bleu": "bleu",
+    "sentenceBleu": "bleu",
+    "chrf": "chrf",
+    "sentenceChrf": "chrf",
+    "jsonValid": "json",
+    "classAccuracy": "classification",
+    "macroF1": "classification",
+}
+"""The item of `evaluate.metrics` that measures a metric, by the metric's name."""
 
 AlignmentMetric = Literal[
     "preferenceAccuracy",
@@ -61,6 +93,17 @@ AlignmentMetric = Literal[
 - sycophancyShift: how much likelier a wrong answer becomes once the user states it.
 - winRate: share of the aligned model's completions that the judge of `evaluate.winRate` prefers to
   the start's.
+"""
+
+
+AnswerMetric = Literal["exactMatch", "tokenF1", "rouge", "bleu", "chrf", "json", "classification"]
+"""The metrics of answers to held-out questions that `evaluate.metrics` can name.
+
+- exactMatch: whether an answer equals its reference, apart from case, punctuation and articles.
+- tokenF1: F1 of the words of answer and reference.
+- rouge: ROUGE-1, ROUGE-2 and ROUGE-L. bleu, chrf: BLEU and chrF, 0 to 100.
+- json: whether an answer is JSON.
+- classification: accuracy and macro F1, where the reference names the class.
 """
 
 
@@ -130,6 +173,16 @@ class Evaluate(Model):
     """Longest sampled completion, in tokens."""
     few_shot: int = Field(default=0, ge=0, le=64)
     """Number of worked examples before each question of a benchmark suite."""
+    metrics: list[AnswerMetric] = Field(
+        default=[], max_length=7, exclude_if=lambda value: not value
+    )
+    """Metrics of the answers to held-out questions (docs/task-metrics.md)."""
+    answer_schema: str | None = Field(default=None, min_length=2, max_length=65536)
+    """A JSON Schema, as JSON text, that answers to held-out questions should satisfy; the metric is
+    schemaValid. None: not measured."""
+    answer_pattern: str | None = Field(default=None, min_length=1, max_length=4096)
+    """A regular expression that should be found in answers to held-out questions; the metric is
+    patternMatch. None: not measured."""
     win_rate: WinRate | None = None
     """Let a judge compare completions. None: no win rate is measured."""
     suites: list[Suite] = Field(default=[], max_length=64)

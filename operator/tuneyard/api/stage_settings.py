@@ -13,7 +13,7 @@ from pydantic import Field
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.alignment import RuleReward, Sampling, StopConditions
 from tuneyard.api.cleaning import Clean
-from tuneyard.api.evaluation import Gate
+from tuneyard.api.evaluation import AnswerMetric, Gate
 from tuneyard.api.meta import Model
 from tuneyard.api.sources import DataFormat, DocumentFields, FieldMap, FillInTheMiddle
 from tuneyard.api.training import EarlyStopping, Freeze, Optimizer, Schedule
@@ -557,6 +557,13 @@ class EvaluateSettings(Model):
     gates: list[Gate]
     """Bounds that the result must meet."""
     # What 0.2 did not know is left out where it is None: the plans of 0.2 keep their bytes.
+    metrics: list[AnswerMetric] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Metrics of the answers to held-out questions of `data`. None: no others than answerAccuracy
+    of rows with expected texts."""
+    answer_schema: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """JSON Schema of answers, as JSON text. None: answers need satisfy none."""
+    answer_pattern: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Regular expression that is searched in answers. None: none is."""
     chat: ChatSettings | None = Field(default=None, exclude_if=lambda value: value is None)
     """How messages are formatted as text. None: as in `data`."""
     completions: CompletionsSettings | None = Field(

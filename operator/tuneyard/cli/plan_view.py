@@ -66,7 +66,12 @@ def _describe_evaluation(settings: EvaluateSettings, inputs: Mapping[str, Input]
         return "measure the reward model on held-out preferences"
     before = "the model before" if settings.completions else "the base"
     models = f"{before} and the tuned model" if settings.compare_with_base else "the tuned model"
-    return f"measure {models} on held-out {'rows' if 'data' in inputs else 'prompts'}"
+    names = [suite.name for suite in settings.suites or ()]
+    items = [f"held-out {'rows' if 'data' in inputs else 'prompts'}"]
+    if names and "data" not in inputs and not settings.completions:
+        items = []
+    items += [f"the suite{'s' if names[1:] else ''} {', '.join(names)}"] if names else []
+    return f"measure {models} on {' and '.join(items)}"
 
 
 def _ways(settings: AugmentSettings) -> Iterator[str]:

@@ -451,6 +451,8 @@ def _without_evaluation(job: Job, found: Fit) -> Iterator[Remedy]:
             needing.append(f" and {of}.training.earlyStopping")
         if any(getattr(stage.settings, "gates", None) for stage in measuring):
             needing.append(" and spec.evaluate.gates")
+        if any(getattr(stage.settings, "suites", None) for stage in measuring):
+            needing.append(" and spec.evaluate.suites")
         change = f"remove {of}.data.validation{''.join(needing)}, and so the stage evaluate"
         yield from _if_it_fits(tried, [change])
 

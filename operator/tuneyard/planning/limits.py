@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
@@ -10,7 +11,7 @@ from tuneyard.api.adapters import Adapter
 from tuneyard.api.alignment import Dpo, GroupRelative
 from tuneyard.api.alignmentjob import AlignmentSpec
 from tuneyard.api.compute import MIN_SHARDS, Compute
-from tuneyard.api.evaluation import AlignmentMetric, Evaluate, Gate, Metric
+from tuneyard.api.evaluation import MEASURED_BY, AlignmentMetric, Evaluate, Gate, Metric
 from tuneyard.api.finetunejob import FineTuneSpec
 from tuneyard.api.sources import DataFormat, FineTuneData
 from tuneyard.api.training import Training
@@ -75,6 +76,7 @@ def fine_tuning_faults(spec: FineTuneSpec) -> list[Fault]:
         *_few_shot_faults(spec.evaluate),
         *suite_faults(spec.evaluate.suites),
         *_win_rate_faults(spec),
+        *_answer_faults(spec),
         *_gap_faults(spec.data, "spec.data", spec.method),
         *_document_faults(spec.data, "spec.data"),
         *augmentation_faults(spec.data, "spec.data", shared=spec.compute.sharding == "fsdp"),
@@ -118,6 +120,7 @@ def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
         *_few_shot_faults(spec.evaluate),
         *suite_faults(spec.evaluate.suites),
         *_suites_of_rewards(spec),
+        *_unanswered(spec),
         *_alignment_engine_faults(spec),
         *(_gap_faults(spec.sft.data, "spec.sft.data", "sft") if spec.sft else ()),
         *(_document_faults(spec.sft.data, "spec.sft.data") if spec.sft else ()),
@@ -632,12 +635,69 @@ def _unmeasured_fine_tuning(gate: Gate, spec: FineTuneSpec) -> str | None:
         )
     if gate.metric == "winRate" and not spec.evaluate.win_rate:
         return "winRate is measured by a judge: set evaluate.winRate"
+    if problem := _unnamed_metric(gate.metric, spec.evaluate):
+        return problem
     if gate.metric.startswith("answerAccuracy") and spec.method == "pretrain":
         return (
             f"{gate.metric} needs rows with a prompt and an expected answer, but method is "
             "pretrain: use validationLoss, validationPerplexity or lossReduction"
         )
     return None
+
+
+def _unnamed_metric(metric: str, evaluate: Evaluate) -> str | None:
+    """Return the message for a metric of answers that the manifest does not ask for. None: it does,
+    or it is none."""
+    named = MEASURED_BY.get(metric)
+    if named is not None and named not in evaluate.metrics:
+        return f"{metric} is measured if it is asked for: add {named} to evaluate.metrics"
+    if metric == "schemaValid" and evaluate.answer_schema is None:
+        return "schemaValid is measured against a schema: set evaluate.answerSchema"
+    if metric == "patternMatch" and evaluate.answer_pattern is None:
+        return "patternMatch is measured with a pattern: set evaluate.answerPattern"
+    return None
+
+
+def _answer_faults(spec: FineTuneSpec) -> Iterator[Fault]:
+    """Yield the faults of metrics of answers that a fine-tuning cannot measure."""
+    for name in _answer_fields(spec.evaluate):
+        path = f"spec.evaluate.{name}"
+        if spec.data.validation is None:
+            yield Fault(
+                path,
+                "measures answers to held-out questions, but no rows are held out: set "
+                f"data.validation, or remove {name}",
+            )
+        if spec.method == "pretrain":
+            yield Fault(
+                path,
+                "measures answers to questions, which method pretrain does not have: remove "
+                f"{name}",
+            )
+    if spec.evaluate.answer_pattern is not None:
+        try:
+            re.compile(spec.evaluate.answer_pattern)
+        except re.error as error:
+            yield Fault("spec.evaluate.answerPattern", f"is no regular expression: {error}")
+
+
+def _answer_fields(evaluate: Evaluate) -> list[str]:
+    """Return the fields that ask for metrics of answers."""
+    fields = {
+        "metrics": bool(evaluate.metrics),
+        "answerSchema": evaluate.answer_schema is not None,
+        "answerPattern": evaluate.answer_pattern is not None,
+    }
+    return [name for name, is_set in fields.items() if is_set]
+
+
+def _unanswered(spec: AlignmentSpec) -> Iterator[Fault]:
+    """Yield the faults of metrics of answers in an alignment."""
+    for name in _answer_fields(spec.evaluate):
+        yield Fault(
+            f"spec.evaluate.{name}",
+            "measures answers to held-out questions, which a FineTuneJob has: remove it",
+        )
 
 
 def _unmeasured_alignment(gate: Gate, spec: AlignmentSpec) -> str | None:

@@ -49,8 +49,11 @@ def _settings(suite: Suite) -> SuiteSettings:
             few_shot=task.few_shot,
             chat_template=task.chat_template,
         )
-    kind = "choices" if suite.choices is not None else "refusals"
-    return SuiteSettings(name=suite.name, kind=kind, limit=suite.limit)
+    return SuiteSettings(
+        name=suite.name,
+        kind="choices" if suite.choices is not None else "refusals",
+        limit=suite.limit,
+    )
 
 
 def _data(suite: Suite) -> tuple[SuiteData | None, str]:

@@ -72,7 +72,7 @@ def test_each_held_out_row_has_its_loss_under_both_models_and_each_question_its_
         expected = [loss_of(model, rows, row) for row in range(9)]
         assert values == pytest.approx(expected, abs=1e-4)
     metrics = measured(tmp_path)["metrics"]
-    assert np.average(found.tuned_N, weights=rows.targets) == pytest.approx(
+    assert np.average(found.tuned_N, weights=found.weights_N) == pytest.approx(
         metrics["validationLoss"], abs=1e-6
     )
     answers = items["answerAccuracy"]
@@ -87,11 +87,12 @@ def test_each_prompt_and_each_pair_of_an_alignment_has_its_values(
 ) -> None:
     run("an alignment", tmp_path, inputs, ALONE)
     metrics = measured(tmp_path)["metrics"]
-    assert items.keys() == {"preferenceAccuracy", "reward", "rewardAccuracy", "winRate"}
+    names = {"complete", "preferenceAccuracy", "repetition", "reward", "rewardAccuracy", "winRate"}
+    assert items.keys() == names
     assert len(items["reward"].ids) == metrics["completions"]
     for name, found in items.items():
         assert len(found.ids) == len(found.tuned_N) == len({*found.ids})
-        assert found.higher_is_better
+        assert found.higher_is_better == (name != "repetition")
         assert found.tuned_N.mean() == pytest.approx(metrics[name])
     reward = items["reward"]
     assert reward.base_N is not None

@@ -15,11 +15,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tuneyard.api.stage_settings import EvaluateSettings
 from tuneyard_trainer.data.prepared import Prepared
 from tuneyard_trainer.evaluation.items import Items
 from tuneyard_trainer.evaluation.part import Answered, Found, Loaded, Rater
-from tuneyard_trainer.evaluation.questions import GIVEN, HeldOutRows, Question, held_out_rows
+from tuneyard_trainer.evaluation.questions import (
+    GIVEN,
+    MAX_QUESTIONS,
+    HeldOutRows,
+    Question,
+    held_out_rows,
+)
 from tuneyard_trainer.evaluation.result import spread
+from tuneyard_trainer.evaluation.task_metrics import TaskMetric, task_metrics
 from tuneyard_trainer.generation.greedy import continuations
 from tuneyard_trainer.models.base import load_tokenizer
 from tuneyard_trainer.reporting.answers import is_right
@@ -50,18 +58,29 @@ class HeldOut:
     """By the suffix of their metrics."""
     max_new_tokens: int
     samples: int
+    metrics: Sequence[TaskMetric]
     raters: Sequence[Rater]
 
     @classmethod
-    def of(
-        cls, context: StageContext, *, samples: int, max_new_tokens: int, raters: Sequence[Rater]
-    ) -> HeldOut:
-        """Read the rows of the input `data`. Raises StageError NoHeldOutRows."""
-        folder = context.inputs["data"]
+    def of(cls, context: StageContext, raters: Sequence[Rater]) -> HeldOut:
+        """Read the rows of the input `data`. Raises StageError NoHeldOutRows and BadSchema."""
+        settings, folder = context.settings(EvaluateSettings), context.inputs["data"]
         data, tokenizer = Prepared.open(folder), load_tokenizer(folder / "tokenizer")
-        count = max(samples, RATED_QUESTIONS if raters else 0)
-        rows = held_out_rows(folder, data, tokenizer, count)
-        return cls(tokenizer, data.max_length, rows, max_new_tokens, samples, raters)
+        metrics = task_metrics(
+            settings.metrics or (), settings.answer_schema, settings.answer_pattern
+        )
+        count = max(
+            settings.samples, RATED_QUESTIONS if raters else 0, MAX_QUESTIONS if metrics else 0
+        )
+        return cls(
+            tokenizer=tokenizer,
+            max_length=data.max_length,
+            rows=held_out_rows(folder, data, tokenizer, count),
+            max_new_tokens=settings.max_new_tokens,
+            samples=settings.samples,
+            metrics=metrics,
+            raters=raters,
+        )
 
     def measure(self, loaded: Loaded, _tuned: dict[str, Measured] | None, /) -> dict[str, Measured]:
         """Return the measurement of each set of rows. The answers are greedy."""
@@ -111,6 +130,8 @@ class HeldOut:
         questions = self.rows[GIVEN].questions
         answers = tuned[GIVEN].answers, before[GIVEN].answers if before else None
         parts.append(Found(samples=_samples(questions, *answers, self.samples)))
+        if questions:
+            parts += [_scored(metric, questions, *answers) for metric in self.metrics]
         if answers[1] is not None:
             answered = Answered(
                 [q.prompt for q in questions],
@@ -139,6 +160,7 @@ def _compared(
             tuned.losses_R / targets_R,
             before.losses_R / targets_R if before else None,
             higher_is_better=False,
+            weights_N=targets_R.astype(np.float64),
         )
     }
     checked = [number for number, q in enumerate(held_out.questions) if q.expected]
@@ -163,6 +185,33 @@ def _compared(
         metrics={f"{name}{suffix}": value for name, value in metrics.items()},
         items={f"{name}{suffix}": value for name, value in items.items()},
     )
+
+
+def _scored(
+    metric: TaskMetric,
+    questions: Sequence[Question],
+    tuned: Sequence[str],
+    before: Sequence[str] | None,
+) -> Found:
+    """Return a metric of both models' answers, and its values for each question."""
+    accepted = [q.accepted for q in questions]
+    ids = tuple(q.prompt.where for q in questions)
+    found = metric(tuned, accepted)
+    base = metric(before, accepted) if before is not None else None
+    metrics = {name: float(np.mean(values)) for name, values in found.means.items()}
+    metrics |= found.whole
+    if base is not None:
+        values = {name: float(np.mean(each)) for name, each in base.means.items()} | base.whole
+        for name in [*metrics]:
+            title = f"{name[:1].upper()}{name[1:]}"
+            metrics[f"base{title}"] = values[name]
+            metrics[f"{name}Gain"] = metrics[name] - values[name]
+    items = {
+        name: Items(ids, values, base.means[name] if base else None, higher_is_better=True)
+        for name, values in found.means.items()
+    }
+    tables = {"tuned": found.details} | ({"base": base.details} if base else {})
+    return Found(metrics, items=items, details={"classification": tables} if found.details else {})
 
 
 def _perplexity(loss: float) -> float:

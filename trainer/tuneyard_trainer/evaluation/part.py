@@ -79,7 +79,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Found:
-    """What a part found."""
+    """The findings of a part, or of several."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     samples: Sequence[Sample] = ()

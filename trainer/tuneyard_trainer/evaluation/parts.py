@@ -48,12 +48,7 @@ def _of_policies(
     judges = _judges(context, shared, settings)
     sampled = settings.completions
     if "data" in context.inputs:
-        yield HeldOut.of(
-            context,
-            samples=settings.samples,
-            max_new_tokens=settings.max_new_tokens,
-            raters=[] if sampled else judges,
-        )
+        yield HeldOut.of(context, [] if sampled else judges)
     tokenizer = load_tokenizer(context.inputs["model"])
     if chat.chat_template is not None:
         tokenizer.chat_template = chat.chat_template

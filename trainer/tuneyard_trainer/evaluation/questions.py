@@ -42,6 +42,11 @@ class Question:
     templated: bool = False
     """Whether a chat template rendered the text, special tokens included."""
 
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """The texts that metrics of answers compare an answer with."""
+        return self.expected or (self.reference,)
+
 
 @dataclass(frozen=True)
 class HeldOutRows:

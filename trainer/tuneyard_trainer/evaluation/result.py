@@ -14,7 +14,6 @@ from tuneyard_trainer.reporting.results import Sample
 from tuneyard_trainer.worker import StageContext, StageOutcome
 
 EVALUATION = "evaluation.json"
-NO_ITEMS: Mapping[str, Items] = {}
 
 
 def finish(
@@ -25,7 +24,7 @@ def finish(
     details: Mapping[str, Any] | None = None,
     *,
     steps: int = 1,
-    items: Mapping[str, Items] = NO_ITEMS,  # noqa: ARG001  for gates
+    items: Mapping[str, Items] | None = None,  # noqa: ARG001  for gates
 ) -> StageOutcome:
     """Write `evaluation.json`, check the gates and return the stage's outcome.
 

@@ -20,6 +20,7 @@ from tuneyard.api.stage_settings import ChatSettings
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.data.prompts import Prompt, TokenizedPrompt, tokenize
 from tuneyard_trainer.evaluation import reward_hacking
+from tuneyard_trainer.evaluation.items import Items
 from tuneyard_trainer.evaluation.part import Answered, Found, Loaded, Rater
 from tuneyard_trainer.evaluation.result import spread
 from tuneyard_trainer.generation.completions import Completion, decode
@@ -46,7 +47,7 @@ def usable_prompts(
 
 @dataclass(frozen=True)
 class Measured:
-    """What one model sampled."""
+    """The completions of one model."""
 
     completions: tuple[Completion, ...]
     tokens: tuple[tuple[int, ...], ...]
@@ -65,9 +66,9 @@ class Measured:
         return [len(tokens) for tokens in self.tokens]
 
     @property
-    def complete(self) -> float:
-        """Share of completions with a stop token."""
-        return float(np.mean([completion.complete for completion in self.completions]))
+    def ended(self) -> NDArray[np.float64]:
+        """(N,) whether each completion has a stop token, as 1 or 0."""
+        return np.array([float(completion.complete) for completion in self.completions])
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,30 @@ class SampledCompletions:
             before.texts,
             np.array(tuned.lengths, dtype=np.float64),
         )
-        signs = _signs(tuned, before) if self.prompts else {}
-        own = Found(signs, self._samples(answered), details={"promptsHeldOut": self.held_out})
+        own = Found(
+            _signs(tuned, before) if self.prompts else {},
+            self._samples(answered),
+            self._items(tuned, before) if self.prompts else {},
+            {"promptsHeldOut": self.held_out},
+        )
         return Found.merged([own, *(rater.rate(answered) for rater in self.raters)])
+
+    def _items(self, tuned: Measured, before: Measured) -> dict[str, Items]:
+        """Return whether each completion ended, and its repetition if both models wrote enough
+        words."""
+        ids = tuple(prompt.prompt.where for prompt in self.prompts)
+        both_N = np.array(
+            [
+                [reward_hacking.repeated_share(text) for text in found.texts]
+                for found in (tuned, before)
+            ]
+        )
+        is_known_N = np.isfinite(both_N).all(axis=0)
+        known = tuple(where for where, known in zip(ids, is_known_N, strict=True) if known)
+        return {
+            "complete": Items(ids, tuned.ended, before.ended, higher_is_better=True),
+            "repetition": Items(known, *both_N[:, is_known_N], higher_is_better=False),
+        }
 
     def _samples(self, answered: Answered) -> list[Sample]:
         """Return prompts, evenly spaced, with both models' completions."""
@@ -149,8 +171,8 @@ def _signs(tuned: Measured, before: Measured) -> dict[str, float]:
         "distinct": distinct,
         "startDistinct": start_distinct,
         "distinctRatio": distinct / start_distinct,
-        "complete": tuned.complete,
-        "startComplete": before.complete,
+        "complete": float(np.mean(tuned.ended)),
+        "startComplete": float(np.mean(before.ended)),
     }
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 

@@ -198,7 +198,35 @@ def _on_held_out_rows(metrics: Mapping[str, float]) -> list[Comparison]:
         ]
     if "answerAccuracy" in metrics:
         rows.append(_right_answers(metrics))
-    return [*rows, *_without_context(metrics)]
+    return [*rows, *_answer_metrics(metrics), *_without_context(metrics)]
+
+
+_ANSWER_METRICS = {
+    "exactMatch": "Exact match",
+    "tokenF1": "F1 of words",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "jsonValid": "Valid JSON",
+    "schemaValid": "JSON of the schema",
+    "patternMatch": "Pattern found",
+    "classAccuracy": "Class accuracy",
+    "macroF1": "Macro F1 of classes",
+}
+"""Labels of the metrics of answers, of which higher is better."""
+
+
+def _answer_metrics(metrics: Mapping[str, float]) -> list[Comparison]:
+    """Compare the answers of both models by the metrics that the manifest names."""
+    rows = []
+    for name, label in _ANSWER_METRICS.items():
+        if name in metrics:
+            tuned, base = metrics[name], metrics.get(f"base{name[:1].upper()}{name[1:]}")
+            shown = number if name in ("bleu", "chrf") else percent
+            rows.append(Comparison(label, shown(base), shown(tuned), "", _verdict(tuned, base)))
+    return rows
 
 
 def _without_context(metrics: Mapping[str, float]) -> list[Comparison]:
