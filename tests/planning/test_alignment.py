@@ -345,7 +345,9 @@ def test_each_format_of_preferences_can_be_named(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "path"),
     [
-        ({"evaluate__suites": ["mmlu"]}, "spec.evaluate.suites"),
+        ({"optimize": None, "rewardModel": {"train": {}},
+          "evaluate": {"suites": [{"name": "mmlu", "task": {"name": "mmlu"}}]}},
+         "spec.evaluate.suites"),
         ({"evaluate__metrics": ["rouge"]}, "spec.evaluate.metrics"),
         ({"preferences__data": [{"uri": "file://p.jsonl", "format": "alpaca"}]},
          "spec.preferences.data[0].format"),

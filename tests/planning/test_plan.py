@@ -147,10 +147,14 @@ def test_every_unsupported_part_is_named_at_once_with_its_remedy() -> None:
         data__validation=VALIDATION,
         evaluate={
             "fewShot": 4,
-            "suites": ["arc_easy"],
+            "suites": [
+                {"name": "sense", "choices": {"uri": "file://sense.jsonl"}},
+                {"name": "sense", "task": {"name": "arc_easy"}},
+            ],
             "gates": [
                 {"metric": "validationLos", "atMost": 1.0},
                 {"metric": "arc_easy/acc", "atLeast": 0.5},
+                {"metric": "sense/wisdom", "atLeast": 0.5},
                 {"metric": "validationLoss", "atMost": 1.0},
                 {"metric": "wisdom", "atLeast": 1.0},
             ],
@@ -159,16 +163,18 @@ def test_every_unsupported_part_is_named_at_once_with_its_remedy() -> None:
     found = faults(wrong)
     assert [fault.path for fault in found] == [
         "spec.evaluate.fewShot",
-        "spec.evaluate.suites",
+        "spec.evaluate.suites[1].name",
         "spec.evaluate.gates[0].metric",
         "spec.evaluate.gates[1].metric",
-        "spec.evaluate.gates[3].metric",
+        "spec.evaluate.gates[2].metric",
+        "spec.evaluate.gates[4].metric",
     ]
     assert "remove fewShot" in found[0].message
-    assert "arc_easy" in found[1].message
+    assert "sense is the name of spec.evaluate.suites[0] too" in found[1].message
     assert found[2].message.endswith("did you mean 'validationLoss'?")
-    assert "benchmark suite" in found[3].message
-    assert "use one of validationLoss" in found[4].message
+    assert "the suite arc_easy, which the job does not have: use one of sense" in found[3].message
+    assert "the suite sense does not measure wisdom: use one of accuracy, " in found[4].message
+    assert "use one of validationLoss" in found[5].message
 
 
 @pytest.mark.parametrize("metric", ["lossReduction", "answerAccuracyGain"])
