@@ -67,7 +67,8 @@ def test_a_suite_is_measured_where_no_rows_are_held_out() -> None:
 
 
 def test_a_plan_without_suites_does_not_mention_them() -> None:
-    assert "suite" not in plan_job(job(data__validation=VALIDATION)).to_json()
+    plan = plan_job(job(data__validation=VALIDATION))
+    assert "suites" not in stage(plan, "evaluate").model_dump_json()
 
 
 def test_an_alignment_measures_suites_too() -> None:

@@ -620,6 +620,8 @@ def _unknown_metric(
 
 def _unmeasured_fine_tuning(gate: Gate, spec: FineTuneSpec) -> str | None:
     """Return the message for a metric that a fine-tuning does not measure. None: it does."""
+    if spec.data.validation is None and "/" not in gate.metric:
+        return f"{gate.metric} is measured on held-out rows: set data.validation"
     if (
         gate.metric in ("lossReduction", "answerAccuracyGain")
         and not spec.evaluate.compare_with_base
