@@ -146,7 +146,6 @@ def test_every_unsupported_part_is_named_at_once_with_its_remedy() -> None:
     wrong = job(
         data__validation=VALIDATION,
         evaluate={
-            "fewShot": 4,
             "suites": ["arc_easy"],
             "gates": [
                 {"metric": "validationLos", "atMost": 1.0},
@@ -158,17 +157,15 @@ def test_every_unsupported_part_is_named_at_once_with_its_remedy() -> None:
     )
     found = faults(wrong)
     assert [fault.path for fault in found] == [
-        "spec.evaluate.fewShot",
         "spec.evaluate.suites",
         "spec.evaluate.gates[0].metric",
         "spec.evaluate.gates[1].metric",
         "spec.evaluate.gates[3].metric",
     ]
-    assert "remove fewShot" in found[0].message
-    assert "arc_easy" in found[1].message
-    assert found[2].message.endswith("did you mean 'validationLoss'?")
-    assert "benchmark suite" in found[3].message
-    assert "use one of validationLoss" in found[4].message
+    assert "arc_easy" in found[0].message
+    assert found[1].message.endswith("did you mean 'validationLoss'?")
+    assert "benchmark suite" in found[2].message
+    assert "use one of validationLoss" in found[3].message
 
 
 @pytest.mark.parametrize("metric", ["lossReduction", "answerAccuracyGain"])
@@ -238,6 +235,9 @@ def test_metrics_of_answers_need_held_out_questions_and_a_pattern_that_can_be_re
     found = faults(job(evaluate=evaluate | {"answerPattern": "x"}))
     assert len(found) == 3
     assert all("set data.validation" in fault.message for fault in found)
+    few = {"fewShot": 2, "compareWithBase": False}
+    (fault,) = faults(job(data__validation=VALIDATION, evaluate=few))
+    assert (fault.path, "compareWithBase: true" in fault.message) == ("spec.evaluate.fewShot", True)
     wrong = job(data__validation=VALIDATION, method="pretrain", evaluate={"metrics": ["bleu"]})
     (fault,) = faults(wrong)
     assert "method pretrain does not have" in fault.message

@@ -548,12 +548,6 @@ def _document_faults(data: FineTuneData, path: str) -> Iterator[Fault]:
 
 
 def _suite_faults(evaluate: Evaluate) -> Iterator[Fault]:
-    if evaluate.few_shot:
-        message = (
-            f"{evaluate.few_shot} is for benchmark suites, which this version does not run: remove "
-            "fewShot"
-        )
-        yield Fault("spec.evaluate.fewShot", message)
     if evaluate.suites:
         message = (
             f"this version does not run benchmark suites ({', '.join(evaluate.suites)}): remove "
@@ -663,6 +657,12 @@ def _answer_faults(spec: FineTuneSpec) -> Iterator[Fault]:
                 "measures answers to questions, which method pretrain does not have: remove "
                 f"{name}",
             )
+    if spec.evaluate.few_shot and not spec.evaluate.compare_with_base:
+        yield Fault(
+            "spec.evaluate.fewShot",
+            "asks the base model with examples: set evaluate.compareWithBase: true, or remove "
+            "fewShot",
+        )
     if spec.evaluate.answer_pattern is not None:
         try:
             re.compile(spec.evaluate.answer_pattern)
@@ -673,6 +673,7 @@ def _answer_faults(spec: FineTuneSpec) -> Iterator[Fault]:
 def _answer_fields(evaluate: Evaluate) -> list[str]:
     """Return the fields that ask for metrics of answers."""
     fields = {
+        "fewShot": evaluate.few_shot > 0,
         "metrics": bool(evaluate.metrics),
         "answerSchema": evaluate.answer_schema is not None,
         "answerPattern": evaluate.answer_pattern is not None,
