@@ -349,6 +349,7 @@ def test_each_format_of_preferences_can_be_named(name: str) -> None:
           "evaluate": {"suites": [{"name": "mmlu", "task": {"name": "mmlu"}}]}},
          "spec.evaluate.suites"),
         ({"evaluate__metrics": ["rouge"]}, "spec.evaluate.metrics"),
+        ({"evaluate__fewShot": 2}, "spec.evaluate.fewShot"),
         ({"preferences__data": [{"uri": "file://p.jsonl", "format": "alpaca"}]},
          "spec.preferences.data[0].format"),
         ({"evaluate__gates": [{"metric": "validationLoss", "atMost": 1.0}]},

@@ -146,7 +146,6 @@ def test_every_unsupported_part_is_named_at_once_with_its_remedy() -> None:
     wrong = job(
         data__validation=VALIDATION,
         evaluate={
-            "fewShot": 4,
             "suites": [
                 {"name": "sense", "choices": {"uri": "file://sense.jsonl"}},
                 {"name": "sense", "task": {"name": "arc_easy"}},
@@ -162,19 +161,17 @@ def test_every_unsupported_part_is_named_at_once_with_its_remedy() -> None:
     )
     found = faults(wrong)
     assert [fault.path for fault in found] == [
-        "spec.evaluate.fewShot",
         "spec.evaluate.suites[1].name",
         "spec.evaluate.gates[0].metric",
         "spec.evaluate.gates[1].metric",
         "spec.evaluate.gates[2].metric",
         "spec.evaluate.gates[4].metric",
     ]
-    assert "remove fewShot" in found[0].message
-    assert "sense is the name of spec.evaluate.suites[0] too" in found[1].message
-    assert found[2].message.endswith("did you mean 'validationLoss'?")
-    assert "the suite arc_easy, which the job does not have: use one of sense" in found[3].message
-    assert "the suite sense does not measure wisdom: use one of accuracy, " in found[4].message
-    assert "use one of validationLoss" in found[5].message
+    assert "sense is the name of spec.evaluate.suites[0] too" in found[0].message
+    assert found[1].message.endswith("did you mean 'validationLoss'?")
+    assert "the suite arc_easy, which the job does not have: use one of sense" in found[2].message
+    assert "the suite sense does not measure wisdom: use one of accuracy, " in found[3].message
+    assert "use one of validationLoss" in found[4].message
 
 
 @pytest.mark.parametrize("metric", ["lossReduction", "answerAccuracyGain"])
@@ -244,6 +241,9 @@ def test_metrics_of_answers_need_held_out_questions_and_a_pattern_that_can_be_re
     found = faults(job(evaluate=evaluate | {"answerPattern": "x"}))
     assert len(found) == 3
     assert all("set data.validation" in fault.message for fault in found)
+    few = {"fewShot": 2, "compareWithBase": False}
+    (fault,) = faults(job(data__validation=VALIDATION, evaluate=few))
+    assert (fault.path, "compareWithBase: true" in fault.message) == ("spec.evaluate.fewShot", True)
     wrong = job(data__validation=VALIDATION, method="pretrain", evaluate={"metrics": ["bleu"]})
     (fault,) = faults(wrong)
     assert "method pretrain does not have" in fault.message

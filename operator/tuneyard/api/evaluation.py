@@ -172,7 +172,8 @@ class Evaluate(Model):
     max_new_tokens: int = Field(default=64, ge=1, le=8192)
     """Longest sampled completion, in tokens."""
     few_shot: int = Field(default=0, ge=0, le=64)
-    """Number of worked examples before each question of a benchmark suite."""
+    """Worked examples before each held-out question, with which the base model is asked too: what
+    prompting gets without training. 0: it is not."""
     metrics: list[AnswerMetric] = Field(
         default=[], max_length=7, exclude_if=lambda value: not value
     )

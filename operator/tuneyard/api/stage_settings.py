@@ -560,6 +560,9 @@ class EvaluateSettings(Model):
     metrics: list[AnswerMetric] | None = Field(default=None, exclude_if=lambda value: value is None)
     """Metrics of the answers to held-out questions of `data`. None: no others than answerAccuracy
     of rows with expected texts."""
+    few_shot: int | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Worked examples before each question, with which the model before is asked too. None: it is
+    not."""
     answer_schema: str | None = Field(default=None, exclude_if=lambda value: value is None)
     """JSON Schema of answers, as JSON text. None: answers need satisfy none."""
     answer_pattern: str | None = Field(default=None, exclude_if=lambda value: value is None)

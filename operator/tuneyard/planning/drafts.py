@@ -295,6 +295,7 @@ def evaluate(evaluate: Evaluate) -> EvaluateSettings:
         max_new_tokens=evaluate.max_new_tokens,
         gates=evaluate.gates,
         metrics=evaluate.metrics or None,
+        few_shot=evaluate.few_shot or None,
         answer_schema=evaluate.answer_schema,
         answer_pattern=evaluate.answer_pattern,
         win_rate=win_rate_settings(evaluate.win_rate),

@@ -73,7 +73,6 @@ def fine_tuning_faults(spec: FineTuneSpec) -> list[Fault]:
     faults = [
         *_engine_faults(spec),
         *_sharding_faults(spec),
-        *_few_shot_faults(spec.evaluate),
         *suite_faults(spec.evaluate.suites),
         *_win_rate_faults(spec),
         *_answer_faults(spec),
@@ -117,7 +116,6 @@ def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
         *_stopping_faults(spec),
         *_reinforcement_faults(spec),
         *_distillation_faults(spec),
-        *_few_shot_faults(spec.evaluate),
         *suite_faults(spec.evaluate.suites),
         *_suites_of_rewards(spec),
         *_unanswered(spec),
@@ -553,15 +551,6 @@ def _document_faults(data: FineTuneData, path: str) -> Iterator[Fault]:
             )
 
 
-def _few_shot_faults(evaluate: Evaluate) -> Iterator[Fault]:
-    if evaluate.few_shot:
-        message = (
-            f"{evaluate.few_shot} is for benchmark suites, which this version does not run: remove "
-            "fewShot"
-        )
-        yield Fault("spec.evaluate.fewShot", message)
-
-
 def _suites_of_rewards(spec: AlignmentSpec) -> Iterator[Fault]:
     """Yield the fault of suites in a job that trains a reward model alone."""
     trains_reward = spec.reward_model is not None and spec.reward_model.train is not None
@@ -676,6 +665,12 @@ def _answer_faults(spec: FineTuneSpec) -> Iterator[Fault]:
                 "measures answers to questions, which method pretrain does not have: remove "
                 f"{name}",
             )
+    if spec.evaluate.few_shot and not spec.evaluate.compare_with_base:
+        yield Fault(
+            "spec.evaluate.fewShot",
+            "asks the base model with examples: set evaluate.compareWithBase: true, or remove "
+            "fewShot",
+        )
     if spec.evaluate.answer_pattern is not None:
         try:
             re.compile(spec.evaluate.answer_pattern)
@@ -686,6 +681,7 @@ def _answer_faults(spec: FineTuneSpec) -> Iterator[Fault]:
 def _answer_fields(evaluate: Evaluate) -> list[str]:
     """Return the fields that ask for metrics of answers."""
     fields = {
+        "fewShot": evaluate.few_shot > 0,
         "metrics": bool(evaluate.metrics),
         "answerSchema": evaluate.answer_schema is not None,
         "answerPattern": evaluate.answer_pattern is not None,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from tuneyard.api.stage_settings import EvaluateSettings
 from tuneyard_trainer.data.prepared import Prepared
+from tuneyard_trainer.evaluation.few_shot import FewShot, few_shot
 from tuneyard_trainer.evaluation.items import Items
 from tuneyard_trainer.evaluation.part import Answered, Found, Loaded, Rater
 from tuneyard_trainer.evaluation.questions import (
@@ -27,9 +28,16 @@ from tuneyard_trainer.evaluation.questions import (
     held_out_rows,
 )
 from tuneyard_trainer.evaluation.result import spread
-from tuneyard_trainer.evaluation.task_metrics import TaskMetric, task_metrics
+from tuneyard_trainer.evaluation.task_metrics import (
+    References,
+    Scores,
+    TaskMetric,
+    task_metrics,
+    token_f1,
+)
 from tuneyard_trainer.generation.greedy import continuations
 from tuneyard_trainer.models.base import load_tokenizer
+from tuneyard_trainer.models.files import config_of, context_length
 from tuneyard_trainer.reporting.answers import is_right
 from tuneyard_trainer.reporting.results import Sample
 from tuneyard_trainer.training.losses import Forward
@@ -46,6 +54,8 @@ class Measured:
     losses_R: NDArray[np.float64]
     """Of each row, summed over its targets, in nats."""
     answers: tuple[str, ...]
+    few_shot: tuple[str, ...] = ()
+    """The answers of the model before to the questions with worked examples."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,8 @@ class HeldOut:
     max_new_tokens: int
     samples: int
     metrics: Sequence[TaskMetric]
+    few_shot: FewShot | None
+    """The questions with worked examples, which the model before is asked too. None: it is not."""
     raters: Sequence[Rater]
 
     @classmethod
@@ -72,17 +84,27 @@ class HeldOut:
         count = max(
             settings.samples, RATED_QUESTIONS if raters else 0, MAX_QUESTIONS if metrics else 0
         )
+        rows = held_out_rows(folder, data, tokenizer, count)
+        asked = rows[GIVEN].questions
+        examples = None
+        if settings.few_shot:
+            context_size = context_length(config_of(context.inputs["model"]))
+            room = None if context_size is None else context_size - settings.max_new_tokens
+            examples = few_shot(folder, asked, tokenizer, settings.few_shot, room)
+            if not metrics and not any(question.expected for question in asked):
+                metrics = [token_f1]  # something must be compared
         return cls(
             tokenizer=tokenizer,
             max_length=data.max_length,
-            rows=held_out_rows(folder, data, tokenizer, count),
+            rows=rows,
             max_new_tokens=settings.max_new_tokens,
             samples=settings.samples,
             metrics=metrics,
+            few_shot=examples,
             raters=raters,
         )
 
-    def measure(self, loaded: Loaded, _tuned: dict[str, Measured] | None, /) -> dict[str, Measured]:
+    def measure(self, loaded: Loaded, tuned: dict[str, Measured] | None, /) -> dict[str, Measured]:
         """Return the measurement of each set of rows. The answers are greedy."""
         forward = Forward.of(
             loaded.model,
@@ -93,13 +115,17 @@ class HeldOut:
             max_length=self.max_length,
             max_tokens="auto",
         )
-        return {
+        found = {
             suffix: Measured(
                 -loaded.row_logprobs(held_out.rows, forward),
                 self._answers(loaded, held_out.questions),
             )
             for suffix, held_out in self.rows.items()
         }
+        if self.few_shot and tuned is not None:
+            answers = self.few_shot.answers(self._answers(loaded, self.few_shot.questions))
+            found[GIVEN] = replace(found[GIVEN], few_shot=answers)
+        return found
 
     def _answers(self, loaded: Loaded, questions: Sequence[Question]) -> tuple[str, ...]:
         answer = partial(
@@ -132,6 +158,8 @@ class HeldOut:
         parts.append(Found(samples=_samples(questions, *answers, self.samples)))
         if questions:
             parts += [_scored(metric, questions, *answers) for metric in self.metrics]
+        if self.few_shot and before:
+            parts.append(self._against_examples(tuned[GIVEN].answers, before[GIVEN].few_shot))
         if answers[1] is not None:
             answered = Answered(
                 [q.prompt for q in questions],
@@ -141,6 +169,43 @@ class HeldOut:
             )
             parts += [rater.rate(answered) for rater in self.raters]
         return Found.merged(parts)
+
+    def _against_examples(self, tuned: Sequence[str], few_shot: Sequence[str]) -> Found:
+        """Return metrics of the answers of the model before to questions with examples, and how
+        much better the tuned model answers without them."""
+        if self.few_shot is None:
+            return Found()
+        questions = self.rows[GIVEN].questions
+        metrics = self.few_shot.metrics
+        for metric in (_answer_accuracy(questions), *self.metrics):
+            accepted = [q.accepted for q in questions]
+            own, examples = metric(tuned, accepted), metric(few_shot, accepted)
+            for name, value in examples.whole.items():
+                metrics[f"baseFewShot{_title(name)}"] = value
+            for name, values_N in examples.means.items():
+                gains_N = own.means[name] - values_N
+                metrics |= {
+                    f"baseFewShot{_title(name)}": float(np.mean(values_N)),
+                    f"{name}FewShotGain": float(np.mean(gains_N)),
+                    f"{name}FewShotGainError": float(np.std(gains_N) / math.sqrt(len(gains_N))),
+                }
+        return Found(metrics)
+
+
+def _answer_accuracy(questions: Sequence[Question]) -> TaskMetric:
+    """Return the metric answerAccuracy of the questions with expected texts, if there are any."""
+    checked = [number for number, q in enumerate(questions) if q.expected]
+
+    def metric(answers: Sequence[str], _accepted: References) -> Scores:
+        if not checked:
+            return Scores()
+        return Scores({"answerAccuracy": _right(questions, checked, answers)})
+
+    return metric
+
+
+def _title(name: str) -> str:
+    return f"{name[:1].upper()}{name[1:]}"
 
 
 def _compared(
@@ -165,8 +230,8 @@ def _compared(
     }
     checked = [number for number, q in enumerate(held_out.questions) if q.expected]
     if checked:
-        right = _right(held_out.questions, checked, tuned)
-        before_right = _right(held_out.questions, checked, before) if before else None
+        right = _right(held_out.questions, checked, tuned.answers)
+        before_right = _right(held_out.questions, checked, before.answers) if before else None
         ids = tuple(held_out.questions[number].prompt.where for number in checked)
         items["answerAccuracy"] = Items(ids, right, before_right, higher_is_better=True)
         metrics["questions"] = float(len(checked))
@@ -203,8 +268,7 @@ def _scored(
     if base is not None:
         values = {name: float(np.mean(each)) for name, each in base.means.items()} | base.whole
         for name in [*metrics]:
-            title = f"{name[:1].upper()}{name[1:]}"
-            metrics[f"base{title}"] = values[name]
+            metrics[f"base{_title(name)}"] = values[name]
             metrics[f"{name}Gain"] = metrics[name] - values[name]
     items = {
         name: Items(ids, values, base.means[name] if base else None, higher_is_better=True)
@@ -219,10 +283,10 @@ def _perplexity(loss: float) -> float:
 
 
 def _right(
-    questions: Sequence[Question], checked: Sequence[int], measured: Measured
+    questions: Sequence[Question], checked: Sequence[int], answers: Sequence[str]
 ) -> NDArray[np.float64]:
     """Return (N,) whether each checked answer is right, as 1 or 0."""
-    return np.array([float(is_right(measured.answers[n], questions[n].expected)) for n in checked])
+    return np.array([float(is_right(answers[n], questions[n].expected)) for n in checked])
 
 
 def _samples(

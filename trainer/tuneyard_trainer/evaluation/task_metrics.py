@@ -33,7 +33,7 @@ References = Sequence[Sequence[str]]
 
 @dataclass(frozen=True)
 class Scores:
-    """What one metric says of the answers of one model."""
+    """The scores of one model's answers by one metric."""
 
     means: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     """(N,) values whose mean is a metric, by its name."""

@@ -30,6 +30,9 @@ ROW_OUTCOMES = {
 }
 """Labels of the prepare stage's counts of rows that are not used unchanged, by metric."""
 
+Z = 1.959964
+"""The normal quantile of a 95% interval."""
+
 Verdict = Literal["better", "worse", ""]
 
 
@@ -111,7 +114,10 @@ class Results:
         samples = evaluation.details.get("samples", []) if evaluation else []
         return cls(
             comparisons=tuple(_comparisons(training, evaluation)),
-            facts=tuple(_facts(training, records.values() if "export" in kinds else ())),
+            facts=(
+                *_facts(training, records.values() if "export" in kinds else ()),
+                *_against_examples(evaluation.metrics if evaluation else {}),
+            ),
             samples=tuple(Sample.of(sample) for sample in samples),
             warnings=tuple(_warnings(kinds.get("prepare"))),
             held_out=evaluation is None or bool(evaluation.details.get("promptsHeldOut", True)),
@@ -326,6 +332,28 @@ def _right_answers(metrics: Mapping[str, float]) -> Comparison:
 
 def _perplexity(loss: float | None) -> float | None:
     return None if loss is None else math.exp(min(loss, 700.0))
+
+
+def _against_examples(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Return whether tuning did better than worked examples in the prompt; []: not measured."""
+    labels = {"answerAccuracy": "answers right", **_ANSWER_METRICS}
+    name = next((name for name in labels if f"{name}FewShotGain" in metrics), None)
+    if name is None:
+        return []
+    gain, error = metrics[f"{name}FewShotGain"], Z * metrics[f"{name}FewShotGainError"]
+    verdict = "no clear difference"
+    if abs(gain) > error:
+        verdict = "tuning was worth it" if gain > 0 else "examples in the prompt do better"
+    examples, tokens = metrics["fewShotExamples"], metrics["fewShotTokens"]
+    tuned, prompted = metrics[name], metrics[f"baseFewShot{name[:1].upper()}{name[1:]}"]
+    return [
+        (
+            "Tuning or examples",
+            f"{verdict}: {labels[name]} {percent(tuned)} after tuning and {percent(prompted)} of "
+            f"the base model with {count(examples)} example{'' if examples == 1 else 's'}, which "
+            f"cost {count(tokens)} tokens in each request",
+        )
+    ]
 
 
 # ---- facts --------------------------------------------------------------------------------------

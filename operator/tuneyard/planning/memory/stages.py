@@ -494,7 +494,9 @@ class _Job:
         batch = micro_batch(held_out, tokens, share=tokens)
         known = self.lengths.measured_prompts.get(stage.name)
         count = min(GREEDY_BATCH, known.count) if known else GREEDY_BATCH
-        prompts, new = MicroBatch(count, held_out), settings.max_new_tokens
+        asked = held_out * (1 + (settings.few_shot or 0))
+        asked = min(asked, self.facts.context_length or asked)
+        prompts, new = MicroBatch(count, asked), settings.max_new_tokens
         if self.least:
             batch = prompts = MicroBatch(1, 1)
             new = 1
