@@ -99,6 +99,27 @@ def test_each_prompt_and_each_pair_of_an_alignment_has_its_values(
     assert (reward.tuned_N - reward.base_N).mean() == pytest.approx(metrics["rewardGain"])
 
 
+def test_the_metrics_that_a_manifest_names_are_measured_of_both_models(
+    tmp_path: Path, inputs: dict[str, Path], items: dict[str, Items]
+) -> None:
+    stage = evaluate_stage(
+        samples=1, metrics=["tokenF1", "bleu", "classification"], answerPattern="[a-z]"
+    )
+    given = {"model": inputs["model"], "tuned": inputs["tuned"], "data": inputs["prepared"]}
+    outcome = evaluate.run(StageContext(stage, given, tmp_path, ALONE))
+    for name in ("tokenF1", "bleu", "sentenceBleu", "classAccuracy", "macroF1", "patternMatch"):
+        base = f"base{name[:1].upper()}{name[1:]}"
+        gain = outcome.metrics[name] - outcome.metrics[base]
+        assert outcome.metrics[f"{name}Gain"] == pytest.approx(gain)
+        if name not in ("bleu", "macroF1"):  # these are of all answers together
+            assert items[name].tuned_N.mean() == pytest.approx(outcome.metrics[name])
+            assert len(items[name].ids) == 9, "every held-out row is answered"
+    tables = outcome.details["classification"]
+    assert tables.keys() == {"tuned", "base"}
+    assert sum(map(sum, tables["tuned"]["counts"])) == 9
+    assert "bleu" not in items
+
+
 # ---- parts --------------------------------------------------------------------------------------
 
 

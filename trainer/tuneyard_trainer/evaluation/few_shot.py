@@ -16,6 +16,7 @@ import numpy as np
 
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.encoding.chat import rendered
+from tuneyard_trainer.data.reading.conversations import Message
 from tuneyard_trainer.data.texts import EXAMPLES
 from tuneyard_trainer.evaluation.questions import Question
 
@@ -100,7 +101,7 @@ def _with_examples(
     )
 
 
-def _turns(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _turns(row: Mapping[str, Any]) -> list[Message]:
     """Return the turns of an example. The system turn is that of the question."""
     if "messages" in row:
         return [turn for turn in row["messages"] if turn["role"] != "system"]

@@ -81,9 +81,9 @@ class HeldOut:
         metrics = task_metrics(
             settings.metrics or (), settings.answer_schema, settings.answer_pattern
         )
-        count = max(
-            settings.samples, RATED_QUESTIONS if raters else 0, MAX_QUESTIONS if metrics else 0
-        )
+        count = max(settings.samples, RATED_QUESTIONS if raters else 0)
+        if metrics or settings.few_shot:
+            count = MAX_QUESTIONS
         rows = held_out_rows(folder, data, tokenizer, count)
         asked = rows[GIVEN].questions
         examples = None
@@ -266,7 +266,8 @@ def _scored(
     metrics = {name: float(np.mean(values)) for name, values in found.means.items()}
     metrics |= found.whole
     if base is not None:
-        values = {name: float(np.mean(each)) for name, each in base.means.items()} | base.whole
+        values = {name: float(np.mean(each)) for name, each in base.means.items()}
+        values |= base.whole
         for name in [*metrics]:
             metrics[f"base{_title(name)}"] = values[name]
             metrics[f"{name}Gain"] = metrics[name] - values[name]

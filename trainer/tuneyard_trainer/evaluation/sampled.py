@@ -141,7 +141,9 @@ class SampledCompletions:
         known = tuple(where for where, known in zip(ids, is_known_N, strict=True) if known)
         return {
             "complete": Items(ids, tuned.ended, before.ended, higher_is_better=True),
-            "repetition": Items(known, *both_N[:, is_known_N], higher_is_better=False),
+            "repetition": Items(
+                known, both_N[0, is_known_N], both_N[1, is_known_N], higher_is_better=False
+            ),
         }
 
     def _samples(self, answered: Answered) -> list[Sample]:

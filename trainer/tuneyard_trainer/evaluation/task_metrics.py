@@ -109,7 +109,7 @@ def rouge(answers: Sequence[str], references: References) -> Scores:
 def bleu(answers: Sequence[str], references: References) -> Scores:
     """Return BLEU of all answers (Papineni et al. 2002), by sacrebleu, and the mean BLEU of single
     answers: 0 to 100."""
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     single = BLEU(effective_order=True)
     found = [
@@ -123,7 +123,7 @@ def bleu(answers: Sequence[str], references: References) -> Scores:
 def chrf(answers: Sequence[str], references: References) -> Scores:
     """Return chrF of all answers (Popović 2015), by sacrebleu, and the mean chrF of single answers:
     0 to 100."""
-    from sacrebleu.metrics import CHRF
+    from sacrebleu.metrics.chrf import CHRF
 
     metric = CHRF()
     found = [
@@ -134,8 +134,9 @@ def chrf(answers: Sequence[str], references: References) -> Scores:
     return Scores({"sentenceChrf": np.array(found)}, {"chrf": whole})
 
 
-def _streams(references: References) -> list[list[str | None]]:
-    """Return the first reference of each answer, the second, and so on; None: there is none."""
+def _streams(references: References) -> list[list[Any]]:
+    """Return the first reference of each answer, the second, and so on; None, which sacrebleu's
+    types leave out: there is none."""
     most = max(map(len, references))
     return [
         [accepted[number] if number < len(accepted) else None for accepted in references]

@@ -30,6 +30,8 @@ ROW_OUTCOMES = {
 }
 """Labels of the prepare stage's counts of rows that are not used unchanged, by metric."""
 
+MOST_CLASSES = 20
+"""Classes of a table that is shown."""
 Z = 1.959964
 """The normal quantile of a 95% interval."""
 
@@ -81,6 +83,27 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class ClassTable:
+    """How often the tuned model named each class, for each right class."""
+
+    named: tuple[str, ...]
+    """The columns: the classes, and that of answers which name none of them."""
+    rows: tuple[tuple[str, tuple[int, ...]], ...]
+    """The right classes with their counts."""
+
+    @classmethod
+    def of(cls, details: Mapping[str, Any]) -> ClassTable | None:
+        """Return the table of an evaluation's details. None: it has none, or more than
+        MOST_CLASSES classes."""
+        table = (details.get("classification") or {}).get("tuned") or {}
+        named, counts = table.get("classes", ()), table.get("counts", ())
+        if not counts or len(counts) > MOST_CLASSES:
+            return None
+        rows = ((str(name), tuple(row)) for name, row in zip(named, counts, strict=False))
+        return cls(tuple(map(str, named)), tuple(rows))
+
+
+@dataclass(frozen=True)
 class Results:
     """The results of a job, from the records of its stages."""
 
@@ -91,6 +114,8 @@ class Results:
     samples: tuple[Sample, ...]
     warnings: tuple[str, ...]
     """Sentences on why the metrics may mislead."""
+    classes: ClassTable | None = None
+    """None: the answers are not classified."""
     held_out: bool = True
     """Whether the evaluation used held-out prompts. False: it used training prompts."""
 
@@ -120,6 +145,7 @@ class Results:
             ),
             samples=tuple(Sample.of(sample) for sample in samples),
             warnings=tuple(_warnings(kinds.get("prepare"))),
+            classes=ClassTable.of(evaluation.details) if evaluation else None,
             held_out=evaluation is None or bool(evaluation.details.get("promptsHeldOut", True)),
         )
 
