@@ -181,6 +181,13 @@ LORA = job(
       fewShot: 4
       suites: [arc_easy]
       gates: [{metric: lossReduction, atLeast: 0.3, atMost: 1.0}]
+      metrics: [exactMatch, tokenF1, rouge, bleu, chrf, json, classification]
+      answerSchema: '{"type": "object"}'
+      answerPattern: "^[0-9]+$"
+      winRate:
+        judge: {model: {uri: "hf://org/judge"}}
+        principles: [Be kind.]
+        question: "{first} or {second}?"
     output:
       uri: pvc://models/job
       merge: true

@@ -14,9 +14,9 @@ from tests.planning.jobs import changed
 from tuneyard.api.alignmentjob import AlignmentJob
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput
 from tuneyard.api.stage_settings import (
-    AssessSettings,
     DistillSettings,
     DpoSettings,
+    EvaluateSettings,
     FeedbackSettings,
     GrpoSettings,
     PairsSettings,
@@ -86,7 +86,7 @@ def test_a_plan_is_the_same_after_a_round_trip_by_json(name: str) -> None:
 
 def test_the_four_steps_come_in_order_and_each_starts_from_the_model_before() -> None:
     planned = plan_job(job("ppo"))
-    kinds = ["prepare", "sft", "pairs", "reward", "ppo", "assess", "export"]
+    kinds = ["prepare", "sft", "pairs", "reward", "ppo", "evaluate", "export"]
     assert [stage.kind for stage in planned.stages] == kinds
     ppo = stage(planned, "ppo").inputs
     assert ppo["tuned"] == StageInput(stage="sft")
@@ -268,8 +268,9 @@ def test_a_reward_model_starts_from_the_fine_tuned_model() -> None:
 
 def test_dpo_is_measured_with_its_own_beta() -> None:
     settings = stage(plan_job(job(optimize__dpo__beta=0.3)), "evaluate").settings
-    assert isinstance(settings, AssessSettings)
-    assert settings.beta == 0.3
+    assert isinstance(settings, EvaluateSettings)
+    assert settings.preferences
+    assert settings.preferences.beta == 0.3
 
 
 WIN_RATE = {
@@ -286,7 +287,7 @@ WIN_RATE = {
 def test_a_second_judge_compares_at_the_end_and_its_url_is_not_in_the_fingerprint() -> None:
     planned = plan_job(job("ppo", evaluate={"winRate": WIN_RATE}))
     evaluate = stage(planned, "evaluate")
-    assert isinstance(evaluate.settings, AssessSettings)
+    assert isinstance(evaluate.settings, EvaluateSettings)
     win_rate = evaluate.settings.win_rate
     assert win_rate
     assert win_rate.judge
@@ -344,7 +345,11 @@ def test_each_format_of_preferences_can_be_named(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "path"),
     [
-        ({"evaluate__suites": ["mmlu"]}, "spec.evaluate.suites"),
+        ({"optimize": None, "rewardModel": {"train": {}},
+          "evaluate": {"suites": [{"name": "mmlu", "task": {"name": "mmlu"}}]}},
+         "spec.evaluate.suites"),
+        ({"evaluate__metrics": ["rouge"]}, "spec.evaluate.metrics"),
+        ({"evaluate__fewShot": 2}, "spec.evaluate.fewShot"),
         ({"preferences__data": [{"uri": "file://p.jsonl", "format": "alpaca"}]},
          "spec.preferences.data[0].format"),
         ({"evaluate__gates": [{"metric": "validationLoss", "atMost": 1.0}]},

@@ -14,6 +14,7 @@ from tuneyard.api.job_facts import Device, FitAnswer, JobFacts, PromptFacts, Row
 from tuneyard.api.model_config import facts_of
 from tuneyard.api.model_facts import Experts, LinearShape, ModelFacts
 from tuneyard.api.plan import Plan
+from tuneyard.api.stage_settings import AssessSettings, EvaluateSettings
 from tuneyard.api.status import MemoryEstimate
 from tuneyard.manifests.manifest import read
 from tuneyard.planning.decision import Decision, decide, job_of
@@ -417,3 +418,30 @@ def test_a_job_under_trl_is_refused_too_unless_its_workers_share_the_model() -> 
     assert "spec.compute.sharding to fsdp" in refusal.advice
     shared = job(**trl, compute__sharding="fsdp")
     assert decided(plan_job(shared), posts).answer.refusal is None
+
+
+def test_the_evaluation_of_an_alignment_of_0_2_is_estimated_as_that_of_this_version() -> None:
+    pairs = {"data": [{"uri": "file://pairs.jsonl"}]}
+    plan = aligned("8B", "H100", {"dpo": {}}, preferences=pairs, **LORA).plan
+    *others, evaluate, export = plan.stages
+    settings = evaluate.settings
+    assert isinstance(settings, EvaluateSettings)
+    assert settings.completions
+    assert settings.preferences
+    assert settings.chat
+    old = AssessSettings(
+        chat=settings.chat,
+        prompts=None,
+        sampling=settings.completions.sampling,
+        reward=[],
+        beta=settings.preferences.beta,
+        win_rate=None,
+        samples=settings.samples,
+        gates=[],
+        seed=0,
+    )
+    inputs = {"data" if role == "pairs" else role: it for role, it in evaluate.inputs.items()}
+    changed = evaluate.model_copy(update={"settings": old, "inputs": inputs})
+    before = plan.model_copy(update={"stages": [*others, changed, export]})
+    assert Plan.model_validate_json(before.to_json()) == before
+    assert decided(before, posted()) == decided(plan, posted())

@@ -420,7 +420,7 @@ FIELDS = {"teacher", "sampling", "beta", "training"}
 
 def test_a_distillation_is_trained_by_trl_without_asking_for_it() -> None:
     planned = plan_job(distillation())
-    assert [stage.kind for stage in planned.stages] == ["distill", "assess", "export"]
+    assert [stage.kind for stage in planned.stages] == ["distill", "evaluate", "export"]
     training = getattr(planned.stages[0].settings, "training", None)
     assert training is not None
     assert (training.engine, training.batch_size) == ("trl", 64)

@@ -273,6 +273,11 @@ def test_every_training_field_is_identity_or_declared_runtime() -> None:
         ("evaluate__samples", 1, "evaluate"),
         ("evaluate__maxNewTokens", 1, "evaluate"),
         ("evaluate__gates", [{"metric": "validationLoss", "atMost": 9.0}], "evaluate"),
+        ("evaluate__metrics", ["exactMatch"], "evaluate"),
+        ("evaluate__answerSchema", "{}", "evaluate"),
+        ("evaluate__fewShot", 4, "evaluate"),
+        ("evaluate__answerPattern", "[0-9]", "evaluate"),
+        ("evaluate__winRate", {"judge": {"model": {"uri": "hf://org/judge"}}}, "evaluate"),
         ("output__merge", False, "export"),
     ],
 )
@@ -336,12 +341,17 @@ def test_the_fields_above_are_all_fields_of_data_and_evaluate() -> None:
         "retrieval",
         "augment",  # tested in test_augmentation
     }
-    refused = {"fewShot", "suites"}
+    refused = {"suites"}
     assert set(yaml_fields(Evaluate)) - refused == {
         "compareWithBase",
         "samples",
         "maxNewTokens",
         "gates",
+        "winRate",
+        "metrics",
+        "answerSchema",
+        "answerPattern",
+        "fewShot",
     }
 
 

@@ -14,7 +14,7 @@ from tests.golden.compare import GOLDEN, assert_golden
 from tests.planning.jobs import job, manifest
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput
-from tuneyard.api.stage_settings import PrepareSettings, TrainSettings
+from tuneyard.api.stage_settings import EvaluateSettings, PrepareSettings, TrainSettings
 from tuneyard.errors import Fault, PlanError
 from tuneyard.planning.plan import plan_job
 from tuneyard.rendering.storage import storage
@@ -146,11 +146,14 @@ def test_every_unsupported_part_is_named_at_once_with_its_remedy() -> None:
     wrong = job(
         data__validation=VALIDATION,
         evaluate={
-            "fewShot": 4,
-            "suites": ["arc_easy"],
+            "suites": [
+                {"name": "sense", "choices": {"uri": "file://sense.jsonl"}},
+                {"name": "sense", "task": {"name": "arc_easy"}},
+            ],
             "gates": [
                 {"metric": "validationLos", "atMost": 1.0},
                 {"metric": "arc_easy/acc", "atLeast": 0.5},
+                {"metric": "sense/wisdom", "atLeast": 0.5},
                 {"metric": "validationLoss", "atMost": 1.0},
                 {"metric": "wisdom", "atLeast": 1.0},
             ],
@@ -158,16 +161,16 @@ def test_every_unsupported_part_is_named_at_once_with_its_remedy() -> None:
     )
     found = faults(wrong)
     assert [fault.path for fault in found] == [
-        "spec.evaluate.fewShot",
-        "spec.evaluate.suites",
+        "spec.evaluate.suites[1].name",
         "spec.evaluate.gates[0].metric",
         "spec.evaluate.gates[1].metric",
-        "spec.evaluate.gates[3].metric",
+        "spec.evaluate.gates[2].metric",
+        "spec.evaluate.gates[4].metric",
     ]
-    assert "remove fewShot" in found[0].message
-    assert "arc_easy" in found[1].message
-    assert found[2].message.endswith("did you mean 'validationLoss'?")
-    assert "benchmark suite" in found[3].message
+    assert "sense is the name of spec.evaluate.suites[0] too" in found[0].message
+    assert found[1].message.endswith("did you mean 'validationLoss'?")
+    assert "the suite arc_easy, which the job does not have: use one of sense" in found[2].message
+    assert "the suite sense does not measure wisdom: use one of accuracy, " in found[3].message
     assert "use one of validationLoss" in found[4].message
 
 
@@ -183,6 +186,67 @@ def test_a_gate_on_expected_answers_is_refused_for_pretraining() -> None:
     gates = [{"metric": "answerAccuracy", "atLeast": 0.1}]
     (fault,) = faults(job(method="pretrain", data__validation=VALIDATION, evaluate__gates=gates))
     assert "method is pretrain" in fault.message
+
+
+JUDGED = {"judge": {"endpoint": {"url": "https://judge.example/v1", "model": "judge"}}}
+
+
+def test_a_judge_compares_the_answers_of_a_fine_tuning_if_the_manifest_names_one() -> None:
+    gates = [{"metric": "winRate", "atLeast": 0.5}]
+    evaluate = {"winRate": JUDGED, "gates": gates}
+    measured = stage(plan_job(job(data__validation=VALIDATION, evaluate=evaluate)), "evaluate")
+    assert isinstance(measured.settings, EvaluateSettings)
+    assert measured.settings.win_rate
+    assert measured.settings.seed is not None
+    assert measured.runtime.endpoint
+    model = {"winRate": {"judge": {"model": {"uri": "hf://org/judge"}}}}
+    measured = stage(plan_job(job(data__validation=VALIDATION, evaluate=model)), "evaluate")
+    assert "judge" in measured.inputs
+    (fault,) = faults(job(data__validation=VALIDATION, evaluate={"gates": gates}))
+    assert "set evaluate.winRate" in fault.message
+
+
+def test_a_win_rate_that_a_fine_tuning_cannot_measure_is_refused_with_the_remedy() -> None:
+    wrong = job(method="pretrain", evaluate={"winRate": JUDGED, "compareWithBase": False})
+    found = faults(wrong)
+    assert {fault.path for fault in found} == {"spec.evaluate.winRate"}
+    remedies = ["set data.validation", "remove winRate", "set evaluate.compareWithBase: true"]
+    for fault, remedy in zip(found, remedies, strict=True):
+        assert remedy in fault.message
+    judge = {"winRate": {"judge": {"model": {"uri": "hf://org/judge"}}}}
+    sharded = {"compute": {"sharding": "fsdp", "workers": 2}, "training__engine": "trl"}
+    (fault,) = faults(job(data__validation=VALIDATION, evaluate=judge, **sharded))
+    assert fault.path == "spec.evaluate.winRate.judge.model"
+
+
+def test_a_gate_on_a_metric_of_answers_needs_the_field_that_asks_for_it() -> None:
+    asked = {
+        "rougeL": ({"metrics": ["rouge"]}, "add rouge to evaluate.metrics"),
+        "macroF1": ({"metrics": ["classification"]}, "add classification to evaluate.metrics"),
+        "schemaValid": ({"answerSchema": "{}"}, "set evaluate.answerSchema"),
+        "patternMatch": ({"answerPattern": "x"}, "set evaluate.answerPattern"),
+    }
+    for metric, (fields, remedy) in asked.items():
+        gates = {"gates": [{"metric": metric, "atLeast": 0.1}]}
+        (fault,) = faults(job(data__validation=VALIDATION, evaluate=gates))
+        assert fault.message.endswith(remedy)
+        assert plan_job(job(data__validation=VALIDATION, evaluate=gates | fields))
+
+
+def test_metrics_of_answers_need_held_out_questions_and_a_pattern_that_can_be_read() -> None:
+    evaluate = {"metrics": ["rouge"], "answerPattern": "(", "answerSchema": "{}"}
+    found = faults(job(data__validation=VALIDATION, evaluate=evaluate))
+    assert [fault.path for fault in found] == ["spec.evaluate.answerPattern"]
+    assert "is no regular expression" in found[0].message
+    found = faults(job(evaluate=evaluate | {"answerPattern": "x"}))
+    assert len(found) == 3
+    assert all("set data.validation" in fault.message for fault in found)
+    few = {"fewShot": 2, "compareWithBase": False}
+    (fault,) = faults(job(data__validation=VALIDATION, evaluate=few))
+    assert (fault.path, "compareWithBase: true" in fault.message) == ("spec.evaluate.fewShot", True)
+    wrong = job(data__validation=VALIDATION, method="pretrain", evaluate={"metrics": ["bleu"]})
+    (fault,) = faults(wrong)
+    assert "method pretrain does not have" in fault.message
 
 
 def test_gaps_are_for_documents_and_are_refused_where_answers_are_trained_on() -> None:

@@ -27,6 +27,10 @@ def require(stages: Iterable[PlannedStage]) -> None:
             require_cleaning("ftfy")
         if clean and clean.languages:
             require_cleaning("py3langid")
+        if any(suite.kind == "task" for suite in getattr(stage.settings, "suites", None) or ()):
+            require_harness()
+        for metric in getattr(stage.settings, "metrics", None) or ():
+            require_metric(metric)
         sampling = getattr(stage.settings, "sampling", None)
         if sampling and sampling.engine == "vllm":
             require_vllm()
@@ -54,6 +58,35 @@ def require_cleaning(package: str) -> None:
             f"{CLEANING[package]} needs {package}, which is not installed.",
             advice='Install it with `pip install "tuneyard[cleaning]"`, or remove '
             f"{CLEANING[package]}.",
+        )
+
+
+def require_harness() -> None:
+    """Raise StageError MissingExtra unless lm-evaluation-harness is installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise StageError(
+            "MissingExtra",
+            "a suite of evaluate.suites is a task of lm-evaluation-harness, which is not "
+            "installed.",
+            advice='Install it with `pip install "tuneyard[harness]"`, or remove the suites with '
+            "task from evaluate.suites.",
+        )
+
+
+METRICS = {"rouge": "rouge_score", "bleu": "sacrebleu", "chrf": "sacrebleu"}
+"""The packages of the extra `metrics` that items of `evaluate.metrics` need."""
+
+
+def require_metric(name: str) -> None:
+    """Raise StageError MissingExtra unless the package is installed that a metric of answers
+    needs."""
+    package = METRICS.get(name)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise StageError(
+            "MissingExtra",
+            f"the metric {name} needs {package.replace('_', '-')}, which is not installed.",
+            advice='Install it with `pip install "tuneyard[metrics]"`, or remove '
+            f"{name} from evaluate.metrics.",
         )
 
 

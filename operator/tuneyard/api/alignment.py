@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from tuneyard.api.adapters import Adapter
-from tuneyard.api.evaluation import Evaluate
+from tuneyard.api.evaluation import QUESTION_SHOWS_BOTH, Principles
 from tuneyard.api.meta import Model, OneOf, Rule
 from tuneyard.api.sources import Dataset, Judge, ModelSource, PromptSet, QuestionText
 from tuneyard.api.training import FREEZE_WITHOUT_ADAPTER, Training, TrlTraining
@@ -87,22 +87,6 @@ class WeightedReward(Model):
     )
 
 
-Principles = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=4096)]], Field(min_length=1, max_length=256)
-]
-
-
-QUESTION_SHOWS_BOTH = Rule(
-    cel="!has(self.question) || ['{first}', '{second}'].all(place, self.question.contains(place))",
-    holds=lambda step: (
-        step.question is None or ("{first}" in step.question and "{second}" in step.question)
-    ),
-    message="must contain {first} and {second}, where the two completions are inserted: add both",
-    path="question",
-    reads=("question",),
-)
-
-
 class AiFeedback(Model):
     """Sample completions from the model and let a judge label pairs of them (RLAIF, Lee et al.
     2023, arXiv:2309.00267)."""
@@ -129,30 +113,6 @@ class AiFeedback(Model):
     (arXiv:2309.00267, section 2.1)."""
 
     rules: ClassVar[tuple[Rule, ...]] = (QUESTION_SHOWS_BOTH,)
-
-
-class WinRate(Model):
-    """Measure how often a second judge prefers the aligned model's completions to those of the
-    model before alignment. The judge does not know the reward: if the reward rises and the win
-    rate does not, the policy exploits the reward model."""
-
-    judge: Judge
-    """The judge that compares; it sees each pair twice, once in each order."""
-    principles: Principles | None = None
-    """The criteria of the judge; one is drawn for each prompt. None: Tuneyard's default
-    principles."""
-    question: QuestionText | None = None
-    """Template of the question that asks the judge for A or B; {principle}, {conversation},
-    {first} and {second} are replaced. None: Tuneyard's default question."""
-
-    rules: ClassVar[tuple[Rule, ...]] = (QUESTION_SHOWS_BOTH,)
-
-
-class AlignmentEvaluate(Evaluate):
-    """The measurements of the aligned model."""
-
-    win_rate: WinRate | None = None
-    """Let a second judge compare completions. None: no win rate is measured."""
 
 
 class Preferences(Model):

@@ -9,7 +9,6 @@ from pydantic import Field
 
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.alignment import (
-    AlignmentEvaluate,
     Constitution,
     Optimize,
     Preferences,
@@ -17,6 +16,7 @@ from tuneyard.api.alignment import (
     WeightedReward,
 )
 from tuneyard.api.compute import Compute, RunPolicy
+from tuneyard.api.evaluation import Evaluate
 from tuneyard.api.meta import API_VERSION, Model, ObjectMeta, Rule
 from tuneyard.api.sources import FineTuneData, ModelSource, Output
 from tuneyard.api.status import JobStatus
@@ -57,7 +57,7 @@ class AlignmentSpec(Model):
     round."""
     adapter: Adapter | None = None
     """A parameter-efficient method, used by every step. None: full fine-tuning."""
-    evaluate: AlignmentEvaluate = AlignmentEvaluate()
+    evaluate: Evaluate = Evaluate()
     """The measurements of the result, and the bounds it must meet."""
     output: Output
     """The location of the result and its content."""

@@ -7,6 +7,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from tuneyard.api.meta import Model, Rule
+from tuneyard.api.sources import Judge, QuestionText
+from tuneyard.api.suites import Suite
 
 Metric = Literal[
     "validationLoss",
@@ -15,6 +17,21 @@ Metric = Literal[
     "answerAccuracy",
     "answerAccuracyGain",
     "validationLossOfGaps",
+    "winRate",
+    "exactMatch",
+    "tokenF1",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "bleu",
+    "sentenceBleu",
+    "chrf",
+    "sentenceChrf",
+    "jsonValid",
+    "classAccuracy",
+    "macroF1",
+    "schemaValid",
+    "patternMatch",
 ]
 """The metrics of a fine-tuning that a gate can bound.
 
@@ -23,7 +40,27 @@ Metric = Literal[
   words of the field's value, or of one of its values; case, punctuation and the articles a, an and
   the do not matter. answerAccuracyGain: the difference from the base model.
 - validationLossOfGaps: held-out loss on the gaps of documents (data.fillInTheMiddle).
+- winRate: share of the tuned model's answers to held-out questions that the judge of
+  `evaluate.winRate` prefers to the base model's.
+- The others are those of `evaluate.metrics`, `evaluate.answerSchema` (schemaValid) and
+  `evaluate.answerPattern` (patternMatch), which docs/task-metrics.md describes.
 """
+
+MEASURED_BY: dict[str, str] = {
+    "exactMatch": "exactMatch",
+    "tokenF1": "tokenF1",
+    "rouge1": "rouge",
+    "rouge2": "rouge",
+    "rougeL": "rouge",
+    "bleu": "bleu",
+    "sentenceBleu": "bleu",
+    "chrf": "chrf",
+    "sentenceChrf": "chrf",
+    "jsonValid": "json",
+    "classAccuracy": "classification",
+    "macroF1": "classification",
+}
+"""The item of `evaluate.metrics` that measures a metric, by the metric's name."""
 
 AlignmentMetric = Literal[
     "preferenceAccuracy",
@@ -59,6 +96,17 @@ AlignmentMetric = Literal[
 """
 
 
+AnswerMetric = Literal["exactMatch", "tokenF1", "rouge", "bleu", "chrf", "json", "classification"]
+"""The metrics of answers to held-out questions that `evaluate.metrics` can name.
+
+- exactMatch: whether an answer equals its reference, apart from case, punctuation and articles.
+- tokenF1: F1 of the words of answer and reference.
+- rouge: ROUGE-1, ROUGE-2 and ROUGE-L. bleu, chrf: BLEU and chrF, 0 to 100.
+- json: whether an answer is JSON.
+- classification: accuracy and macro F1, where the reference names the class.
+"""
+
+
 class Gate(Model):
     """A bound that the result must meet. A job that misses one fails and exports nothing."""
 
@@ -80,6 +128,39 @@ class Gate(Model):
     )
 
 
+Principles = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=4096)]], Field(min_length=1, max_length=256)
+]
+
+
+QUESTION_SHOWS_BOTH = Rule(
+    cel="!has(self.question) || ['{first}', '{second}'].all(place, self.question.contains(place))",
+    holds=lambda step: (
+        step.question is None or ("{first}" in step.question and "{second}" in step.question)
+    ),
+    message="must contain {first} and {second}, where the two completions are inserted: add both",
+    path="question",
+    reads=("question",),
+)
+
+
+class WinRate(Model):
+    """Measure how often a judge prefers the tuned model's completions to those of the model before:
+    in an alignment, the one before alignment. The judge does not know the reward: if the reward
+    rises and the win rate does not, the policy exploits the reward model."""
+
+    judge: Judge
+    """The judge that compares; it sees each pair twice, once in each order."""
+    principles: Principles | None = None
+    """The criteria of the judge; one is drawn for each prompt. None: Tuneyard's default
+    principles."""
+    question: QuestionText | None = None
+    """Template of the question that asks the judge for A or B; {principle}, {conversation},
+    {first} and {second} are replaced. None: Tuneyard's default question."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (QUESTION_SHOWS_BOTH,)
+
+
 class Evaluate(Model):
     """The measurements of the tuned model."""
 
@@ -91,10 +172,22 @@ class Evaluate(Model):
     max_new_tokens: int = Field(default=64, ge=1, le=8192)
     """Longest sampled completion, in tokens."""
     few_shot: int = Field(default=0, ge=0, le=64)
-    """Number of worked examples before each question of a benchmark suite."""
-    suites: list[Annotated[str, Field(min_length=1, max_length=128)]] = Field(
-        default=[], max_length=64
+    """Worked examples before each held-out question, with which the base model is asked too: what
+    prompting gets without training. 0: it is not."""
+    metrics: list[AnswerMetric] = Field(
+        default=[], max_length=7, exclude_if=lambda value: not value
     )
-    """Benchmark suites, by their names in lm-evaluation-harness."""
+    """Metrics of the answers to held-out questions (docs/task-metrics.md)."""
+    answer_schema: str | None = Field(default=None, min_length=2, max_length=65536)
+    """A JSON Schema, as JSON text, that answers to held-out questions should satisfy; the metric is
+    schemaValid. None: not measured."""
+    answer_pattern: str | None = Field(default=None, min_length=1, max_length=4096)
+    """A regular expression that should be found in answers to held-out questions; the metric is
+    patternMatch. None: not measured."""
+    win_rate: WinRate | None = None
+    """Let a judge compare completions. None: no win rate is measured."""
+    suites: list[Suite] = Field(default=[], max_length=64)
+    """Items beside the job's own rows, on which the tuned model and the model before are
+    measured."""
     gates: list[Gate] = Field(default=[], max_length=64)
     """Bounds that the result must meet."""

@@ -48,11 +48,17 @@ class FineTuneSpec(Model):
         STOPPING_NEEDS_VALIDATION,
         MERGE_NEEDS_LINEARITY,
         Rule(
-            cel="size(self.evaluate.gates) == 0 || has(self.data.validation)",
-            holds=lambda spec: not spec.evaluate.gates or spec.data.validation is not None,
-            message="need held-out rows: set data.validation, or remove evaluate.gates",
+            cel="size(self.evaluate.gates) == 0 || size(self.evaluate.suites) > 0"
+            " || has(self.data.validation)",
+            holds=lambda spec: (
+                not spec.evaluate.gates
+                or bool(spec.evaluate.suites)
+                or spec.data.validation is not None
+            ),
+            message="need held-out rows or suites: set data.validation or evaluate.suites, or "
+            "remove evaluate.gates",
             path="evaluate.gates",
-            reads=("evaluate.gates", "data.validation"),
+            reads=("evaluate.gates", "evaluate.suites", "data.validation"),
         ),
         Rule(
             cel="self.method == 'sft' || !has(self.data.retrieval)",

@@ -60,6 +60,7 @@ REASONS = frozenset(
         "ModelMissing",
         "NamespaceGone",
         "NoDropout",
+        "NoExamples",
         "NoHeldOutRows",
         "NoPreferences",
         "NoPrompts",

@@ -13,7 +13,7 @@ from pydantic import Field
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.alignment import RuleReward, Sampling, StopConditions
 from tuneyard.api.cleaning import Clean
-from tuneyard.api.evaluation import Gate
+from tuneyard.api.evaluation import AnswerMetric, Gate
 from tuneyard.api.meta import Model
 from tuneyard.api.sources import DataFormat, DocumentFields, FieldMap, FillInTheMiddle
 from tuneyard.api.training import EarlyStopping, Freeze, Optimizer, Schedule
@@ -491,25 +491,8 @@ class CritiqueSettings(Model):
     """Seed of the completions and of the drawn principles."""
 
 
-class EvaluateSettings(Model):
-    """Measure a fine-tuned model.
-
-    Inputs: `model`, `data` (a prepare stage), `tuned` (a training stage).
-    """
-
-    kind: Literal["evaluate"] = "evaluate"
-    compare_with_base: bool
-    """Also measure the base model."""
-    samples: int
-    """Number of prompts whose completions are shown side by side."""
-    max_new_tokens: int
-    """Longest sampled completion, in tokens."""
-    gates: list[Gate]
-    """Bounds that the result must meet."""
-
-
 class WinRateSettings(Model):
-    """A second judge's comparison of the aligned model with the model before alignment."""
+    """A judge's comparison of the tuned model with the model before."""
 
     judge: JudgeSettings | None
     """The judge behind an endpoint. None: the model at the input `judge`."""
@@ -519,35 +502,109 @@ class WinRateSettings(Model):
     """Template of the question that asks for A or B."""
 
 
-class AssessSettings(Model):
-    """Measure an aligned model, or a reward model alone.
+class CompletionsSettings(Model):
+    """Completions that both models sample, and the signs of reward hacking in them."""
 
-    Inputs: `model`, and each of these that the job has: `tuned` (the aligned model; if it is
-    absent, the reward model alone is measured), `start` (the weights before alignment), `data` (a
+    prompts: PromptSettings | None
+    """How the input `prompts` is read, for prompts if no pairs are held out. None: there is no
+    such input."""
+    sampling: Sampling
+    """How completions are sampled."""
+
+
+class PreferencesSettings(Model):
+    """The implicit rewards of the held-out preferences."""
+
+    beta: float
+    """Scale of the implicit rewards (Rafailov et al. 2023, section 4)."""
+
+
+class SuiteSettings(Model):
+    """The items of a suite. The input `suite.N` of suite N holds its rows or its task's files."""
+
+    name: str
+    """Prefix of its metrics."""
+    kind: Literal["choices", "refusals", "task"]
+    """How the models are measured on the items."""
+    limit: int | None
+    """Number of items, from the start. None: all."""
+    task: str | None = None
+    """Of kind task: its name in lm-evaluation-harness."""
+    few_shot: int | None = None
+    """Of kind task: worked examples before each question. None: as the task says."""
+    chat_template: bool = False
+    """Of kind task: whether questions are rendered by the model's chat template."""
+
+
+class EvaluateSettings(Model):
+    """Measure a model, and compare it with the model before: the one that its training started
+    from. Each part is measured that has its settings and its inputs.
+
+    Inputs: `model`, and each of these that the job has: `tuned` (the weights to measure; if it is
+    absent, the reward model alone is measured), `start` (the weights of the model before; if it is
+    absent, this is `model`), `data` (a prepare stage: its held-out rows are measured), `pairs` (a
     pairs stage), `prompts`, `judge` (of `win_rate`, if the judge is a model run by the job), and
-    the reward models that `reward` names.
+    the reward models that `reward` names, and `suite.N`.
+    """
+
+    kind: Literal["evaluate"] = "evaluate"
+    compare_with_base: bool
+    """Also measure the model before."""
+    samples: int
+    """Number of prompts whose completions are shown side by side."""
+    max_new_tokens: int
+    """Longest completion, in tokens."""
+    gates: list[Gate]
+    """Bounds that the result must meet."""
+    # What 0.2 did not know is left out where it is None: the plans of 0.2 keep their bytes.
+    metrics: list[AnswerMetric] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Metrics of the answers to held-out questions of `data`. None: no others than answerAccuracy
+    of rows with expected texts."""
+    few_shot: int | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Worked examples before each question, with which the model before is asked too. None: it is
+    not."""
+    answer_schema: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """JSON Schema of answers, as JSON text. None: answers need satisfy none."""
+    answer_pattern: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Regular expression that is searched in answers. None: none is."""
+    chat: ChatSettings | None = Field(default=None, exclude_if=lambda value: value is None)
+    """How messages are formatted as text. None: as in `data`."""
+    completions: CompletionsSettings | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+    """What both models sample. None: nothing; they answer held-out questions of `data`."""
+    preferences: PreferencesSettings | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+    """What is measured on the held-out preferences of `pairs`. None: nothing but the reward
+    model."""
+    reward: list[RewardTerm] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Terms whose sum is the reward of a completion. None: no reward."""
+    win_rate: WinRateSettings | None = Field(default=None, exclude_if=lambda value: value is None)
+    """How a judge compares completions. None: no win rate is measured."""
+    suites: list[SuiteSettings] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Other items to measure the models on. None: there are none."""
+    seed: int | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Seed of the sampled completions and of the drawn principles. None: nothing is drawn."""
+
+
+class AssessSettings(Model):
+    """The evaluation of an alignment in a plan of 0.2, which `api.earlier` turns into
+    EvaluateSettings. No plan of this version has it.
+
+    Inputs: as of EvaluateSettings, but `data` is a pairs stage.
     """
 
     kind: Literal["assess"] = "assess"
     chat: ChatSettings
-    """How messages are formatted as text."""
     prompts: PromptSettings | None
-    """How the prompts for sampling are read if no pairs are held out. None: the job has no
-    prompts."""
     sampling: Sampling
-    """How completions are sampled."""
     reward: list[RewardTerm]
-    """Terms whose sum is the reward of a completion. Empty: no reward."""
     beta: float
-    """Scale of the implicit rewards (Rafailov et al. 2023, section 4)."""
     win_rate: WinRateSettings | None
-    """How a second judge compares completions. None: no win rate is measured."""
     samples: int
-    """Number of prompts whose completions are shown side by side."""
     gates: list[Gate]
-    """Bounds that the result must meet."""
     seed: int
-    """Seed of the completions."""
 
 
 class ExportSettings(Model):
@@ -612,12 +669,13 @@ TRAINING_KINDS: Final[tuple[StageKind, ...]] = (
 PREPARING_KINDS: Final[tuple[StageKind, ...]] = ("augment", "prepare", "pairs")
 """The kinds of stages that run no model: they read data. Those at the beginning of a plan need no
 GPU."""
+EVALUATION_KINDS: Final[tuple[StageKind, ...]] = ("evaluate", "assess")
+"""The kinds of stages that measure the result. `assess` is that of an alignment in 0.2."""
 SHARED_KINDS: Final[tuple[StageKind, ...]] = (
     *TRAINING_KINDS,
     "rewrite",
     "critique",
     "feedback",
-    "evaluate",
-    "assess",
+    *EVALUATION_KINDS,
 )
 """The kinds of stages that run a model, and that all workers therefore run together."""

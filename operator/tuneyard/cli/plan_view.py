@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from tuneyard.api.adapters import Adapter
-from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput
+from tuneyard.api.plan import Input, Plan, PlannedStage, SourceInput, StageInput
 from tuneyard.api.stage_settings import (
-    AssessSettings,
     AugmentSettings,
     CritiqueSettings,
     DistillSettings,
     DpoSettings,
+    EvaluateSettings,
     FeedbackSettings,
     GrpoSettings,
     LoopSettings,
@@ -53,13 +53,25 @@ def describe_stage(stage: PlannedStage) -> str:
         return f"read, check, split and tokenize the {rows}"
     if isinstance(settings, AugmentSettings):
         return f"make new rows by {', '.join(_ways(settings))}"
-    if settings.kind == "evaluate":
-        models = "the base and the tuned model" if settings.compare_with_base else "the tuned model"
-        return f"measure {models} on held-out rows"
+    if isinstance(settings, EvaluateSettings):
+        return _describe_evaluation(settings, stage.inputs)
     if settings.kind == "export":
         merged = ", also merged" if settings.merge else ""
         return f"write the model, its tokenizer and its card{merged}"
     return _describe_alignment(settings)
+
+
+def _describe_evaluation(settings: EvaluateSettings, inputs: Mapping[str, Input]) -> str:
+    if "tuned" not in inputs:
+        return "measure the reward model on held-out preferences"
+    before = "the model before" if settings.completions else "the base"
+    models = f"{before} and the tuned model" if settings.compare_with_base else "the tuned model"
+    names = [suite.name for suite in settings.suites or ()]
+    items = [f"held-out {'rows' if 'data' in inputs else 'prompts'}"]
+    if names and "data" not in inputs and not settings.completions:
+        items = []
+    items += [f"the suite{'s' if names[1:] else ''} {', '.join(names)}"] if names else []
+    return f"measure {models} on {' and '.join(items)}"
 
 
 def _ways(settings: AugmentSettings) -> Iterator[str]:
@@ -79,8 +91,6 @@ def _describe_alignment(settings: Settings) -> str:
         return f"sample {settings.responses_per_prompt} completions a prompt, let a judge compare"
     if isinstance(settings, PairsSettings):
         return "read, check, split and tokenize the preferences"
-    if isinstance(settings, AssessSettings):
-        return "measure the alignment on held-out rows"
     return _describe_training(settings)
 
 

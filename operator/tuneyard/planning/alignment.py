@@ -21,29 +21,29 @@ from tuneyard.api.alignment import (
     Preferences,
     RewardModel,
     Sampling,
-    WinRate,
 )
 from tuneyard.api.alignmentjob import AlignmentSpec
 from tuneyard.api.plan import Input, SourceInput, StageInput
 from tuneyard.api.sources import PromptSet
 from tuneyard.api.stage_settings import (
-    AssessSettings,
     ChatSettings,
+    CompletionsSettings,
     CritiqueSettings,
     DatasetSettings,
     DistillSettings,
     DpoSettings,
+    EvaluateSettings,
     ExportSettings,
     FeedbackSettings,
     GrpoSettings,
     LoopSettings,
     PairsSettings,
     PpoSettings,
+    PreferencesSettings,
     PrepareSettings,
     PromptSettings,
     RewardSettings,
     RewardTerm,
-    WinRateSettings,
 )
 from tuneyard.api.training import Training
 from tuneyard.errors import PlanError
@@ -65,9 +65,11 @@ from tuneyard.planning.drafts import (
     runtime,
     source_input,
     train,
+    win_rate_settings,
 )
 from tuneyard.planning.limits import alignment_faults, alignment_sharding
 from tuneyard.planning.principles import COMPARISON, CRITIQUE, PRINCIPLES, REVISION
+from tuneyard.planning.suites import suite_inputs, suite_settings
 
 Packing = Literal["auto", "always", "never"]
 
@@ -394,12 +396,17 @@ class _Builder:
             judge, judge_runtime = judge_input(
                 win_rate.judge if win_rate else None, "spec.evaluate.winRate.judge"
             )
-            measured = {**self._assess_inputs(), **judge}
+            measured = {**self._evaluation_inputs(), **judge}
             shared = judge_runtime.model_copy(update={"sharding": self.sharding})
-            self.drafts.append(Draft("evaluate", self._assess(), measured, shared))
+            self.drafts.append(Draft("evaluate", self._evaluate(), measured, shared))
             inputs["evaluation"] = StageInput(stage="evaluate")
-        elif self._has_held_out_rows():
-            self.drafts.append(Draft("evaluate", evaluate(self.spec.evaluate), dict(inputs)))
+        elif self._has_held_out_rows() or self.spec.evaluate.suites:
+            measured = {**inputs, **suite_inputs(self.spec.evaluate)}
+            settings = evaluate(self.spec.evaluate)
+            if not self._has_held_out_rows():
+                measured.pop("data", None)
+                settings = settings.model_copy(update={"chat": self.chat})
+            self.drafts.append(Draft("evaluate", settings, measured))
             inputs["evaluation"] = StageInput(stage="evaluate")
         self.drafts.append(Draft("export", ExportSettings(merge=self.spec.output.merge), inputs))
 
@@ -407,35 +414,39 @@ class _Builder:
         sft = self.spec.sft
         return self.spec.constitution is not None or bool(sft and sft.data.validation)
 
-    def _assess_inputs(self) -> dict[str, Input]:
+    def _evaluation_inputs(self) -> dict[str, Input]:
         inputs: dict[str, Input] = {"model": self.model}
         if self.spec.optimize and self.tuned:
             inputs["tuned"] = self.tuned
             if self.start:
                 inputs["start"] = self.start
         if self.pairs:
-            inputs["data"] = self.pairs
+            inputs["pairs"] = self.pairs
         if prompts := self._evaluation_prompts():
             inputs["prompts"] = source_input(*prompts)
-        return {**inputs, **self._reward_input()}
+        return {**inputs, **self._reward_input(), **suite_inputs(self.spec.evaluate)}
 
-    def _assess(self) -> AssessSettings:
+    def _evaluate(self) -> EvaluateSettings:
         spec, prompts = self.spec, self._evaluation_prompts()
         optimize = spec.optimize
         method = optimize and optimize.on_policy
         sampling = method.sampling if method else Sampling()
+        limit = {"max_new_tokens": spec.evaluate.max_new_tokens, "engine": "transformers"}
         beta = optimize.dpo.beta if optimize and optimize.dpo else Dpo().beta
-        return AssessSettings(
-            chat=self.chat,
-            prompts=_prompts(prompts[0]) if prompts else None,
-            sampling=sampling.model_copy(
-                update={"max_new_tokens": spec.evaluate.max_new_tokens, "engine": "transformers"}
-            ),
-            reward=self._terms() if spec.reward_model else [],
-            beta=beta,
-            win_rate=_win_rate(spec.evaluate.win_rate),
+        return EvaluateSettings(
+            compare_with_base=True,
             samples=spec.evaluate.samples,
+            max_new_tokens=spec.evaluate.max_new_tokens,
             gates=spec.evaluate.gates,
+            chat=self.chat,
+            completions=CompletionsSettings(
+                prompts=_prompts(prompts[0]) if prompts else None,
+                sampling=sampling.model_copy(update=limit),
+            ),
+            preferences=PreferencesSettings(beta=beta),
+            reward=self._terms() if spec.reward_model else None,
+            win_rate=win_rate_settings(spec.evaluate.win_rate),
+            suites=suite_settings(spec.evaluate),
             seed=defaults.SAMPLING_SEED,
         )
 
@@ -494,13 +505,3 @@ class _Builder:
 
 def _prompts(prompts: PromptSet) -> PromptSettings:
     return PromptSettings(format=prompts.format, fields=prompts.fields, limit=prompts.limit)
-
-
-def _win_rate(win_rate: WinRate | None) -> WinRateSettings | None:
-    if win_rate is None:
-        return None
-    return WinRateSettings(
-        judge=judge_settings(win_rate.judge),
-        principles=list(win_rate.principles or PRINCIPLES),
-        question=win_rate.question or COMPARISON,
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
+from tuneyard.api.earlier import current
 from tuneyard.api.job_facts import ChosenSettings, Device, FitAnswer, JobFacts
 from tuneyard.api.plan import Plan
 from tuneyard.api.status import Failure, MemoryEstimate, MemoryPart, StageEstimate
@@ -45,6 +46,7 @@ def job_of(plan: Plan, facts: JobFacts) -> Job | None:
     model = facts.model
     if model is None:
         return None
+    plan = plan.model_copy(update={"stages": [current(stage) for stage in plan.stages]})
     allowed = Lengths.of(plan, model)
     device = device_of(plan, facts.device)
     most = CPU_BIN_TOKENS if isinstance(device, Cpu) else allowed.rows + allowed.pairs

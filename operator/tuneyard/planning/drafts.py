@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.cleaning import Clean
-from tuneyard.api.evaluation import Evaluate
+from tuneyard.api.evaluation import Evaluate, WinRate
 from tuneyard.api.plan import Input, PlannedStage, SourceInput, TrainRuntime
 from tuneyard.api.sources import (
     Dataset,
@@ -29,10 +29,13 @@ from tuneyard.api.stage_settings import (
     Settings,
     ToxicitySettings,
     TrainSettings,
+    WinRateSettings,
 )
 from tuneyard.api.training import Training
 from tuneyard.planning import defaults
 from tuneyard.planning.fingerprint import fingerprint
+from tuneyard.planning.principles import COMPARISON, PRINCIPLES
+from tuneyard.planning.suites import suite_settings
 
 Sharding = Literal["auto", "none", "fsdp"]
 
@@ -285,10 +288,28 @@ def _has_default_epochs(training: Training) -> bool:
 
 
 def evaluate(evaluate: Evaluate) -> EvaluateSettings:
-    """Return the settings of the stage that measures a fine-tuned model."""
+    """Return the settings of the stage that measures a model on held-out rows."""
     return EvaluateSettings(
         compare_with_base=evaluate.compare_with_base,
         samples=evaluate.samples,
         max_new_tokens=evaluate.max_new_tokens,
         gates=evaluate.gates,
+        metrics=evaluate.metrics or None,
+        few_shot=evaluate.few_shot or None,
+        answer_schema=evaluate.answer_schema,
+        answer_pattern=evaluate.answer_pattern,
+        win_rate=win_rate_settings(evaluate.win_rate),
+        suites=suite_settings(evaluate),
+        seed=defaults.SAMPLING_SEED if evaluate.win_rate else None,
+    )
+
+
+def win_rate_settings(win_rate: WinRate | None) -> WinRateSettings | None:
+    """Return how a judge compares completions. None: no win rate is measured."""
+    if win_rate is None:
+        return None
+    return WinRateSettings(
+        judge=judge_settings(win_rate.judge),
+        principles=list(win_rate.principles or PRINCIPLES),
+        question=win_rate.question or COMPARISON,
     )

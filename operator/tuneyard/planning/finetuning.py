@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from tuneyard.api.finetunejob import FineTuneSpec
-from tuneyard.api.plan import Input, StageInput, TrainRuntime
-from tuneyard.api.stage_settings import ExportSettings
+from tuneyard.api.plan import Input, StageInput
+from tuneyard.api.stage_settings import ChatSettings, ExportSettings
 from tuneyard.errors import PlanError
 from tuneyard.planning import defaults
 from tuneyard.planning.augmentation import augmentation
@@ -14,12 +16,14 @@ from tuneyard.planning.drafts import (
     data_inputs,
     default_notes,
     evaluate,
+    judge_input,
     prepare,
     runtime,
     source_input,
     train,
 )
 from tuneyard.planning.limits import can_shard, fine_tuning_faults
+from tuneyard.planning.suites import suite_inputs
 
 
 def fine_tuning_stages(spec: FineTuneSpec) -> tuple[list[Draft], list[str]]:
@@ -52,11 +56,26 @@ def _drafts(spec: FineTuneSpec, rule: defaults.Rule) -> list[Draft]:
             runtime(spec.training, _sharding(spec)),
         ),
     ]
-    if spec.data.validation is not None:
-        measured = TrainRuntime(sharding=_sharding(spec))
-        drafts.append(Draft("evaluate", evaluate(spec.evaluate), inputs, measured))
+    if spec.data.validation is not None or spec.evaluate.suites:
+        drafts.append(_evaluation(spec, inputs))
         inputs = {**inputs, "evaluation": StageInput(stage="evaluate")}
     return [*drafts, Draft("export", ExportSettings(merge=spec.output.merge), inputs)]
+
+
+def _evaluation(spec: FineTuneSpec, inputs: Mapping[str, Input]) -> Draft:
+    """Return the stage that measures the result on held-out rows and suites. Without held-out rows
+    it does not read the prepared data."""
+    win_rate, settings = spec.evaluate.win_rate, evaluate(spec.evaluate)
+    judge, runtime = judge_input(
+        win_rate.judge if win_rate else None, "spec.evaluate.winRate.judge"
+    )
+    measured = {**inputs, **judge, **suite_inputs(spec.evaluate)}
+    if spec.data.validation is None:
+        del measured["data"]
+        chat = ChatSettings(system_prompt=None, chat_template=spec.data.chat_template)
+        settings = settings.model_copy(update={"chat": chat})
+    sharding = {"sharding": _sharding(spec)}
+    return Draft("evaluate", settings, measured, runtime.model_copy(update=sharding))
 
 
 def _sharding(spec: FineTuneSpec) -> Sharding:
@@ -75,8 +94,9 @@ def _nothing_held_out(spec: FineTuneSpec) -> str:
     steps, samples = spec.training.evaluation_steps, spec.evaluate.samples
     unused = [f"training.evaluationSteps ({steps})"] if steps else []
     unused += [f"evaluate.samples ({samples})"] if samples else []
+    missing = "" if spec.evaluate.suites else "no evaluate stage and "
     ending = f"; without effect: {', '.join(unused)}." if unused else "."
     return (
-        "No held-out rows (data.validation is not set): there is no evaluate stage and no held-out "
-        f"loss, and the last weights are kept{ending}"
+        f"No held-out rows (data.validation is not set): there is {missing}no held-out loss, and "
+        f"the last weights are kept{ending}"
     )

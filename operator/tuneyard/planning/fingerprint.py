@@ -32,7 +32,7 @@ STAGE_VERSIONS: Mapping[StageKind, int] = {
     "grpo": 2,
     "distill": 1,
     "evaluate": 3,
-    "assess": 3,
+    "assess": 3,  # in plans of 0.2
     "export": 2,
 }
 """Version of each kind of stage. Increase it when the stage's code produces another output from the

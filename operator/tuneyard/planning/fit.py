@@ -15,7 +15,6 @@ from tuneyard.api.compute import MIN_SHARDS
 from tuneyard.api.model_facts import ModelFacts
 from tuneyard.api.plan import Plan, PlannedStage
 from tuneyard.api.stage_settings import (
-    AssessSettings,
     AugmentSettings,
     DpoSettings,
     EvaluateSettings,
@@ -402,10 +401,10 @@ def _shared(stage: PlannedStage) -> PlannedStage | None:
             return None  # TRL does not smooth these labels
         loop = settings.training.model_copy(update={"engine": "trl"})
         settings = settings.model_copy(update={"training": loop})
-    elif isinstance(settings, AssessSettings):
-        if "judge" in stage.inputs or any(term.role for term in settings.reward):
+    elif isinstance(settings, EvaluateSettings):
+        if "judge" in stage.inputs or any(term.role for term in settings.reward or ()):
             return None
-    elif not isinstance(settings, EvaluateSettings):
+    else:
         return None
     runtime = stage.runtime.model_copy(update={"sharding": "fsdp"})
     return stage.model_copy(update={"settings": settings, "runtime": runtime})
@@ -452,6 +451,8 @@ def _without_evaluation(job: Job, found: Fit) -> Iterator[Remedy]:
             needing.append(f" and {of}.training.earlyStopping")
         if any(getattr(stage.settings, "gates", None) for stage in measuring):
             needing.append(" and spec.evaluate.gates")
+        if any(getattr(stage.settings, "suites", None) for stage in measuring):
+            needing.append(" and spec.evaluate.suites")
         change = f"remove {of}.data.validation{''.join(needing)}, and so the stage evaluate"
         yield from _if_it_fits(tried, [change])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
@@ -10,7 +11,7 @@ from tuneyard.api.adapters import Adapter
 from tuneyard.api.alignment import Dpo, GroupRelative
 from tuneyard.api.alignmentjob import AlignmentSpec
 from tuneyard.api.compute import MIN_SHARDS, Compute
-from tuneyard.api.evaluation import AlignmentMetric, Evaluate, Gate, Metric
+from tuneyard.api.evaluation import MEASURED_BY, AlignmentMetric, Evaluate, Gate, Metric
 from tuneyard.api.finetunejob import FineTuneSpec
 from tuneyard.api.sources import DataFormat, FineTuneData
 from tuneyard.api.training import Training
@@ -18,6 +19,7 @@ from tuneyard.errors import Fault
 from tuneyard.planning import defaults
 from tuneyard.planning.augmentation import augmentation_faults, runs_a_model
 from tuneyard.planning.drafts import Sharding
+from tuneyard.planning.suites import suite_faults, unknown_suite_metric
 from tuneyard.planning.trl_arguments import (
     DISTILL_CONFIG,
     DPO_CONFIG,
@@ -57,6 +59,11 @@ BY_TRL = (
 SHARDED = ("dpo", "grpo", "rloo")
 """The methods of an alignment whose policy the workers can share."""
 
+NEEDS_WHOLE_MODEL = (
+    "needs a whole model on each worker, and compute.sharding is fsdp: remove it, or remove "
+    "sharding"
+)
+
 WITH_VIRTUAL_TOKENS = ("prompt", "prefix")
 """Adapters that put trained tokens before the input."""
 
@@ -66,13 +73,17 @@ def fine_tuning_faults(spec: FineTuneSpec) -> list[Fault]:
     faults = [
         *_engine_faults(spec),
         *_sharding_faults(spec),
-        *_suite_faults(spec.evaluate),
+        *suite_faults(spec.evaluate.suites),
+        *_win_rate_faults(spec),
+        *_answer_faults(spec),
         *_gap_faults(spec.data, "spec.data", spec.method),
         *_document_faults(spec.data, "spec.data"),
         *augmentation_faults(spec.data, "spec.data", shared=spec.compute.sharding == "fsdp"),
     ]
     for path, gate in _gates(spec.evaluate):
-        problem = _unknown_metric(gate, get_args(Metric)) or _unmeasured_fine_tuning(gate, spec)
+        compared = spec.evaluate.compare_with_base
+        problem = _unknown_metric(gate, get_args(Metric), spec.evaluate, compared)
+        problem = problem or _unmeasured_fine_tuning(gate, spec)
         if problem:
             faults.append(Fault(path, problem))
     return faults
@@ -105,16 +116,18 @@ def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
         *_stopping_faults(spec),
         *_reinforcement_faults(spec),
         *_distillation_faults(spec),
-        *_suite_faults(spec.evaluate),
+        *suite_faults(spec.evaluate.suites),
+        *_suites_of_rewards(spec),
+        *_unanswered(spec),
         *_alignment_engine_faults(spec),
         *(_gap_faults(spec.sft.data, "spec.sft.data", "sft") if spec.sft else ()),
         *(_document_faults(spec.sft.data, "spec.sft.data") if spec.sft else ()),
         *(augmentation_faults(spec.sft.data, "spec.sft.data", shared=False) if spec.sft else ()),
     ]
     aligned = spec.optimize or (spec.reward_model and spec.reward_model.train)
-    known = get_args(AlignmentMetric) if aligned else get_args(Metric)
+    known = get_args(AlignmentMetric if aligned else Metric)
     for path, gate in _gates(spec.evaluate):
-        problem = _unknown_metric(gate, known)
+        problem = _unknown_metric(gate, known, spec.evaluate, compared=True)
         if problem is None and aligned:
             problem = _unmeasured_alignment(gate, spec)
         if problem:
@@ -396,8 +409,7 @@ def _whole_models(spec: AlignmentSpec) -> Iterator[Fault]:
         if is_set:
             yield Fault(
                 where,
-                "needs a whole model on each worker, and compute.sharding is fsdp: remove it, or "
-                "remove sharding",
+                NEEDS_WHOLE_MODEL,
             )
 
 
@@ -539,19 +551,41 @@ def _document_faults(data: FineTuneData, path: str) -> Iterator[Fault]:
             )
 
 
-def _suite_faults(evaluate: Evaluate) -> Iterator[Fault]:
-    if evaluate.few_shot:
-        message = (
-            f"{evaluate.few_shot} is for benchmark suites, which this version does not run: remove "
-            "fewShot"
+def _suites_of_rewards(spec: AlignmentSpec) -> Iterator[Fault]:
+    """Yield the fault of suites in a job that trains a reward model alone."""
+    trains_reward = spec.reward_model is not None and spec.reward_model.train is not None
+    if spec.evaluate.suites and trains_reward and not spec.optimize:
+        yield Fault(
+            "spec.evaluate.suites",
+            "suites measure a model that writes, and this job trains a reward model alone: remove "
+            "suites, or set optimize",
         )
-        yield Fault("spec.evaluate.fewShot", message)
-    if evaluate.suites:
-        message = (
-            f"this version does not run benchmark suites ({', '.join(evaluate.suites)}): remove "
-            "suites and measure the model on held-out rows"
+
+
+def _win_rate_faults(spec: FineTuneSpec) -> Iterator[Fault]:
+    """Yield the faults of a win rate that a fine-tuning cannot measure."""
+    win_rate, path = spec.evaluate.win_rate, "spec.evaluate.winRate"
+    if win_rate is None:
+        return
+    if spec.data.validation is None:
+        yield Fault(
+            path,
+            "compares answers to held-out questions, but no rows are held out: set "
+            "data.validation, or remove winRate",
         )
-        yield Fault("spec.evaluate.suites", message)
+    if spec.method == "pretrain":
+        yield Fault(
+            path,
+            "compares answers to questions, which method pretrain does not have: remove winRate",
+        )
+    if not spec.evaluate.compare_with_base:
+        yield Fault(
+            path,
+            "compares the tuned model with the base model: set evaluate.compareWithBase: true, or "
+            "remove winRate",
+        )
+    if win_rate.judge.model and spec.compute.sharding == "fsdp":
+        yield Fault(f"{path}.judge.model", NEEDS_WHOLE_MODEL)
 
 
 def _gates(evaluate: Evaluate) -> Iterator[tuple[str, Gate]]:
@@ -559,13 +593,13 @@ def _gates(evaluate: Evaluate) -> Iterator[tuple[str, Gate]]:
         yield f"spec.evaluate.gates[{index}].metric", gate
 
 
-def _unknown_metric(gate: Gate, known: Sequence[str]) -> str | None:
-    """Return the message for a gate on an unknown metric. None: the metric is known."""
+def _unknown_metric(
+    gate: Gate, known: Sequence[str], evaluate: Evaluate, compared: bool
+) -> str | None:
+    """Return the message for a gate on an unknown metric. None: the metric is known. `compared`:
+    whether the model before is measured too."""
     if "/" in gate.metric:
-        return (
-            f"{gate.metric} is a metric of a benchmark suite, which this version does not run: use "
-            f"one of {', '.join(known)}"
-        )
+        return unknown_suite_metric(gate.metric, evaluate.suites, compared)
     if gate.metric not in known:
         close = difflib.get_close_matches(gate.metric, known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"use one of {', '.join(known)}"
@@ -575,6 +609,8 @@ def _unknown_metric(gate: Gate, known: Sequence[str]) -> str | None:
 
 def _unmeasured_fine_tuning(gate: Gate, spec: FineTuneSpec) -> str | None:
     """Return the message for a metric that a fine-tuning does not measure. None: it does."""
+    if spec.data.validation is None and "/" not in gate.metric:
+        return f"{gate.metric} is measured on held-out rows: set data.validation"
     if (
         gate.metric in ("lossReduction", "answerAccuracyGain")
         and not spec.evaluate.compare_with_base
@@ -588,12 +624,78 @@ def _unmeasured_fine_tuning(gate: Gate, spec: FineTuneSpec) -> str | None:
             "validationLossOfGaps is measured on the gaps of held-out documents: set "
             "data.fillInTheMiddle"
         )
+    if gate.metric == "winRate" and not spec.evaluate.win_rate:
+        return "winRate is measured by a judge: set evaluate.winRate"
+    if problem := _unnamed_metric(gate.metric, spec.evaluate):
+        return problem
     if gate.metric.startswith("answerAccuracy") and spec.method == "pretrain":
         return (
             f"{gate.metric} needs rows with a prompt and an expected answer, but method is "
             "pretrain: use validationLoss, validationPerplexity or lossReduction"
         )
     return None
+
+
+def _unnamed_metric(metric: str, evaluate: Evaluate) -> str | None:
+    """Return the message for a metric of answers that the manifest does not ask for. None: it does,
+    or it is none."""
+    named = MEASURED_BY.get(metric)
+    if named is not None and named not in evaluate.metrics:
+        return f"{metric} is measured if it is asked for: add {named} to evaluate.metrics"
+    if metric == "schemaValid" and evaluate.answer_schema is None:
+        return "schemaValid is measured against a schema: set evaluate.answerSchema"
+    if metric == "patternMatch" and evaluate.answer_pattern is None:
+        return "patternMatch is measured with a pattern: set evaluate.answerPattern"
+    return None
+
+
+def _answer_faults(spec: FineTuneSpec) -> Iterator[Fault]:
+    """Yield the faults of metrics of answers that a fine-tuning cannot measure."""
+    for name in _answer_fields(spec.evaluate):
+        path = f"spec.evaluate.{name}"
+        if spec.data.validation is None:
+            yield Fault(
+                path,
+                "measures answers to held-out questions, but no rows are held out: set "
+                f"data.validation, or remove {name}",
+            )
+        if spec.method == "pretrain":
+            yield Fault(
+                path,
+                "measures answers to questions, which method pretrain does not have: remove "
+                f"{name}",
+            )
+    if spec.evaluate.few_shot and not spec.evaluate.compare_with_base:
+        yield Fault(
+            "spec.evaluate.fewShot",
+            "asks the base model with examples: set evaluate.compareWithBase: true, or remove "
+            "fewShot",
+        )
+    if spec.evaluate.answer_pattern is not None:
+        try:
+            re.compile(spec.evaluate.answer_pattern)
+        except re.error as error:
+            yield Fault("spec.evaluate.answerPattern", f"is no regular expression: {error}")
+
+
+def _answer_fields(evaluate: Evaluate) -> list[str]:
+    """Return the fields that ask for metrics of answers."""
+    fields = {
+        "fewShot": evaluate.few_shot > 0,
+        "metrics": bool(evaluate.metrics),
+        "answerSchema": evaluate.answer_schema is not None,
+        "answerPattern": evaluate.answer_pattern is not None,
+    }
+    return [name for name, is_set in fields.items() if is_set]
+
+
+def _unanswered(spec: AlignmentSpec) -> Iterator[Fault]:
+    """Yield the faults of metrics of answers in an alignment."""
+    for name in _answer_fields(spec.evaluate):
+        yield Fault(
+            f"spec.evaluate.{name}",
+            "measures answers to held-out questions, which a FineTuneJob has: remove it",
+        )
 
 
 def _unmeasured_alignment(gate: Gate, spec: AlignmentSpec) -> str | None:

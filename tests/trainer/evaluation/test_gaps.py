@@ -12,7 +12,7 @@ import torch
 from tests.trainer.conftest import tiny_llama
 from tests.trainer.data.test_middle import CODER, documents, filled
 from tests.trainer.data.test_prepare import Job
-from tests.trainer.evaluation.test_two_workers import ALONE, evaluate_stage
+from tests.trainer.evaluation.measuring import ALONE, evaluate_stage
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.evaluation import evaluate
 from tuneyard_trainer.worker import StageContext

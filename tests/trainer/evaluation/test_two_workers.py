@@ -1,107 +1,29 @@
-"""Two workers measure what one does, in both evaluation stages."""
+"""Two workers measure what one does, in every part of an evaluation."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from tests.trainer.conftest import VOCABULARY, tiny_llama
-from tests.trainer.preferring import planned, separable, write_pairs
-from tests.trainer.rows import random_rows, write_prepared
+from tests.trainer.evaluation.measuring import (
+    ALONE,
+    CPU,
+    STAGES,
+    evaluate_stage,
+    measured,
+    run,
+)
 from tests.trainer.several_workers import Notes, end_of, spawn
 from tests.trainer.stop_after import StopAtCheck
-from tuneyard.api.plan import PlannedStage, StageInput
-from tuneyard.api.stage_settings import AssessSettings, EvaluateSettings
-from tuneyard_trainer.evaluation import assess, evaluate
+from tuneyard_trainer.evaluation import evaluate
 from tuneyard_trainer.models import policies
 from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.worker import StageContext, Worker, never_stop
 
-CPU = torch.device("cpu")
-ALONE = Worker(0, 1, CPU, identity="sha256:one")
-QUESTION = "{first}\nor\n{second}? A or B?"
-STAGES = ("evaluate", "assess", "assess a reward model")
 UNREACHABLE = [{"metric": "lossReduction", "atLeast": 0.999}]
-
-
-def evaluate_stage(**changes: Any) -> PlannedStage:
-    settings = {"compareWithBase": True, "samples": 5, "maxNewTokens": 6, "gates": []}
-    return PlannedStage(
-        name="evaluate",
-        settings=EvaluateSettings.model_validate(settings | changes),
-        inputs={role: StageInput(stage=role) for role in ("model", "data", "tuned")},
-        fingerprint="sha256:test",
-    )
-
-
-def assess_stage() -> PlannedStage:
-    settings = {
-        "chat": {"system_prompt": None, "chat_template": None},
-        "prompts": None,
-        "sampling": {"max_new_tokens": 8},
-        "reward": [{"role": "reward"}],
-        "beta": 0.1,
-        "win_rate": {"judge": None, "question": QUESTION, "principles": ["be kind"]},
-        "samples": 3,
-        "gates": [],
-        "seed": 2,
-    }
-    return planned(AssessSettings.model_validate(settings))
-
-
-def run(name: str, folder: Path, inputs: Mapping[str, Path], worker: Worker) -> None:
-    folder.mkdir(exist_ok=True)
-    worker = replace(worker, stage=name)
-    if name == "evaluate":
-        given = {**inputs, "data": inputs["prepared"]}
-        evaluate.run(StageContext(evaluate_stage(), given, folder, worker))
-        return
-    given = {**inputs, "data": inputs["pairs"], "judge": inputs["model"]}
-    if name != "assess":
-        del given["tuned"]
-    assess.run(StageContext(assess_stage(), given, folder, worker))
-
-
-def measured(folder: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
-    return value
-
-
-@pytest.fixture(scope="module")
-def inputs(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, tiny_tokenizer: Any
-) -> dict[str, Path]:
-    """A model and one tuned from it, prepared rows, preferences and a reward model, all tiny."""
-    folder = tmp_path_factory.mktemp("inputs")
-    write_prepared(folder / "prepared", tiny_tokenizer, random_rows(2), random_rows(9, seed=9))
-    rows = [
-        json.loads(line) | {"expected": ["lamp"] if index % 2 else []}
-        for index, line in enumerate((folder / "prepared/validation.jsonl").read_text().split("\n"))
-        if line
-    ]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "prepared" / "validation.jsonl").write_text(text)
-    tuned = tiny_llama(VOCABULARY, initializer_range=0.1)
-    tuned.save_pretrained(folder / "tuned" / "weights")
-    torch.manual_seed(0)
-    shape = tiny_llama(VOCABULARY).config.to_dict()
-    classifier = LlamaForSequenceClassification(LlamaConfig(**shape | {"num_labels": 1}))
-    classifier.save_pretrained(folder / "reward")
-    tiny_tokenizer.save_pretrained(folder / "reward")
-    return {
-        "model": tiny_model_dir,
-        "tuned": folder / "tuned",
-        "prepared": folder / "prepared",
-        "pairs": write_pairs(folder / "pairs", tiny_model_dir, separable(28)),
-        "reward": folder / "reward",
-    }
 
 
 class Counted:
@@ -131,21 +53,20 @@ def _worker(rank: int, notes: Notes, folder: Path, inputs: dict[str, Path]) -> N
     (folder / "gated").mkdir(exist_ok=True)
     gated = StageContext(
         evaluate_stage(gates=UNREACHABLE),
-        {**inputs, "data": inputs["prepared"]},
+        {"model": inputs["model"], "tuned": inputs["tuned"], "data": inputs["prepared"]},
         folder / "gated",
         worker,
     )
     notes["gated", rank] = end_of(lambda: evaluate.run(gated))
-    for name in ("evaluate", "assess"):
+    for name in STAGES[:2]:
         checks = StopAtCheck(5)
         asked = replace(worker, stop=checks if rank == 1 else never_stop)
         notes["stopped", name, rank] = end_of(
             lambda name=name, asked=asked: run(name, folder / "stopped", inputs, asked)  # type: ignore[misc]
         )
     if rank == 1:
-        evaluate.load_base = broken
         policies.load_base = broken
-    for name in ("evaluate", "assess"):
+    for name in STAGES[:2]:
         notes["memory", name, rank] = end_of(
             lambda name=name: run(name, folder / "memory", inputs, worker)  # type: ignore[misc]
         )
@@ -173,18 +94,18 @@ def test_two_workers_measure_the_losses_and_sample_the_completions_of_one(
     assert by_two["metrics"] == pytest.approx(one["metrics"], rel=1e-5, abs=1e-5)
     assert by_two["samples"] == one["samples"]
     expected = {
-        "evaluate": {"validationLoss", "baseValidationLoss", "answerAccuracy"},
-        "assess": {"preferenceAccuracy", "kl", "rewardGain", "winRate", "sycophancyShift"},
-        "assess a reward model": {"rewardAccuracy"},
+        "held-out rows": {"validationLoss", "baseValidationLoss", "answerAccuracy"},
+        "an alignment": {"preferenceAccuracy", "kl", "rewardGain", "winRate", "sycophancyShift"},
+        "a reward model": {"rewardAccuracy"},
     }
     assert expected[name] <= one["metrics"].keys()
 
 
 def test_each_worker_measures_half_of_the_rows(two: tuple[Path, dict[Any, Any]]) -> None:
-    shares = each(two, "evaluate")
+    shares = each(two, "held-out rows")
     assert sorted(shares[0] + shares[1]) == sorted([*range(9), *range(9)])  # tuned and base
     assert sorted(map(len, shares)) == [8, 10]
-    shares = each(two, "assess")
+    shares = each(two, "an alignment")
     assert all(shares)
     assert abs(len(shares[0]) - len(shares[1])) <= 4
 
@@ -196,7 +117,7 @@ def test_a_missed_gate_ends_both_workers_and_rank_0_has_written_the_result(
     assert measured(two[0] / "gated")["metrics"]["validationLoss"] > 0
 
 
-@pytest.mark.parametrize("name", ["evaluate", "assess"])
+@pytest.mark.parametrize("name", STAGES[:2])
 def test_a_request_to_stop_one_worker_ends_both_and_writes_nothing(
     name: str, two: tuple[Path, dict[Any, Any]]
 ) -> None:
@@ -204,7 +125,7 @@ def test_a_request_to_stop_one_worker_ends_both_and_writes_nothing(
     assert not (two[0] / "stopped" / "evaluation.json").exists()
 
 
-@pytest.mark.parametrize("name", ["evaluate", "assess"])
+@pytest.mark.parametrize("name", STAGES[:2])
 def test_memory_that_runs_out_on_rank_1_ends_both_workers(
     name: str, two: tuple[Path, dict[Any, Any]]
 ) -> None:

@@ -46,11 +46,12 @@ def test_a_judge_that_decides_nothing_leaves_no_win_rate() -> None:
     assert win_rate_metrics(verdicts("unlabeled"), identical=5) == {"judgedPairs": 0.0}
 
 
-def test_only_completions_that_differ_are_compared_the_aligned_models_first() -> None:
-    (pair,) = make_pairs([("Hi", "new", "old"), ("Ho", "same", "same")], ["be kind"], seed=1)
-    assert pair.completions == ("new", "old")
-    (other,) = make_pairs([("Hi", "newer", "old")], ["be kind"], seed=1)
-    assert pair.key != other.key
+def test_only_completions_that_differ_are_compared_the_tuned_models_first() -> None:
+    pairs = make_pairs([("Ho", "same", "same"), ("Hi", "new", "old")], ["be kind"], seed=1)
+    assert pairs.keys() == {1}
+    assert pairs[1].completions == ("new", "old")
+    changed = make_pairs([("Ho", "same", "same"), ("Hi", "newer", "old")], ["be kind"], seed=1)
+    assert pairs[1].key != changed[1].key
 
 
 # ---- a job ------------------------------------------------------------------------------------
@@ -145,7 +146,7 @@ def test_a_hacked_reward_rises_while_the_win_rate_falls(
     assert requests == metrics["judgeRequests"] == 2 * metrics["judgedPairs"]
     assert record["details"]["judge"] == "judge-2"
     card = (folder / "out" / "result" / "README.md").read_text()
-    assert "Win rate by the second judge" in card
+    assert "Win rate by the judge" in card
 
 
 def test_a_gate_on_the_win_rate_prevents_the_export_of_a_hacked_model(

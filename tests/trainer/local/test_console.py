@@ -23,7 +23,7 @@ from tuneyard.api.plan import Plan, StageRecord
 from tuneyard.errors import StageError
 from tuneyard_trainer.local.console import Console
 from tuneyard_trainer.reporting.formatting import duration, harmless, number, size
-from tuneyard_trainer.reporting.results import headline
+from tuneyard_trainer.reporting.results import Results, headline
 from tuneyard_trainer.running import waits
 from tuneyard_trainer.running.waits import wait_event
 from tuneyard_trainer.worker import Interrupted
@@ -433,6 +433,45 @@ def test_right_answers_are_shares_if_the_number_of_questions_is_unknown() -> Non
     metrics = {name: value for name, value in EVALUATE_METRICS.items() if name != "questions"}
     found["evaluate"] = record("evaluate", metrics)
     assert cells(summarized(found), "Answers right") == ["6 %", "88 %", "+81 points"]
+
+
+@pytest.mark.parametrize(
+    ("gain", "error", "verdict"),
+    [
+        (0.5, 0.1, "tuning was worth it"),
+        (-0.5, 0.1, "examples in the prompt do better"),
+        (0.5, 0.3, "no clear difference"),
+    ],
+)
+def test_the_result_says_in_words_whether_tuning_beat_examples_and_what_these_cost(
+    gain: float, error: float, verdict: str
+) -> None:
+    metrics = EVALUATE_METRICS | {
+        "answerAccuracy": 0.75,
+        "baseFewShotAnswerAccuracy": 0.75 - gain,
+        "answerAccuracyFewShotGain": gain,
+        "answerAccuracyFewShotGainError": error,
+        "fewShotExamples": 4.0,
+        "fewShotTokens": 1312.0,
+    }
+    shown = dict(Results.of({"evaluate": record("evaluate", metrics)}).facts)["Tuning or examples"]
+    assert shown == (
+        f"{verdict}: answers right 75 % after tuning and {75 - 100 * gain:.0f} % of the base model "
+        "with 4 examples, which cost 1,312 tokens in each request"
+    )
+
+
+def test_metrics_of_answers_are_rows_of_the_comparison() -> None:
+    metrics = {
+        "validationLoss": 1.0,
+        "rougeL": 0.5,
+        "baseRougeL": 0.25,
+        "bleu": 12.5,
+        "baseBleu": 20.0,
+    }
+    shown = summarized({"evaluate": record("evaluate", metrics)})
+    assert cells(shown, "ROUGE-L")[:2] == ["25 %", "50 %"]
+    assert cells(shown, "BLEU")[:2] == ["20.00", "12.50"]
 
 
 def test_without_held_out_rows_the_result_has_facts_and_no_comparison() -> None:

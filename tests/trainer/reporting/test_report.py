@@ -168,6 +168,31 @@ def test_the_report_says_if_no_rows_were_held_out(tmp_path: Path) -> None:
         assert "Completions of held-out prompts" not in text
 
 
+def test_the_report_has_the_table_of_classes_if_they_are_few(tmp_path: Path) -> None:
+    inputs = folders(tmp_path / "stages")
+    path = inputs["evaluation"] / "record.json"
+    value = json.loads(path.read_text())
+    for names in (["<b>refund", "shipping"], [f"class {number}" for number in range(21)]):
+        counts = [[0] * (len(names) + 1) for _ in names]
+        counts[1] = [7, 12, *[0] * (len(names) - 2), 345]
+        table = {"classes": [*names, "(other)"], "counts": counts}
+        value["details"]["classification"] = {"tuned": table}
+        path.write_text(json.dumps(value))
+        result = tmp_path / names[1]
+        result.mkdir()
+        report.write(result, inputs, manifest=MANIFEST, measured={}, base_license=None)
+        shown = page(result)
+        if len(names) > 20:
+            assert "Classes of the held-out rows" not in shown
+            continue
+        cells = re.findall(
+            r"<td[^>]*>(\d+)</td>", shown.partition("Classes of the held-out rows")[2]
+        )
+        assert cells[:6] == ["0", "0", "0", "7", "12", "345"]
+        assert "named (other)" in shown
+        assert "&lt;b&gt;refund" in shown
+
+
 def test_a_report_can_be_written_without_records(tmp_path: Path) -> None:
     inputs = folders(tmp_path / "stages")
     for path in inputs.values():

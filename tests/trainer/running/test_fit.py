@@ -306,7 +306,7 @@ def test_the_rows_that_are_trained_on_count_and_not_those_that_are_held_out(
     facts = known(plan, tiny_model_dir, {("dpo", "data"): tmp_path}, devices=4)
     assert facts.rows == {"pairs": RowFacts(longest=31, held_out=64)}
     assert not facts.prompts, "the evaluation's own input is not at hand"
-    both = {("dpo", "data"): tmp_path, ("evaluate", "data"): tmp_path}
+    both = {("dpo", "data"): tmp_path, ("evaluate", "pairs"): tmp_path}
     facts = known(plan, tiny_model_dir, both, devices=4)
     assert facts.prompts == {"evaluate": PromptFacts(longest=17, count=3)}
     assert facts.devices == 4

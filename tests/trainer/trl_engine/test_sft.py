@@ -402,7 +402,7 @@ def test_an_evaluation_frees_the_tuned_model_before_it_loads_the_base(
         return model
 
     run(native, tmp_path / "full", inputs)
-    monkeypatch.setattr(evaluate, "load_base", loaded)
+    monkeypatch.setattr(policies, "load_base", loaded)
     measure(tmp_path / "measured", tmp_path / "full", inputs, Worker(0, 1, CPU), "none")
     assert alive == [0, 0]
 

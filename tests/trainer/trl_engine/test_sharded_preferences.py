@@ -19,8 +19,8 @@ from tests.trainer.several_workers import Notes, end_of, spawn
 from tests.trainer.stop_after import StopAfter, StopAtCheck
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.plan import PlannedStage, TrainRuntime
-from tuneyard.api.stage_settings import AssessSettings, DpoSettings
-from tuneyard_trainer.evaluation import assess
+from tuneyard.api.stage_settings import DpoSettings, EvaluateSettings
+from tuneyard_trainer.evaluation import evaluate
 from tuneyard_trainer.models import sharding
 from tuneyard_trainer.trl_engine import dpo, kto
 from tuneyard_trainer.worker import Interrupted, StageContext, Worker, never_stop
@@ -50,19 +50,19 @@ def stage_of(case: str, runtime: TrainRuntime) -> PlannedStage:
     return planned(settings).model_copy(update={"runtime": runtime})
 
 
-def assess_stage(runtime: TrainRuntime) -> PlannedStage:
+def evaluate_stage(runtime: TrainRuntime) -> PlannedStage:
     settings = {
         "chat": {"system_prompt": None, "chat_template": None},
-        "prompts": None,
-        "sampling": {"max_new_tokens": 8},
+        "compare_with_base": True,
+        "completions": {"prompts": None, "sampling": {"max_new_tokens": 8}},
+        "max_new_tokens": 8,
         "reward": [{"rule": {"json_schema": "{}"}}],
-        "beta": 0.5,
-        "win_rate": None,
+        "preferences": {"beta": 0.5},
         "samples": 3,
         "gates": [],
         "seed": 2,
     }
-    stage = planned(AssessSettings.model_validate(settings))
+    stage = planned(EvaluateSettings.model_validate(settings))
     return stage.model_copy(update={"runtime": runtime})
 
 
@@ -79,8 +79,8 @@ def measure(
     case: str, folder: Path, tuned: Path, inputs: Mapping[str, Path], worker: Worker, runtime: Any
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    given = {"model": inputs["model"], "data": inputs[case[:3]], "tuned": tuned}
-    assess.run(StageContext(assess_stage(runtime), given, folder, worker))
+    given = {"model": inputs["model"], "pairs": inputs[case[:3]], "tuned": tuned}
+    evaluate.run(StageContext(evaluate_stage(runtime), given, folder, worker))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -212,10 +212,12 @@ class BatchEncoder:
     def _prompt(self, example: Example) -> str:
         """Return the turns before the last one, whose rows go to one split, without the white space
         around them. "": the row is all target, the method pretrain has no prompts, and nothing
-        reads them without a split or augmented rows."""
+        reads them without held-out or augmented rows."""
         if example.kind == "text" or self.settings.method == "pretrain":
             return ""
-        if self.settings.validation_fraction is None and not self.settings.augmented:
+        settings = self.settings
+        held_out = settings.validation_fraction is not None or settings.validation
+        if not held_out and not settings.augmented:
             return ""
         bare = example.without_context or example
         turns = [[turn.role, turn.text.strip()] for turn in bare.messages[:-1]]

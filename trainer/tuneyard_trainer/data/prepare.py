@@ -45,6 +45,7 @@ from tuneyard_trainer.data.splits import (
     num_contaminated,
 )
 from tuneyard_trainer.data.tally import OVERLENGTH_OUTCOMES, Tally
+from tuneyard_trainer.data.texts import EXAMPLES
 from tuneyard_trainer.data.toxicity import Toxicity
 from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import sequence_limit
@@ -52,10 +53,13 @@ from tuneyard_trainer.worker import StageContext, StageOutcome, Worker
 
 _SPOOL = ".spool"
 _TEXTS = "validation.jsonl"
+MAX_EXAMPLES = 64
+"""Training rows that are kept as text: as many as `evaluate.fewShot` can ask for."""
 
 
 def run(context: StageContext) -> StageOutcome:
-    """Write the files that `prepared` describes, `validation.jsonl` and `tokenizer/`."""
+    """Write the files that `prepared` describes, `validation.jsonl`, `examples.jsonl` and
+    `tokenizer/`."""
     settings = context.settings(PrepareSettings)
     _clear(context.workdir)
     try:
@@ -95,6 +99,7 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
             fails=settings.leaks == "error",
             report=context.worker.report,
         )
+    _write_examples(splits, context.workdir, _num_own(settings))
     augmented = preprocessor.originals.details(splits.codes, splits.read)
     shutil.rmtree(context.workdir / _SPOOL, ignore_errors=True)
     train = Rows.open(context.workdir, "train")
@@ -159,7 +164,8 @@ def _write_splits(
     fraction, spool = settings.validation_fraction, workdir / _SPOOL
     deduplicated = settings.clean is not None and settings.clean.duplicates is not None
     spooled = bool(fraction is not None or deduplicated or filler or settings.augmented)
-    compared = spooled or (bool(settings.validation) and settings.leaks != "off")
+    is_shown = settings.method == "sft"  # as worked examples of an evaluation
+    compared = spooled or (bool(settings.validation) and (is_shown or settings.leaks != "off"))
     texts = spool / "train.jsonl" if compared else None
     seen, held_seen = _duplicates(settings), _duplicates(settings)
     folder = spool if spooled else workdir
@@ -189,6 +195,25 @@ def _write_splits(
         if settings.validation:
             assign_splits(held_read, held_codes, {HELD_OUT: validation})
     return _Splits(train, validation, read, codes)
+
+
+def _write_examples(splits: _Splits, workdir: Path, num_own: int) -> None:
+    """Write training rows with a prompt, which an evaluation can show as worked examples.
+
+    They are the job's own rows with the least hashes, which are seeded, without those whose prompt
+    is held out. Nothing is written if no rows are held out, or if there are no such rows.
+    """
+    read = splits.read
+    if read.texts is None or not len(splits.validation):
+        return
+    usable = (splits.codes == TRAIN) & (read.sources < num_own)
+    usable &= ~np.isin(read.prompts, splits.validation.prompts)
+    rows = np.flatnonzero(usable)
+    _, first = np.unique(read.hashes[rows], return_index=True)  # sorted, each row once
+    chosen = rows[first[:MAX_EXAMPLES]].tolist()
+    lines = [read.texts.line(row) for row in chosen if "text" not in read.texts[row]]
+    if lines:
+        (workdir / EXAMPLES).write_bytes(b"".join(lines))
 
 
 def _leave_out_augmented(
@@ -340,7 +365,8 @@ def _numbered(ledgers: Mapping[str, Ledger], split: str) -> Iterator[tuple[int, 
 def _clear(workdir: Path) -> None:
     """Remove all files of this stage: those of an earlier attempt, or of a failed one."""
     (workdir / "data.json").unlink(missing_ok=True)
-    (workdir / _TEXTS).unlink(missing_ok=True)
+    for name in (_TEXTS, EXAMPLES):
+        (workdir / name).unlink(missing_ok=True)
     for name in (*SPLITS, GAPS):
         remove_split(workdir, name)
     for folder in (_SPOOL, "tokenizer"):

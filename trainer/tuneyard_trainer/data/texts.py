@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+EXAMPLES = "examples.jsonl"
+"""The file of a prepare stage with training rows for worked examples."""
 WITHOUT_CONTEXT = "withoutContext"
 """The field with the text of a row before `retrieval` put a context before its question."""
 

@@ -1,5 +1,5 @@
-"""The stages `evaluate` and `assess`: what training gained and what it cost.
+"""The stage `evaluate`: what training gained and what it cost.
 
-It holds metrics on held-out rows, win rates, signs of reward hacking, the gates, and the result
-that both stages write. It may not change a model.
+It holds the parts of an evaluation (held-out rows and preferences, sampled completions, rewards,
+win rates, sycophancy), the gates, and the result that the stage writes. It may not change a model.
 """

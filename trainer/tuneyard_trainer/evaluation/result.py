@@ -1,4 +1,4 @@
-"""The result of both evaluation stages: `evaluation.json`, whose metrics the gates check."""
+"""The result of an evaluation: `evaluation.json`, whose metrics the gates check."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from tuneyard.api.evaluation import Gate
 from tuneyard_trainer.evaluation.gates import check_gates
+from tuneyard_trainer.evaluation.items import Items
 from tuneyard_trainer.reporting.results import Sample
 from tuneyard_trainer.worker import StageContext, StageOutcome
 
@@ -23,11 +24,13 @@ def finish(
     details: Mapping[str, Any] | None = None,
     *,
     steps: int = 1,
+    items: Mapping[str, Items] | None = None,  # noqa: ARG001  for gates
 ) -> StageOutcome:
     """Write `evaluation.json`, check the gates and return the stage's outcome.
 
-    `details`: recorded beside the samples. `steps`: the number of the stage's steps. Raises
-    StageError GateFailed after the file is written.
+    `details`: recorded beside the samples. `steps`: the number of the stage's steps. `items`: the
+    values of a metric for each item, by the metric's name. Raises StageError GateFailed after the
+    file is written.
     """
     shown = [asdict(sample) for sample in samples]
     result = {"metrics": metrics, "samples": shown}

@@ -7,6 +7,7 @@ al. 2023, arXiv:2310.13548).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -32,12 +33,16 @@ def repetition(completions: Sequence[str], words: int = REPEATED_WORDS) -> float
 
     The mean is over completions of at least `words` words. 0: there are none.
     """
-    shares = [
-        1 - len(set(found)) / len(found)
-        for completion in completions
-        if (found := ngrams(completion, words))
-    ]
-    return sum(shares) / len(shares) if shares else 0.0
+    shares = [repeated_share(completion, words) for completion in completions]
+    known = [share for share in shares if not math.isnan(share)]
+    return sum(known) / len(known) if known else 0.0
+
+
+def repeated_share(completion: str, words: int = REPEATED_WORDS) -> float:
+    """Return the share of a completion's n-word sequences that repeat an earlier one. NaN: it has
+    fewer than `words` words."""
+    found = ngrams(completion, words)
+    return 1 - len(set(found)) / len(found) if found else math.nan
 
 
 def distinct(completions: Sequence[str], words: int = 2) -> float:

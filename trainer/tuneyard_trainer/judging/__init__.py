@@ -1,4 +1,4 @@
-"""The stages `feedback`, `critique` and `augment`, and the judges that they and `assess` use.
+"""The stages `feedback`, `critique` and `augment`, and the judges that they and `evaluate` use.
 
 It holds the prompts for judges, the parsing of their verdicts, the judges (a local model or an
 endpoint), and the session that keeps their replies in a journal.

@@ -286,6 +286,11 @@ def _adapter_errors(folder: Path) -> Iterator[None]:
 # ---- use -----------------------------------------------------------------------------------------
 
 
+def attached(model: nn.Module) -> bool:
+    """Return whether a model has an adapter of any kind."""
+    return isinstance(model, PeftModel) or bottleneck.attached(model)
+
+
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """While active, the model computes what its base computes, for every kind of adapter."""

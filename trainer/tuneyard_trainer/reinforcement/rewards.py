@@ -172,10 +172,12 @@ class JsonSchema:
     """1 if the whole completion is JSON that the schema accepts; else 0."""
 
     validator: Any
+    path: str
+    """The schema's field in the manifest, for messages."""
 
     @classmethod
-    def parsed(cls, text: str) -> JsonSchema:
-        """Parse a JSON Schema. Raises StageError BadSchema."""
+    def parsed(cls, text: str, path: str = "rewardModel.rule.jsonSchema") -> JsonSchema:
+        """Parse a JSON Schema. `path`: its field in the manifest. Raises StageError BadSchema."""
         try:
             schema = json.loads(text)
             kind = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
@@ -183,16 +185,18 @@ class JsonSchema:
         except (ValueError, RecursionError, jsonschema.SchemaError) as error:
             raise StageError(
                 "BadSchema",
-                f"rewardModel.rule.jsonSchema is not a valid JSON Schema: {first_line(error)}.",
-                advice="Correct rewardModel.rule.jsonSchema.",
+                f"{path} is not a valid JSON Schema: {first_line(error)}.",
+                advice=f"Correct {path}.",
             ) from error
         # An empty registry: a schema's "$ref" must never fetch anything from the network.
-        return cls(kind(schema, registry=referencing.Registry()))
+        return cls(kind(schema, registry=referencing.Registry()), path)
 
     def __call__(self, attempts: Sequence[Attempt]) -> Tensor:
-        return torch.tensor([float(self._accepts(attempt.completion)) for attempt in attempts])
+        return torch.tensor([float(self.accepts(attempt.completion)) for attempt in attempts])
 
-    def _accepts(self, completion: str) -> bool:
+    def accepts(self, completion: str) -> bool:
+        """Return whether a whole completion is JSON that the schema accepts. Raises StageError
+        BadSchema for a reference to another schema."""
         try:
             value = json.loads(completion)
         except (ValueError, RecursionError):
@@ -202,7 +206,7 @@ class JsonSchema:
         except referencing.exceptions.Unresolvable as error:
             raise StageError(
                 "BadSchema",
-                f"rewardModel.rule.jsonSchema has a reference to another schema: {error}.",
+                f"{self.path} has a reference to another schema: {error}.",
                 advice='Put the referenced schema into it, under "$defs".',
             ) from error
 

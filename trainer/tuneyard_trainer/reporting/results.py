@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tuneyard.api.plan import StageRecord
-from tuneyard.api.stage_settings import SUPERVISED_KINDS, TRAINING_KINDS
+from tuneyard.api.stage_settings import EVALUATION_KINDS, SUPERVISED_KINDS, TRAINING_KINDS
 from tuneyard_trainer.reporting.answers import is_right
 from tuneyard_trainer.reporting.formatting import (
     count,
@@ -29,6 +29,11 @@ ROW_OUTCOMES = {
     "splitRows": "split",
 }
 """Labels of the prepare stage's counts of rows that are not used unchanged, by metric."""
+
+MOST_CLASSES = 20
+"""Classes of a table that is shown."""
+Z = 1.959964
+"""The normal quantile of a 95% interval."""
 
 Verdict = Literal["better", "worse", ""]
 
@@ -78,6 +83,27 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class ClassTable:
+    """How often the tuned model named each class, for each right class."""
+
+    named: tuple[str, ...]
+    """The columns: the classes, and that of answers which name none of them."""
+    rows: tuple[tuple[str, tuple[int, ...]], ...]
+    """The right classes with their counts."""
+
+    @classmethod
+    def of(cls, details: Mapping[str, Any]) -> ClassTable | None:
+        """Return the table of an evaluation's details. None: it has none, or more than
+        MOST_CLASSES classes."""
+        table = (details.get("classification") or {}).get("tuned") or {}
+        named, counts = table.get("classes", ()), table.get("counts", ())
+        if not counts or len(counts) > MOST_CLASSES:
+            return None
+        rows = ((str(name), tuple(row)) for name, row in zip(named, counts, strict=False))
+        return cls(tuple(map(str, named)), tuple(rows))
+
+
+@dataclass(frozen=True)
 class Results:
     """The results of a job, from the records of its stages."""
 
@@ -88,6 +114,8 @@ class Results:
     samples: tuple[Sample, ...]
     warnings: tuple[str, ...]
     """Sentences on why the metrics may mislead."""
+    classes: ClassTable | None = None
+    """None: the answers are not classified."""
     held_out: bool = True
     """Whether the evaluation used held-out prompts. False: it used training prompts."""
 
@@ -107,13 +135,17 @@ class Results:
         missing."""
         kinds = {record.kind: record for record in records.values()}
         training = last_trained(records.values())
-        evaluation = kinds.get("evaluate") or kinds.get("assess")
+        evaluation = next((kinds[kind] for kind in EVALUATION_KINDS if kind in kinds), None)
         samples = evaluation.details.get("samples", []) if evaluation else []
         return cls(
             comparisons=tuple(_comparisons(training, evaluation)),
-            facts=tuple(_facts(training, records.values() if "export" in kinds else ())),
+            facts=(
+                *_facts(training, records.values() if "export" in kinds else ()),
+                *_against_examples(evaluation.metrics if evaluation else {}),
+            ),
             samples=tuple(Sample.of(sample) for sample in samples),
             warnings=tuple(_warnings(kinds.get("prepare"))),
+            classes=ClassTable.of(evaluation.details) if evaluation else None,
             held_out=evaluation is None or bool(evaluation.details.get("promptsHeldOut", True)),
         )
 
@@ -130,7 +162,7 @@ def headline(kind: str, metrics: Mapping[str, float], details: Mapping[str, Any]
         return _prepare_headline(metrics)
     if kind in TRAINING_KINDS:
         return _training_headline(metrics, details)
-    if kind == "evaluate":
+    if kind in EVALUATION_KINDS:
         return _evaluate_headline(metrics)
     if kind in _HEADLINE_METRICS:
         return _labeled(metrics, _HEADLINE_METRICS[kind])
@@ -175,12 +207,21 @@ def _warnings(prepare: StageRecord | None) -> list[str]:
 
 
 def _comparisons(training: StageRecord | None, evaluation: StageRecord | None) -> list[Comparison]:
-    if evaluation and evaluation.kind == "assess":
-        return _alignment_comparisons(evaluation.metrics)
-    metrics = _with_training_losses(training, evaluation)
-    tuned, base = metrics.get("validationLoss"), metrics.get("baseValidationLoss")
+    if evaluation is not None:
+        found = evaluation.metrics
+        on_rows = "validationLoss" in found
+        rows = _on_held_out_rows(_with_training_losses(training, evaluation)) if on_rows else []
+        return [*rows, *_alignment_comparisons(found)]
+    metrics = _with_training_losses(training, None)
     if training and training.kind not in SUPERVISED_KINDS:
+        tuned, base = metrics.get("validationLoss"), metrics.get("baseValidationLoss")
         return [_lower_is_better("Held-out loss", base, tuned)] if tuned is not None else []
+    return _on_held_out_rows(metrics)
+
+
+def _on_held_out_rows(metrics: Mapping[str, float]) -> list[Comparison]:
+    """Compare the models on the held-out rows of fine-tuning data."""
+    tuned, base = metrics.get("validationLoss"), metrics.get("baseValidationLoss")
     rows = []
     if tuned is not None:
         rows += [
@@ -189,7 +230,35 @@ def _comparisons(training: StageRecord | None, evaluation: StageRecord | None) -
         ]
     if "answerAccuracy" in metrics:
         rows.append(_right_answers(metrics))
-    return [*rows, *_without_context(metrics)]
+    return [*rows, *_answer_metrics(metrics), *_without_context(metrics)]
+
+
+_ANSWER_METRICS = {
+    "exactMatch": "Exact match",
+    "tokenF1": "F1 of words",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "jsonValid": "Valid JSON",
+    "schemaValid": "JSON of the schema",
+    "patternMatch": "Pattern found",
+    "classAccuracy": "Class accuracy",
+    "macroF1": "Macro F1 of classes",
+}
+"""Labels of the metrics of answers, of which higher is better."""
+
+
+def _answer_metrics(metrics: Mapping[str, float]) -> list[Comparison]:
+    """Compare the answers of both models by the metrics that the manifest names."""
+    rows = []
+    for name, label in _ANSWER_METRICS.items():
+        if name in metrics:
+            tuned, base = metrics[name], metrics.get(f"base{name[:1].upper()}{name[1:]}")
+            shown = number if name in ("bleu", "chrf") else percent
+            rows.append(Comparison(label, shown(base), shown(tuned), "", _verdict(tuned, base)))
+    return rows
 
 
 def _without_context(metrics: Mapping[str, float]) -> list[Comparison]:
@@ -242,7 +311,7 @@ _ALIGNMENT_METRICS = {
     "Preference accuracy": "preferenceAccuracy",
     "Reward": "reward",
     "Reward model accuracy": "rewardAccuracy",
-    "Win rate by the second judge": "winRate",
+    "Win rate by the judge": "winRate",
 }
 """Metrics of which higher is better, by label."""
 _REWARD_HACKING_SIGNS = {
@@ -289,6 +358,28 @@ def _right_answers(metrics: Mapping[str, float]) -> Comparison:
 
 def _perplexity(loss: float | None) -> float | None:
     return None if loss is None else math.exp(min(loss, 700.0))
+
+
+def _against_examples(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Return whether tuning did better than worked examples in the prompt; []: not measured."""
+    labels = {"answerAccuracy": "answers right", **_ANSWER_METRICS}
+    name = next((name for name in labels if f"{name}FewShotGain" in metrics), None)
+    if name is None:
+        return []
+    gain, error = metrics[f"{name}FewShotGain"], Z * metrics[f"{name}FewShotGainError"]
+    verdict = "no clear difference"
+    if abs(gain) > error:
+        verdict = "tuning was worth it" if gain > 0 else "examples in the prompt do better"
+    examples, tokens = metrics["fewShotExamples"], metrics["fewShotTokens"]
+    tuned, prompted = metrics[name], metrics[f"baseFewShot{name[:1].upper()}{name[1:]}"]
+    return [
+        (
+            "Tuning or examples",
+            f"{verdict}: {labels[name]} {percent(tuned)} after tuning and {percent(prompted)} of "
+            f"the base model with {count(examples)} example{'' if examples == 1 else 's'}, which "
+            f"cost {count(tokens)} tokens in each request",
+        )
+    ]
 
 
 # ---- facts --------------------------------------------------------------------------------------
@@ -374,7 +465,16 @@ def _evaluate_headline(metrics: Mapping[str, float]) -> list[str]:
     parts = [f"held-out loss {_loss_change(metrics)}"] if "validationLoss" in metrics else []
     if "answerAccuracy" in metrics:
         parts.append(f"{_right_answers(metrics).tuned} answers right")
-    return parts
+    return parts + _labeled(metrics, _ALIGNED)
+
+
+_ALIGNED = {
+    "preferenceAccuracy": "preference accuracy",
+    "rewardGain": "reward gain",
+    "rewardAccuracy": "reward model accuracy",
+    "kl": "nats of KL per completion",
+}
+"""The metrics of an alignment in the headline of its evaluation, and their labels."""
 
 
 _AUGMENTED = {
@@ -392,12 +492,6 @@ _HEADLINE_METRICS: Mapping[str, Mapping[str, str]] = {
         "heldOutPreferences": "held out",
         "skippedRows": "skipped",
         "droppedRows": "dropped",
-    },
-    "assess": {
-        "preferenceAccuracy": "preference accuracy",
-        "rewardGain": "reward gain",
-        "rewardAccuracy": "reward model accuracy",
-        "kl": "nats of KL per completion",
     },
 }
 """The metrics in the headline of a stage, by kind, and their labels."""

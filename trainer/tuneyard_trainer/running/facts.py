@@ -9,16 +9,12 @@ from typing import Any
 
 import torch
 
+from tuneyard.api.earlier import current
 from tuneyard.api.job_facts import Device, JobFacts, PromptFacts, RowFacts
 from tuneyard.api.model_config import UnknownModelError, facts_of
 from tuneyard.api.model_facts import ModelFacts
 from tuneyard.api.plan import Plan, PlannedStage, StageInput, StageRecord
-from tuneyard.api.stage_settings import (
-    AssessSettings,
-    ChatSettings,
-    EvaluateSettings,
-    PromptSettings,
-)
+from tuneyard.api.stage_settings import ChatSettings, EvaluateSettings, PromptSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.data.prompts import read_prompts, tokenize
@@ -49,7 +45,7 @@ def job_facts(
     train together. `neighbors`: workers that share the memory of this machine or pod.
     """
     known, why = _model(model / "config.json")
-    left = [stage for stage in plan.stages if stage.name not in records]
+    left = [current(stage) for stage in plan.stages if stage.name not in records]
     rows = _rows(left, at_hand)
     return JobFacts(
         model=known,
@@ -127,7 +123,7 @@ def _prompts(
         if held_out:
             found[stage.name] = held_out
         path = at_hand(stage, "prompts") if "prompts" in stage.inputs else None
-        settings: PromptSettings | None = getattr(stage.settings, "prompts", None)
+        settings = _prompt_settings(stage)
         if held_out or path is None or settings is None:
             continue
         chat: ChatSettings = getattr(stage.settings, "chat")  # noqa: B009  of every such kind
@@ -139,28 +135,36 @@ def _prompts(
     return found
 
 
+def _prompt_settings(stage: PlannedStage) -> PromptSettings | None:
+    """Return how a stage reads its input `prompts`. None: it has none."""
+    settings = stage.settings
+    if isinstance(settings, EvaluateSettings):
+        return settings.completions.prompts if settings.completions else None
+    found: PromptSettings | None = getattr(settings, "prompts", None)
+    return found
+
+
 def _held_out_prompts(
     stage: PlannedStage, rows: Mapping[str, RowFacts], at_hand: AtHand
 ) -> PromptFacts | None:
-    """Return the held-out prompts of a stage that measures the result. None: it has none."""
-    data, settings = stage.inputs.get("data"), stage.settings
-    if not isinstance(data, StageInput) or data.stage not in rows:
+    """Return the held-out prompts of an evaluation. None: it has none."""
+    settings = stage.settings
+    if not isinstance(settings, EvaluateSettings):
         return None
-    if isinstance(settings, EvaluateSettings):
-        longest, held_out = rows[data.stage].held_out, _open(stage, at_hand)
-        if longest is None or held_out is None:
-            return None
-        return PromptFacts(longest=longest, count=len(held_out))
-    if isinstance(settings, AssessSettings) and not any(term.rule for term in settings.reward):
-        held_out = _open(stage, at_hand)
-        if held_out:
-            lengths = [int(held_out.mask(row).argmax()) for row in range(len(held_out))]
-            return PromptFacts(longest=max(1, *lengths), count=len(held_out))
+    if (data := stage.inputs.get("data")) and isinstance(data, StageInput) and data.stage in rows:
+        longest, held_out = rows[data.stage].held_out, _held_out(stage, "data", at_hand)
+        if longest is not None and held_out is not None:
+            return PromptFacts(longest=longest, count=len(held_out))
+    has_rule = any(term.rule for term in settings.reward or ())
+    held_out = None if has_rule else _held_out(stage, "pairs", at_hand)
+    if held_out:
+        lengths = [int(held_out.mask(row).argmax()) for row in range(len(held_out))]
+        return PromptFacts(longest=max(1, *lengths), count=len(held_out))
     return None
 
 
-def _open(stage: PlannedStage, at_hand: AtHand) -> Rows | None:
-    folder = at_hand(stage, "data")
+def _held_out(stage: PlannedStage, role: str, at_hand: AtHand) -> Rows | None:
+    folder = at_hand(stage, role) if role in stage.inputs else None
     return Rows.open(folder, "validation") if folder else None
 
 

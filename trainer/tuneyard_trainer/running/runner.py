@@ -515,10 +515,8 @@ def _stage_function(stage: PlannedStage) -> StageFunction:  # noqa: C901  one ca
             from tuneyard_trainer.judging.feedback import run
         case "critique":
             from tuneyard_trainer.judging.critique import run
-        case "evaluate":
+        case "evaluate" | "assess":
             from tuneyard_trainer.evaluation.evaluate import run
-        case "assess":
-            from tuneyard_trainer.evaluation.assess import run
         case "export":
             from tuneyard_trainer.reporting.export import run
         case _:

@@ -11,7 +11,6 @@ from tuneyard.api.compute import MIN_SHARDS
 from tuneyard.api.model_facts import ModelFacts
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput
 from tuneyard.api.stage_settings import (
-    AssessSettings,
     AugmentSettings,
     CritiqueSettings,
     DistillSettings,
@@ -40,7 +39,7 @@ from tuneyard.planning.memory.parts import Moment, Settings, Sharding, StageMemo
 from tuneyard.planning.memory.training import Step, gathered_for_inference
 
 JUDGED_PROMPTS = 128
-"""Prompts that `assess` completes at most."""
+"""Prompts of which both models of an evaluation sample completions, at most."""
 GPU_REQUESTS, CPU_REQUESTS = 32, 8
 """Requests that a model replies to at a time, as in the trainer's `judging.local_model`."""
 GPU_SHARE, FULL_TUNING_BYTES = 0.5, 16
@@ -202,8 +201,6 @@ class _Job:
             return self._distill(stage, settings)
         if isinstance(settings, EvaluateSettings):
             return self._evaluate(stage, settings)
-        if isinstance(settings, AssessSettings):
-            return self._assess(stage, settings)
         if isinstance(settings, FeedbackSettings | CritiqueSettings):
             return self._judged(stage, settings)
         if isinstance(settings, AugmentSettings) and settings.kind == "rewrite":
@@ -465,7 +462,29 @@ class _Job:
         precision = self.machine.inference_precision
         return Computation(precision, precision, casts=False, masked=True)
 
-    def _evaluate(self, stage: PlannedStage, settings: EvaluateSettings) -> StageMemory:
+    def _evaluate(self, stage: PlannedStage, settings: EvaluateSettings) -> StageMemory | None:
+        """Return the memory of an evaluation. None: it measures a reward model alone."""
+        if "tuned" not in stage.inputs:
+            return None
+        moments: list[Moment] = []
+        assumed: tuple[str, ...] = ()
+        if "data" in stage.inputs:
+            found, assumed = self._held_out_rows(stage, settings)
+            moments += found
+        if settings.completions:
+            found, other = self._sampled_completions(stage, settings)
+            moments += found
+            assumed += other
+        if judge := self._judge(stage):
+            others = self._reward_models(stage, settings.reward or [])
+            moments.append(Moment.of("judging", ("reward models", others), ("judge", judge)))
+        assumed += self._assumed_models(stage, settings.reward or [])
+        return StageMemory(stage.name, tuple(moments), (), assumed)
+
+    def _held_out_rows(
+        self, stage: PlannedStage, settings: EvaluateSettings
+    ) -> tuple[list[Moment], tuple[str, ...]]:
+        """Return the moments of a model on held-out rows, and what they assume."""
         name = "weights in bfloat16" if self.machine.gpu else "weights"
         weights = self._weights(stage, name)
         tokens = default_tokens(self.facts, gpu=self.machine.gpu)
@@ -475,38 +494,36 @@ class _Job:
         batch = micro_batch(held_out, tokens, share=tokens)
         known = self.lengths.measured_prompts.get(stage.name)
         count = min(GREEDY_BATCH, known.count) if known else GREEDY_BATCH
-        prompts, new = MicroBatch(count, held_out), settings.max_new_tokens
+        asked = held_out * (1 + (settings.few_shot or 0))
+        asked = min(asked, self.facts.context_length or asked)
+        prompts, new = MicroBatch(count, asked), settings.max_new_tokens
         if self.least:
             batch = prompts = MicroBatch(1, 1)
             new = 1
         how = self._plainly
-        moments = (
+        moments = [
             Moment.of("loss of held-out rows", *weights, *measured_parts(self.facts, batch, how)),
             Moment.of(
                 "answers to held-out prompts",
                 *weights,
                 *generation_parts(self.facts, prompts, new, how),
             ),
-        )
+        ]
         assumed = f"held-out rows are assumed to have up to {held_out} tokens"
-        return StageMemory(stage.name, moments, (), () if longest else (assumed,))
+        return moments, () if longest else (assumed,)
 
-    def _assess(self, stage: PlannedStage, settings: AssessSettings) -> StageMemory | None:
-        if "tuned" not in stage.inputs:
-            return None
-        judge = self._judge(stage)
+    def _sampled_completions(
+        self, stage: PlannedStage, settings: EvaluateSettings
+    ) -> tuple[list[Moment], tuple[str, ...]]:
+        """Return the moment at which a model samples completions, and what it assumes."""
         weights = self._weights(stage, "weights")
-        others = ("reward models", self._reward_models(stage, settings.reward))
+        others = ("reward models", self._reward_models(stage, settings.reward or []))
         # The workers of a sharded model all complete all prompts.
         each = self.machine.devices if len(weights) > 1 else 1
-        shape = self._judged_shape(stage, each, settings.sampling.max_new_tokens)
+        shape = self._judged_shape(stage, each, settings.max_new_tokens)
         parts = self._generation(shape, self._plainly)
-        moments = [Moment.of("sampling", *weights, others, *parts)]
-        if judge:
-            moments.append(Moment.of("judging", others, ("judge", judge)))
-        assumed = self._assumed_shape(stage, shape)
-        assumed += self._assumed_models(stage, settings.reward)
-        return StageMemory(stage.name, tuple(moments), (), assumed)
+        moment = Moment.of("sampling", *weights, others, *parts)
+        return [moment], self._assumed_shape(stage, shape)
 
     def _judged(
         self, stage: PlannedStage, settings: FeedbackSettings | CritiqueSettings

@@ -1,0 +1,74 @@
+"""Suites: measurements of what the model can do beside the task that it is tuned for."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from tuneyard.api.meta import Model, Rule
+from tuneyard.api.sources import DataUri, SecretKeyRef, SecretRef
+
+SuiteName = Annotated[
+    str, Field(min_length=1, max_length=40, pattern=r"^[a-zA-Z]([-_a-zA-Z0-9]*[a-zA-Z0-9])?$")
+]
+
+
+class SuiteData(Model):
+    """The file with a suite's rows, or the folder with a task's files."""
+
+    uri: DataUri
+    """Location, as for any data set."""
+    token_secret: SecretKeyRef | None = None
+    """Access token of a gated hf:// data set. None: anonymous access (`tuneyard run`: HF_TOKEN)."""
+    credentials: SecretRef | None = None
+    """Credentials of an s3:// or gs:// source, as environment variables. None: the credentials of
+    the environment, e.g. of the service account."""
+
+
+class HarnessTask(Model):
+    """A task of lm-evaluation-harness, with its own prompts and metrics."""
+
+    name: str = Field(min_length=1, max_length=128, pattern=r"^[^\s,]+$")
+    """Name of the task or of a group of tasks, e.g. arc_easy. Its data comes from the hub, unless
+    `files` says otherwise."""
+    files: SuiteData | None = None
+    """Folder with task files (YAML), which may read local data (`dataset_path: json`). Files that
+    call Python code are refused. None: the tasks of the harness."""
+    few_shot: int | None = Field(default=None, ge=0, le=64)
+    """Worked examples before each question. None: as the task says."""
+    chat_template: bool = False
+    """Whether questions are rendered by the model's chat template."""
+
+
+class Suite(Model):
+    """Items on which the tuned model and the model before it are measured. Set exactly one of
+    choices, refusals and task."""
+
+    name: SuiteName
+    """Name of the suite. Its metrics are NAME/METRIC, in the result and in gates."""
+    choices: SuiteData | None = None
+    """Multiple choice by log-probability. Rows: good and bad texts; or question, choices and
+    answer; or input and target_scores; or the columns of TruthfulQA."""
+    refusals: SuiteData | None = None
+    """Prompts that should be answered, and prompts that should be refused. Rows: prompt and label
+    (safe or unsafe), as in XSTest."""
+    task: HarnessTask | None = None
+    """A task of lm-evaluation-harness."""
+    limit: int | None = Field(default=None, ge=1)
+    """Number of items, from the start. None: all."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            cel="[has(self.choices), has(self.refusals), has(self.task)]"
+            ".filter(present, present).size() == 1",
+            holds=lambda suite: len(suite.given()) == 1,
+            message="set exactly one of choices, refusals, task",
+            reads=("choices", "refusals", "task"),
+            found=lambda suite: " and ".join(suite.given()) or "none",
+        ),
+    )
+
+    def given(self) -> list[str]:
+        """Return the kinds of items that are set: exactly one in a valid suite."""
+        return [kind for kind in ("choices", "refusals", "task") if getattr(self, kind) is not None]

@@ -1,0 +1,99 @@
+"""Suites of an evaluation: their inputs, their settings and their faults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from tuneyard.api.evaluation import Evaluate
+from tuneyard.api.plan import SourceInput
+from tuneyard.api.stage_settings import SuiteSettings
+from tuneyard.api.suites import Suite, SuiteData
+from tuneyard.errors import Fault
+
+PATH = "spec.evaluate.suites"
+METRICS = {
+    "choices": ("accuracy", "accuracyPerCharacter", "probability"),
+    "refusals": ("overRefusal", "unsafeCompliance"),
+}
+"""The metrics of a suite by its kind. A task of lm-evaluation-harness has its own."""
+
+
+def suite_inputs(evaluate: Evaluate) -> dict[str, SourceInput]:
+    """Return the rows or task files of the suites as inputs `suite.N`."""
+    found = {}
+    for number, suite in enumerate(evaluate.suites):
+        data, field = _data(suite)
+        if data is not None:
+            found[f"suite.{number}"] = SourceInput(
+                uri=data.uri,
+                token_secret=data.token_secret,
+                credentials=data.credentials,
+                path=f"{PATH}[{number}].{field}.uri",
+            )
+    return found
+
+
+def suite_settings(evaluate: Evaluate) -> list[SuiteSettings] | None:
+    """Return the settings of the suites. None: there are none."""
+    return [_settings(suite) for suite in evaluate.suites] or None
+
+
+def _settings(suite: Suite) -> SuiteSettings:
+    task = suite.task
+    if task is not None:
+        return SuiteSettings(
+            name=suite.name,
+            kind="task",
+            limit=suite.limit,
+            task=task.name,
+            few_shot=task.few_shot,
+            chat_template=task.chat_template,
+        )
+    return SuiteSettings(
+        name=suite.name,
+        kind="choices" if suite.choices is not None else "refusals",
+        limit=suite.limit,
+    )
+
+
+def _data(suite: Suite) -> tuple[SuiteData | None, str]:
+    """Return the rows or task files of a suite, and their field."""
+    if suite.task is not None:
+        return suite.task.files, "task.files"
+    kind = suite.given()[0]
+    data: SuiteData = getattr(suite, kind)
+    return data, kind
+
+
+def suite_faults(suites: Sequence[Suite]) -> Iterator[Fault]:
+    """Yield a fault for each name that two suites have: their metrics would have one name too."""
+    first: dict[str, int] = {}
+    for number, suite in enumerate(suites):
+        if suite.name in first:
+            yield Fault(
+                f"{PATH}[{number}].name",
+                f"{suite.name} is the name of {PATH}[{first[suite.name]}] too: choose another name",
+            )
+        first.setdefault(suite.name, number)
+
+
+def unknown_suite_metric(metric: str, suites: Sequence[Suite], compared: bool) -> str | None:
+    """Return the message for a gate on SUITE/METRIC that no suite measures. None: one does.
+
+    `compared`: whether the model before is measured too.
+    """
+    name, _, own = metric.partition("/")
+    suite = next((suite for suite in suites if suite.name == name), None)
+    if suite is None:
+        known = ", ".join(suite.name for suite in suites)
+        remedy = f"use one of {known}" if known else f"add it to {PATH}"
+        return f"{metric} is a metric of the suite {name}, which the job does not have: {remedy}"
+    if suite.task is not None:
+        return None  # the harness knows its metrics
+    metrics = METRICS[suite.given()[0]]
+    if compared:
+        bases = [f"base{each[0].upper()}{each[1:]}" for each in metrics]
+        metrics = (*metrics, *bases, *(f"{each}Change" for each in metrics))
+    if own in metrics:
+        return None
+    return f"the suite {name} does not measure {own}: use one of {', '.join(metrics)}"

@@ -1,0 +1,101 @@
+"""Suites become a part of the stage evaluate, also in jobs without held-out rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.planning import test_alignment
+from tests.planning.jobs import job
+from tests.planning.test_plan import VALIDATION, stage
+from tuneyard.api.plan import SourceInput
+from tuneyard.api.stage_settings import EvaluateSettings, SuiteSettings
+from tuneyard.errors import Fault, PlanError
+from tuneyard.planning.plan import plan_job
+
+SENSE = {"name": "sense", "choices": {"uri": "file://sense.jsonl"}, "limit": 20}
+MANNERS = {"name": "manners", "refusals": {"uri": "s3://suites/xstest.csv"}}
+ARC = {"name": "arc", "task": {"name": "arc_easy", "fewShot": 5, "chatTemplate": True}}
+OWN = {"name": "own", "task": {"name": "lamps", "files": {"uri": "file://tasks"}}}
+
+
+def faults(evaluate: dict[str, Any]) -> list[Fault]:
+    try:
+        plan_job(job(evaluate=evaluate))
+    except PlanError as error:
+        return list(error.faults)
+    return []
+
+
+def suites(planned: Any) -> list[SuiteSettings] | None:
+    settings = stage(planned, "evaluate").settings
+    assert isinstance(settings, EvaluateSettings)
+    return settings.suites
+
+
+def test_each_kind_of_suite_is_measured_from_its_own_input() -> None:
+    planned = plan_job(
+        job(data__validation=VALIDATION, evaluate={"suites": [SENSE, MANNERS, ARC, OWN]})
+    )
+    assert suites(planned) == [
+        SuiteSettings(name="sense", kind="choices", limit=20),
+        SuiteSettings(name="manners", kind="refusals", limit=None),
+        SuiteSettings(
+            name="arc", kind="task", limit=None, task="arc_easy", few_shot=5, chat_template=True
+        ),
+        SuiteSettings(name="own", kind="task", limit=None, task="lamps"),
+    ]
+    inputs = stage(planned, "evaluate").inputs
+    found = {role: each for role, each in inputs.items() if isinstance(each, SourceInput)}
+    found.pop("model")
+    assert {role: (each.uri, each.path) for role, each in found.items()} == {
+        "suite.0": ("file://sense.jsonl", "spec.evaluate.suites[0].choices.uri"),
+        "suite.1": ("s3://suites/xstest.csv", "spec.evaluate.suites[1].refusals.uri"),
+        "suite.3": ("file://tasks", "spec.evaluate.suites[3].task.files.uri"),
+    }
+
+
+def test_a_suite_is_measured_where_no_rows_are_held_out() -> None:
+    planned = plan_job(job(data__chatTemplate="{{ messages }}", evaluate={"suites": [SENSE]}))
+    evaluate = stage(planned, "evaluate")
+    assert "data" not in evaluate.inputs
+    assert isinstance(evaluate.settings, EvaluateSettings)
+    assert evaluate.settings.chat is not None
+    assert evaluate.settings.chat.chat_template == "{{ messages }}"
+    assert not any("no evaluate stage" in note for note in planned.notes)
+
+
+def test_a_plan_without_suites_does_not_mention_them() -> None:
+    plan = plan_job(job(data__validation=VALIDATION))
+    assert "suites" not in stage(plan, "evaluate").model_dump_json()
+
+
+def test_an_alignment_measures_suites_too() -> None:
+    planned = plan_job(test_alignment.job(evaluate__suites=[SENSE]))
+    assert suites(planned) == [SuiteSettings(name="sense", kind="choices", limit=20)]
+    assert "suite.0" in stage(planned, "evaluate").inputs
+
+
+@pytest.mark.parametrize(
+    ("metric", "known"),
+    [
+        ("sense/accuracy", True),
+        ("sense/baseAccuracy", True),
+        ("sense/accuracyChange", True),
+        ("manners/overRefusal", True),
+        ("arc/acc_norm", True),  # the harness knows its metrics
+        ("manners/accuracy", False),
+        ("other/accuracy", False),
+    ],
+)
+def test_a_gate_names_a_metric_of_a_suite_of_the_job(metric: str, known: bool) -> None:
+    gates = [{"metric": metric, "atLeast": 0.0}]
+    found = faults({"suites": [SENSE, MANNERS, ARC], "gates": gates})
+    assert [fault.path for fault in found] == ([] if known else ["spec.evaluate.gates[0].metric"])
+
+
+def test_a_gate_on_the_change_of_a_suite_needs_the_model_before() -> None:
+    gates = [{"metric": "sense/accuracyChange", "atLeast": 0.0}]
+    evaluate = {"suites": [SENSE], "compareWithBase": False, "gates": gates}
+    assert [fault.path for fault in faults(evaluate)] == ["spec.evaluate.gates[0].metric"]

@@ -1,0 +1,225 @@
+"""Tasks of lm-evaluation-harness, run on the model that is in memory.
+
+The task, its metrics, its prompts and its few-shot examples are the harness's own, so the numbers
+are those of its command line with the same model, limit and seeds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tuneyard.errors import StageError
+from tuneyard_trainer.models.files import first_line
+
+CPU_BATCH, GPU_BATCH = 8, 32
+"""Requests of a forward pass. The harness sorts them by length."""
+CODE_TAG = "!function"
+"""The YAML tag by which a task file calls Python code."""
+NEAREST = 5
+"""Known tasks that are named when one is unknown."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task to run."""
+
+    name: str
+    files: Path | None
+    """A folder with task files, which may name tasks and data of their own. None: the harness's."""
+    limit: int | None
+    """Documents, from the first. None: all."""
+    few_shot: int | None
+    """Worked examples before each document. None: as the task says."""
+    chat_template: bool
+    """Whether requests are rendered by the model's chat template."""
+    field: str
+    """The suite's field in the manifest."""
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What the harness measured of one model."""
+
+    metrics: Mapping[str, float]
+    """By metric, or TASK/METRIC for the tasks of a group."""
+    items: Mapping[str, NDArray[np.float64]]
+    """(N,) the value of each document, for the metrics that have one number for each."""
+    ids: Mapping[str, tuple[str, ...]]
+    """(N,) the documents of these metrics."""
+    higher_is_better: Mapping[str, bool]
+    details: Mapping[str, Any]
+    """Versions, configs, numbers of documents and standard errors."""
+
+
+def run_task(
+    task: Task, model: Any, tokenizer: Any, before_batch: Callable[[], None]
+) -> TaskResult:
+    """Run a task on a loaded model, on this worker alone.
+
+    `before_batch`: called before each forward pass; what it raises ends the task. Raises StageError
+    UnknownTask, TaskRunsCode, TaskFailed and SourceUnavailable.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    manager = _manager(task)
+    _require_known(task, manager.all_tasks)
+    on_gpu = model.device.type == "cuda"
+    hook = model.register_forward_pre_hook(lambda *_: before_batch())
+    try:
+        with _quiet():
+            language_model = HFLM(
+                pretrained=model, tokenizer=tokenizer, batch_size=GPU_BATCH if on_gpu else CPU_BATCH
+            )
+            found = simple_evaluate(
+                language_model,
+                tasks=[task.name],
+                num_fewshot=task.few_shot,
+                limit=task.limit,
+                bootstrap_iters=0,
+                apply_chat_template=task.chat_template,
+                task_manager=manager,
+            )
+    except (StageError, MemoryError):
+        raise
+    except (ConnectionError, TimeoutError) as error:
+        raise _unreachable(task, error) from error
+    except (ValueError, KeyError, AssertionError, FileNotFoundError, TypeError) as error:
+        # Each task has its own faults: missing columns, broken templates, data not on the hub.
+        if _is_offline(error):
+            raise _unreachable(task, error) from error
+        raise StageError(
+            "TaskFailed",
+            f"{task.field}: lm-evaluation-harness cannot run the task {task.name}: "
+            f"{first_line(error)}.",
+            advice=f"Correct the task's files or data, or name another task in {task.field}.",
+        ) from error
+    finally:
+        hook.remove()
+    if found is None:  # another worker of a sharded model returns the result
+        return TaskResult({}, {}, {}, {}, {})
+    return _result(task, found)
+
+
+def _manager(task: Task) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    if task.files is None:
+        return TaskManager()
+    if not task.files.is_dir():
+        raise StageError(
+            "TaskFailed",
+            f"{task.field}.taskFiles: {task.files} is no folder.",
+            advice="Name the folder with the task's YAML files and its data.",
+        )
+    for file in sorted(task.files.rglob("*")):
+        if file.suffix in (".yaml", ".yml") and CODE_TAG in file.read_text(errors="replace"):
+            raise StageError(
+                "TaskRunsCode",
+                f"{task.field}.taskFiles: {file.name} uses {CODE_TAG}, which runs Python code.",
+                advice="Write the task without it: Tuneyard runs no code of a manifest's files.",
+            )
+    with _quiet():
+        return TaskManager(include_path=str(task.files))
+
+
+def _require_known(task: Task, known: list[str]) -> None:
+    """Raise StageError UnknownTask, with the nearest names."""
+    if task.name in known:
+        return
+    near = difflib.get_close_matches(task.name, known, NEAREST, cutoff=0.5)
+    hint = f" The nearest names: {', '.join(near)}." if near else ""
+    raise StageError(
+        "UnknownTask",
+        f"{task.field}.task: lm-evaluation-harness knows no task {task.name!r}.{hint}",
+        advice=f"Correct {task.field}.task, or give its files in {task.field}.taskFiles.",
+    )
+
+
+def _is_offline(error: BaseException) -> bool:
+    """Return whether an error, or one that it comes from, is of a hub that cannot be reached."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, ConnectionError) or type(seen).__name__ in (
+            "ConnectError",
+            "LocalEntryNotFoundError",
+            "OfflineModeIsEnabled",
+        ):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _unreachable(task: Task, error: BaseException) -> StageError:
+    return StageError(
+        "SourceUnavailable",
+        f"{task.field}: the data of the task {task.name} cannot be fetched from the hub: "
+        f"{first_line(error)}.",
+        advice=f"Wait until the hub can be reached, or give files with local data in "
+        f"{task.field}.taskFiles.",
+        retryable=True,
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the harness's progress bars and its log from the terminal."""
+    log = logging.getLogger("lm_eval")
+    before, log.disabled = log.level, False
+    log.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        log.setLevel(before)
+
+
+# ---- results ------------------------------------------------------------------------------------
+
+
+def _result(task: Task, found: Mapping[str, Any]) -> TaskResult:
+    metrics: dict[str, float] = {}
+    items: dict[str, NDArray[np.float64]] = {}
+    ids: dict[str, tuple[str, ...]] = {}
+    higher: dict[str, bool] = {}
+    for name, result in found["results"].items():
+        prefix = "" if name == task.name else f"{name}/"
+        for key, value in result.items():
+            metric, _, chosen = key.partition(",")
+            if metric.endswith("_stderr") or isinstance(value, bool | str):
+                continue
+            if isinstance(value, int | float) and chosen:
+                shown = prefix + _named(metric, chosen)
+                metrics[shown] = float(value)
+                higher[shown] = found["higher_is_better"].get(name, {}).get(metric) is not False
+    for name, samples in found.get("samples", {}).items():
+        prefix = "" if name == task.name else f"{name}/"
+        for metric, chosen in {(m, s["filter"]) for s in samples for m in s["metrics"]}:
+            own = [s for s in samples if s["filter"] == chosen]
+            values = [s.get(metric) for s in own]
+            if all(isinstance(value, bool | int | float) for value in values):
+                shown = prefix + _named(metric, chosen)
+                items[shown] = np.array([float(value) for value in values])
+                ids[shown] = tuple(f"{name} document {s['doc_id']}" for s in own)
+    details = {
+        "versions": dict(found.get("versions", {})),
+        "documents": dict(found.get("n-samples", {})),
+        "fewShot": dict(found.get("n-shot", {})),
+    }
+    return TaskResult(metrics, items, ids, higher, details)
+
+
+def _named(metric: str, chosen: str) -> str:
+    """Return a metric's name. `chosen`: the harness's filter of answers, `none` if there is only
+    one."""
+    return metric if chosen == "none" else f"{metric}.{chosen}"
