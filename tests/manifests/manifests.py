@@ -180,7 +180,9 @@ LORA = job(
       maxNewTokens: 32
       fewShot: 4
       suites: [arc_easy]
-      gates: [{metric: lossReduction, atLeast: 0.3, atMost: 1.0}]
+      gates:
+        - {metric: lossReduction, atLeast: 0.3, atMost: 1.0, tier: advisory, minItems: 30}
+        - {metric: validationLoss, notWorseThanBaseBy: 0.02}
     output:
       uri: pvc://models/job
       merge: true
@@ -599,7 +601,23 @@ BROKEN_RULES = [
         "a-gate-without-a-bound",
         changed(LORA, {"spec.evaluate.gates[0]": {"metric": "lossReduction"}}),
         "spec.evaluate.gates[0]",
-        "has no bound: set atLeast, atMost or both",
+        "has no bound: set atLeast, atMost or both, or notWorseThanBaseBy",
+    ),
+    BrokenRule(
+        "a-gate-with-bounds-of-two-kinds",
+        changed(
+            LORA,
+            {
+                "spec.evaluate.gates[0]": {
+                    "metric": "validationLoss",
+                    "atMost": 2.0,
+                    "notWorseThanBaseBy": 0.1,
+                }
+            },
+        ),
+        "spec.evaluate.gates[0]",
+        "bounds a difference and a value: write two gates, one with notWorseThanBaseBy and one "
+        "with atLeast or atMost",
     ),
     BrokenRule(
         "a-merge-of-bottlenecks",

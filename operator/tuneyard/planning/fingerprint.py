@@ -31,8 +31,8 @@ STAGE_VERSIONS: Mapping[StageKind, int] = {
     "ppo": 2,
     "grpo": 2,
     "distill": 1,
-    "evaluate": 3,
-    "assess": 3,
+    "evaluate": 4,
+    "assess": 4,
     "export": 2,
 }
 """Version of each kind of stage. Increase it when the stage's code produces another output from the

@@ -10,7 +10,7 @@ from tuneyard.api.adapters import Adapter
 from tuneyard.api.alignment import Dpo, GroupRelative
 from tuneyard.api.alignmentjob import AlignmentSpec
 from tuneyard.api.compute import MIN_SHARDS, Compute
-from tuneyard.api.evaluation import AlignmentMetric, Evaluate, Gate, Metric
+from tuneyard.api.evaluation import PAIRED_METRICS, AlignmentMetric, Evaluate, Gate, Metric
 from tuneyard.api.finetunejob import FineTuneSpec
 from tuneyard.api.sources import DataFormat, FineTuneData
 from tuneyard.api.training import Training
@@ -57,6 +57,9 @@ BY_TRL = (
 SHARDED = ("dpo", "grpo", "rloo")
 """The methods of an alignment whose policy the workers can share."""
 
+WITHOUT_ITEMS = ("lengthRatio", "distinctRatio")
+"""Metrics of all completions together."""
+
 WITH_VIRTUAL_TOKENS = ("prompt", "prefix")
 """Adapters that put trained tokens before the input."""
 
@@ -74,7 +77,10 @@ def fine_tuning_faults(spec: FineTuneSpec) -> list[Fault]:
     for path, gate in _gates(spec.evaluate):
         problem = _unknown_metric(gate, get_args(Metric)) or _unmeasured_fine_tuning(gate, spec)
         if problem:
-            faults.append(Fault(path, problem))
+            faults.append(Fault(f"{path}.metric", problem))
+        else:
+            with_base = spec.evaluate.compare_with_base
+            faults += _evidence_faults(path, gate, get_args(Metric), with_base=with_base)
     return faults
 
 
@@ -115,10 +121,14 @@ def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
     known = get_args(AlignmentMetric) if aligned else get_args(Metric)
     for path, gate in _gates(spec.evaluate):
         problem = _unknown_metric(gate, known)
-        if problem is None and aligned:
-            problem = _unmeasured_alignment(gate, spec)
+        if problem is None:
+            unmeasured = _unmeasured_alignment if aligned else _unmeasured_steps
+            problem = unmeasured(gate, spec)
         if problem:
-            faults.append(Fault(path, problem))
+            faults.append(Fault(f"{path}.metric", problem))
+        else:
+            with_base = bool(aligned) or spec.evaluate.compare_with_base
+            faults += _evidence_faults(path, gate, known, with_base=with_base)
     return faults
 
 
@@ -556,7 +566,7 @@ def _suite_faults(evaluate: Evaluate) -> Iterator[Fault]:
 
 def _gates(evaluate: Evaluate) -> Iterator[tuple[str, Gate]]:
     for index, gate in enumerate(evaluate.gates):
-        yield f"spec.evaluate.gates[{index}].metric", gate
+        yield f"spec.evaluate.gates[{index}]", gate
 
 
 def _unknown_metric(gate: Gate, known: Sequence[str]) -> str | None:
@@ -573,16 +583,48 @@ def _unknown_metric(gate: Gate, known: Sequence[str]) -> str | None:
     return None
 
 
+def _evidence_faults(
+    path: str, gate: Gate, known: Sequence[str], *, with_base: bool
+) -> Iterator[Fault]:
+    """Yield the faults of a gate whose evidence is never measured. `known`: the metrics of the job;
+    `with_base`: whether the base model is measured too."""
+    if gate.min_items is not None and gate.metric in WITHOUT_ITEMS:
+        yield Fault(
+            f"{path}.minItems",
+            f"{gate.metric} is measured on all completions together, not on items: remove minItems",
+        )
+    if gate.not_worse_than_base_by is None:
+        return
+    if gate.metric not in PAIRED_METRICS:
+        paired = ", ".join(name for name in PAIRED_METRICS if name in known)
+        yield Fault(
+            f"{path}.notWorseThanBaseBy",
+            f"{gate.metric} is not a mean of values that both models have on each item: use one of "
+            f"{paired}, or bound {gate.metric} with atLeast or atMost",
+        )
+    elif not with_base:
+        yield Fault(
+            f"{path}.notWorseThanBaseBy",
+            "needs a measurement of the base model: set evaluate.compareWithBase: true, or use "
+            "atLeast or atMost",
+        )
+
+
+def _without_base(gate: Gate, evaluate: Evaluate) -> str | None:
+    """Return the message for a metric that needs a base model that is not measured. None: it does
+    not need it, or it is measured."""
+    compared = gate.metric in ("lossReduction", "answerAccuracyGain")
+    if not compared or evaluate.compare_with_base:
+        return None
+    return (
+        f"{gate.metric} needs a measurement of the base model: set evaluate.compareWithBase: true"
+    )
+
+
 def _unmeasured_fine_tuning(gate: Gate, spec: FineTuneSpec) -> str | None:
     """Return the message for a metric that a fine-tuning does not measure. None: it does."""
-    if (
-        gate.metric in ("lossReduction", "answerAccuracyGain")
-        and not spec.evaluate.compare_with_base
-    ):
-        return (
-            f"{gate.metric} needs a measurement of the base model: set evaluate.compareWithBase: "
-            "true"
-        )
+    if problem := _without_base(gate, spec.evaluate):
+        return problem
     if gate.metric == "validationLossOfGaps" and not spec.data.fill_in_the_middle:
         return (
             "validationLossOfGaps is measured on the gaps of held-out documents: set "
@@ -594,6 +636,16 @@ def _unmeasured_fine_tuning(gate: Gate, spec: FineTuneSpec) -> str | None:
             "pretrain: use validationLoss, validationPerplexity or lossReduction"
         )
     return None
+
+
+def _unmeasured_steps(gate: Gate, spec: AlignmentSpec) -> str | None:
+    """Return the message for a metric that an alignment of supervised steps alone does not measure.
+    None: it does."""
+    if not spec.constitution and not (spec.sft and spec.sft.data.validation):
+        return f"{gate.metric} is measured on held-out rows: set sft.data.validation"
+    if gate.metric == "validationLossOfGaps":
+        return "validationLossOfGaps is measured by a FineTuneJob with method: pretrain: remove it"
+    return _without_base(gate, spec.evaluate)
 
 
 def _unmeasured_alignment(gate: Gate, spec: AlignmentSpec) -> str | None:
