@@ -74,6 +74,14 @@ FEWEST_PAIRED_ITEMS = 10
 that of items without any difference has no width at all."""
 
 
+def fewest_items(min_items: int | None, not_worse_than_base_by: float | None) -> int:
+    """Return the fewest items that a gate with these fields needs; 0: the number does not
+    matter."""
+    if min_items is not None:
+        return min_items
+    return 0 if not_worse_than_base_by is None else FEWEST_PAIRED_ITEMS
+
+
 def _bounds_value(gate: Gate) -> bool:
     """Return whether a gate bounds the tuned model's value itself."""
     return gate.at_least is not None or gate.at_most is not None
@@ -126,9 +134,7 @@ class Gate(Model):
     @property
     def fewest_items(self) -> int:
         """The fewest items that must be measured; 0: the number does not matter."""
-        if self.min_items is not None:
-            return self.min_items
-        return 0 if self.not_worse_than_base_by is None else FEWEST_PAIRED_ITEMS
+        return fewest_items(self.min_items, self.not_worse_than_base_by)
 
 
 class Evaluate(Model):

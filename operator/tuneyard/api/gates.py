@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tuneyard.api.evaluation import Gate
+from tuneyard.api.evaluation import Gate, fewest_items
 from tuneyard.api.meta import Report
 
 Verdict = Literal["pass", "breach", "insufficientEvidence", "missing"]
@@ -44,7 +44,7 @@ class GateResult(Report):
     """Most by which the tuned model may be worse than the base model. None: no such bound."""
     tier: Literal["required", "advisory"] = "required"
     """advisory: the gate fails no job."""
-    min_items: int | None = Field(default=None, ge=1)
+    min_items: int | None = Field(default=None, ge=1, le=1 << 30)
     """Fewest items of the gate. None: it states none."""
     verdict: Verdict
     """Whether the gate is met."""
@@ -59,7 +59,7 @@ class GateResult(Report):
     """Lower end of the 95% interval of worseBy, or of value for another bound. None: unknown."""
     high: float | None = None
     """Upper end of that interval. None: unknown."""
-    items: int | None = Field(default=None, ge=0)
+    items: int | None = Field(default=None, ge=0, le=1 << 53)
     """Number of items, such as held-out rows, that were measured. None: unknown."""
 
     @classmethod
@@ -77,10 +77,9 @@ class GateResult(Report):
         """Whether the gate is met."""
         return self.verdict == "pass"
 
-    @property
-    def gate(self) -> Gate:
-        """The gate without its verdict."""
-        return Gate(**{name: getattr(self, name) for name in Gate.model_fields})
+    def is_of(self, gate: Gate) -> bool:
+        """Return whether this is the verdict on a gate."""
+        return all(getattr(self, name) == value for name, value in dict(gate).items())
 
     # ---- words ----------------------------------------------------------------------------------
 
@@ -154,7 +153,7 @@ class GateResult(Report):
             return f"is {self.measured}, above {self.at_most:g}"
         if self.verdict == "insufficientEvidence":
             return f"is {self.measured}, on an unknown number of items"
-        return f"is {self.measured}, {self.bound}"
+        return ", ".join(filter(None, (f"is {self.measured}", self.bound)))
 
     @property
     def _difference(self) -> str:
@@ -170,7 +169,7 @@ class GateResult(Report):
 
     @property
     def _fewest_items(self) -> int:
-        return self.gate.fewest_items
+        return fewest_items(self.min_items, self.not_worse_than_base_by)
 
     @property
     def _counted(self) -> str:
