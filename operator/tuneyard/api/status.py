@@ -33,9 +33,7 @@ class StageStatus(Report):
     """Digest of the stage's output, from its record. None: no record yet."""
     metrics: dict[str, float] = Field(default={})
     """Key metrics of the stage, from its record."""
-    gates: list[GateResult] = Field(
-        default=[], max_length=64, exclude_if=lambda gates: not gates
-    )
+    gates: list[GateResult] = Field(default=[], max_length=64, exclude_if=lambda gates: not gates)
     """Verdicts on the gates, of an evaluation that measured them, also if it failed."""
 
 
