@@ -70,8 +70,7 @@ PAIRED_METRICS: tuple[str, ...] = (
 """Metrics that are a mean over items (rows or completions) which both models are measured on, so
 that a gate can bound by how much the tuned model is worse than the base model."""
 FEWEST_PAIRED_ITEMS = 10
-"""Default of `minItems` for `notWorseThanBaseBy`: the interval of fewer items is too narrow, and
-that of items without any difference has no width at all."""
+"""Default of `minItems` for `notWorseThanBaseBy`: the interval of fewer items is too narrow."""
 
 
 def fewest_items(min_items: int | None, not_worse_than_base_by: float | None) -> int:

@@ -106,7 +106,7 @@ class GateResult(Report):
         if self.low is None or self.high is None:
             return ""
         worse = "" if self.worse_by is None else "worse by "
-        return f"{worse}{self.low:.4g} to {self.high:.4g}"
+        return f"{worse}{self.low + 0.0:.4g} to {self.high + 0.0:.4g}"
 
     @property
     def evidence(self) -> str:

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from tuneyard_trainer.evaluation import evidence
 from tuneyard_trainer.evaluation.evidence import (
+    flip_interval,
     mcnemar,
     mean_interval,
     ratio_interval,
+    share_interval,
     student_quantile,
 )
 
@@ -24,10 +26,6 @@ SIMULATIONS = 1000
 DRAWS: dict[str, tuple[float, Draw]] = {
     "normal": (0.3, lambda random, shape: random.normal(0.3, 1, shape)),
     "skewed": (2.0, lambda random, shape: random.gamma(2, 1, shape)),
-    "flipped": (
-        0.1,
-        lambda random, shape: random.choice([-1.0, 0.0, 1.0], p=[0.1, 0.7, 0.2], size=shape),
-    ),
 }
 
 
@@ -42,6 +40,46 @@ def test_the_interval_covers_the_true_mean_in_93_to_97_of_100_simulations(
     values = draw(np.random.default_rng(7), (SIMULATIONS, count))
     covered = sum(mean_interval(values_N).contains(mean) for values_N in values)
     assert 0.93 <= covered / SIMULATIONS <= 0.97
+
+
+@pytest.mark.parametrize("count", [50, 100, 200])
+@pytest.mark.parametrize(("gains", "losses"), [(0.2, 0.1), (0.3, 0.3), (0.1, 0.05), (0.05, 0.0)])
+def test_the_interval_of_flipped_answers_covers_the_true_difference(
+    gains: float, losses: float, count: int
+) -> None:
+    """It may be too wide if answers hardly ever flip, but not too narrow."""
+    shares = [gains, losses, 1 - gains - losses]
+    flips = np.random.default_rng(9).multinomial(count, shares, 20 * SIMULATIONS)
+    covered = sum(
+        flip_interval(int(gained), int(lost), count).contains(gains - losses)
+        for gained, lost, _ in flips
+    )
+    assert 0.935 <= covered / len(flips) <= (0.97 if losses >= 0.1 else 1.0)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("count", [50, 100, 200])
+def test_the_interval_of_a_share_covers_the_true_share(share: float, count: int) -> None:
+    rights = np.random.default_rng(10).binomial(count, share, 10 * SIMULATIONS)
+    covered = sum(share_interval(int(right), count).contains(share) for right in rights)
+    assert 0.93 <= covered / len(rights) <= 0.98
+
+
+def test_intervals_of_answers_are_those_of_a_textbook_and_a_calculation() -> None:
+    """Wilson's of 81 in 263 (Newcombe 1998, Statistics in Medicine 17, table I). The other one by
+    hand: 2/23 - 8/23, and 1.96 * sqrt((10/23 - (6/23)**2) / 23)."""
+    assert share_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert flip_interval(1, 7, 21) == pytest.approx((-0.50836, -0.01338), abs=1e-4)
+
+
+def test_answers_that_are_all_alike_still_have_an_interval() -> None:
+    assert share_interval(20, 20) == pytest.approx((0.8389, 1.0), abs=1e-4)
+    assert share_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+    assert flip_interval(0, 0, 24) == pytest.approx((-0.1066, 0.1066), abs=1e-3)
+    assert flip_interval(20, 0, 20).high == 1.0
+    for interval in (share_interval, lambda right, count: flip_interval(right, 0, count)):
+        with pytest.raises(ValueError, match="at least one item"):
+            interval(0, 0)
 
 
 def test_the_interval_of_a_ratio_covers_the_ratio_of_the_means(

@@ -137,14 +137,20 @@ def test_the_interval_of_the_difference_decides_in_the_metrics_direction(
 
 
 def test_a_few_equal_items_do_not_show_that_nothing_got_worse() -> None:
-    """Their interval has no width; ten of them are the default of minItems."""
-    gate = {"metric": "answerAccuracy", "notWorseThanBaseBy": 0.01}
+    """The interval of equal numbers has no width; ten items are the default of minItems."""
+    gate = {"metric": "reward", "notWorseThanBaseBy": 0.01}
     for count, verdict in ((9, "insufficientEvidence"), (10, "pass")):
+        found = items([2.5] * count, [2.5] * count)
+        assert judged(gate, {"reward": 2.5}, reward=found).verdict == verdict
+    found = items([2.5] * 9, [2.5] * 9)
+    assert judged({**gate, "minItems": 9}, {"reward": 2.5}, reward=found).verdict == "pass"
+
+
+def test_answers_of_which_none_flipped_show_more_the_more_there_are() -> None:
+    gate = {"metric": "answerAccuracy", "notWorseThanBaseBy": 0.01}
+    for count, verdict in ((24, "insufficientEvidence"), (400, "pass")):
         found = answers(count, gained=0, lost=0, both=count)
         assert judged(gate, {"answerAccuracy": 1.0}, answerAccuracy=found).verdict == verdict
-    found = answers(9, gained=0, lost=0, both=9)
-    fewer = judged({**gate, "minItems": 9}, {"answerAccuracy": 1.0}, answerAccuracy=found)
-    assert fewer.verdict == "pass"
 
 
 def test_without_items_of_both_models_a_difference_is_not_shown() -> None:

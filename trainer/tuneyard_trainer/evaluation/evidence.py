@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
+QUANTILE = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+"""1.96."""
 RESAMPLES = 4000
 """The ends of an interval then have a standard deviation of 1 % of its width between seeds."""
 SEED = 20231
@@ -45,11 +47,11 @@ def ratio_interval(
     An expanded percentile bootstrap over items (Hesterberg 2015, "What Teachers Should Know About
     the Bootstrap", The American Statistician 69(4)): the plain percentile interval is too narrow
     for few items, and its levels are therefore widened to those of Student's t. Of 50 to 200 items
-    it covers the true mean in 93 % to 96 % of simulations. BCa (Efron 1987) is a little better for
-    skewed values, but worse if few of 50 answers flip: 92 % instead of 94 %.
+    it covers the true mean in 93 % to 96 % of simulations. BCa (Efron 1987) is less than a percent
+    better for skewed values.
 
-    Deterministic. Items that are all equal give an interval without width, whatever their number.
-    Raises ValueError without items.
+    Deterministic. Items that are all equal give an interval without width, whatever their number:
+    `share_interval` and `flip_interval` are for right and wrong answers. Raises ValueError without items.
     """
     count = len(numerators_N)
     if not count:
@@ -65,21 +67,47 @@ def ratio_interval(
     return Interval(float(low), float(high))
 
 
+def share_interval(right: int, count: int) -> Interval:
+    """Return the 95% interval of a share, such as that of right answers (Wilson 1927). It has a
+    width also if all answers are right. Raises ValueError without items."""
+    if not count:
+        raise ValueError("an interval needs at least one item")
+    share, square = right / count, QUANTILE**2
+    center = (share + square / (2 * count)) / (1 + square / count)
+    spread = math.sqrt(share * (1 - share) / count + square / (4 * count**2))
+    half = QUANTILE * spread / (1 + square / count)
+    return Interval(max(0.0, center - half), min(1.0, center + half))
+
+
+def flip_interval(gained: int, lost: int, count: int) -> Interval:
+    """Return the 95% interval of the difference of two shares on the same items, of which `gained`
+    and `lost` flipped (Bonett and Price 2012, J. Educ. Behav. Stat. 37(4): Wald's interval after
+    adding one flipped item of each direction).
+
+    It has a width also if no answer flipped, unlike a bootstrap. In simulations of 50 to 200 items
+    it covers the true difference in 94 % to 97 %, and more if answers hardly ever flip. Raises ValueError without items.
+    """
+    if not count:
+        raise ValueError("an interval needs at least one item")
+    up, down = (gained + 1) / (count + 2), (lost + 1) / (count + 2)
+    half = QUANTILE * math.sqrt((up + down - (up - down) ** 2) / (count + 2))
+    return Interval(max(-1.0, up - down - half), min(1.0, up - down + half))
+
+
 def _tail(count: int) -> float:
     """Return the share of resamples below the interval: that of the normal distribution beyond
     sqrt(N / (N - 1)) times the quantile of Student's t."""
-    normal = NormalDist()
     freedom = count - 1
     if not freedom:
         return 0.0
-    return normal.cdf(-math.sqrt(count / freedom) * student_quantile(freedom))
+    return NormalDist().cdf(-math.sqrt(count / freedom) * student_quantile(freedom))
 
 
 def student_quantile(freedom: int) -> float:
     """Return the upper 97.5% quantile of Student's t distribution: its expansion by the quantile of
     the normal distribution (Abramowitz and Stegun 1964, 26.7.5). The error is below 0.01 from 4
     degrees of freedom, and below 0.0003 from 9."""
-    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    z = QUANTILE
     terms = (
         z,
         (z**3 + z) / 4,

@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tuneyard_trainer.evaluation.evidence import Interval, mcnemar, ratio_interval
+from tuneyard_trainer.evaluation.evidence import (
+    Interval,
+    flip_interval,
+    mcnemar,
+    ratio_interval,
+    share_interval,
+)
 
 MAX_ITEMS = 10_000
 """The items whose values `evaluation.json` holds."""
@@ -52,13 +58,20 @@ class Items:
     @cached_property
     def value_interval(self) -> Interval | None:
         """The 95% interval of the tuned model's mean. None: the items are not usable."""
-        return self._interval(self.tuned_N) if self.is_usable else None
+        if not self.is_usable:
+            return None
+        if self.weights_N is None and _is_right_or_wrong(self.tuned_N):
+            return share_interval(int(self.tuned_N.sum()), len(self))
+        return self._interval(self.tuned_N)
 
     @cached_property
     def difference_interval(self) -> Interval | None:
         """The 95% interval of the mean of tuned - base. None: it is not known."""
         if self.base_N is None or not self.is_usable:
             return None
+        flipped = self.flipped()
+        if self.weights_N is None and flipped is not None:
+            return flip_interval(len(flipped[0]), len(flipped[1]), len(self))
         return self._interval(self.tuned_N - self.base_N)
 
     @cached_property
@@ -77,7 +90,9 @@ class Items:
     def flipped(self) -> tuple[list[str], list[str]] | None:
         """Return the items that only the tuned model has right, and those that only the base model
         has right. None: the values are not right (1) or wrong (0), or the base has none."""
-        if self.base_N is None or not np.isin((self.tuned_N, self.base_N), (0.0, 1.0)).all():
+        if self.base_N is None:
+            return None
+        if not _is_right_or_wrong(self.tuned_N) or not _is_right_or_wrong(self.base_N):
             return None
         gained, lost = self.tuned_N > self.base_N, self.tuned_N < self.base_N
         names = np.array(self.ids, dtype=object)
@@ -124,3 +139,7 @@ class Items:
     @property
     def _weights(self) -> NDArray[np.float64]:
         return np.ones(len(self)) if self.weights_N is None else self.weights_N
+
+
+def _is_right_or_wrong(values_N: NDArray[np.float64]) -> bool:
+    return bool(np.isin(values_N, (0.0, 1.0)).all())
