@@ -51,7 +51,8 @@ def ratio_interval(
     better for skewed values.
 
     Deterministic. Items that are all equal give an interval without width, whatever their number:
-    `share_interval` and `flip_interval` are for right and wrong answers. Raises ValueError without items.
+    `share_interval` and `flip_interval` are for right and wrong answers. Raises
+    ValueError without items.
     """
     count = len(numerators_N)
     if not count:
@@ -85,7 +86,8 @@ def flip_interval(gained: int, lost: int, count: int) -> Interval:
     adding one flipped item of each direction).
 
     It has a width also if no answer flipped, unlike a bootstrap. In simulations of 50 to 200 items
-    it covers the true difference in 94 % to 97 %, and more if answers hardly ever flip. Raises ValueError without items.
+    it covers the true difference in 94 % to 97 %, and more if answers hardly ever flip. Raises
+    ValueError without items.
     """
     if not count:
         raise ValueError("an interval needs at least one item")
