@@ -161,7 +161,7 @@ def _seconds_of_attempts(record: StageRecord) -> float:
 
 
 def _missed_gates(gates: Iterable[GateResult]) -> list[str]:
-    """Return a warning for each gate that is not met: they are advisory, or the job had failed."""
+    """Return a warning for each advisory gate that is not met; a required one ends the job."""
     return [
         f"The advisory gate is not met: {gate.sentence}. {gate.remedy}"
         for gate in gates
