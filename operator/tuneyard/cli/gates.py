@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,13 +13,15 @@ from pydantic import ValidationError
 
 from tuneyard.api.evaluation import Gate
 from tuneyard.api.gates import GateResult, overall
-from tuneyard.api.plan import Plan, StageRecord
+from tuneyard.api.plan import Plan
 from tuneyard.cli.errors import needs_extra
 from tuneyard.cli.jobs import JobView
 
 PASSED, MISSED, UNCLEAR, UNREADABLE = 0, 1, 2, 3
 """The exit codes of `tuneyard gate`. Its code 2 is no bad input, which is UNREADABLE."""
-PATTERNS = ("stages/*/evaluation.json", "stages/*/record.json", "stages/*.begun.json")
+_EVALUATED, _RECORD, _BEGUN = "/evaluation.json", "/record.json", ".begun.json"
+PATTERNS = tuple(f"stages/*{name}" for name in (_EVALUATED, _RECORD, _BEGUN))
+"""The files of an output that tell whether its evaluation is of the present model."""
 
 
 @dataclass(frozen=True)
@@ -80,17 +82,17 @@ def of_output(uri: str) -> JobGates:
     """Return the verdicts in an output. `uri`: a folder, or a URL that fsspec reads. Raises
     ClickException if there are none, or if the model has changed since."""
     files = _remote(uri) if "://" in uri else _local(Path(uri))
-    evaluations = {path: value for path, value in files.items() if path.endswith("evaluation.json")}
+    evaluations = [value for path, value in files.items() if path.endswith(_EVALUATED)]
     if not evaluations:
         raise click.ClickException(
             f"{uri} has no evaluation: run the job, whose stage evaluate checks the gates"
         )
     _refuse_outdated(uri, files)
-    values = [value for found in evaluations.values() for value in found.get("gates", ())]
+    values = [value for found in evaluations for value in found.get("gates") or ()]
     if not values:
         raise click.ClickException(
-            f"the evaluation in {uri} has no verdicts: set spec.evaluate.gates and run the job; an "
-            "evaluation of version 0.3 or earlier is repeated"
+            f"the evaluation in {uri} has no verdicts: set spec.evaluate.gates, or run the job again "
+            "if an earlier version evaluated it"
         )
     try:
         return JobGates(uri, [GateResult.model_validate(value) for value in values])
@@ -102,17 +104,16 @@ def of_output(uri: str) -> JobGates:
 
 def _refuse_outdated(uri: str, files: Mapping[str, Any]) -> None:
     """Raise ClickException if the model or the data changed after the evaluation."""
-    evaluated = {PurePosixPath(path).parent.name for path in files if "evaluation.json" in path}
-    begun = {PurePosixPath(path).name.partition(".")[0] for path in files if "begun" in path}
-    changed = begun - evaluated - {"export"}
+    named = {path.removeprefix("stages/"): value for path, value in files.items()}
+    begun = {path.removesuffix(_BEGUN) for path in named if path.endswith(_BEGUN)}
+    evaluated = {path.removesuffix(_EVALUATED) for path in named if path.endswith(_EVALUATED)}
     records = {
-        PurePosixPath(path).parent.name: StageRecord.model_validate(value)
-        for path, value in files.items()
-        if path.endswith("record.json")
+        path.removesuffix(_RECORD): value for path, value in named.items() if path.endswith(_RECORD)
     }
-    digests = {record.digest for record in records.values()}
+    changed = begun - evaluated - {"export"}
+    digests = {record.get("digest") for record in records.values()}
     for name in evaluated & records.keys():
-        inputs = records[name].input_digests
+        inputs = records[name].get("inputDigests") or {}
         roles = inputs.keys() & {"tuned", "data"}
         changed |= {role for role in roles if inputs[role] not in digests}
     if changed:
@@ -125,7 +126,10 @@ def _refuse_outdated(uri: str, files: Mapping[str, Any]) -> None:
 def _local(folder: Path) -> dict[str, Any]:
     """Return the JSON files of an output that tell about its evaluation, by relative path."""
     found = [path for pattern in PATTERNS for path in folder.glob(pattern)]
-    texts = {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+    try:
+        texts = {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+    except OSError as error:
+        raise click.ClickException(f"{folder} cannot be read: {error.strerror}") from error
     return {path: _parsed(path, text) for path, text in texts.items()}
 
 
