@@ -130,6 +130,22 @@ def test_a_manifest_names_the_output_beside_it(tmp_path: Path) -> None:
     assert main.call(["gate", str(write_manifest(tmp_path / "job.yaml", LOSS, ANSWERS))]) == 0
 
 
+def test_an_output_in_an_object_store_is_read_like_a_folder(tmp_path: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    out = write_output(tmp_path / "out", [result(LOSS, "breach")], failed=True)
+    store = fsspec.filesystem("memory")
+    store.put(str(out), "/team/out", recursive=True)
+    manifest = write_manifest(tmp_path / "job.yaml", LOSS, output="memory://team/out")
+    found = gates.of_output("memory://team/out")
+    assert [each.verdict for each in found.results] == ["breach"]
+    store.pipe_file("/team/out/stages/sft.begun.json", b"{}")
+    with pytest.raises(click.ClickException, match="changed after the evaluation"):
+        gates.of_output("memory://team/out")
+    with pytest.raises(click.ClickException, match="cannot be read"):
+        gates.of_output("nosuchscheme://team/out")
+    assert main.call(["gate", str(manifest)]) == 3
+
+
 @pytest.mark.parametrize("wanted", [[LOSS], [{**LOSS, "atLeast": 0.5}, ANSWERS]])
 def test_verdicts_on_other_gates_than_the_manifests_are_refused(
     wanted: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -91,8 +91,8 @@ def of_output(uri: str) -> JobGates:
     values = [value for found in evaluations for value in found.get("gates") or ()]
     if not values:
         raise click.ClickException(
-            f"the evaluation in {uri} has no verdicts: set spec.evaluate.gates, or run the job again "
-            "if an earlier version evaluated it"
+            f"the evaluation in {uri} has no verdicts: set spec.evaluate.gates, or run the job "
+            "again if an earlier version evaluated it"
         )
     try:
         return JobGates(uri, [GateResult.model_validate(value) for value in values])
