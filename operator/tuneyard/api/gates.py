@@ -123,7 +123,7 @@ class GateResult(Report):
 
     @property
     def remedy(self) -> str:
-        """What to change; "": the gate is met."""
+        """The remedy as sentences; "": the gate is met."""
         if self.passed:
             return ""
         if self.verdict == "missing":
