@@ -155,14 +155,12 @@ def test_answers_of_which_none_flipped_show_more_the_more_there_are() -> None:
 
 def test_without_items_of_both_models_a_difference_is_not_shown() -> None:
     gate = {"metric": "reward", "notWorseThanBaseBy": 10.0}
-    for found in (
-        {},
-        {"reward": items([1.0] * 50)},
-        {"reward": items([float("nan")] * 50, [0.0] * 50)},
-    ):
-        result = judged(gate, {"reward": 1.0}, **found)
+    alone, broken = items([1.0] * 50), items([float("nan")] * 50, [0.0] * 50)
+    for found, count in ((None, None), (alone, 50), (broken, 50), (items([], []), 0)):
+        result = judged(gate, {"reward": 1.0}, **({} if found is None else {"reward": found}))
         assert result.verdict == "insufficientEvidence"
-        assert "not compared" in result.sentence
+        assert result.items == count
+        assert ("not compared" in result.sentence) == (count != 0)
 
 
 def test_the_worst_verdict_of_the_required_gates_counts() -> None:

@@ -75,10 +75,11 @@ def _bounded(gate: Gate, value: float, count: int | None) -> Verdict:
 
 def _judged_difference(gate: Gate, value: float, margin: float, items: Items | None) -> GateResult:
     """Return the verdict on a bound of how much the tuned model may be worse than the base."""
-    if items is None or items.base_N is None or items.difference_interval is None:
-        count = len(items) if items else None
+    interval = None if items is None else items.difference_interval
+    if items is None or items.base_N is None or interval is None:
+        count = None if items is None else len(items)
         return GateResult.of(gate, "insufficientEvidence", value=value, items=count)
-    worse = _worse_by(items)
+    worse = Interval(-interval.high, -interval.low) if items.higher_is_better else interval
     verdict: Verdict = "insufficientEvidence"
     if len(items) >= gate.fewest_items:
         verdict = "pass" if worse.high <= margin else "breach" if worse.low > margin else verdict
@@ -95,18 +96,10 @@ def _judged_difference(gate: Gate, value: float, margin: float, items: Items | N
     )
 
 
-def _worse_by(items: Items) -> Interval:
-    """Return the 95% interval of how much the tuned model is worse; below 0: it is better."""
-    found = items.difference_interval
-    if found is None:
-        raise TypeError("a comparison with a base model that was not measured")
-    return Interval(-found.high, -found.low) if items.higher_is_better else found
-
-
 def _count(metric: str, items: Mapping[str, Items]) -> int | None:
     """Return the items that a metric is measured on. None: unknown."""
     found = items.get(_items_metric(metric))
-    return len(found) if found else None
+    return None if found is None else len(found)
 
 
 def _items_metric(metric: str) -> str:
