@@ -143,6 +143,17 @@ def test_a_missed_advisory_gate_is_exported_with_its_verdict(
     assert walk(planned(gated), copy) == ALL_SKIPPED
 
 
+def test_the_answers_to_questions_are_evidence_that_the_record_counts(finished: Path) -> None:
+    evaluation = json.loads((finished / "out/stages/evaluate/evaluation.json").read_text())
+    assert len(evaluation["items"]["answerAccuracy"]["ids"]) == 4
+    record = json.loads((finished / "out/stages/evaluate/record.json").read_text())
+    found = record["details"]["evidence"]["answerAccuracy"]
+    assert found["items"] == 4
+    assert found["value"] == record["metrics"]["answerAccuracy"]
+    assert found["base"] == record["metrics"]["baseAnswerAccuracy"]
+    assert found["flips"]["gained"] - found["flips"]["lost"] == 4 * found["difference"]
+
+
 def test_the_result_holds_what_a_user_loads_and_reads(finished: Path) -> None:
     result = finished / "out" / "result"
     names = {path.relative_to(result).as_posix() for path in result.rglob("*") if path.is_file()}

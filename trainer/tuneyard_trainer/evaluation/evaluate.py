@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -25,6 +26,7 @@ from tuneyard_trainer.data.encoding.chat import rendered
 from tuneyard_trainer.data.prepared import Prepared, Rows
 from tuneyard_trainer.data.reading.conversations import turn_text
 from tuneyard_trainer.data.sharing import InStep, SharedStage
+from tuneyard_trainer.evaluation.items import Items
 from tuneyard_trainer.evaluation.result import finish, spread
 from tuneyard_trainer.evaluation.without_context import texts_without_context, tokenized
 from tuneyard_trainer.generation.greedy import continuations
@@ -108,9 +110,10 @@ def _run(context: StageContext, shared: SharedStage) -> StageOutcome:
     for suffix, each in held_out.items():
         found = _metrics({name: model[suffix] for name, model in measured.items()}, each.questions)
         metrics |= {f"{name}{suffix}": value for name, value in found.items()}
+    items = _items(measured, held_out)
     given = {name: model[GIVEN] for name, model in measured.items()}
     samples = _samples(held_out[GIVEN].questions, given, settings.samples)
-    return finish(context, settings.gates, metrics, samples, steps=STEPS)
+    return finish(context, settings.gates, metrics, samples, steps=STEPS, items=items)
 
 
 def _models(
@@ -263,14 +266,35 @@ def _metrics(measured: Mapping[str, Measured], questions: Sequence[Question]) ->
     return metrics
 
 
+def _items(
+    measured: Mapping[str, Mapping[str, Measured]], held_out: Mapping[str, HeldOut]
+) -> dict[str, Items]:
+    """Return whether each question was answered right, by metric."""
+    found = {}
+    for suffix, each in held_out.items():
+        ids = tuple(f"question {i + 1}" for i, q in enumerate(each.questions) if q.expected)
+        right = {
+            name: np.array(_right(each.questions, model[suffix].answers), dtype=np.float64)
+            for name, model in measured.items()
+        }
+        if ids:
+            found[f"answerAccuracy{suffix}"] = Items(ids, right["tuned"], right.get("base"), True)
+    return found
+
+
 def _accuracy(questions: Sequence[Question], answers: Sequence[str]) -> float:
     """Return the share of right answers to the questions with `expected`."""
-    right = [
+    right = _right(questions, answers)
+    return sum(right) / len(right)
+
+
+def _right(questions: Sequence[Question], answers: Sequence[str]) -> list[bool]:
+    """Return whether each answer to a question with `expected` is right."""
+    return [
         is_right(answer, question.expected)
         for question, answer in zip(questions, answers, strict=True)
         if question.expected
     ]
-    return sum(right) / len(right)
 
 
 def _samples(
