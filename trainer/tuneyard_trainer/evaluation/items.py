@@ -84,7 +84,7 @@ class Items:
         )
 
     def mean(self, values_N: NDArray[np.float64]) -> float:
-        """Return the mean over the items. Raises ZeroDivisionError without items."""
+        """Return the mean over the items, of which there must be some."""
         return float(np.average(values_N, weights=self.weights_N))
 
     def flipped(self) -> tuple[list[str], list[str]] | None:
