@@ -138,15 +138,15 @@ class Console:
         if results.comparisons:
             self._print(_comparison_table(results.heading, results.comparisons))
             self._print()
-        if results.gates:
-            self._print(_gates_table(results.gates))
-            self._print()
         self._print(_facts_table(results.facts))
         for warning in results.warnings:
             self._print(Text(f"Warning: {warning}", style="yellow"))
         if results.samples:
             self._print()
             self._print(_samples_table(results.samples))
+        if results.gates:
+            self._print()
+            self._print(_gates_table(results.gates))
         self._print()
         exported = f"{output.rstrip('/')}/{stage_folder('export')}"
         self._print(_facts_table(_places(records, exported if "://" in output else _near(folder))))
