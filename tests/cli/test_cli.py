@@ -26,7 +26,7 @@ MINIMAL = str(GOLDEN / "manifests" / "minimal.yaml")
 SUPPORT_BOT = str(GOLDEN / "manifests" / "support-bot.yaml")
 COMMANDS = [
     *("init", "validate", "plan", "render", "run", "crds"),
-    *("status", "logs", "suspend", "resume", "cancel", "delete", "operator", "data"),
+    *("status", "logs", "suspend", "resume", "cancel", "delete", "operator", "data", "gate"),
 ]
 
 

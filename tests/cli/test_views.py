@@ -169,3 +169,21 @@ def test_a_pods_role_and_state_are_read_from_its_json() -> None:
 
 def test_a_status_without_details_is_shown_without_tables() -> None:
     assert text(views.job_view(job({**PLANNED, "phase": "Pending"}), [], NOW)).count("\n") == 1
+
+
+def test_the_view_of_a_job_shows_the_verdicts_on_its_gates() -> None:
+    gate = {"metric": "lossReduction", "atLeast": 0.3, "verdict": "breach", "value": 0.2}
+    stage = {"name": "evaluate", "kind": "evaluate", "state": "Failed", "gates": [gate]}
+    status = {**RUNNING, "stages": [stage]}
+    shown = text(views.job_view(job(status), [], NOW))
+    line = next(line for line in shown.splitlines() if line.startswith("lossReduction"))
+    assert line.split() == [
+        "lossReduction",
+        "breach",
+        "0.2",
+        *[views.ABSENT] * 2,
+        "at",
+        "least",
+        "0.3",
+    ]
+    assert "Verdict" not in text(views.job_view(job(RUNNING), [], NOW))

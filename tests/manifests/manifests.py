@@ -179,8 +179,14 @@ LORA = job(
       samples: 5
       maxNewTokens: 32
       fewShot: 4
-      suites: [arc_easy]
-      gates: [{metric: lossReduction, atLeast: 0.3, atMost: 1.0}]
+      suites:
+        - {name: sense, choices: {uri: "s3://suites/sense.jsonl", credentials: {name: store}}, limit: 100}
+        - {name: manners, refusals: {uri: "hf://datasets/org/manners/rows.csv", tokenSecret: {name: hf, key: token}}}
+        - name: arc
+          task: {name: arc_easy, files: {uri: "pvc://suites/tasks"}, fewShot: 5, chatTemplate: true}
+      gates:
+        - {metric: lossReduction, atLeast: 0.3, atMost: 1.0, tier: advisory, minItems: 30}
+        - {metric: validationLoss, notWorseThanBaseBy: 0.02}
       metrics: [exactMatch, tokenF1, rouge, bleu, chrf, json, classification]
       answerSchema: '{"type": "object"}'
       answerPattern: "^[0-9]+$"
@@ -607,7 +613,23 @@ BROKEN_RULES = [
         "a-gate-without-a-bound",
         changed(LORA, {"spec.evaluate.gates[0]": {"metric": "lossReduction"}}),
         "spec.evaluate.gates[0]",
-        "has no bound: set atLeast, atMost or both",
+        "has no bound: set atLeast, atMost or both, or notWorseThanBaseBy",
+    ),
+    BrokenRule(
+        "a-gate-with-bounds-of-two-kinds",
+        changed(
+            LORA,
+            {
+                "spec.evaluate.gates[0]": {
+                    "metric": "validationLoss",
+                    "atMost": 2.0,
+                    "notWorseThanBaseBy": 0.1,
+                }
+            },
+        ),
+        "spec.evaluate.gates[0]",
+        "bounds a difference and a value: write two gates, one with notWorseThanBaseBy and one "
+        "with atLeast or atMost",
     ),
     BrokenRule(
         "a-merge-of-bottlenecks",

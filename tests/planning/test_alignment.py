@@ -320,6 +320,25 @@ def test_a_gate_on_the_win_rate_needs_a_second_judge() -> None:
     assert plan_job(job("ppo", evaluate={"gates": gates, "winRate": WIN_RATE}))
 
 
+def test_a_gate_of_supervised_steps_alone_needs_what_they_measure() -> None:
+    def found(metric: str, *, held_out: bool = True, **evaluate: Any) -> list[str]:
+        data: dict[str, Any] = {"train": [{"uri": "file://t.jsonl"}]}
+        if held_out:
+            data["validation"] = {"fraction": 0.1}
+        steps = {"optimize": None, "preferences": None, "sft": {"data": data}}
+        gates = [{"metric": metric, "atLeast": 0.1}]
+        try:
+            plan_job(job(**steps, evaluate={"gates": gates, **evaluate}))
+        except PlanError as error:
+            return [fault.message for fault in error.faults]
+        return []
+
+    assert found("lossReduction") == []
+    assert "set sft.data.validation" in found("lossReduction", held_out=False)[0]
+    assert "compareWithBase: true" in found("lossReduction", compareWithBase=False)[0]
+    assert "remove it" in found("validationLossOfGaps")[0]
+
+
 def test_auto_is_resolved_by_method_and_tuning() -> None:
     settings = stage(
         plan_job(job(optimize__dpo={}, adapter=None, output__merge=None)), "dpo"
@@ -358,6 +377,10 @@ def test_each_format_of_preferences_can_be_named(name: str) -> None:
          "spec.evaluate.gates[0].metric"),
         ({"evaluate__gates": [{"metric": "preferenceAccuracy", "atLeast": 0.5}],
           "preferences__heldOut": 0.0}, "spec.evaluate.gates[0].metric"),
+        ({"evaluate__gates": [{"metric": "kl", "notWorseThanBaseBy": 1.0}]},
+         "spec.evaluate.gates[0].notWorseThanBaseBy"),
+        ({"evaluate__gates": [{"metric": "distinctRatio", "atLeast": 0.5, "minItems": 9}]},
+         "spec.evaluate.gates[0].minItems"),
         ({"optimize": None, "sft": {"data": {"train": [{"uri": "file://t.jsonl"}]}}},
          "spec.preferences"),
         ({"optimize": None, "preferences": None, "rewardModel": {"rule": {"exactMatch": "a"}}},

@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from tests.planning.jobs import changed, job, manifest
-from tuneyard.api.evaluation import Evaluate
+from tuneyard.api.evaluation import Evaluate, Gate
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.meta import yaml_fields
 from tuneyard.api.plan import (
@@ -346,7 +346,7 @@ def test_the_fields_above_are_all_fields_of_data_and_evaluate() -> None:
         "compareWithBase",
         "samples",
         "maxNewTokens",
-        "gates",
+        "gates",  # each field of a gate: tested below
         "winRate",
         "metrics",
         "answerSchema",
@@ -360,3 +360,27 @@ def test_identity_follows_the_content_of_the_inputs() -> None:
     same = stage.identity({"model": "sha256:a", "train.0": "sha256:b"})
     assert stage.identity({"train.0": "sha256:b", "model": "sha256:a"}) == same
     assert stage.identity({"model": "sha256:a", "train.0": "sha256:c"}) != same
+
+
+def test_every_field_of_a_gate_changes_the_evaluation_only() -> None:
+    def found(**changes: Any) -> dict[str, str]:
+        gate = {"metric": "validationLoss", "atMost": 2.0} | changes
+        given = {name: value for name, value in gate.items() if value is not None}
+        return fingerprints(planned(evaluate__gates=[given]))
+
+    fields: dict[str, Any] = {
+        "metric": "validationPerplexity",
+        "atLeast": 0.1,
+        "atMost": 3.0,
+        "tier": "advisory",
+        "minItems": 5,
+        "notWorseThanBaseBy": 0.1,
+    }
+    assert set(fields) == set(yaml_fields(Gate))
+    every = [found()]
+    for name, value in fields.items():
+        other = {"atMost": None} if name == "notWorseThanBaseBy" else {}
+        every.append(found(**{name: value}, **other))
+    assert len({each["evaluate"] for each in every}) == len(every)
+    assert len({(each["prepare"], each["sft"]) for each in every}) == 1
+    assert found(tier="required") == found()

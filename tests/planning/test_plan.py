@@ -182,6 +182,38 @@ def test_a_gate_against_the_base_model_needs_its_measurement(metric: str) -> Non
     assert "set evaluate.compareWithBase: true" in fault.message
 
 
+def test_a_bound_of_the_difference_needs_the_base_and_values_of_each_item() -> None:
+    def found(gate: dict[str, object], **evaluate: object) -> list[tuple[str, str]]:
+        wanted = {"gates": [{"atLeast": 0.1, "metric": "lossReduction"}, gate], **evaluate}
+        if not evaluate.get("compareWithBase", True):
+            wanted["gates"] = [gate]
+        job_ = job(data__validation=VALIDATION, evaluate=wanted)
+        try:
+            plan_job(job_)
+        except PlanError as error:
+            return [(fault.path, fault.message) for fault in error.faults]
+        return []
+
+    good = {"metric": "validationLoss", "notWorseThanBaseBy": 0.02, "minItems": 50}
+    assert found(good) == []
+    ((path, message),) = found(good, compareWithBase=False)
+    assert path == "spec.evaluate.gates[0].notWorseThanBaseBy"
+    assert "set evaluate.compareWithBase: true" in message
+    ((path, message),) = found({"metric": "lossReduction", "notWorseThanBaseBy": 0.1})
+    assert path == "spec.evaluate.gates[1].notWorseThanBaseBy"
+    assert "use one of validationLoss, validationLossOfGaps, answerAccuracy, or" in message
+
+
+def test_the_new_fields_of_gates_leave_a_plan_without_them_as_it_was() -> None:
+    gates = [{"metric": "validationLoss", "atMost": 2.0}]
+    text = plan_job(job(data__validation=VALIDATION, evaluate__gates=gates)).to_json()
+    for name in ("tier", "minItems", "notWorseThanBaseBy"):
+        assert f'"{name}"' not in text
+    changed = [{**gates[0], "tier": "advisory", "minItems": 5}]
+    text = plan_job(job(data__validation=VALIDATION, evaluate__gates=changed)).to_json()
+    assert '"tier": "advisory"' in text
+
+
 def test_a_gate_on_expected_answers_is_refused_for_pretraining() -> None:
     gates = [{"metric": "answerAccuracy", "atLeast": 0.1}]
     (fault,) = faults(job(method="pretrain", data__validation=VALIDATION, evaluate__gates=gates))

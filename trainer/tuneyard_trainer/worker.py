@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from tuneyard.api.gates import GateResult
 from tuneyard.api.plan import PlannedStage
 
 if TYPE_CHECKING:
@@ -27,9 +28,10 @@ class Report(Protocol):
         metrics: Mapping[str, float] | None = None,
         message: str | None = None,
         resumed_step: int | None = None,
+        gates: Sequence[GateResult] = (),
     ) -> None:
         """`resumed_step`: the step that this attempt resumes from, reported once; 0: from the
-        start."""
+        start. `gates`: the verdicts of an evaluation, reported once."""
 
 
 LOST_PEER = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe")
@@ -53,6 +55,7 @@ def report_nothing(
     metrics: Mapping[str, float] | None = None,
     message: str | None = None,
     resumed_step: int | None = None,
+    gates: Sequence[GateResult] = (),
 ) -> None:
     """The `Report` of ranks other than 0."""
 

@@ -105,27 +105,92 @@ AnswerMetric = Literal["exactMatch", "tokenF1", "rouge", "bleu", "chrf", "json",
 - json: whether an answer is JSON.
 - classification: accuracy and macro F1, where the reference names the class.
 """
+PAIRED_METRICS: tuple[str, ...] = (
+    "validationLoss",
+    "validationLossOfGaps",
+    "answerAccuracy",
+    "exactMatch",
+    "tokenF1",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "sentenceBleu",
+    "sentenceChrf",
+    "jsonValid",
+    "schemaValid",
+    "patternMatch",
+    "classAccuracy",
+    "reward",
+    "repetition",
+    "complete",
+)
+"""Metrics that are a mean over items (rows or completions) which both models are measured on, so
+that a gate can bound by how much the tuned model is worse than the base model."""
+FEWEST_PAIRED_ITEMS = 10
+"""Default of `minItems` for `notWorseThanBaseBy`: the interval of fewer items is too narrow."""
+
+
+def fewest_items(min_items: int | None, not_worse_than_base_by: float | None) -> int:
+    """Return the fewest items that a gate with these fields needs; 0: the number does not
+    matter."""
+    if min_items is not None:
+        return min_items
+    return 0 if not_worse_than_base_by is None else FEWEST_PAIRED_ITEMS
+
+
+def _bounds_value(gate: Gate) -> bool:
+    """Return whether a gate bounds the tuned model's value itself."""
+    return gate.at_least is not None or gate.at_most is not None
 
 
 class Gate(Model):
-    """A bound that the result must meet. A job that misses one fails and exports nothing."""
+    """A bound that the result must meet. A job that misses a required gate fails and exports
+    nothing."""
 
     metric: str = Field(min_length=1, max_length=128)
-    """Name of the metric, e.g. lossReduction or, of an alignment, winRate (docs/alignment.md).
+    """Name of the metric, e.g. lossReduction or, of an alignment, winRate (docs/evaluation.md).
     SUITE/METRIC names a metric of a benchmark suite."""
     at_least: float | None = None
     """Lower bound, inclusive. None: no lower bound."""
     at_most: float | None = None
     """Upper bound, inclusive. None: no upper bound."""
+    not_worse_than_base_by: float | None = Field(
+        default=None, ge=0, exclude_if=lambda value: value is None
+    )
+    """Most by which the tuned model may be worse than the base model, in the metric's own unit. It
+    must be shown: the 95% interval of the difference decides. None: no such bound."""
+    tier: Literal["required", "advisory"] = Field(
+        default="required", exclude_if=lambda value: value == "required"
+    )
+    """advisory: a missed gate is a warning, and the job goes on."""
+    min_items: int | None = Field(
+        default=None, ge=1, le=1 << 30, exclude_if=lambda value: value is None
+    )
+    """Fewest items, such as held-out rows, that must be measured. With fewer there is too little
+    evidence, and the gate is not met. None: 10 with notWorseThanBaseBy, else any number."""
+    # The new fields are left out of a plan where they have their defaults: plans of 0.2.0 keep
+    # their bytes.
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            cel="has(self.atLeast) || has(self.atMost)",
-            holds=lambda gate: gate.at_least is not None or gate.at_most is not None,
-            message="has no bound: set atLeast, atMost or both",
-            reads=("atLeast", "atMost"),
+            cel="has(self.atLeast) || has(self.atMost) || has(self.notWorseThanBaseBy)",
+            holds=lambda gate: _bounds_value(gate) or gate.not_worse_than_base_by is not None,
+            message="has no bound: set atLeast, atMost or both, or notWorseThanBaseBy",
+            reads=("atLeast", "atMost", "notWorseThanBaseBy"),
+        ),
+        Rule(
+            cel="!has(self.notWorseThanBaseBy) || !(has(self.atLeast) || has(self.atMost))",
+            holds=lambda gate: gate.not_worse_than_base_by is None or not _bounds_value(gate),
+            message="bounds a difference and a value: write two gates, one with "
+            "notWorseThanBaseBy and one with atLeast or atMost",
+            reads=("atLeast", "atMost", "notWorseThanBaseBy"),
         ),
     )
+
+    @property
+    def fewest_items(self) -> int:
+        """The fewest items that must be measured; 0: the number does not matter."""
+        return fewest_items(self.min_items, self.not_worse_than_base_by)
 
 
 Principles = Annotated[

@@ -148,7 +148,14 @@ class ObjectMeta(BaseModel):
 
 
 ConditionType = Literal[
-    "Planned", "Admitted", "Running", "Suspended", "Succeeded", "Failed", "DataLeaked"
+    "Planned",
+    "Admitted",
+    "Running",
+    "Suspended",
+    "Succeeded",
+    "Failed",
+    "DataLeaked",
+    "GatesPassed",
 ]
 
 

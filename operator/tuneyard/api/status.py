@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator
 
+from tuneyard.api.gates import GateResult
 from tuneyard.api.meta import Condition, ConditionType, Report
 
 Phase = Literal["Pending", "Preparing", "Queued", "Running", "Suspended", "Succeeded", "Failed"]
@@ -35,6 +36,8 @@ class StageStatus(Report):
     reused: bool | None = None
     """Whether the output of the stage is a copy from the cache, where another job had left it.
     None: it is not."""
+    gates: list[GateResult] = Field(default=[], max_length=64, exclude_if=lambda gates: not gates)
+    """Verdicts on the gates, of an evaluation that measured them, also if it failed."""
 
 
 class MemoryPart(Report):
@@ -160,6 +163,8 @@ class Result(Report):
     """Digest of the exported files. None: the trainer could not report it."""
     metrics: dict[str, float] = Field(default={})
     """Metrics of the evaluation."""
+    promotable: bool | None = None
+    """Whether the result met all its required gates. None: the job has no required gates."""
 
 
 class Failure(Report):
@@ -183,8 +188,9 @@ class JobStatus(Report):
         max_length=16,
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
-    """Conditions of the types Planned, Admitted, Running, Suspended, Succeeded and Failed, and
-    DataLeaked once held-out rows were searched in the training data."""
+    """Conditions of the types Planned, Admitted, Running, Suspended, Succeeded and Failed,
+    DataLeaked once held-out rows were searched in the training data, and GatesPassed once the
+    gates were checked."""
     observed_generation: int | None = None
     """Generation of the spec that this status describes. None: not reconciled yet."""
     plan_digest: str | None = None

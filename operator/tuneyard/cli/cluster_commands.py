@@ -73,7 +73,7 @@ def status(
     if as_json:
         click.echo(json.dumps(to_json(job), indent=2))
     else:
-        _console().print(_view(cluster, job))
+        stdout_console().print(_view(cluster, job))
     return 0
 
 
@@ -84,7 +84,7 @@ def _status_of_all(
     if as_json:
         click.echo(json.dumps([to_json(job) for job in jobs], indent=2))
     elif jobs:
-        _console().print(views.jobs_table(jobs, _now(), with_namespace=everywhere))
+        stdout_console().print(views.jobs_table(jobs, _now(), with_namespace=everywhere))
     else:
         place = "in any namespace" if everywhere else f"in namespace {cluster.namespace}"
         message = f"there are no jobs {place}: write a manifest with `tuneyard init`"
@@ -94,7 +94,7 @@ def _status_of_all(
 
 def _watch(cluster: Cluster, job: JobView, *, as_json: bool) -> int:
     """Show a job until it ends. Return 0 if it succeeded."""
-    console = _console()
+    console = stdout_console()
     if as_json:
         job = _follow(cluster, job, _changes(lambda job: json.dumps(to_json(job))))
     elif console.is_terminal:
@@ -413,7 +413,7 @@ def _waits_for(cluster: Cluster, job: JobView, own: Collection[str]) -> str:
 # ---- the terminal -------------------------------------------------------------------------------
 
 
-def _console() -> Console:
+def stdout_console() -> Console:
     """Return standard output; a file gets wider lines than rich's default of 80 columns."""
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else FILE_WIDTH
     return Console(highlight=False, markup=False, emoji=False, soft_wrap=False, width=width)

@@ -1,12 +1,14 @@
 """The command line, with the commands that need no cluster; `cluster_commands` holds the others.
 
 Exit codes: 0: success; 1: the job failed while it ran, or generated files are out of date; 2: bad
-input; 130: interrupted. Only `run` imports the trainer with torch and Ray; only `operator` and the
-commands for a cluster import a Kubernetes client.
+input; 130: interrupted. `gate` has codes of its own for its verdicts (`cli.gates`). Only `run`
+imports the trainer with torch and Ray; only `operator` and the commands for a cluster import a
+Kubernetes client.
 """
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 import sys
@@ -23,13 +25,17 @@ from tuneyard import __version__
 from tuneyard.api.job_facts import FitAnswer, JobFacts
 from tuneyard.api.model_config import UnknownModelError
 from tuneyard.api.plan import Plan, prepares_first
-from tuneyard.cli import cluster_commands, data_commands
+from tuneyard.cli import cluster_commands, data_commands, gates
 from tuneyard.cli.errors import needs_extra
+from tuneyard.cli.jobs import Kind
 from tuneyard.cli.memory_view import memory_lines, print_memory
 from tuneyard.cli.model_files import model_facts
+from tuneyard.cli.options import ClusterOptions, for_cluster
 from tuneyard.cli.plan_view import print_plan
+from tuneyard.cli.views import gates_table
 from tuneyard.errors import Fault, ManifestError, PlanError, TuneyardError
 from tuneyard.manifests import crd, documents, manifest, starter
+from tuneyard.manifests.explain import name_problem
 from tuneyard.manifests.manifest import Job
 from tuneyard.planning import decision
 from tuneyard.planning import fit as fitting
@@ -54,18 +60,20 @@ def main() -> None:
 
 def call(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code. Faults go to standard error, one a line."""
+    is_gate = list(arguments[:1]) == ["gate"]
+    bad_input, failed = (gates.UNREADABLE,) * 2 if is_gate else (BAD_INPUT, FAILED)
     try:
         code = tuneyard.main(list(arguments), prog_name="tuneyard", standalone_mode=False)
     except ManifestError as error:
         for fault in error.faults:
             click.echo(str(fault), err=True)
-        return BAD_INPUT
+        return bad_input
     except TuneyardError as error:
         click.echo(str(error), err=True)
-        return FAILED
+        return failed
     except click.ClickException as error:
         error.show()
-        return BAD_INPUT
+        return bad_input
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         return INTERRUPTED
@@ -202,6 +210,56 @@ def _decide(plan: Plan, facts: JobFacts) -> tuple[FitAnswer, list[str]]:
         return FitAnswer(), [f"The memory of the job is not known: {facts.unknown_model}."]
     found = fitting.fit(job)
     return decision.answer_of(job, found), list(memory_lines(job, found))
+
+
+@tuneyard.command()
+@click.argument("job", metavar="JOB")
+@click.option("--json", "as_json", is_flag=True, help="Print the verdicts as JSON.")
+@for_cluster
+def gate(job: str, as_json: bool, options: ClusterOptions, kinds: Sequence[Kind]) -> int:
+    """Show the verdicts on a job's gates, with their evidence.
+
+    JOB is a manifest, the output folder of a job on this machine, or the name of a job in the
+    cluster.
+
+    Exit codes: 0: all required gates are met; 1: one is missed, or its metric is missing; 2: one
+    has too little evidence; 3: there are no verdicts, or JOB cannot be read.
+    """
+    found = _gates(job, options, kinds)
+    if as_json:
+        values = [
+            {
+                "job": each.name,
+                "gates": [r.model_dump(mode="json", by_alias=True) for r in each.results],
+            }
+            for each in found
+        ]
+        click.echo(json.dumps(values, indent=2))
+        return gates.exit_code(found)
+    console = cluster_commands.stdout_console()
+    for each in found:
+        if len(found) > 1:
+            console.print(Text(f"{each.name}:", style="bold"))
+        console.print(gates_table(each.results))
+        for result in each.results:
+            if not result.passed:
+                console.print(Text(f"{result.sentence}. {result.remedy}", overflow="fold"))
+    return gates.exit_code(found)
+
+
+def _gates(job: str, options: ClusterOptions, kinds: Sequence[Kind]) -> list[gates.JobGates]:
+    """Return the verdicts of each job that `gate` was given."""
+    path = Path(job)
+    if path.is_dir():
+        return [gates.of_output(job)]
+    if path == STDIN or path.exists():
+        plans = _each(_read(path), plan_job)
+        return [gates.of_plan(plan, _folder(path)) for plan in plans]
+    if "/" in job or path.suffix:
+        raise click.BadParameter(f"there is no manifest and no folder {job}", param_hint="JOB")
+    if problem := name_problem(job):
+        raise click.BadParameter(problem, param_hint="JOB")
+    return [gates.of_job(options.connect().find(job, kinds))]
 
 
 @tuneyard.command()

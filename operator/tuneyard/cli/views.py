@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tuneyard.api.gates import VERDICT_WORDS, GateResult
 from tuneyard.api.status import (
     AttemptStatus,
     JobStatus,
@@ -37,6 +38,12 @@ STAGE_METRICS = (
     *("preferenceAccuracy", "rewardAccuracy", "reward", "kl", "steps", "rows", "tokens"),
 )
 """The metrics of a stage that are shown first; four fit in a line."""
+VERDICT_STYLES = {
+    "pass": "green",
+    "breach": "red",
+    "insufficientEvidence": "yellow",
+    "missing": "red",
+}
 CONDITION_STATUS = {"True": "yes", "False": "no", "Unknown": "unknown"}
 
 
@@ -146,6 +153,7 @@ def _status_parts(job: JobView, status: JobStatus, now: datetime) -> Iterator[Re
         yield from _progress_lines(progress, _seconds_left(job), now)
     for table in (
         _stages_table(status.stages, now),
+        gates_table([result for stage in status.stages for result in stage.gates]),
         _memory_table(status.memory),
         _attempts_table(status.attempts, now),
         _conditions_table(status, now),
@@ -258,6 +266,22 @@ def _key_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     names = [name for name in STAGE_METRICS if name in metrics]
     names += [name for name in metrics if name not in names]
     return {name: metrics[name] for name in names[:4]}
+
+
+def gates_table(results: Sequence[GateResult]) -> Table:
+    """Return a table of the verdicts on gates, with their evidence."""
+    table = _table("Gate", "Verdict", "Value", "95% interval", "Items", "Bound")
+    for result in results:
+        tier = "" if result.is_required else " (advisory)"
+        table.add_row(
+            plain(result.metric),
+            Text(f"{VERDICT_WORDS[result.verdict]}{tier}", VERDICT_STYLES[result.verdict]),
+            result.measured,
+            result.interval or ABSENT,
+            ABSENT if result.items is None else f"{result.items:,}",
+            result.bound,
+        )
+    return table
 
 
 def _attempts_table(attempts: Sequence[AttemptStatus], now: datetime) -> Table:

@@ -31,7 +31,7 @@ STAGE_VERSIONS: Mapping[StageKind, int] = {
     "ppo": 2,
     "grpo": 2,
     "distill": 1,
-    "evaluate": 3,
+    "evaluate": 4,
     "assess": 3,  # in plans of 0.2
     "export": 2,
 }

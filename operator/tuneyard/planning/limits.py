@@ -11,7 +11,14 @@ from tuneyard.api.adapters import Adapter
 from tuneyard.api.alignment import Dpo, GroupRelative
 from tuneyard.api.alignmentjob import AlignmentSpec
 from tuneyard.api.compute import MIN_SHARDS, Compute
-from tuneyard.api.evaluation import MEASURED_BY, AlignmentMetric, Evaluate, Gate, Metric
+from tuneyard.api.evaluation import (
+    MEASURED_BY,
+    PAIRED_METRICS,
+    AlignmentMetric,
+    Evaluate,
+    Gate,
+    Metric,
+)
 from tuneyard.api.finetunejob import FineTuneSpec
 from tuneyard.api.sources import DataFormat, FineTuneData
 from tuneyard.api.training import Training
@@ -19,7 +26,7 @@ from tuneyard.errors import Fault
 from tuneyard.planning import defaults
 from tuneyard.planning.augmentation import augmentation_faults, runs_a_model
 from tuneyard.planning.drafts import Sharding
-from tuneyard.planning.suites import suite_faults, unknown_suite_metric
+from tuneyard.planning.suites import is_paired, suite_faults, unknown_suite_metric
 from tuneyard.planning.trl_arguments import (
     DISTILL_CONFIG,
     DPO_CONFIG,
@@ -64,6 +71,9 @@ NEEDS_WHOLE_MODEL = (
     "sharding"
 )
 
+WITHOUT_ITEMS = ("lengthRatio", "distinctRatio")
+"""Metrics of all completions together."""
+
 WITH_VIRTUAL_TOKENS = ("prompt", "prefix")
 """Adapters that put trained tokens before the input."""
 
@@ -85,7 +95,10 @@ def fine_tuning_faults(spec: FineTuneSpec) -> list[Fault]:
         problem = _unknown_metric(gate, get_args(Metric), spec.evaluate, compared)
         problem = problem or _unmeasured_fine_tuning(gate, spec)
         if problem:
-            faults.append(Fault(path, problem))
+            faults.append(Fault(f"{path}.metric", problem))
+        else:
+            with_base = spec.evaluate.compare_with_base
+            faults += _evidence_faults(path, gate, get_args(Metric), with_base=with_base)
     return faults
 
 
@@ -128,10 +141,14 @@ def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
     known = get_args(AlignmentMetric if aligned else Metric)
     for path, gate in _gates(spec.evaluate):
         problem = _unknown_metric(gate, known, spec.evaluate, compared=True)
-        if problem is None and aligned:
-            problem = _unmeasured_alignment(gate, spec)
+        if problem is None:
+            unmeasured = _unmeasured_alignment if aligned else _unmeasured_steps
+            problem = unmeasured(gate, spec)
         if problem:
-            faults.append(Fault(path, problem))
+            faults.append(Fault(f"{path}.metric", problem))
+        else:
+            with_base = bool(aligned) or spec.evaluate.compare_with_base
+            faults += _evidence_faults(path, gate, known, with_base=with_base)
     return faults
 
 
@@ -590,7 +607,7 @@ def _win_rate_faults(spec: FineTuneSpec) -> Iterator[Fault]:
 
 def _gates(evaluate: Evaluate) -> Iterator[tuple[str, Gate]]:
     for index, gate in enumerate(evaluate.gates):
-        yield f"spec.evaluate.gates[{index}].metric", gate
+        yield f"spec.evaluate.gates[{index}]", gate
 
 
 def _unknown_metric(
@@ -607,18 +624,50 @@ def _unknown_metric(
     return None
 
 
+def _evidence_faults(
+    path: str, gate: Gate, known: Sequence[str], *, with_base: bool
+) -> Iterator[Fault]:
+    """Yield the faults of a gate whose evidence is never measured. `known`: the metrics of the job;
+    `with_base`: whether the base model is measured too."""
+    if gate.min_items is not None and gate.metric in WITHOUT_ITEMS:
+        yield Fault(
+            f"{path}.minItems",
+            f"{gate.metric} is measured on all completions together, not on items: remove minItems",
+        )
+    if gate.not_worse_than_base_by is None:
+        return
+    if gate.metric not in PAIRED_METRICS and not is_paired(gate.metric):
+        paired = ", ".join(name for name in PAIRED_METRICS if name in known)
+        yield Fault(
+            f"{path}.notWorseThanBaseBy",
+            f"{gate.metric} is not a mean of values that both models have on each item: use one of "
+            f"{paired}, or bound {gate.metric} with atLeast or atMost",
+        )
+    elif not with_base:
+        yield Fault(
+            f"{path}.notWorseThanBaseBy",
+            "needs a measurement of the base model: set evaluate.compareWithBase: true, or use "
+            "atLeast or atMost",
+        )
+
+
+def _without_base(gate: Gate, evaluate: Evaluate) -> str | None:
+    """Return the message for a metric that needs a base model that is not measured. None: it does
+    not need it, or it is measured."""
+    compared = gate.metric in ("lossReduction", "answerAccuracyGain")
+    if not compared or evaluate.compare_with_base:
+        return None
+    return (
+        f"{gate.metric} needs a measurement of the base model: set evaluate.compareWithBase: true"
+    )
+
+
 def _unmeasured_fine_tuning(gate: Gate, spec: FineTuneSpec) -> str | None:
     """Return the message for a metric that a fine-tuning does not measure. None: it does."""
     if spec.data.validation is None and "/" not in gate.metric:
         return f"{gate.metric} is measured on held-out rows: set data.validation"
-    if (
-        gate.metric in ("lossReduction", "answerAccuracyGain")
-        and not spec.evaluate.compare_with_base
-    ):
-        return (
-            f"{gate.metric} needs a measurement of the base model: set evaluate.compareWithBase: "
-            "true"
-        )
+    if problem := _without_base(gate, spec.evaluate):
+        return problem
     if gate.metric == "validationLossOfGaps" and not spec.data.fill_in_the_middle:
         return (
             "validationLossOfGaps is measured on the gaps of held-out documents: set "
@@ -696,6 +745,16 @@ def _unanswered(spec: AlignmentSpec) -> Iterator[Fault]:
             f"spec.evaluate.{name}",
             "measures answers to held-out questions, which a FineTuneJob has: remove it",
         )
+
+
+def _unmeasured_steps(gate: Gate, spec: AlignmentSpec) -> str | None:
+    """Return the message for a metric that an alignment of supervised steps alone does not measure.
+    None: it does."""
+    if not spec.constitution and not (spec.sft and spec.sft.data.validation):
+        return f"{gate.metric} is measured on held-out rows: set sft.data.validation"
+    if gate.metric == "validationLossOfGaps":
+        return "validationLossOfGaps is measured by a FineTuneJob with method: pretrain: remove it"
+    return _without_base(gate, spec.evaluate)
 
 
 def _unmeasured_alignment(gate: Gate, spec: AlignmentSpec) -> str | None:

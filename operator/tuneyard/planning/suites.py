@@ -77,6 +77,13 @@ def suite_faults(suites: Sequence[Suite]) -> Iterator[Fault]:
         first.setdefault(suite.name, number)
 
 
+def is_paired(metric: str) -> bool:
+    """Return whether both models have a value of a metric for each item of a suite. Those of the
+    harness's tasks are known only once they are measured."""
+    suite, slash, own = metric.partition("/")
+    return bool(suite and slash) and not own.startswith("base") and not own.endswith("Change")
+
+
 def unknown_suite_metric(metric: str, suites: Sequence[Suite], compared: bool) -> str | None:
     """Return the message for a gate on SUITE/METRIC that no suite measures. None: one does.
 

@@ -47,6 +47,7 @@ def transition_events(before: JobStatus | None, after: JobStatus) -> list[Event]
         *_planning(before, after),
         *_finished_stages(before, after),
         *_leaks(before, after),
+        *_advisory_gates(before, after),
         *_attempt_ends(before, after),
         *_suspension(before, after),
         *_attempt_starts(before, after),
@@ -83,6 +84,15 @@ def _leaks(before: JobStatus, after: JobStatus) -> Iterator[Event]:
     old, new = _condition(before, "DataLeaked"), _condition(after, "DataLeaked")
     if new and new.status == "True" and (old is None or old.status != "True"):
         yield Event("Warning", "DataLeaked", new.message)
+
+
+def _advisory_gates(before: JobStatus, after: JobStatus) -> Iterator[Event]:
+    """Yield a warning of an evaluation whose advisory gates are not met."""
+    known = {stage.name: stage.gates for stage in before.stages}
+    for stage in after.stages:
+        missed = [g.sentence for g in stage.gates if not g.is_required and not g.passed]
+        if missed and not known.get(stage.name):
+            yield Event("Warning", "AdvisoryGateMissed", "; ".join(missed))
 
 
 def _key_metric(stage: StageStatus) -> str:

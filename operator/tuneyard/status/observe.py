@@ -13,6 +13,7 @@ from typing import NamedTuple
 from tuneyard.api.alignmentjob import AlignmentJob
 from tuneyard.api.compute import RunPolicy
 from tuneyard.api.finetunejob import FineTuneJob
+from tuneyard.api.gates import overall
 from tuneyard.api.meta import Condition, ConditionType
 from tuneyard.api.plan import Plan, leading, prepares_first
 from tuneyard.api.pods import GRACE_SECONDS, stage_folder
@@ -30,6 +31,7 @@ from tuneyard.errors import PlanError
 from tuneyard.rendering.names import PREPARE_ROLE, plan_digest, prepare_job_name, ray_job_name
 from tuneyard.rendering.names import queue as queue_of
 from tuneyard.status import reasons
+from tuneyard.status.gates import gates_condition
 from tuneyard.status.observed import (
     LOST_SECONDS,
     NOT_STORED,
@@ -709,6 +711,7 @@ class _Observer:
                 self._set(memory=self.observed.memory)
             self._set(stages=merge_stages(self.status.stages, report.stages))
             self._note_leaks()
+            self._note_gates()
             if self.status.memory is not None:
                 self._set(memory=with_measured(self.status.memory, self.status.stages))
             if report.stage:
@@ -731,6 +734,9 @@ class _Observer:
         could not report its result."""
         result = outcome.result if outcome else None
         result = result or Result(uri=self._result_uri())
+        verdict = overall(gate for stage in self.status.stages for gate in stage.gates)
+        promotable = None if verdict is None else verdict == "pass"
+        result = result.model_copy(update={"promotable": promotable})
         self._update(
             finished_at=rfc3339(self.now), reason="Succeeded", message="all stages are done"
         )
@@ -892,6 +898,12 @@ class _Observer:
             else "no held-out row has text that is also in the training data"
         )
         self._condition("DataLeaked", leaked, "RowsInTraining" if leaked else "NoneFound", text)
+
+    def _note_gates(self) -> None:
+        """Set the condition of the gates, once an evaluation has checked them."""
+        found = [gate for stage in self.status.stages for gate in stage.gates]
+        if found:
+            self._condition("GatesPassed", *gates_condition(found))
 
     def _drop_condition(self, type_: ConditionType) -> None:
         self._set(conditions=[c for c in self.status.conditions if c.type != type_])

@@ -428,6 +428,45 @@ def test_the_result_of_an_alignment_shows_its_last_training_and_the_prompts_used
     assert headline("grpo", ALIGNED, {}) == ["12 steps", "held-out reward 0.250 → 0.750"]
 
 
+UNSURE = {"answerAccuracy": {"differenceInterval": [-0.1, 0.3]}}
+
+
+def test_a_difference_whose_interval_contains_0_is_not_called_one() -> None:
+    found = records()
+    found["evaluate"] = record("evaluate", EVALUATE_METRICS, evidence=UNSURE)
+    shown = summarized(found)
+    assert cells(shown, "Answers right") == ["1/16", "14/16", "+13, no clear difference"]
+    assert cells(shown, "Held-out loss") == ["2.000", "1.000", "\N{MINUS SIGN}50 %"]
+    clear = {"answerAccuracy": {"differenceInterval": [0.1, 0.9]}}
+    found["evaluate"] = record("evaluate", EVALUATE_METRICS, evidence=clear)
+    assert cells(summarized(found), "Answers right") == ["1/16", "14/16", "+13"]
+
+
+def test_a_share_that_may_be_chance_is_not_called_better() -> None:
+    metrics = {"winRate": 0.6, "preferenceAccuracy": 0.7}
+    evidence = {"winRate": {"interval": [0.45, 0.75]}, "preferenceAccuracy": {"interval": [0.6, 1]}}
+    shown = summarized({"evaluate": record("assess", metrics, evidence=evidence)})
+    assert cells(shown, "Win rate") == ["50 %", "60 %", "no clear difference"]
+    assert cells(shown, "Preference accuracy") == ["50 %", "70 %"]
+
+
+def test_verdicts_are_shown_and_a_missed_advisory_gate_is_a_warning() -> None:
+    gates = [
+        {"metric": "lossReduction", "atLeast": 0.3, "verdict": "pass", "value": 0.5,
+         "low": 0.4, "high": 0.6, "items": 20},
+        {"metric": "answerAccuracy", "atLeast": 0.9, "tier": "advisory", "verdict": "breach",
+         "value": 0.875},
+    ]  # fmt: skip
+    found = records()
+    found["evaluate"] = record("evaluate", EVALUATE_METRICS, gates=gates)
+    shown = summarized(found)
+    assert cells(shown, "lossReduction") == ["pass", "0.5", "0.4 to 0.6", "at least 0.3"]
+    assert cells(shown, "answerAccuracy (advisory)")[0] == "breach"
+    warning = "Warning: The advisory gate is not met: answerAccuracy is 0.875, below 0.9."
+    assert warning in " ".join(shown.split())
+    assert "Gate " not in summarized(records())
+
+
 def test_right_answers_are_shares_if_the_number_of_questions_is_unknown() -> None:
     found = records()
     metrics = {name: value for name, value in EVALUATE_METRICS.items() if name != "questions"}

@@ -192,3 +192,29 @@ def test_a_stage_that_begins_has_no_cost_of_the_one_before(tmp_path: Path) -> No
     assert picture(attempt.post()).cost is None
     attempt.add(stage("evaluate", "Running"), START + 8000)
     assert picture(attempt.post()).cost is None
+
+
+VERDICT = {"metric": "lossReduction", "atLeast": 0.3, "verdict": "breach", "value": 0.1}
+
+
+def test_the_verdicts_of_an_evaluation_are_posted_although_it_failed(
+    attempt: AttemptProgress,
+) -> None:
+    attempt.add(stage("evaluate", "Running"), START)
+    attempt.add({**progress(2, 2, "evaluate"), "gates": [VERDICT]}, START + 1)
+    failure = Failure(reason="GateFailed", message="missed")
+    post = attempt.end(Outcome(state="Failed", failure=failure), START + 2)
+    (found,) = [s for s in picture(post).stages if s.gates]
+    assert (found.name, found.state) == ("evaluate", "Failed")
+    assert [gate.verdict for gate in found.gates] == ["breach"]
+
+
+def test_the_verdicts_of_an_earlier_attempts_evaluation_are_those_of_its_record(
+    attempt: AttemptProgress,
+) -> None:
+    value = record("evaluate", {}, gates=[{**VERDICT, "verdict": "pass"}])
+    skipped = stage("evaluate", "Skipped")
+    skipped["record"] = value.model_dump(mode="json", by_alias=True)
+    attempt.add(skipped, START)
+    (found,) = [s for s in picture(attempt.post()).stages if s.gates]
+    assert [gate.verdict for gate in found.gates] == ["pass"]

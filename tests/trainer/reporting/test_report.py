@@ -145,6 +145,49 @@ def test_the_page_shows_result_data_settings_stages_and_usage(folder: Path) -> N
         assert part in text
 
 
+GATES = [
+    {"metric": "answerAccuracy", "notWorseThanBaseBy": 0.05, "verdict": "pass", "value": 0.875,
+     "base": 0.0625, "worseBy": -0.8125, "low": -0.99, "high": -0.6, "items": 16},
+    {"metric": "lossReduction", "atLeast": 0.9, "tier": "advisory",
+     "verdict": "insufficientEvidence", "value": 0.5, "minItems": 50, "items": 16},
+]  # fmt: skip
+FLIPS = {
+    "gained": 25,
+    "lost": 1,
+    "pValue": 0.00125,
+    "gainedItems": ["row 3"],
+    "lostItems": ["row 9"],
+}
+
+
+def test_verdicts_flipped_answers_and_unclear_differences_are_on_the_page_and_the_card(
+    tmp_path: Path,
+) -> None:
+    inputs = folders(tmp_path / "stages")
+    (tmp_path / "result/adapter").mkdir(parents=True)
+    path = inputs["evaluation"] / "record.json"
+    value = json.loads(path.read_text())
+    evidence = {"answerAccuracy": {"differenceInterval": [-0.1, 0.9], "flips": FLIPS}}
+    value["details"] |= {"gates": GATES, "evidence": evidence}
+    path.write_text(json.dumps(value))
+    report.write(
+        tmp_path / "result", inputs, manifest=MANIFEST, measured={}, base_license="apache-2.0"
+    )
+    shown = "".join(Page(page(tmp_path / "result")).text.split())  # cells have no space between
+    for text in (
+        "+13, no clear difference",
+        "answerAccuracy pass 0.875, base 0.0625 worse by -0.99 to -0.6 16",
+        "lossReduction advisory insufficient evidence 0.5",
+        "The advisory gate is not met: lossReduction is 0.5, on fewer than 50 items",
+        "Right only after the training 25: row 3, …",
+        "p = 0.001",
+    ):
+        assert "".join(text.split()) in shown
+    card = (tmp_path / "result/README.md").read_text()
+    assert "| answerAccuracy | pass | 0.875, base 0.0625 | 95% interval worse by" in card
+    assert "| lossReduction (advisory) | insufficient evidence | 0.5 | 16 items |" in card
+
+
 def test_the_page_names_the_model_folder_only_if_it_exists(folder: Path, tmp_path: Path) -> None:
     assert "model/" not in Page(page(folder)).links
     merged = reported(tmp_path, "adapter", "model")

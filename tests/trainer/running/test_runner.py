@@ -120,9 +120,38 @@ def test_a_missed_gate_fails_for_good_and_exports_nothing(copy: Path, tiny_model
     with pytest.raises(StageError, match=r"lossReduction is .*, below 0\.999") as failure:
         walk(planned(gated), copy)
     assert failure.value.reason == "GateFailed"
+    assert "the model is kept in stages/sft/weights" in failure.value.message
+    assert (copy / "out/stages/sft/weights/adapter_model.safetensors").exists()
     assert not failure.value.retryable
     assert not (copy / "out" / "result").exists()
     assert not (copy / "out" / "stages" / "evaluate" / "record.json").exists()
+
+
+def test_a_missed_advisory_gate_is_exported_with_its_verdict(
+    copy: Path, tiny_model_dir: Path
+) -> None:
+    gates = [
+        {"metric": "lossReduction", "atLeast": 0.999, "tier": "advisory"},
+        {"metric": "validationLoss", "atMost": 1000.0},
+    ]
+    gated = manifest(tiny_model_dir, evaluate={"maxNewTokens": 4, "samples": 0, "gates": gates})
+    assert walk(planned(gated), copy)["export"] == "Succeeded"
+    record = json.loads((copy / "out/stages/evaluate/record.json").read_text())
+    verdicts = [gate["verdict"] for gate in record["details"]["gates"]]
+    assert verdicts == ["breach", "pass"]
+    assert "The advisory gate is not met" in (copy / "out/result/report.html").read_text()
+    assert walk(planned(gated), copy) == ALL_SKIPPED
+
+
+def test_the_answers_to_questions_are_evidence_that_the_record_counts(finished: Path) -> None:
+    evaluation = json.loads((finished / "out/stages/evaluate/evaluation.json").read_text())
+    assert len(evaluation["items"]["answerAccuracy"]["ids"]) == 4
+    record = json.loads((finished / "out/stages/evaluate/record.json").read_text())
+    found = record["details"]["evidence"]["answerAccuracy"]
+    assert found["items"] == 4
+    assert found["value"] == record["metrics"]["answerAccuracy"]
+    assert found["base"] == record["metrics"]["baseAnswerAccuracy"]
+    assert found["flips"]["gained"] - found["flips"]["lost"] == 4 * found["difference"]
 
 
 def test_the_result_holds_what_a_user_loads_and_reads(finished: Path) -> None:

@@ -1,4 +1,4 @@
-"""The result of an evaluation: `evaluation.json`, whose metrics the gates check."""
+"""The result of an evaluation stage: `evaluation.json`, with the verdicts on its gates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import asdict
 from typing import Any
 
 from tuneyard.api.evaluation import Gate
-from tuneyard_trainer.evaluation.gates import check_gates
+from tuneyard.api.plan import StageInput
+from tuneyard.api.pods import stage_folder
+from tuneyard_trainer.evaluation.gates import check_gates, judge_gates
 from tuneyard_trainer.evaluation.items import Items
 from tuneyard_trainer.reporting.results import Sample
 from tuneyard_trainer.worker import StageContext, StageOutcome
@@ -24,24 +26,38 @@ def finish(
     details: Mapping[str, Any] | None = None,
     *,
     steps: int = 1,
-    items: Mapping[str, Items] | None = None,  # noqa: ARG001  for gates
+    items: Mapping[str, Items] | None = None,
 ) -> StageOutcome:
     """Write `evaluation.json`, check the gates and return the stage's outcome.
 
     `details`: recorded beside the samples. `steps`: the number of the stage's steps. `items`: the
-    values of a metric for each item, by the metric's name. Raises StageError GateFailed after the
-    file is written.
+    values of each item by the metric that is their mean; the gates' evidence. Raises StageError
+    GateFailed after the file is written and the verdicts are reported.
     """
-    shown = [asdict(sample) for sample in samples]
-    result = {"metrics": metrics, "samples": shown}
+    items = items or {}
+    results = judge_gates(gates, metrics, items)
+    shown = {
+        "samples": [asdict(sample) for sample in samples],
+        "gates": [result.model_dump(mode="json", by_alias=True) for result in results],
+        "evidence": {metric: found.summary() for metric, found in items.items()},
+    }
+    values = {metric: found.values() for metric, found in items.items()}
     file = context.workdir / EVALUATION
+    result = {"metrics": metrics, **shown, "items": values}
     file.write_text(json.dumps(result, indent=2, ensure_ascii=False))
     context.worker.persist(file)  # before the gates: a missed one ends the stage without a record
-    context.worker.report(step=steps, total_steps=steps, metrics=metrics)
-    check_gates(gates, metrics)
-    return StageOutcome(
-        metrics, details={"samples": shown, **(details or {})}, contents=(EVALUATION,)
-    )
+    context.worker.report(step=steps, total_steps=steps, metrics=metrics, gates=results)
+    check_gates(results, _kept(context))
+    return StageOutcome(metrics, details={**shown, **(details or {})}, contents=(EVALUATION,))
+
+
+def _kept(context: StageContext) -> str:
+    """Return a clause on where the measured model is."""
+    inputs = context.stage.inputs
+    trained = inputs.get("tuned") or inputs.get("reward")
+    if not isinstance(trained, StageInput):
+        return "the model is not of this job"
+    return f"the model is kept in {stage_folder(trained.stage)}/weights of the output"
 
 
 def spread(total: int, count: int) -> list[int]:

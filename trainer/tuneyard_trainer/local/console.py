@@ -17,6 +17,7 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 from rich.text import Text
 
+from tuneyard.api.gates import VERDICT_WORDS, GateResult
 from tuneyard.api.plan import Plan, StageRecord
 from tuneyard.api.pods import stage_folder
 from tuneyard.errors import StageError
@@ -29,7 +30,13 @@ FILE_WIDTH = 100
 """The columns of the result if standard output is not a terminal."""
 SHOWN_CHARACTERS = 600
 """The most characters of a prompt or completion that are shown; the report shows all of them."""
-VERDICT_STYLES = {"better": "green", "worse": "red", "": ""}
+VERDICT_STYLES = {"better": "green", "worse": "red", "unclear": "dim", "": ""}
+GATE_STYLES = {
+    "pass": "green",
+    "breach": "red",
+    "insufficientEvidence": "yellow",
+    "missing": "red",
+}
 
 
 class Console:
@@ -137,6 +144,9 @@ class Console:
         if results.samples:
             self._print()
             self._print(_samples_table(results.samples))
+        if results.gates:
+            self._print()
+            self._print(_gates_table(results.gates))
         self._print()
         exported = f"{output.rstrip('/')}/{stage_folder('export')}"
         self._print(_facts_table(_places(records, exported if "://" in output else _near(folder))))
@@ -190,6 +200,22 @@ def _comparison_table(heading: str, lines: tuple[Comparison, ...]) -> Table:
         style = VERDICT_STYLES[line.verdict]
         table.add_row(
             line.label, line.base, Text(line.tuned, style="bold"), Text(line.change, style=style)
+        )
+    return table
+
+
+def _gates_table(gates: tuple[GateResult, ...]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for title in ("Gate", "Verdict", "Value", "95% interval", "Bound"):
+        table.add_column(title)
+    for gate in gates:
+        words = VERDICT_WORDS[gate.verdict]
+        table.add_row(
+            gate.metric if gate.is_required else f"{gate.metric} (advisory)",
+            Text(words, style=GATE_STYLES[gate.verdict]),
+            gate.measured,
+            gate.interval or ABSENT,
+            gate.bound,
         )
     return table
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tuneyard.api.gates import GateResult
 from tuneyard.api.job_facts import JobFacts
 from tuneyard.api.plan import Plan, StageRecord
 from tuneyard.api.pods import stage_folder
@@ -144,6 +145,7 @@ class AttemptProgress:
             digest=record.digest,
             metrics=finite(record.metrics),
             reused=record.reused or None,
+            gates=_gates(record.details.get("gates", ())),
         )
 
     def _add_progress(self, event: Mapping[str, Any], at: float) -> None:
@@ -153,6 +155,8 @@ class AttemptProgress:
         if self._step and self._pace is None:
             self._pace = (self._step, at)
         self._metrics |= finite(event["metrics"])
+        if "gates" in event:
+            self._change(self._stage, gates=_gates(event["gates"]))
 
     def _change(self, name: str, **changes: Any) -> None:
         self._stages[name] = self._stages[name].model_copy(update=changes)
@@ -190,6 +194,10 @@ class AttemptProgress:
             gpu_hours=round(hours * gpus, 2) if gpus else None,
             price=None if price is None else round(hours * self._workers * price, 2),
         )
+
+
+def _gates(values: Sequence[Any]) -> list[GateResult]:
+    return [GateResult.model_validate(value) for value in values]
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from tuneyard.api.gates import VERDICT_WORDS
 from tuneyard_trainer.reporting.formatting import ABSENT, clipped, count, harmless
 from tuneyard_trainer.reporting.results import Results
 from tuneyard_trainer.reporting.summary import PEFT_KINDS, RunSummary
@@ -77,8 +78,23 @@ def _results(summary: RunSummary) -> list[str]:
         parts.append(_table((results.heading, "Base", "Tuned", "Change"), rows))
     else:
         parts.append("No rows were held out, so the result was not measured.")
+    if results.gates:
+        parts.append(_table(("Gate", "Verdict", "Value", "Evidence", "Bound"), _gates(results)))
     parts += [f"**Warning:** {_text(warning)}" for warning in results.warnings]
     return [*parts, _table(("Training", ""), results.facts)]
+
+
+def _gates(results: Results) -> list[tuple[str, ...]]:
+    return [
+        (
+            gate.metric if gate.is_required else f"{gate.metric} (advisory)",
+            VERDICT_WORDS[gate.verdict],
+            gate.measured,
+            gate.evidence,
+            gate.bound,
+        )
+        for gate in results.gates
+    ]
 
 
 def _usage(summary: RunSummary) -> list[str]:

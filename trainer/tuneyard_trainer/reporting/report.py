@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from tuneyard.api.gates import VERDICT_WORDS, GateResult
 from tuneyard.api.plan import StageRecord
 from tuneyard_trainer.data.encoding.masks import Run, runs
 from tuneyard_trainer.data.encoding.tokenization import Encoded
@@ -70,13 +71,14 @@ def _page(summary: RunSummary, light: bytes, dark: bytes, inputs: Mapping[str, P
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(harmless=harmless, count=count, duration=_duration)
+    environment.filters.update(harmless=harmless, count=count, duration=_duration, verdict=_verdict)
     return environment.get_template("report.html.jinja").render(
         summary=summary,
         curve_light=_data_uri(light),
         curve_dark=_data_uri(dark),
         manifest=yaml.safe_dump(summary.manifest, sort_keys=False, allow_unicode=True),
         files=_files(summary),
+        absent=ABSENT,
         usage=usage(summary),
         rows=_rows(inputs.get("data")),
     )
@@ -109,6 +111,10 @@ def _files(summary: RunSummary) -> list[tuple[str, str]]:
 
 def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def _verdict(gate: GateResult) -> str:
+    return VERDICT_WORDS[gate.verdict]
 
 
 def _duration(record: StageRecord) -> str:

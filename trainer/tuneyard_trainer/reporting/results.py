@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from tuneyard.api.gates import GateResult
 from tuneyard.api.plan import StageRecord
 from tuneyard.api.stage_settings import EVALUATION_KINDS, SUPERVISED_KINDS, TRAINING_KINDS
 from tuneyard_trainer.reporting.answers import is_right
@@ -35,7 +36,8 @@ MOST_CLASSES = 20
 Z = 1.959964
 """The normal quantile of a 95% interval."""
 
-Verdict = Literal["better", "worse", ""]
+Verdict = Literal["better", "worse", "unclear", ""]
+UNCLEAR = "no clear difference"
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Comparison:
     tuned: str
     change: str
     verdict: Verdict
-    """Whether the tuned model is better or worse. "": equal, or no direction is better."""
+    """Whether the tuned model is better or worse. unclear: the 95% interval of the difference
+    contains 0, which `change` says. "": equal, or no direction is better."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,8 @@ class Results:
     """Sentences on why the metrics may mislead."""
     classes: ClassTable | None = None
     """None: the answers are not classified."""
+    gates: tuple[GateResult, ...] = ()
+    """The verdicts on the gates."""
     held_out: bool = True
     """Whether the evaluation used held-out prompts. False: it used training prompts."""
 
@@ -136,7 +141,9 @@ class Results:
         kinds = {record.kind: record for record in records.values()}
         training = last_trained(records.values())
         evaluation = next((kinds[kind] for kind in EVALUATION_KINDS if kind in kinds), None)
-        samples = evaluation.details.get("samples", []) if evaluation else []
+        details = evaluation.details if evaluation else {}
+        samples = details.get("samples", [])
+        gates = tuple(GateResult.model_validate(value) for value in details.get("gates", ()))
         return cls(
             comparisons=tuple(_comparisons(training, evaluation)),
             facts=(
@@ -144,8 +151,9 @@ class Results:
                 *_against_examples(evaluation.metrics if evaluation else {}),
             ),
             samples=tuple(Sample.of(sample) for sample in samples),
-            warnings=tuple(_warnings(kinds.get("prepare"))),
-            classes=ClassTable.of(evaluation.details) if evaluation else None,
+            warnings=(*_warnings(kinds.get("prepare")), *_missed_gates(gates)),
+            gates=gates,
+            classes=ClassTable.of(details) if evaluation else None,
             held_out=evaluation is None or bool(evaluation.details.get("promptsHeldOut", True)),
         )
 
@@ -184,6 +192,15 @@ def _seconds_of_attempts(record: StageRecord) -> float:
     return max(seconds_of(record), record.metrics.get("trainingSeconds", 0.0))
 
 
+def _missed_gates(gates: Iterable[GateResult]) -> list[str]:
+    """Return a warning for each advisory gate that is not met; a required one ends the job."""
+    return [
+        f"The advisory gate is not met: {gate.sentence}. {gate.remedy}"
+        for gate in gates
+        if not gate.passed
+    ]
+
+
 def _warnings(prepare: StageRecord | None) -> list[str]:
     details = prepare.details if prepare else {}
     warnings = []
@@ -207,30 +224,33 @@ def _warnings(prepare: StageRecord | None) -> list[str]:
 
 
 def _comparisons(training: StageRecord | None, evaluation: StageRecord | None) -> list[Comparison]:
+    evidence = _Evidence(evaluation.details.get("evidence", {}) if evaluation else {})
     if evaluation is not None:
         found = evaluation.metrics
-        on_rows = "validationLoss" in found
-        rows = _on_held_out_rows(_with_training_losses(training, evaluation)) if on_rows else []
-        return [*rows, *_alignment_comparisons(found)]
+        losses = _with_training_losses(training, evaluation)
+        rows = _on_held_out_rows(losses, evidence) if "validationLoss" in found else []
+        return [*rows, *_alignment_comparisons(found, evidence)]
     metrics = _with_training_losses(training, None)
     if training and training.kind not in SUPERVISED_KINDS:
         tuned, base = metrics.get("validationLoss"), metrics.get("baseValidationLoss")
         return [_lower_is_better("Held-out loss", base, tuned)] if tuned is not None else []
-    return _on_held_out_rows(metrics)
+    return _on_held_out_rows(metrics, evidence)
 
 
-def _on_held_out_rows(metrics: Mapping[str, float]) -> list[Comparison]:
+def _on_held_out_rows(metrics: Mapping[str, float], evidence: _Evidence) -> list[Comparison]:
     """Compare the models on the held-out rows of fine-tuning data."""
     tuned, base = metrics.get("validationLoss"), metrics.get("baseValidationLoss")
     rows = []
     if tuned is not None:
-        rows += [
+        losses = [
             _lower_is_better("Held-out loss (nats per token)", base, tuned),
             _lower_is_better("Held-out perplexity", _perplexity(base), _perplexity(tuned)),
         ]
+        rows += [evidence.marked(loss, "validationLoss") for loss in losses]
     if "answerAccuracy" in metrics:
-        rows.append(_right_answers(metrics))
-    return [*rows, *_answer_metrics(metrics), *_without_context(metrics)]
+        rows.append(evidence.marked(_right_answers(metrics), "answerAccuracy"))
+    answers = _answer_metrics(metrics, evidence)
+    return [*rows, *answers, *_without_context(metrics, evidence)]
 
 
 _ANSWER_METRICS = {
@@ -250,18 +270,39 @@ _ANSWER_METRICS = {
 """Labels of the metrics of answers, of which higher is better."""
 
 
-def _answer_metrics(metrics: Mapping[str, float]) -> list[Comparison]:
+def _answer_metrics(metrics: Mapping[str, float], evidence: _Evidence) -> list[Comparison]:
     """Compare the answers of both models by the metrics that the manifest names."""
     rows = []
     for name, label in _ANSWER_METRICS.items():
         if name in metrics:
             tuned, base = metrics[name], metrics.get(f"base{name[:1].upper()}{name[1:]}")
             shown = number if name in ("bleu", "chrf") else percent
-            rows.append(Comparison(label, shown(base), shown(tuned), "", _verdict(tuned, base)))
+            row = Comparison(label, shown(base), shown(tuned), "", _verdict(tuned, base))
+            rows.append(evidence.marked(row, name))
     return rows
 
 
-def _without_context(metrics: Mapping[str, float]) -> list[Comparison]:
+class _Evidence:
+    """The evidence of an evaluation, by metric: what `evaluation.items` recorded."""
+
+    def __init__(self, found: Mapping[str, Any]) -> None:
+        self._found = found
+
+    def marked(
+        self, comparison: Comparison, metric: str, chance: float | None = None
+    ) -> Comparison:
+        """Return a comparison that calls a difference one only if its 95% interval excludes 0.
+        `chance`: the value that the metric is compared with, instead of a base model's."""
+        found = self._found.get(metric, {})
+        interval = found.get("differenceInterval" if chance is None else "interval")
+        same = chance or 0.0
+        if interval is None or not interval[0] <= same <= interval[1] or not comparison.verdict:
+            return comparison
+        change = f"{comparison.change}, {UNCLEAR}" if comparison.change else UNCLEAR
+        return replace(comparison, change=change, verdict="unclear")
+
+
+def _without_context(metrics: Mapping[str, float], evidence: _Evidence) -> list[Comparison]:
     """Compare the models on the questions alone; []: the rows have no retrieved context."""
     if "validationLossWithoutContext" not in metrics:
         return []
@@ -270,10 +311,12 @@ def _without_context(metrics: Mapping[str, float]) -> list[Comparison]:
         name.removesuffix(suffix): value for name, value in metrics.items() if name.endswith(suffix)
     }
     label = "Held-out loss without context"
-    rows = [_lower_is_better(label, alone.get("baseValidationLoss"), alone["validationLoss"])]
+    loss = _lower_is_better(label, alone.get("baseValidationLoss"), alone["validationLoss"])
+    rows = [evidence.marked(loss, f"validationLoss{suffix}")]
     if "answerAccuracy" in alone:
         answers = _right_answers(alone)
-        rows.append(replace(answers, label=f"{answers.label} without context"))
+        answers = replace(answers, label=f"{answers.label} without context")
+        rows.append(evidence.marked(answers, f"answerAccuracy{suffix}"))
     return rows
 
 
@@ -289,7 +332,7 @@ def _with_training_losses(
     return {**losses, **(evaluation.metrics if evaluation else {})}
 
 
-def _alignment_comparisons(metrics: Mapping[str, float]) -> list[Comparison]:
+def _alignment_comparisons(metrics: Mapping[str, float], evidence: _Evidence) -> list[Comparison]:
     """Compare the aligned model with the model that the alignment started from. The base of a share
     is 0.5, the value of a random choice."""
     rows = []
@@ -299,7 +342,8 @@ def _alignment_comparisons(metrics: Mapping[str, float]) -> list[Comparison]:
             base = 0.5 if is_share else metrics.get("startReward")
             shown = percent if is_share else number
             verdict = _verdict(metrics[name], base)
-            rows.append(Comparison(label, shown(base), shown(metrics[name]), "", verdict))
+            row = Comparison(label, shown(base), shown(metrics[name]), "", verdict)
+            rows.append(evidence.marked(row, name, base if is_share else None))
     for label, name in _REWARD_HACKING_SIGNS.items():
         if name in metrics:
             before = metrics.get(f"start{name[:1].upper()}{name[1:]}")

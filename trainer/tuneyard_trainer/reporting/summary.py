@@ -184,6 +184,14 @@ class RunSummary:
     # ---- sections -------------------------------------------------------------------------------
 
     @property
+    def flips(self) -> list[tuple[str, str]]:
+        """How many answers flipped, and McNemar's test of them. []: no answers of both models."""
+        evaluation = self.record("evaluate", "assess")
+        evidence = evaluation.details.get("evidence", {}) if evaluation else {}
+        flips = evidence.get("answerAccuracy", {}).get("flips")
+        return flip_lines(flips) if flips else []
+
+    @property
     def datasets(self) -> list[DataRow]:
         """One row for each data set, in the order of the manifest."""
         prepare = self.record("prepare")
@@ -455,6 +463,17 @@ class RunSummary:
         """Versions of the software that trained the model, by package."""
         record = last_trained(self.records.values())
         return record.versions if record else {}
+
+
+def flip_lines(flips: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return labels and values of flipped answers, as `evaluation.items` recorded them."""
+    lines = []
+    for label, name in (("Right only after the training", "gained"), ("No longer right", "lost")):
+        named, total = flips[f"{name}Items"], flips[name]
+        some = f": {', '.join(named)}" + (", …" if total > len(named) else "") if named else ""
+        lines.append((label, f"{count(total)}{some}"))
+    probability = number(flips["pValue"])
+    return [*lines, ("McNemar's exact test", f"p = {probability}")]
 
 
 def _retrieved(details: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
+from tuneyard.api.gates import GateResult
 from tuneyard.api.job_facts import FitAnswer
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, StageRecord, leading
 from tuneyard.api.stage_settings import SHARED_KINDS, TRAINING_KINDS, StageKind
@@ -534,23 +535,25 @@ def _report(
     metrics: Mapping[str, float] | None = None,
     message: str | None = None,
     resumed_step: int | None = None,
+    gates: Sequence[GateResult] = (),
 ) -> None:
     values = dict(metrics or {})
     if values and device.type == "cuda":
         import torch
 
         values["gpuMemoryBytes"] = float(torch.cuda.memory_reserved(device))
-    emit(
-        {
-            "type": "progress",
-            "stage": stage,
-            "step": step,
-            "totalSteps": total_steps,
-            "metrics": values,
-            "message": message,
-            "resumedStep": resumed_step,
-        }
-    )
+    event = {
+        "type": "progress",
+        "stage": stage,
+        "step": step,
+        "totalSteps": total_steps,
+        "metrics": values,
+        "message": message,
+        "resumedStep": resumed_step,
+    }
+    if gates:
+        event["gates"] = [gate.model_dump(mode="json", by_alias=True) for gate in gates]
+    emit(event)
 
 
 def _stage_event(
