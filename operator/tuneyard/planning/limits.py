@@ -126,6 +126,8 @@ def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
         problem = _unknown_metric(gate, known)
         if problem is None and aligned:
             problem = _unmeasured_alignment(gate, spec)
+        elif problem is None:
+            problem = _unnamed_metric(gate.metric, spec.evaluate)
         if problem:
             faults.append(Fault(path, problem))
     return faults
@@ -616,8 +618,6 @@ def _unmeasured_fine_tuning(gate: Gate, spec: FineTuneSpec) -> str | None:
             "validationLossOfGaps is measured on the gaps of held-out documents: set "
             "data.fillInTheMiddle"
         )
-    if gate.metric == "winRate" and not spec.evaluate.win_rate:
-        return "winRate is measured by a judge: set evaluate.winRate"
     if problem := _unnamed_metric(gate.metric, spec.evaluate):
         return problem
     if gate.metric.startswith("answerAccuracy") and spec.method == "pretrain":
@@ -631,6 +631,8 @@ def _unmeasured_fine_tuning(gate: Gate, spec: FineTuneSpec) -> str | None:
 def _unnamed_metric(metric: str, evaluate: Evaluate) -> str | None:
     """Return the message for a metric of answers that the manifest does not ask for. None: it does,
     or it is none."""
+    if metric == "winRate" and not evaluate.win_rate:
+        return "winRate is measured by a judge: set evaluate.winRate"
     named = MEASURED_BY.get(metric)
     if named is not None and named not in evaluate.metrics:
         return f"{metric} is measured if it is asked for: add {named} to evaluate.metrics"
