@@ -369,6 +369,10 @@ def test_each_format_of_preferences_can_be_named(name: str) -> None:
          "spec.evaluate.suites"),
         ({"evaluate__metrics": ["rouge"]}, "spec.evaluate.metrics"),
         ({"evaluate__fewShot": 2}, "spec.evaluate.fewShot"),
+        ({"optimize": None, "preferences": None, "sft": {"data": {
+            "train": [{"uri": "file://a"}], "validation": {"fraction": 0.1}}},
+          "evaluate__gates": [{"metric": "rougeL", "atLeast": 0.5}]},
+         "spec.evaluate.gates[0].metric"),
         ({"preferences__data": [{"uri": "file://p.jsonl", "format": "alpaca"}]},
          "spec.preferences.data[0].format"),
         ({"evaluate__gates": [{"metric": "validationLoss", "atMost": 1.0}]},

@@ -141,9 +141,10 @@ def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
     known = get_args(AlignmentMetric if aligned else Metric)
     for path, gate in _gates(spec.evaluate):
         problem = _unknown_metric(gate, known, spec.evaluate, compared=True)
-        if problem is None:
-            unmeasured = _unmeasured_alignment if aligned else _unmeasured_steps
-            problem = unmeasured(gate, spec)
+        if problem is None and aligned:
+            problem = _unmeasured_alignment(gate, spec)
+        elif problem is None:
+            problem = _unmeasured_steps(gate, spec) or _unnamed_metric(gate.metric, spec.evaluate)
         if problem:
             faults.append(Fault(f"{path}.metric", problem))
         else:
@@ -673,8 +674,6 @@ def _unmeasured_fine_tuning(gate: Gate, spec: FineTuneSpec) -> str | None:
             "validationLossOfGaps is measured on the gaps of held-out documents: set "
             "data.fillInTheMiddle"
         )
-    if gate.metric == "winRate" and not spec.evaluate.win_rate:
-        return "winRate is measured by a judge: set evaluate.winRate"
     if problem := _unnamed_metric(gate.metric, spec.evaluate):
         return problem
     if gate.metric.startswith("answerAccuracy") and spec.method == "pretrain":
@@ -688,6 +687,8 @@ def _unmeasured_fine_tuning(gate: Gate, spec: FineTuneSpec) -> str | None:
 def _unnamed_metric(metric: str, evaluate: Evaluate) -> str | None:
     """Return the message for a metric of answers that the manifest does not ask for. None: it does,
     or it is none."""
+    if metric == "winRate" and not evaluate.win_rate:
+        return "winRate is measured by a judge: set evaluate.winRate"
     named = MEASURED_BY.get(metric)
     if named is not None and named not in evaluate.metrics:
         return f"{metric} is measured if it is asked for: add {named} to evaluate.metrics"
@@ -750,6 +751,8 @@ def _unanswered(spec: AlignmentSpec) -> Iterator[Fault]:
 def _unmeasured_steps(gate: Gate, spec: AlignmentSpec) -> str | None:
     """Return the message for a metric that an alignment of supervised steps alone does not measure.
     None: it does."""
+    if "/" in gate.metric:
+        return None
     if not spec.constitution and not (spec.sft and spec.sft.data.validation):
         return f"{gate.metric} is measured on held-out rows: set sft.data.validation"
     if gate.metric == "validationLossOfGaps":
