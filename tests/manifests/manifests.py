@@ -180,8 +180,11 @@ LORA = job(
       maxNewTokens: 32
       fewShot: 4
       suites:
-        - {name: sense, choices: {uri: "s3://suites/sense.jsonl", credentials: {name: store}}, limit: 100}
-        - {name: manners, refusals: {uri: "hf://datasets/org/manners/rows.csv", tokenSecret: {name: hf, key: token}}}
+        - name: sense
+          choices: {uri: "s3://suites/sense.jsonl", credentials: {name: store}}
+          limit: 100
+        - name: manners
+          refusals: {uri: "hf://org/manners/rows.csv", tokenSecret: {name: hf, key: token}}
         - name: arc
           task: {name: arc_easy, files: {uri: "pvc://suites/tasks"}, fewShot: 5, chatTemplate: true}
       gates:
