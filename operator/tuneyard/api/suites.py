@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -41,6 +41,15 @@ class HarnessTask(Model):
     """Whether questions are rendered by the model's chat template."""
 
 
+KINDS = ("choices", "refusals", "task")
+"""The fields of a suite of which exactly one is set."""
+
+
+def given(suite: Any) -> list[str]:
+    """Return the kinds of items that are set: exactly one in a valid suite."""
+    return [kind for kind in KINDS if getattr(suite, kind) is not None]
+
+
 class Suite(Model):
     """Items on which the tuned model and the model before it are measured. Set exactly one of
     choices, refusals and task."""
@@ -62,13 +71,9 @@ class Suite(Model):
         Rule(
             cel="[has(self.choices), has(self.refusals), has(self.task)]"
             ".filter(present, present).size() == 1",
-            holds=lambda suite: len(suite.given()) == 1,
+            holds=lambda suite: len(given(suite)) == 1,
             message="set exactly one of choices, refusals, task",
             reads=("choices", "refusals", "task"),
-            found=lambda suite: " and ".join(suite.given()) or "none",
+            found=lambda suite: " and ".join(given(suite)) or "none",
         ),
     )
-
-    def given(self) -> list[str]:
-        """Return the kinds of items that are set: exactly one in a valid suite."""
-        return [kind for kind in ("choices", "refusals", "task") if getattr(self, kind) is not None]

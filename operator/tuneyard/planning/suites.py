@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from tuneyard.api.evaluation import Evaluate
 from tuneyard.api.plan import SourceInput
 from tuneyard.api.stage_settings import SuiteSettings
-from tuneyard.api.suites import Suite, SuiteData
+from tuneyard.api.suites import Suite, SuiteData, given
 from tuneyard.errors import Fault
 
 PATH = "spec.evaluate.suites"
@@ -60,7 +60,7 @@ def _data(suite: Suite) -> tuple[SuiteData | None, str]:
     """Return the rows or task files of a suite, and their field."""
     if suite.task is not None:
         return suite.task.files, "task.files"
-    kind = suite.given()[0]
+    kind = given(suite)[0]
     data: SuiteData = getattr(suite, kind)
     return data, kind
 
@@ -97,7 +97,7 @@ def unknown_suite_metric(metric: str, suites: Sequence[Suite], compared: bool) -
         return f"{metric} is a metric of the suite {name}, which the job does not have: {remedy}"
     if suite.task is not None:
         return None  # the harness knows its metrics
-    metrics = METRICS[suite.given()[0]]
+    metrics = METRICS[given(suite)[0]]
     if compared:
         bases = [f"base{each[0].upper()}{each[1:]}" for each in metrics]
         metrics = (*metrics, *bases, *(f"{each}Change" for each in metrics))

@@ -48,7 +48,7 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What the harness measured of one model."""
+    """The measurements of one model by the harness."""
 
     metrics: Mapping[str, float]
     """By metric, or TASK/METRIC for the tasks of a group."""
