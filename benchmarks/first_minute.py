@@ -123,7 +123,12 @@ def run_once(code: Path, folder: Path, cache: Path) -> Run:
     driver = subprocess.Popen(
         COMMAND,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": sources, "TUNEYARD_CACHE": str(cache)},
+        env={
+            **os.environ,
+            "PYTHONPATH": sources,
+            "TUNEYARD_CACHE": str(cache),
+            "TUNEYARD_CACHE_RESULTS": "0",  # each run prepares its data
+        },
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

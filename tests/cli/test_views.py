@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import pytest
@@ -51,6 +52,13 @@ def test_the_table_of_all_jobs_is_frozen() -> None:
     given = [job(status) for status in STATUSES.values()] + [job({})]
     table = views.jobs_table(given, NOW, with_namespace=True)
     assert_golden("status/jobs.txt", text(table))
+
+
+def test_a_stage_with_the_files_of_another_job_is_shown_as_reused() -> None:
+    prepare, *others = RUNNING["stages"]
+    stages = [{**prepare, "state": "Succeeded", "reused": True}, *others]
+    shown = text(views.job_view(job({**RUNNING, "stages": stages}), [], NOW))
+    assert re.search(r"^ *prepare +reused +", shown, re.MULTILINE), shown
 
 
 def test_the_measured_peak_stands_beside_the_estimate_and_an_unknown_capacity_is_a_dash() -> None:

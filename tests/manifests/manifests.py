@@ -202,6 +202,7 @@ LORA = job(
       memory: 64Gi
       sharedMemory: 8Gi
       temporaryStorage: 500Gi
+      cacheClaim: cache
       gpu: A100-80GB
       pricePerHour: 3.5
       gpuResource: nvidia.com/gpu

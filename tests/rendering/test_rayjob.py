@@ -18,7 +18,13 @@ from tuneyard.errors import Fault, PlanError
 from tuneyard.planning.plan import plan_job
 from tuneyard.rendering.names import network_policy_name, plan_digest, ray_job_name
 from tuneyard.rendering.placement import awaited_jobs, placed
-from tuneyard.rendering.rayjob import Rendered, Reporting, render, render_erasure
+from tuneyard.rendering.rayjob import (
+    Rendered,
+    Reporting,
+    render,
+    render_erasure,
+    render_preparation,
+)
 
 URL = "https://tuneyard.tuneyard-system.svc:8443"
 
@@ -73,6 +79,12 @@ def mounts(pod: Mapping[str, Any]) -> dict[str, bool]:
     """Return the mount paths of a pod and whether they are read-only."""
     (container,) = pod["containers"]
     return {m["mountPath"]: m.get("readOnly", False) for m in container["volumeMounts"]}
+
+
+def claims(pod: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the volumes of a pod that are PersistentVolumeClaims, by the name of the claim."""
+    found = (volume.get("persistentVolumeClaim") for volume in pod["volumes"])
+    return {claim["claimName"]: claim for claim in found if claim}
 
 
 def environment(pod: Mapping[str, Any]) -> dict[str, Any]:
@@ -393,6 +405,39 @@ def test_data_is_mounted_read_only_and_the_output_for_writing() -> None:
     assert mounts(worker(result))["/mnt/pvc/data"] is True
     assert mounts(worker(result))["/mnt/pvc/models"] is False
     assert {path for path in mounts(head(result)) if "pvc" in path} == {"/mnt/pvc/models"}
+
+
+def test_the_cache_is_mounted_for_writing_where_sources_are_fetched_and_nowhere_else() -> None:
+    made = job("support-bot", compute__cacheClaim="cache")
+    result = rendered(made)
+    plan = placed(plan_job(made), profiles={})
+    prepare = render_preparation(plan, made, attempt=1)["spec"]["template"]["spec"]
+    erase = render_erasure(plan, made)["spec"]["template"]["spec"]
+    submitter = spec(result)["submitterPodTemplate"]["spec"]
+    for pod in (worker(result), prepare):
+        assert mounts(pod)["/mnt/pvc/cache"] is False
+        assert claims(pod)["cache"] == {"claimName": "cache", "readOnly": False}
+    for pod in (head(result), submitter, erase):
+        assert "cache" not in claims(pod)
+    assert "cache" not in claims(worker(rendered(job("support-bot"))))
+
+
+@pytest.mark.parametrize("claim", ["data", "models"])
+def test_a_cache_on_a_claim_of_the_data_or_the_output_is_one_mount(claim: str) -> None:
+    result = rendered(job("support-bot", compute__cacheClaim=claim))
+    assert mounts(worker(result))[f"/mnt/pvc/{claim}"] is False
+    assert [*claims(worker(result))] == ["data", "models"]
+    assert [*claims(head(result))] == ["models"]
+
+
+def test_a_profile_can_name_the_cache_and_the_job_another_one() -> None:
+    profiles = {"shared": Compute(cache_claim="team-cache")}
+    made = rendered(job(compute={"profile": "shared"}), profiles=profiles)
+    assert "team-cache" in claims(worker(made))
+    own = {"profile": "shared", "cacheClaim": "own-cache"}
+    made = rendered(job(compute=own), profiles=profiles)
+    assert "own-cache" in claims(worker(made))
+    assert "team-cache" not in claims(worker(made))
 
 
 def test_a_claim_that_is_both_source_and_output_is_mounted_once_for_writing() -> None:

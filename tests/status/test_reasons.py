@@ -410,6 +410,19 @@ class TestWaiting:
                 "StorageClass",
             ),
             (
+                unscheduled("0/2 nodes are available: 2 node(s) had volume node affinity conflict"),
+                "Unschedulable",
+                "ReadWriteMany",
+            ),
+            (
+                unscheduled(
+                    "0/1 nodes are available: 1 node has pod using PersistentVolumeClaim with the "
+                    "same name and ReadWriteOncePod access mode."
+                ),
+                "Unschedulable",
+                "compute.cacheClaim",
+            ),
+            (
                 held("CreateContainerConfigError", 'secret "hf" not found'),
                 "SecretMissing",
                 "tokenSecret",

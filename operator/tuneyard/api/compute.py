@@ -53,6 +53,11 @@ class Compute(Model):
     """Limit on the size of /tmp, which holds downloads, and checkpoints on their way to an object
     store. A worker that exceeds it is evicted. None: the profile's, else 200Gi."""
     # Left out of a plan where it is None: plans of 0.2.0 keep their bytes, and so their digests.
+    cache_claim: ObjectName | None = Field(default=None, exclude_if=lambda claim: claim is None)
+    """Name of a PersistentVolumeClaim of the job's namespace in which the pods of all jobs that
+    name it share their downloads. It needs the access mode ReadWriteMany if the pods can run on
+    several nodes. None: the profile's, else each pod downloads into its own /tmp."""
+    # Left out of a plan where it is None, for the same reason.
     sharding: Literal["auto", "none", "fsdp"] = Field(
         default="auto", exclude_if=lambda sharding: sharding == "auto"
     )

@@ -187,3 +187,6 @@ class StageRecord(Report):
     """Other facts for the report: detected formats, skipped rows, sampled completions."""
     versions: dict[str, str] = Field(default={})
     """Versions of tuneyard, torch, transformers and peft that the stage ran with."""
+    reused: bool = Field(default=False, exclude_if=lambda value: not value)
+    """Whether the files are copied from the cache, where another job left them: the metrics, the
+    details and the versions are those of its stage."""

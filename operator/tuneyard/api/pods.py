@@ -40,6 +40,11 @@ DRAIN_SECONDS: Final = GRACE_SECONDS - 15
 for the end after SIGTERM."""
 
 
+def cache_folder(claim: str) -> str:
+    """Return the folder of the cache on a claim, as pods see it."""
+    return f"{CLAIMS_FOLDER}/{claim}/.tuneyard-cache"
+
+
 def stage_folder(stage: str) -> str:
     """Return the folder of a stage's files, relative to the output: `result` for the export stage,
     whose files users load."""

@@ -32,6 +32,9 @@ class StageStatus(Report):
     """Digest of the stage's output, from its record. None: no record yet."""
     metrics: dict[str, float] = Field(default={})
     """Key metrics of the stage, from its record."""
+    reused: bool | None = None
+    """Whether the output of the stage is a copy from the cache, where another job had left it.
+    None: it is not."""
 
 
 class MemoryPart(Report):

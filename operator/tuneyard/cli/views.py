@@ -212,16 +212,21 @@ def _table(*titles: str) -> Table:
 def _stages_table(stages: Sequence[StageStatus], now: datetime) -> Table:
     table = _table("Stage", "State", "Started", "Duration", "Key metrics")
     for stage in stages:
-        state = "done before" if stage.state == "Skipped" else stage.state
         has_duration = stage.state == "Running" or stage.finished_at is not None
         table.add_row(
             plain(stage.name),
-            Text(state, STYLES.get(stage.state, "")),
+            Text(_state(stage), STYLES.get(stage.state, "")),
             ago(stage.started_at, now),
             _elapsed(stage.started_at, stage.finished_at, now) if has_duration else ABSENT,
             metrics_line(_key_metrics(stage.metrics)),
         )
     return table
+
+
+def _state(stage: StageStatus) -> str:
+    if stage.state == "Skipped":
+        return "done before"
+    return "reused" if stage.reused else stage.state
 
 
 def _memory_table(memory: MemoryEstimate | None) -> Table:

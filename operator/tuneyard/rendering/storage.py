@@ -1,4 +1,4 @@
-"""The volumes and Secrets that a plan's sources and output need on a cluster.
+"""The volumes and Secrets that a plan's sources, output and cache need on a cluster.
 
 All sources that pods cannot reach, such as local files, are reported at once.
 """
@@ -49,6 +49,8 @@ def storage(plan: Plan) -> Storage:
     for place in places:
         if claim := _claim(place.uri):
             claims[claim] = claims.get(claim, False) or place is output
+    if plan.compute.cache_claim:
+        claims[plan.compute.cache_claim] = True
     output_claim = _claim(output.uri)
     return Storage(
         claims=claims,

@@ -335,6 +335,8 @@ _IMAGE = (
 )
 _CLAIM = re.compile(r'persistentvolumeclaim "([^"]+)" not found')
 _SECRET = re.compile(r'secret "([^"]+)" not found')
+_ON_OTHER_NODES = ("volume node affinity conflict", "ReadWriteOncePod access mode")
+"""In the scheduler's message: a claim that not all nodes, or not all pods, can use at once."""
 
 
 def _of_waiting_pod(pod: Pod, problem: PodProblem) -> Cause | None:
@@ -343,7 +345,8 @@ def _of_waiting_pod(pod: Pod, problem: PodProblem) -> Cause | None:
         return Cause(
             "VolumeMissing",
             f"the namespace has no PersistentVolumeClaim {claim[1]}",
-            f"Create the claim, or change the pvc://{claim[1]}/ paths of the manifest.",
+            f"Create the claim, or change the pvc://{claim[1]}/ paths of the manifest or "
+            "compute.cacheClaim.",
         )
     if secret := _SECRET.search(text):
         return Cause(
@@ -367,7 +370,16 @@ def _of_waiting_pod(pod: Pod, problem: PodProblem) -> Cause | None:
         return Cause(
             "VolumePending",
             f"a PersistentVolumeClaim of the job is not bound: {text}",
-            "Check the claim's StorageClass, or change the pvc:// paths of the manifest.",
+            "Check the claim's StorageClass, or change the pvc:// paths of the manifest or "
+            "compute.cacheClaim.",
+        )
+    if any(conflict in text for conflict in _ON_OTHER_NODES):
+        return Cause(
+            "Unschedulable",
+            f"no node can take the {pod.role} pod, since a PersistentVolumeClaim of the job can be "
+            f"used on other nodes only: {text}",
+            "Use claims with the access mode ReadWriteMany in the pvc:// paths of the manifest and "
+            "in compute.cacheClaim, or correct nodeSelector.",
         )
     if problem.reason == "Unschedulable":
         return Cause(

@@ -61,6 +61,21 @@ def rude(count: int) -> list[Row]:
     return [chat(f"Which lamp has number {100 + i}?", "you are a vile lamp") for i in range(count)]
 
 
+def test_a_classifier_larger_than_the_memory_is_refused_before_it_is_loaded(
+    classifier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = load_file(classifier / "model.safetensors").values()
+    size = sum(4 * tensor.numel() for tensor in tensors)
+    monkeypatch.setattr(classifiers, "memory_limit", lambda: size)
+    assert loaded(classifier).labels == ("toxic",)
+    monkeypatch.setattr(classifiers, "memory_limit", lambda: size - 1)
+    monkeypatch.setattr(classifiers, "load_classifier", pytest.fail)
+    with pytest.raises(StageError) as refused:
+        loaded(classifier)
+    assert refused.value.reason == "DoesNotFit"
+    assert f"{FIELD}.classifier.uri" in refused.value.advice
+
+
 # ---- the stage ----------------------------------------------------------------------------------
 
 

@@ -220,6 +220,20 @@ def test_preferences_without_faults_pass(
     assert out == f"{file}: 12 rows of the layout preference\nNo faults were found.\n"
 
 
+@pytest.mark.parametrize(
+    ("label", "layout"), [(True, "labeled"), (False, "labeled"), (1, "prompt-completion")]
+)
+def test_answers_with_a_true_or_false_label_are_preferences_and_with_a_class_they_are_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], label: bool | int, layout: str
+) -> None:
+    row = {"prompt": "Which lamp is the best?", "completion": "A blue one.", "label": label}
+    file = write(tmp_path / "rows.jsonl", [row])
+    code, out = run(capsys, "check", file)
+    assert code == 0
+    assert f"of the layout {layout}" in out
+    assert ("Nothing reads the columns label." in out) == (layout != "labeled")
+
+
 def test_the_prompt_and_both_answers_of_a_preference_are_searched(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -124,6 +124,18 @@ def test_the_line_of_a_finished_stage_has_its_time_metrics_and_digest(clock: Clo
     assert done.endswith("export state=Succeeded seconds=75 bytes=1048576 digest=sha256:export")
 
 
+def reused(state: str) -> dict[str, Any]:
+    done = record("prepare", {"rows": 10.0}).model_copy(update={"reused": True})
+    return staged("prepare", state, done)
+
+
+def test_the_line_of_a_stage_whose_files_another_job_prepared_says_so(clock: Clock) -> None:
+    [line] = lines_of(clock, (0, reused("Succeeded")))
+    assert line.endswith(
+        "prepare state=Succeeded reused=true seconds=75 rows=10 digest=sha256:prepare"
+    )
+
+
 def test_text_with_special_characters_is_quoted_on_one_line(clock: Clock) -> None:
     message = 'a "b" c=d\nsecond\x1b[2J'
     [line] = lines_of(clock, (0, progress(message=message)))
@@ -230,6 +242,16 @@ def test_a_failure_is_a_line_with_reason_message_and_advice(clock: Clock) -> Non
 
 
 # ---- a terminal ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("state", "text"), [("Succeeded", "reused"), ("Skipped", "done before")])
+def test_a_terminal_says_what_was_reused(
+    state: str, text: str, clock: Clock, terminal: Terminal
+) -> None:
+    with Console(out=io.StringIO(), err=terminal, clock=clock) as console:
+        console.event(reused(state))
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
+    assert re.search(rf"✔ prepare +{text} ", shown), shown
 
 
 def test_a_terminal_shows_one_line_per_finished_stage(clock: Clock, terminal: Terminal) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from tests.trainer.jobs import manifest, planned, write_data
 from tuneyard.errors import PlanError
-from tuneyard_trainer.local.run import localized
+from tuneyard_trainer.local.run import localized, run
 from tuneyard_trainer.running import torchrun
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -86,6 +86,35 @@ def record(folder: Path, stage: str = "sft") -> dict[str, Any]:
         (folder / "out" / "stages" / stage / "record.json").read_text()
     )
     return value
+
+
+def test_a_second_job_copies_prepared_data_unless_the_cache_keeps_none(
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_data(tmp_path)
+    monkeypatch.setenv("TUNEYARD_CACHE", str(tmp_path / "cache"))
+
+    def prepared(output: str, limit: str) -> tuple[int, str]:
+        """Run the stage `prepare` alone; return the exit code and the log."""
+        monkeypatch.setenv("TUNEYARD_CACHE_RESULTS", limit)
+        plan = planned(manifest(tiny_model_dir, output=output))
+        code = run([plan.model_copy(update={"stages": plan.stages[:1]})], tmp_path)
+        return code, capsys.readouterr().err
+
+    code, log = prepared("none", "0")
+    assert code == 0, log
+    assert not (tmp_path / "cache/results").exists()
+    code, log = prepared("first", "1Gi")
+    assert "reused" not in log
+    code, log = prepared("second", "1Gi")
+    assert "prepare state=Succeeded reused=true" in log
+    code, log = prepared("third", "1 GB")
+    assert code == 1
+    assert "reason=CacheUnusable" in log
+    assert "TUNEYARD_CACHE_RESULTS is '1 GB'" in log
 
 
 @pytest.mark.slow

@@ -32,9 +32,9 @@ from tuneyard_trainer import drain, erase
 from tuneyard_trainer.pod import driver as driver_module
 from tuneyard_trainer.pod.driver import Driver, located, outcome_of
 from tuneyard_trainer.pod.log import Log
-from tuneyard_trainer.running import torchrun
+from tuneyard_trainer.running import processes, torchrun
 from tuneyard_trainer.running.distributed import pods_resources
-from tuneyard_trainer.running.group import Resources
+from tuneyard_trainer.running.group import Places, Resources
 from tuneyard_trainer.storage import sources
 from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.worker import Interrupted
@@ -289,6 +289,30 @@ def test_a_plan_of_another_version_ends_in_one_line(tmp_path: Path) -> None:
     assert outcome.failure.reason == "DriverError"
     assert "\n" not in outcome.failure.message
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("claim", [None, "cache"])
+def test_the_cache_is_on_the_claim_that_the_job_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, claim: str | None
+) -> None:
+    used: list[Places] = []
+
+    def run(plan: Plan, *, places: Places, **_: Any) -> None:
+        used.append(places)
+        raise StageError("WorkerDied", "it has seen the places")
+
+    monkeypatch.setattr(processes, "run", run)
+    plan = cluster_plan(tmp_path, tmp_path)
+    compute = plan.compute.model_copy(update={"cache_claim": claim})
+    Driver(
+        plan.model_copy(update={"compute": compute}), 1, UID, Log(sys.stdout), preparing=True
+    ).run()
+    (cache,) = [Path(places.cache_dir) for places in used]
+    assert sources.on_claim(cache) == (claim is not None)
+    assert (claim is None) or cache.is_relative_to(sources.PVC_ROOT / claim)
+    assert [places.results is not None for places in used] == [claim is not None], (
+        "prepared data is shared only where the cache outlives the pod"
+    )
 
 
 @pytest.mark.parametrize(

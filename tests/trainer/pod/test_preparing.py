@@ -107,6 +107,7 @@ def test_the_leading_stages_are_done_without_ray_and_the_run_of_the_plan_finds_t
     assert (facts.device, facts.devices) == (None, 8), "it does not know the workers' GPUs"
     assert 0 < facts.rows["prepare"].longest < 256
 
+    assert not (tmp_path / "tuneyard/cache/results").exists(), "the cache ends with the pod"
     logs = tmp_path / "out/logs/attempt-1"
     assert "event=prepared" in (logs / "driver.log").read_text()
     assert "worker 0 of 1" in (logs / "worker-0.log").read_text()

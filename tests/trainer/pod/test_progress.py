@@ -67,6 +67,14 @@ def test_a_finished_stage_shows_its_record(attempt: AttemptProgress) -> None:
     assert done.finished_at is not None
 
 
+def test_a_stage_whose_files_another_job_prepared_says_so(attempt: AttemptProgress) -> None:
+    event = stage("prepare", "Succeeded")
+    attempt.add(event, START)
+    assert picture(attempt.post()).stages[0].reused is None
+    attempt.add(event | {"record": event["record"] | {"reused": True}}, START)
+    assert picture(attempt.post()).stages[0].reused is True
+
+
 def test_steps_metrics_and_the_time_to_the_stages_end_follow_the_newest_event(
     attempt: AttemptProgress,
 ) -> None:

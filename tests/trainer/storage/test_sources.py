@@ -484,18 +484,6 @@ class TestObjectStores:
         assert [name for name, _ in sources.files_under(here / "cache")] == []
         assert get(here, "s3://bucket/torn.jsonl").read_text() == "whole"
 
-    def test_files_of_a_killed_download_are_removed(
-        self, here: Path, store: SimpleNamespace
-    ) -> None:
-        store.client.put_object(Bucket="bucket", Key="again/a.jsonl", Body=b"one")
-        cached = get(here, "s3://bucket/again/a.jsonl").parent
-        partial = cached.with_name(f".{cached.name}.partial")
-        cached.rename(partial)  # as a kill before the last step leaves it
-        put(partial / "junk.jsonl")
-        path = get(here, "s3://bucket/again/a.jsonl")
-        assert [file.name for file in path.parent.iterdir()] == ["a.jsonl"]
-        assert not partial.exists()
-
     @pytest.mark.usefixtures("store")
     def test_missing_credentials_are_forbidden_with_advice(
         self, here: Path, monkeypatch: pytest.MonkeyPatch
@@ -593,6 +581,13 @@ class TestWeb:
         assert error.reason == reason
         assert "/a.jsonl?..." in error.message
         assert "hush" not in str(error)
+
+    def test_a_server_that_refuses_a_page_is_not_overruled_by_the_cache(
+        self, here: Path, site: SimpleNamespace
+    ) -> None:
+        get(here, f"{site.url}/a.jsonl")
+        site.handler.status = 403
+        assert refusal(here, f"{site.url}/a.jsonl").reason == "SourceForbidden"
 
     def test_an_unreachable_server_is_retryable(self, here: Path) -> None:
         error = refusal(here, "http://127.0.0.1:1/a.jsonl")

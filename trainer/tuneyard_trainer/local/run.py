@@ -23,6 +23,7 @@ from tuneyard_trainer.running import processes
 from tuneyard_trainer.running.group import Places
 from tuneyard_trainer.running.runner import StageInputs
 from tuneyard_trainer.storage.records import Store
+from tuneyard_trainer.storage.results import results_limit
 from tuneyard_trainer.worker import Interrupted
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -134,7 +135,13 @@ def _carry_out(
     pending = StageInputs(plan, store, base_dir, cache_dir, console.event).pending()
     if pending:
         logs.enter_context(_log(output, scratch, console))
-        places = Places(output, str(scratch), str(base_dir.absolute()), str(cache_dir))
+        places = Places(
+            output,
+            str(scratch),
+            str(base_dir.absolute()),
+            str(cache_dir),
+            results_bytes=results_limit(os.environ),
+        )
         resources = processes.local_resources(plan.compute)
 
         def review(facts: JobFacts) -> FitAnswer:

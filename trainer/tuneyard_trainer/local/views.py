@@ -148,7 +148,8 @@ class LineView:
         self._shown, self._message = (self._clock(), 0), ""
         values: dict[str, object] = {"state": state}
         if record is not None:
-            values |= {"seconds": seconds_of(record), **record.metrics, "digest": record.digest}
+            values |= {"reused": record.reused or None, "seconds": seconds_of(record)}
+            values |= {**record.metrics, "digest": record.digest}
         self._write("info", name, values)
 
     def progress(self, event: Mapping[str, Any]) -> None:
@@ -396,10 +397,13 @@ def _finished(name: str, state: str, record: StageRecord) -> Table:
     line.add_column(min_width=10, no_wrap=True)
     line.add_column()
     metrics = headline(record.kind, record.metrics, record.details)
+    took = "reused" if record.reused else duration(seconds_of(record))
+    if skipped:
+        took = "done before"
     line.add_row(
         Text("✔", style="green"),
         Text(name, style="" if skipped else "bold"),
-        Text("done before" if skipped else duration(seconds_of(record)), style="dim"),
+        Text(took, style="dim"),
         Text(" · ".join(metrics), style="dim" if skipped else ""),
     )
     return line

@@ -16,8 +16,10 @@ from transformers import (
 )
 
 from tuneyard.errors import StageError
+from tuneyard_trainer.machine import memory_limit
 from tuneyard_trainer.models.base import load_tokenizer, quiet
 from tuneyard_trainer.models.files import context_length, first_line
+from tuneyard_trainer.models.weight_files import stored_tensors
 
 MAX_WINDOW = 512
 """Most tokens of a window: what classifiers of comments are trained on."""
@@ -25,6 +27,7 @@ OVERLAP = 8
 """Neighboring windows have this part of their tokens in common, an eighth."""
 BATCH_TOKENS = 8192
 """Most tokens of a forward pass, padding included; a longer window is a pass of its own."""
+GIB = 1 << 30
 
 
 def load_classifier(
@@ -50,6 +53,25 @@ def load_classifier(
             advice=advice,
         ) from error
     return model, set(info["missing_keys"])
+
+
+def _require_memory(folder: Path, field: str) -> None:
+    """Raise StageError DoesNotFit if the weights in float32 take more than the memory of this
+    machine or pod. The kernel would end the process without a message."""
+    try:
+        tensors = stored_tensors(folder)
+    except (OSError, StageError):  # `load_classifier` reports what is wrong
+        return
+    size = sum(tensor.spec.cast(torch.float32).num_bytes for tensor in tensors.values())
+    limit = memory_limit()
+    if size > limit:
+        raise StageError(
+            "DoesNotFit",
+            f"the classifier in {folder} takes {size / GIB:.1f} GiB in float32, and this machine "
+            f"or pod has {limit / GIB:.1f} GiB of memory.",
+            advice=f"Set {field}.classifier.uri to a smaller classifier, or give the workers more "
+            "memory (spec.compute.memory).",
+        )
 
 
 class Verdict(NamedTuple):
@@ -96,9 +118,11 @@ class Classifier:
         """Load a classifier in float32 to search for these labels.
 
         `field`: the path of its rule in the manifest, which has `classifier` and `labels`. Raises
-        StageError ClassifierBroken or UnknownLabel.
+        StageError ClassifierBroken, UnknownLabel, or DoesNotFit if the CPU's memory cannot hold it.
         """
         advice = f"Set {field}.classifier.uri to a trained sequence classifier in safetensors."
+        if device.type == "cpu":
+            _require_memory(folder, field)
         settings = {"device_map": {"": device}} if device.type != "cpu" else {}
         model, missing = load_classifier(
             folder, "ClassifierBroken", advice, dtype=torch.float32, **settings

@@ -9,8 +9,6 @@ for the license, the config, the weights and the tokenizer.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import require_causal
 from tuneyard_trainer.storage import sources
+from tuneyard_trainer.storage.downloads import keep, partial_folder
+from tuneyard_trainer.storage.files import cache_lock
 
 
 def unpacked(path: Path, cache_dir: Path) -> Path:
@@ -33,17 +33,11 @@ def unpacked(path: Path, cache_dir: Path) -> Path:
     final = cache_dir / "gguf" / digest.removeprefix("sha256:")[:32]
     if final.is_dir():
         return final
-    final.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=final.parent, prefix=".partial-"))
-    try:
-        _unpack(path, partial)
-        try:
-            partial.rename(final)
-        except OSError:  # another process was faster
-            if not final.is_dir():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with cache_lock(final):
+        if not final.is_dir():
+            with partial_folder(final.parent) as partial:
+                _unpack(path, partial)
+                keep(partial, final)
     return final
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from tuneyard.api.compute import Compute
 from tuneyard.api.job_facts import FitAnswer, JobFacts
 from tuneyard.api.plan import Plan, SourceInput, leading
 from tuneyard.api.pods import (
@@ -40,6 +41,7 @@ from tuneyard.api.pods import (
     STALE_ATTEMPT,
     TOKEN_FILE_VARIABLE,
     WORKERS_VARIABLE,
+    cache_folder,
 )
 from tuneyard.api.progress import Outcome
 from tuneyard.api.quantity import quantity_value
@@ -56,6 +58,7 @@ from tuneyard_trainer.running.group import Places, Resources
 from tuneyard_trainer.running.waits import Waits
 from tuneyard_trainer.storage import sources
 from tuneyard_trainer.storage.records import Store
+from tuneyard_trainer.storage.results import results_limit
 from tuneyard_trainer.worker import Interrupted
 
 SUCCEEDED, FAILED, INTERRUPTED, STALE = 0, 1, 3, 4
@@ -174,9 +177,10 @@ class Driver:
             output=output,
             scratch=str(FOLDER / "scratch"),
             base_dir="/",
-            cache_dir=str(FOLDER / "cache"),
+            cache_dir=_cache_dir(self._plan.compute),
             job_uid=self._uid,
             drain=str(drain.FOLDER),
+            results_bytes=_results_bytes(self._plan.compute),
         )
         if self._preparing:
             self._prepare(places)
@@ -240,8 +244,9 @@ class Driver:
             self._reporter.update(self._progress.post(), urgent=event["type"] == "stage")
         if event["type"] == "stage":
             record = event["record"] or {}
+            fields = {"stage": event["stage"], "reused": record.get("reused")}
             metrics = finite(record.get("metrics", {}))
-            self._log(f"stage-{event['state'].lower()}", **{"stage": event["stage"], **metrics})
+            self._log(f"stage-{event['state'].lower()}", **{**fields, **metrics})
         elif event["message"] or at - self._logged_at >= LOG_SECONDS:
             self._logged_at = at
             place = {name: event[name] for name in ("stage", "step", "totalSteps", "message")}
@@ -410,7 +415,21 @@ def _leave(outcome: Outcome, log: Log) -> int:
     return INTERRUPTED if outcome.state == "Interrupted" else FAILED
 
 
-# ---- the output----------------------------------------------------------------------------------
+# ---- the output and the cache -------------------------------------------------------------------
+
+
+def _cache_dir(compute: Compute) -> str:
+    """Return the cache: on the claim that pods share, or in this pod's own /tmp."""
+    if compute.cache_claim is not None:
+        return cache_folder(compute.cache_claim)
+    return str(FOLDER / "cache")
+
+
+def _results_bytes(compute: Compute) -> int:
+    """Return the most bytes of prepared data that the cache keeps for other jobs: those of the
+    environment on a claim, and none in a cache that ends with its pod. Raises StageError
+    CacheUnusable."""
+    return results_limit(os.environ) if compute.cache_claim is not None else 0
 
 
 def located(uri: str) -> str:

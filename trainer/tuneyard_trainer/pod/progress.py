@@ -143,6 +143,7 @@ class AttemptProgress:
             finished_at=record.finished_at,
             digest=record.digest,
             metrics=finite(record.metrics),
+            reused=record.reused or None,
         )
 
     def _add_progress(self, event: Mapping[str, Any], at: float) -> None:

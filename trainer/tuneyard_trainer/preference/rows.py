@@ -106,13 +106,21 @@ def recognized(
 
 
 def are_rated(file: Path, chosen: DataFormat, fields: FieldMap) -> bool:
-    """Return whether a file's rows rate completions, by `chosen` or else by its first row."""
+    """Return whether a file's rows rate completions, by `chosen` or else by its first row.
+
+    A prompt, a completion and a label are rated if the label is true or false. A number or a word
+    may be a class that somebody wants to train on.
+    """
     if chosen != "auto":
         return chosen in ("preference", "ranking", "labeled")
     first = next(iter(read_data(file)), None)
     value = first.value if first is not None and isinstance(first.value, dict) else {}
-    only_rated = layouts.match(value, "training", fields) is None
-    return only_rated and layouts.match(value, "preferences", fields) is not None
+    layout = layouts.match(value, "preferences", fields)
+    if layout is None:
+        return False
+    if layout.name == "labeled" and isinstance(layout.names(fields).value("label", value), bool):
+        return True
+    return layouts.match(value, "training", fields) is None
 
 
 def rates_one(row: Row, fields: FieldMap) -> bool:

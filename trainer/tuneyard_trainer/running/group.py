@@ -30,6 +30,7 @@ from tuneyard_trainer.running.channel import EventClient, EventServer
 from tuneyard_trainer.running.failures import unexpected, unexplained
 from tuneyard_trainer.running.runner import PlanRunner, StageInputs, failure_event
 from tuneyard_trainer.storage.records import Store
+from tuneyard_trainer.storage.results import Results
 from tuneyard_trainer.worker import Interrupted, Worker
 
 if TYPE_CHECKING:
@@ -87,6 +88,16 @@ class Places:
     """The uid of the job that writes there; None on one machine."""
     drain: str = ""
     """The folder in which a pod's preStop hook asks its processes to end; "": there is no hook."""
+    results_bytes: int = 0
+    """The most bytes of prepared data that the cache folder keeps for other jobs. 0: none is kept
+    or used. In a pod it needs a cache folder that outlives the pod."""
+
+    @property
+    def results(self) -> Results | None:
+        """The prepared data that jobs share in the cache. None: this job shares none."""
+        if not self.results_bytes:
+            return None
+        return Results(Path(self.cache_dir) / "results", self.results_bytes)
 
 
 @dataclass(frozen=True)
@@ -239,6 +250,7 @@ def run_rank(
                 ask=client.ask,
                 neighbors=task.neighbors,
                 preparing=task.preparing,
+                results=places.results,
             ).run()
         except Interrupted as stopped:
             client.emit(failure_event(stopped))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from tuneyard_trainer.running.waits import wait_event
 from tuneyard_trainer.storage import sources
 from tuneyard_trainer.storage.files import disk_error
 from tuneyard_trainer.storage.records import Store
+from tuneyard_trainer.storage.results import Results, is_reusable, result_key
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
 
 if TYPE_CHECKING:
@@ -178,6 +180,8 @@ class PlanRunner:
     preparing: bool = False
     """Run only the leading stages, which need no GPU, and ask then from their rows whether the job
     fits workers that do not exist yet. On one worker."""
+    results: Results | None = None
+    """The prepared data of other jobs. None: this job shares none."""
     _answer: FitAnswer | None = None
     """The answer. None: not asked yet."""
 
@@ -322,38 +326,71 @@ class PlanRunner:
         if self.worker.is_main:
             self.emit(_stage_event(stage, "Running"))
         started = now()
-        try:
+        with _named_errors(stage, workdir):
             inputs = self.stage_inputs.inputs(stage)
+        context = StageContext(stage, inputs, workdir, self._worker(stage, digests))
+        if self.results is not None and is_reusable(stage):
+            return self._reuse_or_run(self.results, context, digests, started)
+        outcome = self._outcome(context)
+        if not self.worker.is_main:
+            return None
+        return self._completed(stage, self._record(context, digests, outcome, started))
+
+    def _reuse_or_run(
+        self, results: Results, context: StageContext, digests: Mapping[str, str], started: str
+    ) -> StageRecord:
+        """Return the record of a stage that rank 0 runs alone. Its files are those that another job
+        prepared, or it runs and its files are kept for other jobs."""
+        stage, workdir = context.stage, context.workdir
+        key = result_key(stage, stage.identity(digests), context.inputs)
+        with results.held(key, context.worker) as entry:
+            with _named_errors(stage, workdir):
+                found = entry.copied_to(workdir) if entry else None
+            if found is None:
+                outcome = self._outcome(context)
+                record = self._record(context, digests, outcome, started)
+                self._completed(stage, record)
+                if entry:
+                    entry.keep(workdir, record, outcome.contents or ())
+                return record
+        own = {"stage": stage.name, "attempt": self.worker.attempt}
+        times = {"started_at": started, "finished_at": now()}
+        return self._completed(stage, found.model_copy(update={**own, **times, "reused": True}))
+
+    def _outcome(self, context: StageContext) -> StageOutcome:
+        """Run a stage. Return its outcome with the names of its output."""
+        stage, workdir = context.stage, context.workdir
+        with _named_errors(stage, workdir):
             self.emit(wait_event(f"importing the libraries of {stage.name}"))
             run = _stage_function(stage)
             if stage.kind in TRAINING_KINDS:
                 _reset_peak_memory(self.worker.device)
-            worker = self._worker(stage, digests)
-            outcome = run(StageContext(stage, inputs, workdir, worker))
-        except OSError as error:
-            raise disk_error(error, workdir) from error
-        except (MemoryError, RuntimeError) as error:
-            if named := out_of_memory(error, stage.name):
-                raise named from error
-            raise
-        if not self.worker.is_main:
-            return None
-        record = self._record(stage, digests, outcome, started)
-        store.write_record(record)
+            outcome = run(context)
+        if outcome.contents is None:
+            return replace(outcome, contents=tuple(path.name for path in workdir.iterdir()))
+        return outcome
+
+    def _completed(self, stage: PlannedStage, record: StageRecord) -> StageRecord:
+        """Write the record of a stage, tell of it, and return it."""
+        self.stage_inputs.store.write_record(record)
         self.emit(_stage_event(stage, "Succeeded", record))
         return record
 
     def _record(
-        self, stage: PlannedStage, digests: Mapping[str, str], outcome: StageOutcome, started: str
+        self,
+        context: StageContext,
+        digests: Mapping[str, str],
+        outcome: StageOutcome,
+        started: str,
     ) -> StageRecord:
-        workdir = self.stage_inputs.store.workdir(stage.name)
-        names = outcome.contents or [path.name for path in workdir.iterdir()]
+        stage = context.stage
+        output = [context.workdir / name for name in sorted(outcome.contents or ())]
         return StageRecord(
             stage=stage.name,
             kind=stage.kind,
             identity=stage.identity(digests),
             input_digests=dict(digests),
-            digest=sources.digest_of([workdir / name for name in sorted(names)]),
+            digest=sources.digest_of(output),
             attempt=self.worker.attempt,
             started_at=started,
             finished_at=now(),
@@ -375,6 +412,19 @@ class PlanRunner:
             identity=stage.identity(digests),
             manifest=self.stage_inputs.plan.manifest,
         )
+
+
+@contextmanager
+def _named_errors(stage: PlannedStage, workdir: Path) -> Iterator[None]:
+    """Convert the errors of a full disk and of a full memory to StageErrors."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(error, workdir) from error
+    except (MemoryError, RuntimeError) as error:
+        if named := out_of_memory(error, stage.name):
+            raise named from error
+        raise
 
 
 def _reset_peak_memory(device: torch.device) -> None:

@@ -22,15 +22,14 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 def disk_error(error: OSError | SafetensorError, folder: Path) -> StageError:
     """Return the StageError for a failed write: DiskFull or WriteFailed."""
-    code = getattr(error, "errno", None)
-    if code in (errno.ENOSPC, errno.EDQUOT) or f"os error {errno.ENOSPC}" in str(error):
+    if is_disk_full(error):
         return StageError(
             "DiskFull",
             f"no space left while writing to {folder}.",
             advice="Free space there, or set output.uri to another location; then run the same "
             "manifest again. It resumes from the last complete checkpoint.",
         )
-    forbidden = code in (errno.EACCES, errno.EPERM, errno.EROFS)
+    forbidden = getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS)
     return StageError(
         "WriteFailed",
         f"cannot write to {folder}: {error}.",
@@ -40,6 +39,12 @@ def disk_error(error: OSError | SafetensorError, folder: Path) -> StageError:
         else "",
         retryable=not forbidden,
     )
+
+
+def is_disk_full(error: OSError | SafetensorError) -> bool:
+    """Return whether a write failed since the disk or the user's share of it is full."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return full or f"os error {errno.ENOSPC}" in str(error)  # of safetensors, without an errno
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -71,8 +76,10 @@ def cache_lock(path: Path, wait: Callable[[], None] = lambda: None) -> Iterator[
     """Hold the lock of a place in the cache, the hidden file `.NAME.lock` beside it, against other
     processes, also on other nodes. The kernel releases a killed process's lock.
 
+    The lock saves work and is no guarantee: a file system may have no locks, or locks that other
+    nodes do not see. Files of the place must appear whole without it too (`storage.downloads`).
     `wait`: called again and again while another process holds the lock; it may raise. Raises
-    StageError CacheUnusable if the folder cannot be written to or its file system has no locks.
+    StageError CacheUnusable if the folder cannot be written to.
     """
     file = path.with_name(f".{path.name}.lock")
     try:
@@ -95,15 +102,15 @@ def _try_lock(lock: int, file: Path) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        raise _unusable(file.parent, error) from error
+        if error.errno not in NO_LOCKS:
+            raise _unusable(file.parent, error) from error
     return True
 
 
 def _unusable(folder: Path, error: OSError) -> StageError:
-    why = "its file system has no locks" if error.errno in NO_LOCKS else str(error)
     return StageError(
         "CacheUnusable",
-        f"the cache {folder} cannot be used: {why}.",
-        advice="Give the user that the job runs as write access to a folder on a file system with "
-        "locks, such as a local disk, and name it in TUNEYARD_CACHE.",
+        f"the cache {folder} cannot be used: {error}.",
+        advice="Give the user that the job runs as write access to the folder, or name another "
+        "cache: on a cluster in compute.cacheClaim, on one machine in TUNEYARD_CACHE.",
     )

@@ -2,16 +2,15 @@
 
 Local sources are checked and used in place. Remote sources are downloaded once per version, and
 versions lie side by side: another job may be reading an older one. The store is asked for the
-version with the job's own credentials each time, so the cache gives nobody what the store refuses.
-ADR 0012 says why fsspec's caches are not used.
+version with the job's own credentials each time, and for a file of what lies in the cache, so the
+cache gives nobody what the store refuses. ADR 0012 says why fsspec's caches are not used.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -30,8 +29,9 @@ from tuneyard_trainer.storage.digests import (
     is_documentation,
     split_glob,
 )
+from tuneyard_trainer.storage.downloads import keep, partial_folder
 from tuneyard_trainer.storage.files import cache_lock
-from tuneyard_trainer.storage.objects import content_version_of, version_of
+from tuneyard_trainer.storage.objects import content_version_of, protocols, version_of
 
 __all__ = ["digest_of", "fetch", "files_under"]
 
@@ -59,9 +59,10 @@ def fetch(source: SourceInput, *, base_dir: Path, cache_dir: Path, kind: Kind) -
     `base_dir`: the manifest's folder, to which file:// paths are relative; `~` is not expanded.
     `cache_dir`: holds the downloads from s3, gs, https, hf data sets and other fsspec schemes, one
     folder per version; a source is downloaded again only if the store reports another version.
-    Models from the hub are in the hub client's own cache. Raises StageError SourceNotFound,
-    SourceForbidden, SourceUnavailable (retryable if waiting may help), NoSafetensors, DiskFull,
-    CacheUnusable.
+    Models from the hub are there too if it lies on a claim (`on_claim`), else in the hub client's
+    own cache, which other programs of the machine share. Raises StageError SourceNotFound,
+    SourceForbidden, SourceUnavailable (retryable if waiting may help; also if the store cannot be
+    asked about what lies in the cache), NoSafetensors, DiskFull, CacheUnusable.
     """
     scheme, _, rest = source.uri.partition("://")
     with as_stage_errors(source):
@@ -72,13 +73,18 @@ def fetch(source: SourceInput, *, base_dir: Path, cache_dir: Path, kind: Kind) -
         if scheme == "pkg":
             return _packaged(source, rest)
         if scheme == "hf" and not rest.startswith("datasets/"):
-            return _hub_model(source, rest, kind)
+            return _hub_model(source, rest, cache_dir, kind)
         return _downloaded(source, cache_dir, kind)
 
 
 def is_local(uri: str) -> bool:
     """Return whether a source is on this machine or mounted, so that `fetch` downloads nothing."""
     return uri.startswith(("file://", "pvc://", "pkg://"))
+
+
+def on_claim(cache_dir: Path) -> bool:
+    """Return whether a cache lies on a claim, which the pods of other jobs use too."""
+    return cache_dir.is_relative_to(PVC_ROOT)
 
 
 def decisive_digest(path: Path, kind: Kind, cache_dir: Path) -> str:
@@ -147,7 +153,7 @@ def _packaged(source: SourceInput, rest: str) -> Path:
 # ---- the model hub ------------------------------------------------------------------------------
 
 
-def _hub_model(source: SourceInput, rest: str, kind: Kind) -> Path:
+def _hub_model(source: SourceInput, rest: str, cache_dir: Path, kind: Kind) -> Path:
     import huggingface_hub
 
     parts = rest.strip("/").split("/")
@@ -155,16 +161,21 @@ def _hub_model(source: SourceInput, rest: str, kind: Kind) -> Path:
     if kind == "data" or not (len(parts) <= 2 or one_file):
         wanted = "hf://datasets/ORG/NAME/FILE" if kind == "data" else "hf://ORG/NAME"
         raise FileNotFoundError(f"the URI of {kind} on the hub has the form {wanted}")
-    folder = huggingface_hub.snapshot_download(
-        "/".join(parts[:2]),
-        revision=source.revision,
-        token=_token(source),
-        allow_patterns=[parts[2]] if one_file else list(MODEL_FILES),
-        ignore_patterns=list(REPEATED_FILES),
-    )
+    repo, token = "/".join(parts[:2]), _token(source)
+    files: dict[str, Any] = {
+        "allow_patterns": [parts[2]] if one_file else list(MODEL_FILES),
+        "ignore_patterns": list(REPEATED_FILES),
+    }
+    if on_claim(cache_dir):
+        folder = _shared_hub_folder(repo, source.revision, token, files, cache_dir)
+    else:
+        snapshot = huggingface_hub.snapshot_download(
+            repo, revision=source.revision, token=token, **files
+        )
+        folder = Path(snapshot)
     if one_file:
-        return _local(Path(folder) / parts[2], kind)
-    if not any(Path(folder).glob("*.safetensors")):
+        return _local(folder / parts[2], kind)
+    if not any(folder.glob("*.safetensors")):
         raise StageError(
             "NoSafetensors",
             f"{source.uri} holds no *.safetensors weights; pickled weights (*.bin, *.pt) can run "
@@ -172,7 +183,43 @@ def _hub_model(source: SourceInput, rest: str, kind: Kind) -> Path:
             advice=f"Set {_field(source, 'uri')} to a model with safetensors, or to one GGUF file: "
             "hf://ORG/NAME/FILE.gguf.",
         )
-    return Path(folder)
+    return folder
+
+
+def _shared_hub_folder(
+    repo: str, revision: str | None, token: str | None, files: dict[str, Any], cache_dir: Path
+) -> Path:
+    """Return the folder of a model of the hub in a cache that pods share.
+
+    The hub client's own cache does not do: if the hub refuses the token or cannot be reached, the
+    client returns what lies there; and where the file system has no locks, it waits without end for
+    a pod that was killed.
+    """
+    import huggingface_hub
+
+    commit = huggingface_hub.HfApi(token=token).model_info(repo, revision=revision).sha
+    target = cache_dir / "sources" / digest([repo, commit, files])[7:39]
+    with cache_lock(target):
+        cached = target.exists()
+        if not cached:
+            with partial_folder(target.parent) as partial:
+                huggingface_hub.snapshot_download(
+                    repo, revision=commit, token=token, local_dir=partial, **files
+                )
+                keep(partial, target)
+    if cached and (found := files_under(target)):
+        # The card of a gated model may be open to all: its largest file is asked for, the weights.
+        largest, _ = max(found, key=lambda file: file[1].stat().st_size)
+        _require_readable_on_hub(huggingface_hub.hf_hub_url(repo, largest, revision=commit), token)
+    return target
+
+
+def _require_readable_on_hub(url: str, token: str | None) -> None:
+    """Raise the hub's error unless the token may read a file. The hub shows the files of a gated
+    repository to all."""
+    import huggingface_hub
+
+    huggingface_hub.get_hf_file_metadata(url, token=token)
 
 
 def _token(source: SourceInput) -> str | None:
@@ -212,10 +259,16 @@ def _downloaded(source: SourceInput, cache_dir: Path, kind: Kind) -> Path:
             raise OSError(errno.EIO, "it changed while it was downloaded")
 
     with cache_lock(target):
-        if key is None:
-            target = _download(fs, listing, target / "partial", None, check)
-        elif not target.exists():
-            _download(fs, listing, target.with_name(f".{key}.partial"), target, check)
+        cached = key is not None and target.exists()
+        if not cached:
+            with partial_folder(target.parent) as partial:
+                _download(fs, listing, partial)
+                check()
+                if key is None:
+                    target /= digest_of(partial)[7:39]
+                keep(partial, target)
+    if cached:
+        _require_readable(fs, source, listing)
     return target / next(iter(listing)) if is_file else target
 
 
@@ -269,31 +322,32 @@ def _listing(fs: Any, root: str, kind: Kind) -> tuple[dict[str, Mapping[str, Any
     return listing, False
 
 
-def _download(
-    fs: Any,
-    listing: Mapping[str, Mapping[str, Any]],
-    partial: Path,
-    target: Path | None,
-    check: Callable[[], None],
-) -> Path:
-    """Download into the folder `partial`, and rename it to `target` once it is complete and `check`
-    does not raise. None: to a folder beside it that is named by the content. Return the folder."""
-    shutil.rmtree(partial, ignore_errors=True)  # left by a killed run: the caller holds the lock
+def _require_readable(
+    fs: Any, source: SourceInput, listing: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Raise the store's error unless the job may read the files, which it was allowed to list: ask
+    for a byte of a file of each folder, since the rights of an object store are those of paths."""
+    schemes = protocols(fs)
+    if "http" in schemes:
+        return  # the listing is the server's answer to a request for the file itself
+    files = {str(PurePosixPath(name).parent): file for name, file in listing.items()}
+    names = [file["name"] for file in files.values() if file.get("size")]
+    if "hf" in schemes:
+        if names:  # the rights are those of the repository
+            _require_readable_on_hub(fs.url(names[0]), _token(source))
+    else:
+        fs.cat_ranges(names, 0, 1, on_error="raise")
+
+
+def _download(fs: Any, listing: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    """Download the files of a listing. Raises OSError unless all bytes arrive."""
     # The listing has no hidden names, hence no "..".
-    local = {name: partial / name for name in listing}
+    local = {name: folder / name for name in listing}
     for path in local.values():
         path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        fs.get([info["name"] for info in listing.values()], [str(path) for path in local.values()])
-        for name, path in local.items():
-            _check_size(name, path, listing[name])
-        check()
-        target = target or partial.with_name(digest_of(partial)[7:39])
-        if not target.exists():
-            partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return target
+    fs.get([info["name"] for info in listing.values()], [str(path) for path in local.values()])
+    for name, path in local.items():
+        _check_size(name, path, listing[name])
 
 
 def _check_size(name: str, path: Path, info: Mapping[str, Any]) -> None:
