@@ -203,6 +203,14 @@ LORA = job(
       - {key: gpu, operator: Equal, value: "true", effect: NoExecute, tolerationSeconds: 60}
       priorityClass: batch
       image: trainer:1
+    tracking:
+      mlflow:
+        uri: http://mlflow.mlflow:5000
+        experiment: support-bot
+        runName: first
+        tokenSecret: {name: mlflow, key: token}
+        tags: {team: support}
+      tensorboard: {uri: pvc://logs/job}
     runPolicy:
       cancel: false
       suspend: true
@@ -329,6 +337,7 @@ PPO = job(
         training: {maxSteps: 10}
         stopOn: {maxKl: 20, minEntropy: 0.1, maxLengthRatio: 3}
     output: {uri: "file://out"}
+    tracking: {tensorboard: {}}
     """,
 )
 
@@ -626,6 +635,21 @@ BROKEN_RULES = [
         changed(MINIMAL, {"spec.compute": {"workers": 2, "minWorkers": 4}}),
         "spec.compute.minWorkers",
         "must not exceed workers: lower minWorkers or raise workers",
+    ),
+    BrokenRule(
+        "tracking-without-a-tracker",
+        changed(MINIMAL, {"spec.tracking": {}}),
+        "spec.tracking",
+        "names no tracker: set mlflow or tensorboard, or remove tracking",
+    ),
+    BrokenRule(
+        "a-tag-that-mlflow-does-not-accept",
+        changed(
+            MINIMAL,
+            {"spec.tracking": {"mlflow": {"uri": "http://mlflow:5000", "tags": {"a:b": ""}}}},
+        ),
+        "spec.tracking.mlflow.tags",
+        "have a name that MLflow does not accept: use at most 250 letters, digits, spaces and -_./",
     ),
     BrokenRule(
         "a-priority-without-a-queue",

@@ -16,6 +16,7 @@ from tuneyard.api.cleaning import LANGUAGE_PATTERN
 from tuneyard.api.meta import NAME_LENGTH, NAME_PATTERN, OBJECT_NAME_PATTERN
 from tuneyard.api.quantity import QUANTITY_PATTERN
 from tuneyard.api.sources import KEY_PATTERN, URL_PATTERN
+from tuneyard.api.tracking import TRACKER_URL_PATTERN
 from tuneyard.manifests.fields import user_description
 
 NAME_RULE = (
@@ -29,6 +30,8 @@ REMEDIES = {
     KEY_PATTERN: "use letters, digits, dashes, dots and underscores",
     LANGUAGE_PATTERN: "write a language as its ISO 639 code, e.g. en",
     URL_PATTERN: "write an http:// or https:// address without white space",
+    TRACKER_URL_PATTERN: "write the http:// or https:// address of the server, without a user name, "
+    "a password or a query: a token goes into tokenSecret",
 }
 """The remedy for a string that does not match a pattern."""
 

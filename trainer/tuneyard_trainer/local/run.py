@@ -89,7 +89,10 @@ def _sources(plan: Plan) -> list[SourceInput]:
 
 def _cluster_only(plan: Plan) -> Iterator[Fault]:
     places = [(source.path, source.uri) for source in _sources(plan)]
-    for path, uri in [*places, ("spec.output.uri", plan.output.uri)]:
+    places.append(("spec.output.uri", plan.output.uri))
+    if plan.tracking and plan.tracking.tensorboard and plan.tracking.tensorboard.uri:
+        places.append(("spec.tracking.tensorboard.uri", plan.tracking.tensorboard.uri))
+    for path, uri in places:
         if uri.startswith("pvc://"):
             yield Fault(path, f"{uri} exists on a cluster only: on one machine write file://PATH")
 
