@@ -30,8 +30,8 @@ REMEDIES = {
     KEY_PATTERN: "use letters, digits, dashes, dots and underscores",
     LANGUAGE_PATTERN: "write a language as its ISO 639 code, e.g. en",
     URL_PATTERN: "write an http:// or https:// address without white space",
-    TRACKER_URL_PATTERN: "write the http:// or https:// address of the server, without a user name, "
-    "a password or a query: a token goes into tokenSecret",
+    TRACKER_URL_PATTERN: "write the http:// or https:// address of the server without a user name, "
+    "a password and a query: a token goes into tokenSecret",
 }
 """The remedy for a string that does not match a pattern."""
 
