@@ -612,12 +612,13 @@ TRAINING_KINDS: Final[tuple[StageKind, ...]] = (
 PREPARING_KINDS: Final[tuple[StageKind, ...]] = ("augment", "prepare", "pairs")
 """The kinds of stages that run no model: they read data. Those at the beginning of a plan need no
 GPU."""
+EVALUATING_KINDS: Final[tuple[StageKind, ...]] = ("evaluate", "assess")
+"""The kinds of stages that measure the result."""
 SHARED_KINDS: Final[tuple[StageKind, ...]] = (
     *TRAINING_KINDS,
     "rewrite",
     "critique",
     "feedback",
-    "evaluate",
-    "assess",
+    *EVALUATING_KINDS,
 )
 """The kinds of stages that run a model, and that all workers therefore run together."""

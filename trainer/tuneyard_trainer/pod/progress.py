@@ -14,6 +14,7 @@ from tuneyard.api.job_facts import JobFacts
 from tuneyard.api.plan import Plan, StageRecord
 from tuneyard.api.pods import stage_folder
 from tuneyard.api.progress import MetricValue, Outcome, Post, ProgressReport, TrainerStatus
+from tuneyard.api.stage_settings import EVALUATING_KINDS
 from tuneyard.api.status import MOST_SECONDS, Result, StageCost, StageState, StageStatus
 
 SHORT = ("augment", "prepare", "pairs", "evaluate", "assess", "export")
@@ -23,8 +24,6 @@ WEIGHTS = dict.fromkeys(SHORT, 1.0)
 more in training."""
 LONG = 7.0
 """The weight of all other kinds, which train or sample."""
-EVALUATIONS = ("evaluate", "assess")
-"""The kinds whose metrics become the result's metrics."""
 MOST_METRICS = 256
 SECONDS_PER_HOUR = 3600.0
 
@@ -102,7 +101,7 @@ class AttemptProgress:
     def success(self) -> Outcome:
         """Return the outcome of a successful attempt, from the records of its stages."""
         last = self._plan.stages[-1].name
-        evaluations = [s.name for s in self._plan.stages if s.kind in EVALUATIONS]
+        evaluations = [s.name for s in self._plan.stages if s.kind in EVALUATING_KINDS]
         measured = self._records.get(evaluations[-1]) if evaluations else None
         exported = self._records.get(last)
         result = Result(

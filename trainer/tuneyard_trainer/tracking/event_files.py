@@ -38,11 +38,18 @@ class EventFiles:
     title = "TensorBoard"
 
     def __init__(
-        self, folder: Path, place: str, plan: Plan, persist: Callable[[Path], None]
+        self,
+        folder: Path,
+        plan: Plan,
+        persist: Callable[[Path], None],
+        *,
+        place: str,
+        where: str,
     ) -> None:
-        """`folder`: a local one. `place`: where users find it. `persist`: copies a file in it to
-        durable storage."""
-        self._folder, self.place, self._plan, self._persist = folder, place, plan, persist
+        """`folder`: a local one. `persist`: copies a file in it to durable storage. `place`: as in
+        `Tracker`. `where`: where users find the files."""
+        self._folder, self._plan, self._persist = folder, plan, persist
+        self.place, self._where = place, where
         self._writers: dict[str, EventsWriter] = {}
         self._state = TrackerState("", [])
         self._first: dict[str, int] = {}
@@ -58,9 +65,11 @@ class EventFiles:
         """Begin files that continue those of the state."""
         self.close()
         self._state, self._first, self._written = state, dict(state.steps), {}
-        manifest = yaml.safe_dump(shareable(self._plan.manifest), sort_keys=False)
-        self._write(MANIFEST_FOLDER, 0, summary.text("manifest", f"```yaml\n{manifest}```"))
-        return self.place
+        if MANIFEST_FOLDER not in state.steps:  # TensorBoard forgets no texts
+            manifest = yaml.safe_dump(shareable(self._plan.manifest), sort_keys=False)
+            self._write(MANIFEST_FOLDER, 0, summary.text("manifest", f"```yaml\n{manifest}```"))
+            self._written[MANIFEST_FOLDER] = 0
+        return self._where
 
     def add_steps(self, stage: str, steps: Sequence[Step]) -> None:
         """Add the metrics of steps, as `STAGE/METRIC`, from the last one that earlier files have:
@@ -111,8 +120,8 @@ class EventFiles:
         if stage not in self._writers:
             folder = self._folder / stage
             folder.mkdir(parents=True, exist_ok=True)
-            # TensorBoard reads files in the order of their names, which begin with the second.
-            writer = EventsWriter(str(folder / "events"), f".{next(_NUMBERS)}")
+            # TensorBoard reads files in the order of their names, which hold the time in seconds.
+            writer = EventsWriter(str(folder / "events"), f".{next(_NUMBERS):06}")
             start = SessionLog(status=SessionLog.START)
             first = self._first.get(stage, 0)
             writer.write_event(Event(wall_time=time.time(), step=first, session_log=start))

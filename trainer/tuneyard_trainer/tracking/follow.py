@@ -18,6 +18,7 @@ from typing import Any
 
 from tuneyard.api.plan import Plan
 from tuneyard.api.pods import STALE_ATTEMPT, stage_folder
+from tuneyard.api.stage_settings import EVALUATING_KINDS
 from tuneyard.errors import StageError
 from tuneyard_trainer.evaluation.result import EVALUATION
 from tuneyard_trainer.storage.records import Store
@@ -32,11 +33,11 @@ POLL_SECONDS = 5.0
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 5.0, 120.0
 """The wait after an error; it doubles each time."""
 FINAL_SECONDS = 60.0
-"""How long a job that has ended waits for a tracker that responds. One that does not respond gets a
-last try."""
+"""How long a job that has ended waits for a tracker."""
+LAST_TRIES = 3
+"""How often it tries again meanwhile. A tracker that failed as often before gets a last try."""
 HANDOVER_SECONDS = 10.0
 """How long an attempt that another one follows waits: that one hands over the rest."""
-EVALUATIONS = ("evaluate", "assess")
 REPORTS = ("README.md", "report.html", "loss.png", "job.yaml")
 """The files of the export that trackers get: no weights."""
 
@@ -130,8 +131,7 @@ class Follower:
         """Hand over the rest and end."""
         with self._news:
             self._ending, self._status = True, status
-            seconds = FINAL_SECONDS if status else HANDOVER_SECONDS
-            self._deadline = time.monotonic() + (0.0 if self._failures else seconds)
+            self._deadline = time.monotonic() + _patience(status)
             self._news.notify_all()
 
     def abandon(self) -> None:
@@ -142,8 +142,11 @@ class Follower:
 
     def wait(self) -> None:
         """Wait for the end; say what was not handed over."""
-        self._thread.join(FINAL_SECONDS if self._status else HANDOVER_SECONDS)
-        if self._complete or self._abandoned or not self._status:
+        self._thread.join(_patience(self._status))
+        if self._complete or self._abandoned:
+            return
+        self.abandon()
+        if self._status is None:
             return
         count = sum(self._reader.unread(stage.name) for stage in self._seen.all())
         rest = f"{count} lines of metrics" if count != 1 else "1 line of metrics"
@@ -174,7 +177,8 @@ class Follower:
                 self._abandoned = True
                 return True
             self._note_failure(error)
-            return ending and time.monotonic() >= self._deadline
+            is_late = time.monotonic() >= self._deadline
+            return ending and (is_late or self._failures >= LAST_TRIES)
         self._note_success()
         self._complete = ending
         return ending
@@ -267,7 +271,7 @@ class Follower:
             self._hand_over_steps(stage.name)
         if stage.name in self._done:
             return
-        if stage.kind in EVALUATIONS and (stage.record or ending):
+        if stage.kind in EVALUATING_KINDS and (stage.record or ending):
             self._hand_over_evaluation(stage.name)
         if stage.record:
             planned = next(each for each in self._plan.stages if each.name == stage.name)
@@ -304,6 +308,10 @@ class Follower:
             file = Path(scratch, Path(relative).name)
             file.write_bytes(data)
             self._tracker.add_file(file, folder)
+
+
+def _patience(status: Status | None) -> float:
+    return FINAL_SECONDS if status else HANDOVER_SECONDS
 
 
 # ---- for drivers --------------------------------------------------------------------------------

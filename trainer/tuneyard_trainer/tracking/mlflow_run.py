@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from tuneyard.api.plan import Plan, PlannedStage, StageRecord
+from tuneyard.api.stage_settings import EVALUATING_KINDS
 from tuneyard.api.tracking import MlflowTracking
 from tuneyard.errors import StageError
 from tuneyard_trainer.running.failures import last_line
@@ -134,12 +135,13 @@ class MlflowRun:
 
     def add_record(self, stage: PlannedStage, record: StageRecord) -> None:
         """Add the metrics of a finished stage, as `STAGE/final/METRIC`, its digests and its
-        versions."""
+        versions. Those of an evaluation are added as such."""
         from mlflow.entities import RunTag
 
-        self._add(
-            (f"{stage.name}/final/{name}", value, 0) for name, value in record.metrics.items()
-        )
+        if stage.kind not in EVALUATING_KINDS:
+            self._add(
+                (f"{stage.name}/final/{name}", value, 0) for name, value in record.metrics.items()
+            )
         tags = [RunTag(*item) for item in facts.stage_tags(stage, record).items()]
         self._opened.log_batch(self._run, tags=tags, synchronous=True)
 
@@ -161,9 +163,11 @@ class MlflowRun:
     def explain(self, error: Exception) -> str:
         """Return what is wrong."""
         import requests
+        import urllib3
 
         causes = _causes(error)
-        if any(isinstance(cause, requests.Timeout) for cause in causes):
+        timeouts = (requests.Timeout, urllib3.exceptions.TimeoutError)
+        if any(isinstance(cause, timeouts) for cause in causes):
             return f"does not respond within {REQUEST_SECONDS} s"
         if any(isinstance(cause, requests.ConnectionError) for cause in causes):
             return "cannot be reached"

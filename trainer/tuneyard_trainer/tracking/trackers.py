@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 from tuneyard.api.plan import Plan
-from tuneyard.api.tracking import TensorboardTracking
 from tuneyard_trainer import extras
 from tuneyard_trainer.storage.records import EVENTS_FOLDER, Store
 from tuneyard_trainer.tracking.state import TrackerState
@@ -46,15 +45,11 @@ def _trackers(
     if plan.tracking.tensorboard:
         from tuneyard_trainer.tracking.event_files import EventFiles
 
-        folder, place, persist = _events(plan.tracking.tensorboard, attempt, store, locate)
-        yield EventFiles(folder, place, plan, persist)
-
-
-def _events(
-    settings: TensorboardTracking, attempt: int, store: Store, locate: Callable[[str], str]
-) -> tuple[Path, str, Callable[[Path], None]]:
-    """Return the folder of the event files, where users find it, and how a file becomes durable."""
-    if settings.uri:
-        return Path(locate(settings.uri)), settings.uri, persist_nothing
-    persist = partial(store.persist, attempt=attempt)
-    return store.root / EVENTS_FOLDER, f"{store.uri.rstrip('/')}/{EVENTS_FOLDER}", persist
+        settings = plan.tracking.tensorboard
+        if settings.uri:
+            folder, where, persist = Path(locate(settings.uri)), settings.uri, persist_nothing
+        else:
+            folder = store.root / EVENTS_FOLDER
+            where = f"{store.uri.rstrip('/')}/{EVENTS_FOLDER}"
+            persist = partial(store.persist, attempt=attempt)
+        yield EventFiles(folder, plan, persist, place=settings.uri or EVENTS_FOLDER, where=where)
