@@ -72,6 +72,7 @@ def history(client: MlflowClient, run: Run, metric: str) -> list[tuple[int, floa
     return [(each.step, each.value) for each in found]
 
 
+@pytest.mark.slow
 def test_two_attempts_are_one_run_that_has_each_step_once(
     scene: Scene, client: MlflowClient
 ) -> None:
@@ -121,6 +122,7 @@ def test_two_attempts_are_one_run_that_has_each_step_once(
     assert f"runs/{run.info.run_id}" in scene.said[0]
 
 
+@pytest.mark.slow
 def test_a_request_whose_answer_was_lost_is_not_repeated(
     scene: Scene, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +153,7 @@ def test_a_request_whose_answer_was_lost_is_not_repeated(
     assert history(client, run, "sft/loss") == [(step, 10.0 / step) for step in range(1, 6)]
 
 
+@pytest.mark.slow
 def test_more_metrics_and_parameters_than_one_request_takes(
     scene: Scene, client: MlflowClient
 ) -> None:
