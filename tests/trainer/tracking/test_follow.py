@@ -201,7 +201,7 @@ def test_the_run_ends_as_the_job_does(
 
 def test_a_user_s_stop_on_one_machine_ends_the_run_as_killed(scene: Scene) -> None:
     tracker = KeepingTracker()
-    with scene.ended_by(Interrupted("sft", 1), tracker, interrupted="KILLED") as tracking:
+    with scene.ended_by(Interrupted("sft", 1), tracker, interrupted=lambda: "KILLED") as tracking:
         tracking.follow(running())
     assert [*tracker.runs.values()] == [[("end", "KILLED")]]
 

@@ -202,7 +202,7 @@ def _tracked(
     if is_done:
         trackers = unfinished(trackers, plan, new_store())
     listener = Listener(console.note, console.warn)
-    with followed(plan, 1, trackers, new_store, listener, interrupted="KILLED") as tracking:
+    with followed(plan, 1, trackers, new_store, listener, interrupted=lambda: "KILLED") as tracking:
         yield tracking.follow
 
 

@@ -211,6 +211,7 @@ class Driver:
             trackers,
             new_store,
             listener,
+            interrupted=lambda: "KILLED" if self._stop_cause[0] == "Stopped" else None,
             succeeded=None if self._preparing else "FINISHED",
         ) as tracking:
             self._track = tracking.follow

@@ -37,7 +37,7 @@ FINAL_SECONDS = 60.0
 LAST_TRIES = 3
 """How often it tries again meanwhile. A tracker that failed as often before gets a last try."""
 HANDOVER_SECONDS = 10.0
-"""How long an attempt that another one follows waits: that one hands over the rest."""
+"""How long an attempt that was stopped waits: the next one hands over the rest."""
 REPORTS = ("README.md", "report.html", "loss.png", "job.yaml")
 """The files of the export that trackers get: no weights."""
 
@@ -130,7 +130,7 @@ class Follower:
     def end(self, status: Status | None) -> None:
         """Hand over the rest and end."""
         with self._news:
-            self._ending, self._status = True, status
+            self._ending, self._status, self._has_news = True, status, True
             self._deadline = time.monotonic() + _patience(status)
             self._news.notify_all()
 
@@ -148,12 +148,17 @@ class Follower:
         self.abandon()
         if self._status is None:
             return
-        count = sum(self._reader.unread(stage.name) for stage in self._seen.all())
-        rest = f"{count} lines of metrics" if count != 1 else "1 line of metrics"
         self._listener.warn(
-            f"{self._tracker.title} ({self._tracker.place}) did not get the whole run: {rest} and "
-            "its end are missing"
+            f"{self._tracker.title} ({self._tracker.place}) did not get the whole run: "
+            f"{self._missing()} and its end are missing"
         )
+
+    def _missing(self) -> str:
+        try:
+            count = sum(self._reader.unread(stage.name) for stage in self._seen.all())
+        except Exception:  # the output cannot be read, which is no fault of the job
+            return "lines of metrics"
+        return f"{count} lines of metrics" if count != 1 else "1 line of metrics"
 
     # ---- the thread -----------------------------------------------------------------------------
 
@@ -191,7 +196,7 @@ class Follower:
         with self._news:
             ending = self._ending
             if ending:
-                pause = max(0.0, min(pause, self._deadline - time.monotonic()))
+                pause = min(pause, FIRST_RETRY_SECONDS)
             self._news.wait_for(
                 lambda: self._ending != ending or (self._has_news and not self._failures), pause
             )
@@ -311,7 +316,7 @@ class Follower:
 
 
 def _patience(status: Status | None) -> float:
-    return FINAL_SECONDS if status else HANDOVER_SECONDS
+    return FINAL_SECONDS if status in ("FINISHED", "FAILED") else HANDOVER_SECONDS
 
 
 # ---- for drivers --------------------------------------------------------------------------------
@@ -325,13 +330,13 @@ def followed(
     new_store: Callable[[], Store],
     listener: Listener,
     *,
-    interrupted: Status | None = None,
+    interrupted: Callable[[], Status | None] = lambda: None,
     succeeded: Status | None = "FINISHED",
 ) -> Iterator[Tracking]:
     """Yield the tracking of what runs in the context, whose end is the end of the run.
 
-    `interrupted`, `succeeded`: the run's status after an interruption and after success. None: it
-    goes on in the next attempt. Raises StageError for wrong settings.
+    `interrupted`: returns the run's status after an interruption. `succeeded`: that after success.
+    None: it goes on in the next attempt. Raises StageError for wrong settings.
     """
     with ExitStack() as environments:
         for tracker in trackers:
@@ -343,7 +348,7 @@ def followed(
             if isinstance(error, StageError) and error.reason == STALE_ATTEMPT:
                 tracking.abandon()
             elif isinstance(error, Interrupted):
-                tracking.end(interrupted)
+                tracking.end(interrupted())
             elif isinstance(error, Exception):
                 tracking.end("FAILED")
             raise
