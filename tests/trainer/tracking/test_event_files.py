@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.trainer.jobs import manifest, planned
+from tests.trainer.tracking.scene import Scene, resumed, running
+from tuneyard_trainer.tracking import follow
 from tuneyard_trainer.tracking.event_files import EventFiles
 from tuneyard_trainer.tracking.state import TrackerState
 from tuneyard_trainer.tracking.steps import Step
@@ -80,6 +84,36 @@ def test_steps_that_were_not_flushed_before_an_error_are_written_again(tmp_path:
     tracker.add_steps("sft", steps(range(1, 9)))
     tracker.flush()
     assert shown(tmp_path) == whole(8)
+
+
+def test_a_folder_that_could_not_be_written_to_for_a_while_has_each_step_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(follow, "FIRST_RETRY_SECONDS", 0.02)
+    scene = Scene(tmp_path)
+    tracker, full = files(tmp_path / "events"), OSError(28, "No space left on device")
+    original, failing = tracker.add_steps, [full]
+
+    def add_steps(stage: str, some: Sequence[Step]) -> None:
+        original(stage, some)
+        if some[0].step > 1 and failing:
+            raise failing.pop()
+
+    monkeypatch.setattr(tracker, "add_steps", add_steps)
+    with scene.followed(tracker) as tracking:
+        tracking.follow(running())
+        tracking.follow(resumed(0))
+        scene.write([1, 2, 3])
+        path = tmp_path / "events" / "sft"
+        deadline = time.monotonic() + 60
+        while not path.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        scene.write([4, 5])
+    assert not failing
+    assert "cannot be written: OSError: [Errno 28] No space left" in scene.said[1]
+    assert [step for step, _ in shown(tmp_path / "events")["sft/loss"]] == [1, 2, 3, 4, 5]
 
 
 def test_another_run_at_the_same_place_replaces_what_is_shown(tmp_path: Path) -> None:

@@ -210,13 +210,16 @@ def test_an_attempt_that_a_newer_one_supersedes_hands_over_nothing_more(scene: S
     tracker = KeepingTracker()
     stale = StageError("StaleAttempt", "a newer attempt.")
     with scene.ended_by(stale, tracker) as tracking:
-        scene.store.claim(scene.plan.job, 2)
         tracking.follow(running())
         tracking.follow(resumed(0))
         scene.write([1])
-        time.sleep(0.1)
-    assert tracker.runs == {}
-    assert scene.said == []
+        wait_until(lambda: bool(tracker.runs) and tracker.line("sft/loss") == line(1))
+        scene.store.claim(scene.plan.job, 2)
+        scene.write([2])
+        time.sleep(0.2)
+    assert tracker.line("sft/loss") == line(1)
+    assert [*tracker.runs.values()] == [[]]
+    assert scene.said == ["Keeper: at home"]
 
 
 def test_an_evaluation_that_missed_its_gate_is_handed_over(scene: Scene) -> None:
