@@ -108,7 +108,7 @@ class MlflowRun:
     def _create(self, experiment: str, id: str) -> Run:  # noqa: A002
         name = self._settings.run_name or self._plan.job.name
         return self._opened.create_run(
-            experiment, run_name=name, tags={ID_TAG: id, **self._settings.tags}
+            experiment, run_name=name, tags={**self._settings.tags, ID_TAG: id}
         )
 
     def _add_facts(self, known: Mapping[str, str]) -> None:
