@@ -146,18 +146,19 @@ trl-fields: $(VENV)/.dev ## Write the arguments of TRL's configs for the planner
 requirements: $(UV) ## Resolve requirements/*.txt again
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-header pyproject.toml --extra trainer --extra operator --extra qlora \
-	  --extra cleaning --extra harness --extra metrics --extra s3 --extra cluster --group dev \
+	  --extra cleaning --extra harness --extra metrics --extra s3 --extra tracking \
+	  --extra cluster --group dev \
 	  --output-file requirements/dev.txt
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-header pyproject.toml --extra trainer \
 	  --constraints requirements/dev.txt --output-file requirements/trainer.txt
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-header pyproject.toml --extra trainer --extra cluster --extra s3 \
-	  --extra qlora --extra cleaning --extra harness --extra metrics --extra trl --constraints requirements/dev.txt \
-	  --output-file requirements/image.txt
+	  --extra qlora --extra cleaning --extra harness --extra metrics --extra tracking --extra trl \
+	  --constraints requirements/dev.txt --output-file requirements/image.txt
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-header pyproject.toml --extra trainer --extra cluster --extra s3 \
-	  --extra qlora --extra cleaning --extra harness --extra metrics --extra vllm \
+	  --extra qlora --extra cleaning --extra harness --extra metrics --extra tracking --extra vllm \
 	  --output-file requirements/image-vllm.txt
 	$(UV) pip compile --quiet --upgrade --python-version 3.11 --generate-hashes \
 	  --python-platform x86_64-manylinux_2_28 --no-emit-index-url --no-header \
@@ -168,6 +169,8 @@ requirements: $(UV) ## Resolve requirements/*.txt again
 	  --constraints requirements/dev.txt --output-file requirements/operator.txt
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-header --group fuzz --output-file requirements/fuzz.txt
+	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --no-header --group mlflow --output-file requirements/test-mlflow.txt
 	echo "hatchling" | $(UV) pip compile --quiet --upgrade --universal --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --no-header - \
 	  --constraints requirements/dev.txt --output-file requirements/build.txt

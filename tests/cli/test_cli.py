@@ -40,10 +40,10 @@ def _plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 def wrong(tmp_path: Path) -> Path:
     """Return two valid documents that this version cannot run."""
     text = Path(MINIMAL).read_text(encoding="utf-8")
-    suites = text + "  evaluate: {suites: [arc_easy]}\n"
+    metrics = text + "  evaluate: {metrics: [tokenF1]}\n"
     other = text.replace("name: minimal", "name: other") + "  evaluate:\n    fewShot: 2\n"
     path = tmp_path / "job.yaml"
-    path.write_text(f"{suites}---\n{other}", encoding="utf-8")
+    path.write_text(f"{metrics}---\n{other}", encoding="utf-8")
     return path
 
 
@@ -146,7 +146,7 @@ def test_settings_that_cannot_be_run_are_named_with_their_lines_for_all_document
     captured = capsys.readouterr()
     assert captured.out == ""
     first, second = captured.err.splitlines()
-    assert first.startswith(f"{wrong}:10: spec.evaluate.suites: ")
+    assert first.startswith(f"{wrong}:10: spec.evaluate.metrics: ")
     assert second.startswith(f"{wrong}:22: spec.evaluate.fewShot: ")
 
 

@@ -220,6 +220,14 @@ LORA = job(
       - {key: gpu, operator: Equal, value: "true", effect: NoExecute, tolerationSeconds: 60}
       priorityClass: batch
       image: trainer:1
+    tracking:
+      mlflow:
+        uri: http://mlflow.mlflow:5000
+        experiment: support-bot
+        runName: first
+        tokenSecret: {name: mlflow, key: token}
+        tags: {team: support}
+      tensorboard: {uri: pvc://logs/job}
     runPolicy:
       cancel: false
       suspend: true
@@ -346,6 +354,7 @@ PPO = job(
         training: {maxSteps: 10}
         stopOn: {maxKl: 20, minEntropy: 0.1, maxLengthRatio: 3}
     output: {uri: "file://out"}
+    tracking: {tensorboard: {}}
     """,
 )
 
@@ -380,7 +389,7 @@ GRPO = job(
       samples: 5
       maxNewTokens: 32
       fewShot: 4
-      suites: [arc_easy]
+      suites: [{name: arc, task: {name: arc_easy}}]
       gates: [{metric: winRate, atLeast: 0.5}]
       winRate:
         judge: {model: {uri: "hf://org/judge"}}
@@ -610,7 +619,14 @@ BROKEN_RULES = [
         "gates-without-held-out-rows",
         changed(MINIMAL, {"spec.evaluate.gates": [{"metric": "lossReduction", "atLeast": 0.3}]}),
         "spec.evaluate.gates",
-        "need held-out rows: set data.validation, or remove evaluate.gates",
+        "need held-out rows or suites: set data.validation or evaluate.suites, or remove "
+        "evaluate.gates",
+    ),
+    BrokenRule(
+        "a-suite-of-two-kinds",
+        changed(LORA, {"spec.evaluate.suites[0].task": {"name": "arc_easy"}}),
+        "spec.evaluate.suites[0]",
+        "set exactly one of choices, refusals, task",
     ),
     BrokenRule(
         "a-gate-without-a-bound",
@@ -659,6 +675,21 @@ BROKEN_RULES = [
         changed(MINIMAL, {"spec.compute": {"workers": 2, "minWorkers": 4}}),
         "spec.compute.minWorkers",
         "must not exceed workers: lower minWorkers or raise workers",
+    ),
+    BrokenRule(
+        "tracking-without-a-tracker",
+        changed(MINIMAL, {"spec.tracking": {}}),
+        "spec.tracking",
+        "names no tracker: set mlflow or tensorboard, or remove tracking",
+    ),
+    BrokenRule(
+        "a-tag-that-mlflow-does-not-accept",
+        changed(
+            MINIMAL,
+            {"spec.tracking": {"mlflow": {"uri": "http://mlflow:5000", "tags": {"a:b": ""}}}},
+        ),
+        "spec.tracking.mlflow.tags",
+        "have a name that MLflow does not accept: use at most 250 letters, digits, spaces and -_./",
     ),
     BrokenRule(
         "a-priority-without-a-queue",

@@ -62,7 +62,7 @@ def models(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
 
 
 ALL_MODELS = {model for kind in KINDS.values() for model in models(kind)}
-SPEC = "model, method, data, adapter, training, evaluate, output, compute, runPolicy"
+SPEC = "model, method, data, adapter, training, evaluate, output, compute, tracking, runPolicy"
 FORMATS = (
     "auto, messages, alpaca, dolly, flan, question-answer, sharegpt, openassistant, ultrachat, "
     "prompt-completion, text, preference, ranking, labeled, feedback"

@@ -199,6 +199,7 @@ MOVES: dict[str, Any] = {
         "cacheClaim": "cache",
     },
     "runPolicy": {"suspend": True, "maxAttempts": 9, "deadlineSeconds": 5},
+    "tracking": {"mlflow": {"uri": "http://mlflow:5000"}, "tensorboard": {}},
     "training__microBatchTokens": 512,
     "training__gradientCheckpointing": True,
     "training__checkpointSteps": 5,
@@ -286,6 +287,10 @@ def test_a_field_changes_the_stage_that_it_belongs_to(field: str, value: Any, st
     before = fingerprints(planned(evaluate__gates=gates))
     after = fingerprints(planned(**{"evaluate__gates": gates, field: value}))
     assert {name for name in before if before[name] != after[name]} == {stage}
+
+
+def test_without_trackers_a_plan_does_not_mention_them() -> None:
+    assert "track" not in plan_job(job()).to_json()
 
 
 def test_without_rules_the_plan_is_that_of_a_manifest_of_0_2() -> None:

@@ -413,12 +413,12 @@ def test_the_hash_seed_does_not_change_the_plan() -> None:
     assert plans == {plan_job(job("support-bot")).to_json()}
 
 
-@pytest.mark.parametrize("name", ["minimal", "support-bot", "augmented"])
+@pytest.mark.parametrize("name", ["minimal", "support-bot", "augmented", "tracked"])
 def test_the_plan_is_frozen(name: str) -> None:
     assert_golden(f"plans/{name}.json", plan_job(job(name)).to_json())
 
 
-@pytest.mark.parametrize("name", ["minimal", "support-bot", "augmented"])
+@pytest.mark.parametrize("name", ["minimal", "support-bot", "augmented", "tracked"])
 def test_a_plan_is_the_same_after_a_round_trip_by_json(name: str) -> None:
     planned = plan_job(job(name))
     assert Plan.model_validate_json(planned.to_json()) == planned

@@ -95,7 +95,7 @@ def environment(pod: Mapping[str, Any]) -> dict[str, Any]:
 # ---- the objects ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["minimal", "support-bot"])
+@pytest.mark.parametrize("name", ["minimal", "support-bot", "tracked"])
 def test_the_rendered_objects_are_frozen(name: str) -> None:
     objects = list(rendered(job(name), attempt=2, reporting=REPORTING))
     objects[0]["data"]["plan.json"] = "(see plans)\n"
@@ -455,6 +455,39 @@ def test_secrets_are_named_and_reach_only_the_pods_that_need_them() -> None:
     assert secrets(head(result)) == ["out"]
     assert "TUNEYARD_SECRET_HF_TOKEN" not in environment(head(result))
     assert secrets(spec(result)["submitterPodTemplate"]["spec"]) == []
+
+
+TRACKER_TOKEN = "TUNEYARD_SECRET_MLFLOW_TOKEN"
+
+
+def test_a_tracker_s_token_and_folder_reach_the_driver_s_pods_alone() -> None:
+    made = job("tracked")
+    result = rendered(made)
+    (prepares,) = render_preparation(placed(plan_job(made), profiles={}), made, attempt=1)["spec"][
+        "template"
+    ]["spec"]["containers"]
+    reference = {"secretKeyRef": {"name": "mlflow", "key": "token"}}
+    for env in (environment(head(result)), {item["name"]: item for item in prepares["env"]}):
+        assert env[TRACKER_TOKEN]["valueFrom"] == reference
+    assert mounts(head(result))["/mnt/pvc/logs"] is False
+    assert "/mnt/pvc/logs" in {mount["mountPath"] for mount in prepares["volumeMounts"]}
+
+    erases = render_erasure(placed(plan_job(made), profiles={}), made)
+    others = [worker(result), spec(result)["submitterPodTemplate"], erases]
+    assert "mlflow" not in json.dumps(others), "also not as a variable of another name"
+    assert "/mnt/pvc/logs" not in json.dumps(others)
+
+
+def test_a_tracker_s_token_may_not_share_a_variable_with_another_token() -> None:
+    mlflow = {"uri": "http://mlflow:5000", "tokenSecret": {"name": "a", "key": "b-c"}}
+    data = [{"uri": "hf://datasets/a/b/x", "tokenSecret": {"name": "a-b", "key": "c"}}]
+    (fault,) = faults(job(data__train=data, tracking={"mlflow": mlflow}))
+    assert fault.path == "spec.tracking.mlflow.tokenSecret"
+
+
+def test_event_files_on_this_machine_are_refused_on_a_cluster() -> None:
+    (fault,) = faults(job(tracking={"tensorboard": {"uri": "file://logs"}}))
+    assert fault.path == "spec.tracking.tensorboard.uri"
 
 
 def secrets(pod: Mapping[str, Any]) -> list[str]:

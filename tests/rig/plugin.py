@@ -27,6 +27,7 @@ import pytest
 
 from rig import build, images, machine
 from rig.errors import RigError
+from rig.mlflow import MlflowServer, mlflow_server
 from rig.rig import KubeRay, Rig, bring_up, take_down, targets
 from rig.s3 import S3Server, s3_server
 from rig.state import Level
@@ -128,6 +129,16 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """An S3 server with one empty bucket; it evaluates conditional writes as AWS does."""
     with s3_server(_built("versitygw"), tmp_path_factory.mktemp("s3")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """An MLflow tracking server. Tests share it: each has an experiment of its own."""
+    try:
+        with mlflow_server(tmp_path_factory.mktemp("mlflow")) as server:
+            yield server
+    except RigError as error:
+        _skip_or_fail(str(error))
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Iterable
 
 from tuneyard.api.plan import PlannedStage
+from tuneyard.api.tracking import Tracking
 from tuneyard.errors import StageError
 
 
@@ -110,3 +111,19 @@ def require_vllm() -> None:
             '`pip install "tuneyard[trainer,vllm]"` into a separate environment), or remove '
             "sampling.engine.",
         )
+
+
+TRACKING = {"mlflow": "mlflow", "tensorboard": "tensorboardX"}
+"""The packages of the extra `tracking`, by the field of the manifest that needs each."""
+
+
+def require_tracking(tracking: Tracking) -> None:
+    """Raise StageError MissingExtra unless the packages of the trackers are installed."""
+    for field, package in TRACKING.items():
+        if getattr(tracking, field) and importlib.util.find_spec(package) is None:
+            raise StageError(
+                "MissingExtra",
+                f"spec.tracking.{field} needs {package}, which is not installed.",
+                advice='Install it with `pip install "tuneyard[tracking]"`, or remove '
+                f"spec.tracking.{field}.",
+            )

@@ -12,6 +12,7 @@ from tuneyard.api.evaluation import Evaluate
 from tuneyard.api.meta import API_VERSION, Model, ObjectMeta, Rule
 from tuneyard.api.sources import FineTuneData, ModelSource, Output
 from tuneyard.api.status import JobStatus
+from tuneyard.api.tracking import Tracking
 from tuneyard.api.training import (
     FREEZE_WITHOUT_ADAPTER,
     MERGE_NEEDS_LINEARITY,
@@ -40,6 +41,8 @@ class FineTuneSpec(Model):
     """The location of the result and its content."""
     compute: Compute = Compute()
     """The workers that the job runs on."""
+    tracking: Tracking | None = None
+    """The trackers that follow the job. None: none."""
     run_policy: RunPolicy = RunPolicy()
     """How the job is run. It may change while the job runs."""
 

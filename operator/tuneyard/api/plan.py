@@ -20,6 +20,7 @@ from tuneyard.api.meta import Model, Report
 from tuneyard.api.sources import JudgeEndpoint, Output, SecretKeyRef, SecretRef
 from tuneyard.api.stage_settings import PREPARING_KINDS, Settings, StageKind
 from tuneyard.api.status import StageStatus
+from tuneyard.api.tracking import Tracking
 
 
 def digest(value: Any) -> str:
@@ -134,6 +135,8 @@ class Plan(Model):
     """Location of records and results."""
     compute: Compute
     """Workers that the job runs on."""
+    tracking: Tracking | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Trackers that follow the job. None: none. Not a part of any identity."""
     manifest: dict[str, Any]
     """The job's manifest with its defaults, exported beside the weights. It has no run policy,
     which may change while the job runs."""

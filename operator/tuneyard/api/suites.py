@@ -9,9 +9,9 @@ from pydantic import Field
 from tuneyard.api.meta import Model, Rule
 from tuneyard.api.sources import DataUri, SecretKeyRef, SecretRef
 
-SuiteName = Annotated[
-    str, Field(min_length=1, max_length=40, pattern=r"^[a-zA-Z]([-_a-zA-Z0-9]*[a-zA-Z0-9])?$")
-]
+SUITE_PATTERN = r"^[a-zA-Z]([-_a-zA-Z0-9]*[a-zA-Z0-9])?$"
+SuiteName = Annotated[str, Field(min_length=1, max_length=40, pattern=SUITE_PATTERN)]
+TASK_PATTERN = r"^[^\s,]+$"
 
 
 class SuiteData(Model):
@@ -29,7 +29,7 @@ class SuiteData(Model):
 class HarnessTask(Model):
     """A task of lm-evaluation-harness, with its own prompts and metrics."""
 
-    name: str = Field(min_length=1, max_length=128, pattern=r"^[^\s,]+$")
+    name: str = Field(min_length=1, max_length=128, pattern=TASK_PATTERN)
     """Name of the task or of a group of tasks, e.g. arc_easy. Its data comes from the hub, unless
     `files` says otherwise."""
     files: SuiteData | None = None

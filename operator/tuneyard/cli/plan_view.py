@@ -139,6 +139,12 @@ def _locations(plan: Plan) -> Iterable[tuple[str, str]]:
     for uri, role in sources.items():
         yield role, uri
     yield "output", plan.output.uri
+    if tracking := plan.tracking:
+        if tracking.mlflow:
+            experiment = tracking.mlflow.experiment or plan.job.name
+            yield "mlflow", f"{tracking.mlflow.uri}, experiment {experiment}"
+        if tracking.tensorboard:
+            yield "tensorboard", tracking.tensorboard.uri or f"{plan.output.uri}/tensorboard"
 
 
 def _settings(plan: Plan) -> Iterable[tuple[str, str]]:

@@ -16,6 +16,8 @@ from tuneyard.api.cleaning import LANGUAGE_PATTERN
 from tuneyard.api.meta import NAME_LENGTH, NAME_PATTERN, OBJECT_NAME_PATTERN
 from tuneyard.api.quantity import QUANTITY_PATTERN
 from tuneyard.api.sources import KEY_PATTERN, URL_PATTERN
+from tuneyard.api.suites import SUITE_PATTERN, TASK_PATTERN
+from tuneyard.api.tracking import TRACKER_URL_PATTERN
 from tuneyard.manifests.fields import user_description
 
 NAME_RULE = (
@@ -28,7 +30,11 @@ REMEDIES = {
     LAYERS_PATTERN: 'write layer indices and ranges, e.g. "0-3,8"',
     KEY_PATTERN: "use letters, digits, dashes, dots and underscores",
     LANGUAGE_PATTERN: "write a language as its ISO 639 code, e.g. en",
+    SUITE_PATTERN: "use letters, digits, dashes and underscores, a letter first",
+    TASK_PATTERN: "write one name, without white space and commas",
     URL_PATTERN: "write an http:// or https:// address without white space",
+    TRACKER_URL_PATTERN: "write the http:// or https:// address of the server without a user name, "
+    "a password and a query: a token goes into tokenSecret",
 }
 """The remedy for a string that does not match a pattern."""
 

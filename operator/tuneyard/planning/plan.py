@@ -28,6 +28,7 @@ def plan_job(job: FineTuneJob | AlignmentJob) -> Plan:
         stages=fingerprinted(drafts),
         output=job.spec.output,
         compute=job.spec.compute,
+        tracking=job.spec.tracking,
         manifest=_manifest(job),
         notes=notes,
     )

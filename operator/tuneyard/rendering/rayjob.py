@@ -1,10 +1,11 @@
 """Render the Kubernetes objects of one attempt: an immutable ConfigMap, a NetworkPolicy, a RayJob,
 and before it perhaps a Job that prepares the data.
 
-Each pod gets what it needs and no more. The head runs the driver, which claims the output and reads
-its records: the head gets the plan, the progress token and the output. The workers get the models,
-the data, the output and the Secrets. The pod that prepares the data gets all of these, but no GPU.
-No pod has Kubernetes permissions.
+Each pod gets what it needs and no more. The head runs the driver, which claims the output, reads
+its records and hands the metrics to trackers: the head gets the plan, the progress token, the
+trackers' tokens and the output. The workers get the models, the data, the output and the other
+Secrets. The pod that prepares the data gets all of these, but no GPU. No pod has Kubernetes
+permissions.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from tuneyard.api.pods import (
     TOKEN_FILE_VARIABLE,
     WORKERS_VARIABLE,
 )
+from tuneyard.api.sources import SecretKeyRef
 from tuneyard.rendering.compute import Workers, workers
 from tuneyard.rendering.names import (
     PREPARE_ROLE,
@@ -187,14 +189,19 @@ def render_preparation(
         # The end of the log holds the outcome, in case that no post reached the operator.
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "resources": _guaranteed_resources({"cpu": group.cpus, "memory": group.memory}),
-        "env": [*_environment(), *_variables(CPU_ENVIRONMENT), *_secret_env(store), *env],
+        "env": [
+            *_environment(),
+            *_variables(CPU_ENVIRONMENT),
+            *_secret_env(store.tokens | store.tracker_tokens),
+            *env,
+        ],
         "envFrom": _env_from(store.credentials),
     }
     mounts = [
         _plan_mount(config_map_name(plan.job.name, plan_digest(plan))),
         *token,
         _shared_memory(group.shared_memory),
-        *_claims(store.claims),
+        *_claims(store.claims | store.tracker_claims),
     ]
     pods = _Pods(compute.image or image, labels, compute.priority_class)
     template = _template(pods, container, mounts, tmp=group.temporary_storage)
@@ -363,10 +370,11 @@ def _head(pods: _Pods, store: Storage, mounts: Iterable[_Mount], env: list[Objec
         "name": "ray-head",
         "lifecycle": _drain_hook(),
         "resources": _small_resources("250m", "1", "4Gi"),
-        "env": [*_environment(), *env],
+        "env": [*_environment(), *_secret_env(store.tracker_tokens), *env],
         "envFrom": _env_from(store.output_credentials),
     }
-    mounts = [_shared_memory("512Mi"), *mounts, *_claims(store.output_claims)]
+    mounts = [_shared_memory("512Mi"), *mounts]
+    mounts += _claims(store.output_claims | store.tracker_claims)
     return {
         "rayStartParams": {
             "dashboard-host": "0.0.0.0",  # noqa: S104  the submitter's pod reaches it
@@ -388,7 +396,7 @@ def _worker_group(pods: _Pods, store: Storage, group: Workers, compute: Compute)
         "name": "ray-worker",
         "lifecycle": _drain_hook(),
         "resources": _guaranteed_resources(resources),
-        "env": [*_environment(), *computing, *_secret_env(store)],
+        "env": [*_environment(), *computing, *_secret_env(store.tokens)],
         "envFrom": _env_from(store.credentials),
     }
     mounts = [_shared_memory(group.shared_memory), *_claims(store.claims)]
@@ -554,13 +562,13 @@ def _variables(values: Mapping[str, str]) -> list[Object]:
     return [{"name": name, "value": value} for name, value in values.items()]
 
 
-def _secret_env(store: Storage) -> list[Object]:
+def _secret_env(tokens: Mapping[str, SecretKeyRef]) -> list[Object]:
     return [
         {
             "name": variable,
             "valueFrom": {"secretKeyRef": {"name": secret.name, "key": secret.key}},
         }
-        for variable, secret in store.tokens.items()
+        for variable, secret in tokens.items()
     ]
 
 

@@ -14,6 +14,7 @@ from tuneyard.api.sources import SecretKeyRef
 from tuneyard.errors import Fault
 
 OUTPUT_PATH = "spec.output.uri"
+EVENTS_PATH = "spec.tracking.tensorboard.uri"
 _CLAIM = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 
 
@@ -24,8 +25,12 @@ class Storage(NamedTuple):
     """Every claim; the value is whether the claim is written to."""
     output_claims: dict[str, bool]
     """The output's claim alone."""
+    tracker_claims: dict[str, bool]
+    """The claim of the event files, for the pods that run a driver."""
     tokens: dict[str, SecretKeyRef]
     """Access tokens and judges' keys by environment variable."""
+    tracker_tokens: dict[str, SecretKeyRef]
+    """Trackers' tokens by environment variable, for the pods that run a driver."""
     credentials: list[str]
     """Names of all credentials Secrets."""
     output_credentials: list[str]
@@ -35,10 +40,10 @@ class Storage(NamedTuple):
 def storage_faults(plan: Plan) -> Iterator[Fault]:
     """Yield the sources that pods cannot reach and the Secrets that conflict."""
     places = _places(plan)
-    for place in places:
+    for place in [*places, *_event_files(plan)]:
         yield from _place_faults(place)
     yield from _credential_faults(places)
-    yield from _token_faults(_tokens(plan, places))
+    yield from _token_faults([*_tokens(plan, places), *_tracker_tokens(plan)])
 
 
 def storage(plan: Plan) -> Storage:
@@ -55,7 +60,11 @@ def storage(plan: Plan) -> Storage:
     return Storage(
         claims=claims,
         output_claims={output_claim: True} if output_claim else {},
+        tracker_claims={
+            claim: True for place in _event_files(plan) if (claim := _claim(place.uri))
+        },
         tokens={secret.variable: secret for _, secret in _tokens(plan, places)},
+        tracker_tokens={secret.variable: secret for _, secret in _tracker_tokens(plan)},
         credentials=list(dict.fromkeys(p.credentials.name for p in places if p.credentials)),
         output_credentials=[output.credentials.name] if output.credentials else [],
     )
@@ -71,6 +80,14 @@ def _places(plan: Plan) -> list[SourceInput]:
     }
     output = SourceInput(uri=plan.output.uri, credentials=plan.output.credentials, path=OUTPUT_PATH)
     return [*sources.values(), output]
+
+
+def _event_files(plan: Plan) -> list[SourceInput]:
+    """Return the folder of TensorBoard's event files, if it is outside the output."""
+    tensorboard = plan.tracking and plan.tracking.tensorboard
+    if not tensorboard or not tensorboard.uri:
+        return []
+    return [SourceInput(uri=tensorboard.uri, path=EVENTS_PATH)]
 
 
 def _claim(uri: str) -> str | None:
@@ -133,6 +150,14 @@ def _tokens(plan: Plan, places: list[SourceInput]) -> list[tuple[str, SecretKeyR
         if stage.runtime.endpoint and stage.runtime.endpoint.key
     ]
     return tokens + keys
+
+
+def _tracker_tokens(plan: Plan) -> list[tuple[str, SecretKeyRef]]:
+    """Return the trackers' tokens, with the field that names each."""
+    mlflow = plan.tracking and plan.tracking.mlflow
+    if not mlflow or not mlflow.token_secret:
+        return []
+    return [("spec.tracking.mlflow.tokenSecret", mlflow.token_secret)]
 
 
 def _token_faults(tokens: list[tuple[str, SecretKeyRef]]) -> Iterator[Fault]:

@@ -320,6 +320,14 @@ def test_a_job_uri_refers_to_a_job_of_the_same_manifest_by_name(tmp_path: Path) 
         localized([second])
 
 
+def test_event_files_on_a_cluster_s_volume_are_refused_on_one_machine(tmp_path: Path) -> None:
+    tracking = {"tensorboard": {"uri": "pvc://logs/lamps"}}
+    with pytest.raises(PlanError) as caught:
+        localized([planned(manifest(tmp_path, tracking=tracking))])
+    (fault,) = caught.value.faults
+    assert fault.path == "spec.tracking.tensorboard.uri"
+
+
 def test_a_job_of_the_same_manifest_that_exports_only_an_adapter_is_refused(tmp_path: Path) -> None:
     value = manifest(tmp_path, model={"uri": "job://lamps"})
     second = planned(value | {"metadata": {"name": "brighter"}})

@@ -221,3 +221,18 @@ def test_an_option_that_a_driver_does_not_know_has_an_exit_code_of_its_own(tmp_p
     assert ended.value.code == UNKNOWN_OPTION
     own = (driver.SUCCEEDED, driver.FAILED, driver.INTERRUPTED, driver.STALE)
     assert UNKNOWN_OPTION not in own
+
+
+def test_the_run_of_a_tracker_begins_here_and_goes_on_with_the_workers(
+    tmp_path: Path, tiny_model_dir: Path, server: StatusServer
+) -> None:
+    write_data(tmp_path)
+    plan = cluster_plan(tmp_path, tiny_model_dir, tracking={"tensorboard": {}})
+    code, out, err = prepared(tmp_path, plan, server)
+    assert code == 0, err
+    said = [line for line in out.splitlines() if "tracking" in line]
+    assert len(said) == 1
+    assert f"{tmp_path}/out/tensorboard" in said[0]
+    state = json.loads((tmp_path / "out/tracking/tensorboard.json").read_text())
+    assert list(state["identities"]) == ["prepare"]
+    assert state["ended"] is False

@@ -640,3 +640,36 @@ def test_a_stale_attempt_does_not_change_the_newer_attempts_journal(tmp_path: Pa
                 refused()
         current.append([{"reply": 4}])
     assert journal(2).entries == [{"reply": 1}, {"reply": 2}, {"reply": 4}]
+
+
+def test_a_part_of_a_file_is_read_up_to_its_present_end(store: Store) -> None:
+    assert store.read("stages/sft/metrics.jsonl") == b""
+    store.claim(JOB, 1)
+    path = write(store, "metrics.jsonl", "0123456789")
+    store.persist(path, 1)
+    parts = [(0, 4, b"0123"), (4, 99, b"456789"), (10, 20, b""), (12, 20, b"")]
+    for start, end, expected in parts:
+        assert store.read("stages/sft/metrics.jsonl", start, end) == expected
+    path.write_text("0123456789ab")
+    store.persist(path, 1)
+    assert store.read("stages/sft/metrics.jsonl", 10) == b"ab", "no listing is kept"
+
+
+def test_the_state_of_a_tracker_is_the_newest_attempt_s_and_not_a_former_job_s(
+    store: Store, tmp_path: Path
+) -> None:
+    of_job = Store(store.uri, tmp_path / "job", "one")
+    of_job.claim(JOB, 1)
+    assert of_job.tracker_state("mlflow") is None
+    of_job.keep_tracker_state("mlflow", {"id": "a"}, 1)
+    of_job.claim(JOB, 2)
+    with pytest.raises(StageError, match="attempt 2 has taken over"):
+        of_job.keep_tracker_state("mlflow", {"id": "b"}, 1)
+    assert of_job.tracker_state("mlflow") == {"id": "a"}
+
+    again = Store(store.uri, tmp_path / "again", "two")
+    again.claim(JOB, 1)
+    assert again.tracker_state("mlflow") is None
+    again.keep_tracker_state("mlflow", {"id": "c"}, 1)
+    assert again.erase(JOB)
+    assert again.read("tracking/mlflow.json") == b""

@@ -7,21 +7,23 @@ import signal
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from tuneyard.api.exports import named_job, with_models
 from tuneyard.api.job_facts import FitAnswer, JobFacts
-from tuneyard.api.plan import Plan, SourceInput
+from tuneyard.api.plan import Plan, SourceInput, StageRecord
 from tuneyard.api.pods import DRIVER_LOG, model_uri, stage_folder
 from tuneyard.errors import Fault, PlanError, StageError
 from tuneyard_trainer.local.console import Console
 from tuneyard_trainer.logs.keep import LogPlace, kept
 from tuneyard_trainer.running import processes
 from tuneyard_trainer.running.group import Places
-from tuneyard_trainer.running.runner import StageInputs
+from tuneyard_trainer.running.runner import Emit, StageInputs, emit_nothing, stage_event
 from tuneyard_trainer.storage.records import Store
 from tuneyard_trainer.storage.results import results_limit
 from tuneyard_trainer.worker import Interrupted
@@ -90,7 +92,10 @@ def _sources(plan: Plan) -> list[SourceInput]:
 
 def _cluster_only(plan: Plan) -> Iterator[Fault]:
     places = [(source.path, source.uri) for source in _sources(plan)]
-    for path, uri in [*places, ("spec.output.uri", plan.output.uri)]:
+    places.append(("spec.output.uri", plan.output.uri))
+    if plan.tracking and plan.tracking.tensorboard and plan.tracking.tensorboard.uri:
+        places.append(("spec.tracking.tensorboard.uri", plan.tracking.tensorboard.uri))
+    for path, uri in places:
         if uri.startswith("pvc://"):
             yield Fault(path, f"{uri} exists on a cluster only: on one machine write file://PATH")
 
@@ -132,8 +137,11 @@ def _carry_out(
     decide: Decide | None,
 ) -> None:
     store.claim(plan.job, attempt=1)
-    pending = StageInputs(plan, store, base_dir, cache_dir, console.event).pending()
-    if pending:
+    inputs = StageInputs(plan, store, base_dir, cache_dir, console.event)
+    pending = inputs.pending()
+    if not pending:
+        _track_records(plan, inputs.records, output, base_dir, scratch, console)
+    else:
         logs.enter_context(_log(output, scratch, console))
         places = Places(
             output,
@@ -150,12 +158,20 @@ def _carry_out(
                 console.note(line)
             return answer
 
-        with _orderly_stop(console) as stop:
+        with (
+            _tracked(plan, output, base_dir, scratch, console) as track,
+            _orderly_stop(console) as stop,
+        ):
+
+            def on_event(event: dict[str, Any]) -> None:
+                console.event(event)
+                track(event)
+
             processes.run(
                 plan,
                 places=places,
                 resources=resources,
-                on_event=console.event,
+                on_event=on_event,
                 stop=stop,
                 review=review,
             )
@@ -166,6 +182,49 @@ def _carry_out(
         store.root / stage_folder("export"),
         skipped_all=not pending,
     )
+
+
+@contextmanager
+def _tracked(
+    plan: Plan,
+    output: str,
+    base_dir: Path,
+    scratch: Path,
+    console: Console,
+    *,
+    is_done: bool = False,
+) -> Iterator[Emit]:
+    """Yield what the trackers of the plan get the events by. `is_done`: only those that do not have
+    the whole run of a job that is done. Raises StageError for wrong settings."""
+    if plan.tracking is None:
+        yield emit_nothing
+        return
+    from tuneyard_trainer.tracking.follow import Listener, followed
+    from tuneyard_trainer.tracking.trackers import trackers_of, unfinished
+
+    def new_store() -> Store:
+        return Store(output, scratch / "tracking")
+
+    trackers = trackers_of(plan, 1, new_store(), partial(_located, base_dir=base_dir))
+    if is_done:
+        trackers = unfinished(trackers, plan, new_store())
+    listener = Listener(console.note, console.warn)
+    with followed(plan, 1, trackers, new_store, listener, interrupted=lambda: "KILLED") as tracking:
+        yield tracking.follow
+
+
+def _track_records(
+    plan: Plan,
+    records: Mapping[str, StageRecord],
+    output: str,
+    base_dir: Path,
+    scratch: Path,
+    console: Console,
+) -> None:
+    """Hand a job that is done to trackers that did not get the whole of it, or that are new."""
+    with _tracked(plan, output, base_dir, scratch, console, is_done=True) as track:
+        for name, record in records.items():
+            track(stage_event(name, "Skipped", record.identity, record))
 
 
 @contextmanager

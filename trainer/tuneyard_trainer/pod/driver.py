@@ -55,6 +55,7 @@ from tuneyard_trainer.pod.reporter import Reporter, StatusClient
 from tuneyard_trainer.running import processes
 from tuneyard_trainer.running.failures import MOST_CHARACTERS, last_line
 from tuneyard_trainer.running.group import Places, Resources
+from tuneyard_trainer.running.runner import Emit, emit_nothing
 from tuneyard_trainer.running.waits import Waits
 from tuneyard_trainer.storage import sources
 from tuneyard_trainer.storage.records import Store
@@ -130,6 +131,8 @@ class Driver:
         )
         self._store: Store | None = None
         """The output's store. None: the output is not claimed yet."""
+        self._track: Emit = emit_nothing
+        """Hands an event to the trackers."""
         log("driver", job=plan.job.name, attempt=attempt, stages=[s.name for s in plan.stages])
         self._reporter = self._start_reporter(os.environ)
 
@@ -182,10 +185,41 @@ class Driver:
             drain=str(drain.FOLDER),
             results_bytes=_results_bytes(self._plan.compute),
         )
-        if self._preparing:
-            self._prepare(places)
-        else:
-            self._run_on_ray(places)
+        with self._tracked(places):
+            if self._preparing:
+                self._prepare(places)
+            else:
+                self._run_on_ray(places)
+
+    @contextmanager
+    def _tracked(self, places: Places) -> Iterator[None]:
+        """Hand the attempt's events to the trackers of the plan. Raises StageError for wrong
+        settings."""
+        if self._plan.tracking is None:
+            yield
+            return
+        from tuneyard_trainer.tracking.follow import Listener, followed
+        from tuneyard_trainer.tracking.trackers import trackers_of
+
+        def new_store() -> Store:
+            return Store(places.output, FOLDER / "tracking", places.job_uid)
+
+        trackers = trackers_of(self._plan, self._attempt, new_store(), located)
+        listener = Listener(
+            note=lambda text: self._log("tracking", what=text),
+            warn=lambda text: self._log("tracking-warning", what=text),
+        )
+        with followed(
+            self._plan,
+            self._attempt,
+            trackers,
+            new_store,
+            listener,
+            interrupted=lambda: "KILLED" if self._stop_cause[0] == "Stopped" else None,
+            succeeded=None if self._preparing else "FINISHED",
+        ) as tracking:
+            self._track = tracking.follow
+            yield
 
     def _prepare(self, places: Places) -> None:
         """Run the leading stages in a process of this pod."""
@@ -240,6 +274,7 @@ class Driver:
             return
         at = time.time()
         self._progress.add(event, at)
+        self._track(event)
         if self._reporter:
             self._reporter.update(self._progress.post(), urgent=event["type"] == "stage")
         if event["type"] == "stage":

@@ -35,8 +35,8 @@ from tuneyard_trainer.reinforcement.stop_conditions import (
     diverged,
 )
 from tuneyard_trainer.training.batches import Order
-from tuneyard_trainer.training.checkpoints import METRICS, Checkpoints
-from tuneyard_trainer.training.history import History
+from tuneyard_trainer.training.checkpoints import Checkpoints
+from tuneyard_trainer.training.history import METRICS, History
 from tuneyard_trainer.training.losses import stop_check
 from tuneyard_trainer.training.schedules import rate
 from tuneyard_trainer.worker import Interrupted, StageContext, Worker
@@ -97,7 +97,7 @@ class Course:
             order=order,
             total_steps=order.total_steps(training.epochs, training.max_steps),
             checkpoints=Checkpoints(context, RlState, parameters, optimizer),
-            history=History(context.workdir / METRICS, enabled=worker.is_main),
+            history=History(context.workdir / METRICS, worker),
         )
 
     # ---- the run ------------------------------------------------------------------------------

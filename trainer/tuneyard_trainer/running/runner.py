@@ -41,8 +41,8 @@ VERSIONED = ("tuneyard", "torch", "transformers", "peft")
 """The packages whose versions a record keeps."""
 
 Emit = Callable[[dict[str, Any]], None]
-"""Receives events as JSON values: `stage` (stage, state, record), `progress` (stage, step,
-totalSteps, metrics, message, resumedStep) and `wait` (message)."""
+"""Receives events as JSON values: `stage` (stage, state, identity, record), `progress` (stage,
+step, totalSteps, metrics, message, resumedStep) and `wait` (message)."""
 
 Ask = Callable[[dict[str, Any]], dict[str, Any] | None]
 """Sends an event of type `facts` and returns the answer, a `FitAnswer` as JSON. None: a stop was
@@ -300,7 +300,7 @@ class PlanRunner:
             store.begin(stage.name, stage.identity(digests), self.worker.attempt)
         else:
             store.drop_checkpoints(stage.name, self.worker.attempt)  # a kill may have left them
-            self.emit(_stage_event(stage, "Skipped", record))
+            self.emit(stage_event(stage.name, "Skipped", record.identity, record))
         store.pull(stage.name)
         return record
 
@@ -325,7 +325,7 @@ class PlanRunner:
         store = self.stage_inputs.store
         workdir = store.workdir(stage.name)
         if self.worker.is_main:
-            self.emit(_stage_event(stage, "Running"))
+            self.emit(stage_event(stage.name, "Running", stage.identity(digests)))
         started = now()
         with _named_errors(stage, workdir):
             inputs = self.stage_inputs.inputs(stage)
@@ -374,7 +374,7 @@ class PlanRunner:
     def _completed(self, stage: PlannedStage, record: StageRecord) -> StageRecord:
         """Write the record of a stage, tell of it, and return it."""
         self.stage_inputs.store.write_record(record)
-        self.emit(_stage_event(stage, "Succeeded", record))
+        self.emit(stage_event(stage.name, "Succeeded", record.identity, record))
         return record
 
     def _record(
@@ -556,11 +556,18 @@ def _report(
     emit(event)
 
 
-def _stage_event(
-    stage: PlannedStage, state: str, record: StageRecord | None = None
+def stage_event(
+    stage: str, state: str, identity: str, record: StageRecord | None = None
 ) -> dict[str, Any]:
+    """Return the event of a stage that begins, or that is done and has a record."""
     value = record.model_dump(mode="json", by_alias=True) if record else None
-    return {"type": "stage", "stage": stage.name, "state": state, "record": value}
+    return {
+        "type": "stage",
+        "stage": stage,
+        "state": state,
+        "identity": identity,
+        "record": value,
+    }
 
 
 def failure_event(error: StageError | Interrupted) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """A job's output location, with the files and the record of each stage. Any fsspec location.
 
 Layout: `owner.json`, `stages/NAME/` with each stage's files and its `record.json`, `result/`, which
-is the export stage's folder, and `logs/attempt-N/`. A record is written last and atomically (rename
-on a file system, one put on an object store), so a readable record means that the stage's files are
-complete.
+is the export stage's folder, `logs/attempt-N/`, `tracking/` and `tensorboard/`. A record is written
+last and atomically (rename on a file system, one put on an object store), so a readable record
+means that the stage's files are complete.
 
 Only the newest attempt writes. On a file system, the claim and each guarded change hold one lock,
 so that no attempt claims the location between the check of the claim and the change. On an object
@@ -40,7 +40,12 @@ CLAIM_LOCK = ".claim.lock"
 LOCK_SECONDS = 60.0
 """The longest wait for the lock of the claim. Its holder removes old checkpoints meanwhile, which
 takes seconds."""
-_OWN_FILES = ("stages", stage_folder("export"), LOGS_FOLDER, ".lock", "owner.json", CLAIM_LOCK)
+TRACKING_FOLDER, EVENTS_FOLDER = "tracking", "tensorboard"
+"""The states of trackers, and TensorBoard's event files."""
+_OWN_FILES = (
+    *("stages", stage_folder("export"), LOGS_FOLDER, TRACKING_FOLDER, EVENTS_FOLDER),
+    *(".lock", "owner.json", CLAIM_LOCK),
+)
 """Everything that a job writes, in the order of its erasure. The lock is last: a claim that waits
 for it must not be erased."""
 KEPT_ATTEMPTS = 20
@@ -93,6 +98,7 @@ class Store:
             elif owner.get("uid"):
                 former = [*former, owner["uid"]]
                 self._remove(LOGS_FOLDER)  # attempts of the former job, whose numbers come again
+                self._remove(TRACKING_FOLDER)  # the runs of the former job
         return _json(
             {
                 "job": job.model_dump(mode="json"),
@@ -354,7 +360,32 @@ class Store:
                 if folder not in newest:
                     self._remove(folder)
 
+    # ---- trackers -------------------------------------------------------------------------------
+
+    def tracker_state(self, name: str) -> dict[str, Any] | None:
+        """Return the state that a tracker stored; None: there is none that can be read."""
+        value = self._read_json(f"{TRACKING_FOLDER}/{name}.json")
+        return value if isinstance(value, dict) else None
+
+    def keep_tracker_state(self, name: str, value: Mapping[str, Any], attempt: int) -> None:
+        """Store the state of a tracker. Raises StageError StaleAttempt."""
+        with self.owned(attempt):
+            self._write(f"{TRACKING_FOLDER}/{name}.json", dict(value), attempt)
+
     # ---- files ----------------------------------------------------------------------------------
+
+    def read(self, relative: str, start: int = 0, end: int | None = None) -> bytes:
+        """Return a file's bytes from `start` to before `end`, as far as there are any; b"": there
+        is no such file. `end` None: the file's end."""
+        path = self._at(relative)
+        try:
+            size = self._fs.size(path) or 0
+            if size <= start:
+                return b""
+            data: bytes = self._fs.cat_file(path, start=start, end=min(size, end or size))
+        except FileNotFoundError:
+            return b""
+        return data
 
     def workdir(self, stage: str) -> Path:
         """Return the local folder of a stage. `pull` fills it from the store."""

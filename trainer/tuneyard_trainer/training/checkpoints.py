@@ -36,13 +36,11 @@ from tuneyard_trainer.models.gathering import write_tensors
 from tuneyard_trainer.models.sharding import from_main, is_sharded, like, whole
 from tuneyard_trainer.storage.digests import sha256_of
 from tuneyard_trainer.storage.files import disk_error
+from tuneyard_trainer.training.history import METRICS
 from tuneyard_trainer.worker import StageContext
 
 CHECKPOINT_SECONDS = 600.0
 """Time between two checkpoints if the job sets no interval in steps."""
-
-METRICS = "metrics.jsonl"
-"""The file of a run's `History`, in the stage's work folder."""
 
 STATE = ("state.json", "added.json")
 DIGESTS = "digests.json"

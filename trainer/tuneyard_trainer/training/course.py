@@ -20,8 +20,8 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.models import base, layers
 from tuneyard_trainer.models.base import precision_of
 from tuneyard_trainer.training.batches import Indices, Order
-from tuneyard_trainer.training.checkpoints import METRICS, Checkpoints, LoopState
-from tuneyard_trainer.training.history import History
+from tuneyard_trainer.training.checkpoints import Checkpoints, LoopState
+from tuneyard_trainer.training.history import METRICS, History
 from tuneyard_trainer.training.schedules import rate
 from tuneyard_trainer.worker import Interrupted, StageContext
 
@@ -67,7 +67,7 @@ class Course:
         self.num_parameters = layers.count_parameters(model)
         self.optimizer: torch.optim.Optimizer = adamw(self.parameters, settings)
         self.checkpoints = Checkpoints(context, LoopState, self.parameters, self.optimizer)
-        self.history = History(context.workdir / METRICS, enabled=context.worker.is_main)
+        self.history = History(context.workdir / METRICS, context.worker)
         self.total = order.total_steps(settings.epochs, settings.max_steps)
         self.base_loss: float | None = None
         """The held-out loss of the baseline; None: not measured."""

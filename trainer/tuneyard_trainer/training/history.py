@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tuneyard_trainer.worker import Worker
+
+METRICS = "metrics.jsonl"
+"""The file of a run's `History`, in the stage's work folder."""
+PERSIST_SECONDS = 60.0
+"""The time between two copies to durable storage, from which trackers read; each checkpoint makes
+one too."""
+
 
 class History:
-    """`metrics.jsonl`: one line per step or evaluation, of this attempt and earlier ones.
+    """`metrics.jsonl`: one line per step or evaluation, of this attempt and earlier ones. Ranks
+    other than 0 write nothing."""
 
-    With `enabled` False, on ranks other than 0, nothing is written.
-    """
-
-    def __init__(self, path: Path, *, enabled: bool) -> None:
-        self._path, self._enabled = path, enabled
+    def __init__(self, path: Path, worker: Worker) -> None:
+        self._path, self._enabled, self._persist = path, worker.is_main, worker.persist
+        self._persisted = time.monotonic()
         self._last: dict[str, float] = {}
 
     def write(self, line: Mapping[str, Any]) -> None:
@@ -25,6 +33,9 @@ class History:
         if self._enabled:
             with self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+            if time.monotonic() - self._persisted > PERSIST_SECONDS:
+                self._persist(self._path)
+                self._persisted = time.monotonic()
 
     def truncate(self, step: int) -> None:
         """Remove the lines after `step`, the last checkpoint: those steps are trained again."""
