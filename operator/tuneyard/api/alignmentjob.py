@@ -20,7 +20,7 @@ from tuneyard.api.compute import Compute, RunPolicy
 from tuneyard.api.meta import API_VERSION, Model, ObjectMeta, Rule
 from tuneyard.api.sources import FineTuneData, ModelSource, Output
 from tuneyard.api.status import JobStatus
-from tuneyard.api.training import MERGE_NEEDS_LINEARITY, STOPPING_NEEDS_VALIDATION, Training
+from tuneyard.api.training import MERGE_NEEDS_LINEARITY, STOPPING_NEEDS_VALIDATION, FineTuning
 
 
 class SupervisedStep(Model):
@@ -28,7 +28,7 @@ class SupervisedStep(Model):
 
     data: FineTuneData
     """Training and held-out data."""
-    training: Training = Training()
+    training: FineTuning = FineTuning()
     """The training loop."""
 
     rules: ClassVar[tuple[Rule, ...]] = (STOPPING_NEEDS_VALIDATION,)

@@ -9,6 +9,7 @@ from tuneyard.api.adapters import Adapter
 from tuneyard.api.cleaning import Clean
 from tuneyard.api.evaluation import Evaluate
 from tuneyard.api.plan import Input, PlannedStage, SourceInput, TrainRuntime
+from tuneyard.api.preserving import GuardLimits, PreserveTerms
 from tuneyard.api.sources import (
     Dataset,
     Documents,
@@ -30,7 +31,7 @@ from tuneyard.api.stage_settings import (
     ToxicitySettings,
     TrainSettings,
 )
-from tuneyard.api.training import Training
+from tuneyard.api.training import FineTuning, Training
 from tuneyard.planning import defaults
 from tuneyard.planning.fingerprint import fingerprint
 
@@ -110,6 +111,17 @@ def data_inputs(data: FineTuneData, path: str) -> dict[str, SourceInput]:
     return inputs
 
 
+def general_inputs(training: FineTuning, path: str) -> dict[str, SourceInput]:
+    """Return the general data of defenses against forgetting as inputs `general.N` and `guard.N`.
+    `path`: the training's field in the manifest."""
+    preserve, guard = training.preserve, training.guard
+    preserved, watched = preserve and preserve.data, guard and guard.data
+    return {
+        **dataset_inputs("general", f"{path}.preserve.data", preserved or []),
+        **dataset_inputs("guard", f"{path}.guard.data", watched or []),
+    }
+
+
 def judge_input(judge: Judge | None, path: str) -> tuple[dict[str, Input], TrainRuntime]:
     """Return the judge as an input if the job runs it, or else as the endpoint of the runtime."""
     if judge and judge.model:
@@ -163,9 +175,13 @@ def runtime(training: Training, sharding: Sharding = "none") -> TrainRuntime:
     )
 
 
-def prepare(data: FineTuneData, method: Literal["sft", "pretrain"]) -> PrepareSettings:
-    """Return the settings of the stage that prepares training and held-out rows."""
+def prepare(
+    data: FineTuneData, method: Literal["sft", "pretrain"], training: FineTuning
+) -> PrepareSettings:
+    """Return the settings of the stage that prepares training and held-out rows, and the general
+    data of `training`."""
     validation, replay, augment = data.validation, data.replay, data.augment
+    preserve, guard = training.preserve, training.guard
     return PrepareSettings(
         method=method,
         train=[
@@ -190,6 +206,8 @@ def prepare(data: FineTuneData, method: Literal["sft", "pretrain"]) -> PrepareSe
         fill_in_the_middle=data.fill_in_the_middle,
         retrieval=_retrieval(data),
         augmented=True if augment else None,
+        general=dataset_settings(preserve.data) if preserve and preserve.data else None,
+        guard=dataset_settings(guard.data) if guard else None,
     )
 
 
@@ -236,7 +254,18 @@ def train(
         adapter=adapter,
         packing=packing,
         **dict(loop(training, rule, epochs=defaults.EPOCHS)),
+        **(_defenses(training) if isinstance(training, FineTuning) else {}),
     )
+
+
+def _defenses(training: FineTuning) -> dict[str, PreserveTerms | GuardLimits | None]:
+    """Return the settings of defenses against forgetting, whose data the prepare stage reads."""
+    preserve, guard = training.preserve, training.guard
+    return {
+        "preserve": preserve
+        and PreserveTerms(l2sp=preserve.l2sp, ewc=preserve.ewc, kl=preserve.kl),
+        "guard": guard and GuardLimits(worsens_by=guard.worsens_by, patience=guard.patience),
+    }
 
 
 def loop(training: Training, rule: defaults.Rule, *, epochs: float) -> LoopSettings:
@@ -257,6 +286,7 @@ def loop(training: Training, rule: defaults.Rule, *, epochs: float) -> LoopSetti
         evaluation_steps=training.evaluation_steps,
         early_stopping=training.early_stopping,
         keep_best=training.keep_best,
+        best_by=training.best_by,
         precision=training.precision,
         seed=training.seed,
     )

@@ -14,6 +14,7 @@ from tuneyard.planning.drafts import (
     data_inputs,
     default_notes,
     evaluate,
+    general_inputs,
     prepare,
     runtime,
     source_input,
@@ -42,8 +43,13 @@ def _drafts(spec: FineTuneSpec, rule: defaults.Rule) -> list[Draft]:
         *augmented,
         Draft(
             "prepare",
-            prepare(spec.data, spec.method),
-            {"model": model, **data_inputs(spec.data, "spec.data"), **rows},
+            prepare(spec.data, spec.method, spec.training),
+            {
+                "model": model,
+                **data_inputs(spec.data, "spec.data"),
+                **rows,
+                **general_inputs(spec.training, "spec.training"),
+            },
         ),
         Draft(
             spec.method,
