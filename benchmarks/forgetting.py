@@ -70,7 +70,7 @@ def defenses(folder: Path) -> dict[str, dict[str, Any]]:
     return {
         NO_DEFENSE: {},
         "replay, share 0.3": {"data": {"replay": {"data": data, "share": 0.3}}},
-        "L2-SP": preserve(l2sp={"strength": 0.1}),
+        "L2-SP": preserve(l2Sp={"strength": 0.1}),
         "EWC": preserve(ewc={"strength": 1000.0, "samples": 64}, data=data),
         "KL": preserve(kl={"strength": 1.0, "batchSize": 2}, data=data),
         "LoRA": {
@@ -246,15 +246,17 @@ def table(found: list[dict[str, Any]]) -> Iterator[str]:
         cells = []
         for name, form in columns.items():
             values = [each[name] for each in runs if name in each]
-            spread = f" ({form.format(min(values))}–{form.format(max(values))})" if values else ""
-            cells.append(form.format(fmean(values)) + spread * (len(values) > 1) if values else "")
+            cell = form.format(fmean(values)) if values else ""
+            if len(values) > 1:
+                cell += f" ({form.format(min(values))} to {form.format(max(values))})"
+            cells.append(cell)
         yield f"| {label} | {len(runs)} | " + " | ".join(cells) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--pairs", type=Path, help="minimal pairs to measure, as JSON lines")
     parser.add_argument("--most-pairs", type=int, default=300)
     parser.add_argument("--journal", type=Path, default=Path("forgetting.jsonl"))

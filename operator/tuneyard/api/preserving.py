@@ -48,7 +48,7 @@ class PreserveTerms(Model):
     """Terms that are added to the loss of each step, against forgetting. Those that are set are
     summed."""
 
-    l2sp: L2Sp | None = None
+    l2_sp: L2Sp | None = None
     """Stay near the weights at the start (full fine-tuning). None: off."""
     ewc: Ewc | None = None
     """Stay near the weights at the start, the more a weight matters for general data (full
@@ -66,10 +66,10 @@ class Preserve(PreserveTerms):
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            cel="has(self.l2sp) || has(self.ewc) || has(self.kl)",
-            holds=lambda preserve: bool(preserve.l2sp or preserve.ewc or preserve.kl),
-            message="set at least one of l2sp, ewc, kl",
-            reads=("l2sp", "ewc", "kl"),
+            cel="has(self.l2Sp) || has(self.ewc) || has(self.kl)",
+            holds=lambda preserve: bool(preserve.l2_sp or preserve.ewc or preserve.kl),
+            message="set at least one of l2Sp, ewc, kl",
+            reads=("l2Sp", "ewc", "kl"),
         ),
         Rule(
             cel="has(self.data) == (has(self.ewc) || has(self.kl))",

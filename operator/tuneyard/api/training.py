@@ -137,6 +137,17 @@ class FineTuning(Training):
     guard: Guard | None = Field(default=None, exclude_if=lambda value: value is None)
     """A bound on forgetting that stops training (docs/forgetting.md). None: no bound."""
 
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *Training.rules,
+        Rule(
+            cel="!has(self.guard) || self.keepBest",
+            holds=lambda training: training.guard is None or training.keep_best,
+            message="needs the weights before the bound was crossed: remove keepBest or guard",
+            path="guard",
+            reads=("guard", "keepBest"),
+        ),
+    )
+
 
 class TrlTraining(Training):
     """The training loop of a method that only TRL has."""

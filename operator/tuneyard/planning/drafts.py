@@ -260,10 +260,9 @@ def train(
 
 def _defenses(training: FineTuning) -> dict[str, PreserveTerms | GuardLimits | None]:
     """Return the settings of defenses against forgetting, whose data the prepare stage reads."""
-    preserve, guard = training.preserve, training.guard
+    terms, guard = training.preserve, training.guard
     return {
-        "preserve": preserve
-        and PreserveTerms(l2sp=preserve.l2sp, ewc=preserve.ewc, kl=preserve.kl),
+        "preserve": terms and PreserveTerms(l2_sp=terms.l2_sp, ewc=terms.ewc, kl=terms.kl),
         "guard": guard and GuardLimits(worsens_by=guard.worsens_by, patience=guard.patience),
     }
 

@@ -31,7 +31,7 @@ from tuneyard_trainer.training.losses import Forward, accumulate_gradients
 from tuneyard_trainer.training.seeds import GENERAL_DROPOUT, derive_seed
 from tuneyard_trainer.worker import Worker
 
-L2SP, EWC, KL = "l2spPenalty", "ewcPenalty", "klToStart"
+L2SP, EWC, KL = "l2SpPenalty", "ewcPenalty", "klToStart"
 """The metrics of the terms. The penalties are multiplied by their strengths; the divergence is in
 nats per token, without its strength and temperature factor."""
 
@@ -52,8 +52,8 @@ class Preserving:
         start, parameters = reference.start, layers.trainable(inner.model)
         self._pulls: dict[str, Pull] = {}
         self._kl: KlToStart | None = None
-        if terms.l2sp:
-            self._pulls[L2SP] = Pull.l2sp(terms.l2sp, parameters, start)
+        if terms.l2_sp:
+            self._pulls[L2SP] = Pull.l2_sp(terms.l2_sp, parameters, start)
         if terms.ewc:
             fisher = stored_fisher(
                 folder,
@@ -121,7 +121,7 @@ class Pull:
         self._start, self._importance = start, importance
 
     @classmethod
-    def l2sp(
+    def l2_sp(
         cls, term: L2Sp, parameters: Mapping[str, nn.Parameter], start: Mapping[str, Tensor]
     ) -> Pull:
         """Return the term of L2-SP."""

@@ -602,4 +602,5 @@ class _Job:
 
 def _is_whole_epoch(loop: LoopSettings) -> bool:
     """Return whether a stage is certain to train on every row, and so on the longest one."""
-    return loop.max_steps is None and (loop.epochs or 0) >= 1 and loop.early_stopping is None
+    may_stop = loop.early_stopping or (isinstance(loop, TrainSettings) and loop.guard)
+    return loop.max_steps is None and (loop.epochs or 0) >= 1 and not may_stop
