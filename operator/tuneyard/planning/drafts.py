@@ -249,22 +249,23 @@ def train(
     rule: defaults.Rule,
 ) -> TrainSettings:
     """Return the settings of a stage that trains on prepared rows."""
-    return TrainSettings(
+    settings = TrainSettings(
         kind=method,
         adapter=adapter,
         packing=packing,
         **dict(loop(training, rule, epochs=defaults.EPOCHS)),
-        **(_defenses(training) if isinstance(training, FineTuning) else {}),
     )
+    return _defended(settings, training) if isinstance(training, FineTuning) else settings
 
 
-def _defenses(training: FineTuning) -> dict[str, PreserveTerms | GuardLimits | None]:
-    """Return the settings of defenses against forgetting, whose data the prepare stage reads."""
+def _defended(settings: TrainSettings, training: FineTuning) -> TrainSettings:
+    """Return the settings with defenses against forgetting, whose data the prepare stage reads."""
     terms, guard = training.preserve, training.guard
-    return {
+    update = {
         "preserve": terms and PreserveTerms(l2_sp=terms.l2_sp, ewc=terms.ewc, kl=terms.kl),
         "guard": guard and GuardLimits(worsens_by=guard.worsens_by, patience=guard.patience),
     }
+    return settings.model_copy(update=update)
 
 
 def loop(training: Training, rule: defaults.Rule, *, epochs: float) -> LoopSettings:
