@@ -280,6 +280,27 @@ BOTTLENECK = changed(
     {"spec.adapter.bottleneck": {"size": 8, "activation": "relu", "dropout": 0, "layers": "0"}},
 )
 
+DEFENDED = changed(
+    MINIMAL,
+    {
+        "spec.data.validation": {"fraction": 0.1},
+        "spec.training": {
+            "bestBy": "generalLoss",
+            "preserve": {
+                "data": [{"uri": "pvc://data/general.jsonl"}],
+                "l2Sp": {"strength": 0.1},
+                "ewc": {"strength": 50.0, "samples": 32},
+                "kl": {"strength": 0.5, "temperature": 2.0, "batchSize": 8},
+            },
+            "guard": {
+                "data": [{"uri": "pvc://data/watched.jsonl"}],
+                "worsensBy": 0.2,
+                "patience": 2,
+            },
+        },
+    },
+)
+
 DPO = job(
     "AlignmentJob",
     """
@@ -302,6 +323,33 @@ DPO = job(
     compute: {workers: 1}
     runPolicy: {maxAttempts: 1}
     """,
+)
+
+DPO_BY_TRL = changed(
+    DPO,
+    {
+        "spec.adapter": ABSENT,
+        "spec.optimize.dpo.training": {
+            "engine": "trl",
+            "trl": {"torch_compile": True},
+            "epochs": 1,
+            "freeze": {"embeddings": True},
+            "batchSize": 8,
+            "microBatchTokens": 2048,
+            "learningRate": 1e-4,
+            "schedule": {"type": "constant"},
+            "optimizer": {"weightDecay": 0.1},
+            "dropout": 0.1,
+            "precision": "float32",
+            "gradientCheckpointing": True,
+            "evaluationSteps": 50,
+            "earlyStopping": {"patience": 2},
+            "keepBest": True,
+            "bestBy": "preferenceAccuracy",
+            "checkpointSteps": 100,
+            "seed": 3,
+        },
+    },
 )
 
 PPO = job(
@@ -450,7 +498,10 @@ DISTILL = job(
     output: {uri: "file://out"}
     """,
 )
-DISTILL_STEPS = changed(DISTILL, {"spec.optimize.distill.training": {"maxSteps": 10}})
+DISTILL_STEPS = changed(
+    DISTILL,
+    {"spec.optimize.distill.training": {"maxSteps": 10, "bestBy": "validationLoss"}},
+)
 RULE_REWARD = changed(RLOO, {"spec.rewardModel.rule": {"jsonSchema": "{}"}})
 
 VALID = {
@@ -462,7 +513,9 @@ VALID = {
     "prompt": PROMPT,
     "ia3": IA3,
     "bottleneck": BOTTLENECK,
+    "defended": DEFENDED,
     "dpo": DPO,
+    "dpo-by-trl": DPO_BY_TRL,
     "ppo": PPO,
     "grpo": GRPO,
     "rloo": RLOO,
@@ -501,6 +554,41 @@ BROKEN_RULES = [
         "spec.data.validation",
         {"fraction": 0.1, "data": [{"uri": "file://v.jsonl"}]},
         "fraction, data",
+    ),
+    BrokenRule(
+        "no-term-against-forgetting",
+        changed(MINIMAL, {"spec.training": {"preserve": {}}}),
+        "spec.training.preserve",
+        "set at least one of l2Sp, ewc, kl",
+    ),
+    BrokenRule(
+        "no-general-data",
+        changed(MINIMAL, {"spec.training": {"preserve": {"kl": {}}}}),
+        "spec.training.preserve.data",
+        "is the general data of ewc and kl: set it with either of them, and only then",
+    ),
+    BrokenRule(
+        "unread-general-data",
+        changed(
+            MINIMAL,
+            {"spec.training": {"preserve": {"l2Sp": {}, "data": [{"uri": "file://g.jsonl"}]}}},
+        ),
+        "spec.training.preserve.data",
+        "is the general data of ewc and kl: set it with either of them, and only then",
+    ),
+    BrokenRule(
+        "a-guard-that-keeps-the-last",
+        changed(
+            MINIMAL,
+            {
+                "spec.training": {
+                    "guard": {"data": [{"uri": "file://g.jsonl"}]},
+                    "keepBest": False,
+                }
+            },
+        ),
+        "spec.training.guard",
+        "needs the weights before the bound was crossed: remove keepBest or guard",
     ),
     BrokenRule(
         "similarity-of-exact-duplicates",

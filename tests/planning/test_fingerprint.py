@@ -41,6 +41,13 @@ def planned(**changes: Any) -> Plan:
 
 
 STAGES = planned().stages
+GENERAL = [{"uri": "pvc://data/general.jsonl"}]
+DEFENDED = planned(
+    training__preserve={"l2Sp": {}, "ewc": {}, "kl": {}, "data": GENERAL},
+    training__guard={"data": GENERAL},
+    training__bestBy="generalLoss",
+    adapter=None,
+).stages
 KINDS: dict[str, StageKind] = {stage.name: stage.kind for stage in STAGES}
 
 # ---- what is identity -----------------------------------------------------------------------
@@ -59,7 +66,7 @@ def mutations(model: BaseModel, path: str = "") -> Iterator[tuple[str, BaseModel
 
 
 def all_mutations() -> Iterator[tuple[PlannedStage, str, BaseModel]]:
-    for stage in STAGES:
+    for stage in (*STAGES, *DEFENDED[:2]):
         for path, settings in mutations(stage.settings):
             yield stage, path, settings
 
@@ -81,6 +88,7 @@ def test_the_mutations_reach_nested_settings() -> None:
     """They reach nested settings only if these are set."""
     paths = {f"{stage.name}.{path}" for stage, path, _ in all_mutations()}
     assert {"sft.adapter.lora.rank", "sft.early_stopping.patience", "prepare.train"} <= paths
+    assert {"sft.preserve.kl.temperature", "sft.guard.patience", "prepare.general"} <= paths
 
 
 def test_disabled_gradient_clipping_differs_from_the_default() -> None:
@@ -243,7 +251,7 @@ def test_every_training_field_is_identity_or_declared_runtime() -> None:
         "seed": 9,
     }
     # They exclude epochs and the adapter, or need an engine: tested in test_plan and test_engines.
-    elsewhere = {"maxSteps", "freeze", "trl"}
+    elsewhere = {"maxSteps", "freeze", "trl", "bestBy"}
     runtime = set(yaml_fields(TrainRuntime)) - {"endpoint", "sharding"}  # of spec.compute
     assert set(values) | elsewhere | runtime == set(yaml_fields(Training))
     for field, value in values.items():

@@ -76,6 +76,25 @@ def test_a_base_takes_four_bytes_to_be_trained_two_under_lora_and_half_a_byte_in
     assert base_bytes(shape, single, 2) == 2 * (P - linear) + linear // 2 + 4 * (linear // 64)
 
 
+def test_terms_against_forgetting_keep_copies_of_the_trained_weights() -> None:
+    """The weights at the start, and for EWC the Fisher information; all terms share one start."""
+    general = [{"uri": "file://general.jsonl"}]
+
+    def gradient(**terms: Any) -> dict[str, int]:
+        training = {"preserve": terms} if terms else {}
+        job = planned("8B", "H200", training=training, adapter=None)
+        return parts(stages(job)["sft"], "gradient of the loss")
+
+    plain, l2_sp = gradient(), gradient(l2Sp={})
+    ewc, kl = gradient(ewc={}, data=general), gradient(kl={}, data=general)
+    every = gradient(l2Sp={}, ewc={}, kl={}, data=general)
+    assert "reference" not in plain
+    assert l2_sp == plain | {"reference": 4 * P}
+    assert ewc == plain | {"reference": 4 * P, "Fisher information": 4 * P}
+    assert kl == plain | {"reference": 4 * P, "logits": 2 * plain["logits"]}
+    assert every == ewc | {"logits": kl["logits"]}
+
+
 # ---- micro-batches ------------------------------------------------------------------------------
 
 

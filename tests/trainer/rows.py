@@ -28,11 +28,16 @@ def random_rows(count: int, *, seed: int = 0, vocabulary: int = 400) -> list[Row
 
 
 def write_prepared(
-    folder: Path, tokenizer: Any, train: list[Row], validation: list[Row] | None = None
+    folder: Path,
+    tokenizer: Any,
+    train: list[Row],
+    validation: list[Row] | None = None,
+    **general: list[Row],
 ) -> Path:
-    """Write the files of a prepare stage and return their folder."""
+    """Write the files of a prepare stage and return their folder. `general`: the rows of `general`
+    and `guard`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for split, rows in (("train", train), ("validation", validation or [])):
+    for split, rows in {"train": train, "validation": validation or [], **general}.items():
         if not rows:
             continue
         arrays = {

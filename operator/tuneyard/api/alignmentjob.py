@@ -21,7 +21,7 @@ from tuneyard.api.meta import API_VERSION, Model, ObjectMeta, Rule
 from tuneyard.api.sources import FineTuneData, ModelSource, Output
 from tuneyard.api.status import JobStatus
 from tuneyard.api.tracking import Tracking
-from tuneyard.api.training import MERGE_NEEDS_LINEARITY, STOPPING_NEEDS_VALIDATION, Training
+from tuneyard.api.training import MERGE_NEEDS_LINEARITY, STOPPING_NEEDS_VALIDATION, FineTuning
 
 
 class SupervisedStep(Model):
@@ -29,7 +29,7 @@ class SupervisedStep(Model):
 
     data: FineTuneData
     """Training and held-out data."""
-    training: Training = Training()
+    training: FineTuning = FineTuning()
     """The training loop."""
 
     rules: ClassVar[tuple[Rule, ...]] = (STOPPING_NEEDS_VALIDATION,)

@@ -17,7 +17,7 @@ from tuneyard.api.training import (
     FREEZE_WITHOUT_ADAPTER,
     MERGE_NEEDS_LINEARITY,
     STOPPING_NEEDS_VALIDATION,
-    Training,
+    FineTuning,
 )
 
 
@@ -33,7 +33,7 @@ class FineTuneSpec(Model):
     """Training and held-out data."""
     adapter: Adapter | None = None
     """A parameter-efficient method. None: full fine-tuning."""
-    training: Training = Training()
+    training: FineTuning = FineTuning()
     """The training loop."""
     evaluate: Evaluate = Evaluate()
     """The measurements of the result, and the bounds it must meet."""

@@ -48,6 +48,8 @@ class RowFacts(Report):
     """Tokens of the longest row to train on; of preferences, a prompt with one completion."""
     held_out: Length | None = None
     """Tokens of the longest held-out row. None: no rows are held out."""
+    general: Length | None = Field(default=None, exclude_if=lambda length: length is None)
+    """Tokens of the longest row of general data against forgetting. None: there is none."""
 
 
 class PromptFacts(Report):

@@ -37,6 +37,7 @@ REASONS = frozenset(
         "Forbidden",
         "GateFailed",
         "HeadLost",
+        "GuardExceeded",
         "ImagePullFailed",
         "InvalidData",
         "InvalidPreferences",

@@ -15,6 +15,7 @@ from tuneyard.api.alignment import RuleReward, Sampling, StopConditions
 from tuneyard.api.cleaning import Clean
 from tuneyard.api.evaluation import AnswerMetric, Gate
 from tuneyard.api.meta import Model
+from tuneyard.api.preserving import GuardLimits, PreserveTerms
 from tuneyard.api.sources import DataFormat, DocumentFields, FieldMap, FillInTheMiddle
 from tuneyard.api.training import EarlyStopping, Freeze, Optimizer, Schedule
 
@@ -72,8 +73,8 @@ class ToxicitySettings(Model):
 class PrepareSettings(Model):
     """Read, check, split and tokenize training data.
 
-    Inputs: `model` (for its tokenizer), `train.N`, `validation.N`, `documents` with `retrieval`,
-    and `toxicity` with `toxicity`.
+    Inputs: `model` (for its tokenizer), `train.N`, `validation.N`, `general.N`, `guard.N`,
+    `documents` with `retrieval`, and `toxicity` with `toxicity`.
     """
 
     kind: Literal["prepare"] = "prepare"
@@ -124,6 +125,16 @@ class PrepareSettings(Model):
     """A context before each question. None: rows stay as they are."""
     augmented: Literal[True] | None = Field(default=None, exclude_if=lambda value: value is None)
     """Whether the last input `train.N` has augmented rows. None: no input has."""
+    general: list[DatasetSettings] | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+    """Settings of each input `general.N`: what the terms of `TrainSettings.preserve` read. None:
+    there is none."""
+    guard: list[DatasetSettings] | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+    """Settings of each input `guard.N`: what `TrainSettings.guard` measures. None: there is
+    none."""
 
 
 class LoopSettings(Model):
@@ -155,7 +166,9 @@ class LoopSettings(Model):
     early_stopping: EarlyStopping | None
     """When to stop early. None: train to the end."""
     keep_best: bool
-    """Keep the weights with the lowest held-out loss."""
+    """Keep the weights of the best evaluation."""
+    best_by: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """The metric that decides which evaluation is the best. None: validationLoss."""
     precision: Literal["auto", "float32", "bfloat16"]
     """Data type of the forward and backward pass. auto: bfloat16 on GPU, float32 on CPU."""
     seed: int
@@ -174,6 +187,10 @@ class TrainSettings(LoopSettings):
     """Parameter-efficient method. None: full fine-tuning."""
     packing: Literal["auto", "always", "never"]
     """Whether several short sequences are packed into one row of a batch."""
+    preserve: PreserveTerms | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Terms against forgetting in the loss. None: none."""
+    guard: GuardLimits | None = Field(default=None, exclude_if=lambda value: value is None)
+    """The bound on forgetting that stops training. None: no bound."""
 
 
 class ChatSettings(Model):

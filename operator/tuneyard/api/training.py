@@ -8,6 +8,7 @@ from pydantic import Field
 
 from tuneyard.api.adapters import MERGEABLE, LayerRanges, Probability
 from tuneyard.api.meta import AutoInt, Model, Rule
+from tuneyard.api.preserving import Guard, Preserve
 
 LearningRate = Annotated[float, Field(gt=0, le=10)] | Literal["auto"]
 
@@ -24,13 +25,13 @@ class Freeze(Model):
 
 
 class EarlyStopping(Model):
-    """Stop when the held-out loss no longer decreases."""
+    """Stop when the held-out loss, or the metric of `bestBy`, no longer improves."""
 
     patience: int = Field(default=3, ge=1, le=1000)
     """Number of evaluations in a row without improvement before training stops."""
     min_delta: float = Field(default=0.0, ge=0, le=100)
-    """Smallest decrease of the held-out loss that counts as an improvement, in nats per token. The
-    kept checkpoint is the one with the lowest held-out loss, whatever the decrease."""
+    """Smallest change of the held-out loss that counts as an improvement, in nats per token; with
+    `bestBy`, of that metric in its unit. It does not change which checkpoint is kept."""
 
 
 class Schedule(Model):
@@ -105,8 +106,13 @@ class Training(Model):
     """Stop when the held-out loss no longer decreases; requires held-out rows. None: train to the
     end."""
     keep_best: bool = True
-    """True: keep the weights with the lowest held-out loss. False, or without held-out rows: the
-    last weights."""
+    """True: keep the weights of the best evaluation. False, or without held-out rows: the last
+    weights."""
+    best_by: str | None = Field(
+        default=None, min_length=1, max_length=64, exclude_if=lambda name: name is None
+    )
+    """The metric that decides which evaluation is the best, and when to stop early: the lowest
+    loss, or the highest of any other metric (docs/forgetting.md). None: validationLoss."""
     checkpoint_steps: int | None = Field(default=None, ge=1)
     """Steps between checkpoints. None: every 10 minutes and at each evaluation."""
     seed: int = Field(default=0, ge=0, lt=1 << 32)
@@ -119,6 +125,26 @@ class Training(Model):
             message="cannot be combined with epochs: remove maxSteps or epochs",
             path="maxSteps",
             reads=("epochs", "maxSteps"),
+        ),
+    )
+
+
+class FineTuning(Training):
+    """The training loop of a fine-tuning."""
+
+    preserve: Preserve | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Terms against forgetting in the loss (docs/forgetting.md). None: none."""
+    guard: Guard | None = Field(default=None, exclude_if=lambda value: value is None)
+    """A bound on forgetting that stops training (docs/forgetting.md). None: no bound."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *Training.rules,
+        Rule(
+            cel="!has(self.guard) || self.keepBest",
+            holds=lambda training: training.guard is None or training.keep_best,
+            message="needs the weights before the bound was crossed: remove keepBest or guard",
+            path="guard",
+            reads=("guard", "keepBest"),
         ),
     )
 

@@ -25,6 +25,7 @@ from tuneyard.api.stage_settings import (
     Settings,
     TrainSettings,
 )
+from tuneyard.planning.defenses import describe_guard, describe_terms
 
 
 def print_plan(console: Console, plan: Plan) -> None:
@@ -162,6 +163,12 @@ def _settings(plan: Plan) -> Iterable[tuple[str, str]]:
         yield f"batch size{of}", f"{loop.batch_size} sequences a step, over all workers"
         yield f"precision{of}", loop.precision
         yield f"seed{of}", str(loop.seed)
+        if loop.best_by:
+            yield f"best by{of}", loop.best_by
+        if isinstance(loop, TrainSettings) and loop.preserve:
+            yield f"against forgetting{of}", describe_terms(loop.preserve)
+        if isinstance(loop, TrainSettings) and loop.guard:
+            yield f"guard{of}", describe_guard(loop.guard)
     yield "workers", str(plan.compute.workers or 1)
     if sharding := {stage.runtime.sharding for stage in plan.stages} - {"none"}:
         yield "sharding", ", ".join(sharding)

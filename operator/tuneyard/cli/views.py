@@ -34,7 +34,8 @@ STYLES = {
 GIB = 1 << 30
 MAX_EVENTS = 8
 STAGE_METRICS = (
-    *("validationLoss", "loss", "validationPerplexity", "lossReduction", "answerAccuracy"),
+    *("validationLoss", "generalLossIncrease", "loss", "validationPerplexity", "lossReduction"),
+    "answerAccuracy",
     *("preferenceAccuracy", "rewardAccuracy", "reward", "kl", "steps", "rows", "tokens"),
 )
 """The metrics of a stage that are shown first; four fit in a line."""

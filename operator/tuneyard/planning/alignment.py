@@ -57,6 +57,7 @@ from tuneyard.planning.drafts import (
     dataset_settings,
     default_notes,
     evaluate,
+    general_inputs,
     generated,
     judge_input,
     judge_settings,
@@ -141,8 +142,14 @@ class _Builder:
         if step is None:
             return
         augmented, rows = augmentation(step.data, "spec.sft.data", self.model)
-        inputs = {"model": self.model, **data_inputs(step.data, "spec.sft.data"), **rows}
-        self.drafts += [*augmented, Draft("prepare", prepare(step.data, "sft"), inputs)]
+        inputs = {
+            "model": self.model,
+            **data_inputs(step.data, "spec.sft.data"),
+            **rows,
+            **general_inputs(step.training, "spec.sft.training"),
+        }
+        prepared = prepare(step.data, "sft", step.training)
+        self.drafts += [*augmented, Draft("prepare", prepared, inputs)]
         self._sft("sft", StageInput(stage="prepare"), step.training, step.data.packing, "sft")
 
     def add_constitution(self) -> None:

@@ -9,6 +9,7 @@ from tuneyard.api.adapters import Adapter
 from tuneyard.api.cleaning import Clean
 from tuneyard.api.evaluation import Evaluate, WinRate
 from tuneyard.api.plan import Input, PlannedStage, SourceInput, TrainRuntime
+from tuneyard.api.preserving import GuardLimits, PreserveTerms
 from tuneyard.api.sources import (
     Dataset,
     Documents,
@@ -31,7 +32,7 @@ from tuneyard.api.stage_settings import (
     TrainSettings,
     WinRateSettings,
 )
-from tuneyard.api.training import Training
+from tuneyard.api.training import FineTuning, Training
 from tuneyard.planning import defaults
 from tuneyard.planning.fingerprint import fingerprint
 from tuneyard.planning.principles import COMPARISON, PRINCIPLES
@@ -113,6 +114,17 @@ def data_inputs(data: FineTuneData, path: str) -> dict[str, SourceInput]:
     return inputs
 
 
+def general_inputs(training: FineTuning, path: str) -> dict[str, SourceInput]:
+    """Return the general data of defenses against forgetting as inputs `general.N` and `guard.N`.
+    `path`: the training's field in the manifest."""
+    preserve, guard = training.preserve, training.guard
+    preserved, watched = preserve and preserve.data, guard and guard.data
+    return {
+        **dataset_inputs("general", f"{path}.preserve.data", preserved or []),
+        **dataset_inputs("guard", f"{path}.guard.data", watched or []),
+    }
+
+
 def judge_input(judge: Judge | None, path: str) -> tuple[dict[str, Input], TrainRuntime]:
     """Return the judge as an input if the job runs it, or else as the endpoint of the runtime."""
     if judge and judge.model:
@@ -166,9 +178,13 @@ def runtime(training: Training, sharding: Sharding = "none") -> TrainRuntime:
     )
 
 
-def prepare(data: FineTuneData, method: Literal["sft", "pretrain"]) -> PrepareSettings:
-    """Return the settings of the stage that prepares training and held-out rows."""
+def prepare(
+    data: FineTuneData, method: Literal["sft", "pretrain"], training: FineTuning
+) -> PrepareSettings:
+    """Return the settings of the stage that prepares training and held-out rows, and the general
+    data of `training`."""
     validation, replay, augment = data.validation, data.replay, data.augment
+    preserve, guard = training.preserve, training.guard
     return PrepareSettings(
         method=method,
         train=[
@@ -193,6 +209,8 @@ def prepare(data: FineTuneData, method: Literal["sft", "pretrain"]) -> PrepareSe
         fill_in_the_middle=data.fill_in_the_middle,
         retrieval=_retrieval(data),
         augmented=True if augment else None,
+        general=dataset_settings(preserve.data) if preserve and preserve.data else None,
+        guard=dataset_settings(guard.data) if guard else None,
     )
 
 
@@ -234,12 +252,23 @@ def train(
     rule: defaults.Rule,
 ) -> TrainSettings:
     """Return the settings of a stage that trains on prepared rows."""
-    return TrainSettings(
+    settings = TrainSettings(
         kind=method,
         adapter=adapter,
         packing=packing,
         **dict(loop(training, rule, epochs=defaults.EPOCHS)),
     )
+    return _defended(settings, training) if isinstance(training, FineTuning) else settings
+
+
+def _defended(settings: TrainSettings, training: FineTuning) -> TrainSettings:
+    """Return the settings with defenses against forgetting, whose data the prepare stage reads."""
+    terms, guard = training.preserve, training.guard
+    update = {
+        "preserve": terms and PreserveTerms(l2_sp=terms.l2_sp, ewc=terms.ewc, kl=terms.kl),
+        "guard": guard and GuardLimits(worsens_by=guard.worsens_by, patience=guard.patience),
+    }
+    return settings.model_copy(update=update)
 
 
 def loop(training: Training, rule: defaults.Rule, *, epochs: float) -> LoopSettings:
@@ -260,6 +289,7 @@ def loop(training: Training, rule: defaults.Rule, *, epochs: float) -> LoopSetti
         evaluation_steps=training.evaluation_steps,
         early_stopping=training.early_stopping,
         keep_best=training.keep_best,
+        best_by=training.best_by,
         precision=training.precision,
         seed=training.seed,
     )

@@ -16,6 +16,7 @@ from tuneyard.planning.drafts import (
     data_inputs,
     default_notes,
     evaluate,
+    general_inputs,
     judge_input,
     prepare,
     runtime,
@@ -46,8 +47,13 @@ def _drafts(spec: FineTuneSpec, rule: defaults.Rule) -> list[Draft]:
         *augmented,
         Draft(
             "prepare",
-            prepare(spec.data, spec.method),
-            {"model": model, **data_inputs(spec.data, "spec.data"), **rows},
+            prepare(spec.data, spec.method, spec.training),
+            {
+                "model": model,
+                **data_inputs(spec.data, "spec.data"),
+                **rows,
+                **general_inputs(spec.training, "spec.training"),
+            },
         ),
         Draft(
             spec.method,

@@ -25,6 +25,7 @@ from tuneyard.api.training import Training
 from tuneyard.errors import Fault
 from tuneyard.planning import defaults
 from tuneyard.planning.augmentation import augmentation_faults, runs_a_model
+from tuneyard.planning.defenses import best_by_faults, defense_faults
 from tuneyard.planning.drafts import Sharding
 from tuneyard.planning.suites import is_paired, suite_faults, unknown_suite_metric
 from tuneyard.planning.trl_arguments import (
@@ -89,6 +90,7 @@ def fine_tuning_faults(spec: FineTuneSpec) -> list[Fault]:
         *_gap_faults(spec.data, "spec.data", spec.method),
         *_document_faults(spec.data, "spec.data"),
         *augmentation_faults(spec.data, "spec.data", shared=spec.compute.sharding == "fsdp"),
+        *defense_faults("spec.training", spec.training, spec.adapter, spec.data, "spec.data"),
     ]
     for path, gate in _gates(spec.evaluate):
         compared = spec.evaluate.compare_with_base
@@ -136,6 +138,7 @@ def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
         *(_gap_faults(spec.sft.data, "spec.sft.data", "sft") if spec.sft else ()),
         *(_document_faults(spec.sft.data, "spec.sft.data") if spec.sft else ()),
         *(augmentation_faults(spec.sft.data, "spec.sft.data", shared=False) if spec.sft else ()),
+        *_checkpoint_faults(spec),
     ]
     aligned = spec.optimize or (spec.reward_model and spec.reward_model.train)
     known = get_args(AlignmentMetric if aligned else Metric)
@@ -151,6 +154,24 @@ def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
             with_base = bool(aligned) or spec.evaluate.compare_with_base
             faults += _evidence_faults(path, gate, known, with_base=with_base)
     return faults
+
+
+def _checkpoint_faults(spec: AlignmentSpec) -> Iterator[Fault]:
+    """Yield the faults of defenses against forgetting, and of metrics that choose a checkpoint."""
+    sft = spec.sft
+    if sft:
+        path = "spec.sft.training"
+        yield from defense_faults(path, sft.training, spec.adapter, sft.data, "spec.sft.data")
+    for path, training in _trainings(spec):
+        method = path.split(".")[-2]
+        if path == "spec.rewardModel.train.training":
+            method = "reward"
+        elif spec.optimize and spec.optimize.dpo and method == "dpo":
+            method = "kto" if spec.optimize.dpo.loss == "kto" else "dpo"
+        elif path == "spec.constitution.training":
+            method = "fineTuning"
+        if path != "spec.sft.training":
+            yield from best_by_faults(path, training, method)
 
 
 def _preference_faults(spec: AlignmentSpec) -> Iterator[Fault]:

@@ -11,12 +11,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-Outcome = Literal["invalid", "filtered", "duplicate", "dropped", "trained", "heldOut"]
+Outcome = Literal[
+    "invalid", "filtered", "duplicate", "dropped", "trained", "heldOut", "general", "guard"
+]
 """Outcomes of a row. invalid: it cannot be read or encoded. filtered: a rule removed it. duplicate:
-it repeats an earlier row. dropped: it is too long. trained, heldOut: the split that it is in."""
+it repeats an earlier row. dropped: it is too long. The others: the split that it is in."""
 LOST: tuple[Outcome, ...] = ("invalid", "filtered", "duplicate", "dropped")
 """The outcomes of rows that are in no split. They have a cause each, except dropped."""
-SPLIT_OUTCOMES: Mapping[str, Outcome] = {"train": "trained", "validation": "heldOut"}
+SPLIT_OUTCOMES: Mapping[str, Outcome] = {
+    "train": "trained",
+    "validation": "heldOut",
+    "general": "general",
+    "guard": "guard",
+}
+GENERAL_OUTCOMES: tuple[Outcome, ...] = ("general", "guard")
+"""The outcomes of general data, which only jobs with defenses against forgetting have."""
 
 
 class Entry(NamedTuple):
@@ -156,8 +165,8 @@ class Ledger:
                 "contextOnly": self.context_only_tokens,
                 "added": self.added_tokens,
             },
-            "targets": {name: self.targets[name] for name in SPLIT_OUTCOMES.values()},
-            "sequences": {name: self.sequences[name] for name in SPLIT_OUTCOMES.values()},
+            "targets": _by_split(self.targets),
+            "sequences": _by_split(self.sequences),
             "changes": {name: self.changes[name] for name in sorted(self.changes)},
         }
 
@@ -183,6 +192,15 @@ def ledger_details(ledgers: Iterable[Ledger]) -> dict[str, Any]:
     }
 
 
+def _by_split(counts: Mapping[Outcome, int]) -> dict[str, int]:
+    """Return the counts of the splits; of general data only if there are any."""
+    return {
+        name: counts[name]
+        for name in SPLIT_OUTCOMES.values()
+        if name not in GENERAL_OUTCOMES or counts[name]
+    }
+
+
 def _by_outcome(counts: Mapping[Entry, int]) -> dict[str, Any]:
     """Return the counts by outcome. Outcomes with causes map each cause to its count."""
     found: dict[str, Any] = {
@@ -193,6 +211,8 @@ def _by_outcome(counts: Mapping[Entry, int]) -> dict[str, Any]:
         }
         for outcome in ("invalid", "filtered", "duplicate")
     }
-    for outcome in ("dropped", "trained", "heldOut"):
-        found[outcome] = sum(n for cause, n in counts.items() if cause.outcome == outcome)
+    for outcome in ("dropped", "trained", "heldOut", *GENERAL_OUTCOMES):
+        count = sum(n for cause, n in counts.items() if cause.outcome == outcome)
+        if count or outcome not in GENERAL_OUTCOMES:
+            found[outcome] = count
     return found

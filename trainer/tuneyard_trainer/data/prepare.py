@@ -29,7 +29,7 @@ from tuneyard_trainer.data.leak_check import check_leaks
 from tuneyard_trainer.data.ledger import SPLIT_OUTCOMES, Ledger, ledger_details
 from tuneyard_trainer.data.mixing import mixed_weights, mixture
 from tuneyard_trainer.data.parallel import Pool, num_processes
-from tuneyard_trainer.data.prepared import GAPS, SPLITS, Rows, remove_split
+from tuneyard_trainer.data.prepared import GAPS, GENERAL, GUARD, SPLITS, Rows, remove_split
 from tuneyard_trainer.data.preprocessing import Preprocessor
 from tuneyard_trainer.data.retrieval import Contexts
 from tuneyard_trainer.data.splits import (
@@ -149,6 +149,8 @@ class _Splits(NamedTuple):
     them."""
     codes: Codes
     """(R,) the outcome of each row of `read`."""
+    general_pieces: Mapping[str, Sequence[int]]
+    """The number of pieces of each row of `general` and `guard`, where the job has them."""
 
 
 def _write_splits(
@@ -169,15 +171,21 @@ def _write_splits(
     texts = spool / "train.jsonl" if compared else None
     seen, held_seen = _duplicates(settings), _duplicates(settings)
     folder = spool if spooled else workdir
+    general_pieces: dict[str, Sequence[int]] = {}
     with preprocessor.pool:
         with SplitWriter(folder, "train", seed, texts=texts) as read:
             preprocessor.read("train", settings.train, read, seen)
         with SplitWriter(folder, "validation", seed, texts=folder / _TEXTS) as held_read:
             preprocessor.read("validation", settings.validation, held_read, held_seen)
+        for split, datasets in ((GENERAL, settings.general), (GUARD, settings.guard)):
+            if datasets:
+                with SplitWriter(workdir, split, seed, texts=None) as general:
+                    preprocessor.read(split, datasets, general)
+                general_pieces[split] = general.num_pieces
     preprocessor.check()
     codes = np.full(len(read), TRAIN, dtype=np.int8)
     if not spooled:
-        return _Splits(read, held_read, read, codes)
+        return _Splits(read, held_read, read, codes, general_pieces)
     _remove_duplicates(codes, read, seen, preprocessor, "train")
     if fraction is not None:
         left = (codes == TRAIN) & (read.sources < _num_own(settings))
@@ -194,7 +202,7 @@ def _write_splits(
         assign_splits(read, codes, {TRAIN: train, HELD_OUT: validation}, change)
         if settings.validation:
             assign_splits(held_read, held_codes, {HELD_OUT: validation})
-    return _Splits(train, validation, read, codes)
+    return _Splits(train, validation, read, codes, general_pieces)
 
 
 def _write_examples(splits: _Splits, workdir: Path, num_own: int) -> None:
@@ -331,13 +339,18 @@ def _settle(ledgers: Mapping[str, Ledger], splits: _Splits, workdir: Path) -> No
     Held-out rows come from data sets of their own, or else from the training data sets.
     """
     roles = {role.partition(".")[0] for role in ledgers}
-    for split, writer in zip(SPLITS, (splits.train, splits.validation), strict=True):
+    pieces = {
+        "train": splits.train.num_pieces,
+        "validation": splits.validation.num_pieces,
+        **splits.general_pieces,
+    }
+    for split, num_pieces in pieces.items():
         rows = Rows.open(workdir, split)
         if rows is None:
             continue
         origin = split if split in roles else "train"
         first = np.zeros(len(rows), dtype=np.int64)
-        first[np.cumsum(writer.num_pieces) - np.asarray(writer.num_pieces)] = 1
+        first[np.cumsum(num_pieces) - np.asarray(num_pieces)] = 1
         for index, ledger in _numbered(ledgers, origin):
             mine = np.asarray(rows.source) == index
             ledger.settle(
@@ -367,7 +380,7 @@ def _clear(workdir: Path) -> None:
     (workdir / "data.json").unlink(missing_ok=True)
     for name in (_TEXTS, EXAMPLES):
         (workdir / name).unlink(missing_ok=True)
-    for name in (*SPLITS, GAPS):
+    for name in (*SPLITS, GAPS, GENERAL, GUARD):
         remove_split(workdir, name)
     for folder in (_SPOOL, "tokenizer"):
         shutil.rmtree(workdir / folder, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 A folder holds, for each split of `train` and `validation`, `SPLIT.tokens.npy` (int32, flat),
 `SPLIT.mask.npy` (uint8, flat), `SPLIT.offsets.npy` (int64, N+1) and `SPLIT.source.npy` (int16, N).
-`gaps` has the same files.
+`gaps`, `general` and `guard` have the same files.
 A split without rows has no files; `train` always has rows. `data.json` is written last: its
 presence means that the other files are complete.
 """
@@ -27,6 +27,9 @@ SPLITS = ("train", "validation")
 GAPS = "gaps"
 """The documents of `validation` with a gap each, whose text is the only target. Present where the
 job fills in the middle."""
+GENERAL, GUARD = "general", "guard"
+"""The general data of terms against forgetting, and that of the guard. Present where the job has
+them; never trained on."""
 ARRAYS = ("tokens", "mask", "offsets", "source")
 BLOCK_ROWS = 4096
 """Rows that are counted at a time."""
@@ -94,6 +97,10 @@ class Prepared:
     """`data.json`."""
     gaps: Rows | None = None
     """The held-out documents with a gap each. None: the job does not fill in the middle."""
+    general: Rows | None = None
+    """The general data of terms against forgetting. None: the job has none."""
+    guard: Rows | None = None
+    """The general data that the guard measures. None: the job has no guard."""
 
     @classmethod
     def open(cls, folder: Path) -> Prepared:
@@ -101,12 +108,13 @@ class Prepared:
         folder."""
         try:
             summary = json.loads((folder / "data.json").read_text("utf-8"))
-            train, validation, gaps = (Rows.open(folder, name) for name in (*SPLITS, GAPS))
+            names = (*SPLITS, GAPS, GENERAL, GUARD)
+            train, validation, *others = (Rows.open(folder, name) for name in names)
         except (OSError, ValueError) as error:
             raise StageError("NotPrepared", f"{folder} holds no prepared data: {error}.") from error
         if train is None:
             raise StageError("NotPrepared", f"{folder} holds no training rows.")
-        return cls(train, validation, summary, gaps)
+        return cls(train, validation, summary, *others)
 
     @property
     def weights(self) -> list[float]:

@@ -21,7 +21,7 @@ from tuneyard_trainer.data.encoding.masks import MaskProof
 from tuneyard_trainer.data.ledger import Ledger
 from tuneyard_trainer.data.originals import Originals
 from tuneyard_trainer.data.parallel import Pool
-from tuneyard_trainer.data.prepared import SPLITS
+from tuneyard_trainer.data.prepared import GENERAL, GUARD, SPLITS
 from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN, Examples, Summary, examples
 from tuneyard_trainer.data.reading.unread import unread_message
 from tuneyard_trainer.data.splits import SplitWriter
@@ -223,7 +223,7 @@ class Preprocessor:
         for reason, refusal in REFUSALS.items():
             if self.settings.on_invalid_row == "error" or not refusal.may_skip:
                 self._check_refused(reason, refusal)
-        for split in SPLITS:
+        for split in (*SPLITS, GENERAL, GUARD):
             self._check_left(split)
 
     def _check_refused(self, reason: str, refusal: Refusal) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from tuneyard_trainer.data.ledger import Entry, Ledger
+from tuneyard_trainer.data.ledger import SPLIT_OUTCOMES, Entry, Ledger
 from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN
 
 OVERLENGTH_OUTCOMES = ("dropped", "truncated", "split")
@@ -86,7 +86,7 @@ class Tally:
             "name": ledger.name,
             "format": self.format,
             "rows": ledger.read,
-            "kept": ledger.num_rows("trained") + ledger.num_rows("heldOut"),
+            "kept": sum(map(ledger.num_rows, SPLIT_OUTCOMES.values())),
             "skipped": self.skipped,
             **{name: self.outcome(name) for name in OVERLENGTH_OUTCOMES},
             "filtered": ledger.num_rows("filtered"),

@@ -182,7 +182,7 @@ class LineView:
             return True
         time, shown = self._shown
         step, total = event["step"], event["totalSteps"]
-        measured = {"validationLoss", "heldOutReward"} & event["metrics"].keys()
+        measured = {"validationLoss", "generalLoss", "heldOutReward"} & event["metrics"].keys()
         if measured or (step and not shown):
             return True
         share = LINE_SHARE * total if step < total else 1
@@ -377,6 +377,10 @@ def _status(running: Running, now: float) -> str:
         base = metrics.get("baseValidationLoss")
         beside = f" (base {number(base)})" if base is not None else ""
         parts.append(f"held out {number(metrics['validationLoss'])}{beside}")
+    if "generalLoss" in metrics:
+        increase = metrics.get("generalLossIncrease")
+        beside = f" ({increase:+.2f})" if increase is not None else ""
+        parts.append(f"general {number(metrics['generalLoss'])}{beside}")
     parts += [
         f"{_SHOWN_METRICS[name]} {number(metrics[name])}"
         for name in _SHOWN_METRICS

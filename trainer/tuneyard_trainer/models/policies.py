@@ -207,6 +207,11 @@ class Reference:
         self._model, self._parameters = model, trainable(model)
         self._start = {name: p.detach().clone() for name, p in self._parameters.items()}
 
+    @property
+    def start(self) -> Mapping[str, torch.Tensor]:
+        """The trained tensors at the start of the stage, by name, while it is not active."""
+        return self._start
+
     @contextmanager
     def active(self) -> Iterator[None]:
         """While active, the model is the reference. No backward pass may be pending."""

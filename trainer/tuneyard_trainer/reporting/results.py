@@ -469,6 +469,8 @@ def _steps(metrics: Mapping[str, float], details: Mapping[str, Any]) -> str:
 
 def _run_notes(details: Mapping[str, Any]) -> list[str]:
     notes = ["stopped early"] if details.get("stoppedEarly") else []
+    if details.get("stoppedByGuard"):
+        notes = [details["stoppedByGuard"]]
     if details.get("resumedAtStep") is not None:
         notes.append(f"resumed after step {count(details['resumedAtStep'])}")
     return notes
@@ -500,6 +502,9 @@ def _training_headline(metrics: Mapping[str, float], details: Mapping[str, Any])
         )
     elif "finalLoss" in metrics:
         parts.append(f"loss {number(metrics['finalLoss'])}")
+    if "generalLoss" in metrics:
+        before, after = metrics["baseGeneralLoss"], metrics["generalLoss"]
+        parts.append(f"general loss {number(before)} → {number(after)}")
     if "tokensPerSecond" in metrics:
         parts.append(f"{count(metrics['tokensPerSecond'])} tokens/s")
     return parts + _run_notes(details)

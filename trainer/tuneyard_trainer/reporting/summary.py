@@ -275,6 +275,10 @@ class RunSummary:
         if tokens.get("added"):
             lines += [("Added for filling in the middle", None, tokens["added"])]
         lines += [("Held out", rows["heldOut"], tokens["heldOut"])]
+        general = {"general": "General data against forgetting", "guard": "Watched by the guard"}
+        lines += [
+            (label, rows[name], tokens[name]) for name, label in general.items() if name in rows
+        ]
         lines += [("Trained on", rows["trained"], tokens["trained"])]
         lines += [("of these, context", None, tokens["trained"] - total["targets"]["trained"])]
         lines += self._packing

@@ -101,9 +101,11 @@ def _rows(stages: Iterable[PlannedStage], at_hand: AtHand) -> dict[str, RowFacts
         data = stage.inputs.get("data")
         folder = at_hand(stage, "data") if isinstance(data, StageInput) else None
         if isinstance(data, StageInput) and folder and data.stage not in found:
-            longest, held_out = (_longest(folder, split) for split in ("train", "validation"))
+            splits = ("train", "validation", "general")
+            longest, held_out, general = (_longest(folder, split) for split in splits)
             if longest:
-                found[data.stage] = RowFacts(longest=longest, held_out=held_out)
+                facts = RowFacts(longest=longest, held_out=held_out, general=general)
+                found[data.stage] = facts
     return found
 
 

@@ -42,6 +42,9 @@ from tuneyard_trainer.worker import StageContext
 CHECKPOINT_SECONDS = 600.0
 """Time between two checkpoints if the job sets no interval in steps."""
 
+FOLDER = "checkpoints"
+"""The folder of the checkpoints, in the stage's work folder."""
+
 STATE = ("state.json", "added.json")
 DIGESTS = "digests.json"
 ADDED = MappingProxyType({"since": "0.3"})
@@ -60,17 +63,22 @@ class LoopState:
     seconds: float = 0.0
     """Training time so far, over all attempts."""
     best_step: int | None = None
-    """The step with the lowest held-out loss; None: no evaluation yet."""
+    """The step of the best evaluation; None: none yet. With a guard and without held-out rows: the
+    last one within the guard's bound."""
     best_loss: float | None = None
-    """Its held-out loss."""
+    """Its held-out loss, or its value of `bestBy`, negated if the highest is the best."""
     stale: int = 0
     """Evaluations in a row without an improvement that early stopping counts."""
     patience_loss: float | None = field(default=None, metadata=ADDED)
-    """The held-out loss of the last improvement that early stopping counted; None: it is
-    `best_loss`, as it always is without `minDelta`."""
+    """The `best_loss` of the last improvement that early stopping counted; None: it is `best_loss`,
+    as it always is without `minDelta` and a guard."""
     unmeasured: bool = field(default=False, metadata=ADDED)
     """Whether the evaluation after `step` is due and was left out for a stop request: a resumed run
     begins with it."""
+    beyond_guard: int = field(default=0, metadata=ADDED)
+    """Evaluations in a row beyond the bound of the guard."""
+    base_general_loss: float | None = field(default=None, metadata=ADDED)
+    """The loss of the guard's rows before training. None: there is no guard."""
 
     def optimizer_age(self) -> int:
         """Return the number of optimizer steps, which AdamW's bias correction needs."""
@@ -90,7 +98,7 @@ class Checkpoints(Generic[State]):
         parameters: Parameters,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        self.folder = context.workdir / "checkpoints"
+        self.folder = context.workdir / FOLDER
         self._history = context.workdir / METRICS
         self._worker, self._every = context.worker, context.stage.runtime.checkpoint_steps
         self._state_type, self._parameters, self._optimizer = state_type, parameters, optimizer

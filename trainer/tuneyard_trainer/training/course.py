@@ -1,7 +1,8 @@
 """The course of one attempt's training, whichever engine takes the steps.
 
 It decides where an attempt resumes and what follows each step: curves, held-out losses, early
-stopping, checkpoints and an orderly end. The engines are `training.loop` and `trl_engine`.
+stopping, the guard, checkpoints and an orderly end. The engines are `training.loop` and
+`trl_engine`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from tuneyard.api.stage_settings import LoopSettings
+from tuneyard.api.stage_settings import LoopSettings, TrainSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import base, layers
 from tuneyard_trainer.models.base import precision_of
@@ -31,12 +32,12 @@ class Measure(Protocol):
 
     @property
     def holds_out(self) -> bool:
-        """Whether there are held-out rows."""
+        """Whether there are rows to measure: held-out rows, or those of a guard."""
         ...
 
     def held_out(self) -> dict[str, float]:
-        """Return the metrics of the held-out rows, `validationLoss` among them, over all
-        workers."""
+        """Return the metrics of these rows, over all workers: `validationLoss` and others of
+        held-out rows, and `generalLoss` of a guard's rows."""
         ...
 
     def baseline(self) -> dict[str, float]:
@@ -69,8 +70,7 @@ class Course:
         self.checkpoints = Checkpoints(context, LoopState, self.parameters, self.optimizer)
         self.history = History(context.workdir / METRICS, context.worker)
         self.total = order.total_steps(settings.epochs, settings.max_steps)
-        self.base_loss: float | None = None
-        """The held-out loss of the baseline; None: not measured."""
+        self.guard = settings.guard if isinstance(settings, TrainSettings) else None
         self.resumed_at: int | None = None
         """The step after which this attempt resumed; None: it started from step 0."""
         self._mark = 0.0
@@ -117,16 +117,24 @@ class Course:
         return state
 
     def finish(self, state: LoopState) -> LoopState:
-        """Wait for the last checkpoint and load the weights to keep; return the state."""
+        """Wait for the last checkpoint and load the weights to keep; return the state. Raises
+        StageError GuardExceeded if no checkpoint is within the bound of the guard."""
         self.checkpoints.wait()
+        if self.guard and state.best_step is None:
+            raise self._nothing_within(state)
         if self.settings.keep_best:
             self.checkpoints.restore_best(state)
         return state
 
     def should_stop_early(self, state: LoopState) -> bool:
-        """Return whether the held-out loss has stopped decreasing."""
+        """Return whether evaluations have stopped improving, or the guard stops training."""
         rule = self.settings.early_stopping
-        return rule is not None and state.stale >= rule.patience
+        is_stale = rule is not None and state.stale >= rule.patience
+        return is_stale or self.is_stopped_by_guard(state)
+
+    def is_stopped_by_guard(self, state: LoopState) -> bool:
+        """Return whether the loss of general data has risen beyond the bound of the guard."""
+        return self.guard is not None and state.beyond_guard >= self.guard.patience
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
@@ -136,11 +144,10 @@ class Course:
         state = self.checkpoints.resume()
         if state is None:
             self.history.truncate(0)
-            self._measure_base()
+            baseline = self._measure_base()
             self.worker.report(total_steps=self.total, resumed_step=0)
-            return LoopState()
+            return LoopState(base_general_loss=baseline.get("generalLoss"))
         self.history.truncate(state.step)
-        self.base_loss = self.history.base_loss()
         self.resumed_at = state.step
         self.worker.report(
             step=state.step,
@@ -158,16 +165,16 @@ class Course:
         every = self.settings.evaluation_steps or self.order.steps_per_epoch
         return step % every == 0 or step == self.total
 
-    def _measure_base(self) -> None:
-        """Measure the held-out metrics of the baseline."""
+    def _measure_base(self) -> Mapping[str, float]:
+        """Measure, report and return the metrics of the baseline."""
         if not self.measure.holds_out:
-            return
+            return {}
         self.worker.report(total_steps=self.total, message="evaluating the baseline")
         baseline = self.measure.baseline()
-        self.base_loss = baseline["validationLoss"]
-        metrics = {f"base{name[:1].upper()}{name[1:]}": value for name, value in baseline.items()}
+        metrics = {base_name(name): value for name, value in baseline.items()}
         self.history.write({"step": 0, **metrics})
         self.worker.report(total_steps=self.total, metrics=metrics)
+        return baseline
 
     def _evaluate_late(self, state: LoopState) -> LoopState:
         """Evaluate a resumed state that was saved without its evaluation. Raises Interrupted."""
@@ -188,26 +195,63 @@ class Course:
         except Interrupted:
             return unmeasured
         state = replace(state, unmeasured=False)
-        loss = metrics["validationLoss"]
-        if not math.isfinite(loss):
-            raise not_finite(f"the held-out loss became {loss} after step {state.step}")
+        for name in ("validationLoss", "generalLoss"):
+            if not math.isfinite(metrics.get(name, 0.0)):
+                kind = "held-out" if name == "validationLoss" else "general"
+                message = f"the {kind} loss became {metrics[name]} after step {state.step}"
+                raise not_finite(message)
+        if state.base_general_loss is not None:
+            metrics["generalLossIncrease"] = metrics["generalLoss"] - state.base_general_loss
         self.history.write({"step": state.step, **metrics})
         self.worker.report(step=state.step, total_steps=self.total, metrics=metrics)
+        return self._judge(state, metrics)
+
+    def _judge(self, state: LoopState, metrics: Mapping[str, float]) -> LoopState:
+        """Return the state with the best step, the patience and the guard's count after an
+        evaluation. An evaluation beyond the guard's bound is never the best."""
+        is_within = True
+        if self.guard:
+            is_within = metrics["generalLossIncrease"] <= self.guard.worsens_by
+            state = replace(state, beyond_guard=0 if is_within else state.beyond_guard + 1)
+            if self.is_stopped_by_guard(state):
+                self.worker.report(step=state.step, message=self._stopped_by_guard(state))
+        name = self.settings.best_by or "validationLoss"
+        if name not in metrics:  # a guard without held-out rows
+            return replace(state, best_step=state.step) if is_within else state
+        loss = metrics[name] if name.endswith("Loss") else -metrics[name]
         state = self._count_patience(state, loss)
-        if state.best_loss is None or loss < state.best_loss:
+        if is_within and (state.best_loss is None or loss < state.best_loss):
             state = replace(state, best_step=state.step, best_loss=loss)
         if state.patience_loss == state.best_loss:
             state = replace(state, patience_loss=None)
         return state
 
     def _count_patience(self, state: LoopState, loss: float) -> LoopState:
-        """Return the state with the evaluations since the held-out loss last fell by more than
-        `minDelta`, which decides early stopping and not which checkpoint is kept."""
+        """Return the state with the evaluations since the loss last fell by more than `minDelta`,
+        which decides early stopping and not which checkpoint is kept."""
         delta = self.settings.early_stopping.min_delta if self.settings.early_stopping else 0.0
         reference = state.best_loss if state.patience_loss is None else state.patience_loss
         if reference is None or loss < reference - delta:
             return replace(state, patience_loss=loss, stale=0)
         return replace(state, patience_loss=reference, stale=state.stale + 1)
+
+    def _stopped_by_guard(self, state: LoopState) -> str:
+        """Return why the guard stopped training, and what is kept."""
+        increase = self.history.last("generalLossIncrease")
+        bound = self.guard.worsens_by if self.guard else math.nan
+        kept = "no earlier step is" if state.best_step is None else f"step {state.best_step} is"
+        return (
+            f"stopped by the guard at step {state.step}: the general loss has risen by "
+            f"{increase:.3g} nats per token, and the bound is {bound:g}; {kept} kept"
+        )
+
+    def _nothing_within(self, state: LoopState) -> StageError:
+        return StageError(
+            "GuardExceeded",
+            f"{self._stopped_by_guard(state)}.",
+            advice="Lower training.learningRate or training.evaluationSteps, add "
+            "training.preserve or data.replay, or raise training.guard.worsensBy.",
+        )
 
     # ---- results --------------------------------------------------------------------------------
 
@@ -235,11 +279,14 @@ class Course:
             "peakMemoryBytes": float(base.peak_memory_bytes(self.worker.device)),
             "finalLoss": self.history.last("loss"),
         }
-        if state.best_loss is not None:  # the last step has an evaluation too
-            last = self.history.last("validationLoss")
-            metrics["validationLoss"] = state.best_loss if self.settings.keep_best else last
-        if self.base_loss is not None:
-            metrics["baseValidationLoss"] = self.base_loss
+        kept = state.best_step if self.settings.keep_best and state.best_step else state.step
+        evaluated = self.history.evaluated(kept)
+        for name in ("validationLoss", "generalLoss"):
+            if name in evaluated:
+                of_base = base_name(name)
+                metrics |= {name: evaluated[name], of_base: self.history.last(of_base)}
+        if "generalLossIncrease" in evaluated:
+            metrics["generalLossIncrease"] = evaluated["generalLossIncrease"]
         return metrics
 
     def details(self, state: LoopState) -> dict[str, Any]:
@@ -249,10 +296,21 @@ class Course:
             "bestStep": state.best_step,
             "resumedAtStep": self.resumed_at,
             "stoppedEarly": self.should_stop_early(state),
+            **self._guard_details(state),
             "precision": str(precision_of(self.settings, self.worker)).removeprefix("torch."),
             "device": self.worker.device.type,
             "workers": self.worker.world_size,
         }
+
+    def _guard_details(self, state: LoopState) -> dict[str, Any]:
+        if not self.is_stopped_by_guard(state):
+            return {}
+        return {"stoppedByGuard": self._stopped_by_guard(state)}
+
+
+def base_name(metric: str) -> str:
+    """Return the name of a metric of the baseline."""
+    return f"base{metric[:1].upper()}{metric[1:]}"
 
 
 def _tokens_per_second(state: LoopState) -> float:

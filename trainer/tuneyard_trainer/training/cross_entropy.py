@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from tuneyard.api.stage_settings import TrainSettings
-from tuneyard_trainer.data.prepared import Prepared
+from tuneyard_trainer.data.prepared import Prepared, Rows
 from tuneyard_trainer.models import adapters
 from tuneyard_trainer.models.sharding import is_shared
 from tuneyard_trainer.training.batches import Indices, MicroBatch, Order, Packing, share
@@ -30,7 +30,15 @@ class CrossEntropy:
 
     @property
     def holds_out(self) -> bool:
-        return self.data.validation is not None
+        return bool(self._measured)
+
+    @property
+    def _measured(self) -> dict[str, Rows]:
+        """The rows that are measured at each evaluation, by the metric of their loss."""
+        rows = {"validationLoss": self.data.validation}
+        if self.settings.guard:
+            rows["generalLoss"] = self.data.guard
+        return {name: found for name, found in rows.items() if found is not None}
 
     def backward(self, rows: Indices, step: int) -> Tensor:
         train, worker = self.data.train, self.worker
@@ -50,12 +58,9 @@ class CrossEntropy:
         )
 
     def held_out(self) -> dict[str, float]:
-        rows = self.data.validation
-        if rows is None:
-            raise ValueError("no held-out rows")
         shared = is_shared(self.model)
         mean = self.forward.mean_loss_of_shards if shared else self.forward.mean_loss
-        return {"validationLoss": mean(self.model, rows, self.worker)}
+        return {name: mean(self.model, rows, self.worker) for name, rows in self._measured.items()}
 
     def baseline(self) -> dict[str, float]:
         """Return the held-out metrics of the base: the adapter is disabled."""

@@ -55,12 +55,9 @@ class History:
 
     def evaluated(self, step: int | None) -> dict[str, float]:
         """Return the held-out metrics after a step; {} if the step was not evaluated."""
-        lines = [line for line in self.lines() if line["step"] == step and "validationLoss" in line]
+        measured = {"validationLoss", "generalLoss"}
+        lines = [line for line in self.lines() if line["step"] == step and measured & line.keys()]
         return {name: value for name, value in lines[-1].items() if name != "step"} if lines else {}
-
-    def base_loss(self) -> float | None:
-        """Return the held-out loss of the baseline; None if it was not measured."""
-        return self._last.get("baseValidationLoss")
 
     def last(self, name: str) -> float:
         """Return the most recent value of a metric; NaN if there is none."""

@@ -123,6 +123,15 @@ class Forward:
         with autocast(self.device, self.precision):
             return _target_loss(model, batch, reduction)
 
+    def target_logits(
+        self, model: nn.Module, rows: Rows, micro_batch: MicroBatch
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logits (N, V) of a micro-batch's targets in float32, in the order of the bins,
+        and the targets themselves (N,)."""
+        batch = collate(rows, micro_batch, pad=self.pad, packed=self.pack, device=self.device)
+        with autocast(self.device, self.precision):
+            return _target_logits(model, batch)
+
     def mean_loss_of_shards(self, model: nn.Module, rows: Rows, worker: Worker) -> float:
         """Return the same mean of a sharded model. Its workers gather its layers together, so each
         of them makes as many forward passes as the others. Raises Interrupted on all of them if any
@@ -217,7 +226,13 @@ def collate(
 
 
 def _target_loss(model: nn.Module, batch: Batch, reduction: str) -> Tensor:
-    """Return the cross-entropy of a batch's targets, with logits of these positions alone.
+    """Return the cross-entropy of a batch's targets."""
+    logits_NV, labels_N = _target_logits(model, batch)
+    return F.cross_entropy(logits_NV, labels_N, reduction=reduction)
+
+
+def _target_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the logits of a batch's targets (N, V), of these positions alone, and the targets.
 
     In chat data most positions carry no loss, and the head is a fifth of a small model's
     arithmetic.
@@ -229,8 +244,7 @@ def _target_loss(model: nn.Module, batch: Batch, reduction: str) -> Tensor:
         context = {"attention_mask": batch.attention_BL}
     with head_at(model, bins_N, columns_N, batch.ids_BL.shape[1]):
         logits_NV = model(input_ids=batch.ids_BL, use_cache=False, **context).logits[0]
-    labels_N = batch.labels_BL[bins_N, columns_N]
-    return F.cross_entropy(logits_NV.float(), labels_N, reduction=reduction)
+    return logits_NV.float(), batch.labels_BL[bins_N, columns_N]
 
 
 def accumulate_gradients(

@@ -11,9 +11,11 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.data.prepared import Prepared
 from tuneyard_trainer.models import policies, probes
 from tuneyard_trainer.training.batches import Order
+from tuneyard_trainer.training.checkpoints import FOLDER
 from tuneyard_trainer.training.cross_entropy import CrossEntropy
-from tuneyard_trainer.training.loop import Loop
+from tuneyard_trainer.training.loop import Loop, Objective
 from tuneyard_trainer.training.policy import load_policy
+from tuneyard_trainer.training.preserving import Preserving
 from tuneyard_trainer.worker import StageContext, StageOutcome
 
 
@@ -25,7 +27,10 @@ def run(context: StageContext) -> StageOutcome:
     if context.worker.is_main:
         policies.save(loop.model, settings.adapter, context.workdir / policies.WEIGHTS)
     details, metrics = loop.details(state), loop.summary(state)
-    if context.worker.is_main and isinstance(objective := loop.objective, CrossEntropy):
+    objective = loop.objective
+    if isinstance(objective, Preserving):
+        objective = objective.inner
+    if context.worker.is_main and isinstance(objective, CrossEntropy):
         packing = objective.packing(loop.order, state.step)
         metrics |= {
             "packedSequences": packing.sequences,
@@ -44,7 +49,10 @@ def build(context: StageContext, settings: TrainSettings) -> Loop:
         context, settings, settings.adapter, max_length=data.max_length, packs=packs
     )
     order = Order.of(data.train.source, data.weights, settings.batch_size, settings.seed)
-    objective = CrossEntropy(model, data, forward, settings, context.worker)
+    plain = CrossEntropy(model, data, forward, settings, context.worker)
+    objective: Objective = plain
+    if settings.preserve:
+        objective = Preserving(plain, context.workdir / FOLDER)
     return Loop(context, settings, objective, order, model)
 
 

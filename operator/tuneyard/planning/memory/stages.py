@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.compute import MIN_SHARDS
 from tuneyard.api.model_facts import ModelFacts
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput
+from tuneyard.api.preserving import PreserveTerms
 from tuneyard.api.stage_settings import (
     AugmentSettings,
     CritiqueSettings,
@@ -218,6 +219,8 @@ class _Job:
         loop = settings if isinstance(settings, TrainSettings) else settings.training
         batch, masked = self._rows_at_once(stage, settings, loop)
         step = self._step(stage, loop, settings.adapter, batch, masked=masked)
+        if isinstance(settings, TrainSettings) and settings.preserve:
+            step = _with_terms(step, settings.preserve, batch)
         moments = tuple(step.moments())
         gathers = step.sharding == "fsdp" and step.trained.adapter is None
         hosts = [host.gathered_checkpoint(step.facts) if gathers else host.checkpoint(step.trained)]
@@ -240,7 +243,10 @@ class _Job:
         rows = isinstance(settings, TrainSettings)
         group = 1 if rows or unpaired else 2
         capacity = self.lengths.row_bins if rows else self.lengths.pair_bins
-        tokens, share = self._settings(stage).micro_batch_tokens, self._share(loop.batch_size)
+        rows_of_step = loop.batch_size
+        if isinstance(settings, TrainSettings) and settings.preserve and settings.preserve.kl:
+            rows_of_step = max(rows_of_step, settings.preserve.kl.batch_size)
+        tokens, share = self._settings(stage).micro_batch_tokens, self._share(rows_of_step)
         packed = not (reward or loop.engine) and not (
             isinstance(settings, TrainSettings) and settings.packing == "never"
         )
@@ -257,7 +263,10 @@ class _Job:
             return 1
         fine_tuning = isinstance(stage.settings, TrainSettings)
         most = self.lengths.rows if fine_tuning else self.lengths.pairs
-        return most if measured is None else min(most, measured.longest)
+        if measured is None:
+            return most
+        general = 0 if self.least else measured.general or 0
+        return min(most, max(measured.longest, general))
 
     def _assumed_rows(self, stage: PlannedStage) -> tuple[str, ...]:
         if self.lengths.measured(stage):
@@ -617,6 +626,18 @@ class _Job:
         return (f"prompts are assumed to have up to {shape.prompt} tokens", new)
 
 
+def _with_terms(step: Step, terms: PreserveTerms, batch: MicroBatch) -> Step:
+    """Return a training step with terms against forgetting."""
+    return replace(
+        step,
+        reference=True,
+        pulls=bool(terms.l2_sp or terms.ewc),
+        fisher=terms.ewc is not None,
+        general_targets=batch.targets if terms.kl else 0,
+    )
+
+
 def _is_whole_epoch(loop: LoopSettings) -> bool:
     """Return whether a stage is certain to train on every row, and so on the longest one."""
-    return loop.max_steps is None and (loop.epochs or 0) >= 1 and loop.early_stopping is None
+    may_stop = loop.early_stopping or (isinstance(loop, TrainSettings) and loop.guard)
+    return loop.max_steps is None and (loop.epochs or 0) >= 1 and not may_stop

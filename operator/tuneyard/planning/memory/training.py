@@ -24,6 +24,12 @@ MOMENTS_BYTES = 8
 """AdamW's two moments, in float32. Counted by arithmetic: torch's tracker misses them."""
 UPDATE_BYTES = 4
 """AdamW's square roots of the second moment, of all parameters at once on a GPU."""
+PULL_BYTES = 16
+"""L2-SP and EWC hold the distance, the slope, a scaled slope and a product, of one parameter at a
+time, in float32."""
+GENERAL_LOGIT_BYTES = 12
+"""The log-probabilities under the reference, their exponentials and a product, in float32, beside
+what the cross-entropy of as many targets takes."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,16 @@ class Step:
     sharding: Sharding = "none"
     checkpointing: bool = False
     reference: bool = False
-    """Whether a copy of the trained parameters is kept as the reference, as PPO and GRPO do. DPO
-    computes the reference's log-probabilities before its first step, with the model itself."""
+    """Whether a copy of the trained parameters is kept as the reference, as PPO and GRPO do, and
+    terms against forgetting. DPO computes the reference's log-probabilities before its first step,
+    with the model itself."""
+    pulls: bool = False
+    """Whether the trained parameters are pulled toward the reference, by L2-SP or EWC."""
+    fisher: bool = False
+    """Whether the Fisher information of the trained parameters is kept, for EWC."""
+    general_targets: int = 0
+    """Targets of a general micro-batch, whose distribution under the reference is kept. 0: there is
+    no divergence among the terms of the loss."""
     added_parameters: int = 0
     """Trained parameters beside the model's: a value head, or the head of a reward model."""
 
@@ -76,6 +90,7 @@ class Step:
             ("gradients", TRAINED_BYTES * count),
             ("optimizer", MOMENTS_BYTES * count),
             ("reference", TRAINED_BYTES * count if self.reference else 0),
+            ("Fisher information", TRAINED_BYTES * count if self.fisher else 0),
         )
 
     # ---- the moments ----------------------------------------------------------------------------
@@ -87,6 +102,7 @@ class Step:
         end = head_input_bytes(self.facts, self.trained, self.batch, self.how)
         tile = self._tile
         logits = tile or logits_bytes(self.facts, self.loss, self.batch)
+        logits += GENERAL_LOGIT_BYTES * self.facts.vocabulary_size * self.general_targets
         layers = self._kept_layers
         if self.checkpointing:
             forward = tile or forward_logits_bytes(self.facts, self.loss, self.batch, self.how)
@@ -120,6 +136,9 @@ class Step:
         if self.devices > 1 and (self.sharding == "none" or self.trained.adapter):
             size = TRAINED_BYTES * self.trained_parameters
             yield Moment.of("sum of the gradients", *kept, ("buffer of the gradients", size))
+        if self.pulls:
+            temporary = PULL_BYTES * self.facts.largest_tensor
+            yield Moment.of("pull toward the start", *kept, ("temporary tensors", temporary))
         update = 0 if self.in_place_updates else UPDATE_BYTES * self.trained_parameters
         yield Moment.of("optimizer step", *kept, ("temporary tensors", update))
 
