@@ -94,8 +94,10 @@ class _Reader:
     """The columns of each data set that nothing reads."""
     examples: dict[str, list[str]] = field(default_factory=dict)
     """The first rejected rows of each reason."""
-    too_long: list[str] = field(default_factory=list)
+    num_too_long: int = 0
     """The groups with a row longer than `limit`."""
+    too_long: list[str] = field(default_factory=list)
+    """The first of these groups, FAULTS_SHOWN at most."""
     without_preference: int = 0
     """Valid rows that state no preference: unrated answers, and trees without ranks. An answer that
     another one beats is in a pair of that one, and is not counted."""
@@ -231,8 +233,10 @@ class _Reader:
         self.longest = max(self.longest, longest)
         if longest > self.limit:
             self.ledgers[source].lose("dropped", tokens=tokens)
-            where = location(preference.file, preference.row)
-            self.too_long.append(f"{where}: {longest} tokens")
+            self.num_too_long += 1
+            if len(self.too_long) < FAULTS_SHOWN:
+                where = location(preference.file, preference.row)
+                self.too_long.append(f"{where}: {longest} tokens")
             return
         self.ledgers[source].keep(tokens)
         self.statistics[source].add(preference, [int(row.mask.sum()) for row in encoded])
@@ -280,8 +284,8 @@ class _Reader:
         if self.too_long and self.settings.on_overlength == "error":
             raise StageError(
                 "RowTooLong",
-                f"{len(self.too_long)} of {self.num_rows} preferences are longer than {self.limit} "
-                f"tokens: {'; '.join(self.too_long[:FAULTS_SHOWN])}.",
+                f"{self.num_too_long} of {self.num_rows} preferences are longer than {self.limit} "
+                f"tokens: {'; '.join(self.too_long)}.",
                 advice="Raise spec.preferences.maxLength, or set spec.preferences.onOverlength: "
                 "drop.",
             )
@@ -289,7 +293,7 @@ class _Reader:
             raise StageError(
                 "EmptyData",
                 f"none of {self.num_rows} rows is left: {rejected} are skipped, "
-                f"{self.without_preference} state no preference, {len(self.too_long)} are longer "
+                f"{self.without_preference} state no preference, {self.num_too_long} are longer "
                 f"than {self.limit} tokens.",
                 advice="Add rows to spec.preferences, or raise spec.preferences.maxLength.",
             )
@@ -367,12 +371,12 @@ class _Reader:
             "rows": float(self.num_rows),
             "preferences": float(counts["train"]),
             "heldOutPreferences": float(counts["validation"]),
-            "prompts": float(len(set(self.prompts))),
+            "prompts": float(len(np.unique(np.asarray(self.prompts)))),
             "sequences": float(len(train)),
             "tokens": float(len(train.tokens)),
             "longestRow": float(self.longest),
             "skippedRows": float(sum(self.faults.values())),
-            "droppedRows": float(len(self.too_long)),
+            "droppedRows": float(self.num_too_long),
             **Ledger.total(self.ledgers).metrics(),
             "ties": float(sum(label == 0.5 for label in self.labels)),
         }
