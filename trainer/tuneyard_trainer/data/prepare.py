@@ -1,6 +1,8 @@
 """prepare: read the data sets, check every row, hold some out, and write tokens (`prepared`).
 
-The stage reads the data once, in batches: memory holds one batch and about 30 bytes a row.
+The stage reads the data once, in batches. Memory holds the batches in flight; what is kept of each
+row is in files. The choice of held-out rows and of duplicates, which follows, holds up to 100 bytes
+a row.
 """
 
 from __future__ import annotations
@@ -126,7 +128,7 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
     if settings.augmented:
         details["augmented"] = augmented
         metrics["augmentedRows"] = sum(each["rows"] for each in augmented)
-    counts = np.bincount(train.source, minlength=len(settings.train)).tolist()
+    counts = [ledgers[f"train.{i}"].sequences["trained"] for i in range(len(settings.train))]
     weights = _weights(settings, counts)
     details["mixture"] = mixture(counts, weights, [tally.name for tally in tallies])
     _write_summary(context.workdir, settings, tokenizer, limit, weights, metrics, details)
@@ -161,8 +163,9 @@ def _write_splits(
     spooled = bool(fraction is not None or deduplicated or filler or settings.augmented)
     compared = spooled or (bool(settings.validation) and settings.leaks != "off")
     texts = spool / "train.jsonl" if compared else None
-    seen, held_seen = _duplicates(settings), _duplicates(settings)
     folder = spool if spooled else workdir
+    folder.mkdir(parents=True, exist_ok=True)
+    seen, held_seen = _duplicates(settings, folder), _duplicates(settings, folder)
     with preprocessor.pool:
         with SplitWriter(folder, "train", seed, texts=texts) as read:
             preprocessor.read("train", settings.train, read, seen)
@@ -263,12 +266,13 @@ def _weights(settings: PrepareSettings, counts: Sequence[int]) -> list[float]:
     return weights
 
 
-def _duplicates(settings: PrepareSettings) -> Duplicates | None:
-    """Return a new search for duplicates. None: the job does not ask for one."""
+def _duplicates(settings: PrepareSettings, folder: Path) -> Duplicates | None:
+    """Return a new search for duplicates, with its scratch files in a folder. None: the job does
+    not ask for one."""
     clean = settings.clean
     if clean is None or clean.duplicates is None:
         return None
-    return Duplicates(clean.duplicates, clean.similarity)
+    return Duplicates(clean.duplicates, clean.similarity, folder)
 
 
 def _remove_duplicates(
@@ -288,7 +292,7 @@ def _remove_duplicates(
         codes[found.row] = REPEATED
         place, earlier = read.place(found.row), read.place(found.of)
         tally, of = tallies[f"{split}.{place.source}"], tallies[f"{split}.{earlier.source}"]
-        count, end = read.num_pieces[found.row], int(ends[found.row])
+        count, end = int(read.num_pieces[found.row]), int(ends[found.row])
         tokens = int(rows.offsets[end] - rows.offsets[end - count])
         tally.ledger.settle("duplicate", found.kind, rows=1, tokens=tokens)
         note = f"{found.similarity:.0%} as in {of.name} {earlier}"
@@ -307,21 +311,21 @@ def _settle(ledgers: Mapping[str, Ledger], splits: _Splits, workdir: Path) -> No
     """
     roles = {role.partition(".")[0] for role in ledgers}
     for split, writer in zip(SPLITS, (splits.train, splits.validation), strict=True):
-        rows = Rows.open(workdir, split)
-        if rows is None:
-            continue
         origin = split if split in roles else "train"
-        first = np.zeros(len(rows), dtype=np.int64)
-        first[np.cumsum(writer.num_pieces) - np.asarray(writer.num_pieces)] = 1
-        for index, ledger in _numbered(ledgers, origin):
-            mine = np.asarray(rows.source) == index
-            ledger.settle(
-                SPLIT_OUTCOMES[split],
-                rows=int(first[mine].sum()),
-                tokens=int(rows.lengths[mine].sum()),
-                targets=int(rows.targets[mine].sum()),
-                sequences=int(mine.sum()),
-            )
+        mine = dict(_numbered(ledgers, origin))
+        for index, ledger in mine.items():
+            rows = int((writer.sources == index).sum())
+            ledger.settle(SPLIT_OUTCOMES[split], rows=rows, tokens=0)
+        for block in Rows.blocks(workdir, split):
+            for index, ledger in mine.items():
+                chosen = block.source == index
+                ledger.settle(
+                    SPLIT_OUTCOMES[split],
+                    rows=0,
+                    tokens=int(block.lengths[chosen].sum()),
+                    targets=int(block.targets[chosen].sum()),
+                    sequences=int(chosen.sum()),
+                )
     for ledger in ledgers.values():
         ledger.check()
 
@@ -385,7 +389,7 @@ def _metrics(train: Rows, tallies: Sequence[Tally]) -> dict[str, float]:
         "heldOutRows": total.num_rows("heldOut"),
         "sequences": len(train),
         "tokens": len(train.tokens),
-        "targetTokens": int(train.targets.sum()),
+        "targetTokens": total.targets["trained"],
         "longestRow": max(tally.longest for tally in tallies),
         "skippedRows": total.num_rows("invalid"),
         **outcomes,
