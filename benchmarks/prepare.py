@@ -29,6 +29,7 @@ import itertools
 import json
 import logging
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -59,6 +60,7 @@ HELD_OUT = 0.05
 DIGESTED = 1 << 20
 """Numbers whose digest is taken at a time."""
 POLL_SECONDS = 0.05
+RANDOM = random.Random(0)
 
 
 class Side(NamedTuple):
@@ -155,7 +157,7 @@ def measure_memory(options: argparse.Namespace, scratch: Path) -> None:
     peaks: list[tuple[int, int]] = []
     for rows in options.memory:
         data = scratch / f"memory-{rows}.jsonl"
-        write_rows(options.data, rows, data, rated=options.job == "preferences")
+        write_rows(options.data, rows, data, options.job)
         peak = started(side, data, scratch, watched=True)[1]
         data.unlink()
         peaks.append((rows, peak.anonymous))
@@ -258,8 +260,9 @@ def conversations(folder: Path) -> Iterator[list[dict[str, str]]]:
                 yield turns
 
 
-def write_rows(folder: Path, count: int, path: Path, *, rated: bool = False) -> None:
-    """Write conversations, repeated and numbered, so that no two rows are equal. `rated`: as
+def write_rows(folder: Path, count: int, path: Path, job: str = "plain") -> None:
+    """Write conversations, repeated and numbered, so that no two rows are equal; for the job
+    deduplicated with shuffled words, so that no two are alike; for the job preferences as
     preferences of their last answer to that of the conversation before."""
     every = list(conversations(folder))
     other = every[-1]
@@ -267,11 +270,20 @@ def write_rows(folder: Path, count: int, path: Path, *, rated: bool = False) -> 
         for number, turns in enumerate(itertools.islice(itertools.cycle(every), count)):
             first = {**turns[0], "content": f"({number}) {turns[0]['content']}"}
             row: dict[str, Any] = {"messages": [first, *turns[1:]]}
-            if rated:
+            if job == "deduplicated":
+                row = {"messages": [{**turn, "content": shuffled(turn)} for turn in turns]}
+            if job == "preferences":
                 prompt = row["messages"][:-1]
                 row = {"prompt": prompt, "chosen": turns[-1:], "rejected": other[-1:]}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             other = turns
+
+
+def shuffled(turn: dict[str, str]) -> str:
+    """Return the words of a turn in another order."""
+    words = turn["content"].split()
+    RANDOM.shuffle(words)
+    return " ".join(words)
 
 
 def model(scratch: Path) -> Path:

@@ -264,7 +264,9 @@ def assign_splits(
         blocks = {code: writer.block() for code, writer in writers.items()}
         copied = slice(start, start + BLOCK_ROWS)
         counts = spool.num_pieces[copied].tolist()
-        for row, (code, count) in enumerate(zip(codes[copied].tolist(), counts, strict=True), start):
+        for row, (code, count) in enumerate(
+            zip(codes[copied].tolist(), counts, strict=True), start
+        ):
             writer = writers.get(code)
             if writer is not None:
                 pieces = [Encoded(rows.ids(i), rows.mask(i)) for i in range(piece, piece + count)]
