@@ -215,8 +215,8 @@ def _common_span(ours: Sequence[str], theirs: Sequence[str]) -> tuple[int, int]:
 
 
 def _uncommon(sequences: list[Hashes]) -> Hashes:
-    """Return the hashes that occur COMMON times at most, sorted, and empty the list. In place, since
-    they take most of the memory of a search."""
+    """Return the hashes that occur COMMON times at most, sorted, and empty the list. They take most
+    of the memory of a search, and are sorted in place."""
     hashes = np.concatenate(sequences)
     sequences.clear()
     hashes.sort()

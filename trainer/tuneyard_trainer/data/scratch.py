@@ -22,7 +22,9 @@ class ScratchArray:
         temporary files."""
         self._dtype = np.dtype(dtype)
         self._size = 0
-        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder, buffering=1 << 16)
+        self._file: IO[bytes] = tempfile.TemporaryFile(  # noqa: SIM115 - `close` closes it
+            dir=folder, buffering=1 << 16
+        )
 
     def extend(self, values: NDArray[Any]) -> None:
         """Add elements. Their type is that of the array."""
