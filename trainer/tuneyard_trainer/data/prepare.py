@@ -34,6 +34,7 @@ from tuneyard_trainer.data.parallel import Pool, num_processes
 from tuneyard_trainer.data.prepared import GAPS, SPLITS, Rows, remove_split
 from tuneyard_trainer.data.preprocessing import Preprocessor
 from tuneyard_trainer.data.retrieval import Contexts
+from tuneyard_trainer.data.scratch import remove_scratch
 from tuneyard_trainer.data.splits import (
     HELD_OUT,
     REPEATED,
@@ -347,6 +348,7 @@ def _clear(workdir: Path) -> None:
     (workdir / _TEXTS).unlink(missing_ok=True)
     for name in (*SPLITS, GAPS):
         remove_split(workdir, name)
+    remove_scratch(workdir)
     for folder in (_SPOOL, "tokenizer"):
         shutil.rmtree(workdir / folder, ignore_errors=True)
 

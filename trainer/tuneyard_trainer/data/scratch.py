@@ -10,11 +10,15 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 
+_PREFIX = ".scratch-"
+
+
 class ScratchArray:
     """An array that grows, in a file without a name, which ends with the array.
 
     Memory holds a buffer of 64 KiB. The pages of the file are the kernel's, which writes them to
-    disk and takes them back where memory is short.
+    disk and takes them back where memory is short. It is never changed by its mapping: a full disk
+    would then end the process by SIGBUS on file systems that write to another place, such as Btrfs.
     """
 
     def __init__(self, folder: Path | None, dtype: DTypeLike) -> None:
@@ -23,7 +27,7 @@ class ScratchArray:
         self._dtype = np.dtype(dtype)
         self._size = 0
         self._file: IO[bytes] = tempfile.TemporaryFile(  # noqa: SIM115 - `close` closes it
-            dir=folder, buffering=1 << 16
+            dir=folder, prefix=_PREFIX, buffering=1 << 16
         )
 
     def extend(self, values: NDArray[Any]) -> None:
@@ -35,9 +39,16 @@ class ScratchArray:
         return self._size
 
     def close(self) -> NDArray[Any]:
-        """End writing, and return (N,) all elements. They are mapped, and may be changed."""
+        """End writing, and return (N,) all elements, mapped and read-only."""
         with self._file:
             if not self._size:
                 return np.zeros(0, self._dtype)
             self._file.flush()
-            return np.asarray(np.memmap(self._file, self._dtype, mode="r+", shape=(self._size,)))
+            return np.asarray(np.memmap(self._file, self._dtype, mode="r", shape=(self._size,)))
+
+
+def remove_scratch(folder: Path) -> None:
+    """Remove the files that a killed process leaves in a folder: some file systems give a file its
+    name for a moment."""
+    for path in folder.glob(f"{_PREFIX}*"):
+        path.unlink(missing_ok=True)

@@ -62,7 +62,7 @@ class RowKeys(NamedTuple):
 
 
 class Duplicates:
-    """Collects what rows are compared by, in scratch files: 8 bytes a row, and 56 more with near
+    """Collects what rows are compared by, in scratch files: 8 bytes a row, and 112 more with near
     duplicates. `found` holds 30 bytes a row in memory."""
 
     def __init__(self, kind: Kind, similarity: float | None, folder: Path | None = None) -> None:
@@ -72,6 +72,7 @@ class Duplicates:
         self._least = SIMILARITY if similarity is None else similarity
         self._contents = ScratchArray(folder, np.uint64)
         self._bands = ScratchArray(folder, np.dtype((np.uint32, BANDS))) if self._near else None
+        self._folder = folder
         self._known = WordHashes()
 
     def add(self, texts: Sequence[Mapping[str, Any]]) -> None:
@@ -105,14 +106,14 @@ class Duplicates:
                 yield duplicate
 
     def _meetings(self) -> Bands | None:
-        """Return (R, BANDS) the number of the first row that shares each band; it replaces the
-        bands. None: near duplicates are not searched."""
+        """Return (R, BANDS) the number of the first row that shares each band. None: near
+        duplicates are not searched."""
         if self._bands is None:
             return None
-        found: Bands = self._bands.close()
-        for column in found.T:
-            column[:] = _first_equal(column)
-        return found
+        found = ScratchArray(self._folder, np.uint32)
+        for column in self._bands.close().T:
+            found.extend(_first_equal(column))
+        return found.close().reshape(BANDS, -1).T
 
     def _nearest(
         self, row: int, candidates: Sequence[int], text: Callable[[int], Mapping[str, Any]]
