@@ -17,7 +17,7 @@ from tuneyard_trainer.data import prepare
 from tuneyard_trainer.preference import pairs
 from tuneyard_trainer.worker import StageContext
 
-FEW, MANY = 5_000, 15_000
+FEW, MANY = 3_000, 9_000
 """Numbers of rows. The peak of both is in a batch, and batches have the same size; it differs by 8
 bytes a row between runs, with 15,000 rows or 30,000."""
 FLAT = 24
