@@ -16,8 +16,9 @@ from tests.trainer.data.pool_functions import (
     double,
     end_by_kill,
     pid_of,
-    raise_two_parts,
     refuse,
+    refuse_elsewhere,
+    tokenizer_threads,
 )
 from tests.trainer.data.test_prepare import Job, chat, chats
 from tests.trainer.preferring import separable, write_pairs
@@ -44,6 +45,42 @@ def test_results_are_in_the_order_of_the_batches() -> None:
         assert list(pool.map(BATCHES)) == [2 * batch for batch in BATCHES]
 
 
+def test_this_process_works_too() -> None:
+    with Pool(pid_of, 2) as pool:
+        found = set(pool.map(BATCHES))
+    assert os.getpid() in found
+    assert len(found) == 2
+
+
+def test_every_process_has_one_thread_of_tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    with Pool(tokenizer_threads, 2) as pool:
+        assert set(pool.map(BATCHES)) == {"false"}
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM")
+    with Pool(tokenizer_threads, 2) as pool:
+        assert set(pool.map(BATCHES)) == {"false"}
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
+
+
+def test_few_results_wait_for_those_of_earlier_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is done with all batches before the other one has started."""
+    monkeypatch.setattr(parallel, "ALONE", 1)
+    monkeypatch.setattr(parallel, "MOST_WAITING", 3)
+    taken: list[int] = []
+
+    def batches() -> Iterator[int]:
+        for batch in BATCHES:
+            taken.append(batch)
+            yield batch
+
+    with Pool(double, 2) as pool:
+        results = pool.map(batches())
+        assert next(results) == 0
+        assert len(taken) == parallel.IN_FLIGHT + 3 + 1
+        assert list(results) == [2 * batch for batch in BATCHES[1:]]
+
+
 def test_few_batches_start_no_process() -> None:
     here: Pool[int, tuple[int, int]] = Pool(lambda batch: (batch, os.getpid()), 2)
     with here as pool:
@@ -52,14 +89,22 @@ def test_few_batches_start_no_process() -> None:
 
 
 def test_an_error_that_does_not_pickle_is_named_and_is_no_lost_process() -> None:
-    error = error_of(raise_two_parts, RuntimeError)
-    assert str(error) == "TwoPartsError: a fault in row 20"
+    error = error_of(refuse_elsewhere, RuntimeError)
+    assert str(error) == "TwoPartsError: a fault in row 0"
 
 
 def test_an_error_of_a_stage_keeps_its_reason_and_advice() -> None:
     error = error_of(refuse, StageError)
     assert isinstance(error, StageError)
     assert (error.reason, error.advice) == ("ChatTemplate", "Repair the rows.")
+
+
+def test_an_error_comes_after_the_results_of_earlier_batches() -> None:
+    with Pool(refuse, 2) as pool:
+        results = pool.map(BATCHES)
+        assert [next(results) for _ in range(20)] == [*range(20)]
+        with pytest.raises(StageError):
+            next(results)
 
 
 def test_a_killed_process_is_named_and_the_stage_may_be_tried_again() -> None:
@@ -154,6 +199,7 @@ def test_no_process_is_left_after_its_parent_was_killed(tmp_path: Path) -> None:
         assert parent.stdout.readline() == "main imported\n"
         pid = int(parent.stdout.readline())
         assert is_running(pid)
+        assert pid != parent.pid
         parent.kill()
     deadline = time.monotonic() + 20
     while is_running(pid) and time.monotonic() < deadline:
@@ -170,7 +216,7 @@ def test_a_stop_request_ends_the_processes() -> None:
     with pytest.raises(Interrupted), Pool(pid_of, 2) as pool:
         pids.update(pool.map(batches_until_stopped()))
     assert not multiprocessing.active_children()
-    assert not any(map(is_running, pids))
+    assert not any(map(is_running, pids - {os.getpid()}))
 
 
 def test_preferences_are_the_same_from_one_and_from_several_processes(

@@ -24,18 +24,18 @@ from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder, Misfit
 from tuneyard_trainer.data.reading.example import Example, Origin, RowError
 from tuneyard_trainer.data.reading.rows import Line, Row
 from tuneyard_trainer.data.reading.stream import RowCounts, RowReader
-from tuneyard_trainer.data.retrieval import Contexts
 from tuneyard_trainer.data.splits import Place, RowBlock
 from tuneyard_trainer.data.tally import Tally
 from tuneyard_trainer.data.texts import WITHOUT_CONTEXT, text_line
 
 if TYPE_CHECKING:  # each process imports this module: torch would take 3 s and 700 MB of each
+    from tuneyard_trainer.data.retrieval import Contexts
     from tuneyard_trainer.data.toxicity import Toxicity
 
-BATCH_ROWS = 512
+BATCH_ROWS = 256
 BATCH_CHARACTERS = 1 << 20
-"""A batch ends at the first limit that it reaches. It has enough rows for the tokenizer's threads
-and takes a few MB of memory."""
+"""A batch ends at the first limit that it reaches. It has enough rows for the tokenizer's threads,
+takes a few MB of memory, and is so short that processes end at nearly the same time."""
 
 
 @dataclass(frozen=True)

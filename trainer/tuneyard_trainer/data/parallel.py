@@ -34,7 +34,10 @@ Result = TypeVar("Result")
 ALONE = 16
 """Batches that one process prepares as fast as several, which take a second to start."""
 IN_FLIGHT = 2
-"""Batches for each process that are given to it or wait for their turn. Memory is bounded by it."""
+"""Batches that each other process has: one at work, and one for the time after it."""
+MOST_WAITING = 64
+"""Batches in flight beside these, and results that wait for those of earlier batches. Memory is
+bounded by it. A new process takes a second for its first batch, in which 20 others are done."""
 MOST_PROCESSES = 32
 """One process reads the files and writes the results, and feeds about as many."""
 PROCESS_BYTES = 1 << 30
@@ -55,14 +58,14 @@ def num_processes() -> int:
 
 
 class Pool(Generic[Given, Result]):
-    """Calls one function on many batches, in several processes.
+    """Calls one function on many batches, in this process and in others.
 
     A context, in which processes start when they are needed. After its end none is left.
     """
 
     def __init__(self, function: Callable[[Given], Result], processes: int) -> None:
-        """`function`: it is pickled once, and each process has its own copy of it. `processes`: 1
-        calls the function in this process."""
+        """`function`: it is pickled once, and each process has its own copy of it. `processes`:
+        with this one, which works too. 1: no other is started."""
         self._function = function
         self._processes = processes
         self._executor: ProcessPoolExecutor | None = None
@@ -74,26 +77,40 @@ class Pool(Generic[Given, Result]):
         Raises what the function raises, and StageError WorkerDied if a process is lost.
         """
         rest = iter(batches)
-        if self._executor is None:
-            if self._processes < 2:
-                yield from self._alone(rest)
-                return
-            first = list(islice(rest, ALONE + 1))
-            if len(first) <= ALONE:
-                yield from self._alone(first)
-                return
-            rest = chain(first, rest)
-            self._executor = ProcessPoolExecutor(
-                self._processes,
-                mp_context=self._context,
-                initializer=_begin,
-                initargs=(pickle.dumps(self._function),),
-            )
+        gc.freeze()  # all that exists stays meanwhile: collections need not walk through it
+        try:
+            if self._executor is None and self._processes > 1:
+                first = list(islice(rest, ALONE + 1))
+                if len(first) > ALONE:
+                    self._executor = self._started()
+                rest = chain(first, rest)
+            if self._executor is None:
+                yield from map(self._function, rest)
+            else:
+                yield from self._shared(self._executor, rest)
+        finally:
+            gc.unfreeze()
+
+    def _started(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            self._processes - 1,
+            mp_context=self._context,
+            initializer=_begin,
+            initargs=(pickle.dumps(self._function),),
+        )
+
+    def _shared(self, executor: ProcessPoolExecutor, batches: Iterable[Given]) -> Iterator[Result]:
+        """Yield the results of batches that go to the other processes, and to this one when each of
+        the others has enough: it would wait for them otherwise."""
+        given = IN_FLIGHT * (self._processes - 1)
         pending: deque[Future[Result]] = deque()
         try:
-            for batch in rest:
-                pending.append(self._executor.submit(_call, batch))
-                if len(pending) > IN_FLIGHT * self._processes:
+            for batch in batches:
+                if sum(not each.done() for each in pending) < given:
+                    pending.append(executor.submit(_call, batch))
+                else:
+                    pending.append(self._own(batch))
+                while pending and (pending[0].done() or len(pending) > given + MOST_WAITING):
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
@@ -101,12 +118,15 @@ class Pool(Generic[Given, Result]):
             self._end()
             raise self._lost() from error
 
-    def _alone(self, batches: Iterable[Given]) -> Iterator[Result]:
-        gc.freeze()  # all that exists stays meanwhile: collections need not walk through it
+    def _own(self, batch: Given) -> Future[Result]:
+        """Return the result in this process. An error waits until it is the batch's turn."""
+        done: Future[Result] = Future()
         try:
-            yield from map(self._function, batches)
-        finally:
-            gc.unfreeze()
+            with _one_thread():
+                done.set_result(self._function(batch))
+        except Exception as error:
+            done.set_exception(error)
+        return done
 
     def __enter__(self) -> Self:
         return self
@@ -157,6 +177,21 @@ class _Context(SpawnContext):
         process = _Process(*args, **options)
         self.processes.append(process)
         return process
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """While active, tokenizers of this process have one thread: each processor has a process."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = _ONE_THREAD[name]
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextmanager

@@ -258,7 +258,7 @@ def _jsonl(file: IO[bytes]) -> Iterator[Row | Line]:
 
 def _value(line: bytes) -> dict[str, Any] | BrokenRow:
     try:
-        return _row_value(json.loads(line.decode(), object_pairs_hook=_object))
+        return _row_value(_DECODER.decode(line.decode()))
     except UnicodeDecodeError as error:
         return BrokenRow(f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}")
     except json.JSONDecodeError as error:
@@ -280,6 +280,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise _RepeatedKeyError(f"the key {twice!r:.60} appears twice in one object: rename one")
     return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _refused(error: ValueError | RecursionError) -> str:
