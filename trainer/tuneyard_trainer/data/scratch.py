@@ -9,7 +9,6 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-
 _PREFIX = ".scratch-"
 
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from tuneyard.api.plan import SourceInput
 from tuneyard.api.stage_settings import DatasetSettings, PairsSettings
 from tuneyard.errors import StageError
+from tuneyard_trainer.data.batches import batched
 from tuneyard_trainer.data.encoding.masks import MaskProof
 from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder
 from tuneyard_trainer.data.ledger import Ledger, ledger_details
@@ -39,7 +40,6 @@ from tuneyard_trainer.data.splits import held_out
 from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import sequence_limit
 from tuneyard_trainer.preference.batches import (
-    BATCH_ROWS,
     EncodedPreference,
     Outcome,
     PreferenceEncoder,
@@ -175,11 +175,11 @@ class _Reader:
     # ---- rows ---------------------------------------------------------------------------------
 
     def _batches(self, index: int, dataset: DatasetSettings) -> Iterator[RatedRows]:
-        """Yield the rows of one data set, BATCH_ROWS at a time."""
+        """Yield the rows of one data set, in batches."""
         source = read_data(self.context.inputs[f"preferences.{index}"])
         rows = self._noted(islice(source, dataset.limit), dataset)
         rows = layouts.joined(rows, dataset.format, dataset.fields)
-        while chunk := list(islice(rows, BATCH_ROWS)):
+        for chunk in batched(rows):
             if self.context.worker.stop():
                 raise Interrupted(self.context.stage.name, self.num_rows)
             yield RatedRows(chunk, dataset.fields, dataset.format)
