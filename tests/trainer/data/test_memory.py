@@ -20,7 +20,7 @@ from tuneyard_trainer.worker import StageContext
 FEW, MANY = 3_000, 9_000
 """Numbers of rows. The peak of both is in a batch, and batches have the same size; it differs by 8
 bytes a row between runs, with 15,000 rows or 30,000."""
-FLAT = 24
+FLAT = 32
 """Bytes a row, below those of a list of numbers."""
 PREFERENCE = 53
 """Bytes that `spec.preferences` holds of a pair."""
