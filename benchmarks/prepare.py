@@ -12,8 +12,11 @@ model's own template and with TRL's.
 Each run is a process of its own, bound to its cores, with an empty cache; imports are not timed. In
 a round the runs follow each other, and ratios are taken within rounds. The first round checks that
 both sides have the same ids and the same targets. Time is wall time and processor time, which other
-work on the machine disturbs less. Memory is that of all processes of a run together, in use at the
-same time.
+work on the machine disturbs less.
+
+Memory is that of all processes of a run together. Anonymous memory is what they allocate; it is
+their peak at one time. Mapped files are programs, libraries and data that are read by mapping; the
+kernel takes their pages back when it needs them, and pages of several processes count for each.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import itertools
 import json
 import logging
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -33,9 +37,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
+
+if TYPE_CHECKING:  # a run of TRL does not import them
+    from tuneyard.api.stage_settings import PairsSettings, PrepareSettings
 
 MARKED = (
     "{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -46,7 +53,14 @@ MARKED = (
 """The part of the model's template that writes a turn, with the answers marked for TRL."""
 TURN = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
 MAX_LENGTH = 2048
+JOBS = ("plain", "deduplicated", "preferences")
+"""Jobs whose memory is measured: that of the comparison; one that also holds 5% of the rows out,
+checks them for leaks and searches near duplicates; and one of preferences, 5% of them held out."""
+HELD_OUT = 0.05
+DIGESTED = 1 << 20
+"""Numbers whose digest is taken at a time."""
 POLL_SECONDS = 0.05
+RANDOM = random.Random(0)
 
 
 class Side(NamedTuple):
@@ -72,6 +86,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=30_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", type=int, nargs="*", default=[], help="numbers of rows")
+    parser.add_argument("--job", choices=JOBS, default="plain", help="the job of --memory")
     shared = Path(__file__).resolve().parents[2] / "shared" / "data"
     parser.add_argument("--data", type=Path, default=shared)
     parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
@@ -135,32 +150,35 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
 
 def measure_memory(options: argparse.Namespace, scratch: Path) -> None:
     """Print the peak memory of the prepare stage by the number of rows."""
-    side = TWO if len(os.sched_getaffinity(0)) > 1 else OWN
-    print(f"\n{'rows':>10}{'processes':>11}{'MiB':>8}{'of files':>10}{'first process':>15}")
-    peaks: list[tuple[int, float]] = []
+    side = (TWO if len(os.sched_getaffinity(0)) > 1 else OWN)._replace(program=options.job)
+    print(f"\njob {options.job}, MiB of all processes{'':<14}MiB of the first process")
+    names = ("rows", "processes", "anonymous", "mapped files", "anonymous", "mapped files")
+    print("".join(f"{name:>14}" for name in names))
+    peaks: list[tuple[int, int]] = []
     for rows in options.memory:
         data = scratch / f"memory-{rows}.jsonl"
-        write_rows(options.data, rows, data)
+        write_rows(options.data, rows, data, options.job)
         peak = started(side, data, scratch, watched=True)[1]
         data.unlink()
-        peaks.append((rows, peak.private))
-        sizes = (
-            f"{peak.private / 2**20:>8.0f}{peak.files / 2**20:>10.0f}{peak.first / 2**20:>15.0f}"
-        )
-        print(f"{rows:>10,}{peak.processes:>11}{sizes}", flush=True)
+        peaks.append((rows, peak.anonymous))
+        sizes = (peak.anonymous, peak.mapped, peak.first_anonymous, peak.first_mapped)
+        shown = "".join(f"{size / 2**20:>14,.0f}" for size in sizes)
+        print(f"{rows:>14,}{peak.processes:>14}{shown}", flush=True)
     for (few, low), (many, high) in itertools.pairwise(peaks):
-        print(f"{few:,} to {many:,} rows: {(high - low) / (many - few):.0f} bytes a row")
+        added = f"{(high - low) / (many - few):.0f} bytes a row, {high / low - 1:.1%}"
+        print(f"{few:,} to {many:,} rows: {added} more anonymous memory")
 
 
 class Peak(NamedTuple):
-    """The memory of a run when it was largest."""
+    """The largest of each amount of a run's memory, in bytes."""
 
-    private: int = 0
-    """Bytes of all processes without pages of files, which can be read again."""
-    files: int = 0
-    """Bytes of pages of files, programs included; those of several processes count as often."""
-    first: int = 0
-    """Bytes of the first process without pages of files."""
+    anonymous: int = 0
+    """Of all processes at one time, without pages of files."""
+    mapped: int = 0
+    """Of all processes at one time, pages of files, which can be read again."""
+    first_anonymous: int = 0
+    first_mapped: int = 0
+    """Of the first process."""
     processes: int = 0
 
 
@@ -188,18 +206,21 @@ def started(
             "TOKENIZERS_PARALLELISM": "false" if side.cores == 1 else "true",
             "TUNEYARD_BENCHMARK_MODEL": str(model(scratch)),
         }
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if not watched else subprocess.DEVNULL,
-            text=True,
-            preexec_fn=lambda: os.sched_setaffinity(0, cores),
-        )
-        peak = watch(process.pid) if watched else Peak()
-        output, errors = process.communicate()
-        if process.returncode:
-            raise SystemExit(f"{side.name} ended with {process.returncode}:\n{errors}")
+        with tempfile.TemporaryFile("w+") as errors:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                preexec_fn=lambda: os.sched_setaffinity(0, cores),
+            )
+            peak = watch(process.pid) if watched else Peak()
+            output = process.communicate()[0]
+            if process.returncode:
+                errors.seek(0)
+                shown = f"{side.name} ended with {process.returncode}:\n{errors.read()}"
+                raise SystemExit(shown)
         result: dict[str, Any] = json.loads(output.splitlines()[-1])
         return result, peak
 
@@ -214,10 +235,10 @@ def watch(pid: int) -> Peak:
             sizes = [process.memory_info() for process in tree]
         except psutil.Error:
             continue
-        private = [each.rss - each.shared for each in sizes]
-        if sum(private) > peak.private:
-            files = sum(each.shared for each in sizes)
-            peak = Peak(sum(private), files, private[0], len(tree))
+        anonymous = [each.rss - each.shared for each in sizes]
+        mapped = [each.shared for each in sizes]
+        now = Peak(sum(anonymous), sum(mapped), anonymous[0], mapped[0], len(tree))
+        peak = Peak(*map(max, peak, now))
         time.sleep(POLL_SECONDS)
     return peak
 
@@ -239,13 +260,30 @@ def conversations(folder: Path) -> Iterator[list[dict[str, str]]]:
                 yield turns
 
 
-def write_rows(folder: Path, count: int, path: Path) -> None:
-    """Write conversations, repeated and numbered, so that no two rows are equal."""
+def write_rows(folder: Path, count: int, path: Path, job: str = "plain") -> None:
+    """Write conversations, repeated and numbered, so that no two rows are equal; for the job
+    deduplicated with shuffled words, so that no two are alike; for the job preferences as
+    preferences of their last answer to that of the conversation before."""
     every = list(conversations(folder))
+    other = every[-1]
     with path.open("w") as file:
         for number, turns in enumerate(itertools.islice(itertools.cycle(every), count)):
             first = {**turns[0], "content": f"({number}) {turns[0]['content']}"}
-            file.write(json.dumps({"messages": [first, *turns[1:]]}, ensure_ascii=False) + "\n")
+            row: dict[str, Any] = {"messages": [first, *turns[1:]]}
+            if job == "deduplicated":
+                row = {"messages": [{**turn, "content": shuffled(turn)} for turn in turns]}
+            if job == "preferences":
+                prompt = row["messages"][:-1]
+                row = {"prompt": prompt, "chosen": turns[-1:], "rejected": other[-1:]}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            other = turns
+
+
+def shuffled(turn: dict[str, str]) -> str:
+    """Return the words of a turn in another order."""
+    words = turn["content"].split()
+    RANDOM.shuffle(words)
+    return " ".join(words)
 
 
 def model(scratch: Path) -> Path:
@@ -276,11 +314,20 @@ def write_templates(scratch: Path, folder: Path) -> None:
 
 
 def run(program: str, data: str, template: str, folder: str) -> dict[str, Any]:
-    """Prepare the rows, and return the times and what was prepared."""
+    """Prepare the rows, and return the times and what was prepared. `program`: of JOBS, the result
+    is not read, so that memory is that of the stage alone."""
     logging.disable(logging.WARNING)
     base = Path(os.environ["TUNEYARD_BENCHMARK_MODEL"])
-    prepare = run_tuneyard if program == "tuneyard" else run_trl
-    return prepare(Path(data), Path(template).read_text(), base, Path(folder))
+    if program == "trl":
+        return run_trl(Path(data), Path(template).read_text(), base, Path(folder))
+    times, output = run_tuneyard(program, Path(data), Path(template).read_text(), base, folder)
+    if program in JOBS:
+        return times
+
+    from tuneyard_trainer.data.prepared import Prepared
+
+    rows = Prepared.open(output).train
+    return times | prepared(rows.tokens, rows.flat_mask, rows.lengths)
 
 
 class Clock:
@@ -294,21 +341,42 @@ class Clock:
         return {"seconds": time.perf_counter() - self._wall, "processor": processor}
 
 
-def run_tuneyard(data: Path, template: str, base: Path, folder: Path) -> dict[str, Any]:
+def run_tuneyard(
+    job: str, data: Path, template: str, base: Path, folder: str
+) -> tuple[dict[str, float], Path]:
+    """Run the stage, and return its times and its output."""
     import torch
 
     from tuneyard.api.plan import PlannedStage, SourceInput
-    from tuneyard.api.sources import FieldMap
-    from tuneyard.api.stage_settings import DatasetSettings, PrepareSettings
     from tuneyard_trainer.data import prepare
-    from tuneyard_trainer.data.prepared import Prepared
+    from tuneyard_trainer.preference import pairs
     from tuneyard_trainer.worker import StageContext, Worker
 
-    settings = PrepareSettings(
+    is_rated = job == "preferences"
+    settings = pairs_settings(template) if is_rated else prepare_settings(job, template)
+    inputs = {"model": base, "preferences.0" if is_rated else "train.0": data}
+    sources = {role: SourceInput(uri=f"file://{path}", path=role) for role, path in inputs.items()}
+    stage = PlannedStage(name="prepare", settings=settings, inputs=sources, fingerprint="")
+    worker = Worker(rank=0, world_size=1, device=torch.device("cpu"))
+    output = Path(folder) / "prepared"
+    output.mkdir()
+    clock = Clock()
+    (pairs if is_rated else prepare).run(StageContext(stage, inputs, output, worker))
+    return clock.read(), output
+
+
+def prepare_settings(job: str, template: str) -> PrepareSettings:
+    from tuneyard.api.cleaning import Clean
+    from tuneyard.api.sources import FieldMap
+    from tuneyard.api.stage_settings import DatasetSettings, PrepareSettings
+
+    deduplicated = job == "deduplicated"
+    return PrepareSettings(
         method="sft",
         train=[DatasetSettings(format="auto", fields=FieldMap(), weight=1.0, limit=None)],
         validation=[],
-        validation_fraction=None,
+        validation_fraction=HELD_OUT if deduplicated else None,
+        clean=Clean(duplicates="near") if deduplicated else None,
         max_length=MAX_LENGTH,
         on_overlength="truncate",
         on_invalid_row="error",
@@ -317,17 +385,22 @@ def run_tuneyard(data: Path, template: str, base: Path, folder: Path) -> dict[st
         chat_template=template,
         seed=0,
     )
-    inputs = {"model": base, "train.0": data}
-    sources = {role: SourceInput(uri=f"file://{path}", path=role) for role, path in inputs.items()}
-    stage = PlannedStage(name="prepare", settings=settings, inputs=sources, fingerprint="")
-    worker = Worker(rank=0, world_size=1, device=torch.device("cpu"))
-    output = folder / "prepared"
-    output.mkdir()
-    clock = Clock()
-    prepare.run(StageContext(stage, inputs, output, worker))
-    times = clock.read()
-    rows = Prepared.open(output).train
-    return times | prepared(rows.tokens, rows.flat_mask, rows.lengths)
+
+
+def pairs_settings(template: str) -> PairsSettings:
+    from tuneyard.api.sources import FieldMap
+    from tuneyard.api.stage_settings import ChatSettings, DatasetSettings, PairsSettings
+
+    return PairsSettings(
+        preferences=[DatasetSettings(format="auto", fields=FieldMap(), weight=1.0, limit=None)],
+        labeled=False,
+        held_out=HELD_OUT,
+        max_length=MAX_LENGTH,
+        on_overlength="drop",
+        on_invalid_row="skip",  # some answers are equal
+        chat=ChatSettings(chat_template=template, system_prompt=None),
+        seed=0,
+    )
 
 
 def run_trl(data: Path, template: str, base: Path, folder: Path) -> dict[str, Any]:
@@ -377,8 +450,9 @@ def prepared(ids: Any, targets: Any, lengths: Sequence[int]) -> dict[str, Any]:
     import numpy as np
 
     digest = hashlib.sha256()
-    for part in (ids.astype(np.int32), targets.astype(np.uint8), np.asarray(lengths, np.int64)):
-        digest.update(part.tobytes())
+    for part, kind in ((ids, np.int32), (targets, np.uint8), (np.asarray(lengths), np.int64)):
+        for start in range(0, len(part), DIGESTED):
+            digest.update(part[start : start + DIGESTED].astype(kind).tobytes())
     return {"rows": len(lengths), "tokens": len(ids), "digest": digest.hexdigest()}
 
 

@@ -42,8 +42,9 @@ def copied(value: Any) -> Any:
 @pytest.fixture(autouse=True)
 def _prepared_by_copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the stage prepare have batches of three rows and two copies, so that no feature depends
-    on the process that reads the files. test_parallel has processes."""
-    if request.path.stem == "test_parallel":
+    on the process that reads the files. test_parallel has processes, and test_memory the batches of
+    a job."""
+    if request.path.stem in ("test_parallel", "test_memory"):
         return
     monkeypatch.setattr(batches, "BATCH_ROWS", 3)
     monkeypatch.setattr(prepare, "num_processes", lambda: 2)

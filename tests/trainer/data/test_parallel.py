@@ -27,6 +27,7 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.data import batches, parallel, prepare
 from tuneyard_trainer.data.parallel import Pool
 from tuneyard_trainer.preference import pairs
+from tuneyard_trainer.preference.batches import Outcome, PreferenceEncoder, RatedRows
 from tuneyard_trainer.worker import Interrupted
 
 BATCHES = range(40)
@@ -223,7 +224,7 @@ def test_preferences_are_the_same_from_one_and_from_several_processes(
     tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [*separable(30), {"prompt": "Which?", "chosen": "Same.", "rejected": "Same."}, {"x": 1}]
-    monkeypatch.setattr(pairs, "BATCH_ROWS", 4)
+    monkeypatch.setattr(batches, "BATCH_ROWS", 4)
     monkeypatch.setattr(parallel, "ALONE", 1)
     found = []
     for processes in (1, 2):
@@ -233,6 +234,24 @@ def test_preferences_are_the_same_from_one_and_from_several_processes(
         files = [path for path in sorted(out.rglob("*")) if path.is_file()]
         found.append({str(path.relative_to(out)): path.read_bytes() for path in files})
     assert found[0] == found[1]
+
+
+def test_a_batch_of_preferences_ends_with_its_characters(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is bounded by the batches in flight, and a row may have 64 MiB."""
+    sizes = []
+    encode = PreferenceEncoder.__call__
+
+    def counted(self: PreferenceEncoder, batch: RatedRows) -> list[Outcome]:
+        sizes.append(len(batch.rows))
+        return encode(self, batch)
+
+    monkeypatch.setattr(PreferenceEncoder, "__call__", counted)
+    monkeypatch.setattr(batches, "BATCH_CHARACTERS", 1000)
+    long = {"prompt": "Which?", "chosen": "lamp " * 30 + "one", "rejected": "lamp " * 30 + "two"}
+    write_pairs(tmp_path, tiny_model_dir, [long | {"prompt": f"{i}?"} for i in range(12)])
+    assert sizes == [4, 4, 4]
 
 
 @pytest.mark.parametrize("module", ["data.batches", "preference.batches"])

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tuneyard.api.stage_settings import PrepareSettings
 from tuneyard_trainer.data.cleaning.cleaner import Cleaner
@@ -31,6 +31,8 @@ from tuneyard_trainer.data.texts import WITHOUT_CONTEXT, text_line
 if TYPE_CHECKING:  # each process imports this module: torch would take 3 s and 700 MB of each
     from tuneyard_trainer.data.retrieval import Contexts
     from tuneyard_trainer.data.toxicity import Toxicity
+
+AnyRow = TypeVar("AnyRow", bound=Row | Line)
 
 BATCH_ROWS = 256
 BATCH_CHARACTERS = 1 << 20
@@ -242,9 +244,9 @@ class BatchEncoder:
         return text
 
 
-def batched(rows: Iterable[Row | Line]) -> Iterator[list[Row | Line]]:
+def batched(rows: Iterable[AnyRow]) -> Iterator[list[AnyRow]]:
     """Yield batches within BATCH_ROWS and BATCH_CHARACTERS."""
-    batch: list[Row | Line] = []
+    batch: list[AnyRow] = []
     size = 0
     for row in rows:
         batch.append(row)

@@ -111,8 +111,7 @@ class _Search:
             pairs = np.stack((found.hashes, found.rows.astype(np.uint64)), axis=1)
             sequences.append(np.unique(pairs, axis=0)[:, 0])
             parts.append(bands(rows))
-        keys, sharing = np.unique(np.concatenate(sequences), return_counts=True)
-        self._keys: Hashes = keys[sharing <= COMMON]
+        self._keys: Hashes = _uncommon(sequences)
         self._counts = np.zeros(len(self._keys), np.uint32)
         self._first = np.zeros(len(self._keys), np.uint32)
         self._filter = np.zeros(1 << _FILTER_BITS, np.bool_)
@@ -213,6 +212,18 @@ def _common_span(ours: Sequence[str], theirs: Sequence[str]) -> tuple[int, int]:
     matcher = SequenceMatcher(None, ours[:_COMPARED_WORDS], theirs[:_COMPARED_WORDS], False)
     match = matcher.find_longest_match()
     return match.a, match.size
+
+
+def _uncommon(sequences: list[Hashes]) -> Hashes:
+    """Return the hashes that occur COMMON times at most, sorted, and empty the list. They take most
+    of the memory of a search, and are sorted in place."""
+    hashes = np.concatenate(sequences)
+    sequences.clear()
+    hashes.sort()
+    kept = np.ones(len(hashes), np.bool_)
+    kept[1:] = hashes[1:] != hashes[:-1]
+    kept[:-COMMON] &= hashes[:-COMMON] != hashes[COMMON:]
+    return hashes[kept]
 
 
 def _addresses(hashes: Hashes) -> NDArray[np.int64]:

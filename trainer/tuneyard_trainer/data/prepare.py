@@ -1,6 +1,8 @@
 """prepare: read the data sets, check every row, hold some out, and write tokens (`prepared`).
 
-The stage reads the data once, in batches: memory holds one batch and about 30 bytes a row.
+The stage reads the data once, in batches. Memory holds the batches in flight; what is kept of each
+row is in files. The choice of held-out rows and of duplicates, which follows, holds up to 100 bytes
+a row.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from tuneyard_trainer.data.parallel import Pool, num_processes
 from tuneyard_trainer.data.prepared import GAPS, GENERAL, GUARD, SPLITS, Rows, remove_split
 from tuneyard_trainer.data.preprocessing import Preprocessor
 from tuneyard_trainer.data.retrieval import Contexts
+from tuneyard_trainer.data.scratch import remove_scratch
 from tuneyard_trainer.data.splits import (
     HELD_OUT,
     REPEATED,
@@ -131,7 +134,7 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
     if settings.augmented:
         details["augmented"] = augmented
         metrics["augmentedRows"] = sum(each["rows"] for each in augmented)
-    counts = np.bincount(train.source, minlength=len(settings.train)).tolist()
+    counts = [ledgers[f"train.{i}"].sequences["trained"] for i in range(len(settings.train))]
     weights = _weights(settings, counts)
     details["mixture"] = mixture(counts, weights, [tally.name for tally in tallies])
     _write_summary(context.workdir, settings, tokenizer, limit, weights, metrics, details)
@@ -149,8 +152,8 @@ class _Splits(NamedTuple):
     them."""
     codes: Codes
     """(R,) the outcome of each row of `read`."""
-    general_pieces: Mapping[str, Sequence[int]]
-    """The number of pieces of each row of `general` and `guard`, where the job has them."""
+    general: Mapping[str, SplitWriter]
+    """The writers of `general` and `guard`, where the job has them."""
 
 
 def _write_splits(
@@ -169,9 +172,10 @@ def _write_splits(
     is_shown = settings.method == "sft"  # as worked examples of an evaluation
     compared = spooled or (bool(settings.validation) and (is_shown or settings.leaks != "off"))
     texts = spool / "train.jsonl" if compared else None
-    seen, held_seen = _duplicates(settings), _duplicates(settings)
     folder = spool if spooled else workdir
-    general_pieces: dict[str, Sequence[int]] = {}
+    general: dict[str, SplitWriter] = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    seen, held_seen = _duplicates(settings, folder), _duplicates(settings, folder)
     with preprocessor.pool:
         with SplitWriter(folder, "train", seed, texts=texts) as read:
             preprocessor.read("train", settings.train, read, seen)
@@ -179,13 +183,13 @@ def _write_splits(
             preprocessor.read("validation", settings.validation, held_read, held_seen)
         for split, datasets in ((GENERAL, settings.general), (GUARD, settings.guard)):
             if datasets:
-                with SplitWriter(workdir, split, seed, texts=None) as general:
-                    preprocessor.read(split, datasets, general)
-                general_pieces[split] = general.num_pieces
+                with SplitWriter(workdir, split, seed, texts=None) as writer:
+                    preprocessor.read(split, datasets, writer)
+                general[split] = writer
     preprocessor.check()
     codes = np.full(len(read), TRAIN, dtype=np.int8)
     if not spooled:
-        return _Splits(read, held_read, read, codes, general_pieces)
+        return _Splits(read, held_read, read, codes, general)
     _remove_duplicates(codes, read, seen, preprocessor, "train")
     if fraction is not None:
         left = (codes == TRAIN) & (read.sources < _num_own(settings))
@@ -202,7 +206,7 @@ def _write_splits(
         assign_splits(read, codes, {TRAIN: train, HELD_OUT: validation}, change)
         if settings.validation:
             assign_splits(held_read, held_codes, {HELD_OUT: validation})
-    return _Splits(train, validation, read, codes, general_pieces)
+    return _Splits(train, validation, read, codes, general)
 
 
 def _write_examples(splits: _Splits, workdir: Path, num_own: int) -> None:
@@ -296,12 +300,13 @@ def _weights(settings: PrepareSettings, counts: Sequence[int]) -> list[float]:
     return weights
 
 
-def _duplicates(settings: PrepareSettings) -> Duplicates | None:
-    """Return a new search for duplicates. None: the job does not ask for one."""
+def _duplicates(settings: PrepareSettings, folder: Path) -> Duplicates | None:
+    """Return a new search for duplicates, with its scratch files in a folder. None: the job does
+    not ask for one."""
     clean = settings.clean
     if clean is None or clean.duplicates is None:
         return None
-    return Duplicates(clean.duplicates, clean.similarity)
+    return Duplicates(clean.duplicates, clean.similarity, folder)
 
 
 def _remove_duplicates(
@@ -321,7 +326,7 @@ def _remove_duplicates(
         codes[found.row] = REPEATED
         place, earlier = read.place(found.row), read.place(found.of)
         tally, of = tallies[f"{split}.{place.source}"], tallies[f"{split}.{earlier.source}"]
-        count, end = read.num_pieces[found.row], int(ends[found.row])
+        count, end = int(read.num_pieces[found.row]), int(ends[found.row])
         tokens = int(rows.offsets[end] - rows.offsets[end - count])
         tally.ledger.settle("duplicate", found.kind, rows=1, tokens=tokens)
         note = f"{found.similarity:.0%} as in {of.name} {earlier}"
@@ -339,27 +344,24 @@ def _settle(ledgers: Mapping[str, Ledger], splits: _Splits, workdir: Path) -> No
     Held-out rows come from data sets of their own, or else from the training data sets.
     """
     roles = {role.partition(".")[0] for role in ledgers}
-    pieces = {
-        "train": splits.train.num_pieces,
-        "validation": splits.validation.num_pieces,
-        **splits.general_pieces,
-    }
-    for split, num_pieces in pieces.items():
-        rows = Rows.open(workdir, split)
-        if rows is None:
-            continue
+    own = zip(SPLITS, (splits.train, splits.validation), strict=True)
+    writers = {**dict(own), **splits.general}
+    for split, writer in writers.items():
         origin = split if split in roles else "train"
-        first = np.zeros(len(rows), dtype=np.int64)
-        first[np.cumsum(num_pieces) - np.asarray(num_pieces)] = 1
-        for index, ledger in _numbered(ledgers, origin):
-            mine = np.asarray(rows.source) == index
-            ledger.settle(
-                SPLIT_OUTCOMES[split],
-                rows=int(first[mine].sum()),
-                tokens=int(rows.lengths[mine].sum()),
-                targets=int(rows.targets[mine].sum()),
-                sequences=int(mine.sum()),
-            )
+        mine = dict(_numbered(ledgers, origin))
+        for index, ledger in mine.items():
+            rows = int((writer.sources == index).sum())
+            ledger.settle(SPLIT_OUTCOMES[split], rows=rows, tokens=0)
+        for block in Rows.blocks(workdir, split):
+            for index, ledger in mine.items():
+                chosen = block.source == index
+                ledger.settle(
+                    SPLIT_OUTCOMES[split],
+                    rows=0,
+                    tokens=int(block.lengths[chosen].sum()),
+                    targets=int(block.targets[chosen].sum()),
+                    sequences=int(chosen.sum()),
+                )
     for ledger in ledgers.values():
         ledger.check()
 
@@ -382,6 +384,7 @@ def _clear(workdir: Path) -> None:
         (workdir / name).unlink(missing_ok=True)
     for name in (*SPLITS, GAPS, GENERAL, GUARD):
         remove_split(workdir, name)
+    remove_scratch(workdir)
     for folder in (_SPOOL, "tokenizer"):
         shutil.rmtree(workdir / folder, ignore_errors=True)
 
@@ -424,7 +427,7 @@ def _metrics(train: Rows, tallies: Sequence[Tally]) -> dict[str, float]:
         "heldOutRows": total.num_rows("heldOut"),
         "sequences": len(train),
         "tokens": len(train.tokens),
-        "targetTokens": int(train.targets.sum()),
+        "targetTokens": total.targets["trained"],
         "longestRow": max(tally.longest for tally in tallies),
         "skippedRows": total.num_rows("invalid"),
         **outcomes,

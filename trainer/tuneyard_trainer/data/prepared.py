@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -58,6 +59,18 @@ class Rows:
             np.asarray(np.load(_file(folder, split, name), mmap_mode="r")) for name in ARRAYS
         )
         return cls(tokens, mask, offsets, source)
+
+    @classmethod
+    def blocks(cls, folder: Path, split: str) -> Iterator[Rows]:
+        """Yield the split's rows, BLOCK_ROWS at a time. The files are mapped anew for each block:
+        pages that were read leave the process with it."""
+        start = 0
+        while (rows := cls.open(folder, split)) is not None and start < len(rows):
+            offsets = rows.offsets[start : start + BLOCK_ROWS + 1]
+            tokens = slice(int(offsets[0]), int(offsets[-1]))
+            source = rows.source[start : start + BLOCK_ROWS]
+            yield cls(rows.tokens[tokens], rows.flat_mask[tokens], offsets - offsets[0], source)
+            start += BLOCK_ROWS
 
     def __len__(self) -> int:
         return len(self.source)
@@ -128,7 +141,7 @@ class Prepared:
 
 
 class RowWriter:
-    """Appends rows to a split's files. It keeps 10 bytes per row in memory, for any row length.
+    """Appends rows to a split's files. Memory holds a buffer for each file alone.
 
     The files have their final names from the start: `data.json` marks them as complete.
     """
@@ -137,14 +150,16 @@ class RowWriter:
         self._folder, self._split = folder, split
         self._tokens = _Column(_file(folder, split, "tokens"), np.int32)
         self._mask = _Column(_file(folder, split, "mask"), np.uint8)
-        self._lengths, self._source = array("q"), array("h")
+        self._offsets = _Column(_file(folder, split, "offsets"), np.int64)
+        self._source = _Column(_file(folder, split, "source"), np.int16)
+        self._offsets.append(np.zeros(1, np.int64))
 
     def append(self, ids: NDArray[np.int32], mask: NDArray[np.uint8], source: int) -> None:
         """Add one row of at least one token."""
         self._tokens.append(ids)
         self._mask.append(mask)
-        self._lengths.append(len(ids))
-        self._source.append(source)
+        self._offsets.append(np.array([self._tokens.size]))
+        self._source.append(np.array([source]))
 
     def extend(
         self,
@@ -154,13 +169,13 @@ class RowWriter:
         sources: NDArray[np.int16],
     ) -> None:
         """Add rows. `ids`, `masks`: flat, int32 and uint8. `lengths`, `sources`: of each row."""
+        self._offsets.append(self._tokens.size + np.cumsum(np.asarray(lengths)))
         self._tokens.append(np.frombuffer(ids, np.int32))
         self._mask.append(np.frombuffer(masks, np.uint8))
-        self._lengths.extend(lengths)
-        self._source.frombytes(sources.astype(np.int16, copy=False).tobytes())
+        self._source.append(sources)
 
     def __len__(self) -> int:
-        return len(self._lengths)
+        return self._source.size
 
     def __enter__(self) -> Self:
         return self
@@ -171,14 +186,10 @@ class RowWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._tokens.close()
-        self._mask.close()
-        if not self._lengths:
+        for column in (self._tokens, self._mask, self._offsets, self._source):
+            column.close()
+        if not len(self):
             remove_split(self._folder, self._split)
-            return
-        offsets = np.concatenate(([0], np.cumsum(np.frombuffer(self._lengths, np.int64))))
-        np.save(_file(self._folder, self._split, "offsets"), offsets)
-        np.save(_file(self._folder, self._split, "source"), np.frombuffer(self._source, np.int16))
 
 
 class _Column:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.encoding.tokenization import Encoded
 from tuneyard_trainer.data.prepared import Rows, RowWriter
+from tuneyard_trainer.data.scratch import ScratchArray
 from tuneyard_trainer.data.texts import Texts, text_hash
 
 Hashes = NDArray[np.uint64]
@@ -30,6 +31,17 @@ TRAIN, HELD_OUT, REPEATED, LEFT_OUT = 0, 1, 2, 3
 
 BLOCK_ROWS = 512
 """Rows that are copied at a time."""
+_ROW = np.dtype(
+    [
+        ("hash", np.uint64),
+        ("prompt", np.uint64),
+        ("number", np.int64),
+        ("pieces", np.int32),
+        ("file", np.int32),
+        ("source", np.int16),
+    ]
+)
+"""What a writer keeps of each row, 34 bytes."""
 
 
 class Place(NamedTuple):
@@ -90,7 +102,7 @@ class RowBlock:
 class SplitWriter:
     """Writes the rows of a split. A row is one sequence, or several pieces if it was split.
 
-    Memory holds 50 bytes a row.
+    A scratch file has 34 bytes a row. They are read after the end of the context.
     """
 
     def __init__(self, folder: Path, split: str, seed: int, *, texts: Path | None) -> None:
@@ -101,48 +113,53 @@ class SplitWriter:
         """The rows' texts. None: they are not kept."""
         self._seed = seed
         self._writer = RowWriter(folder, split)
-        self._hashes, self._prompts = array("Q"), array("Q")
-        self._num_pieces = array("i")
-        self._sources, self._file_numbers, self._numbers = array("h"), array("i"), array("q")
+        self._written = ScratchArray(folder, _ROW)
         self._files: dict[str, int] = {}
         """The number of each file."""
+        self._rows: NDArray[Any] | None = None
+        """(R,) what is kept of each row. None: rows are still written."""
 
     def extend(self, block: RowBlock) -> None:
         """Write rows."""
         sources = np.repeat(np.asarray(block.sources), np.asarray(block.num_pieces))
         self._writer.extend(block.ids, block.masks, block.lengths, sources)
-        self._hashes.extend(block.hashes)
-        self._prompts.extend(block.prompts)
-        self._num_pieces.extend(block.num_pieces)
-        self._sources.extend(block.sources)
-        self._numbers.extend(block.numbers)
         known = [self._files.setdefault(name, len(self._files)) for name in block.files]
-        self._file_numbers.extend(known[number] for number in block.file_numbers)
+        rows = np.empty(len(block), _ROW)
+        rows["hash"], rows["prompt"] = block.hashes, block.prompts
+        rows["number"], rows["pieces"] = block.numbers, block.num_pieces
+        rows["file"] = np.asarray(known, np.int32)[np.asarray(block.file_numbers)]
+        rows["source"] = block.sources
+        self._written.extend(rows)
         if self.texts is not None:
             self.texts.extend(block.lines)
 
     def __len__(self) -> int:
-        return len(self._hashes)
+        return len(self._written)
 
     @property
     def hashes(self) -> Hashes:
         """(R,) the rows' hashes."""
-        return np.array(self._hashes, dtype=np.uint64)
+        return self._column("hash")
 
     @property
     def prompts(self) -> Hashes:
         """(R,) hashes of the rows' prompts. A row without a prompt has its own hash."""
-        return np.array(self._prompts, dtype=np.uint64)
+        return self._column("prompt")
 
     @property
     def sources(self) -> NDArray[np.int16]:
         """(R,) the index of each row's data set."""
-        return np.array(self._sources, dtype=np.int16)
+        return self._column("source")
 
     @property
-    def num_pieces(self) -> Sequence[int]:
-        """The number of pieces of each row."""
-        return self._num_pieces
+    def num_pieces(self) -> NDArray[np.int32]:
+        """(R,) the number of pieces of each row."""
+        return self._column("pieces")
+
+    def _column(self, name: str) -> NDArray[Any]:
+        if self._rows is None:
+            raise ValueError(f"the rows of {self.split} are still written")
+        return self._rows[name]
 
     @cached_property
     def _names(self) -> list[str]:
@@ -155,8 +172,8 @@ class SplitWriter:
 
     def place(self, row: int) -> Place:
         """Return the location of a row."""
-        file = self._names[self._file_numbers[row]]
-        return Place(self._sources[row], file, self._numbers[row])
+        source, file, number = (self._column(name)[row] for name in ("source", "file", "number"))
+        return Place(int(source), self._names[file], int(number))
 
     def __enter__(self) -> Self:
         self._writer.__enter__()
@@ -169,6 +186,7 @@ class SplitWriter:
         trace: TracebackType | None,
     ) -> None:
         self._writer.__exit__(kind, error, trace)
+        self._rows = self._written.close()
         if self.texts is not None:
             self.texts.__exit__(kind, error, trace)
             if not len(self):
@@ -237,27 +255,30 @@ def assign_splits(
 ) -> None:
     """Copy the rows of a closed writer with texts to the open writers of their codes. Rows whose
     code has no writer are left out. `change`: applied to the rows to train on."""
-    rows = Rows.open(spool.folder, spool.split)
-    if rows is None or spool.texts is None:
-        raise TypeError("assign_splits needs a writer with rows and their texts")
     piece = 0
-    blocks = {code: writer.block() for code, writer in writers.items()}
-    for row, (code, count) in enumerate(zip(codes.tolist(), spool.num_pieces, strict=True)):
-        writer = writers.get(code)
-        if writer is not None:
-            pieces = [Encoded(rows.ids(i), rows.mask(i)) for i in range(piece, piece + count)]
-            place, line = spool.place(row), None
-            if writer.texts is not None:
-                line = spool.texts.line(row)
-            if change and code == TRAIN:
-                pieces = change(spool.texts[row], pieces, place)
-            blocks[code].add(pieces, place, line)
-            if len(blocks[code]) == BLOCK_ROWS:
-                writer.extend(blocks[code])
-                blocks[code] = writer.block()
-        piece += count
-    for code, block in blocks.items():
-        writers[code].extend(block)
+    for start in range(0, len(spool), BLOCK_ROWS):
+        # Mapped anew for each block: pages that were read leave the process with it.
+        rows = Rows.open(spool.folder, spool.split)
+        if rows is None or spool.texts is None:
+            raise TypeError("assign_splits needs a writer with rows and their texts")
+        blocks = {code: writer.block() for code, writer in writers.items()}
+        copied = slice(start, start + BLOCK_ROWS)
+        counts = spool.num_pieces[copied].tolist()
+        for row, (code, count) in enumerate(
+            zip(codes[copied].tolist(), counts, strict=True), start
+        ):
+            writer = writers.get(code)
+            if writer is not None:
+                pieces = [Encoded(rows.ids(i), rows.mask(i)) for i in range(piece, piece + count)]
+                place, line = spool.place(row), None
+                if writer.texts is not None:
+                    line = spool.texts.line(row)
+                if change and code == TRAIN:
+                    pieces = change(spool.texts[row], pieces, place)
+                blocks[code].add(pieces, place, line)
+            piece += count
+        for code, block in blocks.items():
+            writers[code].extend(block)
 
 
 def num_contaminated(train: Hashes, validation: Hashes) -> int:

@@ -10,6 +10,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
+from tuneyard_trainer.data.scratch import ScratchArray
+
 EXAMPLES = "examples.jsonl"
 """The file of a prepare stage with training rows for worked examples."""
 WITHOUT_CONTEXT = "withoutContext"
@@ -30,13 +35,16 @@ def text_line(text: Mapping[str, Any]) -> bytes:
 class Texts:
     """The texts of rows: `messages`, `prompt` and `completion`, or `text`, of each.
 
-    A context that is entered once to append; afterwards rows are read. Memory holds 8 bytes a row.
+    A context that is entered once to append; afterwards rows are read. A scratch file has 8 bytes a
+    row.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._offsets, self._end = array("q"), 0
+        self._offsets, self._end = ScratchArray(path.parent, np.int64), 0
+        self._starts: NDArray[np.int64] | None = None
+        """(R,) the place of each line in the file. None: the file is still written."""
         self._file: IO[bytes] = path.open("wb", buffering=1 << 20)
 
     def append(self, text: Mapping[str, Any]) -> None:
@@ -45,9 +53,11 @@ class Texts:
 
     def extend(self, lines: Iterable[bytes]) -> None:
         """Add rows as `text_line` returns them."""
+        starts = array("q")
         for line in lines:
-            self._offsets.append(self._end)
+            starts.append(self._end)
             self._end += self._file.write(line)
+        self._offsets.extend(np.asarray(starts))
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -59,9 +69,9 @@ class Texts:
 
     def line(self, row: int) -> bytes:
         """Return a row as its line in the file."""
-        if not self._file.readable():
+        if self._starts is None:
             raise ValueError(f"{self.path.name} is still written")
-        self._file.seek(self._offsets[row])
+        self._file.seek(int(self._starts[row]))
         return self._file.readline()
 
     def lines(self) -> Iterator[bytes]:
@@ -83,4 +93,5 @@ class Texts:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
+        self._starts = self._offsets.close()
         self._file = self.path.open("rb", buffering=1 << 16)

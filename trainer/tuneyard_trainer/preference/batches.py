@@ -16,8 +16,6 @@ from tuneyard_trainer.data.reading.feedback import is_beaten
 from tuneyard_trainer.data.reading.rows import Row
 from tuneyard_trainer.preference.rows import Preference, parse_preferences
 
-BATCH_ROWS = 256
-
 
 class RatedRows(NamedTuple):
     """Rows of one data set that follow each other."""

@@ -1,7 +1,7 @@
 """pairs: read preferences, check every row, hold out prompts, and write tokens to disk.
 
-All completions of a prompt are in the same split. The data is read once, and memory holds a batch
-of rows and about 40 bytes per row.
+All completions of a prompt are in the same split. The data is read once. Memory holds the batches
+in flight, and of each preference 20 bytes here and 33 in its statistics.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from numpy.typing import NDArray
 from tuneyard.api.plan import SourceInput
 from tuneyard.api.stage_settings import DatasetSettings, PairsSettings
 from tuneyard.errors import StageError
+from tuneyard_trainer.data.batches import batched
 from tuneyard_trainer.data.encoding.masks import MaskProof
 from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder
 from tuneyard_trainer.data.ledger import Ledger, ledger_details
 from tuneyard_trainer.data.parallel import Pool, num_processes
-from tuneyard_trainer.data.prepared import SPLITS, Rows, RowWriter
+from tuneyard_trainer.data.prepared import BLOCK_ROWS, SPLITS, Rows, RowWriter
 from tuneyard_trainer.data.reading import layouts
 from tuneyard_trainer.data.reading.conversations import template_turns
 from tuneyard_trainer.data.reading.example import RowError
@@ -39,7 +40,6 @@ from tuneyard_trainer.data.splits import held_out
 from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import sequence_limit
 from tuneyard_trainer.preference.batches import (
-    BATCH_ROWS,
     EncodedPreference,
     Outcome,
     PreferenceEncoder,
@@ -94,8 +94,10 @@ class _Reader:
     """The columns of each data set that nothing reads."""
     examples: dict[str, list[str]] = field(default_factory=dict)
     """The first rejected rows of each reason."""
-    too_long: list[str] = field(default_factory=list)
+    num_too_long: int = 0
     """The groups with a row longer than `limit`."""
+    too_long: list[str] = field(default_factory=list)
+    """The first of these groups, FAULTS_SHOWN at most."""
     without_preference: int = 0
     """Valid rows that state no preference: unrated answers, and trees without ranks. An answer that
     another one beats is in a pair of that one, and is not counted."""
@@ -173,11 +175,11 @@ class _Reader:
     # ---- rows ---------------------------------------------------------------------------------
 
     def _batches(self, index: int, dataset: DatasetSettings) -> Iterator[RatedRows]:
-        """Yield the rows of one data set, BATCH_ROWS at a time."""
+        """Yield the rows of one data set, in batches."""
         source = read_data(self.context.inputs[f"preferences.{index}"])
         rows = self._noted(islice(source, dataset.limit), dataset)
         rows = layouts.joined(rows, dataset.format, dataset.fields)
-        while chunk := list(islice(rows, BATCH_ROWS)):
+        for chunk in batched(rows):
             if self.context.worker.stop():
                 raise Interrupted(self.context.stage.name, self.num_rows)
             yield RatedRows(chunk, dataset.fields, dataset.format)
@@ -231,8 +233,10 @@ class _Reader:
         self.longest = max(self.longest, longest)
         if longest > self.limit:
             self.ledgers[source].lose("dropped", tokens=tokens)
-            where = location(preference.file, preference.row)
-            self.too_long.append(f"{where}: {longest} tokens")
+            self.num_too_long += 1
+            if len(self.too_long) < FAULTS_SHOWN:
+                where = location(preference.file, preference.row)
+                self.too_long.append(f"{where}: {longest} tokens")
             return
         self.ledgers[source].keep(tokens)
         self.statistics[source].add(preference, [int(row.mask.sum()) for row in encoded])
@@ -280,8 +284,8 @@ class _Reader:
         if self.too_long and self.settings.on_overlength == "error":
             raise StageError(
                 "RowTooLong",
-                f"{len(self.too_long)} of {self.num_rows} preferences are longer than {self.limit} "
-                f"tokens: {'; '.join(self.too_long[:FAULTS_SHOWN])}.",
+                f"{self.num_too_long} of {self.num_rows} preferences are longer than {self.limit} "
+                f"tokens: {'; '.join(self.too_long)}.",
                 advice="Raise spec.preferences.maxLength, or set spec.preferences.onOverlength: "
                 "drop.",
             )
@@ -289,7 +293,7 @@ class _Reader:
             raise StageError(
                 "EmptyData",
                 f"none of {self.num_rows} rows is left: {rejected} are skipped, "
-                f"{self.without_preference} state no preference, {len(self.too_long)} are longer "
+                f"{self.without_preference} state no preference, {self.num_too_long} are longer "
                 f"than {self.limit} tokens.",
                 advice="Add rows to spec.preferences, or raise spec.preferences.maxLength.",
             )
@@ -317,9 +321,6 @@ class _Reader:
         if self.settings.labeled:
             _require_both_labels(labels[~held], "training completions")
             _require_two_prompts(self.prompts, held)
-        spooled = Rows.open(spool, "all")
-        if spooled is None:
-            raise TypeError("no rows were spooled")
         starts = np.concatenate(([0], np.cumsum(self.sizes)))
         with (
             (spool / "texts").open(encoding="utf-8") as lines,
@@ -328,16 +329,22 @@ class _Reader:
             (self.context.workdir / "validation.jsonl").open("w", encoding="utf-8") as texts,
         ):
             for group, line in enumerate(lines):
+                if group % BLOCK_ROWS == 0:
+                    # Mapped anew for each block: pages that were read leave the process with it.
+                    spooled = Rows.open(spool, "all")
+                if spooled is None:
+                    raise TypeError("no rows were spooled")
                 writer = validation if held[group] else train
-                span = slice(int(starts[group]), int(starts[group + 1]))
-                for row in range(span.start, span.stop):
+                first, end = int(starts[group]), int(starts[group + 1])
+                for row in range(first, end):
                     writer.append(spooled.ids(row), spooled.mask(row), int(spooled.source[row]))
-                self.ledgers[int(spooled.source[span.start])].settle(
+                tokens = slice(int(spooled.offsets[first]), int(spooled.offsets[end]))
+                self.ledgers[int(spooled.source[first])].settle(
                     "heldOut" if held[group] else "trained",
                     rows=1,
-                    tokens=int(spooled.lengths[span].sum()),
-                    targets=int(spooled.targets[span].sum()),
-                    sequences=span.stop - span.start,
+                    tokens=tokens.stop - tokens.start,
+                    targets=int(spooled.flat_mask[tokens].sum()),
+                    sequences=end - first,
                 )
                 if held[group]:
                     texts.write(line)
@@ -367,12 +374,12 @@ class _Reader:
             "rows": float(self.num_rows),
             "preferences": float(counts["train"]),
             "heldOutPreferences": float(counts["validation"]),
-            "prompts": float(len(set(self.prompts))),
+            "prompts": float(len(np.unique(np.asarray(self.prompts)))),
             "sequences": float(len(train)),
             "tokens": float(len(train.tokens)),
             "longestRow": float(self.longest),
             "skippedRows": float(sum(self.faults.values())),
-            "droppedRows": float(len(self.too_long)),
+            "droppedRows": float(self.num_too_long),
             **Ledger.total(self.ledgers).metrics(),
             "ties": float(sum(label == 0.5 for label in self.labels)),
         }

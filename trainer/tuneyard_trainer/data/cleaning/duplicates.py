@@ -6,14 +6,15 @@ Rows are compared by their content alone. Of rows that repeat each other, the fi
 from __future__ import annotations
 
 import json
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tuneyard_trainer.data.cleaning.signatures import (
+    BANDS,
     SIMILARITY,
     Bands,
     bands,
@@ -22,6 +23,7 @@ from tuneyard_trainer.data.cleaning.signatures import (
 )
 from tuneyard_trainer.data.cleaning.text import said, written
 from tuneyard_trainer.data.cleaning.words import WordHashes
+from tuneyard_trainer.data.scratch import ScratchArray
 from tuneyard_trainer.data.texts import text_hash
 
 Kind = Literal["exact", "near"]
@@ -60,14 +62,17 @@ class RowKeys(NamedTuple):
 
 
 class Duplicates:
-    """Collects what rows are compared by: 8 bytes a row, and 56 more with near duplicates."""
+    """Collects what rows are compared by, in scratch files: 8 bytes a row, and 112 more with near
+    duplicates. `found` holds 30 bytes a row in memory."""
 
-    def __init__(self, kind: Kind, similarity: float | None) -> None:
-        """`similarity`: the least Jaccard index of near duplicates. None: SIMILARITY."""
+    def __init__(self, kind: Kind, similarity: float | None, folder: Path | None = None) -> None:
+        """`similarity`: the least Jaccard index of near duplicates. None: SIMILARITY. `folder`: of
+        the scratch files. None: the system's for temporary files."""
         self._near = kind == "near"
         self._least = SIMILARITY if similarity is None else similarity
-        self._contents = array("Q")
-        self._bands: list[Bands] = []
+        self._contents = ScratchArray(folder, np.uint64)
+        self._bands = ScratchArray(folder, np.dtype((np.uint32, BANDS))) if self._near else None
+        self._folder = folder
         self._known = WordHashes()
 
     def add(self, texts: Sequence[Mapping[str, Any]]) -> None:
@@ -76,15 +81,15 @@ class Duplicates:
 
     def add_keys(self, keys: RowKeys) -> None:
         """Add rows by their keys."""
-        self._contents.frombytes(keys.contents.tobytes())
-        if keys.bands is not None:
-            self._bands.append(keys.bands)
+        self._contents.extend(keys.contents)
+        if self._bands is not None and keys.bands is not None:
+            self._bands.extend(keys.bands)
 
     def found(self, text: Callable[[int], Mapping[str, Any]]) -> Iterator[Duplicate]:
         """Yield the rows that repeat an earlier one, in order. To be called once. `text`: returns a
         row by its number; it is called for candidates only."""
         numbers = np.arange(len(self._contents), dtype=np.uint32)
-        earlier, meets = _first_equal(np.frombuffer(self._contents, np.uint64)), self._meetings()
+        earlier, meets = _first_equal(self._contents.close()), self._meetings()
         repeats = earlier < numbers
         if meets is not None:
             repeats |= meets.min(axis=1) < numbers
@@ -101,15 +106,14 @@ class Duplicates:
                 yield duplicate
 
     def _meetings(self) -> Bands | None:
-        """Return (R, BANDS) the number of the first row that shares each band; it replaces the
-        bands. None: near duplicates are not searched."""
-        if not self._bands:
+        """Return (R, BANDS) the number of the first row that shares each band. None: near
+        duplicates are not searched."""
+        if self._bands is None:
             return None
-        found = np.concatenate(self._bands)
-        self._bands = []
-        for column in found.T:
-            column[:] = _first_equal(column)
-        return found
+        found = ScratchArray(self._folder, np.uint32)
+        for column in self._bands.close().T:
+            found.extend(_first_equal(column))
+        return found.close().reshape(BANDS, -1).T
 
     def _nearest(
         self, row: int, candidates: Sequence[int], text: Callable[[int], Mapping[str, Any]]
