@@ -201,7 +201,9 @@ def test_a_bound_of_the_difference_needs_the_base_and_values_of_each_item() -> N
     assert "set evaluate.compareWithBase: true" in message
     ((path, message),) = found({"metric": "lossReduction", "notWorseThanBaseBy": 0.1})
     assert path == "spec.evaluate.gates[1].notWorseThanBaseBy"
-    assert "use one of validationLoss, validationLossOfGaps, answerAccuracy, exactMatch, " in message
+    assert (
+        "use one of validationLoss, validationLossOfGaps, answerAccuracy, exactMatch, " in message
+    )
 
 
 def test_the_new_fields_of_gates_leave_a_plan_without_them_as_it_was() -> None:
