@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -170,6 +171,18 @@ def test_an_output_on_a_full_disk_is_no_damage_of_the_cache(
 ) -> None:
     monkeypatch.setattr(module.shutil, "copyfile", full)
     with pytest.raises(OSError, match="No space left"):
+        Job(tmp_path).run()
+    assert (entry / "record.json").exists()
+
+
+def test_an_output_that_cannot_be_written_to_is_no_damage_of_the_cache(
+    tmp_path: Path, entry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(_: Path, target: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(target))
+
+    monkeypatch.setattr(module.shutil, "copyfile", refused)
+    with pytest.raises(PermissionError):
         Job(tmp_path).run()
     assert (entry / "record.json").exists()
 
@@ -412,7 +425,14 @@ def test_the_entries_take_a_quarter_of_the_free_space_at_most(
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [(None, 20 << 30), ("", 20 << 30), ("0", 0), ("500M", 500_000_000), ("1.5Gi", 3 << 29)],
+    [
+        (None, 20 << 30),
+        ("", 20 << 30),
+        ("0", 0),
+        ("500M", 500_000_000),
+        ("1.5Gi", 3 << 29),
+        ("9" * 400, sys.maxsize),
+    ],  # more than a float holds
 )
 def test_the_limit_is_a_quantity(text: str | None, size: int) -> None:
     assert results_limit({} if text is None else {"TUNEYARD_CACHE_RESULTS": text}) == size
