@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.trainer.jobs import manifest, planned, write_data
+from tests.trainer.preferring import separable
 from tuneyard.api.plan import Plan, StageRecord
 from tuneyard.api.stage_settings import StageKind
 from tuneyard_trainer.running import runner
@@ -108,6 +109,31 @@ def test_a_job_with_another_output_and_learning_rate_prepares_nothing(
     assert first.files() == second.files() == alone.files()
     states = [event["state"] for event in second.events if event["type"] == "stage"]
     assert states == ["Running", "Succeeded"] * 4
+
+
+def test_preferences_are_reused_too(folder: Path, tiny_model_dir: Path, ran: list[str]) -> None:
+    rows = separable(12)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = manifest(tiny_model_dir) | {"kind": "AlignmentJob"}
+    job["spec"] = {
+        "model": job["spec"]["model"],
+        "preferences": {"data": [{"uri": "file://pairs.jsonl"}], "heldOut": 0.25},
+        "optimize": {"dpo": {}},
+        "adapter": {"lora": {}},
+        "output": job["spec"]["output"],
+    }
+    plan = planned(job)
+    plan = plan.model_copy(update={"stages": plan.stages[:1]})
+    first, second = Job(folder, plan), Job(folder, plan)
+    alone = Job(folder, plan, shares=False)
+    [name] = first.records
+    assert ran == ["pairs"] * 2
+    assert second.records[name].reused
+    assert second.files(name) == alone.files(name)
+    same = {"metrics", "details", "digest", "identity", "input_digests"}
+    assert json.loads(json.dumps(second.records[name].model_dump(include=same))) == json.loads(
+        json.dumps(alone.records[name].model_dump(include=same))
+    )
 
 
 def test_a_stage_that_trains_is_never_reused(

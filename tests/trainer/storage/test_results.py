@@ -129,6 +129,13 @@ def test_only_the_user_may_read_the_cache(tmp_path: Path, entry: Path) -> None:
     assert stat.S_IMODE(entry.parent.stat().st_mode) == 0o700
 
 
+def test_only_the_user_may_read_an_entry_of_a_folder_that_others_may_read(tmp_path: Path) -> None:
+    folder = tmp_path / "cache/results"
+    folder.mkdir(parents=True, mode=0o755)
+    Job(tmp_path).run()
+    assert stat.S_IMODE((folder / "key").stat().st_mode) == 0o700
+
+
 def test_another_key_is_another_entry(tmp_path: Path, entry: Path) -> None:
     job = Job(tmp_path, key="other")
     job.run()

@@ -244,6 +244,7 @@ class Entry:
                     f"room ({LIMIT_VARIABLE})"
                 )
                 return
+            partial.mkdir(mode=0o700)  # others may read a `results` that was there
             _copy(paths, workdir, partial / _FILES, self.worker.check_stop)
             value = record.model_dump(mode="json", by_alias=True)
             (partial / _RECORD).write_text(json.dumps(value), encoding="utf-8")
