@@ -399,6 +399,25 @@ def test_an_entry_that_another_job_is_storing_stays(tmp_path: Path) -> None:
     assert entries(tmp_path) == {".other.0123abcd.partial", "second"}
 
 
+def test_an_entry_that_vanishes_while_it_is_measured_takes_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another job removes it to make room too."""
+    store(tmp_path, "first", age=10)
+    files = Path.rglob
+
+    def vanished(path: Path, pattern: str) -> Any:
+        if path.name == "first":
+            shutil.rmtree(path, ignore_errors=True)
+            raise FileNotFoundError(errno.ENOENT, "No such file", str(path))
+        return files(path, pattern)
+
+    monkeypatch.setattr(Path, "rglob", vanished)
+    job = store(tmp_path, "second")
+    assert job.messages == []
+    assert entries(tmp_path) == {"second"}
+
+
 def test_an_incomplete_entry_goes_first(tmp_path: Path) -> None:
     for age, key in ((30, "first"), (20, "second"), (10, "third")):
         store(tmp_path, key, age=age)

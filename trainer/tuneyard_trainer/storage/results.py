@@ -297,9 +297,10 @@ def _empty(folder: Path) -> None:
 def _size(path: Path) -> int:
     """Return the bytes of a file or of a folder's files; those that vanish meanwhile count 0."""
     size = 0
-    for file in _files(path):
-        with suppress(OSError):
-            size += file.stat().st_size
+    with suppress(OSError):  # a folder vanished
+        for file in _files(path):
+            with suppress(OSError):
+                size += file.stat().st_size
     return size
 
 
