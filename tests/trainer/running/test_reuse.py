@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 from tests.trainer.jobs import manifest, planned, write_data
+from tests.trainer.preferring import separable
 from tuneyard.api.plan import Plan, StageRecord
 from tuneyard.api.stage_settings import StageKind
 from tuneyard_trainer.running import runner
@@ -106,6 +109,31 @@ def test_a_job_with_another_output_and_learning_rate_prepares_nothing(
     assert first.files() == second.files() == alone.files()
     states = [event["state"] for event in second.events if event["type"] == "stage"]
     assert states == ["Running", "Succeeded"] * 4
+
+
+def test_preferences_are_reused_too(folder: Path, tiny_model_dir: Path, ran: list[str]) -> None:
+    rows = separable(12)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = manifest(tiny_model_dir) | {"kind": "AlignmentJob"}
+    job["spec"] = {
+        "model": job["spec"]["model"],
+        "preferences": {"data": [{"uri": "file://pairs.jsonl"}], "heldOut": 0.25},
+        "optimize": {"dpo": {}},
+        "adapter": {"lora": {}},
+        "output": job["spec"]["output"],
+    }
+    plan = planned(job)
+    plan = plan.model_copy(update={"stages": plan.stages[:1]})
+    first, second = Job(folder, plan), Job(folder, plan)
+    alone = Job(folder, plan, shares=False)
+    [name] = first.records
+    assert ran == ["pairs"] * 2
+    assert second.records[name].reused
+    assert second.files(name) == alone.files(name)
+    same = {"metrics", "details", "digest", "identity", "input_digests"}
+    assert json.loads(json.dumps(second.records[name].model_dump(include=same))) == json.loads(
+        json.dumps(alone.records[name].model_dump(include=same))
+    )
 
 
 def test_a_stage_that_trains_is_never_reused(
@@ -212,6 +240,9 @@ def test_data_of_another_state_of_the_trainers_code_is_prepared(
     monkeypatch.setattr(results.tuneyard_trainer, "__file__", str(copy / "__init__.py"))
     software = results._software.__wrapped__
     assert software() == results._software(), "a copy of the code is the same code"
+    (copy / "data/__pycache__").mkdir(exist_ok=True)
+    (copy / "data/__pycache__/prepare.cpython.pyc.140234").write_bytes(b"half of a compiled module")
+    assert software() == results._software(), "what Python makes of the code is not the code"
     (copy / "data/prepare.py").write_text("# changed")
     found = software()
     monkeypatch.setattr(results, "_software", lambda: found)
@@ -270,6 +301,67 @@ def test_a_disk_that_is_full_when_the_data_is_kept_leaves_the_job_as_it_is(
     job = Job(folder, plan)
     assert job.record.metrics["rows"] == 10
     assert "No space left" in job.messages[-1]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "validation.jsonl"])
+@pytest.mark.parametrize("removed", [False, True])
+def test_data_that_changes_while_it_is_prepared_is_not_kept(
+    name: str, removed: bool, folder: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The entry would have the name of the former rows, and the content of the later ones."""
+    path, counted = folder / name, runner._stage_function
+    before = path.read_text()
+
+    def changing(stage: Any) -> Any:
+        def run(context: StageContext) -> StageOutcome:
+            path.write_text(before.replace("Lamp 3 is black", "Lamp 3 is ivory") + before)
+            outcome = counted(stage)(context)
+            if removed:
+                path.unlink()
+            return outcome
+
+        return run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_stage_function", changing)
+        job = Job(folder, plan)
+    assert "an input has changed" in job.messages[-1]
+    path.write_text(before)
+    second, alone = Job(folder, plan), Job(folder, plan, shares=False)
+    assert not second.record.reused
+    assert second.files() == alone.files()
+
+
+def test_an_attempt_that_was_superseded_while_it_waited_changes_no_file(
+    folder: Path, plan: Plan
+) -> None:
+    output = Job(folder, plan).output
+    store = Store(str(output), folder / "scratch")
+    record = output / "stages/prepare/record.json"
+    [entry] = folder.glob("cache/results/*/record.json")
+    done = record.read_bytes()
+    waiting = PlanRunner(
+        StageInputs(plan, store, folder, folder / "cache"),
+        Worker(0, 1, torch.device("cpu"), attempt=1),
+        lambda _: None,
+        results=Results(entry.parents[1], 1 << 40),
+    )
+    record.unlink()
+
+    @contextmanager
+    def waited(*arguments: Any) -> Iterator[Any]:
+        store.claim(plan.job, 2)
+        record.write_bytes(done)  # by the newer attempt
+        with held(*arguments) as found:
+            yield found
+
+    held = Results.held
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Results, "held", waited)
+        with pytest.raises(runner.StageError) as caught:
+            waiting.run()
+    assert caught.value.reason == "StaleAttempt"
+    assert record.read_bytes() == done
 
 
 def test_a_stage_that_fails_leaves_no_entry(

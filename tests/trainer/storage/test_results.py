@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -128,6 +129,13 @@ def test_only_the_user_may_read_the_cache(tmp_path: Path, entry: Path) -> None:
     assert stat.S_IMODE(entry.parent.stat().st_mode) == 0o700
 
 
+def test_only_the_user_may_read_an_entry_of_a_folder_that_others_may_read(tmp_path: Path) -> None:
+    folder = tmp_path / "cache/results"
+    folder.mkdir(parents=True, mode=0o755)
+    Job(tmp_path).run()
+    assert stat.S_IMODE((folder / "key").stat().st_mode) == 0o700
+
+
 def test_another_key_is_another_entry(tmp_path: Path, entry: Path) -> None:
     job = Job(tmp_path, key="other")
     job.run()
@@ -170,6 +178,18 @@ def test_an_output_on_a_full_disk_is_no_damage_of_the_cache(
 ) -> None:
     monkeypatch.setattr(module.shutil, "copyfile", full)
     with pytest.raises(OSError, match="No space left"):
+        Job(tmp_path).run()
+    assert (entry / "record.json").exists()
+
+
+def test_an_output_that_cannot_be_written_to_is_no_damage_of_the_cache(
+    tmp_path: Path, entry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(_: Path, target: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(target))
+
+    monkeypatch.setattr(module.shutil, "copyfile", refused)
+    with pytest.raises(PermissionError):
         Job(tmp_path).run()
     assert (entry / "record.json").exists()
 
@@ -379,6 +399,25 @@ def test_an_entry_that_another_job_is_storing_stays(tmp_path: Path) -> None:
     assert entries(tmp_path) == {".other.0123abcd.partial", "second"}
 
 
+def test_an_entry_that_vanishes_while_it_is_measured_takes_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another job removes it to make room too."""
+    store(tmp_path, "first", age=10)
+    files = Path.rglob
+
+    def vanished(path: Path, pattern: str) -> Any:
+        if path.name == "first":
+            shutil.rmtree(path, ignore_errors=True)
+            raise FileNotFoundError(errno.ENOENT, "No such file", str(path))
+        return files(path, pattern)
+
+    monkeypatch.setattr(Path, "rglob", vanished)
+    job = store(tmp_path, "second")
+    assert job.messages == []
+    assert entries(tmp_path) == {"second"}
+
+
 def test_an_incomplete_entry_goes_first(tmp_path: Path) -> None:
     for age, key in ((30, "first"), (20, "second"), (10, "third")):
         store(tmp_path, key, age=age)
@@ -412,7 +451,14 @@ def test_the_entries_take_a_quarter_of_the_free_space_at_most(
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [(None, 20 << 30), ("", 20 << 30), ("0", 0), ("500M", 500_000_000), ("1.5Gi", 3 << 29)],
+    [
+        (None, 20 << 30),
+        ("", 20 << 30),
+        ("0", 0),
+        ("500M", 500_000_000),
+        ("1.5Gi", 3 << 29),
+        ("9" * 400, sys.maxsize),
+    ],  # more than a float holds
 )
 def test_the_limit_is_a_quantity(text: str | None, size: int) -> None:
     assert results_limit({} if text is None else {"TUNEYARD_CACHE_RESULTS": text}) == size

@@ -551,6 +551,18 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     server.server_close()
 
 
+def test_an_error_that_a_store_returns_instead_of_raising_it_is_raised() -> None:
+    """`cat_ranges` of fsspec 2026.1 returns errors, also with `on_error="raise"`."""
+    listing = {"a.jsonl": {"name": "bucket/a.jsonl", "size": 1}}
+
+    def refused(names: list[str], *_: object, **__: object) -> list[Exception]:
+        return [PermissionError(name) for name in names]
+
+    store = SimpleNamespace(protocol=("s3", "s3a"), cat_ranges=refused)
+    with pytest.raises(PermissionError, match=r"bucket/a\.jsonl"):
+        sources._require_readable(store, SourceInput(uri="s3://bucket", path="x"), listing)
+
+
 class TestWeb:
     def test_a_page_with_an_etag_is_downloaded_once(
         self, here: Path, site: SimpleNamespace
@@ -652,6 +664,13 @@ class TestDigests:
         file = put(here / "x.bin", "one")
         put(here / "cache/hashes.json", cached.replace("x", json.dumps(str(file))[1:-1]))
         assert digest_of(file, cache_dir=here / "cache") == digest_of(file)
+
+    def test_a_cache_that_cannot_be_written_to_does_not_change_a_digest(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(digests, "_CACHED_BYTES", 1)
+        file, cache = put(here / "x.bin", "one"), put(here / "home/cache", "no folder")
+        assert digest_of(file, cache_dir=cache) == digest_of(file)
 
     def test_the_digest_of_a_missing_path_is_an_error(self, here: Path) -> None:
         with pytest.raises(StageError, match="does not exist"):

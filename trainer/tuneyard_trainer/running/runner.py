@@ -105,6 +105,14 @@ class StageInputs:
             for role, source in stage.inputs.items()
         }
 
+    def have(self, stage: PlannedStage, digests: Mapping[str, str]) -> bool:
+        """Return whether the inputs still have these digests: a stage reads its inputs after they
+        are taken, and somebody may change a file meanwhile."""
+        try:
+            return self.digests(stage) == digests
+        except (StageError, OSError):  # it was removed
+            return False
+
     def _source_digest(self, role: str, source: SourceInput) -> str:
         """Return the digest that a source's decisive files had in this output at first. It covers
         every file of a folder, as in 0.2: either version continues an output of the other."""
@@ -345,14 +353,21 @@ class PlanRunner:
         stage, workdir = context.stage, context.workdir
         key = result_key(stage, stage.identity(digests), context.inputs)
         with results.held(key, context.worker) as entry:
+            # A newer attempt may have taken over while this one waited.
+            self.stage_inputs.store.refuse_stale(self.worker.attempt)
             with _named_errors(stage, workdir):
                 found = entry.copied_to(workdir) if entry else None
             if found is None:
                 outcome = self._outcome(context)
                 record = self._record(context, digests, outcome, started)
                 self._completed(stage, record)
-                if entry:
+                if entry and self.stage_inputs.have(stage, digests):
                     entry.keep(workdir, record, outcome.contents or ())
+                elif entry:
+                    context.worker.report(
+                        message="the data is not kept for other jobs: an input has changed while "
+                        "it was prepared"
+                    )
                 return record
         own = {"stage": stage.name, "attempt": self.worker.attempt}
         times = {"started_at": started, "finished_at": now()}

@@ -89,7 +89,8 @@ class _Hashes:
 
     def save(self) -> None:
         if self.file and self.changed:
-            write_atomically(self.file, json.dumps(self.known).encode())
+            with suppress(StageError, OSError):  # the next run hashes the files again
+                write_atomically(self.file, json.dumps(self.known).encode())
 
 
 def sha256_of(path: Path) -> str:

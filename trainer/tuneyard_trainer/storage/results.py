@@ -19,6 +19,7 @@ import platform
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def results_limit(environment: Mapping[str, str]) -> int:
             advice="Write a size as Kubernetes does, such as 20Gi, or 0 to keep no prepared data "
             "for other jobs.",
         )
-    return int(quantity_value(text))
+    return int(min(quantity_value(text), sys.maxsize))
 
 
 def is_reusable(stage: PlannedStage) -> bool:
@@ -109,7 +110,7 @@ def _software() -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     folder = Path(tuneyard_trainer.__file__).parent
-    found["trainer"] = digest_of(folder, counts=lambda name: name.suffix != ".pyc")
+    found["trainer"] = digest_of(folder, counts=lambda name: "__pycache__" not in name.parts)
     return found
 
 
@@ -203,8 +204,8 @@ class Entry:
         """Copy the files into the stage's folder, in place of all files there, and return the
         record of the stage that wrote them. None: there is no undamaged entry.
 
-        A damaged entry is removed. Raises OSError if the disk of `workdir` is full, and Interrupted
-        if a stop is requested.
+        A damaged entry is removed. Raises OSError if `workdir` cannot be written to, or its disk is
+        full, and Interrupted if a stop is requested.
         """
         if not self._folder.is_dir():
             return None
@@ -220,7 +221,7 @@ class Entry:
         except ValueError:  # a record that is cut short
             pass
         except OSError as error:
-            if is_disk_full(error):
+            if is_disk_full(error) or workdir in Path(error.filename or "").parents:
                 raise
         self.worker.report(message="the data in the cache is damaged and is prepared again")
         remove_entry(self._folder)
@@ -243,6 +244,7 @@ class Entry:
                     f"room ({LIMIT_VARIABLE})"
                 )
                 return
+            partial.mkdir(mode=0o700)  # others may read a `results` that was there
             _copy(paths, workdir, partial / _FILES, self.worker.check_stop)
             value = record.model_dump(mode="json", by_alias=True)
             (partial / _RECORD).write_text(json.dumps(value), encoding="utf-8")
@@ -295,9 +297,10 @@ def _empty(folder: Path) -> None:
 def _size(path: Path) -> int:
     """Return the bytes of a file or of a folder's files; those that vanish meanwhile count 0."""
     size = 0
-    for file in _files(path):
-        with suppress(OSError):
-            size += file.stat().st_size
+    with suppress(OSError):  # a folder vanished
+        for file in _files(path):
+            with suppress(OSError):
+                size += file.stat().st_size
     return size
 
 

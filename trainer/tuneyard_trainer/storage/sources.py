@@ -336,7 +336,9 @@ def _require_readable(
         if names:  # the rights are those of the repository
             _require_readable_on_hub(fs.url(names[0]), _token(source))
     else:
-        fs.cat_ranges(names, 0, 1, on_error="raise")
+        for found in fs.cat_ranges(names, 0, 1):  # some versions raise no error, also if asked to
+            if isinstance(found, BaseException):
+                raise found
 
 
 def _download(fs: Any, listing: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
