@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.trainer.finished import HOSTILE, LINES, MANIFEST, folders
 from tuneyard.api.adapters import Adapter
+from tuneyard.api.plan import StageRecord
 from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder
 from tuneyard_trainer.data.ledger import Ledger, ledger_details
 from tuneyard_trainer.data.prepared import RowWriter
@@ -26,6 +27,7 @@ from tuneyard_trainer.data.reading.example import Example, Message
 from tuneyard_trainer.models import adapters
 from tuneyard_trainer.reporting import plots, report
 from tuneyard_trainer.reporting.card import fenced, write_card
+from tuneyard_trainer.reporting.results import Results
 from tuneyard_trainer.reporting.summary import RunSummary, shareable
 
 
@@ -234,6 +236,38 @@ def test_the_report_has_the_table_of_classes_if_they_are_few(tmp_path: Path) -> 
         assert cells[:6] == ["0", "0", "0", "7", "12", "345"]
         assert "named (other)" in shown
         assert "&lt;b&gt;refund" in shown
+
+
+def test_suites_are_compared_by_the_direction_of_each_metric(tmp_path: Path) -> None:
+    inputs = folders(tmp_path / "stages")
+    path = inputs["evaluation"] / "record.json"
+    value = json.loads(path.read_text())
+    value["metrics"] |= {
+        "sense/accuracy": 0.75,
+        "sense/baseAccuracy": 0.5,
+        "sense/accuracyChange": 0.25,
+        "manners/overRefusal": 0.5,
+        "manners/baseOverRefusal": 0.25,
+        "other/unknown": 3.0,
+        "other/baseUnknown": 2.0,
+    }
+    value["details"]["evidence"] = {
+        "sense/accuracy": {"higherIsBetter": True, "differenceInterval": [0.1, 0.4]},
+        "manners/overRefusal": {"higherIsBetter": False, "differenceInterval": [0.1, 0.4]},
+    }
+    record = StageRecord.model_validate(value)
+    found = {each.label: each for each in Results.of({"evaluate": record}).comparisons}
+    shown = {label: each.verdict for label, each in found.items() if each.on_suite}
+    assert shown == {
+        "sense: accuracy": "better",
+        "manners: overRefusal": "worse",
+        "other: unknown": "",
+    }
+    assert (found["sense: accuracy"].base, found["sense: accuracy"].tuned) == ("0.500", "0.750")
+    assert Results.of({"evaluate": record}).heading == "On held-out rows and suites"
+    del value["metrics"]
+    alone = StageRecord.model_validate({**value, "metrics": {"sense/accuracy": 0.75}})
+    assert Results.of({"evaluate": alone}).heading == "On suites"
 
 
 def test_a_report_can_be_written_without_records(tmp_path: Path) -> None:

@@ -51,6 +51,8 @@ class Comparison:
     verdict: Verdict
     """Whether the tuned model is better or worse. unclear: the 95% interval of the difference
     contains 0, which `change` says. "": equal, or no direction is better."""
+    on_suite: bool = False
+    """Whether this is a metric of a suite, not of held-out rows or prompts."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,11 @@ class Results:
     @property
     def heading(self) -> str:
         """The heading of the comparisons."""
-        return "On held-out rows" if self.held_out else "On training prompts"
+        rows = "On held-out rows" if self.held_out else "On training prompts"
+        found = {each.on_suite for each in self.comparisons}
+        if found == {True}:
+            return "On suites"
+        return f"{rows} and suites" if True in found else rows
 
     @property
     def samples_heading(self) -> str:
@@ -229,7 +235,7 @@ def _comparisons(training: StageRecord | None, evaluation: StageRecord | None) -
         found = evaluation.metrics
         losses = _with_training_losses(training, evaluation)
         rows = _on_held_out_rows(losses, evidence) if "validationLoss" in found else []
-        return [*rows, *_alignment_comparisons(found, evidence)]
+        return [*rows, *_alignment_comparisons(found, evidence), *_on_suites(found, evidence)]
     metrics = _with_training_losses(training, None)
     if training and training.kind not in SUPERVISED_KINDS:
         tuned, base = metrics.get("validationLoss"), metrics.get("baseValidationLoss")
@@ -282,11 +288,34 @@ def _answer_metrics(metrics: Mapping[str, float], evidence: _Evidence) -> list[C
     return rows
 
 
+def _on_suites(metrics: Mapping[str, float], evidence: _Evidence) -> list[Comparison]:
+    """Compare the models on suites, whose metrics are SUITE/NAME, SUITE/baseNAME and
+    SUITE/NAMEChange. There is a verdict where the direction of the metric is known."""
+    rows = []
+    for metric, tuned in metrics.items():
+        suite, _, name = metric.rpartition("/")
+        if not suite or name.startswith("base") or name.endswith("Change"):
+            continue
+        base = metrics.get(f"{suite}/base{name[:1].upper()}{name[1:]}")
+        higher = evidence.higher_is_better(metric)
+        verdict: Verdict = ""
+        if higher is not None:
+            verdict = _verdict(tuned, base) if higher else _verdict(base, tuned)
+        row = Comparison(f"{suite}: {name}", number(base), number(tuned), "", verdict, True)
+        rows.append(evidence.marked(row, metric))
+    return rows
+
+
 class _Evidence:
     """The evidence of an evaluation, by metric: what `evaluation.items` recorded."""
 
     def __init__(self, found: Mapping[str, Any]) -> None:
         self._found = found
+
+    def higher_is_better(self, metric: str) -> bool | None:
+        """Return the direction of a metric. None: no items are recorded."""
+        found: bool | None = self._found.get(metric, {}).get("higherIsBetter")
+        return found
 
     def marked(
         self, comparison: Comparison, metric: str, chance: float | None = None
