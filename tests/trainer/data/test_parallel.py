@@ -34,20 +34,25 @@ BATCHES = range(40)
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
+def small(_: int) -> int:
+    """Return the size of any batch: their number bounds how many are in flight."""
+    return 1
+
+
 def error_of(function: Callable[[int], int], kind: type[Exception]) -> Exception:
     """Return the error of 40 batches in two processes."""
-    with Pool(function, 2) as pool, pytest.raises(kind) as raised:
+    with Pool(function, 2, small) as pool, pytest.raises(kind) as raised:
         list(pool.map(BATCHES))
     return raised.value
 
 
 def test_results_are_in_the_order_of_the_batches() -> None:
-    with Pool(double, 2) as pool:
+    with Pool(double, 2, small) as pool:
         assert list(pool.map(BATCHES)) == [2 * batch for batch in BATCHES]
 
 
 def test_this_process_works_too() -> None:
-    with Pool(pid_of, 2) as pool:
+    with Pool(pid_of, 2, small) as pool:
         found = set(pool.map(BATCHES))
     assert os.getpid() in found
     assert len(found) == 2
@@ -55,11 +60,11 @@ def test_this_process_works_too() -> None:
 
 def test_every_process_has_one_thread_of_tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
-    with Pool(tokenizer_threads, 2) as pool:
+    with Pool(tokenizer_threads, 2, small) as pool:
         assert set(pool.map(BATCHES)) == {"false"}
     assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
     monkeypatch.delenv("TOKENIZERS_PARALLELISM")
-    with Pool(tokenizer_threads, 2) as pool:
+    with Pool(tokenizer_threads, 2, small) as pool:
         assert set(pool.map(BATCHES)) == {"false"}
     assert "TOKENIZERS_PARALLELISM" not in os.environ
 
@@ -75,15 +80,47 @@ def test_few_results_wait_for_those_of_earlier_batches(monkeypatch: pytest.Monke
             taken.append(batch)
             yield batch
 
-    with Pool(double, 2) as pool:
+    with Pool(double, 2, small) as pool:
         results = pool.map(batches())
         assert next(results) == 0
         assert len(taken) == parallel.IN_FLIGHT + 3 + 1
         assert list(results) == [2 * batch for batch in BATCHES[1:]]
 
 
+@pytest.mark.parametrize("alone", [1, 16])
+def test_batches_in_flight_have_a_bounded_size_together(
+    alone: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first batch takes the second in which the other process starts. Batches that are read to
+    learn whether they are few count too."""
+    monkeypatch.setattr(parallel, "ALONE", alone)
+    monkeypatch.setattr(parallel, "MOST_BYTES", 10)
+    in_flight: list[int] = []
+    results: list[int] = []
+
+    def batches() -> Iterator[int]:
+        for batch in BATCHES:
+            in_flight.append(batch + 1 - len(results))
+            yield batch
+
+    with Pool(double, 2, lambda _: 3) as pool:
+        for result in pool.map(batches()):
+            results.append(result)
+    assert results == [2 * batch for batch in BATCHES]
+    assert max(in_flight) == 4  # 12 of 10: one batch more
+
+
+@pytest.mark.parametrize("large", [range(1), range(20, 21), BATCHES], ids=["first", "one", "all"])
+def test_a_batch_above_the_bound_is_prepared_too(
+    large: range, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "MOST_BYTES", 10)
+    with Pool(double, 2, lambda batch: 100 if batch in large else 1) as pool:
+        assert list(pool.map(BATCHES)) == [2 * batch for batch in BATCHES]
+
+
 def test_few_batches_start_no_process() -> None:
-    here: Pool[int, tuple[int, int]] = Pool(lambda batch: (batch, os.getpid()), 2)
+    here: Pool[int, tuple[int, int]] = Pool(lambda batch: (batch, os.getpid()), 2, small)
     with here as pool:
         found = list(pool.map(range(parallel.ALONE)))
     assert found == [(batch, os.getpid()) for batch in range(parallel.ALONE)]
@@ -101,10 +138,39 @@ def test_an_error_of_a_stage_keeps_its_reason_and_advice() -> None:
 
 
 def test_an_error_comes_after_the_results_of_earlier_batches() -> None:
-    with Pool(refuse, 2) as pool:
+    with Pool(refuse, 2, small) as pool:
         results = pool.map(BATCHES)
         assert [next(results) for _ in range(20)] == [*range(20)]
         with pytest.raises(StageError):
+            next(results)
+
+
+@pytest.mark.parametrize("alone", [1, 100], ids=["with processes", "few batches"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_error_of_a_batch_comes_before_one_of_reading_later_rows(
+    processes: int, alone: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "ALONE", alone)
+
+    def batches() -> Iterator[int]:
+        yield from range(21)
+        raise StageError("InvalidData", "the next file is broken.", advice="Repair it.")
+
+    with Pool(refuse, processes, small) as pool, pytest.raises(StageError) as raised:
+        list(pool.map(batches()))
+    assert raised.value.reason == "ChatTemplate"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_error_of_reading_comes_after_the_results_of_the_rows_before_it(processes: int) -> None:
+    def batches() -> Iterator[int]:
+        yield from range(20)
+        raise StageError("InvalidData", "the next file is broken.", advice="Repair it.")
+
+    with Pool(refuse, processes, small) as pool:
+        results = pool.map(batches())
+        assert [next(results) for _ in range(20)] == [*range(20)]
+        with pytest.raises(StageError, match="the next file is broken"):
             next(results)
 
 
@@ -156,6 +222,28 @@ def test_the_output_is_the_same_in_one_and_in_several_processes(
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("alone", [1, 100], ids=["with processes", "few batches"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_invalid_row_is_named_before_an_error_of_a_later_batch(
+    processes: int,
+    alone: int,
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The template is wrong for every batch, and later ones are prepared before it is known that
+    the first one has an invalid row. All invalid rows are counted."""
+    monkeypatch.setattr(batches, "BATCH_ROWS", 4)
+    monkeypatch.setattr(parallel, "ALONE", alone)
+    monkeypatch.setattr(prepare, "num_processes", lambda: processes)
+    job = Job(tmp_path, tiny_model_dir)
+    invalid = {"messages": "none"}
+    with pytest.raises(StageError) as raised:
+        job.train([invalid, *chats(12), invalid], chat_template="No answer.")
+    assert raised.value.reason == "InvalidData"
+    assert "2 of 14 rows are invalid" in str(raised.value)
+
+
 # ---- processes ----------------------------------------------------------------------------------
 
 SCRIPT = """
@@ -166,7 +254,7 @@ from tuneyard_trainer.worker import Interrupted
 import tests.trainer.data.pool_functions as functions
 
 print("main imported", flush=True)
-with Pool(functions.pid_of, 2) as pool:
+with Pool(functions.pid_of, 2, lambda batch: 1) as pool:
     for pid in pool.map(range(100)):
         print(pid, flush=True)
         if sys.argv[1] == "hang":
@@ -214,7 +302,7 @@ def test_a_stop_request_ends_the_processes() -> None:
         raise Interrupted("prepare", 100)
 
     pids: set[int] = set()
-    with pytest.raises(Interrupted), Pool(pid_of, 2) as pool:
+    with pytest.raises(Interrupted), Pool(pid_of, 2, small) as pool:
         pids.update(pool.map(batches_until_stopped()))
     assert not multiprocessing.active_children()
     assert not any(map(is_running, pids - {os.getpid()}))

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tuneyard.api.stage_settings import PrepareSettings
+from tuneyard.errors import StageError
 from tuneyard_trainer.data.cleaning.cleaner import Cleaner
 from tuneyard_trainer.data.cleaning.duplicates import RowKeys
 from tuneyard_trainer.data.cleaning.findings import Cleaned, Findings
@@ -45,6 +46,8 @@ class RowBatch:
     """Rows of one data set that follow each other."""
 
     rows: list[Row | Line]
+    size: int
+    """As `batched` returns it."""
     reader: RowReader
     source: int
     """The index of the data set in its split."""
@@ -61,6 +64,9 @@ class PreparedBatch:
     """The outcome of the rows of a batch."""
 
     counts: RowCounts = field(default_factory=RowCounts)
+    error: StageError | None = None
+    """What ends the stage, unless an invalid row of an earlier batch does: whether there is one is
+    not yet known where batches are prepared ahead. Only `counts` is set beside it."""
     tally: Tally = field(default_factory=Tally)
     findings: Findings = field(default_factory=Findings)
     proof: MaskProof = field(default_factory=MaskProof)
@@ -96,11 +102,21 @@ class BatchEncoder:
     _known: WordHashes = field(default_factory=WordHashes)
 
     def __call__(self, batch: RowBatch) -> PreparedBatch:
-        """Return what becomes of a batch. Raises StageError as `Encoder.encode` does."""
+        """Return what becomes of a batch. Its error is a StageError as `Encoder.encode` raises
+        it."""
         done = PreparedBatch()
         examples = [each for row in batch.rows for each in batch.reader.read(row, done.counts)]
         if batch.only_counted:
             return done
+        try:
+            self._prepare(examples, batch, done)
+        except StageError as error:
+            return PreparedBatch(done.counts, error)
+        return done
+
+    def _prepare(self, examples: list[Example], batch: RowBatch, done: PreparedBatch) -> None:
+        """Add what becomes of the examples of a batch. Raises StageError as `Encoder.encode`
+        does."""
         done.tally.ledger.name = batch.name
         cleaned = [self.cleaner(example) for example in examples]
         if self.toxicity is not None:
@@ -126,7 +142,6 @@ class BatchEncoder:
             is_near = self.settings.clean is not None and self.settings.clean.duplicates == "near"
             done.keys = RowKeys.of(texts, self._known if is_near else None)
         self._take_counts(done)
-        return done
 
     @property
     def _compares(self) -> bool:
@@ -244,18 +259,19 @@ class BatchEncoder:
         return text
 
 
-def batched(rows: Iterable[AnyRow]) -> Iterator[list[AnyRow]]:
-    """Yield batches within BATCH_ROWS and BATCH_CHARACTERS."""
+def batched(rows: Iterable[AnyRow]) -> Iterator[tuple[list[AnyRow], int]]:
+    """Yield batches within BATCH_ROWS and BATCH_CHARACTERS, each with its size: the bytes of lines
+    that are not parsed, else the characters of strings."""
     batch: list[AnyRow] = []
     size = 0
     for row in rows:
         batch.append(row)
         size += len(row.text) if isinstance(row, Line) else _characters(row.value)
         if len(batch) == BATCH_ROWS or size >= BATCH_CHARACTERS:
-            yield batch
+            yield batch, size
             batch, size = [], 0
     if batch:
-        yield batch
+        yield batch, size
 
 
 def _characters(value: Any) -> int:

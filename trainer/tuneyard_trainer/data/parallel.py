@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import chain
 from multiprocessing import parent_process
 from multiprocessing.context import SpawnContext, SpawnProcess
 from types import ModuleType, TracebackType
@@ -36,8 +36,11 @@ ALONE = 16
 IN_FLIGHT = 2
 """Batches that each other process has: one at work, and one for the time after it."""
 MOST_WAITING = 64
-"""Batches in flight beside these, and results that wait for those of earlier batches. Memory is
-bounded by it. A new process takes a second for its first batch, in which 20 others are done."""
+"""Batches in flight beside these, and results that wait for those of earlier batches. A new process
+takes a second for its first batch, in which 20 others are done."""
+MOST_BYTES = 256 << 20
+"""The size of these batches together, which may exceed it by one batch. Few batches have more than
+1 MiB, but a row may have 64 MiB. A result counts as much as its batch."""
 MOST_PROCESSES = 32
 """One process reads the files and writes the results, and feeds about as many."""
 PROCESS_BYTES = 1 << 30
@@ -63,33 +66,56 @@ class Pool(Generic[Given, Result]):
     A context, in which processes start when they are needed. After its end none is left.
     """
 
-    def __init__(self, function: Callable[[Given], Result], processes: int) -> None:
+    def __init__(
+        self,
+        function: Callable[[Given], Result],
+        processes: int,
+        size: Callable[[Given], int],
+    ) -> None:
         """`function`: it is pickled once, and each process has its own copy of it. `processes`:
-        with this one, which works too. 1: no other is started."""
+        with this one, which works too. 1: no other is started. `size`: returns the size of a batch,
+        in bytes or characters."""
         self._function = function
         self._processes = processes
+        self._size = size
         self._executor: ProcessPoolExecutor | None = None
         self._context = _Context()
 
     def map(self, batches: Iterable[Given]) -> Iterator[Result]:
         """Yield the results of the batches, in their order. Few batches stay in this process.
 
-        Raises what the function raises, and StageError WorkerDied if a process is lost.
+        Raises what the function raises, and StageError WorkerDied if a process is lost. A
+        StageError of `batches` is raised after the results of the batches before it.
         """
-        rest = iter(batches)
+        source = _Source(batches)
+        rest = iter(source)
         gc.freeze()  # all that exists stays meanwhile: collections need not walk through it
         try:
             if self._executor is None and self._processes > 1:
-                first = list(islice(rest, ALONE + 1))
-                if len(first) > ALONE:
+                first = self._first(rest)
+                if not self._are_few(first):
                     self._executor = self._started()
-                rest = chain(first, rest)
+                rest = chain(_taken(first), rest)
             if self._executor is None:
                 yield from map(self._function, rest)
             else:
                 yield from self._shared(self._executor, rest)
         finally:
             gc.unfreeze()
+        if source.error is not None:
+            raise source.error
+
+    def _first(self, batches: Iterator[Given]) -> deque[Given]:
+        """Return batches until it is known whether they are few, or all of them."""
+        first: deque[Given] = deque()
+        for batch in batches:
+            first.append(batch)
+            if not self._are_few(first):
+                break
+        return first
+
+    def _are_few(self, batches: deque[Given]) -> bool:
+        return len(batches) <= ALONE and sum(map(self._size, batches)) <= MOST_BYTES
 
     def _started(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(
@@ -104,16 +130,26 @@ class Pool(Generic[Given, Result]):
         the others has enough: it would wait for them otherwise."""
         given = IN_FLIGHT * (self._processes - 1)
         pending: deque[Future[Result]] = deque()
+        sizes: deque[int] = deque()  # of the batches of `pending`
+
+        def earliest() -> Result:
+            sizes.popleft()
+            return pending.popleft().result()
+
+        def is_full() -> bool:
+            return len(pending) > given + MOST_WAITING or sum(sizes) > MOST_BYTES
+
         try:
             for batch in batches:
+                sizes.append(self._size(batch))
                 if sum(not each.done() for each in pending) < given:
                     pending.append(executor.submit(_call, batch))
                 else:
                     pending.append(self._own(batch))
-                while pending and (pending[0].done() or len(pending) > given + MOST_WAITING):
-                    yield pending.popleft().result()
+                while pending and (pending[0].done() or is_full()):
+                    yield earliest()
             while pending:
-                yield pending.popleft().result()
+                yield earliest()
         except BrokenProcessPool as error:
             self._end()
             raise self._lost() from error
@@ -157,6 +193,27 @@ class Pool(Generic[Given, Result]):
             advice="If memory ran out, raise compute.memory, or shorten the longest rows.",
             retryable=True,
         )
+
+
+class _Source(Generic[Given]):
+    """Batches up to a StageError of reading them, which is kept: the results of earlier batches
+    come before it. Any other exception, such as a request to stop, ends the work at once."""
+
+    def __init__(self, batches: Iterable[Given]) -> None:
+        self._batches = batches
+        self.error: StageError | None = None
+
+    def __iter__(self) -> Iterator[Given]:
+        try:
+            yield from self._batches
+        except StageError as error:
+            self.error = error
+
+
+def _taken(batches: deque[Given]) -> Iterator[Given]:
+    """Yield the batches, and keep none that was yielded."""
+    while batches:
+        yield batches.popleft()
 
 
 class _Process(SpawnProcess):

@@ -83,7 +83,7 @@ def _prepare(context: StageContext, settings: PrepareSettings) -> StageOutcome:
     batches = BatchEncoder(settings, encoder, limit, Cleaner.of(settings.clean), contexts, toxicity)
     filler = _filler(tokenizer, settings, limit)
     # A classifier has threads of its own, and torch is in this process alone.
-    pool = Pool(batches, 1 if toxicity else num_processes())
+    pool = Pool(batches, 1 if toxicity else num_processes(), lambda batch: batch.size)
     preprocessor = Preprocessor(
         context.stage, settings, context.inputs, context.worker, batches, pool
     )

@@ -135,7 +135,11 @@ class Preprocessor:
         for done in self.pool.map(batches):
             is_failed, first = stream.fails, stream.counts.examples
             stream.counts.update(done.counts)
-            if is_failed or done.block is None:
+            if is_failed:
+                continue
+            if done.error is not None:
+                raise done.error
+            if done.block is None:
                 continue
             tally.add(done.tally)
             self.findings.update(done.findings)
@@ -162,9 +166,9 @@ class Preprocessor:
         self, stream: Examples, source: int, name: str, *, keeps_texts: bool
     ) -> Iterator[RowBatch]:
         """Yield the batches of a data set. Raises Interrupted."""
-        for rows in batched(stream.rows()):
+        for rows, size in batched(stream.rows()):
             self._check_stop()
-            yield RowBatch(rows, stream.reader, source, name, keeps_texts, stream.fails)
+            yield RowBatch(rows, size, stream.reader, source, name, keeps_texts, stream.fails)
 
     def _check_stop(self) -> None:
         if self.worker.stop():

@@ -21,6 +21,8 @@ class RatedRows(NamedTuple):
     """Rows of one data set that follow each other."""
 
     rows: list[Row]
+    size: int
+    """As `batched` returns it."""
     fields: FieldMap
     format: DataFormat
     """As in `parse_preferences`."""

@@ -128,8 +128,9 @@ class _Reader:
         """Read everything and write the splits. Raises StageError or Interrupted."""
         spool = self.context.workdir / _SPOOL
         spool.mkdir(parents=True)
+        prepare = PreferenceEncoder(self.encoder, self.settings.labeled)
         with (
-            Pool(PreferenceEncoder(self.encoder, self.settings.labeled), num_processes()) as pool,
+            Pool(prepare, num_processes(), lambda batch: batch.size) as pool,
             RowWriter(spool, "all") as rows,
             (spool / "texts").open("w", encoding="utf-8") as text,
         ):
@@ -179,10 +180,10 @@ class _Reader:
         source = read_data(self.context.inputs[f"preferences.{index}"])
         rows = self._noted(islice(source, dataset.limit), dataset)
         rows = layouts.joined(rows, dataset.format, dataset.fields)
-        for chunk in batched(rows):
+        for chunk, size in batched(rows):
             if self.context.worker.stop():
                 raise Interrupted(self.context.stage.name, self.num_rows)
-            yield RatedRows(chunk, dataset.fields, dataset.format)
+            yield RatedRows(chunk, size, dataset.fields, dataset.format)
 
     def _noted(self, rows: Iterable[Row], dataset: DatasetSettings) -> Iterator[Row]:
         """Count the rows of the files and note the columns that nothing reads, before rows are
