@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
@@ -27,6 +28,7 @@ from tuneyard_trainer.data.reading.example import Example, Message
 from tuneyard_trainer.models import adapters
 from tuneyard_trainer.reporting import plots, report
 from tuneyard_trainer.reporting.card import fenced, write_card
+from tuneyard_trainer.reporting.model_index import model_index
 from tuneyard_trainer.reporting.results import Results
 from tuneyard_trainer.reporting.summary import RunSummary, shareable
 
@@ -298,8 +300,39 @@ def test_passwords_and_signatures_in_uris_are_removed(tmp_path: Path) -> None:
 # ---- the card -----------------------------------------------------------------------------------
 
 
+def test_the_front_matter_has_the_measurements_of_this_model_as_the_hub_reads_them(
+    folder: Path, tmp_path: Path
+) -> None:
+    metrics = {
+        "validationLoss": 0.5,
+        "baseValidationLoss": 2.0,
+        "lossReduction": 0.75,
+        "answerAccuracy": math.nan,
+        "sense/accuracy": 0.75,
+        "sense/baseAccuracy": 0.5,
+        "sense/accuracyChange": 0.25,
+        "arc/acc_norm": 0.25,
+    }
+    (index,) = model_index("job", "text-generation", metrics)
+    (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump({'model-index': [index]})}---\n")
+    found = {
+        (each.dataset_name, each.metric_name, each.metric_type): each.metric_value
+        for each in ModelCard.load(tmp_path / "README.md").data.eval_results or ()
+    }
+    assert found == {
+        ("held-out rows", "validationLoss", "loss"): 0.5,
+        ("sense", "accuracy", "accuracy"): 0.75,
+        ("arc", "acc_norm", "acc_norm"): 0.25,
+    }
+    shown = front_matter((folder / "README.md").read_text("utf-8"))["model-index"]
+    assert shown[0]["results"][0]["metrics"][0]["type"] == "loss"
+    assert model_index("job", "text-generation", {"baseValidationLoss": 2.0}) == []
+
+
 def test_the_front_matter_states_license_base_library_task_and_tags(folder: Path) -> None:
-    assert front_matter((folder / "README.md").read_text("utf-8")) == {
+    found = front_matter((folder / "README.md").read_text("utf-8"))
+    del found["model-index"]
+    assert found == {
         "license": "apache-2.0",
         "base_model": "acme/small-model",
         "library_name": "peft",
@@ -311,7 +344,9 @@ def test_the_front_matter_states_license_base_library_task_and_tags(folder: Path
 def test_the_front_matter_leaves_unknown_values_out(tmp_path: Path) -> None:
     model = {"uri": "file://models/mine"}
     text = card(tmp_path, base_license=None, model=model, adapter=None, exported=("model",))
-    assert front_matter(text) == {
+    found = front_matter(text)
+    del found["model-index"]
+    assert found == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["tuneyard", "sft"],

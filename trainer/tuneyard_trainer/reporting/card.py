@@ -11,6 +11,7 @@ import yaml
 
 from tuneyard.api.gates import VERDICT_WORDS
 from tuneyard_trainer.reporting.formatting import ABSENT, clipped, count, harmless
+from tuneyard_trainer.reporting.model_index import model_index
 from tuneyard_trainer.reporting.results import Results
 from tuneyard_trainer.reporting.summary import PEFT_KINDS, RunSummary
 
@@ -52,6 +53,8 @@ def _front_matter(summary: RunSummary) -> str:
     datasets = sorted({match[1] for match in _hub_datasets(summary)})
     if datasets:
         values["datasets"] = datasets
+    if index := model_index(summary.name, values["pipeline_tag"], summary.results.measured):
+        values["model-index"] = index
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from tuneyard.api.gates import GateResult
@@ -125,6 +125,8 @@ class Results:
     """The verdicts on the gates."""
     held_out: bool = True
     """Whether the evaluation used held-out prompts. False: it used training prompts."""
+    measured: Mapping[str, float] = field(default_factory=dict)
+    """The metrics of the evaluation, by name."""
 
     @property
     def heading(self) -> str:
@@ -160,6 +162,7 @@ class Results:
             warnings=(*_warnings(kinds.get("prepare")), *_missed_gates(gates)),
             gates=gates,
             classes=ClassTable.of(details) if evaluation else None,
+            measured=evaluation.metrics if evaluation else {},
             held_out=evaluation is None or bool(evaluation.details.get("promptsHeldOut", True)),
         )
 
