@@ -345,6 +345,23 @@ def test_the_harness_gives_each_item_the_same_score_as_choices_do(
     assert few.items["acc"].tolist() == own["accuracy"].tolist()[:2]
 
 
+def test_the_evidence_of_a_task_holds_only_metrics_that_are_means_of_its_documents(
+    tmp_path: Path, tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    data = lines(tmp_path / "data.jsonl", [{"text": "the lamp", "end": " is red"}] * 3)
+    (tmp_path / "lamps.yaml").write_text(
+        f"task: lamps\ndataset_path: json\ndataset_kwargs: {{data_files: {data}}}\n"
+        "output_type: loglikelihood\ntest_split: train\ndoc_to_text: '{{text}}'\n"
+        "target_delimiter: ''\ndoc_to_target: '{{end}}'\n"
+        "metric_list: [{metric: perplexity}, {metric: acc}]\n"
+    )
+    found = harness.run_task(task(tmp_path), *tiny, lambda: None)
+    assert found.metrics["perplexity"] > 1
+    assert found.higher_is_better == {"perplexity": False, "acc": True}
+    assert [*found.items] == ["acc"], "log-probabilities of documents are no perplexities"
+
+
 def test_a_stop_request_ends_a_task_and_leaves_the_model_as_it_was(
     tmp_path: Path, tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -449,6 +466,29 @@ def test_the_stage_measures_both_models_on_each_suite(
         assert metrics[f"{name}Change"] == pytest.approx(metrics[name] - base)
     assert "validationLoss" not in metrics, "no rows are held out"
     assert measured(tmp_path / "out")["metrics"] == metrics
+
+
+@pytest.mark.parametrize("name", ["samples", "gates", "evidence", "classification"])
+def test_a_suite_may_have_the_name_of_a_part_of_the_record(
+    tmp_path: Path, given: dict[str, Path], name: str
+) -> None:
+    suite = [{"name": name, "kind": "choices", "limit": None}]
+    found = evaluated(tmp_path / "out", given, suites=suite)
+    plain = evaluated(tmp_path / "other", given, suites=[suite[0] | {"name": "sense"}])
+    assert found.details["suites"] == {name: {"items": 3}}
+    assert {**found.details, "suites": None, "evidence": None} == {
+        **plain.details,
+        "suites": None,
+        "evidence": None,
+    }
+    assert f"{name}/accuracy" in found.details["evidence"]
+
+
+def test_a_model_that_diverged_has_no_item_right() -> None:
+    item = choices.Choice("", ("He runs.", "He run."), (True, False))
+    found = choices.scores([item, item], np.array([np.nan, np.nan, -1.0, -2.0]))
+    assert found["accuracy"].tolist() == [0.0, 1.0]
+    assert found["probability"][0] == 0.0
 
 
 def test_a_model_is_measured_as_it_is_when_it_is_the_model_before(

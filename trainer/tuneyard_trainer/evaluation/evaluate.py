@@ -64,7 +64,7 @@ def _run(context: StageContext, shared: SharedStage) -> StageOutcome:
         settings.gates,
         found.metrics,
         found.samples,
-        found.details,
+        {**found.details, **({"suites": found.suites} if found.suites else {})},
         steps=STEPS,
         items=found.items,
     )

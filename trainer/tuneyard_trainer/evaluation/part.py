@@ -87,6 +87,8 @@ class Found:
     """The values of a metric for each item, by the metric's name."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Recorded beside the samples."""
+    suites: Mapping[str, Any] = field(default_factory=dict)
+    """Facts of each suite by its name, such as its items. Recorded apart: names are free."""
 
     @classmethod
     def merged(cls, parts: Iterable[Found]) -> Found:
@@ -97,6 +99,7 @@ class Found:
             samples=[sample for each in every for sample in each.samples],
             items={name: value for each in every for name, value in each.items.items()},
             details={name: value for each in every for name, value in each.details.items()},
+            suites={name: value for each in every for name, value in each.suites.items()},
         )
 
 

@@ -224,11 +224,17 @@ def scores(
     - accuracyPerCharacter: the same by log-probability for each character, which favors no short
       option. Absent if all items are texts without a context.
     - probability: the share of the right options in the probability of all options (MC2).
+
+    All are 0.0 for an item with an option whose log-probability is NaN.
     """
     starts = np.cumsum([0, *(len(item.options) for item in items)])
     found: dict[str, list[float]] = {"accuracy": [], "accuracyPerCharacter": [], "probability": []}
     for item, start, end in zip(items, starts[:-1], starts[1:], strict=True):
         logprobs = logprobs_O[start:end]
+        if np.isnan(logprobs).any():  # of a model that diverged: argmax would find NaN likeliest
+            for values in found.values():
+                values.append(0.0)
+            continue
         lengths = np.array([len(option) for option in item.options])
         found["accuracy"].append(_is_right(item, logprobs))
         found["accuracyPerCharacter"].append(_is_right(item, logprobs / lengths))

@@ -10,7 +10,8 @@ import contextlib
 import difflib
 import io
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class TaskResult:
     metrics: Mapping[str, float]
     """By metric, or TASK/METRIC for the tasks of a group."""
     items: Mapping[str, NDArray[np.float64]]
-    """(N,) the value of each document, for the metrics that have one number for each."""
+    """(N,) the value of each document, for the metrics that are the mean of these values."""
     ids: Mapping[str, tuple[str, ...]]
     """(N,) the documents of these metrics."""
     higher_is_better: Mapping[str, bool]
@@ -102,7 +103,8 @@ def run_task(
             "TaskFailed",
             f"{task.field}: lm-evaluation-harness cannot run the task {task.name}: "
             f"{first_line(error)}.",
-            advice=f"Correct the task's files or data, or name another task in {task.field}.",
+            advice="Correct the task's files or data, or name another task in "
+            f"{task.field}.task.name.",
         ) from error
     finally:
         hook.remove()
@@ -119,14 +121,14 @@ def _manager(task: Task) -> Any:
     if not task.files.is_dir():
         raise StageError(
             "TaskFailed",
-            f"{task.field}.taskFiles: {task.files} is no folder.",
+            f"{task.field}.task.files: {task.files} is no folder.",
             advice="Name the folder with the task's YAML files and its data.",
         )
     for file in sorted(task.files.rglob("*")):
         if file.suffix in (".yaml", ".yml") and CODE_TAG in file.read_text(errors="replace"):
             raise StageError(
                 "TaskRunsCode",
-                f"{task.field}.taskFiles: {file.name} uses {CODE_TAG}, which runs Python code.",
+                f"{task.field}.task.files: {file.name} uses {CODE_TAG}, which runs Python code.",
                 advice="Write the task without it: Tuneyard runs no code of a manifest's files.",
             )
     with _quiet():
@@ -141,8 +143,8 @@ def _require_known(task: Task, known: list[str]) -> None:
     hint = f" The nearest names: {', '.join(near)}." if near else ""
     raise StageError(
         "UnknownTask",
-        f"{task.field}.task: lm-evaluation-harness knows no task {task.name!r}.{hint}",
-        advice=f"Correct {task.field}.task, or give its files in {task.field}.taskFiles.",
+        f"{task.field}.task.name: lm-evaluation-harness knows no task {task.name!r}.{hint}",
+        advice=f"Correct {task.field}.task.name, or give its files in {task.field}.task.files.",
     )
 
 
@@ -166,7 +168,7 @@ def _unreachable(task: Task, error: BaseException) -> StageError:
         f"{task.field}: the data of the task {task.name} cannot be fetched from the hub: "
         f"{first_line(error)}.",
         advice=f"Wait until the hub can be reached, or give files with local data in "
-        f"{task.field}.taskFiles.",
+        f"{task.field}.task.files.",
         retryable=True,
     )
 
@@ -207,8 +209,8 @@ def _result(task: Task, found: Mapping[str, Any]) -> TaskResult:
         for metric, chosen in {(m, s["filter"]) for s in samples for m in s["metrics"]}:
             own = [s for s in samples if s["filter"] == chosen]
             values = [s.get(metric) for s in own]
-            if all(isinstance(value, bool | int | float) for value in values):
-                shown = prefix + _named(metric, chosen)
+            shown = prefix + _named(metric, chosen)
+            if _is_mean(metrics.get(shown), values):
                 items[shown] = np.array([float(value) for value in values])
                 ids[shown] = tuple(f"{name} document {s['doc_id']}" for s in own)
     details = {
@@ -217,6 +219,14 @@ def _result(task: Task, found: Mapping[str, Any]) -> TaskResult:
         "fewShot": dict(found.get("n-shot", {})),
     }
     return TaskResult(metrics, items, ids, higher, details)
+
+
+def _is_mean(metric: float | None, values: Sequence[Any]) -> bool:
+    """Return whether a metric is the mean of these values. A perplexity is not: the values of its
+    documents are log-probabilities, of which higher is better."""
+    if metric is None or not all(isinstance(value, bool | int | float) for value in values):
+        return False
+    return bool(values) and math.isclose(metric, np.mean(values), rel_tol=1e-6, abs_tol=1e-9)
 
 
 def _named(metric: str, chosen: str) -> str:

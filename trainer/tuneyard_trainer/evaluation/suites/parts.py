@@ -65,7 +65,7 @@ def _compared(suite: str, ids: Sequence[str], tuned: Values, before: Values | No
         items[metric] = Items(
             chosen, values[counted], base, higher_is_better=name not in LOWER_IS_BETTER
         )
-    return Found(metrics, items=items, details={suite: {"items": len(ids)}})
+    return Found(metrics, items=items, suites={suite: {"items": len(ids)}})
 
 
 def _of_base(metric: str) -> str:
@@ -219,4 +219,4 @@ class TaskSuite:
             )
             for name, values in tuned.items.items()
         }
-        return Found(metrics, items=items, details={self.name: tuned.details})
+        return Found(metrics, items=items, suites={self.name: tuned.details})
