@@ -186,7 +186,7 @@ LORA = job(
         - name: manners
           refusals: {uri: "hf://org/manners/rows.csv", tokenSecret: {name: hf, key: token}}
         - name: arc
-          task: {name: arc_easy, files: {uri: "pvc://suites/tasks"}, fewShot: 5, chatTemplate: true}
+          task: {name: arc_easy, fewShot: 5, chatTemplate: true}
       gates:
         - {metric: lossReduction, atLeast: 0.3, atMost: 1.0, tier: advisory, minItems: 30}
         - {metric: validationLoss, notWorseThanBaseBy: 0.02}

@@ -17,7 +17,6 @@ from tuneyard.planning.plan import plan_job
 SENSE = {"name": "sense", "choices": {"uri": "file://sense.jsonl"}, "limit": 20}
 MANNERS = {"name": "manners", "refusals": {"uri": "s3://suites/xstest.csv"}}
 ARC = {"name": "arc", "task": {"name": "arc_easy", "fewShot": 5, "chatTemplate": True}}
-OWN = {"name": "own", "task": {"name": "lamps", "files": {"uri": "file://tasks"}}}
 
 
 def faults(evaluate: dict[str, Any]) -> list[Fault]:
@@ -35,16 +34,13 @@ def suites(planned: Any) -> list[SuiteSettings] | None:
 
 
 def test_each_kind_of_suite_is_measured_from_its_own_input() -> None:
-    planned = plan_job(
-        job(data__validation=VALIDATION, evaluate={"suites": [SENSE, MANNERS, ARC, OWN]})
-    )
+    planned = plan_job(job(data__validation=VALIDATION, evaluate={"suites": [SENSE, MANNERS, ARC]}))
     assert suites(planned) == [
         SuiteSettings(name="sense", kind="choices", limit=20),
         SuiteSettings(name="manners", kind="refusals", limit=None),
         SuiteSettings(
             name="arc", kind="task", limit=None, task="arc_easy", few_shot=5, chat_template=True
         ),
-        SuiteSettings(name="own", kind="task", limit=None, task="lamps"),
     ]
     inputs = stage(planned, "evaluate").inputs
     found = {role: each for role, each in inputs.items() if isinstance(each, SourceInput)}
@@ -52,7 +48,6 @@ def test_each_kind_of_suite_is_measured_from_its_own_input() -> None:
     assert {role: (each.uri, each.path) for role, each in found.items()} == {
         "suite.0": ("file://sense.jsonl", "spec.evaluate.suites[0].choices.uri"),
         "suite.1": ("s3://suites/xstest.csv", "spec.evaluate.suites[1].refusals.uri"),
-        "suite.3": ("file://tasks", "spec.evaluate.suites[3].task.files.uri"),
     }
 
 

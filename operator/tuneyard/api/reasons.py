@@ -120,7 +120,6 @@ REASONS = frozenset(
         "Suspended",
         "TargetNotFound",
         "TaskFailed",
-        "TaskRunsCode",
         "TeacherContextTooShort",
         "TiedHead",
         "TokenizerBroken",

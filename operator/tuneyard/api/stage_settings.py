@@ -537,7 +537,7 @@ class PreferencesSettings(Model):
 
 
 class SuiteSettings(Model):
-    """The items of a suite. The input `suite.N` of suite N holds its rows or its task's files."""
+    """The items of a suite. The input `suite.N` of suite N holds its rows; a task has none."""
 
     name: str
     """Prefix of its metrics."""

@@ -15,7 +15,7 @@ TASK_PATTERN = r"^[^\s,]+$"
 
 
 class SuiteData(Model):
-    """The file with a suite's rows, or the folder with a task's files."""
+    """The file with a suite's rows."""
 
     uri: DataUri
     """Location, as for any data set."""
@@ -30,11 +30,8 @@ class HarnessTask(Model):
     """A task of lm-evaluation-harness, with its own prompts and metrics."""
 
     name: str = Field(min_length=1, max_length=128, pattern=TASK_PATTERN)
-    """Name of the task or of a group of tasks, e.g. arc_easy. Its data comes from the hub, unless
-    `files` says otherwise."""
-    files: SuiteData | None = None
-    """Folder with task files (YAML), which may read local data (`dataset_path: json`). Files that
-    call Python code are refused. None: the tasks of the harness."""
+    """Name of the task or of a group of tasks, e.g. arc_easy. Its data comes from the
+    hub."""
     few_shot: int | None = Field(default=None, ge=0, le=64)
     """Worked examples before each question. None: as the task says."""
     chat_template: bool = False

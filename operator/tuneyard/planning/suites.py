@@ -19,7 +19,7 @@ METRICS = {
 
 
 def suite_inputs(evaluate: Evaluate) -> dict[str, SourceInput]:
-    """Return the rows or task files of the suites as inputs `suite.N`."""
+    """Return the rows of the suites as inputs `suite.N`. A task of the harness has none."""
     found = {}
     for number, suite in enumerate(evaluate.suites):
         data, field = _data(suite)
@@ -57,9 +57,9 @@ def _settings(suite: Suite) -> SuiteSettings:
 
 
 def _data(suite: Suite) -> tuple[SuiteData | None, str]:
-    """Return the rows or task files of a suite, and their field."""
+    """Return the rows of a suite, and their field. None: it is a task, which has its own."""
     if suite.task is not None:
-        return suite.task.files, "task.files"
+        return None, "task"
     kind = given(suite)[0]
     data: SuiteData = getattr(suite, kind)
     return data, kind

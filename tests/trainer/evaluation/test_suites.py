@@ -6,12 +6,14 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lm_eval.tasks import TaskManager
 from transformers import LlamaForCausalLM
 
 from tests.trainer.evaluation.measuring import ALONE, evaluate_stage, measured
@@ -312,10 +314,17 @@ def task_files(folder: Path, *, delimiter: str = "", extra: str = "") -> Path:
     return folder
 
 
-def task(files: Path | None, **changes: Any) -> harness.Task:
+@pytest.fixture(autouse=True)
+def _known_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the harness know the tasks of this test alone."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    known = partial(TaskManager, include_path=str(tmp_path), include_defaults=False)
+    monkeypatch.setattr(harness, "known_tasks", known)
+
+
+def task(**changes: Any) -> harness.Task:
     given: dict[str, Any] = {
         "name": "lamps",
-        "files": files,
         "limit": None,
         "few_shot": None,
         "chat_template": False,
@@ -325,14 +334,12 @@ def task(files: Path | None, **changes: Any) -> harness.Task:
 
 
 def test_the_harness_gives_each_item_the_same_score_as_choices_do(
-    tmp_path: Path, tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: tuple[Any, Any]
 ) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     model, tokenizer = tiny
     calls = []
-    found = harness.run_task(
-        task(task_files(tmp_path)), model, tokenizer, lambda: calls.append(None)
-    )
+    task_files(tmp_path)
+    found = harness.run_task(task(), model, tokenizer, lambda: calls.append(None))
     own = choices.scores(ITEMS, option_logprobs(ITEMS, model, tokenizer))
     assert found.items["acc"].tolist() == own["accuracy"].tolist()
     assert found.items["acc_norm"].tolist() == own["accuracyPerCharacter"].tolist()
@@ -341,14 +348,13 @@ def test_the_harness_gives_each_item_the_same_score_as_choices_do(
     assert found.higher_is_better == {"acc": True, "acc_norm": True}
     assert found.details["documents"] == {"lamps": {"original": 3, "effective": 3}}
     assert calls
-    few = harness.run_task(task(tmp_path, limit=2), model, tokenizer, lambda: None)
+    few = harness.run_task(task(limit=2), model, tokenizer, lambda: None)
     assert few.items["acc"].tolist() == own["accuracy"].tolist()[:2]
 
 
 def test_the_evidence_of_a_task_holds_only_metrics_that_are_means_of_its_documents(
-    tmp_path: Path, tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: tuple[Any, Any]
 ) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     data = lines(tmp_path / "data.jsonl", [{"text": "the lamp", "end": " is red"}] * 3)
     (tmp_path / "lamps.yaml").write_text(
         f"task: lamps\ndataset_path: json\ndataset_kwargs: {{data_files: {data}}}\n"
@@ -356,59 +362,45 @@ def test_the_evidence_of_a_task_holds_only_metrics_that_are_means_of_its_documen
         "target_delimiter: ''\ndoc_to_target: '{{end}}'\n"
         "metric_list: [{metric: perplexity}, {metric: acc}]\n"
     )
-    found = harness.run_task(task(tmp_path), *tiny, lambda: None)
+    found = harness.run_task(task(), *tiny, lambda: None)
     assert found.metrics["perplexity"] > 1
     assert found.higher_is_better == {"perplexity": False, "acc": True}
     assert [*found.items] == ["acc"], "log-probabilities of documents are no perplexities"
 
 
 def test_a_stop_request_ends_a_task_and_leaves_the_model_as_it_was(
-    tmp_path: Path, tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: tuple[Any, Any]
 ) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     model, tokenizer = tiny
 
     def stop() -> None:
         raise Interrupted("evaluate", 0)
 
+    task_files(tmp_path)
     with pytest.raises(Interrupted):
-        harness.run_task(task(task_files(tmp_path)), model, tokenizer, stop)
+        harness.run_task(task(), model, tokenizer, stop)
     model(torch.tensor([[1]]))  # no hook is left
 
 
 def test_an_unknown_task_is_named_with_the_nearest_names(
     tmp_path: Path, tiny: tuple[Any, Any]
 ) -> None:
+    task_files(tmp_path)
     with pytest.raises(StageError) as refused:
-        harness.run_task(task(task_files(tmp_path), name="lamp"), *tiny, lambda: None)
+        harness.run_task(task(name="lamp"), *tiny, lambda: None)
     assert refused.value.reason == "UnknownTask"
     assert "lamps" in refused.value.message
     assert f"{FIELD}.task" in refused.value.advice
 
 
-def test_a_task_file_that_runs_code_is_refused_before_it_is_read(
-    tmp_path: Path, tiny: tuple[Any, Any]
-) -> None:
-    marker = tmp_path / "ran"
-    (tmp_path / "utils.py").write_text(f"open({str(marker)!r}, 'w')\ndef docs(d): return d\n")
-    files = task_files(tmp_path, extra="process_docs: !function utils.docs\n")
-    with pytest.raises(StageError) as refused:
-        harness.run_task(task(files), *tiny, lambda: None)
-    assert refused.value.reason == "TaskRunsCode"
-    assert not marker.exists()
-
-
-def test_a_task_whose_data_lack_a_column_is_named(
-    tmp_path: Path, tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+def test_a_task_whose_data_lack_a_column_is_named(tmp_path: Path, tiny: tuple[Any, Any]) -> None:
     files = task_files(tmp_path, extra="doc_to_decontamination_query: nothing\n")
     text = (
         (files / "lamps.yaml").read_text().replace("doc_to_choice: options", "doc_to_choice: none")
     )
     (files / "lamps.yaml").write_text(text)
     with pytest.raises(StageError) as refused:
-        harness.run_task(task(files), *tiny, lambda: None)
+        harness.run_task(task(), *tiny, lambda: None)
     assert refused.value.reason == "TaskFailed"
     assert FIELD in refused.value.message
 
@@ -433,20 +425,17 @@ def lines(file: Path, rows: Sequence[Any]) -> Path:
 
 
 @pytest.fixture
-def given(
-    tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> dict[str, Path]:
+def given(tmp_path: Path, inputs: dict[str, Path]) -> dict[str, Path]:
     """The inputs of an evaluation on suites alone."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     files = tmp_path / "tasks"
     files.mkdir()
+    task_files(files)
     sense = [{"good": "Ask the desk.", "bad": "Desk the ask."}] * 3
     return {
         "model": inputs["model"],
         "tuned": inputs["tuned"],
         "suite.0": lines(tmp_path / "sense.jsonl", sense),
         "suite.1": lines(tmp_path / "manners.jsonl", REQUESTS),
-        "suite.2": task_files(files),
     }
 
 

@@ -13,7 +13,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,6 @@ from tuneyard_trainer.models.files import first_line
 
 CPU_BATCH, GPU_BATCH = 8, 32
 """Requests of a forward pass. The harness sorts them by length."""
-CODE_TAG = "!function"
-"""The YAML tag by which a task file calls Python code."""
 NEAREST = 5
 """Known tasks that are named when one is unknown."""
 
@@ -35,8 +32,6 @@ class Task:
     """A task to run."""
 
     name: str
-    files: Path | None
-    """A folder with task files, which may name tasks and data of their own. None: the harness's."""
     limit: int | None
     """Documents, from the first. None: all."""
     few_shot: int | None
@@ -62,19 +57,27 @@ class TaskResult:
     """Versions, configs, numbers of documents and standard errors."""
 
 
+def known_tasks() -> Any:
+    """Return the tasks that come with the harness, as its `TaskManager`. Task files of a manifest
+    are not among them: their templates and includes can run Python code."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
 def run_task(
     task: Task, model: Any, tokenizer: Any, before_batch: Callable[[], None]
 ) -> TaskResult:
     """Run a task on a loaded model, on this worker alone.
 
     `before_batch`: called before each forward pass; what it raises ends the task. Raises StageError
-    UnknownTask, TaskRunsCode, TaskFailed and SourceUnavailable.
+    UnknownTask, TaskFailed and SourceUnavailable.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    manager = _manager(task)
-    _require_known(task, manager.all_tasks)
+    known = known_tasks()
+    _require_known(task, known.all_tasks)
     on_gpu = model.device.type == "cuda"
     hook = model.register_forward_pre_hook(lambda *_: before_batch())
     try:
@@ -89,7 +92,7 @@ def run_task(
                 limit=task.limit,
                 bootstrap_iters=0,
                 apply_chat_template=task.chat_template,
-                task_manager=manager,
+                task_manager=known,
             )
     except (StageError, MemoryError):
         raise
@@ -103,36 +106,13 @@ def run_task(
             "TaskFailed",
             f"{task.field}: lm-evaluation-harness cannot run the task {task.name}: "
             f"{first_line(error)}.",
-            advice="Correct the task's files or data, or name another task in "
-            f"{task.field}.task.name.",
+            advice=f"Name another task in {task.field}.task.name, or change its settings.",
         ) from error
     finally:
         hook.remove()
     if found is None:  # another worker of a sharded model returns the result
         return TaskResult({}, {}, {}, {}, {})
     return _result(task, found)
-
-
-def _manager(task: Task) -> Any:
-    from lm_eval.tasks import TaskManager
-
-    if task.files is None:
-        return TaskManager()
-    if not task.files.is_dir():
-        raise StageError(
-            "TaskFailed",
-            f"{task.field}.task.files: {task.files} is no folder.",
-            advice="Name the folder with the task's YAML files and its data.",
-        )
-    for file in sorted(task.files.rglob("*")):
-        if file.suffix in (".yaml", ".yml") and CODE_TAG in file.read_text(errors="replace"):
-            raise StageError(
-                "TaskRunsCode",
-                f"{task.field}.task.files: {file.name} uses {CODE_TAG}, which runs Python code.",
-                advice="Write the task without it: Tuneyard runs no code of a manifest's files.",
-            )
-    with _quiet():
-        return TaskManager(include_path=str(task.files))
 
 
 def _require_known(task: Task, known: list[str]) -> None:
@@ -144,7 +124,7 @@ def _require_known(task: Task, known: list[str]) -> None:
     raise StageError(
         "UnknownTask",
         f"{task.field}.task.name: lm-evaluation-harness knows no task {task.name!r}.{hint}",
-        advice=f"Correct {task.field}.task.name, or give its files in {task.field}.task.files.",
+        advice=f"Correct {task.field}.task.name.",
     )
 
 
@@ -167,8 +147,7 @@ def _unreachable(task: Task, error: BaseException) -> StageError:
         "SourceUnavailable",
         f"{task.field}: the data of the task {task.name} cannot be fetched from the hub: "
         f"{first_line(error)}.",
-        advice=f"Wait until the hub can be reached, or give files with local data in "
-        f"{task.field}.task.files.",
+        advice="Wait until the hub can be reached, or measure local rows as a suite of choices.",
         retryable=True,
     )
 

@@ -40,7 +40,7 @@ def suites(
     for number, suite in enumerate(settings):
         field, path = f"spec.evaluate.suites[{number}]", context.inputs.get(f"suite.{number}")
         if suite.kind == "task":
-            yield TaskSuite.of(suite, path, tokenizer, field)
+            yield TaskSuite.of(suite, tokenizer, field)
         elif path is not None and suite.kind == "choices":
             yield ChoiceSuite.read(suite, path, tokenizer, field)
         elif path is not None:
@@ -183,10 +183,10 @@ class TaskSuite:
     tokenizer: Any
 
     @classmethod
-    def of(cls, suite: SuiteSettings, files: Path | None, tokenizer: Any, field: str) -> TaskSuite:
-        """Return the part. `files`: the folder with the task's files."""
+    def of(cls, suite: SuiteSettings, tokenizer: Any, field: str) -> TaskSuite:
+        """Return the part."""
         task = harness.Task(
-            suite.task or "", files, suite.limit, suite.few_shot, suite.chat_template, field
+            suite.task or "", suite.limit, suite.few_shot, suite.chat_template, field
         )
         return cls(suite.name, task, tokenizer)
 
