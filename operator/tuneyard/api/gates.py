@@ -133,8 +133,15 @@ class GateResult(Report):
                 if self.metric.startswith("answerAccuracy")
                 else f"Find out why {self.metric} has no value: the model may have diverged."
             )
+        on_suite = "/" in self.metric
         if self.verdict == "insufficientEvidence":
-            return "Hold out more rows, or widen the bound of the gate."
+            more = "Give the suite more items" if on_suite else "Hold out more rows"
+            return f"{more}, or widen the bound of the gate."
+        if on_suite:
+            return (
+                "Change the data or the training (data.train, data.replay, training.learningRate), "
+                "or change evaluate.gates."
+            )
         return (
             "Train longer or on more data (training.epochs, data.train), or change evaluate.gates."
         )

@@ -27,10 +27,14 @@ Count = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 """A count that a status can hold: an int64 of the CRD."""
 
 
+LONGEST_NAME = 128
+"""Characters of a metric's name in a post."""
+
+
 class MetricValue(Report):
     """One metric."""
 
-    name: str = Field(min_length=1, max_length=128)
+    name: str = Field(min_length=1, max_length=LONGEST_NAME)
     """Name of the metric."""
     value: float | str
     """Value of the metric; Kubeflow's clients send it as text."""

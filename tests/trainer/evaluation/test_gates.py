@@ -72,6 +72,22 @@ def test_a_bound_of_the_value_is_checked_against_the_value_and_includes_it(
     assert result.worse_by is None
 
 
+@pytest.mark.parametrize(
+    ("metric", "more", "change"),
+    [
+        ("answerAccuracy", "Hold out more rows", "training.epochs"),
+        ("sense/accuracy", "Give the suite more items", "data.replay"),
+    ],
+)
+def test_the_remedy_names_what_changes_this_metric(metric: str, more: str, change: str) -> None:
+    gate = Gate(metric=metric, atLeast=0.6, minItems=30)
+    metrics, found = {metric: 0.5}, {metric: answers(20, gained=10, lost=3)}
+    (few,) = judge_gates([gate], metrics, found)
+    assert (few.verdict, more in few.remedy) == ("insufficientEvidence", True)
+    (missed,) = judge_gates([gate.model_copy(update={"min_items": None})], metrics, found)
+    assert (missed.verdict, change in missed.remedy) == ("breach", True)
+
+
 @pytest.mark.parametrize("metrics", [{}, {"reward": float("nan")}, {"reward": float("inf")}])
 def test_a_metric_that_is_not_measured_or_no_number_is_missing(metrics: dict[str, float]) -> None:
     for bound in ({"atMost": 1.0}, {"notWorseThanBaseBy": 0.0}):

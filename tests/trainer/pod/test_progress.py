@@ -92,6 +92,14 @@ def test_steps_metrics_and_the_time_to_the_stages_end_follow_the_newest_event(
     assert (shown.stage, shown.step, shown.total_steps, shown.resumed_step) == ("sft", 20, 100, 10)
 
 
+def test_a_metric_whose_name_is_too_long_for_a_post_is_left_out_of_it(
+    attempt: AttemptProgress,
+) -> None:
+    attempt.add(stage("sft", "Running"), START)
+    attempt.add(progress(1, 2, **{"a" * 128: 1.0, "b" * 129: 2.0}), START)
+    assert [metric.name for metric in attempt.post().trainer_status.metrics] == ["a" * 128]
+
+
 def test_progress_of_a_stage_that_does_not_run_changes_nothing(attempt: AttemptProgress) -> None:
     attempt.add(stage("sft", "Running"), START)
     attempt.add(progress(5, 10, name="prepare", loss=9.0), START)

@@ -14,7 +14,14 @@ from tuneyard.api.gates import GateResult
 from tuneyard.api.job_facts import JobFacts
 from tuneyard.api.plan import Plan, StageRecord
 from tuneyard.api.pods import stage_folder
-from tuneyard.api.progress import MetricValue, Outcome, Post, ProgressReport, TrainerStatus
+from tuneyard.api.progress import (
+    LONGEST_NAME,
+    MetricValue,
+    Outcome,
+    Post,
+    ProgressReport,
+    TrainerStatus,
+)
 from tuneyard.api.stage_settings import EVALUATION_KINDS
 from tuneyard.api.status import MOST_SECONDS, Result, StageCost, StageState, StageStatus
 
@@ -83,6 +90,7 @@ class AttemptProgress:
                 metrics=[
                     MetricValue(name=name, value=value)
                     for name, value in list(self._metrics.items())[:MOST_METRICS]
+                    if len(name) <= LONGEST_NAME
                 ],
                 last_updated_time=rfc3339(self._updated_at),
             ),
