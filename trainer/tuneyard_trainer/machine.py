@@ -1,16 +1,40 @@
-"""The limits of this machine or pod: its memory, and the processors that it grants."""
+"""The limits of this machine or pod: its memory, and the processors that it grants; and the
+environment variables of this process."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 OWN_GROUPS = Path("/proc/self/cgroup")
 """The cgroups of this process, one a line: ID:CONTROLLERS:PATH."""
 MOUNT = Path("/sys/fs/cgroup")
 MEMORY = Path("/proc/meminfo")
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """While active, these variables have these values; afterwards, those from before."""
+    with same_environment(values):
+        os.environ.update(values)
+        yield
+
+
+@contextmanager
+def same_environment(names: Iterable[str]) -> Iterator[None]:
+    """Restore these variables afterwards, whatever sets them meanwhile."""
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def memory_limit() -> int:

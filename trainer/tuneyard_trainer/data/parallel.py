@@ -26,7 +26,7 @@ from types import ModuleType, TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from tuneyard.errors import StageError
-from tuneyard_trainer.machine import cpu_limit, memory_limit
+from tuneyard_trainer.machine import cpu_limit, environment, memory_limit
 
 Given = TypeVar("Given")
 Result = TypeVar("Result")
@@ -158,7 +158,8 @@ class Pool(Generic[Given, Result]):
         """Return the result in this process. An error waits until it is the batch's turn."""
         done: Future[Result] = Future()
         try:
-            with _one_thread():
+            # Tokenizers of this process have one thread: each processor has a process.
+            with environment({"TOKENIZERS_PARALLELISM": "false"}):
                 done.set_result(self._function(batch))
         except Exception as error:
             done.set_exception(error)
@@ -234,21 +235,6 @@ class _Context(SpawnContext):
         process = _Process(*args, **options)
         self.processes.append(process)
         return process
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """While active, tokenizers of this process have one thread: each processor has a process."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = _ONE_THREAD[name]
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 @contextmanager

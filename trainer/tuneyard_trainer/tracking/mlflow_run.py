@@ -14,6 +14,7 @@ from tuneyard.api.plan import Plan, PlannedStage, StageRecord
 from tuneyard.api.stage_settings import EVALUATION_KINDS
 from tuneyard.api.tracking import MlflowTracking
 from tuneyard.errors import StageError
+from tuneyard_trainer.machine import environment
 from tuneyard_trainer.running.failures import last_line
 from tuneyard_trainer.tracking import facts
 from tuneyard_trainer.tracking.state import TrackerState
@@ -62,16 +63,8 @@ class MlflowRun:
         }
         if self._settings.token_secret:
             values[_TOKEN] = self._token()
-        before = {name: os.environ.get(name) for name in values}
-        os.environ.update(values)
-        try:
+        with environment(values):
             yield
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
 
     def _token(self) -> str:
         secret = self._settings.token_secret

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -19,6 +18,7 @@ from datasets import (
 
 from tuneyard.api.stage_settings import LoopSettings
 from tuneyard.errors import StageError
+from tuneyard_trainer.machine import same_environment
 from tuneyard_trainer.models.base import precision_of, quiet
 from tuneyard_trainer.models.environment import described
 from tuneyard_trainer.models.files import first_line
@@ -108,18 +108,12 @@ def same_process() -> Iterator[None]:
     run: deterministic algorithms (`full_determinism`) and TF32 (`tf32`, `torch_compile`)."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    before = {name: os.environ.get(name) for name in DETERMINISM}
     try:
         fp32: str = torch.backends.fp32_precision  # type: ignore[attr-defined]  # set by a class
-        with torch.backends.flags(fp32_precision=fp32):
+        with same_environment(DETERMINISM), torch.backends.flags(fp32_precision=fp32):
             yield
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warns)
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextmanager
