@@ -1,4 +1,5 @@
-"""Atomic writes, the locks of the cache, and the StageErrors for a failed write."""
+"""Listing of files, atomic writes, the locks of the cache, and the StageErrors for a failed
+write."""
 
 from __future__ import annotations
 
@@ -18,6 +19,11 @@ from tuneyard.errors import StageError
 LOCK_POLL_SECONDS = 0.2
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 """The errors of a file system without locks."""
+
+
+def all_files(path: Path) -> list[Path]:
+    """Return a file itself, or all files in a folder."""
+    return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
 
 
 def disk_error(error: OSError | SafetensorError, folder: Path) -> StageError:

@@ -30,7 +30,7 @@ from pydantic import ValidationError
 from tuneyard.api.plan import JobRef, PlannedStage, StageRecord
 from tuneyard.api.pods import LOGS_FOLDER, STALE_ATTEMPT, log_file, log_folder, stage_folder
 from tuneyard.errors import StageError
-from tuneyard_trainer.storage.files import NO_LOCKS, disk_error, write_atomically
+from tuneyard_trainer.storage.files import NO_LOCKS, all_files, disk_error, write_atomically
 from tuneyard_trainer.storage.objects import Objects, protocols
 
 LAST = ("state.json", "record.json")
@@ -415,7 +415,7 @@ class Store:
             return
         allow = partial(self.refuse_stale, attempt)
         remote = self._remote(path)
-        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        files = all_files(path)
         for file in sorted(files, key=lambda file: file.name in LAST):
             self._objects.upload(file, self._remote(file), allow)
         present = self._fs.find(remote) if self._fs.exists(remote) else []

@@ -34,7 +34,7 @@ from tuneyard.api.quantity import QUANTITY_PATTERN, quantity_value
 from tuneyard.api.stage_settings import StageKind
 from tuneyard.errors import StageError
 from tuneyard_trainer.storage.digests import digest_of
-from tuneyard_trainer.storage.files import cache_lock, is_disk_full
+from tuneyard_trainer.storage.files import all_files, cache_lock, is_disk_full
 from tuneyard_trainer.worker import Worker
 
 REUSED_KINDS: Final[tuple[StageKind, ...]] = ("prepare", "pairs")
@@ -271,14 +271,10 @@ def remove_entry(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _files(path: Path) -> list[Path]:
-    return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-
-
 def _copy(paths: Iterable[Path], source: Path, target: Path, check: Callable[[], None]) -> None:
     """Copy files and folders from inside one folder to another. `check`: called before each
     file."""
-    for file in chain.from_iterable(map(_files, paths)):
+    for file in chain.from_iterable(map(all_files, paths)):
         check()
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -298,7 +294,7 @@ def _size(path: Path) -> int:
     """Return the bytes of a file or of a folder's files; those that vanish meanwhile count 0."""
     size = 0
     with suppress(OSError):  # a folder vanished
-        for file in _files(path):
+        for file in all_files(path):
             with suppress(OSError):
                 size += file.stat().st_size
     return size

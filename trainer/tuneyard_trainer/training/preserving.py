@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tuneyard.api.preserving import Ewc, Kl, L2Sp
+from tuneyard.api.preserving import Kl
 from tuneyard.api.stage_settings import TrainSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prepared import Rows
@@ -53,7 +53,7 @@ class Preserving:
         self._pulls: dict[str, Pull] = {}
         self._kl: KlToStart | None = None
         if terms.l2_sp:
-            self._pulls[L2SP] = Pull.l2_sp(terms.l2_sp, parameters, start)
+            self._pulls[L2SP] = Pull(terms.l2_sp.strength, parameters, start, None)
         if terms.ewc:
             fisher = stored_fisher(
                 folder,
@@ -64,7 +64,7 @@ class Preserving:
                 seed=settings.seed,
                 worker=worker,
             )
-            self._pulls[EWC] = Pull.ewc(terms.ewc, parameters, start, fisher)
+            self._pulls[EWC] = Pull(terms.ewc.strength, parameters, start, fisher)
         if terms.kl:
             self._kl = KlToStart(
                 inner.model, reference, _general(inner), inner.forward, terms.kl, settings, worker
@@ -119,24 +119,6 @@ class Pull:
         """`importance`: F by the parameters' names. None: 1."""
         self._strength, self._parameters = strength, parameters
         self._start, self._importance = start, importance
-
-    @classmethod
-    def l2_sp(
-        cls, term: L2Sp, parameters: Mapping[str, nn.Parameter], start: Mapping[str, Tensor]
-    ) -> Pull:
-        """Return the term of L2-SP."""
-        return cls(term.strength, parameters, start, None)
-
-    @classmethod
-    def ewc(
-        cls,
-        term: Ewc,
-        parameters: Mapping[str, nn.Parameter],
-        start: Mapping[str, Tensor],
-        fisher: Mapping[str, Tensor],
-    ) -> Pull:
-        """Return the term of EWC."""
-        return cls(term.strength, parameters, start, fisher)
 
     @torch.no_grad()
     def backward(self, world_size: int) -> Tensor:
